@@ -1,0 +1,1 @@
+"""LoRA for mixture-of-experts models on Megatron-Core."""

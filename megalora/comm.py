@@ -1,0 +1,66 @@
+"""The collectives of tensor and sequence parallelism that move rank-wide activations, as differentiable functions.
+
+Forward and backward are each other's transpose:
+
+    function      forward                    backward
+    gather_seq    all-gather on dim 0        reduce-scatter on dim 0
+    scatter_seq   reduce-scatter on dim 0    all-gather on dim 0
+
+A group of one changes nothing. Tensors are ``[S, ...]``: sequence first, as everywhere in Megatron.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _collective(forward_op: Callable[..., Tensor], backward_op: Callable[..., Tensor]):
+    class Collective(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, group):
+            ctx.group = group
+            return forward_op(x, group)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return backward_op(grads[0], ctx.group), None
+
+    def apply(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return x if group.size() == 1 else Collective.apply(x, group)  # pyright: ignore[reportReturnType]
+
+    return apply
+
+
+gather_seq = _collective(_all_gather, _reduce_scatter)
+scatter_seq = _collective(_reduce_scatter, _all_gather)
+
+
+def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """All-gather equal shards along ``dim``; not differentiable (export, checkpoints)."""
+    if group.size() == 1:
+        return x
+    return torch.cat(_all_gather(x.unsqueeze(0), group).unbind(0), dim=dim)
+
+
+def sum_bucket(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum every tensor over ``group`` in place, in one collective. All ranks must pass the same shapes in order."""
+    if not tensors or group.size() == 1:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(summed.view_as(tensor))

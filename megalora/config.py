@@ -1,0 +1,281 @@
+"""Everything a run can be told, as frozen dataclasses, with every check and its message.
+
+``load_config`` reads a YAML file, applies ``section.key=value`` overrides in order, rejects unknown keys with the
+nearest known one, and builds a ``RunConfig``. Checks that need no model run in ``__post_init__``; checks against the
+world size and the model's shape are methods, so that they run before any process group or weight exists.
+"""
+
+import difflib
+import types
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str
+    """Folder of a Hugging Face checkpoint, or a name on the hub."""
+    backend: Literal["torch"] = "torch"
+    """Who computes norms, attention and linears. Transformer Engine (``te``) is not supported yet."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights, adapters and activations; with bfloat16 the optimizer keeps float32 masters."""
+    attention: Literal["sdpa"] = "sdpa"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How ranks are laid out. Attention and experts use two grids over the same world.
+
+    attention grid: world = tp * pp * dp          experts grid: world = etp * ep * pp * edp
+    """
+
+    tp: int = 1
+    """Tensor-parallel size of attention and dense layers; sequence parallel is on when it is above 1."""
+    pp: int = 1
+    """Pipeline stages."""
+    vpp: int = 1
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    ep: int = 1
+    """Expert-parallel size: experts are divided over this many ranks."""
+    etp: int = 1
+    """Tensor-parallel size inside one expert. Megatron defaults it to tp; megalora to 1."""
+    cp: int = 1
+    """Context-parallel size; only 1 is possible today."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _require(getattr(self, f.name) >= 1, f"parallel.{f.name} must be at least 1, got {getattr(self, f.name)}")
+        _require(
+            self.cp == 1,
+            f"parallel.cp={self.cp}: context parallelism needs Transformer Engine's attention, which the torch "
+            "back end does not have. Set parallel.cp=1; use parallel.tp to split long sequences.",
+        )
+        _require(
+            self.vpp == 1 or self.pp > 1,
+            f"parallel.vpp={self.vpp} interleaves the chunks of several pipeline stages, but parallel.pp=1. "
+            "Set parallel.vpp=1 or parallel.pp to 2 or more.",
+        )
+
+    def data_parallel_sizes(self, world_size: int) -> tuple[int, int]:
+        """(dp, edp): how often attention and expert parameters are replicated on ``world_size`` ranks."""
+        sizes = []
+        for grid, names in (("attention", ("tp", "pp")), ("expert", ("etp", "ep", "pp"))):
+            product = 1
+            for name in names:
+                product *= getattr(self, name)
+            terms = " * ".join(f"{name}={getattr(self, name)}" for name in names)
+            _require(
+                world_size % product == 0,
+                f"{world_size} ranks cannot hold the {grid} grid: {terms} = {product}, and {world_size} is not a "
+                f"multiple of {product}.\n  Change {' or '.join('parallel.' + n for n in names)}, or launch a "
+                f"multiple of {product} ranks.",
+            )
+            sizes.append(world_size // product)
+        return sizes[0], sizes[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    rank: int = 16
+    alpha: float = 32.0
+    """The delta is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)."""
+    dropout: float = 0.0
+    """Probability with which an input of A is zeroed, drawn per rank."""
+    target_modules: str | list[str] = "all-linear"
+    """HF names (q_proj ... down_proj, gate, lm_head), fused names as aliases, or all-linear (everything but lm_head)."""
+    exclude_modules: list[str] = field(default_factory=list)
+    """HF names, or regular expressions on full HF module names."""
+    layers: list[int] | str | None = None
+    """Layers to adapt: a list, or ranges such as "0-3,8,12-". None means all."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """HF name, or regular expression on the full HF module name, to rank. The first that matches wins, as in PEFT."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """The same for alpha."""
+    expert_rank: int | None = None
+    """Rank of routed experts where rank_pattern says nothing; None means rank."""
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        for name, rank in {"rank": self.rank, "expert_rank": self.expert_rank, **self.rank_pattern}.items():
+            _require(rank is None or rank >= 1, f"lora: {name} must be a rank of at least 1, got {rank}")
+        _require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str
+    """JSONL, JSON or Parquet file, or hub data set NAME[:SPLIT]; may end in a slice such as [:200]."""
+    eval: str | int | float | None = None
+    """Another source, or how much of train to hold out: a count (int) or a fraction (float)."""
+    format: str | dict[str, str] = "auto"
+    """auto, or a column mapping: {messages: COLUMN} or {prompt: COLUMN, completion: COLUMN}."""
+    max_length: int = 4096
+    """In tokens. Longer samples are left out, counted and reported."""
+    seed: int = 0
+    """Of the order of samples, and of the hold-out."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 2, f"data.max_length must be at least 2 tokens, got {self.max_length}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int | None = None
+    """Optimizer steps. Give either steps or epochs."""
+    epochs: float | None = None
+    global_batch_size: int = 16
+    """Samples per optimizer step, over all ranks."""
+    micro_batch_size: int = 1
+    """Samples per forward pass on one rank."""
+    lr: float = 1e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """From lr down to zero at the last step (constant: not at all), after a linear warm-up."""
+    warmup: int = 0
+    """Steps."""
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    """Largest L2 norm of the whole gradient; 0 turns clipping off."""
+    recompute: Literal["off", "selective", "full"] = "off"
+    """selective: core attention and expert or dense MLP interiors; full: whole layers."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates only before the first and after the last step."""
+    seed: int = 0
+    """Of adapter initialisation and dropout."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.steps is None) != (self.epochs is None),
+            f"give exactly one of train.steps and train.epochs (got steps={self.steps}, epochs={self.epochs})",
+        )
+        for name in ("steps", "epochs", "lr", "global_batch_size", "micro_batch_size"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"train.{name} must be above 0, got {value}")
+        for name in ("warmup", "weight_decay", "clip_grad", "eval_every"):
+            _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    dir: str = "runs/default"
+    """The run folder."""
+    every: int = 0
+    """Steps between checkpoints; 0 saves only at the end and on SIGTERM."""
+    keep: int = 0
+    """How many of the newest checkpoints to keep; 0 keeps all."""
+    resume: bool | str = False
+    """true: continue from the newest checkpoint in dir if there is one; a path: from that checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            _require(getattr(self, name) >= 0, f"checkpoint.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    every: int = 1
+    """Steps between lines in metrics.jsonl."""
+    tensorboard: bool = True
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"log.every must be at least 1, got {self.every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def check_world(self, world_size: int) -> None:
+        """Check all that depends on the number of ranks; raises ``ValueError``."""
+        dp, _ = self.parallel.data_parallel_sizes(world_size)
+        batch, micro, p = self.train.global_batch_size, self.train.micro_batch_size, self.parallel
+        _require(
+            batch % (micro * dp) == 0,
+            f"train.global_batch_size={batch} cannot be divided: micro_batch_size={micro} * data parallel={dp} = "
+            f"{micro * dp}, and {batch} is not a multiple of {micro * dp}.\n  Change train.global_batch_size or "
+            "train.micro_batch_size.",
+        )
+        num_microbatches = batch // (micro * dp)
+        _require(
+            p.vpp == 1 or num_microbatches % p.pp == 0,
+            f"the interleaved schedule (parallel.vpp={p.vpp}) needs a number of microbatches that is a multiple of "
+            f"parallel.pp={p.pp}; train.global_batch_size={batch} gives {num_microbatches}.",
+        )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``section.key=value`` overrides in order, and validate the result."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file")
+    for item in overrides:
+        _require("=" in item, f"override {item!r} is not of the form section.key=value")
+    try:
+        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: {error}") from None
+    _require(isinstance(plain, dict), f"{path}: expected sections (model, data, train, ...) at the top level")
+    return _build(RunConfig, plain, where="")
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the config, defaults included, as YAML that ``load_config`` reads back equal."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _build(cls: type, tree: dict[str, Any], where: str) -> Any:
+    hints, known, values = get_type_hints(cls), [f.name for f in fields(cls)], {}
+    for key, value in tree.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {where}{close[0]}?" if close else f"known keys: {', '.join(known)}"
+            raise ValueError(f"unknown config key {where}{key}; {hint}")
+        if is_dataclass(hints[key]):
+            _require(isinstance(value, dict), f"{where}{key} is a section, got {value!r}")
+            values[key] = _build(hints[key], value, where=f"{where}{key}.")  # pyright: ignore[reportArgumentType]
+        else:
+            values[key] = _convert(value, hints[key], f"{where}{key}")
+    empty = [f.name for f in fields(cls) if f.name not in values and f.default is f.default_factory]
+    _require(not empty, f"config is missing {', '.join(where + name for name in empty)}")
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """``value`` as the annotated type, or a ``ValueError`` that says what was expected."""
+    if get_origin(hint) is Literal:
+        _require(value in get_args(hint), f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
+        return value
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for option in options:
+        kind = get_origin(option) or option
+        if option is float and type(value) is int and int not in options:
+            return float(value)
+        if type(value) is kind and all(type(v) in (get_args(option) or (type(v),)) for v in _items(value, option)):
+            return value
+    expected = " or ".join("nothing" if o is types.NoneType else str(getattr(o, "__name__", o)) for o in options)
+    raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _items(value: Any, option: Any) -> list[Any]:
+    """The elements whose types a container annotation constrains."""
+    if not get_args(option):
+        return []
+    return [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)

@@ -1,0 +1,161 @@
+"""Runs Megatron-Core with or without a GPU. The only file that touches ``torch.cuda``.
+
+With a GPU: nccl, CUDA, nothing is changed. Without one: gloo, and Megatron's unconditional ``torch.cuda`` calls are
+answered by the CPU. ``install()`` must run before anything from ``megatron`` is imported; ``import megalora.host`` does
+nothing by itself.
+"""
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def world_size() -> int:
+    """How many ranks torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def peak_memory_bytes() -> int:
+    """Largest amount of device memory allocated so far; 0 without a GPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """The default generators of this rank: what dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def process_group(timeout_minutes: float = 30) -> Iterator[None]:
+    """Join the world that torchrun describes in the environment (a world of one without it), and leave it at the end."""
+    install()
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    rank, size = int(os.environ.get("RANK", 0)), world_size()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    store = None if size > 1 else dist.HashStore()
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes),
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@functools.cache
+def install() -> None:
+    """Make Megatron-Core run on this machine. Idempotent; does nothing where there is a GPU."""
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine|nvidia).*")
+    if torch.cuda.is_available():
+        return
+    _HostDevice().__enter__()
+    torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
+    torch.cuda.manual_seed = torch.manual_seed  # pyright: ignore[reportAttributeAccessIssue]
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()  # type: ignore
+    torch.cuda.Stream = _NoStream  # type: ignore
+    torch.cuda.current_stream = lambda *args: _NoStream()  # type: ignore
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore
+    torch.cuda.synchronize = lambda *args: None
+    _install_in_megatron()
+
+
+def _install_in_megatron() -> None:
+    import megatron.core.tensor_parallel.mappings as mappings
+    import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    # On a GPU this copies to the host; here the tensors are there already, but the splits must still become numpy.
+    dispatcher.maybe_move_tensor_to_cpu = lambda t, as_numpy=False, record_stream=False: (
+        t.numpy() if torch.is_tensor(t) and as_numpy else t
+    )
+    # The dispatcher gathers a different number of tokens from each expert-tensor-parallel rank, which gloo refuses.
+    even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(input_: Any, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False):
+        if group.size() == 1 or output_split_sizes is None:
+            return even_gather(input_, group, None, use_global_buffer)
+        return _uneven_all_gather(input_, group, output_split_sizes)
+
+    def scatter(input_: Any, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False):
+        if group.size() == 1 or input_split_sizes is None:
+            return even_scatter(input_, group, None, use_global_buffer)
+        return _uneven_reduce_scatter(input_, group, input_split_sizes)
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
+
+
+def _uneven_all_gather(x: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    """All-gather on dim 0 where rank i brings ``sizes[i]`` rows: an all-to-all in which each rank sends all it has."""
+    out = x.new_empty(sum(sizes), *x.shape[1:])
+    x = x.contiguous()
+    dist.all_to_all_single(out, torch.cat([x] * len(sizes)), sizes, [x.shape[0]] * len(sizes), group=group)
+    return out
+
+
+def _uneven_reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    """Reduce-scatter on dim 0 where rank i keeps ``sizes[i]`` rows; summed in rank order."""
+    mine = sizes[group.rank()]
+    out = x.new_empty(mine * len(sizes), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), [mine] * len(sizes), sizes, group=group)
+    return out.view(len(sizes), mine, *x.shape[1:]).sum(0)
+
+
+def _to_host(device: Any) -> Any:
+    if device is None or isinstance(device, int):
+        return torch.device("cpu") if device is not None else None
+    return torch.device("cpu") if torch.device(device).type == "cuda" else device
+
+
+class _HostDevice(TorchFunctionMode):
+    """Reads every request for a CUDA device as a request for the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizers compare type names with "torch.cuda.FloatTensor".
+            return func(*args).replace("torch.", "torch.cuda.")
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _to_host(kwargs["device"])
+        if func is torch.Tensor.to:
+            args = tuple(_to_host(a) if isinstance(a, str | torch.device) else a for a in args)
+        return func(*args, **kwargs)
+
+
+class _NoStream:
+    """A CUDA stream where there is none: everything has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def wait_event(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, *args: Any) -> "_NoStream":
+        return self

@@ -1,0 +1,79 @@
+"""Process groups from a ``ParallelConfig``. The only reader of Megatron's ``parallel_state``."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megalora.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's process groups.
+
+    tp   tensor parallel of attention and dense layers (also sequence parallel)
+    pp   pipeline stages
+    dp   replicas of attention and dense parameters, each with its own samples
+    ep   ranks that share out the experts
+    etp  ranks that share one expert
+    edp  replicas of expert parameters
+    """
+
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    etp: dist.ProcessGroup
+    edp: dist.ProcessGroup
+    experts_reduce_separately: bool
+    """Whether expert parameters have another data-parallel group than the rest (EP > 1, or ETP differs from TP)."""
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.tp.size() > 1
+
+    def named(self, name: str) -> dist.ProcessGroup:
+        return getattr(self, name)
+
+    @property
+    def is_replica_zero(self) -> bool:
+        """Whether this rank holds the first copy of attention and dense parameters."""
+        return self.dp.rank() == 0
+
+    def last_stage_rank(self) -> int:
+        """Global rank, within this rank's pipeline, that computes the loss."""
+        return dist.get_process_group_ranks(self.pp)[-1]
+
+
+def init_groups(config: ParallelConfig, seed: int = 0) -> Groups:
+    """Lay the initialised world out as ``config`` says; raises ``ValueError`` when it does not divide."""
+    config.data_parallel_sizes(dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tp,
+        pipeline_model_parallel_size=config.pp,
+        virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
+        expert_model_parallel_size=config.ep,
+        expert_tensor_parallel_size=config.etp,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Groups(
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        etp=parallel_state.get_expert_tensor_parallel_group(),
+        edp=parallel_state.get_expert_data_parallel_group(),
+        experts_reduce_separately=config.ep > 1 or config.etp != config.tp,
+    )
+
+
+def megatron_groups() -> ProcessGroupCollection:
+    """The same groups in the form Megatron's modules take."""
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy_groups() -> None:
+    parallel_state.destroy_model_parallel()
