@@ -1,0 +1,138 @@
+"""Base weights through Megatron-Bridge: Hugging Face folder to a frozen GPTModel with fused experts.
+
+Bridge knows every family's config and names; this plug-in adds one mapping, HF's per-expert matrices to our fused
+``[E/ep, 2I/etp, H]`` and ``[E/ep, H, I/etp]`` tensors, and keeps Bridge importable without Transformer Engine.
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalora import host
+
+host.install()
+if importlib.util.find_spec("transformer_engine") is None:
+    # One module of Bridge imports transformer_engine without a guard: its own LoRA layers, which nothing here uses.
+    # (Stubbing transformer_engine itself would make Megatron-Core believe it is installed.)
+    _layers = types.ModuleType("megatron.bridge.peft.lora_layers")
+    for _name in ("LinearAdapter", "LoRALinear", "LoRATopKRouter", "TEFusedLoRALinear"):
+        setattr(_layers, _name, type(_name, (torch.nn.Module,), {}))
+    sys.modules.setdefault(_layers.__name__, _layers)
+
+from megatron.bridge import AutoBridge  # noqa: E402
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry  # noqa: E402
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge  # noqa: E402
+from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
+    AutoMapping,
+    GatedMLPMapping,
+    MegatronParamMapping,
+)
+from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from transformers import Qwen3MoeForCausalLM  # noqa: E402
+
+AutoMapping.register_module_type("RMSNorm", "replicated")
+
+
+class FusedExpertsMapping(MegatronParamMapping):
+    """HF's per-expert 2-D weights <-> one ``[E_local, out, in]`` parameter (gate rows first, then up rows)."""
+
+    def __init__(self, megatron_param: str, hf_param: str) -> None:
+        super().__init__(megatron_param, hf_param)
+        self.allow_hf_name_mismatch = True
+
+    @property
+    def is_expert(self) -> bool:  # makes tp_group, tp_rank and tp_size mean the expert-tensor-parallel group
+        return True
+
+    def hf_to_megatron(self, hf_weights: Callable[[int, str], Tensor], megatron_module: Any) -> Tensor:
+        """``hf_weights(expert, projection)`` reads one matrix; only this rank's experts are read."""
+        count, (size, rank) = megatron_module.num_local_experts, (self.tp_size, self.tp_rank)
+        experts = range(self.ep_rank * count, (self.ep_rank + 1) * count)
+        if self.megatron_param.endswith("gate_up"):
+            halves = ("gate_proj", "up_proj")
+            return torch.stack([torch.cat([hf_weights(e, p).chunk(size, 0)[rank] for p in halves]) for e in experts])
+        return torch.stack([hf_weights(e, "down_proj").chunk(size, 1)[rank] for e in experts])
+
+    def megatron_to_hf(self, megatron_weights: Tensor | None, megatron_module: Any) -> dict[str, Tensor]:
+        weight = self.broadcast_from_pp_rank(megatron_weights, cache_key=str(self.hf_param))
+        if weight is None:
+            return {}
+        shards = self.gather_from_tp_ranks(weight.contiguous())
+        if self.megatron_param.endswith("gate_up"):
+            gate, up = zip(*(s.chunk(2, 1) for s in shards), strict=True)
+            parts = {"gate_proj": torch.cat(gate, 1), "up_proj": torch.cat(up, 1)}
+        else:
+            parts = {"down_proj": torch.cat(shards, 2)}
+        out, base = {}, str(self.hf_param).rsplit(".", 1)[0]
+        for name, local in parts.items():
+            gathered = [torch.empty_like(local) for _ in range(self.ep_size)]
+            dist.all_gather(gathered, local.contiguous(), group=self.ep_group)
+            out |= {f"{base}.{e}.{name}.weight": w for e, w in enumerate(torch.cat(gathered))}
+        return out
+
+
+# Registered on the class object: under its name as a string the stock bridge still wins.
+@MegatronModelBridge.register_bridge(source=Qwen3MoeForCausalLM, target=GPTModel, model_type="qwen3_moe")
+class FusedQwen3MoEBridge(Qwen3MoEBridge):
+    """Bridge's Qwen3-MoE with fused experts, and with the dense layers that ``mlp_only_layers`` allows."""
+
+    def mapping_registry(self) -> MegatronMappingRegistry:
+        layer, hf = "decoder.layers.*.mlp", "model.layers.*.mlp"
+        keep = [m for m in super().mapping_registry().mappings if ".experts." not in m.megatron_param]
+        return MegatronMappingRegistry(
+            *keep,
+            FusedExpertsMapping(f"{layer}.experts.gate_up", f"{hf}.experts.gate_up_proj"),
+            FusedExpertsMapping(f"{layer}.experts.down", f"{hf}.experts.down_proj"),
+            GatedMLPMapping(f"{layer}.linear_fc1.weight", gate=f"{hf}.gate_proj.weight", up=f"{hf}.up_proj.weight"),
+            AutoMapping(f"{layer}.linear_fc2.weight", f"{hf}.down_proj.weight"),
+        )
+
+    def maybe_modify_loaded_hf_weight(self, hf_param: Any, hf_state_dict: Mapping[str, Tensor]) -> Any:
+        if isinstance(hf_param, str) and ".mlp.experts." in hf_param:
+            base = hf_param.rsplit(".", 1)[0]
+            return lambda expert, projection: hf_state_dict[f"{base}.{expert}.{projection}.weight"]
+        return super().maybe_modify_loaded_hf_weight(hf_param, hf_state_dict)
+
+
+def check_base_folder(folder: Path) -> None:
+    """Raise ``ValueError`` unless every weight shard the folder announces is there."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        shards = ["model.safetensors"]
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder}: {len(missing)} of {len(shards)} weight shards are missing ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}); download the model again"
+        )
+
+
+def open_base(folder: Path) -> AutoBridge:
+    """Bridge's handle on a Hugging Face checkpoint folder."""
+    check_base_folder(folder)
+    with quiet():
+        return AutoBridge.from_hf_pretrained(str(folder))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Megatron's and Bridge's warnings about things we do on purpose off the user's screen."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,1 @@
+"""The frozen base model: Megatron's GPTModel with torch-native parts."""

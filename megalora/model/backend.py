@@ -1,0 +1,87 @@
+"""Which modules Megatron's GPTModel is built from: torch-native, nothing that needs a GPU or Transformer Engine."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from torch import Tensor, nn
+
+from megalora import host
+from megalora.model.attention import SDPACoreAttention
+from megalora.model.experts import FusedExperts
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight``. Frozen, so sequence parallelism needs nothing of it; Megatron's own refuses that."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        weight = torch.ones(hidden_size, dtype=config.params_dtype, device=host.device())
+        self.weight, self.eps = nn.Parameter(weight, requires_grad=False), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class TorchBackend(LocalSpecProvider):
+    """Megatron's local back end with our norm, attention and experts."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        return SDPACoreAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        return FusedExperts
+
+
+def layer_spec(config: Any, num_experts: int | None) -> ModuleSpec:
+    """One decoder layer; a dense MLP where ``num_experts`` is None."""
+    backend = TorchBackend()
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=backend.column_parallel_linear(),
+                    core_attention=backend.core_attention(),
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts, moe_grouped_gemm=True),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The decoder layers of this pipeline stage and chunk; ``config.moe_layer_freq`` says which are MoE."""
+    dense, moe = layer_spec(config, None), layer_spec(config, config.num_moe_experts)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    is_moe = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
+    return TransformerBlockSubmodules(
+        layer_specs=[moe if is_moe[i] else dense for i in range(first, first + count)], layer_norm=RMSNorm
+    )

@@ -1,0 +1,71 @@
+"""A frozen Megatron GPTModel from a Hugging Face folder, cut for this rank."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megalora.bridge.base import open_base, quiet
+from megalora.config import ModelConfig, ParallelConfig
+from megalora.model.backend import block_spec
+from megalora.model.shape import ModelShape
+from megalora.parallel import Groups, megatron_groups
+
+
+def local_folder(path: str, groups: Groups | None = None) -> Path:
+    """``path`` if it is a folder, else the hub snapshot of that name, downloaded by the first rank of each machine."""
+    if Path(path).is_dir():
+        return Path(path)
+    if path.startswith((".", "/")) or path.count("/") > 1:
+        raise ValueError(f"model.path={path}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.path={path}: neither a folder here nor to be had from the hub ({reason})") from None
+
+
+def build_model(config: ModelConfig, parallel: ParallelConfig, shape: ModelShape, folder: Path) -> list[nn.Module]:
+    """The model chunks of this rank (``parallel.vpp`` of them), weights loaded, every parameter frozen."""
+    bridge = open_base(folder)
+    provider = configure(bridge.to_megatron_provider(load_weights=False), config, parallel, shape)
+    with quiet():
+        provider.finalize()
+        stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
+        chunks = [provider.provide(vp_stage=stage) for stage in stages]
+        bridge.load_hf_weights(chunks)
+    dist.barrier()
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+    return chunks
+
+
+def configure(provider: Any, config: ModelConfig, p: ParallelConfig, shape: ModelShape) -> Any:
+    """Set Bridge's provider up for our back end and this layout."""
+    dtype = getattr(torch, config.dtype)
+    settings = dict(
+        tensor_model_parallel_size=p.tp, pipeline_model_parallel_size=p.pp, expert_model_parallel_size=p.ep,
+        expert_tensor_parallel_size=p.etp, virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
+        sequence_parallel=p.tp > 1, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
+        transformer_layer_spec=block_spec, perform_initialization=False, _pg_collection=megatron_groups(),
+        # Microbatches are padded to their own longest sample, so stages exchange shapes. The interleaved schedule cannot:
+        # it gets one length per step, and with two stages, whose neighbours are one rank, messages in separate pairs.
+        variable_seq_lengths=p.pp > 1 and p.vpp == 1, batch_p2p_comm=p.vpp == 1,
+        # With the loss summed here and divided once by the global number of target tokens, every layout has one mean.
+        calculate_per_token_loss=True,
+        moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0,
+        moe_layer_freq=[int(shape.is_moe(i)) for i in range(shape.num_layers)],
+    )  # fmt: skip
+    # Fusions that need Transformer Engine, Apex or a compiler at run time.
+    fusions = (
+        "moe_permute_fusion", "masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion",
+        "apply_rope_fusion", "gradient_accumulation_fusion", "cross_entropy_loss_fusion",
+    )  # fmt: skip
+    for name, value in {**settings, **dict.fromkeys(fusions, False)}.items():
+        setattr(provider, name, value)
+    return provider

@@ -1,0 +1,45 @@
+"""Activation recomputation: which parts of a layer keep only their input for backward.
+
+PyTorch's non-reentrant checkpoint is used, not Megatron's: Megatron's gives no gradient to adapters inside a block whose
+input needs none, which is what the first block above a frozen embedding is.
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+
+class Recomputed(nn.Module):
+    """Runs ``module`` again in backward instead of keeping its activations."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__ or name == "module":
+            return super().__getattr__(name)
+        return getattr(super().__getattr__("module"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return self.module(*args, **kwargs)
+        # Stopping early could leave one rank's collectives out of the recomputation and not another's.
+        with set_checkpoint_early_stop(False):
+            return checkpoint(self.module, *args, use_reentrant=False, **kwargs)
+
+
+def apply_recompute(chunks: list[nn.Module], level: str) -> None:
+    """Wrap layers (``full``), or core attention and expert or dense MLP interiors (``selective``), in place."""
+    for chunk in chunks:
+        layers: Any = chunk.decoder.layers  # pyright: ignore
+        for i, layer in enumerate(layers):
+            if level == "full":
+                layers[i] = Recomputed(layer)
+            elif level == "selective":
+                layer.self_attention.core_attention = Recomputed(layer.self_attention.core_attention)
+                if hasattr(layer.mlp, "experts"):
+                    layer.mlp.experts = Recomputed(layer.mlp.experts)
+                else:
+                    layer.mlp = Recomputed(layer.mlp)

@@ -1,0 +1,97 @@
+"""A model's sizes, read from a Hugging Face ``config.json``. Pure Python: planner, spec and checks need no weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalora.config import ParallelConfig
+
+SUPPORTED = ("qwen3_moe", "qwen3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Every size LoRA and the layout checks depend on. Counts are whole-model, before any split."""
+
+    model_type: str
+    num_layers: int
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate: int
+    """Of dense MLP layers."""
+    vocab: int
+    tied_embeddings: bool
+    num_experts: int = 0
+    top_k: int = 0
+    expert_intermediate: int = 0
+    moe_layers: frozenset[int] = frozenset()
+
+    def is_moe(self, layer: int) -> bool:
+        return layer in self.moe_layers
+
+    def num_parameters(self) -> int:
+        """Of the base model, norms and embeddings included."""
+        q, kv, h = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.hidden
+        attention = h * (q + 2 * kv) + q * h + 2 * self.head_dim
+        moe = self.num_experts * (h + 3 * h * self.expert_intermediate)
+        mlps = len(self.moe_layers) * moe + (self.num_layers - len(self.moe_layers)) * 3 * h * self.intermediate
+        embeddings = self.vocab * h * (1 if self.tied_embeddings else 2)
+        return self.num_layers * (attention + 2 * h) + mlps + embeddings + h
+
+    def check_layout(self, p: ParallelConfig) -> None:
+        """Raise ``ValueError`` when this model cannot be split as ``p`` says."""
+        sizes = [
+            ("tp", p.tp, "key/value heads", self.num_kv_heads),
+            ("tp", p.tp, "vocabulary entries", self.vocab),
+            ("tp", p.tp, "attention heads", self.num_heads),
+            ("pp * vpp", p.pp * p.vpp, "layers", self.num_layers),
+        ]
+        if len(self.moe_layers) < self.num_layers:
+            sizes.append(("tp", p.tp, "dense MLP features", self.intermediate))
+        if self.moe_layers:
+            sizes += [("ep", p.ep, "experts", self.num_experts), ("etp", p.etp, "features per expert", self.expert_intermediate)]
+        elif p.ep > 1 or p.etp > 1:
+            raise ValueError(f"parallel.ep={p.ep}, parallel.etp={p.etp}: this model ({self.model_type}) has no experts; set both to 1")
+        for name, size, what, total in sizes:
+            if total % size:
+                divisors = ", ".join(str(d) for d in range(1, total + 1) if total % d == 0 and d <= 1024)
+                raise ValueError(
+                    f"parallel.{name}={size} does not divide the model's {total} {what}; it can be one of {divisors}"
+                )
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a Hugging Face checkpoint folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    return json.loads(path.read_text())
+
+
+def model_shape(hf: dict[str, Any]) -> ModelShape:
+    """Sizes from a parsed ``config.json``; raises ``ValueError`` for an architecture megalora does not know."""
+    kind = hf.get("model_type", "nothing")
+    if kind not in SUPPORTED:
+        raise ValueError(f"model_type {kind!r} is not supported; megalora knows {', '.join(SUPPORTED)}")
+    num_layers, experts = hf["num_hidden_layers"], hf.get("num_experts", hf.get("num_local_experts", 0)) or 0
+    step, dense = hf.get("decoder_sparse_step", 1) or 1, set(hf.get("mlp_only_layers") or [])
+    moe = {i for i in range(num_layers) if i not in dense and (i + 1) % step == 0} if experts else set()
+    heads = hf["num_attention_heads"]
+    return ModelShape(
+        model_type=kind,
+        num_layers=num_layers,
+        hidden=hf["hidden_size"],
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        intermediate=hf["intermediate_size"],
+        vocab=hf["vocab_size"],
+        tied_embeddings=hf.get("tie_word_embeddings", False),
+        num_experts=experts if moe else 0,
+        top_k=hf.get("num_experts_per_tok", 0) if moe else 0,
+        expert_intermediate=hf.get("moe_intermediate_size", 0) if moe else 0,
+        moe_layers=frozenset(moe),
+    )
