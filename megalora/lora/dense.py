@@ -1,0 +1,87 @@
+"""LoRA for Megatron's column- and row-parallel linears: attention, dense MLP, lm_head.
+
+Shape legend:
+    S  sequence      B  batch      R  sum of the ranks stacked in A      /t  divided over the tensor-parallel group
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megalora.comm import gather_seq, scatter_seq
+from megalora.lora.factors import LoRAFactors
+
+
+class _AddLowRank(torch.autograd.Function):
+    """``base + h b^T`` written into ``base``'s memory by one GEMM.
+
+    ``base`` is the output of a frozen linear, which saves only its weight for backward, so nothing needs the old value;
+    sharing its version counter makes autograd refuse should that ever change.
+    """
+
+    @staticmethod
+    def forward(ctx, base: Tensor, h: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(h, b)
+        out = base.detach()
+        out.view(-1, out.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), b.t())
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, b = ctx.saved_tensors
+        flat = grads[0].reshape(-1, grads[0].shape[-1])
+        return grads[0], (flat @ b).view_as(h), flat.t() @ h.reshape(-1, h.shape[-1])
+
+
+def add_low_rank(base: Tensor, h: Tensor, b: Tensor) -> Tensor:
+    """``base [..., out] + h [..., R] b [out, R]^T``, in place. ``base`` must not be saved for anyone's backward."""
+    return _AddLowRank.apply(base.contiguous(), h, b)  # pyright: ignore[reportReturnType]
+
+
+class ColumnLoRA(nn.Module):
+    """A column-parallel linear with adapters on its projections.
+
+        tensor   shape on one rank   across TP     gradient across TP
+        A        [R, in]             replicated    partial: each rank saw S/t tokens
+        B        [out/t, R]          dim 0         whole
+        x        [S/t, B, in]        dim 0
+        h        [S/t, B, R]         dim 0, gathered to [S, B, R]: the only thing that moves
+        result   [S, B, out/t]       dim 2
+    """
+
+    def __init__(self, base: nn.Module, factors: LoRAFactors, tp: ProcessGroup, dropout: float) -> None:
+        super().__init__()
+        self.base, self.factors, self.tp, self.dropout = base, factors, tp, dropout
+
+    @property
+    def weight(self) -> Any:  # Megatron reads output_layer.weight when embeddings are tied
+        return self.base.weight
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        out, bias = self.base(x, *args, **kwargs)
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.factors.lora_A)
+        return add_low_rank(out, gather_seq(h, self.tp), self.factors.stacked_b()), bias
+
+
+class RowLoRA(nn.Module):
+    """A row-parallel linear with an adapter.
+
+        tensor   shape on one rank   across TP     gradient across TP
+        A        [R, in/t]           dim 1         whole
+        B        [out, R]            replicated    partial: each rank saw S/t tokens
+        x        [S, B, in/t]        dim 2
+        h        [S, B, R]           a partial sum, reduce-scattered to [S/t, B, R]: the only thing that moves
+        result   [S/t, B, out]       dim 0
+    """
+
+    def __init__(self, base: nn.Module, factors: LoRAFactors, tp: ProcessGroup, dropout: float) -> None:
+        super().__init__()
+        self.base, self.factors, self.tp, self.dropout = base, factors, tp, dropout
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        out, bias = self.base(x, *args, **kwargs)
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.factors.lora_A)
+        return add_low_rank(out, scatter_seq(h, self.tp), self.factors.stacked_b()), bias

@@ -1,0 +1,129 @@
+"""The adapter parameters of one Megatron module, cut for this rank as the table in ``spec.py`` says.
+
+    parameter      dense, on one rank       experts, on one rank            holds
+    lora_A         [R, in(/t)]              [E/ep, R, in(/n)]               the A's of all projections, stacked: R = sum of ranks
+    lora_B.NAME    [out_NAME(/t), r_NAME]   [E/ep, out_NAME(/n), r_NAME]    one B per projection
+
+Each parameter carries what reductions need: ``sum_group`` (the group its gradient must be summed over, or None),
+``allreduce`` (False where its data-parallel group is that of experts) and Megatron's tensor-parallel attributes.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalora.lora.init import initial_a
+from megalora.lora.spec import LAYOUTS, Adapted, FactorName, Projection, tensor_name
+from megalora.model.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One HF adapter tensor as this rank holds it: part of a parameter, or of anything shaped like that parameter."""
+
+    name: str
+    parameter: nn.Parameter
+    index: tuple[Any, ...]
+    split_dim: int | None
+    group: str
+
+    def of(self, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """The 2-D view of ``values[parameter]`` (the parameter's data, its gradient, an optimizer moment)."""
+        return values[self.parameter][self.index]
+
+
+class LoRAFactors(nn.Module):
+    """Parameters, initial values and names; the layers in ``dense.py``, ``router.py`` and ``experts.py`` compute with them."""
+
+    def __init__(
+        self, adapted: list[Adapted], fused: list[Projection], shape: ModelShape, groups: Any,
+        *, seed: int, dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        """``fused``: every projection of the base weight, in row order; ``adapted``: those that get an adapter."""
+        super().__init__()
+        self.adapted, self.seed = adapted, seed
+        kind = adapted[0].projection.kind
+        self.layout, self.is_expert = LAYOUTS[kind], kind.startswith("expert")
+        group = groups.named(self.layout.group)
+        self.group_rank, self.group_size = group.rank(), group.size()
+        self.experts = self._local_experts(adapted[0].num_experts, groups)
+        self.row_groups = max(1, fused[0].row_groups(shape) // self.group_size)
+        self.block_rows = [self._local(p.features(shape)[0], self.layout.split_b) // self.row_groups for p in fused]
+        self.names = [p.name for p in fused]
+        lead = (len(self.experts),) if self.is_expert else ()
+        empty = {"dtype": dtype, "device": device}
+        in_local = self._local(adapted[0].in_features, self.layout.split_a)
+        self.lora_A = nn.Parameter(torch.empty(*lead, sum(a.rank for a in adapted), in_local, **empty))
+        self.lora_B = nn.ParameterDict(
+            {a.name: torch.zeros(*lead, self._local(a.out_features, self.layout.split_b), a.rank, **empty) for a in adapted}
+        )
+        self._mark(self.lora_A, "A", groups)
+        for b in self.lora_B.values():
+            self._mark(b, "B", groups)
+        self.reset_parameters()
+
+    def _local_experts(self, num_experts: int, groups: Any) -> range:
+        if not self.is_expert:
+            return range(0)
+        count = num_experts // groups.ep.size()
+        return range(groups.ep.rank() * count, (groups.ep.rank() + 1) * count)
+
+    def _local(self, size: int, split: int | None) -> int:
+        return size if split is None else size // self.group_size
+
+    def _mark(self, parameter: Any, factor: FactorName, groups: Any) -> None:
+        split = self.layout.split(factor)
+        parameter.sum_group = self.layout.group if split is None and self.group_size > 1 else None
+        parameter.allreduce = not (self.is_expert and groups.experts_reduce_separately)
+        parameter.tensor_model_parallel = split is not None
+        parameter.partition_dim = -1 if split is None else split + int(self.is_expert)
+        parameter.partition_stride = 1
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A from (seed, tensor name), B zero: the same adapter under every layout."""
+        for adapted, rows in self._rows():
+            for at, expert in enumerate(self.experts) if self.is_expert else [(..., None)]:
+                whole = initial_a(self.seed, adapted.hf_module(expert), adapted.rank, adapted.in_features)
+                self.lora_A[at][rows] = self._shard(whole, self.layout.split_a).to(self.lora_A)
+        for b in self.lora_B.values():
+            b.zero_()
+
+    def _shard(self, whole: Tensor, dim: int | None) -> Tensor:
+        return whole if dim is None else whole.chunk(self.group_size, dim)[self.group_rank]
+
+    def _rows(self) -> Iterator[tuple[Adapted, slice]]:
+        start = 0
+        for adapted in self.adapted:
+            yield adapted, slice(start, start + adapted.rank)
+            start += adapted.rank
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every HF adapter tensor of which this rank holds a part, A before B, experts in order."""
+        for adapted, rows in self._rows():
+            for at, expert in enumerate(self.experts) if self.is_expert else [(None, None)]:
+                lead = () if at is None else (at,)
+                module = adapted.hf_module(expert)
+                yield self._piece(module, "A", self.lora_A, (*lead, rows))
+                yield self._piece(module, "B", self.lora_B[adapted.name], lead or (slice(None),))
+
+    def _piece(self, module: str, factor: FactorName, parameter: nn.Parameter, index: tuple[Any, ...]) -> Piece:
+        return Piece(tensor_name(module, factor), parameter, index, self.layout.split(factor), self.layout.group)
+
+    def stacked_b(self) -> Tensor:
+        """``[..., out, R]``: the scaled B's as one block matrix in the base weight's row order; zero where not adapted."""
+        rows_of, total = {adapted.name: (adapted, rows) for adapted, rows in self._rows()}, self.lora_A.shape[-2]
+        lead = self.lora_A.shape[:-2]
+        blocks = []
+        for name, block_rows in zip(self.names, self.block_rows, strict=True):
+            if name not in rows_of:
+                blocks.append(self.lora_A.new_zeros(*lead, self.row_groups, block_rows, total))
+                continue
+            adapted, rows = rows_of[name]
+            b = (self.lora_B[name] * adapted.scale).view(*lead, self.row_groups, block_rows, adapted.rank)
+            blocks.append(F.pad(b, (rows.start, total - rows.stop)))
+        return torch.cat(blocks, dim=-2).flatten(-3, -2)

@@ -1,0 +1,124 @@
+"""Puts adapters into a frozen model, and proves that every expected one is there."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megalora import host
+from megalora.config import LoRAConfig
+from megalora.lora.dense import ColumnLoRA, RowLoRA
+from megalora.lora.experts import ExpertsLoRA
+from megalora.lora.factors import LoRAFactors, Piece
+from megalora.lora.router import RouterLoRA
+from megalora.lora.spec import HEAD, Adapted, layer_projections, tensor_name
+from megalora.model.shape import ModelShape
+from megalora.parallel import Groups
+
+
+def inject(
+    chunks: list[nn.Module], adapted: list[Adapted], shape: ModelShape, lora: LoRAConfig, groups: Groups,
+    *, seed: int, dtype: torch.dtype,
+) -> list[Piece]:  # fmt: skip
+    """Replace every adapted module of this rank's chunks; returns the adapter tensors this rank holds parts of."""
+    wanted: dict[tuple[int | None, str], list[Adapted]] = defaultdict(list)
+    for a in adapted:
+        wanted[a.layer, a.projection.module].append(a)
+    settings = {"seed": seed, "dtype": dtype, "device": host.device()}
+
+    def factors(layer: int | None, module: str) -> LoRAFactors | None:
+        if (layer, module) not in wanted:
+            return None
+        fused = [p for p in (HEAD if layer is None else layer_projections(shape, layer)) if p.module == module]
+        return LoRAFactors(wanted[layer, module], fused, shape, groups, **settings)
+
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:  # pyright: ignore
+            _adapt_layer(layer, layer.layer_number - 1, factors, groups, lora.dropout)
+        if getattr(chunk, "output_layer", None) is not None and (head := factors(None, "output_layer")):
+            chunk.output_layer = ColumnLoRA(chunk.output_layer, head, groups.tp, lora.dropout)  # pyright: ignore
+    found = [m for chunk in chunks for m in chunk.modules() if isinstance(m, LoRAFactors)]
+    return [piece for module in found for piece in module.pieces()]
+
+
+def _adapt_layer(layer: Any, number: int, factors: Any, groups: Groups, dropout: float) -> None:
+    attention, mlp = layer.self_attention, layer.mlp
+    if qkv := factors(number, "self_attention.linear_qkv"):
+        attention.linear_qkv = ColumnLoRA(attention.linear_qkv, qkv, groups.tp, dropout)
+    if proj := factors(number, "self_attention.linear_proj"):
+        attention.linear_proj = RowLoRA(attention.linear_proj, proj, groups.tp, dropout)
+    if fc1 := factors(number, "mlp.linear_fc1"):
+        mlp.linear_fc1 = ColumnLoRA(mlp.linear_fc1, fc1, groups.tp, dropout)
+    if fc2 := factors(number, "mlp.linear_fc2"):
+        mlp.linear_fc2 = RowLoRA(mlp.linear_fc2, fc2, groups.tp, dropout)
+    if router := factors(number, "mlp.router"):
+        mlp.router = RouterLoRA(mlp.router, router, dropout)
+    gate_up, down = factors(number, "mlp.experts.gate_up"), factors(number, "mlp.experts.down")
+    if gate_up or down:
+        mlp.experts = ExpertsLoRA(mlp.experts, gate_up, down, dropout)
+
+
+def check_coverage(adapted: list[Adapted], pieces: list[Piece]) -> None:
+    """Compare what the table demands with what exists over all ranks; raises ``RuntimeError`` that names what differs."""
+    held: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(held, {piece.name for piece in pieces})
+    actual = set().union(*held)
+    expected = {tensor_name(m, factor) for a in adapted for m in a.hf_modules() for factor in ("A", "B")}
+    for problem, names in (("were not adapted", expected - actual), ("should not exist", actual - expected)):
+        if names:
+            raise RuntimeError(f"{len(names)} adapter tensors {problem}: {', '.join(sorted(names)[:5])}")
+
+
+def write_manifest(path: Path, adapted: list[Adapted]) -> None:
+    """Every adapted projection with its tensors counted, layer by layer; written once coverage is proved."""
+    rows = [
+        {
+            "module": a.hf_module("*") if a.num_experts else a.hf_module(), "layer": a.layer, "experts": a.num_experts or None,  # type: ignore
+            "rank": a.rank, "alpha": a.alpha, "scale": a.scale, "A": a.shape("A"), "B": a.shape("B"),
+            "tensors": 2 * len(a.hf_modules()), "parameters": a.num_parameters(),
+        }
+        for a in adapted
+    ]  # fmt: skip
+    total = {"tensors": sum(r["tensors"] for r in rows), "parameters": sum(r["parameters"] for r in rows)}
+    path.write_text(json.dumps({"total": total, "adapted": rows}, indent=1) + "\n")
+
+
+class GradientCheck:
+    """Stops a run in which some group of factors cannot learn.
+
+    B's gradient is non-zero from the first step on; A's once a step has moved B off zero. A group is one projection of
+    one layer, all experts together: single experts may have had no token.
+    """
+
+    def __init__(self, adapted: list[Adapted], pieces: list[Piece]) -> None:
+        self.labels = [f"layer {a.layer} {a.name}" if a.layer is not None else a.name for a in adapted]
+        number = {m: i for i, a in enumerate(adapted) for m in a.hf_modules()}
+        self.pieces = [(number[p.name.split(".", 2)[2].rsplit(".lora_", 1)[0]], p) for p in pieces]
+        self.pending = {"B", "A"}
+
+    def after_backward(self, b_has_moved: bool) -> None:
+        """Look at ``main_grad`` once per factor; collective over the world until both factors have been seen."""
+        for factor in sorted(self.pending & ({"B", "A"} if b_has_moved else {"B"})):
+            alive = torch.zeros(len(self.labels), dtype=torch.int32, device=host.device())
+            for number, piece in self.pieces:
+                if f".lora_{factor}." in piece.name and alive[number] == 0:
+                    alive[number] = int(piece.parameter.main_grad[piece.index].count_nonzero() > 0)  # type: ignore
+            dist.all_reduce(alive, op=dist.ReduceOp.MAX)
+            dead = [label for label, ok in zip(self.labels, alive.tolist(), strict=True) if not ok]
+            if dead:
+                raise RuntimeError(
+                    f"the gradient of {factor} is exactly zero for {len(dead)} of {len(self.labels)} adapted projections "
+                    f"({', '.join(dead[:5])}): they would never train. This is a bug in the model or the layout; please report it."
+                )
+            self.pending.discard(factor)
+
+
+def trainable_summary(adapted: list[Adapted], shape: ModelShape) -> str:
+    """The line PEFT prints."""
+    trainable = sum(a.num_parameters() for a in adapted)
+    total = trainable + shape.num_parameters()
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"

@@ -1,0 +1,29 @@
+"""LoRA for the router of a mixture-of-experts layer."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalora.lora.dense import add_low_rank
+from megalora.lora.factors import LoRAFactors
+
+
+class RouterLoRA(nn.Module):
+    """A top-k router whose logits get a delta before the choice of experts.
+
+        tensor   shape on one rank   across TP     gradient across TP
+        A        [R, H]              replicated    partial: each rank saw S/t tokens
+        B        [E, R]              replicated    partial: each rank saw S/t tokens
+        x        [S/t, B, H]         dim 0
+    """
+
+    def __init__(self, base: Any, factors: LoRAFactors, dropout: float) -> None:
+        super().__init__()
+        self.base, self.factors, self.dropout = base, factors, dropout
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        logits = self.base.gating(x)
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.factors.lora_A)
+        logits = add_low_rank(logits, h.to(logits.dtype), self.factors.stacked_b().to(logits.dtype))
+        return self.base.routing(logits, padding_mask=padding_mask)
