@@ -1,0 +1,5 @@
+"""``python -m megalora`` is the ``megalora`` command."""
+
+from megalora.cli import main
+
+main()

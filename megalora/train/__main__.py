@@ -1,0 +1,25 @@
+"""``torchrun --nproc-per-node N -m megalora.train CONFIG.yaml [section.key=value ...]``"""
+
+import sys
+
+from megalora.cli import guarded
+
+
+def main(arguments: list[str]) -> None:
+    from megalora.config import load_config
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        raise ValueError("usage: torchrun --nproc-per-node N -m megalora.train CONFIG.yaml [section.key=value ...]")
+    config = load_config(arguments[0], arguments[1:])
+    from megalora import host
+
+    config.check_world(host.world_size())
+    host.install()
+    from megalora.train.loop import train
+
+    with host.process_group():
+        train(config)
+
+
+if __name__ == "__main__":
+    guarded(main, sys.argv[1:])

@@ -1,0 +1,165 @@
+"""A checkpoint is a PEFT adapter folder plus ``training_state/``; written whole or not at all.
+
+    step_000050/
+      adapter_config.json  adapter_model.safetensors     loads in PEFT as it is
+      training_state/
+        state.json            step, config, world
+        optimizer.safetensors float32 masters and Adam moments under HF names, whole tensors
+        rng.safetensors       every rank's generators (dropout)
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from megalora import host
+from megalora.bridge.peft import CONFIG, WEIGHTS, gather_tensors, peft_config, read_tensors
+from megalora.config import RunConfig
+from megalora.lora.factors import Piece
+from megalora.lora.spec import Adapted
+from megalora.parallel import Groups
+from megalora.train.optim import STATE_KEYS, load_optimizer_state, optimizer_state
+
+STATE = "training_state"
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def save_checkpoint(
+    run: Path, step: int, config: RunConfig, base: str, adapted: list[Adapted], pieces: list[Piece], optimizer: Any, groups: Groups
+) -> Path:
+    """Write ``run/step_N`` and point ``run/latest`` at it; collective. A failure leaves earlier checkpoints whole."""
+    parameters = _parameters(pieces)
+    weights = gather_tensors(pieces, {p: p.data for p in parameters}, groups)
+    state: dict[str, Tensor] = {}
+    for key, values in optimizer_state(optimizer, parameters, groups).items():
+        state |= {f"{key}.{name}": tensor for name, tensor in (gather_tensors(pieces, values, groups) or {}).items()}
+    generators: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(generators, {name: t.cpu() for name, t in host.rng_state().items()})
+
+    def write(folder: Path) -> None:
+        assert weights is not None
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(peft_config(adapted, base), indent=2) + "\n")
+        (folder / STATE).mkdir()
+        save_file(state, folder / STATE / "optimizer.safetensors")
+        rng = {f"{rank}.{name}": t for rank, states in enumerate(generators) for name, t in states.items()}
+        save_file(rng, folder / STATE / "rng.safetensors")
+        summary = {"step": step, "world_size": dist.get_world_size(), "config": asdict(config)}
+        (folder / STATE / "state.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+    target = run / checkpoint_name(step)
+    _on_first_rank(lambda: write_atomically(target, write), f"could not save {target.name}; earlier checkpoints are whole")
+    _on_first_rank(lambda: _forget_old(run, config.checkpoint.keep), f"saved {target.name}, but could not remove older checkpoints")
+    return target
+
+
+def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a folder beside ``target``, force it to disk, then rename; ``latest`` follows."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    pointer = target.with_name(".latest.tmp")
+    pointer.write_text(target.name + "\n")
+    _sync(pointer)
+    pointer.rename(target.with_name("latest"))
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _on_first_rank(action: Callable[[], None], failure: str) -> None:
+    """Run ``action`` on rank 0; every rank raises ``ValueError`` if it could not write."""
+    outcome: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except (OSError, SafetensorError) as error:
+            outcome = [f"{failure} ({error})"]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0]:
+        raise ValueError(outcome[0])
+
+
+def _forget_old(run: Path, keep: int) -> None:
+    if keep:
+        for folder in sorted(run.glob("step_*"))[:-keep]:
+            shutil.rmtree(folder)
+
+
+def find_checkpoint(config: RunConfig) -> Path | None:
+    """Where to resume from: None for a fresh start; raises ``ValueError`` when a named checkpoint is not one."""
+    resume, run = config.checkpoint.resume, Path(config.checkpoint.dir)
+    if not resume:
+        return None
+    if resume is True:
+        latest = run / "latest"
+        return run / latest.read_text().strip() if latest.is_file() else None
+    folder = Path(resume)
+    if not (folder / STATE / "state.json").is_file():
+        raise ValueError(f"checkpoint.resume={resume} is not a checkpoint: it has no {STATE}/state.json")
+    return folder
+
+
+def load_checkpoint(folder: Path, config: RunConfig, adapted: list[Adapted], pieces: list[Piece], optimizer: Any, groups: Groups) -> int:
+    """Restore adapters, optimizer and generators; returns the number of finished steps."""
+    state = json.loads((folder / STATE / "state.json").read_text())
+    _check_same_run(folder, state["config"], config)
+    written, wanted = json.loads((folder / CONFIG).read_text()), peft_config(adapted, "")
+    for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"):
+        if written[key] != wanted[key]:
+            raise ValueError(f"{folder} was trained with another adapter: {key} is {written[key]} there and {wanted[key]} here")
+    parameters = _parameters(pieces)
+    values = {key: {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters} for key in STATE_KEYS}
+    for key in STATE_KEYS:
+        read_tensors(folder / STATE / "optimizer.safetensors", pieces, values[key], groups, prefix=f"{key}.")
+    load_optimizer_state(optimizer, values, state["step"])
+    with torch.no_grad():
+        read_tensors(folder / WEIGHTS, pieces, {p: p.data for p in parameters}, groups)
+    if state["world_size"] == dist.get_world_size():
+        rng, rank = load_file(folder / STATE / "rng.safetensors"), f"{dist.get_rank()}."
+        host.set_rng_state({name.removeprefix(rank): t for name, t in rng.items() if name.startswith(rank)})
+    return state["step"]
+
+
+def _check_same_run(folder: Path, before: dict[str, Any], config: RunConfig) -> None:
+    """What decides the order of samples must not change in the middle of a run."""
+    now = asdict(config)
+    for section, key in (("data", "train"), ("data", "eval"), ("data", "format"), ("data", "max_length"), ("data", "seed"), ("train", "global_batch_size")):
+        if before[section][key] != now[section][key]:
+            raise ValueError(
+                f"{folder} was trained with {section}.{key}={before[section][key]}, this run has {now[section][key]}: samples would be "
+                "repeated or skipped. Use the same value, or start a new run in another checkpoint.dir."
+            )
+
+
+def _parameters(pieces: list[Piece]) -> list[nn.Parameter]:
+    return list(dict.fromkeys(piece.parameter for piece in pieces))

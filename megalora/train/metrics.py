@@ -1,0 +1,101 @@
+"""What a run shows: a progress bar, metrics.jsonl, TensorBoard, and a loss curve as PNG. First rank only."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megalora.config import LogConfig
+
+
+class Metrics:
+    """Records of one run; every method does nothing where ``active`` is False."""
+
+    def __init__(self, folder: Path, config: LogConfig, num_steps: int, start_step: int, active: bool) -> None:
+        self.folder, self.config, self.active = folder, config, active
+        self.console = Console(quiet=not active, soft_wrap=True)
+        self.progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn(),
+            console=self.console, disable=not (active and config.progress),
+        )  # fmt: skip
+        self.task = self.progress.add_task("training", total=num_steps, completed=start_step, shown="")
+        self.writer: Any = None
+        if active:
+            folder.mkdir(parents=True, exist_ok=True)
+            _forget_after(folder / "metrics.jsonl", start_step)
+            self.file = (folder / "metrics.jsonl").open("a")
+            if config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.last = time.perf_counter()
+
+    def say(self, message: str) -> None:
+        """A line above the progress bar."""
+        self.console.print(message, highlight=False, markup=False)
+
+    def train_step(self, step: int, *, loss: float, lr: float, grad_norm: float, num_tokens: int) -> None:
+        """``num_tokens``: all tokens the step processed, padding left out."""
+        now = time.perf_counter()
+        speed, self.last = num_tokens / (now - self.last), now
+        shown = f"loss {loss:.4f}  lr {lr:.2e}  |grad| {grad_norm:.3f}  {speed:,.0f} tokens/s"
+        self.progress.update(self.task, completed=step, shown=shown)
+        if step % self.config.every == 0:
+            self._write(step, {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed})
+        if self.active and not self.progress.live.is_started and not self.config.progress:
+            self.say(f"step {step}: {shown}")
+
+    def evaluation(self, step: int, loss: float, num_tokens: int) -> None:
+        self.say(f"eval loss {loss:.4f} at step {step} ({num_tokens:,} target tokens)")
+        self._write(step, {"eval_loss": loss})
+        self.last = time.perf_counter()
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if not self.active:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if self.writer:
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Stop the bar, flush everything and draw the loss curve."""
+        self.progress.stop()
+        if not self.active:
+            return
+        self.file.close()
+        if self.writer:
+            self.writer.close()
+        plot_losses(self.folder)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run will do again."""
+    if path.is_file():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept) if step else "")
+
+
+def plot_losses(folder: Path) -> None:
+    """``loss.png`` from ``metrics.jsonl``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, style in (("loss", "-"), ("eval_loss", "o--")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label={"loss": "training", "eval_loss": "evaluation"}[key])
+    axes.set(xlabel="step", ylabel="loss (nats per target token)", title=folder.name)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(folder / "loss.png", dpi=150)
+    plt.close(figure)

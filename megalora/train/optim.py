@@ -1,0 +1,88 @@
+"""Gradient buffers, the sharded optimizer and the learning rate: Megatron's DDP and DistributedOptimizer, on adapters only."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from torch import Tensor, nn
+
+from megalora.bridge.base import quiet
+from megalora.comm import sum_bucket
+from megalora.config import TrainConfig
+from megalora.parallel import Groups, megatron_groups
+
+STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
+"""Float32 master, first and second moment of every adapter parameter."""
+
+
+def wrap_chunks(chunks: list[nn.Module]) -> list[DistributedDataParallel]:
+    """Give every trainable parameter a float32 slice of one gradient buffer; frozen ones get nothing."""
+    config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    with quiet():
+        return [
+            DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=i > 0, pg_collection=megatron_groups())  # type: ignore
+            for i, chunk in enumerate(chunks)
+        ]
+
+
+def build_optimizer(config: TrainConfig, dtype: torch.dtype, chunks: list[DistributedDataParallel]) -> Any:
+    """AdamW (betas 0.9, 0.999, eps 1e-8), its state split over data-parallel ranks."""
+    settings = OptimizerConfig(
+        optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, clip_grad=config.clip_grad,
+        use_distributed_optimizer=True, bf16=dtype == torch.bfloat16, params_dtype=dtype,
+    )  # fmt: skip
+    with quiet():
+        return get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)  # pyright: ignore
+
+
+def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
+    """Of step ``step`` (0-based): linear warm-up from lr / warmup, then the schedule down to zero after the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, num_steps - config.warmup)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.schedule]
+    return config.lr * factor
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """The sharded optimizers inside: one for dense, one for expert parameters; none on a rank without adapters."""
+    return [part for part in optimizer.chained_optimizers if hasattr(part, "model_param_group_index_map")]
+
+
+def optimizer_state(optimizer: Any, parameters: list[nn.Parameter], groups: Groups) -> dict[str, dict[nn.Parameter, Tensor]]:
+    """Masters and moments of this rank's parameters, whole again over data parallelism: key -> parameter -> float32 tensor.
+
+    Each data-parallel rank owns a slice of every flat buffer; the others' slices are added as zeros, which is exact.
+    """
+    state = {key: {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters} for key in STATE_KEYS}
+    for part in _parts(optimizer):
+        for parameter in part.model_param_group_index_map:
+            owned = part._get_model_param_range_map(parameter)["param"]
+            tensors = part._get_main_param_and_optimizer_states(parameter)
+            for key in STATE_KEYS:
+                state[key][parameter].view(-1)[owned.start : owned.end] = tensors[key].detach()
+    for key in STATE_KEYS:
+        for group, allreduce in ((groups.dp, True), (groups.edp, False)):
+            sum_bucket([t for p, t in state[key].items() if p.allreduce is allreduce], group)  # type: ignore
+    return state
+
+
+def load_optimizer_state(optimizer: Any, state: Mapping[str, Mapping[nn.Parameter, Tensor]], step: int) -> None:
+    """The inverse of ``optimizer_state``: every rank takes its slices. ``step`` counts finished optimizer steps."""
+    for part in _parts(optimizer):
+        part._init_optimizer_states_with_dummy_values()
+        for parameter in part.model_param_group_index_map:
+            owned = part._get_model_param_range_map(parameter)["param"]
+            tensors = {key: state[key][parameter].view(-1)[owned.start : owned.end] for key in STATE_KEYS}
+            part._set_main_param_and_optimizer_states(parameter, {**tensors, "step": torch.tensor(float(step))})
+        for group in part.optimizer.param_groups:
+            if "step" in group:  # fused Adams keep the count here
+                group["step"] = step

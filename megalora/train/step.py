@@ -1,0 +1,80 @@
+"""One pass over a global batch: microbatches through Megatron's pipeline schedule, then one reduction of gradients."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megalora import host
+from megalora.comm import sum_bucket
+from megalora.data.loader import Batch
+from megalora.lora.inject import GradientCheck
+from megalora.parallel import Groups
+from megalora.train.loss import loss_sum
+
+
+class Stepper:
+    """Runs global batches through this rank's model chunks; ``train`` leaves reduced gradients behind."""
+
+    def __init__(self, chunks: Sequence[Any], groups: Groups, check: GradientCheck | None = None) -> None:
+        self.chunks, self.groups, self.check = list(chunks), groups, check
+        self.parameters = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+        self.b_has_moved = False
+        config = chunks[0].config
+        config.finalize_model_grads_func = self._finalize
+        config.no_sync_func = None
+
+    def train(self, batches: list[Batch], optimizer: Any) -> tuple[float, int]:
+        """Forward and backward; returns (mean loss, number of target tokens) of the global batch."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        self.chunks[0].config.grad_scale_func = optimizer.scale_loss
+        return self._run(batches, forward_only=False)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
+        """Forward only; the same mean."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._run(batches, forward_only=True)
+
+    def _run(self, batches: list[Batch], forward_only: bool) -> tuple[float, int]:
+        iterators = [iter(batches) for _ in self.chunks]
+        reports = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1],
+            micro_batch_size=batches[0].tokens.shape[0],
+            forward_only=forward_only,
+        )
+        total = torch.zeros(2, dtype=torch.float64, device=host.device())
+        for report in reports:  # only the last stage has any
+            total += report["sum_and_count"]
+        for group in (self.groups.pp, self.groups.dp):
+            dist.all_reduce(total, group=group)
+        loss, count = total.tolist()
+        return loss / max(count, 1), int(count)
+
+    def _finalize(self, model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        """Check, sum replicated factors over the group the table names, then Megatron's data-parallel reduction."""
+        if self.check is not None:
+            self.check.after_backward(self.b_has_moved)
+        for name in ("tp", "etp"):
+            partial_sums = [p.main_grad for p in self.parameters if p.sum_group == name]  # type: ignore
+            sum_bucket(partial_sums, self.groups.named(name))
+        finalize_model_grads(model, num_tokens, **kwargs)
+
+
+def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
+    batch, device = next(batches), host.device()
+    losses = model(batch.tokens.to(device), batch.position_ids.to(device), None, labels=batch.labels.to(device))
+    return losses, partial(loss_sum, loss_mask_BS=batch.loss_mask.to(device))

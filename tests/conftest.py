@@ -1,0 +1,43 @@
+"""Imports everything once, so that ranks forked by ``tests/distributed/ranks.py`` start in milliseconds."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from megalora import host  # noqa: E402
+
+torch.set_num_threads(1)
+host.install()
+
+from megalora.data.arithmetic import write_arithmetic  # noqa: E402
+from megalora.tiny import make_tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-MoE, float32."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "moe")
+
+
+@pytest.fixture(scope="session")
+def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("models") / "dense", arch="qwen3")
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Arithmetic chats of very different lengths, so that microbatches and ranks differ in their number of target tokens."""
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    write_arithmetic(path, 96, seed=0)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["messages"][-1]["content"] += " indeed" * (i % 7)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

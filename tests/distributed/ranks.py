@@ -1,0 +1,31 @@
+"""Run a function on several gloo ranks of this machine. No GPU, no ports, nothing imported twice."""
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """``fn(*args)`` on every rank; what each returned, by rank. A failure on any rank fails the test with its traceback."""
+    with tempfile.TemporaryDirectory() as folder:  # a file store cannot collide the way a port can
+        # fork, not spawn: gloo needs no CUDA, and importing Megatron again in every rank costs 20 s a test.
+        mp.start_processes(_enter, (fn, world_size, folder, args), nprocs=world_size, start_method="fork")
+        return [pickle.loads((Path(folder) / f"{rank}.pkl").read_bytes()) for rank in range(world_size)]
+
+
+def _enter(rank: int, fn: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    try:
+        result = fn(*args)
+        (Path(folder) / f"{rank}.pkl").write_bytes(pickle.dumps(result))
+    finally:
+        dist.destroy_process_group()
