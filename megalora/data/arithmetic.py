@@ -1,0 +1,56 @@
+"""A small chat data set of sums, so that a run can be tried without a download.
+
+``python -m megalora.data.arithmetic OUT --num 2000 --seed 0``
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+_OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+_NUM_OPERANDS = 100
+_NUM_QUESTIONS = len(_OPERATORS) * _NUM_OPERANDS**2
+
+
+def write_arithmetic(path: str | Path, num_samples: int, seed: int) -> None:
+    """Write a JSONL file of different questions on two numbers below 100, and their answers.
+
+    Args:
+        path: the file; its folder is created.
+        num_samples: 1 to 30,000, which are all questions there are.
+        seed: the same seed gives the same file.
+    Raises:
+        ValueError: num_samples is out of range.
+    """
+    if not 1 <= num_samples <= _NUM_QUESTIONS:
+        raise ValueError(f"{num_samples} samples: there are 1 to {_NUM_QUESTIONS} different questions; ask for fewer")
+    lines = []
+    for code in random.Random(seed).sample(range(_NUM_QUESTIONS), num_samples):
+        rest, right = divmod(code, _NUM_OPERANDS)
+        kind, left = divmod(rest, _NUM_OPERANDS)
+        operator, compute = list(_OPERATORS.items())[kind]
+        question = f"{left} {operator} {right}"
+        messages = [
+            {"role": "user", "content": f"What is {question}?"},
+            {"role": "assistant", "content": f"{question} = {compute(left, right)}"},
+        ]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, help="the JSONL file to write")
+    parser.add_argument("--num", type=int, default=2000, help="number of questions (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    args = parser.parse_args()
+    try:
+        write_arithmetic(args.out, args.num, args.seed)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""A file or a data set of the Hugging Face hub -> rows, with an error that says where the file is wrong."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from megalora.data.columns import shown
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Row = dict[str, Any]
+_SLICE = re.compile(r"(?P<name>.*)\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
+_HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def read_rows(source: str) -> list[Row]:
+    """All rows of a source, as dicts from column name to value.
+
+    Args:
+        source: a .jsonl, .json or .parquet file, or a hub data set ``org/name[/config][:split]`` (split ``train``
+            unless said otherwise). May end in a slice, as in ``train.jsonl[:200]`` or ``org/name:test[100:200]``.
+    Raises:
+        ValueError: no such file or data set, unreadable content (with file and line), or no rows.
+    """
+    name, start, stop = source, None, None
+    if source.endswith("]"):
+        if not (match := _SLICE.fullmatch(source)):
+            raise ValueError(f"{source}: the slice at the end is not understood; use [:200], [100:] or [10:20]")
+        name = match["name"]
+        start, stop = (int(bound) if bound else None for bound in match.group("start", "stop"))
+    rows = _read_all(name)
+    if not len(rows):
+        raise ValueError(f"{name}: there are no rows in it")
+    if not (wanted := range(len(rows))[start:stop]):
+        raise ValueError(f"{source}: the slice is empty; {name} has {len(rows)} rows")
+    return rows[start:stop] if isinstance(rows, list) else rows.select(wanted).to_list()
+
+
+def _read_all(name: str) -> "list[Row] | Dataset":
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{name}: this is a folder; name one {', '.join(_SUFFIXES)} file in it")
+    if path.is_file():
+        readers = dict(zip(_SUFFIXES, (_read_jsonl, _read_json, _read_parquet), strict=True))
+        if path.suffix not in readers:
+            raise ValueError(f"{name}: files of type {path.suffix!r} are not read; use {', '.join(_SUFFIXES)}")
+        return readers[path.suffix](path)
+    if path.suffix in _SUFFIXES:
+        raise ValueError(f"{name}: no such file (looked in {path.parent.resolve()}); correct data.train or data.eval")
+    if not (match := _HUB.fullmatch(name)):
+        raise ValueError(
+            f"{name!r} is neither a file nor the name of a hub data set.\n"
+            f"  Use a path ending in {', '.join(_SUFFIXES)}, or org/name, org/name:split, org/name/config:split."
+        )
+    return _read_hub(name, match["name"], match["config"], match["split"] or "train")
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    with path.open("rb") as file:  # bytes: lines end at \n alone, and a bad byte is reported with its line
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}, byte {error.start + 1})") from error
+            if not text:
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno})") from error
+            if type(row) is not dict:
+                raise ValueError(f"{path}:{number}: must be a JSON object, got {shown(row)}")
+            rows.append(row)
+    return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason}, byte {error.start + 1})") from error
+    if isinstance(tree, dict):
+        lists = {key: value for key, value in tree.items() if isinstance(value, list)}
+        if len(lists) != 1:
+            found = ", ".join(lists) or "none"
+            raise ValueError(f"{path}: a JSON object must hold exactly one list, the rows (lists found: {found})")
+        (tree,) = lists.values()
+    if type(tree) is not list:
+        raise ValueError(f"{path}: must be a list of objects, got {type(tree).__name__}")
+    for number, row in enumerate(tree, 1):
+        if type(row) is not dict:
+            raise ValueError(f"{path}: item {number} must be a JSON object, got {shown(row)}")
+    return tree
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not readable as Parquet ({error})") from error
+
+
+def _read_hub(source: str, name: str, config: str | None, split: str) -> "Dataset":
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return cast("Dataset", datasets.load_dataset(name, config, split=split))
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise ValueError(
+            f"{source}: no such file, and the hub data set {name} (config {config or 'default'}, split {split}) "
+            f"could not be loaded:\n  {error}"
+        ) from error

@@ -1,0 +1,254 @@
+"""A tiny random Qwen3 or Qwen3-MoE in Hugging Face format: weights, byte-level BPE tokenizer, chat template.
+
+It stands in for a real checkpoint in the quickstart and in every test: transformers, vLLM and Bridge load it as they
+load Qwen3-30B-A3B. Three things are unlike a real one, so that a mistake is visible:
+  - no two sizes are equal, so a transposed or mixed-up matrix does not fit;
+  - matrices are drawn with std = 1/sqrt(fan_in), so that logits have a spread of 1 (the usual 0.02 would give 0.2), and
+    norm weights are 1 + noise, so that a forgotten one changes the numbers;
+  - the weights, 4 MB, lie in several shards, so that loaders meet an index.
+"""
+
+import copy
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
+from transformers.utils import logging
+
+type _Config = Qwen3Config | Qwen3MoeConfig
+
+_DENSE: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "hidden_size": 96,
+    "intermediate_size": 144,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # the smallest that vLLM's attention kernels take
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+_MOE: dict[str, Any] = _DENSE | {
+    "moe_intermediate_size": 80,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.0,
+}
+_ARCHS: dict[str, tuple[type[_Config], dict[str, Any]]] = {
+    "qwen3_moe": (Qwen3MoeConfig, _MOE),
+    "qwen3": (Qwen3Config, _DENSE),
+}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MARKER = "megalora_tiny.json"  # says that a folder is ours to overwrite, and from which arguments it was made
+
+_PAD, _START, _END = _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {%- if message.role not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception('unknown role ' ~ message.role ~ '; known: system, user, assistant') }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+# Qwen's: words take the space before them, digits stand alone, so that arithmetic is spelled digit by digit.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PROSE = """\
+A language model reads a text from left to right and says, for every place in it, how likely each next token is. The
+model in this folder has never been trained, so what it says is noise. It is still the right thing to test with: if the
+same noise comes out of one process and out of eight, then the work was divided correctly, and if it does not, then some
+weight was forgotten, transposed, or added twice.
+
+In a mixture of experts, a small router looks at each token and sends it to a few of the experts. Every expert is a
+network of its own, with a gate, an up projection and a down projection. The answers come back and are added together,
+each with the weight that the router gave it. An adapter learns a small change of rank r for each of those matrices,
+while the base model stays as it was. When the training is over, the change can be merged, or served beside the base.
+
+Question: What is the sum of these numbers? Answer: Let us think about it step by step. First we add the ones, and then
+we add the tens. You are a helpful assistant. Please write a short function that returns the largest value of a list.
+"""
+
+
+def make_tiny(out: Path, *, arch: str = "qwen3_moe", seed: int = 0, dtype: str = "float32", **overrides: Any) -> Path:
+    """Write a tiny random base model, its tokenizer and its chat template into the folder `out`.
+
+    Args:
+        out: a folder that is new, empty, or was written by this function before.
+        arch: "qwen3_moe", or "qwen3" for the dense one.
+        seed: the same seed gives the same weights; the caller's random state is left as it was.
+        dtype: "float32" or "bfloat16", which holds the float32 weights of the same seed, rounded.
+        overrides: fields of the architecture's transformers config, e.g. num_hidden_layers=2; rope_theta is taken too.
+
+    Returns: out.
+    Raises: ValueError for an unknown arch, dtype or config field, for sizes that do not fit each other, and for a
+        folder that holds anything else.
+    """
+    if arch not in _ARCHS:
+        raise ValueError(f"arch {arch!r} is unknown; choose one of {', '.join(_ARCHS)}.")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(_DTYPES)}.")
+    config = _build_config(arch, overrides)
+    tokenizer = _train_tokenizer(config.vocab_size)
+    model = _build_model(config, seed, _DTYPES[dtype])
+
+    _claim_folder(out, {"arch": arch, "seed": seed, "dtype": dtype, "overrides": overrides})
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    with _no_progress_bar():
+        model.save_pretrained(out, max_shard_size=num_bytes // 3)
+    _add_legacy_names(out / "config.json")
+    _save_tokenizer(tokenizer, out, max_length=config.max_position_embeddings)
+    return out
+
+
+def _build_config(arch: str, overrides: dict[str, Any]) -> _Config:
+    config_class, fields = _ARCHS[arch]
+    # head_dim is no field of Qwen3MoeConfig, though its model reads it; rope_theta is the published files' name.
+    known = {f.name for f in dataclasses.fields(config_class)} | {"head_dim", "rope_theta"}
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)[0]
+            raise ValueError(f"{name!r} is no field of the {arch} config; did you mean {near}?")
+    fields = copy.deepcopy(fields | overrides)  # transformers keeps rope_parameters by reference and fills it in
+    try:
+        if "rope_theta" in fields:
+            fields["rope_parameters"] = fields["rope_parameters"] | {"rope_theta": float(fields.pop("rope_theta"))}
+        ids = {"eos_token_id": fields["vocab_size"] - 1, "pad_token_id": fields["vocab_size"] - len(_SPECIALS)}
+        config = config_class(**(ids | fields))
+        _check_sizes(config)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"these overrides make no {arch} config: {overrides}\n  {error}") from error
+    return config
+
+
+def _check_sizes(config: _Config) -> None:
+    """What transformers accepts here and only fails on in the first forward."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or 0
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}.")
+    head_dim = getattr(config, "head_dim", None)
+    if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim={head_dim!r} must be an even number above 0: rotary embeddings turn pairs.")
+    experts, top_k = getattr(config, "num_experts", 1), getattr(config, "num_experts_per_tok", 1)
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"num_experts_per_tok={top_k} must lie between 1 and num_experts={experts}.")
+    if config.vocab_size < 256 + len(_SPECIALS):
+        raise ValueError(f"vocab_size={config.vocab_size} cannot hold 256 bytes and {len(_SPECIALS)} special tokens.")
+
+
+def _build_model(config: _Config, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    """Draws every parameter in float32 from one generator, in the model's own order, and rounds it to dtype."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # transformers' own initialisation draws numbers too
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():  # a tied lm_head comes once, as the embedding
+            noise = torch.randn(weight.shape, generator=generator, device="cpu")
+            if weight.dim() == 1:
+                weight.copy_(0.1 * noise + (0.0 if name.endswith("bias") else 1.0))
+            elif name.endswith("embed_tokens.weight") and not config.tie_word_embeddings:
+                weight.copy_(noise)  # the residual stream starts at the size of what the layers add to it
+            else:
+                weight.copy_(noise * weight.shape[-1] ** -0.5)  # [out, in], and experts [E, out, in]
+    return model
+
+
+def _train_tokenizer(vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with exactly vocab_size tokens: 256 bytes, merges, fillers if merges run out, three specials."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(_SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_training_text(), trainer)
+    missing = vocab_size - len(_SPECIALS) - tokenizer.get_vocab_size()
+    tokenizer.add_tokens([AddedToken(f"<|unused_{i}|>", normalized=False) for i in range(missing)])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIALS])
+    return tokenizer
+
+
+def _training_text() -> Iterator[str]:
+    """English, sums and code, the same at every call."""
+    yield _PROSE
+    for i in range(60):
+        a, b = 7 * i % 50, 11 * i % 37
+        yield f"{a} + {b} = {a + b}\n{a} * {b} = {a * b}\n"
+        yield f"Question: What is {a} plus {b}? Answer: The sum is {a + b}.\n"
+        yield f"def add_{b}(x: int) -> int:\n    return x + {b}\n\n\nassert add_{b}({a}) == {a + b}\n"
+        yield f"for i in range({a}):\n    if i % {b + 1} == 0:\n        print(i, values[i])\n"
+
+
+def _claim_folder(out: Path, arguments: dict[str, Any]) -> None:
+    """Makes the folder, or accepts one of an earlier call, whose old shards save_pretrained then removes."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder.")
+    if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).is_file():
+        raise ValueError(
+            f"{out} is not empty and was not written by make_tiny (no {_MARKER} in it), so it is not overwritten.\n"
+            "  Name a new folder, or remove this one."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARKER).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _add_legacy_names(path: Path) -> None:
+    """Adds the names that published Qwen3 configs use. transformers 4 reads no others, and falls back to its defaults
+    (128 experts, rope_theta 1e4) without a word; transformers 5 takes both.
+    """
+    config = json.loads(path.read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    if "num_local_experts" in config:
+        config["num_experts"] = config["num_local_experts"]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _save_tokenizer(tokenizer: Tokenizer, out: Path, *, max_length: int) -> None:
+    """Writes the files by hand: transformers 5 would name its class TokenizersBackend, which 4 does not know."""
+    tokenizer.save(str(out / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],  # generate() refuses the default's token_type_ids
+        "model_max_length": max_length,
+        "eos_token": _END,
+        "pad_token": _PAD,
+        "additional_special_tokens": [_START],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": _CHAT_TEMPLATE,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,177 @@
+"""The loss mask, decoded, is exactly what the assistant says in each kind of chat template."""
+
+from itertools import groupby
+
+import numpy as np
+import pytest
+
+from megalora.data.chat import Encoded, encode
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 17 + 25?"},
+    {"role": "assistant", "content": "17 + 25 = 42"},
+    {"role": "user", "content": "And the sum of\n\n42 and 1?"},
+    {"role": "assistant", "content": "It is 43 — \n\n  indeed: 四十三 "},
+]
+LAST = TURNS[-1]["content"]
+
+
+def learned(encoded, tokenizer):
+    """The text of each run of tokens in the loss."""
+    runs, start = [], 0
+    for in_loss, group in groupby(encoded.loss_mask.tolist()):
+        length = len(list(group))
+        if in_loss:
+            runs.append(tokenizer.decode(encoded.input_ids[start : start + length].tolist()))
+        start += length
+    return runs
+
+
+def assistant(content, **keys):
+    return [{"role": "user", "content": "Good morning"}, {"role": "assistant", "content": content, **keys}]
+
+
+EXPECTED = {
+    "chatml": ["17 + 25 = 42<|im_end|>", f"{LAST}<|im_end|>"],
+    "qwen3": ["17 + 25 = 42<|im_end|>", f"<think>\n\n</think>\n\n{LAST}<|im_end|>"],
+    "marked_open": ["17 + 25 = 42<|im_end|>", f"{LAST}<|im_end|>"],
+    "marked_closed": ["17 + 25 = 42<|im_end|>\n", f"{LAST}<|im_end|>\n"],
+}
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+@pytest.mark.parametrize("template", EXPECTED)
+def test_loss_is_on_the_assistant_alone(make_tokenizer, template, trim_offsets):
+    tokenizer = make_tokenizer(template, trim_offsets)
+    encoded = encode(TURNS, tokenizer)
+    assert learned(encoded, tokenizer) == EXPECTED[template]
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert encoded.input_ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encoded.num_target_tokens == encoded.loss_mask.sum() > 0
+    assert (encoded.input_ids.dtype, encoded.loss_mask.dtype) == (np.int32, np.bool_)
+
+
+def test_llama2_template_without_header(make_tokenizer):
+    tokenizer = make_tokenizer("llama2")
+    expected = [" 17 + 25 = 42 <|im_end|>", f" {LAST.strip()} <|im_end|>"]
+    assert learned(encode(TURNS[1:], tokenizer), tokenizer) == expected
+
+
+def test_the_first_turn_is_learned_from_its_content_on(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    messages = [{"role": "assistant", "content": "Good morning to you."}, {"role": "user", "content": "you"}]
+    assert learned(encode(messages, tokenizer), tokenizer) == ["Good morning to you.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("<think>\nforty two\n</think>\n\n42", "<think>\nforty two\n</think>\n\n42<|im_end|>"),
+        ("", "<think>\n\n</think>\n\n<|im_end|>"),
+        ("Good morning", "<think>\n\n</think>\n\nGood morning<|im_end|>"),  # as the user said
+    ],
+)
+def test_qwen3_contents(make_tokenizer, content, expected):
+    tokenizer = make_tokenizer("qwen3")
+    assert learned(encode(assistant(content), tokenizer), tokenizer) == [expected]
+
+
+def test_texts_that_hold_the_sentinel(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    messages = [{"role": "user", "content": "a \ue000 b"}, {"role": "assistant", "content": "\ue001 \ue000"}]
+    assert learned(encode(messages, tokenizer), tokenizer) == ["\ue001 \ue000<|im_end|>"]
+
+
+def test_an_empty_content_whose_line_the_template_leaves_out(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.eos_token = "<|endoftext|>"
+    body = "{{ m.role + '\n' + m.content }}{% if m.content %}{{ '\n' }}{% endif %}{{ '<|im_end|>' }}"
+    tokenizer.chat_template = "{% for m in messages %}" + body + "{% endfor %}"
+    messages = [{"role": "assistant", "content": ""}, *assistant("42")]
+    assert learned(encode(messages, tokenizer), tokenizer)[0] == "<|im_end|>"
+
+
+def test_the_first_token_is_no_target():
+    assert Encoded(np.array([5, 6, 7]), np.array([True, False, True])).num_target_tokens == 1
+
+
+@pytest.mark.parametrize("content", ["", None, "I look it up."])
+def test_tool_calls_are_learned(make_tokenizer, content):
+    tokenizer = make_tokenizer("chatml")
+    messages = [
+        *assistant(content, tool_calls=[{"name": "sum"}]),
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "42"},
+    ]
+    call = f"{content or ''}\n<tool_call>\nsum\n</tool_call><|im_end|>"
+    assert learned(encode(messages, tokenizer), tokenizer) == [call, "42<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", ["qwen3", "marked_open"])
+def test_context_is_not_learned(make_tokenizer, template):
+    tokenizer = make_tokenizer(template)
+    encoded = encode(TURNS, tokenizer, num_context=4)
+    assert learned(encoded, tokenizer) == EXPECTED[template][1:]
+    assert encoded.input_ids.tolist() == encode(TURNS, tokenizer).input_ids.tolist()
+
+
+def test_keys_that_are_none_count_as_absent(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    padded = [{**turn, "name": None, "tool_calls": None} for turn in TURNS]
+    assert encode(padded, tokenizer).input_ids.tolist() == encode(TURNS, tokenizer).input_ids.tolist()
+
+
+USER = {"role": "user", "content": "you"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([USER], r"there is no assistant message to learn \(roles: user\); add one or remove the row"),
+        ([], r"there is no assistant message to learn \(roles: none\)"),
+        ([USER, "hello"], "message 2 must be an object with role and content, got str 'hello'"),
+        ([USER, {"from": "gpt", "value": "x"}], r"message 2 has no 'role' \(its keys: from, value\)"),
+        ([USER, {"role": "bot", "content": "x"}], "message 2 has the unknown role 'bot'; use one of system, developer"),
+        ([{"role": "assistant"}], r"message 1 has no 'content' \(its keys: role\)"),
+        ([{"role": "assistant", "content": None}], "message 1 has no 'content'"),
+        ([USER, {"role": "assistant", "content": [{"text": "x"}]}], "message 2: content must be a string, got list"),
+    ],
+)
+def test_malformed_conversations(make_tokenizer, messages, message):
+    with pytest.raises(ValueError, match=message):
+        encode(messages, make_tokenizer("chatml"))
+
+
+def test_nothing_to_learn_after_the_context(make_tokenizer):
+    with pytest.raises(ValueError, match=r"no assistant message to learn \(roles: user\)"):
+        encode(TURNS[:4], make_tokenizer("chatml"), num_context=3)
+
+
+def test_the_template_refuses(make_tokenizer):
+    with pytest.raises(
+        ValueError, match=r"the chat template refuses these messages \(only user and assistant are supp"
+    ):
+        encode(TURNS, make_tokenizer("llama2"))
+
+
+def test_the_template_drops_the_content(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match="the chat template leaves out the content of message 2"):
+        encode(assistant("42"), tokenizer)
+
+
+def test_no_template(make_tokenizer):
+    with pytest.raises(ValueError, match=r"the tokenizer 'tiny' has no chat template.\n  Use the instruct model's"):
+        encode(TURNS, make_tokenizer(None, name_or_path="tiny"))
+
+
+def test_slow_tokenizer(make_tokenizer):
+    class Slow(type(make_tokenizer())):
+        is_fast = False
+
+    tokenizer = make_tokenizer()
+    tokenizer.__class__ = Slow
+    with pytest.raises(ValueError, match=r"is a slow one.*\n  Save it with a tokenizer.json"):
+        encode(TURNS, tokenizer)

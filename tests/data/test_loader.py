@@ -1,0 +1,230 @@
+"""What a step trains on depends on the seed and the step, never on how ranks divide it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from megalora.data.chat import Encoded, encode
+from megalora.data.loader import (
+    Split,
+    check_batch,
+    collate,
+    eval_micro_batches,
+    global_batch_indices,
+    load_split,
+    micro_batches,
+    order,
+    split_off_eval,
+)
+
+GSM8K = {"prompt": "question", "completion": "answer"}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def questions(*answers):
+    return [{"question": "What is the sum?", "answer": answer} for answer in answers]
+
+
+def sample(ids, mask):
+    return Encoded(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
+
+
+def numbered(count):
+    return Split("x.jsonl", 8, [sample([k, k], [False, True]) for k in range(count)], longest=2)
+
+
+def test_load_split_maps_columns_and_counts(tmp_path, make_tokenizer):
+    tokenizer = make_tokenizer("qwen3")
+    source = write_rows(tmp_path / "train.jsonl", questions("42", "long " * 40, "43, I think"))
+    split = load_split(source, tokenizer, format=GSM8K, max_length=80)
+    kept = [
+        encode([{"role": "user", "content": "What is the sum?"}, {"role": "assistant", "content": answer}], tokenizer)
+        for answer in ("42", "43, I think")
+    ]
+    assert [s.input_ids.tolist() for s in split.samples] == [s.input_ids.tolist() for s in kept]
+    decoded = [tokenizer.decode(s.input_ids[s.loss_mask].tolist()) for s in split.samples]
+    assert decoded == [f"<think>\n\n</think>\n\n{answer}<|im_end|>" for answer in ("42", "43, I think")]
+    assert (split.num_too_long, split.num_no_target) == (1, 0)
+    assert split.longest > 160
+    assert split.num_tokens == sum(len(s.input_ids) for s in kept)
+    assert split.num_target_tokens == sum(int(s.loss_mask.sum()) for s in kept)
+    assert split.summary() == (
+        f"{source}: 2 samples, {split.num_tokens} tokens ({split.num_target_tokens} in the loss); "
+        f"1 longer than data.max_length=80 were left out (longest {split.longest})"
+    )
+
+
+def test_max_length_is_the_longest_that_is_kept(tmp_path, make_tokenizer):
+    source = write_rows(tmp_path / "a.jsonl", questions("42", "42, I think"))
+
+    def load(length):
+        return load_split(source, make_tokenizer(), format=GSM8K, max_length=length)
+
+    longest = load(1000).longest
+    assert (len(load(longest).samples), load(longest).num_too_long) == (2, 0)
+    assert (len(load(longest - 1).samples), load(longest - 1).num_too_long) == (1, 1)
+
+
+def test_samples_without_a_target_are_left_out(tmp_path, make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # an empty answer has no end of turn
+    source = write_rows(tmp_path / "a.jsonl", questions("", "42"))
+    split = load_split(source, tokenizer, format=GSM8K, max_length=99)
+    assert (len(split.samples), split.num_no_target) == (1, 1)
+    assert split.summary().endswith("in the loss); 1 without a token in the loss were left out")
+    source = write_rows(tmp_path / "b.jsonl", questions(""))
+    with pytest.raises(
+        ValueError, match=r"none of the 1 samples is left: 1 without a token .*\n  Look at the rows and at"
+    ):
+        load_split(source, tokenizer, format=GSM8K, max_length=99)
+
+
+def test_summary_of_a_large_split():
+    many = Split("train.jsonl", 512, [sample([1] * 400, [False] * 150 + [True] * 250)] * 3000, 12, 0, 803)
+    assert many.summary() == (
+        "train.jsonl: 3,000 samples, 1.2 M tokens (750,000 in the loss); "
+        "12 longer than data.max_length=512 were left out (longest 803)"
+    )
+
+
+def test_load_split_errors_name_file_and_row(tmp_path, make_tokenizer):
+    tokenizer = make_tokenizer()
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    cases = {
+        r"a.jsonl: row 2: there is no assistant message": [good, {"messages": good["messages"][:1]}],
+        r"a.jsonl: row 3: message 2 has the unknown role 'bot'": [
+            good,
+            good,
+            {"messages": [good["messages"][0], {"role": "bot", "content": "a"}]},
+        ],
+        r"a.jsonl: row 2: column 'messages' must hold a list of messages, got NoneType": [good, {"text": "x"}],
+        r"a.jsonl: data.format=auto looks for a column 'messages'.*there are question, answer": questions("42"),
+    }
+    for message, rows in cases.items():
+        with pytest.raises(ValueError, match=message):
+            load_split(write_rows(tmp_path / "a.jsonl", rows), tokenizer, format="auto", max_length=99)
+    source = write_rows(tmp_path / "a.jsonl", [good])
+    with pytest.raises(ValueError, match=r"a.jsonl: row 1: the tokenizer .* has no chat template"):
+        load_split(source, make_tokenizer(None), format="auto", max_length=99)
+    message = (
+        r"none of the 1 samples is left: 1 longer than data.max_length=3 .*\(longest \d+\).\n  Raise data.max_length"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_split(source, tokenizer, format="auto", max_length=3)
+
+
+@pytest.mark.parametrize(("eval", "num_eval"), [(3, 3), (0.25, 5), (0.001, 1)])
+def test_split_off_eval(eval, num_eval):
+    train, held_out = split_off_eval(numbered(20), eval, seed=7)
+    ids = [[int(s.input_ids[0]) for s in part.samples] for part in (train, held_out)]
+    assert len(ids[1]) == num_eval
+    assert sorted(ids[0] + ids[1]) == list(range(20))
+    assert ids == [sorted(part) for part in ids]
+    again = split_off_eval(numbered(20), eval, seed=7)[1]
+    assert [int(s.input_ids[0]) for s in again.samples] == ids[1]
+    assert (train.source, held_out.source) == ("x.jsonl", "x.jsonl (held out)")
+
+
+def test_split_off_eval_depends_on_the_seed():
+    chosen = {tuple(int(s.input_ids[0]) for s in split_off_eval(numbered(20), 5, seed)[1].samples) for seed in range(8)}
+    assert len(chosen) == 8
+
+
+@pytest.mark.parametrize(
+    ("eval", "message"),
+    [
+        (1.5, r"data.eval=1.5 is neither a count \(integer\) nor a fraction between 0 and 1"),
+        (True, "data.eval=True is neither a count"),
+        (
+            0,
+            r"data.eval=0 would hold out 0 of the 20 samples of x.jsonl.\n  Choose between 1 and 19, or name",
+        ),
+        (20, "data.eval=20 would hold out 20 of the 20 samples"),
+        (0.99, "data.eval=0.99 would hold out 20 of the 20 samples"),
+    ],
+)
+def test_split_off_too_much(eval, message):
+    with pytest.raises(ValueError, match=message):
+        split_off_eval(numbered(20), eval, seed=0)
+
+
+def test_order_is_a_fixed_permutation_per_epoch_and_seed():
+    assert order(6, epoch=0, seed=0).tolist() == [3, 2, 1, 0, 4, 5]  # a resumed run must see this order again
+    orders = [order(100, epoch, seed).tolist() for epoch in range(3) for seed in range(3)]
+    assert all(sorted(o) == list(range(100)) for o in orders)
+    assert len({tuple(o) for o in orders}) == 9
+    with pytest.raises(ValueError, match=r"data.seed must not be negative, got -1"):
+        order(6, epoch=0, seed=-1)
+
+
+@pytest.mark.parametrize("batch", [4, 7, 10, 25])
+def test_global_batches_are_the_epochs_one_after_the_other(batch):
+    num_samples, steps = 10, 12
+    stream = np.concatenate([order(num_samples, epoch, 3) for epoch in range(batch * steps // num_samples + 1)])
+    for step in range(steps):  # 4, 7 and 25 straddle epochs; 25 holds two and a half
+        expected = stream[step * batch : (step + 1) * batch].tolist()
+        assert global_batch_indices(step, batch, num_samples, seed=3).tolist() == expected
+
+
+@pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 3])
+def test_ranks_divide_the_same_global_batch(dp, micro):
+    indices = global_batch_indices(2, 24, 17, seed=5)
+    shares = [micro_batches(indices, micro_batch_size=micro, dp_rank=rank, dp_size=dp) for rank in range(dp)]
+    for k, index in enumerate(indices):  # the rule, position by position
+        assert shares[(k // micro) % dp][k // (micro * dp)][k % micro] == index
+    assert {len(share) for share in shares} == {24 // (micro * dp)}
+    assert sorted(np.concatenate([np.concatenate(s) for s in shares])) == sorted(indices)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            (10, 4, 2),
+            r"global_batch_size=10 is not a multiple of .*= 4 \* 2 = 8.\n  Use train.global_batch_size=8 or 16, or",
+        ),
+        (
+            (2, 1, 4),
+            r"global_batch_size=2 is not a multiple of .*= 1 \* 4 = 4.\n  Use train.global_batch_size=4, or change",
+        ),
+        ((0, 1, 1), "train.global_batch_size must be at least 1, got 0"),
+        ((4, 0, 1), "train.micro_batch_size must be at least 1, got 0"),
+    ],
+)
+def test_check_batch(sizes, message):
+    check_batch(16, 4, 2)
+    with pytest.raises(ValueError, match=message):
+        check_batch(*sizes)
+
+
+def test_collate_shifts_and_pads():
+    samples = [sample([5, 6, 7, 8], [False, False, True, True]), None, sample([9, 3], [True, True])]
+    batch = collate(samples, pad_id=2, multiple_of=4)
+    assert batch.tokens.tolist() == [[5, 6, 7, 2], [2, 2, 2, 2], [9, 2, 2, 2]]
+    assert batch.labels.tolist() == [[6, 7, 8, 0], [0, 0, 0, 0], [3, 0, 0, 0]]
+    assert batch.loss_mask.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3]] * 3
+    dtypes = [t.dtype for t in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)]
+    assert dtypes == [torch.int64, torch.int64, torch.float32, torch.int64]
+    assert collate(samples, pad_id=2).tokens.tolist() == [[5, 6, 7], [2, 2, 2], [9, 2, 2]]
+    assert collate([None], pad_id=2).tokens.tolist() == [[2]]
+    assert collate([None, None], pad_id=2, multiple_of=2).loss_mask.tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize(("num_samples", "micro", "multiple"), [(13, 2, 1), (13, 2, 3), (16, 4, 1), (1, 1, 2)])
+def test_evaluation_sees_every_sample_once_in_lockstep(num_samples, micro, multiple, dp):
+    shares = [eval_micro_batches(num_samples, micro, rank, dp, multiple) for rank in range(dp)]
+    seen = [k for share in shares for batch in share for k in batch]
+    assert sorted(k for k in seen if k is not None) == list(range(num_samples))
+    (num_batches,) = {len(share) for share in shares}
+    assert num_batches % multiple == 0
+    assert {len(batch) for share in shares for batch in share} == {micro}
+    assert (num_batches - multiple) * micro * dp < num_samples  # no round of filler alone

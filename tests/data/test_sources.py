@@ -1,0 +1,113 @@
+"""Rows come out of every kind of source as they went in; what cannot be read is named with its place."""
+
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets.exceptions import DatasetNotFoundError
+
+from megalora.data.sources import read_rows
+
+ROWS = [{"question": f"q{i}", "answer": f"a{i} é\u2028"} for i in range(5)]  # U+2028 ends a line for str.splitlines
+
+
+def write(path, content):
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    return write(tmp_path / "train.jsonl", "\n\n".join(lines) + "\n  \n")
+
+
+def test_jsonl_and_slices(jsonl):
+    assert read_rows(jsonl) == ROWS
+    for text, part in {"[:2]": ROWS[:2], "[3:]": ROWS[3:], "[1:3]": ROWS[1:3], "[-1:]": ROWS[-1:], "[:]": ROWS}.items():
+        assert read_rows(jsonl + text) == part
+
+
+@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: {"version": 1, "data": rows}])
+def test_json(tmp_path, wrap):
+    assert read_rows(write(tmp_path / "a.json", "\ufeff" + json.dumps(wrap(ROWS), indent=1))) == ROWS
+
+
+def test_parquet(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows * 3), tmp_path / "a.parquet")
+    assert read_rows(f"{tmp_path}/a.parquet[1:]") == rows * 2
+
+
+def test_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, *, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_rows("org/name") == ROWS
+    assert read_rows("org/na-me.2/main:test[1:3]") == ROWS[1:3]
+    assert asked == [("org/name", None, "train"), ("org/na-me.2", "main", "test")]
+
+
+def test_hub_failure_keeps_the_reason(monkeypatch):
+    def load_dataset(*_, split):
+        raise DatasetNotFoundError(f"no {split} today")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = (
+        r"org/name: no such file, and the hub data set org/name \(config default, split train\) could not be loaded:"
+    )
+    with pytest.raises(ValueError, match=message + r"\n  no train today"):
+        read_rows("org/name")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            '{"a": 1}\n\n{"a": "b" "c"}\n',
+            r"a.jsonl:3: not valid JSON \(Expecting ',' delimiter, column 11\)$",
+        ),
+        ("a.jsonl", '{"a": 1,\n', r"a.jsonl:1: not valid JSON \(.*, column 9\)$"),
+        ("a.jsonl", "[1, 2]\n", r"a.jsonl:1: must be a JSON object, got list \[1, 2\]"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a.jsonl:2: not UTF-8 \(invalid start byte, byte 8\)"),
+        ("a.jsonl", "\n", r"a.jsonl: there are no rows in it"),
+        ("a.jsonl[7:]", '{"a": 1}\n', r"a.jsonl\[7:\]: the slice is empty; \S*a.jsonl has 1 rows"),
+        ("a.jsonl[:10%]", '{"a": 1}\n', r"a.jsonl\[:10%\]: the slice at the end is not understood; use \[:200\]"),
+        ("a.json", '[{"a": 1},\n 2,]', r"a.json:2: not valid JSON \(.*, column \d+\)"),
+        ("a.json", b'["\xff"]', r"a.json: not UTF-8 \(invalid start byte, byte 3\)"),
+        ("a.json", '[{"a": 1}, 2]', r"a.json: item 2 must be a JSON object, got int 2"),
+        ("a.json", '{"a": [], "b": []}', r"must hold exactly one list, the rows \(lists found: a, b\)"),
+        ("a.json", '{"a": 1}', r"must hold exactly one list, the rows \(lists found: none\)"),
+        ("a.json", "3", r"a.json: must be a list of objects, got int"),
+        ("a.parquet", "no", r"a.parquet: not readable as Parquet \("),
+        ("a.csv", "a,b\n", r"a.csv: files of type '.csv' are not read; use .jsonl, .json, .parquet"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, content, message):
+    write(tmp_path / name.partition("[")[0], content)
+    with pytest.raises(ValueError, match=message):
+        read_rows(str(tmp_path / name))
+
+
+def test_names_of_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"^data/a.jsonl: no such file \(looked in {tmp_path}/data\); correct data.train"
+    ):
+        read_rows("data/a.jsonl[:10]")
+    with pytest.raises(
+        ValueError, match=r"'my data' is neither a file nor the name of a hub data set.\n  Use a path end"
+    ):
+        read_rows("my data")
+    with pytest.raises(ValueError, match=r"this is a folder; name one .jsonl, .json, .parquet file in it"):
+        read_rows(str(tmp_path))
