@@ -28,12 +28,16 @@ def _run(arguments: list[str]) -> None:
     options, rest = _parser().parse_known_args(arguments)
     unknown = [a for a in rest if options.command != "train" or a.startswith("-")]
     if unknown:
-        raise ValueError(f"megalora {options.command}: unknown argument {unknown[0]!r}; see megalora {options.command} --help")
+        raise ValueError(
+            f"megalora {options.command}: unknown argument {unknown[0]!r}; see megalora {options.command} --help"
+        )
     options.action(options, rest)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megalora", description="LoRA for mixture-of-experts models on Megatron-Core.")
+    parser = argparse.ArgumentParser(
+        prog="megalora", description="LoRA for mixture-of-experts models on Megatron-Core."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     tiny = commands.add_parser("tiny", help="make a tiny random base model with tokenizer and chat template")

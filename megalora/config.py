@@ -7,7 +7,8 @@ world size and the model's shape are methods, so that they run before any proces
 
 import difflib
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -64,6 +65,7 @@ class ParallelConfig:
 
     def data_parallel_sizes(self, world_size: int) -> tuple[int, int]:
         """(dp, edp): how often attention and expert parameters are replicated on ``world_size`` ranks."""
+        _require(world_size >= 1, f"a run needs at least 1 rank, got {world_size}")
         sizes = []
         for grid, names in (("attention", ("tp", "pp")), ("expert", ("etp", "ep", "pp"))):
             product = 1
@@ -88,7 +90,7 @@ class LoRAConfig:
     dropout: float = 0.0
     """Probability with which an input of A is zeroed, drawn per rank."""
     target_modules: str | list[str] = "all-linear"
-    """HF names (q_proj ... down_proj, gate, lm_head), fused names as aliases, or all-linear (everything but lm_head)."""
+    """HF names (q_proj ... down_proj, gate, lm_head), fused names as aliases, or all-linear (all but lm_head, gate)."""
     exclude_modules: list[str] = field(default_factory=list)
     """HF names, or regular expressions on full HF module names."""
     layers: list[int] | str | None = None
@@ -104,6 +106,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         for name, rank in {"rank": self.rank, "expert_rank": self.expert_rank, **self.rank_pattern}.items():
             _require(rank is None or rank >= 1, f"lora: {name} must be a rank of at least 1, got {rank}")
+        for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            _require(alpha > 0, f"lora: {name} must be an alpha above 0, got {alpha}")
         _require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
 
 
@@ -220,20 +224,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
+    with _reading(str(path)):
+        tree = OmegaConf.load(path)
+    _require(OmegaConf.is_dict(tree), f"{path}: expected sections (model, data, train, ...), not a list")
     for item in overrides:
-        _require("=" in item, f"override {item!r} is not of the form section.key=value")
-    try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: {error}") from None
-    _require(isinstance(plain, dict), f"{path}: expected sections (model, data, train, ...) at the top level")
-    return _build(RunConfig, plain, where="")
+        _require(item.find("=") > 0, f"override {item!r} is not of the form section.key=value")
+        with _reading(f"override {item!r}"):
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
+    with _reading(str(path)):
+        plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    return _build(RunConfig, plain, where="")  # pyright: ignore[reportArgumentType]
 
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the config, defaults included, as YAML that ``load_config`` reads back equal."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what}: {str(error).partition('\n    object_type')[0]}") from None
 
 
 def _require(condition: bool, message: str) -> None:
@@ -265,17 +278,19 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return value
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for option in options:
-        kind = get_origin(option) or option
-        if option is float and type(value) is int and int not in options:
-            return float(value)
-        if type(value) is kind and all(type(v) in (get_args(option) or (type(v),)) for v in _items(value, option)):
-            return value
-    expected = " or ".join("nothing" if o is types.NoneType else str(getattr(o, "__name__", o)) for o in options)
-    raise ValueError(f"{name} must be {expected}, got {value!r}")
-
-
-def _items(value: Any, option: Any) -> list[Any]:
-    """The elements whose types a container annotation constrains."""
-    if not get_args(option):
-        return []
-    return [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
+        inner = get_args(option)
+        if type(value) is not (get_origin(option) or option):  # exact types: True is no int
+            continue
+        if isinstance(value, dict):
+            return {
+                _convert(k, inner[0], f"a key of {name}"): _convert(v, inner[1], f"{name}.{k}")
+                for k, v in value.items()
+            }
+        return [_convert(v, inner[0], f"{name}[{i}]") for i, v in enumerate(value)] if inner else value
+    if type(value) is int and float in options:
+        return float(value)
+    expected = (
+        "nothing" if option is types.NoneType else option.__name__ if isinstance(option, type) else str(option)
+        for option in options
+    )
+    raise ValueError(f"{name} must be {' or '.join(expected)}, got {value!r}")

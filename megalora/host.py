@@ -7,6 +7,7 @@ nothing by itself.
 
 import contextlib
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -37,16 +38,36 @@ def peak_memory_bytes() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
+def seed_rng(seed: int, rank: int) -> None:
+    """Seed every generator this rank's dropout can draw from, differently from every other rank's.
+
+    Megatron runs the decoder on a generator of its own under sequence parallelism.
+    """
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed + 104_729 * (rank + 1))
+    model_parallel_cuda_manual_seed(seed + 104_729 * (rank + 1), force_reset_rng=True)
+
+
 def rng_state() -> dict[str, torch.Tensor]:
-    """The default generators of this rank: what dropout draws from."""
+    """The state of all of these generators."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
     state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state | {f"tracker.{name}": t for name, t in get_cuda_rng_tracker().get_states().items()}
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(
+        {k.removeprefix("tracker."): t for k, t in state.items() if k.startswith("tracker.")}
+    )
 
 
 @contextlib.contextmanager
@@ -71,7 +92,7 @@ def process_group(timeout_minutes: float = 30) -> Iterator[None]:
 @functools.cache
 def install() -> None:
     """Make Megatron-Core run on this machine. Idempotent; does nothing where there is a GPU."""
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine|nvidia).*")
+    _hush()
     if torch.cuda.is_available():
         return
     _HostDevice().__enter__()
@@ -83,6 +104,22 @@ def install() -> None:
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore
     torch.cuda.synchronize = lambda *args: None
     _install_in_megatron()
+
+
+def _hush() -> None:
+    """Keep off the user's screen what Megatron, Bridge and torch say about parts that are not used or work as meant."""
+    for name in ("megatron", "torch.utils.cpp_extension", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # invalid escapes in Megatron's docstrings
+    for message in (
+        ".*Apex.*",
+        ".*[Tt]ransformer.[Ee]ngine.*",
+        ".*is deprecated. Please use.*",
+        ".*not a leaf Tensor.*",
+        ".*experimental.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _install_in_megatron() -> None:

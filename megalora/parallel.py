@@ -1,11 +1,13 @@
 """Process groups from a ``ParallelConfig``. The only reader of Megatron's ``parallel_state``."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megalora import host
 from megalora.config import ParallelConfig
 
 
@@ -58,14 +60,15 @@ def init_groups(config: ParallelConfig, seed: int = 0) -> Groups:
         expert_tensor_parallel_size=config.etp,
         create_gloo_process_groups=False,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    host.seed_rng(seed, dist.get_rank())
+    state: Any = parallel_state
     return Groups(
-        tp=parallel_state.get_tensor_model_parallel_group(),
-        pp=parallel_state.get_pipeline_model_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(),
-        ep=parallel_state.get_expert_model_parallel_group(),
-        etp=parallel_state.get_expert_tensor_parallel_group(),
-        edp=parallel_state.get_expert_data_parallel_group(),
+        tp=state.get_tensor_model_parallel_group(),
+        pp=state.get_pipeline_model_parallel_group(),
+        dp=state.get_data_parallel_group(),
+        ep=state.get_expert_model_parallel_group(),
+        etp=state.get_expert_tensor_parallel_group(),
+        edp=state.get_expert_data_parallel_group(),
         experts_reduce_separately=config.ep > 1 or config.etp != config.tp,
     )
 

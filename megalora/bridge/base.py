@@ -29,6 +29,9 @@ if importlib.util.find_spec("transformer_engine") is None:
         setattr(_layers, _name, type(_name, (torch.nn.Module,), {}))
     sys.modules.setdefault(_layers.__name__, _layers)
 
+_loud = logging.root.manager.disable
+logging.disable(logging.WARNING)  # importing Bridge logs a traceback for every optional part that is not installed
+
 from megatron.bridge import AutoBridge  # noqa: E402
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry  # noqa: E402
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge  # noqa: E402
@@ -41,6 +44,7 @@ from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge  # noqa:
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from transformers import Qwen3MoeForCausalLM  # noqa: E402
 
+logging.disable(_loud)
 AutoMapping.register_module_type("RMSNorm", "replicated")
 
 
@@ -83,7 +87,7 @@ class FusedExpertsMapping(MegatronParamMapping):
 
 
 # Registered on the class object: under its name as a string the stock bridge still wins.
-@MegatronModelBridge.register_bridge(source=Qwen3MoeForCausalLM, target=GPTModel, model_type="qwen3_moe")
+@MegatronModelBridge.register_bridge(source=Qwen3MoeForCausalLM, target=GPTModel, model_type="qwen3_moe")  # pyright: ignore
 class FusedQwen3MoEBridge(Qwen3MoEBridge):
     """Bridge's Qwen3-MoE with fused experts, and with the dense layers that ``mlp_only_layers`` allows."""
 

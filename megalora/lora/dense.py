@@ -44,12 +44,12 @@ def add_low_rank(base: Tensor, h: Tensor, b: Tensor) -> Tensor:
 class ColumnLoRA(nn.Module):
     """A column-parallel linear with adapters on its projections.
 
-        tensor   shape on one rank   across TP     gradient across TP
-        A        [R, in]             replicated    partial: each rank saw S/t tokens
-        B        [out/t, R]          dim 0         whole
-        x        [S/t, B, in]        dim 0
-        h        [S/t, B, R]         dim 0, gathered to [S, B, R]: the only thing that moves
-        result   [S, B, out/t]       dim 2
+    tensor   shape on one rank   across TP     gradient across TP
+    A        [R, in]             replicated    partial: each rank saw S/t tokens
+    B        [out/t, R]          dim 0         whole
+    x        [S/t, B, in]        dim 0
+    h        [S/t, B, R]         dim 0, gathered to [S, B, R]: the only thing that moves
+    result   [S, B, out/t]       dim 2
     """
 
     def __init__(self, base: nn.Module, factors: LoRAFactors, tp: ProcessGroup, dropout: float) -> None:
@@ -69,12 +69,12 @@ class ColumnLoRA(nn.Module):
 class RowLoRA(nn.Module):
     """A row-parallel linear with an adapter.
 
-        tensor   shape on one rank   across TP     gradient across TP
-        A        [R, in/t]           dim 1         whole
-        B        [out, R]            replicated    partial: each rank saw S/t tokens
-        x        [S, B, in/t]        dim 2
-        h        [S, B, R]           a partial sum, reduce-scattered to [S/t, B, R]: the only thing that moves
-        result   [S/t, B, out]       dim 0
+    tensor   shape on one rank   across TP     gradient across TP
+    A        [R, in/t]           dim 1         whole
+    B        [out, R]            replicated    partial: each rank saw S/t tokens
+    x        [S, B, in/t]        dim 2
+    h        [S, B, R]           a partial sum, reduce-scattered to [S/t, B, R]: the only thing that moves
+    result   [S/t, B, out]       dim 0
     """
 
     def __init__(self, base: nn.Module, factors: LoRAFactors, tp: ProcessGroup, dropout: float) -> None:

@@ -59,7 +59,10 @@ class LoRAFactors(nn.Module):
         in_local = self._local(adapted[0].in_features, self.layout.split_a)
         self.lora_A = nn.Parameter(torch.empty(*lead, sum(a.rank for a in adapted), in_local, **empty))
         self.lora_B = nn.ParameterDict(
-            {a.name: torch.zeros(*lead, self._local(a.out_features, self.layout.split_b), a.rank, **empty) for a in adapted}
+            {
+                a.name: torch.zeros(*lead, self._local(a.out_features, self.layout.split_b), a.rank, **empty)
+                for a in adapted
+            }
         )
         self._mark(self.lora_A, "A", groups)
         for b in self.lora_B.values():

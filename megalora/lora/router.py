@@ -12,10 +12,10 @@ from megalora.lora.factors import LoRAFactors
 class RouterLoRA(nn.Module):
     """A top-k router whose logits get a delta before the choice of experts.
 
-        tensor   shape on one rank   across TP     gradient across TP
-        A        [R, H]              replicated    partial: each rank saw S/t tokens
-        B        [E, R]              replicated    partial: each rank saw S/t tokens
-        x        [S/t, B, H]         dim 0
+    tensor   shape on one rank   across TP     gradient across TP
+    A        [R, H]              replicated    partial: each rank saw S/t tokens
+    B        [E, R]              replicated    partial: each rank saw S/t tokens
+    x        [S/t, B, H]         dim 0
     """
 
     def __init__(self, base: Any, factors: LoRAFactors, dropout: float) -> None:

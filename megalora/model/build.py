@@ -33,8 +33,8 @@ def local_folder(path: str, groups: Groups | None = None) -> Path:
 def build_model(config: ModelConfig, parallel: ParallelConfig, shape: ModelShape, folder: Path) -> list[nn.Module]:
     """The model chunks of this rank (``parallel.vpp`` of them), weights loaded, every parameter frozen."""
     bridge = open_base(folder)
-    provider = configure(bridge.to_megatron_provider(load_weights=False), config, parallel, shape)
     with quiet():
+        provider = configure(bridge.to_megatron_provider(load_weights=False), config, parallel, shape)
         provider.finalize()
         stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
         chunks = [provider.provide(vp_stage=stage) for stage in stages]

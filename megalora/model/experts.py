@@ -20,16 +20,17 @@ def grouped_linear(x_MK: Tensor, weight_ENK: Tensor, offsets_E: Tensor, delta: L
     """``x W_e^T``, plus the delta where there is one; rows belong to experts as ``offsets_E`` (row ends, int32) says."""
     if delta is None:
         return grouped_lora(x_MK, weight_ENK, offsets_E)
-    return grouped_lora(x_MK, weight_ENK, offsets_E, delta.a, delta.b)
+    dropped = F.dropout(x_MK, delta.dropout) if delta.dropout else None
+    return grouped_lora(x_MK, weight_ENK, offsets_E, delta.a, delta.b, x_lora_MK=dropped)
 
 
 class FusedExperts(MegatronModule):
     """This rank's experts; takes and returns what Megatron's token dispatcher hands out and expects.
 
-        tensor      shape on one rank     split
-        gate_up     [E/ep, 2I/etp, H]     dim 0 over EP; gate rows first, then up rows, each over ETP
-        down        [E/ep, H, I/etp]      dim 0 over EP, dim 2 over ETP
-        output      [M, H]                under ETP a partial sum, which the dispatcher reduces
+    tensor      shape on one rank     split
+    gate_up     [E/ep, 2I/etp, H]     dim 0 over EP; gate rows first, then up rows, each over ETP
+    down        [E/ep, H, I/etp]      dim 0 over EP, dim 2 over ETP
+    output      [M, H]                under ETP a partial sum, which the dispatcher reduces
     """
 
     def __init__(self, num_local_experts: int, config: Any, *, pg_collection: Any, name: str | None = None) -> None:

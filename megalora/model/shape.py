@@ -8,6 +8,11 @@ from typing import Any
 from megalora.config import ParallelConfig
 
 SUPPORTED = ("qwen3_moe", "qwen3")
+_SIZES = (
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size", "vocab_size",
+)  # fmt: skip
+_SIZES_OF = {"qwen3_moe": ("num_experts", "num_experts_per_tok", "moe_intermediate_size"), "qwen3": ("head_dim",)}
+"""Must stand in config.json: transformers would fill in its own defaults, which are no model's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +57,14 @@ class ModelShape:
         if len(self.moe_layers) < self.num_layers:
             sizes.append(("tp", p.tp, "dense MLP features", self.intermediate))
         if self.moe_layers:
-            sizes += [("ep", p.ep, "experts", self.num_experts), ("etp", p.etp, "features per expert", self.expert_intermediate)]
+            sizes += [
+                ("ep", p.ep, "experts", self.num_experts),
+                ("etp", p.etp, "features per expert", self.expert_intermediate),
+            ]
         elif p.ep > 1 or p.etp > 1:
-            raise ValueError(f"parallel.ep={p.ep}, parallel.etp={p.etp}: this model ({self.model_type}) has no experts; set both to 1")
+            raise ValueError(
+                f"parallel.ep={p.ep}, parallel.etp={p.etp}: this model ({self.model_type}) has no experts; set both to 1"
+            )
         for name, size, what, total in sizes:
             if total % size:
                 divisors = ", ".join(str(d) for d in range(1, total + 1) if total % d == 0 and d <= 1024)
@@ -68,7 +78,20 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    return json.loads(path.read_text())
+    return read_json_object(path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; ``ValueError`` names the file and the place."""
+    try:
+        content = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason}, byte {error.start + 1})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
+    return content
 
 
 def model_shape(hf: dict[str, Any]) -> ModelShape:
@@ -76,7 +99,11 @@ def model_shape(hf: dict[str, Any]) -> ModelShape:
     kind = hf.get("model_type", "nothing")
     if kind not in SUPPORTED:
         raise ValueError(f"model_type {kind!r} is not supported; megalora knows {', '.join(SUPPORTED)}")
-    num_layers, experts = hf["num_hidden_layers"], hf.get("num_experts", hf.get("num_local_experts", 0)) or 0
+    hf = {"num_experts": hf["num_local_experts"], **hf} if "num_local_experts" in hf else hf
+    missing = [name for name in (*_SIZES, *_SIZES_OF[kind]) if name not in hf]
+    if missing:
+        raise ValueError(f"config.json of a {kind} model must have {', '.join(missing)}")
+    num_layers, experts = hf["num_hidden_layers"], hf.get("num_experts") or 0
     step, dense = hf.get("decoder_sparse_step", 1) or 1, set(hf.get("mlp_only_layers") or [])
     moe = {i for i in range(num_layers) if i not in dense and (i + 1) % step == 0} if experts else set()
     heads = hf["num_attention_heads"]

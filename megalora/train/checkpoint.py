@@ -1,11 +1,11 @@
 """A checkpoint is a PEFT adapter folder plus ``training_state/``; written whole or not at all.
 
-    step_000050/
-      adapter_config.json  adapter_model.safetensors     loads in PEFT as it is
-      training_state/
-        state.json            step, config, world
-        optimizer.safetensors float32 masters and Adam moments under HF names, whole tensors
-        rng.safetensors       every rank's generators (dropout)
+step_000050/
+  adapter_config.json  adapter_model.safetensors     loads in PEFT as it is
+  training_state/
+    state.json            step, config, world
+    optimizer.safetensors float32 masters and Adam moments under HF names, whole tensors
+    rng.safetensors       every rank's generators (dropout)
 """
 
 import json
@@ -20,28 +20,30 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalora import host
-from megalora.bridge.peft import CONFIG, WEIGHTS, gather_tensors, peft_config, read_tensors
+from megalora.bridge.peft import gather_tensors, read_tensors, write_adapter
 from megalora.config import RunConfig
-from megalora.lora.factors import Piece
-from megalora.lora.spec import Adapted
-from megalora.parallel import Groups
 from megalora.train.optim import STATE_KEYS, load_optimizer_state, optimizer_state
+from megalora.train.setup import AdaptedModel
 
 STATE = "training_state"
+SAME_RUN = (
+    "data.train", "data.eval", "data.format", "data.max_length", "data.seed", "train.global_batch_size",
+    "lora.rank", "lora.alpha", "lora.target_modules", "lora.exclude_modules", "lora.layers", "lora.rank_pattern",
+    "lora.alpha_pattern", "lora.expert_rank", "lora.use_rslora",
+)  # fmt: skip
+"""What decides the order of samples, and what is trained: it must not change in the middle of a run."""
 
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def save_checkpoint(
-    run: Path, step: int, config: RunConfig, base: str, adapted: list[Adapted], pieces: list[Piece], optimizer: Any, groups: Groups
-) -> Path:
-    """Write ``run/step_N`` and point ``run/latest`` at it; collective. A failure leaves earlier checkpoints whole."""
-    parameters = _parameters(pieces)
+def save_checkpoint(step: int, config: RunConfig, model: AdaptedModel, optimizer: Any) -> Path:
+    """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves earlier checkpoints whole."""
+    parameters, pieces, groups = model.parameters, model.pieces, model.groups
     weights = gather_tensors(pieces, {p: p.data for p in parameters}, groups)
     state: dict[str, Tensor] = {}
     for key, values in optimizer_state(optimizer, parameters, groups).items():
@@ -51,8 +53,7 @@ def save_checkpoint(
 
     def write(folder: Path) -> None:
         assert weights is not None
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(peft_config(adapted, base), indent=2) + "\n")
+        write_adapter(folder, model.adapted, model.shape, weights, config.model.path)
         (folder / STATE).mkdir()
         save_file(state, folder / STATE / "optimizer.safetensors")
         rng = {f"{rank}.{name}": t for rank, states in enumerate(generators) for name, t in states.items()}
@@ -60,9 +61,14 @@ def save_checkpoint(
         summary = {"step": step, "world_size": dist.get_world_size(), "config": asdict(config)}
         (folder / STATE / "state.json").write_text(json.dumps(summary, indent=1) + "\n")
 
+    run = Path(config.checkpoint.dir)
     target = run / checkpoint_name(step)
-    _on_first_rank(lambda: write_atomically(target, write), f"could not save {target.name}; earlier checkpoints are whole")
-    _on_first_rank(lambda: _forget_old(run, config.checkpoint.keep), f"saved {target.name}, but could not remove older checkpoints")
+    _on_first_rank(
+        lambda: write_atomically(target, write), f"could not save {target.name}; earlier checkpoints are whole"
+    )
+    _on_first_rank(
+        lambda: _forget_old(run, config.checkpoint.keep), f"saved {target.name}, but could not remove older checkpoints"
+    )
     return target
 
 
@@ -129,21 +135,25 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     return folder
 
 
-def load_checkpoint(folder: Path, config: RunConfig, adapted: list[Adapted], pieces: list[Piece], optimizer: Any, groups: Groups) -> int:
-    """Restore adapters, optimizer and generators; returns the number of finished steps."""
+def load_checkpoint(folder: Path, config: RunConfig, model: AdaptedModel, optimizer: Any) -> int:
+    """Restore adapters, optimizer and generators; returns the number of finished steps.
+
+    Adapters come from the float32 masters, as after an optimizer step: the adapter files are in export form.
+    """
     state = json.loads((folder / STATE / "state.json").read_text())
     _check_same_run(folder, state["config"], config)
-    written, wanted = json.loads((folder / CONFIG).read_text()), peft_config(adapted, "")
-    for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"):
-        if written[key] != wanted[key]:
-            raise ValueError(f"{folder} was trained with another adapter: {key} is {written[key]} there and {wanted[key]} here")
-    parameters = _parameters(pieces)
-    values = {key: {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters} for key in STATE_KEYS}
+    parameters = model.parameters
+    values = {
+        key: {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters} for key in STATE_KEYS
+    }
     for key in STATE_KEYS:
-        read_tensors(folder / STATE / "optimizer.safetensors", pieces, values[key], groups, prefix=f"{key}.")
+        read_tensors(
+            folder / STATE / "optimizer.safetensors", model.pieces, values[key], model.groups, prefix=f"{key}."
+        )
     load_optimizer_state(optimizer, values, state["step"])
     with torch.no_grad():
-        read_tensors(folder / WEIGHTS, pieces, {p: p.data for p in parameters}, groups)
+        for parameter, master in values["param"].items():
+            parameter.copy_(master)
     if state["world_size"] == dist.get_world_size():
         rng, rank = load_file(folder / STATE / "rng.safetensors"), f"{dist.get_rank()}."
         host.set_rng_state({name.removeprefix(rank): t for name, t in rng.items() if name.startswith(rank)})
@@ -151,15 +161,11 @@ def load_checkpoint(folder: Path, config: RunConfig, adapted: list[Adapted], pie
 
 
 def _check_same_run(folder: Path, before: dict[str, Any], config: RunConfig) -> None:
-    """What decides the order of samples must not change in the middle of a run."""
     now = asdict(config)
-    for section, key in (("data", "train"), ("data", "eval"), ("data", "format"), ("data", "max_length"), ("data", "seed"), ("train", "global_batch_size")):
+    for name in SAME_RUN:
+        section, key = name.split(".")
         if before[section][key] != now[section][key]:
             raise ValueError(
-                f"{folder} was trained with {section}.{key}={before[section][key]}, this run has {now[section][key]}: samples would be "
-                "repeated or skipped. Use the same value, or start a new run in another checkpoint.dir."
+                f"{folder} was trained with {name}={before[section][key]}, this run has {now[section][key]}. Use the same value, "
+                "or start a new run in another checkpoint.dir."
             )
-
-
-def _parameters(pieces: list[Piece]) -> list[nn.Parameter]:
-    return list(dict.fromkeys(piece.parameter for piece in pieces))

@@ -3,17 +3,14 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megalora import host
-from megalora.bridge.peft import read_tensors
 from megalora.config import RunConfig, save_config
 from megalora.data.loader import (
     Batch,
@@ -25,28 +22,17 @@ from megalora.data.loader import (
     micro_batches,
     split_off_eval,
 )
-from megalora.lora.factors import Piece
-from megalora.lora.inject import GradientCheck, check_coverage, inject, trainable_summary, write_manifest
+from megalora.lora.inject import GradientCheck, trainable_summary, write_manifest
 from megalora.lora.spec import Adapted, resolve
-from megalora.model.build import build_model, local_folder
+from megalora.model.build import local_folder
 from megalora.model.recompute import apply_recompute
 from megalora.model.shape import ModelShape, model_shape, read_hf_config
-from megalora.parallel import Groups, destroy_groups, init_groups
+from megalora.parallel import Groups
 from megalora.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from megalora.train.metrics import Metrics
 from megalora.train.optim import build_optimizer, learning_rate, set_learning_rate, wrap_chunks
+from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
 from megalora.train.step import Stepper
-
-
-@dataclass
-class AdaptedModel:
-    """A base model with adapters on this rank, before any optimizer."""
-
-    chunks: list[nn.Module]
-    adapted: list[Adapted]
-    pieces: list[Piece]
-    shape: ModelShape
-    groups: Groups
 
 
 def train(config: RunConfig) -> Path:
@@ -56,8 +42,11 @@ def train(config: RunConfig) -> Path:
     shape, adapted = plan(config, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     splits = load_data(config, tokenizer)
-    with parallel_groups(config) as groups:
-        model = build_adapted(config, folder, shape, adapted, groups)
+    with parallel_groups(config.parallel, config.train.seed) as groups:
+        model = build_adapted(
+            folder, shape, adapted, groups,
+            model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
+        )  # fmt: skip
         apply_recompute(model.chunks, config.train.recompute)
         return _run(config, model, Batches(config, tokenizer, groups), *splits, resume_from)
 
@@ -75,42 +64,27 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Sp
     whole = load_split(data.train, tokenizer, **how)
     if data.eval is None:
         return whole, None
-    return (whole, load_split(data.eval, tokenizer, **how)) if isinstance(data.eval, str) else split_off_eval(whole, data.eval, data.seed)
-
-
-@contextmanager
-def parallel_groups(config: RunConfig) -> Iterator[Groups]:
-    try:
-        yield init_groups(config.parallel, config.train.seed)
-    finally:
-        destroy_groups()
-
-
-def build_adapted(config: RunConfig, folder: Path, shape: ModelShape, adapted: list[Adapted], groups: Groups) -> AdaptedModel:
-    """Load the base for this rank, put the adapters in, and prove that all are there."""
-    chunks = build_model(config.model, config.parallel, shape, folder)
-    dtype = getattr(torch, config.model.dtype)
-    pieces = inject(chunks, adapted, shape, config.lora, groups, seed=config.train.seed, dtype=dtype)
-    check_coverage(adapted, pieces)
-    return AdaptedModel(chunks, adapted, pieces, shape, groups)
-
-
-def load_adapter(model: AdaptedModel, weights: Path) -> None:
-    """Fill the adapters from a PEFT safetensors file."""
-    with torch.no_grad():
-        read_tensors(weights, model.pieces, {p.parameter: p.parameter.data for p in model.pieces}, model.groups)
+    return (
+        (whole, load_split(data.eval, tokenizer, **how))
+        if isinstance(data.eval, str)
+        else split_off_eval(whole, data.eval, data.seed)
+    )
 
 
 def _run(
-    config: RunConfig, model: AdaptedModel, batches: "Batches", train_split: Split, eval_split: Split | None, resume_from: Path | None
+    config: RunConfig,
+    model: AdaptedModel,
+    batches: "Batches",
+    train_split: Split,
+    eval_split: Split | None,
+    resume_from: Path | None,
 ) -> Path:
     options, groups, run = config.train, model.groups, Path(config.checkpoint.dir)
     chunks = wrap_chunks(model.chunks)
     optimizer = build_optimizer(options, getattr(torch, config.model.dtype), chunks)
     stepper = Stepper(chunks, groups, GradientCheck(model.adapted, model.pieces))
     num_steps = options.steps or round(options.epochs * len(train_split.samples) / options.global_batch_size)  # type: ignore
-    torch.manual_seed(options.seed + 1 + dist.get_rank())  # dropout differs between ranks
-    step = load_checkpoint(resume_from, config, model.adapted, model.pieces, optimizer, groups) if resume_from else 0
+    step = load_checkpoint(resume_from, config, model, optimizer) if resume_from else 0
     first = dist.get_rank() == 0
     metrics = Metrics(run, config.log, num_steps, step, active=first)
     if first:
@@ -119,7 +93,7 @@ def _run(
     metrics.say(_opening(config, model, train_split, eval_split, resume_from))
 
     def save() -> Path:
-        return save_checkpoint(run, step, config, config.model.path, model.adapted, model.pieces, optimizer, groups)
+        return save_checkpoint(step, config, model, optimizer)
 
     def evaluate() -> None:
         if eval_split:
@@ -157,22 +131,33 @@ class Batches:
     """This data-parallel rank's microbatches of any step, and of an evaluation."""
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, groups: Groups) -> None:
-        self.config, self.dp_rank, self.dp_size, self.tp_size = config, groups.dp.rank(), groups.dp.size(), groups.tp.size()
+        self.config, self.dp_rank, self.dp_size, self.tp_size = (
+            config,
+            groups.dp.rank(),
+            groups.dp.size(),
+            groups.tp.size(),
+        )
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.pad_id = pad if isinstance(pad, int) else 0
 
     def _indices(self, step: int, split: Split) -> Any:
-        return global_batch_indices(step, self.config.train.global_batch_size, len(split.samples), self.config.data.seed)
+        return global_batch_indices(
+            step, self.config.train.global_batch_size, len(split.samples), self.config.data.seed
+        )
 
     def of_step(self, step: int, split: Split) -> list[Batch]:
         size = self.config.train.micro_batch_size
-        mine = micro_batches(self._indices(step, split), micro_batch_size=size, dp_rank=self.dp_rank, dp_size=self.dp_size)
+        mine = micro_batches(
+            self._indices(step, split), micro_batch_size=size, dp_rank=self.dp_rank, dp_size=self.dp_size
+        )
         return self._collate([[split.samples[i] for i in indices] for indices in mine])
 
     def of_eval(self, split: Split) -> list[Batch]:
         """Every sample once over all ranks, empty fillers where the count does not divide."""
         size, p = self.config.train.micro_batch_size, self.config.parallel
-        mine = eval_micro_batches(len(split.samples), size, self.dp_rank, self.dp_size, multiple=p.pp if p.vpp > 1 else 1)
+        mine = eval_micro_batches(
+            len(split.samples), size, self.dp_rank, self.dp_size, multiple=p.pp if p.vpp > 1 else 1
+        )
         return self._collate([[None if i is None else split.samples[i] for i in indices] for indices in mine])
 
     def num_tokens(self, step: int, split: Split) -> int:
@@ -189,7 +174,9 @@ class Batches:
         return [collate(samples, **{**how, "multiple_of": longest}) for samples in groups_of_samples]
 
 
-def _opening(config: RunConfig, model: AdaptedModel, train_split: Split, eval_split: Split | None, resume_from: Path | None) -> str:
+def _opening(
+    config: RunConfig, model: AdaptedModel, train_split: Split, eval_split: Split | None, resume_from: Path | None
+) -> str:
     p, world = config.parallel, dist.get_world_size()
     dp, edp = p.data_parallel_sizes(world)
     lines = [

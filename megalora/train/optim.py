@@ -18,12 +18,14 @@ STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
 """Float32 master, first and second moment of every adapter parameter."""
 
 
-def wrap_chunks(chunks: list[nn.Module]) -> list[DistributedDataParallel]:
+def wrap_chunks(chunks: list[Any]) -> list[DistributedDataParallel]:
     """Give every trainable parameter a float32 slice of one gradient buffer; frozen ones get nothing."""
     config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     with quiet():
         return [
-            DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=i > 0, pg_collection=megatron_groups())  # type: ignore
+            DistributedDataParallel(
+                chunk.config, config, chunk, disable_bucketing=i > 0, pg_collection=megatron_groups()
+            )  # type: ignore
             for i, chunk in enumerate(chunks)
         ]
 
@@ -57,12 +59,16 @@ def _parts(optimizer: Any) -> list[Any]:
     return [part for part in optimizer.chained_optimizers if hasattr(part, "model_param_group_index_map")]
 
 
-def optimizer_state(optimizer: Any, parameters: list[nn.Parameter], groups: Groups) -> dict[str, dict[nn.Parameter, Tensor]]:
+def optimizer_state(
+    optimizer: Any, parameters: list[nn.Parameter], groups: Groups
+) -> dict[str, dict[nn.Parameter, Tensor]]:
     """Masters and moments of this rank's parameters, whole again over data parallelism: key -> parameter -> float32 tensor.
 
     Each data-parallel rank owns a slice of every flat buffer; the others' slices are added as zeros, which is exact.
     """
-    state = {key: {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters} for key in STATE_KEYS}
+    state = {
+        key: {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters} for key in STATE_KEYS
+    }
     for part in _parts(optimizer):
         for parameter in part.model_param_group_index_map:
             owned = part._get_model_param_range_map(parameter)["param"]
@@ -75,6 +81,7 @@ def optimizer_state(optimizer: Any, parameters: list[nn.Parameter], groups: Grou
     return state
 
 
+@torch.no_grad()
 def load_optimizer_state(optimizer: Any, state: Mapping[str, Mapping[nn.Parameter, Tensor]], step: int) -> None:
     """The inverse of ``optimizer_state``: every rank takes its slices. ``step`` counts finished optimizer steps."""
     for part in _parts(optimizer):

@@ -1,0 +1,52 @@
+# Two commands on a machine that has only Python, pip, git and make:  make quickstart   and   make test
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+export OMP_NUM_THREADS ?= 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+# uv from the PATH if there is one, else fetched from the package index into .tools.
+UV := $(or $(shell command -v uv),.tools/bin/uv)
+READY := $(VENV)/.ready
+
+.PHONY: help setup quickstart test check format lock clean
+
+help:  ## This list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## The environment in .venv: Python 3.12 and requirements.lock
+
+.tools/bin/uv:
+	@echo "fetching uv"
+	@python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --target .tools uv
+
+$(READY): requirements.lock pyproject.toml kernels/pyproject.toml | $(filter .tools/%,$(UV))
+	@echo "installing $$(grep -c == requirements.lock) packages into $(VENV)"
+	@$(UV) venv --quiet --allow-existing --python 3.12 $(VENV)
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -r requirements.lock
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e kernels -e .
+	@touch $@
+
+quickstart: $(READY)  ## Fine-tune a tiny Qwen3-MoE on two ranks (EP=2) and verify the adapter with stock PEFT
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
+
+test: $(READY)  ## Every test that needs no GPU
+	@$(BIN)/pytest -q tests
+
+check: $(READY)  ## Format, lint, types and tests: what CI runs
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+	@$(MAKE) --no-print-directory test
+
+format: $(READY)  ## Rewrite the code as ruff wants it
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+lock: | $(filter .tools/%,$(UV))  ## Resolve pyproject.toml anew into requirements.lock
+	@$(UV) pip compile --quiet --no-header --no-annotate --group dev --no-emit-package megalora-kernels \
+		-o requirements.lock pyproject.toml
+
+clean:  ## Remove environment, runs and caches
+	@rm -rf $(VENV) .tools runs build *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

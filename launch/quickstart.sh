@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The whole path on one machine without a GPU: base model, data, LoRA over two ranks, adapter, proof. `make quickstart` calls it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+dir=runs/quickstart
+rm -rf "$dir"
+mkdir -p "$dir"
+
+echo "1/4  a tiny random Qwen3-MoE: $dir/base"
+megalora tiny "$dir/base" >/dev/null
+
+echo "2/4  2,000 arithmetic chats: $dir/arithmetic.jsonl"
+python -m megalora.data.arithmetic "$dir/arithmetic.jsonl" --num 2000 --seed 0
+
+echo "3/4  LoRA on attention and every expert, on two ranks that share the experts (EP=2)"
+megalora train configs/quickstart.yaml --nproc 2
+
+checkpoint="$dir/run/$(cat "$dir/run/latest")"
+echo "4/4  the same logits from stock transformers + PEFT?"
+megalora verify "$checkpoint" --base "$dir/base"
+
+cat <<END
+
+Made:
+  $checkpoint    a PEFT adapter: PeftModel.from_pretrained(base, "$checkpoint")
+  $dir/run/loss.png          the loss curve; metrics.jsonl and tensorboard/ beside it
+  $dir/run/manifest.json     every adapted module, its rank and shapes
+
+Next:
+  .venv/bin/megalora inspect $checkpoint
+  .venv/bin/megalora train configs/quickstart.yaml --nproc 2 parallel.ep=1 parallel.tp=2    # another layout, the same adapter
+  .venv/bin/megalora train configs/qwen3_30b_a3b_8gpu.yaml --nproc 8                        # the real model on 8 GPUs
+END

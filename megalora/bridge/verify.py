@@ -1,0 +1,112 @@
+"""Does an adapter folder mean the same to stock PEFT as to megalora's own model? Logits of both, and where they part."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megalora import host
+from megalora.bridge.peft import WEIGHTS, adapted_in
+from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
+from megalora.model.build import local_folder
+from megalora.model.shape import model_shape, read_hf_config
+from megalora.train.setup import build_adapted, load_adapter, parallel_groups
+
+PROBE = (2, 64)
+"""Samples and tokens of the random probe batch."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Largest differences over a probe batch, in logits; ``ok`` if PEFT agrees and the adapter acts."""
+
+    adapter: Path
+    atol: float
+    difference: float
+    effect: float
+    """Of the adapter: largest change of a base logit."""
+    first_layer: int | None
+    """The first decoder layer whose output differs by more than atol; None if none does."""
+
+    @property
+    def ok(self) -> bool:
+        return self.difference <= self.atol < self.effect
+
+    def text(self) -> str:
+        lines = [
+            f"{self.adapter}: largest difference of a logit, PEFT against megalora: {self.difference:.2e} (allowed {self.atol:.0e}); "
+            f"the adapter moves logits by up to {self.effect:.3g}"
+        ]
+        if not self.difference <= self.atol:
+            where = "after the last layer" if self.first_layer is None else f"from decoder layer {self.first_layer} on"
+            lines.append(f"NOT the same model: they part {where}")
+        elif self.effect <= self.atol:
+            lines.append("the adapter does nothing: every logit is the base model's")
+        else:
+            lines.append("verified: stock PEFT computes the same model")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
+    """Run the same random tokens through both, in float32 on one rank; raises ``ValueError`` for a folder that cannot load."""
+    folder = local_folder(base)
+    shape = model_shape(read_hf_config(folder))
+    adapted = adapted_in(adapter, shape)
+    tokens = torch.randint(shape.vocab, PROBE, generator=torch.Generator().manual_seed(0))
+    with host.process_group(), parallel_groups(ParallelConfig()) as groups:
+        model = build_adapted(
+            folder, shape, adapted, groups,
+            model=ModelConfig(path=base, dtype="float32"), parallel=ParallelConfig(), lora=LoRAConfig(), seed=0,
+        )  # fmt: skip
+        load_adapter(model, adapter / WEIGHTS)
+        ours, our_layers = _megatron_logits(model.chunks[0].eval(), tokens.to(host.device()))
+    theirs, their_layers, unadapted = _peft_logits(adapter, folder, tokens)
+    parted = [i for i, (a, b) in enumerate(zip(our_layers, their_layers, strict=True)) if not _largest(a - b) <= atol]
+    return Report(adapter, atol, _largest(ours - theirs), _largest(theirs - unadapted), parted[0] if parted else None)
+
+
+def _largest(difference: Tensor) -> float:
+    return difference.abs().max().item()
+
+
+def _megatron_logits(chunk: Any, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits ``[B, S, V]`` and every decoder layer's output ``[B, S, H]``."""
+    outputs: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out: outputs.append(out[0].transpose(0, 1).cpu()))
+        for layer in chunk.decoder.layers
+    ]
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    logits = chunk(tokens, positions, None).cpu()
+    for hook in hooks:
+        hook.remove()
+    return logits, outputs
+
+
+def _peft_logits(adapter: Path, folder: Path, tokens: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Adapted logits, every decoder layer's output, and the base's logits, from transformers and PEFT as they are."""
+    from peft import PeftModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*gate_up_proj.*")  # patterns PEFT adds itself when it fuses gate and up
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(host.device())
+    model: Any = PeftModel.from_pretrained(base, str(adapter)).eval()
+    outputs: list[Tensor] = []
+    layers = model.get_base_model().model.layers
+    hooks = [layer.register_forward_hook(lambda _m, _i, out: outputs.append(_first(out).cpu())) for layer in layers]
+    adapted = model(tokens.to(host.device())).logits.cpu()
+    for hook in hooks:
+        hook.remove()
+    with model.disable_adapter():
+        unadapted = model(tokens.to(host.device())).logits.cpu()
+    return adapted, outputs, unadapted
+
+
+def _first(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out[0]

@@ -1,0 +1,60 @@
+"""From a config to a base model with adapters on this rank: what training, resuming and verifying share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megalora.bridge.peft import read_tensors
+from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
+from megalora.lora.factors import Piece
+from megalora.lora.inject import check_coverage, inject
+from megalora.lora.spec import Adapted
+from megalora.model.build import build_model
+from megalora.model.shape import ModelShape
+from megalora.parallel import Groups, destroy_groups, init_groups
+
+
+@dataclass
+class AdaptedModel:
+    """A frozen base model with adapters on this rank."""
+
+    chunks: list[nn.Module]
+    adapted: list[Adapted]
+    pieces: list[Piece]
+    shape: ModelShape
+    groups: Groups
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Every adapter parameter of this rank, once."""
+        return list(dict.fromkeys(piece.parameter for piece in self.pieces))
+
+
+@contextmanager
+def parallel_groups(config: ParallelConfig, seed: int = 0) -> Iterator[Groups]:
+    """The process groups of a layout, for as long as the block runs."""
+    try:
+        yield init_groups(config, seed)
+    finally:
+        destroy_groups()
+
+
+def build_adapted(
+    folder: Path, shape: ModelShape, adapted: list[Adapted], groups: Groups,
+    *, model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig, seed: int,
+) -> AdaptedModel:  # fmt: skip
+    """Load the base for this rank, put the adapters in, and prove that all are there; collective."""
+    chunks = build_model(model, parallel, shape, folder)
+    pieces = inject(chunks, adapted, shape, lora, groups, seed=seed, dtype=getattr(torch, model.dtype))
+    check_coverage(adapted, pieces)
+    return AdaptedModel(chunks, adapted, pieces, shape, groups)
+
+
+def load_adapter(model: AdaptedModel, weights: Path) -> None:
+    """Fill the adapters from a PEFT safetensors file."""
+    with torch.no_grad():
+        read_tensors(weights, model.pieces, {p: p.data for p in model.parameters}, model.groups)

@@ -1,0 +1,144 @@
+"""Resume continues bit for bit; SIGTERM saves; a save that fails or is killed leaves the previous checkpoint whole."""
+
+import json
+import os
+import resource
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megalora.config import CheckpointConfig, RunConfig
+from megalora.train import checkpoint, loop
+from megalora.train.checkpoint import write_atomically
+from megalora.train.loop import train
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_layouts import make_config, records
+
+
+def with_checkpoints(config: RunConfig, **options) -> RunConfig:
+    return replace(config, checkpoint=CheckpointConfig(dir=config.checkpoint.dir, **options))
+
+
+def same_files(one: Path, other: Path) -> None:
+    for file in ("adapter_model.safetensors", "training_state/optimizer.safetensors"):
+        a, b = load_file(one / file), load_file(other / file)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a), file
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "dtype"),
+    [(1, {}, "float32"), (4, {"tp": 2, "ep": 2}, "float32"), (4, {"pp": 2, "ep": 2, "etp": 1}, "bfloat16")],
+    ids=["single", "tp2-ep2", "pp2-ep2-bf16"],
+)
+def test_resume_continues_bit_for_bit(world, parallel, dtype, tiny, chats, tmp_path):
+    """Dropout included: its generators are part of the state."""
+    config = make_config(tiny, chats, tmp_path / "whole", parallel, steps=4, schedule="cosine", warmup=1)
+    config = replace(config, lora=replace(config.lora, dropout=0.1), model=replace(config.model, dtype=dtype))
+    run_ranks(train, world, with_checkpoints(config, every=2))
+    resumed = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "rest"), resume=str(tmp_path / "whole/step_000002")))
+    run_ranks(train, world, resumed)
+    assert records(tmp_path / "rest", "loss") == records(tmp_path / "whole", "loss")[2:]
+    assert records(tmp_path / "rest", "grad_norm") == records(tmp_path / "whole", "grad_norm")[2:]
+    same_files(tmp_path / "rest/step_000004", tmp_path / "whole/step_000004")
+
+
+def test_resume_true_takes_the_newest_and_keep_forgets_the_oldest(tiny, chats, tmp_path):
+    config = make_config(tiny, chats, tmp_path, {}, steps=3)
+    run_ranks(train, 1, with_checkpoints(config, every=1, keep=2))
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000002", "step_000003"]
+    longer = with_checkpoints(replace(config, train=replace(config.train, steps=4)), resume=True)
+    run_ranks(train, 1, longer)
+    assert (tmp_path / "latest").read_text() == "step_000004\n"
+    assert len(records(tmp_path, "loss")) == 4  # metrics.jsonl goes on where it was
+
+
+def test_resume_in_another_layout_continues_the_same_run(tiny, chats, tmp_path):
+    config = make_config(tiny, chats, tmp_path / "whole", {}, steps=4)
+    run_ranks(train, 1, with_checkpoints(config, every=2))
+    other = make_config(tiny, chats, tmp_path / "rest", {"tp": 2, "ep": 2}, steps=4)
+    other = replace(other, checkpoint=CheckpointConfig(dir=str(tmp_path / "rest"), resume=str(tmp_path / "whole/step_000002")))
+    run_ranks(train, 4, other)
+    assert records(tmp_path / "rest", "loss") == pytest.approx(records(tmp_path / "whole", "loss")[2:], rel=1e-6)
+
+
+def test_resume_refuses_another_run(tiny, chats, tmp_path):
+    config = make_config(tiny, chats, tmp_path, {}, steps=1)
+    run_ranks(train, 1, config)
+    changed = with_checkpoints(replace(config, train=replace(config.train, steps=2, global_batch_size=8)), resume=True)
+    with pytest.raises(Exception, match="was trained with train.global_batch_size=16, this run has 8"):
+        run_ranks(train, 1, changed)
+    with pytest.raises(Exception, match="is not a checkpoint: it has no training_state/state.json"):
+        run_ranks(train, 1, with_checkpoints(config, resume=str(tmp_path / "step_7")))
+
+
+def _train_until_sigterm(config: RunConfig) -> str:
+    """One rank of two is told to stop while it prepares step 2; both must save step 3 and return."""
+    rate = loop.learning_rate
+
+    def rate_and_signal(options, step, num_steps):
+        if step == 2 and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(options, step, num_steps)
+
+    loop.learning_rate = rate_and_signal
+    return str(train(config))
+
+
+def test_sigterm_on_one_rank_saves_on_all(tiny, chats, tmp_path):
+    config = make_config(tiny, chats, tmp_path / "run", {"ep": 2}, steps=50)
+    saved = run_ranks(_train_until_sigterm, 2, config)
+    assert saved == [str(tmp_path / "run/step_000003")] * 2
+    assert json.loads((tmp_path / "run/step_000003/training_state/state.json").read_text())["step"] == 3
+
+
+def _train_on_a_full_disk(config: RunConfig) -> str:
+    """From the second save on no file may grow past 100 kB: a real write error in the middle of the tensors."""
+    save, count = checkpoint.write_adapter, iter(range(100))
+
+    def save_adapter(*args):
+        if next(count) == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        return save(*args)
+
+    checkpoint.write_adapter = save_adapter
+    try:
+        train(config)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, chats, tmp_path):
+    config = with_checkpoints(make_config(tiny, chats, tmp_path / "run", {"ep": 2}, steps=2), every=1)
+    messages = run_ranks(_train_on_a_full_disk, 2, config)
+    assert all(m.startswith("could not save step_000002; earlier checkpoints are whole (") for m in messages), messages
+    assert (tmp_path / "run/latest").read_text() == "step_000001\n"
+    assert sorted(p.name for p in (tmp_path / "run").glob("*step_*")) == ["step_000001"]
+    resumed = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), resume=True))
+    run_ranks(train, 2, resumed)
+    assert (tmp_path / "run/latest").read_text() == "step_000002\n"
+
+
+def _killed_while_writing(target: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write_atomically(target, write)
+
+
+def test_a_killed_save_leaves_the_previous_one(tmp_path):
+    write_atomically(tmp_path / "step_000001", lambda folder: (folder / "file").write_text("one") and None)
+    with pytest.raises(Exception, match="SIGKILL"):
+        run_ranks(_killed_while_writing, 1, tmp_path / "step_000002")
+    assert (tmp_path / "latest").read_text() == "step_000001\n"
+    assert not (tmp_path / "step_000002").exists()
+    write_atomically(tmp_path / "step_000002", lambda folder: (folder / "file").write_text("two") and None)
+    assert (tmp_path / "latest").read_text() == "step_000002\n"
+    assert (tmp_path / "step_000002/file").read_text() == "two"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000001", "step_000002"]

@@ -1,0 +1,114 @@
+"""The frozen base costs nothing: no gradient, buffer or optimizer state for it, no weight gradient, no needless backward."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from megalora.config import LoRAConfig, RunConfig
+from megalora.lora.spec import resolve
+from megalora.model.shape import model_shape, read_hf_config
+from megalora.train import loop
+from megalora.train.loop import train
+from megalora.train.optim import STATE_KEYS, build_optimizer, wrap_chunks
+from megalora.train.setup import build_adapted, parallel_groups
+from megalora.train.step import Stepper
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_layouts import make_config, records
+
+
+def _buffers(config: RunConfig) -> dict:
+    """What one rank allocates for training, in numbers of elements, after one real step."""
+    folder = Path(config.model.path)
+    shape, adapted = loop.plan(config, folder)
+    with parallel_groups(config.parallel) as groups:
+        model = build_adapted(
+            folder, shape, adapted, groups, model=config.model, parallel=config.parallel, lora=config.lora, seed=0
+        )
+        chunks = wrap_chunks(model.chunks)
+        optimizer = build_optimizer(config.train, torch.float32, chunks)
+        stepper = Stepper(chunks, groups)
+        tokens = torch.arange(32).view(2, 16) + dist.get_rank()
+        batch = loop.Batch(tokens, tokens + 1, torch.ones(2, 16), torch.arange(16).expand(2, -1))
+        stepper.train([batch], optimizer)
+        optimizer.step()
+        parameters = [p for chunk in chunks for p in chunk.parameters()]
+        adapters = {id(p) for p in model.parameters}
+        part_states = [s for part in optimizer.chained_optimizers for s in part.optimizer.state.values()]
+        return {
+            "base_with_grad": [p for p in parameters if id(p) not in adapters and (p.requires_grad or p.grad is not None)],
+            "base_with_buffer": [p for p in parameters if id(p) not in adapters and hasattr(p, "main_grad")],
+            "adapters": sum(p.numel() for p in model.parameters),
+            "grad_buffers": sum(b.numel_unpadded for c in chunks for b in c.buffers + c.expert_parallel_buffers),
+            "moments": sum(t.numel() for s in part_states for k, t in s.items() if k in STATE_KEYS),
+            "dp": groups.dp.size(),
+        }
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(1, {}), (4, {"tp": 2, "ep": 2}), (2, {})], ids=["single", "tp2-ep2", "dp2"])
+def test_nothing_is_allocated_for_frozen_weights(world, parallel, tiny, chats, tmp_path):
+    ranks = run_ranks(_buffers, world, make_config(tiny, chats, tmp_path, parallel, global_batch_size=4))
+    for rank in ranks:
+        assert rank["base_with_grad"] == []
+        assert rank["base_with_buffer"] == []
+        assert rank["grad_buffers"] == rank["adapters"]
+    # Two moments of every adapter element, once over the data-parallel replicas.
+    shape = model_shape(read_hf_config(tiny))
+    whole = sum(a.num_parameters() for a in resolve(LoRAConfig(rank=4), shape))
+    moments = sum(rank["moments"] for rank in ranks)
+    replicated = sum(rank["adapters"] for rank in ranks)
+    assert 2 * whole <= moments <= 2 * replicated
+    if parallel == {}:
+        assert moments == 2 * whole
+
+
+def _flops(config: RunConfig) -> tuple[int, int]:
+    """(forward, backward) floating-point operations of one microbatch on one rank."""
+    folder = Path(config.model.path)
+    shape, adapted = loop.plan(config, folder)
+    with parallel_groups(config.parallel) as groups:
+        model = build_adapted(
+            folder, shape, adapted, groups, model=config.model, parallel=config.parallel, lora=config.lora, seed=0
+        )
+        chunk = model.chunks[0].train()
+        for parameter in model.parameters:
+            parameter.main_grad = torch.zeros_like(parameter)
+        tokens = torch.arange(128).view(2, 64)
+        with FlopCounterMode(display=False) as forward:
+            loss = chunk(tokens, torch.arange(64).expand(2, -1), None, labels=tokens).sum()
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        assert all(p.grad is None for p in chunk.parameters() if not p.requires_grad)
+        return forward.get_total_flops(), backward.get_total_flops()
+
+
+
+
+def test_backward_computes_no_weight_gradient_of_the_base(tiny, chats, tmp_path):
+    """Backward of a frozen linear is one product, as forward is; with the weight's gradient it would be two."""
+    config = replace(make_config(tiny, chats, tmp_path, {}), lora=LoRAConfig(rank=1, target_modules=["q_proj", "down_proj"]))
+    forward, backward = run_ranks(_flops, 1, config)[0]
+    assert 0.8 < backward / forward < 1.15, (forward, backward)
+
+
+def test_backward_stops_below_the_first_adapted_layer(tiny, chats, tmp_path):
+    whole = replace(make_config(tiny, chats, tmp_path, {}), lora=LoRAConfig(rank=1))
+    upper = replace(whole, lora=LoRAConfig(rank=1, layers="3"))
+    (_, all_layers), (_, last_layer) = run_ranks(_flops, 1, whole)[0], run_ranks(_flops, 1, upper)[0]
+    shape = model_shape(read_hf_config(tiny))
+    head = 2 * 128 * shape.vocab * shape.hidden  # the output layer's backward is paid by both
+    # One layer of four, less the input gradient of its own q, k and v.
+    assert 0.15 < (last_layer - head) / (all_layers - head) < 0.25
+
+
+@pytest.mark.parametrize("recompute", ["off", "full"])
+def test_a_stage_without_adapters_takes_part(recompute, tiny, chats, tmp_path):
+    """pp=2 with adapters on the second stage only: the first has nothing to train and must neither hang nor fail."""
+    for name, world, parallel in (("one", 1, {}), ("two", 2, {"pp": 2})):
+        config = make_config(tiny, chats, tmp_path / name, parallel, recompute, steps=2)
+        run_ranks(train, world, replace(config, lora=replace(config.lora, layers="2-3")))
+    assert records(tmp_path / "two", "loss") == pytest.approx(records(tmp_path / "one", "loss"), rel=1e-6)
+    assert records(tmp_path / "two", "grad_norm") == pytest.approx(records(tmp_path / "one", "grad_norm"), rel=1e-5)

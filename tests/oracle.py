@@ -1,0 +1,75 @@
+"""The same training in plain transformers and PyTorch: no line of megalora's layers, parallelism or optimizer in it.
+
+Adapters are merged into stock ``Qwen3MoeForCausalLM`` weights as ``W + scale * B A`` and differentiated by autograd.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+PREFIX = "base_model.model."
+
+
+class Oracle:
+    """A base model and adapter factors by PEFT tensor name; every sample runs alone and unpadded."""
+
+    def __init__(self, base: Path, factors: dict[str, Tensor], scale: float) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval().requires_grad_(False)
+        self.factors = {name: t.clone().float().requires_grad_() for name, t in factors.items()}
+        self.scale = scale
+
+    def merged(self) -> dict[str, Tensor]:
+        weights = dict(self.model.named_parameters())
+        deltas: dict[str, dict[int, Tensor]] = {}
+        merged: dict[str, Tensor] = {}
+        for name, a in self.factors.items():
+            if ".lora_A." not in name:
+                continue
+            module = name.removeprefix(PREFIX).split(".lora_A.")[0]
+            delta = self.scale * self.factors[name.replace("lora_A", "lora_B")] @ a
+            if ".experts." not in module:
+                merged[f"{module}.weight"] = weights[f"{module}.weight"] + delta
+                continue
+            stem, rest = module.split(".experts.")
+            expert, projection = rest.split(".")
+            deltas.setdefault(f"{stem}.experts.{projection}", {})[int(expert)] = delta
+        for stem in {key.rsplit(".", 1)[0] for key in deltas}:
+            gate, up, down = (
+                torch.stack([deltas[f"{stem}.{p}"][e] for e in range(len(deltas[f"{stem}.{p}"]))])
+                for p in ("gate_proj", "up_proj", "down_proj")
+            )
+            merged[f"{stem}.gate_up_proj"] = weights[f"{stem}.gate_up_proj"] + torch.cat([gate, up], dim=1)
+            merged[f"{stem}.down_proj"] = weights[f"{stem}.down_proj"] + down
+        return merged
+
+    def loss(self, samples: list) -> Tensor:
+        """Mean over the target tokens of all samples."""
+        merged, total, count = self.merged(), torch.zeros(()), 0
+        for sample in samples:
+            ids, mask = torch.tensor(sample.input_ids).long(), torch.tensor(sample.loss_mask)
+            logits = functional_call(self.model, merged, (ids[None, :-1],)).logits[0]
+            losses = F.cross_entropy(logits, ids[1:], reduction="none")
+            total, count = total + (losses * mask[1:]).sum(), count + int(mask[1:].sum())
+        return total / count
+
+    def train(self, batches: list[list], lr: float, clip: float) -> tuple[list[float], list[float]]:
+        """AdamW without decay at a constant rate; (losses, gradient norms before clipping)."""
+        optimizer = torch.optim.AdamW(self.factors.values(), lr=lr, weight_decay=0.0)
+        losses, norms = [], []
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            loss.backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(self.factors.values(), clip).item())
+            optimizer.step()
+            losses.append(loss.item())
+        return losses, norms
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
