@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart test check format lock clean
+.PHONY: help setup quickstart gsm8k test check format lock clean
 
 help:  ## This list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY)  ## The environment in .venv: Python 3.12 and requirements.lock
 
@@ -29,6 +29,11 @@ $(READY): requirements.lock pyproject.toml kernels/pyproject.toml | $(filter .to
 
 quickstart: $(READY)  ## Fine-tune a tiny Qwen3-MoE on two ranks (EP=2) and verify the adapter with stock PEFT
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
+
+gsm8k: $(READY)  ## GSM8K on a tiny model at TP 2 x EP 2 (four ranks), then the same loss from stock PEFT
+	@$(BIN)/megalora tiny runs/gsm8k/base
+	@$(BIN)/megalora train configs/gsm8k_tiny.yaml --nproc 4
+	@$(BIN)/python -m benchmarks.peft_eval_loss configs/gsm8k_tiny.yaml runs/gsm8k/run/$$(cat runs/gsm8k/run/latest)
 
 test: $(READY)  ## Every test that needs no GPU
 	@$(BIN)/pytest -q tests

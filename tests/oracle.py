@@ -18,20 +18,22 @@ PREFIX = "base_model.model."
 class Oracle:
     """A base model and adapter factors by PEFT tensor name; every sample runs alone and unpadded."""
 
-    def __init__(self, base: Path, factors: dict[str, Tensor], scale: float) -> None:
+    def __init__(self, base: Path, factors: dict[str, Tensor], scale: float | dict[str, float]) -> None:
+        """``scale``: one for all, or by HF module name."""
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval().requires_grad_(False)
         self.factors = {name: t.clone().float().requires_grad_() for name, t in factors.items()}
         self.scale = scale
 
     def merged(self) -> dict[str, Tensor]:
-        weights = dict(self.model.named_parameters())
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
         deltas: dict[str, dict[int, Tensor]] = {}
         merged: dict[str, Tensor] = {}
         for name, a in self.factors.items():
             if ".lora_A." not in name:
                 continue
             module = name.removeprefix(PREFIX).split(".lora_A.")[0]
-            delta = self.scale * self.factors[name.replace("lora_A", "lora_B")] @ a
+            scale = self.scale[module] if isinstance(self.scale, dict) else self.scale
+            delta = scale * self.factors[name.replace("lora_A", "lora_B")] @ a
             if ".experts." not in module:
                 merged[f"{module}.weight"] = weights[f"{module}.weight"] + delta
                 continue
@@ -39,12 +41,14 @@ class Oracle:
             expert, projection = rest.split(".")
             deltas.setdefault(f"{stem}.experts.{projection}", {})[int(expert)] = delta
         for stem in {key.rsplit(".", 1)[0] for key in deltas}:
-            gate, up, down = (
-                torch.stack([deltas[f"{stem}.{p}"][e] for e in range(len(deltas[f"{stem}.{p}"]))])
-                for p in ("gate_proj", "up_proj", "down_proj")
-            )
-            merged[f"{stem}.gate_up_proj"] = weights[f"{stem}.gate_up_proj"] + torch.cat([gate, up], dim=1)
-            merged[f"{stem}.down_proj"] = weights[f"{stem}.down_proj"] + down
+            gate, up = weights[f"{stem}.gate_up_proj"].chunk(2, dim=1)
+            parts = {"gate_proj": gate, "up_proj": up, "down_proj": weights[f"{stem}.down_proj"]}
+            for projection, of_experts in deltas.items():
+                if projection.startswith(stem + "."):
+                    name = projection.removeprefix(stem + ".")
+                    parts[name] = parts[name] + torch.stack([of_experts[e] for e in range(len(of_experts))])
+            merged[f"{stem}.gate_up_proj"] = torch.cat([parts["gate_proj"], parts["up_proj"]], dim=1)
+            merged[f"{stem}.down_proj"] = parts["down_proj"]
         return merged
 
     def loss(self, samples: list) -> Tensor:
@@ -52,7 +56,7 @@ class Oracle:
         merged, total, count = self.merged(), torch.zeros(()), 0
         for sample in samples:
             ids, mask = torch.tensor(sample.input_ids).long(), torch.tensor(sample.loss_mask)
-            logits = functional_call(self.model, merged, (ids[None, :-1],)).logits[0]
+            logits = functional_call(self.model, merged, (ids[None, :-1],), tie_weights=False).logits[0]
             losses = F.cross_entropy(logits, ids[1:], reduction="none")
             total, count = total + (losses * mask[1:]).sum(), count + int(mask[1:].sum())
         return total / count

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from megalora import host
 from megalora.comm import gather_dim
 from megalora.config import LoRAConfig
 from megalora.lora.factors import Piece
@@ -50,12 +51,11 @@ def _send_to_first(mine: dict[str, Tensor]) -> dict[str, Tensor] | None:
             dist.send(torch.cat([t.reshape(-1) for t in mine.values()]), 0)
         return None
     everything = {name: t.detach().cpu().clone() for name, t in mine.items()}
-    device = next(iter(mine.values())).device if mine else None
     for source in range(1, len(meta)):
         if not meta[source]:
             continue
         sizes = [torch.Size(shape).numel() for _, shape, _ in meta[source]]
-        flat = torch.empty(sum(sizes), dtype=meta[source][0][2], device=device)
+        flat = torch.empty(sum(sizes), dtype=meta[source][0][2], device=host.device())
         dist.recv(flat, source)
         for (name, shape, _), part in zip(meta[source], flat.cpu().split(sizes), strict=True):
             everything[name] = part.view(shape).clone()
@@ -225,8 +225,10 @@ def adapted_in(adapter: Path, shape: ModelShape) -> list[Adapted]:
 
 def _targets(config: dict[str, Any]) -> str | list[str]:
     modules, parameters = config.get("target_modules") or [], config.get("target_parameters") or []
-    if any("experts" in name for name in parameters):
-        raise ValueError(f"target_parameters {parameters} is the stacked layout; megalora reads one tensor per expert")
+    if not all(name.endswith(".weight") for name in parameters):
+        raise ValueError(
+            f"target_parameters {parameters} mean the stacked layout; megalora reads one A and B per expert"
+        )
     return modules if isinstance(modules, str) else [*modules, *(name.removesuffix(".weight") for name in parameters)]
 
 

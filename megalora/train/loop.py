@@ -193,11 +193,11 @@ def _opening(
 @contextmanager
 def terminated() -> Iterator[Any]:
     """Yields a function that tells, on every rank alike, whether any rank has been asked to stop (SIGTERM)."""
-    asked = torch.zeros(1, dtype=torch.int32, device=host.device())
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.fill_(1))
+    asked: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 
     def stop() -> bool:
-        flag = asked.clone()
+        flag = torch.tensor(len(asked), device=host.device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 

@@ -89,11 +89,11 @@ def plot_losses(folder: Path) -> None:
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for key, style in (("loss", "-"), ("eval_loss", "o--")):
+    for key, style in (("loss", "-"), ("eval_loss", "o")):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points, strict=True), style, label={"loss": "training", "eval_loss": "evaluation"}[key])
-    axes.set(xlabel="step", ylabel="loss (nats per target token)", title=folder.name)
+    axes.set(xlabel="step", ylabel="loss (nats per target token)", title=str(folder))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
