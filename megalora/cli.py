@@ -1,11 +1,17 @@
 """The ``megalora`` command: reads arguments, calls the library, turns a user's mistake into one line and exit code 2."""
 
 import argparse
+import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+MISTAKE = 2
+"""Exit code of a user's mistake, argparse's too."""
+PATIENCE_S = 30
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -13,15 +19,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def guarded(action: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Run ``action``; a ``ValueError`` is the user's to mend, so it is shown without a traceback, by one rank."""
+    """Run ``action``; a ``ValueError`` is the user's to mend, so it is shown without a traceback, by one rank.
+
+    What is wrong for one rank is nearly always wrong for all. The first to leave has torchrun end the others, so they
+    leave that to rank 0, which speaks; when it does not, something is wrong on this machine alone and is said here.
+    """
     try:
         action(arguments)
     except ValueError as error:
         if os.environ.get("MEGALORA_TRACEBACK"):
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"megalora: {error}", file=sys.stderr)
-        sys.exit(2)
+        rank = int(os.environ.get("RANK", 0))
+        if rank:
+            time.sleep(PATIENCE_S)
+        print(f"megalora{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
+        sys.exit(MISTAKE)
 
 
 def _run(arguments: list[str]) -> None:
@@ -79,12 +91,34 @@ def _tiny(options: Any, _: list[str]) -> None:
 
 def _train(options: Any, rest: list[str]) -> None:
     from megalora.config import load_config
+    from megalora.lora.spec import resolve
+    from megalora.model.shape import model_shape, read_hf_config
 
     overrides = [*options.overrides, *rest]
-    load_config(options.config, overrides).check_world(options.nproc)  # mistakes show before ranks start
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(options.nproc), "-m", "megalora.train"]
+    config = load_config(options.config, overrides)  # mistakes show before ranks start
+    config.check_world(options.nproc)
+    if Path(config.model.path).is_dir():
+        shape = model_shape(read_hf_config(Path(config.model.path)))
+        shape.check_layout(config.parallel)
+        resolve(config.lora, shape)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.execv(sys.executable, [sys.executable, "-m", *command, str(options.config), *overrides])
+    ranks = ["--standalone", "--nproc-per-node", str(options.nproc)]
+    torchrun([*ranks, "-m", "megalora.train", str(options.config), *overrides])
+
+
+def torchrun(arguments: list[str]) -> None:
+    """Run torchrun in this process; a mistake that a rank has reported ends it without torchrun's own report."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        run.main(arguments)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        if first.exitcode == MISTAKE:
+            sys.exit(MISTAKE)
+        raise
 
 
 def _export(options: Any, _: list[str]) -> None:

@@ -53,10 +53,11 @@ def rng_state() -> dict[str, torch.Tensor]:
     """The state of all of these generators."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+    tracker: Any = get_cuda_rng_tracker()
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    return state | {f"tracker.{name}": t for name, t in get_cuda_rng_tracker().get_states().items()}
+    return state | {f"tracker.{name}": t for name, t in tracker.get_states().items()}
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
@@ -65,9 +66,8 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(
-        {k.removeprefix("tracker."): t for k, t in state.items() if k.startswith("tracker.")}
-    )
+    tracker: Any = get_cuda_rng_tracker()
+    tracker.set_states({k.removeprefix("tracker."): t for k, t in state.items() if k.startswith("tracker.")})
 
 
 @contextlib.contextmanager

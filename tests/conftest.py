@@ -34,7 +34,10 @@ def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Arithmetic chats of very different lengths, so that microbatches and ranks differ in their number of target tokens."""
-    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
+
+
+def write_chats(path: Path) -> Path:
     write_arithmetic(path, 96, seed=0)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for i, row in enumerate(rows):

@@ -16,7 +16,7 @@ _PLACE = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<path>.*?)(?:\.(?P<exper
 
 @dataclass
 class _Row:
-    """One projection over all layers and experts."""
+    """One projection over all layers, and over all experts if it is theirs."""
 
     layers: set[int] = field(default_factory=set)
     experts: set[int] = field(default_factory=set)
@@ -30,7 +30,7 @@ def describe(adapter: Path) -> str:
     """A table with a row per projection: ranks, sizes, coverage, norms of A and B; then what looks wrong."""
     config, path = read_config(adapter), adapter / WEIGHTS
     tensor_shapes(path)  # refuses an unreadable file with its name
-    rows: dict[str, _Row] = defaultdict(_Row)
+    rows: dict[tuple[str, bool], _Row] = defaultdict(_Row)
     other: list[str] = []
     num_bytes, zero_b, not_finite = 0, 0, []
     with safe_open(str(path), framework="pt") as file:
@@ -38,7 +38,7 @@ def describe(adapter: Path) -> str:
             tensor = file.get_tensor(name)
             num_bytes += tensor.numel() * tensor.element_size()
             match = _NAME.fullmatch(name)
-            if not match:
+            if not match or tensor.dim() != 2:
                 other.append(name)
                 continue
             norm = _add(rows, match["module"], match["factor"], tensor)
@@ -48,17 +48,17 @@ def describe(adapter: Path) -> str:
         f"{adapter}: LoRA for {config.get('base_model_name_or_path')}, r={config['r']}, alpha={config['lora_alpha']}, "
         f"{sum(r.parameters for r in rows.values()):,} parameters, {num_bytes / 1e6:,.1f} MB",
         f"{'projection':<12}{'rank':>6}{'out x in':>16}{'layers':>8}{'experts':>9}{'parameters':>14}{'mean |A|':>10}{'mean |B|':>10}",
-        *(_line(name, row) for name, row in rows.items()),
+        *(_line(name, row) for (name, _), row in rows.items()),
     ]
     lines += [f"B is zero in {zero_b} tensors: these adapters do nothing"] if zero_b else []
-    lines += [f"NaN or infinite: {', '.join(not_finite[:5])}"] if not_finite else []
+    lines += [f"NaN or infinite in {len(not_finite)} tensors, such as {not_finite[0]}"] if not_finite else []
     lines += [f"{len(other)} tensors are no LoRA factor, such as {other[0]}"] if other else []
     return "\n".join(lines)
 
 
-def _add(rows: dict[str, _Row], module: str, factor: str, tensor: torch.Tensor) -> float:
+def _add(rows: dict[tuple[str, bool], _Row], module: str, factor: str, tensor: torch.Tensor) -> float:
     place = _PLACE.fullmatch(module)
-    row = rows[place["leaf"] if place else module]
+    row = rows[(place["leaf"], bool(place["expert"])) if place else (module, False)]
     if place:
         row.layers.add(int(place["layer"]))
         row.experts |= {int(place["expert"])} if place["expert"] else set()

@@ -95,8 +95,8 @@ def _peft_logits(adapter: Path, folder: Path, tokens: Tensor) -> tuple[Tensor, l
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*gate_up_proj.*")  # patterns PEFT adds itself when it fuses gate and up
-    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(host.device())
-    model: Any = PeftModel.from_pretrained(base, str(adapter)).eval()
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(base.to(host.device()), str(adapter)).eval()
     outputs: list[Tensor] = []
     layers = model.get_base_model().model.layers
     hooks = [layer.register_forward_hook(lambda _m, _i, out: outputs.append(_first(out).cpu())) for layer in layers]

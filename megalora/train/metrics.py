@@ -17,9 +17,10 @@ class Metrics:
     def __init__(self, folder: Path, config: LogConfig, num_steps: int, start_step: int, active: bool) -> None:
         self.folder, self.config, self.active = folder, config, active
         self.console = Console(quiet=not active, soft_wrap=True)
+        self.bar = active and config.progress and self.console.is_terminal  # in a log file, a line a step instead
         self.progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn(),
-            console=self.console, disable=not (active and config.progress),
+            BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn(),
+            console=self.console, disable=not self.bar,
         )  # fmt: skip
         self.task = self.progress.add_task("training", total=num_steps, completed=start_step, shown="")
         self.writer: Any = None
@@ -45,8 +46,8 @@ class Metrics:
         self.progress.update(self.task, completed=step, shown=shown)
         if step % self.config.every == 0:
             self._write(step, {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed})
-        if self.active and not self.progress.live.is_started and not self.config.progress:
-            self.say(f"step {step}: {shown}")
+            if not self.bar:
+                self.say(f"step {step}: {shown}")
 
     def evaluation(self, step: int, loss: float, num_tokens: int) -> None:
         self.say(f"eval loss {loss:.4f} at step {step} ({num_tokens:,} target tokens)")
@@ -62,7 +63,11 @@ class Metrics:
             if self.writer:
                 self.writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Metrics":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Stop the bar, flush everything and draw the loss curve."""
         self.progress.stop()
         if not self.active:

@@ -40,7 +40,9 @@ def test_resume_continues_bit_for_bit(world, parallel, dtype, tiny, chats, tmp_p
     config = make_config(tiny, chats, tmp_path / "whole", parallel, steps=4, schedule="cosine", warmup=1)
     config = replace(config, lora=replace(config.lora, dropout=0.1), model=replace(config.model, dtype=dtype))
     run_ranks(train, world, with_checkpoints(config, every=2))
-    resumed = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "rest"), resume=str(tmp_path / "whole/step_000002")))
+    resumed = replace(
+        config, checkpoint=CheckpointConfig(dir=str(tmp_path / "rest"), resume=str(tmp_path / "whole/step_000002"))
+    )
     run_ranks(train, world, resumed)
     assert records(tmp_path / "rest", "loss") == records(tmp_path / "whole", "loss")[2:]
     assert records(tmp_path / "rest", "grad_norm") == records(tmp_path / "whole", "grad_norm")[2:]
@@ -61,7 +63,9 @@ def test_resume_in_another_layout_continues_the_same_run(tiny, chats, tmp_path):
     config = make_config(tiny, chats, tmp_path / "whole", {}, steps=4)
     run_ranks(train, 1, with_checkpoints(config, every=2))
     other = make_config(tiny, chats, tmp_path / "rest", {"tp": 2, "ep": 2}, steps=4)
-    other = replace(other, checkpoint=CheckpointConfig(dir=str(tmp_path / "rest"), resume=str(tmp_path / "whole/step_000002")))
+    other = replace(
+        other, checkpoint=CheckpointConfig(dir=str(tmp_path / "rest"), resume=str(tmp_path / "whole/step_000002"))
+    )
     run_ranks(train, 4, other)
     assert records(tmp_path / "rest", "loss") == pytest.approx(records(tmp_path / "whole", "loss")[2:], rel=1e-6)
 

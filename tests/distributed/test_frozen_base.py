@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalora.config import LoRAConfig, RunConfig
+from megalora.data.loader import Batch
 from megalora.lora.spec import resolve
 from megalora.model.shape import model_shape, read_hf_config
 from megalora.train import loop
@@ -32,14 +33,16 @@ def _buffers(config: RunConfig) -> dict:
         optimizer = build_optimizer(config.train, torch.float32, chunks)
         stepper = Stepper(chunks, groups)
         tokens = torch.arange(32).view(2, 16) + dist.get_rank()
-        batch = loop.Batch(tokens, tokens + 1, torch.ones(2, 16), torch.arange(16).expand(2, -1))
+        batch = Batch(tokens, tokens + 1, torch.ones(2, 16), torch.arange(16).expand(2, -1))
         stepper.train([batch], optimizer)
         optimizer.step()
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         adapters = {id(p) for p in model.parameters}
         part_states = [s for part in optimizer.chained_optimizers for s in part.optimizer.state.values()]
         return {
-            "base_with_grad": [p for p in parameters if id(p) not in adapters and (p.requires_grad or p.grad is not None)],
+            "base_with_grad": [
+                p for p in parameters if id(p) not in adapters and (p.requires_grad or p.grad is not None)
+            ],
             "base_with_buffer": [p for p in parameters if id(p) not in adapters and hasattr(p, "main_grad")],
             "adapters": sum(p.numel() for p in model.parameters),
             "grad_buffers": sum(b.numel_unpadded for c in chunks for b in c.buffers + c.expert_parallel_buffers),
@@ -48,7 +51,9 @@ def _buffers(config: RunConfig) -> dict:
         }
 
 
-@pytest.mark.parametrize(("world", "parallel"), [(1, {}), (4, {"tp": 2, "ep": 2}), (2, {})], ids=["single", "tp2-ep2", "dp2"])
+@pytest.mark.parametrize(
+    ("world", "parallel"), [(1, {}), (4, {"tp": 2, "ep": 2}), (2, {})], ids=["single", "tp2-ep2", "dp2"]
+)
 def test_nothing_is_allocated_for_frozen_weights(world, parallel, tiny, chats, tmp_path):
     ranks = run_ranks(_buffers, world, make_config(tiny, chats, tmp_path, parallel, global_batch_size=4))
     for rank in ranks:
@@ -85,11 +90,11 @@ def _flops(config: RunConfig) -> tuple[int, int]:
         return forward.get_total_flops(), backward.get_total_flops()
 
 
-
-
 def test_backward_computes_no_weight_gradient_of_the_base(tiny, chats, tmp_path):
     """Backward of a frozen linear is one product, as forward is; with the weight's gradient it would be two."""
-    config = replace(make_config(tiny, chats, tmp_path, {}), lora=LoRAConfig(rank=1, target_modules=["q_proj", "down_proj"]))
+    config = replace(
+        make_config(tiny, chats, tmp_path, {}), lora=LoRAConfig(rank=1, target_modules=["q_proj", "down_proj"])
+    )
     forward, backward = run_ranks(_flops, 1, config)[0]
     assert 0.8 < backward / forward < 1.15, (forward, backward)
 

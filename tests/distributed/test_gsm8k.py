@@ -19,7 +19,10 @@ DATA = Path(os.environ.get("GSM8K", ROOT.parent / "shared/data/gsm8k"))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (DATA / "train.jsonl").is_file(), reason=f"no GSM8K at {DATA}; set GSM8K to a folder with train.jsonl and test.jsonl")
+@pytest.mark.skipif(
+    not (DATA / "train.jsonl").is_file(),
+    reason=f"no GSM8K at {DATA}; set GSM8K to a folder with train.jsonl and test.jsonl",
+)
 def test_gsm8k_adapter_evaluates_the_same_in_stock_peft(tiny, tmp_path):
     config = load_config(ROOT / "configs/gsm8k_tiny.yaml", ["train.steps=12"])
     data = replace(config.data, train=str(DATA / "train.jsonl"), eval=f"{DATA}/test.jsonl[:200]")
@@ -29,7 +32,9 @@ def test_gsm8k_adapter_evaluates_the_same_in_stock_peft(tiny, tmp_path):
     )  # fmt: skip
     run_ranks(train, 4, config)
     ours = records(tmp_path, "eval_loss")
-    samples = load_split(data.eval, AutoTokenizer.from_pretrained(tiny), format=data.format, max_length=data.max_length).samples
+    samples = load_split(
+        data.eval, AutoTokenizer.from_pretrained(tiny), format=data.format, max_length=data.max_length
+    ).samples
     assert len(samples) == 200
     before, after = eval_losses(str(tiny), tmp_path / "step_000012", samples)
     assert ours == pytest.approx([before, after], abs=1e-4)

@@ -11,7 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megalora.config import CheckpointConfig, DataConfig, LogConfig, LoRAConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megalora.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    LoRAConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megalora.data.loader import global_batch_indices, load_split, split_off_eval
 from megalora.lora.init import initial_a
 from megalora.lora.spec import resolve, tensor_name
@@ -40,7 +49,9 @@ LAYOUTS = {
 }
 
 
-def make_config(base: Path, chats: Path, out: Path, parallel: dict, recompute: str = "off", **train_options) -> RunConfig:
+def make_config(
+    base: Path, chats: Path, out: Path, parallel: dict, recompute: str = "off", **train_options
+) -> RunConfig:
     options = {"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2, "lr": LR, "schedule": "constant"}
     return RunConfig(
         model=ModelConfig(path=str(base), dtype="float32"),
@@ -62,9 +73,13 @@ class Expected:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Expected:
+def expected(tiny: Path, chats: Path) -> Expected:
+    return expected_training(tiny, chats)
+
+
+def expected_training(tiny: Path, chats: Path) -> Expected:
     """Trained by the oracle, in one process, from the names and seed alone."""
-    config = make_config(tiny, chats, tmp_path_factory.mktemp("unused"), {})
+    config = make_config(tiny, chats, Path("unused"), {})
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     split = load_split(str(chats), tokenizer, format="auto", max_length=256)
     train_split, eval_split = split_off_eval(split, EVAL, seed=0)
@@ -77,7 +92,8 @@ def expected(tiny: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) 
     with torch.no_grad():
         eval_loss = oracle.loss(eval_split.samples).item()
     batches = [
-        [train_split.samples[i] for i in global_batch_indices(step, BATCH, len(train_split.samples), 0)] for step in range(STEPS)
+        [train_split.samples[i] for i in global_batch_indices(step, BATCH, len(train_split.samples), 0)]
+        for step in range(STEPS)
     ]
     losses, norms = oracle.train(batches, LR, clip=1.0)
     return Expected(eval_loss, losses, norms, {name: t.detach() for name, t in oracle.factors.items()})
@@ -110,7 +126,8 @@ def test_state_does_not_depend_on_the_layout(tiny, chats, tmp_path):
         world, parallel, _ = LAYOUTS[name]
         run_ranks(train, world, make_config(tiny, chats, tmp_path / name, parallel, steps=3))
     one, other = (
-        load_file(tmp_path / name / "step_000003/training_state/optimizer.safetensors") for name in ("single", "tp2-ep2-etp2")
+        load_file(tmp_path / name / "step_000003/training_state/optimizer.safetensors")
+        for name in ("single", "tp2-ep2-etp2")
     )
     assert one.keys() == other.keys()
     for tensor, value in one.items():

@@ -69,7 +69,10 @@ def test_variant_trains_the_adapter_that_transformers_trains(name, models, chats
     oracle = Oracle(models[model], factors, scales)
     with torch.no_grad():
         assert records(tmp_path, "eval_loss")[0] == pytest.approx(oracle.loss(eval_split.samples).item(), rel=1e-5)
-    batches = [[train_split.samples[i] for i in global_batch_indices(s, BATCH, len(train_split.samples), 0)] for s in range(STEPS)]
+    batches = [
+        [train_split.samples[i] for i in global_batch_indices(s, BATCH, len(train_split.samples), 0)]
+        for s in range(STEPS)
+    ]
     losses, norms = oracle.train(batches, LR, clip=1.0)
     assert records(tmp_path, "loss") == pytest.approx(losses, rel=1e-5)
     assert records(tmp_path, "grad_norm") == pytest.approx(norms, rel=1e-4)
@@ -77,4 +80,6 @@ def test_variant_trains_the_adapter_that_transformers_trains(name, models, chats
     trained = {key.removeprefix("param."): value for key, value in state.items() if key.startswith("param.")}
     assert trained.keys() == factors.keys()
     for tensor, value in oracle.factors.items():
-        torch.testing.assert_close(trained[tensor], value.detach(), rtol=0, atol=1e-5, msg=lambda m, t=tensor: f"{t}: {m}")
+        torch.testing.assert_close(
+            trained[tensor], value.detach(), rtol=0, atol=1e-5, msg=lambda m, t=tensor: f"{t}: {m}"
+        )

@@ -1,0 +1,80 @@
+"""What one data-parallel rank trains and evaluates on, as microbatches of tensors."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from megalora.config import RunConfig
+from megalora.data.loader import (
+    Batch,
+    Split,
+    collate,
+    eval_micro_batches,
+    global_batch_indices,
+    load_split,
+    micro_batches,
+    split_off_eval,
+)
+from megalora.parallel import Groups
+
+
+def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split | None]:
+    """The training samples and, where asked for, the evaluation samples."""
+    data = config.data
+    train = load_split(data.train, tokenizer, format=data.format, max_length=data.max_length)
+    if data.eval is None:
+        return train, None
+    if isinstance(data.eval, str):
+        return train, load_split(data.eval, tokenizer, format=data.format, max_length=data.max_length)
+    return split_off_eval(train, data.eval, data.seed)
+
+
+class Batches:
+    """This rank's microbatches of any step, and of an evaluation. Ranks of one pipeline and tensor group get the same."""
+
+    def __init__(
+        self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, groups: Groups, train: Split, eval: Split | None
+    ) -> None:
+        self.config, self.train, self.eval = config, train, eval
+        self.dp_rank, self.dp_size, self.tp_size = groups.dp.rank(), groups.dp.size(), groups.tp.size()
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad_id = pad if isinstance(pad, int) else 0
+
+    @property
+    def num_steps(self) -> int:
+        options = self.config.train
+        if options.steps is not None:
+            return options.steps
+        assert options.epochs is not None  # TrainConfig has exactly one of the two
+        return max(1, round(options.epochs * len(self.train.samples) / options.global_batch_size))
+
+    def _indices(self, step: int) -> Any:
+        options, seed = self.config.train, self.config.data.seed
+        return global_batch_indices(step, options.global_batch_size, len(self.train.samples), seed)
+
+    def of_step(self, step: int) -> list[Batch]:
+        """This rank's share of the step's global batch; steps count from 0."""
+        size = self.config.train.micro_batch_size
+        mine = micro_batches(self._indices(step), micro_batch_size=size, dp_rank=self.dp_rank, dp_size=self.dp_size)
+        return self._collate([[self.train.samples[i] for i in indices] for indices in mine])
+
+    def of_eval(self) -> list[Batch]:
+        """Every evaluation sample once over all ranks, empty fillers where the count does not divide."""
+        assert self.eval is not None
+        samples, size, p = self.eval.samples, self.config.train.micro_batch_size, self.config.parallel
+        multiple = p.pp if p.vpp > 1 else 1
+        mine = eval_micro_batches(len(samples), size, self.dp_rank, self.dp_size, multiple=multiple)
+        return self._collate([[None if i is None else samples[i] for i in indices] for indices in mine])
+
+    def num_tokens(self, step: int) -> int:
+        """Tokens of the step's whole global batch, padding left out."""
+        return sum(len(self.train.samples[i].input_ids) for i in self._indices(step))
+
+    def _collate(self, groups_of_samples: list[list[Any]]) -> list[Batch]:
+        """Padded to each microbatch's longest sample; to the longest of all for the interleaved schedule (one length)."""
+        how = {"pad_id": self.pad_id, "multiple_of": self.tp_size}
+        batches = [collate(samples, **how) for samples in groups_of_samples]
+        if self.config.parallel.vpp == 1:
+            return batches
+        longest = max(batch.tokens.shape[1] for batch in batches)
+        return [collate(samples, **{**how, "multiple_of": longest}) for samples in groups_of_samples]
