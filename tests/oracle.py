@@ -1,4 +1,4 @@
-"""The same training in plain transformers and PyTorch: no line of megalora's layers, parallelism or optimizer in it.
+"""The same training in plain transformers and PyTorch, in float64: no line of megalora's layers, parallelism or optimizer.
 
 Adapters are merged into stock ``Qwen3MoeForCausalLM`` weights as ``W + scale * B A`` and differentiated by autograd.
 """
@@ -20,8 +20,8 @@ class Oracle:
 
     def __init__(self, base: Path, factors: dict[str, Tensor], scale: float | dict[str, float]) -> None:
         """``scale``: one for all, or by HF module name."""
-        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval().requires_grad_(False)
-        self.factors = {name: t.clone().float().requires_grad_() for name, t in factors.items()}
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64, experts_implementation="eager").eval().requires_grad_(False)
+        self.factors = {name: t.clone().double().requires_grad_() for name, t in factors.items()}
         self.scale = scale
 
     def merged(self) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ class Oracle:
 
     def loss(self, samples: list) -> Tensor:
         """Mean over the target tokens of all samples."""
-        merged, total, count = self.merged(), torch.zeros(()), 0
+        merged, total, count = self.merged(), torch.zeros((), dtype=torch.float64), 0
         for sample in samples:
             ids, mask = torch.tensor(sample.input_ids).long(), torch.tensor(sample.loss_mask)
             logits = functional_call(self.model, merged, (ids[None, :-1],), tie_weights=False).logits[0]

@@ -96,7 +96,7 @@ def expected_training(tiny: Path, chats: Path) -> Expected:
         for step in range(STEPS)
     ]
     losses, norms = oracle.train(batches, LR, clip=1.0)
-    return Expected(eval_loss, losses, norms, {name: t.detach() for name, t in oracle.factors.items()})
+    return Expected(eval_loss, losses, norms, {name: t.detach().float() for name, t in oracle.factors.items()})
 
 
 def records(run: Path, key: str) -> list[float]:
