@@ -31,6 +31,7 @@ quickstart: $(READY)  ## Fine-tune a tiny Qwen3-MoE on two ranks (EP=2) and veri
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
 
 gsm8k: $(READY)  ## GSM8K on a tiny model at TP 2 x EP 2 (four ranks), then the same loss from stock PEFT
+	@rm -rf runs/gsm8k
 	@$(BIN)/megalora tiny runs/gsm8k/base
 	@$(BIN)/megalora train configs/gsm8k_tiny.yaml --nproc 4
 	@$(BIN)/python -m benchmarks.peft_eval_loss configs/gsm8k_tiny.yaml runs/gsm8k/run/$$(cat runs/gsm8k/run/latest)

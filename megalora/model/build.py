@@ -11,11 +11,11 @@ from megalora.bridge.base import open_base, quiet
 from megalora.config import ModelConfig, ParallelConfig
 from megalora.model.backend import block_spec
 from megalora.model.shape import ModelShape
-from megalora.parallel import Groups, megatron_groups
+from megalora.parallel import megatron_groups
 
 
-def local_folder(path: str, groups: Groups | None = None) -> Path:
-    """``path`` if it is a folder, else the hub snapshot of that name, downloaded by the first rank of each machine."""
+def local_folder(path: str) -> Path:
+    """``path`` if it is a folder, else the hub snapshot of that name; the hub's file locks let one rank of a machine download."""
     if Path(path).is_dir():
         return Path(path)
     if path.startswith((".", "/")) or path.count("/") > 1:

@@ -67,7 +67,7 @@ def save_checkpoint(step: int, config: RunConfig, model: AdaptedModel, optimizer
         lambda: write_atomically(target, write), f"could not save {target.name}; earlier checkpoints are whole"
     )
     _on_first_rank(
-        lambda: _forget_old(run, config.checkpoint.keep), f"saved {target.name}, but could not remove older checkpoints"
+        lambda: _forget_old(target, config.checkpoint.keep), f"saved {target.name}, but could not remove older checkpoints"
     )
     return target
 
@@ -115,23 +115,29 @@ def _on_first_rank(action: Callable[[], None], failure: str) -> None:
         raise ValueError(outcome[0])
 
 
-def _forget_old(run: Path, keep: int) -> None:
+def _forget_old(newest: Path, keep: int) -> None:
+    """Remove all but the ``keep`` latest checkpoints up to ``newest``; later ones, of an earlier run, are not ours to judge."""
     if keep:
-        for folder in sorted(run.glob("step_*"))[:-keep]:
+        for folder in [f for f in sorted(newest.parent.glob("step_*")) if f.name <= newest.name][:-keep]:
             shutil.rmtree(folder)
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
-    """Where to resume from: None for a fresh start; raises ``ValueError`` when a named checkpoint is not one."""
+    """Where to resume from: None for a fresh start. Raises ``ValueError`` for what is no checkpoint, or a used run folder."""
     resume, run = config.checkpoint.resume, Path(config.checkpoint.dir)
     if not resume:
+        used = sorted(run.glob("step_*"))
+        if used:
+            raise ValueError(
+                f"checkpoint.dir={run} already holds {used[-1].name}. Set checkpoint.resume=true to continue that run, or "
+                "choose another checkpoint.dir."
+            )
         return None
-    if resume is True:
-        latest = run / "latest"
-        return run / latest.read_text().strip() if latest.is_file() else None
-    folder = Path(resume)
+    if resume is True and not (run / "latest").is_file():
+        return None
+    folder = run / (run / "latest").read_text().strip() if resume is True else Path(str(resume))
     if not (folder / STATE / "state.json").is_file():
-        raise ValueError(f"checkpoint.resume={resume} is not a checkpoint: it has no {STATE}/state.json")
+        raise ValueError(f"checkpoint.resume={resume}: {folder} is not a checkpoint: it has no {STATE}/state.json")
     return folder
 
 

@@ -64,8 +64,10 @@ def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, saved: Path |
             write_manifest(run / "manifest.json", model.adapted)
         metrics.say(_opening(config, model, batches, saved))
         while True:
-            done = step >= num_steps or stop()
-            if batches.eval and (step in (0, num_steps) or (eval_every and step % eval_every == 0)):
+            stopped = stop()
+            done = stopped or step >= num_steps
+            evaluating = step in (0, num_steps) or (eval_every and step % eval_every == 0)
+            if batches.eval and evaluating and not stopped:
                 metrics.evaluation(step, *stepper.evaluate(batches.of_eval()))
             if step and (done or (every and step % every == 0)) and (saved is None or _step_of(saved) != step):
                 saved = save_checkpoint(step, config, model, optimizer)
@@ -108,9 +110,17 @@ def _closing(step: int, num_steps: int, saved: Path | None) -> str:
 
 @contextmanager
 def terminated() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells, on every rank alike, whether any rank has been asked to stop (SIGTERM)."""
+    """Yields a function that tells, on every rank alike, whether any rank has been asked to stop.
+
+    SIGTERM (schedulers, torchrun) and the first SIGINT (Ctrl-C) ask; a second SIGINT kills.
+    """
     asked: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+
+    def ask(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def stop() -> bool:
         flag = torch.tensor(len(asked), device=host.device())
@@ -120,4 +130,5 @@ def terminated() -> Iterator[Callable[[], bool]]:
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -53,6 +53,8 @@ def test_resume_true_takes_the_newest_and_keep_forgets_the_oldest(tiny, chats, t
     config = make_config(tiny, chats, tmp_path, {}, steps=3)
     run_ranks(train, 1, with_checkpoints(config, every=1, keep=2))
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000002", "step_000003"]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # a killed run may leave half a line
     longer = with_checkpoints(replace(config, train=replace(config.train, steps=4)), resume=True)
     run_ranks(train, 1, longer)
     assert (tmp_path / "latest").read_text() == "step_000004\n"
@@ -73,6 +75,8 @@ def test_resume_in_another_layout_continues_the_same_run(tiny, chats, tmp_path):
 def test_resume_refuses_another_run(tiny, chats, tmp_path):
     config = make_config(tiny, chats, tmp_path, {}, steps=1)
     run_ranks(train, 1, config)
+    with pytest.raises(Exception, match="already holds step_000001. Set checkpoint.resume=true to continue that run"):
+        run_ranks(train, 1, config)
     changed = with_checkpoints(replace(config, train=replace(config.train, steps=2, global_batch_size=8)), resume=True)
     with pytest.raises(Exception, match="was trained with train.global_batch_size=16, this run has 8"):
         run_ranks(train, 1, changed)
