@@ -102,6 +102,8 @@ def _train(options: Any, rest: list[str]) -> None:
         shape.check_layout(config.parallel)
         resolve(config.lora, shape)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Seconds to save after SIGTERM; torchrun's own default kills after 30.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     ranks = ["--standalone", "--nproc-per-node", str(options.nproc)]
     torchrun([*ranks, "-m", "megalora.train", str(options.config), *overrides])
 

@@ -20,7 +20,11 @@ class Oracle:
 
     def __init__(self, base: Path, factors: dict[str, Tensor], scale: float | dict[str, float]) -> None:
         """``scale``: one for all, or by HF module name."""
-        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64, experts_implementation="eager").eval().requires_grad_(False)
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64, experts_implementation="eager")
+            .eval()
+            .requires_grad_(False)
+        )
         self.factors = {name: t.clone().double().requires_grad_() for name, t in factors.items()}
         self.scale = scale
 

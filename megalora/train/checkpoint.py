@@ -67,7 +67,8 @@ def save_checkpoint(step: int, config: RunConfig, model: AdaptedModel, optimizer
         lambda: write_atomically(target, write), f"could not save {target.name}; earlier checkpoints are whole"
     )
     _on_first_rank(
-        lambda: _forget_old(target, config.checkpoint.keep), f"saved {target.name}, but could not remove older checkpoints"
+        lambda: _forget_old(target, config.checkpoint.keep),
+        f"saved {target.name}, but could not remove older checkpoints",
     )
     return target
 

@@ -81,7 +81,9 @@ class Metrics:
 def _forget_after(path: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run will do again, and one that a killed run left half written."""
     if path.is_file():
-        kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
         path.write_text("".join(line + "\n" for line in kept) if step else "")
 
 

@@ -1,0 +1,253 @@
+"""A user's mistakes and what the command line answers: exit code 2 and one message, never a traceback."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalora import cli
+from megalora.bridge.peft import CONFIG, WEIGHTS, write_adapter
+from megalora.config import LoRAConfig
+from megalora.lora.spec import resolve, tensor_name
+from megalora.model.shape import model_shape, read_hf_config
+from megalora.tiny import make_tiny
+from megalora.train.__main__ import main as rank
+
+CHAT = '{"messages": [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]}\n'
+Said = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Said:
+    """Runs a command, which must fail as a user's mistake, and returns its message."""
+    monkeypatch.delenv("MEGALORA_TRACEBACK", raising=False)
+
+    def run(*arguments: object, action: Callable[[list[str]], None] = cli.main) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.guarded(action, [str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        assert (exit.value.code, out) == (2, "")
+        assert err.count("megalora: ") == 1 and err.startswith("megalora: ") and "Traceback" not in err
+        return err.removeprefix("megalora: ").removesuffix("\n")
+
+    return run
+
+
+@pytest.fixture
+def refused_rank(refused: Said, tmp_path: Path, tiny: Path) -> Said:
+    """What a training rank, in a world of one, answers; nothing may have been written to the run folder."""
+    (tmp_path / "chats.jsonl").write_text(CHAT * 4)
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {tiny}, dtype: float32}}\ndata: {{train: {tmp_path}/chats.jsonl}}\n"
+        f"train: {{steps: 1, global_batch_size: 4}}\ncheckpoint: {{dir: {tmp_path}/run}}\n"
+    )
+
+    def run(*overrides: str) -> str:
+        said = refused(tmp_path / "run.yaml", *overrides, action=rank)
+        assert not (tmp_path / "run").exists()
+        return said
+
+    return run
+
+
+@pytest.fixture
+def broken(tmp_path: Path, tiny: Path) -> Callable[..., Path]:
+    """A copy of the tiny model that lacks the files of one pattern."""
+
+    def make(missing: str) -> Path:
+        folder = tmp_path / "broken"
+        shutil.copytree(tiny, folder)
+        gone = list(folder.glob(missing))
+        assert len(gone) == 1
+        gone[0].unlink()
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, tiny: Path) -> Path:
+    shape = model_shape(read_hf_config(tiny))
+    adapted = resolve(LoRAConfig(rank=3, target_modules=["q_proj", "down_proj"]), shape)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    trained = {tensor_name(m, f): torch.ones(a.shape(f)) for a in adapted for m in a.hf_modules() for f in ("A", "B")}
+    write_adapter(folder, adapted, shape, trained, str(tiny))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.tp=2"],
+         "1 ranks cannot hold the attention grid: tp=2 * pp=1 = 2, and 1 is not a multiple of 2.\n"
+         "  Change parallel.tp or parallel.pp, or launch a multiple of 2 ranks."),
+        (["train.global_batch_size=5", "train.micro_batch_size=2"],
+         "train.global_batch_size=5 cannot be divided: micro_batch_size=2 * data parallel=1 = 2, and 5 is not a "
+         "multiple of 2.\n  Change train.global_batch_size or train.micro_batch_size."),
+        (["parallel.sp=true"], "unknown config key parallel.sp; known keys: tp, pp, vpp, ep, etp, cp"),
+        (["lora.target_modules=[q_proj,experts]"], "lora.target_modules: 'experts' matches nothing in this model. "
+         "Adaptable: down_proj, gate, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"),
+        (["lora.layers=[2,4]"], "lora.layers: 4 is outside this model's layers 0-3"),
+        (["model.path=/nowhere/tiny"], "model.path=/nowhere/tiny: no such folder"),
+        (["checkpoint.resume=/nowhere"],
+         "checkpoint.resume=/nowhere: /nowhere is not a checkpoint: it has no training_state/state.json"),
+        (["data.eval=4"], "data.eval=4 would hold out 4 of the 4 samples of {folder}/chats.jsonl.\n"
+         "  Choose between 1 and 3, or name another file."),
+        (["data.train={folder}/none.jsonl"],
+         "{folder}/none.jsonl: no such file (looked in {folder}); correct data.train or data.eval"),
+        (["data.max_length=4"],
+         "{folder}/chats.jsonl: none of the 4 samples is left: 4 longer than data.max_length=4 were left out "
+         "(longest N).\n  Raise data.max_length."),
+    ],
+)  # fmt: skip
+def test_config(refused_rank: Said, tmp_path: Path, overrides: list[str], message: str) -> None:
+    said = refused_rank(*(text.format(folder=tmp_path) for text in overrides))
+    assert re.sub(r"longest \d+", "longest N", said) == message.format(folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"tp": 4}, "parallel.tp=4 does not divide the model's 2 key/value heads; it can be one of 1, 2"),
+        ({"ep": 3}, "parallel.ep=3 does not divide the model's 8 experts; it can be one of 1, 2, 4, 8"),
+        ({"pp": 3}, "parallel.pp * vpp=3 does not divide the model's 4 layers; it can be one of 1, 2, 4"),
+    ],
+)
+def test_layout_that_does_not_divide_the_model(
+    refused: Said, refused_rank: Said, tmp_path: Path, layout: dict[str, int], message: str
+) -> None:
+    (size,) = layout.values()
+    overrides = [f"parallel.{name}={value}" for name, value in layout.items()]
+    said = refused("train", tmp_path / "run.yaml", "--nproc", size, "train.global_batch_size=12", *overrides)
+    assert said == message
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [}', "3: not valid JSON (Expecting value, column 15)"),
+        ("[1, 2]", "3: must be a JSON object, got list [1, 2]"),
+    ],
+)
+def test_data_line_is_no_json(refused_rank: Said, tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{CHAT}\n{line}\n{CHAT}")
+    assert refused_rank(f"data.train={path}") == f"{path}:{message}"
+
+
+def test_data_row_without_a_role(refused_rank: Said, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(CHAT + '{"messages": [{"from": "user", "content": "x"}]}\n')
+    assert refused_rank(f"data.train={path}") == (
+        f"{path}: row 2: message 1 has no 'role' (its keys: from, content); rename the key that says who speaks"
+    )
+
+
+def test_long_samples_are_left_out_and_counted(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path, long = tmp_path / "chats.jsonl", json.loads(CHAT)
+    long["messages"][1]["content"] = "4 " * 50
+    path.write_text(CHAT * 4 + (json.dumps(long) + "\n") * 3)
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {tiny}, dtype: float32}}\ndata: {{train: {path}, max_length: 40}}\n"
+        "train: {steps: 1, global_batch_size: 4}\nlog: {tensorboard: false, progress: false}\n"
+        f"checkpoint: {{dir: {tmp_path}/run}}\n"
+    )
+    cli.guarded(rank, [str(tmp_path / "run.yaml")])
+    out = capfd.readouterr().out
+    assert re.search(
+        rf"train: {path}: 4 samples, \d+ tokens \(\d+ in the loss\); 3 longer than data\.max_length=40 were left out "
+        r"\(longest 1\d\d\)\n",
+        out,
+    )
+
+
+def test_base_with_a_missing_shard(
+    refused_rank: Said, refused: Said, adapter: Path, broken: Callable[..., Path]
+) -> None:
+    folder = broken("model-00002-of-*.safetensors")
+    shards = len(list(folder.glob("*.safetensors"))) + 1
+    message = (
+        f"{folder}: 1 of {shards} weight shards are missing (model-00002-of-0000{shards}.safetensors); "
+        "download the model again"
+    )
+    assert refused_rank(f"model.path={folder}") == message
+    assert refused("verify", adapter, "--base", folder) == message
+
+
+def test_base_without_config(refused_rank: Said, refused: Said, adapter: Path, broken: Callable[..., Path]) -> None:
+    folder = broken("config.json")
+    message = f"{folder} is not a Hugging Face model folder: it has no config.json"
+    assert refused_rank(f"model.path={folder}") == message
+    assert refused("verify", adapter, "--base", folder) == message
+
+
+def test_base_of_another_family(refused_rank: Said, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    message = "model_type 'llama' is not supported; megalora knows qwen3_moe, qwen3"
+    assert refused_rank(f"model.path={tmp_path}") == message
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 100}, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight is (3, 96), but this "
+         "base model and rank need (3, 100)"),
+        ({"num_experts": 9},
+         "lacks 24 tensors, such as base_model.model.model.layers.0.mlp.experts.8.down_proj.lora_A.weight"),
+        ({"num_hidden_layers": 3}, "has, but its config does not target, 50 tensors, such as "
+         "base_model.model.model.layers.3.mlp.experts.0.down_proj.lora_A.weight"),
+    ],
+)  # fmt: skip
+def test_adapter_for_another_base(
+    refused: Said, adapter: Path, tmp_path: Path, sizes: dict[str, Any], message: str
+) -> None:
+    other = make_tiny(tmp_path / "other", **sizes)
+    said = refused("verify", adapter, "--base", other)
+    assert said.startswith(f"{adapter / WEIGHTS}")
+    assert said.removeprefix(f"{adapter / WEIGHTS}").lstrip(": ") == message
+
+
+def test_no_adapter(refused: Said, tiny: Path, tmp_path: Path) -> None:
+    for name in ("nowhere", "empty"):
+        folder = tmp_path / name
+        message = f"{folder} is not an adapter folder: it has no adapter_config.json"
+        assert refused("inspect", folder) == message
+        assert refused("verify", folder, "--base", tiny) == message
+        assert refused("export", folder, tmp_path / "out") == message
+        (tmp_path / "empty").mkdir(exist_ok=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapter_of_another_method(refused: Said, adapter: Path) -> None:
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | {"peft_type": "IA3"}))
+    assert refused("inspect", adapter) == f"{adapter / CONFIG}: peft_type is 'IA3'; megalora reads LORA only"
+
+
+@pytest.mark.parametrize("keep", [0, 7, 1000, -16])
+def test_truncated_weights(refused: Said, adapter: Path, tiny: Path, keep: int) -> None:
+    path = adapter / WEIGHTS
+    path.write_bytes(path.read_bytes()[:keep])
+    for arguments in (["inspect", adapter], ["verify", adapter, "--base", tiny]):
+        assert refused(*arguments).startswith(f"{path}: not a readable safetensors file (")
+
+
+def test_weights_are_not_there(refused: Said, adapter: Path, tmp_path: Path) -> None:
+    (adapter / WEIGHTS).unlink()
+    assert refused("export", adapter, tmp_path / "out") == f"{adapter} has no {WEIGHTS}"
+    assert refused("inspect", adapter).startswith(f"{adapter / WEIGHTS}: not a readable safetensors file (")
+
+
+def test_export_over_something(refused: Said, adapter: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("x")
+    assert refused("export", adapter, taken) == f"{taken} exists and is not an empty folder; choose another"
+    assert [path.name for path in taken.iterdir()] == ["thesis.tex"]

@@ -1,0 +1,293 @@
+"""What a config accepts, what it turns it into, and the exact words in which it refuses the rest."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from megalora.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    LoRAConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    load_config,
+    save_config,
+)
+
+MINIMAL = """\
+model: {path: models/tiny}
+data: {train: chats.jsonl}
+train: {steps: 3}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        load_config(path, overrides)
+    assert type(caught.value) is ValueError, "subclasses such as UnicodeDecodeError lose the file's name"
+    return str(caught.value)
+
+
+def test_defaults(minimal: Path) -> None:
+    config = load_config(minimal)
+    assert config == RunConfig(
+        model=ModelConfig(path="models/tiny", backend="torch", dtype="bfloat16", attention="sdpa"),
+        data=DataConfig(train="chats.jsonl", eval=None, format="auto", max_length=4096, seed=0),
+        train=TrainConfig(
+            steps=3, epochs=None, global_batch_size=16, micro_batch_size=1, lr=1e-4, schedule="cosine", warmup=0,
+            weight_decay=0.0, clip_grad=1.0, recompute="off", eval_every=0, seed=0,
+        ),
+        parallel=ParallelConfig(tp=1, pp=1, vpp=1, ep=1, etp=1, cp=1),
+        lora=LoRAConfig(
+            rank=16, alpha=32.0, dropout=0.0, target_modules="all-linear", exclude_modules=[], layers=None,
+            rank_pattern={}, alpha_pattern={}, expert_rank=None, use_rslora=False,
+        ),
+        checkpoint=CheckpointConfig(dir="runs/default", every=0, keep=0, resume=False),
+        log=LogConfig(every=1, tensorboard=True, progress=True),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("train.lr=3e-4", "train", "lr", 3e-4),
+        ("train.lr=1", "train", "lr", 1.0),
+        ("train.clip_grad=0", "train", "clip_grad", 0.0),
+        ("lora.alpha=8", "lora", "alpha", 8.0),
+        ("lora.target_modules=[q_proj,gate]", "lora", "target_modules", ["q_proj", "gate"]),
+        ("lora.target_modules=o_proj", "lora", "target_modules", "o_proj"),
+        ("lora.layers=[0,2]", "lora", "layers", [0, 2]),
+        ("lora.layers=0-3,8", "lora", "layers", "0-3,8"),
+        ("lora.layers=2-", "lora", "layers", "2-"),
+        ("lora.rank_pattern={q_proj: 8}", "lora", "rank_pattern", {"q_proj": 8}),
+        ("lora.alpha_pattern={q_proj: 32, o_proj: 0.5}", "lora", "alpha_pattern", {"q_proj": 32.0, "o_proj": 0.5}),
+        ("lora.alpha_pattern.k_proj=4", "lora", "alpha_pattern", {"k_proj": 4.0}),
+        ("lora.expert_rank=4", "lora", "expert_rank", 4),
+        ("data.train=gsm8k/train.jsonl[:200]", "data", "train", "gsm8k/train.jsonl[:200]"),
+        ("data.train=org/name/main:test[1:3]", "data", "train", "org/name/main:test[1:3]"),
+        ("data.eval=7", "data", "eval", 7),
+        ("data.eval=0.125", "data", "eval", 0.125),
+        ("data.eval=eval.jsonl", "data", "eval", "eval.jsonl"),
+        ("data.format={prompt: q, completion: a}", "data", "format", {"prompt": "q", "completion": "a"}),
+        ("checkpoint.resume=true", "checkpoint", "resume", True),
+        ("checkpoint.resume=runs/a/step_000005", "checkpoint", "resume", "runs/a/step_000005"),
+        ("log.progress=false", "log", "progress", False),
+    ],
+)  # fmt: skip
+def test_override(minimal: Path, override: str, section: str, key: str, value: object) -> None:
+    found = getattr(getattr(load_config(minimal, [override]), section), key)
+    assert found == value
+    assert type(found) is type(value)
+    if isinstance(value, dict):
+        assert [type(v) for v in found.values()] == [type(v) for v in value.values()]
+
+
+def test_overrides_apply_in_order_and_leave_the_rest_of_a_section(minimal: Path) -> None:
+    config = load_config(
+        minimal, ["train.lr=0.5", "train.lr=0.25", "train.steps=null", "train.epochs=2", "parallel.ep=4"]
+    )
+    assert (config.train.lr, config.train.steps, config.train.epochs) == (0.25, None, 2.0)
+    assert config.parallel == ParallelConfig(ep=4)
+    assert config.model.path == "models/tiny"
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    config = RunConfig(
+        model=ModelConfig(path="123", dtype="float32"),
+        data=DataConfig(train="a: b.jsonl[:200]", eval=0.05, format={"messages": "yes"}, max_length=77, seed=5),
+        train=TrainConfig(epochs=1.5, lr=3e-05, schedule="linear", warmup=9, recompute="full", seed=11),
+        parallel=ParallelConfig(tp=2, pp=3, vpp=4, ep=5, etp=6),
+        lora=LoRAConfig(
+            rank=3, alpha=7, dropout=0.1, target_modules=["gate_up_proj", "lm_head"], layers="3",
+            exclude_modules=[r".*\.3\.mlp\..*"], rank_pattern={r"layers\.[02]\..*q_proj": 2, "null": 4},
+            alpha_pattern={"k_proj": 1e-3}, expert_rank=2, use_rslora=True,
+        ),
+        checkpoint=CheckpointConfig(dir="runs/true", every=4, keep=2, resume="007"),
+        log=LogConfig(every=8, tensorboard=False, progress=False),
+    )  # fmt: skip
+    path = tmp_path / "config.yaml"
+    save_config(config, path)
+    assert load_config(path) == config
+    for section in fields(RunConfig):
+        assert getattr(config, section.name) != getattr(load_config_minimal(tmp_path), section.name), (
+            "a default proves nothing"
+        )
+
+
+def load_config_minimal(folder: Path) -> RunConfig:
+    path = folder / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("modell.path=x", "unknown config key modell; did you mean model?"),
+        ("train.warm_up=3", "unknown config key train.warm_up; did you mean train.warmup?"),
+        ("lora.r=3", "unknown config key lora.r; known keys: rank, alpha, dropout, target_modules, exclude_modules, "
+         "layers, rank_pattern, alpha_pattern, expert_rank, use_rslora"),
+        ("train=3", "train is a section, got 3"),
+        ("lora=null", "lora is a section, got None"),
+        ("parallel.tp={x: 3}", "parallel.tp must be int, got {'x': 3}"),
+        ("train.lr", "override 'train.lr' is not of the form section.key=value"),
+        ("=3", "override '=3' is not of the form section.key=value"),
+        ("model.path=123", "model.path must be str, got 123"),
+        ("parallel.tp=2.0", "parallel.tp must be int, got 2.0"),
+        ("parallel.tp=true", "parallel.tp must be int, got True"),
+        ("train.lr=fast", "train.lr must be float, got 'fast'"),
+        ("train.lr=true", "train.lr must be float, got True"),
+        ("train.steps=1.5", "train.steps must be int or nothing, got 1.5"),
+        ("lora.use_rslora=1", "lora.use_rslora must be bool, got 1"),
+        ("lora.layers=3", "lora.layers must be list[int] or str or nothing, got 3"),
+        ("lora.layers=[1,true]", "lora.layers[1] must be int, got True"),
+        ("lora.target_modules=[q_proj,3]", "lora.target_modules[1] must be str, got 3"),
+        ("lora.rank_pattern={q_proj: 2.0}", "lora.rank_pattern.q_proj must be int, got 2.0"),
+        ("lora.rank_pattern={q_proj: k_proj}", "lora.rank_pattern.q_proj must be int, got 'k_proj'"),
+        ("lora.rank_pattern={7: 2}", "a key of lora.rank_pattern must be str, got 7"),
+        ("lora.alpha_pattern={q_proj: true}", "lora.alpha_pattern.q_proj must be float, got True"),
+        ("lora.alpha_pattern=[1.0]", "lora.alpha_pattern must be dict[str, float], got [1.0]"),
+        ("data.eval=true", "data.eval must be str or int or float or nothing, got True"),
+        ("data.format={messages: 3}", "data.format.messages must be str, got 3"),
+        ("checkpoint.resume=1", "checkpoint.resume must be bool or str, got 1"),
+        ("model.dtype=float16", "model.dtype must be one of float32, bfloat16, got 'float16'"),
+        ("model.backend=te", "model.backend must be one of torch, got 'te'"),
+        ("train.schedule=step", "train.schedule must be one of cosine, linear, constant, got 'step'"),
+        ("train.recompute=true", "train.recompute must be one of off, selective, full, got True"),
+        ("parallel.ep=0", "parallel.ep must be at least 1, got 0"),
+        ("parallel.cp=2", "parallel.cp=2: context parallelism needs Transformer Engine's attention, which the torch "
+         "back end does not have. Set parallel.cp=1; use parallel.tp to split long sequences."),
+        ("parallel.vpp=2", "parallel.vpp=2 interleaves the chunks of several pipeline stages, but parallel.pp=1. "
+         "Set parallel.vpp=1 or parallel.pp to 2 or more."),
+        ("lora.rank=0", "lora: rank must be a rank of at least 1, got 0"),
+        ("lora.expert_rank=-1", "lora: expert_rank must be a rank of at least 1, got -1"),
+        ("lora.rank_pattern={v_proj: 0}", "lora: v_proj must be a rank of at least 1, got 0"),
+        ("lora.alpha=0", "lora: alpha must be an alpha above 0, got 0.0"),
+        ("lora.alpha_pattern={v_proj: -2}", "lora: v_proj must be an alpha above 0, got -2.0"),
+        ("lora.dropout=1", "lora.dropout must be in [0, 1), got 1.0"),
+        ("data.max_length=1", "data.max_length must be at least 2 tokens, got 1"),
+        ("train.epochs=2", "give exactly one of train.steps and train.epochs (got steps=3, epochs=2.0)"),
+        ("train.steps=null", "give exactly one of train.steps and train.epochs (got steps=None, epochs=None)"),
+        ("train.steps=0", "train.steps must be above 0, got 0"),
+        ("train.lr=-0.1", "train.lr must be above 0, got -0.1"),
+        ("train.lr=.nan", "train.lr must be above 0, got nan"),
+        ("train.global_batch_size=0", "train.global_batch_size must be above 0, got 0"),
+        ("train.micro_batch_size=-2", "train.micro_batch_size must be above 0, got -2"),
+        ("train.warmup=-1", "train.warmup must not be negative, got -1"),
+        ("train.weight_decay=-1", "train.weight_decay must not be negative, got -1.0"),
+        ("train.clip_grad=-1", "train.clip_grad must not be negative, got -1.0"),
+        ("train.eval_every=-1", "train.eval_every must not be negative, got -1"),
+        ("checkpoint.every=-1", "checkpoint.every must not be negative, got -1"),
+        ("checkpoint.keep=-1", "checkpoint.keep must not be negative, got -1"),
+        ("log.every=0", "log.every must be at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_refused_override(minimal: Path, override: str, message: str) -> None:
+    assert refusal(minimal, override) == message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "config is missing model, data, train"),
+        (b"model: {}\ndata: {train: a}\ntrain: {steps: 1}\n", "config is missing model.path"),
+        (b"model: {path: m}\n", "config is missing data, train"),
+        (b"model: [1]\n", "model is a section, got [1]"),
+        (b"- 1\n- 2\n", "{path}: expected sections (model, data, train, ...), not a list"),
+        (b"3\n", "{path}: Invalid loaded object type: int"),
+        (b"train: {steps: 1\n", "{path}: while parsing a flow mapping"),
+        (b"train: {lr: 1, lr: 2}\n", "{path}: while constructing a mapping"),
+        (b"model:\n  path: ???\n", "{path}: Missing mandatory value: path\n    full_key: model.path"),
+        (b"model: {path: '${nowhere}'}\n", "{path}: Interpolation key 'nowhere' not found"),
+        (b"model: {path: \xff\xfe}\n", "{path}: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_refused_file(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    assert refusal(path).startswith(message.format(path=path))
+
+
+def test_broken_yaml_says_where(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("train:\n  lr: 1\n  lr: 2\n")
+    assert re.search(r"found duplicate key lr\n\s+in .*run\.yaml\", line 3, column 3", refusal(path))
+
+
+def test_broken_override_names_itself_and_not_the_file(minimal: Path) -> None:
+    message = refusal(minimal, "train.lr=[1")
+    assert message.startswith("override 'train.lr=[1': while parsing a flow sequence")
+    assert str(minimal) not in message
+
+
+@pytest.mark.parametrize("name", ["nowhere.yaml", "."])
+def test_no_such_file(tmp_path: Path, name: str) -> None:
+    assert refusal(tmp_path / name) == f"{tmp_path / name}: no such config file"
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "sizes"),
+    [
+        (ParallelConfig(), 6, (6, 6)),
+        (ParallelConfig(tp=2, pp=3), 12, (2, 4)),
+        (ParallelConfig(tp=4, pp=2, ep=8, etp=1), 16, (2, 1)),
+        (ParallelConfig(tp=2, pp=2, ep=3, etp=5), 60, (15, 2)),
+    ],
+)
+def test_data_parallel_sizes(layout: ParallelConfig, world_size: int, sizes: tuple[int, int]) -> None:
+    assert layout.data_parallel_sizes(world_size) == sizes
+
+
+def run_config(*, batch: int = 24, micro: int = 1, **parallel: int) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path="m"), data=DataConfig(train="d"), parallel=ParallelConfig(**parallel),
+        train=TrainConfig(steps=1, global_batch_size=batch, micro_batch_size=micro),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size", "message"),
+    [
+        (run_config(ep=8), 12,
+         "12 ranks cannot hold the expert grid: etp=1 * ep=8 * pp=1 = 8, and 12 is not a multiple of 8.\n"
+         "  Change parallel.etp or parallel.ep or parallel.pp, or launch a multiple of 8 ranks."),
+        (run_config(tp=2, pp=3, vpp=2), 4,
+         "4 ranks cannot hold the attention grid: tp=2 * pp=3 = 6, and 4 is not a multiple of 6.\n"
+         "  Change parallel.tp or parallel.pp, or launch a multiple of 6 ranks."),
+        (run_config(ep=2, etp=3, pp=2), 8,
+         "8 ranks cannot hold the expert grid: etp=3 * ep=2 * pp=2 = 12, and 8 is not a multiple of 12.\n"
+         "  Change parallel.etp or parallel.ep or parallel.pp, or launch a multiple of 12 ranks."),
+        (run_config(batch=10, micro=2, tp=2), 8,
+         "train.global_batch_size=10 cannot be divided: micro_batch_size=2 * data parallel=4 = 8, and 10 is not a "
+         "multiple of 8.\n  Change train.global_batch_size or train.micro_batch_size."),
+        (run_config(batch=6, pp=2, vpp=2), 4,
+         "the interleaved schedule (parallel.vpp=2) needs a number of microbatches that is a multiple of "
+         "parallel.pp=2; train.global_batch_size=6 gives 3."),
+        (run_config(), 0, "a run needs at least 1 rank, got 0"),
+        (run_config(), -4, "a run needs at least 1 rank, got -4"),
+    ],
+)  # fmt: skip
+def test_world_size_refused(config: RunConfig, world_size: int, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        config.check_world(world_size)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size"),
+    [(run_config(ep=8, tp=4, pp=2), 16), (run_config(batch=8, pp=2, vpp=2), 4), (run_config(batch=6, pp=2), 4)],
+)
+def test_world_size_accepted(config: RunConfig, world_size: int) -> None:
+    config.check_world(world_size)
