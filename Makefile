@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart gsm8k test check format lock clean
+.PHONY: help setup quickstart gsm8k test gpu check format lock clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,11 +33,14 @@ quickstart: $(READY)  ## Fine-tune a tiny Qwen3-MoE on two ranks (EP=2) and veri
 gsm8k: $(READY)  ## GSM8K on a tiny model at TP 2 x EP 2 (four ranks), then the same loss from stock PEFT
 	@rm -rf runs/gsm8k
 	@$(BIN)/megalora tiny runs/gsm8k/base
-	@$(BIN)/megalora train configs/gsm8k_tiny.yaml --nproc 4
+	@CUDA_VISIBLE_DEVICES= $(BIN)/megalora train configs/gsm8k_tiny.yaml --nproc 4
 	@$(BIN)/python -m benchmarks.peft_eval_loss configs/gsm8k_tiny.yaml runs/gsm8k/run/$$(cat runs/gsm8k/run/latest)
 
 test: $(READY)  ## Every test that needs no GPU
 	@$(BIN)/pytest -q tests
+
+gpu: $(READY)  ## The tests that need a CUDA device
+	@MEGALORA_TEST_GPU=1 $(BIN)/pytest -q tests/gpu
 
 check: $(READY)  ## Format, lint, types and tests: what CI runs
 	@$(BIN)/ruff format --check .

@@ -3,6 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
+if ((gpus < 2)); then
+  export CUDA_VISIBLE_DEVICES="" # two ranks need two GPUs; without them everything runs on the CPU
+fi
+
 dir=runs/quickstart
 rm -rf "$dir"
 mkdir -p "$dir"

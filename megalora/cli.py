@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +33,18 @@ def guarded(action: Callable[[list[str]], None], arguments: list[str]) -> None:
         rank = int(os.environ.get("RANK", 0))
         if rank:
             time.sleep(PATIENCE_S)
-        print(f"megalora{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
+        print(f"megalora{f' (rank {rank})' if rank else ''}: {error}{_whose(error)}", file=sys.stderr)
         sys.exit(MISTAKE)
+
+
+def _whose(error: ValueError) -> str:
+    """A hint where the error was raised in a library: it may not be the user's."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    where = Path(frame.tb_frame.f_code.co_filename) if frame else Path(__file__)
+    ours = where.is_relative_to(Path(__file__).parent) or not where.is_relative_to(sysconfig.get_path("purelib"))
+    return "" if ours else "\n  (raised in a library; MEGALORA_TRACEBACK=1 shows where)"
 
 
 def _run(arguments: list[str]) -> None:

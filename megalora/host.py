@@ -75,18 +75,27 @@ def process_group(timeout_minutes: float = 30) -> Iterator[None]:
     """Join the world that torchrun describes in the environment (a world of one without it), and leave it at the end."""
     install()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    rank, size = int(os.environ.get("RANK", 0)), world_size()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    rank, size, gpu = int(os.environ.get("RANK", 0)), world_size(), torch.cuda.is_available()
+    if gpu:
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(
+                f"local rank {local} has no GPU of its own: this machine shows {count}. Start at most {count} ranks here, "
+                'or set CUDA_VISIBLE_DEVICES="" to run on the CPU.'
+            )
+        torch.cuda.set_device(local)
     store = None if size > 1 else dist.HashStore()
     dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes),
+        "nccl" if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes),
+        device_id=device() if gpu else None,
     )  # fmt: skip
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if not gpu:  # nccl waits for every rank when it shuts down, and the others may be waiting for this one
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 @functools.cache

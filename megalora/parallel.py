@@ -39,15 +39,6 @@ class Groups:
     def named(self, name: str) -> dist.ProcessGroup:
         return getattr(self, name)
 
-    @property
-    def is_replica_zero(self) -> bool:
-        """Whether this rank holds the first copy of attention and dense parameters."""
-        return self.dp.rank() == 0
-
-    def last_stage_rank(self) -> int:
-        """Global rank, within this rank's pipeline, that computes the loss."""
-        return dist.get_process_group_ranks(self.pp)[-1]
-
 
 def init_groups(config: ParallelConfig, seed: int = 0) -> Groups:
     """Lay the initialised world out as ``config`` says; raises ``ValueError`` when it does not divide."""

@@ -97,7 +97,7 @@ def adapter(tmp_path: Path, tiny: Path) -> Path:
         (["lora.layers=[2,4]"], "lora.layers: 4 is outside this model's layers 0-3"),
         (["model.path=/nowhere/tiny"], "model.path=/nowhere/tiny: no such folder"),
         (["checkpoint.resume=/nowhere"],
-         "checkpoint.resume=/nowhere: /nowhere is not a checkpoint: it has no training_state/state.json"),
+         "checkpoint.resume=/nowhere is not a checkpoint: it has no training_state/state.json"),
         (["data.eval=4"], "data.eval=4 would hold out 4 of the 4 samples of {folder}/chats.jsonl.\n"
          "  Choose between 1 and 3, or name another file."),
         (["data.train={folder}/none.jsonl"],

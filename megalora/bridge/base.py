@@ -6,7 +6,6 @@ Bridge knows every family's config and names; this plug-in adds one mapping, HF'
 
 import contextlib
 import importlib.util
-import json
 import logging
 import sys
 import types
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalora import host
+from megalora.model.shape import read_json_object
 
 host.install()
 if importlib.util.find_spec("transformer_engine") is None:
@@ -46,6 +46,7 @@ from transformers import Qwen3MoeForCausalLM  # noqa: E402
 
 logging.disable(_loud)
 AutoMapping.register_module_type("RMSNorm", "replicated")
+AutoMapping.register_module_type("FrozenRouter", "replicated")
 
 
 class FusedExpertsMapping(MegatronParamMapping):
@@ -113,7 +114,7 @@ def check_base_folder(folder: Path) -> None:
     """Raise ``ValueError`` unless every weight shard the folder announces is there."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(read_json_object(index).get("weight_map", {}).values()))
     else:
         shards = ["model.safetensors"]
     missing = [name for name in shards if not (folder / name).is_file()]

@@ -65,6 +65,7 @@ def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
         )  # fmt: skip
         load_adapter(model, adapter / WEIGHTS)
         ours, our_layers = _megatron_logits(model.chunks[0].eval(), tokens.to(host.device()))
+        del model  # its memory is PEFT's turn now
     theirs, their_layers, unadapted = _peft_logits(adapter, folder, tokens)
     parted = [i for i, (a, b) in enumerate(zip(our_layers, their_layers, strict=True)) if not _largest(a - b) <= atol]
     return Report(adapter, atol, _largest(ours - theirs), _largest(theirs - unadapted), parted[0] if parted else None)

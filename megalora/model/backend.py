@@ -1,5 +1,6 @@
 """Which modules Megatron's GPTModel is built from: torch-native, nothing that needs a GPU or Transformer Engine."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -34,6 +37,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class FrozenRouter(TopKRouter):
+    """Megatron's top-k router without the weight gradient that its own gating computes even for a frozen weight."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.device))
 
 
 class TorchBackend(LocalSpecProvider):
@@ -70,10 +80,16 @@ def layer_spec(config: Any, num_experts: int | None) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=RMSNorm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts, moe_grouped_gemm=True),
+            mlp=_mlp(backend, num_experts),
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
+
+
+def _mlp(backend: TorchBackend, num_experts: int | None) -> Any:
+    if num_experts is None:
+        return get_mlp_module_spec_for_backend(backend=backend)
+    return partial(MoELayer, submodules=MoESubmodules(experts=backend.grouped_mlp_modules(True), router=FrozenRouter))
 
 
 def block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:

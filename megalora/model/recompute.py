@@ -6,7 +6,7 @@ input needs none, which is what the first block above a frozen embedding is.
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 
@@ -27,7 +27,9 @@ class Recomputed(nn.Module):
             return self.module(*args, **kwargs)
         # Stopping early could leave one rank's collectives out of the recomputation and not another's.
         with set_checkpoint_early_stop(False):
-            return checkpoint(self.module, *args, use_reentrant=False, **kwargs)
+            # Generators (dropout) are kept only for the devices of tensors passed by position; Megatron passes keywords.
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+            return checkpoint(lambda *_: self.module(*args, **kwargs), *tensors, use_reentrant=False)
 
 
 def apply_recompute(chunks: list[nn.Module], level: str) -> None:

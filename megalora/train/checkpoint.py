@@ -30,23 +30,27 @@ from megalora.train.setup import AdaptedModel
 
 STATE = "training_state"
 SAME_RUN = (
-    "data.train", "data.eval", "data.format", "data.max_length", "data.seed", "train.global_batch_size",
+    "model.path", "model.dtype", "data.train", "data.eval", "data.format", "data.max_length", "data.seed", "train.global_batch_size",
     "lora.rank", "lora.alpha", "lora.target_modules", "lora.exclude_modules", "lora.layers", "lora.rank_pattern",
     "lora.alpha_pattern", "lora.expert_rank", "lora.use_rslora",
 )  # fmt: skip
-"""What decides the order of samples, and what is trained: it must not change in the middle of a run."""
+"""What decides the order of samples, and what is trained on what: it must not change in the middle of a run."""
 
 
 def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def save_checkpoint(step: int, config: RunConfig, model: AdaptedModel, optimizer: Any) -> Path:
-    """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves earlier checkpoints whole."""
+def save_checkpoint(step: int, num_samples: int, config: RunConfig, model: AdaptedModel, optimizer: Any) -> Path:
+    """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves earlier ones whole.
+
+    ``num_samples``: of the training data, which must not have grown when the run is resumed.
+    """
     parameters, pieces, groups = model.parameters, model.pieces, model.groups
     weights = gather_tensors(pieces, {p: p.data for p in parameters}, groups)
     state: dict[str, Tensor] = {}
-    for key, values in optimizer_state(optimizer, parameters, groups).items():
+    for key in STATE_KEYS:  # one at a time: each is as large as the adapters in float32
+        values = optimizer_state(optimizer, key, parameters, groups)
         state |= {f"{key}.{name}": tensor for name, tensor in (gather_tensors(pieces, values, groups) or {}).items()}
     generators: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(generators, {name: t.cpu() for name, t in host.rng_state().items()})
@@ -58,7 +62,12 @@ def save_checkpoint(step: int, config: RunConfig, model: AdaptedModel, optimizer
         save_file(state, folder / STATE / "optimizer.safetensors")
         rng = {f"{rank}.{name}": t for rank, states in enumerate(generators) for name, t in states.items()}
         save_file(rng, folder / STATE / "rng.safetensors")
-        summary = {"step": step, "world_size": dist.get_world_size(), "config": asdict(config)}
+        summary = {
+            "step": step,
+            "num_samples": num_samples,
+            "world_size": dist.get_world_size(),
+            "config": asdict(config),
+        }
         (folder / STATE / "state.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     run = Path(config.checkpoint.dir)
@@ -124,31 +133,51 @@ def _forget_old(newest: Path, keep: int) -> None:
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
-    """Where to resume from: None for a fresh start. Raises ``ValueError`` for what is no checkpoint, or a used run folder."""
+    """Where to resume from; None for a fresh start. The first rank decides for all: file systems may be slow to agree.
+
+    Raises ``ValueError``, on every rank, for what is no checkpoint, and rather than mix two runs in one folder.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = _find_checkpoint(config)
+        except ValueError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise ValueError(answer[1])
+    return answer[0]
+
+
+def _find_checkpoint(config: RunConfig) -> Path | None:
     resume, run = config.checkpoint.resume, Path(config.checkpoint.dir)
-    if not resume:
-        used = sorted(run.glob("step_*"))
-        if used:
-            raise ValueError(
-                f"checkpoint.dir={run} already holds {used[-1].name}. Set checkpoint.resume=true to continue that run, or "
-                "choose another checkpoint.dir."
-            )
-        return None
     if resume is True and not (run / "latest").is_file():
         return None
-    folder = run / (run / "latest").read_text().strip() if resume is True else Path(str(resume))
-    if not (folder / STATE / "state.json").is_file():
-        raise ValueError(f"checkpoint.resume={resume}: {folder} is not a checkpoint: it has no {STATE}/state.json")
+    folder = run / (run / "latest").read_text().strip() if resume is True else Path(str(resume)) if resume else None
+    if folder is not None and not (folder / STATE / "state.json").is_file():
+        where = f"{run}/latest names {folder}, which" if resume is True else f"checkpoint.resume={resume}"
+        raise ValueError(f"{where} is not a checkpoint: it has no {STATE}/state.json")
+    used = sorted(run.glob("step_*"))
+    if used and (folder is None or folder.resolve().parent != run.resolve()):
+        raise ValueError(
+            f"checkpoint.dir={run} already holds {used[-1].name}. Set checkpoint.resume=true to continue that run, or "
+            "choose another checkpoint.dir."
+        )
     return folder
 
 
-def load_checkpoint(folder: Path, config: RunConfig, model: AdaptedModel, optimizer: Any) -> int:
+def load_checkpoint(folder: Path, num_samples: int, config: RunConfig, model: AdaptedModel, optimizer: Any) -> int:
     """Restore adapters, optimizer and generators; returns the number of finished steps.
 
     Adapters come from the float32 masters, as after an optimizer step: the adapter files are in export form.
     """
     state = json.loads((folder / STATE / "state.json").read_text())
     _check_same_run(folder, state["config"], config)
+    if state["num_samples"] != num_samples:
+        raise ValueError(
+            f"{folder} was trained on {state['num_samples']:,} samples of {config.data.train}, which now has {num_samples:,}: "
+            "samples would be repeated or skipped. Restore the data, or start a new run in another checkpoint.dir."
+        )
     parameters = model.parameters
     values = {
         key: {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters} for key in STATE_KEYS

@@ -1,8 +1,6 @@
 """The training loop: a straight line from a config to an adapter folder."""
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from megalora.train.checkpoint import find_checkpoint, load_checkpoint, save_che
 from megalora.train.metrics import Metrics
 from megalora.train.optim import build_optimizer, learning_rate, set_learning_rate, wrap_chunks
 from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
+from megalora.train.signals import terminated
 from megalora.train.step import Stepper
 
 
@@ -53,11 +52,14 @@ def plan(config: RunConfig, folder: Path) -> tuple[ModelShape, list[Adapted]]:
 
 def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, saved: Path | None) -> Path | None:
     options, run, first = config.train, Path(config.checkpoint.dir), dist.get_rank() == 0
+    num_steps, num_samples = batches.num_steps, len(batches.train.samples)
     chunks = wrap_chunks(model.chunks)
     optimizer = build_optimizer(options, getattr(torch, config.model.dtype), chunks)
     stepper = Stepper(chunks, model.groups, GradientCheck(model.adapted, model.pieces))
-    step = load_checkpoint(saved, config, model, optimizer) if saved else 0
-    num_steps, every, eval_every = batches.num_steps, config.checkpoint.every, options.eval_every
+    step = load_checkpoint(saved, num_samples, config, model, optimizer) if saved else 0
+    check_agreement("number of finished steps", step)
+    check_agreement("number of training samples", num_samples)
+    saved_step = evaluated_step = step if saved else -1
     with Metrics(run, config.log, num_steps, step, active=first) as metrics, terminated() as stop:
         if first:
             save_config(config, run / "config.yaml")
@@ -66,27 +68,48 @@ def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, saved: Path |
         while True:
             stopped = stop()
             done = stopped or step >= num_steps
-            evaluating = step in (0, num_steps) or (eval_every and step % eval_every == 0)
-            if batches.eval and evaluating and not stopped:
+            if step and step != saved_step and (done or _due(step, config.checkpoint.every)):
+                saved, saved_step = save_checkpoint(step, num_samples, config, model, optimizer), step
+                metrics.restart_clock()
+            due = step in (0, num_steps) or _due(step, options.eval_every)
+            if batches.eval and due and step != evaluated_step and not stopped:
                 metrics.evaluation(step, *stepper.evaluate(batches.of_eval()))
-            if step and (done or (every and step % every == 0)) and (saved is None or _step_of(saved) != step):
-                saved = save_checkpoint(step, config, model, optimizer)
             if done:
                 break
             lr = learning_rate(options, step, num_steps)
             set_learning_rate(optimizer, lr)
             loss, _ = stepper.train(batches.of_step(step), optimizer)
-            _, grad_norm, _ = optimizer.step()
+            check_finite(step + 1, "loss", loss, saved)
+            grad_norm = float(optimizer.step()[1])
+            check_finite(step + 1, "gradient norm", grad_norm, saved)
             stepper.b_has_moved |= lr > 0
             num_tokens = batches.num_tokens(step)
             step += 1
-            metrics.train_step(step, loss=loss, lr=lr, grad_norm=float(grad_norm), num_tokens=num_tokens)
+            metrics.train_step(step, loss=loss, lr=lr, grad_norm=grad_norm, num_tokens=num_tokens)
     metrics.say(_closing(step, num_steps, saved))
     return saved
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def check_finite(step: int, name: str, value: float, saved: Path | None) -> None:
+    """Raise ``ValueError`` rather than train on, and save, numbers that are none; the value is the same on every rank."""
+    if not math.isfinite(value):
+        last = f"the last checkpoint is {saved}" if saved else "no checkpoint was saved"
+        raise ValueError(f"step {step}: the {name} is {value}. Lower train.lr or lengthen train.warmup; {last}.")
+
+
+def check_agreement(name: str, value: int) -> None:
+    """Raise ``ValueError`` unless every rank has the same value: files may differ between machines."""
+    values: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        raise ValueError(
+            f"ranks disagree about the {name}: {sorted(set(values), key=str)}. Data and checkpoint.dir must be the same files "
+            "on every machine."
+        )
 
 
 def _opening(config: RunConfig, model: AdaptedModel, batches: Batches, resume_from: Path | None) -> str:
@@ -105,30 +128,5 @@ def _opening(config: RunConfig, model: AdaptedModel, batches: Batches, resume_fr
 
 def _closing(step: int, num_steps: int, saved: Path | None) -> str:
     how = "finished" if step >= num_steps else "stopped by a signal"
-    return f"{how} at step {step}; {f'the adapter is {saved}' if saved else 'nothing was trained, nothing is saved'}"
-
-
-@contextmanager
-def terminated() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells, on every rank alike, whether any rank has been asked to stop.
-
-    SIGTERM (schedulers, torchrun) and the first SIGINT (Ctrl-C) ask; a second SIGINT kills.
-    """
-    asked: list[int] = []
-
-    def ask(number: int, _: object) -> None:
-        asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop() -> bool:
-        flag = torch.tensor(len(asked), device=host.device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    memory = f" (peak memory of a rank: {peak / 2**30:.1f} GiB)" if (peak := host.peak_memory_bytes()) else ""
+    return f"{how} at step {step}{memory}; {f'the adapter is {saved}' if saved else 'nothing was trained or saved'}"

@@ -52,6 +52,10 @@ class Metrics:
     def evaluation(self, step: int, loss: float, num_tokens: int) -> None:
         self.say(f"eval loss {loss:.4f} at step {step} ({num_tokens:,} target tokens)")
         self._write(step, {"eval_loss": loss})
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last step, a save or an evaluation, out of the next one's speed."""
         self.last = time.perf_counter()
 
     def _write(self, step: int, values: dict[str, float]) -> None:

@@ -60,24 +60,20 @@ def _parts(optimizer: Any) -> list[Any]:
 
 
 def optimizer_state(
-    optimizer: Any, parameters: list[nn.Parameter], groups: Groups
-) -> dict[str, dict[nn.Parameter, Tensor]]:
-    """Masters and moments of this rank's parameters, whole again over data parallelism: key -> parameter -> float32 tensor.
+    optimizer: Any, key: str, parameters: list[nn.Parameter], groups: Groups
+) -> dict[nn.Parameter, Tensor]:
+    """One of ``STATE_KEYS`` for this rank's parameters, whole again over data parallelism, in float32.
 
     Each data-parallel rank owns a slice of every flat buffer; the others' slices are added as zeros, which is exact.
     """
-    state = {
-        key: {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters} for key in STATE_KEYS
-    }
+    state = {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters}
     for part in _parts(optimizer):
         for parameter in part.model_param_group_index_map:
             owned = part._get_model_param_range_map(parameter)["param"]
-            tensors = part._get_main_param_and_optimizer_states(parameter)
-            for key in STATE_KEYS:
-                state[key][parameter].view(-1)[owned.start : owned.end] = tensors[key].detach()
-    for key in STATE_KEYS:
-        for group, allreduce in ((groups.dp, True), (groups.edp, False)):
-            sum_bucket([t for p, t in state[key].items() if p.allreduce is allreduce], group)  # type: ignore
+            value = part._get_main_param_and_optimizer_states(parameter)[key]
+            state[parameter].view(-1)[owned.start : owned.end] = value.detach()
+    for group, allreduce in ((groups.dp, True), (groups.edp, False)):
+        sum_bucket([t for p, t in state.items() if p.allreduce is allreduce], group)  # type: ignore
     return state
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megalora.config import CheckpointConfig, RunConfig
-from megalora.train import checkpoint, loop
+from megalora.train import checkpoint, loop, signals
 from megalora.train.checkpoint import write_atomically
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
@@ -45,6 +46,7 @@ def test_resume_continues_bit_for_bit(world, parallel, dtype, tiny, chats, tmp_p
     )
     run_ranks(train, world, resumed)
     assert records(tmp_path / "rest", "loss") == records(tmp_path / "whole", "loss")[2:]
+    assert records(tmp_path / "rest", "eval_loss") == records(tmp_path / "whole", "eval_loss")[1:]
     assert records(tmp_path / "rest", "grad_norm") == records(tmp_path / "whole", "grad_norm")[2:]
     same_files(tmp_path / "rest/step_000004", tmp_path / "whole/step_000004")
 
@@ -130,6 +132,37 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, chats, tmp_path)
     resumed = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), resume=True))
     run_ranks(train, 2, resumed)
     assert (tmp_path / "run/latest").read_text() == "step_000002\n"
+
+
+def _never_comes_back() -> None:
+    signals.GRACE_S = 0.5
+    with signals.terminated():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+
+def test_a_rank_stuck_in_a_step_gives_up():
+    """As after another rank's failure: nobody comes to the collective, so the loop never asks whether to stop."""
+    start = time.monotonic()
+    with pytest.raises(Exception, match="exit code 1"):
+        run_ranks(_never_comes_back, 1)
+    assert time.monotonic() - start < 20
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tiny, chats, tmp_path):
+    config = with_checkpoints(make_config(tiny, chats, tmp_path, {}, steps=9, lr=1e30), every=1, keep=1)
+    with pytest.raises(Exception, match=r"step \d: the (loss|gradient norm) is (nan|inf). Lower train.lr"):
+        run_ranks(train, 1, config)
+    kept = [load_file(folder / "adapter_model.safetensors") for folder in tmp_path.glob("step_*")]
+    assert len(kept) <= 1
+
+
+def test_a_checkpoint_of_another_folder_does_not_mix_into_a_used_one(tiny, chats, tmp_path):
+    run_ranks(train, 1, make_config(tiny, chats, tmp_path / "one", {}, steps=1))
+    other = make_config(tiny, chats, tmp_path / "two", {}, steps=1)
+    run_ranks(train, 1, other)
+    with pytest.raises(Exception, match="already holds step_000001"):
+        run_ranks(train, 1, with_checkpoints(other, resume=str(tmp_path / "one/step_000001")))
 
 
 def _killed_while_writing(target: Path) -> None:

@@ -1,0 +1,78 @@
+"""Being told to stop: by a scheduler, by torchrun when another rank failed, or by Ctrl-C."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from megalora import host
+
+GRACE_S = 120.0
+"""How long a rank that was told to stop may take to its next step before it gives up; three steps, if they are longer."""
+
+
+@contextmanager
+def terminated() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells, on every rank alike, whether any rank has been asked to stop; call it once a step.
+
+    SIGTERM and the first SIGINT ask; a second SIGINT kills. When another rank has failed, this one waits in a collective
+    for good, where no Python signal handler runs: a thread ends the process when the next call does not come.
+    """
+    asked: list[int] = []
+    reached, step = threading.Event(), _Longest()
+
+    def ask(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def stop() -> bool:
+        step.tick()
+        flag = torch.tensor(len(asked), device=host.device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if flag.item():
+            reached.set()
+        return reached.is_set()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, ask) for number in numbers}
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(read, reached, step), daemon=True).start()
+    try:
+        yield stop
+    finally:
+        reached.set()
+        signal.set_wakeup_fd(wakeup)
+        os.close(write)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Longest:
+    """The longest time between two steps, in seconds."""
+
+    def __init__(self) -> None:
+        self.last, self.seconds = time.monotonic(), 0.0
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.last, self.seconds = now, max(self.seconds, now - self.last)
+
+
+def _watch(read: int, reached: threading.Event, step: _Longest) -> None:
+    """Wait for a signal's number in the pipe, then for the loop; end the process when it does not come."""
+    arrived = os.read(read, 1)
+    os.close(read)
+    if arrived and not reached.wait(max(GRACE_S, 3 * step.seconds)):
+        print(
+            "megalora: told to stop, but stuck in a step (has another rank failed?); ending without saving",
+            file=sys.stderr,
+        )
+        os._exit(1)

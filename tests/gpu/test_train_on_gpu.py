@@ -1,0 +1,77 @@
+"""The same training on CUDA devices: `make gpu`. Skipped, with this reason, where there is none."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device: run `make gpu` on a machine that has one"
+    ),
+]
+CONFIG = Path(__file__).parents[2] / "configs/quickstart.yaml"
+
+
+def train(run: Path, base: Path, chats: Path, ranks: int, *overrides: str) -> list[dict]:
+    """A run of the real command; the lines of metrics.jsonl."""
+    command = [sys.executable, "-m", "megalora", "train", str(CONFIG), "--nproc", str(ranks)]
+    settings = [
+        f"model.path={base}",
+        f"data.train={chats}",
+        f"checkpoint.dir={run}",
+        "data.eval=20",
+        "data.max_length=256",
+    ]
+    subprocess.run(
+        [*command, *settings, "train.steps=4", "train.micro_batch_size=2", "train.lr=1e-3", *overrides], check=True
+    )
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def values(rows: list[dict], key: str) -> list[float]:
+    return [row[key] for row in rows if key in row]
+
+
+def test_float32_on_a_gpu_is_float32_on_the_cpu(tiny, chats, tmp_path, monkeypatch):
+    gpu = train(tmp_path / "gpu", tiny, chats, 1, "parallel.ep=1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    cpu = train(tmp_path / "cpu", tiny, chats, 1, "parallel.ep=1")
+    assert values(gpu, "eval_loss") == pytest.approx(values(cpu, "eval_loss"), rel=1e-4)
+    assert values(gpu, "loss") == pytest.approx(values(cpu, "loss"), rel=1e-4)
+    assert values(gpu, "grad_norm") == pytest.approx(values(cpu, "grad_norm"), rel=1e-3)
+    one, other = (load_file(tmp_path / d / "step_000004/adapter_model.safetensors") for d in ("gpu", "cpu"))
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-4) for name in other)
+
+
+def test_bfloat16_with_recompute_and_dropout_trains_saves_and_resumes(tiny, chats, tmp_path):
+    options = (
+        "model.dtype=bfloat16",
+        "train.recompute=full",
+        "lora.dropout=0.1",
+        "parallel.ep=1",
+        "checkpoint.every=2",
+    )
+    ranks = torch.cuda.device_count()
+    rows = train(tmp_path / "run", tiny, chats, ranks, *options)
+    losses = values(rows, "loss")
+    assert losses[-1] < losses[0]
+    again = train(tmp_path / "rest", tiny, chats, ranks, *options, f"checkpoint.resume={tmp_path}/run/step_000002")
+    assert values(again, "loss") == pytest.approx(losses[2:], rel=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    "layout",
+    ["parallel.ep=2", "parallel.tp=2 parallel.ep=1", "parallel.pp=2 parallel.ep=1", "parallel.ep=1 parallel.etp=2"],
+)
+def test_two_gpus_train_what_one_trains(layout, tiny, chats, tmp_path):
+    one = train(tmp_path / "one", tiny, chats, 1, "parallel.ep=1")
+    two = train(tmp_path / "two", tiny, chats, 2, *layout.split())
+    assert values(two, "loss") == pytest.approx(values(one, "loss"), rel=1e-4)
+    assert values(two, "grad_norm") == pytest.approx(values(one, "grad_norm"), rel=1e-3)
