@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="take the PEFT adapter out of a checkpoint")
     export.add_argument("checkpoint", type=Path)
     export.add_argument("out", type=Path)
+    export.add_argument("--layout", default="per_expert", choices=["per_expert"], help="names and shapes in the file")
     export.set_defaults(action=_export)
 
     verify = commands.add_parser("verify", help="compare an adapter in stock PEFT with megalora's own model")
