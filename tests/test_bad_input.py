@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megalora import cli
 from megalora.bridge.peft import CONFIG, WEIGHTS, write_adapter
@@ -20,6 +22,15 @@ from megalora.train.__main__ import main as rank
 
 CHAT = '{"messages": [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]}\n'
 Said = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def no_group_is_left() -> Iterator[None]:
+    """Megatron's destroy_model_parallel forgets some groups; a rank forked later would hang ending their threads."""
+    yield
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
 
 
 @pytest.fixture

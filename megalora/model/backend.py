@@ -43,7 +43,7 @@ class FrozenRouter(TopKRouter):
     """Megatron's top-k router without the weight gradient that its own gating computes even for a frozen weight."""
 
     def gating(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.to(input.device))
+        return F.linear(input, self.weight)
 
 
 class TorchBackend(LocalSpecProvider):

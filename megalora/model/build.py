@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megalora import host
 from megalora.bridge.base import open_base, quiet
 from megalora.config import ModelConfig, ParallelConfig
 from megalora.model.backend import block_spec
@@ -41,6 +42,7 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, shape: ModelShape
         bridge.load_hf_weights(chunks)
     dist.barrier()
     for chunk in chunks:
+        chunk.to(host.device())  # Megatron makes router weights on the host
         chunk.requires_grad_(False)
     return chunks
 
