@@ -70,4 +70,8 @@ def megatron_groups() -> ProcessGroupCollection:
 
 
 def destroy_groups() -> None:
+    """Forget all groups, those too that Megatron's own function leaves behind: their threads would outlive the world."""
     parallel_state.destroy_model_parallel()
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)

@@ -3,14 +3,12 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megalora import cli
 from megalora.bridge.peft import CONFIG, WEIGHTS, write_adapter
@@ -22,15 +20,6 @@ from megalora.train.__main__ import main as rank
 
 CHAT = '{"messages": [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]}\n'
 Said = Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def no_group_is_left() -> Iterator[None]:
-    """Megatron's destroy_model_parallel forgets some groups; a rank forked later would hang ending their threads."""
-    yield
-    for name, value in list(vars(parallel_state).items()):
-        if isinstance(value, dist.ProcessGroup):
-            setattr(parallel_state, name, None)
 
 
 @pytest.fixture
@@ -109,6 +98,7 @@ def adapter(tmp_path: Path, tiny: Path) -> Path:
         (["model.path=/nowhere/tiny"], "model.path=/nowhere/tiny: no such folder"),
         (["checkpoint.resume=/nowhere"],
          "checkpoint.resume=/nowhere is not a checkpoint: it has no training_state/state.json"),
+        (["checkpoint.dir={folder}/chats.jsonl"], "checkpoint.dir={folder}/chats.jsonl is a file; choose a folder"),
         (["data.eval=4"], "data.eval=4 would hold out 4 of the 4 samples of {folder}/chats.jsonl.\n"
          "  Choose between 1 and 3, or name another file."),
         (["data.train={folder}/none.jsonl"],

@@ -5,14 +5,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -24,15 +21,6 @@ from megalora.bridge.peft import CONFIG, WEIGHTS, write_adapter
 from megalora.config import LoRAConfig
 from megalora.lora.spec import resolve, tensor_name
 from megalora.model.shape import model_shape, read_hf_config
-
-
-@pytest.fixture(autouse=True)
-def no_group_is_left() -> Iterator[None]:
-    """Megatron's destroy_model_parallel forgets some groups; a rank forked later would hang ending their threads."""
-    yield
-    for name, value in list(vars(parallel_state).items()):
-        if isinstance(value, dist.ProcessGroup):
-            setattr(parallel_state, name, None)
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalora import host
@@ -111,7 +112,7 @@ class FusedQwen3MoEBridge(Qwen3MoEBridge):
 
 
 def check_base_folder(folder: Path) -> None:
-    """Raise ``ValueError`` unless every weight shard the folder announces is there."""
+    """Raise ``ValueError`` unless every weight shard the folder announces is there, whole."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = sorted(set(read_json_object(index).get("weight_map", {}).values()))
@@ -123,6 +124,16 @@ def check_base_folder(folder: Path) -> None:
             f"{folder}: {len(missing)} of {len(shards)} weight shards are missing ({', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}); download the model again"
         )
+    for name in shards:
+        _check_whole(folder / name)
+
+
+def _check_whole(shard: Path) -> None:
+    try:
+        with safe_open(str(shard), framework="pt"):  # compares the header's offsets with the file's length
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{shard} is not a whole safetensors file ({error}); download it again") from None
 
 
 def open_base(folder: Path) -> AutoBridge:

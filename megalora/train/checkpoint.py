@@ -157,6 +157,8 @@ def _find_checkpoint(config: RunConfig) -> Path | None:
     if folder is not None and not (folder / STATE / "state.json").is_file():
         where = f"{run}/latest names {folder}, which" if resume is True else f"checkpoint.resume={resume}"
         raise ValueError(f"{where} is not a checkpoint: it has no {STATE}/state.json")
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"checkpoint.dir={run} is a file; choose a folder")
     used = sorted(run.glob("step_*"))
     if used and (folder is None or folder.resolve().parent != run.resolve()):
         raise ValueError(
