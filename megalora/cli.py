@@ -103,16 +103,13 @@ def _tiny(options: Any, _: list[str]) -> None:
 
 def _train(options: Any, rest: list[str]) -> None:
     from megalora.config import load_config
-    from megalora.lora.spec import resolve
-    from megalora.model.shape import model_shape, read_hf_config
+    from megalora.lora.spec import plan
 
     overrides = [*options.overrides, *rest]
     config = load_config(options.config, overrides)  # mistakes show before ranks start
     config.check_world(options.nproc)
     if Path(config.model.path).is_dir():
-        shape = model_shape(read_hf_config(Path(config.model.path)))
-        shape.check_layout(config.parallel)
-        resolve(config.lora, shape)
+        plan(config.lora, config.parallel, Path(config.model.path))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Seconds to save after SIGTERM; torchrun's own default kills after 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")

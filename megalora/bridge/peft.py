@@ -23,7 +23,7 @@ from megalora import host
 from megalora.comm import gather_dim
 from megalora.config import LoRAConfig
 from megalora.lora.factors import Piece
-from megalora.lora.spec import DENSE_MLP, MOE, Adapted, make_adapted, resolve, tensor_name
+from megalora.lora.spec import DENSE_MLP, MOE, Adapted, expected_tensors, make_adapted, resolve, tensor_name
 from megalora.model.shape import ModelShape, read_json_object
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -239,11 +239,6 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def expected_tensors(adapted: list[Adapted]) -> dict[str, tuple[int, int]]:
-    """Name -> shape of every tensor the adapter file must hold."""
-    return {tensor_name(m, factor): a.shape(factor) for a in adapted for m in a.hf_modules() for factor in ("A", "B")}
 
 
 def read_config(adapter: Path) -> dict[str, Any]:

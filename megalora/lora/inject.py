@@ -15,7 +15,7 @@ from megalora.lora.dense import ColumnLoRA, RowLoRA
 from megalora.lora.experts import ExpertsLoRA
 from megalora.lora.factors import LoRAFactors, Piece
 from megalora.lora.router import RouterLoRA
-from megalora.lora.spec import HEAD, Adapted, layer_projections, tensor_name
+from megalora.lora.spec import HEAD, Adapted, expected_tensors, layer_projections
 from megalora.model.shape import ModelShape
 from megalora.parallel import Groups
 
@@ -67,7 +67,7 @@ def check_coverage(adapted: list[Adapted], pieces: list[Piece]) -> None:
     held: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(held, {piece.name for piece in pieces})
     actual = set().union(*held)
-    expected = {tensor_name(m, factor) for a in adapted for m in a.hf_modules() for factor in ("A", "B")}
+    expected = expected_tensors(adapted).keys()
     for problem, names in (("were not adapted", expected - actual), ("should not exist", actual - expected)):
         if names:
             raise RuntimeError(f"{len(names)} adapter tensors {problem}: {', '.join(sorted(names)[:5])}")

@@ -20,10 +20,11 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from megalora.config import LoRAConfig
-from megalora.model.shape import ModelShape
+from megalora.config import LoRAConfig, ParallelConfig
+from megalora.model.shape import ModelShape, model_shape, read_hf_config
 
 Kind = Literal["column", "row", "router", "expert_column", "expert_row"]
 FactorName = Literal["A", "B"]
@@ -152,8 +153,20 @@ def tensor_name(hf_module: str, factor: FactorName) -> str:
     return f"base_model.model.{hf_module}.lora_{factor}.weight"
 
 
+def expected_tensors(adapted: list[Adapted]) -> dict[str, tuple[int, int]]:
+    """Name -> shape of every adapter tensor there must be."""
+    return {tensor_name(m, factor): a.shape(factor) for a in adapted for m in a.hf_modules() for factor in ("A", "B")}
+
+
 def layer_projections(shape: ModelShape, layer: int) -> tuple[Projection, ...]:
     return ATTENTION + (MOE if shape.is_moe(layer) else DENSE_MLP)
+
+
+def plan(lora: LoRAConfig, parallel: ParallelConfig, folder: Path) -> tuple[ModelShape, list[Adapted]]:
+    """What will be adapted, from the base's config.json alone: every error about it comes before weights are read."""
+    shape = model_shape(read_hf_config(folder))
+    shape.check_layout(parallel)
+    return shape, resolve(lora, shape)
 
 
 def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:

@@ -62,11 +62,12 @@ class TorchBackend(LocalSpecProvider):
 def layer_spec(config: Any, num_experts: int | None) -> ModuleSpec:
     """One decoder layer; a dense MLP where ``num_experts`` is None."""
     backend = TorchBackend()
-    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    norm = backend.layer_norm(rms_norm=True)
+    qk_norm = norm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -79,7 +80,7 @@ def layer_spec(config: Any, num_experts: int | None) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=_mlp(backend, num_experts),
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),

@@ -25,6 +25,7 @@ from torch import Tensor
 from megalora import host
 from megalora.bridge.peft import gather_tensors, read_tensors, write_adapter
 from megalora.config import RunConfig
+from megalora.model.shape import read_json_object
 from megalora.train.optim import STATE_KEYS, load_optimizer_state, optimizer_state
 from megalora.train.setup import AdaptedModel
 
@@ -112,17 +113,20 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _on_first_rank(action: Callable[[], None], failure: str) -> None:
-    """Run ``action`` on rank 0; every rank raises ``ValueError`` if it could not write."""
-    outcome: list[str | None] = [None]
+def _on_first_rank[T](action: Callable[[], T], failure: str) -> T:
+    """What ``action`` returns on rank 0, on every rank; every rank raises ``ValueError`` if it failed there."""
+    answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            action()
+            answer[0] = action()
+        except ValueError as error:
+            answer[1] = str(error)
         except (OSError, SafetensorError) as error:
-            outcome = [f"{failure} ({error})"]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0]:
-        raise ValueError(outcome[0])
+            answer[1] = f"{failure} ({error})"
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise ValueError(answer[1])
+    return answer[0]
 
 
 def _forget_old(newest: Path, keep: int) -> None:
@@ -137,16 +141,9 @@ def find_checkpoint(config: RunConfig) -> Path | None:
 
     Raises ``ValueError``, on every rank, for what is no checkpoint, and rather than mix two runs in one folder.
     """
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = _find_checkpoint(config)
-        except ValueError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        raise ValueError(answer[1])
-    return answer[0]
+    return _on_first_rank(
+        lambda: _find_checkpoint(config), f"could not look for a checkpoint in {config.checkpoint.dir}"
+    )
 
 
 def _find_checkpoint(config: RunConfig) -> Path | None:
@@ -173,7 +170,7 @@ def load_checkpoint(folder: Path, num_samples: int, config: RunConfig, model: Ad
 
     Adapters come from the float32 masters, as after an optimizer step: the adapter files are in export form.
     """
-    state = json.loads((folder / STATE / "state.json").read_text())
+    state = read_json_object(folder / STATE / "state.json")
     _check_same_run(folder, state["config"], config)
     if state["num_samples"] != num_samples:
         raise ValueError(

@@ -10,10 +10,9 @@ from transformers import AutoTokenizer
 from megalora import host
 from megalora.config import RunConfig, save_config
 from megalora.lora.inject import GradientCheck, trainable_summary, write_manifest
-from megalora.lora.spec import Adapted, resolve
+from megalora.lora.spec import plan
 from megalora.model.build import local_folder
 from megalora.model.recompute import apply_recompute
-from megalora.model.shape import ModelShape, model_shape, read_hf_config
 from megalora.train.batches import Batches, load_data
 from megalora.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from megalora.train.metrics import Metrics
@@ -31,7 +30,7 @@ def train(config: RunConfig) -> Path | None:
     """
     config.check_world(dist.get_world_size())
     folder, resume_from = local_folder(config.model.path), find_checkpoint(config)
-    shape, adapted = plan(config, folder)
+    shape, adapted = plan(config.lora, config.parallel, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     splits = load_data(config, tokenizer)
     with parallel_groups(config.parallel, config.train.seed) as groups:
@@ -41,13 +40,6 @@ def train(config: RunConfig) -> Path | None:
         )  # fmt: skip
         apply_recompute(model.chunks, config.train.recompute)
         return _fit(config, model, Batches(config, tokenizer, groups, *splits), resume_from)
-
-
-def plan(config: RunConfig, folder: Path) -> tuple[ModelShape, list[Adapted]]:
-    """What will be adapted, from the base's config.json alone; every error about it comes before weights are read."""
-    shape = model_shape(read_hf_config(folder))
-    shape.check_layout(config.parallel)
-    return shape, resolve(config.lora, shape)
 
 
 def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, saved: Path | None) -> Path | None:

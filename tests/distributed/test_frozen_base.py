@@ -10,9 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalora.config import LoRAConfig, RunConfig
 from megalora.data.loader import Batch
-from megalora.lora.spec import resolve
+from megalora.lora.spec import plan, resolve
 from megalora.model.shape import model_shape, read_hf_config
-from megalora.train import loop
 from megalora.train.loop import train
 from megalora.train.optim import STATE_KEYS, build_optimizer, wrap_chunks
 from megalora.train.setup import build_adapted, parallel_groups
@@ -24,7 +23,7 @@ from tests.distributed.test_layouts import make_config, records
 def _buffers(config: RunConfig) -> dict:
     """What one rank allocates for training, in numbers of elements, after one real step."""
     folder = Path(config.model.path)
-    shape, adapted = loop.plan(config, folder)
+    shape, adapted = plan(config.lora, config.parallel, folder)
     with parallel_groups(config.parallel) as groups:
         model = build_adapted(
             folder, shape, adapted, groups, model=config.model, parallel=config.parallel, lora=config.lora, seed=0
@@ -73,7 +72,7 @@ def test_nothing_is_allocated_for_frozen_weights(world, parallel, tiny, chats, t
 def _flops(config: RunConfig) -> tuple[int, int]:
     """(forward, backward) floating-point operations of one microbatch on one rank."""
     folder = Path(config.model.path)
-    shape, adapted = loop.plan(config, folder)
+    shape, adapted = plan(config.lora, config.parallel, folder)
     with parallel_groups(config.parallel) as groups:
         model = build_adapted(
             folder, shape, adapted, groups, model=config.model, parallel=config.parallel, lora=config.lora, seed=0
