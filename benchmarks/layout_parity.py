@@ -15,7 +15,7 @@ from megalora.train.loop import train
 from tests.conftest import write_chats
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_layouts import LAYOUTS, STEPS, expected_training, make_config, records
-from tests.oracle import read_adapter
+from tests.oracles.training import read_adapter
 
 COLUMNS = ("layout", "ranks", "initial loss", "loss", "gradient norm", "adapter")
 

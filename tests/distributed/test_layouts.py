@@ -27,7 +27,7 @@ from megalora.lora.spec import resolve, tensor_name
 from megalora.model.shape import model_shape, read_hf_config
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
-from tests.oracle import Oracle, read_adapter
+from tests.oracles.training import Oracle, read_adapter
 
 STEPS, BATCH, EVAL, LR, RANK, ALPHA = 5, 16, 21, 1e-3, 4, 12.0
 

@@ -17,7 +17,7 @@ from megalora.tiny import make_tiny
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_layouts import BATCH, EVAL, LR, make_config, records
-from tests.oracle import Oracle
+from tests.oracles.training import Oracle
 
 STEPS = 3
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
