@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tiny = commands.add_parser("tiny", help="make a tiny random base model with tokenizer and chat template")
     tiny.add_argument("out", type=Path)
-    tiny.add_argument("--arch", default="qwen3_moe", help="qwen3_moe or qwen3")
+    tiny.add_argument("--arch", default="qwen3_moe", help="qwen3_moe, qwen3 (dense) or qwen2_moe (shared experts)")
     tiny.add_argument("--seed", type=int, default=0)
     tiny.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     tiny.set_defaults(action=_tiny)

@@ -49,11 +49,15 @@ gather_seq = _collective(_all_gather, _reduce_scatter)
 scatter_seq = _collective(_reduce_scatter, _all_gather)
 
 
-def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """All-gather equal shards along ``dim``; not differentiable (export, checkpoints)."""
+def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup, num_shards: int) -> Tensor:
+    """All-gather equal shards along ``dim``; not differentiable (export, checkpoints).
+
+    ``num_shards`` divides the group's size: with fewer shards than ranks, neighbours hold the same one.
+    """
     if group.size() == 1:
         return x
-    return torch.cat(_all_gather(x.unsqueeze(0), group).unbind(0), dim=dim)
+    parts = _all_gather(x.unsqueeze(0), group)[:: group.size() // num_shards]
+    return torch.cat(parts.unbind(0), dim=dim)
 
 
 def sum_bucket(tensors: list[Tensor], group: dist.ProcessGroup) -> None:

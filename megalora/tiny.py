@@ -1,4 +1,4 @@
-"""A tiny random Qwen3 or Qwen3-MoE in Hugging Face format: weights, byte-level BPE tokenizer, chat template.
+"""A tiny random Qwen3, Qwen3-MoE or Qwen2-MoE in Hugging Face format: weights, byte-level BPE tokenizer, chat template.
 
 It stands in for a real checkpoint in the quickstart and in every test: transformers, vLLM and Bridge load it as they
 load Qwen3-30B-A3B. Three things are unlike a real one, so that a mistake is visible:
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 from transformers.utils import logging
 
-type _Config = Qwen3Config | Qwen3MoeConfig
+type _Config = Qwen3Config | Qwen3MoeConfig | Qwen2MoeConfig
 
 _DENSE: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -47,9 +47,15 @@ _MOE: dict[str, Any] = _DENSE | {
     "output_router_logits": False,
     "router_aux_loss_coef": 0.0,
 }
+_SHARED: dict[str, Any] = {k: v for k, v in _MOE.items() if k != "attention_bias"} | {
+    "shared_expert_intermediate_size": 112,
+    "norm_topk_prob": False,
+    "qkv_bias": True,
+}
 _ARCHS: dict[str, tuple[type[_Config], dict[str, Any]]] = {
     "qwen3_moe": (Qwen3MoeConfig, _MOE),
     "qwen3": (Qwen3Config, _DENSE),
+    "qwen2_moe": (Qwen2MoeConfig, _SHARED),
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MARKER = "megalora_tiny.json"  # says that a folder is ours to overwrite, and from which arguments it was made
@@ -91,7 +97,7 @@ def make_tiny(out: Path, *, arch: str = "qwen3_moe", seed: int = 0, dtype: str =
 
     Args:
         out: a folder that is new, empty, or was written by this function before.
-        arch: "qwen3_moe", or "qwen3" for the dense one.
+        arch: "qwen3_moe", "qwen3" for the dense one, or "qwen2_moe" for one with shared experts.
         seed: the same seed gives the same weights; the caller's random state is left as it was.
         dtype: "float32" or "bfloat16", which holds the float32 weights of the same seed, rounded.
         overrides: fields of the architecture's transformers config, e.g. num_hidden_layers=2; rope_theta is taken too.

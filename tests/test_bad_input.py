@@ -116,7 +116,10 @@ def test_config(refused_rank: Said, tmp_path: Path, overrides: list[str], messag
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"tp": 4}, "parallel.tp=4 does not divide the model's 2 key/value heads; it can be one of 1, 2"),
+        (
+            {"tp": 4},
+            "parallel.tp=4 does not fit the model's 6 attention heads and 2 key/value heads; it can be one of 1, 2, 6",
+        ),
         ({"ep": 3}, "parallel.ep=3 does not divide the model's 8 experts; it can be one of 1, 2, 4, 8"),
         ({"pp": 3}, "parallel.pp * vpp=3 does not divide the model's 4 layers; it can be one of 1, 2, 4"),
     ],
@@ -191,7 +194,7 @@ def test_base_without_config(refused_rank: Said, refused: Said, adapter: Path, b
 
 def test_base_of_another_family(refused_rank: Said, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    message = "model_type 'llama' is not supported; megalora knows qwen3_moe, qwen3"
+    message = "model_type 'llama' is not supported; megalora knows qwen3_moe, qwen3, qwen2_moe"
     assert refused_rank(f"model.path={tmp_path}") == message
 
 

@@ -90,7 +90,10 @@ def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
             "megalora verify: error: argument --engine: invalid choice: 'tgi'",
         ),
         (["inspect", "a", "b"], "megalora: megalora inspect: unknown argument 'b'; see megalora inspect --help"),
-        (["tiny", "x", "--arch", "gpt2"], "megalora: arch 'gpt2' is unknown; choose one of qwen3_moe, qwen3."),
+        (
+            ["tiny", "x", "--arch", "gpt2"],
+            "megalora: arch 'gpt2' is unknown; choose one of qwen3_moe, qwen3, qwen2_moe.",
+        ),
         (["tiny", "x", "--dtype", "int8"], "megalora: dtype 'int8' is unknown; choose one of float32, bfloat16."),
     ],
 )
@@ -145,7 +148,7 @@ def test_train_keeps_the_number_of_threads_it_is_given(
          "3 ranks cannot hold the expert grid: etp=1 * ep=2 * pp=1 = 2, and 3 is not a multiple of 2.\n"
          "  Change parallel.etp or parallel.ep or parallel.pp, or launch a multiple of 2 ranks."),
         (["--nproc", "4", "parallel.tp=4"],
-         "parallel.tp=4 does not divide the model's 2 key/value heads; it can be one of 1, 2"),
+         "parallel.tp=4 does not fit the model's 6 attention heads and 2 key/value heads; it can be one of 1, 2, 6"),
         (["lora.target_modules=[q_porj]"],
          "lora.target_modules: 'q_porj' matches nothing in this model; did you mean q_proj? "
          "Adaptable: down_proj, gate, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"),

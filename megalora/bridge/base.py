@@ -40,10 +40,13 @@ from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
     AutoMapping,
     GatedMLPMapping,
     MegatronParamMapping,
+    QKVMapping,
+    ReplicatedMapping,
 )
+from megatron.bridge.models.qwen.qwen3_bridge import Qwen3Bridge  # noqa: E402
 from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
-from transformers import Qwen3MoeForCausalLM  # noqa: E402
+from transformers import Qwen2MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM  # noqa: E402
 
 logging.disable(_loud)
 AutoMapping.register_module_type("RMSNorm", "replicated")
@@ -88,14 +91,42 @@ class FusedExpertsMapping(MegatronParamMapping):
         return out
 
 
-# Registered on the class object: under its name as a string the stock bridge still wins.
+class RepeatedKVMapping(QKVMapping):
+    """Bridge's q, k, v mapping for a model with more query groups than the checkpoint has key/value heads: heads repeat."""
+
+    def hf_to_megatron(self, hf_weights: dict[str, Tensor], megatron_module: Any) -> Tensor:
+        config = self._get_config(megatron_module)
+
+        def repeated(weight: Tensor) -> Tensor:
+            heads = weight.unflatten(0, (-1, config.kv_channels))
+            return heads.repeat_interleave(config.num_query_groups // heads.shape[0], 0).flatten(0, 1)
+
+        k, v = repeated(hf_weights["k"]), repeated(hf_weights["v"])
+        return super().hf_to_megatron({"q": hf_weights["q"], "k": k, "v": v}, megatron_module)
+
+
+def _with_repeated_kv(registry: MegatronMappingRegistry) -> list[MegatronParamMapping]:
+    """The registry's mappings; those of q, k and v repeat heads where they must."""
+    mappings: list[Any] = registry.mappings
+    return [RepeatedKVMapping(m.megatron_param, **m.hf_param) if isinstance(m, QKVMapping) else m for m in mappings]
+
+
+# Registered on the class objects: under their names as strings the stock bridges still win.
+@MegatronModelBridge.register_bridge(source=Qwen3ForCausalLM, target=GPTModel, model_type="qwen3")  # pyright: ignore
+class RepeatedKVQwen3Bridge(Qwen3Bridge):
+    """Bridge's dense Qwen3, with tensor parallelism beyond the number of key/value heads."""
+
+    def mapping_registry(self) -> MegatronMappingRegistry:
+        return MegatronMappingRegistry(*_with_repeated_kv(super().mapping_registry()))
+
+
 @MegatronModelBridge.register_bridge(source=Qwen3MoeForCausalLM, target=GPTModel, model_type="qwen3_moe")  # pyright: ignore
 class FusedQwen3MoEBridge(Qwen3MoEBridge):
-    """Bridge's Qwen3-MoE with fused experts, and with the dense layers that ``mlp_only_layers`` allows."""
+    """Bridge's Qwen3-MoE with fused experts, repeated KV heads, and the dense layers that ``mlp_only_layers`` allows."""
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         layer, hf = "decoder.layers.*.mlp", "model.layers.*.mlp"
-        keep = [m for m in super().mapping_registry().mappings if ".experts." not in m.megatron_param]
+        keep = [m for m in _with_repeated_kv(super().mapping_registry()) if ".experts." not in m.megatron_param]
         return MegatronMappingRegistry(
             *keep,
             FusedExpertsMapping(f"{layer}.experts.gate_up", f"{hf}.experts.gate_up_proj"),
@@ -109,6 +140,34 @@ class FusedQwen3MoEBridge(Qwen3MoEBridge):
             base = hf_param.rsplit(".", 1)[0]
             return lambda expert, projection: hf_state_dict[f"{base}.{expert}.{projection}.weight"]
         return super().maybe_modify_loaded_hf_weight(hf_param, hf_state_dict)
+
+
+@MegatronModelBridge.register_bridge(source=Qwen2MoeForCausalLM, target=GPTModel, model_type="qwen2_moe")  # pyright: ignore
+class FusedQwen2MoEBridge(FusedQwen3MoEBridge):
+    """Qwen2-MoE, which Bridge does not know: Qwen3-MoE with biases on q, k, v, no norms on them, and a gated shared expert."""
+
+    def provider_bridge(self, hf_pretrained: Any) -> Any:
+        provider, config = super().provider_bridge(hf_pretrained), hf_pretrained.config
+        provider.add_qkv_bias, provider.qk_layernorm = getattr(config, "qkv_bias", True), False
+        provider.moe_shared_expert_intermediate_size = config.shared_expert_intermediate_size
+        provider.moe_shared_expert_gate = True
+        return provider
+
+    def mapping_registry(self) -> MegatronMappingRegistry:
+        attention, shared, hf = (
+            "decoder.layers.*.self_attention",
+            "decoder.layers.*.mlp.shared_experts",
+            "model.layers.*",
+        )
+        biases = {name: f"{hf}.self_attn.{name}_proj.bias" for name in ("q", "k", "v")}
+        gate_up = {name: f"{hf}.mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up")}
+        return MegatronMappingRegistry(
+            *super().mapping_registry().mappings,
+            RepeatedKVMapping(f"{attention}.linear_qkv.bias", **biases),
+            GatedMLPMapping(f"{shared}.linear_fc1.weight", **gate_up),
+            AutoMapping(f"{shared}.linear_fc2.weight", f"{hf}.mlp.shared_expert.down_proj.weight"),
+            ReplicatedMapping(f"{shared}.gate_weight", f"{hf}.mlp.shared_expert_gate.weight"),
+        )
 
 
 def check_base_folder(folder: Path) -> None:

@@ -23,9 +23,19 @@ from megalora import host
 from megalora.comm import gather_dim
 from megalora.config import LoRAConfig
 from megalora.lora.factors import Piece
-from megalora.lora.spec import DENSE_MLP, MOE, Adapted, expected_tensors, make_adapted, resolve, tensor_name
+from megalora.lora.spec import (
+    DENSE_MLP,
+    MOE,
+    SHARED_EXPERT,
+    Adapted,
+    expected_tensors,
+    make_adapted,
+    resolve,
+    tensor_name,
+)
 from megalora.model.shape import ModelShape, read_json_object
 
+_LAYER = "model.layers.{layer}."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -34,7 +44,7 @@ def gather_tensors(pieces: list[Piece], values: Mapping[nn.Parameter, Tensor], g
     mine: dict[str, Tensor] = {}
     for piece in pieces:
         part, group = piece.of(values), groups.named(piece.group)
-        whole = part if piece.split_dim is None else gather_dim(part, piece.split_dim, group)
+        whole = part if piece.split_dim is None else gather_dim(part, piece.split_dim, group, piece.num_shards)
         replicas = groups.edp if piece.group == "etp" else groups.dp
         if group.rank() == 0 and replicas.rank() == 0:
             mine[piece.name] = whole
@@ -62,9 +72,7 @@ def _send_to_first(mine: dict[str, Tensor]) -> dict[str, Tensor] | None:
     return dict(sorted(everything.items()))
 
 
-def read_tensors(
-    path: Path, pieces: list[Piece], values: Mapping[nn.Parameter, Tensor], groups: Any, prefix: str = ""
-) -> None:
+def read_tensors(path: Path, pieces: list[Piece], values: Mapping[nn.Parameter, Tensor], prefix: str = "") -> None:
     """Copy this rank's part of every tensor in ``path`` into ``values``; raises ``ValueError`` when one is missing or misshapen."""
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -74,9 +82,8 @@ def read_tensors(
                     raise ValueError(
                         f"{path} has no tensor {prefix + piece.name}; it was made with other target_modules or layers"
                     )
-                target, group = piece.of(values), groups.named(piece.group)
-                whole = file.get_tensor(prefix + piece.name)
-                part = whole if piece.split_dim is None else whole.chunk(group.size(), piece.split_dim)[group.rank()]
+                target, whole = piece.of(values), file.get_tensor(prefix + piece.name)
+                part = whole if piece.split_dim is None else whole.chunk(piece.num_shards, piece.split_dim)[piece.shard]
                 if part.shape != target.shape:
                     raise ValueError(
                         f"{path}: {prefix + piece.name} is {tuple(whole.shape)}, which does not fit this run's model and ranks"
@@ -115,10 +122,10 @@ def export_form(adapted: list[Adapted], shape: ModelShape) -> list[tuple[Adapted
 def peft_config(written: list[Adapted], base: str, *, moe: bool) -> dict[str, Any]:
     """``adapter_config.json`` for projections in export form; what deviates from r and lora_alpha becomes a pattern.
 
-    In a MoE model PEFT reads gate_proj, up_proj and down_proj as the experts' fused parameters, so the dense MLP layers
-    among the MoE layers are named as parameters, which ``target_parameters`` can do.
+    In a MoE model PEFT reads gate_proj, up_proj and down_proj as the experts' fused parameters, so those of dense MLP layers
+    and of shared experts are named as parameters, which ``target_parameters`` can do.
     """
-    dense = {p.name for p in DENSE_MLP if moe and any(a.projection is p for a in written)}
+    beside = {a.projection for a in written if moe and a.projection in DENSE_MLP + SHARED_EXPERT}
     fused = [a for a in written if a.projection.kind == "expert_column"]
     rank, alpha = _most_common([(a.rank, _number(a.alpha)) for a in fused or written])
     by_name: dict[str, set[tuple[int, float]]] = {}
@@ -130,7 +137,7 @@ def peft_config(written: list[Adapted], base: str, *, moe: bool) -> dict[str, An
         # One key per projection where all layers agree, else one per layer; PEFT anchors keys at the end of the name.
         # PEFT has no expert number in the name it looks up, and ends the router's and other parameters' with ".weight".
         module = re.escape(a.hf_module(0)).replace(r"experts\.0\.", r"experts\.(\d+\.)?")
-        as_parameter = a.projection.kind == "router" or (moe and a.projection in DENSE_MLP)
+        as_parameter = a.projection.kind == "router" or a.projection in beside
         key = (a.name if len(by_name[a.name]) == 1 else module) + (r"(\.weight)?" if as_parameter else "")
         if a.rank != rank:
             rank_pattern[key] = a.rank
@@ -140,8 +147,8 @@ def peft_config(written: list[Adapted], base: str, *, moe: bool) -> dict[str, An
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False,
         "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
-        "target_modules": sorted({a.name for a in written if not (moe and a.projection in DENSE_MLP)}),
-        "target_parameters": [f"mlp.{name}.weight" for name in sorted(dense)] or None,
+        "target_modules": sorted({a.name for a in written if a.projection not in beside}),
+        "target_parameters": sorted(f"{p.hf.removeprefix(_LAYER)}.weight" for p in beside) or None,
         "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
     }  # fmt: skip
 

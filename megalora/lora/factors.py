@@ -4,20 +4,25 @@
     lora_A         [R, in(/t)]              [E/ep, R, in(/n)]               the A's of all projections, stacked: R = sum of ranks
     lora_B.NAME    [out_NAME(/t), r_NAME]   [E/ep, out_NAME(/n), r_NAME]    one B per projection
 
+With more ranks than key/value heads, several ranks hold the same part of k's and v's B.
+
 Each parameter carries what reductions need: ``sum_group`` (the group its gradient must be summed over, or None),
-``allreduce`` (False where its data-parallel group is that of experts) and Megatron's tensor-parallel attributes.
+``num_shards`` and ``shard`` (ranks of that group with the same shard are replicas), ``allreduce`` (False where its
+data-parallel group is that of experts) and Megatron's tensor-parallel attributes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from megalora.comm import sum_bucket
 from megalora.lora.init import initial_a
-from megalora.lora.spec import LAYOUTS, Adapted, FactorName, Projection, tensor_name
+from megalora.lora.spec import LAYOUTS, Adapted, FactorName, Projection, make_adapted, tensor_name
 from megalora.model.shape import ModelShape
 
 
@@ -30,6 +35,9 @@ class Piece:
     index: tuple[Any, ...]
     split_dim: int | None
     group: str
+    num_shards: int
+    """Into how many parts the tensor is cut over the group; ranks with the same ``shard`` are replicas."""
+    shard: int
 
     def of(self, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
         """The 2-D view of ``values[parameter]`` (the parameter's data, its gradient, an optimizer moment)."""
@@ -52,21 +60,19 @@ class LoRAFactors(nn.Module):
         self.group_rank, self.group_size = group.rank(), group.size()
         self.experts = self._local_experts(adapted[0].num_experts, groups)
         self.row_groups = max(1, fused[0].row_groups(shape) // self.group_size)
-        self.block_rows = [self._local(p.features(shape)[0], self.layout.split_b) // self.row_groups for p in fused]
+        whole = [make_adapted(p, adapted[0].layer, 0, 0.0, 0.0, shape) for p in fused]
+        self.block_rows = [a.out_features // a.num_shards("B", self.group_size) // self.row_groups for a in whole]
         self.names = [p.name for p in fused]
         lead = (len(self.experts),) if self.is_expert else ()
         empty = {"dtype": dtype, "device": device}
-        in_local = self._local(adapted[0].in_features, self.layout.split_a)
+        in_local = adapted[0].in_features // adapted[0].num_shards("A", self.group_size)
         self.lora_A = nn.Parameter(torch.empty(*lead, sum(a.rank for a in adapted), in_local, **empty))
-        self.lora_B = nn.ParameterDict(
-            {
-                a.name: torch.zeros(*lead, self._local(a.out_features, self.layout.split_b), a.rank, **empty)
-                for a in adapted
-            }
-        )
-        self._mark(self.lora_A, "A", groups)
-        for b in self.lora_B.values():
-            self._mark(b, "B", groups)
+        self.lora_B = nn.ParameterDict()
+        self._mark(self.lora_A, "A", adapted[0], groups)
+        for a in adapted:
+            out_local = a.out_features // a.num_shards("B", self.group_size)
+            self.lora_B[a.name] = nn.Parameter(torch.zeros(*lead, out_local, a.rank, **empty))
+            self._mark(self.lora_B[a.name], "B", a, groups)
         self.reset_parameters()
 
     def _local_experts(self, num_experts: int, groups: Any) -> range:
@@ -75,14 +81,14 @@ class LoRAFactors(nn.Module):
         count = num_experts // groups.ep.size()
         return range(groups.ep.rank() * count, (groups.ep.rank() + 1) * count)
 
-    def _local(self, size: int, split: int | None) -> int:
-        return size if split is None else size // self.group_size
-
-    def _mark(self, parameter: Any, factor: FactorName, groups: Any) -> None:
-        split = self.layout.split(factor)
-        parameter.sum_group = self.layout.group if split is None and self.group_size > 1 else None
+    def _mark(self, parameter: Any, factor: FactorName, adapted: Adapted, groups: Any) -> None:
+        split, num_shards = self.layout.split(factor), adapted.num_shards(factor, self.group_size)
+        replicas = self.group_size // num_shards
+        parameter.num_shards, parameter.shard = num_shards, self.group_rank // replicas
+        parameter.sum_group = self.layout.group if replicas > 1 else None
         parameter.allreduce = not (self.is_expert and groups.experts_reduce_separately)
-        parameter.tensor_model_parallel = split is not None
+        # The gradient norm counts what is marked, and on the group's first rank everything: each part once.
+        parameter.tensor_model_parallel = split is not None and self.group_rank % replicas == 0
         parameter.partition_dim = -1 if split is None else split + int(self.is_expert)
         parameter.partition_stride = 1
 
@@ -115,7 +121,9 @@ class LoRAFactors(nn.Module):
                 yield self._piece(module, "B", self.lora_B[adapted.name], lead or (slice(None),))
 
     def _piece(self, module: str, factor: FactorName, parameter: nn.Parameter, index: tuple[Any, ...]) -> Piece:
-        return Piece(tensor_name(module, factor), parameter, index, self.layout.split(factor), self.layout.group)
+        num_shards, shard = parameter.num_shards, parameter.shard  # type: ignore
+        split = self.layout.split(factor)
+        return Piece(tensor_name(module, factor), parameter, index, split, self.layout.group, num_shards, shard)
 
     def stacked_b(self) -> Tensor:
         """``[..., out, R]``: the scaled B's as one block matrix in the base weight's row order; zero where not adapted."""
@@ -130,3 +138,18 @@ class LoRAFactors(nn.Module):
             b = (self.lora_B[name] * adapted.scale).view(*lead, self.row_groups, block_rows, adapted.rank)
             blocks.append(F.pad(b, (rows.start, total - rows.stop)))
         return torch.cat(blocks, dim=-2).flatten(-3, -2)
+
+
+def sum_partial_gradients(parameters: Iterable[Any], group: ProcessGroup) -> None:
+    """Sum each ``main_grad`` in place over the ranks of ``group`` that hold the same shard; one collective.
+
+    Shards that several ranks share travel as a table with a row for each shard: a group for each set of replicas would
+    cost more than the few rows of a B.
+    """
+    parameters = list(parameters)
+    tables = [p.main_grad.new_zeros(p.num_shards, *p.main_grad.shape) for p in parameters]
+    for table, parameter in zip(tables, parameters, strict=True):
+        table[parameter.shard] = parameter.main_grad
+    sum_bucket(tables, group)
+    for table, parameter in zip(tables, parameters, strict=True):
+        parameter.main_grad.copy_(table[parameter.shard])

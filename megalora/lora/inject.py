@@ -19,6 +19,8 @@ from megalora.lora.spec import HEAD, Adapted, expected_tensors, layer_projection
 from megalora.model.shape import ModelShape
 from megalora.parallel import Groups
 
+DENSE = {"column": ColumnLoRA, "row": RowLoRA}
+
 
 def inject(
     chunks: list[nn.Module], adapted: list[Adapted], shape: ModelShape, lora: LoRAConfig, groups: Groups,
@@ -38,23 +40,20 @@ def inject(
 
     for chunk in chunks:
         for layer in chunk.decoder.layers:  # pyright: ignore
-            _adapt_layer(layer, layer.layer_number - 1, factors, groups, lora.dropout)
+            _adapt_layer(layer, layer.layer_number - 1, shape, factors, groups, lora.dropout)
         if getattr(chunk, "output_layer", None) is not None and (head := factors(None, "output_layer")):
             chunk.output_layer = ColumnLoRA(chunk.output_layer, head, groups.tp, lora.dropout)  # pyright: ignore
     found = [m for chunk in chunks for m in chunk.modules() if isinstance(m, LoRAFactors)]
     return [piece for module in found for piece in module.pieces()]
 
 
-def _adapt_layer(layer: Any, number: int, factors: Any, groups: Groups, dropout: float) -> None:
-    attention, mlp = layer.self_attention, layer.mlp
-    if qkv := factors(number, "self_attention.linear_qkv"):
-        attention.linear_qkv = ColumnLoRA(attention.linear_qkv, qkv, groups.tp, dropout)
-    if proj := factors(number, "self_attention.linear_proj"):
-        attention.linear_proj = RowLoRA(attention.linear_proj, proj, groups.tp, dropout)
-    if fc1 := factors(number, "mlp.linear_fc1"):
-        mlp.linear_fc1 = ColumnLoRA(mlp.linear_fc1, fc1, groups.tp, dropout)
-    if fc2 := factors(number, "mlp.linear_fc2"):
-        mlp.linear_fc2 = RowLoRA(mlp.linear_fc2, fc2, groups.tp, dropout)
+def _adapt_layer(layer: Any, number: int, shape: ModelShape, factors: Any, groups: Groups, dropout: float) -> None:
+    for module, kind in {p.module: p.kind for p in layer_projections(shape, number)}.items():
+        if kind in DENSE and (found := factors(number, module)):
+            owner, _, name = module.rpartition(".")
+            parent = layer.get_submodule(owner)
+            setattr(parent, name, DENSE[kind](getattr(parent, name), found, groups.tp, dropout))
+    mlp = layer.mlp
     if router := factors(number, "mlp.router"):
         mlp.router = RouterLoRA(mlp.router, router, dropout)
     gate_up, down = factors(number, "mlp.experts.gate_up"), factors(number, "mlp.experts.down")

@@ -8,7 +8,7 @@ so its gradient is summed over the very group it is replicated on. Expert factor
 shared out over EP.
 
     kind            group   A [r, in]    B [out, r]
-    column          tp      replicated   dim 0
+    column          tp      replicated   dim 0         (k, v: into KV heads at most)
     row             tp      dim 1        replicated
     router          tp      replicated   replicated
     expert_column   etp     replicated   dim 0
@@ -60,6 +60,8 @@ class Projection:
     """(out, in) of the whole weight."""
     row_groups: Callable[[ModelShape], int] = lambda s: 1
     """The fused weight repeats its projections this many times over TP: query groups, or 1 for one block a rank."""
+    max_shards: Callable[[ModelShape], int] | None = None
+    """B can be cut into at most so many parts; with more ranks than that, several hold the same part."""
 
     @property
     def name(self) -> str:
@@ -73,11 +75,12 @@ class Projection:
 def _qkv(name: str, heads: Callable[[ModelShape], int]) -> Projection:
     return Projection(
         f"model.layers.{{layer}}.self_attn.{name}", "self_attention.linear_qkv", "column",
-        lambda s: (heads(s) * s.head_dim, s.hidden), lambda s: s.num_kv_heads,
+        lambda s: (heads(s) * s.head_dim, s.hidden), lambda s: s.num_kv_heads, heads,
     )  # fmt: skip
 
 
 _MLP, _EXPERT = "model.layers.{layer}.mlp", "model.layers.{layer}.mlp.experts.{expert}"
+_SHARED = "model.layers.{layer}.mlp.shared_expert"
 ATTENTION = (
     _qkv("q_proj", lambda s: s.num_heads),
     _qkv("k_proj", lambda s: s.num_kv_heads),
@@ -100,6 +103,11 @@ MOE = (
     ),
     Projection(f"{_EXPERT}.down_proj", "mlp.experts.down", "expert_row", lambda s: (s.hidden, s.expert_intermediate)),
 )
+SHARED_EXPERT = (
+    Projection(f"{_SHARED}.gate_proj", "mlp.shared_experts.linear_fc1", "column", lambda s: (s.shared_intermediate, s.hidden)),
+    Projection(f"{_SHARED}.up_proj", "mlp.shared_experts.linear_fc1", "column", lambda s: (s.shared_intermediate, s.hidden)),
+    Projection(f"{_SHARED}.down_proj", "mlp.shared_experts.linear_fc2", "row", lambda s: (s.hidden, s.shared_intermediate)),
+)  # fmt: skip
 HEAD = (Projection("lm_head", "output_layer", "column", lambda s: (s.vocab, s.hidden)),)
 
 ALIASES = {
@@ -128,6 +136,8 @@ class Adapted:
     in_features: int
     num_experts: int
     """Whole model; 0 where there are no experts."""
+    max_shards: int | None = None
+    """Into how many parts B can be cut; None for as many as there are ranks."""
 
     @property
     def name(self) -> str:
@@ -144,6 +154,15 @@ class Adapted:
         """Of the whole factor (of one expert)."""
         return (self.rank, self.in_features) if factor == "A" else (self.out_features, self.rank)
 
+    def num_shards(self, factor: FactorName, group_size: int) -> int:
+        """Into how many parts the factor is cut over a group of ``group_size`` ranks; 1 where every rank holds all of it.
+
+        With fewer parts than ranks, neighbours hold the same part and each has a partial gradient of it.
+        """
+        if LAYOUTS[self.projection.kind].split(factor) is None:
+            return 1
+        return min(group_size, self.max_shards) if factor == "B" and self.max_shards else group_size
+
     def num_parameters(self) -> int:
         return max(1, self.num_experts) * self.rank * (self.in_features + self.out_features)
 
@@ -159,7 +178,9 @@ def expected_tensors(adapted: list[Adapted]) -> dict[str, tuple[int, int]]:
 
 
 def layer_projections(shape: ModelShape, layer: int) -> tuple[Projection, ...]:
-    return ATTENTION + (MOE if shape.is_moe(layer) else DENSE_MLP)
+    if not shape.is_moe(layer):
+        return ATTENTION + DENSE_MLP
+    return ATTENTION + MOE + (SHARED_EXPERT if shape.shared_intermediate else ())
 
 
 def plan(lora: LoRAConfig, parallel: ParallelConfig, folder: Path) -> tuple[ModelShape, list[Adapted]]:
@@ -207,9 +228,9 @@ def make_adapted(
 ) -> Adapted:
     """``projection`` of one layer of the model ``s``, with these adapter settings."""
     out_features, in_features = projection.features(s)
-    return Adapted(
-        projection, layer, rank, alpha, scale, out_features, in_features, s.num_experts if projection.is_expert else 0
-    )
+    experts = s.num_experts if projection.is_expert else 0
+    max_shards = projection.max_shards(s) if projection.max_shards else None
+    return Adapted(projection, layer, rank, alpha, scale, out_features, in_features, experts, max_shards)
 
 
 def _scale(alpha: float, rank: int, use_rslora: bool) -> float:

@@ -11,8 +11,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -90,7 +92,9 @@ def layer_spec(config: Any, num_experts: int | None) -> ModuleSpec:
 def _mlp(backend: TorchBackend, num_experts: int | None) -> Any:
     if num_experts is None:
         return get_mlp_module_spec_for_backend(backend=backend)
-    return partial(MoELayer, submodules=MoESubmodules(experts=backend.grouped_mlp_modules(True), router=FrozenRouter))
+    linears = MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
+    experts, shared = backend.grouped_mlp_modules(True), partial(SharedExpertMLP, submodules=linears)
+    return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=FrozenRouter, shared_experts=shared))
 
 
 def block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:

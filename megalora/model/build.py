@@ -55,6 +55,9 @@ def configure(provider: Any, config: ModelConfig, p: ParallelConfig, shape: Mode
         expert_tensor_parallel_size=p.etp, virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
         sequence_parallel=p.tp > 1, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         transformer_layer_spec=block_spec, perform_initialization=False, _pg_collection=megatron_groups(),
+        # With more ranks than key/value heads every rank gets a copy of the head that its query heads use: Megatron would
+        # cut a group through the middle and gather all of q, k and v on every rank.
+        num_query_groups=max(shape.num_kv_heads, p.tp),
         # Microbatches are padded to their own longest sample, so stages exchange shapes. The interleaved schedule cannot:
         # it gets one length per step, and with two stages, whose neighbours are one rank, messages in separate pairs.
         variable_seq_lengths=p.pp > 1 and p.vpp == 1, batch_p2p_comm=p.vpp == 1,

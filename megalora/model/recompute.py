@@ -43,5 +43,7 @@ def apply_recompute(chunks: list[nn.Module], level: str) -> None:
                 layer.self_attention.core_attention = Recomputed(layer.self_attention.core_attention)
                 if hasattr(layer.mlp, "experts"):
                     layer.mlp.experts = Recomputed(layer.mlp.experts)
+                    if layer.mlp.shared_experts is not None:
+                        layer.mlp.shared_experts = Recomputed(layer.mlp.shared_experts)
                 else:
                     layer.mlp = Recomputed(layer.mlp)

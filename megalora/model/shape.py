@@ -7,11 +7,16 @@ from typing import Any
 
 from megalora.config import ParallelConfig
 
-SUPPORTED = ("qwen3_moe", "qwen3")
+SUPPORTED = ("qwen3_moe", "qwen3", "qwen2_moe")
 _SIZES = (
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size", "vocab_size",
 )  # fmt: skip
-_SIZES_OF = {"qwen3_moe": ("num_experts", "num_experts_per_tok", "moe_intermediate_size"), "qwen3": ("head_dim",)}
+_EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+_SIZES_OF = {
+    "qwen3_moe": _EXPERT_SIZES,
+    "qwen3": ("head_dim",),
+    "qwen2_moe": (*_EXPERT_SIZES, "shared_expert_intermediate_size"),
+}
 """Must stand in config.json: transformers would fill in its own defaults, which are no model's."""
 
 
@@ -32,7 +37,11 @@ class ModelShape:
     num_experts: int = 0
     top_k: int = 0
     expert_intermediate: int = 0
+    shared_intermediate: int = 0
+    """Of the shared expert, which sees every token; 0 where there is none."""
     moe_layers: frozenset[int] = frozenset()
+    qk_norm: bool = True
+    qkv_bias: bool = False
 
     def is_moe(self, layer: int) -> bool:
         return layer in self.moe_layers
@@ -40,8 +49,10 @@ class ModelShape:
     def num_parameters(self) -> int:
         """Of the base model, norms and embeddings included."""
         q, kv, h = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.hidden
-        attention = h * (q + 2 * kv) + q * h + 2 * self.head_dim
+        attention = h * (q + 2 * kv) + q * h + self.qk_norm * 2 * self.head_dim + self.qkv_bias * (q + 2 * kv)
         moe = self.num_experts * (h + 3 * h * self.expert_intermediate)
+        if self.shared_intermediate:
+            moe += 3 * h * self.shared_intermediate + h
         mlps = len(self.moe_layers) * moe + (self.num_layers - len(self.moe_layers)) * 3 * h * self.intermediate
         embeddings = self.vocab * h * (1 if self.tied_embeddings else 2)
         return self.num_layers * (attention + 2 * h) + mlps + embeddings + h
@@ -49,9 +60,7 @@ class ModelShape:
     def check_layout(self, p: ParallelConfig) -> None:
         """Raise ``ValueError`` when this model cannot be split as ``p`` says."""
         sizes = [
-            ("tp", p.tp, "key/value heads", self.num_kv_heads),
             ("tp", p.tp, "vocabulary entries", self.vocab),
-            ("tp", p.tp, "attention heads", self.num_heads),
             ("pp * vpp", p.pp * p.vpp, "layers", self.num_layers),
         ]
         if len(self.moe_layers) < self.num_layers:
@@ -60,10 +69,19 @@ class ModelShape:
             sizes += [
                 ("ep", p.ep, "experts", self.num_experts),
                 ("etp", p.etp, "features per expert", self.expert_intermediate),
+                ("tp", p.tp, "features of the shared expert", self.shared_intermediate),
             ]
         elif p.ep > 1 or p.etp > 1:
             raise ValueError(
                 f"parallel.ep={p.ep}, parallel.etp={p.etp}: this model ({self.model_type}) has no experts; set both to 1"
+            )
+        # Each rank holds whole heads: key/value heads are divided, or, on more ranks than there are, repeated.
+        heads, kv = self.num_heads, self.num_kv_heads
+        possible = [d for d in range(1, heads + 1) if heads % d == 0 and (kv % d == 0 or d % kv == 0)]
+        if p.tp not in possible:
+            raise ValueError(
+                f"parallel.tp={p.tp} does not fit the model's {heads} attention heads and {kv} key/value heads; it can be "
+                f"one of {', '.join(map(str, possible))}"
             )
         for name, size, what, total in sizes:
             if total % size:
@@ -103,6 +121,8 @@ def model_shape(hf: dict[str, Any]) -> ModelShape:
     missing = [name for name in (*_SIZES, *_SIZES_OF[kind]) if name not in hf]
     if missing:
         raise ValueError(f"config.json of a {kind} model must have {', '.join(missing)}")
+    if hf.get("use_sliding_window"):
+        raise ValueError("config.json has use_sliding_window=true; megalora's attention sees the whole sequence")
     num_layers, experts = hf["num_hidden_layers"], hf.get("num_experts") or 0
     step, dense = hf.get("decoder_sparse_step", 1) or 1, set(hf.get("mlp_only_layers") or [])
     moe = {i for i in range(num_layers) if i not in dense and (i + 1) % step == 0} if experts else set()
@@ -120,5 +140,8 @@ def model_shape(hf: dict[str, Any]) -> ModelShape:
         num_experts=experts if moe else 0,
         top_k=hf.get("num_experts_per_tok", 0) if moe else 0,
         expert_intermediate=hf.get("moe_intermediate_size", 0) if moe else 0,
+        shared_intermediate=hf["shared_expert_intermediate_size"] if moe and kind == "qwen2_moe" else 0,
         moe_layers=frozenset(moe),
+        qk_norm=kind != "qwen2_moe",
+        qkv_bias=kind == "qwen2_moe" and hf.get("qkv_bias", True),
     )

@@ -182,9 +182,7 @@ def load_checkpoint(folder: Path, num_samples: int, config: RunConfig, model: Ad
         key: {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters} for key in STATE_KEYS
     }
     for key in STATE_KEYS:
-        read_tensors(
-            folder / STATE / "optimizer.safetensors", model.pieces, values[key], model.groups, prefix=f"{key}."
-        )
+        read_tensors(folder / STATE / "optimizer.safetensors", model.pieces, values[key], prefix=f"{key}.")
     load_optimizer_state(optimizer, values, state["step"])
     with torch.no_grad():
         for parameter, master in values["param"].items():

@@ -57,4 +57,4 @@ def build_adapted(
 def load_adapter(model: AdaptedModel, weights: Path) -> None:
     """Fill the adapters from a PEFT safetensors file."""
     with torch.no_grad():
-        read_tensors(weights, model.pieces, {p: p.data for p in model.parameters}, model.groups)
+        read_tensors(weights, model.pieces, {p: p.data for p in model.parameters})

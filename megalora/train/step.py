@@ -11,8 +11,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megalora import host
-from megalora.comm import sum_bucket
 from megalora.data.loader import Batch
+from megalora.lora.factors import sum_partial_gradients
 from megalora.lora.inject import GradientCheck
 from megalora.parallel import Groups
 from megalora.train.loss import loss_sum
@@ -69,8 +69,7 @@ class Stepper:
         if self.check is not None:
             self.check.after_backward(self.b_has_moved)
         for name in ("tp", "etp"):
-            partial_sums = [p.main_grad for p in self.parameters if p.sum_group == name]  # type: ignore
-            sum_bucket(partial_sums, self.groups.named(name))
+            sum_partial_gradients((p for p in self.parameters if p.sum_group == name), self.groups.named(name))
         finalize_model_grads(model, num_tokens, **kwargs)
 
 

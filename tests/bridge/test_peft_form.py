@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import transformers_weight_conversion
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -72,10 +73,19 @@ MIXED_CASES: dict[str, dict[str, Any]] = {
     "dense down and q": {"rank_pattern": {r"layers\.1\.mlp\.down_proj": 6, "q_proj": 5},
                          "alpha_pattern": {"down_proj": 5.0}},
 }  # fmt: skip
+SHARED_CASES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "shared, routed and dense differ": {"expert_rank": 3, "rank_pattern": {r"shared_expert\.(gate|up)_proj": 6},
+                                        "alpha_pattern": {r"shared_expert\.down_proj": 5.0}},
+    "shared expert only": {"target_modules": [r"shared_expert\..*_proj"]},
+    "one projection of the shared expert": {"target_modules": [r"shared_expert\.up_proj", "v_proj"], "layers": [0, 2]},
+    "rslora and router": {"target_modules": ["gate", *ATTENTION, *EXPERTS], "use_rslora": True},
+}  # fmt: skip
 TIED_CASES: dict[str, dict[str, Any]] = {"all": {}, "lm_head": {"target_modules": ["lm_head", "v_proj"]}}
+BASES = {"moe": MOE_CASES, "dense": DENSE_CASES, "mixed": MIXED_CASES, "tied": TIED_CASES, "shared": SHARED_CASES}
 CASES = [
     pytest.param(base, {"rank": 4, "alpha": 12.0, **options}, id=f"{base}: {name}")
-    for base, cases in (("moe", MOE_CASES), ("dense", DENSE_CASES), ("mixed", MIXED_CASES), ("tied", TIED_CASES))
+    for base, cases in BASES.items()
     for name, options in cases.items()
 ]
 
@@ -85,7 +95,14 @@ def bases(tiny: Path, tiny_dense: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("bases")
     mixed = make_tiny(folder / "mixed", mlp_only_layers=[1])
     tied = make_tiny(folder / "tied", tie_word_embeddings=True, num_hidden_layers=2)
-    return {"moe": tiny, "dense": tiny_dense, "mixed": mixed, "tied": tied}
+    shared = make_tiny(folder / "shared", arch="qwen2_moe", mlp_only_layers=[1], num_hidden_layers=3)
+    return {"moe": tiny, "dense": tiny_dense, "mixed": mixed, "tied": tied, "shared": shared}
+
+
+@pytest.fixture(autouse=True)
+def peft_knows_qwen2_moe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT 0.21 converts per-expert adapters for all that is built like Qwen2-MoE, but its table lacks that name itself."""
+    monkeypatch.setitem(transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN, "qwen2_moe", "qwen2_moe")
 
 
 @dataclass
@@ -160,6 +177,16 @@ def test_stock_peft_computes_the_trained_model(
     found = logits(PeftModel.from_pretrained(load_base(trained.base), str(trained.folder)).eval())
     # float32 through 4 layers errs by some 2^-24 * 100 of the largest logit, which is about 5.
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_peft_as_it_is_refuses_qwen2_moe_experts_loudly(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When this fails, PEFT has learnt the name and README's remark can go."""
+    monkeypatch.delitem(transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN, "qwen2_moe")
+    trained = train(bases["shared"], tmp_path / "adapter", rank=4, alpha=12.0)
+    with pytest.raises(ValueError, match="Make sure that this layer is not also targeted"):
+        PeftModel.from_pretrained(load_base(trained.base), str(trained.folder))
 
 
 @pytest.mark.parametrize(("base", "options"), CASES)

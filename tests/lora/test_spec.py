@@ -19,6 +19,7 @@ from megalora.lora.spec import (
     HEAD,
     LAYOUTS,
     MOE,
+    SHARED_EXPERT,
     Adapted,
     Projection,
     resolve,
@@ -31,11 +32,13 @@ MOE_SHAPE = ModelShape(
     vocab=512, tied_embeddings=False, num_experts=5, top_k=3, expert_intermediate=40, moe_layers=frozenset(range(4)),
 )  # fmt: skip
 MIXED_SHAPE = replace(MOE_SHAPE, moe_layers=frozenset({0, 2, 3}))  # mlp_only_layers=[1]
+SHARED_SHAPE = replace(MIXED_SHAPE, model_type="qwen2_moe", shared_intermediate=112, qk_norm=False, qkv_bias=True)
 DENSE_SHAPE = replace(MOE_SHAPE, model_type="qwen3", num_experts=0, top_k=0, moe_layers=frozenset())
 SIZES = {  # (out, in)
     "self_attn.q_proj": (192, 96), "self_attn.k_proj": (64, 96), "self_attn.v_proj": (64, 96),
     "self_attn.o_proj": (96, 192), "mlp.gate_proj": (144, 96), "mlp.up_proj": (144, 96), "mlp.down_proj": (96, 144),
     "mlp.gate": (5, 96), "gate_proj": (40, 96), "up_proj": (40, 96), "down_proj": (96, 40), "lm_head": (512, 96),
+    "shared_expert.gate_proj": (112, 96), "shared_expert.up_proj": (112, 96), "shared_expert.down_proj": (96, 112),
 }  # fmt: skip
 ATTENTION_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP_NAMES = ["gate_proj", "up_proj", "down_proj"]
@@ -63,7 +66,9 @@ def refusal(shape: ModelShape = MOE_SHAPE, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("shape", [MOE_SHAPE, MIXED_SHAPE, DENSE_SHAPE], ids=["moe", "mixed", "dense"])
+@pytest.mark.parametrize(
+    "shape", [MOE_SHAPE, MIXED_SHAPE, SHARED_SHAPE, DENSE_SHAPE], ids=["moe", "mixed", "shared", "dense"]
+)
 def test_names_and_sizes_of_everything(shape: ModelShape) -> None:
     every = ["gate", *ATTENTION_NAMES, *MLP_NAMES, "lm_head"]
     adapted = adapt(shape, rank=7, target_modules=[n for n in every if n != "gate" or shape.moe_layers])
@@ -74,6 +79,8 @@ def test_names_and_sizes_of_everything(shape: ModelShape) -> None:
         if layer in shape.moe_layers:
             expected[f"{stem}.mlp.gate"] = SIZES["mlp.gate"]
             expected |= {f"{stem}.mlp.experts.{e}.{n}": SIZES[n] for n in MLP_NAMES for e in range(5)}
+            if shape.shared_intermediate:
+                expected |= {f"{stem}.mlp.shared_expert.{n}": SIZES[f"shared_expert.{n}"] for n in MLP_NAMES}
         else:
             expected |= {f"{stem}.mlp.{n}": SIZES[f"mlp.{n}"] for n in MLP_NAMES}
     expected["lm_head"] = SIZES["lm_head"]
@@ -300,19 +307,21 @@ def test_fused_weights_hold_their_projections_in_the_order_of_megatron() -> None
 
 def test_groups_of_the_table() -> None:
     assert {kind for kind, layout in LAYOUTS.items() if layout.group == "etp"} == {"expert_column", "expert_row"}
-    assert {p.kind for p in (*ATTENTION, *MOE, *DENSE_MLP, *HEAD)} == set(LAYOUTS)
+    assert {p.kind for p in (*ATTENTION, *MOE, *SHARED_EXPERT, *DENSE_MLP, *HEAD)} == set(LAYOUTS)
     assert all(p.is_expert == (LAYOUTS[p.kind].group == "etp") for p in (*ATTENTION, *MOE, *DENSE_MLP, *HEAD))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("projection", [*ATTENTION, *MOE, *DENSE_MLP, *HEAD], ids=lambda p: p.hf.split("}.", 1)[-1])
+@pytest.mark.parametrize(
+    "projection", [*ATTENTION, *MOE, *SHARED_EXPERT, *DENSE_MLP, *HEAD], ids=lambda p: p.hf.split("}.", 1)[-1]
+)
 def test_shards_make_up_the_whole_adapter_and_its_gradients(projection: Projection, ranks: int) -> None:
     """Each rank computes ``B_i A_i x_i`` with its shards; split outputs are joined, partial ones added.
 
     The gradient of a split factor is then its shard of the whole gradient, that of a replicated one the sum over ranks:
     the two cases the table stands for. The router splits nothing but the tokens.
     """
-    shape = replace(MOE_SHAPE, num_kv_heads=4, num_heads=12)
+    shape = replace(MOE_SHAPE, num_kv_heads=4, num_heads=12, shared_intermediate=112)
     layout, (out, into), rank, tokens = LAYOUTS[projection.kind], projection.features(shape), 3, 8
     generator = torch.Generator().manual_seed(ranks)
     a, b, x, dy = (

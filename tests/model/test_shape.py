@@ -49,6 +49,8 @@ def num_parameters_in_transformers(folder: Path) -> int:
         ("qwen3_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 5}, {1, 3}),
         ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [0, 3]}, {1}),
         ("qwen3_moe", {"tie_word_embeddings": True}, {0, 1, 2, 3}),
+        ("qwen2_moe", {}, {0, 1, 2, 3}),
+        ("qwen2_moe", {"qkv_bias": False, "mlp_only_layers": [1]}, {0, 2, 3}),
         ("qwen3", {}, set()),
         ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 3, "head_dim": 18}, set()),
     ],
@@ -95,8 +97,8 @@ def test_other_spellings() -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"tp": 3}, "parallel.tp=3 does not divide the model's 8 key/value heads; it can be one of 1, 2, 4, 8"),
-        ({"tp": 16}, "parallel.tp=16 does not divide the model's 8 key/value heads; it can be one of 1, 2, 4, 8"),
+        ({"tp": 3}, "parallel.tp=3 does not fit the model's 24 attention heads and 8 key/value heads; it can be one of 1, 2, 4, 8, 24"),
+        ({"tp": 16}, "parallel.tp=16 does not fit the model's 24 attention heads and 8 key/value heads; it can be one of 1, 2, 4, 8, 24"),
         ({"pp": 5}, "parallel.pp * vpp=5 does not divide the model's 12 layers; it can be one of 1, 2, 3, 4, 6, 12"),
         ({"pp": 4, "vpp": 2},
          "parallel.pp * vpp=8 does not divide the model's 12 layers; it can be one of 1, 2, 3, 4, 6, 12"),
@@ -117,7 +119,7 @@ def test_layout_refused(layout: dict[str, int], message: str) -> None:
         ({"vocab": 509}, {"tp": 2},
          "parallel.tp=2 does not divide the model's 509 vocabulary entries; it can be one of 1, 509"),
         ({"num_heads": 22}, {"tp": 4},
-         "parallel.tp=4 does not divide the model's 22 attention heads; it can be one of 1, 2, 11, 22"),
+         "parallel.tp=4 does not fit the model's 22 attention heads and 8 key/value heads; it can be one of 1, 2"),
         ({"moe_layers": frozenset({0, 2}), "intermediate": 142}, {"tp": 4},
          "parallel.tp=4 does not divide the model's 142 dense MLP features; it can be one of 1, 2, 71, 142"),
         ({"moe_layers": frozenset(), "num_experts": 0}, {"ep": 2},
@@ -140,10 +142,12 @@ def test_layout_accepted() -> None:
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not supported; megalora knows qwen3_moe, qwen3"),
-        ({}, "model_type 'nothing' is not supported; megalora knows qwen3_moe, qwen3"),
+        ({"model_type": "llama"}, "model_type 'llama' is not supported; megalora knows qwen3_moe, qwen3, qwen2_moe"),
+        ({}, "model_type 'nothing' is not supported; megalora knows qwen3_moe, qwen3, qwen2_moe"),
         ({"model_type": "qwen3", "num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 2},
          "config.json of a qwen3 model must have num_attention_heads, num_key_value_heads, vocab_size, head_dim"),
+        (QWEN3_4B | {"use_sliding_window": True},
+         "config.json has use_sliding_window=true; megalora's attention sees the whole sequence"),
         (QWEN3_4B | {"model_type": "qwen3_moe"},
          "config.json of a qwen3_moe model must have num_experts, num_experts_per_tok, moe_intermediate_size"),
     ],
