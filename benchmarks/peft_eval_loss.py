@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megalora.config import load_config
+from megalora.config_file import load_config
 from megalora.data.loader import load_split
 
 

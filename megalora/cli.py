@@ -102,7 +102,7 @@ def _tiny(options: Any, _: list[str]) -> None:
 
 
 def _train(options: Any, rest: list[str]) -> None:
-    from megalora.config import load_config
+    from megalora.config_file import load_config
     from megalora.lora.spec import plan
 
     overrides = [*options.overrides, *rest]

@@ -1,21 +1,17 @@
 """Everything a run can be told, as frozen dataclasses, with every check and its message.
 
-``load_config`` reads a YAML file, applies ``section.key=value`` overrides in order, rejects unknown keys with the
-nearest known one, and builds a ``RunConfig``. Checks that need no model run in ``__post_init__``; checks against the
-world size and the model's shape are methods, so that they run before any process group or weight exists.
+Checks that need no model run in ``__post_init__``; checks against the world size and the model's shape are methods, so
+that they run before any process group or weight exists. ``config_file.py`` reads and writes YAML.
 """
 
-import difflib
-import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``ValueError`` with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +47,13 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            _require(getattr(self, f.name) >= 1, f"parallel.{f.name} must be at least 1, got {getattr(self, f.name)}")
-        _require(
+            require(getattr(self, f.name) >= 1, f"parallel.{f.name} must be at least 1, got {getattr(self, f.name)}")
+        require(
             self.cp == 1,
             f"parallel.cp={self.cp}: context parallelism needs Transformer Engine's attention, which the torch "
             "back end does not have. Set parallel.cp=1; use parallel.tp to split long sequences.",
         )
-        _require(
+        require(
             self.vpp == 1 or self.pp > 1,
             f"parallel.vpp={self.vpp} interleaves the chunks of several pipeline stages, but parallel.pp=1. "
             "Set parallel.vpp=1 or parallel.pp to 2 or more.",
@@ -65,14 +61,14 @@ class ParallelConfig:
 
     def data_parallel_sizes(self, world_size: int) -> tuple[int, int]:
         """(dp, edp): how often attention and expert parameters are replicated on ``world_size`` ranks."""
-        _require(world_size >= 1, f"a run needs at least 1 rank, got {world_size}")
+        require(world_size >= 1, f"a run needs at least 1 rank, got {world_size}")
         sizes = []
         for grid, names in (("attention", ("tp", "pp")), ("expert", ("etp", "ep", "pp"))):
             product = 1
             for name in names:
                 product *= getattr(self, name)
             terms = " * ".join(f"{name}={getattr(self, name)}" for name in names)
-            _require(
+            require(
                 world_size % product == 0,
                 f"{world_size} ranks cannot hold the {grid} grid: {terms} = {product}, and {world_size} is not a "
                 f"multiple of {product}.\n  Change {' or '.join('parallel.' + n for n in names)}, or launch a "
@@ -105,10 +101,10 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for name, rank in {"rank": self.rank, "expert_rank": self.expert_rank, **self.rank_pattern}.items():
-            _require(rank is None or rank >= 1, f"lora: {name} must be a rank of at least 1, got {rank}")
+            require(rank is None or rank >= 1, f"lora: {name} must be a rank of at least 1, got {rank}")
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            _require(alpha > 0, f"lora: {name} must be an alpha above 0, got {alpha}")
-        _require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
+            require(alpha > 0, f"lora: {name} must be an alpha above 0, got {alpha}")
+        require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +121,7 @@ class DataConfig:
     """Of the order of samples, and of the hold-out."""
 
     def __post_init__(self) -> None:
-        _require(self.max_length >= 2, f"data.max_length must be at least 2 tokens, got {self.max_length}")
+        require(self.max_length >= 2, f"data.max_length must be at least 2 tokens, got {self.max_length}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,17 +147,21 @@ class TrainConfig:
     """Steps between evaluations; 0 evaluates only before the first and after the last step."""
     seed: int = 0
     """Of adapter initialisation and dropout."""
+    check_parity: bool = False
+    """Before the first step, compare the loss of the first microbatch with transformers' on the first rank's host."""
+    check_replicas_every: int = 100
+    """Steps between comparisons of every adapter tensor's copies on all ranks, also before each save; 0 turns them off."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.steps is None) != (self.epochs is None),
             f"give exactly one of train.steps and train.epochs (got steps={self.steps}, epochs={self.epochs})",
         )
         for name in ("steps", "epochs", "lr", "global_batch_size", "micro_batch_size"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"train.{name} must be above 0, got {value}")
-        for name in ("warmup", "weight_decay", "clip_grad", "eval_every"):
-            _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
+            require(value is None or value > 0, f"train.{name} must be above 0, got {value}")
+        for name in ("warmup", "weight_decay", "clip_grad", "eval_every", "check_replicas_every"):
+            require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         for name in ("every", "keep"):
-            _require(getattr(self, name) >= 0, f"checkpoint.{name} must not be negative, got {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"checkpoint.{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ class LogConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, f"log.every must be at least 1, got {self.every}")
+        require(self.every >= 1, f"log.every must be at least 1, got {self.every}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,92 +205,15 @@ class RunConfig:
         """Check all that depends on the number of ranks; raises ``ValueError``."""
         dp, _ = self.parallel.data_parallel_sizes(world_size)
         batch, micro, p = self.train.global_batch_size, self.train.micro_batch_size, self.parallel
-        _require(
+        require(
             batch % (micro * dp) == 0,
             f"train.global_batch_size={batch} cannot be divided: micro_batch_size={micro} * data parallel={dp} = "
             f"{micro * dp}, and {batch} is not a multiple of {micro * dp}.\n  Change train.global_batch_size or "
             "train.micro_batch_size.",
         )
         num_microbatches = batch // (micro * dp)
-        _require(
+        require(
             p.vpp == 1 or num_microbatches % p.pp == 0,
             f"the interleaved schedule (parallel.vpp={p.vpp}) needs a number of microbatches that is a multiple of "
             f"parallel.pp={p.pp}; train.global_batch_size={batch} gives {num_microbatches}.",
         )
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply ``section.key=value`` overrides in order, and validate the result."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config file")
-    with _reading(str(path)):
-        tree = OmegaConf.load(path)
-    _require(OmegaConf.is_dict(tree), f"{path}: expected sections (model, data, train, ...), not a list")
-    for item in overrides:
-        _require(item.find("=") > 0, f"override {item!r} is not of the form section.key=value")
-        with _reading(f"override {item!r}"):
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
-    with _reading(str(path)):
-        plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    return _build(RunConfig, plain, where="")  # pyright: ignore[reportArgumentType]
-
-
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write the config, defaults included, as YAML that ``load_config`` reads back equal."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-
-
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what}: {str(error).partition('\n    object_type')[0]}") from None
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _build(cls: type, tree: dict[str, Any], where: str) -> Any:
-    hints, known, values = get_type_hints(cls), [f.name for f in fields(cls)], {}
-    for key, value in tree.items():
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {where}{close[0]}?" if close else f"known keys: {', '.join(known)}"
-            raise ValueError(f"unknown config key {where}{key}; {hint}")
-        if is_dataclass(hints[key]):
-            _require(isinstance(value, dict), f"{where}{key} is a section, got {value!r}")
-            values[key] = _build(hints[key], value, where=f"{where}{key}.")  # pyright: ignore[reportArgumentType]
-        else:
-            values[key] = _convert(value, hints[key], f"{where}{key}")
-    empty = [f.name for f in fields(cls) if f.name not in values and f.default is f.default_factory]
-    _require(not empty, f"config is missing {', '.join(where + name for name in empty)}")
-    return cls(**values)
-
-
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    """``value`` as the annotated type, or a ``ValueError`` that says what was expected."""
-    if get_origin(hint) is Literal:
-        _require(value in get_args(hint), f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
-        return value
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        inner = get_args(option)
-        if type(value) is not (get_origin(option) or option):  # exact types: True is no int
-            continue
-        if isinstance(value, dict):
-            return {
-                _convert(k, inner[0], f"a key of {name}"): _convert(v, inner[1], f"{name}.{k}")
-                for k, v in value.items()
-            }
-        return [_convert(v, inner[0], f"{name}[{i}]") for i, v in enumerate(value)] if inner else value
-    if type(value) is int and float in options:
-        return float(value)
-    expected = (
-        "nothing" if option is types.NoneType else option.__name__ if isinstance(option, type) else str(option)
-        for option in options
-    )
-    raise ValueError(f"{name} must be {' or '.join(expected)}, got {value!r}")

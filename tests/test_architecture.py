@@ -27,7 +27,7 @@ MEGATRON_SEAM = (
     "megalora/train/loop.py", "megalora/train/step.py", "megalora/train/optim.py", "megalora/train/checkpoint.py",
 )  # fmt: skip
 WITHOUT_TORCH = (
-    "megalora/__init__.py", "megalora/__main__.py", "megalora/cli.py", "megalora/config.py",
+    "megalora/__init__.py", "megalora/__main__.py", "megalora/cli.py", "megalora/config.py", "megalora/config_file.py",
     "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/model/__init__.py", "megalora/model/shape.py",
     "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/planner/",
 )  # fmt: skip

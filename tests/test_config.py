@@ -15,9 +15,8 @@ from megalora.config import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
-    load_config,
-    save_config,
 )
+from megalora.config_file import load_config, save_config
 
 MINIMAL = """\
 model: {path: models/tiny}

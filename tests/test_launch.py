@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megalora.config import load_config
+from megalora.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(p for p in (ROOT / "launch").iterdir() if p.suffix in (".sh", ".sbatch"))

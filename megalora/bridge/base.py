@@ -107,8 +107,12 @@ class RepeatedKVMapping(QKVMapping):
 
 def _with_repeated_kv(registry: MegatronMappingRegistry) -> list[MegatronParamMapping]:
     """The registry's mappings; those of q, k and v repeat heads where they must."""
-    mappings: list[Any] = registry.mappings
-    return [RepeatedKVMapping(m.megatron_param, **m.hf_param) if isinstance(m, QKVMapping) else m for m in mappings]
+    mappings: list[MegatronParamMapping] = []
+    for mapping in registry.mappings:
+        names: Any = mapping.hf_param
+        repeats = isinstance(mapping, QKVMapping)
+        mappings.append(RepeatedKVMapping(mapping.megatron_param, **names) if repeats else mapping)
+    return mappings
 
 
 # Registered on the class objects: under their names as strings the stock bridges still win.

@@ -214,9 +214,16 @@ def adapted_in(adapter: Path, shape: ModelShape) -> list[Adapted]:
             rank_pattern=config.get("rank_pattern") or {}, use_rslora=config.get("use_rslora", False),
             alpha_pattern={k: float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
         )  # fmt: skip
-        present = [a for a in resolve(lora, shape) if tensor_name(a.hf_modules()[0], "A") in shapes]
+        targeted = resolve(lora, shape)
     except ValueError as error:
         raise ValueError(f"{adapter / CONFIG} does not fit this base model: {error}") from None
+    present = [
+        a for a in targeted if tensor_name(a.hf_modules()[0], "A") in shapes
+    ]  # PEFT's config may not name layers
+    if absent := {a.name for a in targeted} - {a.name for a in present}:
+        raise ValueError(
+            f"{adapter / WEIGHTS} has no tensors for {', '.join(sorted(absent))}, which its config targets"
+        )
     expected = expected_tensors(present)
     for what, names in (
         ("lacks", expected.keys() - shapes.keys()),

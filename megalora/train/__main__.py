@@ -6,7 +6,7 @@ from megalora.cli import guarded
 
 
 def main(arguments: list[str]) -> None:
-    from megalora.config import load_config
+    from megalora.config_file import load_config
 
     if not arguments or arguments[0] in ("-h", "--help"):
         raise ValueError("usage: torchrun --nproc-per-node N -m megalora.train CONFIG.yaml [section.key=value ...]")

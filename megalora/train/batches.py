@@ -54,8 +54,15 @@ class Batches:
 
     def of_step(self, step: int) -> list[Batch]:
         """This rank's share of the step's global batch; steps count from 0."""
+        return self._of_rank(step, self.dp_rank)
+
+    def first(self, step: int) -> Batch:
+        """The step's first microbatch, the same on every rank: that of the first data-parallel rank."""
+        return self._of_rank(step, 0)[0]
+
+    def _of_rank(self, step: int, dp_rank: int) -> list[Batch]:
         size = self.config.train.micro_batch_size
-        mine = micro_batches(self._indices(step), micro_batch_size=size, dp_rank=self.dp_rank, dp_size=self.dp_size)
+        mine = micro_batches(self._indices(step), micro_batch_size=size, dp_rank=dp_rank, dp_size=self.dp_size)
         return self._collate([[self.train.samples[i] for i in indices] for indices in mine])
 
     def of_eval(self) -> list[Batch]:

@@ -2,21 +2,25 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from megalora import host
-from megalora.config import RunConfig, save_config
+from megalora.config import RunConfig
+from megalora.config_file import save_config
 from megalora.lora.inject import GradientCheck, trainable_summary, write_manifest
 from megalora.lora.spec import plan
 from megalora.model.build import local_folder
 from megalora.model.recompute import apply_recompute
 from megalora.train.batches import Batches, load_data
 from megalora.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from megalora.train.drift import DriftCheck
 from megalora.train.metrics import Metrics
 from megalora.train.optim import build_optimizer, learning_rate, set_learning_rate, wrap_chunks
+from megalora.train.parity import compare_losses
 from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
 from megalora.train.signals import terminated
 from megalora.train.step import Stepper
@@ -48,7 +52,8 @@ def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, saved: Path |
     chunks = wrap_chunks(model.chunks)
     optimizer = build_optimizer(options, getattr(torch, config.model.dtype), chunks)
     stepper = Stepper(chunks, model.groups, GradientCheck(model.adapted, model.pieces))
-    step = load_checkpoint(saved, num_samples, config, model, optimizer) if saved else 0
+    drift = DriftCheck(model.adapted, model.pieces, model.groups)
+    step = start = load_checkpoint(saved, num_samples, config, model, optimizer) if saved else 0
     check_agreement("number of finished steps", step)
     check_agreement("number of training samples", num_samples)
     saved_step = evaluated_step = step if saved else -1
@@ -57,10 +62,15 @@ def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, saved: Path |
             save_config(config, run / "config.yaml")
             write_manifest(run / "manifest.json", model.adapted)
         metrics.say(_opening(config, model, batches, saved))
+        if options.check_parity and step < num_steps:
+            metrics.say(_check_parity(config, model, stepper, batches, step, saved))
         while True:
             stopped = stop()
             done = stopped or step >= num_steps
-            if step and step != saved_step and (done or _due(step, config.checkpoint.every)):
+            saving = step and step != saved_step and (done or _due(step, config.checkpoint.every))
+            if (every := options.check_replicas_every) and (saving or step <= start + 1 or _due(step, every)):
+                drift.run(step, saved)
+            if saving:
                 saved, saved_step = save_checkpoint(step, num_samples, config, model, optimizer), step
                 metrics.restart_clock()
             due = step in (0, num_steps) or _due(step, options.eval_every)
@@ -68,18 +78,36 @@ def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, saved: Path |
                 metrics.evaluation(step, *stepper.evaluate(batches.of_eval()))
             if done:
                 break
-            lr = learning_rate(options, step, num_steps)
-            set_learning_rate(optimizer, lr)
-            loss, _ = stepper.train(batches.of_step(step), optimizer)
-            check_finite(step + 1, "loss", loss, saved)
-            grad_norm = float(optimizer.step()[1])
-            check_finite(step + 1, "gradient norm", grad_norm, saved)
-            stepper.b_has_moved |= lr > 0
-            num_tokens = batches.num_tokens(step)
+            values = _train_step(
+                stepper, optimizer, batches, step, lr=learning_rate(options, step, num_steps), saved=saved
+            )
             step += 1
-            metrics.train_step(step, loss=loss, lr=lr, grad_norm=grad_norm, num_tokens=num_tokens)
+            metrics.train_step(step, **values, num_tokens=batches.num_tokens(step - 1))
     metrics.say(_closing(step, num_steps, saved))
     return saved
+
+
+def _train_step(
+    stepper: Stepper, optimizer: Any, batches: Batches, step: int, *, lr: float, saved: Path | None
+) -> dict[str, float]:
+    """One optimizer step; what there is to report of it."""
+    set_learning_rate(optimizer, lr)
+    loss, _ = stepper.train(batches.of_step(step), optimizer)
+    check_finite(step + 1, "loss", loss, saved)
+    grad_norm = float(optimizer.step()[1])
+    check_finite(step + 1, "gradient norm", grad_norm, saved)
+    stepper.b_has_moved |= lr > 0
+    return {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+
+
+def _check_parity(
+    config: RunConfig, model: AdaptedModel, stepper: Stepper, batches: Batches, step: int, adapter: Path | None
+) -> str:
+    """Every rank evaluates the first microbatch of the first data-parallel rank; see ``parity.py``."""
+    batch, p = batches.first(step), config.parallel
+    ours, _ = stepper.evaluate([batch] * (p.pp if p.vpp > 1 else 1), own=True)
+    folder, dtype = local_folder(config.model.path), config.model.dtype
+    return compare_losses(ours, batch, folder=folder, adapter=adapter, dtype=dtype, shape=model.shape)
 
 
 def _due(step: int, every: int) -> bool:

@@ -36,16 +36,23 @@ class Stepper:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         self.chunks[0].config.grad_scale_func = optimizer.scale_loss
-        return self._run(batches, forward_only=False)
+        return self._mean(self._run(batches, forward_only=False))
 
     @torch.no_grad()
-    def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
-        """Forward only; the same mean."""
+    def evaluate(self, batches: list[Batch], *, own: bool = False) -> tuple[float, int]:
+        """Forward only; the same mean, or with ``own`` that of this data-parallel rank's batches alone."""
         for chunk in self.chunks:
             chunk.eval()
-        return self._run(batches, forward_only=True)
+        return self._mean(self._run(batches, forward_only=True), own)
 
-    def _run(self, batches: list[Batch], forward_only: bool) -> tuple[float, int]:
+    def _mean(self, sum_and_count: Tensor, own: bool = False) -> tuple[float, int]:
+        for group in (self.groups.pp,) if own else (self.groups.pp, self.groups.dp):
+            dist.all_reduce(sum_and_count, group=group)
+        loss, count = sum_and_count.tolist()
+        return loss / max(count, 1), int(count)
+
+    def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
+        """(sum of losses, number of target tokens) on the last pipeline stage, zeros elsewhere."""
         iterators = [iter(batches) for _ in self.chunks]
         reports = get_forward_backward_func()(
             forward_step_func=_forward_step,
@@ -59,18 +66,20 @@ class Stepper:
         total = torch.zeros(2, dtype=torch.float64, device=host.device())
         for report in reports:  # only the last stage has any
             total += report["sum_and_count"]
-        for group in (self.groups.pp, self.groups.dp):
-            dist.all_reduce(total, group=group)
-        loss, count = total.tolist()
-        return loss / max(count, 1), int(count)
+        return total
 
     def _finalize(self, model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        """Check, sum replicated factors over the group the table names, then Megatron's data-parallel reduction."""
+        """Check, Megatron's data-parallel reduction, then the sums of replicated factors over the group the table names.
+
+        In this order replicas get the same bits: data-parallel reductions of two tensor-parallel ranks are different
+        collectives, which may add in different orders. What they leave outside a rank's own slice is summed too and read by
+        nobody.
+        """
         if self.check is not None:
             self.check.after_backward(self.b_has_moved)
+        finalize_model_grads(model, num_tokens, **kwargs)
         for name in ("tp", "etp"):
             sum_partial_gradients((p for p in self.parameters if p.sum_group == name), self.groups.named(name))
-        finalize_model_grads(model, num_tokens, **kwargs)
 
 
 def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:

@@ -1,0 +1,96 @@
+"""Before the first step: is the loss of this layout the loss that stock transformers computes?
+
+All data-parallel ranks evaluate one and the same microbatch, through their own pipeline, experts and tensor-parallel
+shards; the first rank computes it again on its host with transformers (and PEFT, when a run is resumed and its adapter
+is not zero any more). Each rank's loss is compared, not their mean: one wrong rank of 64 must not be averaged away.
+
+The tolerance, relative to the loss, is what rounding explains with room to spare:
+
+    float32   1e-5. Layouts differ by 1e-8 to 1e-7 in float32 (README); a swapped projection, a wrong rotary base or a lost
+              norm weight changes the loss by 1e-3 and more.
+    bfloat16  2e-2. 8 significant bits: a logit of size 10 is known to 1/64 after one rounding, and every layer rounds its
+              residual stream several times. Tokens err independently, so the mean errs less; what is caught is a broken
+              layer, what may pass is a slightly wrong one. Run the check once in float32 for a new model or layout.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from megalora.data.loader import Batch
+from megalora.model.shape import ModelShape
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+_HEADROOM = 1.2
+"""Of free host memory over the weights alone: the shard being read, activations, logits."""
+
+
+def compare_losses(
+    ours: float, batch: Batch, *, folder: Path, adapter: Path | None, dtype: str, shape: ModelShape
+) -> str:
+    """Compare every rank's loss of the batch with transformers'; collective over the world.
+
+    Args:
+        ours: this rank's mean loss over the target tokens of ``batch``, which is the same on all ranks.
+        adapter: a PEFT folder to put on the base, None where B is zero.
+    Returns: a line for the user.
+    Raises: ``RuntimeError`` on every rank when a loss is off; ``ValueError`` when the model does not fit the host's memory.
+    """
+    losses: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(losses, ours)
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = reference_loss(batch, folder, adapter, dtype, shape)
+        except (ValueError, OSError) as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    reference, failure = answer
+    if failure:
+        raise ValueError(f"train.check_parity: {failure}")
+    worst = max(range(len(losses)), key=lambda rank: _relative(losses[rank], reference))
+    difference, allowed = _relative(losses[worst], reference), TOLERANCE[dtype]
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"train.check_parity: the loss of the first microbatch is {losses[worst]:.7f} on rank {worst}, {reference:.7f} in "
+            f"transformers: they differ by {difference:.1e} of it, {allowed:.0e} is allowed in {dtype}. This layout does not compute "
+            "the model it was given; please report it. parallel.tp=1, pp=1, ep=1 tells whether the layout or the model is at fault."
+        )
+    return f"parity: loss of the first microbatch {losses[worst]:.7f}, transformers {reference:.7f} (differ by {difference:.1e})"
+
+
+def _relative(loss: float, reference: float) -> float:
+    difference = abs(loss - reference) / reference
+    return difference if difference == difference else float("inf")  # a NaN is the worst of all
+
+
+@torch.no_grad()
+def reference_loss(batch: Batch, folder: Path, adapter: Path | None, dtype: str, shape: ModelShape) -> float:
+    """Mean cross entropy over the batch's target tokens, by stock transformers on the host."""
+    needed = shape.num_parameters() * {"float32": 4, "bfloat16": 2}[dtype] * _HEADROOM
+    if needed > (free := free_host_memory_bytes()):
+        raise ValueError(
+            f"{folder} in {dtype} needs {needed / 2**30:.1f} GiB of host memory on the first rank, which has "
+            f"{free / 2**30:.1f} GiB free. Set train.check_parity=false, or check a smaller model of the family."
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    logits = model(batch.tokens).logits.float()
+    losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+    mask = batch.loss_mask.flatten()
+    return ((losses * mask).sum() / mask.sum()).item()
+
+
+def free_host_memory_bytes() -> int:
+    """``MemAvailable`` of this machine: what can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError("/proc/meminfo has no MemAvailable line")

@@ -1,0 +1,134 @@
+"""Put one bug after the other into a copy of the code and see its tests fail.
+
+    python -m tests.mutations.run [TEXT ...]
+
+Only bugs whose name contains a TEXT, or all of them; first the same tests without a bug, which must pass. Prints which test
+caught which bug; exit code 1 when one was not caught. Everything heavy is imported once; every bug gets a forked process
+that forgets our own modules and imports the copy's.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from torch.overrides import _pop_mode
+
+import tests.conftest  # noqa: F401  imports torch, Megatron, transformers once for all
+from tests.mutations.bugs import BUGS, Bug
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("megalora", "kernels", "tests", "benchmarks", "configs", "launch", "pyproject.toml")
+OURS = ("megalora", "megalora_kernels", "tests", "benchmarks")
+AT_ONCE = 2
+
+
+class Failures:
+    """A pytest plug-in that keeps the names of failed tests."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.names.append(report.nodeid.split("::")[-1])
+
+
+def copy_of_the_code(folder: Path) -> Path:
+    folder.mkdir()
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def with_bug(code: Path, folder: Path, bug: Bug | None) -> None:
+    shutil.copytree(code, folder)
+    if bug is not None:
+        path = folder / bug.file
+        text = path.read_text()
+        for old, new in bug.edits:
+            assert text.count(old) == 1, f"{bug.name}: {old!r} occurs {text.count(old)} times in {bug.file}"
+            text = text.replace(old, new)
+        path.write_text(text)
+
+
+def run_tests(folder: Path, selections: list[str], stop_early: bool) -> None:
+    """In a forked process: import the copy and leave ``result.json`` in it."""
+    for name in [n for n in sys.modules if n.split(".")[0] in OURS]:
+        del sys.modules[name]
+    _pop_mode()  # host.install() of the copy pushes its own
+    os.chdir(folder)
+    sys.path[:] = [str(folder), str(folder / "kernels"), *(p for p in sys.path if p not in ("", str(ROOT)))]
+    failures, code = Failures(), 0
+    with (folder / "output.txt").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        for selection in selections:
+            file, _, expression = selection.partition(" ")
+            arguments = ["-q", "-p", "no:cacheprovider", f"--rootdir={folder}", str(folder / file), "-k", expression]
+            code = max(code, pytest.main([*arguments, *(["-x"] if stop_early else [])], plugins=[failures]))
+    import megalora
+
+    assert Path(str(megalora.__file__)).is_relative_to(folder), f"tested {megalora.__file__}, not the copy"
+    (folder / "result.json").write_text(json.dumps({"code": int(code), "failed": failures.names}))
+
+
+def outcome(folder: Path) -> tuple[bool, str]:
+    """Whether every test passed, and if not, which failed."""
+    result = folder / "result.json"
+    if not result.is_file():
+        return False, "the process died"
+    content = json.loads(result.read_text())
+    if content["code"] == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise SystemExit(f"no test was selected; see {folder}/output.txt")
+    return content["code"] == 0, ", ".join(content["failed"]) or "import"
+
+
+def main(wanted: list[str]) -> None:
+    bugs = [bug for bug in BUGS if not wanted or any(text in bug.name for text in wanted)]
+    if not bugs:
+        raise SystemExit(f"no bug's name contains {' or '.join(wanted)}")
+    jobs: list[tuple[Bug | None, list[str]]] = [(None, sorted({bug.tests for bug in bugs}))]
+    jobs += [(bug, [bug.tests]) for bug in bugs]
+    context, running, survived = multiprocessing.get_context("fork"), [], []
+    with tempfile.TemporaryDirectory() as root:
+        code = copy_of_the_code(Path(root) / "code")
+        while jobs or running:
+            while jobs and len(running) < AT_ONCE:
+                bug, selections = jobs.pop(0)
+                folder = Path(root) / str(len(jobs))
+                with_bug(code, folder, bug)
+                process = context.Process(target=run_tests, args=(folder, selections, bug is not None))
+                process.start()
+                running.append((process, bug, folder, time.perf_counter()))
+            time.sleep(0.2)
+            for entry in [e for e in running if not e[0].is_alive()]:
+                running.remove(entry)
+                _, bug, folder, start = entry
+                passed, failed = outcome(folder)
+                if bug is None and not passed:
+                    raise SystemExit(f"without a bug: {failed} failed\n{(folder / 'output.txt').read_text()[-3000:]}")
+                said = "all pass, as they must" if bug is None else "NOT CAUGHT" if passed else f"caught by {failed}"
+                name = f"{bug.pitfall:2d} {bug.name}" if bug else "   no bug"
+                print(f"{name:58} {time.perf_counter() - start:4.0f} s  {said}", flush=True)
+                survived += [bug.name] if bug and passed else []
+    print(
+        f"{len(bugs) - len(survived)} of {len(bugs)} bugs caught"
+        + (f"; not: {', '.join(survived)}" if survived else "")
+    )
+    sys.exit(bool(survived))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main(sys.argv[1:])

@@ -1,0 +1,28 @@
+"""The list of bugs fits the code as it is; ``make mutations`` puts them in."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutations.bugs import BUGS, Bug
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_the_bug_can_be_put_in(bug: Bug) -> None:
+    text = (ROOT / bug.file).read_text()
+    for old, new in bug.edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    compile(text, bug.file, "exec")
+    file, _, expression = bug.tests.partition(" ")
+    assert f"def {expression}" in (source := (ROOT / file).read_text()) or expression in source
+
+
+def test_every_pitfall_has_bugs_and_tests() -> None:
+    assert {bug.pitfall for bug in BUGS} == set(range(1, 11))
+    assert len({bug.name for bug in BUGS}) == len(BUGS) >= 25
+    sources = "".join(path.read_text() for path in (ROOT / "tests/pitfalls").glob("test_*.py"))
+    for number in range(1, 11):
+        assert f"def test_{number:02d}_" in sources

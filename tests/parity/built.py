@@ -1,0 +1,88 @@
+"""What ``train`` makes of a config before its first step, for tests that look inside: rank functions for ``run_ranks``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from megalora.bridge.peft import gather_tensors, read_tensors
+from megalora.config import LoRAConfig, RunConfig
+from megalora.lora.spec import Adapted, plan, tensor_name
+from megalora.model.recompute import apply_recompute
+from megalora.train.batches import Batches, load_data
+from megalora.train.optim import build_optimizer, wrap_chunks
+from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
+from megalora.train.step import Stepper
+from tests.parity.gradients import reduced_gradients
+
+
+@dataclass
+class Built:
+    model: AdaptedModel
+    stepper: Stepper
+    optimizer: Any
+    batches: Batches
+
+    def adapter(self) -> dict[str, Tensor] | None:
+        """Whole tensors by name on rank 0."""
+        return gather_tensors(self.model.pieces, {p: p.data for p in self.model.parameters}, self.model.groups)
+
+
+@contextmanager
+def built(config: RunConfig, weights: Path | None = None) -> Iterator[Built]:
+    """The run of ``config`` on the ranks of this world, its adapter as initialised or read from ``weights``."""
+    folder = Path(config.model.path)
+    shape, adapted = plan(config.lora, config.parallel, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    splits = load_data(config, tokenizer)
+    with parallel_groups(config.parallel, config.train.seed) as groups:
+        model = build_adapted(
+            folder, shape, adapted, groups,
+            model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
+        )  # fmt: skip
+        if weights is not None:
+            with torch.no_grad():
+                read_tensors(weights, model.pieces, {p: p.data for p in model.parameters})
+        apply_recompute(model.chunks, config.train.recompute)
+        chunks = wrap_chunks(model.chunks)
+        optimizer = build_optimizer(config.train, getattr(torch, config.model.dtype), chunks)
+        yield Built(model, Stepper(chunks, groups), optimizer, Batches(config, tokenizer, groups, *splits))
+
+
+def first_gradients(config: RunConfig, weights: Path | None = None) -> tuple[float, dict[str, Tensor] | None]:
+    """(loss, reduced gradients on rank 0) of the first global batch."""
+    with built(config, weights) as run:
+        loss, _ = run.stepper.train(run.batches.of_step(0), run.optimizer)
+        return loss, reduced_gradients(run.model, run.optimizer)
+
+
+def adapter_of(config: RunConfig, weights: Path | None = None) -> dict[str, Tensor] | None:
+    with built(config, weights) as run:
+        return run.adapter()
+
+
+def random_factors(config: LoRAConfig, base: Path, seed: int = 0) -> tuple[list[Adapted], dict[str, Tensor]]:
+    """What is adapted, and factors of which none is zero: every delta has a spread of about 0.2 of its weight's."""
+    from megalora.config import ParallelConfig
+
+    _, adapted = plan(config, ParallelConfig(), base)
+    generator, factors = torch.Generator().manual_seed(seed), {}
+    for a in adapted:
+        for module in a.hf_modules():
+            a_factor, b_factor = (torch.randn(a.shape(f), generator=generator) for f in ("A", "B"))
+            factors[tensor_name(module, "A")] = a_factor / a.in_features**0.5
+            factors[tensor_name(module, "B")] = 0.2 * b_factor / (a.scale * a.rank**0.5)
+    return adapted, factors
+
+
+def random_adapter(path: Path, config: LoRAConfig, base: Path) -> tuple[list[Adapted], dict[str, Tensor]]:
+    """The same, written to ``path`` as trained (no export form)."""
+    adapted, factors = random_factors(config, base)
+    save_file(factors, path)
+    return adapted, factors

@@ -1,0 +1,150 @@
+"""Pitfalls 5, 6, 9 and 10: what a file says to those who read it. Stock transformers + PEFT stands for the server."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megalora.bridge.peft import CONFIG, WEIGHTS, write_adapter
+from megalora.bridge.verify import verify_peft
+from megalora.config import LoRAConfig, ParallelConfig, RunConfig
+from megalora.lora.spec import Adapted, plan
+from megalora.tiny import make_tiny
+from tests.distributed.ranks import run_ranks
+from tests.parity.built import built, random_factors
+from tests.pitfalls.conftest import LORA, config_of
+
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def export(folder: Path, base: Path, lora: LoRAConfig, factors: dict[str, Tensor]) -> Path:
+    shape, adapted = plan(lora, ParallelConfig(), base)
+    folder.mkdir()
+    write_adapter(folder, adapted, shape, factors, str(base))
+    return folder
+
+
+def load_and_export(config: RunConfig, adapter: Path, out: Path) -> None:
+    """Read a PEFT folder into this layout's shards and write it again."""
+    with built(config, adapter / WEIGHTS) as run:
+        whole = run.adapter()
+        if whole is not None:
+            out.mkdir()
+            write_adapter(out, run.model.adapted, run.model.shape, whole, config.model.path)
+
+
+def tagged(adapted: list[Adapted], factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gate holds +e, up -e; every other tensor holds the number of its row and column, q, k and v apart by thousands."""
+    number, tags = {"q_proj": 1, "k_proj": 2, "v_proj": 3}, {}
+    for name, tensor in factors.items():
+        module = name.split(".lora_")[0]
+        rows, columns = (torch.arange(float(n)) for n in tensor.shape)
+        place = rows[:, None] / 8 + columns / 1024 + 1000 * number.get(module.rsplit(".", 1)[-1], 0)
+        expert = int(module.split(".experts.")[1].split(".")[0]) + 1 if ".experts." in module else 0
+        sign = -1 if module.endswith("up_proj") else 1
+        tags[name] = sign * (10000 * expert + place)
+    return tags
+
+
+def test_05_gate_up_and_q_k_v_keep_their_order_through_any_layout(everything, chats, tmp_path) -> None:
+    """One rank, then TP 2 x ETP 2, then TP 4 (two ranks for each KV head) x EP 4: three files of the same bits."""
+    lora = replace(LORA, target_modules=MODULES)
+    _, adapted = plan(lora, ParallelConfig(), everything)
+    folder = export(tmp_path / "0", everything, lora, tagged(adapted, random_factors(lora, everything)[1]))
+    original = load_file(folder / WEIGHTS)
+    for i, (world, parallel) in enumerate([(1, {}), (2, {"tp": 2, "etp": 2}), (4, {"tp": 4, "ep": 4})], 1):
+        config = config_of(everything, chats, tmp_path / "unused", parallel, lora)
+        run_ranks(load_and_export, world, config, folder, tmp_path / str(i))
+        folder = tmp_path / str(i)
+        again = load_file(folder / WEIGHTS)
+        assert again.keys() == original.keys()
+        assert all(torch.equal(again[name], original[name]) for name in original), parallel
+        assert (folder / CONFIG).read_text() == (tmp_path / "0" / CONFIG).read_text()
+
+
+def load(base: Path, adapter: Path | None = None) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    return model if adapter is None else PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+@pytest.mark.parametrize("expert_size", [80, 96], ids=["in differs from out", "in equals out"])
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["lora", "rslora"])
+def test_06_stock_peft_has_every_expert_s_own_delta(expert_size, use_rslora, tmp_path) -> None:
+    """Where in equals out a transposed or shuffled stack loads without a word: compare each expert's merged weight."""
+    base = make_tiny(tmp_path / "base", num_hidden_layers=1, moe_intermediate_size=expert_size)
+    lora = LoRAConfig(rank=3, alpha=12.0, use_rslora=use_rslora)
+    _, factors = random_factors(lora, base)
+    before = load(base).model.layers[0].mlp.experts
+    merged = (
+        load(base, export(tmp_path / "adapter", base, lora, factors)).merge_and_unload().model.layers[0].mlp.experts
+    )
+    deltas = {
+        "gate_proj": (merged.gate_up_proj - before.gate_up_proj)[:, :expert_size],
+        "up_proj": (merged.gate_up_proj - before.gate_up_proj)[:, expert_size:],
+        "down_proj": merged.down_proj - before.down_proj,
+    }
+    for projection, of_experts in deltas.items():
+        for expert, delta in enumerate(of_experts):
+            stem = f"base_model.model.model.layers.0.mlp.experts.{expert}.{projection}.lora"
+            scale = 12.0 / (3**0.5 if use_rslora else 3)
+            expected = scale * factors[f"{stem}_B.weight"] @ factors[f"{stem}_A.weight"]
+            torch.testing.assert_close(delta, expected, rtol=0, atol=1e-6)
+
+
+def moe_output(model: Any, tokens: Tensor) -> Tensor:
+    """What the experts of layer 0 add, ``[S, H]``."""
+    found: list[Tensor] = []
+    layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp"))
+    hook = layer.register_forward_hook(lambda _m, _i, out: found.append(out))
+    with torch.no_grad():
+        model(tokens)
+    hook.remove()
+    return found[0].flatten(0, -2)
+
+
+def test_09_an_adapter_on_one_expert_changes_the_tokens_of_that_expert_alone(tiny, tmp_path) -> None:
+    lora = LoRAConfig(rank=3, alpha=12.0, target_modules=MODULES[4:], layers=[0])
+    _, factors = random_factors(lora, tiny)
+    of_five = {n: t if ".experts.5." in n or ".lora_A." in n else torch.zeros_like(t) for n, t in factors.items()}
+    tokens = torch.arange(7, 67)[None]
+    base, adapted = load(tiny), load(tiny, export(tmp_path / "adapter", tiny, lora, of_five))
+    hidden: list[Tensor] = []
+    hook = base.model.layers[0].mlp.register_forward_pre_hook(lambda _m, args: hidden.append(args[0]))
+    before = moe_output(base, tokens)
+    hook.remove()
+    logits = hidden[0].flatten(0, -2) @ base.model.layers[0].mlp.gate.weight.T
+    to_five = (logits.topk(3).indices == 5).any(-1)
+    assert 0 < to_five.sum() < len(to_five)
+    changed = (moe_output(adapted, tokens) - before).abs().amax(-1) > 1e-6
+    assert torch.equal(changed, to_five)
+
+
+def test_09_an_adapter_that_does_nothing_is_not_verified(tiny, tmp_path) -> None:
+    lora = LoRAConfig(rank=3, alpha=12.0, target_modules=MODULES)
+    _, factors = random_factors(lora, tiny)
+    acts = export(tmp_path / "acts", tiny, lora, factors)
+    assert verify_peft(acts, str(tiny), atol=1e-4).ok
+    zeros = export(tmp_path / "zeros", tiny, lora, {n: t * (".lora_A." in n) for n, t in factors.items()})
+    report = verify_peft(zeros, str(tiny), atol=1e-4)
+    assert not report.ok and "the adapter does nothing" in report.text()
+    save_file({}, acts / WEIGHTS)
+    with pytest.raises(ValueError, match="has no tensors for down_proj, gate_proj, k_proj"):
+        verify_peft(acts, str(tiny), atol=1e-4)
+
+
+def test_10_merged_and_unmerged_differ_by_rounding_alone(tiny, tmp_path) -> None:
+    """Float32: logits of about 4 after sums of 96 to 192 terms, each rounded once more or once less."""
+    lora = LoRAConfig(rank=3, alpha=12.0, target_modules=MODULES)
+    adapter = export(tmp_path / "adapter", tiny, lora, random_factors(lora, tiny)[1])
+    tokens = torch.arange(7, 67)[None]
+    with torch.no_grad():
+        unmerged = load(tiny, adapter)(tokens).logits
+        merged = load(tiny, adapter).merge_and_unload()(tokens).logits
+        assert (unmerged - load(tiny)(tokens).logits).abs().max() > 0.1
+    torch.testing.assert_close(merged, unmerged, rtol=0, atol=1e-4)

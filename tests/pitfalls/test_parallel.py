@@ -1,0 +1,161 @@
+"""Pitfalls 1 to 4: what a parallel layout does to an adapter without a word (the list is in tests/pitfalls/README.md)."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from megalora.config import RunConfig
+from megalora.data.loader import global_batch_indices, load_split, split_off_eval
+from megalora.lora.spec import Adapted
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_layouts import EVAL
+from tests.oracles.training import Oracle
+from tests.parity.built import adapter_of, built, first_gradients, random_adapter
+from tests.pitfalls.conftest import LORA, NAMES, config_of
+
+
+def first_batch(base: Path, chats: Path, size: int = 8) -> list[Any]:
+    split = load_split(str(chats), AutoTokenizer.from_pretrained(base), format="auto", max_length=256)
+    train, _ = split_off_eval(split, EVAL, seed=0)
+    return [train.samples[i] for i in global_batch_indices(0, size, len(train.samples), 0)]
+
+
+def scales(adapted: list[Adapted]) -> dict[str, float]:
+    return {module: 12.0 / 3 for a in adapted for module in a.hf_modules()}
+
+
+def assert_gradients_equal(found: dict[str, Tensor], oracle: Oracle) -> None:
+    """To 1e-5 of the largest entry in the same projection, all experts together; float32 sums of some hundred terms."""
+    assert found.keys() == oracle.factors.keys()
+    largest: dict[str, float] = {}
+    for name, factor in oracle.factors.items():
+        kind = name.partition(".experts.")[0] + name.rpartition(".experts.")[2].lstrip("0123456789")
+        assert factor.grad is not None
+        largest[kind] = max(largest.get(kind, 0.0), factor.grad.abs().max().item())
+        assert largest[kind] > 0, kind
+    for name, factor in oracle.factors.items():
+        kind = name.partition(".experts.")[0] + name.rpartition(".experts.")[2].lstrip("0123456789")
+        assert factor.grad is not None
+        difference = (found[name] - factor.grad.float()).abs().max().item()
+        assert difference <= 1e-5 * largest[kind], f"{name}: {difference:.1e} of {largest[kind]:.1e}"
+
+
+def test_01_initial_values_depend_on_seed_and_name_alone(everything, chats, tmp_path) -> None:
+    layouts = [(1, {}), (2, {"ep": 2}), (4, {"ep": 4}), (4, {"tp": 4, "ep": 2, "etp": 2})]
+    first, *others = [
+        run_ranks(adapter_of, world, config_of(everything, chats, tmp_path, parallel))[0] for world, parallel in layouts
+    ]
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(torch.equal(other[name], first[name]) for name in first)
+    of_a = {name: a for name, a in first.items() if ".lora_A." in name}
+    for name, a in of_a.items():
+        bound = a.shape[1] ** -0.5  # Kaiming-uniform over this matrix's own fan-in, never over the stacked experts
+        assert 0.9 * bound < a.abs().max() <= bound, name
+    assert len({tuple(a.flatten()[:8].tolist()) for a in of_a.values()}) == len(of_a), "no two share their values"
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [(4, {"ep": 4}), (4, {"tp": 2, "ep": 2, "etp": 2}), (4, {"tp": 4, "ep": 2}), (2, {"etp": 2})],
+    ids=["ep4", "tp2-ep2-etp2", "tp4-ep2", "etp2"],
+)
+def test_02_gradient_is_the_sum_over_all_ranks_and_an_idle_rank_adds_nothing(
+    world, parallel, micro_batch_size, idle, chats, tmp_path
+) -> None:
+    """Every data-parallel rank has its own microbatches; at EP 4 the last rank's experts get no token at all."""
+    lora = replace(LORA, target_modules=[name for name in NAMES if name != "gate"])  # which would wake the experts up
+    adapted, factors = random_adapter(tmp_path / "adapter.safetensors", lora, idle)
+    config = config_of(idle, chats, tmp_path / "run", parallel, lora, micro_batch_size=micro_batch_size)
+    loss, gradients = run_ranks(first_gradients, world, config, tmp_path / "adapter.safetensors")[0]
+    oracle = Oracle(idle, factors, scales(adapted))
+    expected = oracle.loss(first_batch(idle, chats))
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert_gradients_equal(gradients, oracle)
+    unused = [g for name, g in gradients.items() if ".experts.6." in name or ".experts.7." in name]
+    assert len(unused) == 12 and all(g.count_nonzero() == 0 for g in unused)
+
+
+def first_draw(config: RunConfig) -> list[float]:
+    with built(config):
+        return torch.rand(4).tolist()
+
+
+def test_02_every_rank_draws_its_own_dropout(everything, chats, tmp_path) -> None:
+    """With one seed for all, data-parallel ranks would drop the same places of different samples."""
+    draws = run_ranks(first_draw, 4, config_of(everything, chats, tmp_path, {"tp": 2, "ep": 2}))
+    assert len({tuple(draw) for draw in draws}) == 4
+
+
+def effects(config: RunConfig, weights: Path, projections: list[str]) -> list[float]:
+    """The loss with one projection's adapters alone, for each projection, and without any at the end."""
+    with built(config, weights) as run, torch.no_grad():
+        batches, losses = run.batches.of_step(0), []
+        saved = {p: p.data.clone() for p in run.model.parameters}
+        for projection in [*projections, "none"]:
+            for piece in run.model.pieces:
+                on = _projection(piece.name) == projection
+                piece.of({piece.parameter: piece.parameter.data}).copy_(piece.of(saved) * on)
+            losses.append(run.stepper.evaluate(batches)[0])
+        return losses
+
+
+def _projection(name: str) -> str:
+    """``layers.0.mlp.experts.gate_proj`` of a tensor name."""
+    module = name.removeprefix("base_model.model.").removeprefix("model.").split(".lora_")[0]
+    return ".".join(part for i, part in enumerate(module.split(".")) if i < 2 or not part.isdigit())
+
+
+@pytest.mark.parametrize("parallel", [{"tp": 2, "ep": 2}, {"tp": 2, "ep": 1, "etp": 2}], ids=["tp2-ep2", "tp2-etp2"])
+def test_03_the_delta_is_whole_and_scaled_once(parallel, everything, chats, tmp_path) -> None:
+    """Each projection's own effect on the loss, over that effect in plain transformers with merged weights, is one."""
+    adapted, factors = random_adapter(tmp_path / "adapter.safetensors", LORA, everything)
+    projections = sorted({_projection(name) for name in factors})
+    assert len(projections) == 4 + 4 + 4 + 3 + 3 + 1  # attention twice, routed with router, shared, dense, lm_head
+    config = config_of(everything, chats, tmp_path / "run", parallel, global_batch_size=4, micro_batch_size=2)
+    *losses, without = run_ranks(effects, 2, config, tmp_path / "adapter.safetensors", projections)[0]
+    samples = first_batch(everything, chats, 4)
+    with torch.no_grad():
+        base = Oracle(everything, {}, {}).loss(samples).item()
+        for projection, loss in zip(projections, losses, strict=True):
+            mine = {name: t for name, t in factors.items() if _projection(name) == projection}
+            effect = Oracle(everything, mine, scales(adapted)).loss(samples).item() - base
+            assert abs(effect) > 1e-4, f"{projection} must do something"
+            # Two losses of about 6, each right to 1e-7: the difference is right to 1e-6.
+            assert loss - without == pytest.approx(effect, abs=2e-6), projection
+
+
+def replicated_gradients(config: RunConfig, weights: Path) -> dict[str, Tensor]:
+    with built(config, weights) as run:
+        run.stepper.train(run.batches.of_step(0), run.optimizer)
+        grads: dict[Any, Tensor] = {p: p.main_grad for p in run.model.parameters}  # type: ignore
+        # Over more than one replica in data parallelism a rank's gradient is whole in its own slice only.
+        sizes = {"tp": run.model.groups.dp.size(), "etp": run.model.groups.edp.size()}
+        return {p.name: p.of(grads).clone() for p in run.model.pieces if p.num_shards == sizes[p.group] == 1}
+
+
+@pytest.mark.parametrize("etp", [1, 2])
+def test_04_replicated_factors_are_summed_over_tensor_parallel_ranks(etp, everything, chats, tmp_path) -> None:
+    """Under sequence parallelism each rank saw half of the tokens: the same bits on both ranks, and one rank's values."""
+    random_adapter(tmp_path / "adapter.safetensors", LORA, everything)
+
+    def gradients(world: int, parallel: dict) -> list[dict[str, Tensor]]:
+        config = config_of(everything, chats, tmp_path / "run", parallel)
+        return run_ranks(replicated_gradients, world, config, tmp_path / "adapter.safetensors")
+
+    first, second = gradients(2, {"tp": 2, "etp": etp})
+    (alone,) = gradients(1, {})
+    assert first.keys() == second.keys() < alone.keys()
+    kinds = {name.split(".")[-3] + name.split(".")[-2][-2:] for name in first}
+    assert {"q_proj_A", "o_proj_B", "gate_A", "gate_B", "lm_head_A"} <= kinds
+    assert any(".experts." in name for name in first) == (etp == 2)
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name]), name
+        torch.testing.assert_close(gradient, alone[name], rtol=0, atol=1e-5 * max(alone[name].abs().max().item(), 0.1))
