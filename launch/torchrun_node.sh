@@ -73,7 +73,7 @@ fi
 python - $((NNODES * NPROC_PER_NODE)) "$config" "$@" <<'PYTHON'
 import sys
 from megalora.cli import guarded
-from megalora.config import load_config
+from megalora.config_file import load_config
 guarded(lambda a: load_config(a[1], a[2:]).check_world(int(a[0])), sys.argv[1:])
 PYTHON
 
