@@ -23,7 +23,7 @@ setup: $(READY)  ## The environment in .venv: Python 3.12 and requirements.lock
 $(READY): requirements.lock pyproject.toml kernels/pyproject.toml | $(filter .tools/%,$(UV))
 	@echo "installing $$(grep -c == requirements.lock) packages into $(VENV)"
 	@$(UV) venv --quiet --allow-existing --python 3.12 $(VENV)
-	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -r requirements.lock
+	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -r requirements.lock
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e kernels -e .
 	@touch $@
 

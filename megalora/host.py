@@ -7,6 +7,7 @@ nothing by itself.
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import warnings
@@ -134,8 +135,11 @@ def _hush() -> None:
 def _install_in_megatron() -> None:
     import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.router as router
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
+    # Compiled for a bias that is not in use; starting the compiler costs every rank a second.
+    router.TopKRouter._apply_expert_bias = inspect.unwrap(router.TopKRouter._apply_expert_bias)
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     # On a GPU this copies to the host; here the tensors are there already, but the splits must still become numpy.
     dispatcher.maybe_move_tensor_to_cpu = lambda t, as_numpy=False, record_stream=False: (
@@ -183,6 +187,8 @@ class _HostDevice(TorchFunctionMode):
     """Reads every request for a CUDA device as a request for the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not kwargs and func not in _MAY_NAME_A_DEVICE:  # nearly every call, attributes' included
+            return func(*args)
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda:
             return args[0]
@@ -194,6 +200,9 @@ class _HostDevice(TorchFunctionMode):
         if func is torch.Tensor.to:
             args = tuple(_to_host(a) if isinstance(a, str | torch.device) else a for a in args)
         return func(*args, **kwargs)
+
+
+_MAY_NAME_A_DEVICE = frozenset({torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to})
 
 
 class _NoStream:

@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if os.environ.get("MEGALORA_TEST_GPU") != "1":  # several gloo ranks on the CPU are what these tests are about
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import gc
 import json
 from pathlib import Path
 
@@ -18,8 +19,16 @@ from megalora import host
 torch.set_num_threads(1)
 host.install()
 
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot  # noqa: E402, F401  what every run imports at its end
+import megatron.core.models.mimo.optimizer  # noqa: E402, F401  and at its beginning
+
 from megalora.data.arithmetic import write_arithmetic  # noqa: E402
 from megalora.tiny import make_tiny  # noqa: E402
+
+gc.freeze()  # collecting what was imported would copy its pages into every forked rank
 
 
 @pytest.fixture(scope="session")

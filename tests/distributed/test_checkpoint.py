@@ -17,7 +17,7 @@ from megalora.train import checkpoint, loop, signals
 from megalora.train.checkpoint import write_atomically
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_layouts import make_config, records
+from tests.parity.runs import make_config, records
 
 
 def with_checkpoints(config: RunConfig, **options) -> RunConfig:

@@ -17,7 +17,7 @@ from megalora.train.optim import STATE_KEYS, build_optimizer, wrap_chunks
 from megalora.train.setup import build_adapted, parallel_groups
 from megalora.train.step import Stepper
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_layouts import make_config, records
+from tests.parity.runs import make_config, records
 
 
 def _buffers(config: RunConfig) -> dict:
@@ -100,7 +100,7 @@ def test_backward_computes_no_weight_gradient_of_the_base(tiny, chats, tmp_path)
 
 
 def test_backward_stops_below_the_first_adapted_layer(tiny, chats, tmp_path):
-    whole = replace(make_config(tiny, chats, tmp_path, {}), lora=LoRAConfig(rank=1))
+    whole = make_config(tiny, chats, tmp_path, {}, lora=LoRAConfig(rank=1))
     upper = replace(whole, lora=LoRAConfig(rank=1, layers="3"))
     (_, all_layers), (_, last_layer) = run_ranks(_flops, 1, whole)[0], run_ranks(_flops, 1, upper)[0]
     shape = model_shape(read_hf_config(tiny))

@@ -13,7 +13,7 @@ from megalora.config_file import load_config
 from megalora.data.loader import load_split
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_layouts import records
+from tests.parity.runs import records
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("GSM8K", ROOT.parent / "shared/data/gsm8k"))

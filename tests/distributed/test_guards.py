@@ -13,7 +13,7 @@ from megalora.train import loop, parity
 from megalora.train.drift import bit_hash
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_layouts import make_config
+from tests.parity.runs import make_config
 
 MODULE = "base_model.model.model.layers.{}.{}.weight"
 

@@ -11,7 +11,7 @@ from megalora.model import recompute
 from megalora.model.recompute import Recomputed
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_layouts import make_config, records
+from tests.parity.runs import make_config, records
 
 
 class Layer(nn.Module):

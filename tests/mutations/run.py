@@ -9,18 +9,17 @@ that forgets our own modules and imports the copy's.
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 from torch.overrides import _pop_mode
 
 import tests.conftest  # noqa: F401  imports torch, Megatron, transformers once for all
+from tests.forked import forked
 from tests.mutations.bugs import BUGS, Bug
 
 ROOT = Path(__file__).parents[2]
@@ -98,30 +97,24 @@ def main(wanted: list[str]) -> None:
     bugs = [bug for bug in BUGS if not wanted or any(text in bug.name for text in wanted)]
     if not bugs:
         raise SystemExit(f"no bug's name contains {' or '.join(wanted)}")
-    jobs: list[tuple[Bug | None, list[str]]] = [(None, sorted({bug.tests for bug in bugs}))]
-    jobs += [(bug, [bug.tests]) for bug in bugs]
-    context, running, survived = multiprocessing.get_context("fork"), [], []
+    survived: list[str] = []
     with tempfile.TemporaryDirectory() as root:
         code = copy_of_the_code(Path(root) / "code")
-        while jobs or running:
-            while jobs and len(running) < AT_ONCE:
-                bug, selections = jobs.pop(0)
-                folder = Path(root) / str(len(jobs))
-                with_bug(code, folder, bug)
-                process = context.Process(target=run_tests, args=(folder, selections, bug is not None))
-                process.start()
-                running.append((process, bug, folder, time.perf_counter()))
-            time.sleep(0.2)
-            for entry in [e for e in running if not e[0].is_alive()]:
-                running.remove(entry)
-                _, bug, folder, start = entry
-                passed, failed = outcome(folder)
-                if bug is None and not passed:
-                    raise SystemExit(f"without a bug: {failed} failed\n{(folder / 'output.txt').read_text()[-3000:]}")
-                said = "all pass, as they must" if bug is None else "NOT CAUGHT" if passed else f"caught by {failed}"
-                name = f"{bug.pitfall:2d} {bug.name}" if bug else "   no bug"
-                print(f"{name:58} {time.perf_counter() - start:4.0f} s  {said}", flush=True)
-                survived += [bug.name] if bug and passed else []
+
+        def job(number: int, bug: Bug | None):
+            folder = Path(root) / str(number)
+            with_bug(code, folder, bug)
+            selections = [bug.tests] if bug else sorted({b.tests for b in bugs})
+            return (bug, folder), run_tests, (folder, selections, bug is not None)
+
+        for (bug, folder), seconds, _ in forked((job(i, b) for i, b in enumerate([None, *bugs])), AT_ONCE):
+            passed, failed = outcome(folder)
+            if bug is None and not passed:
+                raise SystemExit(f"without a bug: {failed} failed\n{(folder / 'output.txt').read_text()[-3000:]}")
+            said = "all pass, as they must" if bug is None else "NOT CAUGHT" if passed else f"caught by {failed}"
+            name = f"{bug.pitfall:2d} {bug.name}" if bug else "   no bug"
+            print(f"{name:58} {seconds:4.0f} s  {said}", flush=True)
+            survived += [bug.name] if bug and passed else []
     print(
         f"{len(bugs) - len(survived)} of {len(bugs)} bugs caught"
         + (f"; not: {', '.join(survived)}" if survived else "")

@@ -3,6 +3,7 @@
 Adapters are merged into stock ``Qwen3MoeForCausalLM`` weights as ``W + scale * B A`` and differentiated by autograd.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -65,18 +66,37 @@ class Oracle:
             total, count = total + (losses * mask[1:]).sum(), count + int(mask[1:].sum())
         return total / count
 
-    def train(self, batches: list[list], lr: float, clip: float) -> tuple[list[float], list[float]]:
-        """AdamW without decay at a constant rate; (losses, gradient norms before clipping)."""
+    def train(self, batches: list[list], lr: float, clip: float) -> "Trained":
+        """AdamW without decay at a constant rate."""
         optimizer = torch.optim.AdamW(self.factors.values(), lr=lr, weight_decay=0.0)
-        losses, norms = [], []
+        losses, norms, gradients = [], [], []
         for batch in batches:
             optimizer.zero_grad()
             loss = self.loss(batch)
             loss.backward()
+            gradients.append({name: t.grad.clone() for name, t in self.factors.items() if t.grad is not None})
             norms.append(torch.nn.utils.clip_grad_norm_(self.factors.values(), clip).item())
             optimizer.step()
             losses.append(loss.item())
-        return losses, norms
+        moments = {
+            key: {name: optimizer.state[t][key] for name, t in self.factors.items()}
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+        return Trained(losses, norms, gradients, {n: t.detach() for n, t in self.factors.items()}, **moments)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to; all tensors float64, by PEFT tensor name."""
+
+    losses: list[float]
+    norms: list[float]
+    """Of the whole gradient, before clipping."""
+    gradients: list[dict[str, Tensor]]
+    """Of every step, before clipping."""
+    adapter: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ from megalora.train.checkpoint import load_checkpoint
 from megalora.train.loop import train
 from megalora.train.optim import STATE_KEYS, optimizer_state
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_layouts import records
 from tests.parity.built import built, first_gradients, random_adapter
+from tests.parity.runs import records
 from tests.pitfalls.conftest import LORA, config_of
 
 

@@ -1,0 +1,34 @@
+"""Jobs in forked processes of a parent that has imported everything, a few at once; each may fork ranks of its own."""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+
+def forked[K](
+    jobs: Iterable[tuple[K, Callable[..., None], tuple[Any, ...]]], at_once: int
+) -> Iterator[tuple[K, float, int]]:
+    """Run ``(key, function, arguments)``; yields (key, seconds, exit code) as they end. What a job finds, it writes to a file."""
+    context, waiting, running = multiprocessing.get_context("fork"), iter(jobs), []
+    more = True
+    while more or running:
+        while more and len(running) < at_once:
+            job = next(waiting, None)
+            if more := job is not None:
+                key, function, arguments = job
+                process = context.Process(target=_on_one_thread, args=(function, arguments))
+                process.start()
+                running.append((key, process, time.perf_counter()))
+        time.sleep(0.1)
+        for entry in [e for e in running if not e[1].is_alive()]:
+            running.remove(entry)
+            key, process, start = entry
+            yield key, time.perf_counter() - start, int(process.exitcode or 0)
+
+
+def _on_one_thread(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    function(*arguments)

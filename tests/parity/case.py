@@ -1,0 +1,161 @@
+"""Runs one case of the grid with the product's own ``train`` and compares all it computes with the oracle."""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from megalora.bridge.peft import read_tensors
+from megalora.config import RunConfig
+from megalora.data.loader import global_batch_indices, load_split, split_off_eval
+from megalora.model.shape import model_shape, read_hf_config
+from megalora.train import loop
+from tests.distributed.ranks import run_ranks
+from tests.oracles.training import Oracle, Trained
+from tests.parity.built import random_factors
+from tests.parity.compare import distance, of_largest
+from tests.parity.gradients import reduced_gradients
+from tests.parity.grid import Case, Size
+from tests.parity.models import adapter
+from tests.parity.runs import make_config, records
+
+LR = 1e-4
+LIMITS = {
+    "eval loss": 1e-6,
+    "loss": 1e-6,
+    "grad norm": 1e-5,
+    "gradient": 1e-5,
+    "adapter": 1e-5,
+    "exp_avg": 1e-5,
+    "exp_avg_sq": 2e-5,
+}
+"""Largest deviation from float64 that float32 may show, by quantity.
+
+Losses are relative: a mean over some hundred tokens, each rounded at 6e-8 in a few hundred sums. Gradients and first moments
+are relative to the largest entry of their projection in their layer; second moments are squares, so twice that. Adapters are
+absolute, in parameters that a step moves by 1e-4: Adam divides by the root of the second moment, which turns the relative
+error of a small gradient into the same relative error of a whole step.
+"""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the oracle makes of one model and adapter."""
+
+    eval_loss: float
+    trained: Trained
+
+
+def run_config(case: Case, size: Size, base: Path, chats: Path, out: Path, dtype: str = "float32") -> RunConfig:
+    return make_config(
+        base, chats, out, case.parallel, case.recompute, dtype=dtype, eval=size.eval, lr=LR, steps=size.steps,
+        lora=adapter(case.adapter, model_shape(read_hf_config(base))),
+        global_batch_size=size.microbatches * case.micro, micro_batch_size=case.micro,
+    )  # fmt: skip
+
+
+def train_recording_gradients(config: RunConfig, start: Path) -> None:
+    """``train`` from random factors, with each step's reduced gradients kept in ``gradients.safetensors``; a rank function.
+
+    With B at zero, as training starts, A would have no gradient, and the first step of Adam would be the sign of B's.
+    """
+    build_adapted, build_optimizer = loop.build_adapted, loop.build_optimizer
+    models: list[Any] = []
+    kept: dict[str, Tensor] = {}
+
+    def build(*args: Any, **options: Any) -> Any:
+        model = build_adapted(*args, **options)
+        with torch.no_grad():
+            read_tensors(start, model.pieces, {p: p.data for p in model.parameters})
+        models.append(model)
+        return model
+
+    def recording(*args: Any) -> Any:
+        optimizer = build_optimizer(*args)
+        step, numbers = optimizer.step, count()
+
+        def recorded_step() -> Any:
+            number = next(numbers)
+            whole = reduced_gradients(models[0], optimizer) or {}
+            kept.update({f"{number}.{name}": gradient for name, gradient in whole.items()})
+            return step()
+
+        optimizer.step = recorded_step
+        return optimizer
+
+    loop.build_adapted, loop.build_optimizer = build, recording
+    loop.train(config)
+    if kept:
+        save_file(kept, Path(config.checkpoint.dir) / "gradients.safetensors")
+
+
+def expected(case: Case, size: Size, base: Path, chats: Path) -> Expected:
+    """The same training by the oracle: names, ranks and alphas are all it gets from megalora."""
+    config = run_config(case, size, base, chats, Path("unused"))
+    split = load_split(str(chats), AutoTokenizer.from_pretrained(base), format="auto", max_length=256)
+    train_split, eval_split = split_off_eval(split, size.eval, seed=0)
+    adapted, factors = random_factors(config.lora, base)
+    roots = 0.5 if config.lora.use_rslora else 1.0
+    scales = {module: a.alpha / a.rank**roots for a in adapted for module in a.hf_modules()}
+    oracle = Oracle(base, factors, scales)
+    with torch.no_grad():
+        eval_loss = oracle.loss(eval_split.samples).item()
+    batches = [
+        [train_split.samples[i] for i in global_batch_indices(step, config.train.global_batch_size, len(train_split.samples), 0)]
+        for step in range(size.steps)
+    ]
+    return Expected(eval_loss, oracle.train(batches, LR, clip=1.0))
+
+
+def run_case(case: Case, size: Size, base: Path, chats: Path, out: Path) -> None:
+    config = run_config(case, size, base, chats, out)
+    out.mkdir(exist_ok=True)
+    save_file(random_factors(config.lora, base)[1], out / "start.safetensors")
+    run_ranks(train_recording_gradients, case.world, config, out / "start.safetensors")
+
+
+def deviations(run: Path, of: Expected) -> dict[str, float]:
+    """Quantity -> largest deviation, in the measures that ``LIMITS`` describes."""
+    trained = of.trained
+    steps = len(trained.losses)
+    state = load_file(run / f"step_{steps:06d}/training_state/optimizer.safetensors")
+    gradients = load_file(run / "gradients.safetensors")
+    found = {key: _starting_with(f"{key}.", state) for key in ("param", "exp_avg", "exp_avg_sq")}
+    assert found["param"].keys() == trained.adapter.keys(), "other tensors were trained than the oracle's"
+    by_step = [_starting_with(f"{step}.", gradients) for step in range(steps)]
+    return {
+        "eval loss": _relative(records(run, "eval_loss")[:1], [of.eval_loss]),
+        "loss": _relative(records(run, "loss"), trained.losses),
+        "grad norm": _relative(records(run, "grad_norm"), trained.norms),
+        "gradient": max(of_largest(ours, theirs) for ours, theirs in zip(by_step, trained.gradients, strict=True)),
+        "adapter": max(distance(found["param"][name], value) for name, value in trained.adapter.items()),
+        "exp_avg": of_largest(found["exp_avg"], trained.exp_avg),
+        "exp_avg_sq": of_largest(found["exp_avg_sq"], trained.exp_avg_sq),
+    }
+
+
+def exceeded(row: Mapping[str, Any]) -> list[str]:
+    return [f"{name} {row[name]:.1e} > {limit:.0e}" for name, limit in LIMITS.items() if not row[name] <= limit]
+
+
+def save_expected(path: Path, value: Expected) -> None:
+    path.write_bytes(pickle.dumps(value))
+
+
+def load_expected(path: Path) -> Expected:
+    return pickle.loads(path.read_bytes())
+
+
+def _starting_with(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _relative(ours: list[float], theirs: list[float]) -> float:
+    return max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))

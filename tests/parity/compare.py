@@ -1,0 +1,30 @@
+"""How far apart two sets of adapter tensors are."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+def projection(name: str) -> str:
+    """A tensor's name without its expert: ``layers.0.mlp.experts.gate_proj.lora_A``."""
+    before, _, after = name.partition(".experts.")
+    return before + after.lstrip("0123456789")
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference; infinite where one is not a number."""
+    difference = (ours.double() - theirs.double()).abs().max().item()
+    return difference if difference == difference else float("inf")
+
+
+def of_largest(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """Largest difference, over the largest entry of the same projection and layer, all experts together."""
+    assert ours.keys() == theirs.keys()
+    largest: dict[str, float] = {}
+    for name, value in theirs.items():
+        largest[projection(name)] = max(largest.get(projection(name), 0.0), value.abs().max().item())
+    worst = 0.0
+    for name, value in theirs.items():
+        difference, scale = distance(ours[name], value), largest[projection(name)]
+        worst = max(worst, difference / scale if scale else (0.0 if difference == 0 else float("inf")))
+    return worst

@@ -1,0 +1,151 @@
+"""Which cases the grid consists of: every layout the config accepts, crossed pairwise with everything else."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import combinations, product
+from typing import Any
+
+from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megalora.model.shape import ModelShape
+from tests.parity.models import ADAPTERS, MODELS
+
+WORLDS, TP, PP, VPP, EP, ETP = (1, 2, 4, 8), (1, 2, 4), (1, 2), (1, 2), (1, 2, 4), (1, 2)
+RECOMPUTE, MICRO = ("off", "selective", "full"), (1, 3)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a case trains: ``microbatches`` of all data-parallel ranks together in each of ``steps``."""
+
+    steps: int
+    microbatches: int
+    eval: int = 5
+
+
+FULL, SHORT = Size(steps=5, microbatches=8), Size(steps=3, microbatches=4)
+
+
+@dataclass(frozen=True)
+class Case:
+    world: int
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int = 1
+    model: str = "moe"
+    adapter: str = "all"
+    recompute: str = "off"
+    micro: int = 1
+
+    @property
+    def parallel(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in ("tp", "pp", "vpp", "ep", "etp")}
+
+    @property
+    def question(self) -> tuple[str, str, int]:
+        """What the oracle has to know: model, adapter, microbatch size."""
+        return self.model, self.adapter, self.micro
+
+    @property
+    def layout(self) -> str:
+        parts = [f"{name}{size}" for name, size in self.parallel.items() if size > 1]
+        return f"{self.world}:{'-'.join(parts) or 'dp'}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.layout} {self.model}, {self.adapter}, {self.recompute}, {self.micro}"
+
+    def pairs(self) -> frozenset[Any]:
+        """Every pair of (factor, value) in this case."""
+        return frozenset(combinations(asdict(self).items(), 2))
+
+
+def shape_of(model: str) -> ModelShape:
+    """The sizes that layouts are checked against; tests compare them with the folders that models.py writes."""
+    moe = {
+        "moe": {0, 1, 2, 3}, "2 kv heads": {0, 1, 2, 3}, "mixed": {0, 2, 3}, "one moe layer": {3}, "tied": {0, 1, 2, 3},
+        "shared": {0, 1, 2, 3}, "idle": {0, 1, 2, 3}, "dense": set(),
+    }[model]  # fmt: skip
+    return ModelShape(
+        model_type=MODELS[model].get("arch", "qwen3_moe"), num_layers=4, hidden=96, num_heads=12,
+        num_kv_heads=MODELS[model].get("num_key_value_heads", 4), head_dim=16, intermediate=144, vocab=512,
+        tied_embeddings=model == "tied", num_experts=8 if moe else 0, top_k=3 if moe else 0,
+        expert_intermediate=80 if moe else 0, shared_intermediate=112 if model == "shared" else 0,
+        moe_layers=frozenset(moe), qk_norm=model != "shared", qkv_bias=model == "shared",
+    )  # fmt: skip
+
+
+def accepted(case: Case) -> bool:
+    """Whether megalora takes this case: its own checks, nothing else."""
+    try:
+        config = RunConfig(
+            model=ModelConfig(path="-"), data=DataConfig(train="-"), parallel=ParallelConfig(**case.parallel),
+            train=TrainConfig(steps=1, global_batch_size=FULL.microbatches * case.micro, micro_batch_size=case.micro),
+        )  # fmt: skip
+        config.check_world(case.world)
+        shape_of(case.model).check_layout(config.parallel)
+    except ValueError:
+        return False
+    return True
+
+
+@cache
+def layouts() -> tuple[Case, ...]:
+    """Every layout of the grid's sizes that some model may have, smallest first."""
+    cases = (Case(*sizes) for sizes in product(WORLDS, TP, PP, VPP, EP, ETP))
+    return tuple(case for case in cases if accepted(case))
+
+
+def variants(layout: Case) -> list[Case]:
+    """The layout with everything else that the config accepts with it."""
+    possible = [
+        case for model in MODELS for micro in MICRO if accepted(case := replace(layout, model=model, micro=micro))
+    ]
+    return [replace(c, adapter=a, recompute=r) for c, a, r in product(possible, ADAPTERS, RECOMPUTE)]
+
+
+@cache
+def full_grid() -> tuple[Case, ...]:
+    """Every layout at least once, and every possible pair of values of two factors at least once.
+
+    Greedy: of the cases with the most new pairs, the one whose values were used least.
+    """
+    of_layout = {layout: variants(layout) for layout in layouts()}
+    pairs = {case: case.pairs() for cases in of_layout.values() for case in cases}
+    missing, used, chosen = set[Any]().union(*pairs.values()), Counter[Any](), []
+
+    def take(candidates: Iterable[Case]) -> None:
+        def worth(case: Case) -> tuple[int, int, int]:
+            return len(pairs[case] & missing), -case.world, -sum(used[value] for value in asdict(case).items())
+
+        best = max(candidates, key=worth)
+        chosen.append(best)
+        missing.difference_update(pairs[best])
+        used.update(asdict(best).items())
+
+    for cases in of_layout.values():
+        take(cases)
+    while missing:
+        take(pairs)
+    return tuple(chosen)
+
+
+QUICK = (
+    Case(1, recompute="full", micro=3, adapter="ranks"),
+    Case(2, tp=2, model="tied", adapter="router", micro=3),
+    Case(2, pp=2, model="mixed", recompute="selective", micro=3),
+    Case(2, ep=2, model="idle", adapter="rslora"),
+    Case(4, tp=2, ep=2, model="shared", adapter="router", micro=3, recompute="full"),
+    Case(4, tp=2, ep=2, etp=2, adapter="ranks", micro=3),
+    Case(8, tp=2, pp=2, ep=2, micro=3),
+    Case(4, ep=4, model="idle", micro=3, recompute="selective"),
+    Case(4, tp=4, model="2 kv heads", adapter="some", micro=3),
+    Case(2, pp=2, vpp=2, etp=1, model="one moe layer", adapter="router", micro=3),
+    Case(4, pp=2, vpp=2, tp=2, model="dense", adapter="all", recompute="full", micro=3),
+    Case(4, tp=4, ep=2, etp=2, model="shared", adapter="rslora", micro=3),
+    Case(4, pp=2, etp=2, model="2 kv heads", adapter="some"),
+)
+"""For ``make test``: the layouts README names, and every value of every factor at least once."""

@@ -1,0 +1,64 @@
+"""The small models and the adapters that the grid crosses with layouts."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from megalora.config import LoRAConfig
+from megalora.model.shape import ModelShape
+from megalora.tiny import make_tiny
+
+SIZES = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 16}
+"""So that four tensor-parallel ranks get whole query heads."""
+MODELS: dict[str, dict[str, Any]] = {
+    "moe": {},
+    "2 kv heads": {"num_key_value_heads": 2},
+    "mixed": {"mlp_only_layers": [1]},
+    "one moe layer": {"decoder_sparse_step": 2, "mlp_only_layers": [1]},  # of four; a pipeline stage without experts
+    "tied": {"tie_word_embeddings": True, "norm_topk_prob": False},
+    "shared": {"arch": "qwen2_moe"},
+    "idle": {},
+    "dense": {"arch": "qwen3"},
+}
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS: dict[str, LoRAConfig] = {
+    "all": LoRAConfig(rank=4, alpha=12.0),
+    "ranks": LoRAConfig(
+        rank=4, alpha=12.0, rank_pattern={"q_proj": 3, "v_proj": 5, "up_proj": 2, "down_proj": 6},
+        alpha_pattern={"k_proj": 3.0, "gate_proj": 20.0},
+    ),
+    "rslora": LoRAConfig(rank=4, alpha=6.0, expert_rank=2, use_rslora=True),
+    "router": LoRAConfig(rank=4, alpha=12.0, target_modules=[*NAMES, "gate", "lm_head"]),
+    "some": LoRAConfig(rank=4, alpha=12.0, target_modules=["k_proj", "up_proj", "o_proj"], layers="1-"),
+}  # fmt: skip
+
+
+def make_model(name: str, folder: Path) -> Path:
+    options = MODELS[name]
+    make_tiny(folder, **{**SIZES, **options})
+    if name == "idle":
+        silence_experts(folder, first=6)
+    return folder
+
+
+def adapter(name: str, shape: ModelShape) -> LoRAConfig:
+    """The adapter's settings for a model; one without experts has no router to adapt."""
+    lora = ADAPTERS[name]
+    if shape.moe_layers or "gate" not in lora.target_modules:
+        return lora
+    return replace(lora, target_modules=[target for target in lora.target_modules if target != "gate"])
+
+
+def silence_experts(folder: Path, first: int) -> None:
+    """Rewrite the routers so that experts from ``first`` = 2 * top-k on are never chosen.
+
+    The others' logits come in pairs of a number and its negative, so top-k of them are above zero; the silent ones' are zero.
+    """
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in [n for n in tensors if n.endswith("mlp.gate.weight")]:
+            tensors[name][1::2] = -tensors[name][::2]
+            tensors[name][first:] = 0
+        save_file(tensors, shard, metadata={"format": "pt"})

@@ -1,0 +1,47 @@
+"""The config of a short run on a small model, and what a run wrote down."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megalora.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    LoRAConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+
+def make_config(
+    base: Path,
+    chats: Path,
+    out: Path,
+    parallel: dict[str, int],
+    recompute: str = "off",
+    *,
+    lora: LoRAConfig | None = None,
+    dtype: str = "float32",
+    eval: int = 21,
+    **train: Any,
+) -> RunConfig:
+    """Five steps at a constant rate unless ``train`` says otherwise; no logs but ``metrics.jsonl``."""
+    options = {"steps": 5, "global_batch_size": 16, "micro_batch_size": 2, "lr": 1e-3, "schedule": "constant"}
+    return RunConfig(
+        model=ModelConfig(path=str(base), dtype=dtype),  # type: ignore[arg-type]
+        parallel=ParallelConfig(**parallel),
+        lora=lora or LoRAConfig(rank=4, alpha=12.0),
+        data=DataConfig(train=str(chats), eval=eval, max_length=256),
+        train=TrainConfig(**{**options, "recompute": recompute, **train}),
+        checkpoint=CheckpointConfig(dir=str(out)),
+        log=LogConfig(tensorboard=False, progress=False),
+    )
+
+
+def records(run: Path, key: str) -> list[float]:
+    """Every value of ``key`` in ``metrics.jsonl``, in order."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]

@@ -1,0 +1,43 @@
+"""Every layout trains the adapter that plain transformers trains: losses, gradients, norms, adapters, Adam's moments."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megalora.model.shape import model_shape, read_hf_config
+from tests.parity.case import Expected, deviations, exceeded, expected, run_case
+from tests.parity.grid import QUICK, SHORT, Case, shape_of
+from tests.parity.models import MODELS, make_model
+
+type Reference = Callable[[Case], tuple[Path, Expected]]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Reference:
+    """(base folder, what the oracle makes of it) for a case; each question is answered once."""
+    root, found = tmp_path_factory.mktemp("grid"), {}
+
+    def look_up(case: Case) -> tuple[Path, Expected]:
+        base = root / case.model.replace(" ", "-")
+        if not base.exists():
+            make_model(case.model, base)
+        if case.question not in found:
+            found[case.question] = expected(case, SHORT, base, chats)
+        return base, found[case.question]
+
+    return look_up
+
+
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
+def test_layout_trains_the_adapter_that_transformers_trains(case: Case, reference: Reference, chats, tmp_path):
+    base, oracle = reference(case)
+    run_case(case, SHORT, base, chats, tmp_path)
+    row = deviations(tmp_path, oracle)
+    print({k: f"{v:.1e}" for k, v in row.items()})
+    assert not exceeded(row), row
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_grid_knows_the_models_sizes(model: str, tmp_path: Path):
+    assert model_shape(read_hf_config(make_model(model, tmp_path / "base"))) == shape_of(model)
