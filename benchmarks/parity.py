@@ -25,7 +25,7 @@ from benchmarks.harness import save
 from tests.conftest import write_chats
 from tests.forked import forked
 from tests.parity.case import LIMITS, deviations, exceeded, expected, load_expected, run_case, save_expected
-from tests.parity.grid import FULL, Case, full_grid
+from tests.parity.grid import STEPS, Case, full_grid
 from tests.parity.models import MODELS, make_model
 
 AT_ONCE = 2
@@ -47,14 +47,14 @@ class Laboratory:
         return self.folder / f"{number}.json"
 
     def ask_oracle(self, case: Case) -> None:
-        save_expected(self.answer(case), expected(case, FULL, self.base(case), self.chats))
+        save_expected(self.answer(case), expected(case, STEPS, self.base(case), self.chats))
 
     def run(self, number: int, case: Case) -> None:
         """Train and compare; the row is a file, with the traceback where something failed."""
         _quietly(self.folder / f"{number}.log")
-        row: dict[str, Any] = {"case": case.name, **vars(case)}
+        row: dict[str, Any] = {"case": case.name, **vars(case), "batch": case.batch}
         try:
-            run_case(case, FULL, self.base(case), self.chats, self.folder / f"run {number}")
+            run_case(case, STEPS, self.base(case), self.chats, self.folder / f"run {number}")
             row |= deviations(self.folder / f"run {number}", load_expected(self.answer(case)))
             losses = (self.folder / f"run {number}/metrics.jsonl").read_text().splitlines()
             row["losses"] = [r["loss"] for r in map(json.loads, losses) if "loss" in r]
@@ -126,11 +126,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def spread(rows: Iterable[dict[str, Any]]) -> float:
-    """Between any two cases with the same model, adapter and microbatch size (which sets the batch), over all steps."""
+    """Between any two cases with the same model, adapter and batch, over all steps."""
     losses = defaultdict(list)
     for row in rows:
         for step, loss in enumerate(row["losses"]):
-            losses[row["model"], row["adapter"], row["micro"], step].append(loss)
+            losses[row["model"], row["adapter"], row["batch"], step].append(loss)
     return max(max(of_step) / min(of_step) - 1 for of_step in losses.values())
 
 

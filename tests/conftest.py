@@ -22,11 +22,13 @@ host.install()
 import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
-import matplotlib.pyplot  # noqa: E402, F401  what every run imports at its end
+import matplotlib.pyplot  # noqa: E402  what every run imports at its end
 import megatron.core.models.mimo.optimizer  # noqa: E402, F401  and at its beginning
 
 from megalora.data.arithmetic import write_arithmetic  # noqa: E402
 from megalora.tiny import make_tiny  # noqa: E402
+from tests.parity.everything import EVERYTHING  # noqa: E402
+from tests.parity.models import silence_experts  # noqa: E402
 
 gc.freeze()  # collecting what was imported would copy its pages into every forked rank
 
@@ -40,6 +42,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("models") / "dense", arch="qwen3")
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layer 0: 8 routed experts and a shared one; layer 1: dense; 12 query heads on 2 key/value heads."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "everything", **EVERYTHING)
+
+
+@pytest.fixture(scope="session")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with experts 6 and 7 never chosen."""
+    folder = make_tiny(tmp_path_factory.mktemp("models") / "idle", **EVERYTHING)
+    silence_experts(folder, first=6)
+    return folder
 
 
 @pytest.fixture(scope="session")

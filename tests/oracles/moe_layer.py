@@ -1,14 +1,16 @@
 """One Qwen mixture-of-experts layer with LoRA, as plainly as it can be said: loops, no fusion, no parallelism, float64.
 
-After the formulas of the Qwen2-MoE and Qwen3-MoE reports; test_moe_layer.py compares it with transformers' blocks. Names are those of
-the checkpoint below ``mlp.``: ``gate.weight``, ``experts.3.up_proj.weight``, ``shared_expert.down_proj.weight``; factors have
-``.lora_A.weight`` and ``.lora_B.weight`` in their place.
+Names are those of the checkpoint below ``mlp.``: ``gate.weight``, ``experts.3.up_proj.weight``,
+``shared_expert.down_proj.weight``; factors end in ``.lora_A.weight`` and ``.lora_B.weight``.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 
@@ -45,3 +47,14 @@ class MoELayer:
         if "shared_expert_gate.weight" in self.weights:
             y_TH = y_TH + self.linear("shared_expert_gate", x_TH).sigmoid() * self.mlp("shared_expert", x_TH)
         return y_TH, probabilities_TE
+
+
+def layer_of(base: Path, layer: int, factors: Mapping[str, Tensor], scale: float) -> MoELayer:
+    """The layer of a Hugging Face folder, with the factors of a PEFT file that belong to it."""
+    config, prefix = json.loads((base / "config.json").read_text()), f"model.layers.{layer}.mlp."
+    weights = {name: t for shard in base.glob("*.safetensors") for name, t in load_file(shard).items()}
+    adapter = {name.removeprefix("base_model.model."): t.detach().clone() for name, t in factors.items()}
+    of_layer = [
+        {name.removeprefix(prefix): t for name, t in ts.items() if name.startswith(prefix)} for ts in (weights, adapter)
+    ]
+    return MoELayer(*of_layer, scale, config["num_experts_per_tok"], config["norm_topk_prob"])

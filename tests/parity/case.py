@@ -22,7 +22,7 @@ from tests.oracles.training import Oracle, Trained
 from tests.parity.built import random_factors
 from tests.parity.compare import distance, of_largest
 from tests.parity.gradients import reduced_gradients
-from tests.parity.grid import Case, Size
+from tests.parity.grid import EVAL, Case
 from tests.parity.models import adapter
 from tests.parity.runs import make_config, records
 
@@ -53,11 +53,11 @@ class Expected:
     trained: Trained
 
 
-def run_config(case: Case, size: Size, base: Path, chats: Path, out: Path, dtype: str = "float32") -> RunConfig:
+def run_config(case: Case, steps: int, base: Path, chats: Path, out: Path, dtype: str = "float32") -> RunConfig:
     return make_config(
-        base, chats, out, case.parallel, case.recompute, dtype=dtype, eval=size.eval, lr=LR, steps=size.steps,
+        base, chats, out, case.parallel, case.recompute, dtype=dtype, eval=EVAL, lr=LR, steps=steps,
         lora=adapter(case.adapter, model_shape(read_hf_config(base))),
-        global_batch_size=size.microbatches * case.micro, micro_batch_size=case.micro,
+        global_batch_size=case.batch, micro_batch_size=case.micro,
     )  # fmt: skip
 
 
@@ -96,11 +96,11 @@ def train_recording_gradients(config: RunConfig, start: Path) -> None:
         save_file(kept, Path(config.checkpoint.dir) / "gradients.safetensors")
 
 
-def expected(case: Case, size: Size, base: Path, chats: Path) -> Expected:
+def expected(case: Case, steps: int, base: Path, chats: Path) -> Expected:
     """The same training by the oracle: names, ranks and alphas are all it gets from megalora."""
-    config = run_config(case, size, base, chats, Path("unused"))
+    config = run_config(case, steps, base, chats, Path("unused"))
     split = load_split(str(chats), AutoTokenizer.from_pretrained(base), format="auto", max_length=256)
-    train_split, eval_split = split_off_eval(split, size.eval, seed=0)
+    train_split, eval_split = split_off_eval(split, EVAL, seed=0)
     adapted, factors = random_factors(config.lora, base)
     roots = 0.5 if config.lora.use_rslora else 1.0
     scales = {module: a.alpha / a.rank**roots for a in adapted for module in a.hf_modules()}
@@ -108,14 +108,14 @@ def expected(case: Case, size: Size, base: Path, chats: Path) -> Expected:
     with torch.no_grad():
         eval_loss = oracle.loss(eval_split.samples).item()
     batches = [
-        [train_split.samples[i] for i in global_batch_indices(step, config.train.global_batch_size, len(train_split.samples), 0)]
-        for step in range(size.steps)
+        [train_split.samples[i] for i in global_batch_indices(step, case.batch, len(train_split.samples), 0)]
+        for step in range(steps)
     ]
     return Expected(eval_loss, oracle.train(batches, LR, clip=1.0))
 
 
-def run_case(case: Case, size: Size, base: Path, chats: Path, out: Path) -> None:
-    config = run_config(case, size, base, chats, out)
+def run_case(case: Case, steps: int, base: Path, chats: Path, out: Path) -> None:
+    config = run_config(case, steps, base, chats, out)
     out.mkdir(exist_ok=True)
     save_file(random_factors(config.lora, base)[1], out / "start.safetensors")
     run_ranks(train_recording_gradients, case.world, config, out / "start.safetensors")

@@ -18,7 +18,7 @@ from megalora.lora.spec import Adapted, plan
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built, random_factors
-from tests.pitfalls.conftest import LORA, config_of
+from tests.parity.everything import LORA, config_of
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -7,22 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from megalora.config import RunConfig
-from megalora.data.loader import global_batch_indices, load_split, split_off_eval
 from megalora.lora.spec import Adapted
 from tests.distributed.ranks import run_ranks
 from tests.oracles.training import Oracle
 from tests.parity.built import adapter_of, built, first_gradients, random_adapter
 from tests.parity.compare import of_largest, projection
-from tests.pitfalls.conftest import LORA, NAMES, config_of
-
-
-def first_batch(base: Path, chats: Path, size: int = 8) -> list[Any]:
-    split = load_split(str(chats), AutoTokenizer.from_pretrained(base), format="auto", max_length=256)
-    train, _ = split_off_eval(split, 21, seed=0)
-    return [train.samples[i] for i in global_batch_indices(0, size, len(train.samples), 0)]
+from tests.parity.everything import LORA, NAMES, config_of, first_batch
 
 
 def scales(adapted: list[Adapted]) -> dict[str, float]:

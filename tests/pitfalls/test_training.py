@@ -18,8 +18,8 @@ from megalora.train.loop import train
 from megalora.train.optim import STATE_KEYS, optimizer_state
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built, first_gradients, random_adapter
+from tests.parity.everything import LORA, config_of
 from tests.parity.runs import records
-from tests.pitfalls.conftest import LORA, config_of
 
 
 def trained(run: Path, step: int = 2) -> dict[str, Tensor]:

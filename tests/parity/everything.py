@@ -1,12 +1,12 @@
 """One small model with everything in it that can be adapted: routed experts, a shared expert, a dense layer, few KV heads."""
 
 from pathlib import Path
+from typing import Any
 
-import pytest
+from transformers import AutoTokenizer
 
 from megalora.config import LoRAConfig, RunConfig
-from megalora.tiny import make_tiny
-from tests.parity.models import silence_experts
+from megalora.data.loader import global_batch_indices, load_split, split_off_eval
 from tests.parity.runs import make_config
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate", "lm_head"]
@@ -16,22 +16,15 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layer 0: 8 routed experts and a shared one; layer 1: dense; 12 query heads on 2 key/value heads."""
-    return make_tiny(tmp_path_factory.mktemp("models") / "everything", **EVERYTHING)
-
-
-@pytest.fixture(scope="session")
-def idle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with experts 6 and 7 never chosen."""
-    folder = make_tiny(tmp_path_factory.mktemp("models") / "idle", **EVERYTHING)
-    silence_experts(folder, first=6)
-    return folder
-
-
 def config_of(
     base: Path, chats: Path, out: Path, parallel: dict, lora: LoRAConfig = LORA, recompute: str = "off", **train
 ) -> RunConfig:
     options = {"global_batch_size": 8, "steps": 2, **train}
     return make_config(base, chats, out, parallel, recompute, lora=lora, **options)
+
+
+def first_batch(base: Path, chats: Path, size: int = 8) -> list[Any]:
+    """The samples of step 0 of such a run, from the words of the data file alone."""
+    split = load_split(str(chats), AutoTokenizer.from_pretrained(base), format="auto", max_length=256)
+    train, _ = split_off_eval(split, 21, seed=0)
+    return [train.samples[i] for i in global_batch_indices(0, size, len(train.samples), 0)]

@@ -1,0 +1,50 @@
+"""Loss and gradients of every A and B against stock transformers + PEFT, which loads the adapter from a folder we wrote."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from peft.utils import transformers_weight_conversion
+
+from megalora.bridge.peft import WEIGHTS, write_adapter
+from megalora.config import ParallelConfig
+from megalora.lora.spec import plan
+from tests.distributed.ranks import run_ranks
+from tests.oracles.peft import PeftOracle
+from tests.parity.built import first_gradients, random_factors
+from tests.parity.compare import of_largest, projection
+from tests.parity.everything import LORA, config_of, first_batch
+
+RSLORA = replace(LORA, use_rslora=True)
+CASES = {
+    "qwen3: single": ("tiny", RSLORA, 1, {}),
+    "qwen3: tp2-ep2": ("tiny", RSLORA, 2, {"tp": 2, "ep": 2}),
+    "qwen3: pp2": ("tiny", LORA, 2, {"pp": 2}),
+    "qwen2: tp2-ep2-etp2": ("everything", LORA, 4, {"tp": 2, "ep": 2, "etp": 2}),
+    "qwen2: tp4-ep4": ("everything", RSLORA, 4, {"tp": 4, "ep": 4}),
+}
+
+
+@pytest.fixture(autouse=True)
+def peft_knows_qwen2_moe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT 0.21 converts per-expert adapters for all that is built like Qwen2-MoE, but its table lacks that name itself."""
+    monkeypatch.setitem(transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN, "qwen2_moe", "qwen2_moe")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT calls patterns unused that it does use
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_stock_peft(name: str, chats: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    model, lora, world, parallel = CASES[name]
+    base: Path = request.getfixturevalue(model)
+    shape, adapted = plan(lora, ParallelConfig(), base)
+    _, factors = random_factors(lora, base)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write_adapter(folder, adapted, shape, factors, str(base))
+
+    expected_loss, expected = PeftOracle(base, folder).gradients(first_batch(base, chats))
+    config = config_of(base, chats, tmp_path / "run", parallel, lora)
+    loss, found = run_ranks(first_gradients, world, config, folder / WEIGHTS)[0]
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert of_largest(found, expected) <= 1e-5
+    assert {projection(n) for n, g in expected.items() if g.any()} == {projection(n) for n in factors}
