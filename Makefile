@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart gsm8k test gpu check format lock clean
+.PHONY: help setup quickstart gsm8k test gpu parity mutations check format lock clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,13 @@ test: $(READY)  ## Every test that needs no GPU
 
 gpu: $(READY)  ## The tests that need a CUDA device
 	@MEGALORA_TEST_GPU=1 $(BIN)/pytest -q tests/gpu
+
+parity: $(READY)  ## Every layout of up to 8 ranks against plain transformers: 25 min on two cores; bf16 on GPUs
+	@$(BIN)/python -m benchmarks.parity
+	@$(BIN)/pytest -q --hypothesis-profile=parity tests/parity/test_properties.py
+
+mutations: $(READY)  ## Put one bug after the other into the code and see the tests catch it
+	@$(BIN)/python -m tests.mutations.run
 
 check: $(READY)  ## Format, lint, types and tests: what CI runs
 	@$(BIN)/ruff format --check .

@@ -2,6 +2,8 @@
 
 import os
 
+OUTSIDE = dict(os.environ)
+"""The environment as it was, for processes that may see GPUs."""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if os.environ.get("MEGALORA_TEST_GPU") != "1":  # several gloo ranks on the CPU are what these tests are about
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from megalora import host
 
@@ -30,6 +33,9 @@ from megalora.tiny import make_tiny  # noqa: E402
 from tests.parity.everything import EVERYTHING  # noqa: E402
 from tests.parity.models import silence_experts  # noqa: E402
 
+settings.register_profile("default", max_examples=8, derandomize=True, deadline=None, database=None)
+settings.register_profile("parity", max_examples=40, deadline=None, print_blob=True)
+settings.load_profile("default")
 gc.freeze()  # collecting what was imported would copy its pages into every forked rank
 
 

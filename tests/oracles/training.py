@@ -19,10 +19,17 @@ PREFIX = "base_model.model."
 class Oracle:
     """A base model and adapter factors by PEFT tensor name; every sample runs alone and unpadded."""
 
-    def __init__(self, base: Path, factors: dict[str, Tensor], scale: float | dict[str, float]) -> None:
-        """``scale``: one for all, or by HF module name."""
+    def __init__(
+        self,
+        base: Path,
+        factors: dict[str, Tensor],
+        scale: float | dict[str, float],
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        """``scale``: one for all, or by HF module name. ``dtype``: of weights and activations; factors are float64."""
+        self.dtype = dtype
         self.model = (
-            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64, experts_implementation="eager")
+            AutoModelForCausalLM.from_pretrained(base, dtype=dtype, experts_implementation="eager")
             .eval()
             .requires_grad_(False)
         )
@@ -54,14 +61,14 @@ class Oracle:
                     parts[name] = parts[name] + torch.stack([of_experts[e] for e in range(len(of_experts))])
             merged[f"{stem}.gate_up_proj"] = torch.cat([parts["gate_proj"], parts["up_proj"]], dim=1)
             merged[f"{stem}.down_proj"] = parts["down_proj"]
-        return merged
+        return {name: weight.to(self.dtype) for name, weight in merged.items()}
 
     def loss(self, samples: list) -> Tensor:
         """Mean over the target tokens of all samples."""
         merged, total, count = self.merged(), torch.zeros((), dtype=torch.float64), 0
         for sample in samples:
             ids, mask = torch.tensor(sample.input_ids).long(), torch.tensor(sample.loss_mask)
-            logits = functional_call(self.model, merged, (ids[None, :-1],), tie_weights=False).logits[0]
+            logits = functional_call(self.model, merged, (ids[None, :-1],), tie_weights=False).logits[0].double()
             losses = F.cross_entropy(logits, ids[1:], reduction="none")
             total, count = total + (losses * mask[1:]).sum(), count + int(mask[1:].sum())
         return total / count

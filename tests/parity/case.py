@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megalora.bridge.peft import read_tensors
-from megalora.config import RunConfig
+from megalora.config import LoRAConfig, RunConfig
 from megalora.data.loader import global_batch_indices, load_split, split_off_eval
+from megalora.lora.spec import Adapted
 from megalora.model.shape import model_shape, read_hf_config
 from megalora.train import loop
 from tests.distributed.ranks import run_ranks
@@ -96,15 +97,23 @@ def train_recording_gradients(config: RunConfig, start: Path) -> None:
         save_file(kept, Path(config.checkpoint.dir) / "gradients.safetensors")
 
 
-def expected(case: Case, steps: int, base: Path, chats: Path) -> Expected:
+def start_factors(lora: LoRAConfig, base: Path, dtype: str) -> tuple[list[Adapted], dict[str, Tensor]]:
+    """What is adapted, and random float32 factors that ``dtype`` holds exactly."""
+    adapted, factors = random_factors(lora, base)
+    return adapted, {name: factor.to(getattr(torch, dtype)).float() for name, factor in factors.items()}
+
+
+def expected(
+    case: Case, steps: int, base: Path, chats: Path, dtype: str = "float32", arithmetic: torch.dtype = torch.float64
+) -> Expected:
     """The same training by the oracle: names, ranks and alphas are all it gets from megalora."""
-    config = run_config(case, steps, base, chats, Path("unused"))
+    config = run_config(case, steps, base, chats, Path("unused"), dtype)
     split = load_split(str(chats), AutoTokenizer.from_pretrained(base), format="auto", max_length=256)
     train_split, eval_split = split_off_eval(split, EVAL, seed=0)
-    adapted, factors = random_factors(config.lora, base)
+    adapted, factors = start_factors(config.lora, base, dtype)
     roots = 0.5 if config.lora.use_rslora else 1.0
     scales = {module: a.alpha / a.rank**roots for a in adapted for module in a.hf_modules()}
-    oracle = Oracle(base, factors, scales)
+    oracle = Oracle(base, factors, scales, arithmetic)
     with torch.no_grad():
         eval_loss = oracle.loss(eval_split.samples).item()
     batches = [
@@ -114,35 +123,46 @@ def expected(case: Case, steps: int, base: Path, chats: Path) -> Expected:
     return Expected(eval_loss, oracle.train(batches, LR, clip=1.0))
 
 
-def run_case(case: Case, steps: int, base: Path, chats: Path, out: Path) -> None:
-    config = run_config(case, steps, base, chats, out)
+def prepare_run(case: Case, steps: int, base: Path, chats: Path, out: Path, dtype: str) -> tuple[RunConfig, Path]:
+    """The config, and the file of the adapter to start from."""
+    config = run_config(case, steps, base, chats, out, dtype)
     out.mkdir(exist_ok=True)
-    save_file(random_factors(config.lora, base)[1], out / "start.safetensors")
-    run_ranks(train_recording_gradients, case.world, config, out / "start.safetensors")
+    save_file(start_factors(config.lora, base, dtype)[1], out / "start.safetensors")
+    return config, out / "start.safetensors"
 
 
-def deviations(run: Path, of: Expected) -> dict[str, float]:
+def run_case(case: Case, steps: int, base: Path, chats: Path, out: Path, dtype: str = "float32") -> None:
+    """On gloo ranks forked from this process."""
+    run_ranks(train_recording_gradients, case.world, *prepare_run(case, steps, base, chats, out, dtype))
+
+
+def read_run(run: Path) -> Expected:
+    """What a recorded run wrote down, in the oracle's form."""
+    gradients, losses = load_file(run / "gradients.safetensors"), records(run, "loss")
+    state = load_file(run / f"step_{len(losses):06d}/training_state/optimizer.safetensors")
+    adapter, *moments = (_starting_with(f"{key}.", state) for key in ("param", "exp_avg", "exp_avg_sq"))
+    by_step = [_starting_with(f"{step}.", gradients) for step in range(len(losses))]
+    trained = Trained(losses, records(run, "grad_norm"), by_step, adapter, *moments)
+    return Expected(records(run, "eval_loss")[0], trained)
+
+
+def deviations(found: Expected, of: Expected) -> dict[str, float]:
     """Quantity -> largest deviation, in the measures that ``LIMITS`` describes."""
-    trained = of.trained
-    steps = len(trained.losses)
-    state = load_file(run / f"step_{steps:06d}/training_state/optimizer.safetensors")
-    gradients = load_file(run / "gradients.safetensors")
-    found = {key: _starting_with(f"{key}.", state) for key in ("param", "exp_avg", "exp_avg_sq")}
-    assert found["param"].keys() == trained.adapter.keys(), "other tensors were trained than the oracle's"
-    by_step = [_starting_with(f"{step}.", gradients) for step in range(steps)]
+    ours, theirs = found.trained, of.trained
+    assert ours.adapter.keys() == theirs.adapter.keys(), "other tensors were trained than the oracle's"
     return {
-        "eval loss": _relative(records(run, "eval_loss")[:1], [of.eval_loss]),
-        "loss": _relative(records(run, "loss"), trained.losses),
-        "grad norm": _relative(records(run, "grad_norm"), trained.norms),
-        "gradient": max(of_largest(ours, theirs) for ours, theirs in zip(by_step, trained.gradients, strict=True)),
-        "adapter": max(distance(found["param"][name], value) for name, value in trained.adapter.items()),
-        "exp_avg": of_largest(found["exp_avg"], trained.exp_avg),
-        "exp_avg_sq": of_largest(found["exp_avg_sq"], trained.exp_avg_sq),
+        "eval loss": _relative([found.eval_loss], [of.eval_loss]),
+        "loss": _relative(ours.losses, theirs.losses),
+        "grad norm": _relative(ours.norms, theirs.norms),
+        "gradient": max(of_largest(*both) for both in zip(ours.gradients, theirs.gradients, strict=True)),
+        "adapter": max(distance(ours.adapter[name], value) for name, value in theirs.adapter.items()),
+        "exp_avg": of_largest(ours.exp_avg, theirs.exp_avg),
+        "exp_avg_sq": of_largest(ours.exp_avg_sq, theirs.exp_avg_sq),
     }
 
 
-def exceeded(row: Mapping[str, Any]) -> list[str]:
-    return [f"{name} {row[name]:.1e} > {limit:.0e}" for name, limit in LIMITS.items() if not row[name] <= limit]
+def exceeded(row: Mapping[str, Any], limits: Mapping[str, float] = LIMITS) -> list[str]:
+    return [f"{name} {row[name]:.1e} > {limit:.1e}" for name, limit in limits.items() if not row[name] <= limit]
 
 
 def save_expected(path: Path, value: Expected) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megalora.model.shape import model_shape, read_hf_config
-from tests.parity.case import Expected, deviations, exceeded, expected, run_case
+from tests.parity.case import Expected, deviations, exceeded, expected, read_run, run_case
 from tests.parity.grid import QUICK, SHORT, Case, shape_of
 from tests.parity.models import MODELS, make_model
 
@@ -33,7 +33,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Referenc
 def test_layout_trains_the_adapter_that_transformers_trains(case: Case, reference: Reference, chats, tmp_path):
     base, oracle = reference(case)
     run_case(case, SHORT, base, chats, tmp_path)
-    row = deviations(tmp_path, oracle)
+    row = deviations(read_run(tmp_path), oracle)
     print({k: f"{v:.1e}" for k, v in row.items()})
     assert not exceeded(row), row
 
