@@ -22,16 +22,16 @@ from megalora import host
 torch.set_num_threads(1)
 host.install()
 
-import matplotlib  # noqa: E402
+import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot  # noqa: E402  what every run imports at its end
-import megatron.core.models.mimo.optimizer  # noqa: E402, F401  and at its beginning
+import matplotlib.pyplot
+import megatron.core.models.mimo.optimizer  # noqa: F401  and at its beginning
 
-from megalora.data.arithmetic import write_arithmetic  # noqa: E402
-from megalora.tiny import make_tiny  # noqa: E402
-from tests.parity.everything import EVERYTHING  # noqa: E402
-from tests.parity.models import silence_experts  # noqa: E402
+from megalora.data.arithmetic import write_arithmetic
+from megalora.tiny import make_tiny
+from tests.parity.everything import EVERYTHING
+from tests.parity.models import silence_experts
 
 settings.register_profile("default", max_examples=8, derandomize=True, deadline=None, database=None)
 settings.register_profile("parity", max_examples=40, deadline=None, print_blob=True)

@@ -79,8 +79,8 @@ def test_resume_refuses_another_run(tiny, chats, tmp_path):
     run_ranks(train, 1, config)
     with pytest.raises(Exception, match="already holds step_000001. Set checkpoint.resume=true to continue that run"):
         run_ranks(train, 1, config)
-    changed = with_checkpoints(replace(config, train=replace(config.train, steps=2, global_batch_size=8)), resume=True)
-    with pytest.raises(Exception, match="was trained with train.global_batch_size=16, this run has 8"):
+    changed = with_checkpoints(replace(config, train=replace(config.train, steps=2, global_batch_size=4)), resume=True)
+    with pytest.raises(Exception, match="was trained with train.global_batch_size=8, this run has 4"):
         run_ranks(train, 1, changed)
     with pytest.raises(Exception, match="is not a checkpoint: it has no training_state/state.json"):
         run_ranks(train, 1, with_checkpoints(config, resume=str(tmp_path / "step_7")))

@@ -59,8 +59,11 @@ def watched_step(config: RunConfig, weights: Path) -> tuple[list[dict[str, Tenso
         return seen, count, reduced_gradients(run.model, run.optimizer)
 
 
-@pytest.mark.parametrize("tokens", ["all experts busy", "a rank's experts idle"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [(name, "all experts busy") for name in LAYOUTS]
+    + [(name, "a rank's experts idle") for name in ("ep4", "tp2-ep2-etp2")],
+)
 def test_layer_computes_what_the_plain_layer_computes(name, tokens, everything, idle, chats, tmp_path) -> None:
     world, parallel, recompute = LAYOUTS[name]
     base, lora = everything, LORA

@@ -48,10 +48,10 @@ def test_tensors_passed_by_keyword_reach_checkpoint_by_position(monkeypatch):
     assert any(t is x for t in seen)
 
 
-@pytest.mark.parametrize("other", ["full", "selective"])
-def test_training_with_dropout_is_the_same_with_and_without(other, tiny, chats, tmp_path):
-    for level in ("off", other):
-        config = make_config(tiny, chats, tmp_path / level, {"tp": 2, "ep": 2}, level, steps=3)
+def test_training_with_dropout_is_the_same_with_and_without(tiny, chats, tmp_path):
+    for level in ("off", "full", "selective"):
+        config = make_config(tiny, chats, tmp_path / level, {"tp": 2, "ep": 2}, level, steps=2, micro_batch_size=4)
         run_ranks(train, 4, replace(config, lora=replace(config.lora, dropout=0.2)))
-    assert records(tmp_path / other, "loss") == records(tmp_path / "off", "loss")
-    assert records(tmp_path / other, "grad_norm") == pytest.approx(records(tmp_path / "off", "grad_norm"), rel=1e-6)
+    for other in ("full", "selective"):
+        assert records(tmp_path / other, "loss") == records(tmp_path / "off", "loss")
+        assert records(tmp_path / other, "grad_norm") == pytest.approx(records(tmp_path / "off", "grad_norm"), rel=1e-6)

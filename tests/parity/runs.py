@@ -29,7 +29,7 @@ def make_config(
     **train: Any,
 ) -> RunConfig:
     """Five steps at a constant rate unless ``train`` says otherwise; no logs but ``metrics.jsonl``."""
-    options = {"steps": 5, "global_batch_size": 16, "micro_batch_size": 2, "lr": 1e-3, "schedule": "constant"}
+    options = {"steps": 5, "global_batch_size": 8, "micro_batch_size": 2, "lr": 1e-3, "schedule": "constant"}
     return RunConfig(
         model=ModelConfig(path=str(base), dtype=dtype),  # type: ignore[arg-type]
         parallel=ParallelConfig(**parallel),
