@@ -69,7 +69,7 @@ def one_bit(name: str, rank: int) -> Callable[[Any, int], None]:
     ids=["dp", "tp A", "tp B", "edp", "etp", "pp"],
 )
 def test_one_bit_in_one_replica_stops_the_run_before_it_is_saved(world, parallel, name, rank, tiny, chats, tmp_path):
-    config = make_config(tiny, chats, tmp_path, parallel, steps=2, micro_batch_size=4)
+    config = make_config(tiny, chats, tmp_path, parallel, steps=2, micro_batch_size=2)
     messages = run_ranks(said_by, world, config, one_bit(name, rank))
     for message in messages:
         assert message.startswith(
@@ -152,7 +152,9 @@ def test_another_loss_than_that_of_transformers_is_refused(bug, tiny, chats, tmp
 )
 def test_the_same_loss_is_reported(world, parallel, dtype, tiny, chats, tmp_path):
     """Also when a run goes on: then PEFT puts the saved adapter on."""
-    config = make_config(tiny, chats, tmp_path / "a", parallel, steps=1, check_parity=True, micro_batch_size=4)
+    config = make_config(
+        tiny, chats, tmp_path / "a", parallel, steps=1, check_parity=True, micro_batch_size=4, global_batch_size=16
+    )
     config = replace(config, model=ModelConfig(path=str(tiny), dtype=dtype), lora=LoRAConfig(rank=4, alpha=64.0))
     config = replace(config, train=replace(config.train, lr=3e-2))
     first = run_ranks(said_by, world, config)[0]

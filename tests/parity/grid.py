@@ -15,7 +15,7 @@ WORLDS, TP, PP, VPP, EP, ETP = (1, 2, 4, 8), (1, 2, 4), (1, 2), (1, 2), (1, 2, 4
 RECOMPUTE, MICRO = ("off", "selective", "full"), (1, 3)
 
 
-STEPS, SHORT, EVAL = 5, 3, 5
+STEPS, SHORT, EVAL = 5, 2, 5
 """Optimizer steps of the grid and of what ``make test`` takes from it; held-out samples."""
 
 
