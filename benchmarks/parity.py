@@ -1,6 +1,6 @@
 """The same adapter under every layout: train all cases of the grid and compare them with plain transformers in float64.
 
-    python -m benchmarks.parity [--only TEXT] [--out benchmarks/results/parity.json]
+    python -m benchmarks.parity [--only TEXT] [--out benchmarks/results/parity.json] [--show FILE]
 
 For each case (layout, model, adapter, recomputation, microbatch size): the initial loss, the losses and gradient norms of
 five AdamW steps, every adapter gradient after reduction in each of them, and the adapters and both moments after them. Prints
@@ -94,7 +94,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name contains this, such as 'tp2-ep2' or 'shared'")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parity.json"))
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE", help="print the tables of an earlier run and do nothing else"
+    )
     args = parser.parse_args()
+    if args.show:
+        show(json.loads(args.show.read_text())["rows"])
+        return
     cases = [case for case in full_grid() if args.only in case.name]
     if not cases:
         parser.error(f"no case's name contains {args.only!r}; one is {full_grid()[0].name!r}")
@@ -105,6 +111,11 @@ def main() -> None:
         rows += bfloat16(laboratory)
     save("parity", rows, args.out)
     sys.exit(any(row["failed"] or row["exceeded"] for row in rows))
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print(table([row for row in rows if "plain" not in row]))
+    print(parity_bfloat16.table([row for row in rows if "plain" in row]))
 
 
 def float32(laboratory: Laboratory, cases: list[Case]) -> list[dict[str, Any]]:

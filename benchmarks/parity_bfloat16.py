@@ -18,15 +18,17 @@ from safetensors.torch import load_file, save_file
 
 from megalora.config_file import save_config
 from tests.parity.case import LIMITS, LR, deviations, exceeded, expected, prepare_run, read_run, run_case
-from tests.parity.grid import QUICK, SHORT, Case
+from tests.parity.grid import QUICK, SHORT, Case, full_grid
 from tests.parity.models import make_model
 
 DTYPE, ROUNDOFF = "bfloat16", 2.0**-9
 
 
 def cases(gpus: int) -> list[Case]:
-    """What the GPUs have room for, one rank each; on the CPU up to four ranks."""
-    return [case for case in QUICK if case.world <= (gpus or 4)]
+    """What the GPUs have room for, one rank each, and everything that runs on one; on the CPU up to four ranks."""
+    if gpus == 0:
+        return [case for case in QUICK if case.world <= 4]
+    return [case for case in full_grid() if case.world == 1] + [case for case in QUICK if 1 < case.world <= gpus]
 
 
 def compare(case: Case, folder: Path, chats: Path, environment: dict[str, str] | None) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def compare(case: Case, folder: Path, chats: Path, environment: dict[str, str] |
         in_bfloat16(make_model(case.model, base))
     exact = expected(case, SHORT, base, chats, DTYPE)
     plain = deviations(expected(case, SHORT, base, chats, DTYPE, torch.bfloat16), exact)
-    run = folder / f"run {DTYPE} {case.layout}"
+    run = folder / f"run {DTYPE} {case.name}"
     if environment is None:
         run_case(case, SHORT, base, chats, run, DTYPE)
     else:
@@ -46,7 +48,7 @@ def compare(case: Case, folder: Path, chats: Path, environment: dict[str, str] |
 
 def allowed(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {
-        name: 2 * max(row["plain"][name] for row in rows) + ROUNDOFF * (LR if name == "adapter" else 1)
+        name: 2 * max(row["plain"][name] for row in rows) + ROUNDOFF * (LR if name == "adapters" else 1)
         for name in LIMITS
     }
 
@@ -54,17 +56,9 @@ def allowed(rows: list[dict[str, Any]]) -> dict[str, float]:
 def run_on_gpus(case: Case, base: Path, chats: Path, run: Path, environment: dict[str, str]) -> None:
     config, start = prepare_run(case, SHORT, base, chats, run, DTYPE)
     save_config(config, run / "asked.yaml")
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={case.world}",
-        "-m",
-        "tests.parity.recorded",
-    ]
-    result = subprocess.run(
-        [sys.executable, *command, str(run / "asked.yaml"), str(start)], env=environment, capture_output=True, text=True
-    )
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node={case.world} -m tests.parity.recorded".split()
+    command = [sys.executable, *torchrun, str(run / "asked.yaml"), str(start)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{case.name}: {result.stderr[-3000:]}")
 
@@ -93,13 +87,19 @@ def run_all(chats: Path, folder: Path, environment: dict[str, str]) -> tuple[lis
     gpus, device = gpus_of(environment)
     rows = [compare(case, folder, chats, environment if gpus else None) for case in cases(gpus)]
     limits = allowed(rows)
-    lines = [f"{f'bfloat16 on {gpus or 1} x {device}, {SHORT} steps':64}" + "".join(f"{name:>11}" for name in LIMITS)]
     for row in rows:
         row |= {"device": device, "failed": None, "exceeded": exceeded(row, limits)}
-        lines.append(f"{row['case']:64}" + "".join(f"{row[name]:11.1e}" for name in LIMITS))
-    lines.append(
-        f"{'plain transformers, the farthest':64}"
-        + "".join(f"{max(r['plain'][n] for r in rows):11.1e}" for n in LIMITS)
-    )
-    lines.append(f"{'allowed':64}" + "".join(f"{limit:11.1e}" for limit in limits.values()))
-    return rows, "\n".join(lines)
+    return rows, table(rows)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = f"bfloat16 on {rows[0]['device']}, {SHORT} steps"
+    plain = {name: max(row["plain"][name] for row in rows) for name in LIMITS}
+    lines = [f"{head:64}" + "".join(f"{name:>11}" for name in LIMITS)]
+    for name, values in [
+        *((r["case"], r) for r in rows),
+        ("plain transformers, the farthest", plain),
+        ("allowed", allowed(rows)),
+    ]:
+        lines.append(f"{name:64}" + "".join(f"{values[quantity]:11.1e}" for quantity in LIMITS))
+    return "\n".join(lines)

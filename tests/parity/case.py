@@ -33,7 +33,7 @@ LIMITS = {
     "loss": 1e-6,
     "grad norm": 1e-5,
     "gradient": 1e-5,
-    "adapter": 1e-5,
+    "adapters": 1e-5,
     "exp_avg": 1e-5,
     "exp_avg_sq": 2e-5,
 }
@@ -155,7 +155,7 @@ def deviations(found: Expected, of: Expected) -> dict[str, float]:
         "loss": _relative(ours.losses, theirs.losses),
         "grad norm": _relative(ours.norms, theirs.norms),
         "gradient": max(of_largest(*both) for both in zip(ours.gradients, theirs.gradients, strict=True)),
-        "adapter": max(distance(ours.adapter[name], value) for name, value in theirs.adapter.items()),
+        "adapters": max(distance(ours.adapter[name], value) for name, value in theirs.adapter.items()),
         "exp_avg": of_largest(ours.exp_avg, theirs.exp_avg),
         "exp_avg_sq": of_largest(ours.exp_avg_sq, theirs.exp_avg_sq),
     }
