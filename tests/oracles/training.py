@@ -73,9 +73,9 @@ class Oracle:
             total, count = total + (losses * mask[1:]).sum(), count + int(mask[1:].sum())
         return total / count
 
-    def train(self, batches: list[list], lr: float, clip: float) -> "Trained":
+    def train(self, batches: list[list], lr: float, clip: float, eps: float = 1e-8) -> "Trained":
         """AdamW without decay at a constant rate."""
-        optimizer = torch.optim.AdamW(self.factors.values(), lr=lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self.factors.values(), lr=lr, weight_decay=0.0, eps=eps)
         losses, norms, gradients = [], [], []
         for batch in batches:
             optimizer.zero_grad()
