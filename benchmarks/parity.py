@@ -29,7 +29,7 @@ from tests.parity.case import (
     LIMITS,
     deviations,
     exceeded,
-    expected,
+    expected_of_clear_routing,
     load_expected,
     read_run,
     run_case,
@@ -58,17 +58,25 @@ class Laboratory:
 
     def ask_oracle(self, case: Case) -> None:
         quietly(self.folder / "oracle.log")
-        save_expected(self.answer(case), expected(case, STEPS, self.base(case.model), self.chats))
+        answer = expected_of_clear_routing(case, STEPS, self.base(case.model), self.chats)
+        save_expected(self.answer(case), answer)
 
     def run(self, name: str, case: Case) -> None:
         """Train, compare, and leave the row as a file."""
         run = self.folder / f"run {name}"
 
         def compare() -> dict[str, Any]:
-            run_case(case, STEPS, self.base(case.model), self.chats, run)
+            answer = load_expected(self.answer(case))
+            run_case(case, STEPS, self.base(case.model), self.chats, run, seed=answer.seed)
             found = read_run(run)
-            row = deviations(found, load_expected(self.answer(case)))
-            return {**row, "losses": found.trained.losses, "exceeded": exceeded(row)}
+            row = deviations(found, answer)
+            return {
+                **row,
+                "data_seed": answer.seed,
+                "router_margin": answer.margin,
+                "losses": found.trained.losses,
+                "exceeded": exceeded(row),
+            }
 
         self.keep(name, {"case": case.name, **vars(case), "batch": case.batch}, compare)
 

@@ -54,7 +54,7 @@ def allowed(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def run_on_gpus(case: Case, base: Path, chats: Path, run: Path, environment: dict[str, str]) -> None:
-    config, start = prepare_run(case, SHORT, base, chats, run, DTYPE)
+    config, start = prepare_run(case, SHORT, base, chats, run, DTYPE, seed=0)
     save_config(config, run / "asked.yaml")
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node={case.world} -m tests.parity.recorded".split()
     command = [sys.executable, *torchrun, str(run / "asked.yaml"), str(start)]

@@ -3,8 +3,10 @@
 Adapters are merged into stock ``Qwen3MoeForCausalLM`` weights as ``W + scale * B A`` and differentiated by autograd.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,15 @@ class Oracle:
         )
         self.factors = {name: t.clone().double().requires_grad_() for name, t in factors.items()}
         self.scale = scale
+        self.margin = math.inf
+        """The smallest lead, in router logits, of a chosen expert over the best that was not, of all tokens so far."""
+        for module in self.model.modules():
+            if hasattr(module, "top_k") and hasattr(module, "weight"):
+                module.register_forward_hook(self._measure_margin)
+
+    def _measure_margin(self, router: Any, _: Any, output: tuple[Tensor, ...]) -> None:
+        chosen = output[0].detach().topk(router.top_k + 1, dim=-1).values
+        self.margin = min(self.margin, (chosen[:, -2] - chosen[:, -1]).min().item())
 
     def merged(self) -> dict[str, Tensor]:
         weights = dict(self.model.named_parameters(remove_duplicate=False))

@@ -26,6 +26,7 @@ def make_config(
     lora: LoRAConfig | None = None,
     dtype: str = "float32",
     eval: int = 21,
+    data_seed: int = 0,
     **train: Any,
 ) -> RunConfig:
     """Five steps at a constant rate unless ``train`` says otherwise; no logs but ``metrics.jsonl``."""
@@ -34,7 +35,7 @@ def make_config(
         model=ModelConfig(path=str(base), dtype=dtype),  # type: ignore[arg-type]
         parallel=ParallelConfig(**parallel),
         lora=lora or LoRAConfig(rank=4, alpha=12.0),
-        data=DataConfig(train=str(chats), eval=eval, max_length=256),
+        data=DataConfig(train=str(chats), eval=eval, max_length=256, seed=data_seed),
         train=TrainConfig(**{**options, "recompute": recompute, **train}),
         checkpoint=CheckpointConfig(dir=str(out)),
         log=LogConfig(tensorboard=False, progress=False),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megalora.model.shape import model_shape, read_hf_config
-from tests.parity.case import Expected, deviations, exceeded, expected, read_run, run_case
+from tests.parity.case import Expected, deviations, exceeded, expected_of_clear_routing, read_run, run_case
 from tests.parity.grid import QUICK, SHORT, Case, shape_of
 from tests.parity.models import MODELS, make_model
 
@@ -23,7 +23,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Referenc
         if not base.exists():
             make_model(case.model, base)
         if case.question not in found:
-            found[case.question] = expected(case, SHORT, base, chats)
+            found[case.question] = expected_of_clear_routing(case, SHORT, base, chats)
         return base, found[case.question]
 
     return look_up
@@ -32,7 +32,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Referenc
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_layout_trains_the_adapter_that_transformers_trains(case: Case, reference: Reference, chats, tmp_path):
     base, oracle = reference(case)
-    run_case(case, SHORT, base, chats, tmp_path)
+    run_case(case, SHORT, base, chats, tmp_path, seed=oracle.seed)
     row = deviations(read_run(tmp_path), oracle)
     print({k: f"{v:.1e}" for k, v in row.items()})
     assert not exceeded(row), row
