@@ -13,6 +13,8 @@ from typing import Any
 MISTAKE = 2
 """Exit code of a user's mistake, argparse's too."""
 PATIENCE_S = 30
+TAKES_MORE = ("train", "serve")
+"""Commands with arguments of others: overrides of the config, vLLM's options."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +51,9 @@ def _whose(error: ValueError) -> str:
 
 def _run(arguments: list[str]) -> None:
     options, rest = _parser().parse_known_args(arguments)
-    unknown = [a for a in rest if options.command != "train" or a.startswith("-")]
+    unknown = [
+        a for a in rest if options.command not in TAKES_MORE or (a.startswith("-") and options.command == "train")
+    ]
     if unknown:
         raise ValueError(
             f"megalora {options.command}: unknown argument {unknown[0]!r}; see megalora {options.command} --help"
@@ -76,23 +80,73 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.set_defaults(action=_train)
 
-    export = commands.add_parser("export", help="take the PEFT adapter out of a checkpoint")
-    export.add_argument("checkpoint", type=Path)
+    _add_file_commands(commands)
+    _add_engine_commands(commands)
+    return parser
+
+
+def _add_file_commands(commands: Any) -> None:
+    """What reads and writes adapter folders."""
+    export = commands.add_parser("export", help="an adapter folder for PEFT, vLLM or SGLang, out of a checkpoint")
+    export.add_argument("checkpoint", type=Path, help="or any adapter folder")
     export.add_argument("out", type=Path)
-    export.add_argument("--layout", default="per_expert", choices=["per_expert"], help="names and shapes in the file")
+    export.add_argument(
+        "--for", dest="engine", choices=["peft", "vllm", "sglang"], help="refuse what it would not honour"
+    )
+    export.add_argument(
+        "--layout", choices=["per_expert", "stacked", "shared_outer"], help="names and shapes in the file"
+    )
+    export.add_argument(
+        "--drop", nargs="+", default=[], metavar="NAME", help="trained projections to leave out, such as gate"
+    )
+    export.add_argument("--base", help="the base model's folder or hub name; default: the one the adapter names")
     export.set_defaults(action=_export)
 
-    verify = commands.add_parser("verify", help="compare an adapter in stock PEFT with megalora's own model")
-    verify.add_argument("adapter", type=Path)
-    verify.add_argument("--base", required=True, help="the base model's folder or hub name")
-    verify.add_argument("--engine", default="peft", choices=["peft"])
-    verify.add_argument("--atol", type=float, default=1e-4, help="largest difference of a logit, fp32")
-    verify.set_defaults(action=_verify)
+    importer = commands.add_parser("import", help="a PEFT adapter made elsewhere as a checkpoint to train on from")
+    importer.add_argument("adapter", type=Path)
+    importer.add_argument("out", type=Path)
+    importer.add_argument("--base", required=True, help="the base model's folder or hub name")
+    importer.add_argument(
+        "--lora-b-layout", choices=["rank_major", "grouped_by_expert"], help="of stacked experts saved by Unsloth"
+    )
+    importer.set_defaults(action=_import)
+
+    merge = commands.add_parser("merge", help="add an adapter to its base's weights")
+    merge.add_argument("adapter", type=Path)
+    merge.add_argument("--base", required=True, help="the base model's folder or hub name")
+    merge.add_argument("--out", required=True, type=Path)
+    merge.set_defaults(action=_merge)
 
     inspect = commands.add_parser("inspect", help="say what is in an adapter")
     inspect.add_argument("adapter", type=Path)
     inspect.set_defaults(action=_inspect)
-    return parser
+
+
+def _add_engine_commands(commands: Any) -> None:
+    """What runs an adapter in another engine."""
+    verify = commands.add_parser("verify", help="compare an adapter in stock PEFT or vLLM with megalora's own model")
+    verify.add_argument("adapter", type=Path)
+    verify.add_argument("--base", required=True, help="the base model's folder or hub name")
+    verify.add_argument("--engine", default="peft", choices=["peft", "vllm"])
+    verify.add_argument(
+        "--atol", type=float, default=1e-4, help="largest difference of a logit or log-probability, fp32"
+    )
+    verify.set_defaults(action=_verify)
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve adapters with vLLM (make vllm) and prove that they act",
+        epilog="other arguments go to vLLM",
+    )
+    serve.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a folder, or NAME=FOLDER")
+    serve.add_argument("--base", required=True, help="the base model's folder or hub name")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000, help="0 for a free one")
+    serve.add_argument("--atol", type=float, default=1e-4, help="largest difference of a log-probability, fp32")
+    serve.add_argument(
+        "--unproven", action="store_true", help="serve on where an adapter does not act as it was trained"
+    )
+    serve.set_defaults(action=_serve)
 
 
 def _tiny(options: Any, _: list[str]) -> None:
@@ -133,18 +187,50 @@ def torchrun(arguments: list[str]) -> None:
 
 
 def _export(options: Any, _: list[str]) -> None:
-    from megalora.bridge.peft import copy_adapter
+    from megalora.bridge.export import export
 
-    copy_adapter(options.checkpoint, options.out)
-    print(f"wrote {options.out}; PeftModel.from_pretrained(base, {str(options.out)!r}) loads it")
+    written = export(
+        options.checkpoint,
+        options.out,
+        engine=options.engine,
+        layout=options.layout,
+        drop=options.drop,
+        base=options.base,
+    )
+    print(written.text())
+
+
+def _import(options: Any, _: list[str]) -> None:
+    from megalora.bridge.resumable import import_adapter
+
+    print(import_adapter(options.adapter, options.out, options.base, options.lora_b_layout).text())
 
 
 def _verify(options: Any, _: list[str]) -> None:
-    from megalora.bridge.verify import verify_peft
+    if options.engine == "vllm":
+        from megalora.serve.verify import verify_vllm as verify
+    else:
+        from megalora.bridge.verify import verify_peft as verify
 
-    report = verify_peft(options.adapter, options.base, atol=options.atol)
+    report = verify(options.adapter, options.base, atol=options.atol)
     print(report.text())
     sys.exit(0 if report.ok else 1)
+
+
+def _merge(options: Any, _: list[str]) -> None:
+    from megalora.bridge.merge import merge
+
+    print(merge(options.adapter, options.base, options.out).text())
+
+
+def _serve(options: Any, rest: list[str]) -> None:
+    from megalora.serve.run import serve
+
+    code = serve(
+        options.adapters, options.base, lambda line: print(line, flush=True), host=options.host, port=options.port,
+        atol=options.atol, unproven=options.unproven, extra=rest,
+    )  # fmt: skip
+    sys.exit(code)
 
 
 def _inspect(options: Any, _: list[str]) -> None:

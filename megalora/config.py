@@ -174,8 +174,14 @@ class CheckpointConfig:
     """How many of the newest checkpoints to keep; 0 keeps all."""
     resume: bool | str = False
     """true: continue from the newest checkpoint in dir if there is one; a path: from that checkpoint."""
+    serve: str | None = None
+    """URL of a running vLLM server, such as ``megalora serve`` starts: every checkpoint is loaded there, in place of the last."""
 
     def __post_init__(self) -> None:
+        require(
+            self.serve is None or self.serve.startswith(("http://", "https://")),
+            f"checkpoint.serve={self.serve} is no URL of a server; write it as http://HOST:PORT",
+        )
         for name in ("every", "keep"):
             require(getattr(self, name) >= 0, f"checkpoint.{name} must not be negative, got {getattr(self, name)}")
 

@@ -16,8 +16,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from transformers import AutoModelForCausalLM
 
 from megalora import cli
+from megalora.bridge.files import CONFIG, WEIGHTS
+from megalora.bridge.form import write_adapter
 from megalora.bridge.inspect import describe
-from megalora.bridge.peft import CONFIG, WEIGHTS, write_adapter
 from megalora.config import LoRAConfig
 from megalora.lora.spec import resolve, tensor_name
 from megalora.model.shape import model_shape, read_hf_config
@@ -236,11 +237,11 @@ def test_export(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = tmp_path / "exported"
     (adapter / "training_state").mkdir()
     assert outcome(capsys, "export", adapter, out) == (
-        0, f"wrote {out}; PeftModel.from_pretrained(base, '{out}') loads it\n", "",
+        0, f"wrote {out}; README.md in it says what it is and how to load it\n", "",
     )  # fmt: skip
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
-        name: (adapter / name).read_bytes() for name in (CONFIG, WEIGHTS)
-    }
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert written.pop("README.md").startswith(b"---\nbase_model: ")
+    assert written == {name: (adapter / name).read_bytes() for name in (CONFIG, WEIGHTS)}
 
 
 def test_inspect(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

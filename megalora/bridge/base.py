@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalora import host
-from megalora.model.shape import read_json_object
+from megalora.bridge.folder import check_base_folder
 
 host.install()
 if importlib.util.find_spec("transformer_engine") is None:
@@ -172,31 +171,6 @@ class FusedQwen2MoEBridge(FusedQwen3MoEBridge):
             AutoMapping(f"{shared}.linear_fc2.weight", f"{hf}.mlp.shared_expert.down_proj.weight"),
             ReplicatedMapping(f"{shared}.gate_weight", f"{hf}.mlp.shared_expert_gate.weight"),
         )
-
-
-def check_base_folder(folder: Path) -> None:
-    """Raise ``ValueError`` unless every weight shard the folder announces is there, whole."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(read_json_object(index).get("weight_map", {}).values()))
-    else:
-        shards = ["model.safetensors"]
-    missing = [name for name in shards if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder}: {len(missing)} of {len(shards)} weight shards are missing ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}); download the model again"
-        )
-    for name in shards:
-        _check_whole(folder / name)
-
-
-def _check_whole(shard: Path) -> None:
-    try:
-        with safe_open(str(shard), framework="pt"):  # compares the header's offsets with the file's length
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{shard} is not a whole safetensors file ({error}); download it again") from None
 
 
 def open_base(folder: Path) -> AutoBridge:

@@ -1,6 +1,8 @@
 """Does an adapter folder mean the same to stock PEFT as to megalora's own model? Logits of both, and where they part."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megalora import host
-from megalora.bridge.peft import WEIGHTS, adapted_in
+from megalora.bridge.adapter import Adapter, read_adapter
+from megalora.bridge.folder import local_folder
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
-from megalora.model.build import local_folder
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.model.shape import ModelShape, model_shape, read_hf_config
 from megalora.train.setup import build_adapted, load_adapter, parallel_groups
 
 PROBE = (2, 64)
@@ -54,21 +56,43 @@ class Report:
 @torch.no_grad()
 def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
     """Run the same random tokens through both, in float32 on one rank; raises ``ValueError`` for a folder that cannot load."""
-    folder = local_folder(base)
+    folder = local_folder(base, "--base")
     shape = model_shape(read_hf_config(folder))
-    adapted = adapted_in(adapter, shape)
-    tokens = torch.randint(shape.vocab, PROBE, generator=torch.Generator().manual_seed(0))
-    with host.process_group(), parallel_groups(ParallelConfig()) as groups:
-        model = build_adapted(
-            folder, shape, adapted, groups,
-            model=ModelConfig(path=base, dtype="float32"), parallel=ParallelConfig(), lora=LoRAConfig(), seed=0,
-        )  # fmt: skip
-        load_adapter(model, adapter / WEIGHTS)
-        ours, our_layers = _megatron_logits(model.chunks[0].eval(), tokens.to(host.device()))
-        del model  # its memory is PEFT's turn now
+    tokens = probe_batch(shape.vocab)
+    with own_model(folder, shape, whole_adapter(adapter, shape)) as model:
+        ours, our_layers = _megatron_logits(model, tokens.to(host.device()))
     theirs, their_layers, unadapted = _peft_logits(adapter, folder, tokens)
     parted = [i for i, (a, b) in enumerate(zip(our_layers, their_layers, strict=True)) if not _largest(a - b) <= atol]
     return Report(adapter, atol, _largest(ours - theirs), _largest(theirs - unadapted), parted[0] if parted else None)
+
+
+def whole_adapter(folder: Path, shape: ModelShape) -> Adapter:
+    """``read_adapter`` of a folder that engines load: none of them takes a layer with adapters on some of its experts."""
+    adapter = read_adapter(folder, shape)
+    if adapter.absent:
+        raise ValueError(
+            f"{folder} lacks {len(adapter.absent)} linears of experts beside others of their layers, such as {adapter.absent[0]}; is it "
+            "for another base? If not: PEFT and vLLM load whole layers, and megalora export writes zeros for what is missing"
+        )
+    return adapter
+
+
+def probe_batch(vocab: int) -> Tensor:
+    """The tokens of ``PROBE``, the same at every call."""
+    return torch.randint(vocab, PROBE, generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def own_model(folder: Path, shape: ModelShape, adapter: Adapter) -> Iterator[Any]:
+    """megalora's model with the adapter, in float32 on one rank; its memory is free again after the block."""
+    with host.process_group(), parallel_groups(ParallelConfig()) as groups:
+        model = build_adapted(
+            folder, shape, adapter.adapted, groups,
+            model=ModelConfig(path=str(folder), dtype="float32"), parallel=ParallelConfig(), lora=LoRAConfig(), seed=0,
+        )  # fmt: skip
+        load_adapter(model, adapter.tensors)
+        yield model.chunks[0].eval()
+        del model
 
 
 def _largest(difference: Tensor) -> float:

@@ -119,7 +119,7 @@ ALIASES = {
     "linear_fc2": ("down_proj",),
 }
 ALL_LINEAR_EXCEPT = ("lm_head", "gate")
-"""As in PEFT on transformers 5: not the output layer, and not the router, which is no ``nn.Linear`` there."""
+"""As in PEFT not the output layer; unlike in PEFT 0.21 not the router either, because vLLM and SGLang do not honour it."""
 
 
 @dataclass(frozen=True)

@@ -15,22 +15,6 @@ from megalora.model.shape import ModelShape
 from megalora.parallel import megatron_groups
 
 
-def local_folder(path: str) -> Path:
-    """``path`` if it is a folder, else the hub snapshot of that name; the hub's file locks let one rank of a machine download."""
-    if Path(path).is_dir():
-        return Path(path)
-    if path.startswith((".", "/")) or path.count("/") > 1:
-        raise ValueError(f"model.path={path}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.path={path}: neither a folder here nor to be had from the hub ({reason})") from None
-
-
 def build_model(config: ModelConfig, parallel: ParallelConfig, shape: ModelShape, folder: Path) -> list[nn.Module]:
     """The model chunks of this rank (``parallel.vpp`` of them), weights loaded, every parameter frozen."""
     bridge = open_base(folder)

@@ -2,6 +2,7 @@
 
 step_000050/
   adapter_config.json  adapter_model.safetensors     loads in PEFT as it is
+  probe.json              log-probabilities that a server must repeat
   training_state/
     state.json            step, config, world
     optimizer.safetensors float32 masters and Adam moments under HF names, whole tensors
@@ -23,13 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megalora import host
-from megalora.bridge.peft import gather_tensors, read_tensors, write_adapter
+from megalora.bridge.files import LORA_SECTION, OPTIMIZER, PROBE, RNG, STATE, STATE_JSON, STATE_KEYS
+from megalora.bridge.form import write_adapter
+from megalora.bridge.peft import gather_tensors, read_tensors
 from megalora.config import RunConfig
+from megalora.lora.section import differing, settings
 from megalora.model.shape import read_json_object
-from megalora.train.optim import STATE_KEYS, load_optimizer_state, optimizer_state
+from megalora.train.optim import load_optimizer_state, optimizer_state
 from megalora.train.setup import AdaptedModel
 
-STATE = "training_state"
 SAME_RUN = (
     "model.path", "model.dtype", "data.train", "data.eval", "data.format", "data.max_length", "data.seed", "train.global_batch_size",
     "lora.rank", "lora.alpha", "lora.target_modules", "lora.exclude_modules", "lora.layers", "lora.rank_pattern",
@@ -42,10 +45,14 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def save_checkpoint(step: int, num_samples: int, config: RunConfig, model: AdaptedModel, optimizer: Any) -> Path:
+def save_checkpoint(
+    step: int, num_samples: int, config: RunConfig, model: AdaptedModel, optimizer: Any, probe: dict[str, Any]
+) -> Path:
     """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves earlier ones whole.
 
-    ``num_samples``: of the training data, which must not have grown when the run is resumed.
+    Args:
+        num_samples: of the training data, which must not have grown when the run is resumed.
+        probe: log-probabilities of the adapter as it is, for servers (``probe.py``).
     """
     parameters, pieces, groups = model.parameters, model.pieces, model.groups
     weights = gather_tensors(pieces, {p: p.data for p in parameters}, groups)
@@ -59,17 +66,14 @@ def save_checkpoint(step: int, num_samples: int, config: RunConfig, model: Adapt
     def write(folder: Path) -> None:
         assert weights is not None
         write_adapter(folder, model.adapted, model.shape, weights, config.model.path)
+        (folder / PROBE).write_text(json.dumps(probe) + "\n")
         (folder / STATE).mkdir()
-        save_file(state, folder / STATE / "optimizer.safetensors")
+        save_file(state, folder / OPTIMIZER)
         rng = {f"{rank}.{name}": t for rank, states in enumerate(generators) for name, t in states.items()}
-        save_file(rng, folder / STATE / "rng.safetensors")
-        summary = {
-            "step": step,
-            "num_samples": num_samples,
-            "world_size": dist.get_world_size(),
-            "config": asdict(config),
-        }
-        (folder / STATE / "state.json").write_text(json.dumps(summary, indent=1) + "\n")
+        save_file(rng, folder / RNG)
+        about = {"step": step, "num_samples": num_samples, "world_size": dist.get_world_size()}
+        summary = {**about, "config": asdict(config)}
+        (folder / STATE_JSON).write_text(json.dumps(summary, indent=1) + "\n")
 
     run = Path(config.checkpoint.dir)
     target = run / checkpoint_name(step)
@@ -151,9 +155,9 @@ def _find_checkpoint(config: RunConfig) -> Path | None:
     if resume is True and not (run / "latest").is_file():
         return None
     folder = run / (run / "latest").read_text().strip() if resume is True else Path(str(resume)) if resume else None
-    if folder is not None and not (folder / STATE / "state.json").is_file():
+    if folder is not None and not (folder / STATE_JSON).is_file():
         where = f"{run}/latest names {folder}, which" if resume is True else f"checkpoint.resume={resume}"
-        raise ValueError(f"{where} is not a checkpoint: it has no {STATE}/state.json")
+        raise ValueError(f"{where} is not a checkpoint: it has no {STATE_JSON}")
     if run.exists() and not run.is_dir():
         raise ValueError(f"checkpoint.dir={run} is a file; choose a folder")
     used = sorted(run.glob("step_*"))
@@ -170,31 +174,29 @@ def load_checkpoint(folder: Path, num_samples: int, config: RunConfig, model: Ad
 
     Adapters come from the float32 masters, as after an optimizer step: the adapter files are in export form.
     """
-    state = read_json_object(folder / STATE / "state.json")
-    _check_same_run(folder, state["config"], config)
-    if state["num_samples"] != num_samples:
-        raise ValueError(
-            f"{folder} was trained on {state['num_samples']:,} samples of {config.data.train}, which now has {num_samples:,}: "
-            "samples would be repeated or skipped. Restore the data, or start a new run in another checkpoint.dir."
-        )
+    state = read_json_object(folder / STATE_JSON)
+    if "imported_from" in state:
+        _check_same_adapters(folder, state["adapted"], model)
+    else:
+        _check_same_run(folder, state, config, num_samples)
     parameters = model.parameters
     values = {
         key: {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters} for key in STATE_KEYS
     }
     for key in STATE_KEYS:
-        read_tensors(folder / STATE / "optimizer.safetensors", model.pieces, values[key], prefix=f"{key}.")
+        read_tensors(folder / OPTIMIZER, model.pieces, values[key], prefix=f"{key}.")
     load_optimizer_state(optimizer, values, state["step"])
     with torch.no_grad():
         for parameter, master in values["param"].items():
             parameter.copy_(master)
-    if state["world_size"] == dist.get_world_size():
-        rng, rank = load_file(folder / STATE / "rng.safetensors"), f"{dist.get_rank()}."
+    if state.get("world_size") == dist.get_world_size():
+        rng, rank = load_file(folder / RNG), f"{dist.get_rank()}."
         host.set_rng_state({name.removeprefix(rank): t for name, t in rng.items() if name.startswith(rank)})
     return state["step"]
 
 
-def _check_same_run(folder: Path, before: dict[str, Any], config: RunConfig) -> None:
-    now = asdict(config)
+def _check_same_run(folder: Path, state: dict[str, Any], config: RunConfig, num_samples: int) -> None:
+    before, now = state["config"], asdict(config)
     for name in SAME_RUN:
         section, key = name.split(".")
         if before[section][key] != now[section][key]:
@@ -202,3 +204,16 @@ def _check_same_run(folder: Path, before: dict[str, Any], config: RunConfig) -> 
                 f"{folder} was trained with {name}={before[section][key]}, this run has {now[section][key]}. Use the same value, "
                 "or start a new run in another checkpoint.dir."
             )
+    if state["num_samples"] != num_samples:
+        raise ValueError(
+            f"{folder} was trained on {state['num_samples']:,} samples of {config.data.train}, which now has {num_samples:,}: "
+            "samples would be repeated or skipped. Restore the data, or start a new run in another checkpoint.dir."
+        )
+
+
+def _check_same_adapters(folder: Path, imported: list[list[Any]], model: AdaptedModel) -> None:
+    if apart := differing(settings(model.adapted), imported):
+        raise ValueError(
+            f"{folder} holds other adapters than this config's lora section describes: {len(apart)} modules differ in presence, "
+            f"rank or scale, such as {apart[0]}. Use the section in {folder / LORA_SECTION}"
+        )

@@ -9,11 +9,12 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from megalora import host
+from megalora.bridge.folder import local_folder
 from megalora.config import RunConfig
 from megalora.config_file import save_config
+from megalora.data.probe_text import probe_tokens
 from megalora.lora.inject import GradientCheck, trainable_summary, write_manifest
 from megalora.lora.spec import plan
-from megalora.model.build import local_folder
 from megalora.model.recompute import apply_recompute
 from megalora.train.batches import Batches, load_data
 from megalora.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -21,6 +22,8 @@ from megalora.train.drift import DriftCheck
 from megalora.train.metrics import Metrics
 from megalora.train.optim import build_optimizer, learning_rate, set_learning_rate, wrap_chunks
 from megalora.train.parity import compare_losses
+from megalora.train.probe import Probe
+from megalora.train.push import serving
 from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
 from megalora.train.signals import terminated
 from megalora.train.step import Stepper
@@ -43,12 +46,12 @@ def train(config: RunConfig) -> Path | None:
             model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
         )  # fmt: skip
         apply_recompute(model.chunks, config.train.recompute)
-        return _fit(config, model, Batches(config, tokenizer, groups, *splits), resume_from)
+        probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel)
+        return _fit(config, model, Batches(config, tokenizer, groups, *splits), probe, resume_from)
 
 
-def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, saved: Path | None) -> Path | None:
-    options, run, first = config.train, Path(config.checkpoint.dir), dist.get_rank() == 0
-    num_steps, num_samples = batches.num_steps, len(batches.train.samples)
+def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, probe: Probe, saved: Path | None) -> Path | None:
+    options, num_steps, num_samples = config.train, batches.num_steps, len(batches.train.samples)
     chunks = wrap_chunks(model.chunks)
     optimizer = build_optimizer(options, getattr(torch, config.model.dtype), chunks)
     stepper = Stepper(chunks, model.groups, GradientCheck(model.adapted, model.pieces))
@@ -57,13 +60,12 @@ def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, saved: Path |
     check_agreement("number of finished steps", step)
     check_agreement("number of training samples", num_samples)
     saved_step = evaluated_step = step if saved else -1
-    with Metrics(run, config.log, num_steps, step, active=first) as metrics, terminated() as stop:
-        if first:
-            save_config(config, run / "config.yaml")
-            write_manifest(run / "manifest.json", model.adapted)
-        metrics.say(_opening(config, model, batches, saved))
-        if options.check_parity and step < num_steps:
-            metrics.say(_check_parity(config, model, stepper, batches, step, saved))
+    with (
+        Metrics(Path(config.checkpoint.dir), config.log, num_steps, step, active=dist.get_rank() == 0) as metrics,
+        serving(config.checkpoint, model, metrics.say, saved) as serve,
+        terminated() as stop,
+    ):
+        _open(config, model, stepper, batches, metrics, step, saved)
         while True:
             stopped = stop()
             done = stopped or step >= num_steps
@@ -71,7 +73,9 @@ def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, saved: Path |
             if (every := options.check_replicas_every) and (saving or step <= start + 1 or _due(step, every)):
                 drift.run(step, saved)
             if saving:
-                saved, saved_step = save_checkpoint(step, num_samples, config, model, optimizer), step
+                probed = probe.run(stepper)
+                saved, saved_step = save_checkpoint(step, num_samples, config, model, optimizer, probed), step
+                serve(saved)
                 metrics.restart_clock()
             due = step in (0, num_steps) or _due(step, options.eval_every)
             if batches.eval and due and step != evaluated_step and not stopped:
@@ -85,6 +89,25 @@ def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, saved: Path |
             metrics.train_step(step, **values, num_tokens=batches.num_tokens(step - 1))
     metrics.say(_closing(step, num_steps, saved))
     return saved
+
+
+def _open(
+    config: RunConfig,
+    model: AdaptedModel,
+    stepper: Stepper,
+    batches: Batches,
+    metrics: Metrics,
+    step: int,
+    saved: Path | None,
+) -> None:
+    """Write down what runs, say it, and compare the first loss where that was asked for."""
+    if dist.get_rank() == 0:
+        run = Path(config.checkpoint.dir)
+        save_config(config, run / "config.yaml")
+        write_manifest(run / "manifest.json", model.adapted)
+    metrics.say(_opening(config, model, batches, saved))
+    if config.train.check_parity and step < batches.num_steps:
+        metrics.say(_check_parity(config, model, stepper, batches, step, saved))
 
 
 def _train_step(

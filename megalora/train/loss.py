@@ -13,3 +13,9 @@ def loss_sum(token_losses_BS: Tensor, loss_mask_BS: Tensor) -> tuple[Tensor, Ten
     total = (token_losses_BS.float() * loss_mask_BS).sum()
     count = loss_mask_BS.sum().to(torch.int)
     return total, count, {"sum_and_count": torch.stack([total.detach().double(), count.double()])}
+
+
+def token_losses(token_losses_BS: Tensor, loss_mask_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The same form, reporting the loss of every token."""
+    total, count, _ = loss_sum(token_losses_BS, loss_mask_BS)
+    return total, count, {"token_losses": token_losses_BS.float()}

@@ -10,12 +10,10 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor, nn
 
 from megalora.bridge.base import quiet
+from megalora.bridge.files import STATE_KEYS
 from megalora.comm import sum_bucket
 from megalora.config import TrainConfig
 from megalora.parallel import Groups, megatron_groups
-
-STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
-"""Float32 master, first and second moment of every adapter parameter."""
 
 
 def wrap_chunks(chunks: list[Any]) -> list[DistributedDataParallel]:

@@ -1,14 +1,14 @@
 """From a config to a base model with adapters on this rank: what training, resuming and verifying share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from megalora.bridge.peft import read_tensors
+from megalora.bridge.peft import take_parts
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.lora.factors import Piece
 from megalora.lora.inject import check_coverage, inject
@@ -54,7 +54,8 @@ def build_adapted(
     return AdaptedModel(chunks, adapted, pieces, shape, groups)
 
 
-def load_adapter(model: AdaptedModel, weights: Path) -> None:
-    """Fill the adapters from a PEFT safetensors file."""
+def load_adapter(model: AdaptedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Fill the adapters from whole tensors by name; raises ``ValueError`` when one is missing or does not fit."""
     with torch.no_grad():
-        read_tensors(weights, model.pieces, {p: p.data for p in model.parameters})
+        values = {p: p.data for p in model.parameters}
+        take_parts(tensors.keys(), tensors.__getitem__, model.pieces, values, where="the adapter")

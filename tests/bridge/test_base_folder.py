@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megalora.bridge.base import check_base_folder
+from megalora.bridge.folder import check_base_folder
 from megalora.tiny import make_tiny
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from peft.utils import transformers_weight_conversion
 
-from megalora.bridge.peft import WEIGHTS, write_adapter
+from megalora.bridge.files import WEIGHTS
+from megalora.bridge.form import write_adapter
 from megalora.config import ParallelConfig
 from megalora.lora.spec import plan
 from tests.distributed.ranks import run_ranks

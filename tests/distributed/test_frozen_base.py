@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
+from megalora.bridge.files import STATE_KEYS
 from megalora.config import LoRAConfig, RunConfig
 from megalora.data.loader import Batch
 from megalora.lora.spec import plan, resolve
 from megalora.model.shape import model_shape, read_hf_config
 from megalora.train.loop import train
-from megalora.train.optim import STATE_KEYS, build_optimizer, wrap_chunks
+from megalora.train.optim import build_optimizer, wrap_chunks
 from megalora.train.setup import build_adapted, parallel_groups
 from megalora.train.step import Stepper
 from tests.distributed.ranks import run_ranks

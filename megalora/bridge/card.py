@@ -1,0 +1,133 @@
+"""README.md of an exported adapter: what it is, what it was trained on, and how to load it where."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megalora.bridge.engines import ENGINES
+from megalora.lora.spec import Adapted
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything the card says that is not in the adapter's own files."""
+
+    base: str
+    folder_name: str
+    layout: str
+    engine: str | None
+    adapted: list[Adapted]
+    """As trained."""
+    zeros: list[str]
+    """HF names, with {layer} and {expert}, of what the file holds as zeros because engines expect it."""
+    absent: list[str]
+    """HF names of single experts' linears, likewise."""
+    dropped: list[str]
+    """Projections that were trained and left out."""
+    run: dict[str, Any] | None
+    """``training_state/state.json`` of the checkpoint; None for an adapter made elsewhere."""
+
+
+def card(facts: Facts) -> str:
+    parts = [_front_matter(facts), _what(facts), _table(facts), _notes(facts), _loading(facts)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(facts: Facts) -> str:
+    return (
+        f"---\nbase_model: {facts.base}\nlibrary_name: peft\npipeline_tag: text-generation\ntags: [lora, megalora]\n---"
+    )
+
+
+def _what(facts: Facts) -> str:
+    lines = [f"# {facts.folder_name}", "", f"A LoRA adapter for `{facts.base}`, trained with megalora."]
+    if facts.run and facts.run.get("config"):
+        config, step = facts.run["config"], facts.run["step"]
+        train = config["train"]
+        lines += [
+            "",
+            f"- Training data: `{config['data']['train']}`, {facts.run['num_samples']:,} samples",
+            f"- Steps: {step:,} of {train['global_batch_size']} samples, learning rate {train['lr']:g} ({train['schedule']})",
+            f"- Base weights and adapter in {config['model']['dtype']}",
+        ]
+    return "\n".join(lines)
+
+
+def _table(facts: Facts) -> str:
+    rows = ["| projection | rank | scale | layers | experts |", "|---|--:|--:|---|--:|"]
+    groups: dict[tuple[str, int, float, int], list[int | None]] = {}
+    for a in facts.adapted:
+        groups.setdefault((a.projection.hf, a.rank, a.scale, a.num_experts), []).append(a.layer)
+    for (hf, rank, scale, experts), layers in groups.items():
+        name = hf.replace("model.layers.{layer}.", "").replace(".{expert}", "")
+        rows.append(
+            f"| `{name}` | {rank} | {scale:.6g} | {ranges([n for n in layers if n is not None])} | {experts or ''} |"
+        )
+    return "\n".join(rows)
+
+
+def ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` -> ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def _notes(facts: Facts) -> str:
+    lines = []
+    if facts.zeros:
+        names = ", ".join(f"`{z.replace('model.layers.{layer}.', '').replace('.{expert}', '')}`" for z in facts.zeros)
+        lines.append(f"- {names}: not trained; zeros in this file, because engines want it beside what was.")
+    if facts.absent:
+        lines.append(
+            f"- {len(facts.absent)} linears of single experts, such as `{facts.absent[0]}`: no adapter; zeros in this file."
+        )
+    if facts.dropped:
+        lines.append(f"- Trained and left out of this file: {', '.join(f'`{d}`' for d in facts.dropped)}.")
+    honoured = {a.name for a in facts.adapted}
+    for engine in ENGINES.values():
+        lines += [f"- {engine.title} {does} (`{p}`)." for p, does in engine.not_honoured.items() if p in honoured]
+    return "\n".join(lines)
+
+
+def _loading(facts: Facts) -> str:
+    rank = max(a.rank for a in facts.adapted)
+    sections = []
+    if facts.layout in ("per_expert", "stacked"):
+        sections.append(
+            "## transformers and PEFT\n\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{facts.base}")\n'
+            f'model = PeftModel.from_pretrained(base, "{facts.folder_name}")\n```'
+        )
+    if facts.layout == "per_expert":
+        sections.append(
+            "## vLLM\n\n```bash\n"
+            f"vllm serve {facts.base} --enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules {facts.folder_name}=./{facts.folder_name}\n"
+            f"megalora serve {facts.folder_name} --base {facts.base}    # the same, and proves that the adapter acts\n```"
+        )
+    if facts.engine == "sglang":
+        targets = " ".join(sorted({a.name for a in facts.adapted}))
+        flag = " --experts-shared-outer-loras" if facts.layout == "shared_outer" else ""
+        sections.append(
+            "## SGLang\n\n```bash\n"
+            f"python -m sglang.launch_server --model-path {facts.base} --enable-lora --max-lora-rank {rank}{flag} \\\n"
+            f"    --lora-target-modules {targets} --lora-paths {facts.folder_name}=./{facts.folder_name}\n```"
+        )
+    return "\n\n".join(sections)
+
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values vLLM 0.32 takes for ``max_lora_rank``."""
+
+
+def vllm_rank(rank: int) -> int:
+    """The smallest ``max_lora_rank`` that holds the rank; raises ``ValueError`` above vLLM's largest."""
+    for allowed in VLLM_RANKS:
+        if rank <= allowed:
+            return allowed
+    raise ValueError(
+        f"rank {rank} is above {VLLM_RANKS[-1]}, the largest that vLLM takes; merge the adapter instead: megalora merge"
+    )

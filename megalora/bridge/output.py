@@ -1,0 +1,65 @@
+"""A new folder that is there whole or not at all, whatever happens while it is written."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_new(out: Path, source: Path) -> None:
+    """Raise ``ValueError`` unless ``whole_or_gone`` can make the folder ``out``, which is not what it is made from."""
+    if out == source.resolve():
+        raise ValueError(f"{out} is the base model itself; choose another folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; choose another")
+    if out.is_mount():
+        raise ValueError(f"{out} is a mount point, which cannot be replaced by a finished folder; choose one in it")
+    if _unfinished(out).exists():
+        raise ValueError(
+            f"{_unfinished(out)} exists: {out} is being written now, or was when a process was killed. Remove it"
+        )
+
+
+def check_space(out: Path, num_bytes: int) -> None:
+    """Raise ``ValueError`` unless so much is free on the disk of ``out``, whose folders need not exist."""
+    disk = next(parent for parent in out.parents if parent.exists())
+    free = shutil.disk_usage(disk).free
+    if free < num_bytes:
+        raise ValueError(
+            f"{out} needs {num_bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there; free some or choose another disk"
+        )
+
+
+@contextmanager
+def whole_or_gone(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` to fill; forced to disk and renamed to ``out`` at the end, removed after any failure."""
+    temporary = _unfinished(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise ValueError(f"could not make {temporary} ({error})") from None
+    try:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        temporary.rename(out)
+        _sync(out.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ValueError(f"could not write {out}, of which nothing is left ({error})") from None
+        raise
+
+
+def _unfinished(out: Path) -> Path:
+    return out.with_name(f".{out.name}.tmp")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,67 @@
+"""A PEFT adapter made elsewhere as a checkpoint: training resumes from it, under any layout."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalora.bridge.adapter import read_adapter
+from megalora.bridge.files import LORA_SECTION, OPTIMIZER, STATE, STATE_JSON, STATE_KEYS
+from megalora.bridge.folder import local_folder
+from megalora.bridge.form import write_adapter
+from megalora.bridge.output import check_new, whole_or_gone
+from megalora.bridge.stacked import ColumnOrder
+from megalora.bridge.trained import trained_form
+from megalora.lora.section import lora_section, settings
+from megalora.model.shape import model_shape, read_hf_config
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was written, and what a config must say to train on from it."""
+
+    out: Path
+    section: dict[str, Any]
+    num_tensors: int
+    notes: list[str]
+
+    def text(self) -> str:
+        lora = OmegaConf.to_yaml(OmegaConf.create({"lora": self.section})).rstrip()
+        lines = [f"wrote {self.out}: {self.num_tensors} tensors", *self.notes[:10]]
+        lines += [f"... and {len(self.notes) - 10} more notes"] if len(self.notes) > 10 else []
+        return "\n".join([*lines, f"to train on, give checkpoint.resume={self.out} and in the config", lora])
+
+
+def import_adapter(source: Path, out: Path, base: str, order: ColumnOrder | None = None) -> Imported:
+    """Write the adapter folder ``source`` as a checkpoint of zero steps to ``out``, which must be new or empty.
+
+    Adam's moments are zero, as at the start of a training. ``order``: how columns of stacked B's run, where the file does not say.
+    Raises ``ValueError`` for what cannot be read without guessing, and for an adapter of another base.
+    """
+    out = out.resolve()
+    check_new(out, source)
+    shape = model_shape(read_hf_config(local_folder(base, "--base", weights=False)))
+    form = trained_form(read_adapter(source, shape, order), fill=True)
+    adapted, tensors = form.adapter.adapted, form.adapter.tensors
+    section = lora_section(adapted, shape)
+    with whole_or_gone(out) as temporary:
+        write_adapter(temporary, adapted, shape, tensors, base)
+        (temporary / STATE).mkdir()
+        save_file(_fresh_state(tensors), temporary / OPTIMIZER)
+        state = {"step": 0, "imported_from": str(source), "adapted": settings(adapted)}
+        (temporary / STATE_JSON).write_text(json.dumps(state, indent=1) + "\n")
+        (temporary / LORA_SECTION).write_text(OmegaConf.to_yaml(OmegaConf.create({"lora": section})))
+    return Imported(out, section, len(tensors), form.notes)
+
+
+def _fresh_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    masters = {name: t.to(torch.float32) for name, t in tensors.items()}
+    keys = STATE_KEYS[1:]
+    return {f"{STATE_KEYS[0]}.{n}": t for n, t in masters.items()} | {
+        f"{key}.{n}": torch.zeros_like(t) for key in keys for n, t in masters.items()
+    }
