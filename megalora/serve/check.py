@@ -1,0 +1,222 @@
+"""Would vLLM serve this adapter as it was trained? Everything it would refuse, or take and ignore, before it is asked.
+
+Measured on vLLM 0.32: NaN, a rank other than the config's, zero tensors' siblings, modules it does not wrap and matrices smaller
+than the base's are all taken without a word; incomplete experts fail with a bare assertion.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalora.bridge.files import CONFIG, WEIGHTS
+from megalora.lora.spec import ALIASES, HEAD, MOE, layer_projections
+from megalora.model.shape import ModelShape, model_shape, read_hf_config
+from megalora.serve.adapter_files import AdapterFiles, first_not_finite, read_adapter_files
+from megalora.serve.errors import (
+    AdapterForOtherBase,
+    AdapterInvalid,
+    AdapterRankTooLarge,
+    AdapterTargetsUnserved,
+)
+
+_TENSOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
+)
+_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
+_FUSED = {name: fused for fused in ("qkv_proj", "gate_up_proj") for name in ALIASES[fused]}
+_EXPERT_LEAVES = {projection.name for projection in MOE if projection.is_expert}
+_DTYPES = ("F16", "BF16", "F32", "F64")
+_UNSUPPORTED = ("use_dora", "modules_to_save", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora",
+                "use_qalora")  # fmt: skip
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Of PEFT's named initialisations those that leave the base as it is, so that the saved adapter is a plain LoRA."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server was started with; None where that is not known, which leaves the check to the server."""
+
+    max_rank: int | None = None
+    target_modules: tuple[str, ...] | None = None
+    """vLLM's names (qkv_proj, o_proj, experts, ...) or parts of them (q_proj)."""
+    base: Path | None = None
+    """The base model's folder, if it can be read from here."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an adapter asks of a server."""
+
+    rank: int
+    """The largest."""
+    target_modules: frozenset[str]
+    """vLLM's names."""
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A [r, in] and B [out, r] of one HF linear, or of an embedding."""
+
+    rank: int
+    out_features: int
+    in_features: int
+
+
+def check_adapter(folder: Path, limits: Limits | None = None) -> Needs:
+    """Read every byte once; say what the adapter needs.
+
+    Raises:
+        AdapterNotFound: it is no adapter folder.
+        AdapterInvalid, or a subclass that says more: what is wrong, with names and numbers.
+    """
+    files, limits = read_adapter_files(folder), limits or Limits()
+    _check_config(files)
+    modules = _modules(files)
+    _check_ranks(files, modules)
+    needs = Needs(max(m.rank for m in modules.values()), frozenset(vllm_module(name) for name in modules))
+    _check_limits(files, needs, modules, limits)
+    shape = _shape(limits.base)
+    if shape is not None:
+        _check_base(files, modules, shape)
+    _check_experts(files, modules, shape)
+    bad = first_not_finite(folder / WEIGHTS)
+    if bad is not None:
+        raise AdapterInvalid(f"{folder / WEIGHTS}: {bad} holds NaN or an infinite number; serve an earlier checkpoint")
+    return needs
+
+
+def vllm_module(hf_module: str) -> str:
+    """The module of vLLM that holds this HF linear, as ``--lora-target-modules`` names it."""
+    leaf = hf_module.rsplit(".", 1)[-1]
+    return "experts" if ".experts." in hf_module else _FUSED.get(leaf, leaf)
+
+
+def _check_config(files: AdapterFiles) -> None:
+    path, config = files.folder / CONFIG, files.config
+    for key in ("r", "lora_alpha", "target_modules"):
+        if key not in config:
+            raise AdapterInvalid(f"{path}: {key} is missing; vLLM reads it")
+    if type(config["r"]) is not int or config["r"] < 1:
+        raise AdapterInvalid(f"{path}: r must be a positive whole number, got {config['r']!r}")
+    found = [f"{key}={config[key]!r}" for key in _UNSUPPORTED if config.get(key)]
+    found += [f"bias={config['bias']!r}"] if config.get("bias", "none") != "none" else []
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+        found.append(f"init_lora_weights={init!r}")
+    if found:
+        raise AdapterInvalid(f"{path}: vLLM does not serve {', '.join(found)}; train without, or merge into the base")
+
+
+def _modules(files: AdapterFiles) -> dict[str, _Module]:
+    """Adapted modules by HF name; every A has its B and their ranks agree."""
+    path = files.folder / WEIGHTS
+    if not files.tensors:
+        raise AdapterInvalid(f"{path} has no tensors: it would serve the base model")
+    shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, tensor in files.tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise AdapterInvalid(f"{path}: {name} is no LoRA factor; names end in .lora_A.weight or .lora_B.weight")
+        if match["module"].endswith((".experts", ".experts.base_layer")):
+            raise AdapterInvalid(f"{path}: {name} stacks all experts; vLLM takes one A and B per expert for this model")
+        if tensor.dtype not in _DTYPES or len(tensor.shape) != 2:
+            raise AdapterInvalid(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; must be a matrix of floats")
+        shapes[match["module"]][match["factor"] or match["embedding"]] = tensor.shape
+    modules = {}
+    for name, factors in shapes.items():
+        a, b = factors.get("A"), factors.get("B")
+        if a is None or b is None:
+            raise AdapterInvalid(f"{path}: {name} has {'B' if a is None else 'A'} only; a factor is missing")
+        if a[0] != b[1]:
+            raise AdapterInvalid(f"{path}: {name} has A {list(a)} and B {list(b)}; A's rows must be B's columns")
+        modules[name] = _Module(a[0], b[0], a[1])
+    return modules
+
+
+def _check_ranks(files: AdapterFiles, modules: dict[str, _Module]) -> None:
+    """vLLM takes the scale's rank from the config, whatever the tensors say."""
+    pattern: dict[str, Any] = files.config.get("rank_pattern") or {}
+    for name, module in modules.items():
+        expected = next((r for key, r in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), files.config["r"])
+        if module.rank != expected:
+            raise AdapterInvalid(
+                f"{files.folder}: {name} has rank {module.rank}, but {CONFIG} says {expected}; its scale would be wrong"
+            )
+
+
+def _check_limits(files: AdapterFiles, needs: Needs, modules: dict[str, _Module], limits: Limits) -> None:
+    if limits.max_rank is not None and needs.rank > limits.max_rank:
+        raise AdapterRankTooLarge(
+            f"{files.folder} has rank {needs.rank}, and the server takes up to {limits.max_rank}; start it with a larger "
+            "--max-lora-rank"
+        )
+    if limits.target_modules is None:
+        return
+    served = set(limits.target_modules)
+    for name in modules:
+        if not served & {vllm_module(name), name.rsplit(".", 1)[-1]}:
+            raise AdapterTargetsUnserved(
+                f"{files.folder}: {name} needs {vllm_module(name)!r}, and the server adapts {', '.join(sorted(served))} only; "
+                "it would be ignored. Start the server with it"
+            )
+
+
+def _shape(base: Path | None) -> ModelShape | None:
+    """None where the base is out of reach, or of a family megalora has no table for."""
+    if base is None or not (base / "config.json").is_file():
+        return None
+    try:
+        return model_shape(read_hf_config(base))
+    except ValueError:
+        return None
+
+
+def base_modules(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """HF name -> (out, in) of everything vLLM can adapt in this model."""
+    sizes = {"lm_head": HEAD[0].features(shape), "model.embed_tokens": (shape.hidden, shape.vocab)}
+    for layer in range(shape.num_layers):
+        for p in layer_projections(shape, layer):
+            experts = range(shape.num_experts) if p.is_expert else [None]
+            sizes |= {p.hf.format(layer=layer, expert=e): p.features(shape) for e in experts}
+        if shape.shared_intermediate and shape.is_moe(layer):
+            sizes[f"model.layers.{layer}.mlp.shared_expert_gate"] = (1, shape.hidden)
+    return sizes
+
+
+def _check_base(files: AdapterFiles, modules: dict[str, _Module], shape: ModelShape) -> None:
+    sizes = base_modules(shape)
+    for name, module in modules.items():
+        if name not in sizes:
+            raise AdapterForOtherBase(
+                f"{files.folder}: the base model ({shape.model_type}, {shape.num_layers} layers, {shape.num_experts} "
+                f"experts) has no {name}; was the adapter trained on {files.config.get('base_model_name_or_path')}?"
+            )
+        if (module.out_features, module.in_features) != sizes[name]:
+            raise AdapterForOtherBase(
+                f"{files.folder}: {name} is {module.out_features} x {module.in_features}, and the base model's is "
+                f"{sizes[name][0]} x {sizes[name][1]}; was it trained on {files.config.get('base_model_name_or_path')}?"
+            )
+
+
+def _check_experts(files: AdapterFiles, modules: dict[str, _Module], shape: ModelShape | None) -> None:
+    """All experts of a block, all three projections, one rank per projection."""
+    blocks: dict[str, dict[int, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
+    for name, module in modules.items():
+        match = _EXPERT.fullmatch(name)
+        if match:
+            blocks[match["block"]][int(match["expert"])][match["leaf"]] = module.rank
+    for block, experts in blocks.items():
+        expected = range(shape.num_experts if shape else max(experts) + 1)
+        for expert in expected:
+            missing = _EXPERT_LEAVES - experts.get(expert, {}).keys()
+            if missing:
+                raise AdapterInvalid(
+                    f"{files.folder}: {block}.{expert} lacks {', '.join(sorted(missing))}; vLLM wants all three projections "
+                    "of every expert (zeros do). megalora export writes them"
+                )
+        for leaf in sorted(_EXPERT_LEAVES):
+            ranks = {experts[expert][leaf] for expert in expected}
+            if len(ranks) > 1:
+                raise AdapterInvalid(f"{files.folder}: {block}.*.{leaf} has ranks {sorted(ranks)}; must be one")

@@ -1,0 +1,111 @@
+"""What can go wrong between a client and vLLM, as types: programs decide by class, people read one line.
+
+All are ``ValueError``: an adapter, an address or an option is wrong, and the message says which.
+"""
+
+import json
+import re
+
+
+class ServeError(ValueError):
+    """Anything below."""
+
+
+class ServerUnreachable(ServeError):
+    """Nobody answers at this address, or not in time."""
+
+
+class ServerError(ServeError):
+    """The server does not start, has died, or answers what no client can make sense of."""
+
+
+class RuntimeUpdatesOff(ServeError):
+    """The server was started without adapters, or without the permission to change them."""
+
+
+class RequestRefused(ServeError):
+    """The server refuses a request because of its contents, such as a prompt that is too long."""
+
+
+class AdapterError(ServeError):
+    """About one adapter."""
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter of this name is served, or there is none in this folder."""
+
+
+class AdapterNameTaken(AdapterError):
+    """This model id is in use."""
+
+
+class AdapterInvalid(AdapterError):
+    """The files are broken, or ask for what vLLM does not compute."""
+
+
+class AdapterRankTooLarge(AdapterInvalid):
+    """The server was started with a smaller ``--max-lora-rank``."""
+
+
+class AdapterTargetsUnserved(AdapterInvalid):
+    """Some tensors belong to modules outside the server's ``--lora-target-modules``: vLLM would ignore them."""
+
+
+class AdapterForOtherBase(AdapterInvalid):
+    """Names or shapes do not fit the base model. Where shapes are smaller, vLLM would copy them into a corner."""
+
+
+_TURN_ON = "start the server with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora, as megalora serve does"
+_SEEN_BY_SERVER = "the server must see the folder under this very path"
+_REFUSALS: tuple[tuple[str, type[ServeError], str], ...] = (
+    ("has already been loaded", AdapterNameTaken, "swap it, or unload it first"),
+    ("conflicts with a served base model", AdapterNameTaken, "choose another name"),
+    ("No adapter found for", AdapterNotFound, _SEEN_BY_SERVER),
+    ("cannot be found", AdapterNotFound, ""),
+    ("does not exist", AdapterNotFound, ""),
+    ("is greater than max_lora_rank", AdapterRankTooLarge, "start the server with a larger --max-lora-rank"),
+    ("LoRA is not enabled", RuntimeUpdatesOff, _TURN_ON),
+    ("nothing on this server uses", AdapterTargetsUnserved, "start the server with these modules, or for that base"),
+    ("doesn't contain tensors", AdapterInvalid, ""),
+    ("EngineCore encountered an issue", ServerError, "see the server's log"),
+)
+"""(in vLLM 0.32's message, type, what to do), from vllm/entrypoints/openai/models/serving.py and vllm/lora."""
+
+_WRAPPING = re.compile(
+    r"^Call to \w+ method failed: (?:Worker failed with error '(.*)', please check the stack trace.*|(.*))$", re.DOTALL
+)
+"""What engine and executor put around a worker's own words."""
+
+
+def refusal(doing: str, status: int, body: str, *, loading: bool = False) -> ServeError:
+    """The typed error for an HTTP answer other than 200.
+
+    Args:
+        doing: what was asked for, as the message begins, such as ``"loading math@1f3a"``.
+        body: vLLM's ``{"error": {"message", "type", "code"}}``, or whatever a proxy made of it.
+        loading: a 500 is then about the adapter: vLLM's worker raised while it read the files.
+    """
+    message, kind = _parse(body)
+    if status == 404 and kind == "Not Found":  # the router's own; vLLM's handlers say NotFoundError
+        return RuntimeUpdatesOff(f"{doing}: the server has no such route; {_TURN_ON}")
+    for part, error, fix in _REFUSALS:
+        if part in message:
+            return error(f"{doing}: {message.removesuffix('.')}{f'; {fix}' if fix else ''}")
+    if status < 500:
+        return RequestRefused(f"{doing}: HTTP {status}: {message}")
+    if loading and status == 500:
+        return AdapterInvalid(f"{doing}: vLLM cannot read it: {message or 'no reason given; see the server log'}")
+    return ServerError(f"{doing}: HTTP {status}: {message or 'no reason given'}; see the server's log")
+
+
+def _parse(body: str) -> tuple[str, str]:
+    """(message, type); a route that is not there answers ``{"detail": "Not Found"}``."""
+    try:
+        answer = json.loads(body)
+        if "detail" in answer:
+            return str(answer["detail"]), str(answer["detail"])
+        message = str(answer["error"]["message"]).strip()
+        wrapped = _WRAPPING.match(message)
+        return (wrapped[1] or wrapped[2] or "").strip() if wrapped else message, str(answer["error"]["type"])
+    except (ValueError, KeyError, TypeError):
+        return " ".join(body.split())[:200], ""

@@ -1,0 +1,114 @@
+"""Does a served adapter act, and as it was trained? Its log-probabilities of ``probe.json``, with the base's and the training side's.
+
+    effect    largest |served - base|: 0 for an adapter that a server takes and ignores
+    error     largest |served - trained|
+    relative  |served - trained| / |trained - base|, Euclidean, over the text: 0 for the adapter that was trained, 1 for one that is
+              ignored, 0.4 for one that is scaled by sqrt(2) too much
+
+In float32 the error must be within ``atol``. In bfloat16 rounding alone moves a log-probability by some 1e-2, so that only the
+relative error tells; it must be within a quarter. Where the adapter hardly moves the text, as in the first steps of a training,
+bfloat16 cannot tell it from rounding, and the proof fails.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalora.bridge.files import PROBE
+from megalora.serve.vllm import Client
+
+RELATIVE = 0.25
+"""Of bfloat16."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a server said of the probe text; ``trained`` is None where the folder has no ``probe.json``."""
+
+    model: str
+    base: list[float]
+    served: list[float]
+    trained: list[float] | None
+    dtype: str
+    """Of the training side."""
+    atol: float
+
+    @property
+    def effect(self) -> float:
+        return largest_difference(self.served, self.base)
+
+    @property
+    def error(self) -> float:
+        return largest_difference(self.served, self.trained or [])
+
+    @property
+    def relative(self) -> float:
+        assert self.trained is not None
+        return math.dist(self.served, self.trained) / max(math.dist(self.trained, self.base), 1e-30)
+
+    @property
+    def ok(self) -> bool:
+        if self.trained is None:
+            return self.effect > self.atol
+        equal = self.error <= self.atol if self.dtype == "float32" else self.relative <= RELATIVE
+        return self.effect > 0 and equal
+
+    def text(self) -> str:
+        acts = f"{self.model}: moves log-probabilities of the probe text by up to {self.effect:.3g}"
+        if self.trained is None:
+            if not self.ok:
+                return f"{acts}: it does NOT act"
+            return f"{acts}; no {PROBE} in its folder, so nothing of the training side to compare with (megalora verify --engine vllm)"
+        allowed = (
+            f"{self.atol:.0e}"
+            if self.dtype == "float32"
+            else f"{RELATIVE} of its effect, which it misses by {self.relative:.2g}"
+        )
+        compared = f"{acts}; differs from the training side by up to {self.error:.2e} (allowed {allowed})"
+        return compared if self.ok else f"{compared}: NOT what was trained"
+
+
+def largest_difference(a: list[float], b: list[float]) -> float:
+    """Infinite where one of them is no number."""
+    differences = (abs(x - y) for x, y in zip(a, b, strict=True))
+    return max((d if d == d else math.inf for d in differences), default=0.0)
+
+
+def prove(client: Client, name: str, folder: Path, *, atol: float = 1e-4, fallback: list[int] | None = None) -> Proof:
+    """Ask the server for NAME and for its base.
+
+    Args:
+        folder: the adapter's, for its ``probe.json``.
+        fallback: tokens to ask for where there is none.
+    Raises: ``ValueError`` for a ``probe.json`` that is none; ``ServeError`` when the server does not answer.
+    """
+    probe = read_probe(folder)
+    tokens = probe["tokens"] if probe else fallback
+    if not tokens:
+        raise ValueError(f"{folder} has no {PROBE}, and no other text was given to compare")
+    answer = client.probe(name, tokens)
+    return Proof(
+        answer.model,
+        answer.base,
+        answer.adapter,
+        probe["logprobs"] if probe else None,
+        probe["dtype"] if probe else "",
+        atol,
+    )
+
+
+def read_probe(folder: Path) -> dict[str, Any] | None:
+    """``probe.json``, or None where there is none."""
+    path = folder / PROBE
+    if not path.is_file():
+        return None
+    try:
+        probe = json.loads(path.read_text())
+        tokens, logprobs = probe["tokens"], probe["logprobs"]
+        if len(tokens) == len(logprobs) + 1 and isinstance(probe["dtype"], str):
+            return probe
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no probe ({type(error).__name__}: {error}); export the adapter again") from None
+    raise ValueError(f"{path} has {len(tokens)} tokens and {len(logprobs)} log-probabilities; it must have one less")

@@ -1,0 +1,111 @@
+"""Does vLLM compute the same model as megalora? Log-probabilities of prompts and of what both say next, greedily."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalora import host
+from megalora.bridge.folder import local_folder
+from megalora.bridge.verify import own_model, probe_batch, whole_adapter
+from megalora.model.shape import model_shape, read_hf_config
+from megalora.serve.proof import largest_difference
+from megalora.serve.server import Server
+from megalora.serve.vllm import Client
+
+PROMPT, NEW = 16, 16
+"""Tokens of a prompt that is continued, and tokens to continue it with."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What megalora's model says of one row of tokens."""
+
+    prompt: list[float]
+    """Log-probability of each token but the first."""
+    tokens: list[int]
+    logprobs: list[float]
+    margins: list[float]
+    """How far the chosen token leads the next best."""
+
+
+@dataclass(frozen=True)
+class VllmReport:
+    """Largest differences over the probe batch, in log-probabilities; ``ok`` if vLLM agrees and the adapter acts."""
+
+    adapter: Path
+    atol: float
+    prompt: float
+    greedy: float
+    effect: float
+    parted: str | None
+    """Where greedy tokens part although it is no tie; None if they do not."""
+
+    @property
+    def ok(self) -> bool:
+        return self.prompt <= self.atol and self.greedy <= self.atol < self.effect and self.parted is None
+
+    def text(self) -> str:
+        lines = [
+            f"{self.adapter}: largest difference of a log-probability, vLLM against megalora: prompts {self.prompt:.2e}, greedy "
+            f"tokens {self.greedy:.2e} (allowed {self.atol:.0e}); the adapter moves them by up to {self.effect:.3g}"
+        ]
+        if self.parted:
+            lines.append(f"greedy tokens part: {self.parted}")
+        if self.effect <= self.atol:
+            lines.append("vLLM serves the base model: the adapter does nothing there")
+        lines.append("verified: vLLM computes the same model" if self.ok else "NOT the same model")
+        return "\n".join(lines)
+
+
+def verify_vllm(adapter: Path, base: str, *, atol: float) -> VllmReport:
+    """Run the same tokens through both, in float32; raises ``ValueError`` for a folder that cannot load or a missing vLLM."""
+    folder = local_folder(base, "--base")
+    shape = model_shape(read_hf_config(folder))
+    server = Server(folder, {"adapter": adapter}, dtype="float32")  # refuses what it can before a model is loaded
+    tokens = probe_batch(shape.vocab)
+    with own_model(folder, shape, whole_adapter(adapter, shape)) as model:
+        own = [_own(model, row) for row in tokens]
+    with server, server.client() as client:
+        return _compare(adapter, atol, client, tokens, own)
+
+
+@torch.no_grad()
+def _own(model: Any, row: Tensor) -> Own:
+    whole = _logprobs(model, row)
+    prompt = whole[:-1].gather(1, row[1:, None])[:, 0]
+    text, tokens, logprobs, margins = row[:PROMPT], [], [], []
+    for _ in range(NEW):
+        best = _logprobs(model, text)[-1].topk(2)
+        tokens.append(int(best.indices[0]))
+        logprobs.append(best.values[0].item())
+        margins.append((best.values[0] - best.values[1]).item())
+        text = torch.cat([text, best.indices[:1]])
+    return Own(prompt.tolist(), tokens, logprobs, margins)
+
+
+def _logprobs(model: Any, row: Tensor) -> Tensor:
+    """``[S, V]`` on the CPU."""
+    ids = row[None].to(host.device())
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    return model(ids, positions, None)[0].float().log_softmax(-1).cpu()
+
+
+def _compare(adapter: Path, atol: float, client: Client, tokens: Tensor, own: list[Own]) -> VllmReport:
+    prompt, greedy, effect, parted = 0.0, 0.0, 0.0, None
+    for number, (row, ours) in enumerate(zip(tokens.tolist(), own, strict=True)):
+        probe = client.probe("adapter", row)
+        prompt = max(prompt, largest_difference(probe.adapter, ours.prompt))
+        effect = max(effect, probe.largest_change)
+        said = client.complete("adapter", row[:PROMPT], max_tokens=NEW, ignore_eos=True)
+        for place, (mine, theirs) in enumerate(zip(ours.tokens, said.tokens, strict=True)):
+            if mine != theirs:
+                if (
+                    ours.margins[place] > 2 * atol
+                ):  # closer than that, either is right, and what follows is another text
+                    parted = f"prompt {number}, token {place}: {mine} here, {theirs} in vLLM, {ours.margins[place]:.1e} apart"
+                break
+            greedy = max(greedy, largest_difference(ours.logprobs[place : place + 1], said.logprobs[place : place + 1]))
+    return VllmReport(adapter, atol, prompt, greedy, effect, parted)

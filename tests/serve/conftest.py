@@ -1,0 +1,34 @@
+"""One vLLM server for every test marked ``vllm``: a tiny Qwen3-MoE in float32, adapters loaded as tests need them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megalora.serve.server import Server
+from megalora.serve.vllm import Client
+from tests.conftest import OUTSIDE
+
+
+@pytest.fixture(scope="session")
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Ready: ``url``, ``base`` (the folder, also the model's name in requests), ``log``, ``limits``, ``client()``.
+
+    Takes adapters up to rank 64 on attention, experts and router, four in a batch. Without .venv-vllm it raises: these
+    tests run only when asked for, and then must not pass unseen.
+    """
+    log = tmp_path_factory.mktemp("vllm") / "vllm.log"
+    devices = {
+        "CUDA_VISIBLE_DEVICES": OUTSIDE.get("CUDA_VISIBLE_DEVICES")
+    }  # conftest.py hides GPUs from us, not from vLLM
+    with Server(tiny, max_rank=64, max_loras=4, max_cpu_loras=16, log=log, env=devices) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    """Leaves no adapter behind."""
+    with server.client() as client:
+        yield client
+        for name in {served.name for served in client.list() if not served.is_base}:
+            client.unload(name)

@@ -1,0 +1,157 @@
+"""An HTTP server that treats adapters as vLLM 0.32's handlers do, without vLLM: same routes, statuses, messages and order.
+
+After vllm/entrypoints/openai/models/serving.py and vllm/entrypoints/serve/engine/serving.py. A completion "computes" on what the adapter's
+file held when it was loaded: its answer is the file's hash, as tokens.
+"""
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+BASE = "the-base"
+LONGEST = 200
+"""Tokens of one prompt."""
+
+
+class FakeVLLM(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, base_path: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.base_path = base_path
+        self.adapters: dict[str, tuple[str, list[int]]] = {}
+        self.lock = threading.Lock()
+        self.updates_allowed = True
+        self.loading_fails: str | None = None
+        self.seconds_per_answer = 0.0
+        self.hang_up = 0
+        """Close so many connections instead of answering."""
+        self.calls: list[tuple[str, str]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeVLLM
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            self._send(200, None)
+        elif self.path == "/v1/models":
+            with self.server.lock:
+                cards = [{"id": BASE, "root": self.server.base_path, "parent": None}]
+                cards += [{"id": n, "root": path, "parent": BASE} for n, (path, _) in self.server.adapters.items()]
+            self._send(200, {"object": "list", "data": [c | {"created": int(time.time())} for c in cards]})
+        else:
+            self._send(404, {"detail": "Not Found"})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.hang_up:
+            self.server.hang_up -= 1
+            self.close_connection = True
+            return
+        routes = {"/v1/completions": self._complete}
+        if self.server.updates_allowed:
+            routes |= {"/v1/load_lora_adapter": self._load, "/v1/unload_lora_adapter": self._unload}
+        if self.path in routes:
+            routes[self.path](body)
+        else:
+            self._send(404, {"detail": "Not Found"})
+
+    def _load(self, body: dict[str, Any]) -> None:
+        name, path = body["lora_name"], body["lora_path"]
+        with self.server.lock:
+            self.server.calls.append(("load", name))
+            if name == BASE:
+                self._error(400, f"The lora adapter '{name}' conflicts with a served base model.", "InvalidUserInput")
+            elif name in self.server.adapters:
+                self._error(
+                    400, f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, "
+                    "set 'load_inplace' to True.", "InvalidUserInput",
+                )  # fmt: skip
+            elif self.server.loading_fails is not None:
+                message = f"Worker failed with error '{self.server.loading_fails}', please check the stack trace above for the root cause"
+                self._error(500, f"Call to add_lora method failed: {message}", "InternalServerError")
+            elif not Path(path).is_dir():
+                self._error(404, f"Loading lora {name} failed: No adapter found for {path}", "NotFoundError")
+            else:
+                self.server.adapters[name] = (path, answer_of(Path(path)))
+                self._send(200, f"Success: LoRA adapter '{name}' added successfully.")
+
+    def _unload(self, body: dict[str, Any]) -> None:
+        name = body["lora_name"]
+        with self.server.lock:
+            self.server.calls.append(("unload", name))
+            if self.server.adapters.pop(name, None) is None:
+                self._error(404, f"The lora adapter '{name}' cannot be found.", "NotFoundError")
+            else:
+                self._send(200, f"Success: LoRA adapter '{name}' removed successfully.")
+
+    def _complete(self, body: dict[str, Any]) -> None:
+        name, prompt = body["model"], body["prompt"]
+        with (
+            self.server.lock
+        ):  # as in vLLM, the adapter is bound to the request here, and unloading later changes nothing
+            tokens = [0] if name == BASE else self.server.adapters.get(name, (None, None))[1]
+        if tokens is None:
+            self._error(404, f"The model `{name}` does not exist. Valid aliases: {BASE}.", "NotFoundError")
+            return
+        prompts = prompt if isinstance(prompt[0], list) else [prompt]
+        if max(map(len, prompts)) > LONGEST:
+            self._error(400, f"This model's maximum context length is {LONGEST} tokens.", "BadRequestError")
+            return
+        time.sleep(self.server.seconds_per_answer)
+        shift = 0.0 if name == BASE else 0.25
+        choices = [{"index": i} | _choice(p, tokens, shift, body) for i, p in enumerate(prompts)]
+        self._send(200, {"model": name, "choices": choices[::-1]})
+
+    def _error(self, status: int, message: str, kind: str) -> None:
+        self._send(status, {"error": {"message": message, "type": kind, "param": None, "code": status}})
+
+    def _send(self, status: int, body: Any) -> None:
+        content = b"" if body is None else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def _choice(prompt: list[int], tokens: list[int], shift: float, body: dict[str, Any]) -> dict[str, Any]:
+    """The log-probability of token t is -t, and 0.25 less with an adapter."""
+    top = {f"token_id:{token}": -float(token) - shift for token in body.get("logprob_token_ids", [])}
+    return {
+        "text": "", "finish_reason": "length", "token_ids": tokens,
+        "logprobs": {"token_logprobs": [-0.5] * len(tokens), "top_logprobs": [top]},
+        "prompt_logprobs": [None, *({str(t): {"logprob": -float(t) - shift}} for t in prompt[1:])],
+    }  # fmt: skip
+
+
+def answer_of(folder: Path) -> list[int]:
+    """What this server says with an adapter's contents."""
+    return list(hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).digest()[:8])
+
+
+@contextmanager
+def fake_vllm(base_path: str = "") -> Iterator[FakeVLLM]:
+    server = FakeVLLM(base_path)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

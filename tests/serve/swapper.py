@@ -1,0 +1,30 @@
+"""Swaps adapters from a process of its own, until its standard input is closed: ``python -m tests.serve.swapper URL STORE FOLDER...``
+
+Prints a JSON line per swap: id, when it began and when it was done. Imports neither torch nor pytest.
+"""
+
+import json
+import select
+import sys
+import time
+from pathlib import Path
+
+from megalora.serve.vllm import Client
+
+EVERY_S = 1.0
+
+
+def main(url: str, store: str, *folders: str) -> None:
+    with Client(url, store=Path(store)) as client:
+        count = 0
+        while not select.select([sys.stdin], [], [], 0)[0]:
+            began = time.time()
+            model = client.swap("math", folders[count % len(folders)])
+            done = time.time()
+            print(json.dumps({"model": model, "began": began, "done": done}), flush=True)
+            count += 1
+            time.sleep(max(0.0, began + EVERY_S - done))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

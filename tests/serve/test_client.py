@@ -1,0 +1,403 @@
+"""The client against a server that behaves as vLLM's handlers do: names, versions, swaps, and every refusal by its type."""
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from megalora.bridge.files import CONFIG, WEIGHTS
+from megalora.serve.check import Limits
+from megalora.serve.errors import (
+    AdapterForOtherBase,
+    AdapterInvalid,
+    AdapterNameTaken,
+    AdapterNotFound,
+    AdapterRankTooLarge,
+    AdapterTargetsUnserved,
+    RequestRefused,
+    RuntimeUpdatesOff,
+    ServeError,
+    ServerError,
+    ServerUnreachable,
+    refusal,
+)
+from megalora.serve.store import Store
+from megalora.serve.vllm import Client, versioned
+from tests.serve.adapters import edit_config, edit_tensors, make_adapter
+from tests.serve.fake_vllm import BASE, FakeVLLM, answer_of, fake_vllm
+
+PROMPT = [5, 3, 2]
+
+
+@pytest.fixture
+def vllm(tiny: Path) -> Iterator[FakeVLLM]:
+    with fake_vllm(str(tiny)) as server:
+        yield server
+
+
+@pytest.fixture
+def client(vllm: FakeVLLM) -> Iterator[Client]:
+    with Client(vllm.url, timeout=10) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [make_adapter(folder / str(seed), tiny, seed, target_modules=["q_proj"]) for seed in range(3)]
+
+
+def names(vllm: FakeVLLM) -> list[str]:
+    return list(vllm.adapters)
+
+
+def test_a_version_is_named_after_its_contents(client: Client, adapters: list[Path], tiny: Path) -> None:
+    model = client.load("math", adapters[0])
+    assert model == versioned("math", adapters[0]) and len(model) == len("math@") + 12
+    labelled = client.load("math", adapters[1], version="step-50")
+    assert labelled.startswith("math@step-50.") and labelled.endswith(versioned("", adapters[1])[1:])
+    base, first, second = client.list()
+    assert (base.id, base.name, base.version, base.is_base, base.path) == (BASE, BASE, None, True, str(tiny))
+    assert (first.id, first.name, first.version) == (model, "math", model.removeprefix("math@"))
+    assert (second.name, second.is_base, second.path) == ("math", False, str(adapters[1].resolve()))
+
+
+def test_a_name_means_the_version_loaded_last(client: Client, adapters: list[Path]) -> None:
+    ids = [client.load("math", adapter) for adapter in adapters]
+    assert client.resolve("math") == ids[-1]
+    assert client.resolve(ids[0]) == ids[0] and client.resolve(BASE) == BASE
+    assert client.complete("math", PROMPT).tokens == answer_of(adapters[2])
+    pinned = client.complete(ids[0], PROMPT)
+    assert (pinned.model, pinned.version, pinned.tokens) == (ids[0], ids[0][5:], answer_of(adapters[0]))
+    assert client.complete(BASE, PROMPT).version is None
+    with pytest.raises(AdapterNotFound, match=rf"serves no 'maths'; it serves {BASE}, math@"):
+        client.resolve("maths")
+
+
+def test_swapping_leaves_one_version(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+    client.load("other", adapters[0])
+    for adapter in (*adapters, adapters[0], adapters[0]):  # the last two: back to the first, and nothing to do
+        model = client.swap("math", adapter)
+        assert names(vllm) == [versioned("other", adapters[0]), model]
+        assert client.complete("math", PROMPT).tokens == answer_of(adapter)
+    loads = [name for action, name in vllm.calls if action == "load"]
+    assert len(loads) == 5, "the same contents again need no loading"
+
+
+def test_going_back_to_a_version_that_is_still_served_makes_it_the_newest(
+    client: Client, vllm: FakeVLLM, adapters: list[Path]
+) -> None:
+    first, second = client.load("math", adapters[0]), client.load("math", adapters[1])
+    assert client.load("math", adapters[1]) == second
+    with pytest.raises(AdapterNameTaken, match="as an older version of math; swap makes it the newest"):
+        client.load("math", adapters[0])
+    assert client.swap("math", adapters[0]) == first
+    assert names(vllm) == [first]
+
+
+def test_a_swap_waits_for_this_client_s_requests(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+    old = client.load("math", adapters[0])
+    vllm.seconds_per_answer = 0.4
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.complete, "math", PROMPT)
+        while not client._flights[old]:
+            time.sleep(0.005)
+        start = time.monotonic()
+        new = client.swap("math", adapters[1])
+        assert 0.2 < time.monotonic() - start < 2
+        assert asked.result().model == old
+    assert names(vllm) == [new] and not client._flights
+
+
+def test_a_swap_gives_up_waiting(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+    client.load("math", adapters[0])
+    vllm.seconds_per_answer = 1.0
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.complete, "math", PROMPT)
+        time.sleep(0.2)
+        start = time.monotonic()
+        client.swap("math", adapters[1], drain_s=0.1)
+        assert time.monotonic() - start < 0.7
+        assert asked.result().tokens == answer_of(adapters[0]), "vLLM ends what it began with the old weights"
+
+
+def test_a_request_whose_version_went_is_asked_again(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+    """Another process swaps between this client's resolving and asking."""
+    client.load("math", adapters[0])
+    ask, swapped = client._api.completion, []
+
+    def swapped_just_before(model: str, fields: dict) -> dict:
+        if not swapped:
+            with Client(vllm.url) as other:
+                swapped.append(other.swap("math", adapters[1]))
+        return ask(model, fields)
+
+    client._api.completion = swapped_just_before  # type: ignore[method-assign]
+    answer = client.complete("math", PROMPT)
+    assert (answer.model, answer.tokens) == (swapped[0], answer_of(adapters[1]))
+
+
+def test_a_pinned_version_is_not_replaced_by_another(client: Client, adapters: list[Path]) -> None:
+    first = client.load("math", adapters[0])
+    client.swap("math", adapters[1])
+    with pytest.raises(AdapterNotFound):
+        client.complete(first, PROMPT)
+
+
+def test_many_threads_and_two_clients(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+    expected = {versioned("math", adapter): answer_of(adapter) for adapter in adapters}
+    client.load("math", adapters[0])
+    vllm.seconds_per_answer = 0.002
+    done = threading.Event()
+
+    def swap() -> int:
+        with Client(vllm.url) as other:
+            count = 0
+            while not done.is_set():
+                other.swap("math", adapters[count % 3])
+                count += 1
+            return count
+
+    with ThreadPoolExecutor(9) as pool:
+        swaps = pool.submit(swap)
+        answers = list(pool.map(lambda _: client.complete("math", PROMPT), range(300)))
+        done.set()
+        assert swaps.result() > 5
+    assert all(answer.tokens == expected[answer.model] for answer in answers) and len(answers) == 300
+    assert len({answer.model for answer in answers}) == 3
+
+
+def test_two_clients_load_the_same_contents_at_once(vllm: FakeVLLM, adapters: list[Path]) -> None:
+    clients = [Client(vllm.url) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        ids = list(pool.map(lambda c: c.swap("math", adapters[0]), clients))
+    assert names(vllm) == [ids[0]] and len(set(ids)) == 1
+
+
+@pytest.mark.parametrize("how", ["load", "swap"])
+def test_another_client_s_newer_version_stays(
+    client: Client, vllm: FakeVLLM, adapters: list[Path], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """It comes between this client's loading its own and unloading what is older."""
+    client.load("math", adapters[0])
+    load, newest = client._api.load_adapter, versioned("math", adapters[2])
+
+    def load_and_be_overtaken(model: str, path: str) -> None:
+        load(model, path)
+        with Client(vllm.url) as other:
+            getattr(other, how)("math", adapters[2])
+
+    monkeypatch.setattr(client._api, "load_adapter", load_and_be_overtaken)
+    mine = client.swap("math", adapters[1])
+    assert names(vllm) == ([mine, newest] if how == "load" else [newest])
+    assert client.resolve("math") == newest
+
+
+def test_unloading(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+    first, second = client.load("math", adapters[0]), client.load("math", adapters[1])
+    client.unload(first)
+    assert names(vllm) == [second]
+    client.load("math", adapters[0])
+    client.unload("math")
+    assert not names(vllm)
+    with pytest.raises(AdapterNotFound, match="unloading math: no such adapter"):
+        client.unload("math")
+    with pytest.raises(AdapterNotFound):
+        client.unload(BASE)
+
+
+def test_logprobs_of_a_prompt(client: Client, adapters: list[Path]) -> None:
+    model = client.load("math", adapters[0])
+    assert client.prompt_logprobs(BASE, PROMPT) == [-3.0, -2.0]
+    probe = client.probe("math", PROMPT)
+    assert (probe.model, probe.base, probe.adapter) == (model, [-3.0, -2.0], [-3.25, -2.25])
+    assert probe.largest_change == 0.25 and client.prompt_logprobs(BASE, [7]) == []
+
+
+def test_logprobs_of_a_prompt_where_lm_head_is_wrapped(vllm: FakeVLLM, adapters: list[Path]) -> None:
+    """Prefix by prefix, never with ``prompt_logprobs``; more than one request's worth of different tokens."""
+    client = Client(vllm.url, limits=Limits(target_modules=("qkv_proj", "lm_head")))
+    model, tokens = client.load("math", adapters[0]), [*range(100), 7, 7, *range(80)]
+    asked, ask = [], client._api.completion
+
+    def listen(model: str, fields: dict) -> dict:
+        asked.append(fields)
+        return ask(model, fields)
+
+    client._api.completion = listen  # type: ignore[method-assign]
+    probe = client.probe("math", tokens)
+    assert (probe.model, probe.base) == (model, [-float(t) for t in tokens[1:]])
+    assert probe.adapter == [-t - 0.25 for t in tokens[1:]]
+    assert not any("prompt_logprobs" in fields for fields in asked)
+    assert max(len(fields["prompt"]) for fields in asked) <= 128 and client.prompt_logprobs(BASE, [7]) == []
+
+
+def test_with_a_store_folders_may_go(vllm: FakeVLLM, tiny: Path, tmp_path: Path) -> None:
+    client = Client(vllm.url, store=tmp_path / "store")
+    folders = [make_adapter(tmp_path / f"step_{i}", tiny, i, target_modules=["q_proj"]) for i in range(2)]
+    answer, again = answer_of(folders[0]), shutil.copytree(folders[0], tmp_path / "again")
+    first = client.swap("math", folders[0], version="step-0")
+    shutil.rmtree(folders[0])
+    copy = tmp_path / "store" / first
+    assert vllm.adapters[first] == (str(copy), answer) and sorted(p.name for p in copy.iterdir()) == [CONFIG, WEIGHTS]
+
+    client.swap("math", folders[1])
+    assert copy.is_dir(), "requests that began with it may need it still"
+    os.utime(copy, (0, 0))
+    # The same contents without the label; and the sweep finds the old copy unused for an hour.
+    client.swap("math", again)
+    assert {p.name for p in (tmp_path / "store").iterdir()} == {versioned("math", folders[1]), *names(vllm)}
+
+
+def test_a_store_copies_only_what_the_name_says(tiny: Path, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", tiny, 0, target_modules=["q_proj"])
+    store, model = Store(tmp_path / "store"), versioned("math", folder)
+    edit_config(folder, lora_alpha=3)
+    with pytest.raises(AdapterInvalid, match="changed while it was being copied"):
+        store.keep(model, folder)
+    assert not list(store.folder.iterdir())
+
+
+def test_an_adapter_is_checked_before_the_server_hears_of_it(
+    client: Client, vllm: FakeVLLM, adapters: list[Path], tmp_path: Path, tiny: Path
+) -> None:
+    good = client.load("math", adapters[0])
+    for broken, error in [(tmp_path, AdapterNotFound), (cut_short(tmp_path / "cut", tiny), AdapterInvalid)]:
+        with pytest.raises(error):
+            client.swap("math", broken)
+    limited = Client(vllm.url, limits=Limits(max_rank=2, target_modules=("o_proj",)))
+    with pytest.raises(AdapterRankTooLarge):
+        limited.load("other", adapters[0])
+    with pytest.raises(AdapterTargetsUnserved):
+        Client(vllm.url, limits=Limits(target_modules=("o_proj",))).load("other", adapters[0])
+    assert names(vllm) == [good], "the old version stays"
+    assert [action for action, _ in vllm.calls] == ["load"]
+
+
+def cut_short(folder: Path, base: Path) -> Path:
+    make_adapter(folder, base, 0, target_modules=["q_proj"])
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-64])
+    return folder
+
+
+def test_the_base_is_looked_up_on_the_server(
+    client: Client, vllm: FakeVLLM, tiny_dense: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    vllm.base_path = str(tiny_dense)
+    client.load("attention", adapters[0])  # q_proj of both bases has one size
+    client.load("dense", make_adapter(tmp_path / "dense", tiny_dense, 0, target_modules=["down_proj"]))
+    vllm.base_path = "Qwen/Qwen3-30B-A3B"  # out of reach: left to the server
+    client.load("unknown", adapters[1])
+
+
+def test_an_adapter_for_another_base(client: Client, tiny: Path, tiny_dense: Path, tmp_path: Path) -> None:
+    dense = make_adapter(tmp_path / "dense", tiny_dense, 0, target_modules=["down_proj"])
+    with pytest.raises(AdapterForOtherBase, match=r"has no model.layers.0.mlp.down_proj; was .* trained on .*dense"):
+        client.load("dense", dense)
+
+
+def test_a_folder_that_changes_while_it_is_loaded(
+    client: Client, vllm: FakeVLLM, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter(tmp_path / "a", tiny, 0, target_modules=["q_proj"])
+    load = client._api.load_adapter
+
+    def load_and_change(model: str, path: str) -> None:
+        load(model, path)
+        edit_tensors(folder, lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()})
+
+    monkeypatch.setattr(client._api, "load_adapter", load_and_change)
+    with pytest.raises(AdapterInvalid, match="changed while it was being loaded"):
+        client.load("math", folder)
+    assert not names(vllm)
+
+
+def test_what_the_server_finds_itself(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+    vllm.loading_fails = "LoRA rank 4 is greater than max_lora_rank 1."
+    with pytest.raises(
+        AdapterRankTooLarge, match=r"loading math@\w+: LoRA rank 4 is greater .*; start the server with a larger"
+    ):
+        client.load("math", adapters[0])
+    vllm.loading_fails = ""
+    with pytest.raises(AdapterInvalid, match="vLLM cannot read it: no reason given; see the server log"):
+        client.load("math", adapters[0])
+
+
+@pytest.mark.parametrize("name", ["", "a b", "math@3", "../x", "-x"])
+def test_names(client: Client, adapters: list[Path], name: str) -> None:
+    with pytest.raises(AdapterInvalid, match="must be letters, digits"):
+        client.load(name, adapters[0])
+    with pytest.raises(AdapterInvalid, match="adapter version"):
+        client.load("math", adapters[0], version=name)
+
+
+def test_the_base_s_name_is_taken(client: Client, adapters: list[Path]) -> None:
+    with pytest.raises(AdapterNameTaken, match="the base model's name"):
+        client.swap(BASE, adapters[0])
+
+
+def test_a_server_that_takes_no_updates(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+    vllm.updates_allowed = False
+    with pytest.raises(RuntimeUpdatesOff, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
+        client.load("math", adapters[0])
+
+
+def test_a_prompt_that_is_refused(client: Client) -> None:
+    with pytest.raises(RequestRefused, match="maximum context length is 200"):
+        client.complete(BASE, [1] * 201)
+
+
+def test_nobody_answers(adapters: list[Path]) -> None:
+    client = Client("http://127.0.0.1:9", timeout=2)
+    assert not client.health()
+    for call in (client.list, lambda: client.load("math", adapters[0]), lambda: client.complete(BASE, PROMPT)):
+        with pytest.raises(ServerUnreachable, match=r"http://127.0.0.1:9 does not answer .*; is the server running"):
+            call()
+
+
+def test_an_answer_that_takes_too_long(vllm: FakeVLLM) -> None:
+    vllm.seconds_per_answer = 1.0
+    with Client(vllm.url, timeout=0.2) as client, pytest.raises(ServerUnreachable, match="no answer .* in time"):
+        client.complete(BASE, PROMPT)
+
+
+def test_a_connection_that_is_closed_under_a_request(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+    assert client.health()
+    vllm.hang_up = 1
+    assert client.complete(BASE, PROMPT).tokens == [0], "asked again"
+    vllm.hang_up = 1
+    with pytest.raises(ServerUnreachable, match="closed the connection"):
+        client.load("math", adapters[0])  # loading twice would be refused
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "loading", "expected"),
+    [
+        (500, '{"error": {"message": "Call to add_lora method failed: Worker failed with error \'no \'quoted\' such\', please check '
+              'the stack trace above", "type": "x"}}', True, AdapterInvalid),
+        (500, '{"error": {"message": "Call to add_lora method failed: LoRA rank 9 is greater than max_lora_rank 8.", '
+              '"type": "InternalServerError"}}', True, AdapterRankTooLarge),
+        (500, '{"error": {"message": "While loading /a, expected target modules", "type": "x"}}', True, AdapterInvalid),
+        (500, '{"error": {"message": "", "type": "x"}}', True, AdapterInvalid),
+        (500, '{"error": {"message": "EngineCore encountered an issue.", "type": "x"}}', True, ServerError),
+        (500, '{"error": {"message": "boom", "type": "x"}}', False, ServerError),
+        (503, "", True, ServerError),
+        (502, "<html>Bad Gateway</html>", False, ServerError),
+        (404, '{"detail":"Not Found"}', True, RuntimeUpdatesOff),
+        (500, '{"error": {"message": "LoRA is not enabled. Use --enable-lora", "type": "x"}}', True, RuntimeUpdatesOff),
+        (500, '{"error": {"message": "nothing on this server uses the adapter\'s lm_head", "type": "x"}}', True,
+         AdapterTargetsUnserved),
+        (404, '{"error": {"message": "Loading lora a failed: No adapter found for /b", "type": "NotFoundError"}}', True,
+         AdapterNotFound),
+        (401, '{"error": "Unauthorized"}', False, RequestRefused),
+    ],
+)  # fmt: skip
+def test_refusals_by_type(status: int, body: str, loading: bool, expected: type[ServeError]) -> None:
+    error = refusal("loading math@1", status, body, loading=loading)
+    assert type(error) is expected and isinstance(error, ValueError)
+    assert str(error).startswith("loading math@1: ") and "\n" not in str(error) and "stack trace" not in str(error)

@@ -1,0 +1,136 @@
+"""``megalora serve`` and ``megalora verify --engine vllm`` as a user runs them: what they say, and how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from megalora.bridge.files import PROBE
+from megalora.serve.verify import Own, VllmReport, _compare, verify_vllm
+from tests.conftest import OUTSIDE
+from tests.serve.adapters import edit_config, make_adapter
+
+IGNORED = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
+
+
+def start(*arguments: str | Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "megalora", "serve", *map(str, arguments), "--port", "0"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=OUTSIDE)
+
+
+@pytest.mark.vllm
+def test_serve_until_told_to_stop(tiny: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "math", tiny, 1)
+    process = start(f"sums={adapter}", "--base", tiny)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(3)]
+    assert lines[0].startswith(f"starting vLLM for {tiny} (float32); its log is "), process.communicate()
+    assert lines[1].startswith("sums@") and "no probe.json in its folder" in lines[1]
+    url = lines[2].removeprefix("ready at ").split(". ")[0]
+    models = [card["id"] for card in httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]]
+    assert models[0] == str(tiny) and models[1] == lines[1].split(":")[0]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert not [line for line in _processes() if url.rsplit(":", 1)[1] in line and "api_server" in line]
+
+
+def _processes() -> list[str]:
+    return [
+        path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        for pid in os.listdir("/proc")
+        if pid.isdigit() and (path := Path(f"/proc/{pid}/cmdline")).exists()
+    ]
+
+
+@pytest.mark.vllm
+def test_serve_stops_when_an_adapter_is_not_what_was_trained(tiny: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "math", tiny, 1)
+    (adapter / PROBE).write_text(json.dumps({"tokens": [4, 1, 3], "logprobs": [-1.0, -2.0], "dtype": "float32"}))
+    process = start(adapter, "--base", tiny)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    assert "NOT what was trained" in out and out.splitlines()[-1].startswith(
+        "stopped: an adapter is not served as it was"
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "adapter_config.json").unlink(), "is not an adapter folder: it has no adapter_config.json"),
+        (lambda f: edit_config(f, r=600), "has rank 4, but adapter_config.json says 600; its scale would be wrong"),
+        (lambda f: edit_config(f, use_dora=True), "vLLM does not serve use_dora=True"),
+    ],
+)
+def test_serve_refuses_before_vllm_starts(tiny: Path, tmp_path: Path, spoil, message: str) -> None:
+    adapter = make_adapter(tmp_path / "math", tiny, 1)
+    spoil(adapter)
+    began = time.monotonic()
+    python = {"MEGALORA_VLLM_PYTHON": sys.executable}  # is asked for nothing
+    command = [sys.executable, "-m", "megalora", "serve", str(adapter), "--base", str(tiny)]
+    done = subprocess.run(command, capture_output=True, text=True, env=OUTSIDE | python, check=False)
+    assert (done.returncode, done.stdout) == (2, "") and message in done.stderr and done.stderr.count("\n") == 1
+    assert time.monotonic() - began < 30
+
+
+def test_serve_without_vllm_says_how_to_get_it(tiny: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "math", tiny, 1)
+    command = [sys.executable, "-m", "megalora", "serve", str(adapter), "--base", str(tiny)]
+    nowhere = OUTSIDE | {"MEGALORA_VLLM_PYTHON": str(tmp_path / "none")}
+    done = subprocess.run(command, capture_output=True, text=True, env=nowhere, check=False)
+    assert done.returncode == 2 and "make vllm builds .venv-vllm" in done.stderr
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+def test_verify_with_vllm(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in OUTSIDE.items():
+        monkeypatch.setenv(name, value)
+    adapter = make_adapter(tmp_path / "math", tiny, 1, use_rslora=True)
+    report = verify_vllm(adapter, str(tiny), atol=5e-6)
+    assert report.ok, report.text()
+    assert report.effect > 0.1 and report.text().endswith("verified: vLLM computes the same model")
+
+
+def report(**changes) -> VllmReport:
+    return VllmReport(
+        **{"adapter": Path("a"), "atol": 1e-4, "prompt": 1e-6, "greedy": 1e-6, "effect": 1.0, "parted": None, **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"prompt": 2e-4}, {"greedy": 2e-4}, {"effect": 1e-5}, {"parted": "prompt 0"}, {"prompt": float("nan")}]
+)
+def test_a_difference_is_not_verified(change) -> None:
+    assert report().ok and not report(**change).ok
+    assert report(**change).text().endswith("NOT the same model")
+
+
+class Says:
+    """A client that answers with fixed tokens."""
+
+    def __init__(self, tokens: list[int], logprobs: list[float]) -> None:
+        self.tokens, self.logprobs = tokens, logprobs
+
+    def probe(self, name: str, row: list[int]):
+        return type("P", (), {"adapter": [-1.0], "largest_change": 1.0})
+
+    def complete(self, name: str, row: list[int], **options):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("theirs", "margin", "ok"), [([5, 6], 1.0, True), ([5, 7], 1.0, False), ([5, 7], 1e-5, True), ([4, 6], 1.0, False)]
+)
+def test_greedy_tokens_may_part_at_a_tie_only(theirs: list[int], margin: float, ok: bool) -> None:
+    import torch
+
+    own = Own(prompt=[-1.0], tokens=[5, 6], logprobs=[-0.5, -0.6], margins=[1.0, margin])
+    found = _compare(Path("a"), 1e-4, Says(theirs, [-0.5, -0.6]), torch.tensor([[1, 2]]), [own])  # type: ignore[arg-type]
+    assert found.ok == ok and (found.parted is None) == ok

@@ -1,0 +1,153 @@
+"""Three engines, one model: vLLM, transformers with stock PEFT, and megalora's own layers at TP 2 x EP 2, in float32.
+
+Each gets the adapter as it would: megalora the trained factors, the others the exported folder. 5e-6 is what a dozen float32
+roundings of a log-probability near -7 make (half a unit in its last place is 2.4e-7).
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megalora.bridge.form import write_adapter
+from megalora.comm import gather_dim
+from megalora.config import LoRAConfig, ParallelConfig
+from megalora.lora.spec import plan
+from megalora.serve.vllm import Client
+from tests.distributed.ranks import run_ranks
+from tests.parity.built import built, random_adapter
+from tests.parity.runs import make_config
+from tests.serve.adapters import ATTENTION, EXPERTS, tokens_of
+
+pytestmark = [
+    pytest.mark.vllm,
+    *(pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")),
+]
+CASES: dict[str, dict[str, Any]] = {
+    "attention only": {"target_modules": ATTENTION},
+    "experts only": {"target_modules": EXPERTS},
+    "attention and experts": {},
+    "a rank for each projection": {
+        "rank_pattern": {"q_proj": 3, "o_proj": 5, "up_proj": 2, "down_proj": 9}, "alpha_pattern": {"k_proj": 3.0, "gate_proj": 20.0},
+    },
+    "rslora": {"use_rslora": True, "expert_rank": 2},
+    "some layers": {"layers": "1-2", "target_modules": ["v_proj", "up_proj"]},
+    "router among others": {"target_modules": [*ATTENTION, *EXPERTS, "gate"]},
+}  # fmt: skip
+ATOL = 5e-6
+PROMPTS = [tokens_of(seed, length) for seed, length in ((1, 24), (2, 16))]
+NEW = 8
+
+
+@dataclass
+class Said:
+    """Of one prompt: log-probabilities of its tokens but the first, and the greedy continuation with its own."""
+
+    prompt: list[float]
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def of_vllm(client: Client, name: str) -> list[Said]:
+    found = []
+    for prompt in PROMPTS:
+        completion = client.complete(name, prompt, max_tokens=NEW, ignore_eos=True)
+        found.append(Said(client.prompt_logprobs(name, prompt), completion.tokens, completion.logprobs))
+    return found
+
+
+@torch.no_grad()
+def of_model(logits: Any) -> list[Said]:
+    """``logits(tokens)``: ``[S, V]`` of a plain forward pass over a list of tokens."""
+    found = []
+    for prompt in PROMPTS:
+        text, chosen = list(prompt), []
+        for _ in range(NEW):
+            row = logits(text)[-1].log_softmax(-1)
+            chosen.append(row.max().item())
+            text.append(int(row.argmax()))
+        rows = logits(prompt).log_softmax(-1)
+        given = [rows[i, token].item() for i, token in enumerate(prompt[1:])]
+        found.append(Said(given, text[len(prompt) :], chosen))
+    return found
+
+
+def of_megalora(config: Any, factors: Path) -> list[Said]:
+    """A rank function: vocabulary-parallel logits are gathered."""
+    with built(config, factors) as run:
+        chunk, tp = run.model.chunks[0].eval(), run.model.groups.tp
+
+        def logits(tokens: list[int]) -> Tensor:
+            length = len(tokens) + len(tokens) % tp.size()  # sequence parallelism divides it
+            ids = torch.tensor([tokens + [0] * (length - len(tokens))])
+            out = chunk(ids, torch.arange(length)[None], None)
+            return gather_dim(out.contiguous(), 2, tp, tp.size())[0, : len(tokens)]
+
+        return of_model(logits)
+
+
+def of_peft(base: Path, folder: Path) -> list[Said]:
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, str(folder)).eval()
+    return of_model(lambda tokens: model(torch.tensor([tokens])).logits[0])
+
+
+def farthest(ours: list[Said], theirs: list[Said]) -> float:
+    assert [s.tokens for s in ours] == [s.tokens for s in theirs]
+    pairs = [
+        (a, b)
+        for s, t in zip(ours, theirs, strict=True)
+        for a, b in zip(s.prompt + s.logprobs, t.prompt + t.logprobs, strict=True)
+    ]
+    return max(abs(a - b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_vllm_peft_and_megalora_agree(case: str, client: Client, tiny: Path, chats: Path, tmp_path: Path) -> None:
+    lora = LoRAConfig(**{"rank": 4, "alpha": 12.0, **CASES[case]})
+    shape, adapted = plan(lora, ParallelConfig(), tiny)
+    _, factors = random_adapter(tmp_path / "factors.safetensors", lora, tiny)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", adapted, shape, factors, str(tiny))
+    config = make_config(tiny, chats, tmp_path / "run", {"tp": 2, "ep": 2}, lora=lora)
+    ours, *others = run_ranks(of_megalora, 2, config, tmp_path / "factors.safetensors")
+    assert others == [ours], "tensor-parallel ranks say different things"
+    peft = of_peft(tiny, tmp_path / "adapter")
+    client.load("mine", tmp_path / "adapter")
+    vllm, bare = of_vllm(client, "mine"), of_vllm(client, str(tiny))
+    found = {
+        "vllm-peft": farthest(vllm, peft),
+        "vllm-megalora": farthest(vllm, ours),
+        "megalora-peft": farthest(ours, peft),
+    }
+    print(f"\n{case}: " + ", ".join(f"{pair} {value:.1e}" for pair, value in found.items()))
+    assert max(found.values()) <= ATOL, found
+    assert (
+        max(abs(a - b) for s, t in zip(vllm, bare, strict=True) for a, b in zip(s.prompt, t.prompt, strict=True)) > 0.1
+    )
+
+
+def test_two_adapters_and_the_base_in_one_batch(client: Client, tiny: Path, tmp_path: Path) -> None:
+    expected = {str(tiny): of_vllm(client, str(tiny))}
+    for seed, (name, options) in enumerate(
+        {"first": {"use_rslora": True}, "second": {"rank": 7, "target_modules": EXPERTS}}.items()
+    ):
+        lora = LoRAConfig(**{"rank": 4, "alpha": 12.0, **options})
+        shape, adapted = plan(lora, ParallelConfig(), tiny)
+        _, factors = random_adapter(tmp_path / f"{seed}.safetensors", lora, tiny)
+        (tmp_path / name).mkdir()
+        write_adapter(tmp_path / name, adapted, shape, factors, str(tiny))
+        client.load(name, tmp_path / name)
+        expected[name] = of_peft(tiny, tmp_path / name)
+    with ThreadPoolExecutor(12) as pool:  # the same questions of all three at once, four times over
+        answers = [(name, pool.submit(of_vllm, client, name)) for _ in range(4) for name in expected]
+        for name, answer in answers:
+            assert farthest(answer.result(), expected[name]) <= ATOL, name
+    continuations = {str([s.tokens for s in said]) for said in expected.values()}
+    assert len(continuations) == 3, "models that say the same cannot be told apart"

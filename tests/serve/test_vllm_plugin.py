@@ -1,0 +1,120 @@
+"""The plug-in's arithmetic against plain loops, here where no vLLM is. ``test_server.py`` runs it inside vLLM."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalora.serve.vllm_cpu.vllm_cpu_moe_lora import check_version
+from megalora.serve.vllm_cpu.vllm_cpu_moe_lora.base_tokens import leaving_out_base_tokens
+from megalora.serve.vllm_cpu.vllm_cpu_moe_lora.coverage import unused_modules
+from megalora.serve.vllm_cpu.vllm_cpu_moe_lora.experts import Factors, apply_experts
+
+T, H, I, E, K, S, R = 11, 7, 5, 6, 3, 3, 2  # noqa: E741
+"""All different. Expert 4 gets no token; slot 1 of three is nobody's."""
+
+
+@pytest.fixture
+def layer() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    choices = torch.stack([torch.randperm(E - 1, generator=generator)[:K] for _ in range(T)])
+    return {
+        "x": draw(T, H), "gate_up": draw(E, 2 * I, H), "down": draw(E, H, I), "probs": draw(T, K).abs(),
+        "experts": torch.where(choices == 4, 5, choices), "slots": torch.tensor([-1, 0, 0, 2, -1, 2, 2, 0, -1, 0, 2]),
+        "gate_a": draw(S, E, R, H), "gate_b": draw(S, E, I, R), "up_a": draw(S, E, R, H), "up_b": draw(S, E, I, R),
+        "down_a": draw(S, E, R, I), "down_b": draw(S, E, H, R),
+    }  # fmt: skip
+
+
+def plain(w: dict[str, Tensor]) -> Tensor:
+    """Token by token, choice by choice; every weight merged before it is used."""
+    out = torch.zeros(T, H, dtype=torch.float64)
+    for t in range(T):
+        for k in range(K):
+            e, s = int(w["experts"][t, k]), int(w["slots"][t])
+            gate, up, down = w["gate_up"][e, :I], w["gate_up"][e, I:], w["down"][e]
+            if s >= 0:
+                gate = gate + w["gate_b"][s, e] @ w["gate_a"][s, e]
+                up = up + w["up_b"][s, e] @ w["up_a"][s, e]
+                down = down + w["down_b"][s, e] @ w["down_a"][s, e]
+            h = gate @ w["x"][t]
+            out[t] += w["probs"][t, k] * (down @ (h * torch.sigmoid(h) * (up @ w["x"][t])))
+    return out
+
+
+def run(w: dict[str, Tensor], factors: Factors) -> Tensor:
+    return apply_experts(w["x"], w["gate_up"], w["down"], w["probs"], w["experts"], w["slots"], factors)
+
+
+def two_slices(w: dict[str, Tensor]) -> Factors:
+    return Factors((w["gate_a"], w["up_a"]), (w["gate_b"], w["up_b"]), (w["down_a"],), (w["down_b"],))
+
+
+def test_tokens_of_two_adapters_and_of_none(layer: dict[str, Tensor]) -> None:
+    assert 4 not in layer["experts"] and set(layer["slots"].tolist()) == {-1, 0, 2}
+    # Sums in float32 from float64 products: 2^-24 of outputs of up to some 100.
+    torch.testing.assert_close(run(layer, two_slices(layer)).double(), plain(layer), rtol=1e-6, atol=1e-5)
+
+
+def test_gate_and_up_in_one_slice(layer: dict[str, Tensor]) -> None:
+    """As vLLM keeps stacked files: one A for both."""
+    w = layer | {"up_a": layer["gate_a"]}
+    joint = torch.cat([w["gate_b"], w["up_b"]], dim=2)
+    factors = Factors((w["gate_a"],), (joint,), (w["down_a"],), (w["down_b"],))
+    torch.testing.assert_close(run(w, factors).double(), plain(w), rtol=1e-6, atol=1e-5)
+
+
+def test_without_adapters(layer: dict[str, Tensor]) -> None:
+    w = layer | {"slots": torch.full((T,), -1)}
+    torch.testing.assert_close(run(w, Factors((), (), (), ())).double(), plain(w), rtol=1e-6, atol=1e-5)
+
+
+def test_bfloat16(layer: dict[str, Tensor]) -> None:
+    w = {k: v.bfloat16() if v.is_floating_point() else v for k, v in layer.items()}
+    expected = plain({k: v.double() if v.is_floating_point() else v for k, v in w.items()})
+    error = (run(w, two_slices(w)).double() - expected).abs().max() / expected.abs().max()
+    assert error < 0.03, "some ten roundings of 2^-9"
+
+
+def shrink(inputs: Tensor, weights: Tensor, output: Tensor, slots: Tensor, scale: float) -> None:
+    """As vLLM 0.32's torch operator: slot -1 means the last."""
+    output[:] = scale * torch.einsum("ni,noi->no", inputs, weights[slots])
+
+
+def test_base_tokens_are_left_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, weights = torch.randn(5, H, generator=generator), torch.randn(S, R, H, generator=generator)
+    before, careful = torch.randn(5, R, generator=generator), leaving_out_base_tokens(shrink)
+    for slots in ([-1, 2, 0, -1, 2], [0, 1, 2, 1, 0], [-1] * 5):
+        output = before.clone()
+        careful(inputs, weights, output, torch.tensor(slots), scale=2.0)
+        for n, slot in enumerate(slots):
+            torch.testing.assert_close(output[n], 2.0 * weights[slot] @ inputs[n] if slot >= 0 else before[n])
+
+    output = before.clone()
+    careful(inputs, weights, output, torch.tensor([-1]), 2.0)  # all rows belong to one request, the base's
+    torch.testing.assert_close(output, before)
+    careful(inputs, weights, output, torch.tensor([1]), 2.0)
+    torch.testing.assert_close(output, 2.0 * inputs @ weights[1].T)
+    with pytest.raises(RuntimeError, match="5 tokens, but vLLM named adapters for 2"):
+        careful(inputs, weights, output, torch.tensor([1, -1]), 2.0)
+
+
+def test_only_the_version_it_was_written_for() -> None:
+    check_version("0.32.0")
+    check_version("0.32.1")
+    for version in ("0.33.0", "0.3.2", "0.320.0", "1.0", "dev"):
+        with pytest.raises(RuntimeError, match=rf"patches the internals of vLLM 0.32.x, and this is vLLM {version}"):
+            check_version(version)
+
+
+def test_modules_that_nothing_uses() -> None:
+    wrapped = {"model.layers.0.self_attn.qkv_proj": 0, "model.layers.0.mlp.experts": 0}
+    assert unused_modules([*wrapped, "model.layers.0.mlp.experts.base_layer"], wrapped) == []
+    assert unused_modules([*wrapped, "lm_head", "model.layers.0.mlp.gate"], wrapped) == [
+        "lm_head",
+        "model.layers.0.mlp.gate",
+    ]
