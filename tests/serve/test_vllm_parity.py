@@ -16,14 +16,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megalora.bridge.form import write_adapter
+from megalora.bridge.merge import merge
 from megalora.comm import gather_dim
 from megalora.config import LoRAConfig, ParallelConfig
 from megalora.lora.spec import plan
+from megalora.serve.server import Server
 from megalora.serve.vllm import Client
+from tests.conftest import OUTSIDE
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built, random_adapter
 from tests.parity.runs import make_config
-from tests.serve.adapters import ATTENTION, EXPERTS, tokens_of
+from tests.serve.adapters import ATTENTION, EXPERTS, make_adapter, tokens_of
 
 pytestmark = [
     pytest.mark.vllm,
@@ -41,6 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
     "router among others": {"target_modules": [*ATTENTION, *EXPERTS, "gate"]},
 }  # fmt: skip
 ATOL = 5e-6
+GPUS = {"CUDA_VISIBLE_DEVICES": OUTSIDE.get("CUDA_VISIBLE_DEVICES")}
+"""Which of them a server of its own may see."""
 PROMPTS = [tokens_of(seed, length) for seed, length in ((1, 24), (2, 16))]
 NEW = 8
 
@@ -151,3 +156,11 @@ def test_two_adapters_and_the_base_in_one_batch(client: Client, tiny: Path, tmp_
             assert farthest(answer.result(), expected[name]) <= ATOL, name
     continuations = {str([s.tokens for s in said]) for said in expected.values()}
     assert len(continuations) == 3, "models that say the same cannot be told apart"
+
+
+def test_a_merged_model_needs_no_adapter(tiny: Path, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "adapter", tiny, 3, use_rslora=True)
+    merge(folder, str(tiny), tmp_path / "merged")
+    with Server(tmp_path / "merged", log=tmp_path / "vllm.log", env=GPUS) as server, server.client() as client:
+        merged = of_vllm(client, str(tmp_path / "merged"))
+    assert farthest(merged, of_peft(tiny, folder)) <= 2 * ATOL  # the sum W + s B A is rounded too

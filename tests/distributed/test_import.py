@@ -1,0 +1,85 @@
+"""An adapter made elsewhere trains on under any layout: from the same loss as in PEFT, to the same adapter."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megalora.bridge.files import OPTIMIZER, PROBE
+from megalora.bridge.resumable import import_adapter
+from megalora.config import CheckpointConfig, LoRAConfig
+from megalora.train.loop import train
+from tests.distributed.ranks import run_ranks
+from tests.parity.runs import make_config, records
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
+LAYOUTS = {1: {}, 2: {"tp": 2, "ep": 2}, 4: {"tp": 2, "pp": 2, "etp": 2}}
+
+
+@pytest.fixture(scope="module")
+def stacked(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By stock PEFT: attention, router, and experts in its stacked layout, B not zero."""
+    folder = tmp_path_factory.mktemp("stock")
+    config = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj", "o_proj", "gate"], rank_pattern={"o_proj": 5},
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def test_training_goes_on_from_it_under_every_layout(stacked: Path, tiny: Path, chats: Path, tmp_path: Path) -> None:
+    imported = import_adapter(stacked, tmp_path / "imported", str(tiny))
+    lora = LoRAConfig(**imported.section)
+    found = {}
+    for world, parallel in LAYOUTS.items():
+        run = tmp_path / f"on {world}"
+        # check_parity compares the first loss with transformers and stock PEFT, and ends a run that starts elsewhere
+        config = make_config(
+            tiny,
+            chats,
+            run,
+            parallel,
+            lora=lora,
+            steps=2,
+            lr=1e-4,
+            global_batch_size=8,
+            micro_batch_size=2,
+            check_parity=True,
+        )
+        config = replace(config, checkpoint=CheckpointConfig(dir=str(run), resume=str(tmp_path / "imported")))
+        run_ranks(train, world, config)
+        found[world] = (records(run, "loss"), load_file(run / "step_000002" / OPTIMIZER))
+        assert (run / "step_000002" / PROBE).is_file()
+    losses, state = found.pop(1)
+    start = load_file(tmp_path / "imported" / OPTIMIZER)
+    assert state.keys() == start.keys()
+    assert all(not torch.equal(state[name], t) for name, t in start.items() if name.startswith("param.")), (
+        "all of it trains"
+    )
+    for others, theirs in found.values():
+        assert others == pytest.approx(losses, rel=1e-6)
+        for name, t in state.items():
+            if name.startswith("param."):
+                torch.testing.assert_close(theirs[name], t, rtol=0, atol=1e-5)
+
+
+def test_another_lora_section_is_refused(stacked: Path, tiny: Path, chats: Path, tmp_path: Path) -> None:
+    imported = import_adapter(stacked, tmp_path / "imported", str(tiny))
+    wrong = LoRAConfig(**{**imported.section, "alpha": 7.0})
+    config = make_config(tiny, chats, tmp_path / "run", {}, lora=wrong, steps=1)
+    config = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), resume=str(tmp_path / "imported")))
+    with pytest.raises(
+        Exception, match=r"holds other adapters than this config's lora section describes: \d+ modules differ"
+    ):
+        run_ranks(train, 1, config)
