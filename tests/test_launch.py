@@ -31,6 +31,7 @@ FAKES = {
     "scontrol": 'if [[ $1 = show ]]; then printf "node-a\\nnode-b\\n"; else echo "scontrol $*" >>log; fi',
     "scancel": 'echo "scancel $*" >>log; kill -TERM "$(cat srun.pid)"',
     "squeue": "cat state",
+    "megalora": 'printf "%s\\n" "$@"',
 }
 
 
@@ -75,6 +76,28 @@ def test_usage(script: str) -> None:
         assert shown.stdout.startswith(f"usage: launch/{script} CONFIG.yaml")
     without = launch(ROOT, script)
     assert (without.returncode, without.stderr, without.stdout) == (2, shown.stdout, "")
+
+
+def test_serve_passes_adapters_base_and_the_rest(copy: Path) -> None:
+    shown = launch(ROOT, "serve.sh", "--help")
+    assert (shown.returncode, shown.stderr) == (0, "") and shown.stdout.startswith(
+        "usage: launch/serve.sh BASE ADAPTER"
+    )
+    assert launch(ROOT, "serve.sh", "base").returncode == 2
+    served = launch(
+        copy,
+        "serve.sh",
+        "base",
+        "a=my adapter",
+        "runs/b",
+        "--",
+        "--tensor-parallel-size",
+        "2",
+        MEGALORA_VLLM_PYTHON="python",
+    )
+    assert served.stdout.splitlines() == [
+        "serve", "a=my adapter", "runs/b", "--base", "base", "--tensor-parallel-size", "2",
+    ]  # fmt: skip
 
 
 TWO_NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +37,7 @@ SPARE_ADAPTERS = 1
 """Slots beside the first adapters, so that the next version fits in before the old one goes."""
 GRACE_S = 20.0
 """For vLLM to end by itself; its engine takes 2 to 5 s."""
-_REPOSITORY = Path(__file__).parents[2]
+_REPOSITORY, _GUARD = Path(__file__).parents[2], Path(__file__).with_name("guard.py")
 _LOG_PREFIX = re.compile(r"^\([^)]*pid=\d+\)\s*(?:[A-Z]+ \d\d-\d\d [\d:.]+ (?:\[[^\]]*\])?)?\s*")
 _MISTAKE = re.compile(r"(?:\w*(?:Error|Exception)\b: .|error: .)")
 _CONSEQUENCES = ("Engine core initialization failed", "See root cause above", "raise ")
@@ -164,7 +165,7 @@ class Server:
         env |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1"}
         env.setdefault(
             "VLLM_CPU_KVCACHE_SPACE", "1"
-        )  # GiB, read by the CPU build only, which else takes half the memory
+        )  # GiB. The CPU build alone reads it, and would take half the memory
         if self._folder:
             env["HF_HUB_OFFLINE"] = "1"
         env |= {name: value for name, value in self.env.items() if value is not None}
@@ -182,7 +183,9 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                self.command(), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=self.environment(),
+                [sys.executable, "-I", str(_GUARD), str(GRACE_S), *self.command()], env=self.environment(),
+                stdin=subprocess.PIPE,  # closed when this process ends, however that happens; guard.py waits for it
+                stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,  # its own process group, so that engine and workers can be ended with it
             )  # fmt: skip
         atexit.register(self.stop)
@@ -214,10 +217,12 @@ class Server:
         if process.poll() is None:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
+                process.wait(GRACE_S + 1)  # the guard kills after GRACE_S
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if process.stdin:
+            process.stdin.close()
         if self._store_is_ours and self.store:
             shutil.rmtree(self.store, ignore_errors=True)
 

@@ -191,9 +191,7 @@ class Client:
             try:
                 with self._in_flight(served.id):
                     answer = self._api.completion(served.id, fields)
-            except AdapterNotFound:  # unloaded since it was resolved
-                if served.version is not None and name == served.id:
-                    raise  # the caller wants this version and no other
+            except AdapterNotFound:  # unloaded since it was resolved; what a whole id means is then refused above
                 time.sleep(0.01 * attempt)
                 continue
             if answer["model"] != served.id:

@@ -181,10 +181,14 @@ def test_a_server_that_hangs_is_given_up(tiny: Path, tmp_path: Path, monkeypatch
         Server(tiny, python=hangs, log=log, timeout_s=1.5).start()
     pids = [int(line) for line in log.read_text().split()]
     assert len(pids) == 2
+    assert gone(pids)
+
+
+def gone(pids: list[int]) -> bool:
     deadline = time.monotonic() + 5
     while any(running(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(running(pid) for pid in pids)
+    return not any(running(pid) for pid in pids)
 
 
 def running(pid: int) -> bool:
@@ -203,7 +207,7 @@ def test_start_wait_and_stop(tiny: Path, tmp_path: Path) -> None:
         assert process is not None and process.poll() is None and server.client().health()
         assert store is not None and [p.name for p in store.iterdir()] == [versioned("a", adapter)]
     assert not store.exists()
-    assert process.poll() == -signal.SIGTERM and not server.client().health()
+    assert process.poll() == 128 + signal.SIGTERM and not server.client().health()
     server.stop()  # again: nothing to do
 
     ends = script(
@@ -212,6 +216,24 @@ def test_start_wait_and_stop(tiny: Path, tmp_path: Path) -> None:
     )
     with Server(tiny, python=ends, log=tmp_path / "b.log") as server:
         assert server.wait() == 7
+
+
+def test_nothing_is_left_when_the_owner_is_killed(tiny: Path, tmp_path: Path) -> None:
+    """Which no code of the owner's can prevent; the server has a child of its own."""
+    healthy = script(
+        tmp_path / "healthy",
+        f"{HEALTHY}\nos.fork()\nprint(os.getpid(), flush=True)\n"
+        "try: HTTPServer(('127.0.0.1', port), Handler).serve_forever()\nexcept OSError: time.sleep(60)",
+    )
+    log = tmp_path / "a.log"
+    code = f"from megalora.serve.server import Server; Server({str(tiny)!r}, python={str(healthy)!r}, log=__import__('pathlib').Path({str(log)!r})).start(); print('up', flush=True); import time; time.sleep(60)"
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout and owner.stdout.readline() == "up\n"
+    pids = [int(line) for line in log.read_text().split() if line.isdigit()]
+    assert len(pids) == 2 and all(running(pid) for pid in pids)
+    owner.kill()
+    owner.wait()
+    assert gone(pids)
 
 
 def test_sigterm_ends_the_server_too(tiny: Path, tmp_path: Path) -> None:
