@@ -226,10 +226,14 @@ def test_nothing_is_left_when_the_owner_is_killed(tiny: Path, tmp_path: Path) ->
         "try: HTTPServer(('127.0.0.1', port), Handler).serve_forever()\nexcept OSError: time.sleep(60)",
     )
     log = tmp_path / "a.log"
-    code = f"from megalora.serve.server import Server; Server({str(tiny)!r}, python={str(healthy)!r}, log=__import__('pathlib').Path({str(log)!r})).start(); print('up', flush=True); import time; time.sleep(60)"
-    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    code = (
+        "import sys, time; from pathlib import Path; from megalora.serve.server import Server\n"
+        "Server(sys.argv[1], python=sys.argv[2], log=Path(sys.argv[3])).start(); print('up', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tiny), str(healthy), str(log)]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert owner.stdout and owner.stdout.readline() == "up\n"
-    pids = [int(line) for line in log.read_text().split() if line.isdigit()]
+    pids = [int(line) for line in log.read_text().splitlines() if line.isdigit()]
     assert len(pids) == 2 and all(running(pid) for pid in pids)
     owner.kill()
     owner.wait()
