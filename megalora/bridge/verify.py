@@ -12,11 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megalora import host
-from megalora.bridge.adapter import Adapter, read_adapter
-from megalora.bridge.folder import local_folder
-from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
-from megalora.model.shape import ModelShape, model_shape, read_hf_config
-from megalora.train.setup import build_adapted, load_adapter, parallel_groups
+
+host.install()  # before anything imports Megatron
+
+from megalora.bridge.adapter import Adapter, read_adapter  # noqa: E402
+from megalora.bridge.folder import local_folder  # noqa: E402
+from megalora.config import LoRAConfig, ModelConfig, ParallelConfig  # noqa: E402
+from megalora.model.shape import ModelShape, model_shape, read_hf_config  # noqa: E402
+from megalora.train.setup import build_adapted, load_adapter, parallel_groups  # noqa: E402
 
 PROBE = (2, 64)
 """Samples and tokens of the random probe batch."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -222,7 +223,7 @@ def test_nothing_is_left_when_the_owner_is_killed(tiny: Path, tmp_path: Path) ->
     """Which no code of the owner's can prevent; the server has a child of its own."""
     healthy = script(
         tmp_path / "healthy",
-        f"{HEALTHY}\nos.fork()\nprint(os.getpid(), flush=True)\n"
+        f"{HEALTHY}\nos.fork()\nprint(f'pid={{os.getpid()}};', flush=True)\n"
         "try: HTTPServer(('127.0.0.1', port), Handler).serve_forever()\nexcept OSError: time.sleep(60)",
     )
     log = tmp_path / "a.log"
@@ -233,7 +234,7 @@ def test_nothing_is_left_when_the_owner_is_killed(tiny: Path, tmp_path: Path) ->
     command = [sys.executable, "-c", code, str(tiny), str(healthy), str(log)]
     owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert owner.stdout and owner.stdout.readline() == "up\n"
-    pids = [int(line) for line in log.read_text().splitlines() if line.isdigit()]
+    pids = [int(pid) for pid in re.findall(r"pid=(\d+);", log.read_text())]  # other lines may be mixed up
     assert len(pids) == 2 and all(running(pid) for pid in pids)
     owner.kill()
     owner.wait()
