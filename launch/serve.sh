@@ -2,12 +2,13 @@
 # Serve adapters with vLLM, whose environment is built on first use.
 set -euo pipefail
 
-usage='usage: launch/serve.sh BASE ADAPTER [ADAPTER ...] [-- further arguments of megalora serve and of vLLM]
+usage='usage: launch/serve.sh BASE ADAPTER [ADAPTER ...] [-- ARGUMENTS]
 
   BASE       the base model: a folder or hub name
   ADAPTER    a folder, such as a checkpoint of a run, or NAME=FOLDER
+  ARGUMENTS  of megalora serve; after another --, of vLLM
 
-  launch/serve.sh Qwen/Qwen3-30B-A3B math=runs/math/step_000500 -- --port 8000 --tensor-parallel-size 2'
+  launch/serve.sh Qwen/Qwen3-30B-A3B math=runs/math/step_000500 -- --port 8000 -- --tensor-parallel-size 2'
 
 case "${1:-}" in
   -h | --help) printf '%s\n' "$usage"; exit 0 ;;

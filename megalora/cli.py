@@ -13,8 +13,6 @@ from typing import Any
 MISTAKE = 2
 """Exit code of a user's mistake, argparse's too."""
 PATIENCE_S = 30
-TAKES_MORE = ("train", "serve")
-"""Commands with arguments of others: overrides of the config, vLLM's options."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -50,13 +48,14 @@ def _whose(error: ValueError) -> str:
 
 
 def _run(arguments: list[str]) -> None:
-    options, rest = _parser().parse_known_args(arguments)
-    unknown = [
-        a for a in rest if options.command not in TAKES_MORE or (a.startswith("-") and options.command == "train")
-    ]
+    end = arguments.index("--") if "--" in arguments and arguments[0] == "serve" else len(arguments)
+    options, rest = _parser().parse_known_args(arguments[:end])
+    options.extra = arguments[end + 1 :]
+    unknown = [a for a in rest if options.command != "train" or a.startswith("-")]
     if unknown:
+        hint = "; vLLM's own arguments come after --" if options.command == "serve" else ""
         raise ValueError(
-            f"megalora {options.command}: unknown argument {unknown[0]!r}; see megalora {options.command} --help"
+            f"megalora {options.command}: unknown argument {unknown[0]!r}; see megalora {options.command} --help{hint}"
         )
     options.action(options, rest)
 
@@ -223,12 +222,12 @@ def _merge(options: Any, _: list[str]) -> None:
     print(merge(options.adapter, options.base, options.out).text())
 
 
-def _serve(options: Any, rest: list[str]) -> None:
+def _serve(options: Any, _: list[str]) -> None:
     from megalora.serve.run import serve
 
     code = serve(
         options.adapters, options.base, lambda line: print(line, flush=True), host=options.host, port=options.port,
-        atol=options.atol, unproven=options.unproven, extra=rest,
+        atol=options.atol, unproven=options.unproven, extra=options.extra,
     )  # fmt: skip
     sys.exit(code)
 

@@ -237,7 +237,9 @@ def test_export(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = tmp_path / "exported"
     (adapter / "training_state").mkdir()
     assert outcome(capsys, "export", adapter, out) == (
-        0, f"wrote {out}; README.md in it says what it is and how to load it\n", "",
+        0, f"wrote {out}; README.md in it says what it is and how to load it\nadapts " + "; ".join(
+            f"{name} in layers 2-3" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        ) + "\n", "",
     )  # fmt: skip
     written = {path.name: path.read_bytes() for path in out.iterdir()}
     assert written.pop("README.md").startswith(b"---\nbase_model: ")

@@ -91,12 +91,15 @@ def test_serve_passes_adapters_base_and_the_rest(copy: Path) -> None:
         "a=my adapter",
         "runs/b",
         "--",
-        "--tensor-parallel-size",
+        "--port",
+        "1",
+        "--",
+        "-tp",
         "2",
         MEGALORA_VLLM_PYTHON="python",
     )
     assert served.stdout.splitlines() == [
-        "serve", "a=my adapter", "runs/b", "--base", "base", "--tensor-parallel-size", "2",
+        "serve", "a=my adapter", "runs/b", "--base", "base", "--port", "1", "--", "-tp", "2",
     ]  # fmt: skip
 
 

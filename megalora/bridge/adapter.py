@@ -23,6 +23,7 @@ from megalora.lora.spec import HEAD, Adapted, FactorName, Projection, layer_proj
 from megalora.model.shape import ModelShape
 
 _STACK = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.experts(?:\.(?P<which>base_layer|gate_up_proj|down_proj))?")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,18 @@ def read_adapter(folder: Path, shape: ModelShape, order: ColumnOrder | None = No
             )
         module, factor = parsed
         if (match := _STACK.fullmatch(module)) and int(match["layer"]) in shape.moe_layers:
-            stacks.setdefault((int(match["layer"]), match["which"] or ""), {})[factor] = (name, tensor)
+            stack = stacks.setdefault((int(match["layer"]), match["which"] or ""), {})
+            if factor in stack:
+                raise ValueError(
+                    f"{folder / WEIGHTS}: {stack[factor][0]} and {name} are lora_{factor} of the same experts"
+                )
+            stack[factor] = (name, tensor)
         else:
             linears.add(module, factor, tensor, rules)
     for layer, projection, factors, scale in StackedFile(folder, config, shape, rules, stacks, order).linears():
         linears.put(layer, projection, factors, scale, rules)
-    rules.check_targets(linears.factors.keys(), linears.known)
+    rules.check_targets(linears.factors.keys(), {module: parameters_of(module) for module in linears.known})
     return linears.adapter()
-
-
-def adapted_in(folder: Path, shape: ModelShape) -> list[Adapted]:
-    """What a LoRA folder adapts."""
-    return read_adapter(folder, shape).adapted
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -74,9 +75,9 @@ def _load(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{path} holds no tensors: nothing was adapted, or saving went wrong")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.dim() != 2:
+        if tensor.dtype not in _DTYPES or tensor.dim() != 2:
             raise ValueError(
-                f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; a factor is a matrix of floats"
+                f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; a factor is a matrix in float16, bfloat16, float32 or float64"
             )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} has NaN or infinite values; the training that wrote it had diverged")
@@ -117,7 +118,7 @@ class _Linears:
             raise ValueError(f"{self.path}: two tensors are lora_{factor} of {module}")
         self.factors[module][factor] = tensor
         self.scales[module] = rules.scale(module, rank, tensor_name(module, factor))
-        rules.note(module, (f"{module}.weight", *fused_parameter(module)))
+        rules.note(module, layer, parameters_of(module))
 
     def put(self, layer: int, projection: str, factors: Factors, scale: float, rules: Rules) -> None:
         """All experts of one projection, from a stacked tensor."""
@@ -127,7 +128,7 @@ class _Linears:
                 raise ValueError(f"{self.path}: {module} is there twice, on its own and in a stacked tensor")
             self.factors[module] = {"A": a.contiguous(), "B": b.contiguous()}
             self.scales[module] = scale
-            rules.note(module, fused_parameter(module))
+            rules.note(module, layer, parameters_of(module))
 
     def adapter(self) -> Adapter:
         adapted: list[Adapted] = []
@@ -170,7 +171,7 @@ class _Linears:
         return any_tensor.new_zeros(a.shape(factor))
 
 
-def fused_parameter(module: str) -> tuple[str, ...]:
-    """The parameter, as PEFT names it, of which an expert's linear is a part."""
+def parameters_of(module: str) -> tuple[str, ...]:
+    """As PEFT names them: the linear's own weight, or the fused parameter of which an expert's linear is a part."""
     match = re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)", module)
-    return (f"{match[1]}.{DOWN if match[2] == DOWN else GATE_UP}",) if match else ()
+    return (f"{match[1]}.{DOWN if match[2] == DOWN else GATE_UP}",) if match else (f"{module}.weight",)

@@ -5,6 +5,7 @@ from typing import Any
 
 from megalora.bridge.engines import ENGINES
 from megalora.lora.spec import Adapted
+from megalora.serve.server import RANKS, smallest_rank
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Facts:
     """HF names of single experts' linears, likewise."""
     dropped: list[str]
     """Projections that were trained and left out."""
+    loads_in_peft: bool
     run: dict[str, Any] | None
     """``training_state/state.json`` of the checkpoint; None for an adapter made elsewhere."""
 
@@ -39,7 +41,9 @@ def _front_matter(facts: Facts) -> str:
 
 
 def _what(facts: Facts) -> str:
-    lines = [f"# {facts.folder_name}", "", f"A LoRA adapter for `{facts.base}`, trained with megalora."]
+    ours = bool(facts.run and facts.run.get("config"))
+    made = "trained with megalora" if ours else "made elsewhere and exported by megalora"
+    lines = [f"# {facts.folder_name}", "", f"A LoRA adapter for `{facts.base}`, {made}."]
     if facts.run and facts.run.get("config"):
         config, step = facts.run["config"], facts.run["step"]
         train = config["train"]
@@ -63,6 +67,14 @@ def _table(facts: Facts) -> str:
             f"| `{name}` | {rank} | {scale:.6g} | {ranges([n for n in layers if n is not None])} | {experts or ''} |"
         )
     return "\n".join(rows)
+
+
+def coverage(adapted: list[Adapted]) -> list[str]:
+    """A line that shows a lost layer: which layers each projection is adapted in."""
+    layers: dict[str, list[int]] = {}
+    for a in adapted:
+        layers.setdefault(a.name, []).extend([] if a.layer is None else [a.layer])
+    return ["adapts " + "; ".join(f"{name}{f' in layers {ranges(of)}' if of else ''}" for name, of in layers.items())]
 
 
 def ranges(numbers: list[int]) -> str:
@@ -96,16 +108,16 @@ def _notes(facts: Facts) -> str:
 def _loading(facts: Facts) -> str:
     rank = max(a.rank for a in facts.adapted)
     sections = []
-    if facts.layout in ("per_expert", "stacked"):
+    if facts.layout in ("per_expert", "stacked") and facts.loads_in_peft:
         sections.append(
             "## transformers and PEFT\n\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
             f'base = AutoModelForCausalLM.from_pretrained("{facts.base}")\n'
             f'model = PeftModel.from_pretrained(base, "{facts.folder_name}")\n```'
         )
-    if facts.layout == "per_expert":
+    if facts.layout == "per_expert" and rank <= RANKS[-1]:
         sections.append(
             "## vLLM\n\n```bash\n"
-            f"vllm serve {facts.base} --enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules {facts.folder_name}=./{facts.folder_name}\n"
+            f"vllm serve {facts.base} --enable-lora --max-lora-rank {smallest_rank(rank)} --lora-modules {facts.folder_name}=./{facts.folder_name}\n"
             f"megalora serve {facts.folder_name} --base {facts.base}    # the same, and proves that the adapter acts\n```"
         )
     if facts.engine == "sglang":
@@ -117,17 +129,3 @@ def _loading(facts: Facts) -> str:
             f"    --lora-target-modules {targets} --lora-paths {facts.folder_name}=./{facts.folder_name}\n```"
         )
     return "\n\n".join(sections)
-
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values vLLM 0.32 takes for ``max_lora_rank``."""
-
-
-def vllm_rank(rank: int) -> int:
-    """The smallest ``max_lora_rank`` that holds the rank; raises ``ValueError`` above vLLM's largest."""
-    for allowed in VLLM_RANKS:
-        if rank <= allowed:
-            return allowed
-    raise ValueError(
-        f"rank {rank} is above {VLLM_RANKS[-1]}, the largest that vLLM takes; merge the adapter instead: megalora merge"
-    )

@@ -26,7 +26,6 @@ class Engine:
 
 
 PEFT_LAYOUTS: dict[str, Layout] = {"per_expert": "per_expert", "stacked": "stacked"}
-SGLANG_LAYOUTS: dict[str, Layout] = {"per_expert": "uniform", "shared_outer": "shared_outer"}
 ENGINES: dict[EngineName, Engine] = {
     "peft": Engine("PEFT 0.21", PEFT_LAYOUTS, {}),
     "vllm": Engine("vLLM 0.32", {"per_expert": "per_expert"}, {"gate": "loads it and then ignores it"}),
@@ -50,7 +49,7 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
                 f"--drop {projection} to leave it out, or merge the adapter into the base: megalora merge"
             )
     experts = any(a.projection.is_expert for a in adapted)
-    if name == "peft" and layout == "per_expert" and experts and shape.model_type == "qwen2_moe":
+    if name == "peft" and not loads_in_peft(layout, adapted, shape):
         raise ValueError(
             f"{engine.title} cannot load adapters of {shape.model_type}'s experts, one for each: its table lacks that model. "
             "Export with --layout stacked"
@@ -59,3 +58,9 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
         raise ValueError(
             f"{engine.title} fails on adapters of models with dense layers among MoE layers; merge it: megalora merge"
         )
+
+
+def loads_in_peft(layout: str, adapted: list[Adapted], shape: ModelShape) -> bool:
+    """PEFT 0.21's table of models whose experts' adapters it converts lacks qwen2_moe, as which it converts Qwen3-MoE's."""
+    experts = any(a.projection.is_expert for a in adapted)
+    return layout == "stacked" or not (experts and shape.model_type == "qwen2_moe")

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalora.bridge.adapter import Adapter, read_adapter
-from megalora.bridge.card import Facts, card
-from megalora.bridge.engines import ENGINES, PEFT_LAYOUTS, EngineName, check_engine
-from megalora.bridge.files import read_config
+from megalora.bridge.card import Facts, card, coverage
+from megalora.bridge.engines import ENGINES, PEFT_LAYOUTS, EngineName, check_engine, loads_in_peft
+from megalora.bridge.files import CARD, PROBE, STATE_JSON, read_config
 from megalora.bridge.folder import local_folder
 from megalora.bridge.form import write_adapter
 from megalora.bridge.output import check_new, whole_or_gone
 from megalora.bridge.trained import trained_form
 from megalora.model.shape import model_shape, read_hf_config, read_json_object
-
-CARD, PROBE, STATE = "README.md", "probe.json", Path("training_state") / "state.json"
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,11 @@ class Export:
     facts: Facts
 
     def text(self) -> str:
-        lines = [f"wrote {self.out}; README.md in it says what it is and how to load it"]
+        lines = [f"wrote {self.out}; README.md in it says what it is and how to load it", *coverage(self.facts.adapted)]
+        if not self.facts.loads_in_peft:
+            lines.append(
+                "note: PEFT 0.21 cannot load adapters of this model's experts in this layout; --layout stacked it can"
+            )
         if self.facts.zeros:
             lines.append(f"zeros stand in it, because engines want them, for {', '.join(self.facts.zeros)}")
         if self.facts.absent:
@@ -68,10 +70,11 @@ def export(
         check_engine(engine, layout, adapter.adapted, shape)
     elif layout not in layouts:
         raise ValueError(f"--layout {layout}: it must be one of {', '.join(layouts)}, or --for an engine that reads it")
+    in_peft = loads_in_peft(layout, adapter.adapted, shape)
     with whole_or_gone(out) as temporary:
         zeros = write_adapter(temporary, adapter.adapted, shape, adapter.tensors, named, layouts[layout])
-        run = read_json_object(source / STATE) if (source / STATE).is_file() else None
-        facts = Facts(named, out.name, layout, engine, adapter.adapted, zeros, adapter.absent, list(drop), run)
+        run = read_json_object(source / STATE_JSON) if (source / STATE_JSON).is_file() else None
+        facts = Facts(named, out.name, layout, engine, adapter.adapted, zeros, adapter.absent, list(drop), in_peft, run)
         (temporary / CARD).write_text(card(facts))
         if (source / PROBE).is_file() and not drop:
             shutil.copyfile(source / PROBE, temporary / PROBE)
@@ -86,4 +89,5 @@ def _without(adapter: Adapter, drop: Sequence[str]) -> Adapter:
     kept = [a for a in adapter.adapted if a.name not in drop]
     if not kept:
         raise ValueError(f"--drop {' '.join(drop)} leaves nothing of the adapter")
-    return Adapter(adapter.folder, kept, adapter.tensors, adapter.absent)
+    absent = [module for module in adapter.absent if module.rsplit(".", 1)[-1] not in drop]
+    return Adapter(adapter.folder, kept, adapter.tensors, absent)

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 def check_new(out: Path, source: Path) -> None:
     """Raise ``ValueError`` unless ``whole_or_gone`` can make the folder ``out``, which is not what it is made from."""
     if out == source.resolve():
-        raise ValueError(f"{out} is the base model itself; choose another folder")
+        raise ValueError(f"{out} is what is read; choose another folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; choose another")
     if out.is_mount():
@@ -42,13 +44,13 @@ def whole_or_gone(out: Path) -> Iterator[Path]:
         raise ValueError(f"could not make {temporary} ({error})") from None
     try:
         yield temporary
-        for path in (*temporary.iterdir(), temporary):
+        for path in (*temporary.rglob("*"), temporary):
             _sync(path)
         temporary.rename(out)
         _sync(out.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | SafetensorError):  # the latter is what a full disk is to safetensors
             raise ValueError(f"could not write {out}, of which nothing is left ({error})") from None
         raise
 

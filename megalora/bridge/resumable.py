@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalora.bridge.adapter import read_adapter
-from megalora.bridge.files import LORA_SECTION, OPTIMIZER, STATE, STATE_JSON, STATE_KEYS
+from megalora.bridge.card import coverage
+from megalora.bridge.files import LORA_SECTION, OPTIMIZER, STATE, STATE_JSON, STATE_KEYS, read_config
 from megalora.bridge.folder import local_folder
 from megalora.bridge.form import write_adapter
 from megalora.bridge.output import check_new, whole_or_gone
@@ -41,7 +42,7 @@ def import_adapter(source: Path, out: Path, base: str, order: ColumnOrder | None
     """Write the adapter folder ``source`` as a checkpoint of zero steps to ``out``, which must be new or empty.
 
     Adam's moments are zero, as at the start of a training. ``order``: how columns of stacked B's run, where the file does not say.
-    Raises ``ValueError`` for what cannot be read without guessing, and for an adapter of another base.
+    Raises ``ValueError`` for what cannot be read without guessing, and for an adapter of a base with other sizes.
     """
     out = out.resolve()
     check_new(out, source)
@@ -53,10 +54,16 @@ def import_adapter(source: Path, out: Path, base: str, order: ColumnOrder | None
         write_adapter(temporary, adapted, shape, tensors, base)
         (temporary / STATE).mkdir()
         save_file(_fresh_state(tensors), temporary / OPTIMIZER)
-        state = {"step": 0, "imported_from": str(source), "adapted": settings(adapted)}
+        state = {"step": 0, "imported_from": str(source), "base": base, "adapted": settings(adapted)}
         (temporary / STATE_JSON).write_text(json.dumps(state, indent=1) + "\n")
         (temporary / LORA_SECTION).write_text(OmegaConf.to_yaml(OmegaConf.create({"lora": section})))
-    return Imported(out, section, len(tensors), form.notes)
+    named = read_config(source).get("base_model_name_or_path")
+    notes = (
+        [f"the adapter names {named} as its base, not {base}: are they the same model?"]
+        if named not in (None, base)
+        else []
+    )
+    return Imported(out, section, len(tensors), [*notes, *coverage(adapted), *form.notes])
 
 
 def _fresh_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -132,7 +132,12 @@ class StackedFile:
         for (layer, which), factors in found.items():
             if factors.keys() != {"A", "B"}:
                 raise ValueError(f"{self.path}: {next(iter(factors.values()))[0]} has no partner (lora_A and lora_B)")
-            self.layers[layer][which] = (factors["A"][1], factors["B"][1])
+            a, b = factors["A"][1], factors["B"][1]
+            if a.shape[0] != b.shape[1]:
+                raise ValueError(
+                    f"{self.path}: {factors['A'][0]} has {a.shape[0]} rows, and its lora_B {b.shape[1]} columns"
+                )
+            self.layers[layer][which] = (a, b)
 
     def linears(self) -> Iterator[tuple[int, str, Factors, float]]:
         """``(layer, projection, factors, scale)`` of everything in the file."""
@@ -156,8 +161,8 @@ class StackedFile:
         if said or mapping.get("unsloth_fixed"):
             raise ValueError(
                 f"{self.path} was saved by Unsloth{f' with lora_B_layout={said}' if said else ''}: before 2026.9.6 it wrote the "
-                "columns of B by expert, later in PEFT's order, with the same shapes. Say which: --lora-b-layout "
-                "grouped_by_expert or rank_major"
+                "columns of B by expert, later in PEFT's order, with the same shapes. Say which, to megalora import: "
+                "--lora-b-layout grouped_by_expert or rank_major"
             )
         return "rank_major"
 

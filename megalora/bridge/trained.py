@@ -2,7 +2,7 @@
 
 A rank whose row of A and column of B are zero for all experts has no gradient and never will; nor has an expert whose A and B
 are both zero. Files hold such zeros as padding. So ranks at the end that are zero everywhere are cut off, a projection of which
-nothing is left is not adapted, and an expert without anything gets a fresh A and keeps its B of zeros, which changes nothing yet.
+nothing is left is not adapted, and what is still zero in A then is drawn anew beside a B of zeros, which changes nothing yet.
 """
 
 from dataclasses import dataclass, replace
@@ -42,18 +42,20 @@ def trained_form(adapter: Adapter, *, fill: bool = False) -> TrainedForm:
         if rank < a.rank:
             notes.append(f"{where}: rank {rank}; {a.rank - rank} of {a.rank} are zeros in the file")
         adapted.append(replace(a, rank=rank, alpha=a.scale * rank))
-        empty = (~alive_Er.any(1)).nonzero().flatten().tolist()
-        if fill and empty:
-            notes.append(f"{where}: {len(empty)} of {a.num_experts} experts have no adapter; A drawn anew, B zero")
-        for expert, module in enumerate(a.hf_modules()):
-            fresh = fill and expert in empty
-            own_a = (
-                initial_a(SEED, module, rank, a.in_features).to(a_Eri.dtype) if fresh else a_Eri[expert, :rank].clone()
+        # An A row of zeros gives its B column no gradient, and adds nothing: with a fresh row and a zero column it can learn.
+        idle_Er = ~a_Eri[:, :rank].abs().amax(2).bool()
+        if fill and idle_Er.any():
+            whole = int(idle_Er.all(1).sum())
+            notes.append(
+                f"{where}: {int(idle_Er.sum())} rows of A are zeros ({whole} of {len(idle_Er)} linears whole); drawn anew, B zero"
             )
-            tensors[tensor_name(module, "A")], tensors[tensor_name(module, "B")] = (
-                own_a,
-                b_Eor[expert, :, :rank].clone(),
-            )
+        for place, module in enumerate(a.hf_modules()):
+            own_a, own_b = a_Eri[place, :rank].clone(), b_Eor[place, :, :rank].clone()
+            if fill and idle_Er[place].any():
+                idle = idle_Er[place]
+                own_a[idle] = initial_a(SEED, module, rank, a.in_features).to(own_a)[idle]
+                own_b[:, idle] = 0
+            tensors[tensor_name(module, "A")], tensors[tensor_name(module, "B")] = own_a, own_b
     if not any(tensors[name].any() for name in tensors if ".lora_B." in name):
         raise ValueError(f"{adapter.folder}: every B is zero: this adapter does nothing")
     return TrainedForm(Adapter(adapter.folder, adapted, tensors, adapter.absent), notes)

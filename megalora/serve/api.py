@@ -1,5 +1,6 @@
 """vLLM's HTTP routes, one method each: what goes over the wire, and its refusals as typed errors. No policy."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,10 +8,11 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from megalora.serve.errors import ServerUnreachable, refusal
+from megalora.serve.errors import ServerError, ServerUnreachable, refusal
 
 IDLE_CONNECTION_S = 2.0
 """vLLM closes idle connections after 5 s; a request sent at that moment would be lost."""
+logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for every request, once somebody turns INFO on
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -54,7 +56,12 @@ class Api:
     def models(self) -> list[Served]:
         """Base models, then adapters in the order they were loaded."""
         answer = self._call("listing models", lambda: self._http.get("/v1/models"), again=True)
-        return [_served(card) for card in answer.json()["data"]]
+        try:
+            return [_served(card) for card in answer.json()["data"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ServerError(
+                f"{self.url} answers, but not as vLLM does ({type(error).__name__}); is it another server?"
+            ) from error
 
     def load_adapter(self, model: str, path: str) -> None:
         body = {"lora_name": model, "lora_path": path}

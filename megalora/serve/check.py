@@ -30,7 +30,7 @@ _EXPERT_LEAVES = {projection.name for projection in MOE if projection.is_expert}
 _DTYPES = ("F16", "BF16", "F32", "F64")
 _UNSUPPORTED = ("use_dora", "modules_to_save", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora",
                 "use_qalora")  # fmt: skip
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Of PEFT's named initialisations those that leave the base as it is, so that the saved adapter is a plain LoRA."""
 
 

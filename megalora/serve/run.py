@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from megalora.bridge.folder import local_folder
+from megalora.model.shape import read_hf_config
 from megalora.serve.proof import Proof, prove
 from megalora.serve.server import Server
 
@@ -23,11 +24,14 @@ def serve(
         extra: further arguments of vLLM's.
     Raises: ``ValueError`` for an adapter that vLLM would refuse or ignore, a vLLM that does not start or is not there.
     """
-    server = Server(base, adapters, host=host, port=port, extra=extra)
+    hf = read_hf_config(local_folder(base, "--base", weights=False))
+    dtype = hf.get("dtype") or hf.get("torch_dtype")
+    server = Server(base, adapters, host=host, port=port, dtype=dtype, extra=extra)
     say(f"starting vLLM for {base} ({server.dtype}); its log is {server.log}")
     with server, server.client() as client:
         proofs = [
-            prove(client, name, folder, atol=atol, fallback=_fallback(base)) for name, folder in server.named.items()
+            prove(client, name, folder, served_dtype=str(server.dtype), atol=atol, fallback=lambda: _fallback(base))
+            for name, folder in server.named.items()
         ]
         for proof in proofs:
             say(proof.text())

@@ -27,7 +27,7 @@ from megalora.model.shape import read_hf_config
 from megalora.serve.check import Limits, Needs, check_adapter
 from megalora.serve.errors import AdapterRankTooLarge, ServerError
 from megalora.serve.store import Store
-from megalora.serve.vllm import Client, versioned
+from megalora.serve.vllm import Client, check_name, versioned
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be."""
@@ -67,16 +67,23 @@ def smallest_rank(rank: int) -> int:
 def named_adapters(adapters: Iterable[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
     """NAME -> folder from a mapping, or from ``NAME=FOLDER`` and ``FOLDER``, which is then named after itself."""
     if isinstance(adapters, Mapping):
-        return {str(name): Path(folder) for name, folder in adapters.items()}
+        pairs = [(str(name), Path(folder)) for name, folder in adapters.items()]
+    else:
+        pairs = [_named(str(adapter)) for adapter in adapters]
     named: dict[str, Path] = {}
-    for adapter in adapters:
-        name, equals, folder = str(adapter).partition("=")
-        path = Path(folder if equals else name)
-        name = name if equals else path.resolve().name
+    for name, folder in pairs:
+        check_name("name", name)
         if name in named:
-            raise ValueError(f"two adapters are called {name!r}: {named[name]} and {path}; write NAME=FOLDER")
-        named[name] = path
+            raise ValueError(f"two adapters are called {name!r}: {named[name]} and {folder}; write NAME=FOLDER")
+        named[name] = folder
     return named
+
+
+def _named(adapter: str) -> tuple[str, Path]:
+    name, equals, folder = adapter.partition("=")
+    if not equals or Path(adapter).is_dir():  # a folder may be called lr=1e-4
+        return Path(adapter).resolve().name, Path(adapter)
+    return name, Path(folder)
 
 
 @dataclass
@@ -117,6 +124,10 @@ class Server:
 
     def __post_init__(self) -> None:
         self._python = vllm_python(self.python)
+        if any(argument.startswith("--api-key") for argument in self.extra):
+            raise ValueError(
+                "--api-key is seen by everyone who lists processes, and not by us: set VLLM_API_KEY instead"
+            )
         self._folder = Path(self.base) if Path(self.base).is_dir() else None
         hf = read_hf_config(self._folder) if self._folder else {}
         self.named = named_adapters(self.adapters)

@@ -10,6 +10,7 @@ off vLLM's list and no more: requests it has accepted end with the weights they 
 and is sent again to the version that NAME means by then.
 """
 
+import os
 import re
 import threading
 import time
@@ -45,7 +46,7 @@ class Client:
             Unknown parts are left to the server; the base model's folder is looked up there.
         store: a folder for copies of the adapters, which the server sees under the same path. With one, folders may change or go
             after they are loaded; ``Server.client`` has one.
-        api_key: where the server was started with ``--api-key``.
+        api_key: where the server asks for one; None for $VLLM_API_KEY, from which vLLM takes its own.
 
     Every method raises ``ServerUnreachable`` when nobody answers and ``ServerError`` when the server is broken.
     """
@@ -59,7 +60,7 @@ class Client:
         store: Path | None = None,
         api_key: str | None = None,
     ) -> None:
-        self._api = Api(url, timeout=timeout, api_key=api_key)
+        self._api = Api(url, timeout=timeout, api_key=api_key or os.environ.get("VLLM_API_KEY"))
         self._limits = limits or Limits()
         self._store = Store(store) if store else None
         self._flights: Counter[str] = Counter()
@@ -213,8 +214,8 @@ class Client:
         """The new id, once its files are found sound, and the ids of NAME's versions, oldest first."""
         models = self.list()
         for what, value in (("name", name), ("version", label)):
-            if value is not None and not _NAME.fullmatch(value):
-                raise AdapterInvalid(f"adapter {what} {value!r}: must be letters, digits, '.', '_' and '-'")
+            if value is not None:
+                check_name(what, value)
         if any(s.is_base and s.name == name for s in models):
             raise AdapterNameTaken(f"{name} is the base model's name; choose another")
         model = versioned(name, folder, label)  # before the check: what is loaded is compared with it afterwards
@@ -256,6 +257,12 @@ class Client:
                 if not self._flights[model]:
                     del self._flights[model]
                 self._landed.notify_all()
+
+
+def check_name(what: str, value: str) -> None:
+    """Names are parts of ids and of paths."""
+    if not _NAME.fullmatch(value):
+        raise AdapterInvalid(f"adapter {what} {value!r}: must be letters, digits, '.', '_' and '-', as in NAME=FOLDER")
 
 
 def versioned(name: str, folder: Path | str, label: str | None = None) -> str:

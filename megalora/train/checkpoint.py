@@ -176,7 +176,7 @@ def load_checkpoint(folder: Path, num_samples: int, config: RunConfig, model: Ad
     """
     state = read_json_object(folder / STATE_JSON)
     if "imported_from" in state:
-        _check_same_adapters(folder, state["adapted"], model)
+        _check_same_adapters(folder, state, config, model)
     else:
         _check_same_run(folder, state, config, num_samples)
     parameters = model.parameters
@@ -211,9 +211,19 @@ def _check_same_run(folder: Path, state: dict[str, Any], config: RunConfig, num_
         )
 
 
-def _check_same_adapters(folder: Path, imported: list[list[Any]], model: AdaptedModel) -> None:
-    if apart := differing(settings(model.adapted), imported):
+def _check_same_adapters(folder: Path, imported: dict[str, Any], config: RunConfig, model: AdaptedModel) -> None:
+    """An import knows its base and what it adapts; all else may be chosen."""
+    if not _same_place(imported["base"], config.model.path):
+        raise ValueError(
+            f"{folder} was imported for the base {imported['base']}, this run has model.path={config.model.path}. Import it for this one"
+        )
+    if apart := differing(settings(model.adapted), imported["adapted"]):
         raise ValueError(
             f"{folder} holds other adapters than this config's lora section describes: {len(apart)} modules differ in presence, "
             f"rank or scale, such as {apart[0]}. Use the section in {folder / LORA_SECTION}"
         )
+
+
+def _same_place(one: str, other: str) -> bool:
+    """The same hub name, or the same folder however it is written."""
+    return one == other or Path(one).resolve() == Path(other).resolve()

@@ -62,7 +62,7 @@ def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, probe: Probe,
     saved_step = evaluated_step = step if saved else -1
     with (
         Metrics(Path(config.checkpoint.dir), config.log, num_steps, step, active=dist.get_rank() == 0) as metrics,
-        serving(config.checkpoint, model, metrics.say, saved) as serve,
+        serving(config, model, metrics.say, saved) as serve,
         terminated() as stop,
     ):
         _open(config, model, stepper, batches, metrics, step, saved)

@@ -110,7 +110,7 @@ class Stacked:
         folder.mkdir(exist_ok=True)
         save_file(tensors, folder / WEIGHTS)
         written = {"peft_type": "LORA", "r": self.rank, "lora_alpha": 2 * self.rank, "target_modules": None,
-                   "target_parameters": FUSED["target_parameters"]}  # fmt: skip
+                   "target_parameters": [f"mlp.experts.{'gate_up' if part else 'down'}_proj" for part in parts]}  # fmt: skip
         (folder / CONFIG).write_text(json.dumps(written | config))
         return folder
 
@@ -160,7 +160,9 @@ def test_columns_grouped_by_expert(bases: dict[str, Path], tmp_path: Path) -> No
     stacked.check(stacked.write(tmp_path, old=True, grouped=True, auto_mapping={"lora_B_layout": "grouped_by_expert"}))
     stacked.check(stacked.write(tmp_path, old=False, lora_B_layout="rank_major", auto_mapping={"unsloth_fixed": True}))
     stacked.write(tmp_path, old=False, grouped=True, auto_mapping={"unsloth_fixed": True})
-    assert "Say which: --lora-b-layout grouped_by_expert or rank_major" in refusal(tmp_path, bases["moe"])
+    assert "Say which, to megalora import: --lora-b-layout grouped_by_expert or rank_major" in refusal(
+        tmp_path, bases["moe"]
+    )
     stacked.check(tmp_path, order="grouped_by_expert")
     with pytest.raises(AssertionError):
         stacked.check(tmp_path, order="rank_major")
@@ -187,6 +189,53 @@ def test_names_of_other_stacks(bases: dict[str, Path], tmp_path: Path, rename: A
     after = read_adapter(trained.folder, trained.shape)
     assert after.adapted == before.adapted and after.tensors.keys() == before.tensors.keys()
     assert all(torch.equal(after.tensors[name], t) for name, t in before.tensors.items())
+
+
+def test_a_lost_parameter_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    stacked = Stacked(bases["moe"])
+    stacked.write(tmp_path, old=False, parts=("",), target_parameters=FUSED["target_parameters"])
+    assert "has no tensors for mlp.experts.gate_up_proj, which its config targets" in refusal(tmp_path, bases["moe"])
+
+
+def test_two_stacked_tensors_of_one_name_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    Stacked(bases["moe"]).write(tmp_path, old=False)
+    again = "base_model.model.model.layers.1.mlp.experts.lora_A.other.weight"
+    change(tmp_path, **{again: load_file(tmp_path / WEIGHTS)[again.replace(".other", "")].clone()})
+    assert "are lora_A of the same experts" in refusal(tmp_path, bases["moe"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"layers_to_transform": [0, 1]}, {"exclude_modules": ["layers.2.self_attn.q_proj"]}, {"exclude_modules": r".*\.3\..*"},
+     {"target_modules": r".*\.[01]\..*q_proj"}],
+)  # fmt: skip
+def test_what_peft_would_leave_out_is_refused(bases: dict[str, Path], tmp_path: Path, options: dict[str, Any]) -> None:
+    trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
+    config = trained.folder / CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | options))
+    assert "PEFT would ignore them" in refusal(trained.folder, trained.base)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern must be names and numbers above 0, got {'q_proj': None}"),
+        ({"rank_pattern": [3]}, "rank_pattern must be names and ranks of at least 1, got [3]"),
+        ({"rank_pattern": {"*q": 2}}, "is no regular expression ("),
+        ({"target_modules": "*q_proj"}, "'*q_proj' is no regular expression (nothing to repeat)"),
+        ({"target_modules": 5}, "target_modules must be a name, or a list of names, got 5"),
+        ({"auto_mapping": []}, "auto_mapping must be an object, got []"),
+        ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
+        ({"r": 0}, "r=0 and lora_alpha=32 must be a rank of at least 1 and a number above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan must be a rank of at least 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_config_values_refused(bases: dict[str, Path], tmp_path: Path, option: dict[str, Any], message: str) -> None:
+    trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
+    config = trained.folder / CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | option))
+    assert (said := refusal(trained.folder, trained.base)).startswith(str(config)) and message in said
 
 
 def test_experts_that_are_not_there_are_zeros_and_named(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -307,7 +356,7 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
     [
         ({"base_model.model.lm_head.lora_magnitude_vector": torch.ones(4, 4)}, "lora_magnitude_vector is no LoRA factor of a"),
         ({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 9)}, "lora_embedding_A is no LoRA factor of a"),
-        ({"base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight": torch.ones(8, 2, 96)}, "a factor is a matrix of floats"),
+        ({"base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight": torch.ones(8, 2, 96)}, "a factor is a matrix in float16"),
         ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full((2, 96), float("nan"))}, "has NaN or infinite"),
         ({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)}, "two tensors are lora_A of model.layers.0.self_attn.q_proj"),
         ({"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)}, "model.layers.9.self_attn.q_proj is no linear"),

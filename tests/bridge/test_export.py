@@ -72,7 +72,7 @@ def test_an_expert_without_adapter_can_learn_after_import(bases: dict[str, Path]
     tensors = {n: t for n, t in load_file(trained.folder / WEIGHTS).items() if "experts.5.down_proj" not in n}
     save_file(tensors, trained.folder / WEIGHTS)
     imported = import_adapter(trained.folder, tmp_path / "imported", str(bases["moe"]))
-    assert any("1 of 8 experts have no adapter; A drawn anew" in note for note in imported.notes)
+    assert any("2 rows of A are zeros (1 of 8 linears whole); drawn anew, B zero" in note for note in imported.notes)
     a, b = (
         load_file(tmp_path / "imported" / OPTIMIZER)[
             f"param.{tensor_name('model.layers.1.mlp.experts.5.down_proj', f)}"

@@ -403,7 +403,7 @@ def test_where_the_result_may_go(bases: dict[str, Path], tmp_path: Path) -> None
     trained = train(base, tmp_path / "adapter", LoRAConfig(rank=2, target_modules=["o_proj"]))
     (tmp_path / "link").symlink_to(base)
     for out in (base, tmp_path / "link"):
-        assert refusal(trained.folder, base, out) == f"{base} is the base model itself; choose another folder"
+        assert refusal(trained.folder, base, out) == f"{base} is what is read; choose another folder"
     for out in (trained.folder, trained.folder / WEIGHTS):
         assert refusal(trained.folder, base, out) == f"{out} exists and is not an empty folder; choose another"
     (tmp_path / ".out.tmp").mkdir()

@@ -1,17 +1,19 @@
 """An adapter made elsewhere trains on under any layout: from the same loss as in PEFT, to the same adapter."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megalora.bridge.files import OPTIMIZER, PROBE
 from megalora.bridge.resumable import import_adapter
 from megalora.config import CheckpointConfig, LoRAConfig
+from megalora.tiny import make_tiny
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config, records
@@ -60,7 +62,7 @@ def test_training_goes_on_from_it_under_every_layout(stacked: Path, tiny: Path, 
         config = replace(config, checkpoint=CheckpointConfig(dir=str(run), resume=str(tmp_path / "imported")))
         run_ranks(train, world, config)
         found[world] = (records(run, "loss"), load_file(run / "step_000002" / OPTIMIZER))
-        assert (run / "step_000002" / PROBE).is_file()
+        check_probe(tiny, run / "step_000002")
     losses, state = found.pop(1)
     start = load_file(tmp_path / "imported" / OPTIMIZER)
     assert state.keys() == start.keys()
@@ -74,6 +76,19 @@ def test_training_goes_on_from_it_under_every_layout(stacked: Path, tiny: Path, 
                 torch.testing.assert_close(theirs[name], t, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def check_probe(base: Path, checkpoint: Path) -> None:
+    """What a checkpoint says of the probe text is what stock PEFT says with its adapter."""
+    probe = json.loads((checkpoint / PROBE).read_text())
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(checkpoint)
+    ).eval()
+    tokens = torch.tensor(probe["tokens"])
+    expected = model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+    assert len(tokens) > 32 and probe["dtype"] == "float32"
+    torch.testing.assert_close(torch.tensor(probe["logprobs"]), expected, rtol=0, atol=1e-5)
+
+
 def test_another_lora_section_is_refused(stacked: Path, tiny: Path, chats: Path, tmp_path: Path) -> None:
     imported = import_adapter(stacked, tmp_path / "imported", str(tiny))
     wrong = LoRAConfig(**{**imported.section, "alpha": 7.0})
@@ -82,4 +97,14 @@ def test_another_lora_section_is_refused(stacked: Path, tiny: Path, chats: Path,
     with pytest.raises(
         Exception, match=r"holds other adapters than this config's lora section describes: \d+ modules differ"
     ):
+        run_ranks(train, 1, config)
+
+
+def test_another_base_is_refused(stacked: Path, tiny: Path, chats: Path, tmp_path: Path) -> None:
+    """Of the same sizes, so that nothing else would notice."""
+    imported = import_adapter(stacked, tmp_path / "imported", str(tiny))
+    other = make_tiny(tmp_path / "other", seed=1)
+    config = make_config(other, chats, tmp_path / "run", {}, lora=LoRAConfig(**imported.section), steps=1)
+    config = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), resume=str(tmp_path / "imported")))
+    with pytest.raises(Exception, match="was imported for the base .*, this run has model.path="):
         run_ranks(train, 1, config)

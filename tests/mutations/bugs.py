@@ -122,7 +122,7 @@ BUGS = (
         "tests/bridge/test_adapter.py orientations"),
     bug(6, "gate and up of a stacked file swapped", STACKED, "gate_b, up_b = b_EoR.chunk(2, 1)", "up_b, gate_b = b_EoR.chunk(2, 1)",
         "tests/bridge/test_adapter.py orientations"),
-    bug(6, "an expert without adapter imported as zeros", TRAINED, "fresh = fill and expert in empty", "fresh = False",
+    bug(6, "an expert without adapter imported as zeros", TRAINED, "if fill and idle_Er[place].any():", "if False:",
         "tests/bridge/test_export.py without_adapter"),
     # 7: experts that never train
     bug(7, "no gradient into the first recomputed block", "megalora/model/recompute.py",
@@ -148,7 +148,7 @@ BUGS = (
     bug(9, "a file without tensors read", "megalora/bridge/adapter.py", "    if not tensors:\n", "    if False:\n", f"{FILES} test_09"),
     bug(9, "the router's adapter exported for vLLM", "megalora/bridge/engines.py", '"loads it and then ignores it"}', '""}',
         "tests/bridge/test_export.py nothing_trained_is_dropped"),
-    bug(9, "a served adapter proved by acting alone", "megalora/serve/proof.py", "return self.effect > 0 and equal", "return self.effect > 0",
+    bug(9, "a served adapter proved by acting alone", "megalora/serve/proof.py", "return self.effect > 0 and self.relative <= RELATIVE and exact", "return self.effect > 0",
         "tests/serve/test_proof.py wrong_scale"),
     bug(9, "new contents under an old id", "megalora/serve/vllm.py", "{content_hash(Path(folder))}", "",
         "tests/serve/test_client.py test_a_version_is_named"),

@@ -39,6 +39,11 @@ def test_a_wrong_scale_is_found(dtype: str, scale: float, relative: float) -> No
 
 def test_rounding_is_allowed_and_no_more() -> None:
     assert proof([t + 5e-5 for t in TRAINED]).ok and not proof([t + 2e-4 for t in TRAINED]).ok
+    small = [b + 2e-4 * (t - b) for b, t in zip(BASE, TRAINED, strict=True)]  # the first steps of a training
+    assert proof(small, trained=small).ok
+    assert not proof([(b + s) / 2 for b, s in zip(BASE, small, strict=True)], trained=small).ok, (
+        "half its scale, within atol"
+    )
     assert proof([t + 0.1 for t in TRAINED], "bfloat16").ok and not proof([t + 0.2 for t in TRAINED], "bfloat16").ok
 
 
@@ -85,7 +90,7 @@ def test_what_is_asked(tiny: Path, tmp_path: Path) -> None:
             True,
         )
         (folder / PROBE).unlink()
-        assert prove(client, "math", folder, fallback=[4, 1, 3]).trained is None
+        assert prove(client, "math", folder, fallback=lambda: [4, 1, 3]).trained is None
         with pytest.raises(ValueError, match="has no probe.json, and no other text was given"):
             prove(client, "math", folder)
 

@@ -40,6 +40,7 @@ class Run:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push, "FIRST_WAIT_S", 0.05)
+    monkeypatch.setattr(push, "IDLE_CLOSE_S", 0.5)
 
 
 def labels(vllm: FakeVLLM) -> list[str]:
@@ -75,7 +76,10 @@ def test_nothing_is_lost_while_the_server_is_down(tiny: Path, tmp_path: Path) ->
     assert len(run.said) == 1 and "step_000001 waits (" in run.said[0] and "training goes on" in run.said[0]
     with fake_vllm(str(tiny)) as vllm:
         run.pusher.client._api._http.base_url = vllm.url  # the server is back, at a port that was free
-        run.pusher.close(wait_s=30)
+        deadline = time.monotonic() + 30
+        while len(run.said) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        run.pusher.close()
         assert labels(vllm) == ["run@step_000001", "run@step_000002"] and len(run.said) == 3
     assert not list((tmp_path / "run" / "served" / ".waiting").iterdir())
 
@@ -108,7 +112,72 @@ def test_the_end_of_a_training_does_not_wait_forever(tiny: Path, tmp_path: Path)
     start = time.monotonic()
     run.pusher.close(wait_s=0.5)
     assert time.monotonic() - start < 6 and not run.pusher.thread.is_alive()
-    assert any("did not take every checkpoint; all are on disk" in line for line in run.said)
+    assert any("step_000001 was not served in" in line for line in run.said)
+
+
+def test_a_server_that_stays_away_does_not_hold_up_the_end(tiny: Path, tmp_path: Path) -> None:
+    with fake_vllm(str(tiny)) as vllm:
+        url = vllm.url
+    run = Run(tmp_path / "run", tiny, url)
+    run.pusher.push(run.save(1))
+    while not run.pusher.unreachable.is_set():
+        time.sleep(0.01)
+    start = time.monotonic()
+    run.pusher.close()
+    assert time.monotonic() - start < 5, "instead of a minute"
+
+
+def test_only_the_newest_wait(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push, "MAX_WAITING", 2)
+    with fake_vllm(str(tiny)) as vllm:
+        url = vllm.url
+    run = Run(tmp_path / "run", tiny, url)
+    run.pusher.push(run.save(1))
+    while not run.pusher.unreachable.is_set():
+        time.sleep(0.01)
+    for step in (2, 3, 4):
+        run.pusher.push(run.save(step))
+    assert sum("is skipped: 2 newer ones wait" in line for line in run.said) == 1 and "step_000002" in run.said[-1]
+    assert sorted(p.name for p in (tmp_path / "run/served/.waiting").iterdir()) == [
+        "step_000001",
+        "step_000003",
+        "step_000004",
+    ]
+    run.pusher.close(wait_s=0.1)
+    assert any("not served: step_000003, step_000004" in line for line in run.said)
+
+
+def test_a_disk_that_refuses_ends_no_training(tiny: Path, tmp_path: Path) -> None:
+    with fake_vllm(str(tiny)) as vllm:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "served").touch()
+        run = Run(tmp_path / "run", tiny, vllm.url)
+        run.pusher.push(run.save(1))
+        run.pusher.close()
+        assert len(run.said) == 1 and "step_000001 is NOT served: " in run.said[0] and "training goes on" in run.said[0]
+
+
+def test_whatever_goes_wrong_is_said_and_the_next_is_served(tiny: Path, tmp_path: Path) -> None:
+    with fake_vllm(str(tiny)) as vllm:
+        run = Run(tmp_path / "run", tiny, vllm.url)
+        swap = run.pusher.client.swap
+        run.pusher.client.swap = lambda *args: {}["bug"]  # type: ignore[method-assign]
+        run.pusher.push(run.save(1))
+        while not run.said:
+            time.sleep(0.01)
+        run.pusher.client.swap = swap  # type: ignore[method-assign]
+        run.pusher.push(run.save(2))
+        run.pusher.close()
+        assert "step_000001 is NOT served: KeyError: 'bug'" in run.said[0] and labels(vllm) == ["run@step_000002"]
+
+
+def test_another_server_at_this_address_is_said(tiny: Path, tmp_path: Path) -> None:
+    with fake_vllm(str(tiny)) as vllm:
+        vllm.base_path = None  # type: ignore[assignment]
+        run = Run(tmp_path / "run", tiny, f"{vllm.url}/elsewhere")
+        run.pusher.push(run.save(1))
+        run.pusher.close(wait_s=0.3)
+        assert "step_000001" in run.said[0] and "NOT served" in run.said[0]
 
 
 @pytest.mark.vllm
