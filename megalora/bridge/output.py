@@ -45,9 +45,9 @@ def whole_or_gone(out: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
+            force_to_disk(path)
         temporary.rename(out)
-        _sync(out.parent)
+        force_to_disk(out.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):  # the latter is what a full disk is to safetensors
@@ -59,7 +59,8 @@ def _unfinished(out: Path) -> Path:
     return out.with_name(f".{out.name}.tmp")
 
 
-def _sync(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
+    """A file's contents, or a folder's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

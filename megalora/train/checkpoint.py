@@ -10,7 +10,6 @@ step_000050/
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from torch import Tensor
 from megalora import host
 from megalora.bridge.files import LORA_SECTION, OPTIMIZER, PROBE, RNG, STATE, STATE_JSON, STATE_KEYS
 from megalora.bridge.form import write_adapter
+from megalora.bridge.output import force_to_disk
 from megalora.bridge.peft import gather_tensors, read_tensors
 from megalora.config import RunConfig
 from megalora.lora.section import differing, settings
@@ -96,7 +96,7 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            force_to_disk(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -104,17 +104,9 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
     temporary.rename(target)
     pointer = target.with_name(".latest.tmp")
     pointer.write_text(target.name + "\n")
-    _sync(pointer)
+    force_to_disk(pointer)
     pointer.rename(target.with_name("latest"))
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    force_to_disk(target.parent)
 
 
 def _on_first_rank[T](action: Callable[[], T], failure: str) -> T:
