@@ -1,5 +1,6 @@
 """Jobs in forked processes of a parent that has imported everything, a few at once; each may fork ranks of its own."""
 
+import gc
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ def forked[K](
             if more := job is not None:
                 key, function, arguments = job
                 process = context.Process(target=_on_one_thread, args=(function, arguments))
+                gc.collect()  # what a child must not meet; see run_ranks
                 process.start()
                 running.append((key, process, time.perf_counter()))
         time.sleep(0.1)

@@ -1,5 +1,6 @@
 """Run a function on several gloo ranks of this machine. No GPU, no ports, nothing imported twice."""
 
+import gc
 import os
 import pickle
 import tempfile
@@ -14,6 +15,9 @@ import torch.multiprocessing as mp
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """``fn(*args)`` on every rank; what each returned, by rank. A failure on any rank fails the test with its traceback."""
+    # A gloo group that this process made and forgot must end here: its destructor joins threads, which a forked rank lacks,
+    # and a rank whose garbage collection came upon it would wait for them for good.
+    gc.collect()
     with tempfile.TemporaryDirectory() as folder:  # a file store cannot collide the way a port can
         # fork, not spawn: gloo needs no CUDA, and importing Megatron again in every rank costs 20 s a test.
         mp.start_processes(_enter, (fn, world_size, folder, args), nprocs=world_size, start_method="fork")
