@@ -135,7 +135,7 @@ def _add_engine_commands(commands: Any) -> None:
     serve = commands.add_parser(
         "serve",
         help="serve adapters with vLLM (make vllm) and prove that they act",
-        epilog="other arguments go to vLLM",
+        epilog="what follows -- goes to vLLM",
     )
     serve.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a folder, or NAME=FOLDER")
     serve.add_argument("--base", required=True, help="the base model's folder or hub name")

@@ -19,7 +19,8 @@ from megalora.bridge.files import WEIGHTS, read_config
 from megalora.bridge.names import parse
 from megalora.bridge.rules import Rules, refuse_variants
 from megalora.bridge.stacked import DOWN, GATE_UP, ColumnOrder, Factors, StackedFile
-from megalora.lora.spec import HEAD, Adapted, FactorName, Projection, layer_projections, make_adapted, tensor_name
+from megalora.lora.modules import linear_modules
+from megalora.lora.spec import Adapted, FactorName, Projection, make_adapted, tensor_name
 from megalora.model.shape import ModelShape
 
 _STACK = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.experts(?:\.(?P<which>base_layer|gate_up_proj|down_proj))?")
@@ -82,16 +83,6 @@ def _load(path: Path) -> dict[str, Tensor]:
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} has NaN or infinite values; the training that wrote it had diverged")
     return tensors
-
-
-def linear_modules(shape: ModelShape) -> dict[str, tuple[Projection, int | None, int | None]]:
-    """HF module name -> (projection, layer, expert) of every linear that LoRA can adapt, in the order of the table."""
-    found: dict[str, tuple[Projection, int | None, int | None]] = {}
-    for layer in range(shape.num_layers):
-        for p in layer_projections(shape, layer):
-            for expert in range(shape.num_experts) if p.is_expert else [None]:
-                found[p.hf.format(layer=layer, expert=expert)] = (p, layer, expert)
-    return found | {HEAD[0].hf: (HEAD[0], None, None)}
 
 
 class _Linears:

@@ -41,15 +41,15 @@ def _front_matter(facts: Facts) -> str:
 
 
 def _what(facts: Facts) -> str:
-    ours = bool(facts.run and facts.run.get("config"))
-    made = "trained with megalora" if ours else "made elsewhere and exported by megalora"
+    run = facts.run if facts.run and "config" in facts.run else None  # an import has no config
+    made = "trained with megalora" if run else "made elsewhere and exported by megalora"
     lines = [f"# {facts.folder_name}", "", f"A LoRA adapter for `{facts.base}`, {made}."]
-    if facts.run and facts.run.get("config"):
-        config, step = facts.run["config"], facts.run["step"]
+    if run:
+        config, step = run["config"], run["step"]
         train = config["train"]
         lines += [
             "",
-            f"- Training data: `{config['data']['train']}`, {facts.run['num_samples']:,} samples",
+            f"- Training data: `{config['data']['train']}`, {run['num_samples']:,} samples",
             f"- Steps: {step:,} of {train['global_batch_size']} samples, learning rate {train['lr']:g} ({train['schedule']})",
             f"- Base weights and adapter in {config['model']['dtype']}",
         ]
@@ -62,11 +62,15 @@ def _table(facts: Facts) -> str:
     for a in facts.adapted:
         groups.setdefault((a.projection.hf, a.rank, a.scale, a.num_experts), []).append(a.layer)
     for (hf, rank, scale, experts), layers in groups.items():
-        name = hf.replace("model.layers.{layer}.", "").replace(".{expert}", "")
         rows.append(
-            f"| `{name}` | {rank} | {scale:.6g} | {ranges([n for n in layers if n is not None])} | {experts or ''} |"
+            f"| `{_short(hf)}` | {rank} | {scale:.6g} | {ranges([n for n in layers if n is not None])} | {experts or ''} |"
         )
     return "\n".join(rows)
+
+
+def _short(hf: str) -> str:
+    """A projection's name without the layer and the expert."""
+    return hf.replace("model.layers.{layer}.", "").replace(".{expert}", "")
 
 
 def coverage(adapted: list[Adapted]) -> list[str]:
@@ -91,7 +95,7 @@ def ranges(numbers: list[int]) -> str:
 def _notes(facts: Facts) -> str:
     lines = []
     if facts.zeros:
-        names = ", ".join(f"`{z.replace('model.layers.{layer}.', '').replace('.{expert}', '')}`" for z in facts.zeros)
+        names = ", ".join(f"`{_short(hf)}`" for hf in facts.zeros)
         lines.append(f"- {names}: not trained; zeros in this file, because engines want it beside what was.")
     if facts.absent:
         lines.append(

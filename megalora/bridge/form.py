@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megalora.bridge.files import CONFIG, WEIGHTS
 from megalora.bridge.stacked import DOWN, GATE_UP, Factors, pack, stacked_factors
+from megalora.lora.section import most_common, without_noise
 from megalora.lora.spec import (
     ATTENTION,
     DENSE_MLP,
@@ -56,7 +57,7 @@ def export_form(adapted: list[Adapted], shape: ModelShape, *, uniform: bool = Fa
     experts = [a for a in adapted if a.projection.is_expert]
     fused = [a for a in experts if a.projection.kind == "expert_column"] or experts
     alike = adapted if uniform else fused
-    rank, scale = max((a.rank for a in alike), default=0), _most_common([a.scale for a in alike]) if alike else 0.0
+    rank, scale = max((a.rank for a in alike), default=0), most_common([a.scale for a in alike]) if alike else 0.0
 
     def settings(projection: Projection, own: Adapted | None) -> tuple[int, float]:
         if uniform or own is None or projection.kind == "expert_column":
@@ -141,7 +142,7 @@ def module_entries(written: list[Adapted], shape: ModelShape) -> list[_Entry]:
 def peft_config(entries: list[_Entry], base: str) -> dict[str, Any]:
     """``adapter_config.json``; what deviates from r and lora_alpha becomes a pattern."""
     default = [e for e in entries if e.decides_default] or entries
-    rank, alpha = _most_common([(e.rank, e.alpha) for e in default])
+    rank, alpha = most_common([(e.rank, e.alpha) for e in default])
     settings: dict[str, set[tuple[int, float]]] = {}
     for e in entries:
         settings.setdefault(e.name, set()).add((e.rank, e.alpha))
@@ -166,7 +167,7 @@ def peft_config(entries: list[_Entry], base: str) -> dict[str, Any]:
 def _stacked(adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tensor]) -> tuple[dict, list[_Entry]]:
     """Tensors and config entries of all experts."""
     experts = [a for a in adapted if a.projection.is_expert]
-    scale = _most_common([a.scale for a in experts])
+    scale = most_common([a.scale for a in experts])
     tensors: dict[str, Tensor] = {}
     entries: list[_Entry] = []
     for layer in sorted({a.layer for a in experts if a.layer is not None}):
@@ -227,11 +228,7 @@ def write_adapter(
     return padded(pairs)
 
 
-def _most_common(values: list[Any]) -> Any:
-    return max(dict.fromkeys(values), key=values.count)
-
-
 def _number(alpha: float) -> float | int:
-    """``scale * rank`` without the noise of having been divided and multiplied."""
-    alpha = float(f"{alpha:.14g}")
+    """As JSON should show it."""
+    alpha = without_noise(alpha)
     return int(alpha) if alpha.is_integer() else alpha

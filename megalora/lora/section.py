@@ -16,7 +16,7 @@ def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
     for a in adapted:
         layers_of[a.projection][a.layer] = a
     projections = {p for layer in range(shape.num_layers) for p in layer_projections(shape, layer)} | set(HEAD)
-    rank, alpha = _most_common([(a.rank, _alpha(a)) for a in adapted])
+    rank, alpha = most_common([(a.rank, _alpha(a)) for a in adapted])
     targets: list[str] = []
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
@@ -67,8 +67,14 @@ def _key(projection: Projection, layers: list[int | None] | None, alone: bool) -
 
 
 def _alpha(a: Adapted) -> float:
-    return float(f"{a.scale * a.rank:.14g}")
+    return without_noise(a.scale * a.rank)
 
 
-def _most_common(values: list[Any]) -> Any:
+def without_noise(alpha: float) -> float:
+    """``scale * rank`` as it was before it was divided by the rank."""
+    return float(f"{alpha:.14g}")
+
+
+def most_common(values: list[Any]) -> Any:
+    """The first of those that occur most often."""
     return max(dict.fromkeys(values), key=values.count)

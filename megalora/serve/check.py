@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megalora.bridge.files import CONFIG, WEIGHTS
-from megalora.lora.spec import ALIASES, HEAD, MOE, layer_projections
+from megalora.lora.modules import linear_modules
+from megalora.lora.spec import ALIASES, MOE
 from megalora.model.shape import ModelShape, model_shape, read_hf_config
 from megalora.serve.adapter_files import AdapterFiles, first_not_finite, read_adapter_files
 from megalora.serve.errors import (
@@ -175,13 +176,10 @@ def _shape(base: Path | None) -> ModelShape | None:
 
 def base_modules(shape: ModelShape) -> dict[str, tuple[int, int]]:
     """HF name -> (out, in) of everything vLLM can adapt in this model."""
-    sizes = {"lm_head": HEAD[0].features(shape), "model.embed_tokens": (shape.hidden, shape.vocab)}
-    for layer in range(shape.num_layers):
-        for p in layer_projections(shape, layer):
-            experts = range(shape.num_experts) if p.is_expert else [None]
-            sizes |= {p.hf.format(layer=layer, expert=e): p.features(shape) for e in experts}
-        if shape.shared_intermediate and shape.is_moe(layer):
-            sizes[f"model.layers.{layer}.mlp.shared_expert_gate"] = (1, shape.hidden)
+    sizes = {module: p.features(shape) for module, (p, _, _) in linear_modules(shape).items()}
+    sizes["model.embed_tokens"] = (shape.hidden, shape.vocab)
+    if shape.shared_intermediate:
+        sizes |= {f"model.layers.{layer}.mlp.shared_expert_gate": (1, shape.hidden) for layer in shape.moe_layers}
     return sizes
 
 

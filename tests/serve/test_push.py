@@ -43,6 +43,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push, "IDLE_CLOSE_S", 0.5)
 
 
+def nobody() -> str:
+    """A URL at which a server was."""
+    with fake_vllm() as vllm:
+        return vllm.url
+
+
 def labels(vllm: FakeVLLM) -> list[str]:
     return [name.split(".")[0] for kind, name in vllm.calls if kind == "load"]
 
@@ -63,9 +69,7 @@ def test_every_checkpoint_is_served_in_order_and_the_last_stays(tiny: Path, tmp_
 
 def test_nothing_is_lost_while_the_server_is_down(tiny: Path, tmp_path: Path) -> None:
     """Neither by waiting nor by checkpoint.keep, which removes folders meanwhile; and pushing takes no time."""
-    with fake_vllm(str(tiny)) as vllm:
-        url = vllm.url
-    run = Run(tmp_path / "run", tiny, url)
+    run = Run(tmp_path / "run", tiny, nobody())
     start = time.monotonic()
     for step in (1, 2):
         checkpoint = run.save(step)
@@ -105,9 +109,7 @@ def test_an_adapter_that_says_something_else_is_told(tiny: Path, tmp_path: Path)
 
 
 def test_the_end_of_a_training_does_not_wait_forever(tiny: Path, tmp_path: Path) -> None:
-    with fake_vllm(str(tiny)) as vllm:
-        url = vllm.url
-    run = Run(tmp_path / "run", tiny, url)
+    run = Run(tmp_path / "run", tiny, nobody())
     run.pusher.push(run.save(1))
     start = time.monotonic()
     run.pusher.close(wait_s=0.5)
@@ -116,12 +118,9 @@ def test_the_end_of_a_training_does_not_wait_forever(tiny: Path, tmp_path: Path)
 
 
 def test_a_server_that_stays_away_does_not_hold_up_the_end(tiny: Path, tmp_path: Path) -> None:
-    with fake_vllm(str(tiny)) as vllm:
-        url = vllm.url
-    run = Run(tmp_path / "run", tiny, url)
+    run = Run(tmp_path / "run", tiny, nobody())
     run.pusher.push(run.save(1))
-    while not run.pusher.unreachable.is_set():
-        time.sleep(0.01)
+    assert run.pusher.unreachable.wait(10)
     start = time.monotonic()
     run.pusher.close()
     assert time.monotonic() - start < 5, "instead of a minute"
@@ -129,12 +128,9 @@ def test_a_server_that_stays_away_does_not_hold_up_the_end(tiny: Path, tmp_path:
 
 def test_only_the_newest_wait(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push, "MAX_WAITING", 2)
-    with fake_vllm(str(tiny)) as vllm:
-        url = vllm.url
-    run = Run(tmp_path / "run", tiny, url)
+    run = Run(tmp_path / "run", tiny, nobody())
     run.pusher.push(run.save(1))
-    while not run.pusher.unreachable.is_set():
-        time.sleep(0.01)
+    assert run.pusher.unreachable.wait(10)
     for step in (2, 3, 4):
         run.pusher.push(run.save(step))
     assert sum("is skipped: 2 newer ones wait" in line for line in run.said) == 1 and "step_000002" in run.said[-1]

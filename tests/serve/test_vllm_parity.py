@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from megalora.bridge.form import write_adapter
 from megalora.bridge.merge import merge
@@ -27,6 +25,7 @@ from tests.distributed.ranks import run_ranks
 from tests.parity.built import built, random_adapter
 from tests.parity.runs import make_config
 from tests.serve.adapters import ATTENTION, EXPERTS, make_adapter, tokens_of
+from tests.serve.stock_peft import stock_model
 
 pytestmark = [
     pytest.mark.vllm,
@@ -98,8 +97,7 @@ def of_megalora(config: Any, factors: Path) -> list[Said]:
 
 
 def of_peft(base: Path, folder: Path) -> list[Said]:
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, str(folder)).eval()
+    model = stock_model(base, folder)
     return of_model(lambda tokens: model(torch.tensor([tokens])).logits[0])
 
 
