@@ -1,5 +1,30 @@
-"""Grouped LoRA for mixture-of-experts layers. Depends on torch and nothing else."""
+"""Grouped LoRA for mixture-of-experts layers. Depends on torch and triton and nothing else."""
 
+from .backend import BACKENDS
+from .combine import combine
+from .dense_lora import add_low_rank, dense_lora
+from .expert_mlp import Adapter, expert_mlp
+from .grouped_gemm import Joined
 from .grouped_lora import grouped_lora
+from .lora_wgrad import lora_wgrad
+from .permute_shrink import permute_shrink
+from .routing import Routing, permute, permute_values, regroup, route, unpermute
 
-__all__ = ["grouped_lora"]
+__all__ = [
+    "BACKENDS",
+    "Adapter",
+    "Joined",
+    "Routing",
+    "add_low_rank",
+    "combine",
+    "dense_lora",
+    "expert_mlp",
+    "grouped_lora",
+    "lora_wgrad",
+    "permute",
+    "permute_shrink",
+    "permute_values",
+    "regroup",
+    "route",
+    "unpermute",
+]

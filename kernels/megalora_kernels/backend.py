@@ -1,0 +1,91 @@
+"""Which back end computes: the rule, and the override.
+
+Named by an argument, or by the environment variable MEGALORA_BACKEND, or chosen by this rule:
+
+    CPU, float64                                   loop
+    float32 on a GPU                               triton (torch's grouped GEMM copies offsets to the host there)
+    rank > 128                                     grouped_mm (a tile of rank columns lives in registers)
+    fewer than VENDOR_ROWS rows per expert, or no room in the weights   triton
+    else                                           grouped_mm
+
+``triton`` and ``grouped_mm`` leave the offsets on the device; ``loop`` and ``reference`` read them on the host.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from .grouped_gemm import why_not_grouped_mm
+
+BACKENDS = ("reference", "loop", "grouped_mm", "triton")
+ENV_BACKEND = "MEGALORA_BACKEND"
+VENDOR_ROWS = 1024  # rows per expert from which torch's grouped GEMM is taken; predicted, not yet measured on a GPU
+MAX_TRITON_RANK = 128
+INTERPRETED: bool = triton.knobs.runtime.interpret  # read once: kernels are decorated when this package is imported
+
+
+def choose(
+    backend: str | None, what: str, x: torch.Tensor, num_rows: int, rank: int, weights: Sequence[torch.Tensor],
+    room: bool = False,
+) -> str:  # fmt: skip
+    """The back end to take, by the rule above or by name.
+
+    Args:
+        backend: a name, or None for the environment's or the rule's.
+        what: who asks, for messages.
+        x: an operand.
+        num_rows: M.
+        rank: the largest stacked rank; 0 without adapter.
+        weights: the frozen weights ``[E, N, K]``.
+        room: whether the weights have room for the adapter.
+
+    Raises:
+        ValueError: no such back end, or one that cannot run here.
+    """
+    name = _by_name(backend, what)
+    problems = {"triton": _why_not_triton(x, rank), "grouped_mm": _why_not_vendor(x, weights)}
+    if name is not None:
+        if problems.get(name):
+            raise ValueError(f"{what}: backend {name!r} cannot run: {problems[name]}; use 'loop' or 'reference'")
+        return name
+    if not x.is_cuda:
+        return "loop"
+    few, no_room = num_rows < VENDOR_ROWS * weights[0].shape[0], rank > 0 and not room
+    order = ["triton", "grouped_mm"] if few or no_room or x.dtype == torch.float32 else ["grouped_mm", "triton"]
+    return next((name for name in order if problems[name] is None), "loop")
+
+
+def choose_pass(backend: str | None, what: str, x: torch.Tensor, rank: int) -> str:
+    """``reference``, ``loop`` or ``triton`` for one step alone; ``grouped_mm`` has its steps from the other two."""
+    name, problem = _by_name(backend, what), _why_not_triton(x, rank)
+    if name == "triton" and problem:
+        raise ValueError(f"{what}: backend 'triton' cannot run: {problem}; use 'loop' or 'reference'")
+    if name in ("reference", "loop", "triton"):
+        return name
+    return "triton" if x.is_cuda and problem is None else "loop"
+
+
+def _by_name(backend: str | None, what: str) -> str | None:
+    name = backend if backend is not None else os.environ.get(ENV_BACKEND) or None
+    if name is not None and name not in BACKENDS:
+        source = "backend" if backend is not None else f"the environment variable {ENV_BACKEND}"
+        raise ValueError(f"{what}: {source} is {name!r}, want one of {', '.join(BACKENDS)}")
+    return name
+
+
+def _why_not_triton(x: torch.Tensor, rank: int) -> str | None:
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"{x.dtype} is not one of torch.bfloat16, torch.float16, torch.float32"
+    if rank > MAX_TRITON_RANK:
+        return f"the stacked rank {rank} exceeds {MAX_TRITON_RANK}"
+    if not x.is_cuda and not (INTERPRETED and x.device.type == "cpu"):
+        return f"tensors are on {x.device}; Triton runs on GPUs, and on CPU only where TRITON_INTERPRET=1 from the start"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "the GPU's compute capability is below 8.0"
+    return None
+
+
+def _why_not_vendor(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> str | None:
+    return next(filter(None, (why_not_grouped_mm(x, w) for w in weights)), None)

@@ -1,0 +1,59 @@
+"""Combine: each token's output is the sum of its experts' rows.
+
+    out[t] = sum over j of y[slots[t, j]]
+
+It is also the gradient of the permutation that copied tokens to rows. A scatter-add would need atomics, whose order changes
+from run to run; each token gathering its own rows needs none.
+
+Shape legend: T tokens   k rows per token   M routed rows   H features
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# ---- 1. reference ---------------------------------------------------------------------------------------------------
+
+
+def combine_ref(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
+    """Slot after slot into one output, in float32 (float64 for float64)."""
+    wide = torch.promote_types(y_MH.dtype, torch.float32)
+    out_TH = y_MH.index_select(0, slots_TK[:, 0]).to(wide)
+    for j in range(1, slots_TK.shape[1]):
+        out_TH += y_MH.index_select(0, slots_TK[:, j])
+    return out_TH.to(y_MH.dtype)
+
+
+# ---- 2. kernel ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _combine_kernel(y_ptr, slots_ptr, out_ptr, H, stride_y, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program owns BLOCK columns of one token."""
+    token, cols = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(SLOTS):
+        row = tl.load(slots_ptr + token * SLOTS + j).to(tl.int64)
+        acc += tl.load(y_ptr + row * stride_y + cols, mask=cols < H, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token.to(tl.int64) * H + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < H)
+
+
+# ---- 3. launcher ----------------------------------------------------------------------------------------------------
+
+
+def combine_triton(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
+    num_tokens, num_slots, H = *slots_TK.shape, y_MH.shape[1]
+    y_MH = y_MH if y_MH.stride(1) == 1 else y_MH.contiguous()
+    out_TH = y_MH.new_empty(num_tokens, H)
+    if num_tokens == 0:
+        return out_TH
+    block = min(1024, triton.next_power_of_2(H))
+    _combine_kernel[(num_tokens, triton.cdiv(H, block))](
+        y_MH, slots_TK, out_TH, H, y_MH.stride(0), SLOTS=num_slots, BLOCK=block
+    )
+    return out_TH
+
+
+def combine(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
+    """Sum of each token's rows: ``[M, H]``, int32 ``[T, k]`` -> ``[T, H]`` in y's dtype. Not differentiable by itself."""
+    return combine_triton(y_MH, slots_TK) if y_MH.is_cuda and y_MH.dtype != torch.float64 else combine_ref(y_MH, slots_TK)

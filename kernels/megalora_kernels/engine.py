@@ -1,0 +1,198 @@
+"""The steps of an expert, computed by one back end or another.
+
+    loop         one GEMM per expert from the host; any device and dtype; reads the offsets on the host
+    grouped_mm   torch's grouped GEMM (CUTLASS on Hopper), on joined operands where the weight has room for the adapter;
+                 the passes between GEMMs in Triton on a GPU, in torch on a CPU
+    triton       everything in Triton; rows are gathered as they are read, nothing permuted is ever written
+
+Shape legend: T source rows   M routed rows   E experts   K inputs   N outputs   R rank   I expert intermediate   J = 2I
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .combine import combine_ref, combine_triton
+from .grouped_gemm import (
+    ALIGN_BYTES,
+    Joined,
+    add_delta_vendor,
+    aligned,
+    grouped_gemm_loop,
+    grouped_gemm_triton,
+    grouped_gemm_vendor,
+    padded_rank,
+)
+from .lora_wgrad import lora_wgrad_loop, lora_wgrad_triton
+from .routing import Routing
+from .shrink import shrink_loop, shrink_triton
+from .swiglu import SwiGLUGrads, swiglu_backward_loop, swiglu_backward_triton, swiglu_loop, swiglu_triton
+
+@dataclass
+class Rows:
+    """Operand of a grouped GEMM: rows, and what goes through the adapter beside them."""
+
+    x: torch.Tensor
+    source_M: torch.Tensor | None = None
+    """Row m is ``x[source[m]]``; None: ``x[m]``."""
+    s_MR: torch.Tensor | None = None
+    joined: torch.Tensor | None = None
+    """``[x | s]`` in one buffer ``[M, K + R]``, of which x and s are views."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Frozen ``[E, N, K]``, perhaps with room for an adapter."""
+
+    w_ENK: torch.Tensor
+    joined: Joined | None = None
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The steps that are bound by memory, each in one pass."""
+
+    shrink: Callable[..., None]
+    swiglu: Callable[..., None]
+    swiglu_backward: Callable[..., SwiGLUGrads]
+    wgrad: Callable[..., torch.Tensor]
+    combine: Callable[..., torch.Tensor]
+
+
+IN_TORCH = Passes(shrink_loop, swiglu_loop, swiglu_backward_loop, lora_wgrad_loop, combine_ref)
+IN_TRITON = Passes(shrink_triton, swiglu_triton, swiglu_backward_triton, lora_wgrad_triton, combine_triton)
+
+
+class Engine:
+    """Computes the steps for one routing, tensors in, tensors out; no autograd.
+
+    This class is ``loop`` with ``IN_TORCH`` and ``triton`` with ``IN_TRITON``: both gather rows as they read them.
+    """
+
+    def __init__(self, routing: Routing, passes: Passes, gemm: Callable[..., torch.Tensor]) -> None:
+        self.routing, self.passes, self.gemm = routing, passes, gemm
+
+    def dense(self, t: torch.Tensor) -> torch.Tensor:
+        """t with rows that the kernels can read."""
+        return t if t.stride(-1) == 1 or self.passes is IN_TORCH else t.contiguous()
+
+    def buffers(self, like: torch.Tensor, features: int, rank: int, weight: Weight) -> Rows:
+        """Room for M rows and for what goes beside them."""
+        x_MK = like.new_empty(self.routing.num_rows, features)
+        return Rows(x_MK, s_MR=like.new_empty(self.routing.num_rows, rank) if rank else None)
+
+    def shrink(
+        self, x: torch.Tensor, a_ERK: torch.Tensor | None, weight: Weight, source_M: torch.Tensor | None = None,
+        x_lora: torch.Tensor | None = None,
+    ) -> Rows:  # fmt: skip
+        """x as an operand, with S = x Aᵀ beside it (of ``x_lora`` where that is given)."""
+        x = self.dense(x)
+        if a_ERK is None:
+            return Rows(x, source_M)
+        s_MR = x.new_empty(self.routing.num_rows, a_ERK.shape[1])
+        self.passes.shrink(x if x_lora is None else self.dense(x_lora), a_ERK, self.routing, s_MR, source_M)
+        return Rows(x, source_M, s_MR)
+
+    def linear(self, rows: Rows, weight: Weight, b_ENR: torch.Tensor | None) -> torch.Tensor:
+        """``x Wᵀ + s Bᵀ``."""
+        b_ERN = None if b_ENR is None else b_ENR.transpose(1, 2)
+        return self.gemm(rows.x, weight.w_ENK.transpose(1, 2), self.routing, rows.s_MR, b_ERN, rows.source_M)
+
+    def dgrad(self, rows: Rows, weight: Weight, a_ERK: torch.Tensor | None) -> torch.Tensor:
+        """``dy W + ds A`` for ``rows = (dy, ds)``."""
+        return self.gemm(rows.x, weight.w_ENK, self.routing, rows.s_MR, a_ERK, rows.source_M)
+
+    def swiglu(self, y_MJ: torch.Tensor, p_M: torch.Tensor, a_EQI: torch.Tensor | None, weight: Weight) -> Rows:
+        """silu(gate) up p, with S of down beside it."""
+        rows = self.buffers(y_MJ, y_MJ.shape[1] // 2, 0 if a_EQI is None else a_EQI.shape[1], weight)
+        self.passes.swiglu(y_MJ, p_M, a_EQI, self.routing, rows.x, self._padded(rows))
+        return rows
+
+    def swiglu_backward(
+        self, dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, s_MR: torch.Tensor | None,
+        b_EJR: torch.Tensor | None, ds_MQ: torch.Tensor | None, weight: Weight,
+    ) -> tuple[Rows, SwiGLUGrads]:  # fmt: skip
+        """(dy, dS) of gate_up, and the gradients of probabilities, A of down and B of gate_up."""
+        rows = self.buffers(y_MJ, y_MJ.shape[1], 0 if s_MR is None else s_MR.shape[1], weight)
+        gate_up = None if s_MR is None else (s_MR, b_EJR, self._padded(rows))
+        return rows, self.passes.swiglu_backward(dh_MI, y_MJ, p_M, self.routing, rows.x, gate_up, ds_MQ)
+
+    def _padded(self, rows: Rows) -> torch.Tensor | None:
+        """S with the columns that pad it."""
+        if rows.joined is None:
+            return rows.s_MR
+        return rows.joined[:, rows.x.shape[1] :]
+
+    def wgrad(self, g_MR: torch.Tensor, x: torch.Tensor, source_M: torch.Tensor | None = None) -> torch.Tensor:
+        return self.passes.wgrad(g_MR, self.dense(x), self.routing, source_M)
+
+    def combine(self, y_MH: torch.Tensor) -> torch.Tensor:
+        """Each token's sum; y itself where rows are given and taken sorted."""
+        return y_MH if self.routing.slots_TK is None else self.passes.combine(y_MH, self.routing.slots_TK)
+
+
+class VendorEngine(Engine):
+    """``grouped_mm``: operands in order and joined, for torch's grouped GEMM."""
+
+    def __init__(self, routing: Routing, passes: Passes) -> None:
+        super().__init__(routing, passes, grouped_gemm_vendor)
+        if routing.offsets_E.device.type == "cpu":
+            _ = routing.bounds  # a check that is free there
+
+    def buffers(self, like: torch.Tensor, features: int, rank: int, weight: Weight) -> Rows:
+        num_rows, pad = self.routing.num_rows, padded_rank(rank, like.dtype) if rank else 0
+        if rank == 0:
+            return Rows(like.new_empty(num_rows, features))
+        if weight.joined is None:
+            return Rows(like.new_empty(num_rows, features), s_MR=like.new_empty(num_rows, pad)[:, :rank])
+        pad = weight.joined.room  # a weight may have more room than this adapter needs
+        joined = like.new_empty(num_rows, features + pad)
+        return Rows(joined[:, :features], None, joined[:, features : features + rank], joined)
+
+    def shrink(
+        self, x: torch.Tensor, a_ERK: torch.Tensor | None, weight: Weight, source_M: torch.Tensor | None = None,
+        x_lora: torch.Tensor | None = None,
+    ) -> Rows:  # fmt: skip
+        if source_M is None and (a_ERK is None or weight.joined is None):
+            rows = super().shrink(x, a_ERK, weight, None, x_lora)
+            rows.x = aligned(rows.x)
+            return rows
+        x = self.dense(x)
+        rows = self.buffers(x, x.shape[1], 0 if a_ERK is None else a_ERK.shape[1], weight)
+        if x_lora is not None:
+            rows.x.copy_(x)
+            self.passes.shrink(self.dense(x_lora), a_ERK, self.routing, self._padded(rows), source_M)
+        else:
+            self.passes.shrink(x, a_ERK, self.routing, self._padded(rows), source_M, rows.x)
+        return rows
+
+    def linear(self, rows: Rows, weight: Weight, b_ENR: torch.Tensor | None) -> torch.Tensor:
+        if rows.joined is not None and weight.joined is not None and b_ENR is not None:
+            return grouped_gemm_vendor(rows.joined, weight.joined.with_b(b_ENR), self.routing)
+        return self._base_and_delta(rows, weight.w_ENK.transpose(1, 2), b_ENR, 2)
+
+    def dgrad(self, rows: Rows, weight: Weight, a_ERK: torch.Tensor | None) -> torch.Tensor:
+        if rows.joined is not None and weight.joined is not None and a_ERK is not None:
+            return grouped_gemm_vendor(rows.joined, weight.joined.with_a(a_ERK), self.routing)
+        return self._base_and_delta(rows, weight.w_ENK, a_ERK, 1)
+
+    def _base_and_delta(
+        self, rows: Rows, w_EKN: torch.Tensor, factor: torch.Tensor | None, rank_dim: int
+    ) -> torch.Tensor:
+        y_MN = grouped_gemm_vendor(rows.x, w_EKN, self.routing)
+        if factor is not None and rows.s_MR is not None:
+            pad = -rows.s_MR.shape[1] % (ALIGN_BYTES // factor.element_size())
+            s, factor = F.pad(rows.s_MR, (0, pad)), F.pad(factor, (0, pad) if rank_dim == 2 else (0, 0, 0, pad))
+            add_delta_vendor(y_MN, aligned(s), aligned(factor).transpose(1, 2) if rank_dim == 2 else aligned(factor), self.routing)
+        return y_MN
+
+
+def make_engine(backend: str, routing: Routing, device: torch.device) -> Engine:
+    """The engine of a back end other than ``reference``."""
+    if backend == "loop":
+        return Engine(routing, IN_TORCH, grouped_gemm_loop)
+    if backend == "triton":
+        return Engine(routing, IN_TRITON, grouped_gemm_triton)
+    return VendorEngine(routing, IN_TRITON if device.type == "cuda" else IN_TORCH)

@@ -1,0 +1,313 @@
+"""The routed experts of one layer as one autograd node: gate_up, SwiGLU with probabilities, down, adapters on all three.
+
+    [gate | up][m] = W1[e] x[source m] + B1[e] S1[m]        S1[m] = A1[e] x[source m]
+    h[m]           = silu(gate[m]) * up[m] * p[m]           S2[m] = A2[e] h[m]
+    y[m]           = W2[e] h[m] + B2[e] S2[m]
+    out[t]         = sum over t's rows m of y[m]            (y itself where rows are given sorted by expert)
+
+Backward, with dY[m] = dout[source m], dS2 = dY B2 and dS1 = d[gate | up] B1:
+
+    dH = dY W2 + dS2 A2      dA2 = dS2ᵀ H      dB2 = dYᵀ S2      d[gate | up], dp: through SwiGLU
+    dX = d[gate | up] W1 + dS1 A1, summed over each token's rows          dA1 = dS1ᵀ X      dB1 = d[gate | up]ᵀ S1
+
+Kept for backward: x as it was given, [gate | up] (unless it is recomputed), S1, S2, p. H is made again from [gate | up] in
+the pass that needs it; rows are gathered again from x. Per row and in elements that is H (only where x is permuted), 2I and R + Q.
+
+Shape legend: T tokens or rows of x   M routed rows   E experts   H hidden   I intermediate   J = 2I   R rank of gate and up
+stacked   Q rank of down
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .backend import choose
+from .checks import check_adapter, check_base, check_placement
+from .engine import Rows, Weight, make_engine
+from .grouped_gemm import Joined, grouped_gemm_ref
+from .grouped_lora import grouped_lora
+from .routing import Routing, permute, unpermute
+from .shrink import shrink_ref
+from .swiglu import swiglu_ref
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA of one fused weight ``[E, N, K]`` whose rows are ``len(b)`` projections of equal height (gate and up; or down).
+
+    Each projection has its own A and B: the A's are stacked, a B reads its own rows of the stack.
+    """
+
+    a: torch.Tensor
+    """``[E, R, K]``, R the sum of the ranks."""
+    b: tuple[torch.Tensor | None, ...]
+    """``[E, N / len(b), r]`` each; None for a projection without adapter."""
+    scale: tuple[float, ...]
+    """alpha / r of each."""
+
+    def ranks(self) -> list[tuple[int, int, int]]:
+        """(projection, first and last + 1 row of A) of those that have an adapter."""
+        found, start = [], 0
+        for i, b in enumerate(self.b):
+            if b is not None:
+                found.append((i, start, start + b.shape[2]))
+                start += b.shape[2]
+        return found
+
+    def whole_b(self, num_rows: int) -> torch.Tensor:
+        """``[E, N, R]``: the scaled B's, block by block, zero elsewhere; differentiable."""
+        height, blocks, ranks = num_rows // len(self.b), [], {i: (j, k) for i, j, k in self.ranks()}
+        total = self.a.shape[1]
+        if len(self.b) == 1 and self.b[0] is not None:
+            return self.b[0] if self.scale[0] == 1 else self.b[0] * self.scale[0]
+        for i, b in enumerate(self.b):
+            if b is None:
+                blocks.append(self.a.new_zeros(self.a.shape[0], height, total))
+            else:
+                blocks.append(F.pad(b * self.scale[i], (ranks[i][0], total - ranks[i][1])))
+        return torch.cat(blocks, 1)
+
+    def b_gradients(self, db_ENR: torch.Tensor) -> list[torch.Tensor | None]:
+        """The gradient of each B from that of ``whole_b``."""
+        grads: list[torch.Tensor | None] = [None] * len(self.b)
+        height = db_ENR.shape[1] // len(self.b)
+        for i, j, k in self.ranks():
+            grads[i] = db_ENR[:, i * height : (i + 1) * height, j:k] * self.scale[i]
+        return grads
+
+
+# ---- 1. reference: the specification, read this first ---------------------------------------------------------------
+
+
+def expert_mlp_ref(
+    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor, down_EHI: torch.Tensor, p_M: torch.Tensor, routing: Routing,
+    gate_up: Adapter | None = None, down: Adapter | None = None, dropout: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """The same function in plain PyTorch; autograd derives the gradients. Slow, and the only spec."""
+    x_MH = x_TH if routing.source_M is None else x_TH[routing.source_M.long()]
+
+    def linear(x: torch.Tensor, weight_ENK: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
+        w_EKN = weight_ENK.transpose(1, 2)
+        if adapter is None:
+            return grouped_gemm_ref(x, w_EKN, routing)
+        s_MR = shrink_ref(F.dropout(x, dropout), adapter.a, routing)
+        return grouped_gemm_ref(x, w_EKN, routing, s_MR, adapter.whole_b(weight_ENK.shape[1]).transpose(1, 2))
+
+    y_MH = linear(swiglu_ref(linear(x_MH, gate_up_EJH, gate_up), p_M), down_EHI, down)
+    return y_MH if routing.slots_TK is None else y_MH[routing.slots_TK.long()].sum(1)
+
+
+# ---- 2. autograd ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Static:
+    """What the node needs besides tensors that autograd tracks."""
+
+    backend: str
+    recompute: bool
+    num_rows: int
+    joined: tuple[Joined | None, Joined | None]
+    scales: tuple[tuple[float, ...], tuple[float, ...]]
+    blocks: tuple[int, int]
+    """Number of projections of gate_up and of down that tensors follow for."""
+
+
+class _Operands:
+    """The node's tensors by name, from the flat list autograd passes: forward's and backward's way to the same view."""
+
+    def __init__(self, static: _Static, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        x, p, offsets, source, slots, w1, w2, a1, a2, *b = tensors
+        assert p is not None and offsets is not None
+        self.x, self.p = x, p
+        self.routing = Routing(offsets, static.num_rows, source, slots)
+        (j1, j2), n = static.joined, static.blocks[0]
+        self.weight1, self.weight2 = self._weight(w1, j1), self._weight(w2, j2)
+        self.adapter1 = None if a1 is None else Adapter(a1, tuple(b[:n]), static.scales[0])
+        self.adapter2 = None if a2 is None else Adapter(a2, tuple(b[n:]), static.scales[1])
+        self.engine = make_engine(static.backend, self.routing, p.device)
+
+    @staticmethod
+    def _weight(w: torch.Tensor | None, joined: Joined | None) -> Weight:
+        if joined is not None:
+            return Weight(joined.weight, joined)
+        assert w is not None
+        return Weight(w)
+
+    def b1(self) -> torch.Tensor | None:
+        return self.adapter1.whole_b(self.weight1.w_ENK.shape[1]) if self.adapter1 else None
+
+    def b2(self) -> torch.Tensor | None:
+        return self.adapter2.whole_b(self.weight2.w_ENK.shape[1]) if self.adapter2 else None
+
+    def gate_up(self) -> tuple[torch.Tensor, Rows]:
+        assert self.x is not None
+        a1 = self.adapter1.a if self.adapter1 else None
+        rows = self.engine.shrink(self.x, a1, self.weight1, self.routing.source_M)
+        return self.engine.linear(rows, self.weight1, self.b1()), rows
+
+
+FLAT = 9  # tensors before the B's: x, p, offsets, source, slots, w1, w2, a1, a2
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, static: _Static, *tensors: torch.Tensor | None) -> torch.Tensor:
+        o = _Operands(static, tensors)
+        y_MJ, rows = o.gate_up()
+        a2 = o.adapter2.a if o.adapter2 else None
+        inner = o.engine.swiglu(y_MJ, o.p, a2, o.weight2)
+        out = o.engine.combine(o.engine.linear(inner, o.weight2, o.b2()))
+        wants = ctx.needs_input_grad[1:]
+        wants_b1, wants_b2 = any(wants[FLAT : FLAT + static.blocks[0]]), any(wants[FLAT + static.blocks[0] :])
+        before_swiglu = any(wants[i] for i in (0, 1, 7, 8)) or wants_b1  # anything but B of down
+        keep_x = wants[7] or (static.recompute and before_swiglu)
+        keep_y = before_swiglu and not static.recompute
+        # S is a view into its rows where operands are joined: a copy, so that the rows are not kept for its sake.
+        s1 = rows.s_MR.contiguous() if rows.s_MR is not None and before_swiglu else None
+        s2 = inner.s_MR.contiguous() if inner.s_MR is not None and wants_b2 else None
+        x, p, offsets, source, slots, w1, w2, *factors = tensors
+        w1, w2 = (None if joined else w for w, joined in zip((w1, w2), static.joined, strict=True))
+        kept = (x if keep_x else None, p, offsets, source, slots, w1, w2, *factors)
+        ctx.save_for_backward(*kept, y_MJ if keep_y else None, s1, s2)
+        ctx.static, ctx.before_swiglu, ctx.wants_b = static, before_swiglu, (wants_b1, wants_b2)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *douts: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *kept, y_MJ, s1, s2 = ctx.saved_tensors
+        o, (wants_b1, wants_b2) = _Operands(ctx.static, tuple(kept)), ctx.wants_b
+        grads: list[torch.Tensor | None] = [None] * len(ctx.needs_input_grad)
+        dout = o.engine.dense(douts[0])
+        n = 1 + FLAT + ctx.static.blocks[0]
+        if wants_b2 and o.adapter2:
+            db2 = o.engine.wgrad(s2, dout, o.routing.source_M).transpose(1, 2)
+            grads[n:] = o.adapter2.b_gradients(db2)
+        if ctx.before_swiglu:
+            if y_MJ is None:
+                y_MJ, _ = o.gate_up()
+            dy, db1 = _through_swiglu(o, dout, y_MJ, s1, grads)
+            if wants_b1 and o.adapter1:
+                grads[1 + FLAT : n] = o.adapter1.b_gradients(db1)
+            _through_gate_up(o, dy, ctx.needs_input_grad[1], ctx.needs_input_grad[8], grads)
+        return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=True))
+
+
+def _through_swiglu(
+    o: _Operands, dout: torch.Tensor, y_MJ: torch.Tensor, s1: torch.Tensor | None, grads: list[torch.Tensor | None]
+) -> tuple[Rows, Any]:
+    """From the output's gradient to that of [gate | up] and dS1; puts dp and dA2 in their places and returns dB1 whole."""
+    engine, b1, b2 = o.engine, o.b1(), o.b2()
+    rows = engine.shrink(dout, None if b2 is None else b2.transpose(1, 2), o.weight2, o.routing.source_M)
+    dh_MI = engine.dgrad(rows, o.weight2, o.adapter2.a if o.adapter2 else None)
+    dy, found = engine.swiglu_backward(dh_MI, y_MJ, o.p, s1, b1, rows.s_MR, o.weight1)
+    grads[2], grads[9] = found.dp_M, found.da_EQI
+    return dy, found.db_EJR
+
+
+def _through_gate_up(
+    o: _Operands, dy: Rows, wants_dx: bool, wants_da: bool, grads: list[torch.Tensor | None]
+) -> None:
+    if wants_dx:
+        grads[1] = o.engine.combine(o.engine.dgrad(dy, o.weight1, o.adapter1.a if o.adapter1 else None))
+    if wants_da:
+        assert o.x is not None
+        grads[8] = o.engine.wgrad(dy.s_MR, o.x, o.routing.source_M)  # pyright: ignore[reportArgumentType]
+
+
+# ---- 3. public function ---------------------------------------------------------------------------------------------
+
+
+def expert_mlp(
+    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | Joined, down_EHI: torch.Tensor | Joined, p_M: torch.Tensor,
+    routing: Routing, *, gate_up: Adapter | None = None, down: Adapter | None = None, dropout: float = 0.0,
+    recompute: bool = False, backend: str | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """SwiGLU experts with frozen weights and LoRA. Differentiable once in x, p and the adapters' factors.
+
+    Args:
+        x_TH: tokens, or rows sorted by expert (``routing.source_M`` None), any strides.
+        gate_up_EJH: frozen; gate's rows, then up's. ``Joined``: with room for the adapter.
+        down_EHI: frozen.
+        p_M: routing probability of each row, float32 or x's dtype.
+        routing: which rows are whose, and whether to gather and to combine.
+        gate_up, down: adapters. Their factors have x's dtype.
+        dropout: probability of zeroing an input of A (the base sees it whole). Not fused: rows are permuted, and gate_up
+            and down are two ``grouped_lora``, which keep h as well.
+        recompute: keep x instead of [gate | up] and compute that again in backward; one GEMM of six more.
+        backend: as in ``grouped_lora``.
+
+    Returns:
+        ``[T', H]`` in x's dtype: each token's sum, T' tokens as ``routing.slots_TK`` has rows; without it, ``[M, H]``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a weight that requires a gradient; a back end that cannot
+            run here.
+    """
+    joined = tuple(w if isinstance(w, Joined) else None for w in (gate_up_EJH, down_EHI))
+    w1, w2 = (w.weight if isinstance(w, Joined) else w for w in (gate_up_EJH, down_EHI))
+    _check(x_TH, w1, w2, p_M, routing, gate_up, down, joined)
+    rank = max(0 if adapter is None else adapter.a.shape[1] for adapter in (gate_up, down))
+    room = all(j is not None for j, adapter in zip(joined, (gate_up, down), strict=True) if adapter)
+    name = choose(backend, "expert_mlp", x_TH, routing.num_rows, rank, [w1, w2], room)
+    if name == "reference":
+        return expert_mlp_ref(x_TH, w1, w2, p_M, routing, gate_up, down, dropout)
+    if dropout > 0:
+        return _with_dropout(x_TH, gate_up_EJH, down_EHI, p_M, routing, gate_up, down, dropout, name)
+    b1, b2 = (() if adapter is None else adapter.b for adapter in (gate_up, down))
+    scales = tuple(() if adapter is None else adapter.scale for adapter in (gate_up, down))
+    static = _Static(name, recompute, routing.num_rows, joined, scales, (len(b1), len(b2)))  # pyright: ignore
+    a1, a2 = (None if adapter is None else adapter.a for adapter in (gate_up, down))
+    tensors = (x_TH, p_M, routing.offsets_E, routing.source_M, routing.slots_TK, w1, w2, a1, a2, *b1, *b2)
+    return _ExpertMLP.apply(static, *tensors)  # pyright: ignore[reportReturnType]
+
+
+def _with_dropout(
+    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | Joined, down_EHI: torch.Tensor | Joined, p_M: torch.Tensor,
+    routing: Routing, gate_up: Adapter | None, down: Adapter | None, dropout: float, backend: str,
+) -> torch.Tensor:  # fmt: skip
+    def linear(x: torch.Tensor, weight: torch.Tensor | Joined, adapter: Adapter | None) -> torch.Tensor:
+        if adapter is None:
+            return grouped_lora(x, weight, routing.offsets_E, backend=backend)
+        num_rows = weight.N if isinstance(weight, Joined) else weight.shape[1]
+        b, dropped = adapter.whole_b(num_rows), F.dropout(x, dropout)
+        return grouped_lora(x, weight, routing.offsets_E, adapter.a, b, x_lora_MK=dropped, backend=backend)
+
+    y_MJ = linear(permute(x_TH, routing), gate_up_EJH, gate_up)
+    return unpermute(linear(swiglu_ref(y_MJ, p_M), down_EHI, down), routing)
+
+
+def _check(
+    x_TH: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, p_M: torch.Tensor, routing: Routing,
+    gate_up: Adapter | None, down: Adapter | None, joined: tuple[Joined | None, ...],
+) -> None:  # fmt: skip
+    check_base("expert_mlp", x_TH, w1, routing.offsets_E)
+    E, J, H = w1.shape
+    if J % 2 or tuple(w2.shape) != (E, H, J // 2):
+        raise ValueError(f"expert_mlp: gate_up is {(E, J, H)}, want [E, 2I, H]; down is {tuple(w2.shape)}, want [E, H, I]")
+    if w2.requires_grad:
+        raise ValueError("expert_mlp: down is frozen, but down.requires_grad is True; call down.requires_grad_(False)")
+    if (routing.source_M is None) != (routing.slots_TK is None):
+        raise ValueError("expert_mlp: routing needs both source_M and slots_TK, or neither")
+    if p_M.shape != (routing.num_rows,) or (routing.source_M is None and x_TH.shape[0] != routing.num_rows):
+        raise ValueError(
+            f"expert_mlp: routing has M={routing.num_rows} rows, but p is {tuple(p_M.shape)} and x {tuple(x_TH.shape)}"
+        )
+    others: dict[str, torch.Tensor | None] = {"gate_up": w1, "down": w2}
+    named = zip(("gate_up", "down"), (w1, w2), (gate_up, down), joined, strict=True)
+    for name, weight, adapter, room in named:
+        if adapter is None:
+            continue
+        for i, j, k in adapter.ranks():
+            b = adapter.b[i]
+            check_adapter(f"expert_mlp: {name}", weight[:, : weight.shape[1] // len(adapter.b)], adapter.a[:, j:k], b)
+            others[f"{name}.b[{i}]"] = b
+        if adapter.a.shape[1] != sum(k - j for _, j, k in adapter.ranks()) or not adapter.ranks():
+            raise ValueError(f"expert_mlp: {name}.a has {adapter.a.shape[1]} rows, the ranks of its b are {adapter.ranks()}")
+        if room is not None and adapter.a.shape[1] > room.room:
+            raise ValueError(f"expert_mlp: {name}'s rank is {adapter.a.shape[1]}, but the weight has room for {room.room}")
+        others[f"{name}.a"] = adapter.a
+    check_placement("expert_mlp", x_TH, routing.offsets_E, **others)

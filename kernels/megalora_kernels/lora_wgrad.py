@@ -1,0 +1,148 @@
+"""Weight gradients of the adapters: a product over each expert's rows.
+
+    out[e] = g[rows of e]ᵀ x[source of those rows]        dA = outer(dS, X), dB = outer(S, dY)ᵀ
+
+Rows are cut into chunks that never cross an expert; each chunk's product is kept in float32 and an expert's chunks are added
+first to last. No atomics: the same bits on every run. An expert without rows gets exact zeros.
+
+Shape legend: T source rows   M routed rows   E experts   R rank   K features
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .backend import choose_pass
+from .grouped_gemm import grouped_gemm_loop, grouped_gemm_triton
+from .routing import Routing
+from .shrink import shrink_loop, shrink_triton
+from .tiles import max_tiles, sum_tiles, tile_of
+
+CHUNK_ROWS = 1024
+
+# ---- 1. reference ---------------------------------------------------------------------------------------------------
+
+
+def lora_wgrad_ref(
+    g_MR: torch.Tensor, x: torch.Tensor, routing: Routing, source_M: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``[E, R, K]`` in x's dtype; differentiable."""
+    x_MK = x if source_M is None else x[source_M.long()]
+    return torch.stack([g_MR[i:j].T @ x_MK[i:j] for _, i, j in routing.spans()])
+
+
+# ---- 2. kernel ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _wgrad_kernel(
+    g_ptr, x_ptr, part_ptr, offsets_ptr, source_ptr,  # g (M, R), x (T or M, K), part (chunks, R, K) float32
+    num_experts, K, stride_g, stride_x,
+    R: tl.constexpr, HAS_SOURCE: tl.constexpr, EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program owns one chunk of rows and BLOCK_K features."""
+    chunk, ks = tl.program_id(0), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    expert, row0, end = tile_of(offsets_ptr, chunk, num_experts, EXPERTS, CHUNK)
+    if expert < num_experts:
+        r = tl.arange(0, BLOCK_R)
+        acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+        for m0 in range(row0, tl.minimum(row0 + CHUNK, end), BLOCK_M):
+            rows = m0 + tl.arange(0, BLOCK_M)
+            row_ok = rows < end
+            from_rows = tl.load(source_ptr + rows, mask=row_ok, other=0) if HAS_SOURCE else rows
+            g_ptrs = g_ptr + rows[None, :].to(tl.int64) * stride_g + r[:, None]
+            g = tl.load(g_ptrs, mask=row_ok[None, :] & (r < R)[:, None], other=0.0)
+            x_ptrs = x_ptr + from_rows[:, None].to(tl.int64) * stride_x + ks[None, :]
+            x = tl.load(x_ptrs, mask=row_ok[:, None] & (ks < K)[None, :], other=0.0)
+            acc = tl.dot(g, x, acc, input_precision="ieee")
+        out = part_ptr + chunk.to(tl.int64) * R * K + r[:, None] * K + ks[None, :]
+        tl.store(out, acc, mask=(r < R)[:, None] & (ks < K)[None, :])
+
+
+# ---- 3. launchers ---------------------------------------------------------------------------------------------------
+
+
+def lora_wgrad_triton(
+    g_MR: torch.Tensor, x: torch.Tensor, routing: Routing, source_M: torch.Tensor | None = None
+) -> torch.Tensor:
+    """g and x need unit stride in their last dimension."""
+    num_experts, rank, K = routing.num_experts, g_MR.shape[1], x.shape[1]
+    chunks = max_tiles(routing.num_rows, num_experts, CHUNK_ROWS)
+    part = torch.empty(chunks, rank, K, dtype=torch.float32, device=x.device)
+    block_k = 64 if rank > 64 else 128
+    _wgrad_kernel[(chunks, triton.cdiv(K, block_k))](
+        g_MR, x, part, routing.offsets_E, routing.offsets_E if source_M is None else source_M,
+        num_experts, K, g_MR.stride(0), x.stride(0), R=rank, HAS_SOURCE=source_M is not None,
+        EXPERTS=triton.next_power_of_2(num_experts), CHUNK=CHUNK_ROWS, BLOCK_M=64, BLOCK_K=block_k,
+        BLOCK_R=max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return sum_tiles(part, routing.offsets_E, CHUNK_ROWS, x.dtype)
+
+
+def lora_wgrad_loop(
+    g_MR: torch.Tensor, x: torch.Tensor, routing: Routing, source_M: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One GEMM per expert; over no rows it gives exact zeros."""
+    x_MK = x if source_M is None else x.index_select(0, source_M)
+    out_ERK = x.new_empty(routing.num_experts, g_MR.shape[1], x.shape[1])
+    counts = [j - i for _, i, j in routing.spans()]
+    for out, g, rows in zip(out_ERK.unbind(), g_MR.t().split(counts, 1), x_MK.split(counts), strict=True):
+        torch.mm(g, rows, out=out)
+    return out_ERK
+
+
+# ---- 4. autograd ----------------------------------------------------------------------------------------------------
+
+
+class _LoRAWgrad(torch.autograd.Function):
+    """Bilinear, so its gradients are a shrink and a grouped GEMM with the incoming gradient as the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, g_MR: torch.Tensor, x_MK: torch.Tensor, offsets_E: torch.Tensor, triton_: bool) -> torch.Tensor:
+        ctx.save_for_backward(g_MR, x_MK, offsets_E)
+        ctx.triton = triton_
+        return (lora_wgrad_triton if triton_ else lora_wgrad_loop)(g_MR, x_MK, Routing(offsets_E, x_MK.shape[0]))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout_ERK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        g_MR, x_MK, offsets_E = ctx.saved_tensors
+        routing, dg_MR = Routing(offsets_E, x_MK.shape[0]), torch.empty_like(g_MR)
+        (shrink_triton if ctx.triton else shrink_loop)(x_MK, dout_ERK, routing, dg_MR)
+        return dg_MR, (grouped_gemm_triton if ctx.triton else grouped_gemm_loop)(g_MR, dout_ERK, routing), None, None
+
+
+# ---- 5. public function ---------------------------------------------------------------------------------------------
+
+
+def lora_wgrad(
+    g_MR: torch.Tensor, x_MK: torch.Tensor, offsets_E: torch.Tensor, *, backend: str | None = None
+) -> torch.Tensor:
+    """Per-expert sum of outer products, deterministic. Differentiable once in g and x.
+
+    Args:
+        g_MR: gradients in rank space, rows sorted by expert; any strides.
+        x_MK: what the adapter read, in g's dtype.
+        offsets_E: int32, cumulative row ends.
+        backend: "reference", "loop" or "triton"; None: triton on a GPU, loop elsewhere.
+
+    Returns:
+        ``[E, R, K]`` in x's dtype, summed in float32; zeros for experts without rows.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a back end that cannot run here.
+    """
+    if g_MR.dim() != 2 or x_MK.dim() != 2 or g_MR.shape[0] != x_MK.shape[0] or g_MR.dtype != x_MK.dtype:
+        raise ValueError(
+            f"lora_wgrad: want g [M, R] and x [M, K] of one dtype; "
+            f"got {g_MR.dtype} {tuple(g_MR.shape)} and {x_MK.dtype} {tuple(x_MK.shape)}"
+        )
+    if offsets_E.dim() != 1 or offsets_E.dtype != torch.int32:
+        raise ValueError(f"lora_wgrad: offsets must be int32 [E]; got {offsets_E.dtype} {tuple(offsets_E.shape)}")
+    name = choose_pass(backend, "lora_wgrad", x_MK, g_MR.shape[1])
+    if name == "reference":
+        return lora_wgrad_ref(g_MR, x_MK, Routing(offsets_E, x_MK.shape[0]))
+    return _LoRAWgrad.apply(g_MR.contiguous(), x_MK.contiguous(), offsets_E, name == "triton")  # pyright: ignore

@@ -1,0 +1,232 @@
+"""SwiGLU with routing probabilities between the two linears of an expert, and the adapter's part of it.
+
+    h[m] = silu(gate[m]) * up[m] * p[m]        [gate | up] = y[m]
+    s[m] = h[m] @ a[e]ᵀ                        what down's adapter reads, in the same pass
+
+Backward goes once over dh, gate and up and makes from values in registers, besides dgate, dup and dp, everything that the
+adapters need of them: dS of gate_up, dB of gate and up, dA of down. Sums over rows and over columns are kept in float32 per
+chunk of rows and per block of columns and added in a fixed order: no atomics, the same bits on every run.
+
+Shape legend: M routed rows   E experts   I expert intermediate   R rank of gate and up stacked   Q rank of down
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .routing import Routing
+from .tiles import max_tiles, sum_tiles, tile_of
+
+CHUNK_ROWS = 1024
+
+# ---- 1. reference ---------------------------------------------------------------------------------------------------
+
+
+def swiglu_ref(y_MJ: torch.Tensor, p_M: torch.Tensor) -> torch.Tensor:
+    """``[M, I]`` in y's dtype from ``[M, 2I]``, computed in float32 (float64 for float64); differentiable."""
+    gate_MI, up_MI = y_MJ.to(torch.promote_types(y_MJ.dtype, torch.float32)).chunk(2, dim=1)
+    return (F.silu(gate_MI) * up_MI * p_M[:, None]).to(y_MJ.dtype)
+
+
+# ---- 2. kernels -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _swiglu_kernel(
+    y_ptr, p_ptr, a_ptr, h_ptr, s_ptr, offsets_ptr,  # y (M, 2I), p (M,), a (E, Q, I), h (M, I), s (M, PAD)
+    num_experts, I, stride_y, stride_ae, stride_aq, stride_ai, stride_h, stride_s,
+    Q: tl.constexpr, PAD: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_M rows of one expert. Columns Q to PAD of s get zeros."""
+    expert, row0, end = tile_of(offsets_ptr, tl.program_id(0), num_experts, EXPERTS, BLOCK_M)
+    if expert < num_experts:
+        rows = row0 + tl.arange(0, BLOCK_M)
+        row_ok, q = rows < end, tl.arange(0, BLOCK_Q)
+        p = tl.load(p_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)
+        y_rows, h_rows = rows[:, None].to(tl.int64) * stride_y, rows[:, None].to(tl.int64) * stride_h
+        a_ptr += expert.to(tl.int64) * stride_ae
+        acc = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
+        for i0 in range(0, I, BLOCK_I):
+            i = i0 + tl.arange(0, BLOCK_I)
+            ok = row_ok[:, None] & (i < I)[None, :]
+            gate = tl.load(y_ptr + y_rows + i[None, :], mask=ok, other=0.0).to(tl.float32)
+            up = tl.load(y_ptr + y_rows + I + i[None, :], mask=ok, other=0.0).to(tl.float32)
+            h = (gate * tl.sigmoid(gate) * up * p[:, None]).to(h_ptr.dtype.element_ty)
+            tl.store(h_ptr + h_rows + i[None, :], h, mask=ok)
+            if Q > 0:
+                a_ok = (q < Q)[None, :] & (i < I)[:, None]
+                a = tl.load(a_ptr + q[None, :] * stride_aq + i[:, None] * stride_ai, mask=a_ok, other=0.0)
+                acc = tl.dot(h, a, acc, input_precision="ieee")
+        if Q > 0:
+            s_ptrs = s_ptr + rows[:, None].to(tl.int64) * stride_s + q[None, :]
+            tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=row_ok[:, None] & (q < PAD)[None, :])
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    dh_ptr, y_ptr, p_ptr, s_ptr, ds_ptr, b_ptr,  # dh (M, I), y (M, 2I), p (M,), s (M, R), ds (M, Q), b (E, 2I, R)
+    dy_ptr, dp_ptr, dgu_ptr, da_ptr, db_ptr,     # dy (M, 2I); float32 parts: (blocks, M), (blocks, M, R), (chunks, Q, I), (chunks, 2I, R)
+    offsets_ptr, num_rows, num_experts, I, stride_dh, stride_y, stride_s, stride_ds, stride_be, stride_bi, stride_br, stride_dy,
+    R: tl.constexpr, Q: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """One program owns one chunk of rows and BLOCK_I columns of gate and the same of up."""
+    chunk, block = tl.program_id(0), tl.program_id(1)
+    expert, row0, end = tile_of(offsets_ptr, chunk, num_experts, EXPERTS, CHUNK)
+    if expert < num_experts:
+        i = block * BLOCK_I + tl.arange(0, BLOCK_I)
+        i_ok, r, q = i < I, tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_Q)
+        dtype = dy_ptr.dtype.element_ty
+        b_ptrs = b_ptr + expert.to(tl.int64) * stride_be + i[:, None] * stride_bi + r[None, :] * stride_br
+        b_ok = i_ok[:, None] & (r < R)[None, :]
+        b_gate = tl.load(b_ptrs, mask=b_ok, other=0.0)
+        b_up = tl.load(b_ptrs + I * stride_bi, mask=b_ok, other=0.0)
+        da = tl.zeros((BLOCK_Q, BLOCK_I), tl.float32)
+        db_gate = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
+        db_up = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
+        for m0 in range(row0, tl.minimum(row0 + CHUNK, end), BLOCK_M):
+            rows = m0 + tl.arange(0, BLOCK_M)
+            row_ok, rows_64 = rows < end, rows.to(tl.int64)
+            ok = row_ok[:, None] & i_ok[None, :]
+            gate = tl.load(y_ptr + rows_64[:, None] * stride_y + i[None, :], mask=ok, other=0.0).to(tl.float32)
+            up = tl.load(y_ptr + rows_64[:, None] * stride_y + I + i[None, :], mask=ok, other=0.0).to(tl.float32)
+            dh = tl.load(dh_ptr + rows_64[:, None] * stride_dh + i[None, :], mask=ok, other=0.0).to(tl.float32)
+            p = tl.load(p_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+            sigmoid = tl.sigmoid(gate)
+            silu = gate * sigmoid
+            tl.store(dp_ptr + block.to(tl.int64) * num_rows + rows, tl.sum(dh * silu * up, 1), mask=row_ok)
+            d_gate = (dh * p * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype)
+            d_up = (dh * p * silu).to(dtype)
+            dy_ptrs = dy_ptr + rows_64[:, None] * stride_dy + i[None, :]
+            tl.store(dy_ptrs, d_gate, mask=ok)
+            tl.store(dy_ptrs + I, d_up, mask=ok)
+            if R > 0:
+                d_s = tl.dot(d_gate, b_gate, input_precision="ieee")
+                d_s = tl.dot(d_up, b_up, d_s, input_precision="ieee")
+                s_ok = row_ok[:, None] & (r < R)[None, :]
+                dgu_row = (block.to(tl.int64) * num_rows + rows_64[:, None]) * R
+                tl.store(dgu_ptr + dgu_row + r[None, :], d_s, mask=s_ok)
+                s = tl.load(s_ptr + rows_64[:, None] * stride_s + r[None, :], mask=s_ok, other=0.0)
+                db_gate = tl.dot(tl.trans(d_gate), s, db_gate, input_precision="ieee")
+                db_up = tl.dot(tl.trans(d_up), s, db_up, input_precision="ieee")
+            if Q > 0:
+                ds_ptrs = ds_ptr + rows_64[None, :] * stride_ds + q[:, None]
+                ds = tl.load(ds_ptrs, mask=row_ok[None, :] & (q < Q)[:, None], other=0.0)
+                da = tl.dot(ds, (silu * up * p).to(dtype), da, input_precision="ieee")
+        if R > 0:
+            db_ptrs = db_ptr + (chunk.to(tl.int64) * 2 * I + i[:, None]) * R + r[None, :]
+            tl.store(db_ptrs, db_gate, mask=b_ok)
+            tl.store(db_ptrs + I * R, db_up, mask=b_ok)
+        if Q > 0:
+            da_ptrs = da_ptr + (chunk.to(tl.int64) * Q + q[:, None]) * I + i[None, :]
+            tl.store(da_ptrs, da, mask=(q < Q)[:, None] & i_ok[None, :])
+
+
+# ---- 3. launchers ---------------------------------------------------------------------------------------------------
+
+
+def swiglu_triton(
+    y_MJ: torch.Tensor, p_M: torch.Tensor, a_EQI: torch.Tensor | None, routing: Routing,
+    h_MI: torch.Tensor, s_MP: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Fills ``h_MI`` and, with an adapter, ``s_MP`` (P >= Q; the columns beyond Q with zeros)."""
+    rank, a, s = (0, y_MJ, y_MJ) if a_EQI is None or s_MP is None else (a_EQI.shape[1], a_EQI, s_MP)
+    block_m, block_i = (32, 128) if y_MJ.dtype != torch.float32 else (32, 64)
+    _swiglu_kernel[(max_tiles(routing.num_rows, routing.num_experts, block_m),)](
+        y_MJ, p_M, a, h_MI, s, routing.offsets_E, routing.num_experts, h_MI.shape[1],
+        y_MJ.stride(0), *(a.stride() if rank else (0, 0, 0)), h_MI.stride(0), s.stride(0),
+        Q=rank, PAD=s.shape[1] if rank else 0, EXPERTS=triton.next_power_of_2(routing.num_experts),
+        BLOCK_M=block_m, BLOCK_I=block_i, BLOCK_Q=max(16, triton.next_power_of_2(s.shape[1] if rank else 1)),
+        num_warps=4,
+    )  # fmt: skip
+
+
+def swiglu_loop(
+    y_MJ: torch.Tensor, p_M: torch.Tensor, a_EQI: torch.Tensor | None, routing: Routing,
+    h_MI: torch.Tensor, s_MP: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """The same in torch."""
+    if y_MJ.dtype in (torch.float32, torch.float64):  # no cast: straight into the output
+        gate_MI, up_MI = y_MJ.chunk(2, dim=1)
+        torch.mul(F.silu(gate_MI), up_MI, out=h_MI).mul_(p_M[:, None].to(h_MI.dtype))
+    else:
+        h_MI.copy_(swiglu_ref(y_MJ, p_M))
+    if a_EQI is None or s_MP is None:
+        return
+    if s_MP.shape[1] > a_EQI.shape[1]:
+        s_MP[:, a_EQI.shape[1] :].zero_()
+    counts = [j - i for _, i, j in routing.spans()]
+    s_MQ, a_EIQ = s_MP[:, : a_EQI.shape[1]], a_EQI.transpose(1, 2)
+    for s, rows, a in zip(s_MQ.split(counts), h_MI.split(counts), a_EIQ.unbind(), strict=True):
+        torch.mm(rows, a, out=s)
+
+
+@dataclass
+class SwiGLUGrads:
+    """What one pass over dh leaves. ``dy`` and ``ds`` are written where the caller wants them."""
+
+    dp_M: torch.Tensor
+    """Gradient of the probabilities, in their dtype."""
+    da_EQI: torch.Tensor | None
+    db_EJR: torch.Tensor | None
+
+
+def swiglu_backward_triton(
+    dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing, dy_MJ: torch.Tensor,
+    gate_up: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None, ds_MQ: torch.Tensor | None,
+) -> SwiGLUGrads:  # fmt: skip
+    """Fills ``dy_MJ`` and, for ``gate_up = (s_MR, b_EJR, ds_MP)``, ``ds_MP``; ``ds_MQ`` is dS of down."""
+    (M, I), E, new = dh_MI.shape, routing.num_experts, {"dtype": torch.float32, "device": dh_MI.device}
+    s_MR, b_EJR, ds_MP = (y_MJ, y_MJ, None) if gate_up is None else gate_up
+    R, Q = 0 if gate_up is None else s_MR.shape[1], 0 if ds_MQ is None else ds_MQ.shape[1]
+    block_r, block_q = (max(16, triton.next_power_of_2(rank)) for rank in (R, Q))
+    block_i = 64 if max(block_r, block_q) <= 64 else 32
+    chunks, blocks = max_tiles(M, E, CHUNK_ROWS), triton.cdiv(I, block_i)
+    dp, dgu = torch.empty(blocks, M, **new), torch.empty(blocks, M, R, **new)
+    da, db = torch.empty(chunks, Q, I, **new), torch.empty(chunks, 2 * I, R, **new)
+    _swiglu_backward_kernel[(chunks, blocks)](
+        dh_MI, y_MJ, p_M, s_MR, y_MJ if ds_MQ is None else ds_MQ, b_EJR, dy_MJ, dp, dgu, da, db,
+        routing.offsets_E, M, E, I, dh_MI.stride(0), y_MJ.stride(0), s_MR.stride(0),
+        0 if ds_MQ is None else ds_MQ.stride(0), *(b_EJR.stride() if R else (0, 0, 0)), dy_MJ.stride(0),
+        R=R, Q=Q, EXPERTS=triton.next_power_of_2(E), CHUNK=CHUNK_ROWS,
+        BLOCK_M=32, BLOCK_I=block_i, BLOCK_R=block_r, BLOCK_Q=block_q, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    if ds_MP is not None:
+        torch.sum(dgu, 0, out=ds_MP[:, :R]) if ds_MP.dtype == torch.float32 else ds_MP[:, :R].copy_(dgu.sum(0))
+        ds_MP[:, R:].zero_()
+    return SwiGLUGrads(
+        dp_M=dp.sum(0).to(p_M.dtype),
+        da_EQI=sum_tiles(da, routing.offsets_E, CHUNK_ROWS, dh_MI.dtype) if Q else None,
+        db_EJR=sum_tiles(db, routing.offsets_E, CHUNK_ROWS, dh_MI.dtype) if R else None,
+    )
+
+
+def swiglu_backward_loop(
+    dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing, dy_MJ: torch.Tensor,
+    gate_up: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None, ds_MQ: torch.Tensor | None,
+) -> SwiGLUGrads:  # fmt: skip
+    """The same, one expert after the other: temporaries are one expert's rows wide."""
+    I, wide, E = dh_MI.shape[1], torch.promote_types(dh_MI.dtype, torch.float32), routing.num_experts
+    dp_M = torch.empty_like(p_M)
+    da_EQI = None if ds_MQ is None else dh_MI.new_empty(E, ds_MQ.shape[1], I)
+    db_EJR = None if gate_up is None else dh_MI.new_empty(E, 2 * I, gate_up[0].shape[1])
+    for e, i, j in routing.spans():
+        gate, up, dh, p = y_MJ[i:j, :I].to(wide), y_MJ[i:j, I:].to(wide), dh_MI[i:j].to(wide), p_M[i:j, None].to(wide)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        dp_M[i:j] = (dh * silu * up).sum(1)
+        dy = dy_MJ[i:j]
+        dy[:, :I] = dh * p * up * sigmoid * (1 + gate * (1 - sigmoid))
+        dy[:, I:] = dh * p * silu
+        if gate_up is not None and db_EJR is not None:
+            s_MR, b_EJR, ds_MP = gate_up
+            torch.mm(dy, b_EJR[e], out=ds_MP[i:j, : s_MR.shape[1]])
+            ds_MP[i:j, s_MR.shape[1] :] = 0
+            torch.mm(dy.t(), s_MR[i:j], out=db_EJR[e])
+        if ds_MQ is not None and da_EQI is not None:
+            torch.mm(ds_MQ[i:j].t(), (silu * up * p).to(dh_MI.dtype), out=da_EQI[e])
+    return SwiGLUGrads(dp_M, da_EQI, db_EJR)
