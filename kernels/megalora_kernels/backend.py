@@ -81,7 +81,9 @@ def _why_not_triton(x: torch.Tensor, rank: int) -> str | None:
     if rank > MAX_TRITON_RANK:
         return f"the stacked rank {rank} exceeds {MAX_TRITON_RANK}"
     if not x.is_cuda and not (INTERPRETED and x.device.type == "cpu"):
-        return f"tensors are on {x.device}; Triton runs on GPUs, and on CPU only where TRITON_INTERPRET=1 from the start"
+        return (
+            f"tensors are on {x.device}; Triton runs on GPUs, and on CPU only where TRITON_INTERPRET=1 from the start"
+        )
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the GPU's compute capability is below 8.0"
     return None

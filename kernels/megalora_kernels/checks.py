@@ -23,9 +23,7 @@ def check_base(what: str, x: torch.Tensor, weight_ENK: torch.Tensor, offsets_E: 
         )
 
 
-def check_adapter(
-    what: str, weight_ENK: torch.Tensor, a_ERK: torch.Tensor | None, b_ENR: torch.Tensor | None
-) -> None:
+def check_adapter(what: str, weight_ENK: torch.Tensor, a_ERK: torch.Tensor | None, b_ENR: torch.Tensor | None) -> None:
     """Raises ``ValueError`` unless a is [E, R, K] and b [E, N, R], or both are None."""
     if (a_ERK is None) != (b_ENR is None):
         given, missing = ("b", "a") if a_ERK is None else ("a", "b")

@@ -56,4 +56,6 @@ def combine_triton(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
 
 def combine(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
     """Sum of each token's rows: ``[M, H]``, int32 ``[T, k]`` -> ``[T, H]`` in y's dtype. Not differentiable by itself."""
-    return combine_triton(y_MH, slots_TK) if y_MH.is_cuda and y_MH.dtype != torch.float64 else combine_ref(y_MH, slots_TK)
+    return (
+        combine_triton(y_MH, slots_TK) if y_MH.is_cuda and y_MH.dtype != torch.float64 else combine_ref(y_MH, slots_TK)
+    )

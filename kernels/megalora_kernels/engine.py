@@ -30,6 +30,7 @@ from .routing import Routing
 from .shrink import shrink_loop, shrink_triton
 from .swiglu import SwiGLUGrads, swiglu_backward_loop, swiglu_backward_triton, swiglu_loop, swiglu_triton
 
+
 @dataclass
 class Rows:
     """Operand of a grouped GEMM: rows, and what goes through the adapter beside them."""
@@ -185,7 +186,9 @@ class VendorEngine(Engine):
         if factor is not None and rows.s_MR is not None:
             pad = -rows.s_MR.shape[1] % (ALIGN_BYTES // factor.element_size())
             s, factor = F.pad(rows.s_MR, (0, pad)), F.pad(factor, (0, pad) if rank_dim == 2 else (0, 0, 0, pad))
-            add_delta_vendor(y_MN, aligned(s), aligned(factor).transpose(1, 2) if rank_dim == 2 else aligned(factor), self.routing)
+            add_delta_vendor(
+                y_MN, aligned(s), aligned(factor).transpose(1, 2) if rank_dim == 2 else aligned(factor), self.routing
+            )
         return y_MN
 
 

@@ -208,9 +208,7 @@ def _through_swiglu(
     return dy, found.db_EJR
 
 
-def _through_gate_up(
-    o: _Operands, dy: Rows, wants_dx: bool, wants_da: bool, grads: list[torch.Tensor | None]
-) -> None:
+def _through_gate_up(o: _Operands, dy: Rows, wants_dx: bool, wants_da: bool, grads: list[torch.Tensor | None]) -> None:
     if wants_dx:
         grads[1] = o.engine.combine(o.engine.dgrad(dy, o.weight1, o.adapter1.a if o.adapter1 else None))
     if wants_da:
@@ -287,7 +285,9 @@ def _check(
     check_base("expert_mlp", x_TH, w1, routing.offsets_E)
     E, J, H = w1.shape
     if J % 2 or tuple(w2.shape) != (E, H, J // 2):
-        raise ValueError(f"expert_mlp: gate_up is {(E, J, H)}, want [E, 2I, H]; down is {tuple(w2.shape)}, want [E, H, I]")
+        raise ValueError(
+            f"expert_mlp: gate_up is {(E, J, H)}, want [E, 2I, H]; down is {tuple(w2.shape)}, want [E, H, I]"
+        )
     if w2.requires_grad:
         raise ValueError("expert_mlp: down is frozen, but down.requires_grad is True; call down.requires_grad_(False)")
     if (routing.source_M is None) != (routing.slots_TK is None):
@@ -306,8 +306,12 @@ def _check(
             check_adapter(f"expert_mlp: {name}", weight[:, : weight.shape[1] // len(adapter.b)], adapter.a[:, j:k], b)
             others[f"{name}.b[{i}]"] = b
         if adapter.a.shape[1] != sum(k - j for _, j, k in adapter.ranks()) or not adapter.ranks():
-            raise ValueError(f"expert_mlp: {name}.a has {adapter.a.shape[1]} rows, the ranks of its b are {adapter.ranks()}")
+            raise ValueError(
+                f"expert_mlp: {name}.a has {adapter.a.shape[1]} rows, the ranks of its b are {adapter.ranks()}"
+            )
         if room is not None and adapter.a.shape[1] > room.room:
-            raise ValueError(f"expert_mlp: {name}'s rank is {adapter.a.shape[1]}, but the weight has room for {room.room}")
+            raise ValueError(
+                f"expert_mlp: {name}'s rank is {adapter.a.shape[1]}, but the weight has room for {room.room}"
+            )
         others[f"{name}.a"] = adapter.a
     check_placement("expert_mlp", x_TH, routing.offsets_E, **others)

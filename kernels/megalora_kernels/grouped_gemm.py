@@ -22,7 +22,9 @@ from .routing import Routing
 from .tiles import max_tiles, tile_of
 
 ALIGN_BYTES = 16  # grouped_mm reads rows by TMA: row strides and start addresses are multiples of this
-DELTA_COLUMNS = 256  # without room in the weight, the delta is added in pieces of this many columns: bounds the temporary
+DELTA_COLUMNS = (
+    256  # without room in the weight, the delta is added in pieces of this many columns: bounds the temporary
+)
 GROUPED_MM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
@@ -51,8 +53,8 @@ def _gemm_kernel(
     offsets_ptr, source_ptr,            # (E,) and (M,) int32
     num_experts, N, K,
     stride_x, stride_we, stride_wk, stride_wn, stride_s, stride_be, stride_br, stride_bn, stride_y,
-    R: tl.constexpr, HAS_SOURCE: tl.constexpr, EVEN_K: tl.constexpr, EXPERTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    R: tl.constexpr, HAS_SOURCE: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M rows of one expert and BLOCK_N columns."""
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -61,8 +63,9 @@ def _gemm_kernel(
     if expert < num_experts:
         rows, cols = row0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
         row_ok, col_ok = rows < end, cols < N
-        # Rows and columns beyond the edge read a valid address and are never stored: loads need no mask.
-        rows, safe_cols = tl.where(row_ok, rows, row0), tl.where(col_ok, cols, 0)
+        # Rows and columns beyond the edge read a valid address and are never stored: loads need no mask. Where there is no
+        # such column the compiler must see that: else it takes contiguous weights element by element, through registers.
+        rows, safe_cols = tl.where(row_ok, rows, row0), cols if EVEN_N else tl.where(col_ok, cols, 0)
         from_rows = tl.load(source_ptr + rows) if HAS_SOURCE else rows
         w_ptr += expert.to(tl.int64) * stride_we  # E K N overflows int32 on large models
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -70,7 +73,9 @@ def _gemm_kernel(
             r = tl.arange(0, BLOCK_R)
             s = tl.load(s_ptr + rows[:, None].to(tl.int64) * stride_s + r[None, :], mask=(r < R)[None, :], other=0.0)
             b_ptr += expert.to(tl.int64) * stride_be
-            b = tl.load(b_ptr + r[:, None] * stride_br + safe_cols[None, :] * stride_bn, mask=(r < R)[:, None], other=0.0)
+            b = tl.load(
+                b_ptr + r[:, None] * stride_br + safe_cols[None, :] * stride_bn, mask=(r < R)[:, None], other=0.0
+            )
             acc = tl.dot(s, b, acc, input_precision="ieee")
         k = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + from_rows[:, None].to(tl.int64) * stride_x + k[None, :]
@@ -115,7 +120,8 @@ def grouped_gemm_triton(
         x, w_EKN, s, b, y_MN, routing.offsets_E, routing.offsets_E if source_M is None else source_M,
         num_experts, N, K, x.stride(0), *w_EKN.stride(), s.stride(0), *b.stride(), y_MN.stride(0),
         R=rank, HAS_SOURCE=source_M is not None, EVEN_K=K % blocks["BLOCK_K"] == 0,
-        EXPERTS=triton.next_power_of_2(num_experts), BLOCK_R=max(16, triton.next_power_of_2(rank)), **blocks,
+        EVEN_N=N % blocks["BLOCK_N"] == 0, EXPERTS=triton.next_power_of_2(num_experts),
+        BLOCK_R=max(16, triton.next_power_of_2(rank)), **blocks,
     )  # fmt: skip
     return y_MN
 

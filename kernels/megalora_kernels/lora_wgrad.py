@@ -101,7 +101,9 @@ class _LoRAWgrad(torch.autograd.Function):
     """Bilinear, so its gradients are a shrink and a grouped GEMM with the incoming gradient as the weight."""
 
     @staticmethod
-    def forward(ctx: Any, g_MR: torch.Tensor, x_MK: torch.Tensor, offsets_E: torch.Tensor, triton_: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, g_MR: torch.Tensor, x_MK: torch.Tensor, offsets_E: torch.Tensor, triton_: bool
+    ) -> torch.Tensor:
         ctx.save_for_backward(g_MR, x_MK, offsets_E)
         ctx.triton = triton_
         return (lora_wgrad_triton if triton_ else lora_wgrad_loop)(g_MR, x_MK, Routing(offsets_E, x_MK.shape[0]))

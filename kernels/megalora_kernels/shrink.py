@@ -98,5 +98,7 @@ def shrink_loop(
     if s_MP.shape[1] > rank:
         s_MP[:, rank:].zero_()
     counts = [j - i for _, i, j in routing.spans()]
-    for s, rows, a in zip(s_MP[:, :rank].split(counts), x_MK.split(counts), a_ERK.transpose(1, 2).unbind(), strict=True):
+    for s, rows, a in zip(
+        s_MP[:, :rank].split(counts), x_MK.split(counts), a_ERK.transpose(1, 2).unbind(), strict=True
+    ):
         torch.mm(rows, a, out=s)

@@ -135,7 +135,7 @@ def swiglu_triton(
 ) -> None:  # fmt: skip
     """Fills ``h_MI`` and, with an adapter, ``s_MP`` (P >= Q; the columns beyond Q with zeros)."""
     rank, a, s = (0, y_MJ, y_MJ) if a_EQI is None or s_MP is None else (a_EQI.shape[1], a_EQI, s_MP)
-    block_m, block_i = (32, 128) if y_MJ.dtype != torch.float32 else (32, 64)
+    block_m, block_i = (32, 128) if y_MJ.dtype != torch.float32 and rank <= 32 else (32, 64)
     _swiglu_kernel[(max_tiles(routing.num_rows, routing.num_experts, block_m),)](
         y_MJ, p_M, a, h_MI, s, routing.offsets_E, routing.num_experts, h_MI.shape[1],
         y_MJ.stride(0), *(a.stride() if rank else (0, 0, 0)), h_MI.stride(0), s.stride(0),
@@ -193,7 +193,7 @@ def swiglu_backward_triton(
         routing.offsets_E, M, E, I, dh_MI.stride(0), y_MJ.stride(0), s_MR.stride(0),
         0 if ds_MQ is None else ds_MQ.stride(0), *(b_EJR.stride() if R else (0, 0, 0)), dy_MJ.stride(0),
         R=R, Q=Q, EXPERTS=triton.next_power_of_2(E), CHUNK=CHUNK_ROWS,
-        BLOCK_M=32, BLOCK_I=block_i, BLOCK_R=block_r, BLOCK_Q=block_q, num_warps=4, num_stages=2,
+        BLOCK_M=32, BLOCK_I=block_i, BLOCK_R=block_r, BLOCK_Q=block_q, num_warps=8, num_stages=2,
     )  # fmt: skip
     if ds_MP is not None:
         torch.sum(dgu, 0, out=ds_MP[:, :R]) if ds_MP.dtype == torch.float32 else ds_MP[:, :R].copy_(dgu.sum(0))
