@@ -6,39 +6,13 @@ Shape legend:
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
+from megalora_kernels import add_low_rank
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megalora.comm import gather_seq, scatter_seq
 from megalora.lora.factors import LoRAFactors
-
-
-class _AddLowRank(torch.autograd.Function):
-    """``base + h b^T`` written into ``base``'s memory by one GEMM.
-
-    ``base`` is the output of a frozen linear, which saves only its weight for backward, so nothing needs the old value;
-    sharing its version counter makes autograd refuse should that ever change.
-    """
-
-    @staticmethod
-    def forward(ctx, base: Tensor, h: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(h, b)
-        out = base.detach()
-        out.view(-1, out.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), b.t())
-        return out
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h, b = ctx.saved_tensors
-        flat = grads[0].reshape(-1, grads[0].shape[-1])
-        return grads[0], (flat @ b).view_as(h), flat.t() @ h.reshape(-1, h.shape[-1])
-
-
-def add_low_rank(base: Tensor, h: Tensor, b: Tensor) -> Tensor:
-    """``base [..., out] + h [..., R] b [out, R]^T``, in place. ``base`` must not be saved for anyone's backward."""
-    return _AddLowRank.apply(base.contiguous(), h, b)  # pyright: ignore[reportReturnType]
 
 
 class ColumnLoRA(nn.Module):

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from megalora_kernels import Routing
 from torch import Tensor, nn
 
 from megalora.lora.factors import LoRAFactors
-from megalora.model.lowrank import LowRank
 
 
 class ExpertsLoRA(nn.Module):
@@ -23,16 +23,13 @@ class ExpertsLoRA(nn.Module):
     def __init__(self, base: Any, gate_up: LoRAFactors | None, down: LoRAFactors | None, dropout: float) -> None:
         super().__init__()
         self.base, self.gate_up, self.down, self.dropout = base, gate_up, down, dropout
+        base.make_room(*(0 if factors is None else factors.lora_A.shape[1] for factors in (gate_up, down)))
 
-    def forward(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """x ``[M, H]`` sorted by local expert, tokens_per_expert ``[E/ep]``, probs ``[M]``; returns ``[M, H]``, None."""
-        deltas = {"gate_up": self._delta(self.gate_up), "down": self._delta(self.down)}
-        return self.base.compute(x, tokens_per_expert, probs, **deltas), None
-
-    def _delta(self, factors: LoRAFactors | None) -> LowRank | None:
-        if factors is None:
-            return None
-        return LowRank(factors.lora_A, factors.stacked_b(), self.dropout if self.training else 0.0)
+    def forward(self, x: Tensor, routing: Routing, probs: Tensor) -> tuple[Tensor, None]:
+        """x ``[T, H]`` as the dispatcher delivers it, probs ``[M]``; returns ``[T, H]``, None."""
+        gate_up, down = (None if factors is None else factors.adapter() for factors in (self.gate_up, self.down))
+        dropout = self.dropout if self.training else 0.0
+        return self.base.compute(x, routing, probs, gate_up, down, dropout), None
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients; LoRA's are never delayed."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megalora_kernels import Adapter
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -124,6 +125,12 @@ class LoRAFactors(nn.Module):
         num_shards, shard = parameter.num_shards, parameter.shard  # type: ignore
         split = self.layout.split(factor)
         return Piece(tensor_name(module, factor), parameter, index, split, self.layout.group, num_shards, shard)
+
+    def adapter(self) -> Adapter:
+        """The factors as the expert kernels take them: A's stacked, the B's and scales of all fused projections."""
+        scales = {a.name: a.scale for a in self.adapted}
+        b = tuple(self.lora_B[name] if name in scales else None for name in self.names)
+        return Adapter(self.lora_A, b, tuple(scales.get(name, 0.0) for name in self.names))
 
     def stacked_b(self) -> Tensor:
         """``[..., out, R]``: the scaled B's as one block matrix in the base weight's row order; zero where not adapted."""

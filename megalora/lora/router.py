@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch.nn.functional as F
+from megalora_kernels import add_low_rank
 from torch import Tensor, nn
 
-from megalora.lora.dense import add_low_rank
 from megalora.lora.factors import LoRAFactors
 
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from megalora import host
 from megalora.model.attention import SDPACoreAttention
+from megalora.model.dispatcher import RoutedMoELayer
 from megalora.model.experts import FusedExperts
 
 
@@ -94,7 +95,9 @@ def _mlp(backend: TorchBackend, num_experts: int | None) -> Any:
         return get_mlp_module_spec_for_backend(backend=backend)
     linears = MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
     experts, shared = backend.grouped_mlp_modules(True), partial(SharedExpertMLP, submodules=linears)
-    return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=FrozenRouter, shared_experts=shared))
+    return partial(
+        RoutedMoELayer, submodules=MoESubmodules(experts=experts, router=FrozenRouter, shared_experts=shared)
+    )
 
 
 def block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -1,36 +1,31 @@
-"""Routed experts as two fused, frozen tensors, computed with grouped matrix products.
+"""Routed experts as two fused, frozen tensors, computed as one node.
 
 Shape legend (local to this rank):
-    M  routed tokens, sorted by expert      E  experts      H  hidden      I  expert intermediate / etp      R  LoRA rank
+    T  tokens or received rows      M  routed rows, sorted by expert      E  experts      H  hidden
+    I  expert intermediate / etp
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megalora_kernels import grouped_lora
+from megalora_kernels import Adapter, Joined, Routing, expert_mlp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megalora import host
-from megalora.model.lowrank import LowRank
 
-
-def grouped_linear(x_MK: Tensor, weight_ENK: Tensor, offsets_E: Tensor, delta: LowRank | None) -> Tensor:
-    """``x W_e^T``, plus the delta where there is one; rows belong to experts as ``offsets_E`` (row ends, int32) says."""
-    if delta is None:
-        return grouped_lora(x_MK, weight_ENK, offsets_E)
-    dropped = F.dropout(x_MK, delta.dropout) if delta.dropout else None
-    return grouped_lora(x_MK, weight_ENK, offsets_E, delta.a, delta.b, x_lora_MK=dropped)
+FEW_EXPERTS = 32
+"""With at most this many local experts a rank's rows per expert reach the thousands at usual batch sizes, where torch's grouped
+GEMM on joined operands is the faster back end; with more, Triton is, which needs no room for adapters in the weights."""
 
 
 class FusedExperts(MegatronModule):
-    """This rank's experts; takes and returns what Megatron's token dispatcher hands out and expects.
+    """This rank's experts; takes and returns what the token dispatcher hands out and expects.
 
     tensor      shape on one rank     split
     gate_up     [E/ep, 2I/etp, H]     dim 0 over EP; gate rows first, then up rows, each over ETP
     down        [E/ep, H, I/etp]      dim 0 over EP, dim 2 over ETP
-    output      [M, H]                under ETP a partial sum, which the dispatcher reduces
+    output      [T, H]                under ETP a partial sum, which the dispatcher reduces
     """
 
     def __init__(self, num_local_experts: int, config: Any, *, pg_collection: Any, name: str | None = None) -> None:
@@ -40,19 +35,35 @@ class FusedExperts(MegatronModule):
         empty = {"dtype": config.params_dtype, "device": host.device()}
         self.gate_up = nn.Parameter(torch.empty(num_local_experts, 2 * features, hidden, **empty), requires_grad=False)
         self.down = nn.Parameter(torch.empty(num_local_experts, hidden, features, **empty), requires_grad=False)
+        self.recompute = False
+        """Compute gate_up again in backward instead of keeping it."""
+        self.joined: dict[str, Joined] = {}
 
-    def forward(self, x_MH: Tensor, tokens_per_expert: Tensor, probs_M: Tensor) -> tuple[Tensor, None]:
-        return self.compute(x_MH, tokens_per_expert, probs_M), None
+    def make_room(self, gate_up_rank: int, down_rank: int) -> None:
+        """Move the weights to where adapters of these ranks (0: none) can lie beside them, if that is worth its memory.
+
+        The parameters become views of the larger buffers. One weight at a time exists twice.
+        """
+        if self.gate_up.device.type != "cuda" or self.num_local_experts > FEW_EXPERTS:
+            return
+        for name, rank in (("gate_up", gate_up_rank), ("down", down_rank)):
+            if rank:
+                parameter = getattr(self, name)
+                self.joined[name] = Joined(parameter.data, rank)
+                parameter.data = self.joined[name].weight
+
+    def forward(self, x_TH: Tensor, routing: Routing, probs_M: Tensor) -> tuple[Tensor, None]:
+        return self.compute(x_TH, routing, probs_M), None
 
     def compute(
-        self, x_MH: Tensor, tokens_per_expert: Tensor, probs_M: Tensor,
-        gate_up: LowRank | None = None, down: LowRank | None = None,
+        self, x_TH: Tensor, routing: Routing, probs_M: Tensor,
+        gate_up: Adapter | None = None, down: Adapter | None = None, dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
-        """``down(silu(gate(x)) * up(x) * probs)`` for every row, with optional low-rank deltas."""
-        offsets_E = tokens_per_expert.cumsum(0).to(x_MH.device, torch.int32)
-        gate_MI, up_MI = grouped_linear(x_MH, self.gate_up, offsets_E, gate_up).chunk(2, dim=-1)
-        hidden_MI = (F.silu(gate_MI) * up_MI * probs_M.unsqueeze(-1)).to(x_MH.dtype)
-        return grouped_linear(hidden_MI, self.down, offsets_E, down)
+        """``down(silu(gate(x)) * up(x) * probs)`` for every row and summed per token, with optional adapters."""
+        return expert_mlp(
+            x_TH, self.joined.get("gate_up", self.gate_up), self.joined.get("down", self.down), probs_M, routing,
+            gate_up=gate_up, down=down, dropout=dropout, recompute=self.recompute and self.training,
+        )  # fmt: skip
 
     def backward_dw(self) -> None:
         """Megatron's hook for delayed weight gradients; frozen weights have none."""

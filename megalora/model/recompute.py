@@ -33,7 +33,7 @@ class Recomputed(nn.Module):
 
 
 def apply_recompute(chunks: list[nn.Module], level: str) -> None:
-    """Wrap layers (``full``), or core attention and expert or dense MLP interiors (``selective``), in place."""
+    """Wrap layers (``full``); or core attention and dense MLPs, and let experts drop gate_up (``selective``); in place."""
     for chunk in chunks:
         layers: Any = chunk.decoder.layers  # pyright: ignore
         for i, layer in enumerate(layers):
@@ -42,7 +42,8 @@ def apply_recompute(chunks: list[nn.Module], level: str) -> None:
             elif level == "selective":
                 layer.self_attention.core_attention = Recomputed(layer.self_attention.core_attention)
                 if hasattr(layer.mlp, "experts"):
-                    layer.mlp.experts = Recomputed(layer.mlp.experts)
+                    # The experts' own node drops gate_up and computes that alone again, not down.
+                    getattr(layer.mlp.experts, "base", layer.mlp.experts).recompute = True
                     if layer.mlp.shared_experts is not None:
                         layer.mlp.shared_experts = Recomputed(layer.mlp.shared_experts)
                 else:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalora.lora.dense import add_low_rank
+from megalora_kernels import add_low_rank
 
 S, B, OUT, R = 5, 3, 11, 2
 

@@ -1,0 +1,102 @@
+"""Token dispatchers that leave sorting rows by expert to the kernels that read them.
+
+Megatron's dispatcher writes the tokens k times over, sorted by expert, before the experts run, and copies counts to the host
+for it. Here the experts get rows as they are with a ``Routing`` that says whose they are: without expert parallelism the hidden
+states themselves, gathered as they are read and never written; with it the rows as the all-to-all delivered them.
+
+    T  tokens of this rank      k  experts per token      M  rows of this rank's experts      E  experts      H  hidden
+"""
+
+from typing import Any
+
+from megalora_kernels import Routing, permute, permute_values, regroup, route, unpermute
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
+from torch import Tensor
+
+
+class LocalDispatcher(MoETokenDispatcher):
+    """For a rank that holds all experts whole (EP = ETP = 1): nothing moves, and nothing waits for the device."""
+
+    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        self.hidden_shape = hidden_states.shape
+        self.routing, experts_TK = route(routing_map, self.config.moe_router_topk)
+        values_M = permute_values(probs.gather(1, experts_TK), self.routing)
+        return hidden_states.reshape(-1, self.hidden_shape[-1]), values_M
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden_states, probs
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Routing, Tensor]:
+        return hidden_states, self.routing, probs
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.view(self.hidden_shape)
+
+
+class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron's all-to-all; both sorts around it are ours: by expert before it, and as a ``Routing`` behind it.
+
+    Gradients of the sorts gather instead of scattering, so that they add up in the same order on every run.
+    """
+
+    def preprocess(self, routing_map: Tensor) -> Tensor:
+        counts_E = super().preprocess(routing_map)
+        # [ranks that send, experts of this rank], before Megatron moves it to the host; None with one expert per rank.
+        counts = self.num_global_tokens_per_local_expert if self.num_local_experts > 1 else counts_E[None]
+        self.counts_RE = counts.to(routing_map.device)
+        return counts_E
+
+    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
+        self.tokens_per_expert = self.preprocess(routing_map)
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
+        self.sending, experts_TK = route(routing_map, self.config.moe_router_topk)
+        values_M = permute_values(probs.gather(1, experts_TK), self.sending)
+        return permute(hidden_states.reshape(-1, self.hidden_shape[-1]), self.sending), values_M
+
+    def dispatch_postprocess(self, global_input_tokens: Tensor, global_probs: Tensor) -> Any:
+        if self.tp_size > 1:
+            sizes = None if self.output_splits_tp is None else self.output_splits_tp.tolist()
+            global_input_tokens, global_probs = (
+                gather_from_sequence_parallel_region(t, group=self.tp_group, output_split_sizes=sizes)
+                for t in (global_input_tokens, global_probs)
+            )
+        routing = regroup(self.counts_RE, global_input_tokens.shape[0])
+        return global_input_tokens, routing, permute_values(global_probs[:, None], routing)
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        if self.tp_size == 1:
+            return hidden_states
+        sizes = None if self.output_splits_tp is None else self.output_splits_tp.tolist()
+        wide = hidden_states.to(self.probs.dtype)
+        summed = reduce_scatter_to_sequence_parallel_region(wide, group=self.tp_group, input_split_sizes=sizes)
+        return summed.to(hidden_states.dtype)
+
+    def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
+        return unpermute(permutated_local_input_tokens, self.sending).view(self.hidden_shape)
+
+
+class RoutedMoELayer(MoELayer):
+    """Megatron's MoE layer with one of the two dispatchers above."""
+
+    def __init__(self, config: Any, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        groups = kwargs.get("pg_collection")
+        settings = {"config": self.config, "pg_collection": groups}
+        made: Any = self.token_dispatcher
+        if made.ep_size * made.tp_size == 1:
+            self.token_dispatcher = LocalDispatcher(**settings)
+        else:
+            local = (self.num_local_experts, self.local_expert_indices)
+            self.token_dispatcher = AllToAllDispatcher(*local, **settings)
