@@ -1,9 +1,10 @@
 """Grouped LoRA for mixture-of-experts layers. Depends on torch and triton and nothing else."""
 
+from .adapter import Adapter
 from .backend import BACKENDS
 from .combine import combine
 from .dense_lora import add_low_rank, dense_lora
-from .expert_mlp import Adapter, expert_mlp
+from .expert_mlp import expert_mlp
 from .grouped_gemm import Joined
 from .grouped_lora import grouped_lora
 from .lora_wgrad import lora_wgrad

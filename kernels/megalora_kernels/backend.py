@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 
 import torch
-import triton
+from triton import knobs
 
 from .grouped_gemm import why_not_grouped_mm
 
@@ -23,7 +23,7 @@ BACKENDS = ("reference", "loop", "grouped_mm", "triton")
 ENV_BACKEND = "MEGALORA_BACKEND"
 VENDOR_ROWS = 1024  # rows per expert from which torch's grouped GEMM is taken; predicted, not yet measured on a GPU
 MAX_TRITON_RANK = 128
-INTERPRETED: bool = triton.knobs.runtime.interpret  # read once: kernels are decorated when this package is imported
+INTERPRETED: bool = knobs.runtime.interpret  # read once: kernels are decorated when this package is imported
 
 
 def choose(

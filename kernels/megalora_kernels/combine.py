@@ -8,6 +8,10 @@ from run to run; each token gathering its own rows needs none.
 Shape legend: T tokens   k rows per token   M routed rows   H features
 """
 
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
+# rules for calls do not hold.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

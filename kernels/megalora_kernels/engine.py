@@ -50,6 +50,15 @@ class Weight:
     w_ENK: torch.Tensor
     joined: Joined | None = None
 
+    @classmethod
+    def of(cls, weight: torch.Tensor | Joined) -> "Weight":
+        return cls(weight.weight, weight) if isinstance(weight, Joined) else cls(weight)
+
+    def check_room(self, what: str, rank: int) -> None:
+        """Raises ``ValueError`` where an adapter of this rank does not fit beside the weight."""
+        if self.joined is not None and rank > self.joined.room:
+            raise ValueError(f"{what}: the adapter's rank is {rank}, but the weight has room for {self.joined.room}")
+
 
 @dataclass(frozen=True)
 class Passes:

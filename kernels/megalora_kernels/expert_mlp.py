@@ -22,61 +22,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from .adapter import Adapter
 from .backend import choose
-from .checks import check_adapter, check_base, check_placement
+from .checks import check_base, check_placement
 from .engine import Rows, Weight, make_engine
 from .grouped_gemm import Joined, grouped_gemm_ref
 from .grouped_lora import grouped_lora
 from .routing import Routing, permute, unpermute
 from .shrink import shrink_ref
 from .swiglu import swiglu_ref
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA of one fused weight ``[E, N, K]`` whose rows are ``len(b)`` projections of equal height (gate and up; or down).
-
-    Each projection has its own A and B: the A's are stacked, a B reads its own rows of the stack.
-    """
-
-    a: torch.Tensor
-    """``[E, R, K]``, R the sum of the ranks."""
-    b: tuple[torch.Tensor | None, ...]
-    """``[E, N / len(b), r]`` each; None for a projection without adapter."""
-    scale: tuple[float, ...]
-    """alpha / r of each."""
-
-    def ranks(self) -> list[tuple[int, int, int]]:
-        """(projection, first and last + 1 row of A) of those that have an adapter."""
-        found, start = [], 0
-        for i, b in enumerate(self.b):
-            if b is not None:
-                found.append((i, start, start + b.shape[2]))
-                start += b.shape[2]
-        return found
-
-    def whole_b(self, num_rows: int) -> torch.Tensor:
-        """``[E, N, R]``: the scaled B's, block by block, zero elsewhere; differentiable."""
-        height, blocks, ranks = num_rows // len(self.b), [], {i: (j, k) for i, j, k in self.ranks()}
-        total = self.a.shape[1]
-        if len(self.b) == 1 and self.b[0] is not None:
-            return self.b[0] if self.scale[0] == 1 else self.b[0] * self.scale[0]
-        for i, b in enumerate(self.b):
-            if b is None:
-                blocks.append(self.a.new_zeros(self.a.shape[0], height, total))
-            else:
-                blocks.append(F.pad(b * self.scale[i], (ranks[i][0], total - ranks[i][1])))
-        return torch.cat(blocks, 1)
-
-    def b_gradients(self, db_ENR: torch.Tensor) -> list[torch.Tensor | None]:
-        """The gradient of each B from that of ``whole_b``."""
-        grads: list[torch.Tensor | None] = [None] * len(self.b)
-        height = db_ENR.shape[1] // len(self.b)
-        for i, j, k in self.ranks():
-            grads[i] = db_ENR[:, i * height : (i + 1) * height, j:k] * self.scale[i]
-        return grads
-
 
 # ---- 1. reference: the specification, read this first ---------------------------------------------------------------
 
@@ -235,7 +191,8 @@ def expert_mlp(
         gate_up, down: adapters. Their factors have x's dtype.
         dropout: probability of zeroing an input of A (the base sees it whole). Not fused: rows are permuted, and gate_up
             and down are two ``grouped_lora``, which keep h as well.
-        recompute: keep x instead of [gate | up] and compute that again in backward; one GEMM of six more.
+        recompute: keep x instead of [gate | up] and compute that again in backward: a fifth GEMM beside four. With
+            dropout everything is computed again.
         backend: as in ``grouped_lora``.
 
     Returns:
@@ -245,20 +202,31 @@ def expert_mlp(
         ValueError: shapes, dtypes or devices that do not fit; a weight that requires a gradient; a back end that cannot
             run here.
     """
-    joined = tuple(w if isinstance(w, Joined) else None for w in (gate_up_EJH, down_EHI))
-    w1, w2 = (w.weight if isinstance(w, Joined) else w for w in (gate_up_EJH, down_EHI))
-    _check(x_TH, w1, w2, p_M, routing, gate_up, down, joined)
+    weights = (Weight.of(gate_up_EJH), Weight.of(down_EHI))
+    _check(x_TH, weights, p_M, routing, (gate_up, down))
     rank = max(0 if adapter is None else adapter.a.shape[1] for adapter in (gate_up, down))
-    room = all(j is not None for j, adapter in zip(joined, (gate_up, down), strict=True) if adapter)
+    room = all(w.joined is not None for w, adapter in zip(weights, (gate_up, down), strict=True) if adapter)
+    w1, w2 = (w.w_ENK for w in weights)
     name = choose(backend, "expert_mlp", x_TH, routing.num_rows, rank, [w1, w2], room)
     if name == "reference":
         return expert_mlp_ref(x_TH, w1, w2, p_M, routing, gate_up, down, dropout)
     if dropout > 0:
-        return _with_dropout(x_TH, gate_up_EJH, down_EHI, p_M, routing, gate_up, down, dropout, name)
-    b1, b2 = (() if adapter is None else adapter.b for adapter in (gate_up, down))
-    scales = tuple(() if adapter is None else adapter.scale for adapter in (gate_up, down))
-    static = _Static(name, recompute, routing.num_rows, joined, scales, (len(b1), len(b2)))  # pyright: ignore
-    a1, a2 = (None if adapter is None else adapter.a for adapter in (gate_up, down))
+        operands = (x_TH, gate_up_EJH, down_EHI, p_M, routing, gate_up, down, dropout, name)
+        return checkpoint(_with_dropout, *operands, use_reentrant=False) if recompute else _with_dropout(*operands)
+    return _apply(name, recompute, x_TH, p_M, routing, weights, (gate_up, down))
+
+
+def _apply(
+    backend: str, recompute: bool, x_TH: torch.Tensor, p_M: torch.Tensor, routing: Routing,
+    weights: tuple[Weight, Weight], adapters: tuple[Adapter | None, Adapter | None],
+) -> torch.Tensor:  # fmt: skip
+    """Lay the operands out flat, as autograd takes them."""
+    b1, b2 = (() if adapter is None else adapter.b for adapter in adapters)
+    a1, a2 = (None if adapter is None else adapter.a for adapter in adapters)
+    s1, s2 = (() if adapter is None else adapter.scale for adapter in adapters)
+    joined = (weights[0].joined, weights[1].joined)
+    static = _Static(backend, recompute, routing.num_rows, joined, (s1, s2), (len(b1), len(b2)))
+    w1, w2 = (w.w_ENK for w in weights)
     tensors = (x_TH, p_M, routing.offsets_E, routing.source_M, routing.slots_TK, w1, w2, a1, a2, *b1, *b2)
     return _ExpertMLP.apply(static, *tensors)  # pyright: ignore[reportReturnType]
 
@@ -279,9 +247,10 @@ def _with_dropout(
 
 
 def _check(
-    x_TH: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, p_M: torch.Tensor, routing: Routing,
-    gate_up: Adapter | None, down: Adapter | None, joined: tuple[Joined | None, ...],
+    x_TH: torch.Tensor, weights: tuple[Weight, Weight], p_M: torch.Tensor, routing: Routing,
+    adapters: tuple[Adapter | None, Adapter | None],
 ) -> None:  # fmt: skip
+    w1, w2 = (w.w_ENK for w in weights)
     check_base("expert_mlp", x_TH, w1, routing.offsets_E)
     E, J, H = w1.shape
     if J % 2 or tuple(w2.shape) != (E, H, J // 2):
@@ -296,22 +265,10 @@ def _check(
         raise ValueError(
             f"expert_mlp: routing has M={routing.num_rows} rows, but p is {tuple(p_M.shape)} and x {tuple(x_TH.shape)}"
         )
-    others: dict[str, torch.Tensor | None] = {"gate_up": w1, "down": w2}
-    named = zip(("gate_up", "down"), (w1, w2), (gate_up, down), joined, strict=True)
-    for name, weight, adapter, room in named:
-        if adapter is None:
-            continue
-        for i, j, k in adapter.ranks():
-            b = adapter.b[i]
-            check_adapter(f"expert_mlp: {name}", weight[:, : weight.shape[1] // len(adapter.b)], adapter.a[:, j:k], b)
-            others[f"{name}.b[{i}]"] = b
-        if adapter.a.shape[1] != sum(k - j for _, j, k in adapter.ranks()) or not adapter.ranks():
-            raise ValueError(
-                f"expert_mlp: {name}.a has {adapter.a.shape[1]} rows, the ranks of its b are {adapter.ranks()}"
-            )
-        if room is not None and adapter.a.shape[1] > room.room:
-            raise ValueError(
-                f"expert_mlp: {name}'s rank is {adapter.a.shape[1]}, but the weight has room for {room.room}"
-            )
-        others[f"{name}.a"] = adapter.a
-    check_placement("expert_mlp", x_TH, routing.offsets_E, **others)
+    check_placement("expert_mlp", x_TH, routing.offsets_E, gate_up=w1, down=w2)
+    for name, weight, adapter in zip(("gate_up", "down"), weights, adapters, strict=True):
+        if adapter is not None:
+            weight.check_room(f"expert_mlp: {name}", adapter.a.shape[1])
+            adapter.check(f"expert_mlp: {name}", weight.w_ENK)
+            factors = {f"{name}.b[{i}]": b for i, b in enumerate(adapter.b)}
+            check_placement("expert_mlp", x_TH, routing.offsets_E, **{f"{name}.a": adapter.a}, **factors)

@@ -11,6 +11,10 @@ the frozen weight with room behind its rows and columns for B and A, so that thi
 Shape legend: M routed rows   E experts   K inputs   N outputs   R rank (of both when gate and up are stacked)
 """
 
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
+# rules for calls do not hold.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 from typing import Any
 
 import torch

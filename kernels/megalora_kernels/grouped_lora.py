@@ -73,14 +73,15 @@ class _GroupedLoRA(torch.autograd.Function):
         dx_MK = da_ERK = db_ENR = dx_lora_MK = None
         b_ERN = b_ENR.transpose(1, 2) if a_ERK is not None and (need_dx or need_da or need_dx_lora) else None
         rows = engine.shrink(dy_MN, b_ERN, weight)
+        ds_MR: Any = rows.s_MR
         if need_dx and ctx.has_x_lora:
             dx_MK = engine.dgrad(engine.shrink(dy_MN, None, weight), weight, None)
         elif need_dx:
             dx_MK = engine.dgrad(rows, weight, a_ERK)
         if need_dx_lora:
-            dx_lora_MK = engine.gemm(engine.dense(rows.s_MR), a_ERK, routing)
+            dx_lora_MK = engine.gemm(engine.dense(ds_MR), a_ERK, routing)
         if need_da:
-            da_ERK = engine.wgrad(rows.s_MR, x_MK)
+            da_ERK = engine.wgrad(ds_MR, x_MK)
         if need_db:
             db_ENR = engine.wgrad(s_MR, dy_MN).transpose(1, 2)
         return dx_MK, None, None, da_ERK, db_ENR, dx_lora_MK, None, None
@@ -108,26 +109,23 @@ def grouped_lora(
             the rule in ``engine.py``.
 
     Returns:
-        y_MN in x's dtype. GEMMs accumulate in float32 (float64 for float64); experts without rows get exact zeros
-        for gradients.
+        y_MN in x's dtype. GEMMs accumulate in float32 (float64 for float64); gradients of experts without rows are zero.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a weight that requires a gradient, half an adapter,
             an unknown back end or one that cannot run here.
     """
-    joined = weight_ENK if isinstance(weight_ENK, Joined) else None
-    weight_ENK = weight_ENK.weight if isinstance(weight_ENK, Joined) else weight_ENK
-    check_base("grouped_lora", x_MK, weight_ENK, offsets_E)
-    check_adapter("grouped_lora", weight_ENK, a_ERK, b_ENR)
-    check_placement("grouped_lora", x_MK, offsets_E, weight=weight_ENK, a=a_ERK, b=b_ENR, x_lora=x_lora_MK)
+    weight = Weight.of(weight_ENK)
+    check_base("grouped_lora", x_MK, weight.w_ENK, offsets_E)
+    check_adapter("grouped_lora", weight.w_ENK, a_ERK, b_ENR)
+    check_placement("grouped_lora", x_MK, offsets_E, weight=weight.w_ENK, a=a_ERK, b=b_ENR, x_lora=x_lora_MK)
     if x_lora_MK is not None and (a_ERK is None or x_lora_MK.shape != x_MK.shape):
         raise ValueError(
             f"grouped_lora: x_lora is {tuple(x_lora_MK.shape)}; it needs a, b and x's shape {tuple(x_MK.shape)}"
         )
     rank = 0 if a_ERK is None else a_ERK.shape[1]
-    if joined is not None and rank > joined.room:
-        raise ValueError(f"grouped_lora: the adapter's rank is {rank}, but the weight has room for {joined.room}")
-    name = choose(backend, "grouped_lora", x_MK, x_MK.shape[0], rank, [weight_ENK], joined is not None)
+    weight.check_room("grouped_lora", rank)
+    name = choose(backend, "grouped_lora", x_MK, x_MK.shape[0], rank, [weight.w_ENK], weight.joined is not None)
     if name == "reference":
-        return grouped_lora_ref(x_MK, weight_ENK, offsets_E, a_ERK, b_ENR, x_lora_MK)
-    return _GroupedLoRA.apply(x_MK, weight_ENK, offsets_E, a_ERK, b_ENR, x_lora_MK, joined, name)  # pyright: ignore
+        return grouped_lora_ref(x_MK, weight.w_ENK, offsets_E, a_ERK, b_ENR, x_lora_MK)
+    return _GroupedLoRA.apply(x_MK, weight.w_ENK, offsets_E, a_ERK, b_ENR, x_lora_MK, weight.joined, name)  # pyright: ignore

@@ -8,6 +8,10 @@ the output's gradient (the gradient of the combine) and makes dS = dy B.
 Shape legend: T source rows   M routed rows   E experts   K features   R rank
 """
 
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
+# rules for calls do not hold.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

@@ -10,6 +10,10 @@ chunk of rows and per block of columns and added in a fixed order: no atomics, t
 Shape legend: M routed rows   E experts   I expert intermediate   R rank of gate and up stacked   Q rank of down
 """
 
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
+# rules for calls do not hold.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 from dataclasses import dataclass
 
 import torch
@@ -185,7 +189,7 @@ def swiglu_backward_triton(
     R, Q = 0 if gate_up is None else s_MR.shape[1], 0 if ds_MQ is None else ds_MQ.shape[1]
     block_r, block_q = (max(16, triton.next_power_of_2(rank)) for rank in (R, Q))
     block_i = 64 if max(block_r, block_q) <= 64 else 32
-    chunks, blocks = max_tiles(M, E, CHUNK_ROWS), triton.cdiv(I, block_i)
+    chunks, blocks = max_tiles(M, E, CHUNK_ROWS), int(triton.cdiv(I, block_i))
     dp, dgu = torch.empty(blocks, M, **new), torch.empty(blocks, M, R, **new)
     da, db = torch.empty(chunks, Q, I, **new), torch.empty(chunks, 2 * I, R, **new)
     _swiglu_backward_kernel[(chunks, blocks)](
@@ -196,7 +200,7 @@ def swiglu_backward_triton(
         BLOCK_M=32, BLOCK_I=block_i, BLOCK_R=block_r, BLOCK_Q=block_q, num_warps=8, num_stages=2,
     )  # fmt: skip
     if ds_MP is not None:
-        torch.sum(dgu, 0, out=ds_MP[:, :R]) if ds_MP.dtype == torch.float32 else ds_MP[:, :R].copy_(dgu.sum(0))
+        ds_MP[:, :R].copy_(dgu.sum(0))
         ds_MP[:, R:].zero_()
     return SwiGLUGrads(
         dp_M=dp.sum(0).to(p_M.dtype),

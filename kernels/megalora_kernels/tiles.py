@@ -5,6 +5,10 @@ Rows are sorted by expert and ``offsets[e]`` is where expert e ends. Cut into ti
 last tile find no expert and return.
 """
 
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
+# rules for calls do not hold.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +16,7 @@ import triton.language as tl
 
 def max_tiles(num_rows: int, num_experts: int, rows_per_tile: int) -> int:
     """Upper bound of the number of tiles, whatever the routing."""
-    return triton.cdiv(num_rows, rows_per_tile) + num_experts
+    return int(triton.cdiv(num_rows, rows_per_tile)) + num_experts
 
 
 @triton.jit

@@ -23,7 +23,8 @@ class ExpertsLoRA(nn.Module):
     def __init__(self, base: Any, gate_up: LoRAFactors | None, down: LoRAFactors | None, dropout: float) -> None:
         super().__init__()
         self.base, self.gate_up, self.down, self.dropout = base, gate_up, down, dropout
-        base.make_room(*(0 if factors is None else factors.lora_A.shape[1] for factors in (gate_up, down)))
+        if base.gains_from_room():
+            base.make_room(*(0 if factors is None else factors.lora_A.shape[1] for factors in (gate_up, down)))
 
     def forward(self, x: Tensor, routing: Routing, probs: Tensor) -> tuple[Tensor, None]:
         """x ``[T, H]`` as the dispatcher delivers it, probs ``[M]``; returns ``[T, H]``, None."""

@@ -39,13 +39,15 @@ class FusedExperts(MegatronModule):
         """Compute gate_up again in backward instead of keeping it."""
         self.joined: dict[str, Joined] = {}
 
+    def gains_from_room(self) -> bool:
+        """Whether the back end that wants adapters beside the weights will be the one taken here."""
+        return self.gate_up.device.type == "cuda" and self.num_local_experts <= FEW_EXPERTS
+
     def make_room(self, gate_up_rank: int, down_rank: int) -> None:
-        """Move the weights to where adapters of these ranks (0: none) can lie beside them, if that is worth its memory.
+        """Move the weights to where adapters of these ranks (0: none) can lie beside them.
 
         The parameters become views of the larger buffers. One weight at a time exists twice.
         """
-        if self.gate_up.device.type != "cuda" or self.num_local_experts > FEW_EXPERTS:
-            return
         for name, rank in (("gate_up", gate_up_rank), ("down", down_rank)):
             if rank:
                 parameter = getattr(self, name)

@@ -80,7 +80,7 @@ BUGS = (
     bug(3, "the router's delta doubled under tensor parallel", "megalora/lora/router.py",
         "h.to(logits.dtype)", "2 * h.to(logits.dtype)", f"{PARALLEL} test_03"),
     bug(3, "probabilities applied twice", "megalora/model/experts.py",
-        "* probs_M.unsqueeze(-1))", "* probs_M.unsqueeze(-1) ** 2)", f"{PARALLEL} test_03"),
+        "self.down), probs_M, routing", "self.down), probs_M**2, routing", f"{PARALLEL} test_03"),
     bug(3, "no adapter on the shared expert", SPEC,
         "return ATTENTION + MOE + (SHARED_EXPERT if shape.shared_intermediate else ())", "return ATTENTION + MOE", f"{PARALLEL} test_03"),
     # 4: replicated factors under sequence parallelism
