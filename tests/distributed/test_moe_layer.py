@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megalora.config import RunConfig
+from megalora.model.experts import FusedExperts
 from tests.distributed.ranks import run_ranks
 from tests.oracles.moe_layer import layer_of
 from tests.parity.built import built, random_adapter
@@ -60,11 +61,17 @@ def watched_step(config: RunConfig, weights: Path) -> tuple[list[dict[str, Tenso
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens"),
-    [(name, "all experts busy") for name in LAYOUTS]
-    + [(name, "a rank's experts idle") for name in ("ep4", "tp2-ep2-etp2")],
+    ("name", "tokens", "backend"),
+    [(name, "all experts busy", "loop") for name in LAYOUTS]
+    + [(name, "a rank's experts idle", "loop") for name in ("ep4", "tp2-ep2-etp2")]
+    + [("ep2", "all experts busy", "triton")]
+    + [(name, "a rank's experts idle", "grouped_mm") for name in ("ep4", "tp2-ep2-etp2")],
 )
-def test_layer_computes_what_the_plain_layer_computes(name, tokens, everything, idle, chats, tmp_path) -> None:
+def test_layer_computes_what_the_plain_layer_computes(
+    name, tokens, backend, everything, idle, chats, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("MEGALORA_BACKEND", backend)  # triton: through its interpreter
+    monkeypatch.setattr(FusedExperts, "gains_from_room", lambda self: backend == "grouped_mm")
     world, parallel, recompute = LAYOUTS[name]
     base, lora = everything, LORA
     if tokens != "all experts busy":  # at EP 4 the last rank gets none; a router adapter would wake its experts up

@@ -12,7 +12,7 @@ PARALLEL, TRAINING, FILES = (f"tests/pitfalls/test_{name}.py" for name in ("para
 class Bug:
     name: str
     pitfall: int
-    """Its number in tests/pitfalls/README.md."""
+    """Its number in tests/pitfalls/README.md; 0: a kernel's."""
     file: str
     edits: tuple[tuple[str, str], ...]
     tests: str

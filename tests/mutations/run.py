@@ -20,8 +20,11 @@ from torch.overrides import _pop_mode
 
 import tests.conftest  # noqa: F401  imports torch, Megatron, transformers once for all
 from tests.forked import forked
-from tests.mutations.bugs import BUGS, Bug
+from tests.mutations.bugs import BUGS as MODEL_BUGS
+from tests.mutations.bugs import Bug
+from tests.mutations.kernel_bugs import KERNEL_BUGS
 
+BUGS = MODEL_BUGS + KERNEL_BUGS
 ROOT = Path(__file__).parents[2]
 COPIED = ("megalora", "kernels", "tests", "benchmarks", "configs", "launch", "pyproject.toml")
 OURS = ("megalora", "megalora_kernels", "tests", "benchmarks")

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations.bugs import BUGS, Bug
+from tests.mutations.bugs import BUGS as MODEL_BUGS
+from tests.mutations.bugs import Bug
+from tests.mutations.kernel_bugs import KERNEL_BUGS
 
+BUGS = MODEL_BUGS + KERNEL_BUGS
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,7 +24,7 @@ def test_the_bug_can_be_put_in(bug: Bug) -> None:
 
 
 def test_every_pitfall_has_bugs_and_tests() -> None:
-    assert {bug.pitfall for bug in BUGS} == set(range(1, 11))
+    assert {bug.pitfall for bug in MODEL_BUGS} == set(range(1, 11))
     assert len({bug.name for bug in BUGS}) == len(BUGS) >= 25
     sources = "".join(path.read_text() for path in (ROOT / "tests/pitfalls").glob("test_*.py"))
     for number in range(1, 11):

@@ -1,0 +1,34 @@
+"""Bugs in the kernels: arithmetic, rows, order, memory. The same form as ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+GEMM, SHRINK, SWIGLU, WGRAD, MLP, ROUTING, ENGINE, TILES = (
+    f"kernels/megalora_kernels/{name}.py"
+    for name in ("grouped_gemm", "shrink", "swiglu", "lora_wgrad", "expert_mlp", "routing", "engine", "tiles")
+)
+MLP_TEST, KEPT, ORDER = "tests/kernels/test_expert_mlp.py", "tests/kernels/test_kept_bytes.py", "tests/kernels/test_program_order.py"
+
+# fmt: off
+KERNEL_BUGS: tuple[Bug, ...] = (
+    bug(0, "the last tile of an expert reads on into the next", GEMM, "row_ok, col_ok = rows < end, cols < N", "row_ok, col_ok = rows < row0 + BLOCK_M, cols < N", f"{MLP_TEST} triton"),
+    bug(0, "the gather left out of the grouped GEMM", GEMM, "from_rows = tl.load(source_ptr + rows) if HAS_SOURCE else rows", "from_rows = rows", f"{MLP_TEST} triton"),
+    bug(0, "an expert takes its neighbour's B", GEMM, "b_ptr += expert.to(tl.int64) * stride_be", "b_ptr += (expert + 1) % num_experts * stride_be", f"{MLP_TEST} triton"),
+    bug(0, "S beyond an expert's rows", SHRINK, "row_ok = rows < end", "row_ok = rows < row0 + BLOCK_M", f"{MLP_TEST} triton"),
+    bug(0, "gate and up exchanged in SwiGLU", SWIGLU, "h = (gate * tl.sigmoid(gate) * up * p[:, None])", "h = (up * tl.sigmoid(up) * gate * p[:, None])", f"{MLP_TEST} triton"),
+    bug(0, "SwiGLU's derivative without its second term", SWIGLU, "d_gate = (dh * p * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype)", "d_gate = (dh * p * up * sigmoid).to(dtype)", f"{MLP_TEST} triton"),
+    bug(0, "the probability's gradient scaled by itself", SWIGLU, "tl.sum(dh * silu * up, 1)", "tl.sum(dh * silu * up * p, 1)", f"{MLP_TEST} triton"),
+    bug(0, "dA of down from values without the probability", SWIGLU, "da = tl.dot(ds, (silu * up * p).to(dtype), da", "da = tl.dot(ds, (silu * up).to(dtype), da", f"{MLP_TEST} triton"),
+    bug(0, "only the last chunk's weight gradient", TILES, "        acc += tl.load(part_ptrs, mask=d < D, other=0.0)", "        acc = tl.load(part_ptrs, mask=d < D, other=0.0)", "tests/kernels/test_tiles.py sum_tiles"),
+    bug(0, "an empty expert's gradient left as it was found", WGRAD, "        torch.mm(g, rows, out=out)", "        if rows.shape[0]:\n            torch.mm(g, rows, out=out)", "tests/kernels/test_lora_wgrad.py wgrad"),
+    bug(0, "B's scale left out of its gradient", "kernels/megalora_kernels/adapter.py", "* height, j:k] * self.scale[i]", "* height, j:k]", f"{MLP_TEST} loop"),
+    bug(0, "gate's B on up's part of S", "kernels/megalora_kernels/adapter.py", "start += b.shape[2]", "start += 0", f"{MLP_TEST} loop"),
+    bug(0, "rows of one expert in reverse", ROUTING, "source_M[slots_TK.reshape(-1).long()] = token_TK.reshape(-1)", "source_M[slots_TK.reshape(-1).long()] = token_TK.flip(0).reshape(-1)", "tests/kernels/test_routing.py route"),
+    bug(0, "received rows not sorted by expert", ROUTING, "source_M = row_M + shift_ER", "source_M = row_M + 0 * shift_ER", "tests/kernels/test_routing.py regroup"),
+    bug(0, "the permuted rows kept for backward", MLP, "kept = (x if keep_x else None,", "kept = (x[source] if keep_x and source is not None else x if keep_x else None,", f"{KEPT} gathered"),
+    bug(0, "gate_up kept although it is recomputed", MLP, "keep_y = before_swiglu and not static.recompute", "keep_y = before_swiglu", f"{KEPT} recomputed"),
+    bug(0, "S kept as a view of its rows", MLP, "s1 = rows.s_MR.contiguous()", "s1 = rows.s_MR", f"{KEPT} joined"),
+    bug(0, "probabilities in the order they were received", "megalora/model/dispatcher.py", "permute_values(global_probs[:, None], routing)", "global_probs", "tests/distributed/test_moe_layer.py ep2"),
+    bug(0, "experts' counts of the sending rank", "megalora/model/dispatcher.py", "self.counts_RE = counts.to(routing_map.device)", "self.counts_RE = counts.flip(0).to(routing_map.device)", "tests/distributed/test_moe_layer.py ep2"),
+    bug(0, "selective recomputation that keeps all", "megalora/model/recompute.py", ".recompute = True", ".recompute = False", "tests/model/test_experts.py selective"),
+)
+# fmt: on
