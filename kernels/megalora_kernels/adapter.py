@@ -57,6 +57,11 @@ class Adapter:
 
     def check(self, what: str, weight_ENK: torch.Tensor) -> None:
         """Raises ``ValueError`` unless A's rows and every B fit each other and the weight."""
+        if len(self.b) != len(self.scale) or not self.b or weight_ENK.shape[1] % len(self.b):
+            raise ValueError(
+                f"{what}: {len(self.b)} b's with {len(self.scale)} scales for a weight of {weight_ENK.shape[1]} rows; "
+                f"want one scale for each b, and b's of equal height"
+            )
         for i, start, stop in self.ranks():
             check_adapter(what, weight_ENK[:, : weight_ENK.shape[1] // len(self.b)], self.a[:, start:stop], self.b[i])
         ranks = [stop - start for _, start, stop in self.ranks()]

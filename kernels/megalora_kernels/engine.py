@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from .combine import combine_ref, combine_triton
 from .grouped_gemm import (
-    ALIGN_BYTES,
     Joined,
     add_delta_vendor,
     aligned,
@@ -114,6 +113,10 @@ class Engine:
         """``dy W + ds A`` for ``rows = (dy, ds)``."""
         return self.gemm(rows.x, weight.w_ENK, self.routing, rows.s_MR, a_ERK, rows.source_M)
 
+    def from_rank(self, s_MR: torch.Tensor, factor_ERN: torch.Tensor) -> torch.Tensor:
+        """``s @ factor[e]`` alone."""
+        return self.gemm(self.dense(s_MR), factor_ERN, self.routing)
+
     def swiglu(self, y_MJ: torch.Tensor, p_M: torch.Tensor, a_EQI: torch.Tensor | None, weight: Weight) -> Rows:
         """silu(gate) up p, with S of down beside it."""
         rows = self.buffers(y_MJ, y_MJ.shape[1] // 2, 0 if a_EQI is None else a_EQI.shape[1], weight)
@@ -136,7 +139,7 @@ class Engine:
         return rows.joined[:, rows.x.shape[1] :]
 
     def wgrad(self, g_MR: torch.Tensor, x: torch.Tensor, source_M: torch.Tensor | None = None) -> torch.Tensor:
-        return self.passes.wgrad(g_MR, self.dense(x), self.routing, source_M)
+        return self.passes.wgrad(self.dense(g_MR), self.dense(x), self.routing, source_M)
 
     def combine(self, y_MH: torch.Tensor) -> torch.Tensor:
         """Each token's sum; y itself where rows are given and taken sorted."""
@@ -181,24 +184,29 @@ class VendorEngine(Engine):
     def linear(self, rows: Rows, weight: Weight, b_ENR: torch.Tensor | None) -> torch.Tensor:
         if rows.joined is not None and weight.joined is not None and b_ENR is not None:
             return grouped_gemm_vendor(rows.joined, weight.joined.with_b(b_ENR), self.routing)
-        return self._base_and_delta(rows, weight.w_ENK.transpose(1, 2), b_ENR, 2)
+        b_ERN = None if b_ENR is None else b_ENR.transpose(1, 2)
+        return self._base_and_delta(rows, weight.w_ENK.transpose(1, 2), b_ERN)
 
     def dgrad(self, rows: Rows, weight: Weight, a_ERK: torch.Tensor | None) -> torch.Tensor:
         if rows.joined is not None and weight.joined is not None and a_ERK is not None:
             return grouped_gemm_vendor(rows.joined, weight.joined.with_a(a_ERK), self.routing)
-        return self._base_and_delta(rows, weight.w_ENK, a_ERK, 1)
+        return self._base_and_delta(rows, weight.w_ENK, a_ERK)
 
-    def _base_and_delta(
-        self, rows: Rows, w_EKN: torch.Tensor, factor: torch.Tensor | None, rank_dim: int
-    ) -> torch.Tensor:
+    def from_rank(self, s_MR: torch.Tensor, factor_ERN: torch.Tensor) -> torch.Tensor:
+        return grouped_gemm_vendor(*self._rank_operands(s_MR, factor_ERN), self.routing)
+
+    def _base_and_delta(self, rows: Rows, w_EKN: torch.Tensor, factor_ERN: torch.Tensor | None) -> torch.Tensor:
         y_MN = grouped_gemm_vendor(rows.x, w_EKN, self.routing)
-        if factor is not None and rows.s_MR is not None:
-            pad = -rows.s_MR.shape[1] % (ALIGN_BYTES // factor.element_size())
-            s, factor = F.pad(rows.s_MR, (0, pad)), F.pad(factor, (0, pad) if rank_dim == 2 else (0, 0, 0, pad))
-            add_delta_vendor(
-                y_MN, aligned(s), aligned(factor).transpose(1, 2) if rank_dim == 2 else aligned(factor), self.routing
-            )
+        if factor_ERN is not None and rows.s_MR is not None:
+            add_delta_vendor(y_MN, *self._rank_operands(rows.s_MR, factor_ERN), self.routing)
         return y_MN
+
+    def _rank_operands(self, s_MR: torch.Tensor, factor_ERN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """With zeros up to rows of 16 bytes: they add nothing."""
+        pad = padded_rank(s_MR.shape[1], s_MR.dtype) - s_MR.shape[1]
+        if pad:
+            s_MR, factor_ERN = F.pad(s_MR, (0, pad)), F.pad(factor_ERN, (0, 0, 0, pad))
+        return aligned(s_MR), aligned(factor_ERN)
 
 
 def make_engine(backend: str, routing: Routing, device: torch.device) -> Engine:

@@ -227,7 +227,9 @@ def _apply(
     joined = (weights[0].joined, weights[1].joined)
     static = _Static(backend, recompute, routing.num_rows, joined, (s1, s2), (len(b1), len(b2)))
     w1, w2 = (w.w_ENK for w in weights)
-    tensors = (x_TH, p_M, routing.offsets_E, routing.source_M, routing.slots_TK, w1, w2, a1, a2, *b1, *b2)
+    # One value per row or expert: kernels take these as contiguous, which they nearly always are.
+    per_row = (t if t is None else t.contiguous() for t in (p_M, routing.offsets_E, routing.source_M, routing.slots_TK))
+    tensors = (x_TH, *per_row, w1, w2, a1, a2, *b1, *b2)
     return _ExpertMLP.apply(static, *tensors)  # pyright: ignore[reportReturnType]
 
 
@@ -266,6 +268,10 @@ def _check(
             f"expert_mlp: routing has M={routing.num_rows} rows, but p is {tuple(p_M.shape)} and x {tuple(x_TH.shape)}"
         )
     check_placement("expert_mlp", x_TH, routing.offsets_E, gate_up=w1, down=w2)
+    if p_M.dtype not in (torch.float32, x_TH.dtype):
+        raise ValueError(f"expert_mlp: p is {p_M.dtype}, want torch.float32 or x's {x_TH.dtype}")
+    if p_M.device != x_TH.device:
+        raise ValueError(f"expert_mlp: p is on {p_M.device} but x is on {x_TH.device}")
     for name, weight, adapter in zip(("gate_up", "down"), weights, adapters, strict=True):
         if adapter is not None:
             weight.check_room(f"expert_mlp: {name}", adapter.a.shape[1])

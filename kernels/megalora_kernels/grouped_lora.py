@@ -79,7 +79,7 @@ class _GroupedLoRA(torch.autograd.Function):
         elif need_dx:
             dx_MK = engine.dgrad(rows, weight, a_ERK)
         if need_dx_lora:
-            dx_lora_MK = engine.gemm(engine.dense(ds_MR), a_ERK, routing)
+            dx_lora_MK = engine.from_rank(ds_MR, a_ERK)  # pyright: ignore[reportArgumentType]
         if need_da:
             da_ERK = engine.wgrad(ds_MR, x_MK)
         if need_db:
@@ -128,4 +128,5 @@ def grouped_lora(
     name = choose(backend, "grouped_lora", x_MK, x_MK.shape[0], rank, [weight.w_ENK], weight.joined is not None)
     if name == "reference":
         return grouped_lora_ref(x_MK, weight.w_ENK, offsets_E, a_ERK, b_ENR, x_lora_MK)
-    return _GroupedLoRA.apply(x_MK, weight.w_ENK, offsets_E, a_ERK, b_ENR, x_lora_MK, weight.joined, name)  # pyright: ignore
+    operands = (x_MK, weight.w_ENK, offsets_E.contiguous(), a_ERK, b_ENR, x_lora_MK, weight.joined, name)
+    return _GroupedLoRA.apply(*operands)  # pyright: ignore

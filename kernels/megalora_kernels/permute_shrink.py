@@ -52,8 +52,7 @@ class _PermuteShrink(torch.autograd.Function):
     def backward(ctx: Any, drows_MK: torch.Tensor, ds_MR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TK, a_ERK, offsets_E, source_M, slots_TK = ctx.saved_tensors
         engine = make_engine(ctx.backend, Routing(offsets_E, source_M.shape[0], source_M, slots_TK), x_TK.device)
-        ds_MR = engine.dense(ds_MR)
-        dx_TK = engine.combine(engine.gemm(ds_MR, a_ERK, engine.routing).add_(drows_MK))
+        dx_TK = engine.combine(engine.from_rank(ds_MR, a_ERK).add_(drows_MK))
         return dx_TK, engine.wgrad(ds_MR, x_TK, source_M), None, None, None, None
 
 
@@ -88,4 +87,5 @@ def permute_shrink(
     name = choose_pass(backend, "permute_shrink", x_TK, a_ERK.shape[1])
     if name == "reference":
         return permute_shrink_ref(x_TK, a_ERK, routing)
-    return _PermuteShrink.apply(x_TK, a_ERK, routing.offsets_E, routing.source_M, routing.slots_TK, name)  # pyright: ignore
+    whose = (t.contiguous() for t in (routing.offsets_E, routing.source_M, routing.slots_TK))
+    return _PermuteShrink.apply(x_TK, a_ERK, *whose, name)  # pyright: ignore[reportReturnType]

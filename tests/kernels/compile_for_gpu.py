@@ -1,7 +1,9 @@
-"""Compiles every Triton kernel for a GPU that is not there, and prints what each needs: ``python -m tests.kernels.compile_for_gpu [90]``.
+"""Compiles every Triton kernel for a GPU that is not there, and prints what each needs.
 
-Triton carries its own assembler, so types, shapes, shared memory, registers and spills are known before a GPU is. The launchers
-run on CPU tensors with a driver that names a target and with launches cut off behind the compiler.
+    python -m tests.kernels.compile_for_gpu [90]
+
+Triton carries its own assembler, so types, shapes, shared memory, registers and spills are known before a GPU is. The
+launchers run on CPU tensors with a driver that names a target and with launches cut off behind the compiler.
 """
 
 import json
@@ -9,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ class NamedTarget:
         return 0
 
 
+@cache
 def resources(cubin: bytes) -> tuple[int, int]:
     """(registers per thread, bytes of local memory: spills)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

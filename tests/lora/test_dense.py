@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from megalora_kernels import add_low_rank
 
 S, B, OUT, R = 5, 3, 11, 2

@@ -1,0 +1,202 @@
+"""Experts with LoRA on a GPU: ours, the base alone, and how others do it, on the same tensors in one process.
+
+    python -m benchmarks.bench_grouped_lora --quick --budget-seconds 200      a few minutes
+    python -m benchmarks.bench_grouped_lora                                   the whole sweep
+    python -m benchmarks.bench_grouped_lora --model 235b --tokens 8192
+
+Every number is of an arm that agreed with float32 (``benchmarks/expert_case.py``); ours also gave the same bits twice
+and did not wait for the device. Exit code 1 where one did not. What ``--budget-seconds`` left out is named, and
+recorded.
+"""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.arms import our_arms, their_arms
+from benchmarks.compare import Row, as_json, compare, show
+from benchmarks.expert_case import ROUTINGS, SIZES, Spec, make_case, reference, sweep, with_rows
+from benchmarks.goals import Crossing, Verdict, of_layer, of_linear, of_peft_case, show_crossing, show_verdicts
+from benchmarks.gpu_timing import Budget, first_line, save, the_gpu
+from benchmarks.linear_case import (
+    PEFT_CASE,
+    LinearSpec,
+    linear_reference,
+    make_linear,
+    our_linear_arms,
+    their_linear_arms,
+)
+
+QUICK = {
+    "tokens": [8192], "experts": [128, 16], "ranks": [16], "routing": ["balanced", "zipf"],
+    "crossing": [256, 512, 1024, 2048, 4096],
+}  # fmt: skip
+FULL = {
+    "tokens": [4096, 8192, 16384, 65536], "experts": [128, 16], "ranks": [8, 16, 32, 64], "routing": [*ROUTINGS],
+    "crossing": [64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096],
+}  # fmt: skip
+LEAST_SECONDS = 25
+"""No case is begun with less time than this."""
+COMPILE_SECONDS = 110
+"""Nor torch.compile of the split arm: about a minute for each shape."""
+
+
+@dataclass
+class Report:
+    """What was found so far; written after every case."""
+
+    rows: list[Row] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    crossing: list[Crossing] = field(default_factory=list)
+    not_reached: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def content(self) -> dict[str, Any]:
+        found = {"rows": as_json(self.rows), "goals": [asdict(v) for v in self.verdicts]}
+        found |= {"crossing": [asdict(p) for p in self.crossing], "not_reached": self.not_reached}
+        return found | {"failures": self.failures, "seconds": self.seconds}
+
+
+class Bench:
+    """Runs cases on one device into one report."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, repeats: int, budget: Budget, compiled: bool) -> None:
+        self.device, self.dtype, self.repeats, self.budget, self.compiled = device, dtype, repeats, budget, compiled
+        self.report = Report()
+
+    def layer(self, spec: Spec) -> None:
+        """One layer's experts, every arm."""
+        case = make_case(spec, self.device, self.dtype)
+        usual = spec.rank == 16 and spec.routing == "balanced"
+        compiled = self.compiled and usual and self.budget.left() > COMPILE_SECONDS
+        rows = compare(
+            spec.label, our_arms(case), their_arms(case, compiled),
+            lambda: {"adapted": reference(case, True), "base": reference(case, False)},
+            spec.base_flops(), self.device, self.dtype, self.repeats,
+        )  # fmt: skip
+        self._found(rows, of_layer(spec, rows))
+
+    def linear(self, spec: LinearSpec) -> None:
+        """One grouped linear, every arm."""
+        case = make_linear(spec, self.device, self.dtype)
+        rows = compare(
+            spec.label, our_linear_arms(case), their_linear_arms(case),
+            lambda: {"adapted": linear_reference(case, True), "base": linear_reference(case, False)},
+            spec.base_flops(), self.device, self.dtype, self.repeats,
+        )  # fmt: skip
+        self._found(rows, of_peft_case(case, rows) if spec is PEFT_CASE else of_linear(spec, rows))
+
+    def cross(self, spec: Spec) -> None:
+        """One point of the comparison of the two back ends."""
+        case = make_case(spec, self.device, self.dtype)
+        wanted = ("base triton", "base grouped_mm", "ours triton", "ours grouped_mm joined")
+        arms = {name: build for name, build in our_arms(case).items() if name in wanted}
+        rows = compare(
+            f"crossing: {spec.label}", arms, {},
+            lambda: {"adapted": reference(case, True), "base": reference(case, False)},
+            spec.base_flops(), self.device, self.dtype, max(3, self.repeats // 2),
+        )  # fmt: skip
+        self.report.crossing.append(Crossing.of(spec, rows))
+        self._found(rows, [])
+
+    def _found(self, rows: list[Row], verdicts: list[Verdict]) -> None:
+        self.report.rows += rows
+        self.report.verdicts += verdicts
+        self.report.failures += [f"{row.case}: {row.arm}: {row.status}" for row in rows if row.failed]
+        print(f"\n{show(rows)}", flush=True)
+
+
+def plan(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Cases in the order of what they tell: the usual ones, the single linear, PEFT's, the crossing, then the rest."""
+    sizes = SIZES[args.model]
+    specs = sweep(sizes, args.tokens, args.experts, args.ranks, args.routing)
+    usual, rest = specs[: len(args.experts)], specs[len(args.experts) :]
+    for spec in usual:
+        yield spec.label, lambda spec=spec: bench.layer(spec)
+    for spec in usual:
+        label = f"linear gate_up: {spec.label}"
+        linear = LinearSpec(label, spec.num_rows, spec.experts, 2 * sizes.inner, sizes.hidden, spec.rank)
+        yield label, lambda linear=linear: bench.linear(linear)
+    yield PEFT_CASE.label, lambda: bench.linear(PEFT_CASE)
+    for spec in usual:
+        for rows in args.crossing:
+            point = with_rows(spec, rows)
+            yield f"crossing: {point.label}", lambda point=point: bench.cross(point)
+    for spec in rest:
+        yield spec.label, lambda spec=spec: bench.layer(spec)
+
+
+def run(bench: Bench, args: argparse.Namespace) -> int:
+    """Every planned case that time allows; the exit code."""
+    report = bench.report
+    for label, case in plan(bench, args):
+        if bench.budget.left() < LEAST_SECONDS:
+            report.not_reached.append(label)
+            continue
+        started = time.monotonic()
+        try:
+            case()
+        except Exception as error:  # the next case may well run; this one is a failure, said and recorded
+            traceback.print_exc()
+            report.failures.append(f"{label}: {first_line(error)}")
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+        report.seconds[label] = round(time.monotonic() - started, 1)
+        save(args.out, "grouped_lora", bench.device, settings=_settings(args), **report.content())
+    save(args.out, "grouped_lora", bench.device, settings=_settings(args), **report.content())
+    print(f"\n{show_crossing(report.crossing)}\n\n{show_verdicts(report.verdicts)}")
+    if report.not_reached:
+        print(f"\nout of time before {len(report.not_reached)} cases: {'; '.join(report.not_reached)}")
+    for failure in report.failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    print(f"wrote {args.out}")
+    return 1 if report.failures else 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def arguments(parser: argparse.ArgumentParser, given: list[str] | None) -> argparse.Namespace:
+    """What the command line says; ``--quick`` fills in what it leaves open."""
+    parser.add_argument("--quick", action="store_true", help="8k tokens, rank 16, balanced and Zipf only")
+    parser.add_argument("--budget-seconds", type=float, help="begin no case when this much time has passed")
+    parser.add_argument("--model", choices=SIZES, default="30b")
+    parser.add_argument("--tokens", type=int, nargs="+", help="of this rank; each goes to 8 experts")
+    parser.add_argument(
+        "--experts", type=int, nargs="+", help="of this rank: 128, or 16 as with 8 expert-parallel ranks"
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", help="LoRA ranks")
+    parser.add_argument("--routing", choices=ROUTINGS, nargs="+")
+    parser.add_argument("--crossing", type=int, nargs="*", help="rows per expert; none: leave it out")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no-compiled", action="store_true", help="leave out torch.compile of the split arm")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/grouped_lora.json"))
+    args = parser.parse_args(given)
+    for name, values in (QUICK if args.quick else FULL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, values)
+    return args
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args = arguments(parser, given)
+    device = the_gpu(parser)
+    os.environ.pop("MEGALORA_BACKEND", None)  # it would overrule what the arms ask for
+    torch.set_float32_matmul_precision("highest")  # the references are float32
+    budget = Budget(args.budget_seconds)
+    return run(Bench(device, torch.bfloat16, args.repeats, budget, not args.no_compiled), args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""A training step of a Qwen3-30B-A3B-shaped model with random weights on one GPU: megalora, stock PEFT, Unsloth.
+
+    python -m benchmarks.bench_train_gpu --layers 8 --budget-seconds 150
+
+Every arm runs in a process of its own (Unsloth changes transformers as it is imported), on the same sequence, with LoRA
+on attention and experts. TFLOP/s count 4 P + 6 A + 6 S h d L per token (``benchmarks/train_case.py``). An arm whose
+packages are missing is a row that says so; one of ours that fails makes exit code 1.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_timing import Budget, first_line, number, save, table, the_gpu
+from benchmarks.train_arms import Setup, Training
+from benchmarks.train_case import QWEN3_30B_A3B, adapter_parameters, flops_per_token, layers_that_fit
+
+ARMS = {
+    "megalora": "benchmarks.train_megalora:megalora",
+    "peft": "benchmarks.train_arms:peft",
+    "kernels": "benchmarks.train_arms:kernels",
+    "one of 8 ranks": "benchmarks.train_arms:share",
+    "megalora, all that fits": "benchmarks.train_megalora:megalora",
+    "unsloth": "benchmarks.train_arms:unsloth",
+}
+OURS = ("megalora", "kernels", "one of 8 ranks", "megalora, all that fits")
+LEAST_SECONDS = 20
+"""No arm is begun with less time than this."""
+FORMULA = "4 P + 6 A + 6 S h d L: see benchmarks/train_case.py"
+WARMUP = 2
+
+
+def measure_steps(training: Training, device: torch.device, steps: int) -> dict[str, Any]:
+    """Milliseconds of whole steps and of forward and backward alone, peak memory, and the losses, which must fall."""
+    step_ms, passes_ms, losses = [], [], []
+    for i in range(WARMUP + steps):
+        if i == WARMUP and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = _now(device)
+        losses.append(training.forward_backward())
+        middle = _now(device)
+        training.update()
+        end = _now(device)
+        if i >= WARMUP:
+            step_ms.append(1e3 * (end - start))
+            passes_ms.append(1e3 * (middle - start))
+    first, last = float(losses[0]), float(losses[-1])
+    status = "ok" if math.isfinite(last) and last < first else f"wrong: the loss went from {first:.3f} to {last:.3f}"
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    return {
+        "status": status, "loss": [first, last],
+        "step_ms": statistics.median(step_ms), "step_ms_range": [min(step_ms), max(step_ms)],
+        "forward_backward_ms": statistics.median(passes_ms), "peak_bytes": peak,
+    }  # fmt: skip
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def train(name: str, setup: Setup, steps: int) -> dict[str, Any]:
+    """One arm's row."""
+    module, function = ARMS[name].split(":")
+    row: dict[str, Any] = {"arm": name, "layers": setup.config["num_hidden_layers"], "tokens": setup.num_tokens}
+    row |= {"rank": setup.rank, "status": "ok"}
+    try:
+        with getattr(importlib.import_module(module), function)(setup) as training:
+            found = measure_steps(training, setup.device, steps)
+            fused = training.gate_up_is_one
+            row |= {"note": training.note, "adapter_parameters": training.num_adapter_parameters, **found}
+    except ModuleNotFoundError as error:
+        return row | {"status": f"not installed: {error}"}
+    except torch.OutOfMemoryError:
+        return row | {"status": "out of memory"}
+    except Exception as error:  # another library's failure is its row's content
+        traceback.print_exc()
+        return row | {"status": f"cannot run: {first_line(error)}"}
+    flops = flops_per_token(setup.config, setup.rank, setup.num_tokens, fused)
+    if row["status"] != "ok":  # no speed of a step that does not train
+        return {k: v for k, v in row.items() if not k.endswith("_ms") and k != "step_ms_range"}
+    seconds = row["step_ms"] / 1e3
+    rates = {"tokens_per_s": setup.num_tokens / seconds, "tflops": flops * setup.num_tokens / seconds / 1e12}
+    return (
+        row
+        | rates
+        | {"flops_per_token": flops, "whole_adapter_parameters": adapter_parameters(setup.config, setup.rank, fused)}
+    )
+
+
+def child(name: str, layers: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train one arm in a process of its own and return its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        command = [sys.executable, "-m", "benchmarks.bench_train_gpu", "--arm", name, "--layers", str(layers)]
+        command += [
+            "--tokens",
+            str(args.tokens),
+            "--rank",
+            str(args.rank),
+            "--steps",
+            str(args.steps),
+            "--row",
+            str(out),
+        ]
+        limit = None if args.budget.left() == math.inf else max(1.0, args.budget.left())
+        row = {"arm": name, "layers": layers, "tokens": args.tokens, "rank": args.rank}
+        try:
+            code = subprocess.run(command, cwd=Path(__file__).parents[1], timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            return row | {"status": f"stopped after {limit:.0f} s: out of time"}
+        if not out.is_file():
+            return row | {"status": f"cannot run: its process ended with {code}"}
+        return json.loads(out.read_text())
+
+
+def planned(device: torch.device, args: argparse.Namespace) -> list[tuple[str, int]]:
+    """(arm, layers) in the order of what they tell."""
+    most = layers_that_fit(QWEN3_30B_A3B, args.rank, args.tokens, torch.cuda.get_device_properties(device).total_memory)
+    layers = {"one of 8 ranks": args.share_layers, "megalora, all that fits": most}
+    return [(name, layers.get(name, args.layers)) for name in ARMS]
+
+
+def run(device: torch.device, args: argparse.Namespace) -> int:
+    rows: list[dict[str, Any]] = []
+    for name, layers in planned(device, args):
+        if args.budget.left() < LEAST_SECONDS:
+            rows.append({"arm": name, "layers": layers, "status": "not reached: out of time"})
+        else:
+            rows.append(child(name, layers, args))
+        print(f"{name}: {rows[-1]['status']}", flush=True)
+        settings = {"tokens": args.tokens, "rank": args.rank, "layers": args.layers, "steps": args.steps}
+        save(args.out, "train_gpu", device, settings=settings, flops_per_token=FORMULA, config=QWEN3_30B_A3B, rows=rows)
+    print(f"\n{show(rows)}\nwrote {args.out}")
+    harmless = ("ok", "not installed", "not reached", "stopped", "out of memory")
+    return int(any(row["arm"] in OURS and not row["status"].startswith(harmless) for row in rows))
+
+
+def show(rows: Sequence[dict[str, Any]]) -> str:
+    """A table; below it why an arm has no numbers."""
+    header = (
+        "arm",
+        "layers",
+        "tokens/s",
+        "TFLOP/s",
+        "step ms",
+        "fwd+bwd ms",
+        "peak GiB",
+        "adapters M",
+        "loss",
+        "over peft",
+    )
+    peft = {row["layers"]: row["step_ms"] for row in rows if row["arm"] == "peft" and row["status"] == "ok"}
+    lines = []
+    for row in rows:
+        if row["status"] == "ok":
+            speedup = (
+                peft[row["layers"]] / row["step_ms"]
+                if row["layers"] in peft and row["arm"] != "one of 8 ranks"
+                else None
+            )
+            peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
+            loss = "{:.2f} to {:.2f}".format(*row["loss"])
+            rates = [number(row[name], digits) for name, digits in (("tokens_per_s", 0), ("tflops", 0))]
+            times = [number(row[name], 1) for name in ("step_ms", "forward_backward_ms")]
+            adapters = number(row["adapter_parameters"] / 1e6, 1)
+            lines.append(
+                (row["arm"], row["layers"], *rates, *times, number(peak, 1), adapters, loss, number(speedup, 2))
+            )
+    without = [f"  {row['arm']}: {row['status']}" for row in rows if row["status"] != "ok"]
+    return "\n".join([table(header, lines), *without])
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--layers", type=int, default=8, help="of the model's 48; 8 leave room for PEFT's merged weights"
+    )
+    parser.add_argument("--share-layers", type=int, default=48, help="of the model that holds 16 of 128 experts")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the one sequence in a step")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=6, help=f"measured, after {WARMUP} that are not")
+    parser.add_argument("--budget-seconds", type=float, help="begin no arm with less than 20 s left of these")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_gpu.json"))
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(given)
+    device = the_gpu(parser)
+    if args.arm is None:
+        args.budget = Budget(args.budget_seconds)
+        return run(device, args)
+    config = {**QWEN3_30B_A3B, "num_hidden_layers": args.layers}
+    args.row.write_text(json.dumps(train(args.arm, Setup(config, args.rank, args.tokens, device), args.steps)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""One layer's experts as a benchmark case: sizes, routing, operands, FLOPs, and what the layer should give in float32.
+
+Shape legend:
+    T  tokens of this rank    M  routed rows = 8 T    E  experts of this rank    H  hidden    I  expert intermediate
+    R  LoRA rank
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from megalora_kernels import Joined, Routing, regroup, route
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+RoutingKind = Literal["balanced", "zipf", "empty"]
+ROUTINGS: tuple[RoutingKind, ...] = ("balanced", "zipf", "empty")
+SCALE = 2.0
+"""alpha / rank, the usual choice."""
+ALLOWED = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
+"""Largest relative error, in the 2-norm of a whole tensor. bfloat16 rounds by 1.6e-3 (root mean square), and the
+longest path of an eager composition, to dx, rounds some 24 times: sqrt(24) 1.6e-3 = 8e-3; measured 6e-3. float16 has 3
+bits more. A wrong scale, a forgotten adapter or one wrong expert of 16 is 6 % and more."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one MoE layer, whole."""
+
+    name: str
+    hidden: int
+    inner: int
+    num_experts: int = 128
+    top_k: int = 8
+
+
+SIZES = {"30b": Sizes("30b", 2048, 768), "235b": Sizes("235b", 4096, 1536)}
+"""Qwen3-30B-A3B and Qwen3-235B-A22B."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What distinguishes one case from another."""
+
+    sizes: Sizes
+    tokens: int
+    experts: int
+    """Of this rank: all of them, or with expert parallelism a share; the number of rows is the same."""
+    rank: int
+    routing: RoutingKind
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens * self.sizes.top_k
+
+    @property
+    def label(self) -> str:
+        s = self.sizes
+        return f"{s.name} tokens={self.tokens} experts={self.experts}/{s.num_experts} r={self.rank} {self.routing}"
+
+    def base_flops(self) -> int:
+        """Of the frozen weights' GEMMs in one forward pass, 2 M N K each: gate_up (2I outputs, H inputs) and down (H,
+        I).
+
+        Backward makes the inputs' gradients alone, with as many again.
+        """
+        return 2 * self.num_rows * 3 * self.sizes.hidden * self.sizes.inner
+
+
+def rows_per_expert(kind: RoutingKind, num_rows: int, num_experts: int, generator: torch.Generator) -> list[int]:
+    """How many of the rows each expert gets."""
+    if kind == "zipf":
+        drawn = torch.multinomial(_zipf(num_experts), num_rows, replacement=True, generator=generator)
+        return torch.bincount(drawn, minlength=num_experts).tolist()
+    used = _used(kind, num_experts)
+    share, rest = divmod(num_rows, len(used))
+    counts = [0] * num_experts
+    for i, e in enumerate(used):
+        counts[e] = share + (i < rest)
+    return counts
+
+
+def _zipf(num_experts: int) -> Tensor:
+    return 1 / torch.arange(1, num_experts + 1, dtype=torch.float64)
+
+
+def _used(kind: RoutingKind, num_experts: int) -> list[int]:
+    """All experts, or all but a tenth, spread evenly."""
+    num_empty = round(num_experts / 10) if kind == "empty" else 0
+    empty = {i * num_experts // num_empty for i in range(num_empty)}
+    return [e for e in range(num_experts) if e not in empty]
+
+
+def experts_of_tokens(spec: Spec, generator: torch.Generator) -> Tensor:
+    """``[T, k]`` int64: different experts for each token. Tokens of an expert lie scattered, as in a batch of text."""
+    k, E = spec.sizes.top_k, spec.experts
+    if spec.routing == "zipf":  # Gumbel's trick: k draws without replacement
+        noise = -torch.log(-torch.log(torch.rand(spec.tokens, E, generator=generator, dtype=torch.float64)))
+        return (_zipf(E).log() + noise).topk(k, dim=1).indices
+    used = torch.tensor(_used(spec.routing, E))
+    turn = torch.randperm(spec.tokens, generator=generator)
+    return used[(turn[:, None] * k + torch.arange(k)) % len(used)]
+
+
+def make_routing(spec: Spec, device: torch.device, seed: int = 0) -> Routing:
+    """All experts on this rank: a top-k router's choice. A share of them: rows received from all ranks of the group."""
+    generator = torch.Generator().manual_seed(seed)
+    if spec.experts == spec.sizes.num_experts:
+        chosen_TK = experts_of_tokens(spec, generator)
+        map_TE = torch.zeros(spec.tokens, spec.experts, dtype=torch.bool).scatter_(1, chosen_TK, True)
+        return route(map_TE.to(device), spec.sizes.top_k)[0]
+    num_ranks = spec.sizes.num_experts // spec.experts
+    counts = rows_per_expert(spec.routing, spec.num_rows, spec.experts, generator)
+    counts_RE = [[n // num_ranks + (rank < n % num_ranks) for n in counts] for rank in range(num_ranks)]
+    return regroup(torch.tensor(counts_RE, device=device), spec.num_rows)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Operands of one layer's experts. x has T rows where routing gathers tokens, M where it sorts received rows."""
+
+    spec: Spec
+    routing: Routing
+    w1: Tensor
+    """``[E, 2I, H]``, frozen: gate's rows, then up's."""
+    w2: Tensor
+    """``[E, H, I]``, frozen."""
+    leaves: Tensors
+    """x ``[T or M, H]``, p ``[M]``, a1 ``[E, R, H]``, b1 ``[E, 2I, R]``, a2 ``[E, R, I]``, b2 ``[E, H, R]``."""
+    dout: Tensor
+
+    def joined(self, rank1: int) -> tuple[Joined, Joined]:
+        """The weights again, with room for adapters of rank ``rank1`` on gate_up and of this case's on down."""
+        return Joined(self.w1, rank1), Joined(self.w2, self.spec.rank)
+
+    @cached_property
+    def expert_of_slot(self) -> Tensor:
+        """``[T, k]`` int64: the expert of each of a token's rows."""
+        assert self.routing.slots_TK is not None
+        return torch.searchsorted(self.routing.offsets_E, self.routing.slots_TK, right=True)
+
+    @cached_property
+    def p_of_slot(self) -> Tensor:
+        """``[T, k]``: p, by token; a leaf."""
+        assert self.routing.slots_TK is not None
+        return self.leaves["p"].detach()[self.routing.slots_TK.long()].requires_grad_()
+
+
+def make_case(spec: Spec, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Case:
+    """Random operands. Each adapter adds half of what its weight gives, so that forgetting one is not overlooked."""
+    routing, g = make_routing(spec, device, seed), torch.Generator(device).manual_seed(seed)
+    E, H, inner, R = spec.experts, spec.sizes.hidden, spec.sizes.inner, spec.rank
+    num_tokens = spec.num_rows if spec.experts < spec.sizes.num_experts else spec.tokens
+
+    def normal(*shape: int, size: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device, dtype=dtype).mul_(size)
+
+    b_size = 0.5 / SCALE * R**-0.5
+    leaves = {
+        "x": normal(num_tokens, H),
+        "p": torch.rand(spec.num_rows, generator=g, device=device, dtype=dtype).mul_(0.5).add_(0.5),
+        "a1": normal(E, R, H, size=H**-0.5),
+        "b1": normal(E, 2 * inner, R, size=b_size),
+        "a2": normal(E, R, inner, size=inner**-0.5),
+        "b2": normal(E, H, R, size=b_size),
+    }
+    w1, w2 = normal(E, 2 * inner, H, size=H**-0.5), normal(E, H, inner, size=inner**-0.5)
+    leaves = {name: t.requires_grad_() for name, t in leaves.items()}
+    return Case(spec, routing, w1, w2, leaves, normal(num_tokens, H))
+
+
+def reference(case: Case, adapters: bool) -> Tensors:
+    """The output and every gradient in float32, expert after expert: plain products and autograd, no kernel."""
+    source = case.routing.source_M
+    assert source is not None
+    names = list(case.leaves) if adapters else ["x", "p"]
+    want = {name: torch.zeros_like(case.leaves[name], dtype=torch.float32) for name in names}
+    want["out"] = torch.zeros_like(case.dout, dtype=torch.float32)
+    for e, start, end in case.routing.spans():
+        if start == end:
+            continue
+        rows = source[start:end].long()
+        mine = {name: case.leaves[name][e] for name in names if name not in ("x", "p")}
+        mine |= {"x": case.leaves["x"][rows], "p": case.leaves["p"][start:end]}
+        mine = {name: t.detach().float().requires_grad_() for name, t in mine.items()}
+        y = _expert(mine, case.w1[e].float(), case.w2[e].float())
+        grads = torch.autograd.grad(y, list(mine.values()), case.dout[rows].float())
+        want["out"].index_add_(0, rows, y.detach())
+        for name, grad in zip(mine, grads, strict=True):
+            if name == "x":
+                want["x"].index_add_(0, rows, grad)
+            else:
+                want[name][slice(start, end) if name == "p" else e] = grad
+    return want
+
+
+def _expert(mine: Tensors, w1: Tensor, w2: Tensor) -> Tensor:
+    """One expert's rows ``[m, H]`` to ``[m, H]``."""
+
+    def linear(x: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+        y = x @ w.T
+        return y if a is None or b is None else y + SCALE * (x @ a.T) @ b.T
+
+    gate, up = linear(mine["x"], w1, mine.get("a1"), mine.get("b1")).chunk(2, dim=1)
+    return linear(F.silu(gate) * up * mine["p"][:, None], w2, mine.get("a2"), mine.get("b2"))
+
+
+def relative_errors(got: Tensors, want: Tensors) -> dict[str, float]:
+    """Per tensor of ``want``, the norm of the difference over the norm; NaN where there is no number."""
+    return {
+        name: float((got[name].float() - wanted.float()).norm() / wanted.float().norm())
+        for name, wanted in want.items()
+    }
+
+
+def wrong(errors: dict[str, float], dtype: torch.dtype) -> str | None:
+    """Which tensors are not what they should be, or None; NaN is wrong."""
+    bad = {name: error for name, error in errors.items() if not error <= ALLOWED[dtype]}
+    return ", ".join(f"{name} is off by {error:.1e}" for name, error in bad.items()) or None
+
+
+def sweep(
+    sizes: Sizes, tokens: Iterable[int], experts: Iterable[int], ranks: Iterable[int], routings: Iterable[RoutingKind]
+) -> list[Spec]:
+    """Every combination; those closest to 8k tokens, rank 16 and balanced first, since time may run out."""
+    specs = [Spec(sizes, t, e, r, kind) for t in tokens for e in experts for r in ranks for kind in routings]
+    return sorted(specs, key=_unusual)
+
+
+def _unusual(spec: Spec) -> tuple[int, int]:
+    usual = Spec(spec.sizes, 8192, spec.experts, 16, "balanced")
+    differences = sum(getattr(spec, name) != getattr(usual, name) for name in ("tokens", "rank", "routing"))
+    return differences, ROUTINGS.index(spec.routing)
+
+
+def with_rows(spec: Spec, rows: int) -> Spec:
+    """The same with this many rows for each expert."""
+    return replace(spec, tokens=rows * spec.experts // spec.sizes.top_k)

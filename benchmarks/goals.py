@@ -1,0 +1,146 @@
+"""The goals for the kernels, what was measured against them, and where torch's grouped GEMM overtakes Triton."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.compare import Row, faster, find
+from benchmarks.expert_case import Spec
+from benchmarks.gpu_timing import number, table
+from benchmarks.linear_case import PEFT_GB, PEFT_MS, LinearCase, LinearSpec
+
+OURS = ("ours auto", "ours auto, gate+up")
+"""One adapter on gate_up, as others have it and the goals suppose; and one each on gate and up, as megalora trains."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    name: str
+    must: float
+    good: float
+    at_least: bool = False
+    """Whether more is better."""
+
+
+FORWARD = Goal("forward over the base", 1.20, 1.08)
+TRAIN = Goal("forward + backward over the base", 1.30, 1.15)
+SPLIT = Goal("times faster than split grouped_mm", 1.7, 2.0, at_least=True)
+LOOP = Goal("times faster than a loop over experts", 5.0, 7.0, at_least=True)
+BASE = Goal("TFLOP/s of the base's GEMM", 550, 550, at_least=True)
+CHOICE = Goal("auto over the fastest back end", 1.10, 1.03)
+PEFT_TIME = Goal("ms in PEFT's case (2.56 on its H100)", PEFT_MS, PEFT_MS)
+PEFT_MEMORY = Goal("GB in PEFT's case", PEFT_GB, PEFT_GB)
+PEFT_SPEED = Goal("times faster than PEFT's merge", 1.0, 2.0, at_least=True)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal beside what was measured; ``miss`` also where nothing was."""
+
+    goal: str
+    case: str
+    value: float | None
+    must: float
+    good: float
+    verdict: str
+
+    @classmethod
+    def of(cls, goal: Goal, case: str, value: float | None) -> "Verdict":
+        def reached(limit: float) -> bool:
+            return value is not None and (value >= limit if goal.at_least else value <= limit)
+
+        verdict = "good" if reached(goal.good) else "pass" if reached(goal.must) else "miss"
+        return cls(goal.name, case, value, goal.must, goal.good, verdict)
+
+
+def of_layer(spec: Spec, rows: Sequence[Row]) -> list[Verdict]:
+    """For a layer's case; the goals are for rank 16."""
+    if spec.rank != 16:
+        return []
+    found = []
+    for arm in OURS:
+        row, label = find(rows, arm), spec.label + ("" if arm == OURS[0] else ", gate+up")
+        found.append(Verdict.of(FORWARD, label, row and row.ratio_forward))
+        found.append(Verdict.of(TRAIN, label, row and row.ratio_train))
+    found.append(Verdict.of(SPLIT, spec.label, faster(rows, OURS[0], "split eager")))
+    if (spec.tokens, spec.experts) == (8192, 128):
+        found.append(Verdict.of(LOOP, spec.label, faster(rows, OURS[0], "ours loop")))
+    found.append(Verdict.of(CHOICE, spec.label, _over_fastest(rows)))
+    return found
+
+
+def _over_fastest(rows: Sequence[Row]) -> float | None:
+    """What the automatic choice costs beside the best of the back ends with the same adapters."""
+    speeds = [faster(rows, name, OURS[0]) for name in ("ours triton", "ours grouped_mm joined", "ours grouped_mm")]
+    return max((speed for speed in speeds if speed is not None), default=None)
+
+
+def of_linear(spec: LinearSpec, rows: Sequence[Row]) -> list[Verdict]:
+    """For the single linear: LoRA's cost with nothing around it; the base's speed with few experts, as under EP 8."""
+    row = find(rows, OURS[0])
+    found = (
+        []
+        if spec.rank != 16
+        else [
+            Verdict.of(FORWARD, spec.label, row and row.ratio_forward),
+            Verdict.of(TRAIN, spec.label, row and row.ratio_train),
+            Verdict.of(SPLIT, spec.label, faster(rows, OURS[0], "split eager")),
+        ]
+    )
+    if spec.experts == 16:
+        rates = [r.tflops_forward for r in rows if r.kind == "base" and r.tflops_forward is not None]
+        found.append(Verdict.of(BASE, spec.label, max(rates, default=None)))
+    return found
+
+
+def of_peft_case(case: LinearCase, rows: Sequence[Row]) -> list[Verdict]:
+    """Against the numbers that PEFT published, and against its way in this run. Memory counts the operands too."""
+    row, label = find(rows, OURS[0]), case.spec.label
+    tensors = (case.w, case.dout, *case.leaves.values())
+    operands = sum(t.numel() * t.element_size() for t in tensors)
+    peak = row.peak_bytes if row else None
+    gigabytes = (peak + row.room_bytes + operands) / 1e9 if row and peak is not None else None
+    return [
+        Verdict.of(PEFT_TIME, label, row.train.median_ms if row and row.train else None),
+        Verdict.of(PEFT_MEMORY, label, gigabytes),
+        Verdict.of(PEFT_SPEED, label, faster(rows, OURS[0], "peft merge")),
+    ]
+
+
+def show_verdicts(verdicts: Iterable[Verdict]) -> str:
+    header = ("goal", "case", "measured", "must", "good", "verdict")
+    return table(header, [(v.goal, v.case, number(v.value), v.must, v.good, v.verdict) for v in verdicts])
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Forward and backward of one layer by both back ends, with so many rows for each expert."""
+
+    experts: int
+    rows: int
+    triton_ms: float | None
+    grouped_mm_ms: float | None
+
+    @classmethod
+    def of(cls, spec: Spec, rows: Sequence[Row]) -> "Crossing":
+        found = [find(rows, name) for name in ("ours triton", "ours grouped_mm joined")]
+        times = [row.train.median_ms if row and row.train else None for row in found]
+        return cls(spec.experts, spec.num_rows // spec.experts, *times)
+
+
+def vendor_rows(points: Iterable[Crossing]) -> int | None:
+    """``VENDOR_ROWS``: the fewest rows per expert from which on grouped_mm was never slower; None: there are none."""
+    found = None
+    for point in sorted(points, key=lambda p: (-p.rows, p.experts)):
+        if point.triton_ms is None or point.grouped_mm_ms is None or point.grouped_mm_ms > point.triton_ms:
+            break
+        found = point.rows
+    return found
+
+
+def show_crossing(points: Sequence[Crossing]) -> str:
+    header = ("experts", "rows per expert", "triton ms", "grouped_mm joined ms")
+    lines = [(p.experts, p.rows, number(p.triton_ms), number(p.grouped_mm_ms)) for p in points]
+    named = [
+        f"{e} experts: {vendor_rows(p for p in points if p.experts == e)}" for e in sorted({p.experts for p in points})
+    ]
+    return table(header, lines) + f"\nVENDOR_ROWS by these times: {'; '.join(named)} (None: Triton throughout)"

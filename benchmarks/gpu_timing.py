@@ -1,0 +1,191 @@
+"""Times on a GPU, and the record that goes with them. Needs torch alone, so it runs where Megatron is not installed.
+
+A sample: empty the L2 cache, let the host run ahead of the device, then two events around the call. Calls are
+interleaved and their order turned round every other round, so that clocks and neighbours hit all of them alike.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "megatron-core", "megatron-bridge", "unsloth", "numpy")
+FLUSH_BYTES = 256 * 2**20
+"""Five times the L2 of an H100 (50 MB), four times that of an H200 (60 MB)."""
+HEAD_START_CYCLES = 2_000_000
+"""About a millisecond. In a training step the host is layers ahead of the device; so it is here, if no call waits."""
+NEEDS_GPU = "needs a CUDA device; what it computes is tested on a CPU by tests/test_benchmarks.py"
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Milliseconds over the samples of one call."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    host_ms: float
+    """Median of what the host needed to issue the call, and to wait where the call waits."""
+
+    @classmethod
+    def of(cls, samples_ms: Sequence[float], host_ms: Sequence[float]) -> "Stats":
+        tenths = statistics.quantiles(samples_ms, n=10, method="inclusive") if len(samples_ms) > 1 else samples_ms
+        return cls(statistics.median(samples_ms), tenths[0], tenths[-1], statistics.median(host_ms))
+
+    def __str__(self) -> str:
+        return f"{self.median_ms:.3f} [{self.p10_ms:.3f}, {self.p90_ms:.3f}]"
+
+
+class _Watch(Protocol):
+    def time(self, call: Callable[[], object]) -> tuple[float, float]:
+        """(milliseconds of the call, milliseconds of the host)."""
+        ...
+
+
+class _CudaWatch:
+    def __init__(self, device: torch.device) -> None:
+        self.flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+        self.sleep: Callable[[int], None] | None = getattr(torch.cuda, "_sleep", None)
+
+    def time(self, call: Callable[[], object]) -> tuple[float, float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        if self.sleep is not None:
+            self.sleep(HEAD_START_CYCLES)
+        self.flush.zero_()
+        start.record()
+        before = time.perf_counter()
+        result = call()
+        host_ms = 1e3 * (time.perf_counter() - before)
+        end.record()
+        torch.cuda.synchronize()
+        del result
+        return start.elapsed_time(end), host_ms
+
+
+class _HostWatch:
+    """For tests of the scripts on a CPU."""
+
+    def time(self, call: Callable[[], object]) -> tuple[float, float]:
+        before = time.perf_counter()
+        call()
+        ms = 1e3 * (time.perf_counter() - before)
+        return ms, ms
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, repeats: int = 20, warmup: int = 3
+) -> dict[str, Stats]:
+    """Every call ``repeats`` times, interleaved, after ``warmup`` rounds that do not count."""
+    watch: _Watch = _CudaWatch(device) if device.type == "cuda" else _HostWatch()
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for i in range(warmup + repeats):
+        for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
+            sample = watch.time(calls[name])
+            if i >= warmup:
+                samples[name].append(sample)
+    return {name: Stats.of(*zip(*pairs, strict=True)) for name, pairs in samples.items()}
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Device memory that a call allocates at its highest, on top of what is there before it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+class Budget:
+    """Seconds that a script may take, from its start."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.end = None if seconds is None else time.monotonic() + seconds
+
+    def left(self) -> float:
+        return float("inf") if self.end is None else self.end - time.monotonic()
+
+
+def the_gpu(parser: argparse.ArgumentParser) -> torch.device:
+    """The device to measure on; leaves with one line and exit code 2 where there is none."""
+    if not torch.cuda.is_available():
+        parser.exit(2, f"{parser.prog}: {NEEDS_GPU}\n")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Of the checkout; a copy without .git may say it in MEGALORA_COMMIT."""
+    try:
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return os.environ.get("MEGALORA_COMMIT")
+    return asked.stdout.strip() or os.environ.get("MEGALORA_COMMIT")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a number was measured. Null: not installed, or not known here."""
+    found: dict[str, Any] = {
+        "device": f"CPU ({platform.machine()})",
+        "versions": {**{package: installed(package) for package in PACKAGES}, "torch": torch.__version__},
+        "cuda": torch.version.cuda,
+        "commit": commit(),
+        "python": platform.python_version(),
+    }
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        l2_bytes = getattr(card, "L2_cache_size", None)
+        found |= {"device": card.name, "processors": card.multi_processor_count, "memory_bytes": card.total_memory}
+        found |= {"l2_bytes": l2_bytes, "capability": list(torch.cuda.get_device_capability(device))}
+    return found
+
+
+def save(path: Path, benchmark: str, device: torch.device, **content: Any) -> None:
+    """Write the record as JSON, whole or not at all: a run may be cut off at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"benchmark": benchmark, **environment(device), **content}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(path)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns padded to their widest cell; the first is aligned left, the others right."""
+    cells = [list(map(str, row)) for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a table says of an exception."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {text}"[:200]

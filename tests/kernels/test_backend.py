@@ -1,0 +1,191 @@
+"""Which back end is taken, and what is said when one cannot be, or when an operand does not fit."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megalora_kernels import Adapter, Joined, grouped_lora
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.kernels.conftest import backend as rule
+from tests.kernels.conftest import grouped_gemm
+from tests.kernels.linear import K, N, make
+
+# ---- the rule ----------------------------------------------------------------------------------
+
+
+def chosen(
+    name: str | None = None,
+    rows: int = 13,
+    rank: int = 8,
+    dtype: torch.dtype = torch.float32,
+    n: int = N,
+    k: int = K,
+    room: bool = False,
+    device: str = "cpu",
+) -> str:
+    x, w = torch.empty(rows, k, dtype=dtype, device=device), torch.empty(6, n, k, dtype=dtype, device=device)
+    return rule.choose(name, "a test", x, rows, rank, [w], room)
+
+
+def test_cpu_takes_the_loop_and_an_argument_beats_the_environment(monkeypatch):
+    assert chosen() == "loop"
+    for name in rule.BACKENDS:
+        monkeypatch.setenv("MEGALORA_BACKEND", name)
+        assert chosen() == name
+        assert chosen("reference") == "reference"
+    monkeypatch.setenv("MEGALORA_BACKEND", "")
+    assert chosen() == "loop"
+
+
+MANY = 6 * 1024  # 1,024 rows for each of six experts
+GPU: dict[str, tuple[dict[str, Any], str]] = {
+    "few rows": (dict(rows=MANY - 1, room=True), "triton"),
+    "many rows": (dict(rows=MANY, room=True), "grouped_mm"),
+    "many rows, float16": (dict(rows=MANY, room=True, dtype=torch.float16), "grouped_mm"),
+    "many rows, no room for the adapter": (dict(rows=MANY), "triton"),
+    "many rows, no adapter": (dict(rows=MANY, rank=0), "grouped_mm"),
+    "float32": (dict(rows=MANY, room=True, dtype=torch.float32), "triton"),
+    "float64": (dict(rows=MANY, room=True, dtype=torch.float64), "loop"),
+    "rank 128": (dict(rank=128), "triton"),
+    "rank 129": (dict(rank=129), "grouped_mm"),
+    "rank 129 and rows of 24 bytes": (dict(rank=129, n=12), "loop"),
+    "many rows of 40 bytes": (dict(rows=MANY, room=True, k=20), "triton"),
+}
+
+
+@pytest.mark.parametrize("case, expected", GPU.values(), ids=GPU.keys())
+def test_what_a_gpu_takes(monkeypatch, case, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    # tests/conftest.py makes "cuda" mean the CPU through a torch function mode; here a fake GPU is wanted.
+    with torch._C.DisableTorchFunction(), FakeTensorMode():
+        assert chosen(device="cuda", **{"dtype": torch.bfloat16, **case}) == expected
+
+
+def test_a_gpu_too_old_for_triton_takes_what_else_runs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    with torch._C.DisableTorchFunction(), FakeTensorMode():
+        assert chosen(device="cuda", dtype=torch.bfloat16) == "grouped_mm"
+        with pytest.raises(ValueError, match="the GPU's compute capability is below 8.0"):
+            chosen("triton", device="cuda", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "name, environment, expected",
+    [
+        (None, None, "loop"),
+        ("triton", None, "triton"),
+        (None, "triton", "triton"),
+        ("reference", "triton", "reference"),
+        ("grouped_mm", None, "loop"),
+        (None, "grouped_mm", "loop"),
+    ],
+)
+def test_one_step_alone_takes_loop_or_triton(monkeypatch, name, environment, expected):
+    if environment:
+        monkeypatch.setenv("MEGALORA_BACKEND", environment)
+    assert rule.choose_pass(name, "a test", torch.empty(3, K), 8) == expected
+
+
+# ---- back ends that cannot run -----------------------------------------------------------------
+
+UNABLE: dict[str, tuple[dict[str, Any], str]] = {
+    "grouped_mm, float64": (dict(name="grouped_mm", dtype=torch.float64), "torch.float64 is not one of torch.bfloat16, torch.float16, torch.float32"),
+    "grouped_mm, K": (dict(name="grouped_mm", dtype=torch.bfloat16, k=20), "rows of K=20 and N=40 take 40 and 80 bytes, not multiples of 16"),
+    "grouped_mm, N": (dict(name="grouped_mm", dtype=torch.bfloat16, n=12), "rows of K=24 and N=12 take 48 and 24 bytes, not multiples of 16"),
+    "triton, float64": (dict(name="triton", dtype=torch.float64), "torch.float64 is not one of torch.bfloat16, torch.float16, torch.float32"),
+    "triton, rank": (dict(name="triton", rank=129), "the stacked rank 129 exceeds 128"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case, why", UNABLE.values(), ids=UNABLE.keys())
+def test_an_explicit_back_end_that_cannot_run_says_why(case, why):
+    message = re.escape(f"a test: backend {case['name']!r} cannot run: {why}; use 'loop' or 'reference'")
+    with pytest.raises(ValueError, match=message):
+        chosen(**case)
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(rule, "INTERPRETED", False)
+    for choose in (lambda: chosen("triton"), lambda: rule.choose_pass("triton", "a test", torch.empty(3, K), 8)):
+        with pytest.raises(
+            ValueError, match="tensors are on cpu; Triton runs on GPUs, and on CPU only where TRITON_INTERPRET=1"
+        ):
+            choose()
+
+
+def test_other_reasons_why_grouped_mm_cannot_run(monkeypatch):
+    x, w, offsets, a, b, _ = make()
+    sparse_columns = torch.zeros(6, N, 2 * K)[:, :, ::2]
+    with pytest.raises(ValueError, match=re.escape("weight strides (1920, 48, 2) are not those of dense rows")):
+        grouped_lora(x, sparse_columns, offsets, a, b, backend="grouped_mm")
+    monkeypatch.setattr(grouped_gemm, "_grouped_mm", None)
+    with pytest.raises(ValueError, match="has no grouped_mm; use 'loop' or 'reference'"):
+        grouped_lora(x, w, offsets, a, b, backend="grouped_mm")
+
+
+def test_both_of_torchs_names_for_it_exist_or_one():
+    assert callable(getattr(F, "grouped_mm", None) or torch._grouped_mm)
+
+
+def test_a_wrong_name_is_an_error(monkeypatch):
+    wanted = "want one of reference, loop, grouped_mm, triton"
+    with pytest.raises(ValueError, match=f"a test: backend is 'cutlass', {wanted}"):
+        chosen("cutlass")
+    monkeypatch.setenv("MEGALORA_BACKEND", "fast")
+    with pytest.raises(ValueError, match=f"a test: the environment variable MEGALORA_BACKEND is 'fast', {wanted}"):
+        chosen()
+
+
+# ---- operands of grouped_lora that do not fit --------------------------------------------------
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "x has three dimensions": (dict(x=torch.zeros(2, 3, K)), "want x [M, K] and weight [E, N, K]"),
+    "no experts": (dict(weight=torch.zeros(0, N, K)), "got x (13, 24) and weight (0, 40, 24)"),
+    "features": (dict(x=torch.zeros(13, 32)), "x has 32 features but weight 24; want x (13, 32)"),
+    "offsets shape": (dict(offsets=torch.zeros(5, dtype=torch.int32)), "int32 of shape (6,), one end row per expert"),
+    "offsets dtype": (dict(offsets=torch.tensor([0, 5, 5, 12, 13, 13])), "got torch.int64 of shape (6,)"),
+    "trainable weight": (dict(weight=torch.zeros(6, N, K, requires_grad=True)), "weight.requires_grad_(False)"),
+    "a alone": (dict(b=None), "a was given without b; pass both, or neither"),
+    "b alone": (dict(a=None), "b was given without a; pass both, or neither"),
+    "a shape": (dict(a=torch.zeros(6, 8, 32)), "a is (6, 8, 32), want [E, R, K] = (6, R, 24)"),
+    "rank zero": (dict(a=torch.zeros(6, 0, K)), "with R >= 1"),
+    "b shape": (dict(b=torch.zeros(6, N, 16)), "b is (6, 40, 16), want [E, N, R] = (6, 40, 8)"),
+    "dtype": (dict(a=torch.zeros(6, 8, K).half()), "a is torch.float16 but x is torch.float32; cast a before the call"),
+    "device": (dict(offsets=torch.zeros(6, dtype=torch.int32, device="meta")), "offsets is on meta but x is on cpu"),
+    "back end": (dict(backend="fast"), "backend is 'fast', want one of reference, loop, grouped_mm, triton"),
+    "room": (dict(weight=Joined(torch.zeros(6, N, K), 4)), "the adapter's rank is 8, but the weight has room for 4"),
+    "another x": (dict(x_lora_MK=torch.zeros(12, K)), "x_lora is (12, 24); it needs a, b and x's shape (13, 24)"),
+    "another x alone": (dict(a=None, b=None, x_lora_MK=torch.zeros(13, K)), "it needs a, b and x's shape"),
+}
+
+
+@pytest.mark.parametrize("changed, message", MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_are_named_with_their_values(changed, message):
+    x, weight, offsets, a, b, _ = make()
+    call = {**dict(x=x, weight=weight, offsets=offsets, a=a, b=b), **changed}
+    named = {name: call.pop(name) for name in ("backend", "x_lora_MK") if name in call}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        grouped_lora(*call.values(), **named)
+
+
+@pytest.mark.parametrize(
+    "ends", [[0, 5, 5, 12, 13, 14], [0, 5, 5, 12, 12, 12], [0, 5, 4, 12, 13, 13], [-1, 5, 5, 12, 13, 13]], ids=str
+)
+@pytest.mark.parametrize("backend", ["reference", "loop", "grouped_mm"])
+def test_offsets_that_do_not_cover_x_are_refused_on_cpu(backend, ends):
+    x, w, _, a, b, _ = make()
+    message = re.escape(f"offsets must never decrease and end at M=13, the number of rows; got {ends}")
+    with pytest.raises(ValueError, match=message):
+        grouped_lora(x, w, torch.tensor(ends, dtype=torch.int32), a, b, backend=backend)
+
+
+def test_the_adapter_of_a_fused_weight_places_its_blocks():
+    """B of gate and up: block diagonal, scaled, zero for a projection without adapter."""
+    a, up = torch.zeros(2, 3, 5), torch.arange(24.0).view(2, 4, 3)
+    whole = Adapter(a, (None, up), (9.0, 0.5)).whole_b(8)
+    assert torch.equal(whole[:, :4], torch.zeros(2, 4, 3)) and torch.equal(whole[:, 4:], up / 2)
+    gate_grad, up_grad = Adapter(a, (None, up), (9.0, 0.5)).b_gradients(torch.ones(2, 8, 3))
+    assert gate_grad is None and torch.equal(up_grad, torch.full((2, 4, 3), 0.5))

@@ -1,0 +1,161 @@
+"""expert_mlp where not everything is wanted, is kept, is left alone until backward, or may be read on the host."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from megalora_kernels import Adapter, Joined, expert_mlp
+from torch.utils.checkpoint import checkpoint
+
+from tests.kernels.measure import kept_bytes, no_reads_on_the_host
+from tests.kernels.oracle import IDLE, RANKS, Experts, Tensors, assert_close, row_by_row
+
+FUSED = ("loop", "grouped_mm", "joined", "triton")
+NAMES = ("x", "p", "a1", "gate", "up", "a2", "down")
+SUBSETS = [wanted for size in range(1, 8) for wanted in combinations(NAMES, size)]
+ALONE = [(name,) for name in NAMES]
+M, H, INNER = 14, 24, 40
+
+
+def gradients(case: Experts, wanted: tuple[str, ...], arm: str, **how: bool) -> dict[str, torch.Tensor | None]:
+    case, backend = (case.joined(), "grouped_mm") if arm == "joined" else (case, arm)
+    leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in case.leaves.items()}
+    case.call(leaves, backend=backend, **how).backward(case.dout)
+    return {name: t.grad for name, t in leaves.items()}
+
+
+@pytest.mark.parametrize(
+    "arm, way, subsets",
+    [
+        ("reference", "gathered", ALONE),
+        ("loop", "gathered", SUBSETS),
+        ("loop", "sorted", ALONE),
+        ("grouped_mm", "gathered", ALONE),
+        ("joined", "gathered", SUBSETS),
+        ("joined", "sorted", ALONE),
+        ("triton", "gathered", ALONE),
+    ],
+)
+def test_only_the_gradients_that_are_wanted_and_with_the_same_bits(arm, way, subsets, small_tiles):
+    case = IDLE[way]()
+    everything = case.run(backend=arm)
+    for wanted in subsets:
+        for recompute in (False, True) if arm in ("loop", "joined") else (False,):
+            for name, grad in gradients(case, wanted, arm, recompute=recompute).items():
+                if name in wanted:
+                    assert grad is not None and torch.equal(grad, everything[name]), (name, wanted, recompute)
+                else:
+                    assert grad is None, (name, wanted, recompute)
+
+
+@pytest.mark.parametrize("arm", FUSED)
+def test_nothing_wanted(arm, small_tiles):
+    case = IDLE["gathered"]()
+    frozen = {name: t.detach() for name, t in case.leaves.items()}
+    out = case.call(frozen, backend="grouped_mm" if arm == "joined" else arm)
+    assert not out.requires_grad
+    assert_close({"out": out}, {"out": row_by_row(case)["out"]}, torch.float32)
+
+
+Y, S1, S2 = M * 2 * INNER, M * (RANKS["gate"] + RANKS["up"]), M * RANKS["down"]
+
+
+@pytest.mark.parametrize(
+    "wanted, recompute, kept",
+    [
+        (NAMES, False, 7 * H + Y + S1 + S2),
+        (NAMES, True, 7 * H + S1 + S2),
+        (("down",), False, S2),
+        (("a2",), False, Y + S1),
+        (("x", "p"), False, Y + S1),
+        (("a1",), False, 7 * H + Y + S1),
+        (("gate", "up"), True, 7 * H + S1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("arm", FUSED)
+def test_what_is_kept_for_backward(arm, wanted, recompute, kept, small_tiles):
+    """In elements: x as given (7 tokens), [gate | up], S of each; besides them p and the indexes, which are given."""
+    case = IDLE["gathered"]()
+    case, backend = (case.joined(), "grouped_mm") if arm == "joined" else (case, arm)
+    leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in case.leaves.items()}
+    r = case.routing
+    given = [t for name, t in leaves.items() if name != "x"] + [r.offsets_E, r.source_M, r.slots_TK]
+    given += [w for w in (case.w1, case.w2) if not isinstance(w, Joined)]
+    assert kept_bytes(lambda: case.call(leaves, backend=backend, recompute=recompute), given) == kept * 4
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("way", ["sorted", "gathered"])
+@pytest.mark.parametrize("arm", ["grouped_mm", "joined", "triton"])
+def test_nothing_is_read_on_the_host(arm, way, recompute, grouped_mm_between_triton, small_tiles):
+    case = IDLE[way]()
+    run = case.joined() if arm == "joined" else case
+    with no_reads_on_the_host():
+        actual = run.run(backend="grouped_mm" if arm == "joined" else arm, recompute=recompute)
+    assert_close(actual, row_by_row(case), torch.float32)
+
+
+@pytest.mark.parametrize("arm", ["loop", "joined", "triton"])
+def test_under_checkpoint(arm, small_tiles):
+    case = IDLE["gathered"]()
+    plain = case.run(backend=arm)
+    case, backend = (case.joined(), "grouped_mm") if arm == "joined" else (case, arm)
+    names = list(case.leaves)
+
+    def call(*values: torch.Tensor) -> torch.Tensor:
+        return case.call(dict(zip(names, values, strict=True)), backend=backend)
+
+    out = checkpoint(call, *case.leaves.values(), use_reentrant=False)
+    grads = torch.autograd.grad(out, list(case.leaves.values()), case.dout)
+    for name, got in {"out": out, **dict(zip(names, grads, strict=True))}.items():
+        assert torch.equal(got, plain[name]), name
+
+
+@pytest.mark.parametrize("name", ["offsets_E", "source_M", "slots_TK", "x", "p", "a1", "gate", "a2", "down", "w1"])
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+def test_operands_overwritten_before_backward_are_noticed(backend, name):
+    case = IDLE["gathered"]()
+    out = case.call(backend=backend)
+    found = {**vars(case.routing), **case.leaves, "w1": case.w1}[name]
+    with torch.no_grad():
+        found.mul_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(case.dout)
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    case = IDLE["gathered"]()
+    out = case.call(backend="loop")
+    (dx,) = torch.autograd.grad(out.square().sum(), case.leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_two_forwards_through_one_joined_weight_before_either_goes_backward():
+    """Pipelines do that with other microbatches; here the adapter changes too, and each backward must use its own."""
+    case = IDLE["gathered"]()
+    joined = case.joined()
+    others = {
+        name: (t.detach() * (1 if name in ("x", "p") else -2)).requires_grad_() for name, t in case.leaves.items()
+    }
+    outs = [joined.call(leaves, backend="grouped_mm") for leaves in (case.leaves, others)]
+    for out, leaves in zip(outs, (case.leaves, others), strict=True):
+        grads = torch.autograd.grad(out, list(leaves.values()), case.dout)
+        actual: Tensors = {"out": out, **dict(zip(leaves, grads, strict=True))}
+        assert_close(actual, row_by_row(Experts(**{**vars(case), "leaves": leaves})), torch.float32)
+
+
+@pytest.mark.parametrize("backend", FUSED[:2] + FUSED[3:])
+def test_gate_and_up_may_share_one_adapter(backend, small_tiles):
+    """One A and one B over the rows of both, as fused checkpoints have it: the same as two that share A."""
+    case = IDLE["sorted"](adapted=("gate",))
+    a, b = case.leaves["a1"], torch.randn(6, 2 * INNER, 3, generator=torch.Generator().manual_seed(1))
+    twice = Adapter(torch.cat([a, a], 1), (b[:, :INNER], b[:, INNER:]), (0.75, 0.75))
+    outs = []
+    for gate_up in (Adapter(a, (b,), (0.75,)), twice):
+        out = expert_mlp(
+            case.leaves["x"], case.w1, case.w2, case.leaves["p"], case.routing, gate_up=gate_up, backend=backend
+        )
+        outs.append({"out": out.detach(), "a": torch.autograd.grad(out, a, case.dout)[0]})
+    assert_close(outs[0], outs[1], torch.float32)

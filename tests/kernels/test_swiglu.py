@@ -1,0 +1,101 @@
+"""The two passes of SwiGLU alone: computed in float32 whatever the dtype, and rounded once."""
+
+import pytest
+import torch
+from megalora_kernels import Routing
+
+from tests.kernels.conftest import swiglu as module
+from tests.kernels.oracle import ULP
+
+COUNTS, INNER, Q, R = (
+    [0, 9, 0, 40],
+    72,
+    3,
+    5,
+)  # 72: a whole block of 64 columns and a ragged one; 40: two blocks of 32 rows
+M = sum(COUNTS)
+WAYS = ("loop", "triton")
+TINY = dict.fromkeys(ULP, 0.0) | {torch.float16: 2.0**-25}
+"""Half the distance of the smallest numbers: float16 reaches them."""
+CASES = [(way, dtype) for way in WAYS for dtype in ULP if way != "triton" or dtype != torch.float64]
+
+
+def operands(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    shapes = {
+        "y": (M, 2 * INNER),
+        "a": (4, Q, INNER),
+        "dh": (M, INNER),
+        "b": (4, 2 * INNER, R),
+        "s": (M, R),
+        "ds": (M, Q),
+    }
+    found = {name: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
+    return {**found, "p": torch.rand(M, generator=g)}
+
+
+def wide(dtype: torch.dtype) -> float:
+    """Ten operations in float32 (float64), exp among them."""
+    return 10 * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
+
+
+def routing() -> Routing:
+    return Routing(torch.tensor(COUNTS).cumsum(0).int(), M)
+
+
+@pytest.mark.usefixtures("uninitialised_is_nan")
+@pytest.mark.parametrize("padded", [Q, 8])
+@pytest.mark.parametrize("way, dtype", CASES, ids=str)
+def test_forward_is_rounded_once(way, dtype, padded):
+    o = operands(dtype)
+    h, s = o["y"].new_empty(M, INNER), o["y"].new_empty(M, padded)
+    getattr(module, f"swiglu_{way}")(o["y"], o["p"], o["a"], routing(), h, s)
+    gate, up = o["y"].double().chunk(2, 1)
+    want = gate * torch.sigmoid(gate) * up * o["p"].double()[:, None]
+    size = gate.abs() * up.abs() * o["p"][:, None]
+    assert ((h.double() - want).abs() <= ULP[dtype] * want.abs() + TINY[dtype] + wide(dtype) * size).all()
+    a = torch.cat([o["a"][e].double().expand(1, Q, INNER).repeat(n, 1, 1) for e, n in enumerate(COUNTS)])
+    exact, most = (a @ h.double()[:, :, None])[..., 0], (a.abs() @ h.double().abs()[:, :, None])[..., 0]
+    assert (
+        (s[:, :Q].double() - exact).abs() <= ULP[dtype] * exact.abs() + TINY[dtype] + INNER * wide(dtype) / 10 * most
+    ).all()
+    assert torch.count_nonzero(s[:, Q:]) == 0
+
+
+@pytest.mark.usefixtures("uninitialised_is_nan")
+@pytest.mark.parametrize("padded", [R, 8])
+@pytest.mark.parametrize("way, dtype", CASES, ids=str)
+def test_backward_is_rounded_once(way, dtype, padded, short_chunks):
+    o = operands(dtype)
+    dy, ds1 = o["y"].new_empty(M, 2 * INNER), o["y"].new_empty(M, padded)
+    found = getattr(module, f"swiglu_backward_{way}")(
+        o["dh"], o["y"], o["p"], routing(), dy, (o["s"], o["b"], ds1), o["ds"]
+    )
+    (gate, up), dh, p = o["y"].double().chunk(2, 1), o["dh"].double(), o["p"].double()[:, None]
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    want = torch.cat([dh * p * up * sigmoid * (1 + gate * (1 - sigmoid)), dh * p * silu], 1)
+    size = torch.cat([dh.abs() * p * up.abs() * (1 + gate.abs()), dh.abs() * p * gate.abs()], 1)
+    assert ((dy.double() - want).abs() <= ULP[dtype] * want.abs() + TINY[dtype] + wide(dtype) * size).all()
+    dp, most = (dh * silu * up).sum(1), (dh * gate * up).abs().sum(1)
+    p_ulp = 2.0**-24
+    assert ((found.dp_M.double() - dp).abs() <= p_ulp * dp.abs() + INNER * wide(dtype) / 10 * most).all()
+    assert torch.count_nonzero(ds1[:, R:]) == 0 and ds1[:, :R].isfinite().all()
+    for grad in (found.da_EQI, found.db_EJR):
+        assert grad.dtype == dtype and all(torch.count_nonzero(grad[e]) == 0 for e in (0, 2))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of 200: to inf, and 1 / (1 + inf) is right
+def test_large_gates_neither_overflow_nor_lose_the_other_factor():
+    """silu(g) is g from 20 on and 0 below -100; sigmoid must not become inf / inf on the way."""
+    gates = torch.tensor([[200.0], [20.0], [-200.0], [0.0]])
+    y, p, ends = torch.cat([gates, torch.full((4, 1), 2.0)], 1), torch.full((4,), 0.5), torch.tensor([4]).int()
+    for way in WAYS:
+        h, dy = torch.empty(4, 1), torch.empty(4, 2)
+        getattr(module, f"swiglu_{way}")(y, p, None, Routing(ends, 4), h, None)
+        found = getattr(module, f"swiglu_backward_{way}")(torch.ones(4, 1), y, p, Routing(ends, 4), dy, None, None)
+        torch.testing.assert_close(h[:, 0], torch.tensor([200.0, 20.0, 0.0, 0.0]))
+        torch.testing.assert_close(
+            dy, torch.tensor([[1.0, 100.0], [1.0, 10.0], [0.0, 0.0], [0.5, 0.0]]), rtol=1e-6, atol=1e-6
+        )
+        torch.testing.assert_close(found.dp_M, torch.tensor([400.0, 40.0, 0.0, 0.0]))

@@ -1,0 +1,88 @@
+"""Tiles cover every row exactly once, never cross an expert, and are fewer than the bound that the host knows."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
+from megalora_kernels.tiles import max_tiles, sum_tiles, tile_of
+
+
+@triton.jit
+def _cover(offsets_ptr, covered_ptr, owner_ptr, seen_ptr, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """What every kernel does: own ROWS rows of one expert, or return."""
+    expert, row0, end = tile_of(offsets_ptr, tl.program_id(0), num_experts, EXPERTS, ROWS)
+    tl.store(seen_ptr + tl.program_id(0), expert)
+    if expert < num_experts:
+        rows = row0 + tl.arange(0, ROWS)
+        tl.atomic_add(covered_ptr + rows, 1, mask=rows < end)
+        tl.store(owner_ptr + rows, expert, mask=rows < end)
+
+
+def cover(counts: list[int], rows_per_tile: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(how often each row is owned, by which expert, the expert of each program)."""
+    offsets, num_rows = torch.tensor(counts).cumsum(0).int(), sum(counts)
+    programs = max_tiles(num_rows, len(counts), rows_per_tile) + 3  # three more than are ever launched
+    covered, owner = torch.zeros(num_rows + 1, dtype=torch.int32), torch.full((num_rows + 1,), -1, dtype=torch.int32)
+    seen = torch.full((programs,), -1, dtype=torch.int32)
+    experts = triton.next_power_of_2(len(counts))
+    _cover[(programs,)](offsets, covered, owner, seen, len(counts), EXPERTS=experts, ROWS=rows_per_tile)
+    return covered[:num_rows], owner[:num_rows], seen
+
+
+COUNTS = st.lists(st.integers(0, 19), min_size=1, max_size=9)
+
+
+@given(counts=COUNTS, rows_per_tile=st.sampled_from([1, 4, 16]))
+def test_every_row_is_owned_once_by_its_own_expert(counts, rows_per_tile):
+    covered, owner, seen = cover(counts, rows_per_tile)
+    assert (covered == 1).all()
+    assert owner.tolist() == [e for e, count in enumerate(counts) for _ in range(count)]
+    needed = [-(-count // rows_per_tile) for count in counts]
+    expected = [e for e, number in enumerate(needed) for _ in range(number)]
+    assert seen.tolist() == expected + [len(counts)] * (len(seen) - len(expected))
+    assert sum(needed) <= max_tiles(sum(counts), len(counts), rows_per_tile)
+
+
+@pytest.mark.parametrize("counts", [[0], [0, 0, 0], [16], [0, 0, 5], [5, 0, 0], [1] * 8], ids=str)
+def test_at_the_edges(counts):
+    covered, owner, _ = cover(counts, 4)
+    assert (covered == 1).all() and owner.tolist() == [e for e, count in enumerate(counts) for _ in range(count)]
+
+
+def test_the_bound_is_reached_but_for_one_tile_an_expert():
+    """E - 1 experts of one row and one of the rest need M / ROWS + E - 1 tiles at worst; M / ROWS would lose rows."""
+    counts, rows = [1, 1, 1, 29], 8
+    needed = sum(-(-count // rows) for count in counts)
+    assert needed == 7 > triton.cdiv(sum(counts), rows) == 4
+    assert needed <= max_tiles(sum(counts), len(counts), rows) == 8
+
+
+@given(counts=COUNTS, rows_per_tile=st.sampled_from([1, 4, 16]), width=st.sampled_from([1, 7, 1300]))
+def test_sum_tiles_adds_an_experts_tiles_first_to_last(counts, rows_per_tile, width):
+    num_tiles = max_tiles(sum(counts), len(counts), rows_per_tile)
+    part = torch.full((num_tiles, width), float("nan"))  # tiles behind the last one are never written
+    used = sum(-(-count // rows_per_tile) for count in counts)
+    part[:used] = torch.randn(used, width, generator=torch.Generator().manual_seed(used))
+    out = sum_tiles(part, torch.tensor(counts).cumsum(0).int(), rows_per_tile, torch.float32)
+    ends = torch.tensor([0, *(-(-count // rows_per_tile) for count in counts)]).cumsum(0).tolist()
+    for e, (i, j) in enumerate(pairwise(ends)):
+        expected = torch.zeros(width)
+        for tile in range(i, j):
+            expected = expected + part[tile]  # in float32 and in order: the same bits
+        assert torch.equal(out[e], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sum_tiles_rounds_once_at_the_end(dtype):
+    part = torch.tensor([1.0, *([2.0**-12] * 16)])[:, None] * torch.ones(1, 3)
+    out = sum_tiles(part, torch.tensor([17], dtype=torch.int32), 1, dtype)
+    assert out.dtype == dtype and torch.equal(out, torch.full((1, 3), 1 + 2.0**-8).to(dtype))
+
+
+def test_sum_tiles_keeps_shape():
+    out = sum_tiles(torch.ones(5, 2, 3), torch.tensor([2, 2, 5], dtype=torch.int32), 1, torch.float32)
+    assert torch.equal(out, torch.tensor([2.0, 0.0, 3.0])[:, None, None].expand(3, 2, 3))

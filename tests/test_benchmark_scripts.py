@@ -1,0 +1,168 @@
+"""The GPU benchmarks as scripts, on a CPU: what they write and refuse, and that training arms train the same thing."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_grouped_lora, bench_train_gpu, goals, gpu_summary
+from benchmarks.expert_case import SIZES, Sizes
+from benchmarks.gpu_timing import Budget, environment, save
+from benchmarks.linear_case import LinearSpec
+from benchmarks.train_arms import KernelExperts, Setup, Training, adapted, base_model, training, with_experts
+from benchmarks.train_case import QWEN3_30B_A3B, adapter_parameters
+from tests.forked import forked
+
+CPU, ROOT = torch.device("cpu"), Path(__file__).parents[1]
+TINY = Sizes("tiny", hidden=48, inner=40, num_experts=8, top_k=3)
+TINY_MODEL = {
+    **QWEN3_30B_A3B, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 128,
+}  # fmt: skip
+SETUP = Setup(TINY_MODEL, rank=8, num_tokens=32, device=CPU, dtype=torch.float32)
+
+
+def without_triton(arms: dict) -> dict:
+    """Interpreting it takes too long here; tests/kernels has it."""
+    return {name: build for name, build in arms.items() if "triton" not in name}
+
+
+def test_bench_writes_what_it_found_and_what_it_left_out(tmp_path, monkeypatch, capsys):
+    tiny = LinearSpec("tiny peft", 64, 4, 40, 48, 8)
+    monkeypatch.setitem(SIZES, "tiny", TINY)
+    monkeypatch.setattr(bench_grouped_lora, "PEFT_CASE", tiny)
+    for name in ("our_arms", "our_linear_arms"):
+        real = getattr(bench_grouped_lora, name)
+        monkeypatch.setattr(bench_grouped_lora, name, lambda case, real=real: without_triton(real(case)))
+    args = argparse.Namespace(
+        model="tiny", tokens=[32], experts=[8, 4], ranks=[8], routing=["balanced", "zipf"], crossing=[8],
+        out=tmp_path / "r.json"
+    )  # fmt: skip
+    bench = bench_grouped_lora.Bench(CPU, torch.float32, repeats=2, budget=Budget(None), compiled=False)
+    assert bench_grouped_lora.run(bench, args) == 0
+    record = json.loads(args.out.read_text())
+    assert len(record["seconds"]) == 9 and record["failures"] == record["not_reached"] == []
+    assert {row["arm"] for row in record["rows"]} >= {"ours auto", "split eager", "peft stock", "base loop"}
+    assert record["versions"]["torch"] == torch.__version__ and record["versions"]["unsloth"] is None
+    assert [(p["experts"], p["rows"]) for p in record["crossing"]] == [(8, 7), (4, 7)] and record["settings"][
+        "model"
+    ] == "tiny"
+    late = bench_grouped_lora.Bench(CPU, torch.float32, repeats=2, budget=Budget(0), compiled=False)
+    assert bench_grouped_lora.run(late, args) == 0
+    assert (
+        len(json.loads(args.out.read_text())["not_reached"]) == 9
+        and "out of time before 9 cases" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("script", [bench_grouped_lora, bench_train_gpu])
+def test_without_a_gpu_scripts_say_so_in_one_line(script, capsys):
+    with pytest.raises(SystemExit) as left:
+        script.main(["--budget-seconds", "1"])
+    said = capsys.readouterr()
+    assert left.value.code == 2 and said.err.count("\n") == 1 and "needs a CUDA device" in said.err and not said.out
+
+
+def test_our_experts_train_as_peft_s_do():
+    """The same loss and the same gradients from the same factors in the same model."""
+    theirs = adapted(base_model(SETUP), SETUP, ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
+    ours = with_experts(SETUP, KernelExperts, joined=False)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+        ours.load_state_dict({n: t for n, t in theirs.state_dict().items() if "self_attn" in n}, strict=False)
+    pairs = []
+    for block, kernel in zip(blocks(theirs), (b.experts for b in blocks(ours)), strict=True):
+        for a, b, wrapper in ((kernel.a1, kernel.b1, block.experts.base_layer), (kernel.a2, kernel.b2, block.experts)):
+            a.data.copy_(wrapper.lora_A.default.weight.unflatten(0, (8, -1)))
+            b.data.copy_(wrapper.lora_B.default.weight.unflatten(1, (-1, 8)).permute(2, 0, 1))
+            pairs.append((a, wrapper.lora_A.default.weight, b, wrapper.lora_B.default.weight))
+    steps = [training(model, SETUP, "", True) for model in (theirs, ours)]
+    assert float(steps[0].forward_backward()) == pytest.approx(float(steps[1].forward_backward()), rel=1e-5)
+    for a, their_a, b, their_b in pairs:
+        torch.testing.assert_close(a.grad.flatten(0, 1), their_a.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(b.grad.permute(1, 2, 0).flatten(1), their_b.grad, rtol=1e-3, atol=1e-6)
+    in_attention = {n: p for n, p in theirs.named_parameters() if "q_proj.lora_A" in n}
+    for name, parameter in in_attention.items():
+        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def blocks(model: torch.nn.Module) -> list:
+    return [m for m in model.modules() if type(m).__name__ == "Qwen3MoeSparseMoeBlock"]
+
+
+def train_in_a_process(name: str, out: Path) -> None:
+    out.write_text(json.dumps(bench_train_gpu.train(name, SETUP, steps=2)))
+
+
+def test_training_arms_train(tmp_path):
+    jobs = [
+        (name, train_in_a_process, (name, tmp_path / f"{name}.json"))
+        for name in ("megalora", "one of 8 ranks", "unsloth")
+    ]
+    assert {name: code for name, _, code in forked(jobs, at_once=2)} == dict.fromkeys((job[0] for job in jobs), 0)
+    rows = {job[0]: json.loads(job[2][1].read_text()) for job in jobs}
+    assert rows["unsloth"]["status"] == "not installed: No module named 'unsloth'"
+    for name in ("megalora", "one of 8 ranks"):
+        assert rows[name]["status"] == "ok" and rows[name]["loss"][1] < rows[name]["loss"][0]
+        assert rows[name]["tokens_per_s"] == pytest.approx(32 / rows[name]["step_ms"] * 1e3)
+    assert rows["megalora"]["adapter_parameters"] == adapter_parameters(TINY_MODEL, 8)
+    table = bench_train_gpu.show(
+        [*rows.values(), {**rows["megalora"], "arm": "peft", "step_ms": 2 * rows["megalora"]["step_ms"]}]
+    )
+    assert "2.00" in table and "unsloth: not installed" in table
+
+
+def test_a_step_that_does_not_train_has_no_speed(monkeypatch):
+    losses = iter(float(i) for i in range(9))
+    rising = Training(lambda: torch.tensor(next(losses)), lambda: None, 1, "rises")
+    found = bench_train_gpu.measure_steps(rising, CPU, steps=2)
+    assert found["status"] == "wrong: the loss went from 0.000 to 3.000"
+
+
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  *"import xdist"*) exit 1 ;;
+  *megalora.bridge.base*) echo "No module named 'megatron'" && exit 1 ;;
+  -c*) exit 0 ;;
+  *"-m pytest"*) echo "1 failed" && exit 1 ;;
+  *bench_grouped_lora*) echo "budget: $*" ;;
+  *bench_train_gpu*) sleep 60 ;;
+  *) exec {python} "$@" ;;
+esac
+"""
+
+
+def test_gpu_all_goes_on_past_failures_and_says_so(tmp_path):
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(PYTHON.replace("{python}", sys.executable))
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(out), "TOTAL_SECONDS": "600"}
+    script = ["bash", str(ROOT / "benchmarks/gpu_all.sh"), "tests", "kernels", "training-tests"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "--quick --budget-seconds 190" in done.stdout
+    summary = (out / "summary.txt").read_text()
+    assert summary.count("FAILED: exit code 1") == 2 and "No module named 'megatron'" in summary
+    assert [line.split()[-1] for line in summary.splitlines() if "kernel benchmark" in line] == ["ok"]
+
+
+def test_summary(tmp_path):
+    save(
+        tmp_path / "grouped_lora.json",
+        "x",
+        CPU,
+        goals=[vars(goals.Verdict.of(goals.TRAIN, "case", 1.2))],
+        not_reached=["far"],
+    )
+    rows = [{"arm": "peft", "layers": 8, "status": "out of memory"}]
+    save(tmp_path / "train_gpu.json", "x", CPU, rows=rows)
+    lines = gpu_summary.of_kernels(gpu_summary.read(tmp_path / "grouped_lora.json"))
+    assert [line[-1] for line in lines] == ["pass", "not reached"]
+    assert gpu_summary.of_training(gpu_summary.read(tmp_path / "train_gpu.json"))[0][-1] == "out of memory"
+    assert environment(CPU)["device"].startswith("CPU")

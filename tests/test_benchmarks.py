@@ -1,0 +1,228 @@
+"""The GPU benchmarks' arithmetic, on a CPU: FLOPs by hand, arms against float32, and that no wrong arm gets a speed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import bench_grouped_lora, goals
+from benchmarks.arms import Arm, composed, our_arms, split_linear, their_arms
+from benchmarks.compare import Row, compare, derive, faster, show
+from benchmarks.expert_case import (
+    ROUTINGS,
+    SIZES,
+    Case,
+    Sizes,
+    Spec,
+    experts_of_tokens,
+    make_case,
+    make_routing,
+    reference,
+    relative_errors,
+    rows_per_expert,
+    sweep,
+    with_rows,
+)
+from benchmarks.gpu_timing import Budget, Stats, measure, table
+from benchmarks.linear_case import (
+    PEFT_CASE,
+    LinearSpec,
+    linear_reference,
+    make_linear,
+    our_linear_arms,
+    their_linear_arms,
+)
+from benchmarks.train_case import (
+    QWEN3_30B_A3B,
+    adapter_parameters,
+    flops_per_token,
+    frozen_met,
+    layers_that_fit,
+)
+from megalora.model.shape import model_shape
+
+CPU = torch.device("cpu")
+TINY = Sizes("tiny", hidden=48, inner=40, num_experts=8, top_k=3)
+
+
+def without_triton(arms: dict) -> dict:
+    """Interpreting it takes too long here; tests/kernels has it."""
+    return {name: build for name, build in arms.items() if "triton" not in name}
+
+
+def compared(case: Case, ours: dict, theirs: dict) -> list[Row]:
+    def want() -> dict:
+        return {"adapted": reference(case, True), "base": reference(case, False)}
+
+    return compare("tiny", ours, theirs, want, case.spec.base_flops(), CPU, torch.float32, repeats=2)
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+
+def test_base_flops_by_hand():
+    gate_up, down = 2 * 65536 * 1536 * 2048, 2 * 65536 * 2048 * 768
+    assert Spec(SIZES["30b"], 8192, 128, 16, "balanced").base_flops() == gate_up + down == 618_475_290_624
+    assert Spec(SIZES["30b"], 8192, 16, 64, "zipf").base_flops() == gate_up + down, "as many rows, whatever the rest"
+    assert PEFT_CASE.base_flops() == 2 * 4096 * 768 * 2048
+
+
+def test_training_flops_by_hand():
+    attention = 2048 * 4096 + 2 * 2048 * 512 + 4096 * 2048
+    layer = attention + 128 * 2048 + 8 * 3 * 2048 * 768
+    assert frozen_met(QWEN3_30B_A3B) == 48 * layer + 151936 * 2048 == 3_041_656_832, "the 3B of A3B"
+    on_attention, on_expert = 16 * (2 * (2048 + 4096) + 2 * (2048 + 512)), 16 * 3 * (2048 + 768)
+    assert adapter_parameters(QWEN3_30B_A3B, 16) == 48 * (on_attention + 128 * on_expert) == 843_841_536
+    assert adapter_parameters(QWEN3_30B_A3B, 16, True) == 843_841_536 - 48 * 128 * 16 * 2048, "one A for gate and up"
+    scores = 4096 * 32 * 128 * 48
+    expected = 4 * 3_041_656_832 + 6 * 48 * (on_attention + 8 * on_expert) + 6 * scores
+    assert flops_per_token(QWEN3_30B_A3B, 16, 4096) == expected
+    assert model_shape(QWEN3_30B_A3B).num_parameters() == 30_532_122_624, "the config is Qwen3-30B-A3B's"
+
+
+def test_layers_that_fit():
+    most = [layers_that_fit(QWEN3_30B_A3B, 16, 4096, gib * 2**30) for gib in (4, 40, 80, 140, 1000)]
+    assert most == sorted(most) and most[0] == 0 and 8 < most[2] < 40 and most[-1] == 48
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_routing(kind):
+    g = torch.Generator().manual_seed(0)
+    counts = rows_per_expert(kind, 1000, 16, g)
+    assert sum(counts) == 1000 and counts.count(0) == (2 if kind == "empty" else 0)
+    chosen_TK = experts_of_tokens(Spec(SIZES["30b"], 256, 128, 16, kind), g)
+    assert all(len(set(experts)) == 8 for experts in chosen_TK.tolist())
+    per_expert = torch.bincount(chosen_TK.reshape(-1), minlength=128)
+    if kind == "zipf":
+        assert per_expert[0] > 4 * per_expert[20:].float().mean()
+    else:
+        used = per_expert[per_expert > 0]
+        assert used.numel() == (115 if kind == "empty" else 128) and used.max() - used.min() <= 1
+    for experts in (8, 4):
+        routing = make_routing(Spec(TINY, 50, experts, 8, kind), CPU)
+        assert routing.bounds[-1] == 150 and routing.num_experts == experts
+        assert sorted(routing.slots_TK.reshape(-1).tolist()) == list(range(150))
+
+
+def test_sweep_begins_with_the_usual():
+    specs = sweep(SIZES["30b"], [4096, 8192], [128, 16], [8, 16], ROUTINGS)
+    assert len(specs) == len(set(specs)) == 24
+    assert [(s.tokens, s.experts, s.rank, s.routing) for s in specs[:2]] == [
+        (8192, 128, 16, "balanced"),
+        (8192, 16, 16, "balanced"),
+    ]
+    assert with_rows(specs[1], 512).num_rows == 512 * 16
+
+
+# ---- arms -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [Spec(TINY, 64, 8, 8, "zipf"), Spec(TINY, 64, 4, 8, "empty")], ids=lambda s: s.label)
+def test_every_arm_computes_the_same_layer(spec):
+    case = make_case(spec, CPU, torch.float32)
+    rows = compared(case, without_triton(our_arms(case)), their_arms(case, compiled=False))
+    assert {row.arm: row.status for row in rows} == {row.arm: "ok" for row in rows} and len(rows) == 14
+    assert all(row.forward and row.train and not row.failed for row in rows)
+    assert min(row.ratio_train for row in rows if row.kind == "base") == 1
+    assert set(their_arms(case, compiled=True)) - set(their_arms(case, compiled=False)) == {"split compiled"}
+
+
+def test_every_arm_computes_the_same_linear():
+    spec = LinearSpec("tiny", 192, 8, 40, 48, 8, "zipf")
+    case = make_linear(spec, CPU, torch.float32)
+    want = {"adapted": linear_reference(case, True), "base": linear_reference(case, False)}
+    rows = compare(
+        "tiny", without_triton(our_linear_arms(case)), their_linear_arms(case), lambda: want, spec.base_flops(),
+        CPU, torch.float32, 2,
+    )  # fmt: skip
+    assert {row.status for row in rows} == {"ok"} and len(rows) == 12
+
+
+def test_an_arm_that_is_wrong_gets_no_speed():
+    case = make_case(Spec(TINY, 64, 8, 8, "balanced"), CPU, torch.float32)
+    right = composed(case, split_linear)
+    flips = iter(range(99))
+
+    def doubled() -> Arm:
+        return replace(right, train=lambda: {**right.train(), "b1": 2 * right.train()["b1"]})
+
+    def not_a_number() -> Arm:
+        return replace(right, train=lambda: {n: t * float("nan") for n, t in right.train().items()})
+
+    def unsteady() -> Arm:
+        return replace(right, kind="ours", train=lambda: {n: t + 1e-7 * next(flips) for n, t in right.train().items()})
+
+    def broken() -> Arm:
+        raise RuntimeError("no such kernel\nand more")
+
+    rows = compared(
+        case, {"unsteady": unsteady, "ours": broken}, {"2x": doubled, "nan": not_a_number, "theirs": broken}
+    )
+    found = {row.arm: row for row in rows}
+    assert found["2x"].status == "wrong: b1 is off by 1.0e+00" and found["nan"].status.startswith(
+        "wrong: x is off by nan"
+    )
+    assert found["unsteady"].status.startswith("wrong: other bits in a second run of ")
+    assert found["ours"].status == "cannot run: RuntimeError: no such kernel"
+    assert [row.arm for row in rows if row.failed] == ["unsteady", "ours", "2x", "nan"], "theirs may be unable to run"
+    assert all(row.forward is None and row.train is None for row in rows)
+    assert "nan" not in json.dumps(bench_grouped_lora.as_json(rows)).lower().replace('"nan"', "").replace("by nan", "")
+
+
+def test_an_error_in_one_expert_is_not_overlooked():
+    case = make_case(Spec(TINY, 64, 8, 8, "balanced"), CPU, torch.float32)
+    want = reference(case, True)
+    got = {name: t.clone() for name, t in want.items()}
+    got["a2"][3] = 0
+    assert relative_errors(got, want)["a2"] > 0.2
+
+
+# ---- derived numbers ------------------------------------------------------------------------------------------------
+
+
+def timed(arm: str, kind: str, forward_ms: float, train_ms: float) -> Row:
+    stats = [Stats(ms, ms, ms, ms) for ms in (forward_ms, train_ms)]
+    return Row("case", arm, kind, forward=stats[0], train=stats[1])
+
+
+def test_ratios_rates_and_goals():
+    spec = Spec(SIZES["30b"], 8192, 128, 16, "balanced")
+    rows = [timed("base triton", "base", 1.0, 2.5), timed("base grouped_mm", "base", 1.25, 2.0)]
+    rows += [
+        timed("ours auto", "ours", 1.1, 2.4),
+        timed("ours triton", "ours", 1.1, 2.0),
+        timed("split eager", "theirs", 3, 4.8),
+    ]
+    rows += [timed("ours loop", "ours", 9, 9.6)]
+    derive(rows, spec.base_flops())
+    assert rows[2].ratio_forward == pytest.approx(1.1) and rows[2].ratio_train == pytest.approx(1.2)
+    assert rows[1].tflops_forward == pytest.approx(618.475 / 1.25, rel=1e-4)
+    assert rows[1].tflops_train == pytest.approx(618.475, rel=1e-4), "twice the work in 2 ms"
+    verdicts = {(v.goal, v.case.endswith("gate+up")): v for v in goals.of_layer(spec, rows)}
+    assert verdicts[goals.FORWARD.name, False].verdict == verdicts[goals.TRAIN.name, False].verdict == "pass"
+    assert verdicts[goals.SPLIT.name, False].verdict == "good", "4.8 over 2.4"
+    assert verdicts[goals.LOOP.name, False].verdict == "miss", "4 times"
+    assert verdicts[goals.CHOICE.name, False].value == pytest.approx(1.2)
+    assert verdicts[goals.TRAIN.name, True].value is None and verdicts[goals.TRAIN.name, True].verdict == "miss"
+    assert goals.of_layer(replace(spec, rank=8), rows) == [] and faster(rows, "nothing", "split eager") is None
+    assert "2.00" in show(rows) and "miss" in goals.show_verdicts(verdicts.values())
+
+
+def test_crossing():
+    def point(rows: int, triton: float, vendor: float | None) -> goals.Crossing:
+        return goals.Crossing(16, rows, triton, vendor)
+
+    points = [point(64, 1, 2), point(256, 2, 1.9), point(512, 3, 3.5), point(1024, 5, 4), point(2048, 9, 7)]
+    assert goals.vendor_rows(points) == 1024, "at 256 it was faster by chance"
+    assert goals.vendor_rows([*points, point(4096, 9, None)]) is None
+    assert "16 experts: 1024" in goals.show_crossing(points)
+
+
+def test_times_budget_and_table():
+    order: list[str] = []
+    stats = measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, repeats=4, warmup=1)
+    assert "".join(order) == "abbaabbaab" and stats["a"].p10_ms <= stats["a"].median_ms <= stats["a"].p90_ms
+    assert Stats.of([1.0, 2.0, 10.0], [0.5, 0.5, 3.0]) == Stats(2.0, pytest.approx(1.2), pytest.approx(8.4), 0.5)
+    assert Budget(None).left() == float("inf") and Budget(0).left() <= 0
+    assert table(("a", "bb"), [("ccc", 1)]) == "a    bb\nccc   1"
