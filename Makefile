@@ -19,7 +19,7 @@ CPU_TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backe
 # uv's settings in pyproject.toml drop packages that vLLM needs.
 VLLM_UV = $(UV) --no-config pip
 
-.PHONY: help setup quickstart gsm8k test test-serve gpu parity mutations check format lock vllm vllm-lock clean
+.PHONY: help setup quickstart gsm8k test test-serve test-cluster gpu parity mutations check format lock vllm vllm-lock clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ gpu: $(READY)  ## The tests that need a CUDA device
 parity: $(READY)  ## Every layout of up to 8 ranks against plain transformers: 25 min on two cores; bf16 on GPUs
 	@$(BIN)/python -m benchmarks.parity
 	@$(BIN)/pytest -q --hypothesis-profile=parity tests/parity/test_properties.py
+
+test-cluster: $(READY)  ## Two hosts as network namespaces: rendezvous, one cut off, resume (root and iproute2)
+	@$(BIN)/pytest -q -m cluster tests/cluster
 
 mutations: $(READY)  ## Put one bug after the other into the code and see the tests catch it
 	@$(BIN)/python -m tests.mutations.run

@@ -59,8 +59,8 @@ for name in "${wanted[@]}"; do
             ;;
     esac
 done
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
-    echo "gpu_all.sh: $python finds no CUDA device" >&2
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || {
+    echo "gpu_all.sh: $python has no torch, or torch finds no CUDA device (PYTHON names another)" >&2
     exit 2
 }
 mkdir -p "$out" || exit 1

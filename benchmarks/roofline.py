@@ -62,15 +62,15 @@ def backward(case: Case, backend: str, rank: int) -> dict[str, float]:
     H, I, R = case.H, case.I, 2 * rank  # noqa: E741
     token = case.T / case.M
     copies = H if backend == "grouped_mm" else 0
-    parts = 2 * (I / 64) * R * 2  # dS of gate_up per block of 64 columns in float32, written and read
     passes = {
         "unpermute + shrink": traffic_us(case, token * H + copies + rank, rank * H) if copies or rank else 0.0,
         "down dgrad": gemm_us(case, I, H + rank, backend),
-        "SwiGLU backward": traffic_us(case, 5 * I + (parts + 2 * R + rank if rank else 0)),
+        "SwiGLU backward": traffic_us(case, 5 * I + (R + rank if rank else 0)),
         "gate_up dgrad": gemm_us(case, H, 2 * I + R, backend),
         "combine": traffic_us(case, H + token * H),
     }
     if rank:
+        passes["dS of gate_up"] = traffic_us(case, 2 * I + R, 2 * I * R)
         passes["dA of gate_up"] = traffic_us(case, token * H + R, R * H * 3)
         passes["dB of down"] = traffic_us(case, token * H + rank, rank * H * 3)
         if backend == "grouped_mm":

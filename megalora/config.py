@@ -147,6 +147,8 @@ class TrainConfig:
     """Steps between evaluations; 0 evaluates only before the first and after the last step."""
     seed: int = 0
     """Of adapter initialisation and dropout."""
+    timeout_minutes: float = 30
+    """How long a rank waits for another before it takes it for lost and ends the run; more than loading and saving take."""
     check_parity: bool = False
     """Before the first step, compare the loss of the first microbatch with transformers' on the first rank's host."""
     check_replicas_every: int = 100
@@ -157,7 +159,7 @@ class TrainConfig:
             (self.steps is None) != (self.epochs is None),
             f"give exactly one of train.steps and train.epochs (got steps={self.steps}, epochs={self.epochs})",
         )
-        for name in ("steps", "epochs", "lr", "global_batch_size", "micro_batch_size"):
+        for name in ("steps", "epochs", "lr", "global_batch_size", "micro_batch_size", "timeout_minutes"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name} must be above 0, got {value}")
         for name in ("warmup", "weight_decay", "clip_grad", "eval_every", "check_replicas_every"):

@@ -99,6 +99,13 @@ def process_group(timeout_minutes: float = 30) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def timeout_minutes() -> float:
+    """How long ranks of the world wait for each other; groups made later ask, or torch gives them 30 minutes."""
+    backend: Any = dist.group.WORLD._get_backend(device())  # pyright: ignore
+    options = getattr(backend, "options", None)  # a fake back end, which waits for nobody, has none
+    return 30 if options is None else options._timeout.total_seconds() / 60
+
+
 @functools.cache
 def install() -> None:
     """Make Megatron-Core run on this machine. Idempotent; does nothing where there is a GPU."""

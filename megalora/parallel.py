@@ -50,6 +50,7 @@ def init_groups(config: ParallelConfig, seed: int = 0) -> Groups:
         expert_model_parallel_size=config.ep,
         expert_tensor_parallel_size=config.etp,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=host.timeout_minutes(),  # pyright: ignore[reportArgumentType]
     )
     host.seed_rng(seed, dist.get_rank())
     state: Any = parallel_state

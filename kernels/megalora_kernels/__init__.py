@@ -1,7 +1,7 @@
 """Grouped LoRA for mixture-of-experts layers. Depends on torch and triton and nothing else."""
 
 from .adapter import Adapter
-from .backend import BACKENDS
+from .backend import BACKENDS, vendor_waits
 from .combine import combine
 from .dense_lora import add_low_rank, dense_lora
 from .expert_mlp import expert_mlp
@@ -28,4 +28,5 @@ __all__ = [
     "regroup",
     "route",
     "unpermute",
+    "vendor_waits",
 ]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .checks import check_adapter
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """LoRA of one fused weight ``[E, N, K]`` whose rows are ``len(b)`` projections of equal height (gate and up; or down).
 

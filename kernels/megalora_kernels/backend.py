@@ -2,13 +2,15 @@
 
 Named by an argument, or by the environment variable MEGALORA_BACKEND, or chosen by this rule:
 
-    CPU, float64                                   loop
-    float32 on a GPU                               triton (torch's grouped GEMM copies offsets to the host there)
-    rank > 128                                     grouped_mm (a tile of rank columns lives in registers)
-    fewer than VENDOR_ROWS rows per expert, or no room in the weights   triton
-    else                                           grouped_mm
+    CPU; float64                                                         loop
+    stacked rank > 256; GPUs before compute capability 8.0               loop
+    stacked rank > 128                                                   grouped_mm (tiles of rank columns live in registers)
+    not bfloat16, or neither Hopper nor datacentre Blackwell             triton (torch's grouped GEMM is a loop on the host there)
+    fewer than VENDOR_ROWS rows per expert, or no room in the weights    triton
+    else                                                                 grouped_mm
 
-``triton`` and ``grouped_mm`` leave the offsets on the device; ``loop`` and ``reference`` read them on the host.
+``triton``, and ``grouped_mm`` where the fourth line does not apply, leave the offsets on the device; ``loop`` and ``reference``
+read them on the host.
 """
 
 import os
@@ -22,7 +24,7 @@ from .grouped_gemm import why_not_grouped_mm
 BACKENDS = ("reference", "loop", "grouped_mm", "triton")
 ENV_BACKEND = "MEGALORA_BACKEND"
 VENDOR_ROWS = 1024  # rows per expert from which torch's grouped GEMM is taken; predicted, not yet measured on a GPU
-MAX_TRITON_RANK = 128
+MAX_TRITON_RANK, MAX_PASS_RANK = 128, 256  # of the GEMM's tiles, and of the passes that grouped_mm shares with it
 INTERPRETED: bool = knobs.runtime.interpret  # read once: kernels are decorated when this package is imported
 
 
@@ -45,7 +47,7 @@ def choose(
         ValueError: no such back end, or one that cannot run here.
     """
     name = _by_name(backend, what)
-    problems = {"triton": _why_not_triton(x, rank), "grouped_mm": _why_not_vendor(x, weights)}
+    problems = {"triton": _why_not_triton(x, rank), "grouped_mm": _why_not_vendor(x, rank, weights)}
     if name is not None:
         if problems.get(name):
             raise ValueError(f"{what}: backend {name!r} cannot run: {problems[name]}; use 'loop' or 'reference'")
@@ -53,8 +55,15 @@ def choose(
     if not x.is_cuda:
         return "loop"
     few, no_room = num_rows < VENDOR_ROWS * weights[0].shape[0], rank > 0 and not room
-    order = ["triton", "grouped_mm"] if few or no_room or x.dtype == torch.float32 else ["grouped_mm", "triton"]
+    triton_first = few or no_room or vendor_waits(x.dtype, x.device)
+    order = ["triton", "grouped_mm"] if triton_first else ["grouped_mm", "triton"]
     return next((name for name in order if problems[name] is None), "loop")
+
+
+def vendor_waits(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's grouped GEMM on this GPU is a loop that copies the offsets to the host: all but bfloat16 on Hopper and
+    datacentre Blackwell (aten/src/ATen/native/cuda/GroupedBlas.cpp)."""
+    return dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10)
 
 
 def choose_pass(backend: str | None, what: str, x: torch.Tensor, rank: int) -> str:
@@ -84,10 +93,16 @@ def _why_not_triton(x: torch.Tensor, rank: int) -> str | None:
         return (
             f"tensors are on {x.device}; Triton runs on GPUs, and on CPU only where TRITON_INTERPRET=1 from the start"
         )
+    return _too_old(x)
+
+
+def _too_old(x: torch.Tensor) -> str | None:
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the GPU's compute capability is below 8.0"
     return None
 
 
-def _why_not_vendor(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> str | None:
-    return next(filter(None, (why_not_grouped_mm(x, w) for w in weights)), None)
+def _why_not_vendor(x: torch.Tensor, rank: int, weights: Sequence[torch.Tensor]) -> str | None:
+    if x.is_cuda and rank > MAX_PASS_RANK:
+        return f"the stacked rank {rank} exceeds {MAX_PASS_RANK}, more than the passes between GEMMs have shared memory for"
+    return next(filter(None, (_too_old(x), *(why_not_grouped_mm(x, w) for w in weights))), None)

@@ -47,7 +47,7 @@ def _combine_kernel(y_ptr, slots_ptr, out_ptr, H, stride_y, SLOTS: tl.constexpr,
 
 def combine_triton(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
     num_tokens, num_slots, H = *slots_TK.shape, y_MH.shape[1]
-    y_MH = y_MH if y_MH.stride(1) == 1 else y_MH.contiguous()
+    y_MH, slots_TK = y_MH if y_MH.stride(1) == 1 else y_MH.contiguous(), slots_TK.contiguous()
     out_TH = y_MH.new_empty(num_tokens, H)
     if num_tokens == 0:
         return out_TH

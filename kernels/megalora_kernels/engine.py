@@ -129,8 +129,10 @@ class Engine:
     ) -> tuple[Rows, SwiGLUGrads]:  # fmt: skip
         """(dy, dS) of gate_up, and the gradients of probabilities, A of down and B of gate_up."""
         rows = self.buffers(y_MJ, y_MJ.shape[1], 0 if s_MR is None else s_MR.shape[1], weight)
-        gate_up = None if s_MR is None else (s_MR, b_EJR, self._padded(rows))
-        return rows, self.passes.swiglu_backward(dh_MI, y_MJ, p_M, self.routing, rows.x, gate_up, ds_MQ)
+        grads = self.passes.swiglu_backward(dh_MI, y_MJ, p_M, self.routing, rows.x, s_MR, ds_MQ)
+        if b_EJR is not None:
+            self.passes.shrink(rows.x, b_EJR.transpose(1, 2), self.routing, self._padded(rows))
+        return rows, grads
 
     def _padded(self, rows: Rows) -> torch.Tensor | None:
         """S with the columns that pad it."""

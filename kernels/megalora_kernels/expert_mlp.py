@@ -27,10 +27,10 @@ from torch.utils.checkpoint import checkpoint
 from .adapter import Adapter
 from .backend import choose
 from .checks import check_base, check_placement
+from .dropout import experts_with_dropout
 from .engine import Rows, Weight, make_engine
 from .grouped_gemm import Joined, grouped_gemm_ref
-from .grouped_lora import grouped_lora
-from .routing import Routing, permute, unpermute
+from .routing import Routing
 from .shrink import shrink_ref
 from .swiglu import swiglu_ref
 
@@ -188,19 +188,16 @@ def expert_mlp(
         down_EHI: frozen.
         p_M: routing probability of each row, float32 or x's dtype.
         routing: which rows are whose, and whether to gather and to combine.
-        gate_up, down: adapters. Their factors have x's dtype.
-        dropout: probability of zeroing an input of A (the base sees it whole). Not fused: rows are permuted, and gate_up
-            and down are two ``grouped_lora``, which keep h as well.
-        recompute: keep x instead of [gate | up] and compute that again in backward: a fifth GEMM beside four. With
-            dropout everything is computed again.
+        gate_up, down: adapters in x's dtype.
+        dropout: probability of zeroing an input of A (the base sees it whole). Not one node then, see ``dropout.py``.
+        recompute: keep x, not [gate | up], and compute that again in backward; with dropout everything.
         backend: as in ``grouped_lora``.
 
     Returns:
         ``[T', H]`` in x's dtype: each token's sum, T' tokens as ``routing.slots_TK`` has rows; without it, ``[M, H]``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; a weight that requires a gradient; a back end that cannot
-            run here.
+        ValueError: operands that do not fit; a weight that requires a gradient; a back end that cannot run here.
     """
     weights = (Weight.of(gate_up_EJH), Weight.of(down_EHI))
     _check(x_TH, weights, p_M, routing, (gate_up, down))
@@ -212,7 +209,11 @@ def expert_mlp(
         return expert_mlp_ref(x_TH, w1, w2, p_M, routing, gate_up, down, dropout)
     if dropout > 0:
         operands = (x_TH, gate_up_EJH, down_EHI, p_M, routing, gate_up, down, dropout, name)
-        return checkpoint(_with_dropout, *operands, use_reentrant=False) if recompute else _with_dropout(*operands)
+        return (
+            checkpoint(experts_with_dropout, *operands, use_reentrant=False)
+            if recompute
+            else experts_with_dropout(*operands)
+        )
     return _apply(name, recompute, x_TH, p_M, routing, weights, (gate_up, down))
 
 
@@ -231,21 +232,6 @@ def _apply(
     per_row = (t if t is None else t.contiguous() for t in (p_M, routing.offsets_E, routing.source_M, routing.slots_TK))
     tensors = (x_TH, *per_row, w1, w2, a1, a2, *b1, *b2)
     return _ExpertMLP.apply(static, *tensors)  # pyright: ignore[reportReturnType]
-
-
-def _with_dropout(
-    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | Joined, down_EHI: torch.Tensor | Joined, p_M: torch.Tensor,
-    routing: Routing, gate_up: Adapter | None, down: Adapter | None, dropout: float, backend: str,
-) -> torch.Tensor:  # fmt: skip
-    def linear(x: torch.Tensor, weight: torch.Tensor | Joined, adapter: Adapter | None) -> torch.Tensor:
-        if adapter is None:
-            return grouped_lora(x, weight, routing.offsets_E, backend=backend)
-        num_rows = weight.N if isinstance(weight, Joined) else weight.shape[1]
-        b, dropped = adapter.whole_b(num_rows), F.dropout(x, dropout)
-        return grouped_lora(x, weight, routing.offsets_E, adapter.a, b, x_lora_MK=dropped, backend=backend)
-
-    y_MJ = linear(permute(x_TH, routing), gate_up_EJH, gate_up)
-    return unpermute(linear(swiglu_ref(y_MJ, p_M), down_EHI, down), routing)
 
 
 def _check(

@@ -106,7 +106,7 @@ def grouped_lora(
             one: A stacked to [E, 2r, K], B block-diagonal [E, N, 2r]. Neither: the base alone.
         x_lora_MK: what A reads in place of x: x after dropout. The base reads x.
         backend: "reference", "loop", "grouped_mm" or "triton". None reads MEGALORA_BACKEND, and without it follows
-            the rule in ``engine.py``.
+            the rule in ``backend.py``.
 
     Returns:
         y_MN in x's dtype. GEMMs accumulate in float32 (float64 for float64); gradients of experts without rows are zero.

@@ -151,4 +151,4 @@ def lora_wgrad(
     name = choose_pass(backend, "lora_wgrad", x_MK, g_MR.shape[1])
     if name == "reference":
         return lora_wgrad_ref(g_MR, x_MK, Routing(offsets_E, x_MK.shape[0]))
-    return _LoRAWgrad.apply(g_MR.contiguous(), x_MK.contiguous(), offsets_E, name == "triton")  # pyright: ignore
+    return _LoRAWgrad.apply(g_MR.contiguous(), x_MK.contiguous(), offsets_E.contiguous(), name == "triton")  # pyright: ignore

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .combine import combine
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Routing:
     """Rows of experts, and how they relate to tokens."""
 
@@ -58,18 +58,21 @@ def route(routing_map_TE: torch.Tensor, top_k: int) -> tuple[Routing, torch.Tens
     """Routing of a top-k router, without waiting for the device.
 
     Args:
-        routing_map_TE: bool, exactly ``top_k`` experts per token (checked on the host only).
+        routing_map_TE: bool, exactly ``top_k`` experts per token.
         top_k: k.
 
     Returns:
         The routing, and ``expert_TK`` int64: each token's experts in ascending order, as its slots are.
 
     Raises:
-        ValueError: a token with another number of experts, on CPU.
+        ValueError: a token with another number of experts; on a GPU that is a device-side assertion.
     """
     num_tokens, num_experts = routing_map_TE.shape
-    if routing_map_TE.device.type == "cpu" and bool((routing_map_TE.sum(1) != top_k).any()):
+    whole = (routing_map_TE.sum(1) == top_k).all()
+    if routing_map_TE.device.type == "cpu" and not bool(whole):
         raise ValueError(f"routing: every token must have exactly top_k={top_k} experts")
+    if routing_map_TE.is_cuda:
+        torch._assert_async(whole)  # fails later and less politely, but waits for nothing
     rank_TE = torch.arange(num_experts, 0, -1, device=routing_map_TE.device, dtype=torch.int32) * routing_map_TE
     expert_TK = rank_TE.topk(top_k, dim=1, sorted=True).indices
     # Rows go expert by expert, tokens in order within one: a running count over the transposed map numbers them.
@@ -97,6 +100,8 @@ def regroup(counts_RE: torch.Tensor, num_rows: int) -> Routing:
     source_M = row_M + shift_ER.reshape(-1).repeat_interleave(counts_ER.reshape(-1), output_size=num_rows)
     slots_M = row_M - shift_ER.t().reshape(-1).repeat_interleave(counts_RE.reshape(-1), output_size=num_rows)
     offsets_E = counts_RE.sum(0).cumsum(0).to(torch.int32)
+    if counts_RE.is_cuda:
+        torch._assert_async(offsets_E[-1] == num_rows)
     return Routing(offsets_E, num_rows, source_M.int(), slots_M.int()[:, None].contiguous())
 
 
@@ -129,6 +134,24 @@ class _Unpermute(torch.autograd.Function):
         return _Permute.apply(grads[0], source_M, slots_TK), None, None  # pyright: ignore[reportReturnType]
 
 
+class _PermuteValues(torch.autograd.Function):
+    """Slots are a permutation: forward scatters along it, backward gathers."""
+
+    @staticmethod
+    def forward(ctx: Any, p_TK: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
+        slots = slots_TK.reshape(-1).long()
+        ctx.save_for_backward(slots)
+        p_M = p_TK.new_empty(slots.shape[0])
+        p_M[slots] = p_TK.reshape(-1)
+        ctx.shape = p_TK.shape
+        return p_M
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (slots,) = ctx.saved_tensors
+        return grads[0].index_select(0, slots).view(ctx.shape), None
+
+
 def permute(x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
     """``x[source]`` ``[M, H]``; x itself where the routing has no source. Its gradient is ``unpermute``: no atomics."""
     if routing.source_M is None or routing.slots_TK is None:
@@ -146,8 +169,4 @@ def unpermute(y_MH: torch.Tensor, routing: Routing) -> torch.Tensor:
 def permute_values(p_TK: torch.Tensor, routing: Routing) -> torch.Tensor:
     """One value per slot (a routing probability) ``[T, k]`` to one value per row ``[M]``; differentiable."""
     assert routing.slots_TK is not None and p_TK.shape == routing.slots_TK.shape
-    origin_M = torch.empty(routing.num_rows, dtype=torch.int64, device=p_TK.device)
-    flat = routing.slots_TK.reshape(-1).long()
-    origin_M[flat] = torch.arange(routing.num_rows, device=p_TK.device)
-    one_slot = routing.slots_TK.reshape(-1, 1)
-    return _Permute.apply(p_TK.reshape(-1, 1), origin_M.int(), one_slot).view(-1)  # pyright: ignore
+    return _PermuteValues.apply(p_TK, routing.slots_TK)  # pyright: ignore[reportReturnType]

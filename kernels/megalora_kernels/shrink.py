@@ -76,7 +76,7 @@ def shrink_triton(
     num_experts, K = routing.num_experts, x.shape[1]
     rank, a, s = (0, x, x) if a_ERK is None or s_MP is None else (a_ERK.shape[1], a_ERK, s_MP)
     wide = x.dtype != torch.float32
-    block_m, block_k = (64, 128) if wide else (32, 64)
+    block_m, block_k = (64 if wide else 32), (128 if rank <= 64 else 64 if rank <= 128 else 32) // (1 if wide else 2)
     _shrink_kernel[(max_tiles(routing.num_rows, num_experts, block_m),)](
         x, a, s, x if rows_MK is None else rows_MK,
         routing.offsets_E, routing.offsets_E if source_M is None else source_M,
@@ -84,7 +84,7 @@ def shrink_triton(
         0 if rows_MK is None else rows_MK.stride(0),
         R=rank, PAD=s.shape[1] if rank else 0, HAS_SOURCE=source_M is not None, COPY=rows_MK is not None,
         EXPERTS=triton.next_power_of_2(num_experts), BLOCK_M=block_m, BLOCK_K=block_k,
-        BLOCK_R=max(16, triton.next_power_of_2(s.shape[1] if rank else 1)), num_warps=4, num_stages=3,
+        BLOCK_R=max(16, triton.next_power_of_2(s.shape[1] if rank else 1)), num_warps=4 if rank <= 128 else 8, num_stages=3 if rank <= 128 else 2,
     )  # fmt: skip
 
 

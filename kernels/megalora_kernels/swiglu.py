@@ -3,9 +3,9 @@
     h[m] = silu(gate[m]) * up[m] * p[m]        [gate | up] = y[m]
     s[m] = h[m] @ a[e]ᵀ                        what down's adapter reads, in the same pass
 
-Backward goes once over dh, gate and up and makes from values in registers, besides dgate, dup and dp, everything that the
-adapters need of them: dS of gate_up, dB of gate and up, dA of down. Sums over rows and over columns are kept in float32 per
-chunk of rows and per block of columns and added in a fixed order: no atomics, the same bits on every run.
+Backward goes once over dh, gate and up and makes from values in registers, besides dgate, dup and dp, what sums over rows
+of them: dB of gate and up, dA of down. Sums are kept in float32 per chunk of rows (dp: per block of columns) and added in a
+fixed order: no atomics, the same bits on every run. dS of gate_up sums over columns; a shrink of [dgate | dup] makes it.
 
 Shape legend: M routed rows   E experts   I expert intermediate   R rank of gate and up stacked   Q rank of down
 """
@@ -72,9 +72,9 @@ def _swiglu_kernel(
 
 @triton.jit
 def _swiglu_backward_kernel(
-    dh_ptr, y_ptr, p_ptr, s_ptr, ds_ptr, b_ptr,  # dh (M, I), y (M, 2I), p (M,), s (M, R), ds (M, Q), b (E, 2I, R)
-    dy_ptr, dp_ptr, dgu_ptr, da_ptr, db_ptr,     # dy (M, 2I); float32 parts: (blocks, M), (blocks, M, R), (chunks, Q, I), (chunks, 2I, R)
-    offsets_ptr, num_rows, num_experts, I, stride_dh, stride_y, stride_s, stride_ds, stride_be, stride_bi, stride_br, stride_dy,
+    dh_ptr, y_ptr, p_ptr, s_ptr, ds_ptr, # dh (M, I), y (M, 2I), p (M,), s (M, R), ds (M, Q)
+    dy_ptr, dp_ptr, da_ptr, db_ptr,      # dy (M, 2I); float32 parts: (blocks, M), (chunks, Q, I), (chunks, 2I, R)
+    offsets_ptr, num_rows, num_experts, I, stride_dh, stride_y, stride_s, stride_ds, stride_dy,
     R: tl.constexpr, Q: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -85,10 +85,6 @@ def _swiglu_backward_kernel(
         i = block * BLOCK_I + tl.arange(0, BLOCK_I)
         i_ok, r, q = i < I, tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_Q)
         dtype = dy_ptr.dtype.element_ty
-        b_ptrs = b_ptr + expert.to(tl.int64) * stride_be + i[:, None] * stride_bi + r[None, :] * stride_br
-        b_ok = i_ok[:, None] & (r < R)[None, :]
-        b_gate = tl.load(b_ptrs, mask=b_ok, other=0.0)
-        b_up = tl.load(b_ptrs + I * stride_bi, mask=b_ok, other=0.0)
         da = tl.zeros((BLOCK_Q, BLOCK_I), tl.float32)
         db_gate = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
         db_up = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
@@ -109,11 +105,7 @@ def _swiglu_backward_kernel(
             tl.store(dy_ptrs, d_gate, mask=ok)
             tl.store(dy_ptrs + I, d_up, mask=ok)
             if R > 0:
-                d_s = tl.dot(d_gate, b_gate, input_precision="ieee")
-                d_s = tl.dot(d_up, b_up, d_s, input_precision="ieee")
                 s_ok = row_ok[:, None] & (r < R)[None, :]
-                dgu_row = (block.to(tl.int64) * num_rows + rows_64[:, None]) * R
-                tl.store(dgu_ptr + dgu_row + r[None, :], d_s, mask=s_ok)
                 s = tl.load(s_ptr + rows_64[:, None] * stride_s + r[None, :], mask=s_ok, other=0.0)
                 db_gate = tl.dot(tl.trans(d_gate), s, db_gate, input_precision="ieee")
                 db_up = tl.dot(tl.trans(d_up), s, db_up, input_precision="ieee")
@@ -123,8 +115,9 @@ def _swiglu_backward_kernel(
                 da = tl.dot(ds, (silu * up * p).to(dtype), da, input_precision="ieee")
         if R > 0:
             db_ptrs = db_ptr + (chunk.to(tl.int64) * 2 * I + i[:, None]) * R + r[None, :]
-            tl.store(db_ptrs, db_gate, mask=b_ok)
-            tl.store(db_ptrs + I * R, db_up, mask=b_ok)
+            db_ok = i_ok[:, None] & (r < R)[None, :]
+            tl.store(db_ptrs, db_gate, mask=db_ok)
+            tl.store(db_ptrs + I * R, db_up, mask=db_ok)
         if Q > 0:
             da_ptrs = da_ptr + (chunk.to(tl.int64) * Q + q[:, None]) * I + i[None, :]
             tl.store(da_ptrs, da, mask=(q < Q)[:, None] & i_ok[None, :])
@@ -171,7 +164,7 @@ def swiglu_loop(
 
 @dataclass
 class SwiGLUGrads:
-    """What one pass over dh leaves. ``dy`` and ``ds`` are written where the caller wants them."""
+    """What one pass over dh leaves; ``dy`` is written where the caller wants it."""
 
     dp_M: torch.Tensor
     """Gradient of the probabilities, in their dtype."""
@@ -181,27 +174,23 @@ class SwiGLUGrads:
 
 def swiglu_backward_triton(
     dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing, dy_MJ: torch.Tensor,
-    gate_up: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None, ds_MQ: torch.Tensor | None,
+    s_MR: torch.Tensor | None, ds_MQ: torch.Tensor | None,
 ) -> SwiGLUGrads:  # fmt: skip
-    """Fills ``dy_MJ`` and, for ``gate_up = (s_MR, b_EJR, ds_MP)``, ``ds_MP``; ``ds_MQ`` is dS of down."""
+    """Fills ``dy_MJ``. ``s_MR`` is S of gate_up, ``ds_MQ`` dS of down; None without that adapter."""
     (M, I), E, new = dh_MI.shape, routing.num_experts, {"dtype": torch.float32, "device": dh_MI.device}
-    s_MR, b_EJR, ds_MP = (y_MJ, y_MJ, None) if gate_up is None else gate_up
-    R, Q = 0 if gate_up is None else s_MR.shape[1], 0 if ds_MQ is None else ds_MQ.shape[1]
+    R, Q = (0 if t is None else t.shape[1] for t in (s_MR, ds_MQ))
+    s, ds = (y_MJ if t is None else t for t in (s_MR, ds_MQ))
     block_r, block_q = (max(16, triton.next_power_of_2(rank)) for rank in (R, Q))
     block_i = 64 if max(block_r, block_q) <= 64 else 32
     chunks, blocks = max_tiles(M, E, CHUNK_ROWS), int(triton.cdiv(I, block_i))
-    dp, dgu = torch.empty(blocks, M, **new), torch.empty(blocks, M, R, **new)
+    dp = torch.empty(blocks, M, **new)
     da, db = torch.empty(chunks, Q, I, **new), torch.empty(chunks, 2 * I, R, **new)
     _swiglu_backward_kernel[(chunks, blocks)](
-        dh_MI, y_MJ, p_M, s_MR, y_MJ if ds_MQ is None else ds_MQ, b_EJR, dy_MJ, dp, dgu, da, db,
-        routing.offsets_E, M, E, I, dh_MI.stride(0), y_MJ.stride(0), s_MR.stride(0),
-        0 if ds_MQ is None else ds_MQ.stride(0), *(b_EJR.stride() if R else (0, 0, 0)), dy_MJ.stride(0),
+        dh_MI, y_MJ, p_M, s, ds, dy_MJ, dp, da, db,
+        routing.offsets_E, M, E, I, dh_MI.stride(0), y_MJ.stride(0), s.stride(0), ds.stride(0), dy_MJ.stride(0),
         R=R, Q=Q, EXPERTS=triton.next_power_of_2(E), CHUNK=CHUNK_ROWS,
         BLOCK_M=32, BLOCK_I=block_i, BLOCK_R=block_r, BLOCK_Q=block_q, num_warps=8, num_stages=2,
     )  # fmt: skip
-    if ds_MP is not None:
-        ds_MP[:, :R].copy_(dgu.sum(0))
-        ds_MP[:, R:].zero_()
     return SwiGLUGrads(
         dp_M=dp.sum(0).to(p_M.dtype),
         da_EQI=sum_tiles(da, routing.offsets_E, CHUNK_ROWS, dh_MI.dtype) if Q else None,
@@ -211,13 +200,13 @@ def swiglu_backward_triton(
 
 def swiglu_backward_loop(
     dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing, dy_MJ: torch.Tensor,
-    gate_up: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None, ds_MQ: torch.Tensor | None,
+    s_MR: torch.Tensor | None, ds_MQ: torch.Tensor | None,
 ) -> SwiGLUGrads:  # fmt: skip
     """The same, one expert after the other: temporaries are one expert's rows wide."""
     I, wide, E = dh_MI.shape[1], torch.promote_types(dh_MI.dtype, torch.float32), routing.num_experts
     dp_M = torch.empty_like(p_M)
     da_EQI = None if ds_MQ is None else dh_MI.new_empty(E, ds_MQ.shape[1], I)
-    db_EJR = None if gate_up is None else dh_MI.new_empty(E, 2 * I, gate_up[0].shape[1])
+    db_EJR = None if s_MR is None else dh_MI.new_empty(E, 2 * I, s_MR.shape[1])
     for e, i, j in routing.spans():
         gate, up, dh, p = y_MJ[i:j, :I].to(wide), y_MJ[i:j, I:].to(wide), dh_MI[i:j].to(wide), p_M[i:j, None].to(wide)
         sigmoid = torch.sigmoid(gate)
@@ -226,10 +215,7 @@ def swiglu_backward_loop(
         dy = dy_MJ[i:j]
         dy[:, :I] = dh * p * up * sigmoid * (1 + gate * (1 - sigmoid))
         dy[:, I:] = dh * p * silu
-        if gate_up is not None and db_EJR is not None:
-            s_MR, b_EJR, ds_MP = gate_up
-            torch.mm(dy, b_EJR[e], out=ds_MP[i:j, : s_MR.shape[1]])
-            ds_MP[i:j, s_MR.shape[1] :] = 0
+        if s_MR is not None and db_EJR is not None:
             torch.mm(dy.t(), s_MR[i:j], out=db_EJR[e])
         if ds_MQ is not None and da_EQI is not None:
             torch.mm(ds_MQ[i:j].t(), (silu * up * p).to(dh_MI.dtype), out=da_EQI[e])

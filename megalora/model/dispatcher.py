@@ -18,6 +18,12 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
 from torch import Tensor
 
+NOT_KEPT = (
+    "moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_router_padding_for_quantization",
+    "moe_shared_expert_overlap",
+)  # fmt: skip
+"""Settings of Megatron's that its own dispatchers act on."""
+
 
 class LocalDispatcher(MoETokenDispatcher):
     """For a rank that holds all experts whole (EP = ETP = 1): nothing moves, and nothing waits for the device."""
@@ -91,6 +97,8 @@ class RoutedMoELayer(MoELayer):
     """Megatron's MoE layer with one of the two dispatchers above."""
 
     def __init__(self, config: Any, **kwargs: Any) -> None:
+        for name in NOT_KEPT:
+            assert not getattr(config, name, None), f"{name} is not implemented by these dispatchers"
         super().__init__(config=config, **kwargs)
         groups = kwargs.get("pg_collection")
         settings = {"config": self.config, "pg_collection": groups}

@@ -8,7 +8,7 @@ Shape legend (local to this rank):
 from typing import Any
 
 import torch
-from megalora_kernels import Adapter, Joined, Routing, expert_mlp
+from megalora_kernels import Adapter, Joined, Routing, expert_mlp, vendor_waits
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -41,7 +41,10 @@ class FusedExperts(MegatronModule):
 
     def gains_from_room(self) -> bool:
         """Whether the back end that wants adapters beside the weights will be the one taken here."""
-        return self.gate_up.device.type == "cuda" and self.num_local_experts <= FEW_EXPERTS
+        weight = self.gate_up
+        if weight.device.type != "cuda" or vendor_waits(weight.dtype, weight.device):
+            return False
+        return self.num_local_experts <= FEW_EXPERTS
 
     def make_room(self, gate_up_rank: int, down_rank: int) -> None:
         """Move the weights to where adapters of these ranks (0: none) can lie beside them.
@@ -62,6 +65,8 @@ class FusedExperts(MegatronModule):
         gate_up: Adapter | None = None, down: Adapter | None = None, dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
         """``down(silu(gate(x)) * up(x) * probs)`` for every row and summed per token, with optional adapters."""
+        for name, joined in self.joined.items():
+            assert getattr(self, name).data_ptr() == joined.weight.data_ptr(), f"{name} was moved out of its buffer"
         return expert_mlp(
             x_TH, self.joined.get("gate_up", self.gate_up), self.joined.get("down", self.down), probs_M, routing,
             gate_up=gate_up, down=down, dropout=dropout, recompute=self.recompute and self.training,

@@ -1,6 +1,7 @@
 """``torchrun --nproc-per-node N -m megalora.train CONFIG.yaml [section.key=value ...]``"""
 
 import sys
+from pathlib import Path
 
 from megalora.cli import guarded
 
@@ -16,8 +17,9 @@ def main(arguments: list[str]) -> None:
     config.check_world(host.world_size())
     host.install()
     from megalora.train.loop import train
+    from megalora.train.lost import explained
 
-    with host.process_group():
+    with host.process_group(config.train.timeout_minutes), explained(Path(config.checkpoint.dir)):
         train(config)
 
 

@@ -44,7 +44,7 @@ MANY = 6 * 1024  # 1,024 rows for each of six experts
 GPU: dict[str, tuple[dict[str, Any], str]] = {
     "few rows": (dict(rows=MANY - 1, room=True), "triton"),
     "many rows": (dict(rows=MANY, room=True), "grouped_mm"),
-    "many rows, float16": (dict(rows=MANY, room=True, dtype=torch.float16), "grouped_mm"),
+    "many rows, float16": (dict(rows=MANY, room=True, dtype=torch.float16), "triton"),
     "many rows, no room for the adapter": (dict(rows=MANY), "triton"),
     "many rows, no adapter": (dict(rows=MANY, rank=0), "grouped_mm"),
     "float32": (dict(rows=MANY, room=True, dtype=torch.float32), "triton"),
@@ -52,6 +52,7 @@ GPU: dict[str, tuple[dict[str, Any], str]] = {
     "rank 128": (dict(rank=128), "triton"),
     "rank 129": (dict(rank=129), "grouped_mm"),
     "rank 129 and rows of 24 bytes": (dict(rank=129, n=12), "loop"),
+    "a rank beyond the passes": (dict(rows=MANY, room=True, rank=257), "loop"),
     "many rows of 40 bytes": (dict(rows=MANY, room=True, k=20), "triton"),
 }
 
@@ -64,10 +65,17 @@ def test_what_a_gpu_takes(monkeypatch, case, expected):
         assert chosen(device="cuda", **{"dtype": torch.bfloat16, **case}) == expected
 
 
-def test_a_gpu_too_old_for_triton_takes_what_else_runs(monkeypatch):
+@pytest.mark.parametrize("capability, expected", [((8, 0), "triton"), ((12, 0), "triton"), ((10, 0), "grouped_mm")])
+def test_torchs_grouped_gemm_only_where_it_does_not_wait_for_the_device(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    with torch._C.DisableTorchFunction(), FakeTensorMode():
+        assert chosen(device="cuda", dtype=torch.bfloat16, rows=MANY, room=True) == expected
+
+
+def test_a_gpu_too_old_for_triton_takes_the_loop(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     with torch._C.DisableTorchFunction(), FakeTensorMode():
-        assert chosen(device="cuda", dtype=torch.bfloat16) == "grouped_mm"
+        assert chosen(device="cuda", dtype=torch.bfloat16) == "loop"
         with pytest.raises(ValueError, match="the GPU's compute capability is below 8.0"):
             chosen("triton", device="cuda", dtype=torch.bfloat16)
 
@@ -156,7 +164,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": (dict(a=torch.zeros(6, 8, K).half()), "a is torch.float16 but x is torch.float32; cast a before the call"),
     "device": (dict(offsets=torch.zeros(6, dtype=torch.int32, device="meta")), "offsets is on meta but x is on cpu"),
     "back end": (dict(backend="fast"), "backend is 'fast', want one of reference, loop, grouped_mm, triton"),
-    "room": (dict(weight=Joined(torch.zeros(6, N, K), 4)), "the adapter's rank is 8, but the weight has room for 4"),
+    "room": (
+        dict(weight=Joined(torch.zeros(6, N, K), 4), a=torch.zeros(6, 17, K), b=torch.zeros(6, N, 17)),
+        "the adapter's rank is 17, but the weight has room for 16",
+    ),
     "another x": (dict(x_lora_MK=torch.zeros(12, K)), "x_lora is (12, 24); it needs a, b and x's shape (13, 24)"),
     "another x alone": (dict(a=None, b=None, x_lora_MK=torch.zeros(13, K)), "it needs a, b and x's shape"),
 }

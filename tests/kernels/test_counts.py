@@ -58,7 +58,7 @@ def test_forward_of_a_linear_on_the_default_back_end(linear):
     assert calls <= 2.1 and size <= 1.25
 
 
-@pytest.mark.parametrize("arm, most_calls, most_bytes", [("grouped_mm", 2.60, 2.30), ("joined", 1.58, 2.42)])
+@pytest.mark.parametrize("arm, most_calls, most_bytes", [("grouped_mm", 2.65, 2.30), ("joined", 1.58, 2.42)])
 def test_forward_of_a_linear_by_grouped_mm(linear, arm, most_calls, most_bytes):
     """Joined allocates the rows copied beside S, M (K + r), and nothing else; plain B S, in pieces of 256 columns."""
     t = linear

@@ -18,6 +18,7 @@ ENDS = torch.tensor([3, 3, 6, 10], dtype=torch.int32)
 SOURCE, SLOTS = torch.arange(M, dtype=torch.int32) % T, torch.arange(M, dtype=torch.int32).view(T, 2)
 ROUTING = Routing(ENDS, M, SOURCE, SLOTS)
 GATE_UP = Adapter(zeros(E, 8, H), (zeros(E, INNER, 3), zeros(E, INNER, 5)), (1.0, 1.0))
+WIDE = Adapter(zeros(E, 20, H), (zeros(E, INNER, 3), zeros(E, INNER, 17)), (1.0, 1.0))
 DOWN = Adapter(zeros(E, 7, INNER), (zeros(E, H, 7),), (1.0,))
 
 
@@ -51,8 +52,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "features of A": (dict(down=Adapter(zeros(E, 7, H), DOWN.b, (1.0,))), "down: a is (4, 7, 24), want [E, R, K] = (4, R, 40)"),
     "dtype of A": (dict(down=Adapter(DOWN.a.half(), DOWN.b, (1.0,))), "down.a is torch.float16 but x is torch.float32"),
     "dtype of B": (dict(gate_up=b_of(zeros(E, INNER, 3).half(), zeros(E, INNER, 5))), "gate_up.b[0] is torch.float16"),
-    "room of gate_up": (dict(w1=Joined(zeros(E, 80, H), 4)), "gate_up: the adapter's rank is 8, but the weight has room for 4"),
-    "room of down": (dict(w2=Joined(zeros(E, H, INNER), 4)), "down: the adapter's rank is 7, but the weight has room for 4"),
+    "room of gate_up": (dict(w1=Joined(zeros(E, 80, H), 4), gate_up=WIDE), "gate_up: the adapter's rank is 20, but the weight has room for 16"),
+    "room of down": (dict(w2=Joined(zeros(E, H, INNER), 4), down=Adapter(zeros(E, 17, INNER), (zeros(E, H, 17),), (1.0,))), "down: the adapter's rank is 17, but the weight has room for 16"),
     "back end": (dict(backend="fast"), "expert_mlp: backend is 'fast', want one of reference, loop, grouped_mm, triton"),
     "rank for Triton": (dict(backend="triton", gate_up=Adapter(zeros(E, 129, H), (zeros(E, INNER, 129), None), (1.0, 1.0))), "the stacked rank 129 exceeds 128"),
 }  # fmt: skip

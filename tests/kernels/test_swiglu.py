@@ -63,14 +63,11 @@ def test_forward_is_rounded_once(way, dtype, padded):
 
 
 @pytest.mark.usefixtures("uninitialised_is_nan")
-@pytest.mark.parametrize("padded", [R, 8])
 @pytest.mark.parametrize("way, dtype", CASES, ids=str)
-def test_backward_is_rounded_once(way, dtype, padded, short_chunks):
+def test_backward_is_rounded_once(way, dtype, short_chunks):
     o = operands(dtype)
-    dy, ds1 = o["y"].new_empty(M, 2 * INNER), o["y"].new_empty(M, padded)
-    found = getattr(module, f"swiglu_backward_{way}")(
-        o["dh"], o["y"], o["p"], routing(), dy, (o["s"], o["b"], ds1), o["ds"]
-    )
+    dy = o["y"].new_empty(M, 2 * INNER)
+    found = getattr(module, f"swiglu_backward_{way}")(o["dh"], o["y"], o["p"], routing(), dy, o["s"], o["ds"])
     (gate, up), dh, p = o["y"].double().chunk(2, 1), o["dh"].double(), o["p"].double()[:, None]
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
@@ -80,7 +77,6 @@ def test_backward_is_rounded_once(way, dtype, padded, short_chunks):
     dp, most = (dh * silu * up).sum(1), (dh * gate * up).abs().sum(1)
     p_ulp = 2.0**-24
     assert ((found.dp_M.double() - dp).abs() <= p_ulp * dp.abs() + INNER * wide(dtype) / 10 * most).all()
-    assert torch.count_nonzero(ds1[:, R:]) == 0 and ds1[:, :R].isfinite().all()
     for grad in (found.da_EQI, found.db_EJR):
         assert grad.dtype == dtype and all(torch.count_nonzero(grad[e]) == 0 for e in (0, 2))
 

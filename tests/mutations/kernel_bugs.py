@@ -6,7 +6,11 @@ GEMM, SHRINK, SWIGLU, WGRAD, MLP, ROUTING, ENGINE, TILES = (
     f"kernels/megalora_kernels/{name}.py"
     for name in ("grouped_gemm", "shrink", "swiglu", "lora_wgrad", "expert_mlp", "routing", "engine", "tiles")
 )
-MLP_TEST, KEPT, ORDER = "tests/kernels/test_expert_mlp.py", "tests/kernels/test_kept_bytes.py", "tests/kernels/test_program_order.py"
+MLP_TEST, KEPT, ORDER = (
+    "tests/kernels/test_expert_mlp.py",
+    "tests/kernels/test_kept_bytes.py",
+    "tests/kernels/test_program_order.py",
+)
 
 # fmt: off
 KERNEL_BUGS: tuple[Bug, ...] = (

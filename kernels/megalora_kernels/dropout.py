@@ -1,0 +1,57 @@
+"""Experts whose adapters read a dropped-out input: two grouped LoRA linears around SwiGLU, not one node.
+
+A reads x after dropout and the base reads x whole, so that both are kept, permuted. The mask is torch's, from its generator.
+
+Shape legend: T tokens or rows of x   M routed rows   E experts   H hidden   I intermediate   J = 2I
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .adapter import Adapter
+from .engine import make_engine
+from .grouped_gemm import Joined
+from .grouped_lora import grouped_lora
+from .routing import Routing, permute, unpermute
+
+
+class _SwiGLU(torch.autograd.Function):
+    """SwiGLU alone, for experts with dropout: keeps y and p, not the float32 values between."""
+
+    @staticmethod
+    def forward(ctx: Any, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing, backend: str) -> torch.Tensor:
+        engine = make_engine(backend, routing, y_MJ.device)
+        ctx.save_for_backward(y_MJ, p_M, routing.offsets_E)
+        ctx.backend = backend
+        h_MI = y_MJ.new_empty(y_MJ.shape[0], y_MJ.shape[1] // 2)
+        engine.passes.swiglu(y_MJ, p_M, None, routing, h_MI, None)
+        return h_MI
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dh_MI: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y_MJ, p_M, offsets_E = ctx.saved_tensors
+        engine = make_engine(ctx.backend, Routing(offsets_E, y_MJ.shape[0]), y_MJ.device)
+        dy_MJ = torch.empty_like(y_MJ)
+        grads = engine.passes.swiglu_backward(engine.dense(dh_MI), y_MJ, p_M, engine.routing, dy_MJ, None, None)
+        return dy_MJ, grads.dp_M, None, None
+
+
+def experts_with_dropout(
+    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | Joined, down_EHI: torch.Tensor | Joined, p_M: torch.Tensor,
+    routing: Routing, gate_up: Adapter | None, down: Adapter | None, dropout: float, backend: str,
+) -> torch.Tensor:  # fmt: skip
+    """``expert_mlp`` for dropout > 0; operands are as there, and checked there."""
+
+    def linear(x: torch.Tensor, weight: torch.Tensor | Joined, adapter: Adapter | None) -> torch.Tensor:
+        if adapter is None:
+            return grouped_lora(x, weight, routing.offsets_E, backend=backend)
+        num_rows = weight.N if isinstance(weight, Joined) else weight.shape[1]
+        b, dropped = adapter.whole_b(num_rows), F.dropout(x, dropout)
+        return grouped_lora(x, weight, routing.offsets_E, adapter.a, b, x_lora_MK=dropped, backend=backend)
+
+    y_MJ = linear(permute(x_TH, routing), gate_up_EJH, gate_up)
+    h_MI: Any = _SwiGLU.apply(y_MJ, p_M.contiguous(), routing, backend)
+    return unpermute(linear(h_MI, down_EHI, down), routing)

@@ -1,0 +1,165 @@
+"""Two hosts in one machine: network namespaces with addresses and names of their own, joined by a cable that can be cut."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CARD = "eth0"  # its name on both hosts; each namespace has names of its own
+NAMES_OF = "127.0.0.1 localhost\n10.77.0.1 host-a\n10.77.0.2 host-b\n"
+
+
+@dataclass(frozen=True)
+class Host:
+    """``space`` is the namespace: a name for ``ip netns``, the same for no two test runs at a time."""
+
+    name: str
+    address: str
+    node_rank: int
+
+    @property
+    def space(self) -> str:
+        return f"megalora-{os.getpid()}-{self.name}"
+
+
+HOSTS = (Host("host-a", "10.77.0.1", 0), Host("host-b", "10.77.0.2", 1))
+
+
+@dataclass
+class Node:
+    """One host's part of a run: launch/torchrun_node.sh, and what it printed."""
+
+    host: Host
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def missing() -> str:
+    """Why this machine can have no second host; empty when it can."""
+    if not sys.platform.startswith("linux") or shutil.which("ip") is None:
+        return "needs Linux and the ip command (iproute2)"
+    if os.geteuid() != 0:
+        return "needs root, to make network namespaces"
+    name = f"megalora-{os.getpid()}-try"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    if made.returncode == 0:
+        cable = ["ip", "-n", name, "link", "add", "try0", "type", "veth", "peer", "name", "try1"]
+        made = subprocess.run(cable, capture_output=True, text=True)
+        subprocess.run(["ip", "netns", "del", name], check=True)
+    if made.returncode != 0:
+        return f"this machine lets root make no network namespaces with a cable: {made.stderr.strip()}"
+    return ""
+
+
+def ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@contextmanager
+def two_hosts() -> Iterator[None]:
+    """Both hosts exist, joined, for as long as the block runs; then they and every process on them are gone."""
+    try:
+        for host in HOSTS:
+            ip("netns", "add", host.space)
+            ip("-n", host.space, "link", "set", "lo", "up")
+            _give_names(host)
+        first, second = HOSTS
+        ip("link", "add", CARD, "netns", first.space, "type", "veth", "peer", "name", CARD, "netns", second.space)
+        for host in HOSTS:
+            ip("-n", host.space, "addr", "add", f"{host.address}/24", "dev", CARD)
+            ip("-n", host.space, "link", "set", CARD, "up")
+        yield
+    finally:
+        for host in HOSTS:
+            remove(host)
+
+
+def _give_names(host: Host) -> None:
+    """``ip netns exec`` puts these in the place of /etc's. No name server is in reach, and asking one takes 10 s each."""
+    folder = Path("/etc/netns") / host.space
+    folder.mkdir(parents=True)
+    (folder / "hosts").write_text(NAMES_OF)
+    (folder / "nsswitch.conf").write_text("hosts: files\n")
+
+
+def remove(host: Host) -> None:
+    kill_all(host)
+    subprocess.run(["ip", "netns", "del", host.space], capture_output=True)
+    shutil.rmtree(Path("/etc/netns") / host.space, ignore_errors=True)
+    with suppress(OSError):  # it holds other namespaces' files
+        Path("/etc/netns").rmdir()
+
+
+def kill_all(host: Host) -> None:
+    """End what still runs on a host: torchrun, and ranks that outlived it."""
+    shown = subprocess.run(["ip", "netns", "pids", host.space], capture_output=True, text=True)
+    for process in shown.stdout.split():
+        with suppress(ProcessLookupError):  # it may have ended by itself in between
+            os.kill(int(process), signal.SIGKILL)
+
+
+def cut() -> None:
+    """Pull the cable out at the second host. No connection is closed: neither side is told anything."""
+    ip("-n", HOSTS[1].space, "link", "set", CARD, "down")
+
+
+def mend() -> None:
+    ip("-n", HOSTS[1].space, "link", "set", CARD, "up")
+
+
+def received_bytes(host: Host) -> int:
+    """What has come in over the cable so far."""
+    (card,) = json.loads(ip("-n", host.space, "-j", "-s", "link", "show", CARD))
+    return card["stats64"]["rx"]["bytes"]
+
+
+def start(folder: Path, port: int, config: Path, *overrides: str) -> list[Node]:
+    """Call launch/torchrun_node.sh on both hosts, with two ranks on each."""
+    outside = {
+        k: v
+        for k, v in os.environ.items()
+        if not re.match(r"SLURM|PET_|NNODES|NODE_|MASTER|NPROC|RDZV|LOCAL_|TRITON", k)
+    }
+    nodes = []
+    for host in HOSTS:
+        log = folder / f"{host.name}.log"
+        settings = {
+            "NNODES": "2", "NODE_RANK": str(host.node_rank), "NPROC_PER_NODE": "2",
+            "MASTER_ADDR": HOSTS[0].name, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": CARD,
+            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = ["ip", "netns", "exec", host.space, ROOT / "launch" / "torchrun_node.sh", config, *overrides]
+        with log.open("wb") as out:
+            process = subprocess.Popen(command, cwd=ROOT, env=outside | settings, stdout=out, stderr=subprocess.STDOUT)
+        nodes.append(Node(host, process, log))
+    return nodes
+
+
+def ended(nodes: list[Node], within_s: float) -> list[int]:
+    """Exit codes, once both have ended; an assertion that shows both logs when they do not in ``within_s`` seconds."""
+    began = time.monotonic()
+    running = list(nodes)
+    while running and time.monotonic() - began < within_s:
+        running = [node for node in running if node.process.poll() is None]
+        time.sleep(0.1)
+    if running:
+        for node in nodes:
+            kill_all(node.host)
+    assert not running, f"{[n.host.name for n in running]} still running after {within_s:.0f} s\n{logs(nodes)}"
+    return [node.process.returncode for node in nodes]
+
+
+def logs(nodes: list[Node]) -> str:
+    return "\n".join(f"--- {node.host.name}\n{node.said()}" for node in nodes)
