@@ -69,6 +69,15 @@ def test_rows_gathered_from_a_source(backend):
     )  # 9 products of size at most 10: 90 * 2^-24 = 5e-6
 
 
+def test_sums_of_chunks_are_kept_in_float32(monkeypatch):
+    """1 + 2^-12 in one chunk and -1 in the next: float16 would round the first to 1."""
+    monkeypatch.setattr(module, "CHUNK_ROWS", 64)
+    g = torch.zeros(70, 1, dtype=torch.float16)
+    g[0], g[1], g[64] = 1, 2.0**-12, -1
+    out = lora_wgrad(g, torch.ones(70, 3).half(), torch.tensor([70], dtype=torch.int32), backend="triton")
+    assert torch.equal(out, torch.full((1, 1, 3), 2.0**-12).half())
+
+
 @pytest.mark.parametrize("backend", ["reference", "loop"])
 def test_gradcheck(backend):
     g, x, offsets, _ = operands([0, 2, 3, 0], 2, 4, torch.float64)

@@ -81,6 +81,17 @@ def test_backward_is_rounded_once(way, dtype, short_chunks):
         assert grad.dtype == dtype and all(torch.count_nonzero(grad[e]) == 0 for e in (0, 2))
 
 
+def test_sums_of_chunks_are_kept_in_float32(short_chunks):
+    """1 + 2^-12 in one chunk and -1 in the next: float16 would round the first to 1. silu(32) is 32, so h is 1 everywhere."""
+    y = torch.tensor([32.0, 1 / 32]).expand(40, 2).contiguous().half()
+    signal = torch.zeros(40, 1, dtype=torch.float16)
+    signal[0], signal[1], signal[32] = 1, 2.0**-12, -1
+    routing, dy = Routing(torch.tensor([40], dtype=torch.int32), 40), torch.empty(40, 2).half()
+    dh = torch.full((40, 1), 1 / 32).half()  # makes dup = dh silu(gate) = 1
+    found = module.swiglu_backward_triton(dh, y, torch.ones(40), routing, dy, signal, signal)
+    assert found.da_EQI.item() == 2.0**-12 and found.db_EJR[0, 1].item() == 2.0**-12
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of 200: to inf, and 1 / (1 + inf) is right
 def test_large_gates_neither_overflow_nor_lose_the_other_factor():
     """silu(g) is g from 20 on and 0 below -100; sigmoid must not become inf / inf on the way."""

@@ -1,0 +1,122 @@
+"""Builds one rank of a layout without weights, memory or GPUs, and counts what is there.
+
+The model is made by the code that makes it for training (``configure``, Megatron's provider, ``inject``) with every parameter on
+the meta device, in a world of any size whose collectives do nothing. What it finds must be what ``memory.py`` says.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
+from megalora.lora.spec import resolve
+from megalora.model.shape import ModelShape, model_shape
+
+
+@dataclass(frozen=True)
+class RankCount:
+    """Bytes of one rank's model as built."""
+
+    base_bytes: int
+    adapter_bytes: int
+    buffer_bytes: int
+    """Registered buffers; none today."""
+    num_tensors: int
+    """HF adapter tensors of which this rank holds a part."""
+    shapes: dict[str, tuple[int, ...]]
+    """Megatron's name of each parameter, its chunk's number in front, and its shape on this rank."""
+
+
+def dry_run(hf: Mapping[str, Any], lora: LoRAConfig, parallel: ParallelConfig, model: ModelConfig) -> RankCount:
+    """Build this rank of the initialised world on the meta device.
+
+    The world may be one of torch's fake process groups, of any size and as any rank; nothing is communicated.
+
+    Args:
+        hf: the model's ``config.json``, as ``read_architecture`` or ``read_hf_config`` gives it.
+        model: back end and dtype; its path is not read.
+
+    Raises:
+        ValueError: what training with this config would raise before it reads weights.
+    """
+    shape = model_shape(dict(hf))
+    shape.check_layout(parallel)
+    adapted = resolve(lora, shape)
+
+    import torch
+
+    from megalora.lora.inject import inject
+    from megalora.train.setup import parallel_groups
+
+    with parallel_groups(parallel) as groups, _meta_device():
+        chunks = _provide(hf, model, parallel, shape)
+        pieces = inject(chunks, adapted, shape, lora, groups, seed=0, dtype=getattr(torch, model.dtype))
+        return _count(chunks, len({piece.name for piece in pieces}))
+
+
+def _provide(hf: Mapping[str, Any], model: ModelConfig, parallel: ParallelConfig, shape: ModelShape) -> list[Any]:
+    """``build_model`` without its folder and weights."""
+    from transformers import AutoConfig
+
+    from megalora.bridge.base import AutoBridge, quiet
+    from megalora.model.build import configure
+
+    fields = {"architectures": [_ARCHITECTURES[shape.model_type]], **hf}
+    kind = fields.pop("model_type")
+    with quiet():
+        bridge = AutoBridge.from_hf_config(AutoConfig.for_model(kind, **fields))
+        provider = configure(bridge.to_megatron_provider(load_weights=False), model, parallel, shape)
+        provider.finalize()
+        stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
+        chunks = [provider.provide(vp_stage=stage) for stage in stages]
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+    return chunks
+
+
+_ARCHITECTURES = {
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+}
+
+
+def _count(chunks: list[Any], num_tensors: int) -> RankCount:
+    parameters = {f"{i}.{name}": p for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
+    buffers = [b for chunk in chunks for b in chunk.buffers()]
+    there = [name for name, p in parameters.items() if p.device.type != "meta"]
+    assert not there, f"{there[0]} was allocated in earnest"
+
+    def num_bytes(tensors: Any) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    return RankCount(
+        base_bytes=num_bytes(p for p in parameters.values() if not p.requires_grad),
+        adapter_bytes=num_bytes(p for p in parameters.values() if p.requires_grad),
+        buffer_bytes=num_bytes(buffers),
+        num_tensors=num_tensors,
+        shapes={name: tuple(p.shape) for name, p in parameters.items()},
+    )
+
+
+def _meta_device() -> Any:
+    """A context in which every tensor made empty, zero or one is on the meta device, though its maker names another.
+
+    ``torch.device("meta")`` as a context does not reach those who pass a device. Initial values of adapters, drawn on the host
+    from a seed, are left out: they would take longer than all the rest.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    factories = frozenset({torch.empty, torch.zeros, torch.ones})
+
+    class OnMeta(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.Tensor.uniform_:
+                return args[0]
+            if func in factories:
+                kwargs = {**kwargs, "device": "meta"}
+            return func(*args, **kwargs)
+
+    return OnMeta()

@@ -1,0 +1,163 @@
+"""What a training step really keeps for backward, and how many microbatches at once, against the planner's formulas."""
+
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalora.config import LoRAConfig, RunConfig
+from megalora.model.shape import model_shape, read_hf_config
+from megalora.planner.activations import Microbatch, chunk_bytes, head_bytes
+from megalora.planner.layouts import Layout, Workload
+from megalora.planner.schedule import in_flight
+from megalora.planner.weights import Chunk, PlannedModel, attention_widths, chunks_of
+from tests.distributed.ranks import run_ranks
+from tests.parity.built import built
+from tests.parity.everything import LORA, config_of
+
+DEFAULT = LoRAConfig(rank=3, alpha=6.0)
+SOME = LoRAConfig(rank=4, target_modules=["o_proj", "down_proj"], layers="2-")
+ONE = LoRAConfig(rank=4, target_modules=["q_proj"], layers="0")
+EXPERTS = LoRAConfig(rank=4, target_modules=["gate_proj"], layers="1")
+
+
+class Saved:
+    """A tensor that a node keeps for backward; gone when the node is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def kept_by_a_microbatch(config: RunConfig) -> tuple[int, tuple[int, ...]]:
+    """(bytes of the storages, parameters left out, that this rank keeps as the first backward begins; the batch's shape)."""
+    with built(config) as run:
+        own = {p.untyped_storage().data_ptr() for chunk in run.model.chunks for p in chunk.parameters()}
+        saved: WeakSet[Saved] = WeakSet()
+        counted: list[int] = []
+
+        def pack(t: Tensor) -> Saved:
+            saved.add(holder := Saved(t))
+            return holder
+
+        def unpack(holder: Saved) -> Tensor:
+            if not counted:
+                storages = {s.tensor.untyped_storage().data_ptr(): s.tensor.untyped_storage().nbytes() for s in saved}
+                counted.append(sum(n for at, n in storages.items() if at not in own))
+            return holder.tensor
+
+        batches = run.batches.of_step(0)[:1]
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            run.stepper.train(batches, run.optimizer)
+        return sum(counted), tuple(batches[0].tokens.shape)
+
+
+CASES = [
+    ("tiny", 1, {}, DEFAULT), ("tiny", 1, {}, SOME), ("tiny", 1, {}, EXPERTS), ("tiny", 2, {"ep": 2}, DEFAULT),
+    ("tiny", 2, {"tp": 2, "ep": 2}, DEFAULT), ("tiny", 2, {"tp": 2, "etp": 2}, DEFAULT), ("tiny", 2, {"pp": 2}, DEFAULT),
+    ("tiny", 2, {"pp": 2}, ONE), ("everything", 1, {}, LORA), ("everything", 2, {"tp": 2, "ep": 2}, LORA),
+    ("everything", 2, {"pp": 2}, LORA), ("tiny_dense", 2, {"tp": 2}, DEFAULT),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recompute", ["off", "selective", "full"])
+@pytest.mark.parametrize(("name", "world", "sizes", "lora"), CASES)
+def test_bytes_kept(name, world, sizes, lora, recompute, chats, tmp_path, request: pytest.FixtureRequest) -> None:
+    """Summed over ranks: how many rows each expert-parallel rank gets is the router's choice, their sum is not. Nothing is left out
+    but a scalar, the loss's scale."""
+    base: Path = request.getfixturevalue(name)
+    config = config_of(base, chats, tmp_path / "run", sizes, lora, recompute, micro_batch_size=2)
+    found, said = counted_and_planned(config, world)
+    print(f"{name} {sizes} {recompute}: counted {found}, planned {said}, {100 * (said / found - 1):+.3f} %")
+    assert abs(said / found - 1) < 0.005
+
+
+@pytest.mark.parametrize("recompute", ["off", "selective"])
+@pytest.mark.parametrize(
+    ("name", "world", "sizes", "lora"),
+    [("tiny", 1, {}, DEFAULT), ("tiny", 2, {"tp": 2, "ep": 2}, DEFAULT), ("everything", 2, {"pp": 2}, LORA)],
+)
+def test_bytes_kept_in_bfloat16(
+    name, world, sizes, lora, recompute, chats, tmp_path, request: pytest.FixtureRequest
+) -> None:
+    """On the CPU a norm is composed of float32 operations and keeps its input widened; a GPU has it as one kernel that does not."""
+    base: Path = request.getfixturevalue(name)
+    config = config_of(base, chats, tmp_path / "run", sizes, lora, recompute, micro_batch_size=2, dtype="bfloat16")
+    found, said = counted_and_planned(config, world, widened_norms)
+    print(f"{name} {sizes} {recompute} bfloat16: counted {found}, planned {said}, {100 * (said / found - 1):+.3f} %")
+    assert abs(said / found - 1) < 0.005
+
+
+def widened_norms(model: PlannedModel, layout: Layout, batch: Microbatch, chunk: Chunk) -> int:
+    """Bytes by which float32 inputs of a chunk's norms exceed the bfloat16 ones that are counted; every linear adapted."""
+    s, (q, kv) = model.shape, attention_widths(model.shape, layout.parallel)
+    num_norms = 2 * len(chunk.layers) - chunk.has_embedding + chunk.has_head
+    heads = (
+        batch.tokens * (4 * (q + kv) - 2 * q * (kv > s.head_dim)) * s.qk_norm
+    )  # k's, one group's q too, is part of qkv's output
+    return num_norms * batch.own_tokens * s.hidden * 2 + len(chunk.layers) * heads
+
+
+def counted_and_planned(config: RunConfig, world: int, extra: Any = None) -> tuple[int, int]:
+    """Bytes over all ranks; ``extra``: what to plan for each chunk beside the product's formulas."""
+    model = PlannedModel.of(model_shape(read_hf_config(Path(config.model.path))), config.lora)
+    train, found, said = config.train, 0, 0
+    layout = Layout(parallel=config.parallel, num_ranks=world, micro_batch_size=2, recompute=train.recompute)
+    for rank, (num_bytes, (_, sequence)) in enumerate(run_ranks(kept_by_a_microbatch, world, config)):
+        work = Workload(sequence_length=sequence, global_batch_size=8, dtype=config.model.dtype)
+        for chunk in chunks_of(model.shape, layout.parallel, rank // (world // layout.parallel.pp)):
+            said += chunk_bytes(model, layout, work, chunk) + (head_bytes(model, layout, work) if chunk.has_head else 0)
+            said += extra(model, layout, Microbatch.of(model, layout, work), chunk) if extra else 0
+        found += num_bytes
+    return found, said
+
+
+def held_at_once(config: RunConfig) -> set[tuple[int, ...]]:
+    """Microbatches of each chunk that ran forward and not yet backward, after every forward of a step."""
+    with built(config) as run:
+        held, seen = [0] * len(run.model.chunks), set()
+
+        def count(number: int) -> Any:
+            def forward(module: Any, args: Any, output: Tensor) -> None:
+                held[number] += 1
+                seen.add(tuple(held))
+
+                def backward(gradient: Tensor) -> None:
+                    held[number] -= 1
+
+                output.register_hook(backward)
+
+            return forward
+
+        for number, chunk in enumerate(run.model.chunks):
+            chunk.register_forward_hook(count(number))
+        run.stepper.train(run.batches.of_step(0), run.optimizer)
+        assert not any(held)
+        return seen
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes", "batch"),
+    [(4, {"pp": 4}, 12), (4, {"pp": 4}, 2), (2, {"pp": 2, "vpp": 2}, 8), (2, {"pp": 2, "vpp": 2}, 2), (4, {"pp": 2, "vpp": 2, "tp": 2}, 6)],
+)  # fmt: skip
+def test_microbatches_in_flight(world, sizes, batch, tiny, chats, tmp_path) -> None:
+    config = config_of(
+        tiny, chats, tmp_path / "run", sizes, DEFAULT, "off", micro_batch_size=1, global_batch_size=batch
+    )
+    for rank, seen in enumerate(run_ranks(held_at_once, world, config)):
+        said = in_flight(config.parallel, rank // (world // config.parallel.pp), batch)
+        largest = {s for s in seen if not any(s != o and all(a <= b for a, b in zip(s, o, strict=True)) for o in seen)}
+        assert set(said) == largest
+
+
+def test_long_schedules_hold_no_more_than_short_ones() -> None:
+    """The interleaved count stops after a few rounds; this is the whole of it."""
+    from megalora.config import ParallelConfig
+    from megalora.planner.schedule import _interleaved
+
+    for pp, vpp in ((2, 3), (4, 2), (6, 4)):
+        for stage in range(pp):
+            whole = _interleaved(pp, vpp, stage, 20 * pp)
+            assert set(in_flight(ParallelConfig(pp=pp, vpp=vpp), stage, 20 * pp)) == set(whole)

@@ -1,0 +1,142 @@
+"""Enumeration against brute force over every combination of sizes, and the reasons for what is left out."""
+
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megalora.config import ParallelConfig
+from megalora.model.shape import ModelShape, model_shape, read_hf_config
+from megalora.planner.layouts import LEVELS, Layout, Workload, check, enumerate_layouts
+from megalora.planner.models import load_shape
+
+ROOT = Path(__file__).parents[2]
+WORK = Workload(sequence_length=4096, global_batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def shape() -> ModelShape:
+    return load_shape(ROOT / "configs" / "models" / "qwen3_30b_a3b.yaml")
+
+
+def test_planning_does_not_import_torch() -> None:
+    code = "import sys, megalora.planner.layouts, megalora.planner.memory, megalora.planner.dryrun, megalora.planner.models"
+    code += "; sys.exit(int(any(m in sys.modules for m in ('torch', 'megatron', 'transformers'))))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def by_force(shape: ModelShape, num_ranks: int, work: Workload, micros: tuple[int, ...]) -> set[tuple]:
+    """Sizes up to the number of ranks and chunks up to the number of layers, kept where the model divides and batches do."""
+    sizes = range(1, num_ranks + 1)
+    found = set()
+    for tp, pp, ep, etp in itertools.product(sizes, repeat=4):
+        if num_ranks % (tp * pp) or num_ranks % (ep * etp * pp):
+            continue
+        heads = shape.num_heads % tp == 0 and (shape.num_kv_heads % tp == 0 or tp % shape.num_kv_heads == 0)
+        experts = shape.num_experts % ep == 0 and shape.expert_intermediate % etp == 0
+        dense = len(shape.moe_layers) == shape.num_layers or shape.intermediate % tp == 0
+        if not (heads and experts and dense and shape.vocab % tp == 0 and shape.shared_intermediate % tp == 0):
+            continue
+        for vpp, micro in itertools.product(range(1, shape.num_layers + 1), micros):
+            dp = num_ranks // (tp * pp)
+            if shape.num_layers % (pp * vpp) or (vpp > 1 and pp == 1) or work.global_batch_size % (micro * dp):
+                continue
+            if vpp == 1 or work.global_batch_size // (micro * dp) % pp == 0:
+                found.add((tp, pp, vpp, ep, etp, micro))
+    return found
+
+
+@pytest.mark.parametrize("num_ranks", [1, 6, 8, 12])
+@pytest.mark.parametrize("batch", [8, 24])
+def test_legal_is_what_divides(num_ranks: int, batch: int, shape: ModelShape) -> None:
+    work = Workload(sequence_length=128, global_batch_size=batch)
+    found = enumerate_layouts(shape, num_ranks, work, micro_batch_sizes=(1, 2), recompute=("off",))
+    ours = [
+        (o.parallel.tp, o.parallel.pp, o.parallel.vpp, o.parallel.ep, o.parallel.etp, o.micro_batch_size)
+        for o in found.legal
+    ]
+    assert len(ours) == len(set(ours))
+    assert set(ours) == by_force(shape, num_ranks, work, (1, 2))
+
+
+def test_legal_of_a_model_with_everything(everything: Path) -> None:
+    small = model_shape(read_hf_config(everything))
+    work = Workload(sequence_length=64, global_batch_size=12)
+    found = enumerate_layouts(small, 12, work, micro_batch_sizes=(1, 3), recompute=("off",))
+    ours = {
+        (o.parallel.tp, o.parallel.pp, o.parallel.vpp, o.parallel.ep, o.parallel.etp, o.micro_batch_size)
+        for o in found.legal
+    }
+    assert ours == by_force(small, 12, work, (1, 3))
+
+
+def test_256_ranks_take_less_than_a_second(shape: ModelShape) -> None:
+    start = time.process_time()
+    found = enumerate_layouts(shape, 256, WORK)
+    assert time.process_time() - start < 5
+    assert len(found.legal) > 1000
+    assert {o.recompute for o in found.legal} == set(LEVELS)
+    for layout in found.legal[:: len(found.legal) // 50]:
+        check(shape, layout, WORK)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "micro", "reason"),
+    [
+        ({"tp": 64}, None, "parallel.tp=64 does not fit the model's 32 attention heads and 4 key/value heads"),
+        ({"pp": 32}, None, "parallel.pp * vpp=32 does not divide the model's 48 layers"),
+        ({"pp": 16, "vpp": 2}, None, "parallel.pp * vpp=32 does not divide the model's 48 layers"),
+        ({"ep": 256}, None, "parallel.ep=256 does not divide the model's 128 experts"),
+        ({"ep": 1, "etp": 512}, None, "parallel.etp=512 does not divide the model's 768 features per expert"),
+        ({"tp": 1}, 4, "train.global_batch_size=64 cannot be divided: micro_batch_size=4 * data parallel=512"),
+        ({"tp": 32, "pp": 8, "vpp": 2}, 8, "the interleaved schedule (parallel.vpp=2) needs a number of microbatches"),
+    ],
+)
+def test_every_rejected_layout_has_its_reason(
+    parallel: dict, micro: int | None, reason: str, shape: ModelShape
+) -> None:
+    p = ParallelConfig(**parallel)
+    found = enumerate_layouts(shape, 512, WORK)
+    reasons = [r.reason for r in found.rejected if r.parallel == p and r.micro_batch_size == micro]
+    assert len(reasons) == 1 and reason in reasons[0], reasons
+    assert all("\n" not in r.reason and r.reason for r in found.rejected)
+    assert not [o for o in found.legal if o.parallel == p and micro in (None, o.micro_batch_size)]
+    layout = Layout(parallel=p, num_ranks=512, micro_batch_size=micro or 1)
+    with pytest.raises(ValueError, match=r"tp=.*micro=") as error:
+        check(shape, layout, WORK)
+    assert reasons[0] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_experts_of_a_dense_model_are_not_divided(tiny_dense: Path) -> None:
+    dense = model_shape(read_hf_config(tiny_dense))
+    found = enumerate_layouts(dense, 4, Workload(sequence_length=64, global_batch_size=8))
+    assert {(o.parallel.ep, o.parallel.etp) for o in found.legal} == {(1, 1)}
+    assert {o.parallel.tp for o in found.legal} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_ranks": 0}, "at least 1 rank, got 0"),
+        ({"micro_batch_sizes": (0,)}, "microbatches of"),
+        ({"micro_batch_sizes": ()}, "microbatches of"),
+        ({"recompute": ("some",)}, "recompute levels are off, selective, full; got"),
+    ],
+)
+def test_choices_that_are_none(options: dict, message: str, shape: ModelShape) -> None:
+    with pytest.raises(ValueError, match=message):
+        enumerate_layouts(shape, **{"num_ranks": 8, "work": WORK, **options})
+
+
+@pytest.mark.parametrize("options", [{"sequence_length": 1}, {"global_batch_size": 0}, {"imbalance": 0.5}])
+def test_workloads_that_are_none(options: dict) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        Workload(**{"sequence_length": 8, "global_batch_size": 8, **options})
+
+
+def test_a_layout_that_does_not_fill_the_world() -> None:
+    with pytest.raises(ValueError, match="12 ranks cannot hold the expert grid"):
+        Layout(parallel=ParallelConfig(ep=8), num_ranks=12)

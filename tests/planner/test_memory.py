@@ -1,0 +1,172 @@
+"""Gradient and optimizer bytes against the live tensors of a training step, and what a plan says of itself."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalora.config import LoRAConfig, ParallelConfig, RunConfig
+from megalora.model.shape import model_shape, read_hf_config
+from megalora.planner.layouts import Layout, Workload, enumerate_layouts
+from megalora.planner.memory import MemoryPlan, fullest_stage, memory_of, memory_of_model
+from megalora.planner.models import load_shape
+from megalora.planner.weights import PlannedModel, adapter_parameters, chunks_of
+from megalora.train.optim import _parts
+from tests.distributed.ranks import run_ranks
+from tests.parity.built import built
+from tests.parity.everything import LORA
+from tests.parity.runs import make_config
+
+MODELS = Path(__file__).parents[2] / "configs" / "models"
+
+
+def num_bytes(tensors: list[Tensor]) -> int:
+    """Of distinct storages."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def live_bytes(config: RunConfig) -> dict[str, int]:
+    """Frozen weights, parameter and gradient buffers, and the optimizer's tensors after one step."""
+    with built(config) as run:
+        run.stepper.train(run.batches.of_step(0), run.optimizer)
+        run.optimizer.step()
+        frozen = [p for chunk in run.model.chunks for p in chunk.parameters() if not p.requires_grad]
+        buffers = [b for chunk in run.stepper.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
+        state: list[Any] = []
+        for part in _parts(run.optimizer):
+            state += [t for s in part.optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.dim()]
+            state += [t for group in part.shard_fp32_from_float16_groups for t in group]
+        return {
+            "weights": num_bytes(frozen), "parameters": num_bytes([b.param_data for b in buffers]),
+            "gradients": num_bytes([b.grad_data for b in buffers]), "optimizer": num_bytes(state),
+        }  # fmt: skip
+
+
+CASES = [
+    ("tiny", 1, {}, None), ("tiny", 2, {}, None), ("tiny", 2, {"ep": 2}, None), ("tiny", 4, {"tp": 2, "ep": 2}, None),
+    ("tiny", 4, {"pp": 2, "vpp": 2}, None), ("everything", 4, {"tp": 2, "pp": 2}, LORA),
+    ("everything", 4, {"tp": 4, "etp": 2}, LORA), ("tiny_dense", 2, {}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "world", "sizes", "lora"), CASES)
+def test_weights_gradients_and_optimizer(
+    name, world, sizes, lora, dtype, chats, tmp_path, request: pytest.FixtureRequest
+) -> None:
+    """Weights and buffers to the byte. Optimizer state: to the byte where nothing is shared out and over all ranks together; where
+    it is, no rank has more than planned, and each nearly that."""
+    base: Path = request.getfixturevalue(name)
+    config = make_config(base, chats, tmp_path / "run", sizes, lora=lora or LoRAConfig(rank=4), dtype=dtype)
+    shape = model_shape(read_hf_config(base))
+    layout = Layout(parallel=config.parallel, num_ranks=world, micro_batch_size=config.train.micro_batch_size)
+    model, live_total, total = PlannedModel.of(shape, config.lora), 0, Fraction(0)
+    for rank, live in enumerate(run_ranks(live_bytes, world, config)):
+        stage = rank // (world // config.parallel.pp)
+        plan = memory_of(shape, config.lora, layout, Workload.of(config), stage)
+        assert live["weights"] == plan["weights"]
+        assert live["parameters"] == plan["adapters"] + plan["buffer padding"]
+        assert live["gradients"] == plan["gradients"]
+        assert 0.95 * plan["optimizer"] < live["optimizer"] <= plan["optimizer"]
+        assert live["optimizer"] == plan["optimizer"] or layout.dp * layout.edp > 1
+        live_total += live["optimizer"]
+        for chunk in chunks_of(shape, config.parallel, stage):
+            count = adapter_parameters(model, config.parallel, chunk)
+            total += Fraction(count.dense, layout.dp) + Fraction(count.expert, layout.edp)
+    assert live_total == total * (12 if dtype == "bfloat16" else 8)
+
+
+@pytest.fixture(scope="module")
+def model() -> PlannedModel:
+    return PlannedModel.of(load_shape(MODELS / "qwen3_30b_a3b.yaml"), LoRAConfig())
+
+
+def plan_of(model: PlannedModel, stage: int = 0, ranks: int = 8, recompute: Any = "off", **sizes: int) -> MemoryPlan:
+    layout = Layout(parallel=ParallelConfig(**sizes), num_ranks=ranks, recompute=recompute)
+    return memory_of_model(model, layout, Workload(sequence_length=4096, global_batch_size=64), stage)
+
+
+def test_an_expert_layer_keeps_what_the_kernels_readme_says(model: PlannedModel) -> None:
+    """58,212 bytes a token with expert parallelism at rank 16, indexes and probabilities of routing outside the node left out."""
+    from megalora.planner.activations import Microbatch, _experts
+
+    p = ParallelConfig(ep=8)
+    layout, work = Layout(parallel=p, num_ranks=8), Workload(sequence_length=4096, global_batch_size=8)
+    batch = Microbatch.of(model, layout, work)
+    found = _experts(model, layout, batch, model.by_layer[0], True, False) / batch.tokens
+    assert abs(found - 8 * (2048 + 2 * 768 + 48) * 2 - 8 * (2 + 8)) < 1  # a probability and two indexes each
+
+
+def test_the_peak_is_the_larger_of_pass_and_step(model: PlannedModel) -> None:
+    plan = plan_of(model, ep=8)
+    always = sum(part.num_bytes for part in plan.parts if part.when == "always")
+    assert plan.peak_bytes == always + max(plan.sum_of("pass"), plan.sum_of("step"))
+    assert {part.basis for part in plan.parts} == {"measured", "derived", "assumed"}
+    assert plan.table().splitlines()[-1].startswith("peak")
+
+
+def test_what_a_layout_changes(model: PlannedModel) -> None:
+    one, full = plan_of(model, ep=8), plan_of(model, ep=8, recompute="full")
+    assert full["activations"] == 48 * 4096 * 2048 * 2 + 4096 * 128 * 4  # every layer's input, and angles
+    assert full["workspace"] > one["workspace"] and full.peak_bytes < one.peak_bytes
+    first, last = (plan_of(model, stage=stage, pp=4, ep=2) for stage in (0, 3))
+    assert first["activations"] > 3 * last["activations"]  # four microbatches in flight against one
+    assert first["loss"] == first["logits"] == 0 < last["loss"]
+    assert one["room for adapters"] > 0 == plan_of(model, ep=2)["room for adapters"]  # 16 experts here, 64 there
+    assert plan_of(model)["all-to-all"] == 0 < one["all-to-all"]
+
+
+def test_imbalance_fills_experts_alone(model: PlannedModel) -> None:
+    layout = Layout(parallel=ParallelConfig(ep=8), num_ranks=8)
+    even, skewed = (
+        memory_of_model(model, layout, Workload(sequence_length=4096, global_batch_size=8, imbalance=i))
+        for i in (1.0, 1.5)
+    )
+    rows = 4096 * 8 // 2  # half as many again
+    per_row = (2048 + 2 * 768 + 48 + 1) * 2 + 8 + 2 * 4
+    assert skewed["activations"] - even["activations"] == 48 * rows * per_row
+    assert skewed["weights"] == even["weights"]
+
+
+def test_the_fullest_stage_decides(model: PlannedModel) -> None:
+    work = Workload(sequence_length=4096, global_batch_size=64)
+    layout = Layout(parallel=ParallelConfig(pp=4, ep=2), num_ranks=8)
+    peaks = [memory_of_model(model, layout, work, stage).peak_bytes for stage in range(4)]
+    found = fullest_stage(model, layout, work)
+    assert (found.peak_bytes, found.stage) == (max(peaks), peaks.index(max(peaks)))
+
+
+def test_factors_that_ranks_share_are_summed_in_tables() -> None:
+    """TP 8 on 4 key/value heads, rank 2: A of q, k, v and B of o whole on each rank, B of k and v in 4 parts for 8 ranks."""
+    lora = LoRAConfig(rank=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], layers="0")
+    layout = Layout(parallel=ParallelConfig(tp=8, ep=8), num_ranks=8)
+    shape, work = load_shape(MODELS / "qwen3_30b_a3b.yaml"), Workload(sequence_length=64, global_batch_size=8)
+    elements = 2 * (3 * 2048 + 2048 + 2 * 512)
+    assert memory_of(shape, lora, layout, work)["optimizer step"] == 8 * elements
+
+
+def test_a_stage_that_is_none(model: PlannedModel) -> None:
+    with pytest.raises(ValueError, match=r"stage 2 is none of parallel\.pp=2"):
+        plan_of(model, stage=2, pp=2)
+    with pytest.raises(KeyError, match="no part 'everything'"):
+        plan_of(model)["everything"]
+
+
+def test_dropout_is_refused_rather_than_counted_wrongly(model: PlannedModel) -> None:
+    with pytest.raises(ValueError, match=r"lora\.dropout=0\.1: what dropout keeps for backward is not counted"):
+        PlannedModel.of(model.shape, LoRAConfig(dropout=0.1))
+
+
+def test_every_layout_of_64_ranks_has_a_plan_at_once(model: PlannedModel) -> None:
+    import time
+
+    found = enumerate_layouts(model.shape, 64, Workload(sequence_length=4096, global_batch_size=64)).legal
+    start = time.process_time()
+    for layout in found[::20]:
+        for stage in {0, layout.parallel.pp - 1}:
+            plan = memory_of_model(model, layout, Workload(sequence_length=4096, global_batch_size=64), stage)
+            assert all(part.num_bytes >= 0 for part in plan.parts)
+    assert (time.process_time() - start) / len(found[::20]) < 0.05
