@@ -107,11 +107,15 @@ class Engine:
     def linear(self, rows: Rows, weight: Weight, b_ENR: torch.Tensor | None) -> torch.Tensor:
         """``x Wᵀ + s Bᵀ``."""
         b_ERN = None if b_ENR is None else b_ENR.transpose(1, 2)
-        return self.gemm(rows.x, weight.w_ENK.transpose(1, 2), self.routing, rows.s_MR, b_ERN, rows.source_M)
+        return self.product(rows, weight.w_ENK.transpose(1, 2), b_ERN)
 
     def dgrad(self, rows: Rows, weight: Weight, a_ERK: torch.Tensor | None) -> torch.Tensor:
         """``dy W + ds A`` for ``rows = (dy, ds)``."""
-        return self.gemm(rows.x, weight.w_ENK, self.routing, rows.s_MR, a_ERK, rows.source_M)
+        return self.product(rows, weight.w_ENK, a_ERK)
+
+    def product(self, rows: Rows, w_EKN: torch.Tensor, factor_ERN: torch.Tensor | None) -> torch.Tensor:
+        """``x @ w[e] + s @ factor[e]``."""
+        return self.gemm(rows.x, w_EKN, self.routing, rows.s_MR, factor_ERN, rows.source_M)
 
     def from_rank(self, s_MR: torch.Tensor, factor_ERN: torch.Tensor) -> torch.Tensor:
         """``s @ factor[e]`` alone."""
@@ -186,18 +190,17 @@ class VendorEngine(Engine):
     def linear(self, rows: Rows, weight: Weight, b_ENR: torch.Tensor | None) -> torch.Tensor:
         if rows.joined is not None and weight.joined is not None and b_ENR is not None:
             return grouped_gemm_vendor(rows.joined, weight.joined.with_b(b_ENR), self.routing)
-        b_ERN = None if b_ENR is None else b_ENR.transpose(1, 2)
-        return self._base_and_delta(rows, weight.w_ENK.transpose(1, 2), b_ERN)
+        return super().linear(rows, weight, b_ENR)
 
     def dgrad(self, rows: Rows, weight: Weight, a_ERK: torch.Tensor | None) -> torch.Tensor:
         if rows.joined is not None and weight.joined is not None and a_ERK is not None:
             return grouped_gemm_vendor(rows.joined, weight.joined.with_a(a_ERK), self.routing)
-        return self._base_and_delta(rows, weight.w_ENK, a_ERK)
+        return super().dgrad(rows, weight, a_ERK)
 
     def from_rank(self, s_MR: torch.Tensor, factor_ERN: torch.Tensor) -> torch.Tensor:
         return grouped_gemm_vendor(*self._rank_operands(s_MR, factor_ERN), self.routing)
 
-    def _base_and_delta(self, rows: Rows, w_EKN: torch.Tensor, factor_ERN: torch.Tensor | None) -> torch.Tensor:
+    def product(self, rows: Rows, w_EKN: torch.Tensor, factor_ERN: torch.Tensor | None) -> torch.Tensor:
         y_MN = grouped_gemm_vendor(rows.x, w_EKN, self.routing)
         if factor_ERN is not None and rows.s_MR is not None:
             add_delta_vendor(y_MN, *self._rank_operands(rows.s_MR, factor_ERN), self.routing)

@@ -79,18 +79,12 @@ class _Operands:
         assert p is not None and offsets is not None
         self.x, self.p = x, p
         self.routing = Routing(offsets, static.num_rows, source, slots)
-        (j1, j2), n = static.joined, static.blocks[0]
-        self.weight1, self.weight2 = self._weight(w1, j1), self._weight(w2, j2)
+        n, given = static.blocks[0], zip((w1, w2), static.joined, strict=True)
+        # A joined weight is not among the saved tensors.
+        self.weight1, self.weight2 = (Weight.of(joined or w) for w, joined in given)  # pyright: ignore[reportArgumentType]
         self.adapter1 = None if a1 is None else Adapter(a1, tuple(b[:n]), static.scales[0])
         self.adapter2 = None if a2 is None else Adapter(a2, tuple(b[n:]), static.scales[1])
         self.engine = make_engine(static.backend, self.routing, p.device)
-
-    @staticmethod
-    def _weight(w: torch.Tensor | None, joined: Joined | None) -> Weight:
-        if joined is not None:
-            return Weight(joined.weight, joined)
-        assert w is not None
-        return Weight(w)
 
     def b1(self) -> torch.Tensor | None:
         return self.adapter1.whole_b(self.weight1.w_ENK.shape[1]) if self.adapter1 else None

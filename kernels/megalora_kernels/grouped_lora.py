@@ -67,7 +67,7 @@ class _GroupedLoRA(torch.autograd.Function):
     def backward(ctx: Any, dy_MN: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_MK, s_MR, weight_ENK, offsets_E, a_ERK, b_ENR = ctx.saved_tensors
         need_dx, _, _, need_da, need_db, need_dx_lora, *_ = ctx.needs_input_grad
-        weight = Weight(ctx.joined.weight if ctx.joined else weight_ENK, ctx.joined)
+        weight = Weight.of(ctx.joined or weight_ENK)
         routing = Routing(offsets_E, dy_MN.shape[0])
         engine = make_engine(ctx.backend, routing, dy_MN.device)
         dx_MK = da_ERK = db_ENR = dx_lora_MK = None

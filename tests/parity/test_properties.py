@@ -13,7 +13,6 @@ import torch.distributed as dist
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megalora.config import ParallelConfig
 from megalora.model.shape import ModelShape, model_shape, read_hf_config
@@ -23,6 +22,7 @@ from tests.oracles.training import Oracle
 from tests.parity.built import first_gradients, random_adapter
 from tests.parity.compare import of_largest
 from tests.parity.everything import LORA, config_of, first_batch
+from tests.planner.world import fake_world
 
 BATCH, RANKS = 12, (1, 2, 3, 4)
 SHAPE = ModelShape(
@@ -124,21 +124,16 @@ def test_megatron_lays_out_what_the_config_accepts(data: st.DataObject) -> None:
     world = unit * data.draw(st.integers(1, 96 // unit), "replicas")
     assume(refusal(world, sizes) is None)
     parallel = ParallelConfig(**sizes)
-    dist.init_process_group(
-        "fake", rank=data.draw(st.integers(0, world - 1), "rank"), world_size=world, store=FakeStore()
-    )
-    try:
-        with parallel_groups(parallel) as groups:
-            dp, edp = parallel.data_parallel_sizes(world)
-            expected = {
-                "tp": parallel.tp,
-                "pp": parallel.pp,
-                "dp": dp,
-                "ep": parallel.ep,
-                "etp": parallel.etp,
-                "edp": edp,
-            }
-            assert {name: groups.named(name).size() for name in expected} == expected
-            assert parallel.tp * parallel.pp * dp == parallel.etp * parallel.ep * parallel.pp * edp == world
-    finally:
-        dist.destroy_process_group()
+    rank = data.draw(st.integers(0, world - 1), "rank")
+    with fake_world(rank, world), parallel_groups(parallel) as groups:
+        dp, edp = parallel.data_parallel_sizes(world)
+        expected = {
+            "tp": parallel.tp,
+            "pp": parallel.pp,
+            "dp": dp,
+            "ep": parallel.ep,
+            "etp": parallel.etp,
+            "edp": edp,
+        }
+        assert {name: groups.named(name).size() for name in expected} == expected
+        assert parallel.tp * parallel.pp * dp == parallel.etp * parallel.ep * parallel.pp * edp == world
