@@ -99,6 +99,22 @@ def process_group(timeout_minutes: float = 30) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def fake_world(rank: int, num_ranks: int) -> Iterator[None]:
+    """This process as rank ``rank`` of ``num_ranks``, over torch's fake process group: collectives return at once and move nothing.
+
+    For building a rank of any world without the others.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    install()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def timeout_minutes() -> float:
     """How long ranks of the world wait for each other; groups made later ask, or torch gives them 30 minutes."""
     backend: Any = dist.group.WORLD._get_backend(device())  # pyright: ignore

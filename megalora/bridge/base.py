@@ -45,7 +45,7 @@ from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
 from megatron.bridge.models.qwen.qwen3_bridge import Qwen3Bridge  # noqa: E402
 from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
-from transformers import Qwen2MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM  # noqa: E402
+from transformers import AutoConfig, Qwen2MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM  # noqa: E402
 
 logging.disable(_loud)
 AutoMapping.register_module_type("RMSNorm", "replicated")
@@ -178,6 +178,20 @@ def open_base(folder: Path) -> AutoBridge:
     check_base_folder(folder)
     with quiet():
         return AutoBridge.from_hf_pretrained(str(folder))
+
+
+def open_architecture(hf: Mapping[str, Any]) -> AutoBridge:
+    """The same from a parsed ``config.json`` alone, for a model without weights."""
+    fields = {"architectures": [_ARCHITECTURES[hf["model_type"]]], **hf}
+    with quiet():
+        return AutoBridge.from_hf_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+
+
+_ARCHITECTURES = {
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+}
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A frozen Megatron GPTModel from a Hugging Face folder, cut for this rank."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megalora import host
-from megalora.bridge.base import open_base, quiet
+from megalora.bridge.base import open_architecture, open_base, quiet
 from megalora.config import ModelConfig, ParallelConfig
 from megalora.model.backend import block_spec
 from megalora.model.shape import ModelShape
@@ -18,15 +19,43 @@ from megalora.parallel import megatron_groups
 def build_model(config: ModelConfig, parallel: ParallelConfig, shape: ModelShape, folder: Path) -> list[nn.Module]:
     """The model chunks of this rank (``parallel.vpp`` of them), weights loaded, every parameter frozen."""
     bridge = open_base(folder)
+    chunks = make_chunks(bridge, config, parallel, shape)
+    with quiet():
+        bridge.load_hf_weights(chunks)
+    dist.barrier()
+    for chunk in chunks:
+        chunk.to(host.device())  # Megatron makes router weights on the host
+    return chunks
+
+
+def build_random(
+    hf: Mapping[str, Any], config: ModelConfig, parallel: ParallelConfig, shape: ModelShape, seed: int = 0
+) -> list[nn.Module]:
+    """The same from a ``config.json`` alone: norms are 1, other weights N(0, 0.02), drawn anew on every rank.
+
+    For measuring time and memory where the weights themselves do not matter; ranks that share a weight do not agree on it.
+    """
+    chunks = make_chunks(open_architecture(hf), config, parallel, shape)
+    generator = torch.Generator(host.device()).manual_seed(seed)
+    for chunk in chunks:
+        chunk.to(host.device())
+        with torch.no_grad():
+            for name, parameter in chunk.named_parameters():
+                if "norm" in name:
+                    parameter.fill_(1)
+                else:
+                    parameter.normal_(std=0.02, generator=generator)
+    return chunks
+
+
+def make_chunks(bridge: Any, config: ModelConfig, parallel: ParallelConfig, shape: ModelShape) -> list[nn.Module]:
+    """The chunks of this rank, frozen, their weights not yet filled."""
     with quiet():
         provider = configure(bridge.to_megatron_provider(load_weights=False), config, parallel, shape)
         provider.finalize()
         stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
         chunks = [provider.provide(vp_stage=stage) for stage in stages]
-        bridge.load_hf_weights(chunks)
-    dist.barrier()
     for chunk in chunks:
-        chunk.to(host.device())  # Megatron makes router weights on the host
         chunk.requires_grad_(False)
     return chunks
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.lora.spec import resolve
-from megalora.model.shape import ModelShape, model_shape
+from megalora.model.shape import model_shape
 
 
 @dataclass(frozen=True)
@@ -45,40 +45,15 @@ def dry_run(hf: Mapping[str, Any], lora: LoRAConfig, parallel: ParallelConfig, m
 
     import torch
 
+    from megalora.bridge.base import open_architecture
     from megalora.lora.inject import inject
+    from megalora.model.build import make_chunks
     from megalora.train.setup import parallel_groups
 
     with parallel_groups(parallel) as groups, _meta_device():
-        chunks = _provide(hf, model, parallel, shape)
+        chunks = make_chunks(open_architecture(hf), model, parallel, shape)
         pieces = inject(chunks, adapted, shape, lora, groups, seed=0, dtype=getattr(torch, model.dtype))
         return _count(chunks, len({piece.name for piece in pieces}))
-
-
-def _provide(hf: Mapping[str, Any], model: ModelConfig, parallel: ParallelConfig, shape: ModelShape) -> list[Any]:
-    """``build_model`` without its folder and weights."""
-    from transformers import AutoConfig
-
-    from megalora.bridge.base import AutoBridge, quiet
-    from megalora.model.build import configure
-
-    fields = {"architectures": [_ARCHITECTURES[shape.model_type]], **hf}
-    kind = fields.pop("model_type")
-    with quiet():
-        bridge = AutoBridge.from_hf_config(AutoConfig.for_model(kind, **fields))
-        provider = configure(bridge.to_megatron_provider(load_weights=False), model, parallel, shape)
-        provider.finalize()
-        stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
-        chunks = [provider.provide(vp_stage=stage) for stage in stages]
-    for chunk in chunks:
-        chunk.requires_grad_(False)
-    return chunks
-
-
-_ARCHITECTURES = {
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-}
 
 
 def _count(chunks: list[Any], num_tensors: int) -> RankCount:

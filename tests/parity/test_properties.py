@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megalora import host
 from megalora.config import ParallelConfig
 from megalora.model.shape import ModelShape, model_shape, read_hf_config
 from megalora.train.setup import parallel_groups
@@ -22,7 +23,6 @@ from tests.oracles.training import Oracle
 from tests.parity.built import first_gradients, random_adapter
 from tests.parity.compare import of_largest
 from tests.parity.everything import LORA, config_of, first_batch
-from tests.planner.world import fake_world
 
 BATCH, RANKS = 12, (1, 2, 3, 4)
 SHAPE = ModelShape(
@@ -125,7 +125,7 @@ def test_megatron_lays_out_what_the_config_accepts(data: st.DataObject) -> None:
     assume(refusal(world, sizes) is None)
     parallel = ParallelConfig(**sizes)
     rank = data.draw(st.integers(0, world - 1), "rank")
-    with fake_world(rank, world), parallel_groups(parallel) as groups:
+    with host.fake_world(rank, world), parallel_groups(parallel) as groups:
         dp, edp = parallel.data_parallel_sizes(world)
         expected = {
             "tp": parallel.tp,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megalora import host
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.lora.spec import resolve
 from megalora.model.shape import model_shape, read_hf_config
@@ -11,7 +12,6 @@ from megalora.planner.dryrun import RankCount, dry_run
 from megalora.planner.layouts import Layout, Workload
 from megalora.planner.memory import memory_of
 from megalora.planner.models import read_architecture
-from tests.planner.world import fake_world
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 WORK = Workload(sequence_length=4096, global_batch_size=4096)
@@ -61,7 +61,7 @@ def assert_agrees(
 def test_bytes_of_a_rank(name: str, world: int, ranks: tuple[int, ...], sizes: dict, lora: LoRAConfig) -> None:
     hf, parallel = read_architecture(MODELS / f"{name}.yaml"), ParallelConfig(**sizes)
     for rank in ranks:
-        with fake_world(rank, world):
+        with host.fake_world(rank, world):
             found = dry_run(hf, lora, parallel, ModelConfig(path="planned"))
         assert_agrees(found, hf, lora, parallel, world, rank)
 
@@ -80,7 +80,7 @@ def test_shared_experts_dense_layers_biases_and_float32(
     names = [n for n in NAMES if n != "gate"] if model == "tiny_dense" else NAMES
     lora = LoRAConfig(rank=3, target_modules=names)
     for rank in range(world):
-        with fake_world(rank, world):
+        with host.fake_world(rank, world):
             found = dry_run(hf, lora, parallel, ModelConfig(path="planned", dtype="float32"))
         assert_agrees(found, hf, lora, parallel, world, rank, dtype="float32")
 
@@ -90,7 +90,7 @@ def test_tied_embeddings(sizes: dict, tiny_dense: Path) -> None:
     """One tensor where both are on one rank, a copy where the head is on another."""
     hf, parallel = read_hf_config(tiny_dense) | {"tie_word_embeddings": True}, ParallelConfig(**sizes)
     for rank in range(parallel.pp):
-        with fake_world(rank, parallel.pp):
+        with host.fake_world(rank, parallel.pp):
             found = dry_run(hf, ALL, parallel, ModelConfig(path="planned"))
         assert_agrees(found, hf, ALL, parallel, parallel.pp, rank)
 
