@@ -21,6 +21,7 @@ usage='usage: launch/torchrun_node.sh CONFIG.yaml [section.key=value ...]
   NPROC_PER_NODE   ranks on each node, one per GPU (default: every GPU of this node, 1 where there is none)
                                             [PET_NPROC_PER_NODE]
   RDZV_ID          name of the run, the same on all its nodes (default megalora) [PET_RDZV_ID]
+  MODULE           what to run, megalora.bench.measure when megalora bench calls this (default megalora.train)
   RDZV_TIMEOUT     seconds that nodes wait for each other at the start (default 900)
   LOCAL_ADDR       how the others reach this node (default: MASTER_ADDR on node 0, elsewhere the address this node
                    uses to talk to node 0); ranks may have to be told the network too: NCCL_SOCKET_IFNAME=eth0 on
@@ -97,6 +98,7 @@ MASTER_ADDR=${MASTER_ADDR:-${PET_MASTER_ADDR:-${meeting%:*}}}
 MASTER_PORT=${MASTER_PORT:-${PET_MASTER_PORT:-${meeting##*:}}}
 MASTER_PORT=${MASTER_PORT:-29500}
 RDZV_ID=${RDZV_ID:-${PET_RDZV_ID:-megalora}}
+MODULE=${MODULE:-megalora.train}
 RDZV_TIMEOUT=${RDZV_TIMEOUT:-900}
 if [[ -z "$MASTER_ADDR" && -n "${SLURM_STEP_NODELIST:-}" ]]; then
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_STEP_NODELIST") # node-[a-c] -> node-a ...
@@ -127,7 +129,8 @@ python - $((NNODES * NPROC_PER_NODE)) "$config" "$@" <<'PYTHON'
 import sys
 from megalora.cli import guarded
 from megalora.config_file import load_config
-guarded(lambda a: load_config(a[1], a[2:]).check_world(int(a[0])), sys.argv[1:])
+words = [a for a in sys.argv[1:] if not a.startswith("--")]  # options of other modules are theirs to check
+guarded(lambda a: load_config(a[1], a[2:]).check_world(int(a[0])), words)
 PYTHON
 
 if ((NNODES == 1)); then
@@ -175,4 +178,4 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" #
 # and exits with 1, also when all went well: "stopped by a signal at step N; the adapter is ..." above it is the proof.
 # One signalled node stops the ranks of all, but the torchrun of node 0 then waits up to 5 minutes for the others' to
 # report before it exits; signal every node and they end together.
-exec torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" "${rendezvous[@]}" -m megalora.train "$config" "$@"
+exec torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" "${rendezvous[@]}" -m "$MODULE" "$config" "$@"

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megalora.planner.arguments import add_planner_commands
+
 MISTAKE = 2
 """Exit code of a user's mistake, argparse's too."""
 PATIENCE_S = 30
@@ -51,7 +53,7 @@ def _run(arguments: list[str]) -> None:
     end = arguments.index("--") if "--" in arguments and arguments[0] == "serve" else len(arguments)
     options, rest = _parser().parse_known_args(arguments[:end])
     options.extra = arguments[end + 1 :]
-    unknown = [a for a in rest if options.command != "train" or a.startswith("-")]
+    unknown = [a for a in rest if options.command not in ("train", "plan", "bench") or a.startswith("-")]
     if unknown:
         hint = "; vLLM's own arguments come after --" if options.command == "serve" else ""
         raise ValueError(
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.set_defaults(action=_train)
 
+    add_planner_commands(commands)
     _add_file_commands(commands)
     _add_engine_commands(commands)
     return parser

@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -37,6 +38,58 @@ def device_name() -> str:
 def peak_memory_bytes() -> int:
     """Largest amount of device memory allocated so far; 0 without a GPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def reset_peak_memory() -> None:
+    """Let ``peak_memory_bytes`` start again from what is allocated now; nothing without a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_bytes() -> int:
+    """Memory of this rank's GPU; without one, of this machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory_bytes() -> int:
+    """What nobody has taken of the GPU's memory; without one, ``memory_bytes``: the system gives back its caches."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else memory_bytes()
+
+
+class Stopwatch:
+    """Takes moments: when the device gets to where the current stream stands now; without a GPU, what the clock says."""
+
+    @staticmethod
+    def mark() -> Any:
+        """A moment, for ``seconds_between`` alone."""
+        if not torch.cuda.is_available():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def seconds_between(a: Any, b: Any) -> float:
+    """From one moment of a ``Stopwatch`` to a later one; on a GPU waits until the device has got to ``b``."""
+    if isinstance(b, float):
+        return b - a
+    b.synchronize()
+    return a.elapsed_time(b) / 1e3
+
+
+def synchronize() -> None:
+    """Wait until the device has done all it was given; nothing without a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def keep_busy(cycles: int) -> None:
+    """Have the current stream spin, so that the host gets ahead of the device; nothing without a GPU."""
+    spin = getattr(torch.cuda, "_sleep", None)  # private to torch
+    if torch.cuda.is_available() and spin is not None:
+        spin(cycles)
 
 
 def seed_rng(seed: int, rank: int) -> None:

@@ -63,21 +63,24 @@ class Kept:
 
 
 def chunk_bytes(model: PlannedModel, layout: Layout, work: Workload, chunk: Chunk) -> int:
-    """Kept by the decoder layers of a chunk for one microbatch, head and loss left out: ``layer_bytes`` of each. Recomputed layers
-    also share the angles of rotary embeddings, S d 4."""
-    per_kind: dict[tuple[int, bool], int] = {}
-    total = 0
-    if layout.recompute == "full" and chunk.layers.stop > model.first_adapted * chunk.has_embedding:
-        total += Microbatch.of(model, layout, work).sequence * model.shape.head_dim * STATISTIC
+    """Kept by the decoder layers of a chunk for one microbatch, head and loss left out: ``layer_bytes`` of each."""
+    total, known = 0, model.memo.setdefault(("kept", layout, work), {})
     for layer in chunk.layers:
         live = _input_needs_gradient(model, chunk, layer)
         if not live and layer < model.first_adapted:
             continue  # no node of it takes part in backward
         key = (model.kinds[layer], live)
-        if key not in per_kind:
-            per_kind[key] = layer_bytes(model, layout, work, layer, live, layout.recompute)
-        total += per_kind[key]
+        if key not in known:
+            known[key] = layer_bytes(model, layout, work, layer, live, layout.recompute)
+        total += known[key]
     return total
+
+
+def angles_bytes(model: PlannedModel, layout: Layout, work: Workload, chunk: Chunk) -> int:
+    """Recomputed layers keep the angles of rotary embeddings, S d 4: one tensor for all layers of a chunk and all microbatches."""
+    if layout.recompute != "full" or chunk.layers.stop <= model.first_adapted * chunk.has_embedding:
+        return 0
+    return Microbatch.of(model, layout, work).sequence * model.shape.head_dim * STATISTIC
 
 
 def layer_bytes(

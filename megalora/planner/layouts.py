@@ -80,6 +80,9 @@ class Rejected:
     micro_batch_size: int | None
     """None: whatever the microbatch."""
     reason: str
+    layout: "Layout | None" = None
+    """Where it could be laid out but does not fit, with the bytes it needs."""
+    num_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Bytes of one rank while it trains, part by part, each with how it is known.
 
-    measured   a formula that the tests compare with tensors of a real model or training step (on the CPU)
-    derived    follows from the code that allocates; no run has been counted
-    assumed    a constant nobody here can count
+    measured   a formula that tests and benchmarks/planner_accuracy.py compare with the tensors of real training steps on CPU ranks
+    assumed    follows from the code that allocates on a GPU, or is a constant; nobody has counted it
+
+A GPU holds more than is counted here: what one operation allocates and frees inside (float32 partial sums of the Triton passes:
+1024 rows' share of a factor each; attention's backward), and gaps between the blocks of its allocator.
 
 Symbols as in ``activations.py``; P adapter parameters of this rank, e bytes per element.
 """
@@ -15,6 +17,7 @@ from megalora.config import LoRAConfig
 from megalora.model.shape import ModelShape
 from megalora.planner import activations
 from megalora.planner.activations import Microbatch
+from megalora.planner.hardware import Basis
 from megalora.planner.layouts import Layout, Workload
 from megalora.planner.schedule import in_flight
 from megalora.planner.weights import (
@@ -25,10 +28,13 @@ from megalora.planner.weights import (
     attention_widths,
     base_parameters,
     chunks_of,
+    first_of_their_like,
+    shared_elements,
 )
 
-Basis = Literal["measured", "derived", "assumed"]
-When = Literal["always", "pass", "step"]
+When = Literal["always", "pass", "loss", "layer", "step"]
+"""``pass``: during forward and backward, and there either at the ``loss`` or while a ``layer`` runs backward; ``step``: while gradients
+are reduced and the optimizer runs."""
 GRADIENT = STATE = 4
 """Bytes of a float32 gradient, and of a float32 master or moment."""
 ROOM_EXPERTS, ROOM_STEP = 32, 16
@@ -45,7 +51,6 @@ class Part:
     num_bytes: int
     basis: Basis
     when: When = "always"
-    """``pass``: during forward and backward; ``step``: while gradients are reduced and the optimizer runs."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,9 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """What is always there, and the larger of what forward and backward and what the optimizer step add."""
-        return self.sum_of("always") + max(self.sum_of("pass"), self.sum_of("step"))
+        """What is always there, and the largest of what the loss, a layer's backward and the optimizer step add."""
+        in_pass = self.sum_of("pass") + max(self.sum_of("loss"), self.sum_of("layer"))
+        return self.sum_of("always") + max(in_pass, self.sum_of("step"))
 
     def table(self) -> str:
         """One line for each part, in GiB, and the peak."""
@@ -89,35 +95,53 @@ def memory_of_model(model: PlannedModel, layout: Layout, work: Workload, stage: 
     Raises:
         ValueError: there is no such stage.
     """
-    p, e = layout.parallel, work.element_bytes
+    p = layout.parallel
     if not 0 <= stage < p.pp:
         raise ValueError(f"stage {stage} is none of parallel.pp={p.pp}; stages count from 0 to {p.pp - 1}")
-    chunks = chunks_of(model.shape, p, stage)
-    counts = [adapter_parameters(model, p, chunk) for chunk in chunks]
-    whole = sum(c.dense + c.expert for c in counts)
-    padded = sum(sum(buffers(c, layout)) for c in counts)
+    chunks, always, step = _state(model, layout, work, stage)
     has_head = chunks[-1].has_head
+    workspace, recomputed, moved = backward_bytes(model, layout, work, chunks)
     return MemoryPlan(stage, (
-        Part("weights", sum(base_parameters(model.shape, p, c) for c in chunks) * e, "measured"),
-        Part("room for adapters", room_bytes(model, layout, work, chunks), "derived"),
-        Part("adapters", whole * e, "measured"),
-        Part("buffer padding", (padded - whole) * e, "measured"),
-        Part("gradients", padded * GRADIENT, "measured"),
-        Part("optimizer", sum(optimizer_bytes(c, layout, work) for c in counts), "measured"),
+        *always,
         Part("activations", activation_bytes(model, layout, work, chunks), "measured", "pass"),
-        Part("loss", activations.head_bytes(model, layout, work) if has_head else 0, "measured", "pass"),
-        Part("logits", logits_bytes(model, layout, work) if has_head else 0, "derived", "pass"),
-        Part("workspace", workspace_bytes(model, layout, work, chunks), "derived", "pass"),
-        Part("all-to-all", all_to_all_bytes(model, layout, work, chunks), "derived", "pass"),
-        Part("pipeline", pipeline_bytes(model, layout, work), "derived", "pass"),
-        Part("optimizer step", step_bytes(model, layout, chunks, counts), "derived", "step"),
+        Part("pipeline", pipeline_bytes(model, layout, work, stage), "measured", "pass"),
+        Part("loss", activations.head_bytes(model, layout, work) if has_head else 0, "measured", "loss"),
+        Part("logits", logits_bytes(model, layout, work, chunks[-1]) if has_head else 0, "measured", "loss"),
+        Part("workspace", workspace, "measured", "layer"),
+        Part("recomputed", recomputed, "measured", "layer"),
+        Part("all-to-all", moved, "measured", "layer"),
+        step,
         Part("CUDA context, NCCL", CONTEXT_BYTES, "assumed"),
     ))  # fmt: skip
 
 
+def _state(
+    model: PlannedModel, layout: Layout, work: Workload, stage: int
+) -> tuple[list[Chunk], tuple[Part, ...], Part]:  # fmt: skip
+    """(chunks, what is always there, what the optimizer step adds): the same for every microbatch and recomputation."""
+    p, e = layout.parallel, work.element_bytes
+    key = ("state", p, layout.num_ranks, e, stage)
+    if key not in model.memo:
+        chunks = chunks_of(model.shape, p, stage)
+        counts = [adapter_parameters(model, p, chunk) for chunk in chunks]
+        whole = sum(c.dense + c.expert for c in counts)
+        padded = sum(sum(buffers(c, layout)) for c in counts)
+        always = (
+            Part("weights", sum(base_parameters(model.shape, p, c) for c in chunks) * e, "measured"),
+            Part("room for adapters", room_bytes(model, layout, work, chunks), "assumed"),
+            Part("adapters", whole * e, "measured"),
+            Part("buffer padding", (padded - whole) * e, "measured"),
+            Part("gradients", padded * GRADIENT, "measured"),
+            Part("optimizer", sum(optimizer_bytes(c, layout, work) for c in counts), "measured"),
+        )
+        step = Part("optimizer step", step_bytes(model, layout, chunks, counts), "measured", "step")
+        model.memo[key] = chunks, always, step
+    return model.memo[key]
+
+
 def fullest_stage(model: PlannedModel, layout: Layout, work: Workload) -> MemoryPlan:
     """The plan of the pipeline stage with the highest peak, which decides whether a layout fits."""
-    stages = range(layout.parallel.pp)
+    stages = (stage for stage, _ in first_of_their_like(model, layout.parallel))
     return max((memory_of_model(model, layout, work, stage) for stage in stages), key=lambda plan: plan.peak_bytes)
 
 
@@ -134,9 +158,12 @@ def buffers(count: AdapterCount, layout: Layout) -> tuple[int, int]:
 def optimizer_bytes(count: AdapterCount, layout: Layout, work: Workload) -> int:
     """Adam over the rank's share of each buffer, ``min(P, buffer / data-parallel size)``: two moments of 4 bytes, and with bfloat16
     a master of 4. A share that is partly padding has less; none has more."""
+    return sum(_share(count, layout)) * STATE * (3 if work.dtype == "bfloat16" else 2)
+
+
+def _share(count: AdapterCount, layout: Layout) -> tuple[int, int]:
     dense, expert = buffers(count, layout)
-    share = min(count.dense, dense // layout.dp) + min(count.expert, expert // layout.edp)
-    return share * STATE * (3 if work.dtype == "bfloat16" else 2)
+    return min(count.dense, dense // layout.dp), min(count.expert, expert // layout.edp)
 
 
 def room_bytes(model: PlannedModel, layout: Layout, work: Workload, chunks: list[Chunk]) -> int:
@@ -160,72 +187,100 @@ def activation_bytes(model: PlannedModel, layout: Layout, work: Workload, chunks
     kept = [activations.chunk_bytes(model, layout, work, chunk) for chunk in chunks]
     stage = chunks[0].layers.start // len(chunks[0].layers)
     held = in_flight(layout.parallel, stage, layout.num_microbatches(work.global_batch_size))
-    return max(sum(n * k for n, k in zip(counts, kept, strict=True)) for counts in held)
+    angles = sum(activations.angles_bytes(model, layout, work, chunk) for chunk in chunks)
+    return angles + max(sum(n * k for n, k in zip(counts, kept, strict=True)) for counts in held)
 
 
-def logits_bytes(model: PlannedModel, layout: Layout, work: Workload) -> int:
-    """Beside the float32 softmax that the loss keeps: with bfloat16 the logits themselves, later their gradient, T V / t 2."""
-    if work.dtype == "float32":
-        return 0  # the softmax is written over the logits
-    return Microbatch.of(model, layout, work).tokens * (model.shape.vocab // layout.parallel.tp) * work.element_bytes
+def logits_bytes(model: PlannedModel, layout: Layout, work: Workload, chunk: Chunk) -> int:
+    """Beside the float32 softmax that the loss keeps: with bfloat16 the logits themselves, later their gradient, T V / t 2 (with
+    float32 the softmax is written over them); the head's input (T / t) H; and the embedding's output, if on this stage, which
+    ``forward`` still holds (recomputing whole layers keeps it anyway)."""
+    batch, s = Microbatch.of(model, layout, work), model.shape
+    logits = batch.tokens * (s.vocab // layout.parallel.tp) * (work.dtype != "float32")
+    hidden = batch.own_tokens * s.hidden * (1 + (chunk.has_embedding and layout.recompute != "full"))
+    return (logits + hidden) * batch.element_bytes
 
 
-def workspace_bytes(model: PlannedModel, layout: Layout, work: Workload, chunks: list[Chunk]) -> int:
-    """The largest of a layer's temporaries in backward, and what recomputing it brings back.
+def backward_bytes(
+    model: PlannedModel, layout: Layout, work: Workload, chunks: list[Chunk]
+) -> tuple[int, int, int]:  # fmt: skip
+    """(workspace, what recomputation brings back, all-to-all) of the layer whose backward needs most beside all that is kept."""
+    first = model.first_adapted
+    live = [n for chunk in chunks for n in chunk.layers if n >= first or not chunk.has_embedding]
+    found = [_layer_backward(model, layout, work, n) for n in {model.kinds[n]: n for n in live}.values()]
+    return max(found, key=sum, default=(0, 0, 0))
 
-    Experts: gradients of the output and of the rows 2 M H, of [gate | up] and of the activation M 3 I / n. Attention: gradients of
-    q, k, v, of qkv's output and of the result T (3 q + 4 g) d, of its whole input T H. Dense MLP: T 4 I / t and T H.
+
+def _layer_backward(model: PlannedModel, layout: Layout, work: Workload, layer: int) -> tuple[int, int, int]:
+    """The MLP's backward with all of the layer kept, or attention's, when what the MLP kept is gone.
+
+    Attention: gradients of q, k, v, of qkv's output and of the result T (3 q + 4 g) d, of its input and of the layer's output
+    (T + T / t) H.
+    """
+    s, batch = model.shape, Microbatch.of(model, layout, work)
+    width, kv = attention_widths(s, layout.parallel)
+    e, own = batch.element_bytes, batch.own_tokens
+    attention = (batch.tokens * (3 * width + 4 * kv + s.hidden) + own * s.hidden) * e
+    whole = activations.kept(model, layout, batch, layer, True, selective=False)
+    held = (
+        activations.kept(model, layout, batch, layer, True, selective=True)
+        if layout.recompute == "selective"
+        else whole
+    )
+    if s.is_moe(layer):
+        mlp, again, moved = _experts_backward(model, layout, work, layer)
+    else:
+        mlp, again, moved = _dense_backward(model, layout, batch, layer), whole.mlp - held.mlp, 0
+    if layout.recompute == "full":
+        again = whole.total - own * s.hidden * e  # its input was kept
+        return max((mlp, again, moved), (attention, again - whole.mlp, 0), key=sum)
+    back = again if layout.recompute == "selective" else 0
+    return max((mlp, back, moved), (attention - held.mlp, whole.attention - held.attention, 0), key=sum)
+
+
+def _experts_backward(model: PlannedModel, layout: Layout, work: Workload, layer: int) -> tuple[int, int, int]:
+    """While the rows' gradients are summed for each token: gradients of the layer's output and of the experts' input 2 (T / t) H, of
+    the rows M H, of [gate | up] with its dS M (2 I / n + R), of the layer's factors. grouped_mm, which weights with room stand for,
+    has more a moment before: the output's gradient gathered M H beside dH M I / n.
+
+    Behind an all-to-all the output's and the input's gradients are M rows: 2 M H - (T / t) H more. Recomputed: [gate | up], S.
     """
     s, p, batch = model.shape, layout.parallel, Microbatch.of(model, layout, work)
-    width, kv = attention_widths(s, p)
-    largest = 0
-    for layer in {model.kinds[layer] for chunk in chunks for layer in chunk.layers}:
-        attention = batch.tokens * (3 * width + 4 * kv + s.hidden)
-        if s.is_moe(layer):
-            mlp = batch.rows * (2 * s.hidden + 3 * s.expert_intermediate // p.etp)
-        else:
-            mlp = batch.tokens * (4 * s.intermediate // p.tp + s.hidden)
-        again = 0
-        if layout.recompute != "off":
-            whole = activations.kept(model, layout, batch, layer, True, selective=False)
-            again = whole.total
-            if layout.recompute == "selective":
-                again = whole.mlp - activations.kept(model, layout, batch, layer, True, selective=True).mlp
-        largest = max(largest, max(attention, mlp) * batch.element_bytes + again)
-    return largest
+    e, own, rows, i = batch.element_bytes, batch.own_tokens * s.hidden, batch.rows, s.expert_intermediate // p.etp
+    modules = model.by_layer.get(layer, {})
+    gate_up, down = (modules.get(f"mlp.experts.{name}", []) for name in ("gate_up", "down"))
+    rank, each, q = sum(a.rank for a in gate_up), max((a.rank for a in gate_up), default=0), sum(a.rank for a in down)
+    joined = s.num_experts // p.ep <= ROOM_EXPERTS and work.dtype == "bfloat16" and bool(gate_up or down)
+    result = max(own, rows * i) if joined else own
+    factors = (
+        s.num_experts // p.ep * (s.hidden * (rank + 2 * q) + i * (q + 2 * rank + 2 * each))
+    )  # B's as one block, then apart
+    moved = 2 * rows * s.hidden - result if p.ep * p.etp > 1 else 0
+    again = rows * (2 * i + rank + s.hidden * joined)  # grouped_mm has its rows in order again
+    return (own + rows * (s.hidden + 2 * i + rank) + result + factors) * e, again * e, moved * e
 
 
-def all_to_all_bytes(model: PlannedModel, layout: Layout, work: Workload, chunks: list[Chunk]) -> int:
-    """Rows sent (T / t) k H and received M H, where experts are shared out and this stage has any."""
-    s, p, batch = model.shape, layout.parallel, Microbatch.of(model, layout, work)
-    if p.ep * p.etp == 1 or not any(s.is_moe(layer) for chunk in chunks for layer in chunk.layers):
-        return 0
-    return (batch.own_tokens * s.top_k + batch.rows) * s.hidden * batch.element_bytes
+def _dense_backward(model: PlannedModel, layout: Layout, batch: Microbatch, layer: int) -> int:
+    """Gradients of the product, of its two factors T 3 I / t, and of the layer's output (T / t) H; by then the product itself is gone,
+    which was kept if fc2 has an adapter."""
+    s, features = model.shape, model.shape.intermediate // layout.parallel.tp
+    gradients = 3 - bool(model.by_layer.get(layer, {}).get("mlp.linear_fc2"))
+    return (batch.tokens * gradients * features + batch.own_tokens * s.hidden) * batch.element_bytes
 
 
-def pipeline_bytes(model: PlannedModel, layout: Layout, work: Workload) -> int:
-    """Hidden states and gradients on their way in and out: 4 (T / t) H e. Inputs of microbatches in flight count as activations;
-    outputs are freed once sent."""
+def pipeline_bytes(model: PlannedModel, layout: Layout, work: Workload, stage: int) -> int:
+    """Of size (T / t) H: the gradient sent for the microbatch before, which every stage but the first still holds; interleaved also
+    inputs and gradients that came ahead of their turn, one on the first stage, three on the others. Inputs of microbatches in flight
+    count as activations; outputs are freed once sent."""
     batch = Microbatch.of(model, layout, work)
-    return 4 * batch.own_tokens * model.shape.hidden * batch.element_bytes * (layout.parallel.pp > 1)
+    number = (1 if stage == 0 else 4) if layout.parallel.vpp > 1 else int(stage > 0)
+    return number * batch.own_tokens * model.shape.hidden * batch.element_bytes
 
 
 def step_bytes(model: PlannedModel, layout: Layout, chunks: list[Chunk], counts: list[AdapterCount]) -> int:
-    """``sum_partial_gradients`` puts replicated factors into tables, one row for each shard, and those into one bucket: 8 bytes
-    an element; then Adam (torch's, tensor lists) has the square root of its second moments, 4 bytes for each of its share."""
-    replicated = sum(_replicated(model, layout, chunk) for chunk in chunks)
-    share = sum(d // layout.dp + x // layout.edp for d, x in (buffers(c, layout) for c in counts))
-    return max(2 * GRADIENT * replicated, STATE * share)
-
-
-def _replicated(model: PlannedModel, layout: Layout, chunk: Chunk) -> int:
-    """Elements of those tables: factors held by several ranks of their group, times their number of shards."""
-    p, total = layout.parallel, 0
-    places = [*chunk.layers, *([None] if chunk.has_head else [])]
-    for a in (a for place in places for found in model.by_layer.get(place, {}).values() for a in found):
-        expert = a.projection.is_expert
-        group, lead = (p.etp, a.num_experts // p.ep) if expert else (p.tp, 1)
-        for factor, size in (("A", a.rank * a.in_features), ("B", a.rank * a.out_features)):
-            shards = a.num_shards("A" if factor == "A" else "B", group)
-            total += lead * size if shards < group else 0  # size / shards elements, shards rows
-    return total
+    """``sum_partial_gradients`` puts factors replicated over TP, then those over ETP, into tables, one row for each shard, and those
+    into one bucket: 8 bytes an element; then Adam (torch's, tensor lists), for dense factors, then for experts', has the square root
+    of its second moments, 4 bytes for each of its share."""
+    replicated = [sum(of) for of in zip(*(shared_elements(model, layout.parallel, c) for c in chunks), strict=True)]
+    shares = zip(*(_share(count, layout) for count in counts), strict=True)
+    return max(2 * GRADIENT * max(replicated), STATE * max(sum(of_chunks) for of_chunks in shares))

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megalora.model.shape import ModelShape, model_shape
+from megalora.model.shape import ModelShape, model_shape, read_hf_config
 
 
 def read_architecture(path: Path) -> dict[str, Any]:
@@ -21,6 +21,32 @@ def read_architecture(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: must hold the fields of a model's config.json, got a {type(fields).__name__}")
     return {str(name): value for name, value in fields.items()}
+
+
+WRITTEN_DOWN = Path(__file__).parents[2] / "configs" / "models"
+
+
+def find_architecture(path: str) -> dict[str, Any]:
+    """The fields of ``config.json`` for a ``model.path``, without a download.
+
+    A folder with a ``config.json``, a YAML file such as those of ``configs/models``, or a hub name that is written down there:
+    ``Qwen/Qwen3-30B-A3B`` is ``qwen3_30b_a3b.yaml``.
+
+    Raises:
+        ValueError: none of them.
+    """
+    if (Path(path) / "config.json").is_file():
+        return read_hf_config(Path(path))
+    if path.endswith((".yaml", ".yml")):
+        return read_architecture(Path(path))
+    known = WRITTEN_DOWN / f"{path.rsplit('/', 1)[-1].lower().replace('-', '_')}.yaml"
+    if known.is_file():
+        return read_architecture(known)
+    there = ", ".join(sorted(file.name for file in WRITTEN_DOWN.glob("*.yaml")))
+    raise ValueError(
+        f"model.path={path} is no folder with a config.json and no model of {WRITTEN_DOWN} ({there}). To plan for it, download its "
+        "config.json alone and give its folder."
+    )
 
 
 def load_shape(path: Path) -> ModelShape:

@@ -6,6 +6,7 @@ Each count is exact: ``dryrun.py`` builds the same rank on the meta device and f
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from megalora.config import LoRAConfig, ParallelConfig, require
 from megalora.lora.spec import Adapted, resolve
@@ -49,6 +50,11 @@ class PlannedModel:
         return out
 
     @cached_property
+    def memo(self) -> dict[tuple[object, ...], Any]:
+        """What was counted before, by name and sizes: layers of one kind, and layouts that cut them alike, are many."""
+        return {}
+
+    @cached_property
     def first_adapted(self) -> int:
         """The first layer with an adapter; nothing below it takes part in backward."""
         return min((layer for layer in self.by_layer if layer is not None), default=self.shape.num_layers)
@@ -80,7 +86,10 @@ def base_parameters(shape: ModelShape, p: ParallelConfig, chunk: Chunk) -> int:
     Layers as in ``layer_parameters``; embedding and head V H / tp each (one of them where both are on this rank and tied); the
     final norm H with the head.
     """
-    total = sum(layer_parameters(shape, p, shape.is_moe(layer)) for layer in chunk.layers)
+    num_moe = sum(map(shape.is_moe, chunk.layers))
+    total = num_moe and num_moe * layer_parameters(shape, p, True)
+    if num_moe < len(chunk.layers):
+        total += (len(chunk.layers) - num_moe) * layer_parameters(shape, p, False)
     embedding = shape.vocab // p.tp * shape.hidden
     total += embedding * chunk.has_embedding
     shares = shape.tied_embeddings and chunk.has_embedding
@@ -133,13 +142,21 @@ class AdapterCount:
 
 def adapter_parameters(model: PlannedModel, p: ParallelConfig, chunk: Chunk) -> AdapterCount:
     """Adapter parameters of a chunk on one rank, as ``LoRAFactors`` cuts them."""
-    repeats: dict[int, int] = {}
-    for layer in chunk.layers:
-        repeats[model.kinds[layer]] = repeats.get(model.kinds[layer], 0) + 1
     total = AdapterCount()
-    for layer, count in repeats.items():
-        total += _adapters_of(model, p, layer).times(count)
-    return total + _adapters_of(model, p, None) if chunk.has_head else total
+    for place, times in _places(model, chunk).items():
+        key = ("adapters", place, p.tp, p.ep, p.etp)
+        if key not in model.memo:
+            model.memo[key] = _adapters_of(model, p, place)
+        total += model.memo[key].times(times)
+    return total
+
+
+def _places(model: PlannedModel, chunk: Chunk) -> dict[int | None, int]:
+    """How many layers of each kind there are, and None, what is outside of layers, with the head."""
+    found: dict[int | None, int] = {}
+    for layer in chunk.layers:
+        found[model.kinds[layer]] = found.get(model.kinds[layer], 0) + 1
+    return found | ({None: 1} if chunk.has_head else {})
 
 
 def _adapters_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> AdapterCount:
@@ -156,3 +173,43 @@ def _adapters_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> A
         own = is_expert and separate
         total += AdapterCount(expert=whole, expert_padded=padded) if own else AdapterCount(whole, 0, padded, 0)
     return total
+
+
+def shared_elements(model: PlannedModel, p: ParallelConfig, chunk: Chunk) -> tuple[int, int]:
+    """Elements that ``sum_partial_gradients`` sums over TP and over ETP: of factors that several ranks of the group hold, a table
+    with one row for each shard."""
+    dense = expert = 0
+    for place, times in _places(model, chunk).items():
+        key = ("shared", place, p.tp, p.ep, p.etp)
+        if key not in model.memo:
+            model.memo[key] = _shared_of(model, p, place)
+        found = model.memo[key]
+        dense, expert = dense + times * found[0], expert + times * found[1]
+    return dense, expert
+
+
+def _shared_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> tuple[int, int]:
+    totals = {False: 0, True: 0}
+    for a in (a for adapted in model.by_layer.get(layer, {}).values() for a in adapted):
+        is_expert = a.projection.is_expert
+        group, lead = (p.etp, a.num_experts // p.ep) if is_expert else (p.tp, 1)
+        of_a, of_b = a.rank * a.in_features, a.rank * a.out_features
+        for shards, size in ((a.num_shards("A", group), of_a), (a.num_shards("B", group), of_b)):
+            totals[is_expert] += lead * size if shards < group else 0  # size / shards elements, shards rows
+    return totals[False], totals[True]
+
+
+def first_of_their_like(model: PlannedModel, p: ParallelConfig) -> list[tuple[int, int]]:
+    """(stage, number of such stages) for stages that differ in what they hold; of those alike the first, which has the most
+    microbatches in flight."""
+    if ("alike", p) in model.memo:
+        return model.memo["alike", p]
+    found: dict[tuple[object, ...], list[int]] = {}
+    for stage in range(p.pp):
+        chunks = chunks_of(model.shape, p, stage)
+        below = tuple(min(max(model.first_adapted - c.layers.start, 0), len(c.layers)) for c in chunks)  # adapters
+        kinds = tuple(tuple(model.kinds[layer] for layer in c.layers) for c in chunks)
+        key = (kinds, below, tuple((c.has_embedding, c.has_head) for c in chunks))
+        found.setdefault(key, []).append(stage)
+    model.memo["alike", p] = [(stages[0], len(stages)) for stages in found.values()]
+    return model.memo["alike", p]

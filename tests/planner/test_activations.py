@@ -10,13 +10,14 @@ from torch import Tensor
 
 from megalora.config import LoRAConfig, RunConfig
 from megalora.model.shape import model_shape, read_hf_config
-from megalora.planner.activations import Microbatch, chunk_bytes, head_bytes
+from megalora.planner.activations import Microbatch, angles_bytes, chunk_bytes, head_bytes
 from megalora.planner.layouts import Layout, Workload
 from megalora.planner.schedule import in_flight
-from megalora.planner.weights import Chunk, PlannedModel, attention_widths, chunks_of
+from megalora.planner.weights import PlannedModel, chunks_of
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.everything import LORA, config_of
+from tests.planner.counted import widened_norms
 
 DEFAULT = LoRAConfig(rank=3, alpha=6.0)
 SOME = LoRAConfig(rank=4, target_modules=["o_proj", "down_proj"], layers="2-")
@@ -90,16 +91,6 @@ def test_bytes_kept_in_bfloat16(
     assert abs(said / found - 1) < 0.005
 
 
-def widened_norms(model: PlannedModel, layout: Layout, batch: Microbatch, chunk: Chunk) -> int:
-    """Bytes by which float32 inputs of a chunk's norms exceed the bfloat16 ones that are counted; every linear adapted."""
-    s, (q, kv) = model.shape, attention_widths(model.shape, layout.parallel)
-    num_norms = 2 * len(chunk.layers) - chunk.has_embedding + chunk.has_head
-    heads = (
-        batch.tokens * (4 * (q + kv) - 2 * q * (kv > s.head_dim)) * s.qk_norm
-    )  # k's, one group's q too, is part of qkv's output
-    return num_norms * batch.own_tokens * s.hidden * 2 + len(chunk.layers) * heads
-
-
 def counted_and_planned(config: RunConfig, world: int, extra: Any = None) -> tuple[int, int]:
     """Bytes over all ranks; ``extra``: what to plan for each chunk beside the product's formulas."""
     model = PlannedModel.of(model_shape(read_hf_config(Path(config.model.path))), config.lora)
@@ -108,7 +99,8 @@ def counted_and_planned(config: RunConfig, world: int, extra: Any = None) -> tup
     for rank, (num_bytes, (_, sequence)) in enumerate(run_ranks(kept_by_a_microbatch, world, config)):
         work = Workload(sequence_length=sequence, global_batch_size=8, dtype=config.model.dtype)
         for chunk in chunks_of(model.shape, layout.parallel, rank // (world // layout.parallel.pp)):
-            said += chunk_bytes(model, layout, work, chunk) + (head_bytes(model, layout, work) if chunk.has_head else 0)
+            said += chunk_bytes(model, layout, work, chunk) + angles_bytes(model, layout, work, chunk)
+            said += head_bytes(model, layout, work) if chunk.has_head else 0
             said += extra(model, layout, Microbatch.of(model, layout, work), chunk) if extra else 0
         found += num_bytes
     return found, said

@@ -5,27 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from megalora.config import LoRAConfig, ParallelConfig, RunConfig
 from megalora.model.shape import model_shape, read_hf_config
+from megalora.planner import activations
+from megalora.planner.activations import Microbatch
 from megalora.planner.layouts import Layout, Workload, enumerate_layouts
 from megalora.planner.memory import MemoryPlan, fullest_stage, memory_of, memory_of_model
 from megalora.planner.models import load_shape
 from megalora.planner.weights import PlannedModel, adapter_parameters, chunks_of
-from megalora.train.optim import _parts
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.everything import LORA
 from tests.parity.runs import make_config
+from tests.planner.counted import num_bytes, tensors_of
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
-
-
-def num_bytes(tensors: list[Tensor]) -> int:
-    """Of distinct storages."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def live_bytes(config: RunConfig) -> dict[str, int]:
@@ -33,16 +28,7 @@ def live_bytes(config: RunConfig) -> dict[str, int]:
     with built(config) as run:
         run.stepper.train(run.batches.of_step(0), run.optimizer)
         run.optimizer.step()
-        frozen = [p for chunk in run.model.chunks for p in chunk.parameters() if not p.requires_grad]
-        buffers = [b for chunk in run.stepper.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
-        state: list[Any] = []
-        for part in _parts(run.optimizer):
-            state += [t for s in part.optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.dim()]
-            state += [t for group in part.shard_fp32_from_float16_groups for t in group]
-        return {
-            "weights": num_bytes(frozen), "parameters": num_bytes([b.param_data for b in buffers]),
-            "gradients": num_bytes([b.grad_data for b in buffers]), "optimizer": num_bytes(state),
-        }  # fmt: skip
+        return {name: num_bytes(tensors) for name, tensors in tensors_of(run).items()}
 
 
 CASES = [
@@ -68,7 +54,7 @@ def test_weights_gradients_and_optimizer(
         stage = rank // (world // config.parallel.pp)
         plan = memory_of(shape, config.lora, layout, Workload.of(config), stage)
         assert live["weights"] == plan["weights"]
-        assert live["parameters"] == plan["adapters"] + plan["buffer padding"]
+        assert live["adapters"] == plan["adapters"] + plan["buffer padding"]
         assert live["gradients"] == plan["gradients"]
         assert 0.95 * plan["optimizer"] < live["optimizer"] <= plan["optimizer"]
         assert live["optimizer"] == plan["optimizer"] or layout.dp * layout.edp > 1
@@ -91,7 +77,7 @@ def plan_of(model: PlannedModel, stage: int = 0, ranks: int = 8, recompute: Any 
 
 def test_an_expert_layer_keeps_what_the_kernels_readme_says(model: PlannedModel) -> None:
     """58,212 bytes a token with expert parallelism at rank 16, indexes and probabilities of routing outside the node left out."""
-    from megalora.planner.activations import Microbatch, _experts
+    from megalora.planner.activations import _experts
 
     p = ParallelConfig(ep=8)
     layout, work = Layout(parallel=p, num_ranks=8), Workload(sequence_length=4096, global_batch_size=8)
@@ -100,22 +86,28 @@ def test_an_expert_layer_keeps_what_the_kernels_readme_says(model: PlannedModel)
     assert abs(found - 8 * (2048 + 2 * 768 + 48) * 2 - 8 * (2 + 8)) < 1  # a probability and two indexes each
 
 
-def test_the_peak_is_the_larger_of_pass_and_step(model: PlannedModel) -> None:
-    plan = plan_of(model, ep=8)
-    always = sum(part.num_bytes for part in plan.parts if part.when == "always")
-    assert plan.peak_bytes == always + max(plan.sum_of("pass"), plan.sum_of("step"))
-    assert {part.basis for part in plan.parts} == {"measured", "derived", "assumed"}
-    assert plan.table().splitlines()[-1].startswith("peak")
+def test_the_peak_is_the_largest_of_loss_layer_and_step(model: PlannedModel) -> None:
+    one, full = plan_of(model, ep=8), plan_of(model, ep=8, recompute="full")
+    for plan in (one, full):
+        always = sum(part.num_bytes for part in plan.parts if part.when == "always")
+        in_pass = plan.sum_of("pass") + max(plan.sum_of("loss"), plan.sum_of("layer"))
+        assert plan.peak_bytes == always + max(in_pass, plan.sum_of("step"))
+        assert {part.basis for part in plan.parts} == {"measured", "assumed"}
+        assert {part.when for part in plan.parts} == {"always", "pass", "loss", "layer", "step"}
+        assert plan.table().splitlines()[-1].startswith("peak")
+    assert full.sum_of("loss") > full.sum_of("layer")  # 152,000 words: 6 bytes for each and every token
 
 
 def test_what_a_layout_changes(model: PlannedModel) -> None:
     one, full = plan_of(model, ep=8), plan_of(model, ep=8, recompute="full")
     assert full["activations"] == 48 * 4096 * 2048 * 2 + 4096 * 128 * 4  # every layer's input, and angles
-    assert full["workspace"] > one["workspace"] and full.peak_bytes < one.peak_bytes
+    assert full["recomputed"] > one["recomputed"] == 0 and full.peak_bytes < one.peak_bytes
+    assert full["workspace"] == one["workspace"]
     first, last = (plan_of(model, stage=stage, pp=4, ep=2) for stage in (0, 3))
     assert first["activations"] > 3 * last["activations"]  # four microbatches in flight against one
     assert first["loss"] == first["logits"] == 0 < last["loss"]
     assert one["room for adapters"] > 0 == plan_of(model, ep=2)["room for adapters"]  # 16 experts here, 64 there
+    assert first["pipeline"] == 0 and last["pipeline"] == 4096 * 2048 * 2
     assert plan_of(model)["all-to-all"] == 0 < one["all-to-all"]
 
 
@@ -146,6 +138,26 @@ def test_factors_that_ranks_share_are_summed_in_tables() -> None:
     shape, work = load_shape(MODELS / "qwen3_30b_a3b.yaml"), Workload(sequence_length=64, global_batch_size=8)
     elements = 2 * (3 * 2048 + 2048 + 2 * 512)
     assert memory_of(shape, lora, layout, work)["optimizer step"] == 8 * elements
+
+
+def test_an_adapter_on_o_keeps_what_selective_recomputation_would_free() -> None:
+    """Attention's result stays, T q: what is freed of attention is its log-sum-exp alone."""
+    shape, work = load_shape(MODELS / "qwen3_30b_a3b.yaml"), Workload(sequence_length=64, global_batch_size=8)
+    layout, freed = Layout(parallel=ParallelConfig(), num_ranks=1), []
+    for targets in (["q_proj", "o_proj"], ["q_proj"]):
+        model = PlannedModel.of(shape, LoRAConfig(target_modules=targets))
+        batch = Microbatch.of(model, layout, work)
+        kept = [activations.kept(model, layout, batch, 0, True, selective=selective) for selective in (False, True)]
+        freed.append(kept[0].attention - kept[1].attention)
+    assert freed == [64 * 32 * 4, 64 * 32 * 4 + 64 * 4096 * 2]
+
+
+def test_the_optimizer_takes_dense_factors_and_experts_in_turn(model: PlannedModel) -> None:
+    """TP 1 over 8 ranks: no tables; the larger of the two shares, which is that of this rank's experts."""
+    p = ParallelConfig(ep=8)
+    count = adapter_parameters(model, p, chunks_of(model.shape, p, 0)[0])
+    assert count.expert > count.dense / 8
+    assert plan_of(model, ep=8)["optimizer step"] == 4 * count.expert
 
 
 def test_a_stage_that_is_none(model: PlannedModel) -> None:

@@ -1,0 +1,146 @@
+"""The computations that calibration times: each as training runs it, on random operands of given sizes.
+
+Shape legend:
+    M  rows    N  outputs    K  inputs    E  experts    S  sequence    B  sequences    h  query heads    g  key/value heads    d  head dim
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from megalora_kernels import Routing
+from megalora_kernels.backend import choose
+from megalora_kernels.engine import Rows, Weight, make_engine
+
+from megalora import host
+from megalora.bench.calibrate_grid import Grid, coarse_first
+from megalora.bench.clock import Call
+from megalora.model.attention import SDPACoreAttention
+
+COMPUTATIONS = ("gemm", "grouped_gemm", "attention", "memory")
+
+USUAL_STACKED_RANK = 32
+"""gate and up at rank 16. Which back end computes the experts depends on the adapter's rank."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of one computation."""
+
+    kind: str
+    """One of ``COMPUTATIONS``, or a collective's name."""
+    sizes: dict[str, int]
+    """As the record has them."""
+    num_bytes: int
+    """Operands, results and what lies between."""
+    prepare: Callable[[], dict[str, Call]]
+    """Makes operands; returns what to time, by its key in the record."""
+    collective: bool = False
+    """Whether ranks wait for each other in it."""
+
+    @property
+    def series(self) -> tuple[str, int, int]:
+        """What it is one size of: its kind, and a collective's groups."""
+        return self.kind, self.sizes.get("ranks", 0), self.sizes.get("nodes", 0)
+
+
+def _random(*shape: int, dtype: torch.dtype, requires_grad: bool = False) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype, device=host.device(), requires_grad=requires_grad)
+
+
+def gemm(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Case:
+    """``y = x Wᵀ``."""
+
+    def prepare() -> dict[str, Call]:
+        x_MK, w_NK = _random(rows, inputs, dtype=dtype), _random(outputs, inputs, dtype=dtype)
+        return {"seconds": lambda: F.linear(x_MK, w_NK)}
+
+    moved = dtype.itemsize * (rows * (outputs + inputs) + outputs * inputs)
+    return Case("gemm", {"rows": rows, "outputs": outputs, "inputs": inputs}, moved, prepare)
+
+
+def grouped_gemm(experts: int, rows: int, outputs: int, inputs: int, room: bool, dtype: torch.dtype) -> Case:
+    """``y = x W[e]ᵀ`` for the rows of each expert, which all have the same number of them.
+
+    By the back end that a layer with a usual adapter takes on this device, whose weights have ``room`` for it or not.
+    """
+
+    def prepare() -> dict[str, Call]:
+        x_MK, w_ENK = _random(rows, inputs, dtype=dtype), _random(experts, outputs, inputs, dtype=dtype)
+        ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=x_MK.device) * (rows // experts)
+        routing = Routing(ends_E.int(), rows)
+        backend = choose(None, "calibration", x_MK, rows, USUAL_STACKED_RANK, [w_ENK], room)
+        if backend == "reference":  # asked for by MEGALORA_BACKEND; the base alone is a loop there too
+            backend = "loop"
+        engine = make_engine(backend, routing, x_MK.device)
+        return {"seconds": lambda: engine.linear(Rows(x_MK), Weight(w_ENK), None)}
+
+    moved = dtype.itemsize * (rows * (outputs + inputs) + experts * outputs * inputs)
+    sizes = {"experts": experts, "rows": rows, "outputs": outputs, "inputs": inputs}
+    return Case("grouped_gemm", sizes, moved, prepare)
+
+
+def attention(sequences: int, sequence: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Case:
+    """The model's core attention, forward and backward."""
+
+    def prepare() -> dict[str, Call]:
+        shape = (sequence, sequences)
+        q_SBhd = _random(*shape, heads, head_dim, dtype=dtype, requires_grad=True)
+        k_SBgd, v_SBgd = (_random(*shape, kv_heads, head_dim, dtype=dtype, requires_grad=True) for _ in range(2))
+        attend = SDPACoreAttention(SimpleNamespace(kv_channels=head_dim))
+        out = attend(q_SBhd, k_SBgd, v_SBgd)
+        dout = torch.randn_like(out)
+
+        def backward() -> object:
+            return torch.autograd.grad(out, (q_SBhd, k_SBgd, v_SBgd), dout, retain_graph=True)
+
+        return {"forward_seconds": lambda: attend(q_SBhd, k_SBgd, v_SBgd), "backward_seconds": backward}
+
+    sizes = {"sequences": sequences, "sequence": sequence, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    return Case("attention", sizes, _attention_bytes(sequences, sequence, heads, kv_heads, head_dim, dtype), prepare)
+
+
+def _attention_bytes(
+    sequences: int, sequence: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> int:
+    """q, out, their gradients, copies in another order, dk and dv for every query head, dq in float32; k, v and their gradients.
+
+    Where flash attention does not compute float32 (GPUs), six matrices of scores.
+    """
+    wide, narrow = (sequences * sequence * n * head_dim for n in (heads, kv_heads))
+    scores = sequences * heads * sequence**2 if dtype == torch.float32 and host.device().type == "cuda" else 0
+    return dtype.itemsize * (10 * wide + 4 * narrow + 6 * scores) + 4 * wide
+
+
+def memory_pass(num_bytes: int, dtype: torch.dtype) -> Case:
+    """``y = a + b``: reads two, writes one."""
+    n = num_bytes // (3 * dtype.itemsize)
+
+    def prepare() -> dict[str, Call]:
+        a, b = _random(n, dtype=dtype), _random(n, dtype=dtype)
+        return {"seconds": lambda: a + b}
+
+    moved = 3 * n * dtype.itemsize
+    return Case("memory", {"bytes": moved}, moved, prepare)
+
+
+def compute_cases(grid: Grid, dtype: torch.dtype) -> list[list[Case]]:
+    """Of every kind that one rank computes alone, all sizes of the grid, a coarse grid first."""
+    from megalora.model.experts import FEW_EXPERTS  # imports Megatron, which must come after host.install()
+
+    return [
+        [gemm(m, n, k, dtype) for m, (n, k) in coarse_first(grid.gemm_rows, grid.gemm_features)],
+        [
+            grouped_gemm(e, e * m, n, k, e <= FEW_EXPERTS, dtype)
+            for e, m, (n, k) in coarse_first(grid.experts, grid.rows_per_expert, grid.expert_features)
+            if e * m <= grid.most_expert_rows
+        ],
+        [
+            attention(b, s, h, g, d, dtype)
+            for b, s, (h, g), d in coarse_first(grid.sequences, grid.sequence, grid.heads, grid.head_dim)
+            if b * s <= grid.most_tokens
+        ],
+        [memory_pass(n, dtype) for (n,) in coarse_first(grid.memory_bytes)],
+    ]

@@ -1,0 +1,97 @@
+"""``megalora bench``: layouts from words or from the planner, measured one after the other beside what the planner says of them."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megalora.bench.rows import PARTS, Options, Predicted, Row
+from megalora.config import RunConfig, require
+from megalora.config_file import load_config
+from megalora.model.shape import model_shape
+from megalora.planner.gpus import find_machine
+from megalora.planner.hardware import Machine
+from megalora.planner.layouts import Layout, Workload
+from megalora.planner.models import find_architecture
+from megalora.planner.search import evaluate, search
+from megalora.planner.weights import PlannedModel
+
+MEASURED_AS = {"tensor parallel": "attention", "pipeline transfers": "bubble", "host": "other"}
+"""Where the clocks of ``timers.py`` see what the planner keeps apart."""
+CONTEXT = "CUDA context, NCCL"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says beside the config."""
+
+    num_ranks: int
+    gpu: str
+    out: Path
+    layouts: Sequence[str] = ()
+    top: int | None = None
+    imbalance: float = 1.2
+    """Of natural routing, for predictions; balanced is 1."""
+    timeout_minutes: float = 30
+
+
+def bench_command(
+    path: Path, overrides: Sequence[str], asked: Asked, options: Options, say: Callable[[str], None] = print
+) -> list[Row]:
+    """Measure, print the table and write ``asked.out``; a row for each layout, failed ones too. Raises ``ValueError`` for mistakes."""
+    from megalora.bench.launch import Nodes
+    from megalora.bench.results import table, write_results
+    from megalora.bench.runs import parse_layout, run_layouts
+
+    require(asked.num_ranks >= 1, f"--nproc must be at least 1, got {asked.num_ranks}")
+    require(bool(asked.layouts) != (asked.top is not None), "give either --layouts, such as tp=2,ep=4 ep=8, or --top K")
+    config, machine = load_config(path, overrides), find_machine(asked.gpu)
+    imbalance = 1.0 if options.routing == "balanced" else asked.imbalance
+    if asked.top is None:
+        layouts = [parse_layout(text, asked.num_ranks, config) for text in asked.layouts]
+    else:
+        layouts = fastest(config, asked.num_ranks, asked.top, machine, imbalance)
+
+    def predict(of_layout: RunConfig, num_ranks: int) -> Predicted:
+        return predicted(of_layout, num_ranks, machine, imbalance)
+
+    rows = run_layouts(
+        path, overrides, layouts, num_ranks=asked.num_ranks, out=asked.out, predict=predict, options=options,
+        timeout_s=60 * asked.timeout_minutes, say=say,
+    )  # fmt: skip
+    if Nodes.of(os.environ).writes:  # of several nodes one has the results
+        written = write_results(rows, asked.out)
+        say(f"\n{table(rows)}\n\nwrote {', '.join(str(file) for file in written.values())}")
+    return rows
+
+
+def fastest(config: RunConfig, num_ranks: int, top: int, machine: Machine, imbalance: float = 1.0) -> list[Layout]:
+    """The ``top`` layouts that the planner puts first, of those that fit; raises ``ValueError`` where none does."""
+    require(top >= 1, f"--top must be at least 1, got {top}")
+    shape = model_shape(find_architecture(config.model.path))
+    plan = search(shape, config.lora, num_ranks, workload(config, imbalance), machine)
+    plan.best()
+    return [found.layout for found in plan.layouts()[:top]]
+
+
+def workload(config: RunConfig, imbalance: float) -> Workload:
+    """What a benchmark trains: samples of exactly ``data.max_length`` tokens, whose last is only predicted."""
+    return replace(Workload.of(config, imbalance), sequence_length=max(config.data.max_length - 1, 2))
+
+
+def predicted(config: RunConfig, num_ranks: int, machine: Machine, imbalance: float = 1.0) -> Predicted:
+    """The planner's word on one layout, as far as a benchmark can check it: no allocator sees the CUDA context."""
+    train = config.train
+    layout = Layout(
+        parallel=config.parallel, num_ranks=num_ranks, micro_batch_size=train.micro_batch_size, recompute=train.recompute
+    )  # fmt: skip
+    model = PlannedModel.of(model_shape(find_architecture(config.model.path)), config.lora)
+    found = evaluate(model, config.lora.rank, layout, workload(config, imbalance), machine)
+    parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    for part in found.time.parts:
+        name = part.name.removeprefix("recompute ")
+        parts[MEASURED_AS.get(name, name)] += part.seconds
+    return Predicted(
+        step_seconds=found.time.seconds, peak_bytes=found.memory.peak_bytes - found.memory[CONTEXT], parts=parts,
+        basis=f"{machine.name}, {machine.note}",
+    )  # fmt: skip

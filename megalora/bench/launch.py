@@ -1,0 +1,119 @@
+"""Starts the ranks of one layout as processes of their own, and sees to it that none is left when they end or take too long."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalora.config import require
+
+TOKEN = "MEGALORA_BENCH_RUN"
+"""In the environment of every process of one run and of no other. torchrun gives each rank a session, and so a process group, of its
+own: signalling torchrun's group would not reach them."""
+PATIENCE_S = 15
+"""For torchrun to end its ranks, before what is left is killed."""
+SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun_node.sh"
+MODULE = "megalora.bench.measure"
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines this benchmark runs on; each runs its own driver, with the same arguments."""
+
+    count: int
+    rank: int
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> "Nodes":
+        """From NNODES and NODE_RANK, as launch/torchrun_node.sh takes them; one machine where NNODES is not set."""
+        count, rank = environment.get("NNODES", "1"), environment.get("NODE_RANK", "")
+        require(count.isdigit() and int(count) >= 1, f"NNODES={count} is not a number of at least 1")
+        if int(count) == 1:
+            return cls(1, 0)
+        require(
+            rank.isdigit() and int(rank) < int(count),
+            f"NODE_RANK={rank}: with NNODES={count}, give every node its own number from 0 to {int(count) - 1}",
+        )
+        return cls(int(count), int(rank))
+
+    @property
+    def writes(self) -> bool:
+        return self.rank == 0
+
+
+def command(nodes: Nodes, num_ranks: int, arguments: Sequence[str], name: str) -> tuple[list[str], dict[str, str]]:
+    """What to run on this node, and its environment.
+
+    Args:
+        num_ranks: over all nodes.
+        arguments: of ``megalora.bench.measure``, the config first.
+        name: of this run, the same on all nodes and another for every run, so that stragglers of the last one do not join.
+    """
+    environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE_S // 3), TOKEN: uuid.uuid4().hex}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    if nodes.count == 1:
+        ranks = ["--standalone", "--nproc-per-node", str(num_ranks)]
+        return [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", MODULE, *arguments], environment
+    require(
+        num_ranks % nodes.count == 0, f"{num_ranks} ranks cannot be shared out evenly over NNODES={nodes.count} nodes"
+    )
+    environment |= {"MODULE": MODULE, "RDZV_ID": f"{environment.get('RDZV_ID', 'megalora')}-{name}"}
+    environment |= {"NPROC_PER_NODE": str(num_ranks // nodes.count)}
+    return ["bash", str(SCRIPT), *arguments], environment
+
+
+def run_to_log(arguments: Sequence[str], environment: Mapping[str, str], log: Path, timeout_s: float) -> int | None:
+    """Run to the end, all output into ``log``; the exit code, or None when it took longer than ``timeout_s``.
+
+    When this returns or raises, Ctrl-C included, none of its processes is left.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=dict(environment),
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            _end(process, environment[TOKEN])
+
+
+def _end(process: subprocess.Popen[bytes], token: str) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    deadline = time.monotonic() + PATIENCE_S
+    while left := processes_of(token):  # a killed process takes a moment to give back a GPU's memory
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):  # has ended by itself
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"processes {left} of a benchmark do not end, though they were killed; end them by hand")
+        time.sleep(0.2)
+
+
+def processes_of(token: str) -> list[int]:
+    """Ids of the living processes of a run."""
+    wanted, found = f"{TOKEN}={token}".encode(), []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                # The environment of a zombie is empty, of another user's process nobody's business.
+                if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+            except (FileNotFoundError, PermissionError, ProcessLookupError):
+                continue
+    return found

@@ -1,0 +1,42 @@
+"""``torchrun --nproc-per-node N -m megalora.bench.measure CONFIG.yaml --row=ROW.json [--steps=5] ... [section.key=value ...]``
+
+Measures one layout, that of the config, and has rank 0 write what it found. ``runs.py`` starts this for one layout after the other.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from megalora.cli import guarded
+
+
+def main(arguments: list[str]) -> None:
+    from megalora.bench.rows import Options, write_json
+    from megalora.config_file import load_config
+
+    parser = argparse.ArgumentParser(prog="megalora.bench.measure")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--row", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--steps", type=int, default=Options.steps)
+    parser.add_argument("--warmup", type=int, default=Options.warmup)
+    parser.add_argument("--routing", default=Options.routing)
+    parser.add_argument("--weights", default=Options.weights)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    asked = parser.parse_intermixed_args(arguments)
+    options = Options(steps=asked.steps, warmup=asked.warmup, routing=asked.routing, weights=asked.weights)
+    config = load_config(asked.config, asked.overrides)
+    from megalora import host
+
+    config.check_world(host.world_size())
+    host.install()
+    from megalora.bench.steps import measure_layout
+
+    with host.process_group(config.train.timeout_minutes):
+        measured = measure_layout(config, options)
+        if measured is not None:
+            write_json(asdict(measured), asked.row)
+
+
+if __name__ == "__main__":
+    guarded(main, sys.argv[1:])

@@ -1,0 +1,245 @@
+"""One layout, inside its ranks: the model and the step that training has, timed, and its memory.
+
+First steps to warm up, then steps with nothing but their ends noted, which give the speed; then steps with every part's beginning
+noted (``timers.py``), which give the parts; on a CPU one more with its live tensors counted.
+"""
+
+import gc
+import math
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalora import host
+from megalora.bench.flops import flops_per_token
+from megalora.bench.live import LiveTensors
+from megalora.bench.routing import count_rows, make_even
+from megalora.bench.rows import Measured, Options
+from megalora.bench.samples import full_batches
+from megalora.bench.timers import Timeline, attach
+from megalora.config import RunConfig
+from megalora.lora.inject import GradientCheck, check_coverage, inject
+from megalora.lora.spec import resolve
+from megalora.model.build import build_random
+from megalora.model.recompute import apply_recompute
+from megalora.model.shape import model_shape
+from megalora.parallel import Groups
+from megalora.planner.layouts import Layout
+from megalora.planner.models import find_architecture
+from megalora.train.batches import Batches
+from megalora.train.optim import build_optimizer, set_learning_rate, wrap_chunks
+from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
+from megalora.train.step import Stepper
+
+MARKED_STEPS = 3
+"""Steps timed part by part, at most."""
+
+
+@dataclass
+class Training:
+    """What ``megalora.train`` has of a run, without its files."""
+
+    config: RunConfig
+    model: AdaptedModel
+    stepper: Stepper
+    optimizer: Any
+    batches: Batches
+    tokens: str
+    """Where they come from."""
+
+    def step(self, number: int, timeline: Timeline | None = None) -> float:
+        """One optimizer step, as the training loop has it; returns the loss. Raises ``RuntimeError`` where it is no number."""
+        set_learning_rate(self.optimizer, self.config.train.lr)
+        loss, _ = self.stepper.train(self.batches.of_step(number), self.optimizer)
+        if not math.isfinite(loss):
+            raise RuntimeError(f"step {number + 1}: the loss is {loss}, so nothing measured here would mean anything")
+        if timeline:
+            timeline.enter("optimizer")
+        float(self.optimizer.step()[1])  # the norm, which training logs and so waits for
+        if timeline:
+            timeline.leave("optimizer")
+        self.stepper.b_has_moved = True
+        return loss
+
+
+@contextmanager
+def training(config: RunConfig, options: Options) -> Iterator[Training]:
+    """The run of ``config`` on the ranks of this world, base weights read or drawn as ``options`` says."""
+    with parallel_groups(config.parallel, config.train.seed) as groups:
+        model = _build(config, groups, real=has_weights(config, options))
+        apply_recompute(model.chunks, config.train.recompute)
+        if options.routing == "balanced":
+            make_even(model.chunks, groups)
+        chunks = wrap_chunks(model.chunks)
+        optimizer = build_optimizer(config.train, getattr(torch, config.model.dtype), chunks)
+        stepper = Stepper(chunks, groups, GradientCheck(model.adapted, model.pieces))
+        natural = options.routing == "natural"
+        batches, tokens = full_batches(config, groups, model.shape.vocab, natural=natural)
+        yield Training(config, model, stepper, optimizer, batches, tokens)
+
+
+def has_weights(config: RunConfig, options: Options) -> bool:
+    """Whether the base's weights are read; raises ``ValueError`` where they are asked for and not there."""
+    folder = Path(config.model.path)
+    found = folder.is_dir() and any(folder.glob("*.safetensors"))
+    if options.weights == "real" and not found:
+        raise ValueError(
+            f"--weights real: {folder} is no folder with *.safetensors; download it, or use --weights random"
+        )
+    return found and options.weights != "random"
+
+
+def _build(config: RunConfig, groups: Groups, *, real: bool) -> AdaptedModel:
+    hf = find_architecture(config.model.path)
+    shape = model_shape(hf)
+    shape.check_layout(config.parallel)
+    adapted = resolve(config.lora, shape)
+    if real:
+        return build_adapted(
+            Path(config.model.path), shape, adapted, groups,
+            model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
+        )  # fmt: skip
+    chunks = build_random(hf, config.model, config.parallel, shape, config.train.seed)
+    dtype = getattr(torch, config.model.dtype)
+    pieces = inject(chunks, adapted, shape, config.lora, groups, seed=config.train.seed, dtype=dtype)
+    check_coverage(adapted, pieces)
+    return AdaptedModel(chunks, adapted, pieces, shape, groups)
+
+
+def measure_layout(config: RunConfig, options: Options) -> Measured | None:
+    """Train and measure; collective. Rank 0 returns what all found, the others None.
+
+    Raises:
+        ValueError: what training with this config would raise.
+        RuntimeError: a loss that is no number, or an adapter that cannot or did not learn.
+    """
+    with training(config, options) as run:
+        for number in range(options.warmup):
+            run.step(number)
+        host.reset_peak_memory()
+        seconds, loss = timed_steps(run, options.warmup, options.steps)
+        peak = (host.peak_memory_bytes(), _reserved_bytes())
+        done = options.warmup + options.steps
+        parts, imbalance = timed_parts(run, done, min(options.steps, MARKED_STEPS))
+        done += min(options.steps, MARKED_STEPS)
+        if not peak[0]:
+            peak = (live_bytes(run, done), None)
+        _check_moved(run)
+        mine = {"seconds": seconds, "parts": parts, "peak": peak, "stage": run.model.groups.pp.rank()}
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+        return None if dist.get_rank() else _measured(run, options, ranks, imbalance, loss)
+
+
+def timed_steps(run: Training, first: int, count: int) -> tuple[list[float], float]:
+    """Seconds of each step on this rank, from one step's end to the next one's, and the last loss."""
+    host.synchronize()
+    dist.barrier()
+    moments, loss = [host.Stopwatch.mark()], math.nan
+    for number in range(first, first + count):
+        loss = run.step(number)
+        moments.append(host.Stopwatch.mark())
+    return [host.seconds_between(a, b) for a, b in pairwise(moments)], loss
+
+
+def timed_parts(run: Training, first: int, count: int) -> tuple[dict[str, float], tuple[float, float] | None]:
+    """Mean seconds of each part of a step on this rank; and of the experts' rows, how uneven (mean, worst)."""
+    timeline, parts = Timeline(), []
+    attach(timeline, run.model.chunks, run.model.groups.pp.size())
+    imbalance = count_rows(run.model.chunks, run.model.groups)
+    for number in range(first, first + count):
+        host.synchronize()
+        dist.barrier()
+        timeline.start()
+        run.step(number, timeline)
+        parts.append(timeline.seconds())
+    return {name: statistics.fmean(step[name] for step in parts) for name in parts[0]}, imbalance()
+
+
+def live_bytes(run: Training, number: int) -> int:
+    """The most bytes of tensors alive at once in a step, those included that were there before it."""
+    gc.collect()
+    # All that this process has: parameters, gradient buffers and optimizer state, as an allocator would count them.
+    already = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.layout is torch.strided]
+    with LiveTensors(already) as live:
+        run.step(number)
+    return live.peak_bytes
+
+
+def _reserved_bytes() -> int | None:
+    return torch.accelerator.max_memory_reserved() if host.device().type != "cpu" else None
+
+
+def _check_moved(run: Training) -> None:
+    """B starts at zero; raises ``RuntimeError`` if it is all zero still."""
+    factors = [p.parameter[p.index] for p in run.model.pieces if ".lora_B." in p.name]
+    moved = torch.tensor(float(any(bool(b.count_nonzero()) for b in factors)), device=host.device())
+    dist.all_reduce(moved, op=dist.ReduceOp.MAX)
+    if not moved:
+        raise RuntimeError("no adapter has moved: every B is still zero, so what was measured is no training")
+
+
+def _measured(
+    run: Training, options: Options, ranks: list[Any], imbalance: tuple[float, float] | None, loss: float
+) -> Measured:
+    """From what each rank found (seconds, parts, peak, stage) to the whole."""
+    config, world = run.config, len(ranks)
+    steps = [max(step) for step in zip(*(rank["seconds"] for rank in ranks), strict=True)]
+    median, positions = statistics.median(steps), config.data.max_length - 1
+    flops = flops_per_token(run.model.shape, run.model.adapted, positions, config.train.recompute)
+    samples = config.train.global_batch_size / median / world  # per second and GPU
+    parts, stages = [rank["parts"] for rank in ranks], [rank["stage"] for rank in ranks]
+    of_stage = {
+        s: _mean([p for p, stage in zip(parts, stages, strict=True) if stage == s]) for s in sorted(set(stages))
+    }
+    slowest = max(of_stage, key=lambda s: sum(of_stage[s].values()) - of_stage[s]["bubble"])
+    gpu = host.device().type != "cpu"
+    return Measured(
+        layout=str(layout_of(config, world)), num_ranks=world, routing=options.routing,
+        weights="real" if has_weights(config, options) else "random", tokens=run.tokens,
+        sequence_length=positions, global_batch_size=config.train.global_batch_size,
+        step_seconds=median, step_seconds_min=min(steps), step_seconds_max=max(steps),
+        tokens_per_second_per_gpu=samples * config.data.max_length,
+        model_tflops=samples * positions * flops.model / 1e12, hardware_tflops=samples * positions * flops.hardware / 1e12,
+        parts=of_stage[slowest], slowest_stage=slowest, parts_mean=_mean(parts), parts_per_rank=parts,
+        marked_step_seconds=max(sum(p.values()) for p in parts), stages=stages,
+        peak_bytes=[rank["peak"][0] for rank in ranks],
+        reserved_bytes=[rank["peak"][1] for rank in ranks] if gpu else None,
+        memory_from="allocator" if gpu else "live tensors",
+        imbalance=imbalance[0] if imbalance else None, imbalance_worst=imbalance[1] if imbalance else None,
+        loss=loss, device=host.device_name(), versions=versions(),
+    )  # fmt: skip
+
+
+def layout_of(config: RunConfig, num_ranks: int) -> Layout:
+    options = config.train
+    return Layout(
+        parallel=config.parallel, num_ranks=num_ranks,
+        micro_batch_size=options.micro_batch_size, recompute=options.recompute,
+    )  # fmt: skip
+
+
+def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.fmean(p[name] for p in parts) for name in parts[0]}
+
+
+def versions() -> dict[str, str]:
+    """Of what computes, and the commit of this repository (with a plus where files differ from it); empty outside one."""
+    found = {name: metadata.version(name) for name in ("torch", "triton", "megatron-core", "megatron-bridge")}
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit, changed = (
+        subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
+        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain"])
+    )
+    return {"python": platform.python_version(), **found, "commit": commit + "+" * bool(changed)}

@@ -1,0 +1,115 @@
+"""``megalora plan``: from a config and a number of GPUs to a table, a picture and a config that runs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalora.config import RunConfig, require
+from megalora.config_file import load_config
+from megalora.model.shape import model_shape
+from megalora.planner import report
+from megalora.planner.gpus import find_machine, with_ranks_per_node
+from megalora.planner.layouts import Layout, Workload, check
+from megalora.planner.memory import memory_of
+from megalora.planner.models import find_architecture
+from megalora.planner.search import CLOSE, Plan, search
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside the config."""
+
+    gpus: int
+    gpu: str
+    top: int = 10
+    imbalance: float = 1.2
+    """Rows of the fullest expert-parallel rank over the mean: assumed; ``megalora bench`` measures it."""
+    lora_ranks: Sequence[int] = ()
+    gpus_per_node: int | None = None
+    out: Path | None = None
+    figure: Path | None = None
+    rejected: Path | None = None
+
+
+def make_plan(config: RunConfig, options: Options) -> Plan:
+    """Search for a config; raises ``ValueError`` for a mistake in it."""
+    require(options.top >= 1, f"--top {options.top}: show at least 1 layout")
+    require(all(rank >= 1 for rank in options.lora_ranks), f"--lora-rank: at least 1, got {list(options.lora_ranks)}")
+    machine = find_machine(options.gpu)
+    if options.gpus_per_node is not None:
+        machine = with_ranks_per_node(machine, options.gpus_per_node)
+    shape = model_shape(find_architecture(config.model.path))
+    work = Workload.of(config, options.imbalance)
+    return search(shape, config.lora, options.gpus, work, machine, lora_ranks=options.lora_ranks)
+
+
+def plan_command(path: Path, overrides: Sequence[str], options: Options, say: Callable[[str], None] = print) -> None:
+    """Print the plan of ``path``; write config, picture and the list of rejected layouts where they were asked for."""
+    config = load_config(path, overrides)
+    plan = make_plan(config, options)
+    if options.rejected:
+        _write(options.rejected, "".join(f"{report.rejected_line(r)}\n" for r in plan.rejected))
+    best, work = plan.best(), plan.work
+    say(
+        f"{config.model.path} on {options.gpus} x {plan.machine.name}, {work.global_batch_size} samples of {work.sequence_length:,} "
+        f"tokens a step, {work.dtype}, LoRA rank {config.lora.rank} on {config.lora.target_modules}"
+    )
+    say(f"rates {plan.machine.note}; routing {work.imbalance:g} times the mean on the fullest rank: assumed")
+    say(
+        f"\nlayouts that fit: {len(plan.fitting):,}. The fastest ways to split the model, each with the microbatch, chunks and recomputation that "
+        f"need least memory within {100 * CLOSE:.0f} % of its best:\n{report.table(plan, options.top)}\n{report.LEGEND}"
+    )
+    say(f"\nthe choice: {best.layout}\n{report.breakdown(plan, best)}\n")
+    say(report.rejections(plan))
+    if text := report.warning(plan, best):
+        say(text)
+    if options.out:
+        _write(options.out, report.config_text(config, plan, best))
+        load_config(options.out).check_world(options.gpus)
+        say(f"wrote {options.out}: megalora train {options.out}, or launch/ for several nodes")
+    if options.figure:
+        from megalora.planner.figure import draw
+
+        draw(plan, options.top, options.figure, f"{config.model.path} on {options.gpus} x {plan.machine.name}")
+        say(f"wrote {options.figure}")
+
+
+def dry_run_command(
+    path: Path, overrides: Sequence[str], gpus: int, rank: int, say: Callable[[str], None] = print
+) -> bool:
+    """Build one rank of the config's own layout on the meta device; False where it holds other bytes than planned."""
+    config = load_config(path, overrides)
+    require(1 <= gpus <= 4096, f"--gpus {gpus}: a dry run builds a rank of 1 to 4,096")
+    require(0 <= rank < gpus, f"--dry-run {rank}: ranks of {gpus} GPUs count from 0 to {gpus - 1}")
+    hf = find_architecture(config.model.path)
+    train, p = config.train, config.parallel
+    layout = Layout(
+        parallel=p, num_ranks=gpus, micro_batch_size=train.micro_batch_size, recompute=train.recompute
+    )  # fmt: skip
+    shape, work = model_shape(hf), Workload.of(config)
+    check(shape, layout, work)
+    stage = rank // (gpus // p.pp)
+    planned = memory_of(shape, config.lora, layout, work, stage)
+    from megalora import host
+    from megalora.planner.dryrun import dry_run
+
+    with host.fake_world(rank, gpus):
+        built = dry_run(hf, config.lora, p, config.model)
+    rows = [
+        ("base weights", built.base_bytes, planned["weights"]),
+        ("adapters", built.adapter_bytes, planned["adapters"]),
+    ]
+    rows += [("buffers", built.buffer_bytes, 0)]
+    say(
+        f"rank {rank} of {gpus}, stage {stage}: {len(built.shapes):,} parameters' tensors, parts of {built.num_tensors:,} adapter tensors"
+    )
+    for name, found, said in rows:
+        say(
+            f"{name:<13} built {found:>16,} bytes   planned {said:>16,}   {'the same' if found == said else 'DIFFERENT'}"
+        )
+    return all(found == said for _, found, said in rows)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)

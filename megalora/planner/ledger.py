@@ -1,0 +1,61 @@
+"""Seconds by part, each part with how it is known."""
+
+from dataclasses import dataclass, field
+
+from megalora.planner.hardware import Basis, weakest
+
+
+@dataclass(frozen=True)
+class Time:
+    """One part of a step."""
+
+    name: str
+    seconds: float
+    basis: Basis
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step of the stage that works longest, which the others wait for."""
+
+    stage: int
+    parts: tuple[Time, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.parts)
+
+    @property
+    def basis(self) -> Basis:
+        """Of the whole: that of its least known part that takes a tenth or more."""
+        return weakest([p.basis for p in self.parts if p.seconds >= 0.1 * self.seconds])
+
+    def __getitem__(self, name: str) -> float:
+        return sum(part.seconds for part in self.parts if part.name == name)
+
+
+@dataclass
+class Ledger:
+    """Adds up seconds by part."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    bases: dict[str, Basis] = field(default_factory=dict)
+
+    def add(self, name: str, seconds: float, basis: Basis) -> None:
+        if seconds > 0:
+            before = self.bases.get(name)
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            if before is None or before != basis:
+                self.bases[name] = basis if before is None else weakest((before, basis))
+
+    def take(self, other: "Ledger", times: float = 1.0, before: str = "") -> None:
+        """Add another's parts, ``before`` in front of their names."""
+        for part, seconds in other.seconds.items():
+            self.add(before + part, times * seconds, other.bases[part])
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    def parts(self) -> tuple[Time, ...]:
+        return tuple(Time(name, seconds, self.bases[name]) for name, seconds in self.seconds.items())

@@ -1,0 +1,233 @@
+"""Calibration: what it measures, that every rank measures the same, and what the record says of it."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalora import host
+from megalora.bench import calibrate as calibration
+from megalora.bench import clock
+from megalora.bench.calibrate_grid import CPU, Grid
+from megalora.bench.clock import Clock
+from tests.distributed.ranks import run_ranks
+
+KEYS = [
+    "format", "name", "memory_bytes", "ranks_per_node", "world_size", "dtype", "when", "versions", "commit",
+    "gemm", "grouped_gemm", "attention", "memory", "collectives",
+]  # fmt: skip
+SIZES = {
+    "gemm": ["rows", "outputs", "inputs", "seconds"],
+    "grouped_gemm": ["experts", "rows", "outputs", "inputs", "seconds"],
+    "attention": [
+        "sequences", "sequence", "heads", "kv_heads", "head_dim", "forward_seconds", "backward_seconds",
+    ],
+    "memory": ["bytes", "seconds"],
+}  # fmt: skip
+COLLECTIVES = ["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"]
+HARDLY_ANY_S, PLENTY_S = 1e-6, 600
+type Run = tuple[dict[str, Any], list[tuple[dict[str, Any], list[str]]]]
+
+
+def _calibrate(
+    out: Path, dtype: str, budget_seconds: float, ranks_per_node: int, grid: Grid
+) -> tuple[dict[str, Any], list[str]]:
+    """What this rank measured, and what it said."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
+    calibration.CPU = grid
+    clock.ON_CPU = clock.Effort(1e-3, 10e-3)  # a sixth of the time, and as good where only a factor counts
+    found, said, measure = {}, [], calibration._measure
+    calibration._measure = lambda *args: found.update(measure(*args)) or found  # type: ignore
+    calibration.calibrate(out, dtype=dtype, budget_seconds=budget_seconds, say=said.append)
+    assert out.exists(), "no rank goes on before the record is there"
+    return found, said
+
+
+def _run(folder: Path, world: int, dtype: str, budget_seconds: float, ranks_per_node: int, grid: Grid = CPU) -> Run:
+    out = folder / "made" / "machine.json"
+    ranks = run_ranks(_calibrate, world, out, dtype, budget_seconds, ranks_per_node, grid)
+    assert [path.name for path in out.parent.iterdir()] == ["machine.json"]
+    return json.loads(out.read_text()), ranks
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One rank, every size."""
+    return _run(tmp_path_factory.mktemp("one"), 1, "float32", PLENTY_S, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two ranks of one node, the fewest sizes, bfloat16."""
+    return _run(tmp_path_factory.mktemp("two"), 2, "bfloat16", HARDLY_ANY_S, 2)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Four ranks that believe to be on two nodes, the fewest sizes, and small ones: they share the cores of one."""
+    small = {"gemm_rows": (32, 128), "rows_per_expert": (4, 16), "sequence": (32, 64), "memory_bytes": (2**16, 2**20)}
+    return _run(tmp_path_factory.mktemp("four"), 4, "float32", HARDLY_ANY_S, 2, dataclasses.replace(CPU, **small))
+
+
+def _points(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    return {kind: record[kind] for kind in SIZES} | record["collectives"]
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    assert list(record) == KEYS and record["format"] == 1 and record["name"] == "CPU"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["when"])
+    assert {"torch", "triton", "megatron-core"} <= record["versions"].keys()
+    assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}", record["commit"])
+    for kind, points in _points(record).items():
+        assert len(points) >= 2, kind
+        for point in points:
+            assert list(point) == SIZES.get(kind, ["ranks", "nodes", "bytes", "seconds"])
+            for key, value in point.items():
+                assert math.isfinite(value) and value > 0, (kind, point)
+                assert isinstance(value, float if "seconds" in key else int), (kind, key)
+
+
+def test_one_rank_measures_every_size(whole: dict[str, Any]) -> None:
+    _check_record(whole)
+    assert whole["collectives"] == {} and (whole["world_size"], whole["ranks_per_node"]) == (1, 1)
+    assert whole["memory_bytes"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert [point["bytes"] for point in whole["memory"]] == [n // 12 * 12 for n in CPU.memory_bytes]
+    expected = {(m, *features) for m in CPU.gemm_rows for features in CPU.gemm_features}
+    measured = [(p["rows"], p["outputs"], p["inputs"]) for p in whole["gemm"]]
+    assert set(measured) == expected and len(measured) == len(expected)
+    assert {p["rows"] // p["experts"] for p in whole["grouped_gemm"]} == set(CPU.rows_per_expert)
+    assert {p["sequence"] for p in whole["attention"]} == set(CPU.sequence)
+
+
+def test_more_work_takes_longer(whole: dict[str, Any]) -> None:
+    gemm = sorted(whole["gemm"], key=lambda p: p["rows"] * p["outputs"] * p["inputs"])
+    assert gemm[-1]["seconds"] > 100 * gemm[0]["seconds"]  # 65,536 times the arithmetic
+    assert whole["memory"][-1]["seconds"] > 10 * whole["memory"][0]["seconds"]  # 1,024 times the traffic
+    by_work = sorted(whole["attention"], key=lambda p: p["sequences"] * p["sequence"] ** 2 * p["heads"] * p["head_dim"])
+    for seconds in ("forward_seconds", "backward_seconds"):
+        assert by_work[-1][seconds] > 5 * by_work[0][seconds]
+
+
+def test_gemm_seconds_are_what_torch_takes(whole: dict[str, Any]) -> None:
+    point = max(whole["gemm"], key=lambda p: p["rows"] * p["outputs"] * p["inputs"])
+    x, w = torch.randn(point["rows"], point["inputs"]), torch.randn(point["outputs"], point["inputs"])
+    samples = []
+    for _ in range(5):
+        before = time.perf_counter()
+        torch.mm(x, w.t())
+        samples.append(time.perf_counter() - before)
+    assert min(samples) / 4 < point["seconds"] < 4 * max(samples)  # other processes share the cores
+
+
+def test_two_points_of_everything_however_little_time(pair: Run, four: Run) -> None:
+    for (record, _), groups in ((pair, 1), (four, 3)):
+        _check_record(record)
+        assert {kind: len(points) for kind, points in _points(record).items()} == {
+            **dict.fromkeys(SIZES, 2),
+            **dict.fromkeys(COLLECTIVES, 2 * groups),
+        }
+        ends = {CPU.collective_bytes[0], CPU.collective_bytes[-1]}
+        for name in COLLECTIVES:
+            assert {point["bytes"] for point in record["collectives"][name]} == ends
+
+
+def test_what_it_says_of_the_world(pair: Run, four: Run) -> None:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for (record, _), world, dtype in ((pair, 2, "bfloat16"), (four, 4, "float32")):
+        assert (record["world_size"], record["ranks_per_node"], record["dtype"]) == (world, 2, dtype)
+        assert record["memory_bytes"] == machine // 2
+    for record, expected in ((pair[0], {(2, 1)}), (four[0], {(2, 1), (4, 2), (2, 2)})):
+        for name in COLLECTIVES:
+            assert {(p["ranks"], p["nodes"]) for p in record["collectives"][name]} == expected, name
+
+
+def test_large_computations_take_longer_on_two_ranks(pair: Run) -> None:
+    for kind in ("gemm", "grouped_gemm", "memory"):
+        small, large = pair[0][kind]
+        assert large["seconds"] > small["seconds"], kind
+
+
+def test_large_collectives_take_longer(pair: Run) -> None:
+    small, large = pair[0]["collectives"]["all_reduce"]
+    assert (small["bytes"], large["bytes"]) == (1024, 4 * 2**20)
+    assert large["seconds"] > small["seconds"]
+
+
+def test_ranks_agree_and_rank_0_speaks(pair: Run, four: Run) -> None:
+    for record, ranks in (pair, four):
+        for measured, _ in ranks:
+            assert measured == _points(record)
+        assert [bool(said) for _, said in ranks] == [True] + [False] * (len(ranks) - 1)
+        assert any(line.startswith("measured ") for line in ranks[0][1])
+
+
+def _as_on_a_gpu(out: Path, grid: Grid) -> tuple[dict[str, Any], int, set[int]]:
+    """The GPU's way through calibration, its clock and its device apart: ``host.install`` reads "cuda" as "cpu" where there is none.
+
+    Returns what was measured, how often the cache was emptied, and the numbers of copies that calls went round.
+    """
+    host.device = lambda: torch.device("cuda")
+    clock.FLUSH_BYTES = calibration.FLUSH_BYTES = 2**16
+    calibration.GPU, rings, spins = grid, set(), []
+    seconds = Clock.seconds
+    Clock.seconds = lambda self, calls, **how: rings.add(len(calls)) or seconds(self, calls, **how)  # type: ignore
+    host.keep_busy = spins.append
+    return _calibrate(out, "bfloat16", HARDLY_ANY_S, 2, CPU)[0], len(spins), rings
+
+
+def test_the_gpu_s_way_ends(tmp_path: Path) -> None:
+    small = {"gemm_rows": (32, 128), "sequence": (32, 64), "memory_bytes": (2**10, 2**20)}
+    ranks = run_ranks(_as_on_a_gpu, 2, tmp_path / "x.json", dataclasses.replace(CPU, **small))
+    assert ranks[0] == ranks[1]
+    measured, num_samples, rings = ranks[0]
+    assert measured == _points(json.loads((tmp_path / "x.json").read_text()))
+    assert num_samples == 4 * (
+        2 * (3 + 2) + 2 * 5
+    )  # of two sizes: four computations, one of them twice, five collectives
+    assert {1, clock.MOST_COPIES} <= rings
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["x.json", "--dtype", "int8"], "--dtype: 'int8' cannot be calibrated; want bfloat16 or float32"),
+        (["x.json", "--budget-seconds", "0"], "--budget-seconds: 0.0 is no time to measure in; want more than 0"),
+        (["x.json", "--budget-seconds", "nan"], "--budget-seconds: nan is no time"),
+        (["x.json", "--budget-seconds", "long"], "invalid float value: 'long'"),
+        (["."], ". is a folder; name the JSON file to write"),
+        ([__file__ + "/x.json"], "test_calibrate.py is not a folder"),
+        ([], "the following arguments are required: out"),
+    ],
+)
+def test_mistakes_show_before_anything_is_measured(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        calibration.main(arguments)
+
+
+def _with_other_numbers_of_ranks(out: Path) -> str:
+    os.environ["LOCAL_WORLD_SIZE"] = str(1 + dist.get_rank())
+    with pytest.raises(ValueError, match="nodes have from 1 to 2 ranks; calibration needs the same number on each"):
+        calibration.calibrate(out, dtype="float32")
+    return "said"
+
+
+def test_nodes_with_other_numbers_of_ranks_are_refused(tmp_path: Path) -> None:
+    assert run_ranks(_with_other_numbers_of_ranks, 2, tmp_path / "x.json") == ["said", "said"]
+
+
+def test_the_command_says_a_mistake_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megalora.bench.calibrate", str(tmp_path / "x.json"), "--dtype", "int8"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    expected = "megalora: --dtype: 'int8' cannot be calibrated; want bfloat16 or float32\n"
+    assert (shown.returncode, shown.stdout, shown.stderr) == (2, "", expected)
+    assert not list(tmp_path.iterdir())

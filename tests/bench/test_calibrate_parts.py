@@ -1,0 +1,178 @@
+"""Calibration's parts: the clock, the computations, the groups and the order of sizes."""
+
+import math
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megalora import host
+from megalora.bench import calibrate as calibration
+from megalora.bench import calibrate_cases as cases
+from megalora.bench import calibrate_collectives as collectives
+from megalora.bench import clock
+from megalora.bench.calibrate_grid import GPU, coarse_first, extremes_first, interleaved
+from megalora.bench.clock import Clock
+from tests.distributed.ranks import run_ranks
+
+
+def _calls_on_uneven_ranks() -> tuple[float, int]:
+    calls, pause = [], 4e-3 if dist.get_rank() == 1 else 1e-4
+
+    def call() -> None:
+        calls.append(None)
+        time.sleep(pause)
+
+    return Clock().seconds([call], collective=False), len(calls)
+
+
+def test_the_slowest_rank_counts_and_all_call_as_often() -> None:
+    (seconds, num_calls), other = run_ranks(_calls_on_uneven_ranks, 2)
+    assert (seconds, num_calls) == other
+    assert 4e-3 <= seconds < 40e-3
+
+
+def test_calls_go_round_cold_copies() -> None:
+    watch, order = Clock.__new__(Clock), []
+    watch.flush = torch.ones(5)
+    watch._sample([lambda: order.append("a"), lambda: order.append("b")], 5, collective=False)
+    assert order == [*"ababa"] and watch.flush.eq(0).all()
+    assert [clock.copies(n, True) for n in (1, clock.FLUSH_BYTES // 3, clock.FLUSH_BYTES, 10**10)] == [8, 4, 1, 1]
+    assert clock.copies(1, False) == 1
+
+
+def _largest_that_fit(free_bytes: int) -> dict[str, int]:
+    host.free_memory_bytes = lambda: free_bytes // (1 + dist.get_rank())
+    largest: Counter[str] = Counter()
+    for case in calibration._in_order(torch.float32, dist.get_world_size(), 2):
+        largest[case.kind] = max(largest[case.kind], case.num_bytes)
+    return dict(largest)
+
+
+def test_sizes_that_do_not_fit_are_left_out_on_every_rank() -> None:
+    """Rank 1 has half of 20 MB free, of which each of two ranks takes a half, and of that four fifths: 4 MB."""
+    first, second = run_ranks(_largest_that_fit, 2, 20_000_000)
+    assert first == second and all(0 < num_bytes <= 4_000_000 for num_bytes in first.values())
+    assert first["memory"] == 2**20 // 12 * 12 and first["all_reduce"] == 2 * 2**20
+
+
+def _exchanged() -> float:
+    sent, received = torch.tensor([float(dist.get_rank())]), torch.tensor([-1.0])
+    collectives._exchange(sent, received, dist.group.WORLD)()  # type: ignore
+    dist.barrier()  # gloo fails those still at it when one leaves
+    return received.item()
+
+
+@pytest.mark.parametrize("world, expected", [(2, [1, 0]), (3, [2, 0, 1]), (4, [2, 3, 0, 1])])
+def test_neighbours_exchange(world: int, expected: list[int]) -> None:
+    assert run_ranks(_exchanged, world) == expected
+
+
+def _bytes_seen() -> dict[str, tuple[int, list[int]]]:
+    """For each collective, the size it records, and those of the tensors it passes."""
+    seen: list[int] = []
+
+    def spy(*args: Any, **kwargs: Any) -> None:
+        seen.extend(t.numel() * t.element_size() for t in args if torch.is_tensor(t))
+
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single"):
+        setattr(dist, name, spy)
+    dist.batch_isend_irecv = lambda ops: spy(*(op.tensor for op in ops)) or []
+    (members,) = collectives.cuts(3, 3)
+    found = {}
+    for (case,) in collectives.collective_cases(members, [1000], torch.bfloat16):
+        case.prepare()["seconds"]()
+        found[case.kind] = (case.sizes["bytes"], seen[:])
+        seen.clear()
+    return found
+
+
+def test_bytes_are_those_of_the_whole() -> None:
+    """1,000 bytes are 166 elements for each of three ranks: 332 and 996 bytes."""
+    expected = {
+        "all_gather": (996, [996, 332]),
+        "reduce_scatter": (996, [332, 996]),
+        "all_reduce": (996, [996]),
+        "all_to_all": (996, [996, 996]),
+        "send": (996, [996, 996]),
+    }
+    assert run_ranks(_bytes_seen, 3) == [expected] * 3
+
+
+def test_groups() -> None:
+    def labels(world: int, per_node: int) -> list[tuple[int, int]]:
+        return [(len(members.groups[0]), members.nodes) for members in collectives.cuts(world, per_node)]
+
+    assert labels(1, 1) == []
+    assert labels(12, 12) == [(2, 1), (3, 1), (4, 1), (6, 1), (12, 1)]
+    assert labels(16, 8) == [(2, 1), (4, 1), (8, 1), (16, 2), (2, 2)]
+    assert labels(4, 1) == [(2, 2), (4, 4)]
+    assert labels(6, 3) == [(2, 2), (3, 1), (6, 2)]
+    across = collectives.cuts(8, 2)[-2:]
+    assert across[0].groups == ((0, 2), (1, 3), (4, 6), (5, 7)) and across[1].groups == ((0, 2, 4, 6), (1, 3, 5, 7))
+    for members in collectives.cuts(24, 4):
+        assert sorted(rank for group in members.groups for rank in group) == list(range(24))
+
+
+def test_what_is_timed_computes_what_it_says() -> None:
+    def result(case: cases.Case, key: str = "seconds") -> Any:
+        torch.manual_seed(0)
+        return case.prepare()[key]()
+
+    def drawn(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        return [torch.randn(shape) for shape in shapes]
+
+    x, w = drawn((6, 16), (8, 16))
+    torch.testing.assert_close(result(cases.gemm(6, 8, 16, torch.float32)), x @ w.t())
+    x, w = drawn((6, 16), (3, 8, 16))
+    expected = torch.cat([x[2 * e : 2 * e + 2] @ w[e].t() for e in range(3)])
+    for room in (True, False):
+        torch.testing.assert_close(result(cases.grouped_gemm(3, 6, 8, 16, room, torch.float32)), expected)
+    a, b = drawn((85,), (85,))
+    torch.testing.assert_close(result(cases.memory_pass(1024, torch.float32)), a + b)
+
+    case = cases.attention(2, 5, 4, 2, 8, torch.float32)
+    q, k, v = (t.requires_grad_() for t in drawn((5, 2, 4, 8), (5, 2, 2, 8), (5, 2, 2, 8)))
+    wide = [t.repeat_interleave(n, 2).permute(1, 2, 0, 3) for t, n in ((q, 1), (k, 2), (v, 2))]
+    scores = (wide[0] @ wide[1].transpose(2, 3) / math.sqrt(8)).masked_fill(~torch.ones(5, 5).tril().bool(), -math.inf)
+    out = (F.softmax(scores, -1) @ wide[2]).permute(2, 0, 1, 3).flatten(2)
+    torch.testing.assert_close(result(case, "forward_seconds"), out)
+    torch.manual_seed(0)
+    calls = case.prepare()
+    gradients = calls["backward_seconds"]()
+    assert all(torch.equal(g, h) for g, h in zip(gradients, calls["backward_seconds"](), strict=True)), (
+        "again and again"
+    )
+    assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+
+
+def test_a_coarse_grid_comes_first() -> None:
+    points = coarse_first(range(9), "abc")
+    assert Counter(points) == Counter((i, c) for i in range(9) for c in "abc")
+    assert set(points[:4]) == {(0, "a"), (0, "c"), (8, "a"), (8, "c")}
+    assert {i for i, _ in points[:9]} == {0, 4, 8}
+    assert {i for i, _ in points[:15]} == {0, 2, 4, 6, 8}
+    assert points == coarse_first(range(9), "abc"), "the same on every rank"
+    assert extremes_first([3, 1, 2, 5, 4], lambda n: n) == [1, 5, 3, 2, 4]
+    assert extremes_first([7], lambda n: n) == [7]
+    merged = interleaved([[("a", i) for i in range(100)], [("b", i) for i in range(10)], []])
+    for n in range(11, 110):
+        share = Counter(kind for kind, _ in merged[:n])
+        assert abs(share["a"] / 100 - share["b"] / 10) <= 0.11
+    assert len(merged) == 110
+
+
+def test_the_gpus_grid_has_the_sizes_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases.host, "device", lambda: torch.device("cuda"))
+    found = cases.compute_cases(GPU, torch.bfloat16)
+    dense, experts, attention, memory = ({tuple(c.sizes.values()) for c in series} for series in found)
+    assert {(4096, 5120, 2048), (4096, 2048, 4096), (256, 151936 // 8, 4096), (32768, 8192 // 4, 4096)} <= dense
+    assert {(128, 128 * 32, 1536, 2048), (16, 16 * 2048, 2048, 768), (4, 4 * 8192, 2 * 1536 // 8, 4096)} <= experts
+    assert {(1, 32768, 32, 4, 128), (8, 4096, 64, 4, 128), (1, 512, 4, 1, 128)} <= attention
+    assert max(n for (n,) in memory) > 0.99 * 2**30
+    assert max(case.num_bytes for series in found for case in series) < 16 * 2**30

@@ -1,0 +1,175 @@
+"""Predicted time against counts made elsewhere: FLOPs of the LoRA formula, bytes of collectives of a real step, schedules by hand."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.train_case import QWEN3_30B_A3B, flops_per_token
+from megalora.config import LoRAConfig, ParallelConfig
+from megalora.planner.cost import step_time
+from megalora.planner.gpus import GPUS
+from megalora.planner.hardware import Constant, Estimate, Kind, Machine, Overhead
+from megalora.planner.layouts import Layout, Workload
+from megalora.planner.models import load_shape
+from megalora.planner.weights import PlannedModel
+
+MODELS = Path(__file__).parents[2] / "configs" / "models"
+NOTHING = 1e300
+"""A rate at which work takes no time."""
+ATTENTION = LoRAConfig(rank=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+class NoTime:
+    def seconds(self, kind: Kind, ranks: int, nodes: int, num_bytes: float) -> Estimate:
+        return Estimate(0.0, "measured")
+
+
+class Count:
+    """A network on which a byte takes a second, of one kind of collective."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+
+    def seconds(self, kind: Kind, ranks: int, nodes: int, num_bytes: float) -> Estimate:
+        return Estimate(num_bytes if kind == self.kind else 0.0, "measured")
+
+
+FREE = Machine(
+    name="free", memory_bytes=2**60, ranks_per_node=8, gemm=Constant(NOTHING), grouped_gemm=Constant(NOTHING),
+    attention=Constant(NOTHING), attention_backward=Constant(NOTHING), memory=Constant(NOTHING), network=NoTime(),
+    overhead=Overhead(0.0, 0.0, 0.0, hidden=True, basis="assumed"),
+)  # fmt: skip
+ARITHMETIC = replace(
+    FREE,
+    gemm=Constant(1e12),
+    grouped_gemm=Constant(1e12),
+    attention=Constant(1e12),
+    attention_backward=Constant(0.5e12),
+)
+"""One TFLOP/s of everything, backward of attention twice the forward, as the formula has it."""
+
+
+def model(lora: LoRAConfig) -> PlannedModel:
+    return PlannedModel.of(load_shape(MODELS / "qwen3_30b_a3b.yaml"), lora)
+
+
+def seconds(lora: LoRAConfig, machine: Machine, ranks: int = 1, batch: int = 8, recompute: str = "off", micro: int = 1, **sizes: int) -> float:  # fmt: skip
+    layout = Layout(parallel=ParallelConfig(**sizes), num_ranks=ranks, recompute=recompute, micro_batch_size=micro)  # pyright: ignore
+    work = Workload(sequence_length=4096, global_batch_size=batch)
+    return step_time(model(lora), layout, work, machine).seconds
+
+
+def test_flops_are_those_of_the_lora_formula() -> None:
+    """4 P + 6 A + 6 S h d L for each token, with adapters on attention; the formula stands in benchmarks/train_case.py."""
+    config = dict(QWEN3_30B_A3B)
+    base = flops_per_token(config, 0, 4096) * 8 * 4096 / 1e12
+    # An adapter of rank 16 on q, k, v, o: A and B, 6 FLOPs each, in 48 layers.
+    adapters = 6 * 48 * 16 * ((2048 + 4096) + 2 * (2048 + 512) + (4096 + 2048)) * 8 * 4096 / 1e12
+    found = seconds(ATTENTION, ARITHMETIC)
+    # q, k, v share one product with the stacked A's and one with the B's: as blocks of one matrix, each B meets all 48 columns.
+    assert found == pytest.approx(base + adapters, rel=0.01)
+    assert found > base + 0.9 * adapters
+
+
+def test_expert_adapters_ride_on_the_base() -> None:
+    """Their second products are columns of the base's GEMMs: 2 M (2 I 2 r + H r), forward and backward."""
+    config = dict(QWEN3_30B_A3B)
+    base = flops_per_token(config, 0, 4096) * 8 * 4096 / 1e12
+    experts = LoRAConfig(rank=16, target_modules=["gate_proj", "up_proj", "down_proj"])
+    columns = 48 * 8 * (2 * 768 * 32 + 2048 * 16 + 2048 * 32 + 768 * 16)
+    assert seconds(experts, ARITHMETIC) == pytest.approx(base + 2 * columns * 8 * 4096 / 1e12, rel=1e-3)
+
+
+def test_recomputation_does_forward_again() -> None:
+    off, full = seconds(ATTENTION, ARITHMETIC), seconds(ATTENTION, ARITHMETIC, recompute="full")
+    shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
+    layer = 2048 * (4096 + 1024) + 4096 * 2048 + 128 * 2048 + 8 * 3 * 2048 * 768
+    layer += 16 * ((3 * 2048 + 3 * (4096 + 1024)) + 4096 + 2048)
+    forward = 8 * 4096 * shape.num_layers * (2 * layer + 2 * 4096 * 4096) / 1e12
+    assert full - off == pytest.approx(forward, rel=1e-6)
+    selective = seconds(ATTENTION, ARITHMETIC, recompute="selective")
+    again = 8 * 4096 * shape.num_layers * (2 * 8 * 2 * 2048 * 768 + 2 * 4096 * 4096) / 1e12
+    assert selective - off == pytest.approx(again, rel=1e-6)
+
+
+def test_layouts_share_the_arithmetic_out() -> None:
+    one = seconds(ATTENTION, ARITHMETIC)
+    assert seconds(ATTENTION, ARITHMETIC, ranks=8, ep=8) == pytest.approx(one / 8)
+    assert seconds(ATTENTION, ARITHMETIC, ranks=8, batch=64, ep=8) == pytest.approx(one)
+    assert seconds(ATTENTION, ARITHMETIC, ranks=4, tp=4, ep=4) == pytest.approx(one / 4, rel=0.02)
+    assert seconds(ATTENTION, ARITHMETIC, ranks=4, tp=4, etp=4) == pytest.approx(one / 4, rel=0.02)
+
+
+def test_the_bubble() -> None:
+    """Stages of a model whose head takes no time are alike: (m + p - 1) / p of one rank's step, chunks divide the bubble."""
+    lora = LoRAConfig(rank=16, target_modules=["q_proj"])
+    headless = replace(model(lora), shape=replace(load_shape(MODELS / "qwen3_30b_a3b.yaml"), vocab=0))
+    work = Workload(sequence_length=4096, global_batch_size=8)
+
+    def step(ranks: int, **sizes: int):
+        return step_time(headless, Layout(parallel=ParallelConfig(**sizes), num_ranks=ranks), work, ARITHMETIC)
+
+    one = step(1)["attention"] + step(1)["experts"] + step(1)["dispatch"]
+    plain, chunked = step(4, pp=4), step(4, pp=4, vpp=3)
+    assert plain["bubble"] == pytest.approx(3 / 8 * one / 4, rel=1e-6)
+    assert chunked["bubble"] == pytest.approx(plain["bubble"] / 3, rel=1e-6)
+    assert plain.seconds - plain["bubble"] == pytest.approx(one / 4, rel=1e-6)
+
+
+def test_a_long_last_stage_is_what_others_wait_for() -> None:
+    found = step_time(
+        model(ATTENTION), Layout(parallel=ParallelConfig(pp=4), num_ranks=4), Workload(sequence_length=4096, global_batch_size=8),
+        ARITHMETIC,
+    )  # fmt: skip
+    assert found.stage == 3 and found["head"] > 0
+
+
+def test_bytes_of_an_all_to_all() -> None:
+    """Four for each layer and microbatch: out and back, forward and backward; T k H elements of two bytes."""
+    counted = seconds(LoRAConfig(), replace(FREE, network=Count("all_to_all")), ranks=8, batch=8, ep=8)
+    assert counted == 4 * 48 * 4096 * 8 * 2048 * 2
+    again = seconds(LoRAConfig(), replace(FREE, network=Count("all_to_all")), ranks=8, batch=8, ep=8, recompute="full")
+    assert again == 6 * 48 * 4096 * 8 * 2048 * 2
+
+
+def test_bytes_of_pipeline_transfers() -> None:
+    found = seconds(ATTENTION, replace(FREE, network=Count("send")), ranks=4, batch=8, pp=4)
+    assert found == pytest.approx(8 * 2 * 4096 * 2048 * 2, rel=0.51)  # a stage at an end has one border, others two
+
+
+def test_bytes_of_the_reduction() -> None:
+    """float32 gradients to their owners, bfloat16 parameters back: attention's over 8 ranks, experts' on one of 8 alone."""
+    lora = LoRAConfig(rank=16, target_modules=["o_proj", "down_proj"])
+    scatter = seconds(lora, replace(FREE, network=Count("reduce_scatter")), ranks=8, batch=8, ep=8)
+    gather = seconds(lora, replace(FREE, network=Count("all_gather")), ranks=8, batch=8, ep=8)
+    assert scatter == 48 * 16 * (4096 + 2048) * 4 and gather == scatter / 2
+
+
+def test_the_host_counts_where_the_device_is_faster() -> None:
+    over = Overhead(1.0, 2.0, 5.0, hidden=True, basis="assumed")
+    assert seconds(ATTENTION, replace(FREE, overhead=over)) == pytest.approx(8 * 48 * 3.0 + 5.0)
+    slow = replace(ARITHMETIC, overhead=replace(over, layer_forward_s=1e-6, layer_backward_s=1e-6, step_s=0.0))
+    assert seconds(ATTENTION, slow) == pytest.approx(seconds(ATTENTION, ARITHMETIC))
+    both = replace(slow, overhead=replace(slow.overhead, hidden=False))
+    assert seconds(ATTENTION, both) == pytest.approx(seconds(ATTENTION, ARITHMETIC) + 8 * 48 * 2e-6)
+
+
+def test_nothing_below_the_first_adapter_runs_backward() -> None:
+    top = LoRAConfig(rank=16, target_modules=["q_proj"], layers="24-")
+    low, high = (
+        seconds(LoRAConfig(rank=16, target_modules=["q_proj"], layers="0-"), ARITHMETIC),
+        seconds(top, ARITHMETIC),
+    )
+    assert 0.6 < high / low < 0.8  # 24 of 48 layers forward alone: 1 of 3 parts of their time stays
+
+
+def test_every_number_says_how_it_is_known() -> None:
+    found = step_time(
+        model(LoRAConfig()), Layout(parallel=ParallelConfig(tp=2, pp=2, ep=2), num_ranks=8, recompute="full"),
+        Workload(sequence_length=4096, global_batch_size=8, imbalance=1.2), GPUS["h100"],
+    )  # fmt: skip
+    assert {part.basis for part in found.parts} == {"assumed"} and found.basis == "assumed"
+    names = {part.name for part in found.parts}
+    assert names >= {"attention", "experts", "dispatch", "head", "tensor parallel", "recompute attention", "recompute experts", "bubble", "pipeline transfers", "reduction", "optimizer", "host", "other"}  # fmt: skip
+    assert found.seconds == pytest.approx(sum(part.seconds for part in found.parts))

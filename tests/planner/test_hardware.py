@@ -1,0 +1,145 @@
+"""Rates between, at and beyond what was measured, groups of ranks on nodes, and calibration files with mistakes in them."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megalora.planner.gpus import GPUS, find_machine, read_machine, with_ranks_per_node
+from megalora.planner.hardware import Links, MeasuredNetwork, Roofline, Table, weakest
+
+
+def test_a_table_is_exact_where_it_was_measured_and_says_how_it_knows_the_rest() -> None:
+    table = Table((((64, 256), 1e9), ((256, 256), 2e9), ((1024, 256), 4e9), ((1024, 1024), 8e9)))
+    assert table.at(256, 256) == (2e9, "measured")
+    between = table.at(512, 256)
+    assert 2e9 < between.value < 5e9 and between.basis == "interpolated"
+    beyond = table.at(100_000, 256)
+    assert 2e9 < beyond.value < 8e9 and beyond.basis == "assumed"
+    assert table.at(512, 256) is between  # remembered
+
+
+def test_a_roofline_is_arithmetic_or_traffic() -> None:
+    roof = Roofline(flops_per_s=1e12, bytes_per_s=1e9)
+    assert roof.at(2**20, 4096, 4096).value == pytest.approx(1e12, rel=1e-6)
+    rows, outputs, inputs = 1, 1024, 512
+    seconds = 2 * (rows * (outputs + inputs) + outputs * inputs) / 1e9
+    assert roof.at(rows, outputs, inputs).value == pytest.approx(2 * rows * outputs * inputs / seconds)
+    grouped = 2 * (64 * (outputs + inputs) + 8 * outputs * inputs) / 1e9  # eight experts' weights are read
+    assert roof.at(8, 64, outputs, inputs).value == pytest.approx(2 * 64 * outputs * inputs / grouped)
+
+
+def test_weakest() -> None:
+    assert weakest(["measured", "assumed", "interpolated"]) == "assumed"
+    assert weakest(["measured", "interpolated"]) == "interpolated" and weakest([]) == "measured"
+
+
+def test_links_move_what_each_collective_moves() -> None:
+    links = Links(100e9, 10e9, inside_latency_s=0, outside_latency_s=0)
+    size = 8e9
+    assert links.seconds("all_gather", 8, 1, size).value == pytest.approx(7 / 8 * size / 100e9)
+    assert links.seconds("all_reduce", 8, 1, size).value == pytest.approx(14 / 8 * size / 100e9)
+    # 16 ranks on 2 nodes: half of an all-to-all leaves the node, each rank through its own adapter; a ring has all eight adapters.
+    assert links.seconds("all_to_all", 16, 2, size).value == pytest.approx(size / 2 / 10e9)
+    assert links.seconds("all_gather", 16, 2, size).value == pytest.approx(15 / 16 * size / 80e9)
+    assert links.seconds("send", 2, 2, size).value == pytest.approx(size / 10e9)
+    assert links.seconds("send", 1, 1, size) == (0.0, "measured")
+
+
+def test_measured_collectives_are_lines_between_sizes_and_scale_between_groups() -> None:
+    points = {"all_gather": {(2, 1): [(1e3, 1e-4), (1e6, 1.1e-3)], (8, 1): [(1e3, 4e-4), (1e6, 4.4e-3)]}}
+    network = MeasuredNetwork(points, beyond=GPUS["h100"].network)
+    assert network.seconds("all_gather", 2, 1, 1e6) == (1.1e-3, "measured")
+    middle = network.seconds("all_gather", 2, 1, (1e3 + 1e6) / 2)
+    assert middle.value == pytest.approx(6e-4) and middle.basis == "interpolated"
+    above = network.seconds("all_gather", 2, 1, 2e6)
+    assert above.value == pytest.approx(1.1e-3 + 1e-3 * 1e6 / 999e3) and above.basis == "assumed"
+    assert network.seconds("all_gather", 2, 1, 10).value == pytest.approx(1e-4)  # never below the latency
+    four = network.seconds("all_gather", 4, 1, 1e6)
+    assert four.value == pytest.approx(1.1e-3 * (3 / 4) / (1 / 2)) and four.basis == "interpolated"
+    assert network.seconds("all_gather", 16, 1, 1e6).basis == "assumed"
+    other = network.seconds("all_to_all", 2, 1, 1e6)  # not measured at all
+    assert other == GPUS["h100"].network.seconds("all_to_all", 2, 1, 1e6)
+    with pytest.raises(ValueError, match="no all_to_all of 2 ranks over 1 node"):
+        MeasuredNetwork(points, beyond=None).seconds("all_to_all", 2, 1, 1e6)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stride", "per_node", "nodes"),
+    [(8, 1, 8, 1), (16, 1, 8, 2), (2, 8, 8, 2), (8, 2, 8, 2), (4, 2, 8, 1), (2, 64, 8, 2), (4, 1, 6, 1), (3, 3, 1, 3)],
+)
+def test_nodes_of_a_group(ranks: int, stride: int, per_node: int, nodes: int) -> None:
+    assert with_ranks_per_node(GPUS["h100"], per_node).nodes_of(ranks, stride) == nodes
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_every_gpu_of_the_table(name: str) -> None:
+    gpu = find_machine(name.upper())
+    assert gpu.name.lower().startswith(name) and 70 < gpu.memory_bytes / 2**30 < 200
+    assert gpu.gemm.at(4096, 4096, 4096).basis == "assumed"
+    assert gpu.attention_backward.at(1, 4096, 32, 128).value < gpu.attention.at(1, 4096, 32, 128).value
+    assert 1e14 < gpu.grouped_gemm.at(16, 65536, 1536, 2048).value < gpu.gemm.at(65536, 1536, 2048).value
+
+
+def calibration(**changes: object) -> dict[str, object]:
+    content: dict[str, object] = {
+        "format": 1, "name": "CPU", "memory_bytes": 2**33, "ranks_per_node": 2, "world_size": 2, "dtype": "float32",
+        "when": "2026-11-24", "gemm": [{"rows": 64, "outputs": 32, "inputs": 16, "seconds": 1e-6}],
+        "grouped_gemm": [{"experts": 2, "rows": 64, "outputs": 32, "inputs": 16, "seconds": 2e-6}],
+        "attention": [{"sequences": 2, "sequence": 64, "heads": 4, "kv_heads": 2, "head_dim": 16,
+                       "forward_seconds": 1e-5, "backward_seconds": 3e-5}],
+        "memory": [{"bytes": 3000, "seconds": 1e-6}],
+        "collectives": {"all_gather": [{"ranks": 2, "nodes": 1, "bytes": 1000, "seconds": 1e-4}]},
+        "overhead": {"layer_forward_s": 1e-3, "layer_backward_s": 2e-3, "step_s": 5e-3},
+    }  # fmt: skip
+    return {**content, **changes}
+
+
+def written(tmp_path: Path, **changes: object) -> Path:
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps({k: v for k, v in calibration(**changes).items() if v is not None}))
+    return path
+
+
+def test_a_calibration_file(tmp_path: Path) -> None:
+    machine = find_machine(str(written(tmp_path)))
+    assert machine.gemm.at(64, 32, 16) == (2 * 64 * 32 * 16 / 1e-6, "measured")
+    flops = 2 * 2 * 64**2 * 4 * 16
+    assert machine.attention.at(2, 64, 4, 16).value == pytest.approx(flops / 1e-5)
+    assert machine.attention_backward.at(2, 64, 4, 16).value == pytest.approx(flops / 3e-5)
+    assert machine.memory.at(3000).value == 3e9 and machine.network.seconds("all_gather", 2, 1, 1000).value == 1e-4
+    assert machine.overhead.step_s == 5e-3 and not machine.overhead.hidden
+    assert "measured 2026-11-24" in machine.note and math.isclose(machine.memory_bytes, 2**33)
+
+
+def test_a_gpu_measured_alone_takes_the_rest_from_its_table(tmp_path: Path) -> None:
+    machine = read_machine(written(tmp_path, name="NVIDIA H100 80GB HBM3", collectives={}, overhead=None))
+    assert machine.network.seconds("send", 2, 1, 1e6).basis == "assumed"
+    assert machine.overhead == GPUS["h100"].overhead and machine.gemm.at(64, 32, 16).basis == "measured"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 7}, "calibration format 7; this megalora reads 1"),
+        ({"gemm": None, "memory": None}, "it lacks gemm, memory"),
+        ({"overhead": None}, "no overhead of a layer, and CPU is no GPU"),
+        ({"collectives": {"gossip": [{}]}}, "unknown collectives gossip"),
+        ({"attention": []}, "has no attention"),
+        ({"memory": [{"bytes": 3000}]}, r"in one of its rows: KeyError\('seconds'\)"),
+    ],
+)
+def test_mistakes_in_a_calibration_file(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_machine(written(tmp_path, **changes))
+
+
+def test_no_machine(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--gpu h1 is neither h100, h200, a100, b200 nor a file"):
+        find_machine("h1")
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x\.json: not a calibration file"):
+        find_machine(str(tmp_path / "x.json"))
+    with pytest.raises(ValueError, match="at least 1 GPU, got 0"):
+        with_ranks_per_node(GPUS["h100"], 0)

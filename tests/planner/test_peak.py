@@ -1,0 +1,38 @@
+"""The peak of a training step, and what it is made of, against every live tensor of CPU ranks; the whole list of layouts is in
+``benchmarks/planner_accuracy.py``."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.planner.counted import CATEGORIES, Case, compare
+
+LEAK = "a dispatcher keeps the router's probabilities, and with them the graph of a layer that was recomputed, until the next pass"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("counted")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, {}, recompute="selective"),
+        Case(1, {}, recompute="full", model="vocab"),  # the loss is the peak
+        Case(1, {}, recompute="selective", model="dense"),
+        Case(2, {"ep": 2}, micro=2),
+        Case(4, {"tp": 2, "pp": 2, "vpp": 2}),
+        pytest.param(Case(2, {"ep": 2}, recompute="full"), marks=pytest.mark.xfail(strict=True, reason=LEAK)),
+    ],
+    ids=lambda case: case.name,
+)
+def test_every_category_and_the_peak(case: Case, folder: Path, chats: Path) -> None:
+    """A hundredth: what is not counted are indexes of routing and scalars. The benchmark allows 5 %, and finds 1 %."""
+    for row in compare(case, folder, chats):
+        for category in CATEGORIES:
+            found, said = row["found"][category], row["said"][category]
+            print(
+                f"{case.name} stage {row['stage']} {category}: counted {found:,}, planned {said:,}, {said / found - 1:+.3%}"
+            )
+            assert abs(said / found - 1) < 0.01, (category, found, said)

@@ -1,0 +1,208 @@
+"""``megalora plan`` as a user meets it: the ranking, the reasons, the config that runs, the picture, mistakes, and how long it takes."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalora.cli import main
+from megalora.config import LoRAConfig, ParallelConfig
+from megalora.config_file import load_config
+from megalora.planner import report
+from megalora.planner.command import Options, make_plan
+from megalora.planner.cost import step_time
+from megalora.planner.gpus import GPUS
+from megalora.planner.layouts import Layout, Workload, enumerate_layouts
+from megalora.planner.memory import fullest_stage
+from megalora.planner.models import find_architecture, load_shape
+from megalora.planner.search import CLOSE, FULL, Plan, search
+from megalora.planner.weights import PlannedModel
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "qwen3_30b_a3b_8gpu.yaml"
+WORK = Workload(sequence_length=4096, global_batch_size=32)
+SHAPE = load_shape(ROOT / "configs" / "models" / "qwen3_30b_a3b.yaml")
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return search(SHAPE, LoRAConfig(), 8, WORK, GPUS["h100"])
+
+
+def test_every_legal_layout_is_ranked_or_rejected_once(plan: Plan) -> None:
+    found = enumerate_layouts(SHAPE, 8, WORK)
+    assert len(plan.fitting) + sum(r.layout is not None for r in plan.rejected) == len(found.legal)
+    assert {p.layout for p in plan.fitting} | {r.layout for r in plan.rejected if r.layout} == set(found.legal)
+    assert all(r.reason for r in plan.rejected)
+
+
+def test_the_ranking_is_by_time_and_nothing_in_it_is_too_big(plan: Plan) -> None:
+    seconds = [p.time.seconds for p in plan.fitting]
+    assert seconds == sorted(seconds)
+    assert all(p.memory.peak_bytes <= GPUS["h100"].memory_bytes for p in plan.fitting)
+    model = PlannedModel.of(SHAPE, LoRAConfig())
+    for found in (plan.fitting[0], plan.fitting[-1]):
+        assert found.memory == fullest_stage(model, found.layout, WORK)
+        assert found.time == step_time(model, found.layout, WORK, GPUS["h100"])
+
+
+def test_what_does_not_fit_says_so_and_does_not(plan: Plan) -> None:
+    model = PlannedModel.of(SHAPE, LoRAConfig())
+    too_big = [r for r in plan.rejected if r.layout is not None]
+    for rejected in too_big[:: max(1, len(too_big) // 20)]:
+        assert rejected.layout is not None and rejected.reason.startswith("does not fit: ")
+        assert fullest_stage(model, rejected.layout, WORK).peak_bytes > GPUS["h100"].memory_bytes
+
+
+def test_one_line_for_each_way_to_split(plan: Plan) -> None:
+    chosen = plan.layouts()
+    ways = [(p.tp, p.pp, p.ep, p.etp) for p in (c.layout.parallel for c in chosen)]
+    assert len(ways) == len(set(ways))
+    for found in chosen:
+        variants = [
+            v for v in plan.fitting if replace(v.layout.parallel, vpp=1) == replace(found.layout.parallel, vpp=1)
+        ]
+        safe = [v for v in variants if plan.share(v) <= FULL] or variants
+        assert found.time.seconds <= (1 + CLOSE) * safe[0].time.seconds
+        assert plan.share(found) <= FULL or all(plan.share(v) > FULL for v in variants)
+    assert plan.share(plan.best()) <= FULL
+
+
+def test_a_bigger_machine_fits_more() -> None:
+    small, big = (search(SHAPE, LoRAConfig(), 2, WORK, GPUS[name]) for name in ("h100", "h200"))
+    assert {p.layout for p in small.fitting} < {p.layout for p in big.fitting}
+
+
+def test_ranks_to_try() -> None:
+    tried = search(SHAPE, LoRAConfig(expert_rank=None), 8, WORK, GPUS["h100"], lora_ranks=(8, 64), recompute=("full",))
+    by_rank = {rank: [p for p in tried.fitting if p.lora_rank == rank] for rank in (8, 64)}
+    one, other = (next(p for p in found if p.layout.parallel == ParallelConfig(ep=8)) for found in by_rank.values())
+    assert other.memory["adapters"] == 8 * one.memory["adapters"]
+
+
+def test_nothing_fits() -> None:
+    tiny = replace(GPUS["h100"], memory_bytes=2**33)
+    with pytest.raises(ValueError, match=r"no layout fits; the smallest is tp=.*: does not fit: .* GiB .* of 8\.0 GiB"):
+        search(SHAPE, LoRAConfig(), 1, WORK, tiny).best()
+    with pytest.raises(ValueError, match=r"no layout is possible; the first of \d+ reasons"):
+        search(SHAPE, LoRAConfig(), 7, WORK, tiny).best()
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    main(["plan", *map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def test_the_command_writes_a_config_that_runs_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, png, rejected = tmp_path / "deep" / "x.yaml", tmp_path / "x.png", tmp_path / "rejected.tsv"
+    said = run(
+        capsys,
+        CONFIG,
+        "--gpus",
+        8,
+        "--gpu",
+        "h100",
+        "--out",
+        out,
+        "--figure",
+        png,
+        "--rejected",
+        rejected,
+        "lora.rank=8",
+    )
+    config, before = load_config(out), load_config(CONFIG, ["lora.rank=8"])
+    assert replace(config, parallel=before.parallel, train=before.train) == replace(before, train=before.train)
+    assert replace(config.train, micro_batch_size=1, recompute="off") == replace(
+        before.train, micro_batch_size=1, recompute="off"
+    )
+    config.check_world(8)
+    plan = make_plan(before, Options(gpus=8, gpu="h100"))
+    best = plan.best()
+    assert config.parallel == best.layout.parallel and config.train.recompute == best.layout.recompute
+    comment = [line for line in out.read_text().splitlines() if line.startswith("#")]
+    assert f"{best.memory.peak_bytes / 2**30:.1f} GiB" in comment[2] and f"{best.time.seconds:.2f} s" in comment[3]
+    assert len(rejected.read_text().splitlines()) == len(plan.rejected)
+    from matplotlib.image import imread
+
+    picture = imread(png)
+    assert picture.shape[0] > 300 and picture.std() > 0.05
+    for part in (*best.memory.parts, *best.time.parts):
+        assert any(line.strip().startswith(part.name) and part.basis in line for line in said.splitlines()), part.name
+    assert "layouts are out" in said and "does not fit: # GiB" in said
+
+
+def test_the_table_says_how_numbers_are_known_and_what_is_nearly_full(plan: Plan) -> None:
+    rows = report.table(plan, 100).splitlines()
+    assert len(rows) == 1 + len(plan.layouts()[:100])
+    assert all("?" in row for row in rows[1:])  # nobody measured an H100 here
+    assert not rows[1].endswith("!") and report.warning(plan, plan.best()) is None
+    one = search(SHAPE, LoRAConfig(), 1, WORK, GPUS["h100"])  # 57 GiB of weights, 14 of adapters, 3.5 of logits
+    text = report.warning(one, one.best())
+    assert text and "Above 90 %" in text and report.table(one, 1).endswith("!")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "0"], "at least 1 rank"),
+        (["--gpus", "8", "--gpu", "h1"], "--gpu h1 is neither"),
+        (["--gpus", "8", "--top", "0"], "--top 0: show at least 1"),
+        (["--gpus", "8", "--imbalance", "0.5"], "so at least 1, got 0.5"),
+        (["--gpus", "8", "--lora-rank", "0"], "--lora-rank: at least 1"),
+        (["--gpus", "8", "--gpus-per-node", "0"], "a node has at least 1 GPU"),
+        (["--gpus", "8", "model.path=nobody/nothing"], r"no folder with a config\.json and no model of .*qwen3_30b_a3b\.yaml"),
+        (["--gpus", "8", "lora.dropout=0.1"], r"lora\.dropout=0\.1: what dropout keeps"),
+        (["--gpus", "8", "lora.rnak=3"], "did you mean lora.rank"),
+        (["--gpus", "8", "--dry-run", "8"], "--dry-run 8: ranks of 8 GPUs count from 0 to 7"),
+        (["--gpus", "8", "--dry-run", "0", "parallel.ep=3"], "8 ranks cannot hold the expert grid"),
+    ],
+)  # fmt: skip
+def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(CONFIG), *arguments])
+    error = capsys.readouterr().err
+    import re
+
+    assert ended.value.code == 2 and re.search(message, error), error
+
+
+def test_models_are_found_without_a_download(tiny: Path) -> None:
+    written = find_architecture(str(ROOT / "configs" / "models" / "qwen3_30b_a3b.yaml"))
+    assert find_architecture("Qwen/Qwen3-30B-A3B") == written == find_architecture("anybody/qwen3-30b-a3b")
+    assert find_architecture(str(tiny))["model_type"] == "qwen3_moe"
+
+
+def test_a_dry_run_agrees(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(
+            ["plan", str(CONFIG), "--gpus", "16", "--dry-run", "13", "parallel.pp=2", "parallel.ep=4", "parallel.tp=2"]
+        )
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and said.startswith("rank 13 of 16, stage 1:")
+    assert said.count("the same") == 3 and "DIFFERENT" not in said
+
+
+def test_235b_on_256_gpus_in_seconds_without_torch() -> None:
+    """Ten seconds on an idle core is what is promised; here others may be at work, so the processor's time counts."""
+    code = (
+        "import sys, time; from megalora.cli import main; "
+        f"main(['plan', {str(CONFIG)!r}, '--gpus', '256', 'model.path=Qwen/Qwen3-235B-A22B', 'train.global_batch_size=256']); "
+        "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules); print('seconds', time.process_time())"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds = float(done.stdout.split()[-1])
+    print(f"{seconds:.1f} s of a processor, {time.monotonic() - start:.1f} s in all")
+    assert seconds < 20
+    assert "235B" in done.stdout
+
+
+def test_layouts_are_written_as_they_are_read() -> None:
+    layout = Layout(parallel=ParallelConfig(tp=2, ep=4), num_ranks=8, recompute="full")
+    assert str(layout).startswith("tp=2 pp=1 vpp=1 dp=4 ep=4")
