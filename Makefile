@@ -19,7 +19,7 @@ CPU_TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backe
 # uv's settings in pyproject.toml drop packages that vLLM needs.
 VLLM_UV = $(UV) --no-config pip
 
-.PHONY: help setup quickstart gsm8k test test-serve test-cluster gpu parity mutations check format lock vllm vllm-lock clean
+.PHONY: help setup quickstart gsm8k test test-serve test-cluster gpu parity mutations check configs format lock vllm vllm-lock clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,9 @@ check: $(READY)  ## Format, lint, types and tests: what CI runs
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
 	@$(MAKE) --no-print-directory test
+
+configs: $(READY)  ## Have the planner write configs/sft anew
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash configs/sft/make.sh
 
 format: $(READY)  ## Rewrite the code as ruff wants it
 	@$(BIN)/ruff format .

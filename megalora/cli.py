@@ -14,11 +14,19 @@ from megalora.planner.arguments import add_planner_commands
 
 MISTAKE = 2
 """Exit code of a user's mistake, argparse's too."""
+PIPE_CLOSED = 141
+"""As a shell says of a process that SIGPIPE ended."""
 PATIENCE_S = 30
 
 
 def main(arguments: list[str] | None = None) -> None:
-    guarded(_run, sys.argv[1:] if arguments is None else arguments)
+    try:
+        guarded(_run, sys.argv[1:] if arguments is None else arguments)
+    except (
+        BrokenPipeError
+    ):  # the reader, such as head, has seen enough; the interpreter must not flush into the pipe as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(PIPE_CLOSED)
 
 
 def guarded(action: Callable[[list[str]], None], arguments: list[str]) -> None:

@@ -142,7 +142,8 @@ class TrainConfig:
     clip_grad: float = 1.0
     """Largest L2 norm of the whole gradient; 0 turns clipping off."""
     recompute: Literal["off", "selective", "full"] = "off"
-    """selective: core attention and expert or dense MLP interiors; full: whole layers."""
+    """What backward computes again. selective: core attention, gate_up of experts, dense MLPs; full: whole layers. An adapter on
+    o_proj keeps core attention's result all the same: little is saved there."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates only before the first and after the last step."""
     seed: int = 0

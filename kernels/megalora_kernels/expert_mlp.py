@@ -138,7 +138,7 @@ class _ExpertMLP(torch.autograd.Function):
             grads[n:] = o.adapter2.b_gradients(db2)
         if ctx.before_swiglu:
             if y_MJ is None:
-                y_MJ, _ = o.gate_up()
+                y_MJ = o.gate_up()[0]  # the rows, gathered again on the way, are not held
             dy, db1 = _through_swiglu(o, dout, y_MJ, s1, grads)
             if wants_b1 and o.adapter1:
                 grads[1 + FLAT : n] = o.adapter1.b_gradients(db1)

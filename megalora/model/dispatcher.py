@@ -64,7 +64,8 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         return counts_E
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
+        # Nothing that carries a graph: of a recomputed layer it would keep all until the layer's next forward.
+        self.hidden_shape, self.probs_dtype, self.routing_map = hidden_states.shape, probs.dtype, routing_map
         self.tokens_per_expert = self.preprocess(routing_map)
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
         self.sending, experts_TK = route(routing_map, self.config.moe_router_topk)
@@ -85,7 +86,7 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         if self.tp_size == 1:
             return hidden_states
         sizes = None if self.output_splits_tp is None else self.output_splits_tp.tolist()
-        wide = hidden_states.to(self.probs.dtype)
+        wide = hidden_states.to(self.probs_dtype)
         summed = reduce_scatter_to_sequence_parallel_region(wide, group=self.tp_group, input_split_sizes=sizes)
         return summed.to(hidden_states.dtype)
 

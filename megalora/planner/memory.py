@@ -256,7 +256,7 @@ def _experts_backward(model: PlannedModel, layout: Layout, work: Workload, layer
         s.num_experts // p.ep * (s.hidden * (rank + 2 * q) + i * (q + 2 * rank + 2 * each))
     )  # B's as one block, then apart
     moved = 2 * rows * s.hidden - result if p.ep * p.etp > 1 else 0
-    again = rows * (2 * i + rank + s.hidden * joined)  # grouped_mm has its rows in order again
+    again = rows * (2 * i + rank)
     return (own + rows * (s.hidden + 2 * i + rank) + result + factors) * e, again * e, moved * e
 
 

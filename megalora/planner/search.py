@@ -131,9 +131,11 @@ def _fill(plan: Plan, model: PlannedModel, lora_rank: int, layouts: Iterable[Lay
 
 
 def _leanest(variants: list[Planned]) -> Planned:
-    """Of those, fastest first, that are as good as the first."""
+    """Of those, fastest first, that are as good as the first: least memory, then fewest chunks."""
     close = [v for v in variants if v.time.seconds <= (1 + CLOSE) * variants[0].time.seconds]
-    return min(close, key=lambda v: v.memory.peak_bytes)
+    least = min(v.memory.peak_bytes for v in close)
+    lean = [v for v in close if v.memory.peak_bytes <= (1 + CLOSE) * least]
+    return min(lean, key=lambda v: (v.layout.parallel.vpp, v.memory.peak_bytes))
 
 
 def _kind(reason: str) -> str:

@@ -23,8 +23,9 @@ from tests.forked import forked
 from tests.mutations.bugs import BUGS as MODEL_BUGS
 from tests.mutations.bugs import Bug
 from tests.mutations.kernel_bugs import KERNEL_BUGS
+from tests.mutations.planner_bugs import PLANNER_BUGS
 
-BUGS = MODEL_BUGS + KERNEL_BUGS
+BUGS = MODEL_BUGS + KERNEL_BUGS + PLANNER_BUGS
 ROOT = Path(__file__).parents[2]
 COPIED = ("megalora", "kernels", "tests", "benchmarks", "configs", "launch", "pyproject.toml")
 OURS = ("megalora", "megalora_kernels", "tests", "benchmarks")
