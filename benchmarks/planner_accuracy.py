@@ -5,7 +5,7 @@
 (a) Memory: real training steps of small models on CPU ranks, every live tensor counted (``tests/planner/counted.py`` says what
     differs from a GPU), against the plan. Exit code 1 where a category or the peak is off by more than 5 %.
 (b) Published figures of others, as far as their set-ups are stated.
-(c) Runs of ``megalora bench`` on GPUs, if their results lie in benchmarks/results/bench_*.json.
+(c) Runs of ``megalora bench``, on GPUs or not, if their results lie in benchmarks/results/bench_*.json.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def show(rows: list[dict[str, Any]], results: Path) -> None:
     )
     print(f"\nLargest error of each category by number of ranks\n\n{summary_table(counted)}")
     print(f"\n(b) published\n\n{planner_published.table([row for row in rows if row['table'] == 'published'])}")
-    print(f"\n(c) measured on GPUs\n\n{measured_table(results)}\n")
+    print(f"\n(c) measured by megalora bench\n\n{measured_table(results)}\n")
 
 
 def layouts_table(rows: list[dict[str, Any]]) -> str:
@@ -138,23 +138,21 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
 
 
 def measured_table(results: Path) -> str:
-    """Every row that ``megalora bench`` measured on GPUs and predicted, from its ``results.json`` copied here as bench_*.json."""
-    lines = []
+    """Every row that ``megalora bench`` measured and predicted, from its ``results.json`` copied here as bench_*.json."""
+    lines, on_gpus = [], False
     for path in sorted(results.glob("bench_*.json")):
         for row in load_rows(path):
             m, p = row.measured, row.predicted
-            if m is None or p is None or m.memory_from != "allocator":
+            if m is None or p is None:
                 continue
+            on_gpus |= m.memory_from == "allocator"
             pairs = ((m.step_seconds, p.step_seconds, 1.0, "s"), (max(m.peak_bytes), p.peak_bytes, 2**30, "GiB"))
             cells = (
                 f"{found / unit:.3f} {name} | {100 * (said / found - 1):+.1f} %" for found, said, unit, name in pairs
             )
             lines.append(f"| {path.name} | {m.num_ranks} x {m.device} | {row.layout} | " + " | ".join(cells) + " |")
-    if not lines:
-        return "not yet measured on a GPU"
-    return "\n".join(
-        ["| file | device | layout | step | error | peak | error |", "|---|---|---|---|---|---|---|", *lines]
-    )
+    head = ["| file | device | layout | step | error | peak | error |", "|---|---|---|---|---|---|---|"]
+    return "\n".join([*(head if lines else []), *lines, *([] if on_gpus else ["not yet measured on a GPU"])])
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class Row:
     status: str
     """ok, out of memory, timed out, ``refused: why`` or ``failed: last error``."""
     log: str
-    """File with all that the ranks said; empty where none was started."""
+    """File with all that the ranks said, from the results' folder; empty where none was started."""
     seconds: float
     """From start to end, loading included."""
     measured: Measured | None = None

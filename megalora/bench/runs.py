@@ -158,7 +158,7 @@ def _run(case: _Case, config_path: Path, out: Path, nodes: Nodes, options: Optio
     arguments = [str(config_path), f"--row={found}", *asked, *case.overrides]
     start = time.monotonic()
     code = run_to_log(*command(nodes, case.layout.num_ranks, arguments, case.name), log, timeout_s)
-    row = replace(row, log=str(log), seconds=time.monotonic() - start)
+    row = replace(row, log=str(log.relative_to(out)), seconds=time.monotonic() - start)
     if code is None:
         return replace(row, status="timed out")
     if code != 0:

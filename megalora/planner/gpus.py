@@ -93,7 +93,7 @@ def _machine(content: dict[str, Any], path: Path) -> Machine:
     return Machine(
         name=content["name"], memory_bytes=content["memory_bytes"], ranks_per_node=content["ranks_per_node"],
         network=MeasuredNetwork(collectives, beyond=like.network if like else None), overhead=overhead,
-        note=f"measured {content['when']} ({path}), {content['dtype']}, {content['world_size']} ranks", **rates,
+        note=f"measured {content['when']} ({path.name}), {content['dtype']}, {content['world_size']} ranks", **rates,
     )  # fmt: skip
 
 
