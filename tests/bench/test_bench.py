@@ -363,7 +363,7 @@ def test_a_run_that_fails_costs_its_row_alone(stand_in, tiny, chats, tmp_path) -
         "multiple of 32. Change train.global_batch_size or train.micro_batch_size.",
     ]  # fmt: skip
     assert rows[2].measured == Measured(**MEASURED) and rows[2].predicted == predicted(config, 2)  # type: ignore[arg-type]
-    assert "a seeded mistake" in Path(rows[0].log).read_text() and not rows[3].log and rows[3].predicted is None
+    assert "a seeded mistake" in (out / rows[0].log).read_text() and not rows[3].log and rows[3].predicted is None
     assert load_rows(out / "results.json") == rows
     count = Counter(path.name.split("-")[1] for path in out.glob("started-*"))
     assert count == {"2": 2, "4": 2, "1": 2}
@@ -420,7 +420,7 @@ def test_for_real(tiny, chats, tmp_path) -> None:
     config = replace(config, data=replace(config.data, max_length=41))
     options = Options(steps=1, routing="natural")
     ok, refused = bench(config, tmp_path, [2, 16], options=options)
-    assert ok.status == "ok", Path(ok.log).read_text()
+    assert ok.status == "ok", (tmp_path / "out" / ok.log).read_text()
     assert refused.status.startswith("refused: ")
     assert ok.measured and ok.measured.weights == "real" and ok.measured.tokens == str(chats)
     assert ok.measured.imbalance and ok.measured.imbalance > 1 and len(ok.measured.peak_bytes) == 2

@@ -17,14 +17,15 @@ import torch.distributed as dist
 
 from megalora import host
 from megalora.bench import calibrate as calibration
-from megalora.bench import clock
+from megalora.bench import clock, overhead
 from megalora.bench.calibrate_grid import CPU, Grid
 from megalora.bench.clock import Clock
+from megalora.planner.gpus import read_machine
 from tests.distributed.ranks import run_ranks
 
 KEYS = [
     "format", "name", "memory_bytes", "ranks_per_node", "world_size", "dtype", "when", "versions", "commit",
-    "gemm", "grouped_gemm", "attention", "memory", "collectives",
+    "gemm", "grouped_gemm", "attention", "memory", "collectives", "overhead",
 ]  # fmt: skip
 SIZES = {
     "gemm": ["rows", "outputs", "inputs", "seconds"],
@@ -88,6 +89,9 @@ def _check_record(record: dict[str, Any]) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["when"])
     assert {"torch", "triton", "megatron-core"} <= record["versions"].keys()
     assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}", record["commit"])
+    over = record["overhead"]
+    assert over["layer_forward_s"] > 0 < over["layer_backward_s"] and over["step_s"] >= 0
+    assert sum(over.values()) < 10
     for kind, points in _points(record).items():
         assert len(points) >= 2, kind
         for point in points:
@@ -107,6 +111,19 @@ def test_one_rank_measures_every_size(whole: dict[str, Any]) -> None:
     assert set(measured) == expected and len(measured) == len(expected)
     assert {p["rows"] // p["experts"] for p in whole["grouped_gemm"]} == set(CPU.rows_per_expert)
     assert {p["sequence"] for p in whole["attention"]} == set(CPU.sequence)
+
+
+def test_the_planner_reads_what_is_written(pair: Run, tmp_path: Path) -> None:
+    record, path = pair[0], tmp_path / "machine.json"
+    path.write_text(json.dumps(record))
+    machine, point = read_machine(path), record["gemm"][0]
+    rate = machine.gemm.at(point["rows"], point["outputs"], point["inputs"])
+    assert rate.basis == "measured" and rate.value == pytest.approx(
+        2 * point["rows"] * point["outputs"] * point["inputs"] / point["seconds"]
+    )
+    sent = record["collectives"]["send"][0]
+    assert machine.network.seconds("send", sent["ranks"], 1, sent["bytes"]) == (sent["seconds"], "measured")
+    assert machine.overhead.layer_forward_s == record["overhead"]["layer_forward_s"] and not machine.overhead.hidden
 
 
 def test_more_work_takes_longer(whole: dict[str, Any]) -> None:
@@ -182,6 +199,7 @@ def _as_on_a_gpu(out: Path, grid: Grid) -> tuple[dict[str, Any], int, set[int]]:
     seconds = Clock.seconds
     Clock.seconds = lambda self, calls, **how: rings.add(len(calls)) or seconds(self, calls, **how)  # type: ignore
     host.keep_busy = spins.append
+    overhead.layer_overhead = lambda dtype: {}  # builds models, which would ask CUDA itself
     return _calibrate(out, "bfloat16", HARDLY_ANY_S, 2, CPU)[0], len(spins), rings
 
 

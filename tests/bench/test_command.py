@@ -1,0 +1,90 @@
+"""``megalora bench`` around its ranks: what is predicted, which layouts are taken, mistakes, and the loop from calibration to a table."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megalora.bench.command import CONTEXT, fastest, predicted, workload
+from megalora.bench.rows import PARTS, load_rows
+from megalora.cli import main
+from megalora.config import ParallelConfig
+from megalora.config_file import load_config
+from megalora.planner.gpus import GPUS
+from megalora.planner.layouts import Layout
+from megalora.planner.memory import fullest_stage
+from megalora.planner.models import load_shape
+from megalora.planner.search import search
+from megalora.planner.weights import PlannedModel
+from tests.planner.test_hardware import calibration
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "bench" / "cpu.yaml"
+SHAPE = load_shape(ROOT / "configs" / "bench" / "small_moe.yaml")
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config names its architecture from there."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("sizes", [{"ep": 2}, {"tp": 2, "etp": 2}, {"pp": 2, "vpp": 2}])
+def test_a_prediction_is_the_planners_in_the_clocks_names(sizes: dict) -> None:
+    config = load_config(CONFIG)
+    config = replace(config, parallel=ParallelConfig(**sizes), train=replace(config.train, recompute="full"))
+    found = predicted(config, 2, GPUS["h100"])
+    assert tuple(found.parts) == PARTS and sum(found.parts.values()) == pytest.approx(found.step_seconds)
+    model, work = PlannedModel.of(SHAPE, config.lora), workload(config, 1.0)
+    assert work.sequence_length == 512
+    layout = Layout(parallel=config.parallel, num_ranks=2, recompute="full")
+    plan = fullest_stage(model, layout, work)
+    assert found.peak_bytes == plan.peak_bytes - plan[CONTEXT] and plan[CONTEXT] > 0
+    assert found.parts["experts"] > 0 and (found.parts["bubble"] > 0) == ("pp" in sizes)
+
+
+def test_the_layouts_that_the_plan_puts_first() -> None:
+    config = load_config(CONFIG)
+    plan = search(SHAPE, config.lora, 4, workload(config, 1.0), GPUS["h100"])
+    assert fastest(config, 4, 3, GPUS["h100"]) == [found.layout for found in plan.layouts()[:3]]
+    with pytest.raises(ValueError, match="no layout fits"):
+        fastest(config, 4, 3, replace(GPUS["h100"], memory_bytes=2**20))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([str(CONFIG), "--nproc", "2", "--layouts", "ep=2"], "bench needs CONFIG and --gpu"),
+        (["--gpu", "h100"], "bench needs CONFIG and --gpu"),
+        ([str(CONFIG), "--gpu", "h100"], "give either --layouts, such as tp=2,ep=4 ep=8, or --top K"),
+        ([str(CONFIG), "--gpu", "h100", "--top", "2", "--layouts", "ep=1"], "give either --layouts"),
+        ([str(CONFIG), "--gpu", "h100", "--top", "0"], "--top must be at least 1"),
+        ([str(CONFIG), "--gpu", "h100", "--nproc", "0", "--top", "1"], "--nproc must be at least 1"),
+        ([str(CONFIG), "--gpu", "h100", "--nproc", "2", "--layouts", "epp=2"], "unknown key 'epp'; did you mean"),
+        ([str(CONFIG), "--gpu", "h100", "--top", "1", "--steps", "0"], "--steps must be at least 1"),
+        ([str(CONFIG), "--gpu", "h100", "--top", "1", "--routing", "even"], "--routing must be one of balanced, natural"),
+        ([str(CONFIG), "--calibrate", "x.json"], "measures the machine, not a config"),
+    ],
+)  # fmt: skip
+def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *arguments])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_from_a_calibrated_machine_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One real layout on one rank, one that cannot be; the files, and predictions that rest on the calibration."""
+    machine = tmp_path / "machine.json"
+    machine.write_text(json.dumps(calibration()))
+    out = tmp_path / "out"
+    small = ["data.max_length=33", "train.global_batch_size=2", "lora.rank=2"]
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", str(CONFIG), *small, "--gpu", str(machine), "--layouts", "micro=1", "micro=4", "--steps", "1", "--out", str(out)])  # fmt: skip
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    ok, refused = load_rows(out / "results.json")
+    assert ok.measured and ok.predicted and ok.predicted.basis.startswith("CPU, measured 2026-11-24 (machine.json)")
+    assert abs(ok.predicted.peak_bytes / max(ok.measured.peak_bytes) - 1) < 0.05  # of tensors; time is of no machine
+    assert refused.status.startswith("refused: ") and "refused" in said
+    assert (out / "results.csv").is_file() and (out / "layouts.png").stat().st_size > 10_000
