@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Every GPU test and benchmark within nine minutes, from a plain checkout and the wheels in .whl:
 #
-#     bash benchmarks/gpu_all.sh [tests] [kernels] [train] [training-tests]
+#     bash benchmarks/gpu_all.sh [tests] [kernels] [train] [training-tests] [layouts]
 #
-# Without arguments all four. Goes on past failures and exits with 1 at the end if there was one. JSON and logs go to
+# Without arguments the first four. layouts calibrates the planner and sets a model of Qwen3-30B's shape beside its prediction:
+# eight minutes of its own. Goes on past failures and exits with 1 at the end if there was one. JSON and logs go to
 # ${OUT:-benchmarks/results}; PYTHON names the interpreter, TOTAL_SECONDS another limit.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -52,9 +53,9 @@ asked() { # NAME
 
 for name in "${wanted[@]}"; do
     case $name in
-        tests | kernels | train | training-tests) ;;
+        tests | kernels | train | training-tests | layouts) ;;
         *)
-            echo "gpu_all.sh: no step is called '$name'; there are tests, kernels, train, training-tests" >&2
+            echo "gpu_all.sh: no step is called '$name'; there are tests, kernels, train, training-tests, layouts" >&2
             exit 2
             ;;
     esac
@@ -96,6 +97,13 @@ if asked training-tests; then
     else
         note "training tests" "not run: ${why##*$'\n'}" 0
     fi
+fi
+if asked layouts; then
+    step "calibration" 200 "$out/layouts.txt" "$python" -m megalora.bench.calibrate "$out/calibration.json" --budget-seconds 120
+    # The second does not fit 80 GB: a row, not the end.
+    step "layouts" 330 "$out/layouts.txt" "$python" -m megalora bench configs/sft/qwen3_30b_a3b_1xh100_4k.yaml \
+        train.global_batch_size=4 --gpu "$out/calibration.json" --layouts recompute=full recompute=selective,micro=2 \
+        --steps 3 --weights random --timeout-minutes 4 --out "$out/layouts"
 fi
 
 echo

@@ -6,6 +6,8 @@ from typing import Any
 
 from megalora.planner.search import FULL, GIB, Plan, Planned
 
+COLOURS = [f"C{i}" for i in range(10)] + ["gold", "navy", "lime", "tan", "black"]
+
 
 def draw(plan: Plan, top: int, path: Path, title: str) -> None:
     """Two rows of stacked bars, one bar for each of the ``top`` fastest layouts, as PNG or what the suffix says."""
@@ -17,7 +19,7 @@ def draw(plan: Plan, top: int, path: Path, title: str) -> None:
     shown = plan.layouts()[:top]
     figure, (left, right) = plt.subplots(1, 2, figsize=(15, 1.6 + 0.5 * len(shown)), layout="constrained", sharey=True)
     names = [_name(found) for found in shown]
-    memory = [_peak_parts(found) for found in shown]
+    memory = [{part.name: part.num_bytes / GIB for part in found.memory.at_peak()} for found in shown]
     _bars(left, names, memory)
     limit = plan.machine.memory_bytes / GIB
     left.axvline(limit, color="black", linewidth=1.2)
@@ -51,12 +53,6 @@ def _name(found: Planned) -> str:
     return shown + ("" if layout.recompute == "off" else f"\nrecompute {layout.recompute}")
 
 
-def _peak_parts(found: Planned) -> dict[str, float]:
-    """What is there at the peak: always, and the larger of pass and step."""
-    peak = "pass" if found.memory.sum_of("pass") >= found.memory.sum_of("step") else "step"
-    return {part.name: part.num_bytes / GIB for part in found.memory.parts if part.when in ("always", peak)}
-
-
 def _bars(axes: Any, names: Sequence[str], values: Sequence[dict[str, float]]) -> None:
     """Parts that are nowhere a hundredth of their bar are added up as the rest."""
     parts = list(dict.fromkeys(name for row in values for name in row))
@@ -65,7 +61,7 @@ def _bars(axes: Any, names: Sequence[str], values: Sequence[dict[str, float]]) -
     starts = [0.0] * len(rows)
     for i, part in enumerate(rows[0]):
         widths = [row[part] for row in rows]
-        axes.barh(range(len(rows)), widths, left=starts, label=part, color=f"C{i}" if part != "the rest" else "lightgray", height=0.7)  # fmt: skip
+        axes.barh(range(len(rows)), widths, left=starts, label=part, color=COLOURS[i % len(COLOURS)] if part != "the rest" else "lightgray", height=0.7)  # fmt: skip
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=5, frameon=False)

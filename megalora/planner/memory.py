@@ -70,11 +70,15 @@ class MemoryPlan:
     def sum_of(self, when: When) -> int:
         return sum(part.num_bytes for part in self.parts if part.when == when)
 
+    def at_peak(self) -> tuple[Part, ...]:
+        """What is always there, and the largest of what the loss, a layer's backward and the optimizer step add."""
+        moments: tuple[tuple[When, ...], ...] = (("pass", "loss"), ("pass", "layer"), ("step",))
+        fullest = max(moments, key=lambda moment: sum(map(self.sum_of, moment)))
+        return tuple(part for part in self.parts if part.when in ("always", *fullest))
+
     @property
     def peak_bytes(self) -> int:
-        """What is always there, and the largest of what the loss, a layer's backward and the optimizer step add."""
-        in_pass = self.sum_of("pass") + max(self.sum_of("loss"), self.sum_of("layer"))
-        return self.sum_of("always") + max(in_pass, self.sum_of("step"))
+        return sum(part.num_bytes for part in self.at_peak())
 
     def table(self) -> str:
         """One line for each part, in GiB, and the peak."""

@@ -10,7 +10,7 @@ COST_TEST, PEAK, PLAN = "tests/planner/test_cost.py", "tests/planner/test_peak.p
 # fmt: off
 PLANNER_BUGS: tuple[Bug, ...] = (
     bug(0, "one microbatch in flight on every stage", MEMORY, "max(sum(n * k for n, k in", "max(sum(min(n, 1) * k for n, k in", PEAK),
-    bug(0, "loss and a layer's backward at the same time", MEMORY, "max(self.sum_of(\"loss\"), self.sum_of(\"layer\"))", "self.sum_of(\"loss\") + self.sum_of(\"layer\")", PEAK),
+    bug(0, "loss and a layer's backward at the same time", MEMORY, '(("pass", "loss"), ("pass", "layer"), ("step",))', '(("pass", "loss", "layer"), ("step",))', PEAK),
     bug(0, "experts' adapters reduced with the dense ones", WEIGHTS, "own = is_expert and separate", "own = is_expert and not separate", "tests/planner/test_memory.py"),
     bug(0, "a shared factor's table without its shards", WEIGHTS, "if shards < group else 0", "/ shards if shards < group else 0", "tests/planner/test_memory.py tables"),
     bug(0, "a bubble that chunks do not shorten", COST, " - longest.total) / p.vpp", " - longest.total)", f"{COST_TEST} bubble"),

@@ -114,12 +114,11 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
 
 def categories(plan: MemoryPlan) -> dict[str, int]:
     """A plan in the categories that a step is counted in; ``pass`` and ``step`` are what they add to what is always there."""
-    always = plan.sum_of("always") - plan["CUDA context, NCCL"] - plan["room for adapters"]
     passes, step = plan.sum_of("pass") + max(plan.sum_of("loss"), plan.sum_of("layer")), plan.sum_of("step")
     return {
         "weights": plan["weights"], "adapters": plan["adapters"] + plan["buffer padding"], "gradients": plan["gradients"],
         "optimizer": plan["optimizer"], "activations": plan["activations"] + plan["loss"],
-        "pass": passes, "step": step, "peak": always + max(passes, step),
+        "pass": passes, "step": step, "peak": plan.peak_bytes - plan["CUDA context, NCCL"] - plan["room for adapters"],
     }  # fmt: skip
 
 
