@@ -21,7 +21,7 @@ usage='usage: launch/torchrun_node.sh CONFIG.yaml [section.key=value ...]
   NPROC_PER_NODE   ranks on each node, one per GPU (default: every GPU of this node, 1 where there is none)
                                             [PET_NPROC_PER_NODE]
   RDZV_ID          name of the run, the same on all its nodes (default megalora) [PET_RDZV_ID]
-  MODULE           what to run, megalora.bench.measure when megalora bench calls this (default megalora.train)
+  MODULE           what to run; megalora bench calls this with modules of its own (default megalora.train)
   RDZV_TIMEOUT     seconds that nodes wait for each other at the start (default 900)
   LOCAL_ADDR       how the others reach this node (default: MASTER_ADDR on node 0, elsewhere the address this node
                    uses to talk to node 0); ranks may have to be told the network too: NCCL_SOCKET_IFNAME=eth0 on
@@ -124,14 +124,15 @@ fi
 # The training operator counts nodes in these; our checks below and torchrun's ranks must not take them for theirs.
 unset RANK WORLD_SIZE LOCAL_RANK
 
-# A mistake in the config shows here, once and in a line, before any rank starts.
-python - $((NNODES * NPROC_PER_NODE)) "$config" "$@" <<'PYTHON'
+# A mistake in the config shows here, once and in a line, before any rank starts. Other modules check what they are given.
+if [[ "$MODULE" == megalora.train ]]; then
+  python - $((NNODES * NPROC_PER_NODE)) "$config" "$@" <<'PYTHON'
 import sys
 from megalora.cli import guarded
 from megalora.config_file import load_config
-words = [a for a in sys.argv[1:] if not a.startswith("--")]  # options of other modules are theirs to check
-guarded(lambda a: load_config(a[1], a[2:]).check_world(int(a[0])), words)
+guarded(lambda a: load_config(a[1], a[2:]).check_world(int(a[0])), sys.argv[1:])
 PYTHON
+fi
 
 if ((NNODES == 1)); then
   rendezvous=(--standalone) # picks a free port

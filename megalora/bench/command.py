@@ -9,6 +9,7 @@ from megalora.bench.rows import PARTS, Options, Predicted, Row
 from megalora.config import RunConfig, require
 from megalora.config_file import load_config
 from megalora.model.shape import model_shape
+from megalora.planner.command import check_writable
 from megalora.planner.gpus import find_machine
 from megalora.planner.hardware import Machine
 from megalora.planner.layouts import Layout, Workload
@@ -16,8 +17,8 @@ from megalora.planner.models import find_architecture
 from megalora.planner.search import evaluate, search
 from megalora.planner.weights import PlannedModel
 
-MEASURED_AS = {"tensor parallel": "attention", "pipeline transfers": "bubble", "host": "other"}
-"""Where the clocks of ``timers.py`` see what the planner keeps apart."""
+MEASURED_AS = {"pipeline transfers": "bubble", "host": "other"}
+"""Where the clocks of ``timers.py`` see what the planner keeps apart. The host's time they see inside each part."""
 CONTEXT = "CUDA context, NCCL"
 
 
@@ -39,12 +40,13 @@ def bench_command(
     path: Path, overrides: Sequence[str], asked: Asked, options: Options, say: Callable[[str], None] = print
 ) -> list[Row]:
     """Measure, print the table and write ``asked.out``; a row for each layout, failed ones too. Raises ``ValueError`` for mistakes."""
-    from megalora.bench.launch import Nodes
+    from megalora.bench.launch import Nodes, ended_by_signals
     from megalora.bench.results import table, write_results
     from megalora.bench.runs import parse_layout, run_layouts
 
     require(asked.num_ranks >= 1, f"--nproc must be at least 1, got {asked.num_ranks}")
     require(bool(asked.layouts) != (asked.top is not None), "give either --layouts, such as tp=2,ep=4 ep=8, or --top K")
+    check_writable(asked.out / "results.json")
     config, machine = load_config(path, overrides), find_machine(asked.gpu)
     imbalance = 1.0 if options.routing == "balanced" else asked.imbalance
     if asked.top is None:
@@ -55,10 +57,11 @@ def bench_command(
     def predict(of_layout: RunConfig, num_ranks: int) -> Predicted:
         return predicted(of_layout, num_ranks, machine, imbalance)
 
-    rows = run_layouts(
-        path, overrides, layouts, num_ranks=asked.num_ranks, out=asked.out, predict=predict, options=options,
-        timeout_s=60 * asked.timeout_minutes, say=say,
-    )  # fmt: skip
+    with ended_by_signals():
+        rows = run_layouts(
+            path, overrides, layouts, num_ranks=asked.num_ranks, out=asked.out, predict=predict, options=options,
+            timeout_s=60 * asked.timeout_minutes, say=say,
+        )  # fmt: skip
     if Nodes.of(os.environ).writes:  # of several nodes one has the results
         written = write_results(rows, asked.out)
         say(f"\n{table(rows)}\n\nwrote {', '.join(str(file) for file in written.values())}")
@@ -89,7 +92,7 @@ def predicted(config: RunConfig, num_ranks: int, machine: Machine, imbalance: fl
     found = evaluate(model, config.lora.rank, layout, workload(config, imbalance), machine)
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for part in found.time.parts:
-        name = part.name.removeprefix("recompute ")
+        name = part.name.removeprefix("recompute ").removeprefix("tensor parallel ")
         parts[MEASURED_AS.get(name, name)] += part.seconds
     return Predicted(
         step_seconds=found.time.seconds, peak_bytes=found.memory.peak_bytes - found.memory[CONTEXT], parts=parts,

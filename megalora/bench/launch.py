@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,13 @@ class Nodes:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Nodes":
-        """From NNODES and NODE_RANK, as launch/torchrun_node.sh takes them; one machine where NNODES is not set."""
-        count, rank = environment.get("NNODES", "1"), environment.get("NODE_RANK", "")
+        """From NNODES and NODE_RANK, or what launch/torchrun_node.sh takes in their place; one machine where none is set."""
+
+        def first(*names: str) -> str | None:
+            return next((environment[name] for name in names if environment.get(name)), None)
+
+        count = first("NNODES", "PET_NNODES", "SLURM_STEP_NUM_NODES") or "1"
+        rank = first("NODE_RANK", "PET_NODE_RANK", "SLURM_NODEID") or ""
         require(count.isdigit() and int(count) >= 1, f"NNODES={count} is not a number of at least 1")
         if int(count) == 1:
             return cls(1, 0)
@@ -47,25 +52,43 @@ class Nodes:
         return self.rank == 0
 
 
-def command(nodes: Nodes, num_ranks: int, arguments: Sequence[str], name: str) -> tuple[list[str], dict[str, str]]:
+def command(
+    nodes: Nodes, num_ranks: int, arguments: Sequence[str], name: str, module: str | None = None
+) -> tuple[list[str], dict[str, str]]:  # fmt: skip
     """What to run on this node, and its environment.
 
     Args:
         num_ranks: over all nodes.
-        arguments: of ``megalora.bench.measure``, the config first.
+        arguments: of the module, by default ``megalora.bench.measure``, the config first.
         name: of this run, the same on all nodes and another for every run, so that stragglers of the last one do not join.
     """
+    module = module or MODULE
     environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE_S // 3), TOKEN: uuid.uuid4().hex}
     environment.setdefault("OMP_NUM_THREADS", "1")
     if nodes.count == 1:
         ranks = ["--standalone", "--nproc-per-node", str(num_ranks)]
-        return [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", MODULE, *arguments], environment
+        return [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", module, *arguments], environment
     require(
         num_ranks % nodes.count == 0, f"{num_ranks} ranks cannot be shared out evenly over NNODES={nodes.count} nodes"
     )
-    environment |= {"MODULE": MODULE, "RDZV_ID": f"{environment.get('RDZV_ID', 'megalora')}-{name}"}
+    environment |= {"MODULE": module, "RDZV_ID": f"{environment.get('RDZV_ID', 'megalora')}-{name}"}
     environment |= {"NPROC_PER_NODE": str(num_ranks // nodes.count)}
     return ["bash", str(SCRIPT), *arguments], environment
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise ``SystemExit`` while the block runs, so that what it started ends with it."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_to_log(arguments: Sequence[str], environment: Mapping[str, str], log: Path, timeout_s: float) -> int | None:

@@ -55,10 +55,13 @@ def _header(rows: Sequence[Row]) -> list[str]:
     found = [row.measured for row in rows if row.measured]
     bases = sorted({row.predicted.basis for row in rows if row.predicted})
     lines = [f"predicted from {basis}" for basis in bases]
+    on = dict.fromkeys(
+        f"{m.num_ranks} x {m.device}; {', '.join(f'{name} {version}' for name, version in m.versions.items())}"
+        for m in found
+    )
     for m in found[:1]:
-        versions = ", ".join(f"{name} {version}" for name, version in m.versions.items())
         lines = [
-            f"{m.num_ranks} x {m.device}; {versions}",
+            *on,
             f"{m.global_batch_size} samples of {m.sequence_length + 1} tokens a step ({m.tokens}), {m.weights} weights, "
             f"{m.routing} routing; peak memory: {m.memory_from}",
             f"TFLOP/s per GPU by {FORMULA}; nothing counted twice where it is recomputed",

@@ -15,6 +15,7 @@ from pathlib import Path
 from megalora.bench.launch import Nodes, command, run_to_log
 from megalora.bench.outcome import status_of
 from megalora.bench.rows import OK, Options, Predicted, Row, load_measured, load_rows, save_rows
+from megalora.bench.versions import versions
 from megalora.config import ParallelConfig, RunConfig, require
 from megalora.config_file import load_config
 from megalora.model.shape import model_shape
@@ -140,7 +141,8 @@ def _case(
     everything = [*overrides, *layout_overrides(layout)]
     config = load_config(config_path, everything)
     content = {name: value for name, value in asdict(config).items() if name not in ("checkpoint", "log")}
-    key = json.dumps({"ranks": num_ranks, **asdict(options), **content}, sort_keys=True)
+    # Of another version or commit nothing measured before is taken over; of another machine it is, so give each its own folder.
+    key = json.dumps({"ranks": num_ranks, "versions": versions(), **asdict(options), **content}, sort_keys=True)
     key, refusal = hashlib.sha256(key.encode()).hexdigest()[:16], _refusal(config, num_ranks)
     return _Case(layout, everything, config, key, refusal, None if refusal else predict(config, num_ranks))
 

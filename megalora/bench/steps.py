@@ -6,13 +6,10 @@ noted (``timers.py``), which give the parts; on a CPU one more with its live ten
 
 import gc
 import math
-import platform
 import statistics
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from megalora.bench.routing import count_rows, make_even
 from megalora.bench.rows import Measured, Options
 from megalora.bench.samples import full_batches
 from megalora.bench.timers import Timeline, attach
+from megalora.bench.versions import versions
 from megalora.config import RunConfig
 from megalora.lora.inject import GradientCheck, check_coverage, inject
 from megalora.lora.spec import resolve
@@ -232,14 +230,3 @@ def layout_of(config: RunConfig, num_ranks: int) -> Layout:
 
 def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.fmean(p[name] for p in parts) for name in parts[0]}
-
-
-def versions() -> dict[str, str]:
-    """Of what computes, and the commit of this repository (with a plus where files differ from it); empty outside one."""
-    found = {name: metadata.version(name) for name in ("torch", "triton", "megatron-core", "megatron-bridge")}
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit, changed = (
-        subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
-        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain"])
-    )
-    return {"python": platform.python_version(), **found, "commit": commit + "+" * bool(changed)}

@@ -1,6 +1,7 @@
 """``megalora plan`` and ``megalora bench`` on the command line."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument(
         "--imbalance", type=float, default=1.2, help="rows of the fullest expert-parallel rank over the mean"
     )
-    plan.add_argument("--lora-rank", type=int, nargs="+", default=[], metavar="R", help="try these ranks too")
+    plan.add_argument(
+        "--lora-rank", type=_numbers, default=[], metavar="R,...", help="try these lora.rank beside the config's"
+    )
     plan.add_argument("--out", type=Path, metavar="FILE.yaml", help="write the best layout as a config")
     plan.add_argument("--figure", type=Path, metavar="FILE.png", help="draw memory and time of the layouts shown")
     plan.add_argument("--rejected", type=Path, metavar="FILE", help="write every other layout with its reason")
@@ -31,6 +34,10 @@ def _add_plan(commands: Any) -> None:
     )
     plan.add_argument("overrides", nargs="*", metavar="section.key=value")
     plan.set_defaults(action=_plan)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def _add_bench(commands: Any) -> None:
@@ -74,15 +81,30 @@ def _plan(options: Any, rest: list[str]) -> None:
     plan_command(options.config, overrides, asked)
 
 
+def _calibrate(options: Any) -> None:
+    from megalora.bench.launch import Nodes, command
+    from megalora.planner.command import check_writable
+
+    if options.nproc < 1:
+        raise ValueError(f"--nproc must be at least 1, got {options.nproc}")
+    check_writable(options.calibrate)
+    words = [str(options.calibrate.resolve()), f"--budget-seconds={options.budget_seconds}"]
+    nodes = Nodes.of(os.environ)
+    if nodes.count > 1:
+        started, environment = command(nodes, options.nproc, words, "calibration", "megalora.bench.calibrate")
+        sys.exit(subprocess.run(started, env=environment).returncode)
+    from megalora.cli import torchrun
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torchrun(["--standalone", "--nproc-per-node", str(options.nproc), "-m", "megalora.bench.calibrate", *words])
+
+
 def _bench(options: Any, rest: list[str]) -> None:
     if options.calibrate:
         if options.config:
             raise ValueError(f"bench --calibrate measures the machine, not a config; leave {options.config} out")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        ranks = ["--standalone", "--nproc-per-node", str(options.nproc), "-m", "megalora.bench.calibrate"]
-        from megalora.cli import torchrun
-
-        torchrun([*ranks, str(options.calibrate), "--budget-seconds", str(options.budget_seconds)])
+        _calibrate(options)
         return
     if not options.config or not options.gpu:
         raise ValueError(
@@ -91,10 +113,12 @@ def _bench(options: Any, rest: list[str]) -> None:
     from megalora.bench.command import Asked, bench_command
     from megalora.bench.rows import Options
 
+    layouts = [word for word in options.layouts if "." not in word.partition("=")[0]]
+    late = [word for word in options.layouts if word not in layouts]  # overrides behind --layouts
     how = Options(steps=options.steps, warmup=options.warmup, routing=options.routing, weights=options.weights)
     asked = Asked(
-        num_ranks=options.nproc, gpu=options.gpu, out=options.out, layouts=options.layouts, top=options.top,
+        num_ranks=options.nproc, gpu=options.gpu, out=options.out, layouts=layouts, top=options.top,
         imbalance=options.imbalance, timeout_minutes=options.timeout_minutes,
     )  # fmt: skip
-    rows = bench_command(options.config, [*options.overrides, *rest], asked, how)
+    rows = bench_command(options.config, [*options.overrides, *late, *rest], asked, how)
     sys.exit(0 if any(row.ok for row in rows) else 1)

@@ -1,5 +1,7 @@
 """``megalora plan``: from a config and a number of GPUs to a table, a picture and a config that runs."""
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ class Options:
 
 def make_plan(config: RunConfig, options: Options) -> Plan:
     """Search for a config; raises ``ValueError`` for a mistake in it."""
+    require(math.isfinite(options.imbalance), f"--imbalance {options.imbalance}: no number of rows")
     require(options.top >= 1, f"--top {options.top}: show at least 1 layout")
     require(all(rank >= 1 for rank in options.lora_ranks), f"--lora-rank: at least 1, got {list(options.lora_ranks)}")
     machine = find_machine(options.gpu)
@@ -45,16 +48,23 @@ def make_plan(config: RunConfig, options: Options) -> Plan:
 
 def plan_command(path: Path, overrides: Sequence[str], options: Options, say: Callable[[str], None] = print) -> None:
     """Print the plan of ``path``; write config, picture and the list of rejected layouts where they were asked for."""
+    for file in (options.out, options.figure, options.rejected):
+        if file:
+            check_writable(file)
+    suffix = options.figure.suffix if options.figure else ".png"
+    require(suffix in (".png", ".pdf", ".svg"), f"--figure {options.figure}: end it in .png, .pdf or .svg")
     config = load_config(path, overrides)
     plan = make_plan(config, options)
     if options.rejected:
         _write(options.rejected, "".join(f"{report.rejected_line(r)}\n" for r in plan.rejected))
     best, work = plan.best(), plan.work
+    num_experts = model_shape(find_architecture(config.model.path)).num_experts
     say(
         f"{config.model.path} on {options.gpus} x {plan.machine.name}, {work.global_batch_size} samples of {work.sequence_length:,} "
         f"tokens a step, {work.dtype}, LoRA rank {config.lora.rank} on {config.lora.target_modules}"
     )
-    say(f"rates {plan.machine.note}; routing {work.imbalance:g} times the mean on the fullest rank: assumed")
+    routing = f"; routing {work.imbalance:g} times the mean on the fullest rank: assumed" * bool(num_experts)
+    say(f"rates {plan.machine.note}{routing}")
     say(
         f"\nlayouts that fit: {len(plan.fitting):,}. The fastest ways to split the model, each with the microbatch, chunks and recomputation that "
         f"need least memory within {100 * CLOSE:.0f} % of its best:\n{report.table(plan, options.top)}\n{report.LEGEND}"
@@ -110,6 +120,15 @@ def dry_run_command(
     return all(found == said for _, found, said in rows)
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder above a file to come; raises ``ValueError`` where the file cannot be."""
+    require(not path.is_dir(), f"{path} is a folder; name the file to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+    require(os.access(path.parent, os.W_OK), f"{path} cannot be written: no permission in {path.parent}")
+
+
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

@@ -76,7 +76,8 @@ class _Costs:
         """All experts' rows; ``extra``: columns that adapters add to the inputs, at the base's rate."""
         experts, rows = self.shape.num_experts // self.p.ep, self.batch.rows
         rate = self.machine.grouped_gemm.at(experts, rows, outputs, inputs)
-        to.add(part, 2 * rows * outputs * (inputs + extra) / rate.value, rate.basis)
+        basis = weakest(["interpolated", rate.basis]) if extra else rate.basis
+        to.add(part, 2 * rows * outputs * (inputs + extra) / rate.value, basis)
 
     def traffic(self, to: Ledger, part: str, num_bytes: float, times: int = 1) -> None:
         if num_bytes:
@@ -103,7 +104,7 @@ class _Costs:
             hidden = self.batch.own_tokens * self.shape.hidden * self.e
             if chunk.has_embedding:
                 self.traffic(found, "other", 2 * self.batch.tokens * self.shape.hidden * self.e)
-                self.collective(found, "tensor parallel", "reduce_scatter", "tp", hidden * self.p.tp)
+                self.collective(found, "tensor parallel other", "reduce_scatter", "tp", hidden * self.p.tp)
             if chunk.has_head:
                 self._head(found)
             if self.p.pp > 1:  # across each border an exchange: one microbatch's hidden states for another's gradients
@@ -131,7 +132,7 @@ class _Costs:
         if self.layout.recompute == "full":
             again.take(forward, before="recompute ")
         elif self.layout.recompute == "selective":
-            self._selective(again, layer)
+            again.take(self._selective(modules, self.shape.is_moe(layer)), before="recompute ")
         over, whole = self.machine.overhead, Ledger()
         for ledger, host in ((forward, over.layer_forward_s), (backward, over.layer_backward_s)):
             if ledger is forward or not below:
@@ -156,8 +157,10 @@ class _Costs:
         ways: tuple[tuple[Ledger, Kind], ...] = ((forward, "all_gather"), (backward, "reduce_scatter"))
         for ledger, kind in ways:
             self.gemm(ledger, part, b.tokens, outputs, h)
-            self.collective(ledger, "tensor parallel", kind, "tp", b.tokens * h * self.e)
-            self.collective(ledger, "tensor parallel", kind, "tp", b.tokens * sum(a.rank for a in adapted) * self.e)
+            self.collective(ledger, f"tensor parallel {part}", kind, "tp", b.tokens * h * self.e)
+            self.collective(
+                ledger, f"tensor parallel {part}", kind, "tp", b.tokens * sum(a.rank for a in adapted) * self.e
+            )
         self._adapter((forward, backward), part, adapted, (b.own_tokens, b.tokens), (h, outputs))
 
     def _row(self, forward: Ledger, backward: Ledger, part: str, adapted: list[Adapted], inputs: float) -> None:
@@ -166,8 +169,10 @@ class _Costs:
         ways: tuple[tuple[Ledger, Kind], ...] = ((forward, "reduce_scatter"), (backward, "all_gather"))
         for ledger, kind in ways:
             self.gemm(ledger, part, b.tokens, h, inputs)
-            self.collective(ledger, "tensor parallel", kind, "tp", b.tokens * h * self.e)
-            self.collective(ledger, "tensor parallel", kind, "tp", b.tokens * sum(a.rank for a in adapted) * self.e)
+            self.collective(ledger, f"tensor parallel {part}", kind, "tp", b.tokens * h * self.e)
+            self.collective(
+                ledger, f"tensor parallel {part}", kind, "tp", b.tokens * sum(a.rank for a in adapted) * self.e
+            )
         self._adapter((forward, backward), part, adapted, (b.tokens, b.own_tokens), (inputs, h))
 
     def _attention(self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]) -> None:
@@ -180,9 +185,10 @@ class _Costs:
         self._core_attention(backward, "attention", backward=True)
 
     def _core_attention(self, to: Ledger, part: str, backward: bool = False) -> None:
-        width, _ = attention_widths(self.shape, self.p)
+        width, kv = attention_widths(self.shape, self.p)
         b, rate = self.batch, self.machine.attention_backward if backward else self.machine.attention
-        found = rate.at(b.samples, b.sequence, width // self.shape.head_dim, self.shape.head_dim)
+        d = self.shape.head_dim
+        found = rate.at(b.samples, b.sequence, width // d, kv // d, d)
         to.add(part, attention_flops(b.samples, b.sequence, width) / found.value, found.basis)
 
     def _dense(self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]) -> None:
@@ -228,17 +234,20 @@ class _Costs:
         if gate_up or down:  # dS, dA and dB
             self.traffic(backward, "experts", rows * ((2 * inner + h) * bool(gate_up) + h * bool(down)))
 
-    def _selective(self, to: Ledger, layer: int) -> None:
-        """Core attention, gate_up with its SwiGLU, a dense MLP's interior."""
-        s, b = self.shape, self.batch
-        self._core_attention(to, "recompute attention")
-        if s.is_moe(layer):
+    def _selective(self, modules: dict[str, list[Adapted]], is_moe: bool) -> Ledger:
+        """Core attention, gate_up with its SwiGLU, a dense or shared MLP's whole forward."""
+        s, again, unused = self.shape, Ledger(), Ledger()
+        self._core_attention(again, "attention")
+        if is_moe:
             inner = s.expert_intermediate // self.p.etp
-            self.grouped(to, "recompute experts", 2 * inner, s.hidden)
-            self.traffic(to, "recompute experts", 3 * inner * b.rows * self.e)
-        size = (s.shared_intermediate if s.is_moe(layer) else s.intermediate) // self.p.tp
-        self.gemm(to, "recompute mlp", b.tokens, 3 * size, s.hidden)
-        self.traffic(to, "recompute mlp", 7 * b.tokens * size * self.e)
+            self.grouped(
+                again, "experts", 2 * inner, s.hidden, sum(a.rank for a in modules.get("mlp.experts.gate_up", []))
+            )
+            self.traffic(again, "experts", 3 * inner * self.batch.rows * self.e)
+        size = s.shared_intermediate if is_moe else s.intermediate
+        if size:
+            self._gated_mlp(again, unused, modules, "mlp.shared_experts" if is_moe else "mlp", size)
+        return again
 
     def _head(self, to: Ledger) -> None:
         """Output layer and cross entropy."""

@@ -92,12 +92,12 @@ def _machine(content: dict[str, Any], path: Path) -> Machine:
     overhead = Overhead(**over, hidden=hidden, basis="measured") if over else like.overhead  # pyright: ignore
     return Machine(
         name=content["name"], memory_bytes=content["memory_bytes"], ranks_per_node=content["ranks_per_node"],
-        network=MeasuredNetwork(collectives, beyond=like.network if like else None), overhead=overhead,
+        network=MeasuredNetwork(collectives, beyond=like.network if like else None), overhead=overhead, dtype=content["dtype"],
         note=f"measured {content['when']} ({path.name}), {content['dtype']}, {content['world_size']} ranks", **rates,
     )  # fmt: skip
 
 
-_ATTENTION = ("sequences", "sequence", "heads", "head_dim")
+_ATTENTION = ("sequences", "sequence", "heads", "kv_heads", "head_dim")
 
 
 def _read(path: Path) -> dict[str, Any]:

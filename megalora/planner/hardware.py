@@ -136,8 +136,11 @@ class Links:
 
 @dataclass(frozen=True)
 class MeasuredNetwork:
-    """Seconds measured by kind, group and size: linear between sizes. A group nobody measured is scaled from the one nearest to
-    it by what a ring moves, ``(n - 1) / n``; ``beyond`` answers for groups over more nodes than were measured."""
+    """Seconds measured by kind, group and size: linear between sizes.
+
+    A group of a size nobody measured is scaled from the nearest with as many ranks in each node, by what it moves: ``(n - 1) / n`` in
+    a ring, in an all-to-all over nodes what leaves the node. Where none is like it, ``beyond`` answers.
+    """
 
     points: Mapping[str, Mapping[tuple[int, int], Sequence[tuple[float, float]]]]
     """Kind -> (ranks, nodes) -> (bytes, seconds), ascending."""
@@ -146,20 +149,28 @@ class MeasuredNetwork:
     def seconds(self, kind: Kind, ranks: int, nodes: int, num_bytes: float) -> Estimate:
         if ranks == 1:
             return Estimate(0.0, "measured")
-        groups = {g: sizes for g, sizes in self.points.get(kind, {}).items() if (g[1] == 1) == (nodes == 1)}
+        groups = {g: sizes for g, sizes in self.points.get(kind, {}).items() if _alike(g, (ranks, nodes))}
         if not groups:
             if self.beyond is None:
                 raise ValueError(
-                    f"the calibration has no {kind} of {ranks} ranks over {nodes} node(s); calibrate with more ranks"
+                    f"the calibration has no {kind} like that of {ranks} ranks over {nodes} node(s); calibrate with more ranks"
                 )
             return self.beyond.seconds(kind, ranks, nodes, num_bytes)
-        near = min(groups, key=lambda g: (abs(math.log(g[0] / ranks)), abs(math.log(g[1] / nodes))))
+        near = min(groups, key=lambda g: abs(math.log(g[0] / ranks)))
         found = _line(groups[near], num_bytes)
-        if near == (ranks, nodes):
+        if near == (ranks, nodes) or kind == "send":
             return found
-        scale = 1.0 if kind == "send" else ((ranks - 1) / ranks) / ((near[0] - 1) / near[0])
+        stay = ranks / nodes if kind == "all_to_all" and nodes > 1 else 1
+        scale = ((ranks - stay) / ranks) / ((near[0] - stay) / near[0])
         between = min(g[0] for g in groups) < ranks < max(g[0] for g in groups)
         return Estimate(found.value * scale, "interpolated" if between else "assumed")
+
+
+def _alike(group: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Both inside a node, or both over several with as many ranks in each: then they share links alike."""
+    if group[1] == 1 or other[1] == 1:
+        return group[1] == other[1]
+    return group[0] * other[1] == other[0] * group[1]
 
 
 def _line(points: Sequence[tuple[float, float]], x: float) -> Estimate:
@@ -201,13 +212,15 @@ class Machine:
     grouped_gemm: Rate
     """(experts, rows of all of them, outputs, inputs) -> FLOP/s."""
     attention: Rate
-    """(sequences, sequence, heads, head width) -> FLOP/s of causal attention forward."""
+    """(sequences, sequence, heads, key/value heads, head width) -> FLOP/s of causal attention forward."""
     attention_backward: Rate
     """The same FLOPs, those of forward, per second of backward."""
     memory: Rate
     """(bytes read and written) -> bytes/s of an element-wise pass."""
     network: Network
     overhead: Overhead
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of what its rates were taken with."""
     note: str = ""
     """Where its numbers come from."""
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from megalora.planner.hardware import Basis, weakest
+from megalora.planner.hardware import BASES, Basis, weakest
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,13 @@ class StepTime:
 
     @property
     def basis(self) -> Basis:
-        """Of the whole: that of its least known part that takes a tenth or more."""
-        return weakest([p.basis for p in self.parts if p.seconds >= 0.1 * self.seconds])
+        """Of the whole: the least known of which, with what is known less, it has a tenth or more."""
+        total, less_known = self.seconds, 0.0
+        for basis in reversed(BASES):
+            less_known += sum(part.seconds for part in self.parts if part.basis == basis)
+            if less_known >= 0.1 * total:
+                return basis
+        return "measured"
 
     def __getitem__(self, name: str) -> float:
         return sum(part.seconds for part in self.parts if part.name == name)

@@ -10,7 +10,7 @@ from megalora.planner.layouts import Rejected
 from megalora.planner.search import FULL, GIB, Plan, Planned
 
 MARK = {"measured": "", "interpolated": "~", "assumed": "?"}
-LEGEND = "no mark: measured   ~ interpolated   ? assumed"
+LEGEND = """time: no mark measured, ~ interpolated, ? assumed. GiB: formulas measured against tensors of CPU ranks; context and room assumed."""
 
 
 def table(plan: Plan, top: int) -> str:
@@ -49,7 +49,7 @@ def warning(plan: Plan, found: Planned) -> str | None:
         return None
     return (
         f"warning: {found.layout} needs {100 * share:.0f} % of the memory. Above {100 * FULL:.0f} % a batch routed unevenly, or "
-        "fragments, may be too much; take one with more recomputation, or more ranks."
+        "fragments, may be too much. A smaller data.max_length or lora.rank needs less, and so do more recomputation and more ranks."
     )
 
 

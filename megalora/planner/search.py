@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from megalora.config import LoRAConfig
+from megalora.config import LoRAConfig, require
 from megalora.model.shape import ModelShape
 from megalora.planner.cost import step_time
 from megalora.planner.hardware import Machine
@@ -41,6 +41,8 @@ class Plan:
 
     work: Workload
     machine: Machine
+    lora_rank: int
+    """The config's own; others were tried beside it."""
     fitting: list[Planned]
     """Every variant, fastest first."""
     rejected: list[Rejected]
@@ -68,10 +70,10 @@ class Plan:
         return Counter(_kind(r.reason) for r in self.rejected).most_common()
 
     def best(self) -> Planned:
-        """The fastest layout below ``FULL``, or, where there is none, the fastest that fits; raises ``ValueError`` that says how much
+        """The fastest layout of the config's own LoRA rank, if that fits, below ``FULL``, or, where there is none, the fastest that fits; raises ``ValueError`` that says how much
         the smallest layout lacks where none does."""
         if self.fitting:
-            layouts = self.layouts()
+            layouts = [found for found in self.layouts() if found.lora_rank == self.lora_rank] or self.layouts()
             return next((found for found in layouts if self.share(found) <= FULL), layouts[0])
         smallest = min((r for r in self.rejected if r.num_bytes), key=lambda r: r.num_bytes or 0, default=None)
         if smallest is None:
@@ -88,14 +90,15 @@ def search(
     """Plan every legal layout of ``num_ranks`` ranks.
 
     Args:
-        lora_ranks: ``lora.rank`` values to try; none: the config's own.
+        lora_ranks: ``lora.rank`` values to try beside the config's own.
 
     Raises:
-        ValueError: targets that match nothing, dropout, fewer than one rank.
+        ValueError: targets that match nothing, dropout, fewer than one rank, rates of another dtype.
     """
+    check_dtype(work, machine)
     found = enumerate_layouts(shape, num_ranks, work, micro_batch_sizes=micro_batch_sizes, recompute=recompute)
-    plan = Plan(work, machine, [], list(found.rejected))
-    for rank in lora_ranks or (lora.rank,):
+    plan = Plan(work, machine, lora.rank, [], list(found.rejected))
+    for rank in dict.fromkeys((lora.rank, *lora_ranks)):
         model = PlannedModel.of(shape, replace(lora, rank=rank))
         _fill(plan, model, rank, found.legal)
     plan.fitting.sort(key=lambda p: p.time.seconds)
@@ -103,8 +106,18 @@ def search(
 
 
 def evaluate(model: PlannedModel, lora_rank: int, layout: Layout, work: Workload, machine: Machine) -> Planned:
-    """One layout, whether it fits or not."""
+    """One layout, whether it fits or not; raises ``ValueError`` where rates are of another dtype."""
+    check_dtype(work, machine)
     return Planned(layout, lora_rank, fullest_stage(model, layout, work), step_time(model, layout, work, machine))
+
+
+def check_dtype(work: Workload, machine: Machine) -> None:
+    """Raise ``ValueError`` unless rates are those of the dtype that is trained in."""
+    require(
+        work.dtype == machine.dtype,
+        f"model.dtype={work.dtype}, but the rates of {machine.name} are those of {machine.dtype}. Set model.dtype={machine.dtype}, or "
+        f"calibrate: python -m megalora.bench.calibrate FILE.json --dtype {work.dtype}",
+    )
 
 
 def _fill(plan: Plan, model: PlannedModel, lora_rank: int, layouts: Iterable[Layout]) -> None:
@@ -124,7 +137,7 @@ def _fill(plan: Plan, model: PlannedModel, lora_rank: int, layouts: Iterable[Lay
             (always, "weights, adapters and optimizer alone") if always > limit else (memory.peak_bytes, "in all")
         )
         reason = f"does not fit: {needs / GIB:.1f} GiB {what} on stage {memory.stage}, of {limit / GIB:.1f} GiB"
-        rejected = Rejected(p, layout.micro_batch_size, reason, layout, memory.peak_bytes)
+        rejected = Rejected(p, layout.micro_batch_size, reason, layout, needs)
         plan.rejected.append(rejected)
         if always > limit:
             hopeless[p] = rejected

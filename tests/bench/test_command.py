@@ -1,12 +1,17 @@
 """``megalora bench`` around its ranks: what is predicted, which layouts are taken, mistakes, and the loop from calibration to a table."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megalora.bench.command import CONTEXT, fastest, predicted, workload
+from megalora.bench.launch import Nodes, processes_of
 from megalora.bench.rows import PARTS, load_rows
 from megalora.cli import main
 from megalora.config import ParallelConfig
@@ -21,6 +26,7 @@ from tests.planner.test_hardware import calibration
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "bench" / "cpu.yaml"
+H100 = replace(GPUS["h100"], dtype="float32")
 SHAPE = load_shape(ROOT / "configs" / "bench" / "small_moe.yaml")
 
 
@@ -34,7 +40,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_prediction_is_the_planners_in_the_clocks_names(sizes: dict) -> None:
     config = load_config(CONFIG)
     config = replace(config, parallel=ParallelConfig(**sizes), train=replace(config.train, recompute="full"))
-    found = predicted(config, 2, GPUS["h100"])
+    found = predicted(config, 2, H100)
     assert tuple(found.parts) == PARTS and sum(found.parts.values()) == pytest.approx(found.step_seconds)
     model, work = PlannedModel.of(SHAPE, config.lora), workload(config, 1.0)
     assert work.sequence_length == 512
@@ -46,10 +52,10 @@ def test_a_prediction_is_the_planners_in_the_clocks_names(sizes: dict) -> None:
 
 def test_the_layouts_that_the_plan_puts_first() -> None:
     config = load_config(CONFIG)
-    plan = search(SHAPE, config.lora, 4, workload(config, 1.0), GPUS["h100"])
-    assert fastest(config, 4, 3, GPUS["h100"]) == [found.layout for found in plan.layouts()[:3]]
+    plan = search(SHAPE, config.lora, 4, workload(config, 1.0), H100)
+    assert fastest(config, 4, 3, H100) == [found.layout for found in plan.layouts()[:3]]
     with pytest.raises(ValueError, match="no layout fits"):
-        fastest(config, 4, 3, replace(GPUS["h100"], memory_bytes=2**20))
+        fastest(config, 4, 3, replace(H100, memory_bytes=2**20))
 
 
 @pytest.mark.parametrize(
@@ -64,6 +70,10 @@ def test_the_layouts_that_the_plan_puts_first() -> None:
         ([str(CONFIG), "--gpu", "h100", "--nproc", "2", "--layouts", "epp=2"], "unknown key 'epp'; did you mean"),
         ([str(CONFIG), "--gpu", "h100", "--top", "1", "--steps", "0"], "--steps must be at least 1"),
         ([str(CONFIG), "--gpu", "h100", "--top", "1", "--routing", "even"], "--routing must be one of balanced, natural"),
+        ([str(CONFIG), "--gpu", "h100", "--top", "1", "--out", "/proc/x"], "/proc/x/results.json cannot be written"),
+        ([str(CONFIG), "--gpu", "h100", "--top", "1"], "the rates of H100 SXM 80 GB are those of bfloat16"),
+        (["--calibrate", "/proc/x/y.json"], "/proc/x/y.json cannot be written"),
+        (["--calibrate", "x.json", "--nproc", "0"], "--nproc must be at least 1"),
         ([str(CONFIG), "--calibrate", "x.json"], "measures the machine, not a config"),
     ],
 )  # fmt: skip
@@ -88,3 +98,24 @@ def test_from_a_calibrated_machine_to_a_table(tmp_path: Path, capsys: pytest.Cap
     assert abs(ok.predicted.peak_bytes / max(ok.measured.peak_bytes) - 1) < 0.05  # of tensors; time is of no machine
     assert refused.status.startswith("refused: ") and "refused" in said
     assert (out / "results.csv").is_file() and (out / "layouts.png").stat().st_size > 10_000
+
+
+def test_a_signal_to_the_driver_ends_its_ranks(tmp_path: Path) -> None:
+    code = (
+        "import os; from pathlib import Path; from megalora.bench.launch import TOKEN, ended_by_signals, run_to_log\n"
+        f"with ended_by_signals(): run_to_log(['sleep', '600'], {{**os.environ, TOKEN: {str(tmp_path)!r}}}, Path({str(tmp_path)!r}) / 'log', 600)"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while not processes_of(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_of(str(tmp_path))
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(60) == 128 + signal.SIGTERM and not processes_of(str(tmp_path))
+
+
+def test_nodes_as_a_scheduler_names_them() -> None:
+    assert Nodes.of({"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1"}) == Nodes(2, 1)
+    assert Nodes.of({"NNODES": "3", "NODE_RANK": "0", "SLURM_NODEID": "1"}) == Nodes(3, 0) and Nodes.of({}) == Nodes(
+        1, 0
+    )

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.train_case import QWEN3_30B_A3B, flops_per_token
 from megalora.config import LoRAConfig, ParallelConfig
+from megalora.model.shape import ModelShape
 from megalora.planner.cost import step_time
 from megalora.planner.gpus import GPUS
 from megalora.planner.hardware import Constant, Estimate, Kind, Machine, Overhead
@@ -134,8 +135,63 @@ def test_bytes_of_an_all_to_all() -> None:
 
 
 def test_bytes_of_pipeline_transfers() -> None:
-    found = seconds(ATTENTION, replace(FREE, network=Count("send")), ranks=4, batch=8, pp=4)
-    assert found == pytest.approx(8 * 2 * 4096 * 2048 * 2, rel=0.51)  # a stage at an end has one border, others two
+    """A middle stage has two borders, one at an end one; an exchange for each microbatch and chunk, and once through all stages."""
+    hidden, send = 4096 * 2048 * 2, replace(FREE, network=Count("send"))
+    assert seconds(ATTENTION, send, ranks=4, batch=8, pp=4) == (8 * 2 + 1 + 2 + 1) * hidden
+    assert seconds(ATTENTION, send, ranks=2, batch=8, pp=2, vpp=2) == (8 * 3 + 3 / 2) * hidden
+
+
+class Groups:
+    """A network that writes down who talks to whom."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[str, int, int]] = set()
+
+    def seconds(self, kind: Kind, ranks: int, nodes: int, num_bytes: float) -> Estimate:
+        self.seen.add((kind, ranks, nodes))
+        return Estimate(0.0, "measured")
+
+
+def test_groups_and_the_nodes_they_span() -> None:
+    """16 ranks, 4 in a node: attention is numbered tp, dp, pp, experts etp, ep, edp, pp, the first next to each other."""
+
+    def seen(**sizes: int) -> set[tuple[str, int, int]]:
+        groups = Groups()
+        seconds(LoRAConfig(), replace(FREE, network=groups, ranks_per_node=4), ranks=16, batch=16, **sizes)
+        return groups.seen
+
+    assert seen(tp=2, pp=2, ep=4) == {
+        ("all_gather", 2, 1), ("reduce_scatter", 2, 1), ("all_reduce", 2, 1),  # tp
+        ("all_gather", 4, 2), ("reduce_scatter", 4, 2),  # dp: ranks 0, 2, 4, 6
+        ("all_to_all", 4, 1), ("send", 2, 2),  # ep: 0 to 3; pp: 0, 8. And edp: 0, 4
+        ("all_gather", 2, 2), ("reduce_scatter", 2, 2),
+    }  # fmt: skip
+    assert seen(tp=4, ep=4, etp=2) == {
+        ("all_gather", 4, 1), ("reduce_scatter", 4, 1), ("all_reduce", 4, 1),  # tp
+        ("all_gather", 4, 4), ("reduce_scatter", 4, 4),  # dp: 0, 4, 8, 12
+        ("all_gather", 2, 1), ("reduce_scatter", 2, 1), ("all_reduce", 2, 1),  # etp
+        ("all_to_all", 4, 2),  # ep: 0, 2, 4, 6
+        ("all_gather", 2, 2), ("reduce_scatter", 2, 2),  # edp: 0, 8
+    }  # fmt: skip
+
+
+def test_selective_recomputation_gathers_a_dense_mlp_s_input_again() -> None:
+    """In units of T H: qkv and fc1 forward, o and fc2 backward; fc1 once more, and all that a layer gathers when it is whole."""
+    shape = ModelShape(
+        model_type="qwen3", num_layers=3, hidden=512, num_heads=8, num_kv_heads=4, head_dim=64, intermediate=1024, vocab=4096,
+        tied_embeddings=False,
+    )  # fmt: skip
+    dense = PlannedModel.of(shape, LoRAConfig(rank=1, target_modules=["q_proj"]))
+    found = {}
+    for level in ("off", "selective", "full"):
+        layout = Layout(parallel=ParallelConfig(tp=4), num_ranks=4, recompute=level)
+        work = Workload(sequence_length=64, global_batch_size=1)
+        found[level] = step_time(dense, layout, work, replace(FREE, network=Count("all_gather"))).seconds / (
+            64 * 512 * 2 * 3
+        )
+    assert found["selective"] - found["off"] == pytest.approx(1) and found["full"] - found["off"] == pytest.approx(
+        2, abs=0.01
+    )
 
 
 def test_bytes_of_the_reduction() -> None:
@@ -171,5 +227,5 @@ def test_every_number_says_how_it_is_known() -> None:
     )  # fmt: skip
     assert {part.basis for part in found.parts} == {"assumed"} and found.basis == "assumed"
     names = {part.name for part in found.parts}
-    assert names >= {"attention", "experts", "dispatch", "head", "tensor parallel", "recompute attention", "recompute experts", "bubble", "pipeline transfers", "reduction", "optimizer", "host", "other"}  # fmt: skip
+    assert names >= {"attention", "experts", "dispatch", "head", "tensor parallel attention", "recompute attention", "recompute experts", "bubble", "pipeline transfers", "reduction", "optimizer", "host", "other"}  # fmt: skip
     assert found.seconds == pytest.approx(sum(part.seconds for part in found.parts))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megalora.planner.gpus import GPUS, find_machine, read_machine, with_ranks_per_node
-from megalora.planner.hardware import Links, MeasuredNetwork, Roofline, Table, weakest
+from megalora.planner.hardware import Kind, Links, MeasuredNetwork, Roofline, Table, weakest
 
 
 def test_a_table_is_exact_where_it_was_measured_and_says_how_it_knows_the_rest() -> None:
@@ -61,8 +61,25 @@ def test_measured_collectives_are_lines_between_sizes_and_scale_between_groups()
     assert network.seconds("all_gather", 16, 1, 1e6).basis == "assumed"
     other = network.seconds("all_to_all", 2, 1, 1e6)  # not measured at all
     assert other == GPUS["h100"].network.seconds("all_to_all", 2, 1, 1e6)
-    with pytest.raises(ValueError, match="no all_to_all of 2 ranks over 1 node"):
+    with pytest.raises(ValueError, match="no all_to_all like that of 2 ranks over 1 node"):
         MeasuredNetwork(points, beyond=None).seconds("all_to_all", 2, 1, 1e6)
+
+
+def test_groups_over_nodes_are_scaled_from_those_with_as_many_ranks_in_each() -> None:
+    """What two nodes of eight measure, asked of more: a group with one rank per node has one adapter, whatever else was measured."""
+    links = Links(300e9, 40e9, inside_latency_s=0, outside_latency_s=0)
+    sizes, groups = (1e6, 64e6), ((2, 1), (4, 1), (8, 1), (16, 2), (2, 2))
+    kinds: tuple[Kind, ...] = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
+    points = {
+        kind: {g: [(size, links.seconds(kind, *g, size).value) for size in sizes] for g in groups} for kind in kinds
+    }
+    network = MeasuredNetwork(points, beyond=Links(1.0, 1.0))
+    for kind in kinds:
+        for ranks, nodes in ((8, 8), (32, 32), (64, 8), (4, 4), (8, 1)):
+            found, true = (n.seconds(kind, ranks, nodes, 64e6) for n in (network, links))
+            assert found.value == pytest.approx(true.value, rel=0.01), (kind, ranks, nodes)
+            assert found.basis == ("measured" if (ranks, nodes) == (8, 1) or kind == "send" else "assumed")
+    assert network.seconds("all_gather", 8, 2, 64e6).value > 1e6  # four in a node were never measured: beyond
 
 
 @pytest.mark.parametrize(
@@ -78,7 +95,7 @@ def test_every_gpu_of_the_table(name: str) -> None:
     gpu = find_machine(name.upper())
     assert gpu.name.lower().startswith(name) and 70 < gpu.memory_bytes / 2**30 < 200
     assert gpu.gemm.at(4096, 4096, 4096).basis == "assumed"
-    assert gpu.attention_backward.at(1, 4096, 32, 128).value < gpu.attention.at(1, 4096, 32, 128).value
+    assert gpu.attention_backward.at(1, 4096, 32, 4, 128).value < gpu.attention.at(1, 4096, 32, 4, 128).value
     assert 1e14 < gpu.grouped_gemm.at(16, 65536, 1536, 2048).value < gpu.gemm.at(65536, 1536, 2048).value
 
 
@@ -106,8 +123,8 @@ def test_a_calibration_file(tmp_path: Path) -> None:
     machine = find_machine(str(written(tmp_path)))
     assert machine.gemm.at(64, 32, 16) == (2 * 64 * 32 * 16 / 1e-6, "measured")
     flops = 2 * 2 * 64**2 * 4 * 16
-    assert machine.attention.at(2, 64, 4, 16).value == pytest.approx(flops / 1e-5)
-    assert machine.attention_backward.at(2, 64, 4, 16).value == pytest.approx(flops / 3e-5)
+    assert machine.attention.at(2, 64, 4, 2, 16).value == pytest.approx(flops / 1e-5)
+    assert machine.attention_backward.at(2, 64, 4, 2, 16).value == pytest.approx(flops / 3e-5)
     assert machine.memory.at(3000).value == 3e9 and machine.network.seconds("all_gather", 2, 1, 1000).value == 1e-4
     assert machine.overhead.step_s == 5e-3 and not machine.overhead.hidden
     assert "measured 2026-11-24" in machine.note and math.isclose(machine.memory_bytes, 2**33)

@@ -79,6 +79,11 @@ def test_a_bigger_machine_fits_more() -> None:
 
 def test_ranks_to_try() -> None:
     tried = search(SHAPE, LoRAConfig(expert_rank=None), 8, WORK, GPUS["h100"], lora_ranks=(8, 64), recompute=("full",))
+    assert {p.lora_rank for p in tried.fitting} == {
+        16,
+        8,
+        64,
+    } and tried.best().lora_rank == 16  # quality is not the planner's to trade
     by_rank = {rank: [p for p in tried.fitting if p.lora_rank == rank] for rank in (8, 64)}
     one, other = (next(p for p in found if p.layout.parallel == ParallelConfig(ep=8)) for found in by_rank.values())
     assert other.memory["adapters"] == 8 * one.memory["adapters"]
@@ -155,6 +160,11 @@ def test_the_table_says_how_numbers_are_known_and_what_is_nearly_full(plan: Plan
         (["--gpus", "8", "--top", "0"], "--top 0: show at least 1"),
         (["--gpus", "8", "--imbalance", "0.5"], "so at least 1, got 0.5"),
         (["--gpus", "8", "--lora-rank", "0"], "--lora-rank: at least 1"),
+        (["--gpus", "8", "--imbalance", "inf"], "--imbalance inf: no number"),
+        (["--gpus", "8", "--out", "/tmp"], "/tmp is a folder; name the file to write"),
+        (["--gpus", "8", "--out", "/proc/x/y.yaml"], "/proc/x/y.yaml cannot be written"),
+        (["--gpus", "8", "--figure", "x.foo"], "end it in .png, .pdf or .svg"),
+        (["--gpus", "8", "model.dtype=float32"], "the rates of H100 SXM 80 GB are those of bfloat16"),
         (["--gpus", "8", "--gpus-per-node", "0"], "a node has at least 1 GPU"),
         (["--gpus", "8", "model.path=nobody/nothing"], r"no folder with a config\.json and no model of .*qwen3_30b_a3b\.yaml"),
         (["--gpus", "8", "lora.dropout=0.1"], r"lora\.dropout=0\.1: what dropout keeps"),
