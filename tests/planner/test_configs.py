@@ -1,0 +1,45 @@
+"""Configs that stand ready run as they are, and what their comments predict is what the planner says today."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megalora.config_file import load_config
+from megalora.model.shape import model_shape
+from megalora.planner.command import Options
+from megalora.planner.gpus import find_machine
+from megalora.planner.layouts import Layout, Workload, check
+from megalora.planner.models import find_architecture
+from megalora.planner.report import config_text
+from megalora.planner.search import FULL, Plan, evaluate
+from megalora.planner.weights import PlannedModel
+
+FOLDER = Path(__file__).parents[2] / "configs" / "sft"
+READY = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "template.yaml")
+
+
+def test_all_that_were_promised() -> None:
+    names = {path.stem for path in READY}
+    for model, counts in (("qwen3_30b_a3b", (8, 16)), ("qwen3_235b_a22b", (16, 64, 256))):
+        assert names >= {f"{model}_{n}xh100_{length}" for n in counts for length in ("4k", "32k")}
+    assert names >= {"qwen3_30b_a3b_1xh100_4k", "qwen3_30b_a3b_1xh200_32k"}
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_a_config_is_what_the_planner_writes(path: Path) -> None:
+    found = re.search(r"_(\d+)x(\w\d+)_(\d+)k$", path.stem)
+    assert found is not None
+    ranks, config = int(found[1]), load_config(path)
+    config.check_world(ranks)
+    assert config.data.max_length == 1024 * int(found[3])
+    machine, work = find_machine(found[2]), Workload.of(config, Options.imbalance)
+    shape, train = model_shape(find_architecture(config.model.path)), config.train
+    layout = Layout(
+        parallel=config.parallel, num_ranks=ranks, micro_batch_size=train.micro_batch_size, recompute=train.recompute
+    )  # fmt: skip
+    check(shape, layout, work)
+    planned = evaluate(PlannedModel.of(shape, config.lora), config.lora.rank, layout, work, machine)
+    plan = Plan(work, machine, config.lora.rank, [planned], [])
+    assert path.read_text() == config_text(config, plan, planned), "make configs writes them anew"
+    assert plan.share(planned) <= FULL
