@@ -6,18 +6,17 @@ interleaved and their order turned round every other round, so that clocks and n
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+from megalora.bench.versions import commit, installed
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "megatron-core", "megatron-bridge", "unsloth", "numpy")
 FLUSH_BYTES = 256 * 2**20
@@ -125,22 +124,6 @@ def the_gpu(parser: argparse.ArgumentParser) -> torch.device:
     if not torch.cuda.is_available():
         parser.exit(2, f"{parser.prog}: {NEEDS_GPU}\n")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """Of the checkout; a copy without .git may say it in MEGALORA_COMMIT."""
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return os.environ.get("MEGALORA_COMMIT")
-    return asked.stdout.strip() or os.environ.get("MEGALORA_COMMIT")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

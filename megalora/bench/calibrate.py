@@ -7,17 +7,14 @@ power. Decisions are made on numbers that all ranks agree on, or collectives wou
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,6 +24,8 @@ from megalora.bench.calibrate_cases import COMPUTATIONS, Case, compute_cases
 from megalora.bench.calibrate_collectives import COLLECTIVES, collective_cases, cuts
 from megalora.bench.calibrate_grid import CPU, GPU, extremes_first, interleaved
 from megalora.bench.clock import FLUSH_BYTES, Clock, copies, slowest
+from megalora.bench.rows import write_json
+from megalora.bench.versions import commit, installed
 from megalora.cli import guarded
 
 type Point = dict[str, int | float]
@@ -66,14 +65,16 @@ def calibrate(
     from megalora.bench.overhead import layer_overhead  # imports Megatron, which host.install() must come before
 
     collectives = {name: points.get(name, []) for name in COLLECTIVES} if world > 1 else {}
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    found |= {package: installed(package) for package in ("triton", "megatron-core")}
     record = {
         "format": FORMAT, "name": host.device_name(), "memory_bytes": _memory_bytes(per_node), "ranks_per_node": per_node,
         "world_size": world, "dtype": dtype, "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": _versions(), "commit": _commit(), **{kind: points.get(kind, []) for kind in COMPUTATIONS},
+        "versions": found, "commit": commit(), **{kind: points.get(kind, []) for kind in COMPUTATIONS},
         "collectives": collectives, "overhead": layer_overhead(dtype),
     }  # fmt: skip
     if rank == 0:
-        _write(out, record)
+        write_json(record, out)
     dist.barrier()  # no rank goes on to read what is not there yet
     tell(f"wrote {out}")
 
@@ -158,32 +159,6 @@ def _point(case: Case, clock: Clock, hurry: bool) -> Point:
 
 def _memory_bytes(per_node: int) -> int:
     return host.memory_bytes() // (1 if host.device().type == "cuda" else per_node)
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    for package in ("triton", "megatron-core"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def _commit() -> str | None:
-    """Of the checkout; a copy without .git may say it in MEGALORA_COMMIT."""
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return os.environ.get("MEGALORA_COMMIT")
-    return asked.stdout.strip() or os.environ.get("MEGALORA_COMMIT")
-
-
-def _write(out: Path, record: dict[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(out)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,13 +13,13 @@ from megalora.planner.command import check_writable
 from megalora.planner.gpus import find_machine
 from megalora.planner.hardware import Machine
 from megalora.planner.layouts import Layout, Workload
+from megalora.planner.memory import CONTEXT
 from megalora.planner.models import find_architecture
 from megalora.planner.search import evaluate, search
 from megalora.planner.weights import PlannedModel
 
 MEASURED_AS = {"pipeline transfers": "bubble", "host": "other"}
 """Where the clocks of ``timers.py`` see what the planner keeps apart. The host's time they see inside each part."""
-CONTEXT = "CUDA context, NCCL"
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,7 @@ def workload(config: RunConfig, imbalance: float) -> Workload:
 
 def predicted(config: RunConfig, num_ranks: int, machine: Machine, imbalance: float = 1.0) -> Predicted:
     """The planner's word on one layout, as far as a benchmark can check it: no allocator sees the CUDA context."""
-    train = config.train
-    layout = Layout(
-        parallel=config.parallel, num_ranks=num_ranks, micro_batch_size=train.micro_batch_size, recompute=train.recompute
-    )  # fmt: skip
+    layout = Layout.of(config, num_ranks)
     model = PlannedModel.of(model_shape(find_architecture(config.model.path)), config.lora)
     found = evaluate(model, config.lora.rank, layout, workload(config, imbalance), machine)
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)

@@ -85,7 +85,7 @@ class Measured:
     loss: float
     """Of the last timed step."""
     device: str
-    versions: dict[str, str]
+    versions: dict[str, str | None]
 
 
 @dataclass(frozen=True)

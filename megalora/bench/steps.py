@@ -204,7 +204,7 @@ def _measured(
     slowest = max(of_stage, key=lambda s: sum(of_stage[s].values()) - of_stage[s]["bubble"])
     gpu = host.device().type != "cpu"
     return Measured(
-        layout=str(layout_of(config, world)), num_ranks=world, routing=options.routing,
+        layout=str(Layout.of(config, world)), num_ranks=world, routing=options.routing,
         weights="real" if has_weights(config, options) else "random", tokens=run.tokens,
         sequence_length=positions, global_batch_size=config.train.global_batch_size,
         step_seconds=median, step_seconds_min=min(steps), step_seconds_max=max(steps),
@@ -217,14 +217,6 @@ def _measured(
         memory_from="allocator" if gpu else "live tensors",
         imbalance=imbalance[0] if imbalance else None, imbalance_worst=imbalance[1] if imbalance else None,
         loss=loss, device=host.device_name(), versions=versions(),
-    )  # fmt: skip
-
-
-def layout_of(config: RunConfig, num_ranks: int) -> Layout:
-    options = config.train
-    return Layout(
-        parallel=config.parallel, num_ranks=num_ranks,
-        micro_batch_size=options.micro_batch_size, recompute=options.recompute,
     )  # fmt: skip
 
 

@@ -103,7 +103,6 @@ def _bench(options: Any, rest: list[str]) -> None:
     if options.calibrate:
         if options.config:
             raise ValueError(f"bench --calibrate measures the machine, not a config; leave {options.config} out")
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
         _calibrate(options)
         return
     if not options.config or not options.gpu:

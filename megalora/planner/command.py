@@ -56,14 +56,13 @@ def plan_command(path: Path, overrides: Sequence[str], options: Options, say: Ca
     config = load_config(path, overrides)
     plan = make_plan(config, options)
     if options.rejected:
-        _write(options.rejected, "".join(f"{report.rejected_line(r)}\n" for r in plan.rejected))
+        options.rejected.write_text("".join(f"{report.rejected_line(r)}\n" for r in plan.rejected))
     best, work = plan.best(), plan.work
-    num_experts = model_shape(find_architecture(config.model.path)).num_experts
     say(
         f"{config.model.path} on {options.gpus} x {plan.machine.name}, {work.global_batch_size} samples of {work.sequence_length:,} "
         f"tokens a step, {work.dtype}, LoRA rank {config.lora.rank} on {config.lora.target_modules}"
     )
-    routing = f"; routing {work.imbalance:g} times the mean on the fullest rank: assumed" * bool(num_experts)
+    routing = f"; routing {work.imbalance:g} times the mean on the fullest rank: assumed" * (best.time["experts"] > 0)
     say(f"rates {plan.machine.note}{routing}")
     say(
         f"\nlayouts that fit: {len(plan.fitting):,}. The fastest ways to split the model, each with the microbatch, chunks and recomputation that "
@@ -74,7 +73,7 @@ def plan_command(path: Path, overrides: Sequence[str], options: Options, say: Ca
     if text := report.warning(plan, best):
         say(text)
     if options.out:
-        _write(options.out, report.config_text(config, plan, best))
+        options.out.write_text(report.config_text(config, plan, best))
         load_config(options.out).check_world(options.gpus)
         say(f"wrote {options.out}: megalora train {options.out}, or launch/ for several nodes")
     if options.figure:
@@ -92,10 +91,7 @@ def dry_run_command(
     require(1 <= gpus <= 4096, f"--gpus {gpus}: a dry run builds a rank of 1 to 4,096")
     require(0 <= rank < gpus, f"--dry-run {rank}: ranks of {gpus} GPUs count from 0 to {gpus - 1}")
     hf = find_architecture(config.model.path)
-    train, p = config.train, config.parallel
-    layout = Layout(
-        parallel=p, num_ranks=gpus, micro_batch_size=train.micro_batch_size, recompute=train.recompute
-    )  # fmt: skip
+    p, layout = config.parallel, Layout.of(config, gpus)
     shape, work = model_shape(hf), Workload.of(config)
     check(shape, layout, work)
     stage = rank // (gpus // p.pp)
@@ -128,7 +124,3 @@ def check_writable(path: Path) -> None:
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
     require(os.access(path.parent, os.W_OK), f"{path} cannot be written: no permission in {path.parent}")
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)

@@ -151,34 +151,28 @@ class _Costs:
             self.gemm(ledger, part, rows[0], rank, sizes[0], times)
             self.gemm(ledger, part, rows[1], sizes[1], rank, times)
 
-    def _column(self, forward: Ledger, backward: Ledger, part: str, adapted: list[Adapted], outputs: float) -> None:
-        """A linear whose outputs are split: x is gathered, its gradient scattered; of an adapter h, R wide."""
-        b, h = self.batch, self.shape.hidden
-        ways: tuple[tuple[Ledger, Kind], ...] = ((forward, "all_gather"), (backward, "reduce_scatter"))
+    def _linear(
+        self, forward: Ledger, backward: Ledger, part: str, adapted: list[Adapted], inner: float, *, column: bool
+    ) -> None:  # fmt: skip
+        """H to ``inner`` features, which are split (column): x is gathered and its gradient scattered. Back to H (row): y is scattered and
+        its gradient gathered. Of an adapter h moves the same way, R wide."""
+        b, h, rank = self.batch, self.shape.hidden, sum(a.rank for a in adapted)
+        outputs, inputs = (inner, h) if column else (h, inner)
+        there, back = ("all_gather", "reduce_scatter") if column else ("reduce_scatter", "all_gather")
+        ways: tuple[tuple[Ledger, Kind], ...] = ((forward, there), (backward, back))
         for ledger, kind in ways:
-            self.gemm(ledger, part, b.tokens, outputs, h)
-            self.collective(ledger, f"tensor parallel {part}", kind, "tp", b.tokens * h * self.e)
-            self.collective(
-                ledger, f"tensor parallel {part}", kind, "tp", b.tokens * sum(a.rank for a in adapted) * self.e
-            )
-        self._adapter((forward, backward), part, adapted, (b.own_tokens, b.tokens), (h, outputs))
-
-    def _row(self, forward: Ledger, backward: Ledger, part: str, adapted: list[Adapted], inputs: float) -> None:
-        """A linear whose inputs are split: y is scattered, its gradient gathered."""
-        b, h = self.batch, self.shape.hidden
-        ways: tuple[tuple[Ledger, Kind], ...] = ((forward, "reduce_scatter"), (backward, "all_gather"))
-        for ledger, kind in ways:
-            self.gemm(ledger, part, b.tokens, h, inputs)
-            self.collective(ledger, f"tensor parallel {part}", kind, "tp", b.tokens * h * self.e)
-            self.collective(
-                ledger, f"tensor parallel {part}", kind, "tp", b.tokens * sum(a.rank for a in adapted) * self.e
-            )
-        self._adapter((forward, backward), part, adapted, (b.tokens, b.own_tokens), (inputs, h))
+            self.gemm(ledger, part, b.tokens, outputs, inputs)
+            for width in (h, rank):
+                self.collective(ledger, f"tensor parallel {part}", kind, "tp", b.tokens * width * self.e)
+        rows = (b.own_tokens, b.tokens) if column else (b.tokens, b.own_tokens)
+        self._adapter((forward, backward), part, adapted, rows, (inputs, outputs))
 
     def _attention(self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]) -> None:
         width, kv = attention_widths(self.shape, self.p)
-        self._column(forward, backward, "attention", modules.get("self_attention.linear_qkv", []), width + 2 * kv)
-        self._row(forward, backward, "attention", modules.get("self_attention.linear_proj", []), width)
+        self._linear(
+            forward, backward, "attention", modules.get("self_attention.linear_qkv", []), width + 2 * kv, column=True
+        )
+        self._linear(forward, backward, "attention", modules.get("self_attention.linear_proj", []), width, column=False)
         for ledger in (forward, backward):  # norms of q and k, rotary embeddings
             self.traffic(ledger, "attention", ROPE_PASSES * self.batch.tokens * (width + kv) * self.e)
         self._core_attention(forward, "attention")
@@ -196,8 +190,8 @@ class _Costs:
 
     def _gated_mlp(self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]], name: str, size: int) -> None:  # fmt: skip
         inner = size // self.p.tp
-        self._column(forward, backward, "mlp", modules.get(f"{name}.linear_fc1", []), 2 * inner)
-        self._row(forward, backward, "mlp", modules.get(f"{name}.linear_fc2", []), inner)
+        self._linear(forward, backward, "mlp", modules.get(f"{name}.linear_fc1", []), 2 * inner, column=True)
+        self._linear(forward, backward, "mlp", modules.get(f"{name}.linear_fc2", []), inner, column=False)
         self.traffic(forward, "mlp", 7 * self.batch.tokens * inner * self.e)
         self.traffic(backward, "mlp", 10 * self.batch.tokens * inner * self.e)
 
@@ -254,7 +248,7 @@ class _Costs:
         b, vocab = self.batch, self.shape.vocab // self.p.tp
         adapted = self.model.by_layer.get(None, {}).get("output_layer", [])
         forward, backward = Ledger(), Ledger()
-        self._column(forward, backward, "head", adapted, vocab)
+        self._linear(forward, backward, "head", adapted, vocab, column=True)
         self.traffic(forward, "head", LOSS_PASSES * b.tokens * vocab * STATISTIC)
         self.traffic(backward, "head", LOSS_PASSES / 2 * b.tokens * vocab * STATISTIC)
         to.take(forward)

@@ -62,6 +62,14 @@ class Layout:
         object.__setattr__(self, "dp", dp)
         object.__setattr__(self, "edp", edp)
 
+    @classmethod
+    def of(cls, config: RunConfig, num_ranks: int) -> "Layout":
+        """What a run's config says."""
+        train = config.train
+        return cls(
+            parallel=config.parallel, num_ranks=num_ranks, micro_batch_size=train.micro_batch_size, recompute=train.recompute
+        )  # fmt: skip
+
     def num_microbatches(self, global_batch_size: int) -> int:
         """Per optimizer step and data-parallel rank."""
         return global_batch_size // (self.micro_batch_size * self.dp)

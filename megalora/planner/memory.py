@@ -39,6 +39,8 @@ GRADIENT = STATE = 4
 """Bytes of a float32 gradient, and of a float32 master or moment."""
 ROOM_EXPERTS, ROOM_STEP = 32, 16
 """As ``FusedExperts.gains_from_room`` and ``Joined`` have them: at most so many experts; ranks in steps of so much."""
+CONTEXT, ROOM = "CUDA context, NCCL", "room for adapters"
+"""Parts that no count of tensors sees: not an allocator's, and only on some GPUs."""
 CONTEXT_BYTES = 3 * 2**29
 """CUDA context, cuBLAS workspaces and NCCL's buffers: 1.5 GiB."""
 
@@ -115,7 +117,7 @@ def memory_of_model(model: PlannedModel, layout: Layout, work: Workload, stage: 
         Part("recomputed", recomputed, "measured", "layer"),
         Part("all-to-all", moved, "measured", "layer"),
         step,
-        Part("CUDA context, NCCL", CONTEXT_BYTES, "assumed"),
+        Part(CONTEXT, CONTEXT_BYTES, "assumed"),
     ))  # fmt: skip
 
 
@@ -132,7 +134,7 @@ def _state(
         padded = sum(sum(buffers(c, layout)) for c in counts)
         always = (
             Part("weights", sum(base_parameters(model.shape, p, c) for c in chunks) * e, "measured"),
-            Part("room for adapters", room_bytes(model, layout, work, chunks), "assumed"),
+            Part(ROOM, room_bytes(model, layout, work, chunks), "assumed"),
             Part("adapters", whole * e, "measured"),
             Part("buffer padding", (padded - whole) * e, "measured"),
             Part("gradients", padded * GRADIENT, "measured"),

@@ -70,8 +70,11 @@ class Plan:
         return Counter(_kind(r.reason) for r in self.rejected).most_common()
 
     def best(self) -> Planned:
-        """The fastest layout of the config's own LoRA rank, if that fits, below ``FULL``, or, where there is none, the fastest that fits; raises ``ValueError`` that says how much
-        the smallest layout lacks where none does."""
+        """The fastest layout of the config's own LoRA rank, if that fits at all, below ``FULL``, or, where there is none, the fastest.
+
+        Raises:
+            ValueError: none fits; says how much the smallest lacks.
+        """
         if self.fitting:
             layouts = [found for found in self.layouts() if found.lora_rank == self.lora_rank] or self.layouts()
             return next((found for found in layouts if self.share(found) <= FULL), layouts[0])

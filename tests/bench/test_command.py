@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megalora.bench.command import CONTEXT, fastest, predicted, workload
+from megalora.bench.command import fastest, predicted, workload
 from megalora.bench.launch import Nodes, processes_of
 from megalora.bench.rows import PARTS, load_rows
 from megalora.cli import main
@@ -18,7 +18,7 @@ from megalora.config import ParallelConfig
 from megalora.config_file import load_config
 from megalora.planner.gpus import GPUS
 from megalora.planner.layouts import Layout
-from megalora.planner.memory import fullest_stage
+from megalora.planner.memory import CONTEXT, fullest_stage
 from megalora.planner.models import load_shape
 from megalora.planner.search import search
 from megalora.planner.weights import PlannedModel

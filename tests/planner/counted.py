@@ -26,7 +26,7 @@ from megalora.data.loader import Batch
 from megalora.model.shape import model_shape, read_hf_config
 from megalora.planner.activations import Microbatch
 from megalora.planner.layouts import Layout, Workload
-from megalora.planner.memory import MemoryPlan, memory_of_model
+from megalora.planner.memory import CONTEXT, ROOM, MemoryPlan, memory_of_model
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths, chunks_of
 from megalora.tiny import make_tiny
 from megalora.train.optim import _parts
@@ -118,7 +118,7 @@ def categories(plan: MemoryPlan) -> dict[str, int]:
     return {
         "weights": plan["weights"], "adapters": plan["adapters"] + plan["buffer padding"], "gradients": plan["gradients"],
         "optimizer": plan["optimizer"], "activations": plan["activations"] + plan["loss"],
-        "pass": passes, "step": step, "peak": plan.peak_bytes - plan["CUDA context, NCCL"] - plan["room for adapters"],
+        "pass": passes, "step": step, "peak": plan.peak_bytes - plan[CONTEXT] - plan[ROOM],
     }  # fmt: skip
 
 

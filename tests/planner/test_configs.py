@@ -34,10 +34,7 @@ def test_a_config_is_what_the_planner_writes(path: Path) -> None:
     config.check_world(ranks)
     assert config.data.max_length == 1024 * int(found[3])
     machine, work = find_machine(found[2]), Workload.of(config, Options.imbalance)
-    shape, train = model_shape(find_architecture(config.model.path)), config.train
-    layout = Layout(
-        parallel=config.parallel, num_ranks=ranks, micro_batch_size=train.micro_batch_size, recompute=train.recompute
-    )  # fmt: skip
+    shape, layout = model_shape(find_architecture(config.model.path)), Layout.of(config, ranks)
     check(shape, layout, work)
     planned = evaluate(PlannedModel.of(shape, config.lora), config.lora.rank, layout, work, machine)
     plan = Plan(work, machine, config.lora.rank, [planned], [])
