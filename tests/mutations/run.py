@@ -20,12 +20,9 @@ from torch.overrides import _pop_mode
 
 import tests.conftest  # noqa: F401  imports torch, Megatron, transformers once for all
 from tests.forked import forked
-from tests.mutations.bugs import BUGS as MODEL_BUGS
 from tests.mutations.bugs import Bug
-from tests.mutations.kernel_bugs import KERNEL_BUGS
-from tests.mutations.planner_bugs import PLANNER_BUGS
+from tests.mutations.every import EVERY_BUG
 
-BUGS = MODEL_BUGS + KERNEL_BUGS + PLANNER_BUGS
 ROOT = Path(__file__).parents[2]
 COPIED = ("megalora", "kernels", "tests", "benchmarks", "configs", "launch", "pyproject.toml")
 OURS = ("megalora", "megalora_kernels", "tests", "benchmarks")
@@ -98,7 +95,7 @@ def outcome(folder: Path) -> tuple[bool, str]:
 
 
 def main(wanted: list[str]) -> None:
-    bugs = [bug for bug in BUGS if not wanted or any(text in bug.name for text in wanted)]
+    bugs = [bug for bug in EVERY_BUG if not wanted or any(text in bug.name for text in wanted)]
     if not bugs:
         raise SystemExit(f"no bug's name contains {' or '.join(wanted)}")
     survived: list[str] = []

@@ -6,14 +6,12 @@ import pytest
 
 from tests.mutations.bugs import BUGS as MODEL_BUGS
 from tests.mutations.bugs import Bug
-from tests.mutations.kernel_bugs import KERNEL_BUGS
-from tests.mutations.planner_bugs import PLANNER_BUGS
+from tests.mutations.every import EVERY_BUG
 
-BUGS = MODEL_BUGS + KERNEL_BUGS + PLANNER_BUGS
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", EVERY_BUG, ids=lambda bug: bug.name)
 def test_the_bug_can_be_put_in(bug: Bug) -> None:
     text = (ROOT / bug.file).read_text()
     for old, new in bug.edits:
@@ -26,7 +24,7 @@ def test_the_bug_can_be_put_in(bug: Bug) -> None:
 
 def test_every_pitfall_has_bugs_and_tests() -> None:
     assert {bug.pitfall for bug in MODEL_BUGS} == set(range(1, 11))
-    assert len({bug.name for bug in BUGS}) == len(BUGS) >= 25
+    assert len({bug.name for bug in EVERY_BUG}) == len(EVERY_BUG) >= 25
     sources = "".join(path.read_text() for path in (ROOT / "tests/pitfalls").glob("test_*.py"))
     for number in range(1, 11):
         assert f"def test_{number:02d}_" in sources

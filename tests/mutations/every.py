@@ -1,0 +1,23 @@
+"""All bugs there are, one list."""
+
+from tests.mutations.adapter_bugs import ADAPTER_BUGS
+from tests.mutations.base_bugs import BASE_BUGS
+from tests.mutations.bugs import BUGS as MODEL_BUGS
+from tests.mutations.data_bugs import DATA_BUGS
+from tests.mutations.gpu_bugs import GPU_BUGS
+from tests.mutations.kernel_bugs import KERNEL_BUGS
+from tests.mutations.layer_bugs import LAYER_BUGS
+from tests.mutations.planner_bugs import PLANNER_BUGS
+from tests.mutations.run_bugs import RUN_BUGS
+
+EVERY_BUG = (
+    MODEL_BUGS
+    + KERNEL_BUGS
+    + PLANNER_BUGS
+    + BASE_BUGS
+    + LAYER_BUGS
+    + DATA_BUGS
+    + ADAPTER_BUGS
+    + RUN_BUGS
+    + GPU_BUGS
+)
