@@ -24,7 +24,7 @@ MAY_IMPORT = {
 }
 MEGATRON_SEAM = (
     "megalora/host.py", "megalora/parallel.py", "megalora/model/", "megalora/lora/inject.py", "megalora/bridge/base.py",
-    "megalora/train/loop.py", "megalora/train/step.py", "megalora/train/optim.py", "megalora/train/checkpoint.py",
+    "megalora/train/loop.py", "megalora/train/step.py", "megalora/train/optim.py",
 )  # fmt: skip
 WITHOUT_TORCH = (
     "megalora/__init__.py", "megalora/__main__.py", "megalora/cli.py", "megalora/config.py", "megalora/config_file.py",

@@ -17,7 +17,9 @@ from megalora.lora.inject import GradientCheck, trainable_summary, write_manifes
 from megalora.lora.spec import plan
 from megalora.model.recompute import apply_recompute
 from megalora.train.batches import Batches, load_data
-from megalora.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from megalora.train.checkpoint.load import load_checkpoint
+from megalora.train.checkpoint.save import save_checkpoint
+from megalora.train.checkpoint.where import find_checkpoint
 from megalora.train.drift import DriftCheck
 from megalora.train.metrics import Metrics
 from megalora.train.optim import build_optimizer, learning_rate, set_learning_rate, wrap_chunks

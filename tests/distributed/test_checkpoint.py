@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from megalora.config import CheckpointConfig, RunConfig
-from megalora.train import checkpoint, loop, signals
-from megalora.train.checkpoint import write_atomically
+from megalora.train import loop, signals
+from megalora.train.checkpoint import save
+from megalora.train.checkpoint.writer import write_atomically
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config, records
@@ -108,14 +109,14 @@ def test_sigterm_on_one_rank_saves_on_all(tiny, chats, tmp_path):
 
 def _train_on_a_full_disk(config: RunConfig) -> str:
     """From the second save on no file may grow past 100 kB: a real write error in the middle of the tensors."""
-    save, count = checkpoint.write_adapter, iter(range(100))
+    write_adapter, count = save.write_adapter, iter(range(100))
 
     def save_adapter(*args):
         if next(count) == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        return save(*args)
+        return write_adapter(*args)
 
-    checkpoint.write_adapter = save_adapter
+    save.write_adapter = save_adapter
     try:
         train(config)
     except ValueError as error:

@@ -13,7 +13,7 @@ from megalora.bridge.peft import gather_tensors
 from megalora.config import CheckpointConfig, LoRAConfig, ParallelConfig, RunConfig
 from megalora.lora.init import initial_a
 from megalora.lora.spec import plan
-from megalora.train.checkpoint import load_checkpoint
+from megalora.train.checkpoint.load import load_checkpoint
 from megalora.train.loop import train
 from megalora.train.optim import STATE_KEYS, optimizer_state
 from tests.distributed.ranks import run_ranks

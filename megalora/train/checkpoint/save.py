@@ -1,0 +1,70 @@
+"""Save what a run needs to go on, and what PEFT and servers load."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalora import host
+from megalora.bridge.files import OPTIMIZER, PROBE, RNG, STATE, STATE_JSON, STATE_KEYS
+from megalora.bridge.form import write_adapter
+from megalora.bridge.peft import gather_tensors
+from megalora.config import RunConfig
+from megalora.train.checkpoint.writer import checkpoint_name, write_atomically
+from megalora.train.first_rank import on_first_rank
+from megalora.train.optim import optimizer_state
+from megalora.train.setup import AdaptedModel
+
+
+def save_checkpoint(
+    step: int, num_samples: int, config: RunConfig, model: AdaptedModel, optimizer: Any, probe: dict[str, Any]
+) -> Path:
+    """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves earlier ones whole.
+
+    Args:
+        num_samples: of the training data, which must not have grown when the run is resumed.
+        probe: log-probabilities of the adapter as it is, for servers (``probe.py``).
+    """
+    parameters, pieces, groups = model.parameters, model.pieces, model.groups
+    weights = gather_tensors(pieces, {p: p.data for p in parameters}, groups)
+    state: dict[str, Tensor] = {}
+    for key in STATE_KEYS:  # one at a time: each is as large as the adapters in float32
+        values = optimizer_state(optimizer, key, parameters, groups)
+        state |= {f"{key}.{name}": tensor for name, tensor in (gather_tensors(pieces, values, groups) or {}).items()}
+    generators: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(generators, {name: t.cpu() for name, t in host.rng_state().items()})
+
+    def write(folder: Path) -> None:
+        assert weights is not None
+        write_adapter(folder, model.adapted, model.shape, weights, config.model.path)
+        (folder / PROBE).write_text(json.dumps(probe) + "\n")
+        (folder / STATE).mkdir()
+        save_file(state, folder / OPTIMIZER)
+        rng = {f"{rank}.{name}": t for rank, states in enumerate(generators) for name, t in states.items()}
+        save_file(rng, folder / RNG)
+        about = {"step": step, "num_samples": num_samples, "world_size": dist.get_world_size()}
+        summary = {**about, "config": asdict(config)}
+        (folder / STATE_JSON).write_text(json.dumps(summary, indent=1) + "\n")
+
+    run = Path(config.checkpoint.dir)
+    target = run / checkpoint_name(step)
+    on_first_rank(
+        lambda: write_atomically(target, write), f"could not save {target.name}; earlier checkpoints are whole"
+    )
+    on_first_rank(
+        lambda: _forget_old(target, config.checkpoint.keep),
+        f"saved {target.name}, but could not remove older checkpoints",
+    )
+    return target
+
+
+def _forget_old(newest: Path, keep: int) -> None:
+    """Remove all but the ``keep`` latest checkpoints up to ``newest``; later ones, of an earlier run, are not ours to judge."""
+    if keep:
+        for folder in [f for f in sorted(newest.parent.glob("step_*")) if f.name <= newest.name][:-keep]:
+            shutil.rmtree(folder)
