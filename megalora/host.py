@@ -20,6 +20,13 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from megalora import staged
+from megalora.environment import SHARE_GPU, set_defaults, shares_gpu
+
+GIB = 1 << 30
+CONTEXT_BYTES = GIB
+"""GPU memory that a process takes beside tensors: CUDA's context, kernels, cuBLAS. Assumed."""
+
 
 def device() -> torch.device:
     """Where this rank computes."""
@@ -47,9 +54,10 @@ def reset_peak_memory() -> None:
 
 
 def memory_bytes() -> int:
-    """Memory of this rank's GPU; without one, of this machine."""
+    """Memory of this rank's GPU, or its share of it; without one, of this machine."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(device()).total_memory
+        total = torch.cuda.get_device_properties(device()).total_memory
+        return total // world_size() if shares_gpu() else total
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -127,29 +135,61 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
 @contextlib.contextmanager
 def process_group(timeout_minutes: float = 30) -> Iterator[None]:
     """Join the world that torchrun describes in the environment (a world of one without it), and leave it at the end."""
+    set_defaults()
     install()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    rank, size, gpu = int(os.environ.get("RANK", 0)), world_size(), torch.cuda.is_available()
-    if gpu:
-        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= count:
-            raise ValueError(
-                f"local rank {local} has no GPU of its own: this machine shows {count}. Start at most {count} ranks here, "
-                'or set CUDA_VISIBLE_DEVICES="" to run on the CPU.'
-            )
-        torch.cuda.set_device(local)
+    rank, size = int(os.environ.get("RANK", 0)), world_size()
+    backend = _choose_device()
     store = None if size > 1 else dist.HashStore()
     dist.init_process_group(
-        "nccl" if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes),
-        device_id=device() if gpu else None,
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes),
+        device_id=device() if backend == "nccl" else None,
     )  # fmt: skip
     try:
         yield
     except BaseException:
-        if not gpu:  # nccl waits for every rank when it shuts down, and the others may be waiting for this one
+        # nccl waits for every rank when it shuts down, and the others may be waiting for this one.
+        if backend != "nccl":
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _choose_device() -> str:
+    """Have this rank compute on its GPU, if there is one; return the back end of its groups."""
+    if shares_gpu():
+        return _share_gpu()
+    if not torch.cuda.is_available():
+        return "gloo"
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(
+            f"local rank {local} has no GPU of its own: this machine shows {count}. Start at most "
+            f"{count} ranks here, set {SHARE_GPU}=1 to try a layout on one GPU, or set "
+            'CUDA_VISIBLE_DEVICES="" to run on the CPU.'
+        )
+    torch.cuda.set_device(local)
+    return "nccl"
+
+
+def _share_gpu() -> str:
+    """Take this rank's part of the first GPU: as much as every other rank, context included."""
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"{SHARE_GPU}=1, but this machine shows no GPU to share. "
+            "Unset it to run the ranks on the CPU."
+        )  # fmt: skip
+    torch.cuda.set_device(0)
+    total = torch.cuda.get_device_properties(0).total_memory
+    share = total // world_size() - CONTEXT_BYTES
+    if share <= 0:
+        raise ValueError(
+            f"{SHARE_GPU}=1: {world_size()} ranks leave each less than the {CONTEXT_BYTES / GIB:.0f} GiB "
+            f"that its process takes of a GPU of {total / GIB:.1f} GiB. Start fewer ranks."
+        )
+    torch.cuda.set_per_process_memory_fraction(share / total, 0)
+    staged.register()
+    return staged.BACKEND
 
 
 @contextlib.contextmanager
@@ -170,7 +210,9 @@ def fake_world(rank: int, num_ranks: int) -> Iterator[None]:
 
 def timeout_minutes() -> float:
     """How long ranks of the world wait for each other; groups made later ask, or torch gives them 30 minutes."""
-    backend: Any = dist.group.WORLD._get_backend(device())  # pyright: ignore
+    world: Any = dist.group.WORLD
+    staging = isinstance(world, staged.StagedGroup)
+    backend: Any = world._get_backend(torch.device("cpu") if staging else device())
     options = getattr(backend, "options", None)  # a fake back end, which waits for nobody, has none
     return 30 if options is None else options._timeout.total_seconds() / 60
 
@@ -227,30 +269,14 @@ def _install_in_megatron() -> None:
     def gather(input_: Any, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False):
         if group.size() == 1 or output_split_sizes is None:
             return even_gather(input_, group, None, use_global_buffer)
-        return _uneven_all_gather(input_, group, output_split_sizes)
+        return staged.uneven_all_gather(input_, group, output_split_sizes)
 
     def scatter(input_: Any, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False):
         if group.size() == 1 or input_split_sizes is None:
             return even_scatter(input_, group, None, use_global_buffer)
-        return _uneven_reduce_scatter(input_, group, input_split_sizes)
+        return staged.uneven_reduce_scatter(input_, group, input_split_sizes)
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
-
-
-def _uneven_all_gather(x: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
-    """All-gather on dim 0 where rank i brings ``sizes[i]`` rows: an all-to-all in which each rank sends all it has."""
-    out = x.new_empty(sum(sizes), *x.shape[1:])
-    x = x.contiguous()
-    dist.all_to_all_single(out, torch.cat([x] * len(sizes)), sizes, [x.shape[0]] * len(sizes), group=group)
-    return out
-
-
-def _uneven_reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
-    """Reduce-scatter on dim 0 where rank i keeps ``sizes[i]`` rows; summed in rank order."""
-    mine = sizes[group.rank()]
-    out = x.new_empty(mine * len(sizes), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), [mine] * len(sizes), sizes, group=group)
-    return out.view(len(sizes), mine, *x.shape[1:]).sum(0)
 
 
 def _to_host(device: Any) -> Any:

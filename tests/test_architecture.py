@@ -28,6 +28,7 @@ MEGATRON_SEAM = (
 )  # fmt: skip
 WITHOUT_TORCH = (
     "megalora/__init__.py", "megalora/__main__.py", "megalora/cli.py", "megalora/config.py", "megalora/config_file.py",
+    "megalora/environment.py",
     "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/model/__init__.py", "megalora/model/shape.py",
     "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/planner/",
 )  # fmt: skip

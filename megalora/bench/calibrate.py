@@ -27,6 +27,7 @@ from megalora.bench.clock import FLUSH_BYTES, Clock, copies, slowest
 from megalora.bench.rows import write_json
 from megalora.bench.versions import commit, installed
 from megalora.cli import guarded
+from megalora.environment import refuse_shared_gpu
 
 type Point = dict[str, int | float]
 
@@ -172,6 +173,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dtype", help="bfloat16 or float32; default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--budget-seconds", type=float, default=BUDGET_SECONDS, help="for measuring")
     options = parser.parse_args(arguments)
+    refuse_shared_gpu()
     dtype = options.dtype or ("bfloat16" if host.device().type == "cuda" else "float32")
     check(options.out, dtype, options.budget_seconds)
     with host.process_group():

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megalora.cli import guarded
+from megalora.environment import refuse_shared_gpu, set_defaults
 
 
 def main(arguments: list[str]) -> None:
@@ -26,6 +27,8 @@ def main(arguments: list[str]) -> None:
     asked = parser.parse_intermixed_args(arguments)
     options = Options(steps=asked.steps, warmup=asked.warmup, routing=asked.routing, weights=asked.weights)
     config = load_config(asked.config, asked.overrides)
+    refuse_shared_gpu()
+    set_defaults()  # before torch is imported
     from megalora import host
 
     config.check_world(host.world_size())

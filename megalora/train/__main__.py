@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from megalora.cli import guarded
+from megalora.environment import set_defaults
 
 
 def main(arguments: list[str]) -> None:
@@ -12,6 +13,7 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         raise ValueError("usage: torchrun --nproc-per-node N -m megalora.train CONFIG.yaml [section.key=value ...]")
     config = load_config(arguments[0], arguments[1:])
+    set_defaults(Path(config.checkpoint.dir))  # before torch is imported
     from megalora import host
 
     config.check_world(host.world_size())

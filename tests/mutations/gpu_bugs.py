@@ -1,7 +1,22 @@
 """Bugs that only a GPU would meet: a tensor on the wrong device, a new wait of the host. The same form as ``bugs.py``."""
 
-from tests.mutations.bugs import Bug
+from tests.mutations.bugs import Bug, bug
+
+STAGED, STAGED_TEST = "megalora/staged.py", "tests/distributed/test_staged.py"
+ENVIRONMENT, SHARE_TEST = "megalora/environment.py", "tests/test_share_gpu.py"
 
 # fmt: off
-GPU_BUGS: tuple[Bug, ...] = ()
+GPU_BUGS: tuple[Bug, ...] = (
+    bug(0, "a collective's result left on the host", STAGED, "tensor.detach().copy_(result.view(tensor.shape))", "result.view(tensor.shape)", f"{STAGED_TEST} delivers"),
+    bug(0, "a result taken before gloo has it", STAGED, "        for part in self._parts:\n            part.wait()", "        if self._deliver is not None:\n            self._deliver()\n            self._deliver = None\n        for part in self._parts:\n            part.wait()", f"{STAGED_TEST} delivers"),
+    bug(0, "a result delivered as often as it is waited for", STAGED, "        self._deliver = None\n        return True", "        return True", f"{STAGED_TEST} behave"),
+    bug(0, "an average over ranks that is a sum", STAGED, "opts.reduceOp = dist.ReduceOp.SUM\n        return self.size()", "opts.reduceOp = dist.ReduceOp.SUM\n        return 1", f"{STAGED_TEST} behave"),
+    bug(0, "of unequal parts only the first rank's kept", STAGED, "[received.sum(0)]", "[received[0]]", f"{STAGED_TEST} behave"),
+    bug(0, "a copy for gloo that is the tensor itself", STAGED, 'to("cpu", copy=True, memory_format=torch.contiguous_format)', 'to("cpu")', f"{STAGED_TEST} delivers"),
+    bug(0, "a share of a GPU without room for the process", "megalora/host.py", "total // world_size() - CONTEXT_BYTES", "total // world_size()", f"{SHARE_TEST} share"),
+    bug(0, "ranks of several nodes on one GPU", ENVIRONMENT, 'if value == "1" and here != world:', 'if value == "1" and here > world:', f"{SHARE_TEST} refused"),
+    bug(0, "NCCL's watchdog kills the process", ENVIRONMENT, '_set(variables, ERROR_HANDLING, "2")', '_set(variables, ERROR_HANDLING, "3")', f"{SHARE_TEST} variables"),
+    bug(0, "a user's allocator settings lose", ENVIRONMENT, "if not any(name in variables for name in names):", "if names[0] not in variables:", f"{SHARE_TEST} user"),
+    bug(0, "the allocator told after torch was imported", "megalora/train/__main__.py", "    set_defaults(Path(config.checkpoint.dir))  # before torch is imported\n    from megalora import host\n", "    from megalora import host\n\n    set_defaults(Path(config.checkpoint.dir))\n", f"{SHARE_TEST} before_its_import"),
+)
 # fmt: on

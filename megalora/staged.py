@@ -1,0 +1,229 @@
+"""Run collectives of device tensors over gloo, through copies in host memory.
+
+So several ranks can share one GPU, where NCCL refuses two ranks on a device and gloo does not reach
+into device memory. Every tensor is copied to the host, gloo moves the copy, and the result is copied
+back into the caller's tensor: slow, but every layout runs on one GPU with its real kernels, and only
+NCCL itself is left to several GPUs. ``register()`` gives torch this back end under the name
+``BACKEND``; a process group made with it is a ``StagedGroup``. Callers, Megatron too, do not change.
+
+What NCCL does and gloo refuses is put together here: averages, and gathers and reduce-scatters of
+unequal parts.
+"""
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BACKEND = "megalora_staged"
+
+
+def register() -> None:
+    """Make ``BACKEND`` known to torch. Idempotent."""
+    if BACKEND.upper() not in dist.Backend._plugins:
+        # Object collectives are made of CPU tensors.
+        dist.Backend.register_backend(BACKEND, StagedGroup, devices=["cpu", "cuda"])
+
+
+class StagedWork(dist.Work):
+    """Waits for gloo and then copies the results to where the caller wants them, once."""
+
+    def __init__(self, parts: Sequence[Any], deliver: Callable[[], None]) -> None:
+        super().__init__()
+        self._parts = [part for part in parts if part is not None]
+        self._deliver: Callable[[], None] | None = deliver
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        for part in self._parts:
+            part.wait() if timeout is None else part.wait(timeout)
+        if self._deliver is not None:
+            self._deliver()
+        self._deliver = None
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether the results are in place; delivers them if gloo has finished."""
+        return all(part.is_completed() for part in self._parts) and self.wait()
+
+
+class StagedGroup(dist.ProcessGroup):
+    """A process group over gloo whose tensors may lie on any device.
+
+    The methods are those that ``torch.distributed`` calls, under their names of torch 2.13 and, as
+    aliases at the end, of torch 2.11. A collective that is missing here raises for device tensors.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+        super().__init__(rank, size)  # pyright: ignore[reportCallIssue]
+        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
+        # Torch asks a back end for the group's name, its timeout and its end. Only CPU tensors have
+        # one: of device tensors nothing goes past the copies.
+        gloo = dist.ProcessGroup.BackendType.GLOO
+        self._register_backend(torch.device("cpu"), gloo, self._gloo)
+
+    def getBackendName(self) -> str:
+        return BACKEND
+
+    def barrier(self, opts: Any = None) -> Any:
+        return self._gloo.barrier(dist.BarrierOptions() if opts is None else opts)
+
+    # Reductions.
+
+    def allreduce(self, tensors: list[Tensor], opts: Any) -> StagedWork:
+        return self._reduce(self._gloo.allreduce, tensors, opts)
+
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> StagedWork:
+        return self._reduce(self._gloo.allreduce_coalesced, tensors, opts)
+
+    def _reduce(self, collective: Any, tensors: list[Tensor], opts: Any) -> StagedWork:
+        divide = self._average_as_sum(opts)
+        staged = [_to_host(tensor) for tensor in tensors]
+        work = collective(staged, opts)
+        return StagedWork([work], lambda: _deliver(tensors, staged, divide))
+
+    def reduce_scatter_single(self, output: Tensor, given: Tensor, opts: Any) -> StagedWork:
+        return self.reduce_scatter_single_coalesced([output], [given], opts)
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: list[Tensor], given: list[Tensor], opts: Any
+    ) -> StagedWork:  # fmt: skip
+        divide = self._average_as_sum(opts)
+        staged = [_like_on_host(output) for output in outputs]
+        works = [
+            self._gloo._reduce_scatter_base(mine, _to_host(whole), opts)
+            for mine, whole in zip(staged, given, strict=True)
+        ]
+        return StagedWork(works, lambda: _deliver(outputs, staged, divide))
+
+    def reduce_scatter(
+        self, outputs: list[Tensor], given: list[list[Tensor]], opts: Any
+    ) -> StagedWork:  # fmt: skip
+        """Of a list of parts, one for each rank, which may differ in size."""
+        divide = self._average_as_sum(opts)
+        (output,), (parts,) = outputs, given
+        sizes = [part.numel() for part in parts]
+        sent = torch.cat([_to_host(part).reshape(-1) for part in parts])
+        if len(set(sizes)) == 1:
+            mine = sent.new_empty(output.numel())
+            work = self._gloo._reduce_scatter_base(mine, sent, opts)
+            return StagedWork([work], lambda: _deliver([output], [mine], divide))
+        if opts.reduceOp != dist.ReduceOp.SUM:
+            raise RuntimeError(f"{BACKEND}: unequal parts can be summed or averaged, not {opts.reduceOp}")
+        # This rank's part from every rank; summed here, in the order of the ranks.
+        received = sent.new_empty(self.size(), output.numel())
+        work = self._exchange(received.view(-1), sent, [output.numel()] * self.size(), sizes)
+        return StagedWork([work], lambda: _deliver([output], [received.sum(0)], divide))
+
+    def _average_as_sum(self, opts: Any) -> int:
+        """Turn an average into a sum, in place; return what to divide the sum by."""
+        if opts.reduceOp != dist.ReduceOp.AVG:
+            return 1
+        opts.reduceOp = dist.ReduceOp.SUM
+        return self.size()
+
+    # What moves and does not change.
+
+    def all_gather_single(self, output: Tensor, given: Tensor, opts: Any) -> StagedWork:
+        return self.all_gather_single_coalesced([output], [given], opts)
+
+    def all_gather_single_coalesced(
+        self, outputs: list[Tensor], given: list[Tensor], opts: Any
+    ) -> StagedWork:  # fmt: skip
+        staged = [_like_on_host(output) for output in outputs]
+        works = [
+            self._gloo._allgather_base(whole, _to_host(mine), opts)
+            for whole, mine in zip(staged, given, strict=True)
+        ]  # fmt: skip
+        return StagedWork(works, lambda: _deliver(outputs, staged))
+
+    def allgather(
+        self, outputs: list[list[Tensor]], given: list[Tensor], opts: Any
+    ) -> StagedWork:  # fmt: skip
+        """Into a list of tensors, one from each rank, which may differ in size."""
+        (wanted,), (tensor,) = outputs, given
+        mine = _to_host(tensor)
+        sizes = [tensor.numel() for tensor in wanted]
+        if len(set(sizes)) == 1:
+            staged = [_like_on_host(tensor) for tensor in wanted]
+            work = self._gloo.allgather([staged], [mine], opts)
+            return StagedWork([work], lambda: _deliver(wanted, staged))
+        # An all-to-all in which this rank sends all it has to every rank.
+        received = mine.new_empty(sum(sizes))
+        sent = mine.reshape(-1).repeat(self.size())
+        work = self._exchange(received, sent, sizes, [mine.numel()] * self.size())
+        return StagedWork([work], lambda: _deliver(wanted, received.split(sizes)))
+
+    def all_to_all_single(
+        self, output: Tensor, given: Tensor, output_sizes: list[int], given_sizes: list[int], opts: Any
+    ) -> StagedWork:
+        staged = _like_on_host(output)
+        work = self._gloo.alltoall_base(staged, _to_host(given), output_sizes, given_sizes, opts)
+        return StagedWork([work], lambda: _deliver([output], [staged]))
+
+    def _exchange(
+        self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]
+    ) -> Any:  # fmt: skip
+        options = dist.AllToAllOptions()
+        return self._gloo.alltoall_base(received, sent, received_sizes, sent_sizes, options)
+
+    def broadcast(self, tensors: list[Tensor], opts: Any) -> StagedWork:
+        staged = [_to_host(tensor) for tensor in tensors]
+        work = self._gloo.broadcast(staged, opts)
+        return StagedWork([work], lambda: _deliver(tensors, staged))
+
+    def send(self, tensors: list[Tensor], to: int, tag: int) -> StagedWork:
+        work = self._gloo.send([_to_host(tensor) for tensor in tensors], to, tag)
+        return StagedWork([work], lambda: None)
+
+    def recv(self, tensors: list[Tensor], source: int, tag: int) -> StagedWork:
+        staged = [_like_on_host(tensor) for tensor in tensors]
+        work = self._gloo.recv(staged, source, tag)
+        return StagedWork([work], lambda: _deliver(tensors, staged))
+
+    # Names of torch 2.11.
+    _allgather_base = all_gather_single  # pyright: ignore
+    allgather_into_tensor_coalesced = all_gather_single_coalesced  # pyright: ignore
+    _reduce_scatter_base = reduce_scatter_single  # pyright: ignore
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # pyright: ignore
+    alltoall_base = all_to_all_single  # pyright: ignore
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A contiguous copy in host memory, made now: the caller may write to ``tensor`` afterwards."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _like_on_host(tensor: Tensor) -> Tensor:
+    """Contiguous host memory for a result of this shape and dtype."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def _deliver(tensors: Sequence[Tensor], staged: Sequence[Tensor], divide: int = 1) -> None:
+    """Copy results into the caller's tensors, each divided by ``divide``."""
+    for tensor, result in zip(tensors, staged, strict=True):
+        if divide > 1:
+            result = result / divide
+        tensor.detach().copy_(result.view(tensor.shape))
+
+
+def uneven_all_gather(x: Tensor, group: dist.ProcessGroup, sizes: list[int]) -> Tensor:
+    """All-gather on dim 0 where rank i brings ``sizes[i]`` rows, for CPU tensors over plain gloo.
+
+    An all-to-all in which each rank sends all it has.
+    """
+    out = x.new_empty(sum(sizes), *x.shape[1:])
+    x = x.contiguous()
+    sent = torch.cat([x] * len(sizes))
+    dist.all_to_all_single(out, sent, sizes, [x.shape[0]] * len(sizes), group=group)
+    return out
+
+
+def uneven_reduce_scatter(x: Tensor, group: dist.ProcessGroup, sizes: list[int]) -> Tensor:
+    """Reduce-scatter on dim 0 where rank i keeps ``sizes[i]`` rows; summed in rank order."""
+    mine = sizes[group.rank()]
+    out = x.new_empty(mine * len(sizes), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), [mine] * len(sizes), sizes, group=group)
+    return out.view(len(sizes), mine, *x.shape[1:]).sum(0)

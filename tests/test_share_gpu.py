@@ -1,0 +1,149 @@
+"""What a rank's environment decides: a GPU of its own or a share of one, and the defaults that torch reads by itself."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megalora import environment, host, staged
+from megalora.bench import calibrate, measure
+from megalora.config_file import save_config
+from megalora.train import __main__ as train_main
+from megalora.train import loop
+from tests.parity.runs import make_config
+
+GIB = 1 << 30
+TORCH_VARIABLES = (
+    *environment.ALLOCATOR,
+    *environment.DUMP_FILE,
+    *environment.ERROR_HANDLING,
+    "TORCH_NCCL_DUMP_ON_TIMEOUT",
+)
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """Pretends that there is one GPU of 80 GiB; returns what was asked of it."""
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: asked.update(share=share, of=device)
+    )
+    return asked
+
+
+def a_rank(monkeypatch, local: int, world: int, here: int | None = None, share: str | None = "1") -> None:
+    for name, value in (("RANK", local), ("LOCAL_RANK", local), ("WORLD_SIZE", world)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world if here is None else here))
+    if share is None:
+        monkeypatch.delenv("MEGALORA_SHARE_GPU", raising=False)
+    else:
+        monkeypatch.setenv("MEGALORA_SHARE_GPU", share)
+
+
+def test_ranks_that_share_a_gpu_take_equal_parts_of_it(monkeypatch, one_gpu):
+    a_rank(monkeypatch, local=3, world=4)
+    assert host._choose_device() == staged.BACKEND
+    # Of 80 GiB each of four has 20, one of them for what its process needs beside tensors.
+    assert one_gpu == {"device": 0, "share": pytest.approx(19 / 80), "of": 0}
+    assert host.memory_bytes() == 20 * GIB
+
+
+def test_without_sharing_a_rank_has_a_gpu_of_its_own(monkeypatch, one_gpu):
+    for value in (None, "", "0"):
+        a_rank(monkeypatch, local=0, world=1, share=value)
+        one_gpu.clear()
+        assert host._choose_device() == "nccl" and one_gpu == {"device": 0} and host.memory_bytes() == 80 * GIB
+    a_rank(monkeypatch, local=1, world=2, share=None)
+    with pytest.raises(ValueError, match="local rank 1 has no GPU of its own: .* MEGALORA_SHARE_GPU=1 to try a layout"):
+        host._choose_device()
+
+
+def test_what_cannot_share_a_gpu_is_refused_in_one_line(monkeypatch, one_gpu):
+    def refused(match: str) -> None:
+        with pytest.raises(ValueError, match=match) as error:
+            host._choose_device()
+        assert "\n" not in str(error.value)
+
+    a_rank(monkeypatch, local=0, world=2, share="yes")
+    refused("^MEGALORA_SHARE_GPU=yes: set it to 1 to run all ranks on one GPU, or to 0$")
+    a_rank(monkeypatch, local=0, world=16, here=8)
+    refused("MEGALORA_SHARE_GPU=1 is for one machine, but 8 of 16 ranks run here")
+    a_rank(monkeypatch, local=0, world=80)
+    refused("80 ranks leave each less than the 1 GiB .* of a GPU of 80.0 GiB. Start fewer ranks")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    a_rank(monkeypatch, local=0, world=2)
+    refused("MEGALORA_SHARE_GPU=1, but this machine shows no GPU to share")
+
+
+def test_no_speed_is_measured_on_a_shared_gpu(monkeypatch, tiny, chats, tmp_path):
+    monkeypatch.setenv("MEGALORA_SHARE_GPU", "1")
+    config = tmp_path / "config.yaml"
+    save_config(make_config(tiny, chats, tmp_path, {}), config)
+    for main, arguments in (
+        (measure.main, [str(config), "--row=row.json"]),
+        (calibrate.main, [str(tmp_path / "c.json")]),
+    ):
+        with pytest.raises(ValueError, match="ranks that share a GPU have no speed to measure"):
+            main(arguments)
+
+
+def test_a_training_rank_sees_torch_s_variables(monkeypatch, tiny, chats, tmp_path):
+    for name in TORCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(loop, "train", lambda config: seen.update(os.environ))
+    monkeypatch.chdir(tmp_path)
+    config = make_config(tiny, chats, tmp_path, {})
+    save_config(replace(config, checkpoint=replace(config.checkpoint, dir="run")), Path("config.yaml"))
+    train_main.main(["config.yaml"])
+    assert {name: seen[name] for name in TORCH_VARIABLES if name in seen} == {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/run/nccl_rank_",  # torch adds the rank
+    }
+
+
+def test_what_the_user_has_set_stays():
+    theirs = {
+        "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64",
+        "NCCL_ASYNC_ERROR_HANDLING": "1",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/elsewhere/rank_",
+    }
+    mine = dict(theirs)
+    environment.set_defaults(Path("run"), mine)
+    assert mine == theirs
+
+
+def test_torch_reads_the_allocator_s_variable_that_was_set_before_its_import(tiny, chats, tmp_path):
+    """In a process of its own, which has imported nothing of torch when the rank's variables are set."""
+    save_config(make_config(tiny, chats, tmp_path, {}), tmp_path / "config.yaml")
+    script = f"""
+import sys
+from megalora import environment
+from megalora.train import __main__ as rank
+real = environment.set_defaults
+def set_and_look(run):
+    assert "torch" not in sys.modules
+    real(run)
+    import torch
+    print(torch._C._accelerator_getAllocatorSettings())
+    sys.exit()
+rank.set_defaults = set_and_look
+rank.main(["{tmp_path}/config.yaml"])
+"""
+    clean = {name: value for name, value in os.environ.items() if name not in TORCH_VARIABLES}
+    done = subprocess.run([sys.executable, "-c", script], env=clean, capture_output=True, text=True)
+    assert done.stdout.strip() == "expandable_segments:True", done.stderr
