@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,13 +26,10 @@ def read_rows(source: str) -> list[Row]:
     Raises:
         ValueError: no such file or data set, unreadable content (with file and line), or no rows.
     """
-    name, start, stop = source, None, None
-    if source.endswith("]"):
-        if not (match := _SLICE.fullmatch(source)):
-            raise ValueError(f"{source}: the slice at the end is not understood; use [:200], [100:] or [10:20]")
-        name = match["name"]
-        start, stop = (int(bound) if bound else None for bound in match.group("start", "stop"))
-    rows = _read_all(name)
+    found = locate(source)
+    name, start, stop = found.name, found.start, found.stop
+    file = found.file
+    rows = read_hub(source, *found.hub) if file is None else _READERS[file.suffix](file)
     if not len(rows):
         raise ValueError(f"{name}: there are no rows in it")
     if not (wanted := range(len(rows))[start:stop]):
@@ -39,15 +37,40 @@ def read_rows(source: str) -> list[Row]:
     return rows[start:stop] if isinstance(rows, list) else rows.select(wanted).to_list()
 
 
-def _read_all(name: str) -> "list[Row] | Dataset":
+@dataclass(frozen=True)
+class Location:
+    """Where a source is, which has not been read."""
+
+    name: str
+    """The source without its slice."""
+    start: int | None
+    stop: int | None
+    file: Path | None = None
+    hub: tuple[str, str | None, str] = ("", None, "")
+    """(name, config, split) of a hub data set, where ``file`` is None."""
+
+    @property
+    def slice_text(self) -> str:
+        """``[start:stop]``, empty where all rows are taken."""
+        bounds = ["" if bound is None else str(bound) for bound in (self.start, self.stop)]
+        return f"[{':'.join(bounds)}]" if any(bounds) else ""
+
+
+def locate(source: str) -> Location:
+    """Take a source's text apart; raises ``ValueError`` for a file that is not there or is of a type that is not read."""
+    name, start, stop = source, None, None
+    if source.endswith("]"):
+        if not (match := _SLICE.fullmatch(source)):
+            raise ValueError(f"{source}: the slice at the end is not understood; use [:200], [100:] or [10:20]")
+        name = match["name"]
+        start, stop = (int(bound) if bound else None for bound in match.group("start", "stop"))
     path = Path(name).expanduser()
     if path.is_dir():
         raise ValueError(f"{name}: this is a folder; name one {', '.join(_SUFFIXES)} file in it")
     if path.is_file():
-        readers = dict(zip(_SUFFIXES, (_read_jsonl, _read_json, _read_parquet), strict=True))
-        if path.suffix not in readers:
+        if path.suffix not in _SUFFIXES:
             raise ValueError(f"{name}: files of type {path.suffix!r} are not read; use {', '.join(_SUFFIXES)}")
-        return readers[path.suffix](path)
+        return Location(name, start, stop, file=path)
     if path.suffix in _SUFFIXES:
         raise ValueError(f"{name}: no such file (looked in {path.parent.resolve()}); correct data.train or data.eval")
     if not (match := _HUB.fullmatch(name)):
@@ -55,7 +78,7 @@ def _read_all(name: str) -> "list[Row] | Dataset":
             f"{name!r} is neither a file nor the name of a hub data set.\n"
             f"  Use a path ending in {', '.join(_SUFFIXES)}, or org/name, org/name:split, org/name/config:split."
         )
-    return _read_hub(name, match["name"], match["config"], match["split"] or "train")
+    return Location(name, start, stop, hub=(match["name"], match["config"], match["split"] or "train"))
 
 
 def _read_jsonl(path: Path) -> list[Row]:
@@ -109,7 +132,8 @@ def _read_parquet(path: Path) -> list[Row]:
         raise ValueError(f"{path}: not readable as Parquet ({error})") from error
 
 
-def _read_hub(source: str, name: str, config: str | None, split: str) -> "Dataset":
+def read_hub(source: str, name: str, config: str | None, split: str) -> "Dataset":
+    """A data set of the hub, from the local cache where it has been downloaded before."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -120,3 +144,6 @@ def _read_hub(source: str, name: str, config: str | None, split: str) -> "Datase
             f"{source}: no such file, and the hub data set {name} (config {config or 'default'}, split {split}) "
             f"could not be loaded:\n  {error}"
         ) from error
+
+
+_READERS = dict(zip(_SUFFIXES, (_read_jsonl, _read_json, _read_parquet), strict=True))
