@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from megalora import staged
 from megalora.environment import SHARE_GPU, set_defaults, shares_gpu
+from megalora.rendezvous import meeting_place
 
 GIB = 1 << 30
 CONTEXT_BYTES = GIB
@@ -122,31 +123,41 @@ def rng_state() -> dict[str, torch.Tensor]:
     return state | {f"tracker.{name}": t for name, t in tracker.get_states().items()}
 
 
-def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+def set_rng_state(state: dict[str, torch.Tensor]) -> bool:
+    """Restore what ``rng_state`` returned; False where another kind of device made it.
+
+    The states of the other kind's generators do not fit here: the host's alone is restored then.
+    """
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and "cuda" in state:
+    if torch.cuda.is_available() != ("cuda" in state):
+        return False
+    if torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
     tracker: Any = get_cuda_rng_tracker()
     tracker.set_states({k.removeprefix("tracker."): t for k, t in state.items() if k.startswith("tracker.")})
+    return True
 
 
 @contextlib.contextmanager
-def process_group(timeout_minutes: float = 30) -> Iterator[None]:
-    """Join the world that torchrun describes in the environment (a world of one without it), and leave it at the end."""
+def process_group(timeout_minutes: float = 30) -> Iterator[str | None]:
+    """Join the world that torchrun describes in the environment (a world of one without it), and leave it at the end.
+
+    Yields the name of torchrun's job, the same whenever it starts the ranks again; None without torchrun.
+    """
     set_defaults()
     install()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     rank, size = int(os.environ.get("RANK", 0)), world_size()
     backend = _choose_device()
-    store = None if size > 1 else dist.HashStore()
+    store, job = meeting_place(rank, size, timeout_minutes)
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes),
         device_id=device() if backend == "nccl" else None,
     )  # fmt: skip
     try:
-        yield
+        yield job
     except BaseException:
         # nccl waits for every rank when it shuts down, and the others may be waiting for this one.
         if backend != "nccl":

@@ -11,13 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalora.bridge.adapter import read_adapter
+from megalora.bridge.base_identity import base_config, weights_digest
 from megalora.bridge.card import coverage
 from megalora.bridge.files import LORA_SECTION, OPTIMIZER, STATE, STATE_JSON, STATE_KEYS, read_config
-from megalora.bridge.folder import local_folder
+from megalora.bridge.folder import local_folder, weight_shards
 from megalora.bridge.form import write_adapter
 from megalora.bridge.output import check_new, whole_or_gone
 from megalora.bridge.stacked import ColumnOrder
 from megalora.bridge.trained import trained_form
+from megalora.digests import Digests
 from megalora.lora.section import lora_section, settings
 from megalora.model.shape import model_shape, read_hf_config
 
@@ -46,7 +48,8 @@ def import_adapter(source: Path, out: Path, base: str, order: ColumnOrder | None
     """
     out = out.resolve()
     check_new(out, source)
-    shape = model_shape(read_hf_config(local_folder(base, "--base", weights=False)))
+    folder = local_folder(base, "--base", weights=False)
+    shape = model_shape(read_hf_config(folder))
     form = trained_form(read_adapter(source, shape, order), fill=True)
     adapted, tensors = form.adapter.adapted, form.adapter.tensors
     section = lora_section(adapted, shape)
@@ -55,6 +58,7 @@ def import_adapter(source: Path, out: Path, base: str, order: ColumnOrder | None
         (temporary / STATE).mkdir()
         save_file(_fresh_state(tensors), temporary / OPTIMIZER)
         state = {"step": 0, "imported_from": str(source), "base": base, "adapted": settings(adapted)}
+        state["identity"] = _base_identity(folder)
         (temporary / STATE_JSON).write_text(json.dumps(state, indent=1) + "\n")
         (temporary / LORA_SECTION).write_text(OmegaConf.to_yaml(OmegaConf.create({"lora": section})))
     named = read_config(source).get("base_model_name_or_path")
@@ -64,6 +68,13 @@ def import_adapter(source: Path, out: Path, base: str, order: ColumnOrder | None
         else []
     )
     return Imported(out, section, len(tensors), [*notes, *coverage(adapted), *form.notes])
+
+
+def _base_identity(folder: Path) -> dict[str, Any]:
+    """Of the base, as a run says it; without a digest of weights that are not here."""
+    present = all((folder / name).is_file() for name in weight_shards(folder))
+    weights = weights_digest(folder, Digests()) if present else None
+    return {"config": base_config(folder), "weights": weights}
 
 
 def _fresh_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,8 +21,10 @@ def main(arguments: list[str]) -> None:
     from megalora.train.loop import train
     from megalora.train.lost import explained
 
-    with host.process_group(config.train.timeout_minutes), explained(Path(config.checkpoint.dir)):
-        train(config)
+    run = Path(config.checkpoint.dir)
+    # Twice: a peer may be lost while ranks meet, too; and where it is lost later, the group must not be left in order.
+    with explained(run), host.process_group(config.train.timeout_minutes) as job, explained(run):
+        train(config, job)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The training loop: a straight line from a config to an adapter folder."""
 
 import math
+from collections.abc import Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,11 @@ from megalora.lora.inject import GradientCheck, trainable_summary, write_manifes
 from megalora.lora.spec import plan
 from megalora.model.recompute import apply_recompute
 from megalora.train.batches import Batches, load_data
+from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
+from megalora.train.checkpoint.same_run import check_same_run, check_same_samples
 from megalora.train.checkpoint.save import save_checkpoint
+from megalora.train.checkpoint.state import SavedState
 from megalora.train.checkpoint.where import find_checkpoint
 from megalora.train.drift import DriftCheck
 from megalora.train.metrics import Metrics
@@ -26,47 +31,78 @@ from megalora.train.optim import build_optimizer, learning_rate, set_learning_ra
 from megalora.train.parity import compare_losses
 from megalora.train.probe import Probe
 from megalora.train.push import serving
+from megalora.train.run_folder import opened
 from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
 from megalora.train.signals import terminated
 from megalora.train.step import Stepper
 
 
-def train(config: RunConfig) -> Path | None:
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    identity: Identity
+    samples: Samples
+    state: SavedState | None
+    """Of the checkpoint to go on from."""
+    notes: list[str]
+    """Lines for the user."""
+
+
+def train(config: RunConfig, job: str | None = None) -> Path | None:
     """Fine-tune as ``config`` says, on the ranks of the initialised world.
 
-    Returns the last checkpoint's folder, or None when a signal stopped the run before its first step. Raises
-    ``ValueError`` for anything the user can mend, before weights are read where that is possible.
+    Args:
+        job: names torchrun's call: when it starts the ranks again, they go on from the last checkpoint.
+    Returns:
+        The last checkpoint's folder, or None when a signal stopped the run before its first step.
+    Raises:
+        ValueError: for anything the user can mend, before weights are read where that is possible.
     """
     config.check_world(dist.get_world_size())
-    folder, resume_from = local_folder(config.model.path), find_checkpoint(config)
-    shape, adapted = plan(config.lora, config.parallel, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    splits = load_data(config, tokenizer)
-    with parallel_groups(config.parallel, config.train.seed) as groups:
-        model = build_adapted(
-            folder, shape, adapted, groups,
-            model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
-        )  # fmt: skip
-        apply_recompute(model.chunks, config.train.recompute)
-        probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel)
-        return _fit(config, model, Batches(config, tokenizer, groups, *splits), probe, resume_from)
+    with opened(Path(config.checkpoint.dir), job) as run_folder:
+        found = find_checkpoint(config, restarted=run_folder.same_job)
+        folder = local_folder(config.model.path)
+        shape, adapted = plan(config.lora, config.parallel, folder)
+        identity = identify(config, folder)
+        notes = [*run_folder.notes, *found.notes]
+        if found.state:
+            notes += check_same_run(found.state, config, identity, adapted)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        splits = load_data(config, tokenizer)
+        samples = Samples.of(splits[0].samples)
+        check_agreement("training samples", samples)
+        if found.state:
+            check_same_samples(found.state, config, samples)
+        with parallel_groups(config.parallel, config.train.seed) as groups:
+            model = build_adapted(
+                folder, shape, adapted, groups,
+                model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
+            )  # fmt: skip
+            apply_recompute(model.chunks, config.train.recompute)
+            probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel)
+            batches = Batches(config, tokenizer, groups, *splits)
+            return _fit(config, model, batches, probe, Start(identity, samples, found.state, notes))
 
 
-def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, probe: Probe, saved: Path | None) -> Path | None:
-    options, num_steps, num_samples = config.train, batches.num_steps, len(batches.train.samples)
+def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, probe: Probe, at: Start) -> Path | None:
+    options, num_steps = config.train, batches.num_steps
     chunks = wrap_chunks(model.chunks)
     optimizer = build_optimizer(options, getattr(torch, config.model.dtype), chunks)
     stepper = Stepper(chunks, model.groups, GradientCheck(model.adapted, model.pieces))
     drift = DriftCheck(model.adapted, model.pieces, model.groups)
-    step = start = load_checkpoint(saved, num_samples, config, model, optimizer) if saved else 0
+    saved, step = (at.state.folder, at.state.step) if at.state else (None, 0)
+    notes = [*at.notes, *(load_checkpoint(at.state, model, optimizer) if at.state else [])]
     check_agreement("number of finished steps", step)
-    check_agreement("number of training samples", num_samples)
+    start = step
     saved_step = evaluated_step = step if saved else -1
     with (
         Metrics(Path(config.checkpoint.dir), config.log, num_steps, step, active=dist.get_rank() == 0) as metrics,
         serving(config, model, metrics.say, saved) as serve,
         terminated() as stop,
     ):
+        for note in notes:
+            metrics.say(note)
         _open(config, model, stepper, batches, metrics, step, saved)
         while True:
             stopped = stop()
@@ -76,7 +112,8 @@ def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, probe: Probe,
                 drift.run(step, saved)
             if saving:
                 probed = probe.run(stepper)
-                saved, saved_step = save_checkpoint(step, num_samples, config, model, optimizer, probed), step
+                saved = save_checkpoint(step, at.samples, at.identity, config, model, optimizer, probed)
+                saved_step = step
                 serve(saved)
                 metrics.restart_clock()
             due = step in (0, num_steps) or _due(step, options.eval_every)
@@ -146,9 +183,9 @@ def check_finite(step: int, name: str, value: float, saved: Path | None) -> None
         raise ValueError(f"step {step}: the {name} is {value}. Lower train.lr or lengthen train.warmup; {last}.")
 
 
-def check_agreement(name: str, value: int) -> None:
+def check_agreement(name: str, value: Hashable) -> None:
     """Raise ``ValueError`` unless every rank has the same value: files may differ between machines."""
-    values: list[int | None] = [None] * dist.get_world_size()
+    values: list[Hashable] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     if len(set(values)) > 1:
         raise ValueError(

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megalora.train.checkpoint.writer import read_latest
+
 LOST = 3
 """Exit code of a run that another host's loss has ended."""
 _SIGNS = re.compile(
@@ -37,8 +39,11 @@ def explained(run: Path) -> Iterator[None]:
 def _line(run: Path, sign: str) -> str:
     rank = os.environ.get("RANK", "0")
     here = os.environ.get("LOCAL_ADDR") or socket.gethostname()
-    latest = run / "latest"
-    saved = f"the last checkpoint is {run / latest.read_text().strip()}" if latest.exists() else "nothing was saved"
+    try:
+        latest = read_latest(run)
+        saved = f"the last checkpoint is {latest}" if latest else "nothing was saved"
+    except ValueError as error:
+        saved = str(error)
     return (
         f"megalora (rank {rank} on {here}): lost contact with another rank ({sign}). Its host or the network "
         f"between is down, or it failed and says why itself. This run ends; {saved}. When all hosts are back, start "

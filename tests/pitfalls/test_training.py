@@ -14,6 +14,7 @@ from megalora.config import CheckpointConfig, LoRAConfig, ParallelConfig, RunCon
 from megalora.lora.init import initial_a
 from megalora.lora.spec import plan
 from megalora.train.checkpoint.load import load_checkpoint
+from megalora.train.checkpoint.state import read_state
 from megalora.train.loop import train
 from megalora.train.optim import STATE_KEYS, optimizer_state
 from tests.distributed.ranks import run_ranks
@@ -52,7 +53,7 @@ def test_07_a_target_that_matches_nothing_is_an_error(everything, typo) -> None:
 def state_after_load(config: RunConfig, checkpoint: Path) -> dict[str, Tensor]:
     """What a resumed run holds on all ranks together, before its first step."""
     with built(config) as run:
-        load_checkpoint(checkpoint, len(run.batches.train.samples), config, run.model, run.optimizer)
+        load_checkpoint(read_state(checkpoint), run.model, run.optimizer)
         parameters, whole = run.model.parameters, {}
         for key in STATE_KEYS:
             state = optimizer_state(run.optimizer, key, parameters, run.model.groups)

@@ -1,7 +1,7 @@
 """Save what a run needs to go on, and what PEFT and servers load."""
 
 import json
-import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,21 @@ from megalora.bridge.files import OPTIMIZER, PROBE, RNG, STATE, STATE_JSON, STAT
 from megalora.bridge.form import write_adapter
 from megalora.bridge.peft import gather_tensors
 from megalora.config import RunConfig
-from megalora.train.checkpoint.writer import checkpoint_name, write_atomically
+from megalora.train.checkpoint.identity import Identity, Samples
+from megalora.train.checkpoint.writer import checkpoint_name, checkpoints, remove, write_atomically
 from megalora.train.first_rank import on_first_rank
 from megalora.train.optim import optimizer_state
 from megalora.train.setup import AdaptedModel
 
 
 def save_checkpoint(
-    step: int, num_samples: int, config: RunConfig, model: AdaptedModel, optimizer: Any, probe: dict[str, Any]
-) -> Path:
+    step: int, samples: Samples, identity: Identity, config: RunConfig, model: AdaptedModel, optimizer: Any,
+    probe: dict[str, Any],
+) -> Path:  # fmt: skip
     """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves earlier ones whole.
 
     Args:
-        num_samples: of the training data, which must not have grown when the run is resumed.
+        samples, identity: what is trained on what, which must be the same when the run is resumed.
         probe: log-probabilities of the adapter as it is, for servers (``probe.py``).
     """
     parameters, pieces, groups = model.parameters, model.pieces, model.groups
@@ -47,8 +49,10 @@ def save_checkpoint(
         save_file(state, folder / OPTIMIZER)
         rng = {f"{rank}.{name}": t for rank, states in enumerate(generators) for name, t in states.items()}
         save_file(rng, folder / RNG)
-        about = {"step": step, "num_samples": num_samples, "world_size": dist.get_world_size()}
-        summary = {**about, "config": asdict(config)}
+        summary = {
+            "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(), "saved_at": time.time(),
+            "identity": identity.as_json(samples.digest), "config": asdict(config),
+        }  # fmt: skip
         (folder / STATE_JSON).write_text(json.dumps(summary, indent=1) + "\n")
 
     run = Path(config.checkpoint.dir)
@@ -66,5 +70,6 @@ def save_checkpoint(
 def _forget_old(newest: Path, keep: int) -> None:
     """Remove all but the ``keep`` latest checkpoints up to ``newest``; later ones, of an earlier run, are not ours to judge."""
     if keep:
-        for folder in [f for f in sorted(newest.parent.glob("step_*")) if f.name <= newest.name][:-keep]:
-            shutil.rmtree(folder)
+        there = checkpoints(newest.parent)
+        for folder in there[: there.index(newest) + 1][:-keep]:
+            remove(folder)

@@ -1,36 +1,121 @@
-"""Where to resume from."""
+"""Where to resume from: the checkpoint that ``latest`` names, else the newest whole one; never a fresh start beside checkpoints."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megalora.bridge.files import STATE_JSON
+from safetensors import SafetensorError, safe_open
+
+from megalora.bridge.files import CONFIG, OPTIMIZER, RNG, WEIGHTS
 from megalora.config import RunConfig
+from megalora.train.checkpoint.state import SavedState, read_state
+from megalora.train.checkpoint.writer import LATEST, checkpoints, point_latest_at, read_latest
 from megalora.train.first_rank import on_first_rank
 
 
-def find_checkpoint(config: RunConfig) -> Path | None:
-    """Where to resume from; None for a fresh start. The first rank decides for all: file systems may be slow to agree.
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to resume from, whole; None for a fresh start."""
 
-    Raises ``ValueError``, on every rank, for what is no checkpoint, and rather than mix two runs in one folder.
+    state: SavedState | None
+    notes: list[str] = field(default_factory=list)
+    """Lines for the user."""
+
+
+def find_checkpoint(config: RunConfig, restarted: bool = False) -> Found:
+    """Where to resume from. The first rank decides for all: file systems may be slow to agree.
+
+    Args:
+        restarted: this very job has written to the run folder before (torchrun has started its ranks again), so the
+            folder's checkpoints are its own and it goes on from the newest, whatever ``checkpoint.resume`` says.
+    Raises:
+        ValueError: on every rank, for what is not a checkpoint, and rather than mix two runs in one folder.
     """
-    return on_first_rank(
-        lambda: _find_checkpoint(config), f"could not look for a checkpoint in {config.checkpoint.dir}"
-    )
+    run = Path(config.checkpoint.dir)
+    return on_first_rank(lambda: _find(config, run, restarted), f"could not look for a checkpoint in {run}")
 
 
-def _find_checkpoint(config: RunConfig) -> Path | None:
-    resume, run = config.checkpoint.resume, Path(config.checkpoint.dir)
-    if resume is True and not (run / "latest").is_file():
-        return None
-    folder = run / (run / "latest").read_text().strip() if resume is True else Path(str(resume)) if resume else None
-    if folder is not None and not (folder / STATE_JSON).is_file():
-        where = f"{run}/latest names {folder}, which" if resume is True else f"checkpoint.resume={resume}"
-        raise ValueError(f"{where} is not a checkpoint: it has no {STATE_JSON}")
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"checkpoint.dir={run} is a file; choose a folder")
-    used = sorted(run.glob("step_*"))
-    if used and (folder is None or folder.resolve().parent != run.resolve()):
+def _find(config: RunConfig, run: Path, restarted: bool) -> Found:
+    resume = config.checkpoint.resume
+    there = checkpoints(run)
+    if restarted and there:
+        found = _newest(run, there)
+        assert found.state is not None
+        return Found(found.state, [f"the ranks were started again; going on from {found.state.folder}", *found.notes])
+    if resume is True:
+        return _newest(run, there)
+    state = read_whole(Path(str(resume)), f"checkpoint.resume={resume}") if resume else None
+    if there and (state is None or state.folder.resolve().parent != run.resolve()):
         raise ValueError(
-            f"checkpoint.dir={run} already holds {used[-1].name}. Set checkpoint.resume=true to continue that run, or "
+            f"checkpoint.dir={run} already holds {there[-1].name}. Set checkpoint.resume=true to continue that run, or "
             "choose another checkpoint.dir."
         )
-    return folder
+    return Found(state, _roll_back(run, there, state) if state else [])
+
+
+def _roll_back(run: Path, there: list[Path], state: SavedState) -> list[str]:
+    """Let ``latest`` name a checkpoint of the run's own that it goes back to: what comes after it is left behind."""
+    own = [folder for folder in there if folder.resolve() == state.folder.resolve()]
+    if not own or own[0] == there[-1]:
+        return []
+    point_latest_at(own[0])
+    return [f"going back to {own[0].name}: later checkpoints stay until their steps are saved again"]
+
+
+def _newest(run: Path, there: list[Path]) -> Found:
+    """What ``latest`` names if that is whole, else the whole checkpoint that was saved last."""
+    try:
+        named = read_latest(run)
+        if named is not None:
+            return Found(read_whole(named, f"{run / LATEST} names {named}, which"))
+        reason = f"{run} has checkpoints but no {LATEST}"
+    except ValueError as error:
+        named, reason = None, str(error)
+        if not there:
+            raise ValueError(f"{reason}. No other checkpoint is there; remove {run / LATEST} to start anew") from None
+    if not there:
+        return Found(None)
+    whole: list[SavedState] = []
+    faults: list[str] = []
+    for folder in there:
+        try:
+            whole.append(read_whole(folder, folder.name))
+        except ValueError as error:
+            faults.append(str(error))
+    if not whole:
+        raise ValueError(
+            f"{reason}, and none of its {len(there)} checkpoints is whole ({'; '.join(faults[:3])}). "
+            "Restore one, or choose another checkpoint.dir."
+        )
+    # By the time of saving: after a roll-back, folders with larger numbers may be older.
+    newest = max(whole, key=lambda state: (state.saved_at, state.step))
+    return Found(newest, [f"{reason}; going on from {newest.folder.name}, the newest whole checkpoint"])
+
+
+def read_whole(folder: Path, what: str) -> SavedState:
+    """The state of a checkpoint of which all files are there, whole.
+
+    Args:
+        what: the subject of the message.
+    Raises:
+        ValueError: a file is missing, cut short or damaged; tensors' contents are not read.
+    """
+    try:
+        state = read_state(folder)
+    except ValueError as error:
+        raise ValueError(f"{what} is not a checkpoint: {error}") from None
+    tensors = [WEIGHTS, OPTIMIZER] if state.imported_from is not None else [WEIGHTS, OPTIMIZER, RNG]
+    for name in [CONFIG, *tensors]:
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{what} is not a whole checkpoint: it has no {name}")
+        if name in tensors:
+            _check_whole(path, what)
+    return state
+
+
+def _check_whole(path: Path, what: str) -> None:
+    try:
+        with safe_open(str(path), framework="pt"):  # compares the header's offsets with the file's length
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{what} is not a whole checkpoint: {path} is damaged ({error})") from None

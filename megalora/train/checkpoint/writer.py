@@ -1,10 +1,27 @@
-"""Write a checkpoint folder whole or not at all, whenever the process is killed."""
+"""Write a checkpoint folder so that, whenever the process is killed, a whole one can be found.
 
+A save changes the run folder in this order, and forces each step to disk before the next:
+
+1. ``.step_N.tmp`` is filled.
+2. Where step N is there already (a run rolled back and trained again), ``latest`` is pointed at an earlier checkpoint and the
+   old folder is renamed to ``.step_N.old``.
+3. ``.step_N.tmp`` is renamed to ``step_N``.
+4. ``latest`` is replaced by a file that names ``step_N``.
+5. ``.step_N.old`` is removed.
+
+``recover`` undoes what a killed save has left; the run's lock must be held (``train/run_folder.py``).
+"""
+
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from megalora.bridge.output import force_to_disk
+
+LATEST = "latest"
+_NAME = re.compile(r"step_\d{6,18}")
+_LEFT_OVER = re.compile(r"\.(step_\d{6,18})\.(tmp|old|gone)")
 
 
 def checkpoint_name(step: int) -> str:
@@ -12,9 +29,49 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """Folders that are named as checkpoints, by step, whether they are whole or not."""
+    if not run.is_dir():
+        return []
+    named = [path for path in run.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def read_latest(run: Path) -> Path | None:
+    """The folder that ``latest`` names, which may not exist; None without ``latest``.
+
+    Raises:
+        ValueError: it cannot be read, or holds anything but the plain name of a checkpoint.
+    """
+    path = run / LATEST
+    try:
+        with path.open("rb") as file:
+            content = file.read(100)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    name = content.decode("ascii", errors="replace").strip()
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{path} holds {name[:40]!r}, which is not the name of a checkpoint such as step_000050")
+    return run / name
+
+
+def point_latest_at(target: Path) -> None:
+    """Let ``latest`` name this checkpoint of its run folder, for good."""
+    pointer = target.with_name(f".{LATEST}.tmp")
+    pointer.write_text(target.name + "\n")
+    force_to_disk(pointer)
+    pointer.rename(target.with_name(LATEST))
+    force_to_disk(target.parent)
+
+
 def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a folder beside ``target``, force it to disk, then rename; ``latest`` follows."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Let ``write`` fill a folder beside ``target``, then put it in place; ``latest`` follows.
+
+    A failure leaves what was there before.
+    """
+    _make_run_folder(target.parent)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -25,10 +82,51 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(target, ignore_errors=True)
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        _put_aside(target, old)
     temporary.rename(target)
-    pointer = target.with_name(".latest.tmp")
-    pointer.write_text(target.name + "\n")
-    force_to_disk(pointer)
-    pointer.rename(target.with_name("latest"))
-    force_to_disk(target.parent)
+    force_to_disk(target.parent)  # power loss must not keep ``latest`` and lose what it names
+    point_latest_at(target)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint so that no half of it is left under its name."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def recover(run: Path) -> None:
+    """Remove what killed saves have left in a run folder that nobody else writes to; put back what one had put aside."""
+    for path in sorted(run.iterdir()):
+        match = _LEFT_OVER.fullmatch(path.name)
+        if match and match[2] == "old" and not (run / match[1]).exists():
+            path.rename(run / match[1])  # killed before the new folder was in place
+        elif match:
+            shutil.rmtree(path)
+    (run / f".{LATEST}.tmp").unlink(missing_ok=True)
+
+
+def _make_run_folder(run: Path) -> None:
+    if not run.is_dir():
+        run.mkdir(parents=True, exist_ok=True)
+        force_to_disk(run.parent)
+
+
+def _put_aside(target: Path, old: Path) -> None:
+    """Rename a checkpoint that is about to be replaced; ``latest`` must not name it meanwhile if there is an earlier one."""
+    run = target.parent
+    try:
+        named = read_latest(run)
+    except ValueError:  # damaged: it names nothing that could be lost
+        named = None
+    if named == target:
+        there = checkpoints(run)
+        if earlier := there[: there.index(target)]:
+            point_latest_at(earlier[-1])
+    target.rename(old)
+    force_to_disk(run)

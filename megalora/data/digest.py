@@ -1,0 +1,31 @@
+"""What data is, whatever its path is called: a digest of a file's bytes, a hub data set's fingerprint, and of the samples made."""
+
+import hashlib
+from collections.abc import Sequence
+
+from megalora.data.chat import Encoded
+from megalora.data.sources import locate, read_hub
+from megalora.digests import Digests, sha256_of_file
+
+
+def source_digest(source: str, digests: Digests) -> str:
+    """Of all bytes of a file, or of a hub data set's revision; a slice at the source's end is part of it."""
+    found = locate(source)
+    if found.file is not None:
+        return f"sha256:{digests.of(found.file, 'bytes', sha256_of_file)}{found.slice_text}"
+    # Of the files that were downloaded, the split and the library's way to read them.
+    fingerprint = read_hub(source, *found.hub)._fingerprint
+    return f"hub:{':'.join(str(part) for part in found.hub)}@{fingerprint}{found.slice_text}"
+
+
+def samples_digest(samples: Sequence[Encoded]) -> str:
+    """Of what is trained on, in order: tokens, and which of them are in the loss.
+
+    It changes with the tokenizer, the chat template and our own code, too.
+    """
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(len(sample.input_ids).to_bytes(8, "little"))
+        digest.update(sample.input_ids.astype("<i4").tobytes())
+        digest.update(sample.loss_mask.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,75 @@
+"""Digests of files, kept so that a file that has not changed since is not read again.
+
+A file is taken for unchanged while its path, inode, size and times stay. A file that changed within the last seconds is
+never kept: it could change once more within one tick of the file system's clock.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SETTLED_NS = 2 * 10**9
+BLOCK_BYTES = 16 * 2**20
+
+
+class Digests:
+    """Digests by file and by what was digested of it."""
+
+    def __init__(self, known: dict[str, str] | None = None) -> None:
+        self.known = known or {}
+        self.used: dict[str, str] = {}
+        """What was asked for and may be kept."""
+
+    @classmethod
+    def load(cls, path: Path) -> "Digests":
+        """From a file that ``save`` wrote; empty where it is not there or damaged, which costs time alone."""
+        try:
+            known = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return cls()
+        if not isinstance(known, dict) or not all(isinstance(value, str) for value in known.values()):
+            return cls()
+        return cls(known)
+
+    def save(self, path: Path) -> None:
+        """Keep what was used."""
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(json.dumps(self.used, indent=1) + "\n")
+        temporary.replace(path)
+
+    def of(self, path: Path, kind: str, compute: Callable[[Path], str]) -> str:
+        """``compute(path)``, or what it was when the file was the same.
+
+        Args:
+            kind: names what is computed.
+        Raises:
+            ValueError: the file changed while it was read.
+        """
+        before = path.stat()
+        key = f"{kind} {os.path.realpath(path)} {_times(before)}"
+        digest = self.known.get(key)
+        if digest is None:
+            now = time.time_ns()
+            digest = compute(path)
+            if _times(path.stat()) != _times(before):
+                raise ValueError(f"{path} changed while it was read; start again when nobody writes to it")
+            if now - max(before.st_mtime_ns, before.st_ctime_ns) < SETTLED_NS:
+                return digest
+        self.used[key] = digest
+        return digest
+
+
+def sha256_of_file(path: Path) -> str:
+    """Of all bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _times(stat: os.stat_result) -> str:
+    return f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"

@@ -1,0 +1,112 @@
+"""What a run trains, by content: data and base model, the same on every node, and the same when it is resumed.
+
+One rank of each node reads; nodes must agree. Digests are kept in the run folder (``digests.py``).
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from megalora.bridge.base_identity import base_config, weights_digest
+from megalora.bridge.folder import check_base_folder
+from megalora.config import RunConfig
+from megalora.data.chat import Encoded
+from megalora.data.digest import samples_digest, source_digest
+from megalora.digests import Digests
+
+KEPT = ".digests.json"
+"""In the run folder: digests of files that have not changed since."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is trained on, as tokens."""
+
+    count: int
+    digest: str
+
+    @classmethod
+    def of(cls, samples: Sequence[Encoded]) -> "Samples":
+        return cls(len(samples), samples_digest(samples))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Data and base of a run."""
+
+    train: str
+    """Digest of ``data.train``."""
+    eval: str | None
+    """Digest of ``data.eval`` where that is a source of its own."""
+    config: dict[str, Any]
+    """Fields of the base's config.json that could matter."""
+    weights: str
+    """Digest of the base's tensors."""
+
+    def as_json(self, samples: str) -> dict[str, Any]:
+        """For state.json; ``samples`` is the digest of what is trained on."""
+        return {**asdict(self), "samples": samples}
+
+
+def identify(config: RunConfig, base: Path) -> Identity:
+    """Collective over the world.
+
+    Args:
+        base: the folder of ``config.model.path``.
+    Raises:
+        ValueError: on every rank, when something cannot be read on a node, or nodes have different files.
+    """
+    kept = Path(config.checkpoint.dir) / KEPT
+    digests = Digests.load(kept)
+    mine = _of_this_node(config, base, digests) if _reads_for_its_node() else None
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (mine, digests.used))
+    identities = {rank: answer for rank, (answer, _) in enumerate(answers) if answer is not None}
+    for rank, answer in identities.items():
+        if isinstance(answer, str):
+            raise ValueError(answer if len(identities) == 1 else f"on the node of rank {rank}: {answer}")
+    first = identities[min(identities)]
+    for rank, other in identities.items():
+        if parts := differing_parts(first.as_json(""), other.as_json("")):
+            raise ValueError(
+                f"the nodes of ranks {min(identities)} and {rank} have different files for {' and '.join(parts)}. Copy the "
+                "same files to every node, or use a folder that all share."
+            )
+    if dist.get_rank() == 0:
+        for _, used in answers:
+            digests.used |= used
+        digests.save(kept)
+    return first
+
+
+def differing_parts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Options of a config whose content differs between two of ``Identity.as_json``."""
+    options = {"train": "data.train", "eval": "data.eval", "weights": "model.path", "config": "model.path"}
+    return list(dict.fromkeys(name for key, name in options.items() if before[key] != now[key]))
+
+
+def _reads_for_its_node() -> bool:
+    """Whether this is the first rank of its node; without torchrun all ranks are on one."""
+    return int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
+
+
+def _of_this_node(config: RunConfig, base: Path, digests: Digests) -> Identity | str:
+    """The identity, or why there is none: an error on one rank alone would leave the others waiting."""
+    data = config.data
+    try:
+        check_base_folder(base)
+        return Identity(
+            train=source_digest(data.train, digests),
+            eval=source_digest(data.eval, digests) if isinstance(data.eval, str) else None,
+            config=base_config(base),
+            weights=weights_digest(base, digests),
+        )
+    except ValueError as error:
+        return str(error)
+    except (OSError, SafetensorError) as error:
+        return f"data or base model cannot be read ({error})"

@@ -1,0 +1,154 @@
+"""One run writes to a run folder: its first rank holds a lock there, and says in the lock file who it is.
+
+The lock is ``flock`` on ``.lock``, so it ends with its process, however that ends. Its content is for people, and for the
+same job's next attempt: torchrun starts ranks again under one job (``rendezvous.py``), and then the folder's checkpoints are
+its own.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from megalora.train.checkpoint.writer import recover
+from megalora.train.first_rank import on_first_rank
+
+LOCK = ".lock"
+SUCCESSION_S = 60.0
+"""How long a job's next attempt waits for a process of the last one to end."""
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+"""What flock answers on file systems without locks, such as NFS without its lock service."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run folder that is this run's alone."""
+
+    same_job: bool
+    """Whether this job, in an attempt that failed, was the last to write to it."""
+    notes: list[str] = field(default_factory=list)
+    """Lines for the user."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Content of the lock file."""
+
+    host: str
+    pid: int
+    since: str
+    born: str
+    """When the process started, in the system's ticks: process ids are used again."""
+    job: str | None
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+
+@contextlib.contextmanager
+def opened(run: Path, job: str | None = None) -> Iterator[Opened]:
+    """Have the run folder to oneself as long as the block runs; collective over the world.
+
+    Args:
+        job: names torchrun's call, the same in all its attempts; None without torchrun.
+    Raises:
+        ValueError: on every rank, when another run holds the folder or it cannot be written to.
+    """
+    held: list[int] = []
+
+    def take() -> Opened:
+        descriptor, answer = take_lock(run, job)
+        held.append(descriptor)
+        recover(run)
+        return answer
+
+    try:
+        yield on_first_rank(take, f"checkpoint.dir={run} cannot be used")
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def take_lock(run: Path, job: str | None) -> tuple[int, Opened]:
+    """The open lock file, locked, and what it said before; raises ``ValueError`` when another run holds it."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"checkpoint.dir={run} is a file; choose a folder")
+    run.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        notes = _lock(descriptor, run, job)
+        before = _read(descriptor)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(asdict(_this_process(job))) + "\n").encode(), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, Opened(before is not None and job is not None and before.job == job, notes)
+
+
+def _lock(descriptor: int, run: Path, job: str | None) -> list[str]:
+    deadline = time.monotonic() + SUCCESSION_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return []
+        except BlockingIOError:
+            holder = _read(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return _without_locks(descriptor, run, job, str(error))
+        succession = holder is not None and job is not None and holder.job == job
+        if not succession or time.monotonic() > deadline:
+            raise _taken(run, holder)
+        time.sleep(0.1)
+
+
+def _without_locks(descriptor: int, run: Path, job: str | None, reason: str) -> list[str]:
+    """Compare with the last holder: only a process of this host can be looked up."""
+    holder = _read(descriptor)
+    same_job = holder is not None and job is not None and holder.job == job
+    if holder and not same_job and holder.host == socket.gethostname() and holder.born == _born(holder.pid):
+        raise _taken(run, holder)
+    last = f"; the last to write there was {holder}" if holder and holder.host != socket.gethostname() else ""
+    return [
+        f"checkpoint.dir={run} is on a file system without locks ({reason}): a second run that is started in it on another "
+        f"host would not be noticed{last}"
+    ]
+
+
+def _taken(run: Path, holder: Holder | None) -> ValueError:
+    who = f"it is {holder}" if holder else "it has not said yet which process it is"
+    return ValueError(
+        f"another run is writing to {run}; {who}. Let it end or stop it (SIGTERM saves), or choose another checkpoint.dir."
+    )
+
+
+def _this_process(job: str | None) -> Holder:
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return Holder(socket.gethostname(), os.getpid(), since, _born(os.getpid()) or "", job)
+
+
+def _read(descriptor: int) -> Holder | None:
+    """Who wrote the lock file; None where nobody has, or not one of us."""
+    try:
+        holder = Holder(**json.loads(os.pread(descriptor, 4096, 0)))
+    except (ValueError, TypeError):
+        return None
+    texts = (holder.host, holder.since, holder.born, holder.job or "")
+    return holder if type(holder.pid) is int and all(isinstance(text, str) for text in texts) else None
+
+
+def _born(pid: int) -> str | None:
+    """When a process of this host started, in ticks since the system did; None when it is not there."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]

@@ -1,0 +1,149 @@
+"""A save that is killed, or fails, before any one of its changes of the file system: a whole, right checkpoint is found after it."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megalora.train.checkpoint.writer import (
+    checkpoint_name,
+    checkpoints,
+    point_latest_at,
+    read_latest,
+    recover,
+    remove,
+    write_atomically,
+)
+from tests.train.folders import copied, filled, found, mark_of
+
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"}
+NEW = 0.5
+"""Mark of the save under test; the others are marked by their step."""
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: from here on nothing changes any more, clean-up included."""
+
+
+class Crash:
+    """Counts changes of the file system, and lets the k-th fail.
+
+    As a kill: that and all later ones, so that the folder stays as a killed process leaves it. As a full disk: that one alone.
+    Python's audit hooks see every change but fsync; they stay for the life of the process, so there is one for all.
+    """
+
+    def __init__(self) -> None:
+        self.k, self.count, self.kill = 0, 0, True
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[1], str) and bool(set(arguments[1]) & set("wax"))
+        if self.k and (event in CHANGES or writes):
+            self.change()
+
+    def change(self) -> None:
+        self.count += 1
+        if self.kill and self.count >= self.k:
+            raise KilledError
+        if self.count == self.k:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    @contextmanager
+    def before(self, k: int, kill: bool) -> Iterator[None]:
+        fsync = os.fsync
+        os.fsync = lambda _: self.change()  # nothing here outlives the machine: forcing to disk would only take time
+        self.k, self.count, self.kill = k, 0, kill
+        try:
+            yield
+        except (KilledError, OSError):
+            assert self.count >= k, "the action itself is broken"
+        finally:
+            self.k, os.fsync = 0, fsync
+
+
+CRASH = Crash()
+
+
+def with_crash(action: Callable[[], object], k: int, kill: bool = True) -> bool:
+    """Do ``action`` until its k-th change; whether there was one."""
+    with CRASH.before(k, kill):
+        action()
+    return CRASH.count >= k
+
+
+def saved(run: Path, *steps: int, latest: int | None = None) -> Path:
+    run.mkdir()
+    for step in steps:
+        write_atomically(run / checkpoint_name(step), filled(step))
+    if latest is not None:
+        point_latest_at(run / checkpoint_name(latest))
+    return run
+
+
+def again(run: Path, step: int) -> Callable[[], None]:
+    return lambda: write_atomically(run / checkpoint_name(step), filled(step, NEW))
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["killed", "full disk"])
+@pytest.mark.parametrize(
+    ("before", "latest", "step", "may_be"),
+    [
+        ([], None, 1, {None, NEW}),
+        ([1], None, 2, {1, NEW}),
+        ([1, 2], 1, 2, {1, NEW}),
+        ([1, 2], 2, 2, {2, 1, NEW}),  # as after a roll-back: latest names what is replaced
+        ([1], None, 1, {1, NEW}),
+        ([1, 2, 4], 4, 2, {4, NEW}),
+    ],
+    ids=["first", "second", "latest behind", "named by latest", "the only one", "an earlier one"],
+)
+def test_every_crash_point_of_a_save(
+    before: list[int], latest: int | None, step: int, may_be: set, kill: bool, tmp_path: Path
+) -> None:
+    start = saved(tmp_path / "start", *before, latest=latest)
+    seen, k = set(), 1
+    while True:
+        run = copied(start, tmp_path / "run")
+        more = with_crash(again(run, step), k, kill)
+        if read_latest(run) and before != [step]:
+            mark_of(read_latest(run))  # at no moment does it name nothing, or half a checkpoint
+        recover(run)
+        state = found(run).state
+        seen.add(mark_of(state.folder) if state else None)
+        assert state or not checkpoints(run), "never a fresh start beside checkpoints"
+        assert not [path for path in run.iterdir() if path.name.startswith(".")], "nothing is left behind"
+        if not more:
+            break
+        k += 1
+    assert k > 10
+    assert seen <= may_be and NEW in seen
+    assert mark_of(run / checkpoint_name(step)) == NEW
+
+
+def test_every_crash_point_of_forgetting_and_of_recovering(tmp_path: Path) -> None:
+    start = saved(tmp_path / "start", 1, 2)
+    write_atomically(start / "step_000003", filled(3))
+    (start / ".step_000004.tmp").mkdir()
+    filled(4)(start / ".step_000004.tmp")
+    (start / "step_000003").rename(start / ".step_000003.old")  # killed just before the new one took its place
+
+    def forget_and_recover(run: Path) -> None:
+        recover(run)
+        remove(run / "step_000001")
+
+    k, more = 1, True
+    while more:
+        run = copied(start, tmp_path / "run")
+        more = with_crash(lambda run=run: forget_and_recover(run), k)
+        recover(run)
+        state = found(run).state
+        assert state is not None and state.step == 3 and mark_of(state.folder) == 3
+        for folder in checkpoints(run):
+            mark_of(folder)
+        k += 1
+    assert k > 10
+    assert [folder.name for folder in checkpoints(run)] == ["step_000002", "step_000003"]
