@@ -150,8 +150,10 @@ class TrainConfig:
     """Of adapter initialisation and dropout."""
     timeout_minutes: float = 30
     """How long a rank waits for another before it takes it for lost and ends the run; more than loading and saving take."""
-    check_parity: bool = False
-    """Before the first step, compare the loss of the first microbatch with transformers' on the first rank's host."""
+    check_base: Literal["layer", "loss", "off"] = "layer"
+    """What is compared with transformers on the first rank's host before the first step. layer: one layer of each kind as
+    loaded, embedding and head, on a few tokens; loss: the loss of the first microbatch too, for which the whole model
+    must fit that host."""
     check_replicas_every: int = 100
     """Steps between comparisons of every adapter tensor's copies on all ranks, also before each save; 0 turns them off."""
 

@@ -49,10 +49,16 @@ def _reading(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {str(error).partition('\n    object_type')[0]}") from None
 
 
+RENAMED = {"train.check_parity": "write train.check_base=loss for what true meant, train.check_base=off for no check"}
+"""Keys of earlier versions, and what to write now."""
+
+
 def _build(cls: type, tree: dict[str, Any], where: str) -> Any:
     hints, known, values = get_type_hints(cls), [f.name for f in fields(cls)], {}
     for key, value in tree.items():
         if key not in known:
+            if (old := f"{where}{key}") in RENAMED:
+                raise ValueError(f"unknown config key {old}; it was renamed: {RENAMED[old]}")
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {where}{close[0]}?" if close else f"known keys: {', '.join(known)}"
             raise ValueError(f"unknown config key {where}{key}; {hint}")
@@ -69,6 +75,8 @@ def _build(cls: type, tree: dict[str, Any], where: str) -> Any:
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """``value`` as the annotated type, or a ``ValueError`` that says what was expected."""
     if get_origin(hint) is Literal:
+        if value is False and "off" in get_args(hint):
+            return "off"  # what YAML makes of off without quotes
         require(value in get_args(hint), f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
         return value
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

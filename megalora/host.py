@@ -6,8 +6,8 @@ nothing by itself.
 """
 
 import contextlib
+import contextvars
 import functools
-import gc
 import inspect
 import logging
 import os
@@ -30,8 +30,24 @@ CONTEXT_BYTES = GIB
 """GPU memory that a process takes beside tensors: CUDA's context, kernels, cuBLAS. Assumed."""
 
 
+_ON_HOST = contextvars.ContextVar("on_host", default=False)
+
+
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+    """Build and run modules on the CPU inside the block, also where there is a GPU; tensors stay where they are."""
+    token = _ON_HOST.set(True)
+    try:
+        with contextlib.nullcontext() if not torch.cuda.is_available() else _HostDevice():
+            yield
+    finally:
+        _ON_HOST.reset(token)
+
+
 def device() -> torch.device:
     """Where this rank computes."""
+    if _ON_HOST.get():
+        return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -53,13 +69,6 @@ def reset_peak_memory() -> None:
     """Let ``peak_memory_bytes`` start again from what is allocated now; nothing without a GPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-
-
-def release_memory() -> None:
-    """Give memory of what is no longer used back to the device, for another process to take."""
-    gc.collect()  # modules and their hooks refer to each other in circles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def memory_bytes() -> int:

@@ -1,5 +1,7 @@
 """Process groups from a ``ParallelConfig``. The only reader of Megatron's ``parallel_state``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +70,18 @@ def init_groups(config: ParallelConfig, seed: int = 0) -> Groups:
 def megatron_groups() -> ProcessGroupCollection:
     """The same groups in the form Megatron's modules take."""
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+@contextmanager
+def first_rank_alone() -> Iterator[dist.ProcessGroup | None]:
+    """A group of the world's first rank only, over its host; None on the other ranks. Collective over the world."""
+    group: Any = dist.new_group([0], backend="gloo")
+    mine = dist.get_rank() == 0
+    try:
+        yield group if mine else None
+    finally:
+        if mine:
+            dist.destroy_process_group(group)
 
 
 def destroy_groups() -> None:

@@ -290,3 +290,24 @@ def test_world_size_refused(config: RunConfig, world_size: int, message: str) ->
 )
 def test_world_size_accepted(config: RunConfig, world_size: int) -> None:
     config.check_world(world_size)
+
+
+def test_what_is_compared_with_transformers(minimal: Path) -> None:
+    assert load_config(minimal).train.check_base == "layer"
+    assert load_config(minimal, ["train.check_base=loss"]).train.check_base == "loss"
+    for off in ("train.check_base=off", "train.check_base='off'"):  # YAML reads the first as false
+        assert load_config(minimal, [off]).train.check_base == "off"
+    assert load_config(minimal, ["train.recompute=off"]).train.recompute == "off"
+    assert refusal(minimal, "train.check_base=all") == "train.check_base must be one of layer, loss, off, got 'all'"
+    assert refusal(minimal, "train.check_base=true") == "train.check_base must be one of layer, loss, off, got True"
+    assert (
+        refusal(minimal, "train.schedule=false") == "train.schedule must be one of cosine, linear, constant, got False"
+    )
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_the_old_name_of_the_check_says_the_new_one(value: str, minimal: Path) -> None:
+    assert refusal(minimal, f"train.check_parity={value}") == (
+        "unknown config key train.check_parity; it was renamed: write train.check_base=loss for what true meant, "
+        "train.check_base=off for no check"
+    )

@@ -28,13 +28,14 @@ from megalora.train.checkpoint.where import find_checkpoint
 from megalora.train.drift import DriftCheck
 from megalora.train.metrics import Metrics
 from megalora.train.optim import build_optimizer, learning_rate, set_learning_rate, wrap_chunks
-from megalora.train.parity import compare_losses
 from megalora.train.probe import Probe
 from megalora.train.push import serving
 from megalora.train.run_folder import opened
 from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
 from megalora.train.signals import terminated
 from megalora.train.step import Stepper
+from megalora.verify.first_loss import compare_losses
+from megalora.verify.layer import check_layers
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,18 @@ def _open(
     step: int,
     saved: Path | None,
 ) -> None:
-    """Write down what runs, say it, and compare the first loss where that was asked for."""
+    """Write down what runs, say it, and compare the base with transformers' before it is trained on."""
     if dist.get_rank() == 0:
         run = Path(config.checkpoint.dir)
         save_config(config, run / "config.yaml")
         write_manifest(run / "manifest.json", model.adapted)
     metrics.say(_opening(config, model, batches, saved))
-    if config.train.check_parity and step < batches.num_steps:
-        metrics.say(_check_parity(config, model, stepper, batches, step, saved))
+    check = config.train.check_base if step < batches.num_steps else "off"
+    if check != "off":
+        folder, dtype = local_folder(config.model.path), getattr(torch, config.model.dtype)
+        metrics.say(check_layers(model.chunks, model.groups, folder, dtype))
+    if check == "loss":
+        metrics.say(_check_first_loss(config, model, stepper, batches, step, saved))
 
 
 def _train_step(
@@ -162,10 +167,10 @@ def _train_step(
     return {"loss": loss, "lr": lr, "grad_norm": grad_norm}
 
 
-def _check_parity(
+def _check_first_loss(
     config: RunConfig, model: AdaptedModel, stepper: Stepper, batches: Batches, step: int, adapter: Path | None
 ) -> str:
-    """Every rank evaluates the first microbatch of the first data-parallel rank; see ``parity.py``."""
+    """Every rank evaluates the first microbatch of the first data-parallel rank; see ``first_loss.py``."""
     batch, p = batches.first(step), config.parallel
     ours, _ = stepper.evaluate([batch] * (p.pp if p.vpp > 1 else 1), own=True)
     folder, dtype = local_folder(config.model.path), config.model.dtype

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from megalora.config import CheckpointConfig, LoRAConfig, ModelConfig, RunConfig
-from megalora.train import loop, parity
+from megalora.train import loop
 from megalora.train.drift import bit_hash
 from megalora.train.loop import train
+from megalora.verify import first_loss
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config
 
@@ -133,10 +134,11 @@ def wrong_rope(model: Any, step: int) -> None:
 @pytest.mark.parametrize(
     "bug", [wrong_experts, swapped_gate_and_up, forgotten_norm, wrong_rope], ids=lambda f: f.__name__
 )
-def test_another_loss_than_that_of_transformers_is_refused(bug, tiny, chats, tmp_path):
-    config = make_config(tiny, chats, tmp_path, {"ep": 2}, steps=1, check_parity=True)
+def test_another_loss_than_that_of_transformers_is_refused(bug, tiny, chats, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "check_layers", lambda *_: "base: not looked at")  # it would be the first to see
+    config = make_config(tiny, chats, tmp_path, {"ep": 2}, steps=1, check_base="loss")
     for message in run_ranks(said_by, 2, config, bug):
-        assert message.startswith("RuntimeError: train.check_parity: the loss of the first microbatch is 7.")
+        assert message.startswith("RuntimeError: train.check_base=loss: the loss of the first microbatch is 7.")
         assert "1e-05 is allowed in float32" in message
     assert not list(tmp_path.glob("step_*"))
 
@@ -153,12 +155,13 @@ def test_another_loss_than_that_of_transformers_is_refused(bug, tiny, chats, tmp
 def test_the_same_loss_is_reported(world, parallel, dtype, tiny, chats, tmp_path):
     """Also when a run goes on: then PEFT puts the saved adapter on."""
     config = make_config(
-        tiny, chats, tmp_path / "a", parallel, steps=1, check_parity=True, micro_batch_size=4, global_batch_size=16
+        tiny, chats, tmp_path / "a", parallel, steps=1, check_base="loss", micro_batch_size=4, global_batch_size=16
     )
     config = replace(config, model=ModelConfig(path=str(tiny), dtype=dtype), lora=LoRAConfig(rank=4, alpha=64.0))
     config = replace(config, train=replace(config.train, lr=3e-2))
     first = run_ranks(said_by, world, config)[0]
-    assert "parity: loss of the first microbatch 7.1" in first
+    assert "base: layer 3 (MoE), embedding and head equal transformers' to " in first
+    assert "base: loss of the first microbatch 7.1" in first
     resumed = replace(
         config,
         train=replace(config.train, steps=2),
@@ -170,10 +173,10 @@ def test_the_same_loss_is_reported(world, parallel, dtype, tiny, chats, tmp_path
 
 
 def test_a_model_too_large_for_the_host_is_refused_not_skipped(tiny, chats, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "free_host_memory_bytes", lambda: 3 * 2**20)
-    config = make_config(tiny, chats, tmp_path, {"ep": 2}, steps=1, check_parity=True)
+    monkeypatch.setattr(first_loss, "free_host_memory_bytes", lambda: 3 * 2**20)
+    config = make_config(tiny, chats, tmp_path, {"ep": 2}, steps=1, check_base="loss")
     for message in run_ranks(said_by, 2, config):
         assert message == (
-            f"ValueError: train.check_parity: {tiny} in float32 needs 0.0 GiB of host memory on the first rank, which has 0.0 "
-            "GiB free. Set train.check_parity=false, or check a smaller model of the family."
+            f"ValueError: train.check_base=loss: {tiny} in float32 needs 0.0 GiB of host memory on the first rank, which has 0.0 "
+            "GiB free. Set train.check_base=layer, or check a smaller model of the family."
         )

@@ -46,7 +46,7 @@ def test_training_goes_on_from_it_under_every_layout(stacked: Path, tiny: Path, 
     found = {}
     for world, parallel in LAYOUTS.items():
         run = tmp_path / f"on {world}"
-        # check_parity compares the first loss with transformers and stock PEFT, and ends a run that starts elsewhere
+        # check_base=loss compares the first loss with transformers and stock PEFT, and ends a run that starts elsewhere
         config = make_config(
             tiny,
             chats,
@@ -57,7 +57,7 @@ def test_training_goes_on_from_it_under_every_layout(stacked: Path, tiny: Path, 
             lr=1e-4,
             global_batch_size=8,
             micro_batch_size=2,
-            check_parity=True,
+            check_base="loss",
         )
         config = replace(config, checkpoint=CheckpointConfig(dir=str(run), resume=str(tmp_path / "imported")))
         run_ranks(train, world, config)

@@ -51,16 +51,16 @@ def compare_losses(
     dist.broadcast_object_list(answer, src=0)
     reference, failure = answer
     if failure:
-        raise ValueError(f"train.check_parity: {failure}")
+        raise ValueError(f"train.check_base=loss: {failure}")
     worst = max(range(len(losses)), key=lambda rank: _relative(losses[rank], reference))
     difference, allowed = _relative(losses[worst], reference), TOLERANCE[dtype]
     if not difference <= allowed:
         raise RuntimeError(
-            f"train.check_parity: the loss of the first microbatch is {losses[worst]:.7f} on rank {worst}, {reference:.7f} in "
+            f"train.check_base=loss: the loss of the first microbatch is {losses[worst]:.7f} on rank {worst}, {reference:.7f} in "
             f"transformers: they differ by {difference:.1e} of it, {allowed:.0e} is allowed in {dtype}. This layout does not compute "
             "the model it was given; please report it. parallel.tp=1, pp=1, ep=1 tells whether the layout or the model is at fault."
         )
-    return f"parity: loss of the first microbatch {losses[worst]:.7f}, transformers {reference:.7f} (differ by {difference:.1e})"
+    return f"base: loss of the first microbatch {losses[worst]:.7f}, transformers {reference:.7f} (differ by {difference:.1e})"
 
 
 def _relative(loss: float, reference: float) -> float:
@@ -75,7 +75,7 @@ def reference_loss(batch: Batch, folder: Path, adapter: Path | None, dtype: str,
     if needed > (free := free_host_memory_bytes()):
         raise ValueError(
             f"{folder} in {dtype} needs {needed / 2**30:.1f} GiB of host memory on the first rank, which has "
-            f"{free / 2**30:.1f} GiB free. Set train.check_parity=false, or check a smaller model of the family."
+            f"{free / 2**30:.1f} GiB free. Set train.check_base=layer, or check a smaller model of the family."
         )
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     if adapter is not None:

@@ -1,0 +1,76 @@
+"""Before the first step: does one layer of each kind, as loaded, compute what stock transformers computes?
+
+    reference   transformers' own classes, weights read from the folder by its own loader (``reference.py``)
+    ours        our own layer in float32, weights gathered by name from the ranks that train with them (``loaded.py``)
+
+Both run on the first rank's host, on the same few tokens (``records.py``); the others wait. Only the experts that those
+tokens need and a few rows of embedding and head are read. Adapters are left out: the base is compared.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalora import host
+from megalora.bridge.base import quiet
+from megalora.parallel import Groups, first_rank_alone
+from megalora.verify.compare_layer import OPTION, LayerComparison
+from megalora.verify.loaded import Loaded
+from megalora.verify.records import Inputs
+
+
+def check_layers(chunks: Sequence[Any], groups: Groups, folder: Path, dtype: torch.dtype) -> str:
+    """Compare one layer of each kind, embedding and head with transformers'; collective over the world.
+
+    Args:
+        chunks: this rank's model chunks, with or without adapters.
+        dtype: of the run; both sides take weights rounded to it.
+
+    Returns: a line for the user.
+    Raises: ``ValueError`` on every rank, with the layer and the module that differ first.
+    """
+    start = time.perf_counter()
+    with first_rank_alone() as alone, torch.no_grad():
+        first = LayerComparison(folder, dtype, chunks[0].config, alone)
+        labels = agreed(first.open)
+        loaded = Loaded(chunks, groups, labels)
+        inputs = Inputs.make(*agreed(first.sizes))
+        embedding, head = loaded.rows("embedding", inputs.tokens), loaded.rows("head", inputs.rows)
+        norm = {name: loaded.whole(f"final_norm.{name}") for name in loaded.names("final_norm")}
+        agreed(lambda: first.compare_ends(inputs, embedding, head, norm, loaded.floats.get("final_norm", {})))
+        for number in labels:
+            angles = loaded.angles(number, inputs.positions_T.tolist())
+            experts = agreed(lambda n=number, a=angles: first.route(n, inputs, a))
+            weights = loaded.layer(number, experts)
+            agreed(lambda n=number, w=weights: first.compare_layer(n, inputs, w, loaded.floats[f"layers.{n}"]))
+        error = agreed(lambda: first.largest)
+    layers = ", ".join(f"{number} ({label})" for number, label in labels.items())
+    return (
+        f"base: layer{'s' * (len(labels) > 1)} {layers}, embedding and head equal transformers' to {error:.1e} "
+        f"in {time.perf_counter() - start:.1f} s"
+    )
+
+
+def agreed[T](work: Callable[[], T]) -> T:
+    """Do the work on the first rank and give its result to all; its failure becomes every rank's. Collective."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            with host.on_host(), quiet():  # the run's own generators are not drawn from
+                box[0] = work()
+        except Exception as error:  # whatever it is, the other ranks must not wait for ever
+            if not isinstance(error, ValueError):
+                error.add_note(f"{OPTION}=off trains without this check")
+            box[1] = error
+    answer = [box[0], None if box[1] is None else (isinstance(box[1], ValueError), str(box[1]))]
+    dist.broadcast_object_list(answer, src=0)
+    result, failure = answer
+    if box[1] is not None:
+        raise box[1]
+    if failure is not None:
+        raise (ValueError if failure[0] else RuntimeError)(failure[1])
+    return result

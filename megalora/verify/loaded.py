@@ -1,0 +1,177 @@
+"""Gather loaded base parameters by name, over any layout, to the first rank's host.
+
+A name is that of the whole model: ``layers.3.self_attention.linear_qkv.weight``, ``embedding``, ``final_norm.weight``,
+``head``. What adapters and recomputation wrap around a module is not part of a name, and their own tensors are left out.
+
+    tensor                                  split over   dimension   blocks
+    linear_qkv, embedding, head             tp           0           1
+    linear_fc1 (dense, shared expert)       tp           0           2: gate's rows and up's, each split
+    linear_proj, linear_fc2                 tp           1           1
+    experts.gate_up of one expert           etp          0           2
+    experts.down of one expert              etp          1           1
+    norms, router, gates, biases of rows    -
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalora import host
+from megalora.parallel import Groups
+
+EXPERTS = "mlp.experts."
+WRAPPERS = ("base", "module")
+"""Attributes under which a LoRA layer and ``Recomputed`` keep what they wrap."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one rank holds of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dim: int | None
+    """Dimension along which it is split, of one expert's matrix where there are experts; None: whole."""
+    blocks: int
+    shard: int
+    num_shards: int
+    first_expert: int | None = None
+
+
+def plain_name(name: str) -> str:
+    """The name without the wrappers in it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+class Loaded:
+    """Base tensors of the wanted layers and of both ends on all ranks, and who holds which part. Collective to make."""
+
+    def __init__(self, chunks: Sequence[Any], groups: Groups, layers: Iterable[int]) -> None:
+        self.groups, self.rank = groups, dist.get_rank()
+        self.held: dict[str, Tensor] = {}
+        self.places: dict[str, Place] = {}
+        self.floats: dict[str, dict[str, dict[str, float]]] = {}
+        self.rotary: dict[int, Any] = {}
+        for chunk in chunks:
+            self._take_ends(chunk)
+            for layer in chunk.decoder.layers:
+                number = layer.layer_number - 1
+                if number in set(layers):
+                    self.rotary[number] = chunk.rotary_pos_emb
+                    self._take(f"layers.{number}", layer, chunk.config.gated_linear_unit)
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, (self.places, self.floats, sorted(self.rotary)))
+        self.everywhere: list[dict[str, Place]] = [places for places, _, _ in everywhere]
+        self.rotary_at = {n: rank for rank in reversed(range(len(everywhere))) for n in everywhere[rank][2]}
+        for _, floats, _ in reversed(everywhere):
+            self.floats |= floats
+
+    def _take_ends(self, chunk: Any) -> None:
+        if chunk.pre_process:
+            self._hold("embedding", chunk.embedding.word_embeddings.weight, 0, 1, self.groups.tp)
+        if chunk.post_process:
+            tied = chunk.share_embeddings_and_output_weights  # as the model's own forward decides
+            head = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
+            self._hold("head", head, 0, 1, self.groups.tp)
+            self._take("final_norm", chunk.decoder.final_layernorm, gated=False)
+
+    def _take(self, prefix: str, module: nn.Module, gated: bool) -> None:
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for full, tensor in tensors.items():
+            if ".lora_A" in full or ".lora_B" in full:
+                continue
+            name = plain_name(full)
+            blocks = 2 if gated and "linear_fc1." in name else 1
+            if name.startswith(EXPERTS):
+                blocks, dim = (2, 0) if name.endswith("gate_up") else (1, 1)
+                self._hold(f"{prefix}.{name}", tensor, dim, blocks, self.groups.etp, experts=True)
+            elif getattr(tensor, "tensor_model_parallel", False):
+                self._hold(f"{prefix}.{name}", tensor, tensor.partition_dim, blocks, self.groups.tp)
+            else:
+                self._hold(f"{prefix}.{name}", tensor, None, 1, None)
+        self.floats[prefix] = {
+            plain_name(path): {key: value for key, value in vars(part).items() if type(value) is float}
+            for path, part in module.named_modules()
+        }
+
+    def _hold(
+        self, name: str, tensor: Tensor, dim: int | None, blocks: int, group: Any, *, experts: bool = False
+    ) -> None:
+        shard, num_shards = (group.rank(), group.size()) if group is not None else (0, 1)
+        first = self.groups.ep.rank() * tensor.shape[0] if experts else None
+        self.held[name] = tensor.detach()
+        self.places[name] = Place(tuple(tensor.shape), tensor.dtype, dim, blocks, shard, num_shards, first)
+
+    def names(self, prefix: str) -> list[str]:
+        """Every name below ``prefix`` on any rank, without the prefix; in one order on all ranks."""
+        start = prefix + "."
+        found = {name for places in self.everywhere for name in places if name.startswith(start)}
+        return sorted(name.removeprefix(start) for name in found)
+
+    def whole(self, name: str, expert: int | None = None) -> Tensor | None:
+        """One tensor, or one expert's matrix of it, on the first rank's host; None elsewhere. Collective."""
+        place = next(places[name] for places in self.everywhere if name in places)
+        parts = [self._part(name, shard, expert) for shard in range(place.num_shards)]
+        if self.rank != 0 or place.dim is None:
+            return parts[0]
+        blocks = [part.chunk(place.blocks, place.dim) for part in parts if part is not None]
+        return torch.cat([piece for block in zip(*blocks, strict=True) for piece in block], place.dim)
+
+    def rows(self, name: str, rows: Sequence[int]) -> Tensor | None:
+        """Some rows of a tensor that is split by rows (embedding, head); None but on the first rank. Collective."""
+        per_shard = next(places[name].shape[0] for places in self.everywhere if name in places)
+        parts = [self._part(name, row // per_shard, row % per_shard) for row in rows]
+        return torch.stack([part for part in parts if part is not None]) if self.rank == 0 else None
+
+    def layer(self, number: int, experts: Sequence[int]) -> dict[str, Tensor]:
+        """All tensors of a layer by name, of routed experts those asked for, stacked; empty but on the first rank."""
+        prefix, found = f"layers.{number}", {}
+        for name in self.names(prefix):
+            full = f"{prefix}.{name}"
+            if name.startswith(EXPERTS):
+                each = [self.whole(full, expert) for expert in experts]
+                value = torch.stack([part for part in each if part is not None]) if self.rank == 0 else None
+            else:
+                value = self.whole(full)
+            if value is not None:
+                found[name] = value
+        return found
+
+    def angles(self, number: int, positions: Sequence[int]) -> Tensor | None:
+        """Rotary angles ``[T, 1, 1, d]`` that this layer's attention gets at the positions, on the first rank's host."""
+        owner = self.rotary_at[number]
+        mine = None
+        if self.rank == owner:
+            mine = torch.cat([self.rotary[number].get_emb(1, offset=p) for p in positions]).contiguous()
+        shape: list[Any] = [None if mine is None else tuple(mine.shape)]
+        dist.broadcast_object_list(shape, src=owner)
+        return self._to_first(mine, owner, shape[0], torch.float32)
+
+    def _part(self, name: str, shard: int, row: int | None) -> Tensor | None:
+        """A rank's part of a tensor, or one row (one expert) of it."""
+        for owner, places in enumerate(self.everywhere):
+            place = places.get(name)
+            if place is None or place.shard != shard:
+                continue
+            if place.first_expert is not None and row is not None:
+                if not 0 <= row - place.first_expert < place.shape[0]:
+                    continue
+                row -= place.first_expert
+            shape = place.shape if row is None else place.shape[1:]
+            mine = None
+            if owner == self.rank:
+                mine = self.held[name] if row is None else self.held[name][row]
+            return self._to_first(mine, owner, shape, place.dtype)
+        raise RuntimeError(f"no rank holds part {shard} of {name}" + (f", row {row}" if row is not None else ""))
+
+    def _to_first(self, mine: Tensor | None, owner: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """Bring the owner's tensor to the first rank's host. All ranks take part: a broadcast works in any layout."""
+        if owner == 0:
+            return None if mine is None else mine.cpu()
+        buffer = torch.empty(shape, dtype=dtype, device=host.device()) if mine is None else mine.contiguous()
+        dist.broadcast(buffer, src=owner)
+        return buffer.cpu() if self.rank == 0 else None

@@ -1,0 +1,226 @@
+"""Parts of a model as stock transformers computes them: its classes, its reading of the folder, on this host.
+
+The model is made on the meta device, so that it has no weights; what is needed is then filled in by transformers' own
+loader with transformers' own conversion of names. Nothing here knows a name of a checkpoint, and nothing goes through
+our bridge. The model's own forward runs one layer at a time, so that masks and rotary tables are transformers' too.
+
+Weights are rounded to the dtype of the run first and computed with in float32. Of embedding and head only some rows are
+read, of routed experts only some experts.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
+from transformers.utils import logging
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+class Skipped(nn.Module):
+    """Stands where a decoder layer stood that is not looked at now."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+class Choices(nn.Module):
+    """Stands where experts stood that are not read yet, and notes which ones the router chose."""
+
+    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        self.index, self.weights = index.detach(), weights.detach()
+        return torch.zeros_like(hidden_states)
+
+
+class Slices:
+    """Some slices along the first dimension of a stored tensor, read when transformers asks for the tensor."""
+
+    def __init__(self, stored: Any, rows: Sequence[int]) -> None:
+        self.stored, self.rows = stored, rows
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return torch.cat([self.stored[row : row + 1] for row in self.rows])
+
+    def get_dtype(self) -> str:
+        return self.stored.get_dtype()
+
+    def get_shape(self) -> list[int]:
+        return [len(self.rows), *self.stored.get_shape()[1:]]
+
+
+class Reference:
+    """A transformers model without weights, and the stored tensors that would fill each of its parameters."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, compute: torch.dtype = torch.float32) -> None:
+        """Weights are rounded to ``dtype``, then computed with in ``compute``."""
+        self.folder, self.dtype, self.compute = folder, dtype, compute
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            # eager: each family's own definition of attention and experts, which the other implementations follow
+            self.model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+            ).eval()
+        self.model.requires_grad_(False)
+        self.config: Any = self.model.config
+        self.base: Any = self.model.base_model
+        self.layers: list[nn.Module] = list(self.base.layers)
+        self.base.rotary_emb = type(self.base.rotary_emb)(config=self.config)  # its buffers are not stored
+        self._index()
+
+    def _index(self) -> None:
+        """Find the stored tensors of every parameter, by the same steps as transformers' loader."""
+        self.conversions: Any = get_model_conversion_mapping(self.model)
+        renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
+        expected, prefix = self.model.state_dict(), self.model.base_model_prefix
+        files, _ = _get_resolved_checkpoint_files(
+            str(self.folder), None, None, True, None, False, download_kwargs={"local_files_only": True}
+        )
+        self.stored: dict[str, dict[str, Any]] = {}
+        for file in files or []:
+            handle: Any = safe_open(file, framework="pt")
+            for key in handle.keys():  # noqa: SIM118 - no dict
+                name, _ = rename_source_key(key, renamings, converters, prefix, expected)
+                if name not in expected and key in expected:
+                    name, _ = rename_source_key(key, [], [], prefix, expected)
+                self.stored.setdefault(name, {})[key] = handle.get_slice(key)
+
+    def name_of(self, wanted: nn.Module) -> str:
+        return next(name for name, module in self.model.named_modules() if module is wanted)
+
+    def load(self, module: nn.Module, pick: Callable[[str, Any], Any] | None = None) -> set[str]:
+        """Fill a module's parameters through transformers' loader.
+
+        Args:
+            pick: maps a stored name and tensor to what is read of it, or to None where it is not read.
+
+        Returns: names that stay without a value.
+        """
+        prefix = self.name_of(module) + "."
+        state = {}
+        for name, parts in self.stored.items():
+            if name.startswith(prefix):
+                for key, stored in parts.items():
+                    value = stored if pick is None else pick(key, stored)
+                    if value is not None:
+                        state[key] = value
+        options = LoadStateDictConfig(
+            dtype=self.dtype, dtype_plan=self.model._get_dtype_plan(self.dtype), weight_mapping=self.conversions
+        )
+        with _no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(self.model, state, options, tp_plan=None)
+        problems = [*info.mismatched_keys, *info.conversion_errors.values(), *info.error_msgs]
+        if problems:
+            raise ValueError(f"transformers cannot read {prefix[:-1]} of {self.folder}: {problems[0]}")
+        module.to(self.compute)
+        return {name for name in info.missing_keys if name.startswith(prefix)}
+
+    def load_ends(self, rows: Sequence[int]) -> None:
+        """Embedding and head for some rows of the vocabulary, tied as transformers ties them, and the final norm."""
+        missing: set[str] = set()
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        for module in ends:
+            weight = module.weight
+            module.weight = nn.Parameter(
+                torch.empty(len(rows), weight.shape[1], dtype=self.dtype, device="meta"), False
+            )
+            module.padding_idx = None  # a row of the whole table
+            missing |= self.load(module, lambda key, stored: Slices(stored, rows))
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        for module in ends:
+            module.to(self.compute)
+        self._require(missing | self.load(self.base.norm))
+
+    def load_layer(self, number: int) -> None:
+        """All of a layer but its routed experts, for which a ``Choices`` stands in."""
+        layer = self.layers[number]
+        if path := self.experts_path(number):
+            self.experts: Any = layer.get_submodule(path)
+            self._put_experts(number, Choices())
+        self._require(self.load(layer))
+
+    def load_experts(self, number: int, chosen: Sequence[int]) -> None:
+        """Some of a layer's routed experts; the router's numbers are translated to their places."""
+        experts, count = self.experts, len(chosen)
+        self._put_experts(number, experts)
+        total: int = experts.num_experts
+        for name, parameter in list(experts.named_parameters(recurse=False)):
+            empty = torch.empty(count, *parameter.shape[1:], dtype=parameter.dtype, device="meta")
+            setattr(experts, name, nn.Parameter(empty, requires_grad=False))
+        experts.num_experts = count
+        wanted = set(chosen)
+
+        def pick(key: str, stored: Any) -> Any:
+            if numbered := _EXPERT.search(key):
+                return stored if int(numbered[1]) in wanted else None
+            return Slices(stored, chosen)  # all experts packed in one tensor
+
+        self._require(self.load(experts, pick))
+        place = torch.full((total,), -1)
+        place[torch.tensor(list(chosen))] = torch.arange(count)
+        experts.register_forward_pre_hook(lambda module, args: (args[0], place[args[1]], *args[2:]))
+
+    def drop_layer(self, number: int) -> None:
+        """Free a layer's weights."""
+        self.layers[number] = Skipped()
+
+    def experts_path(self, number: int) -> str | None:
+        """Name within its layer of the module that holds the routed experts; None in a dense layer."""
+        names = [name for name, _ in self.layers[number].named_modules()]
+        return next((name for name in names if name.rpartition(".")[2] == "experts"), None)
+
+    def _put_experts(self, number: int, module: nn.Module) -> None:
+        owner, _, leaf = str(self.experts_path(number)).rpartition(".")
+        setattr(self.layers[number].get_submodule(owner), leaf, module)
+
+    def _require(self, missing: Iterable[str]) -> None:
+        if missing := sorted(missing):
+            raise ValueError(f"{self.folder} has no tensor for {missing[0]} ({len(missing)} missing)")
+
+    @contextlib.contextmanager
+    def only(self, number: int) -> Iterator[nn.Module]:
+        """The model with one layer; the others hand on what they get, so that the layer keeps its place."""
+        for i in range(len(self.layers)):
+            self.base.layers[i] = self.layers[i] if i == number else Skipped()
+        try:
+            yield self.layers[number]
+        finally:
+            for i, layer in enumerate(self.layers):
+                self.base.layers[i] = layer
+
+    def run(self, number: int, x_TH: Tensor, positions_T: Tensor, tables: tuple[Tensor, Tensor]) -> None:
+        """Run the model on hidden states with one layer, with the given rotary tables; hooks see what happens inside."""
+        hook = self.base.rotary_emb.register_forward_hook(lambda *_: tables)
+        ones = torch.ones(1, len(x_TH), dtype=torch.long)  # without it, jumps of the positions would mean new documents
+        try:
+            with self.only(number):
+                self.base(
+                    inputs_embeds=x_TH[None], position_ids=positions_T[None], attention_mask=ones, use_cache=False
+                )
+        finally:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,475 @@
+"""The layer check: equal where it should be equal, in every layout, and at odds with every mistake put into a model.
+
+The mistakes are put in behind the back of what refuses config fields and tensors: a model is built as it is, then spoiled, or
+held against a folder whose config.json says something else.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from megalora.config import LoRAConfig, ModelConfig, ParallelConfig, RunConfig
+from megalora.lora.spec import plan
+from megalora.model.build import build_model
+from megalora.model.recompute import apply_recompute
+from megalora.model.shape import model_shape, read_hf_config
+from megalora.tiny import make_tiny
+from megalora.train.loop import train
+from megalora.train.setup import build_adapted, parallel_groups
+from megalora.verify import compare_layer, records
+from megalora.verify.layer import check_layers
+from megalora.verify.loaded import Loaded
+from megalora.verify.reference import Reference
+from tests.distributed.ranks import run_ranks
+from tests.parity.everything import NAMES
+from tests.parity.runs import make_config
+from tests.parity.runs import records as written
+from tests.verify.models import biased, packed_experts, with_config, with_tensors, without_prefix
+
+Chunks = list[Any]
+
+
+@contextlib.contextmanager
+def loaded(base: Path, parallel: dict[str, int] | None = None, dtype: str = "float32") -> Iterator[tuple[Chunks, Any]]:
+    """This rank's chunks of a base in a layout, and the groups."""
+    p = ParallelConfig(**(parallel or {}))
+    shape = model_shape(read_hf_config(base))
+    with parallel_groups(p) as groups:
+        yield build_model(ModelConfig(path=str(base), dtype=dtype), p, shape, base), groups  # type: ignore[arg-type]
+
+
+def said(chunks: Chunks, groups: Any, folder: Path, dtype: torch.dtype = torch.float32) -> str:
+    """The check's line, or the error's text."""
+    try:
+        return check_layers(chunks, groups, folder, dtype)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+# ---- equal where it should be ----------------------------------------------------------------------------------------
+
+LAYOUTS: list[tuple[int, dict[str, int]]] = [
+    (1, {}),
+    (2, {"ep": 2}),
+    (2, {"tp": 2, "etp": 2}),
+    (4, {"tp": 4}),  # on two key/value heads: they repeat
+    (4, {"tp": 2, "ep": 2}),
+    (4, {"pp": 2, "ep": 2}),
+]
+
+
+def _said_in(base: Path, parallel: dict[str, int], dtype: str) -> str:
+    with loaded(base, parallel, dtype) as (chunks, groups):
+        return said(chunks, groups, base, getattr(torch, dtype))
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    LAYOUTS,
+    ids=lambda v: "-".join(f"{k}{n}" for k, n in v.items()) if isinstance(v, dict) else "",
+)
+def test_a_model_with_everything_is_equal_in_every_layout(world, parallel, everything):
+    lines = run_ranks(_said_in, world, everything, parallel, "float32")
+    assert len({line.rsplit(" in ", 1)[0] for line in lines}) == 1, "the same on every rank"
+    assert lines[0].startswith("base: layers 0 (MoE), 1 (dense), embedding and head equal transformers' to ")
+    assert float(lines[0].split(" to ")[1].split()[0]) < records.TOLERANCE / 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_interleaved_stages_are_equal(dtype, tiny):
+    line = run_ranks(_said_in, 2, tiny, {"pp": 2, "vpp": 2}, dtype)[1]
+    assert line.startswith("base: layer 3 (MoE), embedding and head equal transformers' to "), line
+
+
+def _several(cases: dict[str, tuple[Path, Path, str]]) -> dict[str, str]:
+    """Each base built and held against a folder."""
+    lines = {}
+    for name, (base, folder, dtype) in cases.items():
+        with loaded(base, dtype=dtype) as (chunks, groups):
+            lines[name] = said(chunks, groups, folder, getattr(torch, dtype))
+    return lines
+
+
+def test_families_dtypes_and_files_are_equal(tiny, tiny_dense, everything, tmp_path):
+    """The reference reads what transformers reads: experts packed or each by itself, names with and without a prefix."""
+    tied = make_tiny(tmp_path / "tied", arch="qwen3", tie_word_embeddings=True)
+    cases = {
+        "dense": (tiny_dense, tiny_dense, "float32"),
+        "dense bf16": (tiny_dense, tiny_dense, "bfloat16"),
+        "shared expert bf16": (everything, everything, "bfloat16"),
+        "tied": (tied, tied, "float32"),
+        "packed": (tiny, with_tensors(tiny, tmp_path / "packed", packed_experts), "float32"),
+        "no prefix": (tiny, with_tensors(tiny, tmp_path / "bare", without_prefix), "float32"),
+    }
+    for name, line in run_ranks(_several, 1, cases)[0].items():
+        assert line.startswith("base: layer"), f"{name}: {line}"
+
+
+def _with_adapters(base: Path, recompute: str) -> str:
+    lora = LoRAConfig(rank=3, alpha=12.0, target_modules=NAMES)
+    shape, adapted = plan(lora, ParallelConfig(), base)
+    with parallel_groups(ParallelConfig()) as groups:
+        model = build_adapted(
+            base, shape, adapted, groups,
+            model=ModelConfig(path=str(base), dtype="float32"), parallel=ParallelConfig(), lora=lora, seed=0,
+        )  # fmt: skip
+        for parameter in model.parameters:
+            parameter.data.normal_()
+        apply_recompute(model.chunks, recompute)
+        return said(model.chunks, groups, base)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_adapters_that_have_moved_and_recomputation_are_left_out(recompute, everything):
+    assert run_ranks(_with_adapters, 1, everything, recompute)[0].startswith("base: layers 0 (MoE), 1 (dense)")
+
+
+# ---- at odds where something is wrong --------------------------------------------------------------------------------
+
+
+def _layer(chunks: Chunks, number: int) -> Any:
+    return next(layer for chunk in chunks for layer in chunk.decoder.layers if layer.layer_number - 1 == number)
+
+
+def _gate_and_up(chunks: Chunks) -> None:
+    for weight in (_layer(chunks, 0).mlp.experts.gate_up, _layer(chunks, 0).mlp.shared_experts.linear_fc1.weight):
+        weight.data.copy_(torch.cat(weight.data.chunk(2, -2)[::-1], -2))
+
+
+def _dense_gate_and_up(chunks: Chunks) -> None:
+    weight = _layer(chunks, 1).mlp.linear_fc1.weight
+    weight.data.copy_(torch.cat(weight.data.chunk(2)[::-1]))
+
+
+def _norms_exchanged(chunks: Chunks) -> None:
+    layer = _layer(chunks, 0)
+    layer.input_layernorm, layer.pre_mlp_layernorm = layer.pre_mlp_layernorm, layer.input_layernorm
+
+
+def _experts_exchanged(chunks: Chunks) -> None:
+    down = _layer(chunks, 0).mlp.experts.down.data
+    down[:2] = down[:2].flip(0)
+
+
+def _epsilon(name: str, value: float = 1e-5) -> Callable[[Chunks], None]:
+    def spoil(chunks: Chunks) -> None:
+        _layer(chunks, 0).get_submodule(name).eps = value
+
+    return spoil
+
+
+def _final_epsilon(chunks: Chunks) -> None:
+    chunks[-1].decoder.final_layernorm.eps = 1e-5
+
+
+def _rope(factor: float) -> Callable[[Chunks], None]:
+    def spoil(chunks: Chunks) -> None:
+        for chunk in chunks:
+            chunk.rotary_pos_emb.inv_freq = chunk.rotary_pos_emb.inv_freq * factor
+
+    return spoil
+
+
+def _scale(chunks: Chunks) -> None:
+    _layer(chunks, 1).self_attention.core_attention.scale *= 1.1
+
+
+def _head_tied(chunks: Chunks) -> None:
+    chunks[-1].output_layer.weight.data.copy_(chunks[0].embedding.word_embeddings.weight.data)
+
+
+def _no_bias(chunks: Chunks) -> None:
+    _layer(chunks, 1).self_attention.linear_qkv.bias.data.zero_()
+
+
+def _shared_gate(chunks: Chunks) -> None:
+    _layer(chunks, 0).mlp.shared_experts.use_shared_expert_gate = False
+    _layer(chunks, 0).mlp.shared_experts.gate_weight.data.zero_()
+
+
+def _router_rows(chunks: Chunks) -> None:
+    weight = _layer(chunks, 0).mlp.router.weight.data
+    weight.copy_(weight.roll(1, 0))
+
+
+def _one_embedding_row(chunks: Chunks) -> None:
+    rows = chunks[0].embedding.word_embeddings.weight.data
+    rows[-1] = rows[-2]
+
+
+SPOILED: dict[str, tuple[Callable[[Chunks], None], str]] = {
+    "gate and up of experts": (_gate_and_up, "layer 0 (MoE), experts"),
+    "gate and up of a dense MLP": (_dense_gate_and_up, "layer 1 (dense), MLP"),
+    "norms of the layer exchanged": (_norms_exchanged, "layer 0 (MoE), input norm"),
+    "two experts exchanged": (_experts_exchanged, "layer 0 (MoE), experts"),
+    "epsilon of the first norm": (_epsilon("input_layernorm"), "layer 0 (MoE), input norm"),
+    "epsilon of the second norm": (_epsilon("pre_mlp_layernorm"), "layer 0 (MoE), post-attention norm"),
+    "epsilon of the last norm": (_final_epsilon, "final norm"),
+    "rotary frequencies": (_rope(1.001), "layer 0 (MoE), rotary embedding"),
+    "softmax scale": (_scale, "layer 1 (dense), attention"),
+    "head tied to the embedding": (_head_tied, "head"),
+    "biases of q, k, v lost": (_no_bias, "layer 1 (dense), attention"),
+    "shared expert's gate lost": (_shared_gate, "layer 0 (MoE), MLP"),
+    "router's rows": (_router_rows, "layer 0 (MoE), router"),
+    "one row of the embedding": (_one_embedding_row, "embedding"),
+}  # fmt: skip
+
+
+def _spoiled(base: Path) -> dict[str, str]:
+    lines = {}
+    for name, (spoil, _) in SPOILED.items():
+        with loaded(base) as (chunks, groups):
+            spoil(chunks)
+            lines[name] = said(chunks, groups, base)
+    return lines
+
+
+@pytest.fixture(scope="module")
+def of_spoiled(everything) -> dict[str, str]:
+    return run_ranks(_spoiled, 1, everything)[0]
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_mistake_in_a_model_is_named_with_its_module(name, of_spoiled):
+    where = SPOILED[name][1]
+    assert of_spoiled[name].startswith(f"ValueError: train.check_base: {where}: differs from transformers' by "), (
+        of_spoiled[name]
+    )
+    assert "train.check_base=off" in of_spoiled[name] and "\n" not in of_spoiled[name]
+
+
+def _configs(base: Path, folders: dict[str, Path]) -> dict[str, str]:
+    """One built base against folders whose config.json or files say something else."""
+    with loaded(base) as (chunks, groups):
+        return {name: said(chunks, groups, folder) for name, folder in folders.items()}
+
+
+MOE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "activation": ({"hidden_act": "gelu"}, "layer 3 (MoE), experts"),
+    "activation of clamped gates": ({"hidden_act": "relu6"}, "layer 3 (MoE), experts"),
+    "epsilon": ({"rms_norm_eps": 1e-5}, "final norm"),
+    "router normalisation": ({"norm_topk_prob": False}, "layer 3 (MoE), router"),
+    "experts per token": ({"num_experts_per_tok": 2}, "layer 3 (MoE), router"),
+    "rotary base": ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "layer 3 (MoE), rotary embedding"),
+    "linear scaling": ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}}, "layer 3 (MoE), rotary embedding"),
+    "llama3 scaling": (
+        {"rope_parameters": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 1024, "rope_theta": 1e6,
+        }},
+        "layer 3 (MoE), rotary embedding",
+    ),
+    "yarn": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 1e6}},
+        "layer 3 (MoE), rotary embedding",
+    ),
+    "yarn's attention factor": (
+        {"rope_parameters": {
+            "rope_type": "yarn", "factor": 1.0, "attention_factor": 1.2, "original_max_position_embeddings": 4096, "rope_theta": 1e6,
+        }},
+        "layer 3 (MoE), attention",
+    ),
+    "scaling in the old field": ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "layer 3 (MoE), rotary embedding"),
+    "sliding window": ({"use_sliding_window": True, "sliding_window": 4}, "layer 3 (MoE), attention"),
+    "tied head": ({"tie_word_embeddings": True}, ""),  # the file has both, and transformers then leaves them apart
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def of_configs(tiny, tmp_path_factory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("configs")
+    folders = {name: with_config(tiny, out / name, **fields) for name, (fields, _) in MOE_FIELDS.items()}
+    folders["head left out"] = with_tensors(
+        with_config(tiny, out / "config", tie_word_embeddings=True), out / "head",
+        lambda tensors: {name: t for name, t in tensors.items() if not name.startswith("lm_head")},
+    )  # fmt: skip
+    folders["attention bias"] = with_tensors(
+        with_config(tiny, out / "bias", attention_bias=True), out / "biased", biased
+    )
+    return run_ranks(_configs, 1, tiny, folders)[0]
+
+
+@pytest.mark.parametrize("name", [*MOE_FIELDS, "head left out", "attention bias"])
+def test_a_field_of_config_json_that_is_not_honoured_is_seen(name, of_configs):
+    others = {"head left out": "head", "attention bias": "layer 3 (MoE), query norm"}
+    where = MOE_FIELDS[name][1] if name in MOE_FIELDS else others[name]
+    start = f"ValueError: train.check_base: {where}: differs" if where else "base: layer 3 (MoE)"
+    assert of_configs[name].startswith(start), of_configs[name]
+
+
+DENSE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "activation": ({"hidden_act": "gelu_pytorch_tanh"}, "layer 3 (dense), MLP"),
+    "one layer in two slides": (
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2, "layer_types": None},
+        "layer 3 (dense, sliding_attention), attention",
+    ),
+    "fewer layers slide": (
+        {"layer_types": ["sliding_attention", *["full_attention"] * 3], "use_sliding_window": True, "sliding_window": 4},
+        "layer 0 (dense, sliding_attention), attention",
+    ),
+}  # fmt: skip
+
+
+def test_a_dense_model_s_fields_are_seen_in_the_kind_of_layer_they_change(tiny_dense, tmp_path):
+    folders = {name: with_config(tiny_dense, tmp_path / name, **fields) for name, (fields, _) in DENSE_FIELDS.items()}
+    for name, line in run_ranks(_configs, 1, tiny_dense, folders)[0].items():
+        where = DENSE_FIELDS[name][1]
+        assert line.startswith(f"ValueError: train.check_base: {where}: differs"), f"{name}: {line}"
+
+
+# ---- in a layout, a mistake of one rank is every rank's --------------------------------------------------------------
+
+
+def _one_rank_wrong(base: Path, parallel: dict[str, int], spoil: Callable[[Chunks], None]) -> str:
+    with loaded(base, parallel) as (chunks, groups):
+        if dist.get_rank() == dist.get_world_size() - 1:
+            spoil(chunks)
+        return said(chunks, groups, base)
+
+
+def _last_kv_head(chunks: Chunks) -> None:
+    """What repeating heads in another order would give: this rank's query heads get another key head."""
+    weight = _layer(chunks, 1).self_attention.linear_qkv.weight.data
+    head = chunks[0].config.kv_channels
+    weight[-2 * head : -head] = weight[-2 * head : -head].flip(0)
+
+
+def _every_expert(chunks: Chunks) -> None:
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp.experts.down.data.copy_(layer.mlp.experts.down.data.roll(1, 0))
+
+
+def _final_norm(chunks: Chunks) -> None:
+    chunks[-1].decoder.final_layernorm.weight.data.fill_(1)
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "spoil", "where"),
+    [
+        (4, {"tp": 4}, _last_kv_head, "layer 1 (dense), attention"),
+        (2, {"ep": 2}, _every_expert, "layer 0 (MoE), experts"),
+        (2, {"tp": 2, "etp": 2}, _every_expert, "layer 0 (MoE), experts"),
+        (2, {"tp": 2}, _dense_gate_and_up, "layer 1 (dense), MLP"),
+        (2, {"pp": 2}, _final_norm, "final norm"),
+    ],
+    ids=["kv heads", "ep", "etp", "tp", "pp"],
+)
+def test_one_rank_s_mistake_stops_all(world, parallel, spoil, where, everything):
+    lines = run_ranks(_one_rank_wrong, world, everything, parallel, spoil)
+    assert len(set(lines)) == 1
+    assert lines[0].startswith(f"ValueError: train.check_base: {where}: differs"), lines[0]
+
+
+def _failing(base: Path) -> str:
+    """The reference cannot be made on the first rank."""
+
+    def broken(*_: Any) -> None:
+        raise OSError("the disk went away")
+
+    compare_layer.Reference = broken  # type: ignore[assignment]
+    with loaded(base, {"ep": 2}) as (chunks, groups):
+        return said(chunks, groups, base) if dist.get_rank() else _first_rank_raises(chunks, groups, base)
+
+
+def _first_rank_raises(chunks: Chunks, groups: Any, base: Path) -> str:
+    with pytest.raises(OSError) as caught:
+        check_layers(chunks, groups, base, torch.float32)
+    return f"{caught.value} {caught.value.__notes__}"
+
+
+def test_a_failure_of_the_first_rank_does_not_leave_the_others_waiting(tiny):
+    first, second = run_ranks(_failing, 2, tiny)
+    assert first == "the disk went away ['train.check_base=off trains without this check']"
+    assert second == "RuntimeError: the disk went away"
+
+
+# ---- what it costs and leaves alone ----------------------------------------------------------------------------------
+
+
+def _needed(base: Path) -> tuple[int, int, float]:
+    """Experts gathered, experts that transformers got, largest gate of the second input."""
+    seen: dict[str, Any] = {}
+    gather, load, drive = Loaded.layer, Reference.load_experts, records.driven
+
+    def gathered(self: Any, number: int, experts: Any) -> Any:
+        seen["ours"] = len(experts)
+        return gather(self, number, experts)
+
+    def read(self: Any, number: int, chosen: Any) -> None:
+        load(self, number, chosen)
+        seen["theirs"] = self.experts.gate_up_proj.shape[0]
+        gates = torch.einsum("th,eih->tei", seen["driven"], self.experts.gate_up_proj.chunk(2, 1)[0])
+        seen["gate"] = gates.abs().max().item()
+
+    def driven(h_TH: torch.Tensor) -> torch.Tensor:
+        seen["driven"] = drive(h_TH)
+        return seen["driven"]
+
+    Loaded.layer, Reference.load_experts, records.driven = gathered, read, driven  # type: ignore[assignment]
+    with loaded(base) as (chunks, groups):
+        assert said(chunks, groups, base).startswith("base:")
+    return seen["ours"], seen["theirs"], seen["gate"]
+
+
+def test_only_experts_that_the_tokens_need_are_gathered_and_read(tmp_path):
+    base = make_tiny(tmp_path / "m", num_experts=96, num_experts_per_tok=2, num_hidden_layers=1)
+    ours, theirs, largest_gate = run_ranks(_needed, 1, base)[0]
+    assert ours == theirs <= 64, "sixteen tokens twice, two experts each"
+    assert largest_gate > 40
+
+
+@pytest.mark.parametrize("model", ["tiny", "everything"])
+def test_float64_says_what_rounding_is(model, request):
+    """transformers in float32 against itself in float64: the tolerance is more than ten times that."""
+    from benchmarks.layer_check import rounding
+
+    found = rounding(request.getfixturevalue(model), torch.float32)
+    assert {"attention", "MLP", "MLP (second input)", "residual sums"} <= found.keys()
+    assert max(found.values()) < records.TOLERANCE / 10
+
+
+def test_a_run_is_the_same_to_the_bit_with_and_without_the_check(everything, chats, tmp_path):
+    lora = LoRAConfig(rank=3, alpha=12.0, dropout=0.3, target_modules=NAMES)
+    runs = {}
+    for check in ("off", "layer", "loss"):
+        config: RunConfig = make_config(
+            everything, chats, tmp_path / check, {"tp": 2, "ep": 2}, lora=lora, steps=2, check_base=check
+        )
+        run_ranks(train, 2, config)
+        runs[check] = load_file(tmp_path / check / "step_000002" / "adapter_model.safetensors")
+        assert written(tmp_path / check, "loss") == written(tmp_path / "off", "loss")
+    for check in ("layer", "loss"):
+        assert runs[check].keys() == runs["off"].keys()
+        for name, tensor in runs["off"].items():
+            assert torch.equal(runs[check][name].view(torch.int32), tensor.view(torch.int32)), name
+
+
+def test_a_rotary_table_may_differ_by_its_frequencies_rounding_alone():
+    positions = torch.tensor([1.0, 1000.0, 131071.0])
+    frequencies = 1e6 ** (-torch.arange(0, 64, 2, dtype=torch.float32) / 64)
+    angles = positions[:, None] * frequencies
+    theirs = positions[:, None] * torch.nextafter(frequencies, torch.tensor(1.0))
+    assert records.rotary_difference(angles, theirs.cos(), theirs.sin()) < 1
+    scaled = positions[:, None] * torch.where(frequencies < 1e-4, frequencies / 4, frequencies)
+    assert records.rotary_difference(angles, scaled.cos(), scaled.sin()) > 1000
+    assert records.rotary_difference(angles, 1.2 * angles.cos(), 1.2 * angles.sin()) < 1, "attention's factor"
+
+
+def test_a_number_that_is_none_is_no_agreement():
+    value = torch.ones(records.NUM_TOKENS, 3)
+    assert records.relative_difference(value, value) == 0
+    for wrong in (value * torch.nan, value * torch.inf, torch.ones(records.NUM_TOKENS, 4)):
+        assert records.first_difference([("head", wrong)], [("head", value)]) == ("head", torch.inf)
+    small = value.clone()
+    small[3] *= 1e-4
+    small_and_off = small.clone()
+    small_and_off[3, 0] *= 1.001  # 1e-7 of the largest number, 1e-3 of its own token
+    assert records.relative_difference(small_and_off, small) == pytest.approx(1e-3, rel=1e-2)
