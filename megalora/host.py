@@ -8,6 +8,7 @@ nothing by itself.
 import contextlib
 import contextvars
 import functools
+import gc
 import inspect
 import logging
 import os
@@ -69,6 +70,13 @@ def reset_peak_memory() -> None:
     """Let ``peak_memory_bytes`` start again from what is allocated now; nothing without a GPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+
+
+def release_memory() -> None:
+    """Give memory of what is no longer used back to the device, for another process to take."""
+    gc.collect()  # modules and their hooks refer to each other in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def memory_bytes() -> int:

@@ -14,7 +14,7 @@ from megalora import environment, host, staged
 from megalora.bench import calibrate, measure
 from megalora.config_file import save_config
 from megalora.train import __main__ as train_main
-from megalora.train import loop
+from megalora.train import loop, lost
 from tests.parity.runs import make_config
 
 GIB = 1 << 30
@@ -102,7 +102,7 @@ def test_a_training_rank_sees_torch_s_variables(monkeypatch, tiny, chats, tmp_pa
     for name in TORCH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     seen: dict[str, str] = {}
-    monkeypatch.setattr(loop, "train", lambda config: seen.update(os.environ))
+    monkeypatch.setattr(loop, "train", lambda *arguments: seen.update(os.environ))
     monkeypatch.chdir(tmp_path)
     config = make_config(tiny, chats, tmp_path, {})
     save_config(replace(config, checkpoint=replace(config.checkpoint, dir="run")), Path("config.yaml"))
@@ -147,3 +147,39 @@ rank.main(["{tmp_path}/config.yaml"])
     clean = {name: value for name, value in os.environ.items() if name not in TORCH_VARIABLES}
     done = subprocess.run([sys.executable, "-c", script], env=clean, capture_output=True, text=True)
     assert done.stdout.strip() == "expandable_segments:True", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "sign"),
+    [
+        # As torch's NCCL back end words them: from a wait that ran out, and from the next collective after an abort.
+        (
+            "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, NumelIn=1, "
+            "NumelOut=1, Timeout(ms)=60000) ran for 60003 milliseconds before timing out.",
+            "Watchdog caught collective operation timeout",
+        ),
+        (
+            "NCCL communicator was aborted on rank 1.  Original reason for failure was: NCCL error: remote process "
+            "exited or there was a network error, NCCL version 2.27.5",
+            "NCCL communicator was aborted",
+        ),
+    ],
+)
+def test_a_peer_that_nccl_lost_ends_the_run_in_our_line(message, sign, tmp_path, monkeypatch, capsys):
+    codes: list[int] = []
+    monkeypatch.setattr(lost.os, "_exit", codes.append)
+    with lost.explained(tmp_path):
+        raise RuntimeError(message)
+    said = capsys.readouterr().err
+    assert codes == [lost.LOST] and f"lost contact with another rank ({sign})" in said and said.count("\n") == 1
+
+
+def test_a_mistake_that_nccl_reports_is_no_lost_peer(tmp_path):
+    with pytest.raises(RuntimeError), lost.explained(tmp_path):
+        raise RuntimeError("NCCL error: invalid usage (run with NCCL_DEBUG=WARN for details)")
+
+
+def test_memory_goes_back_to_the_device(monkeypatch, one_gpu):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: one_gpu.update(emptied=True))
+    host.release_memory()
+    assert one_gpu == {"emptied": True}

@@ -62,11 +62,19 @@ def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
     folder = local_folder(base, "--base")
     shape = model_shape(read_hf_config(folder))
     tokens = probe_batch(shape.vocab)
-    with own_model(folder, shape, whole_adapter(adapter, shape)) as model:
-        ours, our_layers = _megatron_logits(model, tokens.to(host.device()))
+    ours, our_layers = _own_logits(folder, shape, whole_adapter(adapter, shape), tokens)
+    host.release_memory()  # PEFT's model takes as much
     theirs, their_layers, unadapted = _peft_logits(adapter, folder, tokens)
     parted = [i for i, (a, b) in enumerate(zip(our_layers, their_layers, strict=True)) if not _largest(a - b) <= atol]
     return Report(adapter, atol, _largest(ours - theirs), _largest(theirs - unadapted), parted[0] if parted else None)
+
+
+def _own_logits(
+    folder: Path, shape: ModelShape, adapter: Adapter, tokens: Tensor
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Logits and every layer's output of megalora's model; nothing refers to the model afterwards."""
+    with own_model(folder, shape, adapter) as model:
+        return _megatron_logits(model, tokens.to(host.device()))
 
 
 def whole_adapter(folder: Path, shape: ModelShape) -> Adapter:
@@ -87,7 +95,10 @@ def probe_batch(vocab: int) -> Tensor:
 
 @contextmanager
 def own_model(folder: Path, shape: ModelShape, adapter: Adapter) -> Iterator[Any]:
-    """megalora's model with the adapter, in float32 on one rank; its memory is free again after the block."""
+    """megalora's model with the adapter, in float32 on one rank.
+
+    Its memory is free again once the caller's function has returned and ``host.release_memory`` was called.
+    """
     with host.process_group(), parallel_groups(ParallelConfig()) as groups:
         model = build_adapted(
             folder, shape, adapter.adapted, groups,

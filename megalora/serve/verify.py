@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from megalora import host
+from megalora.bridge.adapter import Adapter
 from megalora.bridge.folder import local_folder
 from megalora.bridge.verify import own_model, probe_batch, whole_adapter
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.model.shape import ModelShape, model_shape, read_hf_config
 from megalora.serve.proof import largest_difference
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client
@@ -66,10 +67,16 @@ def verify_vllm(adapter: Path, base: str, *, atol: float) -> VllmReport:
     shape = model_shape(read_hf_config(folder))
     server = Server(folder, {"adapter": adapter}, dtype="float32")  # refuses what it can before a model is loaded
     tokens = probe_batch(shape.vocab)
-    with own_model(folder, shape, whole_adapter(adapter, shape)) as model:
-        own = [_own(model, row) for row in tokens]
+    own = _own_answers(folder, shape, whole_adapter(adapter, shape), tokens)
+    host.release_memory()  # vLLM takes nearly all of a GPU
     with server, server.client() as client:
         return _compare(adapter, atol, client, tokens, own)
+
+
+def _own_answers(folder: Path, shape: ModelShape, adapter: Adapter, tokens: Tensor) -> list[Own]:
+    """What megalora's model says of each row; nothing refers to the model afterwards."""
+    with own_model(folder, shape, adapter) as model:
+        return [_own(model, row) for row in tokens]
 
 
 @torch.no_grad()

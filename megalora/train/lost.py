@@ -14,7 +14,8 @@ LOST = 3
 """Exit code of a run that another host's loss has ended."""
 _SIGNS = re.compile(
     r"Timed out waiting .*|Connection (closed|reset) by peer.*|Broken pipe.*|No route to host.*|"
-    r"Network is unreachable.*|[Ww]ait timeout.*|remote process exited.*"
+    r"Network is unreachable.*|[Ww]ait timeout.*|remote process exited.*|"
+    r"Watchdog caught collective operation timeout|NCCL communicator was aborted"
 )
 """How gloo, the store and nccl put it that nothing more comes from a peer."""
 

@@ -18,5 +18,8 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(0, "NCCL's watchdog kills the process", ENVIRONMENT, '_set(variables, ERROR_HANDLING, "2")', '_set(variables, ERROR_HANDLING, "3")', f"{SHARE_TEST} variables"),
     bug(0, "a user's allocator settings lose", ENVIRONMENT, "if not any(name in variables for name in names):", "if names[0] not in variables:", f"{SHARE_TEST} user"),
     bug(0, "the allocator told after torch was imported", "megalora/train/__main__.py", "    set_defaults(Path(config.checkpoint.dir))  # before torch is imported\n    from megalora import host\n", "    from megalora import host\n\n    set_defaults(Path(config.checkpoint.dir))\n", f"{SHARE_TEST} before_its_import"),
+    bug(0, "vLLM started beside our model", "megalora/serve/verify.py", "    host.release_memory()  # vLLM takes nearly all of a GPU\n", "", "tests/serve/test_verify_memory.py vllm"),
+    bug(0, "memory kept by torch's cache", "megalora/host.py", "        torch.cuda.empty_cache()", "        pass", f"{SHARE_TEST} memory_goes"),
+    bug(0, "a communicator's abort that is no lost peer", "megalora/train/lost.py", "|NCCL communicator was aborted", "", f"{SHARE_TEST} nccl_lost"),
 )
 # fmt: on
