@@ -276,14 +276,8 @@ def _hush() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=SyntaxWarning)  # invalid escapes in Megatron's docstrings
-    for message in (
-        ".*Apex.*",
-        ".*[Tt]ransformer.[Ee]ngine.*",
-        ".*is deprecated. Please use.*",
-        ".*not a leaf Tensor.*",
-        ".*experimental.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    told = "Apex|[Tt]ransformer.[Ee]ngine|is deprecated. Please use|not a leaf Tensor|experimental"
+    warnings.filterwarnings("ignore", message=f".*({told}).*")
 
 
 def _install_in_megatron() -> None:
