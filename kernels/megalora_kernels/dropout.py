@@ -22,7 +22,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing, backend: str) -> torch.Tensor:
-        engine = make_engine(backend, routing, y_MJ.device)
+        engine = make_engine(backend, routing)
         ctx.save_for_backward(y_MJ, p_M, routing.offsets_E)
         ctx.backend = backend
         h_MI = y_MJ.new_empty(y_MJ.shape[0], y_MJ.shape[1] // 2)
@@ -33,7 +33,7 @@ class _SwiGLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dh_MI: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         y_MJ, p_M, offsets_E = ctx.saved_tensors
-        engine = make_engine(ctx.backend, Routing(offsets_E, y_MJ.shape[0]), y_MJ.device)
+        engine = make_engine(ctx.backend, Routing(offsets_E, y_MJ.shape[0]))
         dy_MJ = torch.empty_like(y_MJ)
         grads = engine.passes.swiglu_backward(engine.dense(dh_MI), y_MJ, p_M, engine.routing, dy_MJ, None, None)
         return dy_MJ, grads.dp_M, None, None

@@ -214,10 +214,10 @@ class VendorEngine(Engine):
         return aligned(s_MR), aligned(factor_ERN)
 
 
-def make_engine(backend: str, routing: Routing, device: torch.device) -> Engine:
+def make_engine(backend: str, routing: Routing) -> Engine:
     """The engine of a back end other than ``reference``."""
     if backend == "loop":
         return Engine(routing, IN_TORCH, grouped_gemm_loop)
     if backend == "triton":
         return Engine(routing, IN_TRITON, grouped_gemm_triton)
-    return VendorEngine(routing, IN_TRITON if device.type == "cuda" else IN_TORCH)
+    return VendorEngine(routing, IN_TRITON if routing.offsets_E.is_cuda else IN_TORCH)

@@ -84,7 +84,7 @@ class _Operands:
         self.weight1, self.weight2 = (Weight.of(joined or w) for w, joined in given)  # pyright: ignore[reportArgumentType]
         self.adapter1 = None if a1 is None else Adapter(a1, tuple(b[:n]), static.scales[0])
         self.adapter2 = None if a2 is None else Adapter(a2, tuple(b[n:]), static.scales[1])
-        self.engine = make_engine(static.backend, self.routing, p.device)
+        self.engine = make_engine(static.backend, self.routing)
 
     def b1(self) -> torch.Tensor | None:
         return self.adapter1.whole_b(self.weight1.w_ENK.shape[1]) if self.adapter1 else None

@@ -51,7 +51,7 @@ class _GroupedLoRA(torch.autograd.Function):
         b_ENR: torch.Tensor | None, x_lora_MK: torch.Tensor | None, joined: Joined | None, backend: str,
     ) -> torch.Tensor:  # fmt: skip
         routing, weight = Routing(offsets_E, x_MK.shape[0]), Weight(weight_ENK, joined)
-        engine = make_engine(backend, routing, x_MK.device)
+        engine = make_engine(backend, routing)
         rows = engine.shrink(x_MK, a_ERK, weight, x_lora=x_lora_MK)
         y_MN = engine.linear(rows, weight, b_ENR)
         da_needs_x, db_needs_s = ctx.needs_input_grad[3:5]
@@ -69,7 +69,7 @@ class _GroupedLoRA(torch.autograd.Function):
         need_dx, _, _, need_da, need_db, need_dx_lora, *_ = ctx.needs_input_grad
         weight = Weight.of(ctx.joined or weight_ENK)
         routing = Routing(offsets_E, dy_MN.shape[0])
-        engine = make_engine(ctx.backend, routing, dy_MN.device)
+        engine = make_engine(ctx.backend, routing)
         dx_MK = da_ERK = db_ENR = dx_lora_MK = None
         b_ERN = b_ENR.transpose(1, 2) if a_ERK is not None and (need_dx or need_da or need_dx_lora) else None
         rows = engine.shrink(dy_MN, b_ERN, weight)

@@ -39,7 +39,7 @@ class _PermuteShrink(torch.autograd.Function):
         slots_TK: torch.Tensor, backend: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         routing = Routing(offsets_E, source_M.shape[0], source_M, slots_TK)
-        engine = make_engine(backend, routing, x_TK.device)
+        engine = make_engine(backend, routing)
         rows_MK = x_TK.new_empty(routing.num_rows, x_TK.shape[1])
         s_MR = x_TK.new_empty(routing.num_rows, a_ERK.shape[1])
         engine.passes.shrink(engine.dense(x_TK), a_ERK, routing, s_MR, source_M, rows_MK)
@@ -51,7 +51,7 @@ class _PermuteShrink(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, drows_MK: torch.Tensor, ds_MR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TK, a_ERK, offsets_E, source_M, slots_TK = ctx.saved_tensors
-        engine = make_engine(ctx.backend, Routing(offsets_E, source_M.shape[0], source_M, slots_TK), x_TK.device)
+        engine = make_engine(ctx.backend, Routing(offsets_E, source_M.shape[0], source_M, slots_TK))
         dx_TK = engine.combine(engine.from_rank(ds_MR, a_ERK).add_(drows_MK))
         return dx_TK, engine.wgrad(ds_MR, x_TK, source_M), None, None, None, None
 

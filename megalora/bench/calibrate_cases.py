@@ -74,7 +74,7 @@ def grouped_gemm(experts: int, rows: int, outputs: int, inputs: int, room: bool,
         backend = choose(None, "calibration", x_MK, rows, USUAL_STACKED_RANK, [w_ENK], room)
         if backend == "reference":  # asked for by MEGALORA_BACKEND; the base alone is a loop there too
             backend = "loop"
-        engine = make_engine(backend, routing, x_MK.device)
+        engine = make_engine(backend, routing)
         return {"seconds": lambda: engine.linear(Rows(x_MK), Weight(w_ENK), None)}
 
     moved = dtype.itemsize * (rows * (outputs + inputs) + experts * outputs * inputs)

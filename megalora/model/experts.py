@@ -42,7 +42,7 @@ class FusedExperts(MegatronModule):
     def gains_from_room(self) -> bool:
         """Whether the back end that wants adapters beside the weights will be the one taken here."""
         weight = self.gate_up
-        if weight.device.type != "cuda" or vendor_waits(weight.dtype, weight.device):
+        if not weight.is_cuda or vendor_waits(weight.dtype, weight.device):
             return False
         return self.num_local_experts <= FEW_EXPERTS
 
