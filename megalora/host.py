@@ -119,6 +119,14 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a host tensor to this rank's device without waiting: through page-locked memory; itself without a GPU.
+
+    torch keeps the page-locked copy until the device has read it.
+    """
+    return tensor.pin_memory().to(device(), non_blocking=True) if torch.cuda.is_available() else tensor
+
+
 def keep_busy(cycles: int) -> None:
     """Have the current stream spin, so that the host gets ahead of the device; nothing without a GPU."""
     spin = getattr(torch.cuda, "_sleep", None)  # private to torch
@@ -255,8 +263,9 @@ def timeout_minutes() -> float:
 
 @functools.cache
 def install() -> None:
-    """Make Megatron-Core run on this machine. Idempotent; does nothing where there is a GPU."""
+    """Make Megatron-Core run on this machine, and without its compiler. Idempotent."""
     _hush()
+    _leave_router_uncompiled()
     if torch.cuda.is_available():
         return
     _HostDevice().__enter__()
@@ -280,14 +289,18 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", message=f".*({told}).*")
 
 
+def _leave_router_uncompiled() -> None:
+    """Megatron compiles the update of a bias that is not in use here; starting the compiler costs every rank seconds."""
+    import megatron.core.transformer.moe.router as router
+
+    router.TopKRouter._apply_expert_bias = inspect.unwrap(router.TopKRouter._apply_expert_bias)
+
+
 def _install_in_megatron() -> None:
     import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as random
-    import megatron.core.transformer.moe.router as router
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
-    # Compiled for a bias that is not in use; starting the compiler costs every rank a second.
-    router.TopKRouter._apply_expert_bias = inspect.unwrap(router.TopKRouter._apply_expert_bias)
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     # On a GPU this copies to the host; here the tensors are there already, but the splits must still become numpy.
     dispatcher.maybe_move_tensor_to_cpu = lambda t, as_numpy=False, record_stream=False: (

@@ -211,8 +211,6 @@ class Batch:
     """[B, S] int64: the token after each input token; 0 in the padding."""
     loss_mask: torch.Tensor
     """[B, S] float32: 1 where the label is in the loss."""
-    position_ids: torch.Tensor
-    """[B, S] int64."""
 
 
 def collate(samples: Sequence[Encoded | None], *, pad_id: int, multiple_of: int = 1) -> Batch:
@@ -233,5 +231,4 @@ def collate(samples: Sequence[Encoded | None], *, pad_id: int, multiple_of: int 
             ids = torch.from_numpy(sample.input_ids)
             tokens[row, :n], labels[row, :n] = ids[:-1], ids[1:]
             loss_mask[row, :n] = torch.from_numpy(sample.loss_mask[1:])
-    position_ids = torch.arange(length).expand(len(samples), -1).contiguous()
-    return Batch(tokens, labels, loss_mask, position_ids)
+    return Batch(tokens, labels, loss_mask)

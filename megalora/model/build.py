@@ -71,9 +71,10 @@ def configure(provider: Any, config: ModelConfig, p: ParallelConfig, shape: Mode
         # With more ranks than key/value heads every rank gets a copy of the head that its query heads use: Megatron would
         # cut a group through the middle and gather all of q, k and v on every rank.
         num_query_groups=max(shape.num_kv_heads, p.tp),
-        # Microbatches are padded to their own longest sample, so stages exchange shapes. The interleaved schedule cannot:
-        # it gets one length per step, and with two stages, whose neighbours are one rank, messages in separate pairs.
-        variable_seq_lengths=p.pp > 1 and p.vpp == 1, batch_p2p_comm=p.vpp == 1,
+        # Microbatches are padded to their own longest sample; stages know the shapes (``train/step.py``) and do not ask.
+        # The interleaved schedule gets one length per step, and with two stages, whose neighbours are one rank, messages
+        # in separate pairs. No waiting for the device behind messages: a bug of NCCL's that torch does not meet any more.
+        variable_seq_lengths=False, batch_p2p_comm=p.vpp == 1, batch_p2p_sync=False,
         # With the loss summed here and divided once by the global number of target tokens, every layout has one mean.
         calculate_per_token_loss=True,
         moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0,

@@ -8,13 +8,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor, nn
 
 from megalora import host
 from megalora.data.loader import Batch
 from megalora.lora.factors import sum_partial_gradients
 from megalora.lora.inject import GradientCheck
-from megalora.parallel import Groups
+from megalora.parallel import Groups, megatron_groups
+from megalora.train.inputs import DeviceBatch, to_device
 from megalora.train.loss import loss_sum, token_losses
 
 
@@ -30,20 +32,27 @@ class Stepper:
         config.no_sync_func = None
 
     def train(self, batches: list[Batch], optimizer: Any) -> tuple[float, int]:
-        """Forward and backward; returns (mean loss, number of target tokens) of the global batch."""
+        """``forward_backward``, its result read at once: (mean loss, number of target tokens) of the global batch."""
+        return _mean(self.forward_backward(batches, optimizer))
+
+    def forward_backward(self, batches: list[Batch], optimizer: Any) -> Tensor:
+        """Leave reduced gradients behind; returns (sum of losses, number of target tokens) of the global batch.
+
+        The two are float64 on the device: nothing here waits for it.
+        """
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         self.chunks[0].config.grad_scale_func = optimizer.scale_loss
-        return self._mean(self._run(batches, forward_only=False))
+        return self._sum(self._run(batches, forward_only=False))
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch], *, own: bool = False) -> tuple[float, int]:
         """Forward only; the same mean, or with ``own`` that of this data-parallel rank's batches alone."""
         for chunk in self.chunks:
             chunk.eval()
-        return self._mean(self._run(batches, forward_only=True), own)
+        return _mean(self._sum(self._run(batches, forward_only=True), own))
 
     @torch.no_grad()
     def token_losses(self, batches: list[Batch]) -> Tensor:
@@ -60,11 +69,10 @@ class Stepper:
         dist.all_reduce(losses, group=self.groups.pp)
         return losses
 
-    def _mean(self, sum_and_count: Tensor, own: bool = False) -> tuple[float, int]:
+    def _sum(self, sum_and_count: Tensor, own: bool = False) -> Tensor:
         for group in (self.groups.pp,) if own else (self.groups.pp, self.groups.dp):
             dist.all_reduce(sum_and_count, group=group)
-        loss, count = sum_and_count.tolist()
-        return loss / max(count, 1), int(count)
+        return sum_and_count
 
     def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
         """(sum of losses, number of target tokens) on the last pipeline stage, zeros elsewhere."""
@@ -75,16 +83,27 @@ class Stepper:
 
     def _schedule(self, batches: list[Batch], forward_only: bool, loss: Callable[..., Any]) -> list[dict[str, Tensor]]:
         """What ``loss`` reports of each microbatch, on the last pipeline stage."""
-        iterators = [iter(batches) for _ in self.chunks]
+        stage, num_stages = self.groups.pp.rank(), self.groups.pp.size()
+        inputs = to_device(batches, first=stage == 0, last=stage == num_stages - 1)
+        iterators = [iter(inputs) for _ in self.chunks]
+        several = len(self.chunks) > 1
         return get_forward_backward_func()(
             forward_step_func=partial(_forward_step, loss=loss),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            data_iterator=iterators if several else iterators[0],
+            model=self.chunks if several else self.chunks[0],
             num_microbatches=len(batches),
             seq_length=batches[0].tokens.shape[1],
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
+            **({} if several or num_stages == 1 else self._stages(batches)),
         )
+
+    def _stages(self, batches: list[Batch]) -> dict[str, Any]:
+        """How stages of the plain schedule talk: every microbatch as long as it is, which every stage knows by itself."""
+        config = self.chunks[0].config
+        shards = self.groups.tp.size() if self.groups.sequence_parallel else 1
+        shapes = [(b.tokens.shape[1] // shards, b.tokens.shape[0], config.hidden_size) for b in batches]
+        return {"p2p_communicator": KnownShapes(self.groups.pp, config, shapes), "pg_collection": megatron_groups()}
 
     def _finalize(self, model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         """Check, Megatron's data-parallel reduction, then the sums of replicated factors over the group the table names.
@@ -100,7 +119,32 @@ class Stepper:
             sum_partial_gradients((p for p in self.parameters if p.sum_group == name), self.groups.named(name))
 
 
-def _forward_step(batches: Iterator[Batch], model: nn.Module, loss: Callable[..., Any]) -> tuple[Tensor, Any]:
-    batch, device = next(batches), host.device()
-    losses = model(batch.tokens.to(device), batch.position_ids.to(device), None, labels=batch.labels.to(device))
-    return losses, partial(loss, loss_mask_BS=batch.loss_mask.to(device))
+class KnownShapes(P2PCommunicator):
+    """Megatron's communication between pipeline stages for microbatches of different lengths.
+
+    Megatron has neighbours send each other the shape before each tensor and wait for the device until it is there, four times
+    a microbatch. All stages of a pipeline read the same samples, so each knows the shapes. The schedule receives forward
+    and backward tensors in the order of microbatches.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, config: Any, shapes: list[tuple[int, ...]]) -> None:
+        super().__init__(group, config)
+        self.coming_forward, self.coming_backward = iter(shapes), iter(shapes)
+
+    def _communicate(self, *, recv_prev: bool, recv_next: bool, tensor_shape: Any, **options: Any) -> Any:
+        assert not (recv_prev and recv_next), "only the interleaved schedule receives from both sides at once"
+        if recv_prev or recv_next:
+            tensor_shape = next(self.coming_forward if recv_prev else self.coming_backward)
+        return super()._communicate(recv_prev=recv_prev, recv_next=recv_next, tensor_shape=tensor_shape, **options)
+
+
+def _mean(sum_and_count: Tensor) -> tuple[float, int]:
+    """(mean loss, number of target tokens) on the host, which waits for the device."""
+    total, count = sum_and_count.tolist()
+    return total / max(count, 1), int(count)
+
+
+def _forward_step(inputs: Iterator[DeviceBatch], model: nn.Module, loss: Callable[..., Any]) -> tuple[Tensor, Any]:
+    batch = next(inputs)
+    losses = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    return losses, partial(loss, loss_mask_BS=batch.loss_mask)

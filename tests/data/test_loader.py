@@ -210,9 +210,7 @@ def test_collate_shifts_and_pads():
     assert batch.tokens.tolist() == [[5, 6, 7, 2], [2, 2, 2, 2], [9, 2, 2, 2]]
     assert batch.labels.tolist() == [[6, 7, 8, 0], [0, 0, 0, 0], [3, 0, 0, 0]]
     assert batch.loss_mask.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3]] * 3
-    dtypes = [t.dtype for t in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)]
-    assert dtypes == [torch.int64, torch.int64, torch.float32, torch.int64]
+    assert [t.dtype for t in (batch.tokens, batch.labels, batch.loss_mask)] == [torch.int64, torch.int64, torch.float32]
     assert collate(samples, pad_id=2).tokens.tolist() == [[5, 6, 7], [2, 2, 2], [9, 2, 2]]
     assert collate([None], pad_id=2).tokens.tolist() == [[2]]
     assert collate([None, None], pad_id=2, multiple_of=2).loss_mask.tolist() == [[0, 0], [0, 0]]

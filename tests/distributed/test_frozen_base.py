@@ -33,7 +33,7 @@ def _buffers(config: RunConfig) -> dict:
         optimizer = build_optimizer(config.train, torch.float32, chunks)
         stepper = Stepper(chunks, groups)
         tokens = torch.arange(32).view(2, 16) + dist.get_rank()
-        batch = Batch(tokens, tokens + 1, torch.ones(2, 16), torch.arange(16).expand(2, -1))
+        batch = Batch(tokens, tokens + 1, torch.ones(2, 16))
         stepper.train([batch], optimizer)
         optimizer.step()
         parameters = [p for chunk in chunks for p in chunk.parameters()]
