@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ def megalora(setup: Setup) -> Iterator[Training]:
     from megalora.lora.inject import inject
     from megalora.lora.spec import resolve
     from megalora.model.shape import model_shape
-    from megalora.train.optim import build_optimizer, wrap_chunks
+    from megalora.train.optim import build_optimizer, clip_and_step, wrap_chunks
     from megalora.train.setup import parallel_groups
     from megalora.train.step import Stepper
 
@@ -31,17 +32,17 @@ def megalora(setup: Setup) -> Iterator[Training]:
         pieces = inject(chunks, resolve(lora, shape), shape, lora, groups, seed=setup.seed, dtype=setup.dtype)
         wrapped = wrap_chunks(chunks)
         optimizer, stepper = build_optimizer(options, setup.dtype, wrapped), Stepper(wrapped, groups)
-        tokens = setup.batch()
+        tokens = setup.batch().cpu()
         labels = tokens.roll(-1, 1)
-        mask = torch.ones(tokens.shape, device=setup.device)
+        mask = torch.ones(tokens.shape)
         mask[:, -1] = 0
-        batch = Batch(tokens, labels, mask, torch.arange(setup.num_tokens, device=setup.device)[None])
+        batch = Batch(tokens, labels, mask)
 
         def forward_backward() -> Tensor:
             return torch.tensor(stepper.train([batch], optimizer)[0])
 
         count = sum(p.numel() for p in dict.fromkeys(piece.parameter for piece in pieces))
-        yield Training(forward_backward, optimizer.step, count, "megalora on Megatron-Core")
+        yield Training(forward_backward, partial(clip_and_step, optimizer), count, "megalora on Megatron-Core")
 
 
 def _model(setup: Setup) -> nn.Module:

@@ -36,7 +36,7 @@ from megalora.parallel import Groups
 from megalora.planner.layouts import Layout
 from megalora.planner.models import find_architecture
 from megalora.train.batches import Batches
-from megalora.train.optim import build_optimizer, set_learning_rate, wrap_chunks
+from megalora.train.optim import build_optimizer, clip_and_step, set_learning_rate, wrap_chunks
 from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
 from megalora.train.step import Stepper
 
@@ -59,14 +59,16 @@ class Training:
     def step(self, number: int, timeline: Timeline | None = None) -> float:
         """One optimizer step, as the training loop has it; returns the loss. Raises ``RuntimeError`` where it is no number."""
         set_learning_rate(self.optimizer, self.config.train.lr)
-        loss, _ = self.stepper.train(self.batches.of_step(number), self.optimizer)
-        if not math.isfinite(loss):
-            raise RuntimeError(f"step {number + 1}: the loss is {loss}, so nothing measured here would mean anything")
+        sum_and_count = self.stepper.forward_backward(self.batches.of_step(number), self.optimizer)
         if timeline:
             timeline.enter("optimizer")
-        float(self.optimizer.step()[1])  # the norm, which training logs and so waits for
+        norm = clip_and_step(self.optimizer)
         if timeline:
             timeline.leave("optimizer")
+        total, count, _ = torch.cat([sum_and_count, norm]).tolist()  # what training logs and so waits for
+        loss = total / max(count, 1)
+        if not math.isfinite(loss):
+            raise RuntimeError(f"step {number + 1}: the loss is {loss}, so nothing measured here would mean anything")
         self.stepper.b_has_moved = True
         return loss
 

@@ -27,7 +27,7 @@ from megalora.train.checkpoint.state import SavedState
 from megalora.train.checkpoint.where import find_checkpoint
 from megalora.train.drift import DriftCheck
 from megalora.train.metrics import Metrics
-from megalora.train.optim import build_optimizer, learning_rate, set_learning_rate, wrap_chunks
+from megalora.train.optim import build_optimizer, clip_and_step, learning_rate, set_learning_rate, wrap_chunks
 from megalora.train.probe import Probe
 from megalora.train.push import serving
 from megalora.train.run_folder import opened
@@ -159,9 +159,12 @@ def _train_step(
 ) -> dict[str, float]:
     """One optimizer step; what there is to report of it."""
     set_learning_rate(optimizer, lr)
-    loss, _ = stepper.train(batches.of_step(step), optimizer)
+    sum_and_count = stepper.forward_backward(batches.of_step(step), optimizer)
+    norm = clip_and_step(optimizer)
+    # The only wait for the device in a step; what is not finite by now goes no further than this process.
+    total, count, grad_norm = torch.cat([sum_and_count, norm]).tolist()
+    loss = total / max(count, 1)
     check_finite(step + 1, "loss", loss, saved)
-    grad_norm = float(optimizer.step()[1])
     check_finite(step + 1, "gradient norm", grad_norm, saved)
     stepper.b_has_moved |= lr > 0
     return {"loss": loss, "lr": lr, "grad_norm": grad_norm}

@@ -79,8 +79,9 @@ def train_recording_gradients(config: RunConfig, start: Path) -> None:
 
     With B at zero, as training starts, A would have no gradient, and the first step of Adam would be the sign of B's.
     """
-    build_adapted, build_optimizer = loop.build_adapted, loop.build_optimizer
+    build_adapted, build_optimizer, take_step = loop.build_adapted, loop.build_optimizer, loop.clip_and_step
     models: list[Any] = []
+    numbers = count()
     kept: dict[str, Tensor] = {}
 
     def build(*args: Any, **options: Any) -> Any:
@@ -90,22 +91,19 @@ def train_recording_gradients(config: RunConfig, start: Path) -> None:
         models.append(model)
         return model
 
-    def recording(*args: Any) -> Any:
+    def with_large_eps(*args: Any) -> Any:
         optimizer = build_optimizer(*args)
         for group in optimizer.param_groups:
             group["eps"] = EPS
-        step, numbers = optimizer.step, count()
-
-        def recorded_step() -> Any:
-            number = next(numbers)
-            whole = reduced_gradients(models[0], optimizer) or {}
-            kept.update({f"{number}.{name}": gradient for name, gradient in whole.items()})
-            return step()
-
-        optimizer.step = recorded_step
         return optimizer
 
-    loop.build_adapted, loop.build_optimizer = build, recording
+    def recorded_step(optimizer: Any) -> Tensor:
+        number = next(numbers)
+        whole = reduced_gradients(models[0], optimizer) or {}
+        kept.update({f"{number}.{name}": gradient for name, gradient in whole.items()})
+        return take_step(optimizer)
+
+    loop.build_adapted, loop.build_optimizer, loop.clip_and_step = build, with_large_eps, recorded_step
     loop.train(config)
     if kept:
         save_file(kept, Path(config.checkpoint.dir) / "gradients.safetensors")

@@ -14,6 +14,7 @@ from megalora.planner.layouts import Layout, Workload, enumerate_layouts
 from megalora.planner.memory import MemoryPlan, fullest_stage, memory_of, memory_of_model
 from megalora.planner.models import load_shape
 from megalora.planner.weights import PlannedModel, adapter_parameters, chunks_of
+from megalora.train.optim import clip_and_step
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.everything import LORA
@@ -27,7 +28,7 @@ def live_bytes(config: RunConfig) -> dict[str, int]:
     """Frozen weights, parameter and gradient buffers, and the optimizer's tensors after one step."""
     with built(config) as run:
         run.stepper.train(run.batches.of_step(0), run.optimizer)
-        run.optimizer.step()
+        clip_and_step(run.optimizer)
         return {name: num_bytes(tensors) for name, tensors in tensors_of(run).items()}
 
 
