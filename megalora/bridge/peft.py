@@ -39,13 +39,17 @@ def _send_to_first(mine: dict[str, Tensor]) -> dict[str, Tensor] | None:
         if mine:
             dist.send(torch.cat([t.reshape(-1) for t in mine.values()]), 0)
         return None
-    everything = {name: t.detach().cpu().clone() for name, t in mine.items()}
-    for source in range(1, len(meta)):
+    everything: dict[str, Tensor] = {}
+    for source in range(len(meta)):
         if not meta[source]:
             continue
         sizes = [torch.Size(shape).numel() for _, shape, _ in meta[source]]
-        flat = torch.empty(sum(sizes), dtype=meta[source][0][2], device=host.device())
-        dist.recv(flat, source)
+        if source == 0:
+            flat = torch.cat([t.detach().reshape(-1) for t in mine.values()])
+        else:
+            flat = torch.empty(sum(sizes), dtype=meta[source][0][2], device=host.device())
+            dist.recv(flat, source)
+        # One copy to the host a rank, not one a tensor, each of which waits for the device.
         for (name, shape, _), part in zip(meta[source], flat.cpu().split(sizes), strict=True):
             everything[name] = part.view(shape).clone()
     return dict(sorted(everything.items()))

@@ -96,10 +96,12 @@ class LoRAFactors(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A from (seed, tensor name), B zero: the same adapter under every layout."""
+        drawn = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype)  # on the host: one copy for all experts
         for adapted, rows in self._rows():
             for at, expert in enumerate(self.experts) if self.is_expert else [(..., None)]:
                 whole = initial_a(self.seed, adapted.hf_module(expert), adapted.rank, adapted.in_features)
-                self.lora_A[at][rows] = self._shard(whole, self.layout.split_a).to(self.lora_A)
+                drawn[at][rows] = self._shard(whole, self.layout.split_a)
+        self.lora_A.copy_(drawn)
         for b in self.lora_B.values():
             b.zero_()
 
