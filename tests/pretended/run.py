@@ -1,0 +1,97 @@
+"""Run scenarios on the pretended GPU in this process and print what was seen, as JSON.
+
+python -m tests.pretended.run [NAME ...]
+"""
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.pretended.device import Recorder, install, note_compiled, pretended_gpu
+from tests.pretended.scenarios import SCENARIOS
+
+
+def all_there(shape: tuple[int, ...]) -> np.ndarray:
+    """A bit for each tensor, all set, and one for what should not exist."""
+    found = np.ones(shape, dtype=np.uint8)
+    found[-1] = 0
+    return found
+
+
+def of_scenarios(recorder: Recorder, wanted: list[str]) -> dict[str, Any]:
+    """Name -> what was seen of it, with the traceback where it did not run to its end."""
+    from tests.pretended.steps import run  # imports Megatron
+
+    note_compiled(recorder)
+    recorder.answers["check_coverage"] = all_there
+    seen: dict[str, Any] = {}
+    for scenario in SCENARIOS:
+        if wanted and scenario.name not in wanted:
+            continue
+        start, error = time.process_time(), None
+        recorder.forget()
+        try:
+            run(scenario, recorder)
+        except Exception:
+            error = traceback.format_exc()
+        seen[scenario.name] = {
+            "waits": recorder.waits, "copies": recorder.copies, "kernels": recorder.kernels, "error": error,
+            "seconds": round(time.process_time() - start, 2),
+        }  # fmt: skip
+    return seen
+
+
+def of_mistakes(recorder: Recorder) -> dict[str, list[str]]:
+    """Name of a mistake -> what was seen of it alone."""
+    from megatron.core.fusions import fused_bias_swiglu
+
+    def nothing_wrong(x: torch.Tensor) -> None:
+        pinned = torch.zeros(3).pin_memory().to("cuda", non_blocking=True)
+        mask = x > 0
+        x.to("cpu", non_blocking=True)
+        x[:, torch.arange(2, device="cuda")] = torch.where(mask, x, -x)[:, :2]
+        x[mask] = 0.0
+        pinned.sum().add_(1)
+
+    mistakes: dict[str, Callable[[torch.Tensor], Any]] = {
+        "none": nothing_wrong,
+        "item": lambda x: float(x[0, 0]),
+        "tolist": lambda x: x.tolist(),
+        "nonzero": lambda x: x.nonzero(),
+        "mask": lambda x: x[x > 0],
+        "pageable": lambda x: torch.zeros(3).to("cuda", non_blocking=True),
+        "blocking": lambda x: torch.zeros(3).pin_memory().to("cuda"),
+        "compiled": lambda x: fused_bias_swiglu.swiglu(x),
+        "mixed devices": lambda x: x + torch.ones(4, 8),
+    }
+    seen: dict[str, list[str]] = {}
+    for name, make in mistakes.items():
+        recorder.forget()
+        with pretended_gpu(recorder), recorder.phase(name):
+            try:
+                make(torch.ones(4, 8, device="cuda"))
+            except RuntimeError as error:
+                recorder.wait(str(error))
+        seen[name] = list(recorder.waits[name])
+    return seen
+
+
+def main(wanted: list[str]) -> None:
+    recorder = Recorder()
+    install(recorder)  # before anything of Megatron is imported
+    from megalora import host
+
+    host.install()
+    seen = of_scenarios(recorder, wanted)
+    seen["mistakes"] = of_mistakes(recorder)
+    json.dump(seen, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,166 @@
+"""One rank's training on the pretended GPU, through the product's own functions, in a world whose other ranks do not exist."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import megatron.core.tensor_parallel.random as megatron_random
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megalora import host
+from megalora.bridge.base import open_architecture
+from megalora.bridge.peft import gather_tensors
+from megalora.config import RunConfig
+from megalora.data.chat import Encoded
+from megalora.data.loader import Split
+from megalora.lora.inject import GradientCheck
+from megalora.lora.spec import resolve
+from megalora.model.build import make_chunks
+from megalora.model.recompute import apply_recompute
+from megalora.model.shape import model_shape
+from megalora.train import loop, setup
+from megalora.train.batches import Batches
+from megalora.train.drift import DriftCheck
+from megalora.train.optim import build_optimizer, optimizer_state, wrap_chunks
+from megalora.train.probe import Probe
+from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
+from megalora.train.step import Stepper
+from tests.pretended.device import NAME, Recorder, on_gpu, pretended_gpu
+from tests.pretended.scenarios import Scenario
+
+
+class Tokenizer:
+    pad_token_id, eos_token_id = 0, 1
+
+
+def _samples(scenario: Scenario, count: int) -> Split:
+    ids = np.ones(scenario.tokens, dtype=np.int32)
+    return Split("pretended", 4096, [Encoded(ids, np.ones(scenario.tokens, dtype=bool)) for _ in range(count)])
+
+
+@contextlib.contextmanager
+def _world(scenario: Scenario, recorder: Recorder) -> Iterator[None]:
+    """A fake process group for both devices; what objects are exchanged, each rank would have sent as this one does."""
+    for name in ("cpu", NAME):
+        dist.Backend.default_device_backend_map[name] = "fake"
+    dist.Backend.backend_capability["fake"] = ["cpu", NAME]
+    dist.init_process_group(f"cpu:fake,{NAME}:fake", store=FakeStore(), rank=scenario.rank, world_size=scenario.world)
+
+    def all_gather_object(out: list[Any], value: Any, group: Any = None) -> None:
+        recorder.wait("exchange of objects")
+        out[:] = [value] * len(out)
+
+    try:
+        with (
+            mock.patch.object(dist, "all_gather_object", all_gather_object),
+            mock.patch.object(param_and_grad_buffer, "_coalescing_manager", _one_by_one),
+            mock.patch.object(megatron_random, "_set_cuda_rng_state"),
+            mock.patch.object(host, "device", return_value=torch.device(NAME, 0)),
+        ):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    """Collectives that Megatron would send as one; a fake group has no such operation."""
+    yield mock.Mock()
+
+
+@contextlib.contextmanager
+def _even_routing() -> Iterator[None]:
+    """What the dispatcher reads on the host: every rank sends every rank the same number of rows."""
+    read = MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize
+
+    def answered(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        result = read(self, point, tokens_per_expert)
+        rows = self.routing_map.shape[0] * self.config.moe_router_topk
+        for name, each in (
+            ("input_splits", rows // self.ep_size),
+            ("output_splits", rows // self.ep_size),
+            ("output_splits_tp", rows),
+        ):
+            if isinstance(getattr(self, name), np.ndarray):
+                setattr(self, name, np.full_like(getattr(self, name), each))
+        return result
+
+    with mock.patch.object(MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", answered):
+        yield
+
+
+def _move(chunk: Any) -> None:
+    """``chunk.to(device)``, which cannot exchange the data of fake parameters."""
+    for module in chunk.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not on_gpu(parameter):
+                moved = torch.nn.Parameter(parameter.data.to(host.device()), requires_grad=parameter.requires_grad)
+                moved.__dict__.update({k: v for k, v in vars(parameter).items() if k not in vars(moved)})
+                module._parameters[name] = moved
+
+
+def _build(config: RunConfig, hf: dict[str, Any], groups: Any) -> AdaptedModel:
+    """The product's own way, but for reading weights."""
+
+    def build_model(model: Any, parallel: Any, shape: Any, folder: Any) -> list[Any]:
+        chunks = make_chunks(open_architecture(hf), model, parallel, shape)
+        for chunk in chunks:
+            _move(chunk)
+        return chunks
+
+    shape = model_shape(dict(hf))
+    with mock.patch.object(setup, "build_model", build_model):
+        model = build_adapted(
+            None, shape, resolve(config.lora, shape), groups,  # type: ignore[arg-type]
+            model=config.model, parallel=config.parallel, lora=config.lora, seed=0,
+        )  # fmt: skip
+    apply_recompute(model.chunks, config.train.recompute)
+    return model
+
+
+def run(scenario: Scenario, recorder: Recorder) -> None:
+    """A training step as it is once training runs; where the scenario asks for it, what comes before and between steps too."""
+    config = scenario.config()
+    with (
+        pretended_gpu(recorder),
+        _world(scenario, recorder),
+        _even_routing(),
+        parallel_groups(config.parallel) as groups,
+    ):
+        with recorder.phase("build"):
+            model = _build(config, scenario.hf, groups)
+            chunks = wrap_chunks(model.chunks)
+            optimizer = build_optimizer(config.train, getattr(torch, scenario.dtype), chunks)
+            stepper = Stepper(
+                chunks, groups, GradientCheck(model.adapted, model.pieces) if scenario.whole_run else None
+            )
+        samples = _samples(scenario, config.train.global_batch_size)
+        batches = Batches(config, Tokenizer(), groups, samples, samples)  # type: ignore[arg-type]
+        for number, name in enumerate(("first step", "second step", "step") if scenario.whole_run else ("step",)):
+            with recorder.phase(name):
+                loop._train_step(stepper, optimizer, batches, number, lr=1e-3, saved=None)
+        if scenario.whole_run:
+            _between_steps(config, scenario, recorder, model, stepper, optimizer, batches)
+
+
+def _between_steps(
+    config: RunConfig, scenario: Scenario, recorder: Recorder, model: AdaptedModel, stepper: Stepper, optimizer: Any,
+    batches: Batches,
+) -> None:  # fmt: skip
+    probe = Probe([1] * scenario.tokens, config.model.dtype, config.parallel)
+    drift = DriftCheck(model.adapted, model.pieces, model.groups)
+    with recorder.phase("drift"):
+        drift.run(3, None)
+    with recorder.phase("evaluate"):
+        stepper.evaluate(batches.of_eval())
+    with recorder.phase("probe"):
+        probe.run(stepper)
+    with recorder.phase("save"):
+        gather_tensors(model.pieces, {p: p.data for p in model.parameters}, model.groups)
+        optimizer_state(optimizer, "exp_avg", model.parameters, model.groups)

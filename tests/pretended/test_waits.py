@@ -1,0 +1,137 @@
+"""Where the host may wait for a GPU while it trains: the whole list, by layout. Tensors on the wrong device end a scenario.
+
+What is new here is red, and so is what is gone: the list stays true. Every wait is written as ``kind: file:function`` with how
+often it comes; the scenarios are in ``scenarios.py``, what counts as a wait is in ``device.py``.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pretended.scenarios import SCENARIOS
+
+ROOT = Path(__file__).parents[2]
+
+METRICS = {"values to the host: megalora/train/loop.py:_train_step": 1}
+"""Loss and gradient norm, read together once a step."""
+ALIVE = {"values to the host: megalora/lora/inject.py:GradientCheck.after_backward": 1}
+"""Whether every projection has a gradient: in the first step, and in the first after B has moved."""
+
+
+def splits(times: int) -> dict[str, int]:
+    """How many rows go to whom, before each all-to-all of a forward pass through a layer: an all-to-all needs them on the host."""
+    where = "megatron/core/transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize"
+    return {f"synchronize: {where}": times}
+
+
+def build(replicas: int, linears: int) -> dict[str, int]:
+    """Once, before training.
+
+    Args:
+        replicas: buffers of the optimizer, one or two.
+        linears: adapted Megatron modules of this rank.
+    """
+    return {
+        "copy from pageable memory: megalora/train/setup.py:build_adapted": 1,
+        "copy from pageable memory: megalora/lora/factors.py:LoRAFactors.reset_parameters": linears,
+        "copy from pageable memory: megalora/lora/inject.py:check_coverage": 1,
+        "values to the host: megalora/lora/inject.py:check_coverage": 1,
+        "exchange of objects: megatron/core/optimizer/__init__.py:_get_param_groups": 2,
+        "copy from pageable memory: megatron/core/optimizer/optimizer.py:MixedPrecisionOptimizer.__init__": replicas,
+        "copy from pageable memory: megalora/lora/inject.py:_Parts.to": 2,
+    }
+
+
+def whole_run(replicas: int, linears: int, passes: int, first_rank: bool) -> dict[str, dict[str, int]]:
+    """Every phase of a run on a rank.
+
+    Args:
+        passes: forward passes through MoE layers that exchange rows, in a step and in an evaluation; half as many in a probe.
+    """
+
+    saved = {"exchange of objects: megalora/bridge/peft.py:_send_to_first": 1}
+    if first_rank:
+        saved["copy to the host: megalora/bridge/peft.py:_send_to_first"] = 1
+
+    def exchanged(times: int) -> dict[str, int]:
+        return splits(times) if passes else {}
+
+    return {
+        "build": build(replicas, linears),
+        "first step": METRICS | ALIVE | exchanged(passes),
+        "second step": METRICS | ALIVE | exchanged(passes),
+        "step": METRICS | exchanged(passes),
+        "drift": {"item: megalora/train/drift.py:DriftCheck.run": 1},
+        "evaluate": {"values to the host: megalora/train/step.py:_mean": 1} | exchanged(passes),
+        "probe": {"values to the host: megalora/train/probe.py:Probe.run": 1} | exchanged(passes // 2),
+        "save": saved,
+    }
+
+
+STEPS: dict[str, dict[str, int]] = {
+    "float32, whole layers again": METRICS,
+    "many rows": METRICS,
+    "many rows, dropout, selective": METRICS,
+    "tp 2, shared experts, dropout": METRICS,
+    "ep 2, selective": METRICS | splits(1),
+    "ep 2, etp 2, float32, dropout, full": METRICS | splits(2),
+    "pp 2, first stage": METRICS | splits(2),
+    "pp 2, last stage": METRICS,
+    "pp 2, vpp 2, etp 2": METRICS | splits(4),
+}
+RUNS = {"one GPU": whole_run(1, 6, 0, True), "tp 2, ep 2": whole_run(2, 6, 2, False)}
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    """What every scenario did, from a process in which autograd meets the pretended device before its first pass."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)  # kernels as a GPU would have them
+    command = [sys.executable, "-m", "tests.pretended.run"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", [scenario.name for scenario in SCENARIOS])
+def test_host_waits_only_where_the_list_says(name: str, seen: dict[str, Any]) -> None:
+    assert seen[name]["error"] is None, seen[name]["error"]
+    if name in RUNS:
+        assert seen[name]["waits"] == RUNS[name]
+    else:
+        assert seen[name]["waits"]["step"] == STEPS[name]
+
+
+def test_every_scenario_is_on_the_list() -> None:
+    assert {scenario.name for scenario in SCENARIOS} == STEPS.keys() | RUNS.keys()
+
+
+@pytest.mark.parametrize("name", [scenario.name for scenario in SCENARIOS])
+def test_batches_travel_in_one_copy_a_step(name: str, seen: dict[str, Any]) -> None:
+    assert seen[name]["copies"]["step"] == {"megalora/host.py:to_device": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [("one GPU", "_gemm_kernel"), ("many rows", "grouped_mm"), ("many rows, dropout, selective", "grouped_mm")],
+)
+def test_back_end_is_the_one_for_the_number_of_rows(name: str, takes: str, seen: dict[str, Any]) -> None:
+    """Torch's grouped GEMM from 1,024 rows an expert on, and Triton's below; passes between GEMMs are Triton's in both."""
+    kernels = seen[name]["kernels"]["step"]
+    assert {"_gemm_kernel", "grouped_mm"} & kernels.keys() == {takes}
+    assert {"_shrink_kernel", "_swiglu_kernel", "_swiglu_backward_kernel", "_wgrad_kernel"} <= kernels.keys()
+
+
+@pytest.mark.parametrize(
+    "mistake", ["item", "tolist", "nonzero", "mask", "pageable", "blocking", "compiled", "mixed devices"]
+)
+def test_what_the_device_is_for(mistake: str, seen: dict[str, Any]) -> None:
+    """The device itself: each mistake alone is seen, and what is free is not."""
+    assert seen["mistakes"][mistake], f"{mistake} went unseen"
+    assert not seen["mistakes"]["none"]
