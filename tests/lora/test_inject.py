@@ -1,0 +1,91 @@
+"""What is adapted is what should be, over all ranks; and what gets no gradient is named."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalora.config import RunConfig
+from megalora.lora.inject import GradientCheck, check_coverage
+from tests.distributed.ranks import run_ranks
+from tests.parity.built import Built, built
+from tests.parity.runs import make_config
+
+EXPERT = "base_model.model.model.layers.1.mlp.experts.5.up_proj.lora_B.weight"
+
+
+def said_by(config: RunConfig, act: Callable[[Built], Any]) -> str:
+    with built(config) as run:
+        try:
+            act(run)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+
+def with_one_less(run: Built) -> None:
+    check_coverage(run.model.adapted, [piece for piece in run.model.pieces if piece.name != EXPERT])
+
+
+def with_one_more(run: Built) -> None:
+    pieces = list(run.model.pieces)
+    if dist.get_rank() == 1:
+        pieces.append(replace(pieces[0], name="base_model.model.model.layers.9.mystery.lora_A.weight"))
+    check_coverage(run.model.adapted, pieces)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda run: check_coverage(run.model.adapted, run.model.pieces), ""),
+        (with_one_less, f"1 adapter tensors were not adapted: {EXPERT}"),
+        (with_one_more, "1 adapter tensors should not exist: base_model.model.model.layers.9.mystery.lora_A.weight"),
+    ],
+    ids=["all", "one less", "one more"],
+)
+def test_every_rank_names_what_is_missing_or_too_much(act, message, tiny: Path, chats: Path, tmp_path: Path) -> None:
+    """Experts are on one of the two ranks each; what is missing there is missing everywhere."""
+    assert run_ranks(said_by, 2, make_config(tiny, chats, tmp_path, {"ep": 2}), act) == [message] * 2
+
+
+def with_dead(factor: str, pattern: str, b_has_moved: bool) -> Callable[[Built], None]:
+    """Gradients of one everywhere but for the modules of ``pattern``."""
+
+    def act(run: Built) -> None:
+        for piece in run.model.pieces:
+            piece.parameter.main_grad = torch.ones_like(piece.parameter, dtype=torch.float32)
+        for piece in run.model.pieces:
+            if re.search(rf"{pattern}\.lora_{factor}", piece.name):
+                piece.parameter.main_grad[piece.index] = 0
+        check = GradientCheck(run.model.adapted, run.model.pieces)
+        check.after_backward(b_has_moved)
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("factor", "pattern", "b_has_moved", "label"),
+    [
+        ("B", r"layers\.2\.self_attn\.k_proj", False, "layer 2 k_proj"),
+        ("A", r"layers\.2\.self_attn\.k_proj", True, "layer 2 k_proj"),  # some rows of a stacked parameter
+        ("A", r"layers\.1\.mlp\.experts\.\d+\.up_proj", True, "layer 1 up_proj"),
+        ("A", r"layers\.2\.self_attn\.k_proj", False, None),  # A is looked at once B has moved
+        ("B", r"layers\.1\.mlp\.experts\.[4-7]\.up_proj", False, None),  # all experts of one rank, idle
+    ],
+)
+def test_a_projection_without_gradient_is_named(
+    factor, pattern, b_has_moved, label, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    act = with_dead(factor, pattern, b_has_moved)
+    for said in run_ranks(said_by, 2, make_config(tiny, chats, tmp_path, {"ep": 2}), act):
+        if label is None:
+            assert said == ""
+        else:
+            assert said.startswith(
+                f"the gradient of {factor} is exactly zero for 1 of 28 adapted projections ({label})"
+            )

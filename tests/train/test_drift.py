@@ -1,0 +1,54 @@
+"""Which copies are compared, and the names of those that differ."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalora.config import RunConfig
+from megalora.train.drift import DriftCheck
+from tests.distributed.ranks import run_ranks
+from tests.parity.built import built
+from tests.parity.runs import make_config
+
+
+def found_after_a_change(config: RunConfig, names: list[str], rank: int) -> str:
+    """Change the last bit of the last element of each tensor on one rank; what the check says on this one."""
+    with built(config) as run:
+        check = DriftCheck(run.model.adapted, run.model.pieces, run.model.groups)
+        check.run(0, None)
+        if dist.get_rank() == rank:
+            for piece in run.model.pieces:
+                if piece.name in names:
+                    part = piece.of({piece.parameter: piece.parameter.data})
+                    part[-1, -1] = torch.nextafter(part[-1, -1], torch.tensor(torch.inf))
+        try:
+            check.run(1, None)
+        except RuntimeError as error:
+            return str(error).partition(". A gradient")[0].partition(": ")[2]
+        return ""
+
+
+LAYER = "base_model.model.model.layers.{}.{}.weight"
+Q, GATE_A, DOWN_B = (
+    LAYER.format(0, "self_attn.q_proj.lora_A"),
+    LAYER.format(0, "mlp.experts.2.gate_proj.lora_A"),
+    LAYER.format(0, "mlp.experts.5.down_proj.lora_B"),
+)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "found"), [({"ep": 2}, [Q]), ({}, [Q, GATE_A, DOWN_B])], ids=["experts once", "experts twice"]
+)
+def test_tensors_that_differ_are_named_and_only_replicas_are_compared(
+    parallel, found, tiny: Path, chats: Path, tmp_path: Path
+):
+    """One tensor of a stacked parameter, one expert of many: the parameter's hash tells, the tensor's name is said."""
+    config = make_config(tiny, chats, tmp_path, parallel)
+    for said in run_ranks(found_after_a_change, 2, config, [Q, GATE_A, DOWN_B], 1):
+        count, _, names = said.partition(
+            " of 224 adapter tensors differ between ranks that hold the same part of them: "
+        )
+        assert count == str(len(found))
+        assert sorted(names.split(", ")) == sorted(found)
