@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
 
 from megalora import staged
+from megalora.cpu_device import CudaMeansCpu, NoStream
 from megalora.environment import SHARE_GPU, set_defaults, shares_gpu
 from megalora.rendezvous import meeting_place
 
@@ -39,7 +39,7 @@ def on_host() -> Iterator[None]:
     """Build and run modules on the CPU inside the block, also where there is a GPU; tensors stay where they are."""
     token = _ON_HOST.set(True)
     try:
-        with contextlib.nullcontext() if not torch.cuda.is_available() else _HostDevice():
+        with contextlib.nullcontext() if not torch.cuda.is_available() else CudaMeansCpu():
             yield
     finally:
         _ON_HOST.reset(token)
@@ -268,12 +268,12 @@ def install() -> None:
     _leave_router_uncompiled()
     if torch.cuda.is_available():
         return
-    _HostDevice().__enter__()
+    CudaMeansCpu().__enter__()
     torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     torch.cuda.manual_seed = torch.manual_seed  # pyright: ignore[reportAttributeAccessIssue]
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()  # type: ignore
-    torch.cuda.Stream = _NoStream  # type: ignore
-    torch.cuda.current_stream = lambda *args: _NoStream()  # type: ignore
+    torch.cuda.Stream = NoStream  # type: ignore
+    torch.cuda.current_stream = lambda *args: NoStream()  # type: ignore
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore
     torch.cuda.synchronize = lambda *args: None
     _install_in_megatron()
@@ -320,42 +320,3 @@ def _install_in_megatron() -> None:
         return staged.uneven_reduce_scatter(input_, group, input_split_sizes)
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
-
-
-def _to_host(device: Any) -> Any:
-    if device is None or isinstance(device, int):
-        return torch.device("cpu") if device is not None else None
-    return torch.device("cpu") if torch.device(device).type == "cuda" else device
-
-
-class _HostDevice(TorchFunctionMode):
-    """Reads every request for a CUDA device as a request for the CPU."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not kwargs and func not in _MAY_NAME_A_DEVICE:  # nearly every call, attributes' included
-            return func(*args)
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron's optimizers compare type names with "torch.cuda.FloatTensor".
-            return func(*args).replace("torch.", "torch.cuda.")
-        if kwargs.get("device") is not None:
-            kwargs["device"] = _to_host(kwargs["device"])
-        if func is torch.Tensor.to:
-            args = tuple(_to_host(a) if isinstance(a, str | torch.device) else a for a in args)
-        return func(*args, **kwargs)
-
-
-_MAY_NAME_A_DEVICE = frozenset({torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to})
-
-
-class _NoStream:
-    """A CUDA stream where there is none: everything has already happened."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def wait_stream(self, *args: Any) -> None: ...
-    def wait_event(self, *args: Any) -> None: ...
-    def synchronize(self) -> None: ...
-    def record_event(self, *args: Any) -> "_NoStream":
-        return self
