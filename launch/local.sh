@@ -9,7 +9,8 @@ usage='usage: launch/local.sh CONFIG.yaml [NPROC] [section.key=value ...]
   section.key=value   overrides of the config, for example train.lr=2e-4 parallel.ep=8
 
   CUDA_VISIBLE_DEVICES=0,1 launch/local.sh CONFIG.yaml    uses these two GPUs.
-  kill PID (SIGTERM): the ranks finish their step, save a checkpoint and exit; checkpoint.resume=true continues from it.'
+  MAX_RESTARTS=0 launch/local.sh CONFIG.yaml    does not start the ranks again when one has failed (default: 3 times).
+  kill PID (SIGTERM) or Ctrl-C: the ranks finish their step, save a checkpoint and exit; checkpoint.resume=true continues from it.'
 
 case "${1:-}" in
   "") printf '%s\n' "$usage" >&2; exit 2 ;;

@@ -22,7 +22,9 @@ usage='usage: launch/torchrun_node.sh CONFIG.yaml [section.key=value ...]
                                             [PET_NPROC_PER_NODE]
   RDZV_ID          name of the run, the same on all its nodes (default megalora) [PET_RDZV_ID]
   MODULE           what to run; megalora bench calls this with modules of its own (default megalora.train)
-  RDZV_TIMEOUT     seconds that nodes wait for each other at the start (default 900)
+  MAX_RESTARTS     how often the ranks start again, and go on from the last checkpoint, when one has failed (default 3;
+                   0: never). Without checkpoint.every nothing is saved on the way               [PET_MAX_RESTARTS]
+  RDZV_TIMEOUT     seconds that nodes wait for each other, at the start and after a failure (default 900)
   LOCAL_ADDR       how the others reach this node (default: MASTER_ADDR on node 0, elsewhere the address this node
                    uses to talk to node 0); ranks may have to be told the network too: NCCL_SOCKET_IFNAME=eth0 on
                    GPUs, GLOO_SOCKET_IFNAME=eth0 without
@@ -99,6 +101,10 @@ MASTER_PORT=${MASTER_PORT:-${PET_MASTER_PORT:-${meeting##*:}}}
 MASTER_PORT=${MASTER_PORT:-29500}
 RDZV_ID=${RDZV_ID:-${PET_RDZV_ID:-megalora}}
 MODULE=${MODULE:-megalora.train}
+# Other modules keep no checkpoints; megalora bench counts a failure as a result.
+restarts=0
+[[ "$MODULE" != megalora.train ]] || restarts=3
+MAX_RESTARTS=${MAX_RESTARTS:-${PET_MAX_RESTARTS:-$restarts}}
 RDZV_TIMEOUT=${RDZV_TIMEOUT:-900}
 if [[ -z "$MASTER_ADDR" && -n "${SLURM_STEP_NODELIST:-}" ]]; then
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_STEP_NODELIST") # node-[a-c] -> node-a ...
@@ -112,6 +118,7 @@ check_count NNODES "$NNODES" "; a run keeps the nodes it started with, so a rang
 check_count NPROC_PER_NODE "$NPROC_PER_NODE"
 check_count MASTER_PORT "$MASTER_PORT"
 check_count RDZV_TIMEOUT "$RDZV_TIMEOUT"
+[[ "$MAX_RESTARTS" =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS is not a number of at least 0"
 ((gpus == 0 || NPROC_PER_NODE <= gpus)) ||
   fail "$NPROC_PER_NODE ranks on this node, but it has $gpus GPUs and every rank needs its own; start at most $gpus"
 
@@ -124,13 +131,18 @@ fi
 # The training operator counts nodes in these; our checks below and torchrun's ranks must not take them for theirs.
 unset RANK WORLD_SIZE LOCAL_RANK
 
-# A mistake in the config shows here, once and in a line, before any rank starts. Other modules check what they are given.
+# A mistake in the config or a missing file shows here, once and in a line, before any rank starts. Other modules check what they are given.
 if [[ "$MODULE" == megalora.train ]]; then
   python - $((NNODES * NPROC_PER_NODE)) "$config" "$@" <<'PYTHON'
 import sys
-from megalora.cli import guarded
 from megalora.config_file import load_config
-guarded(lambda a: load_config(a[1], a[2:]).check_world(int(a[0])), sys.argv[1:])
+from megalora.paths import check_paths
+from megalora.user_error import guarded
+def check(arguments):
+    config = load_config(arguments[1], arguments[2:])
+    config.check_world(int(arguments[0]))
+    check_paths(config)
+guarded(check, sys.argv[1:])
 PYTHON
 fi
 
@@ -174,9 +186,10 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks share the cores: torch's default, all cores each, thrashes
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" # torchrun's 30 s is short for a checkpoint
 
-# exec: torchrun takes this shell's place, so that SIGTERM reaches it. It passes the signal on to its ranks and waits; they
-# finish their step, save and exit with 0. A torchrun that got a signal then prints a traceback that ends in SignalException
-# and exits with 1, also when all went well: "stopped by a signal at step N; the adapter is ..." above it is the proof.
+# exec: torchrun takes this shell's place, so that SIGTERM and Ctrl-C reach it. It passes the signal on to its ranks and waits;
+# they finish their step, save and say "stopped by a signal at step N; the adapter is ...". A torchrun that got a signal exits
+# with 128 and its number (143, 130), also when all went well.
 # One signalled node stops the ranks of all, but the torchrun of node 0 then waits up to 5 minutes for the others' to
 # report before it exits; signal every node and they end together.
-exec torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" "${rendezvous[@]}" -m "$MODULE" "$config" "$@"
+exec python -m megalora.launching --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts "$MAX_RESTARTS" \
+  "${rendezvous[@]}" -m "$MODULE" "$config" "$@"

@@ -1,22 +1,18 @@
 """The ``megalora`` command: reads arguments, calls the library, turns a user's mistake into one line and exit code 2."""
 
 import argparse
-import logging
 import os
 import sys
-import sysconfig
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megalora.launching import torchrun
+from megalora.paths import check_paths, user_path
 from megalora.planner.arguments import add_planner_commands
+from megalora.user_error import guarded
 
-MISTAKE = 2
-"""Exit code of a user's mistake, argparse's too."""
 PIPE_CLOSED = 141
 """As a shell says of a process that SIGPIPE ended."""
-PATIENCE_S = 30
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,34 +23,6 @@ def main(arguments: list[str] | None = None) -> None:
     ):  # the reader, such as head, has seen enough; the interpreter must not flush into the pipe as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(PIPE_CLOSED)
-
-
-def guarded(action: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Run ``action``; a ``ValueError`` is the user's to mend, so it is shown without a traceback, by one rank.
-
-    What is wrong for one rank is nearly always wrong for all. The first to leave has torchrun end the others, so they
-    leave that to rank 0, which speaks; when it does not, something is wrong on this machine alone and is said here.
-    """
-    try:
-        action(arguments)
-    except ValueError as error:
-        if os.environ.get("MEGALORA_TRACEBACK"):
-            raise
-        rank = int(os.environ.get("RANK", 0))
-        if rank:
-            time.sleep(PATIENCE_S)
-        print(f"megalora{f' (rank {rank})' if rank else ''}: {error}{_whose(error)}", file=sys.stderr)
-        sys.exit(MISTAKE)
-
-
-def _whose(error: ValueError) -> str:
-    """A hint where the error was raised in a library: it may not be the user's."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    where = Path(frame.tb_frame.f_code.co_filename) if frame else Path(__file__)
-    ours = where.is_relative_to(Path(__file__).parent) or not where.is_relative_to(sysconfig.get_path("purelib"))
-    return "" if ours else "\n  (raised in a library; MEGALORA_TRACEBACK=1 shows where)"
 
 
 def _run(arguments: list[str]) -> None:
@@ -77,15 +45,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     tiny = commands.add_parser("tiny", help="make a tiny random base model with tokenizer and chat template")
-    tiny.add_argument("out", type=Path)
+    tiny.add_argument("out", type=user_path)
     tiny.add_argument("--arch", default="qwen3_moe", help="qwen3_moe, qwen3 (dense) or qwen2_moe (shared experts)")
     tiny.add_argument("--seed", type=int, default=0)
     tiny.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     tiny.set_defaults(action=_tiny)
 
     train = commands.add_parser("train", help="fine-tune; starts torchrun on this machine")
-    train.add_argument("config", type=Path)
+    train.add_argument("config", type=user_path)
     train.add_argument("--nproc", type=int, default=1, help="ranks to start")
+    train.add_argument(
+        "--max-restarts", type=int, default=0, help="how often ranks start again and resume when one has failed"
+    )
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.set_defaults(action=_train)
 
@@ -98,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_file_commands(commands: Any) -> None:
     """What reads and writes adapter folders."""
     export = commands.add_parser("export", help="an adapter folder for PEFT, vLLM or SGLang, out of a checkpoint")
-    export.add_argument("checkpoint", type=Path, help="or any adapter folder")
-    export.add_argument("out", type=Path)
+    export.add_argument("checkpoint", type=user_path, help="or any adapter folder")
+    export.add_argument("out", type=user_path)
     export.add_argument(
         "--for", dest="engine", choices=["peft", "vllm", "sglang"], help="refuse what it would not honour"
     )
@@ -113,8 +84,8 @@ def _add_file_commands(commands: Any) -> None:
     export.set_defaults(action=_export)
 
     importer = commands.add_parser("import", help="a PEFT adapter made elsewhere as a checkpoint to train on from")
-    importer.add_argument("adapter", type=Path)
-    importer.add_argument("out", type=Path)
+    importer.add_argument("adapter", type=user_path)
+    importer.add_argument("out", type=user_path)
     importer.add_argument("--base", required=True, help="the base model's folder or hub name")
     importer.add_argument(
         "--lora-b-layout", choices=["rank_major", "grouped_by_expert"], help="of stacked experts saved by Unsloth"
@@ -122,20 +93,20 @@ def _add_file_commands(commands: Any) -> None:
     importer.set_defaults(action=_import)
 
     merge = commands.add_parser("merge", help="add an adapter to its base's weights")
-    merge.add_argument("adapter", type=Path)
+    merge.add_argument("adapter", type=user_path)
     merge.add_argument("--base", required=True, help="the base model's folder or hub name")
-    merge.add_argument("--out", required=True, type=Path)
+    merge.add_argument("--out", required=True, type=user_path)
     merge.set_defaults(action=_merge)
 
     inspect = commands.add_parser("inspect", help="say what is in an adapter")
-    inspect.add_argument("adapter", type=Path)
+    inspect.add_argument("adapter", type=user_path)
     inspect.set_defaults(action=_inspect)
 
 
 def _add_engine_commands(commands: Any) -> None:
     """What runs an adapter in another engine."""
     verify = commands.add_parser("verify", help="compare an adapter in stock PEFT or vLLM with megalora's own model")
-    verify.add_argument("adapter", type=Path)
+    verify.add_argument("adapter", type=user_path)
     verify.add_argument("--base", required=True, help="the base model's folder or hub name")
     verify.add_argument("--engine", default="peft", choices=["peft", "vllm"])
     verify.add_argument(
@@ -172,28 +143,17 @@ def _train(options: Any, rest: list[str]) -> None:
     overrides = [*options.overrides, *rest]
     config = load_config(options.config, overrides)  # mistakes show before ranks start
     config.check_world(options.nproc)
+    check_paths(config)
     if Path(config.model.path).is_dir():
         plan(config.lora, config.parallel, Path(config.model.path))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Seconds to save after SIGTERM; torchrun's own default kills after 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    if options.max_restarts < 0:
+        raise ValueError(f"--max-restarts must not be negative, got {options.max_restarts}")
     ranks = ["--standalone", "--nproc-per-node", str(options.nproc)]
+    ranks += ["--max-restarts", str(options.max_restarts)]
     torchrun([*ranks, "-m", "megalora.train", str(options.config), *overrides])
-
-
-def torchrun(arguments: list[str]) -> None:
-    """Run torchrun in this process; a mistake that a rank has reported ends it without torchrun's own report."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    try:
-        run.main(arguments)
-    except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        if first.exitcode == MISTAKE:
-            sys.exit(MISTAKE)
-        raise
 
 
 def _export(options: Any, _: list[str]) -> None:

@@ -7,11 +7,26 @@ that they run before any process group or weight exists. ``config_file.py`` read
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from megalora.paths import expand
+
 
 def require(condition: bool, message: str) -> None:
     """Raise ``ValueError`` with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def check_warmup(warmup: int, steps: int, what: str) -> None:
+    """Raise ``ValueError`` where no step would reach the learning rate that was asked for.
+
+    Args:
+        what: names the run's steps.
+    """
+    require(
+        warmup <= steps,
+        f"train.warmup={warmup} is longer than {what}: the learning rate would end at {steps / max(1, warmup):.0%} of train.lr. "
+        "Lower train.warmup or train more steps.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +38,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights, adapters and activations; with bfloat16 the optimizer keeps float32 masters."""
     attention: Literal["sdpa"] = "sdpa"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", expand(self.path, "model.path"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +139,9 @@ class DataConfig:
     """Of the order of samples, and of the hold-out."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "train", expand(self.train, "data.train"))
+        if isinstance(self.eval, str):
+            object.__setattr__(self, "eval", expand(self.eval, "data.eval"))
         require(self.max_length >= 2, f"data.max_length must be at least 2 tokens, got {self.max_length}")
 
 
@@ -167,6 +188,8 @@ class TrainConfig:
             require(value is None or value > 0, f"train.{name} must be above 0, got {value}")
         for name in ("warmup", "weight_decay", "clip_grad", "eval_every", "check_replicas_every"):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
+        if self.steps is not None:
+            check_warmup(self.warmup, self.steps, f"train.steps={self.steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +206,9 @@ class CheckpointConfig:
     """URL of a running vLLM server, such as ``megalora serve`` starts: every checkpoint is loaded there, in place of the last."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dir", expand(self.dir, "checkpoint.dir"))
+        if isinstance(self.resume, str):
+            object.__setattr__(self, "resume", expand(self.resume, "checkpoint.resume"))
         require(
             self.serve is None or self.serve.startswith(("http://", "https://")),
             f"checkpoint.serve={self.serve} is no URL of a server; write it as http://HOST:PORT",

@@ -17,11 +17,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from megalora.config import RunConfig, require
+from megalora.paths import user_path
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply ``section.key=value`` overrides in order, and validate the result."""
-    path = Path(path)
+    path = user_path(str(path))
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
     with _reading(str(path)):

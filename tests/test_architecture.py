@@ -29,7 +29,8 @@ MEGATRON_SEAM = (
 WITHOUT_TORCH = (
     "megalora/__init__.py", "megalora/__main__.py", "megalora/cli.py", "megalora/config.py", "megalora/config_file.py",
     "megalora/environment.py",
-    "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/model/__init__.py", "megalora/model/shape.py",
+    "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/paths.py",
+    "megalora/launching.py", "megalora/user_error.py", "megalora/model/__init__.py", "megalora/model/shape.py",
     "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/planner/",
 )  # fmt: skip
 """What checks a config answers in a fraction of a second: importing Megatron takes ten."""

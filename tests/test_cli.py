@@ -38,8 +38,9 @@ def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 @pytest.fixture
 def run_yaml(tiny: Path, tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
+    (tmp_path / "chats.jsonl").touch()
     path.write_text(
-        f"model: {{path: {tiny}}}\ndata: {{train: chats.jsonl}}\ntrain: {{steps: 3, global_batch_size: 8}}\n"
+        f"model: {{path: {tiny}}}\ndata: {{train: {tmp_path}/chats.jsonl}}\ntrain: {{steps: 3, global_batch_size: 8}}\n"
     )
     return path
 
@@ -125,7 +126,7 @@ def test_train_starts_torchrun(
     arguments = ["train", run_yaml, "train.lr=0.5", "--nproc", 4, "parallel.ep=2", "train.lr=0.25"]
     assert outcome(capsys, *arguments) == (0, "", "")
     assert started == [
-        ["--standalone", "--nproc-per-node", "4", "-m", "megalora.train", str(run_yaml),
+        ["--standalone", "--nproc-per-node", "4", "--max-restarts", "0", "-m", "megalora.train", str(run_yaml),
          "train.lr=0.5", "parallel.ep=2", "train.lr=0.25"]
     ]  # fmt: skip
     assert os.environ["OMP_NUM_THREADS"] == "1"

@@ -72,6 +72,14 @@ TWO_NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}
     [
         ("local.sh", ["nope.yaml"], {}, "nope.yaml: no such config file"),
         ("local.sh", [QUICKSTART, "0"], {}, "NPROC_PER_NODE=0 is not a number of at least 1"),
+        ("local.sh", [QUICKSTART, "2"], {"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1 is not a number of at least 0"),
+        ("local.sh", [QUICKSTART, "2", "data.train=no.jsonl"], {}, "no.jsonl: no such file"),
+        (
+            "local.sh",
+            [QUICKSTART, "2", "checkpoint.dir=launch/local.sh"],
+            {},
+            "launch/local.sh is a file; choose a folder",
+        ),
         ("local.sh", [QUICKSTART, "3"], {}, "3 ranks cannot hold the expert grid: etp=1 * ep=2 * pp=1 = 2"),
         ("local.sh", [QUICKSTART, "4"], {"CUDA_VISIBLE_DEVICES": "0,2"}, "4 ranks on this node, but it has 2 GPUs"),
         ("torchrun_node.sh", [QUICKSTART], {**TWO_NODES, "NNODES": "two"}, "NNODES=two is not a number"),
@@ -115,8 +123,8 @@ def test_local_starts_one_rank_per_gpu_and_hands_overrides_on(copy: Path) -> Non
     result = launch(copy, "local.sh", QUICKSTART, *overrides, CUDA_VISIBLE_DEVICES="4,5,6,7")
     first, *arguments = result.stdout.splitlines()
     assert first.endswith("OMP=1 timeout=600")
-    assert arguments[:5] == ["--nnodes", "1", "--nproc-per-node", "4", "--standalone"]
-    assert arguments[5:] == ["-m", "megalora.train", QUICKSTART, *overrides]
+    assert arguments[:7] == ["--nnodes", "1", "--nproc-per-node", "4", "--max-restarts", "3", "--standalone"]
+    assert arguments[7:] == ["-m", "megalora.train", QUICKSTART, *overrides]
 
 
 @pytest.mark.parametrize(("rank", "is_host", "address"), [("0", 1, "localhost"), ("1", 0, "127.0.0.1")])
@@ -127,14 +135,15 @@ def test_nodes_meet_at_node_zero(copy: Path, listening: int, rank: str, is_host:
         "MASTER_PORT": str(listening),
         "NPROC_PER_NODE": "3",
         "RDZV_ID": "me",
+        "MAX_RESTARTS": "1",
     }
     arguments = ["parallel.ep=6", "train.global_batch_size=48", "checkpoint.dir=with a space"]
     result = launch(copy, "torchrun_node.sh", QUICKSTART, *arguments, **settings, SLURM_NODEID=rank)
     said = result.stdout.splitlines()[1:]
-    assert said[:6] == ["--nnodes", "2", "--nproc-per-node", "3", "--rdzv-backend", "c10d"]
-    assert said[6:10] == ["--rdzv-endpoint", f"localhost:{listening}", "--rdzv-id", "me"]
-    assert said[10:14] == ["--rdzv-conf", f"is_host={is_host},timeout=900,read_timeout=30", "--local-addr", address]
-    assert said[14:] == ["-m", "megalora.train", QUICKSTART, *arguments]
+    assert said[:6] == ["--nnodes", "2", "--nproc-per-node", "3", "--max-restarts", "1"]
+    assert said[6:12] == ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{listening}", "--rdzv-id", "me"]
+    assert said[12:16] == ["--rdzv-conf", f"is_host={is_host},timeout=900,read_timeout=30", "--local-addr", address]
+    assert said[16:] == ["-m", "megalora.train", QUICKSTART, *arguments]
 
 
 def test_signals_reach_torchrun(copy: Path) -> None:

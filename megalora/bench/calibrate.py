@@ -26,8 +26,8 @@ from megalora.bench.calibrate_grid import CPU, GPU, extremes_first, interleaved
 from megalora.bench.clock import FLUSH_BYTES, Clock, copies, slowest
 from megalora.bench.rows import write_json
 from megalora.bench.versions import commit, installed
-from megalora.cli import guarded
 from megalora.environment import refuse_shared_gpu
+from megalora.user_error import guarded
 
 type Point = dict[str, int | float]
 

@@ -8,8 +8,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from megalora.cli import guarded
 from megalora.environment import refuse_shared_gpu, set_defaults
+from megalora.user_error import guarded
 
 
 def main(arguments: list[str]) -> None:

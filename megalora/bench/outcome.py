@@ -3,7 +3,7 @@
 import re
 
 _REFUSED = re.compile(r"^megalora(?: \(rank \d+\))?: (.*)$", re.MULTILINE)
-"""As ``cli.guarded`` says a ``ValueError``."""
+"""As ``user_error.guarded`` says a ``ValueError``."""
 _NO_MEMORY = re.compile(
     r"OutOfMemoryError|CUDA out of memory|CUDA error: out of memory|Cuda failure \d+ 'out of memory'"
     r"|CUBLAS_STATUS_ALLOC_FAILED|DefaultCPUAllocator: can't allocate memory|Cannot allocate memory"

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megalora.model.shape import read_json_object
+from megalora.paths import expand
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -35,6 +36,7 @@ def local_folder(path: str, option: str = "model.path", *, weights: bool = True)
         option: what the user calls it, for messages.
         weights: download them too.
     """
+    path = expand(path, option)
     if Path(path).is_dir():
         return Path(path)
     if path.startswith((".", "/")) or path.count("/") > 1:

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megalora.paths import user_path
+
 
 def add_planner_commands(commands: Any) -> None:
     """Add both to argparse's subcommands."""
@@ -15,7 +17,7 @@ def add_planner_commands(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser("plan", help="which layout to train with on how many GPUs; needs no GPU")
-    plan.add_argument("config", type=Path)
+    plan.add_argument("config", type=user_path)
     plan.add_argument("--gpus", type=int, required=True, help="ranks, one for each GPU")
     plan.add_argument("--gpu", default="h100", help="h100, h200, a100, b200, or a file of megalora bench --calibrate")
     plan.add_argument("--gpus-per-node", type=int, help="default: 8, or what the file says")
@@ -26,9 +28,9 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument(
         "--lora-rank", type=_numbers, default=[], metavar="R,...", help="try these lora.rank beside the config's"
     )
-    plan.add_argument("--out", type=Path, metavar="FILE.yaml", help="write the best layout as a config")
-    plan.add_argument("--figure", type=Path, metavar="FILE.png", help="draw memory and time of the layouts shown")
-    plan.add_argument("--rejected", type=Path, metavar="FILE", help="write every other layout with its reason")
+    plan.add_argument("--out", type=user_path, metavar="FILE.yaml", help="write the best layout as a config")
+    plan.add_argument("--figure", type=user_path, metavar="FILE.png", help="draw memory and time of the layouts shown")
+    plan.add_argument("--rejected", type=user_path, metavar="FILE", help="write every other layout with its reason")
     plan.add_argument(
         "--dry-run", type=int, metavar="RANK", help="build this rank of the config's layout on the meta device"
     )
@@ -44,10 +46,10 @@ def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench", help="measure layouts with the real training step, beside what plan says; or this machine"
     )
-    bench.add_argument("config", type=Path, nargs="?")
+    bench.add_argument("config", type=user_path, nargs="?")
     bench.add_argument("overrides", nargs="*", metavar="section.key=value")
     bench.add_argument(
-        "--calibrate", type=Path, metavar="FILE.json", help="measure this machine instead, for --gpu FILE.json"
+        "--calibrate", type=user_path, metavar="FILE.json", help="measure this machine instead, for --gpu FILE.json"
     )
     bench.add_argument("--nproc", type=int, default=1, help="ranks, over all nodes")
     bench.add_argument(
@@ -63,7 +65,7 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--timeout-minutes", type=float, default=30, help="for one layout")
     bench.add_argument("--budget-seconds", type=float, default=120, help="for --calibrate")
     bench.add_argument(
-        "--out", type=Path, default=Path("runs/bench"), help="folder; what it has measured is not run again"
+        "--out", type=user_path, default=Path("runs/bench"), help="folder; what it has measured is not run again"
     )
     bench.set_defaults(action=_bench)
 
@@ -93,7 +95,7 @@ def _calibrate(options: Any) -> None:
     if nodes.count > 1:
         started, environment = command(nodes, options.nproc, words, "calibration", "megalora.bench.calibrate")
         sys.exit(subprocess.run(started, env=environment).returncode)
-    from megalora.cli import torchrun
+    from megalora.launching import torchrun
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torchrun(["--standalone", "--nproc-per-node", str(options.nproc), "-m", "megalora.bench.calibrate", *words])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megalora.config import require
+from megalora.paths import expand
 from megalora.planner.hardware import (
     KINDS,
     Constant,
@@ -52,7 +53,7 @@ def find_machine(name: str) -> Machine:
     """The GPU of that name, or the machine a calibration file describes; raises ``ValueError``."""
     if name.lower() in GPUS:
         return GPUS[name.lower()]
-    path = Path(name)
+    path = Path(expand(name, "--gpu"))
     if not path.is_file():
         raise ValueError(
             f"--gpu {name} is neither {', '.join(GPUS)} nor a file; megalora bench --calibrate FILE measures this machine"

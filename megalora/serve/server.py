@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 
 from megalora.model.shape import read_hf_config
+from megalora.paths import expand, user_path
 from megalora.serve.check import Limits, Needs, check_adapter
 from megalora.serve.errors import AdapterRankTooLarge, ServerError
 from megalora.serve.store import Store
@@ -81,9 +82,10 @@ def named_adapters(adapters: Iterable[str | Path] | Mapping[str, str | Path]) ->
 
 def _named(adapter: str) -> tuple[str, Path]:
     name, equals, folder = adapter.partition("=")
-    if not equals or Path(adapter).is_dir():  # a folder may be called lr=1e-4
-        return Path(adapter).resolve().name, Path(adapter)
-    return name, Path(folder)
+    whole = user_path(adapter)
+    if not equals or whole.is_dir():  # a folder may be called lr=1e-4
+        return whole.resolve().name, whole
+    return name, user_path(folder)
 
 
 @dataclass
@@ -128,6 +130,7 @@ class Server:
             raise ValueError(
                 "--api-key is seen by everyone who lists processes, and not by us: set VLLM_API_KEY instead"
             )
+        self.base = expand(str(self.base), "--base")
         self._folder = Path(self.base) if Path(self.base).is_dir() else None
         hf = read_hf_config(self._folder) if self._folder else {}
         self.named = named_adapters(self.adapters)

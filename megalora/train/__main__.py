@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from megalora.cli import guarded
 from megalora.environment import set_defaults
+from megalora.user_error import guarded
 
 
 def main(arguments: list[str]) -> None:

@@ -16,6 +16,7 @@ from megalora.data.loader import (
     split_off_eval,
 )
 from megalora.parallel import Groups
+from megalora.train.duration import num_steps
 
 
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split | None]:
@@ -42,11 +43,7 @@ class Batches:
 
     @property
     def num_steps(self) -> int:
-        options = self.config.train
-        if options.steps is not None:
-            return options.steps
-        assert options.epochs is not None  # TrainConfig has exactly one of the two
-        return max(1, round(options.epochs * len(self.train.samples) / options.global_batch_size))
+        return num_steps(self.config.train, len(self.train.samples))
 
     def _indices(self, step: int) -> Any:
         options, seed = self.config.train, self.config.data.seed

@@ -18,6 +18,7 @@ from megalora.data.probe_text import probe_tokens
 from megalora.lora.inject import GradientCheck, trainable_summary, write_manifest
 from megalora.lora.spec import plan
 from megalora.model.recompute import apply_recompute
+from megalora.train import duration
 from megalora.train.batches import Batches, load_data
 from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
@@ -73,6 +74,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         splits = load_data(config, tokenizer)
         samples = Samples.of(splits[0].samples)
         check_agreement("training samples", samples)
+        duration.num_steps(config.train, samples.count)  # refuses a warm-up that is longer, before weights are read
         if found.state:
             check_same_samples(found.state, config, samples)
         with parallel_groups(config.parallel, config.train.seed) as groups:
@@ -212,6 +214,8 @@ def _opening(config: RunConfig, model: AdaptedModel, batches: Batches, resume_fr
         f"train: {batches.train.summary()}",
     ]
     lines += [f"eval: {batches.eval.summary()}"] if batches.eval else []
+    if rounded := duration.rounding(config.train, len(batches.train.samples)):
+        lines.append(rounded)
     lines += [f"continuing from {resume_from}"] if resume_from else []
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megalora.train.checkpoint.identity import KEPT
 from megalora.train.checkpoint.writer import recover
 from megalora.train.first_rank import on_first_rank
 
@@ -61,6 +62,7 @@ def opened(run: Path, job: str | None = None) -> Iterator[Opened]:
         ValueError: on every rank, when another run holds the folder or it cannot be written to.
     """
     held: list[int] = []
+    is_new = not run.exists()
 
     def take() -> Opened:
         descriptor, answer = take_lock(run, job)
@@ -70,19 +72,40 @@ def opened(run: Path, job: str | None = None) -> Iterator[Opened]:
 
     try:
         yield on_first_rank(take, f"checkpoint.dir={run} cannot be used")
+    except BaseException:
+        if held and is_new:
+            _leave_nothing(run)
+        raise
     finally:
         for descriptor in held:
             os.close(descriptor)
+
+
+def _leave_nothing(run: Path) -> None:
+    """Remove a folder that was made for a run that did not begin; the lock is held."""
+    begun = {path.name for path in run.iterdir()} - {LOCK, KEPT}
+    if not begun:
+        (run / KEPT).unlink(missing_ok=True)
+        (run / LOCK).unlink()
+        run.rmdir()
 
 
 def take_lock(run: Path, job: str | None) -> tuple[int, Opened]:
     """The open lock file, locked, and what it said before; raises ``ValueError`` when another run holds it."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"checkpoint.dir={run} is a file; choose a folder")
-    run.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    while True:
+        run.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            notes = _lock(descriptor, run, job)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if _is_still_there(descriptor, run):
+            break
+        os.close(descriptor)  # a run that did not begin has removed it, just before this one had it locked
     try:
-        notes = _lock(descriptor, run, job)
         before = _read(descriptor)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, (json.dumps(asdict(_this_process(job))) + "\n").encode(), 0)
@@ -90,6 +113,14 @@ def take_lock(run: Path, job: str | None) -> tuple[int, Opened]:
         os.close(descriptor)
         raise
     return descriptor, Opened(before is not None and job is not None and before.job == job, notes)
+
+
+def _is_still_there(descriptor: int, run: Path) -> bool:
+    """Whether the open file is the folder's lock file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(run / LOCK))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(descriptor: int, run: Path, job: str | None) -> list[str]:

@@ -138,7 +138,7 @@ def start(folder: Path, port: int, config: Path, *overrides: str) -> list[Node]:
         settings = {
             "NNODES": "2", "NODE_RANK": str(host.node_rank), "NPROC_PER_NODE": "2",
             "MASTER_ADDR": HOSTS[0].name, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": CARD,
-            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MAX_RESTARTS": "0",
         }  # fmt: skip
         command = ["ip", "netns", "exec", host.space, ROOT / "launch" / "torchrun_node.sh", config, *overrides]
         with log.open("wb") as out:

@@ -13,6 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FAKES = {
+    # Everything but torchrun is Python's to do.
+    "python": f"""
+        [[ "$1 $2" = "-m megalora.launching" ]] || exec {sys.executable} "$@"
+        shift 2
+        exec torchrun "$@\"""",
     "torchrun": 'echo "pid=$$ OMP=$OMP_NUM_THREADS timeout=$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"; printf "%s\\n" "$@"',
     # Ends at once, or runs until SIGTERM if there is a file "hang".
     "srun": """
@@ -30,8 +35,11 @@ FAKES = {
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """launch/ in a folder without .venv, so that the stand-ins on PATH are what it starts."""
+    """launch/ in a folder without .venv, so that the stand-ins on PATH are what it starts; with what the quickstart reads."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "runs/quickstart/base").mkdir(parents=True)
+    (tmp_path / "runs/quickstart/base/config.json").write_text("{}")
+    (tmp_path / "runs/quickstart/arithmetic.jsonl").write_text("")
     (tmp_path / "bin").mkdir()
     for name, body in FAKES.items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")

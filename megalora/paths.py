@@ -1,0 +1,71 @@
+"""Paths as users write them: ``~`` expanded, and looked up before ranks start."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megalora.config import RunConfig
+
+
+def expand(text: str, option: str) -> str:
+    """``~`` and ``~user`` at the beginning as home folders; raises ``ValueError`` where there is no such user.
+
+    Args:
+        option: what the user calls it, for the message.
+    """
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        user = expanded.partition("/")[0]
+        raise ValueError(
+            f"{option}={text}: {user} is not a user's home folder here; write ./{text} for a folder of that name"
+        )
+    return expanded
+
+
+def user_path(text: str) -> Path:
+    """A path on the command line."""
+    return Path(expand(text, "the path"))
+
+
+def check_paths(config: "RunConfig") -> None:
+    """Raise ``ValueError`` unless what a config names is there, and its run folder can be written to.
+
+    Names on the hub are left to the ranks, which look in its cache and download.
+    """
+    from megalora.data.sources import locate
+
+    _check_model(Path(config.model.path))
+    for source in (config.data.train, config.data.eval):
+        if isinstance(source, str):
+            file = locate(source).file
+            if file is not None and not os.access(file, os.R_OK):
+                raise ValueError(f"{file} cannot be read: no permission")
+    check_run_folder(Path(config.checkpoint.dir))
+    if isinstance(config.checkpoint.resume, str):
+        state = Path(config.checkpoint.resume) / "training_state" / "state.json"
+        if not state.is_file():
+            raise ValueError(
+                f"checkpoint.resume={config.checkpoint.resume} is not a checkpoint: it has no training_state/state.json"
+            )
+
+
+def _check_model(path: Path) -> None:
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model.path={path}: there is no config.json in this folder")
+    elif path.exists():
+        raise ValueError(f"model.path={path} is a file; name the folder of a Hugging Face model")
+    elif path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2:
+        raise ValueError(f"model.path={path}: no such folder")
+
+
+def check_run_folder(run: Path) -> None:
+    """Raise ``ValueError`` unless the run folder is there, or can be made, and can be written to."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"checkpoint.dir={run} is a file; choose a folder")
+    there = next(place for place in (run, *run.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"checkpoint.dir={run} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"checkpoint.dir={run} cannot be written: no permission in {there}")

@@ -1,0 +1,37 @@
+"""How many steps a run takes, and what is not as the config's words suggest."""
+
+import math
+
+from megalora.config import TrainConfig, check_warmup
+
+
+def num_steps(options: TrainConfig, num_samples: int) -> int:
+    """Optimizer steps of a run on ``num_samples`` samples: epochs in whole steps, at least one.
+
+    Raises:
+        ValueError: a warm-up that is longer than that.
+    """
+    if options.steps is not None:
+        return options.steps
+    assert options.epochs is not None  # TrainConfig has exactly one of the two
+    steps = max(1, round(options.epochs * num_samples / options.global_batch_size))
+    check_warmup(options.warmup, steps, f"the {steps} steps of train.epochs={options.epochs:g}")
+    return steps
+
+
+def rounding(options: TrainConfig, num_samples: int) -> str | None:
+    """A line for the user where whole steps take more or fewer samples than the epochs asked for."""
+    if options.epochs is None:
+        return None
+    batch = options.global_batch_size
+    wanted = options.epochs * num_samples
+    taken = num_steps(options, num_samples) * batch
+    if math.isclose(wanted, taken):
+        return None
+    exact = f"train.epochs={options.epochs:g} of {num_samples:,} samples is {wanted / batch:,.2f} steps of {batch}"
+    if taken < wanted:
+        difference = f"{math.ceil(wanted - taken):,} are left out"
+    else:
+        difference = f"{math.ceil(taken - wanted):,} more than asked for"
+    steps = taken // batch
+    return f"{exact}: a run of {steps:,} trains on {taken:,} samples, {difference}"

@@ -1,0 +1,76 @@
+"""A user's mistake, and Ctrl-C, as one line and an exit code."""
+
+import os
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+MISTAKE = 2
+"""Exit code of a user's mistake, argparse's too."""
+INTERRUPTED = 130
+"""As a shell says of a process that Ctrl-C ended."""
+PATIENCE_S = 30
+
+
+def guarded(action: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Run ``action``; a ``ValueError`` is the user's to mend, so it is shown without a traceback, by one rank.
+
+    What is wrong for one rank is nearly always wrong for all. The first to leave has torchrun end the others, so they
+    leave that to rank 0, which speaks; when it does not, something is wrong on this machine alone and is said here.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if _mistaken_before():
+        sys.exit(MISTAKE)
+    try:
+        action(arguments)
+    except ValueError as error:
+        if os.environ.get("MEGALORA_TRACEBACK"):
+            raise
+        if rank:
+            time.sleep(PATIENCE_S)
+        print(f"megalora{f' (rank {rank})' if rank else ''}: {error}{_whose(error)}", file=sys.stderr)
+        _leave_mark()
+        sys.exit(MISTAKE)
+    except KeyboardInterrupt:
+        if os.environ.get("MEGALORA_TRACEBACK"):
+            raise
+        if rank == 0:
+            print("megalora: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _whose(error: ValueError) -> str:
+    """A hint where the error was raised in a library: it may not be the user's."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    where = Path(frame.tb_frame.f_code.co_filename) if frame else Path(__file__)
+    ours = where.is_relative_to(Path(__file__).parent) or not where.is_relative_to(sysconfig.get_path("purelib"))
+    return "" if ours else "\n  (raised in a library; MEGALORA_TRACEBACK=1 shows where)"
+
+
+# torchrun starts ranks again after any failure (--max-restarts), a mistake of the user's too, which would only be made
+# again. It gives each rank a file for its error, attempt_N/LOCAL_RANK/error.json in one folder: a mark beside it tells
+# later attempts.
+
+
+def _mark() -> Path | None:
+    """Of this rank and attempt; None without torchrun."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).with_name("mistake") if error_file else None
+
+
+def _leave_mark() -> None:
+    if mark := _mark():
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def _mistaken_before() -> bool:
+    """Whether a rank of this node has reported a mistake in an earlier attempt."""
+    mark = _mark()
+    if mark is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    return any(mark.parents[2].glob("attempt_*/*/mistake"))
