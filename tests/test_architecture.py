@@ -31,6 +31,7 @@ WITHOUT_TORCH = (
     "megalora/environment.py",
     "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/paths.py",
     "megalora/launching.py", "megalora/user_error.py", "megalora/model/__init__.py", "megalora/model/shape.py",
+    "megalora/model/fields.py", "megalora/model/rope_fields.py", "megalora/bridge/account.py", "megalora/bridge/folder.py",
     "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/planner/",
 )  # fmt: skip
 """What checks a config answers in a fraction of a second: importing Megatron takes ten."""
@@ -157,7 +158,7 @@ def test_no_module_imports_itself_round_about() -> None:
 
     for module in files:
         visit(module, ())
-    assert edges["megalora.model.shape"] == {"megalora.config"}, "the walk finds what is there"
+    assert edges["megalora.model.shape"] == {"megalora.config", "megalora.model.fields"}, "the walk finds what is there"
 
 
 def test_no_file_is_too_long() -> None:

@@ -10,7 +10,6 @@ import logging
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalora import host
-from megalora.bridge.folder import check_base_folder
+from megalora.bridge.account import BaseFolder
+from megalora.bridge.base_weights import BaseWeights
+from megalora.model.fields import check_fields, family_of
+from megalora.model.rope_fields import read_rope
+from megalora.model.shape import model_shape
 
 host.install()
 if importlib.util.find_spec("transformer_engine") is None:
@@ -32,6 +35,7 @@ if importlib.util.find_spec("transformer_engine") is None:
 _loud = logging.root.manager.disable
 logging.disable(logging.WARNING)  # importing Bridge logs a traceback for every optional part that is not installed
 
+from huggingface_hub.errors import StrictDataclassError  # noqa: E402
 from megatron.bridge import AutoBridge  # noqa: E402
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry  # noqa: E402
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge  # noqa: E402
@@ -45,11 +49,13 @@ from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
 from megatron.bridge.models.qwen.qwen3_bridge import Qwen3Bridge  # noqa: E402
 from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
+from torch import nn  # noqa: E402
 from transformers import AutoConfig, Qwen2MoeForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM  # noqa: E402
 
 logging.disable(_loud)
 AutoMapping.register_module_type("RMSNorm", "replicated")
 AutoMapping.register_module_type("FrozenRouter", "replicated")
+AutoMapping.register_module_type("BiasedRowParallelLinear", "row")
 
 
 class FusedExpertsMapping(MegatronParamMapping):
@@ -105,8 +111,13 @@ class RepeatedKVMapping(QKVMapping):
 
 
 def _with_repeated_kv(registry: MegatronMappingRegistry) -> list[MegatronParamMapping]:
-    """The registry's mappings; those of q, k and v repeat heads where they must."""
-    mappings: list[MegatronParamMapping] = []
+    """The registry's mappings, those of q, k and v repeating heads where they must, and attention's biases."""
+    attention, hf = "decoder.layers.*.self_attention", "model.layers.*.self_attn"
+    biases = {name: f"{hf}.{name}_proj.bias" for name in ("q", "k", "v")}
+    mappings: list[MegatronParamMapping] = [
+        RepeatedKVMapping(f"{attention}.linear_qkv.bias", **biases),
+        ReplicatedMapping(f"{attention}.linear_proj.bias", f"{hf}.o_proj.bias"),
+    ]
     for mapping in registry.mappings:
         names: Any = mapping.hf_param
         repeats = isinstance(mapping, QKVMapping)
@@ -151,47 +162,74 @@ class FusedQwen2MoEBridge(FusedQwen3MoEBridge):
 
     def provider_bridge(self, hf_pretrained: Any) -> Any:
         provider, config = super().provider_bridge(hf_pretrained), hf_pretrained.config
-        provider.add_qkv_bias, provider.qk_layernorm = getattr(config, "qkv_bias", True), False
+        provider.qk_layernorm = False
         provider.moe_shared_expert_intermediate_size = config.shared_expert_intermediate_size
         provider.moe_shared_expert_gate = True
         return provider
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        attention, shared, hf = (
-            "decoder.layers.*.self_attention",
-            "decoder.layers.*.mlp.shared_experts",
-            "model.layers.*",
-        )
-        biases = {name: f"{hf}.self_attn.{name}_proj.bias" for name in ("q", "k", "v")}
+        shared, hf = "decoder.layers.*.mlp.shared_experts", "model.layers.*"
         gate_up = {name: f"{hf}.mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up")}
         return MegatronMappingRegistry(
             *super().mapping_registry().mappings,
-            RepeatedKVMapping(f"{attention}.linear_qkv.bias", **biases),
             GatedMLPMapping(f"{shared}.linear_fc1.weight", **gate_up),
             AutoMapping(f"{shared}.linear_fc2.weight", f"{hf}.mlp.shared_expert.down_proj.weight"),
             ReplicatedMapping(f"{shared}.gate_weight", f"{hf}.mlp.shared_expert_gate.weight"),
         )
 
 
-def open_base(folder: Path) -> AutoBridge:
-    """Bridge's handle on a Hugging Face checkpoint folder."""
-    check_base_folder(folder)
-    with quiet():
-        return AutoBridge.from_hf_pretrained(str(folder))
-
-
 def open_architecture(hf: Mapping[str, Any]) -> AutoBridge:
-    """The same from a parsed ``config.json`` alone, for a model without weights."""
-    fields = {"architectures": [_ARCHITECTURES[hf["model_type"]]], **hf}
+    """Bridge's handle on the model that a parsed ``config.json`` describes, without weights.
+
+    Bridge sees what ``fields.py`` has accounted for and no other field. Its rotary embedding is the plain one, because it
+    passes over most scalings: ``rotary.py`` has them.
+
+    Raises:
+        ValueError: the config asks for something megalora does not compute.
+    """
+    check_fields(hf)
+    family, shape, rope = family_of(hf), model_shape(dict(hf)), read_rope(hf)
+    known = {*family.sizes, *family.others}
+    fields = {name: value for name, value in hf.items() if name in known and value is not None}
+    fields.pop("num_local_experts", None)
+    fields |= {
+        "architectures": [family.causal_lm],
+        "hidden_act": "silu",
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "tie_word_embeddings": shape.tied_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta},
+    }
+    if "num_experts" in family.sizes:
+        fields["num_experts"] = hf.get("num_experts", hf.get("num_local_experts"))
+    try:
+        with quiet():
+            return AutoBridge.from_hf_config(AutoConfig.for_model(hf["model_type"], **fields))
+    except StrictDataclassError as error:
+        raise ValueError(f"config.json: {' '.join(str(error).split())}") from None
+
+
+def load_weights(bridge: AutoBridge, base: BaseFolder, chunks: list[nn.Module]) -> None:
+    """Fill this rank's chunks from a base folder; collective over tensor-parallel ranks and pipeline stages."""
+    weights = BaseWeights(base)
+    # What Bridge asks of a checkpoint: a config, tensors by name, and all the names.
+    source = types.SimpleNamespace(get_all_keys=lambda: list(weights))
+    state = _State(weights, source)
+    checkpoint = types.SimpleNamespace(config=bridge.hf_pretrained, state=state, model_name_or_path=str(base.folder))
     with quiet():
-        return AutoBridge.from_hf_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+        bridge._model_bridge.load_weights_hf_to_megatron(checkpoint, chunks)  # pyright: ignore
 
 
-_ARCHITECTURES = {
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-}
+class _State(dict[str, Any]):
+    """A state dict that reads a tensor when it is asked for."""
+
+    def __init__(self, weights: BaseWeights, source: Any) -> None:
+        super().__init__()
+        self._weights = weights
+        self.source = source
+
+    def __missing__(self, name: str) -> Tensor:
+        return self._weights[name]  # not kept
 
 
 @contextlib.contextmanager

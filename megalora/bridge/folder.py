@@ -1,11 +1,10 @@
-"""A base model's folder: where it is, whether its weights arrived whole, and where each tensor lies in them."""
+"""A base model's folder: where it is, whether its weights arrived whole, and where each tensor lies in them. Needs no torch."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from megalora.model.shape import read_json_object
 from megalora.paths import expand
@@ -52,14 +51,25 @@ def local_folder(path: str, option: str = "model.path", *, weights: bool = True)
 
 
 def weight_shards(folder: Path) -> list[str]:
-    """Names of the files that hold the weights: those in the index, else the one file there is without."""
+    """Names of the files that hold the weights: the one file there is, else those that the index names.
+
+    As in transformers, ``model.safetensors`` comes before an index of other files.
+    """
     index = folder / INDEX
-    if not index.is_file():
+    if (folder / SINGLE).is_file() or not index.is_file():
         return [SINGLE]
-    shards = sorted(set(read_json_object(index).get("weight_map", {}).values()))
+    shards = sorted(set(read_index(index).values()))
     if elsewhere := [name for name in shards if Path(name).name != name]:
         raise ValueError(f"{index} names {elsewhere[0]!r}, which is not in its folder")
     return shards
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file, as an index says; raises ``ValueError`` for a file that is no index."""
+    names = read_json_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise ValueError(f"{index} has no weight_map from tensor names to files; download it again")
+    return names
 
 
 def check_base_folder(folder: Path) -> None:
@@ -67,20 +77,20 @@ def check_base_folder(folder: Path) -> None:
     shards = weight_shards(folder)
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
+        others = [] if len(missing) < len(shards) else sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pth"))
+        also = f"; {others[0].name} is not read: save the model as safetensors" if others else ""
         raise ValueError(
             f"{folder}: {len(missing)} of {len(shards)} weight shards are missing ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}); download the model again"
+            f"{', ...' if len(missing) > 3 else ''}); download the model again{also}"
         )
     for name in shards:
-        _check_whole(folder / name)
+        read_header(folder / name)
 
 
-def _check_whole(shard: Path) -> None:
-    try:
-        with safe_open(str(shard), framework="pt"):  # compares the header's offsets with the file's length
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{shard} is not a whole safetensors file ({error}); download it again") from None
+_ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
+    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
 
 
 def read_header(shard: Path) -> tuple[dict[str, Any], list[Stored]]:
@@ -88,16 +98,49 @@ def read_header(shard: Path) -> tuple[dict[str, Any], list[Stored]]:
 
     The format: the header's length in 8 bytes (little-endian), the header as JSON, then the tensors' bytes, of which the
     header gives each one's ``[begin, end)``. https://github.com/huggingface/safetensors#format
+
+    Raises:
+        ValueError: the file is not that, or ends early.
     """
-    with shard.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    tensors = []
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            tensors.append(Stored(name, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin))
-    return header, sorted(tensors, key=lambda t: (t.start, t.num_bytes))
+    num_bytes = shard.stat().st_size
+    try:
+        with shard.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= num_bytes - 8:
+                raise ValueError(f"its header would have {length:,} bytes, the file has {num_bytes:,}")
+            header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors = [_stored(name, entry, 8 + length) for name, entry in entries.items()]
+        tensors.sort(key=lambda t: (t.start, t.num_bytes))
+        end = 8 + length
+        for tensor in tensors:
+            if tensor.start != end:
+                raise ValueError(f"{tensor.name} does not begin where the tensor before it ends")
+            end += tensor.num_bytes
+        if end != num_bytes:
+            raise ValueError(f"its tensors end at byte {end:,}, the file at {num_bytes:,}")
+    except (ValueError, RecursionError) as error:  # JSON that is broken is a ValueError too
+        raise ValueError(f"{shard} is not a whole safetensors file ({error}); download it again") from None
+    return header, tensors
+
+
+def _stored(name: str, entry: Any, first_byte: int) -> Stored:
+    """One entry of a header; raises ``ValueError`` for one that describes no tensor."""
+    try:
+        dtype = entry["dtype"]
+        shape = tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        num_bytes = end - begin
+        fits = num_bytes >= 0 and begin >= 0 and all(size >= 0 for size in shape)
+        if dtype in _ITEM_BYTES:
+            fits = fits and num_bytes == math.prod(shape) * _ITEM_BYTES[dtype]
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} is described as {entry!r}")
+    return Stored(name, dtype, shape, first_byte + begin, num_bytes)  # pyright: ignore[reportPossiblyUnbound]
 
 
 def header_bytes(header: dict[str, Any]) -> bytes:

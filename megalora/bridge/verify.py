@@ -15,10 +15,11 @@ from megalora import host
 
 host.install()  # before anything imports Megatron
 
+from megalora.bridge.account import open_folder  # noqa: E402
 from megalora.bridge.adapter import Adapter, read_adapter  # noqa: E402
 from megalora.bridge.folder import local_folder  # noqa: E402
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig  # noqa: E402
-from megalora.model.shape import ModelShape, model_shape, read_hf_config  # noqa: E402
+from megalora.model.shape import ModelShape  # noqa: E402
 from megalora.train.setup import build_adapted, load_adapter, parallel_groups  # noqa: E402
 
 PROBE = (2, 64)
@@ -60,7 +61,7 @@ class Report:
 def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
     """Run the same random tokens through both, in float32 on one rank; raises ``ValueError`` for a folder that cannot load."""
     folder = local_folder(base, "--base")
-    shape = model_shape(read_hf_config(folder))
+    shape = open_folder(folder).shape
     tokens = probe_batch(shape.vocab)
     ours, our_layers = _own_logits(folder, shape, whole_adapter(adapter, shape), tokens)
     host.release_memory()  # PEFT's model takes as much

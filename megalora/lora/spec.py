@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from megalora.config import LoRAConfig, ParallelConfig
-from megalora.model.shape import ModelShape, model_shape, read_hf_config
+from megalora.model.shape import ModelShape
 
 Kind = Literal["column", "row", "router", "expert_column", "expert_row"]
 FactorName = Literal["A", "B"]
@@ -184,8 +184,10 @@ def layer_projections(shape: ModelShape, layer: int) -> tuple[Projection, ...]:
 
 
 def plan(lora: LoRAConfig, parallel: ParallelConfig, folder: Path) -> tuple[ModelShape, list[Adapted]]:
-    """What will be adapted, from the base's config.json alone: every error about it comes before weights are read."""
-    shape = model_shape(read_hf_config(folder))
+    """What will be adapted, from the base's config.json and the headers of its weights: errors come before weights are read."""
+    from megalora.bridge.account import open_folder  # its account of tensors reads this table
+
+    shape = open_folder(folder).shape
     shape.check_layout(parallel)
     return shape, resolve(lora, shape)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -49,6 +50,18 @@ class FrozenRouter(TopKRouter):
         return F.linear(input, self.weight)
 
 
+class BiasedRowParallelLinear(RowParallelLinear):
+    """Megatron's row-parallel linear with a bias, whatever the config says of linears in general.
+
+    tensor   shape on one rank   across TP
+    weight   [out, in/t]         dim 1
+    bias     [out]               replicated; returned, not added: the caller adds it once, to the reduced output
+    """
+
+    def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+        super().__init__(*args, bias=True, **kwargs)
+
+
 class TorchBackend(LocalSpecProvider):
     """Megatron's local back end with our norm, attention and experts."""
 
@@ -62,8 +75,8 @@ class TorchBackend(LocalSpecProvider):
         return FusedExperts
 
 
-def layer_spec(config: Any, num_experts: int | None) -> ModuleSpec:
-    """One decoder layer; a dense MLP where ``num_experts`` is None."""
+def layer_spec(config: Any, num_experts: int | None, *, o_bias: bool = False) -> ModuleSpec:
+    """One decoder layer; a dense MLP where ``num_experts`` is None, a bias on attention's output projection with ``o_bias``."""
     backend = TorchBackend()
     norm = backend.layer_norm(rms_norm=True)
     qk_norm = norm if config.qk_layernorm else IdentityOp
@@ -77,7 +90,7 @@ def layer_spec(config: Any, num_experts: int | None) -> ModuleSpec:
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_parallel_linear(),
                     core_attention=backend.core_attention(),
-                    linear_proj=backend.row_parallel_linear(),
+                    linear_proj=BiasedRowParallelLinear if o_bias else backend.row_parallel_linear(),
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
@@ -100,9 +113,10 @@ def _mlp(backend: TorchBackend, num_experts: int | None) -> Any:
     )
 
 
-def block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def block_spec(config: Any, vp_stage: int | None = None, *, o_bias: bool = False) -> TransformerBlockSubmodules:
     """The decoder layers of this pipeline stage and chunk; ``config.moe_layer_freq`` says which are MoE."""
-    dense, moe = layer_spec(config, None), layer_spec(config, config.num_moe_experts)
+    dense = layer_spec(config, None, o_bias=o_bias)
+    moe = layer_spec(config, config.num_moe_experts, o_bias=o_bias)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     is_moe = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers

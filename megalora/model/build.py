@@ -1,6 +1,7 @@
 """A frozen Megatron GPTModel from a Hugging Face folder, cut for this rank."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,28 @@ import torch.distributed as dist
 from torch import nn
 
 from megalora import host
-from megalora.bridge.base import open_architecture, open_base, quiet
+from megalora.bridge.account import open_folder
+from megalora.bridge.base import load_weights, open_architecture, quiet
 from megalora.config import ModelConfig, ParallelConfig
 from megalora.model.backend import block_spec
+from megalora.model.rope_fields import read_rope
+from megalora.model.rotary import frequencies, set_frequencies, softmax_scale
 from megalora.model.shape import ModelShape
 from megalora.parallel import megatron_groups
 
 
 def build_model(config: ModelConfig, parallel: ParallelConfig, shape: ModelShape, folder: Path) -> list[nn.Module]:
     """The model chunks of this rank (``parallel.vpp`` of them), weights loaded, every parameter frozen."""
-    bridge = open_base(folder)
-    chunks = make_chunks(bridge, config, parallel, shape)
-    with quiet():
-        bridge.load_hf_weights(chunks)
+    base = open_folder(folder)
+    assert base.shape == shape, f"{folder} holds {base.shape}, the run is planned for {shape}"
+    bridge = open_architecture(base.hf)
+    chunks = make_chunks(bridge, base.hf, config, parallel, shape)
+    _mark_unwritten(chunks)
+    load_weights(bridge, base, chunks)
     dist.barrier()
     for chunk in chunks:
         chunk.to(host.device())  # Megatron makes router weights on the host
+    _check_written(chunks, folder)
     return chunks
 
 
@@ -35,7 +42,7 @@ def build_random(
 
     For measuring time and memory where the weights themselves do not matter; ranks that share a weight do not agree on it.
     """
-    chunks = make_chunks(open_architecture(hf), config, parallel, shape)
+    chunks = make_chunks(open_architecture(hf), hf, config, parallel, shape)
     generator = torch.Generator(host.device()).manual_seed(seed)
     for chunk in chunks:
         chunk.to(host.device())
@@ -48,14 +55,49 @@ def build_random(
     return chunks
 
 
-def make_chunks(bridge: Any, config: ModelConfig, parallel: ParallelConfig, shape: ModelShape) -> list[nn.Module]:
-    """The chunks of this rank, frozen, their weights not yet filled."""
+def _mark_unwritten(chunks: list[nn.Module]) -> None:
+    """Fill every parameter with NaN, so that what loading leaves out shows. A pass over memory, which reading from disk hides."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(torch.nan)
+
+
+def _check_written(chunks: list[nn.Module], folder: Path) -> None:
+    """Raise unless no value is NaN: each parameter was written, and with numbers."""
+    parameters = [(name, p.detach()) for chunk in chunks for name, p in chunk.named_parameters()]
+    # The maximum of values among which there is a NaN is NaN; one transfer to the host for all of them.
+    largest = torch.stack([p.amax().float() for _, p in parameters]).isnan().tolist()
+    found = [named for named, is_nan in zip(parameters, largest, strict=True) if is_nan]
+    unwritten = [name for name, p in found if p.isnan().all()]
+    if unwritten:
+        raise RuntimeError(
+            f"{len(unwritten):,} of {len(parameters):,} parameters were not written by loading {folder}: "
+            f"{', '.join(unwritten[:5])}. This is a bug in the mapping of weights; please report it."
+        )
+    if found:
+        raise ValueError(
+            f"{folder}: weights hold NaN, in {len(found):,} of {len(parameters):,} parameters of this rank (Megatron's names: "
+            f"{', '.join(name for name, _ in found[:3])}); download the model again"
+        )
+
+
+def make_chunks(
+    bridge: Any, hf: Mapping[str, Any], config: ModelConfig, parallel: ParallelConfig, shape: ModelShape
+) -> list[nn.Module]:
+    """The chunks of this rank, frozen, their weights not yet filled.
+
+    Args:
+        bridge: ``open_architecture(hf)``.
+    """
+    inv_freq, factor = frequencies(read_rope(hf), shape.head_dim, hf.get("max_position_embeddings"))
     with quiet():
         provider = configure(bridge.to_megatron_provider(load_weights=False), config, parallel, shape)
+        provider.softmax_scale = softmax_scale(factor, shape.head_dim)
         provider.finalize()
         stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
         chunks = [provider.provide(vp_stage=stage) for stage in stages]
     for chunk in chunks:
+        set_frequencies(chunk, inv_freq, host.device())
         chunk.requires_grad_(False)
     return chunks
 
@@ -67,7 +109,8 @@ def configure(provider: Any, config: ModelConfig, p: ParallelConfig, shape: Mode
         tensor_model_parallel_size=p.tp, pipeline_model_parallel_size=p.pp, expert_model_parallel_size=p.ep,
         expert_tensor_parallel_size=p.etp, virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
         sequence_parallel=p.tp > 1, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
-        transformer_layer_spec=block_spec, perform_initialization=False, _pg_collection=megatron_groups(),
+        transformer_layer_spec=partial(block_spec, o_bias=shape.o_bias), add_qkv_bias=shape.qkv_bias,
+        position_embedding_type="rope", rope_scaling=False, perform_initialization=False, _pg_collection=megatron_groups(),
         # With more ranks than key/value heads every rank gets a copy of the head that its query heads use: Megatron would
         # cut a group through the middle and gather all of q, k and v on every rank.
         num_query_groups=max(shape.num_kv_heads, p.tp),

@@ -6,18 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megalora.config import ParallelConfig
-
-SUPPORTED = ("qwen3_moe", "qwen3", "qwen2_moe")
-_SIZES = (
-    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size", "vocab_size",
-)  # fmt: skip
-_EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-_SIZES_OF = {
-    "qwen3_moe": _EXPERT_SIZES,
-    "qwen3": ("head_dim",),
-    "qwen2_moe": (*_EXPERT_SIZES, "shared_expert_intermediate_size"),
-}
-"""Must stand in config.json: transformers would fill in its own defaults, which are no model's."""
+from megalora.model.fields import check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +31,8 @@ class ModelShape:
     moe_layers: frozenset[int] = frozenset()
     qk_norm: bool = True
     qkv_bias: bool = False
+    o_bias: bool = False
+    """Whether o_proj has a bias too."""
 
     def is_moe(self, layer: int) -> bool:
         return layer in self.moe_layers
@@ -50,6 +41,7 @@ class ModelShape:
         """Of the base model, norms and embeddings included."""
         q, kv, h = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.hidden
         attention = h * (q + 2 * kv) + q * h + self.qk_norm * 2 * self.head_dim + self.qkv_bias * (q + 2 * kv)
+        attention += self.o_bias * h
         moe = self.num_experts * (h + 3 * h * self.expert_intermediate)
         if self.shared_intermediate:
             moe += 3 * h * self.shared_intermediate + h
@@ -113,19 +105,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def model_shape(hf: dict[str, Any]) -> ModelShape:
-    """Sizes from a parsed ``config.json``; raises ``ValueError`` for an architecture megalora does not know."""
-    kind = hf.get("model_type", "nothing")
-    if kind not in SUPPORTED:
-        raise ValueError(f"model_type {kind!r} is not supported; megalora knows {', '.join(SUPPORTED)}")
-    hf = {"num_experts": hf["num_local_experts"], **hf} if "num_local_experts" in hf else hf
-    missing = [name for name in (*_SIZES, *_SIZES_OF[kind]) if name not in hf]
-    if missing:
-        raise ValueError(f"config.json of a {kind} model must have {', '.join(missing)}")
-    if hf.get("use_sliding_window"):
-        raise ValueError("config.json has use_sliding_window=true; megalora's attention sees the whole sequence")
-    num_layers, experts = hf["num_hidden_layers"], hf.get("num_experts") or 0
-    step, dense = hf.get("decoder_sparse_step", 1) or 1, set(hf.get("mlp_only_layers") or [])
+    """Sizes from a parsed ``config.json``; raises ``ValueError`` for a family megalora does not know and for sizes no model has.
+
+    Other fields are not looked at: see ``fields.check_fields``.
+    """
+    check_sizes(hf)
+    kind = hf["model_type"]
+    num_layers = hf["num_hidden_layers"]
+    experts = hf.get("num_experts", hf.get("num_local_experts", 0)) if kind != "qwen3" else 0
+    step = hf.get("decoder_sparse_step") or 1
+    dense = set(hf.get("mlp_only_layers") or [])
     moe = {i for i in range(num_layers) if i not in dense and (i + 1) % step == 0} if experts else set()
+    attention_bias = kind != "qwen2_moe" and bool(hf.get("attention_bias"))
     heads = hf["num_attention_heads"]
     return ModelShape(
         model_type=kind,
@@ -136,12 +127,13 @@ def model_shape(hf: dict[str, Any]) -> ModelShape:
         head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
         intermediate=hf["intermediate_size"],
         vocab=hf["vocab_size"],
-        tied_embeddings=hf.get("tie_word_embeddings", False),
+        tied_embeddings=bool(hf.get("tie_word_embeddings")),
         num_experts=experts if moe else 0,
         top_k=hf.get("num_experts_per_tok", 0) if moe else 0,
         expert_intermediate=hf.get("moe_intermediate_size", 0) if moe else 0,
         shared_intermediate=hf["shared_expert_intermediate_size"] if moe and kind == "qwen2_moe" else 0,
         moe_layers=frozenset(moe),
         qk_norm=kind != "qwen2_moe",
-        qkv_bias=kind == "qwen2_moe" and hf.get("qkv_bias", True),
+        qkv_bias=hf.get("qkv_bias", True) if kind == "qwen2_moe" else attention_bias,
+        o_bias=attention_bias,
     )

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from megalora.model.fields import check_fields
 from megalora.model.shape import ModelShape, model_shape, read_hf_config
 
 
@@ -33,8 +34,14 @@ def find_architecture(path: str) -> dict[str, Any]:
     ``Qwen/Qwen3-30B-A3B`` is ``qwen3_30b_a3b.yaml``.
 
     Raises:
-        ValueError: none of them.
+        ValueError: none of them, or one whose config asks for something megalora does not compute.
     """
+    hf = _read_fields(path)
+    check_fields(hf, path)
+    return hf
+
+
+def _read_fields(path: str) -> dict[str, Any]:
     if (Path(path) / "config.json").is_file():
         return read_hf_config(Path(path))
     if path.endswith((".yaml", ".yml")):

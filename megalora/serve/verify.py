@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from megalora import host
+from megalora.bridge.account import open_folder
 from megalora.bridge.adapter import Adapter
 from megalora.bridge.folder import local_folder
 from megalora.bridge.verify import own_model, probe_batch, whole_adapter
-from megalora.model.shape import ModelShape, model_shape, read_hf_config
+from megalora.model.shape import ModelShape
 from megalora.serve.proof import largest_difference
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client
@@ -64,7 +65,7 @@ class VllmReport:
 def verify_vllm(adapter: Path, base: str, *, atol: float) -> VllmReport:
     """Run the same tokens through both, in float32; raises ``ValueError`` for a folder that cannot load or a missing vLLM."""
     folder = local_folder(base, "--base")
-    shape = model_shape(read_hf_config(folder))
+    shape = open_folder(folder).shape
     server = Server(folder, {"adapter": adapter}, dtype="float32")  # refuses what it can before a model is loaded
     tokens = probe_batch(shape.vocab)
     own = _own_answers(folder, shape, whole_adapter(adapter, shape), tokens)

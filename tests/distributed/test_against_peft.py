@@ -10,6 +10,7 @@ from megalora.bridge.files import WEIGHTS
 from megalora.bridge.form import write_adapter
 from megalora.config import ParallelConfig
 from megalora.lora.spec import plan
+from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.oracles.peft import PeftOracle
 from tests.parity.built import first_gradients, random_factors
@@ -23,7 +24,16 @@ CASES = {
     "qwen3: pp2": ("tiny", LORA, 2, {"pp": 2}),
     "qwen2: tp2-ep2-etp2": ("everything", LORA, 4, {"tp": 2, "ep": 2, "etp": 2}),
     "qwen2: tp4-ep4": ("everything", RSLORA, 4, {"tp": 4, "ep": 4}),
+    "biases: tp2-ep2": ("biased", RSLORA, 2, {"tp": 2, "ep": 2}),
 }
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Biases on q, k, v and o, and scaled rotary embeddings."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+    folder = tmp_path_factory.mktemp("models") / "biased"
+    return make_tiny(folder, num_hidden_layers=2, attention_bias=True, mlp_only_layers=[1], rope_parameters=yarn)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,36 @@
 """Bugs in what a base folder's config and tensors are held to. The same form as ``bugs.py``."""
 
-from tests.mutations.bugs import Bug
+from tests.mutations.bugs import Bug, bug
+
+FIELDS, ROPE, ROTARY = (f"megalora/model/{name}.py" for name in ("fields", "rope_fields", "rotary"))
+BUILD, SHAPE = (f"megalora/model/{name}.py" for name in ("build", "shape"))
+ACCOUNT, FOLDER, WEIGHTS = (f"megalora/bridge/{name}.py" for name in ("account", "folder", "base_weights"))
+CASES, FIELDS_TEST = "tests/cases/test_base_cases.py", "tests/model/test_fields.py"
+ACCOUNT_TEST, ROTARY_TEST = "tests/bridge/test_account.py", "tests/model/test_rotary.py"
 
 # fmt: off
-BASE_BUGS: tuple[Bug, ...] = ()
+BASE_BUGS: tuple[Bug, ...] = (
+    bug(0, "unknown config fields pass", FIELDS, "if name not in known and value not in (None, False, \"\", [], {}):", "if name not in known and value is ...:", f"{FIELDS_TEST} refused_by_name_and_value"),
+    bug(0, "true counts as a number of layers", FIELDS, "isinstance(value, int) and not isinstance(value, bool) and value >= least", "isinstance(value, int) and value >= least", f"{FIELDS_TEST} refused_by_name_and_value"),
+    bug(0, "a quantised config passes", FIELDS, "        if hf.get(name):\n", "        if hf.get(name) is ...:\n", f"{CASES} fp8_is_refused"),
+    bug(0, "plan does not look at fields", "megalora/planner/models.py", "    check_fields(hf, path)\n", "", f"{CASES} partial_rotary_is_refused"),
+    bug(0, "rotary scaling passed over", BUILD, "        set_frequencies(chunk, inv_freq, host.device())\n", "", f"{CASES} rope_scaling_is_computed"),
+    bug(0, "the attention factor applied once", ROTARY, "return factor**2 / math.sqrt(head_dim)", "return factor / math.sqrt(head_dim)", f"{ROTARY_TEST} turns_as_transformers_does"),
+    bug(0, "yarn's original length forgotten", ROPE, "return Rope(kind, theta, {name: value for name, value in settings.items() if value is not None})", "return Rope(kind, theta, {name: value for name, value in settings.items() if value is not None and name[:3] != \"ori\"})", f"{ROTARY_TEST} frequencies_and_factor"),
+    bug(0, "type is not read where rope_type is the name", ROPE, "for name in (\"rope_type\", \"type\") if isinstance(found.get(name), str)}", "for name in (\"rope_type\",) if isinstance(found.get(name), str)}", f"{ROTARY_TEST} frequencies_and_factor"),
+    bug(0, "o_proj's bias not built", BUILD, "o_bias=shape.o_bias)", "o_bias=False)", f"{CASES} attention_bias_is_computed"),
+    bug(0, "biases of k and v swapped", "megalora/bridge/base.py", "f\"{hf}.{name}_proj.bias\" for name in (\"q\", \"k\", \"v\")}", "f\"{hf}.{other}_proj.bias\" for name, other in zip(\"qkv\", \"qvk\")}", f"{CASES} attention_bias_is_computed"),
+    bug(0, "o_proj's bias not counted", "megalora/planner/weights.py", "(q + shape.o_bias) * h", "q * h", "tests/planner/test_dryrun.py biased"),
+    bug(0, "a missing tensor is no matter", ACCOUNT, "            missing.append(name)\n", "", f"{ACCOUNT_TEST} missing_tensor_is_named"),
+    bug(0, "tensors that nothing reads are no matter", ACCOUNT, "left = [name for name in stored if name not in used and not _may_be_left(name)]", "left = []", f"{ACCOUNT_TEST} that_nothing_reads_is_named"),
+    bug(0, "shapes are not compared", ACCOUNT, "if place.tensor.shape != wanted and holder not in used:", "if False:", f"{ACCOUNT_TEST} another_shape_is_named"),
+    bug(0, "the index alone is believed", ACCOUNT, "    unnamed = [name for name in there if name not in named and matters(name)]\n", "    unnamed = []\n", f"{ACCOUNT_TEST} index_and_its_files"),
+    bug(0, "stored dtypes are not compared", ACCOUNT, "strange = [name for name in used if stored[name].tensor.dtype not in DTYPES]", "strange = []", f"{ACCOUNT_TEST} quantised_weights_and_other_dtypes"),
+    bug(0, "a tied head that differs is dropped", ACCOUNT, "        return hf | {\"tie_word_embeddings\": False}\n", "        pass\n", f"{ACCOUNT_TEST} tie_flag_and_the_weights"),
+    bug(0, "packed gate and up swapped", ACCOUNT, "first = rows if projection == \"up\" else 0", "first = rows if projection == \"gate\" else 0", f"{CASES} packed_experts_are_read"),
+    bug(0, "packed experts read from the first on", WEIGHTS, "[place.expert, first:end]", "[0, first:end]", f"{CASES} packed_experts_are_read"),
+    bug(0, "unwritten parameters pass", BUILD, "            parameter.data.fill_(torch.nan)\n", "            parameter.data.fill_(0)\n", f"{ACCOUNT_TEST} leaves_out_stops"),
+    bug(0, "a cut-off shard passes", FOLDER, "        if end != num_bytes:\n", "        if end > num_bytes:\n", f"{ACCOUNT_TEST} no_safetensors"),
+    bug(0, "attention biases of the config not in the shape", SHAPE, "        o_bias=attention_bias,\n", "", "tests/model/test_shape.py num_parameters_of_a_model"),
+)
 # fmt: on

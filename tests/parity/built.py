@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from megalora.bridge.peft import gather_tensors, read_tensors
 from megalora.config import LoRAConfig, RunConfig
-from megalora.lora.spec import Adapted, plan, tensor_name
+from megalora.lora.spec import Adapted, plan, resolve, tensor_name
 from megalora.model.recompute import apply_recompute
+from megalora.model.shape import model_shape, read_hf_config
 from megalora.train.batches import Batches, load_data
 from megalora.train.optim import build_optimizer, wrap_chunks
 from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
@@ -69,9 +70,8 @@ def adapter_of(config: RunConfig, weights: Path | None = None) -> dict[str, Tens
 
 def random_factors(config: LoRAConfig, base: Path, seed: int = 0) -> tuple[list[Adapted], dict[str, Tensor]]:
     """What is adapted, and factors of which none is zero: every delta has a spread of about 0.2 of its weight's."""
-    from megalora.config import ParallelConfig
 
-    _, adapted = plan(config, ParallelConfig(), base)
+    adapted = resolve(config, model_shape(read_hf_config(base)))
     generator, factors = torch.Generator().manual_seed(seed), {}
     for a in adapted:
         for module in a.hf_modules():

@@ -95,6 +95,15 @@ def test_tied_embeddings(sizes: dict, tiny_dense: Path) -> None:
         assert_agrees(found, hf, ALL, parallel, parallel.pp, rank)
 
 
+def test_biased_attention(tiny: Path) -> None:
+    """q's, k's and v's are cut over TP with their rows; o's is on every rank."""
+    hf, parallel = read_hf_config(tiny) | {"attention_bias": True}, ParallelConfig(tp=2)
+    for rank in range(2):
+        with host.fake_world(rank, 2):
+            found = dry_run(hf, ALL, parallel, ModelConfig(path="planned"))
+        assert_agrees(found, hf, ALL, parallel, 2, rank)
+
+
 @pytest.mark.parametrize(
     ("lora", "sizes", "message"),
     [

@@ -1,0 +1,147 @@
+"""Read which rotary embedding a ``config.json`` asks for, in every spelling that published files use.
+
+    rope_theta, rope_scaling       transformers 4: the base beside a dictionary, or null, that says how it is scaled
+    rope_parameters                transformers 5: one dictionary with both
+
+The kind stands under ``rope_type`` or, in older files, under ``type``. Pure Python; ``rotary.py`` computes the frequencies.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+DEFAULT_THETA = 10_000.0
+"""What transformers takes where a config names no base."""
+_SPELLINGS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+ROPE_FIELDS = frozenset(_SPELLINGS)
+"""Fields of ``config.json`` that this module accounts for."""
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_YARN = (
+    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim", "truncate",
+)  # fmt: skip
+SETTINGS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama3": _LLAMA3, "yarn": _YARN}
+"""Kind -> the settings that transformers reads for it. The others' frequencies depend on the length of each input."""
+_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}
+_BY_LENGTH = ("dynamic", "longrope", "su")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotary embedding whose frequencies are the same for every input."""
+
+    kind: str
+    theta: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """By transformers' names; what is absent takes transformers' default."""
+
+    def parameters(self) -> dict[str, Any]:
+        """As transformers 5 spells it in ``rope_parameters``."""
+        return {"rope_type": self.kind, "rope_theta": self.theta, **self.settings}
+
+
+def read_rope(hf: Mapping[str, Any]) -> Rope:
+    """The rotary embedding of a parsed ``config.json``.
+
+    Raises:
+        ValueError: a kind, a setting or a value that megalora does not compute, or two spellings that disagree.
+    """
+    scaling = _dictionary(hf, "rope_scaling")
+    parameters = _dictionary(hf, "rope_parameters")
+    # transformers lets rope_scaling replace rope_parameters; only a plain one loses nothing by that.
+    where = "rope_scaling" if scaling else "rope_parameters"
+    if scaling and parameters and scaling != parameters and _kind("rope_parameters", parameters) != "default":
+        raise ValueError(
+            f"config.json has both rope_scaling={scaling} and rope_parameters={parameters}; keep one of them"
+        )
+    found = scaling or parameters
+    kind = _kind(where, found)
+    _check_partial(hf, scaling, parameters)
+    theta = _theta(hf, scaling, parameters)
+    settings = {name: value for name, value in found.items() if name not in ("rope_type", "type", "rope_theta")}
+    settings.pop("partial_rotary_factor", None)
+    for name, value in settings.items():
+        _check_setting(where, kind, name, value)
+    missing = [name for name in _REQUIRED.get(kind, ()) if settings.get(name) is None]
+    if missing:
+        raise ValueError(f"config.json: {where} of type {kind!r} must have {', '.join(missing)}; it is {found}")
+    return Rope(kind, theta, {name: value for name, value in settings.items() if value is not None})
+
+
+def _dictionary(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = hf.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"config.json has {name}={value!r}; it must be an object or null")
+    return value
+
+
+def _kind(where: str, found: Mapping[str, Any]) -> str:
+    kinds = {found[name] for name in ("rope_type", "type") if isinstance(found.get(name), str)}
+    others = [found[name] for name in ("rope_type", "type") if not isinstance(found.get(name), str | None)]
+    if len(kinds) > 1 or others:
+        raise ValueError(
+            f"config.json: {where} must name one kind, as rope_type or as type; it has "
+            f"rope_type={found.get('rope_type')!r} and type={found.get('type')!r}"
+        )
+    kind = kinds.pop() if kinds else "default"
+    if kind in _BY_LENGTH:
+        raise ValueError(
+            f"config.json: {where} is of type {kind!r}, whose frequencies depend on the length of each input, which megalora "
+            f"does not compute. To train within the length the model was made for, remove {where} (keep rope_theta); for "
+            "more, choose a kind whose frequencies are fixed, such as yarn, and serve with the same"
+        )
+    if kind not in SETTINGS:
+        raise ValueError(f"config.json: {where} is of type {kind!r}; megalora computes {', '.join(SETTINGS)}")
+    return kind
+
+
+def _check_partial(hf: Mapping[str, Any], *places: Mapping[str, Any]) -> None:
+    for place in (hf, *places):
+        value = place.get("partial_rotary_factor")
+        if value is not None and value != 1:
+            raise ValueError(
+                f"config.json has partial_rotary_factor={value!r}; models of this family rotate whole heads (transformers "
+                "ignores the field or fails on it), so remove it or set it to 1.0"
+            )
+
+
+def _theta(hf: Mapping[str, Any], *places: Mapping[str, Any]) -> float:
+    """The base; two places that name different ones are refused, because transformers 4 and 5 would choose differently."""
+    found = [place["rope_theta"] for place in (*places, hf) if place.get("rope_theta") is not None]
+    for value in found:
+        if not _is_number(value) or value <= 0:
+            raise ValueError(f"config.json has rope_theta={value!r}; it must be a number above 0")
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"config.json names several rope_theta: {', '.join(map(str, found))}; keep the one the model was trained with"
+        )
+    return float(found[0]) if found else DEFAULT_THETA
+
+
+def _check_setting(where: str, kind: str, name: str, value: Any) -> None:
+    if name not in SETTINGS[kind]:
+        if value is None:
+            return
+        known = ", ".join(SETTINGS[kind]) or "rope_theta alone"
+        raise ValueError(f"config.json: {where} has {name}={value!r}, which type {kind!r} does not read ({known})")
+    if value is None:
+        return
+    if name == "truncate":
+        fits = isinstance(value, bool)
+        wanted = "true or false"
+    elif name == "original_max_position_embeddings":
+        fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        wanted = "a whole number above 0"
+    else:
+        at_least = 1 if name == "factor" else 0
+        fits = _is_number(value) and value >= at_least
+        wanted = f"a number of at least {at_least}"
+    if not fits:
+        raise ValueError(f"config.json: {where} has {name}={value!r}; it must be {wanted}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

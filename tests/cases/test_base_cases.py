@@ -1,0 +1,170 @@
+"""Base folders as users bring them: read as transformers reads them, or refused in one line before a weight is read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalora.bridge.account import open_folder
+from megalora.cli import main
+from tests.oracles.base import Tensors, make_base, own_logits, rewrite, transformers_logits
+
+CONFIG = """
+model: {{path: {base}, dtype: float32}}
+data: {{train: {data}, max_length: 64}}
+train: {{steps: 2, global_batch_size: 4, lr: 1.0e-3}}
+checkpoint: {{dir: {run}}}
+"""
+
+
+def refusals(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], *, plan: bool) -> list[str]:
+    """What ``megalora train``, and ``plan`` where ``plan`` is set, say on one line; both must end with exit code 2."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": str(n + 1)}]}
+        for n in range(8)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(base=base, data=data, run=tmp_path / "run"))
+    said = []
+    commands = [["train", str(config), "--nproc", "1"]]
+    if plan:
+        commands.append(["plan", str(config), "--gpus", "1", "--gpu", "h100"])
+    for command in commands:
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert ended.value.code == 2
+        text = capsys.readouterr().err.strip()
+        assert "Traceback" not in text
+        assert len(text.splitlines()) == 1, text
+        said.append(text)
+    assert not (tmp_path / "run").exists()
+    return said
+
+
+def assert_reads(base: Path) -> None:
+    """megalora's logits are transformers'; rounding moves logits of size 4 by a few 1e-6."""
+    expected = transformers_logits(base)
+    assert (own_logits(base) - expected).abs().max() <= 1e-5
+
+
+def with_biases(tensors: Tensors) -> Tensors:
+    g = torch.Generator().manual_seed(1)
+    for layer in range(2):
+        for name in "qkvo":
+            at = f"model.layers.{layer}.self_attn.{name}_proj"
+            tensors[f"{at}.bias"] = torch.randn(tensors[f"{at}.weight"].shape[0], generator=g)
+    return tensors
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3"])
+def test_attention_bias_is_computed(tmp_path: Path, arch: str) -> None:
+    base = rewrite(make_base(tmp_path / "base", arch), with_biases, attention_bias=True)
+    assert_reads(base)
+
+
+def test_biases_without_the_field_are_left_over(tmp_path: Path) -> None:
+    base = rewrite(make_base(tmp_path / "base"), with_biases)
+    with pytest.raises(ValueError, match=r"8 are left over.*attention_bias \(Qwen2-MoE: qkv_bias\)"):
+        open_folder(base)
+
+
+def to_fp8(tensors: Tensors) -> Tensors:
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        tensors[f"{name}_scale_inv"] = torch.tensor([[0.01]])
+        tensors[name] = (tensors[name] / 0.01).to(torch.float8_e4m3fn)
+    return tensors
+
+
+FP8: dict[str, Any] = {
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+}  # fmt: skip
+
+
+def test_fp8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = rewrite(make_base(tmp_path / "Qwen3-30B-A3B-FP8"), to_fp8, quantization_config=FP8)
+    for said in refusals(tmp_path, base, capsys, plan=True):
+        assert "config.json has quantization_config (quant_method 'fp8')" in said
+        assert "float32, bfloat16 or float16 weights only" in said
+        assert said.endswith("use the model they were quantised from, Qwen3-30B-A3B by this one's name")
+
+
+def test_fp8_without_the_config_s_word_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = rewrite(make_base(tmp_path / "base"), to_fp8)
+    (said,) = refusals(tmp_path, base, capsys, plan=False)
+    assert "112 tensors are of quantised weights" in said  # 2 layers x 28 matrices, and a scale for each
+    assert "is F8_E4M3" in said
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.gate.weight", "model.norm.weight"])
+def test_a_missing_weight_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    base = rewrite(make_base(tmp_path / "base"), lambda t: {n: w for n, w in t.items() if n != name})
+    (said,) = refusals(tmp_path, base, capsys, plan=False)
+    assert f"1 tensors are missing ({name})" in said
+
+
+def packed(tensors: Tensors) -> Tensors:
+    """As transformers 5 saves with save_original_format=False."""
+    for layer in range(2):
+        at = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            [tensors.pop(f"{at}.{e}.{name}_proj.weight") for e in range(8)] for name in ("gate", "up", "down")
+        )
+        tensors[f"{at}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
+        tensors[f"{at}.down_proj"] = torch.stack(down)
+    return tensors
+
+
+def test_packed_experts_are_read(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    plain = own_logits(base)
+    assert_reads(rewrite(base, packed))
+    assert torch.equal(own_logits(base), plain)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 32},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)  # fmt: skip
+def test_rope_scaling_is_computed(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    base = rewrite(make_base(tmp_path / "base"), rope_parameters=None, rope_theta=1e6, rope_scaling=scaling)
+    assert_reads(base)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_scaling_by_length_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    scaling = {"rope_type": kind, "factor": 4.0}
+    base = rewrite(make_base(tmp_path / "base"), rope_parameters=None, rope_theta=1e6, rope_scaling=scaling)
+    for said in refusals(tmp_path, base, capsys, plan=True):
+        assert f"rope_scaling is of type '{kind}', whose frequencies depend on the length of each input" in said
+
+
+def test_partial_rotary_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = rewrite(make_base(tmp_path / "base"), partial_rotary_factor=0.5)
+    for said in refusals(tmp_path, base, capsys, plan=True):
+        assert "config.json has partial_rotary_factor=0.5" in said
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"type": "yarn", **YARN}},
+        {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", **YARN}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **YARN}},
+    ],
+    ids=["type", "rope_type", "rope_parameters"],
+)
+def test_yarn_is_computed(tmp_path: Path, arch: str, config: dict[str, Any]) -> None:
+    assert_reads(rewrite(make_base(tmp_path / "base", arch), **config))

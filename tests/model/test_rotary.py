@@ -1,0 +1,109 @@
+"""Rotary frequencies and angles against transformers' own rotary modules, for every kind and spelling."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+
+from megalora import host
+from megalora.bridge.base import open_architecture
+from megalora.config import ModelConfig, ParallelConfig
+from megalora.model.build import make_chunks
+from megalora.model.rope_fields import read_rope
+from megalora.model.rotary import frequencies, softmax_scale
+from megalora.model.shape import model_shape, read_hf_config
+from megalora.tiny import make_tiny
+from megalora.train.setup import parallel_groups
+
+THETA = {"rope_theta": 50_000.0}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 256}
+CASES: dict[str, dict[str, Any]] = {
+    "default": {"rope_parameters": {"rope_type": "default"}},
+    "nothing": {},
+    "no theta": {"rope_theta": ..., "rope_parameters": {"rope_type": "linear", "factor": 3}},
+    "theta inside": {"rope_theta": ..., "rope_parameters": {"rope_theta": 123.0}},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 2.5}},
+    "llama3": {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "llama3, other numbers": {
+        "rope_parameters": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 2.0, "high_freq_factor": 3.0}
+    },
+    "llama3 without a length": {
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    },
+    "yarn": {"rope_scaling": {"rope_type": "yarn", **YARN}},
+    "yarn, type": {"rope_scaling": {"type": "yarn", **YARN}},
+    "yarn, both": {"rope_scaling": {"type": "yarn", "rope_type": "yarn", **YARN}},
+    "yarn, parameters": {"rope_parameters": {"rope_type": "yarn", **YARN}},
+    "yarn beside a plain one": {
+        "rope_parameters": {"rope_type": "default", **THETA},
+        "rope_scaling": {"rope_type": "yarn", **YARN},
+    },
+    "yarn without a length": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "yarn, betas": {"rope_scaling": {"rope_type": "yarn", **YARN, "beta_fast": 16.0, "beta_slow": 2.0}},
+    "yarn, factor given": {"rope_scaling": {"rope_type": "yarn", **YARN, "attention_factor": 1.3}},
+    "yarn, mscale": {"rope_scaling": {"rope_type": "yarn", **YARN, "mscale": 1.2, "mscale_all_dim": 0.7}},
+    "yarn, one mscale": {"rope_scaling": {"rope_type": "yarn", **YARN, "mscale": 1.2}},
+    "yarn, not rounded": {"rope_scaling": {"rope_type": "yarn", **YARN, "truncate": False}},
+    "yarn, nulls": {"rope_scaling": {"rope_type": "yarn", **YARN, "attention_factor": None, "beta_fast": None}},
+}
+
+
+def config_with(tiny: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    plain = {name: v for name, v in read_hf_config(tiny).items() if name not in ("rope_theta", "rope_parameters")}
+    found = json.loads(json.dumps(plain)) | THETA | fields
+    return {name: value for name, value in found.items() if value is not ...}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("rotary") / "base", num_hidden_layers=1, max_position_embeddings=2048)
+
+
+def rotary_of_transformers(hf: dict[str, Any]) -> Any:
+    config: Any = AutoConfig.for_model(**json.loads(json.dumps(hf)))  # it would write into hf
+    return Qwen3MoeRotaryEmbedding(config)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_frequencies_and_factor(small: Path, name: str) -> None:
+    hf = config_with(small, CASES[name])
+    theirs = rotary_of_transformers(hf)
+    inv_freq, factor = frequencies(read_rope(hf), hf["head_dim"], hf["max_position_embeddings"])
+    assert torch.equal(inv_freq, theirs.inv_freq)
+    assert factor == theirs.attention_scaling
+
+
+def test_the_kinds_differ(small: Path) -> None:
+    """So that none of the cases above passes for another."""
+    found = {
+        (tuple(inv_freq.tolist()), factor)
+        for fields in CASES.values()
+        for inv_freq, factor in [frequencies(read_rope(config_with(small, fields)), 32, 2048)]
+    }
+    same = 1 + 4 + 1  # plain twice, yarn in five spellings and once with nulls, and one mscale alone does nothing
+    assert len(found) == len(CASES) - same - 1
+
+
+@pytest.mark.parametrize("name", ["linear", "llama3", "yarn, betas", "yarn, factor given"])
+def test_the_built_model_turns_as_transformers_does(small: Path, name: str) -> None:
+    """cos and sin at every position up to max_position_embeddings; the factor is in the scale of the scores."""
+    hf = config_with(small, CASES[name])
+    theirs = rotary_of_transformers(hf)
+    with host.process_group(), parallel_groups(ParallelConfig()):
+        config = ModelConfig(path="none", dtype="bfloat16")
+        (chunk,) = make_chunks(open_architecture(hf), hf, config, ParallelConfig(), model_shape(hf))
+        module: Any = chunk
+        angles = module.rotary_pos_emb(2048)[:, 0, 0]
+        scale = module.decoder.layers[0].self_attention.core_attention.scale
+    cos, sin = theirs(torch.zeros(1), torch.arange(2048)[None])
+    factor = theirs.attention_scaling
+    # Up to 2,047 radians in float32: the last bit of an angle is 1.2e-4, and both sides round the same product.
+    torch.testing.assert_close(factor * angles.cos(), cos[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(factor * angles.sin(), sin[0], rtol=0, atol=1e-6)
+    assert scale == pytest.approx(factor**2 / 32**0.5, rel=1e-12)
+    assert scale == softmax_scale(factor, 32)

@@ -1,0 +1,77 @@
+"""Base folders changed by hand, and their logits: transformers' own beside megalora's."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megalora import host
+from megalora.bridge.account import open_folder
+from megalora.config import ModelConfig, ParallelConfig
+from megalora.model.build import build_model
+from megalora.tiny import make_tiny
+from megalora.train.setup import parallel_groups
+
+type Tensors = dict[str, Tensor]
+
+TOKENS = torch.arange(2 * 40).view(2, 40) * 7 % 509
+
+
+def stored_tensors(folder: Path) -> Tensors:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def make_base(out: Path, arch: str = "qwen3_moe", **overrides: Any) -> Path:
+    """Two layers in one file without an index."""
+    make_tiny(out, arch=arch, **{"num_hidden_layers": 2, **overrides})
+    rewrite(out)
+    return out
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], Tensors] | None = None, **config: Any) -> Path:
+    """Store the folder's tensors anew, as ``change`` returns them, and set fields of its config; ``...`` removes a field."""
+    tensors = stored_tensors(folder)
+    if change is not None:
+        tensors = change(dict(tensors))
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
+        file.unlink()
+    save_file(
+        {name: t.clone().contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    fields = json.loads((folder / "config.json").read_text()) | config
+    kept = {name: value for name, value in fields.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(kept, indent=1))
+    return folder
+
+
+@torch.no_grad()
+def transformers_logits(folder: Path, tokens: Tensor = TOKENS) -> Tensor:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
+    assert not report["missing_keys"], report["missing_keys"]
+    return model.eval()(tokens).logits
+
+
+@torch.no_grad()
+def logits_of_ranks(folders: Iterable[Path], sizes: dict[str, int], tokens: Tensor = TOKENS) -> list[Tensor]:
+    """In a world that exists: each folder's logits ``[B, S, V/tp]`` on this rank, without pipeline stages."""
+    found = []
+    for folder in folders:
+        parallel = ParallelConfig(**sizes)
+        with parallel_groups(parallel):
+            config = ModelConfig(path=str(folder), dtype="float32")
+            chunk: Any = build_model(config, parallel, open_folder(folder).shape, folder)[0].eval()
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+            found.append(chunk(tokens, positions, None).clone())
+    return found
+
+
+def own_logits(folder: Path, tokens: Tensor = TOKENS) -> Tensor:
+    """megalora's logits, on this process alone."""
+    with host.process_group():
+        return logits_of_ranks([folder], {}, tokens)[0]
