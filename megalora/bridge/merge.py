@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalora.bridge.account import EMBEDDING, LM_HEAD, published_name
 from megalora.bridge.adapter import read_adapter
 from megalora.bridge.files import CONFIG
 from megalora.bridge.folder import (
@@ -45,7 +46,6 @@ from megalora.lora.spec import HEAD, MOE, Adapted, tensor_name
 from megalora.model.shape import model_shape, read_hf_config, read_json_object
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK_BYTES = 2**20
 """Of a block in float32; about twenty times that is in use at once. Larger blocks are no faster."""
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -122,16 +122,19 @@ def _one_thread() -> Iterator[None]:
 
 def _add_lm_head(folder: Path, shards: dict[str, _Shard]) -> None:
     """Where a tied base has no lm_head, let it be the embedding's bytes once more, at the end of the embedding's file."""
-    at = {tensor.name: (name, tensor) for name, shard in shards.items() for tensor in shard.tensors}
+    at = {published_name(tensor.name): (name, tensor) for name, shard in shards.items() for tensor in shard.tensors}
+    if EMBEDDING not in at:
+        what = "its head alone; save the model anew with both" if LM_HEAD in at else "neither weight"
+        raise ValueError(f"{folder} ties lm_head to {EMBEDDING}, and has {what}")
     if LM_HEAD in at:
         return
-    if EMBEDDING not in at:
-        raise ValueError(f"{folder} ties lm_head to {EMBEDDING}, and has neither weight")
     name, embedding = at[EMBEDDING]
     header, tensors = shards[name].header, shards[name].tensors
     end = sum(tensor.num_bytes for tensor in tensors)
     place = {"data_offsets": [end, end + embedding.num_bytes]}
-    shards[name] = _Shard(header | {LM_HEAD: header[EMBEDDING] | place}, [*tensors, replace(embedding, name=LM_HEAD)])
+    shards[name] = _Shard(
+        header | {LM_HEAD: header[embedding.name] | place}, [*tensors, replace(embedding, name=LM_HEAD)]
+    )
 
 
 def _find_blocks(folder: Path, adapted: list[Adapted], shards: dict[str, _Shard]) -> dict[str, list[_Block]]:
@@ -139,9 +142,10 @@ def _find_blocks(folder: Path, adapted: list[Adapted], shards: dict[str, _Shard]
     stored: dict[str, tuple[str, Stored]] = {}
     for shard_name, shard in shards.items():
         for tensor in shard.tensors:
-            if tensor.name in stored:
-                raise ValueError(f"{folder}: {tensor.name} is both in {stored[tensor.name][0]} and in {shard_name}")
-            stored[tensor.name] = (shard_name, tensor)
+            name = published_name(tensor.name)
+            if name in stored:
+                raise ValueError(f"{folder}: {name} is both in {stored[name][0]} and in {shard_name}")
+            stored[name] = (shard_name, tensor)
     blocks: dict[str, list[_Block]] = defaultdict(list)
     missing: list[str] = []
     for a in adapted:
@@ -150,8 +154,9 @@ def _find_blocks(folder: Path, adapted: list[Adapted], shards: dict[str, _Shard]
             if len(places) > 1:
                 raise ValueError(f"{folder} has {module} twice: as {' and in '.join(name for name, _, _ in places)}")
             for name, size, first in places:
-                _check_tensor(folder / stored[name][0], stored[name][1], size)
-                blocks[name].append(_Block(module, a.scale, first, a.out_features, a.in_features))
+                shard_name, tensor = stored[name]
+                _check_tensor(folder / shard_name, tensor, size)
+                blocks[tensor.name].append(_Block(module, a.scale, first, a.out_features, a.in_features))
             missing += [] if places else [module]
     if missing:
         raise ValueError(

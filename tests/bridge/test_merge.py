@@ -325,6 +325,32 @@ def test_an_adapted_lm_head_leaves_a_tied_embedding_alone(
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["one file", "tied in one file"])
+def test_names_without_their_prefix(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """As a model without its head is saved; transformers reads both."""
+    base = copied(bases[name], tmp_path / "base", lambda file: {k.removeprefix("model."): t for k, t in file.items()})
+    trained = train(base, tmp_path / "adapter", LoRAConfig(rank=3, target_modules=["q_proj", "down_proj", "lm_head"]))
+    merge(trained.folder, str(base), tmp_path / "out")
+    merge(trained.folder, str(bases[name]), tmp_path / "plain")
+    plain = {k.removeprefix("model."): t for k, t in read(tmp_path / "plain").items()}
+    merged = read(tmp_path / "out")
+    assert merged.keys() == plain.keys() and all(torch.equal(merged[key], plain[key]) for key in plain)
+    assert torch.equal(logits(load(tmp_path / "out")), logits(load(tmp_path / "plain")))
+
+
+def test_a_tied_base_that_stores_its_head_alone(bases: dict[str, Path], tmp_path: Path) -> None:
+    moved = {"model.embed_tokens.weight": "lm_head.weight"}
+    base = copied(
+        bases["tied in one file"], tmp_path / "base", lambda file: {moved.get(k, k): t for k, t in file.items()}
+    )
+    trained = train(base, tmp_path / "adapter", LoRAConfig(rank=3, target_modules=["lm_head"]))
+    said = refusal(trained.folder, base, tmp_path / "out")
+    assert (
+        said
+        == f"{base} ties lm_head to model.embed_tokens.weight, and has its head alone; save the model anew with both"
+    )
+
+
 def refusal(adapter: Path, base: Path | str, out: Path) -> str:
     """What merge says, having left no trace beside ``out``."""
     before = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
