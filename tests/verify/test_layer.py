@@ -423,7 +423,7 @@ def test_only_experts_that_the_tokens_need_are_gathered_and_read(tmp_path):
     base = make_tiny(tmp_path / "m", num_experts=96, num_experts_per_tok=2, num_hidden_layers=1)
     ours, theirs, largest_gate = run_ranks(_needed, 1, base)[0]
     assert ours == theirs <= 64, "sixteen tokens twice, two experts each"
-    assert largest_gate > 40
+    assert largest_gate > 20
 
 
 @pytest.mark.parametrize("model", ["tiny", "everything"])
