@@ -4,6 +4,7 @@ Candidates fill both grids, ``world = tp * pp * dp`` and ``world = etp * ep * pp
 a run itself makes: ``ParallelConfig``, ``ModelShape.check_layout`` and ``RunConfig.check_world``.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,6 +13,8 @@ from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, 
 from megalora.model.shape import ModelShape
 
 Recompute = Literal["off", "selective", "full"]
+MAX_RANKS = 2**20
+"""Beyond any machine; with more, the rates that a plan rests on mean nothing."""
 LEVELS: tuple[Recompute, ...] = ("off", "selective", "full")
 
 
@@ -113,6 +116,7 @@ def enumerate_layouts(
         ValueError: fewer than one rank, or an empty or impossible choice.
     """
     require(num_ranks >= 1, f"a run needs at least 1 rank, got {num_ranks}")
+    require(num_ranks <= MAX_RANKS, f"{num_ranks:,} ranks: the planner lays out up to {MAX_RANKS:,}")
     require(bool(micro_batch_sizes) and min(micro_batch_sizes) >= 1, f"microbatches of {micro_batch_sizes} samples")
     unknown = [level for level in recompute if level not in LEVELS]
     require(bool(recompute) and not unknown, f"recompute levels are {', '.join(LEVELS)}; got {list(recompute)}")
@@ -136,15 +140,40 @@ def enumerate_layouts(
 
 
 def candidates(shape: ModelShape, num_ranks: int) -> Iterator[ParallelConfig]:
-    """Every (tp, pp, vpp, ep, etp) whose two grids fill ``num_ranks``; experts' sizes are 1 where there are none."""
-    for pp in divisors(num_ranks):
-        per_stage = divisors(num_ranks // pp)
-        chunks = range(1, max(1, shape.num_layers // pp) + 1) if pp > 1 else (1,)
-        for vpp in (v for v in chunks if v == 1 or shape.num_layers % v == 0):
-            for tp in per_stage:
-                for ep in per_stage if shape.moe_layers else (1,):
-                    for etp in divisors(num_ranks // pp // ep) if shape.moe_layers else (1,):
-                        yield ParallelConfig(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
+    """Every (tp, pp, vpp, ep, etp) whose two grids fill ``num_ranks``; experts' sizes are 1 where there are none.
+
+    A size that the model cannot be split by, whatever the others are, comes once, with all others at 1: otherwise a
+    number of ranks with many divisors has billions of candidates.
+    """
+    sizes = divisors(num_ranks)
+    possible = {"tp": [1], "ep": [1], "etp": [1]}
+    for name in possible if shape.moe_layers else ("tp",):
+        for size in sizes[1:]:
+            alone = ParallelConfig(**{name: size})
+            if _why_not_model(shape, alone):
+                yield alone
+            else:
+                possible[name].append(size)
+    for pp in sizes:
+        per_stage = num_ranks // pp
+        for vpp in _chunks(shape, pp):
+            stages = ParallelConfig(pp=pp, vpp=vpp)
+            if _why_not_model(shape, stages):
+                yield stages
+                continue
+            for tp in possible["tp"]:
+                for ep in possible["ep"]:
+                    for etp in possible["etp"]:
+                        if per_stage % tp == 0 and per_stage % (ep * etp) == 0:
+                            yield ParallelConfig(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
+
+
+def _chunks(shape: ModelShape, pp: int) -> list[int]:
+    """Numbers of model chunks of a stage that could divide the layers."""
+    if pp == 1:
+        return [1]
+    most = max(1, shape.num_layers // pp)
+    return [v for v in range(1, most + 1) if v == 1 or shape.num_layers % v == 0]
 
 
 def check(shape: ModelShape, layout: Layout, work: Workload) -> None:
@@ -157,7 +186,8 @@ def check(shape: ModelShape, layout: Layout, work: Workload) -> None:
 
 def divisors(n: int) -> list[int]:
     """In ascending order."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
 
 
 def _why_not_model(shape: ModelShape, p: ParallelConfig) -> str | None:

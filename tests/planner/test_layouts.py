@@ -83,6 +83,14 @@ def test_256_ranks_take_less_than_a_second(shape: ModelShape) -> None:
         check(shape, layout, WORK)
 
 
+@pytest.mark.parametrize("num_ranks", [720_720, 2**20, 1_048_573], ids=["240 divisors", "largest", "prime"])
+def test_absurd_numbers_of_ranks_are_answered_at_once(num_ranks: int, shape: ModelShape) -> None:
+    start = time.process_time()
+    found = enumerate_layouts(shape, num_ranks, WORK)
+    assert time.process_time() - start < 3
+    assert not found.legal and len(found.rejected) < 100_000
+
+
 @pytest.mark.parametrize(
     ("parallel", "micro", "reason"),
     [
@@ -121,6 +129,7 @@ def test_experts_of_a_dense_model_are_not_divided(tiny_dense: Path) -> None:
     ("options", "message"),
     [
         ({"num_ranks": 0}, "at least 1 rank, got 0"),
+        ({"num_ranks": 10**9}, "1,000,000,000 ranks: the planner lays out up to 1,048,576"),
         ({"micro_batch_sizes": (0,)}, "microbatches of"),
         ({"micro_batch_sizes": ()}, "microbatches of"),
         ({"recompute": ("some",)}, "recompute levels are off, selective, full; got"),

@@ -1,0 +1,46 @@
+"""How long a run is, against arithmetic by hand, and what is said where whole steps do not fit."""
+
+import pytest
+
+from megalora.config import TrainConfig
+from megalora.train.duration import num_steps, rounding
+from megalora.train.optim import learning_rate
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "batch", "steps", "line"),
+    [
+        (1.0, 20, 16, 1, "train.epochs=1 of 20 samples is 1.25 steps of 16: a run of 1 trains on 16 samples, 4 are left out"),
+        (0.01, 20, 16, 1, "train.epochs=0.01 of 20 samples is 0.01 steps of 16: a run of 1 trains on 16 samples, 16 more than"),
+        (1.0, 28, 16, 2, "is 1.75 steps of 16: a run of 2 trains on 32 samples, 4 more than asked for"),
+        (2.5, 1000, 16, 156, "is 156.25 steps of 16: a run of 156 trains on 2,496 samples, 4 are left out"),
+        (2.0, 32, 16, 4, None),
+        (0.5, 64, 16, 2, None),
+    ],
+)  # fmt: skip
+def test_epochs(epochs: float, samples: int, batch: int, steps: int, line: str | None) -> None:
+    options = TrainConfig(epochs=epochs, global_batch_size=batch)
+    assert num_steps(options, samples) == steps
+    said = rounding(options, samples)
+    assert said is None if line is None else line in str(said)
+
+
+def test_steps_are_steps() -> None:
+    options = TrainConfig(steps=7, global_batch_size=16)
+    assert (num_steps(options, 20), rounding(options, 20)) == (7, None)
+
+
+@pytest.mark.parametrize(("steps", "warmup", "share"), [(10, 50, "20%"), (3, 50, "6%"), (10, 11, "91%")])
+def test_a_warmup_that_never_ends_is_refused(steps: int, warmup: int, share: str) -> None:
+    message = (
+        f"train.warmup={warmup} is longer than train.steps={steps}: the learning rate would end at {share} of train.lr"
+    )
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(steps=steps, warmup=warmup)
+    with pytest.raises(ValueError, match=f"is longer than the {steps} steps of train.epochs=1: .* at {share} of"):
+        num_steps(TrainConfig(epochs=1.0, warmup=warmup, global_batch_size=1), steps)
+
+
+def test_a_warmup_as_long_as_the_run_reaches_the_rate() -> None:
+    options = TrainConfig(steps=10, warmup=10, lr=1e-3)
+    assert learning_rate(options, 9, 10) == 1e-3
