@@ -15,7 +15,8 @@ def num_steps(options: TrainConfig, num_samples: int) -> int:
         return options.steps
     assert options.epochs is not None  # TrainConfig has exactly one of the two
     steps = max(1, round(options.epochs * num_samples / options.global_batch_size))
-    check_warmup(options.warmup, steps, f"the {steps} steps of train.epochs={options.epochs:g}")
+    unit = "step" if steps == 1 else "steps"
+    check_warmup(options.warmup, steps, f"the {steps} {unit} of train.epochs={options.epochs:g}")
     return steps
 
 

@@ -160,5 +160,5 @@ def test_what_an_epoch_leaves_out_is_said(tiny: Path, chats: Path, tmp_path: Pat
     assert (
         "train.epochs=0.01 of 20 samples is 0.01 steps of 16: a run of 1 trains on 16 samples, 16 more than" in little
     )
-    assert warmup.startswith("ValueError: train.warmup=2 is longer than the 1 steps of train.epochs=1: ")
+    assert warmup.startswith("ValueError: train.warmup=2 is longer than the 1 step of train.epochs=1: ")
     assert len(records(tmp_path / "a", "loss")) == 1
