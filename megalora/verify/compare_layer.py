@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megalora.model.host_layer import host_layer, host_norm
 from megalora.verify import records as r
+from megalora.verify.first_loss import free_host_memory_bytes
 from megalora.verify.reference import Choices, Reference
 
 OPTION = "train.check_base"
@@ -116,7 +117,20 @@ class LayerComparison:
         self.routing = [self._routing(layer, number, h) for h in (h_TH, self.driven_TH)]
         needed = torch.stack([routing.map_TE.any(0) for routing in self.routing]).any(0)
         self.needed = needed.nonzero().flatten().tolist()
+        self._check_memory(number)
         return self.needed
+
+    def _check_memory(self, number: int) -> None:
+        """Refuse experts that do not fit this host: running out of memory would end the process without a word."""
+        each = sum(parameter[0].numel() for parameter in self.reference.experts.parameters())
+        both_sides = 2 * torch.float32.itemsize  # and what is gathered and read, in the dtype of the run
+        needed = len(self.needed) * each * (both_sides + 2 * self.dtype.itemsize)
+        if needed > (free := free_host_memory_bytes()):
+            raise ValueError(
+                f"{OPTION}: layer {number} ({self.labels[number]}) of {self.folder}: the {len(self.needed)} experts that the "
+                f"check's tokens need take {needed / 2**30:.1f} GiB of host memory on the first rank, which has "
+                f"{free / 2**30:.1f} GiB free. Free some, or train without the check: {OPTION}=off."
+            )
 
     def _routing(self, layer: nn.Module, number: int, h_TH: Tensor) -> _Routing:
         """The router's choice, and which tokens keep it when their hidden states change by rounding."""

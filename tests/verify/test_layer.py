@@ -99,16 +99,43 @@ def _several(cases: dict[str, tuple[Path, Path, str]]) -> dict[str, str]:
 def test_families_dtypes_and_files_are_equal(tiny, tiny_dense, everything, tmp_path):
     """The reference reads what transformers reads: experts packed or each by itself, names with and without a prefix."""
     tied = make_tiny(tmp_path / "tied", arch="qwen3", tie_word_embeddings=True)
+    packed = with_tensors(tiny, tmp_path / "packed", packed_experts)
+    bare = with_tensors(tiny, tmp_path / "bare", without_prefix)
     cases = {
         "dense": (tiny_dense, tiny_dense, "float32"),
         "dense bf16": (tiny_dense, tiny_dense, "bfloat16"),
         "shared expert bf16": (everything, everything, "bfloat16"),
         "tied": (tied, tied, "float32"),
-        "packed": (tiny, with_tensors(tiny, tmp_path / "packed", packed_experts), "float32"),
-        "no prefix": (tiny, with_tensors(tiny, tmp_path / "bare", without_prefix), "float32"),
+        "packed": (packed, packed, "float32"),
+        "no prefix": (bare, bare, "float32"),
+        "packed, built from single experts": (tiny, packed, "float32"),
+        "single experts, built from no prefix": (bare, tiny, "float32"),
     }
     for name, line in run_ranks(_several, 1, cases)[0].items():
         assert line.startswith("base: layer"), f"{name}: {line}"
+
+
+ROPE = {"rope_theta": 1e6, "original_max_position_embeddings": 1024, "factor": 4.0}
+HONOURED: dict[str, dict[str, Any]] = {
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}},
+    "llama3": {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ROPE}},
+    "yarn": {"rope_parameters": {"rope_type": "yarn", **ROPE}},
+    "yarn with betas and a factor": {
+        "rope_parameters": {"rope_type": "yarn", "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3, **ROPE}
+    },
+    "another epsilon": {"rms_norm_eps": 1e-4},
+    "no normalisation": {"norm_topk_prob": False},
+}
+
+
+def test_fields_that_are_honoured_are_equal(tiny, tmp_path):
+    folders = {name: with_config(tiny, tmp_path / name, **fields) for name, fields in HONOURED.items()}
+    folders["attention bias"] = with_tensors(
+        with_config(tiny, tmp_path / "bias", attention_bias=True), tmp_path / "biased", biased
+    )
+    cases = {name: (folder, folder, "float32") for name, folder in folders.items()}
+    for name, line in run_ranks(_several, 1, cases)[0].items():
+        assert line.startswith("base: layer 3 (MoE)"), f"{name}: {line}"
 
 
 def _with_adapters(base: Path, recompute: str) -> str:
@@ -419,6 +446,16 @@ def _needed(base: Path) -> tuple[int, int, float]:
     return seen["ours"], seen["theirs"], seen["gate"]
 
 
+def test_experts_that_do_not_fit_the_host_are_refused(tiny, monkeypatch):
+    monkeypatch.setattr(compare_layer, "free_host_memory_bytes", lambda: 2**20)
+    for line in run_ranks(_said_in, 2, tiny, {"ep": 2}, "float32"):
+        assert line == (
+            f"ValueError: train.check_base: layer 3 (MoE) of {tiny}: the 7 experts that the check's tokens need take 0.0 GiB "
+            "of host memory on the first rank, which has 0.0 GiB free. Free some, or train without the check: "
+            "train.check_base=off."
+        )
+
+
 def test_only_experts_that_the_tokens_need_are_gathered_and_read(tmp_path):
     base = make_tiny(tmp_path / "m", num_experts=96, num_experts_per_tok=2, num_hidden_layers=1)
     ours, theirs, largest_gate = run_ranks(_needed, 1, base)[0]
@@ -439,17 +476,16 @@ def test_float64_says_what_rounding_is(model, request):
 def test_a_run_is_the_same_to_the_bit_with_and_without_the_check(everything, chats, tmp_path):
     lora = LoRAConfig(rank=3, alpha=12.0, dropout=0.3, target_modules=NAMES)
     runs = {}
-    for check in ("off", "layer", "loss"):
+    for check in ("off", "loss"):  # loss makes both comparisons
         config: RunConfig = make_config(
             everything, chats, tmp_path / check, {"tp": 2, "ep": 2}, lora=lora, steps=2, check_base=check
         )
         run_ranks(train, 2, config)
         runs[check] = load_file(tmp_path / check / "step_000002" / "adapter_model.safetensors")
         assert written(tmp_path / check, "loss") == written(tmp_path / "off", "loss")
-    for check in ("layer", "loss"):
-        assert runs[check].keys() == runs["off"].keys()
-        for name, tensor in runs["off"].items():
-            assert torch.equal(runs[check][name].view(torch.int32), tensor.view(torch.int32)), name
+    assert runs["loss"].keys() == runs["off"].keys()
+    for name, tensor in runs["off"].items():
+        assert torch.equal(runs["loss"][name].view(torch.int32), tensor.view(torch.int32)), name
 
 
 def test_a_rotary_table_may_differ_by_its_frequencies_rounding_alone():
