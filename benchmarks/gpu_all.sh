@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Every GPU test and benchmark within nine minutes, from a plain checkout and the wheels in .whl:
 #
-#     bash benchmarks/gpu_all.sh [tests] [kernels] [train] [training-tests] [layouts]
+#     bash benchmarks/gpu_all.sh [tests] [kernels] [train] [shared] [training-tests] [layouts]
 #
-# Without arguments the first four. layouts calibrates the planner and sets a model of Qwen3-30B's shape beside its prediction:
+# Without arguments the first five. shared trains with several ranks on one GPU, one layout after the other, against float64.
+# layouts calibrates the planner and sets a model of Qwen3-30B's shape beside its prediction:
 # eight minutes of its own. Goes on past failures and exits with 1 at the end if there was one. JSON and logs go to
 # ${OUT:-benchmarks/results}; PYTHON names the interpreter, TOTAL_SECONDS another limit.
 set -uo pipefail
@@ -13,7 +14,7 @@ total=${TOTAL_SECONDS:-540}
 python=${PYTHON:-python3}
 out=${OUT:-$PWD/benchmarks/results}
 wanted=("$@")
-[ ${#wanted[@]} -gt 0 ] || wanted=(tests kernels train training-tests)
+[ ${#wanted[@]} -gt 0 ] || wanted=(tests kernels train shared training-tests)
 steps=$(mktemp)
 site=$(mktemp -d)
 failed=0
@@ -53,9 +54,9 @@ asked() { # NAME
 
 for name in "${wanted[@]}"; do
     case $name in
-        tests | kernels | train | training-tests | layouts) ;;
+        tests | kernels | train | shared | training-tests | layouts) ;;
         *)
-            echo "gpu_all.sh: no step is called '$name'; there are tests, kernels, train, training-tests, layouts" >&2
+            echo "gpu_all.sh: no step is called '$name'; there are tests, kernels, train, shared, training-tests, layouts" >&2
             exit 2
             ;;
     esac
@@ -65,7 +66,7 @@ done
     exit 2
 }
 mkdir -p "$out" || exit 1
-rm -f "$out"/{tests,kernels,train,summary}.txt "$out"/{grouped_lora,train_gpu}.json
+rm -f "$out"/{tests,kernels,train,shared,summary}.txt "$out"/{grouped_lora,train_gpu,shared_gpu}.json
 if compgen -G '.whl/*.whl' >/dev/null; then
     install=("$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site")
     "${install[@]}" .whl/*.whl || {
@@ -90,6 +91,14 @@ fi
 if asked train; then
     step "training benchmark" 150 "$out/train.txt" "$python" -m benchmarks.bench_train_gpu \
         --budget-seconds @budget@ --out "$out/train_gpu.json"
+fi
+if asked shared; then
+    if why=$("$python" -c 'import megalora.bridge.base, tests.conftest' 2>&1); then
+        step "layouts on one GPU" 200 "$out/shared.txt" "$python" -m benchmarks.shared_gpu \
+            --budget-seconds @budget@ --out "$out/shared_gpu.json"
+    else
+        note "layouts on one GPU" "not run: ${why##*$'\n'}" 0
+    fi
 fi
 if asked training-tests; then
     if why=$("$python" -c 'import megalora.bridge.base' 2>&1); then

@@ -1,4 +1,4 @@
-"""What ``gpu_all.sh`` found, as one table: its steps, the goals, and the training arms.
+"""What ``gpu_all.sh`` found, as one table: its steps, the goals, the training arms, the layouts on one GPU.
 
 python -m benchmarks.gpu_summary FOLDER [STEPS.tsv]
 """
@@ -39,6 +39,18 @@ def of_training(record: dict[str, Any]) -> list[Sequence[object]]:
     return rows
 
 
+def of_shared(record: dict[str, Any]) -> list[Sequence[object]]:
+    rows: list[Sequence[object]] = []
+    for row in record.get("rows", []):
+        if row["failed"]:
+            rows.append((f"shared: {row['case']}", "-", "", "FAILED"))
+        else:
+            verdict = "FAILED" if row["exceeded"] else "pass"
+            values = f"loss {row['loss']:.0e}, gradient {row['gradient']:.0e}"
+            rows.append((f"shared: {row['case']}", values, ", ".join(row["exceeded"]), verdict))
+    return rows + [(f"shared: {name}", "-", "", "not reached") for name in record.get("not_reached", [])]
+
+
 def of_steps(path: Path) -> list[Sequence[object]]:
     """Lines of name, result and seconds, parted by tabs."""
     lines = [line.split("\t") for line in path.read_text().splitlines()]
@@ -48,8 +60,11 @@ def of_steps(path: Path) -> list[Sequence[object]]:
 def main(given: list[str]) -> None:
     folder = Path(given[0])
     kernels, training = read(folder / "grouped_lora.json"), read(folder / "train_gpu.json")
-    rows = of_kernels(kernels) + of_training(training) + (of_steps(Path(given[1])) if len(given) > 1 else [])
-    devices = {record["device"] for record in (kernels, training) if record}
+    shared = read(folder / "shared_gpu.json")
+    rows = of_kernels(kernels) + of_training(training) + of_shared(shared)
+    if len(given) > 1:
+        rows += of_steps(Path(given[1]))
+    devices = {record["device"] for record in (kernels, training, shared) if record}
     print(", ".join(sorted(devices)) or "nothing was measured")
     print(table(("what", "measured", "limits", "verdict"), rows))
 

@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from benchmarks import bench_grouped_lora, bench_train_gpu, goals, gpu_summary
+from benchmarks import bench_grouped_lora, bench_train_gpu, goals, gpu_summary, shared_gpu
 from benchmarks.expert_case import SIZES, Sizes
 from benchmarks.gpu_timing import Budget, environment, save
 from benchmarks.linear_case import LinearSpec
 from benchmarks.train_arms import KernelExperts, Setup, Training, adapted, base_model, training, with_experts
 from benchmarks.train_case import QWEN3_30B_A3B, adapter_parameters
+from tests.distributed.ranks import run_ranks
 from tests.forked import forked
+from tests.parity.case import prepare_run, train_recording_gradients
+from tests.parity.grid import SHORT, Case
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parents[1]
 TINY = Sizes("tiny", hidden=48, inner=40, num_experts=8, top_k=3)
@@ -126,6 +130,72 @@ def test_a_step_that_does_not_train_has_no_speed(monkeypatch):
     assert found["status"] == "wrong: the loss went from 0.000 to 3.000"
 
 
+def on_forked_ranks(self: shared_gpu.Laboratory, case: Case, spoil: bool = False) -> str | None:
+    """What torchrun's ranks do, without their imports; ``spoil``: from another adapter than the oracle's."""
+    seed = self.answers[case.batch].seed
+    config, start = prepare_run(case, SHORT, self.base, self.chats, self.folder / case.name, "float32", seed)
+    if spoil:
+        save_file({name: 1.001 * tensor for name, tensor in load_file(start).items()}, start)
+    run_ranks(train_recording_gradients, case.world, config, start)
+    return None
+
+
+class Serially:
+    """A pool of this thread alone: ranks cannot be forked from another, where the host's modes are not set."""
+
+    def __init__(self, at_once: int) -> None: ...
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None: ...
+    def map(self, function, items):
+        return [function(item) for item in items]
+
+
+def test_layouts_on_one_gpu_are_held_against_float64(tmp_path, monkeypatch, capsys):
+    """Over plain CPU ranks: rows, verdicts and what is written down."""
+    monkeypatch.setattr(shared_gpu, "ThreadPoolExecutor", Serially)
+    monkeypatch.setattr(shared_gpu, "SHARED", (Case(2, ep=2), Case(2, tp=2), Case(2, pp=2)))
+    spoilt = shared_gpu.SHARED[1]
+
+    def train(self, case: Case) -> str | None:
+        return "exit code 1: no ranks" if case.pp > 1 else on_forked_ranks(self, case, case == spoilt)
+
+    monkeypatch.setattr(shared_gpu.Laboratory, "_train", train)
+    out = tmp_path / "shared_gpu.json"
+    assert shared_gpu.main(["--at-once", "1", "--out", str(out)]) == 1
+    said, rows = capsys.readouterr().out, json.loads(out.read_text())["rows"]
+    assert [row["case"] for row in rows] == [case.name for case in (shared_gpu.ALONE, *shared_gpu.SHARED)]
+    assert rows[0]["exceeded"] == rows[1]["exceeded"] == [] and rows[3]["failed"] == "exit code 1: no ranks"
+    assert any("gradient" in name for name in rows[2]["exceeded"]) and rows[2]["gradient"] > 1e-4
+    assert "exit code 1: no ranks" in said
+    assert [row[-1] for row in gpu_summary.of_shared({"rows": rows})] == ["pass", "pass", "FAILED", "FAILED"]
+
+
+def test_of_layouts_on_one_gpu_none_is_started_late(monkeypatch):
+    monkeypatch.setattr(shared_gpu.Laboratory, "__init__", lambda self, folder, limit_s: None)
+    monkeypatch.setattr(shared_gpu.Laboratory, "ask", lambda self, cases: None)
+    monkeypatch.setattr(shared_gpu.Laboratory, "run", lambda self, case: {"case": case.name, "failed": "x"})
+    found = shared_gpu.run_all(shared_gpu.SHARED, Budget(shared_gpu.SECONDS_OF_A_CASE - 1), 2, 1.0)
+    assert [row["case"] for row in found["rows"]] == [shared_gpu.ALONE.name]
+    assert found["not_reached"] == [case.name for case in shared_gpu.SHARED]
+    assert [row[-1] for row in gpu_summary.of_shared(found)] == ["FAILED"] + ["not reached"] * len(shared_gpu.SHARED)
+
+
+def test_a_layout_may_err_twice_as_much_as_one_rank_and_no_more():
+    quantities = dict.fromkeys(shared_gpu.LIMITS, 0.0)
+
+    def exceeded(alone: float, other: float) -> list[list[str]]:
+        rows = [{"failed": None, **quantities, "gradient": value} for value in (alone, other)]
+        shared_gpu.judge(rows)
+        return [row["exceeded"] for row in rows]
+
+    assert exceeded(5e-5, 9e-5) == [[], []]  # a GPU's own rounding, up to ten times the CPU's limit of 1e-5
+    assert exceeded(5e-5, 1.1e-4) == [[], ["gradient 1.1e-04 > 1.0e-04"]]
+    assert exceeded(1e-7, 9e-6) == [[], []] and exceeded(1e-7, 2e-5)[1]
+    assert exceeded(2e-4, 1e-6)[0] == ["gradient 2.0e-04 > 1.0e-04"]
+
+
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *"import xdist"*) exit 1 ;;
@@ -134,6 +204,7 @@ case "$*" in
   *"-m pytest"*) echo "1 failed" && exit 1 ;;
   *bench_grouped_lora*) echo "budget: $*" ;;
   *bench_train_gpu*) sleep 60 ;;
+  *shared_gpu*) echo "shared: $*" ;;
   *) exec {python} "$@" ;;
 esac
 """
@@ -144,11 +215,11 @@ def test_gpu_all_goes_on_past_failures_and_says_so(tmp_path):
     python.write_text(PYTHON.replace("{python}", sys.executable))
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python), "OUT": str(out), "TOTAL_SECONDS": "600"}
-    script = ["bash", str(ROOT / "benchmarks/gpu_all.sh"), "tests", "kernels", "training-tests"]
+    script = ["bash", str(ROOT / "benchmarks/gpu_all.sh"), "tests", "kernels", "shared", "training-tests"]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "--quick --budget-seconds 190" in done.stdout
     summary = (out / "summary.txt").read_text()
-    assert summary.count("FAILED: exit code 1") == 2 and "No module named 'megatron'" in summary
+    assert summary.count("FAILED: exit code 1") == 2 and summary.count("No module named 'megatron'") == 2
     assert [line.split()[-1] for line in summary.splitlines() if "kernel benchmark" in line] == ["ok"]
 
 

@@ -69,6 +69,8 @@ def plan_command(path: Path, overrides: Sequence[str], options: Options, say: Ca
         f"need least memory within {100 * CLOSE:.0f} % of its best:\n{report.table(plan, options.top)}\n{report.LEGEND}"
     )
     say(f"\nthe choice: {best.layout}\n{report.breakdown(plan, best)}\n")
+    if text := report.waits(best):
+        say(f"{text}\n")
     say(report.rejections(plan))
     if text := report.warning(plan, best):
         say(text)

@@ -10,6 +10,7 @@ backward, for the gradient of its input: the base is frozen. Each adapter factor
 from collections import Counter
 from collections.abc import Iterable
 
+from megalora.config import ParallelConfig
 from megalora.lora.spec import Adapted
 from megalora.planner.activations import Microbatch
 from megalora.planner.gpus import attention_flops
@@ -32,6 +33,17 @@ ADAM_BYTES = 90
 tensor-list Adam passes over them. Counted in its source, not measured."""
 ROPE_PASSES, LOSS_PASSES, ROUTER_PASSES = 8, 6, 10
 """Times that q and k, the logits, and the router's probabilities are read or written, forward and backward each. Assumed."""
+
+BEHIND_WAITS = "host behind waits"
+
+
+def waits_before_all_to_all(p: ParallelConfig) -> bool:
+    """Whether every forward of an MoE layer has the host wait for the device.
+
+    The all-to-all's sizes are computed on the device from the routing, and are arguments of the call on the host (see
+    ``model/dispatcher.py``). A rank that holds all experts whole moves nothing and waits for nothing.
+    """
+    return p.ep * p.etp > 1
 
 
 def step_time(model: PlannedModel, layout: Layout, work: Workload, machine: Machine) -> StepTime:
@@ -134,15 +146,34 @@ class _Costs:
         elif self.layout.recompute == "selective":
             again.take(self._selective(modules, self.shape.is_moe(layer)), before="recompute ")
         over, whole = self.machine.overhead, Ledger()
-        for ledger, host in ((forward, over.layer_forward_s), (backward, over.layer_backward_s)):
-            if ledger is forward or not below:
-                whole.take(ledger)
-                host += over.layer_forward_s * (ledger is backward and self.layout.recompute == "full")
-                device = ledger.total + (again.total if ledger is backward else 0.0)
-                whole.add("host", max(0.0, host - device) if over.hidden else host, over.basis)
-        if not below:
-            whole.take(again)
+        waits = self.shape.is_moe(layer) and waits_before_all_to_all(self.p)
+        whole.take(forward)
+        self._host(whole, over.layer_forward_s, forward.total, waits)
+        if below:
+            return whole
+        whole.take(backward)
+        whole.take(again)
+        # The layer's forward, run again in full, waits as the first one did, and splits the host's work in two.
+        host, device = over.layer_backward_s, backward.total
+        if self.layout.recompute == "full" and waits:
+            self._host(whole, over.layer_forward_s, again.total, waits)
+        else:
+            host += over.layer_forward_s * (self.layout.recompute == "full")
+            device += again.total
+        self._host(whole, host, device, waits=False)
         return whole
+
+    def _host(self, to: Ledger, host: float, device: float, waits: bool) -> None:
+        """The host's time for a pass that keeps the device busy for ``device`` seconds.
+
+        A GPU works on while the host issues what comes next, so that the host counts only as far as it is slower. But
+        behind a wait the GPU has nothing left to do: what the host then issues is not assumed to be hidden.
+        """
+        over = self.machine.overhead
+        if waits and over.hidden:
+            to.add(BEHIND_WAITS, host, over.basis)
+        else:
+            to.add("host", max(0.0, host - device) if over.hidden else host, over.basis)
 
     def _adapter(self, ledgers: Iterable[Ledger], part: str, adapted: list[Adapted], rows: tuple[float, float], sizes: tuple[float, float]) -> None:  # fmt: skip
         """A of ``rows[0]``, B of ``rows[1]``; twice in backward, for the input and for the factor itself."""

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from omegaconf import OmegaConf
 
 from megalora.config import RunConfig
+from megalora.planner.cost import BEHIND_WAITS
 from megalora.planner.layouts import Rejected
 from megalora.planner.search import FULL, GIB, Plan, Planned
 
@@ -40,6 +41,18 @@ def breakdown(plan: Plan, found: Planned) -> str:
         time.append((f"  {part.name}", f"{100 * part.seconds / seconds:.1f} %", f"{part.seconds:.4f}", part.basis))
     time += [("  step", "", f"{seconds:.4f}", found.time.basis)]
     return f"{_columns(memory)}\n{_columns(time)}"
+
+
+def waits(found: Planned) -> str | None:
+    """Where the host waits for the device, and what that adds; None for a layout in which it does not."""
+    seconds = found.time[BEHIND_WAITS]
+    if not seconds:
+        return None
+    again = "and again where it is recomputed " if found.layout.recompute == "full" else ""
+    return (
+        f"with experts shared out, the host waits for the device before the all-to-all in every MoE layer's forward {again}"
+        f"(sizes come from the routing). The host's work behind these waits is not assumed hidden: {seconds:.3g} s of a step"
+    )
 
 
 def warning(plan: Plan, found: Planned) -> str | None:

@@ -75,3 +75,24 @@ def test_two_gpus_train_what_one_trains(layout, tiny, chats, tmp_path):
     two = train(tmp_path / "two", tiny, chats, 2, *layout.split())
     assert values(two, "loss") == pytest.approx(values(one, "loss"), rel=1e-4)
     assert values(two, "grad_norm") == pytest.approx(values(one, "grad_norm"), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, "parallel.tp=2 parallel.ep=1"),
+        (2, "parallel.pp=2 parallel.ep=1 train.recompute=full"),
+        (4, "parallel.tp=2 parallel.ep=2 parallel.etp=2"),
+    ],
+)
+def test_ranks_that_share_a_gpu_train_what_one_trains(ranks, layout, tiny, chats, tmp_path, monkeypatch):
+    """Collectives go through the host; a checkpoint of the shared run resumes on one rank."""
+    one = train(tmp_path / "one", tiny, chats, 1, "parallel.ep=1")
+    monkeypatch.setenv("MEGALORA_SHARE_GPU", "1")
+    shared = train(tmp_path / "shared", tiny, chats, ranks, *layout.split(), "checkpoint.every=2")
+    assert values(shared, "loss") == pytest.approx(values(one, "loss"), rel=1e-4)
+    assert values(shared, "grad_norm") == pytest.approx(values(one, "grad_norm"), rel=1e-3)
+    monkeypatch.delenv("MEGALORA_SHARE_GPU")
+    saved = f"checkpoint.resume={tmp_path}/shared/step_000002"
+    rest = train(tmp_path / "rest", tiny, chats, 1, "parallel.ep=1", saved)
+    assert values(rest, "loss") == pytest.approx(values(one, "loss")[2:], rel=1e-4)

@@ -211,6 +211,40 @@ def test_the_host_counts_where_the_device_is_faster() -> None:
     assert seconds(ATTENTION, both) == pytest.approx(seconds(ATTENTION, ARITHMETIC) + 8 * 48 * 2e-6)
 
 
+def test_what_the_host_issues_behind_a_wait_is_not_hidden() -> None:
+    """By hand: 48 layers, one microbatch on each of 8 ranks, 2 ms a forward and 3 ms a backward, on a device that is slower."""
+    over = Overhead(2e-3, 3e-3, 0.0, hidden=True, basis="assumed")
+
+    def host(recompute: str = "off", batch: int = 8, machine: Overhead = over, **sizes: int) -> float:
+        settings: dict = {"ranks": 8, "batch": batch, "recompute": recompute, **sizes}
+        busy = replace(ARITHMETIC, gemm=Constant(1e11), grouped_gemm=Constant(1e11), attention=Constant(1e11))
+        idle = seconds(ATTENTION, busy, **settings)
+        return seconds(ATTENTION, replace(busy, overhead=machine), **settings) - idle
+
+    assert host() == pytest.approx(0)  # experts whole on every rank: no wait, and the device is slower
+    assert host(tp=8) == pytest.approx(0)
+    assert host(ep=8) == pytest.approx(48 * 2e-3)  # forward; backward knows the sizes
+    assert host(ep=8, batch=24) == pytest.approx(3 * 48 * 2e-3)
+    assert host("selective", ep=8) == pytest.approx(48 * 2e-3)  # neither routes nor dispatches again
+    assert host("full", ep=8) == pytest.approx(2 * 48 * 2e-3)
+    assert host("full", tp=8, etp=8, batch=1) == pytest.approx(2 * 48 * 2e-3)  # gathers of unequal sizes
+    assert host(ep=8, pp=1, tp=1, machine=replace(over, hidden=False)) == pytest.approx(
+        48 * 5e-3
+    )  # a CPU's takes turns
+    assert host("full", machine=replace(over, hidden=False)) == pytest.approx(48 * 7e-3)
+
+
+def test_only_layers_with_experts_wait() -> None:
+    """Two of five layers have experts, and nothing runs backward below the third."""
+    shape = replace(load_shape(MODELS / "qwen3_30b_a3b.yaml"), num_layers=5, moe_layers=frozenset({1, 3}))
+    mixed = PlannedModel.of(shape, LoRAConfig(rank=1, target_modules=["q_proj"], layers="2-"))
+    work = Workload(sequence_length=4096, global_batch_size=2)
+    machine = replace(ARITHMETIC, overhead=Overhead(2e-3, 3e-3, 0.0, hidden=True, basis="assumed"))
+    for recompute, passes in (("off", 2), ("full", 3)):  # layer 3 twice when it is recomputed, layer 1 never is
+        layout = Layout(parallel=ParallelConfig(ep=2), num_ranks=2, recompute=recompute)  # pyright: ignore
+        assert step_time(mixed, layout, work, machine)["host behind waits"] == pytest.approx(passes * 2e-3)
+
+
 def test_nothing_below_the_first_adapter_runs_backward() -> None:
     top = LoRAConfig(rank=16, target_modules=["q_proj"], layers="24-")
     low, high = (

@@ -103,8 +103,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 
 
 def test_the_command_writes_a_config_that_runs_and_a_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(report, "waits", lambda best: "where the host waits")
     out, png, rejected = tmp_path / "deep" / "x.yaml", tmp_path / "x.png", tmp_path / "rejected.tsv"
     said = run(
         capsys,
@@ -140,6 +141,15 @@ def test_the_command_writes_a_config_that_runs_and_a_picture(
     for part in (*best.memory.parts, *best.time.parts):
         assert any(line.strip().startswith(part.name) and part.basis in line for line in said.splitlines()), part.name
     assert "layouts are out" in said and "does not fit: # GiB" in said
+    assert "where the host waits" in said
+
+
+def test_the_host_s_waits_are_named_where_there_are_any(plan: Plan) -> None:
+    found = {bool(planned.layout.parallel.ep * planned.layout.parallel.etp > 1): planned for planned in plan.fitting}
+    text = report.waits(found[True])
+    assert text is not None and f"not assumed hidden: {found[True].time['host behind waits']:.3g} s of a step" in text
+    assert ("recomputed" in text) == (found[True].layout.recompute == "full")
+    assert False not in found or report.waits(found[False]) is None
 
 
 def test_the_table_says_how_numbers_are_known_and_what_is_nearly_full(plan: Plan) -> None:
