@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalora.bridge.adapter import Adapter, read_adapter
@@ -22,6 +22,8 @@ class Export:
 
     out: Path
     facts: Facts
+    notes: list[str]
+    """What the source holds beside the factors."""
 
     def text(self) -> str:
         lines = [f"wrote {self.out}; README.md in it says what it is and how to load it", *coverage(self.facts.adapted)]
@@ -37,6 +39,7 @@ class Export:
             )
         if self.facts.dropped:
             lines.append(f"left out, as you asked: {', '.join(self.facts.dropped)}")
+        lines += self.notes
         trained = {a.name for a in self.facts.adapted}
         for engine in ENGINES.values():
             lines += [f"note: {engine.title} {does} ({p})" for p, does in engine.not_honoured.items() if p in trained]
@@ -62,8 +65,9 @@ def export(
     if not named:
         raise ValueError(f"{source} does not name its base model; give --base")
     check_new(out, source)
-    shape = model_shape(read_hf_config(local_folder(named, "--base", weights=False)))
-    adapter = _without(trained_form(read_adapter(source, shape)).adapter, drop)
+    folder = local_folder(named, "--base", weights=False)
+    shape = model_shape(read_hf_config(folder))
+    adapter = _without(trained_form(read_adapter(source, shape, base=folder)).adapter, drop)
     layouts = ENGINES[engine].layouts if engine else PEFT_LAYOUTS
     layout = layout or next(iter(layouts))
     if engine:
@@ -78,7 +82,7 @@ def export(
         (temporary / CARD).write_text(card(facts))
         if (source / PROBE).is_file() and not drop:
             shutil.copyfile(source / PROBE, temporary / PROBE)
-    return Export(out, facts)
+    return Export(out, facts, adapter.notes)
 
 
 def _without(adapter: Adapter, drop: Sequence[str]) -> Adapter:
@@ -90,4 +94,4 @@ def _without(adapter: Adapter, drop: Sequence[str]) -> Adapter:
     if not kept:
         raise ValueError(f"--drop {' '.join(drop)} leaves nothing of the adapter")
     absent = [module for module in adapter.absent if module.rsplit(".", 1)[-1] not in drop]
-    return Adapter(adapter.folder, kept, adapter.tensors, absent)
+    return replace(adapter, adapted=kept, absent=absent)

@@ -1,17 +1,21 @@
-"""What is in an adapter folder, from its config and tensors alone: no base model is needed."""
+"""Say what is in an adapter folder, from its config and tensors alone: no base model is needed."""
 
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from megalora.bridge.files import WEIGHTS, read_config, tensor_shapes
+from megalora.bridge.files import CONFIG, adapters_below, read_config
+from megalora.bridge.names import described, is_training_only, parse, parse_weight
+from megalora.bridge.options import not_plain, shown
+from megalora.bridge.weights import FLOATS, AdapterWeights
 
-_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _PLACE = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<path>.*?)(?:\.(?P<expert>\d+))?\.(?P<leaf>\w+)")
+NAMED = 4
+"""Tensors of one sort that are named before the rest is counted."""
 
 
 @dataclass
@@ -28,22 +32,20 @@ class _Row:
 
 def describe(adapter: Path) -> str:
     """A table with a row per projection: ranks, sizes, coverage, norms of A and B; then what looks wrong."""
-    config, path = read_config(adapter), adapter / WEIGHTS
-    tensor_shapes(path)  # refuses an unreadable file with its name
+    config, weights = read_config(adapter), AdapterWeights(adapter)
     rows: dict[tuple[str, bool], _Row] = defaultdict(_Row)
     other: list[str] = []
     num_bytes, zero_b, not_finite = 0, 0, []
-    with safe_open(str(path), framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            tensor = file.get_tensor(name)
-            num_bytes += tensor.numel() * tensor.element_size()
-            match = _NAME.fullmatch(name)
-            if not match or tensor.dim() != 2:
-                other.append(name)
-                continue
-            norm = _add(rows, match["module"], match["factor"], tensor)
-            zero_b += match["factor"] == "B" and norm == 0
-            not_finite += [] if norm < float("inf") else [name]
+    for name, info in weights.info.items():
+        tensor = weights.tensor(name)
+        num_bytes += tensor.numel() * tensor.element_size()
+        factor = parse(name)
+        if factor is None or tensor.dim() != 2 or info.dtype not in FLOATS:
+            other.append(name)
+            continue
+        norm = _add(rows, *factor, tensor)
+        zero_b += factor[1] == "B" and norm == 0
+        not_finite += [] if norm < float("inf") else [name]
     lines = [
         f"{adapter}: LoRA for {config.get('base_model_name_or_path')}, r={config['r']}, alpha={config['lora_alpha']}, "
         f"{sum(r.parameters for r in rows.values()):,} parameters, {num_bytes / 1e6:,.1f} MB",
@@ -52,8 +54,42 @@ def describe(adapter: Path) -> str:
     ]
     lines += [f"B is zero in {zero_b} tensors: these adapters do nothing"] if zero_b else []
     lines += [f"NaN or infinite in {len(not_finite)} tensors, such as {not_finite[0]}"] if not_finite else []
-    lines += [f"{len(other)} tensors are no LoRA factor, such as {other[0]}"] if other else []
+    lines += _other_lines(other, weights) + _config_lines(config) + weights.notes
+    if below := adapters_below(adapter):
+        lines.append(f"sub-folders with adapters of their own: {', '.join(below)}")
     return "\n".join(lines)
+
+
+def _other_lines(names: list[str], weights: AdapterWeights) -> list[str]:
+    """What the tensors are that are no factor of a linear, a line for each sort."""
+    sorts: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        sorts[_sort(name, weights)].append(name)
+    lines = []
+    for what, of_sort in sorts.items():
+        more = f" and {len(of_sort) - NAMED} more" if len(of_sort) > NAMED else ""
+        lines.append(f"{what}: {', '.join(of_sort[:NAMED])}{more}")
+    return lines
+
+
+def _sort(name: str, weights: AdapterWeights) -> str:
+    info = weights.info[name]
+    if parse(name) is not None and len(info.shape) == 3 and ".experts." in name:
+        return "3-D factors of all experts of a layer, which import, merge and export read"
+    if parse(name) is not None:
+        return f"no factor of a linear, being {info.dtype} of {len(info.shape)} dimensions"
+    if is_training_only(name):
+        return "needed by training in PEFT alone"
+    if parse_weight(name) is not None:
+        return "weights of the base, not compared with it here (import, merge and export do)"
+    return f"no LoRA factor but {described(name)}, which import, merge and export refuse"
+
+
+def _config_lines(config: dict[str, Any]) -> list[str]:
+    return [
+        f"{CONFIG}: {key}={shown(config[key])} is not plain LoRA, so that import, merge and export refuse it: {why}"
+        for key, why in not_plain(config).items()
+    ]
 
 
 def _add(rows: dict[tuple[str, bool], _Row], module: str, factor: str, tensor: torch.Tensor) -> float:

@@ -85,8 +85,8 @@ def merge(adapter: Path, base: str, out: Path) -> MergeReport:
     folder, out = local_folder(base, "--base"), out.resolve()
     check_new(out, folder)
     shape = model_shape(read_hf_config(folder))
-    read = read_adapter(adapter, shape)
     check_base_folder(folder)
+    read = read_adapter(adapter, shape, base=folder)
     shards = {name: _Shard(*read_header(folder / name)) for name in weight_shards(folder)}
     untied = shape.tied_embeddings and any(a.projection in HEAD for a in read.adapted)
     if untied:
@@ -104,7 +104,7 @@ def merge(adapter: Path, base: str, out: Path) -> MergeReport:
             shutil.copyfile(path, temporary / path.name)
         if untied:
             _untie(temporary, shards)
-        report = MergeReport(adapter, base, out, num_bytes, tuple(merged))
+        report = MergeReport(adapter, base, out, num_bytes, tuple(merged), tuple(read.notes))
         (temporary / REPORT).write_text(json.dumps(report.to_json(), indent=1) + "\n")
     return report
 

@@ -35,6 +35,8 @@ class MergeReport:
     num_bytes: int
     """Of the merged model's weights."""
     modules: tuple[MergedModule, ...]
+    notes: tuple[str, ...] = ()
+    """What the adapter's folder holds beside the factors."""
 
     def text(self) -> str:
         """A table with a row per projection, over all its layers and experts."""
@@ -57,7 +59,7 @@ class MergeReport:
                 f"{len(lossy):,} deltas changed by more than {LOSSY:.0%} when cast, {worst.module}'s by {worst.error:.0%}: they are "
                 f"small beside the steps of {worst.dtype}. Serve the adapter unmerged, or merge into a float32 copy of the base"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with a row per module."""

@@ -50,7 +50,7 @@ def import_adapter(source: Path, out: Path, base: str, order: ColumnOrder | None
     check_new(out, source)
     folder = local_folder(base, "--base", weights=False)
     shape = model_shape(read_hf_config(folder))
-    form = trained_form(read_adapter(source, shape, order), fill=True)
+    form = trained_form(read_adapter(source, shape, order, folder), fill=True)
     adapted, tensors = form.adapter.adapted, form.adapter.tensors
     section = lora_section(adapted, shape)
     with whole_or_gone(out) as temporary:
@@ -67,7 +67,7 @@ def import_adapter(source: Path, out: Path, base: str, order: ColumnOrder | None
         if named not in (None, base)
         else []
     )
-    return Imported(out, section, len(tensors), [*notes, *coverage(adapted), *form.notes])
+    return Imported(out, section, len(tensors), [*notes, *coverage(adapted), *form.adapter.notes, *form.notes])
 
 
 def _base_identity(folder: Path) -> dict[str, Any]:

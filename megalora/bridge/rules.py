@@ -1,111 +1,139 @@
-"""What ``adapter_config.json`` says: of the adapter as a whole, and of single modules by PEFT's rules."""
+"""What ``adapter_config.json`` says of single modules, by PEFT's rules. Needs no torch."""
 
 import math
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megalora.bridge.files import CONFIG, WEIGHTS
+from megalora.bridge.files import CONFIG
+from megalora.bridge.options import check_types
+from megalora.bridge.patterns import Pattern
 
-_CHANGES_THE_MEANING = (
-    "use_dora", "lora_bias", "modules_to_save", "layer_replication", "fan_in_fan_out", "trainable_token_indices", "use_qalora",
-    "alora_invocation_tokens", "use_bdlora", "arrow_config", "velora_config", "kasa_config", "monteclora_config", "megatron_config",
-    "ensure_weight_tying",
-)  # fmt: skip
-"""Options of PEFT's LoraConfig that make the adapter something else than W + scale * B A."""
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def refuse_variants(folder: Path, config: dict[str, Any]) -> None:
-    where = folder / CONFIG
-    for key in _CHANGES_THE_MEANING:
-        if config.get(key):
-            raise ValueError(f"{where}: {key}={config[key]!r} is not plain LoRA, which is all megalora computes")
-    if config.get("bias", "none") != "none":
-        raise ValueError(
-            f"{where}: bias={config['bias']!r} trains biases of the base, which a LoRA adapter cannot hold"
-        )
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_THE_BASE):
-        raise ValueError(
-            f"{where}: init_lora_weights={init!r} changed the base model too. Convert the adapter with PEFT's "
-            "path_initial_model_for_weight_conversion first"
-        )
+_LAYER = r".*?\.[^.]*\.(?P<layer>\d+)\."
+"""PEFT's way to a module's layer: the first number that follows a name."""
 
 
 class Rules:
-    """What ``adapter_config.json`` says of single modules, by PEFT's rules."""
+    """Which modules the config targets, and with which rank and scale."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        """Raises ``ValueError`` for values that mean nothing, so that nothing later meets them."""
-        self.where, self.weights, self.config = folder / CONFIG, folder / WEIGHTS, config
-        self._check_types()
+    def __init__(self, folder: Path, config: dict[str, Any], weights: Path) -> None:
+        """``weights``: where the tensors lie, for messages. Raises ``ValueError`` for values that mean nothing."""
+        self.where, self.weights, self.config = folder / CONFIG, weights, config
+        check_types(self.where, config)
         targets = config.get("target_modules") or []
-        self.expression = self._compiled(targets) if isinstance(targets, str) and targets != "all-linear" else None
-        self.all_linear = targets == "all-linear"
-        self.modules = set() if isinstance(targets, str) else set(targets)
+        self.all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+        self.modules, self.expression = self._names("target_modules", [] if self.all_linear else targets)
+        self.excluded, self.excluding = self._names("exclude_modules", config.get("exclude_modules") or [])
         self.parameters = set(config.get("target_parameters") or [])
-        excluded = config.get("exclude_modules") or []
-        self.excluding = self._compiled(excluded) if isinstance(excluded, str) else None
-        self.excluded = set() if isinstance(excluded, str) else set(excluded)
-        layers = config.get("layers_to_transform")
-        self.layers = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+        self.layers, self.layer_of = self._layer_rules()
         self.patterns = {
-            option: [(self._compiled(rf"(?:.*\.)?(?:{key})"), v) for key, v in (config.get(option) or {}).items()]
+            option: [
+                (key, Pattern(self.where, option, rf"(.*\.)?({key})$", said=key), value)
+                for key, value in (config.get(option) or {}).items()
+            ]
             for option in ("rank_pattern", "alpha_pattern")
         }
         self.untargeted: list[str] = []
+        self._contested: dict[tuple[str, str], str] = {}
 
-    def _check_types(self) -> None:
-        config = self.config
-        lists = ("target_modules", "target_parameters", "exclude_modules")
-        expected: dict[str, tuple[Any, str]] = {
-            "rank_pattern": (lambda v: _maps(v, lambda r: type(r) is int and r > 0), "names and ranks of at least 1"),
-            "alpha_pattern": (lambda v: _maps(v, _is_alpha), "names and numbers above 0"),
-            "auto_mapping": (lambda v: isinstance(v, dict), "an object"),
-            "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
-            **dict.fromkeys(lists, (lambda v: isinstance(v, str) or _strings(v), "a name, or a list of names")),
-        }
-        if type(config["r"]) is not int or config["r"] < 1 or not _is_alpha(config["lora_alpha"]):
-            raise ValueError(
-                f"{self.where}: r={config['r']!r} and lora_alpha={config['lora_alpha']!r} must be a rank of at least 1 and a "
-                "number above 0"
-            )
-        for key, (fits, what) in expected.items():
-            if config.get(key) is not None and not fits(config[key]):
-                raise ValueError(f"{self.where}: {key} must be {what}, got {config[key]!r}")
+    def _pattern(self, option: str, expression: str) -> Pattern:
+        return Pattern(self.where, option, expression)
 
-    def _compiled(self, expression: str) -> re.Pattern[str]:
-        try:
-            return re.compile(expression)
-        except re.error as error:
-            raise ValueError(f"{self.where}: {expression!r} is no regular expression ({error.msg})") from None
+    def _names(self, option: str, value: str | list[str]) -> tuple[set[str], Pattern | None]:
+        """A list is names, a string is a regular expression."""
+        return (set(), self._pattern(option, value)) if isinstance(value, str) else (set(value), None)
 
-    def scale(self, looked_up: str, rank: int, tensor: str) -> float:
-        """Of the adapter under the name PEFT looks up in the patterns; ``rank``: what the tensor has."""
-        said = self._of_pattern("rank_pattern", looked_up, self.config["r"])
+    def _layer_rules(self) -> tuple[set[int] | None, list[Pattern]]:
+        """The layers that a list of targets holds for, None for all; and how to find a module's."""
+        layers = self.config.get("layers_to_transform")
+        if layers is None or layers == []:
+            return None, []
+        names = self.config.get("layers_pattern") or []
+        names = [names] if isinstance(names, str) else names
+        expressions = [rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in names] or [_LAYER]
+        return (
+            {layers} if isinstance(layers, int) else set(layers),
+            [self._pattern("layers_pattern", expression) for expression in expressions],
+        )
+
+    def rank(self, name: str) -> int:
+        """What the config says of the module that PEFT calls ``name`` when it looks into the patterns."""
+        return self._of_pattern("rank_pattern", name, self.config["r"])
+
+    def scale(self, name: str, rank: int, tensor: str) -> float:
+        """Scale of the module that PEFT calls ``name``; ``rank``: what the tensor called ``tensor`` has."""
+        said = self.rank(name)
         if said != rank:
             raise ValueError(
                 f"{self.weights}: {tensor} has rank {rank}, but {self.where.name} says {said} (scales follow from it)"
             )
-        alpha = float(self._of_pattern("alpha_pattern", looked_up, self.config["lora_alpha"]))
+        alpha = float(self._of_pattern("alpha_pattern", name, self.config["lora_alpha"]))
+        self._look_for_contest(name)
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _of_pattern(self, option: str, name: str, default: Any) -> Any:
         """The first that matches wins, as in PEFT."""
-        return next((value for pattern, value in self.patterns[option] if pattern.fullmatch(name)), default)
+        return next((value for _, pattern, value in self.patterns[option] if pattern.match(name)), default)
 
-    def note(self, module: str, layer: int | None, parameters: tuple[str, ...]) -> None:
-        """Remember a module that the config does not target: PEFT would leave its tensors out without a word."""
-        named = (self.all_linear and module != "lm_head") or ends_in(module, self.modules)
-        named = named or bool(self.expression and self.expression.fullmatch(module))
-        if self.layers is not None and layer is not None and layer not in self.layers:
-            named = False
+    def _look_for_contest(self, name: str) -> None:
+        """Remember a module for which two keys of alpha_pattern say different things.
+
+        PEFT trains with the first key that the user wrote and then saves the keys sorted, so that every reader, PEFT too,
+        may take another. Ranks cannot be mistaken so: the tensors have them.
+        """
+        if len(self.patterns["alpha_pattern"]) < 2:
+            return
+        found = [(key, value) for key, pattern, value in self.patterns["alpha_pattern"] if pattern.match(name)]
+        for key, value in found[1:]:
+            first, holds = found[0]
+            if value != holds:
+                line = (
+                    f"{self.where.name}: alpha_pattern says {holds} ({first}) and {value} ({key}) for {name}; the first holds, "
+                    "as in PEFT, which sorts the keys when it saves: the training may have taken the other"
+                )
+                self._contested.setdefault((first, key), line)
+
+    def notes(self) -> list[str]:
+        """What the config leaves open, a line each."""
+        return list(self._contested.values())
+
+    def targets_of(self, module: str, parameters: Iterable[str]) -> set[str]:
+        """Entries of the config by which PEFT adapts ``module``; none where it would leave it out.
+
+        ``parameters``: of which PEFT sees the module as a part. Nothing but ``target_parameters`` decides about those:
+        neither exclude_modules nor layers_to_transform does.
+        """
+        found = self._targets_by_parameter(parameters)
         if ends_in(module, self.excluded) or (self.excluding and self.excluding.fullmatch(module)):
-            named = False
-        if not (named or any(ends_in(p, self.parameters) for p in parameters)):
-            self.untargeted.append(module)
+            return found
+        leaf = module.rsplit(".", 1)[-1]
+        if self.all_linear and module != "lm_head":
+            found.add(leaf)
+        if self.expression and self.expression.fullmatch(module):
+            found.add(leaf)
+        if module in self.modules:  # a full name needs no layer
+            found.add(module)
+        elif self._in_layers(module):
+            found |= _endings(module) & self.modules
+        return found
+
+    def _targets_by_parameter(self, parameters: Iterable[str]) -> set[str]:
+        return {target for name in parameters for target in _endings(name) & self.parameters}
+
+    def _in_layers(self, module: str) -> bool:
+        if self.layers is None:
+            return True
+        match = next((m for pattern in self.layer_of if (m := pattern.match(module))), None)
+        return match is not None and int(match["layer"]) in self.layers
+
+    def note(self, modules: Iterable[str], parameters: Iterable[str]) -> None:
+        """Remember a module that the config does not target: PEFT would leave its tensors out without a word.
+
+        ``modules``: the names it goes by, its own first.
+        """
+        names = list(modules)
+        if not any(self.targets_of(name, parameters) for name in names):
+            self.untargeted.append(names[0])
 
     def check_targets(self, present: Collection[str], known: Mapping[str, tuple[str, ...]]) -> None:
         """Raise ``ValueError`` where config and tensors disagree.
@@ -119,10 +147,12 @@ class Rules:
             )
         found: dict[str, bool] = {}
         for module, parameters in known.items():
-            targets = _endings(module) & self.modules
-            targets |= {t for p in parameters for t in _endings(p) & self.parameters}
-            if self.expression and not _is_expert(module) and self.expression.fullmatch(module):
-                targets = {module.rsplit(".", 1)[-1]}
+            # What tools that write all-linear mean by it differs. A regular expression for transformers 5 may match
+            # names of experts that are no modules there. Both leave open what must be there.
+            if self.all_linear or (self.expression and _is_expert(module)):
+                targets = self._targets_by_parameter(parameters)
+            else:
+                targets = self.targets_of(module, parameters)
             for target in targets:
                 found[target] = found.get(target, False) or module in present
         if lost := [target for target, there in found.items() if not there]:
@@ -143,17 +173,4 @@ def _endings(name: str) -> set[str]:
 
 
 def _is_expert(module: str) -> bool:
-    """A regular expression for transformers 5 may match names of experts that are no modules there."""
     return ".experts." in module
-
-
-def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
-
-
-def _strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
-
-
-def _maps(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(fits(v) for v in value.values())

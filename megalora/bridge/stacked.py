@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megalora.bridge.files import WEIGHTS
 from megalora.bridge.rules import Rules
 from megalora.lora.spec import Adapted
 from megalora.model.shape import ModelShape
@@ -118,15 +117,16 @@ class StackedFile:
 
     def __init__(
         self,
-        folder: Path,
+        path: Path,
         config: dict[str, Any],
         shape: ModelShape,
         rules: Rules,
         found: dict,
         order: ColumnOrder | None,
     ) -> None:
-        """``found``: (layer, what follows ``experts.``) -> factor -> (name, tensor); ``order``: what the user says of B."""
-        self.path, self.shape, self.rules, self.config = folder / WEIGHTS, shape, rules, config
+        """``path``: the weights; ``found``: (layer, what follows ``experts.``) -> factor -> (name, tensor); ``order``: what the
+        user says of B."""
+        self.path, self.shape, self.rules, self.config = path, shape, rules, config
         self.version, self.order = str(config.get("peft_version") or ""), order
         self.layers: dict[int, dict[str, Factors]] = defaultdict(dict)
         for (layer, which), factors in found.items():

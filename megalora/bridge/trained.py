@@ -58,4 +58,4 @@ def trained_form(adapter: Adapter, *, fill: bool = False) -> TrainedForm:
             tensors[tensor_name(module, "A")], tensors[tensor_name(module, "B")] = own_a, own_b
     if not any(tensors[name].any() for name in tensors if ".lora_B." in name):
         raise ValueError(f"{adapter.folder}: every B is zero: this adapter does nothing")
-    return TrainedForm(Adapter(adapter.folder, adapted, tensors, adapter.absent), notes)
+    return TrainedForm(replace(adapter, adapted=adapted, tensors=tensors), notes)

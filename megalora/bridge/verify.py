@@ -18,6 +18,7 @@ host.install()  # before anything imports Megatron
 from megalora.bridge.account import open_folder  # noqa: E402
 from megalora.bridge.adapter import Adapter, read_adapter  # noqa: E402
 from megalora.bridge.folder import local_folder  # noqa: E402
+from megalora.bridge.weights import find_weight_files  # noqa: E402
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig  # noqa: E402
 from megalora.model.shape import ModelShape  # noqa: E402
 from megalora.train.setup import build_adapted, load_adapter, parallel_groups  # noqa: E402
@@ -62,8 +63,11 @@ def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
     """Run the same random tokens through both, in float32 on one rank; raises ``ValueError`` for a folder that cannot load."""
     folder = local_folder(base, "--base")
     shape = open_folder(folder).shape
+    files, _ = find_weight_files(adapter)
+    if len(files) > 1:
+        raise ValueError(f"{adapter}: stock PEFT reads no shards; join them first: megalora export {adapter} OUT")
     tokens = probe_batch(shape.vocab)
-    ours, our_layers = _own_logits(folder, shape, whole_adapter(adapter, shape), tokens)
+    ours, our_layers = _own_logits(folder, shape, whole_adapter(adapter, shape, folder), tokens)
     host.release_memory()  # PEFT's model takes as much
     theirs, their_layers, unadapted = _peft_logits(adapter, folder, tokens)
     parted = [i for i, (a, b) in enumerate(zip(our_layers, their_layers, strict=True)) if not _largest(a - b) <= atol]
@@ -78,9 +82,9 @@ def _own_logits(
         return _megatron_logits(model, tokens.to(host.device()))
 
 
-def whole_adapter(folder: Path, shape: ModelShape) -> Adapter:
+def whole_adapter(folder: Path, shape: ModelShape, base: Path | None = None) -> Adapter:
     """``read_adapter`` of a folder that engines load: none of them takes a layer with adapters on some of its experts."""
-    adapter = read_adapter(folder, shape)
+    adapter = read_adapter(folder, shape, base=base)
     if adapter.absent:
         raise ValueError(
             f"{folder} lacks {len(adapter.absent)} linears of experts beside others of their layers, such as {adapter.absent[0]}; is it "

@@ -1,7 +1,9 @@
-"""Every linear of a model that LoRA can adapt, by its Hugging Face name: the table of ``spec.py`` written out."""
+"""Every linear of a model by its Hugging Face name: those that LoRA can adapt here, and those that it can elsewhere."""
 
 from megalora.lora.spec import HEAD, Projection, layer_projections
 from megalora.model.shape import ModelShape
+
+EMBEDDING = "model.embed_tokens"
 
 
 def linear_modules(shape: ModelShape) -> dict[str, tuple[Projection, int | None, int | None]]:
@@ -12,3 +14,11 @@ def linear_modules(shape: ModelShape) -> dict[str, tuple[Projection, int | None,
             for expert in range(shape.num_experts) if p.is_expert else [None]:
                 found[p.hf.format(layer=layer, expert=expert)] = (p, layer, expert)
     return found | {HEAD[0].hf: (HEAD[0], None, None)}
+
+
+def other_modules(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """HF module name -> (out, in) of what PEFT and vLLM adapt and megalora does not."""
+    found = {EMBEDDING: (shape.hidden, shape.vocab)}
+    if shape.shared_intermediate:
+        found |= {f"model.layers.{layer}.mlp.shared_expert_gate": (1, shape.hidden) for layer in shape.moe_layers}
+    return found

@@ -8,13 +8,17 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from megalora.bridge.copies import check_copies, copies_in
 from megalora.bridge.files import CONFIG, WEIGHTS
-from megalora.lora.modules import linear_modules
+from megalora.bridge.names import described
+from megalora.bridge.options import not_plain, shown
+from megalora.bridge.rules import Rules
+from megalora.bridge.weights import FLOATS
+from megalora.lora.modules import linear_modules, other_modules
 from megalora.lora.spec import ALIASES, MOE
 from megalora.model.shape import ModelShape, model_shape, read_hf_config
-from megalora.serve.adapter_files import AdapterFiles, first_not_finite, read_adapter_files
+from megalora.serve.adapter_files import AdapterFiles, read_adapter_files
 from megalora.serve.errors import (
     AdapterForOtherBase,
     AdapterInvalid,
@@ -28,11 +32,8 @@ _TENSOR = re.compile(
 _EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
 _FUSED = {name: fused for fused in ("qkv_proj", "gate_up_proj") for name in ALIASES[fused]}
 _EXPERT_LEAVES = {projection.name for projection in MOE if projection.is_expert}
-_DTYPES = ("F16", "BF16", "F32", "F64")
-_UNSUPPORTED = ("use_dora", "modules_to_save", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora",
-                "use_qalora")  # fmt: skip
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-"""Of PEFT's named initialisations those that leave the base as it is, so that the saved adapter is a plain LoRA."""
+_BASE_COPY = re.compile(r".*\.(?:embed_tokens|lm_head)\.base_layer\.weight")
+"""Weights of the base that vLLM passes over in an adapter's file."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def check_adapter(folder: Path, limits: Limits | None = None) -> Needs:
     shape = _shape(limits.base)
     if shape is not None:
         _check_base(files, modules, shape)
+        _check_copies(files, shape, limits.base)
     _check_experts(files, modules, shape)
-    bad = first_not_finite(folder / WEIGHTS)
+    bad = files.weights.not_finite()
     if bad is not None:
         raise AdapterInvalid(f"{folder / WEIGHTS}: {bad} holds NaN or an infinite number; serve an earlier checkpoint")
     return needs
@@ -101,28 +103,31 @@ def _check_config(files: AdapterFiles) -> None:
             raise AdapterInvalid(f"{path}: {key} is missing; vLLM reads it")
     if type(config["r"]) is not int or config["r"] < 1:
         raise AdapterInvalid(f"{path}: r must be a positive whole number, got {config['r']!r}")
-    found = [f"{key}={config[key]!r}" for key in _UNSUPPORTED if config.get(key)]
-    found += [f"bias={config['bias']!r}"] if config.get("bias", "none") != "none" else []
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
-        found.append(f"init_lora_weights={init!r}")
-    if found:
+    if found := [f"{key}={shown(config[key])}" for key in not_plain(config)]:
         raise AdapterInvalid(f"{path}: vLLM does not serve {', '.join(found)}; train without, or merge into the base")
 
 
 def _modules(files: AdapterFiles) -> dict[str, _Module]:
     """Adapted modules by HF name; every A has its B and their ranks agree."""
     path = files.folder / WEIGHTS
-    if not files.tensors:
-        raise AdapterInvalid(f"{path} has no tensors: it would serve the base model")
     shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, tensor in files.tensors.items():
+        if _BASE_COPY.fullmatch(name):
+            continue
         match = _TENSOR.fullmatch(name)
         if match is None:
-            raise AdapterInvalid(f"{path}: {name} is no LoRA factor; names end in .lora_A.weight or .lora_B.weight")
+            raise AdapterInvalid(
+                f"{path}: {name} is no LoRA factor but {described(name)}, which vLLM refuses; megalora export writes the adapter "
+                "without what only copies the base"
+            )
         if match["module"].endswith((".experts", ".experts.base_layer")):
             raise AdapterInvalid(f"{path}: {name} stacks all experts; vLLM takes one A and B per expert for this model")
-        if tensor.dtype not in _DTYPES or len(tensor.shape) != 2:
+        if len(tensor.shape) == 3 and ".experts." in name:
+            raise AdapterInvalid(
+                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, one tensor for all experts; vLLM takes one A and B per "
+                "expert for this model, which megalora export writes"
+            )
+        if tensor.dtype not in FLOATS or len(tensor.shape) != 2:
             raise AdapterInvalid(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; must be a matrix of floats")
         shapes[match["module"]][match["factor"] or match["embedding"]] = tensor.shape
     modules = {}
@@ -133,17 +138,22 @@ def _modules(files: AdapterFiles) -> dict[str, _Module]:
         if a[0] != b[1]:
             raise AdapterInvalid(f"{path}: {name} has A {list(a)} and B {list(b)}; A's rows must be B's columns")
         modules[name] = _Module(a[0], b[0], a[1])
+    if not modules:
+        raise AdapterInvalid(f"{path} has no LoRA factor: it would serve the base model")
     return modules
 
 
 def _check_ranks(files: AdapterFiles, modules: dict[str, _Module]) -> None:
     """vLLM takes the scale's rank from the config, whatever the tensors say."""
-    pattern: dict[str, Any] = files.config.get("rank_pattern") or {}
+    try:
+        rules = Rules(files.folder, files.config, files.folder / WEIGHTS)
+        expected = {name: rules.rank(name) for name in modules}
+    except ValueError as error:
+        raise AdapterInvalid(str(error)) from None
     for name, module in modules.items():
-        expected = next((r for key, r in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), files.config["r"])
-        if module.rank != expected:
+        if module.rank != expected[name]:
             raise AdapterInvalid(
-                f"{files.folder}: {name} has rank {module.rank}, but {CONFIG} says {expected}; its scale would be wrong"
+                f"{files.folder}: {name} has rank {module.rank}, but {CONFIG} says {expected[name]}; its scale would be wrong"
             )
 
 
@@ -177,10 +187,7 @@ def _shape(base: Path | None) -> ModelShape | None:
 def base_modules(shape: ModelShape) -> dict[str, tuple[int, int]]:
     """HF name -> (out, in) of everything vLLM can adapt in this model."""
     sizes = {module: p.features(shape) for module, (p, _, _) in linear_modules(shape).items()}
-    sizes["model.embed_tokens"] = (shape.hidden, shape.vocab)
-    if shape.shared_intermediate:
-        sizes |= {f"model.layers.{layer}.mlp.shared_expert_gate": (1, shape.hidden) for layer in shape.moe_layers}
-    return sizes
+    return sizes | other_modules(shape)
 
 
 def _check_base(files: AdapterFiles, modules: dict[str, _Module], shape: ModelShape) -> None:
@@ -196,6 +203,14 @@ def _check_base(files: AdapterFiles, modules: dict[str, _Module], shape: ModelSh
                 f"{files.folder}: {name} is {module.out_features} x {module.in_features}, and the base model's is "
                 f"{sizes[name][0]} x {sizes[name][1]}; was it trained on {files.config.get('base_model_name_or_path')}?"
             )
+
+
+def _check_copies(files: AdapterFiles, shape: ModelShape, base: Path | None) -> None:
+    """vLLM takes its own base for weights of the base that the file holds; they must be the same."""
+    try:
+        check_copies(files.weights, copies_in(files.weights, shape), shape, base)
+    except ValueError as error:
+        raise AdapterInvalid(str(error)) from None
 
 
 def _check_experts(files: AdapterFiles, modules: dict[str, _Module], shape: ModelShape | None) -> None:

@@ -68,7 +68,7 @@ def verify_vllm(adapter: Path, base: str, *, atol: float) -> VllmReport:
     shape = open_folder(folder).shape
     server = Server(folder, {"adapter": adapter}, dtype="float32")  # refuses what it can before a model is loaded
     tokens = probe_batch(shape.vocab)
-    own = _own_answers(folder, shape, whole_adapter(adapter, shape), tokens)
+    own = _own_answers(folder, shape, whole_adapter(adapter, shape, folder), tokens)
     host.release_memory()  # vLLM takes nearly all of a GPU
     with server, server.client() as client:
         return _compare(adapter, atol, client, tokens, own)

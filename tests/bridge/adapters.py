@@ -134,9 +134,12 @@ def load_base(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def merged_by_hand(trained: Trained) -> Any:
-    """transformers' own model with the deltas added to its weights; gate rows stand before up rows."""
-    model = load_base(trained.base)
+def merged_by_hand(trained: Trained, model: Any = None) -> Any:
+    """transformers' own model with the deltas added to its weights; gate rows stand before up rows.
+
+    ``model``: the base, which is changed; None to load it.
+    """
+    model = load_base(trained.base) if model is None else model
     for a, expert, delta in trained.deltas():
         if expert is None:
             linear = model.get_submodule(a.hf_module())

@@ -356,7 +356,8 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
     [
         ({"base_model.model.lm_head.lora_magnitude_vector": torch.ones(4, 4)}, "lora_magnitude_vector is no LoRA factor of a"),
         ({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 9)}, "lora_embedding_A is no LoRA factor of a"),
-        ({"base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight": torch.ones(8, 2, 96)}, "a factor is a matrix in float16"),
+        ({"base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight": torch.ones(8, 2, 96)}, "w1.lora_A.weight has no partner"),
+        ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 96, 1)}, "a factor is a matrix in F64"),
         ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full((2, 96), float("nan"))}, "has NaN or infinite"),
         ({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)}, "two tensors are lora_A of model.layers.0.self_attn.q_proj"),
         ({"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)}, "model.layers.9.self_attn.q_proj is no linear"),

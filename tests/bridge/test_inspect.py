@@ -95,10 +95,16 @@ def test_what_is_no_lora_factor(tmp_path: Path) -> None:
         "base_model.model.model.layers.0.conv.lora_A.weight": torch.ones(4, 3, 1),
         "base_model.model.model.layers.0.norm.lora_magnitude_vector": torch.ones(5),
     }
-    head, _, line, warning = described(tmp_path, tensors)
+    head, _, line, *warnings = described(tmp_path, tensors)
     assert line.startswith("v_proj")
     assert head.endswith(f" {4 * (64 + 96)} parameters, 0.0 MB"), "what is no factor is not counted"
-    assert warning == "3 tensors are no LoRA factor, such as base_model.model.lm_head.base_layer.weight"
+    assert sorted(warnings) == [
+        "no LoRA factor but the magnitude of DoRA (use_dora), which import, merge and export refuse: "
+        "base_model.model.model.layers.0.norm.lora_magnitude_vector",
+        "no factor of a linear, being F32 of 3 dimensions: base_model.model.model.layers.0.conv.lora_A.weight",
+        "weights of the base, not compared with it here (import, merge and export do): "
+        "base_model.model.lm_head.base_layer.weight",
+    ]
 
 
 def test_a_healthy_adapter_gets_no_warning(tmp_path: Path) -> None:
@@ -112,5 +118,5 @@ def test_unreadable_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"^{weights}: not a readable safetensors file .*incomplete"):
         describe(tmp_path)
     weights.unlink()
-    with pytest.raises(ValueError, match=f"^{weights}: not a readable safetensors file"):
+    with pytest.raises(ValueError, match=f"^{tmp_path} is not an adapter folder: it has no {weights.name}$"):
         describe(tmp_path)

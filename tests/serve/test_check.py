@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from megalora.bridge.files import CONFIG, WEIGHTS
+from megalora.bridge.weights import AdapterWeights
 from megalora.lora.spec import layer_projections
 from megalora.model.shape import model_shape, read_hf_config
-from megalora.serve.adapter_files import content_hash, first_not_finite, read_adapter_files, tensor_count
+from megalora.serve.adapter_files import content_hash, read_adapter_files, tensor_count
 from megalora.serve.check import Limits, Needs, base_modules, check_adapter
 from megalora.serve.errors import (
     AdapterError,
@@ -77,7 +78,7 @@ def spoil(number: float, dtype: torch.dtype) -> Callable[[dict], dict]:
 
 
 BROKEN_TENSORS: dict[str, tuple[Callable[[dict], dict], type[AdapterError], str]] = {
-    "no tensors": (lambda _: {}, AdapterInvalid, "has no tensors: it would serve the base model"),
+    "no tensors": (lambda _: {}, AdapterInvalid, "holds no tensors: nothing was adapted"),
     "NaN": (spoil(math.nan, torch.float32), AdapterInvalid, rf"{Q}.lora_B.weight holds NaN or an infinite number"),
     "infinite": (spoil(-math.inf, torch.float32), AdapterInvalid, "q_proj.lora_B.weight holds NaN"),
     "NaN, bfloat16": (spoil(math.nan, torch.bfloat16), AdapterInvalid, "q_proj.lora_B.weight holds NaN"),
@@ -197,14 +198,16 @@ def test_a_hash_says_what_is_in_a_folder(tiny: Path, tmp_path: Path) -> None:
 
 def test_finite_numbers_of_every_dtype(tmp_path: Path) -> None:
     """The largest finite ones, and zeros, are finite; checked against torch."""
+    path = tmp_path / WEIGHTS
+    (tmp_path / CONFIG).write_text("{}")
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         limits = torch.finfo(dtype)
         numbers = torch.tensor([0.0, -0.0, limits.max, limits.min, limits.tiny], dtype=torch.float64)
-        path = tmp_path / f"{dtype}.safetensors"
         for bad in (None, math.nan, -math.nan, math.inf, -math.inf):
             tensor = numbers.to(dtype) if bad is None else torch.cat([numbers, torch.tensor([bad])]).to(dtype)
             save_file({"a": torch.zeros(1, dtype=dtype), "b": tensor.clone()}, path)
-            assert first_not_finite(path) == (None if torch.isfinite(tensor).all() else "b")
+            found = AdapterWeights(tmp_path).not_finite()
+            assert found == (None if torch.isfinite(tensor).all() else "b")
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "qwen2_moe"])
