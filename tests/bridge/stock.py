@@ -28,18 +28,23 @@ def shape_of(base: Path) -> ModelShape:
 
 
 def new_adapter(base: Path, seed: int = 1, **options: Any) -> Any:
-    """Stock PEFT's model of an adapter with random factors."""
+    """Stock PEFT's model of an adapter with random factors, as after some training."""
+    return randomized(untrained_adapter(base, **options), seed)
+
+
+def untrained_adapter(base: Path, **options: Any) -> Any:
+    """Stock PEFT's model as training starts with it."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 12, "task_type": "CAUSAL_LM", **options})
-    return randomized(get_peft_model(base_model(base), config), seed)
+    return get_peft_model(base_model(base), config).eval()
 
 
 def randomized(model: Any, seed: int) -> Any:
-    """``model`` with random numbers where PEFT starts with zeros."""
+    """``model`` with random numbers added to every B, and to every A that starts as zeros."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".lora_" in name and not parameter.any():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            if ".lora_B" in name or (".lora_A" in name and not parameter.any()):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
 
 

@@ -10,7 +10,15 @@ from peft import PeftModel
 
 from megalora.bridge.files import CONFIG, WEIGHTS, read_config
 from tests.bridge.adapters import ATTENTION, EXPERTS, logits
-from tests.bridge.stock import base_model, check_equal, loaded_by_peft, new_adapter, randomized, read_logits
+from tests.bridge.stock import (
+    base_model,
+    check_equal,
+    loaded_by_peft,
+    new_adapter,
+    randomized,
+    read_logits,
+    untrained_adapter,
+)
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
 
@@ -47,7 +55,7 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
     "router": ("moe", {"target_modules": ["gate", "q_proj"]}),
     "gaussian start": ("moe", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
     "random start": ("dense", {"target_modules": EXPERTS, "init_lora_weights": False}),
-    "orthogonal start": ("dense", {"target_modules": ["q_proj"], "lora_alpha": 240, "init_lora_weights": "orthogonal"}),
+    "orthogonal start": ("dense", {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
     "MiCA": ("dense", {"target_modules": ["v_proj"], "init_lora_weights": "mica"}),
     "VeLoRA": ("dense", {"target_modules": ["q_proj"], "velora_config": peft.tuners.lora.config.VeloraConfig(num_groups=4)}),
 }  # fmt: skip
@@ -96,7 +104,7 @@ def test_a_start_that_changed_the_base_is_read_once_converted(
     bases: dict[str, Path], tmp_path: Path, init: str
 ) -> None:
     """PEFT's own conversion: twice the rank, and the base as it was."""
-    model = new_adapter(bases["dense"], target_modules=["q_proj"], init_lora_weights=init)
+    model = untrained_adapter(bases["dense"], target_modules=["q_proj"], init_lora_weights=init)
     model.peft_config["default"].init_lora_weights = True  # saving would start anew
     model.save_pretrained(tmp_path / "start")
     with torch.no_grad():
