@@ -164,12 +164,7 @@ def _unpickled(path: Path) -> dict[str, "Tensor"]:
         except RuntimeError:  # torch before 1.6 wrote no zip file, which alone can be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes of others, run as instructions: what goes wrong in them can be anything
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{path} is a pickle that torch.load(weights_only=True) refuses ({type(error).__name__}: {reason}): it is cut "
-            "short, or would run code. If you trust it, load it and save it again with PEFT, which writes "
-            f"{WEIGHTS}"
-        ) from None
+        raise ValueError(f"{path}: {_what_is_wrong(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a dictionary of tensors, holds a {type(content).__name__}")
     for name, tensor in content.items():
@@ -185,6 +180,18 @@ def _unpickled(path: Path) -> dict[str, "Tensor"]:
                 f"{path}: {name} is {what}; an adapter's weights are a dictionary of plain tensors by name"
             )
     return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _what_is_wrong(error: Exception) -> str:
+    """In a line. torch's own advice, to load it without ``weights_only``, is left out."""
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if code:
+        return (
+            f"a pickle that would run {code[1]}, and megalora reads pickles of tensors alone. If you trust it, load it and "
+            f"save it again with PEFT, which writes {WEIGHTS}"
+        )
+    lines = str(error).strip().splitlines() or ["nothing more is known"]
+    return f"not a readable pickle ({type(error).__name__}: {lines[0][:100]}); is it cut short, or still being written?"
 
 
 def find_weight_files(folder: Path) -> tuple[list[Path], list[str]]:

@@ -116,10 +116,19 @@ def test_a_pickle_runs_no_code(trained: Trained, tmp_path: Path) -> None:
     with (trained.folder / PICKLE).open("wb") as file:
         pickle.dump({"a": Runs(tmp_path / "trace")}, file)
     with pytest.raises(
-        ValueError, match=f"{PICKLE} is a pickle that .* refuses .*load it and save it again with PEFT"
+        ValueError, match=f"{PICKLE}: a pickle that would run posix.mkdir, .* save it again with PEFT"
     ) as caught:
         AdapterWeights(trained.folder)
     assert "\n" not in str(caught.value) and not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 5000])
+def test_a_pickle_cut_short(trained: Trained, length: int) -> None:
+    in_pickle(trained.folder)
+    os.truncate(trained.folder / PICKLE, length)
+    with pytest.raises(ValueError, match=rf"{PICKLE}: not a readable pickle \(.*\); is it cut short") as caught:
+        AdapterWeights(trained.folder)
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
 
 
 BAD_PICKLES: dict[str, tuple[object, str]] = {
