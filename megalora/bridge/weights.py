@@ -184,14 +184,16 @@ def _unpickled(path: Path) -> dict[str, "Tensor"]:
 
 def _what_is_wrong(error: Exception) -> str:
     """In a line. torch's own advice, to load it without ``weights_only``, is left out."""
-    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    text = str(error)
+    code = re.search(r"GLOBAL ([\w.]+)", text)
     if code:
         return (
             f"a pickle that would run {code[1]}, and megalora reads pickles of tensors alone. If you trust it, load it and "
             f"save it again with PEFT, which writes {WEIGHTS}"
         )
-    lines = str(error).strip().splitlines() or ["nothing more is known"]
-    return f"not a readable pickle ({type(error).__name__}: {lines[0][:100]}); is it cut short, or still being written?"
+    detail = re.search(r"WeightsUnpickler error: *(.+)", text) or re.search(r"(?!.*[Ww]eights.only)(.+)", text)
+    more = f": {detail[1].strip()[:100]}" if detail else ""
+    return f"not a readable pickle ({type(error).__name__}{more}); is it cut short, or still being written?"
 
 
 def find_weight_files(folder: Path) -> tuple[list[Path], list[str]]:
