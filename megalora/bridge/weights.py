@@ -191,9 +191,9 @@ def _what_is_wrong(error: Exception) -> str:
             f"a pickle that would run {code[1]}, and megalora reads pickles of tensors alone. If you trust it, load it and "
             f"save it again with PEFT, which writes {WEIGHTS}"
         )
-    detail = re.search(r"WeightsUnpickler error: *(.+)", text) or re.search(r"(?!.*[Ww]eights.only)(.+)", text)
+    detail = re.search(r"WeightsUnpickler error:\s*(.+)", text) or re.search(r"(?!.*[Ww]eights.only)(.+)", text)
     more = f": {detail[1].strip()[:100]}" if detail else ""
-    return f"not a readable pickle ({type(error).__name__}{more}); is it cut short, or still being written?"
+    return f"not a readable pickle ({type(error).__name__}{more}); is it cut short, or of more than tensors?"
 
 
 def find_weight_files(folder: Path) -> tuple[list[Path], list[str]]:

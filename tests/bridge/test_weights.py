@@ -111,13 +111,18 @@ class Runs:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
-def test_a_pickle_runs_no_code(trained: Trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("protocol", "message"),
+    [
+        (2, "a pickle that would run posix.mkdir, .* save it again with PEFT"),
+        (4, r"\(UnpicklingError: Unsupported operand 149\)"),
+    ],
+)
+def test_a_pickle_runs_no_code(trained: Trained, tmp_path: Path, protocol: int, message: str) -> None:
     (trained.folder / WEIGHTS).unlink()
     with (trained.folder / PICKLE).open("wb") as file:
-        pickle.dump({"a": Runs(tmp_path / "trace")}, file)
-    with pytest.raises(
-        ValueError, match=f"{PICKLE}: a pickle that would run posix.mkdir, .* save it again with PEFT"
-    ) as caught:
+        pickle.dump({"a": Runs(tmp_path / "trace")}, file, protocol)
+    with pytest.raises(ValueError, match=message) as caught:
         AdapterWeights(trained.folder)
     assert "\n" not in str(caught.value) and not (tmp_path / "trace").exists()
 
