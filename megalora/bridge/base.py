@@ -209,9 +209,9 @@ def open_architecture(hf: Mapping[str, Any]) -> AutoBridge:
         raise ValueError(f"config.json: {' '.join(str(error).split())}") from None
 
 
-def load_weights(bridge: AutoBridge, base: BaseFolder, chunks: list[nn.Module]) -> None:
+def load_weights(base: BaseFolder, chunks: list[nn.Module]) -> None:
     """Fill this rank's chunks from a base folder; collective over tensor-parallel ranks and pipeline stages."""
-    weights = BaseWeights(base)
+    bridge, weights = open_architecture(base.hf), BaseWeights(base)
     # What Bridge asks of a checkpoint: a config, tensors by name, and all the names.
     source = types.SimpleNamespace(get_all_keys=lambda: list(weights))
     state = _State(weights, source)

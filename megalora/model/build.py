@@ -24,10 +24,9 @@ def build_model(config: ModelConfig, parallel: ParallelConfig, shape: ModelShape
     """The model chunks of this rank (``parallel.vpp`` of them), weights loaded, every parameter frozen."""
     base = open_folder(folder)
     assert base.shape == shape, f"{folder} holds {base.shape}, the run is planned for {shape}"
-    bridge = open_architecture(base.hf)
-    chunks = make_chunks(bridge, base.hf, config, parallel, shape)
+    chunks = make_chunks(base.hf, config, parallel, shape)
     _mark_unwritten(chunks)
-    load_weights(bridge, base, chunks)
+    load_weights(base, chunks)
     dist.barrier()
     for chunk in chunks:
         chunk.to(host.device())  # Megatron makes router weights on the host
@@ -42,7 +41,7 @@ def build_random(
 
     For measuring time and memory where the weights themselves do not matter; ranks that share a weight do not agree on it.
     """
-    chunks = make_chunks(open_architecture(hf), hf, config, parallel, shape)
+    chunks = make_chunks(hf, config, parallel, shape)
     generator = torch.Generator(host.device()).manual_seed(seed)
     for chunk in chunks:
         chunk.to(host.device())
@@ -82,13 +81,10 @@ def _check_written(chunks: list[nn.Module], folder: Path) -> None:
 
 
 def make_chunks(
-    bridge: Any, hf: Mapping[str, Any], config: ModelConfig, parallel: ParallelConfig, shape: ModelShape
+    hf: Mapping[str, Any], config: ModelConfig, parallel: ParallelConfig, shape: ModelShape
 ) -> list[nn.Module]:
-    """The chunks of this rank, frozen, their weights not yet filled.
-
-    Args:
-        bridge: ``open_architecture(hf)``.
-    """
+    """The chunks of this rank for a parsed ``config.json``, frozen, their weights not yet filled."""
+    bridge = open_architecture(hf)
     inv_freq, factor = frequencies(read_rope(hf), shape.head_dim, hf.get("max_position_embeddings"))
     with quiet():
         provider = configure(bridge.to_megatron_provider(load_weights=False), config, parallel, shape)
@@ -96,8 +92,9 @@ def make_chunks(
         provider.finalize()
         stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
         chunks = [provider.provide(vp_stage=stage) for stage in stages]
+    inv_freq = inv_freq.to(host.device())
     for chunk in chunks:
-        set_frequencies(chunk, inv_freq, host.device())
+        set_frequencies(chunk, inv_freq)
         chunk.requires_grad_(False)
     return chunks
 

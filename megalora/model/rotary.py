@@ -45,8 +45,8 @@ def softmax_scale(factor: float, head_dim: int) -> float:
     return factor**2 / math.sqrt(head_dim)
 
 
-def set_frequencies(chunk: nn.Module, inv_freq: Tensor, device: Any) -> None:
+def set_frequencies(chunk: nn.Module, inv_freq: Tensor) -> None:
     """Let a GPTModel, built with position embeddings of type "rope" and not yet called, turn by these frequencies."""
     rotary: Any = chunk.rotary_pos_emb
     assert rotary.inv_freq.shape == inv_freq.shape, f"rotary embedding of {tuple(rotary.inv_freq.shape)} frequencies"
-    rotary.inv_freq = inv_freq.to(device)
+    rotary.inv_freq = inv_freq

@@ -45,13 +45,12 @@ def dry_run(hf: Mapping[str, Any], lora: LoRAConfig, parallel: ParallelConfig, m
 
     import torch
 
-    from megalora.bridge.base import open_architecture
     from megalora.lora.inject import inject
     from megalora.model.build import make_chunks
     from megalora.train.setup import parallel_groups
 
     with parallel_groups(parallel) as groups, _meta_device():
-        chunks = make_chunks(open_architecture(hf), hf, model, parallel, shape)
+        chunks = make_chunks(hf, model, parallel, shape)
         pieces = inject(chunks, adapted, shape, lora, groups, seed=0, dtype=getattr(torch, model.dtype))
         return _count(chunks, len({piece.name for piece in pieces}))
 

@@ -10,7 +10,6 @@ from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 from megalora import host
-from megalora.bridge.base import open_architecture
 from megalora.config import ModelConfig, ParallelConfig
 from megalora.model.build import make_chunks
 from megalora.model.rope_fields import read_rope
@@ -96,7 +95,7 @@ def test_the_built_model_turns_as_transformers_does(small: Path, name: str) -> N
     theirs = rotary_of_transformers(hf)
     with host.process_group(), parallel_groups(ParallelConfig()):
         config = ModelConfig(path="none", dtype="bfloat16")
-        (chunk,) = make_chunks(open_architecture(hf), hf, config, ParallelConfig(), model_shape(hf))
+        (chunk,) = make_chunks(hf, config, ParallelConfig(), model_shape(hf))
         module: Any = chunk
         angles = module.rotary_pos_emb(2048)[:, 0, 0]
         scale = module.decoder.layers[0].self_attention.core_attention.scale

@@ -14,7 +14,7 @@ BASE_BUGS: tuple[Bug, ...] = (
     bug(0, "true counts as a number of layers", FIELDS, "isinstance(value, int) and not isinstance(value, bool) and value >= least", "isinstance(value, int) and value >= least", f"{FIELDS_TEST} refused_by_name_and_value"),
     bug(0, "a quantised config passes", FIELDS, "        if hf.get(name):\n", "        if hf.get(name) is ...:\n", f"{CASES} fp8_is_refused"),
     bug(0, "plan does not look at fields", "megalora/planner/models.py", "    check_fields(hf, path)\n", "", f"{CASES} partial_rotary_is_refused"),
-    bug(0, "rotary scaling passed over", BUILD, "        set_frequencies(chunk, inv_freq, host.device())\n", "", f"{CASES} rope_scaling_is_computed"),
+    bug(0, "rotary scaling passed over", BUILD, "        set_frequencies(chunk, inv_freq)\n", "", f"{CASES} rope_scaling_is_computed"),
     bug(0, "the attention factor applied once", ROTARY, "return factor**2 / math.sqrt(head_dim)", "return factor / math.sqrt(head_dim)", f"{ROTARY_TEST} turns_as_transformers_does"),
     bug(0, "yarn's original length forgotten", ROPE, "return Rope(kind, theta, {name: value for name, value in settings.items() if value is not None})", "return Rope(kind, theta, {name: value for name, value in settings.items() if value is not None and name[:3] != \"ori\"})", f"{ROTARY_TEST} frequencies_and_factor"),
     bug(0, "type is not read where rope_type is the name", ROPE, "for name in (\"rope_type\", \"type\") if isinstance(found.get(name), str)}", "for name in (\"rope_type\",) if isinstance(found.get(name), str)}", f"{ROTARY_TEST} frequencies_and_factor"),

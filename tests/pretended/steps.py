@@ -14,7 +14,6 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megalora import host
-from megalora.bridge.base import open_architecture
 from megalora.bridge.peft import gather_tensors
 from megalora.config import RunConfig
 from megalora.data.chat import Encoded
@@ -109,7 +108,7 @@ def _build(config: RunConfig, hf: dict[str, Any], groups: Any) -> AdaptedModel:
     """The product's own way, but for reading weights."""
 
     def build_model(model: Any, parallel: Any, shape: Any, folder: Any) -> list[Any]:
-        chunks = make_chunks(open_architecture(hf), model, parallel, shape)
+        chunks = make_chunks(hf, model, parallel, shape)
         for chunk in chunks:
             _move(chunk)
         return chunks

@@ -37,6 +37,7 @@ def build(replicas: int, linears: int) -> dict[str, int]:
         linears: adapted Megatron modules of this rank.
     """
     return {
+        "copy from pageable memory: megalora/model/build.py:make_chunks": 1,
         "copy from pageable memory: megalora/train/setup.py:build_adapted": 1,
         "copy from pageable memory: megalora/lora/factors.py:LoRAFactors.reset_parameters": linears,
         "copy from pageable memory: megalora/lora/inject.py:check_coverage": 1,
