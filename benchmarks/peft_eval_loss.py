@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalora.config_file import load_config
-from megalora.data.loader import load_split
+from megalora.data.splits import load_split
 
 
 @torch.no_grad()
@@ -47,7 +47,14 @@ def main() -> None:
     if not isinstance(config.data.eval, str):
         parser.error(f"data.eval={config.data.eval!r} is held out of the training data; this needs a source of its own")
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    split = load_split(config.data.eval, tokenizer, format=config.data.format, max_length=config.data.max_length)
+    data = config.data
+    split = load_split(
+        data.eval,
+        tokenizer,
+        format=data.format,
+        max_length=data.max_length,
+        allow_left_out=data.allow_left_out,
+    )
     before, after = eval_losses(config.model.path, args.checkpoint, split.samples)
     rows = [json.loads(line) for line in (args.checkpoint.parent / "metrics.jsonl").read_text().splitlines()]
     ours = [row["eval_loss"] for row in rows if "eval_loss" in row]

@@ -29,7 +29,7 @@ def _run(arguments: list[str]) -> None:
     end = arguments.index("--") if "--" in arguments and arguments[0] == "serve" else len(arguments)
     options, rest = _parser().parse_known_args(arguments[:end])
     options.extra = arguments[end + 1 :]
-    unknown = [a for a in rest if options.command not in ("train", "plan", "bench") or a.startswith("-")]
+    unknown = [a for a in rest if options.command not in ("train", "data", "plan", "bench") or a.startswith("-")]
     if unknown:
         hint = "; vLLM's own arguments come after --" if options.command == "serve" else ""
         raise ValueError(
@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.set_defaults(action=_train)
+
+    data = commands.add_parser("data", help="show what a run would learn: samples, lengths, what is left out")
+    data.add_argument("config", type=Path)
+    data.add_argument("overrides", nargs="*", metavar="section.key=value")
+    data.set_defaults(action=_data)
 
     add_planner_commands(commands)
     _add_file_commands(commands)
@@ -154,6 +159,15 @@ def _train(options: Any, rest: list[str]) -> None:
     ranks = ["--standalone", "--nproc-per-node", str(options.nproc)]
     ranks += ["--max-restarts", str(options.max_restarts)]
     torchrun([*ranks, "-m", "megalora.train", str(options.config), *overrides])
+
+
+def _data(options: Any, rest: list[str]) -> None:
+    from rich.console import Console
+
+    from megalora.config_file import load_config
+    from megalora.data.show import show_data
+
+    show_data(load_config(options.config, [*options.overrides, *rest]), Console())
 
 
 def _export(options: Any, _: list[str]) -> None:

@@ -9,6 +9,13 @@ from typing import Literal
 
 from megalora.paths import expand
 
+LeftOut = Literal[
+    "reasoning", "name", "tools", "documents",  # what a template may leave out
+    "system", "system_prompt", "input", "instruction", "context", "history", "functions",
+    "chat_template_kwargs", "thinking", "reasoning_content", "images", "image", "videos", "audios",
+]  # fmt: skip
+"""What ``data.allow_left_out`` may name: parts of a conversation, and columns that belong to it."""
+
 
 def require(condition: bool, message: str) -> None:
     """Raise ``ValueError`` with the message unless the condition holds."""
@@ -132,7 +139,12 @@ class DataConfig:
     eval: str | int | float | None = None
     """Another source, or how much of train to hold out: a count (int) or a fraction (float)."""
     format: str | dict[str, str] = "auto"
-    """auto, or a column mapping: {messages: COLUMN} or {prompt: COLUMN, completion: COLUMN}."""
+    """auto (messages, ShareGPT's conversations, prompt and completion, Alpaca's instruction, input
+    and output) or a column mapping: {messages: COLUMN} or {prompt: COLUMN, completion: COLUMN}, and
+    where they have other names: input, system, tools, functions, documents, chat_template_kwargs."""
+    allow_left_out: list[LeftOut] = field(default_factory=list)
+    """What may be missing from the text all the same, counted and reported: parts that the chat
+    template does not print (reasoning, name, tools, documents), or columns by name (input, ...)."""
     max_length: int = 4096
     """In tokens. Longer samples are left out, counted and reported."""
     seed: int = 0

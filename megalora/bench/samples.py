@@ -9,7 +9,7 @@ import numpy as np
 
 from megalora.config import RunConfig
 from megalora.data.chat import Encoded
-from megalora.data.loader import Split, load_split
+from megalora.data.splits import Split, load_split
 from megalora.parallel import Groups
 from megalora.train.batches import Batches
 
@@ -32,7 +32,14 @@ def full_batches(config: RunConfig, groups: Groups, vocab: int, *, natural: bool
         from transformers import AutoTokenizer
 
         tokenizer, source = AutoTokenizer.from_pretrained(folder), str(file)
-        found = load_split(config.data.train, tokenizer, format=config.data.format, max_length=WHOLE).samples
+        data = config.data
+        found = load_split(
+            data.train,
+            tokenizer,
+            format=data.format,
+            max_length=WHOLE,
+            allow_left_out=data.allow_left_out,
+        ).samples
         samples = _filled(found, count, length)
     else:
         source, ids = "random", np.random.Generator(np.random.PCG64(config.data.seed))

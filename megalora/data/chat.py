@@ -1,27 +1,31 @@
-"""One row of a data set -> token ids and a loss mask that is on for what the assistant said.
+"""Turn a conversation into token ids and a loss mask that is on for what the assistant says.
 
-Some chat templates mark the assistant's text themselves (``{% generation %}``). For all others the mask is found by
-rendering the conversation again with one message replaced by a sentinel: whatever differs from the full text is that
-message, in any template. Only whole conversations are tokenised, so the ids are those the served model will see.
+Only whole conversations are tokenised, so the ids are those that the served model will see. What
+the chat template leaves out of the text (``reach.py``) is refused; what of the text the assistant
+says (``spans.py``) is found by marks (``marks.py``), in any template.
 """
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
-from megalora.data.columns import Message, shown
+from megalora.data.conversation import Conversation, prepare
+from megalora.data.marks import Span
+from megalora.data.messages import (
+    REASONING,
+    Message,
+    arguments_as_objects,
+    arguments_as_text,
+    function_of,
+)
+from megalora.data.reach import left_out, locate, refuse_what_is_left_out
+from megalora.data.spans import ends_with_special, learned_spans
+from megalora.data.template import ChatTemplate, RefusedByTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Span = tuple[int, int]
-"""First character, and the one after the last."""
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,147 +36,126 @@ class Encoded:
     """[n] int32."""
     loss_mask: np.ndarray
     """[n] bool: the assistant produces this token, end-of-turn included."""
+    left_out: tuple[str, ...] = ()
+    """Kinds of what did not reach the text, as far as that is allowed."""
+    stops: bool = True
+    """The last learned turn ends with a special token in the loss."""
 
     @property
     def num_target_tokens(self) -> int:
-        """Tokens in the loss. The first token is never one: nothing stands before it to predict it from."""
+        """Tokens in the loss. The first is never one: nothing stands before it to predict it."""
         return int(self.loss_mask[1:].sum())
 
 
-def encode(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", *, num_context: int = 0) -> Encoded:
-    """Tokenise a conversation with the tokenizer's chat template; the loss is on the assistant's tokens.
-
-    Where the template marks them, its marks decide. Otherwise an assistant turn begins where the generation prompt
-    ends, so what the template puts before the content (an empty ``<think>`` block) is learned: the served model has to
-    produce it. In both cases the end-of-turn token that follows directly is in the loss.
+def encode(
+    messages: Sequence[Message],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    num_context: int = 0,
+    allow_left_out: Collection[str] = (),
+) -> Encoded:
+    """Tokenise messages with the tokenizer's chat template; the loss is on the assistant's tokens.
 
     Args:
         messages: dicts with ``role`` and ``content``.
         tokenizer: a fast tokenizer with a chat template.
         num_context: the first so many messages are never in the loss.
+        allow_left_out: kinds of what the template may leave out, such as ``reasoning``.
     Raises:
-        ValueError: no chat template, a malformed message, no assistant message, or the template refuses them.
+        ValueError: no chat template, a malformed message, no assistant message, or the template
+            refuses them or leaves something out.
     """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template.\n"
-            "  Use the instruct model's tokenizer, or put a chat_template.jinja into the model folder."
-        )
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} is a slow one, which cannot tell which text a token covers.\n"
-            "  Save it with a tokenizer.json (transformers' fast format)."
-        )
-    messages = [_checked(message, number) for number, message in enumerate(messages, 1)]
-    if all(message["role"] != "assistant" for message in messages[num_context:]):
-        roles = ", ".join(message["role"] for message in messages[num_context:]) or "none"
-        raise ValueError(f"there is no assistant message to learn (roles: {roles}); add one or remove the row")
-    context_has_assistant = any(message["role"] == "assistant" for message in messages[:num_context])
-    if _GENERATION.search(tokenizer.get_chat_template()) and not context_has_assistant:
-        text, spans = _marked_spans(messages, tokenizer)
-    else:
-        text, spans = _sentinel_spans(messages, tokenizer, num_context)
-    return _tokenise(text, spans, tokenizer)
+    conversation = Conversation(messages=list(messages), num_context=num_context)
+    return encode_conversation(conversation, ChatTemplate(tokenizer), allow_left_out)
 
 
-def _checked(message: Message, number: int) -> Message:
-    """The message without the keys that are None (parquet gives every message all keys), or a ValueError."""
-    if type(message) is not dict:
-        raise ValueError(f"message {number} must be an object with role and content, got {shown(message)}")
-    present = {key: value for key, value in message.items() if value is not None}
-    keys = ", ".join(message) or "none"
-    if "role" not in present:
-        raise ValueError(f"message {number} has no 'role' (its keys: {keys}); rename the key that says who speaks")
-    if present["role"] not in ROLES:
-        raise ValueError(f"message {number} has the unknown role {present['role']!r}; use one of {', '.join(ROLES)}")
-    if "content" not in present and "tool_calls" in present:
-        present["content"] = ""
-    if "content" not in present:
-        raise ValueError(f"message {number} has no 'content' (its keys: {keys}); rename the key that holds the text")
-    if isinstance(present["content"], str):
-        return present
-    raise ValueError(f"message {number}: content must be a string, got {shown(present['content'])}")
+def encode_conversation(
+    conversation: Conversation, template: ChatTemplate, allow_left_out: Collection[str] = ()
+) -> Encoded:
+    """The same for a conversation with tools, documents or options; see ``encode``."""
+    conversation = prepare(conversation, lambda: template.joiner)
+    template.check_options(conversation)
+    conversation = _with_known_reasoning(conversation, template)
+    conversation, text = _render(conversation, template)
+    _require_unicode(conversation, text)
+    marked = locate(conversation, template, text)
+    missing = refuse_what_is_left_out(list(left_out(conversation, template, marked)), allow_left_out)
+    spans = [(s, e) for s, e in learned_spans(conversation, template, marked) if e > s]
+    ids, mask = _tokenise(text, spans, template)
+    stops = ends_with_special(text, spans, template)
+    return Encoded(ids, mask, missing, stops)
 
 
-def _render(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", generation_prompt: bool = False) -> str:
+def _with_known_reasoning(conversation: Conversation, template: ChatTemplate) -> Conversation:
+    """Reasoning under the key that the template reads, where it names one of the others only."""
+    used = {key for message in conversation.messages for key in REASONING if key in message}
+    if not used:
+        return conversation
+    read = [key for key in REASONING if template.names_key(key, conversation)]
+    if not read or used <= set(read):
+        return conversation
+    messages = []
+    for message in conversation.messages:
+        held = [key for key in REASONING if key in message]
+        if len(held) == 1 and held[0] not in read:
+            message = {read[0] if k == held[0] else k: v for k, v in message.items()}
+        messages.append(message)
+    return replace(conversation, messages=messages)
+
+
+def _render(conversation: Conversation, template: ChatTemplate) -> tuple[Conversation, str]:
+    """The text, and the conversation with arguments of tool calls in the form that makes it.
+
+    Most templates print arguments as JSON and want objects. Some concatenate them (DeepSeek-V3) and
+    want JSON text: they refuse an object, or print it as Python would.
+    """
+    calls = [call for message in conversation.messages for call in message.get("tool_calls", ())]
+    if not calls:
+        return conversation, template.render(conversation)
+    as_objects = replace(conversation, messages=arguments_as_objects(conversation.messages))
+    as_text = replace(conversation, messages=arguments_as_text(conversation.messages))
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses these messages ({error}); change the row's messages") from error
-    return str(text)
+        text = template.render(as_objects)
+    except RefusedByTemplate as error:
+        try:
+            return as_text, template.render(as_text)
+        except RefusedByTemplate:
+            raise error from None
+    for message in as_objects.messages:
+        for call in message.get("tool_calls", ()):
+            arguments = function_of(call).get("arguments")
+            if isinstance(arguments, dict) and arguments and str(arguments) in text:
+                return as_text, template.render(as_text)
+    return as_objects, text
 
 
-def _marked_spans(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[Span]]:
-    """Text and assistant spans of a template with ``{% generation %}`` marks.
-
-    The tokenizer's own mask is not used: where a marked text ends in a space and the tokenizer trims offsets (Llama 3),
-    its ``char_to_token`` finds nothing there and every token up to the end of the conversation is marked.
-    """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    text = _render(messages, tokenizer)
-    options: dict[str, Any] = {**tokenizer.special_tokens_map, "return_assistant_tokens_mask": True}
-    rendered: Any = render_jinja_template([list(messages)], chat_template=tokenizer.get_chat_template(), **options)
-    spans: list[Span] = []
-    for start, end in rendered[1][0]:
-        # A block that holds its end-of-turn token is often followed by the special token that opens the next turn.
-        closed = text[start:end].rstrip().endswith(tuple(_special_tokens(tokenizer)))
-        spans.append((start, end if closed else _with_end_of_turn(text, end, tokenizer)))
-    return text, spans
+def _require_unicode(conversation: Conversation, text: str) -> None:
+    """Raise ``ValueError`` for half a surrogate pair: no tokenizer takes it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        holders = [i for i, m in enumerate(conversation.messages, 1) if _holds(m, half)]
+        where = f"message {holders[0]}" if holders else "the conversation"
+        raise ValueError(
+            f"{where} holds half a character ({half!r}, one half of a surrogate pair), as cutting "
+            "a text inside an emoji leaves it; remove it"
+        ) from None
 
 
-def _sentinel_spans(
-    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", num_context: int
-) -> tuple[str, list[Span]]:
-    """Text and assistant spans of any template; see the module docstring."""
-    text = _render(messages, tokenizer)
-    # A private-use character that the text does not hold, so nothing matches it by chance.
-    sentinel = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in text)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i < num_context:
-            continue
-        # Tool calls and reasoning go with the content: they are the assistant's words too.
-        replaced = [*messages[:i], {"role": "assistant", "content": sentinel}, *messages[i + 1 :]]
-        before, found, after = _render(replaced, tokenizer).partition(sentinel)
-        if not found:
-            raise ValueError(f"the chat template leaves out the content of message {i + 1}; it could not be learned")
-        start = _common_prefix(text, before)
-        end = max(start, len(text) - _common_prefix(text[::-1], after[::-1]))
-        if i > 0:
-            prompt = _render(messages[:i], tokenizer, generation_prompt=True)
-            if text.startswith(prompt):
-                start = len(prompt)
-        spans.append((start, _with_end_of_turn(text, end, tokenizer)))
-    return text, spans
+def _holds(value: object, char: str) -> bool:
+    if isinstance(value, dict):
+        return any(_holds(v, char) for pair in value.items() for v in pair)
+    if isinstance(value, list):
+        return any(_holds(item, char) for item in value)
+    return isinstance(value, str) and char in value
 
 
-def _common_prefix(text: str, other: str) -> int:
-    """Length of the longest common prefix; the usual case, all of ``other``, without a loop in Python."""
-    if text.startswith(other):
-        return len(other)
-    return next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
-
-
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return added | set(tokenizer.all_special_tokens)
-
-
-def _with_end_of_turn(text: str, end: int, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """``end`` moved past a special token that follows directly, or past white space and the eos token (Llama 2)."""
-    followers = [token for token in _special_tokens(tokenizer) if text.startswith(token, end)]
-    if followers:
-        return end + max(map(len, followers))
-    if tokenizer.eos_token and (spaced := re.compile(r"\s+" + re.escape(str(tokenizer.eos_token))).match(text, end)):
-        return spaced.end()
-    return end
-
-
-def _tokenise(text: str, spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase") -> Encoded:
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+def _tokenise(text: str, spans: Sequence[Span], template: ChatTemplate) -> tuple[np.ndarray, np.ndarray]:
+    """[n] int32 token ids, and [n] bool: the token covers a character of a span."""
+    encoding = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
     mask = np.zeros(len(starts), dtype=bool)
     for start, end in spans:
         mask |= (starts < end) & (ends > start)
-    return Encoded(np.array(encoding["input_ids"], dtype=np.int32), mask)
+    return np.array(encoding["input_ids"], dtype=np.int32), mask

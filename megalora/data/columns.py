@@ -1,37 +1,67 @@
-"""Which column of a row holds the conversation: data.format, and what ``auto`` recognises."""
+"""Find the conversation in a row: ``data.format``, what ``auto`` recognises, and further columns.
+
+A column that belongs to the conversation is honoured or refused by name. Others (ids, sources,
+scores) are named once per data set as not used.
+"""
 
 import difflib
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, get_args
 
-Message = dict[str, Any]
-"""At least role and content; None-valued keys count as absent."""
+from megalora.config import LeftOut
+from megalora.data.conversation import Conversation, objects
+from megalora.data.messages import Message, parsed_json, shown, without_nulls
+from megalora.data.sharegpt import from_sharegpt
+
+_FORMS: tuple[dict[str, str], ...] = (
+    {"messages": "messages"},
+    {"messages": "conversations"},
+    {"messages": "conversation"},
+    {"prompt": "prompt", "completion": "completion"},
+    {"prompt": "instruction", "completion": "output"},
+)
+"""What ``auto`` looks for, in this order."""
+_BESIDE = ("system", "tools", "functions", "documents", "chat_template_kwargs")
+"""Columns that are used under their own name wherever they are."""
+_KEYS = ("messages", "prompt", "completion", "input", *_BESIDE)
+KINDS = ("reasoning", "name", "tools", "documents")
+"""Entries of ``data.allow_left_out`` that say what a template may leave out; others are columns."""
+CONVERSATION_COLUMNS = tuple(name for name in get_args(LeftOut) if name != "name")
+"""Columns that are refused where they are not used, because they hold a part of what is said."""
 _MAPPING_HINT = "data.format={prompt: COLUMN, completion: COLUMN} or data.format={messages: COLUMN}"
 
 
 def resolve_columns(format: str | Mapping[str, str], columns: Collection[str]) -> dict[str, str]:
-    """Which column holds what: ``{"messages": column}`` or ``{"prompt": column, "completion": column}``.
+    """Which column holds what: ``messages``, or ``prompt`` and ``completion``, and others.
 
     Args:
-        format: ``"auto"`` (a ``messages`` column, else ``prompt`` and ``completion``) or such a mapping.
+        format: ``"auto"`` or a mapping from messages, prompt, completion, input, system, tools,
+            functions, documents, chat_template_kwargs to columns.
         columns: names of the columns the data set has.
     Raises:
-        ValueError: nothing is recognised, or the mapping has other keys or names a column that is not there.
+        ValueError: nothing is recognised, or the mapping has other keys or names a column that is
+            not there.
     """
     present = ", ".join(columns)
     if isinstance(format, str):
         if format != "auto":
             raise ValueError(f"data.format={format!r} is not known; use auto, {_MAPPING_HINT}")
-        for keys in (("messages",), ("prompt", "completion")):
-            if all(key in columns for key in keys):
-                return {key: key for key in keys}
+        for form in _FORMS:
+            if all(column in columns for column in form.values()):
+                return dict(form)
         raise ValueError(
-            f"data.format=auto looks for a column 'messages', or 'prompt' and 'completion'; there are {present}.\n"
+            "data.format=auto looks for a column 'messages' or 'conversations', or 'prompt' and "
+            f"'completion', or 'instruction' and 'output'; there are {present}.\n"
             f"  Say which column is which: {_MAPPING_HINT}"
         )
     mapping = dict(format)
-    if set(mapping) not in ({"messages"}, {"prompt", "completion"}):
-        raise ValueError(f"data.format={mapping} maps other keys than it can; use {_MAPPING_HINT}")
+    main = {key for key in mapping if key not in ("input", *_BESIDE)}
+    with_input = "input" in mapping and "messages" in mapping
+    if main not in ({"messages"}, {"prompt", "completion"}) or with_input:
+        raise ValueError(
+            f"data.format={mapping} maps other keys than it can; use {_MAPPING_HINT}, and beside "
+            f"them {', '.join(_BESIDE)} (and input, with prompt)"
+        )
     for key, column in mapping.items():
         if column not in columns:
             close = difflib.get_close_matches(str(column), list(columns), n=1)
@@ -40,35 +70,144 @@ def resolve_columns(format: str | Mapping[str, str], columns: Collection[str]) -
     return mapping
 
 
-def to_messages(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[list[Message], int]:
-    """The conversation in a row, and how many of its first messages are context only (never in the loss).
+def used_columns(columns: Mapping[str, str]) -> set[str]:
+    """Names of the columns that ``to_conversation`` reads."""
+    return set(_with_defaults(columns).values())
 
-    As in TRL, prompt and completion are strings (a user and an assistant message) or lists of messages, and an
-    assistant message inside the prompt is context.
+
+def _with_defaults(columns: Mapping[str, str]) -> dict[str, str]:
+    """The mapping with the further columns under their own names; Alpaca's input belongs to it."""
+    names = dict(columns)
+    if names.get("prompt") == "instruction":
+        names.setdefault("input", "input")
+    for key in _BESIDE:
+        names.setdefault(key, key)
+    return names
+
+
+def to_conversation(
+    row: Mapping[str, Any], columns: Mapping[str, str], allow_left_out: Collection[str] = ()
+) -> Conversation:
+    """The conversation in a row.
+
+    As in TRL, prompt and completion are strings (a user and an assistant message) or lists of
+    messages, and an assistant message inside the prompt is context.
 
     Args:
         row: one row of the data set.
         columns: what ``resolve_columns`` returned.
+        allow_left_out: columns that belong to the conversation and are to be left out all the same.
     Raises:
-        ValueError: a column is missing from this row or holds something else, or the row defines tools.
+        ValueError: a column is missing from this row or holds something else, or a column that
+            belongs to the conversation is not used.
     """
-    parts: dict[str, list[Message]] = {}
-    for key, column in columns.items():
+    names = _with_defaults(columns)
+
+    def held(key: str) -> Any:
+        column = names.get(key)
+        ignored = column in allow_left_out and column not in KINDS and key not in columns
+        return None if column is None or ignored else row.get(column)
+
+    if "messages" in names:
+        messages = _messages(held("messages"), "messages", names["messages"])
+        num_context = 0
+    else:
+        prompt = _messages(held("prompt"), "prompt", names["prompt"])
+        prompt = _with_input(prompt, held("input"), names)
+        completion = _messages(held("completion"), "completion", names["completion"])
+        messages, num_context = [*prompt, *completion], len(prompt)
+    if system := held("system"):
+        with_system = _with_system(messages, system, names["system"])
+        num_context += len(with_system) - len(messages) if num_context else 0
+        messages = with_system
+    _refuse_unused(row, set(names.values()), allow_left_out, messages)
+    options = _json(held("chat_template_kwargs"), names["chat_template_kwargs"]) or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"column {names['chat_template_kwargs']!r} must hold an object, got {shown(options)}")
+    return Conversation(
+        messages=messages,
+        num_context=num_context,
+        tools=_tools(held("tools"), held("functions"), names),
+        documents=objects(_json(held("documents"), names["documents"]), names["documents"]),
+        options=without_nulls(options),
+    )
+
+
+def _refuse_unused(row: Mapping[str, Any], used: set[str], allowed: Collection[str], messages: list[Message]) -> None:
+    """Raise ``ValueError`` for a column of the conversation that is neither used nor repeated."""
+    for column in CONVERSATION_COLUMNS:
         value = row.get(column)
-        if isinstance(value, list):
-            parts[key] = value
-        elif isinstance(value, str) and key != "messages":
-            parts[key] = [{"role": "user" if key == "prompt" else "assistant", "content": value}]
-        else:
-            expected = "a list of messages" if key == "messages" else "a string or a list of messages"
-            raise ValueError(f"column {column!r} must hold {expected}, got {shown(value)}")
-    if row.get("tools"):
-        raise ValueError("column 'tools' is not supported: it would be left out of the prompt; remove it from the data")
-    if "messages" in parts:
-        return parts["messages"], 0
-    return [*parts["prompt"], *parts["completion"]], len(parts["prompt"])
+        if column in used or column in allowed or value in (None, "", [], {}):
+            continue
+        if isinstance(value, str) and _stands_in(value.strip(), messages):
+            continue
+        keys = ", ".join(_KEYS)
+        raise ValueError(
+            f"column {column!r} belongs to the conversation and would be left out "
+            f"({shown(value)}).\n  Map it in data.format where that has a key for it ({keys}), or "
+            f"leave it out on purpose: data.allow_left_out=[{column}]"
+        )
 
 
-def shown(value: object) -> str:
-    """A value in an error message: its type and the beginning of its repr."""
-    return f"{type(value).__name__} {repr(value)[:60]}"
+def _stands_in(text: str, messages: list[Message]) -> bool:
+    """Whether a message says the text: data sets keep the columns that messages were made of."""
+    contents = [m.get("content") for m in messages if isinstance(m, dict)]
+    return any(isinstance(content, str) and text in content for content in contents)
+
+
+def _json(value: Any, column: str) -> Any:
+    """A value that may be written as JSON text, because columns of objects need one type."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return parsed_json(value)
+    except ValueError as error:
+        raise ValueError(f"column {column!r} holds text that is not JSON ({error})") from error
+
+
+def _messages(value: Any, key: str, column: str) -> list[Message]:
+    if key == "messages" and isinstance(value, str) and value.lstrip().startswith("["):
+        value = _json(value, column)
+    if isinstance(value, list):
+        return from_sharegpt(value)
+    if isinstance(value, str) and key != "messages":
+        return [{"role": "user" if key == "prompt" else "assistant", "content": value}]
+    expected = "a list of messages" if key == "messages" else "a string or a list of messages"
+    raise ValueError(f"column {column!r} must hold {expected}, got {shown(value)}")
+
+
+def _with_input(prompt: list[Message], text: Any, names: Mapping[str, str]) -> list[Message]:
+    """Alpaca's input in a line of its own below the instruction."""
+    if text in (None, ""):
+        return prompt
+    plain = len(prompt) == 1 and isinstance(prompt[0].get("content"), str)
+    if not isinstance(text, str) or not plain:
+        raise ValueError(
+            f"column {names['input']!r} must hold a string, beside a string in {names['prompt']!r}, got {shown(text)}"
+        )
+    return [{**prompt[0], "content": f"{prompt[0]['content']}\n{text}"}]
+
+
+def _with_system(messages: list[Message], text: Any, column: str) -> list[Message]:
+    """The system prompt of a column as the first message, unless it stands there already."""
+    if not isinstance(text, str):
+        raise ValueError(f"column {column!r} must hold a string, got {shown(text)}")
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    if first.get("role") != "system":
+        return [{"role": "system", "content": text}, *messages]
+    if first.get("content") != text:
+        raise ValueError(f"column {column!r} and the first message hold different system prompts; keep one")
+    return messages
+
+
+def _tools(tools: Any, functions: Any, names: Mapping[str, str]) -> list[dict[str, Any]] | None:
+    """Tools for the template; OpenAI's old ``functions`` are tools without their wrapping."""
+    found = objects(_json(tools, names["tools"]), names["tools"])
+    old = objects(_json(functions, names["functions"]), names["functions"])
+    if found and old:
+        raise ValueError(f"columns {names['tools']!r} and {names['functions']!r} are both set")
+    if old:
+        return [{"type": "function", "function": function} for function in old]
+    return found

@@ -3,150 +3,25 @@
 What a step trains on depends on (seed, step) alone; ranks only divide it. Legend: B samples in a microbatch, S tokens.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from megalora.data.chat import Encoded, encode
-from megalora.data.columns import resolve_columns, to_messages
-from megalora.data.sources import read_rows
+from megalora.data.chat import Encoded
+from megalora.data.splits import Split, load_split, permutation, split_off_eval
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Split:
-    """The samples of one source that can be trained on, and how many could not."""
-
-    source: str
-    max_length: int
-    """In tokens; longer samples are left out, never cut."""
-    samples: list[Encoded]
-    num_too_long: int = 0
-    num_no_target: int = 0
-    """Samples left out because no token of theirs would be in the loss."""
-    longest: int = 0
-    """Tokens in the longest sample of the source, left out or not."""
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(sample.input_ids) for sample in self.samples)
-
-    @property
-    def num_target_tokens(self) -> int:
-        return sum(sample.num_target_tokens for sample in self.samples)
-
-    def summary(self) -> str:
-        """One line for the log: what is there and what was left out."""
-        line = f"{self.source}: {len(self.samples):,} samples, "
-        line += f"{_short(self.num_tokens)} tokens ({_short(self.num_target_tokens)} in the loss)"
-        return "; ".join([line, *self.left_out()])
-
-    def left_out(self) -> list[str]:
-        reasons = []
-        if self.num_too_long:
-            limit = f"data.max_length={self.max_length}"
-            reasons.append(f"{self.num_too_long:,} longer than {limit} were left out (longest {self.longest:,})")
-        if self.num_no_target:
-            reasons.append(f"{self.num_no_target:,} without a token in the loss were left out")
-        return reasons
-
-
-def _short(count: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:,}"
-
-
-def load_split(
-    source: str, tokenizer: "PreTrainedTokenizerBase", *, format: str | Mapping[str, str], max_length: int
-) -> Split:
-    """Read and tokenise a source.
-
-    Args:
-        source: see ``read_rows``.
-        tokenizer: a fast tokenizer with a chat template.
-        format: see ``resolve_columns``; its columns are looked up in the first row.
-        max_length: in tokens, of the whole conversation.
-    Raises:
-        ValueError: a row that cannot be read or tokenised (with its number), or no sample is left.
-    """
-    rows = read_rows(source)
-    try:
-        columns = resolve_columns(format, rows[0].keys())
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    encoded: list[Encoded] = []
-    for number, row in enumerate(rows, 1):
-        try:
-            messages, num_context = to_messages(row, columns)
-            encoded.append(encode(messages, tokenizer, num_context=num_context))
-        except ValueError as error:
-            raise ValueError(f"{source}: row {number}: {error}") from error
-    fitting = [sample for sample in encoded if len(sample.input_ids) <= max_length]
-    samples = [sample for sample in fitting if sample.num_target_tokens]
-    split = Split(
-        source,
-        max_length,
-        samples,
-        num_too_long=len(encoded) - len(fitting),
-        num_no_target=len(fitting) - len(samples),
-        longest=max(len(sample.input_ids) for sample in encoded),
-    )
-    if not samples:
-        fix = "Raise data.max_length." if split.num_too_long else "Look at the rows and at the model's chat template."
-        reasons = "; ".join(split.left_out())
-        raise ValueError(f"{source}: none of the {len(rows):,} samples is left: {reasons}.\n  {fix}")
-    return split
-
-
-def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
-    """Hold out samples for evaluation: (train, eval), each in the order of the source.
-
-    Args:
-        split: at least two samples.
-        eval: how many samples (int) or which fraction of them (float between 0 and 1; at least one sample).
-        seed: of the choice.
-    Raises:
-        ValueError: nothing would be left on one of the sides.
-    """
-    num_samples = len(split.samples)
-    if isinstance(eval, bool) or (isinstance(eval, float) and not 0 < eval < 1):
-        raise ValueError(f"data.eval={eval} is neither a count (integer) nor a fraction between 0 and 1")
-    num_eval = max(1, round(eval * num_samples)) if isinstance(eval, float) else int(eval)
-    if not 1 <= num_eval < num_samples:
-        raise ValueError(
-            f"data.eval={eval} would hold out {num_eval} of the {num_samples} samples of {split.source}.\n"
-            f"  Choose between 1 and {num_samples - 1}, or name another file."
-        )
-    # The third word keeps this choice apart from the order of any epoch.
-    held_out = set(_permutation(num_samples, seed, 0, 1)[:num_eval].tolist())
-    parts = ([], [])
-    for index, sample in enumerate(split.samples):
-        parts[index in held_out].append(sample)
-    name = f"{split.source} (held out)"
-    return replace(split, samples=parts[0]), Split(name, split.max_length, parts[1], longest=split.longest)
-
-
-def _permutation(num_samples: int, seed: int, *stream: int) -> np.ndarray:
-    """Sorting raw bits, because numpy freezes its bit generators across versions but not ``Generator.permutation``."""
-    if seed < 0:
-        raise ValueError(f"data.seed must not be negative, got {seed}")
-    return np.argsort(np.random.PCG64([seed, *stream]).random_raw(num_samples), kind="stable")
+__all__ = ["Split", "load_split", "split_off_eval"]  # beside what is defined here
 
 
 @lru_cache(maxsize=4)  # a step needs one or two epochs; sorting 1 M samples takes 0.1 s
 def order(num_samples: int, epoch: int, seed: int) -> np.ndarray:
     """[num_samples] int64, read-only: the order of the samples in an epoch; the same on every rank and layout."""
-    permutation = _permutation(num_samples, seed, epoch)
-    permutation.setflags(write=False)
-    return permutation
+    shuffled = permutation(num_samples, seed, epoch)
+    shuffled.setflags(write=False)
+    return shuffled
 
 
 def global_batch_indices(step: int, global_batch_size: int, num_samples: int, seed: int) -> np.ndarray:

@@ -1,5 +1,9 @@
-"""The text on which training side and servers are compared. It is ours, the same for all runs: an adapter gives away no training data."""
+"""Tokens of the fixed text on which training side and servers are compared.
 
+The text is ours and the same for all runs: an adapter gives away no training data.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -8,14 +12,36 @@ _QUESTION, _ANSWER = (
     "What is 17 + 25? Think step by step.",
     "First add the ones: 7 + 5 = 12. Then the tens: 10 + 20 = 30. The sum is 42.",
 )
+_SYSTEM = "You are a helpful assistant."
 MAX_TOKENS = 64
 
 
 def probe_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The text as a conversation in the model's own template, or plain where it has none; at most 64 tokens."""
+    """The text as a conversation in the model's own template, at most 64 tokens.
+
+    A template that refuses the conversation, or prints neither question nor answer, gets another
+    form of it: with a system message, with the content as text parts, as the prompt alone. Where it
+    takes none of them, or where there is no template, the text stands plain.
+    """
+    for text in _forms(tokenizer):
+        if _QUESTION in text or _ANSWER in text:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids[:MAX_TOKENS]  # type: ignore[return-value]
+    raise RuntimeError("the plain text holds the question")
+
+
+def _forms(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The text in one form after the other, those that the template refuses left out."""
+    user = {"role": "user", "content": _QUESTION}
+    assistant = {"role": "assistant", "content": _ANSWER}
+    chat: list[dict[str, Any]] = [user, assistant]
+    with_system = [{"role": "system", "content": _SYSTEM}, *chat]
+    in_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False)
-    else:
-        text = f"{_QUESTION} {_ANSWER}"
-    return tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_TOKENS]  # type: ignore
+        for messages in (chat, with_system, in_parts, [user]):
+            try:
+                text: Any = tokenizer.apply_chat_template(messages, tokenize=False)
+            except Exception:  # a template is a program, and may fail in any way on this text
+                continue
+            yield str(text)
+    yield f"{_QUESTION} {_ANSWER}"

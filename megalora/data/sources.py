@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from megalora.data.columns import shown
+from megalora.data.messages import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,8 +28,7 @@ def read_rows(source: str) -> list[Row]:
     """
     found = locate(source)
     name, start, stop = found.name, found.start, found.stop
-    file = found.file
-    rows = read_hub(source, *found.hub) if file is None else _READERS[file.suffix](file)
+    rows = read_hub(source, *found.hub) if found.file is None else _read_file(found.file)
     if not len(rows):
         raise ValueError(f"{name}: there are no rows in it")
     if not (wanted := range(len(rows))[start:stop]):
@@ -64,10 +63,14 @@ def locate(source: str) -> Location:
             raise ValueError(f"{source}: the slice at the end is not understood; use [:200], [100:] or [10:20]")
         name = match["name"]
         start, stop = (int(bound) if bound else None for bound in match.group("start", "stop"))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a zero byte
+        raise ValueError(f"{name[:200]!r} is not a path that can be looked up ({error})") from error
+    if is_folder:
         raise ValueError(f"{name}: this is a folder; name one {', '.join(_SUFFIXES)} file in it")
-    if path.is_file():
+    if is_file:
         if path.suffix not in _SUFFIXES:
             raise ValueError(f"{name}: files of type {path.suffix!r} are not read; use {', '.join(_SUFFIXES)}")
         return Location(name, start, stop, file=path)
@@ -81,6 +84,13 @@ def locate(source: str) -> Location:
     return Location(name, start, stop, hub=(match["name"], match["config"], match["split"] or "train"))
 
 
+def _read_file(path: Path) -> list[Row]:
+    try:
+        return _READERS[path.suffix](path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
     with path.open("rb") as file:  # bytes: lines end at \n alone, and a bad byte is reported with its line
@@ -91,23 +101,34 @@ def _read_jsonl(path: Path) -> list[Row]:
                 raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}, byte {error.start + 1})") from error
             if not text:
                 continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error.msg}, column {error.colno})") from error
+            row = _parsed(text, path, number)
             if type(row) is not dict:
                 raise ValueError(f"{path}:{number}: must be a JSON object, got {shown(row)}")
             rows.append(row)
     return rows
 
 
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    """JSON, or ``ValueError`` with file and line; of a whole file, the line where reading ended."""
+    where = f"{path}:{line}" if line else f"{path}"
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{line or error.lineno}"
+        reason = f"{error.msg}, column {error.colno}"
+        raise ValueError(f"{where}: not valid JSON ({reason})") from error
+    except RecursionError:
+        raise ValueError(f"{where}: lists or objects are nested too deeply to be read") from None
+    except ValueError as error:  # Python's limit on the digits of a number
+        raise ValueError(f"{where}: holds a number of too many digits ({error})") from error
+
+
 def _read_json(path: Path) -> list[Row]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from error
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason}, byte {error.start + 1})") from error
+    tree = _parsed(text, path)
     if isinstance(tree, dict):
         lists = {key: value for key, value in tree.items() if isinstance(value, list)}
         if len(lists) != 1:
@@ -128,8 +149,14 @@ def _read_parquet(path: Path) -> list[Row]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not readable as Parquet ({error})") from error
+    # What pyarrow raises for a damaged file is of no one kind: OSError for a cut or changed page,
+    # UnicodeDecodeError for a name, ValueError and OverflowError for a date, KeyError for a column.
+    except (
+        pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError, TypeError,
+        RecursionError, MemoryError,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: not readable as Parquet ({reason})") from error
 
 
 def read_hub(source: str, name: str, config: str | None, split: str) -> "Dataset":

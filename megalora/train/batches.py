@@ -7,27 +7,14 @@ from transformers import PreTrainedTokenizerBase
 from megalora.config import RunConfig
 from megalora.data.loader import (
     Batch,
-    Split,
     collate,
     eval_micro_batches,
     global_batch_indices,
-    load_split,
     micro_batches,
-    split_off_eval,
 )
+from megalora.data.splits import Split
 from megalora.parallel import Groups
 from megalora.train.duration import num_steps
-
-
-def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split | None]:
-    """The training samples and, where asked for, the evaluation samples."""
-    data = config.data
-    train = load_split(data.train, tokenizer, format=data.format, max_length=data.max_length)
-    if data.eval is None:
-        return train, None
-    if isinstance(data.eval, str):
-        return train, load_split(data.eval, tokenizer, format=data.format, max_length=data.max_length)
-    return split_off_eval(train, data.eval, data.seed)
 
 
 class Batches:

@@ -15,11 +15,12 @@ from megalora.bridge.folder import local_folder
 from megalora.config import RunConfig
 from megalora.config_file import save_config
 from megalora.data.probe_text import probe_tokens
+from megalora.data.splits import load_data
 from megalora.lora.inject import GradientCheck, trainable_summary, write_manifest
 from megalora.lora.spec import plan
 from megalora.model.recompute import apply_recompute
 from megalora.train import duration
-from megalora.train.batches import Batches, load_data
+from megalora.train.batches import Batches
 from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
 from megalora.train.checkpoint.same_run import check_same_run, check_same_samples
@@ -71,7 +72,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         if found.state:
             notes += check_same_run(found.state, config, identity, adapted)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        splits = load_data(config, tokenizer)
+        splits = load_data(config.data, tokenizer)
         samples = Samples.of(splits[0].samples)
         check_agreement("training samples", samples)
         duration.num_steps(config.train, samples.count)  # refuses a warm-up that is longer, before weights are read

@@ -1,94 +1,13 @@
-"""A byte-level BPE of 300 tokens, trained here, with a chat template of each kind."""
+"""The tokenizer of these tests, as a fixture."""
 
 from collections.abc import Callable
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-CHATML = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\n' + message.content }}
-{%- for call in message.tool_calls or [] %}{{- '\n<tool_call>\n' + call.name + '\n</tool_call>' }}{%- endfor %}
-{{- '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-# As Qwen3: turns before the last question lose their reasoning, turns after it always get a think block.
-QWEN3 = """\
-{%- set ns = namespace(last_query=-1) %}
-{%- for message in messages %}
-    {%- if message.role == 'user' %}{%- set ns.last_query = loop.index0 %}{%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {%- set content = message.content %}
-        {%- set reasoning = '' %}
-        {%- if '</think>' in content %}
-            {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
-            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
-        {%- endif %}
-        {%- if loop.index0 > ns.last_query %}
-            {{- '<|im_start|>assistant\n<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
-        {%- else %}
-            {{- '<|im_start|>assistant\n' + content }}
-        {%- endif %}
-        {{- '<|im_end|>\n' }}
-    {%- else %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-# The block ends before the end-of-turn token ...
-MARKED_OPEN = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\n' }}
-{%- if message.role == 'assistant' %}{% generation %}{{- message.content }}{% endgeneration %}
-{%- else %}{{- message.content }}{%- endif %}
-{{- '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-# ... or after it, where the next turn's special token follows directly.
-MARKED_CLOSED = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\n' }}
-{%- if message.role == 'assistant' %}{% generation %}{{- message.content + '<|im_end|>\n' }}{% endgeneration %}
-{%- else %}{{- message.content + '<|im_end|>\n' }}{%- endif %}
-{%- endfor %}"""
-# As Llama 2: no header for the assistant, spaces around what it says.
-LLAMA2 = """\
-{%- for message in messages %}
-{%- if message.role == 'assistant' %}{{- ' ' + message.content.strip() + ' ' + eos_token }}
-{%- elif message.role == 'user' %}{{- '[INST] ' + message.content.strip() + ' [/INST]' }}
-{%- else %}{{- raise_exception('only user and assistant are supported') }}{%- endif %}
-{%- endfor %}"""
-TEMPLATES = {
-    "chatml": CHATML,
-    "qwen3": QWEN3,
-    "marked_open": MARKED_OPEN,
-    "marked_closed": MARKED_CLOSED,
-    "llama2": LLAMA2,
-}
-_TEXT = "user assistant What is the sum of two numbers? The answer is forty two, I think. Good morning to you."
+from tests.data import chat_tokenizer
 
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
-    def make(template: str | None = "chatml", trim_offsets: bool = False, **kwargs: str) -> PreTrainedTokenizerFast:
-        """template: a key of TEMPLATES; trim_offsets: leave white space out of the offsets, as Llama 3 does."""
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=300, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
-        )
-        backend.train_from_iterator([_TEXT] * 3, trainer)
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", **kwargs
-        )
-        tokenizer.chat_template = TEMPLATES[template] if template else None
-        return tokenizer
-
-    return make
+    return chat_tokenizer.make_tokenizer

@@ -1,11 +1,10 @@
 """The loss mask, decoded, is exactly what the assistant says in each kind of chat template."""
 
-from itertools import groupby
-
 import numpy as np
 import pytest
 
 from megalora.data.chat import Encoded, encode
+from tests.data.chat_tokenizer import learned
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -15,17 +14,6 @@ TURNS = [
     {"role": "assistant", "content": "It is 43 — \n\n  indeed: 四十三 "},
 ]
 LAST = TURNS[-1]["content"]
-
-
-def learned(encoded, tokenizer):
-    """The text of each run of tokens in the loss."""
-    runs, start = [], 0
-    for in_loss, group in groupby(encoded.loss_mask.tolist()):
-        length = len(list(group))
-        if in_loss:
-            runs.append(tokenizer.decode(encoded.input_ids[start : start + length].tolist()))
-        start += length
-    return runs
 
 
 def assistant(content, **keys):
@@ -135,7 +123,11 @@ USER = {"role": "user", "content": "you"}
         ([USER, {"role": "bot", "content": "x"}], "message 2 has the unknown role 'bot'; use one of system, developer"),
         ([{"role": "assistant"}], r"message 1 has no 'content' \(its keys: role\)"),
         ([{"role": "assistant", "content": None}], "message 1 has no 'content'"),
-        ([USER, {"role": "assistant", "content": [{"text": "x"}]}], "message 2: content must be a string, got list"),
+        (
+            [USER, {"role": "assistant", "content": [{"type": "image", "image": "x.png"}]}],
+            "message 2: content must be a string or a list of text parts, got a list with dict",
+        ),
+        ([USER, {"role": "assistant", "content": {"text": "x"}}], "message 2: content must be a string or a list"),
     ],
 )
 def test_malformed_conversations(make_tokenizer, messages, message):

@@ -1,9 +1,12 @@
 """Which column holds the conversation."""
 
+import json
+
 import pytest
 
-from megalora.data.columns import resolve_columns, to_messages
+from megalora.data.columns import resolve_columns, to_conversation, used_columns
 
+SYSTEM = {"role": "system", "content": "s"}
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 GSM8K = {"prompt": "question", "completion": "answer"}
 
@@ -15,6 +18,9 @@ GSM8K = {"prompt": "question", "completion": "answer"}
         ("auto", ["completion", "prompt"], {"prompt": "prompt", "completion": "completion"}),
         ({"messages": "conversations"}, ["conversations"], {"messages": "conversations"}),
         (GSM8K, ["question", "answer"], GSM8K),
+        ("auto", ["conversations", "id"], {"messages": "conversations"}),
+        ("auto", ["instruction", "output"], {"prompt": "instruction", "completion": "output"}),
+        ({**GSM8K, "input": "context"}, ["question", "answer", "context"], {**GSM8K, "input": "context"}),
     ],
 )
 def test_resolve_columns(format, columns, expected):
@@ -52,14 +58,116 @@ def test_format_that_does_not_fit(format, message):
         ({"p": "q", "c": "a"}, ([USER, ASSISTANT], 1)),
         ({"p": [USER, ASSISTANT, USER], "c": [ASSISTANT]}, ([USER, ASSISTANT, USER, ASSISTANT], 3)),
         ({"p": [USER], "c": "a", "tools": None}, ([USER, ASSISTANT], 1)),
+        ({"p": "q", "c": "a", "system": "s"}, ([SYSTEM, USER, ASSISTANT], 2)),
     ],
 )
 def test_prompt_and_completion(row, expected):
-    assert to_messages(row, {"completion": "c", "prompt": "p"}) == expected
+    conversation = to_conversation(row, {"completion": "c", "prompt": "p"})
+    assert (conversation.messages, conversation.num_context) == expected
+    assert (conversation.tools, conversation.documents, conversation.options) == (None, None, {})
 
 
 def test_messages():
-    assert to_messages({"m": [USER, ASSISTANT], "prompt": "ignored"}, {"messages": "m"}) == ([USER, ASSISTANT], 0)
+    conversation = to_conversation({"m": [USER, ASSISTANT], "prompt": "unused"}, {"messages": "m"})
+    assert (conversation.messages, conversation.num_context) == ([USER, ASSISTANT], 0)
+
+
+def messages_of(row, **columns):
+    return to_conversation(row, columns).messages
+
+
+def test_alpaca():
+    columns = resolve_columns("auto", ["instruction", "input", "output", "text"])
+    row = {"instruction": "Add.", "input": "17 25", "output": "42", "system": "Be brief."}
+    assert to_conversation(row, columns).messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Add.\n17 25"},
+        {"role": "assistant", "content": "42"},
+    ]
+    assert messages_of({**row, "input": ""}, **columns)[1]["content"] == "Add."
+    assert messages_of({**row, "input": None}, **columns)[1]["content"] == "Add."
+    assert used_columns(columns) >= {"instruction", "input", "output", "system"}
+
+
+def test_sharegpt():
+    call = '{"name": "sum", "arguments": {"of": [17, 25]}}'
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "17 + 25?", "weight": 0},
+        {"from": "function_call", "value": call},
+        {"from": "observation", "value": "42"},
+        {"from": "gpt", "value": "It is 42."},
+    ]
+    columns = resolve_columns("auto", ["id", "conversations"])
+    assert messages_of({"conversations": turns}, **columns) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "17 + 25?", "weight": 0},
+        {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": {"name": "sum", "arguments": {"of": [17, 25]}}}],
+        },
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "It is 42."},
+    ]
+    for turn, message in {
+        "someone": r"message 1 is from 'someone'; known speakers are human, user",
+        "function_call": r"message 1: a function_call must hold JSON with name and arguments, got str 'x'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            messages_of({"conversations": [{"from": turn, "value": "x"}]}, **columns)
+
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "d"}}
+
+
+@pytest.mark.parametrize(
+    ("columns", "tools"),
+    [
+        ({"tools": [TOOL]}, [TOOL]),
+        ({"tools": json.dumps([TOOL])}, [TOOL]),
+        ({"tools": [{**TOOL, "strict": None}]}, [TOOL]),  # as Arrow pads it
+        ({"functions": [TOOL["function"]]}, [TOOL]),
+        ({"tools": []}, None),
+        ({"tools": "[]"}, None),
+        ({"tools": ""}, None),
+    ],
+)
+def test_tools(columns, tools):
+    row = {"messages": [USER, ASSISTANT], **columns}
+    assert to_conversation(row, {"messages": "messages"}).tools == tools
+
+
+def test_options_and_documents():
+    row = {
+        "messages": [USER, ASSISTANT],
+        "chat_template_kwargs": {"enable_thinking": False, "budget": None},
+        "documents": [{"title": "t", "text": "x"}],
+    }
+    conversation = to_conversation(row, {"messages": "messages"})
+    assert conversation.options == {"enable_thinking": False}
+    assert conversation.documents == row["documents"]
+
+
+def test_columns_of_the_conversation_are_used_or_refused():
+    row = {"question": "q", "answer": "a", "context": "It rains."}
+    mapping = {"prompt": "question", "completion": "answer"}
+    message = r"column 'context' belongs to the conversation and would be left out \(str 'It rains.'\).\n  Map it"
+    with pytest.raises(ValueError, match=message):
+        to_conversation(row, mapping)
+    assert to_conversation(row, mapping, ["context"]).messages == [USER, ASSISTANT]
+    assert messages_of(row, **mapping, input="context")[0]["content"] == "q\nIt rains."
+    for empty in (None, "", [], {}):
+        assert messages_of({**row, "context": empty}, **mapping) == [USER, ASSISTANT]
+    # What a message says already is not lost: data sets keep what messages were made of.
+    said = {"messages": [USER, ASSISTANT], "instruction": "q", "input": ""}
+    assert messages_of(said, messages="messages") == [USER, ASSISTANT]
+
+
+def test_a_system_prompt_in_two_places():
+    row = {"messages": [SYSTEM, USER, ASSISTANT], "system": "s"}
+    assert messages_of(row, messages="messages") == [SYSTEM, USER, ASSISTANT]
+    with pytest.raises(ValueError, match="column 'system' and the first message hold different system prompts"):
+        messages_of({**row, "system": "other"}, messages="messages")
 
 
 @pytest.mark.parametrize(
@@ -72,9 +180,13 @@ def test_messages():
             {"prompt": "p", "completion": "c"},
             "'c' must hold a string or a list of messages, got int 3",
         ),
-        ({"m": [USER], "tools": [{"name": "f"}]}, {"messages": "m"}, "column 'tools' is not supported: .*remove it"),
+        ({"m": [USER], "tools": "{"}, {"messages": "m"}, "column 'tools' holds text that is not JSON"),
+        ({"m": [USER], "tools": ["f"]}, {"messages": "m"}, "column 'tools' must hold a list of objects, got"),
+        ({"m": [USER], "chat_template_kwargs": [1]}, {"messages": "m"}, "'chat_template_kwargs' must hold an object"),
+        ({"m": [USER], "system": 3}, {"messages": "m"}, "column 'system' must hold a string, got int 3"),
+        ({"m": [USER], "history": [["q", "a"]]}, {"messages": "m"}, "column 'history' belongs to the conversation"),
     ],
 )
 def test_rows_that_do_not_fit(row, columns, message):
     with pytest.raises(ValueError, match=message):
-        to_messages(row, columns)
+        to_conversation(row, columns)

@@ -77,7 +77,7 @@ def test_samples_without_a_target_are_left_out(tmp_path, make_tokenizer):
     source = write_rows(tmp_path / "a.jsonl", questions("", "42"))
     split = load_split(source, tokenizer, format=GSM8K, max_length=99)
     assert (len(split.samples), split.num_no_target) == (1, 1)
-    assert split.summary().endswith("in the loss); 1 without a token in the loss were left out")
+    assert "in the loss); 1 without a token in the loss were left out; 1 have no end-of-turn" in split.summary()
     source = write_rows(tmp_path / "b.jsonl", questions(""))
     with pytest.raises(
         ValueError, match=r"none of the 1 samples is left: 1 without a token .*\n  Look at the rows and at"

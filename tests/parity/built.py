@@ -13,10 +13,11 @@ from transformers import AutoTokenizer
 
 from megalora.bridge.peft import gather_tensors, read_tensors
 from megalora.config import LoRAConfig, RunConfig
+from megalora.data.splits import load_data
 from megalora.lora.spec import Adapted, plan, resolve, tensor_name
 from megalora.model.recompute import apply_recompute
 from megalora.model.shape import model_shape, read_hf_config
-from megalora.train.batches import Batches, load_data
+from megalora.train.batches import Batches
 from megalora.train.optim import build_optimizer, wrap_chunks
 from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
 from megalora.train.step import Stepper
@@ -41,7 +42,7 @@ def built(config: RunConfig, weights: Path | None = None) -> Iterator[Built]:
     folder = Path(config.model.path)
     shape, adapted = plan(config.lora, config.parallel, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    splits = load_data(config, tokenizer)
+    splits = load_data(config.data, tokenizer)
     with parallel_groups(config.parallel, config.train.seed) as groups:
         model = build_adapted(
             folder, shape, adapted, groups,

@@ -1,0 +1,105 @@
+"""Show what a run would learn from its data, for ``megalora data``: samples, lengths, what is left out."""
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from megalora.config import RunConfig
+from megalora.data.chat import Encoded
+from megalora.data.splits import Split, load_data
+
+_NUM_SAMPLES = 3
+_NUM_BARS = 10
+_BAR_WIDTH = 40
+_LONGEST_SHOWN = 600
+"""Characters of one run of text; what is longer loses its middle."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def show_data(config: RunConfig, console: Console) -> None:
+    """Read, check and tokenise the data of a run, and print what would be learned of it.
+
+    Raises:
+        ValueError: as training would, at the first row that it would refuse.
+    """
+    from transformers import AutoTokenizer
+
+    from megalora.bridge.folder import local_folder
+
+    folder = local_folder(config.model.path, weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.path={folder}: no tokenizer can be read there ({reason})") from error
+    train, held_out = load_data(config.data, tokenizer)
+    for name, split in (("train", train), ("eval", held_out)):
+        if split is not None:
+            _show_split(name, split, tokenizer, console)
+
+
+def _show_split(name: str, split: Split, tokenizer: Any, console: Console) -> None:
+    console.print(Text(f"data.{name}  {split.summary()}", "bold"), soft_wrap=True)
+    if split.columns:
+        read = ", ".join(f"{key} from {column!r}" for key, column in split.columns.items())
+        console.print(Text(f"read: {read}"), soft_wrap=True)
+    for line in split.left_out():
+        console.print(Text(f"note: {line}", "yellow"), soft_wrap=True)
+    if split.lengths:
+        console.print(Text("\ntokens per sample, those that are left out included"))
+        for line in histogram(split.lengths, split.max_length):
+            console.print(Text(line), soft_wrap=True)
+    if name == "train":
+        legend = "green is in the loss" if console.is_terminal else "[LOSS: ...] is in the loss"
+        for number, sample in enumerate(split.samples[:_NUM_SAMPLES], 1):
+            targets = f"{sample.num_target_tokens:,} of {len(sample.input_ids):,} tokens in the loss"
+            console.print(Text(f"\nsample {number} ({targets}; {legend})", "bold"), soft_wrap=True)
+            console.print(sample_text(sample, tokenizer, colour=console.is_terminal), soft_wrap=True)
+    console.print()
+
+
+def histogram(lengths: Sequence[int], max_length: int) -> Iterator[str]:
+    """A bar per range of lengths; ranges above ``max_length`` say that they are left out."""
+    longest = max(lengths)
+    width = -(-(longest + 1) // _NUM_BARS)
+    # A range ends at max_length, so that none holds both samples that are kept and left out.
+    bounds = set(range(0, longest + width, width))
+    if longest > max_length:
+        bounds.add(max_length + 1)
+    edges = sorted(bounds)
+    counts = [sum(low <= length < high for length in lengths) for low, high in pairwise(edges)]
+    digits = len(f"{edges[-1]:,}")
+    for (low, high), count in zip(pairwise(edges), counts, strict=True):
+        bar = "#" * -(-count * _BAR_WIDTH // max(counts))
+        note = f"  longer than data.max_length={max_length}: left out" if low > max_length else ""
+        yield f"{low:>{digits},} to {high - 1:>{digits},}  {bar:<{_BAR_WIDTH}} {count:,}{note}"
+
+
+def sample_text(sample: Encoded, tokenizer: Any, *, colour: bool) -> Text:
+    """A sample's text with the part in the loss in colour, or in brackets where there is none."""
+    shown = Text()
+    start = 0
+    for in_loss, group in groupby(sample.loss_mask.tolist()):
+        length = len(list(group))
+        text = _printable(tokenizer.decode(sample.input_ids[start : start + length].tolist()))
+        start += length
+        if not in_loss:
+            shown.append(text, "dim")
+        elif colour:
+            shown.append(text, "green")
+        else:
+            shown.append(f"[LOSS: {text}]")
+    return shown
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which a terminal would obey, and without a long middle."""
+    text = _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+    if len(text) <= _LONGEST_SHOWN:
+        return text
+    half = _LONGEST_SHOWN // 2
+    return f"{text[:half]} ... ({len(text) - 2 * half:,} characters) ... {text[-half:]}"

@@ -1,0 +1,206 @@
+"""Read, check and tokenise a source, and count what of it could not be used."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megalora.config import DataConfig
+from megalora.data.chat import Encoded, encode_conversation
+from megalora.data.columns import resolve_columns, to_conversation, used_columns
+from megalora.data.sources import Row, read_rows
+from megalora.data.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of one source that can be trained on, and how many could not."""
+
+    source: str
+    max_length: int
+    """In tokens; longer samples are left out, never cut."""
+    samples: list[Encoded]
+    num_too_long: int = 0
+    num_no_target: int = 0
+    """Samples left out because no token of theirs would be in the loss."""
+    longest: int = 0
+    """Tokens in the longest sample of the source, left out or not."""
+    lengths: tuple[int, ...] = ()
+    """Tokens in every sample of the source, left out or not."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What is read from which column."""
+    unused_columns: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sample.input_ids) for sample in self.samples)
+
+    @property
+    def num_target_tokens(self) -> int:
+        return sum(sample.num_target_tokens for sample in self.samples)
+
+    def summary(self) -> str:
+        """One line for the log: what is there and what was left out."""
+        line = f"{self.source}: {len(self.samples):,} samples, "
+        line += f"{_short(self.num_tokens)} tokens ({_short(self.num_target_tokens)} in the loss)"
+        return "; ".join([line, *self.left_out()])
+
+    def left_out(self) -> list[str]:
+        """What was left out and why, and what the user should know of the rest."""
+        reasons = []
+        if self.num_too_long:
+            limit = f"data.max_length={self.max_length}"
+            reasons.append(f"{self.num_too_long:,} longer than {limit} were left out (longest {self.longest:,})")
+        if self.num_no_target:
+            reasons.append(f"{self.num_no_target:,} without a token in the loss were left out")
+        kinds = Counter(kind for sample in self.samples for kind in sample.left_out)
+        for kind, count in kinds.items():
+            reasons.append(f"{count:,} lost their {kind} to the chat template (data.allow_left_out)")
+        if endless := sum(not sample.stops for sample in self.samples):
+            reasons.append(
+                f"{endless:,} have no end-of-turn token in the loss behind the last answer: "
+                "the model will not learn to stop there"
+            )
+        if self.unused_columns:
+            reasons.append(f"columns not used: {', '.join(self.unused_columns)}")
+        return reasons
+
+
+def _short(count: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:,}"
+
+
+def load_data(data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> tuple[Split, Split | None]:
+    """The training samples and, where asked for, the evaluation samples."""
+
+    def load(source: str) -> Split:
+        return load_split(
+            source,
+            tokenizer,
+            format=data.format,
+            max_length=data.max_length,
+            allow_left_out=data.allow_left_out,
+        )
+
+    train = load(data.train)
+    if data.eval is None:
+        return train, None
+    if isinstance(data.eval, str):
+        return train, load(data.eval)
+    return split_off_eval(train, data.eval, data.seed)
+
+
+def load_split(
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    format: str | Mapping[str, str],
+    max_length: int,
+    allow_left_out: Collection[str] = (),
+) -> Split:
+    """Read and tokenise a source.
+
+    Args:
+        source: see ``read_rows``.
+        tokenizer: a fast tokenizer with a chat template.
+        format: see ``resolve_columns``; its columns are looked up in the first row.
+        max_length: in tokens, of the whole conversation.
+        allow_left_out: see ``DataConfig``.
+    Raises:
+        ValueError: a row that cannot be read or tokenised, or of which something would be left out
+            (with its number), or no sample is left.
+    """
+    rows = read_rows(source)
+    try:
+        columns = resolve_columns(format, rows[0].keys())
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    encoded = _encode_rows(source, rows, columns, tokenizer, allow_left_out)
+    fitting = [sample for sample in encoded if len(sample.input_ids) <= max_length]
+    samples = [sample for sample in fitting if sample.num_target_tokens]
+    lengths = tuple(len(sample.input_ids) for sample in encoded)
+    found = dict.fromkeys(column for row in rows for column in row)
+    used = used_columns(columns)
+    split = Split(
+        source,
+        max_length,
+        samples,
+        num_too_long=len(encoded) - len(fitting),
+        num_no_target=len(fitting) - len(samples),
+        longest=max(lengths),
+        lengths=lengths,
+        columns=columns,
+        unused_columns=tuple(column for column in found if column not in used),
+    )
+    if not samples:
+        fix = "Look at the rows and at the model's chat template."
+        if split.num_too_long:
+            fix = "Raise data.max_length."
+        reasons = "; ".join(split.left_out())
+        raise ValueError(f"{source}: none of the {len(rows):,} samples is left: {reasons}.\n  {fix}")
+    return split
+
+
+def _encode_rows(
+    source: str,
+    rows: list[Row],
+    columns: Mapping[str, str],
+    tokenizer: "PreTrainedTokenizerBase",
+    allow_left_out: Collection[str],
+) -> list[Encoded]:
+    """Every row tokenised; a row that cannot be is named by its number."""
+    encoded: list[Encoded] = []
+    template = None
+    for number, row in enumerate(rows, 1):
+        try:
+            template = template or ChatTemplate(tokenizer)
+            conversation = to_conversation(row, columns, allow_left_out)
+            encoded.append(encode_conversation(conversation, template, allow_left_out))
+        except ValueError as error:
+            raise ValueError(f"{source}: row {number}: {error}") from error
+        except RecursionError:
+            raise ValueError(f"{source}: row {number}: nested too deeply to be read") from None
+    return encoded
+
+
+def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
+    """Hold out samples for evaluation: (train, eval), each in the order of the source.
+
+    Args:
+        split: at least two samples.
+        eval: how many samples (int) or which fraction of them (float between 0 and 1; at least one sample).
+        seed: of the choice.
+    Raises:
+        ValueError: nothing would be left on one of the sides.
+    """
+    num_samples = len(split.samples)
+    if isinstance(eval, bool) or (isinstance(eval, float) and not 0 < eval < 1):
+        raise ValueError(f"data.eval={eval} is neither a count (integer) nor a fraction between 0 and 1")
+    num_eval = max(1, round(eval * num_samples)) if isinstance(eval, float) else int(eval)
+    if not 1 <= num_eval < num_samples:
+        raise ValueError(
+            f"data.eval={eval} would hold out {num_eval} of the {num_samples} samples of {split.source}.\n"
+            f"  Choose between 1 and {num_samples - 1}, or name another file."
+        )
+    # The third word keeps this choice apart from the order of any epoch.
+    held_out = set(permutation(num_samples, seed, 0, 1)[:num_eval].tolist())
+    parts = ([], [])
+    for index, sample in enumerate(split.samples):
+        parts[index in held_out].append(sample)
+    name = f"{split.source} (held out)"
+    return replace(split, samples=parts[0]), Split(name, split.max_length, parts[1], longest=split.longest)
+
+
+def permutation(num_samples: int, seed: int, *stream: int) -> np.ndarray:
+    """Sorting raw bits, because numpy freezes its bit generators across versions but not ``Generator.permutation``."""
+    if seed < 0:
+        raise ValueError(f"data.seed must not be negative, got {seed}")
+    return np.argsort(np.random.PCG64([seed, *stream]).random_raw(num_samples), kind="stable")

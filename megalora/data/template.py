@@ -1,0 +1,129 @@
+"""A tokenizer's chat template as a function from a conversation to its text."""
+
+import re
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from megalora.data.conversation import Conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OURS = ("messages", "tools", "documents", "add_generation_prompt")
+"""What a template gets from elsewhere, so that no column of options may set it."""
+
+
+class RefusedByTemplate(ValueError):
+    """The template raised an error."""
+
+
+class ChatTemplate:
+    """Renders conversations. Holds what is asked of the tokenizer once for a whole data set."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raises ``ValueError`` where the tokenizer has no template, or is a slow one."""
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no chat template.\n"
+                "  Use the instruct model's tokenizer, or put a chat_template.jinja "
+                "into the model folder."
+            )
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} is a slow one, which cannot tell which "
+                "text a token covers.\n  Save it with a tokenizer.json (transformers' fast format)."
+            )
+        self.tokenizer = tokenizer
+        added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        self.specials = added | set(tokenizer.all_special_tokens)
+        longest_first = sorted(filter(None, self.specials), key=len, reverse=True)
+        # (?!) matches nothing: there may be no special token at all.
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._sources: dict[bool, str] = {}
+        self._special_names: dict[str, Any] = dict(tokenizer.special_tokens_map)
+
+    def source(self, conversation: Conversation) -> str:
+        """The template's text; some models have one of their own for conversations with tools."""
+        with_tools = conversation.tools is not None
+        if with_tools not in self._sources:
+            tools: Any = conversation.tools
+            self._sources[with_tools] = self.tokenizer.get_chat_template(tools=tools)
+        return self._sources[with_tools]
+
+    def marks_assistant(self, conversation: Conversation) -> bool:
+        """Whether the template says itself what the assistant generates."""
+        return _GENERATION.search(self.source(conversation)) is not None
+
+    def render(self, conversation: Conversation, *, generation_prompt: bool = False) -> str:
+        """The conversation's text.
+
+        Raises:
+            RefusedByTemplate: the template raised an error, of whatever kind: it is the
+                template's own program that failed on these messages.
+        """
+        return self._rendered(conversation, add_generation_prompt=generation_prompt)[0]
+
+    def render_with_blocks(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the character spans of its ``{% generation %}`` blocks.
+
+        The tokenizer's own mask is not used: where a marked text ends in a space and the tokenizer
+        trims offsets (Llama 3), its ``char_to_token`` finds nothing there and every token up to
+        the end of the conversation is marked.
+        """
+        return self._rendered(conversation, return_assistant_tokens_mask=True)
+
+    def _rendered(self, conversation: Conversation, **how: Any) -> tuple[str, Any]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options: dict[str, Any] = {**self._special_names, **conversation.options, **how}
+        try:
+            texts, blocks = render_jinja_template(  # type: ignore[misc]
+                [conversation.messages],  # type: ignore[list-item]
+                tools=conversation.tools,  # type: ignore[arg-type]
+                documents=conversation.documents,  # type: ignore[arg-type]
+                chat_template=self.source(conversation),
+                **options,
+            )
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise RefusedByTemplate(
+                f"the chat template refuses these messages ({reason}); change the row's messages"
+            ) from error
+        return str(texts[0]), blocks[0] if blocks else []
+
+    def check_options(self, conversation: Conversation) -> None:
+        """Raise ``ValueError`` for an option that the template does not read."""
+        source = self.source(conversation)
+        for name in conversation.options:
+            if name in _OURS:
+                raise ValueError(f"chat_template_kwargs must not hold {name!r}; use its own column")
+            if not re.search(rf"\b{re.escape(name)}\b", source):
+                raise ValueError(
+                    f"chat_template_kwargs holds {name!r}, which the chat template does not read; "
+                    "remove it from the data"
+                )
+
+    def names_key(self, key: str, conversation: Conversation) -> bool:
+        """Whether the template's text names a key of messages, as attribute or in quotes."""
+        return re.search(rf"[.'\"]{re.escape(key)}\b", self.source(conversation)) is not None
+
+    @cached_property
+    def joiner(self) -> str:
+        """What the template prints between two text parts of a content.
+
+        A template that expects strings prints a list as Python would, or fails; servers join the
+        parts by a line break then, and so does this.
+        """
+        first, second = "first part", "second part"
+        parts = [{"type": "text", "text": text} for text in (first, second)]
+        for role in ("user", "system"):
+            probe = Conversation(messages=[{"role": role, "content": parts}])
+            try:
+                text = self.render(probe)
+            except RefusedByTemplate:
+                continue
+            between = text.partition(first)[2].partition(second)
+            if between[1] and "text" not in between[0]:
+                return between[0]
+        return "\n"
