@@ -173,4 +173,4 @@ def read_hub(source: str, name: str, config: str | None, split: str) -> "Dataset
         ) from error
 
 
-_READERS = dict(zip(_SUFFIXES, (_read_jsonl, _read_json, _read_parquet), strict=True))
+_READERS: dict[str, Any] = dict(zip(_SUFFIXES, (_read_jsonl, _read_json, _read_parquet), strict=True))
