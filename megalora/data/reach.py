@@ -91,11 +91,8 @@ def _reaches(conversation: Conversation, template: ChatTemplate, marked: Marked,
     text, piece = marked.rendered.text, marked.pieces[number]
     alone = mark(conversation, marked.alphabet, {number})[0]
     rendered = _rendered(alone, template, marked.alphabet)
-    if rendered is not None:
-        if _is_whole(piece, number, rendered):
-            return True
-        if rendered.text == text:  # the template prints the same, marked or not: it is not in there
-            return False
+    if rendered is not None and rendered.text == text:
+        return _is_whole(piece, number, rendered)
     # The template decides by this text, so that it cannot be changed: it must stand there.
     return piece.text in text or json.dumps(piece.text, ensure_ascii=False)[1:-1] in text
 

@@ -34,8 +34,9 @@ def from_sharegpt(turns: Sequence[Any]) -> list[Any]:
 
 
 def _message(turn: Any, number: int) -> Any:
-    is_turn = type(turn) is dict and turn.get("from") is not None and turn.get("role") is None
-    if not is_turn:
+    if type(turn) is not dict or turn.get("from") is None or "value" not in turn:
+        return turn
+    if turn.get("role") is not None:
         return turn
     speaker = turn["from"]
     if speaker not in _ROLES:

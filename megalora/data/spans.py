@@ -47,7 +47,10 @@ class Turns:
                 return None
             start = pieces[0][0]
         last = max((end for _, end in pieces), default=start)
-        end = last + self._closing(i, self.text[last : max(last, self.limit(i, last))])
+        limit, is_whole = self.limit(i, last)
+        if i == len(self.conversation.messages) - 1 and self._prompt_follows(start, last):
+            is_whole = False
+        end = last + self._closing(i, self.text[last : max(last, limit)], is_whole)
         self._require_own(i, start, end)
         return start, end
 
@@ -101,22 +104,25 @@ class Turns:
         common = _common_prefix(self.text, 0, before)
         return common if first is None else min(common, first)
 
-    def limit(self, i: int, last: int) -> int:
+    def limit(self, i: int, last: int) -> tuple[int, bool]:
         """Where the message ends at the latest: behind that, the text belongs to the next.
 
         Args:
             i: index of the message.
             last: where its content ends.
+        Returns:
+            The place, and whether all text up to there is the message's own; otherwise only its
+            special tokens are.
         """
         if i == len(self.conversation.messages) - 1:
-            return len(self.text)
+            return len(self.text), True
         aux = self._rendered(i + 1)
         if aux is not None:
             place, tail = self._behind_last_mark(aux)
             common = _common_prefix(self.text, place, tail)
             limit = self._whole_specials(place, place + common)
             if common == len(tail):
-                return limit
+                return limit, True
         else:
             limit = 0
         # The last message of a conversation ends otherwise than one in the middle (GPT-OSS). With
@@ -124,11 +130,20 @@ class Turns:
         aux = self._rendered(i + 1, generation_prompt=True)
         opener = self._opener(i)
         if aux is None or opener is None:
-            return limit
+            return limit, False
         place, tail = self._behind_last_mark(aux)
         end = self._whole_specials(place, place + _common_prefix(self.text, place, tail))
         opened = self.text.find(opener, last, end)
-        return max(limit, end if opened < 0 else opened)
+        return max(limit, end if opened < 0 else opened), False
+
+    def _prompt_follows(self, start: int, last: int) -> bool:
+        """Whether a generation prompt stands behind the conversation though none was asked for.
+
+        Then what follows the last message is what stands before it.
+        """
+        ends = [end for spans in self.marked.rendered.spans.values() for _, end in spans]
+        before = self.text[max((end for end in ends if end <= start), default=0) : start]
+        return bool(before.strip()) and before == self.text[last:]
 
     def _opener(self, i: int) -> str | None:
         """The special token that opens a generation prompt."""
@@ -138,7 +153,7 @@ class Turns:
         match = self.template.special.match(prompted.text[len(plain.text) :].lstrip())
         return match[0] if match else None
 
-    def _closing(self, i: int, rest: str) -> int:
+    def _closing(self, i: int, rest: str, is_whole: bool) -> int:
         """How much of what follows a message's last piece is learned: up to its end of turn.
 
         A plain answer ends with the first special token, and those that follow it directly; a tool
@@ -146,6 +161,7 @@ class Turns:
         that follows the tokenizer's end-of-sequence token.
         """
         plain = "tool_calls" not in self.conversation.messages[i] and bool(self._pieces(i, 0))
+        plain = plain or not is_whole
         tokenizer = self.template.tokenizer
         end = None
         for match in self.template.special.finditer(rest):
@@ -156,7 +172,9 @@ class Turns:
             end = match.end()
             if match[0] == tokenizer.eos_token:
                 break
-        return len(rest.rstrip()) if end is None else end
+        if end is not None:
+            return end
+        return len(rest.rstrip()) if is_whole else 0
 
     def _rendered(self, num_messages: int, *, generation_prompt: bool = False) -> Rendered | None:
         """The first so many messages, with their marks; None where the template refuses them."""
@@ -229,7 +247,7 @@ def _marked_spans(conversation: Conversation, template: ChatTemplate, turns: Tur
             continue
         closed = text[start:end].rstrip().endswith(tuple(template.specials))
         if not closed and owner is not None:
-            end += _following_special(text[end : max(end, turns.limit(owner, end))], template)
+            end += _following_special(text[end : max(end, turns.limit(owner, end)[0])], template)
         spans.append((start, end))
     return spans
 

@@ -111,3 +111,55 @@ def test_names_of_nothing(tmp_path, monkeypatch):
         read_rows("my data")
     with pytest.raises(ValueError, match=r"this is a folder; name one .jsonl, .json, .parquet file in it"):
         read_rows(str(tmp_path))
+
+
+def test_damaged_parquet(tmp_path):
+    """Bytes of a small file changed, and cuts: rows or one line, whatever pyarrow raises."""
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": "é", "b": [1]}]), path, compression="none")
+    whole = path.read_bytes()
+    refused = []
+    for place in range(0, len(whole), 7):
+        for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]):
+            path.write_bytes(damaged)
+            try:
+                read_rows(str(path))
+            except ValueError as error:
+                refused.append(str(error))
+    assert len(refused) > len(whole) / 7
+    assert all(message.startswith(str(path)) and "\n" not in message for message in refused)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("Couldn't deserialize thrift:\n no"), "Couldn't deserialize thrift: no"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "'utf-8' codec can't decode byte 0xff"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_what_pyarrow_raises(tmp_path, monkeypatch, error, reason):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(pyarrow.parquet, "read_table", fail)
+    with pytest.raises(ValueError, match=rf"a.parquet: not readable as Parquet \({reason}"):
+        read_rows(write(tmp_path / "a.parquet", "x"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, r"a.json: lists or objects are nested too deeply to be read$"),
+        ('[{"a": ' + "1" * 5000 + "}]", r"a.json: holds a number of too many digits \(Exceeds the limit"),
+    ],
+)
+def test_json_that_python_chokes_on(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_rows(write(tmp_path / "a.json", content))
+
+
+def test_paths_that_cannot_be_looked_up():
+    for source in ("x" * 5000 + ".jsonl", "~nobody-of-this-name/a.jsonl", "a\0.jsonl"):
+        with pytest.raises(ValueError, match=r"is not a path that can be looked up \(|no such file"):
+            read_rows(source)

@@ -1,0 +1,79 @@
+"""``megalora data``: what it prints of good data, and its one line for what cannot be used."""
+
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from megalora import cli
+from megalora.data.chat import encode
+from megalora.data.show import histogram, sample_text
+from tests.data.chat_tokenizer import make_tokenizer
+
+CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A\x1b[31m"}]
+
+
+@pytest.fixture
+def config(tmp_path, tiny):
+    rows = [{"messages": [CHAT[0], {"role": "assistant", "content": "A" * n}], "id": n} for n in (1, 2, 40, 300)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{path: {tiny}}}\ndata: {{train: {tmp_path}/rows.jsonl}}\ntrain: {{steps: 1}}\n"
+    )
+    return tmp_path / "run.yaml"
+
+
+def test_what_is_shown(config, capsys):
+    cli.main(["data", str(config), "data.max_length=100", "data.eval=1"])
+    out = capsys.readouterr().out
+    source = f"{config.parent}/rows.jsonl"
+    assert out.startswith(f"data.train  {source}: 2 samples, ")
+    assert "note: 1 longer than data.max_length=100 were left out (longest 3" in out
+    assert "note: columns not used: id" in out and "read: messages from 'messages'" in out
+    assert "sample 2 (" in out and "sample 3 (" not in out
+    assert "<|im_start|>assistant\n[LOSS: A<|im_end|>]" in out
+    assert f"data.eval  {source} (held out): 1 samples" in out
+
+
+def test_a_mistake_is_one_line(config, capsys, monkeypatch):
+    monkeypatch.delenv("MEGALORA_TRACEBACK", raising=False)
+    for overrides, message in (
+        (["data.format={messages: chat}"], "rows.jsonl: data.format: messages is mapped to 'chat', but the columns"),
+        (["data.train=none.jsonl"], "none.jsonl: no such file (looked in "),
+        ([f"model.path={config.parent}"], "no tokenizer can be read there ("),
+        (["data.allow_left_out=[reasonin]"], "data.allow_left_out[0] must be one of reasoning, name, tools"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["data", str(config), *overrides])
+        out, err = capsys.readouterr()
+        assert (exit.value.code, out) == (2, "")
+        assert err.startswith("megalora: ") and message in err and "Traceback" not in err
+
+
+def test_the_loss_in_colour():
+    tokenizer = make_tokenizer("chatml")
+    sample = encode(CHAT, tokenizer)
+    shown = sample_text(sample, tokenizer, colour=True)
+    green = [shown.plain[span.start : span.end] for span in shown.spans if span.style == "green"]
+    assert green == [r"A\x1b[31m<|im_end|>"]  # no escape sequence of the data reaches the terminal
+    out = StringIO()
+    Console(file=out, force_terminal=True, color_system="standard", width=200).print(shown)
+    assert "\x1b[32mA\\x1b" in out.getvalue()
+
+
+def test_histogram():
+    lines = list(histogram([1, 2, 2, 9, 25, 39], max_length=20))
+    assert lines == [
+        " 0 to  3  " + "#" * 40 + " 3",
+        " 4 to  7  " + " " * 40 + " 0",
+        " 8 to 11  " + "#" * 14 + " " * 26 + " 1",
+        "12 to 15  " + " " * 40 + " 0",
+        "16 to 19  " + " " * 40 + " 0",
+        "20 to 20  " + " " * 40 + " 0",
+        "21 to 23  " + " " * 40 + " 0  longer than data.max_length=20: left out",
+        "24 to 27  " + "#" * 14 + " " * 26 + " 1  longer than data.max_length=20: left out",
+        "28 to 31  " + " " * 40 + " 0  longer than data.max_length=20: left out",
+        "32 to 35  " + " " * 40 + " 0  longer than data.max_length=20: left out",
+        "36 to 39  " + "#" * 14 + " " * 26 + " 1  longer than data.max_length=20: left out",
+    ]
