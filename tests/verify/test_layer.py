@@ -473,6 +473,23 @@ def test_float64_says_what_rounding_is(model, request):
     assert max(found.values()) < records.TOLERANCE / 10
 
 
+def _measured(folder: Path) -> dict[str, Any]:
+    from benchmarks import layer_check
+
+    sizes = {
+        "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 32,
+        "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 128, "intermediate_size": 96,
+    }  # fmt: skip
+    return layer_check.measure(layer_check.write_base(folder, {**layer_check.BASE, **sizes}), runs=2)
+
+
+def test_the_benchmark_measures_a_check_that_passes(tmp_path):
+    record = run_ranks(_measured, 1, tmp_path)[0]
+    assert record["line"].startswith("base: layer 0 (MoE), embedding and head equal transformers' to ")
+    assert len(record["seconds"]) == len(record["cpu_seconds"]) == 2
+    assert max(record["rounding_of_transformers"].values()) < records.TOLERANCE
+
+
 def test_a_run_is_the_same_to_the_bit_with_and_without_the_check(everything, chats, tmp_path):
     lora = LoRAConfig(rank=3, alpha=12.0, dropout=0.3, target_modules=NAMES)
     runs = {}
