@@ -18,6 +18,7 @@ from yaml import YAMLError
 
 from megalora.config import RunConfig, require
 from megalora.paths import user_path
+from megalora.yaml_limits import check_yaml
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -26,11 +27,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
     with _reading(str(path)):
+        check_yaml(path.read_text(encoding="utf-8"))
         tree = OmegaConf.load(path)
     require(OmegaConf.is_dict(tree), f"{path}: expected sections (model, data, train, ...), not a list")
     for item in overrides:
-        require(item.find("=") > 0, f"override {item!r} is not of the form section.key=value")
-        with _reading(f"override {item!r}"):
+        key, equals, value = item.partition("=")
+        # In brackets OmegaConf would read an index: lists are given whole.
+        usable = bool(key and equals) and not set(key) & set("[]")
+        require(usable, f"override {_short(item)} is not of the form section.key=value")
+        with _reading(f"override {_short(item)}"):
+            check_yaml(value)
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
     with _reading(str(path)):
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
@@ -46,8 +52,17 @@ def save_config(config: RunConfig, path: Path) -> None:
 def _reading(what: str) -> Iterator[None]:
     try:
         yield
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what}: {str(error).partition('\n    object_type')[0]}") from None
+    # A tag such as !!int before what is none raises whatever its conversion raises.
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, AttributeError, KeyError) as error:
+        # Both libraries write their errors over several lines.
+        said = str(error).partition("\n    object_type")[0]
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        raise ValueError(f"{what}: {', '.join(lines)}") from None
+
+
+def _short(item: str) -> str:
+    """An override as a message shows it."""
+    return repr(item if len(item) <= 80 else f"{item[:77]}...")
 
 
 RENAMED = {"train.check_parity": "write train.check_base=loss for what true meant, train.check_base=off for no check"}

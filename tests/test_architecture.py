@@ -28,7 +28,7 @@ MEGATRON_SEAM = (
 )  # fmt: skip
 WITHOUT_TORCH = (
     "megalora/__init__.py", "megalora/__main__.py", "megalora/cli.py", "megalora/config.py", "megalora/config_file.py",
-    "megalora/environment.py",
+    "megalora/environment.py", "megalora/yaml_limits.py",
     "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/paths.py",
     "megalora/launching.py", "megalora/user_error.py", "megalora/model/__init__.py", "megalora/model/shape.py",
     "megalora/model/fields.py", "megalora/model/rope_fields.py", "megalora/bridge/account.py", "megalora/bridge/folder.py",

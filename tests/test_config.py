@@ -208,7 +208,7 @@ def test_refused_override(minimal: Path, override: str, message: str) -> None:
         (b"3\n", "{path}: Invalid loaded object type: int"),
         (b"train: {steps: 1\n", "{path}: while parsing a flow mapping"),
         (b"train: {lr: 1, lr: 2}\n", "{path}: while constructing a mapping"),
-        (b"model:\n  path: ???\n", "{path}: Missing mandatory value: path\n    full_key: model.path"),
+        (b"model:\n  path: ???\n", "{path}: Missing mandatory value: path, full_key: model.path"),
         (b"model: {path: '${nowhere}'}\n", "{path}: Interpolation key 'nowhere' not found"),
         (b"model: {path: \xff\xfe}\n", "{path}: 'utf-8' codec can't decode byte 0xff"),
     ],
@@ -222,7 +222,7 @@ def test_refused_file(tmp_path: Path, content: bytes, message: str) -> None:
 def test_broken_yaml_says_where(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("train:\n  lr: 1\n  lr: 2\n")
-    assert re.search(r"found duplicate key lr\n\s+in .*run\.yaml\", line 3, column 3", refusal(path))
+    assert re.search(r"found duplicate key lr, in .*run\.yaml\", line 3, column 3", refusal(path))
 
 
 def test_broken_override_names_itself_and_not_the_file(minimal: Path) -> None:
@@ -311,3 +311,63 @@ def test_the_old_name_of_the_check_says_the_new_one(value: str, minimal: Path) -
         "unknown config key train.check_parity; it was renamed: write train.check_base=loss for what true meant, "
         "train.check_base=off for no check"
     )
+
+
+NESTED_ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 11)}]\n" for i in range(1, 5)
+)
+"""9 x 11^4 values in a few hundred bytes; a few lines more would fill the memory."""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: &a [*a]", "*a stands inside what it names"),
+        ("model: &a {path: {x: *a}}", "*a stands inside what it names"),
+        ("[" * 5000, "nested more than 50 deep"),
+        ("{a: " * 3000, "nested more than 50 deep"),
+        ("\n".join("  " * depth + "a:" for depth in range(400)), "nested more than 50 deep"),
+        (NESTED_ALIASES, "more than 100,000 values, aliases written out"),
+        ("model: {path: " + "1" * 5000 + "}", "Exceeds the limit (4300 digits)"),
+        ("model: {path: !!int a}", "invalid literal for int() with base 10: 'a'"),
+        ("model: {path: !!timestamp a}", "has no attribute 'groupdict'"),
+        ("model: {path: !!bool maybe}", "'maybe'"),
+        ("model: {path: '${model.path}'}", "Recursive interpolation detected"),
+        ("model: {<<: *b}", "found undefined alias 'b'"),
+        ("model: {path: !!python/object:os.system x}", "could not determine a constructor"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_hostile_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    said = refusal(path)
+    assert said.startswith(f"{path}: ") and message in said and "\n" not in said and len(said) < 400
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("[=", "is not of the form section.key=value"),
+        ("[=1", "is not of the form section.key=value"),
+        ("lora.target_modules[0]=x", "is not of the form section.key=value"),
+        ("=1", "is not of the form section.key=value"),
+        ("model.path=&a [*a]", "*a stands inside what it names"),
+        ("model.path=" + "[" * 5000, "nested more than 50 deep"),
+        ("model.path=[", "expected the node content"),
+        ("model.path=!!float a", "could not convert string to float: 'a'"),
+    ],
+)
+def test_a_hostile_override_is_one_line(minimal: Path, override: str, message: str) -> None:
+    said = refusal(minimal, override)
+    assert said.startswith("override ") and message in said and "\n" not in said and len(said) < 400
+
+
+def test_aliases_and_merged_sections_still_work(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        MINIMAL + "lora: {target_modules: &names [q_proj, k_proj], exclude_modules: *names}\nlog: {<<: {every: 7}}\n"
+    )
+    config = load_config(path)
+    assert config.lora.exclude_modules == config.lora.target_modules == ["q_proj", "k_proj"]
+    assert config.log.every == 7

@@ -21,5 +21,8 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(0, "vLLM started beside our model", "megalora/serve/verify.py", "    host.release_memory()  # vLLM takes nearly all of a GPU\n", "", "tests/serve/test_verify_memory.py vllm"),
     bug(0, "memory kept by torch's cache", "megalora/host.py", "        torch.cuda.empty_cache()", "        pass", f"{SHARE_TEST} memory_goes"),
     bug(0, "a communicator's abort that is no lost peer", "megalora/train/lost.py", "|NCCL communicator was aborted", "", f"{SHARE_TEST} nccl_lost"),
+    bug(0, "aliases counted as one value each", "megalora/yaml_limits.py", "num_nodes += size", "num_nodes += 1", "tests/test_config.py hostile_file"),
+    bug(0, "an alias inside what it names", "megalora/yaml_limits.py", "if size == 0:", "if size < 0:", "tests/test_config.py hostile"),
+    bug(0, "an override's value read unchecked", "megalora/config_file.py", "            check_yaml(value)\n", "", "tests/test_config.py hostile_override"),
 )
 # fmt: on
