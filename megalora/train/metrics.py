@@ -26,7 +26,9 @@ class Metrics:
         self.writer: Any = None
         if active:
             folder.mkdir(parents=True, exist_ok=True)
-            _forget_after(folder / "metrics.jsonl", start_step)
+            damaged = _forget_after(folder / "metrics.jsonl", start_step)
+            if damaged:
+                self.say(f"{folder}/metrics.jsonl: {damaged:,} lines were not records of a step; they are dropped")
             self.file = (folder / "metrics.jsonl").open("a")
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -82,13 +84,30 @@ class Metrics:
         plot_losses(self.folder)
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run will do again, and one that a killed run left half written."""
-    if path.is_file():
-        kept = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        path.write_text("".join(line + "\n" for line in kept) if step else "")
+def _forget_after(path: Path, step: int) -> int:
+    """Drop the lines of steps that a resumed run will do again, and one that a killed run left half written.
+
+    Returns how many other lines were no records of a step, and so were dropped too.
+    """
+    if not path.is_file():
+        return 0
+    lines = path.read_bytes().decode(errors="replace").splitlines()
+    steps = [_step_of(line) for line in lines]
+    kept = [line for line, found in zip(lines, steps, strict=True) if found is not None and found <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(line + "\n" for line in kept) if step else "")
+    temporary.replace(path)  # a kill meanwhile must not lose them all
+    return sum(found is None for found in steps[:-1]) if step else 0
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a record; None for what is not one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if type(step) is int else None
 
 
 def plot_losses(folder: Path) -> None:

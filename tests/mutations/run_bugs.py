@@ -1,7 +1,75 @@
 """Bugs in run folders, checkpoints, identities and restarts. The same form as ``bugs.py``."""
 
-from tests.mutations.bugs import Bug
+from tests.mutations.bugs import Bug, bug
+
+TRAIN = "megalora/train"
+WRITER, WHERE, STATE, SAME, IDENTITY, LOAD = (
+    f"{TRAIN}/checkpoint/{name}.py" for name in ("writer", "where", "state", "same_run", "identity", "load")
+)
+LOCK, BASE, DIGESTS, DATA = (
+    f"{TRAIN}/run_folder.py",
+    "megalora/bridge/base_identity.py",
+    "megalora/digests.py",
+    "megalora/data/digest.py",
+)
+MEETING, PATHS, ERRORS, LAUNCHING = (
+    f"megalora/{name}.py" for name in ("rendezvous", "paths", "user_error", "launching")
+)
+CRASH, FIND, FOLDER, SAMENESS, RESTART = (
+    f"tests/train/test_{name}.py" for name in ("crash_points", "where", "run_folder", "identity", "rendezvous")
+)
 
 # fmt: off
-RUN_BUGS: tuple[Bug, ...] = ()
+RUN_BUGS: tuple[Bug, ...] = (
+    # Saving
+    bug(0, "the old step removed before the new one is there", WRITER, "    target.rename(old)\n", "    shutil.rmtree(target)\n", f"{CRASH} every_crash_point_of_a_save"),
+    bug(0, "latest left on what is put aside", WRITER, "    if named == target:\n", "    if False:\n", f"{CRASH} every_crash_point_of_a_save"),
+    bug(0, "what was put aside is not put back", WRITER, 'if match and match[2] == "old" and not (run / match[1]).exists():', "if False:", f"{CRASH} every_crash_point_of_a_save"),
+    bug(0, "latest before the step it names", WRITER, "    temporary.rename(target)\n    force_to_disk(target.parent)", "    point_latest_at(target)\n    temporary.rename(target)\n    force_to_disk(target.parent)", f"{CRASH} every_crash_point_of_a_save"),
+    bug(0, "latest written in place", WRITER, '    pointer = target.with_name(f".{LATEST}.tmp")\n', '    pointer = target.with_name(LATEST)\n', f"{CRASH} every_crash_point_of_a_save"),
+    bug(0, "left-overs of killed saves stay", WRITER, "        elif match:\n            shutil.rmtree(path)\n", "        elif match:\n            pass\n", f"{CRASH} every_crash_point_of_a_save"),
+    bug(0, "an old checkpoint removed under its name", WRITER, "    folder.rename(gone)\n    shutil.rmtree(gone)\n", "    shutil.rmtree(folder)\n", f"{CRASH} every_crash_point_of_forgetting"),
+    # Where to resume from
+    bug(0, "latest may be a path", WRITER, "    if not _NAME.fullmatch(name):\n", "    if not name:\n", f"{FIND} test_a_broken_latest"),
+    bug(0, "a fresh start without latest", WHERE, '        named, reason = None, str(error)\n        if not there:', '        named, reason = None, str(error)\n        if True:', f"{FIND} test_a_broken_latest"),
+    bug(0, "newest by number, not by time", WHERE, "key=lambda state: (state.saved_at, state.step)", "key=lambda state: state.step", f"{FIND} test_newest_is_the_one"),
+    bug(0, "going back leaves latest where it was", WHERE, "    point_latest_at(own[0])\n", "", f"{FIND} test_going_back"),
+    bug(0, "a cut file taken for whole", WHERE, "        if name in tensors:\n", "        if False:\n", f"{FIND} test_a_damaged_checkpoint"),
+    bug(0, "a step of true", STATE, "_require(type(value) is int and 0 <= value < 2**53", "_require(isinstance(value, int) and 0 <= value < 2**53", f"{FIND} test_a_wrong_state"),
+    bug(0, "sections of state.json unchecked", STATE, '        _require(isinstance(section, dict), path, f"config.{name}", "an object", section)\n', "        assert section is not None\n", f"{FIND} test_a_wrong_state"),
+    # Identity
+    bug(0, "data known by its size", DATA, "digests.of(found.file, 'bytes', sha256_of_file)", "found.file.stat().st_size", f"{SAMENESS} test_a_source_is"),
+    bug(0, "a slice is no part of the data", DATA, "sha256_of_file)}{found.slice_text}", "sha256_of_file)}", f"{SAMENESS} test_a_source_is"),
+    bug(0, "the loss mask is no part of the samples", DATA, "        digest.update(sample.loss_mask.tobytes())\n", "", f"{SAMENESS} test_samples_are"),
+    bug(0, "weights known by their headers", BASE, "    for place in (0, between, last):\n", "    for place in ():\n", f"{SAMENESS} test_other_weights"),
+    bug(0, "only the beginning of a tensor", BASE, "    for place in (0, between, last):\n", "    for place in (0,):\n", f"{SAMENESS} test_other_weights"),
+    bug(0, "two tensors may be exchanged", BASE, 'about = f"{tensor.name} {tensor.dtype}', 'about = f"{tensor.dtype}', f"{SAMENESS} test_other_weights"),
+    bug(0, "a digest kept by size and time of change", DIGESTS, "{stat.st_mtime_ns} {stat.st_ctime_ns}", "{stat.st_mtime_ns}", f"{SAMENESS} test_an_unchanged_file"),
+    bug(0, "a file of this second kept", DIGESTS, "< SETTLED_NS", "< 0", f"{SAMENESS} test_a_file_that_has_just"),
+    bug(0, "an edited base resumes", SAME, 'return "the weights have changed" if before["weights"] != now.weights else ""', 'return ""', f"{SAMENESS} test_changed_files"),
+    bug(0, "edited data resumes", SAME, "        if old != new:\n", "        if False:\n", f"{SAMENESS} test_changed_files"),
+    bug(0, "another template resumes", SAME, 'state.identity["samples"] != samples.digest', "False", f"{SAMENESS} test_changed_files"),
+    bug(0, "paths compared as text", SAME, '"model.dtype", "data.format",', '"model.dtype", "data.train", "data.format",', f"{SAMENESS} test_a_moved_folder"),
+    bug(0, "nodes need not agree", IDENTITY, 'if parts := differing_parts(first.as_json(""), other.as_json("")):', "if parts := []:", f"{SAMENESS} test_nodes_must"),
+    bug(0, "a GPU's generators loaded on the CPU", "megalora/host.py", 'if torch.cuda.is_available() != ("cuda" in state):', "if False:", f"{SAMENESS} test_generators"),
+    # One run in a folder
+    bug(0, "no lock", LOCK, "            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "", f"{FOLDER} test_a_second_run"),
+    bug(0, "the lock waits for the first run", LOCK, "        if not succession or time.monotonic() > deadline:\n", "        if time.monotonic() > deadline:\n", f"{FOLDER} test_a_job_s_next_attempt_waits"),
+    bug(0, "any last holder is the same job", LOCK, "before is not None and job is not None and before.job == job", "before is not None", f"{FOLDER} test_a_killed_run"),
+    bug(0, "a dead process keeps a folder without locks", LOCK, " and holder.born == _born(holder.pid)", "", f"{FOLDER} test_without_locks"),
+    bug(0, "a refused run leaves a folder", LOCK, "            _leave_nothing(run)\n", "            pass\n", "tests/test_bad_input.py test_base_of_another_family"),
+    # Restarts
+    bug(0, "attempts meet at one place", MEETING, "return dist.PrefixStore(attempt, store), job", "return dist.PrefixStore(attempt[:7], store), job", f"{RESTART} test_a_restarted_job"),
+    bug(0, "a dead rank's number is taken", MEETING, "if len(roster) == world_size and roster[rank] == nonce:", "if len(roster) == world_size:", f"{RESTART} test_every_attempt"),
+    bug(0, "rank 0 does not wait to be heard", MEETING, "if store.check(heard) and all(said.decode() == name for said in store.multi_get(heard)):", "if True:", f"{RESTART} test_a_dead_rank"),
+    bug(0, "a restarted job starts afresh", f"{TRAIN}/loop.py", "find_checkpoint(config, restarted=run_folder.same_job)", "find_checkpoint(config)", f"{RESTART} test_a_restarted_job"),
+    bug(0, "a mistake is made again", ERRORS, "        _leave_mark()\n", "", "tests/test_launching.py test_a_mistake"),
+    # What users type
+    bug(0, "a tilde is a folder's name", PATHS, "    expanded = os.path.expanduser(text)\n", "    expanded = text.lstrip('~')\n", "tests/test_paths.py test_every_path"),
+    bug(0, "only the folder itself is looked at", PATHS, "(run, *run.absolute().parents) if place.exists()", "(run, run.absolute().parents[-1]) if place.exists()", "tests/test_paths.py test_what_is_not_there"),
+    bug(0, "a warm-up of any length", "megalora/config.py", "        warmup <= steps,\n", "        True,\n", "tests/train/test_duration.py test_a_warmup_that"),
+    bug(0, "epochs rounded without a word", f"{TRAIN}/duration.py", "    if math.isclose(wanted, taken):\n", "    if True:\n", "tests/train/test_duration.py test_epochs"),
+    bug(0, "Ctrl-C is a crash", LAUNCHING, "        sys.exit(128 + stopped.sigval)\n", "        raise\n", "tests/cases/test_run_cases.py test_ctrl_c_ends"),
+    bug(0, "every multiple of ranks tried", "megalora/planner/layouts.py", "            if _why_not_model(shape, alone):\n                yield alone\n            else:\n", "            if True:\n", "tests/planner/test_layouts.py test_absurd"),
+)
 # fmt: on

@@ -44,6 +44,16 @@ class Crash:
         writes = event == "open" and isinstance(arguments[1], str) and bool(set(arguments[1]) & set("wax"))
         if self.k and (event in CHANGES or writes):
             self.change()
+        if self.k and writes and os.path.exists(str(arguments[0])):
+            self._half_open(str(arguments[0]))
+
+    def _half_open(self, path: str) -> None:
+        """To open a file for writing empties it: a kill may come before anything is written."""
+        if self.kill and self.count + 1 == self.k:
+            k, self.k = self.k, 0
+            os.truncate(path, 0)
+            self.k = k
+        self.change()
 
     def change(self) -> None:
         self.count += 1

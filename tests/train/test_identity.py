@@ -166,7 +166,7 @@ def test_a_config_that_says_the_same(tmp_path: Path) -> None:
 
 
 def test_a_source_is_its_bytes_and_its_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, text in (("a.jsonl", "{}\n"), ("b.jsonl", "{}\n"), ("c.jsonl", "{} \n")):
+    for name, text in (("a.jsonl", "{}\n"), ("b.jsonl", "{}\n"), ("c.jsonl", "[]\n")):
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     found = {source: source_digest(source, Digests()) for source in ("a.jsonl", "b.jsonl", "c.jsonl", "a.jsonl[:1]")}
