@@ -85,8 +85,8 @@ def make_chunks(
 ) -> list[nn.Module]:
     """The chunks of this rank for a parsed ``config.json``, frozen, their weights not yet filled."""
     bridge = open_architecture(hf)
-    inv_freq, factor = frequencies(read_rope(hf), shape.head_dim, hf.get("max_position_embeddings"))
     with quiet():
+        inv_freq, factor = frequencies(read_rope(hf), shape.head_dim, hf.get("max_position_embeddings"))
         provider = configure(bridge.to_megatron_provider(load_weights=False), config, parallel, shape)
         provider.softmax_scale = softmax_scale(factor, shape.head_dim)
         provider.finalize()
