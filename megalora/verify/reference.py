@@ -93,11 +93,13 @@ class Reference:
         self.stored: dict[str, dict[str, Any]] = {}
         for file in files or []:
             handle: Any = safe_open(file, framework="pt")
-            for key in handle.keys():  # noqa: SIM118 - no dict
+            for stored_name in handle.keys():  # noqa: SIM118 - no dict
+                # transformers takes model.language_model. for other families only; every other name stays as it is
+                key = stored_name.replace("model.language_model.", "model.", 1)
                 name, _ = rename_source_key(key, renamings, converters, prefix, expected)
                 if name not in expected and key in expected:
                     name, _ = rename_source_key(key, [], [], prefix, expected)
-                self.stored.setdefault(name, {})[key] = handle.get_slice(key)
+                self.stored.setdefault(name, {})[key] = handle.get_slice(stored_name)
 
     def name_of(self, wanted: nn.Module) -> str:
         return next(name for name, module in self.model.named_modules() if module is wanted)
