@@ -13,7 +13,8 @@ LAYER_BUGS: tuple[Bug, ...] = (
     # in the model
     bug(0, "a norm with another epsilon", BACKEND, "self.weight, self.eps)", "self.weight, 1e-5)", f"{TEST} families"),
     bug(0, "no norms on queries and keys", BACKEND, "norm if config.qk_layernorm else IdentityOp", "IdentityOp", f"{TEST} families"),
-    bug(0, "softmax by the head's size", ATTENTION, "1 / math.sqrt(config.kv_channels)", "1 / config.kv_channels", f"{TEST} families"),
+    bug(0, "softmax by the head's size", "megalora/model/rotary.py", "factor**2 / math.sqrt(head_dim)", "factor**2 / head_dim", f"{TEST} families"),
+    bug(0, "an attention factor applied once", "megalora/model/rotary.py", "factor**2 / math.sqrt(head_dim)", "factor / math.sqrt(head_dim)", f"{TEST} honoured"),
     bug(0, "attention that sees what comes later", ATTENTION, "is_causal=True", "is_causal=False", f"{TEST} families"),
     bug(0, "GELU in the experts", "kernels/megalora_kernels/swiglu.py", "torch.mul(F.silu(gate_MI)", "torch.mul(F.gelu(gate_MI)", f"{TEST} families"),
     bug(0, "the base's up rows before its gate rows", BASE, 'halves = ("gate_proj", "up_proj")', 'halves = ("up_proj", "gate_proj")', f"{TEST} families"),
