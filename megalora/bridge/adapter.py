@@ -1,7 +1,9 @@
-"""Read any PEFT LoRA folder, whoever wrote it, into one form: an A and a B for every Hugging Face linear, and its scale.
+"""Read any PEFT LoRA folder, whoever wrote it, into one form: an A and a B for every Hugging Face
+linear, and its scale.
 
-Names are read as ``names.py`` says, stacked experts are taken apart as ``stacked.py`` and ``banks.py`` say, and what PEFT saves
-of the base is compared with it (``copies.py``). What a folder leaves open, or contradicts itself in, is refused by name.
+Names are read as ``names.py`` says, stacked experts are taken apart as ``stacked.py`` and
+``banks.py`` say, and what PEFT saves of the base is compared with it (``copies.py``). What a folder
+leaves open, or contradicts itself in, is refused by name.
 """
 
 import difflib
@@ -35,13 +37,15 @@ type Named = dict[FactorName, tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a folder adapts, and its tensors by their canonical names (``spec.tensor_name``), every one of them there."""
+    """What a folder adapts, and its tensors by their canonical names (``spec.tensor_name``), every
+    one of them there."""
 
     folder: Path
     adapted: list[Adapted]
     tensors: dict[str, Tensor]
     absent: list[str]
-    """HF modules of experts that the file leaves out beside others of their layer; they stand in ``tensors`` as zeros."""
+    """HF modules of experts that the file leaves out beside others of their layer; they stand in
+    ``tensors`` as zeros."""
     notes: list[str] = field(default_factory=list)
     """What the folder holds beside the factors, a line each."""
 
@@ -49,7 +53,8 @@ class Adapter:
 def read_adapter(
     folder: Path, shape: ModelShape, order: ColumnOrder | None = None, base: Path | None = None
 ) -> Adapter:
-    """Read a LoRA folder for a model of this shape; raises ``ValueError`` that says what in it cannot be meant.
+    """Read a LoRA folder for a model of this shape; raises ``ValueError`` that says what in it
+    cannot be meant.
 
     Args:
         order: how the columns of stacked B's run, where the file does not say it.
@@ -291,6 +296,7 @@ def _both(linears: _Linears, named: Named) -> Factors:
 
 
 def parameters_of(module: str) -> tuple[str, ...]:
-    """As PEFT names them: the linear's own weight, or the fused parameter of which an expert's linear is a part."""
+    """As PEFT names them: the linear's own weight, or the fused parameter of which an expert's
+    linear is a part."""
     match = re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)", module)
     return (f"{match[1]}.{DOWN if match[2] == DOWN else GATE_UP}",) if match else (f"{module}.weight",)

@@ -1,4 +1,5 @@
-"""Adapters of several linears under one name, as stacks other than PEFT write them: 3-D tensors for all experts, fused gate and up.
+"""Adapters of several linears under one name, as stacks other than PEFT write them: 3-D tensors for
+all experts, fused gate and up.
 
     key, beside model.layers.N.mlp.experts.     A                   B
     w1, gate_proj                               [E or 1, r, H]      [E or 1, I, r]
@@ -6,10 +7,12 @@
     w2, down_proj                               [E or 1, r, I]      [E or 1, H, r]
     gate_up_proj                                [E or 1, r, H]      [E or 1, 2I, r]
 
-H hidden, I expert intermediate, E experts. w1, w2, w3 are Tinker's names and vLLM's; SGLang has the others. 1 in place of E is
-one matrix that all experts share. Some write the input first, A [.., H, r] and B [.., r, I]: shapes tell the two apart.
+H hidden, I expert intermediate, E experts. w1, w2, w3 are Tinker's names and vLLM's; SGLang has the
+others. 1 in place of E is one matrix that all experts share. Some write the input first, A [.., H,
+r] and B [.., r, I]: shapes tell the two apart.
 
-``experts.E.gate_up_proj`` and ``mlp.gate_up_proj`` are one linear with gate's rows, then up's, as transformers has them.
+``experts.E.gate_up_proj`` and ``mlp.gate_up_proj`` are one linear with gate's rows, then up's, as
+transformers has them.
 """
 
 from torch import Tensor
@@ -26,7 +29,8 @@ BANKS = {
 def bank_factors(where: str, which: str, a: Tensor, b: Tensor, shape: ModelShape) -> Factors:
     """A ``[E, r, in]`` and B ``[E, out, r]`` of the 3-D tensors called ``experts.WHICH``.
 
-    ``where``: the file and the tensors, for messages. Raises ``ValueError`` for shapes that fit in no way, or in two.
+    ``where``: the file and the tensors, for messages. Raises ``ValueError`` for shapes that fit in
+    no way, or in two.
     """
     hidden, size = shape.hidden, shape.expert_intermediate
     out, into = {DOWN: (hidden, size), GATE_UP: (2 * size, hidden)}.get(BANKS[which], (size, hidden))
@@ -51,11 +55,13 @@ def bank_linears(which: str, factors: Factors) -> dict[str, Factors]:
 
 
 def fused_linears(module: str, a: Tensor, b: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """HF module -> its A and B, of an adapter of a fused gate and up: both have the A, each its rows of B."""
+    """HF module -> its A and B, of an adapter of a fused gate and up: both have the A, each its
+    rows of B."""
     stem = module.removesuffix(GATE_UP)
     return {stem + half: (a, rows.contiguous()) for half, rows in zip(HALVES, b.chunk(2), strict=True)}
 
 
 def is_fused(module: str) -> bool:
-    """Whether a module is gate and up in one; whether the model has such gate and up is another matter."""
+    """Whether a module is gate and up in one; whether the model has such gate and up is another
+    matter."""
     return module.endswith(f".{GATE_UP}")

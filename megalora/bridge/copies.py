@@ -1,11 +1,13 @@
 """Weights of the base that PEFT saves beside an adapter's factors: are they the base's?
 
-PEFT saves the embedding and lm_head when an adapter targets one of them (``lm_head.base_layer.weight``), when it is told to
-(``save_embedding_layers``), and when the vocabulary was resized. Nearly always they are copies of what the base has, and then
-nothing is lost without them. Where one differs, rows were added or trained, which A and B do not hold.
+PEFT saves the embedding and lm_head when an adapter targets one of them
+(``lm_head.base_layer.weight``), when it is told to (``save_embedding_layers``), and when the
+vocabulary was resized. Nearly always they are copies of what the base has, and then nothing is lost
+without them. Where one differs, rows were added or trained, which A and B do not hold.
 
-A copy was the base's weight in the dtype that the base was loaded in, perhaps widened afterwards. So it is a copy if all of it
-equals the base's, rounded to one of those dtypes. Values are compared a few thousand rows at a time, without torch.
+A copy was the base's weight in the dtype that the base was loaded in, perhaps widened afterwards.
+So it is a copy if all of it equals the base's, rounded to one of those dtypes. Values are compared
+a few thousand rows at a time, without torch.
 """
 
 from collections.abc import Callable
@@ -25,14 +27,16 @@ TIED = (EMBEDDING, "lm_head")
 
 
 def copies_in(weights: AdapterWeights, shape: ModelShape) -> dict[str, str]:
-    """Tensor name -> HF module, for what can only be a weight of this base: of its embedding or of one of its linears."""
+    """Tensor name -> HF module, for what can only be a weight of this base: of its embedding or of
+    one of its linears."""
     modules = {EMBEDDING} | linear_modules(shape).keys()
     found = {name: parse_weight(name) for name in weights.info}
     return {name: module for name, module in found.items() if module in modules}
 
 
 def check_copies(weights: AdapterWeights, copies: dict[str, str], shape: ModelShape, base: Path | None) -> list[str]:
-    """Compare each of ``copies`` with the weight of ``base``, its folder; None, or a folder without weights, compares sizes.
+    """Compare each of ``copies`` with the weight of ``base``, its folder; None, or a folder without
+    weights, compares sizes.
 
     Returns lines that say what was passed over, and what could not be compared.
     Raises ``ValueError`` for a weight that is not the base's.
@@ -87,7 +91,8 @@ def _check_size(weights: AdapterWeights, name: str, size: tuple[int, int]) -> No
 
 
 def _stored(base: Path) -> dict[str, tuple[Path, Stored]]:
-    """Published tensor name -> the base's file, and where in it; empty where the folder has no weights."""
+    """Published tensor name -> the base's file, and where in it; empty where the folder has no
+    weights."""
     found: dict[str, tuple[Path, Stored]] = {}
     for shard in weight_shards(base):
         if (base / shard).is_file():
@@ -97,7 +102,8 @@ def _stored(base: Path) -> dict[str, tuple[Path, Stored]]:
 
 
 def difference(weights: AdapterWeights, name: str, path: Path, base: Stored) -> float | None:
-    """None where a tensor equals the base's in one of the dtypes it can have passed through, else the largest difference."""
+    """None where a tensor equals the base's in one of the dtypes it can have passed through, else
+    the largest difference."""
     own = weights.info[name].dtype
     possible: dict[str, Callable[[np.ndarray], np.ndarray]] = {d: ROUND[d] for d in (own, "F32", "BF16", "F16")}
     largest = 0.0

@@ -1,4 +1,5 @@
-"""What lies in an adapter folder, and in a checkpoint, which is one with its training state: names, and what the config says."""
+"""What lies in an adapter folder, and in a checkpoint, which is one with its training state: names,
+and what the config says."""
 
 import stat
 from pathlib import Path
@@ -31,7 +32,8 @@ class NotAnAdapter(ValueError):
 
 
 def adapters_below(folder: Path) -> list[str]:
-    """Names of the sub-folders that are adapters, as ``save_pretrained`` leaves them for named ones."""
+    """Names of the sub-folders that are adapters, as ``save_pretrained`` leaves them for named
+    ones."""
     return sorted(child.name for child in folder.iterdir() if (child / CONFIG).is_file())
 
 
@@ -54,7 +56,8 @@ def check_adapter_folder(folder: Path) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raise ``ValueError`` for what is there and no file: opening a pipe or a device may wait for ever."""
+    """Raise ``ValueError`` for what is there and no file: opening a pipe or a device may wait for
+    ever."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(
             f"{path} is no regular file (a pipe, a socket, a device or a folder); put the file itself there"

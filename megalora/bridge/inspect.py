@@ -31,7 +31,8 @@ class _Row:
 
 
 def describe(adapter: Path) -> str:
-    """A table with a row per projection: ranks, sizes, coverage, norms of A and B; then what looks wrong."""
+    """A table with a row per projection: ranks, sizes, coverage, norms of A and B; then what looks
+    wrong."""
     config, weights = read_config(adapter), AdapterWeights(adapter)
     rows: dict[tuple[str, bool], _Row] = defaultdict(_Row)
     other: list[str] = []

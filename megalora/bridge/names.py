@@ -1,8 +1,10 @@
-"""Tensor names as other stacks write them, taken apart: which module, which factor; and what a tensor is that is no factor.
+"""Tensor names as other stacks write them, taken apart: which module, which factor; and what a
+tensor is that is no factor.
 
-All stacks mean ``base_model.model.MODULE.lora_A.weight``. What is found around it and means nothing: no prefix at all; the
-wrappers of FSDP, DDP, activation checkpointing and torch.compile anywhere in the path; PEFT's adapter name after the factor,
-which ``state_dict()`` has and ``save_pretrained`` removes. Tinker calls lm_head ``model.unembed_tokens``.
+All stacks mean ``base_model.model.MODULE.lora_A.weight``. What is found around it and means
+nothing: no prefix at all; the wrappers of FSDP, DDP, activation checkpointing and torch.compile
+anywhere in the path; PEFT's adapter name after the factor, which ``state_dict()`` has and
+``save_pretrained`` removes. Tinker calls lm_head ``model.unembed_tokens``.
 """
 
 import re
@@ -45,7 +47,8 @@ def parse(name: str) -> tuple[str, FactorName] | None:
 
 
 def parse_weight(name: str) -> str | None:
-    """The HF module of which a name is the base's own weight, also under PEFT's wrapper; None for other names.
+    """The HF module of which a name is the base's own weight, also under PEFT's wrapper; None for
+    other names.
 
     >>> parse_weight("base_model.model.lm_head.base_layer.weight")
     'lm_head'
@@ -56,7 +59,8 @@ def parse_weight(name: str) -> str | None:
 
 
 def is_training_only(name: str) -> bool:
-    """Whether PEFT uses the tensor in backward alone, so that it changes nothing that the adapter computes."""
+    """Whether PEFT uses the tensor in backward alone, so that it changes nothing that the adapter
+    computes."""
     return ".lora_velora_embed" in name
 
 

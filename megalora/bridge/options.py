@@ -1,9 +1,11 @@
 """Every option of PEFT's LoraConfig, and what it does to the adapter: a closed list.
 
-An adapter is read as ``W + scale * B A``. An option either is honoured in that, or changes nothing once training is over, or
-makes the adapter something else; then it is refused where it is set. So is a key that nobody here knows.
+An adapter is read as ``W + scale * B A``. An option either is honoured in that, or changes nothing
+once training is over, or makes the adapter something else; then it is refused where it is set. So
+is a key that nobody here knows.
 
-The keys are those of PEFT 0.18, 0.19 and 0.21, and what other tools write into ``adapter_config.json``.
+The keys are those of PEFT 0.18, 0.19 and 0.21, and what other tools write into
+``adapter_config.json``.
 """
 
 import math
@@ -56,14 +58,16 @@ REFUSED = {
 """Option -> why a value other than PEFT's default (nothing, or false) is not ``W + scale * B A``."""
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-"""PEFT's named initialisations that leave the base as it is, so that the saved adapter is a plain LoRA."""
+"""PEFT's named initialisations that leave the base as it is, so that the saved adapter is a plain
+LoRA."""
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 LARGEST = 2**53
 """Integers up to here are exact as float64, as any rank or alpha is."""
 
 
 def not_plain(config: dict[str, Any]) -> dict[str, str]:
-    """Option -> why it is not plain LoRA, for those that are set; empty for an adapter that megalora and vLLM compute."""
+    """Option -> why it is not plain LoRA, for those that are set; empty for an adapter that
+    megalora and vLLM compute."""
     found = {key: why for key, why in REFUSED.items() if config.get(key)}
     if config.get("bias", "none") not in ("none", None):
         found["bias"] = "it trains biases of the base"
@@ -82,7 +86,8 @@ def not_plain(config: dict[str, Any]) -> dict[str, str]:
 
 
 def refuse_variants(where: Path, config: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for the first option that makes the adapter something else than plain LoRA."""
+    """Raise ``ValueError`` for the first option that makes the adapter something else than plain
+    LoRA."""
     for key, why in not_plain(config).items():
         raise ValueError(
             f"{where}: {key}={shown(config[key])} is not plain LoRA, which is all megalora computes: {why}"

@@ -1,8 +1,9 @@
 """Regular expressions of foreign adapters, matched as PEFT matches them but within a time limit.
 
-PEFT hands ``target_modules``, ``exclude_modules`` and the keys of ``rank_pattern`` and ``alpha_pattern`` to Python's ``re``. An
-expression such as ``(\\w+\\.?)+X`` takes it longer than anyone waits: nested repetition has exponentially many ways to fail.
-Here ``re`` says whether an expression is one, and ``regex``, which reads the same syntax and can stop, matches it.
+PEFT hands ``target_modules``, ``exclude_modules`` and the keys of ``rank_pattern`` and
+``alpha_pattern`` to Python's ``re``. An expression such as ``(\\w+\\.?)+X`` takes it longer than
+anyone waits: nested repetition has exponentially many ways to fail. Here ``re`` says whether an
+expression is one, and ``regex``, which reads the same syntax and can stop, matches it.
 """
 
 import re
@@ -18,11 +19,13 @@ import regex
 from megalora.bridge.options import shown
 
 SECONDS = 0.5
-"""Processor time for one match. Module names have up to 80 characters; a sound expression needs some microseconds."""
+"""Processor time for one match. Module names have up to 80 characters; a sound expression needs
+some microseconds."""
 MAX_EXPANDED = 100_000
 """Characters of an expression in which every counted repetition is written out, as ``regex`` does."""
 TOTAL_SECONDS = 20.0
 """For all matches of one expression. A model of 235B has 36,000 linears of experts."""
+_LONE_BRACE = re.compile(r"(?<!\\)\{(?!\d+(?:,\d*)?\}|,\d+\})")
 
 
 class Pattern:
@@ -43,9 +46,9 @@ class Pattern:
                 re.compile(expression)
                 if (size := _expanded(_parser.parse(expression))) > MAX_EXPANDED:
                     raise ValueError(f"its repetitions stand for {size:.3g} characters")
-                # In re a brace that opens no repetition and "[:" are characters; in regex they may mean a fuzzy match and
-                # a class of characters.
-                literal = re.sub(r"(?<!\\)\{(?!\d+(?:,\d*)?\}|,\d+\})", r"\\{", expression).replace("[:", r"[\:")
+                # In re a brace that opens no repetition and "[:" are characters; in regex they may
+                # mean a fuzzy match and a class of characters.
+                literal = _LONE_BRACE.sub(r"\\{", expression).replace("[:", r"[\:")
                 self._compiled = regex.compile(literal, regex.VERSION0)
         except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
             reason = getattr(error, "msg", None) or str(error)
@@ -76,7 +79,8 @@ class Pattern:
 
 
 def _expanded(parsed: Any) -> int:
-    """Length of an expression without counted repetition that matches the same; ``parsed`` as Python's parser returns it."""
+    """Length of an expression without counted repetition that matches the same; ``parsed`` as
+    Python's parser returns it."""
     size = 0
     for _, argument in parsed:
         parts = argument if isinstance(argument, tuple | list) else (argument,)

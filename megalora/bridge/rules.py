@@ -17,7 +17,8 @@ class Rules:
     """Which modules the config targets, and with which rank and scale."""
 
     def __init__(self, folder: Path, config: dict[str, Any], weights: Path) -> None:
-        """``weights``: where the tensors lie, for messages. Raises ``ValueError`` for values that mean nothing."""
+        """``weights``: where the tensors lie, for messages. Raises ``ValueError`` for values that
+        mean nothing."""
         self.where, self.weights, self.config = folder / CONFIG, weights, config
         check_types(self.where, config)
         targets = config.get("target_modules") or []
@@ -57,11 +58,13 @@ class Rules:
         )
 
     def rank(self, name: str) -> int:
-        """What the config says of the module that PEFT calls ``name`` when it looks into the patterns."""
+        """What the config says of the module that PEFT calls ``name`` when it looks into the
+        patterns."""
         return self._of_pattern("rank_pattern", name, self.config["r"])
 
     def scale(self, name: str, rank: int, tensor: str) -> float:
-        """Scale of the module that PEFT calls ``name``; ``rank``: what the tensor called ``tensor`` has."""
+        """Scale of the module that PEFT calls ``name``; ``rank``: what the tensor called ``tensor``
+        has."""
         said = self.rank(name)
         if said != rank:
             raise ValueError(
@@ -78,8 +81,9 @@ class Rules:
     def _look_for_contest(self, name: str) -> None:
         """Remember a module for which two keys of alpha_pattern say different things.
 
-        PEFT trains with the first key that the user wrote and then saves the keys sorted, so that every reader, PEFT too,
-        may take another. Ranks cannot be mistaken so: the tensors have them.
+        PEFT trains with the first key that the user wrote and then saves the keys sorted, so that
+        every reader, PEFT too, may take another. Ranks cannot be mistaken so: the tensors have
+        them.
         """
         if len(self.patterns["alpha_pattern"]) < 2:
             return
@@ -100,8 +104,8 @@ class Rules:
     def targets_of(self, module: str, parameters: Iterable[str]) -> set[str]:
         """Entries of the config by which PEFT adapts ``module``; none where it would leave it out.
 
-        ``parameters``: of which PEFT sees the module as a part. Nothing but ``target_parameters`` decides about those:
-        neither exclude_modules nor layers_to_transform does.
+        ``parameters``: of which PEFT sees the module as a part. Nothing but ``target_parameters``
+        decides about those: neither exclude_modules nor layers_to_transform does.
         """
         found = self._targets_by_parameter(parameters)
         if ends_in(module, self.excluded) or (self.excluding and self.excluding.fullmatch(module)):
@@ -127,7 +131,8 @@ class Rules:
         return match is not None and int(match["layer"]) in self.layers
 
     def note(self, modules: Iterable[str], parameters: Iterable[str]) -> None:
-        """Remember a module that the config does not target: PEFT would leave its tensors out without a word.
+        """Remember a module that the config does not target: PEFT would leave its tensors out
+        without a word.
 
         ``modules``: the names it goes by, its own first.
         """
@@ -153,6 +158,9 @@ class Rules:
                 targets = self._targets_by_parameter(parameters)
             else:
                 targets = self.targets_of(module, parameters)
+            # Layers that are named must all be there; without names, some layers may not be adapted.
+            if targets and self.layers is not None and not _is_expert(module):
+                targets = {module}
             for target in targets:
                 found[target] = found.get(target, False) or module in present
         if lost := [target for target, there in found.items() if not there]:

@@ -1,4 +1,5 @@
-"""The tensors of an adapter folder by name, each read when it is asked for. Needs no torch but for pickles and ``tensor``.
+"""The tensors of an adapter folder by name, each read when it is asked for. Needs no torch but for
+pickles and ``tensor``.
 
     adapter_model.safetensors                          as PEFT writes it
     adapter_model-00001-of-00002.safetensors, ...      as transformers' save_pretrained does; the index beside them is optional
@@ -78,11 +79,13 @@ class AdapterWeights:
         return self._at[name].tensor(name)
 
     def rows(self, name: str) -> Iterator[np.ndarray]:
-        """The values of a tensor of floats (``FLOATS``), some thousand rows at a time, in float32 or float64."""
+        """The values of a tensor of floats (``FLOATS``), some thousand rows at a time, in float32
+        or float64."""
         return self._at[name].rows(name)
 
     def not_finite(self) -> str | None:
-        """Name of the first tensor with a NaN or an infinite number, or None; all must be of ``FLOATS``."""
+        """Name of the first tensor with a NaN or an infinite number, or None; all must be of
+        ``FLOATS``."""
         for name in self.info:
             for block in self.rows(name):
                 if not np.isfinite(block).all():
@@ -91,14 +94,16 @@ class AdapterWeights:
 
 
 def as_floats(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Numbers of one of ``FLOATS`` as NumPy can compute with them: float64 stays, all else becomes float32, exactly."""
+    """Numbers of one of ``FLOATS`` as NumPy can compute with them: float64 stays, all else becomes
+    float32, exactly."""
     if dtype == "BF16":
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw if dtype == "F64" else raw.astype(np.float32)
 
 
 def mapped_rows(path: Path, start: int, shape: tuple[int, ...], dtype: str) -> Iterator[np.ndarray]:
-    """The numbers at byte ``start`` of a file, rows of the first dimension a few thousand at a time, as floats."""
+    """The numbers at byte ``start`` of a file, rows of the first dimension a few thousand at a
+    time, as floats."""
     if 0 in shape:
         return
     stored = np.memmap(path, _NUMPY[dtype], mode="r", offset=start, shape=shape or (1,))
@@ -155,7 +160,8 @@ def _safetensors_name(dtype: Any) -> str:
 
 
 def _unpickled(path: Path) -> dict[str, "Tensor"]:
-    """The tensors of a pickle. Its instructions can build tensors and dictionaries and nothing else (``weights_only``)."""
+    """The tensors of a pickle. Its instructions can build tensors and dictionaries and nothing else
+    (``weights_only``)."""
     import torch
 
     try:
@@ -197,7 +203,8 @@ def _what_is_wrong(error: Exception) -> str:
 
 
 def find_weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The files to read, and lines about what lies beside them: the file that PEFT looks for first, else a set of shards.
+    """The files to read, and lines about what lies beside them: the file that PEFT looks for first,
+    else a set of shards.
 
     Raises:
         NotAnAdapter: there is none.
@@ -242,7 +249,8 @@ def _all_shards(folder: Path, form: str, count: int, names: list[str]) -> list[P
 
 
 def _check_index(folder: Path, files: list[Path], found: dict[str, str]) -> None:
-    """Raise ``ValueError`` where the index beside shards says otherwise than they do. ``found``: tensor -> file."""
+    """Raise ``ValueError`` where the index beside shards says otherwise than they do. ``found``:
+    tensor -> file."""
     path = folder / f"adapter_model{files[0].suffix}.index.json"
     if len(files) == 1 or not path.is_file():
         return

@@ -1,4 +1,5 @@
-"""Every linear of a model by its Hugging Face name: those that LoRA can adapt here, and those that it can elsewhere."""
+"""Every linear of a model by its Hugging Face name: those that LoRA can adapt here, and those that
+it can elsewhere."""
 
 from megalora.lora.spec import HEAD, Projection, layer_projections
 from megalora.model.shape import ModelShape
@@ -7,7 +8,8 @@ EMBEDDING = "model.embed_tokens"
 
 
 def linear_modules(shape: ModelShape) -> dict[str, tuple[Projection, int | None, int | None]]:
-    """HF module name -> (projection, layer, expert) of every linear that LoRA can adapt, in the order of the table."""
+    """HF module name -> (projection, layer, expert) of every linear that LoRA can adapt, in the
+    order of the table."""
     found: dict[str, tuple[Projection, int | None, int | None]] = {}
     for layer in range(shape.num_layers):
         for p in layer_projections(shape, layer):

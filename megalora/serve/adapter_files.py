@@ -1,4 +1,5 @@
-"""What is in an adapter folder, read without torch: config, names, shapes, and a hash of the contents."""
+"""What is in an adapter folder, read without torch: config, names, shapes, and a hash of the
+contents."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from megalora.model.shape import read_json_object
 from megalora.serve.errors import AdapterInvalid, AdapterNotFound
 
 HASH_DIGITS = 12
-"""Of SHA-256 in a model id: 48 bits, so that among a million versions two are alike with probability 0.002."""
+"""Of SHA-256 in a model id: 48 bits, so that among a million versions two are alike with
+probability 0.002."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
 
 
 def content_hash(folder: Path) -> str:
-    """First 12 hex digits of SHA-256 over the weights, then the config: what a version's name says about its contents."""
+    """First 12 hex digits of SHA-256 over the weights, then the config: what a version's name says
+    about its contents."""
     digest = hashlib.sha256()
     try:
         for name in (WEIGHTS, CONFIG):

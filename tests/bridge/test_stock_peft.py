@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from megalora.bridge.files import CONFIG, WEIGHTS, read_config
 from tests.bridge.adapters import ATTENTION, EXPERTS, logits
@@ -49,7 +50,7 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
         "alpha_pattern": {r".*layers\.3.*": 5, r"layers\.0.*(v)_proj": 9}}),
     "rsLoRA": ("mixed", {"target_modules": [*ATTENTION, *EXPERTS], "use_rslora": True, "rank_pattern": {"q_proj": 9}}),
     "parameters are not excluded": ("moe", {"target_modules": [], "target_parameters": PARAMETERS,
-                                            "exclude_modules": ["experts"]}),
+                                            "exclude_modules": ["gate_proj", "down_proj", "experts"]}),
     "one parameter of one layer": ("moe", {"target_modules": None, "rank_pattern": {"experts.down_proj": 3},
                                            "target_parameters": ["layers.1.mlp.experts.down_proj"]}),
     "router": ("moe", {"target_modules": ["gate", "q_proj"]}),
@@ -164,6 +165,19 @@ def test_keys_that_peft_sorts_when_it_saves(bases: dict[str, Path], tmp_path: Pa
     assert note.startswith(
         f"{CONFIG}: alpha_pattern says 40 (.*layers\\.1.*) and 4 (v_proj) for model.layers.1.self_attn.v_proj"
     )
+
+
+def test_a_lost_layer_is_missed_where_layers_are_named(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = new_adapter(bases["moe"], target_modules=["q_proj", "o_proj"], layers_to_transform=[0, 3])
+    model.save_pretrained(tmp_path)
+    tensors = {
+        name: tensor for name, tensor in load_file(tmp_path / WEIGHTS).items() if "layers.3.self_attn.o" not in name
+    }
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(
+        ValueError, match="has no tensors for model.layers.3.self_attn.o_proj, which its config targets"
+    ):
+        read_logits(tmp_path, bases["moe"])
 
 
 def test_all_linear_that_was_never_written_out(bases: dict[str, Path], tmp_path: Path) -> None:

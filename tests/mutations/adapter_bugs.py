@@ -31,6 +31,6 @@ ADAPTER_BUGS: tuple[Bug, ...] = (
     bug(0, "Tinker's head not in its all-linear", ADAPTER, "also=[TINKER_HEAD] if TINKER_HEAD in name else []", "also=[]", f"{BANKS_TEST} tinker_s_head"),
     bug(0, "an unknown option of an adapter passes", OPTIONS, "        if config[key]:\n", "        if False:\n", f"{OPTIONS_TEST} set_and_not_plain"),
     bug(0, "an alpha of 400 digits", OPTIONS, "0 < value <= LARGEST and math.isfinite(value)", "0 < value and math.isfinite(value)", f"{OPTIONS_TEST} mean_nothing"),
-    bug(0, "braces that match fuzzily", PATTERNS, 'r"\\\\{", expression)', '"{", expression)', "tests/bridge/test_patterns.py as_python"),
+    bug(0, "braces that match fuzzily", PATTERNS, '_LONE_BRACE.sub(r"\\\\{", expression)', 'expression', "tests/bridge/test_patterns.py as_python"),
 )
 # fmt: on
