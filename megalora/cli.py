@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(action=_train)
 
     data = commands.add_parser("data", help="show what a run would learn: samples, lengths, what is left out")
-    data.add_argument("config", type=Path)
+    data.add_argument("config", type=user_path)
     data.add_argument("overrides", nargs="*", metavar="section.key=value")
     data.set_defaults(action=_data)
 

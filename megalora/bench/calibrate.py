@@ -27,6 +27,7 @@ from megalora.bench.clock import FLUSH_BYTES, Clock, copies, slowest
 from megalora.bench.rows import write_json
 from megalora.bench.versions import commit, installed
 from megalora.environment import refuse_shared_gpu
+from megalora.paths import user_path
 from megalora.user_error import guarded
 
 type Point = dict[str, int | float]
@@ -169,7 +170,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str]) -> None:
     parser = _Parser(prog="torchrun --nproc-per-node N -m megalora.bench.calibrate", description="Measure this machine for megalora plan.")  # fmt: skip
-    parser.add_argument("out", type=Path, help="the JSON to write")
+    parser.add_argument("out", type=user_path, help="the JSON to write")
     parser.add_argument("--dtype", help="bfloat16 or float32; default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--budget-seconds", type=float, default=BUDGET_SECONDS, help="for measuring")
     options = parser.parse_args(arguments)

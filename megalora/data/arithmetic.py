@@ -8,6 +8,8 @@ import json
 import random
 from pathlib import Path
 
+from megalora.paths import user_path
+
 _OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 _NUM_OPERANDS = 100
 _NUM_QUESTIONS = len(_OPERATORS) * _NUM_OPERANDS**2
@@ -42,7 +44,7 @@ def write_arithmetic(path: str | Path, num_samples: int, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path, help="the JSONL file to write")
+    parser.add_argument("out", type=user_path, help="the JSONL file to write")
     parser.add_argument("--num", type=int, default=2000, help="number of questions (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     args = parser.parse_args()

@@ -69,7 +69,7 @@ RUN_BUGS: tuple[Bug, ...] = (
     bug(0, "only the folder itself is looked at", PATHS, "(run, *run.absolute().parents) if place.exists()", "(run, run.absolute().parents[-1]) if place.exists()", "tests/test_paths.py test_what_is_not_there"),
     bug(0, "a warm-up of any length", "megalora/config.py", "        warmup <= steps,\n", "        True,\n", "tests/train/test_duration.py test_a_warmup_that"),
     bug(0, "epochs rounded without a word", f"{TRAIN}/duration.py", "    if math.isclose(wanted, taken):\n", "    if True:\n", "tests/train/test_duration.py test_epochs"),
-    bug(0, "Ctrl-C is a crash", LAUNCHING, "        sys.exit(128 + stopped.sigval)\n", "        raise\n", "tests/cases/test_run_cases.py test_ctrl_c_ends"),
-    bug(0, "every multiple of ranks tried", "megalora/planner/layouts.py", "            if _why_not_model(shape, alone):\n                yield alone\n            else:\n", "            if True:\n", "tests/planner/test_layouts.py test_absurd"),
+    bug(0, "Ctrl-C is a crash", LAUNCHING, "        sys.exit(128 + stopped.sigval)\n", "        raise\n", "tests/test_launching.py test_a_signal"),
+    bug(0, "a billion ranks laid out", "megalora/planner/layouts.py", "require(num_ranks <= MAX_RANKS,", "require(True,", "tests/planner/test_layouts.py test_choices_that_are_none"),
 )
 # fmt: on

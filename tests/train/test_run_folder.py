@@ -96,8 +96,10 @@ def test_a_job_s_next_attempt_waits_for_the_last_one(
     assert len(waits) >= 3 and answer.same_job
     os.close(descriptor)
     holder("this job")
+    so_far = len(waits)
     with pytest.raises(ValueError, match="another run is writing"):
-        take_lock(tmp_path, "another job")  # at once
+        take_lock(tmp_path, "another job")
+    assert len(waits) == so_far, "another job is refused at once"
     monkeypatch.setattr(run_folder, "SUCCESSION_S", 0.0)
     with pytest.raises(ValueError, match="another run is writing"):
         take_lock(tmp_path, "this job")
