@@ -115,10 +115,10 @@ class _Parts:
         self.numbers = torch.tensor([number for number, _, _ in self.views], dtype=torch.int64, device=device)
 
     def mark_nonzero(self, alive: Tensor) -> None:
-        """Set ``alive[number]`` to 1 for every projection with a gradient that is not zero; nothing is read on the host."""
+        """Count up ``alive[number]`` where a projection has a gradient that is not zero; nothing is read on the host."""
         if self.views:
             found = [parameter.main_grad[index].any() for _, parameter, index in self.views]  # type: ignore
-            alive[self.numbers] = torch.stack(found).to(alive.dtype)
+            alive.index_add_(0, self.numbers, torch.stack(found).to(alive.dtype))
 
 
 class GradientCheck:

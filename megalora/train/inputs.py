@@ -1,6 +1,7 @@
 """Bring a step's microbatches to the device: in one copy, from page-locked memory, that nobody waits for.
 
-Only what a pipeline stage reads travels: tokens to the first, labels and loss mask to the last. Positions are made there.
+Only what a pipeline stage reads travels: tokens to the first, labels and loss mask to the last. Positions are nobody's input:
+rotary embeddings count from 0 in every sample.
 """
 
 from collections.abc import Iterator
@@ -19,8 +20,6 @@ class DeviceBatch:
 
     tokens: Tensor | None
     """[B, S] int64."""
-    position_ids: Tensor | None
-    """[B, S] int64."""
     labels: Tensor | None
     """[B, S] int64."""
     loss_mask: Tensor | None
@@ -35,7 +34,7 @@ def to_device(batches: list[Batch], *, first: bool, last: bool) -> list[DeviceBa
     """
     rows = [row for batch in batches for row in _rows(batch, first, last)]
     if not rows:
-        return [DeviceBatch(None, None, None, None) for _ in batches]
+        return [DeviceBatch(None, None, None) for _ in batches]
     flat = host.to_device(torch.cat([row.reshape(-1) for row in rows]).int())
     parts = iter(flat.split([row.numel() for row in rows]))
     return [_unpack(batch.tokens.shape, parts, first, last) for batch in batches]
@@ -50,12 +49,11 @@ def _rows(batch: Batch, first: bool, last: bool) -> list[Tensor]:
 
 def _unpack(shape: torch.Size, parts: Iterator[Tensor], first: bool, last: bool) -> DeviceBatch:
     """The inverse of ``_rows``, on the device."""
-    tokens = positions = labels = loss_mask = None
+    tokens = labels = loss_mask = None
     if first:
         tokens = next(parts).view(shape).long()
-        positions = torch.arange(shape[1], device=tokens.device).expand(shape)
     if last:
         packed = next(parts).view(shape).long()
         in_loss = packed >= 0
         labels, loss_mask = torch.where(in_loss, packed, ~packed), in_loss.float()
-    return DeviceBatch(tokens, positions, labels, loss_mask)
+    return DeviceBatch(tokens, labels, loss_mask)

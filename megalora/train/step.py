@@ -70,6 +70,7 @@ class Stepper:
         return losses
 
     def _sum(self, sum_and_count: Tensor, own: bool = False) -> Tensor:
+        """Summed in place over the pipeline, whose last stage has them, and unless ``own`` over data-parallel ranks."""
         for group in (self.groups.pp,) if own else (self.groups.pp, self.groups.dp):
             dist.all_reduce(sum_and_count, group=group)
         return sum_and_count
@@ -146,5 +147,5 @@ def _mean(sum_and_count: Tensor) -> tuple[float, int]:
 
 def _forward_step(inputs: Iterator[DeviceBatch], model: nn.Module, loss: Callable[..., Any]) -> tuple[Tensor, Any]:
     batch = next(inputs)
-    losses = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    losses = model(batch.tokens, None, None, labels=batch.labels)
     return losses, partial(loss, loss_mask_BS=batch.loss_mask)

@@ -9,33 +9,33 @@ STEP, INPUTS, INJECT, DRIFT, OPTIM, LOOP = (
 DISPATCHER, EXPERTS, ROUTER = "megalora/model/dispatcher.py", "megalora/model/experts.py", "megalora/lora/router.py"
 ROUTING, ENGINE = "kernels/megalora_kernels/routing.py", "kernels/megalora_kernels/engine.py"
 WAITS = "tests/pretended/test_waits.py"
-LISTED, ONE_COPY, BACK_END = f"{WAITS} test_host_waits", f"{WAITS} test_batches_travel", f"{WAITS} test_back_end"
+ONE_GPU, TP_EP, PP, MANY_ROWS = (f"{WAITS} {name}" for name in ("one_gpu", "tp2_ep2", "pp2_first_stage", "many_rows"))
 
 # fmt: off
 WAIT_BUGS: tuple[Bug, ...] = (
     # A tensor on the wrong device
-    bug(0, "positions made on the host", INPUTS, "torch.arange(shape[1], device=tokens.device)", "torch.arange(shape[1])", LISTED),
-    bug(0, "token numbers made on the host", ROUTING, "torch.arange(num_tokens, device=slots_TK.device, dtype=torch.int32)", "torch.arange(num_tokens, dtype=torch.int32)", LISTED),
-    bug(0, "counts of an exchange left on the host", DISPATCHER, "self.counts_RE = counts.to(routing_map.device)", "self.counts_RE = counts.cpu()", LISTED),
+    bug(0, "a loss mask left on the host", INPUTS, "~packed), in_loss.float()", "~packed), in_loss.float().cpu()", ONE_GPU),
+    bug(0, "token numbers made on the host", ROUTING, "torch.arange(num_tokens, device=slots_TK.device, dtype=torch.int32)", "torch.arange(num_tokens, dtype=torch.int32)", ONE_GPU),
+    bug(0, "counts of an exchange left on the host", DISPATCHER, "self.counts_RE = counts.to(routing_map.device)", "self.counts_RE = counts.cpu()", TP_EP),
     # A wait of the host
-    bug(0, "the loss read before the optimizer's step", LOOP, "    norm = clip_and_step(optimizer)\n", "    float(sum_and_count[0])\n    norm = clip_and_step(optimizer)\n", LISTED),
-    bug(0, "the norm of every gradient read", OPTIM, "torch.stack(torch._foreach_norm(gradients))", "torch.tensor([float(g.norm()) for g in gradients], device=total.device)", LISTED),
-    bug(0, "a gradient read for every projection", INJECT, "found = [parameter.main_grad[index].any() for", "found = [torch.tensor(bool(parameter.main_grad[index].any()), device=alive.device) for", LISTED),
-    bug(0, "a hash read for every parameter", DRIFT, "torch.stack([bit_hash(tensor) for tensor in tensors])", "torch.tensor([int(bit_hash(tensor)) for tensor in tensors], device=places.device)", LISTED),
-    bug(0, "the router looks at its logits", ROUTER, "        h = F.linear(", "        assert logits.isfinite().all()\n        h = F.linear(", LISTED),
-    bug(0, "the dispatcher looks for idle experts", DISPATCHER, "        self.sending, experts_TK = route(", "        self.idle = (routing_map.sum(0) == 0).nonzero()\n        self.sending, experts_TK = route(", LISTED),
-    bug(0, "rows of a size that the host must ask for", ROUTING, "counts_ER.reshape(-1), output_size=num_rows)", "counts_ER.reshape(-1))", LISTED),
-    bug(0, "the check of every token's experts waits", ROUTING, 'if routing_map_TE.device.type == "cpu" and not bool(whole):', "if not bool(whole):", LISTED),
-    bug(0, "stages wait for the device behind messages", "megalora/model/build.py", "batch_p2p_sync=False", "batch_p2p_sync=True", LISTED),
-    bug(0, "stages ask for shapes", "megalora/model/build.py", "variable_seq_lengths=False", "variable_seq_lengths=p.pp > 1 and p.vpp == 1", LISTED),
-    bug(0, "the router compiled on a GPU", "megalora/host.py", "    _leave_router_uncompiled()\n    if torch", "    if torch", LISTED),
+    bug(0, "the loss read before the optimizer's step", LOOP, "    norm = clip_and_step(optimizer)\n", "    float(sum_and_count[0])\n    norm = clip_and_step(optimizer)\n", ONE_GPU),
+    bug(0, "the norm of every gradient read", OPTIM, "torch.stack(torch._foreach_norm(gradients))", "torch.tensor([float(g.norm()) for g in gradients], device=total.device)", ONE_GPU),
+    bug(0, "a gradient read for every projection", INJECT, "found = [parameter.main_grad[index].any() for", "found = [torch.tensor(bool(parameter.main_grad[index].any()), device=alive.device) for", ONE_GPU),
+    bug(0, "a hash read for every parameter", DRIFT, "torch.stack([bit_hash(tensor) for tensor in tensors])", "torch.tensor([int(bit_hash(tensor)) for tensor in tensors], device=places.device)", ONE_GPU),
+    bug(0, "the router looks at its logits", ROUTER, "        h = F.linear(", "        assert logits.isfinite().all()\n        h = F.linear(", ONE_GPU),
+    bug(0, "the dispatcher looks for idle experts", DISPATCHER, "        self.sending, experts_TK = route(", "        self.idle = (routing_map.sum(0) == 0).nonzero()\n        self.sending, experts_TK = route(", TP_EP),
+    bug(0, "rows of a size that the host must ask for", ROUTING, "counts_ER.reshape(-1), output_size=num_rows)", "counts_ER.reshape(-1))", TP_EP),
+    bug(0, "the check of every token's experts waits", ROUTING, 'if routing_map_TE.device.type == "cpu" and not bool(whole):', "if not bool(whole):", ONE_GPU),
+    bug(0, "stages wait for the device behind messages", "megalora/model/build.py", "batch_p2p_sync=False", "batch_p2p_sync=True", PP),
+    bug(0, "stages ask for shapes", "megalora/model/build.py", "variable_seq_lengths=False", "variable_seq_lengths=p.pp > 1 and p.vpp == 1", PP),
+    bug(0, "the router compiled on a GPU", "megalora/host.py", "    _leave_router_uncompiled()\n    if torch", "    if torch", ONE_GPU),
     # Batches
-    bug(0, "batches from pageable memory", "megalora/host.py", "tensor.pin_memory().to(device(), non_blocking=True)", "tensor.to(device(), non_blocking=True)", LISTED),
-    bug(0, "a copy that is waited for", "megalora/host.py", "tensor.pin_memory().to(device(), non_blocking=True)", "tensor.pin_memory().to(device())", LISTED),
-    bug(0, "a copy for every microbatch's tensors", INPUTS, "    flat = host.to_device(torch.cat([row.reshape(-1) for row in rows]).int())\n", "    flat = torch.cat([host.to_device(row.reshape(-1).int()) for row in rows])\n", ONE_COPY),
+    bug(0, "batches from pageable memory", "megalora/host.py", "tensor.pin_memory().to(device(), non_blocking=True)", "tensor.to(device(), non_blocking=True)", ONE_GPU),
+    bug(0, "a copy that is waited for", "megalora/host.py", "tensor.pin_memory().to(device(), non_blocking=True)", "tensor.pin_memory().to(device())", ONE_GPU),
+    bug(0, "a copy for every microbatch's tensors", INPUTS, "    flat = host.to_device(torch.cat([row.reshape(-1) for row in rows]).int())\n", "    flat = torch.cat([host.to_device(row.reshape(-1).int()) for row in rows])\n", ONE_GPU),
     # The back end
-    bug(0, "passes chosen by a device's name", ENGINE, "IN_TRITON if routing.offsets_E.is_cuda else IN_TORCH", 'IN_TRITON if routing.offsets_E.device.type == "cuda" else IN_TORCH', BACK_END),
-    bug(0, "no room for adapters on a GPU", EXPERTS, "if not weight.is_cuda or vendor_waits", "if weight.is_cuda or vendor_waits", BACK_END),
+    bug(0, "passes chosen by a device's name", ENGINE, "IN_TRITON if routing.offsets_E.is_cuda else IN_TORCH", 'IN_TRITON if routing.offsets_E.device.type == "cuda" else IN_TORCH', MANY_ROWS),
+    bug(0, "no room for adapters on a GPU", EXPERTS, "if not weight.is_cuda or vendor_waits", "if weight.is_cuda or vendor_waits", MANY_ROWS),
     # Values
     bug(0, "a stage receives the next microbatch's length", STEP, "self.coming_forward, self.coming_backward = iter(shapes), iter(shapes)", "self.coming_forward, self.coming_backward = iter(shapes), iter(shapes[1:] + shapes[:1])", "tests/train/test_inputs.py test_stages"),
     bug(0, "labels outside of the loss in the loss", INPUTS, "torch.where(in_loss, packed, ~packed), in_loss.float()", "torch.where(in_loss, packed, ~packed), torch.ones_like(packed, dtype=torch.float32)", "tests/train/test_inputs.py test_what_arrives"),

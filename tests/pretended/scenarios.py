@@ -55,15 +55,15 @@ SHARED: dict[str, Any] = {k: v for k, v in MOE.items() if k != "attention_bias"}
 """A routed layer with a shared expert, and a dense layer."""
 
 SCENARIOS = (
-    Scenario("one GPU", MOE, whole_run=True),
-    Scenario("float32, whole layers again", MOE, dtype="float32", recompute="full"),
-    Scenario("many rows", MOE, tokens=16385),
-    Scenario("many rows, dropout, selective", MOE, tokens=16385, dropout=0.1, recompute="selective"),
-    Scenario("tp 2, shared experts, dropout", SHARED, {"tp": 2}, 2, dropout=0.1),
-    Scenario("tp 2, ep 2", MOE, {"tp": 2, "ep": 2}, 4, 3, whole_run=True),
-    Scenario("ep 2, selective", SHARED, {"ep": 2}, 2, 1, recompute="selective"),
-    Scenario("ep 2, etp 2, float32, dropout, full", MOE, {"ep": 2, "etp": 2}, 4, 1, "float32", "full", 0.1),
-    Scenario("pp 2, first stage", TWO_LAYERS, {"pp": 2, "ep": 2}, 4, 0),
-    Scenario("pp 2, last stage", TWO_LAYERS, {"pp": 2, "tp": 2}, 4, 3, recompute="full"),
-    Scenario("pp 2, vpp 2, etp 2", FOUR_LAYERS, {"pp": 2, "vpp": 2, "etp": 2}, 4, 0),
+    Scenario("one_gpu", MOE, whole_run=True),
+    Scenario("float32_full", MOE, dtype="float32", recompute="full"),
+    Scenario("many_rows", MOE, tokens=16385),
+    Scenario("many_rows_dropout_selective", MOE, tokens=16385, dropout=0.1, recompute="selective"),
+    Scenario("tp2_shared_dropout", SHARED, {"tp": 2}, 2, dropout=0.1),
+    Scenario("tp2_ep2", MOE, {"tp": 2, "ep": 2}, 4, 3, whole_run=True),
+    Scenario("ep2_selective", SHARED, {"ep": 2}, 2, 1, recompute="selective"),
+    Scenario("ep2_etp2_float32_dropout_full", MOE, {"ep": 2, "etp": 2}, 4, 1, "float32", "full", 0.1),
+    Scenario("pp2_first_stage", TWO_LAYERS, {"pp": 2, "ep": 2}, 4, 0),
+    Scenario("pp2_last_stage", TWO_LAYERS, {"pp": 2, "tp": 2}, 4, 3, recompute="full"),
+    Scenario("pp2_vpp2_etp2", FOUR_LAYERS, {"pp": 2, "vpp": 2, "etp": 2}, 4, 0),
 )
