@@ -77,7 +77,7 @@ TEMPLATES = {
     ),
     "strings of arguments only": by_role(
         HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name }}"
-        "{% for k, v in c.function.arguments.items() if v is string %}{{ ' ' + k + '=' + v }}{% endfor %}{% endfor %}" + END
+        "{% for k, v in c.function.arguments.items() %}{{ ' ' + k + '=' }}{{ v if v is string }}{% endfor %}{% endfor %}" + END
     ),
     "arguments one by one": by_role(
         HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name }}"
@@ -158,6 +158,10 @@ TEMPLATES = {
         + "{% else %}" + CHATML_TURN + "{% endif %}"
     ),
     "looks at the answer": by_role(HEAD + "{{ 'Yes!' if m.content == 'yes' else m.content }}" + END),
+    "drops the system, looks at the answer": each(
+        "{% if m.role != 'system' %}" + CHATML_TURN.replace("m.content", "(m.content if m.content != 'yes' else 'yes.')")
+        + "{% endif %}"
+    ),
     "content as parts": each(
         "{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}"
         "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
@@ -312,9 +316,9 @@ CASES = (
         Case(
             "strings of arguments only",
             [user("5"), said("", tool_calls=[call({"city": "n", "n": value})])],
-            refused=leaves_out("tool_calls", 2, "n"),
+            refused=leaves_out("tool_calls", 2, text),
         )
-        for value in (5, 0.5, True)
+        for value, text in ((5, "5"), (0.5, "0.5"), (True, "true"))
     ),
     Case(
         "arguments one by one",
@@ -377,6 +381,11 @@ CASES = (
     ),
     Case("looks at the answer", TWO, LEARNED_TWO),
     Case("looks at the answer", [user(), said("yes")], refused=leaves_out("content", 2, "yes")),
+    Case(
+        "drops the system, looks at the answer",
+        [{"role": "system", "content": "yes"}, user(), said("yes")],
+        refused=leaves_out("content", 1, "yes"),
+    ),
     Case(
         "content as parts",
         [user(), said([{"type": "text", "text": "A"}, {"type": "text", "text": "B", "image_url": None}])],
