@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megalora import host
 from megalora.bridge import base as bridge_base
 from megalora.bridge.account import needed_tensors, open_folder, published_name
 from megalora.bridge.folder import read_header, weight_shards
 from megalora.model.shape import model_shape, read_hf_config
 from megalora.tiny import make_tiny
+from tests.distributed.ranks import run_ranks
 from tests.oracles.base import (
     Tensors,
-    logits_of_ranks,
+    failure_of,
     make_base,
     own_logits,
     rewrite,
@@ -341,11 +341,10 @@ def test_a_parameter_that_loading_leaves_out_stops_the_run(
 ) -> None:
     """Bridge passes over what a mapping returns nothing for, and uninitialised memory would train."""
     monkeypatch.setattr(bridge_base.FusedExpertsMapping, "hf_to_megatron", lambda *_: None)
-    with host.process_group(), pytest.raises(RuntimeError) as caught:
-        logits_of_ranks([bases["qwen3_moe"]], {})
+    (found,) = run_ranks(failure_of, 1, bases["qwen3_moe"])
     names = ", ".join(f"decoder.layers.1.mlp.experts.{name}" for name in ("gate_up", "down"))
-    said = f"2 of 20 parameters were not written by loading {bases['qwen3_moe']}: {names}."
-    assert str(caught.value).startswith(said)
+    said = f"RuntimeError: 2 of 20 parameters were not written by loading {bases['qwen3_moe']}: {names}."
+    assert found.startswith(said)
 
 
 def test_weights_that_are_nan_are_the_folder_s(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -353,5 +352,5 @@ def test_weights_that_are_nan_are_the_folder_s(bases: dict[str, Path], tmp_path:
     tensors = stored_tensors(folder)
     tensors["lm_head.weight"][500, 7] = torch.nan
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with host.process_group(), pytest.raises(ValueError, match=r"weights hold NaN, in 1 of 23 .*output_layer.weight"):
-        logits_of_ranks([folder], {})
+    (found,) = run_ranks(failure_of, 1, folder)
+    assert re.match(r"ValueError: .*weights hold NaN, in 1 of 23 .*output_layer.weight", found)

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
-from megalora import host
 from megalora.config import ModelConfig, ParallelConfig
 from megalora.model.build import make_chunks
 from megalora.model.rope_fields import read_rope
@@ -17,6 +16,7 @@ from megalora.model.rotary import frequencies, softmax_scale
 from megalora.model.shape import model_shape, read_hf_config
 from megalora.tiny import make_tiny
 from megalora.train.setup import parallel_groups
+from tests.distributed.ranks import run_ranks
 
 THETA = {"rope_theta": 50_000.0}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
@@ -88,17 +88,22 @@ def test_the_kinds_differ(small: Path) -> None:
     assert len(found) == len(CASES) - same - 1
 
 
+def _angles_and_scale(hf: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """Angles ``[2048, 32]`` and the scale of attention's scores, of a model built in bfloat16."""
+    with parallel_groups(ParallelConfig()):
+        config = ModelConfig(path="none", dtype="bfloat16")
+        (chunk,) = make_chunks(hf, config, ParallelConfig(), model_shape(hf))
+        module: Any = chunk
+        angles = module.rotary_pos_emb(2048)[:, 0, 0]
+        return angles, module.decoder.layers[0].self_attention.core_attention.scale
+
+
 @pytest.mark.parametrize("name", ["linear", "llama3", "yarn, betas", "yarn, factor given"])
 def test_the_built_model_turns_as_transformers_does(small: Path, name: str) -> None:
     """cos and sin at every position up to max_position_embeddings; the factor is in the scale of the scores."""
     hf = config_with(small, CASES[name])
     theirs = rotary_of_transformers(hf)
-    with host.process_group(), parallel_groups(ParallelConfig()):
-        config = ModelConfig(path="none", dtype="bfloat16")
-        (chunk,) = make_chunks(hf, config, ParallelConfig(), model_shape(hf))
-        module: Any = chunk
-        angles = module.rotary_pos_emb(2048)[:, 0, 0]
-        scale = module.decoder.layers[0].self_attention.core_attention.scale
+    angles, scale = run_ranks(_angles_and_scale, 1, hf)[0]
     cos, sin = theirs(torch.zeros(1), torch.arange(2048)[None])
     factor = theirs.attention_scaling
     # Up to 2,047 radians in float32: the last bit of an angle is 1.2e-4, and both sides round the same product.

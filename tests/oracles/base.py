@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megalora import host
 from megalora.bridge.account import open_folder
 from megalora.config import ModelConfig, ParallelConfig
 from megalora.model.build import build_model
 from megalora.tiny import make_tiny
 from megalora.train.setup import parallel_groups
+from tests.distributed.ranks import run_ranks
 
 type Tensors = dict[str, Tensor]
 
@@ -72,6 +72,18 @@ def logits_of_ranks(folders: Iterable[Path], sizes: dict[str, int], tokens: Tens
 
 
 def own_logits(folder: Path, tokens: Tensor = TOKENS) -> Tensor:
-    """megalora's logits, on this process alone."""
-    with host.process_group():
-        return logits_of_ranks([folder], {}, tokens)[0]
+    """megalora's logits, on one rank.
+
+    A forked one: Megatron's rotary embedding keeps what called it, and with it gloo groups, in a cache of the class; a
+    process that forks ranks must not hold any.
+    """
+    return run_ranks(logits_of_ranks, 1, [folder], {}, tokens)[0][0]
+
+
+def failure_of(folder: Path) -> str:
+    """In a world that exists: what loading the folder raises, as ``type: text``."""
+    try:
+        logits_of_ranks([folder], {})
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
