@@ -10,6 +10,7 @@ from megalora.config import RunConfig, require
 from megalora.config_file import load_config
 from megalora.model.shape import model_shape
 from megalora.planner.command import check_writable
+from megalora.planner.cost import BEHIND_WAITS
 from megalora.planner.gpus import find_machine
 from megalora.planner.hardware import Machine
 from megalora.planner.layouts import Layout, Workload
@@ -18,7 +19,7 @@ from megalora.planner.models import find_architecture
 from megalora.planner.search import evaluate, search
 from megalora.planner.weights import PlannedModel
 
-MEASURED_AS = {"pipeline transfers": "bubble", "host": "other"}
+MEASURED_AS = {"pipeline transfers": "bubble", "host": "other", BEHIND_WAITS: "other"}
 """Where the clocks of ``timers.py`` see what the planner keeps apart. The host's time they see inside each part."""
 
 
