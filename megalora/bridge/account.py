@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megalora.bridge.folder import INDEX, Stored, check_base_folder, read_header, read_index, weight_shards
+from megalora.bridge.folder import INDEX, Stored, read_header, read_index, shards_that_are_there
 from megalora.lora.spec import HEAD, layer_projections
 from megalora.model.fields import check_fields, instead_of_quantised
 from megalora.model.shape import ModelShape, model_shape, read_hf_config
@@ -67,7 +67,6 @@ def open_folder(folder: Path) -> BaseFolder:
     """
     hf = read_hf_config(folder)
     check_fields(hf, str(folder))
-    check_base_folder(folder)
     stored = _by_published_name(folder, _stored_tensors(folder, tied=bool(hf.get("tie_word_embeddings"))))
     hf = _tied_as_stored(folder, hf, stored)
     shape = model_shape(hf)
@@ -104,7 +103,7 @@ def _stored_tensors(folder: Path, tied: bool) -> list[tuple[str, Stored]]:
 
     A tied head need not be named: published folders hold the shared matrix twice without a word about it.
     """
-    found = [(shard, tensor) for shard in weight_shards(folder) for tensor in read_header(folder / shard)[1]]
+    found = [(shard, tensor) for shard in shards_that_are_there(folder) for tensor in read_header(folder / shard)[1]]
     shards = {shard for shard, _ in found}
     index = folder / INDEX
     if not index.is_file():
@@ -249,18 +248,34 @@ def _check_unquantised(folder: Path, stored: Mapping[str, Place], used: Iterable
         shown = [f"{name} is {stored[name].tensor.dtype}" for name in strange] + scales
         raise ValueError(
             f"{folder}: {len(shown):,} tensors are of quantised weights or of a dtype that is not read ({_some(shown)}); "
-            f"megalora reads {', '.join(DTYPES)}: {instead_of_quantised(str(folder))}"
+            f"megalora reads {', '.join(DTYPES)}: {_instead(folder, [stored[name].tensor.dtype for name in strange], scales)}"
         )
 
 
+def _instead(folder: Path, dtypes: list[str], scales: list[str]) -> str:
+    if set(dtypes) == {"F64"} and not scales:
+        return "save the model in one of these"
+    return instead_of_quantised(str(folder))
+
+
 def _hint(missing: list[str], left: list[str]) -> str:
-    if LM_HEAD in missing:
+    if missing == [LM_HEAD]:
         return ". If the head is the embedding, config.json must say tie_word_embeddings=true"
-    if left and all(name.endswith(".bias") for name in left):
+    if any(".lora_" in name or ".base_layer." in name for name in left):
+        return ". An adapter is part of this model: merge it first"
+    if missing and (prefix := _prefix(missing, left)):
+        return f". All names begin with {prefix}: save the model again without it"
+    if left and all(".self_attn." in name and name.endswith(".bias") for name in left):
         return ". Biases are read where config.json sets attention_bias (Qwen2-MoE: qkv_bias)"
     if any(name.startswith("model.layers.") for name in left) and not missing:
         return ". Does num_hidden_layers or another size in config.json fit these weights?"
     return ""
+
+
+def _prefix(missing: list[str], left: list[str]) -> str:
+    """What stands before every missing name among those left over; nothing where there is no such prefix."""
+    prefix = next((name.removesuffix(missing[0]) for name in left if name.endswith(missing[0])), "")
+    return prefix if {f"{prefix}{name}" for name in missing} <= set(left) else ""
 
 
 def _some(names: list[str]) -> str:

@@ -25,6 +25,8 @@ class Stored:
     num_bytes: int
 
 
+_NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt")
+"""What trainers leave beside a model."""
 _WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -74,17 +76,32 @@ def read_index(index: Path) -> dict[str, str]:
 
 def check_base_folder(folder: Path) -> None:
     """Raise ``ValueError`` unless every weight shard the folder announces is there, whole."""
+    for name in shards_that_are_there(folder):
+        read_header(folder / name)
+
+
+def shards_that_are_there(folder: Path) -> list[str]:
+    """``weight_shards``; raises ``ValueError`` unless each of them is a file."""
     shards = weight_shards(folder)
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
-        others = [] if len(missing) < len(shards) else sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pth"))
-        also = f"; {others[0].name} is not read: save the model as safetensors" if others else ""
+        advice = _other_weights(folder) if missing == shards else ""
         raise ValueError(
             f"{folder}: {len(missing)} of {len(shards)} weight shards are missing ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}); download the model again{also}"
+            f"{', ...' if len(missing) > 3 else ''}); {advice or 'download the model again'}"
         )
-    for name in shards:
-        read_header(folder / name)
+    return shards
+
+
+def _other_weights(folder: Path) -> str:
+    """What to do about weights that are there in another form; nothing where there are none."""
+    if (folder / "adapter_model.safetensors").is_file():
+        return "adapter_model.safetensors is an adapter, which needs its base model here"
+    if unnamed := sorted(folder.glob("*.safetensors")):
+        return f"{unnamed[0].name} is named by no {INDEX}: save or download the model again with its index"
+    kinds = ("*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack")
+    others = [path.name for kind in kinds for path in sorted(folder.glob(kind)) if path.name not in _NO_WEIGHTS]
+    return f"{others[0]} is not read: save the model as safetensors" if others else ""
 
 
 _ITEM_BYTES = {
@@ -105,7 +122,10 @@ def read_header(shard: Path) -> tuple[dict[str, Any], list[Stored]]:
     num_bytes = shard.stat().st_size
     try:
         with shard.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == b"version ":
+                raise ValueError("it is a pointer of Git LFS, in place of the file: run git lfs pull")
+            length = int.from_bytes(start, "little")
             if not 2 <= length <= num_bytes - 8:
                 raise ValueError(f"its header would have {length:,} bytes, the file has {num_bytes:,}")
             header = json.loads(file.read(length))

@@ -12,6 +12,7 @@ alone, for those who need no more of a model than its shape: serving, merging, e
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ def _whole(least: int, *, even: bool = False) -> Wanted:
 
 
 def _positive(value: Any) -> str | None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
     return None if fits else "a number above 0"
 
 
@@ -105,6 +106,7 @@ _OTHERS: dict[str, Wanted] = {
     "hidden_act": _only("silu", "swish", because="MLPs and experts compute no other activation"),
     "attention_dropout": _or_null(_only(0, because="attention has no dropout here; lora.dropout is the adapters'")),
     "use_sliding_window": _or_null(_only(False, because="attention sees the whole sequence")),
+    "is_causal": _only(True, because="every token sees the tokens before it alone; transformers takes null for false"),
 }
 _ROUTER: dict[str, Wanted] = {
     "norm_topk_prob": _flag,
@@ -172,7 +174,8 @@ _GENERATION = (
     "cache_implementation", "use_model_defaults", "generation_config",
 )  # fmt: skip
 HARMLESS = frozenset((*_BOOKKEEPING, *_HOW_IT_RUNS, *_GENERATION))
-_QUANTISED = ("quantization_config", "compression_config")
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
+"""The last is MLX's."""
 _TOGETHER = ("architectures", "layer_types")
 """Checked with the rest of the file in view."""
 

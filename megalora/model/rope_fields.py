@@ -6,6 +6,7 @@
 The kind stands under ``rope_type`` or, in older files, under ``type``. Pure Python; ``rotary.py`` computes the frequencies.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,13 @@ SETTINGS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "l
 """Kind -> the settings that transformers reads for it. The others' frequencies depend on the length of each input."""
 _REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}
 _BY_LENGTH = ("dynamic", "longrope", "su")
+_INSTEAD = {
+    "attn_factor": (
+        ". vLLM multiplies 0.1 ln(factor) + 1 by it; transformers passes over it, so the two compute different models. To train "
+        "what vLLM computes, remove it and set attention_factor to that product"
+    ),
+}
+"""What to do about settings of published files that transformers does not read."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,9 @@ def _check_setting(where: str, kind: str, name: str, value: Any) -> None:
         if value is None:
             return
         known = ", ".join(SETTINGS[kind]) or "rope_theta alone"
-        raise ValueError(f"config.json: {where} has {name}={value!r}, which type {kind!r} does not read ({known})")
+        raise ValueError(
+            f"config.json: {where} has {name}={value!r}, which type {kind!r} does not read ({known}){_INSTEAD.get(name, '')}"
+        )
     if value is None:
         return
     if name == "truncate":
@@ -144,4 +154,4 @@ def _check_setting(where: str, kind: str, name: str, value: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

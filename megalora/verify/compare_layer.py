@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megalora.model.host_layer import host_layer, host_norm
 from megalora.verify import records as r
-from megalora.verify.first_loss import free_host_memory_bytes
+from megalora.verify.host_memory import free_host_memory_bytes
 from megalora.verify.reference import Choices, Reference
 
 OPTION = "train.check_base"

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from megalora.data.loader import Batch
 from megalora.model.shape import ModelShape
+from megalora.verify.host_memory import free_host_memory_bytes
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 _HEADROOM = 1.2
@@ -86,11 +87,3 @@ def reference_loss(batch: Batch, folder: Path, adapter: Path | None, dtype: str,
     losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
     mask = batch.loss_mask.flatten()
     return ((losses * mask).sum() / mask.sum()).item()
-
-
-def free_host_memory_bytes() -> int:
-    """``MemAvailable`` of this machine: what can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError("/proc/meminfo has no MemAvailable line")

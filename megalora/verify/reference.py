@@ -62,18 +62,30 @@ class Slices:
         return [len(self.rows), *self.stored.get_shape()[1:]]
 
 
+def _without_weights(folder: Path, dtype: torch.dtype) -> Any:
+    """Make the model that transformers makes from a folder's ``config.json``, on the meta device."""
+    try:
+        config = AutoConfig.from_pretrained(folder, dtype=dtype)  # the file's own need not be one: "auto"
+        with torch.device("meta"):
+            # eager: each family's own definition of attention and experts, which the other implementations follow
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+            ).eval()
+    except Exception as error:  # a file of others: what transformers trips over can be anything
+        raise ValueError(
+            f"train.check_base: transformers makes no model from {folder}/config.json ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). Mend the file: where a field is null, remove it. "
+            "train.check_base=off trains all the same"
+        ) from error
+
+
 class Reference:
     """A transformers model without weights, and the stored tensors that would fill each of its parameters."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, compute: torch.dtype = torch.float32) -> None:
         """Weights are rounded to ``dtype``, then computed with in ``compute``."""
         self.folder, self.dtype, self.compute = folder, dtype, compute
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            # eager: each family's own definition of attention and experts, which the other implementations follow
-            self.model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
-            ).eval()
+        self.model: Any = _without_weights(folder, dtype)
         self.model.requires_grad_(False)
         self.config: Any = self.model.config
         self.base: Any = self.model.base_model

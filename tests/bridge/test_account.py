@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megalora.bridge import account
 from megalora.bridge import base as bridge_base
+from megalora.bridge import folder as bridge_folder
 from megalora.bridge.account import needed_tensors, open_folder, published_name
 from megalora.bridge.folder import read_header, weight_shards
 from megalora.model.shape import model_shape, read_hf_config
@@ -165,7 +167,6 @@ def test_many_are_counted_and_three_named(bases: dict[str, Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t | {"model.norm.weight": torch.ones(96, dtype=torch.float64)}, "model.norm.weight is F64"),
         (lambda t: t | {"lm_head.weight": torch.ones(512, 96, dtype=torch.int8)}, "lm_head.weight is I8"),
         (lambda t: t | {f"{AT}.mlp.gate.weight": torch.ones(8, 96).to(torch.float8_e5m2)}, "mlp.gate.weight is F8_E5M2"),
         (lambda t: t | {f"{AT}.self_attn.q_proj.weight_scale": torch.ones(1)}, "q_proj.weight_scale"),
@@ -182,6 +183,11 @@ def test_quantised_weights_and_other_dtypes(bases: dict[str, Path], tmp_path: Pa
     assert text.endswith(
         "megalora reads F32, BF16, F16: use the model they were quantised from, Qwen3-1B by this one's name"
     )
+
+
+def test_double_precision_is_not_called_quantised(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = rewrite(copy_of(bases["qwen3"], tmp_path / "b"), lambda ts: {name: t.double() for name, t in ts.items()})
+    assert refusal(folder).endswith("megalora reads F32, BF16, F16: save the model in one of these")
 
 
 def test_half_precision_of_both_kinds_is_read(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -215,6 +221,26 @@ def test_the_text_model_of_a_vision_language_checkpoint(bases: dict[str, Path], 
     expected = own_logits(folder)
     rewrite(folder, lambda tensors: {n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()})
     assert torch.equal(own_logits(folder), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda name: f"module.{name}", "All names begin with module.: save the model again without it"),
+        (lambda name: f"base_model.model.{name}", "All names begin with base_model.model.: save the model again"),
+        (lambda name: name.replace("_proj.weight", "_proj.base_layer.weight"), "An adapter is part of this model: merge it"),
+        (lambda name: "lm_head.bias" if name == "model.norm.weight" else name, "read (lm_head.bias)"),
+        (lambda name: f"{name}.old" if name.endswith(("embed_tokens.weight", "lm_head.weight")) else name, "embed_tokens.weight.old)"),
+    ],
+)  # fmt: skip
+def test_what_to_do_about_names(bases: dict[str, Path], tmp_path: Path, change: Any, said: str) -> None:
+    """Nothing is said of a tied head or of attention's biases where neither is at fault."""
+    text = refusal(
+        rewrite(copy_of(bases["qwen3_moe"], tmp_path / "b"), lambda ts: {change(n): t for n, t in ts.items()})
+    )
+    assert said in text.rsplit("; ", 1)[1]
+    assert "tie_word_embeddings" not in text
+    assert "Biases" not in text
 
 
 def test_two_names_for_one_tensor_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -330,10 +356,41 @@ def test_a_file_that_is_no_safetensors(tmp_path: Path, change: Any, said: str) -
     assert re.search(rf"{re.escape(str(shard))} is not a whole safetensors file \(.*{re.escape(said)}", refusal(folder))
 
 
-def test_weights_in_another_format_are_named(tmp_path: Path) -> None:
-    folder = make_base(tmp_path / "base", "qwen3")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert refusal(folder).endswith("pytorch_model.bin is not read: save the model as safetensors")
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("pytorch_model.bin", "pytorch_model.bin is not read: save the model as safetensors"),
+        ("pytorch_model-00001-of-00002.bin", "pytorch_model-00001-of-00002.bin is not read: save the model as safetensors"),
+        ("consolidated.00.pth", "consolidated.00.pth is not read: save the model as safetensors"),
+        ("Qwen3-8B-Q4_K_M.gguf", "Qwen3-8B-Q4_K_M.gguf is not read: save the model as safetensors"),
+        ("training_args.bin", "download the model again"),
+        ("config.old", "download the model again"),
+        ("adapter_model.safetensors", "adapter_model.safetensors is an adapter, which needs its base model here"),
+        ("model-00001-of-00001.safetensors", "model-00001-of-00001.safetensors is named by no model.safetensors.index.json: "
+         "save or download the model again with its index"),
+    ],
+)  # fmt: skip
+def test_weights_in_another_form_are_named(bases: dict[str, Path], tmp_path: Path, name: str, advice: str) -> None:
+    folder = copy_of(bases["qwen3"], tmp_path / "base")
+    (folder / "model.safetensors").rename(folder / name)
+    assert refusal(folder) == f"{folder}: 1 of 1 weight shards are missing (model.safetensors); {advice}"
+
+
+def test_a_pointer_of_git_lfs_is_called_one(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_of(bases["qwen3"], tmp_path / "base")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 9\n")
+    assert "it is a pointer of Git LFS, in place of the file: run git lfs pull" in refusal(folder)
+
+
+def test_every_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of ranks read the headers of hundreds of shards, often over a network."""
+    folder = make_tiny(tmp_path / "base")
+    opened: list[str] = []
+    read = account.read_header
+    monkeypatch.setattr(account, "read_header", lambda path: (opened.append(path.name), read(path))[1])
+    monkeypatch.setattr(bridge_folder, "read_header", account.read_header)
+    open_folder(folder)
+    assert sorted(opened) == weight_shards(folder)
 
 
 def test_a_parameter_that_loading_leaves_out_stops_the_run(

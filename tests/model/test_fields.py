@@ -94,6 +94,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_moe", {"norm_topk_prob": "yes"}, 'norm_topk_prob="yes"; it must be true or false'),
     ("qwen3_moe", {"norm_topk_prob": True, "num_experts_per_tok": 1}, "norm_topk_prob=true with num_experts_per_tok=1"),
     ("qwen3", {"use_qk_norm": False, "qk_norm": False}, "use_qk_norm=false; it must be true: this family has norms"),
+    ("qwen3", {"is_causal": False}, "is_causal=false; it must be true: every token sees the tokens before it alone"),
+    ("qwen3_moe", {"is_causal": None}, "is_causal=null; it must be true"),
     # Of another family, or of nobody.
     ("qwen2_moe", {"attention_bias": True}, "attention_bias=true, a field megalora does not know for qwen2_moe"),
     ("qwen3_moe", {"qkv_bias": True}, "qkv_bias=true, a field megalora does not know for qwen3_moe"),
@@ -113,7 +115,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     # Quantised.
     ("qwen3", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config (quant_method 'gptq')"),
     ("qwen3", {"compression_config": {"format": "int"}}, "compression_config: these weights are quantised"),
+    ("qwen3", {"quantization": {"group_size": 64, "bits": 4}}, "quantization: these weights are quantised"),
     # No number a model can have.
+    ("qwen3", {"rms_norm_eps": float("inf")}, "rms_norm_eps=Infinity; it must be a number above 0"),
+    ("qwen3", {"rope_theta": float("nan")}, "rope_theta=nan; it must be a number above 0"),
     ("qwen3", {"vocab_size": None}, "vocab_size=null; it must be a whole number of at least 1"),
     ("qwen3", {"hidden_size": "1024"}, 'hidden_size="1024"; it must be a whole number of at least 1'),
     ("qwen3", {"num_hidden_layers": 0}, "num_hidden_layers=0; it must be a whole number of at least 1"),
@@ -147,6 +152,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 4.5}},
      "has original_max_position_embeddings=4.5; it must be a whole number above 0"),
     ("qwen3", {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "must have low_freq_factor, high_freq_factor"),
+    ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.88}}, "remove it and set attention_factor"),
     ("qwen3", {"rope_scaling": "yarn"}, "rope_scaling='yarn'; it must be an object or null"),
     ("qwen3", {"rope_theta": -1}, "rope_theta=-1; it must be a number above 0"),
     ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, "several rope_theta: 10000.0, 1000000"),
@@ -181,6 +187,7 @@ def test_sizes_alone_do_not_need_a_model_that_can_be_computed() -> None:
 
 def test_unknown_fields_pass_where_nothing_is_set() -> None:
     check_fields(QWEN3 | {"mlp_bias": False, "clip_qkv": None, "new_list": [], "new_text": "", "n_group": 0})
+    check_fields(QWEN3 | {"is_causal": True})
 
 
 @pytest.mark.parametrize(

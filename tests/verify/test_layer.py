@@ -418,6 +418,30 @@ def test_a_failure_of_the_first_rank_does_not_leave_the_others_waiting(tiny):
     assert second == "RuntimeError: the disk went away"
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"pad_token_id": 512}, "AssertionError: Padding_idx must be within num_embeddings"),
+        (
+            {"initializer_range": "x"},
+            "StrictDataclassFieldValidationError: Validation error for field 'initializer_range'",
+        ),
+        ({"dtype": "auto"}, None),
+    ],
+)
+def test_a_config_that_transformers_does_not_take_is_a_line(tiny, tmp_path, fields, said):
+    folder = with_config(tiny, tmp_path / "base", **fields)
+    if said is None:
+        assert Reference(folder, torch.float32).config.num_hidden_layers == 4
+        return
+    with pytest.raises(ValueError) as caught:
+        Reference(folder, torch.float32)
+    text = str(caught.value)
+    assert text.startswith(f"train.check_base: transformers makes no model from {folder}/config.json ({said}")
+    assert text.endswith("train.check_base=off trains all the same")
+    assert "\n" not in text
+
+
 # ---- what it costs and leaves alone ----------------------------------------------------------------------------------
 
 
