@@ -21,7 +21,7 @@ from megalora.data.messages import (
     function_of,
 )
 from megalora.data.reach import left_out, locate, refuse_what_is_left_out
-from megalora.data.spans import ends_with_special, learned_spans
+from megalora.data.spans import ends_with_special, learned_spans, unmarked_answers
 from megalora.data.template import ChatTemplate, RefusedByTemplate
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ class Encoded:
     """Kinds of what did not reach the text, as far as that is allowed."""
     stops: bool = True
     """The last learned turn ends with a special token in the loss."""
+    num_open: int = 0
+    """Learned turns before the last one that do not."""
+    num_unmarked: int = 0
+    """Answers of which the template's own marks ({% generation %}) leave out at least a part."""
 
     @property
     def num_target_tokens(self) -> int:
@@ -79,11 +83,18 @@ def encode_conversation(
     conversation, text = _render(conversation, template)
     _require_unicode(conversation, text)
     marked = locate(conversation, template, text)
-    missing = refuse_what_is_left_out(list(left_out(conversation, template, marked)), allow_left_out)
-    spans = [(s, e) for s, e in learned_spans(conversation, template, marked) if e > s]
+    missing = refuse_what_is_left_out(left_out(conversation, template, marked), allow_left_out)
+    spans = learned_spans(conversation, template, marked)
     ids, mask = _tokenise(text, spans, template)
-    stops = ends_with_special(text, spans, template)
-    return Encoded(ids, mask, missing, stops)
+    stops = [ends_with_special(text, span, template) for span in spans]
+    return Encoded(
+        ids,
+        mask,
+        missing,
+        stops=bool(spans) and stops[-1],
+        num_open=stops[:-1].count(False),
+        num_unmarked=len(unmarked_answers(conversation, template, marked, spans)),
+    )
 
 
 def _with_known_reasoning(conversation: Conversation, template: ChatTemplate) -> Conversation:
@@ -157,5 +168,6 @@ def _tokenise(text: str, spans: Sequence[Span], template: ChatTemplate) -> tuple
     starts, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
     mask = np.zeros(len(starts), dtype=bool)
     for start, end in spans:
-        mask |= (starts < end) & (ends > start)
+        if end > start:
+            mask |= (starts < end) & (ends > start)
     return np.array(encoding["input_ids"], dtype=np.int32), mask

@@ -115,6 +115,7 @@ def to_conversation(
         prompt = _messages(held("prompt"), "prompt", names["prompt"])
         prompt = _with_input(prompt, held("input"), names)
         completion = _messages(held("completion"), "completion", names["completion"])
+        _refuse_repeated_prompt(prompt, completion, names)
         messages, num_context = [*prompt, *completion], len(prompt)
     if system := held("system"):
         with_system = _with_system(messages, system, names["system"])
@@ -176,6 +177,21 @@ def _messages(value: Any, key: str, column: str) -> list[Message]:
         return [{"role": "user" if key == "prompt" else "assistant", "content": value}]
     expected = "a list of messages" if key == "messages" else "a string or a list of messages"
     raise ValueError(f"column {column!r} must hold {expected}, got {shown(value)}")
+
+
+def _refuse_repeated_prompt(prompt: list[Message], completion: list[Message], names: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` for a completion that begins with the prompt, as ``chosen`` often does."""
+
+    def said(messages: list[Message]) -> list[tuple[Any, Any]]:
+        return [(m.get("role"), m.get("content")) if isinstance(m, dict) else (m, None) for m in messages]
+
+    begin = completion[: len(prompt)]
+    if prompt and len(completion) > len(prompt) and said(begin) == said(prompt):
+        column = names["completion"]
+        raise ValueError(
+            f"column {column!r} begins with the messages of {names['prompt']!r}, which would be said "
+            f"twice; use data.format={{messages: {column}}}"
+        )
 
 
 def _with_input(prompt: list[Message], text: Any, names: Mapping[str, str]) -> list[Message]:

@@ -67,6 +67,8 @@ def cleaned(message: Any, number: int, joiner: Callable[[], str]) -> tuple[Messa
         _check_calls(present["tool_calls"], number)
         present.setdefault("content", "")
     if "content" not in present:
+        if "content" in message:
+            raise ValueError(f"message {number} ({present['role']}) has null as content; write a text, or remove it")
         keys = ", ".join(message) or "none"
         raise ValueError(f"message {number} has no 'content' (its keys: {keys}); rename the key that holds the text")
     present["content"] = _as_text(present["content"], number, joiner)
@@ -155,6 +157,8 @@ def _check_calls(calls: Any, number: int) -> None:
                 f"message {number}: a tool call must be an object with a function's name and "
                 f"arguments, got {shown(call)}"
             )
+        # Templates print them as JSON, which fails for what is not there.
+        function_of(call).setdefault("arguments", {})
 
 
 def _drop_equal_reasoning(message: Message) -> None:

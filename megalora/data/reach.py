@@ -1,7 +1,7 @@
 """Check that everything a conversation holds reaches the text that a chat template makes of it."""
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -205,16 +205,18 @@ _FIXES = {
 }
 
 
-def refuse_what_is_left_out(pieces: Collection[Piece], allowed: Collection[str]) -> tuple[str, ...]:
+def refuse_what_is_left_out(pieces: Iterable[Piece], allowed: Collection[str]) -> tuple[str, ...]:
     """Raise ``ValueError`` for the first piece that may not be left out.
 
     Args:
-        pieces: what does not reach the text.
+        pieces: what does not reach the text; none is asked for behind one that is refused.
         allowed: kinds that may be left out.
     Returns:
         The kinds that were left out, each once.
     """
+    kinds: dict[str, None] = {}
     for piece in pieces:
+        kinds[piece.kind] = None
         if piece.kind in allowed:
             continue
         excerpt = piece.text if len(piece.text) <= 60 else piece.text[:57] + "..."
@@ -223,4 +225,4 @@ def refuse_what_is_left_out(pieces: Collection[Piece], allowed: Collection[str])
         where = f" of message {piece.owner + 1}" if piece.owner is not None else ""
         fix = _FIXES.get(piece.kind, "Remove the key from the data.")
         raise ValueError(f"the chat template leaves out {what}{where} ({excerpt!r}).\n  {fix}")
-    return tuple(dict.fromkeys(piece.kind for piece in pieces))
+    return tuple(kinds)

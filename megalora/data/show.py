@@ -24,7 +24,7 @@ def show_data(config: RunConfig, console: Console) -> None:
     """Read, check and tokenise the data of a run, and print what would be learned of it.
 
     Raises:
-        ValueError: as training would, at the first row that it would refuse.
+        ValueError: as training would, but with every row that it would refuse.
     """
     from transformers import AutoTokenizer
 
@@ -36,7 +36,7 @@ def show_data(config: RunConfig, console: Console) -> None:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model.path={folder}: no tokenizer can be read there ({reason})") from error
-    train, held_out = load_data(config.data, tokenizer)
+    train, held_out = load_data(config.data, tokenizer, every_refusal=True)
     for name, split in (("train", train), ("eval", held_out)):
         if split is not None:
             _show_split(name, split, tokenizer, console)

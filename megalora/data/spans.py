@@ -129,12 +129,24 @@ class Turns:
         # a generation prompt behind it, it is one in the middle.
         aux = self._rendered(i + 1, generation_prompt=True)
         opener = self._opener(i)
+        limit = max(limit, self._behind_eos(last))
         if aux is None or opener is None:
             return limit, False
         place, tail = self._behind_last_mark(aux)
         end = self._whole_specials(place, place + _common_prefix(self.text, place, tail))
         opened = self.text.find(opener, last, end)
         return max(limit, end if opened < 0 else opened), False
+
+    def _behind_eos(self, last: int) -> int:
+        """The place behind the end-of-sequence token that follows ``last``, else ``last``.
+
+        It opens no turn. It is needed where the conversation cut here is refused, or printed
+        otherwise (an empty answer with an empty <think> block).
+        """
+        match = re.compile(r"\s*").match(self.text, last)
+        eos = self.template.tokenizer.eos_token
+        place = last if match is None else match.end()
+        return place + len(eos) if eos and self.text.startswith(eos, place) else last
 
     def _prompt_follows(self, start: int, last: int) -> bool:
         """Whether a generation prompt stands behind the conversation though none was asked for.
@@ -278,6 +290,30 @@ def _common_prefix(text: str, place: int, other: str) -> int:
     return len(other)
 
 
-def ends_with_special(text: str, spans: Sequence[Span], template: ChatTemplate) -> bool:
-    """Whether the last span ends with a special token: whether the model learns to stop."""
-    return bool(spans) and text[slice(*spans[-1])].rstrip().endswith(tuple(template.specials))
+def ends_with_special(text: str, span: Span, template: ChatTemplate) -> bool:
+    """Whether a span ends with a special token: whether the model learns to stop there."""
+    return text[slice(*span)].rstrip().endswith(tuple(template.specials))
+
+
+def unmarked_answers(
+    conversation: Conversation, template: ChatTemplate, marked: Marked, spans: Sequence[Span]
+) -> list[int]:
+    """Indices of learned messages of which the template's own marks leave something out.
+
+    Args:
+        conversation: what was rendered.
+        template: nothing is left out where it has no marks of its own.
+        marked: where the pieces of the conversation stand.
+        spans: what is learned.
+    """
+    if not template.marks_assistant(conversation):
+        return []
+    found: set[int] = set()
+    for number, piece in enumerate(marked.pieces):
+        if piece.owner is None or not conversation.learned[piece.owner]:
+            continue
+        places = marked.rendered.spans.get(number, [])
+        in_loss = any(s <= start and end <= e for start, end in places for s, e in spans)
+        if places and not in_loss:
+            found.add(piece.owner)
+    return sorted(found)

@@ -1,5 +1,6 @@
 """Read, check and tokenise a source, and count what of it could not be used."""
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,10 @@ from megalora.data.template import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_PARTICULARS = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d+""")
+"""Quoted texts and numbers in a reason."""
+_NUM_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,16 @@ class Split:
                 f"{endless:,} have no end-of-turn token in the loss behind the last answer: "
                 "the model will not learn to stop there"
             )
+        if opened := sum(sample.stops and sample.num_open > 0 for sample in self.samples):
+            reasons.append(
+                f"{opened:,} have no end-of-turn token in the loss behind an answer before the last: "
+                "the model will not learn to stop there"
+            )
+        if unmarked := sum(sample.num_unmarked for sample in self.samples):
+            reasons.append(
+                f"{unmarked:,} answers are not learned, or not whole, because the chat template does "
+                "not mark them as generated ({% generation %})"
+            )
         if self.unused_columns:
             reasons.append(f"columns not used: {', '.join(self.unused_columns)}")
         return reasons
@@ -78,8 +93,10 @@ def _short(count: int) -> str:
     return f"{count:,}"
 
 
-def load_data(data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> tuple[Split, Split | None]:
-    """The training samples and, where asked for, the evaluation samples."""
+def load_data(
+    data: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, every_refusal: bool = False
+) -> tuple[Split, Split | None]:
+    """The training samples and, where asked for, the evaluation samples; see ``load_split``."""
 
     def load(source: str) -> Split:
         return load_split(
@@ -88,6 +105,7 @@ def load_data(data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> tuple[S
             format=data.format,
             max_length=data.max_length,
             allow_left_out=data.allow_left_out,
+            every_refusal=every_refusal,
         )
 
     train = load(data.train)
@@ -105,6 +123,7 @@ def load_split(
     format: str | Mapping[str, str],
     max_length: int,
     allow_left_out: Collection[str] = (),
+    every_refusal: bool = False,
 ) -> Split:
     """Read and tokenise a source.
 
@@ -114,6 +133,7 @@ def load_split(
         format: see ``resolve_columns``; its columns are looked up in the first row.
         max_length: in tokens, of the whole conversation.
         allow_left_out: see ``DataConfig``.
+        every_refusal: try all rows and name all that are refused, instead of the first alone.
     Raises:
         ValueError: a row that cannot be read or tokenised, or of which something would be left out
             (with its number), or no sample is left.
@@ -123,7 +143,7 @@ def load_split(
         columns = resolve_columns(format, rows[0].keys())
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    encoded = _encode_rows(source, rows, columns, tokenizer, allow_left_out)
+    encoded = _encode_rows(source, rows, columns, tokenizer, allow_left_out, every_refusal)
     fitting = [sample for sample in encoded if len(sample.input_ids) <= max_length]
     samples = [sample for sample in fitting if sample.num_target_tokens]
     lengths = tuple(len(sample.input_ids) for sample in encoded)
@@ -141,12 +161,16 @@ def load_split(
         unused_columns=tuple(column for column in found if column not in used),
     )
     if not samples:
-        fix = "Look at the rows and at the model's chat template."
-        if split.num_too_long:
-            fix = "Raise data.max_length."
-        reasons = "; ".join(split.left_out())
-        raise ValueError(f"{source}: none of the {len(rows):,} samples is left: {reasons}.\n  {fix}")
+        raise ValueError(_nothing_is_left(split, len(rows)))
     return split
+
+
+def _nothing_is_left(split: Split, num_rows: int) -> str:
+    fix = "Look at the rows and at the model's chat template."
+    if split.num_too_long:
+        fix = "Raise data.max_length."
+    reasons = "; ".join(split.left_out())
+    return f"{split.source}: none of the {num_rows:,} samples is left: {reasons}.\n  {fix}"
 
 
 def _encode_rows(
@@ -155,20 +179,47 @@ def _encode_rows(
     columns: Mapping[str, str],
     tokenizer: "PreTrainedTokenizerBase",
     allow_left_out: Collection[str],
+    every_refusal: bool,
 ) -> list[Encoded]:
     """Every row tokenised; a row that cannot be is named by its number."""
     encoded: list[Encoded] = []
-    template = None
+    refused: dict[int, str] = {}
+    try:
+        template = ChatTemplate(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     for number, row in enumerate(rows, 1):
         try:
-            template = template or ChatTemplate(tokenizer)
             conversation = to_conversation(row, columns, allow_left_out)
             encoded.append(encode_conversation(conversation, template, allow_left_out))
         except ValueError as error:
-            raise ValueError(f"{source}: row {number}: {error}") from error
+            refused[number] = str(error)
         except RecursionError:
-            raise ValueError(f"{source}: row {number}: nested too deeply to be read") from None
+            refused[number] = "nested too deeply to be read"
+        if refused and not every_refusal:
+            break
+    if refused:
+        raise ValueError(f"{source}: {_refusals(refused, len(rows))}")
     return encoded
+
+
+def _refusals(refused: Mapping[int, str], num_rows: int) -> str:
+    """Why rows are refused: of one row its reason, of more each kind with its first rows.
+
+    Reasons are of one kind where they differ in quoted texts and numbers only.
+    """
+    if len(refused) == 1:
+        ((number, reason),) = refused.items()
+        return f"row {number}: {reason}"
+    kinds: dict[str, list[int]] = {}
+    for number, reason in refused.items():
+        kinds.setdefault(_PARTICULARS.sub("#", reason), []).append(number)
+    lines = [f"{len(refused):,} of {num_rows:,} rows are refused"]
+    for numbers in sorted(kinds.values(), key=len, reverse=True):
+        first = ", ".join(map(str, numbers[:_NUM_NAMED])) + (", ..." if numbers[_NUM_NAMED:] else "")
+        reason = refused[numbers[0]].replace("\n", "\n  ")
+        lines.append(f"  {len(numbers):,} (rows {first}): {reason}")
+    return "\n".join(lines)
 
 
 def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:

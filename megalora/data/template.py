@@ -93,9 +93,11 @@ class ChatTemplate:
         return str(texts[0]), blocks[0] if blocks else []
 
     def check_options(self, conversation: Conversation) -> None:
-        """Raise ``ValueError`` for an option that the template does not read."""
+        """Raise ``ValueError`` for an option that the template does not read, unless it is empty."""
         source = self.source(conversation)
-        for name in conversation.options:
+        for name, value in conversation.options.items():
+            if value in ("", [], {}):
+                continue
             if name in _OURS:
                 raise ValueError(f"chat_template_kwargs must not hold {name!r}; use its own column")
             if not re.search(rf"\b{re.escape(name)}\b", source):

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from megalora.data.chat import Encoded, encode
+from megalora.data.chat import Encoded, encode, encode_conversation
+from megalora.data.conversation import Conversation
+from megalora.data.template import ChatTemplate
 from tests.data.chat_tokenizer import learned
 
 TURNS = [
@@ -110,6 +112,39 @@ def test_keys_that_are_none_count_as_absent(make_tokenizer):
     assert encode(padded, tokenizer).input_ids.tolist() == encode(TURNS, tokenizer).input_ids.tolist()
 
 
+REFUSES_CUTS = "{%- if messages | length in (3, 4) %}{{ raise_exception('cut') }}{%- endif %}"
+
+
+@pytest.mark.parametrize(
+    ("end", "first", "num_open"),
+    [("<|im_end|>", "17 + 25 = 42<|im_end|>", 0), ("<|endoftext|>", "17 + 25 = 42", 1)],
+)
+def test_a_turn_behind_which_the_template_refuses_to_be_cut(make_tokenizer, end, first, num_open):
+    """The end of a sequence is learned; another token might open the next turn, and is counted."""
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = REFUSES_CUTS + tokenizer.chat_template.replace("<|im_end|>", end)
+    encoded = encode(TURNS, tokenizer)
+    assert learned(encoded, tokenizer) == [first, f"{LAST}{end}"]
+    assert (encoded.stops, encoded.num_open) == (True, num_open)
+
+
+@pytest.mark.parametrize(
+    ("marked", "num_unmarked", "expected"),
+    [
+        ("message.role == 'assistant'", 0, EXPECTED["marked_open"]),
+        ("message.role == 'assistant' and loop.last", 1, EXPECTED["marked_open"][1:]),
+    ],
+)
+def test_answers_that_the_template_does_not_mark(make_tokenizer, marked, num_unmarked, expected):
+    tokenizer = make_tokenizer("marked_open")
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.role == 'assistant'", marked)
+    encoded = encode(TURNS, tokenizer)
+    assert learned(encoded, tokenizer) == expected
+    assert encoded.num_unmarked == num_unmarked
+    context = encode(TURNS, tokenizer, num_context=4)
+    assert (learned(context, tokenizer), context.num_unmarked) == (EXPECTED["marked_open"][1:], 0)
+
+
 USER = {"role": "user", "content": "you"}
 
 
@@ -122,7 +157,7 @@ USER = {"role": "user", "content": "you"}
         ([USER, {"from": "gpt", "value": "x"}], r"message 2 has no 'role' \(its keys: from, value\)"),
         ([USER, {"role": "bot", "content": "x"}], "message 2 has the unknown role 'bot'; use one of system, developer"),
         ([{"role": "assistant"}], r"message 1 has no 'content' \(its keys: role\)"),
-        ([{"role": "assistant", "content": None}], "message 1 has no 'content'"),
+        ([{"role": "assistant", "content": None}], r"message 1 \(assistant\) has null as content; write a text"),
         (
             [USER, {"role": "assistant", "content": [{"type": "image", "image": "x.png"}]}],
             "message 2: content must be a string or a list of text parts, got a list with dict",
@@ -167,3 +202,30 @@ def test_slow_tokenizer(make_tokenizer):
     tokenizer.__class__ = Slow
     with pytest.raises(ValueError, match=r"is a slow one.*\n  Save it with a tokenizer.json"):
         encode(TURNS, tokenizer)
+
+
+def test_an_option_that_is_empty_need_not_be_read(make_tokenizer):
+    template = ChatTemplate(make_tokenizer("chatml"))
+    messages = assistant("42")
+    for options in ({"custom_instructions": "", "xml_tools": []}, {}):
+        encoded = encode_conversation(Conversation(messages=messages, options=options), template)
+        assert learned(encoded, template.tokenizer) == ["42<|im_end|>"]
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_answer_in_the_middle_learns_to_stop(make_tokenizer, content):
+    """Qwen3 prints an empty answer otherwise while it is the last: with an empty <think> block."""
+    tokenizer = make_tokenizer("qwen3")
+    messages = [*assistant(content), *assistant("42")]
+    expected = [f"{content}<|im_end|>", "<think>\n\n</think>\n\n42<|im_end|>"]
+    assert learned(encode(messages, tokenizer), tokenizer) == expected
+
+
+def test_a_call_without_arguments_has_none(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("call.name +", "(call.function | tojson) +")
+    for arguments in ({}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}):
+        call = {"type": "function", "function": {"name": "sum", **arguments}}
+        encoded = encode(assistant("", tool_calls=[call]), tokenizer)
+        text = '\n<tool_call>\n{"name": "sum", "arguments": {}}\n</tool_call><|im_end|>'
+        assert learned(encoded, tokenizer) == [text]

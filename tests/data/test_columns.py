@@ -190,3 +190,12 @@ def test_a_system_prompt_in_two_places():
 def test_rows_that_do_not_fit(row, columns, message):
     with pytest.raises(ValueError, match=message):
         to_conversation(row, columns)
+
+
+def test_a_completion_that_repeats_the_prompt_is_refused():
+    columns = {"prompt": "prompt", "completion": "chosen"}
+    for prompt in ("q", [USER]):
+        with pytest.raises(ValueError, match=r"'chosen' begins with the messages of 'prompt'.*{messages: chosen}"):
+            to_conversation({"prompt": prompt, "chosen": [USER, ASSISTANT]}, columns)
+    for chosen in ("q", [ASSISTANT], [{**USER, "content": "r"}, ASSISTANT]):
+        to_conversation({"prompt": "q", "chosen": chosen}, columns)

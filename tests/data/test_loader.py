@@ -1,6 +1,7 @@
 """What a step trains on depends on the seed and the step, never on how ranks divide it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,13 +111,46 @@ def test_load_split_errors_name_file_and_row(tmp_path, make_tokenizer):
         with pytest.raises(ValueError, match=message):
             load_split(write_rows(tmp_path / "a.jsonl", rows), tokenizer, format="auto", max_length=99)
     source = write_rows(tmp_path / "a.jsonl", [good])
-    with pytest.raises(ValueError, match=r"a.jsonl: row 1: the tokenizer .* has no chat template"):
+    with pytest.raises(ValueError, match=r"a.jsonl: the tokenizer .* has no chat template"):
         load_split(source, make_tokenizer(None), format="auto", max_length=99)
     message = (
         r"none of the 1 samples is left: 1 longer than data.max_length=3 .*\(longest \d+\).\n  Raise data.max_length"
     )
     with pytest.raises(ValueError, match=message):
         load_split(source, tokenizer, format="auto", max_length=3)
+
+
+def test_every_refusal_is_named_where_that_is_asked_for(tmp_path, make_tokenizer):
+    user = {"role": "user", "content": "q"}
+    rows = [{"messages": [user, {"role": "assistant", "content": "a"}]}]
+    rows += [{"messages": [user, {"role": f"bot{k}", "content": "a"}]} for k in range(7)]
+    rows.append({"messages": [user]})
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    known = "use one of system, developer, user, assistant, tool"
+    bots = f"message 2 has the unknown role 'bot0'; {known}"
+
+    def refusal(every_refusal):
+        with pytest.raises(ValueError) as caught:
+            load_split(source, make_tokenizer(), format="auto", max_length=99, every_refusal=every_refusal)
+        return str(caught.value)
+
+    assert refusal(False) == f"{source}: row 2: {bots}"
+    assert refusal(True) == (
+        f"{source}: 8 of 9 rows are refused\n"
+        f"  7 (rows 2, 3, 4, 5, 6, ...): {bots}\n"
+        "  1 (rows 9): there is no assistant message to learn (roles: user); add one or remove the row"
+    )
+
+
+def test_what_is_said_of_answers_without_end_or_mark():
+    one, last = sample([5, 6], [False, True]), sample([5, 6], [False, True])
+    samples = [replace(one, num_open=2), replace(last, num_unmarked=3), replace(one, stops=False, num_open=1)]
+    said = Split("train.jsonl", 512, samples).left_out()
+    assert [line.split(",")[0][:55] for line in said] == [
+        "1 have no end-of-turn token in the loss behind the last",
+        "1 have no end-of-turn token in the loss behind an answe",
+        "3 answers are not learned",
+    ]
 
 
 @pytest.mark.parametrize(("eval", "num_eval"), [(3, 3), (0.25, 5), (0.001, 1)])
