@@ -144,7 +144,7 @@ class Turns:
         otherwise (an empty answer with an empty <think> block).
         """
         match = re.compile(r"\s*").match(self.text, last)
-        eos = self.template.tokenizer.eos_token
+        eos = str(self.template.tokenizer.eos_token or "")
         place = last if match is None else match.end()
         return place + len(eos) if eos and self.text.startswith(eos, place) else last
 
