@@ -12,8 +12,8 @@ alone, for those who need no more of a model than its shape: serving, merging, e
 
 import difflib
 import json
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ def _whole(least: int, *, even: bool = False) -> Wanted:
 
 
 def _positive(value: Any) -> str | None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
     return None if fits else "a number above 0"
 
 

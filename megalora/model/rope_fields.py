@@ -6,7 +6,7 @@
 The kind stands under ``rope_type`` or, in older files, under ``type``. Pure Python; ``rotary.py`` computes the frequencies.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,14 +117,25 @@ def _check_partial(hf: Mapping[str, Any], *places: Mapping[str, Any]) -> None:
 
 
 def _theta(hf: Mapping[str, Any], *places: Mapping[str, Any]) -> float:
-    """The base; two places that name different ones are refused, because transformers 4 and 5 would choose differently."""
-    found = [place["rope_theta"] for place in (*places, hf) if place.get("rope_theta") is not None]
-    for value in found:
-        if not _is_number(value) or value <= 0:
-            raise ValueError(f"config.json has rope_theta={value!r}; it must be a number above 0")
+    """The base, from the file or from ``places``: rope_scaling, rope_parameters.
+
+    Two places that name different ones are refused, because transformers 4 and 5 would choose differently.
+    """
+    named = [place["rope_theta"] for place in (*places, hf) if "rope_theta" in place]
+    found = [value for value in named if value is not None]
+    for value in found or named:
+        if not _is_number(value) or value <= 1:
+            raise ValueError(f"config.json has rope_theta={value!r}; it must be a number above 1")
     if len(set(found)) > 1:
         raise ValueError(
             f"config.json names several rope_theta: {', '.join(map(str, found))}; keep the one the model was trained with"
+        )
+    scaling, parameters = places
+    hidden = parameters.get("rope_theta")
+    if scaling and hidden not in (None, DEFAULT_THETA) and {scaling.get("rope_theta"), hf.get("rope_theta")} == {None}:
+        raise ValueError(
+            f"config.json has rope_scaling, which transformers lets replace rope_parameters with its rope_theta={hidden}; it would "
+            f"then take {DEFAULT_THETA:,.0f}. Write rope_theta into rope_scaling and remove rope_parameters"
         )
     return float(found[0]) if found else DEFAULT_THETA
 
@@ -145,6 +156,9 @@ def _check_setting(where: str, kind: str, name: str, value: Any) -> None:
     elif name == "original_max_position_embeddings":
         fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
         wanted = "a whole number above 0"
+    elif name.endswith("_freq_factor"):  # something is divided by it
+        fits = _is_number(value) and value > 0
+        wanted = "a number above 0"
     else:
         at_least = 1 if name == "factor" else 0
         fits = _is_number(value) and value >= at_least
@@ -154,4 +168,4 @@ def _check_setting(where: str, kind: str, name: str, value: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -32,6 +32,7 @@ BASE_BUGS: tuple[Bug, ...] = (
     bug(0, "unwritten parameters pass", BUILD, "            parameter.data.fill_(torch.nan)\n", "            parameter.data.fill_(0)\n", f"{ACCOUNT_TEST} leaves_out_stops"),
     bug(0, "a cut-off shard passes", FOLDER, "        if end != num_bytes:\n", "        if end > num_bytes:\n", f"{ACCOUNT_TEST} no_safetensors"),
     bug(0, "is_causal passes as unset", FIELDS, '    "is_causal": _only(True, because="every token sees the tokens before it alone; transformers takes null for false"),\n', "", f"{FIELDS_TEST} refused_by_name_and_value"),
+    bug(0, "a base that rope_scaling hides is taken", ROPE, "    if scaling and hidden not in", "    if not places and hidden not in", f"{FIELDS_TEST} refused_by_name_and_value"),
     bug(0, "headers are read twice", ACCOUNT, "for shard in shards_that_are_there(folder) for tensor", "for shard in shards_that_are_there(folder) if read_header(folder / shard) for tensor", f"{ACCOUNT_TEST} every_header_is_read_once"),
     bug(0, "a cgroup's limit passed over", "megalora/verify/host_memory.py", "            found.append(max(0, int(most) - used + cached))\n", "", "tests/verify/test_host_memory.py narrowest_limit_counts"),
     bug(0, "transformers' refusal of a config is a crash", "megalora/verify/reference.py", "    except Exception as error:  # a file of others", "    except OSError as error:  # a file of others", "tests/verify/test_layer.py does_not_take_is_a_line"),
