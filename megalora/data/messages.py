@@ -175,17 +175,24 @@ def function_of(call: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else call
 
 
+class KeyOccursTwice(ValueError):
+    """A JSON object has a key twice: one of the values would be lost."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values, or ``KeyOccursTwice``; for json's ``object_pairs_hook``."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        key = next(key for key in keys if keys.count(key) > 1)
+        raise KeyOccursTwice(f"a key occurs twice in an object: {shown(key)}")
+    return found
+
+
 def parsed_json(text: str) -> Any:
     """JSON, or ``ValueError``: also where a key occurs twice, because one value would be lost."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) < len(keys):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

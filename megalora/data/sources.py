@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from megalora.data.messages import shown
+from megalora.data.messages import KeyOccursTwice, shown, unique_keys
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,22 +112,28 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
     """JSON, or ``ValueError`` with file and line; of a whole file, the line where reading ended."""
     where = f"{path}:{line}" if line else f"{path}"
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         where = f"{path}:{line or error.lineno}"
         reason = f"{error.msg}, column {error.colno}"
         raise ValueError(f"{where}: not valid JSON ({reason})") from error
     except RecursionError:
         raise ValueError(f"{where}: lists or objects are nested too deeply to be read") from None
+    except KeyOccursTwice as error:
+        raise ValueError(f"{where}: {error}; keep one") from error
     except ValueError as error:  # Python's limit on the digits of a number
         raise ValueError(f"{where}: holds a number of too many digits ({error})") from error
 
 
 def _read_json(path: Path) -> list[Row]:
+    """Rows of a list, or of one object a line, as ``datasets`` writes to any name."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason}, byte {error.start + 1})") from error
+    first, _, rest = text.partition("\n")
+    if rest.strip() and _is_object(first):
+        return _read_jsonl(path)
     tree = _parsed(text, path)
     if isinstance(tree, dict):
         lists = {key: value for key, value in tree.items() if isinstance(value, list)}
@@ -141,6 +147,14 @@ def _read_json(path: Path) -> list[Row]:
         if type(row) is not dict:
             raise ValueError(f"{path}: item {number} must be a JSON object, got {shown(row)}")
     return tree
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a JSON object, whole."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _read_parquet(path: Path) -> list[Row]:

@@ -88,6 +88,8 @@ def test_hub_failure_keeps_the_reason(monkeypatch):
         ("a.json", '[{"a": 1}, 2]', r"a.json: item 2 must be a JSON object, got int 2"),
         ("a.json", '{"a": [], "b": []}', r"must hold exactly one list, the rows \(lists found: a, b\)"),
         ("a.json", '{"a": 1}', r"must hold exactly one list, the rows \(lists found: none\)"),
+        ("a.json", '{"a": 1}\n{"a": 2\n', r"a.json:2: not valid JSON \("),
+        ("a.jsonl", '{"a": [{"b": 1, "b": 2}]}\n', r"a.jsonl:1: a key occurs twice in an object: str 'b'; keep one$"),
         ("a.json", "3", r"a.json: must be a list of objects, got int"),
         ("a.parquet", "no", r"a.parquet: not readable as Parquet \("),
         ("a.csv", "a,b\n", r"a.csv: files of type '.csv' are not read; use .jsonl, .json, .parquet"),
@@ -97,6 +99,15 @@ def test_unreadable_files(tmp_path, name, content, message):
     write(tmp_path / name.partition("[")[0], content)
     with pytest.raises(ValueError, match=message):
         read_rows(str(tmp_path / name))
+
+
+def test_json_of_one_object_a_line(tmp_path):
+    """As ``Dataset.to_json`` writes, whatever the file is called."""
+    rows = [{"a": k, "b": [{"c": None}]} for k in range(3)]
+    datasets.Dataset.from_list(rows).to_json(tmp_path / "a.json")
+    assert read_rows(str(tmp_path / "a.json")) == rows
+    write(tmp_path / "b.json", '{"data": [{"a": 1}]}\n\n')  # one object that is the file
+    assert read_rows(str(tmp_path / "b.json")) == [{"a": 1}]
 
 
 def test_names_of_nothing(tmp_path, monkeypatch):
