@@ -82,13 +82,13 @@ class LayerComparison:
         self, inputs: r.Inputs, embedding: Any, head: Any, norm: dict[str, Any], floats: dict[str, dict[str, float]]
     ) -> None:
         """Embedding rows; final norm and head on the layer's input, for some rows of the vocabulary."""
-        model, base = self.reference.model, self.reference.base
         rows = sorted({*inputs.tokens, *inputs.rows})
         self.reference.load_ends(rows)
         place = torch.tensor([rows.index(token) for token in inputs.tokens])
-        hidden = base.norm(inputs.x_TH)
-        logits = model.get_output_embeddings()(hidden)[:, [rows.index(row) for row in inputs.rows]]
-        theirs = [("embedding", model.get_input_embeddings()(place)), ("final norm", hidden), ("head", logits)]
+        hidden = self.reference.base.norm(inputs.x_TH)
+        embedded, logits_TV = self.reference.run_ends(place, inputs.x_TH)
+        logits = logits_TV[:, [rows.index(row) for row in inputs.rows]]
+        theirs = [("embedding", embedded), ("final norm", hidden), ("head", logits)]
         ours = [("embedding", embedding.float())]
         normed = host_norm(self.config, norm, floats)(inputs.x_TH)
         ours += [("final norm", normed), ("head", F.linear(normed, head.float()))]

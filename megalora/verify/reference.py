@@ -206,15 +206,27 @@ class Reference:
             raise ValueError(f"{self.folder} has no tensor for {missing[0]} ({len(missing)} missing)")
 
     @contextlib.contextmanager
-    def only(self, number: int) -> Iterator[nn.Module]:
-        """The model with one layer; the others hand on what they get, so that the layer keeps its place."""
+    def only(self, number: int | None) -> Iterator[None]:
+        """The model with one layer, or none; the others hand on what they get, so that the layer keeps its place."""
         for i in range(len(self.layers)):
             self.base.layers[i] = self.layers[i] if i == number else Skipped()
         try:
-            yield self.layers[number]
+            yield
         finally:
             for i, layer in enumerate(self.layers):
                 self.base.layers[i] = layer
+
+    def run_ends(self, tokens_T: Tensor, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first layer gets for tokens, and the logits for hidden states that leave the last layer.
+
+        By the model's own forward, with all that it does between tables and layers, such as a factor or a cap on logits.
+        """
+        seen: list[Tensor] = []
+        with self.only(None):
+            self.base.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+            self.base(input_ids=tokens_T[None], use_cache=False)
+            logits = self.model(inputs_embeds=x_TH[None], use_cache=False, return_dict=True).logits[0]
+        return seen[0], logits
 
     def run(self, number: int, x_TH: Tensor, positions_T: Tensor, tables: tuple[Tensor, Tensor]) -> None:
         """Run the model on hidden states with one layer, with the given rotary tables; hooks see what happens inside."""

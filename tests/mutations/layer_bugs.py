@@ -27,6 +27,7 @@ LAYER_BUGS: tuple[Bug, ...] = (
         'moe_router_load_balancing_type="none"', 'moe_router_load_balancing_type="none", moe_router_pre_softmax=False', f"{TEST} families"),
     # in the check
     bug(0, "a tolerance that lets mistakes pass", RECORDS, "TOLERANCE = 1e-4", "TOLERANCE = 0.5", f"{TEST} named_with_its_module"),
+    bug(0, "the ends compared by their tables alone", COMPARE, "        logits = logits_TV[:, ", "        logits = self.reference.model.get_output_embeddings()(hidden)[:, ", f"{TEST} does_around_its_layers"),
     bug(0, "a difference measured over all tokens", RECORDS, "theirs.abs().amax(1).clamp_min", "theirs.abs().amax().clamp_min", f"{TEST} agreement"),
     bug(0, "gates that are not driven", RECORDS, "2.0 ** (4 * torch", "2.0 ** (0 * torch", f"{TEST} only_experts"),
     bug(0, "tokens all of one size", RECORDS, "10.0 ** (-5 + 6 * (7", "10.0 ** (0 * (7", f"{TEST} named_with_its_module"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from transformers import Qwen3MoeForCausalLM, Qwen3MoeModel
 
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig, RunConfig
 from megalora.lora.spec import plan
@@ -440,6 +441,35 @@ def test_a_config_that_transformers_does_not_take_is_a_line(tiny, tmp_path, fiel
     assert text.startswith(f"train.check_base: transformers makes no model from {folder}/config.json ({said}")
     assert text.endswith("train.check_base=off trains all the same")
     assert "\n" not in text
+
+
+def _with_other_ends(base: Path) -> dict[str, str]:
+    """transformers' model does something to embeddings, or to logits, that ours does not: it is no layer and no weight."""
+    model, head = Qwen3MoeModel.forward, Qwen3MoeForCausalLM.forward
+
+    def scaled(self: Any, input_ids: Any = None, inputs_embeds: Any = None, **others: Any) -> Any:
+        return model(
+            self, inputs_embeds=self.embed_tokens(input_ids) * 9 if inputs_embeds is None else inputs_embeds, **others
+        )
+
+    def capped(self: Any, *args: Any, **others: Any) -> Any:
+        output: Any = head(self, *args, **others)
+        output.logits = output.logits.tanh()
+        return output
+
+    lines = {}
+    with loaded(base) as (chunks, groups):
+        Qwen3MoeModel.forward = scaled  # type: ignore[assignment]
+        lines["embedding"] = said(chunks, groups, base)
+        Qwen3MoeModel.forward = model
+        Qwen3MoeForCausalLM.forward = capped  # type: ignore[assignment]
+        lines["head"] = said(chunks, groups, base)
+    return lines
+
+
+def test_what_a_model_does_around_its_layers_is_compared(tiny):
+    for name, line in run_ranks(_with_other_ends, 1, tiny)[0].items():
+        assert line.startswith(f"ValueError: train.check_base: {name}: differs from transformers' by"), line
 
 
 # ---- what it costs and leaves alone ----------------------------------------------------------------------------------
