@@ -65,9 +65,10 @@ class Alphabet:
         self.start, self.end = chr(base + 16), chr(base + 17)
         digit = f"[{self.digits[0]}-{self.digits[-1]}]"
         self.mark = re.compile(f"([{self.start}{self.end}])({digit}{{4}})")
-        # As JSON or Python write such a character when they keep to ASCII.
+        # As JSON or Python write such a character when they keep to ASCII. A run of backslashes is
+        # looked at once, from its beginning: otherwise a long one takes quadratic time.
         tens = f"(?:{base >> 4:03x}|{(base >> 4) + 1:03x})"
-        self.escaped = re.compile(rf"\\+u({tens}[0-9a-f])", re.IGNORECASE)
+        self.escaped = re.compile(rf"(?<!\\)\\+u({tens}[0-9a-f])", re.IGNORECASE)
 
     def occurs_in(self, text: str) -> bool:
         if "\\u" in text and self.escaped.search(text):

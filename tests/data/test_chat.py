@@ -1,10 +1,13 @@
 """The loss mask, decoded, is exactly what the assistant says in each kind of chat template."""
 
+import time
+
 import numpy as np
 import pytest
 
 from megalora.data.chat import Encoded, encode, encode_conversation
 from megalora.data.conversation import Conversation
+from megalora.data.spans import _common_prefix
 from megalora.data.template import ChatTemplate
 from tests.data.chat_tokenizer import learned
 
@@ -229,3 +232,27 @@ def test_a_call_without_arguments_has_none(make_tokenizer):
         encoded = encode(assistant("", tool_calls=[call]), tokenizer)
         text = '\n<tool_call>\n{"name": "sum", "arguments": {}}\n</tool_call><|im_end|>'
         assert learned(encoded, tokenizer) == [text]
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "other", "length"),
+    [
+        ("abcd", 0, "abxd", 2),
+        ("abcd", 2, "cd", 2),
+        ("abcd", 2, "cde", 2),
+        ("abcd", 4, "a", 0),
+        ("ab", 0, "", 0),
+        ("b", 0, "a", 0),
+    ],
+)
+def test_common_prefix(text, place, other, length):
+    assert _common_prefix(text, place, other) == length
+
+
+def test_a_long_run_of_backslashes_takes_no_quadratic_time(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    content = "\\" * 30_000 + " \\u0041 \\ue000"
+    start = time.process_time()
+    encoded = encode(assistant(content), tokenizer)
+    assert time.process_time() - start < 3  # 0.1 s; some 30 s where each backslash is looked at anew
+    assert learned(encoded, tokenizer) == [f"{content}<|im_end|>"]

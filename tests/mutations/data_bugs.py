@@ -40,6 +40,7 @@ DATA_BUGS: tuple[Bug, ...] = (
     bug(0, "a turn in the middle without its end is not counted", CHAT, "num_open=stops[:-1].count(False),", "", f"{CHAT_TEST} test_a_turn_behind_which_the_template_refuses_to_be_cut"),
     bug(0, "a call without arguments is not completed", MESSAGES, '        function_of(call).setdefault("arguments", {})\n', "", f"{CHAT_TEST} test_a_call_without_arguments_has_none"),
     bug(0, "of a key that occurs twice the last value counts", SOURCES, "json.loads(text, object_pairs_hook=unique_keys)", "json.loads(text)", "tests/data/test_sources.py test_unreadable_files"),
+    bug(0, "a run of backslashes takes quadratic time", MARKS, r'rf"(?<!\\)\\+u(', r'rf"\\+u(', f"{CHAT_TEST} test_a_long_run_of_backslashes_takes_no_quadratic_time"),
     bug(0, "only the first refusal is named", "megalora/data/splits.py", "if refused and not every_refusal:", "if refused:", "tests/data/test_loader.py test_every_refusal_is_named_where_that_is_asked_for"),
     bug(0, "a prompt that the completion repeats is said twice", COLUMNS, "        _refuse_repeated_prompt(prompt, completion, names)\n", "", "tests/data/test_columns.py test_a_completion_that_repeats_the_prompt_is_refused"),
     bug(0, "Alpaca's input left out", COLUMNS, 'names.setdefault("input", "input")', 'names.setdefault("input", "")', f"{CASES} test_columns_left_out"),
