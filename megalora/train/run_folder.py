@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megalora.first_rank import on_first_rank
 from megalora.train.checkpoint.identity import KEPT
 from megalora.train.checkpoint.writer import recover
-from megalora.train.first_rank import on_first_rank
 
 LOCK = ".lock"
 SUCCESSION_S = 60.0

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from megalora.data.loader import Batch
+from megalora.first_rank import on_first_rank
 from megalora.model.shape import ModelShape
 from megalora.verify.host_memory import free_host_memory_bytes
 
@@ -43,16 +44,10 @@ def compare_losses(
     """
     losses: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(losses, ours)
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = reference_loss(batch, folder, adapter, dtype, shape)
-        except (ValueError, OSError) as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    reference, failure = answer
-    if failure:
-        raise ValueError(f"train.check_base=loss: {failure}")
+    reference = on_first_rank(
+        lambda: reference_loss(batch, folder, adapter, dtype, shape),
+        f"train.check_base=loss: transformers cannot read {folder}",
+    )
     worst = max(range(len(losses)), key=lambda rank: _relative(losses[rank], reference))
     difference, allowed = _relative(losses[worst], reference), TOLERANCE[dtype]
     if not difference <= allowed:
@@ -75,7 +70,7 @@ def reference_loss(batch: Batch, folder: Path, adapter: Path | None, dtype: str,
     needed = shape.num_parameters() * {"float32": 4, "bfloat16": 2}[dtype] * _HEADROOM
     if needed > (free := free_host_memory_bytes()):
         raise ValueError(
-            f"{folder} in {dtype} needs {needed / 2**30:.1f} GiB of host memory on the first rank, which has "
+            f"train.check_base=loss: {folder} in {dtype} needs {needed / 2**30:.1f} GiB of host memory on the first rank, which has "
             f"{free / 2**30:.1f} GiB free. Set train.check_base=layer, or check a smaller model of the family."
         )
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from safetensors import SafetensorError
 
 from megalora import host
 from megalora.bridge.base import quiet
+from megalora.first_rank import on_first_rank
 from megalora.parallel import Groups, first_rank_alone
 from megalora.verify.compare_layer import OPTION, LayerComparison
 from megalora.verify.loaded import Loaded
@@ -56,21 +57,15 @@ def check_layers(chunks: Sequence[Any], groups: Groups, folder: Path, dtype: tor
 
 
 def agreed[T](work: Callable[[], T]) -> T:
-    """Do the work on the first rank and give its result to all; its failure becomes every rank's. Collective."""
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    """Do the work on the first rank's host and give its result to all; its failure becomes every rank's. Collective."""
+
+    def on_host() -> T:
         try:
             with host.on_host(), quiet():  # the run's own generators are not drawn from
-                box[0] = work()
-        except Exception as error:  # whatever it is, the other ranks must not wait for ever
-            if not isinstance(error, ValueError):
+                return work()
+        except Exception as error:
+            if not isinstance(error, ValueError | OSError | SafetensorError):
                 error.add_note(f"{OPTION}=off trains without this check")
-            box[1] = error
-    answer = [box[0], None if box[1] is None else (isinstance(box[1], ValueError), str(box[1]))]
-    dist.broadcast_object_list(answer, src=0)
-    result, failure = answer
-    if box[1] is not None:
-        raise box[1]
-    if failure is not None:
-        raise (ValueError if failure[0] else RuntimeError)(failure[1])
-    return result
+            raise
+
+    return on_first_rank(on_host, f"{OPTION}: the base model cannot be read")

@@ -38,6 +38,6 @@ LAYER_BUGS: tuple[Bug, ...] = (
     bug(0, "all experts gathered for a few tokens", COMPARE, "needed.nonzero().flatten().tolist()", "list(range(len(needed)))", f"{TEST} only_experts"),
     bug(0, "one layer for all kinds", COMPARE, "return settings, shapes, self._attention(number)", "return 0", f"{TEST} every_layout"),
     bug(0, "the check draws from the run's generators", LAYER,
-        "box[0] = work()", "box[0] = work()\n                torch.rand(1)", f"{TEST} to_the_bit"),
+        "return work()", "torch.rand(1)\n                return work()", f"{TEST} to_the_bit"),
 )
 # fmt: on

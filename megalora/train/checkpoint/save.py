@@ -15,9 +15,9 @@ from megalora.bridge.files import OPTIMIZER, PROBE, RNG, STATE, STATE_JSON, STAT
 from megalora.bridge.form import write_adapter
 from megalora.bridge.peft import gather_tensors
 from megalora.config import RunConfig
+from megalora.first_rank import on_first_rank
 from megalora.train.checkpoint.identity import Identity, Samples
 from megalora.train.checkpoint.writer import checkpoint_name, checkpoints, remove, write_atomically
-from megalora.train.first_rank import on_first_rank
 from megalora.train.optim import optimizer_state
 from megalora.train.setup import AdaptedModel
 

@@ -7,9 +7,9 @@ from safetensors import SafetensorError, safe_open
 
 from megalora.bridge.files import CONFIG, OPTIMIZER, RNG, WEIGHTS
 from megalora.config import RunConfig
+from megalora.first_rank import on_first_rank
 from megalora.train.checkpoint.state import SavedState, read_state
 from megalora.train.checkpoint.writer import LATEST, checkpoints, point_latest_at, read_latest
-from megalora.train.first_rank import on_first_rank
 
 
 @dataclass(frozen=True)

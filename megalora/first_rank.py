@@ -1,0 +1,38 @@
+"""Do something on the first rank for all: what it returns, or why it failed, reaches every rank."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+
+def on_first_rank[T](action: Callable[[], T], failure: str) -> T:
+    """Run ``action`` on rank 0 and return its result on every rank. Collective over the world.
+
+    Args:
+        failure: what a file that cannot be read or written means, for the message.
+    Raises:
+        ValueError: on every rank, where the action raised one or met such a file.
+        RuntimeError: on the other ranks, where it raised anything else; rank 0 raises that itself.
+    """
+    answer: list[Any] = [None, None, None]  # result, a user's mistake, any other error
+    raised: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = action()
+        except ValueError as error:
+            raised, answer[1] = error, str(error)
+        except (OSError, SafetensorError) as error:
+            answer[1] = f"{failure} ({error})"
+        except Exception as error:  # whatever it is, the other ranks must not wait for ever
+            raised, answer[2] = error, f"{type(error).__name__} on the first rank: {error}"
+    dist.broadcast_object_list(answer, src=0)
+    result, mistake, crash = answer
+    if raised is not None:
+        raise raised  # with its own traceback
+    if mistake is not None:
+        raise ValueError(mistake)
+    if crash is not None:
+        raise RuntimeError(crash)
+    return result
