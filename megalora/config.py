@@ -9,8 +9,10 @@ from typing import Literal
 
 from megalora.paths import expand
 
+LeftOutOfText = Literal["reasoning", "name", "tools", "documents"]
+"""What a chat template may leave out of the text where ``data.allow_left_out`` names it."""
 LeftOut = Literal[
-    "reasoning", "name", "tools", "documents",  # what a template may leave out
+    LeftOutOfText,
     "system", "system_prompt", "input", "instruction", "context", "history", "functions",
     "chat_template_kwargs", "thinking", "reasoning_content", "images", "image", "videos", "audios",
 ]  # fmt: skip

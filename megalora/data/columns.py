@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any, get_args
 
-from megalora.config import LeftOut
+from megalora.config import LeftOut, LeftOutOfText
 from megalora.data.conversation import Conversation, objects
 from megalora.data.messages import Message, parsed_json, shown, without_nulls
 from megalora.data.sharegpt import from_sharegpt
@@ -24,7 +24,7 @@ _FORMS: tuple[dict[str, str], ...] = (
 _BESIDE = ("system", "tools", "functions", "documents", "chat_template_kwargs")
 """Columns that are used under their own name wherever they are."""
 _KEYS = ("messages", "prompt", "completion", "input", *_BESIDE)
-KINDS = ("reasoning", "name", "tools", "documents")
+KINDS: tuple[str, ...] = get_args(LeftOutOfText)
 """Entries of ``data.allow_left_out`` that say what a template may leave out; others are columns."""
 CONVERSATION_COLUMNS = tuple(name for name in get_args(LeftOut) if name != "name")
 """Columns that are refused where they are not used, because they hold a part of what is said."""

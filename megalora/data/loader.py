@@ -11,9 +11,7 @@ import numpy as np
 import torch
 
 from megalora.data.chat import Encoded
-from megalora.data.splits import Split, load_split, permutation, split_off_eval
-
-__all__ = ["Split", "load_split", "split_off_eval"]  # beside what is defined here
+from megalora.data.splits import permutation
 
 
 @lru_cache(maxsize=4)  # a step needs one or two epochs; sorting 1 M samples takes 0.1 s

@@ -7,8 +7,8 @@ import pyarrow.parquet
 import pytest
 
 from megalora import cli
-from megalora.data.loader import load_split
 from megalora.data.probe_text import probe_tokens
+from megalora.data.splits import load_split
 from tests.data.chat_tokenizer import learned, make_tokenizer
 
 PLAIN = """\

@@ -9,16 +9,14 @@ import torch
 
 from megalora.data.chat import Encoded, encode
 from megalora.data.loader import (
-    Split,
     check_batch,
     collate,
     eval_micro_batches,
     global_batch_indices,
-    load_split,
     micro_batches,
     order,
-    split_off_eval,
 )
+from megalora.data.splits import Split, load_split, split_off_eval
 
 GSM8K = {"prompt": "question", "completion": "answer"}
 

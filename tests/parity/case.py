@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from megalora.bridge.peft import read_tensors
 from megalora.config import LoRAConfig, RunConfig
-from megalora.data.loader import global_batch_indices, load_split, split_off_eval
+from megalora.data.loader import global_batch_indices
+from megalora.data.splits import load_split, split_off_eval
 from megalora.lora.spec import Adapted
 from megalora.model.shape import model_shape, read_hf_config
 from megalora.train import loop

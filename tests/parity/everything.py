@@ -6,7 +6,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from megalora.config import LoRAConfig, RunConfig
-from megalora.data.loader import global_batch_indices, load_split, split_off_eval
+from megalora.data.loader import global_batch_indices
+from megalora.data.splits import load_split, split_off_eval
 from tests.parity.runs import make_config
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate", "lm_head"]

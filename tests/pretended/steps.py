@@ -17,7 +17,7 @@ from megalora import host
 from megalora.bridge.peft import gather_tensors
 from megalora.config import RunConfig
 from megalora.data.chat import Encoded
-from megalora.data.loader import Split
+from megalora.data.splits import Split
 from megalora.lora.inject import GradientCheck
 from megalora.lora.spec import resolve
 from megalora.model.build import make_chunks
