@@ -79,7 +79,7 @@ def not_plain(config: dict[str, Any]) -> dict[str, str]:
             else f"megalora knows true, false, {', '.join(PLAIN_INITS)}"
         )
     known = HONOURED | WITHOUT_EFFECT | REFUSED.keys()
-    for key in config.keys() - known:
+    for key in sorted(config.keys() - known):  # one order on all ranks
         if config[key]:
             found[key] = "megalora does not know this option, which may change what the adapter computes"
     return found

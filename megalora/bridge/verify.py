@@ -125,8 +125,7 @@ def _megatron_logits(chunk: Any, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         layer.register_forward_hook(lambda _m, _i, out: outputs.append(out[0].transpose(0, 1).cpu()))
         for layer in chunk.decoder.layers
     ]
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    logits = chunk(tokens, positions, None).cpu()
+    logits = chunk(tokens, None, None).cpu()
     for hook in hooks:
         hook.remove()
     return logits, outputs

@@ -1,5 +1,6 @@
-"""The tensors of an adapter folder by name, each read when it is asked for. Needs no torch but for
-pickles and ``tensor``.
+"""Read the tensors of an adapter folder by name, each when it is asked for.
+
+Only pickles and ``tensor`` need torch.
 
     adapter_model.safetensors                          as PEFT writes it
     adapter_model-00001-of-00002.safetensors, ...      as transformers' save_pretrained does; the index beside them is optional
@@ -116,8 +117,9 @@ class _Safetensors:
         self.path = path
         self._open: Any = None
         try:
-            with safe_open(str(path), framework="numpy"):  # compares the header with the file's length
-                _, stored = read_header(path)
+            _, stored = read_header(path)  # says what is wrong with a file that is not whole
+            with safe_open(str(path), framework="numpy"):  # what safetensors alone refuses, such as an unknown dtype
+                pass
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path}: not a readable safetensors file ({error}); is it cut short, or still being written?"
@@ -189,7 +191,7 @@ def _unpickled(path: Path) -> dict[str, "Tensor"]:
 
 
 def _what_is_wrong(error: Exception) -> str:
-    """In a line. torch's own advice, to load it without ``weights_only``, is left out."""
+    """Say in a line why torch did not load a pickle; its advice to load it without ``weights_only`` is left out."""
     text = str(error)
     code = re.search(r"GLOBAL ([\w.]+)", text)
     if code:

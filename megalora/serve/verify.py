@@ -97,8 +97,7 @@ def _own(model: Any, row: Tensor) -> Own:
 def _logprobs(model: Any, row: Tensor) -> Tensor:
     """``[S, V]`` on the CPU."""
     ids = row[None].to(host.device())
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    return model(ids, positions, None)[0].float().log_softmax(-1).cpu()
+    return model(ids, None, None)[0].float().log_softmax(-1).cpu()
 
 
 def _compare(adapter: Path, atol: float, client: Client, tokens: Tensor, own: list[Own]) -> VllmReport:

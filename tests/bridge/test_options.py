@@ -29,6 +29,12 @@ def test_every_option_of_the_installed_peft_is_in_the_table() -> None:
     assert options >= ONLY_IN_021
 
 
+def test_unknown_options_are_named_in_one_order() -> None:
+    """Python orders sets anew in every process, and ranks must say the same."""
+    names = [f"new_option_{i}" for i in range(9)]
+    assert list(not_plain(dict.fromkeys(reversed(names), 1))) == names
+
+
 def test_peft_s_own_defaults_are_plain() -> None:
     assert not_plain(LoraConfig(r=4, target_modules=["q_proj"]).to_dict()) == {}
 

@@ -190,7 +190,11 @@ BROKEN_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tensor the index lacks": (edit_index(dict.popitem), "1 tensors are not where it says, .* in None by the index"),
     "a tensor that is nowhere": (edit_index(lambda m: m.update(gone=f"{SHARDS[0]}.safetensors")), "such as gone: .* None really"),
     "an index of something else": (lambda f: (f / INDEX).write_text('{"weight_map": []}'), "weight_map must be an object"),
-    "a shard cut short": (lambda f: os.truncate(f / f"{SHARDS[2]}.safetensors", 1000), "not a readable safetensors file"),
+    "a shard cut short": (lambda f: os.truncate(f / f"{SHARDS[2]}.safetensors", 1000), "is not a whole safetensors file"),
+    "a pointer of Git LFS": (
+        lambda f: (f / f"{SHARDS[1]}.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "run git lfs pull",
+    ),
     "a shard that is a pipe": (pipe(f"{SHARDS[2]}.safetensors"), "is no regular file"),
 }  # fmt: skip
 

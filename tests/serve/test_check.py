@@ -172,7 +172,7 @@ def test_files_that_are_missing_or_cut_short(adapter: Path) -> None:
     weights = (adapter / WEIGHTS).read_bytes()
     for content in (weights[:-1], weights[:4], b"", b"not safetensors at all", weights[: len(weights) // 2]):
         (adapter / WEIGHTS).write_bytes(content)
-        with pytest.raises(AdapterInvalid, match="not a readable safetensors file .*cut short"):
+        with pytest.raises(AdapterInvalid, match="is not a whole safetensors file"):
             check_adapter(adapter)
     (adapter / CONFIG).write_text('{"r": 4,')
     with pytest.raises(AdapterInvalid, match=r"adapter_config.json:1: not valid JSON"):
