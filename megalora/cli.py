@@ -18,9 +18,8 @@ PIPE_CLOSED = 141
 def main(arguments: list[str] | None = None) -> None:
     try:
         guarded(_run, sys.argv[1:] if arguments is None else arguments)
-    except (
-        BrokenPipeError
-    ):  # the reader, such as head, has seen enough; the interpreter must not flush into the pipe as it ends
+    except BrokenPipeError:
+        # The reader, such as head, has seen enough; the interpreter must not flush into the pipe as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(PIPE_CLOSED)
 

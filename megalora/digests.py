@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SETTLED_NS = 2 * 10**9
+"""A file must have been left alone for this long for its digest to be kept."""
 BLOCK_BYTES = 16 * 2**20
 
 
@@ -25,7 +26,7 @@ class Digests:
 
     @classmethod
     def load(cls, path: Path) -> "Digests":
-        """From a file that ``save`` wrote; empty where it is not there or damaged, which costs time alone."""
+        """Read what ``save`` wrote; empty where it is not there or damaged, which costs time alone."""
         try:
             known = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError):
@@ -63,7 +64,7 @@ class Digests:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Of all bytes."""
+    """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):

@@ -33,6 +33,7 @@ def check_paths(config: "RunConfig") -> None:
 
     Names on the hub are left to the ranks, which look in its cache and download.
     """
+    from megalora.bridge.files import STATE_JSON
     from megalora.data.sources import locate
 
     _check_model(Path(config.model.path))
@@ -43,11 +44,9 @@ def check_paths(config: "RunConfig") -> None:
                 raise ValueError(f"{file} cannot be read: no permission")
     check_run_folder(Path(config.checkpoint.dir))
     if isinstance(config.checkpoint.resume, str):
-        state = Path(config.checkpoint.resume) / "training_state" / "state.json"
-        if not state.is_file():
-            raise ValueError(
-                f"checkpoint.resume={config.checkpoint.resume} is not a checkpoint: it has no training_state/state.json"
-            )
+        resume = config.checkpoint.resume
+        if not (Path(resume) / STATE_JSON).is_file():
+            raise ValueError(f"checkpoint.resume={resume} is not a checkpoint: it has no {STATE_JSON}")
 
 
 def _check_model(path: Path) -> None:

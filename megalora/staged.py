@@ -23,7 +23,7 @@ BACKEND = "megalora_staged"
 
 def register() -> None:
     """Make ``BACKEND`` known to torch. Idempotent."""
-    if BACKEND.upper() not in dist.Backend._plugins:
+    if BACKEND.upper() not in dist.Backend._plugins:  # private to torch, which refuses to register a name twice
         # Object collectives are made of CPU tensors.
         dist.Backend.register_backend(BACKEND, StagedGroup, devices=["cpu", "cuda"])
 

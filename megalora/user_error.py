@@ -12,6 +12,7 @@ MISTAKE = 2
 INTERRUPTED = 130
 """As a shell says of a process that Ctrl-C ended."""
 PATIENCE_S = 30
+"""How long the other ranks leave it to rank 0 to speak."""
 
 
 def guarded(action: Callable[[list[str]], None], arguments: list[str]) -> None:
@@ -57,7 +58,7 @@ def _whose(error: ValueError) -> str:
 
 
 def _mark() -> Path | None:
-    """Of this rank and attempt; None without torchrun."""
+    """The file by which this rank says, in this attempt, that it met a mistake; None without torchrun."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(error_file).with_name("mistake") if error_file else None
 

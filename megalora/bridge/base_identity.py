@@ -15,7 +15,7 @@ from megalora.digests import Digests
 from megalora.model.shape import read_hf_config
 
 SAMPLE_BYTES = 4096
-"""Of a tensor's beginning, of its end, and of a place between them that follows from its name."""
+"""Bytes that are read at a tensor's beginning, at its end, and at a place between them that follows from its name."""
 NEUTRAL = {
     "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
@@ -29,7 +29,7 @@ def base_config(folder: Path) -> dict[str, Any]:
 
 
 def weights_digest(folder: Path, digests: Digests) -> str:
-    """Of all tensors of a base folder, which must be whole."""
+    """Digest of all tensors of a base folder, which must be whole."""
     total = 0
     for name in weight_shards(folder):
         total += int(digests.of(folder / name, "sampled tensors", shard_digest), 16)

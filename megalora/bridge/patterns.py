@@ -7,7 +7,7 @@ expression is one, and ``regex``, which reads the same syntax and can stop, matc
 """
 
 import re
-import re._parser as _parser  # type: ignore[import-not-found]  what re.compile calls first
+import re._parser as _parser  # type: ignore[import-not-found]  private to Python; what re.compile calls first
 import time
 import warnings
 from collections.abc import Callable
@@ -32,11 +32,15 @@ class Pattern:
     """A compiled expression that cannot hang."""
 
     def __init__(self, where: Path, option: str, expression: str, said: str | None = None) -> None:
-        """
+        """Compile an expression.
+
         Args:
-            where, option: the file and the key in it that the user must change, for messages.
-            said: what stands there, if ``expression`` is more than that.
-        Raises: ``ValueError`` for what is no regular expression.
+            where: the file that the user must change, for messages.
+            option: the key in it.
+            expression: what is matched.
+            said: what stands in the file, if ``expression`` is more than that.
+        Raises:
+            ValueError: it is not a regular expression, or its repetitions stand for too much.
         """
         self.where, self.option, self.said = where, option, shown(said or expression)
         self.spent_s = 0.0

@@ -9,17 +9,18 @@ from megalora.digests import Digests, sha256_of_file
 
 
 def source_digest(source: str, digests: Digests) -> str:
-    """Of all bytes of a file, or of a hub data set's revision; a slice at the source's end is part of it."""
+    """Digest of a file's bytes, or of a hub data set's revision; a slice at the source's end is part of it."""
     found = locate(source)
     if found.file is not None:
         return f"sha256:{digests.of(found.file, 'bytes', sha256_of_file)}{found.slice_text}"
-    # Of the files that were downloaded, the split and the library's way to read them.
+    # A hash of the downloaded files, the split and the library's way to read them. Private to datasets, which names its
+    # own cache by it; no public attribute tells two revisions apart.
     fingerprint = read_hub(source, *found.hub)._fingerprint
     return f"hub:{':'.join(str(part) for part in found.hub)}@{fingerprint}{found.slice_text}"
 
 
 def samples_digest(samples: Sequence[Encoded]) -> str:
-    """Of what is trained on, in order: tokens, and which of them are in the loss.
+    """Digest of what is trained on, in order: tokens, and which of them are in the loss.
 
     It changes with the tokenizer, the chat template and our own code, too.
     """

@@ -106,7 +106,8 @@ def _fill(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
         module: Any = layer.get_submodule(path)
         experts = name.startswith("mlp.experts.")
         old = empty[name]
-        if value.shape[experts:] != old.shape[experts:]:
+        first = 1 if experts else 0  # how many experts there are may differ
+        if value.shape[first:] != old.shape[first:]:
             raise RuntimeError(f"{name} is {tuple(value.shape)} as loaded, {tuple(old.shape)} in the layer built anew")
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value.float(), requires_grad=False)

@@ -4,6 +4,9 @@ The model is made on the meta device, so that it has no weights; what is needed 
 loader with transformers' own conversion of names. Nothing here knows a name of a checkpoint, and nothing goes through
 our bridge. The model's own forward runs one layer at a time, so that masks and rotary tables are transformers' too.
 
+The loader's steps are private to transformers (``core_model_loading``, names with an underscore): they are used here
+because calling anything else would compare with our own reading of the folder. ``pyproject.toml`` bounds the release.
+
 Weights are rounded to the dtype of the run first and computed with in float32. Of embedding and head only some rows are
 read, of routed experts only some experts.
 """

@@ -39,8 +39,6 @@ def read_state(folder: Path) -> SavedState:
         raise ValueError(f"it has no {STATE_JSON}")
     try:
         state = read_json_object(path)
-    except RecursionError:
-        raise ValueError(f"{path} is damaged: nested too deep") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     known = {
