@@ -131,18 +131,14 @@ fi
 # The training operator counts nodes in these; our checks below and torchrun's ranks must not take them for theirs.
 unset RANK WORLD_SIZE LOCAL_RANK
 
-# A mistake in the config or a missing file shows here, once and in a line, before any rank starts. Other modules check what they are given.
+# A mistake in the config or in a file shows here, once and in a line, before any rank starts. Other modules check what
+# they are given.
 if [[ "$MODULE" == megalora.train ]]; then
   python - $((NNODES * NPROC_PER_NODE)) "$config" "$@" <<'PYTHON'
 import sys
-from megalora.config_file import load_config
-from megalora.paths import check_paths
+from megalora.preflight import check_run
 from megalora.user_error import guarded
-def check(arguments):
-    config = load_config(arguments[1], arguments[2:])
-    config.check_world(int(arguments[0]))
-    check_paths(config)
-guarded(check, sys.argv[1:])
+guarded(lambda words: check_run(words[1], words[2:], int(words[0])), sys.argv[1:])
 PYTHON
 fi
 

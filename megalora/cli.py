@@ -3,11 +3,10 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from megalora.launching import torchrun
-from megalora.paths import check_paths, user_path
+from megalora.paths import user_path
 from megalora.planner.arguments import add_planner_commands
 from megalora.user_error import guarded
 
@@ -141,15 +140,10 @@ def _tiny(options: Any, _: list[str]) -> None:
 
 
 def _train(options: Any, rest: list[str]) -> None:
-    from megalora.config_file import load_config
-    from megalora.lora.spec import plan
+    from megalora.preflight import check_run
 
     overrides = [*options.overrides, *rest]
-    config = load_config(options.config, overrides)  # mistakes show before ranks start
-    config.check_world(options.nproc)
-    check_paths(config)
-    if Path(config.model.path).is_dir():
-        plan(config.lora, config.parallel, Path(config.model.path))
+    check_run(options.config, overrides, options.nproc)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Seconds to save after SIGTERM; torchrun's own default kills after 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")

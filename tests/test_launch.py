@@ -74,6 +74,7 @@ TWO_NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}
         ("local.sh", [QUICKSTART, "0"], {}, "NPROC_PER_NODE=0 is not a number of at least 1"),
         ("local.sh", [QUICKSTART, "2"], {"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1 is not a number of at least 0"),
         ("local.sh", [QUICKSTART, "2", "data.train=no.jsonl"], {}, "no.jsonl: no such file"),
+        ("local.sh", [QUICKSTART, "2", "lora.target_modules=[q_porj]"], {}, "did you mean q_proj?"),
         (
             "local.sh",
             [QUICKSTART, "2", "checkpoint.dir=launch/local.sh"],
@@ -137,7 +138,7 @@ def test_nodes_meet_at_node_zero(copy: Path, listening: int, rank: str, is_host:
         "RDZV_ID": "me",
         "MAX_RESTARTS": "1",
     }
-    arguments = ["parallel.ep=6", "train.global_batch_size=48", "checkpoint.dir=with a space"]
+    arguments = ["parallel.ep=2", "train.global_batch_size=48", "checkpoint.dir=with a space"]
     result = launch(copy, "torchrun_node.sh", QUICKSTART, *arguments, **settings, SLURM_NODEID=rank)
     said = result.stdout.splitlines()[1:]
     assert said[:6] == ["--nnodes", "2", "--nproc-per-node", "3", "--max-restarts", "1"]

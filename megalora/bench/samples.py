@@ -10,6 +10,7 @@ import numpy as np
 from megalora.config import RunConfig
 from megalora.data.chat import Encoded
 from megalora.data.splits import Split, load_split
+from megalora.data.tokenizer import load_tokenizer
 from megalora.parallel import Groups
 from megalora.train.batches import Batches
 
@@ -29,9 +30,7 @@ def full_batches(config: RunConfig, groups: Groups, vocab: int, *, natural: bool
     folder, file = Path(config.model.path), Path(re.sub(r"\[[^]]*\]$", "", config.data.train))
     tokenizer: Any = SimpleNamespace(pad_token_id=0)  # nothing is padded but to a multiple of TP
     if natural and file.is_file() and any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json")):
-        from transformers import AutoTokenizer
-
-        tokenizer, source = AutoTokenizer.from_pretrained(folder), str(file)
+        tokenizer, source = load_tokenizer(folder), str(file)
         data = config.data
         found = load_split(
             data.train,

@@ -11,6 +11,7 @@ from rich.text import Text
 from megalora.config import RunConfig
 from megalora.data.chat import Encoded
 from megalora.data.splits import Split, load_data
+from megalora.data.tokenizer import load_tokenizer
 
 _NUM_SAMPLES = 3
 _NUM_BARS = 10
@@ -26,16 +27,9 @@ def show_data(config: RunConfig, console: Console) -> None:
     Raises:
         ValueError: as training would, but with every row that it would refuse.
     """
-    from transformers import AutoTokenizer
-
     from megalora.bridge.folder import local_folder
 
-    folder = local_folder(config.model.path, weights=False)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.path={folder}: no tokenizer can be read there ({reason})") from error
+    tokenizer = load_tokenizer(local_folder(config.model.path, weights=False))
     train, held_out = load_data(config.data, tokenizer, every_refusal=True)
     for name, split in (("train", train), ("eval", held_out)):
         if split is not None:

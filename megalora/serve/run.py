@@ -44,11 +44,10 @@ def serve(
 
 def _fallback(base: str) -> list[int]:
     """Tokens of the probe text, for adapters made elsewhere."""
-    from transformers import AutoTokenizer
-
     from megalora.data.probe_text import probe_tokens
+    from megalora.data.tokenizer import load_tokenizer
 
-    return probe_tokens(AutoTokenizer.from_pretrained(local_folder(base, "--base", weights=False)))
+    return probe_tokens(load_tokenizer(local_folder(base, "--base", weights=False), "--base"))
 
 
 def _ready(server: Server, proofs: list[Proof]) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from megalora import host
 from megalora.bridge.folder import local_folder
@@ -16,6 +15,7 @@ from megalora.config import RunConfig
 from megalora.config_file import save_config
 from megalora.data.probe_text import probe_tokens
 from megalora.data.splits import load_data
+from megalora.data.tokenizer import load_tokenizer
 from megalora.lora.inject import GradientCheck, trainable_summary, write_manifest
 from megalora.lora.spec import plan
 from megalora.model.recompute import apply_recompute
@@ -71,7 +71,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         notes = [*run_folder.notes, *found.notes]
         if found.state:
             notes += check_same_run(found.state, config, identity, adapted)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         splits = load_data(config.data, tokenizer)
         samples = Samples.of(splits[0].samples)
         check_agreement("training samples", samples)

@@ -34,11 +34,11 @@ FAKES = {
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Path:
+def copy(tmp_path: Path, tiny: Path) -> Path:
     """launch/ in a folder without .venv, so that the stand-ins on PATH are what it starts; with what the quickstart reads."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    (tmp_path / "runs/quickstart/base").mkdir(parents=True)
-    (tmp_path / "runs/quickstart/base/config.json").write_text("{}")
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    (tmp_path / "runs/quickstart/base").symlink_to(tiny)
     (tmp_path / "runs/quickstart/arithmetic.jsonl").write_text("")
     (tmp_path / "bin").mkdir()
     for name, body in FAKES.items():
