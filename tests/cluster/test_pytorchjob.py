@@ -80,7 +80,15 @@ def test_a_pod_takes_its_place(
         "PET_NODE_RANK": str(rank), "PET_NPROC_PER_NODE": spec["nprocPerNode"], "WORLD_SIZE": str(num_nodes * 8),
     }  # fmt: skip
     (container,) = spec["pytorchReplicaSpecs"][replica]["template"]["spec"]["containers"]
-    script, arguments = Path(container["command"][0]).name, container["args"]
+    script = Path(container["command"][0]).name
+    # What lies on the shared disk is looked up before ranks start: here it is a name on the hub and a folder of this test.
+    here = {
+        "model.path": "Qwen/Qwen3-30B-A3B",
+        "data.train": "runs/quickstart/arithmetic.jsonl",
+        "checkpoint.dir": "run",
+    }
+    keys = [argument.partition("=")[0] for argument in container["args"]]
+    arguments = [f"{k}={here[k]}" if k in here else a for k, a in zip(keys, container["args"], strict=True)]
     arguments[0] = str(ROOT / arguments[0])
     result = launch(copy, script, *arguments, **injected, **port, LOCAL_ADDR="10.0.0.7")
     assert result.returncode == 0, result.stderr
