@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megalora import host
@@ -90,3 +91,5 @@ def destroy_groups() -> None:
     for name, value in list(vars(parallel_state).items()):
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)
+    # Megatron caches rotary angles on the class; each entry keeps its module, and with it a group and device memory.
+    RotaryEmbedding.forward.cache_clear()
