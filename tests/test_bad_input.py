@@ -243,7 +243,7 @@ def test_truncated_weights(refused: Said, adapter: Path, tiny: Path, keep: int) 
     path = adapter / WEIGHTS
     path.write_bytes(path.read_bytes()[:keep])
     for arguments in (["inspect", adapter], ["verify", adapter, "--base", tiny]):
-        assert refused(*arguments).startswith(f"{path}: not a readable safetensors file (")
+        assert refused(*arguments).startswith(f"{path} is not a whole safetensors file (")
 
 
 def test_weights_are_not_there(refused: Said, adapter: Path, tmp_path: Path) -> None:
