@@ -13,7 +13,6 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
-from transformers.utils import logging
+
+from megalora.progress_bar import no_progress_bar
 
 type _Config = Qwen3Config | Qwen3MoeConfig | Qwen2MoeConfig
 
@@ -116,7 +116,7 @@ def make_tiny(out: Path, *, arch: str = "qwen3_moe", seed: int = 0, dtype: str =
 
     _claim_folder(out, {"arch": arch, "seed": seed, "dtype": dtype, "overrides": overrides})
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    with _no_progress_bar():
+    with no_progress_bar():
         model.save_pretrained(out, max_shard_size=num_bytes // 3)
     _add_legacy_names(out / "config.json")
     _save_tokenizer(tokenizer, out, max_length=config.max_position_embeddings)
@@ -219,18 +219,6 @@ def _claim_folder(out: Path, arguments: dict[str, Any]) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARKER).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
 
 
 def _add_legacy_names(path: Path) -> None:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from megalora.data.loader import Batch
 from megalora.first_rank import on_first_rank
 from megalora.model.shape import ModelShape
+from megalora.progress_bar import no_progress_bar
 from megalora.verify.host_memory import free_host_memory_bytes
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -73,7 +74,8 @@ def reference_loss(batch: Batch, folder: Path, adapter: Path | None, dtype: str,
             f"train.check_base=loss: {folder} in {dtype} needs {needed / 2**30:.1f} GiB of host memory on the first rank, which has "
             f"{free / 2**30:.1f} GiB free. Set train.check_base=layer, or check a smaller model of the family."
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    with no_progress_bar():
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     if adapter is not None:
         from peft import PeftModel
 

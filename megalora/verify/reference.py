@@ -29,7 +29,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
-from transformers.utils import logging
+
+from megalora.progress_bar import no_progress_bar
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
@@ -138,7 +139,7 @@ class Reference:
         options = LoadStateDictConfig(
             dtype=self.dtype, dtype_plan=self.model._get_dtype_plan(self.dtype), weight_mapping=self.conversions
         )
-        with _no_progress_bar():
+        with no_progress_bar():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, options, tp_plan=None)
         problems = [*info.mismatched_keys, *info.conversion_errors.values(), *info.error_msgs]
         if problems:
@@ -242,14 +243,3 @@ class Reference:
                 )
         finally:
             hook.remove()
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
