@@ -44,8 +44,7 @@ def whole_or_gone(out: Path) -> Iterator[Path]:
         raise ValueError(f"could not make {temporary} ({error})") from None
     try:
         yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            force_to_disk(path)
+        force_tree_to_disk(temporary)
         temporary.rename(out)
         force_to_disk(out.parent)
     except BaseException as error:
@@ -57,6 +56,12 @@ def whole_or_gone(out: Path) -> Iterator[Path]:
 
 def _unfinished(out: Path) -> Path:
     return out.with_name(f".{out.name}.tmp")
+
+
+def force_tree_to_disk(folder: Path) -> None:
+    """Everything below a folder, then the folder itself."""
+    for path in (*folder.rglob("*"), folder):
+        force_to_disk(path)
 
 
 def force_to_disk(path: Path) -> None:

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megalora.bridge.output import force_to_disk
+from megalora.bridge.output import force_to_disk, force_tree_to_disk
 
 LATEST = "latest"
 _NAME = re.compile(r"step_\d{6,18}")
@@ -77,8 +77,7 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
     temporary.mkdir()
     try:
         write(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
-            force_to_disk(path)
+        force_tree_to_disk(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
