@@ -9,10 +9,12 @@ Nothing here can be taken back, and autograd must meet the device before its fir
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,8 +26,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "gpu"
-OWNERS = ("/megalora_kernels/", "/megalora/", "/megatron/core/")
-"""Whose code a wait is put down to: the innermost frame in one of these."""
+
+
+def _folder(package: str) -> str:
+    """The folder of a package, found without importing it: nothing may be imported before the device is installed."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None, f"{package} is not installed"
+    return f"{Path(spec.origin).parent}/"
+
+
+OWNERS = {
+    _folder("megalora_kernels"): "megalora_kernels",
+    _folder("megalora"): "megalora",
+    _folder("megatron.core"): "megatron/core",
+}
+"""Whose code a wait is put down to: the innermost frame from a file in one of these folders, by the name it is listed under.
+Whole paths, because a virtual environment may itself lie in a folder called megalora."""
 
 aten = torch.ops.aten
 SIZE_DEPENDS_ON_VALUES = {
@@ -91,9 +107,9 @@ def place() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
-        for owner in OWNERS:
-            if owner in path and "/tests/" not in path:
-                return f"{owner.strip('/')}/{path.rpartition(owner)[2]}:{frame.f_code.co_qualname}"
+        for folder, owner in OWNERS.items():
+            if path.startswith(folder):
+                return f"{owner}/{path.removeprefix(folder)}:{frame.f_code.co_qualname}"
         frame = frame.f_back
     return "torch"
 
