@@ -3,10 +3,15 @@
 from tests.mutations.bugs import Bug, bug
 
 STAGED, STAGED_TEST = "megalora/staged.py", "tests/distributed/test_staged.py"
+MODEL, MODEL_TEST = "benchmarks/tile_model.py", "tests/test_tile_model.py"
 ENVIRONMENT, SHARE_TEST = "megalora/environment.py", "tests/test_share_gpu.py"
 
 # fmt: off
 GPU_BUGS: tuple[Bug, ...] = (
+    bug(0, "a last wave that costs its share alone", MODEL, "        waves = math.ceil(waves)", "        pass", f"{MODEL_TEST} hand"),
+    bug(0, "tiles that are half empty cost half", MODEL, "math.ceil(product.rows_per_expert / variant.block_m)", "product.rows_per_expert / variant.block_m", f"{MODEL_TEST} published"),
+    bug(0, "copies into shared memory are free", MODEL, "(read + copied) / gpu.shared", "read / gpu.shared", f"{MODEL_TEST} full_rate"),
+    bug(0, "weights read once for all experts", MODEL, "experts * depth * product.N)", "depth * product.N)", f"{MODEL_TEST} bound_by_hbm"),
     bug(0, "a collective's result left on the host", STAGED, "tensor.detach().copy_(result.view(tensor.shape))", "result.view(tensor.shape)", f"{STAGED_TEST} delivers"),
     bug(0, "a result taken before gloo has it", STAGED, "        for part in self._parts:\n            part.wait()", "        if self._deliver is not None:\n            self._deliver()\n            self._deliver = None\n        for part in self._parts:\n            part.wait()", f"{STAGED_TEST} delivers"),
     bug(0, "a result delivered as often as it is waited for", STAGED, "        self._deliver = None\n        return True", "        return True", f"{STAGED_TEST} behave"),

@@ -1,0 +1,319 @@
+"""Predict what a variant of the grouped GEMM must cost on an H100 or H200.
+
+    python -m benchmarks.tile_model                     every product of a layer of Qwen3-30B-A3B
+    python -m benchmarks.tile_model --gpu h200 --rank 32
+    python -m benchmarks.tile_model --l2-tb-per-s 10    with the L2 bandwidth that anchors.py measured
+
+A tile takes the longest of three, which overlap: the tensor cores multiply, their operands are read from shared memory, and
+copies from L2 fill it. Before and after it stand a prologue and an epilogue that nothing hides. The whole product takes no less than its
+traffic with HBM. The model knows nothing of how an operand is loaded (pointers or TMA) beyond the registers it takes, and balanced
+experts are assumed. Predictions: to be set beside what tune.py and bench_grouped_lora.py measure.
+
+Shape legend: M routed rows   E experts   K inputs   N outputs   R rank
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from megalora_kernels.variants import Product, Variant
+
+from benchmarks.gpu_timing import table
+
+Basis = Literal["read", "measured", "assumed"]
+"""``read``: published by the vendor; ``measured``: on such a GPU, before this project had one; ``assumed``: a guess, which anchors.py
+puts to the test."""
+Bound = Literal["tensor cores", "shared memory", "L2", "HBM"]
+SIZE = 2  # bytes of bfloat16
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A figure with its origin."""
+
+    value: float
+    unit: str
+    basis: Basis
+    source: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The rates that bind a GEMM; those of one multiprocessor (SM) are per clock cycle."""
+
+    name: str
+    processors: Constant
+    clock_ghz: Constant
+    dense_tflops: Constant
+    """The best that a dense GEMM reaches: clocks fall under load, so it is less than the nominal rate."""
+    hbm_tb_per_s: Constant
+    l2_tb_per_s: Constant
+    shared_bytes_per_cycle: Constant
+    """What one SM reads from and writes to shared memory: wgmma takes both operands from it, and copies land in it."""
+    ends_cycles: Constant
+    """Prologue and epilogue of a tile."""
+
+    @property
+    def flops_per_cycle(self) -> float:
+        """What one SM sustains."""
+        return self.dense_tflops.value * 1e3 / self.processors.value / self.clock_ghz.value
+
+    @property
+    def l2_bytes_per_cycle(self) -> float:
+        """One SM's share."""
+        return self.l2_tb_per_s.value * 1e3 / self.processors.value / self.clock_ghz.value
+
+
+H100 = Gpu(
+    name="h100",
+    processors=Constant(132, "SMs", "read", "NVIDIA H100 SXM data sheet"),
+    clock_ghz=Constant(1.755, "GHz", "assumed", "clock under load; the highest is 1.98"),
+    dense_tflops=Constant(790, "TFLOP/s", "measured", "dense bfloat16 8192 x 8192 x 8192"),
+    hbm_tb_per_s=Constant(3.0, "TB/s", "measured", "copy of a large buffer, reads and writes"),
+    l2_tb_per_s=Constant(7.0, "TB/s", "assumed", "30 bytes per SM and cycle"),
+    shared_bytes_per_cycle=Constant(128, "bytes/cycle", "read", "CUDA C programming guide: 32 banks of 4 bytes"),
+    ends_cycles=Constant(1800, "cycles", "assumed", "four stages filled once, 64 KB stored once"),
+)
+H200 = replace(
+    H100,
+    name="h200",
+    hbm_tb_per_s=Constant(4.3, "TB/s", "measured", "copy of a large buffer, reads and writes"),
+)
+GPUS = {gpu.name: gpu for gpu in (H100, H200)}
+
+# Shares of a tile's ends that stay visible, assumed: other programs of the same SM work meanwhile, or, in a persistent program,
+# the copies for the next tile begin before this one's epilogue.
+VISIBLE_SHARED_SM, VISIBLE_PERSISTENT = 0.25, 0.6
+# Limits of compute capability 9.0 (CUDA C programming guide, table of technical specifications).
+SHARED_OF_SM, SHARED_RESERVED, REGISTERS_OF_SM, REGISTERS_OF_THREAD = 233472, 1024, 65536, 255
+WGMMA_ROWS, WGMMA_DEPTH = 64, 16
+
+
+# ---- one tile -------------------------------------------------------------------------------------------------------
+
+
+def shared_bytes(variant: Variant) -> int:
+    """Shared memory of the pipeline. The adapter's product comes after K and reuses its buffers."""
+    return variant.num_stages * SIZE * variant.block_k * (variant.block_m + variant.block_n)
+
+
+def programs_per_sm(variant: Variant) -> int:
+    """How many programs fit one SM; 0: none. Registers beside the accumulator are an estimate from compiled variants."""
+    multiplying = _multiplying_warps(variant)
+    accumulator = variant.block_m * variant.block_n // (32 * multiplying)
+    addresses = 40 if variant.rows == "tma" else 60
+    registers = accumulator + addresses + (45 if variant.persistent else 0)
+    if variant.roles:
+        registers = 168  # the compiler divides them between loading and multiplying warps
+    if registers > REGISTERS_OF_THREAD:
+        return 0
+    warps = multiplying + (4 if variant.roles else 0)
+    by_registers = REGISTERS_OF_SM // (registers * 32 * warps)
+    by_shared = SHARED_OF_SM // (shared_bytes(variant) + SHARED_RESERVED)
+    return min(by_registers, by_shared)
+
+
+def _multiplying_warps(variant: Variant) -> int:
+    """With warp roles every 64 rows get a warp group of their own."""
+    return max(4, variant.block_m // WGMMA_ROWS * 4) if variant.roles else variant.num_warps
+
+
+def tile_cycles(variant: Variant, depth: float, gpu: Gpu) -> dict[Bound, float]:
+    """Clock cycles that each unit of one SM needs for a tile of ``depth`` terms."""
+    m, n = variant.block_m, variant.block_n
+    flops = 2 * m * n * depth
+    # A warp group multiplies 64 rows at a time. Two groups on the same 64 rows share the columns, and both read the rows.
+    groups = _multiplying_warps(variant) // 4
+    blocks_of_rows = max(1, m // WGMMA_ROWS)
+    columns = n if blocks_of_rows >= groups else n * blocks_of_rows // groups
+    instructions = depth / WGMMA_DEPTH * (m / WGMMA_ROWS) * (n / columns)
+    read = instructions * SIZE * WGMMA_DEPTH * (WGMMA_ROWS + columns)
+    copied = SIZE * depth * (m + n)
+    return {
+        "tensor cores": flops / gpu.flops_per_cycle,
+        "shared memory": (read + copied) / gpu.shared_bytes_per_cycle.value,
+        "L2": copied / gpu.l2_bytes_per_cycle,
+    }
+
+
+# ---- one product ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The prediction for one product."""
+
+    us: float
+    bound: Bound
+    tflops: float
+    """Of the base's 2 M N K alone."""
+
+
+def floor_us(product: Product, experts: int, gpu: Gpu = H100) -> float:
+    """The traffic with HBM: weights once, rows in, rows out, and the adapter's S and B."""
+    rows = experts * product.rows_per_expert
+    depth = product.K + product.rank
+    moved = SIZE * (rows * (depth + product.N) + experts * depth * product.N)
+    return moved / gpu.hbm_tb_per_s.value / 1e6
+
+
+def cost(variant: Variant, product: Product, experts: int, gpu: Gpu = H100) -> Cost:
+    """Predict one grouped product with balanced experts.
+
+    Raises:
+        ValueError: the variant fits no SM.
+    """
+    per_sm = programs_per_sm(variant)
+    if per_sm == 0:
+        raise ValueError(f"{label(variant)} needs more registers or shared memory than an SM has; take a smaller tile")
+    blocks_of_rows = math.ceil(product.rows_per_expert / variant.block_m)
+    blocks_of_columns = math.ceil(product.N / variant.block_n)
+    tiles = experts * blocks_of_rows * blocks_of_columns
+    padded_rank = max(16, 1 << (product.rank - 1).bit_length()) if product.rank else 0
+    cycles = tile_cycles(variant, product.K + padded_rank, gpu)
+    bound = max(cycles, key=lambda unit: cycles[unit])
+
+    # Several programs of one SM even out what is left at the end; a single one leaves SMs idle in the last wave.
+    waves: float = tiles / gpu.processors.value
+    if per_sm == 1:
+        waves = math.ceil(waves)
+    visible = VISIBLE_SHARED_SM if per_sm > 1 else VISIBLE_PERSISTENT if variant.persistent else 1.0
+    us = waves * (cycles[bound] + visible * gpu.ends_cycles.value) / gpu.clock_ghz.value / 1e3
+
+    floor = floor_us(product, experts, gpu)
+    if floor > us:
+        us, bound = floor, "HBM"
+    flops = 2 * experts * product.rows_per_expert * product.N * product.K
+    return Cost(us, bound, flops / us / 1e6)
+
+
+# ---- the shapes -----------------------------------------------------------------------------------------------------
+
+POINTS = ((128, 64), (128, 128), (128, 256), (128, 512), (128, 1024), (16, 2048), (16, 4096), (16, 8192))
+"""Experts of a rank and rows for each."""
+TILES = (
+    (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 4, 4), (64, 256, 64, 8, 4), (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (256, 128, 64, 16, 3),
+)  # fmt: skip
+HIDDEN_INNER = {"30b": (2048, 768), "235b": (4096, 1536)}
+
+
+def products(model: str, experts: int, rows: float, rank: int) -> dict[str, Product]:
+    """The four products of a layer. All 128 experts gather tokens as they read; a share gets its rows in order.
+
+    Args:
+        model: a key of ``HIDDEN_INNER``.
+        experts: of this rank.
+        rows: for each of them.
+        rank: of each projection; gate and up are stacked.
+    """
+    H, inner = HIDDEN_INNER[model]
+    gathered = experts == 128
+
+    def product(op: Literal["forward", "dgrad"], N: int, K: int, R: int, gathers: bool) -> Product:
+        return Product(op, torch.bfloat16, N, K, R, gathers, rows)
+
+    return {
+        "gate_up forward": product("forward", 2 * inner, H, 2 * rank, gathered),
+        "down forward": product("forward", H, inner, rank, False),
+        "down dgrad": product("dgrad", inner, H, rank, gathered),
+        "gate_up dgrad": product("dgrad", H, 2 * inner, 2 * rank, False),
+    }
+
+
+def last_release(product: Product) -> Variant:
+    """The rule before variants: 64 rows below 384 for each expert, else 128."""
+    if product.rows_per_expert < 384:
+        return Variant(64, 128, 64, 4, 4)
+    return Variant(128, 128, 64, 8, 4)
+
+
+def searched(product: Product) -> Iterator[Variant]:
+    """Tiles that run this product."""
+    for block_m, block_n, block_k, warps, stages in TILES:
+        for persistent in (False, True):
+            rows = "pointers" if product.gathered else "tma"
+            variant = Variant(block_m, block_n, block_k, warps, stages, "tma", rows, persistent)
+            if product.N % block_n == 0 and programs_per_sm(variant):
+                yield variant
+
+
+def best(product: Product, experts: int, gpu: Gpu = H100) -> Variant:
+    """The fastest by this model; the first of equals."""
+    return min(searched(product), key=lambda variant: cost(variant, product, experts, gpu).us)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A time that others measured on an H100, of a kernel like ours."""
+
+    what: str
+    product: Product
+    experts: int
+    variant: Variant
+    us: float
+
+
+_WIDE = Variant(128, 256, 64, 8, 4, "tma", "tma")
+PUBLISHED = (
+    Published("SGLang PR 36543, up", Product("forward", torch.bfloat16, 1536, 2048, 0, False, 315), 128, _WIDE, 531.0),
+    Published("SGLang PR 36543, down", Product("forward", torch.bfloat16, 2048, 768, 0, False, 315), 128, _WIDE, 283.0),
+)
+"""Qwen3-30B-A3B's very shapes in Triton 3.7.1."""
+TOLERANCE = 0.05
+"""How far the model may be from them."""
+
+
+def label(variant: Variant) -> str:
+    """As in ``128x256x64 w8 s4 tma/pointers``: tile, warps, stages, how weight and rows are read."""
+    text = f"{variant.block_m}x{variant.block_n}x{variant.block_k} w{variant.num_warps} s{variant.num_stages}"
+    text += f" {variant.weight}/{variant.rows}"
+    if variant.persistent:
+        text += " persistent"
+    return text + (" roles" if variant.roles else "")
+
+
+def rows_of_table(model: str, rank: int, gpu: Gpu) -> list[tuple[str, ...]]:
+    """One line per product and point: the floor, the last release, the best tile."""
+    lines: list[tuple[str, ...]] = []
+    for experts, rows in POINTS:
+        for name, product in products(model, experts, rows, rank).items():
+            before = cost(last_release(product), product, experts, gpu)
+            found = best(product, experts, gpu)
+            now = cost(found, product, experts, gpu)
+            cells = [f"{us:.0f}" for us in (floor_us(product, experts, gpu), before.us, now.us)]
+            lines.append(
+                (f"E{experts} x {rows} {name}", *cells, f"{now.tflops:.0f}", before.bound, now.bound, label(found))
+            )
+    return lines
+
+
+HEADER = ("product", "floor us", "before us", "best us", "TFLOP/s", "bound before", "bound", "best variant")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", choices=GPUS, default="h100")
+    parser.add_argument("--model", choices=HIDDEN_INNER, default="30b")
+    parser.add_argument("--rank", type=int, default=0, help="of an adapter on each projection; 0: the base alone")
+    parser.add_argument("--l2-tb-per-s", type=float, help="L2 bandwidth instead of the assumed one")
+    args = parser.parse_args()
+    if args.rank < 0:
+        parser.error(f"--rank {args.rank}: ranks are 0 (no adapter) and up")
+    gpu = GPUS[args.gpu]
+    if args.l2_tb_per_s is not None:
+        if args.l2_tb_per_s <= 0:
+            parser.error(f"--l2-tb-per-s {args.l2_tb_per_s}: a bandwidth is more than 0")
+        gpu = replace(gpu, l2_tb_per_s=Constant(args.l2_tb_per_s, "TB/s", "measured", "the command line"))
+    print(f"{args.model}, {gpu.name}, rank {args.rank}, bfloat16: predicted, not measured")
+    print(table(HEADER, rows_of_table(args.model, args.rank, gpu)))
+    for case in PUBLISHED:
+        predicted = cost(case.variant, case.product, case.experts, gpu)
+        print(f"{case.what}: published {case.us:.0f} us on an H100, the model says {predicted.us:.0f}")
+
+
+if __name__ == "__main__":
+    main()

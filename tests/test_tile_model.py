@@ -1,0 +1,120 @@
+"""The tile model against figures worked out by hand, published times, and what it shares with the roofline."""
+
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from megalora_kernels.variants import Product, Variant
+
+from benchmarks import roofline, tile_model
+from benchmarks.tile_model import H100, H200, PUBLISHED, TOLERANCE, cost, floor_us
+
+GATE_UP = Product("forward", torch.bfloat16, N=1536, K=2048, rank=0, gathered=True, rows_per_expert=4096)
+NARROW = Variant(128, 128, 64, 8, 4)
+
+
+@pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: case.what)
+def test_published_times(case):
+    assert cost(case.variant, case.product, case.experts).us == pytest.approx(case.us, rel=TOLERANCE)
+
+
+def test_one_product_by_hand():
+    """16 experts x 4,096 rows, 128 x 128 tiles: 16 x 32 x 12 tiles on 132 SMs, one at a time, bound by L2."""
+    l2_bytes_per_cycle = 7.0e12 / 132 / 1.755e9
+    cycles = 2 * 2048 * (128 + 128) / l2_bytes_per_cycle + 1800
+    us = math.ceil(16 * 32 * 12 / 132) * cycles / 1755
+    found = cost(NARROW, GATE_UP, 16)
+    assert found.us == pytest.approx(us) and round(us) == 978 and found.bound == "L2"
+    assert found.tflops == pytest.approx(2 * 65536 * 1536 * 2048 / us / 1e6)
+    assert cost(NARROW, replace(GATE_UP, rank=17), 16).us == pytest.approx(
+        math.ceil(16 * 32 * 12 / 132) * (2 * (2048 + 32) * 256 / l2_bytes_per_cycle + 1800) / 1755
+    ), "rank 17 is multiplied as 32"
+    wasted = cost(NARROW, replace(GATE_UP, rows_per_expert=4097), 16)
+    assert wasted.us > found.us * 33 / 32 * 0.99, "one row more is one tile more for each expert"
+
+
+@pytest.mark.parametrize(
+    ("tile", "shared", "l2"),
+    [((64, 128, 4), 192, 96), ((64, 256, 4), 160, 80), ((128, 128, 8), 160, 64), ((256, 128, 8), 144, 48),
+     ((128, 256, 8), 128, 48)],
+)  # fmt: skip
+def test_bytes_per_cycle_at_the_full_tensor_rate(tile, shared, l2):
+    """By hand: wgmma reads both operands of 64 rows from shared memory, copies write it, 4,096 FLOPs a cycle."""
+    m, n, warps = tile
+    cycles = tile_model.tile_cycles(Variant(m, n, 64, warps, 4), 2048, H100)
+    full_rate = 2 * m * n * 2048 / 4096
+    assert cycles["shared memory"] * 128 / full_rate == pytest.approx(shared)
+    assert cycles["L2"] * H100.l2_bytes_per_cycle / full_rate == pytest.approx(l2)
+    assert cycles["tensor cores"] / full_rate == pytest.approx(132 * 4096 * 1.755e9 / 790e12), "what is sustained"
+
+
+def test_two_warp_groups_on_the_same_rows_read_them_twice():
+    one, two = (tile_model.tile_cycles(Variant(64, 256, 64, warps, 4), 64, H100)["shared memory"] for warps in (4, 8))
+    assert (two - one) * 128 == 64 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("variant", "programs"),
+    [(NARROW, 1), (Variant(128, 128, 64, 8, 3), 2), (Variant(64, 128, 64, 4, 4), 2), (Variant(128, 256, 64, 8, 4), 1),
+     (Variant(128, 256, 64, 8, 5), 0), (Variant(128, 256, 64, 4, 3), 0),
+     (Variant(128, 256, 64, 4, 3, "tma", "tma", roles=True), 1),
+     (Variant(128, 128, 64, 8, 3, "tma", "tma", persistent=True), 1)],
+)  # fmt: skip
+def test_programs_of_an_sm_as_compiled(variant, programs):
+    assert tile_model.programs_per_sm(variant) == programs
+    if programs == 0:
+        with pytest.raises(ValueError, match="take a smaller tile"):
+            cost(variant, GATE_UP, 16)
+
+
+def test_few_rows_are_bound_by_hbm():
+    few = replace(GATE_UP, rows_per_expert=64)
+    moved = 2 * (128 * 1536 * 2048 + 128 * 64 * (1536 + 2048))
+    slow, fast = (cost(Variant(64, 128, 64, 4, 4), few, 128, gpu) for gpu in (H100, H200))
+    assert slow.us == floor_us(few, 128) == pytest.approx(moved / 3.0e6) and slow.bound == "HBM"
+    assert fast.us == pytest.approx(moved / 4.3e6)
+    wide = cost(Variant(128, 256, 64, 8, 4), replace(GATE_UP, rows_per_expert=512), 128)
+    assert wide.us == cost(Variant(128, 256, 64, 8, 4), replace(GATE_UP, rows_per_expert=512), 128, H200).us
+
+
+def test_ends_hide_behind_other_programs_and_less_in_a_persistent_one():
+    def ends(variant: Variant) -> float:
+        """Microseconds that the ends of all tiles add."""
+        without = replace(H100, ends_cycles=replace(H100.ends_cycles, value=0.0))
+        return cost(variant, GATE_UP, 16).us - cost(variant, GATE_UP, 16, without).us
+
+    alone = Variant(128, 256, 64, 8, 4, "tma", "tma")
+    assert ends(replace(alone, persistent=True)) == pytest.approx(0.6 * ends(alone))
+    assert ends(Variant(128, 128, 64, 8, 3)) == pytest.approx(0.25 * 1800 / 1755 * 16 * 32 * 12 / 132)
+
+
+def test_the_floor_is_the_roofline_s_traffic():
+    case = roofline.Case(H=2048, I=768, M=128 * 8, T=1024, E=128, r=16)
+    for name, product in tile_model.products("30b", 128, 8, 16).items():
+        flat = roofline.gemm_us(case, product.N, product.K + product.rank, "grouped_mm")
+        assert floor_us(product, 128) == pytest.approx(flat), name
+    assert H100.hbm_tb_per_s.value * 1e12 == roofline.BYTES_PER_S
+    assert tile_model.HIDDEN_INNER == roofline.SHAPES
+
+
+def test_the_best_is_no_slower_than_the_last_release():
+    for experts, rows in tile_model.POINTS:
+        for product in tile_model.products("235b", experts, rows, 16).values():
+            chosen = tile_model.best(product, experts)
+            assert product.N % chosen.block_n == 0 and not (product.gathered and chosen.rows == "tma")
+            before = cost(tile_model.last_release(product), product, experts)
+            assert cost(chosen, product, experts).us <= before.us
+
+
+def test_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tile_model", "--gpu", "h200", "--rank", "16", "--l2-tb-per-s", "10"])
+    tile_model.main()
+    said = capsys.readouterr().out
+    assert said.startswith("30b, h200, rank 16") and said.count("\n") == 2 + 8 * 4 + len(PUBLISHED)
+    for wrong in (["--rank", "-1"], ["--l2-tb-per-s", "0"]):
+        monkeypatch.setattr(sys, "argv", ["tile_model", *wrong])
+        with pytest.raises(SystemExit) as left:
+            tile_model.main()
+        assert left.value.code == 2 and wrong[1] in capsys.readouterr().err
