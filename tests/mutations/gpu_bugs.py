@@ -10,7 +10,7 @@ ENVIRONMENT, SHARE_TEST = "megalora/environment.py", "tests/test_share_gpu.py"
 GPU_BUGS: tuple[Bug, ...] = (
     bug(0, "a last wave that costs its share alone", MODEL, "        waves = math.ceil(waves)", "        pass", f"{MODEL_TEST} hand"),
     bug(0, "tiles that are half empty cost half", MODEL, "math.ceil(product.rows_per_expert / variant.block_m)", "product.rows_per_expert / variant.block_m", f"{MODEL_TEST} published"),
-    bug(0, "copies into shared memory are free", MODEL, "(read + copied) / gpu.shared", "read / gpu.shared", f"{MODEL_TEST} full_rate"),
+    bug(0, "copies into shared memory are free", MODEL, "(read + copied) / gpu.shared", "read / gpu.shared", f"{MODEL_TEST} tensor_rate"),
     bug(0, "weights read once for all experts", MODEL, "experts * depth * product.N)", "depth * product.N)", f"{MODEL_TEST} bound_by_hbm"),
     bug(0, "a collective's result left on the host", STAGED, "tensor.detach().copy_(result.view(tensor.shape))", "result.view(tensor.shape)", f"{STAGED_TEST} delivers"),
     bug(0, "a result taken before gloo has it", STAGED, "        for part in self._parts:\n            part.wait()", "        if self._deliver is not None:\n            self._deliver()\n            self._deliver = None\n        for part in self._parts:\n            part.wait()", f"{STAGED_TEST} delivers"),
