@@ -4,11 +4,31 @@ Shape legend: E experts   N rows of the fused weight   K inputs   R sum of the r
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .checks import check_adapter
+
+
+class RankScale(NamedTuple):
+    """Factors for the columns of S and dS, applied in float32 where these are written.
+
+    LoRA's scaling is there and not in B: ``B (scale S)`` is ``(scale B) S``, ``dS = scale (dy B)``, and every gradient is one
+    of a product with S or dS, so no scaled copy of a factor is made. S is rounded once, after scaling.
+    """
+
+    first: float
+    """Of the columns before ``split``."""
+    second: float
+    """Of all others."""
+    split: int
+
+
+MAX_PROJECTIONS = 2
+"""The kernels take one B (down) or two (gate and up)."""
+UNSCALED = RankScale(1.0, 1.0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,29 +54,44 @@ class Adapter:
                 start += b.shape[2]
         return found
 
-    def whole_b(self, num_rows: int) -> torch.Tensor:
-        """``[E, N, R]``: the scaled B's, block by block, zero elsewhere; differentiable."""
+    def blocks(self) -> tuple[torch.Tensor | None, ...]:
+        """``[E, r, N / len(b)]`` each: the B's transposed, unscaled, as views."""
+        return tuple(None if b is None else b.transpose(1, 2) for b in self.b)
+
+    def rank_scale(self) -> RankScale:
+        """The scale of every column of S."""
+        scales = [self.scale[i] for i, _, _ in self.ranks()]
+        _, _, split = self.ranks()[0]
+        return RankScale(scales[0], scales[-1], split)
+
+    def whole_b(self, num_rows: int, scaled: bool = True) -> torch.Tensor:
+        """``[E, N, R]``: the B's, block by block, zero elsewhere; differentiable."""
         height, blocks, ranks = num_rows // len(self.b), [], {i: (j, k) for i, j, k in self.ranks()}
         total = self.a.shape[1]
         if len(self.b) == 1 and self.b[0] is not None:
-            return self.b[0] if self.scale[0] == 1 else self.b[0] * self.scale[0]
+            return self.b[0] * self.scale[0] if scaled else self.b[0]
         for i, b in enumerate(self.b):
             if b is None:
                 blocks.append(self.a.new_zeros(self.a.shape[0], height, total))
             else:
-                blocks.append(F.pad(b * self.scale[i], (ranks[i][0], total - ranks[i][1])))
+                b = b * self.scale[i] if scaled else b
+                blocks.append(F.pad(b, (ranks[i][0], total - ranks[i][1])))
         return torch.cat(blocks, 1)
 
     def b_gradients(self, db_ENR: torch.Tensor) -> list[torch.Tensor | None]:
-        """The gradient of each B from that of ``whole_b``."""
+        """The gradient of each B from that of ``whole_b`` as it is unscaled."""
         grads: list[torch.Tensor | None] = [None] * len(self.b)
         height = db_ENR.shape[1] // len(self.b)
         for i, j, k in self.ranks():
-            grads[i] = db_ENR[:, i * height : (i + 1) * height, j:k] * self.scale[i]
+            grads[i] = db_ENR[:, i * height : (i + 1) * height, j:k]
         return grads
 
     def check(self, what: str, weight_ENK: torch.Tensor) -> None:
         """Raises ``ValueError`` unless A's rows and every B fit each other and the weight."""
+        if len(self.b) > MAX_PROJECTIONS:
+            raise ValueError(
+                f"{what}: {len(self.b)} b's; a fused weight has at most {MAX_PROJECTIONS} projections here (gate and up)"
+            )
         if len(self.b) != len(self.scale) or not self.b or weight_ENK.shape[1] % len(self.b):
             raise ValueError(
                 f"{what}: {len(self.b)} b's with {len(self.scale)} scales for a weight of {weight_ENK.shape[1]} rows; "

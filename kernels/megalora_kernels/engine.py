@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .adapter import UNSCALED, RankScale
 from .combine import combine_ref, combine_triton
 from .grouped_gemm import (
     Joined,
@@ -26,7 +27,7 @@ from .grouped_gemm import (
 )
 from .lora_wgrad import lora_wgrad_loop, lora_wgrad_triton
 from .routing import Routing
-from .shrink import shrink_loop, shrink_triton
+from .shrink import Factors, shrink_loop, shrink_triton
 from .swiglu import SwiGLUGrads, swiglu_backward_loop, swiglu_backward_triton, swiglu_loop, swiglu_triton
 
 
@@ -93,15 +94,16 @@ class Engine:
         return Rows(x_MK, s_MR=like.new_empty(self.routing.num_rows, rank) if rank else None)
 
     def shrink(
-        self, x: torch.Tensor, a_ERK: torch.Tensor | None, weight: Weight, source_M: torch.Tensor | None = None,
-        x_lora: torch.Tensor | None = None,
+        self, x: torch.Tensor, factors: Factors | None, weight: Weight, source_M: torch.Tensor | None = None,
+        x_lora: torch.Tensor | None = None, scale: RankScale = UNSCALED,
     ) -> Rows:  # fmt: skip
-        """x as an operand, with S = x Aᵀ beside it (of ``x_lora`` where that is given)."""
+        """x as an operand, with S beside it: x, or ``x_lora`` where that is given, times its factors and scale."""
         x = self.dense(x)
-        if a_ERK is None:
+        if factors is None:
             return Rows(x, source_M)
-        s_MR = x.new_empty(self.routing.num_rows, a_ERK.shape[1])
-        self.passes.shrink(x if x_lora is None else self.dense(x_lora), a_ERK, self.routing, s_MR, source_M)
+        s_MR = x.new_empty(self.routing.num_rows, _rank_of(factors))
+        x_lora = x if x_lora is None else self.dense(x_lora)
+        self.passes.shrink(x_lora, factors, self.routing, s_MR, source_M, scale=scale)
         return Rows(x, source_M, s_MR)
 
     def linear(self, rows: Rows, weight: Weight, b_ENR: torch.Tensor | None) -> torch.Tensor:
@@ -121,21 +123,24 @@ class Engine:
         """``s @ factor[e]`` alone."""
         return self.gemm(self.dense(s_MR), factor_ERN, self.routing)
 
-    def swiglu(self, y_MJ: torch.Tensor, p_M: torch.Tensor, a_EQI: torch.Tensor | None, weight: Weight) -> Rows:
+    def swiglu(
+        self, y_MJ: torch.Tensor, p_M: torch.Tensor, a_EQI: torch.Tensor | None, weight: Weight,
+        scale: RankScale = UNSCALED,
+    ) -> Rows:  # fmt: skip
         """silu(gate) up p, with S of down beside it."""
         rows = self.buffers(y_MJ, y_MJ.shape[1] // 2, 0 if a_EQI is None else a_EQI.shape[1], weight)
-        self.passes.swiglu(y_MJ, p_M, a_EQI, self.routing, rows.x, self._padded(rows))
+        self.passes.swiglu(y_MJ, p_M, a_EQI, self.routing, rows.x, self._padded(rows), scale.first)
         return rows
 
     def swiglu_backward(
         self, dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, s_MR: torch.Tensor | None,
-        b_EJR: torch.Tensor | None, ds_MQ: torch.Tensor | None, weight: Weight,
+        blocks: Factors | None, ds_MQ: torch.Tensor | None, weight: Weight, scale: RankScale = UNSCALED,
     ) -> tuple[Rows, SwiGLUGrads]:  # fmt: skip
         """(dy, dS) of gate_up, and the gradients of probabilities, A of down and B of gate_up."""
         rows = self.buffers(y_MJ, y_MJ.shape[1], 0 if s_MR is None else s_MR.shape[1], weight)
         grads = self.passes.swiglu_backward(dh_MI, y_MJ, p_M, self.routing, rows.x, s_MR, ds_MQ)
-        if b_EJR is not None:
-            self.passes.shrink(rows.x, b_EJR.transpose(1, 2), self.routing, self._padded(rows))
+        if blocks is not None:
+            self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows), scale=scale)
         return rows, grads
 
     def _padded(self, rows: Rows) -> torch.Tensor | None:
@@ -171,20 +176,21 @@ class VendorEngine(Engine):
         return Rows(joined[:, :features], None, joined[:, features : features + rank], joined)
 
     def shrink(
-        self, x: torch.Tensor, a_ERK: torch.Tensor | None, weight: Weight, source_M: torch.Tensor | None = None,
-        x_lora: torch.Tensor | None = None,
+        self, x: torch.Tensor, factors: Factors | None, weight: Weight, source_M: torch.Tensor | None = None,
+        x_lora: torch.Tensor | None = None, scale: RankScale = UNSCALED,
     ) -> Rows:  # fmt: skip
-        if source_M is None and (a_ERK is None or weight.joined is None):
-            rows = super().shrink(x, a_ERK, weight, None, x_lora)
+        if source_M is None and (factors is None or weight.joined is None):
+            rows = super().shrink(x, factors, weight, None, x_lora, scale)
             rows.x = aligned(rows.x)
             return rows
         x = self.dense(x)
-        rows = self.buffers(x, x.shape[1], 0 if a_ERK is None else a_ERK.shape[1], weight)
+        rows = self.buffers(x, x.shape[1], 0 if factors is None else _rank_of(factors), weight)
+        factors = (None,) if factors is None else factors  # rows are copied all the same
         if x_lora is not None:
             rows.x.copy_(x)
-            self.passes.shrink(self.dense(x_lora), a_ERK, self.routing, self._padded(rows), source_M)
+            self.passes.shrink(self.dense(x_lora), factors, self.routing, self._padded(rows), source_M, scale=scale)
         else:
-            self.passes.shrink(x, a_ERK, self.routing, self._padded(rows), source_M, rows.x)
+            self.passes.shrink(x, factors, self.routing, self._padded(rows), source_M, rows.x, scale)
         return rows
 
     def linear(self, rows: Rows, weight: Weight, b_ENR: torch.Tensor | None) -> torch.Tensor:
@@ -212,6 +218,11 @@ class VendorEngine(Engine):
         if pad:
             s_MR, factor_ERN = F.pad(s_MR, (0, pad)), F.pad(factor_ERN, (0, 0, 0, pad))
         return aligned(s_MR), aligned(factor_ERN)
+
+
+def _rank_of(factors: Factors) -> int:
+    """Columns of S that these factors make."""
+    return sum(0 if a is None else a.shape[1] for a in factors)
 
 
 def make_engine(backend: str, routing: Routing) -> Engine:

@@ -1,11 +1,11 @@
 """The routed experts of one layer as one autograd node: gate_up, SwiGLU with probabilities, down, adapters on all three.
 
-    [gate | up][m] = W1[e] x[source m] + B1[e] S1[m]        S1[m] = A1[e] x[source m]
-    h[m]           = silu(gate[m]) * up[m] * p[m]           S2[m] = A2[e] h[m]
+    [gate | up][m] = W1[e] x[source m] + B1[e] S1[m]        S1[m] = scale A1[e] x[source m]
+    h[m]           = silu(gate[m]) * up[m] * p[m]           S2[m] = scale A2[e] h[m]
     y[m]           = W2[e] h[m] + B2[e] S2[m]
     out[t]         = sum over t's rows m of y[m]            (y itself where rows are given sorted by expert)
 
-Backward, with dY[m] = dout[source m], dS2 = dY B2 and dS1 = d[gate | up] B1:
+Backward, with dY[m] = dout[source m], dS2 = scale dY B2 and dS1 = scale d[gate | up] B1:
 
     dH = dY W2 + dS2 A2      dA2 = dS2ᵀ H      dB2 = dYᵀ S2      d[gate | up], dp: through SwiGLU
     dX = d[gate | up] W1 + dS1 A1, summed over each token's rows          dA1 = dS1ᵀ X      dB1 = d[gate | up]ᵀ S1
@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .adapter import Adapter
+from .adapter import UNSCALED, Adapter, RankScale
 from .backend import choose
 from .checks import check_base, check_placement
 from .dropout import experts_with_dropout
 from .engine import Rows, Weight, make_engine
 from .grouped_gemm import Joined, grouped_gemm_ref
 from .routing import Routing
-from .shrink import shrink_ref
+from .shrink import Factors, shrink_ref
 from .swiglu import swiglu_ref
 
 # ---- 1. reference: the specification, read this first ---------------------------------------------------------------
@@ -86,17 +86,25 @@ class _Operands:
         self.adapter2 = None if a2 is None else Adapter(a2, tuple(b[n:]), static.scales[1])
         self.engine = make_engine(static.backend, self.routing)
 
+        self.a1, self.blocks1, self.scale1 = _factors(self.adapter1)
+        self.a2, self.blocks2, self.scale2 = _factors(self.adapter2)
+
     def b1(self) -> torch.Tensor | None:
-        return self.adapter1.whole_b(self.weight1.w_ENK.shape[1]) if self.adapter1 else None
+        return self.adapter1.whole_b(self.weight1.w_ENK.shape[1], scaled=False) if self.adapter1 else None
 
     def b2(self) -> torch.Tensor | None:
-        return self.adapter2.whole_b(self.weight2.w_ENK.shape[1]) if self.adapter2 else None
+        return self.adapter2.whole_b(self.weight2.w_ENK.shape[1], scaled=False) if self.adapter2 else None
 
     def gate_up(self) -> tuple[torch.Tensor, Rows]:
         assert self.x is not None
-        a1 = self.adapter1.a if self.adapter1 else None
-        rows = self.engine.shrink(self.x, a1, self.weight1, self.routing.source_M)
+        factors = None if self.a1 is None else (self.a1,)
+        rows = self.engine.shrink(self.x, factors, self.weight1, self.routing.source_M, scale=self.scale1)
         return self.engine.linear(rows, self.weight1, self.b1()), rows
+
+
+def _factors(adapter: Adapter | None) -> tuple[torch.Tensor | None, Factors | None, RankScale]:
+    """A, the B's as a product with S or a shrink takes them, and the scale of S's columns."""
+    return (None, None, UNSCALED) if adapter is None else (adapter.a, adapter.blocks(), adapter.rank_scale())
 
 
 FLAT = 9  # tensors before the B's: x, p, offsets, source, slots, w1, w2, a1, a2
@@ -107,8 +115,7 @@ class _ExpertMLP(torch.autograd.Function):
     def forward(ctx: Any, static: _Static, *tensors: torch.Tensor | None) -> torch.Tensor:
         o = _Operands(static, tensors)
         y_MJ, rows = o.gate_up()
-        a2 = o.adapter2.a if o.adapter2 else None
-        inner = o.engine.swiglu(y_MJ, o.p, a2, o.weight2)
+        inner = o.engine.swiglu(y_MJ, o.p, o.a2, o.weight2, o.scale2)
         out = o.engine.combine(o.engine.linear(inner, o.weight2, o.b2()))
         wants = ctx.needs_input_grad[1:]
         wants_b1, wants_b2 = any(wants[FLAT : FLAT + static.blocks[0]]), any(wants[FLAT + static.blocks[0] :])
@@ -150,17 +157,17 @@ def _through_swiglu(
     o: _Operands, dout: torch.Tensor, y_MJ: torch.Tensor, s1: torch.Tensor | None, grads: list[torch.Tensor | None]
 ) -> tuple[Rows, Any]:
     """From the output's gradient to that of [gate | up] and dS1; puts dp and dA2 in their places and returns dB1 whole."""
-    engine, b1, b2 = o.engine, o.b1(), o.b2()
-    rows = engine.shrink(dout, None if b2 is None else b2.transpose(1, 2), o.weight2, o.routing.source_M)
-    dh_MI = engine.dgrad(rows, o.weight2, o.adapter2.a if o.adapter2 else None)
-    dy, found = engine.swiglu_backward(dh_MI, y_MJ, o.p, s1, b1, rows.s_MR, o.weight1)
+    engine = o.engine
+    rows = engine.shrink(dout, o.blocks2, o.weight2, o.routing.source_M, scale=o.scale2)
+    dh_MI = engine.dgrad(rows, o.weight2, o.a2)
+    dy, found = engine.swiglu_backward(dh_MI, y_MJ, o.p, s1, o.blocks1, rows.s_MR, o.weight1, o.scale1)
     grads[2], grads[9] = found.dp_M, found.da_EQI
     return dy, found.db_EJR
 
 
 def _through_gate_up(o: _Operands, dy: Rows, wants_dx: bool, wants_da: bool, grads: list[torch.Tensor | None]) -> None:
     if wants_dx:
-        grads[1] = o.engine.combine(o.engine.dgrad(dy, o.weight1, o.adapter1.a if o.adapter1 else None))
+        grads[1] = o.engine.combine(o.engine.dgrad(dy, o.weight1, o.a1))
     if wants_da:
         assert o.x is not None
         grads[8] = o.engine.wgrad(dy.s_MR, o.x, o.routing.source_M)  # pyright: ignore[reportArgumentType]

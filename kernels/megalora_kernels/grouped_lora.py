@@ -52,7 +52,7 @@ class _GroupedLoRA(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         routing, weight = Routing(offsets_E, x_MK.shape[0]), Weight(weight_ENK, joined)
         engine = make_engine(backend, routing)
-        rows = engine.shrink(x_MK, a_ERK, weight, x_lora=x_lora_MK)
+        rows = engine.shrink(x_MK, None if a_ERK is None else (a_ERK,), weight, x_lora=x_lora_MK)
         y_MN = engine.linear(rows, weight, b_ENR)
         da_needs_x, db_needs_s = ctx.needs_input_grad[3:5]
         x_kept = (x_MK if x_lora_MK is None else x_lora_MK) if da_needs_x else None
@@ -72,7 +72,7 @@ class _GroupedLoRA(torch.autograd.Function):
         engine = make_engine(ctx.backend, routing)
         dx_MK = da_ERK = db_ENR = dx_lora_MK = None
         b_ERN = b_ENR.transpose(1, 2) if a_ERK is not None and (need_dx or need_da or need_dx_lora) else None
-        rows = engine.shrink(dy_MN, b_ERN, weight)
+        rows = engine.shrink(dy_MN, None if b_ERN is None else (b_ERN,), weight)
         ds_MR: Any = rows.s_MR
         if need_dx and ctx.has_x_lora:
             dx_MK = engine.dgrad(engine.shrink(dy_MN, None, weight), weight, None)

@@ -117,7 +117,7 @@ class _LoRAWgrad(torch.autograd.Function):
     def backward(ctx: Any, dout_ERK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         g_MR, x_MK, offsets_E = ctx.saved_tensors
         routing, dg_MR = Routing(offsets_E, x_MK.shape[0]), torch.empty_like(g_MR)
-        (shrink_triton if ctx.triton else shrink_loop)(x_MK, dout_ERK, routing, dg_MR)
+        (shrink_triton if ctx.triton else shrink_loop)(x_MK, (dout_ERK,), routing, dg_MR)
         return dg_MR, (grouped_gemm_triton if ctx.triton else grouped_gemm_loop)(g_MR, dout_ERK, routing), None, None
 
 

@@ -42,7 +42,7 @@ class _PermuteShrink(torch.autograd.Function):
         engine = make_engine(backend, routing)
         rows_MK = x_TK.new_empty(routing.num_rows, x_TK.shape[1])
         s_MR = x_TK.new_empty(routing.num_rows, a_ERK.shape[1])
-        engine.passes.shrink(engine.dense(x_TK), a_ERK, routing, s_MR, source_M, rows_MK)
+        engine.passes.shrink(engine.dense(x_TK), (a_ERK,), routing, s_MR, source_M, rows_MK)
         ctx.save_for_backward(x_TK, a_ERK, offsets_E, source_M, slots_TK)
         ctx.backend = backend
         return rows_MK, s_MR

@@ -1,23 +1,32 @@
 """Permute and shrink: gather rows and take them to rank space in the pass that reads them anyway.
 
-    s[m] = x[source m] @ a[e]ᵀ        and, where a GEMM needs them in order, rows[m] = x[source m]
+    s[m] = scale * x[source m] @ a[e]ᵀ        and, where a GEMM needs them in order, rows[m] = x[source m]
 
 The copy is bound by memory, so the product rides along: S costs no traffic of its own. In backward the same kernel gathers
-the output's gradient (the gradient of the combine) and makes dS = dy B.
+the output's gradient (the gradient of the combine) and makes dS = scale dy B.
 
-Shape legend: T source rows   M routed rows   E experts   K features   R rank
+Several projections of one fused weight have a factor each: factor i reads its own equal share of x's columns and makes its
+own columns of S, one projection's ranks after the other's. So no block-diagonal factor is built.
+
+Shape legend: T source rows   M routed rows   E experts   K features   R rank, of all factors
 """
 
 # A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
 # rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
+from .adapter import UNSCALED, RankScale
 from .routing import Routing
 from .tiles import max_tiles, tile_of
+
+Factors = Sequence[torch.Tensor | None]
+"""``[E, r_i, K / len(factors)]`` each, any strides; None for a projection without adapter."""
 
 # ---- 1. reference ---------------------------------------------------------------------------------------------------
 
@@ -25,7 +34,7 @@ from .tiles import max_tiles, tile_of
 def shrink_ref(
     x: torch.Tensor, a_ERK: torch.Tensor, routing: Routing, source_M: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """S in x's dtype; differentiable."""
+    """S in x's dtype, unscaled and of one factor; differentiable."""
     x_MK = x if source_M is None else x[source_M.long()]
     return torch.cat([x_MK[i:j] @ a_ERK[e].T for e, i, j in routing.spans()])
 
@@ -34,33 +43,55 @@ def shrink_ref(
 
 
 @triton.jit
+def _add_factor(
+    acc, x_ptrs, rows_ptrs, row_ok, a_ptr, r, K, stride_ar, stride_ak,  # x and rows (BLOCK_M, 1) at the first column
+    R: tl.constexpr, COPY: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Add x @ aᵀ to the columns of acc whose r is in [0, R)."""
+    k = tl.arange(0, BLOCK_K)
+    if COPY or R > 0:
+        for k0 in range(0, K, BLOCK_K):
+            ks = k0 + k
+            ok = row_ok[:, None] & (ks < K)[None, :]
+            x = tl.load(x_ptrs + ks[None, :], mask=ok, other=0.0)
+            if COPY:
+                tl.store(rows_ptrs + ks[None, :], x, mask=ok)
+            if R > 0:
+                a_ok = ((r >= 0) & (r < R))[None, :] & (ks < K)[:, None]
+                a = tl.load(a_ptr + r[None, :] * stride_ar + ks[:, None] * stride_ak, mask=a_ok, other=0.0)
+                acc = tl.dot(x, a, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def _shrink_kernel(
-    x_ptr, a_ptr, s_ptr, rows_ptr,  # x (T or M, K), a (E, R, K), s (M, PAD), rows (M, K)
-    offsets_ptr, source_ptr,        # (E,) and (M,) int32
-    num_experts, K, stride_x, stride_ae, stride_ar, stride_ak, stride_s, stride_rows,
-    R: tl.constexpr, PAD: tl.constexpr, HAS_SOURCE: tl.constexpr, COPY: tl.constexpr, EXPERTS: tl.constexpr,
+    x_ptr, a_ptr, a2_ptr, s_ptr, rows_ptr,  # x (T or M, K), a and a2 (E, R, K), s (M, PAD), rows (M, K)
+    offsets_ptr, source_ptr,                # (E,) and (M,) int32
+    num_experts, K, stride_x, stride_ae, stride_ar, stride_ak, stride_a2e, stride_a2r, stride_a2k, stride_s, stride_rows,
+    scale, scale2,                          # of columns before SPLIT, and of the rest
+    FACTORS: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, SPLIT: tl.constexpr, PAD: tl.constexpr,
+    HAS_SOURCE: tl.constexpr, COPY: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BLOCK_M rows of one expert. Columns R to PAD of s get zeros."""
+    """One program owns BLOCK_M rows of one expert. K counts the columns of one factor; columns R + R2 to PAD of s get zeros."""
     expert, row0, end = tile_of(offsets_ptr, tl.program_id(0), num_experts, EXPERTS, BLOCK_M)
     if expert < num_experts:
         rows = row0 + tl.arange(0, BLOCK_M)
         row_ok = rows < end
         from_rows = tl.load(source_ptr + rows, mask=row_ok, other=0) if HAS_SOURCE else rows
-        r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
-        a_ptr += expert.to(tl.int64) * stride_ae
+        r = tl.arange(0, BLOCK_R)
+        x_ptrs = x_ptr + from_rows[:, None].to(tl.int64) * stride_x
+        rows_ptrs = rows_ptr + rows[:, None].to(tl.int64) * stride_rows
+        expert_64 = expert.to(tl.int64)
         acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            ks = k0 + k
-            ok = row_ok[:, None] & (ks < K)[None, :]
-            x = tl.load(x_ptr + from_rows[:, None].to(tl.int64) * stride_x + ks[None, :], mask=ok, other=0.0)
-            if COPY:
-                tl.store(rows_ptr + rows[:, None].to(tl.int64) * stride_rows + ks[None, :], x, mask=ok)
-            if R > 0:
-                a_ok = (r < R)[None, :] & (ks < K)[:, None]
-                a = tl.load(a_ptr + r[None, :] * stride_ar + ks[:, None] * stride_ak, mask=a_ok, other=0.0)
-                acc = tl.dot(x, a, acc, input_precision="ieee")
-        if R > 0:
+        a_ptr += expert_64 * stride_ae
+        acc = _add_factor(acc, x_ptrs, rows_ptrs, row_ok, a_ptr, r, K, stride_ar, stride_ak, R, COPY, BLOCK_K)
+        if FACTORS == 2:
+            x_ptrs, rows_ptrs, r2 = x_ptrs + K, rows_ptrs + K, r - R
+            a2_ptr += expert_64 * stride_a2e
+            acc = _add_factor(acc, x_ptrs, rows_ptrs, row_ok, a2_ptr, r2, K, stride_a2r, stride_a2k, R2, COPY, BLOCK_K)
+        if R + R2 > 0:
+            acc *= tl.where(r < SPLIT, scale, scale2)[None, :]
             s_ptrs = s_ptr + rows[:, None].to(tl.int64) * stride_s + r[None, :]
             tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=row_ok[:, None] & (r < PAD)[None, :])
 
@@ -69,40 +100,62 @@ def _shrink_kernel(
 
 
 def shrink_triton(
-    x: torch.Tensor, a_ERK: torch.Tensor | None, routing: Routing, s_MP: torch.Tensor | None,
-    source_M: torch.Tensor | None = None, rows_MK: torch.Tensor | None = None,
+    x: torch.Tensor, factors: Factors, routing: Routing, s_MP: torch.Tensor | None,
+    source_M: torch.Tensor | None = None, rows_MK: torch.Tensor | None = None, scale: RankScale = UNSCALED,
 ) -> None:  # fmt: skip
     """Fills ``s_MP`` (P >= R; the columns beyond R with zeros) and ``rows_MK``, either of which may be None."""
-    num_experts, K = routing.num_experts, x.shape[1]
-    rank, a, s = (0, x, x) if a_ERK is None or s_MP is None else (a_ERK.shape[1], a_ERK, s_MP)
+    num_experts, K = routing.num_experts, x.shape[1] // len(factors)
+    ranks = [0 if a is None or s_MP is None else a.shape[1] for a in factors]
+    rank = sum(ranks)
+    # What is not there is never read, but a pointer must be given.
+    s, a, a2 = (x if t is None else t for t in (s_MP, factors[0], factors[-1]))
+    strides = [(0, 0, 0) if t is None else t.stride() for t in (factors[0], factors[-1])]
     wide = x.dtype != torch.float32
     block_m, block_k = (64 if wide else 32), (128 if rank <= 64 else 64 if rank <= 128 else 32) // (1 if wide else 2)
     _shrink_kernel[(max_tiles(routing.num_rows, num_experts, block_m),)](
-        x, a, s, x if rows_MK is None else rows_MK,
+        x, a, a2, s, x if rows_MK is None else rows_MK,
         routing.offsets_E, routing.offsets_E if source_M is None else source_M,
-        num_experts, K, x.stride(0), *(a.stride() if rank else (0, 0, 0)), s.stride(0),
+        num_experts, K, x.stride(0), *strides[0], *strides[1], s.stride(0),
         0 if rows_MK is None else rows_MK.stride(0),
-        R=rank, PAD=s.shape[1] if rank else 0, HAS_SOURCE=source_M is not None, COPY=rows_MK is not None,
+        scale.first, scale.second,
+        FACTORS=len(factors), R=ranks[0], R2=sum(ranks[1:]), SPLIT=scale.split, PAD=s.shape[1] if rank else 0,
+        HAS_SOURCE=source_M is not None, COPY=rows_MK is not None,
         EXPERTS=triton.next_power_of_2(num_experts), BLOCK_M=block_m, BLOCK_K=block_k,
         BLOCK_R=max(16, triton.next_power_of_2(s.shape[1] if rank else 1)), num_warps=4 if rank <= 128 else 8, num_stages=3 if rank <= 128 else 2,
     )  # fmt: skip
 
 
 def shrink_loop(
-    x: torch.Tensor, a_ERK: torch.Tensor | None, routing: Routing, s_MP: torch.Tensor | None,
-    source_M: torch.Tensor | None = None, rows_MK: torch.Tensor | None = None,
+    x: torch.Tensor, factors: Factors, routing: Routing, s_MP: torch.Tensor | None,
+    source_M: torch.Tensor | None = None, rows_MK: torch.Tensor | None = None, scale: RankScale = UNSCALED,
 ) -> None:  # fmt: skip
-    """The same, one GEMM per expert."""
+    """The same, one GEMM per expert and factor."""
     x_MK = x if source_M is None else x.index_select(0, source_M)
     if rows_MK is not None:
         rows_MK.copy_(x_MK)
-    if a_ERK is None or s_MP is None:
+    if s_MP is None:
         return
-    rank = a_ERK.shape[1]
-    if s_MP.shape[1] > rank:
-        s_MP[:, rank:].zero_()
     counts = [j - i for _, i, j in routing.spans()]
-    for s, rows, a in zip(
-        s_MP[:, :rank].split(counts), x_MK.split(counts), a_ERK.transpose(1, 2).unbind(), strict=True
-    ):
-        torch.mm(rows, a, out=s)
+    column = 0
+    for x_MC, a_ERC in zip(x_MK.chunk(len(factors), 1), factors, strict=True):
+        if a_ERC is None:
+            continue
+        s_MR = s_MP[:, column : column + a_ERC.shape[1]]
+        column += a_ERC.shape[1]
+        rows_of = zip(s_MR.split(counts), x_MC.split(counts), a_ERC.transpose(1, 2).unbind(), strict=True)
+        for s, rows, a in rows_of:
+            torch.mm(rows, a, out=s)
+    if s_MP.shape[1] > column:
+        s_MP[:, column:].zero_()
+    scale_columns(s_MP[:, :column], scale)
+
+
+def scale_columns(s_MR: torch.Tensor, scale: RankScale) -> None:
+    """S times its scale, in place."""
+    if scale.first == scale.second:
+        parts = ((s_MR, scale.first),)
+    else:
+        parts = ((s_MR[:, : scale.split], scale.first), (s_MR[:, scale.split :], scale.second))
+    for s, factor in parts:
+        if factor != 1:
+            s.mul_(factor)

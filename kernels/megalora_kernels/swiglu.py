@@ -1,7 +1,7 @@
 """SwiGLU with routing probabilities between the two linears of an expert, and the adapter's part of it.
 
     h[m] = silu(gate[m]) * up[m] * p[m]        [gate | up] = y[m]
-    s[m] = h[m] @ a[e]ᵀ                        what down's adapter reads, in the same pass
+    s[m] = scale * h[m] @ a[e]ᵀ                what down's adapter reads, in the same pass
 
 Backward goes once over dh, gate and up and makes from values in registers, besides dgate, dup and dp, what sums over rows
 of them: dB of gate and up, dA of down. Sums are kept in float32 per chunk of rows (dp: per block of columns) and added in a
@@ -41,7 +41,7 @@ def swiglu_ref(y_MJ: torch.Tensor, p_M: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def _swiglu_kernel(
     y_ptr, p_ptr, a_ptr, h_ptr, s_ptr, offsets_ptr,  # y (M, 2I), p (M,), a (E, Q, I), h (M, I), s (M, PAD)
-    num_experts, I, stride_y, stride_ae, stride_aq, stride_ai, stride_h, stride_s,
+    num_experts, I, stride_y, stride_ae, stride_aq, stride_ai, stride_h, stride_s, scale,
     Q: tl.constexpr, PAD: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def _swiglu_kernel(
                 acc = tl.dot(h, a, acc, input_precision="ieee")
         if Q > 0:
             s_ptrs = s_ptr + rows[:, None].to(tl.int64) * stride_s + q[None, :]
-            tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=row_ok[:, None] & (q < PAD)[None, :])
+            tl.store(s_ptrs, (acc * scale).to(s_ptr.dtype.element_ty), mask=row_ok[:, None] & (q < PAD)[None, :])
 
 
 @triton.jit
@@ -128,14 +128,14 @@ def _swiglu_backward_kernel(
 
 def swiglu_triton(
     y_MJ: torch.Tensor, p_M: torch.Tensor, a_EQI: torch.Tensor | None, routing: Routing,
-    h_MI: torch.Tensor, s_MP: torch.Tensor | None,
+    h_MI: torch.Tensor, s_MP: torch.Tensor | None, scale: float = 1.0,
 ) -> None:  # fmt: skip
     """Fills ``h_MI`` and, with an adapter, ``s_MP`` (P >= Q; the columns beyond Q with zeros)."""
     rank, a, s = (0, y_MJ, y_MJ) if a_EQI is None or s_MP is None else (a_EQI.shape[1], a_EQI, s_MP)
     block_m, block_i = (32, 128) if y_MJ.dtype != torch.float32 and rank <= 32 else (32, 64)
     _swiglu_kernel[(max_tiles(routing.num_rows, routing.num_experts, block_m),)](
         y_MJ, p_M, a, h_MI, s, routing.offsets_E, routing.num_experts, h_MI.shape[1],
-        y_MJ.stride(0), *(a.stride() if rank else (0, 0, 0)), h_MI.stride(0), s.stride(0),
+        y_MJ.stride(0), *(a.stride() if rank else (0, 0, 0)), h_MI.stride(0), s.stride(0), scale,
         Q=rank, PAD=s.shape[1] if rank else 0, EXPERTS=triton.next_power_of_2(routing.num_experts),
         BLOCK_M=block_m, BLOCK_I=block_i, BLOCK_Q=max(16, triton.next_power_of_2(s.shape[1] if rank else 1)),
         num_warps=4,
@@ -144,7 +144,7 @@ def swiglu_triton(
 
 def swiglu_loop(
     y_MJ: torch.Tensor, p_M: torch.Tensor, a_EQI: torch.Tensor | None, routing: Routing,
-    h_MI: torch.Tensor, s_MP: torch.Tensor | None,
+    h_MI: torch.Tensor, s_MP: torch.Tensor | None, scale: float = 1.0,
 ) -> None:  # fmt: skip
     """The same in torch."""
     if y_MJ.dtype in (torch.float32, torch.float64):  # no cast: straight into the output
@@ -160,6 +160,8 @@ def swiglu_loop(
     s_MQ, a_EIQ = s_MP[:, : a_EQI.shape[1]], a_EQI.transpose(1, 2)
     for s, rows, a in zip(s_MQ.split(counts), h_MI.split(counts), a_EIQ.unbind(), strict=True):
         torch.mm(rows, a, out=s)
+    if scale != 1:
+        s_MQ.mul_(scale)
 
 
 @dataclass

@@ -42,7 +42,7 @@ def test_third_expert_or_row_lies_beyond_int32(vast, name, small_tiles):
         o = {"x": x, "w": w, "a": a, "b": b, "g": dy, "y": dy, name: operand}
         s = x.new_empty(3, 3)
         if name in ("x", "a"):
-            shrink.shrink_triton(o["x"], o["a"], routing, s)
+            shrink.shrink_triton(o["x"], (o["a"],), routing, s)
             return [
                 s,
                 grouped_gemm.grouped_gemm_triton(o["x"], w.transpose(1, 2), routing),

@@ -48,6 +48,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "A too short": (dict(gate_up=b_of(zeros(E, INNER, 3), zeros(E, INNER, 6))), "b is (4, 40, 6), want [E, N, R] = (4, 40, 5)"),
     "A without B": (dict(gate_up=b_of(None, None)), "gate_up: a has 8 rows, the ranks of its b's are []"),
     "height of B": (dict(gate_up=b_of(zeros(E, 80, 3), zeros(E, 80, 5))), "b is (4, 80, 3), want [E, N, R] = (4, 40, 3)"),
+    "projections": (dict(gate_up=Adapter(GATE_UP.a, (*GATE_UP.b, None), (1.0, 1.0, 1.0))), "gate_up: 3 b's; a fused weight has at most 2 projections here"),
     "scales": (dict(gate_up=Adapter(GATE_UP.a, GATE_UP.b, (1.0,))), "scale"),
     "features of A": (dict(down=Adapter(zeros(E, 7, H), DOWN.b, (1.0,))), "down: a is (4, 7, 24), want [E, R, K] = (4, R, 40)"),
     "dtype of A": (dict(down=Adapter(DOWN.a.half(), DOWN.b, (1.0,))), "down.a is torch.float16 but x is torch.float32"),
