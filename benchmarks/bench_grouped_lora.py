@@ -6,7 +6,8 @@
 
 Every number is of an arm that agreed with float32 (``benchmarks/expert_case.py``); ours also gave the same bits twice
 and did not wait for the device. Exit code 1 where one did not. What ``--budget-seconds`` left out is named, and
-recorded.
+recorded; a second call with the same ``--out`` goes on with it. ``--dry`` is the whole path at tiny sizes on a CPU,
+with interpreted kernels: its times mean nothing.
 """
 
 import argparse
@@ -23,9 +24,9 @@ import torch
 
 from benchmarks.arms import our_arms, their_arms
 from benchmarks.compare import Row, as_json, compare, show
-from benchmarks.expert_case import ROUTINGS, SIZES, Spec, make_case, reference, sweep, with_rows
+from benchmarks.expert_case import ROUTINGS, SIZES, Sizes, Spec, make_case, reference, sweep, with_rows
 from benchmarks.goals import Crossing, Verdict, of_layer, of_linear, of_peft_case, show_crossing, show_verdicts
-from benchmarks.gpu_timing import Budget, first_line, save, the_gpu
+from benchmarks.gpu_timing import Budget, Stats, earlier, first_line, save, the_gpu
 from benchmarks.linear_case import (
     PEFT_CASE,
     LinearSpec,
@@ -43,6 +44,11 @@ FULL = {
     "tokens": [4096, 8192, 16384, 65536], "experts": [128, 16], "ranks": [8, 16, 32, 64], "routing": [*ROUTINGS],
     "crossing": [64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096],
 }  # fmt: skip
+DRY = {
+    "tokens": [8], "experts": [2], "ranks": [16], "routing": ["balanced"], "crossing": [],
+}  # fmt: skip
+TINY = Sizes("tiny", hidden=32, inner=16, num_experts=2, top_k=1)
+TINY_PEFT_CASE = LinearSpec("tiny peft", 16, 2, 24, 32, 16)
 LEAST_SECONDS = 25
 """No case is begun with less time than this."""
 COMPILE_SECONDS = 110
@@ -60,6 +66,17 @@ class Report:
     failures: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Report":
+        """What an earlier call wrote; all it did not reach is still to be reached."""
+        rows = []
+        for row in record["rows"]:
+            stats = {name: row[name] and Stats(**row[name]) for name in ("forward", "train")}
+            rows.append(Row(**(row | stats)))
+        verdicts = [Verdict(**verdict) for verdict in record["goals"]]
+        crossing = [Crossing(**point) for point in record["crossing"]]
+        return cls(rows, verdicts, crossing, [], record["failures"], record["seconds"])
+
     def content(self) -> dict[str, Any]:
         found = {"rows": as_json(self.rows), "goals": [asdict(v) for v in self.verdicts]}
         found |= {"crossing": [asdict(p) for p in self.crossing], "not_reached": self.not_reached}
@@ -69,8 +86,12 @@ class Report:
 class Bench:
     """Runs cases on one device into one report."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, repeats: int, budget: Budget, compiled: bool) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, repeats: int, budget: Budget, compiled: bool,
+        peft_case: LinearSpec = PEFT_CASE, warmup: int = 3,
+    ) -> None:  # fmt: skip
         self.device, self.dtype, self.repeats, self.budget, self.compiled = device, dtype, repeats, budget, compiled
+        self.peft_case, self.warmup = peft_case, warmup
         self.report = Report()
 
     def layer(self, spec: Spec) -> None:
@@ -81,7 +102,7 @@ class Bench:
         rows = compare(
             spec.label, our_arms(case), their_arms(case, compiled),
             lambda: {"adapted": reference(case, True), "base": reference(case, False)},
-            spec.base_flops(), self.device, self.dtype, self.repeats,
+            spec.base_flops(), self.device, self.dtype, self.repeats, self.warmup,
         )  # fmt: skip
         self._found(rows, of_layer(spec, rows))
 
@@ -91,9 +112,9 @@ class Bench:
         rows = compare(
             spec.label, our_linear_arms(case), their_linear_arms(case),
             lambda: {"adapted": linear_reference(case, True), "base": linear_reference(case, False)},
-            spec.base_flops(), self.device, self.dtype, self.repeats,
+            spec.base_flops(), self.device, self.dtype, self.repeats, self.warmup,
         )  # fmt: skip
-        self._found(rows, of_peft_case(case, rows) if spec is PEFT_CASE else of_linear(spec, rows))
+        self._found(rows, of_peft_case(case, rows) if spec is self.peft_case else of_linear(spec, rows))
 
     def cross(self, spec: Spec) -> None:
         """One point of the comparison of the two back ends."""
@@ -103,7 +124,7 @@ class Bench:
         rows = compare(
             f"crossing: {spec.label}", arms, {},
             lambda: {"adapted": reference(case, True), "base": reference(case, False)},
-            spec.base_flops(), self.device, self.dtype, max(3, self.repeats // 2),
+            spec.base_flops(), self.device, self.dtype, max(3, self.repeats // 2), self.warmup,
         )  # fmt: skip
         self.report.crossing.append(Crossing.of(spec, rows))
         self._found(rows, [])
@@ -126,7 +147,7 @@ def plan(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, Callable
         label = f"linear gate_up: {spec.label}"
         linear = LinearSpec(label, spec.num_rows, spec.experts, 2 * sizes.inner, sizes.hidden, spec.rank)
         yield label, lambda linear=linear: bench.linear(linear)
-    yield PEFT_CASE.label, lambda: bench.linear(PEFT_CASE)
+    yield bench.peft_case.label, lambda: bench.linear(bench.peft_case)
     for spec in usual:
         for rows in args.crossing:
             point = with_rows(spec, rows)
@@ -136,10 +157,14 @@ def plan(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, Callable
 
 
 def run(bench: Bench, args: argparse.Namespace) -> int:
-    """Every planned case that time allows; the exit code."""
+    """Every planned case that time allows and no earlier call has done; the exit code."""
+    if record := earlier(args.out, "grouped_lora", bench.device, _settings(args)):
+        bench.report = Report.of(record)
     report = bench.report
     for label, case in plan(bench, args):
-        if bench.budget.left() < LEAST_SECONDS:
+        if label in report.seconds:
+            continue
+        if bench.budget.left() < (0 if args.dry else LEAST_SECONDS):
             report.not_reached.append(label)
             continue
         started = time.monotonic()
@@ -163,12 +188,17 @@ def run(bench: Bench, args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    """What the numbers depend on."""
+    tuned = os.environ.get("MEGALORA_TUNED", "")
+    return {name: value for name, value in vars(args).items() if name not in ("budget_seconds", "out")} | {
+        "tuned": tuned
+    }
 
 
 def arguments(parser: argparse.ArgumentParser, given: list[str] | None) -> argparse.Namespace:
     """What the command line says; ``--quick`` fills in what it leaves open."""
     parser.add_argument("--quick", action="store_true", help="8k tokens, rank 16, balanced and Zipf only")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU: to try the script itself")
     parser.add_argument("--budget-seconds", type=float, help="begin no case when this much time has passed")
     parser.add_argument("--model", choices=SIZES, default="30b")
     parser.add_argument("--tokens", type=int, nargs="+", help="of this rank; each goes to 8 experts")
@@ -180,9 +210,11 @@ def arguments(parser: argparse.ArgumentParser, given: list[str] | None) -> argpa
     parser.add_argument("--crossing", type=int, nargs="*", help="rows per expert; none: leave it out")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--no-compiled", action="store_true", help="leave out torch.compile of the split arm")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/grouped_lora.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_kernels.json"))
     args = parser.parse_args(given)
-    for name, values in (QUICK if args.quick else FULL).items():
+    if args.dry:
+        args.model, args.repeats, args.no_compiled = TINY.name, 1, True
+    for name, values in (DRY if args.dry else QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, values)
     return args
@@ -191,10 +223,13 @@ def arguments(parser: argparse.ArgumentParser, given: list[str] | None) -> argpa
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args = arguments(parser, given)
-    device = the_gpu(parser)
+    device = the_gpu(parser, args.dry)
     os.environ.pop("MEGALORA_BACKEND", None)  # it would overrule what the arms ask for
     torch.set_float32_matmul_precision("highest")  # the references are float32
     budget = Budget(args.budget_seconds)
+    if args.dry:
+        SIZES[TINY.name] = TINY
+        return run(Bench(device, torch.float32, args.repeats, budget, False, TINY_PEFT_CASE, warmup=0), args)
     return run(Bench(device, torch.bfloat16, args.repeats, budget, not args.no_compiled), args)
 
 

@@ -194,7 +194,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6, help=f"measured, after {WARMUP} that are not")
     parser.add_argument("--budget-seconds", type=float, help="begin no arm with less than 20 s left of these")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_gpu.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_model.json"))
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(given)

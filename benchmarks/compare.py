@@ -43,7 +43,7 @@ class Row:
 
 def compare(
     label: str, ours: Mapping[str, Build], theirs: Mapping[str, Build], references: Callable[[], dict[str, Tensors]],
-    base_flops: int, device: torch.device, dtype: torch.dtype, repeats: int = 20,
+    base_flops: int, device: torch.device, dtype: torch.dtype, repeats: int = 20, warmup: int = 3,
 ) -> list[Row]:  # fmt: skip
     """One row per arm. ``references`` computes ``adapted`` and ``base``; they are let go before anything is timed."""
     want, rows, arms = references(), [], {}
@@ -59,7 +59,7 @@ def compare(
     for name, (row, arm) in arms.items():
         row.peak_bytes = peak_bytes(arm.train, device)
         calls |= {f"{name}/forward": arm.forward, f"{name}/train": arm.train}
-    stats = measure(calls, device, repeats)
+    stats = measure(calls, device, repeats, warmup)
     for name, (row, _) in arms.items():
         row.forward, row.train = stats[f"{name}/forward"], stats[f"{name}/train"]
     derive(rows, base_flops)

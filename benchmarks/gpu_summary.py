@@ -59,8 +59,8 @@ def of_steps(path: Path) -> list[Sequence[object]]:
 
 def main(given: list[str]) -> None:
     folder = Path(given[0])
-    kernels, training = read(folder / "grouped_lora.json"), read(folder / "train_gpu.json")
-    shared = read(folder / "shared_gpu.json")
+    kernels, training = read(folder / "gpu_kernels.json"), read(folder / "gpu_model.json")
+    shared = read(folder / "gpu_shared.json")
     rows = of_kernels(kernels) + of_training(training) + of_shared(shared)
     if len(given) > 1:
         rows += of_steps(Path(given[1]))

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ FLUSH_BYTES = 256 * 2**20
 """Five times the L2 of an H100 (50 MB), four times that of an H200 (60 MB)."""
 HEAD_START_CYCLES = 2_000_000
 """About a millisecond. In a training step the host is layers ahead of the device; so it is here, if no call waits."""
+FRESH = timedelta(hours=12)
+"""Records that are older are not continued."""
 NEEDS_GPU = "needs a CUDA device; what it computes is tested on a CPU by tests/test_benchmarks.py"
 
 
@@ -119,8 +122,10 @@ class Budget:
         return float("inf") if self.end is None else self.end - time.monotonic()
 
 
-def the_gpu(parser: argparse.ArgumentParser) -> torch.device:
-    """The device to measure on; leaves with one line and exit code 2 where there is none."""
+def the_gpu(parser: argparse.ArgumentParser, dry: bool = False) -> torch.device:
+    """Return the device to measure on, the CPU in a dry run; leave with one line and exit code 2 where there is no GPU."""
+    if dry:
+        return torch.device("cpu")
     if not torch.cuda.is_available():
         parser.exit(2, f"{parser.prog}: {NEEDS_GPU}\n")
     return torch.device("cuda", torch.cuda.current_device())
@@ -146,10 +151,44 @@ def environment(device: torch.device) -> dict[str, Any]:
 def save(path: Path, benchmark: str, device: torch.device, **content: Any) -> None:
     """Write the record as JSON, whole or not at all: a run may be cut off at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"benchmark": benchmark, **environment(device), **content}
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"benchmark": benchmark, "when": when, **environment(device), **content}
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1) + "\n")
     part.replace(path)
+
+
+def earlier(path: Path, benchmark: str, device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the record that an earlier call left at ``path`` for a second one to continue; None where there is none.
+
+    A record of another device, other versions, another commit, other settings or another day is not continued: the
+    call begins anew and says so. ``settings`` are those that were given to ``save`` under that name.
+
+    Raises:
+        ValueError: the file is no record of this benchmark, so it must not be overwritten.
+    """
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); move it away, or name another --out") from None
+    found = record.get("benchmark") if isinstance(record, dict) else None
+    if found != benchmark:
+        raise ValueError(f"{path} is a record of {found!r}, not of {benchmark!r}; name another --out")
+    # As JSON has them: tuples have become lists.
+    now = json.loads(json.dumps({**environment(device), "settings": settings}))
+    other = [name for name, value in now.items() if record.get(name) != value]
+    try:
+        age = datetime.now(UTC) - datetime.fromisoformat(record["when"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} does not say when it was measured ({error!r}); move it away") from None
+    if age > FRESH:  # another day's code, where no commit tells
+        other.append(f"day ({record['when']})")
+    if other:
+        print(f"{path} was measured with another {', '.join(other)}: beginning anew", flush=True)
+        return None
+    return record
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

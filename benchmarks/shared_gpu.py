@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget-seconds", type=float, default=None, help="no case is started that would end later")
     parser.add_argument("--at-once", type=int, default=3, help="cases that run at the same time")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/shared_gpu.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_shared.json"))
     args = parser.parse_args(arguments)
     budget = Budget(args.budget_seconds)
     found = run_all(SHARED, budget, args.at_once, limit_s=min(150.0, budget.left()))

@@ -39,7 +39,8 @@ def megalora(setup: Setup) -> Iterator[Training]:
         batch = Batch(tokens, labels, mask)
 
         def forward_backward() -> Tensor:
-            return torch.tensor(stepper.train([batch], optimizer)[0])
+            loss_sum, num_targets = stepper.forward_backward([batch], optimizer)
+            return loss_sum / num_targets  # on the device: the step itself waits for nothing
 
         count = sum(p.numel() for p in dict.fromkeys(piece.parameter for piece in pieces))
         yield Training(forward_backward, partial(clip_and_step, optimizer), count, "megalora on Megatron-Core")

@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import bench_grouped_lora, bench_train_gpu, goals, gpu_summary, shared_gpu
+from benchmarks.compare import Row
 from benchmarks.expert_case import SIZES, Sizes
-from benchmarks.gpu_timing import Budget, environment, save
+from benchmarks.gpu_timing import Budget, Stats, earlier, environment, save
 from benchmarks.linear_case import LinearSpec
 from benchmarks.train_arms import KernelExperts, Setup, Training, adapted, base_model, training, with_experts
 from benchmarks.train_case import QWEN3_30B_A3B, adapter_parameters
@@ -22,7 +20,7 @@ from tests.forked import forked
 from tests.parity.case import prepare_run, train_recording_gradients
 from tests.parity.grid import SHORT, Case
 
-CPU, ROOT = torch.device("cpu"), Path(__file__).parents[1]
+CPU = torch.device("cpu")
 TINY = Sizes("tiny", hidden=48, inner=40, num_experts=8, top_k=3)
 TINY_MODEL = {
     **QWEN3_30B_A3B, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -45,7 +43,7 @@ def test_bench_writes_what_it_found_and_what_it_left_out(tmp_path, monkeypatch, 
         monkeypatch.setattr(bench_grouped_lora, name, lambda case, real=real: without_triton(real(case)))
     args = argparse.Namespace(
         model="tiny", tokens=[32], experts=[8, 4], ranks=[8], routing=["balanced", "zipf"], crossing=[8],
-        out=tmp_path / "r.json"
+        dry=False, out=tmp_path / "r.json"
     )  # fmt: skip
     bench = bench_grouped_lora.Bench(CPU, torch.float32, repeats=2, budget=Budget(None), compiled=False)
     assert bench_grouped_lora.run(bench, args) == 0
@@ -57,11 +55,54 @@ def test_bench_writes_what_it_found_and_what_it_left_out(tmp_path, monkeypatch, 
         "model"
     ] == "tiny"
     late = bench_grouped_lora.Bench(CPU, torch.float32, repeats=2, budget=Budget(0), compiled=False)
+    args.out = tmp_path / "late.json"
     assert bench_grouped_lora.run(late, args) == 0
-    assert (
-        len(json.loads(args.out.read_text())["not_reached"]) == 9
-        and "out of time before 9 cases" in capsys.readouterr().out
-    )
+    assert len(json.loads(args.out.read_text())["not_reached"]) == 9
+    assert "out of time before 9 cases" in capsys.readouterr().out
+
+
+def test_a_second_call_of_the_bench_goes_on_with_its_own_record(tmp_path, monkeypatch):
+    """What was measured stays, bit for bit; only what was not reached is run."""
+    args = argparse.Namespace(dry=True, out=tmp_path / "r.json", crossing=[])
+    ran = []
+
+    def plan(bench, args):
+        for label in ("first", "second"):
+            yield label, lambda label=label: ran.append(label)
+
+    monkeypatch.setattr(bench_grouped_lora, "plan", plan)
+    first = bench_grouped_lora.Bench(CPU, torch.float32, repeats=1, budget=Budget(None), compiled=False)
+    timed = Row("first", "ours auto", "ours", forward=Stats(1.0, 1.0, 1.0, 1.0), train=Stats(2.0, 1.0, 3.0, 1.0))
+    first.report.rows = [timed]
+    first.report.verdicts = [goals.Verdict.of(goals.TRAIN, "first", 1.2)]
+    first.report.crossing = [goals.Crossing(8, 7, 1.0, None)]
+    first.report.seconds = {"first": 1.0}
+    settings = bench_grouped_lora._settings(args)
+    save(args.out, "grouped_lora", CPU, settings=settings, **first.report.content())
+    second = bench_grouped_lora.Bench(CPU, torch.float32, repeats=1, budget=Budget(None), compiled=False)
+    assert bench_grouped_lora.run(second, args) == 0 and ran == ["second"]
+    assert second.report.rows == [timed] and second.report.crossing == first.report.crossing
+    assert second.report.verdicts == first.report.verdicts
+    monkeypatch.setenv("MEGALORA_TUNED", "off")  # other kernels: nothing of it holds
+    third = bench_grouped_lora.Bench(CPU, torch.float32, repeats=1, budget=Budget(None), compiled=False)
+    assert bench_grouped_lora.run(third, args) == 0 and ran == ["second", "first", "second"]
+
+
+def test_a_record_is_continued_only_where_it_was_measured_alike(tmp_path, capsys):
+    path = tmp_path / "r.json"
+    assert earlier(path, "x", CPU, {}) is None
+    save(path, "x", CPU, settings={"sizes": (1, 2)}, rows=[1])
+    found = earlier(path, "x", CPU, {"sizes": (1, 2)})
+    assert found is not None and found["rows"] == [1]
+    assert earlier(path, "x", CPU, {"sizes": (1, 3)}) is None and "another settings" in capsys.readouterr().out
+    for changed in ({"device": "another"}, {"commit": "0"}, {"when": "2026-01-01T00:00:00+00:00"}):
+        path.write_text(json.dumps({**found, **changed}))
+        assert earlier(path, "x", CPU, {"sizes": (1, 2)}) is None, changed
+    with pytest.raises(ValueError, match="is a record of 'x', not of 'y'"):
+        earlier(path, "y", CPU, {})
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        earlier(path, "x", CPU, {})
 
 
 @pytest.mark.parametrize("script", [bench_grouped_lora, bench_train_gpu])
@@ -162,7 +203,7 @@ def test_layouts_on_one_gpu_are_held_against_float64(tmp_path, monkeypatch, caps
         return "exit code 1: no ranks" if case.pp > 1 else on_forked_ranks(self, case, case == spoilt)
 
     monkeypatch.setattr(shared_gpu.Laboratory, "_train", train)
-    out = tmp_path / "shared_gpu.json"
+    out = tmp_path / "gpu_shared.json"
     assert shared_gpu.main(["--at-once", "1", "--out", str(out)]) == 1
     said, rows = capsys.readouterr().out, json.loads(out.read_text())["rows"]
     assert [row["case"] for row in rows] == [case.name for case in (shared_gpu.ALONE, *shared_gpu.SHARED)]
@@ -196,44 +237,17 @@ def test_a_layout_may_err_twice_as_much_as_one_rank_and_no_more():
     assert exceeded(2e-4, 1e-6)[0] == ["gradient 2.0e-04 > 1.0e-04"]
 
 
-PYTHON = """#!/usr/bin/env bash
-case "$*" in
-  *"import xdist"*) exit 1 ;;
-  *megalora.bridge.base*) echo "No module named 'megatron'" && exit 1 ;;
-  -c*) exit 0 ;;
-  *"-m pytest"*) echo "1 failed" && exit 1 ;;
-  *bench_grouped_lora*) echo "budget: $*" ;;
-  *bench_train_gpu*) sleep 60 ;;
-  *shared_gpu*) echo "shared: $*" ;;
-  *) exec {python} "$@" ;;
-esac
-"""
-
-
-def test_gpu_all_goes_on_past_failures_and_says_so(tmp_path):
-    python, out = tmp_path / "python", tmp_path / "out"
-    python.write_text(PYTHON.replace("{python}", sys.executable))
-    python.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(python), "OUT": str(out), "TOTAL_SECONDS": "600"}
-    script = ["bash", str(ROOT / "benchmarks/gpu_all.sh"), "tests", "kernels", "shared", "training-tests"]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "--quick --budget-seconds 190" in done.stdout
-    summary = (out / "summary.txt").read_text()
-    assert summary.count("FAILED: exit code 1") == 2 and summary.count("No module named 'megatron'") == 2
-    assert [line.split()[-1] for line in summary.splitlines() if "kernel benchmark" in line] == ["ok"]
-
-
 def test_summary(tmp_path):
     save(
-        tmp_path / "grouped_lora.json",
+        tmp_path / "gpu_kernels.json",
         "x",
         CPU,
         goals=[vars(goals.Verdict.of(goals.TRAIN, "case", 1.2))],
         not_reached=["far"],
     )
     rows = [{"arm": "peft", "layers": 8, "status": "out of memory"}]
-    save(tmp_path / "train_gpu.json", "x", CPU, rows=rows)
-    lines = gpu_summary.of_kernels(gpu_summary.read(tmp_path / "grouped_lora.json"))
+    save(tmp_path / "gpu_model.json", "x", CPU, rows=rows)
+    lines = gpu_summary.of_kernels(gpu_summary.read(tmp_path / "gpu_kernels.json"))
     assert [line[-1] for line in lines] == ["pass", "not reached"]
-    assert gpu_summary.of_training(gpu_summary.read(tmp_path / "train_gpu.json"))[0][-1] == "out of memory"
+    assert gpu_summary.of_training(gpu_summary.read(tmp_path / "gpu_model.json"))[0][-1] == "out of memory"
     assert environment(CPU)["device"].startswith("CPU")

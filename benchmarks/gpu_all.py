@@ -1,0 +1,187 @@
+"""Run the steps of ``gpu_steps.py`` on one GPU, one after the other, within a given time.
+
+    bash benchmarks/gpu_all.sh                        every usual step, in the order of what it tells
+    bash benchmarks/gpu_all.sh tests kernels          these alone
+    bash benchmarks/gpu_all.sh --seconds 200          a second call: continues where the first one stopped
+    bash benchmarks/gpu_all.sh --again tune           one step anew, then what is missing
+    bash benchmarks/gpu_all.sh --dry                  the same path at tiny sizes on a CPU; its times mean nothing
+
+Each step has its share of the time and is stopped at its end; what it leaves over goes to the next.
+It writes its JSON into the results' folder case by case, and a log beside it. A step that fails is
+named at the end, the others go on, and the exit code is 1. A second call skips the steps that are
+done, continues those that were cut off or had no time for all their cases, and then tries those that failed.
+
+A call ends within --seconds and some ten more, its start included. To split 15 minutes of a machine:
+540 seconds first, then 200 while it is still there (or 120 on a fresh one, whose start takes a minute or
+two); bring the results' folder along, or the file that --archive names.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.gpu_machine import ROOT, Machine, check_machine, install_wheels, probe
+from benchmarks.gpu_outcomes import Outcome, Record
+from benchmarks.gpu_steps import SECONDS, STEPS, Step, limits, named
+
+RESERVE_S = 8
+"""Kept for the summary."""
+LEAST_S = 15
+"""No step is started with less: importing torch alone takes a third of it."""
+
+
+def run_steps(machine: Machine, record: Record, steps: Sequence[Step], seconds: float, archive: Path | None) -> None:
+    """Run steps within ``seconds``; note each outcome, and pack the archive, as soon as it is there."""
+    start = time.monotonic()
+    ends = limits(steps, max(0.0, seconds))
+    for step in steps:
+        left_s = ends[step.name] - (time.monotonic() - start)
+        outcome = run_step(machine, step, record.outcomes[step.name], left_s)
+        record.put(step.name, outcome)
+        why = f", {outcome.why}" if outcome.why else ""
+        print(f"   {step.name}: {outcome.result}{why}, {outcome.seconds} s", flush=True)
+        if archive:
+            pack(machine.results, archive)
+
+
+def run_step(machine: Machine, step: Step, before: Outcome, left_s: float) -> Outcome:
+    """Run a step if it can be run in the time left; ``before`` is what earlier calls made of it."""
+    if why := machine.missing(step):
+        return Outcome("not run", why, calls=before.calls)
+    if left_s < LEAST_S:
+        if before.calls:
+            return before  # what earlier calls found of it still holds
+        return Outcome("not reached", f"{max(0.0, left_s):.0f} s were left")
+    if not before.calls:
+        # Of another run, such as one whose results were committed.
+        (machine.results / step.result).unlink(missing_ok=True)
+        machine.log_of(step).unlink(missing_ok=True)
+    print(f"== {step.name} (at most {left_s:.0f} s): {step.shows}", flush=True)
+    outcome = machine.run(step, left_s)
+    outcome.calls = before.calls + 1
+    return outcome
+
+
+def pack(results: Path, archive: Path) -> None:
+    """Write all results and logs as one file, whole or not at all."""
+    part = archive.with_name(f"{archive.name}.part")
+    with tarfile.open(part, "w:gz") as tar:
+        for path in sorted(results.glob("gpu_*")):
+            if path.is_file() and path.suffix != ".part":
+                tar.add(path, path.name)
+    part.replace(archive)
+
+
+def summarise(machine: Machine, steps: Sequence[Step], record: Record) -> bool:
+    """Print the table of all results so far, and write it; False where the results cannot be read."""
+    command = [machine.python, "-m", "benchmarks.gpu_summary", str(machine.results)]
+    environment = machine.environment_of(STEPS[0])
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = [done.stdout + done.stderr.rstrip()]
+    outcomes = {step.name: record.outcomes[step.name] for step in steps}
+    lines += [f"FAILED {name}: {found.why}" for name, found in outcomes.items() if found.failed]
+    for kind in ("part", "not reached", "not run"):
+        names = [name for name, found in outcomes.items() if found.result == kind]
+        if names:
+            lines.append(f"{kind}: {', '.join(names)}")
+    text = "\n".join(lines) + "\n"
+    (machine.results / "gpu_summary.txt").write_text(text)
+    print(f"\n{text}", end="", flush=True)
+    return done.returncode == 0
+
+
+def results_folder(asked: Path | None, dry: bool) -> Path:
+    """Return the folder of the results, made where it was not there."""
+    if asked is None and dry:
+        return Path(tempfile.mkdtemp(prefix="gpu_all_dry_"))
+    folder = ROOT / "benchmarks/results" if asked is None else asked.absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {asked}: {error.strerror}") from None
+    return folder
+
+
+def forget(record: Record, steps: Sequence[Step], results: Path) -> None:
+    """Have steps begin anew."""
+    for step in steps:
+        (results / step.result).unlink(missing_ok=True)
+        record.put(step.name, Outcome())
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Do what the command line asks for; the exit code. Raises ``ValueError`` for mistakes."""
+    begun = time.monotonic()
+    python = os.environ.get("PYTHON") or sys.executable
+    if not args.seconds >= LEAST_S + RESERVE_S:
+        least = LEAST_S + RESERVE_S
+        raise ValueError(f"--seconds {args.seconds:g} is too little for any step; give {least} or more")
+    again = named(args.again) if args.again else []
+    # A step that is to begin anew is asked for, whether it is among the others or not.
+    steps = named([*args.steps, *args.again]) if args.steps else named([])
+    steps = [step for step in STEPS if step in steps or step in again]
+    results = results_folder(args.out, args.dry)
+    record = Record(results, args.dry)
+    with tempfile.TemporaryDirectory() as folder:
+        site = Path(folder)
+        trouble = install_wheels(python, site)
+        if trouble:
+            print(f"FAILED wheels: {trouble}", file=sys.stderr, flush=True)
+        modules = probe(python, site)
+        check_machine(modules, python, args.dry)
+        forget(record, again, results)
+        machine = Machine(python, results, args.dry, site, modules)
+        todo = record.still_to_do(steps)
+        if done := [step.name for step in steps if step not in todo]:
+            print(f"done before: {', '.join(done)}", flush=True)
+        left_s = args.seconds - (time.monotonic() - begun) - RESERVE_S
+        run_steps(machine, record, todo, left_s, args.archive)
+        readable = summarise(machine, steps, record)
+        if args.archive:
+            pack(results, args.archive)
+    print(f"results in {results}, {time.monotonic() - begun:.0f} s")
+    failed = any(record.outcomes[step.name].failed for step in steps)
+    return int(bool(trouble) or failed or not readable)
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="gpu_all.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("steps", nargs="*", metavar="STEP", help="default: the usual ones; see --list")
+    add("--list", action="store_true", help="show the steps and their shares, and do nothing")
+    dry = os.environ.get("DRY") == "1"
+    add("--dry", action="store_true", default=dry, help="tiny sizes on a CPU (DRY=1)")
+    seconds = os.environ.get("TOTAL_SECONDS", SECONDS)
+    add("--seconds", type=float, default=seconds, help="of the whole call (TOTAL_SECONDS)")
+    out = os.environ.get("OUT")
+    add("--out", type=Path, default=out, metavar="FOLDER", help="for the results (OUT); default: "
+        "benchmarks/results, in a dry run a new temporary folder")  # fmt: skip
+    add("--again", action="append", default=[], metavar="STEP", help="begin this step anew")
+    add("--archive", type=Path, metavar="FILE.tar.gz", help="write all results as one file too")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    args = arguments(given)
+    if args.list:
+        for step in STEPS:
+            only = "" if step.usual else " (only when named)"
+            print(f"{step.name:<14} {step.share:>4} s  {step.shows}{only}")
+        return 0
+    try:
+        return measure(args)
+    except ValueError as error:
+        print(f"gpu_all.sh: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Keep what became of each step of ``gpu_all.sh``, for its next call. Standard library only."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from benchmarks.gpu_steps import Step
+
+STATE = "gpu_all.json"
+FRESH = timedelta(hours=12)
+"""A record that is older was measured by other code, as one that was committed with its results."""
+
+
+@dataclass
+class Outcome:
+    """What became of a step, in all calls so far."""
+
+    result: str = "not reached"
+    """ok; part: some cases had no time; failed; stopped: at its limit; not run; not reached."""
+    why: str = ""
+    seconds: float = 0.0
+    """Of the last call that ran it."""
+    calls: int = 0
+
+    @property
+    def failed(self) -> bool:
+        return self.result in ("failed", "stopped")
+
+
+class Record:
+    """Outcomes by step, kept in the results' folder for the next call."""
+
+    def __init__(self, results: Path, dry: bool) -> None:
+        self.path = results / STATE
+        self.dry = dry
+        self.begun = datetime.now(UTC)
+        self.outcomes: defaultdict[str, Outcome] = defaultdict(Outcome)
+        if self.path.is_file():
+            self._read()
+
+    def _read(self) -> None:
+        """Take over what an earlier call noted, unless it is too old."""
+        try:
+            content = json.loads(self.path.read_text())
+            was_dry, steps = bool(content["dry"]), content["steps"]
+            begun = datetime.fromisoformat(content["begun"])
+            age = self.begun - begun
+            found = {name: Outcome(**outcome) for name, outcome in steps.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path} is not a record of earlier calls ({error!r}); move it away") from None
+        if age > FRESH:
+            print(f"{self.path} was begun on {begun:%Y-%m-%d}: beginning anew", flush=True)
+            return
+        if was_dry != self.dry:
+            kind = "a dry run" if was_dry else "a run on a GPU"
+            raise ValueError(f"{self.path.parent} holds the results of {kind}; choose another folder with --out")
+        self.begun = begun
+        self.outcomes.update(found)
+
+    def put(self, name: str, outcome: Outcome) -> None:
+        """Note an outcome and write the record, whole or not at all."""
+        self.outcomes[name] = outcome
+        steps = {step: asdict(found) for step, found in self.outcomes.items()}
+        part = self.path.with_suffix(".part")
+        content = {"dry": self.dry, "begun": self.begun.isoformat(), "steps": steps}
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(self.path)
+
+    def still_to_do(self, steps: Sequence[Step]) -> list[Step]:
+        """Return what is not done: the unfinished in the table's order, then what failed by itself."""
+        left = [step for step in steps if self.outcomes[step.name].result != "ok"]
+        return sorted(left, key=lambda step: self.outcomes[step.name].result == "failed")

@@ -1,0 +1,141 @@
+"""Name the steps of ``gpu_all.sh``, in the order of what they tell, with the share of its time that each may take.
+
+Standard library only: the driver that reads this table runs before anything is known to be installed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MEGATRON = ("megatron.core", "megatron.bridge", "omegaconf")
+"""What wheels bring; torch, triton, transformers and peft are taken to be there, and rows say so where they are not."""
+RESULTS, OUT, BUDGET = "{results}", "{out}", "{budget}"
+"""Stand in a command for the folder of all results, the step's own JSON, and the seconds that its program may take."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One program that leaves one JSON."""
+
+    name: str
+    share: int
+    """Seconds of ``SECONDS``; of another total in proportion. What a step leaves over goes to the next."""
+    shows: str
+    """What it is for, as ``--list`` and the summary say it."""
+    result: str
+    """Its JSON in the results' folder."""
+    command: tuple[str, ...]
+    """Behind the interpreter, in a run on a GPU."""
+    dry: tuple[str, ...] | None = None
+    """The same at tiny sizes on a CPU; None: the command with ``--dry``."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    """Without one of these it is not run."""
+    after: str = ""
+    """A JSON of an earlier step without which it is not run."""
+    margin_s: int = 8
+    """Of its limit, what its program does not get: imports before its clock starts, and what it ends with."""
+    usual: bool = True
+    """Whether it is run where no step is named."""
+
+
+def program(module: str, *options: str) -> tuple[str, ...]:
+    """Return the command of a benchmark that keeps to a budget and continues from its own JSON."""
+    return ("-m", f"benchmarks.{module}", *options, "--budget-seconds", BUDGET, "--out", OUT)
+
+
+SECONDS = 540
+UNTUNED = {"MEGALORA_TUNED": "off"}
+TUNED = {"MEGALORA_TUNED": f"{RESULTS}/gpu_tuned.json"}
+"""The table just written. Steps after ``tune`` take it where it is there (``gpu_all.environment_of``)."""
+
+STEPS = (
+    Step(
+        "tests", 60, "the real training step runs, kernels are right in bfloat16, nothing waits",
+        "gpu_tests.json", program("gpu_tests"),
+    ),
+    Step(
+        "anchors", 15, "what this GPU does at best: memory, L2, dense GEMM",
+        "gpu_anchors.json", program("anchors"),
+    ),
+    Step(
+        "kernels", 80, "the base's TFLOP/s and the cost of LoRA with the untuned rule",
+        "gpu_kernels.json", program("bench_grouped_lora", "--quick"), environment=UNTUNED,
+    ),
+    Step(
+        "tune", 65, "which variant of the grouped GEMM is fastest for which product",
+        "gpu_tuned.json", program("tune"),
+    ),
+    Step(
+        "kernels-tuned", 50, "the kernels again, with the table just written",
+        "gpu_kernels_tuned.json", program("bench_grouped_lora", "--quick"), environment=TUNED,
+        after="gpu_tuned.json",
+    ),
+    Step(
+        "model", 80, "a 30B-shaped model: tokens/s, launches, waits, gaps, memory beside the planner's",
+        "gpu_model.json", program("bench_train_gpu"), environment=TUNED,
+    ),
+    Step(
+        "peers", 60, "Megatron-Bridge's LoRA, PEFT, Unsloth, grouped_mm beside ours",
+        "gpu_peers.json", program("peers"), environment=TUNED,
+    ),
+    Step(
+        "shared", 60, "layouts whose ranks share the GPU against float64",
+        "gpu_shared.json", program("shared_gpu"), modules=MEGATRON,
+    ),
+    Step(
+        "calibration", 30, "what the planner's time model needs",
+        "gpu_calibration.json",
+        ("-m", "megalora.bench.calibrate", OUT, "--budget-seconds", BUDGET),
+        dry=("-m", "megalora.bench.calibrate", OUT, "--budget-seconds", "1"), modules=MEGATRON,
+        margin_s=25,  # its budget is for measuring alone
+    ),
+    Step(
+        "layouts", 40, "megalora bench: recomputation and microbatches beside the planner",
+        "gpu_layouts.json", program("layouts"), environment=TUNED, modules=MEGATRON,
+    ),
+    Step(
+        "all-tests", 300, "every test in tests/gpu",
+        "gpu_all_tests.json", program("gpu_tests", "--all"), modules=MEGATRON, usual=False,
+    ),
+)  # fmt: skip
+"""Shares of the usual ones add up to ``SECONDS``."""
+
+
+def named(names: Sequence[str]) -> list[Step]:
+    """Return the steps of these names in the table's order; the usual ones where there are none.
+
+    Raises:
+        ValueError: there is no such step.
+    """
+    known = {step.name: step for step in STEPS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"no step is called {unknown[0]!r}; there are {', '.join(known)}")
+    if not names:
+        return [step for step in STEPS if step.usual]
+    return [step for step in STEPS if step.name in names]
+
+
+def command_of(step: Step, results: Path, budget_s: float, dry: bool) -> list[str]:
+    """Return what follows the interpreter."""
+    words = step.command
+    if dry:
+        words = (*step.command, "--dry") if step.dry is None else step.dry
+    filled = {OUT: str(results / step.result), BUDGET: f"{budget_s:.0f}"}
+    return [filled.get(word, word) for word in words]
+
+
+def limits(steps: Sequence[Step], seconds: float) -> dict[str, float]:
+    """Return for each step the second, counted from now, by which it must have ended.
+
+    Shares are scaled so that together they take ``seconds``. A step that ends early leaves its rest to the next,
+    since the moments stay where they are.
+    """
+    whole = sum(step.share for step in steps)
+    ends: dict[str, float] = {}
+    passed = 0
+    for step in steps:
+        passed += step.share
+        ends[step.name] = seconds * passed / whole
+    return ends

@@ -1,0 +1,102 @@
+"""megalora's own training step: it trains, gives with kernels what it gives with a plain loop, and waits for nothing.
+
+On a GPU where there is one; else on a CPU, where kernels are interpreted. Needs nothing of tests/conftest.py, so that
+benchmarks/gpu_tests.py can begin with it:
+
+PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider tests/gpu/test_step_on_gpu.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.train_arms import Setup
+from benchmarks.train_case import QWEN3_30B_A3B
+from tests.forked import forked
+
+ON_GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.gpu
+MODEL = {
+    **QWEN3_30B_A3B, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 128,
+}  # fmt: skip
+LARGER = MODEL | {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128}
+"""Wide enough for every back end, and for tiles that are full."""
+NUM_STEPS = 4
+
+
+def steps(
+    config: dict[str, Any], num_tokens: int, dtype: torch.dtype, count: int = NUM_STEPS
+) -> dict[str, list[float]]:
+    """Loss and gradient norm of each of ``count`` steps from the same weights, on the same tokens."""
+    from benchmarks.train_megalora import megalora
+
+    device = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
+    found: dict[str, list[float]] = {"loss": [], "norm": []}
+    with megalora(Setup(config, 8, num_tokens, device, dtype)) as training:
+        for _ in range(count):
+            loss = training.forward_backward()
+            norm: Any = training.update()
+            found["loss"].append(float(loss))
+            found["norm"].append(float(norm))
+    return found
+
+
+def write_steps(out: Path, backend: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGALORA_BACKEND", backend)
+        out.write_text(json.dumps(steps(MODEL, 32, torch.float32)))
+
+
+@pytest.fixture(autouse=True)
+def no_backend_from_the_environment(monkeypatch):
+    monkeypatch.delenv("MEGALORA_BACKEND", raising=False)
+
+
+def test_kernels_train_what_a_plain_loop_trains(tmp_path):
+    """In float32, where an error is no rounding. On a CPU in forked processes: a world of one leaves threads behind."""
+    files = {backend: tmp_path / f"{backend}.json" for backend in ("loop", "triton")}
+    if ON_GPU:
+        for backend, file in files.items():
+            write_steps(file, backend)
+    else:
+        jobs = [(backend, write_steps, (file, backend)) for backend, file in files.items()]
+        assert [code for *_, code in forked(jobs, at_once=2)] == [0, 0]
+    plain, kernels = (json.loads(file.read_text()) for file in files.values())
+    assert kernels["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+    assert kernels["norm"] == pytest.approx(plain["norm"], rel=1e-3)
+    assert kernels["loss"][-1] < kernels["loss"][0] and min(kernels["norm"]) > 0
+
+
+@pytest.mark.skipif(not ON_GPU, reason="bfloat16 needs a CUDA device: the interpreter multiplies its bit patterns")
+def test_bfloat16_trains_alike_with_every_back_end(monkeypatch):
+    """Two bfloat16 computations of one loss differ by a few roundings of 4e-3, in sums of hundreds of terms."""
+    want = steps(LARGER, 512, torch.bfloat16)
+    assert want["loss"][-1] < want["loss"][0]
+    for backend in ("loop", "grouped_mm"):
+        monkeypatch.setenv("MEGALORA_BACKEND", backend)
+        found = steps(LARGER, 512, torch.bfloat16)
+        assert found["loss"] == pytest.approx(want["loss"], rel=5e-3), backend
+        assert found["norm"] == pytest.approx(want["norm"], rel=5e-2), backend
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device; tests/pretended has the list of waits without one")
+def test_a_step_waits_for_nothing():
+    """Forward, backward, clipping and optimizer; training reads loss and norm once, after the step."""
+    from benchmarks.train_megalora import megalora
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    with megalora(Setup(LARGER, 8, 512, device, torch.bfloat16)) as training:
+        for _ in range(3):  # compiles kernels; checks that every factor has a gradient
+            training.forward_backward()
+            training.update()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            training.forward_backward()
+            training.update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,239 @@
+"""``gpu_all.sh``: time is shared out, a failed step is named and the others go on, a second call continues."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_all, gpu_machine, gpu_steps
+from benchmarks.gpu_machine import Machine
+from benchmarks.gpu_outcomes import Outcome, Record
+from benchmarks.gpu_steps import BUDGET, OUT, STEPS, Step, limits, named
+
+ROOT = Path(__file__).parents[1]
+WRITES = """
+import json, pathlib, sys
+out, budget, *left = sys.argv[1:]
+path = pathlib.Path(out)
+calls = json.loads(path.read_text())["calls"] + 1 if path.is_file() else 1
+path.write_text(json.dumps({"calls": calls, "budget": float(budget), "not_reached": left}))
+"""
+
+
+def step(name: str, code: str = WRITES, *words: str, share: int = 10, **how) -> Step:
+    """A step whose program is ``code``."""
+    command = ("-c", code, OUT, BUDGET, *words)
+    return Step(name, share, f"shows {name}", f"gpu_{name}.json", command, **how)
+
+
+@pytest.fixture
+def machine(tmp_path) -> Machine:
+    results = tmp_path / "results"
+    results.mkdir()
+    return Machine(sys.executable, results, False, tmp_path / "site", {})
+
+
+@pytest.fixture(autouse=True)
+def steps_of_a_second(monkeypatch):
+    monkeypatch.setattr(gpu_all, "LEAST_S", 0.2)
+
+
+def run(machine: Machine, steps: list[Step], seconds: float = 60.0) -> Record:
+    """One call."""
+    record = Record(machine.results, dry=False)
+    gpu_all.run_steps(machine, record, record.still_to_do(steps), seconds, None)
+    return record
+
+
+def results_of(record: Record) -> dict[str, str]:
+    return {name: outcome.result for name, outcome in record.outcomes.items()}
+
+
+def written(machine: Machine, name: str) -> dict:
+    return json.loads((machine.results / f"gpu_{name}.json").read_text())
+
+
+def test_the_table_shares_out_the_time():
+    usual = named([])
+    assert sum(step.share for step in usual) == gpu_steps.SECONDS == 540
+    assert [step.name for step in usual][:4] == ["tests", "anchors", "kernels", "tune"]
+    assert len({step.result for step in STEPS}) == len(STEPS)
+    assert all(step.result.startswith("gpu_") for step in STEPS), "what --archive takes"
+    ends = limits(usual, 540)
+    assert ends["tests"] == 60 and ends["layouts"] == 540
+    assert limits(named(["tests", "anchors"]), 150) == {"tests": 120, "anchors": 150}
+    with pytest.raises(ValueError, match="no step is called 'kernel'; there are tests, anchors"):
+        named(["kernel"])
+
+
+def test_what_a_step_leaves_over_goes_to_the_next(machine):
+    """The second gets its half and nearly all of the first one's; its program the margin less."""
+    steps = [step("quick"), step("next", margin_s=5)]
+    assert results_of(run(machine, steps, 100.0)) == {"quick": "ok", "next": "ok"}
+    assert written(machine, "quick")["budget"] == pytest.approx(50 - 8, abs=1)
+    assert 80 < written(machine, "next")["budget"] <= 95
+
+
+def test_failures_are_named_and_the_others_go_on(machine, capsys):
+    steps = [
+        step("broken", "import sys; print('a reason'); sys.exit(3)"),
+        step("silent", "pass"),
+        step("spoilt", "import sys; open(sys.argv[1], 'w').write('{')"),
+        step("absent", modules=("no.such.module",)),
+        step("later", after="gpu_silent.json"),
+        step("good"),
+    ]
+    record = run(machine, steps)
+    assert results_of(record) == {
+        "broken": "failed", "silent": "failed", "spoilt": "failed", "absent": "not run", "later": "not run",
+        "good": "ok",
+    }  # fmt: skip
+    assert record.outcomes["broken"].why == "exit code 3; see gpu_broken.txt"
+    assert "a reason" in (machine.results / "gpu_broken.txt").read_text()
+    assert "no gpu_silent.json" in record.outcomes["silent"].why
+    assert record.outcomes["later"].why == "gpu_silent.json is not there"
+    assert "broken: failed, exit code 3" in capsys.readouterr().out
+
+
+def test_a_step_beyond_its_share_is_stopped_with_all_it_started(machine):
+    pid = machine.results / "pid"
+    code = (
+        f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({str(pid)!r}, 'w').write(str(p.pid)); p.wait()"
+    )
+    record = run(machine, [step("endless", code, share=10), step("good", share=20)], 6.0)
+    assert results_of(record) == {"endless": "stopped", "good": "ok"}
+    assert record.outcomes["endless"].why.startswith("stopped after 2 s")
+    status = Path(f"/proc/{pid.read_text()}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text(), "what it started still runs"
+
+
+def test_one_that_does_not_end_when_asked_is_killed(machine, monkeypatch):
+    monkeypatch.setattr(gpu_machine, "GRACE_S", 0.3)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    begun = time.monotonic()
+    assert machine.run(step("deaf", code), 1.0).result == "stopped"
+    assert time.monotonic() - begun < 10
+
+
+def test_a_second_call_continues(machine):
+    """Done steps are left alone, cut-off ones get their file back, and what failed comes last."""
+    order = machine.results / "order"
+    note = f"open({str(order)!r}, 'a').write(sys.argv[3] + ' ')\n"
+    first = [
+        step("failed", "import sys; sys.exit(1)"),
+        step("done"),
+        step("part", WRITES, "far"),
+    ]
+    assert results_of(run(machine, first)) == {"failed": "failed", "done": "ok", "part": "part"}
+    mended = [step(name, "import sys\n" + note + WRITES.replace("*left", "name"). replace("left", "[]"), name) for name in ("failed", "done", "part")]  # fmt: skip
+    record = run(machine, mended)
+    assert results_of(record) == {"failed": "ok", "done": "ok", "part": "ok"}
+    assert order.read_text() == "part failed "
+    assert written(machine, "done")["calls"] == 1 and written(machine, "part")["calls"] == 2
+    assert record.outcomes["part"].calls == 2
+
+
+def test_a_call_without_time_forgets_nothing(machine):
+    run(machine, [step("part", WRITES, "far"), step("never")])
+    record = Record(machine.results, dry=False)
+    gpu_all.run_steps(machine, record, [step("part"), step("other")], 0.0, None)
+    assert results_of(record) == {"part": "part", "never": "ok", "other": "not reached"}
+
+
+def test_results_of_another_run_are_no_results_of_this(machine):
+    """A JSON that was committed does not make a step that writes none look done."""
+    (machine.results / "gpu_silent.json").write_text("{}")
+    assert results_of(run(machine, [step("silent", "pass")])) == {"silent": "failed"}
+
+
+def test_records_of_another_kind_or_day(machine, capsys):
+    record = Record(machine.results, dry=True)
+    record.put("tests", Outcome("ok"))
+    with pytest.raises(ValueError, match="results of a dry run; choose another folder with --out"):
+        Record(machine.results, dry=False)
+    record.begun = datetime.now(UTC) - timedelta(days=1)
+    record.put("tests", Outcome("ok"))
+    assert not Record(machine.results, dry=False).outcomes
+    assert "beginning anew" in capsys.readouterr().out
+    for content in ("{", "[]", '{"dry": false, "steps": {}}'):
+        record.path.write_text(content)
+        with pytest.raises(ValueError, match="not a record of earlier calls"):
+            Record(machine.results, dry=False)
+
+
+def test_variables_of_a_step(machine, monkeypatch):
+    monkeypatch.setenv("MEGALORA_BACKEND", "loop")
+    monkeypatch.setenv("MEGALORA_TUNED", "mine.json")
+    by_name = {step.name: step for step in STEPS}
+    untuned = machine.environment_of(by_name["kernels"])
+    assert untuned["MEGALORA_TUNED"] == "off" and "MEGALORA_BACKEND" not in untuned
+    assert "MEGALORA_TUNED" not in machine.environment_of(by_name["model"]), "there is no table yet"
+    table = machine.results / "gpu_tuned.json"
+    table.write_text("{}")
+    assert machine.environment_of(by_name["model"])["MEGALORA_TUNED"] == str(table)
+    dry = Machine(machine.python, machine.results, True, machine.site, {}).environment_of(STEPS[0])
+    assert dry["TRITON_INTERPRET"] == "1" and dry["CUDA_VISIBLE_DEVICES"] == ""
+    assert "TRITON_INTERPRET" not in untuned
+
+
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  *benchmarks.gpu_all*|*benchmarks.gpu_summary*) exec {python} "$@" ;;
+  *"-m pip"*) exit 0 ;;
+  *import*torch*) echo '{"torch": {torch}, "gpu": {gpu}, "megatron.core": true}' ;;
+  *bench_grouped_lora*) echo "budget: $*" && exit 1 ;;
+  *) while [ "$1" != --out ]; do shift; done; echo '{"made": "up"}' >"$2" ;;
+esac
+"""
+
+
+def call(tmp_path: Path, *words: str, torch: str = "true", gpu: str = "true") -> subprocess.CompletedProcess:
+    """The script itself, with an interpreter whose programs are made up."""
+    python = tmp_path / "python"
+    text = PYTHON.replace("{python}", sys.executable).replace("{torch}", torch).replace("{gpu}", gpu)
+    python.write_text(text)
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    script = ["bash", str(ROOT / "benchmarks/gpu_all.sh"), *words]
+    return subprocess.run(script, env=environment, capture_output=True, text=True)
+
+
+def test_the_script_names_what_failed_and_can_be_called_again(tmp_path):
+    archive = tmp_path / "all.tar.gz"
+    done = call(tmp_path, "tests", "kernels", "anchors", "--archive", str(archive))
+    assert done.returncode == 1 and "FAILED kernels: exit code 1; see gpu_kernels.txt" in done.stdout, done.stderr
+    assert "--quick --budget-seconds" in (tmp_path / "out/gpu_kernels.txt").read_text()
+    with tarfile.open(archive) as tar:
+        packed = set(tar.getnames())
+    assert packed >= {"gpu_tests.json", "gpu_all.json", "gpu_kernels.txt", "gpu_summary.txt"}
+    again = call(tmp_path, "tests", "kernels", "--again", "anchors")
+    assert "done before: tests\n" in again.stdout and "== anchors" in again.stdout
+    assert again.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "how", "said"),
+    [
+        (["kernel"], {}, "gpu_all.sh: no step is called 'kernel'; there are tests, anchors, kernels,"),
+        (["--again", "tuna"], {}, "gpu_all.sh: no step is called 'tuna'; there are"),
+        ([], {"gpu": "false"}, "finds no CUDA device; --dry tries the same path on a CPU"),
+        ([], {"torch": "false"}, "has no torch; PYTHON names another interpreter"),
+        (["--seconds", "9"], {}, "gpu_all.sh: --seconds 9 is too little for any step; give 23 or more"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, words, how, said):
+    done = call(tmp_path, *words, **how)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_without_an_interpreter(tmp_path):
+    environment = {**os.environ, "PYTHON": "no-python"}
+    script = ["bash", str(ROOT / "benchmarks/gpu_all.sh")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "there is no 'no-python' here" in done.stderr
