@@ -15,6 +15,7 @@ from megalora_kernels import Adapter, Joined, expert_mlp, permute, unpermute
 from torch import Tensor
 
 from benchmarks.expert_case import SCALE, Case, Tensors
+from benchmarks.quack_gemm import OWN_CHOICE, WIDE, with_quack
 
 Kind = Literal["ours", "base", "theirs", "bound"]
 Build = Callable[[], "Arm"]
@@ -201,6 +202,7 @@ def dense_bound(case: Case) -> Arm:
 
 def their_arms(case: Case, compiled: bool) -> dict[str, Build]:
     """What we are compared with, by name."""
+    joined = cache(lambda: case.joined(case.spec.rank))
     arms: dict[str, Build] = {
         "dense bound": lambda: dense_bound(case),
         "base eager": lambda: composed(case, base_linear, gives="base"),
@@ -209,8 +211,17 @@ def their_arms(case: Case, compiled: bool) -> dict[str, Build]:
         "bridge grouped": lambda: composed(case, bridge_linear, waits=True),
         "peft merge": lambda: composed(case, merge_linear),
         "peft stock": lambda: stock_peft(case),
+        **quack_arms(lambda: ours(case, "grouped_mm", joined())),
     }
     return arms | ({"split compiled": lambda: composed(case, split_linear, compiled=True)} if compiled else {})
+
+
+def quack_arms(joined: Build) -> dict[str, Build]:
+    """``ours grouped_mm joined`` with quack's GEMM in the place of torch's, by two tiles."""
+    return {
+        "quack joined": lambda: with_quack(joined(), OWN_CHOICE),
+        "quack joined, 128 x 256": lambda: with_quack(joined(), WIDE),
+    }
 
 
 def stock_peft(case: Case) -> Arm:

@@ -82,6 +82,8 @@ def _examine(row: Row, build: Build, want: dict[str, Tensors], device: torch.dev
         return arm if row.status == "ok" else None
     except torch.OutOfMemoryError:
         row.status = "out of memory"
+    except ModuleNotFoundError as error:
+        row.status, row.failed = f"not installed: {error.name}", row.kind in ("ours", "base")
     except Exception as error:  # whatever a compiler or another library raises belongs into the table
         row.status, row.failed = f"cannot run: {first_line(error)}", row.kind in ("ours", "base")
     return None

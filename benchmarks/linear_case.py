@@ -20,6 +20,7 @@ from benchmarks.arms import (
     loop_linear,
     merge_linear,
     of_autograd,
+    quack_arms,
     room_bytes,
     split_linear,
 )
@@ -136,6 +137,7 @@ def our_linear_arms(case: LinearCase) -> dict[str, Build]:
 
 
 def their_linear_arms(case: LinearCase) -> dict[str, Build]:
+    joined = cache(lambda: Joined(case.w, case.spec.rank))
     return {
         "dense bound": lambda: dense_linear(case),
         "base eager": lambda: theirs_linear(case, base_linear, gives="base"),
@@ -143,4 +145,5 @@ def their_linear_arms(case: LinearCase) -> dict[str, Build]:
         "bridge loop": lambda: theirs_linear(case, loop_linear, waits=True),
         "bridge grouped": lambda: theirs_linear(case, bridge_linear, waits=True),
         "peft merge": lambda: theirs_linear(case, merge_linear),
+        **quack_arms(lambda: ours_linear(case, "grouped_mm", joined())),
     }

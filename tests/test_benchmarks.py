@@ -122,6 +122,9 @@ def test_sweep_begins_with_the_usual():
 def test_every_arm_computes_the_same_layer(spec):
     case = make_case(spec, CPU, torch.float32)
     rows = compared(case, without_triton(our_arms(case)), their_arms(case, compiled=False))
+    quack = [row for row in rows if row.arm.startswith("quack")]
+    assert [row.status for row in quack] == ["not installed: nvidia_cutlass_dsl"] * 2 and not quack[0].failed
+    rows = [row for row in rows if row not in quack]
     assert {row.arm: row.status for row in rows} == {row.arm: "ok" for row in rows} and len(rows) == 14
     assert all(row.forward and row.train and not row.failed for row in rows)
     assert min(row.ratio_train for row in rows if row.kind == "base") == 1
@@ -136,7 +139,7 @@ def test_every_arm_computes_the_same_linear():
         "tiny", without_triton(our_linear_arms(case)), their_linear_arms(case), lambda: want, spec.base_flops(),
         CPU, torch.float32, 2,
     )  # fmt: skip
-    assert {row.status for row in rows} == {"ok"} and len(rows) == 12
+    assert {row.status for row in rows if not row.arm.startswith("quack")} == {"ok"} and len(rows) == 14
 
 
 def test_an_arm_that_is_wrong_gets_no_speed():

@@ -4,10 +4,15 @@ from tests.mutations.bugs import Bug, bug
 
 STAGED, STAGED_TEST = "megalora/staged.py", "tests/distributed/test_staged.py"
 MODEL, MODEL_TEST = "benchmarks/tile_model.py", "tests/test_tile_model.py"
+QUACK, QUACK_TEST = "benchmarks/quack_gemm.py", "tests/test_quack_arm.py"
 ENVIRONMENT, SHARE_TEST = "megalora/environment.py", "tests/test_share_gpu.py"
 
 # fmt: off
 GPU_BUGS: tuple[Bug, ...] = (
+    bug(0, "torch's GEMM timed as quack's", QUACK, "    module._grouped_mm = gemm", "    gemm.calls += 0", f"{QUACK_TEST} agrees"),
+    bug(0, "quack handed the ends of experts alone", QUACK, "F.pad(offs, (1, 0))", "offs", f"{QUACK_TEST} agrees"),
+    bug(0, "quack left in torch's place", QUACK, "        module._grouped_mm = torch_s", "        pass", f"{QUACK_TEST} afterwards"),
+    bug(0, "quack's goal against its slower tile", "benchmarks/goals.py", "max(speeds))]", "min(speeds))]", f"{QUACK_TEST} goal"),
     bug(0, "a last wave that costs its share alone", MODEL, "        waves = math.ceil(waves)", "        pass", f"{MODEL_TEST} hand"),
     bug(0, "tiles that are half empty cost half", MODEL, "math.ceil(product.rows_per_expert / variant.block_m)", "product.rows_per_expert / variant.block_m", f"{MODEL_TEST} published"),
     bug(0, "copies into shared memory are free", MODEL, "(read + copied) / gpu.shared", "read / gpu.shared", f"{MODEL_TEST} tensor_rate"),
