@@ -2,15 +2,20 @@
 
     python -m benchmarks.bench_train_gpu --layers 8 --budget-seconds 150
 
+Ours also under torch's profiler: kernels of each layer, gaps between them, waits of the host (``step_trace.py``); and
+megalora's own beside what the planner predicts of the very configuration.
+
 Every arm runs in a process of its own (Unsloth changes transformers as it is imported), on the same sequence, with LoRA
 on attention and experts. TFLOP/s count 4 P + 6 A + 6 S h d L per token (``benchmarks/train_case.py``). An arm whose
-packages are missing is a row that says so; one of ours that fails makes exit code 1.
+packages are missing is a row that says so; one of ours that fails makes exit code 1. A second call with the same
+``--out`` runs the arms for which there was no time. ``--dry``: a tiny model on a CPU; its times mean nothing.
 """
 
 import argparse
 import importlib
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -23,19 +28,33 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_timing import Budget, first_line, number, save, table, the_gpu
+from benchmarks.gpu_timing import Budget, earlier, first_line, number, save, table, the_gpu
+from benchmarks.model_plan import error_percent, planned
+from benchmarks.profile_step import profile_steps
 from benchmarks.train_arms import Setup, Training
-from benchmarks.train_case import QWEN3_30B_A3B, adapter_parameters, flops_per_token, layers_that_fit
+from benchmarks.train_case import (
+    QWEN3_30B_A3B,
+    TINY_MODEL,
+    adapter_parameters,
+    flops_per_token,
+    layers_that_fit,
+)
 
+FITS = "megalora, all that fits"
 ARMS = {
+    FITS: "benchmarks.train_megalora:megalora",
+    "one of 8 ranks": "benchmarks.train_arms:share",
     "megalora": "benchmarks.train_megalora:megalora",
     "peft": "benchmarks.train_arms:peft",
     "kernels": "benchmarks.train_arms:kernels",
-    "one of 8 ranks": "benchmarks.train_arms:share",
-    "megalora, all that fits": "benchmarks.train_megalora:megalora",
     "unsloth": "benchmarks.train_arms:unsloth",
 }
-OURS = ("megalora", "kernels", "one of 8 ranks", "megalora, all that fits")
+"""In the order of what they tell: time may run out."""
+OURS = ("megalora", "kernels", "one of 8 ranks", FITS)
+PLANNED = ("megalora", FITS)
+"""What the planner knows: megalora's own step."""
+CUT_OFF = ("not reached", "stopped")
+"""How the status of an arm begins that a second call runs."""
 LEAST_SECONDS = 20
 """No arm is begun with less time than this."""
 FORMULA = "4 P + 6 A + 6 S h d L: see benchmarks/train_case.py"
@@ -75,13 +94,16 @@ def _now(device: torch.device) -> float:
 def train(name: str, setup: Setup, steps: int) -> dict[str, Any]:
     """One arm's row."""
     module, function = ARMS[name].split(":")
-    row: dict[str, Any] = {"arm": name, "layers": setup.config["num_hidden_layers"], "tokens": setup.num_tokens}
+    layers = setup.config["num_hidden_layers"]
+    row: dict[str, Any] = {"arm": name, "layers": layers, "tokens": setup.num_tokens}
     row |= {"rank": setup.rank, "status": "ok"}
     try:
         with getattr(importlib.import_module(module), function)(setup) as training:
             found = measure_steps(training, setup.device, steps)
             fused = training.gate_up_is_one
             row |= {"note": training.note, "adapter_parameters": training.num_adapter_parameters, **found}
+            if name in OURS and row["status"] == "ok":
+                row["profile"] = profile_steps(training, setup.device, layers)
     except ModuleNotFoundError as error:
         return row | {"status": f"not installed: {error}"}
     except torch.OutOfMemoryError:
@@ -89,16 +111,22 @@ def train(name: str, setup: Setup, steps: int) -> dict[str, Any]:
     except Exception as error:  # another library's failure is its row's content
         traceback.print_exc()
         return row | {"status": f"cannot run: {first_line(error)}"}
-    flops = flops_per_token(setup.config, setup.rank, setup.num_tokens, fused)
     if row["status"] != "ok":  # no speed of a step that does not train
         return {k: v for k, v in row.items() if not k.endswith("_ms") and k != "step_ms_range"}
+    flops = flops_per_token(setup.config, setup.rank, setup.num_tokens, fused)
     seconds = row["step_ms"] / 1e3
-    rates = {"tokens_per_s": setup.num_tokens / seconds, "tflops": flops * setup.num_tokens / seconds / 1e12}
-    return (
-        row
-        | rates
-        | {"flops_per_token": flops, "whole_adapter_parameters": adapter_parameters(setup.config, setup.rank, fused)}
-    )
+    row |= {"tokens_per_s": setup.num_tokens / seconds, "flops_per_token": flops}
+    row |= {"tflops": flops * setup.num_tokens / seconds / 1e12}
+    row |= {"whole_adapter_parameters": adapter_parameters(setup.config, setup.rank, fused)}
+    return row | (beside_the_planner(row, setup) if name in PLANNED else {})
+
+
+def beside_the_planner(row: dict[str, Any], setup: Setup) -> dict[str, Any]:
+    """What the planner predicts of the row's configuration, and its errors in percent of what was measured."""
+    on_gpu = setup.device.type == "cuda"
+    said = planned(setup, torch.cuda.get_device_name(setup.device) if on_gpu else "")
+    errors = {name: error_percent(said[name], row[name]) for name in ("step_ms", "peak_bytes")}
+    return {"planned": said, "error_percent": errors}
 
 
 def child(name: str, layers: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -115,6 +143,7 @@ def child(name: str, layers: int, args: argparse.Namespace) -> dict[str, Any]:
             str(args.steps),
             "--row",
             str(out),
+            *(["--dry"] if args.dry else []),
         ]
         limit = None if args.budget.left() == math.inf else max(1.0, args.budget.left())
         row = {"arm": name, "layers": layers, "tokens": args.tokens, "rank": args.rank}
@@ -127,25 +156,38 @@ def child(name: str, layers: int, args: argparse.Namespace) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
-def planned(device: torch.device, args: argparse.Namespace) -> list[tuple[str, int]]:
+def arms_to_run(device: torch.device, args: argparse.Namespace) -> list[tuple[str, int]]:
     """(arm, layers) in the order of what they tell."""
-    most = layers_that_fit(QWEN3_30B_A3B, args.rank, args.tokens, torch.cuda.get_device_properties(device).total_memory)
-    layers = {"one of 8 ranks": args.share_layers, "megalora, all that fits": most}
+    if args.dry:
+        return [(FITS, TINY_MODEL["num_hidden_layers"])]
+    free = torch.cuda.get_device_properties(device).total_memory
+    most = layers_that_fit(QWEN3_30B_A3B, args.rank, args.tokens, free)
+    layers = {"one of 8 ranks": args.share_layers, FITS: most}
     return [(name, layers.get(name, args.layers)) for name in ARMS]
 
 
 def run(device: torch.device, args: argparse.Namespace) -> int:
-    rows: list[dict[str, Any]] = []
-    for name, layers in planned(device, args):
+    settings = {"tokens": args.tokens, "rank": args.rank, "layers": args.layers, "steps": args.steps}
+    settings |= {"dry": args.dry, "tuned": os.environ.get("MEGALORA_TUNED", "")}
+    record = earlier(args.out, "train_gpu", device, settings) or {"rows": []}
+    rows = [row for row in record["rows"] if not row["status"].startswith(CUT_OFF)]
+    done = {row["arm"] for row in rows}
+    for name, layers in arms_to_run(device, args):
+        if name in done:
+            continue
         if args.budget.left() < LEAST_SECONDS:
             rows.append({"arm": name, "layers": layers, "status": "not reached: out of time"})
         else:
             rows.append(child(name, layers, args))
         print(f"{name}: {rows[-1]['status']}", flush=True)
-        settings = {"tokens": args.tokens, "rank": args.rank, "layers": args.layers, "steps": args.steps}
-        save(args.out, "train_gpu", device, settings=settings, flops_per_token=FORMULA, config=QWEN3_30B_A3B, rows=rows)
+        left = [row["arm"] for row in rows if row["status"].startswith(CUT_OFF)]
+        config = TINY_MODEL if args.dry else QWEN3_30B_A3B
+        save(
+            args.out, "train_gpu", device, settings=settings, flops_per_token=FORMULA, config=config, rows=rows,
+            not_reached=left,
+        )  # fmt: skip
     print(f"\n{show(rows)}\nwrote {args.out}")
-    harmless = ("ok", "not installed", "not reached", "stopped", "out of memory")
+    harmless = ("ok", "not installed", "out of memory", *CUT_OFF)
     return int(any(row["arm"] in OURS and not row["status"].startswith(harmless) for row in rows))
 
 
@@ -169,7 +211,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
         if row["status"] == "ok":
             speedup = (
                 peft[row["layers"]] / row["step_ms"]
-                if row["layers"] in peft and row["arm"] != "one of 8 ranks"
+                if row["layers"] in peft and row["arm"] in ("megalora", "kernels", "peft", "unsloth")
                 else None
             )
             peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
@@ -195,15 +237,20 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=6, help=f"measured, after {WARMUP} that are not")
     parser.add_argument("--budget-seconds", type=float, help="begin no arm with less than 20 s left of these")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_model.json"))
+    parser.add_argument("--dry", action="store_true", help="a tiny model on a CPU: to try the script itself")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(given)
-    device = the_gpu(parser)
+    device = the_gpu(parser, args.dry)
+    if args.dry:
+        args.tokens, args.rank, args.steps = 32, 8, 2
     if args.arm is None:
         args.budget = Budget(args.budget_seconds)
         return run(device, args)
-    config = {**QWEN3_30B_A3B, "num_hidden_layers": args.layers}
-    args.row.write_text(json.dumps(train(args.arm, Setup(config, args.rank, args.tokens, device), args.steps)))
+    config = {**(TINY_MODEL if args.dry else QWEN3_30B_A3B), "num_hidden_layers": args.layers}
+    dtype = torch.float32 if args.dry else torch.bfloat16
+    setup = Setup(config, args.rank, args.tokens, device, dtype)
+    args.row.write_text(json.dumps(train(args.arm, setup, args.steps)))
     return 0
 
 

@@ -19,6 +19,11 @@ QWEN3_30B_A3B: dict[str, Any] = {
     "attention_bias": False, "tie_word_embeddings": False, "output_router_logits": False,
     "router_aux_loss_coef": 0.0, "use_sliding_window": False,
 }  # fmt: skip
+TINY_MODEL: dict[str, Any] = {
+    **QWEN3_30B_A3B, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 128,
+}  # fmt: skip
+"""For tests and dry runs."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 

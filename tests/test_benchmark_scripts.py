@@ -14,7 +14,7 @@ from benchmarks.expert_case import SIZES, Sizes
 from benchmarks.gpu_timing import Budget, Stats, earlier, environment, save
 from benchmarks.linear_case import LinearSpec
 from benchmarks.train_arms import KernelExperts, Setup, Training, adapted, base_model, training, with_experts
-from benchmarks.train_case import QWEN3_30B_A3B, adapter_parameters
+from benchmarks.train_case import TINY_MODEL, adapter_parameters
 from tests.distributed.ranks import run_ranks
 from tests.forked import forked
 from tests.parity.case import prepare_run, train_recording_gradients
@@ -22,10 +22,6 @@ from tests.parity.grid import SHORT, Case
 
 CPU = torch.device("cpu")
 TINY = Sizes("tiny", hidden=48, inner=40, num_experts=8, top_k=3)
-TINY_MODEL = {
-    **QWEN3_30B_A3B, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 128,
-}  # fmt: skip
 SETUP = Setup(TINY_MODEL, rank=8, num_tokens=32, device=CPU, dtype=torch.float32)
 
 

@@ -14,16 +14,12 @@ import pytest
 import torch
 
 from benchmarks.train_arms import Setup
-from benchmarks.train_case import QWEN3_30B_A3B
+from benchmarks.train_case import TINY_MODEL
 from tests.forked import forked
 
 ON_GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.gpu
-MODEL = {
-    **QWEN3_30B_A3B, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 128,
-}  # fmt: skip
-LARGER = MODEL | {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128}
+LARGER = TINY_MODEL | {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128}
 """Wide enough for every back end, and for tiles that are full."""
 NUM_STEPS = 4
 
@@ -48,7 +44,7 @@ def steps(
 def write_steps(out: Path, backend: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEGALORA_BACKEND", backend)
-        out.write_text(json.dumps(steps(MODEL, 32, torch.float32)))
+        out.write_text(json.dumps(steps(TINY_MODEL, 32, torch.float32)))
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +59,11 @@ def test_kernels_train_what_a_plain_loop_trains(tmp_path):
         for backend, file in files.items():
             write_steps(file, backend)
     else:
+        from megalora import host
+
+        host.install()
+        import megalora.bridge.base  # noqa: F401  imports Megatron once, not in each process
+
         jobs = [(backend, write_steps, (file, backend)) for backend, file in files.items()]
         assert [code for *_, code in forked(jobs, at_once=2)] == [0, 0]
     plain, kernels = (json.loads(file.read_text()) for file in files.values())
