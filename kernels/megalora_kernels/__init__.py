@@ -9,7 +9,9 @@ from .grouped_gemm import Joined
 from .grouped_lora import grouped_lora
 from .lora_wgrad import lora_wgrad
 from .permute_shrink import permute_shrink
-from .routing import Routing, permute, permute_values, regroup, route, unpermute
+from .regroup import regroup, regroup_values
+from .route import route, route_values
+from .routing import Routing, permute, permute_values, unpermute
 
 __all__ = [
     "BACKENDS",
@@ -26,7 +28,9 @@ __all__ = [
     "permute_shrink",
     "permute_values",
     "regroup",
+    "regroup_values",
     "route",
+    "route_values",
     "unpermute",
     "vendor_waits",
 ]

@@ -13,9 +13,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .combine import combine
+
+MAX_ROWS = 2**31 - 1
+"""Rows are numbered in int32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,60 +56,16 @@ class Routing:
         return [(e, i, j) for e, (i, j) in enumerate(pairwise(self.bounds))]
 
 
-def route(routing_map_TE: torch.Tensor, top_k: int) -> tuple[Routing, torch.Tensor]:
-    """Routing of a top-k router, without waiting for the device.
-
-    Args:
-        routing_map_TE: bool, exactly ``top_k`` experts per token.
-        top_k: k.
-
-    Returns:
-        The routing, and ``expert_TK`` int64: each token's experts in ascending order, as its slots are.
-
-    Raises:
-        ValueError: a token with another number of experts; on a GPU that is a device-side assertion.
-    """
-    num_tokens, num_experts = routing_map_TE.shape
-    whole = (routing_map_TE.sum(1) == top_k).all()
-    if routing_map_TE.device.type == "cpu" and not bool(whole):
-        raise ValueError(f"routing: every token must have exactly top_k={top_k} experts")
-    if routing_map_TE.is_cuda:
-        torch._assert_async(whole)  # fails later and less politely, but waits for nothing
-    rank_TE = torch.arange(num_experts, 0, -1, device=routing_map_TE.device, dtype=torch.int32) * routing_map_TE
-    expert_TK = rank_TE.topk(top_k, dim=1, sorted=True).indices
-    # Rows go expert by expert, tokens in order within one: a running count over the transposed map numbers them.
-    row_ET = routing_map_TE.t().reshape(-1).cumsum(0, dtype=torch.int32) - 1
-    slots_TK = row_ET.view(num_experts, num_tokens).t().gather(1, expert_TK).contiguous()
-    token_TK = torch.arange(num_tokens, device=slots_TK.device, dtype=torch.int32)[:, None].expand(-1, top_k)
-    source_M = torch.empty(num_tokens * top_k, dtype=torch.int32, device=slots_TK.device)
-    source_M[slots_TK.reshape(-1).long()] = token_TK.reshape(-1)
-    offsets_E = routing_map_TE.sum(0).cumsum(0).to(torch.int32)
-    return Routing(offsets_E, num_tokens * top_k, source_M, slots_TK), expert_TK
+def check_rows(num_rows: int, what: str) -> None:
+    """Raises ``ValueError`` where rows cannot be numbered."""
+    if num_rows > MAX_ROWS:
+        raise ValueError(f"routing: {what} are {num_rows} rows, more than int32 numbers ({MAX_ROWS}); use fewer tokens")
 
 
-def regroup(counts_RE: torch.Tensor, num_rows: int) -> Routing:
-    """Routing of rows received from R ranks, each of which sends its rows sorted by this rank's experts.
-
-    Args:
-        counts_RE: int, rows from each rank for each expert; on the device.
-        num_rows: M, known from the exchange.
-    """
-    counts_ER = counts_RE.t()
-    start_RE = _exclusive(counts_RE)
-    start_ER = _exclusive(counts_ER)  # of the same blocks once sorted by expert
-    shift_ER = start_RE.t() - start_ER
-    row_M = torch.arange(num_rows, device=counts_RE.device)
-    source_M = row_M + shift_ER.reshape(-1).repeat_interleave(counts_ER.reshape(-1), output_size=num_rows)
-    slots_M = row_M - shift_ER.t().reshape(-1).repeat_interleave(counts_RE.reshape(-1), output_size=num_rows)
-    offsets_E = counts_RE.sum(0).cumsum(0).to(torch.int32)
-    if counts_RE.is_cuda:
-        torch._assert_async(offsets_E[-1] == num_rows)
-    return Routing(offsets_E, num_rows, source_M.int(), slots_M.int()[:, None].contiguous())
-
-
-def _exclusive(counts: torch.Tensor) -> torch.Tensor:
-    """Where each block starts when blocks follow each other in row-major order; the same shape."""
-    return F.pad(counts.reshape(-1).cumsum(0), (1, -1)).view(counts.shape)
+def assembled(values_M: torch.Tensor, indexes: list[torch.Tensor]) -> Routing:
+    """The routing from the outputs of an autograd function: a value of each row, and offsets, source and slots."""
+    offsets_E, source_M, slots_TK = indexes
+    return Routing(offsets_E, values_M.shape[0], source_M, slots_TK)
 
 
 class _Permute(torch.autograd.Function):

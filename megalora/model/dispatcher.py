@@ -9,7 +9,7 @@ states themselves, gathered as they are read and never written; with it the rows
 
 from typing import Any
 
-from megalora_kernels import Routing, permute, permute_values, regroup, route, unpermute
+from megalora_kernels import Routing, permute, regroup_values, route_values, unpermute
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -30,8 +30,7 @@ class LocalDispatcher(MoETokenDispatcher):
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         self.hidden_shape = hidden_states.shape
-        self.routing, experts_TK = route(routing_map, self.config.moe_router_topk)
-        values_M = permute_values(probs.gather(1, experts_TK), self.routing)
+        self.routing, values_M = route_values(routing_map, probs, self.config.moe_router_topk)
         return hidden_states.reshape(-1, self.hidden_shape[-1]), values_M
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,8 +67,7 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         self.hidden_shape, self.probs_dtype, self.routing_map = hidden_states.shape, probs.dtype, routing_map
         self.tokens_per_expert = self.preprocess(routing_map)
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
-        self.sending, experts_TK = route(routing_map, self.config.moe_router_topk)
-        values_M = permute_values(probs.gather(1, experts_TK), self.sending)
+        self.sending, values_M = route_values(routing_map, probs, self.config.moe_router_topk)
         return permute(hidden_states.reshape(-1, self.hidden_shape[-1]), self.sending), values_M
 
     def dispatch_postprocess(self, global_input_tokens: Tensor, global_probs: Tensor) -> Any:
@@ -79,8 +77,7 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
                 gather_from_sequence_parallel_region(t, group=self.tp_group, output_split_sizes=sizes)
                 for t in (global_input_tokens, global_probs)
             )
-        routing = regroup(self.counts_RE, global_input_tokens.shape[0])
-        return global_input_tokens, routing, permute_values(global_probs[:, None], routing)
+        return global_input_tokens, *regroup_values(self.counts_RE, global_probs)
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         if self.tp_size == 1:

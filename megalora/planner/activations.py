@@ -174,14 +174,14 @@ def _moe(
 
 
 def _routing(model: PlannedModel, batch: Microbatch, moved: bool) -> int:
-    """Top-k: two int64 indexes for each of the (T / t) k choices, a float32 softmax over the choices (over all experts where
-    probabilities are not normed again, as in Qwen2-MoE), (T / t) E e of probabilities. A sort of probabilities: an int64 index;
-    with an all-to-all there is one before it, with two int32 indexes more for the rows themselves, and one behind it."""
+    """Top-k: an int64 index for each of the (T / t) k choices, a float32 softmax over the choices (over all experts where
+    probabilities are not normed again, as in Qwen2-MoE). Where probabilities went: an int32 index, and one that the experts keep
+    as well; with an all-to-all that one and another belong to the rows before it."""
     s, own = model.shape, batch.own_tokens
     choices = own * s.top_k
     softmax = own * s.num_experts if s.model_type == "qwen2_moe" else choices
-    kept = choices * 2 * 8 + softmax * STATISTIC + own * s.num_experts * batch.element_bytes
-    return kept + (choices * (8 + 2 * INT) + batch.rows * 8 if moved else choices * 8)
+    kept = choices * (8 + INT) + softmax * STATISTIC
+    return kept + choices * 2 * INT * moved
 
 
 def _experts(

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import triton
 from megalora_kernels import Adapter, Routing, backend, expert_mlp, permute_shrink, route
+from megalora_kernels.regroup import regroup_triton
+from megalora_kernels.route import route_triton, spread_triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -75,6 +77,8 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
     for dtype, rank, tokens in cases:
         case.update(dtype=str(dtype).removeprefix("torch."), rank=rank, rows_per_expert=tokens)
         _qwen3_layer(dtype, rank, tokens)
+        if rank == 16 and tokens == 64:
+            _qwen3_routing(dtype)
     return rows
 
 
@@ -94,6 +98,16 @@ def _qwen3_layer(dtype: torch.dtype, rank: int, tokens: int) -> None:
     y = expert_mlp(torch.zeros(tokens * E, H, **new), w1, w2, p, sorted_rows, backend="triton", **adapters)
     y.sum().backward()
     sum(t.sum() for t in permute_shrink(x, a1, routing, backend="triton")).backward()  # pyright: ignore
+
+
+def _qwen3_routing(dtype: torch.dtype) -> None:
+    """Routing of 128 experts, top 8, and of what 8 ranks send for 16 of them."""
+    routing, expert_TK, moved_M = route_triton(
+        torch.zeros(64, 128, dtype=torch.bool), 8, torch.zeros(64, 128, dtype=dtype)
+    )
+    assert routing.slots_TK is not None and moved_M is not None
+    spread_triton(moved_M, routing.slots_TK, expert_TK, 128)
+    regroup_triton(torch.zeros(8, 16, dtype=torch.int64), 512, moved_M)
 
 
 def main() -> None:

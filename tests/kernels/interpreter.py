@@ -25,7 +25,8 @@ def improve(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(interpreter, "_patch_lang", _patch_lang_once)
     patch.setattr(interpreter, "_patch_builtin", _patch_builtin_from_a_list)
     patch.setattr(interpreter, "_get_np_dtype", _get_np_dtype_by_name)
-    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    # ``debug``: assertions on the device hold.
+    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False, debug=True)
     patch.setattr(interpreter.interpreter_builder, "options", options)
 
 

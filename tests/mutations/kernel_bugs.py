@@ -2,10 +2,11 @@
 
 from tests.mutations.bugs import Bug, bug
 
-GEMM, SHRINK, SWIGLU, WGRAD, MLP, ROUTING, ENGINE, TILES = (
+GEMM, SHRINK, SWIGLU, WGRAD, MLP, ROUTE, REGROUP, ENGINE, TILES = (
     f"kernels/megalora_kernels/{name}.py"
-    for name in ("grouped_gemm", "shrink", "swiglu", "lora_wgrad", "expert_mlp", "routing", "engine", "tiles")
+    for name in ("grouped_gemm", "shrink", "swiglu", "lora_wgrad", "expert_mlp", "route", "regroup", "engine", "tiles")
 )
+ROUTE_TEST = "tests/kernels/test_route.py"
 MLP_TEST, KEPT, ORDER = (
     "tests/kernels/test_expert_mlp.py",
     "tests/kernels/test_kept_bytes.py",
@@ -31,12 +32,20 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(0, "up's factor on gate's columns", SHRINK, "x_ptrs, rows_ptrs, r2 = x_ptrs + K, rows_ptrs + K, r - R", "x_ptrs, rows_ptrs, r2 = x_ptrs, rows_ptrs + K, r - R", "tests/kernels/test_shrink.py two"),
     bug(0, "the last of a factor's ranks left out", SHRINK, "((r >= 0) & (r < R))", "((r >= 0) & (r < R - 1))", "tests/kernels/test_shrink.py one"),
     bug(0, "gate's B on up's part of S", "kernels/megalora_kernels/adapter.py", "start += b.shape[2]", "start += 0", f"{MLP_TEST} loop"),
-    bug(0, "rows of one expert in reverse", ROUTING, "source_M[slots_TK.reshape(-1).long()] = token_TK.reshape(-1)", "source_M[slots_TK.reshape(-1).long()] = token_TK.flip(0).reshape(-1)", "tests/kernels/test_routing.py route"),
-    bug(0, "received rows not sorted by expert", ROUTING, "source_M = row_M + shift_ER", "source_M = row_M + 0 * shift_ER", "tests/kernels/test_routing.py regroup"),
+    bug(0, "rows of one expert in reverse", ROUTE, "source_M[slots_TK.reshape(-1).long()] = token_TK.reshape(-1)", "source_M[slots_TK.reshape(-1).long()] = token_TK.flip(0).reshape(-1)", "tests/kernels/test_routing.py route"),
+    bug(0, "received rows not sorted by expert", REGROUP, "source_M = row_M + shift_ER", "source_M = row_M + 0 * shift_ER", "tests/kernels/test_routing.py regroup"),
+    bug(0, "rows of a chunk of tokens placed one chunk too far", ROUTE, "(c < chunk)[:, None]", "(c <= chunk)[:, None]", f"{ROUTE_TEST} test_route"),
+    bug(0, "every block of tokens starts where its chunk does", ROUTE, "next_row += tl.sum(chosen, 0)", "next_row += 0", f"{ROUTE_TEST} test_route"),
+    bug(0, "slots of a token from its last expert to its first", ROUTE, "tl.cumsum(chosen, 1) - chosen", "TOP_K - tl.cumsum(chosen, 1)", f"{ROUTE_TEST} test_route"),
+    bug(0, "a token's row behind itself", ROUTE, "tl.cumsum(chosen, 0) - chosen", "tl.cumsum(chosen, 0)", f"{ROUTE_TEST} test_route"),
+    bug(0, "a probability's gradient at the token's first expert", ROUTE, "expert_ptr + t_64 * TOP_K + j, mask=t_ok, other=-1", "expert_ptr + t_64 * TOP_K, mask=t_ok, other=-1", f"{ROUTE_TEST} test_route"),
+    bug(0, "the router's map taken unchecked", ROUTE, "(tl.sum(chosen, 1) == TOP_K)", "(tl.sum(chosen, 1) >= 0)", f"{ROUTE_TEST} assertion"),
+    bug(0, "a rank's rows behind those of the next rank", REGROUP, "((e == expert) & (r < rank))", "((e == expert) & (r > rank))", f"{ROUTE_TEST} test_regroup"),
+    bug(0, "gradients of received probabilities sorted once more", REGROUP, "dsorted_M.index_select(0, slots_MK.view(-1))", "dsorted_M.index_select(0, slots_MK.view(-1).argsort().int())", f"{ROUTE_TEST} received"),
     bug(0, "the permuted rows kept for backward", MLP, "kept = (x if keep_x else None,", "kept = (x[source] if keep_x and source is not None else x if keep_x else None,", f"{KEPT} gathered"),
     bug(0, "gate_up kept although it is recomputed", MLP, "keep_y = before_swiglu and not static.recompute", "keep_y = before_swiglu", f"{KEPT} recomputed"),
     bug(0, "S kept as a view of its rows", MLP, "s1 = rows.s_MR.contiguous()", "s1 = rows.s_MR", f"{KEPT} joined"),
-    bug(0, "probabilities in the order they were received", "megalora/model/dispatcher.py", "permute_values(global_probs[:, None], routing)", "global_probs", "tests/distributed/test_moe_layer.py ep2"),
+    bug(0, "probabilities in the order they were received", "megalora/model/dispatcher.py", "*regroup_values(self.counts_RE, global_probs)", "regroup_values(self.counts_RE, global_probs)[0], global_probs", "tests/distributed/test_moe_layer.py ep2"),
     bug(0, "experts' counts of the sending rank", "megalora/model/dispatcher.py", "self.counts_RE = counts.to(routing_map.device)", "self.counts_RE = counts.flip(0).to(routing_map.device)", "tests/distributed/test_moe_layer.py ep2"),
     bug(0, "selective recomputation that keeps all", "megalora/model/recompute.py", ".recompute = True", ".recompute = False", "tests/model/test_experts.py selective"),
 )

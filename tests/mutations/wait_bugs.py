@@ -7,7 +7,7 @@ STEP, INPUTS, INJECT, DRIFT, OPTIM, LOOP = (
     for name in ("train/step", "train/inputs", "lora/inject", "train/drift", "train/optim", "train/loop")
 )
 DISPATCHER, EXPERTS, ROUTER = "megalora/model/dispatcher.py", "megalora/model/experts.py", "megalora/lora/router.py"
-ROUTING, ENGINE = "kernels/megalora_kernels/routing.py", "kernels/megalora_kernels/engine.py"
+ROUTE, REGROUP, ENGINE = (f"kernels/megalora_kernels/{name}.py" for name in ("route", "regroup", "engine"))
 WAITS = "tests/pretended/test_waits.py"
 ONE_GPU, TP_EP, PP, MANY_ROWS = (f"{WAITS} {name}" for name in ("one_gpu", "tp2_ep2", "pp2_first_stage", "many_rows"))
 
@@ -15,7 +15,7 @@ ONE_GPU, TP_EP, PP, MANY_ROWS = (f"{WAITS} {name}" for name in ("one_gpu", "tp2_
 WAIT_BUGS: tuple[Bug, ...] = (
     # A tensor on the wrong device
     bug(0, "a loss mask left on the host", INPUTS, "~packed), in_loss.float()", "~packed), in_loss.float().cpu()", ONE_GPU),
-    bug(0, "token numbers made on the host", ROUTING, "torch.arange(num_tokens, device=slots_TK.device, dtype=torch.int32)", "torch.arange(num_tokens, dtype=torch.int32)", ONE_GPU),
+    bug(0, "slots made on the host", ROUTE, "slots_TK, expert_TK = torch.empty(num_tokens, top_k, **new)", "slots_TK, expert_TK = torch.empty(num_tokens, top_k, dtype=torch.int32)", ONE_GPU),
     bug(0, "counts of an exchange left on the host", DISPATCHER, "self.counts_RE = counts.to(routing_map.device)", "self.counts_RE = counts.cpu()", TP_EP),
     # A wait of the host
     bug(0, "the loss read before the optimizer's step", LOOP, "    norm = clip_and_step(optimizer)\n", "    float(sum_and_count[0])\n    norm = clip_and_step(optimizer)\n", ONE_GPU),
@@ -23,9 +23,9 @@ WAIT_BUGS: tuple[Bug, ...] = (
     bug(0, "a gradient read for every projection", INJECT, "found = [parameter.main_grad[index].any() for", "found = [torch.tensor(bool(parameter.main_grad[index].any()), device=alive.device) for", ONE_GPU),
     bug(0, "a hash read for every parameter", DRIFT, "torch.stack([bit_hash(tensor) for tensor in tensors])", "torch.tensor([int(bit_hash(tensor)) for tensor in tensors], device=places.device)", ONE_GPU),
     bug(0, "the router looks at its logits", ROUTER, "        h = F.linear(", "        assert logits.isfinite().all()\n        h = F.linear(", ONE_GPU),
-    bug(0, "the dispatcher looks for idle experts", DISPATCHER, "        self.sending, experts_TK = route(", "        self.idle = (routing_map.sum(0) == 0).nonzero()\n        self.sending, experts_TK = route(", TP_EP),
-    bug(0, "rows of a size that the host must ask for", ROUTING, "counts_ER.reshape(-1), output_size=num_rows)", "counts_ER.reshape(-1))", TP_EP),
-    bug(0, "the check of every token's experts waits", ROUTING, 'if routing_map_TE.device.type == "cpu" and not bool(whole):', "if not bool(whole):", ONE_GPU),
+    bug(0, "the dispatcher looks for idle experts", DISPATCHER, "        self.sending, values_M = route_values(", "        self.idle = (routing_map.sum(0) == 0).nonzero()\n        self.sending, values_M = route_values(", TP_EP),
+    bug(0, "rows of a size that the host must ask for", REGROUP, "torch.empty(num_experts, **new), torch.empty(num_rows, **new)", "torch.empty(num_experts, **new), torch.empty(int(counts_RE.sum()), **new)", TP_EP),
+    bug(0, "the check of every token's experts waits", ROUTE, "    if routing_map_TE.is_cuda and routing_map_TE.shape[0]:", "    bool((routing_map_TE.sum(1) == top_k).all())\n    if routing_map_TE.is_cuda and routing_map_TE.shape[0]:", ONE_GPU),
     bug(0, "stages wait for the device behind messages", "megalora/model/build.py", "batch_p2p_sync=False", "batch_p2p_sync=True", PP),
     bug(0, "stages ask for shapes", "megalora/model/build.py", "variable_seq_lengths=False", "variable_seq_lengths=p.pp > 1 and p.vpp == 1", PP),
     bug(0, "the router compiled on a GPU", "megalora/host.py", "    _leave_router_uncompiled()\n    if torch", "    if torch", ONE_GPU),
