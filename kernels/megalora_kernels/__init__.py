@@ -5,8 +5,8 @@ from .backend import BACKENDS, vendor_waits
 from .combine import combine
 from .dense_lora import add_low_rank, dense_lora
 from .expert_mlp import expert_mlp
-from .grouped_gemm import Joined
 from .grouped_lora import grouped_lora
+from .joined import Joined
 from .lora_wgrad import lora_wgrad
 from .permute_shrink import permute_shrink
 from .regroup import regroup, regroup_values

@@ -3,6 +3,7 @@
 Shape legend: E experts   N rows of the fused weight   K inputs   R sum of the ranks   r rank of one projection
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from .checks import check_adapter
+
+Factors = Sequence[torch.Tensor | None]
+"""One factor for each projection, ``[E, r_i, N / len(factors)]``, any strides; None for a projection without adapter.
+
+Projection i owns its equal share of N columns, and its own of the R columns of S: ranks follow each other there.
+"""
 
 
 class RankScale(NamedTuple):
@@ -64,18 +71,17 @@ class Adapter:
         _, _, split = self.ranks()[0]
         return RankScale(scales[0], scales[-1], split)
 
-    def whole_b(self, num_rows: int, scaled: bool = True) -> torch.Tensor:
-        """``[E, N, R]``: the B's, block by block, zero elsewhere; differentiable."""
+    def whole_b(self, num_rows: int) -> torch.Tensor:
+        """``[E, N, R]``: the scaled B's, block by block, zero elsewhere; differentiable."""
         height, blocks, ranks = num_rows // len(self.b), [], {i: (j, k) for i, j, k in self.ranks()}
         total = self.a.shape[1]
         if len(self.b) == 1 and self.b[0] is not None:
-            return self.b[0] * self.scale[0] if scaled else self.b[0]
+            return self.b[0] * self.scale[0]
         for i, b in enumerate(self.b):
             if b is None:
                 blocks.append(self.a.new_zeros(self.a.shape[0], height, total))
             else:
-                b = b * self.scale[i] if scaled else b
-                blocks.append(F.pad(b, (ranks[i][0], total - ranks[i][1])))
+                blocks.append(F.pad(b * self.scale[i], (ranks[i][0], total - ranks[i][1])))
         return torch.cat(blocks, 1)
 
     def b_gradients(self, db_ENR: torch.Tensor) -> list[torch.Tensor | None]:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from .adapter import Adapter
 from .engine import make_engine
-from .grouped_gemm import Joined
 from .grouped_lora import grouped_lora
+from .joined import Joined
 from .routing import Routing, permute, unpermute
 
 

@@ -14,20 +14,21 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .adapter import UNSCALED, RankScale
+from .adapter import UNSCALED, Factors, RankScale
 from .combine import combine_ref, combine_triton
+from .gemm_kernel import grouped_gemm_triton
 from .grouped_gemm import (
-    Joined,
     add_delta_vendor,
     aligned,
+    columns_and_ranks,
     grouped_gemm_loop,
-    grouped_gemm_triton,
     grouped_gemm_vendor,
     padded_rank,
 )
+from .joined import Joined
 from .lora_wgrad import lora_wgrad_loop, lora_wgrad_triton
 from .routing import Routing
-from .shrink import Factors, shrink_loop, shrink_triton
+from .shrink import shrink_loop, shrink_triton
 from .swiglu import SwiGLUGrads, swiglu_backward_loop, swiglu_backward_triton, swiglu_loop, swiglu_triton
 
 
@@ -106,18 +107,17 @@ class Engine:
         self.passes.shrink(x_lora, factors, self.routing, s_MR, source_M, scale=scale)
         return Rows(x, source_M, s_MR)
 
-    def linear(self, rows: Rows, weight: Weight, b_ENR: torch.Tensor | None) -> torch.Tensor:
-        """``x Wᵀ + s Bᵀ``."""
-        b_ERN = None if b_ENR is None else b_ENR.transpose(1, 2)
-        return self.product(rows, weight.w_ENK.transpose(1, 2), b_ERN)
+    def linear(self, rows: Rows, weight: Weight, b: Factors | None) -> torch.Tensor:
+        """``x Wᵀ + s Bᵀ``, with one Bᵀ ``[E, r, N / len(b)]`` for each block of the weight's rows."""
+        return self.product(rows, weight.w_ENK.transpose(1, 2), b)
 
     def dgrad(self, rows: Rows, weight: Weight, a_ERK: torch.Tensor | None) -> torch.Tensor:
         """``dy W + ds A`` for ``rows = (dy, ds)``."""
-        return self.product(rows, weight.w_ENK, a_ERK)
+        return self.product(rows, weight.w_ENK, None if a_ERK is None else (a_ERK,))
 
-    def product(self, rows: Rows, w_EKN: torch.Tensor, factor_ERN: torch.Tensor | None) -> torch.Tensor:
-        """``x @ w[e] + s @ factor[e]``."""
-        return self.gemm(rows.x, w_EKN, self.routing, rows.s_MR, factor_ERN, rows.source_M)
+    def product(self, rows: Rows, w_EKN: torch.Tensor, factors: Factors | None) -> torch.Tensor:
+        """``x @ w[e] + s @ factors[e]``, block by block of columns."""
+        return self.gemm(rows.x, w_EKN, self.routing, rows.s_MR, factors, rows.source_M)
 
     def from_rank(self, s_MR: torch.Tensor, factor_ERN: torch.Tensor) -> torch.Tensor:
         """``s @ factor[e]`` alone."""
@@ -193,10 +193,10 @@ class VendorEngine(Engine):
             self.passes.shrink(x, factors, self.routing, self._padded(rows), source_M, rows.x, scale)
         return rows
 
-    def linear(self, rows: Rows, weight: Weight, b_ENR: torch.Tensor | None) -> torch.Tensor:
-        if rows.joined is not None and weight.joined is not None and b_ENR is not None:
-            return grouped_gemm_vendor(rows.joined, weight.joined.with_b(b_ENR), self.routing)
-        return super().linear(rows, weight, b_ENR)
+    def linear(self, rows: Rows, weight: Weight, b: Factors | None) -> torch.Tensor:
+        if rows.joined is not None and weight.joined is not None and b is not None:
+            return grouped_gemm_vendor(rows.joined, weight.joined.with_b(b), self.routing)
+        return super().linear(rows, weight, b)
 
     def dgrad(self, rows: Rows, weight: Weight, a_ERK: torch.Tensor | None) -> torch.Tensor:
         if rows.joined is not None and weight.joined is not None and a_ERK is not None:
@@ -206,10 +206,12 @@ class VendorEngine(Engine):
     def from_rank(self, s_MR: torch.Tensor, factor_ERN: torch.Tensor) -> torch.Tensor:
         return grouped_gemm_vendor(*self._rank_operands(s_MR, factor_ERN), self.routing)
 
-    def product(self, rows: Rows, w_EKN: torch.Tensor, factor_ERN: torch.Tensor | None) -> torch.Tensor:
+    def product(self, rows: Rows, w_EKN: torch.Tensor, factors: Factors | None) -> torch.Tensor:
         y_MN = grouped_gemm_vendor(rows.x, w_EKN, self.routing)
-        if factor_ERN is not None and rows.s_MR is not None:
-            add_delta_vendor(y_MN, *self._rank_operands(rows.s_MR, factor_ERN), self.routing)
+        if factors is not None and rows.s_MR is not None:
+            for factor_ErN, columns, ranks in columns_and_ranks(factors, y_MN.shape[1]):
+                operands = self._rank_operands(rows.s_MR[:, ranks], factor_ErN)
+                add_delta_vendor(y_MN[:, columns], *operands, self.routing)
         return y_MN
 
     def _rank_operands(self, s_MR: torch.Tensor, factor_ERN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,14 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .adapter import UNSCALED, Adapter, RankScale
+from .adapter import UNSCALED, Adapter, Factors, RankScale
 from .backend import choose
 from .checks import check_base, check_placement
 from .dropout import experts_with_dropout
 from .engine import Rows, Weight, make_engine
-from .grouped_gemm import Joined, grouped_gemm_ref
+from .grouped_gemm import grouped_gemm_ref
+from .joined import Joined
 from .routing import Routing
-from .shrink import Factors, shrink_ref
+from .shrink import shrink_ref
 from .swiglu import swiglu_ref
 
 # ---- 1. reference: the specification, read this first ---------------------------------------------------------------
@@ -49,7 +50,7 @@ def expert_mlp_ref(
         if adapter is None:
             return grouped_gemm_ref(x, w_EKN, routing)
         s_MR = shrink_ref(F.dropout(x, dropout), adapter.a, routing)
-        return grouped_gemm_ref(x, w_EKN, routing, s_MR, adapter.whole_b(weight_ENK.shape[1]).transpose(1, 2))
+        return grouped_gemm_ref(x, w_EKN, routing, s_MR, (adapter.whole_b(weight_ENK.shape[1]).transpose(1, 2),))
 
     y_MH = linear(swiglu_ref(linear(x_MH, gate_up_EJH, gate_up), p_M), down_EHI, down)
     return y_MH if routing.slots_TK is None else y_MH[routing.slots_TK.long()].sum(1)
@@ -89,17 +90,11 @@ class _Operands:
         self.a1, self.blocks1, self.scale1 = _factors(self.adapter1)
         self.a2, self.blocks2, self.scale2 = _factors(self.adapter2)
 
-    def b1(self) -> torch.Tensor | None:
-        return self.adapter1.whole_b(self.weight1.w_ENK.shape[1], scaled=False) if self.adapter1 else None
-
-    def b2(self) -> torch.Tensor | None:
-        return self.adapter2.whole_b(self.weight2.w_ENK.shape[1], scaled=False) if self.adapter2 else None
-
     def gate_up(self) -> tuple[torch.Tensor, Rows]:
         assert self.x is not None
         factors = None if self.a1 is None else (self.a1,)
         rows = self.engine.shrink(self.x, factors, self.weight1, self.routing.source_M, scale=self.scale1)
-        return self.engine.linear(rows, self.weight1, self.b1()), rows
+        return self.engine.linear(rows, self.weight1, self.blocks1), rows
 
 
 def _factors(adapter: Adapter | None) -> tuple[torch.Tensor | None, Factors | None, RankScale]:
@@ -116,7 +111,7 @@ class _ExpertMLP(torch.autograd.Function):
         o = _Operands(static, tensors)
         y_MJ, rows = o.gate_up()
         inner = o.engine.swiglu(y_MJ, o.p, o.a2, o.weight2, o.scale2)
-        out = o.engine.combine(o.engine.linear(inner, o.weight2, o.b2()))
+        out = o.engine.combine(o.engine.linear(inner, o.weight2, o.blocks2))
         wants = ctx.needs_input_grad[1:]
         wants_b1, wants_b2 = any(wants[FLAT : FLAT + static.blocks[0]]), any(wants[FLAT + static.blocks[0] :])
         before_swiglu = any(wants[i] for i in (0, 1, 7, 8)) or wants_b1  # anything but B of down

@@ -17,7 +17,8 @@ import torch
 from .backend import choose
 from .checks import check_adapter, check_base, check_placement
 from .engine import Weight, make_engine
-from .grouped_gemm import Joined, grouped_gemm_ref
+from .grouped_gemm import grouped_gemm_ref
+from .joined import Joined
 from .routing import Routing
 from .shrink import shrink_ref
 
@@ -33,7 +34,7 @@ def grouped_lora_ref(
     if a_ERK is None or b_ENR is None:
         return grouped_gemm_ref(x_MK, w_EKN, routing)
     s_MR = shrink_ref(x_MK if x_lora_MK is None else x_lora_MK, a_ERK, routing)
-    return grouped_gemm_ref(x_MK, w_EKN, routing, s_MR, b_ENR.transpose(1, 2))
+    return grouped_gemm_ref(x_MK, w_EKN, routing, s_MR, (b_ENR.transpose(1, 2),))
 
 
 # ---- 2. autograd ----------------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ class _GroupedLoRA(torch.autograd.Function):
         routing, weight = Routing(offsets_E, x_MK.shape[0]), Weight(weight_ENK, joined)
         engine = make_engine(backend, routing)
         rows = engine.shrink(x_MK, None if a_ERK is None else (a_ERK,), weight, x_lora=x_lora_MK)
-        y_MN = engine.linear(rows, weight, b_ENR)
+        y_MN = engine.linear(rows, weight, None if b_ENR is None else (b_ENR.transpose(1, 2),))
         da_needs_x, db_needs_s = ctx.needs_input_grad[3:5]
         x_kept = (x_MK if x_lora_MK is None else x_lora_MK) if da_needs_x else None
         s_kept = rows.s_MR.contiguous() if rows.s_MR is not None and db_needs_s else None

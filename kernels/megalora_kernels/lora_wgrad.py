@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from .backend import choose_pass
-from .grouped_gemm import grouped_gemm_loop, grouped_gemm_triton
+from .gemm_kernel import grouped_gemm_triton
+from .grouped_gemm import grouped_gemm_loop
 from .routing import Routing
 from .shrink import shrink_loop, shrink_triton
 from .tiles import max_tiles, sum_tiles, tile_of

@@ -15,18 +15,13 @@ Shape legend: T source rows   M routed rows   E experts   K features   R rank, o
 # rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 
-from .adapter import UNSCALED, RankScale
+from .adapter import UNSCALED, Factors, RankScale
 from .routing import Routing
 from .tiles import max_tiles, tile_of
-
-Factors = Sequence[torch.Tensor | None]
-"""``[E, r_i, K / len(factors)]`` each, any strides; None for a projection without adapter."""
 
 # ---- 1. reference ---------------------------------------------------------------------------------------------------
 

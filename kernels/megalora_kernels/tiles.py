@@ -20,8 +20,11 @@ def max_tiles(num_rows: int, num_experts: int, rows_per_tile: int) -> int:
 
 
 @triton.jit
-def _tile_table(offsets_ptr, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """Per expert: first row, end row, number of tiles, number of tiles up to and including its own."""
+def tile_table(offsets_ptr, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """Per expert: its number, first row, end row, number of tiles, number of tiles up to and including its own.
+
+    EXPERTS is a power of two, at least num_experts.
+    """
     i = tl.arange(0, EXPERTS)
     end = tl.load(offsets_ptr + i, mask=i < num_experts, other=0)
     start = tl.load(offsets_ptr + i - 1, mask=(i > 0) & (i < num_experts), other=0)
@@ -30,17 +33,20 @@ def _tile_table(offsets_ptr, num_experts, EXPERTS: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def tile_of(offsets_ptr, tile, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """(expert, first row of the tile, end row of the expert) of tile ``tile``; expert == num_experts: no such tile.
-
-    EXPERTS is a power of two, at least num_experts.
-    """
-    i, start, end, tiles, tiles_end = _tile_table(offsets_ptr, num_experts, EXPERTS, ROWS)
+def find_tile(table, tile, num_experts, ROWS: tl.constexpr):
+    """(expert, first row of the tile, end row of the expert) of tile ``tile``; expert == num_experts: no such tile."""
+    i, start, end, tiles, tiles_end = table
     expert = tl.sum(((tiles_end <= tile) & (i < num_experts)).to(tl.int32), 0)
     mine = i == expert
     first_tile = tl.sum(tl.where(mine, tiles_end - tiles, 0), 0)
     first_row = tl.sum(tl.where(mine, start, 0), 0) + (tile - first_tile) * ROWS
     return expert, first_row, tl.sum(tl.where(mine, end, 0), 0)
+
+
+@triton.jit
+def tile_of(offsets_ptr, tile, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """The same, where a program looks up one tile alone."""
+    return find_tile(tile_table(offsets_ptr, num_experts, EXPERTS, ROWS), tile, num_experts, ROWS)
 
 
 @triton.jit
@@ -50,7 +56,7 @@ def _sum_tiles_kernel(
 ):  # fmt: skip
     """out[e] = sum of part[t] over the tiles t of expert e, first to last: the same bits on every run."""
     expert, d = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i, _start, _end, tiles, tiles_end = _tile_table(offsets_ptr, num_experts, EXPERTS, ROWS)
+    i, _start, _end, tiles, tiles_end = tile_table(offsets_ptr, num_experts, EXPERTS, ROWS)
     last = tl.sum(tl.where(i == expert, tiles_end, 0), 0)
     first = last - tl.sum(tl.where(i == expert, tiles, 0), 0)
     acc, part_ptrs = tl.zeros((BLOCK,), tl.float32), part_ptr + first.to(tl.int64) * D + d

@@ -30,6 +30,8 @@ class Product:
     """Rows of x are taken through ``source_M`` and cannot be read by TMA on Hopper."""
     rows_per_expert: float
     """M / E: the mean, which the host knows; not the counts."""
+    blocks: int = 1
+    """Into how many blocks of equal width N is divided, each with its own adapter: 2 for gate and up."""
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,123 @@ class Variant:
     """One program for each multiprocessor walks over the tiles, instead of one program for each tile."""
     roles: bool = False
     """One warp group loads and the others multiply (Triton 3.6 on Hopper; every operand by TMA)."""
+
+
+# ---- what can run ---------------------------------------------------------------------------------------------------
+
+SHARED_LIMITS = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 1): 227, (10, 3): 227, (11, 0): 227}
+"""KiB of shared memory that one program may have, by compute capability (CUDA C programming guide); 99 on the others."""
+HOPPER = (9, 0)
+HOPPER_SHARED = SHARED_LIMITS[HOPPER] * 1024
+MAX_ACCUMULATORS = 128
+"""Float32 values of the accumulator that a thread can hold beside its addresses: it has 255 registers."""
+
+
+def shared_limit_of(capability: tuple[int, int]) -> int:
+    """Return the bytes of shared memory that one program may have."""
+    return SHARED_LIMITS.get(capability, 99) * 1024
+
+
+def shared_bytes(variant: Variant, product: Product) -> int:
+    """Return the bytes of shared memory that the variant takes: an upper bound, within 128 bytes for Hopper.
+
+    The loop over K has ``num_stages`` buffers for tiles of x and w. The adapter's operands come after the loop and reuse
+    them; so does the conversion of the output.
+    """
+    per_k = (variant.block_m + variant.block_n) * product.dtype.itemsize
+    barriers = 128  # what TMA waits on
+    return per_k * max(variant.num_stages * variant.block_k, padded_rank(product.rank)) + barriers
+
+
+def padded_rank(rank: int) -> int:
+    """Return the rank that a tile has: a power of two from 16 on, 0 without adapter."""
+    return max(16, 1 << (rank - 1).bit_length()) if rank else 0
+
+
+def problem(
+    variant: Variant,
+    product: Product,
+    shared_limit: int = HOPPER_SHARED,
+    capability: tuple[int, int] = HOPPER,
+) -> str | None:
+    """Return why the variant cannot compute this product, or None.
+
+    Addresses and strides are not part of a product: ``gemm_kernel.tma_problem`` looks at those.
+
+    Args:
+        shared_limit: bytes of shared memory that one program may have on the device.
+        capability: the device's compute capability.
+    """
+    shared = shared_bytes(variant, product)
+    if shared > shared_limit:
+        return f"it needs {shared} bytes of shared memory, the device has {shared_limit} for a program"
+    accumulators = variant.block_m * variant.block_n // (32 * variant.num_warps)
+    if accumulators > MAX_ACCUMULATORS and not variant.roles:
+        return f"{variant.num_warps} warps would hold {accumulators} sums per thread, at most {MAX_ACCUMULATORS} fit"
+    if "tma" in (variant.weight, variant.rows):
+        return _tma_problem(variant, product, capability)
+    return None
+
+
+def _tma_problem(variant: Variant, product: Product, capability: tuple[int, int]) -> str | None:
+    width = product.N // product.blocks
+    if capability < HOPPER:
+        return f"TMA needs compute capability 9.0, the device has {capability[0]}.{capability[1]}"
+    if product.K % variant.block_k:
+        return f"TMA needs whole tiles: K={product.K} is not a multiple of {variant.block_k}"
+    if width % variant.block_n:
+        return f"TMA needs whole tiles: {width} columns are not a multiple of {variant.block_n}"
+    if variant.rows == "tma" and product.gathered:
+        return "rows that are gathered cannot be read by TMA"
+    return None
+
+
+# ---- which one to take ----------------------------------------------------------------------------------------------
+
+WIDE_TILE_ROWS = 96
+"""Rows per expert from which 128 x 256 beats 64 x 128: predicted, and in SGLang's tuned table for H100."""
+SQUARE_TILE_ROWS = 384
+"""Where columns do not divide by 256: 128 rows waste a quarter of the work at 512 rows per expert, 64 an eighth."""
+
+
+def rule(product: Product, shared_limit: int = HOPPER_SHARED, capability: tuple[int, int] = HOPPER) -> Variant:
+    """Return a variant that can run everywhere: operands by pointers. Predicted, not yet measured on a GPU.
+
+    Per FLOP a 128 x 256 tile reads the least from shared memory and from L2. Where it does not fit into shared memory
+    (before Hopper) fewer stages, then smaller tiles are taken.
+    """
+    if product.dtype == torch.float32:  # no tensor cores in full precision
+        return Variant(32, 64, 32, num_warps=4, num_stages=2)
+    small = [Variant(64, 128, 64, 4, stages) for stages in (4, 3, 2)]
+    preferred = small
+    if (product.N // product.blocks) % 256 == 0 and product.rows_per_expert >= WIDE_TILE_ROWS:
+        preferred = [Variant(128, 256, 64, 8, stages) for stages in (4, 3)] + small
+    elif product.rows_per_expert >= SQUARE_TILE_ROWS:
+        preferred = [Variant(128, 128, 64, 8, stages) for stages in (4, 3)] + small
+    return next(v for v in preferred if problem(v, product, shared_limit, capability) is None)
+
+
+TILES = ((64, 128, 4), (64, 256, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8))
+"""Rows, columns and warps worth trying in half precision; 64 terms of K at a time."""
+
+
+def candidates(
+    product: Product, shared_limit: int = HOPPER_SHARED, capability: tuple[int, int] = HOPPER
+) -> list[Variant]:
+    """Return every variant worth measuring for this product, the rule's first."""
+    found = [rule(product, shared_limit, capability)]
+    if product.dtype == torch.float32:
+        return found
+    operands: list[tuple[Operand, Operand]] = [("pointers", "pointers"), ("tma", "pointers")]
+    if not product.gathered:
+        operands[1] = ("tma", "tma")
+    for block_m, block_n, num_warps in TILES:
+        for num_stages in (3, 4):
+            for weight, rows in operands:
+                for persistent in (False, True):
+                    # Walking costs 35 to 70 registers: at smaller tiles a multiprocessor then holds one program, not two.
+                    if persistent and (block_m, block_n) != (128, 256):
+                        continue
+                    found.append(Variant(block_m, block_n, 64, num_warps, num_stages, weight, rows, persistent))
+    unique = dict.fromkeys(found)
+    return [v for v in unique if problem(v, product, shared_limit, capability) is None]

@@ -66,7 +66,8 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         registers, spilled = resources(kernel.asm["cubin"])
-        rows.append({"kernel": self.__name__, **case, "shared": kernel.metadata.shared, "registers": registers,
+        tile = {name: kwargs.get(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages")}
+        rows.append({"kernel": self.__name__, **case, **tile, "shared": kernel.metadata.shared, "registers": registers,
                      "spilled": spilled, "warps": kernel.metadata.num_warps, "wgmma": kernel.asm["ptx"].count("wgmma.mma_async")})  # fmt: skip
         return kernel
 

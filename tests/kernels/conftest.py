@@ -5,15 +5,26 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from megalora_kernels.variants import Variant
 
 from tests.kernels import interpreter
 
 # The package re-exports functions under their modules' names, so plain attribute access finds functions.
-backend, combine, engine, grouped_gemm, lora_wgrad, shrink, swiglu, tiles = (
+backend, combine, engine, gemm_kernel, grouped_gemm, lora_wgrad, shrink, swiglu, tiles = (
     importlib.import_module(f"megalora_kernels.{name}")
-    for name in ("backend", "combine", "engine", "grouped_gemm", "lora_wgrad", "shrink", "swiglu", "tiles")
+    for name in (
+        "backend",
+        "combine",
+        "engine",
+        "gemm_kernel",
+        "grouped_gemm",
+        "lora_wgrad",
+        "shrink",
+        "swiglu",
+        "tiles",
+    )
 )
-GEMM_BLOCKS = grouped_gemm.gemm_blocks
+CHOOSE_VARIANT = gemm_kernel.choose_variant
 """Tile shapes as on a GPU, under ``small_tiles`` too."""
 
 
@@ -72,5 +83,5 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """GEMM tiles of 16 x 32 x 16: many of them in a small problem."""
-    small = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-    monkeypatch.setattr(grouped_gemm, "gemm_blocks", lambda *_: small)
+    small = Variant(16, 32, 16, num_warps=4, num_stages=2)
+    monkeypatch.setattr(gemm_kernel, "choose_variant", lambda *_: small)

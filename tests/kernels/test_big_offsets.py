@@ -5,7 +5,7 @@ import torch
 from megalora_kernels import Routing
 from triton.runtime.interpreter import GridExecutor
 
-from tests.kernels.conftest import combine, grouped_gemm, lora_wgrad, shrink, swiglu
+from tests.kernels.conftest import combine, gemm_kernel, lora_wgrad, shrink, swiglu
 from tests.kernels.linear import make
 
 FAR = 2**30
@@ -45,12 +45,13 @@ def test_third_expert_or_row_lies_beyond_int32(vast, name, small_tiles):
             shrink.shrink_triton(o["x"], (o["a"],), routing, s)
             return [
                 s,
-                grouped_gemm.grouped_gemm_triton(o["x"], w.transpose(1, 2), routing),
+                gemm_kernel.grouped_gemm_triton(o["x"], w.transpose(1, 2), routing),
                 lora_wgrad.lora_wgrad_triton(s, o["x"], routing),
             ]
         if name in ("w", "b"):
             s = x[:, :3].contiguous()
-            return [grouped_gemm.grouped_gemm_triton(x, o["w"].transpose(1, 2), routing, s, o["b"].transpose(1, 2))]
+            b_ERN = o["b"].transpose(1, 2)
+            return [gemm_kernel.grouped_gemm_triton(x, o["w"].transpose(1, 2), routing, s, (b_ERN,))]
         if name == "g":
             return [lora_wgrad.lora_wgrad_triton(o["g"], x, routing)]
         return [combine.combine_triton(o["y"], torch.tensor([[2, 0], [1, 2]], dtype=torch.int32))]

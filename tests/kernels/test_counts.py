@@ -117,13 +117,14 @@ def layer(t: dict[str, torch.Tensor], adapted: bool, backward: bool, arm: str) -
 @pytest.mark.parametrize(
     "arm, backward, most_calls, most_bytes",
     [
-        ("loop", False, 2.89, 1.41),
-        ("loop", True, 2.24, 1.54),
-        ("joined", False, 1.55, 1.19),
-        ("joined", True, 1.70, 1.36),
+        ("loop", False, 3.35, 1.27),
+        ("loop", True, 2.33, 1.43),
+        ("joined", False, 1.55, 1.08),
+        ("joined", True, 1.70, 1.26),
     ],
 )
 def test_a_layer_of_experts(experts, arm, backward, most_calls, most_bytes):
+    """Gate and up have a product each: the loop makes more calls than with one block-diagonal B, and builds none."""
     name = f"expert_mlp {arm}, forward{' + backward' if backward else ''}"
     calls, size = ratio(name, layer(experts, True, backward, arm), layer(experts, False, backward, arm))
     assert calls <= most_calls and size <= most_bytes
@@ -159,7 +160,7 @@ def test_traffic_of_a_linear(linear):
     assert ours <= 1.88 * base
 
 
-@pytest.mark.parametrize("backward, most", [(False, 1.40), (True, 1.47)])
+@pytest.mark.parametrize("backward, most", [(False, 1.36), (True, 1.43)])
 def test_traffic_of_a_layer_of_experts(experts, backward, most):
     base, ours = (traffic(layer(experts, adapted, backward, "loop")) for adapted in (False, True))
     print(f"traffic of a layer, backward {backward}: {ours / base:.3f} of the base's {base / 1e6:.1f} MB")

@@ -5,7 +5,7 @@ import torch
 from megalora_kernels import Joined, grouped_lora
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.conftest import GEMM_BLOCKS, grouped_gemm
+from tests.kernels.conftest import CHOOSE_VARIANT, gemm_kernel, grouped_gemm
 from tests.kernels.linear import COUNTS, K, N, assert_within_rounding, call, make, row_by_row, run
 from tests.kernels.oracle import ARMS, ULP
 
@@ -45,7 +45,7 @@ def test_grouped_mm_between_triton_as_on_a_gpu(grouped_mm_between_triton, arm, d
 
 
 def test_tiles_as_large_as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(grouped_gemm, "gemm_blocks", GEMM_BLOCKS)
+    monkeypatch.setattr(gemm_kernel, "choose_variant", CHOOSE_VARIANT)
     counts = [0, 70, 3, 33]  # float32 tiles have 32 rows and 64 columns, the shrink's 64 features
     x, w, offsets, a, b, dy = make(counts, 5, k=72, n=136)
     assert_within_rounding(run("triton", x, w, offsets, a, b, dy), counts, x, w, a, b, dy)

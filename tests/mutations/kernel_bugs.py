@@ -2,9 +2,9 @@
 
 from tests.mutations.bugs import Bug, bug
 
-GEMM, SHRINK, SWIGLU, WGRAD, MLP, ROUTE, REGROUP, ENGINE, TILES = (
+GEMM, SHRINK, SWIGLU, WGRAD, MLP, ROUTE, REGROUP, ENGINE, TILES, JOINED = (
     f"kernels/megalora_kernels/{name}.py"
-    for name in ("grouped_gemm", "shrink", "swiglu", "lora_wgrad", "expert_mlp", "route", "regroup", "engine", "tiles")
+    for name in "gemm_kernel shrink swiglu lora_wgrad expert_mlp route regroup engine tiles joined".split()
 )
 ROUTE_TEST = "tests/kernels/test_route.py"
 MLP_TEST, KEPT, ORDER = (
@@ -15,9 +15,9 @@ MLP_TEST, KEPT, ORDER = (
 
 # fmt: off
 KERNEL_BUGS: tuple[Bug, ...] = (
-    bug(0, "the last tile of an expert reads on into the next", GEMM, "row_ok, col_ok = rows < end, cols < N", "row_ok, col_ok = rows < row0 + BLOCK_M, cols < N", f"{MLP_TEST} triton"),
+    bug(0, "the last tile of an expert reads on into the next", GEMM, "row_ok, col_ok = rows < end, cols < block_columns", "row_ok, col_ok = rows < row0 + BLOCK_M, cols < block_columns", f"{MLP_TEST} triton"),
     bug(0, "the gather left out of the grouped GEMM", GEMM, "from_rows = tl.load(source_ptr + rows) if HAS_SOURCE else rows", "from_rows = rows", f"{MLP_TEST} triton"),
-    bug(0, "an expert takes its neighbour's B", GEMM, "b_ptr += expert.to(tl.int64) * stride_be", "b_ptr += (expert + 1) % num_experts * stride_be", f"{MLP_TEST} triton"),
+    bug(0, "an expert takes its neighbour's B", GEMM, "b_ptr + expert.to(tl.int64) * stride_be", "b_ptr + (expert ^ 1) * stride_be", f"{MLP_TEST} triton"),
     bug(0, "S beyond an expert's rows", SHRINK, "row_ok = rows < end", "row_ok = rows < row0 + BLOCK_M", f"{MLP_TEST} triton"),
     bug(0, "gate and up exchanged in SwiGLU", SWIGLU, "h = (gate * tl.sigmoid(gate) * up * p[:, None])", "h = (up * tl.sigmoid(up) * gate * p[:, None])", f"{MLP_TEST} triton"),
     bug(0, "SwiGLU's derivative without its second term", SWIGLU, "d_gate = (dh * p * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype)", "d_gate = (dh * p * up * sigmoid).to(dtype)", f"{MLP_TEST} triton"),
