@@ -89,14 +89,22 @@ def measure(
     calls: Mapping[str, Callable[[], object]], device: torch.device, repeats: int = 20, warmup: int = 3
 ) -> dict[str, Stats]:
     """Every call ``repeats`` times, interleaved, after ``warmup`` rounds that do not count."""
+    samples = sample(calls, device, repeats, warmup)
+    return {name: Stats.of(*zip(*pairs, strict=True)) for name, pairs in samples.items()}
+
+
+def sample(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, warmup: int
+) -> dict[str, list[tuple[float, float]]]:
+    """As ``measure``, but every sample: (milliseconds of the call, milliseconds of the host)."""
     watch: _Watch = _CudaWatch(device) if device.type == "cuda" else _HostWatch()
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for i in range(warmup + repeats):
         for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
-            sample = watch.time(calls[name])
+            taken = watch.time(calls[name])
             if i >= warmup:
-                samples[name].append(sample)
-    return {name: Stats.of(*zip(*pairs, strict=True)) for name, pairs in samples.items()}
+                samples[name].append(taken)
+    return samples
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:

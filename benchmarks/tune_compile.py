@@ -1,0 +1,191 @@
+"""Compile variants of the grouped GEMM in processes that see no GPU, so that the sweep finds them in Triton's cache.
+
+    python -m benchmarks.tune_compile 90
+
+A process reads jobs from stdin and answers each with a line. Some variants make some versions of the compiler abort; that
+ends a process and costs one variant, which is named with what the process said last.
+"""
+
+import json
+import os
+import queue
+import selectors
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from megalora_kernels.variants import Variant
+
+from benchmarks.gpu_timing import first_line
+from benchmarks.tune_points import Gemm, launch, make_operands
+
+JOB_SECONDS = 60
+"""A compiler that needs longer hangs: others take about one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel to compile. Its strides and integers are those of ``experts`` experts of the GEMM."""
+
+    gemm: Gemm
+    experts: int
+    variant: Variant
+    dtype: str = "bfloat16"
+
+    def line(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, line: str) -> "Job":
+        found = json.loads(line)
+        gemm = {**found["gemm"], "ranks": tuple(found["gemm"]["ranks"])}
+        return cls(Gemm(**gemm), found["experts"], Variant(**found["variant"]), found["dtype"])
+
+
+def compile_all(
+    jobs: Sequence[Job], command: Sequence[str], num_processes: int, seconds: float, job_seconds: float = JOB_SECONDS
+) -> dict[Job, str | None]:
+    """Compile in parallel.
+
+    Args:
+        jobs: the first are begun first.
+        command: starts a process that answers each job's line with ``ok`` or a reason.
+        num_processes: at once.
+        seconds: after which no job is begun.
+
+    Returns:
+        None for each job that compiled, why not for each that did not; a job that was not reached is not there.
+    """
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    found: dict[Job, str | None] = {}
+    end = time.monotonic() + seconds
+
+    def work() -> None:
+        child: _Child | None = None
+        while time.monotonic() < end:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                break
+            child = child or _Child(command)
+            # A job that is begun may take its time, but not beyond the end by much.
+            answer = child.ask(job.line(), min(job_seconds, end - time.monotonic() + 5))
+            found[job] = None if answer == "ok" else answer
+            if child.died:
+                child = None
+        if child is not None:
+            child.stop()
+
+    threads = [threading.Thread(target=work) for _ in range(min(num_processes, len(jobs)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return dict(found)
+
+
+class _Child:
+    """One compiling process."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in _end)
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        env.pop("TRITON_INTERPRET", None)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=env)
+        self.died = False
+
+    def ask(self, line: str, seconds: float) -> str:
+        """Its answer, or how it ended."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return self._end("")
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                self.process.kill()
+                return self._end(f"not compiled after {seconds:.0f} s; ")
+        return self.process.stdout.readline().strip() or self._end("")
+
+    def stop(self) -> None:
+        self._end("")
+
+    def _end(self, why: str) -> str:
+        assert self.process.stdin and self.process.stdout
+        self.died = True
+        self.process.stdin.close()
+        self.process.stdout.close()
+        code = self.process.wait()
+        self.said.seek(0)
+        lines = [line.strip() for line in self.said if line.strip()]
+        self.said.close()
+        # An abort in MLIR prints its assertion and then pages of stack.
+        telling = [line for line in lines if "ssertion" in line or "error" in line.lower()] or lines[-1:]
+        return f"{why}the compiler's process ended with {code}: {telling[0][:200] if telling else 'it said nothing'}"
+
+
+# ---- in the process -------------------------------------------------------------------------------------------------
+
+
+class _NamedTarget:
+    """As much of a driver as the compiler asks for."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def compile_only(capability: int) -> None:
+    """From here on launches compile for this target and end there."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def without_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    driver.set_active(_NamedTarget(capability))  # pyright: ignore
+    JITFunction.run = without_launch  # pyright: ignore
+
+
+def compile_one(job: Job) -> str:
+    """``ok``, or what the compiler said."""
+    counts = [1] * job.experts
+    operands = make_operands(job.gemm, counts, torch.device("cpu"), getattr(torch, job.dtype), filled=False)
+    try:
+        launch(operands, job.variant)
+    except Exception as error:  # whatever a compiler raises: the variant is refused by the sweep
+        return first_line(error)
+    return "ok"
+
+
+def main() -> None:
+    compile_only(int(sys.argv[1]))
+    for line in sys.stdin:
+        print(compile_one(Job.read(line)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

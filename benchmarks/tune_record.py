@@ -1,0 +1,162 @@
+"""What a sweep knows so far: a table that kernels can read, and beside it what it rests on; written after every step.
+
+The part ``sweep`` holds refused variants with their reason, all times, and what was not reached. What is running stands in
+a small file beside it: the next process finds the name of a variant there that took the last one down, and refuses it.
+"""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from megalora_kernels import tuned
+from megalora_kernels.tuned_table import DTYPES, Key
+from megalora_kernels.variants import Product, Variant, padded_rank
+
+from benchmarks.expert_case import Sizes
+from benchmarks.gpu_timing import environment, save
+from benchmarks.tune_points import Point
+
+MEANINGLESS = "a dry run on a CPU: times mean nothing"
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Record:
+    """A file of results, begun or continued."""
+
+    def __init__(self, path: Path, device: torch.device, dry: bool) -> None:
+        self.path, self.device, self.dry = path, device, dry
+        self.gpu = tuned.gpu_name(device)
+        self.refused: dict[str, str] = {}
+        """``GEMM: variant`` -> why."""
+        self.points: dict[str, dict[str, Any]] = {}
+        """By ``Point.label``: the row, or that the rule stands, and all times."""
+        self.crossing: dict[str, dict[str, Any]] = {}
+        """By the layer's label: times of both back ends."""
+        self.not_reached: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self.clocks: list[str] = []
+        self.driver, _ = smi("driver_version")
+        self.running = path.with_suffix(".running")
+        self.running_since: float | None = None
+        if path.is_file():
+            self._continue(json.loads(path.read_text()))
+        if self.running.is_file():
+            self.refused[self.running.read_text()] = "the process ended, or hung, while it ran"
+            self.running.unlink()
+
+    def _continue(self, found: dict[str, Any]) -> None:
+        """Take over what an earlier call wrote; raises ``ValueError`` where it was made by something else."""
+        versions = environment(self.device)["versions"]
+        same = {
+            "gpu": (found.get("gpu"), self.gpu),
+            "torch": (found["versions"]["torch"], versions["torch"]),
+            "triton": (found["versions"]["triton"], versions["triton"]),
+            "dry": (found.get("dry"), self.dry),
+        }
+        for name, (then, now) in same.items():
+            if then != now:
+                raise ValueError(
+                    f"{self.path}: begun with {name} {then!r}, but this is {now!r}; give another --out, or remove it"
+                )
+        sweep = found["sweep"]
+        for name in ("refused", "points", "crossing", "seconds", "clocks"):
+            setattr(self, name, sweep[name])
+
+    def save(self) -> None:
+        """Write the whole file anew."""
+        points = self.points.values()
+        layers: dict[str, dict[str, Any]] = {}
+        for name in dict.fromkeys(point["layer"] for point in self.crossing.values()):
+            mine = [point for point in self.crossing.values() if point["layer"] == name]
+            layers[name] = {**mine[0]["key"], "vendor_from": vendor_from(mine)}
+        names = ("refused", "points", "crossing", "not_reached", "seconds", "clocks")
+        save(
+            self.path, "tune", self.device, dry=self.dry, gpu=self.gpu, measured=self._measured(),
+            rows=[point["row"] for point in points if point["row"]],
+            rule_stands=[point["key"] for point in points if not point["row"]],
+            layers=list(layers.values()), sweep={name: getattr(self, name) for name in names},
+        )  # fmt: skip
+
+    def _measured(self) -> dict[str, Any]:
+        found = environment(self.device)
+        return {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "commit": found["commit"],
+            "torch": found["versions"]["torch"],
+            "triton": found["versions"]["triton"],
+            "driver": self.driver,
+            "card": found["device"],
+            "clocks": MEANINGLESS if self.dry else "; ".join(self.clocks),
+        }
+
+    def note_clocks(self, when: str) -> None:
+        """Clocks and temperature of the card now."""
+        found, names = smi("clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw")
+        self.clocks.append(f"{when}: {names} = {found}")
+
+    def run(self, name: str, call: Callable[[], Any]) -> Any:
+        """Call with the name on file, so that it is known if the process ends in it."""
+        self.running.parent.mkdir(parents=True, exist_ok=True)
+        self.running.write_text(name)
+        self.running_since = time.monotonic()
+        try:
+            return call()
+        finally:
+            self.running_since = None
+            self.running.unlink()
+
+
+def smi(*fields: str) -> tuple[str | None, str]:
+    """(what nvidia-smi says of the first card, the names of it); None where there is no such program."""
+    names = ", ".join(fields)
+    if shutil.which("nvidia-smi") is None:
+        return None, names
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stdout.strip() if done.returncode == 0 else None), names
+
+
+def key_of(product: Product, rows: int) -> dict[str, Any]:
+    """The fields that a row is found by."""
+    p = product
+    bucket = tuned.bucket_of(rows)
+    key = Key(p.op, DTYPE_NAMES[p.dtype], p.N, p.K, padded_rank(p.rank), p.blocks, p.gathered, bucket)
+    return key._asdict()
+
+
+def row_of(point: Point, dtype: torch.dtype, variant: Variant, times: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table."""
+    return {**key_of(point.gemm.product(dtype, point.rows), point.rows), "variant": asdict(variant), **times}
+
+
+def layer_key(sizes: Sizes, dtype: torch.dtype, stacked_rank: int) -> dict[str, Any]:
+    """The fields that a layer's back end is found by."""
+    rank = padded_rank(stacked_rank)
+    return {"dtype": DTYPE_NAMES[dtype], "hidden": sizes.hidden, "intermediate": sizes.inner, "R": rank}
+
+
+GAIN = 0.02
+"""Less than this is worth no row: tables stay short."""
+
+
+def beats(us: float, other_us: float, spread: float) -> bool:
+    """Whether a time is shorter by more than noise: by ``GAIN``, and by twice the spread."""
+    return us < other_us * (1 - max(GAIN, 2 * spread))
+
+
+def vendor_from(points: list[dict[str, Any]]) -> int | None:
+    """The fewest rows per expert from which on torch's grouped GEMM was always faster by more than noise; None: never."""
+    found = None
+    for point in sorted(points, key=lambda point: (-point["rows_per_expert"], point["experts"])):
+        triton, vendor = point["triton_us"], point["grouped_mm_us"]
+        if triton is None or vendor is None or not beats(vendor, triton, point["spread"]):
+            break
+        found = point["rows_per_expert"]
+    return found

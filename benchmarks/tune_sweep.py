@@ -1,0 +1,264 @@
+"""The sweep: compile, check, time, write. What it measures with is passed in, so that tests bring a clock of their own.
+
+1. compile   every variant of a group of points in child processes
+2. check     each variant on uneven experts, then at the very point: rows against float32, NaN in what it allocates, same bits
+3. round 1   all that passed, three times each, interleaved
+4. round 2   the best four and the rule's own, 20 times, interleaved: median and spread
+5. write     a row where the best beats the rule's by 2 % and by twice the spread; else that the rule stands
+6. layers    forward and backward of whole layers, by Triton with the rows found so far and by torch's grouped GEMM
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megalora_kernels import tuned
+from megalora_kernels.variants import Product, Variant, candidates, device_limits, rule
+
+from benchmarks.expert_case import Spec
+from benchmarks.gpu_timing import first_line
+from benchmarks.tune_compile import Job
+from benchmarks.tune_points import (
+    Gemm,
+    Group,
+    Launch,
+    Operands,
+    Point,
+    launch,
+    make_operands,
+    mistake,
+    reference,
+    variant_label,
+)
+from benchmarks.tune_record import DTYPE_NAMES, Record, beats, key_of, layer_key, row_of
+
+Timer = Callable[[dict[str, Callable[[], object]], int], dict[str, list[float]]]
+"""(calls by name, repeats) to microseconds of each repeat, interleaved."""
+Compiler = Callable[[Sequence[Job], float], dict[Job, str | None]]
+"""(jobs, seconds) to what ``tune_compile.compile_all`` returns."""
+LayerTimer = Callable[[Spec], dict[str, Any]]
+"""A layer to its microseconds by ``triton_us`` and ``grouped_mm_us`` (None: it could not run), and ``spread``."""
+
+FINALISTS = 4
+"""So many of the first round go into the second, and the rule's own."""
+COMPILE_SHARE = 0.4
+"""Of the time that is left, for compiling a group."""
+LEAST_SECONDS = 3.0
+"""No point is begun with less."""
+
+
+def worth_measuring(product: Product, device: torch.device) -> list[Variant]:
+    """The rule's own variant first, then every other that can run."""
+    limits = device_limits(device)
+    return list(dict.fromkeys([rule(product, *limits), *candidates(product, *limits)]))
+
+
+class DeadDevice(Exception):
+    """The device answers nothing any more in this process: an address out of bounds, say."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What the sweep measures with."""
+
+    device: torch.device
+    dtype: torch.dtype
+    timer: Timer
+    compiler: Compiler
+    layer: LayerTimer
+    uneven: tuple[int, ...]
+    """Rows of each expert for the first check."""
+    run: Launch = launch
+    alive: Callable[[], bool] = lambda: True
+    """Whether the device still answers after an error."""
+    now: Callable[[], float] = time.monotonic
+    variants: Callable[[Product, torch.device], list[Variant]] = worth_measuring
+    """The rule's own first."""
+    repeats: tuple[int, int] = (3, 20)
+    """Of the two rounds."""
+
+
+class Sweep:
+    """Measures groups of points into a record, until its time is over."""
+
+    def __init__(self, record: Record, tools: Tools, seconds: float) -> None:
+        self.record, self.tools, self.end = record, tools, tools.now() + seconds
+        self.uncompiled: set[str] = set()
+        """Not reached by the compiler: not refused, but not to be compiled in series either."""
+        self.checked: set[str] = set()
+        self.longest: dict[str, float] = {}
+        """Seconds of the slowest point and the slowest layer so far."""
+
+    def left(self) -> float:
+        return self.end - self.tools.now()
+
+    def measure(self, groups: Sequence[Group]) -> None:
+        """All that time allows, in order; what is on record already is not measured again."""
+        self.record.not_reached = []
+        for number, group in enumerate(groups):
+            points = [p for p in group.points if p.label not in self.record.points]
+            layers = [spec for spec in group.layers if spec.label not in self.record.crossing]
+            if points and self.left() > LEAST_SECONDS:
+                self._timed(f"compile group {number}", lambda points=points: self._compile(points))
+            for point in points:
+                self._if_time("point", point.label, lambda point=point: self._point(point))
+            for spec in layers:
+                self._if_time("layer", spec.label, lambda spec=spec: self._layer(spec))
+        self.record.save()
+
+    def _if_time(self, kind: str, label: str, call: Callable[[], None]) -> None:
+        if self.left() < max(LEAST_SECONDS, 1.2 * self.longest.get(kind, 0.0)):
+            self.record.not_reached.append(label)
+            return
+        seconds = self._timed(label, call)
+        self.longest[kind] = max(self.longest.get(kind, 0.0), seconds)
+        self.record.save()
+
+    def _timed(self, label: str, call: Callable[[], None]) -> float:
+        before = self.tools.now()
+        call()
+        seconds = self.tools.now() - before
+        self.record.seconds[label] = round(seconds, 2)
+        return seconds
+
+    # ---- variants that can run --------------------------------------------------------------------------------------
+
+    def variants(self, point: Point) -> list[Variant]:
+        """The rule's own first."""
+        return self.tools.variants(point.gemm.product(self.tools.dtype, point.rows), self.tools.device)
+
+    def _compile(self, points: Sequence[Point]) -> None:
+        dtype = DTYPE_NAMES[self.tools.dtype]
+        jobs = {}
+        for point in points:
+            for variant in self.variants(point):
+                for experts in self._experts(point):
+                    jobs[Job(point.gemm, experts, variant, dtype)] = None
+        wanted = [job for job in jobs if _name(job.gemm, job.variant) not in self.record.refused]
+        found = self.tools.compiler(wanted, COMPILE_SHARE * self.left())
+        for job in wanted:
+            name = _name(job.gemm, job.variant)
+            if job not in found:
+                self.uncompiled.add(name)
+            elif (why := found[job]) is not None:
+                self.record.refused[name] = f"does not compile: {why}"
+        self.record.save()
+
+    def _experts(self, point: Point) -> list[int]:
+        """How many experts it runs with: those of the check on uneven experts, and its own."""
+        return list(dict.fromkeys([len(self.tools.uneven), point.experts]))
+
+    def _passed(self, gemm: Gemm, variants: Sequence[Variant], operands: Operands) -> list[Variant]:
+        """Those that give the right rows; the others are refused."""
+        want_MN, passed = reference(operands), []
+        for variant in variants:
+            name = _name(gemm, variant)
+            if name in self.record.refused or name in self.uncompiled:
+                continue
+
+            def check(variant: Variant = variant) -> str | None:
+                return mistake(operands, want_MN, variant, self.tools.run)
+
+            try:
+                why = self.record.run(name, check)
+            except Exception as error:  # whatever a launch raises: the variant is refused, the others go on
+                why = f"does not run: {first_line(error)}"
+            if why is None:
+                passed.append(variant)
+                continue
+            self.record.refused[name] = why
+            if not self.tools.alive():
+                self.record.save()
+                raise DeadDevice(f"{name}: {why}")
+        return passed
+
+    # ---- a point ----------------------------------------------------------------------------------------------------
+
+    def _point(self, point: Point) -> None:
+        tools, gemm, variants = self.tools, point.gemm, self.variants(point)
+        new = [v for v in variants if _name(gemm, v) not in self.checked]
+        uneven = make_operands(gemm, tools.uneven, tools.device, tools.dtype)
+        self.checked |= {_name(gemm, v) for v in self._passed(gemm, new, uneven)}
+        operands = make_operands(gemm, [point.rows] * point.experts, tools.device, tools.dtype)
+        variants = [v for v in variants if _name(gemm, v) in self.checked]
+        passed = self._passed(gemm, variants, operands)
+        if not passed:
+            raise RuntimeError(f"{point.label}: no variant computes it; see 'refused' in {self.record.path}")
+        own = self.variants(point)[0]
+        first = self._time(operands, passed, tools.repeats[0])
+        best = sorted(passed, key=lambda v: first[v][0])[:FINALISTS]
+        # The rule's own first: of equals it wins.
+        finalists = list(dict.fromkeys([v for v in (own, *best) if v in passed]))
+        second = self._time(operands, finalists, tools.repeats[1])
+        self.record.points[point.label] = self._outcome(point, own, first, second)
+
+    def _time(self, o: Operands, variants: Sequence[Variant], repeats: int) -> dict[Variant, tuple[float, float]]:
+        """(median µs, spread) of each: half the distance from the 10th to the 90th percentile, relative to the median."""
+        calls = {variant_label(v): lambda v=v: self.tools.run(o, v) for v in variants}
+        samples = self.tools.timer(calls, repeats)
+        found = {}
+        for v in variants:
+            us = samples[variant_label(v)]
+            tenths = statistics.quantiles(us, n=10, method="inclusive") if len(us) > 1 else us
+            median = statistics.median(us)
+            found[v] = median, (tenths[-1] - tenths[0]) / 2 / median
+        return found
+
+    def _outcome(
+        self, point: Point, own: Variant, first: dict[Variant, tuple[float, float]],
+        second: dict[Variant, tuple[float, float]],
+    ) -> dict[str, Any]:  # fmt: skip
+        """What is written of a point: its row, if one is worth it, and what it rests on."""
+        best = min(second, key=lambda v: second[v][0])
+        us, spread = second[best]
+        rule_us, rule_spread = second.get(own, (None, 0.0))
+        spread = max(spread, rule_spread)
+        row = None
+        if rule_us is None or beats(us, rule_us, spread):
+            times = {"us": round(us, 2), "rule_us": rule_us and round(rule_us, 2), "spread": round(spread, 4)}
+            row = row_of(point, self.tools.dtype, best, times)
+        print(
+            f"{point.label}: rule {_text(rule_us)} us, best {us:.1f} us ± {100 * spread:.1f} %"
+            f" ({point.flops() / us / 1e6:.0f} TFLOP/s): {variant_label(best) if row else 'the rule stands'}",
+            flush=True,
+        )
+        return {
+            "row": row,
+            "key": key_of(point.gemm.product(self.tools.dtype, point.rows), point.rows),
+            "experts": point.experts,
+            "rule": variant_label(own),
+            "best": variant_label(best),
+            "tflops": round(point.flops() / us / 1e6, 1),
+            "first_us": {variant_label(v): round(median, 2) for v, (median, _) in first.items()},
+            "second_us": {variant_label(v): [round(m, 2), round(s, 4)] for v, (m, s) in second.items()},
+        }
+
+    # ---- a layer ----------------------------------------------------------------------------------------------------
+
+    def _layer(self, spec: Spec) -> None:
+        """Both back ends on one layer, Triton by the table as it is now."""
+        os.environ[tuned.ENV_TABLE] = str(self.record.path)
+        tuned.forget()
+        rows = spec.num_rows // spec.experts
+        found = self.tools.layer(spec)
+        self.record.crossing[spec.label] = {
+            "layer": spec.sizes.name,
+            "key": layer_key(spec.sizes, self.tools.dtype, 2 * spec.rank),
+            "experts": spec.experts,
+            "rows_per_expert": rows,
+            **found,
+        }
+        times = f"triton {_text(found['triton_us'])} us, grouped_mm {_text(found['grouped_mm_us'])} us"
+        print(f"layer {spec.label}, {rows} rows per expert: {times}", flush=True)
+
+
+def _name(gemm: Gemm, variant: Variant) -> str:
+    return f"{gemm.name}: {variant_label(variant)}"
+
+
+def _text(us: float | None) -> str:
+    return "-" if us is None else f"{us:.1f}"

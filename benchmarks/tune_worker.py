@@ -1,0 +1,169 @@
+"""Run the sweep in this process, on its GPU or dry on its CPU; ``tune.py`` starts it, again where a variant ended it."""
+
+import argparse
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megalora_kernels import tuned
+from megalora_kernels.variants import Product, Variant, device_limits, rule
+
+from benchmarks.arms import ours_separate
+from benchmarks.compare import Row, compare
+from benchmarks.expert_case import Spec, make_case, reference
+from benchmarks.gpu_timing import sample, table
+from benchmarks.tune import DEAD_DEVICE, HUNG, MISTAKE
+from benchmarks.tune_compile import Job, compile_all
+from benchmarks.tune_points import UNEVEN, UNEVEN_DRY, dry_groups, groups
+from benchmarks.tune_record import MEANINGLESS, Record
+from benchmarks.tune_sweep import DeadDevice, Sweep, Tools
+
+HANG_SECONDS = 30
+"""A variant that runs longer in its check waits for something that never comes."""
+LAYER_REPEATS = 10
+
+
+def timer_on(device: torch.device) -> Callable[..., dict[str, list[float]]]:
+    """Times on a device: L2 emptied before each, the host ahead, one round of warming up."""
+
+    def timer(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+        found = sample(calls, device, repeats, warmup=1)
+        return {name: [1e3 * ms for ms, _host_ms in pairs] for name, pairs in found.items()}
+
+    return timer
+
+
+def compiler_for(capability: tuple[int, int]) -> Callable[..., dict[Job, str | None]]:
+    """Compiles for the GPU that this process has, on all of its cores but two."""
+
+    def compiler(jobs: Sequence[Job], seconds: float) -> dict[Job, str | None]:
+        command = [sys.executable, "-m", "benchmarks.tune_compile", str(10 * capability[0] + capability[1])]
+        return compile_all(jobs, command, max(1, (os.cpu_count() or 1) - 2), seconds)
+
+    return compiler
+
+
+def time_layer(spec: Spec, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    """Forward and backward of a layer with an adapter on each projection, by both back ends, checked first."""
+    case = make_case(spec, device, dtype)
+    builds = {
+        "triton": lambda: ours_separate(case, "triton", (case.w1, case.w2)),
+        "grouped_mm": lambda: ours_separate(case, "grouped_mm", case.joined(2 * spec.rank)),
+    }
+    rows = compare(
+        spec.label, builds, {}, lambda: {"adapted": reference(case, True)}, spec.base_flops(), device, dtype, repeats
+    )
+    found: dict[str, Any] = {f"{row.arm}_us": _microseconds(row) for row in rows}
+    found["spread"] = max((_spread(row) for row in rows if row.train), default=0.0)
+    return found | {"problems": [f"{row.arm}: {row.status}" for row in rows if row.status != "ok"]}
+
+
+def _microseconds(row: Row) -> float | None:
+    return round(1e3 * row.train.median_ms, 2) if row.train else None
+
+
+def _spread(row: Row) -> float:
+    assert row.train is not None
+    return round((row.train.p90_ms - row.train.p10_ms) / 2 / row.train.median_ms, 4)
+
+
+def gpu_tools() -> Tools:
+    """For the GPU of this process, in bfloat16."""
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def alive() -> bool:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:  # every call fails from then on
+            return False
+        return True
+
+    return Tools(
+        device=device, dtype=torch.bfloat16, timer=timer_on(device), uneven=UNEVEN, alive=alive,
+        compiler=compiler_for(torch.cuda.get_device_capability(device)),
+        layer=lambda spec: time_layer(spec, device, torch.bfloat16, LAYER_REPEATS),
+    )  # fmt: skip
+
+
+def dry_tools() -> Tools:
+    """The same through the interpreter; one kernel is compiled in earnest, for an H100."""
+    device, compile_h100 = torch.device("cpu"), compiler_for((9, 0))
+
+    def compiler(jobs: Sequence[Job], seconds: float) -> dict[Job, str | None]:
+        return dict.fromkeys(jobs) | compile_h100(jobs[:1], seconds)
+
+    def variants(product: Product, device: torch.device) -> list[Variant]:
+        small = [Variant(16, 32, 32, 4, 2), Variant(16, 32, 32, 4, 2, weight="tma")]
+        return [rule(product, *device_limits(device)), *small]
+
+    return Tools(
+        device=device, dtype=torch.float32, timer=timer_on(device), compiler=compiler, uneven=UNEVEN_DRY,
+        layer=lambda spec: time_layer(spec, device, torch.float32, 1), variants=variants, repeats=(1, 2),
+    )  # fmt: skip
+
+
+def watch(record: Record) -> None:
+    """End the process where a variant hangs: a kernel that waits forever cannot be stopped otherwise."""
+
+    def look() -> None:
+        while True:
+            time.sleep(1)
+            since = record.running_since
+            if since is not None and time.monotonic() - since > HANG_SECONDS:
+                print(f"hung for {HANG_SECONDS} s: {record.running.read_text()}", file=sys.stderr, flush=True)
+                os._exit(HUNG)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+def show(record: Record) -> str:
+    """The table found, and what is missing from it."""
+    header = ("point", "rule us", "best us", "spread", "TFLOP/s", "variant")
+    lines = []
+    for label, point in record.points.items():
+        row, second = point["row"], point["second_us"]
+        best_us, spread = second[point["best"]]
+        rule_us = second.get(point["rule"], ["-"])[0]
+        says = point["best"] if row else "the rule stands"
+        lines.append((label, rule_us, best_us, spread, point["tflops"], says))
+    refused = [f"refused {name}: {why}" for name, why in record.refused.items()]
+    left = [f"not reached: {'; '.join(record.not_reached)}"] if record.not_reached else []
+    return "\n".join([table(header, lines), *refused, *left])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--end", type=float, required=True, help="of time.monotonic(): begin nothing after it")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dry", action="store_true")
+    args = parser.parse_args()
+    os.environ.pop("MEGALORA_BACKEND", None)  # it would overrule what the arms ask for
+    torch.set_float32_matmul_precision("highest")  # the references are float32
+    tools = dry_tools() if args.dry else gpu_tools()
+    try:
+        record = Record(args.out, tools.device, args.dry)
+    except ValueError as error:
+        print(f"benchmarks.tune: {error}", file=sys.stderr)
+        return MISTAKE
+    watch(record)
+    record.note_clocks("at the start")
+    try:
+        Sweep(record, tools, args.end - time.monotonic()).measure(dry_groups() if args.dry else groups())
+    except DeadDevice as error:
+        print(f"the device answers no more after {error}", file=sys.stderr)
+        return DEAD_DEVICE
+    record.note_clocks("at the end")
+    record.save()
+    print(f"\n{show(record)}")
+    ships = MEANINGLESS if args.dry else f"to ship it: kernels/megalora_kernels/tuned/{tuned.file_name(record.gpu)}"
+    print(f"wrote {args.out} ({ships})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
