@@ -29,7 +29,10 @@ def megalora(setup: Setup) -> Iterator[Training]:
     lora, shape = LoRAConfig(rank=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank), model_shape(setup.config)
     with host.process_group(), parallel_groups(parallel, setup.seed) as groups:
         chunks = [_model(setup)]
-        pieces = inject(chunks, resolve(lora, shape), shape, lora, groups, seed=setup.seed, dtype=setup.dtype)
+        rows = shape.expected_rows(parallel, setup.num_tokens)
+        pieces = inject(
+            chunks, resolve(lora, shape), shape, lora, groups, seed=setup.seed, dtype=setup.dtype, rows_per_expert=rows
+        )
         wrapped = wrap_chunks(chunks)
         optimizer, stepper = build_optimizer(options, setup.dtype, wrapped), Stepper(wrapped, groups)
         tokens = setup.batch().cpu()

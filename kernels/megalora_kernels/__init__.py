@@ -1,7 +1,7 @@
 """Grouped LoRA for mixture-of-experts layers. Depends on torch and triton and nothing else."""
 
 from .adapter import Adapter
-from .backend import BACKENDS, vendor_waits
+from .backend import BACKENDS, prefers_grouped_mm
 from .combine import combine
 from .dense_lora import add_low_rank, dense_lora
 from .expert_mlp import expert_mlp
@@ -27,10 +27,10 @@ __all__ = [
     "permute",
     "permute_shrink",
     "permute_values",
+    "prefers_grouped_mm",
     "regroup",
     "regroup_values",
     "route",
     "route_values",
     "unpermute",
-    "vendor_waits",
 ]

@@ -6,8 +6,11 @@ Named by an argument, or by the environment variable MEGALORA_BACKEND, or chosen
     stacked rank > 256; GPUs before compute capability 8.0               loop
     stacked rank > 128                                                   grouped_mm (tiles of rank columns live in registers)
     not bfloat16, or neither Hopper nor datacentre Blackwell             triton (torch's grouped GEMM is a loop on the host there)
-    fewer than VENDOR_ROWS rows per expert, or no room in the weights    triton
+    fewer rows per expert than ``tuned.vendor_from``, or no room         triton
     else                                                                 grouped_mm
+
+``tuned.vendor_from`` has the number of rows for the layer from the table measured on this GPU, else 1,024. Room in the weights
+is made by the same rule (``prefers_grouped_mm``), for the rows that are expected.
 
 ``triton``, and ``grouped_mm`` where the fourth line does not apply, leave the offsets on the device; ``loop`` and ``reference``
 read them on the host.
@@ -20,17 +23,17 @@ import torch
 from triton import knobs
 
 from .grouped_gemm import why_not_grouped_mm
+from .tuned import RULE_VENDOR_FROM, vendor_from
 
 BACKENDS = ("reference", "loop", "grouped_mm", "triton")
 ENV_BACKEND = "MEGALORA_BACKEND"
-VENDOR_ROWS = 1024  # rows per expert from which torch's grouped GEMM is taken; predicted, not yet measured on a GPU
 MAX_TRITON_RANK, MAX_PASS_RANK = 128, 256  # of the GEMM's tiles, and of the passes that grouped_mm shares with it
 INTERPRETED: bool = knobs.runtime.interpret  # read once: kernels are decorated when this package is imported
 
 
 def choose(
     backend: str | None, what: str, x: torch.Tensor, num_rows: int, rank: int, weights: Sequence[torch.Tensor],
-    room: bool = False,
+    room: bool = False, layer: tuple[int, int] | None = None,
 ) -> str:  # fmt: skip
     """The back end to take, by the rule above or by name.
 
@@ -42,6 +45,7 @@ def choose(
         rank: the largest stacked rank; 0 without adapter.
         weights: the frozen weights ``[E, N, K]``.
         room: whether the weights have room for the adapter.
+        layer: hidden and intermediate size, where the weights are those of a layer's experts.
 
     Raises:
         ValueError: no such back end, or one that cannot run here.
@@ -54,10 +58,27 @@ def choose(
         return name
     if not x.is_cuda:
         return "loop"
-    few, no_room = num_rows < VENDOR_ROWS * weights[0].shape[0], rank > 0 and not room
-    triton_first = few or no_room or vendor_waits(x.dtype, x.device)
-    order = ["triton", "grouped_mm"] if triton_first else ["grouped_mm", "triton"]
+    has_room = rank == 0 or room
+    rows_per_expert = num_rows / weights[0].shape[0]
+    vendor_first = has_room and prefers_grouped_mm(x.dtype, x.device, rows_per_expert, rank, layer)
+    order = ["grouped_mm", "triton"] if vendor_first else ["triton", "grouped_mm"]
     return next((name for name in order if problems[name] is None), "loop")
+
+
+def prefers_grouped_mm(
+    dtype: torch.dtype, device: torch.device, rows_per_expert: float, rank: int, layer: tuple[int, int] | None = None
+) -> bool:
+    """Whether torch's grouped GEMM on joined operands is expected to be faster on this GPU than Triton.
+
+    Args:
+        rows_per_expert: M / E.
+        rank: the larger of the stacked ranks of gate_up and down; 0 without adapter.
+        layer: hidden and intermediate size on this rank; None where there is one linear alone.
+    """
+    if vendor_waits(dtype, device):
+        return False
+    least = RULE_VENDOR_FROM if layer is None else vendor_from(dtype, *layer, rank, device)
+    return rows_per_expert >= least
 
 
 def vendor_waits(dtype: torch.dtype, device: torch.device) -> bool:

@@ -200,7 +200,8 @@ def expert_mlp(
     rank = max(0 if adapter is None else adapter.a.shape[1] for adapter in (gate_up, down))
     room = all(w.joined is not None for w, adapter in zip(weights, (gate_up, down), strict=True) if adapter)
     w1, w2 = (w.w_ENK for w in weights)
-    name = choose(backend, "expert_mlp", x_TH, routing.num_rows, rank, [w1, w2], room)
+    layer = (w2.shape[1], w2.shape[2])
+    name = choose(backend, "expert_mlp", x_TH, routing.num_rows, rank, [w1, w2], room, layer)
     if name == "reference":
         return expert_mlp_ref(x_TH, w1, w2, p_M, routing, gate_up, down, dropout)
     if dropout > 0:

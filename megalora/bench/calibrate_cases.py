@@ -61,17 +61,17 @@ def gemm(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Case:
     return Case("gemm", {"rows": rows, "outputs": outputs, "inputs": inputs}, moved, prepare)
 
 
-def grouped_gemm(experts: int, rows: int, outputs: int, inputs: int, room: bool, dtype: torch.dtype) -> Case:
+def grouped_gemm(experts: int, rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Case:
     """``y = x W[e]ᵀ`` for the rows of each expert, which all have the same number of them.
 
-    By the back end that a layer with a usual adapter takes on this device, whose weights have ``room`` for it or not.
+    By the back end that a layer with a usual adapter takes on this device, whose weights have room for it where that is of use.
     """
 
     def prepare() -> dict[str, Call]:
         x_MK, w_ENK = _random(rows, inputs, dtype=dtype), _random(experts, outputs, inputs, dtype=dtype)
         ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=x_MK.device) * (rows // experts)
         routing = Routing(ends_E.int(), rows)
-        backend = choose(None, "calibration", x_MK, rows, USUAL_STACKED_RANK, [w_ENK], room)
+        backend = choose(None, "calibration", x_MK, rows, USUAL_STACKED_RANK, [w_ENK], room=True)
         if backend == "reference":  # asked for by MEGALORA_BACKEND; the base alone is a loop there too
             backend = "loop"
         engine = make_engine(backend, routing)
@@ -128,12 +128,10 @@ def memory_pass(num_bytes: int, dtype: torch.dtype) -> Case:
 
 def compute_cases(grid: Grid, dtype: torch.dtype) -> list[list[Case]]:
     """Of every kind that one rank computes alone, all sizes of the grid, a coarse grid first."""
-    from megalora.model.experts import FEW_EXPERTS  # imports Megatron, which must come after host.install()
-
     return [
         [gemm(m, n, k, dtype) for m, (n, k) in coarse_first(grid.gemm_rows, grid.gemm_features)],
         [
-            grouped_gemm(e, e * m, n, k, e <= FEW_EXPERTS, dtype)
+            grouped_gemm(e, e * m, n, k, dtype)
             for e, m, (n, k) in coarse_first(grid.experts, grid.rows_per_expert, grid.expert_features)
             if e * m <= grid.most_expert_rows
         ],

@@ -109,10 +109,13 @@ def _build(config: RunConfig, groups: Groups, *, real: bool) -> AdaptedModel:
         return build_adapted(
             Path(config.model.path), shape, adapted, groups,
             model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
+            rows_per_expert=shape.rows_per_expert(config),
         )  # fmt: skip
     chunks = build_random(hf, config.model, config.parallel, shape, config.train.seed)
     dtype = getattr(torch, config.model.dtype)
-    pieces = inject(chunks, adapted, shape, config.lora, groups, seed=config.train.seed, dtype=dtype)
+    rows = shape.rows_per_expert(config)
+    seed = config.train.seed
+    pieces = inject(chunks, adapted, shape, config.lora, groups, seed=seed, dtype=dtype, rows_per_expert=rows)
     check_coverage(adapted, pieces)
     return AdaptedModel(chunks, adapted, pieces, shape, groups)
 

@@ -20,11 +20,16 @@ class ExpertsLoRA(nn.Module):
     Under ETP the experts' output is a partial sum that the dispatcher reduces; so is the delta. Nothing is communicated here.
     """
 
-    def __init__(self, base: Any, gate_up: LoRAFactors | None, down: LoRAFactors | None, dropout: float) -> None:
+    def __init__(
+        self, base: Any, gate_up: LoRAFactors | None, down: LoRAFactors | None, dropout: float,
+        rows_per_expert: float = 0.0,
+    ) -> None:  # fmt: skip
+        """``rows_per_expert``: expected of a microbatch, which decides whether the weights get room for the adapters."""
         super().__init__()
         self.base, self.gate_up, self.down, self.dropout = base, gate_up, down, dropout
-        if base.gains_from_room():
-            base.make_room(*(0 if factors is None else factors.lora_A.shape[1] for factors in (gate_up, down)))
+        ranks = [0 if factors is None else factors.lora_A.shape[1] for factors in (gate_up, down)]
+        if base.gains_from_room(rows_per_expert, max(ranks)):
+            base.make_room(*ranks)
 
     def forward(self, x: Tensor, routing: Routing, probs: Tensor) -> tuple[Tensor, None]:
         """x ``[T, H]`` as the dispatcher delivers it, probs ``[M]``; returns ``[T, H]``, None."""

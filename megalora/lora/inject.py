@@ -24,9 +24,13 @@ DENSE = {"column": ColumnLoRA, "row": RowLoRA}
 
 def inject(
     chunks: list[nn.Module], adapted: list[Adapted], shape: ModelShape, lora: LoRAConfig, groups: Groups,
-    *, seed: int, dtype: torch.dtype,
+    *, seed: int, dtype: torch.dtype, rows_per_expert: float = 0.0,
 ) -> list[Piece]:  # fmt: skip
-    """Replace every adapted module of this rank's chunks; returns the adapter tensors this rank holds parts of."""
+    """Replace every adapted module of this rank's chunks; returns the adapter tensors this rank holds parts of.
+
+    ``rows_per_expert`` are those expected of a microbatch (``ModelShape.rows_per_expert``): from some number on the experts'
+    weights get room for their adapters. 0, for what is not trained: they get none.
+    """
     wanted: dict[tuple[int | None, str], list[Adapted]] = defaultdict(list)
     for a in adapted:
         wanted[a.layer, a.projection.module].append(a)
@@ -40,14 +44,16 @@ def inject(
 
     for chunk in chunks:
         for layer in chunk.decoder.layers:  # pyright: ignore
-            _adapt_layer(layer, layer.layer_number - 1, shape, factors, groups, lora.dropout)
+            _adapt_layer(layer, layer.layer_number - 1, shape, factors, groups, lora.dropout, rows_per_expert)
         if getattr(chunk, "output_layer", None) is not None and (head := factors(None, "output_layer")):
             chunk.output_layer = ColumnLoRA(chunk.output_layer, head, groups.tp, lora.dropout)  # pyright: ignore
     found = [m for chunk in chunks for m in chunk.modules() if isinstance(m, LoRAFactors)]
     return [piece for module in found for piece in module.pieces()]
 
 
-def _adapt_layer(layer: Any, number: int, shape: ModelShape, factors: Any, groups: Groups, dropout: float) -> None:
+def _adapt_layer(
+    layer: Any, number: int, shape: ModelShape, factors: Any, groups: Groups, dropout: float, rows_per_expert: float
+) -> None:
     for module, kind in {p.module: p.kind for p in layer_projections(shape, number)}.items():
         if kind in DENSE and (found := factors(number, module)):
             owner, _, name = module.rpartition(".")
@@ -58,7 +64,7 @@ def _adapt_layer(layer: Any, number: int, shape: ModelShape, factors: Any, group
         mlp.router = RouterLoRA(mlp.router, router, dropout)
     gate_up, down = factors(number, "mlp.experts.gate_up"), factors(number, "mlp.experts.down")
     if gate_up or down:
-        mlp.experts = ExpertsLoRA(mlp.experts, gate_up, down, dropout)
+        mlp.experts = ExpertsLoRA(mlp.experts, gate_up, down, dropout, rows_per_expert)
 
 
 def check_coverage(adapted: list[Adapted], pieces: list[Piece]) -> None:

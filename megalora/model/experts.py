@@ -8,15 +8,11 @@ Shape legend (local to this rank):
 from typing import Any
 
 import torch
-from megalora_kernels import Adapter, Joined, Routing, expert_mlp, vendor_waits
+from megalora_kernels import Adapter, Joined, Routing, expert_mlp, prefers_grouped_mm
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megalora import host
-
-FEW_EXPERTS = 32
-"""With at most this many local experts a rank's rows per expert reach the thousands at usual batch sizes, where torch's grouped
-GEMM on joined operands is the faster back end; with more, Triton is, which needs no room for adapters in the weights."""
 
 
 class FusedExperts(MegatronModule):
@@ -39,12 +35,18 @@ class FusedExperts(MegatronModule):
         """Compute gate_up again in backward instead of keeping it."""
         self.joined: dict[str, Joined] = {}
 
-    def gains_from_room(self) -> bool:
-        """Whether the back end that wants adapters beside the weights will be the one taken here."""
-        weight = self.gate_up
-        if not weight.is_cuda or vendor_waits(weight.dtype, weight.device):
-            return False
-        return self.num_local_experts <= FEW_EXPERTS
+    def gains_from_room(self, rows_per_expert: float, rank: int) -> bool:
+        """Whether the back end that wants adapters beside the weights will be the one taken here.
+
+        All ranks of a run decide alike: rows are those expected of the config, not those of a microbatch.
+
+        Args:
+            rows_per_expert: expected of a microbatch (``ModelShape.rows_per_expert``).
+            rank: the larger of the stacked ranks of gate_up and down.
+        """
+        weight = self.down
+        layer = (weight.shape[1], weight.shape[2])
+        return weight.is_cuda and prefers_grouped_mm(weight.dtype, weight.device, rows_per_expert, rank, layer)
 
     def make_room(self, gate_up_rank: int, down_rank: int) -> None:
         """Move the weights to where adapters of these ranks (0: none) can lie beside them.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalora.config import ParallelConfig
+from megalora.config import ParallelConfig, RunConfig
 from megalora.model.fields import check_sizes
 
 LARGEST_JSON = 2**26
@@ -51,6 +51,19 @@ class ModelShape:
         mlps = len(self.moe_layers) * moe + (self.num_layers - len(self.moe_layers)) * 3 * h * self.intermediate
         embeddings = self.vocab * h * (1 if self.tied_embeddings else 2)
         return self.num_layers * (attention + 2 * h) + mlps + embeddings + h
+
+    def expected_rows(self, p: ParallelConfig, tokens: int) -> float:
+        """Mean rows of an expert, for a microbatch of so many tokens in every data-parallel rank; 0 without experts.
+
+        Each of the ranks that attention is split over has a part of the tokens; ``ep * etp`` ranks send theirs to an expert.
+        """
+        if not self.moe_layers:
+            return 0.0
+        return tokens / p.tp * self.top_k * p.etp * p.ep / self.num_experts
+
+    def rows_per_expert(self, config: RunConfig) -> float:
+        """As ``expected_rows`` for what a run trains, every sample as long as it may be."""
+        return self.expected_rows(config.parallel, config.train.micro_batch_size * config.data.max_length)
 
     def check_layout(self, p: ParallelConfig) -> None:
         """Raise ``ValueError`` when this model cannot be split as ``p`` says."""

@@ -37,8 +37,8 @@ When = Literal["always", "pass", "loss", "layer", "step"]
 are reduced and the optimizer runs."""
 GRADIENT = STATE = 4
 """Bytes of a float32 gradient, and of a float32 master or moment."""
-ROOM_EXPERTS, ROOM_STEP = 32, 16
-"""As ``FusedExperts.gains_from_room`` and ``Joined`` have them: at most so many experts; ranks in steps of so much."""
+ROOM_STEP = 16
+"""As ``Joined`` has it: room comes in steps of so many ranks."""
 CONTEXT, ROOM = "CUDA context, NCCL", "room for adapters"
 """Parts that no count of tensors sees: not an allocator's, and only on some GPUs."""
 CONTEXT_BYTES = 3 * 2**29
@@ -124,9 +124,9 @@ def memory_of_model(model: PlannedModel, layout: Layout, work: Workload, stage: 
 def _state(
     model: PlannedModel, layout: Layout, work: Workload, stage: int
 ) -> tuple[list[Chunk], tuple[Part, ...], Part]:  # fmt: skip
-    """(chunks, what is always there, what the optimizer step adds): the same for every microbatch and recomputation."""
+    """(chunks, what is always there, what the optimizer step adds): but for room, the same for every microbatch and recomputation."""
     p, e = layout.parallel, work.element_bytes
-    key = ("state", p, layout.num_ranks, e, stage)
+    key = ("state", p, layout.num_ranks, e, stage, has_room(model, layout, work))
     if key not in model.memo:
         chunks = chunks_of(model.shape, p, stage)
         counts = [adapter_parameters(model, p, chunk) for chunk in chunks]
@@ -172,13 +172,20 @@ def _share(count: AdapterCount, layout: Layout) -> tuple[int, int]:
     return min(count.dense, dense // layout.dp), min(count.expert, expert // layout.edp)
 
 
+def has_room(model: PlannedModel, layout: Layout, work: Workload) -> bool:
+    """Whether the experts' weights get room for adapters beside them, as ``FusedExperts.gains_from_room`` says on Hopper and datacentre
+    Blackwell: from ``work.vendor_from`` expected rows per expert on; float32 goes without, and so do other GPUs."""
+    tokens = layout.micro_batch_size * work.sequence_length
+    rows = model.shape.expected_rows(layout.parallel, tokens)
+    return rows >= work.vendor_from and work.dtype == "bfloat16"
+
+
 def room_bytes(model: PlannedModel, layout: Layout, work: Workload, chunks: list[Chunk]) -> int:
-    """Beside the bfloat16 weights [N, K] of at most 32 experts: (N + R)(K + R) - N K each, R padded to 16. On Hopper and
-    datacentre Blackwell; other GPUs and float32 go without."""
+    """Beside weights [N, K] that get room: (N + R)(K + R) - N K for each expert, R padded to 16."""
     s, p, e = model.shape, layout.parallel, work.element_bytes
-    experts, i = (s.num_experts // p.ep if s.moe_layers else 0), s.expert_intermediate // p.etp
-    if not 0 < experts <= ROOM_EXPERTS or work.dtype == "float32":
+    if not has_room(model, layout, work):
         return 0
+    experts, i = s.num_experts // p.ep, s.expert_intermediate // p.etp
     total = 0
     for layer in (layer for chunk in chunks for layer in chunk.layers):
         for module, n, k in (("gate_up", 2 * i, s.hidden), ("down", s.hidden, i)):
@@ -256,7 +263,7 @@ def _experts_backward(model: PlannedModel, layout: Layout, work: Workload, layer
     modules = model.by_layer.get(layer, {})
     gate_up, down = (modules.get(f"mlp.experts.{name}", []) for name in ("gate_up", "down"))
     rank, each, q = sum(a.rank for a in gate_up), max((a.rank for a in gate_up), default=0), sum(a.rank for a in down)
-    joined = s.num_experts // p.ep <= ROOM_EXPERTS and work.dtype == "bfloat16" and bool(gate_up or down)
+    joined = has_room(model, layout, work) and bool(gate_up or down)
     result = max(own, rows * i) if joined else own
     factors = (
         s.num_experts // p.ep * (s.hidden * (rank + 2 * q) + i * (q + 2 * rank + 2 * each))

@@ -82,6 +82,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
             model = build_adapted(
                 folder, shape, adapted, groups,
                 model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
+                rows_per_expert=shape.rows_per_expert(config),
             )  # fmt: skip
             apply_recompute(model.chunks, config.train.recompute)
             probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel)

@@ -45,11 +45,15 @@ def parallel_groups(config: ParallelConfig, seed: int = 0) -> Iterator[Groups]:
 
 def build_adapted(
     folder: Path, shape: ModelShape, adapted: list[Adapted], groups: Groups,
-    *, model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig, seed: int,
+    *, model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig, seed: int, rows_per_expert: float = 0.0,
 ) -> AdaptedModel:  # fmt: skip
-    """Load the base for this rank, put the adapters in, and prove that all are there; collective."""
+    """Load the base for this rank, put the adapters in, and prove that all are there; collective.
+
+    ``rows_per_expert`` as in ``inject``.
+    """
     chunks = build_model(model, parallel, shape, folder)
-    pieces = inject(chunks, adapted, shape, lora, groups, seed=seed, dtype=getattr(torch, model.dtype))
+    dtype = getattr(torch, model.dtype)
+    pieces = inject(chunks, adapted, shape, lora, groups, seed=seed, dtype=dtype, rows_per_expert=rows_per_expert)
     check_coverage(adapted, pieces)
     return AdaptedModel(chunks, adapted, pieces, shape, groups)
 

@@ -71,7 +71,7 @@ def test_layer_computes_what_the_plain_layer_computes(
     name, tokens, backend, everything, idle, chats, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setenv("MEGALORA_BACKEND", backend)  # triton: through its interpreter
-    monkeypatch.setattr(FusedExperts, "gains_from_room", lambda self: backend == "grouped_mm")
+    monkeypatch.setattr(FusedExperts, "gains_from_room", lambda *_: backend == "grouped_mm")
     world, parallel, recompute = LAYOUTS[name]
     base, lora = everything, LORA
     if tokens != "all experts busy":  # at EP 4 the last rank gets none; a router adapter would wake its experts up

@@ -1,12 +1,15 @@
 """Which back end is taken, and what is said when one cannot be, or when an operand does not fit."""
 
+import json
+import math
 import re
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from megalora_kernels import Adapter, Joined, grouped_lora
+from megalora_kernels import Adapter, Joined, grouped_lora, tuned
+from megalora_kernels.tuned_table import MEASURED
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.conftest import backend as rule
@@ -25,9 +28,10 @@ def chosen(
     k: int = K,
     room: bool = False,
     device: str = "cpu",
+    layer: tuple[int, int] | None = None,
 ) -> str:
     x, w = torch.empty(rows, k, dtype=dtype, device=device), torch.empty(6, n, k, dtype=dtype, device=device)
-    return rule.choose(name, "a test", x, rows, rank, [w], room)
+    return rule.choose(name, "a test", x, rows, rank, [w], room, layer)
 
 
 def test_cpu_takes_the_loop_and_an_argument_beats_the_environment(monkeypatch):
@@ -63,6 +67,31 @@ def test_what_a_gpu_takes(monkeypatch, case, expected):
     # tests/conftest.py makes "cuda" mean the CPU through a torch function mode; here a fake GPU is wanted.
     with torch._C.DisableTorchFunction(), FakeTensorMode():
         assert chosen(device="cuda", **{"dtype": torch.bfloat16, **case}) == expected
+
+
+def test_the_table_of_the_card_says_from_how_many_rows_on(tmp_path, monkeypatch):
+    """Of this layer; of another, and of a linear alone, the rule. Room for adapters is made by the same answer."""
+    layers = [{"dtype": "bfloat16", "hidden": 40, "intermediate": 24, "R": 16, "vendor_from": 100}]
+    layers.append({**layers[0], "hidden": 80, "vendor_from": None})
+    empty = {"measured": dict.fromkeys(MEASURED, "a test"), "rows": [], "rule_stands": []}
+    (tmp_path / "NVIDIA_H100.json").write_text(json.dumps({"gpu": "NVIDIA H100", "layers": layers, **empty}))
+    monkeypatch.delenv(tuned.ENV_TABLE, raising=False)
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
+    tuned.forget()
+    expected = {(40, 24): 100, (80, 24): math.inf, (40, 48): 1024, None: 1024}
+    with torch._C.DisableTorchFunction(), FakeTensorMode():
+        how = {"device": "cuda", "dtype": torch.bfloat16, "room": True}
+        for layer, least in expected.items():
+            for each in (64, 99, 100, 1023, 1024, 4096):
+                name = "grouped_mm" if each >= least else "triton"
+                assert chosen(rows=6 * each, layer=layer, **how) == name
+                wanted = rule.prefers_grouped_mm(torch.bfloat16, torch.device("cuda", 0), each, 8, layer)
+                assert wanted == (name == "grouped_mm")
+        assert chosen(rows=600, layer=(40, 24), **{**how, "room": False}) == "triton"
+        assert chosen(rows=6000, layer=(40, 24), **{**how, "dtype": torch.float32}) == "triton"
+    tuned.forget()
 
 
 @pytest.mark.parametrize("capability, expected", [((8, 0), "triton"), ((12, 0), "triton"), ((10, 0), "grouped_mm")])

@@ -129,7 +129,7 @@ BUGS = (
         "use_reentrant=False", "use_reentrant=True", f"{TRAINING} test_07"),
     bug(7, "experts left out at injection", "megalora/lora/inject.py", "    if gate_up or down:\n", "    if False:\n", f"{TRAINING} test_07"),
     bug(7, "down of the experts left out at injection", "megalora/lora/inject.py",
-        "ExpertsLoRA(mlp.experts, gate_up, down, dropout)", "ExpertsLoRA(mlp.experts, gate_up, None, dropout)", f"{TRAINING} test_07"),
+        "ExpertsLoRA(mlp.experts, gate_up, down, dropout, rows_per_expert)", "ExpertsLoRA(mlp.experts, gate_up, None, dropout, rows_per_expert)", f"{TRAINING} test_07"),
     bug(7, "a target that matches nothing passes", SPEC, 'if f"{option}/{entry}" not in used:', "if False:", f"{TRAINING} test_07"),
     # 8: checkpoints
     bug(8, "only one data-parallel rank's slice of the state", OPTIM,

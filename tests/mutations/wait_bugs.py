@@ -35,7 +35,7 @@ WAIT_BUGS: tuple[Bug, ...] = (
     bug(0, "a copy for every microbatch's tensors", INPUTS, "    flat = host.to_device(torch.cat([row.reshape(-1) for row in rows]).int())\n", "    flat = torch.cat([host.to_device(row.reshape(-1).int()) for row in rows])\n", ONE_GPU),
     # The back end
     bug(0, "passes chosen by a device's name", ENGINE, "IN_TRITON if routing.offsets_E.is_cuda else IN_TORCH", 'IN_TRITON if routing.offsets_E.device.type == "cuda" else IN_TORCH', MANY_ROWS),
-    bug(0, "no room for adapters on a GPU", EXPERTS, "if not weight.is_cuda or vendor_waits", "if weight.is_cuda or vendor_waits", MANY_ROWS),
+    bug(0, "no room for adapters on a GPU", EXPERTS, "return weight.is_cuda and prefers_grouped_mm", "return not weight.is_cuda and prefers_grouped_mm", MANY_ROWS),
     # Values
     bug(0, "a stage receives the next microbatch's length", STEP, "self.coming_forward, self.coming_backward = iter(shapes), iter(shapes)", "self.coming_forward, self.coming_backward = iter(shapes), iter(shapes[1:] + shapes[:1])", "tests/train/test_inputs.py test_stages"),
     bug(0, "labels outside of the loss in the loss", INPUTS, "torch.where(in_loss, packed, ~packed), in_loss.float()", "torch.where(in_loss, packed, ~packed), torch.ones_like(packed, dtype=torch.float32)", "tests/train/test_inputs.py test_what_arrives"),

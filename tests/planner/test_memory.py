@@ -2,16 +2,21 @@
 
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from megalora_kernels import prefers_grouped_mm
+from megalora_kernels.tuned import RULE_VENDOR_FROM
 
-from megalora.config import LoRAConfig, ParallelConfig, RunConfig
+from megalora.config import DataConfig, LoRAConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megalora.model.experts import FusedExperts
 from megalora.model.shape import model_shape, read_hf_config
 from megalora.planner import activations
 from megalora.planner.activations import Microbatch
 from megalora.planner.layouts import Layout, Workload, enumerate_layouts
-from megalora.planner.memory import MemoryPlan, fullest_stage, memory_of, memory_of_model
+from megalora.planner.memory import MemoryPlan, fullest_stage, has_room, memory_of, memory_of_model
 from megalora.planner.models import load_shape
 from megalora.planner.weights import PlannedModel, adapter_parameters, chunks_of
 from megalora.train.optim import clip_and_step
@@ -110,6 +115,48 @@ def test_what_a_layout_changes(model: PlannedModel) -> None:
     assert one["room for adapters"] > 0 == plan_of(model, ep=2)["room for adapters"]  # 16 experts here, 64 there
     assert first["pipeline"] == 0 and last["pipeline"] == 4096 * 2048 * 2
     assert plan_of(model)["all-to-all"] == 0 < one["all-to-all"]
+
+
+ROOM = [
+    ({"ep": 8}, 1, 2048, True), ({"ep": 8}, 1, 2047, False), ({"ep": 8}, 2, 1024, True), ({"ep": 8}, 1, 4096, True),
+    ({"ep": 4}, 1, 4096, True), ({"ep": 2}, 1, 4096, False), ({}, 4, 4096, True), ({}, 2, 4096, False),
+    ({"tp": 2, "ep": 8}, 1, 2048, False), ({"tp": 2, "ep": 8}, 1, 4096, True), ({"ep": 4, "etp": 2}, 1, 2048, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("parallel", "micro", "length", "expected"), ROOM, ids=str)
+def test_room_is_planned_where_the_model_makes_it_and_a_layer_uses_it(
+    parallel, micro, length, expected, model: PlannedModel, monkeypatch
+) -> None:
+    """128 experts, top-8: 1,024 rows per expert and more. The same answer from planner, model and back end."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card without a table")
+    config = RunConfig(
+        model=ModelConfig(path="planned"), parallel=ParallelConfig(**parallel), data=DataConfig(train="x", max_length=length),
+        train=TrainConfig(steps=1, micro_batch_size=micro, global_batch_size=64 * micro),
+    )  # fmt: skip
+    layout, work = Layout.of(config, 16), Workload.of(config)
+    assert has_room(model, layout, work) == expected
+    assert (memory_of_model(model, layout, work)["room for adapters"] > 0) == expected
+    cuda, inner = torch.device("cuda", 0), 768 // layout.parallel.etp
+    weight = SimpleNamespace(
+        is_cuda=True, dtype=torch.bfloat16, device=cuda, shape=(128 // layout.parallel.ep, 2048, inner)
+    )
+    experts: Any = SimpleNamespace(down=weight)
+    rows = model.shape.rows_per_expert(config)
+    assert FusedExperts.gains_from_room(experts, rows, rank=32) == expected
+    assert prefers_grouped_mm(torch.bfloat16, cuda, rows, 32, (2048, inner)) == expected
+    # The rows of a rank, as the planner counts them, over its experts.
+    assert rows == Microbatch.of(model, layout, work).rows / weight.shape[0]
+
+
+def test_room_follows_the_table_and_not_the_number_of_experts(model: PlannedModel) -> None:
+    layout = Layout(parallel=ParallelConfig(ep=2), num_ranks=8)
+    for least, expected in ((512, True), (513, False)):  # 64 experts and 512 rows each
+        work = Workload(sequence_length=4096, global_batch_size=8, vendor_from=least)
+        assert has_room(model, layout, work) == expected
+        assert (memory_of_model(model, layout, work)["room for adapters"] > 0) == expected
+    assert Workload(sequence_length=2, global_batch_size=1).vendor_from == RULE_VENDOR_FROM
 
 
 def test_imbalance_fills_experts_alone(model: PlannedModel) -> None:

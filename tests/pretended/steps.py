@@ -118,6 +118,7 @@ def _build(config: RunConfig, hf: dict[str, Any], groups: Any) -> AdaptedModel:
         model = build_adapted(
             None, shape, resolve(config.lora, shape), groups,  # type: ignore[arg-type]
             model=config.model, parallel=config.parallel, lora=config.lora, seed=0,
+            rows_per_expert=shape.rows_per_expert(config),
         )  # fmt: skip
     apply_recompute(model.chunks, config.train.recompute)
     return model
