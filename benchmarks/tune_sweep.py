@@ -11,7 +11,7 @@
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ from benchmarks.tune_points import (
 )
 from benchmarks.tune_record import DTYPE_NAMES, Record, beats, key_of, layer_key, row_of
 
-Timer = Callable[[dict[str, Callable[[], object]], int], dict[str, list[float]]]
+Timer = Callable[[Mapping[str, Callable[[], object]], int], dict[str, list[float]]]
 """(calls by name, repeats) to microseconds of each repeat, interleaved."""
 Compiler = Callable[[Sequence[Job], float], dict[Job, str | None]]
 """(jobs, seconds) to what ``tune_compile.compile_all`` returns."""

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ LAYER_REPEATS = 10
 def timer_on(device: torch.device) -> Callable[..., dict[str, list[float]]]:
     """Times on a device: L2 emptied before each, the host ahead, one round of warming up."""
 
-    def timer(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    def timer(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
         found = sample(calls, device, repeats, warmup=1)
         return {name: [1e3 * ms for ms, _host_ms in pairs] for name, pairs in found.items()}
 

@@ -27,7 +27,8 @@ from .adapter import Factors
 from .grouped_gemm import columns_and_ranks
 from .routing import Routing
 from .tiles import find_tile, max_tiles, tile_table
-from .variants import HOPPER, Product, Variant, padded_rank, problem, rule, shared_limit_of
+from .tuned import choose as choose_variant
+from .variants import Product, Variant, device_limits, padded_rank, problem, rule
 
 GROUP_TILES = 8
 """Tiles of rows that a persistent walk visits before it goes to the next block of columns: they share columns of w in L2."""
@@ -169,7 +170,7 @@ def grouped_gemm_triton(
     Args:
         x: ``[T, K]`` with unit stride in its last dimension; s too. w and b may have any strides.
         b: blocks, as in ``grouped_gemm.py``.
-        variant: how to compute it; None: as ``variants.rule`` says.
+        variant: how to compute it; None: as ``tuned.choose`` says.
 
     Raises:
         ValueError: the variant asked for cannot run on these operands or this device.
@@ -266,18 +267,6 @@ def product_of(
         gathered=source_M is not None, rows_per_expert=routing.num_rows / num_experts,
         blocks=1 if s_MR is None or b is None else len(b),
     )  # fmt: skip
-
-
-def choose_variant(product: Product, device: torch.device) -> Variant:
-    """Return the variant for a product where the caller names none."""
-    return rule(product, *device_limits(device))
-
-
-@cache
-def device_limits(device: torch.device) -> tuple[int, tuple[int, int]]:
-    """Return the bytes of shared memory for a program, and the compute capability; Hopper's for the interpreter."""
-    capability = HOPPER if device.type == "cpu" else torch.cuda.get_device_capability(device)
-    return shared_limit_of(capability), capability
 
 
 @cache

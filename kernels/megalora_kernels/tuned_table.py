@@ -31,7 +31,7 @@ HOPPER_LIMITS: Limits = (HOPPER_SHARED, HOPPER)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 MEASURED = ("date", "commit", "torch", "triton", "driver", "card", "clocks")
 RECORD = ("benchmark", "device", "versions", "cuda", "commit", "python", "processors", "memory_bytes", "l2_bytes")
-OTHER_FIELDS = frozenset((*RECORD, "capability", "dry", "sweep"))
+OTHER_FIELDS = frozenset((*RECORD, "capability", "when", "dry", "sweep"))
 """What the sweep records beside the table; nothing here reads it."""
 
 

@@ -7,6 +7,7 @@ Shape legend: M routed rows   E experts   K inputs   N outputs   R rank
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -64,6 +65,13 @@ MAX_ACCUMULATORS = 128
 def shared_limit_of(capability: tuple[int, int]) -> int:
     """Return the bytes of shared memory that one program may have."""
     return SHARED_LIMITS.get(capability, 99) * 1024
+
+
+@cache
+def device_limits(device: torch.device) -> tuple[int, tuple[int, int]]:
+    """Return the bytes of shared memory for a program, and the compute capability; Hopper's for the interpreter."""
+    capability = HOPPER if device.type == "cpu" else torch.cuda.get_device_capability(device)
+    return shared_limit_of(capability), capability
 
 
 def shared_bytes(variant: Variant, product: Product) -> int:

@@ -9,6 +9,7 @@ from tests.mutations.kernel_bugs import KERNEL_BUGS
 from tests.mutations.layer_bugs import LAYER_BUGS
 from tests.mutations.planner_bugs import PLANNER_BUGS
 from tests.mutations.run_bugs import RUN_BUGS
+from tests.mutations.tune_bugs import TUNE_BUGS
 from tests.mutations.wait_bugs import WAIT_BUGS
 
 EVERY_BUG = (
@@ -22,4 +23,5 @@ EVERY_BUG = (
     + RUN_BUGS
     + GPU_BUGS
     + WAIT_BUGS
+    + TUNE_BUGS
 )

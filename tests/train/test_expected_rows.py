@@ -1,0 +1,58 @@
+"""Training and ``megalora bench`` say how many rows per expert they expect: on that depends what the weights get room for."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from megalora.bench import steps
+from megalora.config import RunConfig
+from megalora.model.shape import model_shape, read_hf_config
+from megalora.train import loop
+from tests.distributed.ranks import run_ranks
+from tests.parity.runs import make_config
+
+
+class Seen(Exception):
+    """Ends a run where its model would be built."""
+
+
+def expected_by_training(config: RunConfig) -> float:
+    """What the loop passes on."""
+    rows: list[float] = []
+
+    def build(*args: Any, rows_per_expert: float = 0.0, **how: Any) -> None:
+        rows.append(rows_per_expert)
+        raise Seen
+
+    with mock.patch.object(loop, "build_adapted", build), suppress(Seen):
+        loop.train(config)
+    return rows[0]
+
+
+@pytest.fixture
+def config(tiny: Path, chats: Path, tmp_path: Path) -> RunConfig:
+    return make_config(tiny, chats, tmp_path / "run", {}, micro_batch_size=4)
+
+
+def wanted(config: RunConfig) -> float:
+    shape = model_shape(read_hf_config(Path(config.model.path)))
+    return 4 * 256 * shape.top_k / shape.num_experts
+
+
+def test_training_expects_the_rows_of_its_config(config: RunConfig) -> None:
+    assert run_ranks(expected_by_training, 1, config) == [wanted(config)] != [0]
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_bench_expects_the_rows_of_its_config(real: bool, config: RunConfig) -> None:
+    name = "build_adapted" if real else "inject"
+    with (
+        mock.patch.object(steps, "build_random"),
+        mock.patch.object(steps, name, side_effect=Seen) as build,
+        suppress(Seen),
+    ):
+        steps._build(config, mock.Mock(), real=real)
+    assert build.call_args.kwargs["rows_per_expert"] == wanted(config)
