@@ -32,6 +32,7 @@ QUACK = Goal("times faster than torch's grouped_mm: quack", 1.10, 1.10, at_least
 PEFT_TIME = Goal("ms in PEFT's case (2.56 on its H100)", PEFT_MS, PEFT_MS)
 PEFT_MEMORY = Goal("GB in PEFT's case", PEFT_GB, PEFT_GB)
 PEFT_SPEED = Goal("times faster than PEFT's merge", 1.0, 2.0, at_least=True)
+EVERY = (FORWARD, TRAIN, SPLIT, LOOP, BASE, CHOICE, QUACK, PEFT_TIME, PEFT_MEMORY, PEFT_SPEED)
 
 
 @dataclass(frozen=True)

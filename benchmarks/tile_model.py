@@ -14,12 +14,11 @@ Shape legend: M routed rows   E experts   K inputs   N outputs   R rank
 
 import argparse
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from megalora_kernels.variants import Product, Variant
+from megalora_kernels.variants import Product, Variant, candidates, padded_rank, rule, shared_bytes
 
 from benchmarks.gpu_timing import table
 
@@ -95,12 +94,7 @@ WGMMA_ROWS, WGMMA_DEPTH = 64, 16
 # ---- one tile -------------------------------------------------------------------------------------------------------
 
 
-def shared_bytes(variant: Variant) -> int:
-    """Shared memory of the pipeline. The adapter's product comes after K and reuses its buffers."""
-    return variant.num_stages * SIZE * variant.block_k * (variant.block_m + variant.block_n)
-
-
-def programs_per_sm(variant: Variant) -> int:
+def programs_per_sm(variant: Variant, product: Product) -> int:
     """How many programs fit one SM; 0: none. Registers beside the accumulator are an estimate from compiled variants."""
     multiplying = _multiplying_warps(variant)
     accumulator = variant.block_m * variant.block_n // (32 * multiplying)
@@ -112,7 +106,7 @@ def programs_per_sm(variant: Variant) -> int:
         return 0
     warps = multiplying + (4 if variant.roles else 0)
     by_registers = REGISTERS_OF_SM // (registers * 32 * warps)
-    by_shared = SHARED_OF_SM // (shared_bytes(variant) + SHARED_RESERVED)
+    by_shared = SHARED_OF_SM // (shared_bytes(variant, product) + SHARED_RESERVED)
     return min(by_registers, by_shared)
 
 
@@ -166,14 +160,13 @@ def cost(variant: Variant, product: Product, experts: int, gpu: Gpu = H100) -> C
     Raises:
         ValueError: the variant fits no SM.
     """
-    per_sm = programs_per_sm(variant)
+    per_sm = programs_per_sm(variant, product)
     if per_sm == 0:
         raise ValueError(f"{label(variant)} needs more registers or shared memory than an SM has; take a smaller tile")
     blocks_of_rows = math.ceil(product.rows_per_expert / variant.block_m)
     blocks_of_columns = math.ceil(product.N / variant.block_n)
     tiles = experts * blocks_of_rows * blocks_of_columns
-    padded_rank = max(16, 1 << (product.rank - 1).bit_length()) if product.rank else 0
-    cycles = tile_cycles(variant, product.K + padded_rank, gpu)
+    cycles = tile_cycles(variant, product.K + padded_rank(product.rank), gpu)
     bound = max(cycles, key=lambda unit: cycles[unit])
 
     # Several programs of one SM even out what is left at the end; a single one leaves SMs idle in the last wave.
@@ -194,10 +187,6 @@ def cost(variant: Variant, product: Product, experts: int, gpu: Gpu = H100) -> C
 
 POINTS = ((128, 64), (128, 128), (128, 256), (128, 512), (128, 1024), (16, 2048), (16, 4096), (16, 8192))
 """Experts of a rank and rows for each."""
-TILES = (
-    (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 256, 64, 4, 4), (64, 256, 64, 8, 4), (128, 128, 64, 8, 3),
-    (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (256, 128, 64, 16, 3),
-)  # fmt: skip
 HIDDEN_INNER = {"30b": (2048, 768), "235b": (4096, 1536)}
 
 
@@ -213,11 +202,11 @@ def products(model: str, experts: int, rows: float, rank: int) -> dict[str, Prod
     H, inner = HIDDEN_INNER[model]
     gathered = experts == 128
 
-    def product(op: Literal["forward", "dgrad"], N: int, K: int, R: int, gathers: bool) -> Product:
-        return Product(op, torch.bfloat16, N, K, R, gathers, rows)
+    def product(op: Literal["forward", "dgrad"], N: int, K: int, R: int, gathers: bool, blocks: int = 1) -> Product:
+        return Product(op, torch.bfloat16, N, K, R, gathers, rows, blocks)
 
     return {
-        "gate_up forward": product("forward", 2 * inner, H, 2 * rank, gathered),
+        "gate_up forward": product("forward", 2 * inner, H, 2 * rank, gathered, 2),
         "down forward": product("forward", H, inner, rank, False),
         "down dgrad": product("dgrad", inner, H, rank, gathered),
         "gate_up dgrad": product("dgrad", H, 2 * inner, 2 * rank, False),
@@ -231,19 +220,10 @@ def last_release(product: Product) -> Variant:
     return Variant(128, 128, 64, 8, 4)
 
 
-def searched(product: Product) -> Iterator[Variant]:
-    """Tiles that run this product."""
-    for block_m, block_n, block_k, warps, stages in TILES:
-        for persistent in (False, True):
-            rows = "pointers" if product.gathered else "tma"
-            variant = Variant(block_m, block_n, block_k, warps, stages, "tma", rows, persistent)
-            if product.N % block_n == 0 and programs_per_sm(variant):
-                yield variant
-
-
 def best(product: Product, experts: int, gpu: Gpu = H100) -> Variant:
-    """The fastest by this model; the first of equals."""
-    return min(searched(product), key=lambda variant: cost(variant, product, experts, gpu).us)
+    """The fastest of the candidates by this model; the first of equals, so the rule's where nothing beats it."""
+    fitting = [variant for variant in candidates(product) if programs_per_sm(variant, product)]
+    return min(fitting, key=lambda variant: round(cost(variant, product, experts, gpu).us, 6))
 
 
 @dataclass(frozen=True)
@@ -276,22 +256,48 @@ def label(variant: Variant) -> str:
     return text + (" roles" if variant.roles else "")
 
 
-def rows_of_table(model: str, rank: int, gpu: Gpu) -> list[tuple[str, ...]]:
-    """One line per product and point: the floor, the last release, the best tile."""
-    lines: list[tuple[str, ...]] = []
+@dataclass(frozen=True)
+class Line:
+    """Predictions for one product of one point."""
+
+    experts: int
+    rows: int
+    name: str
+    floor_us: float
+    before: Cost
+    """By the last release's rule."""
+    now: Cost
+    """By ``variants.rule``."""
+    best: Cost
+    rule: Variant
+    best_variant: Variant
+
+
+def lines(model: str, rank: int, gpu: Gpu) -> list[Line]:
+    """Every product at every point."""
+    found: list[Line] = []
     for experts, rows in POINTS:
         for name, product in products(model, experts, rows, rank).items():
-            before = cost(last_release(product), product, experts, gpu)
-            found = best(product, experts, gpu)
-            now = cost(found, product, experts, gpu)
-            cells = [f"{us:.0f}" for us in (floor_us(product, experts, gpu), before.us, now.us)]
-            lines.append(
-                (f"E{experts} x {rows} {name}", *cells, f"{now.tflops:.0f}", before.bound, now.bound, label(found))
+            chosen, fastest = rule(product), best(product, experts, gpu)
+            before, now, least = (
+                cost(variant, product, experts, gpu) for variant in (last_release(product), chosen, fastest)
             )
-    return lines
+            floor = floor_us(product, experts, gpu)
+            found.append(Line(experts, rows, name, floor, before, now, least, chosen, fastest))
+    return found
 
 
-HEADER = ("product", "floor us", "before us", "best us", "TFLOP/s", "bound before", "bound", "best variant")
+HEADER = ("product", "floor us", "before us", "rule us", "best us", "TFLOP/s", "bound before", "bound", "best variant")
+
+
+def show(found: list[Line]) -> str:
+    cells = []
+    for line in found:
+        times = [f"{us:.0f}" for us in (line.floor_us, line.before.us, line.now.us, line.best.us)]
+        rate, bounds = f"{line.best.tflops:.0f}", (line.before.bound, line.best.bound)
+        same = "the rule's" if line.best_variant == line.rule else label(line.best_variant)
+        cells.append((f"E{line.experts} x {line.rows} {line.name}", *times, rate, *bounds, same))
+    return table(HEADER, cells)
 
 
 def main() -> None:
@@ -309,7 +315,7 @@ def main() -> None:
             parser.error(f"--l2-tb-per-s {args.l2_tb_per_s}: a bandwidth is more than 0")
         gpu = replace(gpu, l2_tb_per_s=Constant(args.l2_tb_per_s, "TB/s", "measured", "the command line"))
     print(f"{args.model}, {gpu.name}, rank {args.rank}, bfloat16: predicted, not measured")
-    print(table(HEADER, rows_of_table(args.model, args.rank, gpu)))
+    print(show(lines(args.model, args.rank, gpu)))
     for case in PUBLISHED:
         predicted = cost(case.variant, case.product, case.experts, gpu)
         print(f"{case.what}: published {case.us:.0f} us on an H100, the model says {predicted.us:.0f}")

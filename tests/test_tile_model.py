@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megalora_kernels.variants import Product, Variant
+from megalora_kernels.variants import Product, Variant, rule
 
 from benchmarks import roofline, tile_model
 from benchmarks.tile_model import H100, H200, PUBLISHED, TOLERANCE, cost, floor_us
@@ -63,7 +63,7 @@ def test_two_warp_groups_on_the_same_rows_read_them_twice():
      (Variant(128, 128, 64, 8, 3, "tma", "tma", persistent=True), 1)],
 )  # fmt: skip
 def test_programs_of_an_sm_as_compiled(variant, programs):
-    assert tile_model.programs_per_sm(variant) == programs
+    assert tile_model.programs_per_sm(variant, GATE_UP) == programs
     if programs == 0:
         with pytest.raises(ValueError, match="take a smaller tile"):
             cost(variant, GATE_UP, 16)
@@ -93,10 +93,20 @@ def test_ends_hide_behind_other_programs_and_less_in_a_persistent_one():
 def test_the_floor_is_the_roofline_s_traffic():
     case = roofline.Case(H=2048, I=768, M=128 * 8, T=1024, E=128, r=16)
     for name, product in tile_model.products("30b", 128, 8, 16).items():
-        flat = roofline.gemm_us(case, product.N, product.K + product.rank, "grouped_mm")
+        flat = roofline.gemm_us(case, product.N, product.K, product.rank, "grouped_mm")
         assert floor_us(product, 128) == pytest.approx(flat), name
-    assert H100.hbm_tb_per_s.value * 1e12 == roofline.BYTES_PER_S
-    assert tile_model.HIDDEN_INNER == roofline.SHAPES
+    assert roofline.traffic_us(case, 3) == pytest.approx(2 * 1024 * 3 / 3.0e6), "the same bandwidth"
+
+
+def test_the_roofline_takes_the_rule_s_variant():
+    case = roofline.layer("30b", tokens=8192, ep=8, rank=16)
+    passes = roofline.forward(case, "triton", 16)
+    for step, name in (("gate_up", "gate_up forward"), ("down", "down forward")):
+        product = tile_model.products("30b", 16, 4096, 16)[name]
+        assert passes[step] == cost(rule(product), product, 16).us, name
+    assert roofline.forward(case, "grouped_mm", 0)["gate_up"] == pytest.approx(2 * 65536 * 1536 * 2048 / 640e6)
+    ratios = roofline.ratios(case, "triton")
+    assert 1 < ratios.forward < ratios.both < 1.3 and 1.3 < ratios.split_over_ours < 2.5
 
 
 def test_the_best_is_no_slower_than_the_last_release():
@@ -104,8 +114,8 @@ def test_the_best_is_no_slower_than_the_last_release():
         for product in tile_model.products("235b", experts, rows, 16).values():
             chosen = tile_model.best(product, experts)
             assert product.N % chosen.block_n == 0 and not (product.gathered and chosen.rows == "tma")
-            before = cost(tile_model.last_release(product), product, experts)
-            assert cost(chosen, product, experts).us <= before.us
+            before, ruled = (cost(v, product, experts) for v in (tile_model.last_release(product), rule(product)))
+            assert cost(chosen, product, experts).us <= ruled.us <= before.us
 
 
 def test_command_line(monkeypatch, capsys):

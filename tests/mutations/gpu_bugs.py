@@ -5,10 +5,20 @@ from tests.mutations.bugs import Bug, bug
 STAGED, STAGED_TEST = "megalora/staged.py", "tests/distributed/test_staged.py"
 MODEL, MODEL_TEST = "benchmarks/tile_model.py", "tests/test_tile_model.py"
 QUACK, QUACK_TEST = "benchmarks/quack_gemm.py", "tests/test_quack_arm.py"
+EVIDENCE, EVIDENCE_TEST = "benchmarks/evidence.py", "tests/test_evidence.py"
+ANCHORS_TEST = "tests/kernels/test_anchors.py"
 ENVIRONMENT, SHARE_TEST = "megalora/environment.py", "tests/test_share_gpu.py"
 
 # fmt: off
 GPU_BUGS: tuple[Bug, ...] = (
+    bug(0, "a stale page of evidence that passes", EVIDENCE, "    if args.check:\n", "    if args.check and now == before:\n", f"{EVIDENCE_TEST} stale"),
+    bug(0, "a dry run taken for a measurement", EVIDENCE, "{} if dry or on_cpu else found", "{} if on_cpu else found", f"{EVIDENCE_TEST} dry"),
+    bug(0, "an H200's bandwidth beside an H100's constant", EVIDENCE, "digits(None if other_card else value)", "digits(value)", f"{EVIDENCE_TEST} fill"),
+    bug(0, "ratios to another back end's base", EVIDENCE, 'arm, f"base {backend}")', 'arm, "base triton")', f"{EVIDENCE_TEST} ratios"),
+    bug(0, "an anchor timed before it is checked", "benchmarks/anchor_lab.py", "        if not error <= ALLOWED[self.dtype]:", "        if error > 9:", f"{ANCHORS_TEST} wrong"),
+    bug(0, "anchors measured again by a second call", "benchmarks/anchors.py", "        if anchor.name in kept:", "        if anchor.name in not_reached:", f"{ANCHORS_TEST} goes_on"),
+    bug(0, "an anchor above its range as expected", "benchmarks/anchors.py", 'if row["value"] > row["expected"]["high"]:', 'if row["value"] < row["expected"]["low"] / 2:', f"{ANCHORS_TEST} range"),
+    bug(0, "a product of which no expert is checked", "benchmarks/anchor_cases.py", "        for e in (0, experts - 1):\n            mine = slice(e * rows, (e + 1) * rows)\n            taken", "        for e in ():\n            mine = slice(e * rows, (e + 1) * rows)\n            taken", f"{ANCHORS_TEST} wrong"),
     bug(0, "torch's GEMM timed as quack's", QUACK, "    module._grouped_mm = gemm", "    gemm.calls += 0", f"{QUACK_TEST} agrees"),
     bug(0, "quack handed the ends of experts alone", QUACK, "F.pad(offs, (1, 0))", "offs", f"{QUACK_TEST} agrees"),
     bug(0, "quack left in torch's place", QUACK, "        module._grouped_mm = torch_s", "        pass", f"{QUACK_TEST} afterwards"),

@@ -24,7 +24,7 @@ from tests.mutations.bugs import Bug
 from tests.mutations.every import EVERY_BUG
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("megalora", "kernels", "tests", "benchmarks", "configs", "launch", "pyproject.toml")
+COPIED = ("megalora", "kernels", "tests", "benchmarks", "configs", "docs", "launch", "pyproject.toml")
 OURS = ("megalora", "megalora_kernels", "tests", "benchmarks")
 AT_ONCE = 2
 

@@ -1,0 +1,131 @@
+"""Measure what the predictions for the kernels rest on, and say which of them is wrong.
+
+    python -m benchmarks.anchors --budget-seconds 60 --out benchmarks/results/gpu_anchors.json
+    TRITON_INTERPRET=1 python -m benchmarks.anchors --dry --out /tmp/anchors.json     tiny, on a CPU; times mean nothing
+
+Bandwidths, the dense rate, clocks and launches; then the first products and passes of ours. A result is checked before it is timed.
+A value outside its range is no failure: the table says which assumption it puts in doubt. Exit code 1: a result was wrong, or
+something of ours could not run. A second call with the same ``--out`` goes on where the first one stopped.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megalora_kernels import backend
+
+from benchmarks.anchor_cases import ANCHORS
+from benchmarks.anchor_lab import Anchor, Lab
+from benchmarks.gpu_timing import Budget, earlier, first_line, number, save, table, the_gpu
+from benchmarks.tile_model import GPUS, Gpu
+
+LEAST_SECONDS = 2
+"""No anchor is begun with less time than this."""
+
+
+def known_gpu(device: torch.device) -> Gpu | None:
+    """The model's constants for this card; None for cards it does not know."""
+    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
+    return next((gpu for key, gpu in GPUS.items() if key in name), None)
+
+
+def examine(anchor: Anchor, lab: Lab, gpu: Gpu | None) -> dict[str, Any]:
+    """Measure one anchor; one that fails is a row that says why."""
+    row: dict[str, Any] = {"anchor": anchor.name, "unit": anchor.unit, "status": "ok", "value": None}
+    started = time.monotonic()
+    try:
+        found = anchor.measure(lab)
+        row |= {"value": found.value, "more": found.more}
+    except Exception as error:  # whatever a driver or a compiler raises belongs into the table
+        row["status"] = first_line(error)
+    row["seconds"] = round(time.monotonic() - started, 2)
+    row["expected"] = None if gpu is None else asdict(anchor.expect(gpu))
+    row["verdict"] = verdict(anchor, row, lab.dry)
+    return row
+
+
+def verdict(anchor: Anchor, row: dict[str, Any], dry: bool) -> str:
+    """What a value says of its expectation."""
+    if row["status"] != "ok":
+        return "FAILED"
+    if dry:
+        return "dry: means nothing"
+    if row["expected"] is None:
+        return "no expectation for this GPU"
+    if row["value"] < row["expected"]["low"]:
+        return f"below: {anchor.below}"
+    if row["value"] > row["expected"]["high"]:
+        return f"above: {anchor.above}"
+    return "as expected"
+
+
+def run(lab: Lab, budget: Budget, out: Path) -> int:
+    """Measure every anchor that time allows; return the exit code."""
+    settings = {"dry": lab.dry, "repeats": lab.repeats}
+    before = earlier(out, "anchors", lab.device, settings)
+    rows: list[dict[str, Any]] = [row for row in before["rows"] if row["status"] == "ok"] if before else []
+    kept = {row["anchor"] for row in rows}
+    gpu = known_gpu(lab.device)
+    not_reached: list[str] = []
+
+    def write() -> None:
+        content = {"dry": lab.dry, "rows": rows, "not_reached": not_reached}
+        save(out, "anchors", lab.device, settings=settings, **content)
+
+    for anchor in ANCHORS:
+        if anchor.name in kept:
+            continue
+        if budget.left() < LEAST_SECONDS:
+            not_reached.append(anchor.name)
+            continue
+        rows.append(examine(anchor, lab, gpu))
+        write()
+    write()
+    print(show(rows))
+    for name in not_reached:
+        print(f"out of time before: {name}")
+    print(f"wrote {out}")
+    return 1 if any(row["status"] != "ok" for row in rows) else 0
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    header = ("anchor", "measured", "unit", "expected", "range", "verdict")
+    lines = []
+    for row in rows:
+        wanted = row["expected"]
+        expected = "-" if wanted is None else f"{wanted['value']:.4g}"
+        span = "-" if wanted is None else f"{wanted['low']:.4g} to {wanted['high']:.4g}"
+        problem = "" if row["status"] == "ok" else f": {row['status']}"
+        lines.append((row["anchor"], number(row["value"], 2), row["unit"], expected, span, row["verdict"] + problem))
+    return table(header, lines)
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.anchors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--budget-seconds", type=float, help="begin no anchor when this much time has passed")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_anchors.json"))
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU, through Triton's interpreter")
+    args = parser.parse_args(given)
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: at least 1")
+    if args.dry and not backend.INTERPRETED:
+        parser.error("--dry runs kernels on a CPU: set TRITON_INTERPRET=1")
+    device = the_gpu(parser, args.dry)
+    torch.set_float32_matmul_precision("highest")  # the references are float32
+    dtype = torch.float32 if args.dry else torch.bfloat16
+    lab = Lab(device, dtype, 1 if args.dry else args.repeats, args.dry)
+    try:
+        return run(lab, Budget(args.budget_seconds), args.out)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

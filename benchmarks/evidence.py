@@ -1,0 +1,268 @@
+"""Write the tables of docs/evidence.md: what is predicted of the kernels beside what was measured.
+
+    python -m benchmarks.evidence             write the tables anew, from the models and benchmarks/results
+    python -m benchmarks.evidence --check     exit code 1 where the page is not what would be written
+
+Text between tables is written by hand. A table stands between two comments, ``<!-- table: NAME -->`` and ``<!-- end -->``; records of
+a dry run or of a CPU are no measurement of a GPU.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import goals, roofline, tile_model
+from benchmarks.anchor_cases import ANCHORS
+from benchmarks.tile_model import H100, H200
+
+ROOT = Path(__file__).parents[1]
+PAGE, RESULTS = ROOT / "docs/evidence.md", ROOT / "benchmarks/results"
+MARKED = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NOT_MEASURED = "not yet measured on a GPU"
+NOT_YET = "not yet"
+"""In a cell of a column that is headed ``measured``."""
+
+
+# ---- records --------------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """The JSON files of a results folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def of(self, name: str) -> dict[str, Any]:
+        """The record of this name; an empty one where there is none."""
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def on_gpu(self, name: str) -> dict[str, Any]:
+        """The same where it was measured on a GPU at full size, else an empty one."""
+        found = self.of(name)
+        dry = found.get("dry") or found.get("settings", {}).get("dry")
+        on_cpu = str(found.get("device", "CPU")).startswith("CPU")
+        return {} if dry or on_cpu else found
+
+
+def origin(*records: dict[str, Any]) -> str:
+    """Where numbers come from, as a line above a table."""
+    found = []
+    for record in records:
+        if record:
+            commit = (record.get("commit") or "unknown")[:7]
+            versions = f"torch {record['versions']['torch']}, triton {record['versions']['triton']}"
+            found.append(f"Measured on {record['device']} ({versions}, commit {commit}).")
+    return "\n".join(dict.fromkeys(found)) or f"Measured: {NOT_MEASURED}."
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table; columns after the first are aligned right."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def digits(value: float | None, form: str = ".4g") -> str:
+    return NOT_YET if value is None else format(value, form)
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def constants(results: Results) -> str:
+    """What the tile model rests on, each beside the anchor that measures it."""
+    record = results.on_gpu("gpu_anchors.json")
+    measured = {row["anchor"]: row["value"] for row in record.get("rows", [])}
+    names = {
+        "multiprocessors": (H100.processors, record.get("processors")),
+        "clock": (H100.clock_ghz, measured.get("clock under load")),
+        "dense GEMM": (H100.dense_tflops, measured.get("dense bf16 8192^3")),
+        "HBM, H100": (H100.hbm_tb_per_s, measured.get("copy of 1 GiB")),
+        "HBM, H200": (H200.hbm_tb_per_s, measured.get("copy of 1 GiB")),
+        "L2": (H100.l2_tb_per_s, measured.get("L2 reads of 24 MiB")),
+        "shared memory of a multiprocessor": (H100.shared_bytes_per_cycle, None),
+        "start and end of a tile": (H100.ends_cycles, None),
+    }
+    card = str(record.get("device", "")).lower()
+    rows = []
+    for name, (constant, value) in names.items():
+        other_card = name.startswith("HBM") and name.lower().split()[-1] not in card
+        found = digits(None if other_card else value)
+        rows.append((name, f"{constant.value:g} {constant.unit}", constant.basis, constant.source, found))
+    return f"{origin(record)}\n\n" + markdown(("constant", "value", "known how", "source", "measured"), rows)
+
+
+def anchors(results: Results) -> str:
+    """What a first run should give; the verdict where it was run."""
+    record = results.on_gpu("gpu_anchors.json")
+    found = {row["anchor"]: row for row in record.get("rows", [])}
+    rows = []
+    for anchor in ANCHORS:
+        h100, h200, row = anchor.expect(H100), anchor.expect(H200), found.get(anchor.name)
+        span = f"{h100.value:.3g} ({h100.low:.3g} to {h100.high:.3g})"
+        verdict = row["verdict"] if row else NOT_YET
+        rows.append((anchor.name, anchor.unit, span, f"{h200.value:.3g}", digits(row and row["value"]), verdict))
+    header = ("what", "unit", "expected, H100 (range)", "H200", "measured", "verdict")
+    return f"{origin(record)}\n\n" + markdown(header, rows)
+
+
+def published(_results: Results) -> str:
+    """The model against times of others."""
+    rows = []
+    for case in tile_model.PUBLISHED:
+        model_us = tile_model.cost(case.variant, case.product, case.experts).us
+        off = f"{100 * (model_us / case.us - 1):+.0f} %"
+        rows.append((case.what, tile_model.label(case.variant), f"{case.us:.0f}", f"{model_us:.0f}", off))
+    return markdown(("kernel", "variant", "published us", "model us", "model off by"), rows)
+
+
+TILE_RANK = 16
+
+
+def tiles(results: Results) -> str:
+    """Every product of a layer of the 30B model, by the tile model and by the sweep."""
+    record = results.on_gpu("gpu_tuned.json")
+    points = record.get("sweep", {}).get("points", {})
+    rows = []
+    for line in tile_model.lines("30b", TILE_RANK, H100):
+        point = points.get(f"30b {line.name} {line.experts} x {line.rows}", {})
+        times = {variant: us for variant, (us, _spread) in point.get("second_us", {}).items()}
+        measured = [times.get(point.get(which)) for which in ("rule", "best")]
+        predicted = [f"{us:.0f}" for us in (line.floor_us, line.before.us, line.now.us, line.best.us)]
+        cells = (*predicted, line.now.bound, *(digits(us, ".0f") for us in measured))
+        rows.append((f"{line.name}, {line.experts} × {line.rows}", *cells))
+    header = ("product, experts × rows", "floor", "last release", "rule", "best", "rule bound by", "rule measured",
+              "best measured")  # fmt: skip
+    return f"{origin(record)}\n\n" + markdown(header, rows)
+
+
+LAYER_ARMS = {
+    ("grouped_mm", 1): "ours grouped_mm joined",
+    ("triton", 1): "ours triton",
+    ("grouped_mm", 2): None,
+    ("triton", 2): "ours triton, gate+up",
+}
+"""Arm of ``bench_grouped_lora.py`` by back end and adapters on gate_up; None: it is not timed."""
+
+
+def layers(results: Results) -> str:
+    """The expert layer's cost over the same without adapters, by the roofline and by the benchmark."""
+    records = [results.on_gpu(name) for name in ("gpu_kernels.json", "gpu_kernels_tuned.json")]
+    rows = []
+    for ep in (8, 1):
+        place = "one of 8 expert-parallel ranks" if ep > 1 else "all 128 experts"
+        spec = f"30b tokens=8192 experts={128 // ep}/128 r=16 balanced"
+        for (backend, on_gate_up), arm in LAYER_ARMS.items():
+            case = roofline.layer("30b", tokens=8192, ep=ep, rank=16, on_gate_up=on_gate_up)
+            found = roofline.ratios(case, backend)
+            predicted = (f"{found.forward:.2f}", f"{found.both:.2f}", f"{found.split_over_ours:.1f}")
+            measured = [_measured_layer(record, spec, arm, f"base {backend}") for record in records]
+            rows.append((f"`{backend}`, {place}", on_gate_up, *predicted, *measured))
+    header = ("back end", "adapters on gate_up", "forward", "forward + backward", "split products / ours",
+              "measured, by the rule", "measured, tuned")  # fmt: skip
+    return f"{origin(*records)}\n\n" + markdown(header, rows)
+
+
+def _measured_layer(record: dict[str, Any], spec: str, arm: str | None, base: str) -> str:
+    """``forward / forward + backward / split over ours`` of one benchmark. Its split arm has one adapter on gate_up."""
+    if arm is None:
+        return "not timed"
+    rows = {row["arm"]: row for row in record.get("rows", []) if row["case"] == spec and row.get("train")}
+    if arm not in rows or base not in rows:
+        return NOT_YET
+    ours, plain = rows[arm], rows[base]
+    ratios = [ours[phase]["median_ms"] / plain[phase]["median_ms"] for phase in ("forward", "train")]
+    if "split eager" in rows:
+        ratios.append(rows["split eager"]["train"]["median_ms"] / ours["train"]["median_ms"])
+    return " / ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
+def goal_table(results: Results) -> str:
+    """Each goal, and in how many cases it was reached."""
+    record = results.on_gpu("gpu_kernels_tuned.json") or results.on_gpu("gpu_kernels.json")
+    rows = []
+    for goal in goals.EVERY:
+        verdicts = [found for found in record.get("goals", []) if found["goal"] == goal.name]
+        values = [found["value"] for found in verdicts if found["value"] is not None]
+        span = f"{min(values):.3g} to {max(values):.3g}" if values else NOT_YET
+        reached = sum(found["verdict"] != "miss" for found in verdicts)
+        count = f"{reached} of {len(verdicts)}" if verdicts else NOT_YET
+        rows.append((goal.name, "≥" if goal.at_least else "≤", goal.must, goal.good, span, count))
+    header = ("goal", "", "must", "good", "measured", "cases that pass")
+    return f"{origin(record)}\n\n" + markdown(header, rows)
+
+
+def peers(results: Results) -> str:
+    """Steps of peers over ours on a CPU: ratios, since its times mean nothing."""
+    record = results.of("peers_cpu.json")
+    if not record:
+        return "Not yet measured."
+    rows = []
+    for case in record["cases"]:
+        for row in case["rows"]:
+            step = row.get("over_megalora", {}).get("step")
+            text = f"{step['median']:.2f} ({step['p10']:.2f} to {step['p90']:.2f})" if step else row["status"]
+            rows.append((case["shape"], row["arm"], text, "yes" if row.get("same_factors") else "no"))
+    header = ("shape", "arm", "step / megalora's (10th to 90th percentile)", "trains the same factors")
+    return f"Measured on {record['device']}: ratios of steps taken in turn.\n\n" + markdown(header, rows)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "constants": constants,
+    "anchors": anchors,
+    "published": published,
+    "tiles": tiles,
+    "layers": layers,
+    "goals": goal_table,
+    "peers": peers,
+}
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+def filled(page: str, results: Results) -> str:
+    """The page with every table written anew.
+
+    Raises:
+        ValueError: a table that nothing writes, or one that has no place on the page.
+    """
+    named = [match[2] for match in MARKED.finditer(page)]
+    if sorted(named) != sorted(TABLES):
+        raise ValueError(f"the page has places for {sorted(named)}; the tables are {sorted(TABLES)}")
+    return MARKED.sub(lambda match: f"{match[1]}{TABLES[match[2]](results)}\n{match[3]}", page)
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is stale")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(given)
+    for path, kind in ((args.page, "page"), (args.results, "folder of results")):
+        if not path.exists():
+            parser.error(f"{path}: there is no such {kind}")
+    before = args.page.read_text()
+    try:
+        now = filled(before, Results(args.results))
+    except ValueError as error:
+        parser.error(f"{args.page}: {error}")
+    if now == before:
+        print(f"{args.page} is up to date")
+        return 0
+    if args.check:
+        print(f"{args.page} is stale: run python -m benchmarks.evidence", file=sys.stderr)
+        return 1
+    args.page.write_text(now)
+    print(f"wrote {args.page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

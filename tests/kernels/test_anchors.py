@@ -1,0 +1,114 @@
+"""The anchors' whole path at tiny sizes, what they say of a value, and that nothing wrong gets a time."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import anchor_cases, anchors
+from benchmarks.anchor_cases import ANCHORS
+from benchmarks.anchor_lab import Found
+from benchmarks.tile_model import H100, H200
+
+BY_NAME = {anchor.name: anchor for anchor in ANCHORS}
+
+
+def test_dry_run_and_a_second_call_that_goes_on(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "anchors.json"
+    assert anchors.main(["--dry", "--budget-seconds", "0", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["rows"] == [] and record["not_reached"] == list(BY_NAME)
+    assert anchors.main(["--dry", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert {row["anchor"]: row["status"] for row in record["rows"]} == dict.fromkeys(BY_NAME, "ok")
+    assert {row["verdict"] for row in record["rows"]} == {"dry: means nothing"} and record["not_reached"] == []
+    measured = {row["anchor"]: row for row in record["rows"]}
+    assert measured["base E16 x 4096, weights by TMA"]["more"]["variant"]["weight"] == "tma"
+    capsys.readouterr()
+
+    def again(_lab):
+        raise AssertionError("measured a second time")
+
+    monkeypatch.setattr(anchors, "ANCHORS", tuple(replace(anchor, measure=again) for anchor in ANCHORS))
+    assert anchors.main(["--dry", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["rows"] == record["rows"] and "base E128 x 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kernel", "named"),
+    [("grouped_gemm_triton", "base E128 x 512"), ("grouped_mm", "grouped_mm"), ("swiglu_triton", "SwiGLU + shrink")],
+)
+def test_what_is_wrong_gets_no_time(kernel, named, tmp_path, monkeypatch, capsys):
+    """Each kernel with an output of which nothing, or twice too much, was written."""
+    real = getattr(anchor_cases, kernel)
+
+    def spoilt(*args, **how):
+        result = None if kernel == "swiglu_triton" else real(*args, **how)
+        return result if result is None else 2 * result
+
+    monkeypatch.setattr(anchor_cases, kernel, spoilt)
+    chosen = tuple(anchor for anchor in ANCHORS if named in anchor.name)
+    monkeypatch.setattr(anchors, "ANCHORS", chosen)
+    out = tmp_path / "anchors.json"
+    assert anchors.main(["--dry", "--out", str(out)]) == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == len(chosen) > 0
+    assert all(row["value"] is None and row["verdict"] == "FAILED" for row in rows)
+    assert "is off by" in capsys.readouterr().out
+
+
+def test_a_value_is_judged_by_its_range():
+    anchor = BY_NAME["L2 reads of 24 MiB"]
+    expected = {"value": 7.0, "low": 5.6, "high": 8.4}
+
+    def say(value: float, **other) -> str:
+        return anchors.verdict(anchor, {"status": "ok", "value": value, "expected": expected, **other}, False)
+
+    assert say(7.2) == "as expected"
+    assert say(5.0) == f"below: {anchor.below}" and "too high" in anchor.below
+    assert say(11.0) == f"above: {anchor.above}" and "too low" in anchor.above
+    assert say(7.0, expected=None) == "no expectation for this GPU" and say(7.0, status="no such kernel") == "FAILED"
+
+
+def test_expectations_by_hand():
+    """By the tile model and by bytes over bandwidth; a range around each."""
+    on_h100 = {name: anchor.expect(H100) for name, anchor in BY_NAME.items()}
+    by_hand = {
+        "copy of 1 GiB": 3.0, "L2 reads of 24 MiB": 7.0, "base E16 x 4096, the last release's tile": 978,
+        "base E128 x 512, the rule": 736, "base E16 x 4096, weights by TMA": 736, "base E128 x 64, the rule": 288,
+        "SwiGLU + shrink, 65,536 rows": 1.05 * 65536 * (3 * 768 + 16) * 2 / 3.0e6,
+        "SwiGLU backward, 65,536 rows": 1.05 * 65536 * (5 * 768 + 48) * 2 / 3.0e6,
+    }  # fmt: skip
+    for name, value in by_hand.items():
+        assert on_h100[name].value == pytest.approx(value, rel=1e-3), name
+    assert all(e.low < e.value < e.high for e in on_h100.values())
+    faster = {name: anchor.expect(H200).value / on_h100[name].value for name, anchor in BY_NAME.items()}
+    assert faster["copy of 1 GiB"] == pytest.approx(4.3 / 3.0)
+    assert faster["SwiGLU backward, 65,536 rows"] == pytest.approx(3.0 / 4.3)
+    assert faster["base E16 x 4096, the rule"] == 1.0, "bound by L2"
+
+
+def test_mistakes_of_a_caller(tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"benchmark": "peers"}))
+    wrong = {"--repeats 0": "at least 1", f"--dry --out {other}": "not of 'anchors'"}
+    for given, text in wrong.items():
+        with pytest.raises(SystemExit) as left:
+            anchors.main(given.split())
+        assert left.value.code == 2 and text in capsys.readouterr().err
+    monkeypatch.setattr(anchors.backend, "INTERPRETED", False)
+    with pytest.raises(SystemExit):
+        anchors.main(["--dry"])
+    assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
+
+
+def test_a_measurement_that_fails_is_a_row(monkeypatch, tmp_path):
+    def fails(_lab) -> Found:
+        raise RuntimeError("nvidia-smi is not on the PATH")
+
+    first, second = ANCHORS[:2]
+    monkeypatch.setattr(anchors, "ANCHORS", (replace(first, measure=fails), second))
+    out = tmp_path / "anchors.json"
+    assert anchors.main(["--dry", "--out", str(out)]) == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[0]["status"] == "RuntimeError: nvidia-smi is not on the PATH" and rows[1]["status"] == "ok"

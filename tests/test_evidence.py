@@ -1,0 +1,124 @@
+"""docs/evidence.md is what the program writes, and a record of a GPU fills the columns that are empty now."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import evidence, tile_model
+from benchmarks.evidence import NOT_MEASURED, PAGE, Results, filled
+
+GPU = {
+    "device": "NVIDIA H200", "processors": 132, "commit": "0123456789", "dry": False,
+    "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+}  # fmt: skip
+
+
+def results(folder: Path, **records: dict) -> Results:
+    for name, record in records.items():
+        (folder / f"{name}.json").write_text(json.dumps({**GPU, **record}))
+    return Results(folder)
+
+
+def table(page: str, name: str) -> str:
+    return page.split(f"<!-- table: {name} -->\n")[1].split("<!-- end -->")[0]
+
+
+def cells(page: str, name: str, first: str) -> list[str]:
+    """The cells of the row that begins so."""
+    row = next(line for line in table(page, name).splitlines() if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_the_page_is_what_the_program_writes(capsys):
+    assert evidence.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_stale_page_is_found_and_written_anew(tmp_path, capsys):
+    page = tmp_path / "evidence.md"
+    page.write_text(PAGE.read_text().replace("| 790 TFLOP/s |", "| 989 TFLOP/s |"))
+    given = ["--page", str(page)]
+    assert evidence.main([*given, "--check"]) == 1 and "is stale" in capsys.readouterr().err
+    assert "989 TFLOP/s" in page.read_text(), "--check writes nothing"
+    assert evidence.main(given) == 0 and page.read_text() == PAGE.read_text()
+    assert evidence.main([*given, "--check"]) == 0
+
+
+def test_a_page_with_other_tables_is_refused(tmp_path, capsys):
+    page = tmp_path / "evidence.md"
+    page.write_text(PAGE.read_text().replace("<!-- table: tiles -->", "<!-- table: tails -->"))
+    with pytest.raises(SystemExit) as left:
+        evidence.main(["--page", str(page)])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "'tails'" in said and "'tiles'" in said
+    with pytest.raises(SystemExit):
+        evidence.main(["--results", str(tmp_path / "nowhere")])
+    assert "there is no such folder of results" in capsys.readouterr().err
+
+
+def test_records_of_a_gpu_fill_the_columns(tmp_path):
+    anchors = [
+        {"anchor": "copy of 1 GiB", "value": 4.21, "verdict": "as expected"},
+        {"anchor": "L2 reads of 24 MiB", "value": 5.1, "verdict": "below: x"},
+    ]
+    point = {"rule": "r", "best": "b", "second_us": {"r": [750.4, 0.01], "b": [700.6, 0.01]}}
+    page = filled(
+        PAGE.read_text(),
+        results(
+            tmp_path,
+            gpu_anchors={"rows": anchors},
+            gpu_tuned={"sweep": {"points": {"30b gate_up forward 128 x 512": point}}},
+        ),
+    )
+    assert "Measured on NVIDIA H200 (torch 2.11.0, triton 3.6.0, commit 0123456)." in table(page, "anchors")
+    assert cells(page, "anchors", "copy of 1 GiB")[-2:] == ["4.21", "as expected"]
+    assert cells(page, "constants", "L2")[-1] == "5.1" and cells(page, "constants", "multiprocessors")[-1] == "132"
+    assert [cells(page, "constants", f"HBM, {card}")[-1] for card in ("H100", "H200")] == ["not yet", "4.21"]
+    assert cells(page, "tiles", "gate_up forward, 128 × 512")[-2:] == ["750", "701"]
+    assert cells(page, "tiles", "down forward, 128 × 512")[-2:] == ["not yet", "not yet"]
+    assert NOT_MEASURED in table(page, "layers"), "of that there is no record"
+
+
+def row(arm: str, forward_ms: float, train_ms: float) -> dict:
+    case = "30b tokens=8192 experts=16/128 r=16 balanced"
+    return {"case": case, "arm": arm, "forward": {"median_ms": forward_ms}, "train": {"median_ms": train_ms}}
+
+
+def test_ratios_are_to_the_base_of_the_same_back_end(tmp_path):
+    rows = [row("base triton", 2.0, 5.0), row("base grouped_mm", 1.0, 2.0), row("split eager", 4.0, 12.0)]
+    rows += [row("ours triton", 2.2, 6.0), row("ours grouped_mm joined", 1.02, 2.2)]
+    goals = [
+        {"goal": "forward over the base", "value": value, "verdict": verdict}
+        for value, verdict in ((1.05, "good"), (1.25, "miss"), (None, "miss"))
+    ]
+    page = filled(PAGE.read_text(), results(tmp_path, gpu_kernels={"rows": rows, "goals": goals}))
+    lines = [line for line in table(page, "layers").splitlines() if "one of 8" in line and "| 1 |" in line]
+    assert [line.split("|")[-3].strip() for line in lines] == ["1.02 / 1.10 / 5.45", "1.10 / 1.20 / 2.00"]
+    assert [line.split("|")[-2].strip() for line in lines] == ["not yet", "not yet"], "not tuned"
+    assert cells(page, "goals", "forward over the base")[-2:] == ["1.05 to 1.25", "1 of 3"]
+
+
+@pytest.mark.parametrize("made", [{"dry": True}, {"device": "CPU (x86_64)"}, {"settings": {"dry": True}}])
+def test_a_dry_run_is_no_measurement(made, tmp_path):
+    rows = [{"anchor": "copy of 1 GiB", "value": 0.01, "verdict": "dry: means nothing"}]
+    page = filled(PAGE.read_text(), results(tmp_path, gpu_anchors={"rows": rows, **made}))
+    assert cells(page, "anchors", "copy of 1 GiB")[-2:] == ["not yet", "not yet"]
+
+
+def test_peers_of_a_cpu(tmp_path):
+    step = {"median": 1.734, "p10": 1.6, "p90": 1.91}
+    rows = [
+        {"arm": "bridge per expert", "status": "ok", "same_factors": True, "over_megalora": {"step": step}},
+        {"arm": "unsloth", "status": "not installed: unsloth"},
+    ]
+    found = results(tmp_path, peers_cpu={"device": "CPU (x86_64)", "cases": [{"shape": "small", "rows": rows}]})
+    page = filled(PAGE.read_text(), found)
+    assert "| small | bridge per expert | 1.73 (1.60 to 1.91) | yes |" in table(page, "peers")
+    assert "| small | unsloth | not installed: unsloth | no |" in table(page, "peers")
+
+
+def test_a_changed_model_makes_the_page_stale(monkeypatch, tmp_path):
+    shutil.copy(PAGE, tmp_path / "evidence.md")
+    monkeypatch.setattr(tile_model, "VISIBLE_PERSISTENT", 0.1)
+    assert evidence.main(["--check", "--page", str(tmp_path / "evidence.md")]) == 1
