@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from triton import knobs
 
 from .routing import Routing
 from .tiles import max_tiles, sum_tiles, tile_of
 
 CHUNK_ROWS = 1024
+COMPILED: bool = not knobs.runtime.interpret  # read once: kernels are decorated when this module is imported
 
 # ---- 1. reference ---------------------------------------------------------------------------------------------------
 
@@ -39,31 +41,75 @@ def swiglu_ref(y_MJ: torch.Tensor, p_M: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
+def _float32(ptrs, col_ok, EVEN: tl.constexpr):
+    """Read in float32; columns beyond the edge as zeros. A mask where no column is beyond it costs instructions."""
+    if EVEN:
+        return tl.load(ptrs).to(tl.float32)
+    else:
+        return tl.load(ptrs, mask=col_ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sigmoid(x, EXACT: tl.constexpr):
+    """1 / (1 + e^-x) by 2^(-x log2 e): four instructions fewer than ``tl.sigmoid``, and on a GPU the same bits.
+
+    ``tl.exp`` is that power too, with a detour for powers below 2^-126, which vanish beside the 1 here. Rounding the product
+    costs |x| 2^-24 of the power's size: nothing where a result is rounded to 16 bits, but float32 (EXACT) keeps ``tl.sigmoid``.
+    """
+    if EXACT:
+        return tl.sigmoid(x)
+    else:
+        return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
+
+
+@triton.jit
+def _computed_once(x, OPAQUE: tl.constexpr):
+    """Return x as it is, through a step that the compiler can neither see through nor repeat.
+
+    x goes to memory in one layout and into a product in another. Instead of exchanging it between threads, the compiler
+    computes it again from the loads on, three times in all. The interpreter has no inline assembly: OPAQUE is False there.
+    """
+    if OPAQUE:
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth
+        )
+    return x
+
+
+@triton.jit
 def _swiglu_kernel(
     y_ptr, p_ptr, a_ptr, h_ptr, s_ptr, offsets_ptr,  # y (M, 2I), p (M,), a (E, Q, I), h (M, I), s (M, PAD)
     num_experts, I, stride_y, stride_ae, stride_aq, stride_ai, stride_h, stride_s, scale,
-    Q: tl.constexpr, PAD: tl.constexpr, EXPERTS: tl.constexpr,
+    Q: tl.constexpr, PAD: tl.constexpr, EXPERTS: tl.constexpr, EVEN_I: tl.constexpr, OPAQUE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M rows of one expert. Columns Q to PAD of s get zeros."""
     expert, row0, end = tile_of(offsets_ptr, tl.program_id(0), num_experts, EXPERTS, BLOCK_M)
     if expert < num_experts:
         rows = row0 + tl.arange(0, BLOCK_M)
-        row_ok, q = rows < end, tl.arange(0, BLOCK_Q)
-        p = tl.load(p_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)
-        y_rows, h_rows = rows[:, None].to(tl.int64) * stride_y, rows[:, None].to(tl.int64) * stride_h
-        a_ptr += expert.to(tl.int64) * stride_ae
+        row_ok = rows < end
+        # Rows beyond the edge read the tile's first row and are never stored: loads need no mask.
+        safe = tl.where(row_ok, rows, row0)
+        dtype = h_ptr.dtype.element_ty
+        i, q = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_Q)
+        p = tl.load(p_ptr + safe).to(tl.float32)[:, None]
+        y_ptrs = y_ptr + safe[:, None].to(tl.int64) * stride_y + i[None, :]
+        h_ptrs = h_ptr + safe[:, None].to(tl.int64) * stride_h + i[None, :]
+        a_ptrs = a_ptr + expert.to(tl.int64) * stride_ae + q[None, :] * stride_aq + i[:, None] * stride_ai
         acc = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
         for i0 in range(0, I, BLOCK_I):
-            i = i0 + tl.arange(0, BLOCK_I)
-            ok = row_ok[:, None] & (i < I)[None, :]
-            gate = tl.load(y_ptr + y_rows + i[None, :], mask=ok, other=0.0).to(tl.float32)
-            up = tl.load(y_ptr + y_rows + I + i[None, :], mask=ok, other=0.0).to(tl.float32)
-            h = (gate * tl.sigmoid(gate) * up * p[:, None]).to(h_ptr.dtype.element_ty)
-            tl.store(h_ptr + h_rows + i[None, :], h, mask=ok)
+            col_ok = i0 + i < I
+            gate = _float32(y_ptrs + i0, col_ok[None, :], EVEN_I)
+            up = _float32(y_ptrs + I + i0, col_ok[None, :], EVEN_I)
+            h = (gate * _sigmoid(gate, dtype == tl.float32) * up * p).to(dtype)
+            h = _computed_once(h, OPAQUE and Q > 0)
+            if EVEN_I:
+                tl.store(h_ptrs + i0, h, mask=row_ok[:, None])
+            else:
+                tl.store(h_ptrs + i0, h, mask=row_ok[:, None] & col_ok[None, :])
             if Q > 0:
-                a_ok = (q < Q)[None, :] & (i < I)[:, None]
-                a = tl.load(a_ptr + q[None, :] * stride_aq + i[:, None] * stride_ai, mask=a_ok, other=0.0)
+                a_ok = (q < Q)[None, :] if EVEN_I else (q < Q)[None, :] & col_ok[:, None]
+                a = tl.load(a_ptrs + i0 * stride_ai, mask=a_ok, other=0.0)
                 acc = tl.dot(h, a, acc, input_precision="ieee")
         if Q > 0:
             s_ptrs = s_ptr + rows[:, None].to(tl.int64) * stride_s + q[None, :]
@@ -71,15 +117,44 @@ def _swiglu_kernel(
 
 
 @triton.jit
+def _gradients(gate, up, dh, p, EXACT: tl.constexpr):
+    """silu(gate) up, and the gradients of gate and of up."""
+    sigmoid = _sigmoid(gate, EXACT)
+    silu = gate * sigmoid
+    d_gate = dh * p * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return silu * up, d_gate, dh * p * silu
+
+
+@triton.jit
+def _store_sums(
+    da, db_gate, db_up, da_ptr, db_ptr, chunk, i, i_ok, I,
+    R: tl.constexpr, Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Write a chunk's parts of dA and dB; ``i`` are the program's columns."""
+    r, q = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_Q)
+    if R > 0:
+        db_ptrs = db_ptr + (chunk * 2 * I + i[:, None]) * R + r[None, :]
+        db_ok = i_ok[:, None] & (r < R)[None, :]
+        tl.store(db_ptrs, db_gate, mask=db_ok)
+        tl.store(db_ptrs + I * R, db_up, mask=db_ok)
+    if Q > 0:
+        da_ptrs = da_ptr + (chunk * Q + q[:, None]) * I + i[None, :]
+        tl.store(da_ptrs, da, mask=(q < Q)[:, None] & i_ok[None, :])
+
+
+@triton.jit
 def _swiglu_backward_kernel(
     dh_ptr, y_ptr, p_ptr, s_ptr, ds_ptr, # dh (M, I), y (M, 2I), p (M,), s (M, R), ds (M, Q)
     dy_ptr, dp_ptr, da_ptr, db_ptr,      # dy (M, 2I); float32 parts: (blocks, M), (chunks, Q, I), (chunks, 2I, R)
     offsets_ptr, num_rows, num_experts, I, stride_dh, stride_y, stride_s, stride_ds, stride_dy,
-    R: tl.constexpr, Q: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    R: tl.constexpr, Q: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, EVEN_I: tl.constexpr, OPAQUE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """One program owns one chunk of rows and BLOCK_I columns of gate and the same of up."""
-    chunk, block = tl.program_id(0), tl.program_id(1)
+    """One program owns one chunk of rows and BLOCK_I columns of gate and the same of up.
+
+    The blocks of a chunk follow each other in the grid: they read the same rows of s and ds, from L2 but for the first.
+    """
+    block, chunk = tl.program_id(0), tl.program_id(1)
     expert, row0, end = tile_of(offsets_ptr, chunk, num_experts, EXPERTS, CHUNK)
     if expert < num_experts:
         i = block * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -90,18 +165,21 @@ def _swiglu_backward_kernel(
         db_up = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
         for m0 in range(row0, tl.minimum(row0 + CHUNK, end), BLOCK_M):
             rows = m0 + tl.arange(0, BLOCK_M)
-            row_ok, rows_64 = rows < end, rows.to(tl.int64)
-            ok = row_ok[:, None] & i_ok[None, :]
-            gate = tl.load(y_ptr + rows_64[:, None] * stride_y + i[None, :], mask=ok, other=0.0).to(tl.float32)
-            up = tl.load(y_ptr + rows_64[:, None] * stride_y + I + i[None, :], mask=ok, other=0.0).to(tl.float32)
-            dh = tl.load(dh_ptr + rows_64[:, None] * stride_dh + i[None, :], mask=ok, other=0.0).to(tl.float32)
-            p = tl.load(p_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-            sigmoid = tl.sigmoid(gate)
-            silu = gate * sigmoid
-            tl.store(dp_ptr + block.to(tl.int64) * num_rows + rows, tl.sum(dh * silu * up, 1), mask=row_ok)
-            d_gate = (dh * p * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype)
-            d_up = (dh * p * silu).to(dtype)
+            row_ok = rows < end
+            # Rows beyond the edge read the block's first row: never stored, and their rows of s and ds are zeros.
+            safe = tl.where(row_ok, rows, m0)
+            rows_64 = safe.to(tl.int64)
+            y_ptrs = y_ptr + rows_64[:, None] * stride_y + i[None, :]
+            gate = _float32(y_ptrs, i_ok[None, :], EVEN_I)
+            up = _float32(y_ptrs + I, i_ok[None, :], EVEN_I)
+            dh = _float32(dh_ptr + rows_64[:, None] * stride_dh + i[None, :], i_ok[None, :], EVEN_I)
+            p = tl.load(p_ptr + safe).to(tl.float32)[:, None]
+            product, d_gate, d_up = _gradients(gate, up, dh, p, dtype == tl.float32)
+            tl.store(dp_ptr + block.to(tl.int64) * num_rows + rows, tl.sum(dh * product, 1), mask=row_ok)
+            d_gate = _computed_once(d_gate.to(dtype), OPAQUE and R > 0)
+            d_up = _computed_once(d_up.to(dtype), OPAQUE and R > 0)
             dy_ptrs = dy_ptr + rows_64[:, None] * stride_dy + i[None, :]
+            ok = row_ok[:, None] if EVEN_I else row_ok[:, None] & i_ok[None, :]
             tl.store(dy_ptrs, d_gate, mask=ok)
             tl.store(dy_ptrs + I, d_up, mask=ok)
             if R > 0:
@@ -112,15 +190,9 @@ def _swiglu_backward_kernel(
             if Q > 0:
                 ds_ptrs = ds_ptr + rows_64[None, :] * stride_ds + q[:, None]
                 ds = tl.load(ds_ptrs, mask=row_ok[None, :] & (q < Q)[:, None], other=0.0)
-                da = tl.dot(ds, (silu * up * p).to(dtype), da, input_precision="ieee")
-        if R > 0:
-            db_ptrs = db_ptr + (chunk.to(tl.int64) * 2 * I + i[:, None]) * R + r[None, :]
-            db_ok = i_ok[:, None] & (r < R)[None, :]
-            tl.store(db_ptrs, db_gate, mask=db_ok)
-            tl.store(db_ptrs + I * R, db_up, mask=db_ok)
-        if Q > 0:
-            da_ptrs = da_ptr + (chunk.to(tl.int64) * Q + q[:, None]) * I + i[None, :]
-            tl.store(da_ptrs, da, mask=(q < Q)[:, None] & i_ok[None, :])
+                h = _computed_once((product * p).to(dtype), OPAQUE)
+                da = tl.dot(ds, h, da, input_precision="ieee")
+        _store_sums(da, db_gate, db_up, da_ptr, db_ptr, chunk.to(tl.int64), i, i_ok, I, R, Q, BLOCK_R, BLOCK_Q)
 
 
 # ---- 3. launchers ---------------------------------------------------------------------------------------------------
@@ -132,13 +204,14 @@ def swiglu_triton(
 ) -> None:  # fmt: skip
     """Fills ``h_MI`` and, with an adapter, ``s_MP`` (P >= Q; the columns beyond Q with zeros)."""
     rank, a, s = (0, y_MJ, y_MJ) if a_EQI is None or s_MP is None else (a_EQI.shape[1], a_EQI, s_MP)
-    block_m, block_i = (32, 128) if y_MJ.dtype != torch.float32 and rank <= 32 else (32, 64)
+    block_m, block_i = 32, (128 if y_MJ.dtype != torch.float32 and rank <= 64 else 64)
     _swiglu_kernel[(max_tiles(routing.num_rows, routing.num_experts, block_m),)](
         y_MJ, p_M, a, h_MI, s, routing.offsets_E, routing.num_experts, h_MI.shape[1],
         y_MJ.stride(0), *(a.stride() if rank else (0, 0, 0)), h_MI.stride(0), s.stride(0), scale,
         Q=rank, PAD=s.shape[1] if rank else 0, EXPERTS=triton.next_power_of_2(routing.num_experts),
+        EVEN_I=h_MI.shape[1] % block_i == 0, OPAQUE=COMPILED,
         BLOCK_M=block_m, BLOCK_I=block_i, BLOCK_Q=max(16, triton.next_power_of_2(s.shape[1] if rank else 1)),
-        num_warps=4,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
@@ -174,6 +247,22 @@ class SwiGLUGrads:
     db_EJR: torch.Tensor | None
 
 
+def backward_blocks(dtype: torch.dtype, rank: int) -> dict[str, int]:
+    """Read what compiling showed: the tile of ``_swiglu_backward_kernel`` for ranks padded to powers of two.
+
+    The sums dA and dB grow with the rank and live in registers. 168 of them let three programs of four warps share a
+    multiprocessor, with 36 KB of loads under way; the compiler would take four more. From rank 64 on loads are not pipelined:
+    Triton can neither pipeline an opaque step beside Blackwell's tensor cores nor spare the registers.
+    """
+    if dtype == torch.float32:  # no tensor cores in full precision
+        return {"BLOCK_M": 16, "BLOCK_I": 32, "num_warps": 4 if rank <= 64 else 8, "num_stages": 1}
+    if rank <= 32:
+        return {"BLOCK_M": 32, "BLOCK_I": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
+    if rank <= 128:
+        return {"BLOCK_M": 32, "BLOCK_I": 64, "num_warps": 4 if rank <= 64 else 8, "num_stages": 1}
+    return {"BLOCK_M": 16, "BLOCK_I": 32, "num_warps": 8, "num_stages": 1}
+
+
 def swiglu_backward_triton(
     dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing, dy_MJ: torch.Tensor,
     s_MR: torch.Tensor | None, ds_MQ: torch.Tensor | None,
@@ -183,15 +272,15 @@ def swiglu_backward_triton(
     R, Q = (0 if t is None else t.shape[1] for t in (s_MR, ds_MQ))
     s, ds = (y_MJ if t is None else t for t in (s_MR, ds_MQ))
     block_r, block_q = (max(16, triton.next_power_of_2(rank)) for rank in (R, Q))
-    block_i = 64 if max(block_r, block_q) <= 64 else 32
-    chunks, blocks = max_tiles(M, E, CHUNK_ROWS), int(triton.cdiv(I, block_i))
+    tile = backward_blocks(dh_MI.dtype, max(block_r, block_q))
+    chunks, blocks = max_tiles(M, E, CHUNK_ROWS), int(triton.cdiv(I, tile["BLOCK_I"]))
     dp = torch.empty(blocks, M, **new)
     da, db = torch.empty(chunks, Q, I, **new), torch.empty(chunks, 2 * I, R, **new)
-    _swiglu_backward_kernel[(chunks, blocks)](
+    _swiglu_backward_kernel[(blocks, chunks)](
         dh_MI, y_MJ, p_M, s, ds, dy_MJ, dp, da, db,
         routing.offsets_E, M, E, I, dh_MI.stride(0), y_MJ.stride(0), s.stride(0), ds.stride(0), dy_MJ.stride(0),
         R=R, Q=Q, EXPERTS=triton.next_power_of_2(E), CHUNK=CHUNK_ROWS,
-        BLOCK_M=32, BLOCK_I=block_i, BLOCK_R=block_r, BLOCK_Q=block_q, num_warps=8, num_stages=2,
+        EVEN_I=I % tile["BLOCK_I"] == 0, OPAQUE=COMPILED, BLOCK_R=block_r, BLOCK_Q=block_q, **tile,
     )  # fmt: skip
     return SwiGLUGrads(
         dp_M=dp.sum(0).to(p_M.dtype),

@@ -7,6 +7,7 @@ GEMM, SHRINK, SWIGLU, WGRAD, MLP, ROUTE, REGROUP, ENGINE, TILES, JOINED = (
     for name in "gemm_kernel shrink swiglu lora_wgrad expert_mlp route regroup engine tiles joined".split()
 )
 ROUTE_TEST = "tests/kernels/test_route.py"
+SWIGLU_TEST = "tests/kernels/test_swiglu.py"
 MLP_TEST, KEPT, ORDER = (
     "tests/kernels/test_expert_mlp.py",
     "tests/kernels/test_kept_bytes.py",
@@ -19,10 +20,13 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(0, "the gather left out of the grouped GEMM", GEMM, "from_rows = tl.load(source_ptr + rows) if HAS_SOURCE else rows", "from_rows = rows", f"{MLP_TEST} triton"),
     bug(0, "an expert takes its neighbour's B", GEMM, "b_ptr + expert.to(tl.int64) * stride_be", "b_ptr + (expert ^ 1) * stride_be", f"{MLP_TEST} triton"),
     bug(0, "S beyond an expert's rows", SHRINK, "row_ok = rows < end", "row_ok = rows < row0 + BLOCK_M", f"{MLP_TEST} triton"),
-    bug(0, "gate and up exchanged in SwiGLU", SWIGLU, "h = (gate * tl.sigmoid(gate) * up * p[:, None])", "h = (up * tl.sigmoid(up) * gate * p[:, None])", f"{MLP_TEST} triton"),
-    bug(0, "SwiGLU's derivative without its second term", SWIGLU, "d_gate = (dh * p * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype)", "d_gate = (dh * p * up * sigmoid).to(dtype)", f"{MLP_TEST} triton"),
-    bug(0, "the probability's gradient scaled by itself", SWIGLU, "tl.sum(dh * silu * up, 1)", "tl.sum(dh * silu * up * p, 1)", f"{MLP_TEST} triton"),
-    bug(0, "dA of down from values without the probability", SWIGLU, "da = tl.dot(ds, (silu * up * p).to(dtype), da", "da = tl.dot(ds, (silu * up).to(dtype), da", f"{MLP_TEST} triton"),
+    bug(0, "gate and up exchanged in SwiGLU", SWIGLU, "h = (gate * _sigmoid(gate, dtype == tl.float32) * up * p)", "h = (up * _sigmoid(up, dtype == tl.float32) * gate * p)", f"{MLP_TEST} triton"),
+    bug(0, "SwiGLU's derivative without its second term", SWIGLU, "d_gate = dh * p * up * sigmoid * (1 + gate * (1 - sigmoid))", "d_gate = dh * p * up * sigmoid", f"{MLP_TEST} triton"),
+    bug(0, "the probability's gradient scaled by itself", SWIGLU, "tl.sum(dh * product, 1)", "tl.sum(dh * product * p, 1)", f"{MLP_TEST} triton"),
+    bug(0, "dA of down from values without the probability", SWIGLU, "h = _computed_once((product * p).to(dtype)", "h = _computed_once(product.to(dtype)", f"{MLP_TEST} triton"),
+    bug(0, "a power of two for a power of e", SWIGLU, "tl.exp2(x * -1.4426950408889634)", "tl.exp2(-x)", f"{SWIGLU_TEST} forward"),
+    bug(0, "columns beyond the edge read and written without a mask", SWIGLU, "EVEN_I=h_MI.shape[1] % block_i == 0", "EVEN_I=True", f"{SWIGLU_TEST} forward"),
+    bug(0, "rows beyond an expert's end in the sums over its rows", SWIGLU, "s_ok = row_ok[:, None] & (r < R)[None, :]", "s_ok = (row_ok | True)[:, None] & (r < R)[None, :]", f"{SWIGLU_TEST} autograd"),
     bug(0, "only the last chunk's weight gradient", TILES, "        acc += tl.load(part_ptrs, mask=d < D, other=0.0)", "        acc = tl.load(part_ptrs, mask=d < D, other=0.0)", "tests/kernels/test_tiles.py sum_tiles"),
     bug(0, "an empty expert's gradient left as it was found", WGRAD, "        torch.mm(g, rows, out=out)", "        if rows.shape[0]:\n            torch.mm(g, rows, out=out)", "tests/kernels/test_lora_wgrad.py wgrad"),
     bug(0, "dS of gate and up without its scale", ENGINE, "self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows), scale=scale)", "self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows))", f"{MLP_TEST} triton"),
