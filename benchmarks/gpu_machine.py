@@ -13,6 +13,8 @@ from benchmarks.gpu_outcomes import Outcome
 from benchmarks.gpu_steps import RESULTS, STEPS, Step, command_of
 
 ROOT = Path(__file__).parents[1]
+STARTED = "MEGALORA_BENCHMARK_STARTED"
+"""Tells a program since when its budget runs (``gpu_timing.Budget``)."""
 GRACE_S = 5
 """Between asking a step that outran its limit to end and killing it."""
 PROBE = """
@@ -51,7 +53,11 @@ class Machine:
         found |= {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1"}
         found |= {"HF_HUB_OFFLINE": "1", "MEGALORA_TEST_GPU": "1"}
         if self.dry:
-            found |= {"TRITON_INTERPRET": "1", "MEGALORA_TEST_GPU": "0", "CUDA_VISIBLE_DEVICES": ""}
+            found |= {
+                "TRITON_INTERPRET": str(int(step.interpreted)),
+                "MEGALORA_TEST_GPU": "0",
+                "CUDA_VISIBLE_DEVICES": "",
+            }
             found.setdefault("OMP_NUM_THREADS", "1")
         for name, value in step.environment.items():
             value = value.replace(RESULTS, str(self.results))
@@ -77,10 +83,11 @@ class Machine:
         log = self.log_of(step)
         budget_s = max(1.0, limit_s - step.margin_s)
         command = [self.python, *command_of(step, self.results, budget_s, self.dry)]
+        environment = self.environment_of(step) | {STARTED: str(time.time())}
         with log.open("ab") as file:
             # A session of its own, so that a limit ends its ranks too.
             process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment_of(step), stdout=file, stderr=subprocess.STDOUT,
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
             code = _wait(process, limit_s)

@@ -33,8 +33,10 @@ class Step:
     """Without one of these it is not run."""
     after: str = ""
     """A JSON of an earlier step without which it is not run."""
+    interpreted: bool = True
+    """Whether its kernels are interpreted in a dry run; else the plain loop computes."""
     margin_s: int = 8
-    """Of its limit, what its program does not get: imports before its clock starts, and what it ends with."""
+    """Of its limit, what its program does not get, to write and to end."""
     usual: bool = True
     """Whether it is run where no step is named."""
 
@@ -80,19 +82,20 @@ STEPS = (
         "gpu_peers.json", program("peers"), environment=TUNED,
     ),
     Step(
-        "shared", 60, "layouts whose ranks share the GPU against float64",
-        "gpu_shared.json", program("shared_gpu"), modules=MEGATRON,
+        "shared", 75, "layouts whose ranks share the GPU against float64",
+        "gpu_shared.json", program("shared_gpu"), modules=MEGATRON, interpreted=False,
     ),
     Step(
         "calibration", 30, "what the planner's time model needs",
         "gpu_calibration.json",
         ("-m", "megalora.bench.calibrate", OUT, "--budget-seconds", BUDGET),
         dry=("-m", "megalora.bench.calibrate", OUT, "--budget-seconds", "1"), modules=MEGATRON,
-        margin_s=25,  # its budget is for measuring alone
+        interpreted=False, margin_s=25,  # its budget is for measuring alone
     ),
     Step(
-        "layouts", 40, "megalora bench: recomputation and microbatches beside the planner",
+        "layouts", 25, "megalora bench: recomputation and microbatches beside the planner",
         "gpu_layouts.json", program("layouts"), environment=TUNED, modules=MEGATRON,
+        interpreted=False,
     ),
     Step(
         "all-tests", 300, "every test in tests/gpu",

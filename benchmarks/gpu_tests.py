@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu_timing import earlier, save, the_gpu
+from benchmarks.gpu_timing import Budget, earlier, save, the_gpu
 
 ROOT = Path(__file__).parents[1]
 STEP, KERNELS = "tests/gpu/test_step_on_gpu.py", "tests/gpu/test_kernels_on_gpu.py"
@@ -92,7 +92,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="the training step alone, on a CPU")
     args = parser.parse_args(given)
     device = the_gpu(parser, args.dry)
-    os.environ[DEADLINE] = str(time.time() + args.budget_seconds)
+    os.environ[DEADLINE] = str(time.time() + Budget(args.budget_seconds).left())
     os.chdir(ROOT)
     results = Results(args.out, device, {"all": args.all, "dry": args.dry})
     code = pytest.main(words_for(args.dry, args.all), plugins=[results])

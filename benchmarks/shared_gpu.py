@@ -1,6 +1,6 @@
 """Every kind of layout on one GPU: trainings whose ranks share it, compared with plain transformers in float64.
 
-    python -m benchmarks.shared_gpu [--budget-seconds 150] [--at-once 3] [--out FILE]
+    python -m benchmarks.shared_gpu [--budget-seconds 150] [--at-once 4] [--out FILE] [--dry]
 
 The ranks of a case run the product's own training with the real kernels; their collectives go through the host
 (MEGALORA_SHARE_GPU=1), so that of what several GPUs do only NCCL is missing. Without a GPU the same trainings run on CPU
@@ -8,7 +8,8 @@ ranks over gloo: that is how this script is tested.
 
 A case passes when it is as near to float64 as float32 has to be on a CPU (tests/parity/case.py) or, since a GPU adds in
 another order, at most twice as far as one rank alone on the same device, whose own limit is TOLERANCE times the CPU's.
-Exit code 1 when a case fails; what there was no time for is named and does not fail.
+Exit code 1 when a case fails; what there was no time for is named and does not fail, and a second call with the same
+--out runs it. --dry: two cases, whose ranks are forked from this process on a CPU.
 """
 
 import argparse
@@ -16,7 +17,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +30,13 @@ import torch
 # Importing the tests hides GPUs from this process and from those it starts, unless it is told not to.
 os.environ.setdefault("MEGALORA_TEST_GPU", str(int(torch.cuda.is_available())))
 import tests.conftest  # noqa: F401  sets up the host before anything from Megatron is imported
-from benchmarks.gpu_timing import Budget, save, table
+from benchmarks.gpu_timing import Budget, earlier, save, table
 from megalora import host
+from megalora.config import RunConfig
 from megalora.config_file import save_config
 from megalora.environment import SHARE_GPU
 from tests.conftest import write_chats
+from tests.distributed.ranks import run_ranks
 from tests.parity.case import (
     LIMITS,
     Expected,
@@ -40,6 +45,7 @@ from tests.parity.case import (
     expected_of_clear_routing,
     prepare_run,
     read_run,
+    train_recording_gradients,
 )
 from tests.parity.grid import SHORT, Case
 from tests.parity.models import make_model
@@ -57,8 +63,9 @@ SHARED = (
 """The likeliest to fail first: a budget may end before the last."""
 TOLERANCE = 10.0
 """A GPU's reductions are trees and its exponentials are other polynomials: a few times a CPU's rounding. A wrong sum is 1e3."""
-SECONDS_OF_A_CASE = 45
-"""Imports and CUDA's start on every rank, then two steps: no case is started with less time left."""
+DRY = (Case(2, ep=2),)
+SECONDS_OF_A_CASE = 40
+"""Imports and CUDA's start on every rank, kernels to compile, two steps: no case is started with less time left."""
 
 
 @dataclass
@@ -68,13 +75,15 @@ class Laboratory:
     folder: Path
     limit_s: float
     """For one case."""
+    fork: bool = False
+    """Ranks are forked from this process instead of started by torchrun: on a CPU alone, and one case at a time."""
 
     def __post_init__(self) -> None:
         self.chats = write_chats(self.folder / "chats.jsonl")
         self.base = make_model("moe", self.folder / "base")
         self.answers: dict[int, Expected] = {}
 
-    def ask(self, cases: tuple[Case, ...]) -> None:
+    def ask(self, cases: Sequence[Case]) -> None:
         """Have the oracle answer what the cases will be compared with: once for each size of the batch."""
         for case in cases:
             if case.batch not in self.answers:
@@ -85,17 +94,30 @@ class Laboratory:
         """A row: the deviations of a case from the oracle, or why there are none."""
         begun = time.perf_counter()
         row: dict[str, Any] = {"case": case.name, "failed": None}
-        failed = self._train(case)
+        failed = self._fork(case) if self.fork else self._train(case)
         if failed is None:
             found = read_run(self.folder / case.name)
             row |= deviations(found, self.answers[case.batch])
         return {**row, "failed": failed, "seconds": time.perf_counter() - begun}
 
+    def _prepare(self, case: Case) -> tuple[RunConfig, Path]:
+        out = self.folder / case.name
+        seed = self.answers[case.batch].seed
+        return prepare_run(case, SHORT, self.base, self.chats, out, "float32", seed)
+
+    def _fork(self, case: Case) -> str | None:
+        """Fork the ranks of a case; what they raised."""
+        config, start = self._prepare(case)
+        try:
+            run_ranks(train_recording_gradients, case.world, config, start)
+        except Exception as error:  # a failed case is a row
+            return str(error)[-2000:]
+        return None
+
     def _train(self, case: Case) -> str | None:
         """Start the ranks of a case; the end of what they said where they failed."""
         out = self.folder / case.name
-        seed = self.answers[case.batch].seed
-        config, start = prepare_run(case, SHORT, self.base, self.chats, out, "float32", seed)
+        config, start = self._prepare(case)
         save_config(config, out / "asked.yaml")
         ranks = ["--standalone", f"--nproc-per-node={case.world}", "-m", "tests.parity.recorded"]
         command = [sys.executable, "-m", "torch.distributed.run", *ranks, str(out / "asked.yaml"), str(start)]
@@ -114,33 +136,50 @@ class Laboratory:
         return None if code == 0 else f"exit code {code}: {said[-2000:]}"
 
 
-def run_all(cases: tuple[Case, ...], budget: Budget, at_once: int, limit_s: float) -> dict[str, Any]:
-    """Rows of the cases, one rank alone first, and the names of those that there was no time for."""
-    with tempfile.TemporaryDirectory() as folder:
-        laboratory = Laboratory(Path(folder), limit_s)
-        laboratory.ask((ALONE, *cases))
-        # Alone, so that its ranks compile the kernels which the others then find in Triton's cache.
-        rows = [laboratory.run(ALONE)]
+class Found:
+    """Rows in the order of the cases, written anew after each."""
 
-        def started_in_time(case: Case) -> dict[str, Any] | None:
-            return laboratory.run(case) if budget.left() > SECONDS_OF_A_CASE else None
+    def __init__(self, cases: Sequence[Case], rows: list[dict[str, Any]], write: Callable[..., None]) -> None:
+        self.names = [case.name for case in cases]
+        self.rows = {row["case"]: row for row in rows}
+        self.write, self.lock = write, threading.Lock()
 
-        with ThreadPoolExecutor(at_once) as pool:
-            found = list(pool.map(started_in_time, cases))
-    rows += [row for row in found if row is not None]
-    judge(rows)
-    missing = [case.name for case, row in zip(cases, found, strict=True) if row is None]
-    return {"rows": rows, "not_reached": missing}
+    def put(self, row: dict[str, Any]) -> None:
+        with self.lock:
+            self.rows[row["case"]] = row
+            self.write(**self.content())
+
+    def content(self) -> dict[str, Any]:
+        """What is written: each row with what it exceeds, and the names of cases without a row."""
+        rows = [self.rows[name] for name in self.names if name in self.rows]
+        judge(rows)
+        return {"rows": rows, "not_reached": [name for name in self.names if name not in self.rows]}
+
+
+def run_all(laboratory: Laboratory, cases: Sequence[Case], found: Found, budget: Budget, at_once: int) -> None:
+    """Run the cases that have no row yet and for which there is time."""
+    laboratory.ask(cases)
+
+    def started_in_time(case: Case) -> None:
+        if budget.left() > SECONDS_OF_A_CASE or laboratory.fork:
+            found.put(laboratory.run(case))
+
+    if laboratory.fork:
+        for case in cases:
+            started_in_time(case)
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(started_in_time, cases))
 
 
 def judge(rows: list[dict[str, Any]]) -> None:
-    """Add to each row what it exceeds: the first, one rank alone, is the measure of the others."""
-    alone = rows[0]
+    """Add to each row what it exceeds: one rank alone, if it is there, is the measure of the others."""
+    alone = next((row for row in rows if row["case"] == ALONE.name and not row["failed"]), None)
     wide = {name: TOLERANCE * limit for name, limit in LIMITS.items()}
     for row in rows:
-        limits = (
-            wide if row is alone or alone["failed"] else {name: max(LIMITS[name], 2 * alone[name]) for name in LIMITS}
-        )
+        limits = wide
+        if alone is not None and row is not alone:
+            limits = {name: max(LIMITS[name], 2 * alone[name]) for name in LIMITS}
         row["exceeded"] = [] if row["failed"] else exceeded(row, limits)
 
 
@@ -160,15 +199,29 @@ def show(found: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget-seconds", type=float, default=None, help="no case is started that would end later")
-    parser.add_argument("--at-once", type=int, default=3, help="cases that run at the same time")
+    parser.add_argument("--at-once", type=int, default=4, help="cases that run at the same time")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_shared.json"))
+    parser.add_argument("--dry", action="store_true", help="two cases on forked CPU ranks")
     args = parser.parse_args(arguments)
-    budget = Budget(args.budget_seconds)
-    found = run_all(SHARED, budget, args.at_once, limit_s=min(150.0, budget.left()))
+    budget, device = Budget(args.budget_seconds), host.device()
+    cases = (ALONE, *(DRY if args.dry else SHARED))
+    settings = {"steps": SHORT, "dry": args.dry}
+    record = earlier(args.out, "shared_gpu", device, settings) or {"rows": []}
+    passed = {row["case"] for row in record["rows"] if not (row["failed"] or row["exceeded"])}
+
+    def write(**content: Any) -> None:
+        save(args.out, "shared_gpu", device, settings=settings, **content)
+
+    found = Found(cases, record["rows"], write)
+    missing = [case for case in cases if case.name not in passed]
+    with tempfile.TemporaryDirectory() as folder:
+        limit_s = max(1.0, min(150.0, budget.left()))
+        run_all(Laboratory(Path(folder), limit_s, args.dry), missing, found, budget, args.at_once)
+    content = found.content()
+    write(**content)
     print(f"float32, {SHORT} steps, ranks on one {host.device_name()}, largest deviations from float64:")
-    print(show(found))
-    save(args.out, "shared_gpu", host.device(), **found)
-    return int(any(row["failed"] or row["exceeded"] for row in found["rows"]))
+    print(show(content))
+    return int(any(row["failed"] or row["exceeded"] for row in content["rows"]))
 
 
 if __name__ == "__main__":

@@ -2,23 +2,22 @@
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import bench_grouped_lora, bench_train_gpu, goals, gpu_summary, shared_gpu
+from benchmarks import bench_grouped_lora, bench_train_gpu, goals, gpu_machine, gpu_summary, shared_gpu
 from benchmarks.compare import Row
 from benchmarks.expert_case import SIZES, Sizes
-from benchmarks.gpu_timing import Budget, Stats, earlier, environment, save
+from benchmarks.gpu_timing import STARTED, Budget, Stats, earlier, environment, save
 from benchmarks.linear_case import LinearSpec
 from benchmarks.train_arms import KernelExperts, Setup, Training, adapted, base_model, training, with_experts
 from benchmarks.train_case import TINY_MODEL, adapter_parameters
-from tests.distributed.ranks import run_ranks
 from tests.forked import forked
-from tests.parity.case import prepare_run, train_recording_gradients
-from tests.parity.grid import SHORT, Case
+from tests.parity.grid import Case
 
 CPU = torch.device("cpu")
 TINY = Sizes("tiny", hidden=48, inner=40, num_experts=8, top_k=3)
@@ -55,6 +54,14 @@ def test_bench_writes_what_it_found_and_what_it_left_out(tmp_path, monkeypatch, 
     assert bench_grouped_lora.run(late, args) == 0
     assert len(json.loads(args.out.read_text())["not_reached"]) == 9
     assert "out of time before 9 cases" in capsys.readouterr().out
+
+
+def test_a_budget_runs_from_the_start_of_the_script(monkeypatch):
+    """Imports are over before a script can make a budget; gpu_all.sh tells when it was started."""
+    assert Budget(100).left() == pytest.approx(100, abs=1)
+    monkeypatch.setenv(STARTED, str(time.time() - 30))
+    assert Budget(100).left() == pytest.approx(70, abs=1) and Budget(None).left() == float("inf")
+    assert gpu_machine.STARTED == STARTED
 
 
 def test_a_second_call_of_the_bench_goes_on_with_its_own_record(tmp_path, monkeypatch):
@@ -167,63 +174,67 @@ def test_a_step_that_does_not_train_has_no_speed(monkeypatch):
     assert found["status"] == "wrong: the loss went from 0.000 to 3.000"
 
 
-def on_forked_ranks(self: shared_gpu.Laboratory, case: Case, spoil: bool = False) -> str | None:
-    """What torchrun's ranks do, without their imports; ``spoil``: from another adapter than the oracle's."""
-    seed = self.answers[case.batch].seed
-    config, start = prepare_run(case, SHORT, self.base, self.chats, self.folder / case.name, "float32", seed)
-    if spoil:
-        save_file({name: 1.001 * tensor for name, tensor in load_file(start).items()}, start)
-    run_ranks(train_recording_gradients, case.world, config, start)
-    return None
-
-
-class Serially:
-    """A pool of this thread alone: ranks cannot be forked from another, where the host's modes are not set."""
-
-    def __init__(self, at_once: int) -> None: ...
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None: ...
-    def map(self, function, items):
-        return [function(item) for item in items]
-
-
 def test_layouts_on_one_gpu_are_held_against_float64(tmp_path, monkeypatch, capsys):
-    """Over plain CPU ranks: rows, verdicts and what is written down."""
-    monkeypatch.setattr(shared_gpu, "ThreadPoolExecutor", Serially)
-    monkeypatch.setattr(shared_gpu, "SHARED", (Case(2, ep=2), Case(2, tp=2), Case(2, pp=2)))
-    spoilt = shared_gpu.SHARED[1]
+    """On forked CPU ranks: rows, verdicts, what is written down, and what a second call runs again."""
+    cases = (Case(2, ep=2), Case(2, tp=2), Case(2, pp=2))
+    monkeypatch.setattr(shared_gpu, "DRY", cases)
+    really, ran = shared_gpu.Laboratory._fork, []
 
-    def train(self, case: Case) -> str | None:
-        return "exit code 1: no ranks" if case.pp > 1 else on_forked_ranks(self, case, case == spoilt)
+    def fork(self, case: Case) -> str | None:
+        ran.append(case)
+        return "exit code 1: no ranks" if case.pp > 1 else really(self, case)
 
-    monkeypatch.setattr(shared_gpu.Laboratory, "_train", train)
+    def spoil(self, case: Case) -> tuple:
+        """Another adapter than the oracle's."""
+        config, start = prepare(self, case)
+        if case == cases[1] and not spoilt:
+            save_file({name: 1.001 * tensor for name, tensor in load_file(start).items()}, start)
+            spoilt.append(case)
+        return config, start
+
+    spoilt, prepare = [], shared_gpu.Laboratory._prepare
+    monkeypatch.setattr(shared_gpu.Laboratory, "_fork", fork)
+    monkeypatch.setattr(shared_gpu.Laboratory, "_prepare", spoil)
     out = tmp_path / "gpu_shared.json"
-    assert shared_gpu.main(["--at-once", "1", "--out", str(out)]) == 1
+    assert shared_gpu.main(["--dry", "--out", str(out)]) == 1
     said, rows = capsys.readouterr().out, json.loads(out.read_text())["rows"]
-    assert [row["case"] for row in rows] == [case.name for case in (shared_gpu.ALONE, *shared_gpu.SHARED)]
+    assert [row["case"] for row in rows] == [case.name for case in (shared_gpu.ALONE, *cases)]
     assert rows[0]["exceeded"] == rows[1]["exceeded"] == [] and rows[3]["failed"] == "exit code 1: no ranks"
     assert any("gradient" in name for name in rows[2]["exceeded"]) and rows[2]["gradient"] > 1e-4
     assert "exit code 1: no ranks" in said
     assert [row[-1] for row in gpu_summary.of_shared({"rows": rows})] == ["pass", "pass", "FAILED", "FAILED"]
+    ran.clear()
+    assert shared_gpu.main(["--dry", "--out", str(out)]) == 1 and ran == list(cases[1:])
+    assert [bool(row["exceeded"]) for row in json.loads(out.read_text())["rows"]] == [False] * 4
 
 
 def test_of_layouts_on_one_gpu_none_is_started_late(monkeypatch):
-    monkeypatch.setattr(shared_gpu.Laboratory, "__init__", lambda self, folder, limit_s: None)
+    monkeypatch.setattr(shared_gpu.Laboratory, "__post_init__", lambda self: None)
     monkeypatch.setattr(shared_gpu.Laboratory, "ask", lambda self, cases: None)
-    monkeypatch.setattr(shared_gpu.Laboratory, "run", lambda self, case: {"case": case.name, "failed": "x"})
-    found = shared_gpu.run_all(shared_gpu.SHARED, Budget(shared_gpu.SECONDS_OF_A_CASE - 1), 2, 1.0)
-    assert [row["case"] for row in found["rows"]] == [shared_gpu.ALONE.name]
-    assert found["not_reached"] == [case.name for case in shared_gpu.SHARED]
-    assert [row[-1] for row in gpu_summary.of_shared(found)] == ["FAILED"] + ["not reached"] * len(shared_gpu.SHARED)
+    row = {"failed": "x", "seconds": 1.0}
+    monkeypatch.setattr(shared_gpu.Laboratory, "run", lambda self, case: {"case": case.name, **row})
+    written = []
+    for left, reached in ((-1, 0), (1, len(shared_gpu.SHARED))):
+        found = shared_gpu.Found(shared_gpu.SHARED, [], lambda **content: written.append(content))
+        laboratory = shared_gpu.Laboratory(Path("nowhere"), 1.0)
+        budget = Budget(shared_gpu.SECONDS_OF_A_CASE + left)
+        shared_gpu.run_all(laboratory, shared_gpu.SHARED, found, budget, at_once=2)
+        assert len(found.rows) == len(written) == reached
+        assert len(found.content()["not_reached"]) == len(shared_gpu.SHARED) - reached
+    assert [len(content["rows"]) for content in written] == [*range(1, 8)], "written after every case"
+    of_nothing = {"rows": [], "not_reached": [case.name for case in shared_gpu.SHARED]}
+    assert [row[-1] for row in gpu_summary.of_shared(of_nothing)] == ["not reached"] * len(shared_gpu.SHARED)
 
 
 def test_a_layout_may_err_twice_as_much_as_one_rank_and_no_more():
     quantities = dict.fromkeys(shared_gpu.LIMITS, 0.0)
 
     def exceeded(alone: float, other: float) -> list[list[str]]:
-        rows = [{"failed": None, **quantities, "gradient": value} for value in (alone, other)]
+        names = (shared_gpu.ALONE.name, "other")
+        rows = [
+            {"case": name, "failed": None, **quantities, "gradient": value}
+            for name, value in zip(names, (alone, other), strict=True)
+        ]
         shared_gpu.judge(rows)
         return [row["exceeded"] for row in rows]
 
