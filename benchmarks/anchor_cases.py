@@ -1,7 +1,7 @@
-"""The anchors: what the GPU does at best, then our first products and passes, each beside what is expected.
+"""Name the anchors: what the GPU does at best, our first products and passes, what is expected.
 
-Expectations come from the tile model and from traffic with HBM, so that a wrong assumption of theirs is found by name. A result is checked
-before it is timed.
+Expectations come from the tile model and from traffic with HBM, so that a wrong assumption of
+theirs is found by name. A result is checked before it is timed.
 
 Shape legend: M routed rows   E experts   K inputs   N outputs   R rank   I expert intermediate
 """
@@ -25,11 +25,11 @@ from benchmarks.tile_model import SIZE, Gpu, cost, last_release
 HIDDEN, INNER, RANK = 2048, 768, 16  # Qwen3-30B-A3B
 
 
-# ---- grouped products -----------------------------------------------------------------------------------------------
+# ---- grouped products ----------------------------------------------------------------------------
 
 
 def balanced(lab: Lab, experts: int, rows: int, gathered: bool) -> tuple[Routing, Tensor | None]:
-    """Return as many rows for every expert; with ``gathered``, the token of each row in random order."""
+    """Give every expert as many rows; with ``gathered``, tokens in random order behind them."""
     offsets = rows * torch.arange(1, experts + 1, device=lab.device, dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randperm(experts * rows, generator=generator) // 8
@@ -54,7 +54,7 @@ E128_512, E16_4096, E128_64 = Shape(128, 512, True), Shape(16, 4096, False), Sha
 
 
 def base_gemm(shape: Shape, choose: Callable[[Product], Variant]) -> Callable[[Lab], Found]:
-    """The Triton grouped GEMM, by one variant; a dry run loads operands as the variant does and takes small tiles."""
+    """The Triton grouped GEMM by one variant; in a dry run by the same one with small tiles."""
 
     def run(lab: Lab) -> Found:
         experts, rows = lab.size(shape.experts, 3), lab.size(shape.rows, 24)
@@ -100,12 +100,13 @@ def joined_grouped_mm(lab: Lab) -> Found:
     return Found(us, {"tflops": 2 * routing.num_rows * N * (K - 2 * RANK) / us / 1e6})
 
 
-# ---- SwiGLU ---------------------------------------------------------------------------------------------------------
+# ---- SwiGLU --------------------------------------------------------------------------------------
 
 
 @dataclass
 class SwiGLUCase:
-    """Operands of SwiGLU's passes: y [M, 2I], p [M], a [E, R, I], dh [M, I], S of gate_up [M, 2R], dS of down [M, R]."""
+    """Operands of SwiGLU's passes: y [M, 2I], p [M], a [E, R, I], dh [M, I], S of gate_up [M, 2R],
+    dS of down [M, R]."""
 
     routing: Routing
     y: Tensor
@@ -163,7 +164,7 @@ def swiglu_backward(lab: Lab) -> Found:
     return Found(lab.us(call))
 
 
-# ---- what is expected -----------------------------------------------------------------------------------------------
+# ---- what is expected ----------------------------------------------------------------------------
 
 
 def around(value: float, share: float) -> Expected:

@@ -29,6 +29,10 @@ class Found:
     more: dict[str, Any] = field(default_factory=dict)
 
 
+class NotAvailableError(Exception):
+    """The machine does not tell: a row without a value, and no failure of ours."""
+
+
 class WrongResultError(Exception):
     """A result is not what it should be: no time is given for it."""
 

@@ -1,18 +1,22 @@
-"""What a GPU does at best: bandwidths, the dense rate, the clock under load, launches. Each is checked for its result, then timed."""
+"""Measure what a GPU does at best: bandwidths, the dense rate, the clock under load, launches.
 
-# A @triton.jit function is called with a grid and plain numbers for constexprs: Python's rules for calls do not hold.
+A result is checked before it is timed.
+"""
+
+# A @triton.jit function is called with a grid and plain numbers for constexprs: Python's rules for
+# calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from benchmarks.anchor_lab import Found, Lab, WrongResultError
+from benchmarks.anchor_lab import Found, Lab, NotAvailableError, WrongResultError
 
 
 def copy_bandwidth(lab: Lab) -> Found:
@@ -40,7 +44,7 @@ def dense_gemm(lab: Lab) -> Found:
 def _read_kernel(x_ptr, out_ptr, num_blocks, passes, BLOCK: tl.constexpr):
     """Every program reads one block of x a pass, another one in each.
 
-    ``.cg`` leaves L1 out; a block comes from L2, where the same program or another one has brought it.
+    ``.cg`` leaves L1 out: a block comes from L2, where a program has brought it before.
     """
     block, total = tl.program_id(0), tl.zeros((BLOCK,), tl.int32)
     for _ in range(passes):
@@ -50,7 +54,7 @@ def _read_kernel(x_ptr, out_ptr, num_blocks, passes, BLOCK: tl.constexpr):
 
 
 def l2_bandwidth(lab: Lab) -> Found:
-    """Terabytes per second of reading 24 MiB, half the L2 of an H100, again and again; and 12 MiB."""
+    """Terabytes per second of reading 24 MiB again and again: half the L2 of an H100; and 12 MiB."""
     rate, half = (_reads_per_s(lab, mebibytes) for mebibytes in (24, 12))
     return Found(rate, {"tb_per_s_of_12_mib": half})
 
@@ -108,7 +112,7 @@ def clock(lab: Lab) -> Found:
     if lab.dry:
         return Found(0.0)
     if shutil.which("nvidia-smi") is None:
-        raise RuntimeError("nvidia-smi is not on the PATH")
+        raise NotAvailableError("nvidia-smi is not on the PATH")
     n = 8192
     x, y = lab.normal(n, n), lab.normal(n, n)
     for _ in range(600):  # 0.8 s, while nvidia-smi looks
@@ -117,10 +121,17 @@ def clock(lab: Lab) -> Found:
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)},driver_version", "--format=csv,noheader,nounits"]
     uuid = str(torch.cuda.get_device_properties(lab.device).uuid).removeprefix("GPU-")
     query.append(f"--id=GPU-{uuid}")
-    said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     _wait(lab)
-    values = [text.strip() for text in said.strip().splitlines()[0].split(",")]
-    return Found(float(values[0]) / 1e3, dict(zip((*fields, "driver"), values, strict=True)))
+    return read_clock(done.stdout, (*fields, "driver"))
+
+
+def read_clock(said: str, fields: Sequence[str]) -> Found:
+    """The first of the values that nvidia-smi prints, in GHz, and all of them by name."""
+    values = [text.strip() for text in said.strip().split(",")]
+    if len(values) != len(fields) or not values[0].isdigit():
+        raise NotAvailableError(f"nvidia-smi does not tell the clock: {said.strip()[:80]!r}")
+    return Found(float(values[0]) / 1e3, dict(zip(fields, values, strict=True)))
 
 
 def _wait(lab: Lab) -> None:

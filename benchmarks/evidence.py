@@ -3,8 +3,8 @@
     python -m benchmarks.evidence             write the tables anew, from the models and benchmarks/results
     python -m benchmarks.evidence --check     exit code 1 where the page is not what would be written
 
-Text between tables is written by hand. A table stands between two comments, ``<!-- table: NAME -->`` and ``<!-- end -->``; records of
-a dry run or of a CPU are no measurement of a GPU.
+Text between tables is written by hand. A table stands between two comments, ``<!-- table: NAME -->``
+and ``<!-- end -->``; records of a dry run or of a CPU are no measurement of a GPU.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks import goals, roofline, tile_model
 from benchmarks.anchor_cases import ANCHORS
 from benchmarks.tile_model import H100, H200
+from benchmarks.tune_points import variant_label
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs/evidence.md", ROOT / "benchmarks/results"
@@ -27,7 +28,7 @@ NOT_YET = "not yet"
 """In a cell of a column that is headed ``measured``."""
 
 
-# ---- records --------------------------------------------------------------------------------------------------------
+# ---- records -------------------------------------------------------------------------------------
 
 
 class Results:
@@ -70,7 +71,7 @@ def digits(value: float | None, form: str = ".4g") -> str:
     return NOT_YET if value is None else format(value, form)
 
 
-# ---- tables ---------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def constants(results: Results) -> str:
@@ -116,7 +117,7 @@ def published(_results: Results) -> str:
     for case in tile_model.PUBLISHED:
         model_us = tile_model.cost(case.variant, case.product, case.experts).us
         off = f"{100 * (model_us / case.us - 1):+.0f} %"
-        rows.append((case.what, tile_model.label(case.variant), f"{case.us:.0f}", f"{model_us:.0f}", off))
+        rows.append((case.what, variant_label(case.variant), f"{case.us:.0f}", f"{model_us:.0f}", off))
     return markdown(("kernel", "variant", "published us", "model us", "model off by"), rows)
 
 
@@ -150,7 +151,7 @@ LAYER_ARMS = {
 
 
 def layers(results: Results) -> str:
-    """The expert layer's cost over the same without adapters, by the roofline and by the benchmark."""
+    """The layer's cost over the same without adapters, by the roofline and by the benchmark."""
     records = [results.on_gpu(name) for name in ("gpu_kernels.json", "gpu_kernels_tuned.json")]
     rows = []
     for ep in (8, 1):
@@ -168,7 +169,8 @@ def layers(results: Results) -> str:
 
 
 def _measured_layer(record: dict[str, Any], spec: str, arm: str | None, base: str) -> str:
-    """``forward / forward + backward / split over ours`` of one benchmark. Its split arm has one adapter on gate_up."""
+    """``forward / forward + backward / split over ours`` of one benchmark. Its split arm has one
+    adapter on gate_up."""
     if arm is None:
         return "not timed"
     rows = {row["arm"]: row for row in record.get("rows", []) if row["case"] == spec and row.get("train")}
@@ -222,7 +224,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 }
 
 
-# ---- the page -------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def filled(page: str, results: Results) -> str:

@@ -1,7 +1,8 @@
 """Compute torch's grouped GEMM with quack-kernels instead, behind the same function of ours.
 
-quack-kernels (Apache-2.0, CuTe DSL) compiles for the GPU at first use, without nvcc: 4 to 7 s a kernel. Joined operands, the passes
-between and autograd stay ours, so an arm differs from ``ours grouped_mm joined`` in the GEMM alone.
+quack-kernels (Apache-2.0, CuTe DSL) compiles for the GPU at first use, without nvcc: 4 to 7 s a
+kernel. Joined operands, the passes between and autograd stay ours, so an arm differs from ``ours
+grouped_mm joined`` in the GEMM alone.
 
 Shape legend: M routed rows   E experts   K inputs   N outputs
 """
@@ -62,7 +63,7 @@ class QuackGemm:
 
 
 def _find_cutlass() -> None:
-    """Make ``import cutlass`` work where wheels were unpacked into a folder of PYTHONPATH, whose .pth file nobody reads."""
+    """Make ``import cutlass`` work from a folder on PYTHONPATH, whose .pth file nobody reads."""
     if importlib.util.find_spec("cutlass") is not None:
         return
     found = importlib.util.find_spec("nvidia_cutlass_dsl")
@@ -74,7 +75,8 @@ def _find_cutlass() -> None:
 @contextmanager
 def _instead_of_torch(gemm: QuackGemm) -> Iterator[None]:
     """Have ``grouped_gemm_vendor`` call quack, in autograd's threads too."""
-    # The package re-exports functions under their modules' names, so plain attribute access finds a function.
+    # The package re-exports functions under their modules' names, so plain attribute access finds a
+    # function.
     module: Any = importlib.import_module("megalora_kernels.grouped_gemm")
     torch_s, before = module._grouped_mm, gemm.calls
     module._grouped_mm = gemm

@@ -1,10 +1,11 @@
-"""What the expert MLP with LoRA must cost on a GPU: bytes and FLOPs of every pass, as ratios to the base alone.
+"""Predict what experts with LoRA cost on a GPU over the base alone, by bytes and FLOPs of each pass.
 
     python -m benchmarks.roofline [--ep 8] [--tokens 8192] [--rank 16] [--model 30b]
 
-A prediction, to be set beside what ``bench_grouped_lora.py`` measures. Our Triton GEMM takes what ``tile_model.py`` says of the
-variant that ``variants.rule`` chooses. CUTLASS's takes the longer of its traffic and its arithmetic at 640 TFLOP/s, which
-Transformer Engine's reaches at these shapes on an H100 (published). Every other pass is its traffic at 3.0 TB/s.
+A prediction, to be set beside what ``bench_grouped_lora.py`` measures. Our Triton GEMM takes what
+``tile_model.py`` says of the variant that ``variants.rule`` chooses. CUTLASS's takes the longer of
+its traffic and its arithmetic at 640 TFLOP/s, which Transformer Engine's reaches at these shapes on
+an H100 (published). Every other pass is its traffic at 3.0 TB/s.
 """
 
 import argparse
@@ -21,7 +22,8 @@ TOP_K = 8  # experts per token
 
 @dataclass(frozen=True)
 class Case:
-    """H hidden, I intermediate, M routed rows, T rows of x, E experts of this rank, r rank of each adapter."""
+    """H hidden, I intermediate, M routed rows, T rows of x, E experts of this rank, r rank of each
+    adapter."""
 
     H: int
     I: int  # noqa: E741
@@ -30,11 +32,12 @@ class Case:
     E: int
     r: int
     on_gate_up: int = 2
-    """Adapters on gate_up: gate and up have one each, as megalora trains, or share one (1), as PEFT and Bridge have it."""
+    """Adapters on gate_up: gate and up have one each, as megalora trains, or share one (1), as PEFT
+    and Bridge have it."""
 
 
 def gemm_us(case: Case, outputs: int, inputs: int, rank: int, backend: str) -> float:
-    """One grouped GEMM ``[M, inputs] x [E, inputs, outputs]`` with an adapter's product, in microseconds."""
+    """Microseconds of one grouped GEMM ``[M, inputs] x [E, inputs, outputs]`` with an adapter."""
     product = Product("forward", torch.bfloat16, outputs, inputs, rank, False, case.M / case.E)
     if backend == "triton":
         return cost(rule(product), product, case.E).us
@@ -48,7 +51,7 @@ def traffic_us(case: Case, per_row: float, per_expert: float = 0.0) -> float:
 
 
 def forward(case: Case, backend: str, rank: int) -> dict[str, float]:
-    """Microseconds of each pass of our node, ``rank`` 0: the base alone. Rows are gathered from T tokens."""
+    """Microseconds of each pass of our node, rows gathered from T tokens; ``rank`` 0: the base."""
     H, I, R = case.H, case.I, case.on_gate_up * rank  # noqa: E741
     token = case.T / case.M  # elements of a token counted per row: a gather reads it from cache after the first time
     copies = H if backend == "grouped_mm" else 0  # Triton gathers as it reads; torch's GEMM wants rows in order
@@ -65,7 +68,7 @@ def forward(case: Case, backend: str, rank: int) -> dict[str, float]:
 
 
 def backward(case: Case, backend: str, rank: int) -> dict[str, float]:
-    """The same for backward: input gradients of both linears; weight gradients of the adapters only."""
+    """The same for backward: gradients of both linears' inputs and of the adapters."""
     H, I, R = case.H, case.I, case.on_gate_up * rank  # noqa: E741
     token = case.T / case.M
     copies = H if backend == "grouped_mm" else 0
@@ -86,7 +89,7 @@ def backward(case: Case, backend: str, rank: int) -> dict[str, float]:
 
 
 def split(case: Case) -> tuple[float, float]:
-    """(forward, backward) of separate grouped GEMMs and element-wise operations, as autograd composes them."""
+    """(forward, backward) of separate grouped GEMMs and element-wise operations, by autograd."""
     H, I, r = case.H, case.I, case.r  # noqa: E741
     total = [0.0, 0.0]
     for inputs, outputs, rank in ((H, 2 * I, case.on_gate_up * r), (I, H, r)):
@@ -114,7 +117,8 @@ class Ratios:
 
 
 def layer(model: str, tokens: int, ep: int, rank: int, on_gate_up: int = 2) -> Case:
-    """The case of one rank. Under expert parallelism x is the rows as they were received, else tokens gathered k times."""
+    """The case of one rank. Under expert parallelism x is the rows as they were received, else
+    tokens gathered k times."""
     rows = tokens * TOP_K
     return Case(*HIDDEN_INNER[model], rows, tokens if ep == 1 else rows, 128 // ep, rank, on_gate_up)
 

@@ -4,9 +4,10 @@
     python -m benchmarks.tile_model --gpu h200 --rank 32
     python -m benchmarks.tile_model --l2-tb-per-s 10    with the L2 bandwidth that anchors.py measured
 
-A tile takes the longest of three, which overlap: the tensor cores multiply, their operands are read from shared memory, and
-copies from L2 fill it. Before and after it stand a prologue and an epilogue that nothing hides. The whole product takes no less than its
-traffic with HBM. The model knows nothing of how an operand is loaded (pointers or TMA) beyond the registers it takes, and balanced
+A tile takes the longest of three, which overlap: the tensor cores multiply, their operands are read
+from shared memory, and copies from L2 fill it. Before and after it stand a prologue and an epilogue
+that nothing hides. The whole product takes no less than its traffic with HBM. The model knows
+nothing of how an operand is loaded (pointers or TMA) beyond the registers it takes, and balanced
 experts are assumed. Predictions: to be set beside what tune.py and bench_grouped_lora.py measure.
 
 Shape legend: M routed rows   E experts   K inputs   N outputs   R rank
@@ -21,10 +22,11 @@ import torch
 from megalora_kernels.variants import Product, Variant, candidates, padded_rank, rule, shared_bytes
 
 from benchmarks.gpu_timing import table
+from benchmarks.tune_points import variant_label
 
 Basis = Literal["read", "measured", "assumed"]
-"""``read``: published by the vendor; ``measured``: on such a GPU, before this project had one; ``assumed``: a guess, which anchors.py
-puts to the test."""
+"""``read``: published by the vendor; ``measured``: on such a GPU, before this project had one;
+``assumed``: a guess, which anchors.py puts to the test."""
 Bound = Literal["tensor cores", "shared memory", "L2", "HBM"]
 SIZE = 2  # bytes of bfloat16
 
@@ -47,11 +49,12 @@ class Gpu:
     processors: Constant
     clock_ghz: Constant
     dense_tflops: Constant
-    """The best that a dense GEMM reaches: clocks fall under load, so it is less than the nominal rate."""
+    """The best that a dense GEMM reaches: clocks fall under load."""
     hbm_tb_per_s: Constant
     l2_tb_per_s: Constant
     shared_bytes_per_cycle: Constant
-    """What one SM reads from and writes to shared memory: wgmma takes both operands from it, and copies land in it."""
+    """What one SM reads from and writes to shared memory: wgmma takes both operands from it, and
+    copies land in it."""
     ends_cycles: Constant
     """Prologue and epilogue of a tile."""
 
@@ -83,19 +86,20 @@ H200 = replace(
 )
 GPUS = {gpu.name: gpu for gpu in (H100, H200)}
 
-# Shares of a tile's ends that stay visible, assumed: other programs of the same SM work meanwhile, or, in a persistent program,
-# the copies for the next tile begin before this one's epilogue.
+# Shares of a tile's ends that stay visible, assumed: other programs of the same SM work meanwhile,
+# or, in a persistent program, the copies for the next tile begin before this one's epilogue.
 VISIBLE_SHARED_SM, VISIBLE_PERSISTENT = 0.25, 0.6
 # Limits of compute capability 9.0 (CUDA C programming guide, table of technical specifications).
 SHARED_OF_SM, SHARED_RESERVED, REGISTERS_OF_SM, REGISTERS_OF_THREAD = 233472, 1024, 65536, 255
 WGMMA_ROWS, WGMMA_DEPTH = 64, 16
 
 
-# ---- one tile -------------------------------------------------------------------------------------------------------
+# ---- one tile ------------------------------------------------------------------------------------
 
 
 def programs_per_sm(variant: Variant, product: Product) -> int:
-    """How many programs fit one SM; 0: none. Registers beside the accumulator are an estimate from compiled variants."""
+    """How many programs fit one SM; 0: none. Registers beside the accumulator are an estimate from
+    compiled variants."""
     multiplying = _multiplying_warps(variant)
     accumulator = variant.block_m * variant.block_n // (32 * multiplying)
     addresses = 40 if variant.rows == "tma" else 60
@@ -119,7 +123,8 @@ def tile_cycles(variant: Variant, depth: float, gpu: Gpu) -> dict[Bound, float]:
     """Clock cycles that each unit of one SM needs for a tile of ``depth`` terms."""
     m, n = variant.block_m, variant.block_n
     flops = 2 * m * n * depth
-    # A warp group multiplies 64 rows at a time. Two groups on the same 64 rows share the columns, and both read the rows.
+    # A warp group multiplies 64 rows at a time. Two groups on the same 64 rows share the columns,
+    # and both read the rows.
     groups = _multiplying_warps(variant) // 4
     blocks_of_rows = max(1, m // WGMMA_ROWS)
     columns = n if blocks_of_rows >= groups else n * blocks_of_rows // groups
@@ -133,7 +138,7 @@ def tile_cycles(variant: Variant, depth: float, gpu: Gpu) -> dict[Bound, float]:
     }
 
 
-# ---- one product ----------------------------------------------------------------------------------------------------
+# ---- one product ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -162,14 +167,17 @@ def cost(variant: Variant, product: Product, experts: int, gpu: Gpu = H100) -> C
     """
     per_sm = programs_per_sm(variant, product)
     if per_sm == 0:
-        raise ValueError(f"{label(variant)} needs more registers or shared memory than an SM has; take a smaller tile")
+        raise ValueError(
+            f"{variant_label(variant)} needs more registers or shared memory than an SM has; take a smaller tile"
+        )
     blocks_of_rows = math.ceil(product.rows_per_expert / variant.block_m)
     blocks_of_columns = math.ceil(product.N / variant.block_n)
     tiles = experts * blocks_of_rows * blocks_of_columns
     cycles = tile_cycles(variant, product.K + padded_rank(product.rank), gpu)
     bound = max(cycles, key=lambda unit: cycles[unit])
 
-    # Several programs of one SM even out what is left at the end; a single one leaves SMs idle in the last wave.
+    # Several programs of one SM even out what is left at the end; a single one leaves SMs idle in
+    # the last wave.
     waves: float = tiles / gpu.processors.value
     if per_sm == 1:
         waves = math.ceil(waves)
@@ -183,7 +191,7 @@ def cost(variant: Variant, product: Product, experts: int, gpu: Gpu = H100) -> C
     return Cost(us, bound, flops / us / 1e6)
 
 
-# ---- the shapes -----------------------------------------------------------------------------------------------------
+# ---- the shapes ----------------------------------------------------------------------------------
 
 POINTS = ((128, 64), (128, 128), (128, 256), (128, 512), (128, 1024), (16, 2048), (16, 4096), (16, 8192))
 """Experts of a rank and rows for each."""
@@ -191,7 +199,8 @@ HIDDEN_INNER = {"30b": (2048, 768), "235b": (4096, 1536)}
 
 
 def products(model: str, experts: int, rows: float, rank: int) -> dict[str, Product]:
-    """The four products of a layer. All 128 experts gather tokens as they read; a share gets its rows in order.
+    """The four products of a layer. All 128 experts gather tokens as they read; a share gets its
+    rows in order.
 
     Args:
         model: a key of ``HIDDEN_INNER``.
@@ -221,7 +230,8 @@ def last_release(product: Product) -> Variant:
 
 
 def best(product: Product, experts: int, gpu: Gpu = H100) -> Variant:
-    """The fastest of the candidates by this model; the first of equals, so the rule's where nothing beats it."""
+    """The fastest of the candidates by this model; the first of equals, so the rule's where nothing
+    beats it."""
     fitting = [variant for variant in candidates(product) if programs_per_sm(variant, product)]
     return min(fitting, key=lambda variant: round(cost(variant, product, experts, gpu).us, 6))
 
@@ -245,15 +255,6 @@ PUBLISHED = (
 """Qwen3-30B-A3B's very shapes in Triton 3.7.1."""
 TOLERANCE = 0.05
 """How far the model may be from them."""
-
-
-def label(variant: Variant) -> str:
-    """As in ``128x256x64 w8 s4 tma/pointers``: tile, warps, stages, how weight and rows are read."""
-    text = f"{variant.block_m}x{variant.block_n}x{variant.block_k} w{variant.num_warps} s{variant.num_stages}"
-    text += f" {variant.weight}/{variant.rows}"
-    if variant.persistent:
-        text += " persistent"
-    return text + (" roles" if variant.roles else "")
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ def show(found: list[Line]) -> str:
     for line in found:
         times = [f"{us:.0f}" for us in (line.floor_us, line.before.us, line.now.us, line.best.us)]
         rate, bounds = f"{line.best.tflops:.0f}", (line.before.bound, line.best.bound)
-        same = "the rule's" if line.best_variant == line.rule else label(line.best_variant)
+        same = "the rule's" if line.best_variant == line.rule else variant_label(line.best_variant)
         cells.append((f"E{line.experts} x {line.rows} {line.name}", *times, rate, *bounds, same))
     return table(HEADER, cells)
 

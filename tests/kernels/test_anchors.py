@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks import anchor_cases, anchors
 from benchmarks.anchor_cases import ANCHORS
-from benchmarks.anchor_lab import Found
+from benchmarks.anchor_lab import Found, NotAvailableError
+from benchmarks.anchor_machine import read_clock
 from benchmarks.tile_model import H100, H200
 
 BY_NAME = {anchor.name: anchor for anchor in ANCHORS}
@@ -102,13 +103,26 @@ def test_mistakes_of_a_caller(tmp_path, monkeypatch, capsys):
     assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
 
 
-def test_a_measurement_that_fails_is_a_row(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "code", "verdict", "status"),
+    [(RuntimeError, 1, "FAILED", "RuntimeError: no"), (NotAvailableError, 0, "not available", "not available: no")],
+)
+def test_a_measurement_that_fails_is_a_row(error, code, verdict, status, monkeypatch, tmp_path):
     def fails(_lab) -> Found:
-        raise RuntimeError("nvidia-smi is not on the PATH")
+        raise error("no")
 
     first, second = ANCHORS[:2]
     monkeypatch.setattr(anchors, "ANCHORS", (replace(first, measure=fails), second))
     out = tmp_path / "anchors.json"
-    assert anchors.main(["--dry", "--out", str(out)]) == 1
+    assert anchors.main(["--dry", "--out", str(out)]) == code
     rows = json.loads(out.read_text())["rows"]
-    assert rows[0]["status"] == "RuntimeError: nvidia-smi is not on the PATH" and rows[1]["status"] == "ok"
+    assert (rows[0]["verdict"], rows[0]["status"]) == (verdict, status) and rows[1]["status"] == "ok"
+
+
+def test_what_nvidia_smi_says():
+    fields = ("clocks.sm", "power.draw", "driver")
+    found = read_clock("1755, 612.32, 580.65.06\n", fields)
+    assert found.value == 1.755 and found.more == {"clocks.sm": "1755", "power.draw": "612.32", "driver": "580.65.06"}
+    for said in ("", "[N/A], 612.32, 580.65.06\n", "1755, 612.32\n", "No devices were found\n"):
+        with pytest.raises(NotAvailableError, match="does not tell the clock"):
+            read_clock(said, fields)
