@@ -15,6 +15,7 @@ import torch
 from megalora_kernels import Adapter, Joined, expert_mlp, permute_values, regroup, route
 from torch import Tensor, nn
 
+from benchmarks.random_weights import RandomWeights
 from benchmarks.train_case import ATTENTION
 
 ALPHA_OVER_RANK = 2.0
@@ -29,6 +30,10 @@ class Setup:
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
+
+    def weights(self) -> RandomWeights:
+        """Of the frozen base: the same values in every arm and process."""
+        return RandomWeights(self.config, self.dtype, self.device, self.seed)
 
     def batch(self) -> Tensor:
         """``[1, T]``: the same sequence in every step, so that the loss must fall."""
@@ -51,15 +56,16 @@ class Training:
 
 
 def base_model(setup: Setup) -> nn.Module:
-    """Transformers' model with its own random initialisation, attention through SDPA, experts through grouped_mm."""
+    """Transformers' model with the weights that all arms share, attention through SDPA, experts through grouped_mm."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-    torch.manual_seed(setup.seed)
     config = Qwen3MoeConfig(**{name: value for name, value in setup.config.items() if name != "model_type"})
     with torch.device(setup.device):
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             config, dtype=setup.dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
         )
+    setup.weights().fill(model)
+    return model
 
 
 def adapted(model: nn.Module, setup: Setup, parameters: tuple[str, ...] = ()) -> nn.Module:
@@ -171,7 +177,14 @@ def share(setup: Setup) -> Iterator[Training]:
 
 @contextmanager
 def unsloth(setup: Setup) -> Iterator[Training]:
-    """Unsloth as its notebooks use it. It loads folders only, so the random weights go through one."""
+    """Unsloth as its notebooks use it."""
+    with unsloth_model(setup) as model:
+        yield training(model, setup, "Unsloth FastModel", gate_up_is_one=True)
+
+
+@contextmanager
+def unsloth_model(setup: Setup) -> Iterator[nn.Module]:
+    """Unsloth's model with its adapters. It loads folders only, so the shared weights go through one."""
     from unsloth import FastModel  # before transformers, which it changes
 
     with tempfile.TemporaryDirectory() as folder:
@@ -182,11 +195,10 @@ def unsloth(setup: Setup) -> Iterator[Training]:
         loaded, _ = FastModel.from_pretrained(
             folder, max_seq_length=setup.num_tokens, dtype=setup.dtype, load_in_4bit=False, full_finetuning=False
         )
-    model = FastModel.get_peft_model(
+    yield FastModel.get_peft_model(
         loaded, r=setup.rank, lora_alpha=ALPHA_OVER_RANK * setup.rank, lora_dropout=0, bias="none",
         target_modules=[*ATTENTION, "gate_proj", "up_proj", "down_proj"], use_gradient_checkpointing=False,
     )  # fmt: skip
-    yield training(model, setup, "Unsloth FastModel", gate_up_is_one=True)
 
 
 def _tokenizer() -> Any:

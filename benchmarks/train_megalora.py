@@ -1,8 +1,9 @@
-"""The arm that is megalora's own training step on Megatron-Core, on a model that Bridge makes from a config alone."""
+"""Training arms on Megatron-Core: megalora's own step, and what it shares with arms of others on the same model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,67 +12,85 @@ from benchmarks.train_arms import ALPHA_OVER_RANK, Setup, Training
 
 
 @contextmanager
-def megalora(setup: Setup) -> Iterator[Training]:
-    """One rank, all experts. A step's time holds all it does: Megatron's schedule, DDP, clipping, sharded AdamW."""
+def on_megatron(setup: Setup) -> Iterator[Any]:
+    """Megatron's process groups of one rank, for as long as the block runs."""
     from megalora import host
 
     host.install()  # before anything from megatron
-    from megalora.config import LoRAConfig, ParallelConfig, TrainConfig
-    from megalora.data.loader import Batch
+    from megalora.config import ParallelConfig
+    from megalora.train.setup import parallel_groups
+
+    with host.process_group(), parallel_groups(ParallelConfig(), setup.seed) as groups:
+        yield groups
+
+
+def frozen_base(setup: Setup) -> nn.Module:
+    """What ``megalora.model.build.build_model`` makes, with the weights that all arms share in place of a folder's."""
+    from megalora.bridge.base import load_named, open_architecture
+    from megalora.config import ParallelConfig
+    from megalora.model.build import make_chunks
+    from megalora.model.shape import model_shape
+
+    (chunk,) = make_chunks(setup.config, model_config(setup), ParallelConfig(), model_shape(setup.config))
+    chunk.to(setup.device)
+    bridge: Any = open_architecture(setup.config)
+    load_named(bridge._model_bridge, bridge.hf_pretrained, setup.weights(), [chunk], "shared weights")
+    return chunk
+
+
+def model_config(setup: Setup) -> Any:
+    from megalora.config import ModelConfig
+
+    dtype: Any = str(setup.dtype).removeprefix("torch.")
+    return ModelConfig(path="shared weights", dtype=dtype)
+
+
+def adapt(chunk: nn.Module, setup: Setup, groups: Any, **lora: Any) -> list[Any]:
+    """Put megalora's adapters into a base; ``lora`` overrides fields of the ``lora:`` section. Returns the pieces."""
+    from megalora.config import LoRAConfig, ParallelConfig
     from megalora.lora.inject import inject
     from megalora.lora.spec import resolve
     from megalora.model.shape import model_shape
+
+    section, shape = LoRAConfig(rank=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank, **lora), model_shape(setup.config)
+    return inject(
+        [chunk], resolve(section, shape), shape, section, groups, seed=setup.seed, dtype=setup.dtype,
+        rows_per_expert=shape.expected_rows(ParallelConfig(), setup.num_tokens),
+    )  # fmt: skip
+
+
+def training_on_megatron(chunk: nn.Module, setup: Setup, groups: Any, note: str) -> Training:
+    """megalora's training step for what is trainable in ``chunk``: Megatron's schedule, DDP and sharded AdamW."""
+    from megalora.config import TrainConfig
+    from megalora.data.loader import Batch
     from megalora.train.optim import build_optimizer, clip_and_step, wrap_chunks
-    from megalora.train.setup import parallel_groups
     from megalora.train.step import Stepper
 
-    parallel, options = ParallelConfig(), TrainConfig(steps=1, lr=1e-3)
-    lora, shape = LoRAConfig(rank=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank), model_shape(setup.config)
-    with host.process_group(), parallel_groups(parallel, setup.seed) as groups:
-        chunks = [_model(setup)]
-        rows = shape.expected_rows(parallel, setup.num_tokens)
-        pieces = inject(
-            chunks, resolve(lora, shape), shape, lora, groups, seed=setup.seed, dtype=setup.dtype, rows_per_expert=rows
-        )
-        wrapped = wrap_chunks(chunks)
-        optimizer, stepper = build_optimizer(options, setup.dtype, wrapped), Stepper(wrapped, groups)
-        tokens = setup.batch().cpu()
-        labels = tokens.roll(-1, 1)
-        mask = torch.ones(tokens.shape)
-        mask[:, -1] = 0
-        batch = Batch(tokens, labels, mask)
+    parameters = [p for p in chunk.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if not hasattr(parameter, "sum_group"):  # another library's: nothing to sum over the tensor-parallel group
+            parameter.sum_group = None  # pyright: ignore[reportAttributeAccessIssue]
+    wrapped = wrap_chunks([chunk])
+    # No clipping: the arms on transformers have none.
+    optimizer = build_optimizer(TrainConfig(steps=1, lr=1e-3, clip_grad=0.0), setup.dtype, wrapped)
+    stepper = Stepper(wrapped, groups)
+    tokens = setup.batch().cpu()
+    mask = torch.ones(tokens.shape)
+    mask[:, -1] = 0
+    batch = Batch(tokens, tokens.roll(-1, 1), mask)
 
-        def forward_backward() -> Tensor:
-            loss_sum, num_targets = stepper.forward_backward([batch], optimizer)
-            return loss_sum / num_targets  # on the device: the step itself waits for nothing
+    def forward_backward() -> Tensor:
+        total, count = stepper.forward_backward([batch], optimizer)
+        return total / count
 
-        count = sum(p.numel() for p in dict.fromkeys(piece.parameter for piece in pieces))
-        yield Training(forward_backward, partial(clip_and_step, optimizer), count, "megalora on Megatron-Core")
+    count = sum(p.numel() for p in parameters)
+    return Training(forward_backward, partial(clip_and_step, optimizer), count, note)
 
 
-def _model(setup: Setup) -> nn.Module:
-    """What ``megalora.model.build.build_model`` makes, with random weights in place of a folder's."""
-    from transformers import Qwen3MoeConfig
-
-    from megalora.bridge.base import AutoBridge, quiet  # Bridge with our experts registered
-    from megalora.config import ModelConfig, ParallelConfig
-    from megalora.model.build import configure
-    from megalora.model.shape import model_shape
-
-    hf = Qwen3MoeConfig(**{name: value for name, value in setup.config.items() if name != "model_type"})
-    hf.architectures = ["Qwen3MoeForCausalLM"]
-    dtype = str(setup.dtype).removeprefix("torch.")
-    settings = ModelConfig(path="random weights", dtype=dtype)  # pyright: ignore[reportArgumentType]
-    with quiet():
-        provider = AutoBridge.from_hf_config(hf).to_megatron_provider(load_weights=False)
-        provider = configure(provider, settings, ParallelConfig(), model_shape(setup.config))
-        provider.finalize()
-        model = provider.provide()
-    model.to(setup.device).requires_grad_(False)
-    g = torch.Generator(setup.device).manual_seed(setup.seed)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.02, generator=g)
-        else:
-            parameter.fill_(1.0)  # norms; there are no biases
-    return model
+@contextmanager
+def megalora(setup: Setup) -> Iterator[Training]:
+    """One rank, all experts."""
+    with on_megatron(setup) as groups:
+        chunk = frozen_base(setup)
+        adapt(chunk, setup, groups)
+        yield training_on_megatron(chunk, setup, groups, "megalora on Megatron-Core")

@@ -211,19 +211,33 @@ def open_architecture(hf: Mapping[str, Any]) -> AutoBridge:
 
 def load_weights(base: BaseFolder, chunks: list[nn.Module]) -> None:
     """Fill this rank's chunks from a base folder; collective over tensor-parallel ranks and pipeline stages."""
-    bridge, weights = open_architecture(base.hf), BaseWeights(base)
+    bridge: Any = open_architecture(base.hf)
+    load_named(bridge._model_bridge, bridge.hf_pretrained, BaseWeights(base), chunks, str(base.folder))
+
+
+def load_named(
+    model_bridge: MegatronModelBridge, config: Any, weights: Mapping[str, Tensor], chunks: list[nn.Module], where: str
+) -> None:
+    """Fill this rank's chunks from tensors by their published names; collective as ``load_weights`` is.
+
+    Args:
+        model_bridge: knows which names make up which of the chunks' parameters.
+        config: transformers' config of the model.
+        weights: published name to tensor; read one at a time.
+        chunks: this rank's.
+        where: names the source in messages.
+    """
     # What Bridge asks of a checkpoint: a config, tensors by name, and all the names.
     source = types.SimpleNamespace(get_all_keys=lambda: list(weights))
-    state = _State(weights, source)
-    checkpoint = types.SimpleNamespace(config=bridge.hf_pretrained, state=state, model_name_or_path=str(base.folder))
+    checkpoint = types.SimpleNamespace(config=config, state=_State(weights, source), model_name_or_path=where)
     with quiet():
-        bridge._model_bridge.load_weights_hf_to_megatron(checkpoint, chunks)  # pyright: ignore
+        model_bridge.load_weights_hf_to_megatron(checkpoint, chunks)  # pyright: ignore
 
 
 class _State(dict[str, Any]):
     """A state dict that reads a tensor when it is asked for."""
 
-    def __init__(self, weights: BaseWeights, source: Any) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], source: Any) -> None:
         super().__init__()
         self._weights = weights
         self.source = source

@@ -1,0 +1,122 @@
+"""The frozen model that Megatron-Bridge's LoRA adapts: Bridge's own with Transformer Engine; without it ours, in which
+Megatron's MoE layer and experts stand in the place of megalora's.
+
+Shape legend: M routed rows   E experts   K inputs   N outputs   H hidden   I expert intermediate
+"""
+
+import importlib.util
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor, nn
+
+from benchmarks.arms import grouped_mm
+from benchmarks.train_arms import Setup
+from benchmarks.train_megalora import model_config
+from megalora.bridge.base import AutoMapping, Qwen3MoEBridge, load_named, open_architecture, quiet
+from megalora.config import ParallelConfig
+from megalora.model.backend import TorchBackend, block_spec
+from megalora.model.build import configure
+from megalora.model.shape import model_shape
+
+
+def bridge_base(setup: Setup, grouped: bool) -> tuple[nn.Module, str]:
+    """The model, frozen, with the shared weights, and what its experts are."""
+    shape, bridge = model_shape(setup.config), open_architecture(setup.config)
+    engine = importlib.util.find_spec("transformer_engine") is not None
+    with quiet():
+        provider: Any = bridge.to_megatron_provider(load_weights=False)
+        its_own = provider.transformer_layer_spec
+        configure(provider, model_config(setup), ParallelConfig(), shape)
+        provider.moe_grouped_gemm = grouped
+        provider.transformer_layer_spec = its_own if engine else partial(_block, grouped=grouped)
+        provider.finalize()
+        chunk = provider.provide()
+    chunk.to(setup.device).requires_grad_(False)
+    load_named(Qwen3MoEBridge(), bridge.hf_pretrained, setup.weights(), [chunk], "shared weights")
+    if engine:
+        return chunk, "Transformer Engine's model and grouped experts"
+    if grouped:
+        return chunk, "torch's grouped_mm in the place of Transformer Engine's grouped linears"
+    return chunk, "Megatron's SequentialMLP (no Transformer Engine)"
+
+
+class _Backend(TorchBackend):
+    """megalora's parts, with Megatron's experts."""
+
+    def __init__(self, grouped: bool) -> None:
+        super().__init__()
+        self.grouped = grouped
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        return GroupedExperts if self.grouped else super(TorchBackend, self).grouped_mlp_modules(False)
+
+
+def _block(config: Any, vp_stage: int | None = None, *, grouped: bool) -> TransformerBlockSubmodules:
+    """megalora's decoder layers with Megatron's MoE layer, router, dispatcher and experts."""
+    block = block_spec(config, vp_stage)
+    for layer in block.layer_specs or []:
+        moe = get_moe_module_spec_for_backend(_Backend(grouped), config.num_moe_experts, moe_grouped_gemm=grouped)
+        layer.submodules.mlp = moe  # pyright: ignore
+    return block
+
+
+class _Grouped(nn.Module):
+    """Weights of all experts, ``[E, N, K]``, behind the names and the call of Transformer Engine's grouped linears."""
+
+    def build(self, config: Any, num_experts: int, inputs: int, outputs: int, groups: Any) -> Any:
+        nn.Module.__init__(self)  # none of the ranks and buffers of the parallel linears, whose types Bridge asks for
+        self.config, self.num_gemms, self.input_size, self.output_size = config, num_experts, inputs, outputs
+        self.tp_group = groups.expt_tp
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.w_ENK = torch.empty(num_experts, outputs, inputs, dtype=config.params_dtype, device=device)
+        for e in range(num_experts):
+            setattr(self, f"weight{e}", nn.Parameter(self.w_ENK[e], requires_grad=False))  # a view
+        return self
+
+    def forward(self, x_MK: Tensor, counts: list[int]) -> tuple[Tensor, None]:
+        ends = torch.tensor(counts, dtype=torch.int32, device=x_MK.device).cumsum(0, dtype=torch.int32)
+        return grouped_mm(x_MK, self.w_ENK.transpose(1, 2), offs=ends), None
+
+
+class GroupedColumn(_Grouped, ColumnParallelLinear):
+    """gate_up of all experts."""
+
+
+class GroupedRow(_Grouped, RowParallelLinear):
+    """down of all experts."""
+
+
+AutoMapping.register_module_type("GroupedColumn", "column")
+AutoMapping.register_module_type("GroupedRow", "row")
+
+
+class GroupedExperts(MegatronModule):
+    """Megatron's ``TEGroupedMLP`` with torch's grouped GEMM: the module names and calls that Bridge's LoRA knows."""
+
+    def __init__(
+        self, num_local_experts: int, config: Any, submodules: Any = None, pg_collection: Any = None,
+        name: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(config=config)
+        self.num_local_experts = num_local_experts
+        H, inner = config.hidden_size, config.moe_ffn_hidden_size
+        new = GroupedColumn.__new__(GroupedColumn)
+        self.linear_fc1 = new.build(config, num_local_experts, H, 2 * inner, pg_collection)
+        new = GroupedRow.__new__(GroupedRow)
+        self.linear_fc2 = new.build(config, num_local_experts, inner, H, pg_collection)
+
+    def forward(self, x_MH: Tensor, tokens_per_expert: Tensor, probs_M: Tensor) -> tuple[Tensor, None]:
+        counts = tokens_per_expert.tolist()
+        gate, up = self.linear_fc1(x_MH, counts)[0].chunk(2, dim=1)
+        h_MI = F.silu(gate) * up * probs_M[:, None].to(gate.dtype)
+        return self.linear_fc2(h_MI, counts)
+
+    def backward_dw(self) -> None:
+        """Megatron's hook for delayed weight gradients; there are none."""

@@ -1,0 +1,139 @@
+"""One arm of the comparison in a process of its own, which takes its turn when it is told to.
+
+Processes, because libraries change each other: Unsloth changes transformers, and Bridge's layer file and megalora's
+stand-ins for it cannot both be imported. A worker that waits for its turn takes no processor time.
+"""
+
+import importlib
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_timing import first_line
+from benchmarks.peer_case import PeerArm
+from benchmarks.train_arms import Setup
+
+ARMS = {
+    "megalora": "benchmarks.peer_megatron:megalora",
+    "bridge per expert": "benchmarks.peer_megatron:bridge_per_expert",
+    "peft": "benchmarks.peer_transformers:peft",
+    "bridge default": "benchmarks.peer_megatron:bridge_default",
+    "bridge grouped": "benchmarks.peer_megatron:bridge_grouped",
+    "grouped_mm composed": "benchmarks.peer_megatron:composed",
+    "unsloth": "benchmarks.peer_transformers:unsloth",
+}
+"""In the order in which they are wanted."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one step: forward and backward, and the whole with the optimizer's update."""
+
+    passes: float
+    step: float
+    passes_cpu: float
+    """The same in processor time of this process."""
+    step_cpu: float
+
+
+class ArmFailed(Exception):
+    """An arm that cannot go on; the text is its row's status."""
+
+
+def status_of(error: BaseException) -> str:
+    """What a row says of an exception."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"not installed: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"cannot run: {first_line(error)}"
+
+
+def work(connection: Connection, name: str, setup: Setup, threads: int) -> None:
+    """Import, build when told to, then answer commands until the connection ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # progress bars
+    torch.set_num_threads(threads)
+    module, function = ARMS[name].split(":")
+    try:
+        build = getattr(importlib.import_module(module), function)
+        connection.recv()
+        with build(setup) as arm:
+            connection.send(("ok", _described(arm)))
+            _serve(connection, arm, setup)
+    except (EOFError, BrokenPipeError):
+        return
+    except Exception as error:  # another library's failure is its row's content
+        if not isinstance(error, ModuleNotFoundError | torch.OutOfMemoryError):
+            traceback.print_exc()
+        connection.send(("failed", status_of(error)))
+
+
+def _described(arm: PeerArm) -> dict[str, Any]:
+    weights = sum(p.numel() * p.element_size() for p in arm.model.parameters() if not p.requires_grad)
+    return {
+        "note": arm.training.note,
+        "same_factors": arm.same_factors,
+        "adapter_parameters": arm.training.num_adapter_parameters,
+        "weight_bytes": weights,
+    }
+
+
+def _serve(connection: Connection, arm: PeerArm, setup: Setup) -> None:
+    commands: dict[str, Callable[..., Any]] = {
+        "prove": lambda steps: prove(arm, steps),
+        "turn": lambda _: turn(arm),
+        "peak": lambda _: peak_bytes(arm, setup.device),
+    }
+    while True:
+        command, argument = connection.recv()
+        connection.send(("ok", commands[command](argument)))
+
+
+def prove(arm: PeerArm, steps: int) -> list[float]:
+    """Losses before each of ``steps`` updates, with A's that read one input kept equal."""
+    losses: list[Tensor] = []
+    for _ in range(steps):
+        losses.append(arm.training.forward_backward())
+        arm.tied.add_up()
+        arm.training.update()
+    return [float(loss) for loss in losses]
+
+
+def turn(arm: PeerArm) -> Sample:
+    """One training step as the library takes it, timed."""
+    from megalora.host import Stopwatch, seconds_between, synchronize
+
+    synchronize()
+    begun, cpu_begun = Stopwatch.mark(), time.process_time()
+    arm.training.forward_backward()
+    middle, cpu_middle = Stopwatch.mark(), time.process_time()
+    arm.training.update()
+    end, cpu_end = Stopwatch.mark(), time.process_time()
+    return Sample(
+        passes=seconds_between(begun, middle),
+        step=seconds_between(begun, end),
+        passes_cpu=cpu_middle - cpu_begun,
+        step_cpu=cpu_end - cpu_begun,
+    )
+
+
+def peak_bytes(arm: PeerArm, device: torch.device) -> int:
+    """Memory at the highest point of one step, frozen weights included; on a CPU the bytes of live tensors."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        turn(arm)
+        return torch.cuda.max_memory_allocated()
+    from megalora.bench.live import LiveTensors
+
+    with LiveTensors([*arm.model.parameters(), *arm.model.buffers()]) as live:
+        arm.training.forward_backward()
+        arm.training.update()
+    # Buffers of gradients and the optimizer's state were there before and are not among the module's tensors.
+    return live.peak_bytes + live.unknown_bytes

@@ -1,0 +1,262 @@
+"""Training steps of megalora and of its peers on one model, in one run: the same weights, tokens and routing.
+
+    python -m benchmarks.peers --budget-seconds 180 --out benchmarks/results/peers_cpu.json
+
+Arms: megalora; Megatron-Bridge's LoRA, with an adapter per expert and as its default (one for all experts); stock PEFT
+on transformers; torch's grouped_mm composed; Unsloth where it is installed. An arm whose packages are missing is a row
+that says so. Each has a process; they step in turns, many short rounds, and a ratio is between two steps of one round.
+
+Before anything is timed, losses must agree: the first of all arms, which is the base's, and every one of those that
+train the same factors. If one does not, there are no times and the exit code is 1.
+"""
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_timing import NEEDS_GPU, Budget, earlier, save
+from benchmarks.peer_case import CPU_SHAPES, DRY_SHAPES, GPU_SHAPES, Shape
+from benchmarks.peer_rows import check_losses, ratios, show, timed, without_times
+from benchmarks.peer_worker import ARMS, ArmFailed, Sample, work
+
+REFERENCE = "megalora"
+PROOF_STEPS = 5
+LEAST_SECONDS = 15.0
+"""A pair on a GPU is not begun with less time than this."""
+ROUNDS = {"cpu": 60, "cuda": 12}
+"""At most; a processor's times vary by far more than a GPU's."""
+PRELOADED = ("megalora.bridge.base", "benchmarks.bridge_model", "benchmarks.peer_megatron", "peft")
+"""What the workers of a CPU run inherit instead of importing it one by one; the first makes Bridge importable."""
+
+
+class Worker:
+    """An arm's process and the way to it; ended when the block ends."""
+
+    def __init__(self, name: str, setup: Any, threads: int, budget: Budget) -> None:
+        self.name, self.budget, self.built = name, budget, False
+        # CUDA cannot be used in a forked process, and Unsloth wants to be imported before transformers.
+        how = "spawn" if setup.device.type == "cuda" or name == "unsloth" else "fork"
+        context: Any = multiprocessing.get_context(how)
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, name, setup, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.connection.close()
+        self.process.join(timeout=2)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+    def tell(self, command: str, argument: Any = None) -> None:
+        # One that has ended has left its last words to be heard.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.connection.send((command, argument))
+
+    def hear(self) -> Any:
+        """What it answers.
+
+        Raises:
+            ArmFailed: it cannot go on, has ended, or has not answered in time.
+        """
+        try:
+            if not self.connection.poll(None if self.budget.left() == float("inf") else max(1.0, self.budget.left())):
+                raise ArmFailed("stopped: out of time")
+            kind, answer = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join(timeout=5)
+            raise ArmFailed(f"cannot run: its process ended with {self.process.exitcode}") from None
+        if kind == "failed":
+            raise ArmFailed(answer)
+        return answer
+
+    def ask(self, command: str, argument: Any = None) -> Any:
+        self.tell(command, argument)
+        return self.hear()
+
+
+class Comparison:
+    """One shape: rows by arm, filled as far as time allows."""
+
+    def __init__(self, shape: Shape, rows: dict[str, dict[str, Any]], rounds: int) -> None:
+        self.shape, self.rows, self.rounds = shape, rows, rounds
+        self.wrong: list[str] = []
+
+    def missing(self) -> list[str]:
+        """Arms without a final row."""
+        again = ("stopped", "not reached")
+        return [name for name in ARMS if name not in self.rows or self.rows[name]["status"].startswith(again)]
+
+    def run(self, workers: Sequence[Worker], budget: Budget) -> None:
+        """Build these arms, compare their losses, and time them if all agree."""
+        ready: dict[str, Worker] = {}
+        for worker in workers:
+            if worker.built:  # the reference, for an earlier pair
+                ready[worker.name] = worker
+                continue
+            worker.built = True
+            worker.tell("build")
+            self._row(worker, ready, lambda w: {**w.hear(), "losses": w.ask("prove", PROOF_STEPS)})
+        if REFERENCE not in ready:
+            for worker in ready.values():
+                self.rows[worker.name]["status"] = f"not reached: {REFERENCE} cannot run"
+            return
+        self.wrong += check_losses(self.rows, [w.name for w in ready.values()], REFERENCE, self._dtype())
+        if self.wrong:
+            return
+        for worker in list(ready.values()):
+            if "peak_bytes" not in self.rows[worker.name]:
+                self._row(worker, ready, lambda w: {"peak_bytes": w.ask("peak")})
+        samples = self._take_turns(ready, budget)
+        on_gpu = self._dtype() == torch.bfloat16
+        for name, taken in samples.items():
+            self.rows[name] |= ratios(taken, samples[REFERENCE])
+            if on_gpu and "step_ms" not in self.rows[name]:
+                self.rows[name] |= timed(taken)
+
+    def _row(self, worker: Worker, ready: dict[str, Worker], ask: Any) -> None:
+        """Add what ``ask`` finds to the worker's row; one that fails is out."""
+        row = self.rows.setdefault(worker.name, {"arm": worker.name})
+        try:
+            row |= {"status": "ok", **ask(worker)}
+            ready[worker.name] = worker
+        except ArmFailed as failed:
+            row["status"] = str(failed)
+            ready.pop(worker.name, None)
+
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.shape in GPU_SHAPES else torch.float32
+
+    def _take_turns(self, ready: dict[str, Worker], budget: Budget) -> dict[str, list[Sample]]:
+        """Rounds of one step each, in an order that turns round; the first does not count."""
+        samples: dict[str, list[Sample]] = {name: [] for name in ready}
+        for number in range(self.rounds + 1):
+            begun = budget.left()
+            took: dict[str, Sample] = {}
+            for name in list(ready)[:: 1 if number % 2 == 0 else -1]:
+                try:
+                    took[name] = ready[name].ask("turn")
+                except ArmFailed as failed:
+                    self.rows[name]["status"] = str(failed)
+                    del ready[name], samples[name]
+            if number > 0:
+                for name, sample in took.items():
+                    samples[name].append(sample)
+            # Three rounds at least: a median of fewer says nothing.
+            if number >= 3 and budget.left() < 2 * (begun - budget.left()):
+                break
+        return {name: taken for name, taken in samples.items() if taken}
+
+
+def groups(missing: list[str], on_gpu: bool) -> list[list[str]]:
+    """Which arms take turns with each other, the reference among them: on a GPU two at a time, for its memory."""
+    others = [name for name in missing if name != REFERENCE]
+    if not on_gpu:
+        return [[REFERENCE, *others]] if missing else []
+    return [[REFERENCE, name] for name in others]
+
+
+def compare(
+    shape: Shape, comparison: Comparison, device: torch.device, threads: int, budget: Budget, keep: Any
+) -> None:
+    """Run what is missing of one shape; ``keep()`` is called whenever rows have been added."""
+    planned = groups(comparison.missing(), device.type == "cuda")
+    setup = shape.setup(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    with ExitStack() as stack:
+        wanted = dict.fromkeys(name for group in planned for name in group)
+        # All import at once; they build when their turn comes.
+        workers = {name: stack.enter_context(Worker(name, setup, threads, budget)) for name in wanted}
+        for group in planned:
+            if budget.left() < (LEAST_SECONDS if device.type == "cuda" else 1):
+                for name in group:
+                    comparison.rows.setdefault(name, {"arm": name, "status": "not reached: out of time"})
+                continue
+            comparison.run([workers[name] for name in group], budget)
+            keep()
+            for name in group[1:]:
+                workers[name].__exit__()  # its memory is the next one's
+            if comparison.wrong:
+                break
+
+
+def plan(device: torch.device, args: argparse.Namespace) -> tuple[Sequence[Shape], dict[str, Any]]:
+    """Shapes to compare at, and the settings that a record is continued under."""
+    shapes = DRY_SHAPES if args.dry else GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
+    settings = {
+        "times": "mean nothing: a dry run" if args.dry else "ratios of steps in one round",
+        "threads": args.threads,
+        "rounds": 3 if args.dry else ROUNDS[device.type],
+        "shapes": [shape.sizes() for shape in shapes],
+    }
+    return shapes, settings
+
+
+def run(device: torch.device, args: argparse.Namespace, before: Sequence[Mapping[str, Any]]) -> int:
+    """Compare at every shape, going on from the cases of an earlier call; returns the exit code."""
+    total, (shapes, settings) = Budget(args.budget_seconds), plan(device, args)
+    if device.type == "cpu":
+        for name in PRELOADED:
+            with suppress(ModuleNotFoundError):  # the rows of its arms will say so
+                importlib.import_module(name)
+    cases: list[dict[str, Any]] = []
+    for at, shape in enumerate(shapes):
+        known = {row["arm"]: row for row in before[at]["rows"]} if at < len(before) else {}
+        comparison = Comparison(shape, known, settings["rounds"])
+        case: dict[str, Any] = {**shape.sizes(), "rows_per_expert": shape.rows_per_expert}
+        cases.append(case)
+
+        def keep(comparison: Comparison = comparison, case: dict[str, Any] = case) -> None:
+            rows = [comparison.rows[name] for name in ARMS if name in comparison.rows]
+            case |= {"wrong": comparison.wrong, "rows": without_times(rows) if comparison.wrong else rows}
+            save(args.out, "peers", device, settings=settings, cases=cases)
+
+        # What is left is divided among the shapes to come.
+        share = Budget(total.left() / (len(shapes) - at)) if args.budget_seconds else total
+        compare(shape, comparison, device, args.threads, share, keep)
+        keep()
+        print(show(case, dry=args.dry), flush=True)
+    print(f"wrote {args.out}")
+    failed = any(case["wrong"] or case["rows"][0]["status"] != "ok" for case in cases)
+    return int(failed)
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget-seconds", type=float, help="stop with what there is by then")
+    parser.add_argument("--out", type=Path, required=True, help="JSON; a second call with it goes on")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU")
+    parser.add_argument("--threads", type=int, default=1, help="of each arm on a CPU (1)")
+    parser.add_argument("--dry", action="store_true", help="the whole path at tiny sizes on the CPU, in seconds")
+    args = parser.parse_args(given)
+    if args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
+    if args.dry and args.device == "cuda":
+        parser.error("--dry runs on the CPU; leave --device out")
+    if args.dry or args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here has asked for the GPU yet
+    found = torch.cuda.is_available()
+    if args.device == "cuda" and not found:
+        parser.exit(2, f"{parser.prog}: --device cuda {NEEDS_GPU}\n")
+    device = torch.device("cuda", 0) if found else torch.device("cpu")
+    try:
+        record = earlier(args.out, "peers", device, plan(device, args)[1])
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    cases = record["cases"] if record else []
+    return run(device, args, [] if any(case["wrong"] for case in cases) else cases)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

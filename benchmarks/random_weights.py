@@ -1,0 +1,89 @@
+"""Base weights that every training arm shares: each process draws its own, all hold the same values."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def generator(device: torch.device, *key: object) -> torch.Generator:
+    """Random numbers as a function of ``key``."""
+    digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class RandomWeights(Mapping[str, Tensor]):
+    """Published name -> tensor, drawn when it is asked for: norms 1, the embedding N(0, 1), others N(0, 1 / inputs).
+
+    Experts have the names of published files, one matrix each. ``stacked`` gives those of a layer in one tensor.
+    """
+
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        self.config, self.dtype, self.device, self.seed = config, dtype, device, seed
+        self.shapes = dict(self._shapes())
+        self._last: tuple[str, Tensor] | None = None
+
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        c = self.config
+        H, E, inner = c["hidden_size"], c["num_experts"], c["moe_intermediate_size"]
+        width = c["head_dim"]
+        q, kv = c["num_attention_heads"] * width, c["num_key_value_heads"] * width
+        yield "model.embed_tokens.weight", (c["vocab_size"], H)
+        yield "lm_head.weight", (c["vocab_size"], H)
+        yield "model.norm.weight", (H,)
+        layer = {
+            "input_layernorm.weight": (H,), "post_attention_layernorm.weight": (H,),
+            "self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,),
+            "self_attn.q_proj.weight": (q, H), "self_attn.k_proj.weight": (kv, H),
+            "self_attn.v_proj.weight": (kv, H), "self_attn.o_proj.weight": (H, q), "mlp.gate.weight": (E, H),
+            "mlp.experts.gate_up_proj": (E, 2 * inner, H), "mlp.experts.down_proj": (E, H, inner),
+        }  # fmt: skip
+        for i in range(c["num_hidden_layers"]):
+            for name, shape in layer.items():
+                yield f"model.layers.{i}.{name}", shape
+
+    def stacked(self, name: str) -> Tensor:
+        """A tensor as transformers holds it, a layer's experts together; the last one is kept."""
+        if self._last is None or self._last[0] != name:
+            shape = self.shapes[name]
+            if "norm" in name:
+                tensor = torch.ones(shape, dtype=self.dtype, device=self.device)
+            else:
+                g = generator(self.device, self.seed, name)
+                tensor = torch.randn(shape, generator=g, dtype=self.dtype, device=self.device)
+                if "embed" not in name:
+                    tensor *= shape[-1] ** -0.5
+            self._last = (name, tensor)
+        return self._last[1]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if ".mlp.experts." not in name:
+            return self.stacked(name)
+        layer, _, rest = name.partition(".experts.")
+        expert, projection, _ = rest.split(".")
+        if projection == "down_proj":
+            return self.stacked(f"{layer}.experts.down_proj")[int(expert)]
+        halves = self.stacked(f"{layer}.experts.gate_up_proj")[int(expert)].chunk(2)
+        return halves[projection == "up_proj"]
+
+    def __iter__(self) -> Iterator[str]:
+        for name in self.shapes:
+            if ".experts." not in name:
+                yield name
+            elif name.endswith("gate_up_proj"):
+                layer = name.removesuffix("gate_up_proj")
+                for e in range(self.config["num_experts"]):
+                    yield from (f"{layer}{e}.{projection}.weight" for projection in EXPERT_PROJECTIONS)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module) -> None:
+        """Write them into a model of transformers."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.stacked(name))

@@ -1,0 +1,197 @@
+"""The comparison with peers at tiny sizes: every installed arm trains the same, and none that does not has a time."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bridge_model, peer_megatron, peers
+from benchmarks.peer_case import CPU_SHAPES, DRY_SHAPES, initial_a
+from benchmarks.peer_rows import TIMES, check_losses, ratios, show
+from benchmarks.peer_worker import ARMS, Sample
+from benchmarks.random_weights import RandomWeights
+from tests.forked import forked
+
+INSTALLED = [name for name in ARMS if name != "unsloth"]
+
+
+def sizes_by_hand() -> dict[str, int]:
+    """Adapter parameters as each library has them: an A per projection, or per fused linear."""
+    c, r = DRY_SHAPES[0].config, DRY_SHAPES[0].rank
+    h, inner, q, kv, experts = 48, 40, 64, 32, c["num_experts"]
+    o, down = r * (h + q), r * (h + inner)
+    fused_qkv, fused_gate_up = r * (h + q + 2 * kv), r * (h + 2 * inner)
+    separate_qkv = r * (h + q) + 2 * r * (h + kv)
+    one_layer = {
+        "megalora": separate_qkv + o + experts * (2 * r * (h + inner) + down),
+        "peft": separate_qkv + o + experts * (fused_gate_up + down),
+        "grouped_mm composed": separate_qkv + o + experts * (fused_gate_up + down),
+        "bridge per expert": fused_qkv + o + experts * (fused_gate_up + down),
+        "bridge grouped": fused_qkv + o + experts * (fused_gate_up + down),
+        "bridge default": fused_qkv + o + fused_gate_up + down,
+    }
+    return {name: 2 * count for name, count in one_layer.items()}
+
+
+def compared(out: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> tuple[int, dict[str, Any]]:
+    """Exit code and case of a dry run with these arms alone."""
+    monkeypatch.setattr(peers, "ARMS", {name: ARMS[name] for name in names or ARMS})
+    code = peers.main(["--dry", "--out", str(out)])
+    return code, json.loads(out.read_text())["cases"][0]
+
+
+def test_all_installed_arms_train_the_same(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "peers.json"
+    code, case = compared(out, monkeypatch)
+    rows = {row["arm"]: row for row in case["rows"]}
+    assert code == 0 and case["wrong"] == [] and list(rows) == list(ARMS)
+    assert rows["unsloth"]["status"] == "not installed: No module named 'unsloth'"
+    assert {name: rows[name]["status"] for name in INSTALLED} == dict.fromkeys(INSTALLED, "ok")
+    want = rows["megalora"]["losses"]
+    assert len(want) == peers.PROOF_STEPS and want[-1] < want[0] - 0.1
+    for name in INSTALLED:
+        losses, same = rows[name]["losses"], rows[name]["same_factors"]
+        assert same == (name != "bridge default")
+        assert losses[0] == pytest.approx(want[0], rel=1e-6), name
+        assert (losses == pytest.approx(want, rel=1e-6)) == same, name
+        assert rows[name]["rounds"] == 3 and rows[name]["peak_bytes"] > rows[name]["weight_bytes"] > 0
+        for measure in ("step", "step_cpu", "passes", "passes_cpu"):
+            spread = rows[name]["over_megalora"][measure]
+            assert 0 < spread["p10"] <= spread["median"] <= spread["p90"]
+            assert name != "megalora" or spread["median"] == 1
+    assert {name: rows[name]["adapter_parameters"] for name in INSTALLED} == sizes_by_hand()
+    assert not any(key.endswith("_ms") for row in rows.values() for key in row), "no absolute speed of a CPU"
+    assert "times mean nothing" in capsys.readouterr().out
+
+    # A second call has nothing to do but what is not there.
+    record = json.loads(out.read_text())
+    record["cases"][0]["rows"][2] = {"arm": "peft", "status": "stopped: out of time"}
+    out.write_text(json.dumps(record))
+    _, again = compared(out, monkeypatch)
+    again = {row["arm"]: row for row in again["rows"]}
+    assert again["peft"]["status"] == "ok" and again["peft"]["losses"] == rows["peft"]["losses"]
+    kept = [name for name in ARMS if name not in ("megalora", "peft")]
+    assert {name: again[name] for name in kept} == {name: rows[name] for name in kept}
+
+
+@pytest.mark.parametrize("difference", ["alpha", "routing"])
+def test_an_arm_that_differs_leaves_no_times(difference, tmp_path, monkeypatch, capsys):
+    """Workers are forked, so Bridge's arm gets what is changed here; megalora's does not use it."""
+    if difference == "alpha":
+        monkeypatch.setattr(peer_megatron, "ALPHA_OVER_RANK", 1.0)
+    else:
+        real = bridge_model.configure
+
+        def other_routing(provider: Any, *others: Any) -> Any:
+            provider = real(provider, *others)
+            provider.moe_router_topk = 3
+            return provider
+
+        monkeypatch.setattr(bridge_model, "configure", other_routing)
+    code, case = compared(tmp_path / "peers.json", monkeypatch, "megalora", "bridge per expert")
+    assert code == 1 and len(case["wrong"]) == 1 and case["wrong"][0].startswith("bridge per expert: ")
+    assert ("the base's" in case["wrong"][0]) == (difference == "routing")
+    assert not any(key in row for row in case["rows"] for key in TIMES)
+    printed = capsys.readouterr().out
+    assert "No times, because losses differ" in printed and "step / megalora" not in printed
+
+
+def row(arm: str, losses: list[float], same: bool = True) -> dict[str, Any]:
+    return {"arm": arm, "status": "ok", "losses": losses, "same_factors": same}
+
+
+def test_what_losses_are_let_through():
+    ours = [6.0, 5.5, 5.0]
+
+    def wrong(losses: list[float], same: bool = True, want: list[float] = ours) -> int:
+        rows = {"megalora": row("megalora", want), "peer": row("peer", losses, same)}
+        return len(check_losses(rows, rows, "megalora", torch.float32))
+
+    assert wrong(ours) == 0 and wrong([6.0, 5.501, 5.0]) == 0
+    assert wrong([6.0, 5.5, 5.003]) == 1, "0.3 % of what the loss fell by"
+    assert wrong([6.0, 5.503, 5.0]) == 1, "in any step"
+    assert wrong([6.0, 5.8, 5.7], same=False) == 0, "other factors"
+    assert wrong([6.001, 5.8, 5.7], same=False) == 1, "another base"
+    assert wrong([6.0, 5.8, 6.1], same=False) == 1, "does not train"
+    assert wrong([6.0, 5.5, math.nan]) == 1 and wrong([math.nan, 5.5, 5.0], same=False) == 1
+    assert wrong([5.0, 5.5, 6.0], want=[5.0, 5.5, 6.0]) == 1, "nor does ours"
+
+
+def test_ratios_are_of_one_round():
+    def sample(step: float) -> Sample:
+        return Sample(passes=step / 2, step=step, passes_cpu=step / 4, step_cpu=step)
+
+    # The machine is ten times as slow in the second and third round: that cancels.
+    ours = [sample(1.0), sample(10.0), sample(10.0)]
+    theirs = [sample(3.0), sample(20.0), sample(30.0)]
+    found = ratios(theirs, ours)
+    assert found["rounds"] == 3 and found["over_megalora"]["step"]["median"] == 3.0
+    case = {**CPU_SHAPES[0].sizes(), "rows_per_expert": 32, "wrong": []}
+    peer = row("peft", [6.0, 5.0]) | found | {"peak_bytes": 2**20, "adapter_parameters": 7, "note": ""}
+    assert "peft takes 3.0 times as long: met, 3.00" in show({**case, "rows": [peer]}, dry=False)
+    slower = ratios(ours, theirs)
+    assert "missed, 0.33" in show({**case, "rows": [peer | slower]}, dry=False)
+
+
+def test_weights_by_published_names_are_those_that_transformers_gets():
+    setup = DRY_SHAPES[0].setup(torch.device("cpu"), torch.float32)
+    weights = RandomWeights(setup.config, setup.dtype, setup.device, setup.seed)
+    names = list(weights)
+    assert len(names) == len(set(names)) == len(weights) == 3 + 2 * (9 + 3 * 6)
+    stacked = weights.stacked("model.layers.1.mlp.experts.gate_up_proj")
+    experts = "model.layers.1.mlp.experts"
+    assert torch.equal(weights[f"{experts}.4.gate_proj.weight"], stacked[4, :40])
+    assert torch.equal(weights[f"{experts}.4.up_proj.weight"], stacked[4, 40:])
+    assert weights[f"{experts}.2.down_proj.weight"].shape == (48, 40)
+    assert torch.equal(setup.weights()[f"{experts}.4.up_proj.weight"], stacked[4, 40:]), "the same in every process"
+    assert not torch.equal(stacked, weights.stacked("model.layers.0.mlp.experts.gate_up_proj"))
+    assert initial_a(setup, 0, "down").shape == (6, 4, 40) and initial_a(setup, 0, "o").shape == (4, 64)
+
+
+def load_bridge_lora(out: Path) -> None:
+    from benchmarks.bridge_lora import bridge_lora
+
+    lora = sys.modules[bridge_lora().__module__]
+    found = {
+        "real": hasattr(lora.LoRALinear, "adapter_forward"),
+        "engine": sorted(name for name in sys.modules if name.split(".")[0] == "transformer_engine"),
+        "believes": sys.modules["megatron.bridge.peft.utils"].HAVE_TE,
+    }
+    out.write_text(json.dumps(found))
+
+
+@pytest.mark.skipif("transformer_engine" in sys.modules, reason="Transformer Engine is installed")
+def test_bridge_s_layers_are_its_own_and_transformer_engine_stays_missing(tmp_path):
+    out = tmp_path / "found.json"
+    assert [code for _, _, code in forked([("bridge", load_bridge_lora, (out,))], at_once=1)] == [0]
+    assert json.loads(out.read_text()) == {"real": True, "engine": [], "believes": False}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--dry", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--dry", "--device", "cuda"], "--dry runs on the CPU"),
+        (["--device", "cuda"], "needs a CUDA device"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(given, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit) as ended:
+        peers.main([*given, "--out", str(tmp_path / "peers.json")])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_another_benchmark_s_file_is_not_overwritten(tmp_path, capsys):
+    out = tmp_path / "tuned.json"
+    out.write_text('{"benchmark": "tune"}')
+    with pytest.raises(SystemExit) as ended:
+        peers.main(["--dry", "--out", str(out)])
+    assert ended.value.code == 2 and "record of 'tune'" in capsys.readouterr().err
+    assert out.read_text() == '{"benchmark": "tune"}'
