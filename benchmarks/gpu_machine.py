@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu_outcomes import Outcome
+from benchmarks.gpu_outcomes import Outcome, unfinished
 from benchmarks.gpu_steps import RESULTS, STEPS, Step, command_of
 
 ROOT = Path(__file__).parents[1]
@@ -104,8 +104,8 @@ class Machine:
         if not path.is_file():
             return "failed", f"exit code 0, but no {step.result}; see {log.name}"
         try:
-            left = json.loads(path.read_text()).get("not_reached") or []
-        except (json.JSONDecodeError, AttributeError) as error:
+            left = unfinished(json.loads(path.read_text()))
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             return "failed", f"{step.result} is no record: {error}"
         return ("part", f"{len(left)} cases not reached, first {left[0]}") if left else ("ok", "")
 

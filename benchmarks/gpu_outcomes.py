@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu_steps import Step
 
@@ -28,6 +29,17 @@ class Outcome:
     @property
     def failed(self) -> bool:
         return self.result in ("failed", "stopped")
+
+
+def unfinished(record: dict[str, Any]) -> list[str]:
+    """Return the names of what a program's JSON says it had no time for."""
+    left = list(record.get("not_reached") or [])
+    left += (record.get("sweep") or {}).get("not_reached") or []
+    for case in record.get("cases") or []:
+        for row in case["rows"]:
+            if row["status"].startswith(("not reached", "stopped")):
+                left.append(f"{case['shape']}: {row['arm']}")
+    return left
 
 
 class Record:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import bench_grouped_lora, bench_train_gpu, goals, gpu_machine, gpu_summary, shared_gpu
 from benchmarks.compare import Row
 from benchmarks.expert_case import SIZES, Sizes
-from benchmarks.gpu_timing import STARTED, Budget, Stats, earlier, environment, save
+from benchmarks.gpu_timing import STARTED, Budget, Stats, earlier, save
 from benchmarks.linear_case import LinearSpec
 from benchmarks.train_arms import KernelExperts, Setup, Training, adapted, base_model, training, with_experts
 from benchmarks.train_case import TINY_MODEL, adapter_parameters
@@ -242,19 +242,3 @@ def test_a_layout_may_err_twice_as_much_as_one_rank_and_no_more():
     assert exceeded(5e-5, 1.1e-4) == [[], ["gradient 1.1e-04 > 1.0e-04"]]
     assert exceeded(1e-7, 9e-6) == [[], []] and exceeded(1e-7, 2e-5)[1]
     assert exceeded(2e-4, 1e-6)[0] == ["gradient 2.0e-04 > 1.0e-04"]
-
-
-def test_summary(tmp_path):
-    save(
-        tmp_path / "gpu_kernels.json",
-        "x",
-        CPU,
-        goals=[vars(goals.Verdict.of(goals.TRAIN, "case", 1.2))],
-        not_reached=["far"],
-    )
-    rows = [{"arm": "peft", "layers": 8, "status": "out of memory"}]
-    save(tmp_path / "gpu_model.json", "x", CPU, rows=rows)
-    lines = gpu_summary.of_kernels(gpu_summary.read(tmp_path / "gpu_kernels.json"))
-    assert [line[-1] for line in lines] == ["pass", "not reached"]
-    assert gpu_summary.of_training(gpu_summary.read(tmp_path / "gpu_model.json"))[0][-1] == "out of memory"
-    assert environment(CPU)["device"].startswith("CPU")
