@@ -21,9 +21,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .adapter import Factors
+from .descriptors import by_columns, load_from_stack, rows_descriptor, stack_descriptor, why_not_described
+from .gemm_roles import launch_with_roles
 from .grouped_gemm import columns_and_ranks
 from .routing import Routing
 from .tiles import find_tile, max_tiles, tile_table
@@ -100,10 +101,8 @@ def _gemm_tile(
     for k0 in range(0, K, BLOCK_K):
         k_ok = k0 + k < K
         x = x_ptr.load([row0, k0]) if X_TMA else _load_k(x_ptrs, k_ok[None, :], EVEN_K)
-        if W_TMA and W_NK:
-            w = w_ptr.load([expert * w_pitch + first_col + n0, k0]).T
-        elif W_TMA:
-            w = w_ptr.load([expert * w_pitch + k0, first_col + n0])
+        if W_TMA:
+            w = load_from_stack(w_ptr, expert * w_pitch, k0, first_col + n0, W_NK)
         else:
             w = _load_k(w_ptrs, k_ok[:, None], EVEN_K)
         acc = tl.dot(x, w, acc, input_precision="ieee")
@@ -179,12 +178,14 @@ def grouped_gemm_triton(
     limits = device_limits(x.device)
     if variant is None:
         variant = choose_variant(product, x.device)
-        if tma_problem(variant, x, w_EKN):  # of addresses and strides, which a choice by sizes cannot know
+        if tma_problem(variant, x, w_EKN, s_MR, b):  # of addresses and strides, which a choice by sizes cannot know
             variant = rule(product, *limits)
-    elif why := problem(variant, product, *limits) or tma_problem(variant, x, w_EKN):
+    elif why := problem(variant, product, *limits) or tma_problem(variant, x, w_EKN, s_MR, b):
         raise ValueError(f"grouped_gemm_triton: {variant} cannot run: {why}")
     y_MN = x.new_empty(routing.num_rows, w_EKN.shape[2])
-    if y_MN.numel():
+    if variant.roles and y_MN.numel():
+        launch_with_roles(x, w_EKN, routing, s_MR, None if b is None else b[0], y_MN, variant)
+    elif y_MN.numel():
         _launch(x, w_EKN, routing, s_MR, b, source_M, y_MN, product, variant)
     return y_MN
 
@@ -200,9 +201,9 @@ def _launch(
     w_operand: Any = w_EKN
     w_pitch = 0
     if variant.rows == "tma":
-        x_operand = TensorDescriptor.from_tensor(x, [variant.block_m, variant.block_k])
+        x_operand = rows_descriptor(x, (variant.block_m, variant.block_k))
     if variant.weight == "tma":
-        w_operand, w_pitch = _weight_descriptor(w_EKN, variant)
+        w_operand, w_pitch = stack_descriptor(w_EKN, variant.block_k, variant.block_n)
     tiles = max_tiles(routing.num_rows, num_experts, variant.block_m)
     programs = tiles * len(blocks) * triton.cdiv(block_columns, variant.block_n)
     if variant.persistent:
@@ -240,18 +241,6 @@ def _low_rank_operands(
     return s_MR.stride(0), tuple(operands), tuple(ranks)
 
 
-def _weight_descriptor(w_EKN: torch.Tensor, variant: Variant) -> tuple[TensorDescriptor, int]:
-    """Return the weight as stored, as one matrix of all experts' rows, and from which to which row an expert goes."""
-    by_n = w_EKN.stride(1) == 1
-    w = w_EKN.transpose(1, 2) if by_n else w_EKN
-    num_experts, num_rows, num_columns = w.shape
-    pitch = w.stride(0) // w.stride(1)
-    block = [variant.block_n, variant.block_k] if by_n else [variant.block_k, variant.block_n]
-    # Of the last expert only its own rows: what lies behind them in a wider buffer need not exist.
-    shape = [(num_experts - 1) * pitch + num_rows, num_columns]
-    return TensorDescriptor(w, shape, [w.stride(1), 1], block), pitch
-
-
 # ---- 3. what a launch depends on ------------------------------------------------------------------------------------
 
 
@@ -262,7 +251,7 @@ def product_of(
     """Return what the choice of a variant depends on."""
     num_experts, K, N = w_EKN.shape
     return Product(
-        op="forward" if w_EKN.stride(1) == 1 else "dgrad",
+        op="forward" if by_columns(w_EKN) else "dgrad",
         dtype=x.dtype, N=N, K=K, rank=0 if s_MR is None or b is None else s_MR.shape[1],
         gathered=source_M is not None, rows_per_expert=routing.num_rows / num_experts,
         blocks=1 if s_MR is None or b is None else len(b),
@@ -277,16 +266,15 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tma_problem(variant: Variant, x: torch.Tensor, w_EKN: torch.Tensor) -> str | None:
+def tma_problem(
+    variant: Variant, x: torch.Tensor, w_EKN: torch.Tensor, s_MR: torch.Tensor | None, b: Factors | None
+) -> str | None:
     """Return why TMA cannot read these operands, or None; the variant itself is judged by ``variants.problem``."""
-    for name, way, t in (("x", variant.rows, x), ("the weight", variant.weight, w_EKN)):
-        if way != "tma":
-            continue
-        if t.dim() == 3 and t.stride(1) == 1:
-            t = t.transpose(1, 2)
-        steps = [step * t.element_size() for step in t.stride()[:-1]]
-        if t.stride(-1) != 1 or any(step % 16 for step in steps) or t.data_ptr() % 16:
-            return f"TMA needs rows that start at multiples of 16 bytes: {name} has strides {t.stride()}"
-        if t.dim() == 3 and steps[0] % steps[1]:
-            return f"TMA needs experts a whole number of rows apart: {name} has strides {t.stride()}"
-    return None
+    operands: list[tuple[str, torch.Tensor]] = []
+    if variant.rows == "tma":
+        operands.append(("x", x))
+    if variant.weight == "tma":
+        operands.append(("the weight", w_EKN))
+    if variant.roles and s_MR is not None and b is not None:
+        operands += [("s", s_MR)] + [("b", block) for block in b if block is not None]
+    return next(filter(None, (why_not_described(name, t) for name, t in operands)), None)

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Literal
 
 import torch
+import triton
 
 Operand = Literal["pointers", "tma"]
 """How an operand is read: by an address for each element (``cp.async``), or by tensor descriptor (TMA, Hopper and later)."""
@@ -58,6 +59,7 @@ SHARED_LIMITS = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 1): 2
 """KiB of shared memory that one program may have, by compute capability (CUDA C programming guide); 99 on the others."""
 HOPPER = (9, 0)
 HOPPER_SHARED = SHARED_LIMITS[HOPPER] * 1024
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 MAX_ACCUMULATORS = 128
 """Float32 values of the accumulator that a thread can hold beside its addresses: it has 255 registers."""
 
@@ -81,8 +83,12 @@ def shared_bytes(variant: Variant, product: Product) -> int:
     them; so does the conversion of the output.
     """
     per_k = (variant.block_m + variant.block_n) * product.dtype.itemsize
+    pipeline, low_rank = per_k * variant.num_stages * variant.block_k, per_k * padded_rank(product.rank)
+    if variant.roles:
+        # The adapter's operands have buffers of their own, and a consumer hands over 64 rows of the output.
+        return pipeline + low_rank + 64 * variant.block_n * product.dtype.itemsize + 512
     barriers = 128  # what TMA waits on
-    return per_k * max(variant.num_stages * variant.block_k, padded_rank(product.rank)) + barriers
+    return max(pipeline, low_rank) + barriers
 
 
 def padded_rank(rank: int) -> int:
@@ -110,6 +116,8 @@ def problem(
     accumulators = variant.block_m * variant.block_n // (32 * variant.num_warps)
     if accumulators > MAX_ACCUMULATORS and not variant.roles:
         return f"{variant.num_warps} warps would hold {accumulators} sums per thread, at most {MAX_ACCUMULATORS} fit"
+    if variant.roles and (why := _roles_problem(variant, product, capability)):
+        return why
     if "tma" in (variant.weight, variant.rows):
         return _tma_problem(variant, product, capability)
     return None
@@ -125,6 +133,24 @@ def _tma_problem(variant: Variant, product: Product, capability: tuple[int, int]
         return f"TMA needs whole tiles: {width} columns are not a multiple of {variant.block_n}"
     if variant.rows == "tma" and product.gathered:
         return "rows that are gathered cannot be read by TMA"
+    return None
+
+
+def _roles_problem(variant: Variant, product: Product, capability: tuple[int, int]) -> str | None:
+    """The compiler divides a loop into roles only so; otherwise it ignores the request or ends the process."""
+    if TRITON_VERSION != (3, 6) or capability != HOPPER:
+        have = f"this is Triton {triton.__version__} and {capability[0]}.{capability[1]}"
+        return f"roles need Triton 3.6 and compute capability 9.0, {have}"
+    if (variant.weight, variant.rows) != ("tma", "tma") or variant.persistent or variant.num_warps != 4:
+        return "roles need both operands by TMA, 4 warps and a program for each tile"
+    if variant.block_m < 128:
+        return f"roles need tiles of 128 rows or more, not {variant.block_m}"
+    if product.dtype == torch.float32:
+        return "roles need half precision"
+    if product.blocks != 1:
+        return f"roles take one block of b, not {product.blocks}"
+    if product.rank != padded_rank(product.rank):
+        return f"roles need a rank that is a power of two from 16 on, not {product.rank}"
     return None
 
 
@@ -175,5 +201,7 @@ def candidates(
                     if persistent and (block_m, block_n) != (128, 256):
                         continue
                     found.append(Variant(block_m, block_n, 64, num_warps, num_stages, weight, rows, persistent))
+    with_roles = [(128, 256, 3), (128, 256, 4), (128, 128, 4), (256, 128, 3)]
+    found += [Variant(m, n, 64, 4, stages, "tma", "tma", roles=True) for m, n, stages in with_roles]
     unique = dict.fromkeys(found)
     return [v for v in unique if problem(v, product, shared_limit, capability) is None]

@@ -2,10 +2,14 @@
 
 from tests.mutations.bugs import Bug, bug
 
-GEMM, SHRINK, SWIGLU, WGRAD, MLP, ROUTE, REGROUP, ENGINE, TILES, JOINED = (
-    f"kernels/megalora_kernels/{name}.py"
-    for name in "gemm_kernel shrink swiglu lora_wgrad expert_mlp route regroup engine tiles joined".split()
+NAMES = (
+    "gemm_kernel", "shrink", "swiglu", "lora_wgrad", "expert_mlp", "route", "regroup", "engine", "tiles", "joined",
+    "variants", "descriptors", "gemm_roles",
+)  # fmt: skip
+GEMM, SHRINK, SWIGLU, WGRAD, MLP, ROUTE, REGROUP, ENGINE, TILES, JOINED, VARIANTS, DESCRIPTORS, ROLES = (
+    f"kernels/megalora_kernels/{name}.py" for name in NAMES
 )
+VARIANT_TEST, RULE_TEST = "tests/kernels/test_gemm_variants.py", "tests/kernels/test_variants.py"
 ROUTE_TEST = "tests/kernels/test_route.py"
 SWIGLU_TEST = "tests/kernels/test_swiglu.py"
 MLP_TEST, KEPT, ORDER = (
@@ -52,5 +56,26 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(0, "probabilities in the order they were received", "megalora/model/dispatcher.py", "*regroup_values(self.counts_RE, global_probs)", "regroup_values(self.counts_RE, global_probs)[0], global_probs", "tests/distributed/test_moe_layer.py ep2"),
     bug(0, "experts' counts of the sending rank", "megalora/model/dispatcher.py", "self.counts_RE = counts.to(routing_map.device)", "self.counts_RE = counts.flip(0).to(routing_map.device)", "tests/distributed/test_moe_layer.py ep2"),
     bug(0, "selective recomputation that keeps all", "megalora/model/recompute.py", ".recompute = True", ".recompute = False", "tests/model/test_experts.py selective"),
+    bug(0, "up's B on gate's part of S", GEMM, "first = tl.where(mine, RANKS[i][0], first)", "first = tl.where(mine, RANKS[0][0], first)", f"{VARIANT_TEST} blocks_of_b"),
+    bug(0, "up's rank taken for gate's", GEMM, "rank = tl.where(mine, RANKS[i][1], rank)", "rank = tl.where(mine, RANKS[0][1], rank)", f"{VARIANT_TEST} blocks_of_b"),
+    bug(0, "an expert's B by the other block's strides", GEMM, "stride_be = tl.where(mine, blocks[i][1][0], stride_be)", "stride_be = stride_be", f"{VARIANT_TEST} blocks_of_b"),
+    bug(0, "up's columns of the weight from gate's", GEMM, "(first_col + safe_cols)[None, :] * stride_wn", "safe_cols[None, :] * stride_wn", f"{VARIANT_TEST} every_kind"),
+    bug(0, "the last tile of the walk left out", GEMM, "range(tl.program_id(0), num_tiles * tiles_n, tl.num_programs(0))", "range(tl.program_id(0), num_tiles * tiles_n - 1, tl.num_programs(0))", f"{VARIANT_TEST} every_kind"),
+    bug(0, "the last group of the walk as large as the others", GEMM, "size = tl.minimum(num_tiles - group * GROUP, GROUP)", "size = GROUP", f"{VARIANT_TEST} every_kind"),
+    bug(0, "columns beyond the edge read from the next block", GEMM, "safe_cols = cols if EVEN_N else tl.where(col_ok, cols, 0)", "safe_cols = cols + 1 if EVEN_N else tl.where(col_ok, cols, 0)", f"{VARIANT_TEST} every_kind"),
+    bug(0, "a ragged end of K read unmasked", GEMM, "EVEN_K=K % variant.block_k == 0", "EVEN_K=True", f"{VARIANT_TEST} do_not_divide"),
+    bug(0, "the adapter's product before K's in one kind of variant", GEMM, "    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)\n    for k0", "    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)\n    if BLOCK_R > 0 and W_TMA:\n        acc = _add_low_rank(acc, s_ptr, stride_s, blocks, block, rows, safe_cols, expert, RANKS, BLOCK_R)\n    for k0", f"{VARIANT_TEST} bits_do_not", ("    if BLOCK_R > 0:\n", "    if BLOCK_R > 0 and not W_TMA:\n")),
+    bug(0, "experts of a joined weight without its room between them", DESCRIPTORS, "pitch = w.stride(0) // w.stride(1)", "pitch = num_rows", f"{VARIANT_TEST} every_kind"),
+    bug(0, "the weight read by TMA from the expert's first column on", DESCRIPTORS, "desc.load([first_row + k0, n0])", "desc.load([first_row + k0, 0])", f"{VARIANT_TEST} every_kind"),
+    bug(0, "rows that TMA cannot read taken for readable", GEMM, 'operands.append(("x", x))', "pass", f"{VARIANT_TEST} addresses"),
+    bug(0, "a table's choice kept where addresses forbid it", GEMM, "            variant = rule(product, *limits)", "            pass", f"{VARIANT_TEST} gives_way"),
+    bug(0, "a list of tiles taken for tiles of another height", ROLES, "if block_m not in routing.tile_lists:", "if not routing.tile_lists:", f"{VARIANT_TEST} share"),
+    bug(0, "a tile's rows up to its end in the list", ROLES, "tl.store(tiles_ptr + 2, tl.where(there, end, 0))", "tl.store(tiles_ptr + 2, tl.where(there, row0 + ROWS, 0))", f"{VARIANT_TEST} roles"),
+    bug(0, "another adapter's B left beside the blocks", JOINED, "if self._blocks and blocks != self._blocks:", "if False:", f"{VARIANT_TEST} joined_keeps"),
+    bug(0, "S of gate and up exchanged in the loop", "kernels/megalora_kernels/grouped_gemm.py", "        start += rank", "        start += 0", f"{VARIANT_TEST} without_triton"),
+    bug(0, "a tile taken that does not fit the device", VARIANTS, "if shared > shared_limit:", "if shared > HOPPER_SHARED:", f"{RULE_TEST} scarce"),
+    bug(0, "wide tiles by the columns of gate and up together", VARIANTS, "if (product.N // product.blocks) % 256 == 0", "if product.N % 256 == 0", f"{RULE_TEST} hopper"),
+    bug(0, "gathered rows by TMA", VARIANTS, 'if variant.rows == "tma" and product.gathered:', "if False:", f"{RULE_TEST} named"),
+    bug(0, "roles for a Triton that aborts on them", VARIANTS, "if TRITON_VERSION != (3, 6) or", "if TRITON_VERSION < (3, 6) or", f"{RULE_TEST} roles_need"),
 )
 # fmt: on

@@ -1,0 +1,60 @@
+"""Describe operands of the grouped GEMM for TMA, the copy engine of Hopper and later.
+
+Descriptors are made on the host, so they need no workspace on the device. A stack of matrices, one for each expert, is described
+as one matrix in which an expert begins every ``pitch`` rows.
+
+Shape legend: E experts   K inputs   N outputs
+"""
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+ALIGN_BYTES = 16
+"""What the start of a matrix and the distance between its rows must be multiples of."""
+
+
+def rows_descriptor(x: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """Return the descriptor of a matrix, read by blocks of rows and columns; zeros beyond its edges."""
+    return TensorDescriptor.from_tensor(x, list(block))
+
+
+def stack_descriptor(w_EKN: torch.Tensor, block_k: int, block_n: int) -> tuple[TensorDescriptor, int]:
+    """Return the descriptor of the experts' matrices as they are stored, and the rows from one expert to the next.
+
+    Stored ``[E, N, K]`` they are read by blocks of N and K; stored ``[E, K, N]``, by blocks of K and N.
+    """
+    w, block = w_EKN, [block_k, block_n]
+    if by_columns(w_EKN):
+        w, block = w_EKN.transpose(1, 2), [block_n, block_k]
+    num_experts, num_rows, num_columns = w.shape
+    pitch = w.stride(0) // w.stride(1)
+    # Of the last expert only its own rows: what lies behind them in a wider buffer need not exist.
+    shape = [(num_experts - 1) * pitch + num_rows, num_columns]
+    return TensorDescriptor(w, shape, [w.stride(1), 1], block), pitch
+
+
+@triton.jit
+def load_from_stack(desc, first_row, k0, n0, BY_COLUMNS: triton.language.constexpr):
+    """A block (K, N) of the expert that begins at ``first_row``, from ``k0`` and ``n0`` on."""
+    return desc.load([first_row + n0, k0]).T if BY_COLUMNS else desc.load([first_row + k0, n0])
+
+
+def by_columns(w_EKN: torch.Tensor) -> bool:
+    """Whether the matrices are stored ``[E, N, K]``."""
+    return w_EKN.stride(1) == 1
+
+
+def why_not_described(name: str, t: torch.Tensor) -> str | None:
+    """Return why TMA cannot read a matrix or a stack of them, or None."""
+    if t.dim() == 3 and by_columns(t):
+        t = t.transpose(1, 2)
+    steps = [step * t.element_size() for step in t.stride()[:-1]]
+    if t.stride(-1) != 1 or any(step % ALIGN_BYTES for step in steps) or t.data_ptr() % ALIGN_BYTES:
+        return (
+            f"TMA needs rows that start at multiples of {ALIGN_BYTES} bytes: {name} has strides {t.stride()} of "
+            f"{t.element_size()} bytes and starts {t.data_ptr() % ALIGN_BYTES} bytes beside one"
+        )
+    if t.dim() == 3 and (steps[1] == 0 or steps[0] % steps[1]):
+        return f"TMA needs experts a whole number of rows apart: {name} has strides {t.stride()}"
+    return None

@@ -1,0 +1,125 @@
+"""Which variants of the grouped GEMM the rule names, which are worth measuring, and which cannot run."""
+
+from dataclasses import replace
+from itertools import product as combinations
+
+import pytest
+import torch
+from megalora_kernels import variants
+from megalora_kernels.variants import Product, Variant, candidates, problem, rule, shared_limit_of
+
+GATE_UP = Product("forward", torch.bfloat16, N=1536, K=2048, rank=32, gathered=True, rows_per_expert=512, blocks=2)
+DOWN = Product("forward", torch.bfloat16, N=2048, K=768, rank=16, gathered=False, rows_per_expert=512)
+AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (10, 0)
+
+
+def limits(capability: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    return shared_limit_of(capability), capability
+
+
+@pytest.mark.parametrize(
+    "changed, tile",
+    [
+        ({}, (128, 256, 64, 8, 4)),
+        ({"rows_per_expert": 96}, (128, 256, 64, 8, 4)),
+        ({"rows_per_expert": 95.9}, (64, 128, 64, 4, 4)),
+        ({"N": 3072, "rows_per_expert": 8192}, (128, 256, 64, 8, 4)),
+        ({"N": 1280, "rows_per_expert": 384}, (128, 128, 64, 8, 4)),  # gate and up have 640 columns each
+        ({"N": 1280, "rows_per_expert": 383}, (64, 128, 64, 4, 4)),
+        ({"N": 1280, "blocks": 1}, (128, 256, 64, 8, 4)),
+        ({"dtype": torch.float32}, (32, 64, 32, 4, 2)),
+    ],
+    ids=str,
+)
+def test_rule_on_hopper(changed, tile):
+    assert rule(replace(GATE_UP, **changed)) == Variant(*tile)
+
+
+def test_rule_takes_fewer_stages_and_then_smaller_tiles_where_shared_memory_is_scarce():
+    assert rule(GATE_UP, *limits(AMPERE)) == Variant(128, 256, 64, 8, 3)
+    assert rule(GATE_UP, *limits(ADA)) == Variant(64, 128, 64, 4, 4)
+    assert rule(replace(GATE_UP, N=1280), *limits(ADA)) == Variant(128, 128, 64, 8, 3)
+
+
+def test_what_the_rule_names_can_run_anywhere():
+    """By pointers and without roles: no condition on addresses, versions or sizes."""
+    sizes = combinations((10, 1536, 2048, 1280), (7, 768, 2048), (0, 1, 16, 48, 128), (1.0, 100.0, 1e4), (1, 2))
+    for (N, K, rank, rows, blocks), dtype in combinations(sizes, (torch.bfloat16, torch.float16, torch.float32)):
+        for capability in (AMPERE, ADA, HOPPER, BLACKWELL, (12, 0)):
+            product = Product("dgrad", dtype, N, K, rank, True, rows, blocks)
+            variant = rule(product, *limits(capability))
+            assert problem(variant, product, *limits(capability)) is None
+            assert (variant.weight, variant.rows, variant.roles) == ("pointers", "pointers", False)
+
+
+@pytest.mark.parametrize("product", [GATE_UP, DOWN, replace(DOWN, op="dgrad")], ids=["gate_up", "down", "dgrad"])
+@pytest.mark.parametrize("capability", [AMPERE, ADA, HOPPER, BLACKWELL], ids=str)
+def test_candidates_can_run_and_begin_with_the_rule(product, capability, monkeypatch):
+    monkeypatch.setattr(variants, "TRITON_VERSION", (3, 6))
+    found = candidates(product, *limits(capability))
+    assert found[0] == rule(product, *limits(capability))
+    assert len(set(found)) == len(found) >= 3
+    assert all(problem(variant, product, *limits(capability)) is None for variant in found)
+    by_tma = {(variant.weight, variant.rows) for variant in found if variant.weight == "tma"}
+    tma = ("tma", "pointers") if product.gathered else ("tma", "tma")
+    assert by_tma == ({tma} if capability >= HOPPER else set())
+    assert any(variant.roles for variant in found) == (capability == HOPPER and not product.gathered)
+    assert any(variant.persistent for variant in found) == (capability != ADA)
+
+
+def test_only_one_candidate_in_float32():
+    assert candidates(replace(DOWN, dtype=torch.float32)) == [Variant(32, 64, 32, 4, 2)]
+
+
+WIDE = Variant(128, 256, 64, 8, 4)
+BY_TMA = replace(WIDE, weight="tma", rows="tma")
+ROLES = replace(BY_TMA, num_warps=4, num_stages=3, roles=True)
+
+
+@pytest.mark.parametrize(
+    "variant, product, capability, why",
+    [
+        (WIDE, DOWN, AMPERE, "it needs 196736 bytes of shared memory, the device has 166912 for a program"),
+        (replace(WIDE, num_stages=5), DOWN, HOPPER, "it needs 245888 bytes of shared memory"),
+        (replace(WIDE, num_warps=4), DOWN, HOPPER, "4 warps would hold 256 sums per thread, at most 128 fit"),
+        (replace(BY_TMA, num_stages=3), DOWN, AMPERE, "TMA needs compute capability 9.0, the device has 8.0"),
+        (BY_TMA, replace(DOWN, K=800), HOPPER, "K=800 is not a multiple of 64"),
+        (BY_TMA, replace(DOWN, N=2176), HOPPER, "2176 columns are not a multiple of 256"),
+        (BY_TMA, replace(DOWN, N=768, blocks=2), HOPPER, "384 columns are not a multiple of 256"),
+        (BY_TMA, GATE_UP, HOPPER, "rows that are gathered cannot be read by TMA"),
+        (ROLES, DOWN, BLACKWELL, "roles need Triton 3.6 and compute capability 9.0, this is Triton .* and 10.0"),
+        (
+            replace(ROLES, num_warps=8),
+            DOWN,
+            HOPPER,
+            "roles need both operands by TMA, 4 warps and a program for each tile",
+        ),
+        (replace(ROLES, rows="pointers"), DOWN, HOPPER, "roles need both operands by TMA"),
+        (replace(ROLES, persistent=True), DOWN, HOPPER, "a program for each tile"),
+        (replace(ROLES, block_m=64), DOWN, HOPPER, "roles need tiles of 128 rows or more, not 64"),
+        (replace(ROLES, num_stages=1), replace(DOWN, dtype=torch.float32), HOPPER, "roles need half precision"),
+        (ROLES, replace(GATE_UP, gathered=False), HOPPER, "roles take one block of b, not 2"),
+        (ROLES, replace(DOWN, rank=8), HOPPER, "roles need a rank that is a power of two from 16 on, not 8"),
+        (ROLES, replace(DOWN, rank=128), HOPPER, "it needs 279040 bytes of shared memory"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_problems_are_named(variant, product, capability, why, monkeypatch):
+    monkeypatch.setattr(variants, "TRITON_VERSION", (3, 6))
+    found = problem(variant, product, *limits(capability))
+    with pytest.raises(ValueError, match=why):
+        raise ValueError(found)
+
+
+def test_roles_need_the_triton_that_compiles_them(monkeypatch):
+    """3.7 ends the process in the middle of compiling."""
+    assert problem(ROLES, replace(DOWN, rank=16)) is None or variants.TRITON_VERSION != (3, 6)
+    for version, fits in (((3, 6), True), ((3, 7), False), ((3, 5), False)):
+        monkeypatch.setattr(variants, "TRITON_VERSION", version)
+        assert (problem(ROLES, DOWN) is None) == fits
+
+
+def test_shared_memory_does_not_grow_with_the_rank_until_its_operands_outgrow_the_pipeline():
+    sizes = [variants.shared_bytes(WIDE, replace(DOWN, rank=rank)) for rank in (0, 16, 64, 128)]
+    assert sizes == [196736] * 4
+    assert variants.shared_bytes(replace(WIDE, num_stages=1), replace(DOWN, rank=128)) == 384 * 2 * 128 + 128
