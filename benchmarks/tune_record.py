@@ -39,6 +39,8 @@ class Record:
         """By ``Point.label``: the row, or that the rule stands, and all times."""
         self.crossing: dict[str, dict[str, Any]] = {}
         """By the layer's label: times of both back ends."""
+        self.failures: dict[str, str] = {}
+        """Points and layers that could not be measured, and why; they are not tried again."""
         self.not_reached: list[str] = []
         self.seconds: dict[str, float] = {}
         self.clocks: list[str] = []
@@ -66,7 +68,7 @@ class Record:
                     f"{self.path}: begun with {name} {then!r}, but this is {now!r}; give another --out, or remove it"
                 )
         sweep = found["sweep"]
-        for name in ("refused", "points", "crossing", "seconds", "clocks"):
+        for name in ("refused", "points", "crossing", "failures", "seconds", "clocks"):
             setattr(self, name, sweep[name])
 
     def save(self) -> None:
@@ -76,7 +78,7 @@ class Record:
         for name in dict.fromkeys(point["layer"] for point in self.crossing.values()):
             mine = [point for point in self.crossing.values() if point["layer"] == name]
             layers[name] = {**mine[0]["key"], "vendor_from": vendor_from(mine)}
-        names = ("refused", "points", "crossing", "not_reached", "seconds", "clocks")
+        names = ("refused", "points", "crossing", "failures", "not_reached", "seconds", "clocks")
         save(
             self.path, "tune", self.device, dry=self.dry, gpu=self.gpu, measured=self._measured(),
             rows=[point["row"] for point in points if point["row"]],

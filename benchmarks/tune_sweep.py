@@ -102,6 +102,8 @@ class Sweep:
         for number, group in enumerate(groups):
             points = [p for p in group.points if p.label not in self.record.points]
             layers = [spec for spec in group.layers if spec.label not in self.record.crossing]
+            points = [p for p in points if p.label not in self.record.failures]
+            layers = [spec for spec in layers if spec.label not in self.record.failures]
             if points and self.left() > LEAST_SECONDS:
                 self._timed(f"compile group {number}", lambda points=points: self._compile(points))
             for point in points:
@@ -114,9 +116,21 @@ class Sweep:
         if self.left() < max(LEAST_SECONDS, 1.2 * self.longest.get(kind, 0.0)):
             self.record.not_reached.append(label)
             return
-        seconds = self._timed(label, call)
-        self.longest[kind] = max(self.longest.get(kind, 0.0), seconds)
+        try:
+            seconds = self._timed(label, call)
+            self.longest[kind] = max(self.longest.get(kind, 0.0), seconds)
+        except DeadDevice:
+            raise
+        except Exception as error:  # out of memory, say: the next may well fit; this one is said and recorded
+            self.record.failures[label] = first_line(error)
+            print(f"FAILED {label}: {first_line(error)}", flush=True)
+            self._check_alive(label)
         self.record.save()
+
+    def _check_alive(self, label: str) -> None:
+        if not self.tools.alive():
+            self.record.save()
+            raise DeadDevice(label)
 
     def _timed(self, label: str, call: Callable[[], None]) -> float:
         before = self.tools.now()
@@ -171,9 +185,7 @@ class Sweep:
                 passed.append(variant)
                 continue
             self.record.refused[name] = why
-            if not self.tools.alive():
-                self.record.save()
-                raise DeadDevice(f"{name}: {why}")
+            self._check_alive(f"{name}: {why}")
         return passed
 
     # ---- a point ----------------------------------------------------------------------------------------------------

@@ -91,7 +91,12 @@ def gpu_tools() -> Tools:
 
 
 def dry_tools() -> Tools:
-    """The same through the interpreter; one kernel is compiled in earnest, for an H100."""
+    """The same through the interpreter, which the tests make faster; one kernel is compiled in earnest, for an H100."""
+    import pytest
+
+    from tests.kernels import interpreter
+
+    interpreter.improve(pytest.MonkeyPatch())
     device, compile_h100 = torch.device("cpu"), compiler_for((9, 0))
 
     def compiler(jobs: Sequence[Job], seconds: float) -> dict[Job, str | None]:
@@ -132,6 +137,7 @@ def show(record: Record) -> str:
         says = point["best"] if row else "the rule stands"
         lines.append((label, rule_us, best_us, spread, point["tflops"], says))
     refused = [f"refused {name}: {why}" for name, why in record.refused.items()]
+    refused += [f"FAILED {label}: {why}" for label, why in record.failures.items()]
     left = [f"not reached: {'; '.join(record.not_reached)}"] if record.not_reached else []
     return "\n".join([table(header, lines), *refused, *left])
 
@@ -162,7 +168,7 @@ def main() -> int:
     print(f"\n{show(record)}")
     ships = MEANINGLESS if args.dry else f"to ship it: kernels/megalora_kernels/tuned/{tuned.file_name(record.gpu)}"
     print(f"wrote {args.out} ({ships})")
-    return 0
+    return 1 if record.failures else 0
 
 
 if __name__ == "__main__":

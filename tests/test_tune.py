@@ -357,6 +357,42 @@ def test_a_variant_that_took_the_process_down_is_refused_by_the_next(out):
     assert not out.with_suffix(".running").exists()
 
 
+def test_a_point_that_fails_is_named_and_the_others_go_on(out):
+    """The layer runs out of memory, and one GEMM has no variant that is right."""
+    bench = Bench(costs(v0=100, v1=50))
+    bench.layer_us = {256: (100, 80), 128: (100, 90)}  # of 64 rows it knows nothing: KeyError
+
+    def run(o: Operands, variant: Variant) -> torch.Tensor:
+        return by_torch(o, variant) * (2 if o.source_M is None else 1)
+
+    bench.run = run
+    found = sweep(out, bench, layers=LAYERS)
+    assert [row["N"] for row in found["rows"]] == [GATE_UP.N] * 2 and len(found["sweep"]["crossing"]) == 2
+    failures = found["sweep"]["failures"]
+    assert list(failures) == ["tiny down forward 2 x 64", "tiny down forward 2 x 128", LAYERS[2].label]
+    assert (
+        "no variant computes it" in failures["tiny down forward 2 x 64"] and failures[LAYERS[2].label] == "KeyError: 64"
+    )
+
+
+def test_a_device_that_dies_while_it_is_timed_does_not_die_of_the_same_point_again(out):
+    bench = Bench(costs(v0=100, v1=50))
+    timed = bench.timer
+
+    def timer(calls, repeats):
+        if repeats == 20 and len(bench.timed) < 8:
+            bench.alive = False
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return timed(calls, repeats)
+
+    bench.timer = timer
+    with pytest.raises(DeadDevice, match="tiny gate_up forward 2 x 64"):
+        sweep(out, bench)
+    bench.alive = True
+    found = sweep(out, bench)
+    assert list(found["sweep"]["failures"]) == ["tiny gate_up forward 2 x 64"] and len(found["rows"]) == 3
+
+
 def test_what_does_not_compile_is_refused_and_never_launched(out):
     bench = Bench(costs(v0=100, v5=1, v2=50))
     bench.no_compile = {VARIANTS[5]: "the compiler's process ended with -6: Assertion `index < size()' failed."}
