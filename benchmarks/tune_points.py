@@ -79,18 +79,24 @@ def gemms_of(sizes: Sizes, rank: int = RANK) -> tuple[Gemm, ...]:
 FIRST = ((128, 512), (16, 4096))
 """(experts, rows per expert): 8k tokens, all experts on one GPU, or one of 8 expert-parallel ranks."""
 REST = ((128, 256), (16, 2048), (128, 1024), (16, 8192), (128, 128), (128, 64))
-CROSSING = ((16, 4096), (16, 2048), (16, 1024), (128, 512), (128, 256), (128, 128))
+MANY_ROWS, FEWER_ROWS = ((16, 4096), (16, 2048), (16, 1024)), ((128, 512), (128, 256), (128, 128))
+"""The same of whole layers: a crossing is looked for from many rows down."""
 
 
 def groups() -> list[Group]:
     """In the order of what they are worth: time may run out."""
-    found = []
-    for name in ("30b", "235b"):
-        sizes = SIZES[name]
-        points = [Point(gemm, *at) for at in (*FIRST, *REST) for gemm in gemms_of(sizes)]
-        specs = [Spec(sizes, rows * experts // TOP_K, experts, RANK, "balanced") for experts, rows in CROSSING]
-        found.append(Group(tuple(points), tuple(specs)))
-    return found
+    thirty, big = SIZES["30b"], SIZES["235b"]
+    return [
+        _group(thirty, FIRST, MANY_ROWS),
+        _group(thirty, REST, FEWER_ROWS),
+        _group(big, (*FIRST, *REST), (*MANY_ROWS, *FEWER_ROWS)),
+    ]
+
+
+def _group(sizes: Sizes, gemms_at: Sequence[tuple[int, int]], layers_at: Sequence[tuple[int, int]]) -> Group:
+    points = [Point(gemm, *at) for at in gemms_at for gemm in gemms_of(sizes)]
+    specs = [Spec(sizes, rows * experts // TOP_K, experts, RANK, "balanced") for experts, rows in layers_at]
+    return Group(tuple(points), tuple(specs))
 
 
 def dry_groups() -> list[Group]:

@@ -89,6 +89,7 @@ class Sweep:
         self.record, self.tools, self.end = record, tools, tools.now() + seconds
         self.uncompiled: set[str] = set()
         """Not reached by the compiler: not refused, but not to be compiled in series either."""
+        self.compiled: set[Job] = set()
         self.checked: set[str] = set()
         self.longest: dict[str, float] = {}
         """Seconds of the slowest point and the slowest layer so far."""
@@ -152,8 +153,13 @@ class Sweep:
             for variant in self.variants(point):
                 for experts in self._experts(point):
                     jobs[Job(point.gemm, experts, variant, dtype)] = None
-        wanted = [job for job in jobs if _name(job.gemm, job.variant) not in self.record.refused]
+        wanted = [
+            job for job in jobs if job not in self.compiled and _name(job.gemm, job.variant) not in self.record.refused
+        ]
+        if not wanted:
+            return
         found = self.tools.compiler(wanted, COMPILE_SHARE * self.left())
+        self.compiled |= found.keys()
         for job in wanted:
             name = _name(job.gemm, job.variant)
             if job not in found:

@@ -1,5 +1,6 @@
 """Gradient and optimizer bytes against the live tensors of a training step, and what a plan says of itself."""
 
+import json
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from megalora_kernels import prefers_grouped_mm
+from megalora_kernels import prefers_grouped_mm, tuned
 from megalora_kernels.tuned import RULE_VENDOR_FROM
+from megalora_kernels.tuned_table import MEASURED
 
 from megalora.config import DataConfig, LoRAConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megalora.model.experts import FusedExperts
@@ -148,6 +150,24 @@ def test_room_is_planned_where_the_model_makes_it_and_a_layer_uses_it(
     assert prefers_grouped_mm(torch.bfloat16, cuda, rows, 32, (2048, inner)) == expected
     # The rows of a rank, as the planner counts them, over its experts.
     assert rows == Microbatch.of(model, layout, work).rows / weight.shape[0]
+
+
+def test_the_model_asks_the_table_for_its_own_layer(monkeypatch, tmp_path) -> None:
+    layer = {"dtype": "bfloat16", "hidden": 2048, "intermediate": 768, "R": 32, "vendor_from": 300}
+    empty = {"measured": dict.fromkeys(MEASURED, "a test"), "rows": [], "rule_stands": []}
+    (tmp_path / "NVIDIA_H100.json").write_text(json.dumps({"gpu": "NVIDIA H100", "layers": [layer], **empty}))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    monkeypatch.delenv(tuned.ENV_TABLE, raising=False)
+    tuned.forget()
+    cuda = torch.device("cuda", 0)
+    weight = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=cuda, shape=(16, 2048, 768))
+    experts: Any = SimpleNamespace(down=weight)
+    assert [FusedExperts.gains_from_room(experts, rows, rank=32) for rows in (299, 300)] == [False, True]
+    weight.shape = (16, 768, 2048)
+    assert not FusedExperts.gains_from_room(experts, 300, rank=32)
+    tuned.forget()
 
 
 def test_room_follows_the_table_and_not_the_number_of_experts(model: PlannedModel) -> None:
