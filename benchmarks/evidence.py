@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,12 +213,68 @@ def peers(results: Results) -> str:
     return f"Measured on {record['device']}: ratios of steps taken in turn.\n\n" + markdown(header, rows)
 
 
+def compiled(results: Results) -> str:
+    """What each way to compute the grouped GEMM takes of a multiprocessor, over all products and ranks it was compiled for."""
+    found: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    for path in sorted(results.folder.glob("compiled_*.json")):
+        for row in json.loads(path.read_text()):
+            if "product" not in row or row["refused"] or "error" in row or row["capability"] != 90:
+                continue
+            switches = [name for name in ("persistent", "roles") if row[name]]
+            operands = ", ".join([f"w {row['weight']}", f"x {row['rows']}", *switches])
+            way = (row["variant"], f"w{row['num_warps']} s{row['num_stages']}", operands)
+            found.setdefault(way, {}).setdefault(row["triton"], []).append(row)
+    if not found:
+        return "Not yet recorded (`python -m tests.kernels.compile_for_gpu --every` prints it)."
+    versions = sorted({version for rows in found.values() for version in rows})
+    names = ("registers", "spilled", "shared", "per_sm", "loop")
+    rows = []
+    for way, by_version in found.items():
+        ranges = [[_range(row[name] for row in by_version.get(version, [])) for name in names] for version in versions]
+        rows.append((" ".join(way), *(" / ".join(cells) for cells in ranges)))
+    header = ("variant", *(f"Triton {version}" for version in versions))
+    return "Registers / spilled bytes / shared memory / programs per SM / loop.\n\n" + markdown(header, rows)
+
+
+def _range(values: Iterable[int]) -> str:
+    """The least and the most, or the one value."""
+    known = sorted(set(values))
+    if not known:
+        return "-"
+    return f"{known[0]}" if len(known) == 1 else f"{known[0]} to {known[-1]}"
+
+
+def launches(results: Results) -> str:
+    """Kernels of a layer as counted on the pretended GPU; of a whole layer as the profiler found them."""
+    counted = results.of("launches.json")
+    if not counted:
+        return "Not yet recorded (`python -m tests.pretended.launches --json` prints it)."
+    rows = []
+    for name in dict.fromkeys(key.rsplit(" ", 2)[0] for key in counted):
+        cells = [counted[f"{name} {which}"] for which in COUNTED]
+        kernels = [sum(cell["kernels"].values()) for cell in cells]
+        rows.append((name, *kernels, sum(cell["host_operations"] for cell in cells[2:])))
+    profiled = [row for row in results.on_gpu("gpu_model.json").get("rows", []) if "phases" in row.get("profile", {})]
+    for row in profiled:
+        phases = row["profile"]["phases"]
+        measured = [phases[phase]["per_layer"] for phase in ("forward", "backward")]
+        rows.append((f"measured: {row['arm']}, {row['layers']} layers", "", "", *measured, ""))
+    if not profiled:
+        rows.append(("measured", *[NOT_YET] * 5))
+    header = ("layer, back end, expert-parallel ranks", *(f"kernels, {which}" for which in COUNTED),
+              "host operations, adapters")  # fmt: skip
+    return markdown(header, rows)
+
+
+COUNTED = ("base forward", "base backward", "adapters forward", "adapters backward")
 TABLES: dict[str, Callable[[Results], str]] = {
     "constants": constants,
     "anchors": anchors,
     "published": published,
     "tiles": tiles,
     "layers": layers,
+    "compiled": compiled,
+    "launches": launches,
     "goals": goal_table,
     "peers": peers,
 }

@@ -93,7 +93,7 @@ def of_anchors(record: dict[str, Any]) -> list[Line]:
     for row in record["rows"]:
         expected = row["expected"]
         span = f"expected {expected['low']:.4g} to {expected['high']:.4g}" if expected else ""
-        verdict = row["verdict"] if row["status"] == "ok" else f"FAILED: {row['status']}"
+        verdict = f"FAILED: {row['status']}" if row["verdict"] == "FAILED" else row["verdict"]
         lines.append(Line(f"anchor: {row['anchor']}", f"{number(row['value'], 2)} {row['unit']}", span, verdict))
     return lines + failures_of("anchor", [], record["not_reached"])
 

@@ -118,6 +118,49 @@ def test_peers_of_a_cpu(tmp_path):
     assert "| small | unsloth | not installed: unsloth | no |" in table(page, "peers")
 
 
+def test_compiled_limits_are_ranges_over_products(tmp_path):
+    def row(triton: str, **more) -> dict:
+        known = {"capability": 90, "triton": triton, "product": "down", "refused": None, "variant": "128 x 256 x 64"}
+        known |= {"num_warps": 8, "num_stages": 4, "weight": "tma", "rows": "tma", "persistent": True, "roles": False}
+        return known | {"registers": 240, "spilled": 0, "shared": 196736, "per_sm": 1, "loop": 90} | more
+
+    old = [row("3.6.0"), row("3.6.0", registers=251, loop=88), row("3.6.0", registers=9, refused="too big")]
+    old += [row("3.6.0", registers=9, capability=100), {"kernel": "_swiglu_kernel", "capability": 90}]
+    old += [{**row("3.6.0"), "error": "ended by SIGABRT"}]
+    new = [row("3.7.1", rows="pointers", persistent=False)]
+    for name, rows in (("compiled_36", old), ("compiled_37", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    found = table(filled(PAGE.read_text(), Results(tmp_path)), "compiled")
+    assert "| variant | Triton 3.6.0 | Triton 3.7.1 |" in found
+    first, second = found.strip().splitlines()[-2:]
+    assert first == (
+        "| 128 x 256 x 64 w8 s4 w tma, x tma, persistent | 240 to 251 / 0 / 196736 / 1 / 88 to 90 | - / - / - / - / - |"
+    )
+    assert second.endswith("| 240 / 0 / 196736 / 1 / 90 |") and second.startswith(
+        "| 128 x 256 x 64 w8 s4 w tma, x pointers |"
+    )
+
+
+def test_launches_of_a_layer(tmp_path):
+    kernels = {"base forward": 3, "base backward": 4, "adapters forward": 4, "adapters backward": 9}
+    counted = {
+        f"layer triton ep8 {which}": {"kernels": {"_gemm_kernel": 1, "mul": n - 1}, "host_operations": 10 * n}
+        for which, n in kernels.items()
+    }
+    (tmp_path / "launches.json").write_text(json.dumps(counted))
+    assert cells(filled(PAGE.read_text(), Results(tmp_path)), "launches", "layer triton ep8")[1:] == [
+        "3",
+        "4",
+        "4",
+        "9",
+        "130",
+    ]
+    phases = {"forward": {"per_layer": 8}, "backward": {"per_layer": 17}}
+    rows = [{"arm": "megalora", "layers": 4, "profile": {"phases": phases}}, {"arm": "peft", "layers": 4}]
+    page = filled(PAGE.read_text(), results(tmp_path, gpu_model={"rows": rows}))
+    assert cells(page, "launches", "measured: megalora, 4 layers")[3:5] == ["8", "17"]
+
+
 def test_a_changed_model_makes_the_page_stale(monkeypatch, tmp_path):
     shutil.copy(PAGE, tmp_path / "evidence.md")
     monkeypatch.setattr(tile_model, "VISIBLE_PERSISTENT", 0.1)
