@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -79,7 +80,7 @@ class Machine:
 
     def run(self, step: Step, limit_s: float) -> Outcome:
         """Run a step's program for at most ``limit_s`` and say what became of it."""
-        begun = time.monotonic()
+        begun, cpu_begun = time.monotonic(), cpu_of_children()
         log = self.log_of(step)
         budget_s = max(1.0, limit_s - step.margin_s)
         command = [self.python, *command_of(step, self.results, budget_s, self.dry)]
@@ -92,7 +93,8 @@ class Machine:
             )  # fmt: skip
             code = _wait(process, limit_s)
         seconds = round(time.monotonic() - begun, 1)
-        return Outcome(*self._judge(step, code, limit_s, log), seconds=seconds)
+        cpu_s = round(cpu_of_children() - cpu_begun, 1)
+        return Outcome(*self._judge(step, code, limit_s, log), seconds=seconds, cpu_s=cpu_s)
 
     def _judge(self, step: Step, code: int | None, limit_s: float, log: Path) -> tuple[str, str]:
         """(result, why)."""
@@ -108,6 +110,12 @@ class Machine:
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             return "failed", f"{step.result} is no record: {error}"
         return ("part", f"{len(left)} cases not reached, first {left[0]}") if left else ("ok", "")
+
+
+def cpu_of_children() -> float:
+    """Return seconds of processor time of all processes that have ended and that this one started, or they did."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _wait(process: subprocess.Popen[bytes], limit_s: float) -> int | None:

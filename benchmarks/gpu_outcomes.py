@@ -24,6 +24,8 @@ class Outcome:
     why: str = ""
     seconds: float = 0.0
     """Of the last call that ran it."""
+    cpu_s: float = 0.0
+    """Processor time of that call."""
     calls: int = 0
 
     @property

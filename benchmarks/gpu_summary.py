@@ -84,7 +84,7 @@ def of_tests(record: dict[str, Any]) -> list[Line]:
     passed = outcomes.count("passed")
     skipped = [row for row in record["rows"] if row["outcome"] == "skipped"]
     lines = [Line("tests", f"{passed} passed", f"{len(skipped)} skipped", "FAILED" if record["failures"] else "ok")]
-    lines += [Line(f"tests: {row['test']}", "-", row["why"], "skipped") for row in skipped]
+    lines += [Line(f"tests: {row['test'].rpartition('::')[2]}", "-", row["why"], "skipped") for row in skipped]
     return lines + failures_of("tests", record["failures"], record["not_reached"])
 
 

@@ -9,6 +9,11 @@ EVIDENCE, EVIDENCE_TEST = "benchmarks/evidence.py", "tests/test_evidence.py"
 ANCHORS_TEST = "tests/kernels/test_anchors.py"
 ENVIRONMENT, SHARE_TEST = "megalora/environment.py", "tests/test_share_gpu.py"
 
+ALL, MACHINE, OUTCOMES = "benchmarks/gpu_all.py", "benchmarks/gpu_machine.py", "benchmarks/gpu_outcomes.py"
+TRACE, PLAN, TIMING = "benchmarks/step_trace.py", "benchmarks/model_plan.py", "benchmarks/gpu_timing.py"
+ALL_TEST, TRACE_TEST = "tests/test_gpu_all.py", "tests/test_step_trace.py"
+SCRIPTS_TEST, SUMMARY_TEST = "tests/test_benchmark_scripts.py", "tests/test_gpu_summary.py"
+
 # fmt: off
 GPU_BUGS: tuple[Bug, ...] = (
     bug(0, "a stale page of evidence that passes", EVIDENCE, "    if args.check:\n", "    if args.check and now == before:\n", f"{EVIDENCE_TEST} stale"),
@@ -44,5 +49,27 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(0, "aliases counted as one value each", "megalora/yaml_limits.py", "num_nodes += size", "num_nodes += 1", "tests/test_config.py hostile_file"),
     bug(0, "an alias inside what it names", "megalora/yaml_limits.py", "if size == 0:", "if size < 0:", "tests/test_config.py hostile"),
     bug(0, "an override's value read unchecked", "megalora/config_file.py", "            check_yaml(value)\n", "", "tests/test_config.py hostile_override"),
+    bug(0, "a failed step's exit code swallowed", MACHINE, "        if code:\n            return \"failed\"", "        if code < 0:\n            return \"failed\"", f"{ALL_TEST} named"),
+    bug(0, "a step's budget not passed on", "benchmarks/gpu_steps.py", 'BUDGET: f"{budget_s:.0f}"', 'BUDGET: f"{SECONDS:.0f}"', f"{ALL_TEST} leaves_over"),
+    bug(0, "time left over kept from the next step", ALL, "left_s = ends[step.name] - (time.monotonic() - start)", "left_s = seconds * step.share / sum(s.share for s in steps)", f"{ALL_TEST} leaves_over"),
+    bug(0, "a second call runs done steps again", OUTCOMES, 'if self.outcomes[step.name].result != "ok"', 'if self.outcomes[step.name].result != "never"', f"{ALL_TEST} second_call"),
+    bug(0, "what failed before comes first again", OUTCOMES, 'key=lambda step: self.outcomes[step.name].result == "failed"', "key=lambda step: 0", f"{ALL_TEST} second_call"),
+    bug(0, "a step with cases left over called done", MACHINE, '("part", f"{len(left)} cases not reached, first {left[0]}") if left else ("ok", "")', '("ok", "")', f"{ALL_TEST} second_call"),
+    bug(0, "a stopped step's ranks live on", MACHINE, "os.killpg(process.pid, how)", "process.send_signal(how)", f"{ALL_TEST} stopped"),
+    bug(0, "a committed JSON counts as this run's", ALL, "    if not before.calls:\n", "    if before.calls:\n", f"{ALL_TEST} another_run"),
+    bug(0, "a dry run's results continued on a GPU", OUTCOMES, "if was_dry != self.dry:", "if was_dry and was_dry == self.dry:", f"{ALL_TEST} another_kind"),
+    bug(0, "overlapping work of the device counted twice", TRACE, "busy += max(0.0, span.end - max(span.begin, last.end))", "busy += span.us", f"{TRACE_TEST} gaps_are_between"),
+    bug(0, "a gap measured from the last start, not the last end", TRACE, "        if span.end > last.end:\n            last = span", "        last = span", f"{TRACE_TEST} overlaps"),
+    bug(0, "waits of the measurement counted as the step's", TRACE, "step.begin <= s.begin <= step.end", "step.begin <= s.begin", f"{TRACE_TEST} waits"),
+    bug(0, "kernels of backward counted as forward's", TRACE, 'phase, backward_seen = "backward", True', 'phase, backward_seen = "forward", True', f"{TRACE_TEST} phase"),
+    bug(0, "steps of a trace added up, not averaged", TRACE, '"idle_us": idle / count', '"idle_us": idle', f"{TRACE_TEST} averaged"),
+    bug(0, "an error in percent of what was predicted", PLAN, "100 * (predicted / measured - 1)", "100 * (1 - measured / predicted)", f"{TRACE_TEST} percent"),
+    bug(0, "the planner's seconds taken for milliseconds", PLAN, '"step_ms": 1e3 * found.time.seconds', '"step_ms": found.time.seconds', f"{TRACE_TEST} very_configuration"),
+    bug(0, "the CUDA context counted as the allocator's", PLAN, " - found.memory[CONTEXT]", "", f"{TRACE_TEST} very_configuration"),
+    bug(0, "a record of other settings continued", TIMING, "if record.get(name) != value]", "if name not in record]", f"{SCRIPTS_TEST} measured_alike"),
+    bug(0, "a budget that begins after the imports", TIMING, "time.monotonic() + seconds - gone", "time.monotonic() + seconds", f"{SCRIPTS_TEST} budget"),
+    bug(0, "layouts that passed are trained again", "benchmarks/shared_gpu.py", "missing = [case for case in cases if case.name not in passed]", "missing = list(cases)", f"{SCRIPTS_TEST} held_against"),
+    bug(0, "more taken for better of every goal", "benchmarks/gpu_summary.py", "value / goal.must - 1 if goal.at_least else 1 - value / goal.must", "value / goal.must - 1", f"{SUMMARY_TEST} by_how_much"),
+    bug(0, "the untuned value decides", "benchmarks/gpu_summary.py", "last = before if after is None else after", "last = after if before is None else before", f"{SUMMARY_TEST} last_measurement"),
 )
 # fmt: on

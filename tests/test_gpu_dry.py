@@ -1,0 +1,46 @@
+"""The whole path of ``gpu_all.sh`` at tiny sizes on a CPU, with every program and the summary of what they wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_steps import named
+
+ROOT = Path(__file__).parents[1]
+
+
+def dry_run(out: Path, *words: str) -> subprocess.CompletedProcess:
+    """As from a shell, of this interpreter; ``--seconds`` is far more than it takes."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    for name in ("TRITON_INTERPRET", "MEGALORA_TEST_GPU"):
+        environment.pop(name, None)
+    script = ["bash", str(ROOT / "benchmarks/gpu_all.sh"), "--dry", "--seconds", "3600", "--out", str(out)]
+    return subprocess.run([*script, *words], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_every_step_runs_and_a_second_call_has_nothing_to_do(tmp_path):
+    done = dry_run(tmp_path)
+    steps = named([])
+    outcomes = json.loads((tmp_path / "gpu_all.json").read_text())["steps"]
+    logs = {
+        step.name: (tmp_path / step.result).with_suffix(".txt").read_text()[-2000:]
+        for step in steps
+        if outcomes[step.name]["result"] != "ok"
+    }
+    assert not logs, logs
+    assert done.returncode == 0, done.stdout + done.stderr
+    for step in steps:
+        assert json.loads((tmp_path / step.result).read_text()), step.name
+    assert "a dry run: times, ratios and errors mean nothing" in done.stdout
+    for step in steps:
+        assert f"step: {step.name} " in done.stdout
+    times = {step.name: (tmp_path / step.result).stat().st_mtime_ns for step in steps}
+    again = dry_run(tmp_path)
+    assert again.returncode == 0 and f"done before: {', '.join(times)}\n" in again.stdout
+    assert "==" not in again.stdout
+    assert times == {step.name: (tmp_path / step.result).stat().st_mtime_ns for step in steps}
