@@ -27,11 +27,14 @@ PATIENCE_S = 120
 RANK = """
 import signal, sys, time
 def stop(number, frame):
-    print("stopped by a signal at step 3; the adapter is run/step_000003", flush=True)
+    # In one write: print may send the line's end apart, behind what the other rank says.
+    sys.stdout.write("stopped by a signal at step 3; the adapter is run/step_000003\\n")
+    sys.stdout.flush()
     sys.exit(0)
 signal.signal(signal.SIGINT, stop)
 signal.signal(signal.SIGTERM, stop)
-print("step 3", flush=True)
+sys.stdout.write("step 3\\n")
+sys.stdout.flush()
 time.sleep(60)
 """
 

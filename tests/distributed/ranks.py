@@ -27,6 +27,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, backend: str 
 def _enter(
     rank: int, fn: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...], backend: str
 ) -> None:
+    gc.freeze()  # what the tests' process holds, such as tensors of test modules, is not this rank's
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
