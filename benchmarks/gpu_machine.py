@@ -16,7 +16,7 @@ from benchmarks.gpu_steps import RESULTS, STEPS, Step, command_of
 ROOT = Path(__file__).parents[1]
 STARTED = "MEGALORA_BENCHMARK_STARTED"
 """Tells a program since when its budget runs (``gpu_timing.Budget``)."""
-GRACE_S = 5
+GRACE_S = 8
 """Between asking a step that outran its limit to end and killing it."""
 PROBE = """
 import importlib.util, json, sys
@@ -119,18 +119,31 @@ def cpu_of_children() -> float:
 
 
 def _wait(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
-    """Return the exit code; None where the limit came first, and then end the program with all it started."""
+    """Return the exit code; None where the limit came first, and then end the program with all it started.
+
+    Ranks of torchrun are no members of its group of processes: it must have the time to end them itself.
+    """
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        for how, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
-            try:
-                os.killpg(process.pid, how)
-                process.wait(patience_s)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
-        process.wait()
-        return None
+        os.killpg(process.pid, signal.SIGTERM)
+    end = time.monotonic() + GRACE_S
+    while time.monotonic() < end and _lives(process):
+        time.sleep(0.1)
+    if _lives(process):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return None
+
+
+def _lives(process: subprocess.Popen[bytes]) -> bool:
+    """Whether anything of the program's group of processes is left."""
+    process.poll()  # else it would be left itself, as one that nobody has waited for
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def install_wheels(python: str, site: Path) -> str:

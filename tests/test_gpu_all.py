@@ -113,6 +113,20 @@ def test_a_step_beyond_its_share_is_stopped_with_all_it_started(machine):
     assert not status.exists() or "State:\tZ" in status.read_text(), "what it started still runs"
 
 
+def test_what_a_stopped_step_started_has_time_to_end(machine):
+    """As torchrun has to, which ends its ranks: the program itself is gone at once."""
+    ended, child = machine.results / "ended", machine.results / "child.py"
+    child.write_text(
+        "import pathlib, signal, sys, time\n"
+        f"end = lambda *_: (time.sleep(0.5), pathlib.Path({str(ended)!r}).touch(), sys.exit())\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "time.sleep(60)\n"
+    )
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, {str(child)!r}]).wait()"
+    assert machine.run(step("parent", code), 3.0).result == "stopped"
+    assert ended.exists()
+
+
 def test_one_that_does_not_end_when_asked_is_killed(machine, monkeypatch):
     monkeypatch.setattr(gpu_machine, "GRACE_S", 0.3)
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"

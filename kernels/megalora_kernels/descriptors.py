@@ -8,6 +8,7 @@ Shape legend: E experts   K inputs   N outputs
 
 import torch
 import triton
+import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 ALIGN_BYTES = 16
@@ -35,7 +36,7 @@ def stack_descriptor(w_EKN: torch.Tensor, block_k: int, block_n: int) -> tuple[T
 
 
 @triton.jit
-def load_from_stack(desc, first_row, k0, n0, BY_COLUMNS: triton.language.constexpr):
+def load_from_stack(desc, first_row, k0, n0, BY_COLUMNS: tl.constexpr):
     """A block (K, N) of the expert that begins at ``first_row``, from ``k0`` and ``n0`` on."""
     return desc.load([first_row + n0, k0]).T if BY_COLUMNS else desc.load([first_row + k0, n0])
 
