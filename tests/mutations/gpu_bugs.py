@@ -16,6 +16,8 @@ SCRIPTS_TEST, SUMMARY_TEST = "tests/test_benchmark_scripts.py", "tests/test_gpu_
 
 # fmt: off
 GPU_BUGS: tuple[Bug, ...] = (
+    bug(0, "a descriptor whose rows overlap", "kernels/megalora_kernels/descriptors.py", "shape, [w.stride(1), 1], block)", "shape, [w.shape[2] // 2, 1], block)", "tests/kernels/test_launch_path.py reach"),
+    bug(0, "a tile's rows by descriptor that were asked for by pointers", "kernels/megalora_kernels/gemm_kernel.py", '    if variant.rows == "tma":\n        x_operand', '    if variant.weight == "tma":\n        x_operand', "tests/kernels/test_launch_path.py reach"),
     bug(0, "a stale page of evidence that passes", EVIDENCE, "    if args.check:\n", "    if args.check and now == before:\n", f"{EVIDENCE_TEST} stale"),
     bug(0, "a dry run taken for a measurement", EVIDENCE, "{} if dry or on_cpu else found", "{} if on_cpu else found", f"{EVIDENCE_TEST} dry"),
     bug(0, "an H200's bandwidth beside an H100's constant", EVIDENCE, "digits(None if other_card else value)", "digits(value)", f"{EVIDENCE_TEST} fill"),
