@@ -84,14 +84,6 @@ class Adapter:
                 blocks.append(F.pad(b * self.scale[i], (ranks[i][0], total - ranks[i][1])))
         return torch.cat(blocks, 1)
 
-    def b_gradients(self, db_ENR: torch.Tensor) -> list[torch.Tensor | None]:
-        """The gradient of each B from that of ``whole_b`` as it is unscaled."""
-        grads: list[torch.Tensor | None] = [None] * len(self.b)
-        height = db_ENR.shape[1] // len(self.b)
-        for i, j, k in self.ranks():
-            grads[i] = db_ENR[:, i * height : (i + 1) * height, j:k]
-        return grads
-
     def check(self, what: str, weight_ENK: torch.Tensor) -> None:
         """Raises ``ValueError`` unless A's rows and every B fit each other and the weight."""
         if len(self.b) > MAX_PROJECTIONS:

@@ -35,8 +35,10 @@ class _SwiGLU(torch.autograd.Function):
         y_MJ, p_M, offsets_E = ctx.saved_tensors
         engine = make_engine(ctx.backend, Routing(offsets_E, y_MJ.shape[0]))
         dy_MJ = torch.empty_like(y_MJ)
-        grads = engine.passes.swiglu_backward(engine.dense(dh_MI), y_MJ, p_M, engine.routing, dy_MJ, None, None)
-        return dy_MJ, grads.dp_M, None, None
+        sums = engine.sums(y_MJ, [])
+        engine.passes.swiglu_backward(engine.dense(dh_MI), y_MJ, p_M, engine.routing, dy_MJ, None, None, sums, None, ())
+        dp_M, _ = sums.finish()
+        return dy_MJ, dp_M, None, None
 
 
 def experts_with_dropout(

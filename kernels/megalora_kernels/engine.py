@@ -8,7 +8,7 @@
 Shape legend: T source rows   M routed rows   E experts   K inputs   N outputs   R rank   I expert intermediate   J = 2I
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,8 @@ from .joined import Joined
 from .lora_wgrad import lora_wgrad_loop, lora_wgrad_triton
 from .routing import Routing
 from .shrink import shrink_loop, shrink_triton
-from .swiglu import SwiGLUGrads, swiglu_backward_loop, swiglu_backward_triton, swiglu_loop, swiglu_triton
+from .sums import Shapes, Sums, TorchSums, TritonSums
+from .swiglu import swiglu_backward_loop, swiglu_backward_triton, swiglu_loop, swiglu_triton
 
 
 @dataclass
@@ -67,13 +68,14 @@ class Passes:
 
     shrink: Callable[..., None]
     swiglu: Callable[..., None]
-    swiglu_backward: Callable[..., SwiGLUGrads]
-    wgrad: Callable[..., torch.Tensor]
+    swiglu_backward: Callable[..., None]
+    wgrad: Callable[..., None]
     combine: Callable[..., torch.Tensor]
+    sums: type[TorchSums] | type[TritonSums]
 
 
-IN_TORCH = Passes(shrink_loop, swiglu_loop, swiglu_backward_loop, lora_wgrad_loop, combine_ref)
-IN_TRITON = Passes(shrink_triton, swiglu_triton, swiglu_backward_triton, lora_wgrad_triton, combine_triton)
+IN_TORCH = Passes(shrink_loop, swiglu_loop, swiglu_backward_loop, lora_wgrad_loop, combine_ref, TorchSums)
+IN_TRITON = Passes(shrink_triton, swiglu_triton, swiglu_backward_triton, lora_wgrad_triton, combine_triton, TritonSums)
 
 
 class Engine:
@@ -134,14 +136,15 @@ class Engine:
 
     def swiglu_backward(
         self, dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, s_MR: torch.Tensor | None,
-        blocks: Factors | None, ds_MQ: torch.Tensor | None, weight: Weight, scale: RankScale = UNSCALED,
-    ) -> tuple[Rows, SwiGLUGrads]:  # fmt: skip
-        """(dy, dS) of gate_up, and the gradients of probabilities, A of down and B of gate_up."""
+        blocks: Factors | None, ds_MQ: torch.Tensor | None, weight: Weight,
+        sums: Sums, da: torch.Tensor | None, db: Sequence[torch.Tensor | None], scale: RankScale = UNSCALED,
+    ) -> Rows:  # fmt: skip
+        """(dy, dS) of gate_up. The gradients of probabilities, A of down and B of gate_up go to ``sums`` and places there."""
         rows = self.buffers(y_MJ, y_MJ.shape[1], 0 if s_MR is None else s_MR.shape[1], weight)
-        grads = self.passes.swiglu_backward(dh_MI, y_MJ, p_M, self.routing, rows.x, s_MR, ds_MQ)
+        self.passes.swiglu_backward(dh_MI, y_MJ, p_M, self.routing, rows.x, s_MR, ds_MQ, sums, da, db)
         if blocks is not None:
             self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows), scale=scale)
-        return rows, grads
+        return rows
 
     def _padded(self, rows: Rows) -> torch.Tensor | None:
         """S with the columns that pad it."""
@@ -149,8 +152,16 @@ class Engine:
             return rows.s_MR
         return rows.joined[:, rows.x.shape[1] :]
 
-    def wgrad(self, g_MR: torch.Tensor, x: torch.Tensor, source_M: torch.Tensor | None = None) -> torch.Tensor:
-        return self.passes.wgrad(self.dense(g_MR), self.dense(x), self.routing, source_M)
+    def sums(self, like: torch.Tensor, shapes: Shapes) -> Sums:
+        """Places for the gradients of one backward pass, as few launches as they need; see ``sums.py``."""
+        return self.passes.sums(self.routing, like, shapes)
+
+    def wgrad(
+        self, g_MR: torch.Tensor, x: torch.Tensor, place: torch.Tensor | None, source_M: torch.Tensor | None = None
+    ) -> None:
+        """``gᵀ x`` of each expert's rows, ``[R, K]``, into a place of ``sums``."""
+        assert place is not None
+        self.passes.wgrad(self.dense(g_MR), self.dense(x), self.routing, place, source_M)
 
     def combine(self, y_MH: torch.Tensor) -> torch.Tensor:
         """Each token's sum; y itself where rows are given and taken sorted."""

@@ -33,6 +33,7 @@ from .grouped_gemm import grouped_gemm_ref
 from .joined import Joined
 from .routing import Routing
 from .shrink import shrink_ref
+from .sums import Sums
 from .swiglu import swiglu_ref
 
 # ---- 1. reference: the specification, read this first ---------------------------------------------------------------
@@ -90,6 +91,16 @@ class _Operands:
         self.a1, self.blocks1, self.scale1 = _factors(self.adapter1)
         self.a2, self.blocks2, self.scale2 = _factors(self.adapter2)
 
+    def gradient_shapes(self, before_swiglu: bool, wants_a1: bool, wants_b2: bool) -> list[tuple[int, int] | None]:
+        """(rows, columns) of the gradients that are computed, in the order of a1, a2 and the B's."""
+
+        def shape_of(t: torch.Tensor | None, computed: bool) -> tuple[int, int] | None:
+            return (t.shape[1], t.shape[2]) if t is not None and computed else None
+
+        b1, b2 = (() if adapter is None else adapter.b for adapter in (self.adapter1, self.adapter2))
+        factors = [shape_of(self.a1, wants_a1), shape_of(self.a2, before_swiglu)]
+        return [*factors, *(shape_of(b, before_swiglu) for b in b1), *(shape_of(b, wants_b2) for b in b2)]
+
     def gate_up(self) -> tuple[torch.Tensor, Rows]:
         assert self.x is not None
         factors = None if self.a1 is None else (self.a1,)
@@ -103,6 +114,7 @@ def _factors(adapter: Adapter | None) -> tuple[torch.Tensor | None, Factors | No
 
 
 FLAT = 9  # tensors before the B's: x, p, offsets, source, slots, w1, w2, a1, a2
+FIRST_FACTOR = 8  # place of a1 among the inputs; the static part stands first
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -131,41 +143,50 @@ class _ExpertMLP(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *douts: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *kept, y_MJ, s1, s2 = ctx.saved_tensors
-        o, (wants_b1, wants_b2) = _Operands(ctx.static, tuple(kept)), ctx.wants_b
-        grads: list[torch.Tensor | None] = [None] * len(ctx.needs_input_grad)
+        o, (_, wants_b2) = _Operands(ctx.static, tuple(kept)), ctx.wants_b
+        _, wants_dx, *_ = ctx.needs_input_grad
+        wants_a1 = ctx.needs_input_grad[FIRST_FACTOR]
         dout = o.engine.dense(douts[0])
-        n = 1 + FLAT + ctx.static.blocks[0]
-        if wants_b2 and o.adapter2:
-            db2 = o.engine.wgrad(s2, dout, o.routing.source_M).transpose(1, 2)
-            grads[n:] = o.adapter2.b_gradients(db2)
+        sums = o.engine.sums(dout, o.gradient_shapes(ctx.before_swiglu, wants_a1, wants_b2))
+        da1, da2, *db = sums.places
+        db1, db2 = db[: ctx.static.blocks[0]], db[ctx.static.blocks[0] :]
+        if wants_b2:
+            _gradients_of_b2(o, s2, dout, db2)
+        dy = dx = None
         if ctx.before_swiglu:
             if y_MJ is None:
                 y_MJ = o.gate_up()[0]  # the rows, gathered again on the way, are not held
-            dy, db1 = _through_swiglu(o, dout, y_MJ, s1, grads)
-            if wants_b1 and o.adapter1:
-                grads[1 + FLAT : n] = o.adapter1.b_gradients(db1)
-            _through_gate_up(o, dy, ctx.needs_input_grad[1], ctx.needs_input_grad[8], grads)
+            dy = _through_swiglu(o, dout, y_MJ, s1, sums, da2, db1)
+            if wants_a1:
+                o.engine.wgrad(dy.s_MR, o.x, da1, o.routing.source_M)  # pyright: ignore[reportArgumentType]
+        dp, gradients = sums.finish()
+        if dy is not None and wants_dx:
+            dx = o.engine.combine(o.engine.dgrad(dy, o.weight1, o.a1))
+        grads = (None, dx, dp, *[None] * (FIRST_FACTOR - 3), *gradients)
         return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=True))
 
 
+def _gradients_of_b2(o: _Operands, s2: torch.Tensor, dout: torch.Tensor, places: list[torch.Tensor | None]) -> None:
+    """dB of down: S and the output's gradient, both for as many projections as the weight's rows are."""
+    assert o.adapter2 is not None
+    blocks = dout.chunk(len(places), 1)
+    for i, start, stop in o.adapter2.ranks():
+        place = places[i]
+        assert place is not None
+        o.engine.wgrad(s2[:, start:stop], blocks[i], place.transpose(1, 2), o.routing.source_M)
+
+
 def _through_swiglu(
-    o: _Operands, dout: torch.Tensor, y_MJ: torch.Tensor, s1: torch.Tensor | None, grads: list[torch.Tensor | None]
-) -> tuple[Rows, Any]:
-    """From the output's gradient to that of [gate | up] and dS1; puts dp and dA2 in their places and returns dB1 whole."""
+    o: _Operands, dout: torch.Tensor, y_MJ: torch.Tensor, s1: torch.Tensor | None,
+    sums: Sums, da2: torch.Tensor | None, db1: list[torch.Tensor | None],
+) -> Rows:  # fmt: skip
+    """From the output's gradient to that of [gate | up] and dS1; dp, dA2 and dB1 go to ``sums``."""
     engine = o.engine
     rows = engine.shrink(dout, o.blocks2, o.weight2, o.routing.source_M, scale=o.scale2)
     dh_MI = engine.dgrad(rows, o.weight2, o.a2)
-    dy, found = engine.swiglu_backward(dh_MI, y_MJ, o.p, s1, o.blocks1, rows.s_MR, o.weight1, o.scale1)
-    grads[2], grads[9] = found.dp_M, found.da_EQI
-    return dy, found.db_EJR
-
-
-def _through_gate_up(o: _Operands, dy: Rows, wants_dx: bool, wants_da: bool, grads: list[torch.Tensor | None]) -> None:
-    if wants_dx:
-        grads[1] = o.engine.combine(o.engine.dgrad(dy, o.weight1, o.a1))
-    if wants_da:
-        assert o.x is not None
-        grads[8] = o.engine.wgrad(dy.s_MR, o.x, o.routing.source_M)  # pyright: ignore[reportArgumentType]
+    return engine.swiglu_backward(
+        dh_MI, y_MJ, o.p, s1, o.blocks1, rows.s_MR, o.weight1, sums, da2, db1, o.scale1
+    )  # fmt: skip
 
 
 # ---- 3. public function ---------------------------------------------------------------------------------------------

@@ -81,10 +81,13 @@ class _GroupedLoRA(torch.autograd.Function):
             dx_MK = engine.dgrad(rows, weight, a_ERK)
         if need_dx_lora:
             dx_lora_MK = engine.from_rank(ds_MR, a_ERK)  # pyright: ignore[reportArgumentType]
+        shapes = [None if t is None else t.shape[1:] for t in (a_ERK if need_da else None, b_ENR if need_db else None)]
+        sums = engine.sums(dy_MN, shapes)
         if need_da:
-            da_ERK = engine.wgrad(ds_MR, x_MK)
+            engine.wgrad(ds_MR, x_MK, sums.places[0])
         if need_db:
-            db_ENR = engine.wgrad(s_MR, dy_MN).transpose(1, 2)
+            engine.wgrad(s_MR, dy_MN, sums.places[1].transpose(1, 2))  # pyright: ignore[reportOptionalMemberAccess]
+        _, (da_ERK, db_ENR) = sums.finish()
         return dx_MK, None, None, da_ERK, db_ENR, dx_lora_MK, None, None
 
 

@@ -18,14 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tiles
 from .backend import choose_pass
 from .gemm_kernel import grouped_gemm_triton
 from .grouped_gemm import grouped_gemm_loop
 from .routing import Routing
 from .shrink import shrink_loop, shrink_triton
-from .tiles import max_tiles, sum_tiles, tile_of
-
-CHUNK_ROWS = 1024
+from .sums import TorchSums, TritonSums
+from .tiles import tile_of
 
 # ---- 1. reference ---------------------------------------------------------------------------------------------------
 
@@ -44,7 +44,7 @@ def lora_wgrad_ref(
 @triton.jit
 def _wgrad_kernel(
     g_ptr, x_ptr, part_ptr, offsets_ptr, source_ptr,  # g (M, R), x (T or M, K), part (chunks, R, K) float32
-    num_experts, K, stride_g, stride_x,
+    num_experts, K, stride_g, stride_x, stride_pc, stride_pr, stride_pk,
     R: tl.constexpr, HAS_SOURCE: tl.constexpr, EXPERTS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def _wgrad_kernel(
             x_ptrs = x_ptr + from_rows[:, None].to(tl.int64) * stride_x + ks[None, :]
             x = tl.load(x_ptrs, mask=row_ok[:, None] & (ks < K)[None, :], other=0.0)
             acc = tl.dot(g, x, acc, input_precision="ieee")
-        out = part_ptr + chunk.to(tl.int64) * R * K + r[:, None] * K + ks[None, :]
+        out = part_ptr + chunk.to(tl.int64) * stride_pc + r[:, None] * stride_pr + ks[None, :] * stride_pk
         tl.store(out, acc, mask=(r < R)[:, None] & (ks < K)[None, :])
 
 
@@ -71,32 +71,27 @@ def _wgrad_kernel(
 
 
 def lora_wgrad_triton(
-    g_MR: torch.Tensor, x: torch.Tensor, routing: Routing, source_M: torch.Tensor | None = None
-) -> torch.Tensor:
-    """g and x need unit stride in their last dimension."""
+    g_MR: torch.Tensor, x: torch.Tensor, routing: Routing, part: torch.Tensor, source_M: torch.Tensor | None = None
+) -> None:
+    """Fills ``part`` ``[chunks, R, K]``, any strides. g and x need unit stride in their last dimension."""
     num_experts, rank, K = routing.num_experts, g_MR.shape[1], x.shape[1]
-    chunks = max_tiles(routing.num_rows, num_experts, CHUNK_ROWS)
-    part = torch.empty(chunks, rank, K, dtype=torch.float32, device=x.device)
     block_k = 64 if rank > 64 else 128
-    _wgrad_kernel[(chunks, triton.cdiv(K, block_k))](
+    _wgrad_kernel[(part.shape[0], triton.cdiv(K, block_k))](
         g_MR, x, part, routing.offsets_E, routing.offsets_E if source_M is None else source_M,
-        num_experts, K, g_MR.stride(0), x.stride(0), R=rank, HAS_SOURCE=source_M is not None,
-        EXPERTS=triton.next_power_of_2(num_experts), CHUNK=CHUNK_ROWS, BLOCK_M=64, BLOCK_K=block_k,
-        BLOCK_R=max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=3,
+        num_experts, K, g_MR.stride(0), x.stride(0), *part.stride(), R=rank, HAS_SOURCE=source_M is not None,
+        EXPERTS=triton.next_power_of_2(num_experts), CHUNK=tiles.CHUNK_ROWS, BLOCK_M=min(64, tiles.CHUNK_ROWS),
+        BLOCK_K=block_k, BLOCK_R=max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=3,
     )  # fmt: skip
-    return sum_tiles(part, routing.offsets_E, CHUNK_ROWS, x.dtype)
 
 
 def lora_wgrad_loop(
-    g_MR: torch.Tensor, x: torch.Tensor, routing: Routing, source_M: torch.Tensor | None = None
-) -> torch.Tensor:
-    """One GEMM per expert; over no rows it gives exact zeros."""
+    g_MR: torch.Tensor, x: torch.Tensor, routing: Routing, out_ERK: torch.Tensor, source_M: torch.Tensor | None = None
+) -> None:
+    """Fills ``out`` ``[E, R, K]``: one GEMM per expert; over no rows it gives exact zeros."""
     x_MK = x if source_M is None else x.index_select(0, source_M)
-    out_ERK = x.new_empty(routing.num_experts, g_MR.shape[1], x.shape[1])
     counts = [j - i for _, i, j in routing.spans()]
     for out, g, rows in zip(out_ERK.unbind(), g_MR.t().split(counts, 1), x_MK.split(counts), strict=True):
         torch.mm(g, rows, out=out)
-    return out_ERK
 
 
 # ---- 4. autograd ----------------------------------------------------------------------------------------------------
@@ -111,7 +106,11 @@ class _LoRAWgrad(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(g_MR, x_MK, offsets_E)
         ctx.triton = triton_
-        return (lora_wgrad_triton if triton_ else lora_wgrad_loop)(g_MR, x_MK, Routing(offsets_E, x_MK.shape[0]))
+        routing = Routing(offsets_E, x_MK.shape[0])
+        sums = (TritonSums if triton_ else TorchSums)(routing, x_MK, [(g_MR.shape[1], x_MK.shape[1])])
+        (lora_wgrad_triton if triton_ else lora_wgrad_loop)(g_MR, x_MK, routing, sums.places[0])
+        _, (out_ERK,) = sums.finish()
+        return out_ERK  # pyright: ignore[reportReturnType]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -53,7 +53,10 @@ class _PermuteShrink(torch.autograd.Function):
         x_TK, a_ERK, offsets_E, source_M, slots_TK = ctx.saved_tensors
         engine = make_engine(ctx.backend, Routing(offsets_E, source_M.shape[0], source_M, slots_TK))
         dx_TK = engine.combine(engine.from_rank(ds_MR, a_ERK).add_(drows_MK))
-        return dx_TK, engine.wgrad(ds_MR, x_TK, source_M), None, None, None, None
+        sums = engine.sums(x_TK, [a_ERK.shape[1:]])
+        engine.wgrad(ds_MR, x_TK, sums.places[0], source_M)
+        _, (da_ERK,) = sums.finish()
+        return dx_TK, da_ERK, None, None, None, None
 
 
 # ---- 3. public function ---------------------------------------------------------------------------------------------

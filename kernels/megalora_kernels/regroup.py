@@ -109,11 +109,14 @@ class _RegroupValues(torch.autograd.Function):
         ctx.save_for_backward(routing.slots_TK)
         indexes = (routing.offsets_E, routing.source_M, routing.slots_TK)
         ctx.mark_non_differentiable(*indexes)
+        ctx.set_materialize_grads(False)  # autograd would make three tensors of zeros for the indexes
         return sorted_M, *indexes  # pyright: ignore[reportReturnType]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dsorted_M: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dsorted_M: torch.Tensor | None, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if dsorted_M is None:
+            return None, None
         (slots_MK,) = ctx.saved_tensors
         return dsorted_M.index_select(0, slots_MK.view(-1)), None
 

@@ -192,11 +192,14 @@ class _RouteValues(torch.autograd.Function):
         ctx.num_experts = routing_map_TE.shape[1]
         indexes = (routing.offsets_E, routing.source_M, routing.slots_TK)
         ctx.mark_non_differentiable(*indexes)
+        ctx.set_materialize_grads(False)  # autograd would make three tensors of zeros for the indexes
         return values_M, *indexes  # pyright: ignore[reportReturnType]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dvalues_M: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dvalues_M: torch.Tensor | None, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if dvalues_M is None:
+            return None, None, None
         slots_TK, expert_TK = ctx.saved_tensors
         if dvalues_M.is_cuda and slots_TK.shape[0]:
             return spread_triton(dvalues_M.contiguous(), slots_TK, expert_TK, ctx.num_experts), None, None

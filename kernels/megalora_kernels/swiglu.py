@@ -14,7 +14,7 @@ Shape legend: M routed rows   E experts   I expert intermediate   R rank of gate
 # rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,12 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from . import tiles
+from .lora_wgrad import lora_wgrad_loop
 from .routing import Routing
-from .tiles import max_tiles, sum_tiles, tile_of
+from .sums import TorchSums, TritonSums
+from .tiles import max_tiles, tile_of
 
-CHUNK_ROWS = 1024
 COMPILED: bool = not knobs.runtime.interpret  # read once: kernels are decorated when this module is imported
 LOOP_ELEMENTS = 2**16
 """What the loop's element-wise operations take at once, or one expert's rows: many small experts cost few calls then, and
@@ -130,27 +132,30 @@ def _gradients(gate, up, dh, p, EXACT: tl.constexpr):
 
 @triton.jit
 def _store_sums(
-    da, db_gate, db_up, da_ptr, db_ptr, chunk, i, i_ok, I,
-    R: tl.constexpr, Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+    da, db_gate, db_up, da_ptr, db_gate_ptr, db_up_ptr, part, i, i_ok, I, r, q,
+    R: tl.constexpr, R_GATE: tl.constexpr, UP_FROM: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """Write a chunk's parts of dA and dB; ``i`` are the program's columns."""
-    r, q = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_Q)
+    """Write a chunk's parts of dA and dB, ``part`` elements behind the first; ``i`` are the program's columns.
+
+    Gate's B has the columns of S before R_GATE, up's those from UP_FROM on.
+    """
     if R > 0:
-        db_ptrs = db_ptr + (chunk * 2 * I + i[:, None]) * R + r[None, :]
-        db_ok = i_ok[:, None] & (r < R)[None, :]
-        tl.store(db_ptrs, db_gate, mask=db_ok)
-        tl.store(db_ptrs + I * R, db_up, mask=db_ok)
+        gate_ptrs = db_gate_ptr + part + i[:, None] * R_GATE + r[None, :]
+        tl.store(gate_ptrs, db_gate, mask=i_ok[:, None] & (r < R_GATE)[None, :])
+        up_ptrs = db_up_ptr + part + i[:, None] * (R - UP_FROM) + (r - UP_FROM)[None, :]
+        tl.store(up_ptrs, db_up, mask=i_ok[:, None] & ((r >= UP_FROM) & (r < R))[None, :])
     if Q > 0:
-        da_ptrs = da_ptr + (chunk * Q + q[:, None]) * I + i[None, :]
+        da_ptrs = da_ptr + part + q[:, None] * I + i[None, :]
         tl.store(da_ptrs, da, mask=(q < Q)[:, None] & i_ok[None, :])
 
 
 @triton.jit
 def _swiglu_backward_kernel(
     dh_ptr, y_ptr, p_ptr, s_ptr, ds_ptr, # dh (M, I), y (M, 2I), p (M,), s (M, R), ds (M, Q)
-    dy_ptr, dp_ptr, da_ptr, db_ptr,      # dy (M, 2I); float32 parts: (blocks, M), (chunks, Q, I), (chunks, 2I, R)
-    offsets_ptr, num_rows, num_experts, I, stride_dh, stride_y, stride_s, stride_ds, stride_dy,
-    R: tl.constexpr, Q: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, EVEN_I: tl.constexpr, OPAQUE: tl.constexpr,
+    dy_ptr, dp_ptr, da_ptr, db_gate_ptr, db_up_ptr,  # dy (M, 2I); float32 parts: (blocks, M), (chunks, Q, I), (chunks, I, r)
+    offsets_ptr, num_rows, num_experts, I, stride_dh, stride_y, stride_s, stride_ds, stride_dy, stride_part,
+    R: tl.constexpr, R_GATE: tl.constexpr, UP_FROM: tl.constexpr, Q: tl.constexpr,
+    EXPERTS: tl.constexpr, CHUNK: tl.constexpr, EVEN_I: tl.constexpr, OPAQUE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """One program owns one chunk of rows and BLOCK_I columns of gate and the same of up.
@@ -164,19 +169,17 @@ def _swiglu_backward_kernel(
         i_ok, r, q = i < I, tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_Q)
         dtype = dy_ptr.dtype.element_ty
         da = tl.zeros((BLOCK_Q, BLOCK_I), tl.float32)
-        db_gate = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
-        db_up = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
+        db_gate, db_up = tl.zeros((BLOCK_I, BLOCK_R), tl.float32), tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
         for m0 in range(row0, tl.minimum(row0 + CHUNK, end), BLOCK_M):
             rows = m0 + tl.arange(0, BLOCK_M)
             row_ok = rows < end
             # Rows beyond the edge read the block's first row: never stored, and their rows of s and ds are zeros.
-            safe = tl.where(row_ok, rows, m0)
-            rows_64 = safe.to(tl.int64)
+            rows_64 = tl.where(row_ok, rows, m0).to(tl.int64)
             y_ptrs = y_ptr + rows_64[:, None] * stride_y + i[None, :]
             gate = _float32(y_ptrs, i_ok[None, :], EVEN_I)
             up = _float32(y_ptrs + I, i_ok[None, :], EVEN_I)
             dh = _float32(dh_ptr + rows_64[:, None] * stride_dh + i[None, :], i_ok[None, :], EVEN_I)
-            p = tl.load(p_ptr + safe).to(tl.float32)[:, None]
+            p = tl.load(p_ptr + rows_64).to(tl.float32)[:, None]
             product, d_gate, d_up = _gradients(gate, up, dh, p, dtype == tl.float32)
             tl.store(dp_ptr + block.to(tl.int64) * num_rows + rows, tl.sum(dh * product, 1), mask=row_ok)
             d_gate = _computed_once(d_gate.to(dtype), OPAQUE and R > 0)
@@ -195,7 +198,8 @@ def _swiglu_backward_kernel(
                 ds = tl.load(ds_ptrs, mask=row_ok[None, :] & (q < Q)[:, None], other=0.0)
                 h = _computed_once((product * p).to(dtype), OPAQUE)
                 da = tl.dot(ds, h, da, input_precision="ieee")
-        _store_sums(da, db_gate, db_up, da_ptr, db_ptr, chunk.to(tl.int64), i, i_ok, I, R, Q, BLOCK_R, BLOCK_Q)
+        part = chunk.to(tl.int64) * stride_part
+        _store_sums(da, db_gate, db_up, da_ptr, db_gate_ptr, db_up_ptr, part, i, i_ok, I, r, q, R, R_GATE, UP_FROM, Q)
 
 
 # ---- 3. launchers ---------------------------------------------------------------------------------------------------
@@ -240,16 +244,6 @@ def swiglu_loop(
         s_MQ.mul_(scale)
 
 
-@dataclass
-class SwiGLUGrads:
-    """What one pass over dh leaves; ``dy`` is written where the caller wants it."""
-
-    dp_M: torch.Tensor
-    """Gradient of the probabilities, in their dtype."""
-    da_EQI: torch.Tensor | None
-    db_EJR: torch.Tensor | None
-
-
 def backward_blocks(dtype: torch.dtype, rank: int) -> dict[str, int]:
     """Read what compiling showed: the tile of ``_swiglu_backward_kernel`` for ranks padded to powers of two.
 
@@ -269,27 +263,42 @@ def backward_blocks(dtype: torch.dtype, rank: int) -> dict[str, int]:
 def swiglu_backward_triton(
     dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing, dy_MJ: torch.Tensor,
     s_MR: torch.Tensor | None, ds_MQ: torch.Tensor | None,
-) -> SwiGLUGrads:  # fmt: skip
-    """Fills ``dy_MJ``. ``s_MR`` is S of gate_up, ``ds_MQ`` dS of down; None without that adapter."""
+    sums: TritonSums, da: torch.Tensor | None, db: Sequence[torch.Tensor | None],
+) -> None:  # fmt: skip
+    """Fills ``dy_MJ``, leaves parts of dp in ``sums``, of dA of down in ``da`` and of dB of gate_up in ``db``, which are places
+    there. ``s_MR`` is S of gate_up, ``ds_MQ`` dS of down; None without that adapter."""
     (M, I), E, new = dh_MI.shape, routing.num_experts, {"dtype": torch.float32, "device": dh_MI.device}
     R, Q = (0 if t is None else t.shape[1] for t in (s_MR, ds_MQ))
     s, ds = (y_MJ if t is None else t for t in (s_MR, ds_MQ))
     block_r, block_q = (max(16, triton.next_power_of_2(rank)) for rank in (R, Q))
     tile = backward_blocks(dh_MI.dtype, max(block_r, block_q))
-    chunks, blocks = max_tiles(M, E, CHUNK_ROWS), int(triton.cdiv(I, tile["BLOCK_I"]))
+    chunks, blocks = max_tiles(M, E, tiles.CHUNK_ROWS), int(triton.cdiv(I, tile["BLOCK_I"]))
     dp = torch.empty(blocks, M, **new)
-    da, db = torch.empty(chunks, Q, I, **new), torch.empty(chunks, 2 * I, R, **new)
+    db_gate, db_up, rank_gate, up_from = _db_places(db, I, R)
+    # What is not there is never written, but a pointer must be given.
+    places = [dp if t is None else t for t in (da, db_gate, db_up)]
+    stride_part = max(0 if t is None else t.stride(0) for t in (da, db_gate, db_up))
     _swiglu_backward_kernel[(blocks, chunks)](
-        dh_MI, y_MJ, p_M, s, ds, dy_MJ, dp, da, db,
+        dh_MI, y_MJ, p_M, s, ds, dy_MJ, dp, *places,
         routing.offsets_E, M, E, I, dh_MI.stride(0), y_MJ.stride(0), s.stride(0), ds.stride(0), dy_MJ.stride(0),
-        R=R, Q=Q, EXPERTS=triton.next_power_of_2(E), CHUNK=CHUNK_ROWS,
+        stride_part, R=R, R_GATE=rank_gate, UP_FROM=up_from, Q=Q, EXPERTS=triton.next_power_of_2(E), CHUNK=tiles.CHUNK_ROWS,
         EVEN_I=I % tile["BLOCK_I"] == 0, OPAQUE=COMPILED, BLOCK_R=block_r, BLOCK_Q=block_q, **tile,
     )  # fmt: skip
-    return SwiGLUGrads(
-        dp_M=dp.sum(0).to(p_M.dtype),
-        da_EQI=sum_tiles(da, routing.offsets_E, CHUNK_ROWS, dh_MI.dtype) if Q else None,
-        db_EJR=sum_tiles(db, routing.offsets_E, CHUNK_ROWS, dh_MI.dtype) if R else None,
-    )
+    sums.dp_part, sums.dp_dtype = dp, p_M.dtype
+
+
+def _db_places(
+    db: Sequence[torch.Tensor | None], I: int, rank: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
+    """dB of gate and of up, and the columns of S that are theirs: before the third value, from the fourth on."""
+    if not db:
+        return None, None, 0, 0
+    if len(db) == 1:
+        whole = db[0]
+        return whole, None if whole is None else whole[:, I:], rank, 0
+    gate, up = db
+    rank_gate = 0 if gate is None else gate.shape[2]
+    return gate, up, rank_gate, rank_gate
 
 
 def _blocks(spans: list[tuple[int, int, int]], num_rows: int) -> list[list[tuple[int, int, int]]]:
@@ -305,12 +314,11 @@ def _blocks(spans: list[tuple[int, int, int]], num_rows: int) -> list[list[tuple
 def swiglu_backward_loop(
     dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing, dy_MJ: torch.Tensor,
     s_MR: torch.Tensor | None, ds_MQ: torch.Tensor | None,
-) -> SwiGLUGrads:  # fmt: skip
+    sums: TorchSums, da: torch.Tensor | None, db: Sequence[torch.Tensor | None],
+) -> None:  # fmt: skip
     """The same, a few experts at a time: temporaries hold LOOP_ELEMENTS or the rows of one expert."""
-    I, wide, E = dh_MI.shape[1], torch.promote_types(dh_MI.dtype, torch.float32), routing.num_experts
-    dp_M = torch.empty_like(p_M)
-    da_EQI = None if ds_MQ is None else dh_MI.new_empty(E, ds_MQ.shape[1], I)
-    db_EJR = None if s_MR is None else dh_MI.new_empty(E, 2 * I, s_MR.shape[1])
+    I, wide = dh_MI.shape[1], torch.promote_types(dh_MI.dtype, torch.float32)
+    sums.dp_M = dp_M = torch.empty_like(p_M)
     for experts in _blocks(routing.spans(), LOOP_ELEMENTS // I):
         first, end = experts[0][1], experts[-1][2]
         gate, up = y_MJ[first:end, :I].to(wide), y_MJ[first:end, I:].to(wide)
@@ -322,11 +330,12 @@ def swiglu_backward_loop(
         dy[:, :I] = torch.ops.aten.silu_backward(d_act.mul_(up), gate)
         h = silu.mul_(up)
         dp_M[first:end] = torch.mul(dh, h, out=d_act).sum(1)
-        if ds_MQ is not None:
+        if ds_MQ is not None and da is not None:
             h = h.mul_(p).to(dh_MI.dtype)
-        for e, i, j in experts:
-            if s_MR is not None and db_EJR is not None:
-                torch.mm(dy_MJ[i:j].t(), s_MR[i:j], out=db_EJR[e])
-            if ds_MQ is not None and da_EQI is not None:
-                torch.mm(ds_MQ[i:j].t(), h[i - first : j - first], out=da_EQI[e])
-    return SwiGLUGrads(dp_M, da_EQI, db_EJR)
+            for e, i, j in experts:
+                torch.mm(ds_MQ[i:j].t(), h[i - first : j - first], out=da[e])
+    column = 0
+    for dy_MC, place in zip(dy_MJ.chunk(max(1, len(db)), 1), db, strict=False):
+        if s_MR is not None and place is not None:
+            lora_wgrad_loop(dy_MC, s_MR[:, column : column + place.shape[2]], routing, place)
+            column += place.shape[2]

@@ -9,9 +9,11 @@ last tile find no expert and return.
 # rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
-import torch
 import triton
 import triton.language as tl
+
+CHUNK_ROWS = 1024
+"""Rows whose part of a weight gradient one program makes; see ``sums.py``."""
 
 
 def max_tiles(num_rows: int, num_experts: int, rows_per_tile: int) -> int:
@@ -47,32 +49,3 @@ def find_tile(table, tile, num_experts, ROWS: tl.constexpr):
 def tile_of(offsets_ptr, tile, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
     """The same, where a program looks up one tile alone."""
     return find_tile(tile_table(offsets_ptr, num_experts, EXPERTS, ROWS), tile, num_experts, ROWS)
-
-
-@triton.jit
-def _sum_tiles_kernel(
-    part_ptr, out_ptr, offsets_ptr, num_experts, D,  # part (tiles, D) float32, out (E, D), both row-major
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out[e] = sum of part[t] over the tiles t of expert e, first to last: the same bits on every run."""
-    expert, d = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i, _start, _end, tiles, tiles_end = tile_table(offsets_ptr, num_experts, EXPERTS, ROWS)
-    last = tl.sum(tl.where(i == expert, tiles_end, 0), 0)
-    first = last - tl.sum(tl.where(i == expert, tiles, 0), 0)
-    acc, part_ptrs = tl.zeros((BLOCK,), tl.float32), part_ptr + first.to(tl.int64) * D + d
-    for _ in range(first, last):
-        acc += tl.load(part_ptrs, mask=d < D, other=0.0)
-        part_ptrs += D
-    tl.store(out_ptr + expert.to(tl.int64) * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
-
-
-def sum_tiles(part: torch.Tensor, offsets_E: torch.Tensor, rows_per_tile: int, dtype: torch.dtype) -> torch.Tensor:
-    """Partial sums ``[tiles, ...]`` (float32) to ``[E, ...]`` in ``dtype``; an expert without tiles gets zeros."""
-    num_experts, num_elements = offsets_E.numel(), part[0].numel()
-    out = torch.empty(num_experts, *part.shape[1:], dtype=dtype, device=part.device)
-    block = min(1024, triton.next_power_of_2(num_elements))
-    _sum_tiles_kernel[(num_experts, triton.cdiv(num_elements, block))](
-        part, out, offsets_E, num_experts, num_elements,
-        EXPERTS=triton.next_power_of_2(num_experts), ROWS=rows_per_tile, BLOCK=block,
-    )  # fmt: skip
-    return out

@@ -76,8 +76,7 @@ def grouped_mm_between_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of one block of rows, so that a few dozen rows are several chunks."""
-    monkeypatch.setattr(lora_wgrad, "CHUNK_ROWS", 64)
-    monkeypatch.setattr(swiglu, "CHUNK_ROWS", 32)
+    monkeypatch.setattr(tiles, "CHUNK_ROWS", 32)
 
 
 @pytest.fixture

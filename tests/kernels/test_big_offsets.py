@@ -5,8 +5,9 @@ import torch
 from megalora_kernels import Routing
 from triton.runtime.interpreter import GridExecutor
 
-from tests.kernels.conftest import combine, gemm_kernel, lora_wgrad, shrink, swiglu
+from tests.kernels.conftest import combine, gemm_kernel, shrink, swiglu
 from tests.kernels.linear import make
+from tests.kernels.passes import swiglu_backward, wgrad
 
 FAR = 2**30
 """Elements between neighbours: the third lies at 2^31, one more than int32 holds."""
@@ -46,14 +47,14 @@ def test_third_expert_or_row_lies_beyond_int32(vast, name, small_tiles):
             return [
                 s,
                 gemm_kernel.grouped_gemm_triton(o["x"], w.transpose(1, 2), routing),
-                lora_wgrad.lora_wgrad_triton(s, o["x"], routing),
+                wgrad("triton", s, o["x"], routing),
             ]
         if name in ("w", "b"):
             s = x[:, :3].contiguous()
             b_ERN = o["b"].transpose(1, 2)
             return [gemm_kernel.grouped_gemm_triton(x, o["w"].transpose(1, 2), routing, s, (b_ERN,))]
         if name == "g":
-            return [lora_wgrad.lora_wgrad_triton(o["g"], x, routing)]
+            return [wgrad("triton", o["g"], x, routing)]
         return [combine.combine_triton(o["y"], torch.tensor([[2, 0], [1, 2]], dtype=torch.int32))]
 
     near = {"x": x, "w": w, "a": a, "b": b, "g": dy, "y": dy}[name]
@@ -72,7 +73,7 @@ def test_swiglu(vast, name):
     def results(o: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         h, s2, dy = (torch.zeros(3, n, dtype=torch.float16) for n in (40, 7, 80))
         swiglu.swiglu_triton(o["y"], p, o["a"], routing, h, s2)
-        found = swiglu.swiglu_backward_triton(o["dh"], o["y"], p, routing, dy, o["s"], o["ds"])
+        found = swiglu_backward("triton", o["dh"], o["y"], p, routing, dy, o["s"], o["ds"])
         return [h, s2, dy, found.dp_M, found.da_EQI, found.db_EJR]
 
     for got, want in zip(results({**o, name: far(o[name], vast)}), results(o), strict=True):

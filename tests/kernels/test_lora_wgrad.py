@@ -8,8 +8,10 @@ import torch
 from megalora_kernels import lora_wgrad
 
 from tests.kernels.conftest import lora_wgrad as module
+from tests.kernels.conftest import tiles
 from tests.kernels.linear import COUNTS
 from tests.kernels.oracle import ULP
+from tests.kernels.passes import wgrad
 
 BACKENDS = ("reference", "loop", "triton")
 CASES = [(b, t) for b in BACKENDS for t in ULP if b != "triton" or t != torch.float64]
@@ -47,7 +49,7 @@ def assert_within_rounding(actual: tuple[torch.Tensor, ...], counts: list[int], 
 @pytest.mark.parametrize("counts, rank, K", [(COUNTS, 3, 24), ([0, 70, 0, 3], 5, 136), ([0, 0], 7, 24)], ids=str)
 @pytest.mark.parametrize("backend, dtype", CASES, ids=str)
 def test_values_and_gradients(backend, dtype, counts, rank, K, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ROWS", 64)  # 70 rows: two chunks; K = 136: two blocks of 128 features
+    monkeypatch.setattr(tiles, "CHUNK_ROWS", 64)  # 70 rows: two chunks; K = 136: two blocks of 128 features
     g, x, offsets, dout = operands(counts, rank, K, dtype)
     out = lora_wgrad(g, x, offsets, backend=backend)
     assert_within_rounding((out, *torch.autograd.grad(out, (g, x), dout)), counts, g, x, dout)
@@ -60,9 +62,9 @@ def test_rows_gathered_from_a_source(backend):
     counts = [4, 0, 9]
     g, x, offsets, dout = operands(counts, 3, 24, torch.float32)
     source = torch.randint(0, 5, (13,), generator=torch.Generator().manual_seed(1)).int()
-    gathered = {"reference": module.lora_wgrad_ref, "loop": module.lora_wgrad_loop, "triton": module.lora_wgrad_triton}
+    given = (g, x[:5], module.Routing(offsets, 13), source)
     with torch.no_grad():
-        out = gathered[backend](g, x[:5], module.Routing(offsets, 13), source)
+        out = module.lora_wgrad_ref(*given) if backend == "reference" else wgrad(backend, *given)
     (want, _, _) = row_by_row(counts, g, x[source.long()], dout)
     torch.testing.assert_close(
         out.double(), want, rtol=0, atol=1e-5
@@ -71,7 +73,7 @@ def test_rows_gathered_from_a_source(backend):
 
 def test_sums_of_chunks_are_kept_in_float32(monkeypatch):
     """1 + 2^-12 in one chunk and -1 in the next: float16 would round the first to 1."""
-    monkeypatch.setattr(module, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(tiles, "CHUNK_ROWS", 64)
     g = torch.zeros(70, 1, dtype=torch.float16)
     g[0], g[1], g[64] = 1, 2.0**-12, -1
     out = lora_wgrad(g, torch.ones(70, 3).half(), torch.tensor([70], dtype=torch.int32), backend="triton")
@@ -95,8 +97,8 @@ def test_any_strides(backend):
 
 def test_an_argument_beats_the_environment(monkeypatch):
     seen = []
-    monkeypatch.setattr(module, "lora_wgrad_triton", lambda *_: seen.append("triton") or torch.zeros(1))
-    monkeypatch.setattr(module, "lora_wgrad_loop", lambda *_: seen.append("loop") or torch.zeros(1))
+    monkeypatch.setattr(module, "lora_wgrad_triton", lambda *of: seen.append("triton") or of[3].zero_())
+    monkeypatch.setattr(module, "lora_wgrad_loop", lambda *of: seen.append("loop") or of[3].zero_())
     g, x, offsets, _ = operands(COUNTS, 3, 24, torch.float32)
     monkeypatch.setenv("MEGALORA_BACKEND", "triton")
     for backend in (None, "loop", "grouped_mm"):

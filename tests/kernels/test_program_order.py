@@ -11,7 +11,7 @@ import torch
 from megalora_kernels import lora_wgrad, permute_shrink
 
 from tests.kernels import interpreter
-from tests.kernels.conftest import combine, tiles
+from tests.kernels.conftest import combine
 from tests.kernels.linear import make, run
 from tests.kernels.oracle import IDLE, sorted_rows, top_k
 
@@ -56,12 +56,8 @@ def combined() -> tuple[torch.Tensor, ...]:
     return (combine.combine_triton(normal(34, 1100), slots),)  # two blocks of columns
 
 
-def summed() -> tuple[torch.Tensor, ...]:
-    return (tiles.sum_tiles(normal(tiles.max_tiles(106, 5, 16), 5, 300), OFFSETS, 16, torch.float32),)
-
-
 @pytest.mark.parametrize(
-    "call", [linear, experts, gathered, between_grouped_mm, wgrad, shrunk, combined, summed], ids=lambda f: f.__name__
+    "call", [linear, experts, gathered, between_grouped_mm, wgrad, shrunk, combined], ids=lambda f: f.__name__
 )
 def test_neither_another_run_nor_the_reversed_order_changes_a_bit(
     call: Call, short_chunks, grouped_mm_between_triton, uninitialised_is_nan, monkeypatch

@@ -7,6 +7,7 @@ from megalora_kernels import Routing
 from tests.kernels import interpreter
 from tests.kernels.conftest import swiglu as module
 from tests.kernels.oracle import ULP
+from tests.kernels.passes import swiglu_backward
 
 COUNTS, Q, R = [0, 9, 0, 40], 3, 5  # 40: a whole block of 32 rows and a ragged one
 WIDTHS = (129, 128)
@@ -65,7 +66,7 @@ def test_forward_is_rounded_once(way, dtype, inner, padded):
 def test_backward_is_rounded_once(way, dtype, inner, short_chunks):
     o = operands(dtype, inner)
     dy = o["y"].new_empty(M, 2 * inner)
-    found = getattr(module, f"swiglu_backward_{way}")(o["dh"], o["y"], o["p"], routing(), dy, o["s"], o["ds"])
+    found = swiglu_backward(way, o["dh"], o["y"], o["p"], routing(), dy, o["s"], o["ds"])
     (gate, up), dh, p = o["y"].double().chunk(2, 1), o["dh"].double(), o["p"].double()[:, None]
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
@@ -102,8 +103,8 @@ def test_kernels_equal_autograd_in_float64(inner, with_r, with_q, order, monkeyp
     if with_q:
         assert_near(s_found, (o["a"].double()[expert] @ h[:, :, None])[..., 0])
     dy = torch.empty(M, 2 * inner)
-    found = module.swiglu_backward_triton(
-        o["dh"], o["y"], o["p"], routing(), dy, o["s"] if with_r else None, o["ds"] if with_q else None
+    found = swiglu_backward(
+        "triton", o["dh"], o["y"], o["p"], routing(), dy, o["s"] if with_r else None, o["ds"] if with_q else None
     )
     for got, expected in zip((dy, found.dp_M), want[:2], strict=True):
         assert_near(got, expected)
@@ -125,7 +126,7 @@ def test_sums_of_chunks_are_kept_in_float32(short_chunks):
     signal[0], signal[1], signal[32] = 1, 2.0**-12, -1
     routing, dy = Routing(torch.tensor([40], dtype=torch.int32), 40), torch.empty(40, 2).half()
     dh = torch.full((40, 1), 1 / 32).half()  # makes dup = dh silu(gate) = 1
-    found = module.swiglu_backward_triton(dh, y, torch.ones(40), routing, dy, signal, signal)
+    found = swiglu_backward("triton", dh, y, torch.ones(40), routing, dy, signal, signal)
     assert found.da_EQI.item() == 2.0**-12 and found.db_EJR[0, 1].item() == 2.0**-12
 
 
@@ -137,7 +138,7 @@ def test_large_gates_neither_overflow_nor_lose_the_other_factor():
     for way in WAYS:
         h, dy = torch.empty(4, 1), torch.empty(4, 2)
         getattr(module, f"swiglu_{way}")(y, p, None, Routing(ends, 4), h, None)
-        found = getattr(module, f"swiglu_backward_{way}")(torch.ones(4, 1), y, p, Routing(ends, 4), dy, None, None)
+        found = swiglu_backward(way, torch.ones(4, 1), y, p, Routing(ends, 4), dy, None, None)
         torch.testing.assert_close(h[:, 0], torch.tensor([200.0, 20.0, 0.0, 0.0]))
         torch.testing.assert_close(
             dy, torch.tensor([[1.0, 100.0], [1.0, 10.0], [0.0, 0.0], [0.5, 0.0]]), rtol=1e-6, atol=1e-6

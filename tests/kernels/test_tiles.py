@@ -1,14 +1,12 @@
 """Tiles cover every row exactly once, never cross an expert, and are fewer than the bound that the host knows."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 import triton
 import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
-from megalora_kernels.tiles import max_tiles, sum_tiles, tile_of
+from megalora_kernels.tiles import max_tiles, tile_of
 
 
 @triton.jit
@@ -59,30 +57,3 @@ def test_the_bound_is_reached_but_for_one_tile_an_expert():
     needed = sum(-(-count // rows) for count in counts)
     assert needed == 7 > triton.cdiv(sum(counts), rows) == 4
     assert needed <= max_tiles(sum(counts), len(counts), rows) == 8
-
-
-@given(counts=COUNTS, rows_per_tile=st.sampled_from([1, 4, 16]), width=st.sampled_from([1, 7, 1300]))
-def test_sum_tiles_adds_an_experts_tiles_first_to_last(counts, rows_per_tile, width):
-    num_tiles = max_tiles(sum(counts), len(counts), rows_per_tile)
-    part = torch.full((num_tiles, width), float("nan"))  # tiles behind the last one are never written
-    used = sum(-(-count // rows_per_tile) for count in counts)
-    part[:used] = torch.randn(used, width, generator=torch.Generator().manual_seed(used))
-    out = sum_tiles(part, torch.tensor(counts).cumsum(0).int(), rows_per_tile, torch.float32)
-    ends = torch.tensor([0, *(-(-count // rows_per_tile) for count in counts)]).cumsum(0).tolist()
-    for e, (i, j) in enumerate(pairwise(ends)):
-        expected = torch.zeros(width)
-        for tile in range(i, j):
-            expected = expected + part[tile]  # in float32 and in order: the same bits
-        assert torch.equal(out[e], expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_sum_tiles_rounds_once_at_the_end(dtype):
-    part = torch.tensor([1.0, *([2.0**-12] * 16)])[:, None] * torch.ones(1, 3)
-    out = sum_tiles(part, torch.tensor([17], dtype=torch.int32), 1, dtype)
-    assert out.dtype == dtype and torch.equal(out, torch.full((1, 3), 1 + 2.0**-8).to(dtype))
-
-
-def test_sum_tiles_keeps_shape():
-    out = sum_tiles(torch.ones(5, 2, 3), torch.tensor([2, 2, 5], dtype=torch.int32), 1, torch.float32)
-    assert torch.equal(out, torch.tensor([2.0, 0.0, 3.0])[:, None, None].expand(3, 2, 3))

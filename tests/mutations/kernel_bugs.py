@@ -3,14 +3,14 @@
 from tests.mutations.bugs import Bug, bug
 
 NAMES = (
-    "gemm_kernel", "shrink", "swiglu", "lora_wgrad", "expert_mlp", "route", "regroup", "engine", "tiles", "joined",
+    "gemm_kernel", "shrink", "swiglu", "lora_wgrad", "expert_mlp", "route", "regroup", "engine", "sums", "joined",
     "variants", "descriptors", "gemm_roles",
 )  # fmt: skip
-GEMM, SHRINK, SWIGLU, WGRAD, MLP, ROUTE, REGROUP, ENGINE, TILES, JOINED, VARIANTS, DESCRIPTORS, ROLES = (
+GEMM, SHRINK, SWIGLU, WGRAD, MLP, ROUTE, REGROUP, ENGINE, SUMS, JOINED, VARIANTS, DESCRIPTORS, ROLES = (
     f"kernels/megalora_kernels/{name}.py" for name in NAMES
 )
 VARIANT_TEST, RULE_TEST = "tests/kernels/test_gemm_variants.py", "tests/kernels/test_variants.py"
-ROUTE_TEST = "tests/kernels/test_route.py"
+ROUTE_TEST, SUMS_TEST = "tests/kernels/test_route.py", "tests/kernels/test_sums.py test_sums"
 SWIGLU_TEST = "tests/kernels/test_swiglu.py"
 MLP_TEST, KEPT, ORDER = (
     "tests/kernels/test_expert_mlp.py",
@@ -31,7 +31,11 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(0, "a power of two for a power of e", SWIGLU, "tl.exp2(x * -1.4426950408889634)", "tl.exp2(-x)", f"{SWIGLU_TEST} forward"),
     bug(0, "columns beyond the edge read and written without a mask", SWIGLU, "EVEN_I=h_MI.shape[1] % block_i == 0", "EVEN_I=True", f"{SWIGLU_TEST} forward"),
     bug(0, "rows beyond an expert's end in the sums over its rows", SWIGLU, "s_ok = row_ok[:, None] & (r < R)[None, :]", "s_ok = (row_ok | True)[:, None] & (r < R)[None, :]", f"{SWIGLU_TEST} autograd"),
-    bug(0, "only the last chunk's weight gradient", TILES, "        acc += tl.load(part_ptrs, mask=d < D, other=0.0)", "        acc = tl.load(part_ptrs, mask=d < D, other=0.0)", "tests/kernels/test_tiles.py sum_tiles"),
+    bug(0, "only the last chunk's weight gradient", SUMS, "        acc += tl.load(part_ptrs, mask=d < D, other=0.0)", "        acc = tl.load(part_ptrs, mask=d < D, other=0.0)", SUMS_TEST),
+    bug(0, "the first of an expert's parts left out", SUMS, "for _ in range(first, last):", "for _ in range(first + 1, last):", SUMS_TEST),
+    bug(0, "the first block of dp left out", SUMS, "range(0, num_dp_blocks)", "range(1, num_dp_blocks)", SUMS_TEST),
+    bug(0, "two gradients written as one", SUMS, "stop = tl.where(d < start_2, start_2, stop)", "stop = tl.where(d < start_2, stop, stop)", SUMS_TEST),
+    bug(0, "dB of up as wide as gate's", SWIGLU, "i[:, None] * (R - UP_FROM)", "i[:, None] * R_GATE", f"{MLP_TEST} triton"),
     bug(0, "an empty expert's gradient left as it was found", WGRAD, "        torch.mm(g, rows, out=out)", "        if rows.shape[0]:\n            torch.mm(g, rows, out=out)", "tests/kernels/test_lora_wgrad.py wgrad"),
     bug(0, "dS of gate and up without its scale", ENGINE, "self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows), scale=scale)", "self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows))", f"{MLP_TEST} triton"),
     bug(0, "dS of down without its scale", MLP, "engine.shrink(dout, o.blocks2, o.weight2, o.routing.source_M, scale=o.scale2)", "engine.shrink(dout, o.blocks2, o.weight2, o.routing.source_M)", f"{MLP_TEST} loop"),
