@@ -44,7 +44,7 @@ def _samples(scenario: Scenario, count: int) -> Split:
 
 
 @contextlib.contextmanager
-def _world(scenario: Scenario, recorder: Recorder) -> Iterator[None]:
+def world(scenario: Scenario, recorder: Recorder) -> Iterator[None]:
     """A fake process group for both devices; what objects are exchanged, each rank would have sent as this one does."""
     for name in ("cpu", NAME):
         dist.Backend.default_device_backend_map[name] = "fake"
@@ -74,7 +74,7 @@ def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _even_routing() -> Iterator[None]:
+def even_routing() -> Iterator[None]:
     """What the dispatcher reads on the host: every rank sends every rank the same number of rows."""
     read = MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize
 
@@ -104,7 +104,7 @@ def _move(chunk: Any) -> None:
                 module._parameters[name] = moved
 
 
-def _build(config: RunConfig, hf: dict[str, Any], groups: Any) -> AdaptedModel:
+def build(config: RunConfig, hf: dict[str, Any], groups: Any) -> AdaptedModel:
     """The product's own way, but for reading weights."""
 
     def build_model(model: Any, parallel: Any, shape: Any, folder: Any) -> list[Any]:
@@ -129,12 +129,12 @@ def run(scenario: Scenario, recorder: Recorder) -> None:
     config = scenario.config()
     with (
         pretended_gpu(recorder),
-        _world(scenario, recorder),
-        _even_routing(),
+        world(scenario, recorder),
+        even_routing(),
         parallel_groups(config.parallel) as groups,
     ):
         with recorder.phase("build"):
-            model = _build(config, scenario.hf, groups)
+            model = build(config, scenario.hf, groups)
             chunks = wrap_chunks(model.chunks)
             optimizer = build_optimizer(config.train, getattr(torch, scenario.dtype), chunks)
             stepper = Stepper(

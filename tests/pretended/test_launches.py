@@ -1,0 +1,98 @@
+"""Ceilings for what one MoE layer launches: the count of today for every cell; one kernel or host operation more is red.
+
+``python -m tests.pretended.launches --names`` prints the table with the kernels of each cell.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pretended.launches import num_kernels
+
+ROOT = Path(__file__).parents[2]
+
+CEILINGS = {
+    "expert_mlp triton ep1 base forward": (4, 10),
+    "expert_mlp triton ep1 base backward": (5, 15),
+    "expert_mlp triton ep1 adapters forward": (5, 22),
+    "expert_mlp triton ep1 adapters backward": (9, 52),
+    "expert_mlp triton ep8 base forward": (4, 10),
+    "expert_mlp triton ep8 base backward": (5, 15),
+    "expert_mlp triton ep8 adapters forward": (5, 22),
+    "expert_mlp triton ep8 adapters backward": (9, 52),
+    "expert_mlp grouped_mm ep1 base forward": (7, 10),
+    "expert_mlp grouped_mm ep1 base backward": (8, 15),
+    "expert_mlp grouped_mm ep1 adapters forward": (12, 52),
+    "expert_mlp grouped_mm ep1 adapters backward": (13, 67),
+    "expert_mlp grouped_mm ep8 base forward": (7, 10),
+    "expert_mlp grouped_mm ep8 base backward": (8, 15),
+    "expert_mlp grouped_mm ep8 adapters forward": (12, 52),
+    "expert_mlp grouped_mm ep8 adapters backward": (13, 67),
+    "layer triton ep1 base forward": (17, 36),
+    "layer triton ep1 base backward": (14, 31),
+    "layer triton ep1 adapters forward": (18, 60),
+    "layer triton ep1 adapters backward": (23, 82),
+    "layer triton ep8 base forward": (31, 69),
+    "layer triton ep8 base backward": (17, 42),
+    "layer triton ep8 adapters forward": (32, 93),
+    "layer triton ep8 adapters backward": (26, 93),
+    "layer grouped_mm ep1 base forward": (20, 36),
+    "layer grouped_mm ep1 base backward": (17, 31),
+    "layer grouped_mm ep1 adapters forward": (25, 82),
+    "layer grouped_mm ep1 adapters backward": (27, 93),
+    "layer grouped_mm ep8 base forward": (34, 69),
+    "layer grouped_mm ep8 base backward": (20, 42),
+    "layer grouped_mm ep8 adapters forward": (39, 115),
+    "layer grouped_mm ep8 adapters backward": (30, 104),
+}
+"""(kernels, host operations)."""
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, Any]:
+    """Every cell, from a process in which autograd meets the pretended device before its first pass."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for name in ("TRITON_INTERPRET", "MEGALORA_BACKEND", "MEGALORA_TUNED"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "tests.pretended.launches", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", CEILINGS)
+def test_no_cell_exceeds_its_ceiling(name: str, counted: dict[str, Any]) -> None:
+    kernels, host_operations = CEILINGS[name]
+    cell = counted[name]
+    assert num_kernels(cell) <= kernels, cell["kernels"]
+    assert cell["host_operations"] <= host_operations
+
+
+def test_every_cell_has_a_ceiling(counted: dict[str, Any]) -> None:
+    assert counted.keys() == CEILINGS.keys()
+
+
+@pytest.mark.parametrize("backend", ["triton", "grouped_mm"])
+def test_adapters_are_counted(backend: str, counted: dict[str, Any]) -> None:
+    """The counter sees what it counts: gradients of five factors are sums over rows, and none without adapters."""
+    for which, has in (("adapters", True), ("base", False)):
+        kernels = counted[f"expert_mlp {backend} ep8 {which} backward"]["kernels"]
+        assert ("_wgrad_kernel" in kernels) == has and kernels["_sum_parts_kernel"] == 1
+
+
+def test_gradients_are_taken_by_autograd_as_they_are(counted: dict[str, Any]) -> None:
+    """No copy for the layout or the scale of any: nothing of torch runs in the experts' backward."""
+    assert all(name.startswith("_") for name in counted["expert_mlp triton ep8 adapters backward"]["kernels"])
+
+
+def test_an_expert_parallel_layer_routes_in_three_launches(counted: dict[str, Any]) -> None:
+    kernels = counted["layer triton ep8 adapters forward"]["kernels"]
+    assert {name: kernels[name] for name in ("_count_kernel", "_place_kernel", "_regroup_kernel")} == dict(
+        _count_kernel=1, _place_kernel=1, _regroup_kernel=1
+    )
