@@ -1,11 +1,13 @@
-"""Find the fastest variant of every grouped GEMM on this GPU, and from where on torch's own is faster, within given seconds.
+"""Find the fastest variant of every grouped GEMM on this GPU, and from where on torch's own is
+faster, within given seconds.
 
     python -m benchmarks.tune --budget-seconds 200 --out tuned.json
-    python -m benchmarks.tune --budget-seconds 60 --out dry.json --dry       the whole path on a CPU; times mean nothing
+    python -m benchmarks.tune --out dry.json --dry     all of it on a CPU; times mean nothing
 
-``MEGALORA_TUNED=tuned.json`` makes the kernels use what was found; copied to ``kernels/megalora_kernels/tuned/GPU.json``,
-with the name that the last line says, it ships. The file is written after every point; a second call goes on where the
-first stopped. A variant that takes the process down, or hangs, costs a restart and is refused by name.
+``MEGALORA_TUNED=tuned.json`` makes the kernels use what was found; copied to
+``kernels/megalora_kernels/tuned/GPU.json``, with the name that the last line says, it ships. The
+file is written after every point; a second call goes on where the first stopped. A variant that
+takes the process down, or hangs, costs a restart and is refused by name.
 """
 
 import argparse
@@ -23,11 +25,13 @@ DEAD_DEVICE, HUNG = 75, 76
 LEAST_SECONDS = 15
 """The sweep is not started again with less: importing torch takes half of it."""
 LAST_SECONDS = 5
-"""Of the budget, in which nothing is begun: a sweep that has not ended by itself when all is spent is killed."""
+"""Of the budget, in which nothing is begun: a sweep that has not ended by itself when all is spent
+is killed."""
 
 
 def sweep(budget_seconds: float, out: Path, dry: bool) -> int:
-    """Run the sweep in a process of its own until it ends by itself or time is over; its exit code."""
+    """Run the sweep in a process of its own until it ends by itself or time is over; its exit
+    code."""
     end = time.monotonic() + budget_seconds
     env = dict(os.environ)
     if dry:

@@ -1,9 +1,11 @@
-"""Compile variants of the grouped GEMM in processes that see no GPU, so that the sweep finds them in Triton's cache.
+"""Compile variants of the grouped GEMM in processes that see no GPU, so that the sweep finds them
+in Triton's cache.
 
     python -m benchmarks.tune_compile 90
 
-A process reads jobs from stdin and answers each with a line. Some variants make some versions of the compiler abort; that
-ends a process and costs one variant, which is named with what the process said last.
+A process reads jobs from stdin and answers each with a line. Some variants make some versions of
+the compiler abort; that ends a process and costs one variant, which is named with what the process
+said last.
 """
 
 import json
@@ -31,7 +33,8 @@ JOB_SECONDS = 60
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel to compile. Its strides and integers are those of ``experts`` experts of the GEMM."""
+    """A kernel to compile. Its strides and integers are those of ``experts`` experts of the
+    GEMM."""
 
     gemm: Gemm
     experts: int
@@ -60,7 +63,8 @@ def compile_all(
         seconds: after which no job is begun.
 
     Returns:
-        None for each job that compiled, why not for each that did not; a job that was not reached is not there.
+        None for each job that compiled, why not for each that did not; a job that was not reached
+            is not there.
     """
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:

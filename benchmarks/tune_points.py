@@ -1,6 +1,6 @@
 """What the sweep measures: grouped GEMMs of real layers, their operands, and what each should give.
 
-Shape legend: M routed rows   T tokens   E experts   K inputs   N outputs   R rank, all blocks together
+Shape legend: M routed rows   T tokens   E experts   K inputs   N outputs   R rank of all blocks
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ RANK = 16
 """Of the adapters on gate, up and down; gate_up has those of two stacked."""
 TOP_K = 8
 UNEVEN = (0, 1, 63, 64, 127, 129, 300, 257, 0, 31, 128, 255, 2, 0, 65, 16)
-"""Rows of each expert where variants are checked first. 16 experts, as in what is timed: Triton compiles a kernel anew for
-integers that 16 does not divide."""
+"""Rows of each expert where variants are checked first. 16 experts, as in what is timed: Triton
+compiles a kernel anew for integers that 16 does not divide."""
 UNEVEN_DRY = (0, 1, 17, 0)
 
 
@@ -77,7 +77,8 @@ def gemms_of(sizes: Sizes, rank: int = RANK) -> tuple[Gemm, ...]:
 
 
 FIRST = ((128, 512), (16, 4096))
-"""(experts, rows per expert): 8k tokens, all experts on one GPU, or one of 8 expert-parallel ranks."""
+"""(experts, rows per expert): 8k tokens, all experts on one GPU, or one of 8 expert-parallel
+ranks."""
 REST = ((128, 256), (16, 2048), (128, 1024), (16, 8192), (128, 128), (128, 64))
 MANY_ROWS, FEWER_ROWS = ((16, 4096), (16, 2048), (16, 1024)), ((128, 512), (128, 256), (128, 128))
 """The same of whole layers: a crossing is looked for from many rows down."""
@@ -134,7 +135,8 @@ def make_operands(
     """Operands for ``counts[e]`` rows of expert e.
 
     Args:
-        filled: with random numbers, never zeros, which cost a GPU less power; else as they were found, for compiling.
+        filled: with random numbers, never zeros, which cost a GPU less power; else as they were
+            found, for compiling.
     """
     g = torch.Generator(device).manual_seed(seed)
     E, M, N, K, R = len(counts), sum(counts), gemm.N, gemm.K, sum(gemm.ranks)
@@ -177,10 +179,11 @@ def reference(o: Operands) -> Tensor:
 
 
 def mistake(o: Operands, want_MN: Tensor, variant: Variant, run: Launch = launch) -> str | None:
-    """Why a variant may not be timed, or None: rows that differ from float32, or other bits in a second run.
+    """Why a variant may not be timed, or None: rows that differ from float32, or other bits in a
+    second run.
 
-    Memory that it allocates holds NaN before, so that what it does not write is found out. Rows are compared one by one:
-    a single wrong row in a hundred thousand is no error of the whole.
+    Memory that it allocates holds NaN before, so that what it does not write is found out. Rows are
+    compared one by one: a single wrong row in a hundred thousand is no error of the whole.
     """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # fills what is allocated

@@ -1,7 +1,9 @@
-"""What a sweep knows so far: a table that kernels can read, and beside it what it rests on; written after every step.
+"""What a sweep knows so far: a table that kernels can read, and beside it what it rests on; written
+after every step.
 
-The part ``sweep`` holds refused variants with their reason, all times, and what was not reached. What is running stands in
-a small file beside it: the next process finds the name of a variant there that took the last one down, and refuses it.
+The part ``sweep`` holds refused variants with their reason, all times, and what was not reached.
+What is running stands in a small file beside it: the next process finds the name of a variant there
+that took the last one down, and refuses it.
 """
 
 import json
@@ -54,7 +56,8 @@ class Record:
             self.running.unlink()
 
     def _continue(self, found: dict[str, Any]) -> None:
-        """Take over what an earlier call wrote; raises ``ValueError`` where it was made by something else."""
+        """Take over what an earlier call wrote; raises ``ValueError`` where it was made by
+        something else."""
         versions = environment(self.device)["versions"]
         same = {
             "gpu": (found.get("gpu"), self.gpu),
@@ -116,7 +119,8 @@ class Record:
 
 
 def smi(*fields: str) -> tuple[str | None, str]:
-    """(what nvidia-smi says of the first card, the names of it); None where there is no such program."""
+    """(what nvidia-smi says of the first card, the names of it); None where there is no such
+    program."""
     names = ", ".join(fields)
     if shutil.which("nvidia-smi") is None:
         return None, names
@@ -154,7 +158,8 @@ def beats(us: float, other_us: float, spread: float) -> bool:
 
 
 def vendor_from(points: list[dict[str, Any]]) -> int | None:
-    """The fewest rows per expert from which on torch's grouped GEMM was always faster by more than noise; None: never."""
+    """The fewest rows per expert from which on torch's grouped GEMM was always faster by more than
+    noise; None: never."""
     found = None
     for point in sorted(points, key=lambda point: (-point["rows_per_expert"], point["experts"])):
         triton, vendor = point["triton_us"], point["grouped_mm_us"]

@@ -1,11 +1,15 @@
-"""The sweep: compile, check, time, write. What it measures with is passed in, so that tests bring a clock of their own.
+"""The sweep: compile, check, time, write. What it measures with is passed in, so that tests bring a
+clock of their own.
 
 1. compile   every variant of a group of points in child processes
-2. check     each variant on uneven experts, then at the very point: rows against float32, NaN in what it allocates, same bits
+2. check     each variant on uneven experts, then at the very point: each row against float32, with
+             NaN in what it allocates; the same bits twice
 3. round 1   all that passed, three times each, interleaved
 4. round 2   the best four and the rule's own, 20 times, interleaved: median and spread
-5. write     a row where the best beats the rule's by 2 % and by twice the spread; else that the rule stands
-6. layers    forward and backward of whole layers, by Triton with the rows found so far and by torch's grouped GEMM
+5. write     a row where the best beats the rule's by 2 % and by twice the spread, else that the
+             rule stands
+6. layers    forward and backward of whole layers, by Triton with the rows found so far and by
+             torch's grouped GEMM
 """
 
 import os
@@ -41,7 +45,8 @@ Timer = Callable[[Mapping[str, Callable[[], object]], int], dict[str, list[float
 Compiler = Callable[[Sequence[Job], float], dict[Job, str | None]]
 """(jobs, seconds) to what ``tune_compile.compile_all`` returns."""
 LayerTimer = Callable[[Spec], dict[str, Any]]
-"""A layer to its microseconds by ``triton_us`` and ``grouped_mm_us`` (None: it could not run), and ``spread``."""
+"""A layer to its microseconds by ``triton_us`` and ``grouped_mm_us`` (None: it could not run), and
+``spread``."""
 
 FINALISTS = 4
 """So many of the first round go into the second, and the rule's own."""
@@ -215,7 +220,8 @@ class Sweep:
         self.record.points[point.label] = self._outcome(point, own, first, second)
 
     def _time(self, o: Operands, variants: Sequence[Variant], repeats: int) -> dict[Variant, tuple[float, float]]:
-        """(median µs, spread) of each: half the distance from the 10th to the 90th percentile, relative to the median."""
+        """(median µs, spread) of each: half the distance from the 10th to the 90th percentile,
+        relative to the median."""
         calls = {variant_label(v): lambda v=v: self.tools.run(o, v) for v in variants}
         samples = self.tools.timer(calls, repeats)
         found = {}

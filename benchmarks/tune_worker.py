@@ -1,4 +1,5 @@
-"""Run the sweep in this process, on its GPU or dry on its CPU; ``tune.py`` starts it, again where a variant ended it."""
+"""Run the sweep in this process, on its GPU or dry on its CPU; ``tune.py`` starts it, again where a
+variant ended it."""
 
 import argparse
 import os
@@ -49,7 +50,8 @@ def compiler_for(capability: tuple[int, int]) -> Callable[..., dict[Job, str | N
 
 
 def time_layer(spec: Spec, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    """Forward and backward of a layer with an adapter on each projection, by both back ends, checked first."""
+    """Forward and backward of a layer with an adapter on each projection, by both back ends,
+    checked first."""
     case = make_case(spec, device, dtype)
     builds = {
         "triton": lambda: ours_separate(case, "triton", (case.w1, case.w2)),
@@ -91,7 +93,8 @@ def gpu_tools() -> Tools:
 
 
 def dry_tools() -> Tools:
-    """The same through the interpreter, which the tests make faster; one kernel is compiled in earnest, for an H100."""
+    """The same through the interpreter, which the tests make faster; one kernel is compiled in
+    earnest, for an H100."""
     import pytest
 
     from tests.kernels import interpreter
@@ -113,7 +116,8 @@ def dry_tools() -> Tools:
 
 
 def watch(record: Record) -> None:
-    """End the process where a variant hangs: a kernel that waits forever cannot be stopped otherwise."""
+    """End the process where a variant hangs: a kernel that waits forever cannot be stopped
+    otherwise."""
 
     def look() -> None:
         while True:

@@ -1,6 +1,8 @@
-"""The sweep that finds the fastest variants, with a clock and kernels that are made up: what it writes, and what it refuses.
+"""The sweep that finds the fastest variants, with a clock and kernels that are made up: what it
+writes, and what it refuses.
 
-Sizes are small; what decides is the made-up time of each variant, in microseconds, and the noise on it.
+Sizes are small; what decides is the made-up time of each variant, in microseconds, and the noise on
+it.
 """
 
 import json
@@ -51,7 +53,8 @@ def by_torch(o: Operands, variant: Variant) -> torch.Tensor:
 
 
 class Bench:
-    """A made-up machine: variants take ``cost(variant, call number)`` microseconds, and time passes only by them."""
+    """A made-up machine: variants take ``cost(variant, call number)`` microseconds, and time passes
+    only by them."""
 
     def __init__(self, cost: Callable[[Variant], float], noise: float = 0.001, run: Any = by_torch) -> None:
         self.cost, self.noise, self.run = cost, noise, run
@@ -127,7 +130,8 @@ def test_the_fastest_gets_the_row_of_every_point(out):
 
 
 def test_the_written_file_drives_the_choice(out, monkeypatch):
-    """Cost depends on the point here: where the rule is the best, it stands, beside rows of both neighbours."""
+    """Cost depends on the point here: where the rule is the best, it stands, beside rows of both
+    neighbours."""
     points = tuple(Point(GATE_UP, 2, rows) for rows in (64, 128, 256))
     now: list[Point] = []
     bench = Bench(lambda v: {RULE: 100, VARIANTS[4]: 150 if now[-1].rows == 128 else 50}.get(v, 200.0))
@@ -206,7 +210,8 @@ def test_what_beats_the_rule(us, rule_us, spread, worth):
 
 
 def test_round_two_has_the_best_four_and_the_rule(out):
-    """The rule's own is the slowest of six, and still timed to the end: its time is the yardstick."""
+    """The rule's own is the slowest of six, and still timed to the end: its time is the
+    yardstick."""
     bench = Bench(costs(v0=300, v1=250, v2=40, v3=30, v4=50, v5=60))
     row = sweep(out, bench, POINTS[:1])["rows"][0]
     assert Variant(**row["variant"]) == VARIANTS[3] and row["rule_us"] == pytest.approx(300, rel=0.01)
@@ -250,7 +255,8 @@ def one_row_of_the_neighbours_expert(o: Operands, y_MN: torch.Tensor) -> None:
 
 
 def unwritten(o: Operands, y_MN: torch.Tensor) -> torch.Tensor:
-    """The last rows are never stored. Memory of the call before would hold the right ones by chance."""
+    """The last rows are never stored. Memory of the call before would hold the right ones by
+    chance."""
     y = o.x.new_empty(y_MN.shape)
     if not y.isnan().all():
         return y_MN
@@ -495,7 +501,8 @@ def test_another_machines_file_is_not_continued(out, field):
 
 
 def test_order_of_points_and_what_their_buckets_are():
-    """What matters most first; 30B before 235B; every bucket once for each GEMM, as the table has one row for each."""
+    """What matters most first; 30B before 235B; every bucket once for each GEMM, as the table has
+    one row for each."""
     first, rest, big = groups()
     firsts = [(point.gemm.name, point.experts, point.rows) for point in first.points]
     names = [f"30b {name}" for name in ("gate_up forward", "down forward", "down dgrad", "gate_up dgrad")]
@@ -573,7 +580,8 @@ def test_the_reference_and_the_launch_agree(gemm):
     assert (o.w_EKN.stride(1) == 1) == (gemm.op == "forward") and (o.source_M is not None) == gemm.gathered
 
 
-CHILD = """
+CHILD =
+"""
 import os, sys
 for line in sys.stdin:
     if "abort" in line:

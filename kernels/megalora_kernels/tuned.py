@@ -1,12 +1,14 @@
-"""Choose the variant of a grouped GEMM and the back end of a layer: from a table measured on this GPU, else by the rule.
+"""Choose the variant of a grouped GEMM and the back end of a layer: from a table measured on this
+GPU, else by the rule.
 
-A product is looked up by its sizes and the nearest of ``BUCKETS`` to its rows per expert, then under the neighbouring
-buckets, then with half or double the rank (a product without adapter: any rank). Where all are silent ``variants.rule``
-decides. Nothing is timed while training. Keys are sizes that the host knows (M / E, not the counts), so a look-up never
-waits for the device, and variants compute the same sums: ranks that choose differently have nothing to agree on.
+A product is looked up by its sizes and the nearest of ``BUCKETS`` to its rows per expert, then
+under the neighbouring buckets, then with half or double the rank (a product without adapter: any
+rank). Where all are silent ``variants.rule`` decides. Nothing is timed while training. Keys are
+sizes that the host knows (M / E, not the counts), so a look-up never waits for the device, and
+variants compute the same sums: ranks that choose differently have nothing to agree on.
 
-The table of a card ships as ``tuned/NVIDIA_H100_80GB_HBM3.json`` (``tuned_table.py`` has its form). ``MEGALORA_TUNED`` names
-another file, or is ``off``; it is read once, when a device first asks.
+The table of a card ships as ``tuned/NVIDIA_H100_80GB_HBM3.json`` (``tuned_table.py`` has its form).
+``MEGALORA_TUNED`` names another file, or is ``off``; it is read once, when a device first asks.
 """
 
 import math
@@ -38,8 +40,8 @@ RULE_EDGES = (WIDE_TILE_ROWS, SQUARE_TILE_ROWS)
 ENV_TABLE = "MEGALORA_TUNED"
 FOLDER = Path(__file__).with_name("tuned")
 RULE_VENDOR_FROM = 1024.0
-"""Rows per expert from which torch's grouped GEMM is taken where no table says so: where tiles of 128 rows stop wasting a
-tenth. Predicted, not yet measured on a GPU."""
+"""Rows per expert from which torch's grouped GEMM is taken where no table says so: where tiles of
+128 rows stop wasting a tenth. Predicted, not yet measured on a GPU."""
 
 
 def bucket_of(rows_per_expert: float) -> int:
@@ -104,7 +106,8 @@ def _rank_steps(a: int, b: int) -> int:
 
 
 def _distance(key: Key, wanted: Key) -> tuple[int, ...] | None:
-    """How far a row is from what is wanted, the rank before the rows per expert; None: too far, or another product."""
+    """How far a row is from what is wanted, the rank before the rows per expert; None: too far, or
+    another product."""
     same = ("op", "dtype", "N", "K", "gathered")
     if any(getattr(key, name) != getattr(wanted, name) for name in same):
         return None
@@ -140,19 +143,22 @@ def _choices(device: torch.device) -> Choices:
 
 
 def choose(product: Product, device: torch.device) -> Variant:
-    """The variant that a product is computed by: of its bucket's row, a neighbour's, or the rule's."""
+    """The variant that a product is computed by: of its bucket's row, a neighbour's, or the
+    rule's."""
     return _choices(device).variant(product)
 
 
 def vendor_from(dtype: torch.dtype, hidden: int, intermediate: int, rank: int, device: torch.device) -> float:
-    """Rows per expert from which a layer's experts are faster by torch's grouped GEMM on joined operands than by Triton.
+    """Rows per expert from which a layer's experts are faster by torch's grouped GEMM on joined
+    operands than by Triton.
 
     Args:
         hidden, intermediate: of one expert on this rank.
         rank: the larger of the stacked ranks of gate_up and down; 0 without adapter.
 
     Returns:
-        The table's number, infinity where it never is; ``RULE_VENDOR_FROM`` where the table has no such layer.
+        The table's number, infinity where it never is; ``RULE_VENDOR_FROM`` where the table has no
+            such layer.
     """
     return _choices(device).vendor_from(dtype, hidden, intermediate, rank)
 

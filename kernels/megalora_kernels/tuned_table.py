@@ -1,15 +1,19 @@
-"""Read the table of variants that were measured to be the fastest on one GPU; ``tuned.py`` looks them up.
+"""Read the table of variants that were measured to be the fastest on one GPU; ``tuned.py`` looks
+them up.
 
 The file is JSON, ``tuned/NVIDIA_H100_80GB_HBM3.json``, as ``python -m benchmarks.tune`` writes it:
 
     gpu          name of the card, as torch has it
     measured     date, commit, torch, triton, driver, card, clocks
-    rows         op, dtype, N, K, R, blocks, gathered, rows_per_expert -> variant; us, rule_us, spread
-    rule_stands  the same keys, where a variant was looked for and none beat the rule by more than noise
-    layers       dtype, hidden, intermediate, R -> vendor_from: rows per expert from which torch's grouped GEMM on joined
-                 operands was faster than Triton's, null where it never was
+    rows         op, dtype, N, K, R, blocks, gathered, rows_per_expert
+                 -> variant; us, rule_us, spread
+    rule_stands  the same keys, where none was found that beats the rule by more than noise
+    layers       dtype, hidden, intermediate, R
+                 -> vendor_from: rows per expert from which torch's grouped GEMM on joined operands
+                 was faster than Triton's, null where it never was
 
-``rule_us`` is null where the rule's own variant did not run. Every field is known or refused by its name.
+``rule_us`` is null where the rule's own variant did not run. Every field is known or refused by its
+name.
 """
 
 import json
@@ -26,7 +30,8 @@ from .variants import HOPPER, HOPPER_SHARED, Operand, Product, Variant, padded_r
 BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Rows per expert that a table has rows for."""
 Limits = tuple[int, tuple[int, int]]
-"""Bytes of shared memory that one program may have, and compute capability, as ``device_limits`` gives them."""
+"""Bytes of shared memory that one program may have, and compute capability, as ``device_limits``
+gives them."""
 HOPPER_LIMITS: Limits = (HOPPER_SHARED, HOPPER)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 MEASURED = ("date", "commit", "torch", "triton", "driver", "card", "clocks")
@@ -49,7 +54,8 @@ class Key(NamedTuple):
 
 
 class LayerKey(NamedTuple):
-    """What a layer's choice of back end is found by: local sizes, and the larger of the two stacked ranks."""
+    """What a layer's choice of back end is found by: local sizes, and the larger of the two stacked
+    ranks."""
 
     dtype: str
     hidden: int
@@ -107,7 +113,8 @@ def read_table(path: Path, gpu: str, limits: Limits = HOPPER_LIMITS) -> Table:
         limits: what it can run.
 
     Raises:
-        ValueError: it was measured on another card; a field that is unknown, missing or no value of its kind; a variant
+        ValueError: it was measured on another card; a field that is unknown, missing or no value of
+            its kind; a variant
             that cannot run; two rows with one key.
     """
     content = _parse(path)

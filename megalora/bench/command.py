@@ -11,6 +11,7 @@ from megalora.config_file import load_config
 from megalora.model.shape import model_shape
 from megalora.planner.command import check_writable
 from megalora.planner.cost import BEHIND_WAITS
+from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine
 from megalora.planner.hardware import Machine
 from megalora.planner.layouts import Layout, Workload
@@ -73,21 +74,22 @@ def fastest(config: RunConfig, num_ranks: int, top: int, machine: Machine, imbal
     """The ``top`` layouts that the planner puts first, of those that fit; raises ``ValueError`` where none does."""
     require(top >= 1, f"--top must be at least 1, got {top}")
     shape = model_shape(find_architecture(config.model.path))
-    plan = search(shape, config.lora, num_ranks, workload(config, imbalance), machine)
+    plan = search(shape, config.lora, num_ranks, workload(config, imbalance, machine), machine)
     plan.best()
     return [found.layout for found in plan.layouts()[:top]]
 
 
-def workload(config: RunConfig, imbalance: float) -> Workload:
+def workload(config: RunConfig, imbalance: float, machine: Machine) -> Workload:
     """What a benchmark trains: samples of exactly ``data.max_length`` tokens, whose last is only predicted."""
-    return replace(Workload.of(config, imbalance), sequence_length=max(config.data.max_length - 1, 2))
+    length, crossings = max(config.data.max_length - 1, 2), crossings_of(machine.name)
+    return replace(Workload.of(config, imbalance), sequence_length=length, crossings=crossings)
 
 
 def predicted(config: RunConfig, num_ranks: int, machine: Machine, imbalance: float = 1.0) -> Predicted:
     """The planner's word on one layout, as far as a benchmark can check it: no allocator sees the CUDA context."""
     layout = Layout.of(config, num_ranks)
     model = PlannedModel.of(model_shape(find_architecture(config.model.path)), config.lora)
-    found = evaluate(model, config.lora.rank, layout, workload(config, imbalance), machine)
+    found = evaluate(model, config.lora.rank, layout, workload(config, imbalance, machine), machine)
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for part in found.time.parts:
         name = part.name.removeprefix("recompute ").removeprefix("tensor parallel ")

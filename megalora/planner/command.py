@@ -3,13 +3,14 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalora.config import RunConfig, require
 from megalora.config_file import load_config
 from megalora.model.shape import model_shape
 from megalora.planner import report
+from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine, with_ranks_per_node
 from megalora.planner.layouts import Layout, Workload, check
 from megalora.planner.memory import memory_of
@@ -42,7 +43,7 @@ def make_plan(config: RunConfig, options: Options) -> Plan:
     if options.gpus_per_node is not None:
         machine = with_ranks_per_node(machine, options.gpus_per_node)
     shape = model_shape(find_architecture(config.model.path))
-    work = Workload.of(config, options.imbalance)
+    work = replace(Workload.of(config, options.imbalance), crossings=crossings_of(machine.name))
     return search(shape, config.lora, options.gpus, work, machine, lora_ranks=options.lora_ranks)
 
 

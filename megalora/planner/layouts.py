@@ -11,6 +11,7 @@ from typing import Literal
 
 from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig, require
 from megalora.model.shape import ModelShape
+from megalora.planner.crossings import NO_TABLE, Crossings
 
 Recompute = Literal["off", "selective", "full"]
 MAX_RANKS = 2**20
@@ -30,9 +31,9 @@ class Workload:
     """Of weights, adapters and activations."""
     imbalance: float = 1.0
     """Rows of the fullest expert-parallel rank over the mean. Assumed: only routing knows."""
-    vendor_from: float = 1024.0
-    """Rows per expert from which experts run on torch's grouped GEMM, with adapters beside the weights:
-    ``megalora_kernels.tuned.vendor_from`` where no table was measured."""
+    crossings: Crossings = NO_TABLE
+    """From how many rows per expert the GPU runs experts on torch's grouped GEMM, with adapters
+    beside the weights."""
 
     def __post_init__(self) -> None:
         require(self.sequence_length >= 2, f"a sample needs at least 2 tokens, got {self.sequence_length}")

@@ -174,10 +174,25 @@ def _share(count: AdapterCount, layout: Layout) -> tuple[int, int]:
 
 def has_room(model: PlannedModel, layout: Layout, work: Workload) -> bool:
     """Whether the experts' weights get room for adapters beside them, as ``FusedExperts.gains_from_room`` says on Hopper and datacentre
-    Blackwell: from ``work.vendor_from`` expected rows per expert on; float32 goes without, and so do other GPUs."""
-    tokens = layout.micro_batch_size * work.sequence_length
-    rows = model.shape.expected_rows(layout.parallel, tokens)
-    return rows >= work.vendor_from and work.dtype == "bfloat16"
+    Blackwell: by the rows per expert to be expected; float32 goes without, and so do other GPUs."""
+    s, p = model.shape, layout.parallel
+    if not s.moe_layers or work.dtype == "float32":
+        return False
+    rows = s.expected_rows(p, layout.micro_batch_size * work.sequence_length)
+    return work.crossings.prefers_grouped_mm(rows, s.hidden, s.expert_intermediate // p.etp, _stacked_rank(model))
+
+
+def _stacked_rank(model: PlannedModel) -> int:
+    """The larger of the stacked ranks of gate_up and down, in the layer where it is largest."""
+    if ("stacked rank",) not in model.memo:
+        modules = [
+            adapted
+            for layer in model.by_layer.values()
+            for name, adapted in layer.items()
+            if name.startswith("mlp.experts.")
+        ]
+        model.memo["stacked rank",] = max((sum(a.rank for a in adapted) for adapted in modules), default=0)
+    return model.memo["stacked rank",]
 
 
 def room_bytes(model: PlannedModel, layout: Layout, work: Workload, chunks: list[Chunk]) -> int:

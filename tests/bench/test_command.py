@@ -42,7 +42,7 @@ def test_a_prediction_is_the_planners_in_the_clocks_names(sizes: dict) -> None:
     config = replace(config, parallel=ParallelConfig(**sizes), train=replace(config.train, recompute="full"))
     found = predicted(config, 2, H100)
     assert tuple(found.parts) == PARTS and sum(found.parts.values()) == pytest.approx(found.step_seconds)
-    model, work = PlannedModel.of(SHAPE, config.lora), workload(config, 1.0)
+    model, work = PlannedModel.of(SHAPE, config.lora), workload(config, 1.0, H100)
     assert work.sequence_length == 512
     layout = Layout(parallel=config.parallel, num_ranks=2, recompute="full")
     plan = fullest_stage(model, layout, work)
@@ -52,7 +52,7 @@ def test_a_prediction_is_the_planners_in_the_clocks_names(sizes: dict) -> None:
 
 def test_the_layouts_that_the_plan_puts_first() -> None:
     config = load_config(CONFIG)
-    plan = search(SHAPE, config.lora, 4, workload(config, 1.0), H100)
+    plan = search(SHAPE, config.lora, 4, workload(config, 1.0, H100), H100)
     assert fastest(config, 4, 3, H100) == [found.layout for found in plan.layouts()[:3]]
     with pytest.raises(ValueError, match="no layout fits"):
         fastest(config, 4, 3, replace(H100, memory_bytes=2**20))

@@ -46,8 +46,9 @@ def test_cpu_takes_the_loop_and_an_argument_beats_the_environment(monkeypatch):
 
 MANY = 6 * 1024  # 1,024 rows for each of six experts
 GPU: dict[str, tuple[dict[str, Any], str]] = {
-    "few rows": (dict(rows=MANY - 1, room=True), "triton"),
+    "few rows": (dict(rows=6 * 1013, room=True), "triton"),
     "many rows": (dict(rows=MANY, room=True), "grouped_mm"),
+    "as many but for the last token": (dict(rows=6 * 1014, room=True), "grouped_mm"),
     "many rows, float16": (dict(rows=MANY, room=True, dtype=torch.float16), "triton"),
     "many rows, no room for the adapter": (dict(rows=MANY), "triton"),
     "many rows, no adapter": (dict(rows=MANY, rank=0), "grouped_mm"),
@@ -84,8 +85,8 @@ def test_the_table_of_the_card_says_from_how_many_rows_on(tmp_path, monkeypatch)
     with torch._C.DisableTorchFunction(), FakeTensorMode():
         how = {"device": "cuda", "dtype": torch.bfloat16, "room": True}
         for layer, least in expected.items():
-            for each in (64, 99, 100, 1023, 1024, 4096):
-                name = "grouped_mm" if each >= least else "triton"
+            for each in (64, 98, 99, 100, 1013, 1014, 1024, 4096):
+                name = "grouped_mm" if each >= 0.99 * least else "triton"
                 assert chosen(rows=6 * each, layer=layer, **how) == name
                 wanted = rule.prefers_grouped_mm(torch.bfloat16, torch.device("cuda", 0), each, 8, layer)
                 assert wanted == (name == "grouped_mm")

@@ -1,4 +1,5 @@
-"""Training and ``megalora bench`` say how many rows per expert they expect: on that depends what the weights get room for."""
+"""Training and ``megalora bench`` say how many rows per expert they expect: on that depends what
+the weights get room for."""
 
 from contextlib import suppress
 from pathlib import Path
