@@ -222,7 +222,7 @@ ANCHORS = (
     _gemm("base E16 x 4096, weights by TMA", E16_4096, tma_weight),
     _gemm("base E128 x 64, the rule", E128_64, rule, "weights are read more than once: the order of tiles"),
     Anchor("torch grouped_mm joined, E16 x 4096", "us", joined_grouped_mm, lambda _: Expected(644, 580, 720),
-           "VENDOR_ROWS may be lower", "VENDOR_ROWS may be higher"),
+           "tuned.RULE_VENDOR_FROM may be lower", "tuned.RULE_VENDOR_FROM may be higher"),
     Anchor("SwiGLU + shrink, 65,536 rows", "us", swiglu_forward, of_pass(3 * INNER + RANK, 1.2),
            "less is moved than counted", "arithmetic binds: the activation is computed more than once"),
     Anchor("SwiGLU backward, 65,536 rows", "us", swiglu_backward, of_pass(5 * INNER + 3 * RANK, 1.25),

@@ -138,7 +138,7 @@ class Crossing:
 
 
 def vendor_rows(points: Iterable[Crossing]) -> int | None:
-    """``VENDOR_ROWS``: the fewest rows per expert from which on grouped_mm was never slower; None: there are none."""
+    """The fewest rows per expert from which on grouped_mm was never slower; None: there are none."""
     found = None
     for point in sorted(points, key=lambda p: (-p.rows, p.experts)):
         if point.triton_ms is None or point.grouped_mm_ms is None or point.grouped_mm_ms > point.triton_ms:
@@ -153,4 +153,7 @@ def show_crossing(points: Sequence[Crossing]) -> str:
     named = [
         f"{e} experts: {vendor_rows(p for p in points if p.experts == e)}" for e in sorted({p.experts for p in points})
     ]
-    return table(header, lines) + f"\nVENDOR_ROWS by these times: {'; '.join(named)} (None: Triton throughout)"
+    return (
+        table(header, lines)
+        + f"\ngrouped_mm from these rows per expert on, by these times: {'; '.join(named)} (None: Triton throughout)"
+    )

@@ -580,8 +580,7 @@ def test_the_reference_and_the_launch_agree(gemm):
     assert (o.w_EKN.stride(1) == 1) == (gemm.op == "forward") and (o.source_M is not None) == gemm.gathered
 
 
-CHILD =
-"""
+CHILD = """
 import os, sys
 for line in sys.stdin:
     if "abort" in line:

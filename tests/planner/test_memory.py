@@ -194,7 +194,7 @@ def test_imbalance_fills_experts_alone(model: PlannedModel) -> None:
         for i in (1.0, 1.5)
     )
     rows = 4096 * 8 // 2  # half as many again
-    per_row = (2048 + 2 * 768 + 48 + 1) * 2 + 8 + 2 * 4
+    per_row = (2048 + 2 * 768 + 48 + 1) * 2 + 2 * 4
     assert skewed["activations"] - even["activations"] == 48 * rows * per_row
     assert skewed["weights"] == even["weights"]
 
