@@ -9,6 +9,7 @@ The choice: megalora's own training step, values of all kernels in bfloat16, and
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -22,8 +23,9 @@ from benchmarks.gpu_timing import Budget, earlier, save, the_gpu
 ROOT = Path(__file__).parents[1]
 STEP, KERNELS = "tests/gpu/test_step_on_gpu.py", "tests/gpu/test_kernels_on_gpu.py"
 CHOICE = f"{Path(STEP).stem} or nothing_waits or (agree and float64 and bfloat16)"
-DEADLINE = "MEGALORA_TESTS_DEADLINE"
-"""Seconds of the clock after which no test is begun, for the processes of pytest-xdist too."""
+DEADLINE, PASSED = "MEGALORA_TESTS_DEADLINE", "MEGALORA_TESTS_PASSED"
+"""Seconds of the clock after which no test is begun, and names of tests that an earlier call saw pass: in the environment,
+for the processes of pytest-xdist too."""
 OUT_OF_TIME = "out of time"
 PROCESSES = 4
 """Where pytest-xdist is: compiling kernels is most of what these tests do."""
@@ -35,6 +37,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(OUT_OF_TIME)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what passed in an earlier call."""
+    passed = set(json.loads(os.environ[PASSED]))
+    done = [item for item in items if item.nodeid in passed]
+    items[:] = [item for item in items if item.nodeid not in passed]
+    config.hook.pytest_deselected(items=done)
+
+
 class Results:
     """A plug-in that writes what became of every test as soon as it is known."""
 
@@ -42,13 +52,8 @@ class Results:
         self.out, self.device, self.settings = out, device, settings
         record = earlier(out, "gpu_tests", device, settings) or {"rows": []}
         self.rows = [row for row in record["rows"] if row["outcome"] == "passed"]
-        self.passed = {row["test"] for row in self.rows}
+        self.passed = [row["test"] for row in self.rows]
         self.not_reached: list[str] = []
-
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        done = [item for item in items if item.nodeid in self.passed]
-        items[:] = [item for item in items if item.nodeid not in self.passed]
-        config.hook.pytest_deselected(items=done)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.outcome == "passed":
@@ -95,6 +100,7 @@ def main(given: list[str] | None = None) -> int:
     os.environ[DEADLINE] = str(time.time() + Budget(args.budget_seconds).left())
     os.chdir(ROOT)
     results = Results(args.out, device, {"all": args.all, "dry": args.dry})
+    os.environ[PASSED] = json.dumps(results.passed)
     code = pytest.main(words_for(args.dry, args.all), plugins=[results])
     results.write()
     nothing_left = code == pytest.ExitCode.NO_TESTS_COLLECTED and bool(results.passed)

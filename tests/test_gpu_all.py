@@ -6,12 +6,16 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import gpu_all, gpu_machine, gpu_steps
+from benchmarks import gpu_all, gpu_machine, gpu_steps, gpu_tests
 from benchmarks.gpu_machine import Machine
 from benchmarks.gpu_outcomes import Outcome, Record
 from benchmarks.gpu_steps import BUDGET, OUT, STEPS, Step, limits, named
@@ -251,3 +255,42 @@ def test_without_an_interpreter(tmp_path):
     script = ["bash", str(ROOT / "benchmarks/gpu_all.sh")]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "there is no 'no-python' here" in done.stderr
+
+
+def report(test: str, outcome: str, when: str = "call", why: str = "") -> Any:
+    skipped = outcome == "skipped"
+    longrepr = ("file", 1, f"Skipped: {why}") if skipped else why
+    return SimpleNamespace(
+        nodeid=test, when=when, outcome=outcome, skipped=skipped, failed=outcome == "failed", longrepr=longrepr,
+        longreprtext=why, duration=1.0,
+    )  # fmt: skip
+
+
+def test_the_tests_step_writes_every_test_and_leaves_out_what_passed(tmp_path, monkeypatch):
+    """Also for processes of pytest-xdist, which see the environment alone."""
+    out = tmp_path / "gpu_tests.json"
+    results = gpu_tests.Results(out, torch.device("cpu"), {})
+    results.pytest_runtest_logreport(report("a", "passed", "setup"))
+    assert not out.exists(), "a test is not over when its fixtures are made"
+    results.pytest_runtest_logreport(report("a", "passed"))
+    results.pytest_runtest_logreport(report("b", "failed", why="Traceback\nE  assert 1 == 2"))
+    results.pytest_runtest_logreport(report("c", "failed", "setup", why="no fixture"))
+    results.pytest_runtest_logreport(report("d", "skipped", "setup", why="needs two GPUs"))
+    results.pytest_runtest_logreport(report("e", "skipped", "setup", why=gpu_tests.OUT_OF_TIME))
+    record = json.loads(out.read_text())
+    assert [(row["test"], row["outcome"]) for row in record["rows"]] == [
+        ("a", "passed"), ("b", "failed"), ("c", "failed"), ("d", "skipped"),
+    ]  # fmt: skip
+    assert record["failures"] == ["b: E  assert 1 == 2", "c: no fixture"] and record["not_reached"] == ["e"]
+    second = gpu_tests.Results(out, torch.device("cpu"), {})
+    assert second.passed == ["a"]
+    monkeypatch.setenv(gpu_tests.PASSED, json.dumps(second.passed))
+    items: Any = [SimpleNamespace(nodeid=name) for name in "abe"]
+    left_out: list[Any] = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    gpu_tests.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)  # type: ignore[arg-type]
+    assert [item.nodeid for item in items] == ["b", "e"] and [item.nodeid for item in left_out] == ["a"]
+    for seconds, late in ((60, False), (-1, True)):
+        monkeypatch.setenv(gpu_tests.DEADLINE, str(time.time() + seconds))
+        with pytest.raises(pytest.skip.Exception) if late else nullcontext():
+            gpu_tests.pytest_runtest_setup(items[0])

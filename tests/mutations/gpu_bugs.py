@@ -59,6 +59,8 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(0, "a step with cases left over called done", MACHINE, '("part", f"{len(left)} cases not reached, first {left[0]}") if left else ("ok", "")', '("ok", "")', f"{ALL_TEST} second_call"),
     bug(0, "a stopped step's ranks live on", MACHINE, "        os.killpg(process.pid, signal.SIGTERM)\n    end", "        process.kill()\n        process.wait()\n        return None\n    end", f"{ALL_TEST} beyond_its_share"),
     bug(0, "torchrun killed before it has ended its ranks", MACHINE, "time.monotonic() + GRACE_S", "time.monotonic()", f"{ALL_TEST} has_time_to_end"),
+    bug(0, "tests that passed are run again", "benchmarks/gpu_tests.py", "items[:] = [item for item in items if item.nodeid not in passed]", "items[:] = list(items)", f"{ALL_TEST} tests_step"),
+    bug(0, "tests without time taken for skipped ones", "benchmarks/gpu_tests.py", "if why == OUT_OF_TIME:", "if why == DEADLINE:", f"{ALL_TEST} tests_step"),
     bug(0, "a committed JSON counts as this run's", ALL, "    if not before.calls:\n", "    if before.calls:\n", f"{ALL_TEST} another_run"),
     bug(0, "a dry run's results continued on a GPU", OUTCOMES, "if was_dry != self.dry:", "if was_dry and was_dry == self.dry:", f"{ALL_TEST} another_kind"),
     bug(0, "overlapping work of the device counted twice", TRACE, "busy += max(0.0, span.end - max(span.begin, last.end))", "busy += span.us", f"{TRACE_TEST} gaps_are_between"),
