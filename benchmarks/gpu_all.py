@@ -1,19 +1,21 @@
 """Run the steps of ``gpu_steps.py`` on one GPU, one after the other, within a given time.
 
-    bash benchmarks/gpu_all.sh                        every usual step, in the order of what it tells
-    bash benchmarks/gpu_all.sh tests kernels          these alone
-    bash benchmarks/gpu_all.sh --seconds 200          a second call: continues where the first one stopped
-    bash benchmarks/gpu_all.sh --again tune           one step anew, then what is missing
-    bash benchmarks/gpu_all.sh --dry                  the same path at tiny sizes on a CPU; its times mean nothing
+    bash benchmarks/gpu_all.sh                     every usual step, in the order of what it tells
+    bash benchmarks/gpu_all.sh tests kernels       these alone
+    bash benchmarks/gpu_all.sh --seconds 200       a second call: goes on where the first stopped
+    bash benchmarks/gpu_all.sh --again tune        one step anew, then what is missing
+    bash benchmarks/gpu_all.sh --dry               the same path at tiny sizes on a CPU
 
 Each step has its share of the time and is stopped at its end; what it leaves over goes to the next.
 It writes its JSON into the results' folder case by case, and a log beside it. A step that fails is
-named at the end, the others go on, and the exit code is 1. A second call skips the steps that are
-done, continues those that were cut off or had no time for all their cases, and then tries those that failed.
+named at the end, the others go on, and the exit code is 1. A second call leaves out the steps that
+are done, goes on with those that were cut off or had no time for all their cases, and then tries
+those that failed; what was measured before a fix is measured again with --again alone.
 
-A call ends within --seconds and some ten more, its start included. To split 15 minutes of a machine:
-540 seconds first, then 200 while it is still there (or 120 on a fresh one, whose start takes a minute or
-two); bring the results' folder along, or the file that --archive names.
+A call ends within --seconds and some ten more, its start included. To split 15 minutes of a
+machine: 540 seconds first, then 200 while it is still there, or 120 on a fresh one, whose start
+takes a minute or two. A fresh one needs the results' folder, or what --archive packed of it,
+unpacked there.
 """
 
 import argparse
@@ -37,7 +39,8 @@ LEAST_S = 15
 
 
 def run_steps(machine: Machine, record: Record, steps: Sequence[Step], seconds: float, archive: Path | None) -> None:
-    """Run steps within ``seconds``; note each outcome, and pack the archive, as soon as it is there."""
+    """Run steps within ``seconds``; note each outcome, and pack the archive, as soon as it is
+    there."""
     start = time.monotonic()
     ends = limits(steps, max(0.0, seconds))
     for step in steps:
@@ -79,7 +82,8 @@ def pack(results: Path, archive: Path) -> None:
 
 
 def summarise(machine: Machine, steps: Sequence[Step], record: Record) -> bool:
-    """Print the table of all results so far, and write it; False where the results cannot be read."""
+    """Print the table of all results so far, and write it; False where the results cannot be
+    read."""
     command = [machine.python, "-m", "benchmarks.gpu_summary", str(machine.results)]
     environment = machine.environment_of(STEPS[0])
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,5 @@
-"""Start the programs of ``gpu_all.sh`` on this machine, each in its own process. Standard library only."""
+"""Start the programs of ``gpu_all.sh`` on this machine, each in its own process. Standard library
+only."""
 
 import glob
 import json
@@ -31,7 +32,8 @@ if found.get("torch"):
     found["gpu"] = torch.cuda.is_available()
 print(json.dumps(found))
 """
-"""Which modules there are, and whether torch finds a GPU: in a process of its own, for this one needs no torch."""
+"""Which modules there are, and whether torch finds a GPU: in a process of its own, for this one
+needs no torch."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +115,18 @@ class Machine:
 
 
 def cpu_of_children() -> float:
-    """Return seconds of processor time of all processes that have ended and that this one started, or they did."""
+    """Return seconds of processor time of all processes that have ended and that this one started,
+    or they did."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def _wait(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
-    """Return the exit code; None where the limit came first, and then end the program with all it started.
+    """Return the exit code; None where the limit came first, and then end the program with all it
+    started.
 
-    Ranks of torchrun are no members of its group of processes: it must have the time to end them itself.
+    Ranks of torchrun are no members of its group of processes: it must have the time to end them
+    itself.
     """
     try:
         return process.wait(limit_s)
@@ -158,7 +163,8 @@ def install_wheels(python: str, site: Path) -> str:
 
 
 def probe(python: str, site: Path) -> dict[str, bool]:
-    """Return which modules there are, and whether there is a GPU. Raises ``ValueError`` where that cannot be found out."""
+    """Return which modules there are, and whether there is a GPU. Raises ``ValueError`` where that
+    cannot be found out."""
     names = ["torch", "triton", *sorted({name for step in STEPS for name in step.modules})]
     path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

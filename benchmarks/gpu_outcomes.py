@@ -84,6 +84,7 @@ class Record:
         part.replace(self.path)
 
     def still_to_do(self, steps: Sequence[Step]) -> list[Step]:
-        """Return what is not done: the unfinished in the table's order, then what failed by itself."""
+        """Return what is not done: the unfinished in the table's order, then what failed by
+        itself."""
         left = [step for step in steps if self.outcomes[step.name].result != "ok"]
         return sorted(left, key=lambda step: self.outcomes[step.name].result == "failed")

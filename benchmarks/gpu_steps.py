@@ -1,6 +1,8 @@
-"""Name the steps of ``gpu_all.sh``, in the order of what they tell, with the share of its time that each may take.
+"""Name the steps of ``gpu_all.sh``, in the order of what they tell, with the share of its time that
+each may take.
 
-Standard library only: the driver that reads this table runs before anything is known to be installed.
+Standard library only: the driver that reads this table runs before anything is known to be
+installed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MEGATRON = ("megatron.core", "megatron.bridge", "omegaconf")
-"""What wheels bring; torch, triton, transformers and peft are taken to be there, and rows say so where they are not."""
+"""What wheels bring; torch, triton, transformers and peft are taken to be there, and rows say so
+where they are not."""
 RESULTS, OUT, BUDGET = "{results}", "{out}", "{budget}"
-"""Stand in a command for the folder of all results, the step's own JSON, and the seconds that its program may take."""
+"""Stand in a command for the folder of all results, the step's own JSON, and the seconds that its
+program may take."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class Step:
 
     name: str
     share: int
-    """Seconds of ``SECONDS``; of another total in proportion. What a step leaves over goes to the next."""
+    """Seconds of ``SECONDS``; of another total in proportion. What a step leaves over goes to the
+    next."""
     shows: str
     """What it is for, as ``--list`` and the summary say it."""
     result: str
@@ -49,7 +54,8 @@ def program(module: str, *options: str) -> tuple[str, ...]:
 SECONDS = 540
 UNTUNED = {"MEGALORA_TUNED": "off"}
 TUNED = {"MEGALORA_TUNED": f"{RESULTS}/gpu_tuned.json"}
-"""The table just written. Steps after ``tune`` take it where it is there (``gpu_all.environment_of``)."""
+"""The table just written. Steps after ``tune`` take it where it is there
+(``gpu_all.environment_of``)."""
 
 STEPS = (
     Step(
@@ -132,8 +138,8 @@ def command_of(step: Step, results: Path, budget_s: float, dry: bool) -> list[st
 def limits(steps: Sequence[Step], seconds: float) -> dict[str, float]:
     """Return for each step the second, counted from now, by which it must have ended.
 
-    Shares are scaled so that together they take ``seconds``. A step that ends early leaves its rest to the next,
-    since the moments stay where they are.
+    Shares are scaled so that together they take ``seconds``. A step that ends early leaves its rest
+    to the next, since the moments stay where they are.
     """
     whole = sum(step.share for step in steps)
     ends: dict[str, float] = {}

@@ -1,9 +1,10 @@
-"""Put all that ``gpu_all.sh`` found into one table: each goal met or missed and by how much, each prediction's error.
+"""Put all that ``gpu_all.sh`` found into one table: each goal met or missed and by how much, each
+prediction's error.
 
     python -m benchmarks.gpu_summary [FOLDER]
 
-What has not been measured is a row that says so. A file that is not the record it should be is refused by name, with exit
-code 1, and the others are shown.
+What has not been measured is a row that says so. A file that is not the record it should be is
+refused by name, with exit code 1, and the others are shown.
 """
 
 import json
@@ -43,7 +44,8 @@ def by_how_much(goal: Goal, value: float) -> str:
 
 
 def of_goals(records: Records) -> list[Line]:
-    """Return each goal for each case, with the untuned rule and with the table; the verdict is of the last measured."""
+    """Return each goal for each case, with the untuned rule and with the table; the verdict is of
+    the last measured."""
     found: dict[tuple[str, str], dict[str, float | None]] = {}
     for name in (KERNELS, TUNED):
         for row in records[name]["goals"] if name in records else []:
@@ -99,7 +101,8 @@ def of_anchors(record: dict[str, Any]) -> list[Line]:
 
 
 def of_tune(record: dict[str, Any]) -> list[Line]:
-    """Return how much faster than the rule's the variants of the table are, and where torch's GEMM takes over."""
+    """Return how much faster than the rule's the variants of the table are, and where torch's GEMM
+    takes over."""
     gains = sorted(row["rule_us"] / row["us"] for row in record["rows"] if row["rule_us"])
     span = f"{gains[0]:.2f} to {gains[-1]:.2f} times as fast as the rule" if gains else ""
     stands = f"the rule stands for {len(record['rule_stands'])}"

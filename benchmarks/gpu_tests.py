@@ -1,10 +1,12 @@
-"""Run the tests that need a GPU, the most telling first, within a budget, and write what became of each.
+"""Run the tests that need a GPU, the most telling first, within a budget, and write what became of
+each.
 
     python -m benchmarks.gpu_tests --budget-seconds 50 --out benchmarks/results/gpu_tests.json
 
-The choice: megalora's own training step, values of all kernels in bfloat16, and that nothing waits for the device;
-``--all`` takes every file in tests/gpu. Written anew after every test. A second call leaves out what passed before.
-``--dry`` runs the training step's tests on a CPU, where kernels are interpreted.
+The choice: megalora's own training step, values of all kernels in bfloat16, and that nothing waits
+for the device; ``--all`` takes every file in tests/gpu. Written anew after every test. A second
+call leaves out what passed before. ``--dry`` runs the training step's tests on a CPU, where kernels
+are interpreted.
 """
 
 import argparse
@@ -24,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 STEP, KERNELS = "tests/gpu/test_step_on_gpu.py", "tests/gpu/test_kernels_on_gpu.py"
 CHOICE = f"{Path(STEP).stem} or nothing_waits or (agree and float64 and bfloat16)"
 DEADLINE, PASSED = "MEGALORA_TESTS_DEADLINE", "MEGALORA_TESTS_PASSED"
-"""Seconds of the clock after which no test is begun, and names of tests that an earlier call saw pass: in the environment,
-for the processes of pytest-xdist too."""
+"""Seconds of the clock after which no test is begun, and names of tests that an earlier call saw
+pass: in the environment, for the processes of pytest-xdist too."""
 OUT_OF_TIME = "out of time"
 PROCESSES = 4
 """Where pytest-xdist is: compiling kernels is most of what these tests do."""

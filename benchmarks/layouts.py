@@ -1,10 +1,12 @@
-"""Measure recomputation and microbatches of a whole Qwen3-30B-A3B on one GPU, beside what the planner says of them.
+"""Measure recomputation and microbatches of a whole Qwen3-30B-A3B on one GPU, beside what the
+planner says of them.
 
     python -m benchmarks.layouts --budget-seconds 300 [--out FILE] [--dry]
 
-``megalora bench`` with random weights, one layout after the other, each in a process of its own; predictions rest on
-``gpu_calibration.json`` beside the results, if it is there, else on the table of the GPU. A layout that does not fit is a
-row and no failure. A second call runs those that had no time. ``--dry``: a small model on a CPU.
+``megalora bench`` with random weights, one layout after the other, each in a process of its own;
+predictions rest on ``gpu_calibration.json`` beside the results, if it is there, else on the table
+of the GPU. A layout that does not fit is a row and no failure. A second call runs those that had no
+time. ``--dry``: a small model on a CPU.
 """
 
 import argparse
@@ -25,7 +27,8 @@ from megalora.planner.hardware import Machine
 
 ROOT = Path(__file__).parents[1]
 LEAST_SECONDS = 60
-"""Imports, random weights of a whole model, kernels to compile and a few steps: no layout is started with less."""
+"""Imports, random weights of a whole model, kernels to compile and a few steps: no layout is
+started with less."""
 DONE = ("ok", "out of memory", "refused", "failed")
 
 
@@ -72,7 +75,8 @@ def measure(plan: Plan, text: str, machine: Machine, logs: Path, limit_s: float)
 
 
 def errors_of(row: Row) -> dict[str, float | None]:
-    """Return how far predictions are from measurements, in percent; None where there is nothing to compare."""
+    """Return how far predictions are from measurements, in percent; None where there is nothing to
+    compare."""
     if row.measured is None or row.predicted is None:
         return {"step_seconds": None, "peak_bytes": None}
     return {

@@ -1,4 +1,5 @@
-"""Say what the planner predicts of the model that ``bench_train_gpu`` trains, and how far that is from the measurement."""
+"""Say what the planner predicts of the model that ``bench_train_gpu`` trains, and how far that is
+from the measurement."""
 
 from typing import Any
 
@@ -14,7 +15,8 @@ from megalora.planner.weights import PlannedModel
 
 
 def machine_of(device_name: str) -> Machine:
-    """Return the table of the GPU that the device's name contains; that of an H100 for any other."""
+    """Return the table of the GPU that the device's name contains; that of an H100 for any
+    other."""
     lower = device_name.lower()
     return next((machine for name, machine in GPUS.items() if name in lower), GPUS["h100"])
 
@@ -22,7 +24,8 @@ def machine_of(device_name: str) -> Machine:
 def planned(setup: Setup, device_name: str) -> dict[str, Any]:
     """Return the planner's word on one rank that trains this model with one sequence a step.
 
-    ``peak_bytes`` leaves the CUDA context out, which no allocator sees. Rates are those of bfloat16.
+    ``peak_bytes`` leaves the CUDA context out, which no allocator sees. Rates are those of
+    bfloat16.
     """
     machine = machine_of(device_name)
     lora = LoRAConfig(rank=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank)

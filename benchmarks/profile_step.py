@@ -17,8 +17,8 @@ STEPS = 2
 def profile_steps(training: Training, device: torch.device, layers: int) -> dict[str, Any]:
     """Return what ``STEPS`` steps did; ``problem`` alone where the profiler cannot run here.
 
-    The profiler slows the host, so gaps are wider than without it: compare ``busy_us`` with the time of a step that
-    was not profiled.
+    The profiler slows the host, so gaps are wider than without it: compare ``busy_us`` with the
+    time of a step that was not profiled.
     """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

@@ -1,15 +1,17 @@
-"""Every kind of layout on one GPU: trainings whose ranks share it, compared with plain transformers in float64.
+"""Every kind of layout on one GPU: trainings whose ranks share it, compared with plain transformers
+in float64.
 
     python -m benchmarks.shared_gpu [--budget-seconds 150] [--at-once 4] [--out FILE] [--dry]
 
-The ranks of a case run the product's own training with the real kernels; their collectives go through the host
-(MEGALORA_SHARE_GPU=1), so that of what several GPUs do only NCCL is missing. Without a GPU the same trainings run on CPU
-ranks over gloo: that is how this script is tested.
+The ranks of a case run the product's own training with the real kernels; their collectives go
+through the host (MEGALORA_SHARE_GPU=1), so that of what several GPUs do only NCCL is missing.
+Without a GPU the same trainings run on CPU ranks over gloo: that is how this script is tested.
 
-A case passes when it is as near to float64 as float32 has to be on a CPU (tests/parity/case.py) or, since a GPU adds in
-another order, at most twice as far as one rank alone on the same device, whose own limit is TOLERANCE times the CPU's.
-Exit code 1 when a case fails; what there was no time for is named and does not fail, and a second call with the same
---out runs it. --dry: two cases, whose ranks are forked from this process on a CPU.
+A case passes when it is as near to float64 as float32 has to be on a CPU (tests/parity/case.py) or,
+since a GPU adds in another order, at most twice as far as one rank alone on the same device, whose
+own limit is TOLERANCE times the CPU's. Exit code 1 when a case fails; what there was no time for is
+named and does not fail, and a second call with the same --out runs it. --dry: two cases, whose
+ranks are forked from this process on a CPU.
 """
 
 import argparse
@@ -62,10 +64,12 @@ SHARED = (
 )
 """The likeliest to fail first: a budget may end before the last."""
 TOLERANCE = 10.0
-"""A GPU's reductions are trees and its exponentials are other polynomials: a few times a CPU's rounding. A wrong sum is 1e3."""
+"""A GPU's reductions are trees and its exponentials are other polynomials: a few times a CPU's
+rounding. A wrong sum is 1e3."""
 DRY = (Case(2, ep=2),)
 SECONDS_OF_A_CASE = 40
-"""Imports and CUDA's start on every rank, kernels to compile, two steps: no case is started with less time left."""
+"""Imports and CUDA's start on every rank, kernels to compile, two steps: no case is started with
+less time left."""
 
 
 @dataclass
@@ -76,7 +80,8 @@ class Laboratory:
     limit_s: float
     """For one case."""
     fork: bool = False
-    """Ranks are forked from this process instead of started by torchrun: on a CPU alone, and one case at a time."""
+    """Ranks are forked from this process instead of started by torchrun: on a CPU alone, and one
+    case at a time."""
 
     def __post_init__(self) -> None:
         self.chats = write_chats(self.folder / "chats.jsonl")
@@ -84,7 +89,8 @@ class Laboratory:
         self.answers: dict[int, Expected] = {}
 
     def ask(self, cases: Sequence[Case]) -> None:
-        """Have the oracle answer what the cases will be compared with: once for each size of the batch."""
+        """Have the oracle answer what the cases will be compared with: once for each size of the
+        batch."""
         for case in cases:
             if case.batch not in self.answers:
                 answer = expected_of_clear_routing(case, SHORT, self.base, self.chats)
@@ -173,7 +179,8 @@ def run_all(laboratory: Laboratory, cases: Sequence[Case], found: Found, budget:
 
 
 def judge(rows: list[dict[str, Any]]) -> None:
-    """Add to each row what it exceeds: one rank alone, if it is there, is the measure of the others."""
+    """Add to each row what it exceeds: one rank alone, if it is there, is the measure of the
+    others."""
     alone = next((row for row in rows if row["case"] == ALONE.name and not row["failed"]), None)
     wide = {name: TOLERANCE * limit for name, limit in LIMITS.items()}
     for row in rows:

@@ -1,7 +1,9 @@
-"""Read what torch's profiler recorded of training steps: kernels, gaps between them, and waits of the host.
+"""Read what torch's profiler recorded of training steps: kernels, gaps between them, and waits of
+the host.
 
-A trace is the JSON that ``torch.profiler`` exports (Chrome's trace format, times in microseconds). Of it only what was
-asked for inside the annotations ``STEP`` counts, so that neither warming up nor the measuring itself is seen.
+A trace is the JSON that ``torch.profiler`` exports (Chrome's trace format, times in microseconds).
+Of it only what was asked for inside the annotations ``STEP`` counts, so that neither warming up nor
+the measuring itself is seen.
 """
 
 import json
@@ -95,7 +97,8 @@ def calls_of(spans: Sequence[Span], step: Span) -> list[Call]:
 
 
 def enclosing(spans: Iterable[Span], inner: Sequence[Span]) -> Iterator[list[Span]]:
-    """Yield for each of ``inner``, sorted by beginning, the spans of the same thread around it, outermost first."""
+    """Yield for each of ``inner``, sorted by beginning, the spans of the same thread around it,
+    outermost first."""
     ordered = sorted(spans, key=lambda span: (span.begin, -span.end))
     stack: list[Span] = []
     i = 0
@@ -114,7 +117,8 @@ def analyse(spans: Sequence[Span], layers: int) -> dict[str, Any]:
     """Return what the steps of a trace did, per step.
 
     Args:
-        layers: of the model; a kernel that runs n times a step runs ``n // layers`` times in each, the rest outside.
+        layers: of the model; a kernel that runs n times a step runs ``n // layers`` times in each,
+        the rest outside.
 
     Raises:
         ValueError: there is no annotated step.
@@ -162,7 +166,8 @@ def is_wait(name: str) -> bool:
 
 
 def busy_and_gaps(spans: Sequence[Span]) -> tuple[float, list[tuple[float, str, str]]]:
-    """Return how long the device did anything, overlapping work counted once; and (us, after, before) of each gap."""
+    """Return how long the device did anything, overlapping work counted once; and (us, after,
+    before) of each gap."""
     if not spans:
         return 0.0, []
     ordered = sorted(spans, key=lambda span: span.begin)
