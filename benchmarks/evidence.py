@@ -19,6 +19,7 @@ from benchmarks import goals, roofline, tile_model
 from benchmarks.anchor_cases import ANCHORS
 from benchmarks.tile_model import H100, H200
 from benchmarks.tune_points import variant_label
+from tests.pretended.test_launches import CEILINGS
 
 ROOT = Path(__file__).parents[1]
 PAGE, RESULTS = ROOT / "docs/evidence.md", ROOT / "benchmarks/results"
@@ -245,16 +246,13 @@ def _range(values: Iterable[int]) -> str:
 
 
 def launches(results: Results) -> str:
-    """Kernels of a layer as counted on the pretended GPU; of a whole layer as the profiler found them."""
-    counted = results.of("launches.json")
-    if not counted:
-        return "Not yet recorded (`python -m tests.pretended.launches --json` prints it)."
+    """Kernels and host operations of a layer: the ceilings that tests hold, and what a profiler found of a whole layer."""
     rows = []
-    for name in dict.fromkeys(key.rsplit(" ", 2)[0] for key in counted):
-        cells = [counted[f"{name} {which}"] for which in COUNTED]
-        kernels = [sum(cell["kernels"].values()) for cell in cells]
-        rows.append((name, *kernels, sum(cell["host_operations"] for cell in cells[2:])))
-    profiled = [row for row in results.on_gpu("gpu_model.json").get("rows", []) if "phases" in row.get("profile", {})]
+    for name in dict.fromkeys(key.rsplit(" ", 2)[0] for key in CEILINGS):
+        limits = [CEILINGS[f"{name} {which}"] for which in COUNTED]
+        rows.append((name, *(kernels for kernels, _ in limits), sum(host for _, host in limits[2:])))
+    found = results.on_gpu("gpu_model.json").get("rows", [])
+    profiled = [row for row in found if "phases" in row.get("profile", {})]
     for row in profiled:
         phases = row["profile"]["phases"]
         measured = [phases[phase]["per_layer"] for phase in ("forward", "backward")]
