@@ -60,8 +60,11 @@ SHARED_LIMITS = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 1): 2
 HOPPER = (9, 0)
 HOPPER_SHARED = SHARED_LIMITS[HOPPER] * 1024
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-MAX_ACCUMULATORS = 128
-"""Float32 values of the accumulator that a thread can hold beside its addresses: it has 255 registers."""
+MAX_ACCUMULATORS, MAX_ACCUMULATORS_BEFORE_HOPPER = 128, 64
+"""Float32 values of the accumulator that a thread can hold beside its addresses, of 255 registers. Before Hopper the
+operands of a product take registers too: 128 sums made 16 to 120 bytes of them spill (compiled)."""
+MAX_PERSISTENT_RANK = 64
+"""Above it a persistent program spills up to 104 bytes (compiled)."""
 
 
 def shared_limit_of(capability: tuple[int, int]) -> int:
@@ -114,8 +117,9 @@ def problem(
     if shared > shared_limit:
         return f"it needs {shared} bytes of shared memory, the device has {shared_limit} for a program"
     accumulators = variant.block_m * variant.block_n // (32 * variant.num_warps)
-    if accumulators > MAX_ACCUMULATORS and not variant.roles:
-        return f"{variant.num_warps} warps would hold {accumulators} sums per thread, at most {MAX_ACCUMULATORS} fit"
+    most = MAX_ACCUMULATORS if capability >= HOPPER else MAX_ACCUMULATORS_BEFORE_HOPPER
+    if accumulators > most and not variant.roles:
+        return f"{variant.num_warps} warps would hold {accumulators} sums per thread, at most {most} fit"
     if variant.roles and (why := _roles_problem(variant, product, capability)):
         return why
     if "tma" in (variant.weight, variant.rows):
@@ -165,17 +169,17 @@ SQUARE_TILE_ROWS = 384
 def rule(product: Product, shared_limit: int = HOPPER_SHARED, capability: tuple[int, int] = HOPPER) -> Variant:
     """Return a variant that can run everywhere: operands by pointers. Predicted, not yet measured on a GPU.
 
-    Per FLOP a 128 x 256 tile reads the least from shared memory and from L2. Where it does not fit into shared memory
-    (before Hopper) fewer stages, then smaller tiles are taken.
+    Per FLOP a 128 x 256 tile reads the least from shared memory and from L2. Where it does not fit (before Hopper) a
+    smaller tile or fewer stages are taken.
     """
     if product.dtype == torch.float32:  # no tensor cores in full precision
         return Variant(32, 64, 32, num_warps=4, num_stages=2)
-    small = [Variant(64, 128, 64, 4, stages) for stages in (4, 3, 2)]
-    preferred = small
+    preferred: list[Variant] = []
     if (product.N // product.blocks) % 256 == 0 and product.rows_per_expert >= WIDE_TILE_ROWS:
-        preferred = [Variant(128, 256, 64, 8, stages) for stages in (4, 3)] + small
-    elif product.rows_per_expert >= SQUARE_TILE_ROWS:
-        preferred = [Variant(128, 128, 64, 8, stages) for stages in (4, 3)] + small
+        preferred.append(Variant(128, 256, 64, 8, 4))
+    if product.rows_per_expert >= SQUARE_TILE_ROWS:
+        preferred += [Variant(128, 128, 64, 8, stages) for stages in (4, 3)]
+    preferred += [Variant(64, 128, 64, 4, stages) for stages in (4, 3, 2)]
     return next(v for v in preferred if problem(v, product, shared_limit, capability) is None)
 
 
@@ -198,7 +202,7 @@ def candidates(
             for weight, rows in operands:
                 for persistent in (False, True):
                     # Walking costs 35 to 70 registers: at smaller tiles a multiprocessor then holds one program, not two.
-                    if persistent and (block_m, block_n) != (128, 256):
+                    if persistent and ((block_m, block_n) != (128, 256) or product.rank > MAX_PERSISTENT_RANK):
                         continue
                     found.append(Variant(block_m, block_n, 64, num_warps, num_stages, weight, rows, persistent))
     with_roles = [(128, 256, 3), (128, 256, 4), (128, 128, 4), (256, 128, 3)]

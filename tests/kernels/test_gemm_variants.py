@@ -119,9 +119,9 @@ def assert_right(case: Case, variant: Variant | None) -> torch.Tensor:
 
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three programs walk over some thirty tiles, two tiles of rows at a time."""
+    """Three programs walk over some two dozen tiles, four tiles of rows at a time and then the last two."""
     monkeypatch.setattr(gemm_kernel, "num_multiprocessors", lambda _: 3)
-    monkeypatch.setattr(gemm_kernel, "GROUP_TILES", 2)
+    monkeypatch.setattr(gemm_kernel, "GROUP_TILES", 4)
 
 
 def forms() -> list[Any]:

@@ -35,10 +35,11 @@ def test_rule_on_hopper(changed, tile):
     assert rule(replace(GATE_UP, **changed)) == Variant(*tile)
 
 
-def test_rule_takes_fewer_stages_and_then_smaller_tiles_where_shared_memory_is_scarce():
-    assert rule(GATE_UP, *limits(AMPERE)) == Variant(128, 256, 64, 8, 3)
-    assert rule(GATE_UP, *limits(ADA)) == Variant(64, 128, 64, 4, 4)
-    assert rule(replace(GATE_UP, N=1280), *limits(ADA)) == Variant(128, 128, 64, 8, 3)
+def test_rule_takes_smaller_tiles_and_fewer_stages_where_registers_and_shared_memory_are_scarce():
+    assert rule(GATE_UP, *limits(AMPERE)) == Variant(128, 128, 64, 8, 4)
+    assert rule(GATE_UP, *limits(ADA)) == Variant(128, 128, 64, 8, 3)
+    for capability in (AMPERE, ADA):
+        assert rule(replace(GATE_UP, rows_per_expert=383), *limits(capability)) == Variant(64, 128, 64, 4, 4)
 
 
 def test_what_the_rule_names_can_run_anywhere():
@@ -64,7 +65,11 @@ def test_candidates_can_run_and_begin_with_the_rule(product, capability, monkeyp
     tma = ("tma", "pointers") if product.gathered else ("tma", "tma")
     assert by_tma == ({tma} if capability >= HOPPER else set())
     assert any(variant.roles for variant in found) == (capability == HOPPER and not product.gathered)
-    assert any(variant.persistent for variant in found) == (capability != ADA)
+    assert any(variant.persistent for variant in found) == (capability >= HOPPER)
+
+
+def test_no_persistent_candidate_where_the_rank_makes_it_spill():
+    assert not any(variant.persistent for variant in candidates(replace(DOWN, rank=128)))
 
 
 def test_only_one_candidate_in_float32():
@@ -80,9 +85,10 @@ ROLES = replace(BY_TMA, num_warps=4, num_stages=3, roles=True)
     "variant, product, capability, why",
     [
         (WIDE, DOWN, AMPERE, "it needs 196736 bytes of shared memory, the device has 166912 for a program"),
+        (replace(WIDE, num_stages=3), DOWN, AMPERE, "8 warps would hold 128 sums per thread, at most 64 fit"),
         (replace(WIDE, num_stages=5), DOWN, HOPPER, "it needs 245888 bytes of shared memory"),
         (replace(WIDE, num_warps=4), DOWN, HOPPER, "4 warps would hold 256 sums per thread, at most 128 fit"),
-        (replace(BY_TMA, num_stages=3), DOWN, AMPERE, "TMA needs compute capability 9.0, the device has 8.0"),
+        (replace(BY_TMA, block_n=128), DOWN, AMPERE, "TMA needs compute capability 9.0, the device has 8.0"),
         (BY_TMA, replace(DOWN, K=800), HOPPER, "K=800 is not a multiple of 64"),
         (BY_TMA, replace(DOWN, N=2176), HOPPER, "2176 columns are not a multiple of 256"),
         (BY_TMA, replace(DOWN, N=768, blocks=2), HOPPER, "384 columns are not a multiple of 256"),

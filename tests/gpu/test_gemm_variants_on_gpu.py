@@ -1,0 +1,102 @@
+"""Every kind of variant of the Triton grouped GEMM on a CUDA device, against float64. Compiles some twenty kernels.
+
+PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider tests/gpu/test_gemm_variants_on_gpu.py
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from megalora_kernels import Joined, Routing
+from megalora_kernels.gemm_kernel import grouped_gemm_triton, product_of
+from megalora_kernels.grouped_gemm import grouped_gemm_ref
+from megalora_kernels.variants import Variant, candidates, device_limits
+
+from tests.gpu.kernel_problem import DEVICE
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device: run `make gpu` on a machine that has one"
+    ),
+]
+COUNTS = [300, 0, 129, 1, 64, 128, 0, 255, 77, 0, 0, 33, 2, 190, 127, 0]
+K, N, TOKENS = 256, 512, 400
+HALF_ULP = 2.0**-8
+
+
+@dataclass(frozen=True)
+class Form:
+    """Form of a product: how weight, rows and b come."""
+
+    op: str
+    gathered: bool
+    ranks: tuple[int, ...]
+
+    def operands(self) -> dict[str, Any]:
+        g, E, M = torch.Generator(DEVICE).manual_seed(0), len(COUNTS), sum(COUNTS)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=g, device=DEVICE).bfloat16()
+
+        width = N // len(self.ranks)
+        if self.op == "forward":
+            w_EKN = Joined(normal(E, N, K), sum(self.ranks)).weight.transpose(1, 2)
+            b = tuple(normal(E, width, rank).transpose(1, 2) for rank in self.ranks)
+        else:
+            w_EKN = Joined(normal(E, K, N), sum(self.ranks)).weight
+            b = tuple(normal(E, rank, width) for rank in self.ranks)
+        source = torch.randint(TOKENS, (M,), generator=g, device=DEVICE, dtype=torch.int32)
+        return {
+            "x": normal(TOKENS if self.gathered else M, K),
+            "w_EKN": w_EKN,
+            "routing": Routing(torch.tensor(COUNTS).cumsum(0).int().to(DEVICE), M),
+            "s_MR": normal(M, sum(self.ranks)),
+            "b": b,
+            "source_M": source if self.gathered else None,
+        }
+
+
+def in_float64(o: dict[str, Any], absolute: bool = False) -> torch.Tensor:
+    """The reference in float64; with ``absolute``, of absolute values: the size of what rounds."""
+
+    def wide(t: torch.Tensor) -> torch.Tensor:
+        return t.double().abs() if absolute else t.double()
+
+    wider = {name: wide(o[name]) for name in ("x", "w_EKN", "s_MR")}
+    return grouped_gemm_ref(**{**o, **wider, "b": tuple(wide(block) for block in o["b"])})
+
+
+def kinds(found: list[Variant]) -> list[Variant]:
+    """Of each kind the widest tile, and the smallest tile without persistence."""
+    wide = [v for v in found if (v.block_m, v.block_n, v.num_stages) == (128, 256, 3 if v.roles else 4)]
+    small = [v for v in found if (v.block_m, v.block_n, v.num_stages) == (64, 128, 4)]
+    return wide + small
+
+
+@pytest.mark.parametrize(
+    "form",
+    [Form("forward", True, (16, 16)), Form("forward", False, (16,)), Form("dgrad", False, (32,))],
+    ids=["gate_up", "down", "dgrad"],
+)
+def test_every_kind_agrees_with_float64_and_with_the_others_to_the_bit(form: Form) -> None:
+    """One rounding to bfloat16, and sums of K + 32 terms in float32. No element is left as it was allocated."""
+    o = form.operands()
+    want, size = in_float64(o), in_float64(o, absolute=True)
+    product = product_of(o["x"], o["w_EKN"], o["routing"], o["s_MR"], o["b"], o["source_M"])
+    chosen = kinds(candidates(product, *device_limits(o["x"].device)))
+    assert chosen
+    ys = []
+    torch.use_deterministic_algorithms(True)  # what torch allocates is NaN
+    try:
+        for variant in chosen:
+            ys.append(grouped_gemm_triton(**o, variant=variant))
+            assert torch.equal(grouped_gemm_triton(**o, variant=variant), ys[-1]), f"{variant}: other bits again"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for variant, y in zip(chosen, ys, strict=True):
+        excess = (y.double() - want).abs() - 1.1 * (HALF_ULP + (K + 32) * 2.0**-24) * size
+        assert y.isfinite().all() and excess.max() <= 0, f"{variant} exceeds the bound by {excess.max():.3g}"
+    differing = [variant for variant, y in zip(chosen, ys, strict=True) if not torch.equal(y, ys[0])]
+    assert not differing, f"not the bits of {chosen[0]}: {differing}"
