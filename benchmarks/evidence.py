@@ -105,7 +105,7 @@ def anchors(results: Results) -> str:
     rows = []
     for anchor in ANCHORS:
         h100, h200, row = anchor.expect(H100), anchor.expect(H200), found.get(anchor.name)
-        span = f"{h100.value:.3g} ({h100.low:.3g} to {h100.high:.3g})"
+        span = f"{h100.value:.4g} ({h100.low:.4g} to {h100.high:.4g})"
         verdict = row["verdict"] if row else NOT_YET
         rows.append((anchor.name, anchor.unit, span, f"{h200.value:.3g}", digits(row and row["value"]), verdict))
     header = ("what", "unit", "expected, H100 (range)", "H200", "measured", "verdict")
