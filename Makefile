@@ -16,10 +16,12 @@ VLLM_VERSION := 0.32.0
 VLLM_PLUGIN := megalora/serve/vllm_cpu
 # PyTorch's CPU wheel: from the folder that PIP_FIND_LINKS names, else from where uv knows that PyTorch keeps them.
 CPU_TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
+# Triton of the GPU image, taken instead of the installed one where kernels are compiled for its sake.
+TRITON36 := .venv-triton36
 # uv's settings in pyproject.toml drop packages that vLLM needs.
 VLLM_UV = $(UV) --no-config pip
 
-.PHONY: help setup quickstart gsm8k test test-serve test-cluster gpu parity mutations check configs format lock vllm vllm-lock clean
+.PHONY: help setup quickstart gsm8k test test-serve test-cluster compiled gpu parity mutations check configs format lock vllm vllm-lock clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +53,14 @@ test: $(READY)  ## Every test that needs no GPU
 
 test-serve: $(READY) $(VLLM_READY)  ## The tests that start vLLM
 	@$(BIN)/pytest -q -m vllm tests/serve
+
+compiled: $(READY) $(TRITON36)/.ready  ## All kernels and variants compiled for sm_80, 89, 90 and 100, by Triton 3.7 and 3.6; needs no GPU
+	@$(BIN)/pytest -q -m compiled tests/kernels/test_compiled.py
+
+$(TRITON36)/.ready: | $(READY)
+	@echo "installing Triton 3.6.0 into $(TRITON36)"
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --target $(TRITON36) triton==3.6.0
+	@touch $@
 
 gpu: $(READY)  ## The tests that need a CUDA device
 	@MEGALORA_TEST_GPU=1 $(BIN)/pytest -q tests/gpu
@@ -100,5 +110,5 @@ vllm-lock: | $(filter .tools/%,$(UV))  ## Resolve both builds of vLLM anew into 
 	printf 'vllm==$(VLLM_VERSION)\n' | $$compile --python-version 3.12 -o $(VLLM_PLUGIN)/requirements-gpu.lock -
 
 clean:  ## Remove environment, runs and caches
-	@rm -rf $(VENV) $(VLLM) .tools runs build *.egg-info kernels/*.egg-info $(VLLM_PLUGIN)/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VLLM) $(TRITON36) .tools runs build *.egg-info kernels/*.egg-info $(VLLM_PLUGIN)/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,32 +1,32 @@
-"""Compiles every Triton kernel for a GPU that is not there, and prints what each needs.
+"""Compile every Triton kernel for GPUs that are not there, and print what each needs.
 
-    python -m tests.kernels.compile_for_gpu [90]
+    python -m tests.kernels.compile_for_gpu [--capability 80 89 90 100] [--every] [--table]
 
 Triton carries its own assembler, so types, shapes, shared memory, registers and spills are known before a GPU is. The
-launchers run on CPU tensors with a driver that names a target and with launches cut off behind the compiler.
+launchers run on CPU tensors with a driver that names a target and with launches cut off behind the compiler. Every case is
+compiled in a forked process of its own, two at a time: a compiler that ends its process is a result like any other.
 """
 
+import argparse
 import json
-import re
-import subprocess
+import os
+import signal
 import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from megalora_kernels import Adapter, Routing, backend, expert_mlp, permute_shrink, route
-from megalora_kernels.regroup import regroup_triton
-from megalora_kernels.route import route_triton, spread_triton
+from megalora_kernels import backend, gemm_kernel, tuned
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""What one program may have, by compute capability (CUDA C programming guide, table of technical specifications)."""
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+from tests.forked import forked
+from tests.kernels import compile_cases, sass
+from tests.kernels.compile_cases import Case
+
+AT_ONCE = 2
 
 
 class NamedTarget:
@@ -45,76 +45,100 @@ class NamedTarget:
         return 0
 
 
-@cache
-def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers per thread, bytes of local memory: spills)."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
-    assert found, text
-    return int(found[1]), int(found[2]) + int(found[3])
-
-
-def compile_all(capability: int) -> list[dict[str, Any]]:
-    """One row per compiled kernel: name, dtype, rank, shared bytes, registers, spilled bytes."""
+def compile_all(cases: list[Case]) -> list[dict[str, Any]]:
+    """Return a row for each kernel of each case, or one with ``error``: what was raised, or how the process ended."""
     rows: list[dict[str, Any]] = []
-    case: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        # Kernels that several cases share are compiled once, and nothing that an earlier run left behind is taken.
+        os.environ["TRITON_CACHE_DIR"] = f"{folder}/cache"
+        jobs = ((i, compile_case, (case, Path(folder) / str(i))) for i, case in enumerate(cases))
+        for i, _, code in forked(jobs, AT_ONCE):
+            rows += result_of(cases[i], Path(folder) / str(i), code)
+    order = {case.label: i for i, case in enumerate(cases)}
+    return sorted(rows, key=lambda row: (row["capability"], order[row["case"]]))
+
+
+def result_of(case: Case, path: Path, code: int) -> list[dict[str, Any]]:
+    known = {"case": case.label, "capability": case.capability, "triton": triton.__version__, **case.facts}
+    if path.with_suffix(".json").is_file():
+        return [{**known, **row} for row in json.loads(path.with_suffix(".json").read_text())]
+    said = path.with_suffix(".txt").read_text(errors="replace").strip().splitlines() or [""]
+    errors = [line for line in said if "Assertion" in line or "error" in line.lower()] or said
+    ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return [{**known, "error": f"{ended}: {errors[-1][:300]}"}]
+
+
+def compile_case(case: Case, path: Path) -> None:
+    """In a process of its own: run the launchers up to the compiler, and write what it made."""
+    with path.with_suffix(".txt").open("w") as output:
+        os.dup2(output.fileno(), 2)  # the compiler's own messages, too
+    rows: list[dict[str, Any]] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        registers, spilled = resources(kernel.asm["cubin"])
-        tile = {name: kwargs.get(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages")}
-        rows.append({"kernel": self.__name__, **case, **tile, "shared": kernel.metadata.shared, "registers": registers,
-                     "spilled": spilled, "warps": kernel.metadata.num_warps, "wgmma": kernel.asm["ptx"].count("wgmma.mma_async")})  # fmt: skip
+        tile = {name: kwargs.get(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_I", "BLOCK_K", "num_stages")}
+        dtype = next((str(t.dtype).removeprefix("torch.") for t in args if hasattr(t, "dtype")), None)
+        rows.append({"kernel": self.__name__, "dtype": dtype, **tile, **sass.describe(kernel, case.capability)})
         return kernel
 
-    driver.set_active(NamedTarget(capability))  # pyright: ignore
-    JITFunction.run = compile_only  # pyright: ignore
+    driver.set_active(NamedTarget(case.capability))  # pyright: ignore
+    JITFunction.run = compile_only
     backend.INTERPRETED = True  # CPU tensors are all there is
-    cases = [(torch.bfloat16, 16, 64), (torch.bfloat16, 16, 2048), (torch.bfloat16, 64, 2048), (torch.float32, 16, 64)]
-    for dtype, rank, tokens in cases:
-        case.update(dtype=str(dtype).removeprefix("torch."), rank=rank, rows_per_expert=tokens)
-        _qwen3_layer(dtype, rank, tokens)
-        if rank == 16 and tokens == 64:
-            _qwen3_routing(dtype)
-    return rows
+    for module in (gemm_kernel, tuned):
+        module.device_limits = lambda _device: compile_cases.limits_of(case.capability)
+    case.call()
+    path.with_suffix(".json").write_text(json.dumps(rows))
 
 
-def _qwen3_layer(dtype: torch.dtype, rank: int, tokens: int) -> None:
-    """Forward and backward of two experts of Qwen3-30B-A3B; values mean nothing."""
-    E, H, I = 2, 2048, 768
-    new = {"dtype": dtype, "requires_grad": True}
-    x, p = torch.zeros(tokens, H, **new), torch.zeros(tokens * E, requires_grad=True)
-    a1, b1 = torch.zeros(E, 2 * rank, H, **new), [torch.zeros(E, I, rank, **new) for _ in range(2)]
-    a2, b2 = torch.zeros(E, rank, I, **new), torch.zeros(E, H, rank, **new)
-    w1, w2 = torch.zeros(E, 2 * I, H, dtype=dtype), torch.zeros(E, H, I, dtype=dtype)
-    routing, _ = route(torch.ones(tokens, E, dtype=torch.bool), E)
-    adapters = {"gate_up": Adapter(a1, tuple(b1), (2.0, 2.0)), "down": Adapter(a2, (b2,), (2.0,))}
-    for kept in ({}, adapters):
-        expert_mlp(x, w1, w2, p, routing, backend="triton", **kept).sum().backward()
-    sorted_rows = Routing(routing.offsets_E, routing.num_rows)
-    y = expert_mlp(torch.zeros(tokens * E, H, **new), w1, w2, p, sorted_rows, backend="triton", **adapters)
-    y.sum().backward()
-    sum(t.sum() for t in permute_shrink(x, a1, routing, backend="triton")).backward()  # pyright: ignore
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return Markdown: the variants of the grouped GEMM, and SwiGLU's passes."""
+    lines = [
+        "| product | tile | warps, stages | operands | rank | registers | shared | per SM | loop | copies in the loop |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in rows:
+        if row.get("refused") or "product" not in row or "error" in row:
+            continue
+        ways = {"pointers": "pointers", "tma": "TMA"}
+        operands = f"w {ways[row['weight']]}, x {ways[row['rows']]}"
+        operands += ", persistent" if row["persistent"] else ""
+        operands += ", roles" if row["roles"] else ""
+        copies = f"{row['tma']} TMA + {row['cp_async']} cp.async"
+        lines.append(
+            f"| {row['product']} | {row['variant']} | w{row['num_warps']} s{row['num_stages']} | {operands} "
+            f"| {row['rank']} | {row['registers']} | {row['shared']:,} | {row['per_sm']} | {row['loop']} | {copies} |"
+        )
+    lines += [
+        "",
+        "| pass | ranks | tile | registers | shared | per SM | instructions per element |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        if "ranks" in row and row.get("activation_loop"):
+            lines.append(
+                f"| `{row['kernel']}` | {row['ranks'][0]}, {row['ranks'][1]} | {row['BLOCK_M']} x {row['BLOCK_I']} "
+                f"| {row['registers']} | {row['shared']:,} | {row['per_sm']} | {per_element(row):.1f} |"
+            )
+    return "\n".join(lines)
 
 
-def _qwen3_routing(dtype: torch.dtype) -> None:
-    """Routing of 128 experts, top 8, and of what 8 ranks send for 16 of them."""
-    routing, expert_TK, moved_M = route_triton(
-        torch.zeros(64, 128, dtype=torch.bool), 8, torch.zeros(64, 128, dtype=dtype)
-    )
-    assert routing.slots_TK is not None and moved_M is not None
-    spread_triton(moved_M, routing.slots_TK, expert_TK, 128)
-    regroup_triton(torch.zeros(8, 16, dtype=torch.int64), 512, moved_M)
+def per_element(row: dict[str, Any], what: str = "activation_loop") -> float:
+    """Return instructions of the loop over elements per element of a pass of SwiGLU."""
+    return row[what] / (row["BLOCK_M"] * row["BLOCK_I"] / (32 * row["warps"]))
 
 
 def main() -> None:
-    capability = int(sys.argv[1]) if len(sys.argv) > 1 else 90
-    rows = compile_all(capability)
-    print(json.dumps(rows))
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel for GPUs that are not there.")
+    parser.add_argument("--capability", type=int, nargs="+", choices=sorted(sass.CHIPS), default=[90])
+    parser.add_argument("--every", action="store_true", help="all variants of the GEMM: minutes, not seconds")
+    parser.add_argument("--table", action="store_true", help="print Markdown instead of JSON")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("compile_for_gpu: TRITON_INTERPRET=1 keeps kernels from being compiled; unset it")
+    chosen = compile_cases.every if options.every else compile_cases.few
+    rows = compile_all([case for capability in options.capability for case in chosen(capability)])
+    print(table(rows) if options.table else json.dumps(rows))
 
 
 if __name__ == "__main__":

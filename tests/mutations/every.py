@@ -3,6 +3,7 @@
 from tests.mutations.adapter_bugs import ADAPTER_BUGS
 from tests.mutations.base_bugs import BASE_BUGS
 from tests.mutations.bugs import BUGS as MODEL_BUGS
+from tests.mutations.compiled_bugs import COMPILED_BUGS
 from tests.mutations.data_bugs import DATA_BUGS
 from tests.mutations.gpu_bugs import GPU_BUGS
 from tests.mutations.kernel_bugs import KERNEL_BUGS
@@ -24,4 +25,5 @@ EVERY_BUG = (
     + GPU_BUGS
     + WAIT_BUGS
     + TUNE_BUGS
+    + COMPILED_BUGS
 )
