@@ -15,9 +15,8 @@ from megalora_kernels import (
     grouped_lora,
     lora_wgrad,
     permute_shrink,
-    permute_values,
-    regroup,
-    route,
+    regroup_values,
+    route_values,
 )
 
 from tests.gpu.kernel_problem import (
@@ -150,19 +149,51 @@ def test_recomputed_gradients_are_the_kept_ones(way):
     assert not torch.equal(dropped[0]["out"], kept["out"])
 
 
+@pytest.mark.parametrize("tokens, experts, k", [(1, 3, 2), (8192, 128, 8), (50_001, 60, 4), (3000, 512, 10)])
+def test_routing_is_that_of_a_cpu(tokens, experts, k):
+    """To the bit: the rows, their order within an expert, probabilities and their gradients."""
+    g = torch.Generator().manual_seed(tokens)
+    probs = torch.rand(tokens, experts, generator=g)
+    chosen = torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, probs.topk(k, 1).indices, True)
+    found = []
+    for device in ("cpu", DEVICE):
+        values = probs.to(device, copy=True).requires_grad_()
+        routing, values_M = route_values(chosen.to(device), values, k)
+        values_M.backward(torch.arange(tokens * k, device=device) / 7)
+        indexes = (routing.offsets_E, routing.source_M, routing.slots_TK)
+        found.append([t.cpu() for t in (*indexes, values_M.detach(), values.grad)])  # pyright: ignore
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("ranks, experts, most", [(8, 16, 900), (3, 5, 9000), (1, 128, 30), (64, 2, 5)])
+def test_routing_of_received_rows_is_that_of_a_cpu(ranks, experts, most):
+    g = torch.Generator().manual_seed(ranks)
+    counts = torch.randint(0, most, (ranks, experts), generator=g)
+    counts[0, 0] = 0
+    probs = torch.rand(int(counts.sum()), generator=g)
+    found = []
+    for device in ("cpu", DEVICE):
+        values = probs.to(device, copy=True).requires_grad_()
+        routing, sorted_M = regroup_values(counts.to(device), values)
+        sorted_M.backward(torch.arange(len(probs), device=device) / 7)
+        indexes = (routing.offsets_E, routing.source_M, routing.slots_TK)
+        found.append([t.cpu() for t in (*indexes, sorted_M.detach(), values.grad)])  # pyright: ignore
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("way", ["grouped_mm", "joined", "triton", None])
 def test_nothing_waits_for_the_device(way):
     """From the router's choice to the gradients, with the kernels compiled before."""
     case, counts = even(torch.bfloat16), torch.tensor([[700, 200, 300], [100, 0, 1000]], device=DEVICE)
     chosen_TE = torch.zeros(2300, 3, dtype=torch.bool, device=DEVICE)
     chosen_TE[:, :2] = True
-    probs_TK = torch.rand(2300, 2, device=DEVICE)
+    probs_TE = torch.rand(2300, 3, device=DEVICE, requires_grad=True)
 
     def everything() -> None:
-        routing, _ = route(chosen_TE, 2)
-        permute_values(probs_TK, routing)
+        routing, probs_M = route_values(chosen_TE, probs_TE, 2)
+        probs_M.sum().backward()
         replace(case, routing=routing).in_way(way)
-        arrived = regroup(counts, 2300)
+        arrived, _ = regroup_values(counts, probs_M.detach()[:2300])
         x, p = case.leaves["x"], case.leaves["p"][:2300]
         w1 = Joined(case.w1, case.rank1()) if way == "joined" else case.w1
         w2 = Joined(case.w2, 16) if way == "joined" else case.w2

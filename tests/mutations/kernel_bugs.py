@@ -35,6 +35,7 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(0, "the first of an expert's parts left out", SUMS, "for _ in range(first, last):", "for _ in range(first + 1, last):", SUMS_TEST),
     bug(0, "the first block of dp left out", SUMS, "range(0, num_dp_blocks)", "range(1, num_dp_blocks)", SUMS_TEST),
     bug(0, "two gradients written as one", SUMS, "stop = tl.where(d < start_2, start_2, stop)", "stop = tl.where(d < start_2, stop, stop)", SUMS_TEST),
+    bug(0, "gradients copied on their way to the parameters", MLP, "(FIRST_FACTOR - 3), *gradients)", "(FIRST_FACTOR - 3), *(None if g is None else g.clone() for g in gradients))", "tests/pretended/test_launches.py ceiling"),
     bug(0, "dB of up as wide as gate's", SWIGLU, "i[:, None] * (R - UP_FROM)", "i[:, None] * R_GATE", f"{MLP_TEST} triton"),
     bug(0, "an empty expert's gradient left as it was found", WGRAD, "        torch.mm(g, rows, out=out)", "        if rows.shape[0]:\n            torch.mm(g, rows, out=out)", "tests/kernels/test_lora_wgrad.py wgrad"),
     bug(0, "dS of gate and up without its scale", ENGINE, "self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows), scale=scale)", "self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows))", f"{MLP_TEST} triton"),
