@@ -9,6 +9,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from megalora_kernels import tuned
 from megalora_kernels.variants import Variant
 
+from benchmarks import tune
 from benchmarks.expert_case import Sizes, Spec
 from benchmarks.tune_compile import Job, compile_all
 from benchmarks.tune_points import (
@@ -672,3 +674,33 @@ def test_mistakes_on_the_command_line(tmp_path):
     }.items():
         done = command(*arguments)
         assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def sweep_by(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> tuple[int, int]:
+    """(exit code, processes started) where each process of the sweep is a shell script."""
+    program = folder / "python"
+    program.write_text(f"#!/bin/sh\necho started >> {folder}/calls\nn=$(wc -l < {folder}/calls)\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(tune.sys, "executable", str(program))
+    code = tune.sweep(seconds, folder / "out.json", dry=False)
+    return code, len((folder / "calls").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "calls"),
+    [
+        ("exit 0", 0, 1),
+        ("exit 1", 1, 1),
+        ("exit 2", 2, 1),
+        ('[ "$n" = 1 ] && exit 75; [ "$n" = 2 ] && exit 76; [ "$n" = 3 ] && kill -6 $$; exit 0', 0, 4),
+    ],
+)
+def test_a_sweep_that_a_variant_ends_is_started_again(script, code, calls, tmp_path, monkeypatch):
+    assert sweep_by(script, tmp_path, monkeypatch, seconds=100) == (code, calls)
+
+
+def test_a_sweep_is_ended_when_its_budget_is_spent(tmp_path, monkeypatch):
+    start = time.monotonic()
+    assert sweep_by("exec sleep 60", tmp_path, monkeypatch, seconds=1) == (1, 1)  # and nothing was written
+    assert time.monotonic() - start < 20
+    assert sweep_by("exit 75", tmp_path, monkeypatch, seconds=10)[1] == 2  # with so little left, not once more

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
+import triton
 
 from .variants import HOPPER, HOPPER_SHARED, Operand, Product, Variant, padded_rank, problem
 
@@ -114,8 +115,8 @@ def read_table(path: Path, gpu: str, limits: Limits = HOPPER_LIMITS) -> Table:
 
     Raises:
         ValueError: it was measured on another card; a field that is unknown, missing or no value of
-            its kind; a variant
-            that cannot run; two rows with one key.
+            its kind; a variant that cannot run, though the table was measured with this release of
+            Triton; two rows with one key.
     """
     content = _parse(path)
     wanted = ("gpu", "measured", "rows", "rule_stands", "layers")
@@ -125,13 +126,16 @@ def read_table(path: Path, gpu: str, limits: Limits = HOPPER_LIMITS) -> Table:
             f"{path}: measured on {content['gpu']!r}, but this is {gpu!r}; set MEGALORA_TUNED=off, or tune here"
         )
     _check_names(f"{path}: measured", content["measured"], MEASURED)
+    # What only another release of Triton compiles is no mistake of the table's: it gives way to the rule.
+    same_triton = _release(content["measured"]["triton"]) == _release(triton.__version__)
     variants: dict[Key, Variant | None] = {}
     for i, row in enumerate(content["rows"]):
         where = f"{path}: rows[{i}]"
         _check_values(where, row, {**KEY_FIELDS, **TIMES, "variant": lambda value: isinstance(value, dict)})
         key = _key(row)
         variant = _variant(f"{where}: variant", row["variant"])
-        if why := problem(variant, _product(key), *limits):
+        why = problem(variant, _product(key), *limits)
+        if why and same_triton:
             raise ValueError(f"{where}: {variant} cannot run: {why}; tune again")
         _add(where, variants, key, variant)
     for i, row in enumerate(content["rule_stands"]):
@@ -145,6 +149,11 @@ def read_table(path: Path, gpu: str, limits: Limits = HOPPER_LIMITS) -> Table:
         rows = math.inf if row["vendor_from"] is None else float(row["vendor_from"])
         _add(where, vendor_from, LayerKey(*(row[name] for name in LayerKey._fields)), rows)
     return Table(variants, vendor_from)
+
+
+def _release(version: Any) -> list[str]:
+    """``3.6.0`` to 3 and 6."""
+    return str(version).split(".")[:2]
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from megalora_kernels import tuned
 from megalora_kernels.tuned_table import MEASURED, read_table
 from megalora_kernels.variants import Product, Variant, padded_rank, rule
@@ -28,7 +29,7 @@ def row(bucket: int = 512, variant: Any = BEST, **changed: Any) -> dict[str, Any
 
 
 def content(*rows: dict[str, Any], stands: Any = (), layers: Any = (), **changed: Any) -> dict[str, Any]:
-    measured = dict.fromkeys(MEASURED, "a test")
+    measured = {**dict.fromkeys(MEASURED, "a test"), "triton": triton.__version__}
     parts = {"rows": list(rows), "rule_stands": list(stands), "layers": list(layers)}
     return {"gpu": "cpu", "measured": measured, **parts, **changed}
 
@@ -268,6 +269,26 @@ def test_variant_that_does_not_fit_this_card(use):
     assert read_table(path, "cpu").variants
     with pytest.raises(ValueError, match=r"rows\[0\].*cannot run.*tune again"):
         read_table(path, "cpu", limits=(100_000, (9, 0)))
+
+
+def test_a_variant_that_only_another_triton_compiles_gives_way_to_the_rule(use, monkeypatch):
+    """A table that ships is read by every release. Roles compile on 3.6 alone."""
+    roles = replace(BEST, roles=True)
+
+    def problem(variant: Variant, *_: Any) -> str | None:
+        return "roles need Triton 3.6" if variant.roles else None
+
+    monkeypatch.setattr(tuned, "problem", problem)
+    monkeypatch.setattr("megalora_kernels.tuned_table.problem", problem)
+    given = content(row(512, roles), row(64))
+    given["measured"]["triton"] = "3.0.1"
+    use(given)
+    assert chosen() == rule(PRODUCT)
+    assert chosen(rows_per_expert=64) == BEST
+    given["measured"]["triton"] = ".".join(triton.__version__.split(".")[:2]) + ".9"
+    use(given)
+    with pytest.raises(ValueError, match="roles need Triton 3.6; tune again"):
+        chosen()
 
 
 # ---- the back end ------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ TUNE_BUGS: tuple[Bug, ...] = (
     bug(0, "points where the rule stands not read", TABLE, "        _add(where, variants, _key(row), None)\n", "", f"{LOOK_UP} to_stand"),
     bug(0, "the table of another card", TABLE, 'if content["gpu"] != gpu:', "if False:", f"{LOOK_UP} refused"),
     bug(0, "unknown fields overlooked", TABLE, "if name not in wanted and name not in optional]", "if False]", f"{LOOK_UP} refused"),
-    bug(0, "a variant that cannot run overlooked", TABLE, "if why := problem(variant, _product(key), *limits):", "if (why := None):", f"{LOOK_UP} refused"),
+    bug(0, "a variant that cannot run overlooked", TABLE, "        if why and same_triton:\n", "        if False:\n", f"{LOOK_UP} refused"),
+    bug(0, "another Triton's variant ends a run", TABLE, "        if why and same_triton:\n", "        if why:\n", f"{LOOK_UP} another_triton"),
     bug(0, "limits of the card overlooked", TABLE, "problem(variant, _product(key), *limits)", "problem(variant, _product(key))", f"{LOOK_UP} this_card"),
     bug(0, "of two rows the last", TABLE, "    if key in found:\n", "    if False:\n", f"{LOOK_UP} refused"),
     bug(0, "never faster read as always", TABLE, 'math.inf if row["vendor_from"] is None', '0.0 if row["vendor_from"] is None', f"{LOOK_UP} nearest_rank"),
@@ -71,6 +72,8 @@ TUNE_BUGS: tuple[Bug, ...] = (
     bug(0, "another Triton's file continued", RECORD, "if then != now:", "if False:", f"{SWEPT} another_machines"),
     bug(0, "a crossing with a gap below it", RECORD, "            break\n", "            continue\n", f"{SWEPT} from_where_on"),
     bug(0, "layers timed without the table", SWEEP, "        tuned.forget()\n", "", f"{SWEPT} so_far"),
+    bug(0, "a dead device ends all", "benchmarks/tune.py", "if code in (0, 1, MISTAKE):", "if code in (0, 1, MISTAKE, DEAD_DEVICE):", f"{SWEPT} started_again"),
+    bug(0, "the budget is a wish", "benchmarks/tune.py", "            code = process.wait(max(0.0, end - time.monotonic()))", "            code = process.wait()", f"{SWEPT} budget_is_spent"),
     bug(0, "a child that died asked again", COMPILE, "            if child.died:\n                child = None\n", "", f"{SWEPT} abort"),
 )
 # fmt: on
