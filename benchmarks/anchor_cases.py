@@ -8,11 +8,11 @@ Shape legend: M routed rows   E experts   K inputs   N outputs   R rank   I expe
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from megalora_kernels.gemm_kernel import grouped_gemm_triton
 from megalora_kernels.routing import Routing
+from megalora_kernels.sums import TritonSums
 from megalora_kernels.swiglu import swiglu_backward_triton, swiglu_ref, swiglu_triton
 from megalora_kernels.variants import Product, Variant, rule
 from torch import Tensor
@@ -145,22 +145,31 @@ def swiglu_forward(lab: Lab) -> Found:
 
 
 def swiglu_backward(lab: Lab) -> Found:
-    """dgate, dup and dp; dB of gate and up and dA of down with them."""
+    """dgate, dup and dp; dB of gate and up and dA of down with them, their parts added."""
     case = SwiGLUCase.of(lab)
+    inner = case.dh.shape[1]
     dy = torch.full_like(case.y, float("nan"))
 
-    def call() -> Any:
-        return swiglu_backward_triton(case.dh, case.y, case.p, case.routing, dy, case.s, case.ds)
+    def call() -> tuple[Tensor | None, list[Tensor | None]]:
+        sums = TritonSums(case.routing, case.y, [(RANK, inner), (inner, RANK), (inner, RANK)])
+        da, *db = sums.places
+        swiglu_backward_triton(
+            case.dh, case.y, case.p, case.routing, dy, case.s, case.ds, sums, da, db
+        )  # fmt: skip
+        return sums.finish()
 
-    grads = call()
+    dp, (da, db_gate, db_up) = call()
+    assert dp is not None and da is not None and db_gate is not None and db_up is not None
     y, p = case.y.float().requires_grad_(), case.p.float().requires_grad_()
     want_y, want_p = torch.autograd.grad(swiglu_ref(y, p), (y, p), case.dh.float())
     lab.check("dgate and dup", dy, want_y)
-    lab.check("dp", grads.dp_M, want_p)
+    lab.check("dp", dp, want_p)
     h = swiglu_ref(y, p).detach()
     for e, i, j in (case.routing.spans()[0], case.routing.spans()[-1]):
-        lab.check(f"dB of expert {e}", grads.db_EJR[e], want_y[i:j].t() @ case.s[i:j].float())
-        lab.check(f"dA of expert {e}", grads.da_EQI[e], case.ds[i:j].float().t() @ h[i:j])
+        s = case.s[i:j].float()
+        lab.check(f"dB of gate of expert {e}", db_gate[e], want_y[i:j, :inner].t() @ s[:, :RANK])
+        lab.check(f"dB of up of expert {e}", db_up[e], want_y[i:j, inner:].t() @ s[:, RANK:])
+        lab.check(f"dA of expert {e}", da[e], case.ds[i:j].float().t() @ h[i:j])
     return Found(lab.us(call))
 
 
