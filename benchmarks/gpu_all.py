@@ -20,6 +20,7 @@ unpacked there.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -180,6 +181,7 @@ def main(given: Sequence[str] | None = None) -> int:
             only = "" if step.usual else " (only when named)"
             print(f"{step.name:<14} {step.share:>4} s  {step.shows}{only}")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the step too
     try:
         return measure(args)
     except ValueError as error:

@@ -131,14 +131,24 @@ def _wait(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
+        _end(process)
+        return None
+    except BaseException:  # ended itself, as by Ctrl-C, which does not reach the program's own session
+        _end(process)
+        raise
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask all of a program to end, and kill after a while what has not."""
+    if not _lives(process):
+        return
+    os.killpg(process.pid, signal.SIGTERM)
     end = time.monotonic() + GRACE_S
     while time.monotonic() < end and _lives(process):
         time.sleep(0.1)
     if _lives(process):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return None
 
 
 def _lives(process: subprocess.Popen[bytes]) -> bool:

@@ -235,6 +235,24 @@ def test_the_script_names_what_failed_and_can_be_called_again(tmp_path):
     assert again.returncode == 1
 
 
+def test_a_script_that_is_ended_ends_its_step(tmp_path):
+    """The step has a session of its own, so that no signal of a terminal reaches it."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    text = PYTHON.replace("{python}", sys.executable).replace("{torch}", "true").replace("{gpu}", "true")
+    python.write_text(text.replace("  *bench_grouped_lora*", f"  *benchmarks.gpu_tests*) echo $$ >{tmp_path}/pid; exec sleep 60 ;;\n  *bench_grouped_lora*"))  # fmt: skip
+    python.chmod(0o755)
+    script = ["bash", str(ROOT / "benchmarks/gpu_all.sh"), "--out", str(out), "tests"]
+    process = subprocess.Popen(script, env={**os.environ, "PYTHON": str(python)}, stdout=subprocess.DEVNULL)
+    pid = tmp_path / "pid"
+    while not (pid.is_file() and pid.read_text().strip()):
+        assert process.poll() is None, "it ended before its step began"
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(30) == 143
+    status = Path(f"/proc/{pid.read_text().strip()}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text(), "the step still runs"
+
+
 @pytest.mark.parametrize(
     ("words", "how", "said"),
     [
