@@ -17,6 +17,7 @@ from megalora_kernels import variants as choices
 from megalora_kernels.gemm_kernel import grouped_gemm_triton
 from megalora_kernels.regroup import regroup_triton
 from megalora_kernels.route import route_triton, spread_triton
+from megalora_kernels.sums import TritonSums
 from megalora_kernels.swiglu import swiglu_backward_triton, swiglu_triton
 from megalora_kernels.variants import Product, Variant, candidates, problem, shared_bytes
 
@@ -169,7 +170,12 @@ def swiglu(dtype: torch.dtype, rank: int, rank_down: int) -> None:
     s_MQ, a_EQI = torch.empty(E, rank_down, dtype=dtype), torch.empty(E, rank_down, I, dtype=dtype)
     routing = Routing(torch.empty(E, dtype=torch.int32), E)
     swiglu_triton(y, p, a_EQI if rank_down else None, routing, h, s_MQ if rank_down else None, 2.0)
-    swiglu_backward_triton(h, y, p, routing, torch.empty_like(y), s_MR, s_MQ if rank_down else None)
+    of_down, of_gate_up = (rank_down, I) if rank_down else None, [(I, rank // 2)] * 2 if rank else []
+    sums = TritonSums(routing, y, [of_down, *of_gate_up])
+    da, *db = sums.places
+    swiglu_backward_triton(
+        h, y, p, routing, torch.empty_like(y), s_MR, s_MQ if rank_down else None, sums, da, db
+    )  # fmt: skip
 
 
 def swiglus(capability: int, dtype: torch.dtype, rank: int, rank_down: int) -> Case:
