@@ -1,7 +1,7 @@
 """Describe operands of the grouped GEMM for TMA, the copy engine of Hopper and later.
 
-Descriptors are made on the host, so they need no workspace on the device. A stack of matrices, one for each expert, is described
-as one matrix in which an expert begins every ``pitch`` rows.
+Descriptors are made on the host, so they need no workspace on the device. A stack of matrices, one
+for each expert, is described as one matrix in which an expert begins every ``pitch`` rows.
 
 Shape legend: E experts   K inputs   N outputs
 """
@@ -16,14 +16,15 @@ ALIGN_BYTES = 16
 
 
 def rows_descriptor(x: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """Return the descriptor of a matrix, read by blocks of rows and columns; zeros beyond its edges."""
+    """Return the descriptor of a matrix, read by blocks; zeros beyond its edges."""
     return TensorDescriptor.from_tensor(x, list(block))
 
 
 def stack_descriptor(w_EKN: torch.Tensor, block_k: int, block_n: int) -> tuple[TensorDescriptor, int]:
-    """Return the descriptor of the experts' matrices as they are stored, and the rows from one expert to the next.
+    """Return the descriptor of the experts' matrices, and the rows from one expert to the next.
 
-    Stored ``[E, N, K]`` they are read by blocks of N and K; stored ``[E, K, N]``, by blocks of K and N.
+    Stored ``[E, N, K]`` they are read by blocks of N and K; stored ``[E, K, N]``, by blocks of K
+    and N.
     """
     w, block = w_EKN, [block_k, block_n]
     if by_columns(w_EKN):

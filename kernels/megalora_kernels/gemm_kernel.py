@@ -1,18 +1,19 @@
-"""Compute the grouped GEMM of ``grouped_gemm.py`` in Triton, in one of the ways that ``variants.py`` names.
+"""Compute the grouped GEMM of ``grouped_gemm.py`` in Triton, in one of ``variants.py``'s ways.
 
     y[m] = x[source m] @ w[e] + s[m] @ b[e]        for the rows m of expert e
 
-All variants add the terms of K first to last, BLOCK_K at a time, and the adapter's product after them. Behind the loop it
-also costs no shared memory of its own: its operands reuse the buffers of the pipeline.
+All variants add the terms of K first to last, BLOCK_K at a time, and the adapter's product after
+them. Behind the loop it also costs no shared memory of its own: its operands reuse the buffers of
+the pipeline.
 
-A tile has BLOCK_M rows of one expert and BLOCK_N columns of one block of b. Where b has two blocks (gate and up), no tile
-crosses from one to the other.
+A tile has BLOCK_M rows of one expert and BLOCK_N columns of one block of b. Where b has two blocks
+(gate and up), no tile crosses from one to the other.
 
 Shape legend: M routed rows   E experts   K inputs   N outputs   R rank
 """
 
-# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
-# rules for calls do not hold.
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks
+# tuples in kernels: Python's rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from functools import cache
@@ -32,7 +33,8 @@ from .tuned import choose as choose_variant
 from .variants import Product, Variant, device_limits, padded_rank, problem, rule
 
 GROUP_TILES = 8
-"""Tiles of rows that a persistent walk visits before it goes to the next block of columns: they share columns of w in L2."""
+"""Tiles of rows that a persistent walk visits before it goes to the next block of columns: they
+share columns of w in L2."""
 
 
 # ---- 1. kernels -----------------------------------------------------------------------------------------------------
@@ -40,7 +42,7 @@ GROUP_TILES = 8
 
 @triton.jit
 def _load_k(ptrs, k_ok, EVEN_K: tl.constexpr):
-    """Values, or zeros beyond the end of K. No mask where no tile reaches there: it would cost the wide copies."""
+    """Values, or zeros beyond K. No mask where no tile reaches there: it would cost wide copies."""
     return tl.load(ptrs) if EVEN_K else tl.load(ptrs, mask=k_ok, other=0.0)
 
 
@@ -52,7 +54,8 @@ def _add_low_rank(
     b_ptr, strides = blocks[0]
     stride_be, stride_br, stride_bn = strides
     first, rank = RANKS[0]
-    # What blocks have in common, which is everything but the pointer where ranks are equal, folds into constants.
+    # What blocks have in common, which is everything but the pointer where ranks are equal, folds
+    # into constants.
     for i in tl.static_range(1, len(RANKS)):
         mine = block == i
         b_ptr = tl.where(mine, blocks[i][0], b_ptr)
@@ -78,15 +81,16 @@ def _gemm_tile(
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Compute and store the tile of rows from ``row0`` on and of the columns that ``column_tile`` numbers."""
+    """Compute and store the tile of rows from ``row0`` on and of columns by their number."""
     tiles_of_block = tl.cdiv(block_columns, BLOCK_N)
     block, n0 = column_tile // tiles_of_block, (column_tile % tiles_of_block) * BLOCK_N
     first_col = block * block_columns  # of the block, in w and y
     rows = row0 + tl.arange(0, BLOCK_M)
     cols = n0 + tl.arange(0, BLOCK_N)
     row_ok, col_ok = rows < end, cols < block_columns
-    # Rows and columns beyond the edge read a valid address and are never stored: loads need no mask. Where there is no
-    # such column the compiler must see that: else it takes contiguous weights element by element, through registers.
+    # Rows and columns beyond the edge read a valid address and are never stored: loads need no
+    # mask. Where there is no such column the compiler must see that: else it takes contiguous
+    # weights element by element, through registers.
     rows = tl.where(row_ok, rows, row0)
     safe_cols = cols if EVEN_N else tl.where(col_ok, cols, 0)
     k = tl.arange(0, BLOCK_K)
@@ -128,14 +132,16 @@ def _gemm_kernel(
 ):  # fmt: skip
     """A program owns one tile or, if persistent, every num_programs-th of them.
 
-    x and w are descriptors where they are read by TMA: w over a matrix in which expert e begins at row e * w_pitch.
+    x and w are descriptors where they are read by TMA: w over a matrix in which expert e begins at
+    row e * w_pitch.
     """
     table = tile_table(offsets_ptr, num_experts, EXPERTS, BLOCK_M)
     tiles_n = tl.cdiv(block_columns, BLOCK_N) * len(RANKS)
     if PERSISTENT:
         num_tiles = tl.sum(table[3], 0)
         for t in range(tl.program_id(0), num_tiles * tiles_n, tl.num_programs(0)):
-            # GROUP tiles of rows, of whatever experts, share a tile of columns before the next one is read.
+            # GROUP tiles of rows, of whatever experts, share a tile of columns before the next one
+            # is read.
             group = t // (GROUP * tiles_n)
             within = t % (GROUP * tiles_n)
             size = tl.minimum(num_tiles - group * GROUP, GROUP)
@@ -225,7 +231,7 @@ def _launch(
 def _low_rank_operands(
     s_MR: torch.Tensor | None, b: Factors | None, num_columns: int, anything: torch.Tensor
 ) -> tuple[int, tuple[Any, ...], tuple[tuple[int, int], ...]]:
-    """Return the stride of s, (b, its strides) of every block, and (first column of s, rank) of every block.
+    """Return the stride of s; then of every block b and its strides, and its first column of s and rank.
 
     Where nothing is there a kernel still wants a tensor, which it does not read: ``anything``.
     """
@@ -269,7 +275,7 @@ def num_multiprocessors(device: torch.device) -> int:
 def tma_problem(
     variant: Variant, x: torch.Tensor, w_EKN: torch.Tensor, s_MR: torch.Tensor | None, b: Factors | None
 ) -> str | None:
-    """Return why TMA cannot read these operands, or None; the variant itself is judged by ``variants.problem``."""
+    """Return why TMA cannot read these operands, or None; ``problem`` judges the variant."""
     operands: list[tuple[str, torch.Tensor]] = []
     if variant.rows == "tma":
         operands.append(("x", x))

@@ -1,17 +1,17 @@
 """Compute the grouped GEMM with roles: one warp group of a program copies, the others multiply.
 
-Triton 3.6 divides the loop over K so on Hopper, under conditions that ``variants.problem`` checks: every operand by TMA,
-the adapter's too, and a kernel that finds its tile by scalar loads alone. So a small launch, once for each routing and tile
-height, lists the tiles.
+Triton 3.6 divides the loop over K so on Hopper, under conditions that ``variants.problem`` checks:
+every operand by TMA, the adapter's too, and a kernel that finds its tile by scalar loads alone. So
+a small launch, once for each routing and tile height, lists the tiles.
 
-Never taken by the rule, only where a table of measurements names it. Compiled, not yet run on a GPU; its values are checked
-in the interpreter.
+Never taken by the rule, only where a table of measurements names it. Compiled, not yet run on a
+GPU; its values are checked in the interpreter.
 
 Shape legend: M routed rows   E experts   K inputs   N outputs   R rank
 """
 
-# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
-# rules for calls do not hold.
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks
+# tuples in kernels: Python's rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import torch
@@ -28,7 +28,7 @@ from .variants import Variant
 
 @triton.jit
 def _tile_list_kernel(offsets_ptr, tiles_ptr, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """Write (expert, first row, end row of the expert, 0) of one tile; a program without tile writes no rows."""
+    """Write (expert, first row, end row of the expert, 0) of one tile, zeros where there is none."""
     tile = tl.program_id(0)
     expert, row0, end = tile_of(offsets_ptr, tile, num_experts, EXPERTS, ROWS)
     there = expert < num_experts
@@ -45,7 +45,7 @@ def _gemm_roles_kernel(
     W_NK: tl.constexpr, B_NR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one tile. No branch around the loop: without a tile it takes no step and stores nothing."""
+    """A program owns one tile. Without a tile it takes no step of the loop and stores nothing."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     tile, n0 = tl.program_id(0) // blocks_n, (tl.program_id(0) % blocks_n) * BLOCK_N
     tiles_ptr += 4 * tile
@@ -69,7 +69,7 @@ def _gemm_roles_kernel(
 
 
 def tile_list(routing: Routing, block_m: int) -> torch.Tensor:
-    """Return int32 ``[tiles, 4]``: expert, first and end row of each tile; made once for a routing."""
+    """Return int32 ``[tiles, 4]``: expert, first and end row of each; made once for a routing."""
     if block_m not in routing.tile_lists:
         num_experts = routing.num_experts
         tiles = max_tiles(routing.num_rows, num_experts, block_m)
@@ -85,7 +85,7 @@ def launch_with_roles(
     x_MK: torch.Tensor, w_EKN: torch.Tensor, routing: Routing, s_MR: torch.Tensor | None, b_ERN: torch.Tensor | None,
     y_MN: torch.Tensor, variant: Variant,
 ) -> None:  # fmt: skip
-    """Fill ``y_MN``. The operands fit the variant: ``variants.problem`` and ``descriptors`` were asked before."""
+    """Fill ``y_MN`` from operands that fit the variant, as was checked before."""
     _, K, N = w_EKN.shape
     tiles = tile_list(routing, variant.block_m)
     x_desc = rows_descriptor(x_MK, (variant.block_m, variant.block_k))

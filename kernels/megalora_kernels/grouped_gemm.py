@@ -2,12 +2,13 @@
 
     y[m] = x[source m] @ w[e] + s[m] @ b[e]        for the rows m of expert e
 
-With w = Wᵀ, s = S = x Aᵀ, b = Bᵀ it is the forward pass of a LoRA linear; with w = W, s = dS = dy B, b = A its input
-gradient. Three ways to compute it: one GEMM per expert on the host's loop and torch's grouped GEMM (CUTLASS on Hopper) are
-here, Triton's is in ``gemm_kernel.py``.
+With w = Wᵀ, s = S = x Aᵀ, b = Bᵀ it is the forward pass of a LoRA linear; with w = W, s = dS = dy
+B, b = A its input gradient. Three ways to compute it: one GEMM per expert on the host's loop and
+torch's grouped GEMM (CUTLASS on Hopper) are here, Triton's is in ``gemm_kernel.py``.
 
-b comes in blocks: of n blocks ``[E, R_i, N / n]``, block i adds the product with its own columns of s to its own n-th of the
-columns of y. An ordinary adapter is one block; gate and up, fused in one weight, are two, and no block-diagonal b is built.
+b comes in blocks: of n blocks ``[E, R_i, N / n]``, block i adds the product with its own columns of
+s to its own n-th of the columns of y. An ordinary adapter is one block; gate and up, fused in one
+weight, are two, and no block-diagonal b is built.
 
 Shape legend: M routed rows   E experts   K inputs   N outputs   R rank (the sum of ranks where b has several blocks)
 """
@@ -22,7 +23,8 @@ from .routing import Routing
 
 ALIGN_BYTES = 16  # grouped_mm reads rows by TMA: row strides and start addresses are multiples of this
 DELTA_COLUMNS = 256
-"""Without room in the weight, the delta is added in pieces of this many columns: it bounds the temporary."""
+"""Without room in the weight, the delta is added in pieces of this many columns: it bounds the
+temporary."""
 GROUPED_MM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
@@ -69,7 +71,7 @@ def grouped_gemm_loop(
     x: torch.Tensor, w_EKN: torch.Tensor, routing: Routing,
     s_MR: torch.Tensor | None = None, b: Factors | None = None, source_M: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """One GEMM per expert, written into its rows of one preallocated output. Any device and dtype."""
+    """One GEMM per expert, into its rows of one preallocated output. Any device and dtype."""
     y_MN = x.new_empty(routing.num_rows, w_EKN.shape[2])
     x_MK = x if source_M is None else x.index_select(0, source_M)
     # One split instead of a slice per expert: a third of the calls.
@@ -88,7 +90,8 @@ def grouped_gemm_loop(
 
 
 def grouped_gemm_vendor(x_MK: torch.Tensor, w_EKN: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """torch's grouped GEMM. The offsets stay on the device; rows beyond the last offset would be garbage."""
+    """torch's grouped GEMM. The offsets stay on the device; rows beyond the last offset would be
+    garbage."""
     if x_MK.shape[0] == 0:  # it may reject an empty problem
         return x_MK.new_empty(0, w_EKN.shape[2])
     return _grouped_mm(x_MK, w_EKN, offs=routing.offsets_E)
@@ -101,7 +104,7 @@ def add_delta_vendor(y_MN: torch.Tensor, s_MR: torch.Tensor, b_ERN: torch.Tensor
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:
-    """t itself where torch's grouped GEMM can read it, else a copy (.sum().backward() has stride 0)."""
+    """t itself where torch's grouped GEMM can read it, else a copy (a sum's gradient has stride 0)."""
     steps = (*t.stride()[:-1], t.storage_offset())
     fits = all(n * t.element_size() % ALIGN_BYTES == 0 for n in steps)
     if t.stride(-1) == 1 and t.stride(-2) >= t.shape[-1] and fits:
@@ -115,7 +118,8 @@ def padded_rank(rank: int, dtype: torch.dtype) -> int:
 
 
 def why_not_grouped_mm(x: torch.Tensor, weight_ENK: torch.Tensor) -> str | None:
-    """What keeps torch's grouped GEMM from running, or None. Looks at dtypes and strides only, so it never waits."""
+    """What keeps torch's grouped GEMM from running, or None. Looks at dtypes and strides only, so
+    it never waits."""
     if _grouped_mm is None:
         return f"torch {torch.__version__} has no grouped_mm"
     if x.dtype not in GROUPED_MM_DTYPES:

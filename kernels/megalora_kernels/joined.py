@@ -1,7 +1,7 @@
-"""Keep a frozen weight with room for its adapter, so that both are one operand of torch's grouped GEMM.
+"""Keep a frozen weight with room for its adapter: both are one operand of torch's grouped GEMM.
 
-torch's grouped GEMM cannot start from an accumulator, but a product over ``[x | s]`` and ``[w ; b]`` is the same sum with R
-more terms.
+torch's grouped GEMM cannot start from an accumulator, but a product over ``[x | s]`` and
+``[w ; b]`` is the same sum with R more terms.
 
 Shape legend: E experts   N outputs   K inputs   R rank (the sum of ranks where gate and up are fused)
 """
@@ -13,11 +13,11 @@ from .grouped_gemm import columns_and_ranks
 
 
 class Joined:
-    """A frozen weight and room for its adapter in one buffer ``[[W, B], [A, .]]`` of shape ``[E, N + R, K + R]``.
+    """A frozen weight and room for its adapter: ``[[W, B], [A, .]]`` of shape ``[E, N + R, K + R]``.
 
-    ``[x | s] [W | B]ᵀ`` and ``[dy | ds] [W ; A]`` then are single grouped GEMMs. R is padded to 16, S with zeros.
-    The room is written anew by every call, so one stream at a time may use a weight. It costs
-    ``(1 + R / N) (1 + R / K)`` times the weight: 3.7 % for gate_up of Qwen3-30B at rank 16.
+    ``[x | s] [W | B]ᵀ`` and ``[dy | ds] [W ; A]`` then are single grouped GEMMs. R is padded to 16,
+    S with zeros. The room is written anew by every call, so one stream at a time may use a weight.
+    It costs ``(1 + R / N) (1 + R / K)`` times the weight: 3.7 % for gate_up of Qwen3-30B, rank 16.
     """
 
     def __init__(self, weight_ENK: torch.Tensor, rank: int) -> None:
@@ -36,8 +36,8 @@ class Joined:
     def with_b(self, b: Factors) -> torch.Tensor:
         """Return ``[W | B]`` transposed, ``[E, K + R, N]``; overwrites the room behind the columns.
 
-        The B's ``[E, R_i, N / len(b)]`` lie on a block diagonal. Beside it the room is zero and stays so: only an adapter
-        whose blocks lie elsewhere, of other ranks, must clear it first.
+        The B's ``[E, R_i, N / len(b)]`` lie on a block diagonal. Beside it the room is zero and
+        stays so: only an adapter whose blocks lie elsewhere, of other ranks, must clear it first.
         """
         room_ENR = self.buffer[:, : self.N, self.K :]
         places = columns_and_ranks(b, self.N)

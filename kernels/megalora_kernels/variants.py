@@ -1,7 +1,8 @@
-"""Variants of the Triton grouped GEMM: the tile, how operands reach it, how programs walk over the tiles.
+"""Variants of the Triton grouped GEMM: tile, way of operands, walk of programs over tiles.
 
-All variants add the terms of K in the same order, BLOCK_K at a time, and the adapter's product after them: which one runs changes the
-time and not what is computed. ``rule`` names one for every product; ``tuned.py`` has the better one where a GPU was measured.
+All variants add the terms of K in the same order, BLOCK_K at a time, and the adapter's product
+after them: which one runs changes the time and not what is computed. ``rule`` names one for every
+product; ``tuned.py`` has the better one where a GPU was measured.
 
 Shape legend: M routed rows   E experts   K inputs   N outputs   R rank
 """
@@ -14,15 +15,18 @@ import torch
 import triton
 
 Operand = Literal["pointers", "tma"]
-"""How an operand is read: by an address for each element (``cp.async``), or by tensor descriptor (TMA, Hopper and later)."""
+"""How an operand is read: by an address for each element (``cp.async``), or by tensor descriptor
+(TMA, Hopper and later)."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """One grouped product ``x [M, K] @ w [E, K, N]``, as far as the choice of a variant depends on it."""
+    """One grouped product ``x [M, K] @ w [E, K, N]``, as far as the choice of a variant depends on
+    it."""
 
     op: Literal["forward", "dgrad"]
-    """``forward``: the weight is stored ``[E, N, K]``; ``dgrad``: ``[E, K, N]``. N and K are those of the product."""
+    """``forward``: the weight is stored ``[E, N, K]``; ``dgrad``: ``[E, K, N]``. N and K are those
+    of the product."""
     dtype: torch.dtype
     N: int
     K: int
@@ -33,7 +37,8 @@ class Product:
     rows_per_expert: float
     """M / E: the mean, which the host knows; not the counts."""
     blocks: int = 1
-    """Into how many blocks of equal width N is divided, each with its own adapter: 2 for gate and up."""
+    """Into how many blocks of equal width N is divided, each with its own adapter: 2 for gate and
+    up."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Variant:
     weight: Operand = "pointers"
     rows: Operand = "pointers"
     persistent: bool = False
-    """One program for each multiprocessor walks over the tiles, instead of one program for each tile."""
+    """One program for each multiprocessor walks over the tiles, instead of one program for each
+    tile."""
     roles: bool = False
     """One warp group loads and the others multiply (Triton 3.6 on Hopper; every operand by TMA)."""
 
@@ -56,13 +62,15 @@ class Variant:
 # ---- what can run ---------------------------------------------------------------------------------------------------
 
 SHARED_LIMITS = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 1): 227, (10, 3): 227, (11, 0): 227}
-"""KiB of shared memory that one program may have, by compute capability (CUDA C programming guide); 99 on the others."""
+"""KiB of shared memory that one program may have, by compute capability (CUDA C programming guide);
+99 on the others."""
 HOPPER = (9, 0)
 HOPPER_SHARED = SHARED_LIMITS[HOPPER] * 1024
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 MAX_ACCUMULATORS, MAX_ACCUMULATORS_BEFORE_HOPPER = 128, 64
-"""Float32 values of the accumulator that a thread can hold beside its addresses, of 255 registers. Before Hopper the
-operands of a product take registers too: 128 sums made 16 to 120 bytes of them spill (compiled)."""
+"""Float32 values of the accumulator that a thread can hold beside its addresses, of 255 registers.
+Before Hopper the operands of a product take registers too: 128 sums made 16 to 120 bytes of them
+spill (compiled)."""
 MAX_PERSISTENT_RANK = 64
 """Above it a persistent program spills up to 104 bytes (compiled)."""
 
@@ -74,21 +82,24 @@ def shared_limit_of(capability: tuple[int, int]) -> int:
 
 @cache
 def device_limits(device: torch.device) -> tuple[int, tuple[int, int]]:
-    """Return the bytes of shared memory for a program, and the compute capability; Hopper's for the interpreter."""
+    """Return the bytes of shared memory for a program, and the compute capability; Hopper's for the
+    interpreter."""
     capability = HOPPER if device.type == "cpu" else torch.cuda.get_device_capability(device)
     return shared_limit_of(capability), capability
 
 
 def shared_bytes(variant: Variant, product: Product) -> int:
-    """Return the bytes of shared memory that the variant takes: an upper bound, within 128 bytes for Hopper.
+    """Return the bytes of shared memory that the variant takes: an upper bound, within 128 bytes
+    for Hopper.
 
-    The loop over K has ``num_stages`` buffers for tiles of x and w. The adapter's operands come after the loop and reuse
-    them; so does the conversion of the output.
+    The loop over K has ``num_stages`` buffers for tiles of x and w. The adapter's operands come
+    after the loop and reuse them; so does the conversion of the output.
     """
     per_k = (variant.block_m + variant.block_n) * product.dtype.itemsize
     pipeline, low_rank = per_k * variant.num_stages * variant.block_k, per_k * padded_rank(product.rank)
     if variant.roles:
-        # The adapter's operands have buffers of their own, and a consumer hands over 64 rows of the output.
+        # The adapter's operands have buffers of their own, and a consumer hands over 64 rows of the
+        # output.
         return pipeline + low_rank + 64 * variant.block_n * product.dtype.itemsize + 512
     barriers = 128  # what TMA waits on
     return max(pipeline, low_rank) + barriers
@@ -141,7 +152,8 @@ def _tma_problem(variant: Variant, product: Product, capability: tuple[int, int]
 
 
 def _roles_problem(variant: Variant, product: Product, capability: tuple[int, int]) -> str | None:
-    """The compiler divides a loop into roles only so; otherwise it ignores the request or ends the process."""
+    """The compiler divides a loop into roles only so; otherwise it ignores the request or ends the
+    process."""
     if TRITON_VERSION != (3, 6) or capability != HOPPER:
         have = f"this is Triton {triton.__version__} and {capability[0]}.{capability[1]}"
         return f"roles need Triton 3.6 and compute capability 9.0, {have}"
@@ -161,16 +173,19 @@ def _roles_problem(variant: Variant, product: Product, capability: tuple[int, in
 # ---- which one to take ----------------------------------------------------------------------------------------------
 
 WIDE_TILE_ROWS = 96
-"""Rows per expert from which 128 x 256 beats 64 x 128: predicted, and in SGLang's tuned table for H100."""
+"""Rows per expert from which 128 x 256 beats 64 x 128: predicted, and in SGLang's tuned table for
+H100."""
 SQUARE_TILE_ROWS = 384
-"""Where columns do not divide by 256: 128 rows waste a quarter of the work at 512 rows per expert, 64 an eighth."""
+"""Where columns do not divide by 256: 128 rows waste a quarter of the work at 512 rows per expert,
+64 an eighth."""
 
 
 def rule(product: Product, shared_limit: int = HOPPER_SHARED, capability: tuple[int, int] = HOPPER) -> Variant:
-    """Return a variant that can run everywhere: operands by pointers. Predicted, not yet measured on a GPU.
+    """Return a variant that can run everywhere: operands by pointers. Predicted, not yet measured
+    on a GPU.
 
-    Per FLOP a 128 x 256 tile reads the least from shared memory and from L2. Where it does not fit (before Hopper) a
-    smaller tile or fewer stages are taken.
+    Per FLOP a 128 x 256 tile reads the least from shared memory and from L2. Where it does not fit
+    (before Hopper) a smaller tile or fewer stages are taken.
     """
     if product.dtype == torch.float32:  # no tensor cores in full precision
         return Variant(32, 64, 32, num_warps=4, num_stages=2)
@@ -201,7 +216,8 @@ def candidates(
         for num_stages in (3, 4):
             for weight, rows in operands:
                 for persistent in (False, True):
-                    # Walking costs 35 to 70 registers: at smaller tiles a multiprocessor then holds one program, not two.
+                    # Walking costs 35 to 70 registers: at smaller tiles a multiprocessor then holds
+                    # one program, not two.
                     if persistent and ((block_m, block_n) != (128, 256) or product.rank > MAX_PERSISTENT_RANK):
                         continue
                     found.append(Variant(block_m, block_n, 64, num_warps, num_stages, weight, rows, persistent))
