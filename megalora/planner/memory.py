@@ -267,8 +267,8 @@ def _layer_backward(model: PlannedModel, layout: Layout, work: Workload, layer: 
 
 
 def _experts_backward(model: PlannedModel, layout: Layout, work: Workload, layer: int) -> tuple[int, int, int]:
-    """While the rows' gradients are summed for each token: gradients of the layer's output and of the experts' input 2 (T / t) H, of
-    the rows M H, of [gate | up] with its dS M (2 I / n + R), of the layer's factors. grouped_mm, which weights with room stand for,
+    """While the rows' gradients are summed for each token: gradients of the layer's output and of the experts' input 2 (T / t) H, in
+    torch's form the term that is added (T / t) H, the rows M H, of [gate | up] with its dS M (2 I / n + R), of the layer's factors. grouped_mm, which weights with room stand for,
     has more a moment before: the output's gradient gathered M H beside dH M I / n.
 
     Behind an all-to-all the output's and the input's gradients are M rows: 2 M H - (T / t) H more. Recomputed: [gate | up], S.
@@ -277,12 +277,10 @@ def _experts_backward(model: PlannedModel, layout: Layout, work: Workload, layer
     e, own, rows, i = batch.element_bytes, batch.own_tokens * s.hidden, batch.rows, s.expert_intermediate // p.etp
     modules = model.by_layer.get(layer, {})
     gate_up, down = (modules.get(f"mlp.experts.{name}", []) for name in ("gate_up", "down"))
-    rank, each, q = sum(a.rank for a in gate_up), max((a.rank for a in gate_up), default=0), sum(a.rank for a in down)
+    rank, q = sum(a.rank for a in gate_up), sum(a.rank for a in down)
     joined = has_room(model, layout, work) and bool(gate_up or down)
-    result = max(own, rows * i) if joined else own
-    factors = (
-        s.num_experts // p.ep * (s.hidden * (rank + 2 * q) + i * (q + 2 * rank + 2 * each))
-    )  # B's as one block, then apart
+    result = max(2 * own, rows * i) if joined else 2 * own
+    factors = s.num_experts // p.ep * (s.hidden + i) * (rank + q)  # each gradient once, as its parameter is
     moved = 2 * rows * s.hidden - result if p.ep * p.etp > 1 else 0
     again = rows * (2 * i + rank)
     return (own + rows * (s.hidden + 2 * i + rank) + result + factors) * e, again * e, moved * e
