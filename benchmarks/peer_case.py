@@ -57,17 +57,18 @@ def _shape(name: str, num_tokens: int, rank: int, **sizes: int) -> Shape:
 
 
 CPU_SHAPES = (
-    # Qwen3-30B-A3B at an eighth of its width and half of its experts: 32 rows per expert.
+    # Qwen3-30B-A3B at an eighth of its width with all of its experts: 8 rows per expert.
     _shape(
-        "many small experts", 256, 8, num_hidden_layers=2, hidden_size=256, moe_intermediate_size=96, num_experts=64,
+        "many small experts", 128, 8, num_hidden_layers=2, hidden_size=256, moe_intermediate_size=96, num_experts=128,
         num_experts_per_tok=8, num_attention_heads=4, num_key_value_heads=1, head_dim=64, vocab_size=2048,
     ),
-    # Mixtral-8x7B at an eighth of its width: 128 rows per expert.
+    # Mixtral-8x7B at an eighth of its width: 32 rows per expert.
     _shape(
-        "few larger experts", 512, 8, num_hidden_layers=2, hidden_size=512, moe_intermediate_size=1792, num_experts=8,
+        "few larger experts", 128, 8, num_hidden_layers=2, hidden_size=512, moe_intermediate_size=1792, num_experts=8,
         num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=1, head_dim=128, vocab_size=2048,
     ),
 )  # fmt: skip
+"""The tokens are those of one sample of GSM8K, a usual microbatch where there are two cores."""
 GPU_SHAPES = (_shape("8 layers of Qwen3-30B-A3B", 4096, 16, num_hidden_layers=8),)
 DRY_SHAPES = (
     _shape(
