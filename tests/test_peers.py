@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import bridge_model, peer_megatron, peers
 from benchmarks.peer_case import CPU_SHAPES, DRY_SHAPES, initial_a
-from benchmarks.peer_rows import TIMES, check_losses, ratios, show
+from benchmarks.peer_rows import TIMES, check_losses, ratios, show, without_times
 from benchmarks.peer_worker import ARMS, Sample
 from benchmarks.random_weights import RandomWeights
 from tests.forked import forked
@@ -134,6 +134,7 @@ def test_ratios_are_of_one_round():
     case = {**CPU_SHAPES[0].sizes(), "rows_per_expert": 32, "wrong": []}
     peer = row("peft", [6.0, 5.0]) | found | {"peak_bytes": 2**20, "adapter_parameters": 7, "note": ""}
     assert "peft takes 3.0 times as long: met, 3.00" in show({**case, "rows": [peer]}, dry=False)
+    assert without_times([peer]) == [{**row("peft", [6.0, 5.0]), "adapter_parameters": 7, "note": ""}]
     slower = ratios(ours, theirs)
     assert "missed, 0.33" in show({**case, "rows": [peer | slower]}, dry=False)
 

@@ -114,6 +114,28 @@ def test_kernels_equal_autograd_in_float64(inner, with_r, with_q, order, monkeyp
             assert_near(got, expected)
 
 
+@pytest.mark.usefixtures("uninitialised_is_nan")
+@pytest.mark.parametrize("rows", [1, 10, 1000], ids="blocks of {} rows".format)
+def test_the_loop_s_gradients_however_experts_are_taken_together(rows, monkeypatch):
+    """In blocks of experts that hold so many rows or end with the first to reach them; against autograd in float64."""
+    inner = WIDTHS[0]
+    monkeypatch.setattr(module, "LOOP_ELEMENTS", rows * inner)
+    o = {name: t.double() for name, t in operands(torch.float64).items()}
+    y, p = (o[name].clone().requires_grad_() for name in ("y", "p"))
+    h = module.swiglu_ref(y, p)
+    dy_want, dp_want = torch.autograd.grad(h, (y, p), o["dh"])
+    dy = torch.empty(M, 2 * inner, dtype=torch.float64)
+    dh = o["dh"].clone()
+    found = swiglu_backward("loop", dh, o["y"], o["p"], routing(), dy, o["s"], o["ds"])
+    assert torch.equal(dh, o["dh"]), "an operand is left as it was"
+    torch.testing.assert_close(dy, dy_want)
+    torch.testing.assert_close(found.dp_M, dp_want)
+    assert found.da_EQI is not None and found.db_EJR is not None
+    for e, i, j in routing().spans():
+        torch.testing.assert_close(found.da_EQI[e], o["ds"][i:j].T @ h[i:j].detach())
+        torch.testing.assert_close(found.db_EJR[e], dy_want[i:j].T @ o["s"][i:j])
+
+
 def assert_near(got: torch.Tensor, want: torch.Tensor) -> None:
     """In the 2-norm: 129 additions and ten operations in float32."""
     assert (got.double() - want).norm() <= 139 * 2.0**-24 * want.norm()

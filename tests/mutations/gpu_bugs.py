@@ -14,6 +14,8 @@ TRACE, PLAN, TIMING = "benchmarks/step_trace.py", "benchmarks/model_plan.py", "b
 ALL_TEST, TRACE_TEST = "tests/test_gpu_all.py", "tests/test_step_trace.py"
 SCRIPTS_TEST, SUMMARY_TEST = "tests/test_benchmark_scripts.py", "tests/test_gpu_summary.py"
 
+PEERS_TEST, ROWS = "tests/test_peers.py", "benchmarks/peer_rows.py"
+
 # fmt: off
 GPU_BUGS: tuple[Bug, ...] = (
     bug(0, "a descriptor whose rows overlap", "kernels/megalora_kernels/descriptors.py", "shape, [w.stride(1), 1], block)", "shape, [w.shape[2] // 2, 1], block)", "tests/kernels/test_launch_path.py reach"),
@@ -77,5 +79,16 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(0, "layouts that passed are trained again", "benchmarks/shared_gpu.py", "missing = [case for case in cases if case.name not in passed]", "missing = list(cases)", f"{SCRIPTS_TEST} held_against"),
     bug(0, "more taken for better of every goal", "benchmarks/gpu_summary.py", "value / goal.must - 1 if goal.at_least else 1 - value / goal.must", "value / goal.must - 1", f"{SUMMARY_TEST} by_how_much"),
     bug(0, "the untuned value decides", "benchmarks/gpu_summary.py", "last = before if after is None else after", "last = after if before is None else before", f"{SUMMARY_TEST} last_measurement"),
+    bug(0, "A's of one input that drift apart", "benchmarks/peer_case.py", "                gradient.copy_(total)", "                gradient.add_(0)", f"{PEERS_TEST} all_installed"),
+    bug(0, "a shared adapter held against one per expert", "benchmarks/peer_megatron.py", "Tied([]), not shared, chunk)", "Tied([]), True, chunk)", f"{PEERS_TEST} all_installed"),
+    bug(0, "Bridge takes Transformer Engine to be installed", "benchmarks/bridge_lora.py", ".HAVE_TE = False", ".HAVE_TE = True", f"{PEERS_TEST} all_installed"),
+    bug(0, "the stand-in for Transformer Engine stays importable", "benchmarks/bridge_lora.py", "    with patch.dict(sys.modules, {engine.__name__: engine, pytorch.__name__: pytorch}):\n        spec.loader.exec_module(layers)", "    sys.modules |= {engine.__name__: engine, pytorch.__name__: pytorch}\n    spec.loader.exec_module(layers)", f"{PEERS_TEST} stays_missing"),
+    bug(0, "a loss that is not a number agrees", ROWS, "if not all(abs(a - b) <= limit for", "if any(abs(a - b) > limit for", f"{PEERS_TEST} let_through"),
+    bug(0, "a peer's base not compared", ROWS, "if not abs(row[\"losses\"][0] - want[0]) <=", "if not 0 * abs(row[\"losses\"][0] - want[0]) <=", f"{PEERS_TEST} let_through"),
+    bug(0, "times of arms that do not agree", ROWS, "for key, value in row.items() if key not in TIMES}", "for key, value in row.items()}", f"{PEERS_TEST} one_round"),
+    bug(0, "a comparison that failed ends well", "benchmarks/peers.py", "any(case[\"wrong\"] or case[\"rows\"][0]", "any(case[\"rows\"][0]", f"{PEERS_TEST} leaves_no_times"),
+    bug(0, "a median of each arm's steps, rounds apart", ROWS, "getattr(a, field.name) / getattr(b, field.name) for a, b in pairs", "getattr(a, field.name) / getattr(reference[0], field.name) for a, b in pairs", f"{PEERS_TEST} one_round"),
+    bug(0, "a finished row of an earlier call run again", "benchmarks/peers.py", "name not in self.rows or self.rows[name][\"status\"].startswith(again)", "True", f"{PEERS_TEST} all_installed"),
+    bug(0, "gate and up exchanged in the shared weights", "benchmarks/random_weights.py", "halves[projection == \"up_proj\"]", "halves[projection == \"gate_proj\"]", f"{PEERS_TEST} published_names"),
 )
 # fmt: on

@@ -82,5 +82,7 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(0, "wide tiles by the columns of gate and up together", VARIANTS, "if (product.N // product.blocks) % 256 == 0", "if product.N % 256 == 0", f"{RULE_TEST} hopper"),
     bug(0, "gathered rows by TMA", VARIANTS, 'if variant.rows == "tma" and product.gathered:', "if False:", f"{RULE_TEST} named"),
     bug(0, "roles for a Triton that aborts on them", VARIANTS, "if TRITON_VERSION != (3, 6) or", "if TRITON_VERSION < (3, 6) or", f"{RULE_TEST} roles_need"),
+    bug(0, "rows of a block of experts counted from the first of all", "kernels/megalora_kernels/swiglu.py", "h[i - first : j - first]", "h[i:j]", f"{SWIGLU_TEST} taken_together"),
+    bug(0, "the loop's gradient written over its operand", "kernels/megalora_kernels/swiglu.py", "        d_act = dh * p\n", "        d_act = dh.mul_(p)\n", f"{SWIGLU_TEST} taken_together"),
 )
 # fmt: on
