@@ -213,5 +213,5 @@ def every(capability: int) -> list[Case]:
         *(swiglus(capability, HALF, *ranks) for ranks in SWIGLU_RANKS),
         *every_candidate(capability),
         *refused_for_memory(capability),
-        *(with_roles(capability, (128, 256, 3), (128, 256, 4), (128, 128, 4)) if capability == 90 else []),
+        *(with_roles(capability, (128, 256, 3), (128, 128, 4)) if capability == 90 else []),
     ]

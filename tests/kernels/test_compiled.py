@@ -48,9 +48,25 @@ def kernels_of_the_package() -> set[str]:
     return {name for text in texts for name in re.findall(r"^def (_\w+_kernel)\(", text, re.M)}
 
 
+ROLES = {"_gemm_roles_kernel", "_tile_list_kernel"}
+
+
 def offered(rows: list[Row]) -> list[Row]:
     """Rows of variants that ``problem`` lets run."""
-    return [row for row in rows if "product" in row and row["refused"] is None]
+    gemms = [row for row in rows if row.get("kernel") in ("_gemm_kernel", "_gemm_roles_kernel")]
+    return [row for row in gemms if "product" in row and row["refused"] is None]
+
+
+def check_roles(rows: list[Row]) -> None:
+    """Roles are offered for Triton 3.6 and compile there; 3.7's passes fail or end the process, so ``problem`` refuses them."""
+    roles = [row for row in rows if row.get("roles") and row.get("kernel") != "_tile_list_kernel"]
+    assert roles
+    for row in roles:
+        if row["triton"].startswith("3.6."):
+            assert row["refused"] is None and row["warps"] == 12, row  # a producer and two consumers of four warps
+        else:
+            assert "Triton 3.6" in row["refused"], row
+            assert "PassManager::run failed" in row["error"] or "SIGABRT" in row["error"], row
 
 
 def check_gemm(row: Row) -> None:
@@ -63,7 +79,7 @@ def check_gemm(row: Row) -> None:
     assert row["loads"] == 0, row
     by_tma = [row["weight"], row["rows"]].count("tma")
     if row["roles"]:
-        assert row["warps"] == 12 and row["tma_anywhere"] >= by_tma, row  # a producer and two consumers of four warps
+        assert row["tma_anywhere"] >= by_tma and row["shared"] <= row["estimate"], row
         return
     assert row["tma"] == by_tma, row
     assert (row["cp_async"] > 0) == (by_tma < 2), row
@@ -89,19 +105,22 @@ class TestForHopper:
 
     @pytest.fixture(scope="class")
     def rows(self) -> list[Row]:
-        rows = compiled()
-        assert errors(rows) == []
-        return [row for row in rows if "error" not in row]
+        return compiled()
 
     def test_every_kernel_of_the_triton_back_end_compiles(self, rows):
-        assert {row["kernel"] for row in rows} == kernels_of_the_package() - {"_gemm_roles_kernel", "_tile_list_kernel"}
+        assert errors(rows) == []
+        assert {row["kernel"] for row in rows if "error" not in row} - ROLES == kernels_of_the_package() - ROLES
 
     def test_everything_fits_and_hardly_anything_spills(self, rows):
-        assert [row for row in rows if row["shared"] > PROGRAM_SHARED[90]] == []
-        assert {row["kernel"] for row in rows if row["spilled"]} <= {"_swiglu_backward_kernel"}
+        made = [row for row in rows if "error" not in row]
+        assert [row for row in made if row["shared"] > PROGRAM_SHARED[90]] == []
+        assert {row["kernel"] for row in made if row["spilled"]} <= {"_swiglu_backward_kernel"}
+
+    def test_roles_compile_where_problem_says_so(self, rows):
+        check_roles(rows)
 
     def test_variants_of_the_gemm(self, rows):
-        variants = offered(rows)
+        variants = [row for row in offered(rows) if not row["roles"]]
         assert len(variants) == 4
         for row in variants:
             check_gemm(row)
@@ -109,7 +128,7 @@ class TestForHopper:
             assert row["per_sm"] == (1 if row["variant"].startswith("128 x 256") else 2), row
 
     def test_gemms_of_a_layer_take_no_operand_through_registers(self, rows):
-        gemms = [row for row in rows if row["kernel"] == "_gemm_kernel" and "product" not in row]
+        gemms = [row for row in rows if row.get("kernel") == "_gemm_kernel" and "product" not in row]
         assert len(gemms) == 4
         for row in gemms:
             assert row["loads"] == 0 and row["cp_async"] == 12 and row["products"] == "wgmma", row
@@ -139,14 +158,14 @@ class TestForEveryChip:
         assert errors(rows) == []
         for capability in PROGRAM_SHARED:
             kernels = {row["kernel"] for row in rows if row["capability"] == capability and "error" not in row}
-            assert kernels >= kernels_of_the_package() - {"_gemm_roles_kernel", "_tile_list_kernel"}
+            assert kernels - ROLES == kernels_of_the_package() - ROLES
 
     def test_everything_offered_fits(self, rows, version):
         fits = [row for row in rows if "error" not in row and not row.get("refused")]
         assert [row for row in fits if row["shared"] > PROGRAM_SHARED[row["capability"]]] == []
 
     def test_variants_of_the_gemm(self, rows, version):
-        variants = [row for row in offered(rows) if row["kernel"] != "_tile_list_kernel"]
+        variants = offered(rows)
         for row in variants:
             check_gemm(row)
         tma = {row["capability"] for row in variants if row["weight"] == "tma"}
@@ -160,13 +179,7 @@ class TestForEveryChip:
             assert "error" in row or too_large or row["spilled"], row
 
     def test_roles_compile_where_problem_says_so(self, rows, version):
-        roles = [row for row in rows if row.get("roles") and row.get("kernel") != "_tile_list_kernel"]
-        assert len(roles) >= 3
-        if version == "3.6.0":
-            assert {row["refused"] for row in roles} == {None}
-            assert {row["warps"] for row in roles} == {12}
-        else:
-            assert all("Triton 3.6" in row["refused"] and "SIGABRT" in row["error"] for row in roles)
+        check_roles(rows)
 
     def test_activation_is_computed_once(self, rows, version):
         found = [row for row in passes(rows) if max(row.get("ranks", [0])) <= 64]
