@@ -16,17 +16,13 @@ Shape legend: M routed rows   E experts   K inputs   N outputs   R rank (the sum
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .adapter import Factors
+from .each_expert import ALIGN_BYTES, DELTA_COLUMNS, GROUPED_MM_DTYPES, add_product, grouped_mm, multiply
 from .routing import Routing
 
-ALIGN_BYTES = 16  # grouped_mm reads rows by TMA: row strides and start addresses are multiples of this
-DELTA_COLUMNS = 256
-"""Without room in the weight, the delta is added in pieces of this many columns: it bounds the
-temporary."""
-GROUPED_MM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+_grouped_mm: Any = grouped_mm
+"""A name of its own, in whose place a benchmark puts another library's."""
 
 
 def columns_and_ranks(b: Factors, num_columns: int) -> list[tuple[torch.Tensor, slice, slice]]:
@@ -71,18 +67,12 @@ def grouped_gemm_loop(
     x: torch.Tensor, w_EKN: torch.Tensor, routing: Routing,
     s_MR: torch.Tensor | None = None, b: Factors | None = None, source_M: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """One GEMM per expert, into its rows of one preallocated output. Any device and dtype."""
-    y_MN = x.new_empty(routing.num_rows, w_EKN.shape[2])
+    """One GEMM per expert. Any device and dtype."""
     x_MK = x if source_M is None else x.index_select(0, source_M)
-    # One split instead of a slice per expert: a third of the calls.
-    counts = [j - i for _, i, j in routing.spans()]
-    for y, rows, w in zip(y_MN.split(counts), x_MK.split(counts), w_EKN.unbind(), strict=True):
-        torch.mm(rows, w, out=y)
+    y_MN = multiply(x_MK, w_EKN, routing)
     if s_MR is not None and b is not None:
         for b_ErN, columns, ranks in columns_and_ranks(b, y_MN.shape[1]):
-            y_MC, s_Mr = y_MN[:, columns], s_MR[:, ranks]
-            for y, s, factor in zip(y_MC.split(counts), s_Mr.split(counts), b_ErN.unbind(), strict=True):
-                y.addmm_(s, factor)
+            add_product(y_MN[:, columns], s_MR[:, ranks], b_ErN, routing)
     return y_MN
 
 

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from . import tiles
 from .backend import choose_pass
+from .each_expert import multiply_rows
 from .gemm_kernel import grouped_gemm_triton
 from .grouped_gemm import grouped_gemm_loop
 from .routing import Routing
@@ -89,9 +90,7 @@ def lora_wgrad_loop(
 ) -> None:
     """Fills ``out`` ``[E, R, K]``: one GEMM per expert; over no rows it gives exact zeros."""
     x_MK = x if source_M is None else x.index_select(0, source_M)
-    counts = [j - i for _, i, j in routing.spans()]
-    for out, g, rows in zip(out_ERK.unbind(), g_MR.t().split(counts, 1), x_MK.split(counts), strict=True):
-        torch.mm(g, rows, out=out)
+    multiply_rows(g_MR, x_MK, routing, out_ERK)
 
 
 # ---- 4. autograd ----------------------------------------------------------------------------------------------------

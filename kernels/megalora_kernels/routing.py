@@ -60,6 +60,11 @@ class Routing:
         """(expert, first row, end row), for every expert; reads the offsets on the host."""
         return [(e, i, j) for e, (i, j) in enumerate(pairwise(self.bounds))]
 
+    @cached_property
+    def counts(self) -> list[int]:
+        """Rows of every expert; reads the offsets on the host."""
+        return [j - i for _, i, j in self.spans()]
+
 
 def check_rows(num_rows: int, what: str) -> None:
     """Raises ``ValueError`` where rows cannot be numbered."""

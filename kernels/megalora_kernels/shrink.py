@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .adapter import UNSCALED, Factors, RankScale
+from .each_expert import multiply
 from .routing import Routing
 from .tiles import max_tiles, tile_of
 
@@ -130,16 +131,13 @@ def shrink_loop(
         rows_MK.copy_(x_MK)
     if s_MP is None:
         return
-    counts = [j - i for _, i, j in routing.spans()]
     column = 0
     for x_MC, a_ERC in zip(x_MK.chunk(len(factors), 1), factors, strict=True):
         if a_ERC is None:
             continue
         s_MR = s_MP[:, column : column + a_ERC.shape[1]]
         column += a_ERC.shape[1]
-        rows_of = zip(s_MR.split(counts), x_MC.split(counts), a_ERC.transpose(1, 2).unbind(), strict=True)
-        for s, rows, a in rows_of:
-            torch.mm(rows, a, out=s)
+        multiply(x_MC, a_ERC.transpose(1, 2), routing, out=s_MR)
     if s_MP.shape[1] > column:
         s_MP[:, column:].zero_()
     scale_columns(s_MP[:, :column], scale)

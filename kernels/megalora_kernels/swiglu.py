@@ -23,6 +23,7 @@ import triton.language as tl
 from triton import knobs
 
 from . import tiles
+from .each_expert import multiply, multiply_rows
 from .lora_wgrad import lora_wgrad_loop
 from .routing import Routing
 from .sums import TorchSums, TritonSums
@@ -236,10 +237,7 @@ def swiglu_loop(
         return
     if s_MP.shape[1] > a_EQI.shape[1]:
         s_MP[:, a_EQI.shape[1] :].zero_()
-    counts = [j - i for _, i, j in routing.spans()]
-    s_MQ, a_EIQ = s_MP[:, : a_EQI.shape[1]], a_EQI.transpose(1, 2)
-    for s, rows, a in zip(s_MQ.split(counts), h_MI.split(counts), a_EIQ.unbind(), strict=True):
-        torch.mm(rows, a, out=s)
+    s_MQ = multiply(h_MI, a_EQI.transpose(1, 2), routing, out=s_MP[:, : a_EQI.shape[1]])
     if scale != 1:
         s_MQ.mul_(scale)
 
@@ -332,8 +330,9 @@ def swiglu_backward_loop(
         dp_M[first:end] = torch.mul(dh, h, out=d_act).sum(1)
         if ds_MQ is not None and da is not None:
             h = h.mul_(p).to(dh_MI.dtype)
-            for e, i, j in experts:
-                torch.mm(ds_MQ[i:j].t(), h[i - first : j - first], out=da[e])
+            block = slice(experts[0][0], experts[-1][0] + 1)
+            rows = Routing(routing.offsets_E[block] - first, end - first)
+            multiply_rows(ds_MQ[first:end], h, rows, da[block])
     column = 0
     for dy_MC, place in zip(dy_MJ.chunk(max(1, len(db)), 1), db, strict=False):
         if s_MR is not None and place is not None:

@@ -12,6 +12,7 @@ GEMM, SHRINK, SWIGLU, WGRAD, MLP, ROUTE, REGROUP, ENGINE, SUMS, JOINED, VARIANTS
 VARIANT_TEST, RULE_TEST = "tests/kernels/test_gemm_variants.py", "tests/kernels/test_variants.py"
 ROUTE_TEST, SUMS_TEST = "tests/kernels/test_route.py", "tests/kernels/test_sums.py test_sums"
 SWIGLU_TEST = "tests/kernels/test_swiglu.py"
+EACH, EACH_TEST = "kernels/megalora_kernels/each_expert.py", "tests/kernels/test_each_expert.py"
 MLP_TEST, KEPT, ORDER = (
     "tests/kernels/test_expert_mlp.py",
     "tests/kernels/test_kept_bytes.py",
@@ -37,7 +38,7 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(0, "two gradients written as one", SUMS, "stop = tl.where(d < start_2, start_2, stop)", "stop = tl.where(d < start_2, stop, stop)", SUMS_TEST),
     bug(0, "gradients copied on their way to the parameters", MLP, "(FIRST_FACTOR - 3), *gradients)", "(FIRST_FACTOR - 3), *(None if g is None else g.clone() for g in gradients))", "tests/pretended/test_launches.py ceiling"),
     bug(0, "dB of up as wide as gate's", SWIGLU, "i[:, None] * (R - UP_FROM)", "i[:, None] * R_GATE", f"{MLP_TEST} triton"),
-    bug(0, "an empty expert's gradient left as it was found", WGRAD, "        torch.mm(g, rows, out=out)", "        if rows.shape[0]:\n            torch.mm(g, rows, out=out)", "tests/kernels/test_lora_wgrad.py wgrad"),
+    bug(0, "an empty expert's gradient left as it was found", EACH, "        torch.mm(g, rows, out=out)", "        if rows.shape[0]:\n            torch.mm(g, rows, out=out)", f"{EACH_TEST} products"),
     bug(0, "dS of gate and up without its scale", ENGINE, "self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows), scale=scale)", "self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows))", f"{MLP_TEST} triton"),
     bug(0, "dS of down without its scale", MLP, "engine.shrink(dout, o.blocks2, o.weight2, o.routing.source_M, scale=o.scale2)", "engine.shrink(dout, o.blocks2, o.weight2, o.routing.source_M)", f"{MLP_TEST} loop"),
     bug(0, "the scales of gate and up exchanged", "kernels/megalora_kernels/adapter.py", "RankScale(scales[0], scales[-1], split)", "RankScale(scales[-1], scales[0], split)", f"{MLP_TEST} triton"),
@@ -82,7 +83,11 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(0, "wide tiles by the columns of gate and up together", VARIANTS, "if (product.N // product.blocks) % 256 == 0", "if product.N % 256 == 0", f"{RULE_TEST} hopper"),
     bug(0, "gathered rows by TMA", VARIANTS, 'if variant.rows == "tma" and product.gathered:', "if False:", f"{RULE_TEST} named"),
     bug(0, "roles for a Triton that aborts on them", VARIANTS, "if TRITON_VERSION != (3, 6) or", "if TRITON_VERSION < (3, 6) or", f"{RULE_TEST} roles_need"),
-    bug(0, "rows of a block of experts counted from the first of all", "kernels/megalora_kernels/swiglu.py", "h[i - first : j - first]", "h[i:j]", f"{SWIGLU_TEST} taken_together"),
+    bug(0, "rows of a block of experts counted from the first of all", "kernels/megalora_kernels/swiglu.py", "routing.offsets_E[block] - first", "routing.offsets_E[block]", f"{SWIGLU_TEST} taken_together"),
     bug(0, "the loop's gradient written over its operand", "kernels/megalora_kernels/swiglu.py", "        d_act = dh * p\n", "        d_act = dh.mul_(p)\n", f"{SWIGLU_TEST} taken_together"),
+    bug(0, "a product that replaces what it is added to", EACH, "y_MC += grouped_mm(", "y_MC[:] = grouped_mm(", f"{EACH_TEST} products"),
+    bug(0, "a product left in a buffer of its own", EACH, "return y_MN if out is None else out.copy_(y_MN)", "return y_MN", f"{EACH_TEST} products"),
+    bug(0, "offsets not looked at before the grouped GEMM", EACH, "num_rows = sum(routing.counts)", "num_rows = routing.num_rows", f"{EACH_TEST} wrong"),
+    bug(0, "rows between 16 bytes given to the grouped GEMM", EACH, "(pitch, *t.stride()[:-2], t.storage_offset())", "(pitch,)", f"{EACH_TEST} cannot_read"),
 )
 # fmt: on
