@@ -28,6 +28,7 @@ from .lora_wgrad import lora_wgrad_loop
 from .routing import Routing
 from .sums import TorchSums, TritonSums
 from .tiles import max_tiles, tile_of
+from .variants import device_limits
 
 COMPILED: bool = not knobs.runtime.interpret  # read once: kernels are decorated when this module is imported
 LOOP_ELEMENTS = 2**16
@@ -242,17 +243,18 @@ def swiglu_loop(
         s_MQ.mul_(scale)
 
 
-def backward_blocks(dtype: torch.dtype, rank: int) -> dict[str, int]:
+def backward_blocks(dtype: torch.dtype, rank: int, capability: tuple[int, int]) -> dict[str, int]:
     """Read what compiling showed: the tile of ``_swiglu_backward_kernel`` for ranks padded to powers of two.
 
     The sums dA and dB grow with the rank and live in registers. 168 of them let three programs of four warps share a
-    multiprocessor, with 36 KB of loads under way; the compiler would take four more. From rank 64 on loads are not pipelined:
-    Triton can neither pipeline an opaque step beside Blackwell's tensor cores nor spare the registers.
+    multiprocessor, with 36 KB of loads under way; the compiler would take four more. Loads are not pipelined from rank 64
+    on, for want of registers, and on Blackwell: beside its tensor cores Triton cannot pipeline an opaque step.
     """
     if dtype == torch.float32:  # no tensor cores in full precision
         return {"BLOCK_M": 16, "BLOCK_I": 32, "num_warps": 4 if rank <= 64 else 8, "num_stages": 1}
     if rank <= 32:
-        return {"BLOCK_M": 32, "BLOCK_I": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
+        stages = 2 if capability < (10, 0) else 1
+        return {"BLOCK_M": 32, "BLOCK_I": 64, "num_warps": 4, "num_stages": stages, "maxnreg": 168}
     if rank <= 128:
         return {"BLOCK_M": 32, "BLOCK_I": 64, "num_warps": 4 if rank <= 64 else 8, "num_stages": 1}
     return {"BLOCK_M": 16, "BLOCK_I": 32, "num_warps": 8, "num_stages": 1}
@@ -269,7 +271,7 @@ def swiglu_backward_triton(
     R, Q = (0 if t is None else t.shape[1] for t in (s_MR, ds_MQ))
     s, ds = (y_MJ if t is None else t for t in (s_MR, ds_MQ))
     block_r, block_q = (max(16, triton.next_power_of_2(rank)) for rank in (R, Q))
-    tile = backward_blocks(dh_MI.dtype, max(block_r, block_q))
+    tile = backward_blocks(dh_MI.dtype, max(block_r, block_q), device_limits(dh_MI.device)[1])
     chunks, blocks = max_tiles(M, E, tiles.CHUNK_ROWS), int(triton.cdiv(I, tile["BLOCK_I"]))
     dp = torch.empty(blocks, M, **new)
     db_gate, db_up, rank_gate, up_from = _db_places(db, I, R)

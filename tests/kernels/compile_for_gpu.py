@@ -85,7 +85,7 @@ def compile_case(case: Case, path: Path) -> None:
     driver.set_active(NamedTarget(case.capability))  # pyright: ignore
     JITFunction.run = compile_only
     backend.INTERPRETED = True  # CPU tensors are all there is
-    for module in (gemm_kernel, tuned):
+    for module in (gemm_kernel, tuned, sys.modules["megalora_kernels.swiglu"]):
         module.device_limits = lambda _device: compile_cases.limits_of(case.capability)
     case.call()
     path.with_suffix(".json").write_text(json.dumps(rows))
