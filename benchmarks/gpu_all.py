@@ -46,7 +46,7 @@ def run_steps(machine: Machine, record: Record, steps: Sequence[Step], seconds: 
     ends = limits(steps, max(0.0, seconds))
     for step in steps:
         left_s = ends[step.name] - (time.monotonic() - start)
-        outcome = run_step(machine, step, record.outcomes[step.name], left_s)
+        outcome = run_step(machine, step, record, left_s)
         record.put(step.name, outcome)
         why = f", {outcome.why}" if outcome.why else ""
         print(f"   {step.name}: {outcome.result}{why}, {outcome.seconds} s", flush=True)
@@ -54,19 +54,23 @@ def run_steps(machine: Machine, record: Record, steps: Sequence[Step], seconds: 
             pack(machine.results, archive)
 
 
-def run_step(machine: Machine, step: Step, before: Outcome, left_s: float) -> Outcome:
-    """Run a step if it can be run in the time left; ``before`` is what earlier calls made of it."""
+def run_step(machine: Machine, step: Step, record: Record, left_s: float) -> Outcome:
+    """Run a step if it can be run in the time left, and say what became of it."""
+    before = record.outcomes[step.name]
     if why := machine.missing(step):
         return Outcome("not run", why, calls=before.calls)
-    if left_s < LEAST_S:
+    needs_s = LEAST_S if machine.dry else max(LEAST_S, step.least_s)
+    if left_s < needs_s:
         if before.calls:
             return before  # what earlier calls found of it still holds
-        return Outcome("not reached", f"{max(0.0, left_s):.0f} s were left")
+        return Outcome("not reached", f"{max(0.0, left_s):.0f} s were left of the {needs_s:g} that it needs")
     if not before.calls:
         # Of another run, such as one whose results were committed.
         (machine.results / step.result).unlink(missing_ok=True)
         machine.log_of(step).unlink(missing_ok=True)
     print(f"== {step.name} (at most {left_s:.0f} s): {step.shows}", flush=True)
+    # Where this call is ended in the middle, the next one goes on with what the step has written.
+    record.put(step.name, Outcome("stopped", "the call was ended while it ran", calls=before.calls + 1))
     outcome = machine.run(step, left_s)
     outcome.calls = before.calls + 1
     return outcome
@@ -106,11 +110,22 @@ def results_folder(asked: Path | None, dry: bool) -> Path:
     if asked is None and dry:
         return Path(tempfile.mkdtemp(prefix="gpu_all_dry_"))
     folder = ROOT / "benchmarks/results" if asked is None else asked.absolute()
+    make_writable(folder, f"--out {folder}")
+    return folder
+
+
+def make_writable(folder: Path, what: str) -> None:
+    """Make a folder, and try to write into it, before time is spent on measuring.
+
+    Raises:
+        ValueError: that cannot be done; ``what`` names the folder.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise ValueError(f"--out {asked}: {error.strerror}") from None
-    return folder
+        raise ValueError(f"{what} cannot be written: {error.strerror}; name another") from None
 
 
 def forget(record: Record, steps: Sequence[Step], results: Path) -> None:
@@ -132,6 +147,10 @@ def measure(args: argparse.Namespace) -> int:
     steps = named([*args.steps, *args.again]) if args.steps else named([])
     steps = [step for step in STEPS if step in steps or step in again]
     results = results_folder(args.out, args.dry)
+    if args.archive:
+        make_writable(args.archive.absolute().parent, f"--archive {args.archive}")
+        if args.archive.is_dir():
+            raise ValueError(f"--archive {args.archive} is a folder; name a file in it")
     record = Record(results, args.dry)
     with tempfile.TemporaryDirectory() as folder:
         site = Path(folder)
@@ -164,9 +183,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     add("--list", action="store_true", help="show the steps and their shares, and do nothing")
     dry = os.environ.get("DRY") == "1"
     add("--dry", action="store_true", default=dry, help="tiny sizes on a CPU (DRY=1)")
-    seconds = os.environ.get("TOTAL_SECONDS", SECONDS)
+    seconds = os.environ.get("TOTAL_SECONDS") or SECONDS
     add("--seconds", type=float, default=seconds, help="of the whole call (TOTAL_SECONDS)")
-    out = os.environ.get("OUT")
+    out = os.environ.get("OUT") or None
     add("--out", type=Path, default=out, metavar="FOLDER", help="for the results (OUT); default: "
         "benchmarks/results, in a dry run a new temporary folder")  # fmt: skip
     add("--again", action="append", default=[], metavar="STEP", help="begin this step anew")
@@ -184,6 +203,9 @@ def main(given: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the step too
     try:
         return measure(args)
+    except KeyboardInterrupt:
+        print("gpu_all.sh: interrupted; the same call again goes on from here", file=sys.stderr)
+        return 128 + signal.SIGINT
     except ValueError as error:
         print(f"gpu_all.sh: {error}", file=sys.stderr)
         return 2

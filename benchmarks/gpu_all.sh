@@ -6,12 +6,14 @@
 # A second call continues where the first one stopped. PYTHON names the interpreter; everything else
 # is in benchmarks/gpu_all.py.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 python=${PYTHON:-python3}
-if ! command -v "$python" >/dev/null; then
+if ! PYTHON=$(command -v "$python"); then
     echo "gpu_all.sh: there is no '$python' here; PYTHON names the interpreter" >&2
     exit 2
 fi
-export PYTHONPATH=$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}
-exec "$python" -m benchmarks.gpu_all "$@"
+[[ $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON # its programs run in the checkout
+export PYTHON PYTHONPATH=$root/kernels:$root${PYTHONPATH:+:$PYTHONPATH}
+# Files are named from where the script was called. -P: what lies there is not imported.
+exec "$PYTHON" -P -m benchmarks.gpu_all "$@"

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +21,27 @@ STARTED = "MEGALORA_BENCHMARK_STARTED"
 GRACE_S = 8
 """Between asking a step that outran its limit to end and killing it."""
 PROBE = """
-import importlib.util, json, sys
+import importlib.metadata, importlib.util, json, sys
 def there(name):
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
 found = {name: there(name) for name in sys.argv[1:]}
+try:
+    triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
+    number = lambda version: tuple(map(int, version.split(".")[:2]))
+    found["interpreter"] = not (number(triton) < (3, 7) and number(numpy) >= (2, 4))
+except importlib.metadata.PackageNotFoundError:
+    pass
 if found.get("torch"):
     import torch
     found["gpu"] = torch.cuda.is_available()
 print(json.dumps(found))
 """
-"""Which modules there are, and whether torch finds a GPU: in a process of its own, for this one
-needs no torch."""
+"""Which modules there are, whether torch finds a GPU, and whether Triton can interpret loops (before
+3.7 it turns arrays of one number into integers, which NumPy refuses from 2.4 on): in a process of
+its own, for this one needs no torch."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Machine:
         if step.after and not (self.results / step.after).is_file():
             return f"{step.after} is not there"
         absent = [name for name in step.modules if not self.modules.get(name)]
-        return f"no module {absent[0]}: see the wheels in benchmarks/README.md" if absent else ""
+        return f"no module {', '.join(absent)}: benchmarks/README.md says what to bring" if absent else ""
 
     def run(self, step: Step, limit_s: float) -> Outcome:
         """Run a step's program for at most ``limit_s`` and say what became of it."""
@@ -192,3 +200,9 @@ def check_machine(modules: dict[str, bool], python: str, dry: bool) -> None:
         raise ValueError(f"{python} has no torch; PYTHON names another interpreter")
     if not modules.get("gpu") and not dry:
         raise ValueError(f"torch of {python} finds no CUDA device; --dry tries the same path on a CPU")
+    if dry and not modules.get("interpreter", True):
+        print(
+            "gpu_all.sh: Triton before 3.7 cannot interpret kernels beside NumPy 2.4 and later: steps with "
+            "kernels will fail in this dry run (on a GPU they do not interpret any)",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip

@@ -12,6 +12,8 @@ from pathlib import Path
 MEGATRON = ("megatron.core", "megatron.bridge", "omegaconf")
 """What wheels bring; torch, triton, transformers and peft are taken to be there, and rows say so
 where they are not."""
+TESTS = (*MEGATRON, "pytest", "hypothesis", "matplotlib")
+"""What programs need that import tests/conftest.py."""
 RESULTS, OUT, BUDGET = "{results}", "{out}", "{budget}"
 """Stand in a command for the folder of all results, the step's own JSON, and the seconds that its
 program may take."""
@@ -42,6 +44,8 @@ class Step:
     """Whether its kernels are interpreted in a dry run; else the plain loop computes."""
     margin_s: int = 8
     """Of its limit, what its program does not get, to write and to end."""
+    least_s: int = 0
+    """It is not started with less time than this on a GPU."""
     usual: bool = True
     """Whether it is run where no step is named."""
 
@@ -60,11 +64,11 @@ TUNED = {"MEGALORA_TUNED": f"{RESULTS}/gpu_tuned.json"}
 STEPS = (
     Step(
         "tests", 60, "the real training step runs, kernels are right in bfloat16, nothing waits",
-        "gpu_tests.json", program("gpu_tests"),
+        "gpu_tests.json", program("gpu_tests"), modules=("pytest",),
     ),
     Step(
-        "anchors", 15, "what this GPU does at best: memory, L2, dense GEMM",
-        "gpu_anchors.json", program("anchors"),
+        "anchors", 30, "what this GPU does at best: memory, L2, dense GEMM",
+        "gpu_anchors.json", program("anchors"), margin_s=4,
     ),
     Step(
         "kernels", 80, "the base's TFLOP/s and the cost of LoRA with the untuned rule",
@@ -89,23 +93,23 @@ STEPS = (
     ),
     Step(
         "shared", 75, "layouts whose ranks share the GPU against float64",
-        "gpu_shared.json", program("shared_gpu"), modules=MEGATRON, interpreted=False,
+        "gpu_shared.json", program("shared_gpu"), modules=TESTS, interpreted=False,
     ),
     Step(
-        "calibration", 30, "what the planner's time model needs",
+        "calibration", 35, "what the planner's time model needs",
         "gpu_calibration.json",
         ("-m", "megalora.bench.calibrate", OUT, "--budget-seconds", BUDGET),
         dry=("-m", "megalora.bench.calibrate", OUT, "--budget-seconds", "1"), modules=MEGATRON,
-        interpreted=False, margin_s=25,  # its budget is for measuring alone
+        interpreted=False, margin_s=32, least_s=30,  # its budget is for measuring alone, and it writes at its end
     ),
     Step(
-        "layouts", 25, "megalora bench: recomputation and microbatches beside the planner",
+        "layouts", 5, "megalora bench: recomputation and microbatches beside the planner",
         "gpu_layouts.json", program("layouts"), environment=TUNED, modules=MEGATRON,
-        interpreted=False,
+        interpreted=False, least_s=75,  # a layout takes a minute: in what others leave over, or named
     ),
     Step(
         "all-tests", 300, "every test in tests/gpu",
-        "gpu_all_tests.json", program("gpu_tests", "--all"), modules=MEGATRON, usual=False,
+        "gpu_all_tests.json", program("gpu_tests", "--all"), modules=TESTS, usual=False,
     ),
 )  # fmt: skip
 """Shares of the usual ones add up to ``SECONDS``."""

@@ -19,6 +19,8 @@ from benchmarks.gpu_timing import number, table
 NOT_YET = "not yet measured on a GPU"
 GIB = 2**30
 KERNELS, TUNED = "gpu_kernels.json", "gpu_kernels_tuned.json"
+WIDEST_NAME, WIDEST = 110, 70
+"""Characters of a row's first cell, and of its others, in the table."""
 Records = dict[str, dict[str, Any]]
 
 
@@ -239,6 +241,17 @@ READERS: dict[str, Callable[[dict[str, Any]], list[Line]]] = {
 }  # fmt: skip
 
 
+def show(lines: Iterable[Line]) -> str:
+    """Return the table; below it rows whose cells would make all others too wide to read."""
+    rows: list[Line] = []
+    long: list[Line] = []
+    for line in lines:
+        fits = len(line.what) <= WIDEST_NAME and max(map(len, line[1:])) <= WIDEST
+        (rows if fits else long).append(line)
+    said = (" | ".join(cell for cell in (line.verdict, *line[:3]) if cell not in ("", "-")) for line in long)
+    return "\n".join([table(("what", "measured", "beside", "verdict"), rows), *said])
+
+
 def read(folder: Path) -> tuple[Records, list[Line], list[str]]:
     """Return records by file, their rows, and what is wrong with files that are refused."""
     records: Records = {}
@@ -274,7 +287,7 @@ def main(given: list[str] | None = None) -> int:
     print(", ".join(devices) or "nothing was measured")
     if any(record.get("dry") or record.get("settings", {}).get("dry") for record in records.values()):
         print("a dry run: times, ratios and errors mean nothing")
-    print(table(("what", "measured", "beside", "verdict"), lines))
+    print(show(lines))
     for text in refused:
         print(f"REFUSED {text}", file=sys.stderr)
     return int(bool(refused))

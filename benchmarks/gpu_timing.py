@@ -136,6 +136,13 @@ class Budget:
     def left(self) -> float:
         return float("inf") if self.end is None else self.end - time.monotonic()
 
+    def part(self, share: float) -> "Budget":
+        """Return a budget that ends when so much of what is left now is gone."""
+        part = Budget(None)
+        if self.end is not None:
+            part.end = time.monotonic() + share * self.left()
+        return part
+
 
 def the_gpu(parser: argparse.ArgumentParser, dry: bool = False) -> torch.device:
     """Return the device to measure on, the CPU in a dry run; leave with one line and exit code 2 where there is no GPU."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -71,7 +72,7 @@ def test_the_table_shares_out_the_time():
     assert all(step.result.startswith("gpu_") for step in STEPS), "what --archive takes"
     ends = limits(usual, 540)
     assert ends["tests"] == 60 and ends["layouts"] == 540
-    assert limits(named(["tests", "anchors"]), 150) == {"tests": 120, "anchors": 150}
+    assert limits(named(["tests", "anchors"]), 180) == {"tests": 120, "anchors": 180}
     with pytest.raises(ValueError, match="no step is called 'kernel'; there are tests, anchors"):
         named(["kernel"])
 
@@ -164,6 +165,29 @@ def test_a_call_without_time_forgets_nothing(machine):
     assert results_of(record) == {"part": "part", "never": "ok", "other": "not reached"}
 
 
+def test_a_step_is_not_begun_with_less_than_it_needs(machine):
+    record = run(machine, [step("long", least_s=50), step("short", least_s=5)], 20.0)
+    assert results_of(record) == {"long": "not reached", "short": "ok"}
+    assert record.outcomes["long"].why == "10 s were left of the 50 that it needs"
+
+
+def test_what_a_killed_call_left_is_continued(machine):
+    """Whatever ends the script itself: a step that was running keeps what it has written."""
+    kill = f"{WRITES}\nimport os, signal\nos.kill(os.getppid(), signal.SIGKILL)"
+    code = (
+        "import pathlib, sys; from tests import test_gpu_all as t; from benchmarks import gpu_all\n"
+        f"gpu_all.LEAST_S = 0.2; m = t.Machine(sys.executable, pathlib.Path({str(machine.results)!r}), False, "
+        f"pathlib.Path('/'), {{}}); t.run(m, [t.step('killed', {kill!r})])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert done.returncode == -9
+    assert Record(machine.results, dry=False).outcomes["killed"].why == "the call was ended while it ran"
+    assert results_of(run(machine, [step("killed")])) == {"killed": "ok"}
+    assert written(machine, "killed")["calls"] == 2
+
+
 def test_results_of_another_run_are_no_results_of_this(machine):
     """A JSON that was committed does not make a step that writes none look done."""
     (machine.results / "gpu_silent.json").write_text("{}")
@@ -204,7 +228,7 @@ PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *benchmarks.gpu_all*|*benchmarks.gpu_summary*) exec {python} "$@" ;;
   *"-m pip"*) exit 0 ;;
-  *import*torch*) echo '{"torch": {torch}, "gpu": {gpu}, "megatron.core": true}' ;;
+  *import*torch*) echo '{"torch": {torch}, "gpu": {gpu}, "megatron.core": true, "pytest": true}' ;;
   *bench_grouped_lora*) echo "budget: $*" && exit 1 ;;
   *) while [ "$1" != --out ]; do shift; done; echo '{"made": "up"}' >"$2" ;;
 esac
@@ -235,20 +259,25 @@ def test_the_script_names_what_failed_and_can_be_called_again(tmp_path):
     assert again.returncode == 1
 
 
-def test_a_script_that_is_ended_ends_its_step(tmp_path):
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_script_that_is_ended_ends_its_step(sign, code, tmp_path):
     """The step has a session of its own, so that no signal of a terminal reaches it."""
     python, out = tmp_path / "python", tmp_path / "out"
     text = PYTHON.replace("{python}", sys.executable).replace("{torch}", "true").replace("{gpu}", "true")
     python.write_text(text.replace("  *bench_grouped_lora*", f"  *benchmarks.gpu_tests*) echo $$ >{tmp_path}/pid; exec sleep 60 ;;\n  *bench_grouped_lora*"))  # fmt: skip
     python.chmod(0o755)
     script = ["bash", str(ROOT / "benchmarks/gpu_all.sh"), "--out", str(out), "tests"]
-    process = subprocess.Popen(script, env={**os.environ, "PYTHON": str(python)}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        script, env={**os.environ, "PYTHON": str(python)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
     pid = tmp_path / "pid"
     while not (pid.is_file() and pid.read_text().strip()):
         assert process.poll() is None, "it ended before its step began"
         time.sleep(0.1)
-    process.terminate()
-    assert process.wait(30) == 143
+    process.send_signal(sign)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert said == ("gpu_all.sh: interrupted; the same call again goes on from here\n" if code == 130 else "")
     status = Path(f"/proc/{pid.read_text().strip()}/status")
     assert not status.exists() or "State:\tZ" in status.read_text(), "the step still runs"
 
@@ -261,11 +290,42 @@ def test_a_script_that_is_ended_ends_its_step(tmp_path):
         ([], {"gpu": "false"}, "finds no CUDA device; --dry tries the same path on a CPU"),
         ([], {"torch": "false"}, "has no torch; PYTHON names another interpreter"),
         (["--seconds", "9"], {}, "gpu_all.sh: --seconds 9 is too little for any step; give 23 or more"),
+        (["--archive", "/proc/no/all.tar.gz"], {}, "gpu_all.sh: --archive /proc/no/all.tar.gz cannot be written: "),
+        (["--archive", "/tmp"], {}, "gpu_all.sh: --archive /tmp is a folder; name a file in it"),
+        (["--out", "/proc/no"], {}, "gpu_all.sh: --out /proc/no cannot be written: No such file"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, words, how, said):
     done = call(tmp_path, *words, **how)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_files_are_named_from_where_the_script_is_called(tmp_path, monkeypatch):
+    """And nothing that lies there is imported."""
+    here = tmp_path / "a folder"
+    (here / "benchmarks").mkdir(parents=True)
+    (here / "benchmarks/__init__.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    done = call(tmp_path, "tests", "--out", "out", "--archive", "packed/all.tar.gz")
+    assert "   tests: ok" in done.stdout, done.stderr
+    assert (here / "out/gpu_all.json").is_file() and (here / "packed/all.tar.gz").is_file()
+
+
+def test_empty_variables_are_none(monkeypatch):
+    for name in ("OUT", "TOTAL_SECONDS", "DRY"):
+        monkeypatch.setenv(name, "")
+    args = gpu_all.arguments([])
+    assert args.out is None and args.seconds == gpu_steps.SECONDS and not args.dry
+
+
+def test_a_dry_run_says_where_kernels_cannot_be_interpreted(capsys):
+    found = {"torch": True, "triton": True, "gpu": True}
+    gpu_machine.check_machine({**found, "interpreter": False}, "python", dry=False)
+    gpu_machine.check_machine({**found, "interpreter": True}, "python", dry=True)
+    assert capsys.readouterr().err == ""
+    gpu_machine.check_machine({**found, "interpreter": False}, "python", dry=True)
+    assert "Triton before 3.7 cannot interpret kernels beside NumPy 2.4" in capsys.readouterr().err
 
 
 def test_without_an_interpreter(tmp_path):

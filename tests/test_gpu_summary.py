@@ -163,3 +163,10 @@ def test_only_the_last_measurement_decides():
     assert next(line.verdict for line in worse if line.what.startswith(TRAIN.name)) == "MISSED by 15 %"
     alone = of_goals({gpu_summary.KERNELS: kernels(1.1, 600.0)})
     assert next(line.verdict for line in alone if line.what.startswith(TRAIN.name)).startswith("met, good")
+
+
+def test_a_long_reason_does_not_widen_the_table():
+    """Rows of hundreds of characters are nobody's to read; nothing is left out."""
+    short, reason = gpu_summary.Line("copy", "3.00 TB/s", "", "as expected"), "cannot run: " + 200 * "x"
+    lines = gpu_summary.show([short, gpu_summary.Line(f"kernels: {reason}", "-", "", "FAILED")]).splitlines()
+    assert max(map(len, lines[:-1])) < 60 and lines[-1] == f"FAILED | kernels: {reason}"

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from benchmarks import bridge_model, peer_megatron, peers
+from benchmarks.gpu_timing import STARTED, Budget
 from benchmarks.peer_case import CPU_SHAPES, DRY_SHAPES, initial_a
 from benchmarks.peer_rows import TIMES, check_losses, ratios, show, without_times
-from benchmarks.peer_worker import ARMS, Sample
+from benchmarks.peer_worker import ARMS, ArmFailed, Sample
 from benchmarks.random_weights import RandomWeights
 from tests.forked import forked
 
@@ -196,3 +198,43 @@ def test_another_benchmark_s_file_is_not_overwritten(tmp_path, capsys):
         peers.main(["--dry", "--out", str(out)])
     assert ended.value.code == 2 and "record of 'tune'" in capsys.readouterr().err
     assert out.read_text() == '{"benchmark": "tune"}'
+
+
+class Said:
+    """A worker whose answers are made up; ``dies`` is the command that it does not survive."""
+
+    def __init__(self, name: str, dies: str = "") -> None:
+        self.name, self.dies, self.built, self.asked = name, dies, False, ""
+
+    def tell(self, command: str, argument: Any = None) -> None:
+        self.asked = command
+
+    def hear(self) -> Any:
+        if self.asked == self.dies:
+            raise ArmFailed("out of memory")
+        return {
+            "build": {"same_factors": True}, "prove": [3.0, 2.0], "peak": 1, "turn": Sample(1, 1, 1, 1),
+        }[self.asked]  # fmt: skip
+
+    def ask(self, command: str, argument: Any = None) -> Any:
+        self.tell(command, argument)
+        return self.hear()
+
+
+def test_without_the_reference_s_turns_the_others_are_run_again():
+    """Its memory may have run out beside another arm's."""
+    comparison = peers.Comparison(DRY_SHAPES[0], {}, 3)
+    workers: Any = [Said("megalora", dies="turn"), Said("peft")]
+    comparison.run(workers, Budget(None))
+    rows = comparison.rows
+    assert rows["megalora"]["status"] == "out of memory"
+    assert rows["peft"]["status"] == "not reached: megalora did not take its turns"
+    assert "peft" in comparison.missing()
+
+
+def test_a_part_of_a_budget_counts_the_start_once(monkeypatch):
+    monkeypatch.setenv(STARTED, str(time.time() - 10))
+    whole = Budget(50)
+    assert whole.part(1).left() == pytest.approx(whole.left(), abs=0.5) == pytest.approx(40, abs=0.5)
+    assert whole.part(0.5).left() == pytest.approx(20, abs=0.5)
+    assert Budget(None).part(0.5).left() == math.inf

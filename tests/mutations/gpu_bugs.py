@@ -86,9 +86,9 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(0, "a loss that is not a number agrees", ROWS, "if not all(abs(a - b) <= limit for", "if any(abs(a - b) > limit for", f"{PEERS_TEST} let_through"),
     bug(0, "a peer's base not compared", ROWS, "if not abs(row[\"losses\"][0] - want[0]) <=", "if not 0 * abs(row[\"losses\"][0] - want[0]) <=", f"{PEERS_TEST} let_through"),
     bug(0, "times of arms that do not agree", ROWS, "for key, value in row.items() if key not in TIMES}", "for key, value in row.items()}", f"{PEERS_TEST} one_round"),
-    bug(0, "a comparison that failed ends well", "benchmarks/peers.py", "any(case[\"wrong\"] or case[\"rows\"][0]", "any(case[\"rows\"][0]", f"{PEERS_TEST} leaves_no_times"),
+    bug(0, "a comparison that failed ends well", "benchmarks/peers.py", "any(case[\"wrong\"] or not case", "any(not case", f"{PEERS_TEST} leaves_no_times"),
     bug(0, "a median of each arm's steps, rounds apart", ROWS, "getattr(a, field.name) / getattr(b, field.name) for a, b in pairs", "getattr(a, field.name) / getattr(reference[0], field.name) for a, b in pairs", f"{PEERS_TEST} one_round"),
-    bug(0, "a finished row of an earlier call run again", "benchmarks/peers.py", "name not in self.rows or self.rows[name][\"status\"].startswith(again)", "True", f"{PEERS_TEST} all_installed"),
+    bug(0, "a finished row of an earlier call run again", "benchmarks/peers.py", "name not in self.rows or self.rows[name][\"status\"].startswith(CUT_OFF)", "True", f"{PEERS_TEST} all_installed"),
     bug(0, "gate and up exchanged in the shared weights", "benchmarks/random_weights.py", "halves[projection == \"up_proj\"]", "halves[projection == \"gate_proj\"]", f"{PEERS_TEST} published_names"),
 )
 # fmt: on
