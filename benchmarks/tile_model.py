@@ -73,8 +73,8 @@ H100 = Gpu(
     name="h100",
     processors=Constant(132, "SMs", "read", "NVIDIA H100 SXM data sheet"),
     clock_ghz=Constant(1.755, "GHz", "assumed", "clock under load; the highest is 1.98"),
-    dense_tflops=Constant(790, "TFLOP/s", "measured", "dense bfloat16 8192 x 8192 x 8192"),
-    hbm_tb_per_s=Constant(3.0, "TB/s", "measured", "copy of a large buffer, reads and writes"),
+    dense_tflops=Constant(790, "TFLOP/s", "assumed", "others' H100: dense bfloat16, 8192 x 8192 x 8192"),
+    hbm_tb_per_s=Constant(3.0, "TB/s", "assumed", "others' H100: copy of a large buffer, reads and writes"),
     l2_tb_per_s=Constant(7.0, "TB/s", "assumed", "30 bytes per SM and cycle"),
     shared_bytes_per_cycle=Constant(128, "bytes/cycle", "read", "CUDA C programming guide: 32 banks of 4 bytes"),
     ends_cycles=Constant(1800, "cycles", "assumed", "four stages filled once, 64 KB stored once"),
@@ -82,7 +82,7 @@ H100 = Gpu(
 H200 = replace(
     H100,
     name="h200",
-    hbm_tb_per_s=Constant(4.3, "TB/s", "measured", "copy of a large buffer, reads and writes"),
+    hbm_tb_per_s=Constant(4.3, "TB/s", "assumed", "others' H200: copy of a large buffer, reads and writes"),
 )
 GPUS = {gpu.name: gpu for gpu in (H100, H200)}
 
