@@ -57,6 +57,9 @@ def why_not_described(name: str, t: torch.Tensor) -> str | None:
             f"TMA needs rows that start at multiples of {ALIGN_BYTES} bytes: {name} has strides {t.stride()} of "
             f"{t.element_size()} bytes and starts {t.data_ptr() % ALIGN_BYTES} bytes beside one"
         )
-    if t.dim() == 3 and (steps[1] == 0 or steps[0] % steps[1]):
+    # An expanded gradient has all its rows in one place.
+    if steps[-1] < t.shape[-1] * t.element_size():
+        return f"TMA needs rows that do not overlap: {name} has strides {t.stride()} and {t.shape[-1]} columns"
+    if t.dim() == 3 and steps[0] % steps[1]:
         return f"TMA needs experts a whole number of rows apart: {name} has strides {t.stride()}"
     return None

@@ -90,7 +90,7 @@ def launch_with_roles(
     tiles = tile_list(routing, variant.block_m)
     x_desc = rows_descriptor(x_MK, (variant.block_m, variant.block_k))
     w_desc, w_pitch = stack_descriptor(w_EKN, variant.block_k, variant.block_n)
-    rank = 0 if s_MR is None else s_MR.shape[1]
+    rank = 0 if s_MR is None or b_ERN is None else s_MR.shape[1]
     # Without adapter the kernel reads neither s nor b, but its arguments must be descriptors.
     s_desc, b_desc, b_pitch = x_desc, w_desc, w_pitch
     if s_MR is not None and b_ERN is not None:

@@ -84,7 +84,7 @@ def _is_time(value: Any) -> bool:
 
 KEY_FIELDS: dict[str, Callable[[Any], bool]] = {
     "op": lambda value: value in ("forward", "dgrad"),
-    "dtype": lambda value: value in DTYPES,
+    "dtype": lambda value: type(value) is str and value in DTYPES,
     "N": _is_size,
     "K": _is_size,
     "R": lambda value: type(value) is int and value >= 0 and value == padded_rank(value),
@@ -125,6 +125,9 @@ def read_table(path: Path, gpu: str, limits: Limits = HOPPER_LIMITS) -> Table:
         raise ValueError(
             f"{path}: measured on {content['gpu']!r}, but this is {gpu!r}; set MEGALORA_TUNED=off, or tune here"
         )
+    for name in ("rows", "rule_stands", "layers"):
+        if not isinstance(content[name], list):
+            raise ValueError(f"{path}: {name} is {type(content[name]).__name__}, want a list; tune again")
     _check_names(f"{path}: measured", content["measured"], MEASURED)
     # What only another release of Triton compiles is no mistake of the table's: it gives way to the rule.
     same_triton = _release(content["measured"]["triton"]) == _release(triton.__version__)
@@ -157,10 +160,9 @@ def _release(version: Any) -> list[str]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    text = path.read_text()
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, or bytes that are no text
         raise ValueError(f"{path}: not valid JSON ({error}); tune again, or set MEGALORA_TUNED=off") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: want one JSON object, got {type(content).__name__}")

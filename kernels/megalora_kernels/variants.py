@@ -71,6 +71,8 @@ MAX_ACCUMULATORS, MAX_ACCUMULATORS_BEFORE_HOPPER = 128, 64
 """Float32 values of the accumulator that a thread can hold beside its addresses, of 255 registers.
 Before Hopper the operands of a product take registers too: 128 sums made 16 to 120 bytes of them
 spill (compiled)."""
+MIN_SIDE, MAX_WARPS = 16, 32
+"""The least that Triton multiplies along each side of a tile, and the most warps that a program has."""
 MAX_PERSISTENT_RANK = 64
 """Above it a persistent program spills up to 104 bytes (compiled)."""
 
@@ -105,6 +107,10 @@ def shared_bytes(variant: Variant, product: Product) -> int:
     return max(pipeline, low_rank) + barriers
 
 
+def _is_power_of_two(size: int) -> bool:
+    return size > 0 and size & (size - 1) == 0
+
+
 def padded_rank(rank: int) -> int:
     """Return the rank that a tile has: a power of two from 16 on, 0 without adapter."""
     return max(16, 1 << (rank - 1).bit_length()) if rank else 0
@@ -124,6 +130,11 @@ def problem(
         shared_limit: bytes of shared memory that one program may have on the device.
         capability: the device's compute capability.
     """
+    sides = (variant.block_m, variant.block_n, variant.block_k)
+    if any(side < MIN_SIDE or not _is_power_of_two(side) for side in sides):
+        return f"a tile's sides are powers of two from {MIN_SIDE} on, not {' x '.join(map(str, sides))}"
+    if variant.num_warps > MAX_WARPS or not _is_power_of_two(variant.num_warps):
+        return f"a program has a power of two of warps, at most {MAX_WARPS}, not {variant.num_warps}"
     shared = shared_bytes(variant, product)
     if shared > shared_limit:
         return f"it needs {shared} bytes of shared memory, the device has {shared_limit} for a program"

@@ -56,7 +56,7 @@ def crossings_of(gpu: str) -> Crossings:
     try:
         layers = [row for row in json.loads(path.read_text())["layers"] if row["dtype"] == "bfloat16"]
         return Crossings(tuple((row["hidden"], row["intermediate"], row["R"], _rows(row)) for row in layers))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, no text or no number
         raise ValueError(
             f"{path}: no table of benchmarks.tune ({error!r}); unset MEGALORA_TUNED, or tune again"
         ) from None

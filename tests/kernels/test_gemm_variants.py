@@ -227,6 +227,13 @@ def test_roles(ranks, op, joined, triton_with_roles, products_term_by_term, monk
     assert torch.equal(assert_right(case, ROLES), y)
 
 
+def test_roles_without_b_read_no_s(triton_with_roles):
+    o = Case((16,), gathered=False, dtype=torch.float16).operands()
+    without = {**o, "b": None}
+    y = gemm_kernel.grouped_gemm_triton(**without, variant=ROLES)
+    torch.testing.assert_close(y.double(), row_by_row({**without, "s_MR": None}), rtol=1e-2, atol=1e-2)
+
+
 def test_products_of_one_routing_share_its_list_of_tiles(triton_with_roles, monkeypatch):
     launched = []
     real = gemm_roles._tile_list_kernel
@@ -309,6 +316,7 @@ def test_addresses_that_tma_cannot_read():
         ({"w_EKN": shifted}, message.format("the weight")),
         ({"w_EKN": wide}, message.format("the weight")),
         ({"x": rows}, message.format("x")),
+        ({"x": o["x"][:1].expand(o["x"].shape)}, "TMA needs rows that do not overlap: x has strides"),
         ({"w_EKN": between}, "TMA needs experts a whole number of rows apart: the weight has strides"),
     ]
     for changed, why in cases:
@@ -319,5 +327,7 @@ def test_addresses_that_tma_cannot_read():
 def test_what_is_chosen_gives_way_where_addresses_forbid_it(monkeypatch):
     monkeypatch.setattr(gemm_kernel, "choose_variant", lambda *_: BY_TMA)
     o = Case(gathered=False).operands()
-    o["x"] = torch.nn.functional.pad(o["x"], (0, 1))[:, :-1]
-    torch.testing.assert_close(gemm_kernel.grouped_gemm_triton(**o).double(), row_by_row(o), rtol=1e-4, atol=1e-4)
+    padded, expanded = torch.nn.functional.pad(o["x"], (0, 1))[:, :-1], o["x"][:1].expand(o["x"].shape)
+    for x in (padded, expanded):
+        o["x"] = x
+        torch.testing.assert_close(gemm_kernel.grouped_gemm_triton(**o).double(), row_by_row(o), rtol=1e-4, atol=1e-4)

@@ -40,7 +40,7 @@ def use(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
 
     def write(given: Any) -> Path:
-        path.write_text(given if isinstance(given, str) else json.dumps(given))
+        path.write_text(given if isinstance(given, str) else json.dumps(given), errors="surrogateescape")
         monkeypatch.setenv(tuned.ENV_TABLE, str(path))
         tuned.forget()
         return path
@@ -221,6 +221,10 @@ def without(given: dict[str, Any], name: str) -> dict[str, Any]:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "no JSON": ("{", "not valid JSON"),
+    "no text": ("\udcff", "not valid JSON"),
+    "no list of rows": (content() | {"rows": None}, "rows is NoneType, want a list"),
+    "no list of layers": (content() | {"layers": {}}, "layers is dict, want a list"),
+    "dtype of no kind": (content(row(dtype=[])), "rows[0]: dtype is []"),
     "a list": ([], "want one JSON object, got list"),
     "another card": (content(gpu="NVIDIA H200"), "measured on 'NVIDIA H200', but this is 'cpu'; set MEGALORA_TUNED=off"),
     "unknown part": (content(tiles=[]), "unknown field 'tiles'; known are gpu, measured"),

@@ -74,8 +74,9 @@ def test_a_file_that_is_no_table(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(tuned.ENV_TABLE, str(folder / "none.json"))
     with pytest.raises(ValueError, match="there is no such file; unset it, or set it to 'off'"):
         crossings_of("H100")
-    for text in ("{", "[]", '{"layers": [{}]}'):
-        (folder / "wrong.json").write_text(text)
+    row = {"dtype": "bfloat16", "hidden": 64, "intermediate": 32, "R": 16, "vendor_from": "many"}
+    for content in (b"{", b"[]", b'{"layers": [{}]}', b"\xff\xfe", json.dumps({"layers": [row]}).encode()):
+        (folder / "wrong.json").write_bytes(content)
         monkeypatch.setenv(tuned.ENV_TABLE, str(folder / "wrong.json"))
         with pytest.raises(ValueError, match="wrong.json: no table of benchmarks.tune .*tune again"):
             crossings_of("H100")
