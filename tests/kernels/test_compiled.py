@@ -72,8 +72,10 @@ def check_roles(rows: list[Row]) -> None:
 def check_gemm(row: Row) -> None:
     """A variant of the grouped GEMM in half precision."""
     capability = row["capability"]
-    # Triton 3.7 keeps two registers of a persistent program at rank 64 in memory.
-    assert row["spilled"] <= (8 if row["persistent"] else 0), row
+    # Triton 3.7 keeps two registers of a persistent program at rank 64 in memory; before Hopper, both keep up to six addresses
+    # of a 64 x 128 tile there.
+    allowed = 32 if capability < 90 else 8 if row["persistent"] else 0
+    assert row["spilled"] <= allowed, row
     assert row["shared"] <= PROGRAM_SHARED[capability], row
     assert row["products"] == TENSOR_CORES[capability], row
     # Where the compiler cannot see that columns are contiguous, it takes an operand element by element through registers.
@@ -176,8 +178,12 @@ class TestForEveryChip:
         refused = [row for row in rows if row.get("refused") and not row["roles"]]
         assert {row["capability"] for row in refused} == set(PROGRAM_SHARED)
         for row in refused:
-            too_large = row.get("shared", 0) > PROGRAM_SHARED[row["capability"]]
-            assert "error" in row or too_large or row["spilled"], row
+            shared = row["shared"]
+            if (
+                row["capability"] < 90
+            ):  # its pipeline has a buffer less than stages; the estimate does not count on that
+                shared += (row["BLOCK_M"] + row["BLOCK_N"]) * row["BLOCK_K"] * 2
+            assert shared > PROGRAM_SHARED[row["capability"]] or row["spilled"], row
 
     def test_roles_compile_where_problem_says_so(self, rows):
         check_roles(rows)
