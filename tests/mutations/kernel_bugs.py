@@ -45,7 +45,7 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(0, "the scale of S of down left out", SWIGLU, "(acc * scale).to(s_ptr", "acc.to(s_ptr", f"{MLP_TEST} triton"),
     bug(0, "up's factor on gate's columns", SHRINK, "x_ptrs, rows_ptrs, r2 = x_ptrs + K, rows_ptrs + K, r - R", "x_ptrs, rows_ptrs, r2 = x_ptrs, rows_ptrs + K, r - R", "tests/kernels/test_shrink.py two"),
     bug(0, "the last of a factor's ranks left out", SHRINK, "((r >= 0) & (r < R))", "((r >= 0) & (r < R - 1))", "tests/kernels/test_shrink.py one"),
-    bug(0, "gate's B on up's part of S", "kernels/megalora_kernels/adapter.py", "start += b.shape[2]", "start += 0", f"{MLP_TEST} loop"),
+    bug(0, "gate's B on up's part of S", "kernels/megalora_kernels/adapter.py", "start += b.shape[2]", "start += 0", "tests/kernels/test_expert_mlp_dropout.py dropout"),
     bug(0, "rows of one expert in reverse", ROUTE, "source_M[slots_TK.reshape(-1).long()] = token_TK.reshape(-1)", "source_M[slots_TK.reshape(-1).long()] = token_TK.flip(0).reshape(-1)", "tests/kernels/test_routing.py route"),
     bug(0, "received rows not sorted by expert", REGROUP, "source_M = row_M + shift_ER", "source_M = row_M + 0 * shift_ER", "tests/kernels/test_routing.py regroup"),
     bug(0, "rows of a chunk of tokens placed one chunk too far", ROUTE, "(c < chunk)[:, None]", "(c <= chunk)[:, None]", f"{ROUTE_TEST} test_route"),
