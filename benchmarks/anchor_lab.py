@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.expert_case import ALLOWED
+from benchmarks.expert_case import ALLOWED, relative_errors
 from benchmarks.gpu_timing import Stats, measure
 from benchmarks.tile_model import Gpu
 
@@ -64,7 +64,7 @@ class Lab:
 
     def check(self, what: str, got: Tensor, want: Tensor) -> None:
         """Raise where the 2-norm of the difference is beyond what the dtype allows; NaN is."""
-        error = float((got.float() - want.float()).norm() / want.float().norm())
+        error = relative_errors({what: got}, {what: want})[what]
         if not error <= ALLOWED[self.dtype]:
             raise WrongResultError(f"{what} is off by {error:.1e}, allowed {ALLOWED[self.dtype]:.0e}")
 

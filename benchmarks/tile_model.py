@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from megalora_kernels.variants import Product, Variant, candidates, padded_rank, rule, shared_bytes
+from megalora_kernels.variants import Product, Variant, candidates, rule, shared_bytes, tile_rank
 
 from benchmarks.gpu_timing import table
 from benchmarks.tune_points import variant_label
@@ -173,7 +173,7 @@ def cost(variant: Variant, product: Product, experts: int, gpu: Gpu = H100) -> C
     blocks_of_rows = math.ceil(product.rows_per_expert / variant.block_m)
     blocks_of_columns = math.ceil(product.N / variant.block_n)
     tiles = experts * blocks_of_rows * blocks_of_columns
-    cycles = tile_cycles(variant, product.K + padded_rank(product.rank), gpu)
+    cycles = tile_cycles(variant, product.K + tile_rank(product.rank), gpu)
     bound = max(cycles, key=lambda unit: cycles[unit])
 
     # Several programs of one SM even out what is left at the end; a single one leaves SMs idle in

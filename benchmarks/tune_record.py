@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from megalora_kernels import tuned
 from megalora_kernels.tuned_table import DTYPES, Key
-from megalora_kernels.variants import Product, Variant, padded_rank
+from megalora_kernels.variants import Product, Variant, tile_rank
 
 from benchmarks.expert_case import Sizes
 from benchmarks.gpu_timing import environment, save
@@ -133,7 +133,7 @@ def key_of(product: Product, rows: int) -> dict[str, Any]:
     """The fields that a row is found by."""
     p = product
     bucket = tuned.bucket_of(rows)
-    key = Key(p.op, DTYPE_NAMES[p.dtype], p.N, p.K, padded_rank(p.rank), p.blocks, p.gathered, bucket)
+    key = Key(p.op, DTYPE_NAMES[p.dtype], p.N, p.K, tile_rank(p.rank), p.blocks, p.gathered, bucket)
     return key._asdict()
 
 
@@ -144,7 +144,7 @@ def row_of(point: Point, dtype: torch.dtype, variant: Variant, times: dict[str, 
 
 def layer_key(sizes: Sizes, dtype: torch.dtype, stacked_rank: int) -> dict[str, Any]:
     """The fields that a layer's back end is found by."""
-    rank = padded_rank(stacked_rank)
+    rank = tile_rank(stacked_rank)
     return {"dtype": DTYPE_NAMES[dtype], "hidden": sizes.hidden, "intermediate": sizes.inner, "R": rank}
 
 

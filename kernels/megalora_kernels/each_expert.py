@@ -6,6 +6,7 @@ C++ there: it is taken where it can read the operands (no float64, rows of whole
 Shape legend: M rows sorted by expert   E experts   K inputs   N outputs   R rank
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,11 +41,19 @@ def multiply(
 def add_product(y_MN: torch.Tensor, s_MR: torch.Tensor, b_ERN: torch.Tensor, routing: Routing) -> None:
     """``y[m] += s[m] @ b[e]``."""
     if _in_one_call(s_MR, b_ERN, routing):
-        for y_MC, b_ERC in zip(y_MN.split(DELTA_COLUMNS, 1), b_ERN.split(DELTA_COLUMNS, 2), strict=True):
-            y_MC += grouped_mm(s_MR, b_ERC, offs=routing.offsets_E)
+        add_in_pieces(y_MN, s_MR, b_ERN, lambda s, b: grouped_mm(s, b, offs=routing.offsets_E))
         return
     for y, s, b in zip(y_MN.split(routing.counts), s_MR.split(routing.counts), b_ERN.unbind(), strict=True):
         y.addmm_(s, b)
+
+
+def add_in_pieces(
+    y_MN: torch.Tensor, s_MR: torch.Tensor, b_ERN: torch.Tensor,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:  # fmt: skip
+    """``y += product(s, b)``, ``DELTA_COLUMNS`` columns at a time."""
+    for y_MC, b_ERC in zip(y_MN.split(DELTA_COLUMNS, 1), b_ERN.split(DELTA_COLUMNS, 2), strict=True):
+        y_MC.add_(product(s_MR, b_ERC))
 
 
 def multiply_rows(g_MR: torch.Tensor, x_MK: torch.Tensor, routing: Routing, out_ERK: torch.Tensor) -> None:
@@ -64,11 +73,12 @@ def _in_one_call(a: torch.Tensor, b: torch.Tensor, routing: Routing) -> bool:
     few_rows = 0 < num_rows < FEW_ROWS * routing.num_experts
     if a.device.type != "cpu" or grouped_mm is None or not few_rows:
         return False
-    return a.dtype in GROUPED_MM_DTYPES and a.dtype == b.dtype and _dense_rows(a) and _dense_rows(b)
+    return a.dtype in GROUPED_MM_DTYPES and a.dtype == b.dtype and has_dense_rows(a) and has_dense_rows(b)
 
 
-def _dense_rows(t: torch.Tensor) -> bool:
-    """Whether rows, or columns, follow each other at a distance of whole 16 bytes."""
+def has_dense_rows(t: torch.Tensor) -> bool:
+    """Whether torch's grouped GEMM can read a matrix or a stack of them: dense rows, or columns, at a distance of whole 16
+    bytes."""
     row, column = t.stride()[-2:]
     num_rows, num_columns = t.shape[-2:]
     if column == 1 and row >= num_columns:

@@ -30,7 +30,7 @@ from .grouped_gemm import columns_and_ranks
 from .routing import Routing
 from .tiles import find_tile, max_tiles, tile_table
 from .tuned import choose as choose_variant
-from .variants import Product, Variant, device_limits, padded_rank, problem, rule
+from .variants import Product, Variant, device_limits, problem, rule, tile_rank
 
 GROUP_TILES = 8
 """Tiles of rows that a persistent walk visits before it goes to the next block of columns: they
@@ -223,7 +223,7 @@ def _launch(
         EVEN_K=K % variant.block_k == 0, EVEN_N=block_columns % variant.block_n == 0,
         PERSISTENT=variant.persistent, GROUP=GROUP_TILES, EXPERTS=triton.next_power_of_2(num_experts),
         BLOCK_M=variant.block_m, BLOCK_N=variant.block_n, BLOCK_K=variant.block_k,
-        BLOCK_R=padded_rank(max(rank for _, rank in ranks)),
+        BLOCK_R=tile_rank(max(rank for _, rank in ranks)),
         num_warps=variant.num_warps, num_stages=variant.num_stages,
     )  # fmt: skip
 

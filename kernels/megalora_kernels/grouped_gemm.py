@@ -18,7 +18,15 @@ from typing import Any
 import torch
 
 from .adapter import Factors
-from .each_expert import ALIGN_BYTES, DELTA_COLUMNS, GROUPED_MM_DTYPES, add_product, grouped_mm, multiply
+from .each_expert import (
+    ALIGN_BYTES,
+    GROUPED_MM_DTYPES,
+    add_in_pieces,
+    add_product,
+    grouped_mm,
+    has_dense_rows,
+    multiply,
+)
 from .routing import Routing
 
 _grouped_mm: Any = grouped_mm
@@ -89,8 +97,7 @@ def grouped_gemm_vendor(x_MK: torch.Tensor, w_EKN: torch.Tensor, routing: Routin
 
 def add_delta_vendor(y_MN: torch.Tensor, s_MR: torch.Tensor, b_ERN: torch.Tensor, routing: Routing) -> None:
     """``y[m] += s[m] @ b[e]`` where the weight has no room for b."""
-    for y_MC, b_ERC in zip(y_MN.split(DELTA_COLUMNS, 1), b_ERN.split(DELTA_COLUMNS, 2), strict=True):
-        y_MC.add_(grouped_gemm_vendor(s_MR, b_ERC, routing))
+    add_in_pieces(y_MN, s_MR, b_ERN, lambda s, b: grouped_gemm_vendor(s, b, routing))
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:
@@ -117,8 +124,6 @@ def why_not_grouped_mm(x: torch.Tensor, weight_ENK: torch.Tensor) -> str | None:
     size, (_, N, K) = x.element_size(), weight_ENK.shape
     if N * size % ALIGN_BYTES or K * size % ALIGN_BYTES:
         return f"rows of K={K} and N={N} take {K * size} and {N * size} bytes, not multiples of {ALIGN_BYTES}"
-    expert, row, col = weight_ENK.stride()
-    pitch = row if col == 1 and row >= K else col if row == 1 and col >= N else None
-    if pitch is None or any(n * size % ALIGN_BYTES for n in (pitch, expert, weight_ENK.storage_offset())):
+    if not has_dense_rows(weight_ENK):
         return f"weight strides {weight_ENK.stride()} are not those of dense rows aligned to {ALIGN_BYTES} bytes"
     return None

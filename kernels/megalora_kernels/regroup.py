@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .routing import Routing, assembled, check_rows
+from .routing import Routing, as_outputs, assembled, check_rows
 
 SPLITS = 4
 """Programs that share one block of rows."""
@@ -107,10 +107,7 @@ class _RegroupValues(torch.autograd.Function):
     def forward(ctx: Any, values_M: torch.Tensor, counts_RE: torch.Tensor) -> tuple[torch.Tensor, ...]:
         routing, sorted_M = _regroup(counts_RE, values_M.shape[0], values_M)
         ctx.save_for_backward(routing.slots_TK)
-        indexes = (routing.offsets_E, routing.source_M, routing.slots_TK)
-        ctx.mark_non_differentiable(*indexes)
-        ctx.set_materialize_grads(False)  # autograd would make three tensors of zeros for the indexes
-        return sorted_M, *indexes  # pyright: ignore[reportReturnType]
+        return sorted_M, *as_outputs(ctx, routing)  # pyright: ignore[reportReturnType]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

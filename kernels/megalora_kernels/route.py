@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .routing import Routing, assembled, check_rows
+from .routing import Routing, as_outputs, assembled, check_rows
 
 CHUNKS = 128
 """Chunks of tokens that are counted apart, at most: every placing program reads all counts."""
@@ -190,10 +190,7 @@ class _RouteValues(torch.autograd.Function):
         routing, expert_TK, values_M = _route(routing_map_TE, top_k, values_TE)
         ctx.save_for_backward(routing.slots_TK, expert_TK)
         ctx.num_experts = routing_map_TE.shape[1]
-        indexes = (routing.offsets_E, routing.source_M, routing.slots_TK)
-        ctx.mark_non_differentiable(*indexes)
-        ctx.set_materialize_grads(False)  # autograd would make three tensors of zeros for the indexes
-        return values_M, *indexes  # pyright: ignore[reportReturnType]
+        return values_M, *as_outputs(ctx, routing)  # pyright: ignore[reportReturnType]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -72,6 +72,14 @@ def check_rows(num_rows: int, what: str) -> None:
         raise ValueError(f"routing: {what} are {num_rows} rows, more than int32 numbers ({MAX_ROWS}); use fewer tokens")
 
 
+def as_outputs(ctx: Any, routing: Routing) -> tuple[torch.Tensor | None, ...]:
+    """Offsets, source and slots as outputs of an autograd function, without gradients; ``assembled`` is the way back."""
+    indexes = (routing.offsets_E, routing.source_M, routing.slots_TK)
+    ctx.mark_non_differentiable(*indexes)
+    ctx.set_materialize_grads(False)  # autograd would make three tensors of zeros for the indexes
+    return indexes
+
+
 def assembled(values_M: torch.Tensor, indexes: list[torch.Tensor]) -> Routing:
     """The routing from the outputs of an autograd function: a value of each row, and offsets, source and slots."""
     offsets_E, source_M, slots_TK = indexes

@@ -28,9 +28,9 @@ from .variants import (
     Product,
     Variant,
     device_limits,
-    padded_rank,
     problem,
     rule,
+    tile_rank,
 )
 
 EDGES = tuple(math.sqrt(low * high) for low, high in pairwise(BUCKETS))
@@ -79,7 +79,7 @@ class Choices:
     def _look_up(self, product: Product, bucket: int) -> Variant | None:
         """The nearest row's variant; None: the rule's."""
         p, dtype = product, str(product.dtype).removeprefix("torch.")
-        wanted = Key(p.op, dtype, p.N, p.K, padded_rank(p.rank), p.blocks, p.gathered, bucket)
+        wanted = Key(p.op, dtype, p.N, p.K, tile_rank(p.rank), p.blocks, p.gathered, bucket)
         near = {key: distance for key in self.table.variants if (distance := _distance(key, wanted)) is not None}
         if not near:
             return None
@@ -91,7 +91,7 @@ class Choices:
 
     def vendor_from(self, dtype: torch.dtype, hidden: int, intermediate: int, rank: int) -> float:
         """As the function of this name."""
-        key = LayerKey(str(dtype).removeprefix("torch."), hidden, intermediate, padded_rank(rank))
+        key = LayerKey(str(dtype).removeprefix("torch."), hidden, intermediate, tile_rank(rank))
         # The rank hardly moves the crossing: another one's is nearer to the truth than the rule.
         like = [known for known in self.table.vendor_from if known[:3] == key[:3]]
         if not like:

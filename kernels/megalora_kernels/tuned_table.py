@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 import triton
 
-from .variants import HOPPER, HOPPER_SHARED, Operand, Product, Variant, padded_rank, problem
+from .variants import HOPPER, HOPPER_SHARED, Operand, Product, Variant, problem, tile_rank
 
 BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Rows per expert that a table has rows for."""
@@ -87,7 +87,7 @@ KEY_FIELDS: dict[str, Callable[[Any], bool]] = {
     "dtype": lambda value: type(value) is str and value in DTYPES,
     "N": _is_size,
     "K": _is_size,
-    "R": lambda value: type(value) is int and value >= 0 and value == padded_rank(value),
+    "R": lambda value: type(value) is int and value >= 0 and value == tile_rank(value),
     "blocks": _is_size,
     "gathered": lambda value: type(value) is bool,
     "rows_per_expert": lambda value: value in BUCKETS,

@@ -98,7 +98,7 @@ def shared_bytes(variant: Variant, product: Product) -> int:
     after the loop and reuse them; so does the conversion of the output.
     """
     per_k = (variant.block_m + variant.block_n) * product.dtype.itemsize
-    pipeline, low_rank = per_k * variant.num_stages * variant.block_k, per_k * padded_rank(product.rank)
+    pipeline, low_rank = per_k * variant.num_stages * variant.block_k, per_k * tile_rank(product.rank)
     if variant.roles:
         # The adapter's operands have buffers of their own, and a consumer hands over 64 rows of the
         # output.
@@ -111,7 +111,7 @@ def _is_power_of_two(size: int) -> bool:
     return size > 0 and size & (size - 1) == 0
 
 
-def padded_rank(rank: int) -> int:
+def tile_rank(rank: int) -> int:
     """Return the rank that a tile has: a power of two from 16 on, 0 without adapter."""
     return max(16, 1 << (rank - 1).bit_length()) if rank else 0
 
@@ -176,7 +176,7 @@ def _roles_problem(variant: Variant, product: Product, capability: tuple[int, in
         return "roles need half precision"
     if product.blocks != 1:
         return f"roles take one block of b, not {product.blocks}"
-    if product.rank != padded_rank(product.rank):
+    if product.rank != tile_rank(product.rank):
         return f"roles need a rank that is a power of two from 16 on, not {product.rank}"
     return None
 

@@ -18,31 +18,15 @@ from typing import Any
 
 import triton
 from megalora_kernels import backend, gemm_kernel, tuned
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.tune_compile import NamedTarget
 from tests.forked import forked
 from tests.kernels import compile_cases, sass
 from tests.kernels.compile_cases import Case
 
 AT_ONCE = 2
-
-
-class NamedTarget:
-    """As much of a driver as the compiler asks for."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _device: int) -> int:
-        return 0
 
 
 def compile_all(cases: list[Case]) -> list[dict[str, Any]]:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from megalora_kernels import Joined, grouped_lora
+from megalora_kernels import Joined, each_expert, grouped_lora
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.conftest import CHOOSE_VARIANT, gemm_kernel, grouped_gemm
+from tests.kernels.conftest import CHOOSE_VARIANT, gemm_kernel
 from tests.kernels.linear import COUNTS, K, N, assert_within_rounding, call, make, row_by_row, run
 from tests.kernels.oracle import ARMS, ULP
 
@@ -27,7 +27,7 @@ FUSED = ("loop", "grouped_mm", "joined", "triton")
 )
 @pytest.mark.parametrize("arm, dtype", CASES, ids=str)
 def test_values_and_gradients_match_row_by_row(arm, dtype, counts, rank, k, n, monkeypatch):
-    monkeypatch.setattr(grouped_gemm, "DELTA_COLUMNS", 16)  # N = 40 and K = 24: several pieces and a ragged last one
+    monkeypatch.setattr(each_expert, "DELTA_COLUMNS", 16)  # N = 40 and K = 24: several pieces and a ragged last one
     x, w, offsets, a, b, dy = make(counts, rank, dtype, k, n)
     actual = run(arm, x, w, offsets, a, b, dy)
     assert_within_rounding(actual, counts, x, w, a, b, dy)

@@ -12,7 +12,7 @@ import torch
 import triton
 from megalora_kernels import tuned
 from megalora_kernels.tuned_table import MEASURED, read_table
-from megalora_kernels.variants import Product, Variant, padded_rank, rule
+from megalora_kernels.variants import Product, Variant, rule, tile_rank
 
 CPU = torch.device("cpu")
 BEST = Variant(128, 256, 64, 8, 3, weight="tma")
@@ -72,7 +72,7 @@ def test_bucket_is_the_nearest_by_ratio(rows, bucket):
 
 @pytest.mark.parametrize(("rank", "key"), [(0, 0), (1, 16), (16, 16), (17, 32), (32, 32), (128, 128)])
 def test_rank_is_rounded_up_as_the_kernels_pad_it(rank, key):
-    assert padded_rank(rank) == key
+    assert tile_rank(rank) == key
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(0, "roles for a Triton that aborts on them", VARIANTS, "if TRITON_VERSION != (3, 6) or", "if TRITON_VERSION < (3, 6) or", f"{RULE_TEST} roles_need"),
     bug(0, "rows of a block of experts counted from the first of all", "kernels/megalora_kernels/swiglu.py", "routing.offsets_E[block] - first", "routing.offsets_E[block]", f"{SWIGLU_TEST} taken_together"),
     bug(0, "the loop's gradient written over its operand", "kernels/megalora_kernels/swiglu.py", "        d_act = dh * p\n", "        d_act = dh.mul_(p)\n", f"{SWIGLU_TEST} taken_together"),
-    bug(0, "a product that replaces what it is added to", EACH, "y_MC += grouped_mm(", "y_MC[:] = grouped_mm(", f"{EACH_TEST} products"),
+    bug(0, "a product that replaces what it is added to", EACH, "y_MC.add_(product(", "y_MC.copy_(product(", f"{EACH_TEST} products"),
     bug(0, "a product left in a buffer of its own", EACH, "return y_MN if out is None else out.copy_(y_MN)", "return y_MN", f"{EACH_TEST} products"),
     bug(0, "offsets not looked at before the grouped GEMM", EACH, "num_rows = sum(routing.counts)", "num_rows = routing.num_rows", f"{EACH_TEST} wrong"),
     bug(0, "rows between 16 bytes given to the grouped GEMM", EACH, "(pitch, *t.stride()[:-2], t.storage_offset())", "(pitch,)", f"{EACH_TEST} cannot_read"),
