@@ -18,11 +18,20 @@ from megalora_kernels.variants import Product, Variant, rule
 from torch import Tensor
 
 from benchmarks.anchor_lab import Anchor, Expected, Found, Lab
-from benchmarks.anchor_machine import clock, copy_bandwidth, dense_gemm, l2_bandwidth, launch_overhead
+from benchmarks.anchor_machine import (
+    clock,
+    copy_bandwidth,
+    dense_gemm,
+    l2_bandwidth,
+    launch_overhead,
+)
 from benchmarks.arms import grouped_mm
 from benchmarks.tile_model import SIZE, Gpu, cost, last_release
 
-HIDDEN, INNER, RANK = 2048, 768, 16  # Qwen3-30B-A3B
+# Qwen3-30B-A3B
+HIDDEN = 2048
+INNER = 768
+RANK = 16
 
 
 # ---- grouped products ----------------------------------------------------------------------------
@@ -50,17 +59,22 @@ class Shape:
         return Product("forward", torch.bfloat16, 2 * INNER, HIDDEN, 0, self.gathered, self.rows)
 
 
-E128_512, E16_4096, E128_64 = Shape(128, 512, True), Shape(16, 4096, False), Shape(128, 64, True)
+E128_512 = Shape(128, 512, True)
+E16_4096 = Shape(16, 4096, False)
+E128_64 = Shape(128, 64, True)
 
 
 def base_gemm(shape: Shape, choose: Callable[[Product], Variant]) -> Callable[[Lab], Found]:
     """The Triton grouped GEMM by one variant; in a dry run by the same one with small tiles."""
 
     def run(lab: Lab) -> Found:
-        experts, rows = lab.size(shape.experts, 3), lab.size(shape.rows, 24)
-        N, K = lab.size(2 * INNER, 96), lab.size(HIDDEN, 64)
+        experts = lab.size(shape.experts, 3)
+        rows = lab.size(shape.rows, 24)
+        N = lab.size(2 * INNER, 96)
+        K = lab.size(HIDDEN, 64)
         routing, source = balanced(lab, experts, rows, shape.gathered)
-        x, w = lab.normal(routing.num_rows, K), lab.normal(experts, N, K, size=K**-0.5)
+        x = lab.normal(routing.num_rows, K)
+        w = lab.normal(experts, N, K, size=K**-0.5)
         w_EKN = w.transpose(1, 2)
         variant = choose(shape.product)
         if lab.dry:
@@ -77,17 +91,22 @@ def base_gemm(shape: Shape, choose: Callable[[Product], Variant]) -> Callable[[L
         times = lab.times(call)
         us = 1e3 * times.median_ms
         tflops = 2 * routing.num_rows * N * K / us / 1e6
-        return Found(us, {"tflops": tflops, "host_us": 1e3 * times.host_ms, "variant": asdict(variant)})
+        return Found(
+            us, {"tflops": tflops, "host_us": 1e3 * times.host_ms, "variant": asdict(variant)}
+        )
 
     return run
 
 
 def joined_grouped_mm(lab: Lab) -> Found:
     """torch's grouped GEMM over ``[x | S]`` and ``[W | B]``, 16 experts x 4,096 rows."""
-    experts, rows = lab.size(16, 3), lab.size(4096, 24)
-    N, K = lab.size(2 * INNER, 96), lab.size(HIDDEN, 64) + 2 * RANK
+    experts = lab.size(16, 3)
+    rows = lab.size(4096, 24)
+    N = lab.size(2 * INNER, 96)
+    K = lab.size(HIDDEN, 64) + 2 * RANK
     routing, _ = balanced(lab, experts, rows, False)
-    x, w = lab.normal(routing.num_rows, K), lab.normal(experts, N, K, size=K**-0.5)
+    x = lab.normal(routing.num_rows, K)
+    w = lab.normal(experts, N, K, size=K**-0.5)
 
     def call() -> Tensor:
         return grouped_mm(x, w.transpose(1, 2), offs=routing.offsets_E)
@@ -118,12 +137,15 @@ class SwiGLUCase:
 
     @classmethod
     def of(cls, lab: Lab) -> "SwiGLUCase":
-        experts, rows, inner = lab.size(16, 3), lab.size(4096, 24), lab.size(INNER, 48)
+        experts = lab.size(16, 3)
+        rows = lab.size(4096, 24)
+        inner = lab.size(INNER, 48)
         routing, _ = balanced(lab, experts, rows, False)
         M = routing.num_rows
         p = torch.linspace(0.1, 1.0, M, device=lab.device, dtype=torch.float32).to(lab.dtype)
         return cls(
-            routing, lab.normal(M, 2 * inner), p, lab.normal(experts, RANK, inner, size=inner**-0.5),
+            routing, lab.normal(M, 2 * inner), p,
+            lab.normal(experts, RANK, inner, size=inner**-0.5),
             lab.normal(M, inner), lab.normal(M, 2 * RANK), lab.normal(M, RANK),
         )  # fmt: skip
 
@@ -131,7 +153,8 @@ class SwiGLUCase:
 def swiglu_forward(lab: Lab) -> Found:
     """h = silu(gate) up p, and S = h Aᵀ, for 65,536 rows."""
     case = SwiGLUCase.of(lab)
-    h, s = torch.full_like(case.dh, float("nan")), torch.full_like(case.ds, float("nan"))
+    h = torch.full_like(case.dh, float("nan"))
+    s = torch.full_like(case.ds, float("nan"))
 
     def call() -> None:
         swiglu_triton(case.y, case.p, case.a, case.routing, h, s)
@@ -160,7 +183,8 @@ def swiglu_backward(lab: Lab) -> Found:
 
     dp, (da, db_gate, db_up) = call()
     assert dp is not None and da is not None and db_gate is not None and db_up is not None
-    y, p = case.y.float().requires_grad_(), case.p.float().requires_grad_()
+    y = case.y.float().requires_grad_()
+    p = case.p.float().requires_grad_()
     want_y, want_p = torch.autograd.grad(swiglu_ref(y, p), (y, p), case.dh.float())
     lab.check("dgate and dup", dy, want_y)
     lab.check("dp", dp, want_p)
@@ -182,7 +206,9 @@ def around(value: float, share: float) -> Expected:
 
 def of_model(shape: Shape, choose: Callable[[Product], Variant]) -> Callable[[Gpu], Expected]:
     """The tile model's time, 15 % either way."""
-    return lambda gpu: around(cost(choose(shape.product), shape.product, shape.experts, gpu).us, 0.15)
+    return lambda gpu: around(
+        cost(choose(shape.product), shape.product, shape.experts, gpu).us, 0.15
+    )
 
 
 def traffic_us(gpu: Gpu, elements: float) -> float:
@@ -204,36 +230,50 @@ def tma_weight(product: Product) -> Variant:
 
 
 L2_MEANING = (
-    "the tile model's L2 constant is {}: run `python -m benchmarks.tile_model --l2-tb-per-s` with the measured one"
+    "the tile model's L2 constant is {}: run `python -m benchmarks.tile_model --l2-tb-per-s` with"
+    " the measured one"
 )
-SLOW_GEMM = "more than L2 and HBM binds: registers, issue slots or the order of tiles; look at the profile"
+SLOW_GEMM = (
+    "more than L2 and HBM binds: registers, issue slots or the order of tiles; look at the profile"
+)
 FAST_GEMM = "L2 binds less than assumed: compare with the L2 anchor"
 
 
-def _gemm(name: str, shape: Shape, choose: Callable[[Product], Variant], slow: str = SLOW_GEMM) -> Anchor:
+def _gemm(
+    name: str, shape: Shape, choose: Callable[[Product], Variant], slow: str = SLOW_GEMM
+) -> Anchor:
     return Anchor(name, "us", base_gemm(shape, choose), of_model(shape, choose), FAST_GEMM, slow)
 
 
 ANCHORS = (
     Anchor("copy of 1 GiB", "TB/s", copy_bandwidth, lambda gpu: around(gpu.hbm_tb_per_s.value, 0.1),
            "every floor by HBM is too low by as much", "every floor by HBM is too high by as much"),
-    Anchor("dense bf16 8192^3", "TFLOP/s", dense_gemm, lambda gpu: Expected(gpu.dense_tflops.value, 680, 830),
-           "the card is throttled or shared: look at the clock", "another card than an H100 or H200"),
-    Anchor("L2 reads of 24 MiB", "TB/s", l2_bandwidth, lambda gpu: around(gpu.l2_tb_per_s.value, 0.2),
-           L2_MEANING.format("too high"), L2_MEANING.format("too low") + "; above 10, 128 x 128 tiles are nearly as good"),
+    Anchor("dense bf16 8192^3", "TFLOP/s", dense_gemm,
+           lambda gpu: Expected(gpu.dense_tflops.value, 680, 830),
+           "the card is throttled or shared: look at the clock",
+           "another card than an H100 or H200"),
+    Anchor("L2 reads of 24 MiB", "TB/s", l2_bandwidth,
+           lambda gpu: around(gpu.l2_tb_per_s.value, 0.2),
+           L2_MEANING.format("too high"),
+           L2_MEANING.format("too low") + "; above 10, 128 x 128 tiles are nearly as good"),
     Anchor("clock under load", "GHz", clock, lambda gpu: Expected(gpu.clock_ghz.value, 1.4, 1.98),
            "a power or heat limit: times are longer by as much", "not possible on this card"),
-    Anchor("launch of a Triton kernel", "us of the host", launch_overhead, lambda _: Expected(10, 3, 20),
+    Anchor("launch of a Triton kernel", "us of the host", launch_overhead,
+           lambda _: Expected(10, 3, 20),
            "the host is faster than assumed", "launches bind at few tokens: capture a graph"),
     _gemm("base E16 x 4096, the last release's tile", E16_4096, last_release),
     _gemm("base E128 x 512, the rule", E128_512, rule),
     _gemm("base E16 x 4096, the rule", E16_4096, rule),
     _gemm("base E16 x 4096, weights by TMA", E16_4096, tma_weight),
-    _gemm("base E128 x 64, the rule", E128_64, rule, "weights are read more than once: the order of tiles"),
-    Anchor("torch grouped_mm joined, E16 x 4096", "us", joined_grouped_mm, lambda _: Expected(644, 580, 720),
+    _gemm("base E128 x 64, the rule", E128_64, rule,
+          "weights are read more than once: the order of tiles"),
+    Anchor("torch grouped_mm joined, E16 x 4096", "us", joined_grouped_mm,
+           lambda _: Expected(644, 580, 720),
            "tuned.RULE_VENDOR_FROM may be lower", "tuned.RULE_VENDOR_FROM may be higher"),
     Anchor("SwiGLU + shrink, 65,536 rows", "us", swiglu_forward, of_pass(3 * INNER + RANK, 1.2),
-           "less is moved than counted", "arithmetic binds: the activation is computed more than once"),
-    Anchor("SwiGLU backward, 65,536 rows", "us", swiglu_backward, of_pass(5 * INNER + 3 * RANK, 1.25),
+           "less is moved than counted",
+           "arithmetic binds: the activation is computed more than once"),
+    Anchor("SwiGLU backward, 65,536 rows", "us", swiglu_backward,
+           of_pass(5 * INNER + 3 * RANK, 1.25),
            "less is moved than counted", "arithmetic binds: 4 warps, or 128 columns"),
 )  # fmt: skip

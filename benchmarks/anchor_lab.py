@@ -60,13 +60,17 @@ class Lab:
 
     def normal(self, *shape: int, size: float = 1.0) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(len(shape) + shape[-1])
-        return torch.randn(*shape, generator=generator, device=self.device, dtype=self.dtype).mul_(size)
+        return torch.randn(*shape, generator=generator, device=self.device, dtype=self.dtype).mul_(
+            size
+        )
 
     def check(self, what: str, got: Tensor, want: Tensor) -> None:
         """Raise where the 2-norm of the difference is beyond what the dtype allows; NaN is."""
         error = relative_errors({what: got}, {what: want})[what]
         if not error <= ALLOWED[self.dtype]:
-            raise WrongResultError(f"{what} is off by {error:.1e}, allowed {ALLOWED[self.dtype]:.0e}")
+            raise WrongResultError(
+                f"{what} is off by {error:.1e}, allowed {ALLOWED[self.dtype]:.0e}"
+            )
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ def copy_bandwidth(lab: Lab) -> Found:
 def dense_gemm(lab: Lab) -> Found:
     """TFLOP/s of one square product; and the clock while many of them run."""
     n = lab.size(8192, 64)
-    x, w = lab.normal(n, n), lab.normal(n, n, size=n**-0.5)
+    x = lab.normal(n, n)
+    w = lab.normal(n, n, size=n**-0.5)
     y = x @ w
     lab.check("64 rows of a dense product", y[:64], x[:64].float() @ w.float())
     us = lab.us(lambda: torch.mm(x, w, out=y))
@@ -46,7 +47,8 @@ def _read_kernel(x_ptr, out_ptr, num_blocks, passes, BLOCK: tl.constexpr):
 
     ``.cg`` leaves L1 out: a block comes from L2, where a program has brought it before.
     """
-    block, total = tl.program_id(0), tl.zeros((BLOCK,), tl.int32)
+    block = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.int32)
     for _ in range(passes):
         total += tl.load(x_ptr + block * BLOCK + tl.arange(0, BLOCK), cache_modifier=".cg")
         block = (block + 7) % num_blocks
@@ -54,16 +56,20 @@ def _read_kernel(x_ptr, out_ptr, num_blocks, passes, BLOCK: tl.constexpr):
 
 
 def l2_bandwidth(lab: Lab) -> Found:
-    """Terabytes per second of reading 24 MiB again and again: half the L2 of an H100; and 12 MiB."""
+    """Terabytes per second of reading 24 MiB again and again: half the L2 of an H100; and 12
+    MiB."""
     rate, half = (_reads_per_s(lab, mebibytes) for mebibytes in (24, 12))
     return Found(rate, {"tb_per_s_of_12_mib": half})
 
 
 def _reads_per_s(lab: Lab, mebibytes: int) -> float:
-    block, passes = lab.size(4096, 64), lab.size(500, 5)
+    block = lab.size(4096, 64)
+    passes = lab.size(500, 5)
     num_blocks = lab.size(mebibytes * 2**20 // 4 // 4096, 16)
     # As many programs as run at once: four of 256 threads for each multiprocessor.
-    processors = 1 if lab.dry else torch.cuda.get_device_properties(lab.device).multi_processor_count
+    processors = (
+        1 if lab.dry else torch.cuda.get_device_properties(lab.device).multi_processor_count
+    )
     programs = 4 * processors
     x = torch.arange(num_blocks * block, device=lab.device, dtype=torch.int32) % 1000
     out = torch.empty(programs, block, device=lab.device, dtype=torch.int32)
@@ -72,7 +78,8 @@ def _reads_per_s(lab: Lab, mebibytes: int) -> float:
         _read_kernel[(programs,)](x, out, num_blocks, passes, BLOCK=block, num_warps=8)
 
     run()
-    blocks, want = x.view(num_blocks, block), torch.zeros_like(out)
+    blocks = x.view(num_blocks, block)
+    want = torch.zeros_like(out)
     first = torch.arange(programs, device=lab.device)
     for i in range(passes):
         want += blocks[(first + 7 * i) % num_blocks]
@@ -114,11 +121,23 @@ def clock(lab: Lab) -> Found:
     if shutil.which("nvidia-smi") is None:
         raise NotAvailableError("nvidia-smi is not on the PATH")
     n = 8192
-    x, y = lab.normal(n, n), lab.normal(n, n)
+    x = lab.normal(n, n)
+    y = lab.normal(n, n)
     for _ in range(600):  # 0.8 s, while nvidia-smi looks
         torch.mm(x, x, out=y)
-    fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
-    query = ["nvidia-smi", f"--query-gpu={','.join(fields)},driver_version", "--format=csv,noheader,nounits"]
+    fields = (
+        "clocks.sm",
+        "clocks.mem",
+        "clocks.max.sm",
+        "power.draw",
+        "power.limit",
+        "temperature.gpu",
+    )
+    query = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(fields)},driver_version",
+        "--format=csv,noheader,nounits",
+    ]
     uuid = str(torch.cuda.get_device_properties(lab.device).uuid).removeprefix("GPU-")
     query.append(f"--id=GPU-{uuid}")
     done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)

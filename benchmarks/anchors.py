@@ -39,7 +39,12 @@ def known_gpu(device: torch.device) -> Gpu | None:
 
 def examine(anchor: Anchor, lab: Lab, gpu: Gpu | None) -> dict[str, Any]:
     """Measure one anchor; one that fails is a row that says why."""
-    row: dict[str, Any] = {"anchor": anchor.name, "unit": anchor.unit, "status": "ok", "value": None}
+    row: dict[str, Any] = {
+        "anchor": anchor.name,
+        "unit": anchor.unit,
+        "status": "ok",
+        "value": None,
+    }
     started = time.monotonic()
     try:
         found = anchor.measure(lab)
@@ -75,7 +80,9 @@ def run(lab: Lab, budget: Budget, out: Path) -> int:
     """Measure every anchor that time allows; return the exit code."""
     settings = {"dry": lab.dry, "repeats": lab.repeats}
     before = earlier(out, "anchors", lab.device, settings)
-    rows: list[dict[str, Any]] = [row for row in before["rows"] if row["status"] == "ok"] if before else []
+    rows: list[dict[str, Any]] = (
+        [row for row in before["rows"] if row["status"] == "ok"] if before else []
+    )
     kept = {row["anchor"] for row in rows}
     gpu = known_gpu(lab.device)
     not_reached: list[str] = []
@@ -108,18 +115,33 @@ def show(rows: list[dict[str, Any]]) -> str:
         expected = "-" if wanted is None else f"{wanted['value']:.4g}"
         span = "-" if wanted is None else f"{wanted['low']:.4g} to {wanted['high']:.4g}"
         problem = "" if row["status"] == "ok" else f": {row['status']}"
-        lines.append((row["anchor"], number(row["value"], 2), row["unit"], expected, span, row["verdict"] + problem))
+        lines.append(
+            (
+                row["anchor"],
+                number(row["value"], 2),
+                row["unit"],
+                expected,
+                span,
+                row["verdict"] + problem,
+            )
+        )
     return table(header, lines)
 
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="benchmarks.anchors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="benchmarks.anchors",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--budget-seconds", type=float, help="begin no anchor when this much time has passed")
+    parser.add_argument(
+        "--budget-seconds", type=float, help="begin no anchor when this much time has passed"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_anchors.json"))
-    parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU, through Triton's interpreter")
+    parser.add_argument(
+        "--dry", action="store_true", help="tiny sizes on a CPU, through Triton's interpreter"
+    )
     args = parser.parse_args(given)
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: at least 1")

@@ -1,7 +1,8 @@
-"""What is timed: one way each to compute an expert layer with adapters, all on the same tensors and the same routing.
+"""What is timed: one way each to compute an expert layer with adapters, all on the same tensors and
+the same routing.
 
-Ours, the bases that LoRA is compared with, and how others do it, written with the operations they use. Others get our
-gather and combine too, so that a difference is one of experts and adapters.
+Ours, the bases that LoRA is compared with, and how others do it, written with the operations they
+use. Others get our gather and combine too, so that a difference is one of experts and adapters.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,8 @@ class Arm:
     train: Callable[[], Tensors]
     """Forward and backward; the output as ``out`` and gradients by name."""
     gives: Literal["adapted", "base"] | None = "adapted"
-    """Which reference it must agree with; None for a bound, which computes something else of the same size."""
+    """Which reference it must agree with; None for a bound, which computes something else of the
+    same size."""
     common: Callable[[Tensors], Tensors] = lambda found: found
     """From what ``train`` returns to the names and shapes of ``Case.leaves``; not timed."""
     waits: bool = False
@@ -44,7 +46,9 @@ class Arm:
     """Of weights with room for adapters, beyond the weights themselves."""
 
 
-def of_autograd(kind: Kind, forward: Callable[[], Tensor], leaves: Tensors, dout: Tensor, **how: Any) -> Arm:
+def of_autograd(
+    kind: Kind, forward: Callable[[], Tensor], leaves: Tensors, dout: Tensor, **how: Any
+) -> Arm:
     """The arm whose backward is autograd's, for the gradients of ``leaves``."""
 
     def train() -> Tensors:
@@ -55,7 +59,7 @@ def of_autograd(kind: Kind, forward: Callable[[], Tensor], leaves: Tensors, dout
     return Arm(kind, forward, train, **how)
 
 
-# ---- ours and the base alone ----------------------------------------------------------------------------------------
+# ---- ours and the base alone ---------------------------------------------------------------------
 
 
 def base(case: Case, backend: str) -> Arm:
@@ -73,21 +77,33 @@ def ours(case: Case, backend: str | None, weights: Weights) -> Arm:
     v = case.leaves
 
     def forward() -> Tensor:
-        gate_up, down = Adapter(v["a1"], (v["b1"],), (SCALE,)), Adapter(v["a2"], (v["b2"],), (SCALE,))
+        gate_up = Adapter(v["a1"], (v["b1"],), (SCALE,))
+        down = Adapter(v["a2"], (v["b2"],), (SCALE,))
         return expert_mlp(
             v["x"], *weights, v["p"], case.routing, gate_up=gate_up, down=down, backend=backend
         )  # fmt: skip
 
-    return of_autograd("ours", forward, v, case.dout, waits=backend == "loop", room_bytes=room_bytes(*weights))
+    return of_autograd(
+        "ours", forward, v, case.dout, waits=backend == "loop", room_bytes=room_bytes(*weights)
+    )
 
 
 def ours_separate(case: Case, backend: str | None, weights: Weights) -> Arm:
-    """Gate and up with an adapter each, as megalora trains them: rank 2r on gate_up. Both A's start equal, so that the
-    function is the same, and the two A's gradients add up to the one's."""
-    v, rank = case.leaves, case.spec.rank
+    """Gate and up with an adapter each, as megalora trains them: rank 2r on gate_up. Both A's start
+    equal, so that the function is the same, and the two A's gradients add up to the one's."""
+    v = case.leaves
+    rank = case.spec.rank
     gate, up = (half.detach().clone().requires_grad_() for half in v["b1"].chunk(2, dim=1))
     both = torch.cat([v["a1"], v["a1"]], 1).detach().requires_grad_()
-    leaves = {"x": v["x"], "p": v["p"], "a1": both, "gate": gate, "up": up, "a2": v["a2"], "b2": v["b2"]}
+    leaves = {
+        "x": v["x"],
+        "p": v["p"],
+        "a1": both,
+        "gate": gate,
+        "up": up,
+        "a2": v["a2"],
+        "b2": v["b2"],
+    }
 
     def forward() -> Tensor:
         gate_up = Adapter(both, (gate, up), (SCALE, SCALE))
@@ -97,10 +113,13 @@ def ours_separate(case: Case, backend: str | None, weights: Weights) -> Arm:
         )  # fmt: skip
 
     def common(found: Tensors) -> Tensors:
-        b1, a1 = torch.cat([found["gate"], found["up"]], 1), found["a1"].float()
+        b1 = torch.cat([found["gate"], found["up"]], 1)
+        a1 = found["a1"].float()
         return {**found, "a1": a1[:, :rank] + a1[:, rank:], "b1": b1}
 
-    return of_autograd("ours", forward, leaves, case.dout, common=common, room_bytes=room_bytes(*weights))
+    return of_autograd(
+        "ours", forward, leaves, case.dout, common=common, room_bytes=room_bytes(*weights)
+    )
 
 
 def room_bytes(*weights: Tensor | Joined) -> int:
@@ -110,9 +129,13 @@ def room_bytes(*weights: Tensor | Joined) -> int:
 
 def our_arms(case: Case) -> dict[str, Build]:
     """Ours by name, and the bases. Joined weights are made once for all that want them."""
-    plain, rank = (case.w1, case.w2), case.spec.rank
+    plain = (case.w1, case.w2)
+    rank = case.spec.rank
     joined = cache(case.joined)
-    bases = {f"base {backend}": partial(base, case, backend) for backend in ("triton", "grouped_mm", "loop")}
+    bases = {
+        f"base {backend}": partial(base, case, backend)
+        for backend in ("triton", "grouped_mm", "loop")
+    }
     return bases | {
         "ours triton": lambda: ours(case, "triton", plain),
         "ours grouped_mm joined": lambda: ours(case, "grouped_mm", joined(rank)),
@@ -124,7 +147,7 @@ def our_arms(case: Case) -> dict[str, Build]:
     }
 
 
-# ---- theirs ---------------------------------------------------------------------------------------------------------
+# ---- theirs --------------------------------------------------------------------------------------
 
 
 def base_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
@@ -133,28 +156,38 @@ def base_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> 
 
 
 def split_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """Two more grouped GEMMs, a scale and an add: what is written first, and what Unsloth's grouped path does."""
-    delta = grouped_mm(grouped_mm(x, a.transpose(1, 2), offs=offsets), b.transpose(1, 2), offs=offsets)
+    """Two more grouped GEMMs, a scale and an add: what is written first, and what Unsloth's grouped
+    path does."""
+    delta = grouped_mm(
+        grouped_mm(x, a.transpose(1, 2), offs=offsets), b.transpose(1, 2), offs=offsets
+    )
     return grouped_mm(x, w.transpose(1, 2), offs=offsets) + delta * SCALE
 
 
 def merge_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """PEFT's ``target_parameters``: the adapters are added to a copy of all weights, in every forward pass."""
+    """PEFT's ``target_parameters``: the adapters are added to a copy of all weights, in every
+    forward pass."""
     return grouped_mm(x, torch.baddbmm(w, b, a, alpha=SCALE).transpose(1, 2), offs=offsets)
 
 
 def loop_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """Megatron-Bridge's ``GroupedExpertLinearAdapter._forward_per_expert``: two small GEMMs per expert."""
-    deltas = [F.linear(F.linear(rows, a[e]), b[e]) for e, rows in enumerate(x.split(_counts(offsets)))]
+    """Megatron-Bridge's ``GroupedExpertLinearAdapter._forward_per_expert``: two small GEMMs per
+    expert."""
+    deltas = [
+        F.linear(F.linear(rows, a[e]), b[e]) for e, rows in enumerate(x.split(_counts(offsets)))
+    ]
     return grouped_mm(x, w.transpose(1, 2), offs=offsets) + torch.cat(deltas) * SCALE
 
 
 def bridge_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """Megatron-Bridge 0.6's path for bfloat16 on GPUs: counts on the host, busy experts' rows and factors copied."""
+    """Megatron-Bridge 0.6's path for bfloat16 on GPUs: counts on the host, busy experts' rows and
+    factors copied."""
     counts = _counts(offsets)
     busy = [e for e, count in enumerate(counts) if count]
     rows = torch.cat([chunk for chunk in x.split(counts) if chunk.shape[0]])
-    ends = torch.tensor([counts[e] for e in busy], dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32)
+    ends = torch.tensor([counts[e] for e in busy], dtype=torch.int32, device=x.device).cumsum(
+        0, dtype=torch.int32
+    )
     hidden = grouped_mm(rows, a[busy].transpose(1, 2), offs=ends)
     delta = grouped_mm(hidden, b[busy].transpose(1, 2), offs=ends) * SCALE
     return grouped_mm(x, w.transpose(1, 2), offs=offsets) + delta
@@ -167,15 +200,19 @@ def _counts(offsets: Tensor) -> list[int]:
 
 def composed(case: Case, linear: Linear, *, compiled: bool = False, **how: Any) -> Arm:
     """An expert layer out of ``linear`` and torch's element-wise operations."""
-    leaves = {n: case.leaves[n] for n in (("x", "p") if how.get("gives") == "base" else case.leaves)}
-    v, offsets = case.leaves, case.routing.offsets_E
+    leaves = {
+        n: case.leaves[n] for n in (("x", "p") if how.get("gives") == "base" else case.leaves)
+    }
+    v = case.leaves
+    offsets = case.routing.offsets_E
 
     def experts(x_MH: Tensor) -> Tensor:
         gate, up = linear(x_MH, case.w1, v["a1"], v["b1"], offsets).chunk(2, dim=1)
         return linear(F.silu(gate) * up * v["p"][:, None], case.w2, v["a2"], v["b2"], offsets)
 
     if compiled:
-        torch.compiler.reset()  # else the ninth case with other sizes would run eagerly, and nothing would say so
+        # else the ninth case with other sizes would run eagerly, and nothing would say so
+        torch.compiler.reset()
     inner = torch.compile(experts, dynamic=False) if compiled else experts
 
     def forward() -> Tensor:
@@ -185,8 +222,12 @@ def composed(case: Case, linear: Linear, *, compiled: bool = False, **how: Any) 
 
 
 def dense_bound(case: Case) -> Arm:
-    """The same FLOPs as two dense GEMMs forward and two backward: what the GEMMs cost where there is one expert."""
-    s, num_rows, w1, w2 = case.spec.sizes, case.spec.num_rows, case.w1[0], case.w2[0]
+    """The same FLOPs as two dense GEMMs forward and two backward: what the GEMMs cost where there
+    is one expert."""
+    s = case.spec.sizes
+    num_rows = case.spec.num_rows
+    w1 = case.w1[0]
+    w2 = case.w2[0]
     x = case.dout.new_empty(num_rows, s.hidden).normal_()
     h, dy = (case.dout.new_empty(num_rows, width * s.inner).normal_() for width in (1, 2))
 
@@ -213,7 +254,9 @@ def their_arms(case: Case, compiled: bool) -> dict[str, Build]:
         "peft stock": lambda: stock_peft(case),
         **quack_arms(lambda: ours(case, "grouped_mm", joined())),
     }
-    return arms | ({"split compiled": lambda: composed(case, split_linear, compiled=True)} if compiled else {})
+    return arms | (
+        {"split compiled": lambda: composed(case, split_linear, compiled=True)} if compiled else {}
+    )
 
 
 def quack_arms(joined: Build) -> dict[str, Build]:
@@ -225,7 +268,8 @@ def quack_arms(joined: Build) -> dict[str, Build]:
 
 
 def stock_peft(case: Case) -> Arm:
-    """Stock PEFT on stock transformers: ``target_parameters`` on a ``Qwen3MoeExperts`` that holds the case's tensors.
+    """Stock PEFT on stock transformers: ``target_parameters`` on a ``Qwen3MoeExperts`` that holds
+    the case's tensors.
 
     Raises:
         ImportError: peft or transformers is missing, or has no such class.

@@ -1,13 +1,15 @@
-"""Experts with LoRA on a GPU: ours, the base alone, and how others do it, on the same tensors in one process.
+"""Experts with LoRA on a GPU: ours, the base alone, and how others do it, on the same tensors in
+one process.
 
     python -m benchmarks.bench_grouped_lora --quick --budget-seconds 200      a few minutes
     python -m benchmarks.bench_grouped_lora                                   the whole sweep
     python -m benchmarks.bench_grouped_lora --model 235b --tokens 8192
 
-Every number is of an arm that agreed with float32 (``benchmarks/expert_case.py``); ours also gave the same bits twice
-and did not wait for the device. Exit code 1 where one did not. What ``--budget-seconds`` left out is named, and
-recorded; a second call with the same ``--out`` goes on with it. ``--dry`` is the whole path at tiny sizes on a CPU,
-with interpreted kernels: its times mean nothing.
+Every number is of an arm that agreed with float32 (``benchmarks/expert_case.py``); ours also gave
+the same bits twice and did not wait for the device. Exit code 1 where one did not. What
+``--budget-seconds`` left out is named, and recorded; a second call with the same ``--out`` goes on
+with it. ``--dry`` is the whole path at tiny sizes on a CPU, with interpreted kernels: its times
+mean nothing.
 """
 
 import argparse
@@ -24,8 +26,25 @@ import torch
 
 from benchmarks.arms import our_arms, their_arms
 from benchmarks.compare import Row, as_json, compare, show
-from benchmarks.expert_case import ROUTINGS, SIZES, Sizes, Spec, make_case, reference, sweep, with_rows
-from benchmarks.goals import Crossing, Verdict, of_layer, of_linear, of_peft_case, show_crossing, show_verdicts
+from benchmarks.expert_case import (
+    ROUTINGS,
+    SIZES,
+    Sizes,
+    Spec,
+    make_case,
+    reference,
+    sweep,
+    with_rows,
+)
+from benchmarks.goals import (
+    Crossing,
+    Verdict,
+    of_layer,
+    of_linear,
+    of_peft_case,
+    show_crossing,
+    show_verdicts,
+)
 from benchmarks.gpu_timing import Budget, Stats, earlier, first_line, save, the_gpu
 from benchmarks.linear_case import (
     PEFT_CASE,
@@ -41,7 +60,8 @@ QUICK = {
     "crossing": [256, 512, 1024, 2048, 4096],
 }  # fmt: skip
 FULL = {
-    "tokens": [4096, 8192, 16384, 65536], "experts": [128, 16], "ranks": [8, 16, 32, 64], "routing": [*ROUTINGS],
+    "tokens": [4096, 8192, 16384, 65536], "experts": [128, 16], "ranks": [8, 16, 32, 64],
+    "routing": [*ROUTINGS],
     "crossing": [64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096],
 }  # fmt: skip
 DRY = {
@@ -87,11 +107,17 @@ class Bench:
     """Runs cases on one device into one report."""
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, repeats: int, budget: Budget, compiled: bool,
+        self, device: torch.device, dtype: torch.dtype, repeats: int, budget: Budget,
+        compiled: bool,
         peft_case: LinearSpec = PEFT_CASE, warmup: int = 3,
     ) -> None:  # fmt: skip
-        self.device, self.dtype, self.repeats, self.budget, self.compiled = device, dtype, repeats, budget, compiled
-        self.peft_case, self.warmup = peft_case, warmup
+        self.device = device
+        self.dtype = dtype
+        self.repeats = repeats
+        self.budget = budget
+        self.compiled = compiled
+        self.peft_case = peft_case
+        self.warmup = warmup
         self.report = Report()
 
     def layer(self, spec: Spec) -> None:
@@ -111,10 +137,13 @@ class Bench:
         case = make_linear(spec, self.device, self.dtype)
         rows = compare(
             spec.label, our_linear_arms(case), their_linear_arms(case),
-            lambda: {"adapted": linear_reference(case, True), "base": linear_reference(case, False)},
+            lambda: {"adapted": linear_reference(case, True),
+                     "base": linear_reference(case, False)},
             spec.base_flops(), self.device, self.dtype, self.repeats, self.warmup,
         )  # fmt: skip
-        self._found(rows, of_peft_case(case, rows) if spec is self.peft_case else of_linear(spec, rows))
+        self._found(
+            rows, of_peft_case(case, rows) if spec is self.peft_case else of_linear(spec, rows)
+        )
 
     def cross(self, spec: Spec) -> None:
         """One point of the comparison of the two back ends."""
@@ -132,20 +161,26 @@ class Bench:
     def _found(self, rows: list[Row], verdicts: list[Verdict]) -> None:
         self.report.rows += rows
         self.report.verdicts += verdicts
-        self.report.failures += [f"{row.case}: {row.arm}: {row.status}" for row in rows if row.failed]
+        self.report.failures += [
+            f"{row.case}: {row.arm}: {row.status}" for row in rows if row.failed
+        ]
         print(f"\n{show(rows)}", flush=True)
 
 
 def plan(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Cases in the order of what they tell: the usual ones, the single linear, PEFT's, the crossing, then the rest."""
+    """Cases in the order of what they tell: the usual ones, the single linear, PEFT's, the
+    crossing, then the rest."""
     sizes = SIZES[args.model]
     specs = sweep(sizes, args.tokens, args.experts, args.ranks, args.routing)
-    usual, rest = specs[: len(args.experts)], specs[len(args.experts) :]
+    usual = specs[: len(args.experts)]
+    rest = specs[len(args.experts) :]
     for spec in usual:
         yield spec.label, lambda spec=spec: bench.layer(spec)
     for spec in usual:
         label = f"linear gate_up: {spec.label}"
-        linear = LinearSpec(label, spec.num_rows, spec.experts, 2 * sizes.inner, sizes.hidden, spec.rank)
+        linear = LinearSpec(
+            label, spec.num_rows, spec.experts, 2 * sizes.inner, sizes.hidden, spec.rank
+        )
         yield label, lambda linear=linear: bench.linear(linear)
     yield bench.peft_case.label, lambda: bench.linear(bench.peft_case)
     for spec in usual:
@@ -170,7 +205,9 @@ def run(bench: Bench, args: argparse.Namespace) -> int:
         started = time.monotonic()
         try:
             case()
-        except Exception as error:  # the next case may well run; this one is a failure, said and recorded
+        except (
+            Exception
+        ) as error:  # the next case may well run; this one is a failure, said and recorded
             traceback.print_exc()
             report.failures.append(f"{label}: {first_line(error)}")
         if bench.device.type == "cuda":
@@ -180,7 +217,9 @@ def run(bench: Bench, args: argparse.Namespace) -> int:
     save(args.out, "grouped_lora", bench.device, settings=_settings(args), **report.content())
     print(f"\n{show_crossing(report.crossing)}\n\n{show_verdicts(report.verdicts)}")
     if report.not_reached:
-        print(f"\nout of time before {len(report.not_reached)} cases: {'; '.join(report.not_reached)}")
+        print(
+            f"\nout of time before {len(report.not_reached)} cases: {'; '.join(report.not_reached)}"
+        )
     for failure in report.failures:
         print(f"FAILED {failure}", file=sys.stderr)
     print(f"wrote {args.out}")
@@ -190,30 +229,47 @@ def run(bench: Bench, args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on."""
     tuned = os.environ.get("MEGALORA_TUNED", "")
-    return {name: value for name, value in vars(args).items() if name not in ("budget_seconds", "out")} | {
-        "tuned": tuned
-    }
+    return {
+        name: value for name, value in vars(args).items() if name not in ("budget_seconds", "out")
+    } | {"tuned": tuned}
 
 
 def arguments(parser: argparse.ArgumentParser, given: list[str] | None) -> argparse.Namespace:
     """What the command line says; ``--quick`` fills in what it leaves open."""
-    parser.add_argument("--quick", action="store_true", help="8k tokens, rank 16, balanced and Zipf only")
-    parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU: to try the script itself")
-    parser.add_argument("--budget-seconds", type=float, help="begin no case when this much time has passed")
-    parser.add_argument("--model", choices=SIZES, default="30b")
-    parser.add_argument("--tokens", type=int, nargs="+", help="of this rank; each goes to 8 experts")
     parser.add_argument(
-        "--experts", type=int, nargs="+", help="of this rank: 128, or 16 as with 8 expert-parallel ranks"
+        "--quick", action="store_true", help="8k tokens, rank 16, balanced and Zipf only"
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="tiny sizes on a CPU: to try the script itself"
+    )
+    parser.add_argument(
+        "--budget-seconds", type=float, help="begin no case when this much time has passed"
+    )
+    parser.add_argument("--model", choices=SIZES, default="30b")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", help="of this rank; each goes to 8 experts"
+    )
+    parser.add_argument(
+        "--experts",
+        type=int,
+        nargs="+",
+        help="of this rank: 128, or 16 as with 8 expert-parallel ranks",
     )
     parser.add_argument("--ranks", type=int, nargs="+", help="LoRA ranks")
     parser.add_argument("--routing", choices=ROUTINGS, nargs="+")
-    parser.add_argument("--crossing", type=int, nargs="*", help="rows per expert; none: leave it out")
+    parser.add_argument(
+        "--crossing", type=int, nargs="*", help="rows per expert; none: leave it out"
+    )
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--no-compiled", action="store_true", help="leave out torch.compile of the split arm")
+    parser.add_argument(
+        "--no-compiled", action="store_true", help="leave out torch.compile of the split arm"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_kernels.json"))
     args = parser.parse_args(given)
     if args.dry:
-        args.model, args.repeats, args.no_compiled = TINY.name, 1, True
+        args.model = TINY.name
+        args.repeats = 1
+        args.no_compiled = True
     for name, values in (DRY if args.dry else QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, values)
@@ -221,7 +277,9 @@ def arguments(parser: argparse.ArgumentParser, given: list[str] | None) -> argpa
 
 
 def main(given: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     args = arguments(parser, given)
     device = the_gpu(parser, args.dry)
     os.environ.pop("MEGALORA_BACKEND", None)  # it would overrule what the arms ask for
@@ -229,7 +287,10 @@ def main(given: list[str] | None = None) -> int:
     budget = Budget(args.budget_seconds)
     if args.dry:
         SIZES[TINY.name] = TINY
-        return run(Bench(device, torch.float32, args.repeats, budget, False, TINY_PEFT_CASE, warmup=0), args)
+        return run(
+            Bench(device, torch.float32, args.repeats, budget, False, TINY_PEFT_CASE, warmup=0),
+            args,
+        )
     return run(Bench(device, torch.bfloat16, args.repeats, budget, not args.no_compiled), args)
 
 

@@ -1,14 +1,16 @@
-"""A training step of a Qwen3-30B-A3B-shaped model with random weights on one GPU: megalora, stock PEFT, Unsloth.
+"""A training step of a Qwen3-30B-A3B-shaped model with random weights on one GPU: megalora, stock
+PEFT, Unsloth.
 
     python -m benchmarks.bench_train_gpu --layers 8 --budget-seconds 150
 
-Ours also under torch's profiler: kernels of each layer, gaps between them, waits of the host (``step_trace.py``); and
-megalora's own beside what the planner predicts of the very configuration.
+Ours also under torch's profiler: kernels of each layer, gaps between them, waits of the host
+(``step_trace.py``); and megalora's own beside what the planner predicts of the very configuration.
 
-Every arm runs in a process of its own (Unsloth changes transformers as it is imported), on the same sequence, with LoRA
-on attention and experts. TFLOP/s count 4 P + 6 A + 6 S h d L per token (``benchmarks/train_case.py``). An arm whose
-packages are missing is a row that says so; one of ours that fails makes exit code 1. A second call with the same
-``--out`` runs the arms for which there was no time. ``--dry``: a tiny model on a CPU; its times mean nothing.
+Every arm runs in a process of its own (Unsloth changes transformers as it is imported), on the same
+sequence, with LoRA on attention and experts. TFLOP/s count 4 P + 6 A + 6 S h d L per token
+(``benchmarks/train_case.py``). An arm whose packages are missing is a row that says so; one of ours
+that fails makes exit code 1. A second call with the same ``--out`` runs the arms for which there
+was no time. ``--dry``: a tiny model on a CPU; its times mean nothing.
 """
 
 import argparse
@@ -62,8 +64,11 @@ WARMUP = 2
 
 
 def measure_steps(training: Training, device: torch.device, steps: int) -> dict[str, Any]:
-    """Milliseconds of whole steps and of forward and backward alone, peak memory, and the losses, which must fall."""
-    step_ms, passes_ms, losses = [], [], []
+    """Milliseconds of whole steps and of forward and backward alone, peak memory, and the losses,
+    which must fall."""
+    step_ms = []
+    passes_ms = []
+    losses = []
     for i in range(WARMUP + steps):
         if i == WARMUP and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -75,8 +80,13 @@ def measure_steps(training: Training, device: torch.device, steps: int) -> dict[
         if i >= WARMUP:
             step_ms.append(1e3 * (end - start))
             passes_ms.append(1e3 * (middle - start))
-    first, last = float(losses[0]), float(losses[-1])
-    status = "ok" if math.isfinite(last) and last < first else f"wrong: the loss went from {first:.3f} to {last:.3f}"
+    first = float(losses[0])
+    last = float(losses[-1])
+    status = (
+        "ok"
+        if math.isfinite(last) and last < first
+        else f"wrong: the loss went from {first:.3f} to {last:.3f}"
+    )
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return {
         "status": status, "loss": [first, last],
@@ -101,7 +111,11 @@ def train(name: str, setup: Setup, steps: int) -> dict[str, Any]:
         with getattr(importlib.import_module(module), function)(setup) as training:
             found = measure_steps(training, setup.device, steps)
             fused = training.gate_up_is_one
-            row |= {"note": training.note, "adapter_parameters": training.num_adapter_parameters, **found}
+            row |= {
+                "note": training.note,
+                "adapter_parameters": training.num_adapter_parameters,
+                **found,
+            }
             if name in OURS and row["status"] == "ok":
                 row["profile"] = profile_steps(training, setup.device, layers)
     except ModuleNotFoundError as error:
@@ -122,7 +136,8 @@ def train(name: str, setup: Setup, steps: int) -> dict[str, Any]:
 
 
 def beside_the_planner(row: dict[str, Any], setup: Setup) -> dict[str, Any]:
-    """What the planner predicts of the row's configuration, and its errors in percent of what was measured."""
+    """What the planner predicts of the row's configuration, and its errors in percent of what was
+    measured."""
     on_gpu = setup.device.type == "cuda"
     said = planned(setup, torch.cuda.get_device_name(setup.device) if on_gpu else "")
     errors = {name: error_percent(said[name], row[name]) for name in ("step_ms", "peak_bytes")}
@@ -133,7 +148,15 @@ def child(name: str, layers: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train one arm in a process of its own and return its row."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "benchmarks.bench_train_gpu", "--arm", name, "--layers", str(layers)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.bench_train_gpu",
+            "--arm",
+            name,
+            "--layers",
+            str(layers),
+        ]
         command += [
             "--tokens",
             str(args.tokens),
@@ -167,7 +190,12 @@ def arms_to_run(device: torch.device, args: argparse.Namespace) -> list[tuple[st
 
 
 def run(device: torch.device, args: argparse.Namespace) -> int:
-    settings = {"tokens": args.tokens, "rank": args.rank, "layers": args.layers, "steps": args.steps}
+    settings = {
+        "tokens": args.tokens,
+        "rank": args.rank,
+        "layers": args.layers,
+        "steps": args.steps,
+    }
     settings |= {"dry": args.dry, "tuned": os.environ.get("MEGALORA_TUNED", "")}
     record = earlier(args.out, "train_gpu", device, settings) or {"rows": []}
     rows = [row for row in record["rows"] if not row["status"].startswith(CUT_OFF)]
@@ -183,7 +211,8 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
         left = [row["arm"] for row in rows if row["status"].startswith(CUT_OFF)]
         config = TINY_MODEL if args.dry else QWEN3_30B_A3B
         save(
-            args.out, "train_gpu", device, settings=settings, flops_per_token=FORMULA, config=config, rows=rows,
+            args.out, "train_gpu", device, settings=settings, flops_per_token=FORMULA,
+            config=config, rows=rows,
             not_reached=left,
         )  # fmt: skip
     print(f"\n{show(rows)}\nwrote {args.out}")
@@ -205,45 +234,76 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
         "loss",
         "over peft",
     )
-    peft = {row["layers"]: row["step_ms"] for row in rows if row["arm"] == "peft" and row["status"] == "ok"}
+    peft = {
+        row["layers"]: row["step_ms"]
+        for row in rows
+        if row["arm"] == "peft" and row["status"] == "ok"
+    }
     lines = []
     for row in rows:
         if row["status"] == "ok":
             speedup = (
                 peft[row["layers"]] / row["step_ms"]
-                if row["layers"] in peft and row["arm"] in ("megalora", "kernels", "peft", "unsloth")
+                if row["layers"] in peft
+                and row["arm"] in ("megalora", "kernels", "peft", "unsloth")
                 else None
             )
             peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
             loss = "{:.2f} to {:.2f}".format(*row["loss"])
-            rates = [number(row[name], digits) for name, digits in (("tokens_per_s", 0), ("tflops", 0))]
+            rates = [
+                number(row[name], digits) for name, digits in (("tokens_per_s", 0), ("tflops", 0))
+            ]
             times = [number(row[name], 1) for name in ("step_ms", "forward_backward_ms")]
             adapters = number(row["adapter_parameters"] / 1e6, 1)
             lines.append(
-                (row["arm"], row["layers"], *rates, *times, number(peak, 1), adapters, loss, number(speedup, 2))
+                (
+                    row["arm"],
+                    row["layers"],
+                    *rates,
+                    *times,
+                    number(peak, 1),
+                    adapters,
+                    loss,
+                    number(speedup, 2),
+                )
             )
     without = [f"  {row['arm']}: {row['status']}" for row in rows if row["status"] != "ok"]
     return "\n".join([table(header, lines), *without])
 
 
 def main(given: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--layers", type=int, default=8, help="of the model's 48; 8 leave room for PEFT's merged weights"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--share-layers", type=int, default=48, help="of the model that holds 16 of 128 experts")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=8,
+        help="of the model's 48; 8 leave room for PEFT's merged weights",
+    )
+    parser.add_argument(
+        "--share-layers", type=int, default=48, help="of the model that holds 16 of 128 experts"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="of the one sequence in a step")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=6, help=f"measured, after {WARMUP} that are not")
-    parser.add_argument("--budget-seconds", type=float, help="begin no arm with less than 20 s left of these")
+    parser.add_argument(
+        "--steps", type=int, default=6, help=f"measured, after {WARMUP} that are not"
+    )
+    parser.add_argument(
+        "--budget-seconds", type=float, help="begin no arm with less than 20 s left of these"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_model.json"))
-    parser.add_argument("--dry", action="store_true", help="a tiny model on a CPU: to try the script itself")
+    parser.add_argument(
+        "--dry", action="store_true", help="a tiny model on a CPU: to try the script itself"
+    )
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(given)
     device = the_gpu(parser, args.dry)
     if args.dry:
-        args.tokens, args.rank, args.steps = 32, 8, 2
+        args.tokens = 32
+        args.rank = 8
+        args.steps = 2
     if args.arm is None:
         args.budget = Budget(args.budget_seconds)
         return run(device, args)

@@ -1,7 +1,8 @@
 """Megatron-Bridge's own LoRA, also on machines without Transformer Engine.
 
-Bridge's layer file imports Transformer Engine without a guard, for one class (a fusion) of four. megalora never needs
-that file and puts stand-ins in its place (``megalora/bridge/base.py``); here the file itself is loaded.
+Bridge's layer file imports Transformer Engine without a guard, for one class (a fusion) of four.
+megalora never needs that file and puts stand-ins in its place (``megalora/bridge/base.py``); here
+the file itself is loaded.
 """
 
 import importlib
@@ -15,7 +16,8 @@ LAYERS = "megatron.bridge.peft.lora_layers"
 
 
 def bridge_lora() -> Any:
-    """Bridge's class ``LoRA``, built on its real layers. For a process that measures Bridge and nothing else.
+    """Bridge's class ``LoRA``, built on its real layers. For a process that measures Bridge and
+    nothing else.
 
     Raises:
         ModuleNotFoundError: Megatron-Bridge is not installed.
@@ -25,7 +27,8 @@ def bridge_lora() -> Any:
     lora = importlib.import_module("megatron.bridge.peft.lora")
     if importlib.util.find_spec("transformer_engine") is None:
         _load_layers()
-        # Bridge takes the names that Megatron-Core defines without Transformer Engine for the library itself.
+        # Bridge takes the names that Megatron-Core defines without Transformer Engine for the
+        # library itself.
         importlib.import_module("megatron.bridge.peft.utils").HAVE_TE = False  # pyright: ignore
         # This module took its names from the stand-ins when it was imported.
         lora = importlib.reload(lora)
@@ -33,9 +36,11 @@ def bridge_lora() -> Any:
 
 
 def _load_layers() -> None:
-    """Load the real layer file; a stand-in for Transformer Engine is importable for the time of this import alone.
+    """Load the real layer file; a stand-in for Transformer Engine is importable for the time of
+    this import alone.
 
-    By now Megatron-Core and Bridge have looked for Transformer Engine and taken the paths that do without it.
+    By now Megatron-Core and Bridge have looked for Transformer Engine and taken the paths that do
+    without it.
     """
     for needed in ("megatron.bridge.peft.adapter_wrapper", "megatron.bridge.peft.lora_merge"):
         importlib.import_module(needed)
@@ -46,7 +51,8 @@ def _load_layers() -> None:
     )
     assert spec is not None and spec.loader is not None
     layers = importlib.util.module_from_spec(spec)
-    engine, pytorch = types.ModuleType("transformer_engine"), types.ModuleType("transformer_engine.pytorch")
+    engine = types.ModuleType("transformer_engine")
+    pytorch = types.ModuleType("transformer_engine.pytorch")
     engine.pytorch = pytorch  # pyright: ignore[reportAttributeAccessIssue]
     pytorch.ops = types.SimpleNamespace(Sequential=object)  # pyright: ignore[reportAttributeAccessIssue]
     with patch.dict(sys.modules, {engine.__name__: engine, pytorch.__name__: pytorch}):

@@ -1,5 +1,5 @@
-"""The frozen model that Megatron-Bridge's LoRA adapts: Bridge's own with Transformer Engine; without it ours, in which
-Megatron's MoE layer and experts stand in the place of megalora's.
+"""The frozen model that Megatron-Bridge's LoRA adapts: Bridge's own with Transformer Engine;
+without it ours, in which Megatron's MoE layer and experts stand in the place of megalora's.
 
 Shape legend: M routed rows   E experts   K inputs   N outputs   H hidden   I expert intermediate
 """
@@ -28,7 +28,8 @@ from megalora.model.shape import model_shape
 
 def bridge_base(setup: Setup, grouped: bool) -> tuple[nn.Module, str]:
     """The model, frozen, with the shared weights, and what its experts are."""
-    shape, bridge = model_shape(setup.config), open_architecture(setup.config)
+    shape = model_shape(setup.config)
+    bridge = open_architecture(setup.config)
     engine = importlib.util.find_spec("transformer_engine") is not None
     with quiet():
         provider: Any = bridge.to_megatron_provider(load_weights=False)
@@ -55,33 +56,52 @@ class _Backend(TorchBackend):
         self.grouped = grouped
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
-        return GroupedExperts if self.grouped else super(TorchBackend, self).grouped_mlp_modules(False)
+        return (
+            GroupedExperts if self.grouped else super(TorchBackend, self).grouped_mlp_modules(False)
+        )
 
 
-def _block(config: Any, vp_stage: int | None = None, *, grouped: bool) -> TransformerBlockSubmodules:
+def _block(
+    config: Any, vp_stage: int | None = None, *, grouped: bool
+) -> TransformerBlockSubmodules:
     """megalora's decoder layers with Megatron's MoE layer, router, dispatcher and experts."""
     block = block_spec(config, vp_stage)
     for layer in block.layer_specs or []:
-        moe = get_moe_module_spec_for_backend(_Backend(grouped), config.num_moe_experts, moe_grouped_gemm=grouped)
+        moe = get_moe_module_spec_for_backend(
+            _Backend(grouped), config.num_moe_experts, moe_grouped_gemm=grouped
+        )
         layer.submodules.mlp = moe  # pyright: ignore
     return block
 
 
 class _Grouped(nn.Module):
-    """Weights of all experts, ``[E, N, K]``, behind the names and the call of Transformer Engine's grouped linears."""
+    """Weights of all experts, ``[E, N, K]``, behind the names and the call of Transformer Engine's
+    grouped linears."""
 
     def build(self, config: Any, num_experts: int, inputs: int, outputs: int, groups: Any) -> Any:
-        nn.Module.__init__(self)  # none of the ranks and buffers of the parallel linears, whose types Bridge asks for
-        self.config, self.num_gemms, self.input_size, self.output_size = config, num_experts, inputs, outputs
+        # none of the ranks and buffers of the parallel linears, whose types Bridge asks for
+        nn.Module.__init__(self)
+        self.config = config
+        self.num_gemms = num_experts
+        self.input_size = inputs
+        self.output_size = outputs
         self.tp_group = groups.expt_tp
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self.w_ENK = torch.empty(num_experts, outputs, inputs, dtype=config.params_dtype, device=device)
+        device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+        self.w_ENK = torch.empty(
+            num_experts, outputs, inputs, dtype=config.params_dtype, device=device
+        )
         for e in range(num_experts):
             setattr(self, f"weight{e}", nn.Parameter(self.w_ENK[e], requires_grad=False))  # a view
         return self
 
     def forward(self, x_MK: Tensor, counts: list[int]) -> tuple[Tensor, None]:
-        ends = torch.tensor(counts, dtype=torch.int32, device=x_MK.device).cumsum(0, dtype=torch.int32)
+        ends = torch.tensor(counts, dtype=torch.int32, device=x_MK.device).cumsum(
+            0, dtype=torch.int32
+        )
         return grouped_mm(x_MK, self.w_ENK.transpose(1, 2), offs=ends), None
 
 
@@ -98,21 +118,26 @@ AutoMapping.register_module_type("GroupedRow", "row")
 
 
 class GroupedExperts(MegatronModule):
-    """Megatron's ``TEGroupedMLP`` with torch's grouped GEMM: the module names and calls that Bridge's LoRA knows."""
+    """Megatron's ``TEGroupedMLP`` with torch's grouped GEMM: the module names and calls that
+    Bridge's LoRA knows."""
 
     def __init__(
-        self, num_local_experts: int, config: Any, submodules: Any = None, pg_collection: Any = None,
+        self, num_local_experts: int, config: Any, submodules: Any = None,
+        pg_collection: Any = None,
         name: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
-        H, inner = config.hidden_size, config.moe_ffn_hidden_size
+        H = config.hidden_size
+        inner = config.moe_ffn_hidden_size
         new = GroupedColumn.__new__(GroupedColumn)
         self.linear_fc1 = new.build(config, num_local_experts, H, 2 * inner, pg_collection)
         new = GroupedRow.__new__(GroupedRow)
         self.linear_fc2 = new.build(config, num_local_experts, inner, H, pg_collection)
 
-    def forward(self, x_MH: Tensor, tokens_per_expert: Tensor, probs_M: Tensor) -> tuple[Tensor, None]:
+    def forward(
+        self, x_MH: Tensor, tokens_per_expert: Tensor, probs_M: Tensor
+    ) -> tuple[Tensor, None]:
         counts = tokens_per_expert.tolist()
         gate, up = self.linear_fc1(x_MH, counts)[0].chunk(2, dim=1)
         h_MI = F.silu(gate) * up * probs_M[:, None].to(gate.dtype)

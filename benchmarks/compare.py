@@ -1,4 +1,5 @@
-"""Arms of one case side by side: correct first, then ours the same bits and no waiting, then times and memory."""
+"""Arms of one case side by side: correct first, then ours the same bits and no waiting, then times
+and memory."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,8 @@ class Row:
     kind: str
     status: str = "ok"
     failed: bool = False
-    """Whether the exit code must say so: a wrong result of anyone, or ours not doing what it promises."""
+    """Whether the exit code must say so: a wrong result of anyone, or ours not doing what it
+    promises."""
     errors: dict[str, float | None] = field(default_factory=dict)
     """Relative to float32; null where there was no number."""
     forward: Stats | None = None
@@ -42,11 +44,15 @@ class Row:
 
 
 def compare(
-    label: str, ours: Mapping[str, Build], theirs: Mapping[str, Build], references: Callable[[], dict[str, Tensors]],
+    label: str, ours: Mapping[str, Build], theirs: Mapping[str, Build],
+    references: Callable[[], dict[str, Tensors]],
     base_flops: int, device: torch.device, dtype: torch.dtype, repeats: int = 20, warmup: int = 3,
 ) -> list[Row]:  # fmt: skip
-    """One row per arm. ``references`` computes ``adapted`` and ``base``; they are let go before anything is timed."""
-    want, rows, arms = references(), [], {}
+    """One row per arm. ``references`` computes ``adapted`` and ``base``; they are let go before
+    anything is timed."""
+    want = references()
+    rows = []
+    arms = {}
     for builders, kind in ((ours, "ours"), (theirs, "theirs")):
         for name, build in builders.items():
             row = Row(label, name, kind)
@@ -61,31 +67,42 @@ def compare(
         calls |= {f"{name}/forward": arm.forward, f"{name}/train": arm.train}
     stats = measure(calls, device, repeats, warmup)
     for name, (row, _) in arms.items():
-        row.forward, row.train = stats[f"{name}/forward"], stats[f"{name}/train"]
+        row.forward = stats[f"{name}/forward"]
+        row.train = stats[f"{name}/train"]
     derive(rows, base_flops)
     return rows
 
 
-def _examine(row: Row, build: Build, want: dict[str, Tensors], device: torch.device, dtype: torch.dtype) -> Arm | None:
+def _examine(
+    row: Row, build: Build, want: dict[str, Tensors], device: torch.device, dtype: torch.dtype
+) -> Arm | None:
     """The arm, if what it gives is right. One that cannot run is a row that says why."""
     try:
         arm = build()
-        row.kind, row.room_bytes = arm.kind, arm.room_bytes
+        row.kind = arm.kind
+        row.room_bytes = arm.room_bytes
         found = arm.train()
         if arm.gives is not None:
             errors = relative_errors(arm.common(found), want[arm.gives])
-            row.errors = {name: error if math.isfinite(error) else None for name, error in errors.items()}
+            row.errors = {
+                name: error if math.isfinite(error) else None for name, error in errors.items()
+            }
             if problem := wrong(errors, dtype):
-                row.status, row.failed = f"wrong: {problem}", True
+                row.status = f"wrong: {problem}"
+                row.failed = True
         if row.status == "ok" and arm.kind in ("ours", "base"):
             _check_promises(row, arm, found, device)
         return arm if row.status == "ok" else None
     except torch.OutOfMemoryError:
         row.status = "out of memory"
     except ModuleNotFoundError as error:
-        row.status, row.failed = f"not installed: {error.name}", row.kind in ("ours", "base")
-    except Exception as error:  # whatever a compiler or another library raises belongs into the table
-        row.status, row.failed = f"cannot run: {first_line(error)}", row.kind in ("ours", "base")
+        row.status = f"not installed: {error.name}"
+        row.failed = row.kind in ("ours", "base")
+    except (
+        Exception
+    ) as error:  # whatever a compiler or another library raises belongs into the table
+        row.status = f"cannot run: {first_line(error)}"
+        row.failed = row.kind in ("ours", "base")
     return None
 
 
@@ -93,9 +110,11 @@ def _check_promises(row: Row, arm: Arm, found: Tensors, device: torch.device) ->
     """The same bits on every run, and no wait for the device."""
     again = arm.train()
     if different := [name for name, t in found.items() if not torch.equal(t, again[name])]:
-        row.status, row.failed = f"wrong: other bits in a second run of {', '.join(different)}", True
+        row.status = f"wrong: other bits in a second run of {', '.join(different)}"
+        row.failed = True
     elif device.type == "cuda" and not arm.waits and (problem := waiting(arm.train)):
-        row.status, row.failed = f"wrong: waits for the device ({problem})", True
+        row.status = f"wrong: waits for the device ({problem})"
+        row.failed = True
 
 
 def waiting(call: Callable[[], object]) -> str | None:
@@ -112,7 +131,8 @@ def waiting(call: Callable[[], object]) -> str | None:
 
 
 def derive(rows: Sequence[Row], base_flops: int) -> None:
-    """Ratios and TFLOP/s from the medians; forward and backward hold twice the base's GEMMs of forward alone."""
+    """Ratios and TFLOP/s from the medians; forward and backward hold twice the base's GEMMs of
+    forward alone."""
     timed = [row for row in rows if row.forward and row.train]
     bases = [row for row in timed if row.kind == "base"]
     for row in timed:
@@ -120,7 +140,9 @@ def derive(rows: Sequence[Row], base_flops: int) -> None:
         row.tflops_forward = base_flops / row.forward.median_ms / 1e9
         row.tflops_train = 2 * base_flops / row.train.median_ms / 1e9
         if bases:
-            row.ratio_forward = row.forward.median_ms / min(b.forward.median_ms for b in bases if b.forward)
+            row.ratio_forward = row.forward.median_ms / min(
+                b.forward.median_ms for b in bases if b.forward
+            )
             row.ratio_train = row.train.median_ms / min(b.train.median_ms for b in bases if b.train)
 
 
@@ -131,25 +153,46 @@ def find(rows: Iterable[Row], arm: str) -> Row | None:
 
 def faster(rows: Sequence[Row], arm: str, than: str) -> float | None:
     """How many times faster forward and backward of an arm are than another's."""
-    one, other = find(rows, arm), find(rows, than)
-    return other.train.median_ms / one.train.median_ms if one and other and one.train and other.train else None
+    one = find(rows, arm)
+    other = find(rows, than)
+    return (
+        other.train.median_ms / one.train.median_ms
+        if one and other and one.train and other.train
+        else None
+    )
 
 
 def show(rows: Sequence[Row]) -> str:
     """A table of one case; below it why an arm has no times."""
-    header = ("arm", "fwd ms [p10, p90]", "fwd+bwd ms [p10, p90]", "host ms", "ratio fwd", "ratio f+b",
+    header = ("arm", "fwd ms [p10, p90]", "fwd+bwd ms [p10, p90]", "host ms", "ratio fwd",
+              "ratio f+b",
               "TFLOP/s fwd", "f+b", "vs split", "peak GiB", "room GiB", "worst error")  # fmt: skip
     lines = []
     for row in rows:
         if row.forward and row.train:
             split = faster(rows, row.arm, "split eager")
             worst = max((e for e in row.errors.values() if e is not None), default=None)
-            memory = [number(b / GIB if b is not None else None, 2) for b in (row.peak_bytes, row.room_bytes)]
+            memory = [
+                number(b / GIB if b is not None else None, 2)
+                for b in (row.peak_bytes, row.room_bytes)
+            ]
             rates = [number(value, 0) for value in (row.tflops_forward, row.tflops_train)]
             error = "-" if worst is None else f"{worst:.1e}"
             ratios = [number(row.ratio_forward), number(row.ratio_train)]
             host = number(row.train.host_ms)
-            lines.append((row.arm, row.forward, row.train, host, *ratios, *rates, number(split, 2), *memory, error))
+            lines.append(
+                (
+                    row.arm,
+                    row.forward,
+                    row.train,
+                    host,
+                    *ratios,
+                    *rates,
+                    number(split, 2),
+                    *memory,
+                    error,
+                )
+            )
     without = [f"  {row.arm}: {row.status}" for row in rows if row.train is None]
     return "\n".join([rows[0].case if rows else "", table(header, lines), *without])
 

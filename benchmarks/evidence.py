@@ -3,8 +3,8 @@
     python -m benchmarks.evidence             write the tables anew, from the models and benchmarks/results
     python -m benchmarks.evidence --check     exit code 1 where the page is not what would be written
 
-Text between tables is written by hand. A table stands between two comments, ``<!-- table: NAME -->``
-and ``<!-- end -->``; records of a dry run or of a CPU are no measurement of a GPU.
+Text between tables is written by hand. A table stands between two comments, ``<!-- table: NAME
+-->`` and ``<!-- end -->``; records of a dry run or of a CPU are no measurement of a GPU.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from benchmarks.tune_points import variant_label
 from tests.pretended.test_launches import CEILINGS
 
 ROOT = Path(__file__).parents[1]
-PAGE, RESULTS = ROOT / "docs/evidence.md", ROOT / "benchmarks/results"
+PAGE = ROOT / "docs/evidence.md"
+RESULTS = ROOT / "benchmarks/results"
 MARKED = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOT_MEASURED = "not yet measured on a GPU"
 NOT_YET = "not yet"
@@ -94,8 +95,12 @@ def constants(results: Results) -> str:
     for name, (constant, value) in names.items():
         other_card = name.startswith("HBM") and name.lower().split()[-1] not in card
         found = digits(None if other_card else value)
-        rows.append((name, f"{constant.value:g} {constant.unit}", constant.basis, constant.source, found))
-    return f"{origin(record)}\n\n" + markdown(("constant", "value", "known how", "source", "measured"), rows)
+        rows.append(
+            (name, f"{constant.value:g} {constant.unit}", constant.basis, constant.source, found)
+        )
+    return f"{origin(record)}\n\n" + markdown(
+        ("constant", "value", "known how", "source", "measured"), rows
+    )
 
 
 def anchors(results: Results) -> str:
@@ -104,10 +109,21 @@ def anchors(results: Results) -> str:
     found = {row["anchor"]: row for row in record.get("rows", [])}
     rows = []
     for anchor in ANCHORS:
-        h100, h200, row = anchor.expect(H100), anchor.expect(H200), found.get(anchor.name)
+        h100 = anchor.expect(H100)
+        h200 = anchor.expect(H200)
+        row = found.get(anchor.name)
         span = f"{h100.value:.4g} ({h100.low:.4g} to {h100.high:.4g})"
         verdict = row["verdict"] if row else NOT_YET
-        rows.append((anchor.name, anchor.unit, span, f"{h200.value:.3g}", digits(row and row["value"]), verdict))
+        rows.append(
+            (
+                anchor.name,
+                anchor.unit,
+                span,
+                f"{h200.value:.3g}",
+                digits(row and row["value"]),
+                verdict,
+            )
+        )
     header = ("what", "unit", "expected, H100 (range)", "H200", "measured", "verdict")
     return f"{origin(record)}\n\n" + markdown(header, rows)
 
@@ -118,7 +134,9 @@ def published(_results: Results) -> str:
     for case in tile_model.PUBLISHED:
         model_us = tile_model.cost(case.variant, case.product, case.experts).us
         off = f"{100 * (model_us / case.us - 1):+.0f} %"
-        rows.append((case.what, variant_label(case.variant), f"{case.us:.0f}", f"{model_us:.0f}", off))
+        rows.append(
+            (case.what, variant_label(case.variant), f"{case.us:.0f}", f"{model_us:.0f}", off)
+        )
     return markdown(("kernel", "variant", "published us", "model us", "model off by"), rows)
 
 
@@ -134,10 +152,13 @@ def tiles(results: Results) -> str:
         point = points.get(f"30b {line.name} {line.experts} x {line.rows}", {})
         times = {variant: us for variant, (us, _spread) in point.get("second_us", {}).items()}
         measured = [times.get(point.get(which)) for which in ("rule", "best")]
-        predicted = [f"{us:.0f}" for us in (line.floor_us, line.before.us, line.now.us, line.best.us)]
+        predicted = [
+            f"{us:.0f}" for us in (line.floor_us, line.before.us, line.now.us, line.best.us)
+        ]
         cells = (*predicted, line.now.bound, *(digits(us, ".0f") for us in measured))
         rows.append((f"{line.name}, {line.experts} × {line.rows}", *cells))
-    header = ("product, experts × rows", "floor", "last release", "rule", "best", "rule bound by", "rule measured",
+    header = ("product, experts × rows", "floor", "last release", "rule", "best", "rule bound by",
+              "rule measured",
               "best measured")  # fmt: skip
     return f"{origin(record)}\n\n" + markdown(header, rows)
 
@@ -161,10 +182,15 @@ def layers(results: Results) -> str:
         for (backend, on_gate_up), arm in LAYER_ARMS.items():
             case = roofline.layer("30b", tokens=8192, ep=ep, rank=16, on_gate_up=on_gate_up)
             found = roofline.ratios(case, backend)
-            predicted = (f"{found.forward:.2f}", f"{found.both:.2f}", f"{found.split_over_ours:.1f}")
+            predicted = (
+                f"{found.forward:.2f}",
+                f"{found.both:.2f}",
+                f"{found.split_over_ours:.1f}",
+            )
             measured = [_measured_layer(record, spec, arm, f"base {backend}") for record in records]
             rows.append((f"`{backend}`, {place}", on_gate_up, *predicted, *measured))
-    header = ("back end", "adapters on gate_up", "forward", "forward + backward", "split products / ours",
+    header = ("back end", "adapters on gate_up", "forward", "forward + backward",
+              "split products / ours",
               "measured, by the rule", "measured, tuned")  # fmt: skip
     return f"{origin(*records)}\n\n" + markdown(header, rows)
 
@@ -174,11 +200,18 @@ def _measured_layer(record: dict[str, Any], spec: str, arm: str | None, base: st
     adapter on gate_up."""
     if arm is None:
         return "not timed"
-    rows = {row["arm"]: row for row in record.get("rows", []) if row["case"] == spec and row.get("train")}
+    rows = {
+        row["arm"]: row
+        for row in record.get("rows", [])
+        if row["case"] == spec and row.get("train")
+    }
     if arm not in rows or base not in rows:
         return NOT_YET
-    ours, plain = rows[arm], rows[base]
-    ratios = [ours[phase]["median_ms"] / plain[phase]["median_ms"] for phase in ("forward", "train")]
+    ours = rows[arm]
+    plain = rows[base]
+    ratios = [
+        ours[phase]["median_ms"] / plain[phase]["median_ms"] for phase in ("forward", "train")
+    ]
     if "split eager" in rows:
         ratios.append(rows["split eager"]["train"]["median_ms"] / ours["train"]["median_ms"])
     return " / ".join(f"{ratio:.2f}" for ratio in ratios)
@@ -208,14 +241,28 @@ def peers(results: Results) -> str:
     for case in record["cases"]:
         for row in case["rows"]:
             step = row.get("over_megalora", {}).get("step")
-            text = f"{step['median']:.2f} ({step['p10']:.2f} to {step['p90']:.2f})" if step else row["status"]
-            rows.append((case["shape"], row["arm"], text, "yes" if row.get("same_factors") else "no"))
-    header = ("shape", "arm", "step / megalora's (10th to 90th percentile)", "trains the same factors")
-    return f"Measured on {record['device']}: ratios of steps taken in turn.\n\n" + markdown(header, rows)
+            text = (
+                f"{step['median']:.2f} ({step['p10']:.2f} to {step['p90']:.2f})"
+                if step
+                else row["status"]
+            )
+            rows.append(
+                (case["shape"], row["arm"], text, "yes" if row.get("same_factors") else "no")
+            )
+    header = (
+        "shape",
+        "arm",
+        "step / megalora's (10th to 90th percentile)",
+        "trains the same factors",
+    )
+    return f"Measured on {record['device']}: ratios of steps taken in turn.\n\n" + markdown(
+        header, rows
+    )
 
 
 def compiled(results: Results) -> str:
-    """What each way to compute the grouped GEMM takes of a multiprocessor, over all products and ranks it was compiled for."""
+    """What each way to compute the grouped GEMM takes of a multiprocessor, over all products and
+    ranks it was compiled for."""
     found: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for path in sorted(results.folder.glob("compiled_*.json")):
         for row in json.loads(path.read_text()):
@@ -231,10 +278,15 @@ def compiled(results: Results) -> str:
     names = ("registers", "spilled", "shared", "per_sm", "loop")
     rows = []
     for way, by_version in found.items():
-        ranges = [[_range(row[name] for row in by_version.get(version, [])) for name in names] for version in versions]
+        ranges = [
+            [_range(row[name] for row in by_version.get(version, [])) for name in names]
+            for version in versions
+        ]
         rows.append((" ".join(way), *(" / ".join(cells) for cells in ranges)))
     header = ("variant", *(f"Triton {version}" for version in versions))
-    return "Registers / spilled bytes / shared memory / programs per SM / loop.\n\n" + markdown(header, rows)
+    return "Registers / spilled bytes / shared memory / programs per SM / loop.\n\n" + markdown(
+        header, rows
+    )
 
 
 def _range(values: Iterable[int]) -> str:
@@ -246,11 +298,14 @@ def _range(values: Iterable[int]) -> str:
 
 
 def launches(results: Results) -> str:
-    """Kernels and host operations of a layer: the ceilings that tests hold, and what a profiler found of a whole layer."""
+    """Kernels and host operations of a layer: the ceilings that tests hold, and what a profiler
+    found of a whole layer."""
     rows = []
     for name in dict.fromkeys(key.rsplit(" ", 2)[0] for key in CEILINGS):
         limits = [CEILINGS[f"{name} {which}"] for which in COUNTED]
-        rows.append((name, *(kernels for kernels, _ in limits), sum(host for _, host in limits[2:])))
+        rows.append(
+            (name, *(kernels for kernels, _ in limits), sum(host for _, host in limits[2:]))
+        )
     found = results.on_gpu("gpu_model.json").get("rows", [])
     profiled = [row for row in found if "phases" in row.get("profile", {})]
     for row in profiled:
@@ -289,15 +344,21 @@ def filled(page: str, results: Results) -> str:
     """
     named = [match[2] for match in MARKED.finditer(page)]
     if sorted(named) != sorted(TABLES):
-        raise ValueError(f"the page has places for {sorted(named)}; the tables are {sorted(TABLES)}")
+        raise ValueError(
+            f"the page has places for {sorted(named)}; the tables are {sorted(TABLES)}"
+        )
     return MARKED.sub(lambda match: f"{match[1]}{TABLES[match[2]](results)}\n{match[3]}", page)
 
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="benchmarks.evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="benchmarks.evidence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 where the page is stale"
+    )
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(given)

@@ -1,4 +1,5 @@
-"""One layer's experts as a benchmark case: sizes, routing, operands, FLOPs, and what the layer should give in float32.
+"""One layer's experts as a benchmark case: sizes, routing, operands, FLOPs, and what the layer
+should give in float32.
 
 Shape legend:
     T  tokens of this rank    M  routed rows = 8 T    E  experts of this rank    H  hidden    I  expert intermediate
@@ -21,9 +22,10 @@ ROUTINGS: tuple[RoutingKind, ...] = ("balanced", "zipf", "empty")
 SCALE = 2.0
 """alpha / rank, the usual choice."""
 ALLOWED = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
-"""Largest relative error, in the 2-norm of a whole tensor. bfloat16 rounds by 1.6e-3 (root mean square), and the
-longest path of an eager composition, to dx, rounds some 24 times: sqrt(24) 1.6e-3 = 8e-3; measured 6e-3. float16 has 3
-bits more. A wrong scale, a forgotten adapter or one wrong expert of 16 is 6 % and more."""
+"""Largest relative error, in the 2-norm of a whole tensor. bfloat16 rounds by 1.6e-3 (root mean
+square), and the longest path of an eager composition, to dx, rounds some 24 times: sqrt(24) 1.6e-3
+= 8e-3; measured 6e-3. float16 has 3 bits more. A wrong scale, a forgotten adapter or one wrong
+expert of 16 is 6 % and more."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Spec:
     sizes: Sizes
     tokens: int
     experts: int
-    """Of this rank: all of them, or with expert parallelism a share; the number of rows is the same."""
+    """Of this rank: all of them, or with expert parallelism a share; the number of rows is the
+    same."""
     rank: int
     routing: RoutingKind
 
@@ -59,21 +62,28 @@ class Spec:
     @property
     def label(self) -> str:
         s = self.sizes
-        return f"{s.name} tokens={self.tokens} experts={self.experts}/{s.num_experts} r={self.rank} {self.routing}"
+        return (
+            f"{s.name} tokens={self.tokens} experts={self.experts}/{s.num_experts} r={self.rank}"
+            f" {self.routing}"
+        )
 
     def base_flops(self) -> int:
-        """Of the frozen weights' GEMMs in one forward pass, 2 M N K each: gate_up (2I outputs, H inputs) and down (H,
-        I).
+        """Of the frozen weights' GEMMs in one forward pass, 2 M N K each: gate_up (2I outputs, H
+        inputs) and down (H, I).
 
         Backward makes the inputs' gradients alone, with as many again.
         """
         return 2 * self.num_rows * 3 * self.sizes.hidden * self.sizes.inner
 
 
-def rows_per_expert(kind: RoutingKind, num_rows: int, num_experts: int, generator: torch.Generator) -> list[int]:
+def rows_per_expert(
+    kind: RoutingKind, num_rows: int, num_experts: int, generator: torch.Generator
+) -> list[int]:
     """How many of the rows each expert gets."""
     if kind == "zipf":
-        drawn = torch.multinomial(_zipf(num_experts), num_rows, replacement=True, generator=generator)
+        drawn = torch.multinomial(
+            _zipf(num_experts), num_rows, replacement=True, generator=generator
+        )
         return torch.bincount(drawn, minlength=num_experts).tolist()
     used = _used(kind, num_experts)
     share, rest = divmod(num_rows, len(used))
@@ -95,10 +105,14 @@ def _used(kind: RoutingKind, num_experts: int) -> list[int]:
 
 
 def experts_of_tokens(spec: Spec, generator: torch.Generator) -> Tensor:
-    """``[T, k]`` int64: different experts for each token. Tokens of an expert lie scattered, as in a batch of text."""
-    k, E = spec.sizes.top_k, spec.experts
+    """``[T, k]`` int64: different experts for each token. Tokens of an expert lie scattered, as in
+    a batch of text."""
+    k = spec.sizes.top_k
+    E = spec.experts
     if spec.routing == "zipf":  # Gumbel's trick: k draws without replacement
-        noise = -torch.log(-torch.log(torch.rand(spec.tokens, E, generator=generator, dtype=torch.float64)))
+        noise = -torch.log(
+            -torch.log(torch.rand(spec.tokens, E, generator=generator, dtype=torch.float64))
+        )
         return (_zipf(E).log() + noise).topk(k, dim=1).indices
     used = torch.tensor(_used(spec.routing, E))
     turn = torch.randperm(spec.tokens, generator=generator)
@@ -106,21 +120,27 @@ def experts_of_tokens(spec: Spec, generator: torch.Generator) -> Tensor:
 
 
 def make_routing(spec: Spec, device: torch.device, seed: int = 0) -> Routing:
-    """All experts on this rank: a top-k router's choice. A share of them: rows received from all ranks of the group."""
+    """All experts on this rank: a top-k router's choice. A share of them: rows received from all
+    ranks of the group."""
     generator = torch.Generator().manual_seed(seed)
     if spec.experts == spec.sizes.num_experts:
         chosen_TK = experts_of_tokens(spec, generator)
-        map_TE = torch.zeros(spec.tokens, spec.experts, dtype=torch.bool).scatter_(1, chosen_TK, True)
+        map_TE = torch.zeros(spec.tokens, spec.experts, dtype=torch.bool).scatter_(
+            1, chosen_TK, True
+        )
         return route(map_TE.to(device), spec.sizes.top_k)[0]
     num_ranks = spec.sizes.num_experts // spec.experts
     counts = rows_per_expert(spec.routing, spec.num_rows, spec.experts, generator)
-    counts_RE = [[n // num_ranks + (rank < n % num_ranks) for n in counts] for rank in range(num_ranks)]
+    counts_RE = [
+        [n // num_ranks + (rank < n % num_ranks) for n in counts] for rank in range(num_ranks)
+    ]
     return regroup(torch.tensor(counts_RE, device=device), spec.num_rows)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Operands of one layer's experts. x has T rows where routing gathers tokens, M where it sorts received rows."""
+    """Operands of one layer's experts. x has T rows where routing gathers tokens, M where it sorts
+    received rows."""
 
     spec: Spec
     routing: Routing
@@ -129,11 +149,13 @@ class Case:
     w2: Tensor
     """``[E, H, I]``, frozen."""
     leaves: Tensors
-    """x ``[T or M, H]``, p ``[M]``, a1 ``[E, R, H]``, b1 ``[E, 2I, R]``, a2 ``[E, R, I]``, b2 ``[E, H, R]``."""
+    """x ``[T or M, H]``, p ``[M]``, a1 ``[E, R, H]``, b1 ``[E, 2I, R]``, a2 ``[E, R, I]``, b2 ``[E,
+    H, R]``."""
     dout: Tensor
 
     def joined(self, rank1: int) -> tuple[Joined, Joined]:
-        """The weights again, with room for adapters of rank ``rank1`` on gate_up and of this case's on down."""
+        """The weights again, with room for adapters of rank ``rank1`` on gate_up and of this case's
+        on down."""
         return Joined(self.w1, rank1), Joined(self.w2, self.spec.rank)
 
     @cached_property
@@ -150,9 +172,14 @@ class Case:
 
 
 def make_case(spec: Spec, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Case:
-    """Random operands. Each adapter adds half of what its weight gives, so that forgetting one is not overlooked."""
-    routing, g = make_routing(spec, device, seed), torch.Generator(device).manual_seed(seed)
-    E, H, inner, R = spec.experts, spec.sizes.hidden, spec.sizes.inner, spec.rank
+    """Random operands. Each adapter adds half of what its weight gives, so that forgetting one is
+    not overlooked."""
+    routing = make_routing(spec, device, seed)
+    g = torch.Generator(device).manual_seed(seed)
+    E = spec.experts
+    H = spec.sizes.hidden
+    inner = spec.sizes.inner
+    R = spec.rank
     num_tokens = spec.num_rows if spec.experts < spec.sizes.num_experts else spec.tokens
 
     def normal(*shape: int, size: float = 1.0) -> Tensor:
@@ -167,13 +194,15 @@ def make_case(spec: Spec, device: torch.device, dtype: torch.dtype, seed: int = 
         "a2": normal(E, R, inner, size=inner**-0.5),
         "b2": normal(E, H, R, size=b_size),
     }
-    w1, w2 = normal(E, 2 * inner, H, size=H**-0.5), normal(E, H, inner, size=inner**-0.5)
+    w1 = normal(E, 2 * inner, H, size=H**-0.5)
+    w2 = normal(E, H, inner, size=inner**-0.5)
     leaves = {name: t.requires_grad_() for name, t in leaves.items()}
     return Case(spec, routing, w1, w2, leaves, normal(num_tokens, H))
 
 
 def reference(case: Case, adapters: bool) -> Tensors:
-    """The output and every gradient in float32, expert after expert: plain products and autograd, no kernel."""
+    """The output and every gradient in float32, expert after expert: plain products and autograd,
+    no kernel."""
     source = case.routing.source_M
     assert source is not None
     names = list(case.leaves) if adapters else ["x", "p"]
@@ -209,7 +238,8 @@ def _expert(mine: Tensors, w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def relative_errors(got: Tensors, want: Tensors) -> dict[str, float]:
-    """Per tensor of ``want``, the norm of the difference over the norm; NaN where there is no number."""
+    """Per tensor of ``want``, the norm of the difference over the norm; NaN where there is no
+    number."""
     return {
         name: float((got[name].float() - wanted.float()).norm() / wanted.float().norm())
         for name, wanted in want.items()
@@ -223,16 +253,29 @@ def wrong(errors: dict[str, float], dtype: torch.dtype) -> str | None:
 
 
 def sweep(
-    sizes: Sizes, tokens: Iterable[int], experts: Iterable[int], ranks: Iterable[int], routings: Iterable[RoutingKind]
+    sizes: Sizes,
+    tokens: Iterable[int],
+    experts: Iterable[int],
+    ranks: Iterable[int],
+    routings: Iterable[RoutingKind],
 ) -> list[Spec]:
-    """Every combination; those closest to 8k tokens, rank 16 and balanced first, since time may run out."""
-    specs = [Spec(sizes, t, e, r, kind) for t in tokens for e in experts for r in ranks for kind in routings]
+    """Every combination; those closest to 8k tokens, rank 16 and balanced first, since time may run
+    out."""
+    specs = [
+        Spec(sizes, t, e, r, kind)
+        for t in tokens
+        for e in experts
+        for r in ranks
+        for kind in routings
+    ]
     return sorted(specs, key=_unusual)
 
 
 def _unusual(spec: Spec) -> tuple[int, int]:
     usual = Spec(spec.sizes, 8192, spec.experts, 16, "balanced")
-    differences = sum(getattr(spec, name) != getattr(usual, name) for name in ("tokens", "rank", "routing"))
+    differences = sum(
+        getattr(spec, name) != getattr(usual, name) for name in ("tokens", "rank", "routing")
+    )
     return differences, ROUTINGS.index(spec.routing)
 
 

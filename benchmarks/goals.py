@@ -1,4 +1,5 @@
-"""The goals for the kernels, what was measured against them, and where torch's grouped GEMM overtakes Triton."""
+"""The goals for the kernels, what was measured against them, and where torch's grouped GEMM
+overtakes Triton."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from benchmarks.gpu_timing import number, table
 from benchmarks.linear_case import PEFT_GB, PEFT_MS, LinearCase, LinearSpec
 
 OURS = ("ours auto", "ours auto, gate+up")
-"""One adapter on gate_up, as others have it and the goals suppose; and one each on gate and up, as megalora trains."""
+"""One adapter on gate_up, as others have it and the goals suppose; and one each on gate and up, as
+megalora trains."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ LOOP = Goal("times faster than a loop over experts", 5.0, 7.0, at_least=True)
 BASE = Goal("TFLOP/s of the base's GEMM", 550, 550, at_least=True)
 CHOICE = Goal("auto over the fastest back end", 1.10, 1.03)
 QUACK = Goal("times faster than torch's grouped_mm: quack", 1.10, 1.10, at_least=True)
-"""From here on it is worth being the base behind the same function. No verdict where it is not installed."""
+"""From here on it is worth being the base behind the same function. No verdict where it is not
+installed."""
 PEFT_TIME = Goal("ms in PEFT's case (2.56 on its H100)", PEFT_MS, PEFT_MS)
 PEFT_MEMORY = Goal("GB in PEFT's case", PEFT_GB, PEFT_GB)
 PEFT_SPEED = Goal("times faster than PEFT's merge", 1.0, 2.0, at_least=True)
@@ -61,7 +64,8 @@ def of_layer(spec: Spec, rows: Sequence[Row]) -> list[Verdict]:
         return []
     found = []
     for arm in OURS:
-        row, label = find(rows, arm), spec.label + ("" if arm == OURS[0] else ", gate+up")
+        row = find(rows, arm)
+        label = spec.label + ("" if arm == OURS[0] else ", gate+up")
         found.append(Verdict.of(FORWARD, label, row and row.ratio_forward))
         found.append(Verdict.of(TRAIN, label, row and row.ratio_train))
     found.append(Verdict.of(SPLIT, spec.label, faster(rows, OURS[0], "split eager")))
@@ -74,18 +78,24 @@ def of_layer(spec: Spec, rows: Sequence[Row]) -> list[Verdict]:
 def of_quack(label: str, rows: Sequence[Row]) -> list[Verdict]:
     """The better of its tiles against torch's GEMM, everything around it being ours in both."""
     ran = [row.arm for row in rows if row.arm.startswith("quack") and row.train is not None]
-    speeds = [speed for arm in ran if (speed := faster(rows, arm, "ours grouped_mm joined")) is not None]
+    speeds = [
+        speed for arm in ran if (speed := faster(rows, arm, "ours grouped_mm joined")) is not None
+    ]
     return [Verdict.of(QUACK, label, max(speeds))] if speeds else []
 
 
 def _over_fastest(rows: Sequence[Row]) -> float | None:
     """What the automatic choice costs beside the best of the back ends with the same adapters."""
-    speeds = [faster(rows, name, OURS[0]) for name in ("ours triton", "ours grouped_mm joined", "ours grouped_mm")]
+    speeds = [
+        faster(rows, name, OURS[0])
+        for name in ("ours triton", "ours grouped_mm joined", "ours grouped_mm")
+    ]
     return max((speed for speed in speeds if speed is not None), default=None)
 
 
 def of_linear(spec: LinearSpec, rows: Sequence[Row]) -> list[Verdict]:
-    """For the single linear: LoRA's cost with nothing around it; the base's speed with few experts, as under EP 8."""
+    """For the single linear: LoRA's cost with nothing around it; the base's speed with few experts,
+    as under EP 8."""
     row = find(rows, OURS[0])
     found = (
         []
@@ -97,14 +107,18 @@ def of_linear(spec: LinearSpec, rows: Sequence[Row]) -> list[Verdict]:
         ]
     )
     if spec.experts == 16:
-        rates = [r.tflops_forward for r in rows if r.kind == "base" and r.tflops_forward is not None]
+        rates = [
+            r.tflops_forward for r in rows if r.kind == "base" and r.tflops_forward is not None
+        ]
         found.append(Verdict.of(BASE, spec.label, max(rates, default=None)))
     return found + of_quack(spec.label, rows)
 
 
 def of_peft_case(case: LinearCase, rows: Sequence[Row]) -> list[Verdict]:
-    """Against the numbers that PEFT published, and against its way in this run. Memory counts the operands too."""
-    row, label = find(rows, OURS[0]), case.spec.label
+    """Against the numbers that PEFT published, and against its way in this run. Memory counts the
+    operands too."""
+    row = find(rows, OURS[0])
+    label = case.spec.label
     tensors = (case.w, case.dout, *case.leaves.values())
     operands = sum(t.numel() * t.element_size() for t in tensors)
     peak = row.peak_bytes if row else None
@@ -118,7 +132,9 @@ def of_peft_case(case: LinearCase, rows: Sequence[Row]) -> list[Verdict]:
 
 def show_verdicts(verdicts: Iterable[Verdict]) -> str:
     header = ("goal", "case", "measured", "must", "good", "verdict")
-    return table(header, [(v.goal, v.case, number(v.value), v.must, v.good, v.verdict) for v in verdicts])
+    return table(
+        header, [(v.goal, v.case, number(v.value), v.must, v.good, v.verdict) for v in verdicts]
+    )
 
 
 @dataclass(frozen=True)
@@ -138,10 +154,15 @@ class Crossing:
 
 
 def vendor_rows(points: Iterable[Crossing]) -> int | None:
-    """The fewest rows per expert from which on grouped_mm was never slower; None: there are none."""
+    """The fewest rows per expert from which on grouped_mm was never slower; None: there are
+    none."""
     found = None
     for point in sorted(points, key=lambda p: (-p.rows, p.experts)):
-        if point.triton_ms is None or point.grouped_mm_ms is None or point.grouped_mm_ms > point.triton_ms:
+        if (
+            point.triton_ms is None
+            or point.grouped_mm_ms is None
+            or point.grouped_mm_ms > point.triton_ms
+        ):
             break
         found = point.rows
     return found
@@ -151,9 +172,11 @@ def show_crossing(points: Sequence[Crossing]) -> str:
     header = ("experts", "rows per expert", "triton ms", "grouped_mm joined ms")
     lines = [(p.experts, p.rows, number(p.triton_ms), number(p.grouped_mm_ms)) for p in points]
     named = [
-        f"{e} experts: {vendor_rows(p for p in points if p.experts == e)}" for e in sorted({p.experts for p in points})
+        f"{e} experts: {vendor_rows(p for p in points if p.experts == e)}"
+        for e in sorted({p.experts for p in points})
     ]
     return (
         table(header, lines)
-        + f"\ngrouped_mm from these rows per expert on, by these times: {'; '.join(named)} (None: Triton throughout)"
+        + f"\ngrouped_mm from these rows per expert on, by these times: {'; '.join(named)} (None:"
+        " Triton throughout)"
     )

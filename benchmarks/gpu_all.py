@@ -39,7 +39,9 @@ LEAST_S = 15
 """No step is started with less: importing torch alone takes a third of it."""
 
 
-def run_steps(machine: Machine, record: Record, steps: Sequence[Step], seconds: float, archive: Path | None) -> None:
+def run_steps(
+    machine: Machine, record: Record, steps: Sequence[Step], seconds: float, archive: Path | None
+) -> None:
     """Run steps within ``seconds``; note each outcome, and pack the archive, as soon as it is
     there."""
     start = time.monotonic()
@@ -63,14 +65,18 @@ def run_step(machine: Machine, step: Step, record: Record, left_s: float) -> Out
     if left_s < needs_s:
         if before.calls:
             return before  # what earlier calls found of it still holds
-        return Outcome("not reached", f"{max(0.0, left_s):.0f} s were left of the {needs_s:g} that it needs")
+        return Outcome(
+            "not reached", f"{max(0.0, left_s):.0f} s were left of the {needs_s:g} that it needs"
+        )
     if not before.calls:
         # Of another run, such as one whose results were committed.
         (machine.results / step.result).unlink(missing_ok=True)
         machine.log_of(step).unlink(missing_ok=True)
     print(f"== {step.name} (at most {left_s:.0f} s): {step.shows}", flush=True)
     # Where this call is ended in the middle, the next one goes on with what the step has written.
-    record.put(step.name, Outcome("stopped", "the call was ended while it ran", calls=before.calls + 1))
+    record.put(
+        step.name, Outcome("stopped", "the call was ended while it ran", calls=before.calls + 1)
+    )
     outcome = machine.run(step, left_s)
     outcome.calls = before.calls + 1
     return outcome
@@ -141,7 +147,9 @@ def measure(args: argparse.Namespace) -> int:
     python = os.environ.get("PYTHON") or sys.executable
     if not args.seconds >= LEAST_S + RESERVE_S:
         least = LEAST_S + RESERVE_S
-        raise ValueError(f"--seconds {args.seconds:g} is too little for any step; give {least} or more")
+        raise ValueError(
+            f"--seconds {args.seconds:g} is too little for any step; give {least} or more"
+        )
     again = named(args.again) if args.again else []
     # A step that is to begin anew is asked for, whether it is among the others or not.
     steps = named([*args.steps, *args.again]) if args.steps else named([])

@@ -39,7 +39,8 @@ if found.get("torch"):
     found["gpu"] = torch.cuda.is_available()
 print(json.dumps(found))
 """
-"""Which modules there are, whether torch finds a GPU, and whether Triton can interpret loops (before
+"""Which modules there are, whether torch finds a GPU, and whether Triton can interpret loops
+(before
 3.7 it turns arrays of one number into integers, which NumPy refuses from 2.4 on): in a process of
 its own, for this one needs no torch."""
 
@@ -86,11 +87,16 @@ class Machine:
         if step.after and not (self.results / step.after).is_file():
             return f"{step.after} is not there"
         absent = [name for name in step.modules if not self.modules.get(name)]
-        return f"no module {', '.join(absent)}: benchmarks/README.md says what to bring" if absent else ""
+        return (
+            f"no module {', '.join(absent)}: benchmarks/README.md says what to bring"
+            if absent
+            else ""
+        )
 
     def run(self, step: Step, limit_s: float) -> Outcome:
         """Run a step's program for at most ``limit_s`` and say what became of it."""
-        begun, cpu_begun = time.monotonic(), cpu_of_children()
+        begun = time.monotonic()
+        cpu_begun = cpu_of_children()
         log = self.log_of(step)
         budget_s = max(1.0, limit_s - step.margin_s)
         command = [self.python, *command_of(step, self.results, budget_s, self.dry)]
@@ -141,7 +147,9 @@ def _wait(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
     except subprocess.TimeoutExpired:
         _end(process)
         return None
-    except BaseException:  # ended itself, as by Ctrl-C, which does not reach the program's own session
+    except (
+        BaseException
+    ):  # ended itself, as by Ctrl-C, which does not reach the program's own session
         _end(process)
         raise
 
@@ -186,7 +194,10 @@ def probe(python: str, site: Path) -> dict[str, bool]:
     names = ["torch", "triton", *sorted({name for step in STEPS for name in step.modules})]
     path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [python, "-c", PROBE, *names], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+        [python, "-c", PROBE, *names],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -199,10 +210,13 @@ def check_machine(modules: dict[str, bool], python: str, dry: bool) -> None:
     if not modules.get("torch"):
         raise ValueError(f"{python} has no torch; PYTHON names another interpreter")
     if not modules.get("gpu") and not dry:
-        raise ValueError(f"torch of {python} finds no CUDA device; --dry tries the same path on a CPU")
+        raise ValueError(
+            f"torch of {python} finds no CUDA device; --dry tries the same path on a CPU"
+        )
     if dry and not modules.get("interpreter", True):
         print(
-            "gpu_all.sh: Triton before 3.7 cannot interpret kernels beside NumPy 2.4 and later: steps with "
-            "kernels will fail in this dry run (on a GPU they do not interpret any)",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            "gpu_all.sh: Triton before 3.7 cannot interpret kernels beside NumPy 2.4 and later:"
+            " steps with kernels will fail in this dry run (on a GPU they do not interpret any)",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -59,18 +59,23 @@ class Record:
         """Take over what an earlier call noted, unless it is too old."""
         try:
             content = json.loads(self.path.read_text())
-            was_dry, steps = bool(content["dry"]), content["steps"]
+            was_dry = bool(content["dry"])
+            steps = content["steps"]
             begun = datetime.fromisoformat(content["begun"])
             age = self.begun - begun
             found = {name: Outcome(**outcome) for name, outcome in steps.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path} is not a record of earlier calls ({error!r}); move it away") from None
+            raise ValueError(
+                f"{self.path} is not a record of earlier calls ({error!r}); move it away"
+            ) from None
         if age > FRESH:
             print(f"{self.path} was begun on {begun:%Y-%m-%d}: beginning anew", flush=True)
             return
         if was_dry != self.dry:
             kind = "a dry run" if was_dry else "a run on a GPU"
-            raise ValueError(f"{self.path.parent} holds the results of {kind}; choose another folder with --out")
+            raise ValueError(
+                f"{self.path.parent} holds the results of {kind}; choose another folder with --out"
+            )
         self.begun = begun
         self.outcomes.update(found)
 

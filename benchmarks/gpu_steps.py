@@ -14,7 +14,9 @@ MEGATRON = ("megatron.core", "megatron.bridge", "omegaconf")
 where they are not."""
 TESTS = (*MEGATRON, "pytest", "hypothesis", "matplotlib")
 """What programs need that import tests/conftest.py."""
-RESULTS, OUT, BUDGET = "{results}", "{out}", "{budget}"
+RESULTS = "{results}"
+OUT = "{out}"
+BUDGET = "{budget}"
 """Stand in a command for the folder of all results, the step's own JSON, and the seconds that its
 program may take."""
 
@@ -84,7 +86,8 @@ STEPS = (
         after="gpu_tuned.json",
     ),
     Step(
-        "model", 80, "a 30B-shaped model: tokens/s, launches, waits, gaps, memory beside the planner's",
+        "model", 80,
+        "a 30B-shaped model: tokens/s, launches, waits, gaps, memory beside the planner's",
         "gpu_model.json", program("bench_train_gpu"), environment=TUNED,
     ),
     Step(
@@ -100,12 +103,14 @@ STEPS = (
         "gpu_calibration.json",
         ("-m", "megalora.bench.calibrate", OUT, "--budget-seconds", BUDGET),
         dry=("-m", "megalora.bench.calibrate", OUT, "--budget-seconds", "1"), modules=MEGATRON,
-        interpreted=False, margin_s=32, least_s=30,  # its budget is for measuring alone, and it writes at its end
+        # its budget is for measuring alone, and it writes at its end
+        interpreted=False, margin_s=32, least_s=30,
     ),
     Step(
         "layouts", 5, "megalora bench: recomputation and microbatches beside the planner",
         "gpu_layouts.json", program("layouts"), environment=TUNED, modules=MEGATRON,
-        interpreted=False, least_s=75,  # a layout takes a minute: in what others leave over, or named
+        # a layout takes a minute: in what others leave over, or named
+        interpreted=False, least_s=75,
     ),
     Step(
         "all-tests", 300, "every test in tests/gpu",

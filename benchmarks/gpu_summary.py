@@ -18,8 +18,10 @@ from benchmarks.gpu_timing import number, table
 
 NOT_YET = "not yet measured on a GPU"
 GIB = 2**30
-KERNELS, TUNED = "gpu_kernels.json", "gpu_kernels_tuned.json"
-WIDEST_NAME, WIDEST = 110, 70
+KERNELS = "gpu_kernels.json"
+TUNED = "gpu_kernels_tuned.json"
+WIDEST_NAME = 110
+WIDEST = 70
 """Characters of a row's first cell, and of its others, in the table."""
 Records = dict[str, dict[str, Any]]
 
@@ -38,7 +40,9 @@ def by_how_much(goal: Goal, value: float) -> str:
     """Return how far a value is on either side of what the goal asks for, in percent of that."""
     better = value / goal.must - 1 if goal.at_least else 1 - value / goal.must
     if goal is QUACK:
-        return f"{'worth' if better >= 0 else 'not worth'} being the base: {value:.2f} times as fast"
+        return (
+            f"{'worth' if better >= 0 else 'not worth'} being the base: {value:.2f} times as fast"
+        )
     if better >= 0:
         reached = value >= goal.good if goal.at_least else value <= goal.good
         return f"met{', good' if reached else ''}: by {100 * better:.0f} %"
@@ -58,7 +62,8 @@ def of_goals(records: Records) -> list[Line]:
         if not cases:
             lines.append(Line(goal.name, "-", limits_of(goal), NOT_YET))
         for case, values in cases:
-            before, after = values.get(KERNELS), values.get(TUNED)
+            before = values.get(KERNELS)
+            after = values.get(TUNED)
             last = before if after is None else after
             verdict = NOT_YET if last is None else by_how_much(goal, last)
             measured = f"{number(before)}, tuned {number(after)}"
@@ -79,7 +84,11 @@ def of_kernels(record: dict[str, Any]) -> list[Line]:
 def failures_of(what: str, failures: Iterable[str], not_reached: list[str]) -> list[Line]:
     lines = [Line(f"{what}: {failure}", "-", "", "FAILED") for failure in failures]
     if not_reached:
-        lines.append(Line(f"{what}: {len(not_reached)} cases, first {not_reached[0]}", "-", "", "not reached"))
+        lines.append(
+            Line(
+                f"{what}: {len(not_reached)} cases, first {not_reached[0]}", "-", "", "not reached"
+            )
+        )
     return lines
 
 
@@ -87,8 +96,18 @@ def of_tests(record: dict[str, Any]) -> list[Line]:
     outcomes = [row["outcome"] for row in record["rows"]]
     passed = outcomes.count("passed")
     skipped = [row for row in record["rows"] if row["outcome"] == "skipped"]
-    lines = [Line("tests", f"{passed} passed", f"{len(skipped)} skipped", "FAILED" if record["failures"] else "ok")]
-    lines += [Line(f"tests: {row['test'].rpartition('::')[2]}", "-", row["why"], "skipped") for row in skipped]
+    lines = [
+        Line(
+            "tests",
+            f"{passed} passed",
+            f"{len(skipped)} skipped",
+            "FAILED" if record["failures"] else "ok",
+        )
+    ]
+    lines += [
+        Line(f"tests: {row['test'].rpartition('::')[2]}", "-", row["why"], "skipped")
+        for row in skipped
+    ]
     return lines + failures_of("tests", record["failures"], record["not_reached"])
 
 
@@ -98,7 +117,14 @@ def of_anchors(record: dict[str, Any]) -> list[Line]:
         expected = row["expected"]
         span = f"expected {expected['low']:.4g} to {expected['high']:.4g}" if expected else ""
         verdict = f"FAILED: {row['status']}" if row["verdict"] == "FAILED" else row["verdict"]
-        lines.append(Line(f"anchor: {row['anchor']}", f"{number(row['value'], 2)} {row['unit']}", span, verdict))
+        lines.append(
+            Line(
+                f"anchor: {row['anchor']}",
+                f"{number(row['value'], 2)} {row['unit']}",
+                span,
+                verdict,
+            )
+        )
     return lines + failures_of("anchor", [], record["not_reached"])
 
 
@@ -143,13 +169,20 @@ def of_profile(name: str, profile: dict[str, Any]) -> list[Line]:
     if "problem" in profile:
         return [Line(f"{name}: profile", "-", "", profile["problem"])]
     phases = profile["phases"]
-    launches = f"{phases['forward']['per_layer']} forward, {phases['backward']['per_layer']} backward"
+    launches = (
+        f"{phases['forward']['per_layer']} forward, {phases['backward']['per_layer']} backward"
+    )
     idle = profile["idle_share"]
     waits = sum(wait["count"] for wait in profile["waits"].values())
     where = sorted({place for wait in profile["waits"].values() for place in wait["in"]})
     lines = [
         Line(f"{name}: kernels of a layer", launches, "", NOT_YET if idle is None else ""),
-        Line(f"{name}: waits of the host in a step", f"{waits:g}", "none at EP 1", "FAILED" if waits else "ok"),
+        Line(
+            f"{name}: waits of the host in a step",
+            f"{waits:g}",
+            "none at EP 1",
+            "FAILED" if waits else "ok",
+        ),
     ]
     if idle is not None:
         gaps = f"{profile['notable_gaps']:g} gaps of 10 us and more, under the profiler"
@@ -163,12 +196,15 @@ def of_profile(name: str, profile: dict[str, Any]) -> list[Line]:
 
 def of_planned(name: str, row: dict[str, Any]) -> list[Line]:
     """The planner's errors, in percent of what was measured."""
-    said, errors = row["planned"], row["error_percent"]
+    said = row["planned"]
+    errors = row["error_percent"]
     lines = []
     for what, unit, scale in (("peak_bytes", "GiB", GIB), ("step_ms", "ms", 1.0)):
         measured = "-" if row[what] is None else f"{row[what] / scale:.1f} {unit}"
         predicted = f"predicted {said[what] / scale:.1f} {unit}"
-        lines.append(Line(f"planner: {name}: {what}", measured, predicted, error_text(errors[what])))
+        lines.append(
+            Line(f"planner: {name}: {what}", measured, predicted, error_text(errors[what]))
+        )
     return lines
 
 
@@ -180,7 +216,9 @@ def of_peers(record: dict[str, Any]) -> list[Line]:
     """Tokens per second of each arm, and how many times as long as megalora's its step takes."""
     lines = []
     for case in record["cases"]:
-        lines += [Line(f"peers, {case['shape']}: {text}", "-", "", "FAILED") for text in case["wrong"]]
+        lines += [
+            Line(f"peers, {case['shape']}: {text}", "-", "", "FAILED") for text in case["wrong"]
+        ]
         for row in case["rows"]:
             name = f"peers, {case['shape']}: {row['arm']}"
             if row["status"] != "ok" or "over_megalora" not in row:
@@ -188,7 +226,11 @@ def of_peers(record: dict[str, Any]) -> list[Line]:
                 continue
             times = f"{row['over_megalora']['step']['median']:.2f} times megalora's step"
             milliseconds = row.get("step_ms")
-            speed = "" if milliseconds is None else f"{1e3 * case['tokens'] / milliseconds['median']:.0f} tokens/s"
+            speed = (
+                ""
+                if milliseconds is None
+                else f"{1e3 * case['tokens'] / milliseconds['median']:.0f} tokens/s"
+            )
             memory = f"{row['peak_bytes'] / GIB:.2f} GiB"
             lines.append(Line(name, times, ", ".join(filter(None, (speed, memory))), "ok"))
     return lines
@@ -202,8 +244,12 @@ def of_shared(record: dict[str, Any]) -> list[Line]:
             lines.append(Line(name, "-", row["failed"].strip().splitlines()[-1][:100], "FAILED"))
             continue
         values = f"loss {row['loss']:.0e}, gradient {row['gradient']:.0e}"
-        lines.append(Line(name, values, ", ".join(row["exceeded"]), "FAILED" if row["exceeded"] else "pass"))
-    return lines + [Line(f"shared: {name}", "-", "", "not reached") for name in record["not_reached"]]
+        lines.append(
+            Line(name, values, ", ".join(row["exceeded"]), "FAILED" if row["exceeded"] else "pass")
+        )
+    return lines + [
+        Line(f"shared: {name}", "-", "", "not reached") for name in record["not_reached"]
+    ]
 
 
 def of_calibration(record: dict[str, Any]) -> list[Line]:
@@ -224,7 +270,9 @@ def of_layouts(record: dict[str, Any]) -> list[Line]:
         lines.append(Line(name, speed, "", row["status"]))
         for what, percent in row["error_percent"].items():
             lines.append(Line(f"planner: {name}: {what}", "", "", error_text(percent)))
-    return lines + [Line(f"layout: {name}", "-", "", "not reached") for name in record["not_reached"]]
+    return lines + [
+        Line(f"layout: {name}", "-", "", "not reached") for name in record["not_reached"]
+    ]
 
 
 def of_steps(record: dict[str, Any]) -> list[Line]:
@@ -235,9 +283,12 @@ def of_steps(record: dict[str, Any]) -> list[Line]:
 
 
 READERS: dict[str, Callable[[dict[str, Any]], list[Line]]] = {
-    "gpu_tests.json": of_tests, "gpu_anchors.json": of_anchors, KERNELS: of_kernels, "gpu_tuned.json": of_tune,
-    TUNED: of_kernels, "gpu_model.json": of_model, "gpu_peers.json": of_peers, "gpu_shared.json": of_shared,
-    "gpu_calibration.json": of_calibration, "gpu_layouts.json": of_layouts, "gpu_all.json": of_steps,
+    "gpu_tests.json": of_tests, "gpu_anchors.json": of_anchors, KERNELS: of_kernels,
+    "gpu_tuned.json": of_tune,
+    TUNED: of_kernels, "gpu_model.json": of_model, "gpu_peers.json": of_peers,
+    "gpu_shared.json": of_shared,
+    "gpu_calibration.json": of_calibration, "gpu_layouts.json": of_layouts,
+    "gpu_all.json": of_steps,
 }  # fmt: skip
 
 
@@ -248,7 +299,10 @@ def show(lines: Iterable[Line]) -> str:
     for line in lines:
         fits = len(line.what) <= WIDEST_NAME and max(map(len, line[1:])) <= WIDEST
         (rows if fits else long).append(line)
-    said = (" | ".join(cell for cell in (line.verdict, *line[:3]) if cell not in ("", "-")) for line in long)
+    said = (
+        " | ".join(cell for cell in (line.verdict, *line[:3]) if cell not in ("", "-"))
+        for line in long
+    )
     return "\n".join([table(("what", "measured", "beside", "verdict"), rows), *said])
 
 
@@ -260,8 +314,11 @@ def read(folder: Path) -> tuple[Records, list[Line], list[str]]:
     for name, reader in READERS.items():
         path = folder / name
         if not path.is_file():
-            if name not in (KERNELS, TUNED, "gpu_all.json"):  # goals without a value say so one by one
-                lines.append(Line(name.removeprefix("gpu_").removesuffix(".json"), "-", "", NOT_YET))
+            # goals without a value say so one by one
+            if name not in (KERNELS, TUNED, "gpu_all.json"):
+                lines.append(
+                    Line(name.removeprefix("gpu_").removesuffix(".json"), "-", "", NOT_YET)
+                )
             continue
         try:
             record = json.loads(path.read_text())
@@ -285,7 +342,9 @@ def main(given: list[str] | None = None) -> int:
     lines = of_goals(records) + lines
     devices = sorted({record["device"] for record in records.values() if "device" in record})
     print(", ".join(devices) or "nothing was measured")
-    if any(record.get("dry") or record.get("settings", {}).get("dry") for record in records.values()):
+    if any(
+        record.get("dry") or record.get("settings", {}).get("dry") for record in records.values()
+    ):
         print("a dry run: times, ratios and errors mean nothing")
     print(show(lines))
     for text in refused:

@@ -23,9 +23,11 @@ import pytest
 from benchmarks.gpu_timing import Budget, earlier, save, the_gpu
 
 ROOT = Path(__file__).parents[1]
-STEP, KERNELS = "tests/gpu/test_step_on_gpu.py", "tests/gpu/test_kernels_on_gpu.py"
+STEP = "tests/gpu/test_step_on_gpu.py"
+KERNELS = "tests/gpu/test_kernels_on_gpu.py"
 CHOICE = f"{Path(STEP).stem} or nothing_waits or (agree and float64 and bfloat16)"
-DEADLINE, PASSED = "MEGALORA_TESTS_DEADLINE", "MEGALORA_TESTS_PASSED"
+DEADLINE = "MEGALORA_TESTS_DEADLINE"
+PASSED = "MEGALORA_TESTS_PASSED"
 """Seconds of the clock after which no test is begun, and names of tests that an earlier call saw
 pass: in the environment, for the processes of pytest-xdist too."""
 OUT_OF_TIME = "out of time"
@@ -51,7 +53,9 @@ class Results:
     """A plug-in that writes what became of every test as soon as it is known."""
 
     def __init__(self, out: Path, device: Any, settings: dict[str, Any]) -> None:
-        self.out, self.device, self.settings = out, device, settings
+        self.out = out
+        self.device = device
+        self.settings = settings
         record = earlier(out, "gpu_tests", device, settings) or {"rows": []}
         self.rows = [row for row in record["rows"] if row["outcome"] == "passed"]
         self.passed = [row["test"] for row in self.rows]
@@ -68,12 +72,19 @@ class Results:
         if why == OUT_OF_TIME:
             self.not_reached.append(report.nodeid)
         else:
-            row = {"test": report.nodeid, "outcome": report.outcome, "why": why, "seconds": round(report.duration, 2)}
+            row = {
+                "test": report.nodeid,
+                "outcome": report.outcome,
+                "why": why,
+                "seconds": round(report.duration, 2),
+            }
             self.rows.append(row)
         self.write()
 
     def write(self) -> None:
-        failures = [f"{row['test']}: {row['why']}" for row in self.rows if row["outcome"] == "failed"]
+        failures = [
+            f"{row['test']}: {row['why']}" for row in self.rows if row["outcome"] == "failed"
+        ]
         save(
             self.out, "gpu_tests", self.device, settings=self.settings, rows=self.rows,
             not_reached=self.not_reached, failures=failures,
@@ -92,7 +103,9 @@ def words_for(dry: bool, everything: bool) -> list[str]:
 
 
 def main(given: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--budget-seconds", type=float, default=60)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_tests.json"))
     parser.add_argument("--all", action="store_true", help="every test in tests/gpu")

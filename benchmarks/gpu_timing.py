@@ -1,7 +1,9 @@
-"""Times on a GPU, and the record that goes with them. Needs torch alone, so it runs where Megatron is not installed.
+"""Times on a GPU, and the record that goes with them. Needs torch alone, so it runs where Megatron
+is not installed.
 
-A sample: empty the L2 cache, let the host run ahead of the device, then two events around the call. Calls are
-interleaved and their order turned round every other round, so that clocks and neighbours hit all of them alike.
+A sample: empty the L2 cache, let the host run ahead of the device, then two events around the call.
+Calls are interleaved and their order turned round every other round, so that clocks and neighbours
+hit all of them alike.
 """
 
 import argparse
@@ -20,11 +22,21 @@ import torch
 
 from megalora.bench.versions import commit, installed
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "megatron-core", "megatron-bridge", "unsloth", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "megatron-core",
+    "megatron-bridge",
+    "unsloth",
+    "numpy",
+)
 FLUSH_BYTES = 256 * 2**20
 """Five times the L2 of an H100 (50 MB), four times that of an H200 (60 MB)."""
 HEAD_START_CYCLES = 2_000_000
-"""About a millisecond. In a training step the host is layers ahead of the device; so it is here, if no call waits."""
+"""About a millisecond. In a training step the host is layers ahead of the device; so it is here, if
+no call waits."""
 STARTED = "MEGALORA_BENCHMARK_STARTED"
 """When gpu_all.sh started this script, in seconds of the clock."""
 FRESH = timedelta(hours=12)
@@ -44,7 +56,11 @@ class Stats:
 
     @classmethod
     def of(cls, samples_ms: Sequence[float], host_ms: Sequence[float]) -> "Stats":
-        tenths = statistics.quantiles(samples_ms, n=10, method="inclusive") if len(samples_ms) > 1 else samples_ms
+        tenths = (
+            statistics.quantiles(samples_ms, n=10, method="inclusive")
+            if len(samples_ms) > 1
+            else samples_ms
+        )
         return cls(statistics.median(samples_ms), tenths[0], tenths[-1], statistics.median(host_ms))
 
     def __str__(self) -> str:
@@ -89,7 +105,10 @@ class _HostWatch:
 
 
 def measure(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, repeats: int = 20, warmup: int = 3
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int = 20,
+    warmup: int = 3,
 ) -> dict[str, Stats]:
     """Every call ``repeats`` times, interleaved, after ``warmup`` rounds that do not count."""
     samples = sample(calls, device, repeats, warmup)
@@ -111,7 +130,8 @@ def sample(
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Device memory that a call allocates at its highest, on top of what is there before it; None on a CPU."""
+    """Device memory that a call allocates at its highest, on top of what is there before it; None
+    on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -124,7 +144,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 class Budget:
-    """Seconds that a script may take, from its start: from the moment that gpu_all.sh noted, else from now.
+    """Seconds that a script may take, from its start: from the moment that gpu_all.sh noted, else
+    from now.
 
     Importing what a script needs takes up to 15 seconds, and is over before it can make a budget.
     """
@@ -145,7 +166,8 @@ class Budget:
 
 
 def the_gpu(parser: argparse.ArgumentParser, dry: bool = False) -> torch.device:
-    """Return the device to measure on, the CPU in a dry run; leave with one line and exit code 2 where there is no GPU."""
+    """Return the device to measure on, the CPU in a dry run; leave with one line and exit code 2
+    where there is no GPU."""
     if dry:
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -157,7 +179,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Where a number was measured. Null: not installed, or not known here."""
     found: dict[str, Any] = {
         "device": f"CPU ({platform.machine()})",
-        "versions": {**{package: installed(package) for package in PACKAGES}, "torch": torch.__version__},
+        "versions": {
+            **{package: installed(package) for package in PACKAGES},
+            "torch": torch.__version__,
+        },
         "cuda": torch.version.cuda,
         "commit": commit(),
         "python": platform.python_version(),
@@ -165,8 +190,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         l2_bytes = getattr(card, "L2_cache_size", None)
-        found |= {"device": card.name, "processors": card.multi_processor_count, "memory_bytes": card.total_memory}
-        found |= {"l2_bytes": l2_bytes, "capability": list(torch.cuda.get_device_capability(device))}
+        found |= {
+            "device": card.name,
+            "processors": card.multi_processor_count,
+            "memory_bytes": card.total_memory,
+        }
+        found |= {
+            "l2_bytes": l2_bytes,
+            "capability": list(torch.cuda.get_device_capability(device)),
+        }
     return found
 
 
@@ -180,11 +212,15 @@ def save(path: Path, benchmark: str, device: torch.device, **content: Any) -> No
     part.replace(path)
 
 
-def earlier(path: Path, benchmark: str, device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the record that an earlier call left at ``path`` for a second one to continue; None where there is none.
+def earlier(
+    path: Path, benchmark: str, device: torch.device, settings: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return the record that an earlier call left at ``path`` for a second one to continue; None
+    where there is none.
 
-    A record of another device, other versions, another commit, other settings or another day is not continued: the
-    call begins anew and says so. ``settings`` are those that were given to ``save`` under that name.
+    A record of another device, other versions, another commit, other settings or another day is not
+    continued: the call begins anew and says so. ``settings`` are those that were given to ``save``
+    under that name.
 
     Raises:
         ValueError: the file is no record of this benchmark, so it must not be overwritten.
@@ -194,17 +230,23 @@ def earlier(path: Path, benchmark: str, device: torch.device, settings: Mapping[
     try:
         record = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); move it away, or name another --out") from None
+        raise ValueError(
+            f"{path} is not JSON ({error}); move it away, or name another --out"
+        ) from None
     found = record.get("benchmark") if isinstance(record, dict) else None
     if found != benchmark:
-        raise ValueError(f"{path} is a record of {found!r}, not of {benchmark!r}; name another --out")
+        raise ValueError(
+            f"{path} is a record of {found!r}, not of {benchmark!r}; name another --out"
+        )
     # As JSON has them: tuples have become lists.
     now = json.loads(json.dumps({**environment(device), "settings": settings}))
     other = [name for name, value in now.items() if record.get(name) != value]
     try:
         age = datetime.now(UTC) - datetime.fromisoformat(record["when"])
     except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} does not say when it was measured ({error!r}); move it away") from None
+        raise ValueError(
+            f"{path} does not say when it was measured ({error!r}); move it away"
+        ) from None
     if age > FRESH:  # another day's code, where no commit tells
         other.append(f"day ({record['when']})")
     if other:
@@ -219,7 +261,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in cells
     )

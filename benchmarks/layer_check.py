@@ -1,10 +1,12 @@
-"""Measure the check before step 1 (``train.check_base: layer``) at the sizes of Qwen3-30B-A3B, on one rank of this host.
+"""Measure the check before step 1 (``train.check_base: layer``) at the sizes of Qwen3-30B-A3B, on
+one rank of this host.
 
-    python -m benchmarks.layer_check [--threads 1] [--runs 3] [--out benchmarks/results/layer_check.json]
+    python -m benchmarks.layer_check [--threads 1] [--runs 3] [--out
+    benchmarks/results/layer_check.json]
 
-Writes a model of one layer with random bfloat16 weights to a temporary folder (2.5 GB), loads it as a run does, and takes
-the time of the check, the largest difference it finds, and transformers' own rounding: the same layer by the same classes
-in float32 and in float64, on the same inputs.
+Writes a model of one layer with random bfloat16 weights to a temporary folder (2.5 GB), loads it as
+a run does, and takes the time of the check, the largest difference it finds, and transformers' own
+rounding: the same layer by the same classes in float32 and in float64, on the same inputs.
 """
 
 import argparse
@@ -24,7 +26,12 @@ from benchmarks.train_case import QWEN3_30B_A3B
 from megalora import host
 from megalora.bench.versions import versions
 
-BASE = {**QWEN3_30B_A3B, "num_hidden_layers": 1, "torch_dtype": "bfloat16", "architectures": ["Qwen3MoeForCausalLM"]}
+BASE = {
+    **QWEN3_30B_A3B,
+    "num_hidden_layers": 1,
+    "torch_dtype": "bfloat16",
+    "architectures": ["Qwen3MoeForCausalLM"],
+}
 
 
 def main() -> None:
@@ -36,26 +43,37 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder, host.process_group():
         record = measure(write_base(Path(folder), BASE), options.runs)
-    record |= {"threads": options.threads, "load_average": os.getloadavg()[0], "versions": versions()}
+    record |= {
+        "threads": options.threads,
+        "load_average": os.getloadavg()[0],
+        "versions": versions(),
+    }
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
 
 
 def measure(folder: Path, runs: int) -> dict[str, Any]:
-    """Load the base on one rank and check it ``runs`` times: seconds, the line it says, and transformers' own rounding."""
+    """Load the base on one rank and check it ``runs`` times: seconds, the line it says, and
+    transformers' own rounding."""
     from megalora.config import ModelConfig, ParallelConfig
     from megalora.model.build import build_model
     from megalora.model.shape import model_shape, read_hf_config
     from megalora.train.setup import parallel_groups
     from megalora.verify.layer import check_layers
 
-    parallel, dtype = ParallelConfig(), torch.bfloat16
-    seconds, cpu_seconds, line = [], [], ""
+    parallel = ParallelConfig()
+    dtype = torch.bfloat16
+    seconds = []
+    cpu_seconds = []
+    line = ""
     with parallel_groups(parallel) as groups:
         shape = model_shape(read_hf_config(folder))
-        chunks = build_model(ModelConfig(path=str(folder), dtype="bfloat16"), parallel, shape, folder)
+        chunks = build_model(
+            ModelConfig(path=str(folder), dtype="bfloat16"), parallel, shape, folder
+        )
         for _ in range(runs):
-            start, cpu_start = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
+            cpu_start = time.process_time()
             line = check_layers(chunks, groups, folder, dtype)
             seconds.append(round(time.perf_counter() - start, 2))
             cpu_seconds.append(round(time.process_time() - cpu_start, 2))
@@ -70,17 +88,19 @@ def measure(folder: Path, runs: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def rounding(folder: Path, dtype: torch.dtype) -> dict[str, float]:
-    """Largest difference of each module's output between transformers in float32 and in float64, as the check measures it.
+    """Largest difference of each module's output between transformers in float32 and in float64, as
+    the check measures it.
 
-    A token that gets another expert in float64, because two are equally good within rounding, is left out.
+    A token that gets another expert in float64, because two are equally good within rounding, is
+    left out.
     """
     from megalora.verify.records import relative_difference
 
     single, chosen = reference_records(folder, dtype, torch.float32)
     double, again = reference_records(folder, dtype, torch.float64)
-    same_T = torch.stack([(a == b).all(1) for a, b in zip(chosen, again, strict=True)] or [torch.ones(16).bool()]).all(
-        0
-    )
+    same_T = torch.stack(
+        [(a == b).all(1) for a, b in zip(chosen, again, strict=True)] or [torch.ones(16).bool()]
+    ).all(0)
     return {
         name: relative_difference(value[same_T].double(), other[same_T])
         for (name, value), (_, other) in zip(single, double, strict=True)
@@ -90,12 +110,14 @@ def rounding(folder: Path, dtype: torch.dtype) -> dict[str, float]:
 def reference_records(
     folder: Path, dtype: torch.dtype, compute: torch.dtype
 ) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
-    """What the check notes of transformers' last layer, computed in a dtype, and each token's experts for either input."""
+    """What the check notes of transformers' last layer, computed in a dtype, and each token's
+    experts for either input."""
     from megalora.verify import records as r
     from megalora.verify.reference import Reference
 
     reference = Reference(folder, dtype, compute)
-    config, number = reference.config, len(reference.layers) - 1
+    config = reference.config
+    number = len(reference.layers) - 1
     inputs = r.Inputs.make(config.vocab_size, config.hidden_size, config.max_position_embeddings)
     x_TH = inputs.x_TH.to(compute)
     cos, sin = reference.base.rotary_emb(inputs.x_TH[None], inputs.positions_T[None])
@@ -105,7 +127,9 @@ def reference_records(
     chosen: list[Tensor] = []
     if reference.experts_path(number):
         reference.load_experts(number, range(config.num_experts))
-        reference.experts.register_forward_pre_hook(lambda module, args: chosen.append(args[1].sort(1).values))
+        reference.experts.register_forward_pre_hook(
+            lambda module, args: chosen.append(args[1].sort(1).values)
+        )
     layer: Any = reference.layers[number]
     found: r.Records = []
     with r.noted(layer, r.THEIRS, found):
@@ -116,7 +140,8 @@ def reference_records(
 
 
 def write_base(folder: Path, config: dict[str, Any]) -> Path:
-    """A Hugging Face folder with random weights N(0, 0.02), norms N(1, 0.1), one file for each layer and one for the rest."""
+    """A Hugging Face folder with random weights N(0, 0.02), norms N(1, 0.1), one file for each
+    layer and one for the rest."""
     torch.manual_seed(0)
     files = {"ends": dict(_ends(config))}
     files |= {f"layer{n}": dict(_layer(config, n)) for n in range(config["num_hidden_layers"])}
@@ -125,7 +150,9 @@ def write_base(folder: Path, config: dict[str, Any]) -> Path:
         save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, f"{file}.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     return folder
 
 
@@ -136,9 +163,18 @@ def _ends(c: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _layer(c: dict[str, Any], number: int) -> Iterator[tuple[str, Tensor]]:
-    prefix, hidden, head = f"model.layers.{number}", c["hidden_size"], c["head_dim"]
-    q, kv, inner = c["num_attention_heads"] * head, c["num_key_value_heads"] * head, c["moe_intermediate_size"]
-    for name, rows, columns in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q)):
+    prefix = f"model.layers.{number}"
+    hidden = c["hidden_size"]
+    head = c["head_dim"]
+    q = c["num_attention_heads"] * head
+    kv = c["num_key_value_heads"] * head
+    inner = c["moe_intermediate_size"]
+    for name, rows, columns in (
+        ("q", q, hidden),
+        ("k", kv, hidden),
+        ("v", kv, hidden),
+        ("o", hidden, q),
+    ):
         yield f"{prefix}.self_attn.{name}_proj.weight", _random(rows, columns)
     for name, size in (("self_attn.q_norm", head), ("self_attn.k_norm", head)):
         yield f"{prefix}.{name}.weight", _norm(size)
@@ -146,7 +182,11 @@ def _layer(c: dict[str, Any], number: int) -> Iterator[tuple[str, Tensor]]:
         yield f"{prefix}.{name}.weight", _norm(hidden)
     yield f"{prefix}.mlp.gate.weight", _random(c["num_experts"], hidden)
     for expert in range(c["num_experts"]):
-        for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+        for name, rows, columns in (
+            ("gate", inner, hidden),
+            ("up", inner, hidden),
+            ("down", hidden, inner),
+        ):
             yield f"{prefix}.mlp.experts.{expert}.{name}_proj.weight", _random(rows, columns)
 
 

@@ -49,7 +49,8 @@ GPU = Plan(
 )  # fmt: skip
 DRY = Plan(
     ROOT / "configs/bench/cpu.yaml",
-    (f"model.path={ROOT}/configs/bench/small_moe.yaml", "data.max_length=33", "train.global_batch_size=1"),
+    (f"model.path={ROOT}/configs/bench/small_moe.yaml", "data.max_length=33",
+     "train.global_batch_size=1"),
     ("micro=1",), Options(steps=1, warmup=2, weights="random"),
 )  # fmt: skip
 
@@ -86,14 +87,26 @@ def errors_of(row: Row) -> dict[str, float | None]:
 
 
 def main(given: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget-seconds", type=float, help="no layout is started that would end later")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--budget-seconds", type=float, help="no layout is started that would end later"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_layouts.json"))
-    parser.add_argument("--dry", action="store_true", help="a small model on a CPU: to try the script itself")
+    parser.add_argument(
+        "--dry", action="store_true", help="a small model on a CPU: to try the script itself"
+    )
     args = parser.parse_args(given)
-    device, budget = the_gpu(parser, args.dry), Budget(args.budget_seconds)
+    device = the_gpu(parser, args.dry)
+    budget = Budget(args.budget_seconds)
     plan = DRY if args.dry else GPU
-    settings = {"layouts": plan.layouts, "overrides": plan.overrides, "config": plan.config.name, "dry": args.dry}
+    settings = {
+        "layouts": plan.layouts,
+        "overrides": plan.overrides,
+        "config": plan.config.name,
+        "dry": args.dry,
+    }
     record = earlier(args.out, "layouts", device, settings) or {"rows": []}
     rows = [row for row in record["rows"] if row["status"].startswith(DONE)]
     done = {row["asked"] for row in rows}

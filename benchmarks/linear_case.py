@@ -1,4 +1,5 @@
-"""One grouped linear with an adapter, rows sorted by expert: LoRA's cost with no gather, SwiGLU or combine around it.
+"""One grouped linear with an adapter, rows sorted by expert: LoRA's cost with no gather, SwiGLU or
+combine around it.
 
 Shape legend: M rows sorted by expert    E experts    N outputs    K inputs    R LoRA rank
 """
@@ -38,14 +39,17 @@ class LinearSpec:
     routing: RoutingKind = "balanced"
 
     def base_flops(self) -> int:
-        """2 M N K: the frozen weights' GEMM forward; backward makes dX alone, with as many again."""
+        """2 M N K: the frozen weights' GEMM forward; backward makes dX alone, with as many
+        again."""
         return 2 * self.num_rows * self.outputs * self.inputs
 
 
 PEFT_CASE = LinearSpec("peft #3577: 128 x 768 x 2048, 4096 rows, r=16", 4096, 128, 768, 2048, 16)
-"""What huggingface/peft#3577 measured on one H100 in bfloat16, forward + backward: 2.56 ms and 1.30 GB. Its memory
-(weights, a merged copy and that copy's gradient: 1.2 GB) says that it is one parameter, and 4,096 rows."""
-PEFT_MS, PEFT_GB = 2.56, 1.30
+"""What huggingface/peft#3577 measured on one H100 in bfloat16, forward + backward: 2.56 ms and 1.30
+GB. Its memory (weights, a merged copy and that copy's gradient: 1.2 GB) says that it is one
+parameter, and 4,096 rows."""
+PEFT_MS = 2.56
+PEFT_GB = 1.30
 
 
 @dataclass(frozen=True)
@@ -61,32 +65,58 @@ class LinearCase:
     """``[M, N]``."""
 
 
-def make_linear(spec: LinearSpec, device: torch.device, dtype: torch.dtype, seed: int = 0) -> LinearCase:
-    g, counts = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
-    ends = torch.tensor(rows_per_expert(spec.routing, spec.num_rows, spec.experts, counts)).cumsum(0).int()
-    M, E, N, K, R = spec.num_rows, spec.experts, spec.outputs, spec.inputs, spec.rank
+def make_linear(
+    spec: LinearSpec, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> LinearCase:
+    g = torch.Generator(device).manual_seed(seed)
+    counts = torch.Generator().manual_seed(seed)
+    ends = (
+        torch.tensor(rows_per_expert(spec.routing, spec.num_rows, spec.experts, counts))
+        .cumsum(0)
+        .int()
+    )
+    M = spec.num_rows
+    E = spec.experts
+    N = spec.outputs
+    K = spec.inputs
+    R = spec.rank
 
     def normal(*shape: int, size: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=g, device=device, dtype=dtype).mul_(size)
 
-    leaves = {"x": normal(M, K), "a": normal(E, R, K, size=K**-0.5), "b": normal(E, N, R, size=0.5 / SCALE * R**-0.5)}
+    leaves = {
+        "x": normal(M, K),
+        "a": normal(E, R, K, size=K**-0.5),
+        "b": normal(E, N, R, size=0.5 / SCALE * R**-0.5),
+    }
     leaves = {name: t.requires_grad_() for name, t in leaves.items()}
     return LinearCase(spec, ends.to(device), normal(E, N, K, size=K**-0.5), leaves, normal(M, N))
 
 
 def linear_reference(case: LinearCase, adapters: bool) -> Tensors:
-    """The output and every gradient in float32, one expert after the other, the chain rule written out."""
+    """The output and every gradient in float32, one expert after the other, the chain rule written
+    out."""
     x, a, b = (case.leaves[name].detach() for name in ("x", "a", "b"))
-    want = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in {**case.leaves, "out": case.dout}.items()}
+    want = {
+        name: torch.zeros_like(t, dtype=torch.float32)
+        for name, t in {**case.leaves, "out": case.dout}.items()
+    }
     ends = case.offsets.tolist()
     for e, (i, j) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        xe, dy, we, ae, be = x[i:j].float(), case.dout[i:j].float(), case.w[e].float(), a[e].float(), b[e].float()
-        want["out"][i:j], want["x"][i:j] = xe @ we.T, dy @ we
+        xe = x[i:j].float()
+        dy = case.dout[i:j].float()
+        we = case.w[e].float()
+        ae = a[e].float()
+        be = b[e].float()
+        want["out"][i:j] = xe @ we.T
+        want["x"][i:j] = dy @ we
         if adapters:
-            s, ds = xe @ ae.T, SCALE * dy @ be
+            s = xe @ ae.T
+            ds = SCALE * dy @ be
             want["out"][i:j] += SCALE * s @ be.T
             want["x"][i:j] += ds @ ae
-            want["a"][e], want["b"][e] = ds.T @ xe, SCALE * dy.T @ s
+            want["a"][e] = ds.T @ xe
+            want["b"][e] = SCALE * dy.T @ s
     return want if adapters else {name: want[name] for name in ("x", "out")}
 
 
@@ -96,7 +126,9 @@ def ours_linear(case: LinearCase, backend: str | None, weight: Tensor | Joined) 
     def forward() -> Tensor:
         return grouped_lora(v["x"], weight, case.offsets, v["a"], v["b"] * SCALE, backend=backend)
 
-    return of_autograd("ours", forward, v, case.dout, waits=backend == "loop", room_bytes=room_bytes(weight))
+    return of_autograd(
+        "ours", forward, v, case.dout, waits=backend == "loop", room_bytes=room_bytes(weight)
+    )
 
 
 def linear_base(case: LinearCase, backend: str) -> Arm:
@@ -115,18 +147,26 @@ def theirs_linear(case: LinearCase, linear: Linear, **how: Any) -> Arm:
     def forward() -> Tensor:
         return linear(v["x"], case.w, v["a"], v["b"], case.offsets)
 
-    return of_autograd("theirs", forward, {"x": v["x"]} if how.get("gives") == "base" else v, case.dout, **how)
+    return of_autograd(
+        "theirs", forward, {"x": v["x"]} if how.get("gives") == "base" else v, case.dout, **how
+    )
 
 
 def dense_linear(case: LinearCase) -> Arm:
     """The same FLOPs as one dense GEMM each way."""
-    w, x = case.w[0], case.leaves["x"].detach()
-    return Arm("bound", lambda: x @ w.t(), lambda: {"out": x @ w.t(), "x": case.dout @ w}, gives=None)
+    w = case.w[0]
+    x = case.leaves["x"].detach()
+    return Arm(
+        "bound", lambda: x @ w.t(), lambda: {"out": x @ w.t(), "x": case.dout @ w}, gives=None
+    )
 
 
 def our_linear_arms(case: LinearCase) -> dict[str, Build]:
     joined = cache(lambda: Joined(case.w, case.spec.rank))
-    bases = {f"base {backend}": partial(linear_base, case, backend) for backend in ("triton", "grouped_mm", "loop")}
+    bases = {
+        f"base {backend}": partial(linear_base, case, backend)
+        for backend in ("triton", "grouped_mm", "loop")
+    }
     return bases | {
         "ours triton": lambda: ours_linear(case, "triton", case.w),
         "ours grouped_mm joined": lambda: ours_linear(case, "grouped_mm", joined()),

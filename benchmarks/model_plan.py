@@ -37,10 +37,15 @@ def planned(setup: Setup, device_name: str) -> dict[str, Any]:
     for part in found.time.parts:
         parts[part.name] = parts.get(part.name, 0.0) + 1e3 * part.seconds
     return {
-        "machine": machine.name, "basis": machine.note, "step_ms": 1e3 * found.time.seconds, "parts_ms": parts,
+        "machine": machine.name,
+        "basis": machine.note,
+        "step_ms": 1e3 * found.time.seconds,
+        "parts_ms": parts,
         "peak_bytes": found.memory.peak_bytes - found.memory[CONTEXT],
-        "memory_parts": {part.name: part.num_bytes for part in found.memory.parts if part.name != CONTEXT},
-    }  # fmt: skip
+        "memory_parts": {
+            part.name: part.num_bytes for part in found.memory.parts if part.name != CONTEXT
+        },
+    }
 
 
 def error_percent(predicted: float, measured: float | None) -> float | None:

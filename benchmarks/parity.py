@@ -1,11 +1,14 @@
-"""The same adapter under every layout: train all cases of the grid and compare them with plain transformers in float64.
+"""The same adapter under every layout: train all cases of the grid and compare them with plain
+transformers in float64.
 
     python -m benchmarks.parity [--only TEXT] [--out benchmarks/results/parity.json] [--show FILE]
 
-For each case (layout, model, adapter, recomputation, microbatch size): the initial loss, the losses and gradient norms of
-five AdamW steps, every adapter gradient after reduction in each of them, and the adapters and both moments after them. Prints
-the cases with the largest deviations first; exit code 1 when one exceeds its limit (tests/parity/case.py says why that much).
-A few cases in bfloat16 follow, on the GPUs where there are any; benchmarks/parity_bfloat16.py derives what they are allowed.
+For each case (layout, model, adapter, recomputation, microbatch size): the initial loss, the losses
+and gradient norms of five AdamW steps, every adapter gradient after reduction in each of them, and
+the adapters and both moments after them. Prints the cases with the largest deviations first; exit
+code 1 when one exceeds its limit (tests/parity/case.py says why that much). A few cases in bfloat16
+follow, on the GPUs where there are any; benchmarks/parity_bfloat16.py derives what they are
+allowed.
 """
 
 import argparse
@@ -99,11 +102,18 @@ def quietly(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name contains this, such as 'tp2-ep2' or 'shared'")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", default="", help="cases whose name contains this, such as 'tp2-ep2' or 'shared'"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/parity.json"))
     parser.add_argument(
-        "--show", type=Path, metavar="FILE", help="print the tables of an earlier run and do nothing else"
+        "--show",
+        type=Path,
+        metavar="FILE",
+        help="print the tables of an earlier run and do nothing else",
     )
     args = parser.parse_args()
     if args.show:
@@ -133,9 +143,14 @@ def float32(laboratory: Laboratory, cases: list[Case]) -> list[dict[str, Any]]:
     questions = list({case.question: case for case in cases}.values())
     for case, _, code in forked(((c, laboratory.ask_oracle, (c,)) for c in questions), AT_ONCE):
         assert code == 0, (
-            f"the oracle failed at {case.question}: {(laboratory.folder / 'oracle.log').read_text()[-2000:]}"
+            f"the oracle failed at {case.question}:"
+            f" {(laboratory.folder / 'oracle.log').read_text()[-2000:]}"
         )
-    print(f"{len(questions)} trainings in plain transformers, float64: {time.perf_counter() - start:.0f} s", flush=True)
+    print(
+        f"{len(questions)} trainings in plain transformers, float64:"
+        f" {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
     # The longest first, so that no large world is left alone at the end.
     order = sorted(cases, key=lambda case: (-case.world, -case.tp))
     jobs = ((case, laboratory.run, (case.name, case)) for case in order)
@@ -164,14 +179,29 @@ def bfloat16(laboratory: Laboratory) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Every case, worst first: by the quantity that comes nearest to its limit."""
     good = [row for row in rows if not row["failed"]]
-    good.sort(key=lambda row: max(row[name] / limit for name, limit in LIMITS.items()), reverse=True)
-    lines = [f"{'case: world:layout model, adapter, recompute, microbatch':64}" + "".join(f"{n:>11}" for n in LIMITS)]
-    lines += [f"{row['case']:64}" + "".join(f"{row[name]:11.1e}" for name in LIMITS) for row in good]
+    good.sort(
+        key=lambda row: max(row[name] / limit for name, limit in LIMITS.items()), reverse=True
+    )
+    lines = [
+        f"{'case: world:layout model, adapter, recompute, microbatch':64}"
+        + "".join(f"{n:>11}" for n in LIMITS)
+    ]
+    lines += [
+        f"{row['case']:64}" + "".join(f"{row[name]:11.1e}" for name in LIMITS) for row in good
+    ]
     if good:
-        lines += [f"{'largest':64}" + "".join(f"{max(row[name] for row in good):11.1e}" for name in LIMITS)]
+        lines += [
+            f"{'largest':64}"
+            + "".join(f"{max(row[name] for row in good):11.1e}" for name in LIMITS)
+        ]
         lines += [f"{'allowed':64}" + "".join(f"{limit:11.0e}" for limit in LIMITS.values())]
-        lines += [f"largest relative difference of a loss between two layouts of one training: {spread(good):.1e}"]
-    return "\n".join([*lines, *(f"FAILED {row['case']}\n{row['failed']}" for row in rows if row["failed"])])
+        lines += [
+            "largest relative difference of a loss between two layouts of one training:"
+            f" {spread(good):.1e}"
+        ]
+    return "\n".join(
+        [*lines, *(f"FAILED {row['case']}\n{row['failed']}" for row in rows if row["failed"])]
+    )
 
 
 def spread(rows: Iterable[dict[str, Any]]) -> float:

@@ -1,12 +1,13 @@
 """One model, one batch and one set of starting factors for every library that ``peers`` compares.
 
-Weights are a function of (seed, published name), so that each process draws its own and all hold the same values
-(``random_weights.py``); so are the A's. B starts at zero everywhere.
+Weights are a function of (seed, published name), so that each process draws its own and all hold
+the same values (``random_weights.py``); so are the A's. B starts at zero everywhere.
 
-A's are drawn for four inputs of a layer: attention's (q, k, v), o_proj's, the experts' (gate, up) and down_proj's.
-Libraries differ in how many A's read one input: megalora has one per projection, PEFT one for gate and up, Bridge one
-for q, k and v too. For a proof of equality those that have several start them equal and add up their gradients; then
-all of them train the same function with the same optimizer (``Tied``).
+A's are drawn for four inputs of a layer: attention's (q, k, v), o_proj's, the experts' (gate, up)
+and down_proj's. Libraries differ in how many A's read one input: megalora has one per projection,
+PEFT one for gate and up, Bridge one for q, k and v too. For a proof of equality those that have
+several start them equal and add up their gradients; then all of them train the same function with
+the same optimizer (``Tied``).
 
 Shape legend: E experts   R rank   H hidden   I expert intermediate
 """
@@ -45,7 +46,8 @@ class Shape:
     def sizes(self) -> dict[str, Any]:
         """What the record says of it."""
         names = (
-            "num_hidden_layers", "hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok",
+            "num_hidden_layers", "hidden_size", "moe_intermediate_size", "num_experts",
+            "num_experts_per_tok",
             "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
         )  # fmt: skip
         sizes = {name: self.config[name] for name in names}
@@ -59,13 +61,17 @@ def _shape(name: str, num_tokens: int, rank: int, **sizes: int) -> Shape:
 CPU_SHAPES = (
     # Qwen3-30B-A3B at an eighth of its width with all of its experts: 8 rows per expert.
     _shape(
-        "many small experts", 128, 8, num_hidden_layers=2, hidden_size=256, moe_intermediate_size=96, num_experts=128,
-        num_experts_per_tok=8, num_attention_heads=4, num_key_value_heads=1, head_dim=64, vocab_size=2048,
+        "many small experts", 128, 8, num_hidden_layers=2, hidden_size=256,
+        moe_intermediate_size=96, num_experts=128,
+        num_experts_per_tok=8, num_attention_heads=4, num_key_value_heads=1, head_dim=64,
+        vocab_size=2048,
     ),
     # Mixtral-8x7B at an eighth of its width: 32 rows per expert.
     _shape(
-        "few larger experts", 128, 8, num_hidden_layers=2, hidden_size=512, moe_intermediate_size=1792, num_experts=8,
-        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=1, head_dim=128, vocab_size=2048,
+        "few larger experts", 128, 8, num_hidden_layers=2, hidden_size=512,
+        moe_intermediate_size=1792, num_experts=8,
+        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=1, head_dim=128,
+        vocab_size=2048,
     ),
 )  # fmt: skip
 """The tokens are those of one sample of GSM8K, a usual microbatch where there are two cores."""
@@ -73,13 +79,15 @@ GPU_SHAPES = (_shape("8 layers of Qwen3-30B-A3B", 4096, 16, num_hidden_layers=8)
 DRY_SHAPES = (
     _shape(
         "tiny", 48, 4, num_hidden_layers=2, hidden_size=48, moe_intermediate_size=40, num_experts=6,
-        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=300,
+        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        vocab_size=300,
     ),
 )  # fmt: skip
 
 
 def initial_a(setup: Setup, layer: int, read: Input) -> Tensor:
-    """A of one input: ``[R, in]``, of experts ``[E, R, in]``; float32 on the CPU, uniform as PEFT draws it."""
+    """A of one input: ``[R, in]``, of experts ``[E, R, in]``; float32 on the CPU, uniform as PEFT
+    draws it."""
     c = setup.config
     features = {
         "qkv": c["hidden_size"],
@@ -93,7 +101,8 @@ def initial_a(setup: Setup, layer: int, read: Input) -> Tensor:
 
 
 class Tied:
-    """A's that read one input and start equal; their gradients are added up, so that they stay equal."""
+    """A's that read one input and start equal; their gradients are added up, so that they stay
+    equal."""
 
     def __init__(self, groups: Iterable[list[Callable[[], Tensor]]]) -> None:
         """``groups``: for each input with several A's, functions that return their gradients."""
@@ -115,5 +124,6 @@ class PeerArm:
     training: Training
     tied: Tied
     same_factors: bool
-    """Whether, tied, it trains the function that megalora trains: then the losses of all steps must agree."""
+    """Whether, tied, it trains the function that megalora trains: then the losses of all steps must
+    agree."""
     model: nn.Module

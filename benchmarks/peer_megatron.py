@@ -1,8 +1,9 @@
-"""Arms of the comparison on Megatron-Core: megalora, torch's grouped_mm composed, and Megatron-Bridge's LoRA.
+"""Arms of the comparison on Megatron-Core: megalora, torch's grouped_mm composed, and
+Megatron-Bridge's LoRA.
 
-All have one base (attention, norms, embeddings, output layer), one training step (Megatron's schedule, DDP, sharded
-AdamW) and one batch; they differ in experts and adapters. Where Transformer Engine is installed, Bridge has its own
-model of it, as users have.
+All have one base (attention, norms, embeddings, output layer), one training step (Megatron's
+schedule, DDP, sharded AdamW) and one batch; they differ in experts and adapters. Where Transformer
+Engine is installed, Bridge has its own model of it, as users have.
 
 Shape legend: M routed rows   E experts   K inputs   N outputs   R rank   H hidden   I expert intermediate
 """
@@ -32,16 +33,18 @@ READS: dict[str, Input] = {
 """Which input each projection's A reads."""
 
 
-# ---- megalora -------------------------------------------------------------------------------------------------------
+# ---- megalora ------------------------------------------------------------------------------------
 
 
 def _start_and_tie(pieces: list[Any], setup: Setup) -> Tied:
     """Fill the A's of megalora's adapters and tie those that read one input.
 
-    A piece is one tensor of an adapter file: one expert's A of one projection is a view into a parameter.
+    A piece is one tensor of an adapter file: one expert's A of one projection is a view into a
+    parameter.
     """
     starts: dict[tuple[int, Input], Tensor] = {}
-    # For each input: where its A's lie. All experts of a projection are one entry: the same ranks of one parameter.
+    # For each input: where its A's lie. All experts of a projection are one entry: the same ranks
+    # of one parameter.
     places: dict[tuple[int, Input], dict[tuple[Any, str], Callable[[], Tensor]]] = defaultdict(dict)
     for piece in pieces:
         if not piece.name.endswith("lora_A.weight"):
@@ -52,7 +55,9 @@ def _start_and_tie(pieces: list[Any], setup: Setup) -> Tied:
         if (layer, read) not in starts:
             starts[layer, read] = initial_a(setup, layer, read)
         start = starts[layer, read]
-        piece.of({piece.parameter: piece.parameter.data}).copy_(start[int(expert[0])] if expert else start)
+        piece.of({piece.parameter: piece.parameter.data}).copy_(
+            start[int(expert[0])] if expert else start
+        )
         ranks = (slice(None), *piece.index[1:]) if expert else piece.index
         places[layer, read][piece.parameter, str(ranks)] = _main_gradient(piece.parameter, ranks)
     return Tied(list(found.values()) for found in places.values())
@@ -68,20 +73,24 @@ def megalora(setup: Setup) -> Iterator[PeerArm]:
     with on_megatron(setup) as groups:
         chunk = frozen_base(setup)
         tied = _start_and_tie(adapt(chunk, setup, groups), setup)
-        training = training_on_megatron(chunk, setup, groups, "adapters on q, k, v, o; per expert on gate, up, down")
+        training = training_on_megatron(
+            chunk, setup, groups, "adapters on q, k, v, o; per expert on gate, up, down"
+        )
         yield PeerArm(training, tied, True, chunk)
 
 
-# ---- torch's grouped_mm, composed -----------------------------------------------------------------------------------
+# ---- torch's grouped_mm, composed ----------------------------------------------------------------
 
 
 class ComposedExperts(nn.Module):
-    """megalora's experts with LoRA out of torch's operations: three grouped GEMMs, a scale and an add per linear."""
+    """megalora's experts with LoRA out of torch's operations: three grouped GEMMs, a scale and an
+    add per linear."""
 
     def __init__(self, base: Any, layer: int, setup: Setup) -> None:
         super().__init__()
         self.base = base
-        (E, J, H), inner = base.gate_up.shape, base.down.shape[2]
+        E, J, H = base.gate_up.shape
+        inner = base.down.shape[2]
         new = {"dtype": setup.dtype, "device": setup.device}
         self.a1 = nn.Parameter(initial_a(setup, layer, "gate_up").to(**new))
         self.a2 = nn.Parameter(initial_a(setup, layer, "down").to(**new))
@@ -90,7 +99,8 @@ class ComposedExperts(nn.Module):
         assert self.a2.shape == (E, setup.rank, inner)
 
     def forward(self, x_TH: Tensor, routing: Routing, probs_M: Tensor) -> tuple[Tensor, None]:
-        x_MH, ends = permute(x_TH, routing), routing.offsets_E
+        x_MH = permute(x_TH, routing)
+        ends = routing.offsets_E
         gate, up = split_linear(x_MH, self.base.gate_up, self.a1, self.b1, ends).chunk(2, dim=1)
         h_MI = F.silu(gate) * up * probs_M[:, None].to(gate.dtype)
         return unpermute(split_linear(h_MI, self.base.down, self.a2, self.b2, ends), routing), None
@@ -101,7 +111,8 @@ class ComposedExperts(nn.Module):
 
 @contextmanager
 def composed(setup: Setup) -> Iterator[PeerArm]:
-    """megalora's model and attention; experts as they are written first, without a kernel of their own."""
+    """megalora's model and attention; experts as they are written first, without a kernel of their
+    own."""
     with on_megatron(setup) as groups:
         chunk: Any = frozen_base(setup)
         tied = _start_and_tie(adapt(chunk, setup, groups, target_modules=list(ATTENTION)), setup)
@@ -111,17 +122,20 @@ def composed(setup: Setup) -> Iterator[PeerArm]:
         yield PeerArm(training_on_megatron(chunk, setup, groups, note), tied, True, chunk)
 
 
-# ---- Megatron-Bridge ------------------------------------------------------------------------------------------------
+# ---- Megatron-Bridge -----------------------------------------------------------------------------
 
 
 @contextmanager
 def _bridge(setup: Setup, shared: bool, grouped: bool) -> Iterator[PeerArm]:
-    """Bridge's ``LoRA`` on its model with Transformer Engine, or without it on ours with Megatron's own MoE layer."""
+    """Bridge's ``LoRA`` on its model with Transformer Engine, or without it on ours with Megatron's
+    own MoE layer."""
     with on_megatron(setup) as groups:
         from benchmarks.bridge_lora import bridge_lora
         from benchmarks.bridge_model import bridge_base
 
-        lora = bridge_lora()(dim=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank, share_expert_adapters=shared)
+        lora = bridge_lora()(
+            dim=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank, share_expert_adapters=shared
+        )
         chunk, experts = bridge_base(setup, grouped)
         lora([chunk], training=True)
         _start_bridge(chunk, setup, shared and grouped)
@@ -132,9 +146,11 @@ def _bridge(setup: Setup, shared: bool, grouped: bool) -> Iterator[PeerArm]:
 
 @torch.no_grad()
 def _start_bridge(chunk: nn.Module, setup: Setup, shared: bool) -> None:
-    """Fill the A's of Bridge's adapters; B is zero from the start. An adapter for all experts starts as expert 0's."""
+    """Fill the A's of Bridge's adapters; B is zero from the start. An adapter for all experts
+    starts as expert 0's."""
     reads: dict[str, Input] = {
-        "self_attention.linear_qkv": "qkv", "self_attention.linear_proj": "o", "linear_fc1": "gate_up",
+        "self_attention.linear_qkv": "qkv", "self_attention.linear_proj": "o",
+        "linear_fc1": "gate_up",
         "linear_fc2": "down",
     }  # fmt: skip
     num_started = 0
@@ -143,24 +159,32 @@ def _start_bridge(chunk: nn.Module, setup: Setup, shared: bool) -> None:
             continue
         layer = int(re.findall(r"layers\.(\d+)", name)[0])
         expert = re.findall(r"local_experts\.(\d+)", name)
-        start = initial_a(setup, layer, next(read for end, read in reads.items() if f"{end}.adapter" in name))
+        start = initial_a(
+            setup, layer, next(read for end, read in reads.items() if f"{end}.adapter" in name)
+        )
         if expert or (shared and ".experts." in name):
             start = start[int(expert[0]) if expert else 0]
         module.linear_in.weight.copy_(start)  # pyright: ignore
         num_started += 1
-    assert num_started >= 4 * setup.config["num_hidden_layers"], f"Bridge adapted {num_started} linears"
+    assert num_started >= 4 * setup.config["num_hidden_layers"], (
+        f"Bridge adapted {num_started} linears"
+    )
 
 
 def bridge_default(setup: Setup) -> Any:
-    """Bridge's default: one adapter that all experts of a rank share. Its grouped experts alone can have that."""
+    """Bridge's default: one adapter that all experts of a rank share. Its grouped experts alone can
+    have that."""
     return _bridge(setup, shared=True, grouped=True)
 
 
 def bridge_per_expert(setup: Setup) -> Any:
     """An adapter per expert, on the experts that this machine's Megatron has."""
-    return _bridge(setup, shared=False, grouped=importlib.util.find_spec("transformer_engine") is not None)
+    return _bridge(
+        setup, shared=False, grouped=importlib.util.find_spec("transformer_engine") is not None
+    )
 
 
 def bridge_grouped(setup: Setup) -> Any:
-    """An adapter per expert on grouped experts: the class that Bridge uses with Transformer Engine."""
+    """An adapter per expert on grouped experts: the class that Bridge uses with Transformer
+    Engine."""
     return _bridge(setup, shared=False, grouped=True)

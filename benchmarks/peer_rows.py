@@ -1,4 +1,5 @@
-"""Rows of the comparison: whether losses agree, ratios of steps taken in one round, and the table."""
+"""Rows of the comparison: whether losses agree, ratios of steps taken in one round, and the
+table."""
 
 import math
 import statistics
@@ -14,8 +15,8 @@ from benchmarks.peer_worker import Sample
 BASE_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 """Difference of the first loss, the base's, over that loss. Rounding gives 1e-7 in float32."""
 STEP_LIMIT = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
-"""Difference of a later loss over what the loss has fallen by in all: 1e-5 in float32; an alpha of half or twice the
-size gives 0.3 and more."""
+"""Difference of a later loss over what the loss has fallen by in all: 1e-5 in float32; an alpha of
+half or twice the size gives 0.3 and more."""
 GOALS = {"bridge per expert": 1.5, "peft": 3.0}
 """How many times as long as megalora's a step should take on a CPU."""
 TIMES = ("over_megalora", "step_ms", "passes_ms", "rounds", "peak_bytes")
@@ -24,8 +25,10 @@ TIMES = ("over_megalora", "step_ms", "passes_ms", "rounds", "peak_bytes")
 def check_losses(
     rows: Mapping[str, Mapping[str, Any]], names: Iterable[str], reference: str, dtype: torch.dtype
 ) -> list[str]:
-    """What is wrong with the losses of the arms ``names``, in words; nothing where they agree with the reference's."""
-    wrong, want = [], rows[reference]["losses"]
+    """What is wrong with the losses of the arms ``names``, in words; nothing where they agree with
+    the reference's."""
+    wrong = []
+    want = rows[reference]["losses"]
     fall = want[0] - want[-1]
     if not math.isfinite(fall) or fall <= 0:
         return [f"{reference}: the loss does not fall: {want}"]
@@ -33,7 +36,10 @@ def check_losses(
         row = rows[name]
         # Written so that NaN, which is not less than anything, is a difference too.
         if not abs(row["losses"][0] - want[0]) <= BASE_LIMIT[dtype] * abs(want[0]):
-            wrong.append(f"{name}: the first loss, the base's, is {row['losses'][0]}, {reference}'s {want[0]}")
+            wrong.append(
+                f"{name}: the first loss, the base's, is {row['losses'][0]}, {reference}'s"
+                f" {want[0]}"
+            )
         elif row["same_factors"]:
             limit = STEP_LIMIT[dtype] * fall
             if not all(abs(a - b) <= limit for a, b in zip(row["losses"], want, strict=True)):
@@ -50,11 +56,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(taken: Sequence[Sample], reference: Sequence[Sample]) -> dict[str, Any]:
-    """How many times as long as the reference's step, round by round, in each of the four measures."""
+    """How many times as long as the reference's step, round by round, in each of the four
+    measures."""
     over = {}
     for field in fields(Sample):
         pairs = zip(taken, reference, strict=False)  # an arm that failed on the way has fewer
-        over[field.name] = spread([getattr(a, field.name) / getattr(b, field.name) for a, b in pairs])
+        over[field.name] = spread(
+            [getattr(a, field.name) / getattr(b, field.name) for a, b in pairs]
+        )
     return {"rounds": len(taken), "over_megalora": over}
 
 
@@ -74,16 +83,21 @@ def without_times(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def show(case: Mapping[str, Any], dry: bool) -> str:
     """The table of one shape; below it why an arm has no numbers, and whether goals are met."""
     title = (
-        f"\n{case['shape']}: {case['num_hidden_layers']} layers, hidden {case['hidden_size']}, "
-        f"{case['num_experts']} experts of {case['moe_intermediate_size']}, top {case['num_experts_per_tok']}, "
-        f"{case['tokens']} tokens ({case['rows_per_expert']:.0f} rows per expert), rank {case['rank']}"
+        f"\n{case['shape']}: {case['num_hidden_layers']} layers, hidden {case['hidden_size']},"
+        f" {case['num_experts']} experts of {case['moe_intermediate_size']}, top"
+        f" {case['num_experts_per_tok']}, {case['tokens']} tokens ({case['rows_per_expert']:.0f}"
+        f" rows per expert), rank {case['rank']}"
     )
     if case["wrong"]:
-        return "\n".join([title, "No times, because losses differ:", *(f"  {line}" for line in case["wrong"])])
+        return "\n".join(
+            [title, "No times, because losses differ:", *(f"  {line}" for line in case["wrong"])]
+        )
     header = (
-        "arm", "step / megalora", "10-90 %", "processor time", "fwd+bwd", "peak MiB", "adapters", "loss", "same factors",
+        "arm", "step / megalora", "10-90 %", "processor time", "fwd+bwd", "peak MiB", "adapters",
+        "loss", "same factors",
     )  # fmt: skip
-    lines, remarks = [], []
+    lines = []
+    remarks = []
     for row in case["rows"]:
         if row["status"] == "ok" and "over_megalora" in row:
             lines.append(_line(row))
@@ -114,7 +128,8 @@ def _goals(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     lines = []
     for row in rows:
         if row["arm"] in GOALS and "over_megalora" in row:
-            goal, found = GOALS[row["arm"]], row["over_megalora"]["step"]["median"]
+            goal = GOALS[row["arm"]]
+            found = row["over_megalora"]["step"]["median"]
             verdict = "met" if found >= goal else "missed"
             lines.append(f"  goal: {row['arm']} takes {goal} times as long: {verdict}, {found:.2f}")
     return lines

@@ -15,13 +15,15 @@ from benchmarks.train_arms import Setup
 
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 READS: dict[str, Input] = {
-    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_up_proj": "gate_up", "down_proj": "down",
+    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_up_proj": "gate_up",
+    "down_proj": "down",
 }  # fmt: skip
 
 
 @torch.no_grad()
 def _start_and_tie(model: nn.Module, setup: Setup) -> Tied:
-    """Fill PEFT's A's, whose rows go expert by expert, and tie those of q, k and v; B is zero from the start."""
+    """Fill PEFT's A's, whose rows go expert by expert, and tie those of q, k and v; B is zero from
+    the start."""
     gradients: dict[tuple[int, Input], list[Callable[[], Tensor]]] = defaultdict(list)
     for name, module in model.named_modules():
         if not hasattr(module, "lora_A"):
@@ -45,7 +47,8 @@ def _gradient(parameter: nn.Parameter) -> Callable[[], Tensor]:
 
 @contextmanager
 def peft(setup: Setup) -> Iterator[PeerArm]:
-    """Stock PEFT: ``target_modules`` on attention, ``target_parameters`` on experts, as transformers' Trainer steps."""
+    """Stock PEFT: ``target_modules`` on attention, ``target_parameters`` on experts, as
+    transformers' Trainer steps."""
     model = train_arms.adapted(train_arms.base_model(setup), setup, EXPERTS)
     tied = _start_and_tie(model, setup)
     note = "target_modules and target_parameters on transformers; one A for gate and up"
@@ -54,7 +57,10 @@ def peft(setup: Setup) -> Iterator[PeerArm]:
 
 @contextmanager
 def unsloth(setup: Setup) -> Iterator[PeerArm]:
-    """Unsloth as its notebooks use it; where its adapters lie is its own affair, so only the base is compared."""
+    """Unsloth as its notebooks use it; where its adapters lie is its own affair, so only the base
+    is compared."""
     with train_arms.unsloth_model(setup) as model:
-        training = train_arms.training(model, setup, "FastModel, its own adapters", gate_up_is_one=True)
+        training = train_arms.training(
+            model, setup, "FastModel, its own adapters", gate_up_is_one=True
+        )
         yield PeerArm(training, Tied([]), False, model)

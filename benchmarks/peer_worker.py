@@ -1,7 +1,8 @@
 """One arm of the comparison in a process of its own, which takes its turn when it is told to.
 
-Processes, because libraries change each other: Unsloth changes transformers, and Bridge's layer file and megalora's
-stand-ins for it cannot both be imported. A worker that waits for its turn takes no processor time.
+Processes, because libraries change each other: Unsloth changes transformers, and Bridge's layer
+file and megalora's stand-ins for it cannot both be imported. A worker that waits for its turn takes
+no processor time.
 """
 
 import importlib
@@ -76,7 +77,9 @@ def work(connection: Connection, name: str, setup: Setup, threads: int) -> None:
 
 
 def _described(arm: PeerArm) -> dict[str, Any]:
-    weights = sum(p.numel() * p.element_size() for p in arm.model.parameters() if not p.requires_grad)
+    weights = sum(
+        p.numel() * p.element_size() for p in arm.model.parameters() if not p.requires_grad
+    )
     return {
         "note": arm.training.note,
         "same_factors": arm.same_factors,
@@ -111,11 +114,14 @@ def turn(arm: PeerArm) -> Sample:
     from megalora.host import Stopwatch, seconds_between, synchronize
 
     synchronize()
-    begun, cpu_begun = Stopwatch.mark(), time.process_time()
+    begun = Stopwatch.mark()
+    cpu_begun = time.process_time()
     arm.training.forward_backward()
-    middle, cpu_middle = Stopwatch.mark(), time.process_time()
+    middle = Stopwatch.mark()
+    cpu_middle = time.process_time()
     arm.training.update()
-    end, cpu_end = Stopwatch.mark(), time.process_time()
+    end = Stopwatch.mark()
+    cpu_end = time.process_time()
     return Sample(
         passes=seconds_between(begun, middle),
         step=seconds_between(begun, end),
@@ -125,7 +131,8 @@ def turn(arm: PeerArm) -> Sample:
 
 
 def peak_bytes(arm: PeerArm, device: torch.device) -> int:
-    """Memory at the highest point of one step, frozen weights included; on a CPU the bytes of live tensors."""
+    """Memory at the highest point of one step, frozen weights included; on a CPU the bytes of live
+    tensors."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         turn(arm)
@@ -135,5 +142,6 @@ def peak_bytes(arm: PeerArm, device: torch.device) -> int:
     with LiveTensors([*arm.model.parameters(), *arm.model.buffers()]) as live:
         arm.training.forward_backward()
         arm.training.update()
-    # Buffers of gradients and the optimizer's state were there before and are not among the module's tensors.
+    # Buffers of gradients and the optimizer's state were there before and are not among the
+    # module's tensors.
     return live.peak_bytes + live.unknown_bytes

@@ -1,13 +1,16 @@
-"""Training steps of megalora and of its peers on one model, in one run: the same weights, tokens and routing.
+"""Training steps of megalora and of its peers on one model, in one run: the same weights, tokens
+and routing.
 
     python -m benchmarks.peers --budget-seconds 180 --out benchmarks/results/peers_cpu.json
 
-Arms: megalora; Megatron-Bridge's LoRA, with an adapter per expert and as its default (one for all experts); stock PEFT
-on transformers; torch's grouped_mm composed; Unsloth where it is installed. An arm whose packages are missing is a row
-that says so. Each has a process; they step in turns, many short rounds, and a ratio is between two steps of one round.
+Arms: megalora; Megatron-Bridge's LoRA, with an adapter per expert and as its default (one for all
+    experts); stock PEFT on transformers; torch's grouped_mm composed; Unsloth where it is
+    installed. An arm whose packages are missing is a row that says so. Each has a process; they
+    step in turns, many short rounds, and a ratio is between two steps of one round.
 
-Before anything is timed, losses must agree: the first of all arms, which is the base's, and every one of those that
-train the same factors. If one does not, there are no times and the exit code is 1.
+Before anything is timed, losses must agree: the first of all arms, which is the base's, and every
+one of those that train the same factors. If one does not, there are no times and the exit code is
+1.
 """
 
 import argparse
@@ -36,19 +39,25 @@ LEAST_SECONDS = 15.0
 ROUNDS = {"cpu": 60, "cuda": 12}
 """At most; a processor's times vary by far more than a GPU's."""
 PRELOADED = ("megalora.bridge.base", "benchmarks.bridge_model", "benchmarks.peer_megatron", "peft")
-"""What the workers of a CPU run inherit instead of importing it one by one; the first makes Bridge importable."""
+"""What the workers of a CPU run inherit instead of importing it one by one; the first makes Bridge
+importable."""
 
 
 class Worker:
     """An arm's process and the way to it; ended when the block ends."""
 
     def __init__(self, name: str, setup: Any, threads: int, budget: Budget) -> None:
-        self.name, self.budget, self.built = name, budget, False
-        # CUDA cannot be used in a forked process, and Unsloth wants to be imported before transformers.
+        self.name = name
+        self.budget = budget
+        self.built = False
+        # CUDA cannot be used in a forked process, and Unsloth wants to be imported before
+        # transformers.
         how = "spawn" if setup.device.type == "cuda" or name == "unsloth" else "fork"
         context: Any = multiprocessing.get_context(how)
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, name, setup, threads), daemon=True)
+        self.process = context.Process(
+            target=work, args=(theirs, name, setup, threads), daemon=True
+        )
         self.process.start()
         theirs.close()
 
@@ -74,7 +83,9 @@ class Worker:
             ArmFailed: it cannot go on, has ended, or has not answered in time.
         """
         try:
-            if not self.connection.poll(None if self.budget.left() == float("inf") else max(1.0, self.budget.left())):
+            if not self.connection.poll(
+                None if self.budget.left() == float("inf") else max(1.0, self.budget.left())
+            ):
                 raise ArmFailed("stopped: out of time")
             kind, answer = self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -93,12 +104,18 @@ class Comparison:
     """One shape: rows by arm, filled as far as time allows."""
 
     def __init__(self, shape: Shape, rows: dict[str, dict[str, Any]], rounds: int) -> None:
-        self.shape, self.rows, self.rounds = shape, rows, rounds
+        self.shape = shape
+        self.rows = rows
+        self.rounds = rounds
         self.wrong: list[str] = []
 
     def missing(self) -> list[str]:
         """Arms without a final row."""
-        return [name for name in ARMS if name not in self.rows or self.rows[name]["status"].startswith(CUT_OFF)]
+        return [
+            name
+            for name in ARMS
+            if name not in self.rows or self.rows[name]["status"].startswith(CUT_OFF)
+        ]
 
     def run(self, workers: Sequence[Worker], budget: Budget) -> None:
         """Build these arms, compare their losses, and time them if all agree."""
@@ -114,7 +131,9 @@ class Comparison:
             for worker in ready.values():
                 self.rows[worker.name]["status"] = f"not reached: {REFERENCE} cannot run"
             return
-        self.wrong += check_losses(self.rows, [w.name for w in ready.values()], REFERENCE, self._dtype())
+        self.wrong += check_losses(
+            self.rows, [w.name for w in ready.values()], REFERENCE, self._dtype()
+        )
         if self.wrong:
             return
         for worker in list(ready.values()):
@@ -166,7 +185,8 @@ class Comparison:
 
 
 def groups(missing: list[str], on_gpu: bool) -> list[list[str]]:
-    """Which arms take turns with each other, the reference among them: on a GPU two at a time, for its memory."""
+    """Which arms take turns with each other, the reference among them: on a GPU two at a time, for
+    its memory."""
     others = [name for name in missing if name != REFERENCE]
     if not on_gpu:
         return [[REFERENCE, *others]] if missing else []
@@ -174,7 +194,12 @@ def groups(missing: list[str], on_gpu: bool) -> list[list[str]]:
 
 
 def compare(
-    shape: Shape, comparison: Comparison, device: torch.device, threads: int, budget: Budget, keep: Any
+    shape: Shape,
+    comparison: Comparison,
+    device: torch.device,
+    threads: int,
+    budget: Budget,
+    keep: Any,
 ) -> None:
     """Run what is missing of one shape; ``keep()`` is called whenever rows have been added."""
     planned = groups(comparison.missing(), device.type == "cuda")
@@ -182,11 +207,15 @@ def compare(
     with ExitStack() as stack:
         wanted = dict.fromkeys(name for group in planned for name in group)
         # All import at once; they build when their turn comes.
-        workers = {name: stack.enter_context(Worker(name, setup, threads, budget)) for name in wanted}
+        workers = {
+            name: stack.enter_context(Worker(name, setup, threads, budget)) for name in wanted
+        }
         for group in planned:
             if budget.left() < (LEAST_SECONDS if device.type == "cuda" else 1):
                 for name in group:
-                    comparison.rows.setdefault(name, {"arm": name, "status": "not reached: out of time"})
+                    comparison.rows.setdefault(
+                        name, {"arm": name, "status": "not reached: out of time"}
+                    )
                 continue
             comparison.run([workers[name] for name in group], budget)
             keep()
@@ -210,7 +239,8 @@ def plan(device: torch.device, args: argparse.Namespace) -> tuple[Sequence[Shape
 
 def run(device: torch.device, args: argparse.Namespace, before: Sequence[Mapping[str, Any]]) -> int:
     """Compare at every shape, going on from the cases of an earlier call; returns the exit code."""
-    total, (shapes, settings) = Budget(args.budget_seconds), plan(device, args)
+    total = Budget(args.budget_seconds)
+    shapes, settings = plan(device, args)
     if device.type == "cpu":
         for name in PRELOADED:
             with suppress(ModuleNotFoundError):  # the rows of its arms will say so
@@ -224,7 +254,10 @@ def run(device: torch.device, args: argparse.Namespace, before: Sequence[Mapping
 
         def keep(comparison: Comparison = comparison, case: dict[str, Any] = case) -> None:
             rows = [comparison.rows[name] for name in ARMS if name in comparison.rows]
-            case |= {"wrong": comparison.wrong, "rows": without_times(rows) if comparison.wrong else rows}
+            case |= {
+                "wrong": comparison.wrong,
+                "rows": without_times(rows) if comparison.wrong else rows,
+            }
             save(args.out, "peers", device, settings=settings, cases=cases)
 
         # What is left is divided among the shapes to come.
@@ -233,17 +266,26 @@ def run(device: torch.device, args: argparse.Namespace, before: Sequence[Mapping
         keep()
         print(show(case, dry=args.dry), flush=True)
     print(f"wrote {args.out}")
-    failed = any(case["wrong"] or not case["rows"][0]["status"].startswith(("ok", *CUT_OFF)) for case in cases)
+    failed = any(
+        case["wrong"] or not case["rows"][0]["status"].startswith(("ok", *CUT_OFF))
+        for case in cases
+    )
     return int(failed)
 
 
 def main(given: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--budget-seconds", type=float, help="stop with what there is by then")
-    parser.add_argument("--out", type=Path, required=True, help="JSON; a second call with it goes on")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON; a second call with it goes on"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU")
     parser.add_argument("--threads", type=int, default=1, help="of each arm on a CPU (1)")
-    parser.add_argument("--dry", action="store_true", help="the whole path at tiny sizes on the CPU, in seconds")
+    parser.add_argument(
+        "--dry", action="store_true", help="the whole path at tiny sizes on the CPU, in seconds"
+    )
     args = parser.parse_args(given)
     if args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")

@@ -1,4 +1,5 @@
-"""The evaluation loss of an adapter in stock transformers + PEFT, in one process, beside the base model's.
+"""The evaluation loss of an adapter in stock transformers + PEFT, in one process, beside the base
+model's.
 
     python -m benchmarks.peft_eval_loss CONFIG.yaml CHECKPOINT [section.key=value ...]
 
@@ -21,31 +22,40 @@ from megalora.data.splits import load_split
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, samples: list) -> float:
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for sample in samples:
-        ids, mask = torch.as_tensor(sample.input_ids).long(), torch.as_tensor(sample.loss_mask)[1:]
+        ids = torch.as_tensor(sample.input_ids).long()
+        mask = torch.as_tensor(sample.loss_mask)[1:]
         losses = F.cross_entropy(model(ids[None, :-1]).logits[0].float(), ids[1:], reduction="none")
-        total, count = total + losses[mask].double().sum().item(), count + int(mask.sum())
+        total = total + losses[mask].double().sum().item()
+        count = count + int(mask.sum())
     return total / count
 
 
 def eval_losses(base: str, adapter: Path, samples: list) -> tuple[float, float]:
     """(base model's loss, loss with the adapter), float32."""
-    warnings.filterwarnings("ignore", message=".*gate_up_proj.*")  # patterns PEFT adds itself when it fuses gate and up
+    # patterns PEFT adds itself when it fuses gate and up
+    warnings.filterwarnings("ignore", message=".*gate_up_proj.*")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     before = mean_loss(model, samples)
     return before, mean_loss(PeftModel.from_pretrained(model, str(adapter)).eval(), samples)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
     if not isinstance(config.data.eval, str):
-        parser.error(f"data.eval={config.data.eval!r} is held out of the training data; this needs a source of its own")
+        parser.error(
+            f"data.eval={config.data.eval!r} is held out of the training data; this needs a source"
+            " of its own"
+        )
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     data = config.data
     split = load_split(
@@ -56,11 +66,22 @@ def main() -> None:
         allow_left_out=data.allow_left_out,
     )
     before, after = eval_losses(config.model.path, args.checkpoint, split.samples)
-    rows = [json.loads(line) for line in (args.checkpoint.parent / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (args.checkpoint.parent / "metrics.jsonl").read_text().splitlines()
+    ]
     ours = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    print(f"eval loss over {len(split.samples)} samples     megalora  transformers + PEFT  difference")
-    print(f"base model                    {ours[0]:>12.6f} {before:>20.6f} {abs(ours[0] - before):>11.1e}")
-    print(f"adapter {args.checkpoint.name:<22}{ours[-1]:>12.6f} {after:>20.6f} {abs(ours[-1] - after):>11.1e}")
+    print(
+        f"eval loss over {len(split.samples)} samples     megalora  transformers + PEFT  difference"
+    )
+    print(
+        f"base model                    {ours[0]:>12.6f} {before:>20.6f}"
+        f" {abs(ours[0] - before):>11.1e}"
+    )
+    print(
+        f"adapter {args.checkpoint.name:<22}{ours[-1]:>12.6f} {after:>20.6f}"
+        f" {abs(ours[-1] - after):>11.1e}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Stock PEFT on stock transformers, with the tensors of a case. Imports both, so it is imported late."""
+"""Stock PEFT on stock transformers, with the tensors of a case. Imports both, so it is imported
+late."""
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -10,12 +11,13 @@ from benchmarks.expert_case import SCALE, Case, Tensors
 
 
 def adapted_experts(case: Case) -> tuple[nn.Module, Tensors]:
-    """Transformers' experts with the case's weights, wrapped by PEFT for gate_up_proj and around that for down_proj;
-    and the factors by the names of ``Case.leaves``.
+    """Transformers' experts with the case's weights, wrapped by PEFT for gate_up_proj and around
+    that for down_proj; and the factors by the names of ``Case.leaves``.
 
     Rows of A go expert by expert, ``[E R, K]``; columns of B rank by rank, ``[N, R E]``.
     """
-    sizes, holder = case.spec.sizes, nn.Module()
+    sizes = case.spec.sizes
+    holder = nn.Module()
     config = Qwen3MoeConfig(
         hidden_size=sizes.hidden, moe_intermediate_size=sizes.inner, num_experts=case.spec.experts,
         num_experts_per_tok=case.expert_of_slot.shape[1],
@@ -34,7 +36,9 @@ def adapted_experts(case: Case) -> tuple[nn.Module, Tensors]:
     for number, wrapper in (("1", holder.experts.base_layer), ("2", holder.experts)):
         a, b = (wrapper.get_submodule(f"lora_{factor}.default") for factor in "AB")
         a.weight = nn.Parameter(case.leaves[f"a{number}"].detach().flatten(0, 1).clone())
-        b.weight = nn.Parameter(case.leaves[f"b{number}"].detach().permute(1, 2, 0).flatten(1).clone())
+        b.weight = nn.Parameter(
+            case.leaves[f"b{number}"].detach().permute(1, 2, 0).flatten(1).clone()
+        )
         factors |= {f"a{number}": a.weight, f"b{number}": b.weight}
     return holder.experts, factors
 
@@ -47,5 +51,7 @@ def to_common(case: Case, found: Tensors) -> Tensors:
     mine = {"out": found["out"], "x": found["x"], "p": dp}
     for number in ("1", "2"):
         mine[f"a{number}"] = found[f"a{number}"].unflatten(0, (case.spec.experts, -1))
-        mine[f"b{number}"] = found[f"b{number}"].unflatten(1, (-1, case.spec.experts)).permute(2, 0, 1)
+        mine[f"b{number}"] = (
+            found[f"b{number}"].unflatten(1, (-1, case.spec.experts)).permute(2, 0, 1)
+        )
     return mine

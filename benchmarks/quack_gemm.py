@@ -26,7 +26,8 @@ Tile = dict[str, Any]
 OWN_CHOICE: Tile = {}
 """quack's default: 128 x 192 tiles, each warp group one of its own."""
 WIDE: Tile = {
-    "tile_m": 128, "tile_n": 256, "pingpong": False, "cluster_m": 2, "cluster_n": 1, "is_dynamic_persistent": False,
+    "tile_m": 128, "tile_n": 256, "pingpong": False, "cluster_m": 2, "cluster_n": 1,
+    "is_dynamic_persistent": False,
 }  # fmt: skip
 """The tile that reads the least per FLOP; both warp groups work on one."""
 
@@ -78,7 +79,8 @@ def _instead_of_torch(gemm: QuackGemm) -> Iterator[None]:
     # The package re-exports functions under their modules' names, so plain attribute access finds a
     # function.
     module: Any = importlib.import_module("megalora_kernels.grouped_gemm")
-    torch_s, before = module._grouped_mm, gemm.calls
+    torch_s = module._grouped_mm
+    before = gemm.calls
     module._grouped_mm = gemm
     try:
         yield

@@ -1,4 +1,5 @@
-"""Base weights that every training arm shares: each process draws its own, all hold the same values."""
+"""Base weights that every training arm shares: each process draws its own, all hold the same
+values."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -17,21 +18,31 @@ def generator(device: torch.device, *key: object) -> torch.Generator:
 
 
 class RandomWeights(Mapping[str, Tensor]):
-    """Published name -> tensor, drawn when it is asked for: norms 1, the embedding N(0, 1), others N(0, 1 / inputs).
+    """Published name -> tensor, drawn when it is asked for: norms 1, the embedding N(0, 1), others
+    N(0, 1 / inputs).
 
-    Experts have the names of published files, one matrix each. ``stacked`` gives those of a layer in one tensor.
+    Experts have the names of published files, one matrix each. ``stacked`` gives those of a layer
+    in one tensor.
     """
 
-    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int) -> None:
-        self.config, self.dtype, self.device, self.seed = config, dtype, device, seed
+    def __init__(
+        self, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, seed: int
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.seed = seed
         self.shapes = dict(self._shapes())
         self._last: tuple[str, Tensor] | None = None
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         c = self.config
-        H, E, inner = c["hidden_size"], c["num_experts"], c["moe_intermediate_size"]
+        H = c["hidden_size"]
+        E = c["num_experts"]
+        inner = c["moe_intermediate_size"]
         width = c["head_dim"]
-        q, kv = c["num_attention_heads"] * width, c["num_key_value_heads"] * width
+        q = c["num_attention_heads"] * width
+        kv = c["num_key_value_heads"] * width
         yield "model.embed_tokens.weight", (c["vocab_size"], H)
         yield "lm_head.weight", (c["vocab_size"], H)
         yield "model.norm.weight", (H,)
@@ -39,7 +50,8 @@ class RandomWeights(Mapping[str, Tensor]):
             "input_layernorm.weight": (H,), "post_attention_layernorm.weight": (H,),
             "self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,),
             "self_attn.q_proj.weight": (q, H), "self_attn.k_proj.weight": (kv, H),
-            "self_attn.v_proj.weight": (kv, H), "self_attn.o_proj.weight": (H, q), "mlp.gate.weight": (E, H),
+            "self_attn.v_proj.weight": (kv, H), "self_attn.o_proj.weight": (H, q),
+            "mlp.gate.weight": (E, H),
             "mlp.experts.gate_up_proj": (E, 2 * inner, H), "mlp.experts.down_proj": (E, H, inner),
         }  # fmt: skip
         for i in range(c["num_hidden_layers"]):
@@ -77,7 +89,9 @@ class RandomWeights(Mapping[str, Tensor]):
             elif name.endswith("gate_up_proj"):
                 layer = name.removesuffix("gate_up_proj")
                 for e in range(self.config["num_experts"]):
-                    yield from (f"{layer}{e}.{projection}.weight" for projection in EXPERT_PROJECTIONS)
+                    yield from (
+                        f"{layer}{e}.{projection}.weight" for projection in EXPERT_PROJECTIONS
+                    )
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -1,4 +1,5 @@
-"""Predict what experts with LoRA cost on a GPU over the base alone, by bytes and FLOPs of each pass.
+"""Predict what experts with LoRA cost on a GPU over the base alone, by bytes and FLOPs of each
+pass.
 
     python -m benchmarks.roofline [--ep 8] [--tokens 8192] [--rank 16] [--model 30b]
 
@@ -26,7 +27,7 @@ class Case:
     adapter."""
 
     H: int
-    I: int  # noqa: E741
+    I: int
     M: int
     T: int
     E: int
@@ -52,11 +53,17 @@ def traffic_us(case: Case, per_row: float, per_expert: float = 0.0) -> float:
 
 def forward(case: Case, backend: str, rank: int) -> dict[str, float]:
     """Microseconds of each pass of our node, rows gathered from T tokens; ``rank`` 0: the base."""
-    H, I, R = case.H, case.I, case.on_gate_up * rank  # noqa: E741
-    token = case.T / case.M  # elements of a token counted per row: a gather reads it from cache after the first time
-    copies = H if backend == "grouped_mm" else 0  # Triton gathers as it reads; torch's GEMM wants rows in order
+    H = case.H
+    I = case.I
+    R = case.on_gate_up * rank
+    # elements of a token counted per row: a gather reads it from cache after the first time
+    token = case.T / case.M
+    # Triton gathers as it reads; torch's GEMM wants rows in order
+    copies = H if backend == "grouped_mm" else 0
     passes = {
-        "permute + shrink": traffic_us(case, token * H + copies + R, R * H) if copies or rank else 0.0,
+        "permute + shrink": (
+            traffic_us(case, token * H + copies + R, R * H) if copies or rank else 0.0
+        ),
         "gate_up": gemm_us(case, 2 * I, H, R, backend),
         "SwiGLU + shrink": traffic_us(case, 3 * I + rank, rank * I),
         "down": gemm_us(case, H, I, rank, backend),
@@ -69,11 +76,15 @@ def forward(case: Case, backend: str, rank: int) -> dict[str, float]:
 
 def backward(case: Case, backend: str, rank: int) -> dict[str, float]:
     """The same for backward: gradients of both linears' inputs and of the adapters."""
-    H, I, R = case.H, case.I, case.on_gate_up * rank  # noqa: E741
+    H = case.H
+    I = case.I
+    R = case.on_gate_up * rank
     token = case.T / case.M
     copies = H if backend == "grouped_mm" else 0
     passes = {
-        "unpermute + shrink": traffic_us(case, token * H + copies + rank, rank * H) if copies or rank else 0.0,
+        "unpermute + shrink": (
+            traffic_us(case, token * H + copies + rank, rank * H) if copies or rank else 0.0
+        ),
         "down dgrad": gemm_us(case, I, H, rank, backend),
         "SwiGLU backward": traffic_us(case, 5 * I + (R + rank if rank else 0)),
         "gate_up dgrad": gemm_us(case, H, 2 * I, R, backend),
@@ -90,12 +101,20 @@ def backward(case: Case, backend: str, rank: int) -> dict[str, float]:
 
 def split(case: Case) -> tuple[float, float]:
     """(forward, backward) of separate grouped GEMMs and element-wise operations, by autograd."""
-    H, I, r = case.H, case.I, case.r  # noqa: E741
+    H = case.H
+    I = case.I
+    r = case.r
     total = [0.0, 0.0]
     for inputs, outputs, rank in ((H, 2 * I, case.on_gate_up * r), (I, H, r)):
-        total[0] += gemm_us(case, outputs, inputs, 0, "split") + gemm_us(case, rank, inputs, 0, "split")
-        total[0] += gemm_us(case, outputs, rank, 0, "split") + traffic_us(case, 5 * outputs)  # scale; add
-        total[1] += gemm_us(case, inputs, outputs, 0, "split") + gemm_us(case, rank, outputs, 0, "split")  # dX, dS
+        total[0] += gemm_us(case, outputs, inputs, 0, "split") + gemm_us(
+            case, rank, inputs, 0, "split"
+        )
+        # scale; add
+        total[0] += gemm_us(case, outputs, rank, 0, "split") + traffic_us(case, 5 * outputs)
+        # dX, dS
+        total[1] += gemm_us(case, inputs, outputs, 0, "split") + gemm_us(
+            case, rank, outputs, 0, "split"
+        )
         total[1] += gemm_us(case, inputs, rank, 0, "split") + traffic_us(
             case, 3 * inputs + 2 * outputs
         )  # dS A; add; scale
@@ -120,17 +139,26 @@ def layer(model: str, tokens: int, ep: int, rank: int, on_gate_up: int = 2) -> C
     """The case of one rank. Under expert parallelism x is the rows as they were received, else
     tokens gathered k times."""
     rows = tokens * TOP_K
-    return Case(*HIDDEN_INNER[model], rows, tokens if ep == 1 else rows, 128 // ep, rank, on_gate_up)
+    return Case(
+        *HIDDEN_INNER[model], rows, tokens if ep == 1 else rows, 128 // ep, rank, on_gate_up
+    )
 
 
 def ratios(case: Case, backend: str) -> Ratios:
-    base, ours = ([sum(phase(case, backend, rank).values()) for phase in (forward, backward)] for rank in (0, case.r))
+    base, ours = (
+        [sum(phase(case, backend, rank).values()) for phase in (forward, backward)]
+        for rank in (0, case.r)
+    )
     return Ratios(ours[0] / base[0], sum(ours) / sum(base), sum(split(case)) / sum(ours))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ep", type=int, default=8, help="expert-parallel ranks that share 128 experts")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ep", type=int, default=8, help="expert-parallel ranks that share 128 experts"
+    )
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of this rank")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank")
     parser.add_argument("--model", choices=HIDDEN_INNER, default="30b")
@@ -140,15 +168,22 @@ def main() -> None:
     for backend in ("grouped_mm", "triton"):
         sums = []
         for name, phase in (("forward", forward), ("backward", backward)):
-            base, ours = phase(case, backend, 0), phase(case, backend, case.r)
+            base = phase(case, backend, 0)
+            ours = phase(case, backend, case.r)
             sums.append((sum(base.values()), sum(ours.values())))
             print(f"\n{backend}, {name}")
             for step, us in ours.items():
                 print(f"  {step:22} {base.get(step, 0.0):8.1f} | {us:8.1f}")
-            print(f"  {'sum':22} {sums[-1][0]:8.1f} | {sums[-1][1]:8.1f}   ratio {sums[-1][1] / sums[-1][0]:.3f}")
+            print(
+                f"  {'sum':22} {sums[-1][0]:8.1f} | {sums[-1][1]:8.1f}   ratio"
+                f" {sums[-1][1] / sums[-1][0]:.3f}"
+            )
         found = ratios(case, backend)
         base_us = sum(base for base, _ in sums)
-        apart = f"split grouped GEMMs {sum(split(case)) / base_us:.2f} ({found.split_over_ours:.2f} times ours)"
+        apart = (
+            f"split grouped GEMMs {sum(split(case)) / base_us:.2f} ({found.split_over_ours:.2f}"
+            " times ours)"
+        )
         print(f"  forward + backward: {found.both:.3f} of the base; {apart}")
 
 

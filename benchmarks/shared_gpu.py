@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-# Importing the tests hides GPUs from this process and from those it starts, unless it is told not to.
+# Importing the tests hides GPUs from this process and from those it starts, unless it is told not
+# to.
 os.environ.setdefault("MEGALORA_TEST_GPU", str(int(torch.cuda.is_available())))
 import tests.conftest  # noqa: F401  sets up the host before anything from Megatron is imported
 from benchmarks.gpu_timing import Budget, earlier, save, table
@@ -126,12 +127,21 @@ class Laboratory:
         config, start = self._prepare(case)
         save_config(config, out / "asked.yaml")
         ranks = ["--standalone", f"--nproc-per-node={case.world}", "-m", "tests.parity.recorded"]
-        command = [sys.executable, "-m", "torch.distributed.run", *ranks, str(out / "asked.yaml"), str(start)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *ranks,
+            str(out / "asked.yaml"),
+            str(start),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
         if torch.cuda.is_available() and case.world > 1:
             environment[SHARE_GPU] = "1"
         with (out / "log.txt").open("w") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
             try:
                 code = process.wait(self.limit_s)
             except subprocess.TimeoutExpired:
@@ -145,7 +155,9 @@ class Laboratory:
 class Found:
     """Rows in the order of the cases, written anew after each."""
 
-    def __init__(self, cases: Sequence[Case], rows: list[dict[str, Any]], write: Callable[..., None]) -> None:
+    def __init__(
+        self, cases: Sequence[Case], rows: list[dict[str, Any]], write: Callable[..., None]
+    ) -> None:
         self.names = [case.name for case in cases]
         self.rows = {row["case"]: row for row in rows}
         self.write, self.lock = write, threading.Lock()
@@ -162,7 +174,9 @@ class Found:
         return {"rows": rows, "not_reached": [name for name in self.names if name not in self.rows]}
 
 
-def run_all(laboratory: Laboratory, cases: Sequence[Case], found: Found, budget: Budget, at_once: int) -> None:
+def run_all(
+    laboratory: Laboratory, cases: Sequence[Case], found: Found, budget: Budget, at_once: int
+) -> None:
     """Run the cases that have no row yet and for which there is time."""
     laboratory.ask(cases)
 
@@ -204,13 +218,18 @@ def show(found: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget-seconds", type=float, default=None, help="no case is started that would end later")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--budget-seconds", type=float, default=None, help="no case is started that would end later"
+    )
     parser.add_argument("--at-once", type=int, default=4, help="cases that run at the same time")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_shared.json"))
     parser.add_argument("--dry", action="store_true", help="two cases on forked CPU ranks")
     args = parser.parse_args(arguments)
-    budget, device = Budget(args.budget_seconds), host.device()
+    budget = Budget(args.budget_seconds)
+    device = host.device()
     cases = (ALONE, *(DRY if args.dry else SHARED))
     settings = {"steps": SHORT, "dry": args.dry}
     record = earlier(args.out, "shared_gpu", device, settings) or {"rows": []}
@@ -226,7 +245,10 @@ def main(arguments: list[str] | None = None) -> int:
         run_all(Laboratory(Path(folder), limit_s, args.dry), missing, found, budget, args.at_once)
     content = found.content()
     write(**content)
-    print(f"float32, {SHORT} steps, ranks on one {host.device_name()}, largest deviations from float64:")
+    print(
+        f"float32, {SHORT} steps, ranks on one {host.device_name()}, largest deviations from"
+        " float64:"
+    )
     print(show(content))
     return int(any(row["failed"] or row["exceeded"] for row in content["rows"]))
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STEP, UPDATE = "benchmark: step", "benchmark: update"
+STEP = "benchmark: step"
+UPDATE = "benchmark: update"
 """``record_function`` around a whole step, and inside it around the optimizer's part."""
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 CALLS = ("cuda_runtime", "cuda_driver")
@@ -82,13 +83,15 @@ def calls_of(spans: Sequence[Span], step: Span) -> list[Call]:
     for thread in {span.thread for span in made}:
         mine = [span for span in made if span.thread == thread]
         around |= dict(zip(map(id, mine), enclosing(by_thread[thread], mine), strict=True))
-    found, backward_seen = [], False
+    found = []
+    backward_seen = False
     for span in made:
         names = [outer.name for outer in around[id(span)]]
         if UPDATE in names:
             phase = "update"
         elif any(name.startswith(BACKWARD) for name in names):
-            phase, backward_seen = "backward", True
+            phase = "backward"
+            backward_seen = True
         else:
             phase = "after backward" if backward_seen else "forward"
         operations = [outer.name for outer in around[id(span)] if outer.category == "cpu_op"]
@@ -154,7 +157,8 @@ def analyse(spans: Sequence[Span], layers: int) -> dict[str, Any]:
         "idle_share": idle / (busy + idle) if busy + idle else None,
         "notable_gaps": sum(us >= NOTABLE_GAP_US for us, *_ in gaps) / count,
         "largest_gaps": [
-            {"us": us, "after": after, "before": before} for us, after, before in sorted(gaps, reverse=True)[:TOP]
+            {"us": us, "after": after, "before": before} for us, after,
+            before in sorted(gaps, reverse=True)[:TOP]
         ],
         "waits": _waits(waits, count),
     }  # fmt: skip
@@ -172,7 +176,8 @@ def busy_and_gaps(spans: Sequence[Span]) -> tuple[float, list[tuple[float, str, 
         return 0.0, []
     ordered = sorted(spans, key=lambda span: span.begin)
     last = ordered[0]
-    busy, gaps = last.us, []
+    busy = last.us
+    gaps = []
     for span in ordered[1:]:
         if span.begin > last.end:
             gaps.append((span.begin - last.end, last.name, span.name))
@@ -182,7 +187,9 @@ def busy_and_gaps(spans: Sequence[Span]) -> tuple[float, list[tuple[float, str, 
     return busy, gaps
 
 
-def _phase(work: Sequence[tuple[str, Span]], phase: str, steps: int, layers: int) -> dict[str, float]:
+def _phase(
+    work: Sequence[tuple[str, Span]], phase: str, steps: int, layers: int
+) -> dict[str, float]:
     """Kernels of a phase: how many, how many of them in each layer, and their time."""
     names = Counter(span.name for of, span in work if of == phase and span.category == "kernel")
     us = sum(span.us for of, span in work if of == phase and span.category == "kernel")
@@ -199,7 +206,8 @@ def _kernels(work: Sequence[tuple[str, Span]], steps: int, layers: int) -> list[
     whole = sum(map(sum, found.values()))
     rows = [
         {
-            "name": name, "phase": phase, "count": len(times) / steps, "per_layer": len(times) // steps // layers,
+            "name": name, "phase": phase, "count": len(times) / steps,
+            "per_layer": len(times) // steps // layers,
             "us": sum(times) / steps, "share": sum(times) / whole if whole else 0.0,
         }
         for (name, phase), times in found.items()

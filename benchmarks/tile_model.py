@@ -73,25 +73,38 @@ H100 = Gpu(
     name="h100",
     processors=Constant(132, "SMs", "read", "NVIDIA H100 SXM data sheet"),
     clock_ghz=Constant(1.755, "GHz", "assumed", "clock under load; the highest is 1.98"),
-    dense_tflops=Constant(790, "TFLOP/s", "assumed", "others' H100: dense bfloat16, 8192 x 8192 x 8192"),
-    hbm_tb_per_s=Constant(3.0, "TB/s", "assumed", "others' H100: copy of a large buffer, reads and writes"),
+    dense_tflops=Constant(
+        790, "TFLOP/s", "assumed", "others' H100: dense bfloat16, 8192 x 8192 x 8192"
+    ),
+    hbm_tb_per_s=Constant(
+        3.0, "TB/s", "assumed", "others' H100: copy of a large buffer, reads and writes"
+    ),
     l2_tb_per_s=Constant(7.0, "TB/s", "assumed", "30 bytes per SM and cycle"),
-    shared_bytes_per_cycle=Constant(128, "bytes/cycle", "read", "CUDA C programming guide: 32 banks of 4 bytes"),
+    shared_bytes_per_cycle=Constant(
+        128, "bytes/cycle", "read", "CUDA C programming guide: 32 banks of 4 bytes"
+    ),
     ends_cycles=Constant(1800, "cycles", "assumed", "four stages filled once, 64 KB stored once"),
 )
 H200 = replace(
     H100,
     name="h200",
-    hbm_tb_per_s=Constant(4.3, "TB/s", "assumed", "others' H200: copy of a large buffer, reads and writes"),
+    hbm_tb_per_s=Constant(
+        4.3, "TB/s", "assumed", "others' H200: copy of a large buffer, reads and writes"
+    ),
 )
 GPUS = {gpu.name: gpu for gpu in (H100, H200)}
 
 # Shares of a tile's ends that stay visible, assumed: other programs of the same SM work meanwhile,
 # or, in a persistent program, the copies for the next tile begin before this one's epilogue.
-VISIBLE_SHARED_SM, VISIBLE_PERSISTENT = 0.25, 0.6
+VISIBLE_SHARED_SM = 0.25
+VISIBLE_PERSISTENT = 0.6
 # Limits of compute capability 9.0 (CUDA C programming guide, table of technical specifications).
-SHARED_OF_SM, SHARED_RESERVED, REGISTERS_OF_SM, REGISTERS_OF_THREAD = 233472, 1024, 65536, 255
-WGMMA_ROWS, WGMMA_DEPTH = 64, 16
+SHARED_OF_SM = 233472
+SHARED_RESERVED = 1024
+REGISTERS_OF_SM = 65536
+REGISTERS_OF_THREAD = 255
+WGMMA_ROWS = 64
+WGMMA_DEPTH = 16
 
 
 # ---- one tile ------------------------------------------------------------------------------------
@@ -121,7 +134,8 @@ def _multiplying_warps(variant: Variant) -> int:
 
 def tile_cycles(variant: Variant, depth: float, gpu: Gpu) -> dict[Bound, float]:
     """Clock cycles that each unit of one SM needs for a tile of ``depth`` terms."""
-    m, n = variant.block_m, variant.block_n
+    m = variant.block_m
+    n = variant.block_n
     flops = 2 * m * n * depth
     # A warp group multiplies 64 rows at a time. Two groups on the same 64 rows share the columns,
     # and both read the rows.
@@ -168,7 +182,8 @@ def cost(variant: Variant, product: Product, experts: int, gpu: Gpu = H100) -> C
     per_sm = programs_per_sm(variant, product)
     if per_sm == 0:
         raise ValueError(
-            f"{variant_label(variant)} needs more registers or shared memory than an SM has; take a smaller tile"
+            f"{variant_label(variant)} needs more registers or shared memory than an SM has; take a"
+            " smaller tile"
         )
     blocks_of_rows = math.ceil(product.rows_per_expert / variant.block_m)
     blocks_of_columns = math.ceil(product.N / variant.block_n)
@@ -186,14 +201,24 @@ def cost(variant: Variant, product: Product, experts: int, gpu: Gpu = H100) -> C
 
     floor = floor_us(product, experts, gpu)
     if floor > us:
-        us, bound = floor, "HBM"
+        us = floor
+        bound = "HBM"
     flops = 2 * experts * product.rows_per_expert * product.N * product.K
     return Cost(us, bound, flops / us / 1e6)
 
 
 # ---- the shapes ----------------------------------------------------------------------------------
 
-POINTS = ((128, 64), (128, 128), (128, 256), (128, 512), (128, 1024), (16, 2048), (16, 4096), (16, 8192))
+POINTS = (
+    (128, 64),
+    (128, 128),
+    (128, 256),
+    (128, 512),
+    (128, 1024),
+    (16, 2048),
+    (16, 4096),
+    (16, 8192),
+)
 """Experts of a rank and rows for each."""
 HIDDEN_INNER = {"30b": (2048, 768), "235b": (4096, 1536)}
 
@@ -211,7 +236,9 @@ def products(model: str, experts: int, rows: float, rank: int) -> dict[str, Prod
     H, inner = HIDDEN_INNER[model]
     gathered = experts == 128
 
-    def product(op: Literal["forward", "dgrad"], N: int, K: int, R: int, gathers: bool, blocks: int = 1) -> Product:
+    def product(
+        op: Literal["forward", "dgrad"], N: int, K: int, R: int, gathers: bool, blocks: int = 1
+    ) -> Product:
         return Product(op, torch.bfloat16, N, K, R, gathers, rows, blocks)
 
     return {
@@ -249,8 +276,20 @@ class Published:
 
 _WIDE = Variant(128, 256, 64, 8, 4, "tma", "tma")
 PUBLISHED = (
-    Published("SGLang PR 36543, up", Product("forward", torch.bfloat16, 1536, 2048, 0, False, 315), 128, _WIDE, 531.0),
-    Published("SGLang PR 36543, down", Product("forward", torch.bfloat16, 2048, 768, 0, False, 315), 128, _WIDE, 283.0),
+    Published(
+        "SGLang PR 36543, up",
+        Product("forward", torch.bfloat16, 1536, 2048, 0, False, 315),
+        128,
+        _WIDE,
+        531.0,
+    ),
+    Published(
+        "SGLang PR 36543, down",
+        Product("forward", torch.bfloat16, 2048, 768, 0, False, 315),
+        128,
+        _WIDE,
+        283.0,
+    ),
 )
 """Qwen3-30B-A3B's very shapes in Triton 3.7.1."""
 TOLERANCE = 0.05
@@ -279,33 +318,50 @@ def lines(model: str, rank: int, gpu: Gpu) -> list[Line]:
     found: list[Line] = []
     for experts, rows in POINTS:
         for name, product in products(model, experts, rows, rank).items():
-            chosen, fastest = rule(product), best(product, experts, gpu)
+            chosen = rule(product)
+            fastest = best(product, experts, gpu)
             before, now, least = (
-                cost(variant, product, experts, gpu) for variant in (last_release(product), chosen, fastest)
+                cost(variant, product, experts, gpu)
+                for variant in (last_release(product), chosen, fastest)
             )
             floor = floor_us(product, experts, gpu)
             found.append(Line(experts, rows, name, floor, before, now, least, chosen, fastest))
     return found
 
 
-HEADER = ("product", "floor us", "before us", "rule us", "best us", "TFLOP/s", "bound before", "bound", "best variant")
+HEADER = (
+    "product",
+    "floor us",
+    "before us",
+    "rule us",
+    "best us",
+    "TFLOP/s",
+    "bound before",
+    "bound",
+    "best variant",
+)
 
 
 def show(found: list[Line]) -> str:
     cells = []
     for line in found:
         times = [f"{us:.0f}" for us in (line.floor_us, line.before.us, line.now.us, line.best.us)]
-        rate, bounds = f"{line.best.tflops:.0f}", (line.before.bound, line.best.bound)
+        rate = f"{line.best.tflops:.0f}"
+        bounds = (line.before.bound, line.best.bound)
         same = "the rule's" if line.best_variant == line.rule else variant_label(line.best_variant)
         cells.append((f"E{line.experts} x {line.rows} {line.name}", *times, rate, *bounds, same))
     return table(HEADER, cells)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpu", choices=GPUS, default="h100")
     parser.add_argument("--model", choices=HIDDEN_INNER, default="30b")
-    parser.add_argument("--rank", type=int, default=0, help="of an adapter on each projection; 0: the base alone")
+    parser.add_argument(
+        "--rank", type=int, default=0, help="of an adapter on each projection; 0: the base alone"
+    )
     parser.add_argument("--l2-tb-per-s", type=float, help="L2 bandwidth instead of the assumed one")
     args = parser.parse_args()
     if args.rank < 0:
@@ -314,12 +370,16 @@ def main() -> None:
     if args.l2_tb_per_s is not None:
         if args.l2_tb_per_s <= 0:
             parser.error(f"--l2-tb-per-s {args.l2_tb_per_s}: a bandwidth is more than 0")
-        gpu = replace(gpu, l2_tb_per_s=Constant(args.l2_tb_per_s, "TB/s", "measured", "the command line"))
+        gpu = replace(
+            gpu, l2_tb_per_s=Constant(args.l2_tb_per_s, "TB/s", "measured", "the command line")
+        )
     print(f"{args.model}, {gpu.name}, rank {args.rank}, bfloat16: predicted, not measured")
     print(show(lines(args.model, args.rank, gpu)))
     for case in PUBLISHED:
         predicted = cost(case.variant, case.product, case.experts, gpu)
-        print(f"{case.what}: published {case.us:.0f} us on an H100, the model says {predicted.us:.0f}")
+        print(
+            f"{case.what}: published {case.us:.0f} us on an H100, the model says {predicted.us:.0f}"
+        )
 
 
 if __name__ == "__main__":

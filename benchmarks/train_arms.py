@@ -1,6 +1,8 @@
-"""Training steps to compare: one model of random weights with LoRA on attention and experts, trained in several ways.
+"""Training steps to compare: one model of random weights with LoRA on attention and experts,
+trained in several ways.
 
-Each arm is a context manager that gives a ``Training``. Packages are imported inside: a missing one is told in its row.
+Each arm is a context manager that gives a ``Training``. Packages are imported inside: a missing one
+is told in its row.
 
 Shape legend: T tokens    k experts per token    E experts of this rank    H hidden    M routed rows
 """
@@ -38,7 +40,9 @@ class Setup:
     def batch(self) -> Tensor:
         """``[1, T]``: the same sequence in every step, so that the loss must fall."""
         g = torch.Generator().manual_seed(self.seed)
-        return torch.randint(self.config["vocab_size"], (1, self.num_tokens), generator=g).to(self.device)
+        return torch.randint(self.config["vocab_size"], (1, self.num_tokens), generator=g).to(
+            self.device
+        )
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,23 @@ class Training:
     gate_up_is_one: bool = False
 
 
-# ---- transformers, with PEFT or with our experts --------------------------------------------------------------------
+# ---- transformers, with PEFT or with our experts -------------------------------------------------
 
 
 def base_model(setup: Setup) -> nn.Module:
-    """Transformers' model with the weights that all arms share, attention through SDPA, experts through grouped_mm."""
+    """Transformers' model with the weights that all arms share, attention through SDPA, experts
+    through grouped_mm."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-    config = Qwen3MoeConfig(**{name: value for name, value in setup.config.items() if name != "model_type"})
+    config = Qwen3MoeConfig(
+        **{name: value for name, value in setup.config.items() if name != "model_type"}
+    )
     with torch.device(setup.device):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=setup.dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
+            config,
+            dtype=setup.dtype,
+            attn_implementation="sdpa",
+            experts_implementation="grouped_mm",
         )
     setup.weights().fill(model)
     return model
@@ -74,26 +84,34 @@ def adapted(model: nn.Module, setup: Setup, parameters: tuple[str, ...] = ()) ->
 
     settings: dict[str, Any] = {"target_parameters": list(parameters)} if parameters else {}
     config = LoraConfig(
-        r=setup.rank, lora_alpha=ALPHA_OVER_RANK * setup.rank, target_modules=list(ATTENTION), **settings
+        r=setup.rank, lora_alpha=ALPHA_OVER_RANK * setup.rank, target_modules=list(ATTENTION),
+        **settings
     )  # fmt: skip
     return get_peft_model(model, config)
 
 
 def training(model: nn.Module, setup: Setup, note: str, gate_up_is_one: bool) -> Training:
-    """Steps as transformers' Trainer takes them with bf16: autocast, fused AdamW on what is trained."""
+    """Steps as transformers' Trainer takes them with bf16: autocast, fused AdamW on what is
+    trained."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=setup.device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-3, weight_decay=0.0, fused=setup.device.type == "cuda"
+    )
     tokens = setup.batch()
     model.train()
 
     def forward_backward() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.dtype == torch.bfloat16):
+        with torch.autocast(
+            setup.device.type, torch.bfloat16, enabled=setup.dtype == torch.bfloat16
+        ):
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         return loss.detach()
 
-    return Training(forward_backward, optimizer.step, sum(p.numel() for p in parameters), note, gate_up_is_one)
+    return Training(
+        forward_backward, optimizer.step, sum(p.numel() for p in parameters), note, gate_up_is_one
+    )
 
 
 @contextmanager
@@ -104,41 +122,58 @@ def peft(setup: Setup) -> Iterator[Training]:
 
 
 class KernelExperts(nn.Module):
-    """Our kernels in the place of transformers' experts, with the adapters that PEFT would put there."""
+    """Our kernels in the place of transformers' experts, with the adapters that PEFT would put
+    there."""
 
     def __init__(self, base: Any, rank: int, joined: bool) -> None:
         super().__init__()
-        w1, w2 = base.gate_up_proj.data, base.down_proj.data
+        w1 = base.gate_up_proj.data
+        w2 = base.down_proj.data
         self.weights = (Joined(w1, rank), Joined(w2, rank)) if joined else (w1, w2)
-        (E, J, H), inner, new = w1.shape, w2.shape[2], {"device": w1.device, "dtype": torch.float32}
+        E, J, H = w1.shape
+        inner = w2.shape[2]
+        new = {"device": w1.device, "dtype": torch.float32}
         self.a1, self.b1 = (nn.Parameter(torch.empty(E, *s, **new)) for s in ((rank, H), (J, rank)))
-        self.a2, self.b2 = (nn.Parameter(torch.empty(E, *s, **new)) for s in ((rank, inner), (H, rank)))
+        self.a2, self.b2 = (
+            nn.Parameter(torch.empty(E, *s, **new)) for s in ((rank, inner), (H, rank))
+        )
         for a in (self.a1, self.a2):
             nn.init.normal_(a, std=a.shape[-1] ** -0.5)
         for b in (self.b1, self.b2):
             nn.init.zeros_(b)
 
     def forward(self, x_TH: Tensor, experts_TK: Tensor, probs_TK: Tensor) -> Tensor:
-        (E, top_k), num_tokens = (self.a1.shape[0], experts_TK.shape[1]), x_TH.shape[0]
-        map_TE = torch.zeros(num_tokens, E, dtype=torch.bool, device=x_TH.device).scatter_(1, experts_TK, True)
-        probs_TE = torch.zeros(num_tokens, E, dtype=probs_TK.dtype, device=x_TH.device).scatter(1, experts_TK, probs_TK)
+        E, top_k = (self.a1.shape[0], experts_TK.shape[1])
+        num_tokens = x_TH.shape[0]
+        map_TE = torch.zeros(num_tokens, E, dtype=torch.bool, device=x_TH.device).scatter_(
+            1, experts_TK, True
+        )
+        probs_TE = torch.zeros(num_tokens, E, dtype=probs_TK.dtype, device=x_TH.device).scatter(
+            1, experts_TK, probs_TK
+        )
         routing, ordered_TK = route(map_TE, top_k)
         return self.compute(x_TH, permute_values(probs_TE.gather(1, ordered_TK), routing), routing)
 
     def compute(self, x: Tensor, probs_M: Tensor, routing: Any) -> Tensor:
         a1, b1, a2, b2 = (t.to(x.dtype) for t in (self.a1, self.b1, self.a2, self.b2))
-        gate_up, down = Adapter(a1, (b1,), (ALPHA_OVER_RANK,)), Adapter(a2, (b2,), (ALPHA_OVER_RANK,))
-        return expert_mlp(x, *self.weights, probs_M.to(x.dtype), routing, gate_up=gate_up, down=down)
+        gate_up = Adapter(a1, (b1,), (ALPHA_OVER_RANK,))
+        down = Adapter(a2, (b2,), (ALPHA_OVER_RANK,))
+        return expert_mlp(
+            x, *self.weights, probs_M.to(x.dtype), routing, gate_up=gate_up, down=down
+        )
 
 
 class ShareOfExperts(KernelExperts):
-    """One expert-parallel rank's experts: k ranks send it one row per token each, k T in all, evenly for each expert.
+    """One expert-parallel rank's experts: k ranks send it one row per token each, k T in all,
+    evenly for each expert.
 
     What the all-to-all would bring is copied from this rank's own tokens; nothing is communicated.
     """
 
     def forward(self, x_TH: Tensor, experts_TK: Tensor, probs_TK: Tensor) -> Tensor:
-        (num_tokens, H), num_ranks, E = x_TH.shape, experts_TK.shape[1], self.a1.shape[0]
+        num_tokens, H = x_TH.shape
+        num_ranks = experts_TK.shape[1]
+        E = self.a1.shape[0]
         counts_E = torch.full((E,), num_tokens // E, device=x_TH.device)
         counts_E[: num_tokens % E] += 1
         routing = regroup(counts_E.expand(num_ranks, E), num_ranks * num_tokens)
@@ -165,14 +200,22 @@ def kernels(setup: Setup) -> Iterator[Training]:
 
 @contextmanager
 def share(setup: Setup) -> Iterator[Training]:
-    """As one of 8 expert-parallel ranks; weights have room for adapters, as megalora makes it for few experts."""
+    """As one of 8 expert-parallel ranks; weights have room for adapters, as megalora makes it for
+    few experts."""
     E = setup.config["num_experts"] // setup.config["num_experts_per_tok"]
-    fewer = Setup({**setup.config, "num_experts": E}, setup.rank, setup.num_tokens, setup.device, setup.dtype)
+    fewer = Setup(
+        {**setup.config, "num_experts": E}, setup.rank, setup.num_tokens, setup.device, setup.dtype
+    )
     model = with_experts(fewer, ShareOfExperts, joined=True)
-    yield training(model, setup, f"transformers + our experts, {E} of them, no communication", gate_up_is_one=True)
+    yield training(
+        model,
+        setup,
+        f"transformers + our experts, {E} of them, no communication",
+        gate_up_is_one=True,
+    )
 
 
-# ---- Unsloth --------------------------------------------------------------------------------------------------------
+# ---- Unsloth -------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -184,7 +227,8 @@ def unsloth(setup: Setup) -> Iterator[Training]:
 
 @contextmanager
 def unsloth_model(setup: Setup) -> Iterator[nn.Module]:
-    """Unsloth's model with its adapters. It loads folders only, so the shared weights go through one."""
+    """Unsloth's model with its adapters. It loads folders only, so the shared weights go through
+    one."""
     from unsloth import FastModel  # before transformers, which it changes
 
     with tempfile.TemporaryDirectory() as folder:
@@ -193,11 +237,16 @@ def unsloth_model(setup: Setup) -> Iterator[nn.Module]:
         _tokenizer().save_pretrained(folder)
         del model
         loaded, _ = FastModel.from_pretrained(
-            folder, max_seq_length=setup.num_tokens, dtype=setup.dtype, load_in_4bit=False, full_finetuning=False
+            folder,
+            max_seq_length=setup.num_tokens,
+            dtype=setup.dtype,
+            load_in_4bit=False,
+            full_finetuning=False,
         )
     yield FastModel.get_peft_model(
         loaded, r=setup.rank, lora_alpha=ALPHA_OVER_RANK * setup.rank, lora_dropout=0, bias="none",
-        target_modules=[*ATTENTION, "gate_proj", "up_proj", "down_proj"], use_gradient_checkpointing=False,
+        target_modules=[*ATTENTION, "gate_proj", "up_proj", "down_proj"],
+        use_gradient_checkpointing=False,
     )  # fmt: skip
 
 
@@ -206,4 +255,6 @@ def _tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>", eos_token="<end>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", pad_token="<unk>", eos_token="<end>"
+    )

@@ -2,17 +2,20 @@
 
     FLOPs per token = 4 P + 6 A + 6 S h d L
 
-P: frozen parameters a token meets (attention, router, its 8 experts, output layer), 2 FLOPs each forward and 2 backward
-for the gradient of the input; their weights get none. A: adapter parameters it meets, 2 more for their own gradient.
-S h d L: causal attention over S tokens, h heads of width d, L layers: 2 S h d forward (half of the square, two
-products) and twice that backward. Nothing is counted twice where activations are recomputed.
+P: frozen parameters a token meets (attention, router, its 8 experts, output layer), 2 FLOPs each
+    forward and 2 backward for the gradient of the input; their weights get none. A: adapter
+    parameters it meets, 2 more for their own gradient. S h d L: causal attention over S tokens, h
+    heads of width d, L layers: 2 S h d forward (half of the square, two products) and twice that
+    backward. Nothing is counted twice where activations are recomputed.
 """
 
 from typing import Any
 
 QWEN3_30B_A3B: dict[str, Any] = {
-    "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768,
+    "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
     "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1,
     "mlp_only_layers": [], "vocab_size": 151936, "max_position_embeddings": 40960,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rms_norm_eps": 1e-6,
@@ -20,8 +23,10 @@ QWEN3_30B_A3B: dict[str, Any] = {
     "router_aux_loss_coef": 0.0, "use_sliding_window": False,
 }  # fmt: skip
 TINY_MODEL: dict[str, Any] = {
-    **QWEN3_30B_A3B, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 128,
+    **QWEN3_30B_A3B, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2,
+    "vocab_size": 128,
 }  # fmt: skip
 """For tests and dry runs."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -29,19 +34,21 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of each adapted linear of one layer; of gate, up and down of one expert."""
-    h, width = config["hidden_size"], config["head_dim"]
-    q, kv, inner = (
-        config["num_attention_heads"] * width,
-        config["num_key_value_heads"] * width,
-        config["moe_intermediate_size"],
-    )
+    h = config["hidden_size"]
+    width = config["head_dim"]
+    q = config["num_attention_heads"] * width
+    kv = config["num_key_value_heads"] * width
+    inner = config["moe_intermediate_size"]
     attention = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
     return attention | {"gate_proj": (inner, h), "up_proj": (inner, h), "down_proj": (h, inner)}
 
 
 def met(config: dict[str, Any], sizes: dict[str, int]) -> int:
-    """Sum over one layer of what a token meets: each attention linear once, each expert linear in its top-k experts."""
-    return sum(n * (1 if name in ATTENTION else config["num_experts_per_tok"]) for name, n in sizes.items())
+    """Sum over one layer of what a token meets: each attention linear once, each expert linear in
+    its top-k experts."""
+    return sum(
+        n * (1 if name in ATTENTION else config["num_experts_per_tok"]) for name, n in sizes.items()
+    )
 
 
 def frozen_met(config: dict[str, Any]) -> int:
@@ -51,8 +58,11 @@ def frozen_met(config: dict[str, Any]) -> int:
     return config["num_hidden_layers"] * layer + config["vocab_size"] * config["hidden_size"]
 
 
-def adapter_sizes(config: dict[str, Any], rank: int, gate_up_is_one: bool = False) -> dict[str, int]:
-    """Adapter parameters of each linear. ``gate_up_is_one``: PEFT adapts the fused weight, with one A for both."""
+def adapter_sizes(
+    config: dict[str, Any], rank: int, gate_up_is_one: bool = False
+) -> dict[str, int]:
+    """Adapter parameters of each linear. ``gate_up_is_one``: PEFT adapts the fused weight, with one
+    A for both."""
     sizes = {name: rank * (n + k) for name, (n, k) in linears(config).items()}
     if gate_up_is_one:
         sizes["up_proj"] -= rank * config["hidden_size"]
@@ -62,11 +72,15 @@ def adapter_sizes(config: dict[str, Any], rank: int, gate_up_is_one: bool = Fals
 def adapter_parameters(config: dict[str, Any], rank: int, gate_up_is_one: bool = False) -> int:
     """All that are trained, of all experts."""
     sizes = adapter_sizes(config, rank, gate_up_is_one)
-    every = {name: n * (1 if name in ATTENTION else config["num_experts"]) for name, n in sizes.items()}
+    every = {
+        name: n * (1 if name in ATTENTION else config["num_experts"]) for name, n in sizes.items()
+    }
     return config["num_hidden_layers"] * sum(every.values())
 
 
-def flops_per_token(config: dict[str, Any], rank: int, num_tokens: int, gate_up_is_one: bool = False) -> int:
+def flops_per_token(
+    config: dict[str, Any], rank: int, num_tokens: int, gate_up_is_one: bool = False
+) -> int:
     """The formula above, for sequences of ``num_tokens``."""
     layers = config["num_hidden_layers"]
     adapters = layers * met(config, adapter_sizes(config, rank, gate_up_is_one))
@@ -75,16 +89,22 @@ def flops_per_token(config: dict[str, Any], rank: int, num_tokens: int, gate_up_
 
 
 def layers_that_fit(config: dict[str, Any], rank: int, num_tokens: int, free_bytes: int) -> int:
-    """How many layers train in so much memory with our kernels, by a rough count; at most the model's own.
+    """How many layers train in so much memory with our kernels, by a rough count; at most the
+    model's own.
 
-    Per layer: bfloat16 weights; adapters in bfloat16 with float32 gradient, master and two moments (18 bytes);
-    activations, with 26 hidden widths for what attention, norms and residuals keep. Beside them: embedding and output
-    layer, and logits three times in float32. A tenth stays free.
+    Per layer: bfloat16 weights; adapters in bfloat16 with float32 gradient, master and two moments
+    (18 bytes); activations, with 26 hidden widths for what attention, norms and residuals keep.
+    Beside them: embedding and output layer, and logits three times in float32. A tenth stays free.
     """
     one = {**config, "num_hidden_layers": 1}
-    h, k, inner = config["hidden_size"], config["num_experts_per_tok"], config["moe_intermediate_size"]
+    h = config["hidden_size"]
+    k = config["num_experts_per_tok"]
+    inner = config["moe_intermediate_size"]
     sizes = linears(config)
-    weights = sum(n * m * (1 if name in ATTENTION else config["num_experts"]) for name, (n, m) in sizes.items())
+    weights = sum(
+        n * m * (1 if name in ATTENTION else config["num_experts"])
+        for name, (n, m) in sizes.items()
+    )
     activations = num_tokens * (26 * h + k * (2 * inner + 3 * rank))
     layer = 2 * weights + 18 * adapter_parameters(one, rank) + 2 * activations
     beside = 2 * 2 * config["vocab_size"] * h + 3 * 4 * num_tokens * config["vocab_size"]

@@ -1,4 +1,5 @@
-"""Training arms on Megatron-Core: megalora's own step, and what it shares with arms of others on the same model."""
+"""Training arms on Megatron-Core: megalora's own step, and what it shares with arms of others on
+the same model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,16 +26,21 @@ def on_megatron(setup: Setup) -> Iterator[Any]:
 
 
 def frozen_base(setup: Setup) -> nn.Module:
-    """What ``megalora.model.build.build_model`` makes, with the weights that all arms share in place of a folder's."""
+    """What ``megalora.model.build.build_model`` makes, with the weights that all arms share in
+    place of a folder's."""
     from megalora.bridge.base import load_named, open_architecture
     from megalora.config import ParallelConfig
     from megalora.model.build import make_chunks
     from megalora.model.shape import model_shape
 
-    (chunk,) = make_chunks(setup.config, model_config(setup), ParallelConfig(), model_shape(setup.config))
+    (chunk,) = make_chunks(
+        setup.config, model_config(setup), ParallelConfig(), model_shape(setup.config)
+    )
     chunk.to(setup.device)
     bridge: Any = open_architecture(setup.config)
-    load_named(bridge._model_bridge, bridge.hf_pretrained, setup.weights(), [chunk], "shared weights")
+    load_named(
+        bridge._model_bridge, bridge.hf_pretrained, setup.weights(), [chunk], "shared weights"
+    )
     return chunk
 
 
@@ -46,21 +52,25 @@ def model_config(setup: Setup) -> Any:
 
 
 def adapt(chunk: nn.Module, setup: Setup, groups: Any, **lora: Any) -> list[Any]:
-    """Put megalora's adapters into a base; ``lora`` overrides fields of the ``lora:`` section. Returns the pieces."""
+    """Put megalora's adapters into a base; ``lora`` overrides fields of the ``lora:`` section.
+    Returns the pieces."""
     from megalora.config import LoRAConfig, ParallelConfig
     from megalora.lora.inject import inject
     from megalora.lora.spec import resolve
     from megalora.model.shape import model_shape
 
-    section, shape = LoRAConfig(rank=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank, **lora), model_shape(setup.config)
+    section = LoRAConfig(rank=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank, **lora)
+    shape = model_shape(setup.config)
     return inject(
-        [chunk], resolve(section, shape), shape, section, groups, seed=setup.seed, dtype=setup.dtype,
+        [chunk], resolve(section, shape), shape, section, groups, seed=setup.seed,
+        dtype=setup.dtype,
         rows_per_expert=shape.expected_rows(ParallelConfig(), setup.num_tokens),
     )  # fmt: skip
 
 
 def training_on_megatron(chunk: nn.Module, setup: Setup, groups: Any, note: str) -> Training:
-    """megalora's training step for what is trainable in ``chunk``: Megatron's schedule, DDP and sharded AdamW."""
+    """megalora's training step for what is trainable in ``chunk``: Megatron's schedule, DDP and
+    sharded AdamW."""
     from megalora.config import TrainConfig
     from megalora.data.loader import Batch
     from megalora.train.optim import build_optimizer, clip_and_step, wrap_chunks
@@ -68,7 +78,8 @@ def training_on_megatron(chunk: nn.Module, setup: Setup, groups: Any, note: str)
 
     parameters = [p for p in chunk.parameters() if p.requires_grad]
     for parameter in parameters:
-        if not hasattr(parameter, "sum_group"):  # another library's: nothing to sum over the tensor-parallel group
+        # another library's: nothing to sum over the tensor-parallel group
+        if not hasattr(parameter, "sum_group"):
             parameter.sum_group = None  # pyright: ignore[reportAttributeAccessIssue]
     wrapped = wrap_chunks([chunk])
     # No clipping: the arms on transformers have none.

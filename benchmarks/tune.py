@@ -20,7 +20,8 @@ from pathlib import Path
 
 MISTAKE = 2
 """Exit code: the command line, or a file that another run began."""
-DEAD_DEVICE, HUNG = 75, 76
+DEAD_DEVICE = 75
+HUNG = 76
 """Exit codes of the sweep: start it again, without the variant that did that."""
 LEAST_SECONDS = 15
 """The sweep is not started again with less: importing torch takes half of it."""
@@ -53,7 +54,10 @@ def sweep(budget_seconds: float, out: Path, dry: bool) -> int:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            print(f"out of time: the sweep was ended; what it found until then is in {out}", file=sys.stderr)
+            print(
+                f"out of time: the sweep was ended; what it found until then is in {out}",
+                file=sys.stderr,
+            )
             return 0 if out.is_file() else 1
         if code in (0, 1, MISTAKE):
             return code
@@ -63,10 +67,16 @@ def sweep(budget_seconds: float, out: Path, dry: bool) -> int:
 
 
 def main(given: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget-seconds", type=float, default=200.0, help="for all of it, compiling included")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--budget-seconds", type=float, default=200.0, help="for all of it, compiling included"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the table, and what it rests on")
-    parser.add_argument("--dry", action="store_true", help="tiny sizes through Triton's interpreter")
+    parser.add_argument(
+        "--dry", action="store_true", help="tiny sizes through Triton's interpreter"
+    )
     args = parser.parse_args(given)
     if not args.budget_seconds > 0:
         parser.error(f"--budget-seconds {args.budget_seconds}: want a positive number of seconds")
@@ -76,9 +86,14 @@ def main(given: list[str] | None = None) -> int:
         try:
             record = json.loads(args.out.read_text())
         except json.JSONDecodeError as error:
-            parser.error(f"--out {args.out} is there and no JSON ({error}); give another, or remove it")
+            parser.error(
+                f"--out {args.out} is there and no JSON ({error}); give another, or remove it"
+            )
         if not isinstance(record, dict) or record.get("benchmark") != "tune":
-            parser.error(f"--out {args.out} is there and no result of this script; give another, or remove it")
+            parser.error(
+                f"--out {args.out} is there and no result of this script; give another, or"
+                " remove it"
+            )
     return sweep(args.budget_seconds, args.out, args.dry)
 
 

@@ -52,7 +52,11 @@ class Job:
 
 
 def compile_all(
-    jobs: Sequence[Job], command: Sequence[str], num_processes: int, seconds: float, job_seconds: float = JOB_SECONDS
+    jobs: Sequence[Job],
+    command: Sequence[str],
+    num_processes: int,
+    seconds: float,
+    job_seconds: float = JOB_SECONDS,
 ) -> dict[Job, str | None]:
     """Compile in parallel.
 
@@ -104,7 +108,9 @@ class _Child:
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         env.pop("TRITON_INTERPRET", None)
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=env)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=env
+        )
         self.died = False
 
     def ask(self, line: str, seconds: float) -> str:
@@ -135,11 +141,16 @@ class _Child:
         lines = [line.strip() for line in self.said if line.strip()]
         self.said.close()
         # An abort in MLIR prints its assertion and then pages of stack.
-        telling = [line for line in lines if "ssertion" in line or "error" in line.lower()] or lines[-1:]
-        return f"{why}the compiler's process ended with {code}: {telling[0][:200] if telling else 'it said nothing'}"
+        telling = [
+            line for line in lines if "ssertion" in line or "error" in line.lower()
+        ] or lines[-1:]
+        return (
+            f"{why}the compiler's process ended with {code}:"
+            f" {telling[0][:200] if telling else 'it said nothing'}"
+        )
 
 
-# ---- in the process -------------------------------------------------------------------------------------------------
+# ---- in the process ------------------------------------------------------------------------------
 
 
 class NamedTarget:
@@ -177,7 +188,9 @@ def compile_only(capability: int) -> None:
 def compile_one(job: Job) -> str:
     """``ok``, or what the compiler said."""
     counts = [1] * job.experts
-    operands = make_operands(job.gemm, counts, torch.device("cpu"), getattr(torch, job.dtype), filled=False)
+    operands = make_operands(
+        job.gemm, counts, torch.device("cpu"), getattr(torch, job.dtype), filled=False
+    )
     try:
         launch(operands, job.variant)
     except Exception as error:  # whatever a compiler raises: the variant is refused by the sweep

@@ -37,7 +37,16 @@ class Gemm:
     gathered: bool
 
     def product(self, dtype: torch.dtype, rows_per_expert: float) -> Product:
-        return Product(self.op, dtype, self.N, self.K, sum(self.ranks), self.gathered, rows_per_expert, len(self.ranks))
+        return Product(
+            self.op,
+            dtype,
+            self.N,
+            self.K,
+            sum(self.ranks),
+            self.gathered,
+            rows_per_expert,
+            len(self.ranks),
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,8 @@ class Group:
 
 def gemms_of(sizes: Sizes, rank: int = RANK) -> tuple[Gemm, ...]:
     """The four GEMMs of a layer's experts, forward and for the gradients of their inputs."""
-    hidden, inner = sizes.hidden, sizes.inner
+    hidden = sizes.hidden
+    inner = sizes.inner
     return (
         Gemm(f"{sizes.name} gate_up forward", "forward", 2 * inner, hidden, (rank, rank), True),
         Gemm(f"{sizes.name} down forward", "forward", hidden, inner, (rank,), False),
@@ -80,13 +90,15 @@ FIRST = ((128, 512), (16, 4096))
 """(experts, rows per expert): 8k tokens, all experts on one GPU, or one of 8 expert-parallel
 ranks."""
 REST = ((128, 256), (16, 2048), (128, 1024), (16, 8192), (128, 128), (128, 64))
-MANY_ROWS, FEWER_ROWS = ((16, 4096), (16, 2048), (16, 1024)), ((128, 512), (128, 256), (128, 128))
+MANY_ROWS = ((16, 4096), (16, 2048), (16, 1024))
+FEWER_ROWS = ((128, 512), (128, 256), (128, 128))
 """The same of whole layers: a crossing is looked for from many rows down."""
 
 
 def groups() -> list[Group]:
     """In the order of what they are worth: time may run out."""
-    thirty, big = SIZES["30b"], SIZES["235b"]
+    thirty = SIZES["30b"]
+    big = SIZES["235b"]
     return [
         _group(thirty, FIRST, MANY_ROWS),
         _group(thirty, REST, FEWER_ROWS),
@@ -94,9 +106,14 @@ def groups() -> list[Group]:
     ]
 
 
-def _group(sizes: Sizes, gemms_at: Sequence[tuple[int, int]], layers_at: Sequence[tuple[int, int]]) -> Group:
+def _group(
+    sizes: Sizes, gemms_at: Sequence[tuple[int, int]], layers_at: Sequence[tuple[int, int]]
+) -> Group:
     points = [Point(gemm, *at) for at in gemms_at for gemm in gemms_of(sizes)]
-    specs = [Spec(sizes, rows * experts // TOP_K, experts, RANK, "balanced") for experts, rows in layers_at]
+    specs = [
+        Spec(sizes, rows * experts // TOP_K, experts, RANK, "balanced")
+        for experts, rows in layers_at
+    ]
     return Group(tuple(points), tuple(specs))
 
 
@@ -130,7 +147,13 @@ def launch(o: Operands, variant: Variant) -> Tensor:
 
 
 def make_operands(
-    gemm: Gemm, counts: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int = 0, *, filled: bool = True
+    gemm: Gemm,
+    counts: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    filled: bool = True,
 ) -> Operands:
     """Operands for ``counts[e]`` rows of expert e.
 
@@ -139,7 +162,11 @@ def make_operands(
             found, for compiling.
     """
     g = torch.Generator(device).manual_seed(seed)
-    E, M, N, K, R = len(counts), sum(counts), gemm.N, gemm.K, sum(gemm.ranks)
+    E = len(counts)
+    M = sum(counts)
+    N = gemm.N
+    K = gemm.K
+    R = sum(gemm.ranks)
     T = max(1, M // TOP_K) if gemm.gathered else M
 
     def normal(*shape: int, size: float = 1.0) -> Tensor:
@@ -155,7 +182,11 @@ def make_operands(
         factor = normal(E, width, rank).transpose(1, 2) if forward else normal(E, rank, width)
         blocks.append(factor)
     ends = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
-    source = torch.randint(T, (M,), device=device, generator=g, dtype=torch.int32) if gemm.gathered else None
+    source = (
+        torch.randint(T, (M,), device=device, generator=g, dtype=torch.int32)
+        if gemm.gathered
+        else None
+    )
     return Operands(
         x=normal(T, K), w_EKN=w.transpose(1, 2) if forward else w, routing=Routing(ends, M),
         s_MR=normal(M, R, size=R**-0.5), b=tuple(blocks), source_M=source,
@@ -168,7 +199,8 @@ def reference(o: Operands) -> Tensor:
     x_MK = o.x if o.source_M is None else o.x[o.source_M.long()]
     for e, i, j in o.routing.spans():
         y_MN[i:j] = x_MK[i:j].float() @ o.w_EKN[e].float()
-        first_rank, first_column = 0, 0
+        first_rank = 0
+        first_column = 0
         for b_ErN in o.b:
             _, rank, width = b_ErN.shape
             s = o.s_MR[i:j, first_rank : first_rank + rank].float()
@@ -188,7 +220,8 @@ def mistake(o: Operands, want_MN: Tensor, variant: Variant, run: Launch = launch
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # fills what is allocated
     try:
-        y_MN, again_MN = run(o, variant), run(o, variant)
+        y_MN = run(o, variant)
+        again_MN = run(o, variant)
     finally:
         torch.use_deterministic_algorithms(before)
     allowed = ALLOWED[o.x.dtype]
@@ -196,7 +229,9 @@ def mistake(o: Operands, want_MN: Tensor, variant: Variant, run: Launch = launch
     worst = float(error_M.nan_to_num(nan=torch.inf).max())
     if not worst <= allowed:
         wrong = int((~(error_M <= allowed)).sum())
-        return f"wrong: {wrong} of {error_M.numel()} rows differ from float32, by {worst:.1e} at most"
+        return (
+            f"wrong: {wrong} of {error_M.numel()} rows differ from float32, by {worst:.1e} at most"
+        )
     if not torch.equal(y_MN, again_MN):
         return "wrong: other bits in a second run"
     return None

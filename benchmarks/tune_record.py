@@ -33,7 +33,9 @@ class Record:
     """A file of results, begun or continued."""
 
     def __init__(self, path: Path, device: torch.device, dry: bool) -> None:
-        self.path, self.device, self.dry = path, device, dry
+        self.path = path
+        self.device = device
+        self.dry = dry
         self.gpu = tuned.gpu_name(device)
         self.refused: dict[str, str] = {}
         """``GEMM: variant`` -> why."""
@@ -68,7 +70,8 @@ class Record:
         for name, (then, now) in same.items():
             if then != now:
                 raise ValueError(
-                    f"{self.path}: begun with {name} {then!r}, but this is {now!r}; give another --out, or remove it"
+                    f"{self.path}: begun with {name} {then!r}, but this is {now!r}; give another"
+                    " --out, or remove it"
                 )
         sweep = found["sweep"]
         for name in ("refused", "points", "crossing", "failures", "seconds", "clocks"):
@@ -103,7 +106,9 @@ class Record:
 
     def note_clocks(self, when: str) -> None:
         """Clocks and temperature of the card now."""
-        found, names = smi("clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw")
+        found, names = smi(
+            "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw"
+        )
         self.clocks.append(f"{when}: {names} = {found}")
 
     def run(self, name: str, call: Callable[[], Any]) -> Any:
@@ -137,15 +142,26 @@ def key_of(product: Product, rows: int) -> dict[str, Any]:
     return key._asdict()
 
 
-def row_of(point: Point, dtype: torch.dtype, variant: Variant, times: dict[str, Any]) -> dict[str, Any]:
+def row_of(
+    point: Point, dtype: torch.dtype, variant: Variant, times: dict[str, Any]
+) -> dict[str, Any]:
     """A row of the table."""
-    return {**key_of(point.gemm.product(dtype, point.rows), point.rows), "variant": asdict(variant), **times}
+    return {
+        **key_of(point.gemm.product(dtype, point.rows), point.rows),
+        "variant": asdict(variant),
+        **times,
+    }
 
 
 def layer_key(sizes: Sizes, dtype: torch.dtype, stacked_rank: int) -> dict[str, Any]:
     """The fields that a layer's back end is found by."""
     rank = tile_rank(stacked_rank)
-    return {"dtype": DTYPE_NAMES[dtype], "hidden": sizes.hidden, "intermediate": sizes.inner, "R": rank}
+    return {
+        "dtype": DTYPE_NAMES[dtype],
+        "hidden": sizes.hidden,
+        "intermediate": sizes.inner,
+        "R": rank,
+    }
 
 
 GAIN = 0.02
@@ -162,7 +178,8 @@ def vendor_from(points: list[dict[str, Any]]) -> int | None:
     noise; None: never."""
     found = None
     for point in sorted(points, key=lambda point: (-point["rows_per_expert"], point["experts"])):
-        triton, vendor = point["triton_us"], point["grouped_mm_us"]
+        triton = point["triton_us"]
+        vendor = point["grouped_mm_us"]
         if triton is None or vendor is None or not beats(vendor, triton, point["spread"]):
             break
         found = point["rows_per_expert"]

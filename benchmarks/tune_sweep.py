@@ -127,7 +127,8 @@ class Sweep:
             self.longest[kind] = max(self.longest.get(kind, 0.0), seconds)
         except DeadDevice:
             raise
-        except Exception as error:  # out of memory, say: the next may well fit; this one is said and recorded
+        except Exception as error:
+            # Out of memory, say: the next may well fit; this one is said and recorded.
             self.record.failures[label] = first_line(error)
             print(f"FAILED {label}: {first_line(error)}", flush=True)
             self._check_alive(label)
@@ -145,11 +146,13 @@ class Sweep:
         self.record.seconds[label] = round(seconds, 2)
         return seconds
 
-    # ---- variants that can run --------------------------------------------------------------------------------------
+    # ---- variants that can run -------------------------------------------------------------------
 
     def variants(self, point: Point) -> list[Variant]:
         """The rule's own first."""
-        return self.tools.variants(point.gemm.product(self.tools.dtype, point.rows), self.tools.device)
+        return self.tools.variants(
+            point.gemm.product(self.tools.dtype, point.rows), self.tools.device
+        )
 
     def _compile(self, points: Sequence[Point]) -> None:
         dtype = DTYPE_NAMES[self.tools.dtype]
@@ -159,7 +162,9 @@ class Sweep:
                 for experts in self._experts(point):
                     jobs[Job(point.gemm, experts, variant, dtype)] = None
         wanted = [
-            job for job in jobs if job not in self.compiled and _name(job.gemm, job.variant) not in self.record.refused
+            job
+            for job in jobs
+            if job not in self.compiled and _name(job.gemm, job.variant) not in self.record.refused
         ]
         if not wanted:
             return
@@ -179,7 +184,8 @@ class Sweep:
 
     def _passed(self, gemm: Gemm, variants: Sequence[Variant], operands: Operands) -> list[Variant]:
         """Those that give the right rows; the others are refused."""
-        want_MN, passed = reference(operands), []
+        want_MN = reference(operands)
+        passed = []
         for variant in variants:
             name = _name(gemm, variant)
             if name in self.record.refused or name in self.uncompiled:
@@ -190,7 +196,8 @@ class Sweep:
 
             try:
                 why = self.record.run(name, check)
-            except Exception as error:  # whatever a launch raises: the variant is refused, the others go on
+            except Exception as error:
+                # Whatever a launch raises: the variant is refused, the others go on.
                 why = f"does not run: {first_line(error)}"
             if why is None:
                 passed.append(variant)
@@ -199,10 +206,12 @@ class Sweep:
             self._check_alive(f"{name}: {why}")
         return passed
 
-    # ---- a point ----------------------------------------------------------------------------------------------------
+    # ---- a point ---------------------------------------------------------------------------------
 
     def _point(self, point: Point) -> None:
-        tools, gemm, variants = self.tools, point.gemm, self.variants(point)
+        tools = self.tools
+        gemm = point.gemm
+        variants = self.variants(point)
         new = [v for v in variants if _name(gemm, v) not in self.checked]
         uneven = make_operands(gemm, tools.uneven, tools.device, tools.dtype)
         self.checked |= {_name(gemm, v) for v in self._passed(gemm, new, uneven)}
@@ -210,7 +219,9 @@ class Sweep:
         variants = [v for v in variants if _name(gemm, v) in self.checked]
         passed = self._passed(gemm, variants, operands)
         if not passed:
-            raise RuntimeError(f"{point.label}: no variant computes it; see 'refused' in {self.record.path}")
+            raise RuntimeError(
+                f"{point.label}: no variant computes it; see 'refused' in {self.record.path}"
+            )
         own = self.variants(point)[0]
         first = self._time(operands, passed, tools.repeats[0])
         best = sorted(passed, key=lambda v: first[v][0])[:FINALISTS]
@@ -219,7 +230,9 @@ class Sweep:
         second = self._time(operands, finalists, tools.repeats[1])
         self.record.points[point.label] = self._outcome(point, own, first, second)
 
-    def _time(self, o: Operands, variants: Sequence[Variant], repeats: int) -> dict[Variant, tuple[float, float]]:
+    def _time(
+        self, o: Operands, variants: Sequence[Variant], repeats: int
+    ) -> dict[Variant, tuple[float, float]]:
         """(median µs, spread) of each: half the distance from the 10th to the 90th percentile,
         relative to the median."""
         calls = {variant_label(v): lambda v=v: self.tools.run(o, v) for v in variants}
@@ -243,11 +256,16 @@ class Sweep:
         spread = max(spread, rule_spread)
         row = None
         if rule_us is None or beats(us, rule_us, spread):
-            times = {"us": round(us, 2), "rule_us": rule_us and round(rule_us, 2), "spread": round(spread, 4)}
+            times = {
+                "us": round(us, 2),
+                "rule_us": rule_us and round(rule_us, 2),
+                "spread": round(spread, 4),
+            }
             row = row_of(point, self.tools.dtype, best, times)
         print(
             f"{point.label}: rule {_text(rule_us)} us, best {us:.1f} us ± {100 * spread:.1f} %"
-            f" ({point.flops() / us / 1e6:.0f} TFLOP/s): {variant_label(best) if row else 'the rule stands'}",
+            f" ({point.flops() / us / 1e6:.0f} TFLOP/s):"
+            f" {variant_label(best) if row else 'the rule stands'}",
             flush=True,
         )
         return {
@@ -258,10 +276,12 @@ class Sweep:
             "best": variant_label(best),
             "tflops": round(point.flops() / us / 1e6, 1),
             "first_us": {variant_label(v): round(median, 2) for v, (median, _) in first.items()},
-            "second_us": {variant_label(v): [round(m, 2), round(s, 4)] for v, (m, s) in second.items()},
+            "second_us": {
+                variant_label(v): [round(m, 2), round(s, 4)] for v, (m, s) in second.items()
+            },
         }
 
-    # ---- a layer ----------------------------------------------------------------------------------------------------
+    # ---- a layer ---------------------------------------------------------------------------------
 
     def _layer(self, spec: Spec) -> None:
         """Both back ends on one layer, Triton by the table as it is now."""
@@ -276,7 +296,9 @@ class Sweep:
             "rows_per_expert": rows,
             **found,
         }
-        times = f"triton {_text(found['triton_us'])} us, grouped_mm {_text(found['grouped_mm_us'])} us"
+        times = (
+            f"triton {_text(found['triton_us'])} us, grouped_mm {_text(found['grouped_mm_us'])} us"
+        )
         print(f"layer {spec.label}, {rows} rows per expert: {times}", flush=True)
 
 

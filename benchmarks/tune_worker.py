@@ -43,13 +43,20 @@ def compiler_for(capability: tuple[int, int]) -> Callable[..., dict[Job, str | N
     """Compiles for the GPU that this process has, on all of its cores but two."""
 
     def compiler(jobs: Sequence[Job], seconds: float) -> dict[Job, str | None]:
-        command = [sys.executable, "-m", "benchmarks.tune_compile", str(10 * capability[0] + capability[1])]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.tune_compile",
+            str(10 * capability[0] + capability[1]),
+        ]
         return compile_all(jobs, command, max(1, (os.cpu_count() or 1) - 2), seconds)
 
     return compiler
 
 
-def time_layer(spec: Spec, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+def time_layer(
+    spec: Spec, device: torch.device, dtype: torch.dtype, repeats: int
+) -> dict[str, Any]:
     """Forward and backward of a layer with an adapter on each projection, by both back ends,
     checked first."""
     case = make_case(spec, device, dtype)
@@ -58,7 +65,14 @@ def time_layer(spec: Spec, device: torch.device, dtype: torch.dtype, repeats: in
         "grouped_mm": lambda: ours_separate(case, "grouped_mm", case.joined(2 * spec.rank)),
     }
     rows = compare(
-        spec.label, builds, {}, lambda: {"adapted": reference(case, True)}, spec.base_flops(), device, dtype, repeats
+        spec.label,
+        builds,
+        {},
+        lambda: {"adapted": reference(case, True)},
+        spec.base_flops(),
+        device,
+        dtype,
+        repeats,
     )
     found: dict[str, Any] = {f"{row.arm}_us": _microseconds(row) for row in rows}
     found["spread"] = max((_spread(row) for row in rows if row.train), default=0.0)
@@ -100,7 +114,8 @@ def dry_tools() -> Tools:
     from tests.kernels import interpreter
 
     interpreter.improve(pytest.MonkeyPatch())
-    device, compile_h100 = torch.device("cpu"), compiler_for((9, 0))
+    device = torch.device("cpu")
+    compile_h100 = compiler_for((9, 0))
 
     def compiler(jobs: Sequence[Job], seconds: float) -> dict[Job, str | None]:
         return dict.fromkeys(jobs) | compile_h100(jobs[:1], seconds)
@@ -110,8 +125,10 @@ def dry_tools() -> Tools:
         return [rule(product, *device_limits(device)), *small]
 
     return Tools(
-        device=device, dtype=torch.float32, timer=timer_on(device), compiler=compiler, uneven=UNEVEN_DRY,
-        layer=lambda spec: time_layer(spec, device, torch.float32, 1), variants=variants, repeats=(1, 2),
+        device=device, dtype=torch.float32, timer=timer_on(device), compiler=compiler,
+        uneven=UNEVEN_DRY,
+        layer=lambda spec: time_layer(spec, device, torch.float32, 1), variants=variants,
+        repeats=(1, 2),
     )  # fmt: skip
 
 
@@ -124,7 +141,11 @@ def watch(record: Record) -> None:
             time.sleep(1)
             since = record.running_since
             if since is not None and time.monotonic() - since > HANG_SECONDS:
-                print(f"hung for {HANG_SECONDS} s: {record.running.read_text()}", file=sys.stderr, flush=True)
+                print(
+                    f"hung for {HANG_SECONDS} s: {record.running.read_text()}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(HUNG)
 
     threading.Thread(target=look, daemon=True).start()
@@ -135,7 +156,8 @@ def show(record: Record) -> str:
     header = ("point", "rule us", "best us", "spread", "TFLOP/s", "variant")
     lines = []
     for label, point in record.points.items():
-        row, second = point["row"], point["second_us"]
+        row = point["row"]
+        second = point["second_us"]
         best_us, spread = second[point["best"]]
         rule_us = second.get(point["rule"], ["-"])[0]
         says = point["best"] if row else "the rule stands"
@@ -148,7 +170,9 @@ def show(record: Record) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--end", type=float, required=True, help="of time.monotonic(): begin nothing after it")
+    parser.add_argument(
+        "--end", type=float, required=True, help="of time.monotonic(): begin nothing after it"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
@@ -163,14 +187,20 @@ def main() -> int:
     watch(record)
     record.note_clocks("at the start")
     try:
-        Sweep(record, tools, args.end - time.monotonic()).measure(dry_groups() if args.dry else groups())
+        Sweep(record, tools, args.end - time.monotonic()).measure(
+            dry_groups() if args.dry else groups()
+        )
     except DeadDevice as error:
         print(f"the device answers no more after {error}", file=sys.stderr)
         return DEAD_DEVICE
     record.note_clocks("at the end")
     record.save()
     print(f"\n{show(record)}")
-    ships = MEANINGLESS if args.dry else f"to ship it: kernels/megalora_kernels/tuned/{tuned.file_name(record.gpu)}"
+    ships = (
+        MEANINGLESS
+        if args.dry
+        else f"to ship it: kernels/megalora_kernels/tuned/{tuned.file_name(record.gpu)}"
+    )
     print(f"wrote {args.out} ({ships})")
     return 1 if record.failures else 0
 

@@ -1,4 +1,5 @@
-"""The ``megalora`` command: reads arguments, calls the library, turns a user's mistake into one line and exit code 2."""
+"""The ``megalora`` command: reads arguments, calls the library, turns a user's mistake into one
+line and exit code 2."""
 
 import argparse
 import os
@@ -18,7 +19,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         guarded(_run, sys.argv[1:] if arguments is None else arguments)
     except BrokenPipeError:
-        # The reader, such as head, has seen enough; the interpreter must not flush into the pipe as it ends.
+        # The reader, such as head, has seen enough; the interpreter must not flush into the pipe as
+        # it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(PIPE_CLOSED)
 
@@ -27,11 +29,16 @@ def _run(arguments: list[str]) -> None:
     end = arguments.index("--") if "--" in arguments and arguments[0] == "serve" else len(arguments)
     options, rest = _parser().parse_known_args(arguments[:end])
     options.extra = arguments[end + 1 :]
-    unknown = [a for a in rest if options.command not in ("train", "data", "plan", "bench") or a.startswith("-")]
+    unknown = [
+        a
+        for a in rest
+        if options.command not in ("train", "data", "plan", "bench") or a.startswith("-")
+    ]
     if unknown:
         hint = "; vLLM's own arguments come after --" if options.command == "serve" else ""
         raise ValueError(
-            f"megalora {options.command}: unknown argument {unknown[0]!r}; see megalora {options.command} --help{hint}"
+            f"megalora {options.command}: unknown argument {unknown[0]!r}; see megalora"
+            f" {options.command} --help{hint}"
         )
     options.action(options, rest)
 
@@ -42,9 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    tiny = commands.add_parser("tiny", help="make a tiny random base model with tokenizer and chat template")
+    tiny = commands.add_parser(
+        "tiny", help="make a tiny random base model with tokenizer and chat template"
+    )
     tiny.add_argument("out", type=user_path)
-    tiny.add_argument("--arch", default="qwen3_moe", help="qwen3_moe, qwen3 (dense) or qwen2_moe (shared experts)")
+    tiny.add_argument(
+        "--arch", default="qwen3_moe", help="qwen3_moe, qwen3 (dense) or qwen2_moe (shared experts)"
+    )
     tiny.add_argument("--seed", type=int, default=0)
     tiny.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     tiny.set_defaults(action=_tiny)
@@ -53,12 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=user_path)
     train.add_argument("--nproc", type=int, default=1, help="ranks to start")
     train.add_argument(
-        "--max-restarts", type=int, default=0, help="how often ranks start again and resume when one has failed"
+        "--max-restarts",
+        type=int,
+        default=0,
+        help="how often ranks start again and resume when one has failed",
     )
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.set_defaults(action=_train)
 
-    data = commands.add_parser("data", help="show what a run would learn: samples, lengths, what is left out")
+    data = commands.add_parser(
+        "data", help="show what a run would learn: samples, lengths, what is left out"
+    )
     data.add_argument("config", type=user_path)
     data.add_argument("overrides", nargs="*", metavar="section.key=value")
     data.set_defaults(action=_data)
@@ -71,27 +87,44 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_file_commands(commands: Any) -> None:
     """What reads and writes adapter folders."""
-    export = commands.add_parser("export", help="an adapter folder for PEFT, vLLM or SGLang, out of a checkpoint")
+    export = commands.add_parser(
+        "export", help="an adapter folder for PEFT, vLLM or SGLang, out of a checkpoint"
+    )
     export.add_argument("checkpoint", type=user_path, help="or any adapter folder")
     export.add_argument("out", type=user_path)
     export.add_argument(
-        "--for", dest="engine", choices=["peft", "vllm", "sglang"], help="refuse what it would not honour"
+        "--for",
+        dest="engine",
+        choices=["peft", "vllm", "sglang"],
+        help="refuse what it would not honour",
     )
     export.add_argument(
-        "--layout", choices=["per_expert", "stacked", "shared_outer"], help="names and shapes in the file"
+        "--layout",
+        choices=["per_expert", "stacked", "shared_outer"],
+        help="names and shapes in the file",
     )
     export.add_argument(
-        "--drop", nargs="+", default=[], metavar="NAME", help="trained projections to leave out, such as gate"
+        "--drop",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="trained projections to leave out, such as gate",
     )
-    export.add_argument("--base", help="the base model's folder or hub name; default: the one the adapter names")
+    export.add_argument(
+        "--base", help="the base model's folder or hub name; default: the one the adapter names"
+    )
     export.set_defaults(action=_export)
 
-    importer = commands.add_parser("import", help="a PEFT adapter made elsewhere as a checkpoint to train on from")
+    importer = commands.add_parser(
+        "import", help="a PEFT adapter made elsewhere as a checkpoint to train on from"
+    )
     importer.add_argument("adapter", type=user_path)
     importer.add_argument("out", type=user_path)
     importer.add_argument("--base", required=True, help="the base model's folder or hub name")
     importer.add_argument(
-        "--lora-b-layout", choices=["rank_major", "grouped_by_expert"], help="of stacked experts saved by Unsloth"
+        "--lora-b-layout",
+        choices=["rank_major", "grouped_by_expert"],
+        help="of stacked experts saved by Unsloth",
     )
     importer.set_defaults(action=_import)
 
@@ -108,12 +141,17 @@ def _add_file_commands(commands: Any) -> None:
 
 def _add_engine_commands(commands: Any) -> None:
     """What runs an adapter in another engine."""
-    verify = commands.add_parser("verify", help="compare an adapter in stock PEFT or vLLM with megalora's own model")
+    verify = commands.add_parser(
+        "verify", help="compare an adapter in stock PEFT or vLLM with megalora's own model"
+    )
     verify.add_argument("adapter", type=user_path)
     verify.add_argument("--base", required=True, help="the base model's folder or hub name")
     verify.add_argument("--engine", default="peft", choices=["peft", "vllm"])
     verify.add_argument(
-        "--atol", type=float, default=1e-4, help="largest difference of a logit or log-probability, fp32"
+        "--atol",
+        type=float,
+        default=1e-4,
+        help="largest difference of a logit or log-probability, fp32",
     )
     verify.set_defaults(action=_verify)
 
@@ -126,9 +164,13 @@ def _add_engine_commands(commands: Any) -> None:
     serve.add_argument("--base", required=True, help="the base model's folder or hub name")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000, help="0 for a free one")
-    serve.add_argument("--atol", type=float, default=1e-4, help="largest difference of a log-probability, fp32")
     serve.add_argument(
-        "--unproven", action="store_true", help="serve on where an adapter does not act as it was trained"
+        "--atol", type=float, default=1e-4, help="largest difference of a log-probability, fp32"
+    )
+    serve.add_argument(
+        "--unproven",
+        action="store_true",
+        help="serve on where an adapter does not act as it was trained",
     )
     serve.set_defaults(action=_serve)
 
@@ -136,7 +178,9 @@ def _add_engine_commands(commands: Any) -> None:
 def _tiny(options: Any, _: list[str]) -> None:
     from megalora.tiny import make_tiny
 
-    print(f"wrote {make_tiny(options.out, arch=options.arch, seed=options.seed, dtype=options.dtype)}")
+    print(
+        f"wrote {make_tiny(options.out, arch=options.arch, seed=options.seed, dtype=options.dtype)}"
+    )
 
 
 def _train(options: Any, rest: list[str]) -> None:
@@ -204,7 +248,8 @@ def _serve(options: Any, _: list[str]) -> None:
     from megalora.serve.run import serve
 
     code = serve(
-        options.adapters, options.base, lambda line: print(line, flush=True), host=options.host, port=options.port,
+        options.adapters, options.base, lambda line: print(line, flush=True), host=options.host,
+        port=options.port,
         atol=options.atol, unproven=options.unproven, extra=options.extra,
     )  # fmt: skip
     sys.exit(code)

@@ -1,4 +1,5 @@
-"""The collectives of tensor and sequence parallelism that move rank-wide activations, as differentiable functions.
+"""The collectives of tensor and sequence parallelism that move rank-wide activations, as
+differentiable functions.
 
 Forward and backward are each other's transpose:
 
@@ -52,7 +53,8 @@ scatter_seq = _collective(_reduce_scatter, _all_gather)
 def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup, num_shards: int) -> Tensor:
     """All-gather equal shards along ``dim``; not differentiable (export, checkpoints).
 
-    ``num_shards`` divides the group's size: with fewer shards than ranks, neighbours hold the same one.
+    ``num_shards`` divides the group's size: with fewer shards than ranks, neighbours hold the same
+    one.
     """
     if group.size() == 1:
         return x
@@ -61,7 +63,8 @@ def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup, num_shards: int) -
 
 
 def sum_bucket(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Sum every tensor over ``group`` in place, in one collective. All ranks must pass the same shapes in order."""
+    """Sum every tensor over ``group`` in place, in one collective. All ranks must pass the same
+    shapes in order."""
     if not tensors or group.size() == 1:
         return
     flat = torch.cat([t.reshape(-1) for t in tensors])

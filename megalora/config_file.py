@@ -1,7 +1,7 @@
 """A ``RunConfig`` from YAML and ``section.key=value`` overrides, and back to YAML.
 
-Overrides are applied in order. An unknown key is refused with the nearest known one, a value of another type with what was
-expected.
+Overrides are applied in order. An unknown key is refused with the nearest known one, a value of
+another type with what was expected.
 """
 
 import difflib
@@ -29,7 +29,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     with _reading(str(path)):
         check_yaml(path.read_text(encoding="utf-8"))
         tree = OmegaConf.load(path)
-    require(OmegaConf.is_dict(tree), f"{path}: expected sections (model, data, train, ...), not a list")
+    require(
+        OmegaConf.is_dict(tree), f"{path}: expected sections (model, data, train, ...), not a list"
+    )
     for item in overrides:
         key, equals, value = item.partition("=")
         # In brackets OmegaConf would read an index: lists are given whole.
@@ -53,7 +55,14 @@ def _reading(what: str) -> Iterator[None]:
     try:
         yield
     # A tag such as !!int before what is none raises whatever its conversion raises.
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError, AttributeError, KeyError) as error:
+    except (
+        YAMLError,
+        OmegaConfBaseException,
+        OSError,
+        ValueError,
+        AttributeError,
+        KeyError,
+    ) as error:
         # Both libraries write their errors over several lines.
         said = str(error).partition("\n    object_type")[0]
         lines = [line.strip() for line in said.splitlines() if line.strip()]
@@ -65,18 +74,26 @@ def _short(item: str) -> str:
     return repr(item if len(item) <= 80 else f"{item[:77]}...")
 
 
-RENAMED = {"train.check_parity": "write train.check_base=loss for what true meant, train.check_base=off for no check"}
+RENAMED = {
+    "train.check_parity": (
+        "write train.check_base=loss for what true meant, train.check_base=off for no check"
+    )
+}
 """Keys of earlier versions, and what to write now."""
 
 
 def _build(cls: type, tree: dict[str, Any], where: str) -> Any:
-    hints, known, values = get_type_hints(cls), [f.name for f in fields(cls)], {}
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    values = {}
     for key, value in tree.items():
         if key not in known:
             if (old := f"{where}{key}") in RENAMED:
                 raise ValueError(f"unknown config key {old}; it was renamed: {RENAMED[old]}")
             close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {where}{close[0]}?" if close else f"known keys: {', '.join(known)}"
+            hint = (
+                f"did you mean {where}{close[0]}?" if close else f"known keys: {', '.join(known)}"
+            )
             raise ValueError(f"unknown config key {where}{key}; {hint}")
         if is_dataclass(hints[key]):
             require(isinstance(value, dict), f"{where}{key} is a section, got {value!r}")
@@ -93,7 +110,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if get_origin(hint) is Literal:
         if value is False and "off" in get_args(hint):
             return "off"  # what YAML makes of off without quotes
-        require(value in get_args(hint), f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
+        require(
+            value in get_args(hint),
+            f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}",
+        )
         return value
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for option in options:
@@ -105,11 +125,19 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
                 _convert(k, inner[0], f"a key of {name}"): _convert(v, inner[1], f"{name}.{k}")
                 for k, v in value.items()
             }
-        return [_convert(v, inner[0], f"{name}[{i}]") for i, v in enumerate(value)] if inner else value
+        return (
+            [_convert(v, inner[0], f"{name}[{i}]") for i, v in enumerate(value)] if inner else value
+        )
     if type(value) is int and float in options:
         return float(value)
     expected = (
-        "nothing" if option is types.NoneType else option.__name__ if isinstance(option, type) else str(option)
+        (
+            "nothing"
+            if option is types.NoneType
+            else option.__name__
+            if isinstance(option, type)
+            else str(option)
+        )
         for option in options
     )
     raise ValueError(f"{name} must be {' or '.join(expected)}, got {value!r}")

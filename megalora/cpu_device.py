@@ -1,4 +1,5 @@
-"""Read every request for a CUDA device as one for the CPU, for code that asks without looking; ``host.install`` uses it."""
+"""Read every request for a CUDA device as one for the CPU, for code that asks without looking;
+``host.install`` uses it."""
 
 from typing import Any
 

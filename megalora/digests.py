@@ -1,7 +1,8 @@
 """Digests of files, kept so that a file that has not changed since is not read again.
 
-A file is taken for unchanged while its path, inode, size and times stay. A file that changed within the last seconds is
-never kept: it could change once more within one tick of the file system's clock.
+A file is taken for unchanged while its path, inode, size and times stay. A file that changed within
+the last seconds is never kept: it could change once more within one tick of the file system's
+clock.
 """
 
 import hashlib
@@ -26,12 +27,15 @@ class Digests:
 
     @classmethod
     def load(cls, path: Path) -> "Digests":
-        """Read what ``save`` wrote; empty where it is not there or damaged, which costs time alone."""
+        """Read what ``save`` wrote; empty where it is not there or damaged, which costs time
+        alone."""
         try:
             known = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError):
             return cls()
-        if not isinstance(known, dict) or not all(isinstance(value, str) for value in known.values()):
+        if not isinstance(known, dict) or not all(
+            isinstance(value, str) for value in known.values()
+        ):
             return cls()
         return cls(known)
 
@@ -56,7 +60,9 @@ class Digests:
             now = time.time_ns()
             digest = compute(path)
             if _times(path.stat()) != _times(before):
-                raise ValueError(f"{path} changed while it was read; start again when nobody writes to it")
+                raise ValueError(
+                    f"{path} changed while it was read; start again when nobody writes to it"
+                )
             if now - max(before.st_mtime_ns, before.st_ctime_ns) < SETTLED_NS:
                 return digest
         self.used[key] = digest

@@ -1,8 +1,8 @@
 """Environment variables: torch's that have better defaults here, and ``MEGALORA_SHARE_GPU``.
 
-Needs no torch: some versions of torch read the allocator's variable as their CUDA library is loaded,
-so a rank calls ``set_defaults`` before it imports torch. A variable that the user has set, under any
-of its names, stays as it is.
+Needs no torch: some versions of torch read the allocator's variable as their CUDA library is
+loaded, so a rank calls ``set_defaults`` before it imports torch. A variable that the user has set,
+under any of its names, stays as it is.
 """
 
 import os
@@ -48,7 +48,8 @@ def _set(variables: MutableMapping[str, str], names: tuple[str, ...], value: str
 
 
 def shares_gpu() -> bool:
-    """Whether all ranks compute on one GPU (``MEGALORA_SHARE_GPU=1``): to try a layout, not for speed.
+    """Whether all ranks compute on one GPU (``MEGALORA_SHARE_GPU=1``): to try a layout, not for
+    speed.
 
     Raises ``ValueError`` for another value than 0 or 1, and where more than one node takes part.
     """
@@ -69,5 +70,6 @@ def refuse_shared_gpu() -> None:
     """Raise ``ValueError`` where ranks share a GPU: no speed can be measured there."""
     if shares_gpu():
         raise ValueError(
-            f"{SHARE_GPU}=1: ranks that share a GPU have no speed to measure. Unset it and start one rank for each GPU."
+            f"{SHARE_GPU}=1: ranks that share a GPU have no speed to measure. Unset it and start"
+            " one rank for each GPU."
         )

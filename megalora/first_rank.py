@@ -22,11 +22,13 @@ def on_first_rank[T](action: Callable[[], T], failure: str) -> T:
         try:
             answer[0] = action()
         except ValueError as error:
-            raised, answer[1] = error, str(error)
+            raised = error
+            answer[1] = str(error)
         except (OSError, SafetensorError) as error:
             answer[1] = f"{failure} ({error})"
         except Exception as error:  # whatever it is, the other ranks must not wait for ever
-            raised, answer[2] = error, f"{type(error).__name__} on the first rank: {error}"
+            raised = error
+            answer[2] = f"{type(error).__name__} on the first rank: {error}"
     dist.broadcast_object_list(answer, src=0)
     result, mistake, crash = answer
     if raised is not None:

@@ -1,8 +1,8 @@
 """Runs Megatron-Core with or without a GPU. The only file that touches ``torch.cuda``.
 
-With a GPU: nccl, CUDA, nothing is changed. Without one: gloo, and Megatron's unconditional ``torch.cuda`` calls are
-answered by the CPU. ``install()`` must run before anything from ``megatron`` is imported; ``import megalora.host`` does
-nothing by itself.
+With a GPU: nccl, CUDA, nothing is changed. Without one: gloo, and Megatron's unconditional
+``torch.cuda`` calls are answered by the CPU. ``install()`` must run before anything from
+``megatron`` is imported; ``import megalora.host`` does nothing by itself.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ _ON_HOST = contextvars.ContextVar("on_host", default=False)
 
 @contextlib.contextmanager
 def on_host() -> Iterator[None]:
-    """Build and run modules on the CPU inside the block, also where there is a GPU; tensors stay where they are."""
+    """Build and run modules on the CPU inside the block, also where there is a GPU; tensors stay
+    where they are."""
     token = _ON_HOST.set(True)
     try:
         with contextlib.nullcontext() if not torch.cuda.is_available() else CudaMeansCpu():
@@ -49,7 +50,11 @@ def device() -> torch.device:
     """Where this rank computes."""
     if _ON_HOST.get():
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def world_size() -> int:
@@ -88,12 +93,14 @@ def memory_bytes() -> int:
 
 
 def free_memory_bytes() -> int:
-    """What nobody has taken of the GPU's memory; without one, ``memory_bytes``: the system gives back its caches."""
+    """What nobody has taken of the GPU's memory; without one, ``memory_bytes``: the system gives
+    back its caches."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else memory_bytes()
 
 
 class Stopwatch:
-    """Takes moments: when the device gets to where the current stream stands now; without a GPU, what the clock says."""
+    """Takes moments: when the device gets to where the current stream stands now; without a GPU,
+    what the clock says."""
 
     @staticmethod
     def mark() -> Any:
@@ -106,7 +113,8 @@ class Stopwatch:
 
 
 def seconds_between(a: Any, b: Any) -> float:
-    """From one moment of a ``Stopwatch`` to a later one; on a GPU waits until the device has got to ``b``."""
+    """From one moment of a ``Stopwatch`` to a later one; on a GPU waits until the device has got to
+    ``b``."""
     if isinstance(b, float):
         return b - a
     b.synchronize()
@@ -120,15 +128,19 @@ def synchronize() -> None:
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a host tensor to this rank's device without waiting: through page-locked memory; itself without a GPU.
+    """Copy a host tensor to this rank's device without waiting: through page-locked memory; itself
+    without a GPU.
 
     torch keeps the page-locked copy until the device has read it.
     """
-    return tensor.pin_memory().to(device(), non_blocking=True) if torch.cuda.is_available() else tensor
+    return (
+        tensor.pin_memory().to(device(), non_blocking=True) if torch.cuda.is_available() else tensor
+    )
 
 
 def keep_busy(cycles: int) -> None:
-    """Have the current stream spin, so that the host gets ahead of the device; nothing without a GPU."""
+    """Have the current stream spin, so that the host gets ahead of the device; nothing without a
+    GPU."""
     spin = getattr(torch.cuda, "_sleep", None)  # private to torch
     if torch.cuda.is_available() and spin is not None:
         spin(cycles)
@@ -169,24 +181,30 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> bool:
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
     tracker: Any = get_cuda_rng_tracker()
-    tracker.set_states({k.removeprefix("tracker."): t for k, t in state.items() if k.startswith("tracker.")})
+    tracker.set_states(
+        {k.removeprefix("tracker."): t for k, t in state.items() if k.startswith("tracker.")}
+    )
     return True
 
 
 @contextlib.contextmanager
 def process_group(timeout_minutes: float = 30) -> Iterator[str | None]:
-    """Join the world that torchrun describes in the environment (a world of one without it), and leave it at the end.
+    """Join the world that torchrun describes in the environment (a world of one without it), and
+    leave it at the end.
 
-    Yields the name of torchrun's job, the same whenever it starts the ranks again; None without torchrun.
+    Yields the name of torchrun's job, the same whenever it starts the ranks again; None without
+    torchrun.
     """
     set_defaults()
     install()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    rank, size = int(os.environ.get("RANK", 0)), world_size()
+    rank = int(os.environ.get("RANK", 0))
+    size = world_size()
     backend = _choose_device()
     store, job = meeting_place(rank, size, timeout_minutes)
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes),
+        backend, store=store, rank=rank, world_size=size,
+        timeout=timedelta(minutes=timeout_minutes),
         device_id=device() if backend == "nccl" else None,
     )  # fmt: skip
     try:
@@ -205,7 +223,8 @@ def _choose_device() -> str:
         return _share_gpu()
     if not torch.cuda.is_available():
         return "gloo"
-    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    count = torch.cuda.device_count()
     if local >= count:
         raise ValueError(
             f"local rank {local} has no GPU of its own: this machine shows {count}. Start at most "
@@ -228,8 +247,9 @@ def _share_gpu() -> str:
     share = total // world_size() - CONTEXT_BYTES
     if share <= 0:
         raise ValueError(
-            f"{SHARE_GPU}=1: {world_size()} ranks leave each less than the {CONTEXT_BYTES / GIB:.0f} GiB "
-            f"that its process takes of a GPU of {total / GIB:.1f} GiB. Start fewer ranks."
+            f"{SHARE_GPU}=1: {world_size()} ranks leave each less than the"
+            f" {CONTEXT_BYTES / GIB:.0f} GiB that its process takes of a GPU of {total / GIB:.1f}"
+            " GiB. Start fewer ranks."
         )
     torch.cuda.set_per_process_memory_fraction(share / total, 0)
     staged.register()
@@ -238,7 +258,8 @@ def _share_gpu() -> str:
 
 @contextlib.contextmanager
 def fake_world(rank: int, num_ranks: int) -> Iterator[None]:
-    """This process as rank ``rank`` of ``num_ranks``, over torch's fake process group: collectives return at once and move nothing.
+    """This process as rank ``rank`` of ``num_ranks``, over torch's fake process group: collectives
+    return at once and move nothing.
 
     For building a rank of any world without the others.
     """
@@ -253,7 +274,8 @@ def fake_world(rank: int, num_ranks: int) -> Iterator[None]:
 
 
 def timeout_minutes() -> float:
-    """How long ranks of the world wait for each other; groups made later ask, or torch gives them 30 minutes."""
+    """How long ranks of the world wait for each other; groups made later ask, or torch gives them
+    30 minutes."""
     world: Any = dist.group.WORLD
     staging = isinstance(world, staged.StagedGroup)
     backend: Any = world._get_backend(torch.device("cpu") if staging else device())
@@ -271,7 +293,9 @@ def install() -> None:
     CudaMeansCpu().__enter__()
     torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     torch.cuda.manual_seed = torch.manual_seed  # pyright: ignore[reportAttributeAccessIssue]
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()  # type: ignore
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: (
+        torch.get_rng_state()
+    )  # type: ignore
     torch.cuda.Stream = NoStream  # type: ignore
     torch.cuda.current_stream = lambda *args: NoStream()  # type: ignore
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore
@@ -280,17 +304,20 @@ def install() -> None:
 
 
 def _hush() -> None:
-    """Keep off the user's screen what Megatron, Bridge and torch say about parts that are not used or work as meant."""
+    """Keep off the user's screen what Megatron, Bridge and torch say about parts that are not used
+    or work as meant."""
     for name in ("megatron", "torch.utils.cpp_extension", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", category=SyntaxWarning)  # invalid escapes in Megatron's docstrings
+    # invalid escapes in Megatron's docstrings
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
     told = "Apex|[Tt]ransformer.[Ee]ngine|is deprecated. Please use|not a leaf Tensor|experimental"
     warnings.filterwarnings("ignore", message=f".*({told}).*")
 
 
 def _leave_router_uncompiled() -> None:
-    """Megatron compiles the update of a bias that is not in use here; starting the compiler costs every rank seconds."""
+    """Megatron compiles the update of a bias that is not in use here; starting the compiler costs
+    every rank seconds."""
     import megatron.core.transformer.moe.router as router
 
     router.TopKRouter._apply_expert_bias = inspect.unwrap(router.TopKRouter._apply_expert_bias)
@@ -301,22 +328,38 @@ def _install_in_megatron() -> None:
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    # On a GPU this copies to the host; here the tensors are there already, but the splits must still become numpy.
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+        state
+    )
+    # On a GPU this copies to the host; here the tensors are there already, but the splits must
+    # still become numpy.
     dispatcher.maybe_move_tensor_to_cpu = lambda t, as_numpy=False, record_stream=False: (
         t.numpy() if torch.is_tensor(t) and as_numpy else t
     )
-    # The dispatcher gathers a different number of tokens from each expert-tensor-parallel rank, which gloo refuses.
-    even_gather, even_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+    # The dispatcher gathers a different number of tokens from each expert-tensor-parallel rank,
+    # which gloo refuses.
+    even_gather = mappings._gather_along_first_dim
+    even_scatter = mappings._reduce_scatter_along_first_dim
 
-    def gather(input_: Any, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False):
+    def gather(
+        input_: Any,
+        group: Any,
+        output_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ):
         if group.size() == 1 or output_split_sizes is None:
             return even_gather(input_, group, None, use_global_buffer)
         return staged.uneven_all_gather(input_, group, output_split_sizes)
 
-    def scatter(input_: Any, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False):
+    def scatter(
+        input_: Any,
+        group: Any,
+        input_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ):
         if group.size() == 1 or input_split_sizes is None:
             return even_scatter(input_, group, None, use_global_buffer)
         return staged.uneven_reduce_scatter(input_, group, input_split_sizes)
 
-    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = scatter

@@ -1,7 +1,8 @@
-"""``python -m megalora.launching ARGUMENTS``: torchrun, without its tracebacks where a line says it all.
+"""``python -m megalora.launching ARGUMENTS``: torchrun, without its tracebacks where a line says it
+all.
 
-torchrun ends a job that was told to stop, or in which a rank has failed, with a traceback of its own below whatever the ranks
-have said.
+torchrun ends a job that was told to stop, or in which a rank has failed, with a traceback of its
+own below whatever the ranks have said.
 """
 
 import logging
@@ -15,8 +16,10 @@ def torchrun(arguments: list[str]) -> None:
     """Run torchrun in this process.
 
     Raises:
-        SystemExit: 128 and the signal's number after a signal, such as 130 after Ctrl-C: the ranks have said where they
-            stopped. 2 after a user's mistake and 3 after a lost rank, which the ranks have reported.
+        SystemExit: 128 and the signal's number after a signal, such as 130 after Ctrl-C: the ranks
+            have said where they
+            stopped. 2 after a user's mistake and 3 after a lost rank, which the ranks have
+            reported.
         ChildFailedError: a rank has crashed; torchrun's report names it.
     """
     from torch.distributed import run
@@ -25,12 +28,16 @@ def torchrun(arguments: list[str]) -> None:
 
     from megalora.train.lost import LOST
 
-    for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api"):
+    for name in (
+        "torch.distributed.elastic.multiprocessing.api",
+        "torch.distributed.elastic.agent.server.api",
+    ):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         run.main(arguments)
     except SignalException as stopped:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not spoil the exit
+        # an impatient second Ctrl-C must not spoil the exit
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.exit(128 + stopped.sigval)
     except ChildFailedError as error:
         _, first = error.get_first_failure()

@@ -33,7 +33,8 @@ class Groups:
     etp: dist.ProcessGroup
     edp: dist.ProcessGroup
     experts_reduce_separately: bool
-    """Whether expert parameters have another data-parallel group than the rest (EP > 1, or ETP differs from TP)."""
+    """Whether expert parameters have another data-parallel group than the rest (EP > 1, or ETP
+    differs from TP)."""
 
     @property
     def sequence_parallel(self) -> bool:
@@ -44,7 +45,8 @@ class Groups:
 
 
 def init_groups(config: ParallelConfig, seed: int = 0) -> Groups:
-    """Lay the initialised world out as ``config`` says; raises ``ValueError`` when it does not divide."""
+    """Lay the initialised world out as ``config`` says; raises ``ValueError`` when it does not
+    divide."""
     config.data_parallel_sizes(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
@@ -75,7 +77,8 @@ def megatron_groups() -> ProcessGroupCollection:
 
 @contextmanager
 def first_rank_alone() -> Iterator[dist.ProcessGroup | None]:
-    """A group of the world's first rank only, over its host; None on the other ranks. Collective over the world."""
+    """A group of the world's first rank only, over its host; None on the other ranks. Collective
+    over the world."""
     group: Any = dist.new_group([0], backend="gloo")
     mine = dist.get_rank() == 0
     try:
@@ -86,10 +89,12 @@ def first_rank_alone() -> Iterator[dist.ProcessGroup | None]:
 
 
 def destroy_groups() -> None:
-    """Forget all groups, those too that Megatron's own function leaves behind: their threads would outlive the world."""
+    """Forget all groups, those too that Megatron's own function leaves behind: their threads would
+    outlive the world."""
     parallel_state.destroy_model_parallel()
     for name, value in list(vars(parallel_state).items()):
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)
-    # Megatron caches rotary angles on the class; each entry keeps its module, and with it a group and device memory.
+    # Megatron caches rotary angles on the class; each entry keeps its module, and with it a group
+    # and device memory.
     RotaryEmbedding.forward.cache_clear()

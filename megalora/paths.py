@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
 
 def expand(text: str, option: str) -> str:
-    """``~`` and ``~user`` at the beginning as home folders; raises ``ValueError`` where there is no such user.
+    """``~`` and ``~user`` at the beginning as home folders; raises ``ValueError`` where there is no
+    such user.
 
     Args:
         option: what the user calls it, for the message.
@@ -18,7 +19,8 @@ def expand(text: str, option: str) -> str:
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]
         raise ValueError(
-            f"{option}={text}: {user} is not a user's home folder here; write ./{text} for a folder of that name"
+            f"{option}={text}: {user} is not a user's home folder here; write ./{text} for a folder"
+            " of that name"
         )
     return expanded
 
@@ -29,7 +31,8 @@ def user_path(text: str) -> Path:
 
 
 def check_paths(config: "RunConfig") -> None:
-    """Raise ``ValueError`` unless what a config names is there, and its run folder can be written to.
+    """Raise ``ValueError`` unless what a config names is there, and its run folder can be written
+    to.
 
     Names on the hub are left to the ranks, which look in its cache and download.
     """
@@ -46,7 +49,9 @@ def check_paths(config: "RunConfig") -> None:
     if isinstance(config.checkpoint.resume, str):
         resume = config.checkpoint.resume
         if not (Path(resume) / STATE_JSON).is_file():
-            raise ValueError(f"checkpoint.resume={resume} is not a checkpoint: it has no {STATE_JSON}")
+            raise ValueError(
+                f"checkpoint.resume={resume} is not a checkpoint: it has no {STATE_JSON}"
+            )
 
 
 def _check_model(path: Path) -> None:
@@ -60,7 +65,8 @@ def _check_model(path: Path) -> None:
 
 
 def check_run_folder(run: Path) -> None:
-    """Raise ``ValueError`` unless the run folder is there, or can be made, and can be written to."""
+    """Raise ``ValueError`` unless the run folder is there, or can be made, and can be written
+    to."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"checkpoint.dir={run} is a file; choose a folder")
     there = next(place for place in (run, *run.absolute().parents) if place.exists())

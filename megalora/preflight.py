@@ -1,4 +1,5 @@
-"""Check a run before its ranks start, so that a mistake shows once, in a line, and at once. Needs no torch."""
+"""Check a run before its ranks start, so that a mistake shows once, in a line, and at once. Needs
+no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path

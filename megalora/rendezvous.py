@@ -1,8 +1,9 @@
 """Where ranks meet, kept apart from where the ranks before them met.
 
-torchrun gives every attempt of a job (``--max-restarts``) the same store, with the addresses of dead ranks still in it: a rank
-that starts early reads one and fails to connect. The attempt's number cannot tell attempts apart, because each node counts
-its own failures only. So ranks agree on a name that contains a number that each has drawn anew.
+torchrun gives every attempt of a job (``--max-restarts``) the same store, with the addresses of
+dead ranks still in it: a rank that starts early reads one and fails to connect. The attempt's
+number cannot tell attempts apart, because each node counts its own failures only. So ranks agree on
+a name that contains a number that each has drawn anew.
 """
 
 import hashlib
@@ -18,15 +19,20 @@ from torch.distributed.rendezvous import rendezvous
 POLL_S = 0.02
 
 
-def meeting_place(rank: int, world_size: int, timeout_minutes: float) -> tuple[dist.Store, str | None]:
-    """A store that this attempt's ranks alone use, and the name of the job, the same in all attempts.
+def meeting_place(
+    rank: int, world_size: int, timeout_minutes: float
+) -> tuple[dist.Store, str | None]:
+    """A store that this attempt's ranks alone use, and the name of the job, the same in all
+    attempts.
 
     Outside torchrun there are no other attempts and the job is None.
     """
     under_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if world_size == 1 and not under_torchrun:
         return dist.HashStore(), None
-    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(minutes=timeout_minutes)))
+    store, _, _ = next(
+        rendezvous("env://", rank, world_size, timeout=timedelta(minutes=timeout_minutes))
+    )
     if not under_torchrun:
         return store, None
     store = dist.PrefixStore("megalora", store)
@@ -39,9 +45,9 @@ def meeting_place(rank: int, world_size: int, timeout_minutes: float) -> tuple[d
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
     """A name that all living ranks return and no ranks before them have.
 
-    Every rank says a nonce. Rank 0 publishes the roster of nonces, and again whenever one has changed, for it may have read
-    one of a dead rank. A rank acknowledges a roster that has its own nonce. Once all have acknowledged the same, rank 0 says
-    that it holds.
+    Every rank says a nonce. Rank 0 publishes the roster of nonces, and again whenever one has
+    changed, for it may have read one of a dead rank. A rank acknowledges a roster that has its own
+    nonce. Once all have acknowledged the same, rank 0 says that it holds.
     """
     nonce = uuid.uuid4().hex
     store.set(f"nonce/{rank}", nonce)
@@ -62,12 +68,17 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_s: f
                     return name
         time.sleep(POLL_S)
     missing = [r for r in range(world_size) if not store.check([f"nonce/{r}"])]
-    who = f"ranks {missing[:8]} have not come" if missing else "some ranks belong to an attempt that has ended"
+    who = (
+        f"ranks {missing[:8]} have not come"
+        if missing
+        else "some ranks belong to an attempt that has ended"
+    )
     raise RuntimeError(f"Timed out waiting for all {world_size} ranks to meet: {who}")
 
 
 def _publish(store: dist.Store, world_size: int, published: str) -> str:
-    """Rank 0's part, repeated: publish the roster if it has changed, say that it holds when all have acknowledged it."""
+    """Rank 0's part, repeated: publish the roster if it has changed, say that it holds when all
+    have acknowledged it."""
     ranks = range(world_size)
     keys = [f"nonce/{r}" for r in ranks]
     if not store.check(keys):

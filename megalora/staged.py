@@ -1,10 +1,11 @@
 """Run collectives of device tensors over gloo, through copies in host memory.
 
 So several ranks can share one GPU, where NCCL refuses two ranks on a device and gloo does not reach
-into device memory. Every tensor is copied to the host, gloo moves the copy, and the result is copied
-back into the caller's tensor: slow, but every layout runs on one GPU with its real kernels, and only
-NCCL itself is left to several GPUs. ``register()`` gives torch this back end under the name
-``BACKEND``; a process group made with it is a ``StagedGroup``. Callers, Megatron too, do not change.
+into device memory. Every tensor is copied to the host, gloo moves the copy, and the result is
+copied back into the caller's tensor: slow, but every layout runs on one GPU with its real kernels,
+and only NCCL itself is left to several GPUs. ``register()`` gives torch this back end under the
+name ``BACKEND``; a process group made with it is a ``StagedGroup``. Callers, Megatron too, do not
+change.
 
 What NCCL does and gloo refuses is put together here: averages, and gathers and reduce-scatters of
 unequal parts.
@@ -23,7 +24,8 @@ BACKEND = "megalora_staged"
 
 def register() -> None:
     """Make ``BACKEND`` known to torch. Idempotent."""
-    if BACKEND.upper() not in dist.Backend._plugins:  # private to torch, which refuses to register a name twice
+    # private to torch, which refuses to register a name twice
+    if BACKEND.upper() not in dist.Backend._plugins:
         # Object collectives are made of CPU tensors.
         dist.Backend.register_backend(BACKEND, StagedGroup, devices=["cpu", "cuda"])
 
@@ -103,7 +105,8 @@ class StagedGroup(dist.ProcessGroup):
     ) -> StagedWork:  # fmt: skip
         """Of a list of parts, one for each rank, which may differ in size."""
         divide = self._average_as_sum(opts)
-        (output,), (parts,) = outputs, given
+        (output,) = outputs
+        (parts,) = given
         sizes = [part.numel() for part in parts]
         sent = torch.cat([_to_host(part).reshape(-1) for part in parts])
         if len(set(sizes)) == 1:
@@ -111,7 +114,9 @@ class StagedGroup(dist.ProcessGroup):
             work = self._gloo._reduce_scatter_base(mine, sent, opts)
             return StagedWork([work], lambda: _deliver([output], [mine], divide))
         if opts.reduceOp != dist.ReduceOp.SUM:
-            raise RuntimeError(f"{BACKEND}: unequal parts can be summed or averaged, not {opts.reduceOp}")
+            raise RuntimeError(
+                f"{BACKEND}: unequal parts can be summed or averaged, not {opts.reduceOp}"
+            )
         # This rank's part from every rank; summed here, in the order of the ranks.
         received = sent.new_empty(self.size(), output.numel())
         work = self._exchange(received.view(-1), sent, [output.numel()] * self.size(), sizes)
@@ -143,7 +148,8 @@ class StagedGroup(dist.ProcessGroup):
         self, outputs: list[list[Tensor]], given: list[Tensor], opts: Any
     ) -> StagedWork:  # fmt: skip
         """Into a list of tensors, one from each rank, which may differ in size."""
-        (wanted,), (tensor,) = outputs, given
+        (wanted,) = outputs
+        (tensor,) = given
         mine = _to_host(tensor)
         sizes = [tensor.numel() for tensor in wanted]
         if len(set(sizes)) == 1:
@@ -157,7 +163,12 @@ class StagedGroup(dist.ProcessGroup):
         return StagedWork([work], lambda: _deliver(wanted, received.split(sizes)))
 
     def all_to_all_single(
-        self, output: Tensor, given: Tensor, output_sizes: list[int], given_sizes: list[int], opts: Any
+        self,
+        output: Tensor,
+        given: Tensor,
+        output_sizes: list[int],
+        given_sizes: list[int],
+        opts: Any,
     ) -> StagedWork:
         staged = _like_on_host(output)
         work = self._gloo.alltoall_base(staged, _to_host(given), output_sizes, given_sizes, opts)

@@ -1,7 +1,9 @@
-"""A tiny random Qwen3, Qwen3-MoE or Qwen2-MoE in Hugging Face format: weights, byte-level BPE tokenizer, chat template.
+"""A tiny random Qwen3, Qwen3-MoE or Qwen2-MoE in Hugging Face format: weights, byte-level BPE
+tokenizer, chat template.
 
-It stands in for a real checkpoint in the quickstart and in every test: transformers, vLLM and Bridge load it as they
-load Qwen3-30B-A3B. Three things are unlike a real one, so that a mistake is visible:
+It stands in for a real checkpoint in the quickstart and in every test: transformers, vLLM and
+Bridge load it as they load Qwen3-30B-A3B. Three things are unlike a real one, so that a mistake is
+visible:
   - no two sizes are equal, so a transposed or mixed-up matrix does not fit;
   - matrices are drawn with std = 1/sqrt(fan_in), so that logits have a spread of 1 (the usual 0.02 would give 0.2), and
     norm weights are 1 + noise, so that a forgotten one changes the numbers;
@@ -19,7 +21,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megalora.progress_bar import no_progress_bar
 
@@ -58,7 +66,8 @@ _ARCHS: dict[str, tuple[type[_Config], dict[str, Any]]] = {
     "qwen2_moe": (Qwen2MoeConfig, _SHARED),
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_MARKER = "megalora_tiny.json"  # says that a folder is ours to overwrite, and from which arguments it was made
+# says that a folder is ours to overwrite, and from which arguments it was made
+_MARKER = "megalora_tiny.json"
 
 _PAD, _START, _END = _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _CHAT_TEMPLATE = """\
@@ -71,7 +80,8 @@ _CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}"""
-# Qwen's: words take the space before them, digits stand alone, so that arithmetic is spelled digit by digit.
+# Qwen's: words take the space before them, digits stand alone, so that arithmetic is spelled digit
+# by digit.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -92,7 +102,9 @@ we add the tens. You are a helpful assistant. Please write a short function that
 """
 
 
-def make_tiny(out: Path, *, arch: str = "qwen3_moe", seed: int = 0, dtype: str = "float32", **overrides: Any) -> Path:
+def make_tiny(
+    out: Path, *, arch: str = "qwen3_moe", seed: int = 0, dtype: str = "float32", **overrides: Any
+) -> Path:
     """Write a tiny random base model, its tokenizer and its chat template into the folder `out`.
 
     Args:
@@ -100,10 +112,12 @@ def make_tiny(out: Path, *, arch: str = "qwen3_moe", seed: int = 0, dtype: str =
         arch: "qwen3_moe", "qwen3" for the dense one, or "qwen2_moe" for one with shared experts.
         seed: the same seed gives the same weights; the caller's random state is left as it was.
         dtype: "float32" or "bfloat16", which holds the float32 weights of the same seed, rounded.
-        overrides: fields of the architecture's transformers config, e.g. num_hidden_layers=2; rope_theta is taken too.
+        overrides: fields of the architecture's transformers config, e.g. num_hidden_layers=2;
+            rope_theta is taken too.
 
     Returns: out.
-    Raises: ValueError for an unknown arch, dtype or config field, for sizes that do not fit each other, and for a
+    Raises: ValueError for an unknown arch, dtype or config field, for sizes that do not fit each
+        other, and for a
         folder that holds anything else.
     """
     if arch not in _ARCHS:
@@ -125,42 +139,64 @@ def make_tiny(out: Path, *, arch: str = "qwen3_moe", seed: int = 0, dtype: str =
 
 def _build_config(arch: str, overrides: dict[str, Any]) -> _Config:
     config_class, fields = _ARCHS[arch]
-    # head_dim is no field of Qwen3MoeConfig, though its model reads it; rope_theta is the published files' name.
+    # head_dim is no field of Qwen3MoeConfig, though its model reads it; rope_theta is the published
+    # files' name.
     known = {f.name for f in dataclasses.fields(config_class)} | {"head_dim", "rope_theta"}
     for name in overrides:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)[0]
             raise ValueError(f"{name!r} is no field of the {arch} config; did you mean {near}?")
-    fields = copy.deepcopy(fields | overrides)  # transformers keeps rope_parameters by reference and fills it in
+    # transformers keeps rope_parameters by reference and fills it in
+    fields = copy.deepcopy(fields | overrides)
     try:
         if "rope_theta" in fields:
-            fields["rope_parameters"] = fields["rope_parameters"] | {"rope_theta": float(fields.pop("rope_theta"))}
-        ids = {"eos_token_id": fields["vocab_size"] - 1, "pad_token_id": fields["vocab_size"] - len(_SPECIALS)}
+            fields["rope_parameters"] = fields["rope_parameters"] | {
+                "rope_theta": float(fields.pop("rope_theta"))
+            }
+        ids = {
+            "eos_token_id": fields["vocab_size"] - 1,
+            "pad_token_id": fields["vocab_size"] - len(_SPECIALS),
+        }
         config = config_class(**(ids | fields))
         _check_sizes(config)
     except (StrictDataclassError, TypeError) as error:
-        raise ValueError(f"these overrides make no {arch} config: {overrides}\n  {error}") from error
+        raise ValueError(
+            f"these overrides make no {arch} config: {overrides}\n  {error}"
+        ) from error
     return config
 
 
 def _check_sizes(config: _Config) -> None:
     """What transformers accepts here and only fails on in the first forward."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or 0
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads or 0
     if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}.")
+        raise ValueError(
+            f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
+        )
     head_dim = getattr(config, "head_dim", None)
     if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim={head_dim!r} must be an even number above 0: rotary embeddings turn pairs.")
-    experts, top_k = getattr(config, "num_experts", 1), getattr(config, "num_experts_per_tok", 1)
+        raise ValueError(
+            f"head_dim={head_dim!r} must be an even number above 0: rotary embeddings turn pairs."
+        )
+    experts = getattr(config, "num_experts", 1)
+    top_k = getattr(config, "num_experts_per_tok", 1)
     if not 1 <= top_k <= experts:
-        raise ValueError(f"num_experts_per_tok={top_k} must lie between 1 and num_experts={experts}.")
+        raise ValueError(
+            f"num_experts_per_tok={top_k} must lie between 1 and num_experts={experts}."
+        )
     if config.vocab_size < 256 + len(_SPECIALS):
-        raise ValueError(f"vocab_size={config.vocab_size} cannot hold 256 bytes and {len(_SPECIALS)} special tokens.")
+        raise ValueError(
+            f"vocab_size={config.vocab_size} cannot hold 256 bytes and {len(_SPECIALS)} special"
+            " tokens."
+        )
 
 
 def _build_model(config: _Config, seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    """Draws every parameter in float32 from one generator, in the model's own order, and rounds it to dtype."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # transformers' own initialisation draws numbers too
+    """Draws every parameter in float32 from one generator, in the model's own order, and rounds it
+    to dtype."""
+    # transformers' own initialisation draws numbers too
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -169,14 +205,17 @@ def _build_model(config: _Config, seed: int, dtype: torch.dtype) -> PreTrainedMo
             if weight.dim() == 1:
                 weight.copy_(0.1 * noise + (0.0 if name.endswith("bias") else 1.0))
             elif name.endswith("embed_tokens.weight") and not config.tie_word_embeddings:
-                weight.copy_(noise)  # the residual stream starts at the size of what the layers add to it
+                # the residual stream starts at the size of what the layers add to it
+                weight.copy_(noise)
             else:
-                weight.copy_(noise * weight.shape[-1] ** -0.5)  # [out, in], and experts [E, out, in]
+                # [out, in], and experts [E, out, in]
+                weight.copy_(noise * weight.shape[-1] ** -0.5)
     return model
 
 
 def _train_tokenizer(vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with exactly vocab_size tokens: 256 bytes, merges, fillers if merges run out, three specials."""
+    """Byte-level BPE with exactly vocab_size tokens: 256 bytes, merges, fillers if merges run out,
+    three specials."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -193,7 +232,9 @@ def _train_tokenizer(vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(_training_text(), trainer)
     missing = vocab_size - len(_SPECIALS) - tokenizer.get_vocab_size()
     tokenizer.add_tokens([AddedToken(f"<|unused_{i}|>", normalized=False) for i in range(missing)])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIALS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in _SPECIALS]
+    )
     return tokenizer
 
 
@@ -201,29 +242,33 @@ def _training_text() -> Iterator[str]:
     """English, sums and code, the same at every call."""
     yield _PROSE
     for i in range(60):
-        a, b = 7 * i % 50, 11 * i % 37
+        a = 7 * i % 50
+        b = 11 * i % 37
         yield f"{a} + {b} = {a + b}\n{a} * {b} = {a * b}\n"
         yield f"Question: What is {a} plus {b}? Answer: The sum is {a + b}.\n"
-        yield f"def add_{b}(x: int) -> int:\n    return x + {b}\n\n\nassert add_{b}({a}) == {a + b}\n"
+        yield (
+            f"def add_{b}(x: int) -> int:\n    return x + {b}\n\n\nassert add_{b}({a}) == {a + b}\n"
+        )
         yield f"for i in range({a}):\n    if i % {b + 1} == 0:\n        print(i, values[i])\n"
 
 
 def _claim_folder(out: Path, arguments: dict[str, Any]) -> None:
-    """Makes the folder, or accepts one of an earlier call, whose old shards save_pretrained then removes."""
+    """Makes the folder, or accepts one of an earlier call, whose old shards save_pretrained then
+    removes."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder.")
     if out.is_dir() and any(out.iterdir()) and not (out / _MARKER).is_file():
         raise ValueError(
-            f"{out} is not empty and was not written by make_tiny (no {_MARKER} in it), so it is not overwritten.\n"
-            "  Name a new folder, or remove this one."
+            f"{out} is not empty and was not written by make_tiny (no {_MARKER} in it), so it is"
+            " not overwritten.\n  Name a new folder, or remove this one."
         )
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARKER).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
 
 
 def _add_legacy_names(path: Path) -> None:
-    """Adds the names that published Qwen3 configs use. transformers 4 reads no others, and falls back to its defaults
-    (128 experts, rope_theta 1e4) without a word; transformers 5 takes both.
+    """Adds the names that published Qwen3 configs use. transformers 4 reads no others, and falls
+    back to its defaults (128 experts, rope_theta 1e4) without a word; transformers 5 takes both.
     """
     config = json.loads(path.read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
@@ -233,11 +278,13 @@ def _add_legacy_names(path: Path) -> None:
 
 
 def _save_tokenizer(tokenizer: Tokenizer, out: Path, *, max_length: int) -> None:
-    """Writes the files by hand: transformers 5 would name its class TokenizersBackend, which 4 does not know."""
+    """Writes the files by hand: transformers 5 would name its class TokenizersBackend, which 4 does
+    not know."""
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_input_names": ["input_ids", "attention_mask"],  # generate() refuses the default's token_type_ids
+        # generate() refuses the default's token_type_ids
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length,
         "eos_token": _END,
         "pad_token": _PAD,

@@ -16,10 +16,12 @@ PATIENCE_S = 30
 
 
 def guarded(action: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Run ``action``; a ``ValueError`` is the user's to mend, so it is shown without a traceback, by one rank.
+    """Run ``action``; a ``ValueError`` is the user's to mend, so it is shown without a traceback,
+    by one rank.
 
-    What is wrong for one rank is nearly always wrong for all. The first to leave has torchrun end the others, so they
-    leave that to rank 0, which speaks; when it does not, something is wrong on this machine alone and is said here.
+    What is wrong for one rank is nearly always wrong for all. The first to leave has torchrun end
+    the others, so they leave that to rank 0, which speaks; when it does not, something is wrong on
+    this machine alone and is said here.
     """
     rank = int(os.environ.get("RANK", 0))
     if _mistaken_before():
@@ -31,7 +33,9 @@ def guarded(action: Callable[[list[str]], None], arguments: list[str]) -> None:
             raise
         if rank:
             time.sleep(PATIENCE_S)
-        print(f"megalora{f' (rank {rank})' if rank else ''}: {error}{_whose(error)}", file=sys.stderr)
+        print(
+            f"megalora{f' (rank {rank})' if rank else ''}: {error}{_whose(error)}", file=sys.stderr
+        )
         _leave_mark()
         sys.exit(MISTAKE)
     except KeyboardInterrupt:
@@ -48,17 +52,20 @@ def _whose(error: ValueError) -> str:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     where = Path(frame.tb_frame.f_code.co_filename) if frame else Path(__file__)
-    ours = where.is_relative_to(Path(__file__).parent) or not where.is_relative_to(sysconfig.get_path("purelib"))
+    ours = where.is_relative_to(Path(__file__).parent) or not where.is_relative_to(
+        sysconfig.get_path("purelib")
+    )
     return "" if ours else "\n  (raised in a library; MEGALORA_TRACEBACK=1 shows where)"
 
 
-# torchrun starts ranks again after any failure (--max-restarts), a mistake of the user's too, which would only be made
-# again. It gives each rank a file for its error, attempt_N/LOCAL_RANK/error.json in one folder: a mark beside it tells
-# later attempts.
+# torchrun starts ranks again after any failure (--max-restarts), a mistake of the user's too, which
+# would only be made again. It gives each rank a file for its error, attempt_N/LOCAL_RANK/error.json
+# in one folder: a mark beside it tells later attempts.
 
 
 def _mark() -> Path | None:
-    """The file by which this rank says, in this attempt, that it met a mistake; None without torchrun."""
+    """The file by which this rank says, in this attempt, that it met a mistake; None without
+    torchrun."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(error_file).with_name("mistake") if error_file else None
 

@@ -1,7 +1,7 @@
 """Check a YAML text before it is built: how deep it nests, and how large its aliases make it.
 
-Reads the parser's events, one after the other, so that a few bytes that stand for billions of nodes, or for
-themselves, are refused at once.
+Reads the parser's events, one after the other, so that a few bytes that stand for billions of
+nodes, or for themselves, are refused at once.
 """
 
 from yaml import SafeLoader
@@ -12,8 +12,10 @@ from yaml.events import (
     NodeEvent,
 )
 
-MAX_DEPTH, MAX_NODES = 50, 100_000
-"""A config has sections of lists and tables: depth 4. Its longest list names linears: some hundred nodes."""
+MAX_DEPTH = 50
+MAX_NODES = 100_000
+"""A config has sections of lists and tables: depth 4. Its longest list names linears: some hundred
+nodes."""
 
 
 def check_yaml(text: str) -> None:
@@ -23,7 +25,8 @@ def check_yaml(text: str) -> None:
     """
     loader = SafeLoader(text)
     sizes: dict[str, int] = {}  # of what an anchor names; 0 while it is being read
-    open_nodes: list[tuple[str | None, int]] = []  # (anchor, nodes before it) of each collection around the event
+    # (anchor, nodes before it) of each collection around the event
+    open_nodes: list[tuple[str | None, int]] = []
     num_nodes = 0
     while loader.check_event():
         event = loader.get_event()

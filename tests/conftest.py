@@ -1,4 +1,5 @@
-"""Imports everything once, so that ranks forked by ``tests/distributed/ranks.py`` start in milliseconds."""
+"""Imports everything once, so that ranks forked by ``tests/distributed/ranks.py`` start in
+milliseconds."""
 
 import os
 
@@ -6,7 +7,8 @@ OUTSIDE = dict(os.environ)
 """The environment as it was, for processes that may see GPUs."""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if os.environ.get("MEGALORA_TEST_GPU") != "1":  # several gloo ranks on the CPU are what these tests are about
+# several gloo ranks on the CPU are what these tests are about
+if os.environ.get("MEGALORA_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = (
         "1"  # decides when kernels are imported: on the CPU they are tested by interpreting them
@@ -23,8 +25,9 @@ from hypothesis import settings
 from megalora import host
 
 torch.set_num_threads(1)
-# Autograd starts a thread for each device it knows of at the first backward pass, and a forked rank cannot use it after that.
-# FakeTensorMode makes up eight devices: the first pass comes before any test can.
+# Autograd starts a thread for each device it knows of at the first backward pass, and a forked rank
+# cannot use it after that. FakeTensorMode makes up eight devices: the first pass comes before any
+# test can.
 torch.zeros(1, requires_grad=True).sum().backward()
 host.install()
 
@@ -58,7 +61,8 @@ def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layer 0: 8 routed experts and a shared one; layer 1: dense; 12 query heads on 2 key/value heads."""
+    """Layer 0: 8 routed experts and a shared one; layer 1: dense; 12 query heads on 2 key/value
+    heads."""
     return make_tiny(tmp_path_factory.mktemp("models") / "everything", **EVERYTHING)
 
 
@@ -72,7 +76,8 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Arithmetic chats of very different lengths, so that microbatches and ranks differ in their number of target tokens."""
+    """Arithmetic chats of very different lengths, so that microbatches and ranks differ in their
+    number of target tokens."""
     return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
 
 

@@ -1,4 +1,5 @@
-"""Jobs in forked processes of a parent that has imported everything, a few at once; each may fork ranks of its own."""
+"""Jobs in forked processes of a parent that has imported everything, a few at once; each may fork
+ranks of its own."""
 
 import gc
 import multiprocessing
@@ -12,8 +13,11 @@ import torch
 def forked[K](
     jobs: Iterable[tuple[K, Callable[..., None], tuple[Any, ...]]], at_once: int
 ) -> Iterator[tuple[K, float, int]]:
-    """Run ``(key, function, arguments)``; yields (key, seconds, exit code) as they end. What a job finds, it writes to a file."""
-    context, waiting, running = multiprocessing.get_context("fork"), iter(jobs), []
+    """Run ``(key, function, arguments)``; yields (key, seconds, exit code) as they end. What a job
+    finds, it writes to a file."""
+    context = multiprocessing.get_context("fork")
+    waiting = iter(jobs)
+    running = []
     more = True
     while more or running:
         while more and len(running) < at_once:

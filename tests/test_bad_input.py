@@ -1,4 +1,5 @@
-"""A user's mistakes and what the command line answers: exit code 2 and one message, never a traceback."""
+"""A user's mistakes and what the command line answers: exit code 2 and one message, never a
+traceback."""
 
 import json
 import re
@@ -19,7 +20,9 @@ from megalora.model.shape import model_shape, read_hf_config
 from megalora.tiny import make_tiny
 from megalora.train.__main__ import main as rank
 
-CHAT = '{"messages": [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]}\n'
+CHAT = (
+    '{"messages": [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]}\n'
+)
 Said = Callable[..., str]
 
 
@@ -34,7 +37,9 @@ def refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
             cli.guarded(action, [str(a) for a in arguments])
         out, err = capfd.readouterr()
         assert (exit.value.code, out) == (2, "")
-        assert err.count("megalora: ") == 1 and err.startswith("megalora: ") and "Traceback" not in err
+        assert (
+            err.count("megalora: ") == 1 and err.startswith("megalora: ") and "Traceback" not in err
+        )
         return err.removeprefix("megalora: ").removesuffix("\n")
 
     return run
@@ -42,7 +47,8 @@ def refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def refused_rank(refused: Said, tmp_path: Path, tiny: Path) -> Said:
-    """What a training rank, in a world of one, answers; nothing may have been written to the run folder."""
+    """What a training rank, in a world of one, answers; nothing may have been written to the run
+    folder."""
     (tmp_path / "chats.jsonl").write_text(CHAT * 4)
     (tmp_path / "run.yaml").write_text(
         f"model: {{path: {tiny}, dtype: float32}}\ndata: {{train: {tmp_path}/chats.jsonl}}\n"
@@ -78,7 +84,12 @@ def adapter(tmp_path: Path, tiny: Path) -> Path:
     adapted = resolve(LoRAConfig(rank=3, target_modules=["q_proj", "down_proj"]), shape)
     folder = tmp_path / "adapter"
     folder.mkdir()
-    trained = {tensor_name(m, f): torch.ones(a.shape(f)) for a in adapted for m in a.hf_modules() for f in ("A", "B")}
+    trained = {
+        tensor_name(m, f): torch.ones(a.shape(f))
+        for a in adapted
+        for m in a.hf_modules()
+        for f in ("A", "B")
+    }
     write_adapter(folder, adapted, shape, trained, str(tiny))
     return folder
 
@@ -119,10 +130,19 @@ def test_config(refused_rank: Said, tmp_path: Path, overrides: list[str], messag
     [
         (
             {"tp": 4},
-            "parallel.tp=4 does not fit the model's 6 attention heads and 2 key/value heads; it can be one of 1, 2, 6",
+            (
+                "parallel.tp=4 does not fit the model's 6 attention heads and 2 key/value heads; it"
+                " can be one of 1, 2, 6"
+            ),
         ),
-        ({"ep": 3}, "parallel.ep=3 does not divide the model's 8 experts; it can be one of 1, 2, 4, 8"),
-        ({"pp": 3}, "parallel.pp * vpp=3 does not divide the model's 4 layers; it can be one of 1, 2, 4"),
+        (
+            {"ep": 3},
+            "parallel.ep=3 does not divide the model's 8 experts; it can be one of 1, 2, 4, 8",
+        ),
+        (
+            {"pp": 3},
+            "parallel.pp * vpp=3 does not divide the model's 4 layers; it can be one of 1, 2, 4",
+        ),
     ],
 )
 def test_layout_that_does_not_divide_the_model(
@@ -130,7 +150,9 @@ def test_layout_that_does_not_divide_the_model(
 ) -> None:
     (size,) = layout.values()
     overrides = [f"parallel.{name}={value}" for name, value in layout.items()]
-    said = refused("train", tmp_path / "run.yaml", "--nproc", size, "train.global_batch_size=12", *overrides)
+    said = refused(
+        "train", tmp_path / "run.yaml", "--nproc", size, "train.global_batch_size=12", *overrides
+    )
     assert said == message
 
 
@@ -150,13 +172,18 @@ def test_data_line_is_no_json(refused_rank: Said, tmp_path: Path, line: str, mes
 def test_data_row_without_a_role(refused_rank: Said, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(CHAT + '{"messages": [{"from": "user", "content": "x"}]}\n')
-    assert refused_rank(f"data.train={path}") == (
-        f"{path}: row 2: message 1 has no 'role' (its keys: from, content); rename the key that says who speaks"
+    assert (
+        refused_rank(f"data.train={path}")
+        == f"{path}: row 2: message 1 has no 'role' (its keys: from, content); rename the key that"
+        " says who speaks"
     )
 
 
-def test_long_samples_are_left_out_and_counted(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path, long = tmp_path / "chats.jsonl", json.loads(CHAT)
+def test_long_samples_are_left_out_and_counted(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "chats.jsonl"
+    long = json.loads(CHAT)
     long["messages"][1]["content"] = "4 " * 50
     path.write_text(CHAT * 4 + (json.dumps(long) + "\n") * 3)
     (tmp_path / "run.yaml").write_text(
@@ -167,7 +194,8 @@ def test_long_samples_are_left_out_and_counted(tiny: Path, tmp_path: Path, capfd
     cli.guarded(rank, [str(tmp_path / "run.yaml")])
     out = capfd.readouterr().out
     assert re.search(
-        rf"train: {path}: 4 samples, \d+ tokens \(\d+ in the loss\); 3 longer than data\.max_length=40 were left out "
+        rf"train: {path}: 4 samples, \d+ tokens \(\d+ in the loss\); 3 longer than"
+        r" data\.max_length=40 were left out "
         r"\(longest 1\d\d\)\n",
         out,
     )
@@ -179,14 +207,16 @@ def test_base_with_a_missing_shard(
     folder = broken("model-00002-of-*.safetensors")
     shards = len(list(folder.glob("*.safetensors"))) + 1
     message = (
-        f"{folder}: 1 of {shards} weight shards are missing (model-00002-of-0000{shards}.safetensors); "
-        "download the model again"
+        f"{folder}: 1 of {shards} weight shards are missing"
+        f" (model-00002-of-0000{shards}.safetensors); download the model again"
     )
     assert refused_rank(f"model.path={folder}") == message
     assert refused("verify", adapter, "--base", folder) == message
 
 
-def test_base_without_config(refused_rank: Said, refused: Said, adapter: Path, broken: Callable[..., Path]) -> None:
+def test_base_without_config(
+    refused_rank: Said, refused: Said, adapter: Path, broken: Callable[..., Path]
+) -> None:
     folder = broken("config.json")
     message = f"{folder} is not a Hugging Face model folder: it has no config.json"
     assert refused_rank(f"model.path={folder}") == message
@@ -220,7 +250,10 @@ def test_adapter_for_another_base(
 
 def test_no_adapter(refused: Said, tiny: Path, tmp_path: Path) -> None:
     for name, says in (
-        ("nowhere", "is no folder; name one with adapter_config.json and adapter_model.safetensors"),
+        (
+            "nowhere",
+            "is no folder; name one with adapter_config.json and adapter_model.safetensors",
+        ),
         ("empty", "is not an adapter folder: it has no adapter_config.json"),
     ):
         folder = tmp_path / name
@@ -235,7 +268,10 @@ def test_no_adapter(refused: Said, tiny: Path, tmp_path: Path) -> None:
 def test_adapter_of_another_method(refused: Said, adapter: Path) -> None:
     config = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps(config | {"peft_type": "IA3"}))
-    assert refused("inspect", adapter) == f"{adapter / CONFIG}: peft_type is 'IA3'; megalora reads LORA only"
+    assert (
+        refused("inspect", adapter)
+        == f"{adapter / CONFIG}: peft_type is 'IA3'; megalora reads LORA only"
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 7, 1000, -16])
@@ -256,5 +292,8 @@ def test_export_over_something(refused: Said, adapter: Path, tmp_path: Path) -> 
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thesis.tex").write_text("x")
-    assert refused("export", adapter, taken) == f"{taken} exists and is not an empty folder; choose another"
+    assert (
+        refused("export", adapter, taken)
+        == f"{taken} exists and is not an empty folder; choose another"
+    )
     assert [path.name for path in taken.iterdir()] == ["thesis.tex"]

@@ -1,4 +1,5 @@
-"""The GPU benchmarks as scripts, on a CPU: what they write and refuse, and that training arms train the same thing."""
+"""The GPU benchmarks as scripts, on a CPU: what they write and refuse, and that training arms train
+the same thing."""
 
 import argparse
 import json
@@ -9,12 +10,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import bench_grouped_lora, bench_train_gpu, goals, gpu_machine, gpu_summary, shared_gpu
+from benchmarks import (
+    bench_grouped_lora,
+    bench_train_gpu,
+    goals,
+    gpu_machine,
+    gpu_summary,
+    shared_gpu,
+)
 from benchmarks.compare import Row
 from benchmarks.expert_case import SIZES, Sizes
 from benchmarks.gpu_timing import STARTED, Budget, Stats, earlier, save
 from benchmarks.linear_case import LinearSpec
-from benchmarks.train_arms import KernelExperts, Setup, Training, adapted, base_model, training, with_experts
+from benchmarks.train_arms import (
+    KernelExperts,
+    Setup,
+    Training,
+    adapted,
+    base_model,
+    training,
+    with_experts,
+)
 from benchmarks.train_case import TINY_MODEL, adapter_parameters
 from tests.forked import forked
 from tests.parity.grid import Case
@@ -35,20 +51,32 @@ def test_bench_writes_what_it_found_and_what_it_left_out(tmp_path, monkeypatch, 
     monkeypatch.setattr(bench_grouped_lora, "PEFT_CASE", tiny)
     for name in ("our_arms", "our_linear_arms"):
         real = getattr(bench_grouped_lora, name)
-        monkeypatch.setattr(bench_grouped_lora, name, lambda case, real=real: without_triton(real(case)))
+        monkeypatch.setattr(
+            bench_grouped_lora, name, lambda case, real=real: without_triton(real(case))
+        )
     args = argparse.Namespace(
-        model="tiny", tokens=[32], experts=[8, 4], ranks=[8], routing=["balanced", "zipf"], crossing=[8],
+        model="tiny", tokens=[32], experts=[8, 4], ranks=[8], routing=["balanced", "zipf"],
+        crossing=[8],
         dry=False, out=tmp_path / "r.json"
     )  # fmt: skip
-    bench = bench_grouped_lora.Bench(CPU, torch.float32, repeats=2, budget=Budget(None), compiled=False)
+    bench = bench_grouped_lora.Bench(
+        CPU, torch.float32, repeats=2, budget=Budget(None), compiled=False
+    )
     assert bench_grouped_lora.run(bench, args) == 0
     record = json.loads(args.out.read_text())
     assert len(record["seconds"]) == 9 and record["failures"] == record["not_reached"] == []
-    assert {row["arm"] for row in record["rows"]} >= {"ours auto", "split eager", "peft stock", "base loop"}
-    assert record["versions"]["torch"] == torch.__version__ and record["versions"]["unsloth"] is None
-    assert [(p["experts"], p["rows"]) for p in record["crossing"]] == [(8, 7), (4, 7)] and record["settings"][
-        "model"
-    ] == "tiny"
+    assert {row["arm"] for row in record["rows"]} >= {
+        "ours auto",
+        "split eager",
+        "peft stock",
+        "base loop",
+    }
+    assert (
+        record["versions"]["torch"] == torch.__version__ and record["versions"]["unsloth"] is None
+    )
+    assert [(p["experts"], p["rows"]) for p in record["crossing"]] == [(8, 7), (4, 7)] and record[
+        "settings"
+    ]["model"] == "tiny"
     late = bench_grouped_lora.Bench(CPU, torch.float32, repeats=2, budget=Budget(0), compiled=False)
     args.out = tmp_path / "late.json"
     assert bench_grouped_lora.run(late, args) == 0
@@ -74,20 +102,32 @@ def test_a_second_call_of_the_bench_goes_on_with_its_own_record(tmp_path, monkey
             yield label, lambda label=label: ran.append(label)
 
     monkeypatch.setattr(bench_grouped_lora, "plan", plan)
-    first = bench_grouped_lora.Bench(CPU, torch.float32, repeats=1, budget=Budget(None), compiled=False)
-    timed = Row("first", "ours auto", "ours", forward=Stats(1.0, 1.0, 1.0, 1.0), train=Stats(2.0, 1.0, 3.0, 1.0))
+    first = bench_grouped_lora.Bench(
+        CPU, torch.float32, repeats=1, budget=Budget(None), compiled=False
+    )
+    timed = Row(
+        "first",
+        "ours auto",
+        "ours",
+        forward=Stats(1.0, 1.0, 1.0, 1.0),
+        train=Stats(2.0, 1.0, 3.0, 1.0),
+    )
     first.report.rows = [timed]
     first.report.verdicts = [goals.Verdict.of(goals.TRAIN, "first", 1.2)]
     first.report.crossing = [goals.Crossing(8, 7, 1.0, None)]
     first.report.seconds = {"first": 1.0}
     settings = bench_grouped_lora._settings(args)
     save(args.out, "grouped_lora", CPU, settings=settings, **first.report.content())
-    second = bench_grouped_lora.Bench(CPU, torch.float32, repeats=1, budget=Budget(None), compiled=False)
+    second = bench_grouped_lora.Bench(
+        CPU, torch.float32, repeats=1, budget=Budget(None), compiled=False
+    )
     assert bench_grouped_lora.run(second, args) == 0 and ran == ["second"]
     assert second.report.rows == [timed] and second.report.crossing == first.report.crossing
     assert second.report.verdicts == first.report.verdicts
     monkeypatch.setenv("MEGALORA_TUNED", "off")  # other kernels: nothing of it holds
-    third = bench_grouped_lora.Bench(CPU, torch.float32, repeats=1, budget=Budget(None), compiled=False)
+    third = bench_grouped_lora.Bench(
+        CPU, torch.float32, repeats=1, budget=Budget(None), compiled=False
+    )
     assert bench_grouped_lora.run(third, args) == 0 and ran == ["second", "first", "second"]
 
 
@@ -97,7 +137,10 @@ def test_a_record_is_continued_only_where_it_was_measured_alike(tmp_path, capsys
     save(path, "x", CPU, settings={"sizes": (1, 2)}, rows=[1])
     found = earlier(path, "x", CPU, {"sizes": (1, 2)})
     assert found is not None and found["rows"] == [1]
-    assert earlier(path, "x", CPU, {"sizes": (1, 3)}) is None and "another settings" in capsys.readouterr().out
+    assert (
+        earlier(path, "x", CPU, {"sizes": (1, 3)}) is None
+        and "another settings" in capsys.readouterr().out
+    )
     for changed in ({"device": "another"}, {"commit": "0"}, {"when": "2026-01-01T00:00:00+00:00"}):
         path.write_text(json.dumps({**found, **changed}))
         assert earlier(path, "x", CPU, {"sizes": (1, 2)}) is None, changed
@@ -113,32 +156,50 @@ def test_without_a_gpu_scripts_say_so_in_one_line(script, capsys):
     with pytest.raises(SystemExit) as left:
         script.main(["--budget-seconds", "1"])
     said = capsys.readouterr()
-    assert left.value.code == 2 and said.err.count("\n") == 1 and "needs a CUDA device" in said.err and not said.out
+    assert (
+        left.value.code == 2
+        and said.err.count("\n") == 1
+        and "needs a CUDA device" in said.err
+        and not said.out
+    )
 
 
 def test_our_experts_train_as_peft_s_do():
     """The same loss and the same gradients from the same factors in the same model."""
-    theirs = adapted(base_model(SETUP), SETUP, ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
+    theirs = adapted(
+        base_model(SETUP), SETUP, ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    )
     ours = with_experts(SETUP, KernelExperts, joined=False)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.1)
-        ours.load_state_dict({n: t for n, t in theirs.state_dict().items() if "self_attn" in n}, strict=False)
+        ours.load_state_dict(
+            {n: t for n, t in theirs.state_dict().items() if "self_attn" in n}, strict=False
+        )
     pairs = []
     for block, kernel in zip(blocks(theirs), (b.experts for b in blocks(ours)), strict=True):
-        for a, b, wrapper in ((kernel.a1, kernel.b1, block.experts.base_layer), (kernel.a2, kernel.b2, block.experts)):
+        for a, b, wrapper in (
+            (kernel.a1, kernel.b1, block.experts.base_layer),
+            (kernel.a2, kernel.b2, block.experts),
+        ):
             a.data.copy_(wrapper.lora_A.default.weight.unflatten(0, (8, -1)))
             b.data.copy_(wrapper.lora_B.default.weight.unflatten(1, (-1, 8)).permute(2, 0, 1))
             pairs.append((a, wrapper.lora_A.default.weight, b, wrapper.lora_B.default.weight))
     steps = [training(model, SETUP, "", True) for model in (theirs, ours)]
-    assert float(steps[0].forward_backward()) == pytest.approx(float(steps[1].forward_backward()), rel=1e-5)
+    assert float(steps[0].forward_backward()) == pytest.approx(
+        float(steps[1].forward_backward()), rel=1e-5
+    )
     for a, their_a, b, their_b in pairs:
         torch.testing.assert_close(a.grad.flatten(0, 1), their_a.grad, rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(b.grad.permute(1, 2, 0).flatten(1), their_b.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            b.grad.permute(1, 2, 0).flatten(1), their_b.grad, rtol=1e-3, atol=1e-6
+        )
     in_attention = {n: p for n, p in theirs.named_parameters() if "q_proj.lora_A" in n}
     for name, parameter in in_attention.items():
-        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            ours.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-6
+        )
 
 
 def blocks(model: torch.nn.Module) -> list:
@@ -154,7 +215,9 @@ def test_training_arms_train(tmp_path):
         (name, train_in_a_process, (name, tmp_path / f"{name}.json"))
         for name in ("megalora", "one of 8 ranks", "unsloth")
     ]
-    assert {name: code for name, _, code in forked(jobs, at_once=2)} == dict.fromkeys((job[0] for job in jobs), 0)
+    assert {name: code for name, _, code in forked(jobs, at_once=2)} == dict.fromkeys(
+        (job[0] for job in jobs), 0
+    )
     rows = {job[0]: json.loads(job[2][1].read_text()) for job in jobs}
     assert rows["unsloth"]["status"] == "not installed: No module named 'unsloth'"
     for name in ("megalora", "one of 8 ranks"):
@@ -162,7 +225,10 @@ def test_training_arms_train(tmp_path):
         assert rows[name]["tokens_per_s"] == pytest.approx(32 / rows[name]["step_ms"] * 1e3)
     assert rows["megalora"]["adapter_parameters"] == adapter_parameters(TINY_MODEL, 8)
     table = bench_train_gpu.show(
-        [*rows.values(), {**rows["megalora"], "arm": "peft", "step_ms": 2 * rows["megalora"]["step_ms"]}]
+        [
+            *rows.values(),
+            {**rows["megalora"], "arm": "peft", "step_ms": 2 * rows["megalora"]["step_ms"]},
+        ]
     )
     assert "2.00" in table and "unsloth: not installed" in table
 
@@ -175,10 +241,12 @@ def test_a_step_that_does_not_train_has_no_speed(monkeypatch):
 
 
 def test_layouts_on_one_gpu_are_held_against_float64(tmp_path, monkeypatch, capsys):
-    """On forked CPU ranks: rows, verdicts, what is written down, and what a second call runs again."""
+    """On forked CPU ranks: rows, verdicts, what is written down, and what a second call runs
+    again."""
     cases = (Case(2, ep=2), Case(2, tp=2), Case(2, pp=2))
     monkeypatch.setattr(shared_gpu, "DRY", cases)
-    really, ran = shared_gpu.Laboratory._fork, []
+    really = shared_gpu.Laboratory._fork
+    ran = []
 
     def fork(self, case: Case) -> str | None:
         ran.append(case)
@@ -192,14 +260,19 @@ def test_layouts_on_one_gpu_are_held_against_float64(tmp_path, monkeypatch, caps
             spoilt.append(case)
         return config, start
 
-    spoilt, prepare = [], shared_gpu.Laboratory._prepare
+    spoilt = []
+    prepare = shared_gpu.Laboratory._prepare
     monkeypatch.setattr(shared_gpu.Laboratory, "_fork", fork)
     monkeypatch.setattr(shared_gpu.Laboratory, "_prepare", spoil)
     out = tmp_path / "gpu_shared.json"
     assert shared_gpu.main(["--dry", "--out", str(out)]) == 1
-    said, rows = capsys.readouterr().out, json.loads(out.read_text())["rows"]
+    said = capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
     assert [row["case"] for row in rows] == [case.name for case in (shared_gpu.ALONE, *cases)]
-    assert rows[0]["exceeded"] == rows[1]["exceeded"] == [] and rows[3]["failed"] == "exit code 1: no ranks"
+    assert (
+        rows[0]["exceeded"] == rows[1]["exceeded"] == []
+        and rows[3]["failed"] == "exit code 1: no ranks"
+    )
     assert any("gradient" in name for name in rows[2]["exceeded"]) and rows[2]["gradient"] > 1e-4
     assert "exit code 1: no ranks" in said
     assert [row[-1] for row in gpu_summary.of_shared({"rows": rows, "not_reached": []})] == [
@@ -226,9 +299,13 @@ def test_of_layouts_on_one_gpu_none_is_started_late(monkeypatch):
         shared_gpu.run_all(laboratory, shared_gpu.SHARED, found, budget, at_once=2)
         assert len(found.rows) == len(written) == reached
         assert len(found.content()["not_reached"]) == len(shared_gpu.SHARED) - reached
-    assert [len(content["rows"]) for content in written] == [*range(1, 8)], "written after every case"
+    assert [len(content["rows"]) for content in written] == [*range(1, 8)], (
+        "written after every case"
+    )
     of_nothing = {"rows": [], "not_reached": [case.name for case in shared_gpu.SHARED]}
-    assert [row[-1] for row in gpu_summary.of_shared(of_nothing)] == ["not reached"] * len(shared_gpu.SHARED)
+    assert [row[-1] for row in gpu_summary.of_shared(of_nothing)] == ["not reached"] * len(
+        shared_gpu.SHARED
+    )
 
 
 def test_a_layout_may_err_twice_as_much_as_one_rank_and_no_more():
@@ -243,7 +320,8 @@ def test_a_layout_may_err_twice_as_much_as_one_rank_and_no_more():
         shared_gpu.judge(rows)
         return [row["exceeded"] for row in rows]
 
-    assert exceeded(5e-5, 9e-5) == [[], []]  # a GPU's own rounding, up to ten times the CPU's limit of 1e-5
+    # a GPU's own rounding, up to ten times the CPU's limit of 1e-5
+    assert exceeded(5e-5, 9e-5) == [[], []]
     assert exceeded(5e-5, 1.1e-4) == [[], ["gradient 1.1e-04 > 1.0e-04"]]
     assert exceeded(1e-7, 9e-6) == [[], []] and exceeded(1e-7, 2e-5)[1]
     assert exceeded(2e-4, 1e-6)[0] == ["gradient 2.0e-04 > 1.0e-04"]

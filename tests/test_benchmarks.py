@@ -1,4 +1,5 @@
-"""The GPU benchmarks' arithmetic, on a CPU: FLOPs by hand, arms against float32, and that no wrong arm gets a speed."""
+"""The GPU benchmarks' arithmetic, on a CPU: FLOPs by hand, arms against float32, and that no wrong
+arm gets a speed."""
 
 import json
 from dataclasses import replace
@@ -55,16 +56,25 @@ def compared(case: Case, ours: dict, theirs: dict) -> list[Row]:
     def want() -> dict:
         return {"adapted": reference(case, True), "base": reference(case, False)}
 
-    return compare("tiny", ours, theirs, want, case.spec.base_flops(), CPU, torch.float32, repeats=2)
+    return compare(
+        "tiny", ours, theirs, want, case.spec.base_flops(), CPU, torch.float32, repeats=2
+    )
 
 
-# ---- counting -------------------------------------------------------------------------------------------------------
+# ---- counting ------------------------------------------------------------------------------------
 
 
 def test_base_flops_by_hand():
-    gate_up, down = 2 * 65536 * 1536 * 2048, 2 * 65536 * 2048 * 768
-    assert Spec(SIZES["30b"], 8192, 128, 16, "balanced").base_flops() == gate_up + down == 618_475_290_624
-    assert Spec(SIZES["30b"], 8192, 16, 64, "zipf").base_flops() == gate_up + down, "as many rows, whatever the rest"
+    gate_up = 2 * 65536 * 1536 * 2048
+    down = 2 * 65536 * 2048 * 768
+    assert (
+        Spec(SIZES["30b"], 8192, 128, 16, "balanced").base_flops()
+        == gate_up + down
+        == 618_475_290_624
+    )
+    assert Spec(SIZES["30b"], 8192, 16, 64, "zipf").base_flops() == gate_up + down, (
+        "as many rows, whatever the rest"
+    )
     assert PEFT_CASE.base_flops() == 2 * 4096 * 768 * 2048
 
 
@@ -72,13 +82,22 @@ def test_training_flops_by_hand():
     attention = 2048 * 4096 + 2 * 2048 * 512 + 4096 * 2048
     layer = attention + 128 * 2048 + 8 * 3 * 2048 * 768
     assert frozen_met(QWEN3_30B_A3B) == 48 * layer + 151936 * 2048 == 3_041_656_832, "the 3B of A3B"
-    on_attention, on_expert = 16 * (2 * (2048 + 4096) + 2 * (2048 + 512)), 16 * 3 * (2048 + 768)
-    assert adapter_parameters(QWEN3_30B_A3B, 16) == 48 * (on_attention + 128 * on_expert) == 843_841_536
-    assert adapter_parameters(QWEN3_30B_A3B, 16, True) == 843_841_536 - 48 * 128 * 16 * 2048, "one A for gate and up"
+    on_attention = 16 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    on_expert = 16 * 3 * (2048 + 768)
+    assert (
+        adapter_parameters(QWEN3_30B_A3B, 16)
+        == 48 * (on_attention + 128 * on_expert)
+        == 843_841_536
+    )
+    assert adapter_parameters(QWEN3_30B_A3B, 16, True) == 843_841_536 - 48 * 128 * 16 * 2048, (
+        "one A for gate and up"
+    )
     scores = 4096 * 32 * 128 * 48
     expected = 4 * 3_041_656_832 + 6 * 48 * (on_attention + 8 * on_expert) + 6 * scores
     assert flops_per_token(QWEN3_30B_A3B, 16, 4096) == expected
-    assert model_shape(QWEN3_30B_A3B).num_parameters() == 30_532_122_624, "the config is Qwen3-30B-A3B's"
+    assert model_shape(QWEN3_30B_A3B).num_parameters() == 30_532_122_624, (
+        "the config is Qwen3-30B-A3B's"
+    )
 
 
 def test_layers_that_fit():
@@ -115,20 +134,28 @@ def test_sweep_begins_with_the_usual():
     assert with_rows(specs[1], 512).num_rows == 512 * 16
 
 
-# ---- arms -----------------------------------------------------------------------------------------------------------
+# ---- arms ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [Spec(TINY, 64, 8, 8, "zipf"), Spec(TINY, 64, 4, 8, "empty")], ids=lambda s: s.label)
+@pytest.mark.parametrize(
+    "spec", [Spec(TINY, 64, 8, 8, "zipf"), Spec(TINY, 64, 4, 8, "empty")], ids=lambda s: s.label
+)
 def test_every_arm_computes_the_same_layer(spec):
     case = make_case(spec, CPU, torch.float32)
     rows = compared(case, without_triton(our_arms(case)), their_arms(case, compiled=False))
     quack = [row for row in rows if row.arm.startswith("quack")]
-    assert [row.status for row in quack] == ["not installed: nvidia_cutlass_dsl"] * 2 and not quack[0].failed
+    assert [row.status for row in quack] == ["not installed: nvidia_cutlass_dsl"] * 2 and not quack[
+        0
+    ].failed
     rows = [row for row in rows if row not in quack]
-    assert {row.arm: row.status for row in rows} == {row.arm: "ok" for row in rows} and len(rows) == 14
+    assert {row.arm: row.status for row in rows} == {row.arm: "ok" for row in rows} and len(
+        rows
+    ) == 14
     assert all(row.forward and row.train and not row.failed for row in rows)
     assert min(row.ratio_train for row in rows if row.kind == "base") == 1
-    assert set(their_arms(case, compiled=True)) - set(their_arms(case, compiled=False)) == {"split compiled"}
+    assert set(their_arms(case, compiled=True)) - set(their_arms(case, compiled=False)) == {
+        "split compiled"
+    }
 
 
 def test_every_arm_computes_the_same_linear():
@@ -136,10 +163,13 @@ def test_every_arm_computes_the_same_linear():
     case = make_linear(spec, CPU, torch.float32)
     want = {"adapted": linear_reference(case, True), "base": linear_reference(case, False)}
     rows = compare(
-        "tiny", without_triton(our_linear_arms(case)), their_linear_arms(case), lambda: want, spec.base_flops(),
+        "tiny", without_triton(our_linear_arms(case)), their_linear_arms(case), lambda: want,
+        spec.base_flops(),
         CPU, torch.float32, 2,
     )  # fmt: skip
-    assert {row.status for row in rows if not row.arm.startswith("quack")} == {"ok"} and len(rows) == 14
+    assert {row.status for row in rows if not row.arm.startswith("quack")} == {"ok"} and len(
+        rows
+    ) == 14
 
 
 def test_an_arm_that_is_wrong_gets_no_speed():
@@ -154,13 +184,19 @@ def test_an_arm_that_is_wrong_gets_no_speed():
         return replace(right, train=lambda: {n: t * float("nan") for n, t in right.train().items()})
 
     def unsteady() -> Arm:
-        return replace(right, kind="ours", train=lambda: {n: t + 1e-7 * next(flips) for n, t in right.train().items()})
+        return replace(
+            right,
+            kind="ours",
+            train=lambda: {n: t + 1e-7 * next(flips) for n, t in right.train().items()},
+        )
 
     def broken() -> Arm:
         raise RuntimeError("no such kernel\nand more")
 
     rows = compared(
-        case, {"unsteady": unsteady, "ours": broken}, {"2x": doubled, "nan": not_a_number, "theirs": broken}
+        case,
+        {"unsteady": unsteady, "ours": broken},
+        {"2x": doubled, "nan": not_a_number, "theirs": broken},
     )
     found = {row.arm: row for row in rows}
     assert found["2x"].status == "wrong: b1 is off by 1.0e+00" and found["nan"].status.startswith(
@@ -168,9 +204,16 @@ def test_an_arm_that_is_wrong_gets_no_speed():
     )
     assert found["unsteady"].status.startswith("wrong: other bits in a second run of ")
     assert found["ours"].status == "cannot run: RuntimeError: no such kernel"
-    assert [row.arm for row in rows if row.failed] == ["unsteady", "ours", "2x", "nan"], "theirs may be unable to run"
+    assert [row.arm for row in rows if row.failed] == [
+        "unsteady",
+        "ours",
+        "2x",
+        "nan",
+    ], "theirs may be unable to run"
     assert all(row.forward is None and row.train is None for row in rows)
-    assert "nan" not in json.dumps(bench_grouped_lora.as_json(rows)).lower().replace('"nan"', "").replace("by nan", "")
+    assert "nan" not in json.dumps(bench_grouped_lora.as_json(rows)).lower().replace(
+        '"nan"', ""
+    ).replace("by nan", "")
 
 
 def test_an_error_in_one_expert_is_not_overlooked():
@@ -181,7 +224,7 @@ def test_an_error_in_one_expert_is_not_overlooked():
     assert relative_errors(got, want)["a2"] > 0.2
 
 
-# ---- derived numbers ------------------------------------------------------------------------------------------------
+# ---- derived numbers -----------------------------------------------------------------------------
 
 
 def timed(arm: str, kind: str, forward_ms: float, train_ms: float) -> Row:
@@ -203,12 +246,22 @@ def test_ratios_rates_and_goals():
     assert rows[1].tflops_forward == pytest.approx(618.475 / 1.25, rel=1e-4)
     assert rows[1].tflops_train == pytest.approx(618.475, rel=1e-4), "twice the work in 2 ms"
     verdicts = {(v.goal, v.case.endswith("gate+up")): v for v in goals.of_layer(spec, rows)}
-    assert verdicts[goals.FORWARD.name, False].verdict == verdicts[goals.TRAIN.name, False].verdict == "pass"
+    assert (
+        verdicts[goals.FORWARD.name, False].verdict
+        == verdicts[goals.TRAIN.name, False].verdict
+        == "pass"
+    )
     assert verdicts[goals.SPLIT.name, False].verdict == "good", "4.8 over 2.4"
     assert verdicts[goals.LOOP.name, False].verdict == "miss", "4 times"
     assert verdicts[goals.CHOICE.name, False].value == pytest.approx(1.2)
-    assert verdicts[goals.TRAIN.name, True].value is None and verdicts[goals.TRAIN.name, True].verdict == "miss"
-    assert goals.of_layer(replace(spec, rank=8), rows) == [] and faster(rows, "nothing", "split eager") is None
+    assert (
+        verdicts[goals.TRAIN.name, True].value is None
+        and verdicts[goals.TRAIN.name, True].verdict == "miss"
+    )
+    assert (
+        goals.of_layer(replace(spec, rank=8), rows) == []
+        and faster(rows, "nothing", "split eager") is None
+    )
     assert "2.00" in show(rows) and "miss" in goals.show_verdicts(verdicts.values())
 
 
@@ -216,7 +269,13 @@ def test_crossing():
     def point(rows: int, triton: float, vendor: float | None) -> goals.Crossing:
         return goals.Crossing(16, rows, triton, vendor)
 
-    points = [point(64, 1, 2), point(256, 2, 1.9), point(512, 3, 3.5), point(1024, 5, 4), point(2048, 9, 7)]
+    points = [
+        point(64, 1, 2),
+        point(256, 2, 1.9),
+        point(512, 3, 3.5),
+        point(1024, 5, 4),
+        point(2048, 9, 7),
+    ]
     assert goals.vendor_rows(points) == 1024, "at 256 it was faster by chance"
     assert goals.vendor_rows([*points, point(4096, 9, None)]) is None
     assert "16 experts: 1024" in goals.show_crossing(points)
@@ -224,8 +283,15 @@ def test_crossing():
 
 def test_times_budget_and_table():
     order: list[str] = []
-    stats = measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, repeats=4, warmup=1)
-    assert "".join(order) == "abbaabbaab" and stats["a"].p10_ms <= stats["a"].median_ms <= stats["a"].p90_ms
-    assert Stats.of([1.0, 2.0, 10.0], [0.5, 0.5, 3.0]) == Stats(2.0, pytest.approx(1.2), pytest.approx(8.4), 0.5)
+    stats = measure(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, repeats=4, warmup=1
+    )
+    assert (
+        "".join(order) == "abbaabbaab"
+        and stats["a"].p10_ms <= stats["a"].median_ms <= stats["a"].p90_ms
+    )
+    assert Stats.of([1.0, 2.0, 10.0], [0.5, 0.5, 3.0]) == Stats(
+        2.0, pytest.approx(1.2), pytest.approx(8.4), 0.5
+    )
     assert Budget(None).left() == float("inf") and Budget(0).left() <= 0
     assert table(("a", "bb"), [("ccc", 1)]) == "a    bb\nccc   1"

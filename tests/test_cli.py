@@ -40,7 +40,8 @@ def run_yaml(tiny: Path, tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     (tmp_path / "chats.jsonl").touch()
     path.write_text(
-        f"model: {{path: {tiny}}}\ndata: {{train: {tmp_path}/chats.jsonl}}\ntrain: {{steps: 3, global_batch_size: 8}}\n"
+        f"model: {{path: {tiny}}}\ndata: {{train: {tmp_path}/chats.jsonl}}\ntrain: {{steps: 3,"
+        " global_batch_size: 8}\n"
     )
     return path
 
@@ -50,7 +51,8 @@ def adapter(tiny: Path, tmp_path: Path) -> Path:
     """Attention and experts of layers 2 and 3, B far from zero."""
     shape = model_shape(read_hf_config(tiny))
     adapted = resolve(LoRAConfig(rank=4, alpha=8.0, layers="2-"), shape)
-    generator, folder = torch.Generator().manual_seed(0), tmp_path / "adapter"
+    generator = torch.Generator().manual_seed(0)
+    folder = tmp_path / "adapter"
     trained = {
         tensor_name(module, f): torch.randn(a.shape(f), generator=generator) / 10
         for a in adapted for module in a.hf_modules() for f in ("A", "B")
@@ -80,8 +82,17 @@ def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     [
         ([], "megalora: error: the following arguments are required: command"),
         (["trian"], "megalora: error: argument command: invalid choice: 'trian' (choose from "),
-        (["train"], "megalora train: error: the following arguments are required: config, section.key=value"),
-        (["train", "c.yaml", "--nproc", "two"], "megalora train: error: argument --nproc: invalid int value: 'two'"),
+        (
+            ["train"],
+            (
+                "megalora train: error: the following arguments are required: config,"
+                " section.key=value"
+            ),
+        ),
+        (
+            ["train", "c.yaml", "--nproc", "two"],
+            "megalora train: error: argument --nproc: invalid int value: 'two'",
+        ),
         (
             ["train", "c.yaml", "--lr=3"],
             "megalora: megalora train: unknown argument '--lr=3'; see megalora train --help",
@@ -91,15 +102,23 @@ def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
             ["verify", "a", "--base", "b", "--engine", "tgi"],
             "megalora verify: error: argument --engine: invalid choice: 'tgi'",
         ),
-        (["inspect", "a", "b"], "megalora: megalora inspect: unknown argument 'b'; see megalora inspect --help"),
+        (
+            ["inspect", "a", "b"],
+            "megalora: megalora inspect: unknown argument 'b'; see megalora inspect --help",
+        ),
         (
             ["tiny", "x", "--arch", "gpt2"],
             "megalora: arch 'gpt2' is unknown; choose one of qwen3_moe, qwen3, qwen2_moe.",
         ),
-        (["tiny", "x", "--dtype", "int8"], "megalora: dtype 'int8' is unknown; choose one of float32, bfloat16."),
+        (
+            ["tiny", "x", "--dtype", "int8"],
+            "megalora: dtype 'int8' is unknown; choose one of float32, bfloat16.",
+        ),
     ],
 )
-def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_wrong_arguments(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     code, out, err = outcome(capsys, *arguments)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith(message)
@@ -120,20 +139,27 @@ def test_tiny(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_train_starts_torchrun(
-    run_yaml: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_yaml: Path,
+    started: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     arguments = ["train", run_yaml, "train.lr=0.5", "--nproc", 4, "parallel.ep=2", "train.lr=0.25"]
     assert outcome(capsys, *arguments) == (0, "", "")
     assert started == [
-        ["--standalone", "--nproc-per-node", "4", "--max-restarts", "0", "-m", "megalora.train", str(run_yaml),
+        ["--standalone", "--nproc-per-node", "4", "--max-restarts", "0", "-m", "megalora.train",
+         str(run_yaml),
          "train.lr=0.5", "parallel.ep=2", "train.lr=0.25"]
     ]  # fmt: skip
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_train_keeps_the_number_of_threads_it_is_given(
-    run_yaml: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_yaml: Path,
+    started: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     outcome(capsys, "train", run_yaml)
@@ -157,7 +183,11 @@ def test_train_keeps_the_number_of_threads_it_is_given(
     ],
 )  # fmt: skip
 def test_train_finds_mistakes_before_ranks_start(
-    run_yaml: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    run_yaml: Path,
+    started: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
     assert outcome(capsys, "train", run_yaml, *arguments) == (2, "", f"megalora: {message}\n")
     assert not started
@@ -166,7 +196,9 @@ def test_train_finds_mistakes_before_ranks_start(
 def test_train_leaves_a_model_on_the_hub_to_the_ranks(
     run_yaml: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert outcome(capsys, "train", run_yaml, "model.path=Qwen/Qwen3-30B-A3B", "lora.target_modules=[q_porj]") == (
+    assert outcome(
+        capsys, "train", run_yaml, "model.path=Qwen/Qwen3-30B-A3B", "lora.target_modules=[q_porj]"
+    ) == (
         0,
         "",
         "",
@@ -188,7 +220,9 @@ def test_a_mistake_of_the_ranks_is_not_reported_twice(
     assert outcome(capsys, "train", run_yaml) == (2, "", "")
 
 
-def test_a_crash_of_the_ranks_is_torchrun_s_to_report(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_the_ranks_is_torchrun_s_to_report(
+    run_yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(_: list[str]) -> None:
         raise failure(exitcode=-9)
 
@@ -201,8 +235,14 @@ def test_ranks_report_one_mistake_once(tmp_path: Path) -> None:
     """Through a real torchrun, which would end rank 0 as soon as rank 1 has left."""
     arguments = ["--standalone", "--nproc-per-node", "2", "-m", "megalora.train", "no.yaml"]
     start = f"from megalora.cli import torchrun; torchrun({arguments})"
-    done = subprocess.run([sys.executable, "-c", start], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "megalora: no.yaml: no such config file\n")
+    done = subprocess.run(
+        [sys.executable, "-c", start], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "megalora: no.yaml: no such config file\n",
+    )
 
 
 def mistaken(_: list[str]) -> None:
@@ -239,7 +279,8 @@ def test_export(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     (adapter / "training_state").mkdir()
     assert outcome(capsys, "export", adapter, out) == (
         0, f"wrote {out}; README.md in it says what it is and how to load it\nadapts " + "; ".join(
-            f"{name} in layers 2-3" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+            f"{name} in layers 2-3" for name in ("q_proj", "k_proj", "v_proj", "o_proj",
+                                                 "gate_proj", "up_proj", "down_proj")
         ) + "\n", "",
     )  # fmt: skip
     written = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -256,27 +297,46 @@ def test_verify(adapter: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -
     code, out, _ = outcome(capsys, "verify", adapter, "--base", tiny)
     assert (code, out.splitlines()[-1]) == (0, "verified: stock PEFT computes the same model")
 
-    config = json.loads((adapter / CONFIG).read_text())  # a setting that PEFT passes over and megalora does not
+    # a setting that PEFT passes over and megalora does not
+    config = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps(config | {"alpha_pattern": {"gate_proj": 40}}))
     code, out, _ = outcome(capsys, "verify", adapter, "--base", tiny)
-    assert (code, out.splitlines()[-1]) == (1, "NOT the same model: they part from decoder layer 2 on")
+    assert (code, out.splitlines()[-1]) == (
+        1,
+        "NOT the same model: they part from decoder layer 2 on",
+    )
 
     (adapter / CONFIG).write_text(json.dumps(config))
     tensors = load_file(adapter / WEIGHTS)
     save_file({name: t * ("lora_A" in name) for name, t in tensors.items()}, adapter / WEIGHTS)
     code, out, _ = outcome(capsys, "verify", adapter, "--base", tiny)
-    assert (code, out.splitlines()[-1]) == (1, "the adapter does nothing: every logit is the base model's")
+    assert (code, out.splitlines()[-1]) == (
+        1,
+        "the adapter does nothing: every logit is the base model's",
+    )
 
 
 @pytest.mark.parametrize("module", ["megalora", "megalora.train"])
 def test_as_a_module(tmp_path: Path, module: str) -> None:
     arguments = ["train", "no.yaml"] if module == "megalora" else ["no.yaml"]
-    done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "megalora: no.yaml: no such config file\n")
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "megalora: no.yaml: no such config file\n",
+    )
 
 
 def test_train_without_a_config_says_how_it_is_called(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "megalora.train"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "megalora.train"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (
-        2, "megalora: usage: torchrun --nproc-per-node N -m megalora.train CONFIG.yaml [section.key=value ...]\n",
-    )  # fmt: skip
+        2,
+        (
+            "megalora: usage: torchrun --nproc-per-node N -m megalora.train CONFIG.yaml"
+            " [section.key=value ...]\n"
+        ),
+    )

@@ -1,4 +1,5 @@
-"""What a config accepts, what it turns it into, and the exact words in which it refuses the rest."""
+"""What a config accepts, what it turns it into, and the exact words in which it refuses the
+rest."""
 
 import re
 from dataclasses import fields
@@ -35,7 +36,9 @@ def minimal(tmp_path: Path) -> Path:
 def refusal(path: Path, *overrides: str) -> str:
     with pytest.raises(ValueError) as caught:
         load_config(path, overrides)
-    assert type(caught.value) is ValueError, "subclasses such as UnicodeDecodeError lose the file's name"
+    assert type(caught.value) is ValueError, (
+        "subclasses such as UnicodeDecodeError lose the file's name"
+    )
     return str(caught.value)
 
 
@@ -45,12 +48,14 @@ def test_defaults(minimal: Path) -> None:
         model=ModelConfig(path="models/tiny", backend="torch", dtype="bfloat16", attention="sdpa"),
         data=DataConfig(train="chats.jsonl", eval=None, format="auto", max_length=4096, seed=0),
         train=TrainConfig(
-            steps=3, epochs=None, global_batch_size=16, micro_batch_size=1, lr=1e-4, schedule="cosine", warmup=0,
+            steps=3, epochs=None, global_batch_size=16, micro_batch_size=1, lr=1e-4,
+            schedule="cosine", warmup=0,
             weight_decay=0.0, clip_grad=1.0, recompute="off", eval_every=0, seed=0,
         ),
         parallel=ParallelConfig(tp=1, pp=1, vpp=1, ep=1, etp=1, cp=1),
         lora=LoRAConfig(
-            rank=16, alpha=32.0, dropout=0.0, target_modules="all-linear", exclude_modules=[], layers=None,
+            rank=16, alpha=32.0, dropout=0.0, target_modules="all-linear", exclude_modules=[],
+            layers=None,
             rank_pattern={}, alpha_pattern={}, expert_rank=None, use_rslora=False,
         ),
         checkpoint=CheckpointConfig(dir="runs/default", every=0, keep=0, resume=False),
@@ -95,7 +100,8 @@ def test_override(minimal: Path, override: str, section: str, key: str, value: o
 
 def test_overrides_apply_in_order_and_leave_the_rest_of_a_section(minimal: Path) -> None:
     config = load_config(
-        minimal, ["train.lr=0.5", "train.lr=0.25", "train.steps=null", "train.epochs=2", "parallel.ep=4"]
+        minimal,
+        ["train.lr=0.5", "train.lr=0.25", "train.steps=null", "train.epochs=2", "parallel.ep=4"],
     )
     assert (config.train.lr, config.train.steps, config.train.epochs) == (0.25, None, 2.0)
     assert config.parallel == ParallelConfig(ep=4)
@@ -105,12 +111,15 @@ def test_overrides_apply_in_order_and_leave_the_rest_of_a_section(minimal: Path)
 def test_round_trip(tmp_path: Path) -> None:
     config = RunConfig(
         model=ModelConfig(path="123", dtype="float32"),
-        data=DataConfig(train="a: b.jsonl[:200]", eval=0.05, format={"messages": "yes"}, max_length=77, seed=5),
-        train=TrainConfig(epochs=1.5, lr=3e-05, schedule="linear", warmup=9, recompute="full", seed=11),
+        data=DataConfig(train="a: b.jsonl[:200]", eval=0.05, format={"messages": "yes"},
+                        max_length=77, seed=5),
+        train=TrainConfig(epochs=1.5, lr=3e-05, schedule="linear", warmup=9, recompute="full",
+                          seed=11),
         parallel=ParallelConfig(tp=2, pp=3, vpp=4, ep=5, etp=6),
         lora=LoRAConfig(
             rank=3, alpha=7, dropout=0.1, target_modules=["gate_up_proj", "lm_head"], layers="3",
-            exclude_modules=[r".*\.3\.mlp\..*"], rank_pattern={r"layers\.[02]\..*q_proj": 2, "null": 4},
+            exclude_modules=[r".*\.3\.mlp\..*"],
+            rank_pattern={r"layers\.[02]\..*q_proj": 2, "null": 4},
             alpha_pattern={"k_proj": 1e-3}, expert_rank=2, use_rslora=True,
         ),
         checkpoint=CheckpointConfig(dir="runs/true", every=4, keep=2, resume="007"),
@@ -120,9 +129,9 @@ def test_round_trip(tmp_path: Path) -> None:
     save_config(config, path)
     assert load_config(path) == config
     for section in fields(RunConfig):
-        assert getattr(config, section.name) != getattr(load_config_minimal(tmp_path), section.name), (
-            "a default proves nothing"
-        )
+        assert getattr(config, section.name) != getattr(
+            load_config_minimal(tmp_path), section.name
+        ), "a default proves nothing"
 
 
 def load_config_minimal(folder: Path) -> RunConfig:
@@ -245,13 +254,16 @@ def test_no_such_file(tmp_path: Path, name: str) -> None:
         (ParallelConfig(tp=2, pp=2, ep=3, etp=5), 60, (15, 2)),
     ],
 )
-def test_data_parallel_sizes(layout: ParallelConfig, world_size: int, sizes: tuple[int, int]) -> None:
+def test_data_parallel_sizes(
+    layout: ParallelConfig, world_size: int, sizes: tuple[int, int]
+) -> None:
     assert layout.data_parallel_sizes(world_size) == sizes
 
 
 def run_config(*, batch: int = 24, micro: int = 1, **parallel: int) -> RunConfig:
     return RunConfig(
-        model=ModelConfig(path="m"), data=DataConfig(train="d"), parallel=ParallelConfig(**parallel),
+        model=ModelConfig(path="m"), data=DataConfig(train="d"),
+        parallel=ParallelConfig(**parallel),
         train=TrainConfig(steps=1, global_batch_size=batch, micro_batch_size=micro),
     )  # fmt: skip
 
@@ -286,7 +298,11 @@ def test_world_size_refused(config: RunConfig, world_size: int, message: str) ->
 
 @pytest.mark.parametrize(
     ("config", "world_size"),
-    [(run_config(ep=8, tp=4, pp=2), 16), (run_config(batch=8, pp=2, vpp=2), 4), (run_config(batch=6, pp=2), 4)],
+    [
+        (run_config(ep=8, tp=4, pp=2), 16),
+        (run_config(batch=8, pp=2, vpp=2), 4),
+        (run_config(batch=6, pp=2), 4),
+    ],
 )
 def test_world_size_accepted(config: RunConfig, world_size: int) -> None:
     config.check_world(world_size)
@@ -298,18 +314,26 @@ def test_what_is_compared_with_transformers(minimal: Path) -> None:
     for off in ("train.check_base=off", "train.check_base='off'"):  # YAML reads the first as false
         assert load_config(minimal, [off]).train.check_base == "off"
     assert load_config(minimal, ["train.recompute=off"]).train.recompute == "off"
-    assert refusal(minimal, "train.check_base=all") == "train.check_base must be one of layer, loss, off, got 'all'"
-    assert refusal(minimal, "train.check_base=true") == "train.check_base must be one of layer, loss, off, got True"
     assert (
-        refusal(minimal, "train.schedule=false") == "train.schedule must be one of cosine, linear, constant, got False"
+        refusal(minimal, "train.check_base=all")
+        == "train.check_base must be one of layer, loss, off, got 'all'"
+    )
+    assert (
+        refusal(minimal, "train.check_base=true")
+        == "train.check_base must be one of layer, loss, off, got True"
+    )
+    assert (
+        refusal(minimal, "train.schedule=false")
+        == "train.schedule must be one of cosine, linear, constant, got False"
     )
 
 
 @pytest.mark.parametrize("value", ["true", "false"])
 def test_the_old_name_of_the_check_says_the_new_one(value: str, minimal: Path) -> None:
-    assert refusal(minimal, f"train.check_parity={value}") == (
-        "unknown config key train.check_parity; it was renamed: write train.check_base=loss for what true meant, "
-        "train.check_base=off for no check"
+    assert (
+        refusal(minimal, f"train.check_parity={value}")
+        == "unknown config key train.check_parity; it was renamed: write train.check_base=loss for"
+        " what true meant, train.check_base=off for no check"
     )
 
 
@@ -366,7 +390,9 @@ def test_a_hostile_override_is_one_line(minimal: Path, override: str, message: s
 def test_aliases_and_merged_sections_still_work(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
-        MINIMAL + "lora: {target_modules: &names [q_proj, k_proj], exclude_modules: *names}\nlog: {<<: {every: 7}}\n"
+        MINIMAL
+        + "lora: {target_modules: &names [q_proj, k_proj], exclude_modules: *names}\nlog: {<<:"
+        " {every: 7}}\n"
     )
     config = load_config(path)
     assert config.lora.exclude_modules == config.lora.target_modules == ["q_proj", "k_proj"]

@@ -1,4 +1,5 @@
-"""docs/evidence.md is what the program writes, and a record of a GPU fills the columns that are empty now."""
+"""docs/evidence.md is what the program writes, and a record of a GPU fills the columns that are
+empty now."""
 
 import json
 import shutil
@@ -72,10 +73,18 @@ def test_records_of_a_gpu_fill_the_columns(tmp_path):
             gpu_tuned={"sweep": {"points": {"30b gate_up forward 128 x 512": point}}},
         ),
     )
-    assert "Measured on NVIDIA H200 (torch 2.11.0, triton 3.6.0, commit 0123456)." in table(page, "anchors")
+    assert "Measured on NVIDIA H200 (torch 2.11.0, triton 3.6.0, commit 0123456)." in table(
+        page, "anchors"
+    )
     assert cells(page, "anchors", "copy of 1 GiB")[-2:] == ["4.21", "as expected"]
-    assert cells(page, "constants", "L2")[-1] == "5.1" and cells(page, "constants", "multiprocessors")[-1] == "132"
-    assert [cells(page, "constants", f"HBM, {card}")[-1] for card in ("H100", "H200")] == ["not yet", "4.21"]
+    assert (
+        cells(page, "constants", "L2")[-1] == "5.1"
+        and cells(page, "constants", "multiprocessors")[-1] == "132"
+    )
+    assert [cells(page, "constants", f"HBM, {card}")[-1] for card in ("H100", "H200")] == [
+        "not yet",
+        "4.21",
+    ]
     assert cells(page, "tiles", "gate_up forward, 128 × 512")[-2:] == ["750", "701"]
     assert cells(page, "tiles", "down forward, 128 × 512")[-2:] == ["not yet", "not yet"]
     assert NOT_MEASURED in table(page, "layers"), "of that there is no record"
@@ -83,24 +92,42 @@ def test_records_of_a_gpu_fill_the_columns(tmp_path):
 
 def row(arm: str, forward_ms: float, train_ms: float) -> dict:
     case = "30b tokens=8192 experts=16/128 r=16 balanced"
-    return {"case": case, "arm": arm, "forward": {"median_ms": forward_ms}, "train": {"median_ms": train_ms}}
+    return {
+        "case": case,
+        "arm": arm,
+        "forward": {"median_ms": forward_ms},
+        "train": {"median_ms": train_ms},
+    }
 
 
 def test_ratios_are_to_the_base_of_the_same_back_end(tmp_path):
-    rows = [row("base triton", 2.0, 5.0), row("base grouped_mm", 1.0, 2.0), row("split eager", 4.0, 12.0)]
+    rows = [
+        row("base triton", 2.0, 5.0),
+        row("base grouped_mm", 1.0, 2.0),
+        row("split eager", 4.0, 12.0),
+    ]
     rows += [row("ours triton", 2.2, 6.0), row("ours grouped_mm joined", 1.02, 2.2)]
     goals = [
         {"goal": "forward over the base", "value": value, "verdict": verdict}
         for value, verdict in ((1.05, "good"), (1.25, "miss"), (None, "miss"))
     ]
     page = filled(PAGE.read_text(), results(tmp_path, gpu_kernels={"rows": rows, "goals": goals}))
-    lines = [line for line in table(page, "layers").splitlines() if "one of 8" in line and "| 1 |" in line]
-    assert [line.split("|")[-3].strip() for line in lines] == ["1.02 / 1.10 / 5.45", "1.10 / 1.20 / 2.00"]
+    lines = [
+        line
+        for line in table(page, "layers").splitlines()
+        if "one of 8" in line and "| 1 |" in line
+    ]
+    assert [line.split("|")[-3].strip() for line in lines] == [
+        "1.02 / 1.10 / 5.45",
+        "1.10 / 1.20 / 2.00",
+    ]
     assert [line.split("|")[-2].strip() for line in lines] == ["not yet", "not yet"], "not tuned"
     assert cells(page, "goals", "forward over the base")[-2:] == ["1.05 to 1.25", "1 of 3"]
 
 
-@pytest.mark.parametrize("made", [{"dry": True}, {"device": "CPU (x86_64)"}, {"settings": {"dry": True}}])
+@pytest.mark.parametrize(
+    "made", [{"dry": True}, {"device": "CPU (x86_64)"}, {"settings": {"dry": True}}]
+)
 def test_a_dry_run_is_no_measurement(made, tmp_path):
     rows = [{"anchor": "copy of 1 GiB", "value": 0.01, "verdict": "dry: means nothing"}]
     page = filled(PAGE.read_text(), results(tmp_path, gpu_anchors={"rows": rows, **made}))
@@ -110,10 +137,17 @@ def test_a_dry_run_is_no_measurement(made, tmp_path):
 def test_peers_of_a_cpu(tmp_path):
     step = {"median": 1.734, "p10": 1.6, "p90": 1.91}
     rows = [
-        {"arm": "bridge per expert", "status": "ok", "same_factors": True, "over_megalora": {"step": step}},
+        {
+            "arm": "bridge per expert",
+            "status": "ok",
+            "same_factors": True,
+            "over_megalora": {"step": step},
+        },
         {"arm": "unsloth", "status": "not installed: unsloth"},
     ]
-    found = results(tmp_path, peers_cpu={"device": "CPU (x86_64)", "cases": [{"shape": "small", "rows": rows}]})
+    found = results(
+        tmp_path, peers_cpu={"device": "CPU (x86_64)", "cases": [{"shape": "small", "rows": rows}]}
+    )
     page = filled(PAGE.read_text(), found)
     assert "| small | bridge per expert | 1.73 (1.60 to 1.91) | yes |" in table(page, "peers")
     assert "| small | unsloth | not installed: unsloth | no |" in table(page, "peers")
@@ -121,12 +155,36 @@ def test_peers_of_a_cpu(tmp_path):
 
 def test_compiled_limits_are_ranges_over_products(tmp_path):
     def row(triton: str, **more) -> dict:
-        known = {"capability": 90, "triton": triton, "product": "down", "refused": None, "variant": "128 x 256 x 64"}
-        known |= {"num_warps": 8, "num_stages": 4, "weight": "tma", "rows": "tma", "persistent": True, "roles": False}
-        return known | {"registers": 240, "spilled": 0, "shared": 196736, "per_sm": 1, "loop": 90} | more
+        known = {
+            "capability": 90,
+            "triton": triton,
+            "product": "down",
+            "refused": None,
+            "variant": "128 x 256 x 64",
+        }
+        known |= {
+            "num_warps": 8,
+            "num_stages": 4,
+            "weight": "tma",
+            "rows": "tma",
+            "persistent": True,
+            "roles": False,
+        }
+        return (
+            known
+            | {"registers": 240, "spilled": 0, "shared": 196736, "per_sm": 1, "loop": 90}
+            | more
+        )
 
-    old = [row("3.6.0"), row("3.6.0", registers=251, loop=88), row("3.6.0", registers=9, refused="too big")]
-    old += [row("3.6.0", registers=9, capability=100), {"kernel": "_swiglu_kernel", "capability": 90}]
+    old = [
+        row("3.6.0"),
+        row("3.6.0", registers=251, loop=88),
+        row("3.6.0", registers=9, refused="too big"),
+    ]
+    old += [
+        row("3.6.0", registers=9, capability=100),
+        {"kernel": "_swiglu_kernel", "capability": 90},
+    ]
     old += [{**row("3.6.0"), "error": "ended by SIGABRT"}]
     new = [row("3.7.1", rows="pointers", persistent=False)]
     for name, rows in (("compiled_36", old), ("compiled_37", new)):
@@ -134,8 +192,10 @@ def test_compiled_limits_are_ranges_over_products(tmp_path):
     found = table(filled(PAGE.read_text(), Results(tmp_path)), "compiled")
     assert "| variant | Triton 3.6.0 | Triton 3.7.1 |" in found
     first, second = found.strip().splitlines()[-2:]
-    assert first == (
-        "| 128 x 256 x 64 w8 s4 w tma, x tma, persistent | 240 to 251 / 0 / 196736 / 1 / 88 to 90 | - / - / - / - / - |"
+    assert (
+        first
+        == "| 128 x 256 x 64 w8 s4 w tma, x tma, persistent | 240 to 251 / 0 / 196736 / 1 / 88 to"
+        " 90 | - / - / - / - / - |"
     )
     assert second.endswith("| 240 / 0 / 196736 / 1 / 90 |") and second.startswith(
         "| 128 x 256 x 64 w8 s4 w tma, x pointers |"
@@ -148,7 +208,10 @@ def test_launches_of_a_layer(tmp_path):
     expected = [*(str(kernels) for kernels, _ in now), str(now[2][1] + now[3][1])]
     assert cells(page, "launches", "layer triton ep8")[1:] == expected
     phases = {"forward": {"per_layer": 8}, "backward": {"per_layer": 17}}
-    rows = [{"arm": "megalora", "layers": 4, "profile": {"phases": phases}}, {"arm": "peft", "layers": 4}]
+    rows = [
+        {"arm": "megalora", "layers": 4, "profile": {"phases": phases}},
+        {"arm": "peft", "layers": 4},
+    ]
     measured = filled(page, results(tmp_path, gpu_model={"rows": rows}))
     assert cells(measured, "launches", "measured: megalora, 4 layers")[3:5] == ["8", "17"]
 

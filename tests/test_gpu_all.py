@@ -1,4 +1,5 @@
-"""``gpu_all.sh``: time is shared out, a failed step is named and the others go on, a second call continues."""
+"""``gpu_all.sh``: time is shared out, a failed step is named and the others go on, a second call
+continues."""
 
 import json
 import os
@@ -96,7 +97,8 @@ def test_failures_are_named_and_the_others_go_on(machine, capsys):
     ]
     record = run(machine, steps)
     assert results_of(record) == {
-        "broken": "failed", "silent": "failed", "spoilt": "failed", "absent": "not run", "later": "not run",
+        "broken": "failed", "silent": "failed", "spoilt": "failed", "absent": "not run",
+        "later": "not run",
         "good": "ok",
     }  # fmt: skip
     assert record.outcomes["broken"].why == "exit code 3; see gpu_broken.txt"
@@ -109,7 +111,8 @@ def test_failures_are_named_and_the_others_go_on(machine, capsys):
 def test_a_step_beyond_its_share_is_stopped_with_all_it_started(machine):
     pid = machine.results / "pid"
     code = (
-        f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({str(pid)!r}, 'w').write(str(p.pid)); p.wait()"
+        f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({str(pid)!r},"
+        " 'w').write(str(p.pid)); p.wait()"
     )
     record = run(machine, [step("endless", code, share=10), step("good", share=20)], 6.0)
     assert results_of(record) == {"endless": "stopped", "good": "ok"}
@@ -120,7 +123,8 @@ def test_a_step_beyond_its_share_is_stopped_with_all_it_started(machine):
 
 def test_what_a_stopped_step_started_has_time_to_end(machine):
     """As torchrun has to, which ends its ranks: the program itself is gone at once."""
-    ended, child = machine.results / "ended", machine.results / "child.py"
+    ended = machine.results / "ended"
+    child = machine.results / "child.py"
     child.write_text(
         "import pathlib, signal, sys, time\n"
         f"end = lambda *_: (time.sleep(0.5), pathlib.Path({str(ended)!r}).touch(), sys.exit())\n"
@@ -150,7 +154,9 @@ def test_a_second_call_continues(machine):
         step("part", WRITES, "far"),
     ]
     assert results_of(run(machine, first)) == {"failed": "failed", "done": "ok", "part": "part"}
-    mended = [step(name, "import sys\n" + note + WRITES.replace("*left", "name"). replace("left", "[]"), name) for name in ("failed", "done", "part")]  # fmt: skip
+    mended = [step(name,
+                   "import sys\n" + note + WRITES.replace("*left", "name"). replace("left", "[]"),
+    name) for name in ("failed", "done", "part")]  # fmt: skip
     record = run(machine, mended)
     assert results_of(record) == {"failed": "ok", "done": "ok", "part": "ok"}
     assert order.read_text() == "part failed "
@@ -175,15 +181,21 @@ def test_what_a_killed_call_left_is_continued(machine):
     """Whatever ends the script itself: a step that was running keeps what it has written."""
     kill = f"{WRITES}\nimport os, signal\nos.kill(os.getppid(), signal.SIGKILL)"
     code = (
-        "import pathlib, sys; from tests import test_gpu_all as t; from benchmarks import gpu_all\n"
-        f"gpu_all.LEAST_S = 0.2; m = t.Machine(sys.executable, pathlib.Path({str(machine.results)!r}), False, "
-        f"pathlib.Path('/'), {{}}); t.run(m, [t.step('killed', {kill!r})])"
+        "import pathlib, sys; from tests import test_gpu_all as t; from benchmarks import"
+        " gpu_all\ngpu_all.LEAST_S = 0.2; m = t.Machine(sys.executable,"
+        f" pathlib.Path({str(machine.results)!r}), False, pathlib.Path('/'), {{}}); t.run(m,"
+        f" [t.step('killed', {kill!r})])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == -9
-    assert Record(machine.results, dry=False).outcomes["killed"].why == "the call was ended while it ran"
+    assert (
+        Record(machine.results, dry=False).outcomes["killed"].why
+        == "the call was ended while it ran"
+    )
     assert results_of(run(machine, [step("killed")])) == {"killed": "ok"}
     assert written(machine, "killed")["calls"] == 2
 
@@ -235,10 +247,14 @@ esac
 """
 
 
-def call(tmp_path: Path, *words: str, torch: str = "true", gpu: str = "true") -> subprocess.CompletedProcess:
+def call(
+    tmp_path: Path, *words: str, torch: str = "true", gpu: str = "true"
+) -> subprocess.CompletedProcess:
     """The script itself, with an interpreter whose programs are made up."""
     python = tmp_path / "python"
-    text = PYTHON.replace("{python}", sys.executable).replace("{torch}", torch).replace("{gpu}", gpu)
+    text = (
+        PYTHON.replace("{python}", sys.executable).replace("{torch}", torch).replace("{gpu}", gpu)
+    )
     python.write_text(text)
     python.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out")}
@@ -249,7 +265,9 @@ def call(tmp_path: Path, *words: str, torch: str = "true", gpu: str = "true") ->
 def test_the_script_names_what_failed_and_can_be_called_again(tmp_path):
     archive = tmp_path / "all.tar.gz"
     done = call(tmp_path, "tests", "kernels", "anchors", "--archive", str(archive))
-    assert done.returncode == 1 and "FAILED kernels: exit code 1; see gpu_kernels.txt" in done.stdout, done.stderr
+    assert (
+        done.returncode == 1 and "FAILED kernels: exit code 1; see gpu_kernels.txt" in done.stdout
+    ), done.stderr
     assert "--quick --budget-seconds" in (tmp_path / "out/gpu_kernels.txt").read_text()
     with tarfile.open(archive) as tar:
         packed = set(tar.getnames())
@@ -262,13 +280,25 @@ def test_the_script_names_what_failed_and_can_be_called_again(tmp_path):
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_script_that_is_ended_ends_its_step(sign, code, tmp_path):
     """The step has a session of its own, so that no signal of a terminal reaches it."""
-    python, out = tmp_path / "python", tmp_path / "out"
-    text = PYTHON.replace("{python}", sys.executable).replace("{torch}", "true").replace("{gpu}", "true")
-    python.write_text(text.replace("  *bench_grouped_lora*", f"  *benchmarks.gpu_tests*) echo $$ >{tmp_path}/pid; exec sleep 60 ;;\n  *bench_grouped_lora*"))  # fmt: skip
+    python = tmp_path / "python"
+    out = tmp_path / "out"
+    text = (
+        PYTHON.replace("{python}", sys.executable)
+        .replace("{torch}", "true")
+        .replace("{gpu}", "true")
+    )
+    python.write_text(
+        text.replace(
+            "  *bench_grouped_lora*",
+            f"  *benchmarks.gpu_tests*) echo $$ >{tmp_path}/pid; exec sleep 60 ;;\n "
+            " *bench_grouped_lora*",
+        )
+    )
     python.chmod(0o755)
     script = ["bash", str(ROOT / "benchmarks/gpu_all.sh"), "--out", str(out), "tests"]
     process = subprocess.Popen(
-        script, env={**os.environ, "PYTHON": str(python)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        script, env={**os.environ, "PYTHON": str(python)}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True
     )  # fmt: skip
     pid = tmp_path / "pid"
     while not (pid.is_file() and pid.read_text().strip()):
@@ -277,7 +307,9 @@ def test_a_script_that_is_ended_ends_its_step(sign, code, tmp_path):
     process.send_signal(sign)
     _, said = process.communicate(timeout=30)
     assert process.returncode == code
-    assert said == ("gpu_all.sh: interrupted; the same call again goes on from here\n" if code == 130 else "")
+    assert said == (
+        "gpu_all.sh: interrupted; the same call again goes on from here\n" if code == 130 else ""
+    )
     status = Path(f"/proc/{pid.read_text().strip()}/status")
     assert not status.exists() or "State:\tZ" in status.read_text(), "the step still runs"
 
@@ -285,19 +317,36 @@ def test_a_script_that_is_ended_ends_its_step(sign, code, tmp_path):
 @pytest.mark.parametrize(
     ("words", "how", "said"),
     [
-        (["kernel"], {}, "gpu_all.sh: no step is called 'kernel'; there are tests, anchors, kernels,"),
+        (
+            ["kernel"],
+            {},
+            "gpu_all.sh: no step is called 'kernel'; there are tests, anchors, kernels,",
+        ),
         (["--again", "tuna"], {}, "gpu_all.sh: no step is called 'tuna'; there are"),
         ([], {"gpu": "false"}, "finds no CUDA device; --dry tries the same path on a CPU"),
         ([], {"torch": "false"}, "has no torch; PYTHON names another interpreter"),
-        (["--seconds", "9"], {}, "gpu_all.sh: --seconds 9 is too little for any step; give 23 or more"),
-        (["--archive", "/proc/no/all.tar.gz"], {}, "gpu_all.sh: --archive /proc/no/all.tar.gz cannot be written: "),
+        (
+            ["--seconds", "9"],
+            {},
+            "gpu_all.sh: --seconds 9 is too little for any step; give 23 or more",
+        ),
+        (
+            ["--archive", "/proc/no/all.tar.gz"],
+            {},
+            "gpu_all.sh: --archive /proc/no/all.tar.gz cannot be written: ",
+        ),
         (["--archive", "/tmp"], {}, "gpu_all.sh: --archive /tmp is a folder; name a file in it"),
         (["--out", "/proc/no"], {}, "gpu_all.sh: --out /proc/no cannot be written: No such file"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, words, how, said):
     done = call(tmp_path, *words, **how)
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+    assert (
+        done.returncode == 2
+        and said in done.stderr
+        and done.stderr.count("\n") == 1
+        and not done.stdout
+    )
 
 
 def test_files_are_named_from_where_the_script_is_called(tmp_path, monkeypatch):
@@ -339,7 +388,8 @@ def report(test: str, outcome: str, when: str = "call", why: str = "") -> Any:
     skipped = outcome == "skipped"
     longrepr = ("file", 1, f"Skipped: {why}") if skipped else why
     return SimpleNamespace(
-        nodeid=test, when=when, outcome=outcome, skipped=skipped, failed=outcome == "failed", longrepr=longrepr,
+        nodeid=test, when=when, outcome=outcome, skipped=skipped, failed=outcome == "failed",
+        longrepr=longrepr,
         longreprtext=why, duration=1.0,
     )  # fmt: skip
 
@@ -359,7 +409,9 @@ def test_the_tests_step_writes_every_test_and_leaves_out_what_passed(tmp_path, m
     assert [(row["test"], row["outcome"]) for row in record["rows"]] == [
         ("a", "passed"), ("b", "failed"), ("c", "failed"), ("d", "skipped"),
     ]  # fmt: skip
-    assert record["failures"] == ["b: E  assert 1 == 2", "c: no fixture"] and record["not_reached"] == ["e"]
+    assert record["failures"] == ["b: E  assert 1 == 2", "c: no fixture"] and record[
+        "not_reached"
+    ] == ["e"]
     second = gpu_tests.Results(out, torch.device("cpu"), {})
     assert second.passed == ["a"]
     monkeypatch.setenv(gpu_tests.PASSED, json.dumps(second.passed))
@@ -367,7 +419,9 @@ def test_the_tests_step_writes_every_test_and_leaves_out_what_passed(tmp_path, m
     left_out: list[Any] = []
     hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
     gpu_tests.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)  # type: ignore[arg-type]
-    assert [item.nodeid for item in items] == ["b", "e"] and [item.nodeid for item in left_out] == ["a"]
+    assert [item.nodeid for item in items] == ["b", "e"] and [item.nodeid for item in left_out] == [
+        "a"
+    ]
     for seconds, late in ((60, False), (-1, True)):
         monkeypatch.setenv(gpu_tests.DEADLINE, str(time.time() + seconds))
         with pytest.raises(pytest.skip.Exception) if late else nullcontext():

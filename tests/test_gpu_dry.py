@@ -1,4 +1,5 @@
-"""The path of ``gpu_all.sh`` at tiny sizes on a CPU: its programs, and the summary of what they wrote."""
+"""The path of ``gpu_all.sh`` at tiny sizes on a CPU: its programs, and the summary of what they
+wrote."""
 
 import json
 import os
@@ -12,8 +13,9 @@ from benchmarks.gpu_steps import named
 
 ROOT = Path(__file__).parents[1]
 STEPS = ("anchors", "kernels", "tune", "kernels-tuned", "model", "peers", "shared")
-"""About 90 s of processor time, most of it imports. The others are tested where they are: tests/gpu/test_step_on_gpu.py
-on a CPU, calibration and layouts in tests/bench; without names the script's dry run takes them too."""
+"""About 90 s of processor time, most of it imports. The others are tested where they are:
+tests/gpu/test_step_on_gpu.py on a CPU, calibration and layouts in tests/bench; without names the
+script's dry run takes them too."""
 
 
 def dry_run(out: Path, *words: str) -> subprocess.CompletedProcess:
@@ -21,7 +23,15 @@ def dry_run(out: Path, *words: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHON": sys.executable}
     for name in ("TRITON_INTERPRET", "MEGALORA_TEST_GPU"):
         environment.pop(name, None)
-    script = ["bash", str(ROOT / "benchmarks/gpu_all.sh"), "--dry", "--seconds", "3600", "--out", str(out)]
+    script = [
+        "bash",
+        str(ROOT / "benchmarks/gpu_all.sh"),
+        "--dry",
+        "--seconds",
+        "3600",
+        "--out",
+        str(out),
+    ]
     return subprocess.run([*script, *words], env=environment, capture_output=True, text=True)
 
 

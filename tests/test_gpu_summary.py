@@ -1,4 +1,5 @@
-"""One table of all that a run on a GPU found: by how much goals are met, and what is missing or refused."""
+"""One table of all that a run on a GPU found: by how much goals are met, and what is missing or
+refused."""
 
 import json
 from pathlib import Path
@@ -12,7 +13,8 @@ from benchmarks.gpu_summary import NOT_YET, by_how_much, of_goals
 
 PHASE = {"count": 20, "per_layer": 7, "us": 100.0}
 PROFILE = {
-    "phases": {"forward": PHASE, "backward": {**PHASE, "per_layer": 9}}, "idle_share": 0.125, "notable_gaps": 3,
+    "phases": {"forward": PHASE, "backward": {**PHASE, "per_layer": 9}}, "idle_share": 0.125,
+    "notable_gaps": 3,
     "waits": {"cudaStreamSynchronize": {"count": 2, "us": 9.0, "in": {"update: aten::item": 4}}},
     "kernels": [{"name": "gemm", "phase": "forward", "share": 0.5}],
 }  # fmt: skip
@@ -20,34 +22,49 @@ GIB = 2**30
 
 
 def kernels(train: float, base: float) -> dict[str, Any]:
-    verdicts = [Verdict.of(TRAIN, "8k", train), Verdict.of(BASE, "8k", base), Verdict.of(QUACK, "8k", 1.05)]
-    return {"device": "H", "goals": [vars(v) for v in verdicts], "failures": [], "not_reached": ["far"]}
+    verdicts = [
+        Verdict.of(TRAIN, "8k", train),
+        Verdict.of(BASE, "8k", base),
+        Verdict.of(QUACK, "8k", 1.05),
+    ]
+    return {
+        "device": "H",
+        "goals": [vars(v) for v in verdicts],
+        "failures": [],
+        "not_reached": ["far"],
+    }
 
 
 RECORDS: dict[str, dict[str, Any]] = {
     "gpu_tests.json": {
-        "rows": [{"test": "a", "outcome": "passed", "why": ""}, {"test": "b", "outcome": "skipped", "why": "no"}],
+        "rows": [{"test": "a", "outcome": "passed", "why": ""},
+                 {"test": "b", "outcome": "skipped", "why": "no"}],
         "failures": [], "not_reached": [],
     },
     "gpu_anchors.json": {
         "rows": [
-            {"anchor": "copy", "status": "ok", "value": 3.0, "unit": "TB/s", "verdict": "as expected",
+            {"anchor": "copy", "status": "ok", "value": 3.0, "unit": "TB/s",
+             "verdict": "as expected",
              "expected": {"low": 2.8, "high": 3.2}},
-            {"anchor": "dense", "status": "broken", "value": None, "unit": "TFLOP/s", "verdict": "FAILED",
+            {"anchor": "dense", "status": "broken", "value": None, "unit": "TFLOP/s",
+             "verdict": "FAILED",
              "expected": None},
         ],
         "not_reached": [],
     },
     "gpu_kernels.json": kernels(1.43, 440.0),
     "gpu_tuned.json": {
-        "rows": [{"us": 100.0, "rule_us": 150.0}, {"us": 5.0, "rule_us": None}], "rule_stands": [{}],
-        "layers": [{"dtype": "bfloat16", "hidden": 2048, "intermediate": 768, "R": 16, "vendor_from": 512}],
+        "rows": [{"us": 100.0, "rule_us": 150.0}, {"us": 5.0, "rule_us": None}],
+        "rule_stands": [{}],
+        "layers": [{"dtype": "bfloat16", "hidden": 2048, "intermediate": 768, "R": 16,
+                    "vendor_from": 512}],
         "sweep": {"refused": {"v": "hung"}, "not_reached": []},
     },
     "gpu_kernels_tuned.json": kernels(1.17, 605.0),
     "gpu_model.json": {
         "rows": [  # arms without time are rows
-            {"arm": "megalora", "layers": 8, "status": "ok", "tokens_per_s": 12345.6, "tflops": 300.0,
+            {"arm": "megalora", "layers": 8, "status": "ok", "tokens_per_s": 12345.6,
+             "tflops": 300.0,
              "peak_bytes": 50 * GIB, "step_ms": 200.0, "profile": PROFILE,
              "planned": {"peak_bytes": 55 * GIB, "step_ms": 150.0},
              "error_percent": {"peak_bytes": 10.0, "step_ms": -25.0}},
@@ -56,7 +73,8 @@ RECORDS: dict[str, dict[str, Any]] = {
     },
     "gpu_peers.json": {
         "cases": [{"shape": "30b", "tokens": 4096, "wrong": [], "rows": [
-            {"arm": "peft", "status": "ok", "over_megalora": {"step": {"median": 3.25}}, "peak_bytes": 2 * GIB,
+            {"arm": "peft", "status": "ok", "over_megalora": {"step": {"median": 3.25}},
+             "peak_bytes": 2 * GIB,
              "step_ms": {"median": 400.0}},
             {"arm": "unsloth", "status": "not installed"},
         ]}],
@@ -64,7 +82,8 @@ RECORDS: dict[str, dict[str, Any]] = {
     "gpu_shared.json": {
         "rows": [
             {"case": "tp2", "failed": None, "loss": 1e-8, "gradient": 1e-6, "exceeded": []},
-            {"case": "pp2", "failed": None, "loss": 1e-2, "gradient": 1e-1, "exceeded": ["loss 1e-2 > 1e-6"]},
+            {"case": "pp2", "failed": None, "loss": 1e-2, "gradient": 1e-1,
+             "exceeded": ["loss 1e-2 > 1e-6"]},
             {"case": "ep2", "failed": "Traceback\nValueError: x\n", "exceeded": []},
         ],
         "not_reached": ["etp2"],
@@ -74,7 +93,8 @@ RECORDS: dict[str, dict[str, Any]] = {
         "overhead": {"layer_forward_s": 1e-4, "layer_backward_s": 2e-4},
     },
     "gpu_layouts.json": {
-        "rows": [{"asked": "recompute=full", "status": "ok", "measured": {"tokens_per_second_per_gpu": 9000.0},
+        "rows": [{"asked": "recompute=full", "status": "ok",
+                  "measured": {"tokens_per_second_per_gpu": 9000.0},
                   "error_percent": {"step_seconds": 4.0, "peak_bytes": -1.5}}],
         "not_reached": [],
     },
@@ -115,7 +135,9 @@ def test_everything_in_one_table(results, capsys):
     assert row(said, "train: peft", "out of memory") and row(said, "unsloth", "not installed")
     assert "10240 tokens/s" in row(said, "30b: peft", "3.25 times megalora's step", "2.00 GiB")
     assert row(said, "shared: tp2", "pass") and row(said, "shared: pp2", "FAILED", "loss 1e-2")
-    assert row(said, "shared: ep2", "ValueError: x", "FAILED") and row(said, "shared: etp2", "not reached")
+    assert row(said, "shared: ep2", "ValueError: x", "FAILED") and row(
+        said, "shared: etp2", "not reached"
+    )
     assert row(said, "calibration", "2 grouped_gemm", "host 300 us")
     assert "off by +4.0 %" in row(said, "planner: layout", "step_seconds")
     assert row(said, "step: tests", "55 s", "ok")
@@ -138,35 +160,58 @@ def test_a_file_that_is_no_record_is_refused_by_name(results, name, capsys):
         (results / name).write_text(spoilt)
         assert gpu_summary.main([str(results)]) == 1, spoilt
         said = capsys.readouterr()
-        assert f"REFUSED {results / name}: not the record" in said.err and said.err.count("REFUSED") == 1
+        assert (
+            f"REFUSED {results / name}: not the record" in said.err
+            and said.err.count("REFUSED") == 1
+        )
         assert "tests" in said.out
     fields = list(RECORDS[name])
     for gone in fields:
         if gone != "device":  # where it was measured is said if it is known
-            (results / name).write_text(json.dumps({k: v for k, v in RECORDS[name].items() if k != gone}))
+            (results / name).write_text(
+                json.dumps({k: v for k, v in RECORDS[name].items() if k != gone})
+            )
             assert gpu_summary.main([str(results)]) == 1, gone
 
 
 def test_one_folder_is_wanted(tmp_path, capsys):
-    assert gpu_summary.main([str(tmp_path / "no")]) == 2 and "want one folder" in capsys.readouterr().err
+    assert (
+        gpu_summary.main([str(tmp_path / "no")]) == 2
+        and "want one folder" in capsys.readouterr().err
+    )
 
 
 def test_by_how_much():
     assert by_how_much(TRAIN, 1.3) == "met: by 0 %" and by_how_much(TRAIN, 1.43) == "MISSED by 10 %"
-    assert by_how_much(BASE, 495.0) == "MISSED by 10 %" and by_how_much(BASE, 550.0) == "met, good: by 0 %"
-    assert "worth being the base" in by_how_much(QUACK, 1.2) and "not" not in by_how_much(QUACK, 1.2)
+    assert (
+        by_how_much(BASE, 495.0) == "MISSED by 10 %"
+        and by_how_much(BASE, 550.0) == "met, good: by 0 %"
+    )
+    assert "worth being the base" in by_how_much(QUACK, 1.2) and "not" not in by_how_much(
+        QUACK, 1.2
+    )
 
 
 def test_only_the_last_measurement_decides():
-    """A goal that the table made worse is missed; one that was measured before tuning alone counts as it was."""
-    worse = of_goals({gpu_summary.KERNELS: kernels(1.1, 600.0), gpu_summary.TUNED: kernels(1.5, 600.0)})
-    assert next(line.verdict for line in worse if line.what.startswith(TRAIN.name)) == "MISSED by 15 %"
+    """A goal that the table made worse is missed; one that was measured before tuning alone counts
+    as it was."""
+    worse = of_goals(
+        {gpu_summary.KERNELS: kernels(1.1, 600.0), gpu_summary.TUNED: kernels(1.5, 600.0)}
+    )
+    assert (
+        next(line.verdict for line in worse if line.what.startswith(TRAIN.name)) == "MISSED by 15 %"
+    )
     alone = of_goals({gpu_summary.KERNELS: kernels(1.1, 600.0)})
-    assert next(line.verdict for line in alone if line.what.startswith(TRAIN.name)).startswith("met, good")
+    assert next(line.verdict for line in alone if line.what.startswith(TRAIN.name)).startswith(
+        "met, good"
+    )
 
 
 def test_a_long_reason_does_not_widen_the_table():
     """Rows of hundreds of characters are nobody's to read; nothing is left out."""
-    short, reason = gpu_summary.Line("copy", "3.00 TB/s", "", "as expected"), "cannot run: " + 200 * "x"
-    lines = gpu_summary.show([short, gpu_summary.Line(f"kernels: {reason}", "-", "", "FAILED")]).splitlines()
+    short = gpu_summary.Line("copy", "3.00 TB/s", "", "as expected")
+    reason = "cannot run: " + 200 * "x"
+    lines = gpu_summary.show(
+        [short, gpu_summary.Line(f"kernels: {reason}", "-", "", "FAILED")]
+    ).splitlines()
     assert max(map(len, lines[:-1])) < 60 and lines[-1] == f"FAILED | kernels: {reason}"

@@ -1,4 +1,5 @@
-"""The launch scripts up to the process they start, which is a stand-in here, and the configs they are called with."""
+"""The launch scripts up to the process they start, which is a stand-in here, and the configs they
+are called with."""
 
 import math
 import os
@@ -72,7 +73,12 @@ TWO_NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}
     [
         ("local.sh", ["nope.yaml"], {}, "nope.yaml: no such config file"),
         ("local.sh", [QUICKSTART, "0"], {}, "NPROC_PER_NODE=0 is not a number of at least 1"),
-        ("local.sh", [QUICKSTART, "2"], {"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1 is not a number of at least 0"),
+        (
+            "local.sh",
+            [QUICKSTART, "2"],
+            {"MAX_RESTARTS": "-1"},
+            "MAX_RESTARTS=-1 is not a number of at least 0",
+        ),
         ("local.sh", [QUICKSTART, "2", "data.train=no.jsonl"], {}, "no.jsonl: no such file"),
         ("local.sh", [QUICKSTART, "2", "lora.target_modules=[q_porj]"], {}, "did you mean q_proj?"),
         (
@@ -81,24 +87,54 @@ TWO_NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}
             {},
             "launch/local.sh is a file; choose a folder",
         ),
-        ("local.sh", [QUICKSTART, "3"], {}, "3 ranks cannot hold the expert grid: etp=1 * ep=2 * pp=1 = 2"),
-        ("local.sh", [QUICKSTART, "4"], {"CUDA_VISIBLE_DEVICES": "0,2"}, "4 ranks on this node, but it has 2 GPUs"),
-        ("torchrun_node.sh", [QUICKSTART], {**TWO_NODES, "NNODES": "two"}, "NNODES=two is not a number"),
-        ("torchrun_node.sh", [QUICKSTART], {**TWO_NODES, "MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+        (
+            "local.sh",
+            [QUICKSTART, "3"],
+            {},
+            "3 ranks cannot hold the expert grid: etp=1 * ep=2 * pp=1 = 2",
+        ),
+        (
+            "local.sh",
+            [QUICKSTART, "4"],
+            {"CUDA_VISIBLE_DEVICES": "0,2"},
+            "4 ranks on this node, but it has 2 GPUs",
+        ),
+        (
+            "torchrun_node.sh",
+            [QUICKSTART],
+            {**TWO_NODES, "NNODES": "two"},
+            "NNODES=two is not a number",
+        ),
+        (
+            "torchrun_node.sh",
+            [QUICKSTART],
+            {**TWO_NODES, "MASTER_ADDR": ""},
+            "MASTER_ADDR is not set",
+        ),
         (
             "torchrun_node.sh",
             [QUICKSTART],
             {**TWO_NODES, "NODE_RANK": ""},
             "give every node its own number from 0 to 1",
         ),
-        ("torchrun_node.sh", [QUICKSTART], {**TWO_NODES, "NODE_RANK": "2"}, "NODE_RANK=2: with NNODES=2"),
+        (
+            "torchrun_node.sh",
+            [QUICKSTART],
+            {**TWO_NODES, "NODE_RANK": "2"},
+            "NODE_RANK=2: with NNODES=2",
+        ),
         (
             "torchrun_node.sh",
             [QUICKSTART],
             {**TWO_NODES, "MASTER_ADDR": "no host", "RDZV_TIMEOUT": "1"},
             "MASTER_ADDR=no host: no answer",
         ),
-        ("torchrun_node.sh", [QUICKSTART], {**TWO_NODES, "MASTER_PORT": "9", "RDZV_TIMEOUT": "1"}, "Is node 0 started"),
+        (
+            "torchrun_node.sh",
+            [QUICKSTART],
+            {**TWO_NODES, "MASTER_PORT": "9", "RDZV_TIMEOUT": "1"},
+            "Is node 0 started",
+        ),
         (
             "torchrun_node.sh",
             [QUICKSTART],
@@ -124,12 +160,24 @@ def test_local_starts_one_rank_per_gpu_and_hands_overrides_on(copy: Path) -> Non
     result = launch(copy, "local.sh", QUICKSTART, *overrides, CUDA_VISIBLE_DEVICES="4,5,6,7")
     first, *arguments = result.stdout.splitlines()
     assert first.endswith("OMP=1 timeout=600")
-    assert arguments[:7] == ["--nnodes", "1", "--nproc-per-node", "4", "--max-restarts", "3", "--standalone"]
+    assert arguments[:7] == [
+        "--nnodes",
+        "1",
+        "--nproc-per-node",
+        "4",
+        "--max-restarts",
+        "3",
+        "--standalone",
+    ]
     assert arguments[7:] == ["-m", "megalora.train", QUICKSTART, *overrides]
 
 
-@pytest.mark.parametrize(("rank", "is_host", "address"), [("0", 1, "localhost"), ("1", 0, "127.0.0.1")])
-def test_nodes_meet_at_node_zero(copy: Path, listening: int, rank: str, is_host: int, address: str) -> None:
+@pytest.mark.parametrize(
+    ("rank", "is_host", "address"), [("0", 1, "localhost"), ("1", 0, "127.0.0.1")]
+)
+def test_nodes_meet_at_node_zero(
+    copy: Path, listening: int, rank: str, is_host: int, address: str
+) -> None:
     settings = {
         "NNODES": "2",
         "MASTER_ADDR": "localhost",
@@ -142,22 +190,39 @@ def test_nodes_meet_at_node_zero(copy: Path, listening: int, rank: str, is_host:
     result = launch(copy, "torchrun_node.sh", QUICKSTART, *arguments, **settings, SLURM_NODEID=rank)
     said = result.stdout.splitlines()[1:]
     assert said[:6] == ["--nnodes", "2", "--nproc-per-node", "3", "--max-restarts", "1"]
-    assert said[6:12] == ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{listening}", "--rdzv-id", "me"]
-    assert said[12:16] == ["--rdzv-conf", f"is_host={is_host},timeout=900,read_timeout=30", "--local-addr", address]
+    assert said[6:12] == [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{listening}",
+        "--rdzv-id",
+        "me",
+    ]
+    assert said[12:16] == [
+        "--rdzv-conf",
+        f"is_host={is_host},timeout=900,read_timeout=30",
+        "--local-addr",
+        address,
+    ]
     assert said[16:] == ["-m", "megalora.train", QUICKSTART, *arguments]
 
 
 def test_signals_reach_torchrun(copy: Path) -> None:
     """torchrun has the process id that was started: every script in between was replaced."""
     command = ["bash", "launch/local.sh", QUICKSTART, "2"]
-    with subprocess.Popen(command, cwd=copy, env=environment(copy), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=copy, env=environment(copy), stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert f"pid={process.pid} " in process.stdout.read()
 
 
 def test_a_torchrun_without_ranks_ends_when_node_zero_is_gone(copy: Path) -> None:
-    """torchrun hangs in its connection to node 0; here it is one that has a rank for 5 s and then sleeps."""
-    (copy / "bin" / "torchrun").write_text("#!/usr/bin/env bash\necho started\nsleep 5 &\nwait\nexec sleep 300\n")
+    """torchrun hangs in its connection to node 0; here it is one that has a rank for 5 s and then
+    sleeps."""
+    (copy / "bin" / "torchrun").write_text(
+        "#!/usr/bin/env bash\necho started\nsleep 5 &\nwait\nexec sleep 300\n"
+    )
     with socket.create_server(("127.0.0.1", 0)) as node_zero:
         settings = environment(copy, **TWO_NODES, MASTER_PORT=str(node_zero.getsockname()[1]))
         process = subprocess.Popen(
@@ -171,7 +236,12 @@ def test_a_torchrun_without_ranks_ends_when_node_zero_is_gone(copy: Path) -> Non
     assert "launch: node 1: node 0 (127.0.0.1) no longer answers and no rank is left here" in said
 
 
-SLURM = {"SLURM_JOB_ID": "2042", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_CPUS_PER_TASK": "9"}
+SLURM = {
+    "SLURM_JOB_ID": "2042",
+    "SLURM_NNODES": "2",
+    "SLURM_JOB_NODELIST": "node-[a-b]",
+    "SLURM_CPUS_PER_TASK": "9",
+}
 
 
 @pytest.mark.parametrize(("restarts", "resume"), [("0", ""), ("3", " checkpoint.resume=true")])
@@ -179,21 +249,29 @@ def test_a_requeued_job_resumes(copy: Path, restarts: str, resume: str) -> None:
     extra = {**SLURM, "SLURM_SUBMIT_DIR": str(copy), "SLURM_RESTART_COUNT": restarts}
     result = launch(copy, "slurm.sbatch", "my.yaml", "train.lr=1e-3", **extra)
     assert result.returncode == 0, result.stderr
-    assert (copy / "log").read_text() == (
-        f"srun --kill-on-bad-exit=1 --cpus-per-task=9 launch/torchrun_node.sh my.yaml train.lr=1e-3{resume} "
-        f"NNODES=2 MASTER=node-a:29542 RDZV_ID=megalora-2042-{restarts}\n"
+    assert (
+        (copy / "log").read_text()
+        == f"srun --kill-on-bad-exit=1 --cpus-per-task=9 launch/torchrun_node.sh my.yaml train.lr=1e-3{resume} NNODES=2 MASTER=node-a:29542 RDZV_ID=megalora-2042-{restarts}\n"
     )
 
 
 @pytest.mark.parametrize(
     ("state", "number", "requeued"),
-    [("RUNNING", signal.SIGTERM, True), ("RUNNING", signal.SIGUSR1, True), ("COMPLETING", signal.SIGTERM, False)],
+    [
+        ("RUNNING", signal.SIGTERM, True),
+        ("RUNNING", signal.SIGUSR1, True),
+        ("COMPLETING", signal.SIGTERM, False),
+    ],
 )
-def test_a_signal_lets_the_ranks_save_then_requeues(copy: Path, state: str, number: int, requeued: bool) -> None:
+def test_a_signal_lets_the_ranks_save_then_requeues(
+    copy: Path, state: str, number: int, requeued: bool
+) -> None:
     (copy / "hang").touch()
     (copy / "state").write_text(state + "\n")
     command = ["bash", "launch/slurm.sbatch", "my.yaml"]
-    with subprocess.Popen(command, cwd=copy, env=environment(copy, **SLURM, SLURM_SUBMIT_DIR=str(copy))) as process:
+    with subprocess.Popen(
+        command, cwd=copy, env=environment(copy, **SLURM, SLURM_SUBMIT_DIR=str(copy))
+    ) as process:
         deadline = time.monotonic() + 20
         while not (copy / "srun.pid").exists() or not (copy / "srun.pid").read_text():
             assert time.monotonic() < deadline
@@ -223,11 +301,16 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 def test_sbatch_options_are_known() -> None:
-    """Without Slurm here, the next best to ``sbatch --test-only``: names of options as sbatch(1) has them, each with a value."""
-    options = re.findall(r"^#SBATCH +(\S+)", (ROOT / "launch" / "slurm.sbatch").read_text(), flags=re.MULTILINE)
+    """Without Slurm here, the next best to ``sbatch --test-only``: names of options as sbatch(1)
+    has them, each with a value."""
+    options = re.findall(
+        r"^#SBATCH +(\S+)", (ROOT / "launch" / "slurm.sbatch").read_text(), flags=re.MULTILINE
+    )
     known = {
-        "job-name": r"\S+", "nodes": r"\d+(-\d+)?", "ntasks-per-node": "1", "gpus-per-node": r"(\w+:)?\d+",
-        "cpus-per-task": r"\d+", "mem": r"\d+[KMGT]?", "time": r"(\d+-)?\d+(:\d\d){0,2}", "requeue": None,
+        "job-name": r"\S+", "nodes": r"\d+(-\d+)?", "ntasks-per-node": "1",
+        "gpus-per-node": r"(\w+:)?\d+",
+        "cpus-per-task": r"\d+", "mem": r"\d+[KMGT]?", "time": r"(\d+-)?\d+(:\d\d){0,2}",
+        "requeue": None,
         "open-mode": "append|truncate", "output": r"\S*%j\S*", "signal": r"B:TERM@\d+",
     }  # fmt: skip
     assert len(options) >= 10
@@ -237,11 +320,14 @@ def test_sbatch_options_are_known() -> None:
         pattern = known[name]
         assert re.fullmatch(pattern, value) if pattern else not equals, option
     if shutil.which("sbatch") and os.environ.get("MEGALORA_TEST_SLURM") == "1":
-        subprocess.run(["sbatch", "--test-only", ROOT / "launch" / "slurm.sbatch", QUICKSTART], check=True)
+        subprocess.run(
+            ["sbatch", "--test-only", ROOT / "launch" / "slurm.sbatch", QUICKSTART], check=True
+        )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_configs_load_and_fit_their_world(path: Path) -> None:
     config = load_config(path)
-    named, p = re.search(r"_(\d+)gpu", path.stem), config.parallel
+    named = re.search(r"_(\d+)gpu", path.stem)
+    p = config.parallel
     config.check_world(int(named[1]) if named else math.lcm(p.tp * p.pp, p.etp * p.ep * p.pp))

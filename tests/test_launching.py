@@ -1,4 +1,5 @@
-"""torchrun's ends as exit codes: signals, mistakes, lost ranks; and a mistake is not made again by a restart."""
+"""torchrun's ends as exit codes: signals, mistakes, lost ranks; and a mistake is not made again by
+a restart."""
 
 import os
 import signal
@@ -59,7 +60,9 @@ def test_ctrl_c_before_torchrun_listens_is_one_line(
 
 def rank(monkeypatch: pytest.MonkeyPatch, logs: Path, attempt: int, local: int, action: Any) -> Any:
     """The exit code of a rank that torchrun has given a file for its error."""
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(logs / f"attempt_{attempt}" / str(local) / "error.json"))
+    monkeypatch.setenv(
+        "TORCHELASTIC_ERROR_FILE", str(logs / f"attempt_{attempt}" / str(local) / "error.json")
+    )
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
     monkeypatch.setenv("RANK", str(local))
     try:
@@ -104,7 +107,9 @@ def test_train_hands_the_number_of_restarts_on(
     monkeypatch.setattr(cli, "torchrun", started.append)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").touch()
-    (tmp_path / "c.yaml").write_text(f"model: {{path: {tiny}}}\ndata: {{train: a.jsonl}}\ntrain: {{steps: 1}}\n")
+    (tmp_path / "c.yaml").write_text(
+        f"model: {{path: {tiny}}}\ndata: {{train: a.jsonl}}\ntrain: {{steps: 1}}\n"
+    )
     cli.main(["train", "c.yaml", *asked])
     place = started[0].index("--max-restarts")
     assert started[0][place + 1] == (asked[1] if asked else "0")
@@ -114,9 +119,23 @@ def test_train_hands_the_number_of_restarts_on(
 
 def test_through_a_real_torchrun(tmp_path: Path) -> None:
     """Two restarts allowed, and the mistake is still said once; about three seconds."""
-    arguments = ["--standalone", "--nproc-per-node", "1", "--max-restarts", "2", "-m", "megalora.train", "no.yaml"]
+    arguments = [
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+        "--max-restarts",
+        "2",
+        "-m",
+        "megalora.train",
+        "no.yaml",
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "megalora.launching", *arguments], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-m", "megalora.launching", *arguments], cwd=tmp_path, capture_output=True,
+        text=True,
         env={**os.environ, "RANK": "0"},
     )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "megalora: no.yaml: no such config file\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "megalora: no.yaml: no such config file\n",
+    )

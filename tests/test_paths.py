@@ -1,4 +1,5 @@
-"""``~`` is the home folder wherever a path is taken, and what a config names is looked for before ranks start."""
+"""``~`` is the home folder wherever a path is taken, and what a config names is looked for before
+ranks start."""
 
 import json
 import os
@@ -32,7 +33,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def config(**changes: Any) -> RunConfig:
     """All paths below ``~``."""
-    values = {"path": "~/base", "train": "~/x.jsonl[:1]", "eval": "~/x.jsonl", "dir": "~/new/run", "resume": False}
+    values = {
+        "path": "~/base",
+        "train": "~/x.jsonl[:1]",
+        "eval": "~/x.jsonl",
+        "dir": "~/new/run",
+        "resume": False,
+    }
     values |= changes
     return RunConfig(
         model=ModelConfig(path=values["path"]),
@@ -56,7 +63,9 @@ def test_every_path_of_a_config_is_expanded(home: Path) -> None:
 
 @pytest.mark.parametrize("option", ["path", "train", "eval", "dir", "resume"])
 def test_a_home_of_nobody_is_refused(home: Path, option: str) -> None:
-    with pytest.raises(ValueError, match=r"=~nobody-here/x: ~nobody-here is not a user's home folder here"):
+    with pytest.raises(
+        ValueError, match=r"=~nobody-here/x: ~nobody-here is not a user's home folder here"
+    ):
         config(**{option: "~nobody-here/x"})
 
 
@@ -73,7 +82,9 @@ def test_paths_on_the_command_line(home: Path, capsys: pytest.CaptureFixture[str
         find_machine("~/none.json")
     options = cli._parser().parse_args(["export", "~/a", "~/b"])
     assert (options.checkpoint, options.out) == (home / "a", home / "b")
-    options = cli._parser().parse_args(["plan", "~/a", "--gpus", "1", "--out", "~/b", "--figure", "~/c"])
+    options = cli._parser().parse_args(
+        ["plan", "~/a", "--gpus", "1", "--out", "~/b", "--figure", "~/c"]
+    )
     assert (options.config, options.out, options.figure) == (home / "a", home / "b", home / "c")
 
 
@@ -88,20 +99,29 @@ WRONG = [
     ({"train": "~/x.jsonl[1]"}, "the slice at the end is not understood"),
     ({"dir": "~/x.jsonl"}, "checkpoint.dir=.*x.jsonl is a file; choose a folder"),
     ({"dir": "~/x.jsonl/run"}, "checkpoint.dir=.*x.jsonl/run cannot be made: .*x.jsonl is a file"),
-    ({"resume": "~/run/step_000002"}, "checkpoint.resume=.*step_000002 is not a checkpoint: it has no training_state"),
+    (
+        {"resume": "~/run/step_000002"},
+        "checkpoint.resume=.*step_000002 is not a checkpoint: it has no training_state",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG)
-def test_what_is_not_there_is_said_before_ranks_start(home: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_is_not_there_is_said_before_ranks_start(
+    home: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         check_paths(config(**changes))
 
 
 def test_a_folder_that_cannot_be_written(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As root every folder can be: the system's answer is what is put in here."""
-    monkeypatch.setattr(os, "access", lambda path, mode: not (str(path).endswith("home") and mode & os.W_OK))
-    with pytest.raises(ValueError, match="checkpoint.dir=.* cannot be written: no permission in .*home"):
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not (str(path).endswith("home") and mode & os.W_OK)
+    )
+    with pytest.raises(
+        ValueError, match="checkpoint.dir=.* cannot be written: no permission in .*home"
+    ):
         check_paths(config())
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("x.jsonl"))
     with pytest.raises(ValueError, match=r"x.jsonl cannot be read: no permission"):
@@ -116,7 +136,11 @@ def test_train_looks_before_it_starts_ranks(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "torchrun", lambda *_: pytest.fail("ranks were started"))
-    sections = {"model": {"path": "~/base"}, "data": {"train": "~/none.jsonl"}, "train": {"steps": 1}}
+    sections = {
+        "model": {"path": "~/base"},
+        "data": {"train": "~/none.jsonl"},
+        "train": {"steps": 1},
+    }
     (home / "c.yaml").write_text(json.dumps(sections))
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", "~/c.yaml"])

@@ -1,4 +1,5 @@
-"""The comparison with peers at tiny sizes: every installed arm trains the same, and none that does not has a time."""
+"""The comparison with peers at tiny sizes: every installed arm trains the same, and none that does
+not has a time."""
 
 import json
 import math
@@ -24,10 +25,17 @@ INSTALLED = [name for name in ARMS if name != "unsloth"]
 
 def sizes_by_hand() -> dict[str, int]:
     """Adapter parameters as each library has them: an A per projection, or per fused linear."""
-    c, r = DRY_SHAPES[0].config, DRY_SHAPES[0].rank
-    h, inner, q, kv, experts = 48, 40, 64, 32, c["num_experts"]
-    o, down = r * (h + q), r * (h + inner)
-    fused_qkv, fused_gate_up = r * (h + q + 2 * kv), r * (h + 2 * inner)
+    c = DRY_SHAPES[0].config
+    r = DRY_SHAPES[0].rank
+    h = 48
+    inner = 40
+    q = 64
+    kv = 32
+    experts = c["num_experts"]
+    o = r * (h + q)
+    down = r * (h + inner)
+    fused_qkv = r * (h + q + 2 * kv)
+    fused_gate_up = r * (h + 2 * inner)
     separate_qkv = r * (h + q) + 2 * r * (h + kv)
     one_layer = {
         "megalora": separate_qkv + o + experts * (2 * r * (h + inner) + down),
@@ -57,17 +65,22 @@ def test_all_installed_arms_train_the_same(tmp_path, monkeypatch, capsys):
     want = rows["megalora"]["losses"]
     assert len(want) == peers.PROOF_STEPS and want[-1] < want[0] - 0.1
     for name in INSTALLED:
-        losses, same = rows[name]["losses"], rows[name]["same_factors"]
+        losses = rows[name]["losses"]
+        same = rows[name]["same_factors"]
         assert same == (name != "bridge default")
         assert losses[0] == pytest.approx(want[0], rel=1e-6), name
         assert (losses == pytest.approx(want, rel=1e-6)) == same, name
-        assert rows[name]["rounds"] == 3 and rows[name]["peak_bytes"] > rows[name]["weight_bytes"] > 0
+        assert (
+            rows[name]["rounds"] == 3 and rows[name]["peak_bytes"] > rows[name]["weight_bytes"] > 0
+        )
         for measure in ("step", "step_cpu", "passes", "passes_cpu"):
             spread = rows[name]["over_megalora"][measure]
             assert 0 < spread["p10"] <= spread["median"] <= spread["p90"]
             assert name != "megalora" or spread["median"] == 1
     assert {name: rows[name]["adapter_parameters"] for name in INSTALLED} == sizes_by_hand()
-    assert not any(key.endswith("_ms") for row in rows.values() for key in row), "no absolute speed of a CPU"
+    assert not any(key.endswith("_ms") for row in rows.values() for key in row), (
+        "no absolute speed of a CPU"
+    )
     assert "times mean nothing" in capsys.readouterr().out
 
     # A second call has nothing to do but what is not there.
@@ -96,7 +109,9 @@ def test_an_arm_that_differs_leaves_no_times(difference, tmp_path, monkeypatch, 
 
         monkeypatch.setattr(bridge_model, "configure", other_routing)
     code, case = compared(tmp_path / "peers.json", monkeypatch, "megalora", "bridge per expert")
-    assert code == 1 and len(case["wrong"]) == 1 and case["wrong"][0].startswith("bridge per expert: ")
+    assert (
+        code == 1 and len(case["wrong"]) == 1 and case["wrong"][0].startswith("bridge per expert: ")
+    )
     assert ("the base's" in case["wrong"][0]) == (difference == "routing")
     assert not any(key in row for row in case["rows"] for key in TIMES)
     printed = capsys.readouterr().out
@@ -134,9 +149,13 @@ def test_ratios_are_of_one_round():
     found = ratios(theirs, ours)
     assert found["rounds"] == 3 and found["over_megalora"]["step"]["median"] == 3.0
     case = {**CPU_SHAPES[0].sizes(), "rows_per_expert": 32, "wrong": []}
-    peer = row("peft", [6.0, 5.0]) | found | {"peak_bytes": 2**20, "adapter_parameters": 7, "note": ""}
+    peer = (
+        row("peft", [6.0, 5.0]) | found | {"peak_bytes": 2**20, "adapter_parameters": 7, "note": ""}
+    )
     assert "peft takes 3.0 times as long: met, 3.00" in show({**case, "rows": [peer]}, dry=False)
-    assert without_times([peer]) == [{**row("peft", [6.0, 5.0]), "adapter_parameters": 7, "note": ""}]
+    assert without_times([peer]) == [
+        {**row("peft", [6.0, 5.0]), "adapter_parameters": 7, "note": ""}
+    ]
     slower = ratios(ours, theirs)
     assert "missed, 0.33" in show({**case, "rows": [peer | slower]}, dry=False)
 
@@ -151,9 +170,14 @@ def test_weights_by_published_names_are_those_that_transformers_gets():
     assert torch.equal(weights[f"{experts}.4.gate_proj.weight"], stacked[4, :40])
     assert torch.equal(weights[f"{experts}.4.up_proj.weight"], stacked[4, 40:])
     assert weights[f"{experts}.2.down_proj.weight"].shape == (48, 40)
-    assert torch.equal(setup.weights()[f"{experts}.4.up_proj.weight"], stacked[4, 40:]), "the same in every process"
+    assert torch.equal(setup.weights()[f"{experts}.4.up_proj.weight"], stacked[4, 40:]), (
+        "the same in every process"
+    )
     assert not torch.equal(stacked, weights.stacked("model.layers.0.mlp.experts.gate_up_proj"))
-    assert initial_a(setup, 0, "down").shape == (6, 4, 40) and initial_a(setup, 0, "o").shape == (4, 64)
+    assert initial_a(setup, 0, "down").shape == (6, 4, 40) and initial_a(setup, 0, "o").shape == (
+        4,
+        64,
+    )
 
 
 def load_bridge_lora(out: Path) -> None:
@@ -162,7 +186,9 @@ def load_bridge_lora(out: Path) -> None:
     lora = sys.modules[bridge_lora().__module__]
     found = {
         "real": hasattr(lora.LoRALinear, "adapter_forward"),
-        "engine": sorted(name for name in sys.modules if name.split(".")[0] == "transformer_engine"),
+        "engine": sorted(
+            name for name in sys.modules if name.split(".")[0] == "transformer_engine"
+        ),
         "believes": sys.modules["megatron.bridge.peft.utils"].HAVE_TE,
     }
     out.write_text(json.dumps(found))
@@ -204,7 +230,10 @@ class Said:
     """A worker whose answers are made up; ``dies`` is the command that it does not survive."""
 
     def __init__(self, name: str, dies: str = "") -> None:
-        self.name, self.dies, self.built, self.asked = name, dies, False, ""
+        self.name = name
+        self.dies = dies
+        self.built = False
+        self.asked = ""
 
     def tell(self, command: str, argument: Any = None) -> None:
         self.asked = command
@@ -213,7 +242,8 @@ class Said:
         if self.asked == self.dies:
             raise ArmFailed("out of memory")
         return {
-            "build": {"same_factors": True}, "prove": [3.0, 2.0], "peak": 1, "turn": Sample(1, 1, 1, 1),
+            "build": {"same_factors": True}, "prove": [3.0, 2.0], "peak": 1,
+            "turn": Sample(1, 1, 1, 1),
         }[self.asked]  # fmt: skip
 
     def ask(self, command: str, argument: Any = None) -> Any:
@@ -235,6 +265,8 @@ def test_without_the_reference_s_turns_the_others_are_run_again():
 def test_a_part_of_a_budget_counts_the_start_once(monkeypatch):
     monkeypatch.setenv(STARTED, str(time.time() - 10))
     whole = Budget(50)
-    assert whole.part(1).left() == pytest.approx(whole.left(), abs=0.5) == pytest.approx(40, abs=0.5)
+    assert (
+        whole.part(1).left() == pytest.approx(whole.left(), abs=0.5) == pytest.approx(40, abs=0.5)
+    )
     assert whole.part(0.5).left() == pytest.approx(20, abs=0.5)
     assert Budget(None).part(0.5).left() == math.inf

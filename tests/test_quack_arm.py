@@ -1,4 +1,5 @@
-"""quack's arm with a stand-in for quack: what it is handed, that its GEMM is the one that runs, and what is said without it."""
+"""quack's arm with a stand-in for quack: what it is handed, that its GEMM is the one that runs, and
+what is said without it."""
 
 import sys
 from dataclasses import replace
@@ -18,7 +19,8 @@ CPU = torch.device("cpu")
 
 
 class Quack:
-    """``quack.gemm_interface.gemm_tuned.fn`` in plain PyTorch, with what the real one demands of its operands."""
+    """``quack.gemm_interface.gemm_tuned.fn`` in plain PyTorch, with what the real one demands of
+    its operands."""
 
     def __init__(self) -> None:
         self.configs: list = []
@@ -41,11 +43,13 @@ class Quack:
 def quack(monkeypatch) -> Quack:
     """Stand-ins for the two modules of quack that the arm imports, and for its compiler."""
     found = Quack()
-    interface, config = ModuleType("quack.gemm_interface"), ModuleType("quack.gemm_config")
+    interface = ModuleType("quack.gemm_interface")
+    config = ModuleType("quack.gemm_config")
     interface.gemm_tuned = SimpleNamespace(fn=found)
     config.GemmConfig = SimpleNamespace
     for name, module in {
-        "quack": ModuleType("quack"), "quack.gemm_interface": interface, "quack.gemm_config": config,
+        "quack": ModuleType("quack"), "quack.gemm_interface": interface,
+        "quack.gemm_config": config,
     }.items():  # fmt: skip
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(quack_gemm, "_find_cutlass", lambda: None)
@@ -54,9 +58,13 @@ def quack(monkeypatch) -> Quack:
 
 def linear_rows(arms: dict[str, Build] | None = None) -> list[Row]:
     case = make_linear(LinearSpec("tiny", 192, 8, 40, 48, 8, "zipf"), CPU, torch.float32)
-    theirs = {name: build for name, build in their_linear_arms(case).items() if name.startswith("quack")}
+    theirs = {
+        name: build for name, build in their_linear_arms(case).items() if name.startswith("quack")
+    }
     want = {"adapted": linear_reference(case, True), "base": linear_reference(case, False)}
-    return compare("tiny", {}, theirs if arms is None else arms, lambda: want, 1, CPU, torch.float32, 1)
+    return compare(
+        "tiny", {}, theirs if arms is None else arms, lambda: want, 1, CPU, torch.float32, 1
+    )
 
 
 def test_a_linear_agrees_with_float32_both_ways(quack):
@@ -74,7 +82,9 @@ def test_a_layer_agrees_with_float32_both_ways(quack):
     arms = quack_arms(lambda: ours(case, "grouped_mm", case.joined(8)))
     want = {"adapted": reference(case, True), "base": reference(case, False)}
     rows = compare("tiny", {}, arms, lambda: want, 1, CPU, torch.float32, 1)
-    assert [row.status for row in rows] == ["ok", "ok"] and len(quack.configs) >= 8, "four products in each of two arms"
+    assert [row.status for row in rows] == ["ok", "ok"] and len(quack.configs) >= 8, (
+        "four products in each of two arms"
+    )
 
 
 def test_a_wrong_gemm_gets_no_time(quack, monkeypatch):
@@ -85,7 +95,9 @@ def test_a_wrong_gemm_gets_no_time(quack, monkeypatch):
 
     monkeypatch.setattr(Quack, "__call__", of_the_first_expert)
     rows = linear_rows()
-    assert all(row.status.startswith("wrong: ") and row.failed and row.train is None for row in rows)
+    assert all(
+        row.status.startswith("wrong: ") and row.failed and row.train is None for row in rows
+    )
 
 
 def test_torch_s_gemm_is_never_timed_as_quack_s(quack):
@@ -111,8 +123,12 @@ def test_without_it_a_row_says_so(installed, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     rows = linear_rows()
     missing = "quack" if installed else "nvidia_cutlass_dsl"
-    assert [row.status for row in rows] == [f"not installed: {missing}"] * 2 and not any(row.failed for row in rows)
-    assert (sys.path[-1] == str(tmp_path / "nvidia_cutlass_dsl" / "dsl_packages")) == bool(installed)
+    assert [row.status for row in rows] == [f"not installed: {missing}"] * 2 and not any(
+        row.failed for row in rows
+    )
+    assert (sys.path[-1] == str(tmp_path / "nvidia_cutlass_dsl" / "dsl_packages")) == bool(
+        installed
+    )
 
 
 def test_its_goal_is_the_better_tile_over_torch_s():
@@ -120,8 +136,14 @@ def test_its_goal_is_the_better_tile_over_torch_s():
         stats = None if ms is None else Stats(ms, ms, ms, ms)
         return Row("case", arm, "theirs", forward=stats, train=stats)
 
-    rows = [row("ours grouped_mm joined", 3.3), row("quack joined", 3.2), row("quack joined, 128 x 256", 2.9)]
+    rows = [
+        row("ours grouped_mm joined", 3.3),
+        row("quack joined", 3.2),
+        row("quack joined, 128 x 256", 2.9),
+    ]
     found = goals.of_quack("case", rows)
     assert [(v.value, v.verdict) for v in found] == [(pytest.approx(3.3 / 2.9), "good")]
     assert goals.of_quack("case", rows[:2])[0].verdict == "miss"
-    assert goals.of_quack("case", [rows[0], replace(rows[1], train=None)]) == [], "not installed: no verdict"
+    assert goals.of_quack("case", [rows[0], replace(rows[1], train=None)]) == [], (
+        "not installed: no verdict"
+    )

@@ -1,4 +1,5 @@
-"""What a rank's environment decides: a GPU of its own or a share of one, and the defaults that torch reads by itself."""
+"""What a rank's environment decides: a GPU of its own or a share of one, and the defaults that
+torch reads by itself."""
 
 import os
 import subprocess
@@ -33,15 +34,21 @@ def one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB)
+    )
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
     monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda share, device: asked.update(share=share, of=device)
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda share, device: asked.update(share=share, of=device),
     )
     return asked
 
 
-def a_rank(monkeypatch, local: int, world: int, here: int | None = None, share: str | None = "1") -> None:
+def a_rank(
+    monkeypatch, local: int, world: int, here: int | None = None, share: str | None = "1"
+) -> None:
     for name, value in (("RANK", local), ("LOCAL_RANK", local), ("WORLD_SIZE", world)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world if here is None else here))
@@ -63,9 +70,16 @@ def test_without_sharing_a_rank_has_a_gpu_of_its_own(monkeypatch, one_gpu):
     for value in (None, "", "0"):
         a_rank(monkeypatch, local=0, world=1, share=value)
         one_gpu.clear()
-        assert host._choose_device() == "nccl" and one_gpu == {"device": 0} and host.memory_bytes() == 80 * GIB
+        assert (
+            host._choose_device() == "nccl"
+            and one_gpu == {"device": 0}
+            and host.memory_bytes() == 80 * GIB
+        )
     a_rank(monkeypatch, local=1, world=2, share=None)
-    with pytest.raises(ValueError, match="local rank 1 has no GPU of its own: .* MEGALORA_SHARE_GPU=1 to try a layout"):
+    with pytest.raises(
+        ValueError,
+        match="local rank 1 has no GPU of its own: .* MEGALORA_SHARE_GPU=1 to try a layout",
+    ):
         host._choose_device()
 
 
@@ -105,7 +119,9 @@ def test_a_training_rank_sees_torch_s_variables(monkeypatch, tiny, chats, tmp_pa
     monkeypatch.setattr(loop, "train", lambda *arguments: seen.update(os.environ))
     monkeypatch.chdir(tmp_path)
     config = make_config(tiny, chats, tmp_path, {})
-    save_config(replace(config, checkpoint=replace(config.checkpoint, dir="run")), Path("config.yaml"))
+    save_config(
+        replace(config, checkpoint=replace(config.checkpoint, dir="run")), Path("config.yaml")
+    )
     train_main.main(["config.yaml"])
     assert {name: seen[name] for name in TORCH_VARIABLES if name in seen} == {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
@@ -128,7 +144,8 @@ def test_what_the_user_has_set_stays():
 
 
 def test_torch_reads_the_allocator_s_variable_that_was_set_before_its_import(tiny, chats, tmp_path):
-    """In a process of its own, which has imported nothing of torch when the rank's variables are set."""
+    """In a process of its own, which has imported nothing of torch when the rank's variables are
+    set."""
     save_config(make_config(tiny, chats, tmp_path, {}), tmp_path / "config.yaml")
     script = f"""
 import sys
@@ -152,26 +169,38 @@ rank.main(["{tmp_path}/config.yaml"])
 @pytest.mark.parametrize(
     ("message", "sign"),
     [
-        # As torch's NCCL back end words them: from a wait that ran out, and from the next collective after an abort.
+        # As torch's NCCL back end words them: from a wait that ran out, and from the next
+        # collective after an abort.
         (
-            "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, NumelIn=1, "
-            "NumelOut=1, Timeout(ms)=60000) ran for 60003 milliseconds before timing out.",
+            (
+                "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7,"
+                " OpType=ALLREDUCE, NumelIn=1, NumelOut=1, Timeout(ms)=60000) ran for 60003"
+                " milliseconds before timing out."
+            ),
             "Watchdog caught collective operation timeout",
         ),
         (
-            "NCCL communicator was aborted on rank 1.  Original reason for failure was: NCCL error: remote process "
-            "exited or there was a network error, NCCL version 2.27.5",
+            (
+                "NCCL communicator was aborted on rank 1.  Original reason for failure was: NCCL"
+                " error: remote process exited or there was a network error, NCCL version 2.27.5"
+            ),
             "NCCL communicator was aborted",
         ),
     ],
 )
-def test_a_peer_that_nccl_lost_ends_the_run_in_our_line(message, sign, tmp_path, monkeypatch, capsys):
+def test_a_peer_that_nccl_lost_ends_the_run_in_our_line(
+    message, sign, tmp_path, monkeypatch, capsys
+):
     codes: list[int] = []
     monkeypatch.setattr(lost.os, "_exit", codes.append)
     with lost.explained(tmp_path):
         raise RuntimeError(message)
     said = capsys.readouterr().err
-    assert codes == [lost.LOST] and f"lost contact with another rank ({sign})" in said and said.count("\n") == 1
+    assert (
+        codes == [lost.LOST]
+        and f"lost contact with another rank ({sign})" in said
+        and said.count("\n") == 1
+    )
 
 
 def test_a_mistake_that_nccl_reports_is_no_lost_peer(tmp_path):

@@ -1,4 +1,5 @@
-"""What is read from a profiler's trace: a small one written by hand, and a real one of a step on the CPU."""
+"""What is read from a profiler's trace: a small one written by hand, and a real one of a step on
+the CPU."""
 
 import json
 from dataclasses import replace
@@ -26,17 +27,32 @@ from megalora.planner.layouts import Layout, Workload
 from megalora.planner.memory import CONTEXT, memory_of
 
 CPU = torch.device("cpu")
-MAIN, AUTOGRAD, STREAM = 11, 12, 7
+MAIN = 11
+AUTOGRAD = 12
+STREAM = 7
 
 
-def event(cat: str, name: str, ts: float, dur: float, tid: int, correlation: int | None = None) -> dict:
+def event(
+    cat: str, name: str, ts: float, dur: float, tid: int, correlation: int | None = None
+) -> dict:
     args = {} if correlation is None else {"correlation": correlation}
-    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "pid": 1, "tid": tid, "args": args}
+    return {
+        "ph": "X",
+        "cat": cat,
+        "name": name,
+        "ts": ts,
+        "dur": dur,
+        "pid": 1,
+        "tid": tid,
+        "args": args,
+    }
 
 
 def launch(number: int, at: float, thread: int, kernel: str, begin: float, us: float) -> list[dict]:
     """A kernel, and the call that launched it; half of them as Triton does it."""
-    how = ("cuda_driver", "cuLaunchKernelEx") if number % 2 else ("cuda_runtime", "cudaLaunchKernel")
+    how = (
+        ("cuda_driver", "cuLaunchKernelEx") if number % 2 else ("cuda_runtime", "cudaLaunchKernel")
+    )
     return [event(*how, at, 2, thread, number), event("kernel", kernel, begin, us, STREAM, number)]
 
 
@@ -46,7 +62,9 @@ TRACE = {"traceEvents": [
     *launch(1, 5, MAIN, "gemm", 6, 400),
     event("user_annotation", STEP, 1000, 1000, MAIN),
     event("gpu_user_annotation", STEP, 1000, 1000, STREAM),
-    # Forward: two layers, each with one gemm of 100 us and one norm of 10, and a loss outside of them.
+    # Forward: two layers, each with one gemm of 100 us and one norm of 10, and a loss outside of
+    # them.
+  
     *launch(2, 1010, MAIN, "gemm", 1020, 100),
     *launch(3, 1020, MAIN, "norm", 1120, 10),
     *launch(4, 1030, MAIN, "gemm", 1130, 100),
@@ -59,7 +77,8 @@ TRACE = {"traceEvents": [
     *launch(7, 1312, AUTOGRAD, "gemm", 1350, 100),  # 100 us after the loss
     *launch(8, 1330, AUTOGRAD, "gemm", 1450, 100),
     event("cuda_runtime", "cudaMemcpyAsync", 1340, 5, AUTOGRAD, 9),
-    event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 1500, 80, 8, 9),  # ends 30 us after the gemm
+    # ends 30 us after the gemm
+    event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 1500, 80, 8, 9),
     # What reduces gradients, on the main thread again.
     *launch(10, 1600, MAIN, "reduce", 1610, 20),  # 30 us after the copy
     event("user_annotation", UPDATE, 1700, 200, MAIN),
@@ -86,7 +105,10 @@ def test_kernels_of_each_phase_and_layer(found):
         "after backward": {"count": 1, "per_layer": 0, "us": 20},
         "update": {"count": 1, "per_layer": 0, "us": 30},
     }
-    rows = [(row["name"], row["phase"], row["count"], row["per_layer"], row["us"]) for row in found["kernels"]]
+    rows = [
+        (row["name"], row["phase"], row["count"], row["per_layer"], row["us"])
+        for row in found["kernels"]
+    ]
     assert rows[:2] == [("gemm", "forward", 2, 1, 200), ("gemm", "backward", 2, 1, 200)]
     assert ("norm", "forward", 2, 1, 20) in rows and ("loss", "forward", 1, 0, 5) in rows
     assert sum(row["share"] for row in found["kernels"]) == pytest.approx(1)
@@ -94,20 +116,29 @@ def test_kernels_of_each_phase_and_layer(found):
 
 
 def test_gaps_are_between_all_that_the_device_does(found):
-    """By hand: 1020 to 1240, 1245 to 1250, 1350 to 1580 (the copy overlaps), 1610 to 1630, 1810 to 1840."""
+    """By hand: 1020 to 1240, 1245 to 1250, 1350 to 1580 (the copy overlaps), 1610 to 1630, 1810 to
+    1840."""
     assert found["busy_us"] == 220 + 5 + 230 + 20 + 30
     assert found["idle_us"] == 5 + 100 + 30 + 180
     assert found["idle_share"] == pytest.approx(315 / 820)
     assert found["notable_gaps"] == 3
     assert found["largest_gaps"][0] == {"us": 180, "after": "reduce", "before": "adam"}
-    assert found["largest_gaps"][2] == {"us": 30, "after": "Memcpy HtoD (Pinned -> Device)", "before": "reduce"}
+    assert found["largest_gaps"][2] == {
+        "us": 30,
+        "after": "Memcpy HtoD (Pinned -> Device)",
+        "before": "reduce",
+    }
     assert found["copies"] == {"Memcpy HtoD (Pinned -> Device)": {"count": 1, "us": 80}}
     assert found["host_us"] == 1000
 
 
 def test_waits_of_the_host_inside_the_step_alone(found):
     assert found["waits"] == {
-        "cudaStreamSynchronize": {"count": 1, "us": 50, "in": {"update: aten::_local_scalar_dense": 1}}
+        "cudaStreamSynchronize": {
+            "count": 1,
+            "us": 50,
+            "in": {"update: aten::_local_scalar_dense": 1},
+        }
     }
 
 
@@ -120,13 +151,20 @@ def test_several_steps_are_averaged(tmp_path):
     path = tmp_path / "trace.json"
     path.write_text(json.dumps({"traceEvents": TRACE["traceEvents"] + later}))
     found = analyse(read_trace(path), layers=2)
-    assert found["steps"] == 2 and found["phases"]["forward"] == {"count": 5, "per_layer": 2, "us": 225}
+    assert found["steps"] == 2 and found["phases"]["forward"] == {
+        "count": 5,
+        "per_layer": 2,
+        "us": 225,
+    }
     assert found["idle_us"] == 315 and found["waits"]["cudaStreamSynchronize"]["count"] == 1
 
 
 def test_work_that_overlaps_is_counted_once():
     """A long kernel holds two short ones: there is no gap before its end."""
-    spans = [Span(n, a, b, "kernel", STREAM, None) for n, a, b in (("x", 0, 100), ("y", 10, 20), ("z", 30, 110))]
+    spans = [
+        Span(n, a, b, "kernel", STREAM, None)
+        for n, a, b in (("x", 0, 100), ("y", 10, 20), ("z", 30, 110))
+    ]
     spans.append(Span("last", 115, 120, "kernel", STREAM, None))
     assert busy_and_gaps(spans) == (115, [(5, "z", "last")])
     assert busy_and_gaps([]) == (0.0, [])
@@ -161,13 +199,17 @@ def small_training() -> Training:
 def test_phases_of_a_real_profile(tmp_path, monkeypatch):
     """On a CPU the profiler sees no launches: each product of the recorded step is given one."""
     kept = []
-    monkeypatch.setattr("benchmarks.profile_step.analyse", lambda spans, layers: kept.append(spans) or {})
+    monkeypatch.setattr(
+        "benchmarks.profile_step.analyse", lambda spans, layers: kept.append(spans) or {}
+    )
     profile_steps(small_training(), CPU, layers=2)
     (spans,) = kept
     products = [span for span in spans if span.name == "aten::mm"]
     made = []
     for number, product in enumerate(products):
-        call = replace(product, name="cudaLaunchKernel", category="cuda_runtime", correlation=number)
+        call = replace(
+            product, name="cudaLaunchKernel", category="cuda_runtime", correlation=number
+        )
         made += [call, replace(call, name="gemm", category="kernel", end=call.begin + 3)]
     found = analyse([*spans, *made], layers=1)
     assert found["steps"] == 2, "the first step only warms up"
@@ -179,7 +221,9 @@ def test_phases_of_a_real_profile(tmp_path, monkeypatch):
 
 
 def test_a_profiler_that_cannot_run_is_said_in_the_row():
-    broken = Training(lambda: (_ for _ in ()).throw(RuntimeError("CUPTI\nis gone")), lambda: None, 1, "")
+    broken = Training(
+        lambda: (_ for _ in ()).throw(RuntimeError("CUPTI\nis gone")), lambda: None, 1, ""
+    )
     assert profile_steps(broken, CPU, 1) == {"problem": "RuntimeError: CUPTI"}
 
 
@@ -191,7 +235,9 @@ def test_the_planner_is_asked_for_the_very_configuration():
     work = Workload(sequence_length=4096, global_batch_size=1)
     plan = memory_of(model_shape(config), lora, layout, work)
     assert said["peak_bytes"] == plan.peak_bytes - plan[CONTEXT]
-    assert 12 * 2**30 < said["peak_bytes"] < 30 * 2**30, "8 layers of 1.25 GB of weights and what they train"
+    assert 12 * 2**30 < said["peak_bytes"] < 30 * 2**30, (
+        "8 layers of 1.25 GB of weights and what they train"
+    )
     assert said["step_ms"] == pytest.approx(sum(said["parts_ms"].values()))
     assert 20 < said["step_ms"] < 2000, "milliseconds"
     assert said["machine"].startswith("H200") and machine_of("CPU").name.startswith("H100")

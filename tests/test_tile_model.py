@@ -1,4 +1,5 @@
-"""The tile model against figures worked out by hand, published times, and what it shares with the roofline."""
+"""The tile model against figures worked out by hand, published times, and what it shares with the
+roofline."""
 
 import math
 import sys
@@ -11,17 +12,22 @@ from megalora_kernels.variants import Product, Variant, rule
 from benchmarks import roofline, tile_model
 from benchmarks.tile_model import H100, H200, PUBLISHED, TOLERANCE, cost, floor_us
 
-GATE_UP = Product("forward", torch.bfloat16, N=1536, K=2048, rank=0, gathered=True, rows_per_expert=4096)
+GATE_UP = Product(
+    "forward", torch.bfloat16, N=1536, K=2048, rank=0, gathered=True, rows_per_expert=4096
+)
 NARROW = Variant(128, 128, 64, 8, 4)
 
 
 @pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: case.what)
 def test_published_times(case):
-    assert cost(case.variant, case.product, case.experts).us == pytest.approx(case.us, rel=TOLERANCE)
+    assert cost(case.variant, case.product, case.experts).us == pytest.approx(
+        case.us, rel=TOLERANCE
+    )
 
 
 def test_one_product_by_hand():
-    """16 experts x 4,096 rows, 128 x 128 tiles: 16 x 32 x 12 tiles on 132 SMs, one at a time, bound by L2."""
+    """16 experts x 4,096 rows, 128 x 128 tiles: 16 x 32 x 12 tiles on 132 SMs, one at a time, bound
+    by L2."""
     l2_bytes_per_cycle = 7.0e12 / 132 / 1.755e9
     cycles = 2 * 2048 * (128 + 128) / l2_bytes_per_cycle + 1800
     us = math.ceil(16 * 32 * 12 / 132) * cycles / 1755
@@ -41,17 +47,23 @@ def test_one_product_by_hand():
      ((128, 256, 8), 128, 48)],
 )  # fmt: skip
 def test_bytes_per_cycle_at_the_full_tensor_rate(tile, shared, l2):
-    """By hand: wgmma reads both operands of 64 rows from shared memory, copies write it, 4,096 FLOPs a cycle."""
+    """By hand: wgmma reads both operands of 64 rows from shared memory, copies write it, 4,096
+    FLOPs a cycle."""
     m, n, warps = tile
     cycles = tile_model.tile_cycles(Variant(m, n, 64, warps, 4), 2048, H100)
     full_rate = 2 * m * n * 2048 / 4096
     assert cycles["shared memory"] * 128 / full_rate == pytest.approx(shared)
     assert cycles["L2"] * H100.l2_bytes_per_cycle / full_rate == pytest.approx(l2)
-    assert cycles["tensor cores"] / full_rate == pytest.approx(132 * 4096 * 1.755e9 / 790e12), "what is sustained"
+    assert cycles["tensor cores"] / full_rate == pytest.approx(132 * 4096 * 1.755e9 / 790e12), (
+        "what is sustained"
+    )
 
 
 def test_two_warp_groups_on_the_same_rows_read_them_twice():
-    one, two = (tile_model.tile_cycles(Variant(64, 256, 64, warps, 4), 64, H100)["shared memory"] for warps in (4, 8))
+    one, two = (
+        tile_model.tile_cycles(Variant(64, 256, 64, warps, 4), 64, H100)["shared memory"]
+        for warps in (4, 8)
+    )
     assert (two - one) * 128 == 64 * 64 * 2
 
 
@@ -76,7 +88,10 @@ def test_few_rows_are_bound_by_hbm():
     assert slow.us == floor_us(few, 128) == pytest.approx(moved / 3.0e6) and slow.bound == "HBM"
     assert fast.us == pytest.approx(moved / 4.3e6)
     wide = cost(Variant(128, 256, 64, 8, 4), replace(GATE_UP, rows_per_expert=512), 128)
-    assert wide.us == cost(Variant(128, 256, 64, 8, 4), replace(GATE_UP, rows_per_expert=512), 128, H200).us
+    assert (
+        wide.us
+        == cost(Variant(128, 256, 64, 8, 4), replace(GATE_UP, rows_per_expert=512), 128, H200).us
+    )
 
 
 def test_ends_hide_behind_other_programs_and_less_in_a_persistent_one():
@@ -87,7 +102,9 @@ def test_ends_hide_behind_other_programs_and_less_in_a_persistent_one():
 
     alone = Variant(128, 256, 64, 8, 4, "tma", "tma")
     assert ends(replace(alone, persistent=True)) == pytest.approx(0.6 * ends(alone))
-    assert ends(Variant(128, 128, 64, 8, 3)) == pytest.approx(0.25 * 1800 / 1755 * 16 * 32 * 12 / 132)
+    assert ends(Variant(128, 128, 64, 8, 3)) == pytest.approx(
+        0.25 * 1800 / 1755 * 16 * 32 * 12 / 132
+    )
 
 
 def test_the_floor_is_the_roofline_s_traffic():
@@ -104,7 +121,9 @@ def test_the_roofline_takes_the_rule_s_variant():
     for step, name in (("gate_up", "gate_up forward"), ("down", "down forward")):
         product = tile_model.products("30b", 16, 4096, 16)[name]
         assert passes[step] == cost(rule(product), product, 16).us, name
-    assert roofline.forward(case, "grouped_mm", 0)["gate_up"] == pytest.approx(2 * 65536 * 1536 * 2048 / 640e6)
+    assert roofline.forward(case, "grouped_mm", 0)["gate_up"] == pytest.approx(
+        2 * 65536 * 1536 * 2048 / 640e6
+    )
     ratios = roofline.ratios(case, "triton")
     assert 1 < ratios.forward < ratios.both < 1.3 and 1.3 < ratios.split_over_ours < 2.5
 
@@ -113,13 +132,19 @@ def test_the_best_is_no_slower_than_the_last_release():
     for experts, rows in tile_model.POINTS:
         for product in tile_model.products("235b", experts, rows, 16).values():
             chosen = tile_model.best(product, experts)
-            assert product.N % chosen.block_n == 0 and not (product.gathered and chosen.rows == "tma")
-            before, ruled = (cost(v, product, experts) for v in (tile_model.last_release(product), rule(product)))
+            assert product.N % chosen.block_n == 0 and not (
+                product.gathered and chosen.rows == "tma"
+            )
+            before, ruled = (
+                cost(v, product, experts) for v in (tile_model.last_release(product), rule(product))
+            )
             assert cost(chosen, product, experts).us <= ruled.us <= before.us
 
 
 def test_command_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["tile_model", "--gpu", "h200", "--rank", "16", "--l2-tb-per-s", "10"])
+    monkeypatch.setattr(
+        sys, "argv", ["tile_model", "--gpu", "h200", "--rank", "16", "--l2-tb-per-s", "10"]
+    )
     tile_model.main()
     said = capsys.readouterr().out
     assert said.startswith("30b, h200, rank 16") and said.count("\n") == 2 + 8 * 4 + len(PUBLISHED)

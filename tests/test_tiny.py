@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalora.tiny import make_tiny
 
-LAYERS, HIDDEN, INTER, MOE_INTER, EXPERTS, Q_WIDTH, KV_WIDTH, HEAD_DIM, VOCAB = 4, 96, 144, 80, 8, 192, 64, 32, 512
+LAYERS = 4
+HIDDEN = 96
+INTER = 144
+MOE_INTER = 80
+EXPERTS = 8
+Q_WIDTH = 192
+KV_WIDTH = 64
+HEAD_DIM = 32
+VOCAB = 512
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 2 + 3?"},
@@ -51,13 +59,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor, taken from the shard that the index names."""
     weight_map = read_json(folder / "model.safetensors.index.json")["weight_map"]
     shards = {name: load_file(folder / name) for name in set(weight_map.values())}
-    assert {file.name for file in folder.glob("*.safetensors")} == set(shards), "a shard the index does not name"
+    assert {file.name for file in folder.glob("*.safetensors")} == set(shards), (
+        "a shard the index does not name"
+    )
     assert sum(len(shard) for shard in shards.values()) == len(weight_map)
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
 def load(folder: Path) -> Any:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
     model, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return model.eval()
@@ -74,25 +86,48 @@ def expected_shapes(*, moe: bool) -> dict[str, tuple[int, ...]]:
     }
     shapes["model.norm.weight"] = (HIDDEN,)
     for n in range(LAYERS):
-        layer, attn, mlp = f"model.layers.{n}", f"model.layers.{n}.self_attn", f"model.layers.{n}.mlp"
-        shapes |= {f"{layer}.{norm}.weight": (HIDDEN,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        layer = f"model.layers.{n}"
+        attn = f"model.layers.{n}.self_attn"
+        mlp = f"model.layers.{n}.mlp"
+        shapes |= {
+            f"{layer}.{norm}.weight": (HIDDEN,)
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        }
         shapes |= {f"{attn}.q_norm.weight": (HEAD_DIM,), f"{attn}.k_norm.weight": (HEAD_DIM,)}
-        shapes |= {f"{attn}.q_proj.weight": (Q_WIDTH, HIDDEN), f"{attn}.o_proj.weight": (HIDDEN, Q_WIDTH)}
-        shapes |= {f"{attn}.k_proj.weight": (KV_WIDTH, HIDDEN), f"{attn}.v_proj.weight": (KV_WIDTH, HIDDEN)}
+        shapes |= {
+            f"{attn}.q_proj.weight": (Q_WIDTH, HIDDEN),
+            f"{attn}.o_proj.weight": (HIDDEN, Q_WIDTH),
+        }
+        shapes |= {
+            f"{attn}.k_proj.weight": (KV_WIDTH, HIDDEN),
+            f"{attn}.v_proj.weight": (KV_WIDTH, HIDDEN),
+        }
         if moe:
             shapes[f"{mlp}.gate.weight"] = (EXPERTS, HIDDEN)
         width = MOE_INTER if moe else INTER
         for prefix in [f"{mlp}.experts.{e}" for e in range(EXPERTS)] if moe else [mlp]:
-            shapes |= {f"{prefix}.gate_proj.weight": (width, HIDDEN), f"{prefix}.up_proj.weight": (width, HIDDEN)}
+            shapes |= {
+                f"{prefix}.gate_proj.weight": (width, HIDDEN),
+                f"{prefix}.up_proj.weight": (width, HIDDEN),
+            }
             shapes[f"{prefix}.down_proj.weight"] = (HIDDEN, width)
     return shapes
 
 
 def test_no_two_sizes_are_equal(moe_dir: Path) -> None:
     config = read_json(moe_dir / "config.json")
-    names = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts", "num_attention_heads")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "num_experts",
+        "num_attention_heads",
+    )
     sizes = [config[name] for name in names] + [config["vocab_size"], config["num_experts_per_tok"]]
-    sizes += [config[heads] * config["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads")]
+    sizes += [
+        config[heads] * config["head_dim"]
+        for heads in ("num_attention_heads", "num_key_value_heads")
+    ]
     assert len(set(sizes)) == len(sizes), sizes
 
 
@@ -129,7 +164,9 @@ def test_config(moe_dir: Path) -> None:
 @pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3"])
 def test_tensors_and_shards(arch: str, moe_dir: Path, dense_dir: Path) -> None:
     tensors = read_tensors(moe_dir if arch == "qwen3_moe" else dense_dir)
-    assert {name: tuple(t.shape) for name, t in tensors.items()} == expected_shapes(moe=arch == "qwen3_moe")
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == expected_shapes(
+        moe=arch == "qwen3_moe"
+    )
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     folder = moe_dir if arch == "qwen3_moe" else dense_dir
     assert len(set(read_json(folder / "model.safetensors.index.json")["weight_map"].values())) >= 2
@@ -137,9 +174,12 @@ def test_tensors_and_shards(arch: str, moe_dir: Path, dense_dir: Path) -> None:
 
 def test_loaded_experts_are_the_saved_ones(moe_dir: Path) -> None:
     """transformers 5 fuses experts in memory: gate_up_proj [E, 2I, H], gate first."""
-    saved, experts = read_tensors(moe_dir), load(moe_dir).model.layers[2].mlp.experts
+    saved = read_tensors(moe_dir)
+    experts = load(moe_dir).model.layers[2].mlp.experts
     for e in range(EXPERTS):
-        gate, up, down = (saved[f"model.layers.2.mlp.experts.{e}.{p}_proj.weight"] for p in ("gate", "up", "down"))
+        gate, up, down = (
+            saved[f"model.layers.2.mlp.experts.{e}.{p}_proj.weight"] for p in ("gate", "up", "down")
+        )
         assert torch.equal(experts.gate_up_proj[e], torch.cat([gate, up]))
         assert torch.equal(experts.down_proj[e], down)
 
@@ -147,18 +187,24 @@ def test_loaded_experts_are_the_saved_ones(moe_dir: Path) -> None:
 def test_spread_of_the_weights(moe_dir: Path) -> None:
     for name, weight in read_tensors(moe_dir).items():
         if weight.dim() == 1:
-            mean, std = 1.0, 0.1
+            mean = 1.0
+            std = 0.1
         else:
-            mean, std = 0.0, 1.0 if "embed_tokens" in name else weight.shape[1] ** -0.5
-        # of n normal numbers the mean errs by std/sqrt(n), the spread by std/sqrt(2n): five of these over 400 tensors
+            mean = 0.0
+            std = 1.0 if "embed_tokens" in name else weight.shape[1] ** -0.5
+        # of n normal numbers the mean errs by std/sqrt(n), the spread by std/sqrt(2n): five of
+        # these over 400 tensors
         assert abs(weight.mean() - mean) < 5 * std / math.sqrt(weight.numel()), name
         assert abs(weight.std() - std) < 5 * std / math.sqrt(2 * weight.numel()), name
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3"])
-def test_loss_on_random_text_is_that_of_normal_logits(arch: str, moe_dir: Path, dense_dir: Path) -> None:
-    """Logits ~ N(0, 1) that know nothing of the label: E[logsumexp - logit] = ln V + 1/2, with a standard error of
-    1/sqrt(2048) = 0.02 for the labels drawn; the rest of the 0.15 is that 512 logits share 96 hidden numbers.
+def test_loss_on_random_text_is_that_of_normal_logits(
+    arch: str, moe_dir: Path, dense_dir: Path
+) -> None:
+    """Logits ~ N(0, 1) that know nothing of the label: E[logsumexp - logit] = ln V + 1/2, with a
+    standard error of 1/sqrt(2048) = 0.02 for the labels drawn; the rest of the 0.15 is that 512
+    logits share 96 hidden numbers.
     """
     tokens = random_tokens(8, 256)
     with torch.no_grad():
@@ -178,7 +224,9 @@ def test_routing_is_uneven_and_uses_every_expert(seed: int, tmp_path: Path) -> N
         assert tokens_per_expert.max() > 1.15 * tokens_per_expert.min(), tokens_per_expert
 
 
-def test_same_seed_same_files_and_the_callers_random_state_is_untouched(moe_dir: Path, tmp_path: Path) -> None:
+def test_same_seed_same_files_and_the_callers_random_state_is_untouched(
+    moe_dir: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(123)
     before = torch.get_rng_state()
     again = make_tiny(tmp_path / "again")
@@ -188,9 +236,12 @@ def test_same_seed_same_files_and_the_callers_random_state_is_untouched(moe_dir:
     assert {file.name: file.read_bytes() for file in again.iterdir()} == files
 
 
-def test_another_seed_changes_every_tensor_and_not_the_tokenizer(moe_dir: Path, tmp_path: Path) -> None:
+def test_another_seed_changes_every_tensor_and_not_the_tokenizer(
+    moe_dir: Path, tmp_path: Path
+) -> None:
     other = make_tiny(tmp_path / "other", seed=1)
-    one, two = read_tensors(moe_dir), read_tensors(other)
+    one = read_tensors(moe_dir)
+    two = read_tensors(other)
     assert not [name for name in one if torch.equal(one[name], two[name])]
     assert (other / "tokenizer.json").read_text() == (moe_dir / "tokenizer.json").read_text()
 
@@ -210,12 +261,19 @@ def test_overrides_reach_the_model_and_not_the_next_call(tmp_path: Path) -> None
     rope: dict[str, Any] = {"rope_type": "default"}
     make_tiny(tmp_path / "a", num_hidden_layers=1, rope_parameters=rope)
     assert rope == {"rope_type": "default"}
-    changed = make_tiny(tmp_path / "b", num_hidden_layers=2, num_experts=5, rope_theta=5e5, tie_word_embeddings=True)
+    changed = make_tiny(
+        tmp_path / "b", num_hidden_layers=2, num_experts=5, rope_theta=5e5, tie_word_embeddings=True
+    )
     model = load(changed)
-    assert model.config.rope_parameters["rope_theta"] == read_json(changed / "config.json")["rope_theta"] == 5e5
+    assert (
+        model.config.rope_parameters["rope_theta"]
+        == read_json(changed / "config.json")["rope_theta"]
+        == 5e5
+    )
     assert model.model.layers[1].mlp.experts.down_proj.shape == (5, HIDDEN, MOE_INTER)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.lm_head.weight.std().item() == pytest.approx(HIDDEN**-0.5, rel=0.02)  # an output matrix now
+    # an output matrix now
+    assert model.lm_head.weight.std().item() == pytest.approx(HIDDEN**-0.5, rel=0.02)
     assert "lm_head.weight" not in read_tensors(changed)
     plain = read_json(make_tiny(tmp_path / "c", num_hidden_layers=1) / "config.json")
     assert plain["rope_theta"] == 1e6 and not plain["tie_word_embeddings"]
@@ -240,13 +298,23 @@ def test_tokenizer_has_exactly_the_models_vocabulary(moe_dir: Path, tokenizer: A
     assert sorted(tokenizer.get_vocab().values()) == list(range(VOCAB))
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     assert tokenizer.convert_tokens_to_ids(specials) == [509, 510, 511]
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (509, 511, None)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (
+        509,
+        511,
+        None,
+    )
     assert sorted(tokenizer.all_special_ids) == [509, 510, 511]
     for name in ("config.json", "generation_config.json"):
         ids = read_json(moe_dir / name)
-        assert (ids["pad_token_id"], ids["eos_token_id"], ids.get("bos_token_id")) == (509, 511, None)
+        assert (ids["pad_token_id"], ids["eos_token_id"], ids.get("bos_token_id")) == (
+            509,
+            511,
+            None,
+        )
     # transformers 4 knows this class; TokenizersBackend, which transformers 5 writes, it does not
-    assert read_json(moe_dir / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (
+        read_json(moe_dir / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
+    )
 
 
 def test_merges_were_learned_and_digits_stand_alone(tokenizer: Any) -> None:
@@ -254,11 +322,16 @@ def test_merges_were_learned_and_digits_stand_alone(tokenizer: Any) -> None:
     text = "The model says what the sum of the experts is."
     assert len(tokenizer(text).input_ids) < len(text) / 2
     assert tokenizer("hi<|im_end|>").input_ids[-1] == 511
-    assert tokenizer.decode(tokenizer("<|im_start|>hi<|im_end|>").input_ids, skip_special_tokens=True) == "hi"
+    assert (
+        tokenizer.decode(tokenizer("<|im_start|>hi<|im_end|>").input_ids, skip_special_tokens=True)
+        == "hi"
+    )
 
 
 def test_a_vocabulary_larger_than_the_text_yields_is_filled_up(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(make_tiny(tmp_path / "m", num_hidden_layers=1, vocab_size=2000))
+    tokenizer = AutoTokenizer.from_pretrained(
+        make_tiny(tmp_path / "m", num_hidden_layers=1, vocab_size=2000)
+    )
     assert len(tokenizer) == 2000
     assert sorted(tokenizer.get_vocab().values()) == list(range(2000))
     assert tokenizer.convert_ids_to_tokens(1996).startswith("<|unused_")
@@ -271,13 +344,17 @@ def test_chat_template(tokenizer: Any) -> None:
     prompt = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     assert prompt == CHAT_TEXT + "<|im_start|>assistant\n"
     assert "generation %" not in tokenizer.chat_template
-    with pytest.raises(jinja2.TemplateError, match="unknown role tool; known: system, user, assistant"):
+    with pytest.raises(
+        jinja2.TemplateError, match="unknown role tool; known: system, user, assistant"
+    ):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
 
 
 def test_greedy_generation_equals_argmax_step_by_step(moe_dir: Path, tokenizer: Any) -> None:
     model = load(moe_dir)
-    prompt = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     answer = model.generate(**prompt, max_new_tokens=6, do_sample=False)[0].tolist()
     wanted = prompt["input_ids"][0].tolist()
     while len(wanted) < len(answer):
@@ -292,11 +369,17 @@ def test_greedy_generation_equals_argmax_step_by_step(moe_dir: Path, tokenizer: 
     [
         ({"arch": "llama"}, "arch 'llama' is unknown; choose one of qwen3_moe, qwen3, qwen2_moe."),
         ({"dtype": "float16"}, "dtype 'float16' is unknown; choose one of float32, bfloat16."),
-        ({"num_expert": 4}, "'num_expert' is no field of the qwen3_moe config; did you mean num_experts?"),
+        (
+            {"num_expert": 4},
+            "'num_expert' is no field of the qwen3_moe config; did you mean num_experts?",
+        ),
         ({"hiden_size": 4, "arch": "qwen3"}, "did you mean hidden_size?"),
         ({"num_experts": 4, "arch": "qwen3"}, "'num_experts' is no field of the qwen3 config"),
         ({"hidden_size": "96"}, "expected int, got str"),
-        ({"num_key_value_heads": 4}, "num_attention_heads=6 is not a multiple of num_key_value_heads=4"),
+        (
+            {"num_key_value_heads": 4},
+            "num_attention_heads=6 is not a multiple of num_key_value_heads=4",
+        ),
         ({"num_key_value_heads": 0}, "not a multiple of num_key_value_heads=0"),
         ({"head_dim": 33}, "head_dim=33 must be an even number"),
         ({"head_dim": "32"}, "head_dim='32' must be an even number"),
@@ -318,7 +401,8 @@ def test_overwrites_its_own_folder_and_keeps_what_is_not_the_models(tmp_path: Pa
     (folder / "model-00009-of-00009.safetensors").write_bytes(b"stale")
     make_tiny(folder, arch="qwen3", seed=3, num_hidden_layers=1)
     fresh = make_tiny(tmp_path / "fresh", arch="qwen3", seed=3, num_hidden_layers=1)
-    overwritten, wanted = read_tensors(folder), read_tensors(fresh)
+    overwritten = read_tensors(folder)
+    wanted = read_tensors(fresh)
     assert overwritten.keys() == wanted.keys()
     assert all(torch.equal(overwritten[name], wanted[name]) for name in wanted)
     assert {f.name for f in folder.iterdir()} == {f.name for f in fresh.iterdir()} | {"notes.txt"}

@@ -37,7 +37,8 @@ from benchmarks.tune_points import (
 from benchmarks.tune_record import Record, beats, vendor_from
 from benchmarks.tune_sweep import DeadDevice, Sweep, Tools
 
-ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 SIZES = Sizes("tiny", 32, 16, num_experts=4, top_k=2)
 GATE_UP, DOWN, DOWN_DGRAD, GATE_UP_DGRAD = gemms_of(SIZES, rank=4)
 RULE = Variant(64, 128, 64, 4, 4)
@@ -58,8 +59,12 @@ class Bench:
     """A made-up machine: variants take ``cost(variant, call number)`` microseconds, and time passes
     only by them."""
 
-    def __init__(self, cost: Callable[[Variant], float], noise: float = 0.001, run: Any = by_torch) -> None:
-        self.cost, self.noise, self.run = cost, noise, run
+    def __init__(
+        self, cost: Callable[[Variant], float], noise: float = 0.001, run: Any = by_torch
+    ) -> None:
+        self.cost = cost
+        self.noise = noise
+        self.run = run
         self.seconds, self.random = 0.0, random.Random(0)
         self.compiled: list[Job] = []
         self.timed: list[tuple[str, int]] = []
@@ -90,8 +95,10 @@ class Bench:
 
     def tools(self, **changed: Any) -> Tools:
         how = dict(
-            device=CPU, dtype=torch.float32, timer=self.timer, compiler=self.compiler, layer=self.layer, uneven=(0, 1, 5, 2),
-            run=self.run, alive=lambda: self.alive, now=lambda: self.seconds, variants=lambda *_: VARIANTS,
+            device=CPU, dtype=torch.float32, timer=self.timer, compiler=self.compiler,
+            layer=self.layer, uneven=(0, 1, 5, 2),
+            run=self.run, alive=lambda: self.alive, now=lambda: self.seconds,
+            variants=lambda *_: VARIANTS,
         )  # fmt: skip
         return Tools(**{**how, **changed})
 
@@ -100,15 +107,22 @@ class Bench:
 def out(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv(tuned.ENV_TABLE, "off")  # and put back what the sweep sets
     tuned.forget()
-    monkeypatch.setattr("benchmarks.gpu_timing.commit", lambda: "abc")  # asking git at every save takes seconds in all
+    # asking git at every save takes seconds in all
+    monkeypatch.setattr("benchmarks.gpu_timing.commit", lambda: "abc")
     yield tmp_path / "tuned.json"
     tuned.forget()
 
 
 def sweep(
-    out: Path, bench: Bench, points: Sequence[Point] = POINTS, seconds: float = 1e6, layers: Any = ()
+    out: Path,
+    bench: Bench,
+    points: Sequence[Point] = POINTS,
+    seconds: float = 1e6,
+    layers: Any = (),
 ) -> dict[str, Any]:
-    Sweep(Record(out, CPU, dry=True), bench.tools(), seconds).measure([Group(tuple(points), tuple(layers))])
+    Sweep(Record(out, CPU, dry=True), bench.tools(), seconds).measure(
+        [Group(tuple(points), tuple(layers))]
+    )
     return json.loads(out.read_text())
 
 
@@ -117,7 +131,7 @@ def costs(**by_stage: float) -> Callable[[Variant], float]:
     return lambda v: by_stage.get(f"v{VARIANTS.index(v)}", 200.0)
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 
 
 def test_the_fastest_gets_the_row_of_every_point(out):
@@ -125,9 +139,16 @@ def test_the_fastest_gets_the_row_of_every_point(out):
     assert len(found["rows"]) == 4 and not found["rule_stands"]
     for row, point in zip(found["rows"], POINTS, strict=True):
         assert Variant(**row["variant"]) == VARIANTS[5]
-        assert (row["op"], row["N"], row["K"], row["R"]) == ("forward", point.gemm.N, point.gemm.K, 16)
+        assert (row["op"], row["N"], row["K"], row["R"]) == (
+            "forward",
+            point.gemm.N,
+            point.gemm.K,
+            16,
+        )
         assert (row["rows_per_expert"], row["blocks"]) == (point.rows, len(point.gemm.ranks))
-        assert row["us"] == pytest.approx(70, rel=0.01) and row["rule_us"] == pytest.approx(100, rel=0.01)
+        assert row["us"] == pytest.approx(70, rel=0.01) and row["rule_us"] == pytest.approx(
+            100, rel=0.01
+        )
         assert 0 < row["spread"] < 0.01
 
 
@@ -136,9 +157,14 @@ def test_the_written_file_drives_the_choice(out, monkeypatch):
     neighbours."""
     points = tuple(Point(GATE_UP, 2, rows) for rows in (64, 128, 256))
     now: list[Point] = []
-    bench = Bench(lambda v: {RULE: 100, VARIANTS[4]: 150 if now[-1].rows == 128 else 50}.get(v, 200.0))
+    bench = Bench(
+        lambda v: {RULE: 100, VARIANTS[4]: 150 if now[-1].rows == 128 else 50}.get(v, 200.0)
+    )
     timed = bench.timer
-    bench.timer = lambda calls, repeats: (now.append(points[len(bench.timed) // 10]), timed(calls, repeats))[1]
+    bench.timer = lambda calls, repeats: (
+        now.append(points[len(bench.timed) // 10]),
+        timed(calls, repeats),
+    )[1]
     monkeypatch.setattr(
         "benchmarks.tune_record.DTYPE_NAMES", {torch.float32: "bfloat16"}
     )  # variants for half precision
@@ -149,7 +175,9 @@ def test_the_written_file_drives_the_choice(out, monkeypatch):
     # The weight is narrower than a tile that TMA loads: the reader must say so, not the launch.
     monkeypatch.setenv(tuned.ENV_TABLE, str(out))
     tuned.forget()
-    with pytest.raises(ValueError, match=r"rows\[0\].*cannot run: TMA needs whole tiles.*tune again"):
+    with pytest.raises(
+        ValueError, match=r"rows\[0\].*cannot run: TMA needs whole tiles.*tune again"
+    ):
         tuned.choose(GATE_UP.product(torch.bfloat16, 64), CPU)
 
 
@@ -161,14 +189,22 @@ def test_a_row_that_can_run_is_chosen(out, monkeypatch):
     monkeypatch.setenv(tuned.ENV_TABLE, str(out))
     tuned.forget()
     product = GATE_UP.product(torch.bfloat16, 128)
-    assert tuned.choose(product, CPU) == fast == tuned.choose(replace(product, rows_per_expert=256), CPU)
+    assert (
+        tuned.choose(product, CPU)
+        == fast
+        == tuned.choose(replace(product, rows_per_expert=256), CPU)
+    )
     assert tuned.choose(replace(product, rows_per_expert=512), CPU) != fast
     assert tuned.choose(DOWN.product(torch.bfloat16, 128), CPU) != fast
 
 
 @pytest.mark.parametrize("noise", [0.001, 0.01, 0.05])
 def test_noise_writes_no_row(out, noise):
-    points = [Point(gemm, 2, rows) for rows in tuned.BUCKETS[:6] for gemm in (GATE_UP, DOWN, DOWN_DGRAD, GATE_UP_DGRAD)]
+    points = [
+        Point(gemm, 2, rows)
+        for rows in tuned.BUCKETS[:6]
+        for gemm in (GATE_UP, DOWN, DOWN_DGRAD, GATE_UP_DGRAD)
+    ]
     found = sweep(out, Bench(lambda v: 100.0, noise), points)
     assert not found["rows"] and len(found["rule_stands"]) == 24
 
@@ -216,7 +252,9 @@ def test_round_two_has_the_best_four_and_the_rule(out):
     yardstick."""
     bench = Bench(costs(v0=300, v1=250, v2=40, v3=30, v4=50, v5=60))
     row = sweep(out, bench, POINTS[:1])["rows"][0]
-    assert Variant(**row["variant"]) == VARIANTS[3] and row["rule_us"] == pytest.approx(300, rel=0.01)
+    assert Variant(**row["variant"]) == VARIANTS[3] and row["rule_us"] == pytest.approx(
+        300, rel=0.01
+    )
     first = {label for label, repeats in bench.timed if repeats == 3}
     second = {label for label, repeats in bench.timed if repeats == 20}
     assert first == {variant_label(v) for v in VARIANTS}
@@ -238,7 +276,7 @@ def test_a_lucky_time_of_round_one_gives_no_row(out):
     assert [Variant(**row["variant"]) for row in sweep(out, bench)["rows"]] == [VARIANTS[2]] * 4
 
 
-# ---- variants that are refused ---------------------------------------------------------------------------------------
+# ---- variants that are refused -------------------------------------------------------------------
 
 
 def with_bug(which: Variant, bug: Callable[[Operands, torch.Tensor], torch.Tensor | None]) -> Any:
@@ -318,7 +356,9 @@ def test_one_wrong_row_among_many_is_found():
     assert mistake(o, want_MN, RULE, lambda *_: right_MN) is None
     wrong_MN = right_MN.clone()
     wrong_MN[777] = right_MN[0]
-    assert str(mistake(o, want_MN, RULE, lambda *_: wrong_MN)).startswith("wrong: 1 of 80000 rows differ from float32")
+    assert str(mistake(o, want_MN, RULE, lambda *_: wrong_MN)).startswith(
+        "wrong: 1 of 80000 rows differ from float32"
+    )
 
 
 def test_a_variant_wrong_at_many_rows_alone_is_found_at_the_point(out):
@@ -331,9 +371,14 @@ def test_a_variant_wrong_at_many_rows_alone_is_found_at_the_point(out):
             y_MN[200, 3] += 1
         return y_MN
 
-    found = sweep(out, Bench(costs(v0=100, v2=1), run=run), [Point(DOWN, 2, 64), Point(DOWN, 2, 128)])
+    found = sweep(
+        out, Bench(costs(v0=100, v2=1), run=run), [Point(DOWN, 2, 64), Point(DOWN, 2, 128)]
+    )
     assert [row["rows_per_expert"] for row in found["rows"]] == [64]
-    assert "1 of 256 rows differ" in found["sweep"]["refused"][f"tiny down forward: {variant_label(wrong)}"]
+    assert (
+        "1 of 256 rows differ"
+        in found["sweep"]["refused"][f"tiny down forward: {variant_label(wrong)}"]
+    )
 
 
 def test_a_variant_that_raises_is_named_and_the_others_go_on(out):
@@ -390,11 +435,18 @@ def test_a_point_that_fails_is_named_and_the_others_go_on(out):
 
     bench.run = run
     found = sweep(out, bench, layers=LAYERS)
-    assert [row["N"] for row in found["rows"]] == [GATE_UP.N] * 2 and len(found["sweep"]["crossing"]) == 2
+    assert [row["N"] for row in found["rows"]] == [GATE_UP.N] * 2 and len(
+        found["sweep"]["crossing"]
+    ) == 2
     failures = found["sweep"]["failures"]
-    assert list(failures) == ["tiny down forward 2 x 64", "tiny down forward 2 x 128", LAYERS[2].label]
+    assert list(failures) == [
+        "tiny down forward 2 x 64",
+        "tiny down forward 2 x 128",
+        LAYERS[2].label,
+    ]
     assert (
-        "no variant computes it" in failures["tiny down forward 2 x 64"] and failures[LAYERS[2].label] == "KeyError: 64"
+        "no variant computes it" in failures["tiny down forward 2 x 64"]
+        and failures[LAYERS[2].label] == "KeyError: 64"
     )
 
 
@@ -413,33 +465,49 @@ def test_a_device_that_dies_while_it_is_timed_does_not_die_of_the_same_point_aga
         sweep(out, bench)
     bench.alive = True
     found = sweep(out, bench)
-    assert list(found["sweep"]["failures"]) == ["tiny gate_up forward 2 x 64"] and len(found["rows"]) == 3
+    assert (
+        list(found["sweep"]["failures"]) == ["tiny gate_up forward 2 x 64"]
+        and len(found["rows"]) == 3
+    )
 
 
 def test_what_does_not_compile_is_refused_and_never_launched(out):
     bench = Bench(costs(v0=100, v5=1, v2=50))
-    bench.no_compile = {VARIANTS[5]: "the compiler's process ended with -6: Assertion `index < size()' failed."}
+    bench.no_compile = {
+        VARIANTS[5]: "the compiler's process ended with -6: Assertion `index < size()' failed."
+    }
     launched = []
     bench.run = lambda o, v: (launched.append(v), by_torch(o, v))[1]
     found = sweep(out, bench)
     assert {Variant(**row["variant"]) for row in found["rows"]} == {VARIANTS[2]}
-    assert all(reason.startswith("does not compile: the compiler's") for reason in found["sweep"]["refused"].values())
+    assert all(
+        reason.startswith("does not compile: the compiler's")
+        for reason in found["sweep"]["refused"].values()
+    )
     assert len(found["sweep"]["refused"]) == 2 and VARIANTS[5] not in launched
 
 
 def test_what_the_compiler_did_not_reach_is_left_for_the_next_call(out):
     bench = Bench(costs(v0=100, v5=1, v2=50))
-    bench.reach = 2 * 2 * len(VARIANTS) - 1  # both numbers of experts of all but the last job of the second GEMM
+    # both numbers of experts of all but the last job of the second GEMM
+    bench.reach = 2 * 2 * len(VARIANTS) - 1
     found = sweep(out, bench)
     assert not found["sweep"]["refused"]
-    assert {(row["N"], Variant(**row["variant"])) for row in found["rows"]} == {(32, VARIANTS[5]), (32, VARIANTS[2])}
+    assert {(row["N"], Variant(**row["variant"])) for row in found["rows"]} == {
+        (32, VARIANTS[5]),
+        (32, VARIANTS[2]),
+    }
 
 
 def test_a_second_group_compiles_nothing_twice(out):
     bench = Bench(costs(v0=100))
-    parts = [Group((point,)) for point in (Point(DOWN, 2, 64), Point(DOWN, 2, 128), Point(DOWN, 3, 256))]
+    parts = [
+        Group((point,)) for point in (Point(DOWN, 2, 64), Point(DOWN, 2, 128), Point(DOWN, 3, 256))
+    ]
     Sweep(Record(out, CPU, dry=True), bench.tools(), 1e6).measure(parts)
-    assert [job.experts for job in bench.compiled] == [n for _ in VARIANTS for n in (4, 2)] + [3] * len(VARIANTS)
+    assert [job.experts for job in bench.compiled] == [n for _ in VARIANTS for n in (4, 2)] + [
+        3
+    ] * len(VARIANTS)
 
 
 def test_where_the_rules_own_does_not_run_the_best_other_is_taken(out):
@@ -452,27 +520,38 @@ def test_where_the_rules_own_does_not_run_the_best_other_is_taken(out):
 def test_kernels_are_compiled_for_the_experts_they_run_with(out):
     bench = Bench(costs(v0=100))
     sweep(out, bench, [Point(DOWN, 2, 64), Point(DOWN, 3, 128)])
-    assert {(job.experts, job.dtype) for job in bench.compiled} == {(4, "float32"), (2, "float32"), (3, "float32")}
+    assert {(job.experts, job.dtype) for job in bench.compiled} == {
+        (4, "float32"),
+        (2, "float32"),
+        (3, "float32"),
+    }
     assert len(bench.compiled) == len(set(bench.compiled)) == 3 * len(VARIANTS)
 
 
-# ---- the budget, and going on ----------------------------------------------------------------------------------------
+# ---- the budget, and going on --------------------------------------------------------------------
 
 
 def test_the_budget_is_kept_and_a_second_call_goes_on(out):
     bench = Bench(costs(v0=100, v1=50))
     first = sweep(out, bench, seconds=5.6)
     assert bench.seconds <= 5.6
-    done, left = list(first["sweep"]["points"]), first["sweep"]["not_reached"]
+    done = list(first["sweep"]["points"])
+    left = first["sweep"]["not_reached"]
     assert done and left and [*done, *left] == [point.label for point in POINTS]
     bench.timed.clear()
     compiled = len(bench.compiled)
     second = sweep(out, bench)
-    assert list(second["sweep"]["points"]) == [point.label for point in POINTS] and not second["sweep"]["not_reached"]
+    assert (
+        list(second["sweep"]["points"]) == [point.label for point in POINTS]
+        and not second["sweep"]["not_reached"]
+    )
     assert {label: second["sweep"]["points"][label] for label in done} == first["sweep"]["points"]
-    assert sum(repeats == 3 for _, repeats in bench.timed) == len(left) * len(VARIANTS)  # nothing twice
+    # nothing twice
+    assert sum(repeats == 3 for _, repeats in bench.timed) == len(left) * len(VARIANTS)
     assert len(second["rows"]) == 4
-    assert all(job.gemm in {p.gemm for p in POINTS if p.label in left} for job in bench.compiled[compiled:])
+    assert all(
+        job.gemm in {p.gemm for p in POINTS if p.label in left} for job in bench.compiled[compiled:]
+    )
 
 
 def test_a_slow_point_lowers_what_is_begun(out):
@@ -497,7 +576,8 @@ def test_another_machines_file_is_not_continued(out, field):
     target[field] = "another"
     out.write_text(json.dumps(found))
     with pytest.raises(
-        ValueError, match=f"begun with {field} 'another', but this is .*; give another --out, or remove it"
+        ValueError,
+        match=f"begun with {field} 'another', but this is .*; give another --out, or remove it",
     ):
         Record(out, CPU, dry=True)
 
@@ -507,14 +587,19 @@ def test_order_of_points_and_what_their_buckets_are():
     one row for each."""
     first, rest, big = groups()
     firsts = [(point.gemm.name, point.experts, point.rows) for point in first.points]
-    names = [f"30b {name}" for name in ("gate_up forward", "down forward", "down dgrad", "gate_up dgrad")]
+    names = [
+        f"30b {name}" for name in ("gate_up forward", "down forward", "down dgrad", "gate_up dgrad")
+    ]
     assert firsts == [*((name, 128, 512) for name in names), *((name, 16, 4096) for name in names)]
     for points in ((*first.points, *rest.points), big.points):
         keys = [(point.gemm, tuned.bucket_of(point.rows)) for point in points]
         assert len(keys) == len(set(keys)) == 4 * len(tuned.BUCKETS)
         assert {point.experts for point in points} == {128, 16}
         assert all(point.rows in tuned.BUCKETS for point in points)
-    sizes = {gemm.name: (gemm.op, gemm.N, gemm.K, gemm.ranks, gemm.gathered) for gemm in (p.gemm for p in rest.points)}
+    sizes = {
+        gemm.name: (gemm.op, gemm.N, gemm.K, gemm.ranks, gemm.gathered)
+        for gemm in (p.gemm for p in rest.points)
+    }
     assert sizes == {
         "30b gate_up forward": ("forward", 1536, 2048, (16, 16), True),
         "30b down forward": ("forward", 2048, 768, (16,), False),
@@ -525,7 +610,7 @@ def test_order_of_points_and_what_their_buckets_are():
     assert rows == sorted(rows, reverse=True) == [4096, 2048, 1024, 512, 256, 128]
 
 
-# ---- the back end ----------------------------------------------------------------------------------------------------
+# ---- the back end --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -557,7 +642,10 @@ def test_layers_are_timed_with_the_rows_found_so_far(out):
     bench.layer_us = dict.fromkeys((256, 128, 64), (100.0, 90.0))
     seen = []
     layer = bench.layer
-    bench.layer = lambda spec: (seen.append(set(tuned.choices_for("cpu").table.variants.values())), layer(spec))[1]
+    bench.layer = lambda spec: (
+        seen.append(set(tuned.choices_for("cpu").table.variants.values())),
+        layer(spec),
+    )[1]
     sweep(out, bench, layers=LAYERS)
     assert seen == [{VARIANTS[1]}] * 3
 
@@ -566,20 +654,29 @@ def test_a_layer_without_points_is_no_crossing():
     assert vendor_from([]) is None
 
 
-# ---- the parts -------------------------------------------------------------------------------------------------------
+# ---- the parts -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gemm", [GATE_UP, DOWN, DOWN_DGRAD, GATE_UP_DGRAD], ids=lambda gemm: gemm.name)
+@pytest.mark.parametrize(
+    "gemm", [GATE_UP, DOWN, DOWN_DGRAD, GATE_UP_DGRAD], ids=lambda gemm: gemm.name
+)
 def test_the_reference_and_the_launch_agree(gemm):
     """The product's own loop over experts, and the operands that training would give it."""
     from megalora_kernels.grouped_gemm import grouped_gemm_loop
 
     o = make_operands(gemm, (3, 0, 7, 1), CPU, torch.float32)
     assert (
-        mistake(o, reference(o), RULE, lambda o, _: grouped_gemm_loop(o.x, o.w_EKN, o.routing, o.s_MR, o.b, o.source_M))
+        mistake(
+            o,
+            reference(o),
+            RULE,
+            lambda o, _: grouped_gemm_loop(o.x, o.w_EKN, o.routing, o.s_MR, o.b, o.source_M),
+        )
         is None
     )
-    assert (o.w_EKN.stride(1) == 1) == (gemm.op == "forward") and (o.source_M is not None) == gemm.gathered
+    assert (o.w_EKN.stride(1) == 1) == (gemm.op == "forward") and (
+        o.source_M is not None
+    ) == gemm.gathered
 
 
 CHILD = """
@@ -605,12 +702,16 @@ def job(word: str, number: int = 0) -> Job:
 def test_an_abort_loses_one_variant_and_not_the_sweep():
     good = [job("good", i) for i in range(5)]
     jobs = [good[0], job("abort"), good[1], job("wrong"), job("exit"), *good[2:], job("sleep")]
-    found = compile_all(jobs, [sys.executable, "-c", CHILD], num_processes=2, seconds=60, job_seconds=3)
+    found = compile_all(
+        jobs, [sys.executable, "-c", CHILD], num_processes=2, seconds=60, job_seconds=3
+    )
     assert [found[j] for j in good] == [None] * 5
     assert found[job("wrong")] == "TypeError: no"
     assert found[job("abort")] == "the compiler's process ended with -6: LLVM ERROR: nothing"
     assert found[job("exit")] == "the compiler's process ended with 1: no module named triton"
-    assert found[job("sleep")].startswith("not compiled after 3 s; the compiler's process ended with -9")
+    assert found[job("sleep")].startswith(
+        "not compiled after 3 s; the compiler's process ended with -9"
+    )
 
 
 def test_no_job_is_begun_when_time_is_over():
@@ -622,13 +723,18 @@ def test_a_job_survives_the_pipe():
     assert Job.read(sent.line()) == sent
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     import os
 
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", **environment}
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
     env.pop("TRITON_INTERPRET", None)
     call = [sys.executable, "-m", "benchmarks.tune", *map(str, arguments)]
     return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
@@ -645,10 +751,14 @@ def test_the_dry_run_goes_the_whole_way(tmp_path):
     for point in sweep["points"].values():
         assert len(point["first_us"]) == 3 and min(point["first_us"].values()) > 0
     assert not next(iter(sweep["crossing"].values()))["problems"]
-    assert "times mean nothing" in found["measured"]["clocks"] and "times mean nothing" in done.stdout
+    assert (
+        "times mean nothing" in found["measured"]["clocks"] and "times mean nothing" in done.stdout
+    )
     assert set(found["measured"]) == set(tuned_fields()) and found["measured"]["triton"]
     again = command("--budget-seconds", 60, "--out", out, "--dry")
-    assert again.returncode == 0 and json.loads(out.read_text())["sweep"]["points"] == sweep["points"]
+    assert (
+        again.returncode == 0 and json.loads(out.read_text())["sweep"]["points"] == sweep["points"]
+    )
 
 
 def tuned_fields() -> Sequence[str]:
@@ -668,7 +778,10 @@ def test_mistakes_on_the_command_line(tmp_path):
             tmp_path / "a.json",
         ): "--budget-seconds 0.0: want a positive number of seconds",
         ("--out", tmp_path): "is a folder; name a file",
-        ("--out", tmp_path / "other.json"): "is there and no result of this script; give another, or remove it",
+        (
+            "--out",
+            tmp_path / "other.json",
+        ): "is there and no result of this script; give another, or remove it",
         ("--out", tmp_path / "text.json"): "is there and no JSON",
         (): "the following arguments are required: --out",
     }.items():
@@ -676,10 +789,14 @@ def test_mistakes_on_the_command_line(tmp_path):
         assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
-def sweep_by(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> tuple[int, int]:
+def sweep_by(
+    script: str, folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> tuple[int, int]:
     """(exit code, processes started) where each process of the sweep is a shell script."""
     program = folder / "python"
-    program.write_text(f"#!/bin/sh\necho started >> {folder}/calls\nn=$(wc -l < {folder}/calls)\n{script}\n")
+    program.write_text(
+        f"#!/bin/sh\necho started >> {folder}/calls\nn=$(wc -l < {folder}/calls)\n{script}\n"
+    )
     program.chmod(0o755)
     monkeypatch.setattr(tune.sys, "executable", str(program))
     code = tune.sweep(seconds, folder / "out.json", dry=False)
@@ -692,7 +809,11 @@ def sweep_by(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch, seconds
         ("exit 0", 0, 1),
         ("exit 1", 1, 1),
         ("exit 2", 2, 1),
-        ('[ "$n" = 1 ] && exit 75; [ "$n" = 2 ] && exit 76; [ "$n" = 3 ] && kill -6 $$; exit 0', 0, 4),
+        (
+            '[ "$n" = 1 ] && exit 75; [ "$n" = 2 ] && exit 76; [ "$n" = 3 ] && kill -6 $$; exit 0',
+            0,
+            4,
+        ),
     ],
 )
 def test_a_sweep_that_a_variant_ends_is_started_again(script, code, calls, tmp_path, monkeypatch):
@@ -701,6 +822,8 @@ def test_a_sweep_that_a_variant_ends_is_started_again(script, code, calls, tmp_p
 
 def test_a_sweep_is_ended_when_its_budget_is_spent(tmp_path, monkeypatch):
     start = time.monotonic()
-    assert sweep_by("exec sleep 60", tmp_path, monkeypatch, seconds=1) == (1, 1)  # and nothing was written
+    # and nothing was written
+    assert sweep_by("exec sleep 60", tmp_path, monkeypatch, seconds=1) == (1, 1)
     assert time.monotonic() - start < 20
-    assert sweep_by("exit 75", tmp_path, monkeypatch, seconds=10)[1] == 2  # with so little left, not once more
+    # with so little left, not once more
+    assert sweep_by("exit 75", tmp_path, monkeypatch, seconds=10)[1] == 2

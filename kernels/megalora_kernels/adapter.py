@@ -13,17 +13,20 @@ import torch.nn.functional as F
 from .checks import check_adapter
 
 Factors = Sequence[torch.Tensor | None]
-"""One factor for each projection, ``[E, r_i, N / len(factors)]``, any strides; None for a projection without adapter.
+"""One factor for each projection, ``[E, r_i, N / len(factors)]``, any strides; None for a
+projection without adapter.
 
-Projection i owns its equal share of N columns, and its own of the R columns of S: ranks follow each other there.
+Projection i owns its equal share of N columns, and its own of the R columns of S: ranks follow each
+other there.
 """
 
 
 class RankScale(NamedTuple):
     """Factors for the columns of S and dS, applied in float32 where these are written.
 
-    LoRA's scaling is there and not in B: ``B (scale S)`` is ``(scale B) S``, ``dS = scale (dy B)``, and every gradient is one
-    of a product with S or dS, so no scaled copy of a factor is made. S is rounded once, after scaling.
+    LoRA's scaling is there and not in B: ``B (scale S)`` is ``(scale B) S``, ``dS = scale (dy B)``,
+    and every gradient is one of a product with S or dS, so no scaled copy of a factor is made. S is
+    rounded once, after scaling.
     """
 
     first: float
@@ -40,7 +43,8 @@ UNSCALED = RankScale(1.0, 1.0, 0)
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """LoRA of one fused weight ``[E, N, K]`` whose rows are ``len(b)`` projections of equal height (gate and up; or down).
+    """LoRA of one fused weight ``[E, N, K]`` whose rows are ``len(b)`` projections of equal height
+    (gate and up; or down).
 
     Each projection has its own A and B: the A's are stacked, a B reads its own rows of the stack.
     """
@@ -54,7 +58,8 @@ class Adapter:
 
     def ranks(self) -> list[tuple[int, int, int]]:
         """(projection, first and last + 1 row of A) of those that have an adapter."""
-        found, start = [], 0
+        found = []
+        start = 0
         for i, b in enumerate(self.b):
             if b is not None:
                 found.append((i, start, start + b.shape[2]))
@@ -73,7 +78,9 @@ class Adapter:
 
     def whole_b(self, num_rows: int) -> torch.Tensor:
         """``[E, N, R]``: the scaled B's, block by block, zero elsewhere; differentiable."""
-        height, blocks, ranks = num_rows // len(self.b), [], {i: (j, k) for i, j, k in self.ranks()}
+        height = num_rows // len(self.b)
+        blocks = []
+        ranks = {i: (j, k) for i, j, k in self.ranks()}
         total = self.a.shape[1]
         if len(self.b) == 1 and self.b[0] is not None:
             return self.b[0] * self.scale[0]
@@ -88,15 +95,23 @@ class Adapter:
         """Raises ``ValueError`` unless A's rows and every B fit each other and the weight."""
         if len(self.b) > MAX_PROJECTIONS:
             raise ValueError(
-                f"{what}: {len(self.b)} b's; a fused weight has at most {MAX_PROJECTIONS} projections here (gate and up)"
+                f"{what}: {len(self.b)} b's; a fused weight has at most {MAX_PROJECTIONS}"
+                " projections here (gate and up)"
             )
         if len(self.b) != len(self.scale) or not self.b or weight_ENK.shape[1] % len(self.b):
             raise ValueError(
-                f"{what}: {len(self.b)} b's with {len(self.scale)} scales for a weight of {weight_ENK.shape[1]} rows; "
-                f"want one scale for each b, and b's of equal height"
+                f"{what}: {len(self.b)} b's with {len(self.scale)} scales for a weight of"
+                f" {weight_ENK.shape[1]} rows; want one scale for each b, and b's of equal height"
             )
         for i, start, stop in self.ranks():
-            check_adapter(what, weight_ENK[:, : weight_ENK.shape[1] // len(self.b)], self.a[:, start:stop], self.b[i])
+            check_adapter(
+                what,
+                weight_ENK[:, : weight_ENK.shape[1] // len(self.b)],
+                self.a[:, start:stop],
+                self.b[i],
+            )
         ranks = [stop - start for _, start, stop in self.ranks()]
         if not ranks or self.a.shape[1] != sum(ranks):
-            raise ValueError(f"{what}: a has {self.a.shape[1]} rows, the ranks of its b's are {ranks}")
+            raise ValueError(
+                f"{what}: a has {self.a.shape[1]} rows, the ranks of its b's are {ranks}"
+            )

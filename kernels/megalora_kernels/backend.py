@@ -9,11 +9,12 @@ Named by an argument, or by the environment variable MEGALORA_BACKEND, or chosen
     fewer rows per expert than ``tuned.vendor_from``, or no room         triton
     else                                                                 grouped_mm
 
-``tuned.vendor_from`` has the number of rows for the layer from the table measured on this GPU, else 1,024. Room in the weights
-is made by the same rule (``prefers_grouped_mm``), for the rows that are expected.
+``tuned.vendor_from`` has the number of rows for the layer from the table measured on this GPU, else
+1,024. Room in the weights is made by the same rule (``prefers_grouped_mm``), for the rows that are
+expected.
 
-``triton``, and ``grouped_mm`` where the fourth line does not apply, leave the offsets on the device; ``loop`` and ``reference``
-read them on the host.
+``triton``, and ``grouped_mm`` where the fourth line does not apply, leave the offsets on the
+device; ``loop`` and ``reference`` read them on the host.
 """
 
 import os
@@ -27,15 +28,19 @@ from .tuned import RULE_VENDOR_FROM, vendor_from
 
 BACKENDS = ("reference", "loop", "grouped_mm", "triton")
 ENV_BACKEND = "MEGALORA_BACKEND"
-MAX_TRITON_RANK, MAX_PASS_RANK = 128, 256  # of the GEMM's tiles, and of the passes that grouped_mm shares with it
+# of the GEMM's tiles, and of the passes that grouped_mm shares with it
+MAX_TRITON_RANK = 128
+MAX_PASS_RANK = 256
 NEARLY = 0.99
-"""Of the rows that the table says are enough: a sample of 4,096 tokens has 4,095 inputs, its last token being only predicted.
-Room in the weights is decided by the former number."""
-INTERPRETED: bool = knobs.runtime.interpret  # read once: kernels are decorated when this package is imported
+"""Of the rows that the table says are enough: a sample of 4,096 tokens has 4,095 inputs, its last
+token being only predicted. Room in the weights is decided by the former number."""
+# read once: kernels are decorated when this package is imported
+INTERPRETED: bool = knobs.runtime.interpret
 
 
 def choose(
-    backend: str | None, what: str, x: torch.Tensor, num_rows: int, rank: int, weights: Sequence[torch.Tensor],
+    backend: str | None, what: str, x: torch.Tensor, num_rows: int, rank: int,
+    weights: Sequence[torch.Tensor],
     room: bool = False, layer: tuple[int, int] | None = None,
 ) -> str:  # fmt: skip
     """The back end to take, by the rule above or by name.
@@ -57,7 +62,9 @@ def choose(
     problems = {"triton": _why_not_triton(x, rank), "grouped_mm": _why_not_vendor(x, rank, weights)}
     if name is not None:
         if problems.get(name):
-            raise ValueError(f"{what}: backend {name!r} cannot run: {problems[name]}; use 'loop' or 'reference'")
+            raise ValueError(
+                f"{what}: backend {name!r} cannot run: {problems[name]}; use 'loop' or 'reference'"
+            )
         return name
     if not x.is_cuda:
         return "loop"
@@ -69,9 +76,14 @@ def choose(
 
 
 def prefers_grouped_mm(
-    dtype: torch.dtype, device: torch.device, rows_per_expert: float, rank: int, layer: tuple[int, int] | None = None
+    dtype: torch.dtype,
+    device: torch.device,
+    rows_per_expert: float,
+    rank: int,
+    layer: tuple[int, int] | None = None,
 ) -> bool:
-    """Whether torch's grouped GEMM on joined operands is expected to be faster on this GPU than Triton.
+    """Whether torch's grouped GEMM on joined operands is expected to be faster on this GPU than
+    Triton.
 
     Args:
         rows_per_expert: M / E.
@@ -85,16 +97,20 @@ def prefers_grouped_mm(
 
 
 def vendor_waits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch's grouped GEMM on this GPU is a loop that copies the offsets to the host: all but bfloat16 on Hopper and
-    datacentre Blackwell (aten/src/ATen/native/cuda/GroupedBlas.cpp)."""
+    """Whether torch's grouped GEMM on this GPU is a loop that copies the offsets to the host: all
+    but bfloat16 on Hopper and datacentre Blackwell (aten/src/ATen/native/cuda/GroupedBlas.cpp)."""
     return dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10)
 
 
 def choose_pass(backend: str | None, what: str, x: torch.Tensor, rank: int) -> str:
-    """``reference``, ``loop`` or ``triton`` for one step alone; ``grouped_mm`` has its steps from the other two."""
-    name, problem = _by_name(backend, what), _why_not_triton(x, rank)
+    """``reference``, ``loop`` or ``triton`` for one step alone; ``grouped_mm`` has its steps from
+    the other two."""
+    name = _by_name(backend, what)
+    problem = _why_not_triton(x, rank)
     if name == "triton" and problem:
-        raise ValueError(f"{what}: backend 'triton' cannot run: {problem}; use 'loop' or 'reference'")
+        raise ValueError(
+            f"{what}: backend 'triton' cannot run: {problem}; use 'loop' or 'reference'"
+        )
     if name in ("reference", "loop", "triton"):
         return name
     return "triton" if x.is_cuda and problem is None else "loop"
@@ -115,7 +131,8 @@ def _why_not_triton(x: torch.Tensor, rank: int) -> str | None:
         return f"the stacked rank {rank} exceeds {MAX_TRITON_RANK}"
     if not x.is_cuda and not (INTERPRETED and x.device.type == "cpu"):
         return (
-            f"tensors are on {x.device}; Triton runs on GPUs, and on CPU only where TRITON_INTERPRET=1 from the start"
+            f"tensors are on {x.device}; Triton runs on GPUs, and on CPU only where"
+            " TRITON_INTERPRET=1 from the start"
         )
     return _too_old(x)
 
@@ -128,5 +145,8 @@ def _too_old(x: torch.Tensor) -> str | None:
 
 def _why_not_vendor(x: torch.Tensor, rank: int, weights: Sequence[torch.Tensor]) -> str | None:
     if x.is_cuda and rank > MAX_PASS_RANK:
-        return f"the stacked rank {rank} exceeds {MAX_PASS_RANK}, more than the passes between GEMMs have shared memory for"
+        return (
+            f"the stacked rank {rank} exceeds {MAX_PASS_RANK}, more than the passes between GEMMs"
+            " have shared memory for"
+        )
     return next(filter(None, (_too_old(x), *(why_not_grouped_mm(x, w) for w in weights))), None)

@@ -2,21 +2,21 @@
 
     out[t] = sum over j of y[slots[t, j]]
 
-It is also the gradient of the permutation that copied tokens to rows. A scatter-add would need atomics, whose order changes
-from run to run; each token gathering its own rows needs none.
+It is also the gradient of the permutation that copied tokens to rows. A scatter-add would need
+atomics, whose order changes from run to run; each token gathering its own rows needs none.
 
 Shape legend: T tokens   k rows per token   M routed rows   H features
 """
 
-# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
-# rules for calls do not hold.
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and
+# unpacks tuples in kernels: Python's rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
 import triton.language as tl
 
-# ---- 1. reference ---------------------------------------------------------------------------------------------------
+# ---- 1. reference --------------------------------------------------------------------------------
 
 
 def combine_ref(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
@@ -28,26 +28,32 @@ def combine_ref(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
     return out_TH.to(y_MH.dtype)
 
 
-# ---- 2. kernel ------------------------------------------------------------------------------------------------------
+# ---- 2. kernel -----------------------------------------------------------------------------------
 
 
 @triton.jit
-def _combine_kernel(y_ptr, slots_ptr, out_ptr, H, stride_y, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+def _combine_kernel(
+    y_ptr, slots_ptr, out_ptr, H, stride_y, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program owns BLOCK columns of one token."""
-    token, cols = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(SLOTS):
         row = tl.load(slots_ptr + token * SLOTS + j).to(tl.int64)
         acc += tl.load(y_ptr + row * stride_y + cols, mask=cols < H, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token.to(tl.int64) * H + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < H)
+    tl.store(
+        out_ptr + token.to(tl.int64) * H + cols, acc.to(out_ptr.dtype.element_ty), mask=cols < H
+    )
 
 
-# ---- 3. launcher ----------------------------------------------------------------------------------------------------
+# ---- 3. launcher ---------------------------------------------------------------------------------
 
 
 def combine_triton(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
     num_tokens, num_slots, H = *slots_TK.shape, y_MH.shape[1]
-    y_MH, slots_TK = y_MH if y_MH.stride(1) == 1 else y_MH.contiguous(), slots_TK.contiguous()
+    y_MH = y_MH if y_MH.stride(1) == 1 else y_MH.contiguous()
+    slots_TK = slots_TK.contiguous()
     out_TH = y_MH.new_empty(num_tokens, H)
     if num_tokens == 0:
         return out_TH
@@ -59,7 +65,10 @@ def combine_triton(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
 
 
 def combine(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
-    """Sum of each token's rows: ``[M, H]``, int32 ``[T, k]`` -> ``[T, H]`` in y's dtype. Not differentiable by itself."""
+    """Sum of each token's rows: ``[M, H]``, int32 ``[T, k]`` -> ``[T, H]`` in y's dtype. Not
+    differentiable by itself."""
     return (
-        combine_triton(y_MH, slots_TK) if y_MH.is_cuda and y_MH.dtype != torch.float64 else combine_ref(y_MH, slots_TK)
+        combine_triton(y_MH, slots_TK)
+        if y_MH.is_cuda and y_MH.dtype != torch.float64
+        else combine_ref(y_MH, slots_TK)
     )

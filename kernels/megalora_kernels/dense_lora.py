@@ -2,7 +2,8 @@
 
     y = x Wᵀ + h Bᵀ,  h = x Aᵀ        dx = dy W + dh A,  dh = dy B,  dA = dhᵀ x,  dB = dyᵀ h
 
-``add_low_rank`` is the part behind h alone: under tensor parallelism h travels between the two halves.
+``add_low_rank`` is the part behind h alone: under tensor parallelism h travels between the two
+halves.
 
 Shape legend: the last dimension is features, all before it are rows   K inputs   N outputs   R rank
 """
@@ -12,22 +13,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# ---- 1. reference ---------------------------------------------------------------------------------------------------
+# ---- 1. reference --------------------------------------------------------------------------------
 
 
-def dense_lora_ref(x: torch.Tensor, weight_NK: torch.Tensor, a_RK: torch.Tensor, b_NR: torch.Tensor) -> torch.Tensor:
+def dense_lora_ref(
+    x: torch.Tensor, weight_NK: torch.Tensor, a_RK: torch.Tensor, b_NR: torch.Tensor
+) -> torch.Tensor:
     """The specification; differentiable. Makes the delta as wide as y."""
     return F.linear(x, weight_NK) + F.linear(F.linear(x, a_RK), b_NR)
 
 
-# ---- 2. autograd ----------------------------------------------------------------------------------------------------
+# ---- 2. autograd ---------------------------------------------------------------------------------
 
 
 class _AddLowRank(torch.autograd.Function):
     """``base + h b^T`` written into ``base``'s memory by one GEMM.
 
-    ``base`` is the output of a frozen linear, which saves only its weight for backward, so nothing needs the old value;
-    sharing its version counter makes autograd refuse should that ever change.
+    ``base`` is the output of a frozen linear, which saves only its weight for backward, so nothing
+    needs the old value; sharing its version counter makes autograd refuse should that ever change.
     """
 
     @staticmethod
@@ -45,15 +48,22 @@ class _AddLowRank(torch.autograd.Function):
 
 
 class _DenseLoRA(torch.autograd.Function):
-    """One node: keeps x and h, and adds dh A into dx where autograd would make and add a second dx."""
+    """One node: keeps x and h, and adds dh A into dx where autograd would make and add a second
+    dx."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_MK: torch.Tensor, weight_NK: torch.Tensor, a_RK: torch.Tensor, b_NR: torch.Tensor
+        ctx: Any,
+        x_MK: torch.Tensor,
+        weight_NK: torch.Tensor,
+        a_RK: torch.Tensor,
+        b_NR: torch.Tensor,
     ) -> torch.Tensor:
         h_MR = x_MK @ a_RK.t()
         need_da, need_db = ctx.needs_input_grad[2:4]
-        ctx.save_for_backward(x_MK if need_da else None, h_MR if need_db else None, weight_NK, a_RK, b_NR)
+        ctx.save_for_backward(
+            x_MK if need_da else None, h_MR if need_db else None, weight_NK, a_RK, b_NR
+        )
         return (x_MK @ weight_NK.t()).addmm_(h_MR, b_NR.t())
 
     @staticmethod
@@ -70,10 +80,12 @@ class _DenseLoRA(torch.autograd.Function):
         )
 
 
-# ---- 3. public functions --------------------------------------------------------------------------------------------
+# ---- 3. public functions -------------------------------------------------------------------------
 
 
-def dense_lora(x: torch.Tensor, weight_NK: torch.Tensor, a_RK: torch.Tensor, b_NR: torch.Tensor) -> torch.Tensor:
+def dense_lora(
+    x: torch.Tensor, weight_NK: torch.Tensor, a_RK: torch.Tensor, b_NR: torch.Tensor
+) -> torch.Tensor:
     """Frozen dense linear plus LoRA (Hu et al. 2021, eq. 3). Differentiable once in x, a and b.
 
     Args:
@@ -87,15 +99,19 @@ def dense_lora(x: torch.Tensor, weight_NK: torch.Tensor, a_RK: torch.Tensor, b_N
     Raises:
         ValueError: shapes or dtypes that do not fit, or a weight that requires a gradient.
     """
-    (N, K), (R, a_in), b = weight_NK.shape, a_RK.shape, tuple(b_NR.shape)
+    N, K = weight_NK.shape
+    R, a_in = a_RK.shape
+    b = tuple(b_NR.shape)
     if x.shape[-1] != K or a_in != K or b != (N, R):
         raise ValueError(
-            f"dense_lora: want x [..., K], weight [N, K], a [R, K], b [N, R]; "
+            "dense_lora: want x [..., K], weight [N, K], a [R, K], b [N, R]; "
             f"got {tuple(x.shape)}, {(N, K)}, {(R, a_in)}, {b}"
         )
     for name, t in {"weight": weight_NK, "a": a_RK, "b": b_NR}.items():
         if t.dtype != x.dtype or t.device != x.device:
-            raise ValueError(f"dense_lora: {name} is {t.dtype} on {t.device} but x is {x.dtype} on {x.device}")
+            raise ValueError(
+                f"dense_lora: {name} is {t.dtype} on {t.device} but x is {x.dtype} on {x.device}"
+            )
     if weight_NK.requires_grad:
         raise ValueError("dense_lora: weight is frozen, but weight.requires_grad is True")
     y_MN: Any = _DenseLoRA.apply(x.reshape(-1, K), weight_NK, a_RK, b_NR)
@@ -103,5 +119,6 @@ def dense_lora(x: torch.Tensor, weight_NK: torch.Tensor, a_RK: torch.Tensor, b_N
 
 
 def add_low_rank(base: torch.Tensor, h: torch.Tensor, b_NR: torch.Tensor) -> torch.Tensor:
-    """``base [..., N] + h [..., R] bᵀ``, in place. ``base`` must not be saved for anyone's backward."""
+    """``base [..., N] + h [..., R] bᵀ``, in place. ``base`` must not be saved for anyone's
+    backward."""
     return _AddLowRank.apply(base.contiguous(), h, b_NR)  # pyright: ignore[reportReturnType]

@@ -20,15 +20,19 @@ def rows_descriptor(x: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor
     return TensorDescriptor.from_tensor(x, list(block))
 
 
-def stack_descriptor(w_EKN: torch.Tensor, block_k: int, block_n: int) -> tuple[TensorDescriptor, int]:
+def stack_descriptor(
+    w_EKN: torch.Tensor, block_k: int, block_n: int
+) -> tuple[TensorDescriptor, int]:
     """Return the descriptor of the experts' matrices, and the rows from one expert to the next.
 
     Stored ``[E, N, K]`` they are read by blocks of N and K; stored ``[E, K, N]``, by blocks of K
     and N.
     """
-    w, block = w_EKN, [block_k, block_n]
+    w = w_EKN
+    block = [block_k, block_n]
     if by_columns(w_EKN):
-        w, block = w_EKN.transpose(1, 2), [block_n, block_k]
+        w = w_EKN.transpose(1, 2)
+        block = [block_n, block_k]
     num_experts, num_rows, num_columns = w.shape
     pitch = w.stride(0) // w.stride(1)
     # Of the last expert only its own rows: what lies behind them in a wider buffer need not exist.
@@ -54,12 +58,16 @@ def why_not_described(name: str, t: torch.Tensor) -> str | None:
     steps = [step * t.element_size() for step in t.stride()[:-1]]
     if t.stride(-1) != 1 or any(step % ALIGN_BYTES for step in steps) or t.data_ptr() % ALIGN_BYTES:
         return (
-            f"TMA needs rows that start at multiples of {ALIGN_BYTES} bytes: {name} has strides {t.stride()} of "
-            f"{t.element_size()} bytes and starts {t.data_ptr() % ALIGN_BYTES} bytes beside one"
+            f"TMA needs rows that start at multiples of {ALIGN_BYTES} bytes: {name} has strides"
+            f" {t.stride()} of {t.element_size()} bytes and starts {t.data_ptr() % ALIGN_BYTES}"
+            " bytes beside one"
         )
     # An expanded gradient has all its rows in one place.
     if steps[-1] < t.shape[-1] * t.element_size():
-        return f"TMA needs rows that do not overlap: {name} has strides {t.stride()} and {t.shape[-1]} columns"
+        return (
+            f"TMA needs rows that do not overlap: {name} has strides {t.stride()} and {t.shape[-1]}"
+            " columns"
+        )
     if t.dim() == 3 and steps[0] % steps[1]:
         return f"TMA needs experts a whole number of rows apart: {name} has strides {t.stride()}"
     return None

@@ -1,6 +1,8 @@
-"""Experts whose adapters read a dropped-out input: two grouped LoRA linears around SwiGLU, not one node.
+"""Experts whose adapters read a dropped-out input: two grouped LoRA linears around SwiGLU, not one
+node.
 
-A reads x after dropout and the base reads x whole, so that both are kept, permuted. The mask is torch's, from its generator.
+A reads x after dropout and the base reads x whole, so that both are kept, permuted. The mask is
+torch's, from its generator.
 
 Shape legend: T tokens or rows of x   M routed rows   E experts   H hidden   I intermediate   J = 2I
 """
@@ -21,7 +23,9 @@ class _SwiGLU(torch.autograd.Function):
     """SwiGLU alone, for experts with dropout: keeps y and p, not the float32 values between."""
 
     @staticmethod
-    def forward(ctx: Any, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing, backend: str) -> torch.Tensor:
+    def forward(
+        ctx: Any, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing, backend: str
+    ) -> torch.Tensor:
         engine = make_engine(backend, routing)
         ctx.save_for_backward(y_MJ, p_M, routing.offsets_E)
         ctx.backend = backend
@@ -36,23 +40,31 @@ class _SwiGLU(torch.autograd.Function):
         engine = make_engine(ctx.backend, Routing(offsets_E, y_MJ.shape[0]))
         dy_MJ = torch.empty_like(y_MJ)
         sums = engine.sums(y_MJ, [])
-        engine.passes.swiglu_backward(engine.dense(dh_MI), y_MJ, p_M, engine.routing, dy_MJ, None, None, sums, None, ())
+        engine.passes.swiglu_backward(
+            engine.dense(dh_MI), y_MJ, p_M, engine.routing, dy_MJ, None, None, sums, None, ()
+        )
         dp_M, _ = sums.finish()
         return dy_MJ, dp_M, None, None
 
 
 def experts_with_dropout(
-    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | Joined, down_EHI: torch.Tensor | Joined, p_M: torch.Tensor,
+    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | Joined, down_EHI: torch.Tensor | Joined,
+    p_M: torch.Tensor,
     routing: Routing, gate_up: Adapter | None, down: Adapter | None, dropout: float, backend: str,
 ) -> torch.Tensor:  # fmt: skip
     """``expert_mlp`` for dropout > 0; operands are as there, and checked there."""
 
-    def linear(x: torch.Tensor, weight: torch.Tensor | Joined, adapter: Adapter | None) -> torch.Tensor:
+    def linear(
+        x: torch.Tensor, weight: torch.Tensor | Joined, adapter: Adapter | None
+    ) -> torch.Tensor:
         if adapter is None:
             return grouped_lora(x, weight, routing.offsets_E, backend=backend)
         num_rows = weight.N if isinstance(weight, Joined) else weight.shape[1]
-        b, dropped = adapter.whole_b(num_rows), F.dropout(x, dropout)
-        return grouped_lora(x, weight, routing.offsets_E, adapter.a, b, x_lora_MK=dropped, backend=backend)
+        b = adapter.whole_b(num_rows)
+        dropped = F.dropout(x, dropout)
+        return grouped_lora(
+            x, weight, routing.offsets_E, adapter.a, b, x_lora_MK=dropped, backend=backend
+        )
 
     y_MJ = linear(permute(x_TH, routing), gate_up_EJH, gate_up)
     h_MI: Any = _SwiGLU.apply(y_MJ, p_M.contiguous(), routing, backend)

@@ -59,7 +59,10 @@ class Weight:
     def check_room(self, what: str, rank: int) -> None:
         """Raises ``ValueError`` where an adapter of this rank does not fit beside the weight."""
         if self.joined is not None and rank > self.joined.room:
-            raise ValueError(f"{what}: the adapter's rank is {rank}, but the weight has room for {self.joined.room}")
+            raise ValueError(
+                f"{what}: the adapter's rank is {rank}, but the weight has room for"
+                f" {self.joined.room}"
+            )
 
 
 @dataclass(frozen=True)
@@ -74,18 +77,30 @@ class Passes:
     sums: type[TorchSums] | type[TritonSums]
 
 
-IN_TORCH = Passes(shrink_loop, swiglu_loop, swiglu_backward_loop, lora_wgrad_loop, combine_ref, TorchSums)
-IN_TRITON = Passes(shrink_triton, swiglu_triton, swiglu_backward_triton, lora_wgrad_triton, combine_triton, TritonSums)
+IN_TORCH = Passes(
+    shrink_loop, swiglu_loop, swiglu_backward_loop, lora_wgrad_loop, combine_ref, TorchSums
+)
+IN_TRITON = Passes(
+    shrink_triton,
+    swiglu_triton,
+    swiglu_backward_triton,
+    lora_wgrad_triton,
+    combine_triton,
+    TritonSums,
+)
 
 
 class Engine:
     """Computes the steps for one routing, tensors in, tensors out; no autograd.
 
-    This class is ``loop`` with ``IN_TORCH`` and ``triton`` with ``IN_TRITON``: both gather rows as they read them.
+    This class is ``loop`` with ``IN_TORCH`` and ``triton`` with ``IN_TRITON``: both gather rows as
+    they read them.
     """
 
     def __init__(self, routing: Routing, passes: Passes, gemm: Callable[..., torch.Tensor]) -> None:
-        self.routing, self.passes, self.gemm = routing, passes, gemm
+        self.routing = routing
+        self.passes = passes
+        self.gemm = gemm
 
     def dense(self, t: torch.Tensor) -> torch.Tensor:
         """t with rows that the kernels can read."""
@@ -97,10 +112,12 @@ class Engine:
         return Rows(x_MK, s_MR=like.new_empty(self.routing.num_rows, rank) if rank else None)
 
     def shrink(
-        self, x: torch.Tensor, factors: Factors | None, weight: Weight, source_M: torch.Tensor | None = None,
+        self, x: torch.Tensor, factors: Factors | None, weight: Weight,
+        source_M: torch.Tensor | None = None,
         x_lora: torch.Tensor | None = None, scale: RankScale = UNSCALED,
     ) -> Rows:  # fmt: skip
-        """x as an operand, with S beside it: x, or ``x_lora`` where that is given, times its factors and scale."""
+        """x as an operand, with S beside it: x, or ``x_lora`` where that is given, times its
+        factors and scale."""
         x = self.dense(x)
         if factors is None:
             return Rows(x, source_M)
@@ -110,7 +127,8 @@ class Engine:
         return Rows(x, source_M, s_MR)
 
     def linear(self, rows: Rows, weight: Weight, b: Factors | None) -> torch.Tensor:
-        """``x Wᵀ + s Bᵀ``, with one Bᵀ ``[E, r, N / len(b)]`` for each block of the weight's rows."""
+        """``x Wᵀ + s Bᵀ``, with one Bᵀ ``[E, r, N / len(b)]`` for each block of the weight's
+        rows."""
         return self.product(rows, weight.w_ENK.transpose(1, 2), b)
 
     def dgrad(self, rows: Rows, weight: Weight, a_ERK: torch.Tensor | None) -> torch.Tensor:
@@ -130,18 +148,24 @@ class Engine:
         scale: RankScale = UNSCALED,
     ) -> Rows:  # fmt: skip
         """silu(gate) up p, with S of down beside it."""
-        rows = self.buffers(y_MJ, y_MJ.shape[1] // 2, 0 if a_EQI is None else a_EQI.shape[1], weight)
+        rows = self.buffers(
+            y_MJ, y_MJ.shape[1] // 2, 0 if a_EQI is None else a_EQI.shape[1], weight
+        )
         self.passes.swiglu(y_MJ, p_M, a_EQI, self.routing, rows.x, self._padded(rows), scale.first)
         return rows
 
     def swiglu_backward(
         self, dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, s_MR: torch.Tensor | None,
         blocks: Factors | None, ds_MQ: torch.Tensor | None, weight: Weight,
-        sums: Sums, da: torch.Tensor | None, db: Sequence[torch.Tensor | None], scale: RankScale = UNSCALED,
+        sums: Sums, da: torch.Tensor | None, db: Sequence[torch.Tensor | None],
+        scale: RankScale = UNSCALED,
     ) -> Rows:  # fmt: skip
-        """(dy, dS) of gate_up. The gradients of probabilities, A of down and B of gate_up go to ``sums`` and places there."""
+        """(dy, dS) of gate_up. The gradients of probabilities, A of down and B of gate_up go to
+        ``sums`` and places there."""
         rows = self.buffers(y_MJ, y_MJ.shape[1], 0 if s_MR is None else s_MR.shape[1], weight)
-        self.passes.swiglu_backward(dh_MI, y_MJ, p_M, self.routing, rows.x, s_MR, ds_MQ, sums, da, db)
+        self.passes.swiglu_backward(
+            dh_MI, y_MJ, p_M, self.routing, rows.x, s_MR, ds_MQ, sums, da, db
+        )
         if blocks is not None:
             self.passes.shrink(rows.x, blocks, self.routing, self._padded(rows), scale=scale)
         return rows
@@ -153,11 +177,16 @@ class Engine:
         return rows.joined[:, rows.x.shape[1] :]
 
     def sums(self, like: torch.Tensor, shapes: Shapes) -> Sums:
-        """Places for the gradients of one backward pass, as few launches as they need; see ``sums.py``."""
+        """Places for the gradients of one backward pass, as few launches as they need; see
+        ``sums.py``."""
         return self.passes.sums(self.routing, like, shapes)
 
     def wgrad(
-        self, g_MR: torch.Tensor, x: torch.Tensor, place: torch.Tensor | None, source_M: torch.Tensor | None = None
+        self,
+        g_MR: torch.Tensor,
+        x: torch.Tensor,
+        place: torch.Tensor | None,
+        source_M: torch.Tensor | None = None,
     ) -> None:
         """``gᵀ x`` of each expert's rows, ``[R, K]``, into a place of ``sums``."""
         assert place is not None
@@ -165,7 +194,11 @@ class Engine:
 
     def combine(self, y_MH: torch.Tensor) -> torch.Tensor:
         """Each token's sum; y itself where rows are given and taken sorted."""
-        return y_MH if self.routing.slots_TK is None else self.passes.combine(y_MH, self.routing.slots_TK)
+        return (
+            y_MH
+            if self.routing.slots_TK is None
+            else self.passes.combine(y_MH, self.routing.slots_TK)
+        )
 
 
 class VendorEngine(Engine):
@@ -177,17 +210,21 @@ class VendorEngine(Engine):
             _ = routing.bounds  # a check that is free there
 
     def buffers(self, like: torch.Tensor, features: int, rank: int, weight: Weight) -> Rows:
-        num_rows, pad = self.routing.num_rows, padded_rank(rank, like.dtype) if rank else 0
+        num_rows = self.routing.num_rows
+        pad = padded_rank(rank, like.dtype) if rank else 0
         if rank == 0:
             return Rows(like.new_empty(num_rows, features))
         if weight.joined is None:
-            return Rows(like.new_empty(num_rows, features), s_MR=like.new_empty(num_rows, pad)[:, :rank])
+            return Rows(
+                like.new_empty(num_rows, features), s_MR=like.new_empty(num_rows, pad)[:, :rank]
+            )
         pad = weight.joined.room  # a weight may have more room than this adapter needs
         joined = like.new_empty(num_rows, features + pad)
         return Rows(joined[:, :features], None, joined[:, features : features + rank], joined)
 
     def shrink(
-        self, x: torch.Tensor, factors: Factors | None, weight: Weight, source_M: torch.Tensor | None = None,
+        self, x: torch.Tensor, factors: Factors | None, weight: Weight,
+        source_M: torch.Tensor | None = None,
         x_lora: torch.Tensor | None = None, scale: RankScale = UNSCALED,
     ) -> Rows:  # fmt: skip
         if source_M is None and (factors is None or weight.joined is None):
@@ -199,9 +236,13 @@ class VendorEngine(Engine):
         factors = (None,) if factors is None else factors  # rows are copied all the same
         if x_lora is not None:
             rows.x.copy_(x)
-            self.passes.shrink(self.dense(x_lora), factors, self.routing, self._padded(rows), source_M, scale=scale)
+            self.passes.shrink(
+                self.dense(x_lora), factors, self.routing, self._padded(rows), source_M, scale=scale
+            )
         else:
-            self.passes.shrink(x, factors, self.routing, self._padded(rows), source_M, rows.x, scale)
+            self.passes.shrink(
+                x, factors, self.routing, self._padded(rows), source_M, rows.x, scale
+            )
         return rows
 
     def linear(self, rows: Rows, weight: Weight, b: Factors | None) -> torch.Tensor:
@@ -225,11 +266,14 @@ class VendorEngine(Engine):
                 add_delta_vendor(y_MN[:, columns], *operands, self.routing)
         return y_MN
 
-    def _rank_operands(self, s_MR: torch.Tensor, factor_ERN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rank_operands(
+        self, s_MR: torch.Tensor, factor_ERN: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """With zeros up to rows of 16 bytes: they add nothing."""
         pad = padded_rank(s_MR.shape[1], s_MR.dtype) - s_MR.shape[1]
         if pad:
-            s_MR, factor_ERN = F.pad(s_MR, (0, pad)), F.pad(factor_ERN, (0, 0, 0, pad))
+            s_MR = F.pad(s_MR, (0, pad))
+            factor_ERN = F.pad(factor_ERN, (0, 0, 0, pad))
         return aligned(s_MR), aligned(factor_ERN)
 
 

@@ -1,4 +1,5 @@
-"""The routed experts of one layer as one autograd node: gate_up, SwiGLU with probabilities, down, adapters on all three.
+"""The routed experts of one layer as one autograd node: gate_up, SwiGLU with probabilities, down,
+adapters on all three.
 
     [gate | up][m] = W1[e] x[source m] + B1[e] S1[m]        S1[m] = scale A1[e] x[source m]
     h[m]           = silu(gate[m]) * up[m] * p[m]           S2[m] = scale A2[e] h[m]
@@ -10,8 +11,9 @@ Backward, with dY[m] = dout[source m], dS2 = scale dY B2 and dS1 = scale d[gate 
     dH = dY W2 + dS2 A2      dA2 = dS2ᵀ H      dB2 = dYᵀ S2      d[gate | up], dp: through SwiGLU
     dX = d[gate | up] W1 + dS1 A1, summed over each token's rows          dA1 = dS1ᵀ X      dB1 = d[gate | up]ᵀ S1
 
-Kept for backward: x as it was given, [gate | up] (unless it is recomputed), S1, S2, p. H is made again from [gate | up] in
-the pass that needs it; rows are gathered again from x. Per row and in elements that is H (only where x is permuted), 2I and R + Q.
+Kept for backward: x as it was given, [gate | up] (unless it is recomputed), S1, S2, p. H is made
+again from [gate | up] in the pass that needs it; rows are gathered again from x. Per row and in
+elements that is H (only where x is permuted), 2I and R + Q.
 
 Shape legend: T tokens or rows of x   M routed rows   E experts   H hidden   I intermediate   J = 2I   R rank of gate and up
 stacked   Q rank of down
@@ -36,14 +38,16 @@ from .shrink import shrink_ref
 from .sums import Sums
 from .swiglu import swiglu_ref
 
-# ---- 1. reference: the specification, read this first ---------------------------------------------------------------
+# ---- 1. reference: the specification, read this first --------------------------------------------
 
 
 def expert_mlp_ref(
-    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor, down_EHI: torch.Tensor, p_M: torch.Tensor, routing: Routing,
+    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor, down_EHI: torch.Tensor, p_M: torch.Tensor,
+    routing: Routing,
     gate_up: Adapter | None = None, down: Adapter | None = None, dropout: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
-    """The same function in plain PyTorch; autograd derives the gradients. Slow, and the only spec."""
+    """The same function in plain PyTorch; autograd derives the gradients. Slow, and the only
+    spec."""
     x_MH = x_TH if routing.source_M is None else x_TH[routing.source_M.long()]
 
     def linear(x: torch.Tensor, weight_ENK: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
@@ -51,13 +55,15 @@ def expert_mlp_ref(
         if adapter is None:
             return grouped_gemm_ref(x, w_EKN, routing)
         s_MR = shrink_ref(F.dropout(x, dropout), adapter.a, routing)
-        return grouped_gemm_ref(x, w_EKN, routing, s_MR, (adapter.whole_b(weight_ENK.shape[1]).transpose(1, 2),))
+        return grouped_gemm_ref(
+            x, w_EKN, routing, s_MR, (adapter.whole_b(weight_ENK.shape[1]).transpose(1, 2),)
+        )
 
     y_MH = linear(swiglu_ref(linear(x_MH, gate_up_EJH, gate_up), p_M), down_EHI, down)
     return y_MH if routing.slots_TK is None else y_MH[routing.slots_TK.long()].sum(1)
 
 
-# ---- 2. autograd ----------------------------------------------------------------------------------------------------
+# ---- 2. autograd ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -74,14 +80,17 @@ class _Static:
 
 
 class _Operands:
-    """The node's tensors by name, from the flat list autograd passes: forward's and backward's way to the same view."""
+    """The node's tensors by name, from the flat list autograd passes: forward's and backward's way
+    to the same view."""
 
     def __init__(self, static: _Static, tensors: tuple[torch.Tensor | None, ...]) -> None:
         x, p, offsets, source, slots, w1, w2, a1, a2, *b = tensors
         assert p is not None and offsets is not None
-        self.x, self.p = x, p
+        self.x = x
+        self.p = p
         self.routing = Routing(offsets, static.num_rows, source, slots)
-        n, given = static.blocks[0], zip((w1, w2), static.joined, strict=True)
+        n = static.blocks[0]
+        given = zip((w1, w2), static.joined, strict=True)
         # A joined weight is not among the saved tensors.
         self.weight1, self.weight2 = (Weight.of(joined or w) for w, joined in given)  # pyright: ignore[reportArgumentType]
         self.adapter1 = None if a1 is None else Adapter(a1, tuple(b[:n]), static.scales[0])
@@ -91,26 +100,41 @@ class _Operands:
         self.a1, self.blocks1, self.scale1 = _factors(self.adapter1)
         self.a2, self.blocks2, self.scale2 = _factors(self.adapter2)
 
-    def gradient_shapes(self, before_swiglu: bool, wants_a1: bool, wants_b2: bool) -> list[tuple[int, int] | None]:
-        """(rows, columns) of the gradients that are computed, in the order of a1, a2 and the B's."""
+    def gradient_shapes(
+        self, before_swiglu: bool, wants_a1: bool, wants_b2: bool
+    ) -> list[tuple[int, int] | None]:
+        """(rows, columns) of the gradients that are computed, in the order of a1, a2 and the
+        B's."""
 
         def shape_of(t: torch.Tensor | None, computed: bool) -> tuple[int, int] | None:
             return (t.shape[1], t.shape[2]) if t is not None and computed else None
 
-        b1, b2 = (() if adapter is None else adapter.b for adapter in (self.adapter1, self.adapter2))
+        b1, b2 = (
+            () if adapter is None else adapter.b for adapter in (self.adapter1, self.adapter2)
+        )
         factors = [shape_of(self.a1, wants_a1), shape_of(self.a2, before_swiglu)]
-        return [*factors, *(shape_of(b, before_swiglu) for b in b1), *(shape_of(b, wants_b2) for b in b2)]
+        return [
+            *factors,
+            *(shape_of(b, before_swiglu) for b in b1),
+            *(shape_of(b, wants_b2) for b in b2),
+        ]
 
     def gate_up(self) -> tuple[torch.Tensor, Rows]:
         assert self.x is not None
         factors = None if self.a1 is None else (self.a1,)
-        rows = self.engine.shrink(self.x, factors, self.weight1, self.routing.source_M, scale=self.scale1)
+        rows = self.engine.shrink(
+            self.x, factors, self.weight1, self.routing.source_M, scale=self.scale1
+        )
         return self.engine.linear(rows, self.weight1, self.blocks1), rows
 
 
 def _factors(adapter: Adapter | None) -> tuple[torch.Tensor | None, Factors | None, RankScale]:
     """A, the B's as a product with S or a shrink takes them, and the scale of S's columns."""
-    return (None, None, UNSCALED) if adapter is None else (adapter.a, adapter.blocks(), adapter.rank_scale())
+    return (
+        (None, None, UNSCALED)
+        if adapter is None
+        else (adapter.a, adapter.blocks(), adapter.rank_scale())
+    )
 
 
 FLAT = 9  # tensors before the B's: x, p, offsets, source, slots, w1, w2, a1, a2
@@ -125,31 +149,37 @@ class _ExpertMLP(torch.autograd.Function):
         inner = o.engine.swiglu(y_MJ, o.p, o.a2, o.weight2, o.scale2)
         out = o.engine.combine(o.engine.linear(inner, o.weight2, o.blocks2))
         wants = ctx.needs_input_grad[1:]
-        wants_b1, wants_b2 = any(wants[FLAT : FLAT + static.blocks[0]]), any(wants[FLAT + static.blocks[0] :])
+        wants_b1 = any(wants[FLAT : FLAT + static.blocks[0]])
+        wants_b2 = any(wants[FLAT + static.blocks[0] :])
         before_swiglu = any(wants[i] for i in (0, 1, 7, 8)) or wants_b1  # anything but B of down
         keep_x = wants[7] or (static.recompute and before_swiglu)
         keep_y = before_swiglu and not static.recompute
-        # S is a view into its rows where operands are joined: a copy, so that the rows are not kept for its sake.
+        # S is a view into its rows where operands are joined: a copy, so that the rows are not kept
+        # for its sake.
         s1 = rows.s_MR.contiguous() if rows.s_MR is not None and before_swiglu else None
         s2 = inner.s_MR.contiguous() if inner.s_MR is not None and wants_b2 else None
         x, p, offsets, source, slots, w1, w2, *factors = tensors
         w1, w2 = (None if joined else w for w, joined in zip((w1, w2), static.joined, strict=True))
         kept = (x if keep_x else None, p, offsets, source, slots, w1, w2, *factors)
         ctx.save_for_backward(*kept, y_MJ if keep_y else None, s1, s2)
-        ctx.static, ctx.before_swiglu, ctx.wants_b = static, before_swiglu, (wants_b1, wants_b2)
+        ctx.static = static
+        ctx.before_swiglu = before_swiglu
+        ctx.wants_b = (wants_b1, wants_b2)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *douts: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *kept, y_MJ, s1, s2 = ctx.saved_tensors
-        o, (_, wants_b2) = _Operands(ctx.static, tuple(kept)), ctx.wants_b
+        o = _Operands(ctx.static, tuple(kept))
+        _, wants_b2 = ctx.wants_b
         _, wants_dx, *_ = ctx.needs_input_grad
         wants_a1 = ctx.needs_input_grad[FIRST_FACTOR]
         dout = o.engine.dense(douts[0])
         sums = o.engine.sums(dout, o.gradient_shapes(ctx.before_swiglu, wants_a1, wants_b2))
         da1, da2, *db = sums.places
-        db1, db2 = db[: ctx.static.blocks[0]], db[ctx.static.blocks[0] :]
+        db1 = db[: ctx.static.blocks[0]]
+        db2 = db[ctx.static.blocks[0] :]
         if wants_b2:
             _gradients_of_b2(o, s2, dout, db2)
         dy = dx = None
@@ -163,11 +193,16 @@ class _ExpertMLP(torch.autograd.Function):
         if dy is not None and wants_dx:
             dx = o.engine.combine(o.engine.dgrad(dy, o.weight1, o.a1))
         grads = (None, dx, dp, *[None] * (FIRST_FACTOR - 3), *gradients)
-        return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=True))
+        return tuple(
+            g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=True)
+        )
 
 
-def _gradients_of_b2(o: _Operands, s2: torch.Tensor, dout: torch.Tensor, places: list[torch.Tensor | None]) -> None:
-    """dB of down: S and the output's gradient, both for as many projections as the weight's rows are."""
+def _gradients_of_b2(
+    o: _Operands, s2: torch.Tensor, dout: torch.Tensor, places: list[torch.Tensor | None]
+) -> None:
+    """dB of down: S and the output's gradient, both for as many projections as the weight's rows
+    are."""
     assert o.adapter2 is not None
     blocks = dout.chunk(len(places), 1)
     for i, start, stop in o.adapter2.ranks():
@@ -189,15 +224,18 @@ def _through_swiglu(
     )  # fmt: skip
 
 
-# ---- 3. public function ---------------------------------------------------------------------------------------------
+# ---- 3. public function --------------------------------------------------------------------------
 
 
 def expert_mlp(
-    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | Joined, down_EHI: torch.Tensor | Joined, p_M: torch.Tensor,
-    routing: Routing, *, gate_up: Adapter | None = None, down: Adapter | None = None, dropout: float = 0.0,
+    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | Joined, down_EHI: torch.Tensor | Joined,
+    p_M: torch.Tensor,
+    routing: Routing, *, gate_up: Adapter | None = None, down: Adapter | None = None,
+    dropout: float = 0.0,
     recompute: bool = False, backend: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """SwiGLU experts with frozen weights and LoRA. Differentiable once in x, p and the adapters' factors.
+    """SwiGLU experts with frozen weights and LoRA. Differentiable once in x, p and the adapters'
+    factors.
 
     Args:
         x_TH: tokens, or rows sorted by expert (``routing.source_M`` None), any strides.
@@ -206,20 +244,26 @@ def expert_mlp(
         p_M: routing probability of each row, float32 or x's dtype.
         routing: which rows are whose, and whether to gather and to combine.
         gate_up, down: adapters in x's dtype.
-        dropout: probability of zeroing an input of A (the base sees it whole). Not one node then, see ``dropout.py``.
-        recompute: keep x, not [gate | up], and compute that again in backward; with dropout everything.
+        dropout: probability of zeroing an input of A (the base sees it whole). Not one node then,
+            see ``dropout.py``.
+        recompute: keep x, not [gate | up], and compute that again in backward; with dropout
+            everything.
         backend: as in ``grouped_lora``.
 
     Returns:
-        ``[T', H]`` in x's dtype: each token's sum, T' tokens as ``routing.slots_TK`` has rows; without it, ``[M, H]``.
+        ``[T', H]`` in x's dtype: each token's sum, T' tokens as ``routing.slots_TK`` has rows;
+        without it, ``[M, H]``.
 
     Raises:
-        ValueError: operands that do not fit; a weight that requires a gradient; a back end that cannot run here.
+        ValueError: operands that do not fit; a weight that requires a gradient; a back end that
+            cannot run here.
     """
     weights = (Weight.of(gate_up_EJH), Weight.of(down_EHI))
     _check(x_TH, weights, p_M, routing, (gate_up, down))
     rank = max(0 if adapter is None else adapter.a.shape[1] for adapter in (gate_up, down))
-    room = all(w.joined is not None for w, adapter in zip(weights, (gate_up, down), strict=True) if adapter)
+    room = all(
+        w.joined is not None for w, adapter in zip(weights, (gate_up, down), strict=True) if adapter
+    )
     w1, w2 = (w.w_ENK for w in weights)
     layer = (w2.shape[1], w2.shape[2])
     name = choose(backend, "expert_mlp", x_TH, routing.num_rows, rank, [w1, w2], room, layer)
@@ -247,7 +291,10 @@ def _apply(
     static = _Static(backend, recompute, routing.num_rows, joined, (s1, s2), (len(b1), len(b2)))
     w1, w2 = (w.w_ENK for w in weights)
     # One value per row or expert: kernels take these as contiguous, which they nearly always are.
-    per_row = (t if t is None else t.contiguous() for t in (p_M, routing.offsets_E, routing.source_M, routing.slots_TK))
+    per_row = (
+        t if t is None else t.contiguous()
+        for t in (p_M, routing.offsets_E, routing.source_M, routing.slots_TK)
+    )
     tensors = (x_TH, *per_row, w1, w2, a1, a2, *b1, *b2)
     return _ExpertMLP.apply(static, *tensors)  # pyright: ignore[reportReturnType]
 
@@ -261,15 +308,22 @@ def _check(
     E, J, H = w1.shape
     if J % 2 or tuple(w2.shape) != (E, H, J // 2):
         raise ValueError(
-            f"expert_mlp: gate_up is {(E, J, H)}, want [E, 2I, H]; down is {tuple(w2.shape)}, want [E, H, I]"
+            f"expert_mlp: gate_up is {(E, J, H)}, want [E, 2I, H]; down is {tuple(w2.shape)}, want"
+            " [E, H, I]"
         )
     if w2.requires_grad:
-        raise ValueError("expert_mlp: down is frozen, but down.requires_grad is True; call down.requires_grad_(False)")
+        raise ValueError(
+            "expert_mlp: down is frozen, but down.requires_grad is True; call"
+            " down.requires_grad_(False)"
+        )
     if (routing.source_M is None) != (routing.slots_TK is None):
         raise ValueError("expert_mlp: routing needs both source_M and slots_TK, or neither")
-    if p_M.shape != (routing.num_rows,) or (routing.source_M is None and x_TH.shape[0] != routing.num_rows):
+    if p_M.shape != (routing.num_rows,) or (
+        routing.source_M is None and x_TH.shape[0] != routing.num_rows
+    ):
         raise ValueError(
-            f"expert_mlp: routing has M={routing.num_rows} rows, but p is {tuple(p_M.shape)} and x {tuple(x_TH.shape)}"
+            f"expert_mlp: routing has M={routing.num_rows} rows, but p is {tuple(p_M.shape)} and x"
+            f" {tuple(x_TH.shape)}"
         )
     check_placement("expert_mlp", x_TH, routing.offsets_E, gate_up=w1, down=w2)
     if p_M.dtype not in (torch.float32, x_TH.dtype):
@@ -281,4 +335,6 @@ def _check(
             weight.check_room(f"expert_mlp: {name}", adapter.a.shape[1])
             adapter.check(f"expert_mlp: {name}", weight.w_ENK)
             factors = {f"{name}.b[{i}]": b for i, b in enumerate(adapter.b)}
-            check_placement("expert_mlp", x_TH, routing.offsets_E, **{f"{name}.a": adapter.a}, **factors)
+            check_placement(
+                "expert_mlp", x_TH, routing.offsets_E, **{f"{name}.a": adapter.a}, **factors
+            )

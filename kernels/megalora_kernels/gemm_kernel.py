@@ -12,8 +12,8 @@ A tile has BLOCK_M rows of one expert and BLOCK_N columns of one block of b. Whe
 Shape legend: M routed rows   E experts   K inputs   N outputs   R rank
 """
 
-# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks
-# tuples in kernels: Python's rules for calls do not hold.
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and
+# unpacks tuples in kernels: Python's rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from functools import cache
@@ -24,7 +24,13 @@ import triton
 import triton.language as tl
 
 from .adapter import Factors
-from .descriptors import by_columns, load_from_stack, rows_descriptor, stack_descriptor, why_not_described
+from .descriptors import (
+    by_columns,
+    load_from_stack,
+    rows_descriptor,
+    stack_descriptor,
+    why_not_described,
+)
 from .gemm_roles import launch_with_roles
 from .grouped_gemm import columns_and_ranks
 from .routing import Routing
@@ -37,7 +43,7 @@ GROUP_TILES = 8
 share columns of w in L2."""
 
 
-# ---- 1. kernels -----------------------------------------------------------------------------------------------------
+# ---- 1. kernels ----------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -48,7 +54,8 @@ def _load_k(ptrs, k_ok, EVEN_K: tl.constexpr):
 
 @triton.jit
 def _add_low_rank(
-    acc, s_ptr, stride_s, blocks, block, rows, cols, expert, RANKS: tl.constexpr, BLOCK_R: tl.constexpr
+    acc, s_ptr, stride_s, blocks, block, rows, cols, expert, RANKS: tl.constexpr,
+    BLOCK_R: tl.constexpr
 ):  # fmt: skip
     """acc + s @ b[expert], with the b that belongs to ``block`` and its columns of s."""
     b_ptr, strides = blocks[0]
@@ -67,7 +74,9 @@ def _add_low_rank(
     r = tl.arange(0, BLOCK_R)
     r_ok = r < rank
     s_ptrs = s_ptr + first + rows[:, None].to(tl.int64) * stride_s + r[None, :]
-    b_ptrs = b_ptr + expert.to(tl.int64) * stride_be + r[:, None] * stride_br + cols[None, :] * stride_bn
+    b_ptrs = (
+        b_ptr + expert.to(tl.int64) * stride_be + r[:, None] * stride_br + cols[None, :] * stride_bn
+    )
     s = tl.load(s_ptrs, mask=r_ok[None, :], other=0.0)
     b = tl.load(b_ptrs, mask=r_ok[:, None], other=0.0)
     return tl.dot(s, b, acc, input_precision="ieee")
@@ -75,19 +84,23 @@ def _add_low_rank(
 
 @triton.jit
 def _gemm_tile(
-    x_ptr, w_ptr, s_ptr, blocks, y_ptr, source_ptr, expert, row0, end, column_tile, block_columns, K,
+    x_ptr, w_ptr, s_ptr, blocks, y_ptr, source_ptr, expert, row0, end, column_tile, block_columns,
+    K,
     stride_x, w_strides, w_pitch, stride_s, stride_y,
-    RANKS: tl.constexpr, HAS_SOURCE: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr, W_NK: tl.constexpr,
+    RANKS: tl.constexpr, HAS_SOURCE: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr,
+    W_NK: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Compute and store the tile of rows from ``row0`` on and of columns by their number."""
     tiles_of_block = tl.cdiv(block_columns, BLOCK_N)
-    block, n0 = column_tile // tiles_of_block, (column_tile % tiles_of_block) * BLOCK_N
+    block = column_tile // tiles_of_block
+    n0 = (column_tile % tiles_of_block) * BLOCK_N
     first_col = block * block_columns  # of the block, in w and y
     rows = row0 + tl.arange(0, BLOCK_M)
     cols = n0 + tl.arange(0, BLOCK_N)
-    row_ok, col_ok = rows < end, cols < block_columns
+    row_ok = rows < end
+    col_ok = cols < block_columns
     # Rows and columns beyond the edge read a valid address and are never stored: loads need no
     # mask. Where there is no such column the compiler must see that: else it takes contiguous
     # weights element by element, through registers.
@@ -115,17 +128,21 @@ def _gemm_tile(
         if not W_TMA:
             w_ptrs += BLOCK_K * stride_wk
     if BLOCK_R > 0:
-        acc = _add_low_rank(acc, s_ptr, stride_s, blocks, block, rows, safe_cols, expert, RANKS, BLOCK_R)
+        acc = _add_low_rank(
+            acc, s_ptr, stride_s, blocks, block, rows, safe_cols, expert, RANKS, BLOCK_R
+        )
     y_ptrs = y_ptr + rows[:, None].to(tl.int64) * stride_y + (first_col + cols)[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
 
 
 @triton.jit
 def _gemm_kernel(
-    x_ptr, w_ptr, s_ptr, blocks, y_ptr,  # x (T or M, K), w (E, K, N), s (M, R), blocks of b: see _launch, y (M, N)
+    # x (T or M, K), w (E, K, N), s (M, R), blocks of b: see _launch, y (M, N)
+    x_ptr, w_ptr, s_ptr, blocks, y_ptr,
     offsets_ptr, source_ptr,             # (E,) and (M,) int32
     num_experts, block_columns, K, stride_x, w_strides, w_pitch, stride_s, stride_y,
-    RANKS: tl.constexpr, HAS_SOURCE: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr, W_NK: tl.constexpr,
+    RANKS: tl.constexpr, HAS_SOURCE: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr,
+    W_NK: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, PERSISTENT: tl.constexpr, GROUP: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -145,29 +162,37 @@ def _gemm_kernel(
             group = t // (GROUP * tiles_n)
             within = t % (GROUP * tiles_n)
             size = tl.minimum(num_tiles - group * GROUP, GROUP)
-            expert, row0, end = find_tile(table, group * GROUP + within % size, num_experts, BLOCK_M)
+            expert, row0, end = find_tile(
+                table, group * GROUP + within % size, num_experts, BLOCK_M
+            )
             _gemm_tile(
-                x_ptr, w_ptr, s_ptr, blocks, y_ptr, source_ptr, expert, row0, end, within // size, block_columns, K,
-                stride_x, w_strides, w_pitch, stride_s, stride_y, RANKS, HAS_SOURCE, X_TMA, W_TMA, W_NK,
+                x_ptr, w_ptr, s_ptr, blocks, y_ptr, source_ptr, expert, row0, end, within // size,
+                block_columns, K,
+                stride_x, w_strides, w_pitch, stride_s, stride_y, RANKS, HAS_SOURCE, X_TMA, W_TMA,
+                W_NK,
                 EVEN_K, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
             )  # fmt: skip
     else:
-        tile, column_tile = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+        tile = tl.program_id(0) // tiles_n
+        column_tile = tl.program_id(0) % tiles_n
         expert, row0, end = find_tile(table, tile, num_experts, BLOCK_M)
         if expert < num_experts:
             _gemm_tile(
-                x_ptr, w_ptr, s_ptr, blocks, y_ptr, source_ptr, expert, row0, end, column_tile, block_columns, K,
-                stride_x, w_strides, w_pitch, stride_s, stride_y, RANKS, HAS_SOURCE, X_TMA, W_TMA, W_NK,
+                x_ptr, w_ptr, s_ptr, blocks, y_ptr, source_ptr, expert, row0, end, column_tile,
+                block_columns, K,
+                stride_x, w_strides, w_pitch, stride_s, stride_y, RANKS, HAS_SOURCE, X_TMA, W_TMA,
+                W_NK,
                 EVEN_K, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
             )  # fmt: skip
 
 
-# ---- 2. launcher ----------------------------------------------------------------------------------------------------
+# ---- 2. launcher ---------------------------------------------------------------------------------
 
 
 def grouped_gemm_triton(
     x: torch.Tensor, w_EKN: torch.Tensor, routing: Routing,
-    s_MR: torch.Tensor | None = None, b: Factors | None = None, source_M: torch.Tensor | None = None,
+    s_MR: torch.Tensor | None = None, b: Factors | None = None,
+    source_M: torch.Tensor | None = None,
     *, variant: Variant | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Compute ``x[source] @ w[e] + s @ b[e]``.
@@ -184,7 +209,8 @@ def grouped_gemm_triton(
     limits = device_limits(x.device)
     if variant is None:
         variant = choose_variant(product, x.device)
-        if tma_problem(variant, x, w_EKN, s_MR, b):  # of addresses and strides, which a choice by sizes cannot know
+        # of addresses and strides, which a choice by sizes cannot know
+        if tma_problem(variant, x, w_EKN, s_MR, b):
             variant = rule(product, *limits)
     elif why := problem(variant, product, *limits) or tma_problem(variant, x, w_EKN, s_MR, b):
         raise ValueError(f"grouped_gemm_triton: {variant} cannot run: {why}")
@@ -197,7 +223,8 @@ def grouped_gemm_triton(
 
 
 def _launch(
-    x: torch.Tensor, w_EKN: torch.Tensor, routing: Routing, s_MR: torch.Tensor | None, b: Factors | None,
+    x: torch.Tensor, w_EKN: torch.Tensor, routing: Routing, s_MR: torch.Tensor | None,
+    b: Factors | None,
     source_M: torch.Tensor | None, y_MN: torch.Tensor, product: Product, variant: Variant,
 ) -> None:  # fmt: skip
     num_experts, K, N = w_EKN.shape
@@ -217,11 +244,13 @@ def _launch(
     _gemm_kernel[(programs,)](
         x_operand, w_operand, x if s_MR is None else s_MR, blocks, y_MN,
         routing.offsets_E, routing.offsets_E if source_M is None else source_M,
-        num_experts, block_columns, K, x.stride(0), w_EKN.stride(), w_pitch, stride_s, y_MN.stride(0),
+        num_experts, block_columns, K, x.stride(0), w_EKN.stride(), w_pitch, stride_s,
+        y_MN.stride(0),
         RANKS=ranks, HAS_SOURCE=source_M is not None,
         X_TMA=variant.rows == "tma", W_TMA=variant.weight == "tma", W_NK=product.op == "forward",
         EVEN_K=K % variant.block_k == 0, EVEN_N=block_columns % variant.block_n == 0,
-        PERSISTENT=variant.persistent, GROUP=GROUP_TILES, EXPERTS=triton.next_power_of_2(num_experts),
+        PERSISTENT=variant.persistent, GROUP=GROUP_TILES,
+        EXPERTS=triton.next_power_of_2(num_experts),
         BLOCK_M=variant.block_m, BLOCK_N=variant.block_n, BLOCK_K=variant.block_k,
         BLOCK_R=tile_rank(max(rank for _, rank in ranks)),
         num_warps=variant.num_warps, num_stages=variant.num_stages,
@@ -231,7 +260,8 @@ def _launch(
 def _low_rank_operands(
     s_MR: torch.Tensor | None, b: Factors | None, num_columns: int, anything: torch.Tensor
 ) -> tuple[int, tuple[Any, ...], tuple[tuple[int, int], ...]]:
-    """Return the stride of s; then of every block b and its strides, and its first column of s and rank.
+    """Return the stride of s; then of every block b and its strides, and its first column of s and
+    rank.
 
     Where nothing is there a kernel still wants a tensor, which it does not read: ``anything``.
     """
@@ -247,11 +277,12 @@ def _low_rank_operands(
     return s_MR.stride(0), tuple(operands), tuple(ranks)
 
 
-# ---- 3. what a launch depends on ------------------------------------------------------------------------------------
+# ---- 3. what a launch depends on -----------------------------------------------------------------
 
 
 def product_of(
-    x: torch.Tensor, w_EKN: torch.Tensor, routing: Routing, s_MR: torch.Tensor | None, b: Factors | None,
+    x: torch.Tensor, w_EKN: torch.Tensor, routing: Routing, s_MR: torch.Tensor | None,
+    b: Factors | None,
     source_M: torch.Tensor | None,
 ) -> Product:  # fmt: skip
     """Return what the choice of a variant depends on."""
@@ -273,7 +304,11 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 def tma_problem(
-    variant: Variant, x: torch.Tensor, w_EKN: torch.Tensor, s_MR: torch.Tensor | None, b: Factors | None
+    variant: Variant,
+    x: torch.Tensor,
+    w_EKN: torch.Tensor,
+    s_MR: torch.Tensor | None,
+    b: Factors | None,
 ) -> str | None:
     """Return why TMA cannot read these operands, or None; ``problem`` judges the variant."""
     operands: list[tuple[str, torch.Tensor]] = []

@@ -10,8 +10,8 @@ GPU; its values are checked in the interpreter.
 Shape legend: M routed rows   E experts   K inputs   N outputs   R rank
 """
 
-# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks
-# tuples in kernels: Python's rules for calls do not hold.
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and
+# unpacks tuples in kernels: Python's rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import torch
@@ -23,12 +23,15 @@ from .routing import Routing
 from .tiles import max_tiles, tile_of
 from .variants import Variant
 
-# ---- 1. kernels -----------------------------------------------------------------------------------------------------
+# ---- 1. kernels ----------------------------------------------------------------------------------
 
 
 @triton.jit
-def _tile_list_kernel(offsets_ptr, tiles_ptr, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """Write (expert, first row, end row of the expert, 0) of one tile, zeros where there is none."""
+def _tile_list_kernel(
+    offsets_ptr, tiles_ptr, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Write (expert, first row, end row of the expert, 0) of one tile, zeros where there is
+    none."""
     tile = tl.program_id(0)
     expert, row0, end = tile_of(offsets_ptr, tile, num_experts, EXPERTS, ROWS)
     there = expert < num_experts
@@ -47,9 +50,12 @@ def _gemm_roles_kernel(
 ):  # fmt: skip
     """A program owns one tile. Without a tile it takes no step of the loop and stores nothing."""
     blocks_n = tl.cdiv(N, BLOCK_N)
-    tile, n0 = tl.program_id(0) // blocks_n, (tl.program_id(0) % blocks_n) * BLOCK_N
+    tile = tl.program_id(0) // blocks_n
+    n0 = (tl.program_id(0) % blocks_n) * BLOCK_N
     tiles_ptr += 4 * tile
-    expert, row0, end = tl.load(tiles_ptr), tl.load(tiles_ptr + 1), tl.load(tiles_ptr + 2)
+    expert = tl.load(tiles_ptr)
+    row0 = tl.load(tiles_ptr + 1)
+    end = tl.load(tiles_ptr + 2)
     k_end = tl.where(row0 < end, K, 0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in tl.range(0, k_end, BLOCK_K, warp_specialize=True):
@@ -60,12 +66,13 @@ def _gemm_roles_kernel(
         s = s_desc.load([row0, 0])
         b = load_from_stack(b_desc, expert * b_pitch, 0, n0, B_NR)
         acc = tl.dot(s, b, acc, input_precision="ieee")
-    rows, cols = row0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+    rows = row0 + tl.arange(0, BLOCK_M)
+    cols = n0 + tl.arange(0, BLOCK_N)
     y_ptrs = y_ptr + rows[:, None].to(tl.int64) * stride_y + cols[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(rows < end)[:, None])
 
 
-# ---- 2. launchers ---------------------------------------------------------------------------------------------------
+# ---- 2. launchers --------------------------------------------------------------------------------
 
 
 def tile_list(routing: Routing, block_m: int) -> torch.Tensor:
@@ -75,14 +82,19 @@ def tile_list(routing: Routing, block_m: int) -> torch.Tensor:
         tiles = max_tiles(routing.num_rows, num_experts, block_m)
         made = routing.offsets_E.new_empty(tiles, 4)
         _tile_list_kernel[(tiles,)](
-            routing.offsets_E, made, num_experts, EXPERTS=triton.next_power_of_2(num_experts), ROWS=block_m
+            routing.offsets_E,
+            made,
+            num_experts,
+            EXPERTS=triton.next_power_of_2(num_experts),
+            ROWS=block_m,
         )
         routing.tile_lists[block_m] = made
     return routing.tile_lists[block_m]
 
 
 def launch_with_roles(
-    x_MK: torch.Tensor, w_EKN: torch.Tensor, routing: Routing, s_MR: torch.Tensor | None, b_ERN: torch.Tensor | None,
+    x_MK: torch.Tensor, w_EKN: torch.Tensor, routing: Routing, s_MR: torch.Tensor | None,
+    b_ERN: torch.Tensor | None,
     y_MN: torch.Tensor, variant: Variant,
 ) -> None:  # fmt: skip
     """Fill ``y_MN`` from operands that fit the variant, as was checked before."""
@@ -92,7 +104,9 @@ def launch_with_roles(
     w_desc, w_pitch = stack_descriptor(w_EKN, variant.block_k, variant.block_n)
     rank = 0 if s_MR is None or b_ERN is None else s_MR.shape[1]
     # Without adapter the kernel reads neither s nor b, but its arguments must be descriptors.
-    s_desc, b_desc, b_pitch = x_desc, w_desc, w_pitch
+    s_desc = x_desc
+    b_desc = w_desc
+    b_pitch = w_pitch
     if s_MR is not None and b_ERN is not None:
         s_desc = rows_descriptor(s_MR, (variant.block_m, rank))
         b_desc, b_pitch = stack_descriptor(b_ERN, rank, variant.block_n)

@@ -35,7 +35,8 @@ _grouped_mm: Any = grouped_mm
 
 def columns_and_ranks(b: Factors, num_columns: int) -> list[tuple[torch.Tensor, slice, slice]]:
     """Return (block, its columns of y, its columns of s) for the blocks that are there."""
-    width, start = num_columns // len(b), 0
+    width = num_columns // len(b)
+    start = 0
     places = []
     for i, b_ErN in enumerate(b):
         if b_ErN is None:
@@ -46,12 +47,13 @@ def columns_and_ranks(b: Factors, num_columns: int) -> list[tuple[torch.Tensor, 
     return places
 
 
-# ---- 1. reference ---------------------------------------------------------------------------------------------------
+# ---- 1. reference --------------------------------------------------------------------------------
 
 
 def grouped_gemm_ref(
     x: torch.Tensor, w_EKN: torch.Tensor, routing: Routing,
-    s_MR: torch.Tensor | None = None, b: Factors | None = None, source_M: torch.Tensor | None = None,
+    s_MR: torch.Tensor | None = None, b: Factors | None = None,
+    source_M: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The specification; differentiable."""
     x_MK = x if source_M is None else x[source_M.long()]
@@ -68,12 +70,13 @@ def grouped_gemm_ref(
     return torch.cat(rows)
 
 
-# ---- 2. one GEMM per expert -----------------------------------------------------------------------------------------
+# ---- 2. one GEMM per expert ----------------------------------------------------------------------
 
 
 def grouped_gemm_loop(
     x: torch.Tensor, w_EKN: torch.Tensor, routing: Routing,
-    s_MR: torch.Tensor | None = None, b: Factors | None = None, source_M: torch.Tensor | None = None,
+    s_MR: torch.Tensor | None = None, b: Factors | None = None,
+    source_M: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """One GEMM per expert. Any device and dtype."""
     x_MK = x if source_M is None else x.index_select(0, source_M)
@@ -84,7 +87,7 @@ def grouped_gemm_loop(
     return y_MN
 
 
-# ---- 3. torch's grouped GEMM ----------------------------------------------------------------------------------------
+# ---- 3. torch's grouped GEMM ---------------------------------------------------------------------
 
 
 def grouped_gemm_vendor(x_MK: torch.Tensor, w_EKN: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -95,13 +98,16 @@ def grouped_gemm_vendor(x_MK: torch.Tensor, w_EKN: torch.Tensor, routing: Routin
     return _grouped_mm(x_MK, w_EKN, offs=routing.offsets_E)
 
 
-def add_delta_vendor(y_MN: torch.Tensor, s_MR: torch.Tensor, b_ERN: torch.Tensor, routing: Routing) -> None:
+def add_delta_vendor(
+    y_MN: torch.Tensor, s_MR: torch.Tensor, b_ERN: torch.Tensor, routing: Routing
+) -> None:
     """``y[m] += s[m] @ b[e]`` where the weight has no room for b."""
     add_in_pieces(y_MN, s_MR, b_ERN, lambda s, b: grouped_gemm_vendor(s, b, routing))
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:
-    """t itself where torch's grouped GEMM can read it, else a copy (a sum's gradient has stride 0)."""
+    """t itself where torch's grouped GEMM can read it, else a copy (a sum's gradient has stride
+    0)."""
     steps = (*t.stride()[:-1], t.storage_offset())
     fits = all(n * t.element_size() % ALIGN_BYTES == 0 for n in steps)
     if t.stride(-1) == 1 and t.stride(-2) >= t.shape[-1] and fits:
@@ -121,9 +127,16 @@ def why_not_grouped_mm(x: torch.Tensor, weight_ENK: torch.Tensor) -> str | None:
         return f"torch {torch.__version__} has no grouped_mm"
     if x.dtype not in GROUPED_MM_DTYPES:
         return f"{x.dtype} is not one of {', '.join(map(str, GROUPED_MM_DTYPES))}"
-    size, (_, N, K) = x.element_size(), weight_ENK.shape
+    size = x.element_size()
+    _, N, K = weight_ENK.shape
     if N * size % ALIGN_BYTES or K * size % ALIGN_BYTES:
-        return f"rows of K={K} and N={N} take {K * size} and {N * size} bytes, not multiples of {ALIGN_BYTES}"
+        return (
+            f"rows of K={K} and N={N} take {K * size} and {N * size} bytes, not multiples of"
+            f" {ALIGN_BYTES}"
+        )
     if not has_dense_rows(weight_ENK):
-        return f"weight strides {weight_ENK.stride()} are not those of dense rows aligned to {ALIGN_BYTES} bytes"
+        return (
+            f"weight strides {weight_ENK.stride()} are not those of dense rows aligned to"
+            f" {ALIGN_BYTES} bytes"
+        )
     return None

@@ -13,7 +13,8 @@ from .grouped_gemm import columns_and_ranks
 
 
 class Joined:
-    """A frozen weight and room for its adapter: ``[[W, B], [A, .]]`` of shape ``[E, N + R, K + R]``.
+    """A frozen weight and room for its adapter: ``[[W, B], [A, .]]`` of shape ``[E, N + R, K +
+    R]``.
 
     ``[x | s] [W | B]ᵀ`` and ``[dy | ds] [W ; A]`` then are single grouped GEMMs. R is padded to 16,
     S with zeros. The room is written anew by every call, so one stream at a time may use a weight.
@@ -22,7 +23,8 @@ class Joined:
 
     def __init__(self, weight_ENK: torch.Tensor, rank: int) -> None:
         E, self.N, self.K = weight_ENK.shape
-        self.room = rank + -rank % 16  # Triton vectorises only strides that are multiples of 16 elements
+        # Triton vectorises only strides that are multiples of 16 elements
+        self.room = rank + -rank % 16
         self.buffer = weight_ENK.new_zeros(E, self.N + self.room, self.K + self.room)
         self.weight.copy_(weight_ENK)
         self._blocks: list[tuple[slice, slice]] = []

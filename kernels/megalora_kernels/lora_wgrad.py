@@ -2,14 +2,15 @@
 
     out[e] = g[rows of e]ᵀ x[source of those rows]        dA = outer(dS, X), dB = outer(S, dY)ᵀ
 
-Rows are cut into chunks that never cross an expert; each chunk's product is kept in float32 and an expert's chunks are added
-first to last. No atomics: the same bits on every run. An expert without rows gets exact zeros.
+Rows are cut into chunks that never cross an expert; each chunk's product is kept in float32 and an
+expert's chunks are added first to last. No atomics: the same bits on every run. An expert without
+rows gets exact zeros.
 
 Shape legend: T source rows   M routed rows   E experts   R rank   K features
 """
 
-# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
-# rules for calls do not hold.
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and
+# unpacks tuples in kernels: Python's rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from typing import Any
@@ -28,7 +29,7 @@ from .shrink import shrink_loop, shrink_triton
 from .sums import TorchSums, TritonSums
 from .tiles import tile_of
 
-# ---- 1. reference ---------------------------------------------------------------------------------------------------
+# ---- 1. reference --------------------------------------------------------------------------------
 
 
 def lora_wgrad_ref(
@@ -39,18 +40,20 @@ def lora_wgrad_ref(
     return torch.stack([g_MR[i:j].T @ x_MK[i:j] for _, i, j in routing.spans()])
 
 
-# ---- 2. kernel ------------------------------------------------------------------------------------------------------
+# ---- 2. kernel -----------------------------------------------------------------------------------
 
 
 @triton.jit
 def _wgrad_kernel(
-    g_ptr, x_ptr, part_ptr, offsets_ptr, source_ptr,  # g (M, R), x (T or M, K), part (chunks, R, K) float32
+    # g (M, R), x (T or M, K), part (chunks, R, K) float32
+    g_ptr, x_ptr, part_ptr, offsets_ptr, source_ptr,
     num_experts, K, stride_g, stride_x, stride_pc, stride_pr, stride_pk,
     R: tl.constexpr, HAS_SOURCE: tl.constexpr, EXPERTS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program owns one chunk of rows and BLOCK_K features."""
-    chunk, ks = tl.program_id(0), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    chunk = tl.program_id(0)
+    ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     expert, row0, end = tile_of(offsets_ptr, chunk, num_experts, EXPERTS, CHUNK)
     if expert < num_experts:
         r = tl.arange(0, BLOCK_R)
@@ -64,40 +67,59 @@ def _wgrad_kernel(
             x_ptrs = x_ptr + from_rows[:, None].to(tl.int64) * stride_x + ks[None, :]
             x = tl.load(x_ptrs, mask=row_ok[:, None] & (ks < K)[None, :], other=0.0)
             acc = tl.dot(g, x, acc, input_precision="ieee")
-        out = part_ptr + chunk.to(tl.int64) * stride_pc + r[:, None] * stride_pr + ks[None, :] * stride_pk
+        out = (
+            part_ptr
+            + chunk.to(tl.int64) * stride_pc
+            + r[:, None] * stride_pr
+            + ks[None, :] * stride_pk
+        )
         tl.store(out, acc, mask=(r < R)[:, None] & (ks < K)[None, :])
 
 
-# ---- 3. launchers ---------------------------------------------------------------------------------------------------
+# ---- 3. launchers --------------------------------------------------------------------------------
 
 
 def lora_wgrad_triton(
-    g_MR: torch.Tensor, x: torch.Tensor, routing: Routing, part: torch.Tensor, source_M: torch.Tensor | None = None
+    g_MR: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    part: torch.Tensor,
+    source_M: torch.Tensor | None = None,
 ) -> None:
-    """Fills ``part`` ``[chunks, R, K]``, any strides. g and x need unit stride in their last dimension."""
-    num_experts, rank, K = routing.num_experts, g_MR.shape[1], x.shape[1]
+    """Fills ``part`` ``[chunks, R, K]``, any strides. g and x need unit stride in their last
+    dimension."""
+    num_experts = routing.num_experts
+    rank = g_MR.shape[1]
+    K = x.shape[1]
     block_k = 64 if rank > 64 else 128
     _wgrad_kernel[(part.shape[0], triton.cdiv(K, block_k))](
         g_MR, x, part, routing.offsets_E, routing.offsets_E if source_M is None else source_M,
-        num_experts, K, g_MR.stride(0), x.stride(0), *part.stride(), R=rank, HAS_SOURCE=source_M is not None,
-        EXPERTS=triton.next_power_of_2(num_experts), CHUNK=tiles.CHUNK_ROWS, BLOCK_M=min(64, tiles.CHUNK_ROWS),
+        num_experts, K, g_MR.stride(0), x.stride(0), *part.stride(), R=rank,
+        HAS_SOURCE=source_M is not None,
+        EXPERTS=triton.next_power_of_2(num_experts), CHUNK=tiles.CHUNK_ROWS,
+        BLOCK_M=min(64, tiles.CHUNK_ROWS),
         BLOCK_K=block_k, BLOCK_R=max(16, triton.next_power_of_2(rank)), num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
 def lora_wgrad_loop(
-    g_MR: torch.Tensor, x: torch.Tensor, routing: Routing, out_ERK: torch.Tensor, source_M: torch.Tensor | None = None
+    g_MR: torch.Tensor,
+    x: torch.Tensor,
+    routing: Routing,
+    out_ERK: torch.Tensor,
+    source_M: torch.Tensor | None = None,
 ) -> None:
     """Fills ``out`` ``[E, R, K]``: one GEMM per expert; over no rows it gives exact zeros."""
     x_MK = x if source_M is None else x.index_select(0, source_M)
     multiply_rows(g_MR, x_MK, routing, out_ERK)
 
 
-# ---- 4. autograd ----------------------------------------------------------------------------------------------------
+# ---- 4. autograd ---------------------------------------------------------------------------------
 
 
 class _LoRAWgrad(torch.autograd.Function):
-    """Bilinear, so its gradients are a shrink and a grouped GEMM with the incoming gradient as the weight."""
+    """Bilinear, so its gradients are a shrink and a grouped GEMM with the incoming gradient as the
+    weight."""
 
     @staticmethod
     def forward(
@@ -106,7 +128,9 @@ class _LoRAWgrad(torch.autograd.Function):
         ctx.save_for_backward(g_MR, x_MK, offsets_E)
         ctx.triton = triton_
         routing = Routing(offsets_E, x_MK.shape[0])
-        sums = (TritonSums if triton_ else TorchSums)(routing, x_MK, [(g_MR.shape[1], x_MK.shape[1])])
+        sums = (TritonSums if triton_ else TorchSums)(
+            routing, x_MK, [(g_MR.shape[1], x_MK.shape[1])]
+        )
         (lora_wgrad_triton if triton_ else lora_wgrad_loop)(g_MR, x_MK, routing, sums.places[0])
         _, (out_ERK,) = sums.finish()
         return out_ERK  # pyright: ignore[reportReturnType]
@@ -115,12 +139,18 @@ class _LoRAWgrad(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout_ERK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         g_MR, x_MK, offsets_E = ctx.saved_tensors
-        routing, dg_MR = Routing(offsets_E, x_MK.shape[0]), torch.empty_like(g_MR)
+        routing = Routing(offsets_E, x_MK.shape[0])
+        dg_MR = torch.empty_like(g_MR)
         (shrink_triton if ctx.triton else shrink_loop)(x_MK, (dout_ERK,), routing, dg_MR)
-        return dg_MR, (grouped_gemm_triton if ctx.triton else grouped_gemm_loop)(g_MR, dout_ERK, routing), None, None
+        return (
+            dg_MR,
+            (grouped_gemm_triton if ctx.triton else grouped_gemm_loop)(g_MR, dout_ERK, routing),
+            None,
+            None,
+        )
 
 
-# ---- 5. public function ---------------------------------------------------------------------------------------------
+# ---- 5. public function --------------------------------------------------------------------------
 
 
 def lora_wgrad(
@@ -140,14 +170,23 @@ def lora_wgrad(
     Raises:
         ValueError: shapes or dtypes that do not fit, or a back end that cannot run here.
     """
-    if g_MR.dim() != 2 or x_MK.dim() != 2 or g_MR.shape[0] != x_MK.shape[0] or g_MR.dtype != x_MK.dtype:
+    if (
+        g_MR.dim() != 2
+        or x_MK.dim() != 2
+        or g_MR.shape[0] != x_MK.shape[0]
+        or g_MR.dtype != x_MK.dtype
+    ):
         raise ValueError(
-            f"lora_wgrad: want g [M, R] and x [M, K] of one dtype; "
+            "lora_wgrad: want g [M, R] and x [M, K] of one dtype; "
             f"got {g_MR.dtype} {tuple(g_MR.shape)} and {x_MK.dtype} {tuple(x_MK.shape)}"
         )
     if offsets_E.dim() != 1 or offsets_E.dtype != torch.int32:
-        raise ValueError(f"lora_wgrad: offsets must be int32 [E]; got {offsets_E.dtype} {tuple(offsets_E.shape)}")
+        raise ValueError(
+            f"lora_wgrad: offsets must be int32 [E]; got {offsets_E.dtype} {tuple(offsets_E.shape)}"
+        )
     name = choose_pass(backend, "lora_wgrad", x_MK, g_MR.shape[1])
     if name == "reference":
         return lora_wgrad_ref(g_MR, x_MK, Routing(offsets_E, x_MK.shape[0]))
-    return _LoRAWgrad.apply(g_MR.contiguous(), x_MK.contiguous(), offsets_E.contiguous(), name == "triton")  # pyright: ignore
+    return _LoRAWgrad.apply(
+        g_MR.contiguous(), x_MK.contiguous(), offsets_E.contiguous(), name == "triton"
+    )  # pyright: ignore

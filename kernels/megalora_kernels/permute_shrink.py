@@ -1,11 +1,12 @@
-"""Permute and shrink as one differentiable step: rows in expert order and their rank-wide product, in one pass.
+"""Permute and shrink as one differentiable step: rows in expert order and their rank-wide product,
+in one pass.
 
     rows[m] = x[source m]      s[m] = rows[m] @ a[e]ᵀ
 
     dx[t] = sum over t's rows m of (drows[m] + ds[m] @ a[e])      da[e] = ds[rows of e]ᵀ x[source of those rows]
 
-Kept for backward: x as it was given and a. For stacks that run their own grouped GEMM on the permuted rows; ``expert_mlp`` has
-this inside.
+Kept for backward: x as it was given and a. For stacks that run their own grouped GEMM on the
+permuted rows; ``expert_mlp`` has this inside.
 
 Shape legend: T tokens   M routed rows   E experts   K features   R rank
 """
@@ -20,22 +21,25 @@ from .engine import make_engine
 from .routing import Routing
 from .shrink import shrink_ref
 
-# ---- 1. reference ---------------------------------------------------------------------------------------------------
+# ---- 1. reference --------------------------------------------------------------------------------
 
 
-def permute_shrink_ref(x_TK: torch.Tensor, a_ERK: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+def permute_shrink_ref(
+    x_TK: torch.Tensor, a_ERK: torch.Tensor, routing: Routing
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification; differentiable."""
     x_MK = x_TK if routing.source_M is None else x_TK[routing.source_M.long()]
     return x_MK, shrink_ref(x_MK, a_ERK, routing)
 
 
-# ---- 2. autograd ----------------------------------------------------------------------------------------------------
+# ---- 2. autograd ---------------------------------------------------------------------------------
 
 
 class _PermuteShrink(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TK: torch.Tensor, a_ERK: torch.Tensor, offsets_E: torch.Tensor, source_M: torch.Tensor,
+        ctx: Any, x_TK: torch.Tensor, a_ERK: torch.Tensor, offsets_E: torch.Tensor,
+        source_M: torch.Tensor,
         slots_TK: torch.Tensor, backend: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         routing = Routing(offsets_E, source_M.shape[0], source_M, slots_TK)
@@ -49,7 +53,9 @@ class _PermuteShrink(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, drows_MK: torch.Tensor, ds_MR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, drows_MK: torch.Tensor, ds_MR: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         x_TK, a_ERK, offsets_E, source_M, slots_TK = ctx.saved_tensors
         engine = make_engine(ctx.backend, Routing(offsets_E, source_M.shape[0], source_M, slots_TK))
         dx_TK = engine.combine(engine.from_rank(ds_MR, a_ERK).add_(drows_MK))
@@ -59,7 +65,7 @@ class _PermuteShrink(torch.autograd.Function):
         return dx_TK, da_ERK, None, None, None, None
 
 
-# ---- 3. public function ---------------------------------------------------------------------------------------------
+# ---- 3. public function --------------------------------------------------------------------------
 
 
 def permute_shrink(
@@ -77,15 +83,22 @@ def permute_shrink(
         ``rows [M, K]`` and ``s [M, R]``, both in x's dtype; s is accumulated in float32.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a routing without source, or a back end that cannot run here.
+        ValueError: shapes, dtypes or devices that do not fit, a routing without source, or a back
+            end that cannot run here.
     """
-    if x_TK.dim() != 2 or a_ERK.dim() != 3 or a_ERK.shape[::2] != (routing.num_experts, x_TK.shape[1]):
+    if (
+        x_TK.dim() != 2
+        or a_ERK.dim() != 3
+        or a_ERK.shape[::2] != (routing.num_experts, x_TK.shape[1])
+    ):
         raise ValueError(
             f"permute_shrink: want x [T, K] and a [E, R, K] with E = {routing.num_experts}; "
             f"got {tuple(x_TK.shape)} and {tuple(a_ERK.shape)}"
         )
     if routing.source_M is None or routing.slots_TK is None:
-        raise ValueError("permute_shrink: routing has no source_M and slots_TK; rows are sorted already")
+        raise ValueError(
+            "permute_shrink: routing has no source_M and slots_TK; rows are sorted already"
+        )
     check_placement("permute_shrink", x_TK, routing.offsets_E, a=a_ERK)
     name = choose_pass(backend, "permute_shrink", x_TK, a_ERK.shape[1])
     if name == "reference":

@@ -1,15 +1,16 @@
 """Build the routing of a router's choice of experts: a counting sort.
 
-Rows are numbered expert by expert, tokens in order within one: an expert's rows start behind those of all experts before it,
-and a token's row behind those of all tokens before it. Two launches do it: one counts each expert's rows in chunks of tokens,
-one adds the counts before its own chunk and places the rows. Every place is written by exactly one program, and nothing waits
-for the device. A value of each row (its routing probability) is moved in the same launch.
+Rows are numbered expert by expert, tokens in order within one: an expert's rows start behind those
+of all experts before it, and a token's row behind those of all tokens before it. Two launches do
+it: one counts each expert's rows in chunks of tokens, one adds the counts before its own chunk and
+places the rows. Every place is written by exactly one program, and nothing waits for the device. A
+value of each row (its routing probability) is moved in the same launch.
 
 Shape legend: T tokens   k rows per token   M routed rows   E experts
 """
 
-# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
-# rules for calls do not hold.
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and
+# unpacks tuples in kernels: Python's rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from typing import Any
@@ -23,7 +24,7 @@ from .routing import Routing, as_outputs, assembled, check_rows
 CHUNKS = 128
 """Chunks of tokens that are counted apart, at most: every placing program reads all counts."""
 
-# ---- 1. reference ---------------------------------------------------------------------------------------------------
+# ---- 1. reference --------------------------------------------------------------------------------
 
 
 def route_ref(routing_map_TE: torch.Tensor, top_k: int) -> tuple[Routing, torch.Tensor]:
@@ -32,20 +33,27 @@ def route_ref(routing_map_TE: torch.Tensor, top_k: int) -> tuple[Routing, torch.
     whole = (routing_map_TE.sum(1) == top_k).all()
     if routing_map_TE.device.type == "cpu" and not bool(whole):
         raise ValueError(f"routing: every token must have exactly top_k={top_k} experts")
-    rank_TE = torch.arange(num_experts, 0, -1, device=routing_map_TE.device, dtype=torch.int32) * routing_map_TE
+    rank_TE = (
+        torch.arange(num_experts, 0, -1, device=routing_map_TE.device, dtype=torch.int32)
+        * routing_map_TE
+    )
     expert_TK = rank_TE.topk(top_k, dim=1, sorted=True).indices
-    # Rows go expert by expert, tokens in order within one: a running count over the transposed map numbers them.
+    # Rows go expert by expert, tokens in order within one: a running count over the transposed map
+    # numbers them.
     row_ET = routing_map_TE.t().reshape(-1).cumsum(0, dtype=torch.int32) - 1
     slots_TK = row_ET.view(num_experts, num_tokens).t().gather(1, expert_TK).contiguous()
-    token_TK = torch.arange(num_tokens, device=slots_TK.device, dtype=torch.int32)[:, None].expand(-1, top_k)
+    token_TK = torch.arange(num_tokens, device=slots_TK.device, dtype=torch.int32)[:, None].expand(
+        -1, top_k
+    )
     source_M = torch.empty(num_tokens * top_k, dtype=torch.int32, device=slots_TK.device)
     source_M[slots_TK.reshape(-1).long()] = token_TK.reshape(-1)
     offsets_E = routing_map_TE.sum(0).cumsum(0).to(torch.int32)
     return Routing(offsets_E, num_tokens * top_k, source_M, slots_TK), expert_TK.int()
 
 
-# ---- 2. kernels -----------------------------------------------------------------------------------------------------
-# ``debug`` is what makes an assertion on the device one; checks of every integer sum come with it and are turned off.
+# ---- 2. kernels ----------------------------------------------------------------------------------
+# ``debug`` is what makes an assertion on the device one; checks of every integer sum come with it
+# and are turned off.
 
 
 @triton.jit
@@ -63,12 +71,16 @@ def _count_kernel(
     TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One program counts the rows that each expert gets from one chunk of tokens."""
-    first, e = tl.program_id(0) * chunk_tokens, tl.arange(0, EXPERTS)
+    first = tl.program_id(0) * chunk_tokens
+    e = tl.arange(0, EXPERTS)
     count = tl.zeros((EXPERTS,), tl.int32)
     for t0 in range(first, tl.minimum(first + chunk_tokens, num_tokens), BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         chosen = _chosen(map_ptr, t, e, num_tokens, num_experts, stride_t, stride_e)
-        tl.device_assert((tl.sum(chosen, 1) == TOP_K) | (t >= num_tokens), "a token without exactly top_k experts")
+        tl.device_assert(
+            (tl.sum(chosen, 1) == TOP_K) | (t >= num_tokens),
+            "a token without exactly top_k experts",
+        )
         count += tl.sum(chosen, 0)
     tl.store(counts_ptr + tl.program_id(0) * num_experts + e, count, mask=e < num_experts)
 
@@ -76,13 +88,17 @@ def _count_kernel(
 @triton.jit
 def _place_kernel(
     map_ptr, counts_ptr, values_ptr,  # map (T, E) bool, counts (chunks, E) int32, values (T, E)
-    offsets_ptr, source_ptr, slots_ptr, expert_ptr, moved_ptr,  # (E,), (M,), (T, k), (T, k) int32; values (M,)
+    # (E,), (M,), (T, k), (T, k) int32; values (M,)
+    offsets_ptr, source_ptr, slots_ptr, expert_ptr, moved_ptr,
     num_tokens, num_experts, chunk_tokens, num_chunks, stride_t, stride_e, stride_vt, stride_ve,
-    TOP_K: tl.constexpr, HAS_VALUES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    TOP_K: tl.constexpr, HAS_VALUES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program places the rows of one chunk of tokens."""
-    chunk, e = tl.program_id(0), tl.arange(0, EXPERTS)
-    total, before = tl.zeros((EXPERTS,), tl.int32), tl.zeros((EXPERTS,), tl.int32)
+    chunk = tl.program_id(0)
+    e = tl.arange(0, EXPERTS)
+    total = tl.zeros((EXPERTS,), tl.int32)
+    before = tl.zeros((EXPERTS,), tl.int32)
     for c0 in range(0, num_chunks, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         ok = (c < num_chunks)[:, None] & (e < num_experts)[None, :]
@@ -98,7 +114,8 @@ def _place_kernel(
         t = t0 + tl.arange(0, BLOCK_T)
         chosen = _chosen(map_ptr, t, e, num_tokens, num_experts, stride_t, stride_e)
         hit = chosen != 0
-        # Running counts without the element itself: over tokens for its row, over experts for its slot.
+        # Running counts without the element itself: over tokens for its row, over experts for its
+        # slot.
         row = next_row[None, :] + tl.cumsum(chosen, 0) - chosen
         slot = t[:, None].to(tl.int64) * TOP_K + tl.cumsum(chosen, 1) - chosen
         tl.store(slots_ptr + slot, row, mask=hit)
@@ -112,12 +129,16 @@ def _place_kernel(
 
 @triton.jit
 def _spread_kernel(
-    values_ptr, slots_ptr, expert_ptr, out_ptr,  # values (M,), slots and expert (T, k) int32, out (T, E)
+    # values (M,), slots and expert (T, k) int32, out (T, E)
+    values_ptr, slots_ptr, expert_ptr, out_ptr,
     num_tokens, num_experts, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """out[t, expert[t, j]] = values[slots[t, j]], zero elsewhere; one program owns BLOCK_T tokens."""
-    t, e = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, EXPERTS)
-    t_ok, t_64 = t < num_tokens, t.to(tl.int64)
+    """out[t, expert[t, j]] = values[slots[t, j]], zero elsewhere; one program owns BLOCK_T
+    tokens."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, EXPERTS)
+    t_ok = t < num_tokens
+    t_64 = t.to(tl.int64)
     out = tl.zeros((BLOCK_T, EXPERTS), out_ptr.dtype.element_ty)
     for j in tl.static_range(TOP_K):
         row = tl.load(slots_ptr + t_64 * TOP_K + j, mask=t_ok, other=0)
@@ -128,7 +149,7 @@ def _spread_kernel(
     tl.store(out_ptr + t_64[:, None] * num_experts + e[None, :], out, mask=ok)
 
 
-# ---- 3. launchers ---------------------------------------------------------------------------------------------------
+# ---- 3. launchers --------------------------------------------------------------------------------
 
 
 def _tokens_at_once(num_experts: int) -> tuple[int, int]:
@@ -140,15 +161,19 @@ def _tokens_at_once(num_experts: int) -> tuple[int, int]:
 def route_triton(
     routing_map_TE: torch.Tensor, top_k: int, values_TE: torch.Tensor | None = None
 ) -> tuple[Routing, torch.Tensor, torch.Tensor | None]:
-    """The routing, int32 ``expert_TK``, and the values in the order of the rows. At least one token."""
-    (num_tokens, num_experts), num_rows = routing_map_TE.shape, routing_map_TE.shape[0] * top_k
+    """The routing, int32 ``expert_TK``, and the values in the order of the rows. At least one
+    token."""
+    num_tokens, num_experts = routing_map_TE.shape
+    num_rows = routing_map_TE.shape[0] * top_k
     experts, block_t = _tokens_at_once(num_experts)
     chunk_tokens = block_t * int(triton.cdiv(num_tokens, block_t * CHUNKS))
     num_chunks = int(triton.cdiv(num_tokens, chunk_tokens))
     new = {"dtype": torch.int32, "device": routing_map_TE.device}
-    counts, offsets_E = torch.empty(num_chunks, num_experts, **new), torch.empty(num_experts, **new)
+    counts = torch.empty(num_chunks, num_experts, **new)
+    offsets_E = torch.empty(num_experts, **new)
     source_M = torch.empty(num_rows, **new)
-    slots_TK, expert_TK = torch.empty(num_tokens, top_k, **new), torch.empty(num_tokens, top_k, **new)
+    slots_TK = torch.empty(num_tokens, top_k, **new)
+    expert_TK = torch.empty(num_tokens, top_k, **new)
     moved_M = None if values_TE is None else values_TE.new_empty(num_rows)
     values, moved = (offsets_E, offsets_E) if values_TE is None else (values_TE, moved_M)
     tile = {"TOP_K": top_k, "EXPERTS": experts, "BLOCK_T": block_t}
@@ -158,7 +183,8 @@ def route_triton(
     )
     _place_kernel[(num_chunks,)](
         routing_map_TE, counts, values, offsets_E, source_M, slots_TK, expert_TK, moved,
-        *sizes, num_chunks, *routing_map_TE.stride(), *((0, 0) if values_TE is None else values_TE.stride()),
+        *sizes, num_chunks, *routing_map_TE.stride(),
+        *((0, 0) if values_TE is None else values_TE.stride()),
         HAS_VALUES=values_TE is not None, BLOCK_C=block_t, **tile,
     )  # fmt: skip
     return Routing(offsets_E, num_rows, source_M, slots_TK), expert_TK, moved_M
@@ -172,16 +198,25 @@ def spread_triton(
     out_TE = values_M.new_empty(num_tokens, num_experts)
     experts, block_t = _tokens_at_once(num_experts)
     _spread_kernel[(triton.cdiv(num_tokens, block_t),)](
-        values_M, slots_TK, expert_TK, out_TE, num_tokens, num_experts, TOP_K=top_k, EXPERTS=experts, BLOCK_T=block_t
+        values_M,
+        slots_TK,
+        expert_TK,
+        out_TE,
+        num_tokens,
+        num_experts,
+        TOP_K=top_k,
+        EXPERTS=experts,
+        BLOCK_T=block_t,
     )
     return out_TE
 
 
-# ---- 4. autograd ----------------------------------------------------------------------------------------------------
+# ---- 4. autograd ---------------------------------------------------------------------------------
 
 
 class _RouteValues(torch.autograd.Function):
-    """Keeps where each value went: two int32 a row, one of which everyone else who moves rows keeps as well."""
+    """Keeps where each value went: two int32 a row, one of which everyone else who moves rows keeps
+    as well."""
 
     @staticmethod
     def forward(
@@ -194,12 +229,18 @@ class _RouteValues(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dvalues_M: torch.Tensor | None, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, dvalues_M: torch.Tensor | None, *_: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         if dvalues_M is None:
             return None, None, None
         slots_TK, expert_TK = ctx.saved_tensors
         if dvalues_M.is_cuda and slots_TK.shape[0]:
-            return spread_triton(dvalues_M.contiguous(), slots_TK, expert_TK, ctx.num_experts), None, None
+            return (
+                spread_triton(dvalues_M.contiguous(), slots_TK, expert_TK, ctx.num_experts),
+                None,
+                None,
+            )
         dvalues_TE = dvalues_M.new_zeros(slots_TK.shape[0], ctx.num_experts)
         found_TK = dvalues_M.index_select(0, slots_TK.reshape(-1)).view(slots_TK.shape)
         return dvalues_TE.scatter_(1, expert_TK.long(), found_TK), None, None
@@ -208,18 +249,23 @@ class _RouteValues(torch.autograd.Function):
 def _route(
     routing_map_TE: torch.Tensor, top_k: int, values_TE: torch.Tensor | None = None
 ) -> tuple[Routing, torch.Tensor, torch.Tensor | None]:
-    check_rows(routing_map_TE.shape[0] * top_k, f"{routing_map_TE.shape[0]} tokens with {top_k} experts each")
+    check_rows(
+        routing_map_TE.shape[0] * top_k,
+        f"{routing_map_TE.shape[0]} tokens with {top_k} experts each",
+    )
     if routing_map_TE.is_cuda and routing_map_TE.shape[0]:
         return route_triton(routing_map_TE, top_k, values_TE)
     routing, expert_TK = route_ref(routing_map_TE, top_k)
     if values_TE is None or routing.source_M is None or routing.slots_TK is None:
         return routing, expert_TK, None
     values_M = values_TE.new_empty(routing.num_rows)
-    values_M[routing.slots_TK.reshape(-1).long()] = values_TE.gather(1, expert_TK.long()).reshape(-1)
+    values_M[routing.slots_TK.reshape(-1).long()] = values_TE.gather(1, expert_TK.long()).reshape(
+        -1
+    )
     return routing, expert_TK, values_M
 
 
-# ---- 5. public functions --------------------------------------------------------------------------------------------
+# ---- 5. public functions -------------------------------------------------------------------------
 
 
 def route(routing_map_TE: torch.Tensor, top_k: int) -> tuple[Routing, torch.Tensor]:
@@ -230,17 +276,21 @@ def route(routing_map_TE: torch.Tensor, top_k: int) -> tuple[Routing, torch.Tens
         top_k: k.
 
     Returns:
-        The routing, and ``expert_TK`` int64: each token's experts in ascending order, as its slots are.
+        The routing, and ``expert_TK`` int64: each token's experts in ascending order, as its slots
+        are.
 
     Raises:
-        ValueError: a token with another number of experts (on a GPU that is a device-side assertion), or more rows than int32
+        ValueError: a token with another number of experts (on a GPU that is a device-side
+            assertion), or more rows than int32
             numbers.
     """
     routing, expert_TK, _ = _route(routing_map_TE, top_k)
     return routing, expert_TK.long()
 
 
-def route_values(routing_map_TE: torch.Tensor, values_TE: torch.Tensor, top_k: int) -> tuple[Routing, torch.Tensor]:
+def route_values(
+    routing_map_TE: torch.Tensor, values_TE: torch.Tensor, top_k: int
+) -> tuple[Routing, torch.Tensor]:
     """``route``, and one value of each chosen pair of token and expert moved to its row.
 
     Args:
@@ -249,7 +299,8 @@ def route_values(routing_map_TE: torch.Tensor, values_TE: torch.Tensor, top_k: i
         top_k: k.
 
     Returns:
-        The routing, and the values ``[M]`` in the order of the rows; differentiable once in ``values_TE``.
+        The routing, and the values ``[M]`` in the order of the rows; differentiable once in
+        ``values_TE``.
 
     Raises:
         ValueError: as ``route``.

@@ -1,8 +1,9 @@
 """Where routed rows come from and where they go, and moving them there.
 
-Each of T tokens is copied to k experts: ``M = T k`` rows, sorted by expert. Row m is a copy of token ``source[m]``; token t's
-rows are ``slots[t, 0..k)``. Expert parallelism needs the same for received rows: they arrive sorted by sending rank, and
-``source`` is the permutation that sorts them by expert (k = 1).
+Each of T tokens is copied to k experts: ``M = T k`` rows, sorted by expert. Row m is a copy of
+token ``source[m]``; token t's rows are ``slots[t, 0..k)``. Expert parallelism needs the same for
+received rows: they arrive sorted by sending rank, and ``source`` is the permutation that sorts them
+by expert (k = 1).
 
 Shape legend: T tokens   k rows per token   M routed rows   E experts   H features
 """
@@ -29,7 +30,8 @@ class Routing:
     num_rows: int
     """M."""
     source_M: torch.Tensor | None = None
-    """int32 ``[M]``: the token of each row; None where the rows are given sorted by expert already."""
+    """int32 ``[M]``: the token of each row; None where the rows are given sorted by expert
+    already."""
     slots_TK: torch.Tensor | None = None
     """int32 ``[T, k]``: the rows of each token; None together with ``source_M``."""
 
@@ -43,13 +45,15 @@ class Routing:
         bounds = [0, *self.offsets_E.tolist()]
         if bounds[-1] != self.num_rows or any(start > end for start, end in pairwise(bounds)):
             raise ValueError(
-                f"routing: offsets must never decrease and end at M={self.num_rows}, the number of rows; got {bounds[1:]}"
+                f"routing: offsets must never decrease and end at M={self.num_rows}, the number of"
+                f" rows; got {bounds[1:]}"
             )
         return bounds
 
     @cached_property
     def tile_lists(self) -> dict[int, torch.Tensor]:
-        """Lists of the experts' tiles by their number of rows: ``gemm_roles.py`` keeps here what it has made."""
+        """Lists of the experts' tiles by their number of rows: ``gemm_roles.py`` keeps here what it
+        has made."""
         return {}
 
     @property
@@ -69,11 +73,15 @@ class Routing:
 def check_rows(num_rows: int, what: str) -> None:
     """Raises ``ValueError`` where rows cannot be numbered."""
     if num_rows > MAX_ROWS:
-        raise ValueError(f"routing: {what} are {num_rows} rows, more than int32 numbers ({MAX_ROWS}); use fewer tokens")
+        raise ValueError(
+            f"routing: {what} are {num_rows} rows, more than int32 numbers ({MAX_ROWS}); use fewer"
+            " tokens"
+        )
 
 
 def as_outputs(ctx: Any, routing: Routing) -> tuple[torch.Tensor | None, ...]:
-    """Offsets, source and slots as outputs of an autograd function, without gradients; ``assembled`` is the way back."""
+    """Offsets, source and slots as outputs of an autograd function, without gradients;
+    ``assembled`` is the way back."""
     indexes = (routing.offsets_E, routing.source_M, routing.slots_TK)
     ctx.mark_non_differentiable(*indexes)
     ctx.set_materialize_grads(False)  # autograd would make three tensors of zeros for the indexes
@@ -81,33 +89,46 @@ def as_outputs(ctx: Any, routing: Routing) -> tuple[torch.Tensor | None, ...]:
 
 
 def assembled(values_M: torch.Tensor, indexes: list[torch.Tensor]) -> Routing:
-    """The routing from the outputs of an autograd function: a value of each row, and offsets, source and slots."""
+    """The routing from the outputs of an autograd function: a value of each row, and offsets,
+    source and slots."""
     offsets_E, source_M, slots_TK = indexes
     return Routing(offsets_E, values_M.shape[0], source_M, slots_TK)
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TH: torch.Tensor, source_M: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x_TH: torch.Tensor, source_M: torch.Tensor, slots_TK: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(source_M, slots_TK)
         return x_TH.index_select(0, source_M)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         source_M, slots_TK = ctx.saved_tensors
-        return _Unpermute.apply(grads[0], source_M, slots_TK), None, None  # pyright: ignore[reportReturnType]
+        return (
+            _Unpermute.apply(grads[0], source_M, slots_TK),
+            None,
+            None,
+        )  # pyright: ignore[reportReturnType]
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_MH: torch.Tensor, source_M: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, y_MH: torch.Tensor, source_M: torch.Tensor, slots_TK: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(source_M, slots_TK)
         return combine(y_MH, slots_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         source_M, slots_TK = ctx.saved_tensors
-        return _Permute.apply(grads[0], source_M, slots_TK), None, None  # pyright: ignore[reportReturnType]
+        return (
+            _Permute.apply(grads[0], source_M, slots_TK),
+            None,
+            None,
+        )  # pyright: ignore[reportReturnType]
 
 
 class _PermuteValues(torch.autograd.Function):
@@ -129,20 +150,23 @@ class _PermuteValues(torch.autograd.Function):
 
 
 def permute(x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """``x[source]`` ``[M, H]``; x itself where the routing has no source. Its gradient is ``unpermute``: no atomics."""
+    """``x[source]`` ``[M, H]``; x itself where the routing has no source. Its gradient is
+    ``unpermute``: no atomics."""
     if routing.source_M is None or routing.slots_TK is None:
         return x_TH
     return _Permute.apply(x_TH, routing.source_M, routing.slots_TK)  # pyright: ignore[reportReturnType]
 
 
 def unpermute(y_MH: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Sum of each token's rows ``[T, H]``, accumulated in float32 in the order of its slots; the inverse of ``permute``."""
+    """Sum of each token's rows ``[T, H]``, accumulated in float32 in the order of its slots; the
+    inverse of ``permute``."""
     if routing.source_M is None or routing.slots_TK is None:
         return y_MH
     return _Unpermute.apply(y_MH, routing.source_M, routing.slots_TK)  # pyright: ignore[reportReturnType]
 
 
 def permute_values(p_TK: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """One value per slot (a routing probability) ``[T, k]`` to one value per row ``[M]``; differentiable."""
+    """One value per slot (a routing probability) ``[T, k]`` to one value per row ``[M]``;
+    differentiable."""
     assert routing.slots_TK is not None and p_TK.shape == routing.slots_TK.shape
     return _PermuteValues.apply(p_TK, routing.slots_TK)  # pyright: ignore[reportReturnType]

@@ -2,17 +2,19 @@
 
     s[m] = scale * x[source m] @ a[e]ᵀ        and, where a GEMM needs them in order, rows[m] = x[source m]
 
-The copy is bound by memory, so the product rides along: S costs no traffic of its own. In backward the same kernel gathers
-the output's gradient (the gradient of the combine) and makes dS = scale dy B.
+The copy is bound by memory, so the product rides along: S costs no traffic of its own. In backward
+the same kernel gathers the output's gradient (the gradient of the combine) and makes dS = scale dy
+B.
 
-Several projections of one fused weight have a factor each: factor i reads its own equal share of x's columns and makes its
-own columns of S, one projection's ranks after the other's. So no block-diagonal factor is built.
+Several projections of one fused weight have a factor each: factor i reads its own equal share of
+x's columns and makes its own columns of S, one projection's ranks after the other's. So no
+block-diagonal factor is built.
 
 Shape legend: T source rows   M routed rows   E experts   K features   R rank, of all factors
 """
 
-# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
-# rules for calls do not hold.
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and
+# unpacks tuples in kernels: Python's rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import torch
@@ -24,7 +26,7 @@ from .each_expert import multiply
 from .routing import Routing
 from .tiles import max_tiles, tile_of
 
-# ---- 1. reference ---------------------------------------------------------------------------------------------------
+# ---- 1. reference --------------------------------------------------------------------------------
 
 
 def shrink_ref(
@@ -35,12 +37,13 @@ def shrink_ref(
     return torch.cat([x_MK[i:j] @ a_ERK[e].T for e, i, j in routing.spans()])
 
 
-# ---- 2. kernel ------------------------------------------------------------------------------------------------------
+# ---- 2. kernel -----------------------------------------------------------------------------------
 
 
 @triton.jit
 def _add_factor(
-    acc, x_ptrs, rows_ptrs, row_ok, a_ptr, r, K, stride_ar, stride_ak,  # x and rows (BLOCK_M, 1) at the first column
+    # x and rows (BLOCK_M, 1) at the first column
+    acc, x_ptrs, rows_ptrs, row_ok, a_ptr, r, K, stride_ar, stride_ak,
     R: tl.constexpr, COPY: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add x @ aᵀ to the columns of acc whose r is in [0, R)."""
@@ -54,22 +57,28 @@ def _add_factor(
                 tl.store(rows_ptrs + ks[None, :], x, mask=ok)
             if R > 0:
                 a_ok = ((r >= 0) & (r < R))[None, :] & (ks < K)[:, None]
-                a = tl.load(a_ptr + r[None, :] * stride_ar + ks[:, None] * stride_ak, mask=a_ok, other=0.0)
+                a = tl.load(
+                    a_ptr + r[None, :] * stride_ar + ks[:, None] * stride_ak, mask=a_ok, other=0.0
+                )
                 acc = tl.dot(x, a, acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
 def _shrink_kernel(
-    x_ptr, a_ptr, a2_ptr, s_ptr, rows_ptr,  # x (T or M, K), a and a2 (E, R, K), s (M, PAD), rows (M, K)
+    # x (T or M, K), a and a2 (E, R, K), s (M, PAD), rows (M, K)
+    x_ptr, a_ptr, a2_ptr, s_ptr, rows_ptr,
     offsets_ptr, source_ptr,                # (E,) and (M,) int32
-    num_experts, K, stride_x, stride_ae, stride_ar, stride_ak, stride_a2e, stride_a2r, stride_a2k, stride_s, stride_rows,
+    num_experts, K, stride_x, stride_ae, stride_ar, stride_ak, stride_a2e, stride_a2r, stride_a2k,
+    stride_s, stride_rows,
     scale, scale2,                          # of columns before SPLIT, and of the rest
-    FACTORS: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, SPLIT: tl.constexpr, PAD: tl.constexpr,
+    FACTORS: tl.constexpr, R: tl.constexpr, R2: tl.constexpr, SPLIT: tl.constexpr,
+    PAD: tl.constexpr,
     HAS_SOURCE: tl.constexpr, COPY: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BLOCK_M rows of one expert. K counts the columns of one factor; columns R + R2 to PAD of s get zeros."""
+    """One program owns BLOCK_M rows of one expert. K counts the columns of one factor; columns R +
+    R2 to PAD of s get zeros."""
     expert, row0, end = tile_of(offsets_ptr, tl.program_id(0), num_experts, EXPERTS, BLOCK_M)
     if expert < num_experts:
         rows = row0 + tl.arange(0, BLOCK_M)
@@ -81,49 +90,75 @@ def _shrink_kernel(
         expert_64 = expert.to(tl.int64)
         acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         a_ptr += expert_64 * stride_ae
-        acc = _add_factor(acc, x_ptrs, rows_ptrs, row_ok, a_ptr, r, K, stride_ar, stride_ak, R, COPY, BLOCK_K)
+        acc = _add_factor(
+            acc, x_ptrs, rows_ptrs, row_ok, a_ptr, r, K, stride_ar, stride_ak, R, COPY, BLOCK_K
+        )
         if FACTORS == 2:
-            x_ptrs, rows_ptrs, r2 = x_ptrs + K, rows_ptrs + K, r - R
+            x_ptrs = x_ptrs + K
+            rows_ptrs = rows_ptrs + K
+            r2 = r - R
             a2_ptr += expert_64 * stride_a2e
-            acc = _add_factor(acc, x_ptrs, rows_ptrs, row_ok, a2_ptr, r2, K, stride_a2r, stride_a2k, R2, COPY, BLOCK_K)
+            acc = _add_factor(
+                acc,
+                x_ptrs,
+                rows_ptrs,
+                row_ok,
+                a2_ptr,
+                r2,
+                K,
+                stride_a2r,
+                stride_a2k,
+                R2,
+                COPY,
+                BLOCK_K,
+            )
         if R + R2 > 0:
             acc *= tl.where(r < SPLIT, scale, scale2)[None, :]
             s_ptrs = s_ptr + rows[:, None].to(tl.int64) * stride_s + r[None, :]
-            tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=row_ok[:, None] & (r < PAD)[None, :])
+            tl.store(
+                s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=row_ok[:, None] & (r < PAD)[None, :]
+            )
 
 
-# ---- 3. launchers ---------------------------------------------------------------------------------------------------
+# ---- 3. launchers --------------------------------------------------------------------------------
 
 
 def shrink_triton(
     x: torch.Tensor, factors: Factors, routing: Routing, s_MP: torch.Tensor | None,
-    source_M: torch.Tensor | None = None, rows_MK: torch.Tensor | None = None, scale: RankScale = UNSCALED,
+    source_M: torch.Tensor | None = None, rows_MK: torch.Tensor | None = None,
+    scale: RankScale = UNSCALED,
 ) -> None:  # fmt: skip
-    """Fills ``s_MP`` (P >= R; the columns beyond R with zeros) and ``rows_MK``, either of which may be None."""
-    num_experts, K = routing.num_experts, x.shape[1] // len(factors)
+    """Fills ``s_MP`` (P >= R; the columns beyond R with zeros) and ``rows_MK``, either of which may
+    be None."""
+    num_experts = routing.num_experts
+    K = x.shape[1] // len(factors)
     ranks = [0 if a is None or s_MP is None else a.shape[1] for a in factors]
     rank = sum(ranks)
     # What is not there is never read, but a pointer must be given.
     s, a, a2 = (x if t is None else t for t in (s_MP, factors[0], factors[-1]))
     strides = [(0, 0, 0) if t is None else t.stride() for t in (factors[0], factors[-1])]
     wide = x.dtype != torch.float32
-    block_m, block_k = (64 if wide else 32), (128 if rank <= 64 else 64 if rank <= 128 else 32) // (1 if wide else 2)
+    block_m = 64 if wide else 32
+    block_k = (128 if rank <= 64 else 64 if rank <= 128 else 32) // (1 if wide else 2)
     _shrink_kernel[(max_tiles(routing.num_rows, num_experts, block_m),)](
         x, a, a2, s, x if rows_MK is None else rows_MK,
         routing.offsets_E, routing.offsets_E if source_M is None else source_M,
         num_experts, K, x.stride(0), *strides[0], *strides[1], s.stride(0),
         0 if rows_MK is None else rows_MK.stride(0),
         scale.first, scale.second,
-        FACTORS=len(factors), R=ranks[0], R2=sum(ranks[1:]), SPLIT=scale.split, PAD=s.shape[1] if rank else 0,
+        FACTORS=len(factors), R=ranks[0], R2=sum(ranks[1:]), SPLIT=scale.split,
+        PAD=s.shape[1] if rank else 0,
         HAS_SOURCE=source_M is not None, COPY=rows_MK is not None,
         EXPERTS=triton.next_power_of_2(num_experts), BLOCK_M=block_m, BLOCK_K=block_k,
-        BLOCK_R=max(16, triton.next_power_of_2(s.shape[1] if rank else 1)), num_warps=4 if rank <= 128 else 8, num_stages=3 if rank <= 128 else 2,
+        BLOCK_R=max(16, triton.next_power_of_2(s.shape[1] if rank else 1)),
+        num_warps=4 if rank <= 128 else 8, num_stages=3 if rank <= 128 else 2,
     )  # fmt: skip
 
 
 def shrink_loop(
     x: torch.Tensor, factors: Factors, routing: Routing, s_MP: torch.Tensor | None,
-    source_M: torch.Tensor | None = None, rows_MK: torch.Tensor | None = None, scale: RankScale = UNSCALED,
+    source_M: torch.Tensor | None = None, rows_MK: torch.Tensor | None = None,
+    scale: RankScale = UNSCALED,
 ) -> None:  # fmt: skip
     """The same, one GEMM per expert and factor."""
     x_MK = x if source_M is None else x.index_select(0, source_M)

@@ -1,17 +1,19 @@
-"""SwiGLU with routing probabilities between the two linears of an expert, and the adapter's part of it.
+"""SwiGLU with routing probabilities between the two linears of an expert, and the adapter's part of
+it.
 
     h[m] = silu(gate[m]) * up[m] * p[m]        [gate | up] = y[m]
     s[m] = scale * h[m] @ a[e]ᵀ                what down's adapter reads, in the same pass
 
-Backward goes once over dh, gate and up and makes from values in registers, besides dgate, dup and dp, what sums over rows
-of them: dB of gate and up, dA of down. Sums are kept in float32 per chunk of rows (dp: per block of columns) and added in a
-fixed order: no atomics, the same bits on every run. dS of gate_up sums over columns; a shrink of [dgate | dup] makes it.
+Backward goes once over dh, gate and up and makes from values in registers, besides dgate, dup and
+dp, what sums over rows of them: dB of gate and up, dA of down. Sums are kept in float32 per chunk
+of rows (dp: per block of columns) and added in a fixed order: no atomics, the same bits on every
+run. dS of gate_up sums over columns; a shrink of [dgate | dup] makes it.
 
 Shape legend: M routed rows   E experts   I expert intermediate   R rank of gate and up stacked   Q rank of down
 """
 
-# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
-# rules for calls do not hold.
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and
+# unpacks tuples in kernels: Python's rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
@@ -30,26 +32,29 @@ from .sums import TorchSums, TritonSums
 from .tiles import max_tiles, tile_of
 from .variants import device_limits
 
-COMPILED: bool = not knobs.runtime.interpret  # read once: kernels are decorated when this module is imported
+# read once: kernels are decorated when this module is imported
+COMPILED: bool = not knobs.runtime.interpret
 LOOP_ELEMENTS = 2**16
-"""What the loop's element-wise operations take at once, or one expert's rows: many small experts cost few calls then, and
-operands stay in a CPU's L2."""
+"""What the loop's element-wise operations take at once, or one expert's rows: many small experts
+cost few calls then, and operands stay in a CPU's L2."""
 
-# ---- 1. reference ---------------------------------------------------------------------------------------------------
+# ---- 1. reference --------------------------------------------------------------------------------
 
 
 def swiglu_ref(y_MJ: torch.Tensor, p_M: torch.Tensor) -> torch.Tensor:
-    """``[M, I]`` in y's dtype from ``[M, 2I]``, computed in float32 (float64 for float64); differentiable."""
+    """``[M, I]`` in y's dtype from ``[M, 2I]``, computed in float32 (float64 for float64);
+    differentiable."""
     gate_MI, up_MI = y_MJ.to(torch.promote_types(y_MJ.dtype, torch.float32)).chunk(2, dim=1)
     return (F.silu(gate_MI) * up_MI * p_M[:, None]).to(y_MJ.dtype)
 
 
-# ---- 2. kernels -----------------------------------------------------------------------------------------------------
+# ---- 2. kernels ----------------------------------------------------------------------------------
 
 
 @triton.jit
 def _float32(ptrs, col_ok, EVEN: tl.constexpr):
-    """Read in float32; columns beyond the edge as zeros. A mask where no column is beyond it costs instructions."""
+    """Read in float32; columns beyond the edge as zeros. A mask where no column is beyond it costs
+    instructions."""
     if EVEN:
         return tl.load(ptrs).to(tl.float32)
     else:
@@ -58,10 +63,12 @@ def _float32(ptrs, col_ok, EVEN: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x, EXACT: tl.constexpr):
-    """1 / (1 + e^-x) by 2^(-x log2 e): four instructions fewer than ``tl.sigmoid``, and on a GPU the same bits.
+    """1 / (1 + e^-x) by 2^(-x log2 e): four instructions fewer than ``tl.sigmoid``, and on a GPU
+    the same bits.
 
-    ``tl.exp`` is that power too, with a detour for powers below 2^-126, which vanish beside the 1 here. Rounding the product
-    costs |x| 2^-24 of the power's size: nothing where a result is rounded to 16 bits, but float32 (EXACT) keeps ``tl.sigmoid``.
+    ``tl.exp`` is that power too, with a detour for powers below 2^-126, which vanish beside the 1
+    here. Rounding the product costs |x| 2^-24 of the power's size: nothing where a result is
+    rounded to 16 bits, but float32 (EXACT) keeps ``tl.sigmoid``.
     """
     if EXACT:
         return tl.sigmoid(x)
@@ -73,21 +80,29 @@ def _sigmoid(x, EXACT: tl.constexpr):
 def _computed_once(x, OPAQUE: tl.constexpr):
     """Return x as it is, through a step that the compiler can neither see through nor repeat.
 
-    x goes to memory in one layout and into a product in another. Instead of exchanging it between threads, the compiler
-    computes it again from the loads on, three times in all. The interpreter has no inline assembly: OPAQUE is False there.
+    x goes to memory in one layout and into a product in another. Instead of exchanging it between
+    threads, the compiler computes it again from the loads on, three times in all. The interpreter
+    has no inline assembly: OPAQUE is False there.
     """
     if OPAQUE:
         x = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth
+            "mov.b32 $0, $1;",
+            "=r,r",
+            [x],
+            dtype=x.dtype,
+            is_pure=False,
+            pack=32 // x.dtype.primitive_bitwidth,
         )
     return x
 
 
 @triton.jit
 def _swiglu_kernel(
-    y_ptr, p_ptr, a_ptr, h_ptr, s_ptr, offsets_ptr,  # y (M, 2I), p (M,), a (E, Q, I), h (M, I), s (M, PAD)
+    # y (M, 2I), p (M,), a (E, Q, I), h (M, I), s (M, PAD)
+    y_ptr, p_ptr, a_ptr, h_ptr, s_ptr, offsets_ptr,
     num_experts, I, stride_y, stride_ae, stride_aq, stride_ai, stride_h, stride_s, scale,
-    Q: tl.constexpr, PAD: tl.constexpr, EXPERTS: tl.constexpr, EVEN_I: tl.constexpr, OPAQUE: tl.constexpr,
+    Q: tl.constexpr, PAD: tl.constexpr, EXPERTS: tl.constexpr, EVEN_I: tl.constexpr,
+    OPAQUE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M rows of one expert. Columns Q to PAD of s get zeros."""
@@ -98,11 +113,17 @@ def _swiglu_kernel(
         # Rows beyond the edge read the tile's first row and are never stored: loads need no mask.
         safe = tl.where(row_ok, rows, row0)
         dtype = h_ptr.dtype.element_ty
-        i, q = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_Q)
+        i = tl.arange(0, BLOCK_I)
+        q = tl.arange(0, BLOCK_Q)
         p = tl.load(p_ptr + safe).to(tl.float32)[:, None]
         y_ptrs = y_ptr + safe[:, None].to(tl.int64) * stride_y + i[None, :]
         h_ptrs = h_ptr + safe[:, None].to(tl.int64) * stride_h + i[None, :]
-        a_ptrs = a_ptr + expert.to(tl.int64) * stride_ae + q[None, :] * stride_aq + i[:, None] * stride_ai
+        a_ptrs = (
+            a_ptr
+            + expert.to(tl.int64) * stride_ae
+            + q[None, :] * stride_aq
+            + i[:, None] * stride_ai
+        )
         acc = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
         for i0 in range(0, I, BLOCK_I):
             col_ok = i0 + i < I
@@ -120,7 +141,11 @@ def _swiglu_kernel(
                 acc = tl.dot(h, a, acc, input_precision="ieee")
         if Q > 0:
             s_ptrs = s_ptr + rows[:, None].to(tl.int64) * stride_s + q[None, :]
-            tl.store(s_ptrs, (acc * scale).to(s_ptr.dtype.element_ty), mask=row_ok[:, None] & (q < PAD)[None, :])
+            tl.store(
+                s_ptrs,
+                (acc * scale).to(s_ptr.dtype.element_ty),
+                mask=row_ok[:, None] & (q < PAD)[None, :],
+            )
 
 
 @triton.jit
@@ -137,7 +162,8 @@ def _store_sums(
     da, db_gate, db_up, da_ptr, db_gate_ptr, db_up_ptr, part, i, i_ok, I, r, q,
     R: tl.constexpr, R_GATE: tl.constexpr, UP_FROM: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """Write a chunk's parts of dA and dB, ``part`` elements behind the first; ``i`` are the program's columns.
+    """Write a chunk's parts of dA and dB, ``part`` elements behind the first; ``i`` are the
+    program's columns.
 
     Gate's B has the columns of S before R_GATE, up's those from UP_FROM on.
     """
@@ -154,28 +180,36 @@ def _store_sums(
 @triton.jit
 def _swiglu_backward_kernel(
     dh_ptr, y_ptr, p_ptr, s_ptr, ds_ptr, # dh (M, I), y (M, 2I), p (M,), s (M, R), ds (M, Q)
-    dy_ptr, dp_ptr, da_ptr, db_gate_ptr, db_up_ptr,  # dy (M, 2I); float32 parts: (blocks, M), (chunks, Q, I), (chunks, I, r)
-    offsets_ptr, num_rows, num_experts, I, stride_dh, stride_y, stride_s, stride_ds, stride_dy, stride_part,
+    # dy (M, 2I); float32 parts: (blocks, M), (chunks, Q, I), (chunks, I, r)
+    dy_ptr, dp_ptr, da_ptr, db_gate_ptr, db_up_ptr,
+    offsets_ptr, num_rows, num_experts, I, stride_dh, stride_y, stride_s, stride_ds, stride_dy,
+    stride_part,
     R: tl.constexpr, R_GATE: tl.constexpr, UP_FROM: tl.constexpr, Q: tl.constexpr,
     EXPERTS: tl.constexpr, CHUNK: tl.constexpr, EVEN_I: tl.constexpr, OPAQUE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """One program owns one chunk of rows and BLOCK_I columns of gate and the same of up.
 
-    The blocks of a chunk follow each other in the grid: they read the same rows of s and ds, from L2 but for the first.
+    The blocks of a chunk follow each other in the grid: they read the same rows of s and ds, from
+    L2 but for the first.
     """
-    block, chunk = tl.program_id(0), tl.program_id(1)
+    block = tl.program_id(0)
+    chunk = tl.program_id(1)
     expert, row0, end = tile_of(offsets_ptr, chunk, num_experts, EXPERTS, CHUNK)
     if expert < num_experts:
         i = block * BLOCK_I + tl.arange(0, BLOCK_I)
-        i_ok, r, q = i < I, tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_Q)
+        i_ok = i < I
+        r = tl.arange(0, BLOCK_R)
+        q = tl.arange(0, BLOCK_Q)
         dtype = dy_ptr.dtype.element_ty
         da = tl.zeros((BLOCK_Q, BLOCK_I), tl.float32)
-        db_gate, db_up = tl.zeros((BLOCK_I, BLOCK_R), tl.float32), tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
+        db_gate = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
+        db_up = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
         for m0 in range(row0, tl.minimum(row0 + CHUNK, end), BLOCK_M):
             rows = m0 + tl.arange(0, BLOCK_M)
             row_ok = rows < end
-            # Rows beyond the edge read the block's first row: never stored, and their rows of s and ds are zeros.
+            # Rows beyond the edge read the block's first row: never stored, and their rows of s and
+            # ds are zeros.
             rows_64 = tl.where(row_ok, rows, m0).to(tl.int64)
             y_ptrs = y_ptr + rows_64[:, None] * stride_y + i[None, :]
             gate = _float32(y_ptrs, i_ok[None, :], EVEN_I)
@@ -183,7 +217,9 @@ def _swiglu_backward_kernel(
             dh = _float32(dh_ptr + rows_64[:, None] * stride_dh + i[None, :], i_ok[None, :], EVEN_I)
             p = tl.load(p_ptr + rows_64).to(tl.float32)[:, None]
             product, d_gate, d_up = _gradients(gate, up, dh, p, dtype == tl.float32)
-            tl.store(dp_ptr + block.to(tl.int64) * num_rows + rows, tl.sum(dh * product, 1), mask=row_ok)
+            tl.store(
+                dp_ptr + block.to(tl.int64) * num_rows + rows, tl.sum(dh * product, 1), mask=row_ok
+            )
             d_gate = _computed_once(d_gate.to(dtype), OPAQUE and R > 0)
             d_up = _computed_once(d_up.to(dtype), OPAQUE and R > 0)
             dy_ptrs = dy_ptr + rows_64[:, None] * stride_dy + i[None, :]
@@ -201,10 +237,27 @@ def _swiglu_backward_kernel(
                 h = _computed_once((product * p).to(dtype), OPAQUE)
                 da = tl.dot(ds, h, da, input_precision="ieee")
         part = chunk.to(tl.int64) * stride_part
-        _store_sums(da, db_gate, db_up, da_ptr, db_gate_ptr, db_up_ptr, part, i, i_ok, I, r, q, R, R_GATE, UP_FROM, Q)
+        _store_sums(
+            da,
+            db_gate,
+            db_up,
+            da_ptr,
+            db_gate_ptr,
+            db_up_ptr,
+            part,
+            i,
+            i_ok,
+            I,
+            r,
+            q,
+            R,
+            R_GATE,
+            UP_FROM,
+            Q,
+        )
 
 
-# ---- 3. launchers ---------------------------------------------------------------------------------------------------
+# ---- 3. launchers --------------------------------------------------------------------------------
 
 
 def swiglu_triton(
@@ -213,13 +266,15 @@ def swiglu_triton(
 ) -> None:  # fmt: skip
     """Fills ``h_MI`` and, with an adapter, ``s_MP`` (P >= Q; the columns beyond Q with zeros)."""
     rank, a, s = (0, y_MJ, y_MJ) if a_EQI is None or s_MP is None else (a_EQI.shape[1], a_EQI, s_MP)
-    block_m, block_i = 32, (128 if y_MJ.dtype != torch.float32 and rank <= 64 else 64)
+    block_m = 32
+    block_i = 128 if y_MJ.dtype != torch.float32 and rank <= 64 else 64
     _swiglu_kernel[(max_tiles(routing.num_rows, routing.num_experts, block_m),)](
         y_MJ, p_M, a, h_MI, s, routing.offsets_E, routing.num_experts, h_MI.shape[1],
         y_MJ.stride(0), *(a.stride() if rank else (0, 0, 0)), h_MI.stride(0), s.stride(0), scale,
         Q=rank, PAD=s.shape[1] if rank else 0, EXPERTS=triton.next_power_of_2(routing.num_experts),
         EVEN_I=h_MI.shape[1] % block_i == 0, OPAQUE=COMPILED,
-        BLOCK_M=block_m, BLOCK_I=block_i, BLOCK_Q=max(16, triton.next_power_of_2(s.shape[1] if rank else 1)),
+        BLOCK_M=block_m, BLOCK_I=block_i,
+        BLOCK_Q=max(16, triton.next_power_of_2(s.shape[1] if rank else 1)),
         num_warps=4, num_stages=2,
     )  # fmt: skip
 
@@ -244,11 +299,13 @@ def swiglu_loop(
 
 
 def backward_blocks(dtype: torch.dtype, rank: int, capability: tuple[int, int]) -> dict[str, int]:
-    """Read what compiling showed: the tile of ``_swiglu_backward_kernel`` for ranks padded to powers of two.
+    """Read what compiling showed: the tile of ``_swiglu_backward_kernel`` for ranks padded to
+    powers of two.
 
-    The sums dA and dB grow with the rank and live in registers. 168 of them let three programs of four warps share a
-    multiprocessor, with 36 KB of loads under way; the compiler would take four more. Loads are not pipelined from rank 64
-    on, for want of registers, and on Blackwell: beside its tensor cores Triton cannot pipeline an opaque step.
+    The sums dA and dB grow with the rank and live in registers. 168 of them let three programs of
+    four warps share a multiprocessor, with 36 KB of loads under way; the compiler would take four
+    more. Loads are not pipelined from rank 64 on, for want of registers, and on Blackwell: beside
+    its tensor cores Triton cannot pipeline an opaque step.
     """
     if dtype == torch.float32:  # no tensor cores in full precision
         return {"BLOCK_M": 16, "BLOCK_I": 32, "num_warps": 4 if rank <= 64 else 8, "num_stages": 1}
@@ -261,18 +318,23 @@ def backward_blocks(dtype: torch.dtype, rank: int, capability: tuple[int, int]) 
 
 
 def swiglu_backward_triton(
-    dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing, dy_MJ: torch.Tensor,
+    dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing,
+    dy_MJ: torch.Tensor,
     s_MR: torch.Tensor | None, ds_MQ: torch.Tensor | None,
     sums: TritonSums, da: torch.Tensor | None, db: Sequence[torch.Tensor | None],
 ) -> None:  # fmt: skip
-    """Fills ``dy_MJ``, leaves parts of dp in ``sums``, of dA of down in ``da`` and of dB of gate_up in ``db``, which are places
-    there. ``s_MR`` is S of gate_up, ``ds_MQ`` dS of down; None without that adapter."""
-    (M, I), E, new = dh_MI.shape, routing.num_experts, {"dtype": torch.float32, "device": dh_MI.device}
+    """Fills ``dy_MJ``, leaves parts of dp in ``sums``, of dA of down in ``da`` and of dB of gate_up
+    in ``db``, which are places there. ``s_MR`` is S of gate_up, ``ds_MQ`` dS of down; None without
+    that adapter."""
+    M, I = dh_MI.shape
+    E = routing.num_experts
+    new = {"dtype": torch.float32, "device": dh_MI.device}
     R, Q = (0 if t is None else t.shape[1] for t in (s_MR, ds_MQ))
     s, ds = (y_MJ if t is None else t for t in (s_MR, ds_MQ))
     block_r, block_q = (max(16, triton.next_power_of_2(rank)) for rank in (R, Q))
     tile = backward_blocks(dh_MI.dtype, max(block_r, block_q), device_limits(dh_MI.device)[1])
-    chunks, blocks = max_tiles(M, E, tiles.CHUNK_ROWS), int(triton.cdiv(I, tile["BLOCK_I"]))
+    chunks = max_tiles(M, E, tiles.CHUNK_ROWS)
+    blocks = int(triton.cdiv(I, tile["BLOCK_I"]))
     dp = torch.empty(blocks, M, **new)
     db_gate, db_up, rank_gate, up_from = _db_places(db, I, R)
     # What is not there is never written, but a pointer must be given.
@@ -280,17 +342,21 @@ def swiglu_backward_triton(
     stride_part = max(0 if t is None else t.stride(0) for t in (da, db_gate, db_up))
     _swiglu_backward_kernel[(blocks, chunks)](
         dh_MI, y_MJ, p_M, s, ds, dy_MJ, dp, *places,
-        routing.offsets_E, M, E, I, dh_MI.stride(0), y_MJ.stride(0), s.stride(0), ds.stride(0), dy_MJ.stride(0),
-        stride_part, R=R, R_GATE=rank_gate, UP_FROM=up_from, Q=Q, EXPERTS=triton.next_power_of_2(E), CHUNK=tiles.CHUNK_ROWS,
+        routing.offsets_E, M, E, I, dh_MI.stride(0), y_MJ.stride(0), s.stride(0), ds.stride(0),
+        dy_MJ.stride(0),
+        stride_part, R=R, R_GATE=rank_gate, UP_FROM=up_from, Q=Q, EXPERTS=triton.next_power_of_2(E),
+        CHUNK=tiles.CHUNK_ROWS,
         EVEN_I=I % tile["BLOCK_I"] == 0, OPAQUE=COMPILED, BLOCK_R=block_r, BLOCK_Q=block_q, **tile,
     )  # fmt: skip
-    sums.dp_part, sums.dp_dtype = dp, p_M.dtype
+    sums.dp_part = dp
+    sums.dp_dtype = p_M.dtype
 
 
 def _db_places(
     db: Sequence[torch.Tensor | None], I: int, rank: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
-    """dB of gate and of up, and the columns of S that are theirs: before the third value, from the fourth on."""
+    """dB of gate and of up, and the columns of S that are theirs: before the third value, from the
+    fourth on."""
     if not db:
         return None, None, 0, 0
     if len(db) == 1:
@@ -302,7 +368,8 @@ def _db_places(
 
 
 def _blocks(spans: list[tuple[int, int, int]], num_rows: int) -> list[list[tuple[int, int, int]]]:
-    """Cut a list of experts' rows into pieces that end with the first expert to reach ``num_rows``."""
+    """Cut a list of experts' rows into pieces that end with the first expert to reach
+    ``num_rows``."""
     blocks: list[list[tuple[int, int, int]]] = [[]]
     for span in spans:
         if blocks[-1] and blocks[-1][-1][2] - blocks[-1][0][1] >= num_rows:
@@ -312,17 +379,23 @@ def _blocks(spans: list[tuple[int, int, int]], num_rows: int) -> list[list[tuple
 
 
 def swiglu_backward_loop(
-    dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing, dy_MJ: torch.Tensor,
+    dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing,
+    dy_MJ: torch.Tensor,
     s_MR: torch.Tensor | None, ds_MQ: torch.Tensor | None,
     sums: TorchSums, da: torch.Tensor | None, db: Sequence[torch.Tensor | None],
 ) -> None:  # fmt: skip
-    """The same, a few experts at a time: temporaries hold LOOP_ELEMENTS or the rows of one expert."""
-    I, wide = dh_MI.shape[1], torch.promote_types(dh_MI.dtype, torch.float32)
+    """The same, a few experts at a time: temporaries hold LOOP_ELEMENTS or the rows of one
+    expert."""
+    I = dh_MI.shape[1]
+    wide = torch.promote_types(dh_MI.dtype, torch.float32)
     sums.dp_M = dp_M = torch.empty_like(p_M)
     for experts in _blocks(routing.spans(), LOOP_ELEMENTS // I):
-        first, end = experts[0][1], experts[-1][2]
-        gate, up = y_MJ[first:end, :I].to(wide), y_MJ[first:end, I:].to(wide)
-        dh, p = dh_MI[first:end].to(wide), p_M[first:end, None].to(wide)
+        first = experts[0][1]
+        end = experts[-1][2]
+        gate = y_MJ[first:end, :I].to(wide)
+        up = y_MJ[first:end, I:].to(wide)
+        dh = dh_MI[first:end].to(wide)
+        p = p_M[first:end, None].to(wide)
         dy = dy_MJ[first:end]
         silu = F.silu(gate)
         d_act = dh * p

@@ -1,12 +1,12 @@
 """Which rows a program owns: tiles that never cross an expert, found on the device.
 
-Rows are sorted by expert and ``offsets[e]`` is where expert e ends. Cut into tiles of ROWS rows, E experts have at most
-``M / ROWS + E`` tiles: a bound the host knows without reading a count, so nothing waits for the device. Programs beyond the
-last tile find no expert and return.
+Rows are sorted by expert and ``offsets[e]`` is where expert e ends. Cut into tiles of ROWS rows, E
+experts have at most ``M / ROWS + E`` tiles: a bound the host knows without reading a count, so
+nothing waits for the device. Programs beyond the last tile find no expert and return.
 """
 
-# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and unpacks tuples in kernels: Python's
-# rules for calls do not hold.
+# A @triton.jit function is called with a grid, options and plain numbers for constexprs, and
+# unpacks tuples in kernels: Python's rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import triton
@@ -23,7 +23,8 @@ def max_tiles(num_rows: int, num_experts: int, rows_per_tile: int) -> int:
 
 @triton.jit
 def tile_table(offsets_ptr, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """Per expert: its number, first row, end row, number of tiles, number of tiles up to and including its own.
+    """Per expert: its number, first row, end row, number of tiles, number of tiles up to and
+    including its own.
 
     EXPERTS is a power of two, at least num_experts.
     """
@@ -36,7 +37,8 @@ def tile_table(offsets_ptr, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constex
 
 @triton.jit
 def find_tile(table, tile, num_experts, ROWS: tl.constexpr):
-    """(expert, first row of the tile, end row of the expert) of tile ``tile``; expert == num_experts: no such tile."""
+    """(expert, first row of the tile, end row of the expert) of tile ``tile``; expert ==
+    num_experts: no such tile."""
     i, start, end, tiles, tiles_end = table
     expert = tl.sum(((tiles_end <= tile) & (i < num_experts)).to(tl.int32), 0)
     mine = i == expert

@@ -63,24 +63,43 @@ class Choices:
     """Answers from one table, remembered: a look-up is part of every launch."""
 
     def __init__(self, table: Table, limits: Limits = HOPPER_LIMITS) -> None:
-        self.table, self.limits = table, limits
+        self.table = table
+        self.limits = limits
         self.known: dict[tuple[Any, ...], Variant] = {}
 
     def variant(self, product: Product) -> Variant:
         """As ``choose``."""
-        p, rows = product, product.rows_per_expert
+        p = product
+        rows = product.rows_per_expert
         bucket = bucket_of(rows)
-        asked = (p.op, p.dtype, p.N, p.K, p.rank, p.blocks, p.gathered, bucket, bisect_right(RULE_EDGES, rows))
+        asked = (
+            p.op,
+            p.dtype,
+            p.N,
+            p.K,
+            p.rank,
+            p.blocks,
+            p.gathered,
+            bucket,
+            bisect_right(RULE_EDGES, rows),
+        )
         found = self.known.get(asked)
         if found is None:
-            found = self.known[asked] = self._look_up(product, bucket) or rule(product, *self.limits)
+            found = self.known[asked] = self._look_up(product, bucket) or rule(
+                product, *self.limits
+            )
         return found
 
     def _look_up(self, product: Product, bucket: int) -> Variant | None:
         """The nearest row's variant; None: the rule's."""
-        p, dtype = product, str(product.dtype).removeprefix("torch.")
+        p = product
+        dtype = str(product.dtype).removeprefix("torch.")
         wanted = Key(p.op, dtype, p.N, p.K, tile_rank(p.rank), p.blocks, p.gathered, bucket)
-        near = {key: distance for key in self.table.variants if (distance := _distance(key, wanted)) is not None}
+        near = {
+            key: distance
+            for key in self.table.variants
+            if (distance := _distance(key, wanted)) is not None
+        }
         if not near:
             return None
         found = self.table.variants[min(near, key=near.__getitem__)]
@@ -132,7 +151,9 @@ def choices_for(gpu: str, limits: Limits = HOPPER_LIMITS) -> Choices:
     path = FOLDER / file_name(gpu) if named is None else Path(named)
     if not path.is_file():
         if named is not None:
-            raise ValueError(f"{ENV_TABLE} is {named!r}, and there is no such file; unset it, or set it to 'off'")
+            raise ValueError(
+                f"{ENV_TABLE} is {named!r}, and there is no such file; unset it, or set it to 'off'"
+            )
         return Choices(Table(), limits)
     return Choices(read_table(path, gpu, limits), limits)
 
@@ -148,7 +169,9 @@ def choose(product: Product, device: torch.device) -> Variant:
     return _choices(device).variant(product)
 
 
-def vendor_from(dtype: torch.dtype, hidden: int, intermediate: int, rank: int, device: torch.device) -> float:
+def vendor_from(
+    dtype: torch.dtype, hidden: int, intermediate: int, rank: int, device: torch.device
+) -> float:
     """Rows per expert from which a layer's experts are faster by torch's grouped GEMM on joined
     operands than by Triton.
 

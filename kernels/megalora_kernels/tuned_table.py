@@ -34,9 +34,22 @@ Limits = tuple[int, tuple[int, int]]
 """Bytes of shared memory that one program may have, and compute capability, as ``device_limits``
 gives them."""
 HOPPER_LIMITS: Limits = (HOPPER_SHARED, HOPPER)
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+}
 MEASURED = ("date", "commit", "torch", "triton", "driver", "card", "clocks")
-RECORD = ("benchmark", "device", "versions", "cuda", "commit", "python", "processors", "memory_bytes", "l2_bytes")
+RECORD = (
+    "benchmark",
+    "device",
+    "versions",
+    "cuda",
+    "commit",
+    "python",
+    "processors",
+    "memory_bytes",
+    "l2_bytes",
+)
 OTHER_FIELDS = frozenset((*RECORD, "capability", "when", "dry", "sweep"))
 """What the sweep records beside the table; nothing here reads it."""
 
@@ -123,18 +136,24 @@ def read_table(path: Path, gpu: str, limits: Limits = HOPPER_LIMITS) -> Table:
     _check_names(str(path), content, wanted, optional=OTHER_FIELDS)
     if content["gpu"] != gpu:
         raise ValueError(
-            f"{path}: measured on {content['gpu']!r}, but this is {gpu!r}; set MEGALORA_TUNED=off, or tune here"
+            f"{path}: measured on {content['gpu']!r}, but this is {gpu!r}; set MEGALORA_TUNED=off,"
+            " or tune here"
         )
     for name in ("rows", "rule_stands", "layers"):
         if not isinstance(content[name], list):
-            raise ValueError(f"{path}: {name} is {type(content[name]).__name__}, want a list; tune again")
+            raise ValueError(
+                f"{path}: {name} is {type(content[name]).__name__}, want a list; tune again"
+            )
     _check_names(f"{path}: measured", content["measured"], MEASURED)
-    # What only another release of Triton compiles is no mistake of the table's: it gives way to the rule.
+    # What only another release of Triton compiles is no mistake of the table's: it gives way to the
+    # rule.
     same_triton = _release(content["measured"]["triton"]) == _release(triton.__version__)
     variants: dict[Key, Variant | None] = {}
     for i, row in enumerate(content["rows"]):
         where = f"{path}: rows[{i}]"
-        _check_values(where, row, {**KEY_FIELDS, **TIMES, "variant": lambda value: isinstance(value, dict)})
+        _check_values(
+            where, row, {**KEY_FIELDS, **TIMES, "variant": lambda value: isinstance(value, dict)}
+        )
         key = _key(row)
         variant = _variant(f"{where}: variant", row["variant"])
         why = problem(variant, _product(key), *limits)
@@ -163,13 +182,17 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:  # of JSON, or bytes that are no text
-        raise ValueError(f"{path}: not valid JSON ({error}); tune again, or set MEGALORA_TUNED=off") from error
+        raise ValueError(
+            f"{path}: not valid JSON ({error}); tune again, or set MEGALORA_TUNED=off"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: want one JSON object, got {type(content).__name__}")
     return content
 
 
-def _check_names(where: str, given: Any, wanted: Sequence[str], optional: frozenset[str] = frozenset()) -> None:
+def _check_names(
+    where: str, given: Any, wanted: Sequence[str], optional: frozenset[str] = frozenset()
+) -> None:
     if not isinstance(given, dict):
         raise ValueError(f"{where}: want an object with {', '.join(wanted)}; got {given!r}")
     if missing := [name for name in wanted if name not in given]:
@@ -191,7 +214,9 @@ def _key(row: Mapping[str, Any]) -> Key:
 
 def _product(key: Key) -> Product:
     op: Any = key.op
-    return Product(op, DTYPES[key.dtype], key.N, key.K, key.R, key.gathered, key.rows_per_expert, key.blocks)
+    return Product(
+        op, DTYPES[key.dtype], key.N, key.K, key.R, key.gathered, key.rows_per_expert, key.blocks
+    )
 
 
 def _variant(where: str, given: Mapping[str, Any]) -> Variant:

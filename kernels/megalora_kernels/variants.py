@@ -59,20 +59,31 @@ class Variant:
     """One warp group loads and the others multiply (Triton 3.6 on Hopper; every operand by TMA)."""
 
 
-# ---- what can run ---------------------------------------------------------------------------------------------------
+# ---- what can run --------------------------------------------------------------------------------
 
-SHARED_LIMITS = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 1): 227, (10, 3): 227, (11, 0): 227}
+SHARED_LIMITS = {
+    (8, 0): 163,
+    (8, 7): 163,
+    (9, 0): 227,
+    (10, 0): 227,
+    (10, 1): 227,
+    (10, 3): 227,
+    (11, 0): 227,
+}
 """KiB of shared memory that one program may have, by compute capability (CUDA C programming guide);
 99 on the others."""
 HOPPER = (9, 0)
 HOPPER_SHARED = SHARED_LIMITS[HOPPER] * 1024
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-MAX_ACCUMULATORS, MAX_ACCUMULATORS_BEFORE_HOPPER = 128, 64
+MAX_ACCUMULATORS = 128
+MAX_ACCUMULATORS_BEFORE_HOPPER = 64
 """Float32 values of the accumulator that a thread can hold beside its addresses, of 255 registers.
 Before Hopper the operands of a product take registers too: 128 sums made 16 to 120 bytes of them
 spill (compiled)."""
-MIN_SIDE, MAX_WARPS = 16, 32
-"""The least that Triton multiplies along each side of a tile, and the most warps that a program has."""
+MIN_SIDE = 16
+MAX_WARPS = 32
+"""The least that Triton multiplies along each side of a tile, and the most warps that a program
+has."""
 MAX_PERSISTENT_RANK = 64
 """Above it a persistent program spills up to 104 bytes (compiled)."""
 
@@ -98,7 +109,8 @@ def shared_bytes(variant: Variant, product: Product) -> int:
     after the loop and reuse them; so does the conversion of the output.
     """
     per_k = (variant.block_m + variant.block_n) * product.dtype.itemsize
-    pipeline, low_rank = per_k * variant.num_stages * variant.block_k, per_k * tile_rank(product.rank)
+    pipeline = per_k * variant.num_stages * variant.block_k
+    low_rank = per_k * tile_rank(product.rank)
     if variant.roles:
         # The adapter's operands have buffers of their own, and a consumer hands over 64 rows of the
         # output.
@@ -132,16 +144,26 @@ def problem(
     """
     sides = (variant.block_m, variant.block_n, variant.block_k)
     if any(side < MIN_SIDE or not _is_power_of_two(side) for side in sides):
-        return f"a tile's sides are powers of two from {MIN_SIDE} on, not {' x '.join(map(str, sides))}"
+        return (
+            f"a tile's sides are powers of two from {MIN_SIDE} on, not"
+            f" {' x '.join(map(str, sides))}"
+        )
     if variant.num_warps > MAX_WARPS or not _is_power_of_two(variant.num_warps):
-        return f"a program has a power of two of warps, at most {MAX_WARPS}, not {variant.num_warps}"
+        return (
+            f"a program has a power of two of warps, at most {MAX_WARPS}, not {variant.num_warps}"
+        )
     shared = shared_bytes(variant, product)
     if shared > shared_limit:
-        return f"it needs {shared} bytes of shared memory, the device has {shared_limit} for a program"
+        return (
+            f"it needs {shared} bytes of shared memory, the device has {shared_limit} for a program"
+        )
     accumulators = variant.block_m * variant.block_n // (32 * variant.num_warps)
     most = MAX_ACCUMULATORS if capability >= HOPPER else MAX_ACCUMULATORS_BEFORE_HOPPER
     if accumulators > most and not variant.roles:
-        return f"{variant.num_warps} warps would hold {accumulators} sums per thread, at most {most} fit"
+        return (
+            f"{variant.num_warps} warps would hold {accumulators} sums per thread, at most"
+            f" {most} fit"
+        )
     if variant.roles and (why := _roles_problem(variant, product, capability)):
         return why
     if "tma" in (variant.weight, variant.rows):
@@ -168,7 +190,11 @@ def _roles_problem(variant: Variant, product: Product, capability: tuple[int, in
     if TRITON_VERSION != (3, 6) or capability != HOPPER:
         have = f"this is Triton {triton.__version__} and {capability[0]}.{capability[1]}"
         return f"roles need Triton 3.6 and compute capability 9.0, {have}"
-    if (variant.weight, variant.rows) != ("tma", "tma") or variant.persistent or variant.num_warps != 4:
+    if (
+        (variant.weight, variant.rows) != ("tma", "tma")
+        or variant.persistent
+        or variant.num_warps != 4
+    ):
         return "roles need both operands by TMA, 4 warps and a program for each tile"
     if variant.block_m < 128:
         return f"roles need tiles of 128 rows or more, not {variant.block_m}"
@@ -181,7 +207,7 @@ def _roles_problem(variant: Variant, product: Product, capability: tuple[int, in
     return None
 
 
-# ---- which one to take ----------------------------------------------------------------------------------------------
+# ---- which one to take ---------------------------------------------------------------------------
 
 WIDE_TILE_ROWS = 96
 """Rows per expert from which 128 x 256 beats 64 x 128: predicted, and in SGLang's tuned table for
@@ -191,7 +217,9 @@ SQUARE_TILE_ROWS = 384
 64 an eighth."""
 
 
-def rule(product: Product, shared_limit: int = HOPPER_SHARED, capability: tuple[int, int] = HOPPER) -> Variant:
+def rule(
+    product: Product, shared_limit: int = HOPPER_SHARED, capability: tuple[int, int] = HOPPER
+) -> Variant:
     """Return a variant that can run everywhere: operands by pointers. Predicted, not yet measured
     on a GPU.
 
@@ -229,9 +257,15 @@ def candidates(
                 for persistent in (False, True):
                     # Walking costs 35 to 70 registers: at smaller tiles a multiprocessor then holds
                     # one program, not two.
-                    if persistent and ((block_m, block_n) != (128, 256) or product.rank > MAX_PERSISTENT_RANK):
+                    if persistent and (
+                        (block_m, block_n) != (128, 256) or product.rank > MAX_PERSISTENT_RANK
+                    ):
                         continue
-                    found.append(Variant(block_m, block_n, 64, num_warps, num_stages, weight, rows, persistent))
+                    found.append(
+                        Variant(
+                            block_m, block_n, 64, num_warps, num_stages, weight, rows, persistent
+                        )
+                    )
     with_roles = [(128, 256, 3), (128, 256, 4), (128, 128, 4), (256, 128, 3)]
     found += [Variant(m, n, 64, 4, stages, "tma", "tma", roles=True) for m, n, stages in with_roles]
     unique = dict.fromkeys(found)

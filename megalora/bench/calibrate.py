@@ -1,9 +1,12 @@
-"""``megalora bench --calibrate``: measures what the planner's time model needs, on the machine at hand, into one JSON.
+"""``megalora bench --calibrate``: measures what the planner's time model needs, on the machine at
+hand, into one JSON.
 
-    torchrun --nproc-per-node N -m megalora.bench.calibrate OUT [--dtype bfloat16|float32] [--budget-seconds 120]
+    torchrun --nproc-per-node N -m megalora.bench.calibrate OUT [--dtype bfloat16|float32]
+    [--budget-seconds 120]
 
-All ranks measure at the same time, and what is stored of each size is the median on the slowest: ranks share cores, links and
-power. Decisions are made on numbers that all ranks agree on, or collectives would wait for ranks that have gone on.
+All ranks measure at the same time, and what is stored of each size is the median on the slowest:
+ranks share cores, links and power. Decisions are made on numbers that all ranks agree on, or
+collectives would wait for ranks that have gone on.
 """
 
 import argparse
@@ -43,36 +46,50 @@ PROGRESS_SECONDS = 10
 
 
 def calibrate(
-    out: Path, *, dtype: str, budget_seconds: float = BUDGET_SECONDS, say: Callable[[str], None] = print
+    out: Path,
+    *,
+    dtype: str,
+    budget_seconds: float = BUDGET_SECONDS,
+    say: Callable[[str], None] = print,
 ) -> None:
-    """Measure, and have rank 0 write ``out``, whole or not at all. Every rank of the world calls it, inside ``host.process_group()``.
+    """Measure, and have rank 0 write ``out``, whole or not at all. Every rank of the world calls
+    it, inside ``host.process_group()``.
 
     Args:
         out: the JSON to write; folders above it are made.
         dtype: of operands, ``bfloat16`` or ``float32``.
-        budget_seconds: for measuring; the least that there must be, two sizes of every kind, is measured whatever it takes.
+        budget_seconds: for measuring; the least that there must be, two sizes of every kind, is
+            measured whatever it takes.
         say: takes lines of progress on rank 0.
 
     Raises:
-        ValueError: another dtype, no positive budget, an ``out`` that cannot be written, or nodes with different numbers of ranks.
+        ValueError: another dtype, no positive budget, an ``out`` that cannot be written, or nodes
+            with different numbers of ranks.
     """
     check(out, dtype, budget_seconds)
-    rank, world, per_node = dist.get_rank(), dist.get_world_size(), ranks_per_node()
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    per_node = ranks_per_node()
     tell = say if rank == 0 else lambda line: None
     cases = _in_order(DTYPES[dtype], world, per_node)
     tell(
-        f"calibrating {host.device_name()}, {world} rank{'s' * (world > 1)}, {dtype}: up to {len(cases)} sizes in {budget_seconds:.0f} s"
+        f"calibrating {host.device_name()}, {world} rank{'s' * (world > 1)}, {dtype}: up to"
+        f" {len(cases)} sizes in {budget_seconds:.0f} s"
     )
     points = _measure(cases, budget_seconds, tell)
-    from megalora.bench.overhead import layer_overhead  # imports Megatron, which host.install() must come before
+    # imports Megatron, which host.install() must come before
+    from megalora.bench.overhead import layer_overhead
 
     collectives = {name: points.get(name, []) for name in COLLECTIVES} if world > 1 else {}
     found = {"torch": torch.__version__, "cuda": torch.version.cuda}
     found |= {package: installed(package) for package in ("triton", "megatron-core")}
     record = {
-        "format": FORMAT, "name": host.device_name(), "memory_bytes": _memory_bytes(per_node), "ranks_per_node": per_node,
-        "world_size": world, "dtype": dtype, "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": found, "commit": commit(), **{kind: points.get(kind, []) for kind in COMPUTATIONS},
+        "format": FORMAT, "name": host.device_name(), "memory_bytes": _memory_bytes(per_node),
+        "ranks_per_node": per_node,
+        "world_size": world, "dtype": dtype,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": found, "commit": commit(),
+        **{kind: points.get(kind, []) for kind in COMPUTATIONS},
         "collectives": collectives, "overhead": layer_overhead(dtype),
     }  # fmt: skip
     if rank == 0:
@@ -87,15 +104,21 @@ def check(out: Path, dtype: str, budget_seconds: float) -> None:
         raise ValueError(f"--dtype: {dtype!r} cannot be calibrated; want {' or '.join(DTYPES)}")
     if not budget_seconds > 0:  # nan too
         raise ValueError(
-            f"--budget-seconds: {budget_seconds} is no time to measure in; want more than 0, such as {BUDGET_SECONDS:.0f}"
+            f"--budget-seconds: {budget_seconds} is no time to measure in; want more than 0, such"
+            f" as {BUDGET_SECONDS:.0f}"
         )
     if int(os.environ.get("RANK", 0)):
         return  # rank 0 writes, and other machines may have other folders
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"{out} cannot be written: {above} is {'not writable' if above.is_dir() else 'not a folder'}")
+        raise ValueError(
+            f"{out} cannot be written: {above} is"
+            f" {'not writable' if above.is_dir() else 'not a folder'}"
+        )
     if out.is_dir():
-        raise ValueError(f"{out} is a folder; name the JSON file to write, such as {out / 'machine.json'}")
+        raise ValueError(
+            f"{out} is a folder; name the JSON file to write, such as {out / 'machine.json'}"
+        )
 
 
 def ranks_per_node() -> int:
@@ -105,16 +128,19 @@ def ranks_per_node() -> int:
         ValueError: their numbers differ.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    most, least = int(slowest(here)), int(-slowest(-here))
+    most = int(slowest(here))
+    least = int(-slowest(-here))
     if most != least:
         raise ValueError(
-            f"nodes have from {least} to {most} ranks; calibration needs the same number on each: set --nproc-per-node"
+            f"nodes have from {least} to {most} ranks; calibration needs the same number on each:"
+            " set --nproc-per-node"
         )
     return here
 
 
 def _in_order(dtype: torch.dtype, world: int, per_node: int) -> list[Case]:
-    """All sizes that fit, the least of every series first and then the rest, so that time may run out anywhere after these."""
+    """All sizes that fit, the least of every series first and then the rest, so that time may run
+    out anywhere after these."""
     on_gpu = host.device().type == "cuda"
     grid = GPU if on_gpu else CPU
     series = compute_cases(grid, dtype)
@@ -133,9 +159,14 @@ def _num_copies(case: Case, on_gpu: bool) -> int:
     return 1 if case.collective else copies(case.num_bytes, on_gpu)
 
 
-def _measure(cases: Sequence[Case], budget_seconds: float, tell: Callable[[str], None]) -> dict[str, list[Point]]:
+def _measure(
+    cases: Sequence[Case], budget_seconds: float, tell: Callable[[str], None]
+) -> dict[str, list[Point]]:
     """Points by kind, sorted; the same on every rank."""
-    clock, start, told, done = Clock(), time.monotonic(), 0.0, 0
+    clock = Clock()
+    start = time.monotonic()
+    told = 0.0
+    done = 0
     found: dict[str, list[Point]] = {}
     taken: Counter[tuple[str, int, int]] = Counter()
     for case in cases:
@@ -149,13 +180,17 @@ def _measure(cases: Sequence[Case], budget_seconds: float, tell: Callable[[str],
         taken[case.series] += 1
         done += 1
     tell(f"measured {done} of {len(cases)} sizes in {time.monotonic() - start:.0f} s")
-    return {kind: sorted(points, key=lambda point: list(point.values())) for kind, points in found.items()}
+    return {
+        kind: sorted(points, key=lambda point: list(point.values()))
+        for kind, points in found.items()
+    }
 
 
 def _point(case: Case, clock: Clock, hurry: bool) -> Point:
     ring = [case.prepare() for _ in range(_num_copies(case, clock.on_gpu))]
     return case.sizes | {
-        key: clock.seconds([calls[key] for calls in ring], collective=case.collective, hurry=hurry) for key in ring[0]
+        key: clock.seconds([calls[key] for calls in ring], collective=case.collective, hurry=hurry)
+        for key in ring[0]
     }
 
 
@@ -169,17 +204,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str]) -> None:
-    parser = _Parser(prog="torchrun --nproc-per-node N -m megalora.bench.calibrate", description="Measure this machine for megalora plan.")  # fmt: skip
+    parser = _Parser(prog="torchrun --nproc-per-node N -m megalora.bench.calibrate",
+                     description="Measure this machine for megalora plan.")  # fmt: skip
     parser.add_argument("out", type=user_path, help="the JSON to write")
-    parser.add_argument("--dtype", help="bfloat16 or float32; default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--budget-seconds", type=float, default=BUDGET_SECONDS, help="for measuring")
+    parser.add_argument(
+        "--dtype", help="bfloat16 or float32; default: bfloat16 on a GPU, float32 on a CPU"
+    )
+    parser.add_argument(
+        "--budget-seconds", type=float, default=BUDGET_SECONDS, help="for measuring"
+    )
     options = parser.parse_args(arguments)
     refuse_shared_gpu()
     dtype = options.dtype or ("bfloat16" if host.device().type == "cuda" else "float32")
     check(options.out, dtype, options.budget_seconds)
     with host.process_group():
         calibrate(
-            options.out, dtype=dtype, budget_seconds=options.budget_seconds, say=lambda line: print(line, flush=True)
+            options.out,
+            dtype=dtype,
+            budget_seconds=options.budget_seconds,
+            say=lambda line: print(line, flush=True),
         )
 
 

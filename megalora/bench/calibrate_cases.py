@@ -1,4 +1,5 @@
-"""The computations that calibration times: each as training runs it, on random operands of given sizes.
+"""The computations that calibration times: each as training runs it, on random operands of given
+sizes.
 
 Shape legend:
     M  rows    N  outputs    K  inputs    E  experts    S  sequence    B  sequences    h  query heads    g  key/value heads    d  head dim
@@ -54,7 +55,8 @@ def gemm(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Case:
     """``y = x Wᵀ``."""
 
     def prepare() -> dict[str, Call]:
-        x_MK, w_NK = _random(rows, inputs, dtype=dtype), _random(outputs, inputs, dtype=dtype)
+        x_MK = _random(rows, inputs, dtype=dtype)
+        w_NK = _random(outputs, inputs, dtype=dtype)
         return {"seconds": lambda: F.linear(x_MK, w_NK)}
 
     moved = dtype.itemsize * (rows * (outputs + inputs) + outputs * inputs)
@@ -64,15 +66,20 @@ def gemm(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Case:
 def grouped_gemm(experts: int, rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Case:
     """``y = x W[e]ᵀ`` for the rows of each expert, which all have the same number of them.
 
-    By the back end that a layer with a usual adapter takes on this device, whose weights have room for it where that is of use.
+    By the back end that a layer with a usual adapter takes on this device, whose weights have room
+    for it where that is of use.
     """
 
     def prepare() -> dict[str, Call]:
-        x_MK, w_ENK = _random(rows, inputs, dtype=dtype), _random(experts, outputs, inputs, dtype=dtype)
-        ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=x_MK.device) * (rows // experts)
+        x_MK = _random(rows, inputs, dtype=dtype)
+        w_ENK = _random(experts, outputs, inputs, dtype=dtype)
+        ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=x_MK.device) * (
+            rows // experts
+        )
         routing = Routing(ends_E.int(), rows)
         backend = choose(None, "calibration", x_MK, rows, USUAL_STACKED_RANK, [w_ENK], room=True)
-        if backend == "reference":  # asked for by MEGALORA_BACKEND; the base alone is a loop there too
+        # asked for by MEGALORA_BACKEND; the base alone is a loop there too
+        if backend == "reference":
             backend = "loop"
         engine = make_engine(backend, routing)
         return {"seconds": lambda: engine.linear(Rows(x_MK), Weight(w_ENK), None)}
@@ -82,13 +89,17 @@ def grouped_gemm(experts: int, rows: int, outputs: int, inputs: int, dtype: torc
     return Case("grouped_gemm", sizes, moved, prepare)
 
 
-def attention(sequences: int, sequence: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Case:
+def attention(
+    sequences: int, sequence: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> Case:
     """The model's core attention, forward and backward."""
 
     def prepare() -> dict[str, Call]:
         shape = (sequence, sequences)
         q_SBhd = _random(*shape, heads, head_dim, dtype=dtype, requires_grad=True)
-        k_SBgd, v_SBgd = (_random(*shape, kv_heads, head_dim, dtype=dtype, requires_grad=True) for _ in range(2))
+        k_SBgd, v_SBgd = (
+            _random(*shape, kv_heads, head_dim, dtype=dtype, requires_grad=True) for _ in range(2)
+        )
         attend = SDPACoreAttention(SimpleNamespace(kv_channels=head_dim))
         out = attend(q_SBhd, k_SBgd, v_SBgd)
         dout = torch.randn_like(out)
@@ -96,21 +107,40 @@ def attention(sequences: int, sequence: int, heads: int, kv_heads: int, head_dim
         def backward() -> object:
             return torch.autograd.grad(out, (q_SBhd, k_SBgd, v_SBgd), dout, retain_graph=True)
 
-        return {"forward_seconds": lambda: attend(q_SBhd, k_SBgd, v_SBgd), "backward_seconds": backward}
+        return {
+            "forward_seconds": lambda: attend(q_SBhd, k_SBgd, v_SBgd),
+            "backward_seconds": backward,
+        }
 
-    sizes = {"sequences": sequences, "sequence": sequence, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-    return Case("attention", sizes, _attention_bytes(sequences, sequence, heads, kv_heads, head_dim, dtype), prepare)
+    sizes = {
+        "sequences": sequences,
+        "sequence": sequence,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+    }
+    return Case(
+        "attention",
+        sizes,
+        _attention_bytes(sequences, sequence, heads, kv_heads, head_dim, dtype),
+        prepare,
+    )
 
 
 def _attention_bytes(
     sequences: int, sequence: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> int:
-    """q, out, their gradients, copies in another order, dk and dv for every query head, dq in float32; k, v and their gradients.
+    """q, out, their gradients, copies in another order, dk and dv for every query head, dq in
+    float32; k, v and their gradients.
 
     Where flash attention does not compute float32 (GPUs), six matrices of scores.
     """
     wide, narrow = (sequences * sequence * n * head_dim for n in (heads, kv_heads))
-    scores = sequences * heads * sequence**2 if dtype == torch.float32 and host.device().type == "cuda" else 0
+    scores = (
+        sequences * heads * sequence**2
+        if dtype == torch.float32 and host.device().type == "cuda"
+        else 0
+    )
     return dtype.itemsize * (10 * wide + 4 * narrow + 6 * scores) + 4 * wide
 
 
@@ -119,7 +149,8 @@ def memory_pass(num_bytes: int, dtype: torch.dtype) -> Case:
     n = num_bytes // (3 * dtype.itemsize)
 
     def prepare() -> dict[str, Call]:
-        a, b = _random(n, dtype=dtype), _random(n, dtype=dtype)
+        a = _random(n, dtype=dtype)
+        b = _random(n, dtype=dtype)
         return {"seconds": lambda: a + b}
 
     moved = 3 * n * dtype.itemsize
@@ -132,12 +163,16 @@ def compute_cases(grid: Grid, dtype: torch.dtype) -> list[list[Case]]:
         [gemm(m, n, k, dtype) for m, (n, k) in coarse_first(grid.gemm_rows, grid.gemm_features)],
         [
             grouped_gemm(e, e * m, n, k, dtype)
-            for e, m, (n, k) in coarse_first(grid.experts, grid.rows_per_expert, grid.expert_features)
+            for e, m, (n, k) in coarse_first(
+                grid.experts, grid.rows_per_expert, grid.expert_features
+            )
             if e * m <= grid.most_expert_rows
         ],
         [
             attention(b, s, h, g, d, dtype)
-            for b, s, (h, g), d in coarse_first(grid.sequences, grid.sequence, grid.heads, grid.head_dim)
+            for b, s, (h, g), d in coarse_first(
+                grid.sequences, grid.sequence, grid.heads, grid.head_dim
+            )
             if b * s <= grid.most_tokens
         ],
         [memory_pass(n, dtype) for (n,) in coarse_first(grid.memory_bytes)],

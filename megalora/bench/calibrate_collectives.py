@@ -30,10 +30,11 @@ class Members:
 
 
 def cuts(world: int, ranks_per_node: int) -> list[Members]:
-    """Contiguous groups of every size that divides the world, then groups with one rank of each of several nodes.
+    """Contiguous groups of every size that divides the world, then groups with one rank of each of
+    several nodes.
 
-    Ranks are numbered node by node, as torchrun numbers them. No two have the same size and number of nodes: a record could
-    not tell them apart.
+    Ranks are numbered node by node, as torchrun numbers them. No two have the same size and number
+    of nodes: a record could not tell them apart.
     """
     ways = [
         tuple(tuple(range(i, i + size)) for i in range(0, world, size))
@@ -62,22 +63,30 @@ def make_group(members: Members) -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, mine)
 
 
-def collective_cases(members: Members, num_bytes: Sequence[int], dtype: torch.dtype) -> list[list[Case]]:
+def collective_cases(
+    members: Members, num_bytes: Sequence[int], dtype: torch.dtype
+) -> list[list[Case]]:
     """Every collective in these groups at these sizes, a coarse grid first."""
-    group, ranks = make_group(members), len(members.groups[0])
+    group = make_group(members)
+    ranks = len(members.groups[0])
 
     def case(name: str, wanted_bytes: int) -> Case:
         part = max(1, wanted_bytes // (ranks * dtype.itemsize))
         sizes = {"ranks": ranks, "nodes": members.nodes, "bytes": part * ranks * dtype.itemsize}
         held = 2 * sizes["bytes"]
-        return Case(name, sizes, held, lambda: {"seconds": _call(name, part, group, dtype)}, collective=True)
+        return Case(
+            name, sizes, held, lambda: {"seconds": _call(name, part, group, dtype)}, collective=True
+        )
 
     return [[case(name, n) for (n,) in coarse_first(num_bytes)] for name in COLLECTIVES]
 
 
 def _call(name: str, part: int, group: dist.ProcessGroup, dtype: torch.dtype) -> Call:
-    """``part``: elements of one rank's share. Zeros, because sums of anything else would run off to infinity."""
-    share, whole = (torch.zeros(n, dtype=dtype, device=host.device()) for n in (part, part * group.size()))
+    """``part``: elements of one rank's share. Zeros, because sums of anything else would run off to
+    infinity."""
+    share, whole = (
+        torch.zeros(n, dtype=dtype, device=host.device()) for n in (part, part * group.size())
+    )
     if name == "all_gather":
         return lambda: dist.all_gather_into_tensor(whole, share, group=group)
     if name == "reduce_scatter":
@@ -91,12 +100,16 @@ def _call(name: str, part: int, group: dist.ProcessGroup, dtype: torch.dtype) ->
 
 
 def _exchange(sent: torch.Tensor, received: torch.Tensor, group: dist.ProcessGroup) -> Call:
-    """Each rank with the one half the group away, which is on another node wherever the group spans several.
+    """Each rank with the one half the group away, which is on another node wherever the group spans
+    several.
 
     In a group of odd size, each sends to one and receives from another.
     """
-    size, me = group.size(), group.rank()
-    to, source = (dist.get_global_rank(group, (me + step) % size) for step in (size // 2, -(size // 2)))
+    size = group.size()
+    me = group.rank()
+    to, source = (
+        dist.get_global_rank(group, (me + step) % size) for step in (size // 2, -(size // 2))
+    )
 
     def call() -> None:
         both = [

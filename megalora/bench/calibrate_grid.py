@@ -1,4 +1,5 @@
-"""Which sizes calibration measures, and in which order: a coarse grid first, then finer ones, because time may run out."""
+"""Which sizes calibration measures, and in which order: a coarse grid first, then finer ones,
+because time may run out."""
 
 import itertools
 import random
@@ -6,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-KIB, MIB = 2**10, 2**20
+KIB = 2**10
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -33,21 +35,30 @@ class Grid:
 
 def _powers(first: int, last: int, step: int = 2) -> tuple[int, ...]:
     """first, first * step, ... up to last, which is always in."""
-    values = itertools.takewhile(lambda value: value < last, (first * step**i for i in itertools.count()))
+    values = itertools.takewhile(
+        lambda value: value < last, (first * step**i for i in itertools.count())
+    )
     return (*values, last)
 
 
 def _both_ways(pairs: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Forward, and the gradient of the inputs, which has inputs and outputs the other way round."""
-    return tuple(sorted(pairs | {(n, m) for m, n in pairs}, key=lambda pair: (pair[0] * pair[1], pair)))
+    return tuple(
+        sorted(pairs | {(n, m) for m, n in pairs}, key=lambda pair: (pair[0] * pair[1], pair))
+    )
 
 
 def _qwen3_dense() -> set[tuple[int, int]]:
-    """Linears of Qwen3-30B-A3B and Qwen3-235B-A22B, whole and cut by tensor parallelism, and the A's of an adapter of rank 32."""
+    """Linears of Qwen3-30B-A3B and Qwen3-235B-A22B, whole and cut by tensor parallelism, and the
+    A's of an adapter of rank 32."""
     found: set[tuple[int, int]] = set()
     for hidden, query in ((2048, 4096), (4096, 8192)):
         for tp in (1, 2, 4, 8):
-            found |= {((query + 2 * 512) // tp, hidden), (hidden, query // tp), (151936 // tp, hidden)}
+            found |= {
+                ((query + 2 * 512) // tp, hidden),
+                (hidden, query // tp),
+                (151936 // tp, hidden),
+            }
         found |= {(32, hidden), (32, query)}
     return found
 
@@ -96,9 +107,11 @@ CPU = Grid(
 
 
 def coarse_first(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Every combination of the axes' values: first of their ends, then of these and the middles, then of the quarters.
+    """Every combination of the axes' values: first of their ends, then of these and the middles,
+    then of the quarters.
 
-    Within such a step the order is arbitrary but always the same, so that wherever time runs out no axis was preferred.
+    Within such a step the order is arbitrary but always the same, so that wherever time runs out no
+    axis was preferred.
     """
     points = list(itertools.product(*(zip(_steps(len(axis)), axis, strict=True) for axis in axes)))
     random.Random(0).shuffle(points)
@@ -108,7 +121,9 @@ def coarse_first(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 def _steps(n: int) -> list[int]:
     """For each of n values in order, at which halving it comes in."""
-    steps, spans, step = [0] * n, [(0, n - 1)], 0
+    steps = [0] * n
+    spans = [(0, n - 1)]
+    step = 0
     while spans := [(a, b) for a, b in spans if b - a > 1]:
         step += 1
         for a, b in spans:
@@ -118,14 +133,21 @@ def _steps(n: int) -> list[int]:
 
 
 def extremes_first[T](items: Sequence[T], size: Callable[[T], int]) -> list[T]:
-    """The smallest, the largest, then the others as they were: two points span a series even where no more are taken."""
+    """The smallest, the largest, then the others as they were: two points span a series even where
+    no more are taken."""
     if len(items) < 2:
         return list(items)
-    low, high = min(items, key=size), max(reversed(items), key=size)
+    low = min(items, key=size)
+    high = max(reversed(items), key=size)
     return [low, high, *(item for item in items if item is not low and item is not high)]
 
 
 def interleaved[T](series: Sequence[Sequence[T]]) -> list[T]:
-    """All items in one list, in which every series is through the same share of its own at any point."""
-    placed = [((i + 0.5) / len(items), k, item) for k, items in enumerate(series) for i, item in enumerate(items)]
+    """All items in one list, in which every series is through the same share of its own at any
+    point."""
+    placed = [
+        ((i + 0.5) / len(items), k, item)
+        for k, items in enumerate(series)
+        for i, item in enumerate(items)
+    ]
     return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]

@@ -1,4 +1,5 @@
-"""``megalora bench``: layouts from words or from the planner, measured one after the other beside what the planner says of them."""
+"""``megalora bench``: layouts from words or from the planner, measured one after the other beside
+what the planner says of them."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ from megalora.planner.search import evaluate, search
 from megalora.planner.weights import PlannedModel
 
 MEASURED_AS = {"pipeline transfers": "bubble", "host": "other", BEHIND_WAITS: "other"}
-"""Where the clocks of ``timers.py`` see what the planner keeps apart. The host's time they see inside each part."""
+"""Where the clocks of ``timers.py`` see what the planner keeps apart. The host's time they see
+inside each part."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,26 @@ class Asked:
 
 
 def bench_command(
-    path: Path, overrides: Sequence[str], asked: Asked, options: Options, say: Callable[[str], None] = print
+    path: Path,
+    overrides: Sequence[str],
+    asked: Asked,
+    options: Options,
+    say: Callable[[str], None] = print,
 ) -> list[Row]:
-    """Measure, print the table and write ``asked.out``; a row for each layout, failed ones too. Raises ``ValueError`` for mistakes."""
+    """Measure, print the table and write ``asked.out``; a row for each layout, failed ones too.
+    Raises ``ValueError`` for mistakes."""
     from megalora.bench.launch import Nodes, ended_by_signals
     from megalora.bench.results import table, write_results
     from megalora.bench.runs import parse_layout, run_layouts
 
     require(asked.num_ranks >= 1, f"--nproc must be at least 1, got {asked.num_ranks}")
-    require(bool(asked.layouts) != (asked.top is not None), "give either --layouts, such as tp=2,ep=4 ep=8, or --top K")
+    require(
+        bool(asked.layouts) != (asked.top is not None),
+        "give either --layouts, such as tp=2,ep=4 ep=8, or --top K",
+    )
     check_writable(asked.out / "results.json")
-    config, machine = load_config(path, overrides), find_machine(asked.gpu)
+    config = load_config(path, overrides)
+    machine = find_machine(asked.gpu)
     imbalance = 1.0 if options.routing == "balanced" else asked.imbalance
     if asked.top is None:
         layouts = [parse_layout(text, asked.num_ranks, config) for text in asked.layouts]
@@ -61,7 +72,8 @@ def bench_command(
 
     with ended_by_signals():
         rows = run_layouts(
-            path, overrides, layouts, num_ranks=asked.num_ranks, out=asked.out, predict=predict, options=options,
+            path, overrides, layouts, num_ranks=asked.num_ranks, out=asked.out, predict=predict,
+            options=options,
             timeout_s=60 * asked.timeout_minutes, say=say,
         )  # fmt: skip
     if Nodes.of(os.environ).writes:  # of several nodes one has the results
@@ -70,8 +82,11 @@ def bench_command(
     return rows
 
 
-def fastest(config: RunConfig, num_ranks: int, top: int, machine: Machine, imbalance: float = 1.0) -> list[Layout]:
-    """The ``top`` layouts that the planner puts first, of those that fit; raises ``ValueError`` where none does."""
+def fastest(
+    config: RunConfig, num_ranks: int, top: int, machine: Machine, imbalance: float = 1.0
+) -> list[Layout]:
+    """The ``top`` layouts that the planner puts first, of those that fit; raises ``ValueError``
+    where none does."""
     require(top >= 1, f"--top must be at least 1, got {top}")
     shape = model_shape(find_architecture(config.model.path))
     plan = search(shape, config.lora, num_ranks, workload(config, imbalance, machine), machine)
@@ -80,13 +95,18 @@ def fastest(config: RunConfig, num_ranks: int, top: int, machine: Machine, imbal
 
 
 def workload(config: RunConfig, imbalance: float, machine: Machine) -> Workload:
-    """What a benchmark trains: samples of exactly ``data.max_length`` tokens, whose last is only predicted."""
-    length, crossings = max(config.data.max_length - 1, 2), crossings_of(machine.name)
+    """What a benchmark trains: samples of exactly ``data.max_length`` tokens, whose last is only
+    predicted."""
+    length = max(config.data.max_length - 1, 2)
+    crossings = crossings_of(machine.name)
     return replace(Workload.of(config, imbalance), sequence_length=length, crossings=crossings)
 
 
-def predicted(config: RunConfig, num_ranks: int, machine: Machine, imbalance: float = 1.0) -> Predicted:
-    """The planner's word on one layout, as far as a benchmark can check it: no allocator sees the CUDA context."""
+def predicted(
+    config: RunConfig, num_ranks: int, machine: Machine, imbalance: float = 1.0
+) -> Predicted:
+    """The planner's word on one layout, as far as a benchmark can check it: no allocator sees the
+    CUDA context."""
     layout = Layout.of(config, num_ranks)
     model = PlannedModel.of(model_shape(find_architecture(config.model.path)), config.lora)
     found = evaluate(model, config.lora.rank, layout, workload(config, imbalance, machine), machine)
@@ -95,6 +115,7 @@ def predicted(config: RunConfig, num_ranks: int, machine: Machine, imbalance: fl
         name = part.name.removeprefix("recompute ").removeprefix("tensor parallel ")
         parts[MEASURED_AS.get(name, name)] += part.seconds
     return Predicted(
-        step_seconds=found.time.seconds, peak_bytes=found.memory.peak_bytes - found.memory[CONTEXT], parts=parts,
+        step_seconds=found.time.seconds, peak_bytes=found.memory.peak_bytes - found.memory[CONTEXT],
+        parts=parts,
         basis=f"{machine.name}, {machine.note}",
     )  # fmt: skip

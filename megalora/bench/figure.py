@@ -1,4 +1,5 @@
-"""A picture of a benchmark: speed, where the time goes, and memory, layout by layout, measured and predicted."""
+"""A picture of a benchmark: speed, where the time goes, and memory, layout by layout, measured and
+predicted."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,10 +7,12 @@ from typing import Any
 
 from megalora.bench.rows import Row
 
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
+MIB = 2**20
 MEASURED, PREDICTED = "#0072B2", "#BBBBBB"
 COLOURS = {
-    "attention": "#0072B2", "experts": "#D55E00", "dispatch": "#E69F00", "mlp": "#CC79A7", "head": "#56B4E9",
+    "attention": "#0072B2", "experts": "#D55E00", "dispatch": "#E69F00", "mlp": "#CC79A7",
+    "head": "#56B4E9",
     "reduction": "#009E73", "optimizer": "#F0E442", "bubble": "#FFFFFF", "other": "#999999",
 }  # fmt: skip
 """Okabe and Ito's, which most people can tell apart; a bubble is empty."""
@@ -21,14 +24,18 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = sorted(rows, key=lambda row: -row.measured.tokens_per_second_per_gpu if row.measured else 0)
+    rows = sorted(
+        rows, key=lambda row: -row.measured.tokens_per_second_per_gpu if row.measured else 0
+    )
     figure = Figure(figsize=(17, 2.2 + 0.62 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     speed, time, memory = figure.subplots(1, 3, sharey=True)
     _speed(speed, rows)
     _time(time, rows)
     _memory(memory, rows)
-    speed.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8, family="monospace")
+    speed.set_yticks(
+        range(len(rows)), [_label(row) for row in rows], fontsize=8, family="monospace"
+    )
     speed.set_ylim(len(rows) - 0.4, -0.6)  # the best on top
     figure.suptitle(_title(rows), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,10 +58,16 @@ def _title(rows: Sequence[Row]) -> str:
 def _speed(axes: Any, rows: Sequence[Row]) -> None:
     pairs = []
     for row in rows:
-        m, p = row.measured, row.predicted
+        m = row.measured
+        p = row.predicted
         speed = m.tokens_per_second_per_gpu if m else None
         # The same tokens in the predicted time.
-        pairs.append((speed, m.tokens_per_second_per_gpu * m.step_seconds / p.step_seconds if m and p else None))
+        pairs.append(
+            (
+                speed,
+                m.tokens_per_second_per_gpu * m.step_seconds / p.step_seconds if m and p else None,
+            )
+        )
     _bars(axes, rows, pairs)
     axes.set_xlabel("tokens/s/GPU")
 
@@ -63,7 +76,8 @@ def _memory(axes: Any, rows: Sequence[Row]) -> None:
     most = max([max(row.measured.peak_bytes) for row in rows if row.measured], default=0)
     unit, name = (GIB, "GiB") if most >= GIB // 10 else (MIB, "MiB")
     pairs = [
-        (max(row.measured.peak_bytes) / unit if row.measured else None, row.predicted.peak_bytes / unit if row.predicted else None)
+        (max(row.measured.peak_bytes) / unit if row.measured else None,
+         row.predicted.peak_bytes / unit if row.predicted else None)
         for row in rows
     ]  # fmt: skip
     _bars(axes, rows, pairs, note=False)
@@ -71,19 +85,39 @@ def _memory(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _bars(
-    axes: Any, rows: Sequence[Row], pairs: Sequence[tuple[float | None, float | None]], note: bool = True
+    axes: Any,
+    rows: Sequence[Row],
+    pairs: Sequence[tuple[float | None, float | None]],
+    note: bool = True,
 ) -> None:
     """Measured above predicted for each row, with the number at the end; what failed, in words."""
     for y, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
-        for value, offset, colour in zip(pair, (-THICK / 2, THICK / 2), (MEASURED, PREDICTED), strict=True):
+        for value, offset, colour in zip(
+            pair, (-THICK / 2, THICK / 2), (MEASURED, PREDICTED), strict=True
+        ):
             if value is not None:
-                axes.barh(y + offset, value, THICK, color=colour, edgecolor="#555555", linewidth=0.5)
+                axes.barh(
+                    y + offset, value, THICK, color=colour, edgecolor="#555555", linewidth=0.5
+                )
                 axes.annotate(
-                    _number(value), (value, y + offset), (3, 0), textcoords="offset points", va="center", fontsize=7
+                    _number(value),
+                    (value, y + offset),
+                    (3, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7,
                 )
         if note and not row.ok:
             status = row.status if len(row.status) <= 70 else row.status[:67] + "..."
-            axes.annotate(status, (0, y), (4, 0), textcoords="offset points", va="center", fontsize=7, color="#AA0000")
+            axes.annotate(
+                status,
+                (0, y),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color="#AA0000",
+            )
     axes.margins(x=0.16)
     axes.set_xlim(left=0)
     for label, colour in (("measured", MEASURED), ("predicted", PREDICTED)):
@@ -94,20 +128,31 @@ def _bars(
 def _time(axes: Any, rows: Sequence[Row]) -> None:
     """One stack above the other: the measured parts of a step, the predicted ones."""
     for y, row in enumerate(rows):
-        found = (row.measured.parts if row.measured else None, row.predicted.parts if row.predicted else None)
+        found = (
+            row.measured.parts if row.measured else None,
+            row.predicted.parts if row.predicted else None,
+        )
         for parts, offset in zip(found, (-THICK / 2, THICK / 2), strict=True):
             left = 0.0
             for name, colour in COLOURS.items():
                 width = 1e3 * (parts or {}).get(name, 0.0)
                 axes.barh(
-                    y + offset, width, THICK, left=left, color=colour, edgecolor="#555555", linewidth=0.4,
+                    y + offset, width, THICK, left=left, color=colour, edgecolor="#555555",
+                    linewidth=0.4,
                     alpha=1 if parts is found[0] else 0.5,
                 )  # fmt: skip
                 left += width
             if parts:
                 which = "" if parts is found[0] else " predicted"
                 text = _number(left) + which
-                axes.annotate(text, (left, y + offset), (3, 0), textcoords="offset points", va="center", fontsize=7)
+                axes.annotate(
+                    text,
+                    (left, y + offset),
+                    (3, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7,
+                )
     axes.margins(x=0.16)
     axes.set_xlim(left=0)
     for name, colour in COLOURS.items():
@@ -117,7 +162,9 @@ def _time(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _legend(axes: Any, columns: int) -> None:
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, fontsize=7, frameon=False)
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, fontsize=7, frameon=False
+    )
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -2,10 +2,11 @@
 
     FLOPs per token = 4 P + 6 A + 6 S h d L
 
-P: frozen parameters a token is multiplied with (the embedding is looked up), 2 FLOPs each forward and 2 backward for the gradient of
-the input; their weights get none. A: adapter parameters it meets, 2 more for their own gradient. S h d L: causal attention over S
-tokens, h heads of width d, L layers: 2 S h d forward (half of the square, two products) and twice that backward; what a flash kernel
-computes again by itself is not counted.
+P: frozen parameters a token is multiplied with (the embedding is looked up), 2 FLOPs each forward
+    and 2 backward for the gradient of the input; their weights get none. A: adapter parameters it
+    meets, 2 more for their own gradient. S h d L: causal attention over S tokens, h heads of width
+    d, L layers: 2 S h d forward (half of the square, two products) and twice that backward; what a
+    flash kernel computes again by itself is not counted.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from megalora.model.shape import ModelShape
 from megalora.planner.layouts import Recompute
 from megalora.planner.models import active_parameters
 
-FORMULA = "4 P + 6 A + 6 S h d L FLOPs per token (P frozen, A adapter parameters it meets; S h d L causal attention)"
+FORMULA = (
+    "4 P + 6 A + 6 S h d L FLOPs per token (P frozen, A adapter parameters it meets; S h d L causal"
+    " attention)"
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ def flops_per_token(
 
     Args:
         sequence_length: S, positions per sample; every sample is that long.
-        recompute: full computes every layer's forward again (not the head's), selective core attention, gate_up of routed experts
+        recompute: full computes every layer's forward again (not the head's), selective core
+            attention, gate_up of routed experts
             and whole dense and shared MLPs.
     """
     frozen = active_parameters(shape) - (0 if shape.tied_embeddings else shape.vocab * shape.hidden)
@@ -44,9 +49,17 @@ def flops_per_token(
         return TokenFlops(model, model)
     if recompute == "full":
         head = shape.vocab * shape.hidden
-        again = 2 * (frozen - head) + 2 * sum(_met(a, shape) for a in adapted if a.layer is not None) + attention
+        again = (
+            2 * (frozen - head)
+            + 2 * sum(_met(a, shape) for a in adapted if a.layer is not None)
+            + attention
+        )
     else:
-        again = 2 * _selective(shape) + 2 * sum(_met(a, shape) for a in adapted if _again(a)) + attention
+        again = (
+            2 * _selective(shape)
+            + 2 * sum(_met(a, shape) for a in adapted if _again(a))
+            + attention
+        )
     return TokenFlops(model, model + again)
 
 
@@ -63,7 +76,8 @@ def _selective(shape: ModelShape) -> int:
 
 
 def _again(a: Adapted) -> bool:
-    """Whether ``selective`` runs this adapter again: of experts those of gate and up, and all of dense and shared MLPs."""
+    """Whether ``selective`` runs this adapter again: of experts those of gate and up, and all of
+    dense and shared MLPs."""
     if a.projection.is_expert:
         return a.name in ("gate_proj", "up_proj")
     return ".mlp." in f".{a.projection.module}" and a.projection.kind != "router"

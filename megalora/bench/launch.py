@@ -1,4 +1,5 @@
-"""Starts the ranks of one layout as processes of their own, and sees to it that none is left when they end or take too long."""
+"""Starts the ranks of one layout as processes of their own, and sees to it that none is left when
+they end or take too long."""
 
 import contextlib
 import os
@@ -14,7 +15,8 @@ from pathlib import Path
 from megalora.config import require
 
 TOKEN = "MEGALORA_BENCH_RUN"
-"""In the environment of every process of one run and of no other. torchrun gives each rank a session, and so a process group, of its
+"""In the environment of every process of one run and of no other. torchrun gives each rank a
+session, and so a process group, of its
 own: signalling torchrun's group would not reach them."""
 PATIENCE_S = 15
 """For torchrun to end its ranks, before what is left is killed."""
@@ -31,19 +33,23 @@ class Nodes:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Nodes":
-        """From NNODES and NODE_RANK, or what launch/torchrun_node.sh takes in their place; one machine where none is set."""
+        """From NNODES and NODE_RANK, or what launch/torchrun_node.sh takes in their place; one
+        machine where none is set."""
 
         def first(*names: str) -> str | None:
             return next((environment[name] for name in names if environment.get(name)), None)
 
         count = first("NNODES", "PET_NNODES", "SLURM_STEP_NUM_NODES") or "1"
         rank = first("NODE_RANK", "PET_NODE_RANK", "SLURM_NODEID") or ""
-        require(count.isdigit() and int(count) >= 1, f"NNODES={count} is not a number of at least 1")
+        require(
+            count.isdigit() and int(count) >= 1, f"NNODES={count} is not a number of at least 1"
+        )
         if int(count) == 1:
             return cls(1, 0)
         require(
             rank.isdigit() and int(rank) < int(count),
-            f"NODE_RANK={rank}: with NNODES={count}, give every node its own number from 0 to {int(count) - 1}",
+            f"NODE_RANK={rank}: with NNODES={count}, give every node its own number from 0 to"
+            f" {int(count) - 1}",
         )
         return cls(int(count), int(rank))
 
@@ -60,16 +66,30 @@ def command(
     Args:
         num_ranks: over all nodes.
         arguments: of the module, by default ``megalora.bench.measure``, the config first.
-        name: of this run, the same on all nodes and another for every run, so that stragglers of the last one do not join.
+        name: of this run, the same on all nodes and another for every run, so that stragglers of
+            the last one do not join.
     """
     module = module or MODULE
-    environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE_S // 3), TOKEN: uuid.uuid4().hex}
+    environment = {
+        **os.environ,
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE_S // 3),
+        TOKEN: uuid.uuid4().hex,
+    }
     environment.setdefault("OMP_NUM_THREADS", "1")
     if nodes.count == 1:
         ranks = ["--standalone", "--nproc-per-node", str(num_ranks)]
-        return [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", module, *arguments], environment
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *ranks,
+            "-m",
+            module,
+            *arguments,
+        ], environment
     require(
-        num_ranks % nodes.count == 0, f"{num_ranks} ranks cannot be shared out evenly over NNODES={nodes.count} nodes"
+        num_ranks % nodes.count == 0,
+        f"{num_ranks} ranks cannot be shared out evenly over NNODES={nodes.count} nodes",
     )
     environment |= {"MODULE": module, "RDZV_ID": f"{environment.get('RDZV_ID', 'megalora')}-{name}"}
     environment |= {"NPROC_PER_NODE": str(num_ranks // nodes.count)}
@@ -78,7 +98,8 @@ def command(
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise ``SystemExit`` while the block runs, so that what it started ends with it."""
+    """SIGTERM and SIGHUP raise ``SystemExit`` while the block runs, so that what it started ends
+    with it."""
 
     def end(number: int, _: object) -> None:
         sys.exit(128 + number)
@@ -91,15 +112,19 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_to_log(arguments: Sequence[str], environment: Mapping[str, str], log: Path, timeout_s: float) -> int | None:
-    """Run to the end, all output into ``log``; the exit code, or None when it took longer than ``timeout_s``.
+def run_to_log(
+    arguments: Sequence[str], environment: Mapping[str, str], log: Path, timeout_s: float
+) -> int | None:
+    """Run to the end, all output into ``log``; the exit code, or None when it took longer than
+    ``timeout_s``.
 
     When this returns or raises, Ctrl-C included, none of its processes is left.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=dict(environment),
+            arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            env=dict(environment),
             start_new_session=True,
         )  # fmt: skip
         try:
@@ -119,18 +144,23 @@ def _end(process: subprocess.Popen[bytes], token: str) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     deadline = time.monotonic() + PATIENCE_S
-    while left := processes_of(token):  # a killed process takes a moment to give back a GPU's memory
+    # a killed process takes a moment to give back a GPU's memory
+    while left := processes_of(token):
         for pid in left:
             with contextlib.suppress(ProcessLookupError):  # has ended by itself
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
-            raise RuntimeError(f"processes {left} of a benchmark do not end, though they were killed; end them by hand")
+            raise RuntimeError(
+                f"processes {left} of a benchmark do not end, though they were killed; end them by"
+                " hand"
+            )
         time.sleep(0.2)
 
 
 def processes_of(token: str) -> list[int]:
     """Ids of the living processes of a run."""
-    wanted, found = f"{TOKEN}={token}".encode(), []
+    wanted = f"{TOKEN}={token}".encode()
+    found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:

@@ -1,6 +1,8 @@
-"""``torchrun --nproc-per-node N -m megalora.bench.measure CONFIG.yaml --row=ROW.json [--steps=5] ... [section.key=value ...]``
+"""``torchrun --nproc-per-node N -m megalora.bench.measure CONFIG.yaml --row=ROW.json [--steps=5]
+... [section.key=value ...]``
 
-Measures one layout, that of the config, and has rank 0 write what it found. ``runs.py`` starts this for one layout after the other.
+Measures one layout, that of the config, and has rank 0 write what it found. ``runs.py`` starts this
+for one layout after the other.
 """
 
 import argparse
@@ -25,7 +27,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--weights", default=Options.weights)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     asked = parser.parse_intermixed_args(arguments)
-    options = Options(steps=asked.steps, warmup=asked.warmup, routing=asked.routing, weights=asked.weights)
+    options = Options(
+        steps=asked.steps, warmup=asked.warmup, routing=asked.routing, weights=asked.weights
+    )
     config = load_config(asked.config, asked.overrides)
     refuse_shared_gpu()
     set_defaults()  # before torch is imported

@@ -1,4 +1,5 @@
-"""Rows of a benchmark as a table to read and as files: ``results.csv``, ``results.json`` and ``layouts.png``. What failed is in all."""
+"""Rows of a benchmark as a table to read and as files: ``results.csv``, ``results.json`` and
+``layouts.png``. What failed is in all."""
 
 import csv
 from collections.abc import Sequence
@@ -11,21 +12,26 @@ from megalora.config import require
 
 GIB = 2**30
 COLUMNS = (
-    "layout", "status", "tokens/s/GPU", "TFLOP/s", "step ms", "predicted ms", "error %", "peak GiB", "predicted GiB", "error %",
+    "layout", "status", "tokens/s/GPU", "TFLOP/s", "step ms", "predicted ms", "error %", "peak GiB",
+    "predicted GiB", "error %",
 )  # fmt: skip
 
 
 def write_results(rows: Sequence[Row], out: Path) -> dict[str, Path]:
     """Write all three into the folder ``out``; their paths by the kind ``csv``, ``json``, ``png``.
 
-    The table and the picture show these rows; ``results.json`` keeps what else was measured into it. Raises ``ValueError`` without
-    rows.
+    The table and the picture show these rows; ``results.json`` keeps what else was measured into
+    it. Raises ``ValueError`` without rows.
     """
     require(bool(rows), "there is no row to report: no layout was given")
     out.mkdir(parents=True, exist_ok=True)
     paths = {"csv": out / "results.csv", "json": out / "results.json", "png": out / "layouts.png"}
     save_rows(
-        list(({row.key: row for row in load_rows(paths["json"])} | {row.key: row for row in rows}).values()),
+        list(
+            (
+                {row.key: row for row in load_rows(paths["json"])} | {row.key: row for row in rows}
+            ).values()
+        ),
         paths["json"],
     )
     with paths["csv"].open("w", newline="") as file:
@@ -38,15 +44,31 @@ def write_results(rows: Sequence[Row], out: Path) -> dict[str, Path]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Two tables with the same layouts, the best first: speed and memory against prediction, and where a step's time goes."""
-    rows = sorted(rows, key=lambda row: -row.measured.tokens_per_second_per_gpu if row.measured else 0)
-    parts = [name for name in PARTS if any(row.measured and row.measured.parts[name] for row in rows)]
+    """Two tables with the same layouts, the best first: speed and memory against prediction, and
+    where a step's time goes."""
+    rows = sorted(
+        rows, key=lambda row: -row.measured.tokens_per_second_per_gpu if row.measured else 0
+    )
+    parts = [
+        name for name in PARTS if any(row.measured and row.measured.parts[name] for row in rows)
+    ]
     lines = [*_header(rows), "", *_aligned([list(COLUMNS), *(_cells(row) for row in rows)])]
     if done := [row for row in rows if row.measured]:
-        head = ["ms of a step, slowest stage", *parts, "bare step", "timed step", "imbalance", "worst"]
+        head = [
+            "ms of a step, slowest stage",
+            *parts,
+            "bare step",
+            "timed step",
+            "imbalance",
+            "worst",
+        ]
         lines += ["", *_aligned([head, *(_part_cells(row, parts) for row in done)])]
     failed = [row for row in rows if not row.ok and row.log]
-    lines += ["", *(f"{row.layout}\n  {row.status}\n  see {row.log}" for row in failed)] if failed else []
+    lines += (
+        ["", *(f"{row.layout}\n  {row.status}\n  see {row.log}" for row in failed)]
+        if failed
+        else []
+    )
     return "\n".join(lines)
 
 
@@ -56,14 +78,18 @@ def _header(rows: Sequence[Row]) -> list[str]:
     bases = sorted({row.predicted.basis for row in rows if row.predicted})
     lines = [f"predicted from {basis}" for basis in bases]
     on = dict.fromkeys(
-        f"{m.num_ranks} x {m.device}; {', '.join(f'{name} {version}' for name, version in m.versions.items())}"
+        f"{m.num_ranks} x {m.device};"
+        f" {', '.join(f'{name} {version}' for name, version in m.versions.items())}"
         for m in found
     )
     for m in found[:1]:
         lines = [
             *on,
-            f"{m.global_batch_size} samples of {m.sequence_length + 1} tokens a step ({m.tokens}), {m.weights} weights, "
-            f"{m.routing} routing; peak memory: {m.memory_from}",
+            (
+                f"{m.global_batch_size} samples of {m.sequence_length + 1} tokens a step"
+                f" ({m.tokens}), {m.weights} weights, {m.routing} routing; peak memory:"
+                f" {m.memory_from}"
+            ),
             f"TFLOP/s per GPU by {FORMULA}; nothing counted twice where it is recomputed",
             *lines,
         ]
@@ -71,7 +97,8 @@ def _header(rows: Sequence[Row]) -> list[str]:
 
 
 def _cells(row: Row) -> list[str]:
-    m, p = row.measured, row.predicted
+    m = row.measured
+    p = row.predicted
     peak = max(m.peak_bytes) if m else None
     status = row.status if len(row.status) <= 60 else row.status[:57] + "..."
     return [
@@ -91,7 +118,9 @@ def _cells(row: Row) -> list[str]:
 def _part_cells(row: Row, parts: Sequence[str]) -> list[str]:
     m = row.measured
     assert m is not None
-    uneven = ["-" if value is None else f"{value:.3f}" for value in (m.imbalance, m.imbalance_worst)]
+    uneven = [
+        "-" if value is None else f"{value:.3f}" for value in (m.imbalance, m.imbalance_worst)
+    ]
     times = [m.parts[name] for name in parts] + [m.step_seconds, m.marked_step_seconds]
     return [row.layout, *(f"{seconds * 1e3:,.1f}" for seconds in times), *uneven]
 
@@ -111,7 +140,8 @@ def _aligned(cells: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [
         "  ".join(
-            c.ljust(w) if i < texts else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            c.ljust(w) if i < texts else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in cells
     ]
@@ -120,16 +150,22 @@ def _aligned(cells: list[list[str]]) -> list[str]:
 
 def _flat(row: Row) -> dict[str, object]:
     """One line of the CSV; times in seconds, memory in bytes, empty where nothing is known."""
-    m, p = row.measured, row.predicted
+    m = row.measured
+    p = row.predicted
     peak = max(m.peak_bytes) if m else None
     names: tuple[str, ...] = (
-        "num_ranks", "device", "routing", "weights", "step_seconds", "step_seconds_min", "step_seconds_max",
-        "tokens_per_second_per_gpu", "model_tflops", "hardware_tflops", "imbalance", "imbalance_worst", "marked_step_seconds",
+        "num_ranks", "device", "routing", "weights", "step_seconds", "step_seconds_min",
+        "step_seconds_max",
+        "tokens_per_second_per_gpu", "model_tflops", "hardware_tflops", "imbalance",
+        "imbalance_worst", "marked_step_seconds",
     )  # fmt: skip
     flat: dict[str, object] = {"layout": row.layout, "status": row.status}
     flat |= {name: getattr(m, name) if m else None for name in names}
     flat |= {"predicted_step_seconds": p.step_seconds if p else None, "peak_bytes": peak}
-    flat |= {"reserved_bytes": _most_reserved(m), "predicted_peak_bytes": p.peak_bytes if p else None}
+    flat |= {
+        "reserved_bytes": _most_reserved(m),
+        "predicted_peak_bytes": p.peak_bytes if p else None,
+    }
     for name in PARTS:
         flat[f"{name}_seconds"] = m.parts[name] if m else None
         flat[f"predicted_{name}_seconds"] = p.parts.get(name) if p else None

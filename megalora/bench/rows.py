@@ -1,4 +1,5 @@
-"""What a benchmark of layouts finds: one row for each layout, whether it ran or not, and the files they lie in."""
+"""What a benchmark of layouts finds: one row for each layout, whether it ran or not, and the files
+they lie in."""
 
 import json
 import os
@@ -12,7 +13,17 @@ from megalora.config import require
 Routing = Literal["balanced", "natural"]
 Weights = Literal["auto", "random", "real"]
 OK = "ok"
-PARTS = ("attention", "experts", "dispatch", "mlp", "head", "reduction", "optimizer", "bubble", "other")
+PARTS = (
+    "attention",
+    "experts",
+    "dispatch",
+    "mlp",
+    "head",
+    "reduction",
+    "optimizer",
+    "bubble",
+    "other",
+)
 """dispatch: router, sorts, all-to-all and back.   mlp: dense layers and shared experts.   head: final norm, output layer, loss.
 reduction: data parallel, and the sums of partial gradients.   bubble: a pipeline stage's waiting and transfers.   other: the rest,
 among it embedding, the layers' norms and residuals, and whatever the host does between."""
@@ -34,16 +45,21 @@ class Options:
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"--steps must be at least 1, got {self.steps}")
         require(
-            self.warmup >= 2, f"--warmup must be at least 2, got {self.warmup}: the first two steps check gradients"
+            self.warmup >= 2,
+            f"--warmup must be at least 2, got {self.warmup}: the first two steps check gradients",
         )
-        for name, values in (("routing", ("balanced", "natural")), ("weights", ("auto", "random", "real"))):
+        for name, values in (
+            ("routing", ("balanced", "natural")),
+            ("weights", ("auto", "random", "real")),
+        ):
             value = getattr(self, name)
             require(value in values, f"--{name} must be one of {', '.join(values)}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One layout on the ranks of one world. Lists have one entry for each rank, in order; times are in seconds."""
+    """One layout on the ranks of one world. Lists have one entry for each rank, in order; times are
+    in seconds."""
 
     layout: str
     num_ranks: int
@@ -53,7 +69,8 @@ class Measured:
     tokens: str
     """Where they come from: the data file, or random."""
     sequence_length: int
-    """Positions a sample is computed for: ``data.max_length - 1``, as its last token is only predicted."""
+    """Positions a sample is computed for: ``data.max_length - 1``, as its last token is only
+    predicted."""
     global_batch_size: int
     step_seconds: float
     """Median over the timed steps of the slowest rank's time."""
@@ -66,13 +83,15 @@ class Measured:
     hardware_tflops: float
     """The same with what is recomputed."""
     parts: dict[str, float]
-    """Of the pipeline stage that computes longest, a mean over its ranks; adds up to nearly ``marked_step_seconds``."""
+    """Of the pipeline stage that computes longest, a mean over its ranks; adds up to nearly
+    ``marked_step_seconds``."""
     slowest_stage: int
     parts_mean: dict[str, float]
     """Over all ranks."""
     parts_per_rank: list[dict[str, float]]
     marked_step_seconds: float
-    """A step with every part's beginning noted, slowest rank: what it is above ``step_seconds`` is the noting."""
+    """A step with every part's beginning noted, slowest rank: what it is above ``step_seconds`` is
+    the noting."""
     stages: list[int]
     peak_bytes: list[int]
     reserved_bytes: list[int] | None
@@ -80,7 +99,8 @@ class Measured:
     memory_from: str
     """allocator, or live tensors: of one step more, on the CPU."""
     imbalance: float | None
-    """Rows of the fullest expert-parallel rank over the mean, averaged over layers and microbatches; None without EP."""
+    """Rows of the fullest expert-parallel rank over the mean, averaged over layers and
+    microbatches; None without EP."""
     imbalance_worst: float | None
     loss: float
     """Of the last timed step."""
@@ -128,15 +148,16 @@ def save_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def load_rows(path: Path) -> list[Row]:
-    """What ``save_rows`` wrote; none where there is no file. Raises ``ValueError`` for a file of another kind."""
+    """What ``save_rows`` wrote; none where there is no file. Raises ``ValueError`` for a file of
+    another kind."""
     if not path.exists():
         return []
     try:
         return [_row(row) for row in json.loads(path.read_text())["rows"]]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} does not hold this version's benchmark results ({type(error).__name__}: {error}).\n  Move it away, or "
-            "choose another folder."
+            f"{path} does not hold this version's benchmark results ({type(error).__name__}:"
+            f" {error}).\n  Move it away, or choose another folder."
         ) from None
 
 
@@ -153,7 +174,8 @@ def write_json(content: Any, path: Path) -> None:
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    measured, predicted = fields.pop("measured"), fields.pop("predicted")
+    measured = fields.pop("measured")
+    predicted = fields.pop("predicted")
     return Row(
         **fields,
         measured=Measured(**measured) if measured else None,

@@ -1,4 +1,5 @@
-"""Runs layouts one after the other, each in processes of its own: one that fails costs its row, not the others.
+"""Runs layouts one after the other, each in processes of its own: one that fails costs its row, not
+the others.
 
 ``results.json`` is complete after every row, so a benchmark that was stopped goes on where it was.
 """
@@ -29,19 +30,24 @@ RESULTS = "results.json"
 
 
 def parse_layout(text: str, num_ranks: int, config: RunConfig) -> Layout:
-    """A layout such as ``tp=2,ep=4,micro=2,recompute=full``; what it does not name is as ``config`` has it.
+    """A layout such as ``tp=2,ep=4,micro=2,recompute=full``; what it does not name is as ``config``
+    has it.
 
     Raises:
-        ValueError: an unknown or doubled key, a value that is none, or grids that ``num_ranks`` ranks do not fill.
+        ValueError: an unknown or doubled key, a value that is none, or grids that ``num_ranks``
+            ranks do not fill.
     """
-    p, train = config.parallel, config.train
+    p = config.parallel
+    train = config.train
     values: dict[str, int | str] = {name: getattr(p, name) for name in SIZES}
     values |= {"micro": train.micro_batch_size, "recompute": train.recompute}
     named: set[str] = set()
     for item in text.split(","):
         key, equals, value = (part.strip() for part in item.partition("="))
         require(
-            bool(equals), f"layout {text!r}: {item.strip()!r} is not of the form key=value, as in tp=2,ep=4,micro=2"
+            bool(equals),
+            f"layout {text!r}: {item.strip()!r} is not of the form key=value, as in"
+            " tp=2,ep=4,micro=2",
         )
         if key not in KEYS:
             close = difflib.get_close_matches(key, KEYS, n=1)
@@ -50,25 +56,41 @@ def parse_layout(text: str, num_ranks: int, config: RunConfig) -> Layout:
         require(key not in named, f"layout {text!r}: {key} is given twice")
         named.add(key)
         if key == "recompute":
-            require(value in LEVELS, f"layout {text!r}: recompute must be one of {', '.join(LEVELS)}, got {value!r}")
+            require(
+                value in LEVELS,
+                f"layout {text!r}: recompute must be one of {', '.join(LEVELS)}, got {value!r}",
+            )
         else:
             require(
                 value.isdigit() and int(value) > 0,
                 f"layout {text!r}: {key} must be a number of at least 1, got {value!r}",
             )
         values[key] = value if key == "recompute" else int(value)
-    micro, recompute = values.pop("micro"), values.pop("recompute")
+    micro = values.pop("micro")
+    recompute = values.pop("recompute")
     try:
         parallel = ParallelConfig(**{name: int(v) for name, v in values.items()})
-        return Layout(parallel=parallel, num_ranks=num_ranks, micro_batch_size=int(micro), recompute=recompute)  # type: ignore
+        return Layout(
+            parallel=parallel,
+            num_ranks=num_ranks,
+            micro_batch_size=int(micro),
+            recompute=recompute,  # pyright: ignore[reportArgumentType]
+        )
     except ValueError as error:
         raise ValueError(f"layout {text!r}: {error}") from None
 
 
 def layout_overrides(layout: Layout) -> list[str]:
-    """The layout as ``section.key=value``, every key named; in quotes where YAML would read a word as a truth value (off)."""
-    sizes = [f"parallel.{f.name}={getattr(layout.parallel, f.name)}" for f in fields(layout.parallel)]
-    return [*sizes, f"train.micro_batch_size={layout.micro_batch_size}", f"train.recompute='{layout.recompute}'"]
+    """The layout as ``section.key=value``, every key named; in quotes where YAML would read a word
+    as a truth value (off)."""
+    sizes = [
+        f"parallel.{f.name}={getattr(layout.parallel, f.name)}" for f in fields(layout.parallel)
+    ]
+    return [
+        *sizes,
+        f"train.micro_batch_size={layout.micro_batch_size}",
+        f"train.recompute='{layout.recompute}'",
+    ]
 
 
 @dataclass(frozen=True)
@@ -92,8 +114,10 @@ class _Case:
 
 
 def run_layouts(
-    config_path: Path, overrides: Sequence[str], layouts: Sequence[Layout], *, num_ranks: int, out: Path,
-    predict: Callable[[RunConfig, int], Predicted | None], options: Options | None = None, timeout_s: float = 1800,
+    config_path: Path, overrides: Sequence[str], layouts: Sequence[Layout], *, num_ranks: int,
+    out: Path,
+    predict: Callable[[RunConfig, int], Predicted | None], options: Options | None = None,
+    timeout_s: float = 1800,
     say: Callable[[str], None] = print,
 ) -> list[Row]:  # fmt: skip
     """Measure every layout, in order; one row for each, in that order, failed ones among them.
@@ -101,8 +125,10 @@ def run_layouts(
     Args:
         overrides: ``section.key=value`` for every layout; the layouts' own come after them.
         num_ranks: over all nodes.
-        out: gets ``results.json`` (every row ever measured into it), ``logs`` and ``measured``; on several nodes the same folder.
-        predict: what the planner says of an effective config on a number of ranks; asked of all layouts before the first runs.
+        out: gets ``results.json`` (every row ever measured into it), ``logs`` and ``measured``; on
+            several nodes the same folder.
+        predict: what the planner says of an effective config on a number of ranks; asked of all
+            layouts before the first runs.
         timeout_s: for one layout, loading included; then all its processes are killed.
         say: called with a line for every layout as it begins and ends.
 
@@ -111,9 +137,14 @@ def run_layouts(
     Raises:
         ValueError: config or layouts that cannot be read, or an ``out`` with other content.
     """
-    options, nodes, out = options or Options(), Nodes.of(os.environ), out.resolve()
-    cases = [_case(config_path, overrides, layout, num_ranks, options, predict) for layout in layouts]
-    known = {row.key: row for row in load_rows(out / RESULTS)}  # once: every node must decide alike what is left to run
+    options = options or Options()
+    nodes = Nodes.of(os.environ)
+    out = out.resolve()
+    cases = [
+        _case(config_path, overrides, layout, num_ranks, options, predict) for layout in layouts
+    ]
+    # once: every node must decide alike what is left to run
+    known = {row.key: row for row in load_rows(out / RESULTS)}
     earlier = {key for key, row in known.items() if row.ok}
     for number, case in enumerate(cases, 1):
         if case.key in earlier:
@@ -130,32 +161,62 @@ def run_layouts(
 
 def _speed(row: Row) -> str:
     m = row.measured
-    return f": {m.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, peak {max(m.peak_bytes) / 2**30:.2f} GiB" if m else ""
+    return (
+        f": {m.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, peak"
+        f" {max(m.peak_bytes) / 2**30:.2f} GiB"
+        if m
+        else ""
+    )
 
 
 def _case(
     config_path: Path, overrides: Sequence[str], layout: Layout, num_ranks: int, options: Options,
     predict: Callable[[RunConfig, int], Predicted | None],
 ) -> _Case:  # fmt: skip
-    require(layout.num_ranks == num_ranks, f"{layout} is for {layout.num_ranks} ranks, not for {num_ranks}")
+    require(
+        layout.num_ranks == num_ranks,
+        f"{layout} is for {layout.num_ranks} ranks, not for {num_ranks}",
+    )
     everything = [*overrides, *layout_overrides(layout)]
     config = load_config(config_path, everything)
-    content = {name: value for name, value in asdict(config).items() if name not in ("checkpoint", "log")}
-    # Of another version or commit nothing measured before is taken over; of another machine it is, so give each its own folder.
-    key = json.dumps({"ranks": num_ranks, "versions": versions(), **asdict(options), **content}, sort_keys=True)
-    key, refusal = hashlib.sha256(key.encode()).hexdigest()[:16], _refusal(config, num_ranks)
-    return _Case(layout, everything, config, key, refusal, None if refusal else predict(config, num_ranks))
+    content = {
+        name: value for name, value in asdict(config).items() if name not in ("checkpoint", "log")
+    }
+    # Of another version or commit nothing measured before is taken over; of another machine it is,
+    # so give each its own folder.
+    key = json.dumps(
+        {"ranks": num_ranks, "versions": versions(), **asdict(options), **content}, sort_keys=True
+    )
+    key = hashlib.sha256(key.encode()).hexdigest()[:16]
+    refusal = _refusal(config, num_ranks)
+    return _Case(
+        layout, everything, config, key, refusal, None if refusal else predict(config, num_ranks)
+    )
 
 
-def _run(case: _Case, config_path: Path, out: Path, nodes: Nodes, options: Options, timeout_s: float) -> Row:
-    row = Row(key=case.key, layout=str(case.layout), status="", log="", seconds=0.0, predicted=case.predicted)
+def _run(
+    case: _Case, config_path: Path, out: Path, nodes: Nodes, options: Options, timeout_s: float
+) -> Row:
+    row = Row(
+        key=case.key,
+        layout=str(case.layout),
+        status="",
+        log="",
+        seconds=0.0,
+        predicted=case.predicted,
+    )
     if case.refusal:
         return replace(row, status=f"refused: {case.refusal}")
     found = out / "measured" / f"{case.name}.json"
-    log = out / "logs" / (f"{case.name}.node{nodes.rank}.log" if nodes.count > 1 else f"{case.name}.log")
+    log = (
+        out
+        / "logs"
+        / (f"{case.name}.node{nodes.rank}.log" if nodes.count > 1 else f"{case.name}.log")
+    )
     if nodes.writes:
         found.unlink(missing_ok=True)
-    # Options are single words that start with dashes, so that the launch script can tell them from overrides.
+    # Options are single words that start with dashes, so that the launch script can tell them from
+    # overrides.
     asked = [f"--{name}={value}" for name, value in asdict(options).items()]
     arguments = [str(config_path), f"--row={found}", *asked, *case.overrides]
     start = time.monotonic()
@@ -166,7 +227,9 @@ def _run(case: _Case, config_path: Path, out: Path, nodes: Nodes, options: Optio
     if code != 0:
         # Another node's ranks may have said what was the matter.
         logs = sorted(log.parent.glob(f"{case.name}.node*.log")) if nodes.count > 1 else [log]
-        return replace(row, status=status_of("\n".join(path.read_text(errors="replace") for path in logs)))
+        return replace(
+            row, status=status_of("\n".join(path.read_text(errors="replace") for path in logs))
+        )
     return replace(row, status=OK, measured=load_measured(found) if nodes.writes else None)
 
 

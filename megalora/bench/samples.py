@@ -1,4 +1,5 @@
-"""Samples of exactly ``data.max_length`` tokens for a benchmark, as training's own batches take them."""
+"""Samples of exactly ``data.max_length`` tokens for a benchmark, as training's own batches take
+them."""
 
 import re
 from pathlib import Path
@@ -18,19 +19,29 @@ WHOLE = 2**31
 """Longer than any sample: here they are cut, not left out."""
 
 
-def full_batches(config: RunConfig, groups: Groups, vocab: int, *, natural: bool) -> tuple[Batches, str]:
+def full_batches(
+    config: RunConfig, groups: Groups, vocab: int, *, natural: bool
+) -> tuple[Batches, str]:
     """This rank's microbatches, all of one length, and where their tokens come from.
 
     Args:
         vocab: token ids are drawn below it where they are random.
-        natural: take the tokens of ``data.train`` where that file and a tokenizer beside the model exist. What a router does with
+        natural: take the tokens of ``data.train`` where that file and a tokenizer beside the model
+            exist. What a router does with
             random tokens says little.
     """
-    length, count = config.data.max_length, config.train.global_batch_size
-    folder, file = Path(config.model.path), Path(re.sub(r"\[[^]]*\]$", "", config.data.train))
+    length = config.data.max_length
+    count = config.train.global_batch_size
+    folder = Path(config.model.path)
+    file = Path(re.sub(r"\[[^]]*\]$", "", config.data.train))
     tokenizer: Any = SimpleNamespace(pad_token_id=0)  # nothing is padded but to a multiple of TP
-    if natural and file.is_file() and any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json")):
-        tokenizer, source = load_tokenizer(folder), str(file)
+    if (
+        natural
+        and file.is_file()
+        and any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json"))
+    ):
+        tokenizer = load_tokenizer(folder)
+        source = str(file)
         data = config.data
         found = load_split(
             data.train,
@@ -41,7 +52,8 @@ def full_batches(config: RunConfig, groups: Groups, vocab: int, *, natural: bool
         ).samples
         samples = _filled(found, count, length)
     else:
-        source, ids = "random", np.random.Generator(np.random.PCG64(config.data.seed))
+        source = "random"
+        ids = np.random.Generator(np.random.PCG64(config.data.seed))
         tokens = ids.integers(0, vocab, (count, length), dtype=np.int32)
         samples = [Encoded(row, np.ones(length, dtype=bool)) for row in tokens]
     split = Split(source, length, samples, longest=length)
@@ -49,7 +61,8 @@ def full_batches(config: RunConfig, groups: Groups, vocab: int, *, natural: bool
 
 
 def _filled(samples: list[Encoded], count: int, length: int) -> list[Encoded]:
-    """``count`` samples of ``length`` tokens: all there are, one behind the other, from the beginning again where they end."""
+    """``count`` samples of ``length`` tokens: all there are, one behind the other, from the
+    beginning again where they end."""
     ids = np.concatenate([s.input_ids for s in samples])
     mask = np.concatenate([s.loss_mask for s in samples])
     places = np.arange(count * length) % len(ids)

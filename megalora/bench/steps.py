@@ -1,7 +1,8 @@
 """One layout, inside its ranks: the model and the step that training has, timed, and its memory.
 
-First steps to warm up, then steps with nothing but their ends noted, which give the speed; then steps with every part's beginning
-noted (``timers.py``), which give the parts; on a CPU one more with its live tensors counted.
+First steps to warm up, then steps with nothing but their ends noted, which give the speed; then
+steps with every part's beginning noted (``timers.py``), which give the parts; on a CPU one more
+with its live tensors counted.
 """
 
 import gc
@@ -57,7 +58,8 @@ class Training:
     """Where they come from."""
 
     def step(self, number: int, timeline: Timeline | None = None) -> float:
-        """One optimizer step, as the training loop has it; returns the loss. Raises ``RuntimeError`` where it is no number."""
+        """One optimizer step, as the training loop has it; returns the loss. Raises
+        ``RuntimeError`` where it is no number."""
         set_learning_rate(self.optimizer, self.config.train.lr)
         sum_and_count = self.stepper.forward_backward(self.batches.of_step(number), self.optimizer)
         if timeline:
@@ -65,17 +67,22 @@ class Training:
         norm = clip_and_step(self.optimizer)
         if timeline:
             timeline.leave("optimizer")
-        total, count, _ = torch.cat([sum_and_count, norm]).tolist()  # what training logs and so waits for
+        # what training logs and so waits for
+        total, count, _ = torch.cat([sum_and_count, norm]).tolist()
         loss = total / max(count, 1)
         if not math.isfinite(loss):
-            raise RuntimeError(f"step {number + 1}: the loss is {loss}, so nothing measured here would mean anything")
+            raise RuntimeError(
+                f"step {number + 1}: the loss is {loss}, so nothing measured here would mean"
+                " anything"
+            )
         self.stepper.b_has_moved = True
         return loss
 
 
 @contextmanager
 def training(config: RunConfig, options: Options) -> Iterator[Training]:
-    """The run of ``config`` on the ranks of this world, base weights read or drawn as ``options`` says."""
+    """The run of ``config`` on the ranks of this world, base weights read or drawn as ``options``
+    says."""
     with parallel_groups(config.parallel, config.train.seed) as groups:
         model = _build(config, groups, real=has_weights(config, options))
         apply_recompute(model.chunks, config.train.recompute)
@@ -90,12 +97,14 @@ def training(config: RunConfig, options: Options) -> Iterator[Training]:
 
 
 def has_weights(config: RunConfig, options: Options) -> bool:
-    """Whether the base's weights are read; raises ``ValueError`` where they are asked for and not there."""
+    """Whether the base's weights are read; raises ``ValueError`` where they are asked for and not
+    there."""
     folder = Path(config.model.path)
     found = folder.is_dir() and any(folder.glob("*.safetensors"))
     if options.weights == "real" and not found:
         raise ValueError(
-            f"--weights real: {folder} is no folder with *.safetensors; download it, or use --weights random"
+            f"--weights real: {folder} is no folder with *.safetensors; download it, or use"
+            " --weights random"
         )
     return found and options.weights != "random"
 
@@ -115,7 +124,9 @@ def _build(config: RunConfig, groups: Groups, *, real: bool) -> AdaptedModel:
     dtype = getattr(torch, config.model.dtype)
     rows = shape.rows_per_expert(config)
     seed = config.train.seed
-    pieces = inject(chunks, adapted, shape, config.lora, groups, seed=seed, dtype=dtype, rows_per_expert=rows)
+    pieces = inject(
+        chunks, adapted, shape, config.lora, groups, seed=seed, dtype=dtype, rows_per_expert=rows
+    )
     check_coverage(adapted, pieces)
     return AdaptedModel(chunks, adapted, pieces, shape, groups)
 
@@ -139,26 +150,37 @@ def measure_layout(config: RunConfig, options: Options) -> Measured | None:
         if not peak[0]:
             peak = (live_bytes(run, done), None)
         _check_moved(run)
-        mine = {"seconds": seconds, "parts": parts, "peak": peak, "stage": run.model.groups.pp.rank()}
+        mine = {
+            "seconds": seconds,
+            "parts": parts,
+            "peak": peak,
+            "stage": run.model.groups.pp.rank(),
+        }
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, mine)
         return None if dist.get_rank() else _measured(run, options, ranks, imbalance, loss)
 
 
 def timed_steps(run: Training, first: int, count: int) -> tuple[list[float], float]:
-    """Seconds of each step on this rank, from one step's end to the next one's, and the last loss."""
+    """Seconds of each step on this rank, from one step's end to the next one's, and the last
+    loss."""
     host.synchronize()
     dist.barrier()
-    moments, loss = [host.Stopwatch.mark()], math.nan
+    moments = [host.Stopwatch.mark()]
+    loss = math.nan
     for number in range(first, first + count):
         loss = run.step(number)
         moments.append(host.Stopwatch.mark())
     return [host.seconds_between(a, b) for a, b in pairwise(moments)], loss
 
 
-def timed_parts(run: Training, first: int, count: int) -> tuple[dict[str, float], tuple[float, float] | None]:
-    """Mean seconds of each part of a step on this rank; and of the experts' rows, how uneven (mean, worst)."""
-    timeline, parts = Timeline(), []
+def timed_parts(
+    run: Training, first: int, count: int
+) -> tuple[dict[str, float], tuple[float, float] | None]:
+    """Mean seconds of each part of a step on this rank; and of the experts' rows, how uneven (mean,
+    worst)."""
+    timeline = Timeline()
+    parts = []
     attach(timeline, run.model.chunks, run.model.groups.pp.size())
     imbalance = count_rows(run.model.chunks, run.model.groups)
     for number in range(first, first + count):
@@ -171,10 +193,14 @@ def timed_parts(run: Training, first: int, count: int) -> tuple[dict[str, float]
 
 
 def live_bytes(run: Training, number: int) -> int:
-    """The most bytes of tensors alive at once in a step, those included that were there before it."""
+    """The most bytes of tensors alive at once in a step, those included that were there before
+    it."""
     gc.collect()
-    # All that this process has: parameters, gradient buffers and optimizer state, as an allocator would count them.
-    already = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.layout is torch.strided]
+    # All that this process has: parameters, gradient buffers and optimizer state, as an allocator
+    # would count them.
+    already = [
+        o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.layout is torch.strided
+    ]
     with LiveTensors(already) as live:
         run.step(number)
     return live.peak_bytes
@@ -190,21 +216,31 @@ def _check_moved(run: Training) -> None:
     moved = torch.tensor(float(any(bool(b.count_nonzero()) for b in factors)), device=host.device())
     dist.all_reduce(moved, op=dist.ReduceOp.MAX)
     if not moved:
-        raise RuntimeError("no adapter has moved: every B is still zero, so what was measured is no training")
+        raise RuntimeError(
+            "no adapter has moved: every B is still zero, so what was measured is no training"
+        )
 
 
 def _measured(
-    run: Training, options: Options, ranks: list[Any], imbalance: tuple[float, float] | None, loss: float
+    run: Training,
+    options: Options,
+    ranks: list[Any],
+    imbalance: tuple[float, float] | None,
+    loss: float,
 ) -> Measured:
     """From what each rank found (seconds, parts, peak, stage) to the whole."""
-    config, world = run.config, len(ranks)
+    config = run.config
+    world = len(ranks)
     steps = [max(step) for step in zip(*(rank["seconds"] for rank in ranks), strict=True)]
-    median, positions = statistics.median(steps), config.data.max_length - 1
+    median = statistics.median(steps)
+    positions = config.data.max_length - 1
     flops = flops_per_token(run.model.shape, run.model.adapted, positions, config.train.recompute)
     samples = config.train.global_batch_size / median / world  # per second and GPU
-    parts, stages = [rank["parts"] for rank in ranks], [rank["stage"] for rank in ranks]
+    parts = [rank["parts"] for rank in ranks]
+    stages = [rank["stage"] for rank in ranks]
     of_stage = {
-        s: _mean([p for p, stage in zip(parts, stages, strict=True) if stage == s]) for s in sorted(set(stages))
+        s: _mean([p for p, stage in zip(parts, stages, strict=True) if stage == s])
+        for s in sorted(set(stages))
     }
     slowest = max(of_stage, key=lambda s: sum(of_stage[s].values()) - of_stage[s]["bubble"])
     gpu = host.device().type != "cpu"
@@ -214,13 +250,16 @@ def _measured(
         sequence_length=positions, global_batch_size=config.train.global_batch_size,
         step_seconds=median, step_seconds_min=min(steps), step_seconds_max=max(steps),
         tokens_per_second_per_gpu=samples * config.data.max_length,
-        model_tflops=samples * positions * flops.model / 1e12, hardware_tflops=samples * positions * flops.hardware / 1e12,
-        parts=of_stage[slowest], slowest_stage=slowest, parts_mean=_mean(parts), parts_per_rank=parts,
+        model_tflops=samples * positions * flops.model / 1e12,
+        hardware_tflops=samples * positions * flops.hardware / 1e12,
+        parts=of_stage[slowest], slowest_stage=slowest, parts_mean=_mean(parts),
+        parts_per_rank=parts,
         marked_step_seconds=max(sum(p.values()) for p in parts), stages=stages,
         peak_bytes=[rank["peak"][0] for rank in ranks],
         reserved_bytes=[rank["peak"][1] for rank in ranks] if gpu else None,
         memory_from="allocator" if gpu else "live tensors",
-        imbalance=imbalance[0] if imbalance else None, imbalance_worst=imbalance[1] if imbalance else None,
+        imbalance=imbalance[0] if imbalance else None,
+        imbalance_worst=imbalance[1] if imbalance else None,
         loss=loss, device=host.device_name(), versions=versions(),
     )  # fmt: skip
 

@@ -1,11 +1,14 @@
-"""Where the time of a training step goes on this rank: a row of moments, each the beginning of some part.
+"""Where the time of a training step goes on this rank: a row of moments, each the beginning of some
+part.
 
-One stream does a rank's work in one order, so what lies between two moments belongs to the part that began at the first: parts are
-never negative and add up to the step. Nothing waits for the device until the step is over.
+One stream does a rank's work in one order, so what lies between two moments belongs to the part
+that began at the first: parts are never negative and add up to the step. Nothing waits for the
+device until the step is over.
 
-Forward: hooks on modules. Backward, recomputation in it included: markers on what goes into a module and what comes out, identity
-functions whose backward notes the time; autograd runs all of a module's nodes between the two. Pipeline: the timers that Megatron's
-schedules start and stop around each forward and backward computation of a microbatch.
+Forward: hooks on modules. Backward, recomputation in it included: markers on what goes into a
+    module and what comes out, identity functions whose backward notes the time; autograd runs all
+    of a module's nodes between the two. Pipeline: the timers that Megatron's schedules start and
+    stop around each forward and backward computation of a microbatch.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,11 +27,13 @@ class Timeline:
     """The moments of one step. Parts nest: what is left returns to what it was entered from."""
 
     def __init__(self) -> None:
-        self._parts, self._moments = ["other"], []
+        self._parts = ["other"]
+        self._moments = []
 
     def start(self) -> None:
         """Begin a step; forgets the last one."""
-        self._parts, self._moments = ["other"], []
+        self._parts = ["other"]
+        self._moments = []
         self._note()
 
     def enter(self, part: str) -> None:
@@ -36,7 +41,8 @@ class Timeline:
         self._note()
 
     def leave(self, part: str) -> None:
-        """Raises ``RuntimeError`` where another part was entered last: then times would go to the wrong one."""
+        """Raises ``RuntimeError`` where another part was entered last: then times would go to the
+        wrong one."""
         if self._parts[-1] != part:
             raise RuntimeError(f"timers: {part} ends, but {' > '.join(self._parts)} is under way")
         self._parts.pop()
@@ -47,7 +53,8 @@ class Timeline:
         return len(self._parts)
 
     def unwind(self, depth: int) -> None:
-        """Leave all that was entered since ``depth``. A module whose input needs no gradient has no end in backward."""
+        """Leave all that was entered since ``depth``. A module whose input needs no gradient has no
+        end in backward."""
         del self._parts[depth:]
         self._note()
 
@@ -86,17 +93,21 @@ class _Marker(torch.autograd.Function):
 
 
 def marked(values: Sequence[Any], note: Callable[[], None]) -> list[Any]:
-    """The same values; the tensors among them that need a gradient through one marker. Others stay as they are: a marker's results
-    all need gradients."""
+    """The same values; the tensors among them that need a gradient through one marker. Others stay
+    as they are: a marker's results all need gradients."""
     places = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
     result = list(values)
     if places and torch.is_grad_enabled():
-        for i, tensor in zip(places, _Marker.apply(note, *(values[i] for i in places)), strict=True):  # type: ignore
+        for i, tensor in zip(
+            places, _Marker.apply(note, *(values[i] for i in places)), strict=True
+        ):  # type: ignore
             result[i] = tensor
     return result
 
 
-def watch(module: nn.Module, part: str, timeline: Timeline, last_in_backward: str | None = None) -> None:
+def watch(
+    module: nn.Module, part: str, timeline: Timeline, last_in_backward: str | None = None
+) -> None:
     """Count the module's forward and backward as ``part``.
 
     Args:
@@ -116,10 +127,12 @@ def watch(module: nn.Module, part: str, timeline: Timeline, last_in_backward: st
 
 
 def watch_last(module: nn.Module, part: str, timeline: Timeline) -> None:
-    """The same for a module that reads what others read too, and whose backward is the last of the module around it.
+    """The same for a module that reads what others read too, and whose backward is the last of the
+    module around it.
 
-    A marker on its input would add up the gradients of its own uses first and those of the others to that, where without it they
-    come one after the other: the last bits would differ. So the part ends in backward with the one around it.
+    A marker on its input would add up the gradients of its own uses first and those of the others
+    to that, where without it they come one after the other: the last bits would differ. So the part
+    ends in backward with the one around it.
     """
 
     def before(_: nn.Module, args: Any) -> None:
@@ -156,7 +169,9 @@ class _Span:
     """One of Megatron's timers: a part that whatever is entered inside nests in."""
 
     def __init__(self, part: str, timeline: Timeline) -> None:
-        self.part, self.timeline, self.depth = part, timeline, 0
+        self.part = part
+        self.timeline = timeline
+        self.depth = 0
 
     def start(self, barrier: bool = False) -> None:
         """Training has no timers and so no barriers; neither has this."""
@@ -173,7 +188,8 @@ class _Nothing:
 
 
 class ScheduleTimers:
-    """What Megatron's schedules take as ``config.timers``: whatever of a pass is in no computation of a microbatch is bubble."""
+    """What Megatron's schedules take as ``config.timers``: whatever of a pass is in no computation
+    of a microbatch is bubble."""
 
     def __init__(self, timeline: Timeline, num_stages: int) -> None:
         self.spans = {
@@ -190,7 +206,8 @@ def attach(timeline: Timeline, chunks: Sequence[Any], num_stages: int) -> None:
     """Time the model chunks of this rank from now on, for good.
 
     Args:
-        chunks: after ``apply_recompute`` and after a ``Stepper`` was made of them: its reduction is watched too.
+        chunks: after ``apply_recompute`` and after a ``Stepper`` was made of them: its reduction is
+            watched too.
         num_stages: of the pipeline.
     """
     for chunk in chunks:
@@ -203,7 +220,8 @@ def attach(timeline: Timeline, chunks: Sequence[Any], num_stages: int) -> None:
                 continue
             watch(inner.mlp, "dispatch", timeline, last_in_backward="mlp")
             watch(inner.mlp.experts, "experts", timeline)
-            if inner.mlp.shared_experts is not None:  # computed before the routed ones, so their backward comes after
+            # computed before the routed ones, so their backward comes after
+            if inner.mlp.shared_experts is not None:
                 watch_last(inner.mlp.shared_experts, "mlp", timeline)
     for chunk in chunks:
         if chunk.post_process:
@@ -216,4 +234,7 @@ def attach(timeline: Timeline, chunks: Sequence[Any], num_stages: int) -> None:
         reduce(*args, **kwargs)
         timeline.leave("reduction")
 
-    config.finalize_model_grads_func, config.timers = reduction, ScheduleTimers(timeline, num_stages)
+    config.finalize_model_grads_func, config.timers = (
+        reduction,
+        ScheduleTimers(timeline, num_stages),
+    )

@@ -1,7 +1,9 @@
-"""Hold the tensors that a model needs against those that its folder stores, both ways, before any weight is read.
+"""Hold the tensors that a model needs against those that its folder stores, both ways, before any
+weight is read.
 
-Every needed tensor must be stored, with its shape and a dtype that is read; every stored tensor must be needed, or be one
-of the few that may be left over (``_may_be_left``). Only ``config.json``, the index and the shards' headers are read.
+Every needed tensor must be stored, with its shape and a dtype that is read; every stored tensor
+must be needed, or be one of the few that may be left over (``_may_be_left``). Only ``config.json``,
+the index and the shards' headers are read.
 
 How a folder may store what the model needs:
 
@@ -25,7 +27,8 @@ from megalora.model.fields import check_fields, instead_of_quantised
 from megalora.model.shape import ModelShape, model_shape, read_hf_config
 
 DTYPES = ("F32", "BF16", "F16")
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
 _COMPARED_BYTES = 2**24
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 _OF_QUANTISED = re.compile(
@@ -37,7 +40,8 @@ _OF_QUANTISED = re.compile(
 
 @dataclass(frozen=True)
 class Place:
-    """Where a folder stores one tensor of the model: a stored tensor, or some rows of one expert in a packed one."""
+    """Where a folder stores one tensor of the model: a stored tensor, or some rows of one expert in
+    a packed one."""
 
     shard: str
     tensor: Stored
@@ -62,12 +66,15 @@ def open_folder(folder: Path) -> BaseFolder:
     """Read a base folder's config and headers.
 
     Raises:
-        ValueError: the config asks for something megalora does not compute, or weights are missing, left over, of another
+        ValueError: the config asks for something megalora does not compute, or weights are missing,
+            left over, of another
             shape or of a dtype that is not read; one line names them.
     """
     hf = read_hf_config(folder)
     check_fields(hf, str(folder))
-    stored = _by_published_name(folder, _stored_tensors(folder, tied=bool(hf.get("tie_word_embeddings"))))
+    stored = _by_published_name(
+        folder, _stored_tensors(folder, tied=bool(hf.get("tie_word_embeddings")))
+    )
     hf = _tied_as_stored(folder, hf, stored)
     shape = model_shape(hf)
     return BaseFolder(folder, hf, shape, _match(folder, needed_tensors(shape), stored))
@@ -81,14 +88,20 @@ def needed_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         at = f"model.layers.{layer}"
         needed |= {f"{at}.{norm}_layernorm.weight": (h,) for norm in ("input", "post_attention")}
         if shape.qk_norm:
-            needed |= {f"{at}.self_attn.{name}_norm.weight": (shape.head_dim,) for name in ("q", "k")}
+            needed |= {
+                f"{at}.self_attn.{name}_norm.weight": (shape.head_dim,) for name in ("q", "k")
+            }
         for projection in layer_projections(shape, layer):
             out_features, in_features = projection.features(shape)
             experts = range(shape.num_experts) if projection.is_expert else [None]
             for expert in experts:
                 module = projection.hf.format(layer=layer, expert=expert)
                 needed[f"{module}.weight"] = (out_features, in_features)
-            if shape.o_bias if projection.name == "o_proj" else shape.qkv_bias and ".self_attn." in projection.hf:
+            if (
+                shape.o_bias
+                if projection.name == "o_proj"
+                else shape.qkv_bias and ".self_attn." in projection.hf
+            ):
                 needed[f"{projection.hf.format(layer=layer)}.bias"] = (out_features,)
         if shape.is_moe(layer) and shape.shared_intermediate:
             needed[f"{at}.mlp.shared_expert_gate.weight"] = (1, h)
@@ -99,11 +112,17 @@ def needed_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def _stored_tensors(folder: Path, tied: bool) -> list[tuple[str, Stored]]:
-    """(file, tensor) of every shard; the index, where there is one, must name the same tensors in the same files.
+    """(file, tensor) of every shard; the index, where there is one, must name the same tensors in
+    the same files.
 
-    A tied head need not be named: published folders hold the shared matrix twice without a word about it.
+    A tied head need not be named: published folders hold the shared matrix twice without a word
+    about it.
     """
-    found = [(shard, tensor) for shard in shards_that_are_there(folder) for tensor in read_header(folder / shard)[1]]
+    found = [
+        (shard, tensor)
+        for shard in shards_that_are_there(folder)
+        for tensor in read_header(folder / shard)[1]
+    ]
     shards = {shard for shard, _ in found}
     index = folder / INDEX
     if not index.is_file():
@@ -120,11 +139,17 @@ def _stored_tensors(folder: Path, tied: bool) -> list[tuple[str, Stored]]:
     unnamed = [name for name in there if name not in named and matters(name)]
     problems = []
     if absent:
-        problems.append(f"names {len(absent):,} tensors that its files do not hold ({_some(absent)})")
+        problems.append(
+            f"names {len(absent):,} tensors that its files do not hold ({_some(absent)})"
+        )
     if unnamed:
-        problems.append(f"does not name {len(unnamed):,} tensors that its files hold ({_some(unnamed)})")
+        problems.append(
+            f"does not name {len(unnamed):,} tensors that its files hold ({_some(unnamed)})"
+        )
     if problems:
-        raise ValueError(f"{index} {' and '.join(problems)}; download the model again, or write the index anew")
+        raise ValueError(
+            f"{index} {' and '.join(problems)}; download the model again, or write the index anew"
+        )
     return found
 
 
@@ -135,14 +160,16 @@ def _by_published_name(folder: Path, found: list[tuple[str, Stored]]) -> dict[st
         if name in stored:
             first = stored[name]
             raise ValueError(
-                f"{folder} holds {name} twice: as {first.tensor.name} in {first.shard} and as {tensor.name} in {shard}"
+                f"{folder} holds {name} twice: as {first.tensor.name} in {first.shard} and as"
+                f" {tensor.name} in {shard}"
             )
         stored[name] = Place(shard, tensor)
     return stored
 
 
 def published_name(name: str) -> str:
-    """A stored tensor's name as models of these families are published: ``model.layers...``, ``lm_head.weight``."""
+    """A stored tensor's name as models of these families are published: ``model.layers...``,
+    ``lm_head.weight``."""
     for prefix in ("model.language_model.", "model.model."):
         if name.startswith(prefix):
             return f"model.{name.removeprefix(prefix)}"
@@ -152,16 +179,18 @@ def published_name(name: str) -> str:
 
 
 def _may_be_left(name: str) -> bool:
-    """Rotary inverse frequencies, which follow from the config, and layers that predict several tokens ahead."""
+    """Rotary inverse frequencies, which follow from the config, and layers that predict several
+    tokens ahead."""
     published = published_name(name)
     return published.endswith("rotary_emb.inv_freq") or published.startswith(("mtp.", "model.mtp."))
 
 
 def _tied_as_stored(folder: Path, hf: dict[str, Any], stored: dict[str, Place]) -> dict[str, Any]:
-    """The config, its tie flag corrected, and in ``stored`` the embedding alone where the two are tied.
+    """The config, its tie flag corrected, and in ``stored`` the embedding alone where the two are
+    tied.
 
-    As transformers 5.12 does, tried for each family: a flag that says tied while both are stored and differ is overruled
-    by the weights; if only the head is stored, it is the embedding too.
+    As transformers 5.12 does, tried for each family: a flag that says tied while both are stored
+    and differ is overruled by the weights; if only the head is stored, it is the embedding too.
     """
     if not hf.get("tie_word_embeddings") or LM_HEAD not in stored:
         return hf
@@ -187,8 +216,11 @@ def _same_bytes(folder: Path, a: Place, b: Place) -> bool:
     return True
 
 
-def _match(folder: Path, needed: dict[str, tuple[int, ...]], stored: dict[str, Place]) -> dict[str, Place]:
-    """Published name -> place of every needed tensor; raises ``ValueError`` unless both sides fit."""
+def _match(
+    folder: Path, needed: dict[str, tuple[int, ...]], stored: dict[str, Place]
+) -> dict[str, Place]:
+    """Published name -> place of every needed tensor; raises ``ValueError`` unless both sides
+    fit."""
     places: dict[str, Place] = {}
     used: set[str] = set()
     missing: list[str] = []
@@ -220,7 +252,8 @@ def _match(folder: Path, needed: dict[str, tuple[int, ...]], stored: dict[str, P
         problems.append(f"{len(misshapen):,} have another shape ({_some(misshapen)})")
     if problems:
         raise ValueError(
-            f"{folder} does not hold the model that its config.json describes: {'; '.join(problems)}{_hint(missing, left)}"
+            f"{folder} does not hold the model that its config.json describes:"
+            f" {'; '.join(problems)}{_hint(missing, left)}"
         )
     return places
 
@@ -228,11 +261,14 @@ def _match(folder: Path, needed: dict[str, tuple[int, ...]], stored: dict[str, P
 def _packed(
     name: str, shape: tuple[int, ...], needed: dict[str, tuple[int, ...]]
 ) -> tuple[str, tuple[int, ...], int, tuple[int, int]] | None:
-    """(stored name, its shape, expert, rows) of an expert's matrix where experts are packed; None for other tensors."""
+    """(stored name, its shape, expert, rows) of an expert's matrix where experts are packed; None
+    for other tensors."""
     match = _EXPERT.fullmatch(name)
     if match is None:
         return None
-    at, expert, projection = match[1], int(match[2]), match[3]
+    at = match[1]
+    expert = int(match[2])
+    projection = match[3]
     rows, columns = shape
     num_experts = needed[f"{at.removesuffix('.experts')}.gate.weight"][0]
     if projection == "down":
@@ -241,14 +277,17 @@ def _packed(
     return f"{at}.gate_up_proj", (num_experts, 2 * rows, columns), expert, (first, first + rows)
 
 
-def _check_unquantised(folder: Path, stored: Mapping[str, Place], used: Iterable[str], left: list[str]) -> None:
+def _check_unquantised(
+    folder: Path, stored: Mapping[str, Place], used: Iterable[str], left: list[str]
+) -> None:
     strange = [name for name in used if stored[name].tensor.dtype not in DTYPES]
     scales = [name for name in left if _OF_QUANTISED.search(name)]
     if strange or scales:
         shown = [f"{name} is {stored[name].tensor.dtype}" for name in strange] + scales
         raise ValueError(
-            f"{folder}: {len(shown):,} tensors are of quantised weights or of a dtype that is not read ({_some(shown)}); "
-            f"megalora reads {', '.join(DTYPES)}: {_instead(folder, [stored[name].tensor.dtype for name in strange], scales)}"
+            f"{folder}: {len(shown):,} tensors are of quantised weights or of a dtype that is not"
+            f" read ({_some(shown)}); megalora reads {', '.join(DTYPES)}:"
+            f" {_instead(folder, [stored[name].tensor.dtype for name in strange], scales)}"
         )
 
 
@@ -273,7 +312,8 @@ def _hint(missing: list[str], left: list[str]) -> str:
 
 
 def _prefix(missing: list[str], left: list[str]) -> str:
-    """What stands before every missing name among those left over; nothing where there is no such prefix."""
+    """What stands before every missing name among those left over; nothing where there is no such
+    prefix."""
     prefix = next((name.removesuffix(missing[0]) for name in left if name.endswith(missing[0])), "")
     return prefix if {f"{prefix}{name}" for name in missing} <= set(left) else ""
 

@@ -58,7 +58,8 @@ def read_adapter(
 
     Args:
         order: how the columns of stacked B's run, where the file does not say it.
-        base: the base's folder, with whose weights those that PEFT saved beside the factors are compared, if it has any.
+        base: the base's folder, with whose weights those that PEFT saved beside the factors are
+            compared, if it has any.
     """
     config = read_config(folder)
     refuse_variants(folder / CONFIG, config)
@@ -94,27 +95,35 @@ def _factor_of(weights: AdapterWeights, name: str) -> tuple[str, FactorName]:
     if parsed is not None:
         return parsed
     module = name.removeprefix("base_model.model.").split(".lora_")[0]
-    where = f"{weights.path_of(name)}: {name} is no LoRA factor of a linear layer, which is all megalora reads"
+    where = (
+        f"{weights.path_of(name)}: {name} is no LoRA factor of a linear layer, which is all"
+        " megalora reads"
+    )
     if ".lora_embedding_" in name:
         raise ValueError(
-            f"{where}: {module} has an adapter; megalora does not adapt embeddings. Merge it with PEFT (merge_and_unload), or "
-            "train without it"
+            f"{where}: {module} has an adapter; megalora does not adapt embeddings. Merge it with"
+            " PEFT (merge_and_unload), or train without it"
         )
     raise ValueError(
-        f"{where}: it is {described(name)}. Merge the adapter with PEFT (merge_and_unload), or train without"
+        f"{where}: it is {described(name)}. Merge the adapter with PEFT (merge_and_unload), or"
+        " train without"
     )
 
 
 def _checked(weights: AdapterWeights, name: str, dims: int) -> Tensor:
     """The tensor, if it is a factor's: of floats, all finite, with so many dimensions or two."""
-    info, path = weights.info[name], weights.path_of(name)
+    info = weights.info[name]
+    path = weights.path_of(name)
     if info.dtype not in FLOATS or len(info.shape) not in (2, dims):
         raise ValueError(
-            f"{path}: {name} is {info.dtype} of shape {info.shape}; a factor is a matrix in {', '.join(FLOATS)}"
+            f"{path}: {name} is {info.dtype} of shape {info.shape}; a factor is a matrix in"
+            f" {', '.join(FLOATS)}"
         )
     tensor = weights.tensor(name)
     if not torch.isfinite(tensor).all():
-        raise ValueError(f"{path}: {name} has NaN or infinite values; the training that wrote it had diverged")
+        raise ValueError(
+            f"{path}: {name} has NaN or infinite values; the training that wrote it had diverged"
+        )
     return tensor
 
 
@@ -122,7 +131,8 @@ class _Groups:
     """Tensors that hold the factors of several linears, as they come in."""
 
     def __init__(self, weights: AdapterWeights, shape: ModelShape) -> None:
-        self.weights, self.shape = weights, shape
+        self.weights = weights
+        self.shape = shape
         self.known = linear_modules(shape)
         self.stacks: dict[tuple[int, str], Named] = {}
         """(layer, what follows ``experts.``) -> 2-D tensors for all experts."""
@@ -147,9 +157,10 @@ class _Groups:
             layer, which = place
             if tensor.dim() == 2 and which not in _STACKS:
                 raise ValueError(
-                    f"{self.weights.path_of(name)}: {name} is {tuple(tensor.shape)}; a tensor for all experts of this name is 3-D "
-                    "(E, rank, in), and a 2-D one is called experts or experts.base_layer. Write an A and a B for each expert, "
-                    "experts.N.gate_proj and so on"
+                    f"{self.weights.path_of(name)}: {name} is {tuple(tensor.shape)}; a tensor for"
+                    " all experts of this name is 3-D (E, rank, in), and a 2-D one is called"
+                    " experts or experts.base_layer. Write an A and a B for each expert,"
+                    " experts.N.gate_proj and so on"
                 )
             group = self.stacks if tensor.dim() == 2 else self.banks
             named = group.setdefault((layer, which), {})
@@ -160,7 +171,8 @@ class _Groups:
         if factor in named:
             of = "experts" if place else "module"
             raise ValueError(
-                f"{self.weights.path_of(name)}: {named[factor][0]} and {name} are lora_{factor} of the same {of}"
+                f"{self.weights.path_of(name)}: {named[factor][0]} and {name} are lora_{factor} of"
+                f" the same {of}"
             )
         named[factor] = (name, tensor)
         return True
@@ -170,7 +182,9 @@ class _Linears:
     """Factors by linear, as they come in, and the check that they fit the model and each other."""
 
     def __init__(self, weights: AdapterWeights, shape: ModelShape, rules: Rules) -> None:
-        self.weights, self.shape, self.rules = weights, shape, rules
+        self.weights = weights
+        self.shape = shape
+        self.rules = rules
         self.where, self.known = weights.where, linear_modules(shape)
         self.factors: dict[str, dict[FactorName, Tensor]] = defaultdict(dict)
         self.scales: dict[str, float] = {}
@@ -193,7 +207,14 @@ class _Linears:
             self._check_shape(half, "B", own_b, rank)
             self._keep(half, {"A": own_a, "B": own_b}, scale, [module])
 
-    def put(self, layer: int, projection: str, factors: Factors, scale: float, also: list[str] | None = None) -> None:
+    def put(
+        self,
+        layer: int,
+        projection: str,
+        factors: Factors,
+        scale: float,
+        also: list[str] | None = None,
+    ) -> None:
         """All experts of one projection, from tensors that hold them all."""
         for expert, (a, b) in enumerate(zip(*factors, strict=True)):
             module = f"model.layers.{layer}.mlp.experts.{expert}.{projection}"
@@ -204,10 +225,13 @@ class _Linears:
         fits = make_adapted(projection, layer, rank, 0.0, 0.0, self.shape).shape(factor)
         if tuple(tensor.shape) != fits:
             raise ValueError(
-                f"{self.where}: {tensor_name(module, factor)} is {tuple(tensor.shape)}, but this base model and rank need {fits}"
+                f"{self.where}: {tensor_name(module, factor)} is {tuple(tensor.shape)}, but this"
+                f" base model and rank need {fits}"
             )
 
-    def _keep(self, module: str, own: dict[FactorName, Tensor], scale: float, also: list[str]) -> None:
+    def _keep(
+        self, module: str, own: dict[FactorName, Tensor], scale: float, also: list[str]
+    ) -> None:
         for factor in own:
             if factor in self.factors[module]:
                 raise ValueError(f"{self.where}: two tensors are lora_{factor} of {module}")
@@ -219,15 +243,20 @@ class _Linears:
         """Of a module that is not adapted here: what it is instead."""
         leaf = module.rsplit(".", 1)[-1]
         if module in other_modules(self.shape):
-            return f"{module} has an adapter; megalora does not adapt it. Merge it with PEFT (merge_and_unload), or train without it"
+            return (
+                f"{module} has an adapter; megalora does not adapt it. Merge it with PEFT"
+                " (merge_and_unload), or train without it"
+            )
         if leaf in ALIASES:
             names = ", ".join(ALIASES[leaf])
             return (
-                f"{module} is another stack's name for {names}, and the order of its rows is not in the file. Write an A and a B "
-                "for each of them under their Hugging Face names"
+                f"{module} is another stack's name for {names}, and the order of its rows is not in"
+                " the file. Write an A and a B for each of them under their Hugging Face names"
             )
         close = difflib.get_close_matches(module, self.known, n=1)
-        return f"{module} is no linear layer of this base model" + (f"; the nearest is {close[0]}" if close else "")
+        return f"{module} is no linear layer of this base model" + (
+            f"; the nearest is {close[0]}" if close else ""
+        )
 
     def adapter(self, notes: list[str]) -> Adapter:
         adapted: list[Adapted] = []
@@ -249,20 +278,25 @@ class _Linears:
         return Adapter(self.weights.folder, adapted, tensors, absent, notes)
 
     def _one(self, projection: Projection, layer: int | None, modules: list[str]) -> Adapted:
-        ranks, scales = set(), set()
+        ranks = set()
+        scales = set()
         for module in modules:
             factors = self.factors[module]
             for present, lacking in (("A", "B"), ("B", "A")):
                 if lacking not in factors:
-                    raise ValueError(f"{self.where} has lora_{present} of {module} and lacks its lora_{lacking}")
+                    raise ValueError(
+                        f"{self.where} has lora_{present} of {module} and lacks its lora_{lacking}"
+                    )
             ranks.add(factors["A"].shape[0])
             scales.add(self.scales[module])
         if len(ranks) > 1 or len(scales) > 1:
             raise ValueError(
-                f"{self.where}: experts of layer {layer} have different ranks or scales in {projection.name} ({sorted(ranks)}; "
-                f"{sorted(scales)}); megalora and vLLM give one to all experts of a projection"
+                f"{self.where}: experts of layer {layer} have different ranks or scales in"
+                f" {projection.name} ({sorted(ranks)}; {sorted(scales)}); megalora and vLLM give"
+                " one to all experts of a projection"
             )
-        rank, scale = ranks.pop(), scales.pop()
+        rank = ranks.pop()
+        scale = scales.pop()
         return make_adapted(projection, layer, rank, scale * rank, scale, self.shape)
 
     def _tensor(self, module: str, factor: FactorName, a: Adapted) -> Tensor:
@@ -291,7 +325,9 @@ def _put_fused(linears: _Linears, fused: dict[str, Named]) -> None:
 
 def _both(linears: _Linears, named: Named) -> Factors:
     if named.keys() != {"A", "B"}:
-        raise ValueError(f"{linears.where}: {next(iter(named.values()))[0]} has no partner (lora_A and lora_B)")
+        raise ValueError(
+            f"{linears.where}: {next(iter(named.values()))[0]} has no partner (lora_A and lora_B)"
+        )
     return named["A"][1], named["B"][1]
 
 
@@ -299,4 +335,6 @@ def parameters_of(module: str) -> tuple[str, ...]:
     """As PEFT names them: the linear's own weight, or the fused parameter of which an expert's
     linear is a part."""
     match = re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)", module)
-    return (f"{match[1]}.{DOWN if match[2] == DOWN else GATE_UP}",) if match else (f"{module}.weight",)
+    return (
+        (f"{match[1]}.{DOWN if match[2] == DOWN else GATE_UP}",) if match else (f"{module}.weight",)
+    )

@@ -21,7 +21,8 @@ from megalora.bridge.stacked import DOWN, GATE_UP, HALVES, Factors, split_gate_u
 from megalora.model.shape import ModelShape
 
 BANKS = {
-    "w1": "gate_proj", "w2": DOWN, "w3": "up_proj", "gate_proj": "gate_proj", "up_proj": "up_proj", DOWN: DOWN, GATE_UP: GATE_UP,
+    "w1": "gate_proj", "w2": DOWN, "w3": "up_proj", "gate_proj": "gate_proj", "up_proj": "up_proj",
+    DOWN: DOWN, GATE_UP: GATE_UP,
 }  # fmt: skip
 """Name after ``experts.`` -> the projection, or the two that are fused."""
 
@@ -32,8 +33,11 @@ def bank_factors(where: str, which: str, a: Tensor, b: Tensor, shape: ModelShape
     ``where``: the file and the tensors, for messages. Raises ``ValueError`` for shapes that fit in
     no way, or in two.
     """
-    hidden, size = shape.hidden, shape.expert_intermediate
-    out, into = {DOWN: (hidden, size), GATE_UP: (2 * size, hidden)}.get(BANKS[which], (size, hidden))
+    hidden = shape.hidden
+    size = shape.expert_intermediate
+    out, into = {DOWN: (hidden, size), GATE_UP: (2 * size, hidden)}.get(
+        BANKS[which], (size, hidden)
+    )
     readings = []
     for x, y in ((a, b), (a.transpose(1, 2), b.transpose(1, 2))):
         fits = x.shape[2] == into and y.shape[1] == out and x.shape[1] == y.shape[2]
@@ -41,8 +45,9 @@ def bank_factors(where: str, which: str, a: Tensor, b: Tensor, shape: ModelShape
             readings.append((x, y))
     if len(readings) != 1:
         raise ValueError(
-            f"{where} are {tuple(a.shape)} and {tuple(b.shape)}; megalora reads A [E, r, {into}] and B [E, {out}, r], or both "
-            f"with their last two dimensions exchanged, for E = {shape.num_experts} experts or 1 that all share"
+            f"{where} are {tuple(a.shape)} and {tuple(b.shape)}; megalora reads A [E, r, {into}]"
+            f" and B [E, {out}, r], or both with their last two dimensions exchanged, for E ="
+            f" {shape.num_experts} experts or 1 that all share"
             + ("; here both fit" if readings else "")
         )
     a_Eri, b_Eor = readings[0]
@@ -58,7 +63,9 @@ def fused_linears(module: str, a: Tensor, b: Tensor) -> dict[str, tuple[Tensor, 
     """HF module -> its A and B, of an adapter of a fused gate and up: both have the A, each its
     rows of B."""
     stem = module.removesuffix(GATE_UP)
-    return {stem + half: (a, rows.contiguous()) for half, rows in zip(HALVES, b.chunk(2), strict=True)}
+    return {
+        stem + half: (a, rows.contiguous()) for half, rows in zip(HALVES, b.chunk(2), strict=True)
+    }
 
 
 def is_fused(module: str) -> bool:

@@ -1,8 +1,10 @@
-"""What a base model is, whatever its folder is called: its config.json, and a digest of its tensors.
+"""What a base model is, whatever its folder is called: its config.json, and a digest of its
+tensors.
 
-The digest covers every tensor's name, dtype and shape and a sample of its bytes, so it takes seconds for any model. It does
-not depend on which file a tensor lies in. A change of a few elements in the middle of a large tensor can go unnoticed; other
-weights, a merged adapter or another training step cannot.
+The digest covers every tensor's name, dtype and shape and a sample of its bytes, so it takes
+seconds for any model. It does not depend on which file a tensor lies in. A change of a few elements
+in the middle of a large tensor can go unnoticed; other weights, a merged adapter or another
+training step cannot.
 """
 
 import hashlib
@@ -15,11 +17,14 @@ from megalora.digests import Digests
 from megalora.model.shape import read_hf_config
 
 SAMPLE_BYTES = 4096
-"""Bytes that are read at a tensor's beginning, at its end, and at a place between them that follows from its name."""
+"""Bytes that are read at a tensor's beginning, at its end, and at a place between them that follows
+from its name."""
 NEUTRAL = {
-    "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version",
+    "use_cache",
 }  # fmt: skip
-"""Fields of config.json that change nothing about what is trained: ``model.dtype`` decides the dtype."""
+"""Fields of config.json that change nothing about what is trained: ``model.dtype`` decides the
+dtype."""
 _MODULUS = 2**256
 
 
@@ -37,7 +42,8 @@ def weights_digest(folder: Path, digests: Digests) -> str:
 
 
 def shard_digest(shard: Path) -> str:
-    """The sum of all tensors' SHA-256 as numbers: their order, and how files share them out, makes no difference."""
+    """The sum of all tensors' SHA-256 as numbers: their order, and how files share them out, makes
+    no difference."""
     _, tensors = read_header(shard)
     total = 0
     descriptor = os.open(shard, os.O_RDONLY)

@@ -1,4 +1,5 @@
-"""Read a base folder's tensors by their published names, one at a time, wherever and however they are stored."""
+"""Read a base folder's tensors by their published names, one at a time, wherever and however they
+are stored."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +11,8 @@ from megalora.bridge.account import BaseFolder
 
 
 class BaseWeights(Mapping[str, Tensor]):
-    """Published name -> tensor. Files are mapped, so only what is asked for is read; of a packed tensor one expert's rows."""
+    """Published name -> tensor. Files are mapped, so only what is asked for is read; of a packed
+    tensor one expert's rows."""
 
     def __init__(self, base: BaseFolder) -> None:
         self._base = base
@@ -19,7 +21,9 @@ class BaseWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         place = self._base.places[name]
         if place.shard not in self._files:
-            self._files[place.shard] = safe_open(str(self._base.folder / place.shard), framework="pt")
+            self._files[place.shard] = safe_open(
+                str(self._base.folder / place.shard), framework="pt"
+            )
         file = self._files[place.shard]
         if place.expert is None or place.rows is None:
             return file.get_tensor(place.tensor.name)

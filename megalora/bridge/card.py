@@ -1,4 +1,5 @@
-"""README.md of an exported adapter: what it is, what it was trained on, and how to load it where."""
+"""README.md of an exported adapter: what it is, what it was trained on, and how to load it
+where."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,8 @@ class Facts:
     adapted: list[Adapted]
     """As trained."""
     zeros: list[str]
-    """HF names, with {layer} and {expert}, of what the file holds as zeros because engines expect it."""
+    """HF names, with {layer} and {expert}, of what the file holds as zeros because engines expect
+    it."""
     absent: list[str]
     """HF names of single experts' linears, likewise."""
     dropped: list[str]
@@ -36,7 +38,8 @@ def card(facts: Facts) -> str:
 
 def _front_matter(facts: Facts) -> str:
     return (
-        f"---\nbase_model: {facts.base}\nlibrary_name: peft\npipeline_tag: text-generation\ntags: [lora, megalora]\n---"
+        f"---\nbase_model: {facts.base}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:"
+        " [lora, megalora]\n---"
     )
 
 
@@ -45,12 +48,16 @@ def _what(facts: Facts) -> str:
     made = "trained with megalora" if run else "made elsewhere and exported by megalora"
     lines = [f"# {facts.folder_name}", "", f"A LoRA adapter for `{facts.base}`, {made}."]
     if run:
-        config, step = run["config"], run["step"]
+        config = run["config"]
+        step = run["step"]
         train = config["train"]
         lines += [
             "",
             f"- Training data: `{config['data']['train']}`, {run['num_samples']:,} samples",
-            f"- Steps: {step:,} of {train['global_batch_size']} samples, learning rate {train['lr']:g} ({train['schedule']})",
+            (
+                f"- Steps: {step:,} of {train['global_batch_size']} samples, learning rate"
+                f" {train['lr']:g} ({train['schedule']})"
+            ),
             f"- Base weights and adapter in {config['model']['dtype']}",
         ]
     return "\n".join(lines)
@@ -63,7 +70,8 @@ def _table(facts: Facts) -> str:
         groups.setdefault((a.projection.hf, a.rank, a.scale, a.num_experts), []).append(a.layer)
     for (hf, rank, scale, experts), layers in groups.items():
         rows.append(
-            f"| `{_short(hf)}` | {rank} | {scale:.6g} | {ranges([n for n in layers if n is not None])} | {experts or ''} |"
+            f"| `{_short(hf)}` | {rank} | {scale:.6g} |"
+            f" {ranges([n for n in layers if n is not None])} | {experts or ''} |"
         )
     return "\n".join(rows)
 
@@ -78,7 +86,12 @@ def coverage(adapted: list[Adapted]) -> list[str]:
     layers: dict[str, list[int]] = {}
     for a in adapted:
         layers.setdefault(a.name, []).extend([] if a.layer is None else [a.layer])
-    return ["adapts " + "; ".join(f"{name}{f' in layers {ranges(of)}' if of else ''}" for name, of in layers.items())]
+    return [
+        "adapts "
+        + "; ".join(
+            f"{name}{f' in layers {ranges(of)}' if of else ''}" for name, of in layers.items()
+        )
+    ]
 
 
 def ranges(numbers: list[int]) -> str:
@@ -96,16 +109,25 @@ def _notes(facts: Facts) -> str:
     lines = []
     if facts.zeros:
         names = ", ".join(f"`{_short(hf)}`" for hf in facts.zeros)
-        lines.append(f"- {names}: not trained; zeros in this file, because engines want it beside what was.")
+        lines.append(
+            f"- {names}: not trained; zeros in this file, because engines want it beside what was."
+        )
     if facts.absent:
         lines.append(
-            f"- {len(facts.absent)} linears of single experts, such as `{facts.absent[0]}`: no adapter; zeros in this file."
+            f"- {len(facts.absent)} linears of single experts, such as `{facts.absent[0]}`: no"
+            " adapter; zeros in this file."
         )
     if facts.dropped:
-        lines.append(f"- Trained and left out of this file: {', '.join(f'`{d}`' for d in facts.dropped)}.")
+        lines.append(
+            f"- Trained and left out of this file: {', '.join(f'`{d}`' for d in facts.dropped)}."
+        )
     honoured = {a.name for a in facts.adapted}
     for engine in ENGINES.values():
-        lines += [f"- {engine.title} {does} (`{p}`)." for p, does in engine.not_honoured.items() if p in honoured]
+        lines += [
+            f"- {engine.title} {does} (`{p}`)."
+            for p, does in engine.not_honoured.items()
+            if p in honoured
+        ]
     return "\n".join(lines)
 
 
@@ -114,22 +136,24 @@ def _loading(facts: Facts) -> str:
     sections = []
     if facts.layout in ("per_expert", "stacked") and facts.loads_in_peft:
         sections.append(
-            "## transformers and PEFT\n\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            "## transformers and PEFT\n\n```python\nfrom peft import PeftModel\nfrom transformers"
+            " import AutoModelForCausalLM\n\n"
             f'base = AutoModelForCausalLM.from_pretrained("{facts.base}")\n'
             f'model = PeftModel.from_pretrained(base, "{facts.folder_name}")\n```'
         )
     if facts.layout == "per_expert" and rank <= RANKS[-1]:
         sections.append(
-            "## vLLM\n\n```bash\n"
-            f"vllm serve {facts.base} --enable-lora --max-lora-rank {smallest_rank(rank)} --lora-modules {facts.folder_name}=./{facts.folder_name}\n"
-            f"megalora serve {facts.folder_name} --base {facts.base}    # the same, and proves that the adapter acts\n```"
+            f"## vLLM\n\n```bash\nvllm serve {facts.base} --enable-lora --max-lora-rank"
+            f" {smallest_rank(rank)} --lora-modules"
+            f" {facts.folder_name}=./{facts.folder_name}\nmegalora serve {facts.folder_name} --base"
+            f" {facts.base}    # the same, and proves that the adapter acts\n```"
         )
     if facts.engine == "sglang":
         targets = " ".join(sorted({a.name for a in facts.adapted}))
         flag = " --experts-shared-outer-loras" if facts.layout == "shared_outer" else ""
         sections.append(
-            "## SGLang\n\n```bash\n"
-            f"python -m sglang.launch_server --model-path {facts.base} --enable-lora --max-lora-rank {rank}{flag} \\\n"
-            f"    --lora-target-modules {targets} --lora-paths {facts.folder_name}=./{facts.folder_name}\n```"
+            f"## SGLang\n\n```bash\npython -m sglang.launch_server --model-path {facts.base}"
+            f" --enable-lora --max-lora-rank {rank}{flag} \\\n    --lora-target-modules {targets}"
+            f" --lora-paths {facts.folder_name}=./{facts.folder_name}\n```"
         )
     return "\n\n".join(sections)

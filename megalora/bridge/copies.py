@@ -34,7 +34,9 @@ def copies_in(weights: AdapterWeights, shape: ModelShape) -> dict[str, str]:
     return {name: module for name, module in found.items() if module in modules}
 
 
-def check_copies(weights: AdapterWeights, copies: dict[str, str], shape: ModelShape, base: Path | None) -> list[str]:
+def check_copies(
+    weights: AdapterWeights, copies: dict[str, str], shape: ModelShape, base: Path | None
+) -> list[str]:
     """Compare each of ``copies`` with the weight of ``base``, its folder; None, or a folder without
     weights, compares sizes.
 
@@ -57,16 +59,17 @@ def check_copies(weights: AdapterWeights, copies: dict[str, str], shape: ModelSh
         path, tensor = place
         if (largest := difference(weights, name, path, tensor)) is not None:
             raise ValueError(
-                f"{weights.path_of(name)}: {name} differs from {tensor.name} of {base}, by up to {largest:.3g}: it was "
-                "trained, or the adapter is of another base. A LoRA adapter has no place for it; merge it with PEFT "
-                "(merge_and_unload), or train without modules_to_save"
+                f"{weights.path_of(name)}: {name} differs from {tensor.name} of {base}, by up to"
+                f" {largest:.3g}: it was trained, or the adapter is of another base. A LoRA adapter"
+                " has no place for it; merge it with PEFT (merge_and_unload), or train without"
+                " modules_to_save"
             )
         equal.append(name)
     lines = [f"passed over, as it equals the base's: {', '.join(equal)}"] if equal else []
     if unknown:
         lines.append(
-            f"passed over without a comparison, because the base's weights are not at hand: {', '.join(unknown)}; if the "
-            "vocabulary or the embedding was trained, that is lost"
+            "passed over without a comparison, because the base's weights are not at hand:"
+            f" {', '.join(unknown)}; if the vocabulary or the embedding was trained, that is lost"
         )
     return lines
 
@@ -81,12 +84,16 @@ def _size(module: str, shape: ModelShape) -> tuple[int, int]:
 def _check_size(weights: AdapterWeights, name: str, size: tuple[int, int]) -> None:
     info = weights.info[name]
     if info.dtype not in FLOATS:
-        raise ValueError(f"{weights.path_of(name)}: {name} is {info.dtype}; a weight is one of {', '.join(FLOATS)}")
+        raise ValueError(
+            f"{weights.path_of(name)}: {name} is {info.dtype}; a weight is one of"
+            f" {', '.join(FLOATS)}"
+        )
     if info.shape != size:
         raise ValueError(
-            f"{weights.path_of(name)}: {name} is {info.shape}, and the base's weight {size}: the vocabulary was resized, or "
-            "the adapter is of another base. A LoRA adapter has no place for new rows; resize and save the base, merge the "
-            "adapter with PEFT, or train without new tokens"
+            f"{weights.path_of(name)}: {name} is {info.shape}, and the base's weight {size}: the"
+            " vocabulary was resized, or the adapter is of another base. A LoRA adapter has no"
+            " place for new rows; resize and save the base, merge the adapter with PEFT, or train"
+            " without new tokens"
         )
 
 
@@ -105,10 +112,16 @@ def difference(weights: AdapterWeights, name: str, path: Path, base: Stored) -> 
     """None where a tensor equals the base's in one of the dtypes it can have passed through, else
     the largest difference."""
     own = weights.info[name].dtype
-    possible: dict[str, Callable[[np.ndarray], np.ndarray]] = {d: ROUND[d] for d in (own, "F32", "BF16", "F16")}
+    possible: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        d: ROUND[d] for d in (own, "F32", "BF16", "F16")
+    }
     largest = 0.0
-    for ours, theirs in zip(weights.rows(name), mapped_rows(path, base.start, base.shape, base.dtype), strict=True):
-        possible = {d: rounded for d, rounded in possible.items() if np.array_equal(ours, rounded(theirs))}
+    for ours, theirs in zip(
+        weights.rows(name), mapped_rows(path, base.start, base.shape, base.dtype), strict=True
+    ):
+        possible = {
+            d: rounded for d, rounded in possible.items() if np.array_equal(ours, rounded(theirs))
+        }
         largest = max(largest, float(np.abs(ours - theirs).max(initial=0.0)))
     return None if possible else largest
 

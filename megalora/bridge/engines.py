@@ -1,4 +1,5 @@
-"""What PEFT, vLLM and SGLang do with an adapter: which layout each reads, and what each would leave out without a word.
+"""What PEFT, vLLM and SGLang do with an adapter: which layout each reads, and what each would leave
+out without a word.
 
 engine          layouts                     router (gate)               lm_head     read from
 PEFT 0.21       per expert, stacked         honoured                    honoured    run in tests/bridge
@@ -28,7 +29,9 @@ class Engine:
 PEFT_LAYOUTS: dict[str, Layout] = {"per_expert": "per_expert", "stacked": "stacked"}
 ENGINES: dict[EngineName, Engine] = {
     "peft": Engine("PEFT 0.21", PEFT_LAYOUTS, {}),
-    "vllm": Engine("vLLM 0.32", {"per_expert": "per_expert"}, {"gate": "loads it and then ignores it"}),
+    "vllm": Engine(
+        "vLLM 0.32", {"per_expert": "per_expert"}, {"gate": "loads it and then ignores it"}
+    ),
     "sglang": Engine(
         "SGLang 0.5.23",
         {"per_expert": "uniform", "shared_outer": "shared_outer"},
@@ -38,29 +41,38 @@ ENGINES: dict[EngineName, Engine] = {
 
 
 def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: ModelShape) -> None:
-    """Raise ``ValueError`` for what the engine would not do with this adapter; ``adapted``: without what the user dropped."""
+    """Raise ``ValueError`` for what the engine would not do with this adapter; ``adapted``: without
+    what the user dropped."""
     engine = ENGINES[name]
     if layout not in engine.layouts:
         raise ValueError(f"--layout {layout}: {engine.title} reads {' or '.join(engine.layouts)}")
     for projection in dict.fromkeys(a.name for a in adapted):
         if does := engine.not_honoured.get(projection):
             raise ValueError(
-                f"{engine.title} does not honour the adapter of {projection}, which was trained: it {does}. Export with "
-                f"--drop {projection} to leave it out, or merge the adapter into the base: megalora merge"
+                f"{engine.title} does not honour the adapter of {projection}, which was trained: it"
+                f" {does}. Export with --drop {projection} to leave it out, or merge the adapter"
+                " into the base: megalora merge"
             )
     experts = any(a.projection.is_expert for a in adapted)
     if name == "peft" and not loads_in_peft(layout, adapted, shape):
         raise ValueError(
-            f"{engine.title} cannot load adapters of {shape.model_type}'s experts, one for each: its table lacks that model. "
-            "Export with --layout stacked"
+            f"{engine.title} cannot load adapters of {shape.model_type}'s experts, one for each:"
+            " its table lacks that model. Export with --layout stacked"
         )
-    if name == "sglang" and shape.moe_layers and len(shape.moe_layers) < shape.num_layers and experts:
+    if (
+        name == "sglang"
+        and shape.moe_layers
+        and len(shape.moe_layers) < shape.num_layers
+        and experts
+    ):
         raise ValueError(
-            f"{engine.title} fails on adapters of models with dense layers among MoE layers; merge it: megalora merge"
+            f"{engine.title} fails on adapters of models with dense layers among MoE layers; merge"
+            " it: megalora merge"
         )
 
 
 def loads_in_peft(layout: str, adapted: list[Adapted], shape: ModelShape) -> bool:
-    """PEFT 0.21's table of models whose experts' adapters it converts lacks qwen2_moe, as which it converts Qwen3-MoE's."""
+    """PEFT 0.21's table of models whose experts' adapters it converts lacks qwen2_moe, as which it
+    converts Qwen3-MoE's."""
     experts = any(a.projection.is_expert for a in adapted)
     return layout == "stacked" or not (experts and shape.model_type == "qwen2_moe")

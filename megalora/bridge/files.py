@@ -8,17 +8,17 @@ from typing import Any
 from megalora.bridge.options import shown
 from megalora.model.shape import read_json_object
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 """The two files that PEFT, vLLM and SGLang load."""
-CARD, PROBE = "README.md", "probe.json"
+CARD = "README.md"
+PROBE = "probe.json"
 """What the adapter is, and log-probabilities of the training side that a server must repeat."""
 
 STATE = "training_state"
-STATE_JSON, OPTIMIZER, RNG = (
-    Path(STATE) / "state.json",
-    Path(STATE) / "optimizer.safetensors",
-    Path(STATE) / "rng.safetensors",
-)
+STATE_JSON = Path(STATE) / "state.json"
+OPTIMIZER = Path(STATE) / "optimizer.safetensors"
+RNG = Path(STATE) / "rng.safetensors"
 LORA_SECTION = "lora.yaml"
 """Of an imported adapter: what a config must say to train on."""
 STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
@@ -48,10 +48,16 @@ def check_adapter_folder(folder: Path) -> None:
     below = adapters_below(folder)
     hint = ""
     if len(below) == 1:
-        hint = f", but its sub-folder has, as PEFT saves an adapter with a name: give {folder / below[0]}"
+        hint = (
+            ", but its sub-folder has, as PEFT saves an adapter with a name: give"
+            f" {folder / below[0]}"
+        )
     elif below:
         more = f" and {len(below) - SEVERAL} more" if len(below) > SEVERAL else ""
-        hint = f", but {len(below)} of its sub-folders have: {', '.join(below[:SEVERAL])}{more}. Give one of them"
+        hint = (
+            f", but {len(below)} of its sub-folders have: {', '.join(below[:SEVERAL])}{more}. Give"
+            " one of them"
+        )
     raise NotAnAdapter(f"{folder} is not an adapter folder: it has no {CONFIG}{hint}")
 
 
@@ -60,7 +66,8 @@ def check_regular(path: Path) -> None:
     ever."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(
-            f"{path} is no regular file (a pipe, a socket, a device or a folder); put the file itself there"
+            f"{path} is no regular file (a pipe, a socket, a device or a folder); put the file"
+            " itself there"
         )
 
 
@@ -70,7 +77,9 @@ def read_config(adapter: Path) -> dict[str, Any]:
     path = adapter / CONFIG
     config = read_json_object(path)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {shown(config.get('peft_type'))}; megalora reads LORA only")
+        raise ValueError(
+            f"{path}: peft_type is {shown(config.get('peft_type'))}; megalora reads LORA only"
+        )
     for key in ("r", "lora_alpha"):
         if type(config.get(key)) not in (int, float):
             raise ValueError(f"{path}: {key} must be a number, got {shown(config.get(key))}")

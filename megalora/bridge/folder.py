@@ -1,4 +1,5 @@
-"""A base model's folder: where it is, whether its weights arrived whole, and where each tensor lies in them. Needs no torch."""
+"""A base model's folder: where it is, whether its weights arrived whole, and where each tensor lies
+in them. Needs no torch."""
 
 import json
 import math
@@ -9,7 +10,8 @@ from typing import Any
 from megalora.model.shape import read_json_object
 from megalora.paths import expand
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,20 @@ class Stored:
     num_bytes: int
 
 
-_NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt")
+_NO_WEIGHTS = (
+    "training_args.bin",
+    "optimizer.bin",
+    "optimizer.pt",
+    "scheduler.bin",
+    "scheduler.pt",
+)
 """What trainers leave beside a model."""
 _WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
 def local_folder(path: str, option: str = "model.path", *, weights: bool = True) -> Path:
-    """``path`` if it is a folder, else the hub snapshot of that name; the hub's file locks let one rank of a machine download.
+    """``path`` if it is a folder, else the hub snapshot of that name; the hub's file locks let one
+    rank of a machine download.
 
     Args:
         option: what the user calls it, for messages.
@@ -46,14 +55,19 @@ def local_folder(path: str, option: str = "model.path", *, weights: bool = True)
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=_WITHOUT_WEIGHTS + ["*.safetensors"] * weights))
+        return Path(
+            snapshot_download(path, allow_patterns=_WITHOUT_WEIGHTS + ["*.safetensors"] * weights)
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{option}={path}: neither a folder here nor to be had from the hub ({reason})") from None
+        raise ValueError(
+            f"{option}={path}: neither a folder here nor to be had from the hub ({reason})"
+        ) from None
 
 
 def weight_shards(folder: Path) -> list[str]:
-    """Names of the files that hold the weights: the one file there is, else those that the index names.
+    """Names of the files that hold the weights: the one file there is, else those that the index
+    names.
 
     As in transformers, ``model.safetensors`` comes before an index of other files.
     """
@@ -69,7 +83,11 @@ def weight_shards(folder: Path) -> list[str]:
 def read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file, as an index says; raises ``ValueError`` for a file that is no index."""
     names = read_json_object(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(file, str) for file in names.values())
+    ):
         raise ValueError(f"{index} has no weight_map from tensor names to files; download it again")
     return names
 
@@ -87,8 +105,9 @@ def shards_that_are_there(folder: Path) -> list[str]:
     if missing:
         advice = _other_weights(folder) if missing == shards else ""
         raise ValueError(
-            f"{folder}: {len(missing)} of {len(shards)} weight shards are missing ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}); {advice or 'download the model again'}"
+            f"{folder}: {len(missing)} of {len(shards)} weight shards are missing"
+            f" ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''});"
+            f" {advice or 'download the model again'}"
         )
     return shards
 
@@ -98,23 +117,34 @@ def _other_weights(folder: Path) -> str:
     if (folder / "adapter_model.safetensors").is_file():
         return "adapter_model.safetensors is an adapter, which needs its base model here"
     if unnamed := sorted(folder.glob("*.safetensors")):
-        return f"{unnamed[0].name} is named by no {INDEX}: save or download the model again with its index"
+        return (
+            f"{unnamed[0].name} is named by no {INDEX}: save or download the model again with its"
+            " index"
+        )
     kinds = ("*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack")
-    others = [path.name for kind in kinds for path in sorted(folder.glob(kind)) if path.name not in _NO_WEIGHTS]
+    others = [
+        path.name
+        for kind in kinds
+        for path in sorted(folder.glob(kind))
+        if path.name not in _NO_WEIGHTS
+    ]
     return f"{others[0]} is not read: save the model as safetensors" if others else ""
 
 
 _ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
+    "U32": 4, "U16": 2, "U8": 1,
     "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 
 
 def read_header(shard: Path) -> tuple[dict[str, Any], list[Stored]]:
-    """A whole safetensors file's header, and its tensors in the order in which they lie behind it, without a gap.
+    """A whole safetensors file's header, and its tensors in the order in which they lie behind it,
+    without a gap.
 
-    The format: the header's length in 8 bytes (little-endian), the header as JSON, then the tensors' bytes, of which the
-    header gives each one's ``[begin, end)``. https://github.com/huggingface/safetensors#format
+    The format: the header's length in 8 bytes (little-endian), the header as JSON, then the
+    tensors' bytes, of which the header gives each one's ``[begin, end)``.
+    https://github.com/huggingface/safetensors#format
 
     Raises:
         ValueError: the file is not that, or ends early.
@@ -124,10 +154,14 @@ def read_header(shard: Path) -> tuple[dict[str, Any], list[Stored]]:
         with shard.open("rb") as file:
             start = file.read(8)
             if start == b"version ":
-                raise ValueError("it is a pointer of Git LFS, in place of the file: run git lfs pull")
+                raise ValueError(
+                    "it is a pointer of Git LFS, in place of the file: run git lfs pull"
+                )
             length = int.from_bytes(start, "little")
             if not 2 <= length <= num_bytes - 8:
-                raise ValueError(f"its header would have {length:,} bytes, the file has {num_bytes:,}")
+                raise ValueError(
+                    f"its header would have {length:,} bytes, the file has {num_bytes:,}"
+                )
             header = json.loads(file.read(length))
         if not isinstance(header, dict):
             raise ValueError("its header is no JSON object")
@@ -142,7 +176,9 @@ def read_header(shard: Path) -> tuple[dict[str, Any], list[Stored]]:
         if end != num_bytes:
             raise ValueError(f"its tensors end at byte {end:,}, the file at {num_bytes:,}")
     except (ValueError, RecursionError) as error:  # JSON that is broken is a ValueError too
-        raise ValueError(f"{shard} is not a whole safetensors file ({error}); download it again") from None
+        raise ValueError(
+            f"{shard} is not a whole safetensors file ({error}); download it again"
+        ) from None
     return header, tensors
 
 
@@ -164,7 +200,8 @@ def _stored(name: str, entry: Any, first_byte: int) -> Stored:
 
 
 def header_bytes(header: dict[str, Any]) -> bytes:
-    """What stands before the tensors of a file with this header; for one that safetensors wrote, the very same bytes."""
+    """What stands before the tensors of a file with this header; for one that safetensors wrote,
+    the very same bytes."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text

@@ -2,17 +2,19 @@
 
 Scales, rsLoRA's too, are folded into alpha: engines that ignore ``use_rslora`` then scale alike.
 
-Per expert. PEFT 0.21 fuses gate and up of an expert into one adapter: it needs both, with one rank and one scale, ignores
-them silently unless down is there as well, and reads neither pattern for them; vLLM wants all three projections. So all three
-are written, gate and up padded with zeros to one rank, their scale the default's, any difference folded into B.
+Per expert. PEFT 0.21 fuses gate and up of an expert into one adapter: it needs both, with one rank
+and one scale, ignores them silently unless down is there as well, and reads neither pattern for
+them; vLLM wants all three projections. So all three are written, gate and up padded with zeros to
+one rank, their scale the default's, any difference folded into B.
 
 Stacked. One A and B for all experts of a layer (``stacked.py``); one scale for both parameters.
 
-Uniform. SGLang 0.5 reads neither patterns nor more than one rank, and wants q, k and v together: everything is padded to the
-largest rank, and one scale serves all.
+Uniform. SGLang 0.5 reads neither patterns nor more than one rank, and wants q, k and v together:
+everything is padded to the largest rank, and one scale serves all.
 
-Shared outer. SGLang's form for experts of one layer that share A of gate and up and B of down: 3-D tensors without an expert in
-their name, ``[1, r, H]`` where shared and ``[E, ...]`` where not. Only an adapter that was trained so can be written so.
+Shared outer. SGLang's form for experts of one layer that share A of gate and up and B of down: 3-D
+tensors without an expert in their name, ``[1, r, H]`` where shared and ``[E, ...]`` where not. Only
+an adapter that was trained so can be written so.
 """
 
 import json
@@ -57,7 +59,8 @@ def export_form(adapted: list[Adapted], shape: ModelShape, *, uniform: bool = Fa
     experts = [a for a in adapted if a.projection.is_expert]
     fused = [a for a in experts if a.projection.kind == "expert_column"] or experts
     alike = adapted if uniform else fused
-    rank, scale = max((a.rank for a in alike), default=0), most_common([a.scale for a in alike]) if alike else 0.0
+    rank = max((a.rank for a in alike), default=0)
+    scale = most_common([a.scale for a in alike]) if alike else 0.0
 
     def settings(projection: Projection, own: Adapted | None) -> tuple[int, float]:
         if uniform or own is None or projection.kind == "expert_column":
@@ -108,7 +111,8 @@ def peft_tensors(pairs: list[Pair], trained: dict[str, Tensor]) -> dict[str, Ten
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the config says of one module or parameter: its target, and the keys under which patterns find it."""
+    """What the config says of one module or parameter: its target, and the keys under which
+    patterns find it."""
 
     target: str
     is_parameter: bool
@@ -124,12 +128,14 @@ class _Entry:
 
 
 def module_entries(written: list[Adapted], shape: ModelShape) -> list[_Entry]:
-    """In a MoE model PEFT reads gate_proj, up_proj and down_proj as the experts' fused parameters, so those of dense MLP layers
-    and of shared experts are named as parameters, which ``target_parameters`` can do."""
+    """In a MoE model PEFT reads gate_proj, up_proj and down_proj as the experts' fused parameters,
+    so those of dense MLP layers and of shared experts are named as parameters, which
+    ``target_parameters`` can do."""
     entries = []
     for a in written:
         beside = bool(shape.moe_layers) and a.projection in DENSE_MLP + SHARED_EXPERT
-        # PEFT has no expert number in the name it looks up, and ends the router's and other parameters' with ".weight".
+        # PEFT has no expert number in the name it looks up, and ends the router's and other
+        # parameters' with ".weight".
         end = r"(\.weight)?" if beside or a.projection.kind == "router" else ""
         full = re.escape(a.hf_module(0)).replace(r"experts\.0\.", r"experts\.(\d+\.)?") + end
         target = f"{a.projection.hf.removeprefix(_LAYER)}.weight" if beside else a.name
@@ -155,8 +161,10 @@ def peft_config(entries: list[_Entry], base: str) -> dict[str, Any]:
         if e.alpha != alpha:
             alpha_pattern[key] = e.alpha
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
+        "use_dora": False,
         "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
         "target_modules": sorted({e.target for e in entries if not e.is_parameter}),
         "target_parameters": sorted({e.target for e in entries if e.is_parameter}) or None,
@@ -164,7 +172,9 @@ def peft_config(entries: list[_Entry], base: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _stacked(adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tensor]) -> tuple[dict, list[_Entry]]:
+def _stacked(
+    adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tensor]
+) -> tuple[dict, list[_Entry]]:
     """Tensors and config entries of all experts."""
     experts = [a for a in adapted if a.projection.is_expert]
     scale = most_common([a.scale for a in experts])
@@ -176,15 +186,23 @@ def _stacked(adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tenso
         for parameter, (a, b) in stacked_factors(own, scale, shape).items():
             rank = a.shape[1]
             for factor, tensor in zip(("A", "B"), pack(a, b), strict=True):
-                tensors[tensor_name(where + (".base_layer" if parameter == GATE_UP else ""), factor)] = tensor
+                tensors[
+                    tensor_name(where + (".base_layer" if parameter == GATE_UP else ""), factor)
+                ] = tensor
             full = re.escape(f"{where}.{parameter}")
-            name, alpha = f"experts.{parameter}", _number(scale * rank)
-            entries.append(_Entry(f"mlp.{name}", True, name, re.escape(name), full, rank, alpha, parameter == DOWN))
+            name = f"experts.{parameter}"
+            alpha = _number(scale * rank)
+            entries.append(
+                _Entry(
+                    f"mlp.{name}", True, name, re.escape(name), full, rank, alpha, parameter == DOWN
+                )
+            )
     return tensors, entries
 
 
 def share_outer(written: list[Adapted], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with experts' stacked and what they share kept once; raises ``ValueError`` where they do not share it."""
+    """The tensors with experts' stacked and what they share kept once; raises ``ValueError`` where
+    they do not share it."""
     tensors = dict(tensors)
     for a in (a for a in written if a.projection.is_expert):
         shared = "B" if a.projection.kind == "expert_row" else "A"
@@ -193,8 +211,9 @@ def share_outer(written: list[Adapted], tensors: dict[str, Tensor]) -> dict[str,
             if factor == shared:
                 if not (stack == stack[:1]).all():
                     raise ValueError(
-                        f"--layout shared_outer: the experts of layer {a.layer} have different {factor}s in {a.name}; this layout is "
-                        "for adapters whose experts share them. Export with --layout per_expert"
+                        f"--layout shared_outer: the experts of layer {a.layer} have different"
+                        f" {factor}s in {a.name}; this layout is for adapters whose experts share"
+                        " them. Export with --layout per_expert"
                     )
                 stack = stack[:1]
             tensors[tensor_name(where, factor)] = stack.contiguous()
@@ -206,7 +225,10 @@ def share_outer(written: list[Adapted], tensors: dict[str, Tensor]) -> dict[str,
 
 def factors_of(adapted: Adapted, tensors: dict[str, Tensor]) -> Factors:
     """A ``[E, r, in]`` and B ``[E, out, r]`` of all experts, or of the one linear, E = 1."""
-    a, b = (torch.stack([tensors[tensor_name(m, factor)] for m in adapted.hf_modules()]) for factor in ("A", "B"))
+    a, b = (
+        torch.stack([tensors[tensor_name(m, factor)] for m in adapted.hf_modules()])
+        for factor in ("A", "B")
+    )
     return a, b
 
 
@@ -214,15 +236,18 @@ def write_adapter(
     folder: Path, adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tensor], base: str,
     layout: Layout = "per_expert",
 ) -> list[str]:  # fmt: skip
-    """The two files PEFT loads, from whole trained tensors by HF name; returns what was added as zeros (``padded``)."""
+    """The two files PEFT loads, from whole trained tensors by HF name; returns what was added as
+    zeros (``padded``)."""
     linears = [a for a in adapted if not (layout == "stacked" and a.projection.is_expert)]
     pairs = export_form(linears, shape, uniform=layout in ("uniform", "shared_outer"))
-    tensors, entries = peft_tensors(pairs, trained), module_entries([w for w, _ in pairs], shape)
+    tensors = peft_tensors(pairs, trained)
+    entries = module_entries([w for w, _ in pairs], shape)
     if layout == "shared_outer":
         tensors = share_outer([w for w, _ in pairs], tensors)
     if len(linears) < len(adapted):
         of_experts, more = _stacked(adapted, shape, trained)
-        tensors, entries = tensors | of_experts, entries + more
+        tensors = tensors | of_experts
+        entries = entries + more
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(peft_config(entries, base), indent=2) + "\n")
     return padded(pairs)

@@ -13,7 +13,9 @@ from megalora.bridge.names import described, is_training_only, parse, parse_weig
 from megalora.bridge.options import not_plain, shown
 from megalora.bridge.weights import FLOATS, AdapterWeights
 
-_PLACE = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<path>.*?)(?:\.(?P<expert>\d+))?\.(?P<leaf>\w+)")
+_PLACE = re.compile(
+    r"model\.layers\.(?P<layer>\d+)\.(?P<path>.*?)(?:\.(?P<expert>\d+))?\.(?P<leaf>\w+)"
+)
 NAMED = 4
 """Tensors of one sort that are named before the rest is counted."""
 
@@ -33,10 +35,13 @@ class _Row:
 def describe(adapter: Path) -> str:
     """A table with a row per projection: ranks, sizes, coverage, norms of A and B; then what looks
     wrong."""
-    config, weights = read_config(adapter), AdapterWeights(adapter)
+    config = read_config(adapter)
+    weights = AdapterWeights(adapter)
     rows: dict[tuple[str, bool], _Row] = defaultdict(_Row)
     other: list[str] = []
-    num_bytes, zero_b, not_finite = 0, 0, []
+    num_bytes = 0
+    zero_b = 0
+    not_finite = []
     for name, info in weights.info.items():
         tensor = weights.tensor(name)
         num_bytes += tensor.numel() * tensor.element_size()
@@ -48,13 +53,22 @@ def describe(adapter: Path) -> str:
         zero_b += factor[1] == "B" and norm == 0
         not_finite += [] if norm < float("inf") else [name]
     lines = [
-        f"{adapter}: LoRA for {config.get('base_model_name_or_path')}, r={config['r']}, alpha={config['lora_alpha']}, "
-        f"{sum(r.parameters for r in rows.values()):,} parameters, {num_bytes / 1e6:,.1f} MB",
-        f"{'projection':<12}{'rank':>6}{'out x in':>16}{'layers':>8}{'experts':>9}{'parameters':>14}{'mean |A|':>10}{'mean |B|':>10}",
+        (
+            f"{adapter}: LoRA for {config.get('base_model_name_or_path')}, r={config['r']},"
+            f" alpha={config['lora_alpha']}, {sum(r.parameters for r in rows.values()):,}"
+            f" parameters, {num_bytes / 1e6:,.1f} MB"
+        ),
+        (
+            f"{'projection':<12}{'rank':>6}{'out x in':>16}{'layers':>8}{'experts':>9}{'parameters':>14}{'mean |A|':>10}{'mean |B|':>10}"
+        ),
         *(_line(name, row) for (name, _), row in rows.items()),
     ]
     lines += [f"B is zero in {zero_b} tensors: these adapters do nothing"] if zero_b else []
-    lines += [f"NaN or infinite in {len(not_finite)} tensors, such as {not_finite[0]}"] if not_finite else []
+    lines += (
+        [f"NaN or infinite in {len(not_finite)} tensors, such as {not_finite[0]}"]
+        if not_finite
+        else []
+    )
     lines += _other_lines(other, weights) + _config_lines(config) + weights.notes
     if below := adapters_below(adapter):
         lines.append(f"sub-folders with adapters of their own: {', '.join(below)}")
@@ -88,12 +102,15 @@ def _sort(name: str, weights: AdapterWeights) -> str:
 
 def _config_lines(config: dict[str, Any]) -> list[str]:
     return [
-        f"{CONFIG}: {key}={shown(config[key])} is not plain LoRA, so that import, merge and export refuse it: {why}"
+        f"{CONFIG}: {key}={shown(config[key])} is not plain LoRA, so that import, merge and export"
+        f" refuse it: {why}"
         for key, why in not_plain(config).items()
     ]
 
 
-def _add(rows: dict[tuple[str, bool], _Row], module: str, factor: str, tensor: torch.Tensor) -> float:
+def _add(
+    rows: dict[tuple[str, bool], _Row], module: str, factor: str, tensor: torch.Tensor
+) -> float:
     place = _PLACE.fullmatch(module)
     row = rows[(place["leaf"], bool(place["expert"])) if place else (module, False)]
     if place:

@@ -1,4 +1,5 @@
-"""What became of an adapter when it was merged: how much of every module's delta survived the cast to the base's dtype."""
+"""What became of an adapter when it was merged: how much of every module's delta survived the cast
+to the base's dtype."""
 
 import re
 from collections import defaultdict
@@ -13,7 +14,8 @@ LOSSY = 0.1
 
 @dataclass(frozen=True)
 class MergedModule:
-    """One linear W with its delta D = s * B A, stored as W' = cast(W + D). Products are over all elements."""
+    """One linear W with its delta D = s * B A, stored as W' = cast(W + D). Products are over all
+    elements."""
 
     module: str
     """Its Hugging Face name, such as ``model.layers.3.mlp.experts.7.gate_proj``."""
@@ -22,7 +24,8 @@ class MergedModule:
     delta: float
     """|D|, Frobenius."""
     survived: float | None
-    """<W' - W, D> / <D, D>: the fraction of the delta that is in the merged weight; None where D is zero."""
+    """<W' - W, D> / <D, D>: the fraction of the delta that is in the merged weight; None where D is
+    zero."""
     error: float | None
     """|(W' - W) - D| / |D|; None where D is zero."""
 
@@ -45,10 +48,18 @@ class MergeReport:
             groups[projection(m.module), m.dtype].append(m)
         width = max(len("projection"), *(len(name) for name, _ in groups)) + 2
         lines = [
-            f"{self.adapter} merged into {self.base}: {len(self.modules):,} modules, {self.num_bytes / 1e9:,.3f} GB in {self.out}",
-            f"{'projection':<{width}}{'dtype':>9}{'modules':>9}{'zero':>6}{'survived: lowest':>18}{'mean':>8}"
-            f"{'error: largest':>16}{'mean':>9}",
-            *(_line(f"{name:<{width}}{dtype:>9}", modules) for (name, dtype), modules in groups.items()),
+            (
+                f"{self.adapter} merged into {self.base}: {len(self.modules):,} modules,"
+                f" {self.num_bytes / 1e9:,.3f} GB in {self.out}"
+            ),
+            (
+                f"{'projection':<{width}}{'dtype':>9}{'modules':>9}{'zero':>6}{'survived: lowest':>18}{'mean':>8}"
+                f"{'error: largest':>16}{'mean':>9}"
+            ),
+            *(
+                _line(f"{name:<{width}}{dtype:>9}", modules)
+                for (name, dtype), modules in groups.items()
+            ),
         ]
         zero = sum(m.survived is None for m in self.modules)
         lines += [f"the adapter is zero in {zero:,} modules: they are the base's"] if zero else []
@@ -56,19 +67,27 @@ class MergeReport:
         if lossy:
             worst = max(lossy, key=lambda m: m.error or 0)
             lines.append(
-                f"{len(lossy):,} deltas changed by more than {LOSSY:.0%} when cast, {worst.module}'s by {worst.error:.0%}: they are "
-                f"small beside the steps of {worst.dtype}. Serve the adapter unmerged, or merge into a float32 copy of the base"
+                f"{len(lossy):,} deltas changed by more than {LOSSY:.0%} when cast,"
+                f" {worst.module}'s by {worst.error:.0%}: they are small beside the steps of"
+                f" {worst.dtype}. Serve the adapter unmerged, or merge into a float32 copy of the"
+                " base"
             )
         return "\n".join([*lines, *self.notes])
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with a row per module."""
-        fields = {"adapter": str(self.adapter), "base": self.base, "out": str(self.out), "num_bytes": self.num_bytes}
+        fields = {
+            "adapter": str(self.adapter),
+            "base": self.base,
+            "out": str(self.out),
+            "num_bytes": self.num_bytes,
+        }
         return fields | {"modules": [asdict(m) for m in self.modules]}
 
 
 def projection(module: str) -> str:
-    """The module's name without numbers: ``self_attn.q_proj``, ``mlp.experts.*.down_proj``, ``lm_head``."""
+    """The module's name without numbers: ``self_attn.q_proj``, ``mlp.experts.*.down_proj``,
+    ``lm_head``."""
     return re.sub(r"\.\d+\.", ".*.", re.sub(r"^model\.layers\.\d+\.", "", module))
 
 

@@ -13,7 +13,9 @@ from megalora.lora.spec import FactorName
 
 _WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?")
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
+)
 _COPY = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.weight")
 TINKER_HEAD = "model.unembed_tokens"
 

@@ -16,8 +16,10 @@ from typing import Any
 
 HONOURED = frozenset(
     {
-        "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters",
-        "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights", "peft_type", "peft_version",
+        "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+        "target_parameters",
+        "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights",
+        "peft_type", "peft_version",
         "auto_mapping",
         "lora_B_layout",  # Unsloth: how the columns of a stacked B run
     }
@@ -28,7 +30,8 @@ WITHOUT_EFFECT = frozenset(
     {
         "task_type", "inference_mode", "base_model_name_or_path", "revision",
         # Training only: a saved adapter is A and B, however they came to be.
-        "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
+        "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+        "runtime_config",
         "velora_config",  # compresses what backward keeps; forward is plain LoRA
         # Nothing without the option that they belong to.
         "megatron_core", "qalora_group_size",
@@ -55,7 +58,8 @@ REFUSED = {
     "megatron_config": "it is for Megatron's own linears",
     "ensure_weight_tying": "it ties what is trained of the embedding and of lm_head",
 }
-"""Option -> why a value other than PEFT's default (nothing, or false) is not ``W + scale * B A``."""
+"""Option -> why a value other than PEFT's default (nothing, or false) is not ``W + scale * B
+A``."""
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """PEFT's named initialisations that leave the base as it is, so that the saved adapter is a plain
@@ -74,14 +78,17 @@ def not_plain(config: dict[str, Any]) -> dict[str, str]:
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in PLAIN_INITS:
         found["init_lora_weights"] = (
-            "it changed the base model too. Convert the adapter with PEFT's path_initial_model_for_weight_conversion first"
+            "it changed the base model too. Convert the adapter with PEFT's"
+            " path_initial_model_for_weight_conversion first"
             if init.lower().startswith(CHANGES_THE_BASE)
             else f"megalora knows true, false, {', '.join(PLAIN_INITS)}"
         )
     known = HONOURED | WITHOUT_EFFECT | REFUSED.keys()
     for key in sorted(config.keys() - known):  # one order on all ranks
         if config[key]:
-            found[key] = "megalora does not know this option, which may change what the adapter computes"
+            found[key] = (
+                "megalora does not know this option, which may change what the adapter computes"
+            )
     return found
 
 
@@ -90,16 +97,18 @@ def refuse_variants(where: Path, config: dict[str, Any]) -> None:
     LoRA."""
     for key, why in not_plain(config).items():
         raise ValueError(
-            f"{where}: {key}={shown(config[key])} is not plain LoRA, which is all megalora computes: {why}"
+            f"{where}: {key}={shown(config[key])} is not plain LoRA, which is all megalora"
+            f" computes: {why}"
         )
 
 
 def check_types(where: Path, config: dict[str, Any]) -> None:
-    """Raise ``ValueError`` unless every option that is honoured has a value that means something."""
+    """Raise ``ValueError`` unless every option that is honoured has a value that means
+    something."""
     if not _is_rank(config.get("r")) or not _is_alpha(config.get("lora_alpha")):
         raise ValueError(
-            f"{where}: r={shown(config.get('r'))} and lora_alpha={shown(config.get('lora_alpha'))} must be a rank of at "
-            "least 1 and a number above 0"
+            f"{where}: r={shown(config.get('r'))} and lora_alpha={shown(config.get('lora_alpha'))}"
+            " must be a rank of at least 1 and a number above 0"
         )
     for key, (fits, what) in _TYPES.items():
         if config.get(key) is not None and not fits(config[key]):

@@ -10,32 +10,40 @@ from safetensors import SafetensorError
 
 
 def check_new(out: Path, source: Path) -> None:
-    """Raise ``ValueError`` unless ``whole_or_gone`` can make the folder ``out``, which is not what it is made from."""
+    """Raise ``ValueError`` unless ``whole_or_gone`` can make the folder ``out``, which is not what
+    it is made from."""
     if out == source.resolve():
         raise ValueError(f"{out} is what is read; choose another folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; choose another")
     if out.is_mount():
-        raise ValueError(f"{out} is a mount point, which cannot be replaced by a finished folder; choose one in it")
+        raise ValueError(
+            f"{out} is a mount point, which cannot be replaced by a finished folder; choose one"
+            " in it"
+        )
     if _unfinished(out).exists():
         raise ValueError(
-            f"{_unfinished(out)} exists: {out} is being written now, or was when a process was killed. Remove it"
+            f"{_unfinished(out)} exists: {out} is being written now, or was when a process was"
+            " killed. Remove it"
         )
 
 
 def check_space(out: Path, num_bytes: int) -> None:
-    """Raise ``ValueError`` unless so much is free on the disk of ``out``, whose folders need not exist."""
+    """Raise ``ValueError`` unless so much is free on the disk of ``out``, whose folders need not
+    exist."""
     disk = next(parent for parent in out.parents if parent.exists())
     free = shutil.disk_usage(disk).free
     if free < num_bytes:
         raise ValueError(
-            f"{out} needs {num_bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there; free some or choose another disk"
+            f"{out} needs {num_bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there; free"
+            " some or choose another disk"
         )
 
 
 @contextmanager
 def whole_or_gone(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` to fill; forced to disk and renamed to ``out`` at the end, removed after any failure."""
+    """A folder beside ``out`` to fill; forced to disk and renamed to ``out`` at the end, removed
+    after any failure."""
     temporary = _unfinished(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +57,8 @@ def whole_or_gone(out: Path) -> Iterator[Path]:
         force_to_disk(out.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):  # the latter is what a full disk is to safetensors
+        # the latter is what a full disk is to safetensors
+        if isinstance(error, OSError | SafetensorError):
             raise ValueError(f"could not write {out}, of which nothing is left ({error})") from None
         raise
 

@@ -22,7 +22,8 @@ SECONDS = 0.5
 """Processor time for one match. Module names have up to 80 characters; a sound expression needs
 some microseconds."""
 MAX_EXPANDED = 100_000
-"""Characters of an expression in which every counted repetition is written out, as ``regex`` does."""
+"""Characters of an expression in which every counted repetition is written out, as ``regex``
+does."""
 TOTAL_SECONDS = 20.0
 """For all matches of one expression. A model of 235B has 36,000 linears of experts."""
 _LONE_BRACE = re.compile(r"(?<!\\)\{(?!\d+(?:,\d*)?\}|,\d+\})")
@@ -56,7 +57,9 @@ class Pattern:
                 self._compiled = regex.compile(literal, regex.VERSION0)
         except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
             reason = getattr(error, "msg", None) or str(error)
-            raise ValueError(f"{where}: {option}: {self.said} is no regular expression ({reason})") from None
+            raise ValueError(
+                f"{where}: {option}: {self.said} is no regular expression ({reason})"
+            ) from None
 
     def match(self, name: str) -> Any:
         """As ``re.match``. Raises ``ValueError`` when that takes too long."""
@@ -76,8 +79,9 @@ class Pattern:
         self.spent_s += time.process_time() - start
         if self.spent_s >= TOTAL_SECONDS:
             raise ValueError(
-                f"{self.where}: {self.option}: {self.said} takes for ever on names such as {name}, in PEFT "
-                "too. Repetition within repetition does that; write the names out, or say it without"
+                f"{self.where}: {self.option}: {self.said} takes for ever on names such as {name},"
+                " in PEFT too. Repetition within repetition does that; write the names out, or say"
+                " it without"
             )
         return found
 
@@ -88,7 +92,9 @@ def _expanded(parsed: Any) -> int:
     size = 0
     for _, argument in parsed:
         parts = argument if isinstance(argument, tuple | list) else (argument,)
-        inner = sum(_expanded(part) for part in _flat(parts) if isinstance(part, _parser.SubPattern))
+        inner = sum(
+            _expanded(part) for part in _flat(parts) if isinstance(part, _parser.SubPattern)
+        )
         counts = [n for n in parts if isinstance(n, int) and n != _parser.MAXREPEAT]
         is_repeat = len(parts) == 3 and isinstance(parts[2], _parser.SubPattern)
         size += max(1, inner) * (max(1, *counts) if is_repeat and counts else 1)

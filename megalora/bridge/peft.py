@@ -1,7 +1,8 @@
-"""Adapter folder (PEFT's ``adapter_config.json`` + ``adapter_model.safetensors``) <-> adapters sharded over ranks.
+"""Adapter folder (PEFT's ``adapter_config.json`` + ``adapter_model.safetensors``) <-> adapters
+sharded over ranks.
 
-Files hold whole tensors under Hugging Face names, so they do not depend on the layout that wrote them; each rank
-contributes, and takes, its own part.
+Files hold whole tensors under Hugging Face names, so they do not depend on the layout that wrote
+them; each rank contributes, and takes, its own part.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -18,12 +19,20 @@ from megalora.comm import gather_dim
 from megalora.lora.factors import Piece
 
 
-def gather_tensors(pieces: list[Piece], values: Mapping[nn.Parameter, Tensor], groups: Any) -> dict[str, Tensor] | None:
-    """Whole CPU tensors of all ranks, by name, on global rank 0; None elsewhere. Collective over the world."""
+def gather_tensors(
+    pieces: list[Piece], values: Mapping[nn.Parameter, Tensor], groups: Any
+) -> dict[str, Tensor] | None:
+    """Whole CPU tensors of all ranks, by name, on global rank 0; None elsewhere. Collective over
+    the world."""
     mine: dict[str, Tensor] = {}
     for piece in pieces:
-        part, group = piece.of(values), groups.named(piece.group)
-        whole = part if piece.split_dim is None else gather_dim(part, piece.split_dim, group, piece.num_shards)
+        part = piece.of(values)
+        group = groups.named(piece.group)
+        whole = (
+            part
+            if piece.split_dim is None
+            else gather_dim(part, piece.split_dim, group, piece.num_shards)
+        )
         replicas = groups.edp if piece.group == "etp" else groups.dp
         if group.rank() == 0 and replicas.rank() == 0:
             mine[piece.name] = whole
@@ -55,26 +64,42 @@ def _send_to_first(mine: dict[str, Tensor]) -> dict[str, Tensor] | None:
     return dict(sorted(everything.items()))
 
 
-def read_tensors(path: Path, pieces: list[Piece], values: Mapping[nn.Parameter, Tensor], prefix: str = "") -> None:
-    """Copy this rank's part of every tensor in ``path`` into ``values``; raises ``ValueError`` when one is missing or misshapen."""
+def read_tensors(
+    path: Path, pieces: list[Piece], values: Mapping[nn.Parameter, Tensor], prefix: str = ""
+) -> None:
+    """Copy this rank's part of every tensor in ``path`` into ``values``; raises ``ValueError`` when
+    one is missing or misshapen."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            take_parts(set(file.keys()), file.get_tensor, pieces, values, where=str(path), prefix=prefix)
+            take_parts(
+                set(file.keys()), file.get_tensor, pieces, values, where=str(path), prefix=prefix
+            )
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def take_parts(
-    names: Container[str], get: Callable[[str], Tensor], pieces: list[Piece], values: Mapping[nn.Parameter, Tensor],
+    names: Container[str], get: Callable[[str], Tensor], pieces: list[Piece],
+    values: Mapping[nn.Parameter, Tensor],
     *, where: str, prefix: str = "",
 ) -> None:  # fmt: skip
     """The same from whole tensors that ``get`` returns by name."""
     for piece in pieces:
         name = prefix + piece.name
         if name not in names:
-            raise ValueError(f"{where} has no tensor {name}; it was made with other target_modules or layers")
-        target, whole = piece.of(values), get(name)
-        part = whole if piece.split_dim is None else whole.chunk(piece.num_shards, piece.split_dim)[piece.shard]
+            raise ValueError(
+                f"{where} has no tensor {name}; it was made with other target_modules or layers"
+            )
+        target = piece.of(values)
+        whole = get(name)
+        part = (
+            whole
+            if piece.split_dim is None
+            else whole.chunk(piece.num_shards, piece.split_dim)[piece.shard]
+        )
         if part.shape != target.shape:
-            raise ValueError(f"{where}: {name} is {tuple(whole.shape)}, which does not fit this run's model and ranks")
+            raise ValueError(
+                f"{where}: {name} is {tuple(whole.shape)}, which does not fit this run's model and"
+                " ranks"
+            )
         target.copy_(part)

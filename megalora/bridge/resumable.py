@@ -13,7 +13,14 @@ from torch import Tensor
 from megalora.bridge.adapter import read_adapter
 from megalora.bridge.base_identity import base_config, weights_digest
 from megalora.bridge.card import coverage
-from megalora.bridge.files import LORA_SECTION, OPTIMIZER, STATE, STATE_JSON, STATE_KEYS, read_config
+from megalora.bridge.files import (
+    LORA_SECTION,
+    OPTIMIZER,
+    STATE,
+    STATE_JSON,
+    STATE_KEYS,
+    read_config,
+)
 from megalora.bridge.folder import local_folder, weight_shards
 from megalora.bridge.form import write_adapter
 from megalora.bridge.output import check_new, whole_or_gone
@@ -37,37 +44,53 @@ class Imported:
         lora = OmegaConf.to_yaml(OmegaConf.create({"lora": self.section})).rstrip()
         lines = [f"wrote {self.out}: {self.num_tensors} tensors", *self.notes[:10]]
         lines += [f"... and {len(self.notes) - 10} more notes"] if len(self.notes) > 10 else []
-        return "\n".join([*lines, f"to train on, give checkpoint.resume={self.out} and in the config", lora])
+        return "\n".join(
+            [*lines, f"to train on, give checkpoint.resume={self.out} and in the config", lora]
+        )
 
 
-def import_adapter(source: Path, out: Path, base: str, order: ColumnOrder | None = None) -> Imported:
-    """Write the adapter folder ``source`` as a checkpoint of zero steps to ``out``, which must be new or empty.
+def import_adapter(
+    source: Path, out: Path, base: str, order: ColumnOrder | None = None
+) -> Imported:
+    """Write the adapter folder ``source`` as a checkpoint of zero steps to ``out``, which must be
+    new or empty.
 
-    Adam's moments are zero, as at the start of a training. ``order``: how columns of stacked B's run, where the file does not say.
-    Raises ``ValueError`` for what cannot be read without guessing, and for an adapter of a base with other sizes.
+    Adam's moments are zero, as at the start of a training. ``order``: how columns of stacked B's
+    run, where the file does not say. Raises ``ValueError`` for what cannot be read without
+    guessing, and for an adapter of a base with other sizes.
     """
     out = out.resolve()
     check_new(out, source)
     folder = local_folder(base, "--base", weights=False)
     shape = model_shape(read_hf_config(folder))
     form = trained_form(read_adapter(source, shape, order, folder), fill=True)
-    adapted, tensors = form.adapter.adapted, form.adapter.tensors
+    adapted = form.adapter.adapted
+    tensors = form.adapter.tensors
     section = lora_section(adapted, shape)
     with whole_or_gone(out) as temporary:
         write_adapter(temporary, adapted, shape, tensors, base)
         (temporary / STATE).mkdir()
         save_file(_fresh_state(tensors), temporary / OPTIMIZER)
-        state = {"step": 0, "imported_from": str(source), "base": base, "adapted": settings(adapted)}
+        state = {
+            "step": 0,
+            "imported_from": str(source),
+            "base": base,
+            "adapted": settings(adapted),
+        }
         state["identity"] = _base_identity(folder)
         (temporary / STATE_JSON).write_text(json.dumps(state, indent=1) + "\n")
-        (temporary / LORA_SECTION).write_text(OmegaConf.to_yaml(OmegaConf.create({"lora": section})))
+        (temporary / LORA_SECTION).write_text(
+            OmegaConf.to_yaml(OmegaConf.create({"lora": section}))
+        )
     named = read_config(source).get("base_model_name_or_path")
     notes = (
         [f"the adapter names {named} as its base, not {base}: are they the same model?"]
         if named not in (None, base)
         else []
     )
-    return Imported(out, section, len(tensors), [*notes, *coverage(adapted), *form.adapter.notes, *form.notes])
+    return Imported(
+        out, section, len(tensors), [*notes, *coverage(adapted), *form.adapter.notes, *form.notes]
+    )
 
 
 def _base_identity(folder: Path) -> dict[str, Any]:

@@ -19,12 +19,18 @@ class Rules:
     def __init__(self, folder: Path, config: dict[str, Any], weights: Path) -> None:
         """``weights``: where the tensors lie, for messages. Raises ``ValueError`` for values that
         mean nothing."""
-        self.where, self.weights, self.config = folder / CONFIG, weights, config
+        self.where = folder / CONFIG
+        self.weights = weights
+        self.config = config
         check_types(self.where, config)
         targets = config.get("target_modules") or []
         self.all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
-        self.modules, self.expression = self._names("target_modules", [] if self.all_linear else targets)
-        self.excluded, self.excluding = self._names("exclude_modules", config.get("exclude_modules") or [])
+        self.modules, self.expression = self._names(
+            "target_modules", [] if self.all_linear else targets
+        )
+        self.excluded, self.excluding = self._names(
+            "exclude_modules", config.get("exclude_modules") or []
+        )
         self.parameters = set(config.get("target_parameters") or [])
         self.layers, self.layer_of = self._layer_rules()
         self.patterns = {
@@ -42,7 +48,9 @@ class Rules:
 
     def _names(self, option: str, value: str | list[str]) -> tuple[set[str], Pattern | None]:
         """A list is names, a string is a regular expression."""
-        return (set(), self._pattern(option, value)) if isinstance(value, str) else (set(value), None)
+        return (
+            (set(), self._pattern(option, value)) if isinstance(value, str) else (set(value), None)
+        )
 
     def _layer_rules(self) -> tuple[set[int] | None, list[Pattern]]:
         """The layers that a list of targets holds for, None for all; and how to find a module's."""
@@ -68,7 +76,8 @@ class Rules:
         said = self.rank(name)
         if said != rank:
             raise ValueError(
-                f"{self.weights}: {tensor} has rank {rank}, but {self.where.name} says {said} (scales follow from it)"
+                f"{self.weights}: {tensor} has rank {rank}, but {self.where.name} says {said}"
+                " (scales follow from it)"
             )
         alpha = float(self._of_pattern("alpha_pattern", name, self.config["lora_alpha"]))
         self._look_for_contest(name)
@@ -76,7 +85,9 @@ class Rules:
 
     def _of_pattern(self, option: str, name: str, default: Any) -> Any:
         """The first that matches wins, as in PEFT."""
-        return next((value for _, pattern, value in self.patterns[option] if pattern.match(name)), default)
+        return next(
+            (value for _, pattern, value in self.patterns[option] if pattern.match(name)), default
+        )
 
     def _look_for_contest(self, name: str) -> None:
         """Remember a module for which two keys of alpha_pattern say different things.
@@ -87,13 +98,18 @@ class Rules:
         """
         if len(self.patterns["alpha_pattern"]) < 2:
             return
-        found = [(key, value) for key, pattern, value in self.patterns["alpha_pattern"] if pattern.match(name)]
+        found = [
+            (key, value)
+            for key, pattern, value in self.patterns["alpha_pattern"]
+            if pattern.match(name)
+        ]
         for key, value in found[1:]:
             first, holds = found[0]
             if value != holds:
                 line = (
-                    f"{self.where.name}: alpha_pattern says {holds} ({first}) and {value} ({key}) for {name}; the first holds, "
-                    "as in PEFT, which sorts the keys when it saves: the training may have taken the other"
+                    f"{self.where.name}: alpha_pattern says {holds} ({first}) and {value} ({key})"
+                    f" for {name}; the first holds, as in PEFT, which sorts the keys when it saves:"
+                    " the training may have taken the other"
                 )
                 self._contested.setdefault((first, key), line)
 
@@ -147,26 +163,30 @@ class Rules:
         """
         if self.untargeted:
             raise ValueError(
-                f"{self.weights} has, but its config does not target, {len(self.untargeted)} modules, such as "
-                f"{min(self.untargeted)}: PEFT would ignore them. Add them to target_modules in {self.where}"
+                f"{self.weights} has, but its config does not target, {len(self.untargeted)}"
+                f" modules, such as {min(self.untargeted)}: PEFT would ignore them. Add them to"
+                f" target_modules in {self.where}"
             )
         found: dict[str, bool] = {}
         for module, parameters in known.items():
-            # What tools that write all-linear mean by it differs. A regular expression for transformers 5 may match
-            # names of experts that are no modules there. Both leave open what must be there.
+            # What tools that write all-linear mean by it differs. A regular expression for
+            # transformers 5 may match names of experts that are no modules there. Both leave open
+            # what must be there.
             if self.all_linear or (self.expression and _is_expert(module)):
                 targets = self._targets_by_parameter(parameters)
             else:
                 targets = self.targets_of(module, parameters)
-            # Layers that are named must all be there; without names, some layers may not be adapted.
+            # Layers that are named must all be there; without names, some layers may not be
+            # adapted.
             if targets and self.layers is not None and not _is_expert(module):
                 targets = {module}
             for target in targets:
                 found[target] = found.get(target, False) or module in present
         if lost := [target for target, there in found.items() if not there]:
             raise ValueError(
-                f"{self.weights} has no tensors for {min(lost)}, which its config targets: they were lost, or never "
-                f"trained. To go on without, take {min(lost)} out of the targets in {self.where}"
+                f"{self.weights} has no tensors for {min(lost)}, which its config targets: they"
+                f" were lost, or never trained. To go on without, take {min(lost)} out of the"
+                f" targets in {self.where}"
             )
 
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PICKLE = "adapter_model.bin"
-_SHARD = re.compile(r"adapter_model-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<form>safetensors|bin)")
+_SHARD = re.compile(
+    r"adapter_model-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<form>safetensors|bin)"
+)
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 """Dtype of the bytes; bfloat16, which NumPy lacks, as the upper half of a float32."""
 FLOATS = tuple(_NUMPY)
@@ -49,7 +51,8 @@ class AdapterWeights:
 
         Raises:
             NotAnAdapter: there are no weights.
-            ValueError: a file is cut short, is missing among its shards, is a pickle of more than tensors.
+            ValueError: a file is cut short, is missing among its shards, is a pickle of more than
+                tensors.
         """
         self.folder = folder
         self.files, self.notes = find_weight_files(folder)
@@ -61,11 +64,16 @@ class AdapterWeights:
             file = _Safetensors(path) if path.suffix == ".safetensors" else _Pickle(path)
             for name, info in file.info.items():
                 if name in self._at:
-                    raise ValueError(f"{folder}: {name} is both in {self._at[name].path.name} and in {path.name}")
-                self._at[name], self.info[name] = file, info
+                    raise ValueError(
+                        f"{folder}: {name} is both in {self._at[name].path.name} and in {path.name}"
+                    )
+                self._at[name] = file
+                self.info[name] = info
         _check_index(folder, self.files, {name: file.path.name for name, file in self._at.items()})
         if not self.info:
-            raise ValueError(f"{self.where} holds no tensors: nothing was adapted, or saving went wrong")
+            raise ValueError(
+                f"{self.where} holds no tensors: nothing was adapted, or saving went wrong"
+            )
 
     @property
     def is_single_safetensors(self) -> bool:
@@ -118,11 +126,13 @@ class _Safetensors:
         self._open: Any = None
         try:
             _, stored = read_header(path)  # says what is wrong with a file that is not whole
-            with safe_open(str(path), framework="numpy"):  # what safetensors alone refuses, such as an unknown dtype
+            # what safetensors alone refuses, such as an unknown dtype
+            with safe_open(str(path), framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path}: not a readable safetensors file ({error}); is it cut short, or still being written?"
+                f"{path}: not a readable safetensors file ({error}); is it cut short, or still"
+                " being written?"
             ) from None
         self._start = {tensor.name: tensor.start for tensor in stored}
         self.info = {tensor.name: TensorInfo(tensor.shape, tensor.dtype) for tensor in stored}
@@ -141,7 +151,10 @@ class _Pickle:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._tensors = _unpickled(path)
-        self.info = {name: TensorInfo(tuple(t.shape), _safetensors_name(t.dtype)) for name, t in self._tensors.items()}
+        self.info = {
+            name: TensorInfo(tuple(t.shape), _safetensors_name(t.dtype))
+            for name, t in self._tensors.items()
+        }
 
     def tensor(self, name: str) -> "Tensor":
         return self._tensors[name].contiguous()
@@ -151,13 +164,21 @@ class _Pickle:
 
         tensor = self._tensors[name]
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        return (block.to(wide).numpy() for block in tensor.reshape(-1, *tensor.shape[1:]).split(BLOCK_ROWS))
+        return (
+            block.to(wide).numpy()
+            for block in tensor.reshape(-1, *tensor.shape[1:]).split(BLOCK_ROWS)
+        )
 
 
 def _safetensors_name(dtype: Any) -> str:
     import torch
 
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    names = {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+    }
     return names.get(dtype, str(dtype).removeprefix("torch."))
 
 
@@ -171,10 +192,14 @@ def _unpickled(path: Path) -> dict[str, "Tensor"]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # torch before 1.6 wrote no zip file, which alone can be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes of others, run as instructions: what goes wrong in them can be anything
+    except (
+        Exception
+    ) as error:  # bytes of others, run as instructions: what goes wrong in them can be anything
         raise ValueError(f"{path}: {_what_is_wrong(error)}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a dictionary of tensors, holds a {type(content).__name__}")
+        raise ValueError(
+            f"{path}: must hold a dictionary of tensors, holds a {type(content).__name__}"
+        )
     for name, tensor in content.items():
         what = None
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
@@ -185,23 +210,30 @@ def _unpickled(path: Path) -> dict[str, "Tensor"]:
             what = "larger than its contents"
         if what:
             raise ValueError(
-                f"{path}: {name} is {what}; an adapter's weights are a dictionary of plain tensors by name"
+                f"{path}: {name} is {what}; an adapter's weights are a dictionary of plain tensors"
+                " by name"
             )
     return {name: tensor.detach() for name, tensor in content.items()}
 
 
 def _what_is_wrong(error: Exception) -> str:
-    """Say in a line why torch did not load a pickle; its advice to load it without ``weights_only`` is left out."""
+    """Say in a line why torch did not load a pickle; its advice to load it without ``weights_only``
+    is left out."""
     text = str(error)
     code = re.search(r"GLOBAL ([\w.]+)", text)
     if code:
         return (
-            f"a pickle that would run {code[1]}, and megalora reads pickles of tensors alone. If you trust it, load it and "
-            f"save it again with PEFT, which writes {WEIGHTS}"
+            f"a pickle that would run {code[1]}, and megalora reads pickles of tensors alone. If"
+            f" you trust it, load it and save it again with PEFT, which writes {WEIGHTS}"
         )
-    detail = re.search(r"WeightsUnpickler error:\s*(.+)", text) or re.search(r"(?!.*[Ww]eights.only)(.+)", text)
+    detail = re.search(r"WeightsUnpickler error:\s*(.+)", text) or re.search(
+        r"(?!.*[Ww]eights.only)(.+)", text
+    )
     more = f": {detail[1].strip()[:100]}" if detail else ""
-    return f"not a readable pickle ({type(error).__name__}{more}); is it cut short, or of more than tensors?"
+    return (
+        f"not a readable pickle ({type(error).__name__}{more}); is it cut short, or of more than"
+        " tensors?"
+    )
 
 
 def find_weight_files(folder: Path) -> tuple[list[Path], list[str]]:
@@ -221,14 +253,19 @@ def find_weight_files(folder: Path) -> tuple[list[Path], list[str]]:
             shards.setdefault((match["form"], int(match["count"])), []).append(name)
     if (shards and single) or len(shards) > 1:
         names = [*single, *(names[0] for names in shards.values())]
-        raise ValueError(f"{folder} holds weights more than once ({', '.join(names)}); leave only those that are meant")
+        raise ValueError(
+            f"{folder} holds weights more than once ({', '.join(names)}); leave only those that are"
+            " meant"
+        )
     notes = []
     if single:
         paths = [folder / single[0]]
         if len(single) > 1:
-            notes.append(f"{folder / PICKLE} was not read: PEFT loads {WEIGHTS} where both are there")
+            notes.append(
+                f"{folder / PICKLE} was not read: PEFT loads {WEIGHTS} where both are there"
+            )
     elif shards:
-        ((form, count), names) = next(iter(shards.items()))
+        (form, count), names = next(iter(shards.items()))
         paths = _all_shards(folder, form, count, names)
     else:
         other = sorted(name for name in there if name.startswith("adapter_model"))
@@ -240,12 +277,17 @@ def find_weight_files(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _all_shards(folder: Path, form: str, count: int, names: list[str]) -> list[Path]:
-    expected = [f"adapter_model-{number:05d}-of-{count:05d}.{form}" for number in range(1, count + 1)]
+    expected = [
+        f"adapter_model-{number:05d}-of-{count:05d}.{form}" for number in range(1, count + 1)
+    ]
     if surplus := [name for name in names if name not in expected]:
-        raise ValueError(f"{folder}: {surplus[0]} is none of {count} shards; leave only those that are meant")
+        raise ValueError(
+            f"{folder}: {surplus[0]} is none of {count} shards; leave only those that are meant"
+        )
     if missing := [name for name in expected if name not in names]:
         raise ValueError(
-            f"{folder}: {len(missing)} of {count} shards are missing ({', '.join(missing[:3])}); download the adapter again"
+            f"{folder}: {len(missing)} of {count} shards are missing ({', '.join(missing[:3])});"
+            " download the adapter again"
         )
     return [folder / name for name in expected]
 
@@ -259,9 +301,12 @@ def _check_index(folder: Path, files: list[Path], found: dict[str, str]) -> None
     said = read_json_object(path).get("weight_map")
     if not isinstance(said, dict):
         raise ValueError(f"{path}: weight_map must be an object that names a file for each tensor")
-    if apart := sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name)):
+    if apart := sorted(
+        name for name in said.keys() | found.keys() if said.get(name) != found.get(name)
+    ):
         name = apart[0]
         raise ValueError(
-            f"{path}: {len(apart)} tensors are not where it says, such as {name}: in {said.get(name)} by the index, in "
-            f"{found.get(name)} really; a shard was lost or replaced. Download or save the adapter again"
+            f"{path}: {len(apart)} tensors are not where it says, such as {name}: in"
+            f" {said.get(name)} by the index, in {found.get(name)} really; a shard was lost or"
+            " replaced. Download or save the adapter again"
         )

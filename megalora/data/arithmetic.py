@@ -26,7 +26,10 @@ def write_arithmetic(path: str | Path, num_samples: int, seed: int) -> None:
         ValueError: num_samples is out of range.
     """
     if not 1 <= num_samples <= _NUM_QUESTIONS:
-        raise ValueError(f"{num_samples} samples: there are 1 to {_NUM_QUESTIONS} different questions; ask for fewer")
+        raise ValueError(
+            f"{num_samples} samples: there are 1 to {_NUM_QUESTIONS} different questions; ask for"
+            " fewer"
+        )
     lines = []
     for code in random.Random(seed).sample(range(_NUM_QUESTIONS), num_samples):
         rest, right = divmod(code, _NUM_OPERANDS)
@@ -45,7 +48,9 @@ def write_arithmetic(path: str | Path, num_samples: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=user_path, help="the JSONL file to write")
-    parser.add_argument("--num", type=int, default=2000, help="number of questions (default %(default)s)")
+    parser.add_argument(
+        "--num", type=int, default=2000, help="number of questions (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     args = parser.parse_args()
     try:

@@ -162,7 +162,9 @@ def _holds(value: object, char: str) -> bool:
     return isinstance(value, str) and char in value
 
 
-def _tokenise(text: str, spans: Sequence[Span], template: ChatTemplate) -> tuple[np.ndarray, np.ndarray]:
+def _tokenise(
+    text: str, spans: Sequence[Span], template: ChatTemplate
+) -> tuple[np.ndarray, np.ndarray]:
     """[n] int32 token ids, and [n] bool: the token covers a character of a span."""
     encoding = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T

@@ -66,7 +66,9 @@ def resolve_columns(format: str | Mapping[str, str], columns: Collection[str]) -
         if column not in columns:
             close = difflib.get_close_matches(str(column), list(columns), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"data.format: {key} is mapped to {column!r}, but the columns are {present}{hint}")
+            raise ValueError(
+                f"data.format: {key} is mapped to {column!r}, but the columns are {present}{hint}"
+            )
     return mapping
 
 
@@ -116,7 +118,8 @@ def to_conversation(
         prompt = _with_input(prompt, held("input"), names)
         completion = _messages(held("completion"), "completion", names["completion"])
         _refuse_repeated_prompt(prompt, completion, names)
-        messages, num_context = [*prompt, *completion], len(prompt)
+        messages = [*prompt, *completion]
+        num_context = len(prompt)
     if system := held("system"):
         with_system = _with_system(messages, system, names["system"])
         num_context += len(with_system) - len(messages) if num_context else 0
@@ -124,7 +127,9 @@ def to_conversation(
     _refuse_unused(row, set(names.values()), allow_left_out, messages)
     options = _json(held("chat_template_kwargs"), names["chat_template_kwargs"]) or {}
     if not isinstance(options, dict):
-        raise ValueError(f"column {names['chat_template_kwargs']!r} must hold an object, got {shown(options)}")
+        raise ValueError(
+            f"column {names['chat_template_kwargs']!r} must hold an object, got {shown(options)}"
+        )
     return Conversation(
         messages=messages,
         num_context=num_context,
@@ -134,7 +139,9 @@ def to_conversation(
     )
 
 
-def _refuse_unused(row: Mapping[str, Any], used: set[str], allowed: Collection[str], messages: list[Message]) -> None:
+def _refuse_unused(
+    row: Mapping[str, Any], used: set[str], allowed: Collection[str], messages: list[Message]
+) -> None:
     """Raise ``ValueError`` for a column of the conversation that is neither used nor repeated."""
     for column in CONVERSATION_COLUMNS:
         value = row.get(column)
@@ -179,18 +186,24 @@ def _messages(value: Any, key: str, column: str) -> list[Message]:
     raise ValueError(f"column {column!r} must hold {expected}, got {shown(value)}")
 
 
-def _refuse_repeated_prompt(prompt: list[Message], completion: list[Message], names: Mapping[str, str]) -> None:
-    """Raise ``ValueError`` for a completion that begins with the prompt, as ``chosen`` often does."""
+def _refuse_repeated_prompt(
+    prompt: list[Message], completion: list[Message], names: Mapping[str, str]
+) -> None:
+    """Raise ``ValueError`` for a completion that begins with the prompt, as ``chosen`` often
+    does."""
 
     def said(messages: list[Message]) -> list[tuple[Any, Any]]:
-        return [(m.get("role"), m.get("content")) if isinstance(m, dict) else (m, None) for m in messages]
+        return [
+            (m.get("role"), m.get("content")) if isinstance(m, dict) else (m, None)
+            for m in messages
+        ]
 
     begin = completion[: len(prompt)]
     if prompt and len(completion) > len(prompt) and said(begin) == said(prompt):
         column = names["completion"]
         raise ValueError(
-            f"column {column!r} begins with the messages of {names['prompt']!r}, which would be said "
-            f"twice; use data.format={{messages: {column}}}"
+            f"column {column!r} begins with the messages of {names['prompt']!r}, which would be"
+            f" said twice; use data.format={{messages: {column}}}"
         )
 
 
@@ -201,7 +214,8 @@ def _with_input(prompt: list[Message], text: Any, names: Mapping[str, str]) -> l
     plain = len(prompt) == 1 and isinstance(prompt[0].get("content"), str)
     if not isinstance(text, str) or not plain:
         raise ValueError(
-            f"column {names['input']!r} must hold a string, beside a string in {names['prompt']!r}, got {shown(text)}"
+            f"column {names['input']!r} must hold a string, beside a string in {names['prompt']!r},"
+            f" got {shown(text)}"
         )
     return [{**prompt[0], "content": f"{prompt[0]['content']}\n{text}"}]
 
@@ -214,7 +228,9 @@ def _with_system(messages: list[Message], text: Any, column: str) -> list[Messag
     if first.get("role") != "system":
         return [{"role": "system", "content": text}, *messages]
     if first.get("content") != text:
-        raise ValueError(f"column {column!r} and the first message hold different system prompts; keep one")
+        raise ValueError(
+            f"column {column!r} and the first message hold different system prompts; keep one"
+        )
     return messages
 
 

@@ -50,7 +50,9 @@ def prepare(conversation: Conversation, joiner: Callable[[], str]) -> Conversati
     tail = messages[conversation.num_context :]
     if all(message["role"] != "assistant" for message in tail):
         roles = ", ".join(message["role"] for message in tail) or "none"
-        raise ValueError(f"there is no assistant message to learn (roles: {roles}); add one or remove the row")
+        raise ValueError(
+            f"there is no assistant message to learn (roles: {roles}); add one or remove the row"
+        )
     return replace(conversation, messages=messages, learned=tuple(learned))
 
 

@@ -1,4 +1,5 @@
-"""What data is, whatever its path is called: a digest of a file's bytes, a hub data set's fingerprint, and of the samples made."""
+"""What data is, whatever its path is called: a digest of a file's bytes, a hub data set's
+fingerprint, and of the samples made."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,12 +10,13 @@ from megalora.digests import Digests, sha256_of_file
 
 
 def source_digest(source: str, digests: Digests) -> str:
-    """Digest of a file's bytes, or of a hub data set's revision; a slice at the source's end is part of it."""
+    """Digest of a file's bytes, or of a hub data set's revision; a slice at the source's end is
+    part of it."""
     found = locate(source)
     if found.file is not None:
         return f"sha256:{digests.of(found.file, 'bytes', sha256_of_file)}{found.slice_text}"
-    # A hash of the downloaded files, the split and the library's way to read them. Private to datasets, which names its
-    # own cache by it; no public attribute tells two revisions apart.
+    # A hash of the downloaded files, the split and the library's way to read them. Private to
+    # datasets, which names its own cache by it; no public attribute tells two revisions apart.
     fingerprint = read_hub(source, *found.hub)._fingerprint
     return f"hub:{':'.join(str(part) for part in found.hub)}@{fingerprint}{found.slice_text}"
 

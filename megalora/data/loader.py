@@ -1,6 +1,7 @@
 """From tokenised samples to the microbatches of one data-parallel rank.
 
-What a step trains on depends on (seed, step) alone; ranks only divide it. Legend: B samples in a microbatch, S tokens.
+What a step trains on depends on (seed, step) alone; ranks only divide it. Legend: B samples in a
+microbatch, S tokens.
 """
 
 from collections.abc import Sequence
@@ -16,26 +17,37 @@ from megalora.data.splits import permutation
 
 @lru_cache(maxsize=4)  # a step needs one or two epochs; sorting 1 M samples takes 0.1 s
 def order(num_samples: int, epoch: int, seed: int) -> np.ndarray:
-    """[num_samples] int64, read-only: the order of the samples in an epoch; the same on every rank and layout."""
+    """[num_samples] int64, read-only: the order of the samples in an epoch; the same on every rank
+    and layout."""
     shuffled = permutation(num_samples, seed, epoch)
     shuffled.setflags(write=False)
     return shuffled
 
 
-def global_batch_indices(step: int, global_batch_size: int, num_samples: int, seed: int) -> np.ndarray:
-    """[global_batch_size] int64: the samples of a step (from 0), out of the endless row of shuffled epochs.
+def global_batch_indices(
+    step: int, global_batch_size: int, num_samples: int, seed: int
+) -> np.ndarray:
+    """[global_batch_size] int64: the samples of a step (from 0), out of the endless row of shuffled
+    epochs.
 
     A batch may straddle epochs; every epoch holds every sample once.
     """
     positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
     epochs = positions // num_samples
-    parts = [order(num_samples, int(e), seed)[positions[epochs == e] % num_samples] for e in np.unique(epochs)]
+    parts = [
+        order(num_samples, int(e), seed)[positions[epochs == e] % num_samples]
+        for e in np.unique(epochs)
+    ]
     return np.concatenate(parts)
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
-    """Raises ValueError unless the global batch divides into microbatches over the data-parallel ranks."""
-    for name, size in (("global_batch_size", global_batch_size), ("micro_batch_size", micro_batch_size)):
+    """Raises ValueError unless the global batch divides into microbatches over the data-parallel
+    ranks."""
+    for name, size in (
+        ("global_batch_size", global_batch_size),
+        ("micro_batch_size", micro_batch_size),
+    ):
         if size < 1:
             raise ValueError(f"train.{name} must be at least 1, got {size}")
     product = micro_batch_size * dp_size
@@ -43,14 +55,17 @@ def check_batch(global_batch_size: int, micro_batch_size: int, dp_size: int) -> 
         below = global_batch_size // product * product
         sizes = f"{below} or {below + product}" if below else f"{product}"
         raise ValueError(
-            f"train.global_batch_size={global_batch_size} is not a multiple of "
-            f"train.micro_batch_size * data-parallel size = {micro_batch_size} * {dp_size} = {product}.\n"
-            f"  Use train.global_batch_size={sizes}, or change train.micro_batch_size."
+            f"train.global_batch_size={global_batch_size} is not a multiple of"
+            f" train.micro_batch_size * data-parallel size = {micro_batch_size} * {dp_size} ="
+            f" {product}.\n  Use train.global_batch_size={sizes}, or change train.micro_batch_size."
         )
 
 
-def micro_batches(indices: np.ndarray, *, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[np.ndarray]:
-    """This rank's share of a global batch, as one [micro_batch_size] array of sample indices per microbatch.
+def micro_batches(
+    indices: np.ndarray, *, micro_batch_size: int, dp_rank: int, dp_size: int
+) -> list[np.ndarray]:
+    """This rank's share of a global batch, as one [micro_batch_size] array of sample indices per
+    microbatch.
 
     Position k of the global batch goes to microbatch k // (mbs * dp) of rank (k // mbs) % dp.
     """
@@ -62,10 +77,11 @@ def micro_batches(indices: np.ndarray, *, micro_batch_size: int, dp_rank: int, d
 def eval_micro_batches(
     num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int, multiple: int = 1
 ) -> list[list[int | None]]:
-    """This rank's share of an evaluation: every sample once over all ranks, None where there is none left.
+    """This rank's share of an evaluation: every sample once over all ranks, None where there is
+    none left.
 
-    Every rank gets the same number of microbatches, a multiple of ``multiple`` (what an interleaved pipeline needs), so
-    that all take part in every collective.
+    Every rank gets the same number of microbatches, a multiple of ``multiple`` (what an interleaved
+    pipeline needs), so that all take part in every collective.
     """
     assert 0 <= dp_rank < dp_size, f"dp_rank={dp_rank} outside dp_size={dp_size}"
     per_round = micro_batch_size * dp_size * multiple
@@ -76,7 +92,8 @@ def eval_micro_batches(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """A microbatch, padded on the right. Causal attention keeps padding away from the real tokens."""
+    """A microbatch, padded on the right. Causal attention keeps padding away from the real
+    tokens."""
 
     tokens: torch.Tensor
     """[B, S] int64, the model's input."""
@@ -102,6 +119,7 @@ def collate(samples: Sequence[Encoded | None], *, pad_id: int, multiple_of: int 
     for row, (sample, n) in enumerate(zip(samples, num_predictions, strict=True)):
         if sample is not None:
             ids = torch.from_numpy(sample.input_ids)
-            tokens[row, :n], labels[row, :n] = ids[:-1], ids[1:]
+            tokens[row, :n] = ids[:-1]
+            labels[row, :n] = ids[1:]
             loss_mask[row, :n] = torch.from_numpy(sample.loss_mask[1:])
     return Batch(tokens, labels, loss_mask)

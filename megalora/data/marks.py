@@ -25,7 +25,9 @@ Span = tuple[int, int]
 """First character, and the one after the last."""
 
 _THINKING = r"think|thinking|thought|reasoning|seed:think"
-_TAGS = re.compile(rf"(</?(?:{_THINKING}|tool_call|tool_response|function_call)>|\[/?THINK\])", re.IGNORECASE)
+_TAGS = re.compile(
+    rf"(</?(?:{_THINKING}|tool_call|tool_response|function_call)>|\[/?THINK\])", re.IGNORECASE
+)
 _OPENS_REASONING = re.compile(rf"<(?:{_THINKING})>|\[THINK\]", re.IGNORECASE)
 _CLOSES_REASONING = re.compile(rf"</(?:{_THINKING})>|\[/THINK\]", re.IGNORECASE)
 
@@ -126,7 +128,8 @@ class _Marker:
     """Walks through a conversation, numbers its pieces, and marks those that are chosen."""
 
     def __init__(self, alphabet: Alphabet, chosen: Container[int] | None) -> None:
-        self.alphabet, self.chosen = alphabet, chosen
+        self.alphabet = alphabet
+        self.chosen = chosen
         self.pieces: list[Piece] = []
 
     def piece(self, value: str, owner: int | None, kind: str) -> str:
@@ -161,7 +164,9 @@ class _Marker:
         if isinstance(value, str):
             return self.piece(value, owner, kind)
         if isinstance(value, dict):
-            return {self.piece(str(k), owner, kind): self.tree(v, owner, kind) for k, v in value.items()}
+            return {
+                self.piece(str(k), owner, kind): self.tree(v, owner, kind) for k, v in value.items()
+            }
         if isinstance(value, list):
             return [self.tree(item, owner, kind) for item in value]
         return value
@@ -173,13 +178,21 @@ class _Marker:
         if not isinstance(value, dict):
             return value
         return {
-            k: self.piece(v, None, "tools") if k in _SHOWN_OF_TOOLS and isinstance(v, str) else self.tools(v)
+            k: (
+                self.piece(v, None, "tools")
+                if k in _SHOWN_OF_TOOLS and isinstance(v, str)
+                else self.tools(v)
+            )
             for k, v in value.items()
         }
 
     def documents(self, value: dict[str, Any]) -> dict[str, Any]:
         return {
-            k: self.piece(v, None, "documents") if isinstance(v, str) and k not in _CHANGES_NOTHING else v
+            k: (
+                self.piece(v, None, "documents")
+                if isinstance(v, str) and k not in _CHANGES_NOTHING
+                else v
+            )
             for k, v in value.items()
         }
 

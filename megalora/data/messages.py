@@ -15,7 +15,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which servers and data sets keep what a model thought before it answered."""
 FLAGS = ("weight", "train", "trainable", "loss", "loss_mask")
-"""Keys that say whether a message is learned: OpenAI's and Mistral's, axolotl's, verl's, ms-swift's."""
+"""Keys that say whether a message is learned: OpenAI's and Mistral's, axolotl's, verl's,
+ms-swift's."""
 _AMBIGUOUS = ("mask", "masked")
 _MAX_DEPTH = 100
 
@@ -32,13 +33,17 @@ def without_nulls(value: Any, depth: int = 0) -> Any:
         ValueError: deeper than 100 levels, or a number that JSON does not have.
     """
     if depth > _MAX_DEPTH:
-        raise ValueError(f"nested deeper than {_MAX_DEPTH} levels; a chat template would not print it")
+        raise ValueError(
+            f"nested deeper than {_MAX_DEPTH} levels; a chat template would not print it"
+        )
     if isinstance(value, dict):
         return {k: without_nulls(v, depth + 1) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
         return [without_nulls(item, depth + 1) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"holds the number {value}, which JSON does not have (nor a number so large)")
+        raise ValueError(
+            f"holds the number {value}, which JSON does not have (nor a number so large)"
+        )
     return value
 
 
@@ -53,7 +58,9 @@ def cleaned(message: Any, number: int, joiner: Callable[[], str]) -> tuple[Messa
         ValueError: it has no role or content, or holds something that cannot be honoured.
     """
     if type(message) is not dict:
-        raise ValueError(f"message {number} must be an object with role and content, got {shown(message)}")
+        raise ValueError(
+            f"message {number} must be an object with role and content, got {shown(message)}"
+        )
     try:
         present = without_nulls(message)
     except ValueError as error:
@@ -68,9 +75,15 @@ def cleaned(message: Any, number: int, joiner: Callable[[], str]) -> tuple[Messa
         present.setdefault("content", "")
     if "content" not in present:
         if "content" in message:
-            raise ValueError(f"message {number} ({present['role']}) has null as content; write a text, or remove it")
+            raise ValueError(
+                f"message {number} ({present['role']}) has null as content; write a text, or"
+                " remove it"
+            )
         keys = ", ".join(message) or "none"
-        raise ValueError(f"message {number} has no 'content' (its keys: {keys}); rename the key that holds the text")
+        raise ValueError(
+            f"message {number} has no 'content' (its keys: {keys}); rename the key that holds the"
+            " text"
+        )
     present["content"] = _as_text(present["content"], number, joiner)
     _drop_equal_reasoning(present)
     return present, flag
@@ -88,10 +101,15 @@ def _modernise_function_call(message: Message) -> None:
 def _check_role(present: Message, message: Message, number: int) -> None:
     if "role" not in present:
         keys = ", ".join(message) or "none"
-        raise ValueError(f"message {number} has no 'role' (its keys: {keys}); rename the key that says who speaks")
+        raise ValueError(
+            f"message {number} has no 'role' (its keys: {keys}); rename the key that says who"
+            " speaks"
+        )
     if present["role"] not in ROLES:
         known = ", ".join(ROLES)
-        raise ValueError(f"message {number} has the unknown role {present['role']!r}; use one of {known}")
+        raise ValueError(
+            f"message {number} has the unknown role {present['role']!r}; use one of {known}"
+        )
 
 
 def _take_flag(message: Message, number: int) -> bool | None:
@@ -128,7 +146,10 @@ def _as_text(content: Any, number: int, joiner: Callable[[], str]) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ValueError(f"message {number}: content must be a string or a list of text parts, got {shown(content)}")
+        raise ValueError(
+            f"message {number}: content must be a string or a list of text parts, got"
+            f" {shown(content)}"
+        )
     texts = [_part_text(part, number) for part in content]
     return texts[0] if len(texts) == 1 else joiner().join(texts) if texts else ""
 
@@ -144,7 +165,9 @@ def _part_text(part: Any, number: int) -> str:
     rest = [k for k, v in part.items() if k not in ("type", "text", "cache_control") and v]
     if part.get("type", "text") != "text" or rest:
         what = ", ".join(rest) or f"type {part['type']!r}"
-        raise ValueError(f"message {number}: a content part has {what}, which is not text and would be left out")
+        raise ValueError(
+            f"message {number}: a content part has {what}, which is not text and would be left out"
+        )
     return part["text"]
 
 

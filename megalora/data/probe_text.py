@@ -8,10 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-_QUESTION, _ANSWER = (
-    "What is 17 + 25? Think step by step.",
-    "First add the ones: 7 + 5 = 12. Then the tens: 10 + 20 = 30. The sum is 42.",
-)
+_QUESTION = "What is 17 + 25? Think step by step."
+_ANSWER = "First add the ones: 7 + 5 = 12. Then the tens: 10 + 20 = 30. The sum is 42."
 _SYSTEM = "You are a helpful assistant."
 MAX_TOKENS = 64
 

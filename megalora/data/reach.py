@@ -86,9 +86,12 @@ def _is_whole(piece: Piece, number: int, rendered: Rendered) -> bool:
     return any(same_text(rendered.text[start:end], piece.text) for start, end in spans)
 
 
-def _reaches(conversation: Conversation, template: ChatTemplate, marked: Marked, number: int) -> bool:
+def _reaches(
+    conversation: Conversation, template: ChatTemplate, marked: Marked, number: int
+) -> bool:
     """Whether one piece reaches the text, by marking it alone."""
-    text, piece = marked.rendered.text, marked.pieces[number]
+    text = marked.rendered.text
+    piece = marked.pieces[number]
     alone = mark(conversation, marked.alphabet, {number})[0]
     rendered = _rendered(alone, template, marked.alphabet)
     if rendered is not None and rendered.text == text:
@@ -109,7 +112,9 @@ def _parameters(tree: Any) -> Iterator[str]:
             yield from _parameters(value)
 
 
-def _numbers_left_out(conversation: Conversation, template: ChatTemplate, text: str) -> Iterator[Piece]:
+def _numbers_left_out(
+    conversation: Conversation, template: ChatTemplate, text: str
+) -> Iterator[Piece]:
     """Numbers and truth values in the arguments of tool calls that the template does not print.
 
     Marks cannot be put around them. All numbers are replaced by others at once; truth values, and
@@ -178,7 +183,9 @@ def _with_values(conversation: Conversation, change: Callable[[int, Any], Any]) 
     return replace(conversation, messages=messages)
 
 
-def _flags_left_out(conversation: Conversation, template: ChatTemplate, text: str) -> Iterator[Piece]:
+def _flags_left_out(
+    conversation: Conversation, template: ChatTemplate, text: str
+) -> Iterator[Piece]:
     """Other keys of a message that hold a number or truth value: they must change the text."""
     for i, message in enumerate(conversation.messages):
         for key, value in message.items():
@@ -195,13 +202,19 @@ def _flags_left_out(conversation: Conversation, template: ChatTemplate, text: st
 
 
 _FIXES = {
-    "reasoning": "Use a chat template that prints it, or allow it: "
-    "data.allow_left_out=[reasoning] (counted and reported).",
-    "tool_calls": "Use a chat template that prints every tool call, or write calls into the content.",
+    "reasoning": (
+        "Use a chat template that prints it, or allow it: "
+        "data.allow_left_out=[reasoning] (counted and reported)."
+    ),
+    "tool_calls": (
+        "Use a chat template that prints every tool call, or write calls into the content."
+    ),
     "content": "Use a chat template that prints it (and messages of this role), or move the text.",
     "name": "Use a chat template that prints it, or allow it: data.allow_left_out=[name].",
     "tools": "Use a chat template that prints tools, or allow it: data.allow_left_out=[tools].",
-    "documents": "Use a chat template that prints documents, or allow it: data.allow_left_out=[documents].",
+    "documents": (
+        "Use a chat template that prints documents, or allow it: data.allow_left_out=[documents]."
+    ),
 }
 
 

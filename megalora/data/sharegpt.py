@@ -58,7 +58,8 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
             value = parsed_json(value)
         except ValueError as error:
             raise ValueError(
-                f"message {number}: a {_CALL} must hold JSON with name and arguments, got {shown(value)} ({error})"
+                f"message {number}: a {_CALL} must hold JSON with name and arguments, got"
+                f" {shown(value)} ({error})"
             ) from error
     calls = value if isinstance(value, list) else [value]
     return [{"type": "function", "function": call} for call in calls]

@@ -1,4 +1,5 @@
-"""Show what a run would learn from its data, for ``megalora data``: samples, lengths, what is left out."""
+"""Show what a run would learn from its data, for ``megalora data``: samples, lengths, what is left
+out."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -50,9 +51,13 @@ def _show_split(name: str, split: Split, tokenizer: Any, console: Console) -> No
     if name == "train":
         legend = "green is in the loss" if console.is_terminal else "[LOSS: ...] is in the loss"
         for number, sample in enumerate(split.samples[:_NUM_SAMPLES], 1):
-            targets = f"{sample.num_target_tokens:,} of {len(sample.input_ids):,} tokens in the loss"
+            targets = (
+                f"{sample.num_target_tokens:,} of {len(sample.input_ids):,} tokens in the loss"
+            )
             console.print(Text(f"\nsample {number} ({targets}; {legend})", "bold"), soft_wrap=True)
-            console.print(sample_text(sample, tokenizer, colour=console.is_terminal), soft_wrap=True)
+            console.print(
+                sample_text(sample, tokenizer, colour=console.is_terminal), soft_wrap=True
+            )
     console.print()
 
 

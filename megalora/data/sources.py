@@ -1,4 +1,5 @@
-"""A file or a data set of the Hugging Face hub -> rows, with an error that says where the file is wrong."""
+"""A file or a data set of the Hugging Face hub -> rows, with an error that says where the file is
+wrong."""
 
 import json
 import re
@@ -21,13 +22,17 @@ def read_rows(source: str) -> list[Row]:
     """All rows of a source, as dicts from column name to value.
 
     Args:
-        source: a .jsonl, .json or .parquet file, or a hub data set ``org/name[/config][:split]`` (split ``train``
-            unless said otherwise). May end in a slice, as in ``train.jsonl[:200]`` or ``org/name:test[100:200]``.
+        source: a .jsonl, .json or .parquet file, or a hub data set ``org/name[/config][:split]``
+            (split ``train``
+            unless said otherwise). May end in a slice, as in ``train.jsonl[:200]`` or
+            ``org/name:test[100:200]``.
     Raises:
         ValueError: no such file or data set, unreadable content (with file and line), or no rows.
     """
     found = locate(source)
-    name, start, stop = found.name, found.start, found.stop
+    name = found.name
+    start = found.start
+    stop = found.stop
     rows = read_hub(source, *found.hub) if found.file is None else _read_file(found.file)
     if not len(rows):
         raise ValueError(f"{name}: there are no rows in it")
@@ -56,32 +61,45 @@ class Location:
 
 
 def locate(source: str) -> Location:
-    """Take a source's text apart; raises ``ValueError`` for a file that is not there or is of a type that is not read."""
-    name, start, stop = source, None, None
+    """Take a source's text apart; raises ``ValueError`` for a file that is not there or is of a
+    type that is not read."""
+    name = source
+    start = None
+    stop = None
     if source.endswith("]"):
         if not (match := _SLICE.fullmatch(source)):
-            raise ValueError(f"{source}: the slice at the end is not understood; use [:200], [100:] or [10:20]")
+            raise ValueError(
+                f"{source}: the slice at the end is not understood; use [:200], [100:] or [10:20]"
+            )
         name = match["name"]
         start, stop = (int(bound) if bound else None for bound in match.group("start", "stop"))
     try:
         path = Path(name).expanduser()
-        is_folder, is_file = path.is_dir(), path.is_file()
+        is_folder = path.is_dir()
+        is_file = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a zero byte
         raise ValueError(f"{name[:200]!r} is not a path that can be looked up ({error})") from error
     if is_folder:
         raise ValueError(f"{name}: this is a folder; name one {', '.join(_SUFFIXES)} file in it")
     if is_file:
         if path.suffix not in _SUFFIXES:
-            raise ValueError(f"{name}: files of type {path.suffix!r} are not read; use {', '.join(_SUFFIXES)}")
+            raise ValueError(
+                f"{name}: files of type {path.suffix!r} are not read; use {', '.join(_SUFFIXES)}"
+            )
         return Location(name, start, stop, file=path)
     if path.suffix in _SUFFIXES:
-        raise ValueError(f"{name}: no such file (looked in {path.parent.resolve()}); correct data.train or data.eval")
+        raise ValueError(
+            f"{name}: no such file (looked in {path.parent.resolve()}); correct data.train or"
+            " data.eval"
+        )
     if not (match := _HUB.fullmatch(name)):
         raise ValueError(
-            f"{name!r} is neither a file nor the name of a hub data set.\n"
-            f"  Use a path ending in {', '.join(_SUFFIXES)}, or org/name, org/name:split, org/name/config:split."
+            f"{name!r} is neither a file nor the name of a hub data set.\n  Use a path ending in"
+            f" {', '.join(_SUFFIXES)}, or org/name, org/name:split, org/name/config:split."
         )
-    return Location(name, start, stop, hub=(match["name"], match["config"], match["split"] or "train"))
+    return Location(
+        name, start, stop, hub=(match["name"], match["config"], match["split"] or "train")
+    )
 
 
 def _read_file(path: Path) -> list[Row]:
@@ -93,12 +111,15 @@ def _read_file(path: Path) -> list[Row]:
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
-    with path.open("rb") as file:  # bytes: lines end at \n alone, and a bad byte is reported with its line
+    # bytes: lines end at \n alone, and a bad byte is reported with its line
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8-sig").strip()
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}, byte {error.start + 1})") from error
+                raise ValueError(
+                    f"{path}:{number}: not UTF-8 ({error.reason}, byte {error.start + 1})"
+                ) from error
             if not text:
                 continue
             row = _parsed(text, path, number)
@@ -139,7 +160,9 @@ def _read_json(path: Path) -> list[Row]:
         lists = {key: value for key, value in tree.items() if isinstance(value, list)}
         if len(lists) != 1:
             found = ", ".join(lists) or "none"
-            raise ValueError(f"{path}: a JSON object must hold exactly one list, the rows (lists found: {found})")
+            raise ValueError(
+                f"{path}: a JSON object must hold exactly one list, the rows (lists found: {found})"
+            )
         (tree,) = lists.values()
     if type(tree) is not list:
         raise ValueError(f"{path}: must be a list of objects, got {type(tree).__name__}")
@@ -182,9 +205,11 @@ def read_hub(source: str, name: str, config: str | None, split: str) -> "Dataset
         return cast("Dataset", datasets.load_dataset(name, config, split=split))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
-            f"{source}: no such file, and the hub data set {name} (config {config or 'default'}, split {split}) "
-            f"could not be loaded:\n  {error}"
+            f"{source}: no such file, and the hub data set {name} (config {config or 'default'},"
+            f" split {split}) could not be loaded:\n  {error}"
         ) from error
 
 
-_READERS: dict[str, Any] = dict(zip(_SUFFIXES, (_read_jsonl, _read_json, _read_parquet), strict=True))
+_READERS: dict[str, Any] = dict(
+    zip(_SUFFIXES, (_read_jsonl, _read_json, _read_parquet), strict=True)
+)

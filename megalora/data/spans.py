@@ -27,14 +27,18 @@ def learned_spans(conversation: Conversation, template: ChatTemplate, marked: Ma
     turns = Turns(conversation, template, marked)
     if template.marks_assistant(conversation):
         return _marked_spans(conversation, template, turns)
-    return [span for i in conversation.assistants if conversation.learned[i] if (span := turns.span(i))]
+    return [
+        span for i in conversation.assistants if conversation.learned[i] if (span := turns.span(i))
+    ]
 
 
 class Turns:
     """Beginning and end of each message in the text of one conversation."""
 
     def __init__(self, conversation: Conversation, template: ChatTemplate, marked: Marked) -> None:
-        self.conversation, self.template, self.marked = conversation, template, marked
+        self.conversation = conversation
+        self.template = template
+        self.marked = marked
         self.text = marked.rendered.text
 
     def span(self, i: int) -> Span | None:
@@ -159,7 +163,8 @@ class Turns:
 
     def _opener(self, i: int) -> str | None:
         """The special token that opens a generation prompt."""
-        plain, prompted = self._rendered(i), self._rendered(i, generation_prompt=True)
+        plain = self._rendered(i)
+        prompted = self._rendered(i, generation_prompt=True)
         if plain is None or prompted is None or not prompted.text.startswith(plain.text):
             return None
         match = self.template.special.match(prompted.text[len(plain.text) :].lstrip())
@@ -285,7 +290,8 @@ def _common_prefix(text: str, place: int, other: str) -> int:
     if text.startswith(other, place):
         return len(other)
     # Halving compares each character about twice, and does so in C.
-    agreed, most = 0, min(len(other), len(text) - place)
+    agreed = 0
+    most = min(len(other), len(text) - place)
     while agreed < most:
         middle = (agreed + most + 1) // 2
         if text.startswith(other[agreed:middle], place + agreed):

@@ -60,12 +60,17 @@ class Split:
         reasons = []
         if self.num_too_long:
             limit = f"data.max_length={self.max_length}"
-            reasons.append(f"{self.num_too_long:,} longer than {limit} were left out (longest {self.longest:,})")
+            reasons.append(
+                f"{self.num_too_long:,} longer than {limit} were left out (longest"
+                f" {self.longest:,})"
+            )
         if self.num_no_target:
             reasons.append(f"{self.num_no_target:,} without a token in the loss were left out")
         kinds = Counter(kind for sample in self.samples for kind in sample.left_out)
         for kind, count in kinds.items():
-            reasons.append(f"{count:,} lost their {kind} to the chat template (data.allow_left_out)")
+            reasons.append(
+                f"{count:,} lost their {kind} to the chat template (data.allow_left_out)"
+            )
         if endless := sum(not sample.stops for sample in self.samples):
             reasons.append(
                 f"{endless:,} have no end-of-turn token in the loss behind the last answer: "
@@ -73,13 +78,13 @@ class Split:
             )
         if opened := sum(sample.stops and sample.num_open > 0 for sample in self.samples):
             reasons.append(
-                f"{opened:,} have no end-of-turn token in the loss behind an answer before the last: "
-                "the model will not learn to stop there"
+                f"{opened:,} have no end-of-turn token in the loss behind an answer before the"
+                " last: the model will not learn to stop there"
             )
         if unmarked := sum(sample.num_unmarked for sample in self.samples):
             reasons.append(
-                f"{unmarked:,} answers are not learned, or not whole, because the chat template does "
-                "not mark them as generated ({% generation %})"
+                f"{unmarked:,} answers are not learned, or not whole, because the chat template"
+                " does not mark them as generated ({% generation %})"
             )
         if self.unused_columns:
             reasons.append(f"columns not used: {', '.join(self.unused_columns)}")
@@ -216,7 +221,9 @@ def _refusals(refused: Mapping[int, str], num_rows: int) -> str:
         kinds.setdefault(_PARTICULARS.sub("#", reason), []).append(number)
     lines = [f"{len(refused):,} of {num_rows:,} rows are refused"]
     for numbers in sorted(kinds.values(), key=len, reverse=True):
-        first = ", ".join(map(str, numbers[:_NUM_NAMED])) + (", ..." if numbers[_NUM_NAMED:] else "")
+        first = ", ".join(map(str, numbers[:_NUM_NAMED])) + (
+            ", ..." if numbers[_NUM_NAMED:] else ""
+        )
         reason = refused[numbers[0]].replace("\n", "\n  ")
         lines.append(f"  {len(numbers):,} (rows {first}): {reason}")
     return "\n".join(lines)
@@ -227,19 +234,22 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
 
     Args:
         split: at least two samples.
-        eval: how many samples (int) or which fraction of them (float between 0 and 1; at least one sample).
+        eval: how many samples (int) or which fraction of them (float between 0 and 1; at least one
+            sample).
         seed: of the choice.
     Raises:
         ValueError: nothing would be left on one of the sides.
     """
     num_samples = len(split.samples)
     if isinstance(eval, bool) or (isinstance(eval, float) and not 0 < eval < 1):
-        raise ValueError(f"data.eval={eval} is neither a count (integer) nor a fraction between 0 and 1")
+        raise ValueError(
+            f"data.eval={eval} is neither a count (integer) nor a fraction between 0 and 1"
+        )
     num_eval = max(1, round(eval * num_samples)) if isinstance(eval, float) else int(eval)
     if not 1 <= num_eval < num_samples:
         raise ValueError(
-            f"data.eval={eval} would hold out {num_eval} of the {num_samples} samples of {split.source}.\n"
-            f"  Choose between 1 and {num_samples - 1}, or name another file."
+            f"data.eval={eval} would hold out {num_eval} of the {num_samples} samples of"
+            f" {split.source}.\n  Choose between 1 and {num_samples - 1}, or name another file."
         )
     # The third word keeps this choice apart from the order of any epoch.
     held_out = set(permutation(num_samples, seed, 0, 1)[:num_eval].tolist())
@@ -247,11 +257,14 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
     for index, sample in enumerate(split.samples):
         parts[index in held_out].append(sample)
     name = f"{split.source} (held out)"
-    return replace(split, samples=parts[0]), Split(name, split.max_length, parts[1], longest=split.longest)
+    return replace(split, samples=parts[0]), Split(
+        name, split.max_length, parts[1], longest=split.longest
+    )
 
 
 def permutation(num_samples: int, seed: int, *stream: int) -> np.ndarray:
-    """Sorting raw bits, because numpy freezes its bit generators across versions but not ``Generator.permutation``."""
+    """Sorting raw bits, because numpy freezes its bit generators across versions but not
+    ``Generator.permutation``."""
     if seed < 0:
         raise ValueError(f"data.seed must not be negative, got {seed}")
     return np.argsort(np.random.PCG64([seed, *stream]).random_raw(num_samples), kind="stable")

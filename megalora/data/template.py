@@ -93,7 +93,8 @@ class ChatTemplate:
         return str(texts[0]), blocks[0] if blocks else []
 
     def check_options(self, conversation: Conversation) -> None:
-        """Raise ``ValueError`` for an option that the template does not read, unless it is empty."""
+        """Raise ``ValueError`` for an option that the template does not read, unless it is
+        empty."""
         source = self.source(conversation)
         for name, value in conversation.options.items():
             if value in ("", [], {}):
@@ -117,7 +118,8 @@ class ChatTemplate:
         A template that expects strings prints a list as Python would, or fails; servers join the
         parts by a line break then, and so does this.
         """
-        first, second = "first part", "second part"
+        first = "first part"
+        second = "second part"
         parts = [{"type": "text", "text": text} for text in (first, second)]
         for role in ("user", "system"):
             probe = Conversation(messages=[{"role": role, "content": parts}])

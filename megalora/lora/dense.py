@@ -26,9 +26,14 @@ class ColumnLoRA(nn.Module):
     result   [S, B, out/t]       dim 2
     """
 
-    def __init__(self, base: nn.Module, factors: LoRAFactors, tp: ProcessGroup, dropout: float) -> None:
+    def __init__(
+        self, base: nn.Module, factors: LoRAFactors, tp: ProcessGroup, dropout: float
+    ) -> None:
         super().__init__()
-        self.base, self.factors, self.tp, self.dropout = base, factors, tp, dropout
+        self.base = base
+        self.factors = factors
+        self.tp = tp
+        self.dropout = dropout
 
     @property
     def weight(self) -> Any:  # Megatron reads output_layer.weight when embeddings are tied
@@ -51,9 +56,14 @@ class RowLoRA(nn.Module):
     result   [S/t, B, out]       dim 0
     """
 
-    def __init__(self, base: nn.Module, factors: LoRAFactors, tp: ProcessGroup, dropout: float) -> None:
+    def __init__(
+        self, base: nn.Module, factors: LoRAFactors, tp: ProcessGroup, dropout: float
+    ) -> None:
         super().__init__()
-        self.base, self.factors, self.tp, self.dropout = base, factors, tp, dropout
+        self.base = base
+        self.factors = factors
+        self.tp = tp
+        self.dropout = dropout
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         out, bias = self.base(x, *args, **kwargs)

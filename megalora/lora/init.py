@@ -1,4 +1,5 @@
-"""Initial adapter values as a function of (seed, tensor name), so that every layout starts from the same adapter."""
+"""Initial adapter values as a function of (seed, tensor name), so that every layout starts from the
+same adapter."""
 
 import hashlib
 import math
@@ -12,7 +13,8 @@ from megalora.lora.spec import tensor_name
 def initial_a(seed: int, hf_module: str, rank: int, in_features: int) -> Tensor:
     """The whole A of one HF linear, ``[rank, in_features]`` float32 on the CPU; B starts at zero.
 
-    Kaiming-uniform with a = sqrt(5), as in PEFT: uniform in ±1/sqrt(in_features), fan-in of this matrix alone.
+    Kaiming-uniform with a = sqrt(5), as in PEFT: uniform in ±1/sqrt(in_features), fan-in of this
+    matrix alone.
     """
     digest = hashlib.sha256(f"{seed}:{tensor_name(hf_module, 'A')}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

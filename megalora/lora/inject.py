@@ -23,13 +23,16 @@ DENSE = {"column": ColumnLoRA, "row": RowLoRA}
 
 
 def inject(
-    chunks: list[nn.Module], adapted: list[Adapted], shape: ModelShape, lora: LoRAConfig, groups: Groups,
+    chunks: list[nn.Module], adapted: list[Adapted], shape: ModelShape, lora: LoRAConfig,
+    groups: Groups,
     *, seed: int, dtype: torch.dtype, rows_per_expert: float = 0.0,
 ) -> list[Piece]:  # fmt: skip
-    """Replace every adapted module of this rank's chunks; returns the adapter tensors this rank holds parts of.
+    """Replace every adapted module of this rank's chunks; returns the adapter tensors this rank
+    holds parts of.
 
-    ``rows_per_expert`` are those expected of a microbatch (``ModelShape.rows_per_expert``): from some number on the experts'
-    weights get room for their adapters. 0, for what is not trained: they get none.
+    ``rows_per_expert`` are those expected of a microbatch (``ModelShape.rows_per_expert``): from
+    some number on the experts' weights get room for their adapters. 0, for what is not trained:
+    they get none.
     """
     wanted: dict[tuple[int | None, str], list[Adapted]] = defaultdict(list)
     for a in adapted:
@@ -39,20 +42,34 @@ def inject(
     def factors(layer: int | None, module: str) -> LoRAFactors | None:
         if (layer, module) not in wanted:
             return None
-        fused = [p for p in (HEAD if layer is None else layer_projections(shape, layer)) if p.module == module]
+        fused = [
+            p
+            for p in (HEAD if layer is None else layer_projections(shape, layer))
+            if p.module == module
+        ]
         return LoRAFactors(wanted[layer, module], fused, shape, groups, **settings)
 
     for chunk in chunks:
         for layer in chunk.decoder.layers:  # pyright: ignore
-            _adapt_layer(layer, layer.layer_number - 1, shape, factors, groups, lora.dropout, rows_per_expert)
-        if getattr(chunk, "output_layer", None) is not None and (head := factors(None, "output_layer")):
+            _adapt_layer(
+                layer, layer.layer_number - 1, shape, factors, groups, lora.dropout, rows_per_expert
+            )
+        if getattr(chunk, "output_layer", None) is not None and (
+            head := factors(None, "output_layer")
+        ):
             chunk.output_layer = ColumnLoRA(chunk.output_layer, head, groups.tp, lora.dropout)  # pyright: ignore
     found = [m for chunk in chunks for m in chunk.modules() if isinstance(m, LoRAFactors)]
     return [piece for module in found for piece in module.pieces()]
 
 
 def _adapt_layer(
-    layer: Any, number: int, shape: ModelShape, factors: Any, groups: Groups, dropout: float, rows_per_expert: float
+    layer: Any,
+    number: int,
+    shape: ModelShape,
+    factors: Any,
+    groups: Groups,
+    dropout: float,
+    rows_per_expert: float,
 ) -> None:
     for module, kind in {p.module: p.kind for p in layer_projections(shape, number)}.items():
         if kind in DENSE and (found := factors(number, module)):
@@ -62,15 +79,18 @@ def _adapt_layer(
     mlp = layer.mlp
     if router := factors(number, "mlp.router"):
         mlp.router = RouterLoRA(mlp.router, router, dropout)
-    gate_up, down = factors(number, "mlp.experts.gate_up"), factors(number, "mlp.experts.down")
+    gate_up = factors(number, "mlp.experts.gate_up")
+    down = factors(number, "mlp.experts.down")
     if gate_up or down:
         mlp.experts = ExpertsLoRA(mlp.experts, gate_up, down, dropout, rows_per_expert)
 
 
 def check_coverage(adapted: list[Adapted], pieces: list[Piece]) -> None:
-    """Compare what the table demands with what exists over all ranks; raises ``RuntimeError`` that names what differs.
+    """Compare what the table demands with what exists over all ranks; raises ``RuntimeError`` that
+    names what differs.
 
-    A bit for each tensor of the table travels, not its name: names of 36,864 tensors from each of 512 ranks are 1.4 GB.
+    A bit for each tensor of the table travels, not its name: names of 36,864 tensors from each of
+    512 ranks are 1.4 GB.
     """
     number = {name: i for i, name in enumerate(expected_tensors(adapted))}
     surplus = {piece.name for piece in pieces} - number.keys()
@@ -82,7 +102,9 @@ def check_coverage(adapted: list[Adapted], pieces: list[Piece]) -> None:
     *found, any_surplus = everywhere.tolist()
     missing = [name for name, there in zip(number, found, strict=True) if not there]
     if missing:
-        raise RuntimeError(f"{len(missing)} adapter tensors were not adapted: {', '.join(sorted(missing)[:5])}")
+        raise RuntimeError(
+            f"{len(missing)} adapter tensors were not adapted: {', '.join(sorted(missing)[:5])}"
+        )
     if any_surplus:
         named: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(named, surplus)
@@ -91,16 +113,22 @@ def check_coverage(adapted: list[Adapted], pieces: list[Piece]) -> None:
 
 
 def write_manifest(path: Path, adapted: list[Adapted]) -> None:
-    """Every adapted projection with its tensors counted, layer by layer; written once coverage is proved."""
+    """Every adapted projection with its tensors counted, layer by layer; written once coverage is
+    proved."""
     rows = [
         {
-            "module": a.hf_module("*") if a.num_experts else a.hf_module(), "layer": a.layer, "experts": a.num_experts or None,  # type: ignore
-            "rank": a.rank, "alpha": a.alpha, "scale": a.scale, "A": a.shape("A"), "B": a.shape("B"),
+            "module": a.hf_module("*") if a.num_experts else a.hf_module(),  # type: ignore
+            "layer": a.layer, "experts": a.num_experts or None,
+            "rank": a.rank, "alpha": a.alpha, "scale": a.scale, "A": a.shape("A"),
+            "B": a.shape("B"),
             "tensors": 2 * len(a.hf_modules()), "parameters": a.num_parameters(),
         }
         for a in adapted
     ]  # fmt: skip
-    total = {"tensors": sum(r["tensors"] for r in rows), "parameters": sum(r["parameters"] for r in rows)}
+    total = {
+        "tensors": sum(r["tensors"] for r in rows),
+        "parameters": sum(r["parameters"] for r in rows),
+    }
     path.write_text(json.dumps({"total": total, "adapted": rows}, indent=1) + "\n")
 
 
@@ -118,10 +146,13 @@ class _Parts:
         self.views[number, piece.parameter, index] = None
 
     def to(self, device: torch.device) -> None:
-        self.numbers = torch.tensor([number for number, _, _ in self.views], dtype=torch.int64, device=device)
+        self.numbers = torch.tensor(
+            [number for number, _, _ in self.views], dtype=torch.int64, device=device
+        )
 
     def mark_nonzero(self, alive: Tensor) -> None:
-        """Count up ``alive[number]`` where a projection has a gradient that is not zero; nothing is read on the host."""
+        """Count up ``alive[number]`` where a projection has a gradient that is not zero; nothing is
+        read on the host."""
         if self.views:
             found = [parameter.main_grad[index].any() for _, parameter, index in self.views]  # type: ignore
             alive.index_add_(0, self.numbers, torch.stack(found).to(alive.dtype))
@@ -130,12 +161,14 @@ class _Parts:
 class GradientCheck:
     """Stops a run in which some group of factors cannot learn.
 
-    B's gradient is non-zero from the first step on; A's once a step has moved B off zero. A group is one projection of
-    one layer, all experts together: single experts may have had no token.
+    B's gradient is non-zero from the first step on; A's once a step has moved B off zero. A group
+    is one projection of one layer, all experts together: single experts may have had no token.
     """
 
     def __init__(self, adapted: list[Adapted], pieces: list[Piece]) -> None:
-        self.labels = [f"layer {a.layer} {a.name}" if a.layer is not None else a.name for a in adapted]
+        self.labels = [
+            f"layer {a.layer} {a.name}" if a.layer is not None else a.name for a in adapted
+        ]
         number = {m: i for i, a in enumerate(adapted) for m in a.hf_modules()}
         self.parts = {"A": _Parts(), "B": _Parts()}
         for piece in pieces:
@@ -146,7 +179,8 @@ class GradientCheck:
         self.pending = {"B", "A"}
 
     def after_backward(self, b_has_moved: bool) -> None:
-        """Look at ``main_grad`` once per factor; collective over the world until both factors have been seen."""
+        """Look at ``main_grad`` once per factor; collective over the world until both factors have
+        been seen."""
         for factor in sorted(self.pending & ({"B", "A"} if b_has_moved else {"B"})):
             alive = torch.zeros(len(self.labels), dtype=torch.int32, device=host.device())
             self.parts[factor].mark_nonzero(alive)
@@ -154,8 +188,9 @@ class GradientCheck:
             dead = [label for label, ok in zip(self.labels, alive.tolist(), strict=True) if not ok]
             if dead:
                 raise RuntimeError(
-                    f"the gradient of {factor} is exactly zero for {len(dead)} of {len(self.labels)} adapted projections "
-                    f"({', '.join(dead[:5])}): they would never train. This is a bug in the model or the layout; please report it."
+                    f"the gradient of {factor} is exactly zero for {len(dead)} of"
+                    f" {len(self.labels)} adapted projections ({', '.join(dead[:5])}): they would"
+                    " never train. This is a bug in the model or the layout; please report it."
                 )
             self.pending.discard(factor)
 
@@ -164,4 +199,7 @@ def trainable_summary(adapted: list[Adapted], shape: ModelShape) -> str:
     """The line PEFT prints."""
     trainable = sum(a.num_parameters() for a in adapted)
     total = trainable + shape.num_parameters()
-    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
+    return (
+        f"trainable params: {trainable:,} || all params: {total:,} || trainable%:"
+        f" {100 * trainable / total:.4f}"
+    )

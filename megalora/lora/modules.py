@@ -22,5 +22,8 @@ def other_modules(shape: ModelShape) -> dict[str, tuple[int, int]]:
     """HF module name -> (out, in) of what PEFT and vLLM adapt and megalora does not."""
     found = {EMBEDDING: (shape.hidden, shape.vocab)}
     if shape.shared_intermediate:
-        found |= {f"model.layers.{layer}.mlp.shared_expert_gate": (1, shape.hidden) for layer in shape.moe_layers}
+        found |= {
+            f"model.layers.{layer}.mlp.shared_expert_gate": (1, shape.hidden)
+            for layer in shape.moe_layers
+        }
     return found

@@ -20,7 +20,9 @@ class RouterLoRA(nn.Module):
 
     def __init__(self, base: Any, factors: LoRAFactors, dropout: float) -> None:
         super().__init__()
-        self.base, self.factors, self.dropout = base, factors, dropout
+        self.base = base
+        self.factors = factors
+        self.dropout = dropout
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         logits = self.base.gating(x)

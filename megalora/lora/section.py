@@ -11,18 +11,23 @@ from megalora.model.shape import ModelShape
 
 
 def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
-    """Options of ``LoRAConfig``, defaults left out, that ``resolve`` turns into ``adapted``, ranks and scales included."""
+    """Options of ``LoRAConfig``, defaults left out, that ``resolve`` turns into ``adapted``, ranks
+    and scales included."""
     layers_of: dict[Projection, dict[int | None, Adapted]] = defaultdict(dict)
     for a in adapted:
         layers_of[a.projection][a.layer] = a
-    projections = {p for layer in range(shape.num_layers) for p in layer_projections(shape, layer)} | set(HEAD)
+    projections = {
+        p for layer in range(shape.num_layers) for p in layer_projections(shape, layer)
+    } | set(HEAD)
     rank, alpha = most_common([(a.rank, _alpha(a)) for a in adapted])
     targets: list[str] = []
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     for projection, own in layers_of.items():
         alone = sum(p.name == projection.name for p in projections) == 1
-        possible = {n for n in range(shape.num_layers) if projection in layer_projections(shape, n)} or {None}
+        possible = {
+            n for n in range(shape.num_layers) if projection in layer_projections(shape, n)
+        } or {None}
         whole = own.keys() == possible
         targets.append(_key(projection, None if whole else list(own), alone))
         groups: dict[tuple[int, float], list[int | None]] = defaultdict(list)
@@ -37,7 +42,9 @@ def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
     section = {"rank": rank, "alpha": alpha, "target_modules": targets}
     section |= {"rank_pattern": rank_pattern} if rank_pattern else {}
     section |= {"alpha_pattern": alpha_pattern} if alpha_pattern else {}
-    assert not differing(settings(resolve(LoRAConfig(**section), shape)), settings(adapted)), section
+    assert not differing(settings(resolve(LoRAConfig(**section), shape)), settings(adapted)), (
+        section
+    )
     return section
 
 
@@ -47,8 +54,11 @@ def settings(adapted: list[Adapted]) -> list[list[Any]]:
 
 
 def differing(ours: list[list[Any]], theirs: list[list[Any]]) -> list[str]:
-    """HF modules that only one of two lists of ``settings`` has, or both with another rank or scale."""
-    tables = [{(hf, layer): (rank, scale) for hf, layer, rank, scale in rows} for rows in (ours, theirs)]
+    """HF modules that only one of two lists of ``settings`` has, or both with another rank or
+    scale."""
+    tables = [
+        {(hf, layer): (rank, scale) for hf, layer, rank, scale in rows} for rows in (ours, theirs)
+    ]
     apart = []
     for hf, layer in sorted(tables[0].keys() | tables[1].keys(), key=str):
         a, b = (table.get((hf, layer)) for table in tables)

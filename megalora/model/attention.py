@@ -17,15 +17,27 @@ class SDPACoreAttention(nn.Module):
     Samples are padded on the right, so the causal mask alone keeps padding out of every real token.
     """
 
-    def __init__(self, config: Any, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Any, *args: Any, softmax_scale: float | None = None, **kwargs: Any
+    ) -> None:
         super().__init__()
-        self.scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
+        self.scale = (
+            softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
+        )
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
     ) -> Tensor:
         """query ``[S, B, h, d]``, key and value ``[S, B, g, d]``; returns ``[S, B, h * d]``."""
-        assert packed_seq_params is None, "packed sequences need a mask that this attention does not build"
+        assert packed_seq_params is None, (
+            "packed sequences need a mask that this attention does not build"
+        )
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]

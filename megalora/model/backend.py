@@ -1,4 +1,5 @@
-"""Which modules Megatron's GPTModel is built from: torch-native, nothing that needs a GPU or Transformer Engine."""
+"""Which modules Megatron's GPTModel is built from: torch-native, nothing that needs a GPU or
+Transformer Engine."""
 
 from functools import partial
 from typing import Any
@@ -17,7 +18,10 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -32,19 +36,22 @@ from megalora.model.experts import FusedExperts
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * weight``. Frozen, so sequence parallelism needs nothing of it; Megatron's own refuses that."""
+    """``x / rms(x) * weight``. Frozen, so sequence parallelism needs nothing of it; Megatron's own
+    refuses that."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         weight = torch.ones(hidden_size, dtype=config.params_dtype, device=host.device())
-        self.weight, self.eps = nn.Parameter(weight, requires_grad=False), eps
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 class FrozenRouter(TopKRouter):
-    """Megatron's top-k router without the weight gradient that its own gating computes even for a frozen weight."""
+    """Megatron's top-k router without the weight gradient that its own gating computes even for a
+    frozen weight."""
 
     def gating(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight)
@@ -65,7 +72,9 @@ class BiasedRowParallelLinear(RowParallelLinear):
 class TorchBackend(LocalSpecProvider):
     """Megatron's local back end with our norm, attention and experts."""
 
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+    def layer_norm(
+        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
+    ) -> Any:
         return RMSNorm
 
     def core_attention(self) -> type:
@@ -76,7 +85,8 @@ class TorchBackend(LocalSpecProvider):
 
 
 def layer_spec(config: Any, num_experts: int | None, *, o_bias: bool = False) -> ModuleSpec:
-    """One decoder layer; a dense MLP where ``num_experts`` is None, a bias on attention's output projection with ``o_bias``."""
+    """One decoder layer; a dense MLP where ``num_experts`` is None, a bias on attention's output
+    projection with ``o_bias``."""
     backend = TorchBackend()
     norm = backend.layer_norm(rms_norm=True)
     qk_norm = norm if config.qk_layernorm else IdentityOp
@@ -90,7 +100,9 @@ def layer_spec(config: Any, num_experts: int | None, *, o_bias: bool = False) ->
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_parallel_linear(),
                     core_attention=backend.core_attention(),
-                    linear_proj=BiasedRowParallelLinear if o_bias else backend.row_parallel_linear(),
+                    linear_proj=(
+                        BiasedRowParallelLinear if o_bias else backend.row_parallel_linear()
+                    ),
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
@@ -106,20 +118,28 @@ def layer_spec(config: Any, num_experts: int | None, *, o_bias: bool = False) ->
 def _mlp(backend: TorchBackend, num_experts: int | None) -> Any:
     if num_experts is None:
         return get_mlp_module_spec_for_backend(backend=backend)
-    linears = MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
-    experts, shared = backend.grouped_mlp_modules(True), partial(SharedExpertMLP, submodules=linears)
+    linears = MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
+    )
+    experts = backend.grouped_mlp_modules(True)
+    shared = partial(SharedExpertMLP, submodules=linears)
     return partial(
-        RoutedMoELayer, submodules=MoESubmodules(experts=experts, router=FrozenRouter, shared_experts=shared)
+        RoutedMoELayer,
+        submodules=MoESubmodules(experts=experts, router=FrozenRouter, shared_experts=shared),
     )
 
 
-def block_spec(config: Any, vp_stage: int | None = None, *, o_bias: bool = False) -> TransformerBlockSubmodules:
-    """The decoder layers of this pipeline stage and chunk; ``config.moe_layer_freq`` says which are MoE."""
+def block_spec(
+    config: Any, vp_stage: int | None = None, *, o_bias: bool = False
+) -> TransformerBlockSubmodules:
+    """The decoder layers of this pipeline stage and chunk; ``config.moe_layer_freq`` says which are
+    MoE."""
     dense = layer_spec(config, None, o_bias=o_bias)
     moe = layer_spec(config, config.num_moe_experts, o_bias=o_bias)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     is_moe = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
     return TransformerBlockSubmodules(
-        layer_specs=[moe if is_moe[i] else dense for i in range(first, first + count)], layer_norm=RMSNorm
+        layer_specs=[moe if is_moe[i] else dense for i in range(first, first + count)],
+        layer_norm=RMSNorm,
     )

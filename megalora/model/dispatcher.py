@@ -1,8 +1,9 @@
 """Token dispatchers that leave sorting rows by expert to the kernels that read them.
 
-Megatron's dispatcher writes the tokens k times over, sorted by expert, before the experts run, and copies counts to the host
-for it. Here the experts get rows as they are with a ``Routing`` that says whose they are: without expert parallelism the hidden
-states themselves, gathered as they are read and never written; with it the rows as the all-to-all delivered them.
+Megatron's dispatcher writes the tokens k times over, sorted by expert, before the experts run, and
+copies counts to the host for it. Here the experts get rows as they are with a ``Routing`` that says
+whose they are: without expert parallelism the hidden states themselves, gathered as they are read
+and never written; with it the rows as the all-to-all delivered them.
 
     T  tokens of this rank      k  experts per token      M  rows of this rank's experts      E  experts      H  hidden
 """
@@ -15,20 +16,27 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
 from torch import Tensor
 
 NOT_KEPT = (
-    "moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_router_padding_for_quantization",
+    "moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity",
+    "moe_router_padding_for_quantization",
     "moe_shared_expert_overlap",
 )  # fmt: skip
 """Settings of Megatron's that its own dispatchers act on."""
 
 
 class LocalDispatcher(MoETokenDispatcher):
-    """For a rank that holds all experts whole (EP = ETP = 1): nothing moves, and nothing waits for the device."""
+    """For a rank that holds all experts whole (EP = ETP = 1): nothing moves, and nothing waits for
+    the device."""
 
-    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
         self.hidden_shape = hidden_states.shape
         self.routing, values_M = route_values(routing_map, probs, self.config.moe_router_topk)
         return hidden_states.reshape(-1, self.hidden_shape[-1]), values_M
@@ -36,7 +44,9 @@ class LocalDispatcher(MoETokenDispatcher):
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         return hidden_states, probs
 
-    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Routing, Tensor]:
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Routing, Tensor]:
         return hidden_states, self.routing, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
@@ -50,23 +60,37 @@ class LocalDispatcher(MoETokenDispatcher):
 
 
 class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
-    """Megatron's all-to-all; both sorts around it are ours: by expert before it, and as a ``Routing`` behind it.
+    """Megatron's all-to-all; both sorts around it are ours: by expert before it, and as a
+    ``Routing`` behind it.
 
-    Gradients of the sorts gather instead of scattering, so that they add up in the same order on every run.
+    Gradients of the sorts gather instead of scattering, so that they add up in the same order on
+    every run.
     """
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         counts_E = super().preprocess(routing_map)
-        # [ranks that send, experts of this rank], before Megatron moves it to the host; None with one expert per rank.
-        counts = self.num_global_tokens_per_local_expert if self.num_local_experts > 1 else counts_E[None]
+        # [ranks that send, experts of this rank], before Megatron moves it to the host; None with
+        # one expert per rank.
+        counts = (
+            self.num_global_tokens_per_local_expert
+            if self.num_local_experts > 1
+            else counts_E[None]
+        )
         self.counts_RE = counts.to(routing_map.device)
         return counts_E
 
-    def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        # Nothing that carries a graph: of a recomputed layer it would keep all until the layer's next forward.
-        self.hidden_shape, self.probs_dtype, self.routing_map = hidden_states.shape, probs.dtype, routing_map
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # Nothing that carries a graph: of a recomputed layer it would keep all until the layer's
+        # next forward.
+        self.hidden_shape = hidden_states.shape
+        self.probs_dtype = probs.dtype
+        self.routing_map = routing_map
         self.tokens_per_expert = self.preprocess(routing_map)
-        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
+            "before_permutation_1", self.tokens_per_expert
+        )
         self.sending, values_M = route_values(routing_map, probs, self.config.moe_router_topk)
         return permute(hidden_states.reshape(-1, self.hidden_shape[-1]), self.sending), values_M
 
@@ -74,7 +98,9 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         if self.tp_size > 1:
             sizes = None if self.output_splits_tp is None else self.output_splits_tp.tolist()
             global_input_tokens, global_probs = (
-                gather_from_sequence_parallel_region(t, group=self.tp_group, output_split_sizes=sizes)
+                gather_from_sequence_parallel_region(
+                    t, group=self.tp_group, output_split_sizes=sizes
+                )
                 for t in (global_input_tokens, global_probs)
             )
         return global_input_tokens, *regroup_values(self.counts_RE, global_probs)
@@ -84,7 +110,9 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
             return hidden_states
         sizes = None if self.output_splits_tp is None else self.output_splits_tp.tolist()
         wide = hidden_states.to(self.probs_dtype)
-        summed = reduce_scatter_to_sequence_parallel_region(wide, group=self.tp_group, input_split_sizes=sizes)
+        summed = reduce_scatter_to_sequence_parallel_region(
+            wide, group=self.tp_group, input_split_sizes=sizes
+        )
         return summed.to(hidden_states.dtype)
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
@@ -96,7 +124,9 @@ class RoutedMoELayer(MoELayer):
 
     def __init__(self, config: Any, **kwargs: Any) -> None:
         for name in NOT_KEPT:
-            assert not getattr(config, name, None), f"{name} is not implemented by these dispatchers"
+            assert not getattr(config, name, None), (
+                f"{name} is not implemented by these dispatchers"
+            )
         super().__init__(config=config, **kwargs)
         groups = kwargs.get("pg_collection")
         settings = {"config": self.config, "pg_collection": groups}

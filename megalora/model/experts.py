@@ -24,13 +24,20 @@ class FusedExperts(MegatronModule):
     output      [T, H]                under ETP a partial sum, which the dispatcher reduces
     """
 
-    def __init__(self, num_local_experts: int, config: Any, *, pg_collection: Any, name: str | None = None) -> None:
+    def __init__(
+        self, num_local_experts: int, config: Any, *, pg_collection: Any, name: str | None = None
+    ) -> None:
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
-        features, hidden = config.moe_ffn_hidden_size // pg_collection.expt_tp.size(), config.hidden_size
+        features = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        hidden = config.hidden_size
         empty = {"dtype": config.params_dtype, "device": host.device()}
-        self.gate_up = nn.Parameter(torch.empty(num_local_experts, 2 * features, hidden, **empty), requires_grad=False)
-        self.down = nn.Parameter(torch.empty(num_local_experts, hidden, features, **empty), requires_grad=False)
+        self.gate_up = nn.Parameter(
+            torch.empty(num_local_experts, 2 * features, hidden, **empty), requires_grad=False
+        )
+        self.down = nn.Parameter(
+            torch.empty(num_local_experts, hidden, features, **empty), requires_grad=False
+        )
         self.recompute = False
         """Compute gate_up again in backward instead of keeping it."""
         self.joined: dict[str, Joined] = {}
@@ -38,7 +45,8 @@ class FusedExperts(MegatronModule):
     def gains_from_room(self, rows_per_expert: float, rank: int) -> bool:
         """Whether the back end that wants adapters beside the weights will be the one taken here.
 
-        All ranks of a run decide alike: rows are those expected of the config, not those of a microbatch.
+        All ranks of a run decide alike: rows are those expected of the config, not those of a
+        microbatch.
 
         Args:
             rows_per_expert: expected of a microbatch (``ModelShape.rows_per_expert``).
@@ -46,7 +54,9 @@ class FusedExperts(MegatronModule):
         """
         weight = self.down
         layer = (weight.shape[1], weight.shape[2])
-        return weight.is_cuda and prefers_grouped_mm(weight.dtype, weight.device, rows_per_expert, rank, layer)
+        return weight.is_cuda and prefers_grouped_mm(
+            weight.dtype, weight.device, rows_per_expert, rank, layer
+        )
 
     def make_room(self, gate_up_rank: int, down_rank: int) -> None:
         """Move the weights to where adapters of these ranks (0: none) can lie beside them.
@@ -66,11 +76,15 @@ class FusedExperts(MegatronModule):
         self, x_TH: Tensor, routing: Routing, probs_M: Tensor,
         gate_up: Adapter | None = None, down: Adapter | None = None, dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
-        """``down(silu(gate(x)) * up(x) * probs)`` for every row and summed per token, with optional adapters."""
+        """``down(silu(gate(x)) * up(x) * probs)`` for every row and summed per token, with optional
+        adapters."""
         for name, joined in self.joined.items():
-            assert getattr(self, name).data_ptr() == joined.weight.data_ptr(), f"{name} was moved out of its buffer"
+            assert getattr(self, name).data_ptr() == joined.weight.data_ptr(), (
+                f"{name} was moved out of its buffer"
+            )
         return expert_mlp(
-            x_TH, self.joined.get("gate_up", self.gate_up), self.joined.get("down", self.down), probs_M, routing,
+            x_TH, self.joined.get("gate_up", self.gate_up), self.joined.get("down", self.down),
+            probs_M, routing,
             gate_up=gate_up, down=down, dropout=dropout, recompute=self.recompute and self.training,
         )  # fmt: skip
 

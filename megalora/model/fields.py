@@ -6,8 +6,9 @@ A field is in one of three sets, or the file is refused with the field's name an
     HARMLESS   it changes nothing in a training step: bookkeeping, generation settings, initial values.
     rotary     ``rope_fields.py`` reads these together.
 
-A field in none of them passes only if it is null, false, zero or empty. ``check_sizes`` looks at sizes and their types
-alone, for those who need no more of a model than its shape: serving, merging, exporting.
+A field in none of them passes only if it is null, false, zero or empty. ``check_sizes`` looks at
+sizes and their types alone, for those who need no more of a model than its shape: serving, merging,
+exporting.
 """
 
 import difflib
@@ -34,7 +35,11 @@ def _whole(least: int, *, even: bool = False) -> Wanted:
 
 
 def _positive(value: Any) -> str | None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+    fits = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and 0 < value <= sys.float_info.max
+    )
     return None if fits else "a number above 0"
 
 
@@ -72,7 +77,8 @@ class Family:
     causal_lm: str
     """The class whose weights and function are meant."""
     required: tuple[str, ...]
-    """Must stand in config.json: transformers would fill in its own defaults, which are no model's."""
+    """Must stand in config.json: transformers would fill in its own defaults, which are no
+    model's."""
     sizes: dict[str, Wanted]
     """Fields that ``ModelShape`` is made from."""
     others: dict[str, Wanted]
@@ -104,13 +110,20 @@ _OTHERS: dict[str, Wanted] = {
     "max_position_embeddings": _whole(1),
     "rms_norm_eps": _positive,
     "hidden_act": _only("silu", "swish", because="MLPs and experts compute no other activation"),
-    "attention_dropout": _or_null(_only(0, because="attention has no dropout here; lora.dropout is the adapters'")),
+    "attention_dropout": _or_null(
+        _only(0, because="attention has no dropout here; lora.dropout is the adapters'")
+    ),
     "use_sliding_window": _or_null(_only(False, because="attention sees the whole sequence")),
-    "is_causal": _only(True, because="every token sees the tokens before it alone; transformers takes null for false"),
+    "is_causal": _only(
+        True,
+        because="every token sees the tokens before it alone; transformers takes null for false",
+    ),
 }
 _ROUTER: dict[str, Wanted] = {
     "norm_topk_prob": _flag,
-    "output_router_logits": _or_null(_only(False, because="it adds a balancing loss, which is not computed")),
+    "output_router_logits": _or_null(
+        _only(False, because="it adds a balancing loss, which is not computed")
+    ),
 }
 _QK_NORM: dict[str, Wanted] = {
     "use_qk_norm": _or_null(_only(True, because="this family has norms on q and k")),
@@ -150,27 +163,41 @@ FAMILIES: dict[str, Family] = {
 SUPPORTED = tuple(FAMILIES)
 
 _BOOKKEEPING = (
-    "model_type", "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype",
-    "tokenizer_class", "prefix", "finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id",
-    "num_labels", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id",
-    "mask_token_id", "decoder_start_token_id", "unsloth_fixed", "unsloth_version", "model_name", "model_max_length",
+    "model_type", "_name_or_path", "name_or_path", "_commit_hash", "transformers_version",
+    "torch_dtype", "dtype",
+    "tokenizer_class", "prefix", "finetuning_task", "task_specific_params", "problem_type",
+    "id2label", "label2id",
+    "num_labels", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+    "cls_token_id",
+    "mask_token_id", "decoder_start_token_id", "unsloth_fixed", "unsloth_version", "model_name",
+    "model_max_length",
 )  # fmt: skip
 _HOW_IT_RUNS = (
-    "use_cache", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript",
-    "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward", "pretraining_tp", "gradient_checkpointing",
-    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
-    "_experts_implementation", "_experts_implementation_internal", "initializer_range", "router_aux_loss_coef",
+    "use_cache", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states",
+    "torchscript",
+    "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward", "pretraining_tp",
+    "gradient_checkpointing",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
+    "_attn_implementation_internal",
+    "_experts_implementation", "_experts_implementation_internal", "initializer_range",
+    "router_aux_loss_coef",
     "sliding_window", "max_window_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers",
 )  # fmt: skip
-"""The two of sliding windows act with use_sliding_window alone, which must be false; layers for predicting several tokens
-ahead are not part of the model that is trained."""
+"""The two of sliding windows act with use_sliding_window alone, which must be false; layers for
+predicting several tokens ahead are not part of the model that is trained."""
 _GENERATION = (
-    "max_length", "min_length", "max_new_tokens", "min_new_tokens", "do_sample", "early_stopping", "num_beams",
-    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff",
-    "eta_cutoff", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
-    "encoder_repetition_penalty", "bad_words_ids", "num_return_sequences", "output_scores", "output_logits",
-    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "renormalize_logits",
+    "max_length", "min_length", "max_new_tokens", "min_new_tokens", "do_sample", "early_stopping",
+    "num_beams",
+    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty", "bad_words_ids", "num_return_sequences", "output_scores",
+    "output_logits",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
+    "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+    "renormalize_logits",
     "cache_implementation", "use_model_defaults", "generation_config",
 )  # fmt: skip
 HARMLESS = frozenset((*_BOOKKEEPING, *_HOW_IT_RUNS, *_GENERATION))
@@ -181,10 +208,13 @@ _TOGETHER = ("architectures", "layer_types")
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:
-    """The family of a parsed ``config.json``; raises ``ValueError`` for one megalora does not know."""
+    """The family of a parsed ``config.json``; raises ``ValueError`` for one megalora does not
+    know."""
     kind = hf.get("model_type", "nothing")
     if kind not in SUPPORTED:
-        raise ValueError(f"model_type {kind!r} is not supported; megalora knows {', '.join(SUPPORTED)}")
+        raise ValueError(
+            f"model_type {kind!r} is not supported; megalora knows {', '.join(SUPPORTED)}"
+        )
     return FAMILIES[kind]
 
 
@@ -196,36 +226,47 @@ def check_sizes(hf: Mapping[str, Any]) -> None:
         named.add("num_experts")
     missing = [name for name in family.required if name not in named]
     if missing:
-        raise ValueError(f"config.json of a {hf['model_type']} model must have {', '.join(missing)}")
+        raise ValueError(
+            f"config.json of a {hf['model_type']} model must have {', '.join(missing)}"
+        )
     _check_rules(hf, family.sizes)
-    counts = {hf[name] for name in ("num_experts", "num_local_experts") if name in hf and name in family.sizes}
+    counts = {
+        hf[name]
+        for name in ("num_experts", "num_local_experts")
+        if name in hf and name in family.sizes
+    }
     if len(counts) > 1:
         raise ValueError(
-            f"config.json has num_experts={hf['num_experts']} and num_local_experts={hf['num_local_experts']}; "
-            "they are one field under two names"
+            f"config.json has num_experts={hf['num_experts']} and"
+            f" num_local_experts={hf['num_local_experts']}; they are one field under two names"
         )
-    heads, kv_heads = hf["num_attention_heads"], hf["num_key_value_heads"]
+    heads = hf["num_attention_heads"]
+    kv_heads = hf["num_key_value_heads"]
     if kv_heads and heads % kv_heads:
         raise ValueError(
-            f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+            f"config.json: num_attention_heads={heads} is not a multiple of"
+            f" num_key_value_heads={kv_heads}"
         )
     if not hf.get("head_dim") and hf["hidden_size"] % (2 * heads):
         raise ValueError(
-            f"config.json has no head_dim, and hidden_size={hf['hidden_size']} makes no even number for each of "
-            f"num_attention_heads={heads}"
+            f"config.json has no head_dim, and hidden_size={hf['hidden_size']} makes no even number"
+            f" for each of num_attention_heads={heads}"
         )
     experts = max(counts, default=0)
     if experts and hf["num_experts_per_tok"] > experts:
         raise ValueError(
-            f"config.json: num_experts_per_tok={hf['num_experts_per_tok']} is more than num_experts={experts}"
+            f"config.json: num_experts_per_tok={hf['num_experts_per_tok']} is more than"
+            f" num_experts={experts}"
         )
 
 
 def check_fields(hf: Mapping[str, Any], source: str = "") -> None:
-    """Raise ``ValueError`` unless megalora computes the very model that a parsed ``config.json`` describes.
+    """Raise ``ValueError`` unless megalora computes the very model that a parsed ``config.json``
+    describes.
 
     Args:
-        source: hub name or folder that it is from, to name the unquantised model where that can be told.
+        source: hub name or folder that it is from, to name the unquantised model where that can be
+            told.
     """
     check_sizes(hf)
     family = family_of(hf)
@@ -239,8 +280,9 @@ def check_fields(hf: Mapping[str, Any], source: str = "") -> None:
     # With one expert a token, softmax over the chosen is the constant 1, and Megatron refuses it.
     if hf.get("norm_topk_prob") and hf.get("num_experts_per_tok") == 1:
         raise ValueError(
-            "config.json has norm_topk_prob=true with num_experts_per_tok=1: every weight of an expert would be 1, and the "
-            "router could not matter; set norm_topk_prob to false if the model was trained so"
+            "config.json has norm_topk_prob=true with num_experts_per_tok=1: every weight of an"
+            " expert would be 1, and the router could not matter; set norm_topk_prob to false if"
+            " the model was trained so"
         )
     known = {*family.sizes, *family.others, *HARMLESS, *ROPE_FIELDS, *_TOGETHER}
     for name, value in hf.items():
@@ -259,7 +301,8 @@ def _check_architecture(hf: Mapping[str, Any], family: Family) -> None:
     bare = family.causal_lm.replace("ForCausalLM", "Model")
     if names not in ([], [family.causal_lm], [bare]):
         raise ValueError(
-            f"config.json has architectures={_shown(names)}; a {hf['model_type']} model is trained as {family.causal_lm}"
+            f"config.json has architectures={_shown(names)}; a {hf['model_type']} model is trained"
+            f" as {family.causal_lm}"
         )
 
 
@@ -267,8 +310,8 @@ def _check_layer_types(hf: Mapping[str, Any]) -> None:
     types = hf.get("layer_types")
     if types is not None and types != ["full_attention"] * hf["num_hidden_layers"]:
         raise ValueError(
-            f"config.json has layer_types={_shown(types)}; it must be full_attention for each of the "
-            f"{hf['num_hidden_layers']} layers: attention sees the whole sequence"
+            f"config.json has layer_types={_shown(types)}; it must be full_attention for each of"
+            f" the {hf['num_hidden_layers']} layers: attention sees the whole sequence"
         )
 
 
@@ -276,8 +319,9 @@ def _unknown(model_type: str, name: str, value: Any, known: set[str]) -> str:
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
     hint = f" Did you mean {close[0]}?" if close else ""
     return (
-        f"config.json has {name}={_shown(value)}, a field megalora does not know for {model_type}; what it does to the model "
-        f"would be ignored.{hint} If it does nothing, remove it from config.json"
+        f"config.json has {name}={_shown(value)}, a field megalora does not know for {model_type};"
+        f" what it does to the model would be ignored.{hint} If it does nothing, remove it from"
+        " config.json"
     )
 
 
@@ -297,13 +341,14 @@ def _quantised(name: str, value: Any, source: str) -> str:
     method = value.get("quant_method") if isinstance(value, dict) else None
     how = f" (quant_method {method!r})" if method else ""
     return (
-        f"config.json has {name}{how}: these weights are quantised, and megalora trains on float32, bfloat16 or float16 "
-        f"weights only; {instead_of_quantised(source)}"
+        f"config.json has {name}{how}: these weights are quantised, and megalora trains on float32,"
+        f" bfloat16 or float16 weights only; {instead_of_quantised(source)}"
     )
 
 
 def instead_of_quantised(source: str) -> str:
-    """What to use in place of a quantised model, by its hub name or folder: ``Qwen/Qwen3-30B-A3B-FP8``."""
+    """What to use in place of a quantised model, by its hub name or folder:
+    ``Qwen/Qwen3-30B-A3B-FP8``."""
     cached = re.search(r"models--([^/]+?)--([^/]+)", source)  # a folder in the hub's cache
     path = "/".join(cached.groups()) if cached else source.rstrip("/")
     owner, _, model = path.rpartition("/")

@@ -1,7 +1,9 @@
-"""One decoder layer of a built model, made again whole on this host in float32, from its config and its loaded weights.
+"""One decoder layer of a built model, made again whole on this host in float32, from its config and
+its loaded weights.
 
-The same spec, the same modules and the same config values as the layer that trains, without the split over ranks and
-without adapters. Weights are given by name; routed experts may be a few of them all (``experts.gate_up [n, 2I, H]``).
+The same spec, the same modules and the same config values as the layer that trains, without the
+split over ranks and without adapters. Weights are given by name; routed experts may be a few of
+them all (``experts.gate_up [n, 2I, H]``).
 """
 
 import copy
@@ -27,12 +29,21 @@ WHOLE = {
     "bf16": False,
     "use_cpu_initialization": True,
     "perform_initialization": False,
-    # What a training step hangs onto the config: shared experts copy it deeply, and process groups cannot be copied.
+    # What a training step hangs onto the config: shared experts copy it deeply, and process groups
+    # cannot be copied.
     **dict.fromkeys(
-        ("finalize_model_grads_func", "no_sync_func", "grad_scale_func", "grad_sync_func", "param_sync_func", "timers")
+        (
+            "finalize_model_grads_func",
+            "no_sync_func",
+            "grad_scale_func",
+            "grad_sync_func",
+            "param_sync_func",
+            "timers",
+        )
     ),
 }
-"""What differs from the config of the model that trains: the split, the dtype, the device and the step's functions."""
+"""What differs from the config of the model that trains: the split, the dtype, the device and the
+step's functions."""
 
 
 def host_layer(
@@ -48,7 +59,8 @@ def host_layer(
         config: the built model's; left as it is.
         alone: a group of this rank only.
         weights: every parameter and buffer of the layer by its name in the whole model's layer.
-        floats: attributes such as a norm's ``eps`` by module name, as they stand in the layer that trains. No float
+        floats: attributes such as a norm's ``eps`` by module name, as they stand in the layer that
+            trains. No float
             depends on the split, and one that was changed after building counts too.
 
     Raises:
@@ -57,15 +69,22 @@ def host_layer(
     whole = _whole(config)
     groups = ProcessGroupCollection(**{f.name: alone for f in fields(ProcessGroupCollection)})
     layer: Any = build_module(
-        _specs(whole).layer_specs[number], config=whole, layer_number=number + 1, pg_collection=groups
+        _specs(whole).layer_specs[number],
+        config=whole,
+        layer_number=number + 1,
+        pg_collection=groups,
     )
     return _filled(layer, weights, floats)
 
 
-def host_norm(config: Any, weights: Mapping[str, Tensor], floats: Mapping[str, Mapping[str, float]]) -> nn.Module:
+def host_norm(
+    config: Any, weights: Mapping[str, Tensor], floats: Mapping[str, Mapping[str, float]]
+) -> nn.Module:
     """Build the norm before the head in the same way."""
     whole = _whole(config)
-    norm = _specs(whole).layer_norm(config=whole, hidden_size=whole.hidden_size, eps=whole.layernorm_epsilon)
+    norm = _specs(whole).layer_norm(
+        config=whole, hidden_size=whole.hidden_size, eps=whole.layernorm_epsilon
+    )
     return _filled(norm, weights, floats)
 
 
@@ -82,7 +101,9 @@ def _whole(config: Any) -> Any:
     return whole
 
 
-def _filled(module: nn.Module, weights: Mapping[str, Tensor], floats: Mapping[str, Mapping[str, float]]) -> nn.Module:
+def _filled(
+    module: nn.Module, weights: Mapping[str, Tensor], floats: Mapping[str, Mapping[str, float]]
+) -> nn.Module:
     module.requires_grad_(False).eval()
     _fill(module, weights)
     modules = dict(module.named_modules())
@@ -108,7 +129,10 @@ def _fill(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
         old = empty[name]
         first = 1 if experts else 0  # how many experts there are may differ
         if value.shape[first:] != old.shape[first:]:
-            raise RuntimeError(f"{name} is {tuple(value.shape)} as loaded, {tuple(old.shape)} in the layer built anew")
+            raise RuntimeError(
+                f"{name} is {tuple(value.shape)} as loaded, {tuple(old.shape)} in the layer built"
+                " anew"
+            )
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value.float(), requires_grad=False)
         setattr(module, leaf, value)

@@ -1,7 +1,7 @@
 """Activation recomputation: which parts of a layer keep only their input for backward.
 
-PyTorch's non-reentrant checkpoint is used, not Megatron's: Megatron's gives no gradient to adapters inside a block whose
-input needs none, which is what the first block above a frozen embedding is.
+PyTorch's non-reentrant checkpoint is used, not Megatron's: Megatron's gives no gradient to adapters
+inside a block whose input needs none, which is what the first block above a frozen embedding is.
 """
 
 from typing import Any
@@ -25,22 +25,29 @@ class Recomputed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return self.module(*args, **kwargs)
-        # Stopping early could leave one rank's collectives out of the recomputation and not another's.
+        # Stopping early could leave one rank's collectives out of the recomputation and not
+        # another's.
         with set_checkpoint_early_stop(False):
-            # Generators (dropout) are kept only for the devices of tensors passed by position; Megatron passes keywords.
+            # Generators (dropout) are kept only for the devices of tensors passed by position;
+            # Megatron passes keywords.
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-            return checkpoint(lambda *_: self.module(*args, **kwargs), *tensors, use_reentrant=False)
+            return checkpoint(
+                lambda *_: self.module(*args, **kwargs), *tensors, use_reentrant=False
+            )
 
 
 def apply_recompute(chunks: list[nn.Module], level: str) -> None:
-    """Wrap layers (``full``); or core attention and dense MLPs, and let experts drop gate_up (``selective``); in place."""
+    """Wrap layers (``full``); or core attention and dense MLPs, and let experts drop gate_up
+    (``selective``); in place."""
     for chunk in chunks:
         layers: Any = chunk.decoder.layers  # pyright: ignore
         for i, layer in enumerate(layers):
             if level == "full":
                 layers[i] = Recomputed(layer)
             elif level == "selective":
-                layer.self_attention.core_attention = Recomputed(layer.self_attention.core_attention)
+                layer.self_attention.core_attention = Recomputed(
+                    layer.self_attention.core_attention
+                )
                 if hasattr(layer.mlp, "experts"):
                     # The experts' own node drops gate_up and computes that alone again, not down.
                     getattr(layer.mlp.experts, "base", layer.mlp.experts).recompute = True

@@ -1,9 +1,11 @@
-"""Read which rotary embedding a ``config.json`` asks for, in every spelling that published files use.
+"""Read which rotary embedding a ``config.json`` asks for, in every spelling that published files
+use.
 
     rope_theta, rope_scaling       transformers 4: the base beside a dictionary, or null, that says how it is scaled
     rope_parameters                transformers 5: one dictionary with both
 
-The kind stands under ``rope_type`` or, in older files, under ``type``. Pure Python; ``rotary.py`` computes the frequencies.
+The kind stands under ``rope_type`` or, in older files, under ``type``. Pure Python; ``rotary.py``
+computes the frequencies.
 """
 
 import sys
@@ -19,17 +21,29 @@ ROPE_FIELDS = frozenset(_SPELLINGS)
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _YARN = (
-    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+    "mscale",
     "mscale_all_dim", "truncate",
 )  # fmt: skip
-SETTINGS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama3": _LLAMA3, "yarn": _YARN}
-"""Kind -> the settings that transformers reads for it. The others' frequencies depend on the length of each input."""
-_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": _LLAMA3,
+    "yarn": _YARN,
+}
+"""Kind -> the settings that transformers reads for it. The others' frequencies depend on the length
+of each input."""
+_REQUIRED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 _BY_LENGTH = ("dynamic", "longrope", "su")
 _INSTEAD = {
     "attn_factor": (
-        ". vLLM multiplies 0.1 ln(factor) + 1 by it; transformers passes over it, so the two compute different models. To train "
-        "what vLLM computes, remove it and set attention_factor to that product"
+        ". vLLM multiplies 0.1 ln(factor) + 1 by it; transformers passes over it, so the two"
+        " compute different models. To train what vLLM computes, remove it and set attention_factor"
+        " to that product"
     ),
 }
 """What to do about settings of published files that transformers does not read."""
@@ -53,27 +67,41 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
     """The rotary embedding of a parsed ``config.json``.
 
     Raises:
-        ValueError: a kind, a setting or a value that megalora does not compute, or two spellings that disagree.
+        ValueError: a kind, a setting or a value that megalora does not compute, or two spellings
+            that disagree.
     """
     scaling = _dictionary(hf, "rope_scaling")
     parameters = _dictionary(hf, "rope_parameters")
-    # transformers lets rope_scaling replace rope_parameters; only a plain one loses nothing by that.
+    # transformers lets rope_scaling replace rope_parameters; only a plain one loses nothing by
+    # that.
     where = "rope_scaling" if scaling else "rope_parameters"
-    if scaling and parameters and scaling != parameters and _kind("rope_parameters", parameters) != "default":
+    if (
+        scaling
+        and parameters
+        and scaling != parameters
+        and _kind("rope_parameters", parameters) != "default"
+    ):
         raise ValueError(
-            f"config.json has both rope_scaling={scaling} and rope_parameters={parameters}; keep one of them"
+            f"config.json has both rope_scaling={scaling} and rope_parameters={parameters}; keep"
+            " one of them"
         )
     found = scaling or parameters
     kind = _kind(where, found)
     _check_partial(hf, scaling, parameters)
     theta = _theta(hf, scaling, parameters)
-    settings = {name: value for name, value in found.items() if name not in ("rope_type", "type", "rope_theta")}
+    settings = {
+        name: value
+        for name, value in found.items()
+        if name not in ("rope_type", "type", "rope_theta")
+    }
     settings.pop("partial_rotary_factor", None)
     for name, value in settings.items():
         _check_setting(where, kind, name, value)
     missing = [name for name in _REQUIRED.get(kind, ()) if settings.get(name) is None]
     if missing:
-        raise ValueError(f"config.json: {where} of type {kind!r} must have {', '.join(missing)}; it is {found}")
+        raise ValueError(
+            f"config.json: {where} of type {kind!r} must have {', '.join(missing)}; it is {found}"
+        )
     return Rope(kind, theta, {name: value for name, value in settings.items() if value is not None})
 
 
@@ -88,7 +116,9 @@ def _dictionary(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _kind(where: str, found: Mapping[str, Any]) -> str:
     kinds = {found[name] for name in ("rope_type", "type") if isinstance(found.get(name), str)}
-    others = [found[name] for name in ("rope_type", "type") if not isinstance(found.get(name), str | None)]
+    others = [
+        found[name] for name in ("rope_type", "type") if not isinstance(found.get(name), str | None)
+    ]
     if len(kinds) > 1 or others:
         raise ValueError(
             f"config.json: {where} must name one kind, as rope_type or as type; it has "
@@ -97,12 +127,15 @@ def _kind(where: str, found: Mapping[str, Any]) -> str:
     kind = kinds.pop() if kinds else "default"
     if kind in _BY_LENGTH:
         raise ValueError(
-            f"config.json: {where} is of type {kind!r}, whose frequencies depend on the length of each input, which megalora "
-            f"does not compute. To train within the length the model was made for, remove {where} (keep rope_theta); for "
-            "more, choose a kind whose frequencies are fixed, such as yarn, and serve with the same"
+            f"config.json: {where} is of type {kind!r}, whose frequencies depend on the length of"
+            " each input, which megalora does not compute. To train within the length the model"
+            f" was made for, remove {where} (keep rope_theta); for more, choose a kind whose"
+            " frequencies are fixed, such as yarn, and serve with the same"
         )
     if kind not in SETTINGS:
-        raise ValueError(f"config.json: {where} is of type {kind!r}; megalora computes {', '.join(SETTINGS)}")
+        raise ValueError(
+            f"config.json: {where} is of type {kind!r}; megalora computes {', '.join(SETTINGS)}"
+        )
     return kind
 
 
@@ -111,15 +144,17 @@ def _check_partial(hf: Mapping[str, Any], *places: Mapping[str, Any]) -> None:
         value = place.get("partial_rotary_factor")
         if value is not None and value != 1:
             raise ValueError(
-                f"config.json has partial_rotary_factor={value!r}; models of this family rotate whole heads (transformers "
-                "ignores the field or fails on it), so remove it or set it to 1.0"
+                f"config.json has partial_rotary_factor={value!r}; models of this family rotate"
+                " whole heads (transformers ignores the field or fails on it), so remove it or set"
+                " it to 1.0"
             )
 
 
 def _theta(hf: Mapping[str, Any], *places: Mapping[str, Any]) -> float:
     """The base, from the file or from ``places``: rope_scaling, rope_parameters.
 
-    Two places that name different ones are refused, because transformers 4 and 5 would choose differently.
+    Two places that name different ones are refused, because transformers 4 and 5 would choose
+    differently.
     """
     named = [place["rope_theta"] for place in (*places, hf) if "rope_theta" in place]
     found = [value for value in named if value is not None]
@@ -128,14 +163,20 @@ def _theta(hf: Mapping[str, Any], *places: Mapping[str, Any]) -> float:
             raise ValueError(f"config.json has rope_theta={value!r}; it must be a number above 1")
     if len(set(found)) > 1:
         raise ValueError(
-            f"config.json names several rope_theta: {', '.join(map(str, found))}; keep the one the model was trained with"
+            f"config.json names several rope_theta: {', '.join(map(str, found))}; keep the one the"
+            " model was trained with"
         )
     scaling, parameters = places
     hidden = parameters.get("rope_theta")
-    if scaling and hidden not in (None, DEFAULT_THETA) and {scaling.get("rope_theta"), hf.get("rope_theta")} == {None}:
+    if (
+        scaling
+        and hidden not in (None, DEFAULT_THETA)
+        and {scaling.get("rope_theta"), hf.get("rope_theta")} == {None}
+    ):
         raise ValueError(
-            f"config.json has rope_scaling, which transformers lets replace rope_parameters with its rope_theta={hidden}; it would "
-            f"then take {DEFAULT_THETA:,.0f}. Write rope_theta into rope_scaling and remove rope_parameters"
+            "config.json has rope_scaling, which transformers lets replace rope_parameters with"
+            f" its rope_theta={hidden}; it would then take {DEFAULT_THETA:,.0f}. Write rope_theta"
+            " into rope_scaling and remove rope_parameters"
         )
     return float(found[0]) if found else DEFAULT_THETA
 
@@ -146,7 +187,8 @@ def _check_setting(where: str, kind: str, name: str, value: Any) -> None:
             return
         known = ", ".join(SETTINGS[kind]) or "rope_theta alone"
         raise ValueError(
-            f"config.json: {where} has {name}={value!r}, which type {kind!r} does not read ({known}){_INSTEAD.get(name, '')}"
+            f"config.json: {where} has {name}={value!r}, which type {kind!r} does not read"
+            f" ({known}){_INSTEAD.get(name, '')}"
         )
     if value is None:
         return
@@ -168,4 +210,8 @@ def _check_setting(where: str, kind: str, name: str, value: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    )

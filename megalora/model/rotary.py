@@ -1,11 +1,13 @@
 """Rotary frequencies as transformers computes them, put into Megatron's rotary embedding.
 
-Megatron's own are left aside: it computes no linear scaling, llama3 with three of its four numbers fixed, and yarn that
-rounds differently. Frequencies come from the functions transformers' models call; whatever the kind, angles are then
+Megatron's own are left aside: it computes no linear scaling, llama3 with three of its four numbers
+fixed, and yarn that rounds differently. Frequencies come from the functions transformers' models
+call; whatever the kind, angles are then
 
     angle[p, i] = p * inv_freq[i]        cos and sin of it times ``factor``, so that q.k carries factor^2
 
-The factor goes into the softmax scale, factor^2 / sqrt(head_dim): whole heads are rotated, so the two are the same.
+The factor goes into the softmax scale, factor^2 / sqrt(head_dim): whole heads are rotated, so the
+two are the same.
 """
 
 import math
@@ -22,11 +24,14 @@ MAX_POSITIONS = 32_768
 """``max_position_embeddings`` where a config names none, as in transformers."""
 
 
-def frequencies(rope: Rope, head_dim: int, max_positions: int | None = None) -> tuple[Tensor, float]:
+def frequencies(
+    rope: Rope, head_dim: int, max_positions: int | None = None
+) -> tuple[Tensor, float]:
     """Inverse frequencies ``[head_dim / 2]``, float32 on the host, and the factor on cos and sin.
 
     Args:
-        max_positions: ``max_position_embeddings``, which yarn and llama3 take for the original length if they name none.
+        max_positions: ``max_position_embeddings``, which yarn and llama3 take for the original
+            length if they name none.
     """
     if rope.kind == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
@@ -41,12 +46,16 @@ def frequencies(rope: Rope, head_dim: int, max_positions: int | None = None) -> 
 
 
 def softmax_scale(factor: float, head_dim: int) -> float:
-    """What scores are multiplied with where cos and sin would each be multiplied with ``factor``."""
+    """What scores are multiplied with where cos and sin would each be multiplied with
+    ``factor``."""
     return factor**2 / math.sqrt(head_dim)
 
 
 def set_frequencies(chunk: nn.Module, inv_freq: Tensor) -> None:
-    """Let a GPTModel, built with position embeddings of type "rope" and not yet called, turn by these frequencies."""
+    """Let a GPTModel, built with position embeddings of type "rope" and not yet called, turn by
+    these frequencies."""
     rotary: Any = chunk.rotary_pos_emb
-    assert rotary.inv_freq.shape == inv_freq.shape, f"rotary embedding of {tuple(rotary.inv_freq.shape)} frequencies"
+    assert rotary.inv_freq.shape == inv_freq.shape, (
+        f"rotary embedding of {tuple(rotary.inv_freq.shape)} frequencies"
+    )
     rotary.inv_freq = inv_freq

@@ -1,4 +1,5 @@
-"""A model's sizes, read from a Hugging Face ``config.json``. Pure Python: planner, spec and checks need no weights."""
+"""A model's sizes, read from a Hugging Face ``config.json``. Pure Python: planner, spec and checks
+need no weights."""
 
 import json
 from dataclasses import dataclass
@@ -42,20 +43,32 @@ class ModelShape:
 
     def num_parameters(self) -> int:
         """Of the base model, norms and embeddings included."""
-        q, kv, h = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.hidden
-        attention = h * (q + 2 * kv) + q * h + self.qk_norm * 2 * self.head_dim + self.qkv_bias * (q + 2 * kv)
+        q = self.num_heads * self.head_dim
+        kv = self.num_kv_heads * self.head_dim
+        h = self.hidden
+        attention = (
+            h * (q + 2 * kv)
+            + q * h
+            + self.qk_norm * 2 * self.head_dim
+            + self.qkv_bias * (q + 2 * kv)
+        )
         attention += self.o_bias * h
         moe = self.num_experts * (h + 3 * h * self.expert_intermediate)
         if self.shared_intermediate:
             moe += 3 * h * self.shared_intermediate + h
-        mlps = len(self.moe_layers) * moe + (self.num_layers - len(self.moe_layers)) * 3 * h * self.intermediate
+        mlps = (
+            len(self.moe_layers) * moe
+            + (self.num_layers - len(self.moe_layers)) * 3 * h * self.intermediate
+        )
         embeddings = self.vocab * h * (1 if self.tied_embeddings else 2)
         return self.num_layers * (attention + 2 * h) + mlps + embeddings + h
 
     def expected_rows(self, p: ParallelConfig, tokens: int) -> float:
-        """Mean rows of an expert, for a microbatch of so many tokens in every data-parallel rank; 0 without experts.
+        """Mean rows of an expert, for a microbatch of so many tokens in every data-parallel rank; 0
+        without experts.
 
-        Each of the ranks that attention is split over has a part of the tokens; ``ep * etp`` ranks send theirs to an expert.
+        Each of the ranks that attention is split over has a part of the tokens; ``ep * etp`` ranks
+        send theirs to an expert.
         """
         if not self.moe_layers:
             return 0.0
@@ -63,7 +76,9 @@ class ModelShape:
 
     def rows_per_expert(self, config: RunConfig) -> float:
         """As ``expected_rows`` for what a run trains, every sample as long as it may be."""
-        return self.expected_rows(config.parallel, config.train.micro_batch_size * config.data.max_length)
+        return self.expected_rows(
+            config.parallel, config.train.micro_batch_size * config.data.max_length
+        )
 
     def check_layout(self, p: ParallelConfig) -> None:
         """Raise ``ValueError`` when this model cannot be split as ``p`` says."""
@@ -81,21 +96,29 @@ class ModelShape:
             ]
         elif p.ep > 1 or p.etp > 1:
             raise ValueError(
-                f"parallel.ep={p.ep}, parallel.etp={p.etp}: this model ({self.model_type}) has no experts; set both to 1"
+                f"parallel.ep={p.ep}, parallel.etp={p.etp}: this model ({self.model_type}) has no"
+                " experts; set both to 1"
             )
-        # Each rank holds whole heads: key/value heads are divided, or, on more ranks than there are, repeated.
-        heads, kv = self.num_heads, self.num_kv_heads
-        possible = [d for d in range(1, heads + 1) if heads % d == 0 and (kv % d == 0 or d % kv == 0)]
+        # Each rank holds whole heads: key/value heads are divided, or, on more ranks than there
+        # are, repeated.
+        heads = self.num_heads
+        kv = self.num_kv_heads
+        possible = [
+            d for d in range(1, heads + 1) if heads % d == 0 and (kv % d == 0 or d % kv == 0)
+        ]
         if p.tp not in possible:
             raise ValueError(
-                f"parallel.tp={p.tp} does not fit the model's {heads} attention heads and {kv} key/value heads; it can be "
-                f"one of {', '.join(map(str, possible))}"
+                f"parallel.tp={p.tp} does not fit the model's {heads} attention heads and {kv}"
+                f" key/value heads; it can be one of {', '.join(map(str, possible))}"
             )
         for name, size, what, total in sizes:
             if total % size:
-                divisors = ", ".join(str(d) for d in range(1, total + 1) if total % d == 0 and d <= 1024)
+                divisors = ", ".join(
+                    str(d) for d in range(1, total + 1) if total % d == 0 and d <= 1024
+                )
                 raise ValueError(
-                    f"parallel.{name}={size} does not divide the model's {total} {what}; it can be one of {divisors}"
+                    f"parallel.{name}={size} does not divide the model's {total} {what}; it can be"
+                    f" one of {divisors}"
                 )
 
 
@@ -111,12 +134,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; ``ValueError`` names the file and the place."""
     if (size := path.stat().st_size) > LARGEST_JSON:
         raise ValueError(
-            f"{path}: {size / 1e6:,.0f} MB; megalora reads JSON files of up to {LARGEST_JSON / 1e6:,.0f} MB"
+            f"{path}: {size / 1e6:,.0f} MB; megalora reads JSON files of up to"
+            f" {LARGEST_JSON / 1e6:,.0f} MB"
         )
     try:
         content = json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
+        raise ValueError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})"
+        ) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason}, byte {error.start + 1})") from None
     except RecursionError:
@@ -129,7 +155,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def model_shape(hf: dict[str, Any]) -> ModelShape:
-    """Sizes from a parsed ``config.json``; raises ``ValueError`` for a family megalora does not know and for sizes no model has.
+    """Sizes from a parsed ``config.json``; raises ``ValueError`` for a family megalora does not
+    know and for sizes no model has.
 
     Other fields are not looked at: see ``fields.check_fields``.
     """
@@ -139,7 +166,11 @@ def model_shape(hf: dict[str, Any]) -> ModelShape:
     experts = hf.get("num_experts", hf.get("num_local_experts", 0)) if kind != "qwen3" else 0
     step = hf.get("decoder_sparse_step") or 1
     dense = set(hf.get("mlp_only_layers") or [])
-    moe = {i for i in range(num_layers) if i not in dense and (i + 1) % step == 0} if experts else set()
+    moe = (
+        {i for i in range(num_layers) if i not in dense and (i + 1) % step == 0}
+        if experts
+        else set()
+    )
     attention_bias = kind != "qwen2_moe" and bool(hf.get("attention_bias"))
     heads = hf["num_attention_heads"]
     return ModelShape(
@@ -155,7 +186,9 @@ def model_shape(hf: dict[str, Any]) -> ModelShape:
         num_experts=experts if moe else 0,
         top_k=hf.get("num_experts_per_tok", 0) if moe else 0,
         expert_intermediate=hf.get("moe_intermediate_size", 0) if moe else 0,
-        shared_intermediate=hf["shared_expert_intermediate_size"] if moe and kind == "qwen2_moe" else 0,
+        shared_intermediate=(
+            hf["shared_expert_intermediate_size"] if moe and kind == "qwen2_moe" else 0
+        ),
         moe_layers=frozenset(moe),
         qk_norm=kind != "qwen2_moe",
         qkv_bias=hf.get("qkv_bias", True) if kind == "qwen2_moe" else attention_bias,

@@ -1,1 +1,2 @@
-"""Which layout to train with, and whether it fits, before anything is paid for. Importable without torch."""
+"""Which layout to train with, and whether it fits, before anything is paid for. Importable without
+torch."""

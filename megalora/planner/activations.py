@@ -1,9 +1,10 @@
 """Bytes that one microbatch leaves behind for backward, from the code that saves them.
 
-The base is frozen, so a linear without adapter keeps nothing of its input: what is kept is kept by norms, attention, router,
-activations and adapters alone. ``tests/planner/test_activations.py`` counts them in a training step on the CPU. Assumed of a GPU:
-norms and attention are single kernels (torch's fused RMSNorm and flash attention), which keep the same but for a norm's input,
-widened to float32 on the CPU. Dropout is not counted; ``PlannedModel`` refuses it.
+The base is frozen, so a linear without adapter keeps nothing of its input: what is kept is kept by
+norms, attention, router, activations and adapters alone. ``tests/planner/test_activations.py``
+counts them in a training step on the CPU. Assumed of a GPU: norms and attention are single kernels
+(torch's fused RMSNorm and flash attention), which keep the same but for a norm's input, widened to
+float32 on the CPU. Dropout is not counted; ``PlannedModel`` refuses it.
 
     T  tokens of a microbatch, S B     t, n  TP, ETP size     e  bytes per element     r, R  rank, sum of stacked ranks
     M  rows of this rank's experts: (T / t) k n on average, times the imbalance     q, g  query, key/value heads / t     d  head dim
@@ -63,8 +64,10 @@ class Kept:
 
 
 def chunk_bytes(model: PlannedModel, layout: Layout, work: Workload, chunk: Chunk) -> int:
-    """Kept by the decoder layers of a chunk for one microbatch, head and loss left out: ``layer_bytes`` of each."""
-    total, known = 0, model.memo.setdefault(("kept", layout, work), {})
+    """Kept by the decoder layers of a chunk for one microbatch, head and loss left out:
+    ``layer_bytes`` of each."""
+    total = 0
+    known = model.memo.setdefault(("kept", layout, work), {})
     for layer in chunk.layers:
         live = _input_needs_gradient(model, chunk, layer)
         if not live and layer < model.first_adapted:
@@ -77,7 +80,8 @@ def chunk_bytes(model: PlannedModel, layout: Layout, work: Workload, chunk: Chun
 
 
 def angles_bytes(model: PlannedModel, layout: Layout, work: Workload, chunk: Chunk) -> int:
-    """Recomputed layers keep the angles of rotary embeddings, S d 4: one tensor for all layers of a chunk and all microbatches."""
+    """Recomputed layers keep the angles of rotary embeddings, S d 4: one tensor for all layers of a
+    chunk and all microbatches."""
     if layout.recompute != "full" or chunk.layers.stop <= model.first_adapted * chunk.has_embedding:
         return 0
     return Microbatch.of(model, layout, work).sequence * model.shape.head_dim * STATISTIC
@@ -88,9 +92,9 @@ def layer_bytes(
 ) -> int:  # fmt: skip
     """Kept by one decoder layer for one microbatch, at a level of recomputation.
 
-    ``full``: the layer's input (T / t) H e, also where it needs no gradient. ``selective``: core attention's
-    operands, without its statistics and, where no adapter reads it, its result; of experts all but [gate | up]; of a dense or
-    shared MLP the input alone.
+    ``full``: the layer's input (T / t) H e, also where it needs no gradient. ``selective``: core
+    attention's operands, without its statistics and, where no adapter reads it, its result; of
+    experts all but [gate | up]; of a dense or shared MLP the input alone.
     """
     batch = Microbatch.of(model, layout, work)
     if level == "full":
@@ -99,17 +103,22 @@ def layer_bytes(
 
 
 def kept(
-    model: PlannedModel, layout: Layout, batch: Microbatch, layer: int, live: bool, *, selective: bool
+    model: PlannedModel, layout: Layout, batch: Microbatch, layer: int, live: bool, *,
+    selective: bool
 ) -> Kept:  # fmt: skip
     """The same by parts.
 
-    Norm: its input (T / t) H e and rms, where that needs a gradient. Adapter of a linear: its input, unless someone else keeps
-    it, h and the block matrix of its B's.
+    Norm: its input (T / t) H e and rms, where that needs a gradient. Adapter of a linear: its
+        input, unless someone else keeps it, h and the block matrix of its B's.
     """
-    s, e, own = model.shape, batch.element_bytes, batch.own_tokens
+    s = model.shape
+    e = batch.element_bytes
+    own = batch.own_tokens
     modules = model.by_layer.get(layer, {})
-    norm, hidden = own * (s.hidden * e + STATISTIC), own * s.hidden * e
-    qkv, o = modules.get("self_attention.linear_qkv", []), modules.get("self_attention.linear_proj", [])
+    norm = own * (s.hidden * e + STATISTIC)
+    hidden = own * s.hidden * e
+    qkv = modules.get("self_attention.linear_qkv", [])
+    o = modules.get("self_attention.linear_proj", [])
     width, kv = attention_widths(s, layout.parallel)
     rest = norm * live
     if qkv:
@@ -135,13 +144,21 @@ def low_rank(adapted: list[Adapted], rows: int, out_features: int, e: int) -> in
 def _core_attention(
     model: PlannedModel, layout: Layout, batch: Microbatch, selective: bool, result_is_read: bool
 ) -> int:  # fmt: skip
-    """From the output of qkv to the input of o: T (q + 2 g) d e of qkv itself (v, and what the norms of q and k read; q once
-    more where several key/value heads make it a copy), their rms T (q + g) 4, four tables of S d e for rotary embeddings, and
-    attention's q, k and result T (2 q + g) d e with its log-sum-exp T q 4."""
-    s, e, tokens = model.shape, batch.element_bytes, batch.tokens
+    """From the output of qkv to the input of o: T (q + 2 g) d e of qkv itself (v, and what the
+    norms of q and k read; q once more where several key/value heads make it a copy), their rms T (q
+    + g) 4, four tables of S d e for rotary embeddings, and attention's q, k and result T (2 q + g)
+    d e with its log-sum-exp T q 4."""
+    s = model.shape
+    e = batch.element_bytes
+    tokens = batch.tokens
     width, kv = attention_widths(s, layout.parallel)
-    heads, groups = width // s.head_dim, kv // s.head_dim
-    total = tokens * (width + 2 * kv) * e + 4 * batch.sequence * s.head_dim * e + tokens * (width + kv) * e
+    heads = width // s.head_dim
+    groups = kv // s.head_dim
+    total = (
+        tokens * (width + 2 * kv) * e
+        + 4 * batch.sequence * s.head_dim * e
+        + tokens * (width + kv) * e
+    )
     if s.qk_norm:
         total += tokens * (heads + groups) * STATISTIC + (tokens * width * e if groups > 1 else 0)
     if result_is_read or not selective:
@@ -150,11 +167,15 @@ def _core_attention(
 
 
 def _moe(
-    model: PlannedModel, layout: Layout, batch: Microbatch, modules: dict[str, list[Adapted]], live: bool, selective: bool
+    model: PlannedModel, layout: Layout, batch: Microbatch, modules: dict[str, list[Adapted]],
+    live: bool, selective: bool
 ) -> int:  # fmt: skip
     """Router, both sorts, routed experts and the shared expert."""
-    s, e, own = model.shape, batch.element_bytes, batch.own_tokens
-    router, gate_up = modules.get("mlp.router", []), modules.get("mlp.experts.gate_up", [])
+    s = model.shape
+    e = batch.element_bytes
+    own = batch.own_tokens
+    router = modules.get("mlp.router", [])
+    gate_up = modules.get("mlp.experts.gate_up", [])
     shared = any(m.startswith("mlp.shared_experts") for m in modules)
     moved = layout.parallel.ep * layout.parallel.etp > 1
     total = 0
@@ -165,19 +186,34 @@ def _moe(
         total += _routing(model, batch, moved)
     total += _experts(model, layout, batch, modules, live_router, selective)
     x_kept = bool(gate_up) or (selective and live_router)
-    if router or (x_kept and not moved) or (s.shared_intermediate and (shared or (selective and live))):
+    if (
+        router
+        or (x_kept and not moved)
+        or (s.shared_intermediate and (shared or (selective and live)))
+    ):
         total += own * s.hidden * e  # the norm's output, once for all who keep it
     if s.shared_intermediate and (live or shared):
-        total += _gated_mlp(model, layout, batch, modules, "mlp.shared_experts", s.shared_intermediate, live, selective)
+        total += _gated_mlp(
+            model,
+            layout,
+            batch,
+            modules,
+            "mlp.shared_experts",
+            s.shared_intermediate,
+            live,
+            selective,
+        )
         total += 0 if selective else own * (s.hidden + 1) * e  # its output times sigmoid(gate)
     return total
 
 
 def _routing(model: PlannedModel, batch: Microbatch, moved: bool) -> int:
-    """Top-k: an int64 index for each of the (T / t) k choices, a float32 softmax over the choices (over all experts where
-    probabilities are not normed again, as in Qwen2-MoE). Where probabilities went: an int32 index, and one that the experts keep
-    as well; with an all-to-all that one and another belong to the rows before it."""
-    s, own = model.shape, batch.own_tokens
+    """Top-k: an int64 index for each of the (T / t) k choices, a float32 softmax over the choices
+    (over all experts where probabilities are not normed again, as in Qwen2-MoE). Where
+    probabilities went: an int32 index, and one that the experts keep as well; with an all-to-all
+    that one and another belong to the rows before it."""
+    s = model.shape
+    own = batch.own_tokens
     choices = own * s.top_k
     softmax = own * s.num_experts if s.model_type == "qwen2_moe" else choices
     kept = choices * (8 + INT) + softmax * STATISTIC
@@ -185,12 +221,17 @@ def _routing(model: PlannedModel, batch: Microbatch, moved: bool) -> int:
 
 
 def _experts(
-    model: PlannedModel, layout: Layout, batch: Microbatch, modules: dict[str, list[Adapted]], live: bool, selective: bool
+    model: PlannedModel, layout: Layout, batch: Microbatch, modules: dict[str, list[Adapted]],
+    live: bool, selective: bool
 ) -> int:  # fmt: skip
-    """``expert_mlp``: rows as an all-to-all delivered them M H e (without one they are the norm's output), [gate | up]
-    M 2 I / n e unless recomputed, S of gate and up and of down M (R + r) e, probabilities M e, two int32 a row and E / ep offsets."""
-    s, p, e = model.shape, layout.parallel, batch.element_bytes
-    gate_up, down = modules.get("mlp.experts.gate_up", []), modules.get("mlp.experts.down", [])
+    """``expert_mlp``: rows as an all-to-all delivered them M H e (without one they are the norm's
+    output), [gate | up] M 2 I / n e unless recomputed, S of gate and up and of down M (R + r) e,
+    probabilities M e, two int32 a row and E / ep offsets."""
+    s = model.shape
+    p = layout.parallel
+    e = batch.element_bytes
+    gate_up = modules.get("mlp.experts.gate_up", [])
+    down = modules.get("mlp.experts.down", [])
     live = live or bool(gate_up or down)
     if not live:
         return 0
@@ -203,7 +244,8 @@ def _experts(
 
 
 def _dense(
-    model: PlannedModel, layout: Layout, batch: Microbatch, modules: dict[str, list[Adapted]], live: bool, selective: bool
+    model: PlannedModel, layout: Layout, batch: Microbatch, modules: dict[str, list[Adapted]],
+    live: bool, selective: bool
 ) -> int:  # fmt: skip
     s = model.shape
     adapted = any(modules.get(f"mlp.linear_{name}") for name in ("fc1", "fc2"))
@@ -216,27 +258,38 @@ def _gated_mlp(
     model: PlannedModel, layout: Layout, batch: Microbatch, modules: dict[str, list[Adapted]],
     name: str, intermediate: int, live: bool, selective: bool,
 ) -> int:  # fmt: skip
-    """fc1, silu(gate) * up, fc2, input left out: fc1's output T 2 I / t e, both factors T 2 I / t e (Megatron's glu makes new
-    ones), the product T I / t e where fc2 is adapted, and what the adapters keep. Nothing when recomputed."""
+    """fc1, silu(gate) * up, fc2, input left out: fc1's output T 2 I / t e, both factors T 2 I / t e
+    (Megatron's glu makes new ones), the product T I / t e where fc2 is adapted, and what the
+    adapters keep. Nothing when recomputed."""
     if selective:
         return 0
-    fc1, fc2 = modules.get(f"{name}.linear_fc1", []), modules.get(f"{name}.linear_fc2", [])
-    e, features = batch.element_bytes, intermediate // layout.parallel.tp
-    total = low_rank(fc1, batch.tokens, 2 * features, e) + low_rank(fc2, batch.own_tokens, model.shape.hidden, e)
+    fc1 = modules.get(f"{name}.linear_fc1", [])
+    fc2 = modules.get(f"{name}.linear_fc2", [])
+    e = batch.element_bytes
+    features = intermediate // layout.parallel.tp
+    total = low_rank(fc1, batch.tokens, 2 * features, e) + low_rank(
+        fc2, batch.own_tokens, model.shape.hidden, e
+    )
     total += batch.tokens * features * e * bool(fc2)
     return total + batch.tokens * 4 * features * e * (live or bool(fc1))
 
 
 def head_bytes(model: PlannedModel, layout: Layout, work: Workload) -> int:
-    """Kept by final norm, output layer and loss for one microbatch: norm (T / t) (H e + 4), softmax T V / t 4, per token a mask,
-    an int64 target and the loss mask; with an adapter on the head also its input, h and B."""
-    batch, s = Microbatch.of(model, layout, work), model.shape
-    e, vocab = batch.element_bytes, s.vocab // layout.parallel.tp
+    """Kept by final norm, output layer and loss for one microbatch: norm (T / t) (H e + 4), softmax
+    T V / t 4, per token a mask, an int64 target and the loss mask; with an adapter on the head also
+    its input, h and B."""
+    batch = Microbatch.of(model, layout, work)
+    s = model.shape
+    e = batch.element_bytes
+    vocab = s.vocab // layout.parallel.tp
     head = model.by_layer.get(None, {}).get("output_layer", [])
     total = batch.own_tokens * (s.hidden * e + STATISTIC) + batch.tokens * (vocab * 4 + 1 + 8 + 4)
-    return total + (batch.own_tokens * s.hidden * e + low_rank(head, batch.tokens, vocab, e) if head else 0)
+    return total + (
+        batch.own_tokens * s.hidden * e + low_rank(head, batch.tokens, vocab, e) if head else 0
+    )
 
 
 def _input_needs_gradient(model: PlannedModel, chunk: Chunk, layer: int) -> bool:
-    """True behind the first adapted layer, and everywhere on a stage that receives its input: Megatron asks for its gradient."""
+    """True behind the first adapted layer, and everywhere on a stage that receives its input:
+    Megatron asks for its gradient."""
     return layer > model.first_adapted or not chunk.has_embedding

@@ -1,4 +1,5 @@
-"""``megalora plan``: from a config and a number of GPUs to a table, a picture and a config that runs."""
+"""``megalora plan``: from a config and a number of GPUs to a table, a picture and a config that
+runs."""
 
 import math
 import os
@@ -26,7 +27,8 @@ class Options:
     gpu: str
     top: int = 10
     imbalance: float = 1.2
-    """Rows of the fullest expert-parallel rank over the mean: assumed; ``megalora bench`` measures it."""
+    """Rows of the fullest expert-parallel rank over the mean: assumed; ``megalora bench`` measures
+    it."""
     lora_ranks: Sequence[int] = ()
     gpus_per_node: int | None = None
     out: Path | None = None
@@ -38,7 +40,10 @@ def make_plan(config: RunConfig, options: Options) -> Plan:
     """Search for a config; raises ``ValueError`` for a mistake in it."""
     require(math.isfinite(options.imbalance), f"--imbalance {options.imbalance}: no number of rows")
     require(options.top >= 1, f"--top {options.top}: show at least 1 layout")
-    require(all(rank >= 1 for rank in options.lora_ranks), f"--lora-rank: at least 1, got {list(options.lora_ranks)}")
+    require(
+        all(rank >= 1 for rank in options.lora_ranks),
+        f"--lora-rank: at least 1, got {list(options.lora_ranks)}",
+    )
     machine = find_machine(options.gpu)
     if options.gpus_per_node is not None:
         machine = with_ranks_per_node(machine, options.gpus_per_node)
@@ -47,27 +52,38 @@ def make_plan(config: RunConfig, options: Options) -> Plan:
     return search(shape, config.lora, options.gpus, work, machine, lora_ranks=options.lora_ranks)
 
 
-def plan_command(path: Path, overrides: Sequence[str], options: Options, say: Callable[[str], None] = print) -> None:
-    """Print the plan of ``path``; write config, picture and the list of rejected layouts where they were asked for."""
+def plan_command(
+    path: Path, overrides: Sequence[str], options: Options, say: Callable[[str], None] = print
+) -> None:
+    """Print the plan of ``path``; write config, picture and the list of rejected layouts where they
+    were asked for."""
     for file in (options.out, options.figure, options.rejected):
         if file:
             check_writable(file)
     suffix = options.figure.suffix if options.figure else ".png"
-    require(suffix in (".png", ".pdf", ".svg"), f"--figure {options.figure}: end it in .png, .pdf or .svg")
+    require(
+        suffix in (".png", ".pdf", ".svg"),
+        f"--figure {options.figure}: end it in .png, .pdf or .svg",
+    )
     config = load_config(path, overrides)
     plan = make_plan(config, options)
     if options.rejected:
         options.rejected.write_text("".join(f"{report.rejected_line(r)}\n" for r in plan.rejected))
-    best, work = plan.best(), plan.work
+    best = plan.best()
+    work = plan.work
     say(
-        f"{config.model.path} on {options.gpus} x {plan.machine.name}, {work.global_batch_size} samples of {work.sequence_length:,} "
-        f"tokens a step, {work.dtype}, LoRA rank {config.lora.rank} on {config.lora.target_modules}"
+        f"{config.model.path} on {options.gpus} x {plan.machine.name}, {work.global_batch_size}"
+        f" samples of {work.sequence_length:,} tokens a step, {work.dtype}, LoRA rank"
+        f" {config.lora.rank} on {config.lora.target_modules}"
     )
-    routing = f"; routing {work.imbalance:g} times the mean on the fullest rank: assumed" * (best.time["experts"] > 0)
+    routing = f"; routing {work.imbalance:g} times the mean on the fullest rank: assumed" * (
+        best.time["experts"] > 0
+    )
     say(f"rates {plan.machine.note}{routing}")
     say(
-        f"\nlayouts that fit: {len(plan.fitting):,}. The fastest ways to split the model, each with the microbatch, chunks and recomputation that "
-        f"need least memory within {100 * CLOSE:.0f} % of its best:\n{report.table(plan, options.top)}\n{report.LEGEND}"
+        f"\nlayouts that fit: {len(plan.fitting):,}. The fastest ways to split the model, each with"
+        f" the microbatch, chunks and recomputation that need least memory within {100 * CLOSE:.0f}"
+        f" % of its best:\n{report.table(plan, options.top)}\n{report.LEGEND}"
     )
     say(f"\nthe choice: {best.layout}\n{report.breakdown(plan, best)}\n")
     if text := report.waits(best):
@@ -82,20 +98,28 @@ def plan_command(path: Path, overrides: Sequence[str], options: Options, say: Ca
     if options.figure:
         from megalora.planner.figure import draw
 
-        draw(plan, options.top, options.figure, f"{config.model.path} on {options.gpus} x {plan.machine.name}")
+        draw(
+            plan,
+            options.top,
+            options.figure,
+            f"{config.model.path} on {options.gpus} x {plan.machine.name}",
+        )
         say(f"wrote {options.figure}")
 
 
 def dry_run_command(
     path: Path, overrides: Sequence[str], gpus: int, rank: int, say: Callable[[str], None] = print
 ) -> bool:
-    """Build one rank of the config's own layout on the meta device; False where it holds other bytes than planned."""
+    """Build one rank of the config's own layout on the meta device; False where it holds other
+    bytes than planned."""
     config = load_config(path, overrides)
     require(1 <= gpus <= 4096, f"--gpus {gpus}: a dry run builds a rank of 1 to 4,096")
     require(0 <= rank < gpus, f"--dry-run {rank}: ranks of {gpus} GPUs count from 0 to {gpus - 1}")
     hf = find_architecture(config.model.path)
-    p, layout = config.parallel, Layout.of(config, gpus)
-    shape, work = model_shape(hf), Workload.of(config)
+    p = config.parallel
+    layout = Layout.of(config, gpus)
+    shape = model_shape(hf)
+    work = Workload.of(config)
     check(shape, layout, work)
     stage = rank // (gpus // p.pp)
     planned = memory_of(shape, config.lora, layout, work, stage)
@@ -110,11 +134,13 @@ def dry_run_command(
     ]
     rows += [("buffers", built.buffer_bytes, 0)]
     say(
-        f"rank {rank} of {gpus}, stage {stage}: {len(built.shapes):,} parameters' tensors, parts of {built.num_tensors:,} adapter tensors"
+        f"rank {rank} of {gpus}, stage {stage}: {len(built.shapes):,} parameters' tensors, parts of"
+        f" {built.num_tensors:,} adapter tensors"
     )
     for name, found, said in rows:
         say(
-            f"{name:<13} built {found:>16,} bytes   planned {said:>16,}   {'the same' if found == said else 'DIFFERENT'}"
+            f"{name:<13} built {found:>16,} bytes   planned {said:>16,}  "
+            f" {'the same' if found == said else 'DIFFERENT'}"
         )
     return all(found == said for _, found, said in rows)
 
@@ -126,4 +152,6 @@ def check_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-    require(os.access(path.parent, os.W_OK), f"{path} cannot be written: no permission in {path.parent}")
+    require(
+        os.access(path.parent, os.W_OK), f"{path} cannot be written: no permission in {path.parent}"
+    )

@@ -25,7 +25,9 @@ class Crossings:
     layers: tuple[tuple[int, int, int, float], ...] = ()
     """(hidden, intermediate of one rank, rank, rows per expert)."""
 
-    def prefers_grouped_mm(self, rows_per_expert: float, hidden: int, intermediate: int, rank: int) -> bool:
+    def prefers_grouped_mm(
+        self, rows_per_expert: float, hidden: int, intermediate: int, rank: int
+    ) -> bool:
         """As ``megalora_kernels.prefers_grouped_mm`` on Hopper and datacentre Blackwell."""
         like = [layer for layer in self.layers if layer[:2] == (hidden, intermediate)]
         least = DEFAULT_ROWS
@@ -54,8 +56,12 @@ def crossings_of(gpu: str) -> Crossings:
     if path is None:
         return Crossings()
     try:
-        layers = [row for row in json.loads(path.read_text())["layers"] if row["dtype"] == "bfloat16"]
-        return Crossings(tuple((row["hidden"], row["intermediate"], row["R"], _rows(row)) for row in layers))
+        layers = [
+            row for row in json.loads(path.read_text())["layers"] if row["dtype"] == "bfloat16"
+        ]
+        return Crossings(
+            tuple((row["hidden"], row["intermediate"], row["R"], _rows(row)) for row in layers)
+        )
     except (ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, no text or no number
         raise ValueError(
             f"{path}: no table of benchmarks.tune ({error!r}); unset MEGALORA_TUNED, or tune again"
@@ -72,7 +78,10 @@ def _table_of(gpu: str) -> Path | None:
         return None
     if named is not None:
         if not Path(named).is_file():
-            raise ValueError(f"MEGALORA_TUNED is {named!r}, and there is no such file; unset it, or set it to 'off'")
+            raise ValueError(
+                f"MEGALORA_TUNED is {named!r}, and there is no such file; unset it, or set it to"
+                " 'off'"
+            )
         return Path(named)
     spec = find_spec("megalora_kernels")
     assert spec is not None and spec.origin is not None

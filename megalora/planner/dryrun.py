@@ -1,7 +1,8 @@
 """Builds one rank of a layout without weights, memory or GPUs, and counts what is there.
 
-The model is made by the code that makes it for training (``configure``, Megatron's provider, ``inject``) with every parameter on
-the meta device, in a world of any size whose collectives do nothing. What it finds must be what ``memory.py`` says.
+The model is made by the code that makes it for training (``configure``, Megatron's provider,
+``inject``) with every parameter on the meta device, in a world of any size whose collectives do
+nothing. What it finds must be what ``memory.py`` says.
 """
 
 from collections.abc import Mapping
@@ -24,13 +25,17 @@ class RankCount:
     num_tensors: int
     """HF adapter tensors of which this rank holds a part."""
     shapes: dict[str, tuple[int, ...]]
-    """Megatron's name of each parameter, its chunk's number in front, and its shape on this rank."""
+    """Megatron's name of each parameter, its chunk's number in front, and its shape on this
+    rank."""
 
 
-def dry_run(hf: Mapping[str, Any], lora: LoRAConfig, parallel: ParallelConfig, model: ModelConfig) -> RankCount:
+def dry_run(
+    hf: Mapping[str, Any], lora: LoRAConfig, parallel: ParallelConfig, model: ModelConfig
+) -> RankCount:
     """Build this rank of the initialised world on the meta device.
 
-    The world may be one of torch's fake process groups, of any size and as any rank; nothing is communicated.
+    The world may be one of torch's fake process groups, of any size and as any rank; nothing is
+    communicated.
 
     Args:
         hf: the model's ``config.json``, as ``read_architecture`` or ``read_hf_config`` gives it.
@@ -51,12 +56,16 @@ def dry_run(hf: Mapping[str, Any], lora: LoRAConfig, parallel: ParallelConfig, m
 
     with parallel_groups(parallel) as groups, _meta_device():
         chunks = make_chunks(hf, model, parallel, shape)
-        pieces = inject(chunks, adapted, shape, lora, groups, seed=0, dtype=getattr(torch, model.dtype))
+        pieces = inject(
+            chunks, adapted, shape, lora, groups, seed=0, dtype=getattr(torch, model.dtype)
+        )
         return _count(chunks, len({piece.name for piece in pieces}))
 
 
 def _count(chunks: list[Any], num_tensors: int) -> RankCount:
-    parameters = {f"{i}.{name}": p for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
+    parameters = {
+        f"{i}.{name}": p for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters()
+    }
     buffers = [b for chunk in chunks for b in chunk.buffers()]
     there = [name for name, p in parameters.items() if p.device.type != "meta"]
     assert not there, f"{there[0]} was allocated in earnest"
@@ -74,10 +83,11 @@ def _count(chunks: list[Any], num_tensors: int) -> RankCount:
 
 
 def _meta_device() -> Any:
-    """A context in which every tensor made empty, zero or one is on the meta device, though its maker names another.
+    """A context in which every tensor made empty, zero or one is on the meta device, though its
+    maker names another.
 
-    ``torch.device("meta")`` as a context does not reach those who pass a device. Initial values of adapters, drawn on the host
-    from a seed, are left out: they would take longer than all the rest.
+    ``torch.device("meta")`` as a context does not reach those who pass a device. Initial values of
+    adapters, drawn on the host from a seed, are left out: they would take longer than all the rest.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -85,7 +95,9 @@ def _meta_device() -> Any:
     factories = frozenset({torch.empty, torch.zeros, torch.ones})
 
     class OnMeta(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             kwargs = kwargs or {}
             if func is torch.Tensor.uniform_:
                 return args[0]

@@ -1,4 +1,5 @@
-"""Machines to plan for: tables of well-known GPUs, and files that ``megalora bench --calibrate`` wrote."""
+"""Machines to plan for: tables of well-known GPUs, and files that ``megalora bench --calibrate``
+wrote."""
 
 import json
 from collections.abc import Mapping
@@ -24,13 +25,16 @@ GIB = 2**30
 
 
 def _gpu(
-    name: str, memory_gib: int, dense: float, grouped: float, attention: tuple[float, float], memory: float,
+    name: str, memory_gib: int, dense: float, grouped: float, attention: tuple[float, float],
+    memory: float,
     inside: float, outside: float,
 ) -> Machine:  # fmt: skip
-    """TFLOP/s of dense and grouped GEMMs and of attention forward and backward, TB/s of memory, GB/s of a GPU's links."""
+    """TFLOP/s of dense and grouped GEMMs and of attention forward and backward, TB/s of memory,
+    GB/s of a GPU's links."""
     return Machine(
         name=name, memory_bytes=memory_gib * GIB, ranks_per_node=8,
-        gemm=Roofline(dense * 1e12, memory * 1e12), grouped_gemm=Roofline(grouped * 1e12, memory * 1e12),
+        gemm=Roofline(dense * 1e12, memory * 1e12),
+        grouped_gemm=Roofline(grouped * 1e12, memory * 1e12),
         attention=Constant(attention[0] * 1e12), attention_backward=Constant(attention[1] * 1e12),
         memory=Constant(memory * 1e12), network=Links(inside * 1e9, outside * 1e9),
         overhead=Overhead(1.0e-3, 1.4e-3, 10e-3, hidden=True, basis="assumed"),
@@ -39,14 +43,16 @@ def _gpu(
 
 
 GPUS = {
-    # H100 and H200: 790 TFLOP/s dense, 3.0 and 4.3 TB/s, grouped GEMM 637 are others' measurements. The rest, and all of A100 and
-    # B200, are data sheets times what is usually reached: GEMM 0.75 to 0.8, memory 0.85 to 0.9, links 0.75 to 0.85.
+    # H100 and H200: 790 TFLOP/s dense, 3.0 and 4.3 TB/s, grouped GEMM 637 are others' measurements.
+    # The rest, and all of A100 and B200, are data sheets times what is usually reached: GEMM 0.75
+    # to 0.8, memory 0.85 to 0.9, links 0.75 to 0.85.
     "h100": _gpu("H100 SXM 80 GB", 78, 790, 637, (420, 140), 3.0, 340, 42),
     "h200": _gpu("H200 SXM 141 GB", 139, 790, 637, (420, 140), 4.3, 340, 42),
     "a100": _gpu("A100 SXM 80 GB", 78, 250, 200, (190, 60), 1.75, 230, 20),
     "b200": _gpu("B200 180 GB", 177, 1700, 1200, (700, 230), 7.0, 680, 42),
 }
-"""Nothing here was measured by megalora. Attention's backward is in FLOPs of forward; it does 2.5 times as many."""
+"""Nothing here was measured by megalora. Attention's backward is in FLOPs of forward; it does 2.5
+times as many."""
 
 
 def find_machine(name: str) -> Machine:
@@ -56,7 +62,8 @@ def find_machine(name: str) -> Machine:
     path = Path(expand(name, "--gpu"))
     if not path.is_file():
         raise ValueError(
-            f"--gpu {name} is neither {', '.join(GPUS)} nor a file; megalora bench --calibrate FILE measures this machine"
+            f"--gpu {name} is neither {', '.join(GPUS)} nor a file; megalora bench --calibrate FILE"
+            " measures this machine"
         )
     return read_machine(path)
 
@@ -64,8 +71,8 @@ def find_machine(name: str) -> Machine:
 def read_machine(path: Path) -> Machine:
     """A calibration file as a machine.
 
-    What it lacks comes from the table of the GPU that its name contains, such as collectives when one GPU was measured. Raises
-    ``ValueError`` that names the file and what is missing.
+    What it lacks comes from the table of the GPU that its name contains, such as collectives when
+    one GPU was measured. Raises ``ValueError`` that names the file and what is missing.
     """
     content = _read(path)
     unknown = sorted(set(content["collectives"]) - set(KINDS))
@@ -81,21 +88,36 @@ def _machine(content: dict[str, Any], path: Path) -> Machine:
     collectives = {kind: _groups(rows) for kind, rows in content["collectives"].items() if rows}
     rates = {
         "gemm": _table(content, "gemm", ("rows", "outputs", "inputs"), _gemm_flops),
-        "grouped_gemm": _table(content, "grouped_gemm", ("experts", "rows", "outputs", "inputs"), _gemm_flops),
+        "grouped_gemm": _table(
+            content, "grouped_gemm", ("experts", "rows", "outputs", "inputs"), _gemm_flops
+        ),
         "attention": _table(content, "attention", _ATTENTION, _attention_flops, "forward_seconds"),
-        "attention_backward": _table(content, "attention", _ATTENTION, _attention_flops, "backward_seconds"),
+        "attention_backward": _table(
+            content, "attention", _ATTENTION, _attention_flops, "backward_seconds"
+        ),
         "memory": _table(content, "memory", ("bytes",), lambda row: row["bytes"]),
     }
     over = content.get("overhead")
     if over is None and like is None:
-        raise ValueError(f"{path} has no overhead of a layer, and {content['name']} is no GPU with a table of its own")
+        raise ValueError(
+            f"{path} has no overhead of a layer, and {content['name']} is no GPU with a table of"
+            " its own"
+        )
     hidden = "cpu" not in content["name"].lower()
     overhead = Overhead(**over, hidden=hidden, basis="measured") if over else like.overhead  # pyright: ignore
     return Machine(
-        name=content["name"], memory_bytes=content["memory_bytes"], ranks_per_node=content["ranks_per_node"],
-        network=MeasuredNetwork(collectives, beyond=like.network if like else None), overhead=overhead, dtype=content["dtype"],
-        note=f"measured {content['when']} ({path.name}), {content['dtype']}, {content['world_size']} ranks", **rates,
-    )  # fmt: skip
+        name=content["name"],
+        memory_bytes=content["memory_bytes"],
+        ranks_per_node=content["ranks_per_node"],
+        network=MeasuredNetwork(collectives, beyond=like.network if like else None),
+        overhead=overhead,
+        dtype=content["dtype"],
+        note=(
+            f"measured {content['when']} ({path.name}), {content['dtype']}, {content['world_size']}"
+            " ranks"
+        ),
+        **rates,
+    )
 
 
 _ATTENTION = ("sequences", "sequence", "heads", "kv_heads", "head_dim")
@@ -106,11 +128,23 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a calibration file ({error})") from None
-    needed = ("format", "name", "memory_bytes", "ranks_per_node", "world_size", "dtype", "when", "collectives")
+    needed = (
+        "format",
+        "name",
+        "memory_bytes",
+        "ranks_per_node",
+        "world_size",
+        "dtype",
+        "when",
+        "collectives",
+    )
     needed += ("gemm", "grouped_gemm", "attention", "memory")
     missing = [key for key in needed if not isinstance(content, dict) or key not in content]
     require(not missing, f"{path}: not a calibration file; it lacks {', '.join(missing)}")
-    require(content["format"] == 1, f"{path}: calibration format {content['format']}; this megalora reads 1")
+    require(
+        content["format"] == 1,
+        f"{path}: calibration format {content['format']}; this megalora reads 1",
+    )
     return content
 
 
@@ -128,17 +162,22 @@ def attention_flops(sequences: float, sequence: float, width: float) -> float:
 
 
 def _table(
-    content: Mapping[str, Any], kind: str, sizes: tuple[str, ...], work: Any, seconds: str = "seconds"
+    content: Mapping[str, Any], kind: str, sizes: tuple[str, ...], work: Any,
+    seconds: str = "seconds"
 ) -> Rate:  # fmt: skip
     rows = content[kind]
     require(bool(rows), f"the calibration of {content['name']} has no {kind}")
-    return Table(tuple((tuple(row[size] for size in sizes), work(row) / row[seconds]) for row in rows))
+    return Table(
+        tuple((tuple(row[size] for size in sizes), work(row) / row[seconds]) for row in rows)
+    )
 
 
 def _groups(rows: list[dict[str, float]]) -> dict[tuple[int, int], list[tuple[float, float]]]:
     found: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for row in rows:
-        found.setdefault((int(row["ranks"]), int(row["nodes"])), []).append((row["bytes"], row["seconds"]))
+        found.setdefault((int(row["ranks"]), int(row["nodes"])), []).append(
+            (row["bytes"], row["seconds"])
+        )
     return {group: sorted(points) for group, points in found.items()}
 
 

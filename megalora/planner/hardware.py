@@ -33,7 +33,8 @@ class Rate(Protocol):
 
 @dataclass(frozen=True)
 class Roofline:
-    """A GEMM of known sizes (..., rows, outputs, inputs) in bfloat16: the longer of its arithmetic and its traffic. Assumed."""
+    """A GEMM of known sizes (..., rows, outputs, inputs) in bfloat16: the longer of its arithmetic
+    and its traffic. Assumed."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -62,10 +63,13 @@ NEIGHBOURS = 4
 
 @dataclass(frozen=True)
 class Table:
-    """Rates measured at some sizes; between them a mean of the nearest in logarithms, weighted by the inverse squared distance."""
+    """Rates measured at some sizes; between them a mean of the nearest in logarithms, weighted by
+    the inverse squared distance."""
 
     points: tuple[tuple[tuple[float, ...], float], ...]
-    found: dict[tuple[float, ...], Estimate] = field(default_factory=dict, compare=False, repr=False)
+    found: dict[tuple[float, ...], Estimate] = field(
+        default_factory=dict, compare=False, repr=False
+    )
     """Answers given before: layouts ask for the same sizes again and again."""
 
     def at(self, *sizes: float) -> Estimate:
@@ -97,8 +101,8 @@ class Network(Protocol):
     def seconds(self, kind: Kind, ranks: int, nodes: int, num_bytes: float) -> Estimate:
         """One collective of a group of ``ranks`` that spans ``nodes``.
 
-        ``num_bytes``: all_gather, of its output; reduce_scatter, of its input; all_reduce, of the buffer; all_to_all, what one
-        rank sends in all, its own part included; send, of the message.
+        ``num_bytes``: all_gather, of its output; reduce_scatter, of its input; all_reduce, of the
+        buffer; all_to_all, what one rank sends in all, its own part included; send, of the message.
         """
         ...
 
@@ -107,8 +111,8 @@ class Network(Protocol):
 class Links:
     """Bandwidth and latency of one GPU's links, inside a node and out of it. Assumed.
 
-    Rings cross each node's border once, through the adapters of all GPUs that the group has there. In an all-to-all each GPU
-    sends through its own adapter what is for other nodes.
+    Rings cross each node's border once, through the adapters of all GPUs that the group has there.
+    In an all-to-all each GPU sends through its own adapter what is for other nodes.
     """
 
     inside_bytes_per_s: float
@@ -120,10 +124,13 @@ class Links:
         if ranks == 1:
             return Estimate(0.0, "measured")
         latency = self.inside_latency_s if nodes == 1 else self.outside_latency_s
-        latency *= 3 if kind == "send" else max(1.0, math.log2(ranks) / 2)  # a stage waits for what it gets
+        # a stage waits for what it gets
+        latency *= 3 if kind == "send" else max(1.0, math.log2(ranks) / 2)
         per_node = ranks / nodes
         if kind == "send":
-            moving = num_bytes / (self.inside_bytes_per_s if nodes == 1 else self.outside_bytes_per_s)
+            moving = num_bytes / (
+                self.inside_bytes_per_s if nodes == 1 else self.outside_bytes_per_s
+            )
         elif kind == "all_to_all":
             inside = num_bytes * (per_node - 1) / ranks / self.inside_bytes_per_s
             moving = max(inside, num_bytes * (ranks - per_node) / ranks / self.outside_bytes_per_s)
@@ -138,8 +145,9 @@ class Links:
 class MeasuredNetwork:
     """Seconds measured by kind, group and size: linear between sizes.
 
-    A group of a size nobody measured is scaled from the nearest with as many ranks in each node, by what it moves: ``(n - 1) / n`` in
-    a ring, in an all-to-all over nodes what leaves the node. Where none is like it, ``beyond`` answers.
+    A group of a size nobody measured is scaled from the nearest with as many ranks in each node, by
+    what it moves: ``(n - 1) / n`` in a ring, in an all-to-all over nodes what leaves the node.
+    Where none is like it, ``beyond`` answers.
     """
 
     points: Mapping[str, Mapping[tuple[int, int], Sequence[tuple[float, float]]]]
@@ -149,11 +157,14 @@ class MeasuredNetwork:
     def seconds(self, kind: Kind, ranks: int, nodes: int, num_bytes: float) -> Estimate:
         if ranks == 1:
             return Estimate(0.0, "measured")
-        groups = {g: sizes for g, sizes in self.points.get(kind, {}).items() if _alike(g, (ranks, nodes))}
+        groups = {
+            g: sizes for g, sizes in self.points.get(kind, {}).items() if _alike(g, (ranks, nodes))
+        }
         if not groups:
             if self.beyond is None:
                 raise ValueError(
-                    f"the calibration has no {kind} like that of {ranks} ranks over {nodes} node(s); calibrate with more ranks"
+                    f"the calibration has no {kind} like that of {ranks} ranks over {nodes}"
+                    " node(s); calibrate with more ranks"
                 )
             return self.beyond.seconds(kind, ranks, nodes, num_bytes)
         near = min(groups, key=lambda g: abs(math.log(g[0] / ranks)))
@@ -167,21 +178,24 @@ class MeasuredNetwork:
 
 
 def _alike(group: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Both inside a node, or both over several with as many ranks in each: then they share links alike."""
+    """Both inside a node, or both over several with as many ranks in each: then they share links
+    alike."""
     if group[1] == 1 or other[1] == 1:
         return group[1] == other[1]
     return group[0] * other[1] == other[0] * group[1]
 
 
 def _line(points: Sequence[tuple[float, float]], x: float) -> Estimate:
-    """Through the neighbours of x; beyond the ends the nearest two go on, never below the smallest measured."""
+    """Through the neighbours of x; beyond the ends the nearest two go on, never below the smallest
+    measured."""
     for size, seconds in points:
         if size == x:
             return Estimate(seconds, "measured")
     if len(points) == 1:
         return Estimate(points[0][1] * max(1.0, x / points[0][0]), "assumed")
     after = next((i for i, (size, _) in enumerate(points) if size > x), len(points) - 1)
-    (x0, y0), (x1, y1) = points[max(after - 1, 0)], points[max(after, 1)]
+    x0, y0 = points[max(after - 1, 0)]
+    x1, y1 = points[max(after, 1)]
     y = y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     inside = points[0][0] < x < points[-1][0]
     return Estimate(max(y, min(s for _, s in points)), "interpolated" if inside else "assumed")
@@ -196,7 +210,8 @@ class Overhead:
     step_s: float
     """Once per step: clipping, the optimizer's launches, reading the loss."""
     hidden: bool
-    """True on a GPU, where it counts only as far as it exceeds the device's work; on a CPU both take turns."""
+    """True on a GPU, where it counts only as far as it exceeds the device's work; on a CPU both
+    take turns."""
     basis: Basis
 
 
@@ -212,7 +227,8 @@ class Machine:
     grouped_gemm: Rate
     """(experts, rows of all of them, outputs, inputs) -> FLOP/s."""
     attention: Rate
-    """(sequences, sequence, heads, key/value heads, head width) -> FLOP/s of causal attention forward."""
+    """(sequences, sequence, heads, key/value heads, head width) -> FLOP/s of causal attention
+    forward."""
     attention_backward: Rate
     """The same FLOPs, those of forward, per second of backward."""
     memory: Rate

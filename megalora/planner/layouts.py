@@ -1,7 +1,8 @@
 """Every way to lay N ranks out for a model, and why the others are none.
 
-Candidates fill both grids, ``world = tp * pp * dp`` and ``world = etp * ep * pp * edp``. What is legal is decided by the checks
-a run itself makes: ``ParallelConfig``, ``ModelShape.check_layout`` and ``RunConfig.check_world``.
+Candidates fill both grids, ``world = tp * pp * dp`` and ``world = etp * ep * pp * edp``. What is
+legal is decided by the checks a run itself makes: ``ParallelConfig``, ``ModelShape.check_layout``
+and ``RunConfig.check_world``.
 """
 
 import math
@@ -36,15 +37,25 @@ class Workload:
     beside the weights."""
 
     def __post_init__(self) -> None:
-        require(self.sequence_length >= 2, f"a sample needs at least 2 tokens, got {self.sequence_length}")
-        require(self.global_batch_size >= 1, f"a step needs at least 1 sample, got {self.global_batch_size}")
-        require(self.imbalance >= 1, f"imbalance is the fullest over the mean, so at least 1, got {self.imbalance}")
+        require(
+            self.sequence_length >= 2,
+            f"a sample needs at least 2 tokens, got {self.sequence_length}",
+        )
+        require(
+            self.global_batch_size >= 1,
+            f"a step needs at least 1 sample, got {self.global_batch_size}",
+        )
+        require(
+            self.imbalance >= 1,
+            f"imbalance is the fullest over the mean, so at least 1, got {self.imbalance}",
+        )
 
     @classmethod
     def of(cls, config: RunConfig, imbalance: float = 1.0) -> "Workload":
         """What a run's config says."""
         return cls(
-            sequence_length=config.data.max_length, global_batch_size=config.train.global_batch_size,
+            sequence_length=config.data.max_length,
+            global_batch_size=config.train.global_batch_size,
             dtype=config.model.dtype, imbalance=imbalance,
         )  # fmt: skip
 
@@ -74,7 +85,8 @@ class Layout:
         """What a run's config says."""
         train = config.train
         return cls(
-            parallel=config.parallel, num_ranks=num_ranks, micro_batch_size=train.micro_batch_size, recompute=train.recompute
+            parallel=config.parallel, num_ranks=num_ranks, micro_batch_size=train.micro_batch_size,
+            recompute=train.recompute
         )  # fmt: skip
 
     def num_microbatches(self, global_batch_size: int) -> int:
@@ -120,10 +132,18 @@ def enumerate_layouts(
         ValueError: fewer than one rank, or an empty or impossible choice.
     """
     require(num_ranks >= 1, f"a run needs at least 1 rank, got {num_ranks}")
-    require(num_ranks <= MAX_RANKS, f"{num_ranks:,} ranks: the planner lays out up to {MAX_RANKS:,}")
-    require(bool(micro_batch_sizes) and min(micro_batch_sizes) >= 1, f"microbatches of {micro_batch_sizes} samples")
+    require(
+        num_ranks <= MAX_RANKS, f"{num_ranks:,} ranks: the planner lays out up to {MAX_RANKS:,}"
+    )
+    require(
+        bool(micro_batch_sizes) and min(micro_batch_sizes) >= 1,
+        f"microbatches of {micro_batch_sizes} samples",
+    )
     unknown = [level for level in recompute if level not in LEVELS]
-    require(bool(recompute) and not unknown, f"recompute levels are {', '.join(LEVELS)}; got {list(recompute)}")
+    require(
+        bool(recompute) and not unknown,
+        f"recompute levels are {', '.join(LEVELS)}; got {list(recompute)}",
+    )
     found = Enumeration([], [])
     fits_batch: dict[tuple[int, int, int, int], str | None] = {}
     for p in candidates(shape, num_ranks):
@@ -138,16 +158,18 @@ def enumerate_layouts(
                 found.rejected.append(Rejected(p, micro, reason))
                 continue
             found.legal.extend(
-                Layout(parallel=p, num_ranks=num_ranks, micro_batch_size=micro, recompute=r) for r in recompute
+                Layout(parallel=p, num_ranks=num_ranks, micro_batch_size=micro, recompute=r)
+                for r in recompute
             )
     return found
 
 
 def candidates(shape: ModelShape, num_ranks: int) -> Iterator[ParallelConfig]:
-    """Every (tp, pp, vpp, ep, etp) whose two grids fill ``num_ranks``; experts' sizes are 1 where there are none.
+    """Every (tp, pp, vpp, ep, etp) whose two grids fill ``num_ranks``; experts' sizes are 1 where
+    there are none.
 
-    A size that the model cannot be split by, whatever the others are, comes once, with all others at 1: otherwise a
-    number of ranks with many divisors has billions of candidates.
+    A size that the model cannot be split by, whatever the others are, comes once, with all others
+    at 1: otherwise a number of ranks with many divisors has billions of candidates.
     """
     sizes = divisors(num_ranks)
     possible = {"tp": [1], "ep": [1], "etp": [1]}
@@ -183,7 +205,9 @@ def _chunks(shape: ModelShape, pp: int) -> list[int]:
 def check(shape: ModelShape, layout: Layout, work: Workload) -> None:
     """Raise ``ValueError`` when the model or the workload cannot run as ``layout`` says."""
     reason = _why_not_model(shape, layout.parallel)
-    reason = reason or _why_not_batch(work, layout.parallel, layout.num_ranks, layout.micro_batch_size)
+    reason = reason or _why_not_batch(
+        work, layout.parallel, layout.num_ranks, layout.micro_batch_size
+    )
     if reason:
         raise ValueError(f"{layout}: {reason}")
 
@@ -204,7 +228,9 @@ def _why_not_model(shape: ModelShape, p: ParallelConfig) -> str | None:
 
 def _why_not_batch(work: Workload, p: ParallelConfig, num_ranks: int, micro: int) -> str | None:
     train = TrainConfig(steps=1, global_batch_size=work.global_batch_size, micro_batch_size=micro)
-    config = RunConfig(model=ModelConfig(path="planned"), data=DataConfig(train="planned"), train=train, parallel=p)
+    config = RunConfig(
+        model=ModelConfig(path="planned"), data=DataConfig(train="planned"), train=train, parallel=p
+    )
     try:
         config.check_world(num_ranks)
     except ValueError as error:

@@ -27,8 +27,10 @@ class StepTime:
 
     @property
     def basis(self) -> Basis:
-        """Of the whole: the least known of which, with what is known less, it has a tenth or more."""
-        total, less_known = self.seconds, 0.0
+        """Of the whole: the least known of which, with what is known less, it has a tenth or
+        more."""
+        total = self.seconds
+        less_known = 0.0
         for basis in reversed(BASES):
             less_known += sum(part.seconds for part in self.parts if part.basis == basis)
             if less_known >= 0.1 * total:
@@ -63,4 +65,6 @@ class Ledger:
         return sum(self.seconds.values())
 
     def parts(self) -> tuple[Time, ...]:
-        return tuple(Time(name, seconds, self.bases[name]) for name, seconds in self.seconds.items())
+        return tuple(
+            Time(name, seconds, self.bases[name]) for name, seconds in self.seconds.items()
+        )

@@ -1,4 +1,5 @@
-"""Architectures written down in ``configs/models``: a Hugging Face ``config.json`` as YAML, for planning without a download."""
+"""Architectures written down in ``configs/models``: a Hugging Face ``config.json`` as YAML, for
+planning without a download."""
 
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,22 @@ from megalora.model.shape import ModelShape, model_shape, read_hf_config
 
 
 def read_architecture(path: Path) -> dict[str, Any]:
-    """The fields of a model's ``config.json`` from a YAML file; raises ``ValueError`` that names the file."""
+    """The fields of a model's ``config.json`` from a YAML file; raises ``ValueError`` that names
+    the file."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; architectures are written down in configs/models/*.yaml")
+        raise ValueError(
+            f"{path}: no such file; architectures are written down in configs/models/*.yaml"
+        )
     try:
         fields = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file of a model's config.json ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"{path}: not a YAML file of a model's config.json ({str(error).splitlines()[0]})"
+        ) from None
     if not isinstance(fields, dict):
-        raise ValueError(f"{path}: must hold the fields of a model's config.json, got a {type(fields).__name__}")
+        raise ValueError(
+            f"{path}: must hold the fields of a model's config.json, got a {type(fields).__name__}"
+        )
     return {str(name): value for name, value in fields.items()}
 
 
@@ -30,8 +38,8 @@ WRITTEN_DOWN = Path(__file__).parents[2] / "configs" / "models"
 def find_architecture(path: str) -> dict[str, Any]:
     """The fields of ``config.json`` for a ``model.path``, without a download.
 
-    A folder with a ``config.json``, a YAML file such as those of ``configs/models``, or a hub name that is written down there:
-    ``Qwen/Qwen3-30B-A3B`` is ``qwen3_30b_a3b.yaml``.
+    A folder with a ``config.json``, a YAML file such as those of ``configs/models``, or a hub name
+    that is written down there: ``Qwen/Qwen3-30B-A3B`` is ``qwen3_30b_a3b.yaml``.
 
     Raises:
         ValueError: none of them, or one whose config asks for something megalora does not compute.
@@ -51,13 +59,14 @@ def _read_fields(path: str) -> dict[str, Any]:
         return read_architecture(known)
     there = ", ".join(sorted(file.name for file in WRITTEN_DOWN.glob("*.yaml")))
     raise ValueError(
-        f"model.path={path} is no folder with a config.json and no model of {WRITTEN_DOWN} ({there}). To plan for it, download its "
-        "config.json alone and give its folder."
+        f"model.path={path} is no folder with a config.json and no model of {WRITTEN_DOWN}"
+        f" ({there}). To plan for it, download its config.json alone and give its folder."
     )
 
 
 def load_shape(path: Path) -> ModelShape:
-    """The sizes of an architecture in ``configs/models``; raises ``ValueError`` that names the file."""
+    """The sizes of an architecture in ``configs/models``; raises ``ValueError`` that names the
+    file."""
     try:
         return model_shape(read_architecture(path))
     except ValueError as error:
@@ -65,6 +74,7 @@ def load_shape(path: Path) -> ModelShape:
 
 
 def active_parameters(shape: ModelShape) -> int:
-    """Base parameters that one token meets: all but the experts it is not sent to; embeddings and router count whole."""
+    """Base parameters that one token meets: all but the experts it is not sent to; embeddings and
+    router count whole."""
     unused = (shape.num_experts - shape.top_k) * 3 * shape.hidden * shape.expert_intermediate
     return shape.num_parameters() - len(shape.moe_layers) * unused

@@ -1,6 +1,8 @@
-"""Parameters of one rank: what ``build_model`` and ``inject`` leave there, counted from sizes alone.
+"""Parameters of one rank: what ``build_model`` and ``inject`` leave there, counted from sizes
+alone.
 
-Each count is exact: ``dryrun.py`` builds the same rank on the meta device and finds the same number.
+Each count is exact: ``dryrun.py`` builds the same rank on the meta device and finds the same
+number.
 """
 
 import math
@@ -22,11 +24,13 @@ class PlannedModel:
 
     @classmethod
     def of(cls, shape: ModelShape, lora: LoRAConfig) -> "PlannedModel":
-        """Raises ``ValueError`` for targets that match nothing, and for dropout, whose masks and copies nobody counts."""
+        """Raises ``ValueError`` for targets that match nothing, and for dropout, whose masks and
+        copies nobody counts."""
         require(
             lora.dropout == 0,
-            f"lora.dropout={lora.dropout}: what dropout keeps for backward is not counted. Plan with lora.dropout=0; training with "
-            "it takes more memory, most of it in experts, whose rows are then permuted and kept.",
+            f"lora.dropout={lora.dropout}: what dropout keeps for backward is not counted. Plan"
+            " with lora.dropout=0; training with it takes more memory, most of it in experts,"
+            " whose rows are then permuted and kept.",
         )
         return cls(shape, tuple(resolve(lora, shape)))
 
@@ -40,24 +44,30 @@ class PlannedModel:
 
     @cached_property
     def kinds(self) -> list[int]:
-        """A layer number that stands for each layer: the first that is like it. Models have one or two kinds."""
+        """A layer number that stands for each layer: the first that is like it. Models have one or
+        two kinds."""
         first: dict[object, int] = {}
         out = []
         for layer in range(self.shape.num_layers):
             modules = self.by_layer.get(layer, {})
-            ranks = tuple((m, tuple((a.name, a.rank) for a in found)) for m, found in modules.items())
+            ranks = tuple(
+                (m, tuple((a.name, a.rank) for a in found)) for m, found in modules.items()
+            )
             out.append(first.setdefault((self.shape.is_moe(layer), ranks), layer))
         return out
 
     @cached_property
     def memo(self) -> dict[tuple[object, ...], Any]:
-        """What was counted before, by name and sizes: layers of one kind, and layouts that cut them alike, are many."""
+        """What was counted before, by name and sizes: layers of one kind, and layouts that cut them
+        alike, are many."""
         return {}
 
     @cached_property
     def first_adapted(self) -> int:
         """The first layer with an adapter; nothing below it takes part in backward."""
-        return min((layer for layer in self.by_layer if layer is not None), default=self.shape.num_layers)
+        return min(
+            (layer for layer in self.by_layer if layer is not None), default=self.shape.num_layers
+        )
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,11 @@ class Chunk:
 
 
 def chunks_of(shape: ModelShape, p: ParallelConfig, stage: int) -> list[Chunk]:
-    """The ``vpp`` chunks of a stage: chunk v of stage s is the (v * pp + s)th piece of the layers."""
+    """The ``vpp`` chunks of a stage: chunk v of stage s is the (v * pp + s)th piece of the
+    layers."""
     assert 0 <= stage < p.pp, f"stage {stage} of {p.pp}"
-    size, found = shape.num_layers // (p.pp * p.vpp), []
+    size = shape.num_layers // (p.pp * p.vpp)
+    found = []
     for v in range(p.vpp):
         piece = v * p.pp + stage
         layers = range(piece * size, (piece + 1) * size)
@@ -83,8 +95,8 @@ def chunks_of(shape: ModelShape, p: ParallelConfig, stage: int) -> list[Chunk]:
 def base_parameters(shape: ModelShape, p: ParallelConfig, chunk: Chunk) -> int:
     """Frozen parameters of a chunk on one rank.
 
-    Layers as in ``layer_parameters``; embedding and head V H / tp each (one of them where both are on this rank and tied); the
-    final norm H with the head.
+    Layers as in ``layer_parameters``; embedding and head V H / tp each (one of them where both are
+    on this rank and tied); the final norm H with the head.
     """
     num_moe = sum(map(shape.is_moe, chunk.layers))
     total = num_moe and num_moe * layer_parameters(shape, p, True)
@@ -99,16 +111,19 @@ def base_parameters(shape: ModelShape, p: ParallelConfig, chunk: Chunk) -> int:
 def layer_parameters(shape: ModelShape, p: ParallelConfig, is_moe: bool) -> int:
     """Frozen parameters of one decoder layer on one rank.
 
-    Attention: (q + 2 kv) (H + bias) + (q + bias) H with q = heads d / tp and kv = max(kv heads, tp) d / tp, for a head is repeated on
-    ranks beyond the number of heads; two norms 2 H, and 2 d of q and k. MoE: router E H, experts (E / ep) 3 H I / etp, shared
-    expert 3 H I_s / tp with its gate H. Dense: 3 H I / tp.
+    Attention: (q + 2 kv) (H + bias) + (q + bias) H with q = heads d / tp and kv = max(kv heads, tp)
+        d / tp, for a head is repeated on ranks beyond the number of heads; two norms 2 H, and 2 d
+        of q and k. MoE: router E H, experts (E / ep) 3 H I / etp, shared expert 3 H I_s / tp with
+        its gate H. Dense: 3 H I / tp.
     """
     h, q, kv = shape.hidden, *attention_widths(shape, p)
     total = (q + 2 * kv) * (h + shape.qkv_bias) + (q + shape.o_bias) * h + 2 * h
     total += 2 * shape.head_dim * shape.qk_norm
     if not is_moe:
         return total + 3 * h * (shape.intermediate // p.tp)
-    total += shape.num_experts * h + shape.num_experts // p.ep * 3 * h * (shape.expert_intermediate // p.etp)
+    total += shape.num_experts * h + shape.num_experts // p.ep * 3 * h * (
+        shape.expert_intermediate // p.etp
+    )
     if shape.shared_intermediate:
         total += 3 * h * (shape.shared_intermediate // p.tp) + h
     return total
@@ -116,14 +131,18 @@ def layer_parameters(shape: ModelShape, p: ParallelConfig, is_moe: bool) -> int:
 
 def attention_widths(shape: ModelShape, p: ParallelConfig) -> tuple[int, int]:
     """(features of q, features of k and of v) on one rank."""
-    return shape.num_heads // p.tp * shape.head_dim, max(shape.num_kv_heads, p.tp) // p.tp * shape.head_dim
+    return (
+        shape.num_heads // p.tp * shape.head_dim,
+        max(shape.num_kv_heads, p.tp) // p.tp * shape.head_dim,
+    )
 
 
 @dataclass(frozen=True)
 class AdapterCount:
     """Adapter parameters of a chunk on one rank, by the data-parallel group that reduces them.
 
-    A buffer starts every tensor at a multiple of 64 elements; the numbers with ``_padded`` count that.
+    A buffer starts every tensor at a multiple of 64 elements; the numbers with ``_padded`` count
+    that.
     """
 
     dense: int = 0
@@ -138,7 +157,9 @@ class AdapterCount:
         )  # fmt: skip
 
     def times(self, n: int) -> "AdapterCount":
-        return AdapterCount(n * self.dense, n * self.expert, n * self.dense_padded, n * self.expert_padded)
+        return AdapterCount(
+            n * self.dense, n * self.expert, n * self.dense_padded, n * self.expert_padded
+        )
 
 
 def adapter_parameters(model: PlannedModel, p: ParallelConfig, chunk: Chunk) -> AdapterCount:
@@ -153,7 +174,8 @@ def adapter_parameters(model: PlannedModel, p: ParallelConfig, chunk: Chunk) -> 
 
 
 def _places(model: PlannedModel, chunk: Chunk) -> dict[int | None, int]:
-    """How many layers of each kind there are, and None, what is outside of layers, with the head."""
+    """How many layers of each kind there are, and None, what is outside of layers, with the
+    head."""
     found: dict[int | None, int] = {}
     for layer in chunk.layers:
         found[model.kinds[layer]] = found.get(model.kinds[layer], 0) + 1
@@ -161,7 +183,8 @@ def _places(model: PlannedModel, chunk: Chunk) -> dict[int | None, int]:
 
 
 def _adapters_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> AdapterCount:
-    """One layer's, or with None the head's: per module one stack of A's, and a B for each projection."""
+    """One layer's, or with None the head's: per module one stack of A's, and a B for each
+    projection."""
     total = AdapterCount()
     separate = p.ep > 1 or p.etp != p.tp
     for adapted in model.by_layer.get(layer, {}).values():
@@ -170,22 +193,28 @@ def _adapters_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> A
         in_local = adapted[0].in_features // adapted[0].num_shards("A", group)
         tensors = [lead * sum(a.rank for a in adapted) * in_local]
         tensors += [lead * (a.out_features // a.num_shards("B", group)) * a.rank for a in adapted]
-        whole, padded = sum(tensors), sum(64 * math.ceil(n / 64) for n in tensors)
+        whole = sum(tensors)
+        padded = sum(64 * math.ceil(n / 64) for n in tensors)
         own = is_expert and separate
-        total += AdapterCount(expert=whole, expert_padded=padded) if own else AdapterCount(whole, 0, padded, 0)
+        total += (
+            AdapterCount(expert=whole, expert_padded=padded)
+            if own
+            else AdapterCount(whole, 0, padded, 0)
+        )
     return total
 
 
 def shared_elements(model: PlannedModel, p: ParallelConfig, chunk: Chunk) -> tuple[int, int]:
-    """Elements that ``sum_partial_gradients`` sums over TP and over ETP: of factors that several ranks of the group hold, a table
-    with one row for each shard."""
+    """Elements that ``sum_partial_gradients`` sums over TP and over ETP: of factors that several
+    ranks of the group hold, a table with one row for each shard."""
     dense = expert = 0
     for place, times in _places(model, chunk).items():
         key = ("shared", place, p.tp, p.ep, p.etp)
         if key not in model.memo:
             model.memo[key] = _shared_of(model, p, place)
         found = model.memo[key]
-        dense, expert = dense + times * found[0], expert + times * found[1]
+        dense = dense + times * found[0]
+        expert = expert + times * found[1]
     return dense, expert
 
 
@@ -194,21 +223,26 @@ def _shared_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> tup
     for a in (a for adapted in model.by_layer.get(layer, {}).values() for a in adapted):
         is_expert = a.projection.is_expert
         group, lead = (p.etp, a.num_experts // p.ep) if is_expert else (p.tp, 1)
-        of_a, of_b = a.rank * a.in_features, a.rank * a.out_features
+        of_a = a.rank * a.in_features
+        of_b = a.rank * a.out_features
         for shards, size in ((a.num_shards("A", group), of_a), (a.num_shards("B", group), of_b)):
-            totals[is_expert] += lead * size if shards < group else 0  # size / shards elements, shards rows
+            # size / shards elements, shards rows
+            totals[is_expert] += lead * size if shards < group else 0
     return totals[False], totals[True]
 
 
 def first_of_their_like(model: PlannedModel, p: ParallelConfig) -> list[tuple[int, int]]:
-    """(stage, number of such stages) for stages that differ in what they hold; of those alike the first, which has the most
-    microbatches in flight."""
+    """(stage, number of such stages) for stages that differ in what they hold; of those alike the
+    first, which has the most microbatches in flight."""
     if ("alike", p) in model.memo:
         return model.memo["alike", p]
     found: dict[tuple[object, ...], list[int]] = {}
     for stage in range(p.pp):
         chunks = chunks_of(model.shape, p, stage)
-        below = tuple(min(max(model.first_adapted - c.layers.start, 0), len(c.layers)) for c in chunks)  # adapters
+        # adapters
+        below = tuple(
+            min(max(model.first_adapted - c.layers.start, 0), len(c.layers)) for c in chunks
+        )
         kinds = tuple(tuple(model.kinds[layer] for layer in c.layers) for c in chunks)
         key = (kinds, below, tuple((c.has_embedding, c.has_head) for c in chunks))
         found.setdefault(key, []).append(stage)

@@ -45,8 +45,8 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
     except ValueError as error:
         raise AdapterInvalid(str(error)) from None
     raise AdapterInvalid(
-        f"{folder} holds {files[0].name}; megalora checks, copies and serves {WEIGHTS}, which megalora export {folder} OUT "
-        "writes"
+        f"{folder} holds {files[0].name}; megalora checks, copies and serves {WEIGHTS}, which"
+        f" megalora export {folder} OUT writes"
     )
 
 
@@ -61,7 +61,9 @@ def content_hash(folder: Path) -> str:
                 while block := file.read(1 << 20):
                     digest.update(block)
     except OSError as error:
-        raise AdapterNotFound(f"{folder} is not an adapter folder: {error.strerror} ({error.filename})") from None
+        raise AdapterNotFound(
+            f"{folder} is not an adapter folder: {error.strerror} ({error.filename})"
+        ) from None
     return digest.hexdigest()[:HASH_DIGITS]
 
 

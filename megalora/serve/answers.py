@@ -63,15 +63,18 @@ def prompt_logprobs(answer: dict[str, Any], tokens: Sequence[int]) -> list[float
 
 
 def prefix_fields(tokens: Sequence[int], start: int) -> dict[str, Any]:
-    """The same numbers without ``prompt_logprobs``: every prefix is a prompt of its own, asked how likely the next token is.
+    """The same numbers without ``prompt_logprobs``: every prefix is a prompt of its own, asked how
+    likely the next token is.
 
     Args:
         start: where the next ``TOKENS_AT_ONCE`` of ``tokens[1:]`` begin.
     """
     ends = range(start, min(start + TOKENS_AT_ONCE, len(tokens) - 1))
     return {
-        "prompt": [[*tokens[: end + 1]] for end in ends], "max_tokens": 1, "temperature": 0.0, "logprobs": 0,
-        "logprob_token_ids": sorted({tokens[end + 1] for end in ends}), "return_tokens_as_token_ids": True,
+        "prompt": [[*tokens[: end + 1]] for end in ends], "max_tokens": 1, "temperature": 0.0,
+        "logprobs": 0,
+        "logprob_token_ids": sorted({tokens[end + 1] for end in ends}),
+        "return_tokens_as_token_ids": True,
     }  # fmt: skip
 
 

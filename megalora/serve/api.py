@@ -1,4 +1,5 @@
-"""vLLM's HTTP routes, one method each: what goes over the wire, and its refusals as typed errors. No policy."""
+"""vLLM's HTTP routes, one method each: what goes over the wire, and its refusals as typed errors.
+No policy."""
 
 import logging
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from megalora.serve.errors import ServerError, ServerUnreachable, refusal
 
 IDLE_CONNECTION_S = 2.0
 """vLLM closes idle connections after 5 s; a request sent at that moment would be lost."""
-logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for every request, once somebody turns INFO on
+# else a line for every request, once somebody turns INFO on
+logging.getLogger("httpx").setLevel(logging.WARNING)
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -31,7 +33,8 @@ class Served:
 
 
 class Api:
-    """Safe to share between threads. Every method raises ``ServerUnreachable``, or what ``errors.refusal`` makes of the answer."""
+    """Safe to share between threads. Every method raises ``ServerUnreachable``, or what
+    ``errors.refusal`` makes of the answer."""
 
     def __init__(self, url: str, *, timeout: float, api_key: str | None) -> None:
         self.url = url.rstrip("/")
@@ -40,7 +43,8 @@ class Api:
             timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
             limits=httpx.Limits(max_connections=None, keepalive_expiry=IDLE_CONNECTION_S),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            trust_env=urlsplit(self.url).hostname not in _LOCAL,  # no proxy reaches this machine's loopback
+            # no proxy reaches this machine's loopback
+            trust_env=urlsplit(self.url).hostname not in _LOCAL,
         )
 
     def close(self) -> None:
@@ -60,16 +64,23 @@ class Api:
             return [_served(card) for card in answer.json()["data"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ServerError(
-                f"{self.url} answers, but not as vLLM does ({type(error).__name__}); is it another server?"
+                f"{self.url} answers, but not as vLLM does ({type(error).__name__}); is it another"
+                " server?"
             ) from error
 
     def load_adapter(self, model: str, path: str) -> None:
         body = {"lora_name": model, "lora_path": path}
-        self._call(f"loading {model}", lambda: self._http.post("/v1/load_lora_adapter", json=body), loading=True)
+        self._call(
+            f"loading {model}",
+            lambda: self._http.post("/v1/load_lora_adapter", json=body),
+            loading=True,
+        )
 
     def unload_adapter(self, model: str) -> None:
         body = {"lora_name": model}
-        self._call(f"unloading {model}", lambda: self._http.post("/v1/unload_lora_adapter", json=body))
+        self._call(
+            f"unloading {model}", lambda: self._http.post("/v1/unload_lora_adapter", json=body)
+        )
 
     def completion(self, model: str, fields: dict[str, Any]) -> dict[str, Any]:
         body = fields | {"model": model}
@@ -77,9 +88,15 @@ class Api:
         return self._call(f"asking {model}", send, again=True).json()
 
     def _call(
-        self, doing: str, send: Callable[[], httpx.Response], *, loading: bool = False, again: bool = False
+        self,
+        doing: str,
+        send: Callable[[], httpx.Response],
+        *,
+        loading: bool = False,
+        again: bool = False,
     ) -> httpx.Response:
-        """``again``: asking twice does no harm, so a connection that was closed under the request is no error."""
+        """``again``: asking twice does no harm, so a connection that was closed under the request
+        is no error."""
         try:
             response = send()
         except httpx.RemoteProtocolError as error:
@@ -93,7 +110,9 @@ class Api:
                 f"{doing}: no answer from {self.url} in time; raise timeout, or see its log"
             ) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ServerUnreachable(f"{doing}: {self.url} does not answer ({error}); is the server running?") from error
+            raise ServerUnreachable(
+                f"{doing}: {self.url} does not answer ({error}); is the server running?"
+            ) from error
         if response.status_code != 200:
             raise refusal(doing, response.status_code, response.text, loading=loading)
         return response
@@ -103,5 +122,6 @@ def _served(card: dict[str, Any]) -> Served:
     name, at, version = card["id"].rpartition("@")
     is_base = card.get("parent") is None
     if is_base or not at:
-        name, version = card["id"], None
+        name = card["id"]
+        version = None
     return Served(card["id"], name, version, card.get("root") or "", is_base)

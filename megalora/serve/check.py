@@ -1,7 +1,9 @@
-"""Would vLLM serve this adapter as it was trained? Everything it would refuse, or take and ignore, before it is asked.
+"""Would vLLM serve this adapter as it was trained? Everything it would refuse, or take and ignore,
+before it is asked.
 
-Measured on vLLM 0.32: NaN, a rank other than the config's, zero tensors' siblings, modules it does not wrap and matrices smaller
-than the base's are all taken without a word; incomplete experts fail with a bare assertion.
+Measured on vLLM 0.32: NaN, a rank other than the config's, zero tensors' siblings, modules it does
+not wrap and matrices smaller than the base's are all taken without a word; incomplete experts fail
+with a bare assertion.
 """
 
 import re
@@ -38,7 +40,8 @@ _BASE_COPY = re.compile(r".*\.(?:embed_tokens|lm_head)\.base_layer\.weight")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server was started with; None where that is not known, which leaves the check to the server."""
+    """What a server was started with; None where that is not known, which leaves the check to the
+    server."""
 
     max_rank: int | None = None
     target_modules: tuple[str, ...] | None = None
@@ -73,11 +76,14 @@ def check_adapter(folder: Path, limits: Limits | None = None) -> Needs:
         AdapterNotFound: it is no adapter folder.
         AdapterInvalid, or a subclass that says more: what is wrong, with names and numbers.
     """
-    files, limits = read_adapter_files(folder), limits or Limits()
+    files = read_adapter_files(folder)
+    limits = limits or Limits()
     _check_config(files)
     modules = _modules(files)
     _check_ranks(files, modules)
-    needs = Needs(max(m.rank for m in modules.values()), frozenset(vllm_module(name) for name in modules))
+    needs = Needs(
+        max(m.rank for m in modules.values()), frozenset(vllm_module(name) for name in modules)
+    )
     _check_limits(files, needs, modules, limits)
     shape = _shape(limits.base)
     if shape is not None:
@@ -86,7 +92,10 @@ def check_adapter(folder: Path, limits: Limits | None = None) -> Needs:
     _check_experts(files, modules, shape)
     bad = files.weights.not_finite()
     if bad is not None:
-        raise AdapterInvalid(f"{folder / WEIGHTS}: {bad} holds NaN or an infinite number; serve an earlier checkpoint")
+        raise AdapterInvalid(
+            f"{folder / WEIGHTS}: {bad} holds NaN or an infinite number; serve an earlier"
+            " checkpoint"
+        )
     return needs
 
 
@@ -97,14 +106,17 @@ def vllm_module(hf_module: str) -> str:
 
 
 def _check_config(files: AdapterFiles) -> None:
-    path, config = files.folder / CONFIG, files.config
+    path = files.folder / CONFIG
+    config = files.config
     for key in ("r", "lora_alpha", "target_modules"):
         if key not in config:
             raise AdapterInvalid(f"{path}: {key} is missing; vLLM reads it")
     if type(config["r"]) is not int or config["r"] < 1:
         raise AdapterInvalid(f"{path}: r must be a positive whole number, got {config['r']!r}")
     if found := [f"{key}={shown(config[key])}" for key in not_plain(config)]:
-        raise AdapterInvalid(f"{path}: vLLM does not serve {', '.join(found)}; train without, or merge into the base")
+        raise AdapterInvalid(
+            f"{path}: vLLM does not serve {', '.join(found)}; train without, or merge into the base"
+        )
 
 
 def _modules(files: AdapterFiles) -> dict[str, _Module]:
@@ -117,26 +129,37 @@ def _modules(files: AdapterFiles) -> dict[str, _Module]:
         match = _TENSOR.fullmatch(name)
         if match is None:
             raise AdapterInvalid(
-                f"{path}: {name} is no LoRA factor but {described(name)}, which vLLM refuses; megalora export writes the adapter "
-                "without what only copies the base"
+                f"{path}: {name} is no LoRA factor but {described(name)}, which vLLM refuses;"
+                " megalora export writes the adapter without what only copies the base"
             )
         if match["module"].endswith((".experts", ".experts.base_layer")):
-            raise AdapterInvalid(f"{path}: {name} stacks all experts; vLLM takes one A and B per expert for this model")
+            raise AdapterInvalid(
+                f"{path}: {name} stacks all experts; vLLM takes one A and B per expert for this"
+                " model"
+            )
         if len(tensor.shape) == 3 and ".experts." in name:
             raise AdapterInvalid(
-                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, one tensor for all experts; vLLM takes one A and B per "
-                "expert for this model, which megalora export writes"
+                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, one tensor for all"
+                " experts; vLLM takes one A and B per expert for this model, which megalora export"
+                " writes"
             )
         if tensor.dtype not in FLOATS or len(tensor.shape) != 2:
-            raise AdapterInvalid(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; must be a matrix of floats")
+            raise AdapterInvalid(
+                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; must be a matrix of floats"
+            )
         shapes[match["module"]][match["factor"] or match["embedding"]] = tensor.shape
     modules = {}
     for name, factors in shapes.items():
-        a, b = factors.get("A"), factors.get("B")
+        a = factors.get("A")
+        b = factors.get("B")
         if a is None or b is None:
-            raise AdapterInvalid(f"{path}: {name} has {'B' if a is None else 'A'} only; a factor is missing")
+            raise AdapterInvalid(
+                f"{path}: {name} has {'B' if a is None else 'A'} only; a factor is missing"
+            )
         if a[0] != b[1]:
-            raise AdapterInvalid(f"{path}: {name} has A {list(a)} and B {list(b)}; A's rows must be B's columns")
+            raise AdapterInvalid(
+                f"{path}: {name} has A {list(a)} and B {list(b)}; A's rows must be B's columns"
+            )
         modules[name] = _Module(a[0], b[0], a[1])
     if not modules:
         raise AdapterInvalid(f"{path} has no LoRA factor: it would serve the base model")
@@ -153,15 +176,18 @@ def _check_ranks(files: AdapterFiles, modules: dict[str, _Module]) -> None:
     for name, module in modules.items():
         if module.rank != expected[name]:
             raise AdapterInvalid(
-                f"{files.folder}: {name} has rank {module.rank}, but {CONFIG} says {expected[name]}; its scale would be wrong"
+                f"{files.folder}: {name} has rank {module.rank}, but {CONFIG} says"
+                f" {expected[name]}; its scale would be wrong"
             )
 
 
-def _check_limits(files: AdapterFiles, needs: Needs, modules: dict[str, _Module], limits: Limits) -> None:
+def _check_limits(
+    files: AdapterFiles, needs: Needs, modules: dict[str, _Module], limits: Limits
+) -> None:
     if limits.max_rank is not None and needs.rank > limits.max_rank:
         raise AdapterRankTooLarge(
-            f"{files.folder} has rank {needs.rank}, and the server takes up to {limits.max_rank}; start it with a larger "
-            "--max-lora-rank"
+            f"{files.folder} has rank {needs.rank}, and the server takes up to {limits.max_rank};"
+            " start it with a larger --max-lora-rank"
         )
     if limits.target_modules is None:
         return
@@ -169,8 +195,8 @@ def _check_limits(files: AdapterFiles, needs: Needs, modules: dict[str, _Module]
     for name in modules:
         if not served & {vllm_module(name), name.rsplit(".", 1)[-1]}:
             raise AdapterTargetsUnserved(
-                f"{files.folder}: {name} needs {vllm_module(name)!r}, and the server adapts {', '.join(sorted(served))} only; "
-                "it would be ignored. Start the server with it"
+                f"{files.folder}: {name} needs {vllm_module(name)!r}, and the server adapts"
+                f" {', '.join(sorted(served))} only; it would be ignored. Start the server with it"
             )
 
 
@@ -195,25 +221,30 @@ def _check_base(files: AdapterFiles, modules: dict[str, _Module], shape: ModelSh
     for name, module in modules.items():
         if name not in sizes:
             raise AdapterForOtherBase(
-                f"{files.folder}: the base model ({shape.model_type}, {shape.num_layers} layers, {shape.num_experts} "
-                f"experts) has no {name}; was the adapter trained on {files.config.get('base_model_name_or_path')}?"
+                f"{files.folder}: the base model ({shape.model_type}, {shape.num_layers} layers,"
+                f" {shape.num_experts} experts) has no {name}; was the adapter trained on"
+                f" {files.config.get('base_model_name_or_path')}?"
             )
         if (module.out_features, module.in_features) != sizes[name]:
             raise AdapterForOtherBase(
-                f"{files.folder}: {name} is {module.out_features} x {module.in_features}, and the base model's is "
-                f"{sizes[name][0]} x {sizes[name][1]}; was it trained on {files.config.get('base_model_name_or_path')}?"
+                f"{files.folder}: {name} is {module.out_features} x {module.in_features}, and the"
+                f" base model's is {sizes[name][0]} x {sizes[name][1]}; was it trained on"
+                f" {files.config.get('base_model_name_or_path')}?"
             )
 
 
 def _check_copies(files: AdapterFiles, shape: ModelShape, base: Path | None) -> None:
-    """vLLM takes its own base for weights of the base that the file holds; they must be the same."""
+    """vLLM takes its own base for weights of the base that the file holds; they must be the
+    same."""
     try:
         check_copies(files.weights, copies_in(files.weights, shape), shape, base)
     except ValueError as error:
         raise AdapterInvalid(str(error)) from None
 
 
-def _check_experts(files: AdapterFiles, modules: dict[str, _Module], shape: ModelShape | None) -> None:
+def _check_experts(
+    files: AdapterFiles, modules: dict[str, _Module], shape: ModelShape | None
+) -> None:
     """All experts of a block, all three projections, one rank per projection."""
     blocks: dict[str, dict[int, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
     for name, module in modules.items():
@@ -226,10 +257,13 @@ def _check_experts(files: AdapterFiles, modules: dict[str, _Module], shape: Mode
             missing = _EXPERT_LEAVES - experts.get(expert, {}).keys()
             if missing:
                 raise AdapterInvalid(
-                    f"{files.folder}: {block}.{expert} lacks {', '.join(sorted(missing))}; vLLM wants all three projections "
-                    "of every expert (zeros do). megalora export writes them"
+                    f"{files.folder}: {block}.{expert} lacks {', '.join(sorted(missing))}; vLLM"
+                    " wants all three projections of every expert (zeros do). megalora export"
+                    " writes them"
                 )
         for leaf in sorted(_EXPERT_LEAVES):
             ranks = {experts[expert][leaf] for expert in expected}
             if len(ranks) > 1:
-                raise AdapterInvalid(f"{files.folder}: {block}.*.{leaf} has ranks {sorted(ranks)}; must be one")
+                raise AdapterInvalid(
+                    f"{files.folder}: {block}.*.{leaf} has ranks {sorted(ranks)}; must be one"
+                )

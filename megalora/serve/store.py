@@ -1,7 +1,8 @@
 """Copies of the adapters a server holds, out of reach of whoever trains them.
 
-vLLM keeps ``--max-cpu-loras`` adapters in memory and reads any other from its folder again, in the middle of a request. A checkpoint that
-has been rotated away by then kills the engine (measured on 0.32), and one that was overwritten is served under the old name.
+vLLM keeps ``--max-cpu-loras`` adapters in memory and reads any other from its folder again, in the
+middle of a request. A checkpoint that has been rotated away by then kills the engine (measured on
+0.32), and one that was overwritten is served under the old name.
 """
 
 import os
@@ -40,7 +41,9 @@ class Store:
                 for name in (WEIGHTS, CONFIG):
                     shutil.copyfile(adapter / name, copy / name)
                 if not model.endswith(content_hash(copy)):
-                    raise AdapterInvalid(f"{adapter} changed while it was being copied; serve a finished checkpoint")
+                    raise AdapterInvalid(
+                        f"{adapter} changed while it was being copied; serve a finished checkpoint"
+                    )
                 copy.chmod(0o755)
                 with suppress(OSError):  # another client was faster
                     copy.rename(place)

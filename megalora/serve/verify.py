@@ -1,4 +1,5 @@
-"""Does vLLM compute the same model as megalora? Log-probabilities of prompts and of what both say next, greedily."""
+"""Does vLLM compute the same model as megalora? Log-probabilities of prompts and of what both say
+next, greedily."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from megalora.serve.proof import largest_difference
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client
 
-PROMPT, NEW = 16, 16
+PROMPT = 16
+NEW = 16
 """Tokens of a prompt that is continued, and tokens to continue it with."""
 
 
@@ -35,7 +37,8 @@ class Own:
 
 @dataclass(frozen=True)
 class VllmReport:
-    """Largest differences over the probe batch, in log-probabilities; ``ok`` if vLLM agrees and the adapter acts."""
+    """Largest differences over the probe batch, in log-probabilities; ``ok`` if vLLM agrees and the
+    adapter acts."""
 
     adapter: Path
     atol: float
@@ -47,12 +50,17 @@ class VllmReport:
 
     @property
     def ok(self) -> bool:
-        return self.prompt <= self.atol and self.greedy <= self.atol < self.effect and self.parted is None
+        return (
+            self.prompt <= self.atol
+            and self.greedy <= self.atol < self.effect
+            and self.parted is None
+        )
 
     def text(self) -> str:
         lines = [
-            f"{self.adapter}: largest difference of a log-probability, vLLM against megalora: prompts {self.prompt:.2e}, greedy "
-            f"tokens {self.greedy:.2e} (allowed {self.atol:.0e}); the adapter moves them by up to {self.effect:.3g}"
+            f"{self.adapter}: largest difference of a log-probability, vLLM against megalora:"
+            f" prompts {self.prompt:.2e}, greedy tokens {self.greedy:.2e} (allowed"
+            f" {self.atol:.0e}); the adapter moves them by up to {self.effect:.3g}"
         ]
         if self.parted:
             lines.append(f"greedy tokens part: {self.parted}")
@@ -63,10 +71,12 @@ class VllmReport:
 
 
 def verify_vllm(adapter: Path, base: str, *, atol: float) -> VllmReport:
-    """Run the same tokens through both, in float32; raises ``ValueError`` for a folder that cannot load or a missing vLLM."""
+    """Run the same tokens through both, in float32; raises ``ValueError`` for a folder that cannot
+    load or a missing vLLM."""
     folder = local_folder(base, "--base")
     shape = open_folder(folder).shape
-    server = Server(folder, {"adapter": adapter}, dtype="float32")  # refuses what it can before a model is loaded
+    # refuses what it can before a model is loaded
+    server = Server(folder, {"adapter": adapter}, dtype="float32")
     tokens = probe_batch(shape.vocab)
     own = _own_answers(folder, shape, whole_adapter(adapter, shape, folder), tokens)
     host.release_memory()  # vLLM takes nearly all of a GPU
@@ -84,7 +94,10 @@ def _own_answers(folder: Path, shape: ModelShape, adapter: Adapter, tokens: Tens
 def _own(model: Any, row: Tensor) -> Own:
     whole = _logprobs(model, row)
     prompt = whole[:-1].gather(1, row[1:, None])[:, 0]
-    text, tokens, logprobs, margins = row[:PROMPT], [], [], []
+    text = row[:PROMPT]
+    tokens = []
+    logprobs = []
+    margins = []
     for _ in range(NEW):
         best = _logprobs(model, text)[-1].topk(2)
         tokens.append(int(best.indices[0]))
@@ -100,8 +113,13 @@ def _logprobs(model: Any, row: Tensor) -> Tensor:
     return model(ids, None, None)[0].float().log_softmax(-1).cpu()
 
 
-def _compare(adapter: Path, atol: float, client: Client, tokens: Tensor, own: list[Own]) -> VllmReport:
-    prompt, greedy, effect, parted = 0.0, 0.0, 0.0, None
+def _compare(
+    adapter: Path, atol: float, client: Client, tokens: Tensor, own: list[Own]
+) -> VllmReport:
+    prompt = 0.0
+    greedy = 0.0
+    effect = 0.0
+    parted = None
     for number, (row, ours) in enumerate(zip(tokens.tolist(), own, strict=True)):
         probe = client.probe("adapter", row)
         prompt = max(prompt, largest_difference(probe.adapter, ours.prompt))
@@ -112,7 +130,15 @@ def _compare(adapter: Path, atol: float, client: Client, tokens: Tensor, own: li
                 if (
                     ours.margins[place] > 2 * atol
                 ):  # closer than that, either is right, and what follows is another text
-                    parted = f"prompt {number}, token {place}: {mine} here, {theirs} in vLLM, {ours.margins[place]:.1e} apart"
+                    parted = (
+                        f"prompt {number}, token {place}: {mine} here, {theirs} in vLLM,"
+                        f" {ours.margins[place]:.1e} apart"
+                    )
                 break
-            greedy = max(greedy, largest_difference(ours.logprobs[place : place + 1], said.logprobs[place : place + 1]))
+            greedy = max(
+                greedy,
+                largest_difference(
+                    ours.logprobs[place : place + 1], said.logprobs[place : place + 1]
+                ),
+            )
     return VllmReport(adapter, atol, prompt, greedy, effect, parted)

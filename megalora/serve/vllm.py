@@ -1,13 +1,16 @@
-"""Question a running vLLM server and change its adapters: load, swap, unload, complete, compare with the base.
+"""Question a running vLLM server and change its adapters: load, swap, unload, complete, compare
+with the base.
 
 **Versions.** A folder's contents are served as NAME@VERSION, VERSION being a hash of the contents (behind a label, if one is given).
-vLLM's prefix cache knows an adapter by name and path alone, so different weights must never come under one id; with the hash in it they
-cannot. NAME means its newest version: the last in ``/v1/models``, which lists adapters in the order of loading, to every client alike
-(its ``created`` is the time of the question and says nothing). This needs a server with one API process, vLLM's default.
+vLLM's prefix cache knows an adapter by name and path alone, so different weights must never come
+under one id; with the hash in it they cannot. NAME means its newest version: the last in
+``/v1/models``, which lists adapters in the order of loading, to every client alike (its ``created``
+is the time of the question and says nothing). This needs a server with one API process, vLLM's
+default.
 
 **Swaps lose nothing.** The new version is loaded, and from then on NAME means it; then older ones are unloaded. Unloading takes a name
-off vLLM's list and no more: requests it has accepted end with the weights they began with. One that arrives too late gets 404,
-and is sent again to the version that NAME means by then.
+off vLLM's list and no more: requests it has accepted end with the weights they began with. One that
+arrives too late gets 404, and is sent again to the version that NAME means by then.
 """
 
 import os
@@ -42,13 +45,17 @@ class Client:
     Args:
         url: such as ``http://127.0.0.1:8000``.
         timeout: seconds to wait for one answer.
-        limits: what the server was started with, as ``Server.limits``, so that an adapter it would ignore in part is refused here.
+        limits: what the server was started with, as ``Server.limits``, so that an adapter it would
+            ignore in part is refused here.
             Unknown parts are left to the server; the base model's folder is looked up there.
-        store: a folder for copies of the adapters, which the server sees under the same path. With one, folders may change or go
+        store: a folder for copies of the adapters, which the server sees under the same path. With
+            one, folders may change or go
             after they are loaded; ``Server.client`` has one.
-        api_key: where the server asks for one; None for $VLLM_API_KEY, from which vLLM takes its own.
+        api_key: where the server asks for one; None for $VLLM_API_KEY, from which vLLM takes its
+            own.
 
-    Every method raises ``ServerUnreachable`` when nobody answers and ``ServerError`` when the server is broken.
+    Every method raises ``ServerUnreachable`` when nobody answers and ``ServerError`` when the
+    server is broken.
     """
 
     def __init__(
@@ -85,7 +92,8 @@ class Client:
         return self._api.models()
 
     def resolve(self, name: str) -> str:
-        """The id that NAME means now: of an adapter its newest version; base names and whole ids mean themselves.
+        """The id that NAME means now: of an adapter its newest version; base names and whole ids
+        mean themselves.
 
         Raises:
             AdapterNotFound: nothing of this name is served.
@@ -93,10 +101,12 @@ class Client:
         return self._resolve(name).id
 
     def load(self, name: str, folder: Path | str, version: str | None = None) -> str:
-        """Serve the adapter in ``folder`` as the newest version of NAME, beside older ones; returns its id.
+        """Serve the adapter in ``folder`` as the newest version of NAME, beside older ones; returns
+        its id.
 
         Args:
-            folder: visible to the server under the same path. Without a ``store`` it must stay as it is: a request may make vLLM
+            folder: visible to the server under the same path. Without a ``store`` it must stay as
+                it is: a request may make vLLM
                 read it again, and when it is gone by then, the whole server dies.
             version: a label to put before the hash, such as ``step-400``.
 
@@ -107,19 +117,24 @@ class Client:
             model, versions = self._prepare(name, folder, version)
             if model in versions[:-1]:
                 raise AdapterNameTaken(
-                    f"{model} is served already, as an older version of {name}; swap makes it the newest"
+                    f"{model} is served already, as an older version of {name}; swap makes it the"
+                    " newest"
                 )
             if model not in versions:
                 self._load(model, folder)
             return model
 
-    def swap(self, name: str, folder: Path | str, version: str | None = None, *, drain_s: float = 30.0) -> str:
-        """Serve ``folder`` as NAME in place of all older versions; returns the new id. Arguments and errors as ``load``.
+    def swap(
+        self, name: str, folder: Path | str, version: str | None = None, *, drain_s: float = 30.0
+    ) -> str:
+        """Serve ``folder`` as NAME in place of all older versions; returns the new id. Arguments
+        and errors as ``load``.
 
         An adapter that cannot be loaded leaves the old one in service.
 
         Args:
-            drain_s: how long to wait for this client's requests to an old version before it is unloaded all the same.
+            drain_s: how long to wait for this client's requests to an old version before it is
+                unloaded all the same.
                 They are answered in any case; waiting spares those still on their way a second try.
         """
         with self._changing:
@@ -129,7 +144,8 @@ class Client:
             if model not in versions[-1:]:
                 self._load(model, folder)
             now = self._versions(name)
-            for old in now[: now.index(model)] if model in now else []:  # gone: another client has swapped since
+            # gone: another client has swapped since
+            for old in now[: now.index(model)] if model in now else []:
                 self._unload(old, drain_s)
             return model
 
@@ -147,13 +163,20 @@ class Client:
                 self._unload(model, drain_s)
 
     def complete(
-        self, name: str, prompt_tokens: Sequence[int], *, max_tokens: int = 16, temperature: float = 0.0, **options: Any
+        self,
+        name: str,
+        prompt_tokens: Sequence[int],
+        *,
+        max_tokens: int = 16,
+        temperature: float = 0.0,
+        **options: Any,
     ) -> Completion:
         """Continue a prompt with NAME as it is served now; greedily, unless a temperature is given.
 
         Args:
             name: an adapter's or the base's name, or a whole id to pin one version.
-            options: further fields of vLLM's ``/v1/completions``, such as ``ignore_eos``, ``seed``, ``stop_token_ids``.
+            options: further fields of vLLM's ``/v1/completions``, such as ``ignore_eos``, ``seed``,
+                ``stop_token_ids``.
 
         Raises:
             AdapterNotFound: nothing of this name is served (any more).
@@ -163,11 +186,13 @@ class Client:
         return answers.completion(*self._ask(name, answers.COMPLETION | fields | options))
 
     def prompt_logprobs(self, name: str, tokens: Sequence[int]) -> Logprobs:
-        """Log-probability of each of ``tokens[1:]``, given those before it, by NAME or the base. Length: one less."""
+        """Log-probability of each of ``tokens[1:]``, given those before it, by NAME or the base.
+        Length: one less."""
         return self._prompt_logprobs(name, tokens)[1]
 
     def probe(self, name: str, tokens: Sequence[int]) -> Probe:
-        """What adapter NAME and its base say of the same text: whether it does anything, and how much."""
+        """What adapter NAME and its base say of the same text: whether it does anything, and how
+        much."""
         base = next((s.id for s in self.list() if s.is_base), None)
         if base is None:
             raise ServerError(f"{self._api.url} lists no base model")
@@ -178,8 +203,10 @@ class Client:
         if "lm_head" not in (self._limits.target_modules or ()):
             _, answer = self._ask(name, answers.prompt_fields(tokens))
             return answer["model"], answers.prompt_logprobs(answer, tokens)
-        # With lm_head wrapped, vLLM gives prompt_logprobs of two requests at once the wrong adapters, which kills the CPU build.
-        model, found = self.resolve(name), []
+        # With lm_head wrapped, vLLM gives prompt_logprobs of two requests at once the wrong
+        # adapters, which kills the CPU build.
+        model = self.resolve(name)
+        found = []
         for start in range(0, len(tokens) - 1, answers.TOKENS_AT_ONCE):
             _, answer = self._ask(model, answers.prefix_fields(tokens, start))
             found += answers.prefix_logprobs(answer, tokens, start)
@@ -192,35 +219,47 @@ class Client:
             try:
                 with self._in_flight(served.id):
                     answer = self._api.completion(served.id, fields)
-            except AdapterNotFound:  # unloaded since it was resolved; what a whole id means is then refused above
+            except (
+                AdapterNotFound
+            ):  # unloaded since it was resolved; what a whole id means is then refused above
                 time.sleep(0.01 * attempt)
                 continue
             if answer["model"] != served.id:
-                raise ServerError(f"asked {served.id}, answered by {answer['model']}; is this vLLM 0.32?")
+                raise ServerError(
+                    f"asked {served.id}, answered by {answer['model']}; is this vLLM 0.32?"
+                )
             return served, answer
-        raise AdapterNotFound(f"{name}: {MAX_TRIES} versions were unloaded before they could answer; swap less often")
+        raise AdapterNotFound(
+            f"{name}: {MAX_TRIES} versions were unloaded before they could answer; swap less often"
+        )
 
     def _resolve(self, name: str) -> Served:
         models = self.list()
         found = [s for s in models if name in (s.name, s.id)]
         if not found:
-            raise AdapterNotFound(f"{self._api.url} serves no {name!r}; it serves {', '.join(s.id for s in models)}")
+            raise AdapterNotFound(
+                f"{self._api.url} serves no {name!r}; it serves {', '.join(s.id for s in models)}"
+            )
         return found[-1]
 
     def _versions(self, name: str) -> "list[str]":
         return [s.id for s in self.list() if s.name == name and not s.is_base]
 
     def _prepare(self, name: str, folder: Path | str, label: str | None) -> "tuple[str, list[str]]":
-        """The new id, once its files are found sound, and the ids of NAME's versions, oldest first."""
+        """The new id, once its files are found sound, and the ids of NAME's versions, oldest
+        first."""
         models = self.list()
         for what, value in (("name", name), ("version", label)):
             if value is not None:
                 check_name(what, value)
         if any(s.is_base and s.name == name for s in models):
             raise AdapterNameTaken(f"{name} is the base model's name; choose another")
-        model = versioned(name, folder, label)  # before the check: what is loaded is compared with it afterwards
+        # before the check: what is loaded is compared with it afterwards
+        model = versioned(name, folder, label)
         base = self._limits.base or next((Path(s.path) for s in models if s.is_base), None)
-        check_adapter(Path(folder), Limits(self._limits.max_rank, self._limits.target_modules, base))
+        check_adapter(
+            Path(folder), Limits(self._limits.max_rank, self._limits.target_modules, base)
+        )
         return model, [s.id for s in models if s.name == name and not s.is_base]
 
     def _load(self, model: str, folder: Path | str) -> None:
@@ -235,7 +274,10 @@ class Client:
                 raise
         if not self._store and not model.endswith(content_hash(place)):
             self._unload(model, 0.0)
-            raise AdapterInvalid(f"{folder} changed while it was being loaded; serve a finished checkpoint, or a copy")
+            raise AdapterInvalid(
+                f"{folder} changed while it was being loaded; serve a finished checkpoint, or a"
+                " copy"
+            )
 
     def _unload(self, model: str, drain_s: float) -> None:
         with self._landed:
@@ -262,7 +304,10 @@ class Client:
 def check_name(what: str, value: str) -> None:
     """Names are parts of ids and of paths."""
     if not _NAME.fullmatch(value):
-        raise AdapterInvalid(f"adapter {what} {value!r}: must be letters, digits, '.', '_' and '-', as in NAME=FOLDER")
+        raise AdapterInvalid(
+            f"adapter {what} {value!r}: must be letters, digits, '.', '_' and '-', as in"
+            " NAME=FOLDER"
+        )
 
 
 def versioned(name: str, folder: Path | str, label: str | None = None) -> str:

@@ -11,7 +11,10 @@ def main(arguments: list[str]) -> None:
     from megalora.config_file import load_config
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        raise ValueError("usage: torchrun --nproc-per-node N -m megalora.train CONFIG.yaml [section.key=value ...]")
+        raise ValueError(
+            "usage: torchrun --nproc-per-node N -m megalora.train CONFIG.yaml [section.key=value"
+            " ...]"
+        )
     config = load_config(arguments[0], arguments[1:])
     set_defaults(Path(config.checkpoint.dir))  # before torch is imported
     from megalora import host
@@ -22,7 +25,8 @@ def main(arguments: list[str]) -> None:
     from megalora.train.lost import explained
 
     run = Path(config.checkpoint.dir)
-    # Twice: a peer may be lost while ranks meet, too; and where it is lost later, the group must not be left in order.
+    # Twice: a peer may be lost while ranks meet, too; and where it is lost later, the group must
+    # not be left in order.
     with explained(run), host.process_group(config.train.timeout_minutes) as job, explained(run):
         train(config, job)
 

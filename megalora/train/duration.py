@@ -21,7 +21,8 @@ def num_steps(options: TrainConfig, num_samples: int) -> int:
 
 
 def rounding(options: TrainConfig, num_samples: int) -> str | None:
-    """A line for the user where whole steps take more or fewer samples than the epochs asked for."""
+    """A line for the user where whole steps take more or fewer samples than the epochs asked
+    for."""
     if options.epochs is None:
         return None
     batch = options.global_batch_size
@@ -29,7 +30,10 @@ def rounding(options: TrainConfig, num_samples: int) -> str | None:
     taken = num_steps(options, num_samples) * batch
     if math.isclose(wanted, taken):
         return None
-    exact = f"train.epochs={options.epochs:g} of {num_samples:,} samples is {wanted / batch:,.2f} steps of {batch}"
+    exact = (
+        f"train.epochs={options.epochs:g} of {num_samples:,} samples is {wanted / batch:,.2f} steps"
+        f" of {batch}"
+    )
     if taken < wanted:
         difference = f"{math.ceil(wanted - taken):,} are left out"
     else:

@@ -1,7 +1,8 @@
-"""Bring a step's microbatches to the device: in one copy, from page-locked memory, that nobody waits for.
+"""Bring a step's microbatches to the device: in one copy, from page-locked memory, that nobody
+waits for.
 
-Only what a pipeline stage reads travels: tokens to the first, labels and loss mask to the last. Positions are nobody's input:
-rotary embeddings count from 0 in every sample.
+Only what a pipeline stage reads travels: tokens to the first, labels and loss mask to the last.
+Positions are nobody's input: rotary embeddings count from 0 in every sample.
 """
 
 from collections.abc import Iterator
@@ -29,8 +30,8 @@ class DeviceBatch:
 def to_device(batches: list[Batch], *, first: bool, last: bool) -> list[DeviceBatch]:
     """What the first and the last pipeline stage need of ``batches``.
 
-    Token ids fit into int32, and a label outside of the loss travels as its complement, so that the mask needs no room: 8 bytes
-    a token where a stage is both first and last.
+    Token ids fit into int32, and a label outside of the loss travels as its complement, so that the
+    mask needs no room: 8 bytes a token where a stage is both first and last.
     """
     rows = [row for batch in batches for row in _rows(batch, first, last)]
     if not rows:
@@ -55,5 +56,6 @@ def _unpack(shape: torch.Size, parts: Iterator[Tensor], first: bool, last: bool)
     if last:
         packed = next(parts).view(shape).long()
         in_loss = packed >= 0
-        labels, loss_mask = torch.where(in_loss, packed, ~packed), in_loss.float()
+        labels = torch.where(in_loss, packed, ~packed)
+        loss_mask = in_loss.float()
     return DeviceBatch(tokens, labels, loss_mask)

@@ -29,7 +29,13 @@ from megalora.train.checkpoint.state import SavedState
 from megalora.train.checkpoint.where import find_checkpoint
 from megalora.train.drift import DriftCheck
 from megalora.train.metrics import Metrics
-from megalora.train.optim import build_optimizer, clip_and_step, learning_rate, set_learning_rate, wrap_chunks
+from megalora.train.optim import (
+    build_optimizer,
+    clip_and_step,
+    learning_rate,
+    set_learning_rate,
+    wrap_chunks,
+)
 from megalora.train.probe import Probe
 from megalora.train.push import serving
 from megalora.train.run_folder import opened
@@ -56,7 +62,8 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
     """Fine-tune as ``config`` says, on the ranks of the initialised world.
 
     Args:
-        job: names torchrun's call: when it starts the ranks again, they go on from the last checkpoint.
+        job: names torchrun's call: when it starts the ranks again, they go on from the last
+            checkpoint.
     Returns:
         The last checkpoint's folder, or None when a signal stopped the run before its first step.
     Raises:
@@ -75,13 +82,15 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         splits = load_data(config.data, tokenizer)
         samples = Samples.of(splits[0].samples)
         check_agreement("training samples", samples)
-        duration.num_steps(config.train, samples.count)  # refuses a warm-up that is longer, before weights are read
+        # refuses a warm-up that is longer, before weights are read
+        duration.num_steps(config.train, samples.count)
         if found.state:
             check_same_samples(found.state, config, samples)
         with parallel_groups(config.parallel, config.train.seed) as groups:
             model = build_adapted(
                 folder, shape, adapted, groups,
-                model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
+                model=config.model, parallel=config.parallel, lora=config.lora,
+                seed=config.train.seed,
                 rows_per_expert=shape.rows_per_expert(config),
             )  # fmt: skip
             apply_recompute(model.chunks, config.train.recompute)
@@ -90,8 +99,11 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
             return _fit(config, model, batches, probe, Start(identity, samples, found.state, notes))
 
 
-def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, probe: Probe, at: Start) -> Path | None:
-    options, num_steps = config.train, batches.num_steps
+def _fit(
+    config: RunConfig, model: AdaptedModel, batches: Batches, probe: Probe, at: Start
+) -> Path | None:
+    options = config.train
+    num_steps = batches.num_steps
     chunks = wrap_chunks(model.chunks)
     optimizer = build_optimizer(options, getattr(torch, config.model.dtype), chunks)
     stepper = Stepper(chunks, model.groups, GradientCheck(model.adapted, model.pieces))
@@ -102,7 +114,9 @@ def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, probe: Probe,
     start = step
     saved_step = evaluated_step = step if saved else -1
     with (
-        Metrics(Path(config.checkpoint.dir), config.log, num_steps, step, active=dist.get_rank() == 0) as metrics,
+        Metrics(
+            Path(config.checkpoint.dir), config.log, num_steps, step, active=dist.get_rank() == 0
+        ) as metrics,
         serving(config, model, metrics.say, saved) as serve,
         terminated() as stop,
     ):
@@ -113,11 +127,15 @@ def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, probe: Probe,
             stopped = stop()
             done = stopped or step >= num_steps
             saving = step and step != saved_step and (done or _due(step, config.checkpoint.every))
-            if (every := options.check_replicas_every) and (saving or step <= start + 1 or _due(step, every)):
+            if (every := options.check_replicas_every) and (
+                saving or step <= start + 1 or _due(step, every)
+            ):
                 drift.run(step, saved)
             if saving:
                 probed = probe.run(stepper)
-                saved = save_checkpoint(step, at.samples, at.identity, config, model, optimizer, probed)
+                saved = save_checkpoint(
+                    step, at.samples, at.identity, config, model, optimizer, probed
+                )
                 saved_step = step
                 serve(saved)
                 metrics.restart_clock()
@@ -127,7 +145,12 @@ def _fit(config: RunConfig, model: AdaptedModel, batches: Batches, probe: Probe,
             if done:
                 break
             values = _train_step(
-                stepper, optimizer, batches, step, lr=learning_rate(options, step, num_steps), saved=saved
+                stepper,
+                optimizer,
+                batches,
+                step,
+                lr=learning_rate(options, step, num_steps),
+                saved=saved,
             )
             step += 1
             metrics.train_step(step, **values, num_tokens=batches.num_tokens(step - 1))
@@ -144,7 +167,8 @@ def _open(
     step: int,
     saved: Path | None,
 ) -> None:
-    """Write down what runs, say it, and compare the base with transformers' before it is trained on."""
+    """Write down what runs, say it, and compare the base with transformers' before it is trained
+    on."""
     if dist.get_rank() == 0:
         run = Path(config.checkpoint.dir)
         save_config(config, run / "config.yaml")
@@ -152,7 +176,8 @@ def _open(
     metrics.say(_opening(config, model, batches, saved))
     check = config.train.check_base if step < batches.num_steps else "off"
     if check != "off":
-        folder, dtype = local_folder(config.model.path), getattr(torch, config.model.dtype)
+        folder = local_folder(config.model.path)
+        dtype = getattr(torch, config.model.dtype)
         metrics.say(check_layers(model.chunks, model.groups, folder, dtype))
     if check == "loss":
         metrics.say(_check_first_loss(config, model, stepper, batches, step, saved))
@@ -165,7 +190,8 @@ def _train_step(
     set_learning_rate(optimizer, lr)
     sum_and_count = stepper.forward_backward(batches.of_step(step), optimizer)
     norm = clip_and_step(optimizer)
-    # The only wait for the device in a step; what is not finite by now goes no further than this process.
+    # The only wait for the device in a step; what is not finite by now goes no further than this
+    # process.
     total, count, grad_norm = torch.cat([sum_and_count, norm]).tolist()
     loss = total / max(count, 1)
     check_finite(step + 1, "loss", loss, saved)
@@ -175,13 +201,23 @@ def _train_step(
 
 
 def _check_first_loss(
-    config: RunConfig, model: AdaptedModel, stepper: Stepper, batches: Batches, step: int, adapter: Path | None
+    config: RunConfig,
+    model: AdaptedModel,
+    stepper: Stepper,
+    batches: Batches,
+    step: int,
+    adapter: Path | None,
 ) -> str:
-    """Every rank evaluates the first microbatch of the first data-parallel rank; see ``first_loss.py``."""
-    batch, p = batches.first(step), config.parallel
+    """Every rank evaluates the first microbatch of the first data-parallel rank; see
+    ``first_loss.py``."""
+    batch = batches.first(step)
+    p = config.parallel
     ours, _ = stepper.evaluate([batch] * (p.pp if p.vpp > 1 else 1), own=True)
-    folder, dtype = local_folder(config.model.path), config.model.dtype
-    return compare_losses(ours, batch, folder=folder, adapter=adapter, dtype=dtype, shape=model.shape)
+    folder = local_folder(config.model.path)
+    dtype = config.model.dtype
+    return compare_losses(
+        ours, batch, folder=folder, adapter=adapter, dtype=dtype, shape=model.shape
+    )
 
 
 def _due(step: int, every: int) -> bool:
@@ -189,29 +225,38 @@ def _due(step: int, every: int) -> bool:
 
 
 def check_finite(step: int, name: str, value: float, saved: Path | None) -> None:
-    """Raise ``ValueError`` rather than train on, and save, numbers that are none; the value is the same on every rank."""
+    """Raise ``ValueError`` rather than train on, and save, numbers that are none; the value is the
+    same on every rank."""
     if not math.isfinite(value):
         last = f"the last checkpoint is {saved}" if saved else "no checkpoint was saved"
-        raise ValueError(f"step {step}: the {name} is {value}. Lower train.lr or lengthen train.warmup; {last}.")
+        raise ValueError(
+            f"step {step}: the {name} is {value}. Lower train.lr or lengthen train.warmup; {last}."
+        )
 
 
 def check_agreement(name: str, value: Hashable) -> None:
-    """Raise ``ValueError`` unless every rank has the same value: files may differ between machines."""
+    """Raise ``ValueError`` unless every rank has the same value: files may differ between
+    machines."""
     values: list[Hashable] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     if len(set(values)) > 1:
         raise ValueError(
-            f"ranks disagree about the {name}: {sorted(set(values), key=str)}. Data and checkpoint.dir must be the same files "
-            "on every machine."
+            f"ranks disagree about the {name}: {sorted(set(values), key=str)}. Data and"
+            " checkpoint.dir must be the same files on every machine."
         )
 
 
-def _opening(config: RunConfig, model: AdaptedModel, batches: Batches, resume_from: Path | None) -> str:
-    p, world = config.parallel, dist.get_world_size()
+def _opening(
+    config: RunConfig, model: AdaptedModel, batches: Batches, resume_from: Path | None
+) -> str:
+    p = config.parallel
+    world = dist.get_world_size()
     dp, edp = p.data_parallel_sizes(world)
     lines = [
-        f"{config.model.path} ({model.shape.model_type}) on {world} x {host.device_name()}: tp={p.tp} pp={p.pp} "
-        f"vpp={p.vpp} dp={dp}, experts etp={p.etp} ep={p.ep} edp={edp}",
+        (
+            f"{config.model.path} ({model.shape.model_type}) on {world} x {host.device_name()}:"
+            f" tp={p.tp} pp={p.pp} vpp={p.vpp} dp={dp}, experts etp={p.etp} ep={p.ep} edp={edp}"
+        ),
         trainable_summary(model.adapted, model.shape),
         f"train: {batches.train.summary()}",
     ]
@@ -224,5 +269,12 @@ def _opening(config: RunConfig, model: AdaptedModel, batches: Batches, resume_fr
 
 def _closing(step: int, num_steps: int, saved: Path | None) -> str:
     how = "finished" if step >= num_steps else "stopped by a signal"
-    memory = f" (peak memory of a rank: {peak / 2**30:.1f} GiB)" if (peak := host.peak_memory_bytes()) else ""
-    return f"{how} at step {step}{memory}; {f'the adapter is {saved}' if saved else 'nothing was trained or saved'}"
+    memory = (
+        f" (peak memory of a rank: {peak / 2**30:.1f} GiB)"
+        if (peak := host.peak_memory_bytes())
+        else ""
+    )
+    return (
+        f"{how} at step {step}{memory};"
+        f" {f'the adapter is {saved}' if saved else 'nothing was trained or saved'}"
+    )

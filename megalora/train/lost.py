@@ -1,4 +1,5 @@
-"""A rank that no longer hears from another says so in one line; the back end only shows its own sockets."""
+"""A rank that no longer hears from another says so in one line; the back end only shows its own
+sockets."""
 
 import contextlib
 import os
@@ -22,7 +23,8 @@ _SIGNS = re.compile(
 
 @contextlib.contextmanager
 def explained(run: Path) -> Iterator[None]:
-    """Turn a back end's error about a lost peer into a line and exit code 3; every other error passes.
+    """Turn a back end's error about a lost peer into a line and exit code 3; every other error
+    passes.
 
     The process ends here and now: leaving the process group would wait for the rank that is gone.
     """
@@ -46,7 +48,7 @@ def _line(run: Path, sign: str) -> str:
     except ValueError as error:
         saved = str(error)
     return (
-        f"megalora (rank {rank} on {here}): lost contact with another rank ({sign}). Its host or the network "
-        f"between is down, or it failed and says why itself. This run ends; {saved}. When all hosts are back, start "
-        "it again on each with checkpoint.resume=true."
+        f"megalora (rank {rank} on {here}): lost contact with another rank ({sign}). Its host or"
+        f" the network between is down, or it failed and says why itself. This run ends; {saved}."
+        " When all hosts are back, start it again on each with checkpoint.resume=true."
     )

@@ -1,4 +1,5 @@
-"""What a run shows: a progress bar, metrics.jsonl, TensorBoard, and a loss curve as PNG. First rank only."""
+"""What a run shows: a progress bar, metrics.jsonl, TensorBoard, and a loss curve as PNG. First rank
+only."""
 
 import json
 import time
@@ -14,21 +15,32 @@ from megalora.config import LogConfig
 class Metrics:
     """Records of one run; every method does nothing where ``active`` is False."""
 
-    def __init__(self, folder: Path, config: LogConfig, num_steps: int, start_step: int, active: bool) -> None:
-        self.folder, self.config, self.active = folder, config, active
+    def __init__(
+        self, folder: Path, config: LogConfig, num_steps: int, start_step: int, active: bool
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.active = active
         self.console = Console(quiet=not active, soft_wrap=True)
-        self.bar = active and config.progress and self.console.is_terminal  # in a log file, a line a step instead
+        # in a log file, a line a step instead
+        self.bar = active and config.progress and self.console.is_terminal
         self.progress = Progress(
-            BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn(),
+            BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
             console=self.console, disable=not self.bar,
         )  # fmt: skip
-        self.task = self.progress.add_task("training", total=num_steps, completed=start_step, shown="")
+        self.task = self.progress.add_task(
+            "training", total=num_steps, completed=start_step, shown=""
+        )
         self.writer: Any = None
         if active:
             folder.mkdir(parents=True, exist_ok=True)
             damaged = _forget_after(folder / "metrics.jsonl", start_step)
             if damaged:
-                self.say(f"{folder}/metrics.jsonl: {damaged:,} lines were not records of a step; they are dropped")
+                self.say(
+                    f"{folder}/metrics.jsonl: {damaged:,} lines were not records of a step; they"
+                    " are dropped"
+                )
             self.file = (folder / "metrics.jsonl").open("a")
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -40,14 +52,19 @@ class Metrics:
         """A line above the progress bar."""
         self.console.print(message, highlight=False, markup=False)
 
-    def train_step(self, step: int, *, loss: float, lr: float, grad_norm: float, num_tokens: int) -> None:
+    def train_step(
+        self, step: int, *, loss: float, lr: float, grad_norm: float, num_tokens: int
+    ) -> None:
         """``num_tokens``: all tokens the step processed, padding left out."""
         now = time.perf_counter()
-        speed, self.last = num_tokens / (now - self.last), now
+        speed = num_tokens / (now - self.last)
+        self.last = now
         shown = f"loss {loss:.4f}  lr {lr:.2e}  |grad| {grad_norm:.3f}  {speed:,.0f} tokens/s"
         self.progress.update(self.task, completed=step, shown=shown)
         if step % self.config.every == 0:
-            self._write(step, {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed})
+            self._write(
+                step, {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
+            )
             if not self.bar:
                 self.say(f"step {step}: {shown}")
 
@@ -57,7 +74,8 @@ class Metrics:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last step, a save or an evaluation, out of the next one's speed."""
+        """Leave what happened since the last step, a save or an evaluation, out of the next one's
+        speed."""
         self.last = time.perf_counter()
 
     def _write(self, step: int, values: dict[str, float]) -> None:
@@ -85,7 +103,8 @@ class Metrics:
 
 
 def _forget_after(path: Path, step: int) -> int:
-    """Drop the lines of steps that a resumed run will do again, and one that a killed run left half written.
+    """Drop the lines of steps that a resumed run will do again, and one that a killed run left half
+    written.
 
     Returns how many other lines were no records of a step, and so were dropped too.
     """
@@ -93,7 +112,11 @@ def _forget_after(path: Path, step: int) -> int:
         return 0
     lines = path.read_bytes().decode(errors="replace").splitlines()
     steps = [_step_of(line) for line in lines]
-    kept = [line for line, found in zip(lines, steps, strict=True) if found is not None and found <= step]
+    kept = [
+        line
+        for line, found in zip(lines, steps, strict=True)
+        if found is not None and found <= step
+    ]
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(line + "\n" for line in kept) if step else "")
     temporary.replace(path)  # a kill meanwhile must not lose them all
@@ -122,7 +145,11 @@ def plot_losses(folder: Path) -> None:
     for key, style in (("loss", "-"), ("eval_loss", "o")):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label={"loss": "training", "eval_loss": "evaluation"}[key])
+            axes.plot(
+                *zip(*points, strict=True),
+                style,
+                label={"loss": "training", "eval_loss": "evaluation"}[key],
+            )
     axes.set(xlabel="step", ylabel="loss (nats per target token)", title=str(folder))
     axes.grid(alpha=0.3)
     if axes.lines:

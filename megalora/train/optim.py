@@ -1,4 +1,5 @@
-"""Gradient buffers, the sharded optimizer and the learning rate: Megatron's DDP and DistributedOptimizer, on adapters only."""
+"""Gradient buffers, the sharded optimizer and the learning rate: Megatron's DDP and
+DistributedOptimizer, on adapters only."""
 
 import math
 from collections.abc import Mapping
@@ -19,21 +20,29 @@ from megalora.parallel import Groups, megatron_groups
 
 
 def wrap_chunks(chunks: list[Any]) -> list[DistributedDataParallel]:
-    """Give every trainable parameter a float32 slice of one gradient buffer; frozen ones get nothing."""
+    """Give every trainable parameter a float32 slice of one gradient buffer; frozen ones get
+    nothing."""
     config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     with quiet():
         return [
             DistributedDataParallel(
-                chunk.config, config, chunk, disable_bucketing=i > 0, pg_collection=megatron_groups()
+                chunk.config,
+                config,
+                chunk,
+                disable_bucketing=i > 0,
+                pg_collection=megatron_groups(),
             )  # type: ignore
             for i, chunk in enumerate(chunks)
         ]
 
 
-def build_optimizer(config: TrainConfig, dtype: torch.dtype, chunks: list[DistributedDataParallel]) -> Any:
+def build_optimizer(
+    config: TrainConfig, dtype: torch.dtype, chunks: list[DistributedDataParallel]
+) -> Any:
     """AdamW (betas 0.9, 0.999, eps 1e-8), its state split over data-parallel ranks."""
     settings = OptimizerConfig(
-        optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, clip_grad=config.clip_grad,
+        optimizer="adam", lr=config.lr, weight_decay=config.weight_decay,
+        clip_grad=config.clip_grad,
         use_distributed_optimizer=True, bf16=dtype == torch.bfloat16, params_dtype=dtype,
     )  # fmt: skip
     with quiet():
@@ -44,8 +53,10 @@ def build_optimizer(config: TrainConfig, dtype: torch.dtype, chunks: list[Distri
 def clip_and_step(optimizer: Any) -> Tensor:
     """Clip the reduced gradients and take one optimizer step; collective over the world.
 
-    Megatron's own ``step`` reads the norm on the host in the middle of the step, and without Apex the norm of every parameter
-    too: 400 waits a step for 48 layers. Here norm and clipping factor stay on the device; the values are the same.
+    Megatron's own ``step`` reads the norm on the host in the middle of the step, and without Apex
+    the norm of every parameter
+    too: 400 waits a step for 48 layers. Here norm and clipping factor stay on the device; the
+        values are the same.
 
     Returns:
         The L2 norm of the whole gradient before clipping: float64 ``[1]`` on the device.
@@ -65,7 +76,8 @@ def clip_and_step(optimizer: Any) -> Tensor:
 
 
 def _norm(gradients: list[Tensor], group: Any) -> Tensor:
-    """L2 norm of all tensors of all ranks of ``group`` together; the order of additions is Megatron's."""
+    """L2 norm of all tensors of all ranks of ``group`` together; the order of additions is
+    Megatron's."""
     total = torch.zeros(1, dtype=torch.float32, device=host.device())
     if gradients:
         total += torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) ** 2
@@ -74,11 +86,14 @@ def _norm(gradients: list[Tensor], group: Any) -> Tensor:
 
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
-    """Of step ``step`` (0-based): linear warm-up from lr / warmup, then the schedule down to zero after the last step."""
+    """Of step ``step`` (0-based): linear warm-up from lr / warmup, then the schedule down to zero
+    after the last step."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, num_steps - config.warmup)
-    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.schedule]
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
+        config.schedule
+    ]
     return config.lr * factor
 
 
@@ -88,16 +103,23 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 
 
 def _parts(optimizer: Any) -> list[Any]:
-    """The sharded optimizers inside: one for dense, one for expert parameters; none on a rank without adapters."""
-    return [part for part in optimizer.chained_optimizers if hasattr(part, "model_param_group_index_map")]
+    """The sharded optimizers inside: one for dense, one for expert parameters; none on a rank
+    without adapters."""
+    return [
+        part
+        for part in optimizer.chained_optimizers
+        if hasattr(part, "model_param_group_index_map")
+    ]
 
 
 def optimizer_state(
     optimizer: Any, key: str, parameters: list[nn.Parameter], groups: Groups
 ) -> dict[nn.Parameter, Tensor]:
-    """One of ``STATE_KEYS`` for this rank's parameters, whole again over data parallelism, in float32.
+    """One of ``STATE_KEYS`` for this rank's parameters, whole again over data parallelism, in
+    float32.
 
-    Each data-parallel rank owns a slice of every flat buffer; the others' slices are added as zeros, which is exact.
+    Each data-parallel rank owns a slice of every flat buffer; the others' slices are added as
+    zeros, which is exact.
     """
     state = {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters}
     for part in _parts(optimizer):
@@ -111,14 +133,21 @@ def optimizer_state(
 
 
 @torch.no_grad()
-def load_optimizer_state(optimizer: Any, state: Mapping[str, Mapping[nn.Parameter, Tensor]], step: int) -> None:
-    """The inverse of ``optimizer_state``: every rank takes its slices. ``step`` counts finished optimizer steps."""
+def load_optimizer_state(
+    optimizer: Any, state: Mapping[str, Mapping[nn.Parameter, Tensor]], step: int
+) -> None:
+    """The inverse of ``optimizer_state``: every rank takes its slices. ``step`` counts finished
+    optimizer steps."""
     for part in _parts(optimizer):
         part._init_optimizer_states_with_dummy_values()
         for parameter in part.model_param_group_index_map:
             owned = part._get_model_param_range_map(parameter)["param"]
-            tensors = {key: state[key][parameter].view(-1)[owned.start : owned.end] for key in STATE_KEYS}
-            part._set_main_param_and_optimizer_states(parameter, {**tensors, "step": torch.tensor(float(step))})
+            tensors = {
+                key: state[key][parameter].view(-1)[owned.start : owned.end] for key in STATE_KEYS
+            }
+            part._set_main_param_and_optimizer_states(
+                parameter, {**tensors, "step": torch.tensor(float(step))}
+            )
         for group in part.optimizer.param_groups:
             if "step" in group:  # fused Adams keep the count here
                 group["step"] = step

@@ -1,8 +1,9 @@
-"""One run writes to a run folder: its first rank holds a lock there, and says in the lock file who it is.
+"""One run writes to a run folder: its first rank holds a lock there, and says in the lock file who
+it is.
 
-The lock is ``flock`` on ``.lock``, so it ends with its process, however that ends. Its content is for people, and for the
-same job's next attempt: torchrun starts ranks again under one job (``rendezvous.py``), and then the folder's checkpoints are
-its own.
+The lock is ``flock`` on ``.lock``, so it ends with its process, however that ends. Its content is
+for people, and for the same job's next attempt: torchrun starts ranks again under one job
+(``rendezvous.py``), and then the folder's checkpoints are its own.
 """
 
 import contextlib
@@ -91,7 +92,8 @@ def _leave_nothing(run: Path) -> None:
 
 
 def take_lock(run: Path, job: str | None) -> tuple[int, Opened]:
-    """The open lock file, locked, and what it said before; raises ``ValueError`` when another run holds it."""
+    """The open lock file, locked, and what it said before; raises ``ValueError`` when another run
+    holds it."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"checkpoint.dir={run} is a file; choose a folder")
     while True:
@@ -104,7 +106,8 @@ def take_lock(run: Path, job: str | None) -> tuple[int, Opened]:
             raise
         if _is_still_there(descriptor, run):
             break
-        os.close(descriptor)  # a run that did not begin has removed it, just before this one had it locked
+        # a run that did not begin has removed it, just before this one had it locked
+        os.close(descriptor)
     try:
         before = _read(descriptor)
         os.ftruncate(descriptor, 0)
@@ -145,19 +148,29 @@ def _without_locks(descriptor: int, run: Path, job: str | None, reason: str) -> 
     """Compare with the last holder: only a process of this host can be looked up."""
     holder = _read(descriptor)
     same_job = holder is not None and job is not None and holder.job == job
-    if holder and not same_job and holder.host == socket.gethostname() and holder.born == _born(holder.pid):
+    if (
+        holder
+        and not same_job
+        and holder.host == socket.gethostname()
+        and holder.born == _born(holder.pid)
+    ):
         raise _taken(run, holder)
-    last = f"; the last to write there was {holder}" if holder and holder.host != socket.gethostname() else ""
+    last = (
+        f"; the last to write there was {holder}"
+        if holder and holder.host != socket.gethostname()
+        else ""
+    )
     return [
-        f"checkpoint.dir={run} is on a file system without locks ({reason}): a second run that is started in it on another "
-        f"host would not be noticed{last}"
+        f"checkpoint.dir={run} is on a file system without locks ({reason}): a second run that is"
+        f" started in it on another host would not be noticed{last}"
     ]
 
 
 def _taken(run: Path, holder: Holder | None) -> ValueError:
     who = f"it is {holder}" if holder else "it has not said yet which process it is"
     return ValueError(
-        f"another run is writing to {run}; {who}. Let it end or stop it (SIGTERM saves), or choose another checkpoint.dir."
+        f"another run is writing to {run}; {who}. Let it end or stop it (SIGTERM saves), or choose"
+        " another checkpoint.dir."
     )
 
 
@@ -173,11 +186,14 @@ def _read(descriptor: int) -> Holder | None:
     except (ValueError, TypeError):
         return None
     texts = (holder.host, holder.since, holder.born, holder.job or "")
-    return holder if type(holder.pid) is int and all(isinstance(text, str) for text in texts) else None
+    return (
+        holder if type(holder.pid) is int and all(isinstance(text, str) for text in texts) else None
+    )
 
 
 def _born(pid: int) -> str | None:
-    """When a process of this host started, in ticks since the system did; None when it is not there."""
+    """When a process of this host started, in ticks since the system did; None when it is not
+    there."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,4 +1,5 @@
-"""From a config to a base model with adapters on this rank: what training, resuming and verifying share."""
+"""From a config to a base model with adapters on this rank: what training, resuming and verifying
+share."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +46,8 @@ def parallel_groups(config: ParallelConfig, seed: int = 0) -> Iterator[Groups]:
 
 def build_adapted(
     folder: Path, shape: ModelShape, adapted: list[Adapted], groups: Groups,
-    *, model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig, seed: int, rows_per_expert: float = 0.0,
+    *, model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig, seed: int,
+    rows_per_expert: float = 0.0,
 ) -> AdaptedModel:  # fmt: skip
     """Load the base for this rank, put the adapters in, and prove that all are there; collective.
 
@@ -53,13 +55,23 @@ def build_adapted(
     """
     chunks = build_model(model, parallel, shape, folder)
     dtype = getattr(torch, model.dtype)
-    pieces = inject(chunks, adapted, shape, lora, groups, seed=seed, dtype=dtype, rows_per_expert=rows_per_expert)
+    pieces = inject(
+        chunks,
+        adapted,
+        shape,
+        lora,
+        groups,
+        seed=seed,
+        dtype=dtype,
+        rows_per_expert=rows_per_expert,
+    )
     check_coverage(adapted, pieces)
     return AdaptedModel(chunks, adapted, pieces, shape, groups)
 
 
 def load_adapter(model: AdaptedModel, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the adapters from whole tensors by name; raises ``ValueError`` when one is missing or does not fit."""
+    """Fill the adapters from whole tensors by name; raises ``ValueError`` when one is missing or
+    does not fit."""
     with torch.no_grad():
         values = {p: p.data for p in model.parameters}
         take_parts(tensors.keys(), tensors.__getitem__, model.pieces, values, where="the adapter")

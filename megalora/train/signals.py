@@ -14,18 +14,22 @@ import torch.distributed as dist
 from megalora import host
 
 GRACE_S = 120.0
-"""How long a rank that was told to stop may take to its next step before it gives up; three steps, if they are longer."""
+"""How long a rank that was told to stop may take to its next step before it gives up; three steps,
+if they are longer."""
 
 
 @contextmanager
 def terminated() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells, on every rank alike, whether any rank has been asked to stop; call it once a step.
+    """Yields a function that tells, on every rank alike, whether any rank has been asked to stop;
+    call it once a step.
 
-    SIGTERM and the first SIGINT ask; a second SIGINT kills. When another rank has failed, this one waits in a collective
-    for good, where no Python signal handler runs: a thread ends the process when the next call does not come.
+    SIGTERM and the first SIGINT ask; a second SIGINT kills. When another rank has failed, this one
+    waits in a collective for good, where no Python signal handler runs: a thread ends the process
+    when the next call does not come.
     """
     asked: list[int] = []
-    reached, step = threading.Event(), _Longest()
+    reached = threading.Event()
+    step = _Longest()
 
     def ask(number: int, _: object) -> None:
         asked.append(number)
@@ -59,7 +63,8 @@ class _Longest:
     """The longest time between two steps, in seconds."""
 
     def __init__(self) -> None:
-        self.last, self.seconds = time.monotonic(), 0.0
+        self.last = time.monotonic()
+        self.seconds = 0.0
 
     def tick(self) -> None:
         now = time.monotonic()
@@ -67,12 +72,14 @@ class _Longest:
 
 
 def _watch(read: int, reached: threading.Event, step: _Longest) -> None:
-    """Wait for a signal's number in the pipe, then for the loop; end the process when it does not come."""
+    """Wait for a signal's number in the pipe, then for the loop; end the process when it does not
+    come."""
     arrived = os.read(read, 1)
     os.close(read)
     if arrived and not reached.wait(max(GRACE_S, 3 * step.seconds)):
         print(
-            "megalora: told to stop, but stuck in a step (has another rank failed?); ending without saving",
+            "megalora: told to stop, but stuck in a step (has another rank failed?); ending without"
+            " saving",
             file=sys.stderr,
         )
         os._exit(1)

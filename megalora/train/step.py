@@ -1,4 +1,5 @@
-"""One pass over a global batch: microbatches through Megatron's pipeline schedule, then one reduction of gradients."""
+"""One pass over a global batch: microbatches through Megatron's pipeline schedule, then one
+reduction of gradients."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,10 +22,15 @@ from megalora.train.loss import loss_sum, token_losses
 
 
 class Stepper:
-    """Runs global batches through this rank's model chunks; ``train`` leaves reduced gradients behind."""
+    """Runs global batches through this rank's model chunks; ``train`` leaves reduced gradients
+    behind."""
 
-    def __init__(self, chunks: Sequence[Any], groups: Groups, check: GradientCheck | None = None) -> None:
-        self.chunks, self.groups, self.check = list(chunks), groups, check
+    def __init__(
+        self, chunks: Sequence[Any], groups: Groups, check: GradientCheck | None = None
+    ) -> None:
+        self.chunks = list(chunks)
+        self.groups = groups
+        self.check = check
         self.parameters = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
         self.b_has_moved = False
         config = chunks[0].config
@@ -32,11 +38,13 @@ class Stepper:
         config.no_sync_func = None
 
     def train(self, batches: list[Batch], optimizer: Any) -> tuple[float, int]:
-        """``forward_backward``, its result read at once: (mean loss, number of target tokens) of the global batch."""
+        """``forward_backward``, its result read at once: (mean loss, number of target tokens) of
+        the global batch."""
         return _mean(self.forward_backward(batches, optimizer))
 
     def forward_backward(self, batches: list[Batch], optimizer: Any) -> Tensor:
-        """Leave reduced gradients behind; returns (sum of losses, number of target tokens) of the global batch.
+        """Leave reduced gradients behind; returns (sum of losses, number of target tokens) of the
+        global batch.
 
         The two are float64 on the device: nothing here waits for it.
         """
@@ -49,14 +57,16 @@ class Stepper:
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch], *, own: bool = False) -> tuple[float, int]:
-        """Forward only; the same mean, or with ``own`` that of this data-parallel rank's batches alone."""
+        """Forward only; the same mean, or with ``own`` that of this data-parallel rank's batches
+        alone."""
         for chunk in self.chunks:
             chunk.eval()
         return _mean(self._sum(self._run(batches, forward_only=True), own))
 
     @torch.no_grad()
     def token_losses(self, batches: list[Batch]) -> Tensor:
-        """Cross entropy of every token of the first of ``batches``, ``[B, S]`` float32, on every rank.
+        """Cross entropy of every token of the first of ``batches``, ``[B, S]`` float32, on every
+        rank.
 
         All ranks pass the same batches: more than one only because the schedule wants them.
         """
@@ -70,7 +80,8 @@ class Stepper:
         return losses
 
     def _sum(self, sum_and_count: Tensor, own: bool = False) -> Tensor:
-        """Summed in place over the pipeline, whose last stage has them, and unless ``own`` over data-parallel ranks."""
+        """Summed in place over the pipeline, whose last stage has them, and unless ``own`` over
+        data-parallel ranks."""
         for group in (self.groups.pp,) if own else (self.groups.pp, self.groups.dp):
             dist.all_reduce(sum_and_count, group=group)
         return sum_and_count
@@ -82,9 +93,12 @@ class Stepper:
             total += report["sum_and_count"]
         return total
 
-    def _schedule(self, batches: list[Batch], forward_only: bool, loss: Callable[..., Any]) -> list[dict[str, Tensor]]:
+    def _schedule(
+        self, batches: list[Batch], forward_only: bool, loss: Callable[..., Any]
+    ) -> list[dict[str, Tensor]]:
         """What ``loss`` reports of each microbatch, on the last pipeline stage."""
-        stage, num_stages = self.groups.pp.rank(), self.groups.pp.size()
+        stage = self.groups.pp.rank()
+        num_stages = self.groups.pp.size()
         inputs = to_device(batches, first=stage == 0, last=stage == num_stages - 1)
         iterators = [iter(inputs) for _ in self.chunks]
         several = len(self.chunks) > 1
@@ -100,43 +114,61 @@ class Stepper:
         )
 
     def _stages(self, batches: list[Batch]) -> dict[str, Any]:
-        """How stages of the plain schedule talk: every microbatch as long as it is, which every stage knows by itself."""
+        """How stages of the plain schedule talk: every microbatch as long as it is, which every
+        stage knows by itself."""
         config = self.chunks[0].config
         shards = self.groups.tp.size() if self.groups.sequence_parallel else 1
-        shapes = [(b.tokens.shape[1] // shards, b.tokens.shape[0], config.hidden_size) for b in batches]
-        return {"p2p_communicator": KnownShapes(self.groups.pp, config, shapes), "pg_collection": megatron_groups()}
+        shapes = [
+            (b.tokens.shape[1] // shards, b.tokens.shape[0], config.hidden_size) for b in batches
+        ]
+        return {
+            "p2p_communicator": KnownShapes(self.groups.pp, config, shapes),
+            "pg_collection": megatron_groups(),
+        }
 
     def _finalize(self, model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        """Check, Megatron's data-parallel reduction, then the sums of replicated factors over the group the table names.
+        """Check, Megatron's data-parallel reduction, then the sums of replicated factors over the
+        group the table names.
 
-        In this order replicas get the same bits: data-parallel reductions of two tensor-parallel ranks are different
-        collectives, which may add in different orders. What they leave outside a rank's own slice is summed too and read by
-        nobody.
+        In this order replicas get the same bits: data-parallel reductions of two tensor-parallel
+        ranks are different collectives, which may add in different orders. What they leave outside
+        a rank's own slice is summed too and read by nobody.
         """
         if self.check is not None:
             self.check.after_backward(self.b_has_moved)
         finalize_model_grads(model, num_tokens, **kwargs)
         for name in ("tp", "etp"):
-            sum_partial_gradients((p for p in self.parameters if p.sum_group == name), self.groups.named(name))
+            sum_partial_gradients(
+                (p for p in self.parameters if p.sum_group == name), self.groups.named(name)
+            )
 
 
 class KnownShapes(P2PCommunicator):
     """Megatron's communication between pipeline stages for microbatches of different lengths.
 
-    Megatron has neighbours send each other the shape before each tensor and wait for the device until it is there, four times
-    a microbatch. All stages of a pipeline read the same samples, so each knows the shapes. The schedule receives forward
-    and backward tensors in the order of microbatches.
+    Megatron has neighbours send each other the shape before each tensor and wait for the device
+    until it is there, four times a microbatch. All stages of a pipeline read the same samples, so
+    each knows the shapes. The schedule receives forward and backward tensors in the order of
+    microbatches.
     """
 
-    def __init__(self, group: dist.ProcessGroup, config: Any, shapes: list[tuple[int, ...]]) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, config: Any, shapes: list[tuple[int, ...]]
+    ) -> None:
         super().__init__(group, config)
         self.coming_forward, self.coming_backward = iter(shapes), iter(shapes)
 
-    def _communicate(self, *, recv_prev: bool, recv_next: bool, tensor_shape: Any, **options: Any) -> Any:
-        assert not (recv_prev and recv_next), "only the interleaved schedule receives from both sides at once"
+    def _communicate(
+        self, *, recv_prev: bool, recv_next: bool, tensor_shape: Any, **options: Any
+    ) -> Any:
+        assert not (recv_prev and recv_next), (
+            "only the interleaved schedule receives from both sides at once"
+        )
         if recv_prev or recv_next:
             tensor_shape = next(self.coming_forward if recv_prev else self.coming_backward)
-        return super()._communicate(recv_prev=recv_prev, recv_next=recv_next, tensor_shape=tensor_shape, **options)
+        return super()._communicate(
+            recv_prev=recv_prev, recv_next=recv_next, tensor_shape=tensor_shape, **options
+        )
 
 
 def _mean(sum_and_count: Tensor) -> tuple[float, int]:
@@ -145,7 +177,9 @@ def _mean(sum_and_count: Tensor) -> tuple[float, int]:
     return total / max(count, 1), int(count)
 
 
-def _forward_step(inputs: Iterator[DeviceBatch], model: nn.Module, loss: Callable[..., Any]) -> tuple[Tensor, Any]:
+def _forward_step(
+    inputs: Iterator[DeviceBatch], model: nn.Module, loss: Callable[..., Any]
+) -> tuple[Tensor, Any]:
     batch = next(inputs)
     losses = model(batch.tokens, None, None, labels=batch.labels)
     return losses, partial(loss, loss_mask_BS=batch.loss_mask)

@@ -38,7 +38,8 @@ class _Routing:
 
 @dataclass
 class LayerComparison:
-    """The first rank's work between collectives; ``open`` comes first. The other ranks make one and never call it."""
+    """The first rank's work between collectives; ``open`` comes first. The other ranks make one and
+    never call it."""
 
     folder: Path
     dtype: torch.dtype
@@ -55,10 +56,15 @@ class LayerComparison:
         return self.labels
 
     def _kind(self, number: int) -> Any:
-        """Everything that makes one layer's function another's: modules, their settings, their parameters' shapes."""
+        """Everything that makes one layer's function another's: modules, their settings, their
+        parameters' shapes."""
         layer = self.reference.layers[number]
         settings = tuple(
-            (path, type(module).__name__, tuple(sorted((k, v) for k, v in vars(module).items() if _is_setting(k, v))))
+            (
+                path,
+                type(module).__name__,
+                tuple(sorted((k, v) for k, v in vars(module).items() if _is_setting(k, v))),
+            )
             for path, module in layer.named_modules()
         )
         shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
@@ -76,12 +82,22 @@ class LayerComparison:
     def sizes(self) -> tuple[int, int, int]:
         """Vocabulary, hidden size and number of positions."""
         config = self.reference.config
-        return config.vocab_size, config.hidden_size, getattr(config, "max_position_embeddings", None) or 2048
+        return (
+            config.vocab_size,
+            config.hidden_size,
+            getattr(config, "max_position_embeddings", None) or 2048,
+        )
 
     def compare_ends(
-        self, inputs: r.Inputs, embedding: Any, head: Any, norm: dict[str, Any], floats: dict[str, dict[str, float]]
+        self,
+        inputs: r.Inputs,
+        embedding: Any,
+        head: Any,
+        norm: dict[str, Any],
+        floats: dict[str, dict[str, float]],
     ) -> None:
-        """Embedding rows; final norm and head on the layer's input, for some rows of the vocabulary."""
+        """Embedding rows; final norm and head on the layer's input, for some rows of the
+        vocabulary."""
         rows = sorted({*inputs.tokens, *inputs.rows})
         self.reference.load_ends(rows)
         place = torch.tensor([rows.index(token) for token in inputs.tokens])
@@ -95,15 +111,23 @@ class LayerComparison:
         self._compare(None, ours, theirs)
 
     def route(self, number: int, inputs: r.Inputs, angles: Any) -> list[int]:
-        """Compare rotary tables, run the reference up to its router, and return the experts that are needed."""
+        """Compare rotary tables, run the reference up to its router, and return the experts that
+        are needed."""
         reference = self.reference
         reference.load_layer(number)
         self.angles = angles
         angles_TD = angles.flatten(1)
-        cos, sin = (t[0] for t in reference.base.rotary_emb(inputs.x_TH[None], inputs.positions_T[None]))
+        cos, sin = (
+            t[0] for t in reference.base.rotary_emb(inputs.x_TH[None], inputs.positions_T[None])
+        )
         if not (multiple := r.rotary_difference(angles_TD, cos, sin)) <= 1:
-            raise ValueError(self._message(number, "rotary embedding", f"{multiple:.1e} times what rounding explains"))
-        scale = torch.hypot(cos, sin)  # attention's own factor, such as yarn's: compared in its output
+            raise ValueError(
+                self._message(
+                    number, "rotary embedding", f"{multiple:.1e} times what rounding explains"
+                )
+            )
+        # attention's own factor, such as yarn's: compared in its output
+        scale = torch.hypot(cos, sin)
         self.tables = ((angles_TD.cos() * scale)[None], (angles_TD.sin() * scale)[None])
         layer = reference.layers[number]
         seen: r.Records = []
@@ -121,22 +145,28 @@ class LayerComparison:
         return self.needed
 
     def _check_memory(self, number: int) -> None:
-        """Refuse experts that do not fit this host: running out of memory would end the process without a word."""
+        """Refuse experts that do not fit this host: running out of memory would end the process
+        without a word."""
         each = sum(parameter[0].numel() for parameter in self.reference.experts.parameters())
-        both_sides = 2 * torch.float32.itemsize  # and what is gathered and read, in the dtype of the run
+        # and what is gathered and read, in the dtype of the run
+        both_sides = 2 * torch.float32.itemsize
         needed = len(self.needed) * each * (both_sides + 2 * self.dtype.itemsize)
         if needed > (free := free_host_memory_bytes()):
             raise ValueError(
-                f"{OPTION}: layer {number} ({self.labels[number]}) of {self.folder}: the {len(self.needed)} experts that the "
-                f"check's tokens need take {needed / 2**30:.1f} GiB of host memory on the first rank, which has "
-                f"{free / 2**30:.1f} GiB free. Free some, or train without the check: {OPTION}=off."
+                f"{OPTION}: layer {number} ({self.labels[number]}) of {self.folder}: the"
+                f" {len(self.needed)} experts that the check's tokens need take"
+                f" {needed / 2**30:.1f} GiB of host memory on the first rank, which has"
+                f" {free / 2**30:.1f} GiB free. Free some, or train without the check:"
+                f" {OPTION}=off."
             )
 
     def _routing(self, layer: nn.Module, number: int, h_TH: Tensor) -> _Routing:
-        """The router's choice, and which tokens keep it when their hidden states change by rounding."""
+        """The router's choice, and which tokens keep it when their hidden states change by
+        rounding."""
         choices = layer.get_submodule(str(self.reference.experts_path(number)))
         assert isinstance(choices, Choices)
-        generator, total = torch.Generator().manual_seed(1), int(self.reference.experts.num_experts)
+        generator = torch.Generator().manual_seed(1)
+        total = int(self.reference.experts.num_experts)
 
         def choose(h: Tensor) -> tuple[Tensor, Tensor]:
             layer.mlp(h[None])  # pyright: ignore[reportCallIssue]
@@ -145,15 +175,25 @@ class LayerComparison:
         probs_TE, map_TE = choose(h_TH)
         decided_T = torch.ones(len(h_TH), dtype=torch.bool)
         for _ in range(4):
-            noise = torch.randn(h_TH.shape, generator=generator) * r.TOLERANCE * h_TH.abs().amax(1, keepdim=True)
+            noise = (
+                torch.randn(h_TH.shape, generator=generator)
+                * r.TOLERANCE
+                * h_TH.abs().amax(1, keepdim=True)
+            )
             decided_T &= (choose(h_TH + noise)[1] == map_TE).all(1)
         return _Routing(probs_TE, map_TE, decided_T)
 
     def compare_layer(
-        self, number: int, inputs: r.Inputs, weights: dict[str, Tensor], floats: dict[str, dict[str, float]]
+        self,
+        number: int,
+        inputs: r.Inputs,
+        weights: dict[str, Tensor],
+        floats: dict[str, dict[str, float]],
     ) -> None:
-        """Run both layers on both inputs and compare what their modules put out, in the order of computing."""
-        reference, theirs = self.reference, []
+        """Run both layers on both inputs and compare what their modules put out, in the order of
+        computing."""
+        reference = self.reference
+        theirs = []
         if self.routing:
             reference.load_experts(number, self.needed)
         layer = reference.layers[number]
@@ -166,7 +206,8 @@ class LayerComparison:
         for run, routing in enumerate(self.routing):
             theirs.append((f"router{_SUFFIX[run]}", routing.probs_TE * routing.decided_T[:, None]))
         assert self.alone is not None
-        layer, ours = host_layer(self.config, number, self.alone, weights, floats), []
+        layer = host_layer(self.config, number, self.alone, weights, floats)
+        ours = []
         try:
             with _no_chosen_backend():
                 self._run_ours(layer, inputs, ours)
@@ -182,17 +223,20 @@ class LayerComparison:
 
     @contextmanager
     def _router_noted(self, layer: nn.Module, run: int, records: r.Records) -> Iterator[None]:
-        """Note our router's output, and hand the experts the reference's choice, in the numbers of those gathered.
+        """Note our router's output, and hand the experts the reference's choice, in the numbers of
+        those gathered.
 
-        Where the choice differs by a mistake, the router's own record tells; where it differs because two experts are
-        equally good within rounding, the experts are compared all the same.
+        Where the choice differs by a mistake, the router's own record tells; where it differs
+        because two experts are equally good within rounding, the experts are compared all the same.
         """
         if not self.routing:
             yield
             return
         theirs = self.routing[run]
 
-        def hook(module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        def hook(
+            module: nn.Module, args: Any, output: tuple[Tensor, Tensor]
+        ) -> tuple[Tensor, Tensor]:
             probs_TE, map_TE = output
             records.append((f"router{_SUFFIX[run]}", probs_TE * theirs.decided_T[:, None]))
             same_T1 = (map_TE == theirs.map_TE).all(1, keepdim=True)
@@ -209,16 +253,18 @@ class LayerComparison:
         if difference := r.first_difference(ours, theirs):
             name, error = difference
             raise ValueError(
-                self._message(number, name, f"{error:.1e} of its largest value (allowed {r.TOLERANCE:.0e})")
+                self._message(
+                    number, name, f"{error:.1e} of its largest value (allowed {r.TOLERANCE:.0e})"
+                )
             )
         self.largest = max(self.largest, r.largest_difference(ours, theirs))
 
     def _message(self, number: int | None, module: str, how: str) -> str:
         where = module if number is None else f"layer {number} ({self.labels[number]}), {module}"
         return (
-            f"{OPTION}: {where}: differs from transformers' by {how} for the weights of {self.folder}. megalora does not "
-            "compute this model as it is meant; please report it with the model's config.json. Nothing was trained; "
-            f"{OPTION}=off trains all the same."
+            f"{OPTION}: {where}: differs from transformers' by {how} for the weights of"
+            f" {self.folder}. megalora does not compute this model as it is meant; please report it"
+            f" with the model's config.json. Nothing was trained; {OPTION}=off trains all the same."
         )
 
 

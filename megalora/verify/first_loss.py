@@ -1,16 +1,18 @@
 """Before the first step: is the loss of this layout the loss that stock transformers computes?
 
-All data-parallel ranks evaluate one and the same microbatch, through their own pipeline, experts and tensor-parallel
-shards; the first rank computes it again on its host with transformers (and PEFT, when a run is resumed and its adapter
-is not zero any more). Each rank's loss is compared, not their mean: one wrong rank of 64 must not be averaged away.
+All data-parallel ranks evaluate one and the same microbatch, through their own pipeline, experts
+and tensor-parallel shards; the first rank computes it again on its host with transformers (and
+PEFT, when a run is resumed and its adapter is not zero any more). Each rank's loss is compared, not
+their mean: one wrong rank of 64 must not be averaged away.
 
 The tolerance, relative to the loss, is what rounding explains with room to spare:
 
     float32   1e-5. Layouts differ by 1e-8 to 1e-7 in float32 (README); a swapped projection, a wrong rotary base or a lost
               norm weight changes the loss by 1e-3 and more.
     bfloat16  2e-2. 8 significant bits: a logit of size 10 is known to 1/64 after one rounding, and every layer rounds its
-              residual stream several times. Tokens err independently, so the mean errs less; what is caught is a broken
-              layer, what may pass is a slightly wrong one. Run the check once in float32 for a new model or layout.
+              residual stream several times. Tokens err independently, so the mean errs less; what
+              is caught is a broken layer, what may pass is a slightly wrong one. Run the check once
+              in float32 for a new model or layout.
 """
 
 from pathlib import Path
@@ -38,10 +40,12 @@ def compare_losses(
     """Compare every rank's loss of the batch with transformers'; collective over the world.
 
     Args:
-        ours: this rank's mean loss over the target tokens of ``batch``, which is the same on all ranks.
+        ours: this rank's mean loss over the target tokens of ``batch``, which is the same on all
+            ranks.
         adapter: a PEFT folder to put on the base, None where B is zero.
     Returns: a line for the user.
-    Raises: ``RuntimeError`` on every rank when a loss is off; ``ValueError`` when the model does not fit the host's memory.
+    Raises: ``RuntimeError`` on every rank when a loss is off; ``ValueError`` when the model does
+        not fit the host's memory.
     """
     losses: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(losses, ours)
@@ -50,14 +54,20 @@ def compare_losses(
         f"train.check_base=loss: transformers cannot read {folder}",
     )
     worst = max(range(len(losses)), key=lambda rank: _relative(losses[rank], reference))
-    difference, allowed = _relative(losses[worst], reference), TOLERANCE[dtype]
+    difference = _relative(losses[worst], reference)
+    allowed = TOLERANCE[dtype]
     if not difference <= allowed:
         raise RuntimeError(
-            f"train.check_base=loss: the loss of the first microbatch is {losses[worst]:.7f} on rank {worst}, {reference:.7f} in "
-            f"transformers: they differ by {difference:.1e} of it, {allowed:.0e} is allowed in {dtype}. This layout does not compute "
-            "the model it was given; please report it. parallel.tp=1, pp=1, ep=1 tells whether the layout or the model is at fault."
+            f"train.check_base=loss: the loss of the first microbatch is {losses[worst]:.7f} on"
+            f" rank {worst}, {reference:.7f} in transformers: they differ by {difference:.1e} of"
+            f" it, {allowed:.0e} is allowed in {dtype}. This layout does not compute the model it"
+            " was given; please report it. parallel.tp=1, pp=1, ep=1 tells whether the layout or"
+            " the model is at fault."
         )
-    return f"base: loss of the first microbatch {losses[worst]:.7f}, transformers {reference:.7f} (differ by {difference:.1e})"
+    return (
+        f"base: loss of the first microbatch {losses[worst]:.7f}, transformers {reference:.7f}"
+        f" (differ by {difference:.1e})"
+    )
 
 
 def _relative(loss: float, reference: float) -> float:
@@ -66,16 +76,21 @@ def _relative(loss: float, reference: float) -> float:
 
 
 @torch.no_grad()
-def reference_loss(batch: Batch, folder: Path, adapter: Path | None, dtype: str, shape: ModelShape) -> float:
+def reference_loss(
+    batch: Batch, folder: Path, adapter: Path | None, dtype: str, shape: ModelShape
+) -> float:
     """Mean cross entropy over the batch's target tokens, by stock transformers on the host."""
     needed = shape.num_parameters() * {"float32": 4, "bfloat16": 2}[dtype] * _HEADROOM
     if needed > (free := free_host_memory_bytes()):
         raise ValueError(
-            f"train.check_base=loss: {folder} in {dtype} needs {needed / 2**30:.1f} GiB of host memory on the first rank, which has "
-            f"{free / 2**30:.1f} GiB free. Set train.check_base=layer, or check a smaller model of the family."
+            f"train.check_base=loss: {folder} in {dtype} needs {needed / 2**30:.1f} GiB of host"
+            f" memory on the first rank, which has {free / 2**30:.1f} GiB free. Set"
+            " train.check_base=layer, or check a smaller model of the family."
         )
     with no_progress_bar():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        ).eval()
     if adapter is not None:
         from peft import PeftModel
 

@@ -1,17 +1,28 @@
-"""How much memory of this host a process may still take: what the machine has, and what its cgroups allow.
+"""How much memory of this host a process may still take: what the machine has, and what its cgroups
+allow.
 
-A container or a batch job often may use a part of the machine. Who takes more is killed without a word.
+A container or a batch job often may use a part of the machine. Who takes more is killed without a
+word.
 """
 
 from pathlib import Path
 
 _VERSION_2 = ("", "memory.max", "memory.current", ("active_file", "inactive_file"))
-_VERSION_1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
-"""Folder below the cgroup file system; limit; usage; the part of it that is a cache of files, given back on demand."""
+_VERSION_1 = (
+    "memory",
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_active_file", "total_inactive_file"),
+)
+"""Folder below the cgroup file system; limit; usage; the part of it that is a cache of files, given
+back on demand."""
 
 
-def free_host_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """``MemAvailable`` of the machine, which can be had without swapping, or what the narrowest cgroup leaves of it."""
+def free_host_memory_bytes(
+    proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """``MemAvailable`` of the machine, which can be had without swapping, or what the narrowest
+    cgroup leaves of it."""
     for line in (proc / "meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return min([int(line.split()[1]) * 1024, *_left_by_cgroups(proc, cgroups)])
@@ -21,8 +32,9 @@ def free_host_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sy
 def _left_by_cgroups(proc: Path, cgroups: Path) -> list[int]:
     """What each memory limit above this process leaves; empty where none is set or visible.
 
-    A container sees its own cgroup as the root, while ``/proc/self/cgroup`` may name the machine's path to it: so every
-    folder from the root to that path is looked at, and those that do not exist are passed over.
+    A container sees its own cgroup as the root, while ``/proc/self/cgroup`` may name the machine's
+    path to it: so every folder from the root to that path is looked at, and those that do not exist
+    are passed over.
     """
     found: list[int] = []
     listed = proc / "self" / "cgroup"
@@ -34,10 +46,15 @@ def _left_by_cgroups(proc: Path, cgroups: Path) -> list[int]:
         folder = cgroups / below
         for part in ("", *Path(path).parts[1:]):
             folder = folder / part
-            if not (folder / limit).is_file() or (most := (folder / limit).read_text().strip()) == "max":
+            if (
+                not (folder / limit).is_file()
+                or (most := (folder / limit).read_text().strip()) == "max"
+            ):
                 continue
             used = int((folder / usage).read_text())
-            statistics = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+            statistics = dict(
+                row.split() for row in (folder / "memory.stat").read_text().splitlines()
+            )
             cached = sum(int(statistics.get(name, 0)) for name in caches)
             found.append(max(0, int(most) - used + cached))
     return found

@@ -1,10 +1,12 @@
-"""Before the first step: does one layer of each kind, as loaded, compute what stock transformers computes?
+"""Before the first step: does one layer of each kind, as loaded, compute what stock transformers
+computes?
 
     reference   transformers' own classes, weights read from the folder by its own loader (``reference.py``)
     ours        our own layer in float32, weights gathered by name from the ranks that train with them (``loaded.py``)
 
-Both run on the first rank's host, on the same few tokens (``records.py``); the others wait. Only the experts that those
-tokens need and a few rows of embedding and head are read. Adapters are left out: the base is compared.
+Both run on the first rank's host, on the same few tokens (``records.py``); the others wait. Only
+the experts that those tokens need and a few rows of embedding and head are read. Adapters are left
+out: the base is compared.
 """
 
 import time
@@ -25,7 +27,8 @@ from megalora.verify.records import Inputs
 
 
 def check_layers(chunks: Sequence[Any], groups: Groups, folder: Path, dtype: torch.dtype) -> str:
-    """Compare one layer of each kind, embedding and head with transformers'; collective over the world.
+    """Compare one layer of each kind, embedding and head with transformers'; collective over the
+    world.
 
     Args:
         chunks: this rank's model chunks, with or without adapters.
@@ -40,24 +43,34 @@ def check_layers(chunks: Sequence[Any], groups: Groups, folder: Path, dtype: tor
         labels = agreed(first.open)
         loaded = Loaded(chunks, groups, labels)
         inputs = Inputs.make(*agreed(first.sizes))
-        embedding, head = loaded.rows("embedding", inputs.tokens), loaded.rows("head", inputs.rows)
+        embedding = loaded.rows("embedding", inputs.tokens)
+        head = loaded.rows("head", inputs.rows)
         norm = {name: loaded.whole(f"final_norm.{name}") for name in loaded.names("final_norm")}
-        agreed(lambda: first.compare_ends(inputs, embedding, head, norm, loaded.floats.get("final_norm", {})))
+        agreed(
+            lambda: first.compare_ends(
+                inputs, embedding, head, norm, loaded.floats.get("final_norm", {})
+            )
+        )
         for number in labels:
             angles = loaded.angles(number, inputs.positions_T.tolist())
             experts = agreed(lambda n=number, a=angles: first.route(n, inputs, a))
             weights = loaded.layer(number, experts)
-            agreed(lambda n=number, w=weights: first.compare_layer(n, inputs, w, loaded.floats[f"layers.{n}"]))
+            agreed(
+                lambda n=number, w=weights: first.compare_layer(
+                    n, inputs, w, loaded.floats[f"layers.{n}"]
+                )
+            )
         error = agreed(lambda: first.largest)
     layers = ", ".join(f"{number} ({label})" for number, label in labels.items())
     return (
-        f"base: layer{'s' * (len(labels) > 1)} {layers}, embedding and head equal transformers' to {error:.1e} "
-        f"in {time.perf_counter() - start:.1f} s"
+        f"base: layer{'s' * (len(labels) > 1)} {layers}, embedding and head equal transformers' to"
+        f" {error:.1e} in {time.perf_counter() - start:.1f} s"
     )
 
 
 def agreed[T](work: Callable[[], T]) -> T:
-    """Do the work on the first rank's host and give its result to all; its failure becomes every rank's. Collective."""
+    """Do the work on the first rank's host and give its result to all; its failure becomes every
+    rank's. Collective."""
 
     def on_host() -> T:
         try:

@@ -1,7 +1,8 @@
 """Gather loaded base parameters by name, over any layout, to the first rank's host.
 
-A name is that of the whole model: ``layers.3.self_attention.linear_qkv.weight``, ``embedding``, ``final_norm.weight``,
-``head``. What adapters and recomputation wrap around a module is not part of a name, and their own tensors are left out.
+A name is that of the whole model: ``layers.3.self_attention.linear_qkv.weight``, ``embedding``,
+``final_norm.weight``, ``head``. What adapters and recomputation wrap around a module is not part of
+a name, and their own tensors are left out.
 
     tensor                                  split over   dimension   blocks
     linear_qkv, embedding, head             tp           0           1
@@ -35,7 +36,8 @@ class Place:
     shape: tuple[int, ...]
     dtype: torch.dtype
     dim: int | None
-    """Dimension along which it is split, of one expert's matrix where there are experts; None: whole."""
+    """Dimension along which it is split, of one expert's matrix where there are experts; None:
+    whole."""
     blocks: int
     shard: int
     num_shards: int
@@ -48,7 +50,8 @@ def plain_name(name: str) -> str:
 
 
 class Loaded:
-    """Base tensors of the wanted layers and of both ends on all ranks, and who holds which part. Collective to make."""
+    """Base tensors of the wanted layers and of both ends on all ranks, and who holds which part.
+    Collective to make."""
 
     def __init__(self, chunks: Sequence[Any], groups: Groups, layers: Iterable[int]) -> None:
         self.groups, self.rank = groups, dist.get_rank()
@@ -66,7 +69,9 @@ class Loaded:
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, (self.places, self.floats, sorted(self.rotary)))
         self.everywhere: list[dict[str, Place]] = [places for places, _, _ in everywhere]
-        self.rotary_at = {n: rank for rank in reversed(range(len(everywhere))) for n in everywhere[rank][2]}
+        self.rotary_at = {
+            n: rank for rank in reversed(range(len(everywhere))) for n in everywhere[rank][2]
+        }
         for _, floats, _ in reversed(everywhere):
             self.floats |= floats
 
@@ -94,49 +99,72 @@ class Loaded:
             else:
                 self._hold(f"{prefix}.{name}", tensor, None, 1, None)
         self.floats[prefix] = {
-            plain_name(path): {key: value for key, value in vars(part).items() if type(value) is float}
+            plain_name(path): {
+                key: value for key, value in vars(part).items() if type(value) is float
+            }
             for path, part in module.named_modules()
         }
 
     def _hold(
-        self, name: str, tensor: Tensor, dim: int | None, blocks: int, group: Any, *, experts: bool = False
+        self,
+        name: str,
+        tensor: Tensor,
+        dim: int | None,
+        blocks: int,
+        group: Any,
+        *,
+        experts: bool = False,
     ) -> None:
         shard, num_shards = (group.rank(), group.size()) if group is not None else (0, 1)
         first = self.groups.ep.rank() * tensor.shape[0] if experts else None
         self.held[name] = tensor.detach()
-        self.places[name] = Place(tuple(tensor.shape), tensor.dtype, dim, blocks, shard, num_shards, first)
+        self.places[name] = Place(
+            tuple(tensor.shape), tensor.dtype, dim, blocks, shard, num_shards, first
+        )
 
     def names(self, prefix: str) -> list[str]:
-        """Every name below ``prefix`` on any rank, without the prefix; in one order on all ranks."""
+        """Every name below ``prefix`` on any rank, without the prefix; in one order on all
+        ranks."""
         start = prefix + "."
         found = {name for places in self.everywhere for name in places if name.startswith(start)}
         return sorted(name.removeprefix(start) for name in found)
 
     def whole(self, name: str, expert: int | None = None) -> Tensor | None:
-        """One tensor, or one expert's matrix of it, on the first rank's host; None elsewhere. Collective."""
+        """One tensor, or one expert's matrix of it, on the first rank's host; None elsewhere.
+        Collective."""
         place = next(places[name] for places in self.everywhere if name in places)
         parts = [self._part(name, shard, expert) for shard in range(place.num_shards)]
         if self.rank != 0 or place.dim is None:
             return parts[0]
         blocks = [part.chunk(place.blocks, place.dim) for part in parts if part is not None]
-        return torch.cat([piece for block in zip(*blocks, strict=True) for piece in block], place.dim)
+        return torch.cat(
+            [piece for block in zip(*blocks, strict=True) for piece in block], place.dim
+        )
 
     def rows(self, name: str, rows: Sequence[int]) -> Tensor | None:
-        """Some rows of a tensor that is split by rows (embedding, head); None but on the first rank. Collective."""
+        """Some rows of a tensor that is split by rows (embedding, head); None but on the first
+        rank. Collective."""
         per_shard = next(places[name].shape[0] for places in self.everywhere if name in places)
         parts = [self._part(name, row // per_shard, row % per_shard) for row in rows]
         return torch.stack([part for part in parts if part is not None]) if self.rank == 0 else None
 
     def layer(self, number: int, experts: Sequence[int]) -> dict[str, Tensor]:
-        """All tensors of a layer by name, of routed experts those asked for, stacked; empty but on the first rank."""
-        prefix, found = f"layers.{number}", {}
+        """All tensors of a layer by name, of routed experts those asked for, stacked; empty but on
+        the first rank."""
+        prefix = f"layers.{number}"
+        found = {}
         for name in self.names(prefix):
             full = f"{prefix}.{name}"
             if name.startswith(EXPERTS):
-                if not experts:  # the reference has none here: the layer that lacks them is refused as it is built
+                # the reference has none here: the layer that lacks them is refused as it is built
+                if not experts:
                     continue
                 each = [self.whole(full, expert) for expert in experts]
-                value = torch.stack([part for part in each if part is not None]) if self.rank == 0 else None
+                value = (
+                    torch.stack([part for part in each if part is not None])
+                    if self.rank == 0
+                    else None
+                )
             else:
                 value = self.whole(full)
             if value is not None:
@@ -144,11 +172,14 @@ class Loaded:
         return found
 
     def angles(self, number: int, positions: Sequence[int]) -> Tensor | None:
-        """Rotary angles ``[T, 1, 1, d]`` that this layer's attention gets at the positions, on the first rank's host."""
+        """Rotary angles ``[T, 1, 1, d]`` that this layer's attention gets at the positions, on the
+        first rank's host."""
         owner = self.rotary_at[number]
         mine = None
         if self.rank == owner:
-            mine = torch.cat([self.rotary[number].get_emb(1, offset=p) for p in positions]).contiguous()
+            mine = torch.cat(
+                [self.rotary[number].get_emb(1, offset=p) for p in positions]
+            ).contiguous()
         shape: list[Any] = [None if mine is None else tuple(mine.shape)]
         dist.broadcast_object_list(shape, src=owner)
         return self._to_first(mine, owner, shape[0], torch.float32)
@@ -168,12 +199,21 @@ class Loaded:
             if owner == self.rank:
                 mine = self.held[name] if row is None else self.held[name][row]
             return self._to_first(mine, owner, shape, place.dtype)
-        raise RuntimeError(f"no rank holds part {shard} of {name}" + (f", row {row}" if row is not None else ""))
+        raise RuntimeError(
+            f"no rank holds part {shard} of {name}" + (f", row {row}" if row is not None else "")
+        )
 
-    def _to_first(self, mine: Tensor | None, owner: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-        """Bring the owner's tensor to the first rank's host. All ranks take part: a broadcast works in any layout."""
+    def _to_first(
+        self, mine: Tensor | None, owner: int, shape: Sequence[int], dtype: torch.dtype
+    ) -> Tensor | None:
+        """Bring the owner's tensor to the first rank's host. All ranks take part: a broadcast works
+        in any layout."""
         if owner == 0:
             return None if mine is None else mine.cpu()
-        buffer = torch.empty(shape, dtype=dtype, device=host.device()) if mine is None else mine.contiguous()
+        buffer = (
+            torch.empty(shape, dtype=dtype, device=host.device())
+            if mine is None
+            else mine.contiguous()
+        )
         dist.broadcast(buffer, src=owner)
         return buffer.cpu() if self.rank == 0 else None

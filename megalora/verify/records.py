@@ -2,15 +2,17 @@
 
     T  tokens      H  hidden      E  experts
 
-Inputs make visible what ordinary ones hide: positions go up to the model's last, so that rotary scaling acts; tokens have
-sizes from 1e-5 to 10, so that a norm's epsilon of 1e-6 outweighs the smallest tokens' mean squares; and the MLP is
-run a second time on inputs that drive its gates far beyond 9, where activations and their clamps differ.
+Inputs make visible what ordinary ones hide: positions go up to the model's last, so that rotary
+scaling acts; tokens have sizes from 1e-5 to 10, so that a norm's epsilon of 1e-6 outweighs the
+smallest tokens' mean squares; and the MLP is run a second time on inputs that drive its gates far
+beyond 9, where activations and their clamps differ.
 
-Tolerance. Both sides compute the same sums in float32, in another order. Over n terms that leaves about
-``sqrt(n) * 2^-24`` of the largest term: 5e-6 for n = 8192. Softmax turns an error of a logit of size L into ``L * 2^-23``
-of a weight (L = 50: 6e-6); the second run's router does the same. transformers against itself in float64 differs by 1e-6
-to 8e-6 (``benchmarks/layer_check.py``; also with query and key norms of 10, whose logits go into the hundreds), ours
-against transformers by 1e-6, because most sums are the same. Of the mistakes that the tests put in, the mildest, a softmax
+Tolerance. Both sides compute the same sums in float32, in another order. Over n terms that leaves
+about ``sqrt(n) * 2^-24`` of the largest term: 5e-6 for n = 8192. Softmax turns an error of a logit
+of size L into ``L * 2^-23`` of a weight (L = 50: 6e-6); the second run's router does the same.
+transformers against itself in float64 differs by 1e-6 to 8e-6 (``benchmarks/layer_check.py``; also
+with query and key norms of 10, whose logits go into the hundreds), ours against transformers by
+1e-6, because most sums are the same. Of the mistakes that the tests put in, the mildest, a softmax
 scale off by a tenth, is 9e-2.
 """
 
@@ -39,10 +41,13 @@ NOTED = (
     ("MLP", "mlp", "mlp"),
     ("residual sums", "", ""),
 )
-"""What the user is told, and the module's name within transformers' layer and within ours; compared where both have it."""
-THEIRS, OURS = 1, 2
+"""What the user is told, and the module's name within transformers' layer and within ours; compared
+where both have it."""
+THEIRS = 1
+OURS = 2
 SECOND_NORM = NOTED[4]
-"""Run on the layer's input too: behind attention no token is small enough for its epsilon to show."""
+"""Run on the layer's input too: behind attention no token is small enough for its epsilon to
+show."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class Inputs:
 
     @classmethod
     def make(cls, vocab: int, hidden: int, max_positions: int) -> "Inputs":
-        generator = torch.Generator().manual_seed(0)  # of its own: the run's generators stay as they are
+        # of its own: the run's generators stay as they are
+        generator = torch.Generator().manual_seed(0)
         steps = torch.arange(NUM_TOKENS)
         last = NUM_TOKENS - 1
         sizes_T = 10.0 ** (-5 + 6 * (7 * steps % NUM_TOKENS) / last)  # neighbours differ much
@@ -78,61 +84,79 @@ def _spread(size: int, count: int) -> list[int]:
 
 
 def driven(h_TH: Tensor) -> Tensor:
-    """The MLP's second input: tokens of unit root mean square times 1 to 16, which drives gates far beyond 9.
+    """The MLP's second input: tokens of unit root mean square times 1 to 16, which drives gates far
+    beyond 9.
 
-    No further: the router's logits grow by the same factor, and softmax turns their rounding into the weights'.
+    No further: the router's logits grow by the same factor, and softmax turns their rounding into
+    the weights'.
     """
     factor_T = 2.0 ** (4 * torch.arange(len(h_TH)) / (len(h_TH) - 1))
     return h_TH / h_TH.square().mean(-1, keepdim=True).sqrt() * factor_T[:, None]
 
 
 def first_difference(ours: Records, theirs: Records) -> tuple[str, float] | None:
-    """The first module whose output differs beyond rounding, and by how much; None where all agree."""
+    """The first module whose output differs beyond rounding, and by how much; None where all
+    agree."""
     reference = dict(theirs)
     for name, value in ours:
-        if name in reference and not (error := relative_difference(value, reference[name])) <= TOLERANCE:
+        if (
+            name in reference
+            and not (error := relative_difference(value, reference[name])) <= TOLERANCE
+        ):
             return name, error
     return None
 
 
 def largest_difference(ours: Records, theirs: Records) -> float:
     reference = dict(theirs)
-    return max(relative_difference(value, reference[name]) for name, value in ours if name in reference)
+    return max(
+        relative_difference(value, reference[name]) for name, value in ours if name in reference
+    )
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference of any token over that token's largest value; infinite for another size or no number."""
+    """Largest difference of any token over that token's largest value; infinite for another size or
+    no number."""
     if ours.numel() != theirs.numel():
         return math.inf
-    ours, theirs = ours.reshape(len(theirs), -1), theirs.reshape(len(theirs), -1)
+    ours = ours.reshape(len(theirs), -1)
+    theirs = theirs.reshape(len(theirs), -1)
     largest_T = theirs.abs().amax(1).clamp_min(torch.finfo(theirs.dtype).tiny)
     error = ((ours - theirs).abs().amax(1) / largest_T).max().item()
     return math.inf if math.isnan(error) else error
 
 
 def rotary_difference(angles_TD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> float:
-    """Largest difference between our rotary angles and transformers' tables, as a multiple of what rounding explains.
+    """Largest difference between our rotary angles and transformers' tables, as a multiple of what
+    rounding explains.
 
-    An angle is position times frequency, and a frequency computed in another way (a power on a GPU, a scaling before or
-    after a division) may differ by 8 roundings: ``angle * 2^-21``, which is 0.06 at position 131072 for the fastest
-    frequencies and nothing for the slow ones that scaling changes. The tables' scale is left to the attention's comparison.
+    An angle is position times frequency, and a frequency computed in another way (a power on a GPU,
+    a scaling before or after a division) may differ by 8 roundings: ``angle * 2^-21``, which is
+    0.06 at position 131072 for the fastest frequencies and nothing for the slow ones that scaling
+    changes. The tables' scale is left to the attention's comparison.
     """
     if angles_TD.shape != cos_TD.shape:
         return math.inf
-    cos, sin = angles_TD.cos(), angles_TD.sin()
+    cos = angles_TD.cos()
+    sin = angles_TD.sin()
     apart = torch.atan2(sin_TD * cos - cos_TD * sin, cos_TD * cos + sin_TD * sin).abs()
     return (apart / (2.0**-20 + 2.0**-21 * angles_TD.abs())).max().item()
 
 
 @contextmanager
 def noted(layer: nn.Module, column: int, records: Records, suffix: str = "") -> Iterator[None]:
-    """Append the outputs of the ``NOTED`` modules of a layer that runs inside the block, tokens first."""
+    """Append the outputs of the ``NOTED`` modules of a layer that runs inside the block, tokens
+    first."""
     modules = dict(layer.named_modules())
 
     def note(name: str) -> Any:
         return lambda module, args, output: records.append((name + suffix, tokens_first(output)))
 
-    hooks = [modules[row[column]].register_forward_hook(note(row[0])) for row in NOTED if row[column] in modules]
+    hooks = [
+        modules[row[column]].register_forward_hook(note(row[0]))
+        for row in NOTED
+        if row[column] in modules
+    ]
     try:
         yield
     finally:
@@ -141,7 +165,8 @@ def noted(layer: nn.Module, column: int, records: Records, suffix: str = "") -> 
 
 
 def tokens_first(output: Any) -> Tensor:
-    """A module's output as ``[T, ...]``. Megatron's linears hand out a bias to be added later: it is added here."""
+    """A module's output as ``[T, ...]``. Megatron's linears hand out a bias to be added later: it
+    is added here."""
     value, *rest = output if isinstance(output, tuple) else (output,)
     if rest and isinstance(rest[0], Tensor) and rest[0].shape == value.shape[-1:]:
         value = value + rest[0]

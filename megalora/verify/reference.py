@@ -1,14 +1,17 @@
-"""Parts of a model as stock transformers computes them: its classes, its reading of the folder, on this host.
+"""Parts of a model as stock transformers computes them: its classes, its reading of the folder, on
+this host.
 
-The model is made on the meta device, so that it has no weights; what is needed is then filled in by transformers' own
-loader with transformers' own conversion of names. Nothing here knows a name of a checkpoint, and nothing goes through
-our bridge. The model's own forward runs one layer at a time, so that masks and rotary tables are transformers' too.
+The model is made on the meta device, so that it has no weights; what is needed is then filled in by
+transformers' own loader with transformers' own conversion of names. Nothing here knows a name of a
+checkpoint, and nothing goes through our bridge. The model's own forward runs one layer at a time,
+so that masks and rotary tables are transformers' too.
 
-The loader's steps are private to transformers (``core_model_loading``, names with an underscore): they are used here
-because calling anything else would compare with our own reading of the folder. ``pyproject.toml`` bounds the release.
+The loader's steps are private to transformers (``core_model_loading``, names with an underscore):
+they are used here because calling anything else would compare with our own reading of the folder.
+``pyproject.toml`` bounds the release.
 
-Weights are rounded to the dtype of the run first and computed with in float32. Of embedding and head only some rows are
-read, of routed experts only some experts.
+Weights are rounded to the dtype of the run first and computed with in float32. Of embedding and
+head only some rows are read, of routed experts only some experts.
 """
 
 import contextlib
@@ -51,10 +54,12 @@ class Choices(nn.Module):
 
 
 class Slices:
-    """Some slices along the first dimension of a stored tensor, read when transformers asks for the tensor."""
+    """Some slices along the first dimension of a stored tensor, read when transformers asks for the
+    tensor."""
 
     def __init__(self, stored: Any, rows: Sequence[int]) -> None:
-        self.stored, self.rows = stored, rows
+        self.stored = stored
+        self.rows = rows
 
     def __getitem__(self, _: Any) -> Tensor:
         return torch.cat([self.stored[row : row + 1] for row in self.rows])
@@ -67,34 +72,43 @@ class Slices:
 
 
 def _without_weights(folder: Path, dtype: torch.dtype) -> Any:
-    """Make the model that transformers makes from a folder's ``config.json``, on the meta device."""
+    """Make the model that transformers makes from a folder's ``config.json``, on the meta
+    device."""
     try:
-        config = AutoConfig.from_pretrained(folder, dtype=dtype)  # the file's own need not be one: "auto"
+        # the file's own need not be one: "auto"
+        config = AutoConfig.from_pretrained(folder, dtype=dtype)
         with torch.device("meta"):
-            # eager: each family's own definition of attention and experts, which the other implementations follow
+            # eager: each family's own definition of attention and experts, which the other
+            # implementations follow
             return AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
             ).eval()
     except Exception as error:  # a file of others: what transformers trips over can be anything
         raise ValueError(
-            f"train.check_base: transformers makes no model from {folder}/config.json ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}). Mend the file: where a field is null, remove it. "
-            "train.check_base=off trains all the same"
+            f"train.check_base: transformers makes no model from {folder}/config.json"
+            f" ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Mend the file: where"
+            " a field is null, remove it. train.check_base=off trains all the same"
         ) from error
 
 
 class Reference:
-    """A transformers model without weights, and the stored tensors that would fill each of its parameters."""
+    """A transformers model without weights, and the stored tensors that would fill each of its
+    parameters."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, compute: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, compute: torch.dtype = torch.float32
+    ) -> None:
         """Weights are rounded to ``dtype``, then computed with in ``compute``."""
-        self.folder, self.dtype, self.compute = folder, dtype, compute
+        self.folder = folder
+        self.dtype = dtype
+        self.compute = compute
         self.model: Any = _without_weights(folder, dtype)
         self.model.requires_grad_(False)
         self.config: Any = self.model.config
         self.base: Any = self.model.base_model
         self.layers: list[nn.Module] = list(self.base.layers)
-        self.base.rotary_emb = type(self.base.rotary_emb)(config=self.config)  # its buffers are not stored
+        # its buffers are not stored
+        self.base.rotary_emb = type(self.base.rotary_emb)(config=self.config)
         self._index()
 
     def _index(self) -> None:
@@ -102,15 +116,23 @@ class Reference:
         self.conversions: Any = get_model_conversion_mapping(self.model)
         renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
-        expected, prefix = self.model.state_dict(), self.model.base_model_prefix
+        expected = self.model.state_dict()
+        prefix = self.model.base_model_prefix
         files, _ = _get_resolved_checkpoint_files(
-            str(self.folder), None, None, True, None, False, download_kwargs={"local_files_only": True}
+            str(self.folder),
+            None,
+            None,
+            True,
+            None,
+            False,
+            download_kwargs={"local_files_only": True},
         )
         self.stored: dict[str, dict[str, Any]] = {}
         for file in files or []:
             handle: Any = safe_open(file, framework="pt")
             for stored_name in handle.keys():  # noqa: SIM118 - no dict
-                # transformers takes model.language_model. for other families only; every other name stays as it is
+                # transformers takes model.language_model. for other families only; every other name
+                # stays as it is
                 key = stored_name.replace("model.language_model.", "model.", 1)
                 name, _ = rename_source_key(key, renamings, converters, prefix, expected)
                 if name not in expected and key in expected:
@@ -124,7 +146,8 @@ class Reference:
         """Fill a module's parameters through transformers' loader.
 
         Args:
-            pick: maps a stored name and tensor to what is read of it, or to None where it is not read.
+            pick: maps a stored name and tensor to what is read of it, or to None where it is not
+                read.
 
         Returns: names that stay without a value.
         """
@@ -137,18 +160,23 @@ class Reference:
                     if value is not None:
                         state[key] = value
         options = LoadStateDictConfig(
-            dtype=self.dtype, dtype_plan=self.model._get_dtype_plan(self.dtype), weight_mapping=self.conversions
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            weight_mapping=self.conversions,
         )
         with no_progress_bar():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, options, tp_plan=None)
         problems = [*info.mismatched_keys, *info.conversion_errors.values(), *info.error_msgs]
         if problems:
-            raise ValueError(f"transformers cannot read {prefix[:-1]} of {self.folder}: {problems[0]}")
+            raise ValueError(
+                f"transformers cannot read {prefix[:-1]} of {self.folder}: {problems[0]}"
+            )
         module.to(self.compute)
         return {name for name in info.missing_keys if name.startswith(prefix)}
 
     def load_ends(self, rows: Sequence[int]) -> None:
-        """Embedding and head for some rows of the vocabulary, tied as transformers ties them, and the final norm."""
+        """Embedding and head for some rows of the vocabulary, tied as transformers ties them, and
+        the final norm."""
         missing: set[str] = set()
         ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         for module in ends:
@@ -173,7 +201,8 @@ class Reference:
 
     def load_experts(self, number: int, chosen: Sequence[int]) -> None:
         """Some of a layer's routed experts; the router's numbers are translated to their places."""
-        experts, count = self.experts, len(chosen)
+        experts = self.experts
+        count = len(chosen)
         self._put_experts(number, experts)
         total: int = experts.num_experts
         for name, parameter in list(experts.named_parameters(recurse=False)):
@@ -197,7 +226,8 @@ class Reference:
         self.layers[number] = Skipped()
 
     def experts_path(self, number: int) -> str | None:
-        """Name within its layer of the module that holds the routed experts; None in a dense layer."""
+        """Name within its layer of the module that holds the routed experts; None in a dense
+        layer."""
         names = [name for name, _ in self.layers[number].named_modules()]
         return next((name for name in names if name.rpartition(".")[2] == "experts"), None)
 
@@ -207,11 +237,14 @@ class Reference:
 
     def _require(self, missing: Iterable[str]) -> None:
         if missing := sorted(missing):
-            raise ValueError(f"{self.folder} has no tensor for {missing[0]} ({len(missing)} missing)")
+            raise ValueError(
+                f"{self.folder} has no tensor for {missing[0]} ({len(missing)} missing)"
+            )
 
     @contextlib.contextmanager
     def only(self, number: int | None) -> Iterator[None]:
-        """The model with one layer, or none; the others hand on what they get, so that the layer keeps its place."""
+        """The model with one layer, or none; the others hand on what they get, so that the layer
+        keeps its place."""
         for i in range(len(self.layers)):
             self.base.layers[i] = self.layers[i] if i == number else Skipped()
         try:
@@ -221,25 +254,36 @@ class Reference:
                 self.base.layers[i] = layer
 
     def run_ends(self, tokens_T: Tensor, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """What the first layer gets for tokens, and the logits for hidden states that leave the last layer.
+        """What the first layer gets for tokens, and the logits for hidden states that leave the
+        last layer.
 
-        By the model's own forward, with all that it does between tables and layers, such as a factor or a cap on logits.
+        By the model's own forward, with all that it does between tables and layers, such as a
+        factor or a cap on logits.
         """
         seen: list[Tensor] = []
         with self.only(None):
             self.base.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
             self.base(input_ids=tokens_T[None], use_cache=False)
-            logits = self.model(inputs_embeds=x_TH[None], use_cache=False, return_dict=True).logits[0]
+            logits = self.model(inputs_embeds=x_TH[None], use_cache=False, return_dict=True).logits[
+                0
+            ]
         return seen[0], logits
 
-    def run(self, number: int, x_TH: Tensor, positions_T: Tensor, tables: tuple[Tensor, Tensor]) -> None:
-        """Run the model on hidden states with one layer, with the given rotary tables; hooks see what happens inside."""
+    def run(
+        self, number: int, x_TH: Tensor, positions_T: Tensor, tables: tuple[Tensor, Tensor]
+    ) -> None:
+        """Run the model on hidden states with one layer, with the given rotary tables; hooks see
+        what happens inside."""
         hook = self.base.rotary_emb.register_forward_hook(lambda *_: tables)
-        ones = torch.ones(1, len(x_TH), dtype=torch.long)  # without it, jumps of the positions would mean new documents
+        # without it, jumps of the positions would mean new documents
+        ones = torch.ones(1, len(x_TH), dtype=torch.long)
         try:
             with self.only(number):
                 self.base(
-                    inputs_embeds=x_TH[None], position_ids=positions_T[None], attention_mask=ones, use_cache=False
+                    inputs_embeds=x_TH[None],
+                    position_ids=positions_T[None],
+                    attention_mask=ones,
+                    use_cache=False,
                 )
         finally:
             hook.remove()

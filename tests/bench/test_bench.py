@@ -1,4 +1,5 @@
-"""The benchmark of layouts: its clock changes nothing and puts time where it belongs, its driver survives what its runs do."""
+"""The benchmark of layouts: its clock changes nothing and puts time where it belongs, its driver
+survives what its runs do."""
 
 import csv
 import json
@@ -44,31 +45,42 @@ from tests.parity.runs import make_config
 
 
 def plain_and_timed(config: RunConfig, options: Options) -> dict[str, Any]:
-    """Losses and gradients of the same first step without and with timers, and what the timers say."""
-    losses, gradients, found = [], [], {}
+    """Losses and gradients of the same first step without and with timers, and what the timers
+    say."""
+    losses = []
+    gradients = []
+    found = {}
     for timed in (False, True):
         with training(config, options) as run:
-            timeline, batches = Timeline(), run.batches.of_step(0)
+            timeline = Timeline()
+            batches = run.batches.of_step(0)
             if timed:
                 attach(timeline, run.model.chunks, run.model.groups.pp.size())
             before = time.perf_counter()
             timeline.start()
             losses.append(run.stepper.train(batches, run.optimizer)[0])
-            parts, wall = timeline.seconds(), time.perf_counter() - before
+            parts = timeline.seconds()
+            wall = time.perf_counter() - before
             gradients.append(reduced_gradients(run.model, run.optimizer))
             found = {"parts": parts, "wall": wall, "stage": run.model.groups.pp.rank()}
-    same = gradients[0] is None or {k: torch.equal(gradients[0][k], gradients[1][k]) for k in gradients[0]}
+    same = gradients[0] is None or {
+        k: torch.equal(gradients[0][k], gradients[1][k]) for k in gradients[0]
+    }
     return {"losses": losses, "same": same, **found}
 
 
 CASES = [
-    ("tiny", 2, {"ep": 2}, "off"), ("tiny", 2, {"pp": 2, "vpp": 2}, "full"), ("everything", 2, {"tp": 2, "ep": 2}, "selective"),
-    ("everything", 4, {"tp": 2, "pp": 2, "etp": 2}, "full"), ("tiny_dense", 2, {"pp": 2}, "selective"),
+    ("tiny", 2, {"ep": 2}, "off"), ("tiny", 2, {"pp": 2, "vpp": 2}, "full"),
+    ("everything", 2, {"tp": 2, "ep": 2}, "selective"),
+    ("everything", 4, {"tp": 2, "pp": 2, "etp": 2}, "full"),
+    ("tiny_dense", 2, {"pp": 2}, "selective"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "world", "sizes", "recompute"), CASES)
-def test_timers_change_no_bit_and_add_up(name, world, sizes, recompute, chats, tmp_path, request) -> None:
+def test_timers_change_no_bit_and_add_up(
+    name, world, sizes, recompute, chats, tmp_path, request
+) -> None:
     base = request.getfixturevalue(name)
     lora = LORA if name == "everything" else LoRAConfig(rank=4)
     config = make_config(base, chats, tmp_path, sizes, recompute, lora=lora)
@@ -80,8 +92,10 @@ def test_timers_change_no_bit_and_add_up(name, world, sizes, recompute, chats, t
         assert rank["losses"][0] == rank["losses"][1] and math.isfinite(rank["losses"][0])
         assert tuple(parts) == PARTS and min(parts.values()) >= 0
         assert 0.8 * rank["wall"] < sum(parts.values()) <= rank["wall"]
-        first, last = rank["stage"] == 0, rank["stage"] == sizes.get("pp", 1) - 1
-        # "everything" has its MoE layer first and its dense one second; a shared expert counts as mlp.
+        first = rank["stage"] == 0
+        last = rank["stage"] == sizes.get("pp", 1) - 1
+        # "everything" has its MoE layer first and its dense one second; a shared expert counts as
+        # mlp.
         moe = name == "tiny" or (name == "everything" and first)
         assert parts["attention"] > 0 and parts["reduction"] > 0 and parts["other"] > 0
         assert (parts["experts"] > 0) == (parts["dispatch"] > 0) == moe
@@ -109,7 +123,8 @@ def slowed(found: Any) -> Any:
 
 
 def parts_when_slow(config: RunConfig, owner: Any, method: str) -> dict[str, float]:
-    """The parts of one step with a module slowed down from within; the patch ends with this forked process."""
+    """The parts of one step with a module slowed down from within; the patch ends with this forked
+    process."""
     original = getattr(owner, method)
     setattr(owner, method, lambda self, *args, **kwargs: slowed(original(self, *args, **kwargs)))
     with training(config, Options(routing="natural")) as run:
@@ -129,7 +144,8 @@ def parts_when_slow(config: RunConfig, owner: Any, method: str) -> dict[str, flo
 def test_time_goes_to_the_part_that_takes_it(
     part, owner, method, num_layers, recompute, forwards, everything, chats, tmp_path
 ) -> None:
-    """Forward, recomputed forward and backward: 4 microbatches of 2 samples through every layer that has the module."""
+    """Forward, recomputed forward and backward: 4 microbatches of 2 samples through every layer
+    that has the module."""
     config = make_config(everything, chats, tmp_path, {}, recompute, lora=LORA)
     config = replace(config, data=replace(config.data, max_length=21))
     [parts] = run_ranks(parts_when_slow, 1, config, owner, method)
@@ -143,7 +159,9 @@ def test_a_part_that_was_not_entered_last_cannot_end() -> None:
     timeline.start()
     timeline.enter("dispatch")
     timeline.enter("experts")
-    with pytest.raises(RuntimeError, match=r"dispatch ends, but other > dispatch > experts is under way"):
+    with pytest.raises(
+        RuntimeError, match=r"dispatch ends, but other > dispatch > experts is under way"
+    ):
         timeline.leave("dispatch")
 
 
@@ -151,10 +169,13 @@ def test_a_part_that_was_not_entered_last_cannot_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "top_k", "ep", "sources"), [(24, 8, 3, 4, 2), (7, 12, 5, 3, 3), (5, 6, 6, 1, 1)]
+    ("tokens", "experts", "top_k", "ep", "sources"),
+    [(24, 8, 3, 4, 2), (7, 12, 5, 3, 3), (5, 6, 6, 1, 1)],
 )
 def test_even_experts(tokens, experts, top_k, ep, sources) -> None:
-    found = torch.cat([even_experts(tokens, experts, top_k, ep, source) for source in range(sources)])
+    found = torch.cat(
+        [even_experts(tokens, experts, top_k, ep, source) for source in range(sources)]
+    )
     assert all(len(set(row)) == top_k for row in found.tolist())
     per_expert = Counter(found.flatten().tolist())
     per_rank = Counter(e // (experts // ep) for e in found.flatten().tolist())
@@ -171,8 +192,11 @@ def imbalances(config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("sizes", "recompute"), [({"ep": 2}, "off"), ({"tp": 2, "ep": 2}, "full")])
-def test_balanced_routing_is_even_and_natural_is_not(sizes, recompute, everything, chats, tmp_path) -> None:
-    """The adapter's router learns in both: ``GradientCheck`` inside would stop a run whose router got no gradient."""
+def test_balanced_routing_is_even_and_natural_is_not(
+    sizes, recompute, everything, chats, tmp_path
+) -> None:
+    """The adapter's router learns in both: ``GradientCheck`` inside would stop a run whose router
+    got no gradient."""
     config = make_config(everything, chats, tmp_path, sizes, recompute, lora=LORA)
     config = replace(config, data=replace(config.data, max_length=42))
     for found in run_ranks(imbalances, 2, config):
@@ -194,7 +218,9 @@ def test_what_is_measured(tiny, chats, tmp_path) -> None:
     config = replace(config, data=replace(config.data, max_length=101))
     m, other = run_ranks(measure_layout, 2, config, Options(steps=2, weights="random"))
     assert isinstance(m, Measured) and other is None
-    assert m.weights == "random" and m.stages == [0, 1] and m.imbalance is None and m.device == "CPU"
+    assert (
+        m.weights == "random" and m.stages == [0, 1] and m.imbalance is None and m.device == "CPU"
+    )
     assert m.step_seconds_min <= m.step_seconds <= m.step_seconds_max
     assert m.tokens_per_second_per_gpu == pytest.approx(8 * 101 / m.step_seconds / 2)
     assert sum(m.parts.values()) <= m.marked_step_seconds + 1e-9
@@ -202,7 +228,9 @@ def test_what_is_measured(tiny, chats, tmp_path) -> None:
     shape = model_shape(read_hf_config(tiny))
     flops = flops_per_token(shape, resolve(config.lora, shape), 100, "selective")
     assert m.model_tflops == pytest.approx(8 * 100 * flops.model / m.step_seconds / 2 / 1e12)
-    layout = Layout(parallel=config.parallel, num_ranks=2, micro_batch_size=2, recompute="selective")
+    layout = Layout(
+        parallel=config.parallel, num_ranks=2, micro_batch_size=2, recompute="selective"
+    )
     plan = fullest_stage(PlannedModel.of(shape, config.lora), layout, Workload.of(config))
     planned = plan.peak_bytes - plan["CUDA context, NCCL"]
     assert 0.8 * planned < max(m.peak_bytes) < 1.25 * planned
@@ -211,26 +239,43 @@ def test_what_is_measured(tiny, chats, tmp_path) -> None:
 def test_flops_by_hand(everything) -> None:
     """Layer 0: routed experts and a shared one; layer 1: dense. One linear after the other."""
     s = model_shape(read_hf_config(everything))
-    q, kv, h, r = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim, s.hidden, 3
-    attention, expert, shared, dense = (
-        [(q, h), (kv, h), (kv, h), (h, q)], [(s.expert_intermediate, h)] * 2 + [(h, s.expert_intermediate)],
-        [(s.shared_intermediate, h)] * 2 + [(h, s.shared_intermediate)], [(s.intermediate, h)] * 2 + [(h, s.intermediate)],
-    )  # fmt: skip
+    q = s.num_heads * s.head_dim
+    kv = s.num_kv_heads * s.head_dim
+    h = s.hidden
+    r = 3
+    attention = [(q, h), (kv, h), (kv, h), (h, q)]
+    expert = [(s.expert_intermediate, h)] * 2 + [(h, s.expert_intermediate)]
+    shared = [(s.shared_intermediate, h)] * 2 + [(h, s.shared_intermediate)]
+    dense = [(s.intermediate, h)] * 2 + [(h, s.intermediate)]
     layers = 2 * attention + s.top_k * expert + shared + dense + [(s.num_experts, h)]
     head = [(s.vocab, h)]
-    multiplied, adapters = (
-        lambda linears: sum(n * k for n, k in linears),
-        lambda linears: sum(r * (n + k) for n, k in linears),
-    )
+
+    def multiplied(linears):
+        return sum(n * k for n, k in linears)
+
+    def adapters(linears):
+        return sum(r * (n + k) for n, k in linears)
+
     scores = 2 * 2 * 64 * q
-    flops = {level: flops_per_token(s, resolve(LORA, s), 64, level) for level in ("off", "selective", "full")}  # type: ignore
+    flops = {
+        level: flops_per_token(s, resolve(LORA, s), 64, level)
+        for level in ("off", "selective", "full")
+    }  # type: ignore
     expected = 4 * multiplied(layers + head) + 6 * adapters(layers + head) + 3 * scores
-    # Norms, q and k and v's biases and the shared expert's gate are parameters too, a thousandth here.
-    assert flops["off"].model == flops["full"].model == flops["off"].hardware == pytest.approx(expected, rel=0.01)
+    # Norms, q and k and v's biases and the shared expert's gate are parameters too, a thousandth
+    # here.
+    assert (
+        flops["off"].model
+        == flops["full"].model
+        == flops["off"].hardware
+        == pytest.approx(expected, rel=0.01)
+    )
     again = s.top_k * expert[:2] + shared + dense
     for level, linears in (("selective", again), ("full", layers)):
         more = flops[level].hardware - flops[level].model
-        assert more == pytest.approx(2 * multiplied(linears) + 2 * adapters(linears) + scores, rel=0.02)
+        assert more == pytest.approx(
+            2 * multiplied(linears) + 2 * adapters(linears) + scores, rel=0.02
+        )
 
 
 # ---- layouts as text ----
@@ -239,14 +284,19 @@ def test_flops_by_hand(everything) -> None:
 def test_parse_layout(tiny, chats, tmp_path) -> None:
     config = make_config(tiny, chats, tmp_path, {"ep": 2}, "selective")
     parsed = parse_layout(" tp=2, ep=4,micro=4,recompute=full", 8, config)
-    assert parsed == Layout(parallel=ParallelConfig(tp=2, ep=4), num_ranks=8, micro_batch_size=4, recompute="full")
+    assert parsed == Layout(
+        parallel=ParallelConfig(tp=2, ep=4), num_ranks=8, micro_batch_size=4, recompute="full"
+    )
     kept = parse_layout("tp=2", 4, config)
     assert (kept.parallel.ep, kept.micro_batch_size, kept.recompute) == (2, 2, "selective")
     save_config(config, tmp_path / "c.yaml")
     for text in ("tp=2,pp=2,vpp=2,recompute=off", "etp=2,micro=1,recompute=full"):
         layout = parse_layout(text, 8, config)
         read = load_config(tmp_path / "c.yaml", layout_overrides(layout))
-        assert (read.parallel, read.train.micro_batch_size) == (layout.parallel, layout.micro_batch_size)
+        assert (read.parallel, read.train.micro_batch_size) == (
+            layout.parallel,
+            layout.micro_batch_size,
+        )
         assert read.train.recompute == layout.recompute
 
 
@@ -281,7 +331,10 @@ def test_options_that_are_none() -> None:
 
 # ---- what a run said before it ended ----
 
-TORCHRUN = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n====\nmegalora.bench.measure FAILED\n"
+TORCHRUN = (
+    "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:"
+    " \n====\nmegalora.bench.measure FAILED\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -307,11 +360,16 @@ def test_status(log: str, status: str) -> None:
 # ---- the driver ----
 
 MEASURED = dict(
-    layout="", num_ranks=2, routing="balanced", weights="random", tokens="random", sequence_length=100, global_batch_size=8,
-    step_seconds=0.5, step_seconds_min=0.4, step_seconds_max=0.7, tokens_per_second_per_gpu=808.0, model_tflops=1.5,
-    hardware_tflops=2.0, parts=dict.fromkeys(PARTS, 0.06), slowest_stage=0, parts_mean=dict.fromkeys(PARTS, 0.06),
-    parts_per_rank=[dict.fromkeys(PARTS, 0.06)] * 2, marked_step_seconds=0.54, stages=[0, 0], peak_bytes=[2**30, 3 * 2**30],
-    reserved_bytes=None, memory_from="live tensors", imbalance=1.25, imbalance_worst=1.5, loss=7.0, device="CPU", versions={},
+    layout="", num_ranks=2, routing="balanced", weights="random", tokens="random",
+    sequence_length=100, global_batch_size=8,
+    step_seconds=0.5, step_seconds_min=0.4, step_seconds_max=0.7, tokens_per_second_per_gpu=808.0,
+    model_tflops=1.5,
+    hardware_tflops=2.0, parts=dict.fromkeys(PARTS, 0.06), slowest_stage=0,
+    parts_mean=dict.fromkeys(PARTS, 0.06),
+    parts_per_rank=[dict.fromkeys(PARTS, 0.06)] * 2, marked_step_seconds=0.54, stages=[0, 0],
+    peak_bytes=[2**30, 3 * 2**30],
+    reserved_bytes=None, memory_from="live tensors", imbalance=1.25, imbalance_worst=1.5, loss=7.0,
+    device="CPU", versions={},
 )  # fmt: skip
 """As ``measure`` writes it."""
 
@@ -334,7 +392,11 @@ if micro == "8":
 
 
 def predicted(config: RunConfig, num_ranks: int) -> Predicted | None:
-    return Predicted(0.4, 2 * 2**30, {"attention": 0.3, "other": 0.1}, "a guess") if num_ranks == 2 else None
+    return (
+        Predicted(0.4, 2 * 2**30, {"attention": 0.3, "other": 0.1}, "a guess")
+        if num_ranks == 2
+        else None
+    )
 
 
 @pytest.fixture
@@ -350,20 +412,36 @@ def bench(config: RunConfig, tmp_path: Path, micros: list[int], **how: Any) -> l
     layouts = [parse_layout(f"ep=2,micro={micro}", 2, config) for micro in micros]
     how = {"say": lambda line: None, **how}
     return run_layouts(
-        tmp_path / "config.yaml", [], layouts, num_ranks=2, out=tmp_path / "out", predict=predicted, **how
+        tmp_path / "config.yaml",
+        [],
+        layouts,
+        num_ranks=2,
+        out=tmp_path / "out",
+        predict=predicted,
+        **how,
     )
 
 
 def test_a_run_that_fails_costs_its_row_alone(stand_in, tiny, chats, tmp_path) -> None:
-    config, out = make_config(tiny, chats, tmp_path, {}, global_batch_size=16), tmp_path / "out"
+    config = make_config(tiny, chats, tmp_path, {}, global_batch_size=16)
+    out = tmp_path / "out"
     rows = bench(config, tmp_path, [2, 4, 1, 16])
     assert [row.status for row in rows] == [
-        "failed: KeyError: 'a seeded mistake'", "out of memory", "ok",
-        "refused: train.global_batch_size=16 cannot be divided: micro_batch_size=16 * data parallel=2 = 32, and 16 is not a "
-        "multiple of 32. Change train.global_batch_size or train.micro_batch_size.",
-    ]  # fmt: skip
+        "failed: KeyError: 'a seeded mistake'",
+        "out of memory",
+        "ok",
+        (
+            "refused: train.global_batch_size=16 cannot be divided: micro_batch_size=16 * data"
+            " parallel=2 = 32, and 16 is not a multiple of 32. Change train.global_batch_size or"
+            " train.micro_batch_size."
+        ),
+    ]
     assert rows[2].measured == Measured(**MEASURED) and rows[2].predicted == predicted(config, 2)  # type: ignore[arg-type]
-    assert "a seeded mistake" in (out / rows[0].log).read_text() and not rows[3].log and rows[3].predicted is None
+    assert (
+        "a seeded mistake" in (out / rows[0].log).read_text()
+        and not rows[3].log
+        and rows[3].predicted is None
+    )
     assert load_rows(out / "results.json") == rows
     count = Counter(path.name.split("-")[1] for path in out.glob("started-*"))
     assert count == {"2": 2, "4": 2, "1": 2}
@@ -377,24 +455,41 @@ def test_a_run_that_fails_costs_its_row_alone(stand_in, tiny, chats, tmp_path) -
     assert count == {"2": 4, "4": 2, "1": 2}, "what is ok is not run again, what failed is"
     assert {row.status for row in load_rows(out / "results.json")} == {row.status for row in rows}
     other = replace(config, train=replace(config.train, lr=3e-3))
-    assert bench(other, tmp_path, [16])[0].key != rows[3].key, "another config is another measurement"
+    assert bench(other, tmp_path, [16])[0].key != rows[3].key, (
+        "another config is another measurement"
+    )
 
 
-def test_a_run_that_hangs_is_ended_with_all_its_ranks(stand_in, tiny, chats, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(launch.uuid, "uuid4", lambda: type("Fixed", (), {"hex": f"token-{tmp_path.name}"}))
-    [row] = bench(make_config(tiny, chats, tmp_path, {}, global_batch_size=16), tmp_path, [8], timeout_s=10)
+def test_a_run_that_hangs_is_ended_with_all_its_ranks(
+    stand_in, tiny, chats, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        launch.uuid, "uuid4", lambda: type("Fixed", (), {"hex": f"token-{tmp_path.name}"})
+    )
+    [row] = bench(
+        make_config(tiny, chats, tmp_path, {}, global_batch_size=16), tmp_path, [8], timeout_s=10
+    )
     assert row.status == "timed out" and row.measured is None and 10 <= row.seconds < 30
     assert len(list((tmp_path / "out").glob("started-8-*"))) == 2
     assert processes_of(f"token-{tmp_path.name}") == []
 
 
 def test_a_process_that_left_its_group_is_ended_too(tmp_path) -> None:
-    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('child', flush=True); time.sleep(600)"
+    child = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('child',"
+        " flush=True); time.sleep(600)"
+    )
     parent = (
-        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True).wait()"
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}],"
+        " start_new_session=True).wait()"
     )
     start = time.monotonic()
-    code = run_to_log([sys.executable, "-c", parent], {launch.TOKEN: "left-its-group"}, tmp_path / "log", timeout_s=2)
+    code = run_to_log(
+        [sys.executable, "-c", parent],
+        {launch.TOKEN: "left-its-group"},
+        tmp_path / "log",
+        timeout_s=2,
+    )
     assert code is None and time.monotonic() - start < 2 + launch.PATIENCE_S
     assert (tmp_path / "log").read_text() == "child\n" and processes_of("left-its-group") == []
 
@@ -402,14 +497,22 @@ def test_a_process_that_left_its_group_is_ended_too(tmp_path) -> None:
 def test_several_nodes(monkeypatch) -> None:
     assert Nodes.of({}) == Nodes(1, 0) == Nodes.of({"NNODES": "1"})
     assert Nodes.of({"NNODES": "4", "NODE_RANK": "3"}) == Nodes(4, 3) and not Nodes(4, 3).writes
-    for environment in ({"NNODES": "2"}, {"NNODES": "2", "NODE_RANK": "2"}, {"NNODES": "two", "NODE_RANK": "0"}):
+    for environment in (
+        {"NNODES": "2"},
+        {"NNODES": "2", "NODE_RANK": "2"},
+        {"NNODES": "two", "NODE_RANK": "0"},
+    ):
         with pytest.raises(ValueError, match=r"NNODES|NODE_RANK"):
             Nodes.of(environment)
     monkeypatch.setenv("RDZV_ID", "job7")
     words, environment = command(Nodes(2, 1), 16, ["c.yaml", "--row=r"], "tp1")
     assert words == ["bash", str(launch.SCRIPT), "c.yaml", "--row=r"] and launch.SCRIPT.is_file()
     asked = {name: environment[name] for name in ("MODULE", "RDZV_ID", "NPROC_PER_NODE")}
-    assert asked == {"MODULE": "megalora.bench.measure", "RDZV_ID": "job7-tp1", "NPROC_PER_NODE": "8"}
+    assert asked == {
+        "MODULE": "megalora.bench.measure",
+        "RDZV_ID": "job7-tp1",
+        "NPROC_PER_NODE": "8",
+    }
     with pytest.raises(ValueError, match="9 ranks cannot be shared out evenly over NNODES=2"):
         command(Nodes(2, 0), 9, [], "")
 
@@ -436,8 +539,21 @@ def test_for_real(tiny, chats, tmp_path) -> None:
 def test_report(tmp_path) -> None:
     measured = Measured(**MEASURED)  # type: ignore[arg-type]
     basis = predicted(None, 2)  # type: ignore[arg-type]
-    slower = replace(measured, tokens_per_second_per_gpu=404.0, step_seconds=1.0, imbalance=None, imbalance_worst=None)
-    row = Row(key="a", layout="tp=1 ep=2 micro=1 recompute=off", status="ok", log="l", seconds=9, measured=measured)
+    slower = replace(
+        measured,
+        tokens_per_second_per_gpu=404.0,
+        step_seconds=1.0,
+        imbalance=None,
+        imbalance_worst=None,
+    )
+    row = Row(
+        key="a",
+        layout="tp=1 ep=2 micro=1 recompute=off",
+        status="ok",
+        log="l",
+        seconds=9,
+        measured=measured,
+    )
     rows = [
         replace(row, key="b", layout="tp=2 ep=1 micro=1 recompute=off", measured=slower),
         replace(
@@ -454,18 +570,31 @@ def test_report(tmp_path) -> None:
     found = [line.split() for line in text.splitlines() if line.startswith("tp=1")]
     assert found[0][4:] == ["ok", "808", "1.50", "500.0", "400.0", "-20.0", "3.00", "2.00", "-33.3"]
     assert found[1][4:] == ["60.0"] * len(PARTS) + ["500.0", "540.0", "1.250", "1.500"]
-    assert text.index("tp=1 ep=2") < text.index("tp=2 ep=1") < text.index("tp=2 ep=2"), "the fastest first"
-    assert "4 P + 6 A + 6 S h d L" in text and "predicted from a guess" in text and "out of memory" in text
+    assert text.index("tp=1 ep=2") < text.index("tp=2 ep=1") < text.index("tp=2 ep=2"), (
+        "the fastest first"
+    )
+    assert (
+        "4 P + 6 A + 6 S h d L" in text
+        and "predicted from a guess" in text
+        and "out of memory" in text
+    )
     paths = write_results(rows, tmp_path / "report")
     assert load_rows(paths["json"]) == rows
     again = replace(rows[1], status="timed out")
     write_results([again], tmp_path / "report")
-    assert load_rows(paths["json"]) == [rows[0], again, rows[2]], "a report of some rows loses none of the others"
+    assert load_rows(paths["json"]) == [
+        rows[0],
+        again,
+        rows[2],
+    ], "a report of some rows loses none of the others"
     write_results(rows, tmp_path / "report")
     with paths["csv"].open() as file:
         lines = list(csv.DictReader(file))
     assert [line["status"] for line in lines] == ["ok", "out of memory", "ok"]
-    assert (lines[2]["attention_seconds"], lines[2]["predicted_attention_seconds"]) == ("0.06", "0.3")
+    assert (lines[2]["attention_seconds"], lines[2]["predicted_attention_seconds"]) == (
+        "0.06",
+        "0.3",
+    )
     assert lines[1]["step_seconds"] == "" and lines[1]["predicted_step_seconds"] == "0.4"
     assert lines[0]["peak_bytes"] == str(3 * 2**30)
     from matplotlib.image import imread

@@ -1,4 +1,5 @@
-"""Calibration: what it measures, that every rank measures the same, and what the record says of it."""
+"""Calibration: what it measures, that every rank measures the same, and what the record says of
+it."""
 
 import dataclasses
 import json
@@ -24,19 +25,22 @@ from megalora.planner.gpus import read_machine
 from tests.distributed.ranks import run_ranks
 
 KEYS = [
-    "format", "name", "memory_bytes", "ranks_per_node", "world_size", "dtype", "when", "versions", "commit",
+    "format", "name", "memory_bytes", "ranks_per_node", "world_size", "dtype", "when", "versions",
+    "commit",
     "gemm", "grouped_gemm", "attention", "memory", "collectives", "overhead",
 ]  # fmt: skip
 SIZES = {
     "gemm": ["rows", "outputs", "inputs", "seconds"],
     "grouped_gemm": ["experts", "rows", "outputs", "inputs", "seconds"],
     "attention": [
-        "sequences", "sequence", "heads", "kv_heads", "head_dim", "forward_seconds", "backward_seconds",
+        "sequences", "sequence", "heads", "kv_heads", "head_dim", "forward_seconds",
+        "backward_seconds",
     ],
     "memory": ["bytes", "seconds"],
 }  # fmt: skip
 COLLECTIVES = ["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"]
-HARDLY_ANY_S, PLENTY_S = 1e-6, 600
+HARDLY_ANY_S = 1e-6
+PLENTY_S = 600
 type Run = tuple[dict[str, Any], list[tuple[dict[str, Any], list[str]]]]
 
 
@@ -46,15 +50,25 @@ def _calibrate(
     """What this rank measured, and what it said."""
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
     calibration.CPU = grid
-    clock.ON_CPU = clock.Effort(1e-3, 10e-3)  # a sixth of the time, and as good where only a factor counts
-    found, said, measure = {}, [], calibration._measure
+    # a sixth of the time, and as good where only a factor counts
+    clock.ON_CPU = clock.Effort(1e-3, 10e-3)
+    found = {}
+    said = []
+    measure = calibration._measure
     calibration._measure = lambda *args: found.update(measure(*args)) or found  # type: ignore
     calibration.calibrate(out, dtype=dtype, budget_seconds=budget_seconds, say=said.append)
     assert out.exists(), "no rank goes on before the record is there"
     return found, said
 
 
-def _run(folder: Path, world: int, dtype: str, budget_seconds: float, ranks_per_node: int, grid: Grid = CPU) -> Run:
+def _run(
+    folder: Path,
+    world: int,
+    dtype: str,
+    budget_seconds: float,
+    ranks_per_node: int,
+    grid: Grid = CPU,
+) -> Run:
     out = folder / "made" / "machine.json"
     ranks = run_ranks(_calibrate, world, out, dtype, budget_seconds, ranks_per_node, grid)
     assert [path.name for path in out.parent.iterdir()] == ["machine.json"]
@@ -75,9 +89,22 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Four ranks that believe to be on two nodes, the fewest sizes, and small ones: they share the cores of one."""
-    small = {"gemm_rows": (32, 128), "rows_per_expert": (4, 16), "sequence": (32, 64), "memory_bytes": (2**16, 2**20)}
-    return _run(tmp_path_factory.mktemp("four"), 4, "float32", HARDLY_ANY_S, 2, dataclasses.replace(CPU, **small))
+    """Four ranks that believe to be on two nodes, the fewest sizes, and small ones: they share the
+    cores of one."""
+    small = {
+        "gemm_rows": (32, 128),
+        "rows_per_expert": (4, 16),
+        "sequence": (32, 64),
+        "memory_bytes": (2**16, 2**20),
+    }
+    return _run(
+        tmp_path_factory.mktemp("four"),
+        4,
+        "float32",
+        HARDLY_ANY_S,
+        2,
+        dataclasses.replace(CPU, **small),
+    )
 
 
 def _points(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -114,30 +141,43 @@ def test_one_rank_measures_every_size(whole: dict[str, Any]) -> None:
 
 
 def test_the_planner_reads_what_is_written(pair: Run, tmp_path: Path) -> None:
-    record, path = pair[0], tmp_path / "machine.json"
+    record = pair[0]
+    path = tmp_path / "machine.json"
     path.write_text(json.dumps(record))
-    machine, point = read_machine(path), record["gemm"][0]
+    machine = read_machine(path)
+    point = record["gemm"][0]
     rate = machine.gemm.at(point["rows"], point["outputs"], point["inputs"])
     assert rate.basis == "measured" and rate.value == pytest.approx(
         2 * point["rows"] * point["outputs"] * point["inputs"] / point["seconds"]
     )
     sent = record["collectives"]["send"][0]
-    assert machine.network.seconds("send", sent["ranks"], 1, sent["bytes"]) == (sent["seconds"], "measured")
-    assert machine.overhead.layer_forward_s == record["overhead"]["layer_forward_s"] and not machine.overhead.hidden
+    assert machine.network.seconds("send", sent["ranks"], 1, sent["bytes"]) == (
+        sent["seconds"],
+        "measured",
+    )
+    assert (
+        machine.overhead.layer_forward_s == record["overhead"]["layer_forward_s"]
+        and not machine.overhead.hidden
+    )
 
 
 def test_more_work_takes_longer(whole: dict[str, Any]) -> None:
     gemm = sorted(whole["gemm"], key=lambda p: p["rows"] * p["outputs"] * p["inputs"])
     assert gemm[-1]["seconds"] > 100 * gemm[0]["seconds"]  # 65,536 times the arithmetic
-    assert whole["memory"][-1]["seconds"] > 10 * whole["memory"][0]["seconds"]  # 1,024 times the traffic
-    by_work = sorted(whole["attention"], key=lambda p: p["sequences"] * p["sequence"] ** 2 * p["heads"] * p["head_dim"])
+    # 1,024 times the traffic
+    assert whole["memory"][-1]["seconds"] > 10 * whole["memory"][0]["seconds"]
+    by_work = sorted(
+        whole["attention"],
+        key=lambda p: p["sequences"] * p["sequence"] ** 2 * p["heads"] * p["head_dim"],
+    )
     for seconds in ("forward_seconds", "backward_seconds"):
         assert by_work[-1][seconds] > 5 * by_work[0][seconds]
 
 
 def test_gemm_seconds_are_what_torch_takes(whole: dict[str, Any]) -> None:
     point = max(whole["gemm"], key=lambda p: p["rows"] * p["outputs"] * p["inputs"])
-    x, w = torch.randn(point["rows"], point["inputs"]), torch.randn(point["outputs"], point["inputs"])
+    x = torch.randn(point["rows"], point["inputs"])
+    w = torch.randn(point["outputs"], point["inputs"])
     samples = []
     for _ in range(5):
         before = time.perf_counter()
@@ -161,7 +201,11 @@ def test_two_points_of_everything_however_little_time(pair: Run, four: Run) -> N
 def test_what_it_says_of_the_world(pair: Run, four: Run) -> None:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for (record, _), world, dtype in ((pair, 2, "bfloat16"), (four, 4, "float32")):
-        assert (record["world_size"], record["ranks_per_node"], record["dtype"]) == (world, 2, dtype)
+        assert (record["world_size"], record["ranks_per_node"], record["dtype"]) == (
+            world,
+            2,
+            dtype,
+        )
         assert record["memory_bytes"] == machine // 2
     for record, expected in ((pair[0], {(2, 1)}), (four[0], {(2, 1), (4, 2), (2, 2)})):
         for name in COLLECTIVES:
@@ -189,9 +233,11 @@ def test_ranks_agree_and_rank_0_speaks(pair: Run, four: Run) -> None:
 
 
 def _as_on_a_gpu(out: Path, grid: Grid) -> tuple[dict[str, Any], int, set[int]]:
-    """The GPU's way through calibration, its clock and its device apart: ``host.install`` reads "cuda" as "cpu" where there is none.
+    """The GPU's way through calibration, its clock and its device apart: ``host.install`` reads
+    "cuda" as "cpu" where there is none.
 
-    Returns what was measured, how often the cache was emptied, and the numbers of copies that calls went round.
+    Returns what was measured, how often the cache was emptied, and the numbers of copies that calls
+    went round.
     """
     host.device = lambda: torch.device("cuda")
     clock.FLUSH_BYTES = calibration.FLUSH_BYTES = 2**16
@@ -218,8 +264,14 @@ def test_the_gpu_s_way_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["x.json", "--dtype", "int8"], "--dtype: 'int8' cannot be calibrated; want bfloat16 or float32"),
-        (["x.json", "--budget-seconds", "0"], "--budget-seconds: 0.0 is no time to measure in; want more than 0"),
+        (
+            ["x.json", "--dtype", "int8"],
+            "--dtype: 'int8' cannot be calibrated; want bfloat16 or float32",
+        ),
+        (
+            ["x.json", "--budget-seconds", "0"],
+            "--budget-seconds: 0.0 is no time to measure in; want more than 0",
+        ),
         (["x.json", "--budget-seconds", "nan"], "--budget-seconds: nan is no time"),
         (["x.json", "--budget-seconds", "long"], "invalid float value: 'long'"),
         (["."], ". is a folder; name the JSON file to write"),
@@ -234,7 +286,9 @@ def test_mistakes_show_before_anything_is_measured(arguments: list[str], message
 
 def _with_other_numbers_of_ranks(out: Path) -> str:
     os.environ["LOCAL_WORLD_SIZE"] = str(1 + dist.get_rank())
-    with pytest.raises(ValueError, match="nodes have from 1 to 2 ranks; calibration needs the same number on each"):
+    with pytest.raises(
+        ValueError, match="nodes have from 1 to 2 ranks; calibration needs the same number on each"
+    ):
         calibration.calibrate(out, dtype="float32")
     return "said"
 
@@ -244,7 +298,14 @@ def test_nodes_with_other_numbers_of_ranks_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_says_a_mistake_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "megalora.bench.calibrate", str(tmp_path / "x.json"), "--dtype", "int8"]
+    command = [
+        sys.executable,
+        "-m",
+        "megalora.bench.calibrate",
+        str(tmp_path / "x.json"),
+        "--dtype",
+        "int8",
+    ]
     shown = subprocess.run(command, capture_output=True, text=True)
     expected = "megalora: --dtype: 'int8' cannot be calibrated; want bfloat16 or float32\n"
     assert (shown.returncode, shown.stdout, shown.stderr) == (2, "", expected)

@@ -21,7 +21,8 @@ from tests.distributed.ranks import run_ranks
 
 
 def _calls_on_uneven_ranks() -> tuple[float, int]:
-    calls, pause = [], 4e-3 if dist.get_rank() == 1 else 1e-4
+    calls = []
+    pause = 4e-3 if dist.get_rank() == 1 else 1e-4
 
     def call() -> None:
         calls.append(None)
@@ -37,11 +38,14 @@ def test_the_slowest_rank_counts_and_all_call_as_often() -> None:
 
 
 def test_calls_go_round_cold_copies() -> None:
-    watch, order = Clock.__new__(Clock), []
+    watch = Clock.__new__(Clock)
+    order = []
     watch.flush = torch.ones(5)
     watch._sample([lambda: order.append("a"), lambda: order.append("b")], 5, collective=False)
     assert order == [*"ababa"] and watch.flush.eq(0).all()
-    assert [clock.copies(n, True) for n in (1, clock.FLUSH_BYTES // 3, clock.FLUSH_BYTES, 10**10)] == [8, 4, 1, 1]
+    assert [
+        clock.copies(n, True) for n in (1, clock.FLUSH_BYTES // 3, clock.FLUSH_BYTES, 10**10)
+    ] == [8, 4, 1, 1]
     assert clock.copies(1, False) == 1
 
 
@@ -54,14 +58,16 @@ def _largest_that_fit(free_bytes: int) -> dict[str, int]:
 
 
 def test_sizes_that_do_not_fit_are_left_out_on_every_rank() -> None:
-    """Rank 1 has half of 20 MB free, of which each of two ranks takes a half, and of that four fifths: 4 MB."""
+    """Rank 1 has half of 20 MB free, of which each of two ranks takes a half, and of that four
+    fifths: 4 MB."""
     first, second = run_ranks(_largest_that_fit, 2, 20_000_000)
     assert first == second and all(0 < num_bytes <= 4_000_000 for num_bytes in first.values())
     assert first["memory"] == 2**20 // 12 * 12 and first["all_reduce"] == 2 * 2**20
 
 
 def _exchanged() -> float:
-    sent, received = torch.tensor([float(dist.get_rank())]), torch.tensor([-1.0])
+    sent = torch.tensor([float(dist.get_rank())])
+    received = torch.tensor([-1.0])
     collectives._exchange(sent, received, dist.group.WORLD)()  # type: ignore
     dist.barrier()  # gloo fails those still at it when one leaves
     return received.item()
@@ -79,7 +85,12 @@ def _bytes_seen() -> dict[str, tuple[int, list[int]]]:
     def spy(*args: Any, **kwargs: Any) -> None:
         seen.extend(t.numel() * t.element_size() for t in args if torch.is_tensor(t))
 
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single"):
+    for name in (
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "all_reduce",
+        "all_to_all_single",
+    ):
         setattr(dist, name, spy)
     dist.batch_isend_irecv = lambda ops: spy(*(op.tensor for op in ops)) or []
     (members,) = collectives.cuts(3, 3)
@@ -105,7 +116,9 @@ def test_bytes_are_those_of_the_whole() -> None:
 
 def test_groups() -> None:
     def labels(world: int, per_node: int) -> list[tuple[int, int]]:
-        return [(len(members.groups[0]), members.nodes) for members in collectives.cuts(world, per_node)]
+        return [
+            (len(members.groups[0]), members.nodes) for members in collectives.cuts(world, per_node)
+        ]
 
     assert labels(1, 1) == []
     assert labels(12, 12) == [(2, 1), (3, 1), (4, 1), (6, 1), (12, 1)]
@@ -113,7 +126,10 @@ def test_groups() -> None:
     assert labels(4, 1) == [(2, 2), (4, 4)]
     assert labels(6, 3) == [(2, 2), (3, 1), (6, 2)]
     across = collectives.cuts(8, 2)[-2:]
-    assert across[0].groups == ((0, 2), (1, 3), (4, 6), (5, 7)) and across[1].groups == ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert across[0].groups == ((0, 2), (1, 3), (4, 6), (5, 7)) and across[1].groups == (
+        (0, 2, 4, 6),
+        (1, 3, 5, 7),
+    )
     for members in collectives.cuts(24, 4):
         assert sorted(rank for group in members.groups for rank in group) == list(range(24))
 
@@ -138,15 +154,17 @@ def test_what_is_timed_computes_what_it_says() -> None:
     case = cases.attention(2, 5, 4, 2, 8, torch.float32)
     q, k, v = (t.requires_grad_() for t in drawn((5, 2, 4, 8), (5, 2, 2, 8), (5, 2, 2, 8)))
     wide = [t.repeat_interleave(n, 2).permute(1, 2, 0, 3) for t, n in ((q, 1), (k, 2), (v, 2))]
-    scores = (wide[0] @ wide[1].transpose(2, 3) / math.sqrt(8)).masked_fill(~torch.ones(5, 5).tril().bool(), -math.inf)
+    scores = (wide[0] @ wide[1].transpose(2, 3) / math.sqrt(8)).masked_fill(
+        ~torch.ones(5, 5).tril().bool(), -math.inf
+    )
     out = (F.softmax(scores, -1) @ wide[2]).permute(2, 0, 1, 3).flatten(2)
     torch.testing.assert_close(result(case, "forward_seconds"), out)
     torch.manual_seed(0)
     calls = case.prepare()
     gradients = calls["backward_seconds"]()
-    assert all(torch.equal(g, h) for g, h in zip(gradients, calls["backward_seconds"](), strict=True)), (
-        "again and again"
-    )
+    assert all(
+        torch.equal(g, h) for g, h in zip(gradients, calls["backward_seconds"](), strict=True)
+    ), "again and again"
     assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
 
 
@@ -169,9 +187,20 @@ def test_a_coarse_grid_comes_first() -> None:
 def test_the_gpus_grid_has_the_sizes_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases.host, "device", lambda: torch.device("cuda"))
     found = cases.compute_cases(GPU, torch.bfloat16)
-    dense, experts, attention, memory = ({tuple(c.sizes.values()) for c in series} for series in found)
-    assert {(4096, 5120, 2048), (4096, 2048, 4096), (256, 151936 // 8, 4096), (32768, 8192 // 4, 4096)} <= dense
-    assert {(128, 128 * 32, 1536, 2048), (16, 16 * 2048, 2048, 768), (4, 4 * 8192, 2 * 1536 // 8, 4096)} <= experts
+    dense, experts, attention, memory = (
+        {tuple(c.sizes.values()) for c in series} for series in found
+    )
+    assert {
+        (4096, 5120, 2048),
+        (4096, 2048, 4096),
+        (256, 151936 // 8, 4096),
+        (32768, 8192 // 4, 4096),
+    } <= dense
+    assert {
+        (128, 128 * 32, 1536, 2048),
+        (16, 16 * 2048, 2048, 768),
+        (4, 4 * 8192, 2 * 1536 // 8, 4096),
+    } <= experts
     assert {(1, 32768, 32, 4, 128), (8, 4096, 64, 4, 128), (1, 512, 4, 1, 128)} <= attention
     assert max(n for (n,) in memory) > 0.99 * 2**30
     assert max(case.num_bytes for series in found for case in series) < 16 * 2**30

@@ -1,4 +1,5 @@
-"""``megalora bench`` around its ranks: what is predicted, which layouts are taken, mistakes, and the loop from calibration to a table."""
+"""``megalora bench`` around its ranks: what is predicted, which layouts are taken, mistakes, and
+the loop from calibration to a table."""
 
 import json
 import signal
@@ -39,10 +40,15 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("sizes", [{"ep": 2}, {"tp": 2, "etp": 2}, {"pp": 2, "vpp": 2}])
 def test_a_prediction_is_the_planners_in_the_clocks_names(sizes: dict) -> None:
     config = load_config(CONFIG)
-    config = replace(config, parallel=ParallelConfig(**sizes), train=replace(config.train, recompute="full"))
+    config = replace(
+        config, parallel=ParallelConfig(**sizes), train=replace(config.train, recompute="full")
+    )
     found = predicted(config, 2, H100)
-    assert tuple(found.parts) == PARTS and sum(found.parts.values()) == pytest.approx(found.step_seconds)
-    model, work = PlannedModel.of(SHAPE, config.lora), workload(config, 1.0, H100)
+    assert tuple(found.parts) == PARTS and sum(found.parts.values()) == pytest.approx(
+        found.step_seconds
+    )
+    model = PlannedModel.of(SHAPE, config.lora)
+    work = workload(config, 1.0, H100)
     assert work.sequence_length == 512
     layout = Layout(parallel=config.parallel, num_ranks=2, recompute="full")
     plan = fullest_stage(model, layout, work)
@@ -83,27 +89,37 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_from_a_calibrated_machine_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One real layout on one rank, one that cannot be; the files, and predictions that rest on the calibration."""
+def test_from_a_calibrated_machine_to_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One real layout on one rank, one that cannot be; the files, and predictions that rest on the
+    calibration."""
     machine = tmp_path / "machine.json"
     machine.write_text(json.dumps(calibration()))
     out = tmp_path / "out"
     small = ["data.max_length=33", "train.global_batch_size=2", "lora.rank=2"]
     with pytest.raises(SystemExit) as ended:
-        main(["bench", str(CONFIG), *small, "--gpu", str(machine), "--layouts", "micro=1", "micro=4", "--steps", "1", "--out", str(out)])  # fmt: skip
+        main(["bench", str(CONFIG), *small, "--gpu", str(machine), "--layouts", "micro=1",
+              "micro=4", "--steps", "1", "--out", str(out)])  # fmt: skip
     assert ended.value.code == 0
     said = capsys.readouterr().out
     ok, refused = load_rows(out / "results.json")
-    assert ok.measured and ok.predicted and ok.predicted.basis.startswith("CPU, measured 2026-11-24 (machine.json)")
-    assert abs(ok.predicted.peak_bytes / max(ok.measured.peak_bytes) - 1) < 0.05  # of tensors; time is of no machine
+    assert (
+        ok.measured
+        and ok.predicted
+        and ok.predicted.basis.startswith("CPU, measured 2026-11-24 (machine.json)")
+    )
+    # of tensors; time is of no machine
+    assert abs(ok.predicted.peak_bytes / max(ok.measured.peak_bytes) - 1) < 0.05
     assert refused.status.startswith("refused: ") and "refused" in said
     assert (out / "results.csv").is_file() and (out / "layouts.png").stat().st_size > 10_000
 
 
 def test_a_signal_to_the_driver_ends_its_ranks(tmp_path: Path) -> None:
     code = (
-        "import os; from pathlib import Path; from megalora.bench.launch import TOKEN, ended_by_signals, run_to_log\n"
-        f"with ended_by_signals(): run_to_log(['sleep', '600'], {{**os.environ, TOKEN: {str(tmp_path)!r}}}, Path({str(tmp_path)!r}) / 'log', 600)"
+        "import os; from pathlib import Path; from megalora.bench.launch import TOKEN,"
+        " ended_by_signals, run_to_log\nwith ended_by_signals(): run_to_log(['sleep', '600'],"
+        f" {{**os.environ, TOKEN: {str(tmp_path)!r}}}, Path({str(tmp_path)!r}) / 'log', 600)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
@@ -116,6 +132,6 @@ def test_a_signal_to_the_driver_ends_its_ranks(tmp_path: Path) -> None:
 
 def test_nodes_as_a_scheduler_names_them() -> None:
     assert Nodes.of({"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1"}) == Nodes(2, 1)
-    assert Nodes.of({"NNODES": "3", "NODE_RANK": "0", "SLURM_NODEID": "1"}) == Nodes(3, 0) and Nodes.of({}) == Nodes(
-        1, 0
-    )
+    assert Nodes.of({"NNODES": "3", "NODE_RANK": "0", "SLURM_NODEID": "1"}) == Nodes(
+        3, 0
+    ) and Nodes.of({}) == Nodes(1, 0)

@@ -49,7 +49,8 @@ def test_values_from_python() -> None:
 
 def test_in_place_makes_nothing_and_resizing_changes_what_is_there() -> None:
     with LiveTensors() as live:
-        a, b = torch.ones(5, 6), torch.empty(0)
+        a = torch.ones(5, 6)
+        b = torch.empty(0)
         a.mul_(3).add_(1)
         assert live.now_bytes == live.peak_bytes == X
         torch.add(a, 1, out=b)  # grows b
@@ -61,7 +62,8 @@ def test_in_place_makes_nothing_and_resizing_changes_what_is_there() -> None:
 
 
 def test_what_was_there_before() -> None:
-    told, untold = torch.ones(5, 6), torch.ones(10, 6)
+    told = torch.ones(5, 6)
+    untold = torch.ones(10, 6)
     with LiveTensors([told, told[1:]]) as live:
         assert live.now_bytes == live.peak_bytes == X
         y = told + untold[:5]
@@ -76,17 +78,20 @@ def test_what_was_there_before() -> None:
 
 
 def test_backward_and_what_it_was_kept_for() -> None:
-    """exp keeps its result; in backward one gradient is there with the next, and the kept result goes with its node."""
+    """exp keeps its result; in backward one gradient is there with the next, and the kept result
+    goes with its node."""
     weight = torch.ones(5, 6, requires_grad=True)
     with LiveTensors([weight]) as live:
         loss = (weight * 2).exp().sum()
-        assert live.now_bytes == X + X + 4  # the weight, exp's result, a scalar; the product is gone
+        # the weight, exp's result, a scalar; the product is gone
+        assert live.now_bytes == X + X + 4
         live.reset_peak()
         loss.backward()
         assert weight.grad is not None
         del loss
         assert live.now_bytes == 2 * X
-        # weight, exp's result, its gradient times exp; the expanded scalar is 4 bytes, and so is the loss.
+        # weight, exp's result, its gradient times exp; the expanded scalar is 4 bytes, and so is
+        # the loss.
         assert live.peak_bytes == 3 * X + 8
 
 

@@ -1,4 +1,5 @@
-"""Adapters as training leaves them, on small models of every family, and transformers' own model with the deltas in its weights."""
+"""Adapters as training leaves them, on small models of every family, and transformers' own model
+with the deltas in its weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,35 +22,65 @@ EXPERTS = ["gate_proj", "up_proj", "down_proj"]
 LAYER_2_EXPERTS = r"layers\.2\.mlp\.experts\.\d+"
 MOE_CASES: dict[str, dict[str, Any]] = {
     "all": {},
-    "ranks": {"target_modules": [*EXPERTS, "q_proj"],
-              "rank_pattern": {"gate_proj": 2, "up_proj": 3, "down_proj": 5, "q_proj": 7}},
+    "ranks": {
+        "target_modules": [*EXPERTS, "q_proj"],
+        "rank_pattern": {"gate_proj": 2, "up_proj": 3, "down_proj": 5, "q_proj": 7},
+    },
     "expert rank": {"expert_rank": 3},
-    "alphas": {"alpha_pattern": {"gate_proj": 8.0, "up_proj": 3.0, "down_proj": 20.0, "o_proj": 2.5}},
-    "ranks and alphas": {"rank_pattern": {"up_proj": 3, "k_proj": 6}, "alpha_pattern": {"up_proj": 5.0, "k_proj": 7.0}},
+    "alphas": {
+        "alpha_pattern": {"gate_proj": 8.0, "up_proj": 3.0, "down_proj": 20.0, "o_proj": 2.5}
+    },
+    "ranks and alphas": {
+        "rank_pattern": {"up_proj": 3, "k_proj": 6},
+        "alpha_pattern": {"up_proj": 5.0, "k_proj": 7.0},
+    },
     "rslora": {"use_rslora": True},
-    "rslora and ranks": {"use_rslora": True, "rank_pattern": {"up_proj": 3, "down_proj": 5, "v_proj": 7}},
+    "rslora and ranks": {
+        "use_rslora": True,
+        "rank_pattern": {"up_proj": 3, "down_proj": 5, "v_proj": 7},
+    },
     "layers": {"layers": [0, 2]},
     "layers and ranks": {"layers": "1-2", "rank_pattern": {"gate_proj": 2, "down_proj": 5}},
     "gate only": {"target_modules": ["gate_proj"]},
     "up only": {"target_modules": ["up_proj"], "layers": [3]},
     "down only": {"target_modules": ["down_proj"]},
     "gate and up": {"target_modules": ["gate_up_proj"]},
-    "gate and down": {"target_modules": ["gate_proj", "down_proj"], "rank_pattern": {"down_proj": 6}},
+    "gate and down": {
+        "target_modules": ["gate_proj", "down_proj"],
+        "rank_pattern": {"down_proj": 6},
+    },
     "attention": {"target_modules": ["qkv_proj", "o_proj"]},
     "lm_head": {"target_modules": ["lm_head", "down_proj"], "rank_pattern": {"lm_head": 3}},
     "router": {"target_modules": ["gate"]},
-    "router among others": {"target_modules": ["gate", *ATTENTION, *EXPERTS], "rank_pattern": {"gate": 3},
-                            "alpha_pattern": {"gate": 5.0}},
-    "router by layer": {"target_modules": ["gate", "q_proj"], "rank_pattern": {r"layers\.1\.mlp\.gate": 3},
-                        "alpha_pattern": {r"layers\.3\.mlp\.gate": 5.0}},
-    "attention by layer": {"target_modules": ATTENTION, "rank_pattern": {r"layers\.2\.self_attn\.q_proj": 6},
-                           "alpha_pattern": {r"layers\.[01]\.self_attn\.o_proj": 6.0}},
-    "down by layer": {"target_modules": EXPERTS, "rank_pattern": {rf"{LAYER_2_EXPERTS}\.down_proj": 6},
-                      "alpha_pattern": {r"layers\.1\.mlp\.experts\.\d+\.down_proj": 6.0}},
-    "gate and up by layer": {"target_modules": EXPERTS, "rank_pattern": {rf"{LAYER_2_EXPERTS}\.gate_proj": 6},
-                             "alpha_pattern": {rf"{LAYER_2_EXPERTS}\.up_proj": 6.0}},
-    "gate in one layer, down in another": {"target_modules": [r"layers\.0\..*gate_proj", r"layers\.3\..*down_proj"]},
-}  # fmt: skip
+    "router among others": {
+        "target_modules": ["gate", *ATTENTION, *EXPERTS],
+        "rank_pattern": {"gate": 3},
+        "alpha_pattern": {"gate": 5.0},
+    },
+    "router by layer": {
+        "target_modules": ["gate", "q_proj"],
+        "rank_pattern": {r"layers\.1\.mlp\.gate": 3},
+        "alpha_pattern": {r"layers\.3\.mlp\.gate": 5.0},
+    },
+    "attention by layer": {
+        "target_modules": ATTENTION,
+        "rank_pattern": {r"layers\.2\.self_attn\.q_proj": 6},
+        "alpha_pattern": {r"layers\.[01]\.self_attn\.o_proj": 6.0},
+    },
+    "down by layer": {
+        "target_modules": EXPERTS,
+        "rank_pattern": {rf"{LAYER_2_EXPERTS}\.down_proj": 6},
+        "alpha_pattern": {r"layers\.1\.mlp\.experts\.\d+\.down_proj": 6.0},
+    },
+    "gate and up by layer": {
+        "target_modules": EXPERTS,
+        "rank_pattern": {rf"{LAYER_2_EXPERTS}\.gate_proj": 6},
+        "alpha_pattern": {rf"{LAYER_2_EXPERTS}\.up_proj": 6.0},
+    },
+    "gate in one layer, down in another": {
+        "target_modules": [r"layers\.0\..*gate_proj", r"layers\.3\..*down_proj"]
+    },
+}
 DENSE_CASES: dict[str, dict[str, Any]] = {
     "all": {},
     "ranks and alphas": {"rank_pattern": {"gate_proj": 2, "up_proj": 3, "q_proj": 7},
@@ -70,14 +101,25 @@ MIXED_CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SHARED_CASES: dict[str, dict[str, Any]] = {
     "all": {},
-    "shared, routed and dense differ": {"expert_rank": 3, "rank_pattern": {r"shared_expert\.(gate|up)_proj": 6},
+    "shared, routed and dense differ": {"expert_rank": 3,
+                                        "rank_pattern": {r"shared_expert\.(gate|up)_proj": 6},
                                         "alpha_pattern": {r"shared_expert\.down_proj": 5.0}},
     "shared expert only": {"target_modules": [r"shared_expert\..*_proj"]},
-    "one projection of the shared expert": {"target_modules": [r"shared_expert\.up_proj", "v_proj"], "layers": [0, 2]},
+    "one projection of the shared expert": {"target_modules": [r"shared_expert\.up_proj", "v_proj"],
+                                            "layers": [0, 2]},
     "rslora and router": {"target_modules": ["gate", *ATTENTION, *EXPERTS], "use_rslora": True},
 }  # fmt: skip
-TIED_CASES: dict[str, dict[str, Any]] = {"all": {}, "lm_head": {"target_modules": ["lm_head", "v_proj"]}}
-BASES = {"moe": MOE_CASES, "dense": DENSE_CASES, "mixed": MIXED_CASES, "tied": TIED_CASES, "shared": SHARED_CASES}
+TIED_CASES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "lm_head": {"target_modules": ["lm_head", "v_proj"]},
+}
+BASES = {
+    "moe": MOE_CASES,
+    "dense": DENSE_CASES,
+    "mixed": MIXED_CASES,
+    "tied": TIED_CASES,
+    "shared": SHARED_CASES,
+}
 CASES = [
     pytest.param(base, {"rank": 4, "alpha": 12.0, **options}, id=f"{base}: {name}")
     for base, cases in BASES.items()
@@ -88,7 +130,9 @@ CASES = [
 def make_bases(folder: Path, moe: Path, dense: Path) -> dict[str, Path]:
     mixed = make_tiny(folder / "mixed", mlp_only_layers=[1])
     tied = make_tiny(folder / "tied", tie_word_embeddings=True, num_hidden_layers=2)
-    shared = make_tiny(folder / "shared", arch="qwen2_moe", mlp_only_layers=[1], num_hidden_layers=3)
+    shared = make_tiny(
+        folder / "shared", arch="qwen2_moe", mlp_only_layers=[1], num_hidden_layers=3
+    )
     return {"moe": moe, "dense": dense, "mixed": mixed, "tied": tied, "shared": shared}
 
 
@@ -113,7 +157,11 @@ class Trained:
 
 
 def train(
-    base: Path, folder: Path, dtype: torch.dtype = torch.float32, layout: Layout = "per_expert", **options: Any
+    base: Path,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    layout: Layout = "per_expert",
+    **options: Any,
 ) -> Trained:
     shape = model_shape(read_hf_config(base))
     adapted = resolve(LoRAConfig(**options), shape)
@@ -143,11 +191,17 @@ def merged_by_hand(trained: Trained, model: Any = None) -> Any:
     for a, expert, delta in trained.deltas():
         if expert is None:
             linear = model.get_submodule(a.hf_module())
-            linear.weight = nn.Parameter(linear.weight + delta)  # a new one: a tied embedding stays as it is
+            # a new one: a tied embedding stays as it is
+            linear.weight = nn.Parameter(linear.weight + delta)
             continue
-        experts, size = model.get_submodule(f"model.layers.{a.layer}.mlp.experts"), trained.shape.expert_intermediate
+        experts = model.get_submodule(f"model.layers.{a.layer}.mlp.experts")
+        size = trained.shape.expert_intermediate
         rows = {"gate_proj": slice(0, size), "up_proj": slice(size, 2 * size)}
-        weight = experts.down_proj[expert] if a.name == "down_proj" else experts.gate_up_proj[expert][rows[a.name]]
+        weight = (
+            experts.down_proj[expert]
+            if a.name == "down_proj"
+            else experts.gate_up_proj[expert][rows[a.name]]
+        )
         weight += delta
     return model
 

@@ -1,4 +1,5 @@
-"""Adapters that stock PEFT makes, and logits of what megalora reads of them, on bases that are loaded once."""
+"""Adapters that stock PEFT makes, and logits of what megalora reads of them, on bases that are
+loaded once."""
 
 import copy
 from functools import cache
@@ -14,7 +15,8 @@ from megalora.model.shape import ModelShape, model_shape, read_hf_config
 from tests.bridge.adapters import Trained, load_base, logits, merged_by_hand
 
 ATOL = 1e-5
-"""Logits reach 3; their float32 rounding over four layers 5e-6. An adapter of these tests moves them by 0.5 or more."""
+"""Logits reach 3; their float32 rounding over four layers 5e-6. An adapter of these tests moves
+them by 0.5 or more."""
 _loaded = cache(load_base)
 
 
@@ -54,7 +56,8 @@ def loaded_by_peft(folder: Path, base: Path) -> Tensor:
 
 
 def read_logits(folder: Path, base: Path, order: Any = None) -> tuple[Adapter, Tensor]:
-    """What megalora reads of the folder, and logits of the base with its A, B and scales added to the weights."""
+    """What megalora reads of the folder, and logits of the base with its A, B and scales added to
+    the weights."""
     read = read_adapter(folder, shape_of(base), order, base)
     wide = {name: tensor.float() for name, tensor in read.tensors.items()}
     trained = Trained(base, shape_of(base), read.adapted, wide, folder)

@@ -1,4 +1,5 @@
-"""The account of tensors: what a model needs against what a folder stores, both ways, before a weight is read."""
+"""The account of tensors: what a model needs against what a folder stores, both ways, before a
+weight is read."""
 
 import json
 import re
@@ -41,9 +42,13 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize(("arch", "overrides"), VARIANTS[:3] + VARIANTS[4:])
-def test_needed_is_what_transformers_saves(tmp_path: Path, arch: str, overrides: dict[str, Any]) -> None:
+def test_needed_is_what_transformers_saves(
+    tmp_path: Path, arch: str, overrides: dict[str, Any]
+) -> None:
     folder = make_tiny(tmp_path / "base", arch=arch, **overrides)
-    saved = {t.name: t.shape for shard in weight_shards(folder) for t in read_header(folder / shard)[1]}
+    saved = {
+        t.name: t.shape for shard in weight_shards(folder) for t in read_header(folder / shard)[1]
+    }
     assert needed_tensors(model_shape(read_hf_config(folder))) == saved
     assert open_folder(folder).places.keys() == saved.keys()
 
@@ -98,12 +103,15 @@ MISSING = [
 
 
 @pytest.mark.parametrize(("arch", "name"), MISSING)
-def test_a_missing_tensor_is_named(bases: dict[str, Path], tmp_path: Path, arch: str, name: str) -> None:
+def test_a_missing_tensor_is_named(
+    bases: dict[str, Path], tmp_path: Path, arch: str, name: str
+) -> None:
     folder = copy_of(bases[arch], tmp_path / "base")
     rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n != name})
     said = refusal(folder)
     assert said.startswith(
-        f"{folder} does not hold the model that its config.json describes: 1 tensors are missing ({name})"
+        f"{folder} does not hold the model that its config.json describes: 1 tensors are missing"
+        f" ({name})"
     )
     assert ("tie_word_embeddings=true" in said) == (name == "lm_head.weight")
 
@@ -130,7 +138,10 @@ LEFT = [
 def test_a_tensor_that_nothing_reads_is_named(
     bases: dict[str, Path], tmp_path: Path, arch: str, name: str, shape: tuple[int, ...]
 ) -> None:
-    folder = rewrite(copy_of(bases[arch], tmp_path / "base"), lambda tensors: tensors | {name: torch.zeros(shape)})
+    folder = rewrite(
+        copy_of(bases[arch], tmp_path / "base"),
+        lambda tensors: tensors | {name: torch.zeros(shape)},
+    )
     assert f"describes: 1 are left over, which nothing would read ({name})" in refusal(folder)
 
 
@@ -147,10 +158,21 @@ def test_a_tensor_that_nothing_reads_is_named(
     ],
 )
 def test_another_shape_is_named_with_both(
-    bases: dict[str, Path], tmp_path: Path, arch: str, name: str, shape: tuple[int, ...], needed: tuple[int, ...]
+    bases: dict[str, Path],
+    tmp_path: Path,
+    arch: str,
+    name: str,
+    shape: tuple[int, ...],
+    needed: tuple[int, ...],
 ) -> None:
-    folder = rewrite(copy_of(bases[arch], tmp_path / "base"), lambda tensors: tensors | {name: torch.zeros(shape)})
-    assert f"describes: 1 have another shape ({name} is {list(shape)}, needed {list(needed)})" in refusal(folder)
+    folder = rewrite(
+        copy_of(bases[arch], tmp_path / "base"),
+        lambda tensors: tensors | {name: torch.zeros(shape)},
+    )
+    assert (
+        f"describes: 1 have another shape ({name} is {list(shape)}, needed {list(needed)})"
+        in refusal(folder)
+    )
 
 
 def test_many_are_counted_and_three_named(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -161,7 +183,10 @@ def test_many_are_counted_and_three_named(bases: dict[str, Path], tmp_path: Path
     said = refusal(rewrite(copy_of(bases["qwen3_moe"], tmp_path / "base"), change))
     assert "24 tensors are missing (" in said
     assert said.count(".experts.") == 3
-    assert "; 1 are left over, which nothing would read (a); 1 have another shape (model.norm.weight is [95]" in said
+    assert (
+        "; 1 are left over, which nothing would read (a); 1 have another shape (model.norm.weight"
+        " is [95]" in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,18 +200,24 @@ def test_many_are_counted_and_three_named(bases: dict[str, Path], tmp_path: Path
         (lambda t: t | {f"{AT}.mlp.experts.gate_up_proj_blocks": torch.ones(4, dtype=torch.uint8)}, "gate_up_proj_blocks"),
     ],
 )  # fmt: skip
-def test_quantised_weights_and_other_dtypes(bases: dict[str, Path], tmp_path: Path, change: Any, said: str) -> None:
+def test_quantised_weights_and_other_dtypes(
+    bases: dict[str, Path], tmp_path: Path, change: Any, said: str
+) -> None:
     folder = rewrite(copy_of(bases["qwen3_moe"], tmp_path / "Qwen3-1B-AWQ"), change)
     text = refusal(folder)
     assert "1 tensors are of quantised weights or of a dtype that is not read (" in text
     assert said in text
     assert text.endswith(
-        "megalora reads F32, BF16, F16: use the model they were quantised from, Qwen3-1B by this one's name"
+        "megalora reads F32, BF16, F16: use the model they were quantised from, Qwen3-1B by this"
+        " one's name"
     )
 
 
 def test_double_precision_is_not_called_quantised(bases: dict[str, Path], tmp_path: Path) -> None:
-    folder = rewrite(copy_of(bases["qwen3"], tmp_path / "b"), lambda ts: {name: t.double() for name, t in ts.items()})
+    folder = rewrite(
+        copy_of(bases["qwen3"], tmp_path / "b"),
+        lambda ts: {name: t.double() for name, t in ts.items()},
+    )
     assert refusal(folder).endswith("megalora reads F32, BF16, F16: save the model in one of these")
 
 
@@ -208,7 +239,9 @@ def test_half_precision_of_both_kinds_is_read(bases: dict[str, Path], tmp_path: 
     ],
     ids=["none", "twice, the head too", "twice"],
 )
-def test_prefixes_that_transformers_reads(bases: dict[str, Path], tmp_path: Path, renamed: Any) -> None:
+def test_prefixes_that_transformers_reads(
+    bases: dict[str, Path], tmp_path: Path, renamed: Any
+) -> None:
     folder = copy_of(bases["qwen2_moe"], tmp_path / "base")
     expected = own_logits(folder)
     rewrite(folder, lambda tensors: {renamed(name): t for name, t in tensors.items()})
@@ -216,10 +249,17 @@ def test_prefixes_that_transformers_reads(bases: dict[str, Path], tmp_path: Path
     assert (transformers_logits(folder) - expected).abs().max() <= 1e-5
 
 
-def test_the_text_model_of_a_vision_language_checkpoint(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_the_text_model_of_a_vision_language_checkpoint(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
     folder = copy_of(bases["qwen3_moe"], tmp_path / "base")
     expected = own_logits(folder)
-    rewrite(folder, lambda tensors: {n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()})
+    rewrite(
+        folder,
+        lambda tensors: {
+            n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()
+        },
+    )
     assert torch.equal(own_logits(folder), expected)
 
 
@@ -233,10 +273,15 @@ def test_the_text_model_of_a_vision_language_checkpoint(bases: dict[str, Path], 
         (lambda name: f"{name}.old" if name.endswith(("embed_tokens.weight", "lm_head.weight")) else name, "embed_tokens.weight.old)"),
     ],
 )  # fmt: skip
-def test_what_to_do_about_names(bases: dict[str, Path], tmp_path: Path, change: Any, said: str) -> None:
+def test_what_to_do_about_names(
+    bases: dict[str, Path], tmp_path: Path, change: Any, said: str
+) -> None:
     """Nothing is said of a tied head or of attention's biases where neither is at fault."""
     text = refusal(
-        rewrite(copy_of(bases["qwen3_moe"], tmp_path / "b"), lambda ts: {change(n): t for n, t in ts.items()})
+        rewrite(
+            copy_of(bases["qwen3_moe"], tmp_path / "b"),
+            lambda ts: {change(n): t for n, t in ts.items()},
+        )
     )
     assert said in text.rsplit("; ", 1)[1]
     assert "tie_word_embeddings" not in text
@@ -244,11 +289,15 @@ def test_what_to_do_about_names(bases: dict[str, Path], tmp_path: Path, change: 
 
 
 def test_two_names_for_one_tensor_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    folder = rewrite(copy_of(bases["qwen3"], tmp_path / "base"), lambda t: t | {"norm.weight": torch.ones(96)})
+    folder = rewrite(
+        copy_of(bases["qwen3"], tmp_path / "base"), lambda t: t | {"norm.weight": torch.ones(96)}
+    )
     assert "holds model.norm.weight twice: as" in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["base_model.norm.weight", "module.model.norm.weight", "_orig_mod.model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["base_model.norm.weight", "module.model.norm.weight", "_orig_mod.model.norm.weight"]
+)
 def test_other_prefixes_stay_what_they_are(name: str) -> None:
     assert published_name(name) == name
 
@@ -279,18 +328,23 @@ def tied_variant(tensors: Tensors, kind: str) -> Tensors:
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3", "qwen2_moe"])
 @pytest.mark.parametrize("kind", ["both equal", "head alone", "embedding alone", "both, different"])
-def test_a_tie_flag_and_the_weights(bases: dict[str, Path], tmp_path: Path, arch: str, kind: str) -> None:
+def test_a_tie_flag_and_the_weights(
+    bases: dict[str, Path], tmp_path: Path, arch: str, kind: str
+) -> None:
     """tie_word_embeddings=true means what transformers 5 makes of it, whatever is stored."""
     folder = copy_of(bases[arch], tmp_path / "base")
     rewrite(folder, lambda tensors: tied_variant(tensors, kind), tie_word_embeddings=True)
     assert open_folder(folder).shape.tied_embeddings == (kind != "both, different")
-    assert (own_logits(folder) - transformers_logits(folder)).abs().max() <= 1e-4  # logits reach 100 here
+    # logits reach 100 here
+    assert (own_logits(folder) - transformers_logits(folder)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("kind", ["head alone", "embedding alone"])
 def test_an_untied_model_needs_both(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
     """transformers would draw the missing one at random."""
-    folder = rewrite(copy_of(bases["qwen3"], tmp_path / "base"), lambda tensors: tied_variant(tensors, kind))
+    folder = rewrite(
+        copy_of(bases["qwen3"], tmp_path / "base"), lambda tensors: tied_variant(tensors, kind)
+    )
     assert "1 tensors are missing" in refusal(folder)
 
 
@@ -341,19 +395,28 @@ def test_one_file_comes_before_an_index_of_others(tmp_path: Path) -> None:
     ("change", "said"),
     [
         (lambda raw: raw[:4], "its header would have"),
-        (lambda raw: (10**9).to_bytes(8, "little") + raw[8:], "its header would have 1,000,000,000 bytes"),
+        (
+            lambda raw: (10**9).to_bytes(8, "little") + raw[8:],
+            "its header would have 1,000,000,000 bytes",
+        ),
         (lambda raw: raw[:8] + b"x" + raw[9:], "Expecting value"),
         (lambda raw: raw + b"more", "its tensors end at byte"),
         (lambda raw: raw.replace(b'"F32"', b'"F16"', 1), "is described as {'dtype': 'F16'"),
         (lambda raw: raw.replace(b'"data_offsets"', b'"data_offset_"', 1), "is described as"),
-        (lambda raw: raw.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1), "is described as"),
+        (
+            lambda raw: raw.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1),
+            "is described as",
+        ),
     ],
 )
 def test_a_file_that_is_no_safetensors(tmp_path: Path, change: Any, said: str) -> None:
     folder = make_base(tmp_path / "base", "qwen3")
     shard = folder / "model.safetensors"
     shard.write_bytes(change(shard.read_bytes()))
-    assert re.search(rf"{re.escape(str(shard))} is not a whole safetensors file \(.*{re.escape(said)}", refusal(folder))
+    assert re.search(
+        rf"{re.escape(str(shard))} is not a whole safetensors file \(.*{re.escape(said)}",
+        refusal(folder),
+    )
 
 
 @pytest.mark.parametrize(
@@ -370,15 +433,22 @@ def test_a_file_that_is_no_safetensors(tmp_path: Path, change: Any, said: str) -
          "save or download the model again with its index"),
     ],
 )  # fmt: skip
-def test_weights_in_another_form_are_named(bases: dict[str, Path], tmp_path: Path, name: str, advice: str) -> None:
+def test_weights_in_another_form_are_named(
+    bases: dict[str, Path], tmp_path: Path, name: str, advice: str
+) -> None:
     folder = copy_of(bases["qwen3"], tmp_path / "base")
     (folder / "model.safetensors").rename(folder / name)
-    assert refusal(folder) == f"{folder}: 1 of 1 weight shards are missing (model.safetensors); {advice}"
+    assert (
+        refusal(folder)
+        == f"{folder}: 1 of 1 weight shards are missing (model.safetensors); {advice}"
+    )
 
 
 def test_a_pointer_of_git_lfs_is_called_one(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = copy_of(bases["qwen3"], tmp_path / "base")
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 9\n")
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 9\n"
+    )
     assert "it is a pointer of Git LFS, in place of the file: run git lfs pull" in refusal(folder)
 
 
@@ -387,7 +457,9 @@ def test_every_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = make_tiny(tmp_path / "base")
     opened: list[str] = []
     read = account.read_header
-    monkeypatch.setattr(account, "read_header", lambda path: (opened.append(path.name), read(path))[1])
+    monkeypatch.setattr(
+        account, "read_header", lambda path: (opened.append(path.name), read(path))[1]
+    )
     monkeypatch.setattr(bridge_folder, "read_header", account.read_header)
     open_folder(folder)
     assert sorted(opened) == weight_shards(folder)
@@ -396,11 +468,15 @@ def test_every_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_parameter_that_loading_leaves_out_stops_the_run(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bridge passes over what a mapping returns nothing for, and uninitialised memory would train."""
+    """Bridge passes over what a mapping returns nothing for, and uninitialised memory would
+    train."""
     monkeypatch.setattr(bridge_base.FusedExpertsMapping, "hf_to_megatron", lambda *_: None)
     (found,) = run_ranks(failure_of, 1, bases["qwen3_moe"])
     names = ", ".join(f"decoder.layers.1.mlp.experts.{name}" for name in ("gate_up", "down"))
-    said = f"RuntimeError: 2 of 20 parameters were not written by loading {bases['qwen3_moe']}: {names}."
+    said = (
+        f"RuntimeError: 2 of 20 parameters were not written by loading {bases['qwen3_moe']}:"
+        f" {names}."
+    )
     assert found.startswith(said)
 
 

@@ -1,4 +1,5 @@
-"""A base folder whose weights did not arrive whole is refused before any of them is read, with the file's name."""
+"""A base folder whose weights did not arrive whole is refused before any of them is read, with the
+file's name."""
 
 import re
 from pathlib import Path
@@ -32,4 +33,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> Non
     index.write_text('{"weight_map": {"lm_head.weight": "../other/model.safetensors"}}')
     with pytest.raises(ValueError) as caught:
         check_base_folder(folder)
-    assert str(caught.value) == f"{index} names '../other/model.safetensors', which is not in its folder"
+    assert (
+        str(caught.value)
+        == f"{index} names '../other/model.safetensors', which is not in its folder"
+    )

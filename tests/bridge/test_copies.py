@@ -1,4 +1,5 @@
-"""What PEFT saves of the base: passed over where it is the base's, refused where it is not, named where nobody can tell."""
+"""What PEFT saves of the base: passed over where it is the base's, refused where it is not, named
+where nobody can tell."""
 
 import shutil
 from pathlib import Path
@@ -25,13 +26,18 @@ from tests.bridge.stock import base_model, check_equal, new_adapter, read_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PREFIX = "base_model.model."
-HEAD, EMBEDDING = f"{PREFIX}lm_head.weight", f"{PREFIX}model.embed_tokens.weight"
-HEAD_COPY, Q_COPY = f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}model.layers.1.self_attn.q_proj.base_layer.weight"
+HEAD = f"{PREFIX}lm_head.weight"
+EMBEDDING = f"{PREFIX}model.embed_tokens.weight"
+HEAD_COPY = f"{PREFIX}lm_head.base_layer.weight"
+Q_COPY = f"{PREFIX}model.layers.1.self_attn.q_proj.base_layer.weight"
 
 
 def edit(folder: Path, **tensors: Tensor | None) -> None:
     held = load_file(folder / WEIGHTS) | tensors
-    save_file({name: tensor.contiguous() for name, tensor in held.items() if tensor is not None}, folder / WEIGHTS)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in held.items() if tensor is not None},
+        folder / WEIGHTS,
+    )
 
 
 @pytest.mark.parametrize("base", ["moe", "tied"])
@@ -44,14 +50,21 @@ def edit(folder: Path, **tensors: Tensor | None) -> None:
     ids=["lm_head targeted", "embeddings saved"],
 )
 def test_copies_are_passed_over_and_named(
-    bases: dict[str, Path], tmp_path: Path, base: str, targets: list[str], save: dict, copies: list[str]
+    bases: dict[str, Path],
+    tmp_path: Path,
+    base: str,
+    targets: list[str],
+    save: dict,
+    copies: list[str],
 ) -> None:
     model = new_adapter(bases[base], target_modules=targets)
     model.save_pretrained(tmp_path, **save)
     assert set(copies_in(AdapterWeights(tmp_path), shape_of(bases[base]))) == set(copies)
     (note,) = check_equal(tmp_path, bases[base], logits(model)).notes
     head, _, named = note.partition(": ")
-    assert head == "passed over, as it equals the base's" and sorted(named.split(", ")) == sorted(copies)
+    assert head == "passed over, as it equals the base's" and sorted(named.split(", ")) == sorted(
+        copies
+    )
 
 
 def test_a_copy_of_any_linear(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -65,8 +78,8 @@ def test_a_copy_of_any_linear(bases: dict[str, Path], tmp_path: Path) -> None:
     ]
     edit(tmp_path, **{Q_COPY: weight + 1e-4 * (torch.arange(96) == 17)})
     assert refusal(tmp_path, bases["moe"]).startswith(
-        f"{tmp_path / WEIGHTS}: {Q_COPY} differs from model.layers.1.self_attn.q_proj.weight of {bases['moe']}, by up to 0.0001: "
-        "it was trained, or the adapter is of another base."
+        f"{tmp_path / WEIGHTS}: {Q_COPY} differs from model.layers.1.self_attn.q_proj.weight of"
+        f" {bases['moe']}, by up to 0.0001: it was trained, or the adapter is of another base."
     )
 
 
@@ -100,7 +113,9 @@ def test_a_trained_embedding_is_refused_by_every_command(
     bases: dict[str, Path], tmp_path: Path, saved: Path, change: str
 ) -> None:
     edit(saved, **{EMBEDDING: CHANGES[change](load_file(saved / WEIGHTS)[EMBEDDING])})
-    base, out, message = str(bases["moe"]), tmp_path / "out", f"{EMBEDDING} differs from model.embed_tokens.weight of "
+    base = str(bases["moe"])
+    out = tmp_path / "out"
+    message = f"{EMBEDDING} differs from model.embed_tokens.weight of "
     for command in (
         lambda: import_adapter(saved, out, base),
         lambda: export(saved, out, base=base),
@@ -114,8 +129,13 @@ def test_a_trained_embedding_is_refused_by_every_command(
 def test_a_resized_vocabulary_is_refused_without_the_base_too(
     bases: dict[str, Path], saved: Path, tmp_path: Path
 ) -> None:
-    edit(saved, **{EMBEDDING: torch.cat([load_file(saved / WEIGHTS)[EMBEDDING], torch.ones(8, 96)])})
-    message = r"embed_tokens.weight is \(520, 96\), and the base's weight \(512, 96\): the vocabulary was resized, or the adapter"
+    edit(
+        saved, **{EMBEDDING: torch.cat([load_file(saved / WEIGHTS)[EMBEDDING], torch.ones(8, 96)])}
+    )
+    message = (
+        r"embed_tokens.weight is \(520, 96\), and the base's weight \(512, 96\): the vocabulary was"
+        r" resized, or the adapter"
+    )
     with pytest.raises(ValueError, match=message):
         import_adapter(saved, tmp_path / "out", str(without_weights(bases["moe"], tmp_path)))
 
@@ -127,13 +147,19 @@ def without_weights(base: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_cannot_be_compared_is_named(bases: dict[str, Path], saved: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_named(
+    bases: dict[str, Path], saved: Path, tmp_path: Path
+) -> None:
     base = without_weights(bases["moe"], tmp_path)
     expected = (
-        f"passed over without a comparison, because the base's weights are not at hand: {HEAD_COPY}, {EMBEDDING}; if the "
-        "vocabulary or the embedding was trained, that is lost"
+        "passed over without a comparison, because the base's weights are not at hand:"
+        f" {HEAD_COPY}, {EMBEDDING}; if the vocabulary or the embedding was trained, that is lost"
     )
-    (note,) = (line for line in import_adapter(saved, tmp_path / "a", str(base)).notes if "passed over" in line)
+    (note,) = (
+        line
+        for line in import_adapter(saved, tmp_path / "a", str(base)).notes
+        if "passed over" in line
+    )
     assert set(note.replace(";", ",").split(", ")) == set(expected.replace(";", ",").split(", "))
     text = export(saved, tmp_path / "b", base=str(base)).text()
     assert f"not at hand: {HEAD_COPY}" in text or f"not at hand: {EMBEDDING}" in text
@@ -148,7 +174,8 @@ WAYS = [
     for loaded in FLOATS
     for saved in (FLOATS if loaded == torch.float32 else (loaded, torch.float32))
 ]
-"""(dtype of the base's file, dtype it was loaded in, dtype of the adapter's file); halves are only ever widened."""
+"""(dtype of the base's file, dtype it was loaded in, dtype of the adapter's file); halves are only
+ever widened."""
 
 
 @pytest.mark.parametrize(("stored", "loaded", "saved_as"), WAYS)
@@ -172,14 +199,18 @@ def test_a_copy_in_the_dtype_that_the_base_was_loaded_in(
 
 def test_rounding_is_torch_s() -> None:
     """Ties, the largest numbers and the smallest included."""
-    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    bits = torch.randint(
+        -(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0)
+    ).to(torch.int32)
     ties = (torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16) + 0x8000
     values = torch.cat([bits, ties]).view(torch.float32)
     values = values[values.isfinite()]
     for dtype, name in ((torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float32, "F32")):
         np.testing.assert_array_equal(ROUND[name](values.numpy()), values.to(dtype).float().numpy())
     half = values.to(torch.bfloat16)
-    np.testing.assert_array_equal(as_floats(half.view(torch.uint16).numpy(), "BF16"), half.float().numpy())
+    np.testing.assert_array_equal(
+        as_floats(half.view(torch.uint16).numpy(), "BF16"), half.float().numpy()
+    )
 
 
 def test_a_server_s_check(bases: dict[str, Path], saved: Path, tmp_path: Path) -> None:
@@ -193,7 +224,8 @@ def test_a_server_s_check(bases: dict[str, Path], saved: Path, tmp_path: Path) -
         check_adapter(saved, Limits(base=bases["moe"]))
     edit(saved, **{HEAD_COPY: None, HEAD: copied})
     with pytest.raises(
-        AdapterInvalid, match=f"{HEAD} is no LoRA factor but a whole weight, which vLLM refuses; megalora export"
+        AdapterInvalid,
+        match=f"{HEAD} is no LoRA factor but a whole weight, which vLLM refuses; megalora export",
     ):
         check_adapter(saved, Limits(base=bases["moe"]))
 
@@ -205,4 +237,6 @@ def test_a_head_is_compared_with_the_embedding_it_is_tied_to(tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "adapter")
     check_equal(tmp_path / "adapter", base, logits(model))
     edit(tmp_path / "adapter", **{HEAD_COPY: torch.ones(512, 96)})
-    assert f"{HEAD_COPY} differs from model.embed_tokens.weight" in refusal(tmp_path / "adapter", base)
+    assert f"{HEAD_COPY} differs from model.embed_tokens.weight" in refusal(
+        tmp_path / "adapter", base
+    )

@@ -1,4 +1,5 @@
-"""Exports for one engine: what it reads, what it would drop, and the card; export after import is the same file, bit for bit."""
+"""Exports for one engine: what it reads, what it would drop, and the card; export after import is
+the same file, bit for bit."""
 
 import json
 from pathlib import Path
@@ -11,19 +12,38 @@ from safetensors.torch import load_file, save_file
 
 from megalora.bridge.adapter import read_adapter
 from megalora.bridge.export import export
-from megalora.bridge.files import CARD, CONFIG, LORA_SECTION, OPTIMIZER, PROBE, STATE_JSON, WEIGHTS, read_config
+from megalora.bridge.files import (
+    CARD,
+    CONFIG,
+    LORA_SECTION,
+    OPTIMIZER,
+    PROBE,
+    STATE_JSON,
+    WEIGHTS,
+    read_config,
+)
 from megalora.bridge.resumable import import_adapter
 from megalora.bridge.trained import trained_form
 from megalora.config import LoRAConfig
 from megalora.config_file import load_config
 from megalora.lora.spec import resolve, tensor_name
-from tests.bridge.adapters import ATTENTION, CASES, EXPERTS, Trained, load_base, logits, merged_by_hand, train
+from tests.bridge.adapters import (
+    ATTENTION,
+    CASES,
+    EXPERTS,
+    Trained,
+    load_base,
+    logits,
+    merged_by_hand,
+    train,
+)
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
 
 
 def same_bits(one: Path, other: Path) -> bool:
-    a, b = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
+    a = load_file(one / WEIGHTS)
+    b = load_file(other / WEIGHTS)
     assert a.keys() == b.keys() and read_config(one) == read_config(other)
     return all(torch.equal(a[name], b[name]) for name in a)
 
@@ -45,34 +65,54 @@ def test_export_import_export_is_bit_exact(
 def test_an_imported_adapter_is_what_was_trained(
     bases: dict[str, Path], tmp_path: Path, base: str, options: dict[str, Any]
 ) -> None:
-    """Ranks, scales and coverage, without the padding; masters in float32, moments zero; the section says the same."""
+    """Ranks, scales and coverage, without the padding; masters in float32, moments zero; the
+    section says the same."""
     trained = train(bases[base], tmp_path / "adapter", **options)
     imported = import_adapter(trained.folder, tmp_path / "imported", str(bases[base]))
     section = imported.section
-    assert [(a.projection, a.layer, a.rank) for a in resolve(LoRAConfig(**section), trained.shape)] == [
-        (a.projection, a.layer, a.rank) for a in trained.adapted
-    ]
+    assert [
+        (a.projection, a.layer, a.rank) for a in resolve(LoRAConfig(**section), trained.shape)
+    ] == [(a.projection, a.layer, a.rank) for a in trained.adapted]
     state = load_file(tmp_path / "imported" / OPTIMIZER)
-    found = {name.removeprefix("param."): t for name, t in state.items() if name.startswith("param.")}
+    found = {
+        name.removeprefix("param."): t for name, t in state.items() if name.startswith("param.")
+    }
     assert found.keys() == trained.tensors.keys() and len(state) == 3 * len(found)
     scales = {
-        a.hf_module(e): a.scale for a in trained.adapted for e in (range(a.num_experts) if a.num_experts else [None])
+        a.hf_module(e): a.scale
+        for a in trained.adapted
+        for e in (range(a.num_experts) if a.num_experts else [None])
     }
     again = {a.hf_module(e): a.scale for a in resolve(LoRAConfig(**section), trained.shape)
              for e in (range(a.num_experts) if a.num_experts else [None])}  # fmt: skip
     for module, scale in scales.items():
-        assert torch.equal(found[tensor_name(module, "A")], trained.tensors[tensor_name(module, "A")])
+        assert torch.equal(
+            found[tensor_name(module, "A")], trained.tensors[tensor_name(module, "A")]
+        )
         b = found[tensor_name(module, "B")] * again[module]
-        torch.testing.assert_close(b, trained.tensors[tensor_name(module, "B")] * scale, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            b, trained.tensors[tensor_name(module, "B")] * scale, rtol=1e-6, atol=1e-8
+        )
     assert not any(t.any() for name, t in state.items() if not name.startswith("param."))
 
 
-def test_an_expert_without_adapter_can_learn_after_import(bases: dict[str, Path], tmp_path: Path) -> None:
-    trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["down_proj"], layers=[1])
-    tensors = {n: t for n, t in load_file(trained.folder / WEIGHTS).items() if "experts.5.down_proj" not in n}
+def test_an_expert_without_adapter_can_learn_after_import(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    trained = train(
+        bases["moe"], tmp_path / "adapter", rank=2, target_modules=["down_proj"], layers=[1]
+    )
+    tensors = {
+        n: t
+        for n, t in load_file(trained.folder / WEIGHTS).items()
+        if "experts.5.down_proj" not in n
+    }
     save_file(tensors, trained.folder / WEIGHTS)
     imported = import_adapter(trained.folder, tmp_path / "imported", str(bases["moe"]))
-    assert any("2 rows of A are zeros (1 of 8 linears whole); drawn anew, B zero" in note for note in imported.notes)
+    assert any(
+        "2 rows of A are zeros (1 of 8 linears whole); drawn anew, B zero" in note
+        for note in imported.notes
+    )
     a, b = (
         load_file(tmp_path / "imported" / OPTIMIZER)[
             f"param.{tensor_name('model.layers.1.mlp.experts.5.down_proj', f)}"
@@ -81,9 +121,15 @@ def test_an_expert_without_adapter_can_learn_after_import(bases: dict[str, Path]
     )
     assert a.any(1).all() and not b.any()
     with torch.no_grad():
-        after = logits(PeftModel.from_pretrained(load_base(bases["moe"]), str(tmp_path / "imported")).eval())
+        after = logits(
+            PeftModel.from_pretrained(load_base(bases["moe"]), str(tmp_path / "imported")).eval()
+        )
     read = read_adapter(trained.folder, trained.shape)
-    before = logits(merged_by_hand(Trained(bases["moe"], trained.shape, read.adapted, read.tensors, trained.folder)))
+    before = logits(
+        merged_by_hand(
+            Trained(bases["moe"], trained.shape, read.adapted, read.tensors, trained.folder)
+        )
+    )
     torch.testing.assert_close(after, before, rtol=0, atol=2e-5)
 
 
@@ -102,12 +148,19 @@ def test_what_an_import_writes(bases: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("projection", ["gate", "lm_head"])
-def test_nothing_trained_is_dropped_without_being_told(bases: dict[str, Path], tmp_path: Path, projection: str) -> None:
-    trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj", projection])
+def test_nothing_trained_is_dropped_without_being_told(
+    bases: dict[str, Path], tmp_path: Path, projection: str
+) -> None:
+    trained = train(
+        bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj", projection]
+    )
     for engine in ("vllm", "sglang"):
         out = tmp_path / engine
         if projection == "gate":
-            with pytest.raises(ValueError, match="does not honour the adapter of gate, which was trained.*--drop gate"):
+            with pytest.raises(
+                ValueError,
+                match="does not honour the adapter of gate, which was trained.*--drop gate",
+            ):
                 export(trained.folder, out, engine=engine)
             assert not out.exists()
             written = export(trained.folder, out, engine=engine, drop=["gate"])
@@ -120,7 +173,9 @@ def test_nothing_trained_is_dropped_without_being_told(bases: dict[str, Path], t
             export(trained.folder, out, engine=engine)
             assert "base_model.model.lm_head.lora_A.weight" in load_file(out / WEIGHTS)
     everywhere = export(trained.folder, tmp_path / "any")
-    assert ("note: vLLM 0.32 loads it and then ignores it (gate)" in everywhere.text()) == (projection == "gate")
+    assert ("note: vLLM 0.32 loads it and then ignores it (gate)" in everywhere.text()) == (
+        projection == "gate"
+    )
 
 
 def test_drop_must_name_what_was_trained(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -137,10 +192,17 @@ def test_sglang_gets_one_rank_and_one_scale(bases: dict[str, Path], tmp_path: Pa
         rank_pattern={"up_proj": 3, "q_proj": 6}, alpha_pattern={"down_proj": 5.0}, use_rslora=True,
     )  # fmt: skip
     export(trained.folder, tmp_path / "out", engine="sglang")
-    config, tensors = read_config(tmp_path / "out"), load_file(tmp_path / "out" / WEIGHTS)
-    assert (config["r"], config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == (6, {}, {}, False)
+    config = read_config(tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == (
+        6,
+        {},
+        {},
+        False,
+    )
     assert {t.shape[0] for n, t in tensors.items() if ".lora_A." in n} == {6}
-    assert {n.split(".")[6] for n in tensors if "self_attn" in n} == {"q_proj", "k_proj", "v_proj"}  # they go together
+    # they go together
+    assert {n.split(".")[6] for n in tensors if "self_attn" in n} == {"q_proj", "k_proj", "v_proj"}
     # The file means the same: one scale, alpha / r, on every tensor.
     scale = config["lora_alpha"] / config["r"]
     for a, expert, delta in trained.deltas():
@@ -155,23 +217,33 @@ def test_shared_outer_only_where_experts_share(bases: dict[str, Path], tmp_path:
     tensors = load_file(trained.folder / WEIGHTS)
     for name in tensors:
         if ("down_proj" in name) == (".lora_B." in name):
-            tensors[name] = tensors[name.replace(f"experts.{name.split('.')[7]}.", "experts.0.")].clone()
+            tensors[name] = tensors[
+                name.replace(f"experts.{name.split('.')[7]}.", "experts.0.")
+            ].clone()
     save_file(tensors, trained.folder / WEIGHTS)
     export(trained.folder, tmp_path / "yes", engine="sglang", layout="shared_outer")
     written = load_file(tmp_path / "yes" / WEIGHTS)
     stem = "base_model.model.model.layers.2.mlp.experts.{}.lora_{}.weight"
     sizes = {n: tuple(t.shape) for n, t in written.items() if "layers.2." in n}
-    e, h, i = trained.shape.num_experts, trained.shape.hidden, trained.shape.expert_intermediate
+    e = trained.shape.num_experts
+    h = trained.shape.hidden
+    i = trained.shape.expert_intermediate
     assert sizes == {
         stem.format("gate_proj", "A"): (1, 3, h), stem.format("gate_proj", "B"): (e, i, 3),
         stem.format("up_proj", "A"): (1, 3, h), stem.format("up_proj", "B"): (e, i, 3),
         stem.format("down_proj", "A"): (e, 3, i), stem.format("down_proj", "B"): (1, h, 3),
     }  # fmt: skip
     for name in EXPERTS:
-        a, b = written[stem.format(name, "A")], written[stem.format(name, "B")]
+        a = written[stem.format(name, "A")]
+        b = written[stem.format(name, "B")]
         for expert in range(e):
-            own = [tensors[tensor_name(f"model.layers.2.mlp.experts.{expert}.{name}", f)] for f in ("A", "B")]
-            assert torch.equal(a[min(expert, len(a) - 1)], own[0]) and torch.equal(b[min(expert, len(b) - 1)], own[1])
+            own = [
+                tensors[tensor_name(f"model.layers.2.mlp.experts.{expert}.{name}", f)]
+                for f in ("A", "B")
+            ]
+            assert torch.equal(a[min(expert, len(a) - 1)], own[0]) and torch.equal(
+                b[min(expert, len(b) - 1)], own[1]
+            )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +256,9 @@ def test_shared_outer_only_where_experts_share(bases: dict[str, Path], tmp_path:
         ("moe", {}, {"base": "/no/such"}, "--base=/no/such: no such folder"),
     ],
 )  # fmt: skip
-def test_exports_refused(bases, tmp_path: Path, base: str, options: dict, call: dict, message: str) -> None:
+def test_exports_refused(
+    bases, tmp_path: Path, base: str, options: dict, call: dict, message: str
+) -> None:
     trained = train(bases[base], tmp_path / "adapter", rank=2, **options)
     with pytest.raises(ValueError) as caught:
         export(trained.folder, tmp_path / "out", **call)
@@ -213,16 +287,24 @@ def test_a_full_or_wrong_place_is_refused(bases: dict[str, Path], tmp_path: Path
         export(trained.folder, trained.folder)
 
 
-def test_the_card_says_what_it_is_and_how_to_load_it(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_the_card_says_what_it_is_and_how_to_load_it(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
     trained = train(
-        bases["moe"], tmp_path / "step_000007", rank=2, target_modules=["up_proj", *ATTENTION], layers=[0, 1, 3]
+        bases["moe"],
+        tmp_path / "step_000007",
+        rank=2,
+        target_modules=["up_proj", *ATTENTION],
+        layers=[0, 1, 3],
     )
     (trained.folder / STATE_JSON).parent.mkdir()
     config = {
         "data": {"train": "chats.jsonl"}, "model": {"dtype": "bfloat16"},
         "train": {"global_batch_size": 8, "lr": 1e-4, "schedule": "cosine"},
     }  # fmt: skip
-    (trained.folder / STATE_JSON).write_text(json.dumps({"step": 7, "num_samples": 1234, "config": config}))
+    (trained.folder / STATE_JSON).write_text(
+        json.dumps({"step": 7, "num_samples": 1234, "config": config})
+    )
     (trained.folder / PROBE).write_text("{}")
     export(trained.folder, tmp_path / "mine", engine="vllm")
     text = (tmp_path / "mine" / CARD).read_text()
@@ -237,22 +319,44 @@ def test_the_card_says_what_it_is_and_how_to_load_it(bases: dict[str, Path], tmp
         "--max-lora-rank 8 --lora-modules mine=./mine",
     ):
         assert part in text, part
-    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == sorted([CARD, CONFIG, WEIGHTS, PROBE])
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == sorted(
+        [CARD, CONFIG, WEIGHTS, PROBE]
+    )
 
 
 def test_padding_is_taken_off_and_nothing_else(bases: dict[str, Path], tmp_path: Path) -> None:
-    trained = train(bases["moe"], tmp_path / "a", rank=4, target_modules=["gate_proj"], rank_pattern={"gate_proj": 3})
+    trained = train(
+        bases["moe"],
+        tmp_path / "a",
+        rank=4,
+        target_modules=["gate_proj"],
+        rank_pattern={"gate_proj": 3},
+    )
     form = trained_form(read_adapter(trained.folder, trained.shape))
     assert {(a.name, a.rank) for a in form.adapter.adapted} == {("gate_proj", 3)}
     assert "layer 0 up_proj: zeros, not adapted" in form.notes
 
 
 def test_logits_of_every_export_are_the_same(bases: dict[str, Path], tmp_path: Path) -> None:
-    trained = train(bases["moe"], tmp_path / "a", rank=4, use_rslora=True, rank_pattern={"up_proj": 2, "o_proj": 3})
+    trained = train(
+        bases["moe"],
+        tmp_path / "a",
+        rank=4,
+        use_rslora=True,
+        rank_pattern={"up_proj": 2, "o_proj": 3},
+    )
     found = []
-    for name, call in {"per_expert": {}, "stacked": {"layout": "stacked"}, "uniform": {"engine": "sglang"}}.items():
+    for name, call in {
+        "per_expert": {},
+        "stacked": {"layout": "stacked"},
+        "uniform": {"engine": "sglang"},
+    }.items():
         export(trained.folder, tmp_path / name, **call)
         with torch.no_grad():
-            found.append(logits(PeftModel.from_pretrained(load_base(trained.base), str(tmp_path / name)).eval()))
+            found.append(
+                logits(
+                    PeftModel.from_pretrained(load_base(trained.base), str(tmp_path / name)).eval()
+                )
+            )
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-5)
     torch.testing.assert_close(found[2], found[0], rtol=0, atol=2e-5)

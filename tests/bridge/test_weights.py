@@ -1,4 +1,5 @@
-"""Where an adapter's tensors lie: single files, shards and pickles are read alike; what is missing, torn or no file is named."""
+"""Where an adapter's tensors lie: single files, shards and pickles are read alike; what is missing,
+torn or no file is named."""
 
 import json
 import os
@@ -28,7 +29,9 @@ INDEX = "adapter_model.safetensors.index.json"
 
 @pytest.fixture
 def trained(bases: dict[str, Path], tmp_path: Path) -> Trained:
-    return train(bases["moe"], tmp_path / "adapter", rank=2, alpha=6.0, target_modules=[*EXPERTS, "q_proj"])
+    return train(
+        bases["moe"], tmp_path / "adapter", rank=2, alpha=6.0, target_modules=[*EXPERTS, "q_proj"]
+    )
 
 
 def in_pickle(folder: Path, **options: object) -> None:
@@ -39,19 +42,24 @@ def in_pickle(folder: Path, **options: object) -> None:
 def in_shards(folder: Path, form: str = "safetensors", *, index: bool = True) -> None:
     """Every third tensor together, so that an A and its B are apart."""
     tensors = load_file(folder / WEIGHTS)
-    names, weight_map = sorted(tensors), {}
+    names = sorted(tensors)
+    weight_map = {}
     for at, shard in enumerate(SHARDS):
         part = {name: tensors[name] for name in names[at::3]}
         weight_map |= dict.fromkeys(part, f"{shard}.{form}")
         (save_file if form == "safetensors" else torch.save)(part, folder / f"{shard}.{form}")
     if index:
-        (folder / f"adapter_model.{form}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / f"adapter_model.{form}.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     (folder / WEIGHTS).unlink()
 
 
 WAYS: dict[str, Callable[[Path], None]] = {
     "pickle": in_pickle,
-    "pickle of torch before 1.6": lambda folder: in_pickle(folder, _use_new_zipfile_serialization=False),
+    "pickle of torch before 1.6": lambda folder: in_pickle(
+        folder, _use_new_zipfile_serialization=False
+    ),
     "shards": in_shards,
     "shards without an index": lambda folder: in_shards(folder, index=False),
     "pickled shards": lambda folder: in_shards(folder, "bin"),
@@ -70,9 +78,13 @@ def test_the_same_adapter_in_another_file(trained: Trained, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["pickle", "shards"])
-def test_every_command_reads_it(trained: Trained, tmp_path: Path, way: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_command_reads_it(
+    trained: Trained, tmp_path: Path, way: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     WAYS[way](trained.folder)
-    adapter, base, out = str(trained.folder), str(trained.base), str(tmp_path / "out")
+    adapter = str(trained.folder)
+    base = str(trained.base)
+    out = str(tmp_path / "out")
     cli.main(["inspect", adapter])
     assert "q_proj           2        192 x 96       4" in capfd.readouterr().out
     cli.main(["import", adapter, f"{out}/imported", "--base", base])
@@ -88,7 +100,8 @@ def test_a_server_gets_what_was_checked(trained: Trained, tmp_path: Path) -> Non
     """vLLM would unpickle, and knows no shards: megalora checks, copies and serves one form."""
     in_pickle(trained.folder)
     with pytest.raises(
-        AdapterInvalid, match=f"holds {PICKLE}; .* serves {WEIGHTS}, which megalora export {trained.folder} OUT"
+        AdapterInvalid,
+        match=f"holds {PICKLE}; .* serves {WEIGHTS}, which megalora export {trained.folder} OUT",
     ):
         check_adapter(trained.folder)
 
@@ -97,7 +110,9 @@ def test_the_file_that_peft_prefers_is_read(trained: Trained) -> None:
     torch.save({"x": torch.ones(2, 2)}, trained.folder / PICKLE)
     weights = AdapterWeights(trained.folder)
     assert "x" not in weights.info
-    assert weights.notes == [f"{trained.folder / PICKLE} was not read: PEFT loads {WEIGHTS} where both are there"]
+    assert weights.notes == [
+        f"{trained.folder / PICKLE} was not read: PEFT loads {WEIGHTS} where both are there"
+    ]
 
 
 class Runs:
@@ -118,7 +133,9 @@ class Runs:
         (4, r"\(UnpicklingError: Unsupported operand 149\)"),
     ],
 )
-def test_a_pickle_runs_no_code(trained: Trained, tmp_path: Path, protocol: int, message: str) -> None:
+def test_a_pickle_runs_no_code(
+    trained: Trained, tmp_path: Path, protocol: int, message: str
+) -> None:
     (trained.folder / WEIGHTS).unlink()
     with (trained.folder / PICKLE).open("wb") as file:
         pickle.dump({"a": Runs(tmp_path / "trace")}, file, protocol)
@@ -131,17 +148,21 @@ def test_a_pickle_runs_no_code(trained: Trained, tmp_path: Path, protocol: int, 
 def test_a_pickle_cut_short(trained: Trained, length: int) -> None:
     in_pickle(trained.folder)
     os.truncate(trained.folder / PICKLE, length)
-    with pytest.raises(ValueError, match=rf"{PICKLE}: not a readable pickle \(.*\); is it cut short") as caught:
+    with pytest.raises(
+        ValueError, match=rf"{PICKLE}: not a readable pickle \(.*\); is it cut short"
+    ) as caught:
         AdapterWeights(trained.folder)
     assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
 
 
 BAD_PICKLES: dict[str, tuple[object, str]] = {
     "a list": ([torch.ones(2, 2)], "must hold a dictionary of tensors, holds a list"),
-    "a training state": ({"epoch": 3, "state": {"a": torch.ones(2, 2)}}, "epoch is a int; an adapter's weights are"),
+    "a training state": ({"epoch": 3, "state": {"a": torch.ones(2, 2)}},
+                         "epoch is a int; an adapter's weights are"),
     "numbers for names": ({1: torch.ones(2, 2)}, "1 is a Tensor; an adapter's"),
     "sparse": ({"a": torch.ones(2, 2).to_sparse()}, "a is not a plain tensor"),
-    "a view larger than its storage": ({"a": torch.ones(1).expand(10**9, 10**3)}, "a is larger than its contents"),
+    "a view larger than its storage": ({"a": torch.ones(1).expand(10**9, 10**3)},
+                                       "a is larger than its contents"),
     "nothing": ({}, f"{PICKLE} holds no tensors: nothing was adapted"),
 }  # fmt: skip
 
@@ -170,7 +191,10 @@ def edit_index(change: Callable[[dict], object]) -> Callable[[Path], object]:
 
 def twice(folder: Path) -> None:
     tensors = load_file(folder / f"{SHARDS[0]}.safetensors")
-    save_file(tensors | load_file(folder / f"{SHARDS[1]}.safetensors"), folder / f"{SHARDS[1]}.safetensors")
+    save_file(
+        tensors | load_file(folder / f"{SHARDS[1]}.safetensors"),
+        folder / f"{SHARDS[1]}.safetensors",
+    )
 
 
 def pipe(name: str) -> Callable[[Path], object]:
@@ -182,21 +206,50 @@ def pipe(name: str) -> Callable[[Path], object]:
 
 
 BROKEN_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a shard is missing": (without(f"{SHARDS[1]}.safetensors"), rf"1 of 3 shards are missing \({SHARDS[1]}.safetensors\)"),
-    "one too many": (lambda f: (f / "adapter_model-00004-of-00003.safetensors").touch(), "00004-of-00003.* is none of 3 shards"),
-    "two sets": (lambda f: (f / "adapter_model-00001-of-00002.safetensors").touch(), "holds weights more than once"),
-    "beside a single file": (lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS), "holds weights more than once"),
-    "a tensor twice": (twice, rf"is both in {SHARDS[0]}.safetensors and in {SHARDS[1]}.safetensors"),
-    "a tensor the index lacks": (edit_index(dict.popitem), "1 tensors are not where it says, .* in None by the index"),
-    "a tensor that is nowhere": (edit_index(lambda m: m.update(gone=f"{SHARDS[0]}.safetensors")), "such as gone: .* None really"),
-    "an index of something else": (lambda f: (f / INDEX).write_text('{"weight_map": []}'), "weight_map must be an object"),
-    "a shard cut short": (lambda f: os.truncate(f / f"{SHARDS[2]}.safetensors", 1000), "is not a whole safetensors file"),
+    "a shard is missing": (
+        without(f"{SHARDS[1]}.safetensors"),
+        rf"1 of 3 shards are missing \({SHARDS[1]}.safetensors\)",
+    ),
+    "one too many": (
+        lambda f: (f / "adapter_model-00004-of-00003.safetensors").touch(),
+        "00004-of-00003.* is none of 3 shards",
+    ),
+    "two sets": (
+        lambda f: (f / "adapter_model-00001-of-00002.safetensors").touch(),
+        "holds weights more than once",
+    ),
+    "beside a single file": (
+        lambda f: save_file({"x": torch.ones(1)}, f / WEIGHTS),
+        "holds weights more than once",
+    ),
+    "a tensor twice": (
+        twice,
+        rf"is both in {SHARDS[0]}.safetensors and in {SHARDS[1]}.safetensors",
+    ),
+    "a tensor the index lacks": (
+        edit_index(dict.popitem),
+        "1 tensors are not where it says, .* in None by the index",
+    ),
+    "a tensor that is nowhere": (
+        edit_index(lambda m: m.update(gone=f"{SHARDS[0]}.safetensors")),
+        "such as gone: .* None really",
+    ),
+    "an index of something else": (
+        lambda f: (f / INDEX).write_text('{"weight_map": []}'),
+        "weight_map must be an object",
+    ),
+    "a shard cut short": (
+        lambda f: os.truncate(f / f"{SHARDS[2]}.safetensors", 1000),
+        "is not a whole safetensors file",
+    ),
     "a pointer of Git LFS": (
-        lambda f: (f / f"{SHARDS[1]}.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        lambda f: (f / f"{SHARDS[1]}.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+        ),
         "run git lfs pull",
     ),
     "a shard that is a pipe": (pipe(f"{SHARDS[2]}.safetensors"), "is no regular file"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BROKEN_SHARDS)
@@ -228,14 +281,18 @@ def test_folders_around_adapters_name_them(trained: Trained, tmp_path: Path) -> 
     outer = tmp_path / "outer"
     outer.mkdir()
     trained.folder.rename(outer / "math")
-    with pytest.raises(NotAnAdapter, match=f"^{outer} is not an adapter folder: .* give {outer / 'math'}$"):
+    with pytest.raises(
+        NotAnAdapter, match=f"^{outer} is not an adapter folder: .* give {outer / 'math'}$"
+    ):
         AdapterWeights(outer)
     with pytest.raises(AdapterNotFound, match=f"give {outer / 'math'}$"):
         check_adapter(outer)
     for name in ("code", "poems"):
         (outer / name).mkdir()
         (outer / name / CONFIG).write_text("{}")
-    with pytest.raises(NotAnAdapter, match=r"but 3 of its sub-folders have: code, math, poems. Give one of them$"):
+    with pytest.raises(
+        NotAnAdapter, match=r"but 3 of its sub-folders have: code, math, poems. Give one of them$"
+    ):
         AdapterWeights(outer)
     with pytest.raises(NotAnAdapter, match="is a file; name the folder that it lies in"):
         AdapterWeights(outer / "math" / WEIGHTS)
@@ -258,13 +315,17 @@ def test_rows_are_the_tensor(tmp_path: Path, form: str) -> None:
         tensors[f"{dtype}"] = torch.randn(5000, 3, generator=generator).to(dtype)
         tensors[f"{dtype} vector"] = torch.randn(7, generator=generator).to(dtype)
     (tmp_path / CONFIG).write_text("{}")
-    (save_file if form == "safetensors" else torch.save)(tensors, tmp_path / f"adapter_model.{form}")
+    (save_file if form == "safetensors" else torch.save)(
+        tensors, tmp_path / f"adapter_model.{form}"
+    )
     weights = AdapterWeights(tmp_path)
     for name, tensor in tensors.items():
         blocks = list(weights.rows(name))
         assert len(blocks) == (2 if tensor.dim() == 2 else 1)
         np.testing.assert_array_equal(np.concatenate(blocks), tensor.double().numpy())
-        assert weights.info[name].shape == tuple(tensor.shape) and torch.equal(weights.tensor(name), tensor)
+        assert weights.info[name].shape == tuple(tensor.shape) and torch.equal(
+            weights.tensor(name), tensor
+        )
     assert weights.not_finite() is None
 
 
@@ -273,8 +334,9 @@ def test_headers_are_read_without_torch(trained: Trained) -> None:
     import subprocess
 
     code = (
-        "import sys; from pathlib import Path; from megalora.bridge.weights import AdapterWeights\n"
-        f"w = AdapterWeights(Path({str(trained.folder)!r})); assert w.not_finite() is None and len(w.info) == 200\n"
-        "assert 'torch' not in sys.modules, sorted(m for m in sys.modules if 'torch' in m)[:5]"
+        "import sys; from pathlib import Path; from megalora.bridge.weights import"
+        f" AdapterWeights\nw = AdapterWeights(Path({str(trained.folder)!r})); assert w.not_finite()"
+        " is None and len(w.info) == 200\nassert 'torch' not in sys.modules, sorted(m for m in"
+        " sys.modules if 'torch' in m)[:5]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

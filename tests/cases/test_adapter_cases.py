@@ -1,4 +1,5 @@
-"""Adapters made elsewhere that users brought and that could not be read, made anew with stock PEFT, from the command line."""
+"""Adapters made elsewhere that users brought and that could not be read, made anew with stock PEFT,
+from the command line."""
 
 import shutil
 from pathlib import Path
@@ -55,7 +56,9 @@ def test_adapter_files_elsewhere_in_a_folder_of_its_own(said, tiny: Path, tmp_pa
     model.save_pretrained(tmp_path / "adapter")
     code, _, error = said("inspect", tmp_path / "adapter")
     assert (
-        code == 2 and f"its sub-folder has, as PEFT saves an adapter with a name: give {tmp_path}/adapter/math" in error
+        code == 2
+        and f"its sub-folder has, as PEFT saves an adapter with a name: give {tmp_path}/adapter/math"
+        in error
     )
     assert said("inspect", tmp_path / "adapter" / "math")[0] == 0
 
@@ -66,12 +69,17 @@ def test_adapter_files_elsewhere_that_are_incomplete(said, tiny: Path, tmp_path:
     in_shards(folder)
     (folder / f"{SHARDS[0]}.safetensors").unlink()
     for command in (["inspect", folder], ["import", folder, tmp_path / "out", "--base", tiny],
-                    ["merge", folder, "--base", tiny, "--out", tmp_path / "out"], ["export", folder, tmp_path / "out"],
+                    ["merge", folder, "--base", tiny, "--out", tmp_path / "out"],
+                    ["export", folder, tmp_path / "out"],
                     ["verify", folder, "--base", tiny]):  # fmt: skip
         code, _, error = said(*command)
         assert (code, error) == (
-            2, f"megalora: {folder}: 1 of 3 shards are missing ({SHARDS[0]}.safetensors); download the adapter again\n"
-        )  # fmt: skip
+            2,
+            (
+                f"megalora: {folder}: 1 of 3 shards are missing ({SHARDS[0]}.safetensors); download"
+                " the adapter again\n"
+            ),
+        )
 
 
 def test_excluded_targets(said, tiny: Path, tmp_path: Path) -> None:
@@ -85,11 +93,17 @@ def test_excluded_targets(said, tiny: Path, tmp_path: Path) -> None:
 def test_excluded_targets_do_not_hide_a_loss(said, tiny: Path, tmp_path: Path) -> None:
     """v_proj is targeted and not excluded, and its tensors are gone."""
     folder = tmp_path / "adapter"
-    new_adapter(tiny, target_modules=["q_proj", "v_proj", "k_proj"], exclude_modules=["k_proj"]).save_pretrained(folder)
-    tensors = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if "v_proj" not in name}
+    new_adapter(
+        tiny, target_modules=["q_proj", "v_proj", "k_proj"], exclude_modules=["k_proj"]
+    ).save_pretrained(folder)
+    tensors = {
+        name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if "v_proj" not in name
+    }
     save_file(tensors, folder / WEIGHTS)
     code, _, error = said("import", folder, tmp_path / "out", "--base", tiny)
-    assert code == 2 and "has no tensors for v_proj, which its config targets: they were lost" in error
+    assert (
+        code == 2 and "has no tensors for v_proj, which its config targets: they were lost" in error
+    )
 
 
 def test_lm_head_adapter(said, tiny: Path, tmp_path: Path) -> None:
@@ -108,28 +122,41 @@ def test_lm_head_adapter(said, tiny: Path, tmp_path: Path) -> None:
         check_equal(tmp_path / folder, tiny, logits(model))
     code, out, _ = said("inspect", tmp_path / "adapter")
     assert (
-        code == 0 and f"weights of the base, not compared with it here (import, merge and export do): {copy}\n" in out
+        code == 0
+        and f"weights of the base, not compared with it here (import, merge and export do): {copy}\n"
+        in out
     )
 
 
 def test_lm_head_adapter_with_a_trained_head(said, tiny: Path, tmp_path: Path) -> None:
-    folder, name = tmp_path / "adapter", "base_model.model.lm_head.base_layer.weight"
+    folder = tmp_path / "adapter"
+    name = "base_model.model.lm_head.base_layer.weight"
     new_adapter(tiny, target_modules=["lm_head"]).save_pretrained(folder)
     tensors = load_file(folder / WEIGHTS)
     save_file(tensors | {name: tensors[name] + 0.01 * torch.eye(512, 96)}, folder / WEIGHTS)
     code, _, error = said("merge", folder, "--base", tiny, "--out", tmp_path / "out")
-    assert code == 2 and f"{name} differs from lm_head.weight of {tiny}, by up to 0.01: it was trained, or" in error
+    assert (
+        code == 2
+        and f"{name} differs from lm_head.weight of {tiny}, by up to 0.01: it was trained, or"
+        in error
+    )
 
 
 def test_shared_expert_gate_adapter(said, bases: dict[str, Path], tmp_path: Path) -> None:
-    new_adapter(bases["shared"], r=8, target_modules="all-linear").save_pretrained(tmp_path / "adapter")
-    code, _, error = said("import", tmp_path / "adapter", tmp_path / "out", "--base", bases["shared"])
+    new_adapter(bases["shared"], r=8, target_modules="all-linear").save_pretrained(
+        tmp_path / "adapter"
+    )
+    code, _, error = said(
+        "import", tmp_path / "adapter", tmp_path / "out", "--base", bases["shared"]
+    )
     assert code == 2 and error.endswith(
-        "model.layers.0.mlp.shared_expert_gate has an adapter; megalora does not adapt it. Merge it with PEFT "
-        "(merge_and_unload), or train without it\n"
+        "model.layers.0.mlp.shared_expert_gate has an adapter; megalora does not adapt it. Merge it"
+        " with PEFT (merge_and_unload), or train without it\n"
     )
     assert not (tmp_path / "out").exists()
     shutil.rmtree(tmp_path / "adapter")
-    model = new_adapter(bases["shared"], r=8, target_modules="all-linear", exclude_modules=["shared_expert_gate"])
+    model = new_adapter(
+        bases["shared"], r=8, target_modules="all-linear", exclude_modules=["shared_expert_gate"]
+    )
     model.save_pretrained(tmp_path / "adapter")
     check_equal(tmp_path / "adapter", bases["shared"], logits(model))

@@ -1,4 +1,5 @@
-"""Base folders as users bring them: read as transformers reads them, or refused in one line before a weight is read."""
+"""Base folders as users bring them: read as transformers reads them, or refused in one line before
+a weight is read."""
 
 import json
 from pathlib import Path
@@ -19,10 +20,18 @@ checkpoint: {{dir: {run}}}
 """
 
 
-def refusals(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], *, plan: bool) -> list[str]:
-    """What ``megalora train``, and ``plan`` where ``plan`` is set, say on one line; both must end with exit code 2."""
+def refusals(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], *, plan: bool
+) -> list[str]:
+    """What ``megalora train``, and ``plan`` where ``plan`` is set, say on one line; both must end
+    with exit code 2."""
     rows = [
-        {"messages": [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": str(n + 1)}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"{n} + 1?"},
+                {"role": "assistant", "content": str(n + 1)},
+            ]
+        }
         for n in range(8)
     ]
     data = tmp_path / "data.jsonl"
@@ -68,7 +77,9 @@ def test_attention_bias_is_computed(tmp_path: Path, arch: str) -> None:
 
 def test_biases_without_the_field_are_left_over(tmp_path: Path) -> None:
     base = rewrite(make_base(tmp_path / "base"), with_biases)
-    with pytest.raises(ValueError, match=r"8 are left over.*attention_bias \(Qwen2-MoE: qkv_bias\)"):
+    with pytest.raises(
+        ValueError, match=r"8 are left over.*attention_bias \(Qwen2-MoE: qkv_bias\)"
+    ):
         open_folder(base)
 
 
@@ -80,7 +91,8 @@ def to_fp8(tensors: Tensors) -> Tensors:
 
 
 FP8: dict[str, Any] = {
-    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
 }  # fmt: skip
 
 
@@ -89,19 +101,30 @@ def test_fp8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for said in refusals(tmp_path, base, capsys, plan=True):
         assert "config.json has quantization_config (quant_method 'fp8')" in said
         assert "float32, bfloat16 or float16 weights only" in said
-        assert said.endswith("use the model they were quantised from, Qwen3-30B-A3B by this one's name")
+        assert said.endswith(
+            "use the model they were quantised from, Qwen3-30B-A3B by this one's name"
+        )
 
 
-def test_fp8_without_the_config_s_word_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fp8_without_the_config_s_word_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = rewrite(make_base(tmp_path / "base"), to_fp8)
     (said,) = refusals(tmp_path, base, capsys, plan=False)
-    assert "112 tensors are of quantised weights" in said  # 2 layers x 28 matrices, and a scale for each
+    # 2 layers x 28 matrices, and a scale for each
+    assert "112 tensors are of quantised weights" in said
     assert "is F8_E4M3" in said
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.gate.weight", "model.norm.weight"])
-def test_a_missing_weight_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    base = rewrite(make_base(tmp_path / "base"), lambda t: {n: w for n, w in t.items() if n != name})
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.layers.1.mlp.gate.weight", "model.norm.weight"]
+)
+def test_a_missing_weight_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    base = rewrite(
+        make_base(tmp_path / "base"), lambda t: {n: w for n, w in t.items() if n != name}
+    )
     (said,) = refusals(tmp_path, base, capsys, plan=False)
     assert f"1 tensors are missing ({name})" in said
 
@@ -111,9 +134,12 @@ def packed(tensors: Tensors) -> Tensors:
     for layer in range(2):
         at = f"model.layers.{layer}.mlp.experts"
         gate, up, down = (
-            [tensors.pop(f"{at}.{e}.{name}_proj.weight") for e in range(8)] for name in ("gate", "up", "down")
+            [tensors.pop(f"{at}.{e}.{name}_proj.weight") for e in range(8)]
+            for name in ("gate", "up", "down")
         )
-        tensors[f"{at}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
+        tensors[f"{at}.gate_up_proj"] = torch.stack(
+            [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+        )
         tensors[f"{at}.down_proj"] = torch.stack(down)
     return tensors
 
@@ -135,16 +161,25 @@ def test_packed_experts_are_read(tmp_path: Path) -> None:
     ids=lambda scaling: scaling["rope_type"],
 )  # fmt: skip
 def test_rope_scaling_is_computed(tmp_path: Path, scaling: dict[str, Any]) -> None:
-    base = rewrite(make_base(tmp_path / "base"), rope_parameters=None, rope_theta=1e6, rope_scaling=scaling)
+    base = rewrite(
+        make_base(tmp_path / "base"), rope_parameters=None, rope_theta=1e6, rope_scaling=scaling
+    )
     assert_reads(base)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_scaling_by_length_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+def test_scaling_by_length_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     scaling = {"rope_type": kind, "factor": 4.0}
-    base = rewrite(make_base(tmp_path / "base"), rope_parameters=None, rope_theta=1e6, rope_scaling=scaling)
+    base = rewrite(
+        make_base(tmp_path / "base"), rope_parameters=None, rope_theta=1e6, rope_scaling=scaling
+    )
     for said in refusals(tmp_path, base, capsys, plan=True):
-        assert f"rope_scaling is of type '{kind}', whose frequencies depend on the length of each input" in said
+        assert (
+            f"rope_scaling is of type '{kind}', whose frequencies depend on the length of each"
+            " input" in said
+        )
 
 
 def test_partial_rotary_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,11 +28,19 @@ CALLS = """\
 {% endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant
 {% endif -%}"""
-CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+CALL = {
+    "id": "abcdefghi",
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Paris"}},
+}
 
 
 def chat(*turns):
-    return {"messages": [{"role": role, "content": content, **dict(*more)} for role, content, *more in turns]}
+    return {
+        "messages": [
+            {"role": role, "content": content, **dict(*more)} for role, content, *more in turns
+        ]
+    }
 
 
 @pytest.fixture
@@ -61,35 +69,60 @@ def test_columns_left_out(load):
     assert learned_text == [["42<|im_end|>"]]
     assert "user\nAdd the two numbers.\n17 25<|im_end|>" in text_of(split, make_tokenizer())
     mapped = {"prompt": "instruction", "completion": "output"}
-    assert load([row], format=mapped)[1].samples[0].input_ids.tolist() == split.samples[0].input_ids.tolist()
+    assert (
+        load([row], format=mapped)[1].samples[0].input_ids.tolist()
+        == split.samples[0].input_ids.tolist()
+    )
     row = {"system": "Answer in French.", "prompt": "Good day?", "completion": "Bonjour.", "id": 7}
     learned_text, split = load([row])
     assert learned_text == [["Bonjour.<|im_end|>"]]
-    assert text_of(split, make_tokenizer()).startswith("<|im_start|>system\nAnswer in French.<|im_end|>")
+    assert text_of(split, make_tokenizer()).startswith(
+        "<|im_start|>system\nAnswer in French.<|im_end|>"
+    )
     assert split.summary().endswith("; columns not used: id")
     messages = chat(("user", "q"), ("assistant", "a"))
-    with pytest.raises(ValueError, match=r"row 1: chat_template_kwargs holds 'enable_thinking', which the chat templ"):
+    with pytest.raises(
+        ValueError,
+        match=r"row 1: chat_template_kwargs holds 'enable_thinking', which the chat templ",
+    ):
         load([{**messages, "chat_template_kwargs": {"enable_thinking": False}}])
     for column in ("tools", "functions"):
-        with pytest.raises(ValueError, match=r"row 1: the chat template leaves out the tools \('get_weather'\)"):
+        with pytest.raises(
+            ValueError, match=r"row 1: the chat template leaves out the tools \('get_weather'\)"
+        ):
             load([{**messages, column: [{"name": "get_weather", "description": "Say it."}]}])
-    with pytest.raises(ValueError, match=r"row 1: the chat template leaves out the documents \('Rain"):
+    with pytest.raises(
+        ValueError, match=r"row 1: the chat template leaves out the documents \('Rain"
+    ):
         load([{**messages, "documents": [{"title": "Rain", "text": "It rains."}]}])
 
 
 def test_empty_answer_loss_on_next_turn(load):
     rows = [chat(("user", "Q1"), ("assistant", ""), ("user", "Q2"), ("assistant", "A two."))]
-    template = PLAIN.replace("{{ m.content }}<|im_end|>\n", "{% if m.content %}{{ m.content }}<|im_end|>\n{% endif %}")
+    template = PLAIN.replace(
+        "{{ m.content }}<|im_end|>\n", "{% if m.content %}{{ m.content }}<|im_end|>\n{% endif %}"
+    )
     assert load(rows, template)[0] == [["A two.<|im_end|>"]]
 
 
 def test_two_answers_in_a_row_without_an_end_of_turn(load):
-    rows = [chat(("user", "Q"), ("assistant", "A one"), ("assistant", "A two"), ("user", "R"), ("assistant", "B"))]
+    rows = [
+        chat(
+            ("user", "Q"),
+            ("assistant", "A one"),
+            ("assistant", "A two"),
+            ("user", "R"),
+            ("assistant", "B"),
+        )
+    ]
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
     template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     learned_text, split = load(rows, template)
     assert learned_text == [["A one", "A two", "B"]]
-    assert "1 have no end-of-turn token in the loss behind the last answer: the model will not learn" in split.summary()
+    assert (
+        "1 have no end-of-turn token in the loss behind the last answer: the model will not learn"
+        in split.summary()
+    )
 
 
 def test_empty_tool_calls_list(load):
@@ -101,7 +134,12 @@ def test_empty_tool_calls_list(load):
 {% endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant
 {% endif -%}"""
-    for empty in ({"tool_calls": []}, {"tool_calls": None}, {"function_call": {}}, {"reasoning_content": ""}):
+    for empty in (
+        {"tool_calls": []},
+        {"tool_calls": None},
+        {"function_call": {}},
+        {"reasoning_content": ""},
+    ):
         rows = [chat(("user", "Q"), ("assistant", "The whole answer.", empty))]
         assert load(rows, template)[0] == [["The whole answer.<|im_end|>"]]
 
@@ -143,12 +181,25 @@ def test_lone_surrogate_and_what_is_like_it(load, tmp_path, line, message):
 def test_message_flags(load, key, template):
     text = PLAIN
     if template == "marked":
-        marked = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
+        marked = (
+            "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{%"
+            " else %}"
+        )
         text = PLAIN.replace("{{ m.content }}", marked + "{{ m.content }}{% endif %}")
     no, yes = (0, 1) if key == "weight" else (False, True)
     rows = [
-        chat(("user", "Q1"), ("assistant", "BAD", {key: no}), ("user", "Q2"), ("assistant", "GOOD", {key: yes})),
-        chat(("user", "Q1"), ("assistant", "GOOD", {key: yes}), ("user", "Q2"), ("assistant", "BAD", {key: no})),
+        chat(
+            ("user", "Q1"),
+            ("assistant", "BAD", {key: no}),
+            ("user", "Q2"),
+            ("assistant", "GOOD", {key: yes}),
+        ),
+        chat(
+            ("user", "Q1"),
+            ("assistant", "GOOD", {key: yes}),
+            ("user", "Q2"),
+            ("assistant", "BAD", {key: no}),
+        ),
         chat(("user", "Q1", {key: no}), ("assistant", "GOOD", {key: None})),
     ]
     assert load(rows, text)[0] == [["GOOD<|im_end|>"]] * 3
@@ -158,9 +209,18 @@ def test_message_flags(load, key, template):
     ("turn", "message"),
     [
         (("assistant", "A", {"weight": 0.5}), "message 2: weight=0.5 is neither 0 nor 1"),
-        (("assistant", "A", {"weight": 0, "train": True}), "message 2: weight and train contradict each other"),
-        (("assistant", "A", {"mask": True}), "message 2 has mask=True, which can mean learned or hidden"),
-        (("user", "A", {"train": True}), r"message 2 \(user\) has train set, but only assistant messages can be"),
+        (
+            ("assistant", "A", {"weight": 0, "train": True}),
+            "message 2: weight and train contradict each other",
+        ),
+        (
+            ("assistant", "A", {"mask": True}),
+            "message 2 has mask=True, which can mean learned or hidden",
+        ),
+        (
+            ("user", "A", {"train": True}),
+            r"message 2 \(user\) has train set, but only assistant messages can be",
+        ),
     ],
 )
 def test_flags_that_cannot_be_honoured(load, turn, message):
@@ -170,7 +230,12 @@ def test_flags_that_cannot_be_honoured(load, turn, message):
 
 def tool_row(name, arguments, answer):
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return chat(("user", name), ("assistant", "", {"tool_calls": [call]}), ("tool", answer), ("assistant", answer))
+    return chat(
+        ("user", name),
+        ("assistant", "", {"tool_calls": [call]}),
+        ("tool", answer),
+        ("assistant", answer),
+    )
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
@@ -180,13 +245,21 @@ def test_null_padded_tool_arguments(load, tmp_path, kind):
         tool_row("calc", {"expr": "1+1", "when": {"hour": 3}}, "2"),
     ]
     table = pyarrow.Table.from_pylist(rows)
-    assert table.to_pylist()[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["expr"] is None
+    assert (
+        table.to_pylist()[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["expr"]
+        is None
+    )
     if kind == "parquet":
         pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     else:
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+        (tmp_path / "rows.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in table.to_pylist())
+        )
     assert load(None, CALLS, name=f"rows.{kind}")[0] == [
-        ['<call>weather {"city": "Paris", "when": {"day": "Monday"}}</call><|im_end|>', "sunny<|im_end|>"],
+        [
+            '<call>weather {"city": "Paris", "when": {"day": "Monday"}}</call><|im_end|>',
+            "sunny<|im_end|>",
+        ],
         # Arrow keeps the order in which keys were seen first.
         ['<call>calc {"when": {"hour": 3}, "expr": "1+1"}</call><|im_end|>', "2<|im_end|>"],
     ]
@@ -195,7 +268,10 @@ def test_null_padded_tool_arguments(load, tmp_path, kind):
 @pytest.mark.parametrize(
     ("refusal", "form"),
     [
-        ("{%- if messages[0].role != 'system' -%}{{ raise_exception('no') }}{%- endif -%}", "system"),
+        (
+            "{%- if messages[0].role != 'system' -%}{{ raise_exception('no') }}{%- endif -%}",
+            "system",
+        ),
         ("{%- if messages | length > 1 -%}{{ raise_exception('no') }}{%- endif -%}", "alone"),
         ("{{- raise_exception('never') -}}", "plain"),
         ("{{- 1 // 0 -}}", "plain"),
@@ -214,17 +290,27 @@ def test_probe_refused_by_template(load, refusal, form):
 
 def test_reasoning_left_out(load):
     row = chat(("user", "2+2?"), ("assistant", "4", {"reasoning_content": "two and two make four"}))
-    with pytest.raises(ValueError, match=r"row 1: the chat template leaves out the reasoning of message 2 \('two and"):
+    with pytest.raises(
+        ValueError,
+        match=r"row 1: the chat template leaves out the reasoning of message 2 \('two and",
+    ):
         load([row])
     learned_text, split = load([row, row], allow_left_out=["reasoning"])
     assert learned_text == [["4<|im_end|>"]] * 2
-    assert split.summary().endswith("; 2 lost their reasoning to the chat template (data.allow_left_out)")
+    assert split.summary().endswith(
+        "; 2 lost their reasoning to the chat template (data.allow_left_out)"
+    )
 
 
 def test_tool_calls_left_out(load):
-    message = r"row 1: the chat template leaves out the tool_calls of message 2 \('weather'\).\n  Use a chat template"
+    message = (
+        r"row 1: the chat template leaves out the tool_calls of message 2 \('weather'\).\n  Use a"
+        r" chat template"
+    )
     old = {"function_call": {"name": "weather", "arguments": '{"city": "Paris"}'}}
-    one_of_both = PLAIN.replace("{{ m.content }}", "{{ m.content or m.tool_calls[0].function.name }}")
+    one_of_both = PLAIN.replace(
+        "{{ m.content }}", "{{ m.content or m.tool_calls[0].function.name }}"
+    )
     for said in ({"tool_calls": [CALL]}, old):
         for content in ("", None, "I look it up."):
             with pytest.raises(ValueError, match=message):
@@ -233,7 +319,9 @@ def test_tool_calls_left_out(load):
             load([chat(("user", "Weather?"), ("assistant", "I look it up.", said))], one_of_both)
     marked = PLAIN.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
     with pytest.raises(ValueError, match=message):
-        load([chat(("user", "Weather in Paris?"), ("assistant", "", {"tool_calls": [CALL]}))], marked)
+        load(
+            [chat(("user", "Weather in Paris?"), ("assistant", "", {"tool_calls": [CALL]}))], marked
+        )
 
 
 def test_tool_conversations(load):
@@ -261,5 +349,7 @@ def test_the_command_line_names_file_and_row(tmp_path, tiny, capfd, monkeypatch)
         cli.main(["data", str(tmp_path / "run.yaml")])
     out, err = capfd.readouterr()
     assert (exit.value.code, out) == (2, "")
-    assert err.startswith(f"megalora: {tmp_path}/rows.jsonl: row 1: message 1 holds half a character")
+    assert err.startswith(
+        f"megalora: {tmp_path}/rows.jsonl: row 1: message 1 holds half a character"
+    )
     assert err.count("\n") == 1

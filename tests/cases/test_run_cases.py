@@ -1,4 +1,5 @@
-"""What users did with runs and met trouble: Ctrl-C, two runs in one folder, ``~`` and a warm-up longer than the run."""
+"""What users did with runs and met trouble: Ctrl-C, two runs in one folder, ``~`` and a warm-up
+longer than the run."""
 
 import gc
 import json
@@ -59,7 +60,8 @@ def test_ctrl_c_ends_torchrun_without_a_traceback(number: int, code: int, tmp_pa
 @pytest.mark.slow
 def test_ctrl_c_as_a_user_types_it(tiny: Path, chats: Path, tmp_path: Path) -> None:
     sections = {
-        "model": {"path": str(tiny), "dtype": "float32"}, "data": {"train": str(chats), "max_length": 128},
+        "model": {"path": str(tiny), "dtype": "float32"},
+        "data": {"train": str(chats), "max_length": 128},
         "train": {"steps": 500, "global_batch_size": 4, "lr": 1e-3, "check_base": "off"},
         "checkpoint": {"dir": "run", "every": 1},
     }  # fmt: skip
@@ -89,7 +91,9 @@ def test_two_runs_in_one_folder(tiny: Path, chats: Path, tmp_path: Path) -> None
     config = make_config(tiny, chats, tmp_path / "run", {}, steps=12, eval=2)
     config = replace(config, checkpoint=replace(config.checkpoint, every=1))
     gc.collect()
-    first = multiprocessing.get_context("fork").Process(target=_train_into, args=(config, tmp_path / "first"))
+    first = multiprocessing.get_context("fork").Process(
+        target=_train_into, args=(config, tmp_path / "first")
+    )
     first.start()
     deadline = time.monotonic() + PATIENCE_S
     while not (tmp_path / "run/step_000001").exists():
@@ -99,12 +103,17 @@ def test_two_runs_in_one_folder(tiny: Path, chats: Path, tmp_path: Path) -> None
         second = replace(config, checkpoint=replace(config.checkpoint, resume=resume))
         (said,) = run_ranks(said_by, 1, second)
         assert first.is_alive(), "the second came too late to tell"
-        who = rf"ValueError: another run is writing to .*/run; it is process \d+ on {re.escape(socket.gethostname())} since"
+        who = (
+            r"ValueError: another run is writing to .*/run; it is process \d+ on"
+            rf" {re.escape(socket.gethostname())} since"
+        )
         assert re.match(who, said), said
     first.join(PATIENCE_S)
     assert "finished at step 12" in (tmp_path / "first").read_text()
     assert len(records(tmp_path / "run", "loss")) == 12
-    assert sorted(path.name for path in (tmp_path / "run").glob("*step_*")) == [f"step_{n:06d}" for n in range(1, 13)]
+    assert sorted(path.name for path in (tmp_path / "run").glob("*step_*")) == [
+        f"step_{n:06d}" for n in range(1, 13)
+    ]
 
 
 @pytest.fixture
@@ -115,22 +124,25 @@ def home(tiny: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (home / "base").symlink_to(tiny)
     (home / "data.jsonl").symlink_to(chats)
     (home / "config.yaml").write_text(
-        "model: {path: ~/base}\ndata: {train: ~/data.jsonl, max_length: 64}\ntrain: {steps: 10, warmup: 50}\n"
-        "checkpoint: {dir: ~/runs/a}\n"
+        "model: {path: ~/base}\ndata: {train: ~/data.jsonl, max_length: 64}\ntrain: {steps: 10,"
+        " warmup: 50}\ncheckpoint: {dir: ~/runs/a}\n"
     )
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(home / "here")
     return home
 
 
-def test_a_tilde_and_a_warmup(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tilde_and_a_warmup(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(cli, "torchrun", started.append)
     code, _, said = outcome(capsys, "train", "~/config.yaml")
     assert code == 2 and not started
-    assert said == (
-        "megalora: train.warmup=50 is longer than train.steps=10: the learning rate would end at 20% of train.lr. Lower "
-        "train.warmup or train more steps.\n"
+    assert (
+        said
+        == "megalora: train.warmup=50 is longer than train.steps=10: the learning rate would end at"
+        " 20% of train.lr. Lower train.warmup or train more steps.\n"
     )
     assert outcome(capsys, "train", "~/config.yaml", "train.warmup=5")[0] == 0
     assert len(started) == 1
@@ -149,7 +161,11 @@ def test_a_tilde_and_a_warmup(home: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def _train_epochs(config: RunConfig) -> list[str]:
     """What runs of one epoch and of a hundredth say; then one with a warm-up that ends too late."""
     said = []
-    for name, options in (("a", {"epochs": 1.0}), ("b", {"epochs": 0.01}), ("c", {"epochs": 1.0, "warmup": 2})):
+    for name, options in (
+        ("a", {"epochs": 1.0}),
+        ("b", {"epochs": 0.01}),
+        ("c", {"epochs": 1.0, "warmup": 2}),
+    ):
         run = replace(config.checkpoint, dir=f"{config.checkpoint.dir}/{name}")
         options = replace(config.train, steps=None, **options)
         said.append(said_by(replace(config, train=options, checkpoint=run)))
@@ -159,9 +175,15 @@ def _train_epochs(config: RunConfig) -> list[str]:
 def test_what_an_epoch_leaves_out_is_said(tiny: Path, chats: Path, tmp_path: Path) -> None:
     config = make_config(tiny, chats, tmp_path, {}, eval=76, global_batch_size=16)
     ((one, little, warmup),) = run_ranks(_train_epochs, 1, config)
-    assert "train.epochs=1 of 20 samples is 1.25 steps of 16: a run of 1 trains on 16 samples, 4 are left out" in one
     assert (
-        "train.epochs=0.01 of 20 samples is 0.01 steps of 16: a run of 1 trains on 16 samples, 16 more than" in little
+        "train.epochs=1 of 20 samples is 1.25 steps of 16: a run of 1 trains on 16 samples, 4 are"
+        " left out" in one
     )
-    assert warmup.startswith("ValueError: train.warmup=2 is longer than the 1 step of train.epochs=1: ")
+    assert (
+        "train.epochs=0.01 of 20 samples is 0.01 steps of 16: a run of 1 trains on 16 samples, 16"
+        " more than" in little
+    )
+    assert warmup.startswith(
+        "ValueError: train.warmup=2 is longer than the 1 step of train.epochs=1: "
+    )
     assert len(records(tmp_path / "a", "loss")) == 1

@@ -1,4 +1,5 @@
-"""Two hosts in one machine: network namespaces with addresses and names of their own, joined by a cable that can be cut."""
+"""Two hosts in one machine: network namespaces with addresses and names of their own, joined by a
+cable that can be cut."""
 
 import json
 import os
@@ -20,7 +21,8 @@ NAMES_OF = "127.0.0.1 localhost\n10.77.0.1 host-a\n10.77.0.2 host-b\n"
 
 @dataclass(frozen=True)
 class Host:
-    """``space`` is the namespace: a name for ``ip netns``, the same for no two test runs at a time."""
+    """``space`` is the namespace: a name for ``ip netns``, the same for no two test runs at a
+    time."""
 
     name: str
     address: str
@@ -59,7 +61,9 @@ def missing() -> str:
         made = subprocess.run(cable, capture_output=True, text=True)
         subprocess.run(["ip", "netns", "del", name], check=True)
     if made.returncode != 0:
-        return f"this machine lets root make no network namespaces with a cable: {made.stderr.strip()}"
+        return (
+            f"this machine lets root make no network namespaces with a cable: {made.stderr.strip()}"
+        )
     return ""
 
 
@@ -69,14 +73,28 @@ def ip(*arguments: str) -> str:
 
 @contextmanager
 def two_hosts() -> Iterator[None]:
-    """Both hosts exist, joined, for as long as the block runs; then they and every process on them are gone."""
+    """Both hosts exist, joined, for as long as the block runs; then they and every process on them
+    are gone."""
     try:
         for host in HOSTS:
             ip("netns", "add", host.space)
             ip("-n", host.space, "link", "set", "lo", "up")
             _give_names(host)
         first, second = HOSTS
-        ip("link", "add", CARD, "netns", first.space, "type", "veth", "peer", "name", CARD, "netns", second.space)
+        ip(
+            "link",
+            "add",
+            CARD,
+            "netns",
+            first.space,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            CARD,
+            "netns",
+            second.space,
+        )
         for host in HOSTS:
             ip("-n", host.space, "addr", "add", f"{host.address}/24", "dev", CARD)
             ip("-n", host.space, "link", "set", CARD, "up")
@@ -87,7 +105,8 @@ def two_hosts() -> Iterator[None]:
 
 
 def _give_names(host: Host) -> None:
-    """``ip netns exec`` puts these in the place of /etc's. No name server is in reach, and asking one takes 10 s each."""
+    """``ip netns exec`` puts these in the place of /etc's. No name server is in reach, and asking
+    one takes 10 s each."""
     folder = Path("/etc/netns") / host.space
     folder.mkdir(parents=True)
     (folder / "hosts").write_text(NAMES_OF)
@@ -111,7 +130,8 @@ def kill_all(host: Host) -> None:
 
 
 def cut() -> None:
-    """Pull the cable out at the second host. No connection is closed: neither side is told anything."""
+    """Pull the cable out at the second host. No connection is closed: neither side is told
+    anything."""
     ip("-n", HOSTS[1].space, "link", "set", CARD, "down")
 
 
@@ -138,17 +158,29 @@ def start(folder: Path, port: int, config: Path, *overrides: str) -> list[Node]:
         settings = {
             "NNODES": "2", "NODE_RANK": str(host.node_rank), "NPROC_PER_NODE": "2",
             "MASTER_ADDR": HOSTS[0].name, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": CARD,
-            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MAX_RESTARTS": "0",
+            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+            "MAX_RESTARTS": "0",
         }  # fmt: skip
-        command = ["ip", "netns", "exec", host.space, ROOT / "launch" / "torchrun_node.sh", config, *overrides]
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            host.space,
+            ROOT / "launch" / "torchrun_node.sh",
+            config,
+            *overrides,
+        ]
         with log.open("wb") as out:
-            process = subprocess.Popen(command, cwd=ROOT, env=outside | settings, stdout=out, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=outside | settings, stdout=out, stderr=subprocess.STDOUT
+            )
         nodes.append(Node(host, process, log))
     return nodes
 
 
 def ended(nodes: list[Node], within_s: float) -> list[int]:
-    """Exit codes, once both have ended; an assertion that shows both logs when they do not in ``within_s`` seconds."""
+    """Exit codes, once both have ended; an assertion that shows both logs when they do not in
+    ``within_s`` seconds."""
     began = time.monotonic()
     running = list(nodes)
     while running and time.monotonic() - began < within_s:
@@ -157,7 +189,9 @@ def ended(nodes: list[Node], within_s: float) -> list[int]:
     if running:
         for node in nodes:
             kill_all(node.host)
-    assert not running, f"{[n.host.name for n in running]} still running after {within_s:.0f} s\n{logs(nodes)}"
+    assert not running, (
+        f"{[n.host.name for n in running]} still running after {within_s:.0f} s\n{logs(nodes)}"
+    )
     return [node.process.returncode for node in nodes]
 
 

@@ -1,4 +1,5 @@
-"""The launch scripts with stand-ins for what they start, so that it can be seen how they start it."""
+"""The launch scripts with stand-ins for what they start, so that it can be seen how they start
+it."""
 
 import os
 import re
@@ -14,19 +15,28 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FAKES = {
     # Everything but torchrun is Python's to do.
-    "python": f"""
+    "python": (
+        f"""
         [[ "$1 $2" = "-m megalora.launching" ]] || exec {sys.executable} "$@"
         shift 2
-        exec torchrun "$@\"""",
-    "torchrun": 'echo "pid=$$ OMP=$OMP_NUM_THREADS timeout=$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"; printf "%s\\n" "$@"',
+        exec torchrun "$@\""""
+    ),
+    "torchrun": (
+        'echo "pid=$$ OMP=$OMP_NUM_THREADS timeout=$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"; printf "%s\\n"'
+        ' "$@"'
+    ),
     # Ends at once, or runs until SIGTERM if there is a file "hang".
-    "srun": """
+    "srun": (
+        """
         echo "srun $* NNODES=$NNODES MASTER=$MASTER_ADDR:$MASTER_PORT RDZV_ID=$RDZV_ID" >>log
         [[ -e hang ]] || exit 0
         trap 'sleep 0.3; echo saved >>log; exit 1' TERM
         echo $$ >srun.pid
-        while :; do sleep 0.02; done""",
-    "scontrol": 'if [[ $1 = show ]]; then printf "node-a\\nnode-b\\n"; else echo "scontrol $*" >>log; fi',
+        while :; do sleep 0.02; done"""
+    ),
+    "scontrol": (
+        'if [[ $1 = show ]]; then printf "node-a\\nnode-b\\n"; else echo "scontrol $*" >>log; fi'
+    ),
     "scancel": 'echo "scancel $*" >>log; kill -TERM "$(cat srun.pid)"',
     "squeue": "cat state",
     "megalora": 'printf "%s\\n" "$@"',
@@ -35,7 +45,8 @@ FAKES = {
 
 @pytest.fixture
 def copy(tmp_path: Path, tiny: Path) -> Path:
-    """launch/ in a folder without .venv, so that the stand-ins on PATH are what it starts; with what the quickstart reads."""
+    """launch/ in a folder without .venv, so that the stand-ins on PATH are what it starts; with
+    what the quickstart reads."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     (tmp_path / "runs/quickstart").mkdir(parents=True)
     (tmp_path / "runs/quickstart/base").symlink_to(tiny)
@@ -58,10 +69,17 @@ def environment(folder: Path, **extra: str) -> dict[str, str]:
     return {**clean, "PATH": path, "CUDA_VISIBLE_DEVICES": "", **extra}
 
 
-def launch(folder: Path, script: str, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    folder: Path, script: str, *arguments: str, **extra: str
+) -> subprocess.CompletedProcess[str]:
     command = ["bash", f"launch/{script}", *arguments]
     return subprocess.run(
-        command, cwd=folder, env=environment(folder, **extra), capture_output=True, text=True, timeout=60
+        command,
+        cwd=folder,
+        env=environment(folder, **extra),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 

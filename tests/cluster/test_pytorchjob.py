@@ -11,10 +11,13 @@ from tests.cluster.stand_ins import ROOT, copy, launch, listening
 
 __all__ = ["copy", "listening"]  # fixtures
 
-# What the operator fills in, and rejects the job without; its CRD says the same at much greater length.
+# What the operator fills in, and rejects the job without; its CRD says the same at much greater
+# length.
 POD = {
     "terminationGracePeriodSeconds": int,
-    "containers": [{"name": str, "image": str, "command": [str], "args": [str], "resources": {"limits": dict}}],
+    "containers": [
+        {"name": str, "image": str, "command": [str], "args": [str], "resources": {"limits": dict}}
+    ],
 }
 REPLICAS = {"replicas": int, "restartPolicy": str, "template": {"spec": POD}}
 JOB = {
@@ -59,40 +62,60 @@ def test_pytorchjob_is_what_the_operator_takes(job: dict[str, Any]) -> None:
         assert replicas["restartPolicy"] in ("Always", "OnFailure", "Never", "ExitCode")
         pod = replicas["template"]["spec"]
         (container,) = pod["containers"]
-        assert container["name"] == "pytorch", "the operator gives its environment to the container of this name"
-        assert [p["containerPort"] for p in container["ports"] if p["name"] == "pytorchjob-port"] == [29500]
+        assert container["name"] == "pytorch", (
+            "the operator gives its environment to the container of this name"
+        )
+        assert [
+            p["containerPort"] for p in container["ports"] if p["name"] == "pytorchjob-port"
+        ] == [29500]
         assert container["resources"]["limits"]["nvidia.com/gpu"] == int(spec["nprocPerNode"])
         assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
         assert os.access(ROOT / container["command"][0], os.X_OK)
 
 
-@pytest.mark.parametrize(("replica", "index", "rank"), [("Master", 0, 0), ("Worker", 0, 1), ("Worker", 2, 3)])
+@pytest.mark.parametrize(
+    ("replica", "index", "rank"), [("Master", 0, 0), ("Worker", 0, 1), ("Worker", 2, 3)]
+)
 def test_a_pod_takes_its_place(
     copy: Path, listening: int, job: dict[str, Any], replica: str, index: int, rank: int
 ) -> None:
-    """The pod's own command under what the operator sets (its setPodEnv), node 0's service name answering here."""
+    """The pod's own command under what the operator sets (its setPodEnv), node 0's service name
+    answering here."""
     spec = job["spec"]
     num_nodes = sum(r["replicas"] for r in spec["pytorchReplicaSpecs"].values())
     assert index < spec["pytorchReplicaSpecs"][replica]["replicas"]
     port = {"MASTER_PORT": str(listening), "PET_MASTER_PORT": str(listening)}
     injected = {
-        "MASTER_ADDR": "localhost", "PET_MASTER_ADDR": "localhost", "PET_NNODES": str(num_nodes), "RANK": str(rank),
-        "PET_NODE_RANK": str(rank), "PET_NPROC_PER_NODE": spec["nprocPerNode"], "WORLD_SIZE": str(num_nodes * 8),
+        "MASTER_ADDR": "localhost", "PET_MASTER_ADDR": "localhost", "PET_NNODES": str(num_nodes),
+        "RANK": str(rank),
+        "PET_NODE_RANK": str(rank), "PET_NPROC_PER_NODE": spec["nprocPerNode"],
+        "WORLD_SIZE": str(num_nodes * 8),
     }  # fmt: skip
     (container,) = spec["pytorchReplicaSpecs"][replica]["template"]["spec"]["containers"]
     script = Path(container["command"][0]).name
-    # What lies on the shared disk is looked up before ranks start: here it is a name on the hub and a folder of this test.
+    # What lies on the shared disk is looked up before ranks start: here it is a name on the hub and
+    # a folder of this test.
     here = {
         "model.path": "Qwen/Qwen3-30B-A3B",
         "data.train": "runs/quickstart/arithmetic.jsonl",
         "checkpoint.dir": "run",
     }
     keys = [argument.partition("=")[0] for argument in container["args"]]
-    arguments = [f"{k}={here[k]}" if k in here else a for k, a in zip(keys, container["args"], strict=True)]
+    arguments = [
+        f"{k}={here[k]}" if k in here else a for k, a in zip(keys, container["args"], strict=True)
+    ]
     arguments[0] = str(ROOT / arguments[0])
     result = launch(copy, script, *arguments, **injected, **port, LOCAL_ADDR="10.0.0.7")
     assert result.returncode == 0, result.stderr
     said = result.stdout.splitlines()[1:]
     assert said[:4] == ["--nnodes", "4", "--nproc-per-node", "8"]
-    assert f"localhost:{listening}" in said and f"is_host={int(rank == 0)},timeout=900,read_timeout=30" in said
-    assert said[said.index("--local-addr") + 1 :] == ["10.0.0.7", "-m", "megalora.train", *arguments]
+    assert (
+        f"localhost:{listening}" in said
+        and f"is_host={int(rank == 0)},timeout=900,read_timeout=30" in said
+    )
+    assert said[said.index("--local-addr") + 1 :] == [
+        "10.0.0.7",
+        "-m",
+        "megalora.train",
+        *arguments,
+    ]

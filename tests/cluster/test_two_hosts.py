@@ -1,4 +1,5 @@
-"""launch/torchrun_node.sh on two hosts: they find each other, train one adapter, notice when one is cut off, and resume."""
+"""launch/torchrun_node.sh on two hosts: they find each other, train one adapter, notice when one is
+cut off, and resume."""
 
 import json
 import re
@@ -9,13 +10,26 @@ from pathlib import Path
 import pytest
 
 from megalora.data.arithmetic import write_arithmetic
-from tests.cluster.hosts import HOSTS, Node, cut, ended, logs, mend, missing, received_bytes, start, two_hosts
+from tests.cluster.hosts import (
+    HOSTS,
+    Node,
+    cut,
+    ended,
+    logs,
+    mend,
+    missing,
+    received_bytes,
+    start,
+    two_hosts,
+)
 
 pytestmark = pytest.mark.cluster
 RUN_S = 900  # a whole run; 25 s on two idle cores
 STEPS = 24
-TIMEOUT_MINUTES = 0.75  # of a rank for another: more than the ranks' start may drift apart on a busy machine
-ENDING_S = 60 * TIMEOUT_MINUTES + 120  # the same, then torchrun's own patience with its store (60 s), and the exits
+# of a rank for another: more than the ranks' start may drift apart on a busy machine
+TIMEOUT_MINUTES = 0.75
+# the same, then torchrun's own patience with its store (60 s), and the exits
+ENDING_S = 60 * TIMEOUT_MINUTES + 120
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +62,28 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
 def metrics(run: Path) -> dict[int, tuple[float, float]]:
     """Loss and gradient norm of every step that is written down."""
     path = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    rows = (
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if path.exists()
+        else []
+    )
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows if "loss" in row}
 
 
 def wait_for_step(run: Path, step: int, nodes: list[Node]) -> None:
     deadline = time.monotonic() + RUN_S
     while max(metrics(run), default=0) < step:
-        assert all(node.process.poll() is None for node in nodes), f"ended before step {step}\n{logs(nodes)}"
+        assert all(node.process.poll() is None for node in nodes), (
+            f"ended before step {step}\n{logs(nodes)}"
+        )
         assert time.monotonic() < deadline, f"no step {step}\n{logs(nodes)}"
         time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
-def whole(hosts: None, config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[float, float]]:
+def whole(
+    hosts: None, config: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, tuple[float, float]]:
     """Metrics of a run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("whole")
     nodes = start(folder, 29511, config, f"checkpoint.dir={folder / 'run'}")
@@ -84,15 +106,20 @@ def test_a_host_is_cut_off_then_the_run_resumes(
     whole: dict[int, tuple[float, float]], config: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    nodes = start(tmp_path, 29512, config, f"checkpoint.dir={run}", f"train.timeout_minutes={TIMEOUT_MINUTES}")
+    nodes = start(
+        tmp_path, 29512, config, f"checkpoint.dir={run}", f"train.timeout_minutes={TIMEOUT_MINUTES}"
+    )
     wait_for_step(run, 6, nodes)
     cut()
     codes = ended(nodes, within_s=ENDING_S)
     assert 0 not in codes, logs(nodes)
     saved = (run / "latest").read_text().strip()
     for node in nodes:
-        here = re.escape(node.host.address if node.host.node_rank else node.host.name)  # LOCAL_ADDR of torchrun_node.sh
-        assert re.search(rf"megalora \(rank \d.*{here}\): lost contact with another rank", node.said()), logs(nodes)
+        # LOCAL_ADDR of torchrun_node.sh
+        here = re.escape(node.host.address if node.host.node_rank else node.host.name)
+        assert re.search(
+            rf"megalora \(rank \d.*{here}\): lost contact with another rank", node.said()
+        ), logs(nodes)
         assert f"the last checkpoint is {run / saved}" in node.said()
     assert int(saved.removeprefix("step_")) < STEPS
 

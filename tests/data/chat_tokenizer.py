@@ -14,7 +14,8 @@ CHATML = """\
 {{- '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-# As Qwen3: turns before the last question lose their reasoning, turns after it always get a think block.
+# As Qwen3: turns before the last question lose their reasoning, turns after it always get a think
+# block.
 QWEN3 = """\
 {%- set ns = namespace(last_query=-1) %}
 {%- for message in messages %}
@@ -69,7 +70,10 @@ TEMPLATES = {
     "marked_closed": MARKED_CLOSED,
     "llama2": LLAMA2,
 }
-_TEXT = "user assistant What is the sum of two numbers? The answer is forty two, I think. Good morning to you."
+_TEXT = (
+    "user assistant What is the sum of two numbers? The answer is forty two, I think. Good morning"
+    " to you."
+)
 
 
 def make_tokenizer(
@@ -78,7 +82,8 @@ def make_tokenizer(
     specials: Iterable[str] = (),
     **kwargs: str,
 ) -> PreTrainedTokenizerFast:
-    """template: a key of TEMPLATES; trim_offsets: leave white space out of the offsets, as Llama 3 does."""
+    """template: a key of TEMPLATES; trim_offsets: leave white space out of the offsets, as Llama 3
+    does."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -100,7 +105,8 @@ def make_tokenizer(
 
 def learned(encoded, tokenizer):
     """The text of each run of tokens in the loss."""
-    runs, start = [], 0
+    runs = []
+    start = 0
     for in_loss, group in groupby(encoded.loss_mask.tolist()):
         length = len(list(group))
         if in_loss:

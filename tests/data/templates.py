@@ -17,67 +17,104 @@ def each(body: str, end: str = PROMPT) -> str:
 
 
 def by_role(assistant: str, others: str = CHATML_TURN, end: str = PROMPT) -> str:
-    return each("{%- if m.role == 'assistant' -%}" + assistant + "{%- else -%}" + others + "{%- endif -%}", end)
+    return each(
+        "{%- if m.role == 'assistant' -%}" + assistant + "{%- else -%}" + others + "{%- endif -%}",
+        end,
+    )
 
 
-CALLS = "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function | tojson + '</tool_call>' }}{% endfor %}"
-HEAD, END = "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_end|>\n' }}"
+CALLS = (
+    "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function | tojson + '</tool_call>' }}{%"
+    " endfor %}"
+)
+HEAD = "{{ '<|im_start|>assistant\n' }}"
+END = "{{ '<|im_end|>\n' }}"
 LAST_USER = (
     "{%- set ns = namespace(last=-1) -%}{%- for m in messages -%}{%- if m.role == 'user' and not "
     "(m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) -%}"
     "{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}"
 )
 SPLIT_THINK = (
-    "{%- set content = m.content -%}{%- set reason = m.reasoning_content or '' -%}{%- if '</think>' in content -%}"
-    "{%- set reason = content.split('</think>')[0].split('<think>')[-1].strip('\n') -%}"
-    "{%- set content = content.split('</think>')[-1].lstrip('\n') -%}{%- endif -%}"
+    "{%- set content = m.content -%}{%- set reason = m.reasoning_content or '' -%}{%- if '</think>'"
+    " in content -%}{%- set reason = content.split('</think>')[0].split('<think>')[-1].strip('\n')"
+    " -%}{%- set content = content.split('</think>')[-1].lstrip('\n') -%}{%- endif -%}"
 )
 
 TEMPLATES = {
     "chatml": each(CHATML_TURN),
     "trims": each(CHATML_TURN.replace("m.content", "(m.content | trim)")),
     "no generation prompt": each(CHATML_TURN, ""),
-    "default system prompt": "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nHelp.<|im_end|>\n' }}"
-    "{% endif %}" + each(CHATML_TURN),
-    "no end of turn": each("{{ '<|im_start|>' + m.role + '\n' + m.content }}"),
-    "text end of turn": each("{{ '### ' + m.role + '\n' + m.content + '\n\n' }}", "{{ '### assistant\n' }}"),
-    "eos at the very end": each(CHATML_TURN, "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}" + PROMPT),
-    "llama 2": by_role("{{ ' ' + m.content | trim + ' ' + eos_token }}", "{{ '[INST] ' + m.content + ' [/INST]' }}", ""),
-    "strict alternation": each(
-        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
-        + CHATML_TURN
+    "default system prompt": (
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nHelp.<|im_end|>\n' }}"
+        "{% endif %}" + each(CHATML_TURN)
     ),
-    "no system role": each("{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML_TURN),
-    "system folded into the user": "{% set s = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
-    "{% set loop_messages = messages[1:] if s else messages %}"
-    + "{% for m in loop_messages %}{{ '<|im_start|>' + m.role + '\n' + (s if loop.first else '') + m.content + "
-    "'<|im_end|>\n' }}{% endfor %}" + PROMPT,
+    "no end of turn": each("{{ '<|im_start|>' + m.role + '\n' + m.content }}"),
+    "text end of turn": each(
+        "{{ '### ' + m.role + '\n' + m.content + '\n\n' }}", "{{ '### assistant\n' }}"
+    ),
+    "eos at the very end": each(
+        CHATML_TURN, "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}" + PROMPT
+    ),
+    "llama 2": by_role(
+        "{{ ' ' + m.content | trim + ' ' + eos_token }}",
+        "{{ '[INST] ' + m.content + ' [/INST]' }}",
+        "",
+    ),
+    "strict alternation": each(
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate')"
+        " }}{% endif %}" + CHATML_TURN
+    ),
+    "no system role": each(
+        "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML_TURN
+    ),
+    "system folded into the user": (
+        "{% set s = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+        "{% set loop_messages = messages[1:] if s else messages %}"
+        + "{% for m in loop_messages %}{{ '<|im_start|>' + m.role + '\n' + (s if loop.first else"
+        " '') + m.content + '<|im_end|>\n' }}{% endfor %}" + PROMPT
+    ),
     "drops the system role": each("{% if m.role != 'system' %}" + CHATML_TURN + "{% endif %}"),
     "drops tool results": each("{% if m.role != 'tool' %}" + CHATML_TURN + "{% endif %}"),
     "last message only": "{% set m = messages[-1] %}" + CHATML_TURN + PROMPT,
     "cuts long contents": each(CHATML_TURN.replace("m.content", "m.content[:12]")),
-    "qwen3": LAST_USER
-    + by_role(
-        SPLIT_THINK + HEAD + "{%- if loop.index0 > ns.last -%}{{ '<think>\n' + reason + '\n</think>\n\n' + content }}"
-        "{%- else -%}{{ content }}{%- endif -%}" + CALLS + END
+    "qwen3": (
+        LAST_USER
+        + by_role(
+            SPLIT_THINK
+            + HEAD
+            + "{%- if loop.index0 > ns.last -%}{{ '<think>\n' + reason + '\n</think>\n\n' + content"
+            " }}{%- else -%}{{ content }}{%- endif -%}" + CALLS + END
+        )
     ),
-    "always reasons": by_role(SPLIT_THINK + HEAD + "{{ '<think>' + reason + '</think>' + content }}" + CALLS + END),
+    "always reasons": by_role(
+        SPLIT_THINK + HEAD + "{{ '<think>' + reason + '</think>' + content }}" + CALLS + END
+    ),
     "deepseek: think in the prompt": by_role(
-        SPLIT_THINK + HEAD + "{{ content }}" + END, end=PROMPT + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+        SPLIT_THINK + HEAD + "{{ content }}" + END,
+        end=PROMPT + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}",
     ),
     "prompt opens what the answer holds": by_role(
         HEAD + "{{ '<think>\n' + m.reasoning + '\n</think>\n' + m.content }}" + END,
         end=PROMPT + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}",
     ),
     "hermes": by_role(HEAD + "{{ m.content }}" + CALLS + END),
-    "one of content and calls": by_role(HEAD + "{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}" + END),
-    "first call only": by_role(HEAD + "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}" + END),
+    "one of content and calls": by_role(
+        HEAD + "{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}" + END
+    ),
+    "first call only": by_role(
+        HEAD
+        + "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}"
+        + END
+    ),
     "names of calls only": by_role(
-        HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name }}{% endfor %}" + END
+        HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name }}{%"
+        " endfor %}" + END
     ),
     "strings of arguments only": by_role(
-        HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name }}"
-        "{% for k, v in c.function.arguments.items() %}{{ ' ' + k + '=' }}{{ v if v is string }}{% endfor %}{% endfor %}" + END
+        HEAD
+        + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name }}{% for"
+        " k, v in c.function.arguments.items() %}{{ ' ' + k + '=' }}{{ v if v is string }}{%"
+        " endfor %}{% endfor %}" + END
     ),
     "arguments one by one": by_role(
         HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name }}"
@@ -89,87 +126,135 @@ TEMPLATES = {
         "{{ c.function.arguments | tojson(sort_keys=true) }}{% endfor %}{{ m.content }}" + END
     ),
     "ascii arguments": by_role(
-        HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c | tojson(ensure_ascii=true) }}{% endfor %}" + END
+        HEAD
+        + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c | tojson(ensure_ascii=true) }}{%"
+        " endfor %}" + END
     ),
     "arguments as text": by_role(
-        HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + ' ' "
+        HEAD
+        + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + ' ' "
         "+ c.function.arguments }}{% endfor %}" + END
     ),
     "arguments printed as they are": by_role(
-        HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments }}"
-        "{% endfor %}" + END
+        HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{"
+        " c.function.arguments }}{% endfor %}" + END
     ),
-    "mistral: ids of nine": "{%- set ns = namespace(called=false) -%}"
-    + each(
-        "{% for c in m.tool_calls or [] %}{% if c.id is undefined or c.id | length != 9 %}"
-        "{{ raise_exception('ids have nine characters') }}{% endif %}{% endfor %}"
-        "{% if m.role == 'tool' and not ns.called %}{{ raise_exception('no call before') }}{% endif %}"
-        "{% set ns.called = m.tool_calls is defined or (m.role == 'tool' and ns.called) %}"
-        "{% if m.role == 'tool' %}{{ '[RESULT]' + m.content + m.tool_call_id + '[/RESULT]' }}"
-        "{% elif m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
-        "{% else %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ '[CALL]' + c.function | tojson + c.id }}{% endfor %}"
-        "{{ eos_token }}{% endif %}",
-        "",
+    "mistral: ids of nine": (
+        "{%- set ns = namespace(called=false) -%}"
+        + each(
+            "{% for c in m.tool_calls or [] %}{% if c.id is undefined or c.id | length != 9 %}{{"
+            " raise_exception('ids have nine characters') }}{% endif %}{% endfor %}{% if m.role =="
+            " 'tool' and not ns.called %}{{ raise_exception('no call before') }}{% endif %}{% set"
+            " ns.called = m.tool_calls is defined or (m.role == 'tool' and ns.called) %}{% if"
+            " m.role == 'tool' %}{{ '[RESULT]' + m.content + m.tool_call_id + '[/RESULT]' }}{% elif"
+            " m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}{% else %}{{ m.content }}{%"
+            " for c in m.tool_calls or [] %}{{ '[CALL]' + c.function | tojson + c.id }}{% endfor"
+            " %}{{ eos_token }}{% endif %}",
+            "",
+        )
     ),
     "special call tokens": by_role(
-        HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<|call|>' + c.function.name + '<|args|>' + "
-        "c.function.arguments | tojson + '<|end_call|>' }}{% endfor %}" + END
+        HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<|call|>' + c.function.name +"
+        " '<|args|>' + c.function.arguments | tojson + '<|end_call|>' }}{% endfor %}" + END
     ),
     "gpt-oss": each(
-        "{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}{{ '<|start|>assistant<|channel|>analysis<|message|>' + "
-        "m.thinking + '<|end|>' }}{% endif %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}"
-        "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
-        "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}",
+        "{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}{{"
+        " '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif"
+        " %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}{{ '<|return|>' if"
+        " loop.last and not add_generation_prompt else '<|end|>' }}{% else %}{{ '<|start|>' +"
+        " m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}",
         "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
     ),
     "glm: the next turn ends it": each(
-        "{{ '<|' + m.role + '|>\n' + m.content }}", "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+        "{{ '<|' + m.role + '|>\n' + m.content }}",
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
     ),
     "seed: bos opens a turn": each(
         "{{ bos_token + m.role + '\n' }}{% if m.content %}{{ m.content + eos_token }}{% endif %}",
         "{% if add_generation_prompt %}{{ bos_token + 'assistant\n' }}{% endif %}",
     ),
-    "eos only at the end": each("{{ '<|' + m.role + '|>' + m.content }}", "{{ eos_token if not add_generation_prompt }}"
-                                "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"),
-    "marked": by_role(HEAD + "{% generation %}{{ m.content }}" + CALLS + "{% endgeneration %}" + END),
-    "marked with end": by_role(HEAD + "{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"),
+    "eos only at the end": each(
+        "{{ '<|' + m.role + '|>' + m.content }}",
+        "{{ eos_token if not add_generation_prompt }}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    ),
+    "marked": by_role(
+        HEAD + "{% generation %}{{ m.content }}" + CALLS + "{% endgeneration %}" + END
+    ),
+    "marked with end": by_role(
+        HEAD + "{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"
+    ),
     "marked in two blocks": by_role(
-        HEAD + "{% if m.reasoning %}{% generation %}{{ '<think>' + m.reasoning + '</think>' }}{% endgeneration %}{% endif %}"
-        "{% generation %}{{ m.content }}{% endgeneration %}" + END
+        HEAD + "{% if m.reasoning %}{% generation %}{{ '<think>' + m.reasoning + '</think>' }}{%"
+        " endgeneration %}{% endif %}{% generation %}{{ m.content }}{% endgeneration %}" + END
     ),
     "marks the user": each("{% generation %}" + CHATML_TURN + "{% endgeneration %}"),
-    "marked, without calls": by_role(HEAD + "{% generation %}{{ m.content }}{% endgeneration %}" + END),
-    "prints tools": "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endif %}" + by_role(HEAD + "{{ m.content }}" + CALLS + END),
-    "names of tools only": "{% for t in tools or [] %}{{ t.function.name + ' ' }}{% endfor %}" + each(CHATML_TURN),
-    "prints documents": "{% for d in documents or [] %}{{ d.title + ': ' + d.text + '\n' }}{% endfor %}" + each(CHATML_TURN),
-    "enable_thinking": each(
-        CHATML_TURN, PROMPT + "{% if add_generation_prompt and enable_thinking is false %}{{ '<think></think>' }}{% endif %}"
+    "marked, without calls": by_role(
+        HEAD + "{% generation %}{{ m.content }}{% endgeneration %}" + END
     ),
-    "repeats the question": each(CHATML_TURN.replace("+ m.content", "+ ('Again: ' if false else '') + m.content"))
-    .replace(PROMPT, "") + "{{ '<|im_start|>user\n' + messages[0].content if false }}" + PROMPT,
+    "prints tools": (
+        "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endif %}" + by_role(HEAD + "{{ m.content }}" + CALLS + END)
+    ),
+    "names of tools only": (
+        "{% for t in tools or [] %}{{ t.function.name + ' ' }}{% endfor %}" + each(CHATML_TURN)
+    ),
+    "prints documents": (
+        "{% for d in documents or [] %}{{ d.title + ': ' + d.text + '\n' }}{% endfor %}"
+        + each(CHATML_TURN)
+    ),
+    "enable_thinking": each(
+        CHATML_TURN,
+        PROMPT
+        + "{% if add_generation_prompt and enable_thinking is false %}{{ '<think></think>' }}{%"
+        " endif %}",
+    ),
+    "repeats the question": (
+        each(
+            CHATML_TURN.replace("+ m.content", "+ ('Again: ' if false else '') + m.content")
+        ).replace(PROMPT, "")
+        + "{{ '<|im_start|>user\n' + messages[0].content if false }}"
+        + PROMPT
+    ),
     "joins answers": by_role(
-        "{% if loop.index0 == 0 or messages[loop.index0 - 1].role != 'assistant' %}" + HEAD + "{% endif %}{{ m.content }}"
+        "{% if loop.index0 == 0 or messages[loop.index0 - 1].role != 'assistant' %}"
+        + HEAD
+        + "{% endif %}{{ m.content }}"
         "{% if loop.last or messages[loop.index0 + 1].role != 'assistant' %}" + END + "{% endif %}"
     ),
     "puts results into the call": each(
         "{% if m.role == 'tool' %}{% elif m.role == 'assistant' and m.tool_calls %}"
-        + HEAD + CALLS + "{{ messages[loop.index0 + 1].content if not loop.last else 'soon' }}{{ ' so ' + m.content }}" + END
-        + "{% else %}" + CHATML_TURN + "{% endif %}"
+        + HEAD
+        + CALLS
+        + "{{ messages[loop.index0 + 1].content if not loop.last else 'soon' }}{{ ' so ' +"
+        " m.content }}" + END + "{% else %}" + CHATML_TURN + "{% endif %}"
     ),
-    "looks at the answer": by_role(HEAD + "{{ 'Yes!' if m.content == 'yes' else m.content }}" + END),
+    "looks at the answer": by_role(
+        HEAD + "{{ 'Yes!' if m.content == 'yes' else m.content }}" + END
+    ),
     "drops the system, looks at the answer": each(
-        "{% if m.role != 'system' %}" + CHATML_TURN.replace("m.content", "(m.content if m.content != 'yes' else 'yes.')")
+        "{% if m.role != 'system' %}"
+        + CHATML_TURN.replace("m.content", "(m.content if m.content != 'yes' else 'yes.')")
         + "{% endif %}"
     ),
     "content as parts": each(
         "{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}"
         "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
     ),
-    "names": each("{{ '<|im_start|>' + m.role + (' ' + m.name if m.name else '') + '\n' + m.content + '<|im_end|>\n' }}"),
-    "prefix": each("{{ '<|im_start|>' + m.role + '\n' + m.content }}{% if not m.prefix %}{{ '<|im_end|>\n' }}{% endif %}"),
-    "html": each(CHATML_TURN.replace("m.content", "(m.content | replace('&', '&amp;') | replace('<', '&lt;'))")),
-}  # fmt: skip
+    "names": each(
+        "{{ '<|im_start|>' + m.role + (' ' + m.name if m.name else '') + '\n' + m.content +"
+        " '<|im_end|>\n' }}"
+    ),
+    "prefix": each(
+        "{{ '<|im_start|>' + m.role + '\n' + m.content }}{% if not m.prefix %}{{ '<|im_end|>\n'"
+        " }}{% endif %}"
+    ),
+    "html": each(
+        CHATML_TURN.replace(
+            "m.content", "(m.content | replace('&', '&amp;') | replace('<', '&lt;'))"
+        )
+    ),
+}
 SPECIALS = {
     "special call tokens": ("<|call|>", "<|args|>", "<|end_call|>"),
     "gpt-oss": ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
@@ -215,14 +300,22 @@ SYSTEM = {"role": "system", "content": "S"}
 PARIS = {"city": "Paris"}
 TWO = [user("Q1"), said("A1"), user("Q2"), said("A2")]
 LEARNED_TWO = ["A1<|im_end|>", "A2<|im_end|>"]
-TOOLS = [user(), said("", tool_calls=[call(PARIS, id="abcdefghi")]), result(tool_call_id="abcdefghi"), said()]
+TOOLS = [
+    user(),
+    said("", tool_calls=[call(PARIS, id="abcdefghi")]),
+    result(tool_call_id="abcdefghi"),
+    said(),
+]
 JSON_CALL = '{"name": "weather", "arguments": {"city": "Paris"}}'
 TOOL = {
     "type": "function",
     "function": {
         "name": "weather",
         "description": "Say it.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "Where."}}},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "Where."}},
+        },
     },
 }
 
@@ -234,7 +327,11 @@ def leaves_out(what: str, number: int | None, text: str) -> str:
 
 CASES = (
     Case("chatml", TWO, LEARNED_TWO),
-    Case("chatml", [user(), said("  A\n\n"), user(), said("B ")], ["  A\n\n<|im_end|>", "B <|im_end|>"]),
+    Case(
+        "chatml",
+        [user(), said("  A\n\n"), user(), said("B ")],
+        ["  A\n\n<|im_end|>", "B <|im_end|>"],
+    ),
     Case("chatml", [user(), said(""), user(), said("B")], ["<|im_end|>", "B<|im_end|>"]),
     Case("chatml", [user(), said(), user("R")], ["A<|im_end|>"]),
     Case("chatml", [user("A"), said("A"), user("A<|im_end|>"), said("A")], ["A<|im_end|>"] * 2),
@@ -246,9 +343,18 @@ CASES = (
     Case("chatml", [user(), said(refusal="No.")], refused=leaves_out("key 'refusal'", 2, "No.")),
     Case("chatml", [user(), said(prefix=True)], refused=leaves_out("key 'prefix'", 2, "true")),
     Case("chatml", [user(id="1"), said(refusal=None, annotations=[], audio=None)], ["A<|im_end|>"]),
-    Case("chatml", [user(), said()], refused=r"leaves out the tools \('weather'\)", more={"tools": [TOOL]}),
+    Case(
+        "chatml",
+        [user(), said()],
+        refused=r"leaves out the tools \('weather'\)",
+        more={"tools": [TOOL]},
+    ),
     Case("trims", [user(" Q "), said(" A \n"), user(), said("B")], ["A<|im_end|>", "B<|im_end|>"]),
-    Case("no generation prompt", TWO, ["<|im_start|>assistant\nA1<|im_end|>", "<|im_start|>assistant\nA2<|im_end|>"]),
+    Case(
+        "no generation prompt",
+        TWO,
+        ["<|im_start|>assistant\nA1<|im_end|>", "<|im_start|>assistant\nA2<|im_end|>"],
+    ),
     Case("default system prompt", TWO, LEARNED_TWO),
     Case("default system prompt", [SYSTEM, *TWO], LEARNED_TWO),
     Case("no end of turn", TWO, ["A1", "A2"], stops=False),
@@ -256,25 +362,54 @@ CASES = (
     Case("eos at the very end", TWO, LEARNED_TWO),
     Case("llama 2", TWO, [" A1 <|im_end|>", " A2 <|im_end|>"]),
     Case("strict alternation", TWO, LEARNED_TWO),
-    Case("strict alternation", [user(), user(), said()], refused=r"refuses these messages \(must alternate\)"),
+    Case(
+        "strict alternation",
+        [user(), user(), said()],
+        refused=r"refuses these messages \(must alternate\)",
+    ),
     Case("no system role", [SYSTEM, *TWO], refused=r"refuses these messages \(no system\)"),
     Case("system folded into the user", [SYSTEM, *TWO], LEARNED_TWO),
     Case("drops the system role", [SYSTEM, *TWO], refused=leaves_out("content", 1, "S")),
     Case("drops the system role", TWO, LEARNED_TWO),
-    Case("drops tool results", [user(), said("B"), result(), said()], refused=leaves_out("content", 3, "sunny")),
+    Case(
+        "drops tool results",
+        [user(), said("B"), result(), said()],
+        refused=leaves_out("content", 3, "sunny"),
+    ),
     Case("last message only", TWO, refused=leaves_out("content", 1, "Q1")),
     Case("last message only", [user("A"), said("A")], refused=leaves_out("content", 1, "A")),
     Case("cuts long contents", TWO, LEARNED_TWO),
-    Case("cuts long contents", [user(), said("A longer answer")], refused=leaves_out("content", 2, "A longer answer")),
+    Case(
+        "cuts long contents",
+        [user(), said("A longer answer")],
+        refused=leaves_out("content", 2, "A longer answer"),
+    ),
     Case("qwen3", TWO, ["A1<|im_end|>", "<think>\n\n</think>\n\nA2<|im_end|>"]),
     Case("qwen3", [user(), said(reasoning_content="R")], ["<think>\nR\n</think>\n\nA<|im_end|>"]),
     Case("qwen3", [user(), said(reasoning="R")], ["<think>\nR\n</think>\n\nA<|im_end|>"]),
-    Case("qwen3", [user(), said("<think>\nR\n</think>\n\nA")], ["<think>\nR\n</think>\n\nA<|im_end|>"]),
-    Case("qwen3", [user(), said(reasoning_content="R1"), *TWO], refused=leaves_out("reasoning", 2, "R1")),
-    Case("qwen3", [user(), said("<think>R1</think>A"), *TWO], refused=leaves_out("reasoning", 2, "R1")),
     Case(
         "qwen3",
-        [user(), said("B", reasoning_content="R"), user("<tool_response>\n4\n</tool_response>"), said()],
+        [user(), said("<think>\nR\n</think>\n\nA")],
+        ["<think>\nR\n</think>\n\nA<|im_end|>"],
+    ),
+    Case(
+        "qwen3",
+        [user(), said(reasoning_content="R1"), *TWO],
+        refused=leaves_out("reasoning", 2, "R1"),
+    ),
+    Case(
+        "qwen3",
+        [user(), said("<think>R1</think>A"), *TWO],
+        refused=leaves_out("reasoning", 2, "R1"),
+    ),
+    Case(
+        "qwen3",
+        [
+            user(),
+            said("B", reasoning_content="R"),
+            user("<tool_response>\n4\n</tool_response>"),
+            said(),
+        ],
         ["<think>\nR\n</think>\n\nB<|im_end|>", "<think>\n\n</think>\n\nA<|im_end|>"],
     ),
     Case("always reasons", TWO, ["<think></think>A1<|im_end|>", "<think></think>A2<|im_end|>"]),
@@ -284,9 +419,21 @@ CASES = (
         ["<think>R1</think>A<|im_end|>", "<think>R2</think>B<|im_end|>"],
     ),
     Case("deepseek: think in the prompt", TWO, LEARNED_TWO),
-    Case("deepseek: think in the prompt", [user(), said("<think>R</think>A")], refused=leaves_out("reasoning", 2, "R")),
-    Case("deepseek: think in the prompt", [user(), said("R</think>A")], refused=leaves_out("reasoning", 2, "R")),
-    Case("prompt opens what the answer holds", [user(), said(reasoning="R")], ["R\n</think>\nA<|im_end|>"]),
+    Case(
+        "deepseek: think in the prompt",
+        [user(), said("<think>R</think>A")],
+        refused=leaves_out("reasoning", 2, "R"),
+    ),
+    Case(
+        "deepseek: think in the prompt",
+        [user(), said("R</think>A")],
+        refused=leaves_out("reasoning", 2, "R"),
+    ),
+    Case(
+        "prompt opens what the answer holds",
+        [user(), said(reasoning="R")],
+        ["R\n</think>\nA<|im_end|>"],
+    ),
     Case("hermes", TOOLS, [f"<tool_call>{JSON_CALL}</tool_call><|im_end|>", "A<|im_end|>"]),
     Case(
         "hermes",
@@ -297,12 +444,20 @@ CASES = (
         "hermes",
         [user(), said("", tool_calls=[call({"n": 5, "x": 0.5, "ok": True, "of": [1, "a\nb"]})])],
         [
-            '<tool_call>{"name": "weather", "arguments": {"n": 5, "x": 0.5, "ok": true, "of": [1, "a\\nb"]}}'
-            "</tool_call><|im_end|>"
+            '<tool_call>{"name": "weather", "arguments": {"n": 5, "x": 0.5, "ok": true, "of": [1,'
+            ' "a\\nb"]}}</tool_call><|im_end|>'
         ],
     ),
-    Case("one of content and calls", TOOLS, [f"<tool_call>{JSON_CALL}</tool_call><|im_end|>", "A<|im_end|>"]),
-    Case("one of content and calls", [user(), said("B", tool_calls=[call(PARIS)])], refused=leaves_out("content", 2, "B")),
+    Case(
+        "one of content and calls",
+        TOOLS,
+        [f"<tool_call>{JSON_CALL}</tool_call><|im_end|>", "A<|im_end|>"],
+    ),
+    Case(
+        "one of content and calls",
+        [user(), said("B", tool_calls=[call(PARIS)])],
+        refused=leaves_out("content", 2, "B"),
+    ),
     Case("first call only", TOOLS, [f"{JSON_CALL}<|im_end|>", "A<|im_end|>"]),
     Case(
         "first call only",
@@ -310,7 +465,11 @@ CASES = (
         refused=leaves_out("tool_calls", 2, "news"),
     ),
     Case("names of calls only", TOOLS, refused=leaves_out("tool_calls", 2, "city")),
-    Case("names of calls only", [user(), said("", tool_calls=[call({})])], ["<call>weather<|im_end|>"]),
+    Case(
+        "names of calls only",
+        [user(), said("", tool_calls=[call({})])],
+        ["<call>weather<|im_end|>"],
+    ),
     Case("strings of arguments only", TOOLS, ["<call>weather city=Paris<|im_end|>", "A<|im_end|>"]),
     *(
         Case(
@@ -333,47 +492,100 @@ CASES = (
     Case(
         "ascii arguments",
         [user(), said(tool_calls=[call({"city": "Zürich"})])],
-        ['A{"type": "function", "function": {"name": "weather", "arguments": {"city": "Z\\u00fcrich"}}}<|im_end|>'],
+        [
+            'A{"type": "function", "function": {"name": "weather", "arguments": {"city":'
+            ' "Z\\u00fcrich"}}}<|im_end|>'
+        ],
     ),
     Case("arguments as text", TOOLS, ['<call>weather {"city": "Paris"}<|im_end|>', "A<|im_end|>"]),
-    Case("arguments printed as they are", TOOLS, ['<call>weather {"city": "Paris"}<|im_end|>', "A<|im_end|>"]),
+    Case(
+        "arguments printed as they are",
+        TOOLS,
+        ['<call>weather {"city": "Paris"}<|im_end|>', "A<|im_end|>"],
+    ),
     Case("mistral: ids of nine", TOOLS, [f"[CALL]{JSON_CALL}abcdefghi<|im_end|>", "A<|im_end|>"]),
     Case("mistral: ids of nine", TOOLS[2:], refused=r"refuses these messages \(no call before\)"),
     Case(
         "special call tokens",
         [user(), said("B", tool_calls=[call(PARIS), call({}, "news")]), result(), said()],
         [
-            'B<|call|>weather<|args|>{"city": "Paris"}<|end_call|><|call|>news<|args|>{}<|end_call|><|im_end|>',
+            (
+                'B<|call|>weather<|args|>{"city":'
+                ' "Paris"}<|end_call|><|call|>news<|args|>{}<|end_call|><|im_end|>'
+            ),
             "A<|im_end|>",
         ],
     ),
-    Case("gpt-oss", TWO, ["<|channel|>final<|message|>A1<|end|>", "<|channel|>final<|message|>A2<|return|>"]),
+    Case(
+        "gpt-oss",
+        TWO,
+        ["<|channel|>final<|message|>A1<|end|>", "<|channel|>final<|message|>A2<|return|>"],
+    ),
     Case(
         "gpt-oss",
         [user(), said(reasoning_content="R")],
-        ["<|channel|>analysis<|message|>R<|end|><|start|>assistant<|channel|>final<|message|>A<|return|>"],
+        [
+            "<|channel|>analysis<|message|>R<|end|><|start|>assistant<|channel|>final<|message|>A<|return|>"
+        ],
     ),
     Case("gpt-oss", [user(), said(thinking="R"), *TWO], refused=leaves_out("reasoning", 2, "R")),
     Case("glm: the next turn ends it", TWO, ["A1", "A2"], stops=False),
-    Case("glm: the next turn ends it", [user(), said("B"), said(), user(), said()], ["B", "A", "A"], stops=False),
+    Case(
+        "glm: the next turn ends it",
+        [user(), said("B"), said(), user(), said()],
+        ["B", "A", "A"],
+        stops=False,
+    ),
     Case("seed: bos opens a turn", TWO, LEARNED_TWO),
     Case("seed: bos opens a turn", [user(), said(""), user(), said()], ["A<|im_end|>"]),
     Case("eos only at the end", TWO, ["A1", "A2<|im_end|>"]),
     Case("marked", TOOLS, [f"<tool_call>{JSON_CALL}</tool_call><|im_end|>", "A<|im_end|>"]),
     Case("marked with end", TWO, ["A1<|im_end|>\n", "A2<|im_end|>\n"]),
     Case("marked in two blocks", [user(), said(reasoning="R")], ["<think>R</think>A<|im_end|>"]),
-    Case("marks the user", TWO, refused=r"marks message 1 as generated \({% generation %}\), which is not the assis"),
+    Case(
+        "marks the user",
+        TWO,
+        refused=r"marks message 1 as generated \({% generation %}\), which is not the assis",
+    ),
     Case("marked, without calls", TOOLS, refused=leaves_out("tool_calls", 2, "weather")),
-    Case("marked, without calls", [user(), said(reasoning="R")], refused=leaves_out("reasoning", 2, "R")),
-    Case("prints tools", TOOLS, [f"<tool_call>{JSON_CALL}</tool_call><|im_end|>", "A<|im_end|>"], more={"tools": [TOOL]}),
-    Case("names of tools only", TWO, refused=r"leaves out the tools \('Say it.'\)", more={"tools": [TOOL]}),
+    Case(
+        "marked, without calls",
+        [user(), said(reasoning="R")],
+        refused=leaves_out("reasoning", 2, "R"),
+    ),
+    Case(
+        "prints tools",
+        TOOLS,
+        [f"<tool_call>{JSON_CALL}</tool_call><|im_end|>", "A<|im_end|>"],
+        more={"tools": [TOOL]},
+    ),
+    Case(
+        "names of tools only",
+        TWO,
+        refused=r"leaves out the tools \('Say it.'\)",
+        more={"tools": [TOOL]},
+    ),
     Case("prints documents", TWO, LEARNED_TWO, more={"documents": [{"title": "T", "text": "D"}]}),
-    Case("prints documents", TWO, refused=r"leaves out the documents \('x'\)", more={"documents": [{"title": "T", "text": "D", "url": "x"}]}),
+    Case(
+        "prints documents",
+        TWO,
+        refused=r"leaves out the documents \('x'\)",
+        more={"documents": [{"title": "T", "text": "D", "url": "x"}]},
+    ),
     Case("enable_thinking", TWO, LEARNED_TWO, more={"options": {"enable_thinking": False}}),
-    Case("enable_thinking", TWO, refused="chat_template_kwargs holds 'thinking'", more={"options": {"thinking": 1}}),
+    Case(
+        "enable_thinking",
+        TWO,
+        refused="chat_template_kwargs holds 'thinking'",
+        more={"options": {"thinking": 1}},
+    ),
     Case("enable_thinking", TWO, refused="must not hold 'tools'", more={"options": {"tools": [1]}}),
     Case("repeats the question", TWO, LEARNED_TWO),
-    Case("joins answers", [user(), said("B"), said(), user(), said("C")], ["BA<|im_end|>", "C<|im_end|>"]),
+    Case(
+        "joins answers",
+        [user(), said("B"), said(), user(), said("C")],
+        ["BA<|im_end|>", "C<|im_end|>"],
+    ),
     Case(
         "puts results into the call",
         [user(), said("B", tool_calls=[call(PARIS)]), result(), said()],
@@ -388,11 +600,18 @@ CASES = (
     ),
     Case(
         "content as parts",
-        [user(), said([{"type": "text", "text": "A"}, {"type": "text", "text": "B", "image_url": None}])],
+        [
+            user(),
+            said([{"type": "text", "text": "A"}, {"type": "text", "text": "B", "image_url": None}]),
+        ],
         ["AB<|im_end|>"],
     ),
-    Case("chatml", [user(), said([{"type": "text", "text": "A"}, {"type": "text", "text": "B"}])], ["A\nB<|im_end|>"]),
+    Case(
+        "chatml",
+        [user(), said([{"type": "text", "text": "A"}, {"type": "text", "text": "B"}])],
+        ["A\nB<|im_end|>"],
+    ),
     Case("names", [user(name="Ann"), said()], ["A<|im_end|>"]),
     Case("prefix", [user(), said("B", prefix=True), said()], ["B", "A<|im_end|>"]),
     Case("html", [user("<b>"), said("a < b & c")], ["a &lt; b &amp; c<|im_end|>"]),
-)  # fmt: skip
+)

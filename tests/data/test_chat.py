@@ -22,7 +22,10 @@ LAST = TURNS[-1]["content"]
 
 
 def assistant(content, **keys):
-    return [{"role": "user", "content": "Good morning"}, {"role": "assistant", "content": content, **keys}]
+    return [
+        {"role": "user", "content": "Good morning"},
+        {"role": "assistant", "content": content, **keys},
+    ]
 
 
 EXPECTED = {
@@ -53,7 +56,10 @@ def test_llama2_template_without_header(make_tokenizer):
 
 def test_the_first_turn_is_learned_from_its_content_on(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    messages = [{"role": "assistant", "content": "Good morning to you."}, {"role": "user", "content": "you"}]
+    messages = [
+        {"role": "assistant", "content": "Good morning to you."},
+        {"role": "user", "content": "you"},
+    ]
     assert learned(encode(messages, tokenizer), tokenizer) == ["Good morning to you.<|im_end|>"]
 
 
@@ -72,14 +78,19 @@ def test_qwen3_contents(make_tokenizer, content, expected):
 
 def test_texts_that_hold_the_sentinel(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    messages = [{"role": "user", "content": "a \ue000 b"}, {"role": "assistant", "content": "\ue001 \ue000"}]
+    messages = [
+        {"role": "user", "content": "a \ue000 b"},
+        {"role": "assistant", "content": "\ue001 \ue000"},
+    ]
     assert learned(encode(messages, tokenizer), tokenizer) == ["\ue001 \ue000<|im_end|>"]
 
 
 def test_an_empty_content_whose_line_the_template_leaves_out(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
     tokenizer.eos_token = "<|endoftext|>"
-    body = "{{ m.role + '\n' + m.content }}{% if m.content %}{{ '\n' }}{% endif %}{{ '<|im_end|>' }}"
+    body = (
+        "{{ m.role + '\n' + m.content }}{% if m.content %}{{ '\n' }}{% endif %}{{ '<|im_end|>' }}"
+    )
     tokenizer.chat_template = "{% for m in messages %}" + body + "{% endfor %}"
     messages = [{"role": "assistant", "content": ""}, *assistant("42")]
     assert learned(encode(messages, tokenizer), tokenizer)[0] == "<|im_end|>"
@@ -112,7 +123,9 @@ def test_context_is_not_learned(make_tokenizer, template):
 def test_keys_that_are_none_count_as_absent(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
     padded = [{**turn, "name": None, "tool_calls": None} for turn in TURNS]
-    assert encode(padded, tokenizer).input_ids.tolist() == encode(TURNS, tokenizer).input_ids.tolist()
+    assert (
+        encode(padded, tokenizer).input_ids.tolist() == encode(TURNS, tokenizer).input_ids.tolist()
+    )
 
 
 REFUSES_CUTS = "{%- if messages | length in (3, 4) %}{{ raise_exception('cut') }}{%- endif %}"
@@ -154,18 +167,33 @@ USER = {"role": "user", "content": "you"}
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([USER], r"there is no assistant message to learn \(roles: user\); add one or remove the row"),
+        (
+            [USER],
+            r"there is no assistant message to learn \(roles: user\); add one or remove the row",
+        ),
         ([], r"there is no assistant message to learn \(roles: none\)"),
         ([USER, "hello"], "message 2 must be an object with role and content, got str 'hello'"),
-        ([USER, {"from": "gpt", "value": "x"}], r"message 2 has no 'role' \(its keys: from, value\)"),
-        ([USER, {"role": "bot", "content": "x"}], "message 2 has the unknown role 'bot'; use one of system, developer"),
+        (
+            [USER, {"from": "gpt", "value": "x"}],
+            r"message 2 has no 'role' \(its keys: from, value\)",
+        ),
+        (
+            [USER, {"role": "bot", "content": "x"}],
+            "message 2 has the unknown role 'bot'; use one of system, developer",
+        ),
         ([{"role": "assistant"}], r"message 1 has no 'content' \(its keys: role\)"),
-        ([{"role": "assistant", "content": None}], r"message 1 \(assistant\) has null as content; write a text"),
+        (
+            [{"role": "assistant", "content": None}],
+            r"message 1 \(assistant\) has null as content; write a text",
+        ),
         (
             [USER, {"role": "assistant", "content": [{"type": "image", "image": "x.png"}]}],
             "message 2: content must be a string or a list of text parts, got a list with dict",
         ),
-        ([USER, {"role": "assistant", "content": {"text": "x"}}], "message 2: content must be a string or a list"),
+        (
+            [USER, {"role": "assistant", "content": {"text": "x"}}],
+            "message 2: content must be a string or a list",
+        ),
     ],
 )
 def test_malformed_conversations(make_tokenizer, messages, message):
@@ -180,20 +208,25 @@ def test_nothing_to_learn_after_the_context(make_tokenizer):
 
 def test_the_template_refuses(make_tokenizer):
     with pytest.raises(
-        ValueError, match=r"the chat template refuses these messages \(only user and assistant are supp"
+        ValueError,
+        match=r"the chat template refuses these messages \(only user and assistant are supp",
     ):
         encode(TURNS, make_tokenizer("llama2"))
 
 
 def test_the_template_drops_the_content(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="the chat template leaves out the content of message 2"):
         encode(assistant("42"), tokenizer)
 
 
 def test_no_template(make_tokenizer):
-    with pytest.raises(ValueError, match=r"the tokenizer 'tiny' has no chat template.\n  Use the instruct model's"):
+    with pytest.raises(
+        ValueError, match=r"the tokenizer 'tiny' has no chat template.\n  Use the instruct model's"
+    ):
         encode(TURNS, make_tokenizer(None, name_or_path="tiny"))
 
 
@@ -226,7 +259,9 @@ def test_an_empty_answer_in_the_middle_learns_to_stop(make_tokenizer, content):
 
 def test_a_call_without_arguments_has_none(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    tokenizer.chat_template = tokenizer.chat_template.replace("call.name +", "(call.function | tojson) +")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "call.name +", "(call.function | tojson) +"
+    )
     for arguments in ({}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}):
         call = {"type": "function", "function": {"name": "sum", **arguments}}
         encoded = encode(assistant("", tool_calls=[call]), tokenizer)
@@ -254,5 +289,6 @@ def test_a_long_run_of_backslashes_takes_no_quadratic_time(make_tokenizer):
     content = "\\" * 30_000 + " \\u0041 \\ue000"
     start = time.process_time()
     encoded = encode(assistant(content), tokenizer)
-    assert time.process_time() - start < 3  # 0.1 s; some 30 s where each backslash is looked at anew
+    # 0.1 s; some 30 s where each backslash is looked at anew
+    assert time.process_time() - start < 3
     assert learned(encoded, tokenizer) == [f"{content}<|im_end|>"]

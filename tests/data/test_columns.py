@@ -7,7 +7,8 @@ import pytest
 from megalora.data.columns import resolve_columns, to_conversation, used_columns
 
 SYSTEM = {"role": "system", "content": "s"}
-USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+USER = {"role": "user", "content": "q"}
+ASSISTANT = {"role": "assistant", "content": "a"}
 GSM8K = {"prompt": "question", "completion": "answer"}
 
 
@@ -20,7 +21,11 @@ GSM8K = {"prompt": "question", "completion": "answer"}
         (GSM8K, ["question", "answer"], GSM8K),
         ("auto", ["conversations", "id"], {"messages": "conversations"}),
         ("auto", ["instruction", "output"], {"prompt": "instruction", "completion": "output"}),
-        ({**GSM8K, "input": "context"}, ["question", "answer", "context"], {**GSM8K, "input": "context"}),
+        (
+            {**GSM8K, "input": "context"},
+            ["question", "answer", "context"],
+            {**GSM8K, "input": "context"},
+        ),
     ],
 )
 def test_resolve_columns(format, columns, expected):
@@ -32,7 +37,10 @@ def test_resolve_columns(format, columns, expected):
     [
         (
             "auto",
-            r"data.format=auto looks for .* there are question, answer.\n  Say .*data.format={prompt: COLUMN, comp",
+            (
+                r"data.format=auto looks for .* there are question, answer.\n  Say"
+                r" .*data.format={prompt: COLUMN, comp"
+            ),
         ),
         ("sharegpt", "data.format='sharegpt' is not known; use auto, data.format={prompt"),
         (
@@ -42,9 +50,15 @@ def test_resolve_columns(format, columns, expected):
         ({}, r"data.format={} maps other keys"),
         (
             {"prompt": "questions", "completion": "answer"},
-            r"data.format: prompt is mapped to 'questions', but .* question, answer; did you mean question\?",
+            (
+                r"data.format: prompt is mapped to 'questions', but .* question, answer; did you"
+                r" mean question\?"
+            ),
         ),
-        ({"messages": "chat"}, "messages is mapped to 'chat', but the columns are question, answer$"),
+        (
+            {"messages": "chat"},
+            "messages is mapped to 'chat', but the columns are question, answer$",
+        ),
     ],
 )
 def test_format_that_does_not_fit(format, message):
@@ -104,14 +118,18 @@ def test_sharegpt():
         {"role": "user", "content": "17 + 25?", "weight": 0},
         {
             "role": "assistant",
-            "tool_calls": [{"type": "function", "function": {"name": "sum", "arguments": {"of": [17, 25]}}}],
+            "tool_calls": [
+                {"type": "function", "function": {"name": "sum", "arguments": {"of": [17, 25]}}}
+            ],
         },
         {"role": "tool", "content": "42"},
         {"role": "assistant", "content": "It is 42."},
     ]
     for turn, message in {
         "someone": r"message 1 is from 'someone'; known speakers are human, user",
-        "function_call": r"message 1: a function_call must hold JSON with name and arguments, got str 'x'",
+        "function_call": (
+            r"message 1: a function_call must hold JSON with name and arguments, got str 'x'"
+        ),
     }.items():
         with pytest.raises(ValueError, match=message):
             messages_of({"conversations": [{"from": turn, "value": "x"}]}, **columns)
@@ -151,7 +169,10 @@ def test_options_and_documents():
 def test_columns_of_the_conversation_are_used_or_refused():
     row = {"question": "q", "answer": "a", "context": "It rains."}
     mapping = {"prompt": "question", "completion": "answer"}
-    message = r"column 'context' belongs to the conversation and would be left out \(str 'It rains.'\).\n  Map it"
+    message = (
+        r"column 'context' belongs to the conversation and would be left out \(str 'It rains.'\).\n"
+        r"  Map it"
+    )
     with pytest.raises(ValueError, match=message):
         to_conversation(row, mapping)
     assert to_conversation(row, mapping, ["context"]).messages == [USER, ASSISTANT]
@@ -166,7 +187,9 @@ def test_columns_of_the_conversation_are_used_or_refused():
 def test_a_system_prompt_in_two_places():
     row = {"messages": [SYSTEM, USER, ASSISTANT], "system": "s"}
     assert messages_of(row, messages="messages") == [SYSTEM, USER, ASSISTANT]
-    with pytest.raises(ValueError, match="column 'system' and the first message hold different system prompts"):
+    with pytest.raises(
+        ValueError, match="column 'system' and the first message hold different system prompts"
+    ):
         messages_of({**row, "system": "other"}, messages="messages")
 
 
@@ -180,11 +203,31 @@ def test_a_system_prompt_in_two_places():
             {"prompt": "p", "completion": "c"},
             "'c' must hold a string or a list of messages, got int 3",
         ),
-        ({"m": [USER], "tools": "{"}, {"messages": "m"}, "column 'tools' holds text that is not JSON"),
-        ({"m": [USER], "tools": ["f"]}, {"messages": "m"}, "column 'tools' must hold a list of objects, got"),
-        ({"m": [USER], "chat_template_kwargs": [1]}, {"messages": "m"}, "'chat_template_kwargs' must hold an object"),
-        ({"m": [USER], "system": 3}, {"messages": "m"}, "column 'system' must hold a string, got int 3"),
-        ({"m": [USER], "history": [["q", "a"]]}, {"messages": "m"}, "column 'history' belongs to the conversation"),
+        (
+            {"m": [USER], "tools": "{"},
+            {"messages": "m"},
+            "column 'tools' holds text that is not JSON",
+        ),
+        (
+            {"m": [USER], "tools": ["f"]},
+            {"messages": "m"},
+            "column 'tools' must hold a list of objects, got",
+        ),
+        (
+            {"m": [USER], "chat_template_kwargs": [1]},
+            {"messages": "m"},
+            "'chat_template_kwargs' must hold an object",
+        ),
+        (
+            {"m": [USER], "system": 3},
+            {"messages": "m"},
+            "column 'system' must hold a string, got int 3",
+        ),
+        (
+            {"m": [USER], "history": [["q", "a"]]},
+            {"messages": "m"},
+            "column 'history' belongs to the conversation",
+        ),
     ],
 )
 def test_rows_that_do_not_fit(row, columns, message):
@@ -195,7 +238,9 @@ def test_rows_that_do_not_fit(row, columns, message):
 def test_a_completion_that_repeats_the_prompt_is_refused():
     columns = {"prompt": "prompt", "completion": "chosen"}
     for prompt in ("q", [USER]):
-        with pytest.raises(ValueError, match=r"'chosen' begins with the messages of 'prompt'.*{messages: chosen}"):
+        with pytest.raises(
+            ValueError, match=r"'chosen' begins with the messages of 'prompt'.*{messages: chosen}"
+        ):
             to_conversation({"prompt": prompt, "chosen": [USER, ASSISTANT]}, columns)
     for chosen in ("q", [ASSISTANT], [{**USER, "content": "r"}, ASSISTANT]):
         to_conversation({"prompt": "q", "chosen": chosen}, columns)

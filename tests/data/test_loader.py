@@ -43,18 +43,28 @@ def test_load_split_maps_columns_and_counts(tmp_path, make_tokenizer):
     source = write_rows(tmp_path / "train.jsonl", questions("42", "long " * 40, "43, I think"))
     split = load_split(source, tokenizer, format=GSM8K, max_length=80)
     kept = [
-        encode([{"role": "user", "content": "What is the sum?"}, {"role": "assistant", "content": answer}], tokenizer)
+        encode(
+            [
+                {"role": "user", "content": "What is the sum?"},
+                {"role": "assistant", "content": answer},
+            ],
+            tokenizer,
+        )
         for answer in ("42", "43, I think")
     ]
     assert [s.input_ids.tolist() for s in split.samples] == [s.input_ids.tolist() for s in kept]
     decoded = [tokenizer.decode(s.input_ids[s.loss_mask].tolist()) for s in split.samples]
-    assert decoded == [f"<think>\n\n</think>\n\n{answer}<|im_end|>" for answer in ("42", "43, I think")]
+    assert decoded == [
+        f"<think>\n\n</think>\n\n{answer}<|im_end|>" for answer in ("42", "43, I think")
+    ]
     assert (split.num_too_long, split.num_no_target) == (1, 0)
     assert split.longest > 160
     assert split.num_tokens == sum(len(s.input_ids) for s in kept)
     assert split.num_target_tokens == sum(int(s.loss_mask.sum()) for s in kept)
-    assert split.summary() == (
-        f"{source}: 2 samples, {split.num_tokens} tokens ({split.num_target_tokens} in the loss); "
+    assert (
+        split.summary()
+        == f"{source}: 2 samples, {split.num_tokens} tokens ({split.num_target_tokens} in the"
+        " loss); "
         f"1 longer than data.max_length=80 were left out (longest {split.longest})"
     )
 
@@ -72,22 +82,29 @@ def test_max_length_is_the_longest_that_is_kept(tmp_path, make_tokenizer):
 
 def test_samples_without_a_target_are_left_out(tmp_path, make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # an empty answer has no end of turn
+    # an empty answer has no end of turn
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     source = write_rows(tmp_path / "a.jsonl", questions("", "42"))
     split = load_split(source, tokenizer, format=GSM8K, max_length=99)
     assert (len(split.samples), split.num_no_target) == (1, 1)
-    assert "in the loss); 1 without a token in the loss were left out; 1 have no end-of-turn" in split.summary()
+    assert (
+        "in the loss); 1 without a token in the loss were left out; 1 have no end-of-turn"
+        in split.summary()
+    )
     source = write_rows(tmp_path / "b.jsonl", questions(""))
     with pytest.raises(
-        ValueError, match=r"none of the 1 samples is left: 1 without a token .*\n  Look at the rows and at"
+        ValueError,
+        match=r"none of the 1 samples is left: 1 without a token .*\n  Look at the rows and at",
     ):
         load_split(source, tokenizer, format=GSM8K, max_length=99)
 
 
 def test_summary_of_a_large_split():
-    many = Split("train.jsonl", 512, [sample([1] * 400, [False] * 150 + [True] * 250)] * 3000, 12, 0, 803)
-    assert many.summary() == (
-        "train.jsonl: 3,000 samples, 1.2 M tokens (750,000 in the loss); "
+    many = Split(
+        "train.jsonl", 512, [sample([1] * 400, [False] * 150 + [True] * 250)] * 3000, 12, 0, 803
+    )
+    assert (
+        many.summary() == "train.jsonl: 3,000 samples, 1.2 M tokens (750,000 in the loss); "
         "12 longer than data.max_length=512 were left out (longest 803)"
     )
 
@@ -96,23 +113,34 @@ def test_load_split_errors_name_file_and_row(tmp_path, make_tokenizer):
     tokenizer = make_tokenizer()
     good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     cases = {
-        r"a.jsonl: row 2: there is no assistant message": [good, {"messages": good["messages"][:1]}],
+        r"a.jsonl: row 2: there is no assistant message": [
+            good,
+            {"messages": good["messages"][:1]},
+        ],
         r"a.jsonl: row 3: message 2 has the unknown role 'bot'": [
             good,
             good,
             {"messages": [good["messages"][0], {"role": "bot", "content": "a"}]},
         ],
-        r"a.jsonl: row 2: column 'messages' must hold a list of messages, got NoneType": [good, {"text": "x"}],
-        r"a.jsonl: data.format=auto looks for a column 'messages'.*there are question, answer": questions("42"),
+        r"a.jsonl: row 2: column 'messages' must hold a list of messages, got NoneType": [
+            good,
+            {"text": "x"},
+        ],
+        r"a.jsonl: data.format=auto looks for a column 'messages'.*there are question, answer": (
+            questions("42")
+        ),
     }
     for message, rows in cases.items():
         with pytest.raises(ValueError, match=message):
-            load_split(write_rows(tmp_path / "a.jsonl", rows), tokenizer, format="auto", max_length=99)
+            load_split(
+                write_rows(tmp_path / "a.jsonl", rows), tokenizer, format="auto", max_length=99
+            )
     source = write_rows(tmp_path / "a.jsonl", [good])
     with pytest.raises(ValueError, match=r"a.jsonl: the tokenizer .* has no chat template"):
         load_split(source, make_tokenizer(None), format="auto", max_length=99)
     message = (
-        r"none of the 1 samples is left: 1 longer than data.max_length=3 .*\(longest \d+\).\n  Raise data.max_length"
+        r"none of the 1 samples is left: 1 longer than data.max_length=3 .*\(longest \d+\).\n "
+        r" Raise data.max_length"
     )
     with pytest.raises(ValueError, match=message):
         load_split(source, tokenizer, format="auto", max_length=3)
@@ -129,20 +157,27 @@ def test_every_refusal_is_named_where_that_is_asked_for(tmp_path, make_tokenizer
 
     def refusal(every_refusal):
         with pytest.raises(ValueError) as caught:
-            load_split(source, make_tokenizer(), format="auto", max_length=99, every_refusal=every_refusal)
+            load_split(
+                source, make_tokenizer(), format="auto", max_length=99, every_refusal=every_refusal
+            )
         return str(caught.value)
 
     assert refusal(False) == f"{source}: row 2: {bots}"
-    assert refusal(True) == (
-        f"{source}: 8 of 9 rows are refused\n"
-        f"  7 (rows 2, 3, 4, 5, 6, ...): {bots}\n"
-        "  1 (rows 9): there is no assistant message to learn (roles: user); add one or remove the row"
+    assert (
+        refusal(True)
+        == f"{source}: 8 of 9 rows are refused\n  7 (rows 2, 3, 4, 5, 6, ...): {bots}\n  1 (rows"
+        " 9): there is no assistant message to learn (roles: user); add one or remove the row"
     )
 
 
 def test_what_is_said_of_answers_without_end_or_mark():
-    one, last = sample([5, 6], [False, True]), sample([5, 6], [False, True])
-    samples = [replace(one, num_open=2), replace(last, num_unmarked=3), replace(one, stops=False, num_open=1)]
+    one = sample([5, 6], [False, True])
+    last = sample([5, 6], [False, True])
+    samples = [
+        replace(one, num_open=2),
+        replace(last, num_unmarked=3),
+        replace(one, stops=False, num_open=1),
+    ]
     said = Split("train.jsonl", 512, samples).left_out()
     assert [line.split(",")[0][:55] for line in said] == [
         "1 have no end-of-turn token in the loss behind the last",
@@ -164,7 +199,10 @@ def test_split_off_eval(eval, num_eval):
 
 
 def test_split_off_eval_depends_on_the_seed():
-    chosen = {tuple(int(s.input_ids[0]) for s in split_off_eval(numbered(20), 5, seed)[1].samples) for seed in range(8)}
+    chosen = {
+        tuple(int(s.input_ids[0]) for s in split_off_eval(numbered(20), 5, seed)[1].samples)
+        for seed in range(8)
+    }
     assert len(chosen) == 8
 
 
@@ -175,7 +213,10 @@ def test_split_off_eval_depends_on_the_seed():
         (True, "data.eval=True is neither a count"),
         (
             0,
-            r"data.eval=0 would hold out 0 of the 20 samples of x.jsonl.\n  Choose between 1 and 19, or name",
+            (
+                r"data.eval=0 would hold out 0 of the 20 samples of x.jsonl.\n  Choose between 1"
+                r" and 19, or name"
+            ),
         ),
         (20, "data.eval=20 would hold out 20 of the 20 samples"),
         (0.99, "data.eval=0.99 would hold out 20 of the 20 samples"),
@@ -187,7 +228,8 @@ def test_split_off_too_much(eval, message):
 
 
 def test_order_is_a_fixed_permutation_per_epoch_and_seed():
-    assert order(6, epoch=0, seed=0).tolist() == [3, 2, 1, 0, 4, 5]  # a resumed run must see this order again
+    # a resumed run must see this order again
+    assert order(6, epoch=0, seed=0).tolist() == [3, 2, 1, 0, 4, 5]
     orders = [order(100, epoch, seed).tolist() for epoch in range(3) for seed in range(3)]
     assert all(sorted(o) == list(range(100)) for o in orders)
     assert len({tuple(o) for o in orders}) == 9
@@ -197,8 +239,11 @@ def test_order_is_a_fixed_permutation_per_epoch_and_seed():
 
 @pytest.mark.parametrize("batch", [4, 7, 10, 25])
 def test_global_batches_are_the_epochs_one_after_the_other(batch):
-    num_samples, steps = 10, 12
-    stream = np.concatenate([order(num_samples, epoch, 3) for epoch in range(batch * steps // num_samples + 1)])
+    num_samples = 10
+    steps = 12
+    stream = np.concatenate(
+        [order(num_samples, epoch, 3) for epoch in range(batch * steps // num_samples + 1)]
+    )
     for step in range(steps):  # 4, 7 and 25 straddle epochs; 25 holds two and a half
         expected = stream[step * batch : (step + 1) * batch].tolist()
         assert global_batch_indices(step, batch, num_samples, seed=3).tolist() == expected
@@ -208,7 +253,10 @@ def test_global_batches_are_the_epochs_one_after_the_other(batch):
 @pytest.mark.parametrize("micro", [1, 3])
 def test_ranks_divide_the_same_global_batch(dp, micro):
     indices = global_batch_indices(2, 24, 17, seed=5)
-    shares = [micro_batches(indices, micro_batch_size=micro, dp_rank=rank, dp_size=dp) for rank in range(dp)]
+    shares = [
+        micro_batches(indices, micro_batch_size=micro, dp_rank=rank, dp_size=dp)
+        for rank in range(dp)
+    ]
     for k, index in enumerate(indices):  # the rule, position by position
         assert shares[(k // micro) % dp][k // (micro * dp)][k % micro] == index
     assert {len(share) for share in shares} == {24 // (micro * dp)}
@@ -220,11 +268,17 @@ def test_ranks_divide_the_same_global_batch(dp, micro):
     [
         (
             (10, 4, 2),
-            r"global_batch_size=10 is not a multiple of .*= 4 \* 2 = 8.\n  Use train.global_batch_size=8 or 16, or",
+            (
+                r"global_batch_size=10 is not a multiple of .*= 4 \* 2 = 8.\n  Use"
+                r" train.global_batch_size=8 or 16, or"
+            ),
         ),
         (
             (2, 1, 4),
-            r"global_batch_size=2 is not a multiple of .*= 1 \* 4 = 4.\n  Use train.global_batch_size=4, or change",
+            (
+                r"global_batch_size=2 is not a multiple of .*= 1 \* 4 = 4.\n  Use"
+                r" train.global_batch_size=4, or change"
+            ),
         ),
         ((0, 1, 1), "train.global_batch_size must be at least 1, got 0"),
         ((4, 0, 1), "train.micro_batch_size must be at least 1, got 0"),
@@ -242,14 +296,20 @@ def test_collate_shifts_and_pads():
     assert batch.tokens.tolist() == [[5, 6, 7, 2], [2, 2, 2, 2], [9, 2, 2, 2]]
     assert batch.labels.tolist() == [[6, 7, 8, 0], [0, 0, 0, 0], [3, 0, 0, 0]]
     assert batch.loss_mask.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
-    assert [t.dtype for t in (batch.tokens, batch.labels, batch.loss_mask)] == [torch.int64, torch.int64, torch.float32]
+    assert [t.dtype for t in (batch.tokens, batch.labels, batch.loss_mask)] == [
+        torch.int64,
+        torch.int64,
+        torch.float32,
+    ]
     assert collate(samples, pad_id=2).tokens.tolist() == [[5, 6, 7], [2, 2, 2], [9, 2, 2]]
     assert collate([None], pad_id=2).tokens.tolist() == [[2]]
     assert collate([None, None], pad_id=2, multiple_of=2).loss_mask.tolist() == [[0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("dp", [1, 2, 4])
-@pytest.mark.parametrize(("num_samples", "micro", "multiple"), [(13, 2, 1), (13, 2, 3), (16, 4, 1), (1, 1, 2)])
+@pytest.mark.parametrize(
+    ("num_samples", "micro", "multiple"), [(13, 2, 1), (13, 2, 3), (16, 4, 1), (1, 1, 2)]
+)
 def test_evaluation_sees_every_sample_once_in_lockstep(num_samples, micro, multiple, dp):
     shares = [eval_micro_batches(num_samples, micro, rank, dp, multiple) for rank in range(dp)]
     seen = [k for share in shares for batch in share for k in batch]

@@ -16,7 +16,10 @@ CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A\x1
 
 @pytest.fixture
 def config(tmp_path, tiny):
-    rows = [{"messages": [CHAT[0], {"role": "assistant", "content": "A" * n}], "id": n} for n in (1, 2, 40, 300)]
+    rows = [
+        {"messages": [CHAT[0], {"role": "assistant", "content": "A" * n}], "id": n}
+        for n in (1, 2, 40, 300)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "run.yaml").write_text(
         f"model: {{path: {tiny}}}\ndata: {{train: {tmp_path}/rows.jsonl}}\ntrain: {{steps: 1}}\n"
@@ -39,10 +42,16 @@ def test_what_is_shown(config, capsys):
 def test_a_mistake_is_one_line(config, capsys, monkeypatch):
     monkeypatch.delenv("MEGALORA_TRACEBACK", raising=False)
     for overrides, message in (
-        (["data.format={messages: chat}"], "rows.jsonl: data.format: messages is mapped to 'chat', but the columns"),
+        (
+            ["data.format={messages: chat}"],
+            "rows.jsonl: data.format: messages is mapped to 'chat', but the columns",
+        ),
         (["data.train=none.jsonl"], "none.jsonl: no such file (looked in "),
         ([f"model.path={config.parent}"], "no tokenizer can be read there ("),
-        (["data.allow_left_out=[reasonin]"], "data.allow_left_out[0] must be one of reasoning, name, tools"),
+        (
+            ["data.allow_left_out=[reasonin]"],
+            "data.allow_left_out[0] must be one of reasoning, name, tools",
+        ),
     ):
         with pytest.raises(SystemExit) as exit:
             cli.main(["data", str(config), *overrides])

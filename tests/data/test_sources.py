@@ -1,4 +1,5 @@
-"""Rows come out of every kind of source as they went in; what cannot be read is named with its place."""
+"""Rows come out of every kind of source as they went in; what cannot be read is named with its
+place."""
 
 import json
 
@@ -10,7 +11,8 @@ from datasets.exceptions import DatasetNotFoundError
 
 from megalora.data.sources import read_rows
 
-ROWS = [{"question": f"q{i}", "answer": f"a{i} é\u2028"} for i in range(5)]  # U+2028 ends a line for str.splitlines
+# U+2028 ends a line for str.splitlines
+ROWS = [{"question": f"q{i}", "answer": f"a{i} é\u2028"} for i in range(5)]
 
 
 def write(path, content):
@@ -29,13 +31,21 @@ def jsonl(tmp_path):
 
 def test_jsonl_and_slices(jsonl):
     assert read_rows(jsonl) == ROWS
-    for text, part in {"[:2]": ROWS[:2], "[3:]": ROWS[3:], "[1:3]": ROWS[1:3], "[-1:]": ROWS[-1:], "[:]": ROWS}.items():
+    for text, part in {
+        "[:2]": ROWS[:2],
+        "[3:]": ROWS[3:],
+        "[1:3]": ROWS[1:3],
+        "[-1:]": ROWS[-1:],
+        "[:]": ROWS,
+    }.items():
         assert read_rows(jsonl + text) == part
 
 
 @pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: {"version": 1, "data": rows}])
 def test_json(tmp_path, wrap):
-    assert read_rows(write(tmp_path / "a.json", "\ufeff" + json.dumps(wrap(ROWS), indent=1))) == ROWS
+    assert (
+        read_rows(write(tmp_path / "a.json", "\ufeff" + json.dumps(wrap(ROWS), indent=1))) == ROWS
+    )
 
 
 def test_parquet(tmp_path):
@@ -63,7 +73,8 @@ def test_hub_failure_keeps_the_reason(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = (
-        r"org/name: no such file, and the hub data set org/name \(config default, split train\) could not be loaded:"
+        r"org/name: no such file, and the hub data set org/name \(config default, split train\)"
+        r" could not be loaded:"
     )
     with pytest.raises(ValueError, match=message + r"\n  no train today"):
         read_rows("org/name")
@@ -79,20 +90,40 @@ def test_hub_failure_keeps_the_reason(monkeypatch):
         ),
         ("a.jsonl", '{"a": 1,\n', r"a.jsonl:1: not valid JSON \(.*, column 9\)$"),
         ("a.jsonl", "[1, 2]\n", r"a.jsonl:1: must be a JSON object, got list \[1, 2\]"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a.jsonl:2: not UTF-8 \(invalid start byte, byte 8\)"),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n{"a": "\xff"}\n',
+            r"a.jsonl:2: not UTF-8 \(invalid start byte, byte 8\)",
+        ),
         ("a.jsonl", "\n", r"a.jsonl: there are no rows in it"),
         ("a.jsonl[7:]", '{"a": 1}\n', r"a.jsonl\[7:\]: the slice is empty; \S*a.jsonl has 1 rows"),
-        ("a.jsonl[:10%]", '{"a": 1}\n', r"a.jsonl\[:10%\]: the slice at the end is not understood; use \[:200\]"),
+        (
+            "a.jsonl[:10%]",
+            '{"a": 1}\n',
+            r"a.jsonl\[:10%\]: the slice at the end is not understood; use \[:200\]",
+        ),
         ("a.json", '[{"a": 1},\n 2,]', r"a.json:2: not valid JSON \(.*, column \d+\)"),
         ("a.json", b'["\xff"]', r"a.json: not UTF-8 \(invalid start byte, byte 3\)"),
         ("a.json", '[{"a": 1}, 2]', r"a.json: item 2 must be a JSON object, got int 2"),
-        ("a.json", '{"a": [], "b": []}', r"must hold exactly one list, the rows \(lists found: a, b\)"),
+        (
+            "a.json",
+            '{"a": [], "b": []}',
+            r"must hold exactly one list, the rows \(lists found: a, b\)",
+        ),
         ("a.json", '{"a": 1}', r"must hold exactly one list, the rows \(lists found: none\)"),
         ("a.json", '{"a": 1}\n{"a": 2\n', r"a.json:2: not valid JSON \("),
-        ("a.jsonl", '{"a": [{"b": 1, "b": 2}]}\n', r"a.jsonl:1: a key occurs twice in an object: str 'b'; keep one$"),
+        (
+            "a.jsonl",
+            '{"a": [{"b": 1, "b": 2}]}\n',
+            r"a.jsonl:1: a key occurs twice in an object: str 'b'; keep one$",
+        ),
         ("a.json", "3", r"a.json: must be a list of objects, got int"),
         ("a.parquet", "no", r"a.parquet: not readable as Parquet \("),
-        ("a.csv", "a,b\n", r"a.csv: files of type '.csv' are not read; use .jsonl, .json, .parquet"),
+        (
+            "a.csv",
+            "a,b\n",
+            r"a.csv: files of type '.csv' are not read; use .jsonl, .json, .parquet",
+        ),
     ],
 )
 def test_unreadable_files(tmp_path, name, content, message):
@@ -113,25 +144,34 @@ def test_json_of_one_object_a_line(tmp_path):
 def test_names_of_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        ValueError, match=rf"^data/a.jsonl: no such file \(looked in {tmp_path}/data\); correct data.train"
+        ValueError,
+        match=rf"^data/a.jsonl: no such file \(looked in {tmp_path}/data\); correct data.train",
     ):
         read_rows("data/a.jsonl[:10]")
     with pytest.raises(
-        ValueError, match=r"'my data' is neither a file nor the name of a hub data set.\n  Use a path end"
+        ValueError,
+        match=r"'my data' is neither a file nor the name of a hub data set.\n  Use a path end",
     ):
         read_rows("my data")
-    with pytest.raises(ValueError, match=r"this is a folder; name one .jsonl, .json, .parquet file in it"):
+    with pytest.raises(
+        ValueError, match=r"this is a folder; name one .jsonl, .json, .parquet file in it"
+    ):
         read_rows(str(tmp_path))
 
 
 def test_damaged_parquet(tmp_path):
     """Bytes of a small file changed, and cuts: rows or one line, whatever pyarrow raises."""
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": "é", "b": [1]}]), path, compression="none")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"a": "é", "b": [1]}]), path, compression="none"
+    )
     whole = path.read_bytes()
     refused = []
     for place in range(0, len(whole), 7):
-        for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]):
+        for damaged in (
+            whole[:place],
+            whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :],
+        ):
             path.write_bytes(damaged)
             try:
                 read_rows(str(path))
@@ -145,7 +185,10 @@ def test_damaged_parquet(tmp_path):
     ("error", "reason"),
     [
         (OSError("Couldn't deserialize thrift:\n no"), "Couldn't deserialize thrift: no"),
-        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "'utf-8' codec can't decode byte 0xff"),
+        (
+            UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+            "'utf-8' codec can't decode byte 0xff",
+        ),
         (MemoryError(), "MemoryError"),
     ],
 )
@@ -162,7 +205,10 @@ def test_what_pyarrow_raises(tmp_path, monkeypatch, error, reason):
     ("content", "message"),
     [
         ("[" * 100_000, r"a.json: lists or objects are nested too deeply to be read$"),
-        ('[{"a": ' + "1" * 5000 + "}]", r"a.json: holds a number of too many digits \(Exceeds the limit"),
+        (
+            '[{"a": ' + "1" * 5000 + "}]",
+            r"a.json: holds a number of too many digits \(Exceeds the limit",
+        ),
     ],
 )
 def test_json_that_python_chokes_on(tmp_path, content, message):
@@ -172,5 +218,7 @@ def test_json_that_python_chokes_on(tmp_path, content, message):
 
 def test_paths_that_cannot_be_looked_up():
     for source in ("x" * 5000 + ".jsonl", "~nobody-of-this-name/a.jsonl", "a\0.jsonl"):
-        with pytest.raises(ValueError, match=r"is not a path that can be looked up \(|no such file"):
+        with pytest.raises(
+            ValueError, match=r"is not a path that can be looked up \(|no such file"
+        ):
             read_rows(source)

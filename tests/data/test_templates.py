@@ -15,7 +15,9 @@ from tests.data.templates import CASES, SPECIALS, TEMPLATES, Case
 def tokenizers():
     """One tokenizer for each set of special tokens."""
     return {
-        specials: make_tokenizer("chatml", specials=specials, bos_token=specials[0] if len(specials) == 1 else None)
+        specials: make_tokenizer(
+            "chatml", specials=specials, bos_token=specials[0] if len(specials) == 1 else None
+        )
         for specials in {(), *SPECIALS.values()}
     }
 

@@ -1,4 +1,5 @@
-"""Run a function on several gloo ranks of this machine. No GPU, no ports, nothing imported twice."""
+"""Run a function on several gloo ranks of this machine. No GPU, no ports, nothing imported
+twice."""
 
 import gc
 import os
@@ -13,24 +14,41 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo") -> list[Any]:
-    """``fn(*args)`` on every rank; what each returned, by rank. A failure on any rank fails the test with its traceback."""
-    # A gloo group that this process made and forgot must end here: its destructor joins threads, which a forked rank lacks,
-    # and a rank whose garbage collection came upon it would wait for them for good.
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo"
+) -> list[Any]:
+    """``fn(*args)`` on every rank; what each returned, by rank. A failure on any rank fails the
+    test with its traceback."""
+    # A gloo group that this process made and forgot must end here: its destructor joins threads,
+    # which a forked rank lacks, and a rank whose garbage collection came upon it would wait for
+    # them for good.
     gc.collect()
     with tempfile.TemporaryDirectory() as folder:  # a file store cannot collide the way a port can
-        # fork, not spawn: gloo needs no CUDA, and importing Megatron again in every rank costs 20 s a test.
-        mp.start_processes(_enter, (fn, world_size, folder, args, backend), nprocs=world_size, start_method="fork")
-        return [pickle.loads((Path(folder) / f"{rank}.pkl").read_bytes()) for rank in range(world_size)]
+        # fork, not spawn: gloo needs no CUDA, and importing Megatron again in every rank costs 20 s
+        # a test.
+        mp.start_processes(
+            _enter, (fn, world_size, folder, args, backend), nprocs=world_size, start_method="fork"
+        )
+        return [
+            pickle.loads((Path(folder) / f"{rank}.pkl").read_bytes()) for rank in range(world_size)
+        ]
 
 
 def _enter(
-    rank: int, fn: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...], backend: str
+    rank: int,
+    fn: Callable[..., Any],
+    world_size: int,
+    folder: str,
+    args: tuple[Any, ...],
+    backend: str,
 ) -> None:
-    gc.freeze()  # what the tests' process holds, such as tensors of test modules, is not this rank's
+    # what the tests' process holds, such as tensors of test modules, is not this rank's
+    gc.freeze()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
     try:
         result = fn(*args)
         (Path(folder) / f"{rank}.pkl").write_bytes(pickle.dumps(result))

@@ -1,4 +1,5 @@
-"""Loss and gradients of every A and B against stock transformers + PEFT, which loads the adapter from a folder we wrote."""
+"""Loss and gradients of every A and B against stock transformers + PEFT, which loads the adapter
+from a folder we wrote."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,20 +32,32 @@ CASES = {
 @pytest.fixture(scope="module")
 def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Biases on q, k, v and o, and scaled rotary embeddings."""
-    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     folder = tmp_path_factory.mktemp("models") / "biased"
-    return make_tiny(folder, num_hidden_layers=2, attention_bias=True, mlp_only_layers=[1], rope_parameters=yarn)
+    return make_tiny(
+        folder, num_hidden_layers=2, attention_bias=True, mlp_only_layers=[1], rope_parameters=yarn
+    )
 
 
 @pytest.fixture(autouse=True)
 def peft_knows_qwen2_moe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT 0.21 converts per-expert adapters for all that is built like Qwen2-MoE, but its table lacks that name itself."""
-    monkeypatch.setitem(transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN, "qwen2_moe", "qwen2_moe")
+    """PEFT 0.21 converts per-expert adapters for all that is built like Qwen2-MoE, but its table
+    lacks that name itself."""
+    monkeypatch.setitem(
+        transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN, "qwen2_moe", "qwen2_moe"
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT calls patterns unused that it does use
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_of_stock_peft(name: str, chats: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_gradients_of_stock_peft(
+    name: str, chats: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     model, lora, world, parallel = CASES[name]
     base: Path = request.getfixturevalue(model)
     shape, adapted = plan(lora, ParallelConfig(), base)
@@ -58,4 +71,6 @@ def test_gradients_of_stock_peft(name: str, chats: Path, tmp_path: Path, request
     loss, found = run_ranks(first_gradients, world, config, folder / WEIGHTS)[0]
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert of_largest(found, expected) <= 1e-5
-    assert {projection(n) for n, g in expected.items() if g.any()} == {projection(n) for n in factors}
+    assert {projection(n) for n, g in expected.items() if g.any()} == {
+        projection(n) for n in factors
+    }

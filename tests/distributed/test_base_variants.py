@@ -1,4 +1,5 @@
-"""Bases with biases, scaled rotary embeddings and packed experts, cut over ranks: transformers' logits, and each rank's own reads."""
+"""Bases with biases, scaled rotary embeddings and packed experts, cut over ranks: transformers'
+logits, and each rank's own reads."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ from tests.cases.test_base_cases import packed
 from tests.distributed.ranks import run_ranks
 from tests.oracles.base import logits_of_ranks, make_base, rewrite, transformers_logits
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16, "beta_slow": 2}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 16,
+    "beta_slow": 2,
+}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}
 SIZES: dict[str, Any] = {"num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 16}
 
@@ -36,9 +43,18 @@ def test_four_ranks_compute_what_transformers_does(tmp_path: Path) -> None:
     """TP 4 with a key/value head on two ranks each, EP 2 x ETP 2; then the same at TP 2, EP 2."""
     rope: dict[str, Any] = {"rope_parameters": ...}
     folders = [
-        rewrite(make_base(tmp_path / "dense", "qwen3", attention_bias=True, **SIZES), rope_scaling=YARN, **rope),
+        rewrite(
+            make_base(tmp_path / "dense", "qwen3", attention_bias=True, **SIZES),
+            rope_scaling=YARN,
+            **rope,
+        ),
         rewrite(make_base(tmp_path / "llama3", "qwen2_moe", **SIZES), rope_scaling=LLAMA3, **rope),
-        rewrite(make_base(tmp_path / "moe", attention_bias=True, **SIZES), packed, rope_scaling=YARN, **rope),
+        rewrite(
+            make_base(tmp_path / "moe", attention_bias=True, **SIZES),
+            packed,
+            rope_scaling=YARN,
+            **rope,
+        ),
     ]
     expected = [transformers_logits(folder) for folder in folders]
     for world, sizes in ((4, {"tp": 4, "ep": 2, "etp": 2}), (2, {"tp": 2, "ep": 2})):
@@ -48,7 +64,12 @@ def test_four_ranks_compute_what_transformers_does(tmp_path: Path) -> None:
         for number, wanted in enumerate(expected):
             parts = [r[0][0] for r in first] if number == 0 else [r[0][number - 1] for r in others]
             assert (torch.cat(parts, -1) - wanted).abs().max() <= 1e-5
-        experts = {rank: {int(name.split(".")[5]) for name in reads} for rank, (_, reads) in enumerate(others)}
+        experts = {
+            rank: {int(name.split(".")[5]) for name in reads}
+            for rank, (_, reads) in enumerate(others)
+        }
         # EP ranks lie ETP size apart; each holds four of the eight experts and reads no other.
         etp = sizes.get("etp", 1)
-        assert experts == {rank: set(range(4 * (rank // etp), 4 * (rank // etp) + 4)) for rank in range(world)}
+        assert experts == {
+            rank: set(range(4 * (rank // etp), 4 * (rank // etp) + 4)) for rank in range(world)
+        }

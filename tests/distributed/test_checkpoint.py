@@ -1,4 +1,5 @@
-"""Resume continues bit for bit; SIGTERM saves; a save that fails or is killed leaves the previous checkpoint whole."""
+"""Resume continues bit for bit; SIGTERM saves; a save that fails or is killed leaves the previous
+checkpoint whole."""
 
 import json
 import os
@@ -27,23 +28,35 @@ def with_checkpoints(config: RunConfig, **options) -> RunConfig:
 
 def same_files(one: Path, other: Path) -> None:
     for file in ("adapter_model.safetensors", "training_state/optimizer.safetensors"):
-        a, b = load_file(one / file), load_file(other / file)
+        a = load_file(one / file)
+        b = load_file(other / file)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a), file
 
 
 @pytest.mark.parametrize(
     ("world", "parallel", "dtype"),
-    [(1, {}, "float32"), (4, {"tp": 2, "ep": 2}, "float32"), (4, {"pp": 2, "ep": 2, "etp": 1}, "bfloat16")],
+    [
+        (1, {}, "float32"),
+        (4, {"tp": 2, "ep": 2}, "float32"),
+        (4, {"pp": 2, "ep": 2, "etp": 1}, "bfloat16"),
+    ],
     ids=["single", "tp2-ep2", "pp2-ep2-bf16"],
 )
 def test_resume_continues_bit_for_bit(world, parallel, dtype, tiny, chats, tmp_path):
     """Dropout included: its generators are part of the state."""
-    config = make_config(tiny, chats, tmp_path / "whole", parallel, steps=4, schedule="cosine", warmup=1)
-    config = replace(config, lora=replace(config.lora, dropout=0.1), model=replace(config.model, dtype=dtype))
+    config = make_config(
+        tiny, chats, tmp_path / "whole", parallel, steps=4, schedule="cosine", warmup=1
+    )
+    config = replace(
+        config, lora=replace(config.lora, dropout=0.1), model=replace(config.model, dtype=dtype)
+    )
     run_ranks(train, world, with_checkpoints(config, every=2))
     resumed = replace(
-        config, checkpoint=CheckpointConfig(dir=str(tmp_path / "rest"), resume=str(tmp_path / "whole/step_000002"))
+        config,
+        checkpoint=CheckpointConfig(
+            dir=str(tmp_path / "rest"), resume=str(tmp_path / "whole/step_000002")
+        ),
     )
     run_ranks(train, world, resumed)
     assert records(tmp_path / "rest", "loss") == records(tmp_path / "whole", "loss")[2:]
@@ -69,26 +82,39 @@ def test_resume_in_another_layout_continues_the_same_run(tiny, chats, tmp_path):
     run_ranks(train, 1, with_checkpoints(config, every=2))
     other = make_config(tiny, chats, tmp_path / "rest", {"tp": 2, "ep": 2}, steps=4)
     other = replace(
-        other, checkpoint=CheckpointConfig(dir=str(tmp_path / "rest"), resume=str(tmp_path / "whole/step_000002"))
+        other,
+        checkpoint=CheckpointConfig(
+            dir=str(tmp_path / "rest"), resume=str(tmp_path / "whole/step_000002")
+        ),
     )
     run_ranks(train, 4, other)
-    assert records(tmp_path / "rest", "loss") == pytest.approx(records(tmp_path / "whole", "loss")[2:], rel=1e-6)
+    assert records(tmp_path / "rest", "loss") == pytest.approx(
+        records(tmp_path / "whole", "loss")[2:], rel=1e-6
+    )
 
 
 def test_resume_refuses_another_run(tiny, chats, tmp_path):
     config = make_config(tiny, chats, tmp_path, {}, steps=1)
     run_ranks(train, 1, config)
-    with pytest.raises(Exception, match="already holds step_000001. Set checkpoint.resume=true to continue that run"):
+    with pytest.raises(
+        Exception,
+        match="already holds step_000001. Set checkpoint.resume=true to continue that run",
+    ):
         run_ranks(train, 1, config)
-    changed = with_checkpoints(replace(config, train=replace(config.train, steps=2, global_batch_size=4)), resume=True)
-    with pytest.raises(Exception, match="was trained with train.global_batch_size=8, this run has 4"):
+    changed = with_checkpoints(
+        replace(config, train=replace(config.train, steps=2, global_batch_size=4)), resume=True
+    )
+    with pytest.raises(
+        Exception, match="was trained with train.global_batch_size=8, this run has 4"
+    ):
         run_ranks(train, 1, changed)
     with pytest.raises(Exception, match="is not a checkpoint: it has no training_state/state.json"):
         run_ranks(train, 1, with_checkpoints(config, resume=str(tmp_path / "step_7")))
 
 
 def _train_until_sigterm(config: RunConfig) -> str:
-    """One rank of two is told to stop while it prepares step 2; both must save step 3 and return."""
+    """One rank of two is told to stop while it prepares step 2; both must save step 3 and
+    return."""
     rate = loop.learning_rate
 
     def rate_and_signal(options, step, num_steps):
@@ -104,12 +130,17 @@ def test_sigterm_on_one_rank_saves_on_all(tiny, chats, tmp_path):
     config = make_config(tiny, chats, tmp_path / "run", {"ep": 2}, steps=50)
     saved = run_ranks(_train_until_sigterm, 2, config)
     assert saved == [str(tmp_path / "run/step_000003")] * 2
-    assert json.loads((tmp_path / "run/step_000003/training_state/state.json").read_text())["step"] == 3
+    assert (
+        json.loads((tmp_path / "run/step_000003/training_state/state.json").read_text())["step"]
+        == 3
+    )
 
 
 def _train_on_a_full_disk(config: RunConfig) -> str:
-    """From the second save on no file may grow past 100 kB: a real write error in the middle of the tensors."""
-    write_adapter, count = save.write_adapter, iter(range(100))
+    """From the second save on no file may grow past 100 kB: a real write error in the middle of the
+    tensors."""
+    write_adapter = save.write_adapter
+    count = iter(range(100))
 
     def save_adapter(*args):
         if next(count) == 1:
@@ -125,9 +156,14 @@ def _train_on_a_full_disk(config: RunConfig) -> str:
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, chats, tmp_path):
-    config = with_checkpoints(make_config(tiny, chats, tmp_path / "run", {"ep": 2}, steps=2), every=1)
+    config = with_checkpoints(
+        make_config(tiny, chats, tmp_path / "run", {"ep": 2}, steps=2), every=1
+    )
     messages = run_ranks(_train_on_a_full_disk, 2, config)
-    assert all(m.startswith("could not save step_000002; earlier checkpoints are whole (") for m in messages), messages
+    assert all(
+        m.startswith("could not save step_000002; earlier checkpoints are whole (")
+        for m in messages
+    ), messages
     assert (tmp_path / "run/latest").read_text() == "step_000001\n"
     assert sorted(p.name for p in (tmp_path / "run").glob("*step_*")) == ["step_000001"]
     resumed = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), resume=True))
@@ -143,7 +179,8 @@ def _never_comes_back() -> None:
 
 
 def test_a_rank_stuck_in_a_step_gives_up():
-    """As after another rank's failure: nobody comes to the collective, so the loop never asks whether to stop."""
+    """As after another rank's failure: nobody comes to the collective, so the loop never asks
+    whether to stop."""
     start = time.monotonic()
     with pytest.raises(Exception, match="exit code 1"):
         run_ranks(_never_comes_back, 1)
@@ -151,8 +188,12 @@ def test_a_rank_stuck_in_a_step_gives_up():
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny, chats, tmp_path):
-    config = with_checkpoints(make_config(tiny, chats, tmp_path, {}, steps=9, lr=1e30), every=1, keep=1)
-    with pytest.raises(Exception, match=r"step \d: the (loss|gradient norm) is (nan|inf). Lower train.lr"):
+    config = with_checkpoints(
+        make_config(tiny, chats, tmp_path, {}, steps=9, lr=1e30), every=1, keep=1
+    )
+    with pytest.raises(
+        Exception, match=r"step \d: the (loss|gradient norm) is (nan|inf). Lower train.lr"
+    ):
         run_ranks(train, 1, config)
     kept = [load_file(folder / "adapter_model.safetensors") for folder in tmp_path.glob("step_*")]
     assert len(kept) <= 1
@@ -175,12 +216,16 @@ def _killed_while_writing(target: Path) -> None:
 
 
 def test_a_killed_save_leaves_the_previous_one(tmp_path):
-    write_atomically(tmp_path / "step_000001", lambda folder: (folder / "file").write_text("one") and None)
+    write_atomically(
+        tmp_path / "step_000001", lambda folder: (folder / "file").write_text("one") and None
+    )
     with pytest.raises(Exception, match="SIGKILL"):
         run_ranks(_killed_while_writing, 1, tmp_path / "step_000002")
     assert (tmp_path / "latest").read_text() == "step_000001\n"
     assert not (tmp_path / "step_000002").exists()
-    write_atomically(tmp_path / "step_000002", lambda folder: (folder / "file").write_text("two") and None)
+    write_atomically(
+        tmp_path / "step_000002", lambda folder: (folder / "file").write_text("two") and None
+    )
     assert (tmp_path / "latest").read_text() == "step_000002\n"
     assert (tmp_path / "step_000002/file").read_text() == "two"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000001", "step_000002"]

@@ -1,4 +1,5 @@
-"""The frozen base costs nothing: no gradient, buffer or optimizer state for it, no weight gradient, no needless backward."""
+"""The frozen base costs nothing: no gradient, buffer or optimizer state for it, no weight gradient,
+no needless backward."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,14 @@ def _buffers(config: RunConfig) -> dict:
     shape, adapted = plan(config.lora, config.parallel, folder)
     with parallel_groups(config.parallel) as groups:
         model = build_adapted(
-            folder, shape, adapted, groups, model=config.model, parallel=config.parallel, lora=config.lora, seed=0
+            folder,
+            shape,
+            adapted,
+            groups,
+            model=config.model,
+            parallel=config.parallel,
+            lora=config.lora,
+            seed=0,
         )
         chunks = wrap_chunks(model.chunks)
         optimizer = build_optimizer(config.train, torch.float32, chunks)
@@ -39,24 +47,36 @@ def _buffers(config: RunConfig) -> dict:
         optimizer.step()
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         adapters = {id(p) for p in model.parameters}
-        part_states = [s for part in optimizer.chained_optimizers for s in part.optimizer.state.values()]
+        part_states = [
+            s for part in optimizer.chained_optimizers for s in part.optimizer.state.values()
+        ]
         return {
             "base_with_grad": [
-                p for p in parameters if id(p) not in adapters and (p.requires_grad or p.grad is not None)
+                p
+                for p in parameters
+                if id(p) not in adapters and (p.requires_grad or p.grad is not None)
             ],
-            "base_with_buffer": [p for p in parameters if id(p) not in adapters and hasattr(p, "main_grad")],
+            "base_with_buffer": [
+                p for p in parameters if id(p) not in adapters and hasattr(p, "main_grad")
+            ],
             "adapters": sum(p.numel() for p in model.parameters),
-            "grad_buffers": sum(b.numel_unpadded for c in chunks for b in c.buffers + c.expert_parallel_buffers),
+            "grad_buffers": sum(
+                b.numel_unpadded for c in chunks for b in c.buffers + c.expert_parallel_buffers
+            ),
             "moments": sum(t.numel() for s in part_states for k, t in s.items() if k in STATE_KEYS),
             "dp": groups.dp.size(),
         }
 
 
 @pytest.mark.parametrize(
-    ("world", "parallel"), [(1, {}), (4, {"tp": 2, "ep": 2}), (2, {})], ids=["single", "tp2-ep2", "dp2"]
+    ("world", "parallel"),
+    [(1, {}), (4, {"tp": 2, "ep": 2}), (2, {})],
+    ids=["single", "tp2-ep2", "dp2"],
 )
 def test_nothing_is_allocated_for_frozen_weights(world, parallel, tiny, chats, tmp_path):
-    ranks = run_ranks(_buffers, world, make_config(tiny, chats, tmp_path, parallel, global_batch_size=4))
+    ranks = run_ranks(
+        _buffers, world, make_config(tiny, chats, tmp_path, parallel, global_batch_size=4)
+    )
     for rank in ranks:
         assert rank["base_with_grad"] == []
         assert rank["base_with_buffer"] == []
@@ -73,13 +93,21 @@ def test_nothing_is_allocated_for_frozen_weights(world, parallel, tiny, chats, t
 
 def _flops(config: RunConfig) -> tuple[int, int]:
     """(forward, backward) floating-point operations of one microbatch on one rank."""
-    # With few rows the CPU pads every expert to the longest one: FLOPs would depend on a layer's routing.
+    # With few rows the CPU pads every expert to the longest one: FLOPs would depend on a layer's
+    # routing.
     each_expert.FEW_ROWS = 0
     folder = Path(config.model.path)
     shape, adapted = plan(config.lora, config.parallel, folder)
     with parallel_groups(config.parallel) as groups:
         model = build_adapted(
-            folder, shape, adapted, groups, model=config.model, parallel=config.parallel, lora=config.lora, seed=0
+            folder,
+            shape,
+            adapted,
+            groups,
+            model=config.model,
+            parallel=config.parallel,
+            lora=config.lora,
+            seed=0,
         )
         chunk = model.chunks[0].train()
         for parameter in model.parameters:
@@ -94,19 +122,23 @@ def _flops(config: RunConfig) -> tuple[int, int]:
 
 
 def test_backward_computes_no_weight_gradient_of_the_base(tiny, chats, tmp_path):
-    """Backward of a frozen linear is one product, as forward is; with the weight's gradient it would be two."""
+    """Backward of a frozen linear is one product, as forward is; with the weight's gradient it
+    would be two."""
     config = replace(
-        make_config(tiny, chats, tmp_path, {}), lora=LoRAConfig(rank=1, target_modules=["q_proj", "down_proj"])
+        make_config(tiny, chats, tmp_path, {}),
+        lora=LoRAConfig(rank=1, target_modules=["q_proj", "down_proj"]),
     )
     forward, backward = run_ranks(_flops, 1, config)[0]
-    # Attention's backward is 2.5 times its forward; a weight gradient anywhere would add a product of full size.
+    # Attention's backward is 2.5 times its forward; a weight gradient anywhere would add a product
+    # of full size.
     assert 0.8 < backward / forward < 1.15, (forward, backward)
 
 
 def test_backward_stops_below_the_first_adapted_layer(tiny, chats, tmp_path):
     whole = make_config(tiny, chats, tmp_path, {}, lora=LoRAConfig(rank=1))
     upper = replace(whole, lora=LoRAConfig(rank=1, layers="3"))
-    (_, all_layers), (_, last_layer) = run_ranks(_flops, 1, whole)[0], run_ranks(_flops, 1, upper)[0]
+    _, all_layers = run_ranks(_flops, 1, whole)[0]
+    _, last_layer = run_ranks(_flops, 1, upper)[0]
     shape = model_shape(read_hf_config(tiny))
     head = 2 * 128 * shape.vocab * shape.hidden  # the output layer's backward is paid by both
     # One layer of four, less the input gradient of its own q, k and v.
@@ -115,9 +147,14 @@ def test_backward_stops_below_the_first_adapted_layer(tiny, chats, tmp_path):
 
 @pytest.mark.parametrize("recompute", ["off", "full"])
 def test_a_stage_without_adapters_takes_part(recompute, tiny, chats, tmp_path):
-    """pp=2 with adapters on the second stage only: the first has nothing to train and must neither hang nor fail."""
+    """pp=2 with adapters on the second stage only: the first has nothing to train and must neither
+    hang nor fail."""
     for name, world, parallel in (("one", 1, {}), ("two", 2, {"pp": 2})):
         config = make_config(tiny, chats, tmp_path / name, parallel, recompute, steps=2)
         run_ranks(train, world, replace(config, lora=replace(config.lora, layers="2-3")))
-    assert records(tmp_path / "two", "loss") == pytest.approx(records(tmp_path / "one", "loss"), rel=1e-6)
-    assert records(tmp_path / "two", "grad_norm") == pytest.approx(records(tmp_path / "one", "grad_norm"), rel=1e-5)
+    assert records(tmp_path / "two", "loss") == pytest.approx(
+        records(tmp_path / "one", "loss"), rel=1e-6
+    )
+    assert records(tmp_path / "two", "grad_norm") == pytest.approx(
+        records(tmp_path / "one", "grad_norm"), rel=1e-5
+    )

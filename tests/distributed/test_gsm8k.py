@@ -1,4 +1,5 @@
-"""GSM8K end to end at TP 2 x EP 2, and the same evaluation loss from stock transformers + PEFT; `make gsm8k` does it in full."""
+"""GSM8K end to end at TP 2 x EP 2, and the same evaluation loss from stock transformers + PEFT;
+`make gsm8k` does it in full."""
 
 import os
 from dataclasses import replace
@@ -28,13 +29,17 @@ def test_gsm8k_adapter_evaluates_the_same_in_stock_peft(tiny, tmp_path):
     config = load_config(ROOT / "configs/gsm8k_tiny.yaml", ["train.steps=5", "train.warmup=1"])
     data = replace(config.data, train=f"{DATA}/train.jsonl[:400]", eval=f"{DATA}/test.jsonl[:40]")
     config = replace(
-        config, data=data, model=ModelConfig(path=str(tiny), dtype="float32"), checkpoint=CheckpointConfig(dir=str(tmp_path)),
+        config, data=data, model=ModelConfig(path=str(tiny), dtype="float32"),
+        checkpoint=CheckpointConfig(dir=str(tmp_path)),
         log=LogConfig(tensorboard=True, progress=False),
     )  # fmt: skip
     run_ranks(train, 4, config)
     ours = records(tmp_path, "eval_loss")
     samples = load_split(
-        data.eval, AutoTokenizer.from_pretrained(tiny), format=data.format, max_length=data.max_length
+        data.eval,
+        AutoTokenizer.from_pretrained(tiny),
+        format=data.format,
+        max_length=data.max_length,
     ).samples
     assert len(samples) == 40
     before, after = eval_losses(str(tiny), tmp_path / "step_000005", samples)

@@ -1,4 +1,5 @@
-"""What stops a run that has gone wrong: another loss than transformers' at the start, replicas that drift apart."""
+"""What stops a run that has gone wrong: another loss than transformers' at the start, replicas that
+drift apart."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,9 +21,13 @@ MODULE = "base_model.model.model.layers.{}.{}.weight"
 
 
 def said_by(config: RunConfig, spoil: Callable[[Any, int], None] | None = None) -> str:
-    """Train, with ``spoil(model, step)`` called after each step (0: once built); the error's text, or what was printed."""
-    lines, models = [], []
-    build, one_step, say = loop.build_adapted, loop._train_step, loop.Metrics.say
+    """Train, with ``spoil(model, step)`` called after each step (0: once built); the error's text,
+    or what was printed."""
+    lines = []
+    models = []
+    build = loop.build_adapted
+    one_step = loop._train_step
+    say = loop.Metrics.say
 
     def build_and_spoil(*args, **options):
         models.append(build(*args, **options))
@@ -36,7 +41,8 @@ def said_by(config: RunConfig, spoil: Callable[[Any, int], None] | None = None) 
             spoil(models[0], step + 1)
         return values
 
-    loop.build_adapted, loop._train_step = build_and_spoil, step_and_spoil
+    loop.build_adapted = build_and_spoil
+    loop._train_step = step_and_spoil
     loop.Metrics.say = lambda self, message: lines.append(message) or say(self, message)
     try:
         train(config)
@@ -46,7 +52,8 @@ def said_by(config: RunConfig, spoil: Callable[[Any, int], None] | None = None) 
 
 
 def one_bit(name: str, rank: int) -> Callable[[Any, int], None]:
-    """Change the last bit of one element of one adapter tensor on one rank, after the second step."""
+    """Change the last bit of one element of one adapter tensor on one rank, after the second
+    step."""
 
     def spoil(model: Any, step: int) -> None:
         if step == 2 and dist.get_rank() == rank:
@@ -69,24 +76,33 @@ def one_bit(name: str, rank: int) -> Callable[[Any, int], None]:
     ],
     ids=["dp", "tp A", "tp B", "edp", "etp", "pp"],
 )
-def test_one_bit_in_one_replica_stops_the_run_before_it_is_saved(world, parallel, name, rank, tiny, chats, tmp_path):
+def test_one_bit_in_one_replica_stops_the_run_before_it_is_saved(
+    world, parallel, name, rank, tiny, chats, tmp_path
+):
     config = make_config(tiny, chats, tmp_path, parallel, steps=2, micro_batch_size=2)
     messages = run_ranks(said_by, world, config, one_bit(name, rank))
     for message in messages:
         assert message.startswith(
-            f"RuntimeError: step 2: 1 of 224 adapter tensors differ between ranks that hold the same part of them: {name}."
+            "RuntimeError: step 2: 1 of 224 adapter tensors differ between ranks that hold the"
+            f" same part of them: {name}."
         )
         assert "no checkpoint was saved before" in message
     assert not list(tmp_path.glob("step_*"))
 
 
 def test_the_check_can_be_turned_off_and_comes_at_its_steps(tiny, chats, tmp_path):
-    """A factor that tensor-parallel ranks share stays apart; over data parallelism the optimizer would mend it."""
+    """A factor that tensor-parallel ranks share stays apart; over data parallelism the optimizer
+    would mend it."""
     spoil = one_bit(MODULE.format(1, "self_attn.k_proj.lora_A"), 1)
     config = make_config(tiny, chats, tmp_path / "off", {"tp": 2}, steps=3, check_replicas_every=0)
     assert all("finished at step 3" in said for said in run_ranks(said_by, 2, config, spoil))
-    config = make_config(tiny, chats, tmp_path / "three", {"tp": 2}, steps=9, check_replicas_every=3)
-    assert all(said.startswith("RuntimeError: step 3: 1 of 224") for said in run_ranks(said_by, 2, config, spoil))
+    config = make_config(
+        tiny, chats, tmp_path / "three", {"tp": 2}, steps=9, check_replicas_every=3
+    )
+    assert all(
+        said.startswith("RuntimeError: step 3: 1 of 224")
+        for said in run_ranks(said_by, 2, config, spoil)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -105,7 +121,8 @@ def test_a_hash_sees_any_bit_and_any_exchange(dtype):
     assert int(bit_hash(values)) == int(bit_hash(values.clone().t().contiguous().t()))
 
 
-# What each bug does to a base model: the first is what a layout could do, the others what a loader could.
+# What each bug does to a base model: the first is what a layout could do, the others what a loader
+# could.
 def wrong_experts(model: Any, step: int) -> None:
     if step == 0 and dist.get_rank() == dist.get_world_size() - 1:  # one rank of all
         for chunk in model.chunks:
@@ -132,13 +149,18 @@ def wrong_rope(model: Any, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "bug", [wrong_experts, swapped_gate_and_up, forgotten_norm, wrong_rope], ids=lambda f: f.__name__
+    "bug",
+    [wrong_experts, swapped_gate_and_up, forgotten_norm, wrong_rope],
+    ids=lambda f: f.__name__,
 )
 def test_another_loss_than_that_of_transformers_is_refused(bug, tiny, chats, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "check_layers", lambda *_: "base: not looked at")  # it would be the first to see
+    # it would be the first to see
+    monkeypatch.setattr(loop, "check_layers", lambda *_: "base: not looked at")
     config = make_config(tiny, chats, tmp_path, {"ep": 2}, steps=1, check_base="loss")
     for message in run_ranks(said_by, 2, config, bug):
-        assert message.startswith("RuntimeError: train.check_base=loss: the loss of the first microbatch is 7.")
+        assert message.startswith(
+            "RuntimeError: train.check_base=loss: the loss of the first microbatch is 7."
+        )
         assert "1e-05 is allowed in float32" in message
     assert not list(tmp_path.glob("step_*"))
 
@@ -155,9 +177,18 @@ def test_another_loss_than_that_of_transformers_is_refused(bug, tiny, chats, tmp
 def test_the_same_loss_is_reported(world, parallel, dtype, tiny, chats, tmp_path):
     """Also when a run goes on: then PEFT puts the saved adapter on."""
     config = make_config(
-        tiny, chats, tmp_path / "a", parallel, steps=1, check_base="loss", micro_batch_size=4, global_batch_size=16
+        tiny,
+        chats,
+        tmp_path / "a",
+        parallel,
+        steps=1,
+        check_base="loss",
+        micro_batch_size=4,
+        global_batch_size=16,
     )
-    config = replace(config, model=ModelConfig(path=str(tiny), dtype=dtype), lora=LoRAConfig(rank=4, alpha=64.0))
+    config = replace(
+        config, model=ModelConfig(path=str(tiny), dtype=dtype), lora=LoRAConfig(rank=4, alpha=64.0)
+    )
     config = replace(config, train=replace(config.train, lr=3e-2))
     first = run_ranks(said_by, world, config)[0]
     assert "base: layer 3 (MoE), embedding and head equal transformers' to " in first
@@ -165,7 +196,9 @@ def test_the_same_loss_is_reported(world, parallel, dtype, tiny, chats, tmp_path
     resumed = replace(
         config,
         train=replace(config.train, steps=2),
-        checkpoint=CheckpointConfig(dir=str(tmp_path / "b"), resume=str(tmp_path / "a/step_000001")),
+        checkpoint=CheckpointConfig(
+            dir=str(tmp_path / "b"), resume=str(tmp_path / "a/step_000001")
+        ),
     )
     second = run_ranks(said_by, world, resumed)[0]
     loss = float(second.split("first microbatch ")[1].split(",")[0])
@@ -176,7 +209,9 @@ def test_a_model_too_large_for_the_host_is_refused_not_skipped(tiny, chats, tmp_
     monkeypatch.setattr(first_loss, "free_host_memory_bytes", lambda: 3 * 2**20)
     config = make_config(tiny, chats, tmp_path, {"ep": 2}, steps=1, check_base="loss")
     for message in run_ranks(said_by, 2, config):
-        assert message == (
-            f"ValueError: train.check_base=loss: {tiny} in float32 needs 0.0 GiB of host memory on the first rank, which has 0.0 "
-            "GiB free. Set train.check_base=layer, or check a smaller model of the family."
+        assert (
+            message
+            == f"ValueError: train.check_base=loss: {tiny} in float32 needs 0.0 GiB of host memory"
+            " on the first rank, which has 0.0 GiB free. Set train.check_base=layer, or check a"
+            " smaller model of the family."
         )

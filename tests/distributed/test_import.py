@@ -1,4 +1,5 @@
-"""An adapter made elsewhere trains on under any layout: from the same loss as in PEFT, to the same adapter."""
+"""An adapter made elsewhere trains on under any layout: from the same loss as in PEFT, to the same
+adapter."""
 
 import json
 from dataclasses import replace
@@ -28,7 +29,8 @@ def stacked(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stock")
     config = LoraConfig(
         r=3, lora_alpha=6, target_modules=["q_proj", "o_proj", "gate"], rank_pattern={"o_proj": 5},
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], task_type="CAUSAL_LM",
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        task_type="CAUSAL_LM",
     )  # fmt: skip
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), config)
     generator = torch.Generator().manual_seed(5)
@@ -40,13 +42,16 @@ def stacked(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_training_goes_on_from_it_under_every_layout(stacked: Path, tiny: Path, chats: Path, tmp_path: Path) -> None:
+def test_training_goes_on_from_it_under_every_layout(
+    stacked: Path, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
     imported = import_adapter(stacked, tmp_path / "imported", str(tiny))
     lora = LoRAConfig(**imported.section)
     found = {}
     for world, parallel in LAYOUTS.items():
         run = tmp_path / f"on {world}"
-        # check_base=loss compares the first loss with transformers and stock PEFT, and ends a run that starts elsewhere
+        # check_base=loss compares the first loss with transformers and stock PEFT, and ends a run
+        # that starts elsewhere
         config = make_config(
             tiny,
             chats,
@@ -59,16 +64,18 @@ def test_training_goes_on_from_it_under_every_layout(stacked: Path, tiny: Path, 
             micro_batch_size=2,
             check_base="loss",
         )
-        config = replace(config, checkpoint=CheckpointConfig(dir=str(run), resume=str(tmp_path / "imported")))
+        config = replace(
+            config, checkpoint=CheckpointConfig(dir=str(run), resume=str(tmp_path / "imported"))
+        )
         run_ranks(train, world, config)
         found[world] = (records(run, "loss"), load_file(run / "step_000002" / OPTIMIZER))
         check_probe(tiny, run / "step_000002")
     losses, state = found.pop(1)
     start = load_file(tmp_path / "imported" / OPTIMIZER)
     assert state.keys() == start.keys()
-    assert all(not torch.equal(state[name], t) for name, t in start.items() if name.startswith("param.")), (
-        "all of it trains"
-    )
+    assert all(
+        not torch.equal(state[name], t) for name, t in start.items() if name.startswith("param.")
+    ), "all of it trains"
     for others, theirs in found.values():
         assert others == pytest.approx(losses, rel=1e-6)
         for name, t in state.items():
@@ -89,13 +96,19 @@ def check_probe(base: Path, checkpoint: Path) -> None:
     torch.testing.assert_close(torch.tensor(probe["logprobs"]), expected, rtol=0, atol=1e-5)
 
 
-def test_another_lora_section_is_refused(stacked: Path, tiny: Path, chats: Path, tmp_path: Path) -> None:
+def test_another_lora_section_is_refused(
+    stacked: Path, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
     imported = import_adapter(stacked, tmp_path / "imported", str(tiny))
     wrong = LoRAConfig(**{**imported.section, "alpha": 7.0})
     config = make_config(tiny, chats, tmp_path / "run", {}, lora=wrong, steps=1)
-    config = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), resume=str(tmp_path / "imported")))
+    config = replace(
+        config,
+        checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), resume=str(tmp_path / "imported")),
+    )
     with pytest.raises(
-        Exception, match=r"holds other adapters than this config's lora section describes: \d+ modules differ"
+        Exception,
+        match=r"holds other adapters than this config's lora section describes: \d+ modules differ",
     ):
         run_ranks(train, 1, config)
 
@@ -104,7 +117,12 @@ def test_another_base_is_refused(stacked: Path, tiny: Path, chats: Path, tmp_pat
     """Of the same sizes, so that nothing else would notice."""
     imported = import_adapter(stacked, tmp_path / "imported", str(tiny))
     other = make_tiny(tmp_path / "other", seed=1)
-    config = make_config(other, chats, tmp_path / "run", {}, lora=LoRAConfig(**imported.section), steps=1)
-    config = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), resume=str(tmp_path / "imported")))
+    config = make_config(
+        other, chats, tmp_path / "run", {}, lora=LoRAConfig(**imported.section), steps=1
+    )
+    config = replace(
+        config,
+        checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), resume=str(tmp_path / "imported")),
+    )
     with pytest.raises(Exception, match="was imported for the base .*, this run has model.path="):
         run_ranks(train, 1, config)

@@ -1,4 +1,5 @@
-"""Base weights arrive sharded: a rank reads its own experts from disk and no others, and its shard is the right one."""
+"""Base weights arrive sharded: a rank reads its own experts from disk and no others, and its shard
+is the right one."""
 
 from pathlib import Path
 

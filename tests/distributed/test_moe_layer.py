@@ -1,7 +1,9 @@
-"""One MoE layer inside a sharded model against the plain float64 layer: output, dx, dA, dB, router, probabilities.
+"""One MoE layer inside a sharded model against the plain float64 layer: output, dx, dA, dB, router,
+probabilities.
 
-The layer's input and the gradient of its output are taken from a training step as it runs, on every rank. Tokens do not depend on each
-other here, so the tokens of all ranks are one bag: outputs are compared rank by rank, adapter gradients as the sum over all.
+The layer's input and the gradient of its output are taken from a training step as it runs, on every
+rank. Tokens do not depend on each other here, so the tokens of all ranks are one bag: outputs are
+compared rank by rank, adapter gradients as the sum over all.
 """
 
 from dataclasses import replace
@@ -32,12 +34,18 @@ LAYOUTS = {
 }
 
 
-def watched_step(config: RunConfig, weights: Path) -> tuple[list[dict[str, Tensor]], int, dict[str, Tensor] | None]:
-    """Forward and backward of the first batch. Returns x, y, dy, dx ``[T, H]`` and probabilities ``[T, E]`` of layer 0 for
-    every microbatch of this rank, the number of target tokens, and the reduced gradients."""
+def watched_step(
+    config: RunConfig, weights: Path
+) -> tuple[list[dict[str, Tensor]], int, dict[str, Tensor] | None]:
+    """Forward and backward of the first batch. Returns x, y, dy, dx ``[T, H]`` and probabilities
+    ``[T, E]`` of layer 0 for every microbatch of this rank, the number of target tokens, and the
+    reduced gradients."""
     with built(config, weights) as run:
         layer = next(
-            m for chunk in run.model.chunks for name, m in chunk.named_modules() if name.endswith("layers.0.mlp")
+            m
+            for chunk in run.model.chunks
+            for name, m in chunk.named_modules()
+            if name.endswith("layers.0.mlp")
         )
         seen: list[dict[str, Tensor]] = []
 
@@ -73,9 +81,12 @@ def test_layer_computes_what_the_plain_layer_computes(
     monkeypatch.setenv("MEGALORA_BACKEND", backend)  # triton: through its interpreter
     monkeypatch.setattr(FusedExperts, "gains_from_room", lambda *_: backend == "grouped_mm")
     world, parallel, recompute = LAYOUTS[name]
-    base, lora = everything, LORA
-    if tokens != "all experts busy":  # at EP 4 the last rank gets none; a router adapter would wake its experts up
-        base, lora = idle, replace(LORA, target_modules=[n for n in NAMES if n != "gate"])
+    base = everything
+    lora = LORA
+    # at EP 4 the last rank gets none; a router adapter would wake its experts up
+    if tokens != "all experts busy":
+        base = idle
+        lora = replace(LORA, target_modules=[n for n in NAMES if n != "gate"])
     _, factors = random_adapter(tmp_path / "adapter.safetensors", lora, base)
     config = config_of(base, chats, tmp_path / "run", parallel, lora, recompute, micro_batch_size=1)
     ranks = run_ranks(watched_step, world, config, tmp_path / "adapter.safetensors")

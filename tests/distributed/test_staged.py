@@ -1,4 +1,5 @@
-"""Collectives staged through the host: what each delivers, where, and when; then whole trainings over them."""
+"""Collectives staged through the host: what each delivers, where, and when; then whole trainings
+over them."""
 
 import inspect
 from collections.abc import Callable
@@ -22,14 +23,19 @@ aten = torch.ops.aten
 
 
 class DeviceTensor(Tensor):
-    """A tensor whose values gloo cannot see: as of a GPU's, only copies to and from the host work."""
+    """A tensor whose values gloo cannot see: as of a GPU's, only copies to and from the host
+    work."""
 
     held: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "DeviceTensor":
-        settings = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        settings = {
+            "strides": held.stride(),
+            "storage_offset": held.storage_offset(),
+            "dtype": held.dtype,
+        }
         made = Tensor._make_wrapper_subclass(cls, held.shape, device="meta", **settings)  # pyright: ignore
         made.held = held
         return made
@@ -64,7 +70,8 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def even_collectives(place: Callable[[Tensor], Tensor], group: Any) -> dict[str, Tensor]:
     """Every collective that plain gloo has too; the results by name."""
     found: dict[str, Tensor] = {}
-    n, rank = dist.get_world_size(), dist.get_rank()
+    n = dist.get_world_size()
+    rank = dist.get_rank()
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         name = str(dtype).removeprefix("torch.")
         for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX):
@@ -112,10 +119,13 @@ def test_every_collective_delivers_what_gloo_delivers(world):
 
 def what_only_nccl_has() -> None:
     """Against sums written out here: every rank can draw what the others drew."""
-    n, rank = dist.get_world_size(), dist.get_rank()
+    n = dist.get_world_size()
+    rank = dist.get_rank()
 
     def of(other: int, *shape: int) -> Tensor:
-        return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(50 + other)).float()
+        return torch.randint(
+            -8, 9, shape, generator=torch.Generator().manual_seed(50 + other)
+        ).float()
 
     x = of(rank, 6)
     dist.all_reduce(on_device(x), op=dist.ReduceOp.AVG)
@@ -124,7 +134,9 @@ def what_only_nccl_has() -> None:
     # Rank i brings, or keeps, 2 i + 1 rows.
     sizes = [2 * other + 1 for other in range(n)]
     whole = torch.zeros(sum(sizes), 3)
-    dist.all_gather([on_device(part) for part in whole.split(sizes)], on_device(of(rank, sizes[rank], 3)))
+    dist.all_gather(
+        [on_device(part) for part in whole.split(sizes)], on_device(of(rank, sizes[rank], 3))
+    )
     assert torch.equal(whole, torch.cat([of(other, size, 3) for other, size in enumerate(sizes)]))
     for op, divide in ((dist.ReduceOp.SUM, 1), (dist.ReduceOp.AVG, n)):
         mine = torch.zeros(sizes[rank], 3)
@@ -133,33 +145,42 @@ def what_only_nccl_has() -> None:
         expected = torch.stack([of(other, sum(sizes), 3) for other in range(n)]).sum(0) / divide
         assert torch.equal(mine, expected.split(sizes)[rank]), op
     with pytest.raises(RuntimeError, match="can be summed or averaged"):
-        dist.reduce_scatter(on_device(mine), [on_device(part) for part in parts], op=dist.ReduceOp.MAX)
+        dist.reduce_scatter(
+            on_device(mine), [on_device(part) for part in parts], op=dist.ReduceOp.MAX
+        )
 
 
 def handles_and_views() -> None:
-    """Asynchronous, of parts of tensors, many at once, and between ranks that wait for each other in turn."""
-    n, rank = dist.get_world_size(), dist.get_rank()
+    """Asynchronous, of parts of tensors, many at once, and between ranks that wait for each other
+    in turn."""
+    n = dist.get_world_size()
+    rank = dist.get_rank()
     ones = torch.ones(3)
     tensor = on_device(ones)
     work = dist.all_reduce(tensor, async_op=True)
     assert torch.equal(ones, torch.ones(3)), "a result before the caller waits for it"
-    ones.fill_(5)  # the collective has its copy: NCCL's callers may not do this, and nothing may depend on it
+    # the collective has its copy: NCCL's callers may not do this, and nothing may depend on it
+    ones.fill_(5)
     assert work.wait() and torch.equal(ones, torch.full((3,), float(n)))
     ones.fill_(7)
     assert work.wait() and torch.equal(ones, torch.full((3,), 7.0)), "a handle delivers once"
 
-    # Columns of a matrix: neither contiguous nor at the beginning of their memory. What lies between stays as it is.
+    # Columns of a matrix: neither contiguous nor at the beginning of their memory. What lies
+    # between stays as it is.
     matrix = torch.arange(12.0).view(3, 4) + rank
     dist.all_reduce(on_device(matrix[:, 1:3]))
     expected = torch.arange(12.0).view(3, 4) + rank
     expected[:, 1:3] = sum((torch.arange(12.0).view(3, 4) + other)[:, 1:3] for other in range(n))
     assert torch.equal(matrix, expected)
     received = torch.zeros(2 * n, 3)
-    dist.all_gather_into_tensor(on_device(received.t()[:, ::2].t()), on_device(torch.full((1, 3), rank + 1.0)))
+    dist.all_gather_into_tensor(
+        on_device(received.t()[:, ::2].t()), on_device(torch.full((1, 3), rank + 1.0))
+    )
     assert torch.equal(received[::2, 0], torch.arange(1.0, n + 1)) and not received[1::2].any()
 
     # As Megatron's gradient buckets and parameter gathers do it.
-    parts, wholes = [torch.zeros(2), torch.zeros(3)], [torch.zeros(2 * n), torch.zeros(3 * n)]
+    parts = [torch.zeros(2), torch.zeros(3)]
+    wholes = [torch.zeros(2 * n), torch.zeros(3 * n)]
     with dist._coalescing_manager(dist.group.WORLD, async_ops=True) as manager:
         for part, size in zip(parts, (2, 3), strict=True):
             dist.reduce_scatter_tensor(on_device(part), on_device(torch.ones(size * n)))
@@ -187,7 +208,8 @@ def handles_and_views() -> None:
 
 def groups_and_objects() -> float:
     """Objects, barriers and sub-groups; nothing that is not written out goes past the copies."""
-    n, rank = dist.get_world_size(), dist.get_rank()
+    n = dist.get_world_size()
+    rank = dist.get_rank()
     found: list[Any] = [None] * n
     dist.all_gather_object(found, {"rank": rank})
     assert found == [{"rank": other} for other in range(n)]
@@ -206,20 +228,27 @@ def groups_and_objects() -> float:
 
 
 def gradients_pass() -> None:
-    """A collective on a leaf that wants a gradient, and inside an autograd function as ``comm.py`` has them."""
+    """A collective on a leaf that wants a gradient, and inside an autograd function as ``comm.py``
+    has them."""
     from megalora.comm import gather_seq
 
     n = dist.get_world_size()
     leaf = torch.ones(3, requires_grad=True)
     with torch.no_grad():
         dist.all_reduce(leaf)
-    assert leaf.requires_grad and leaf.is_leaf and torch.equal(leaf.detach(), torch.full((3,), float(n)))
+    assert (
+        leaf.requires_grad
+        and leaf.is_leaf
+        and torch.equal(leaf.detach(), torch.full((3,), float(n)))
+    )
     x = torch.ones(2, 2, requires_grad=True)
     gather_seq(x, dist.group.WORLD).sum().backward()  # pyright: ignore
     assert torch.equal(x.grad, torch.full((2, 2), float(n)))  # pyright: ignore
 
 
-@pytest.mark.parametrize("check", [what_only_nccl_has, handles_and_views, groups_and_objects, gradients_pass])
+@pytest.mark.parametrize(
+    "check", [what_only_nccl_has, handles_and_views, groups_and_objects, gradients_pass]
+)
 def test_staged_groups_behave_as_nccl_s(check):
     staged.register()
     found = run_ranks(check, 4 if check is not gradients_pass else 2, backend=staged.BACKEND)
@@ -242,15 +271,24 @@ def train_as_on_a_gpu(config: RunConfig) -> Path | None:
     [({"tp": 2, "ep": 2, "etp": 2}, "selective"), ({"pp": 2, "vpp": 2, "ep": 2}, "full")],
     ids=["tp2-ep2-etp2", "pp2-vpp2-ep2"],
 )
-def test_a_staged_training_has_the_bits_of_one_over_gloo(parallel, recompute, tiny, chats, tmp_path):
+def test_a_staged_training_has_the_bits_of_one_over_gloo(
+    parallel, recompute, tiny, chats, tmp_path
+):
     staged.register()
     written = []
     for backend, function in (("gloo", train), (staged.BACKEND, train_as_on_a_gpu)):
         out = tmp_path / backend
-        config = make_config(tiny, chats, out, parallel, recompute, steps=2, lora=LoRAConfig(rank=4, dropout=0.1))
+        config = make_config(
+            tiny, chats, out, parallel, recompute, steps=2, lora=LoRAConfig(rank=4, dropout=0.1)
+        )
         run_ranks(function, 4, config, backend=backend)
         files = ("adapter_model.safetensors", "training_state/optimizer.safetensors")
-        written.append({**load_file(out / "step_000002" / files[0]), **load_file(out / "step_000002" / files[1])})
+        written.append(
+            {
+                **load_file(out / "step_000002" / files[0]),
+                **load_file(out / "step_000002" / files[1]),
+            }
+        )
     plain, through_copies = written
     assert plain.keys() == through_copies.keys() and len(plain) > 100
     assert all(torch.equal(plain[name], through_copies[name]) for name in plain)

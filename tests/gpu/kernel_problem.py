@@ -1,4 +1,5 @@
-"""Operands for the kernels on a GPU, what they should give in float64, and how close a result must be.
+"""Operands for the kernels on a GPU, what they should give in float64, and how close a result must
+be.
 
 Shape legend: T tokens    M routed rows    E experts    H hidden    inner: an expert's intermediate size
 """
@@ -11,12 +12,13 @@ from megalora_kernels import Adapter, Joined, Routing, expert_mlp, regroup, rout
 
 DEVICE = "cuda"
 ALLOWED = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 2e-5}
-"""Relative error of a whole tensor in its 2-norm. bfloat16 rounds by 1.6e-3 (root mean square), some 12 times on the
-path to dx: 5.5e-3; float16 has three bits more. float32 adds up 200 to 5,000 terms: sqrt(5000) 2^-24 = 4e-6."""
+"""Relative error of a whole tensor in its 2-norm. bfloat16 rounds by 1.6e-3 (root mean square),
+some 12 times on the path to dx: 5.5e-3; float16 has three bits more. float32 adds up 200 to 5,000
+terms: sqrt(5000) 2^-24 = 4e-6."""
 ALONE = 30
-"""Times as much is allowed to one element, in units of the tensor's root mean square: four sigma of a rounding error
-that grows with the value, which is itself up to four. A wrong element is off by 1 or more: 0.3 catches it in
-bfloat16."""
+"""Times as much is allowed to one element, in units of the tensor's root mean square: four sigma of
+a rounding error that grows with the value, which is itself up to four. A wrong element is off by 1
+or more: 0.3 catches it in bfloat16."""
 WAYS = ("loop", "grouped_mm", "joined", "triton")
 """Back ends; ``joined`` is grouped_mm on weights with room for the adapters."""
 SCALES = {"gate": 0.75, "up": 1.5, "down": 1.25}
@@ -25,7 +27,8 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """Operands of one ``expert_mlp``; ``ranks`` of those of gate, up and down that have an adapter."""
+    """Operands of one ``expert_mlp``; ``ranks`` of those of gate, up and down that have an
+    adapter."""
 
     routing: Routing
     w1: Any
@@ -35,7 +38,9 @@ class Problem:
     ranks: dict[str, int]
 
     def adapters(self) -> dict[str, Adapter]:
-        v, found, first = self.leaves, {}, [name for name in ("gate", "up") if name in self.ranks]
+        v = self.leaves
+        found = {}
+        first = [name for name in ("gate", "up") if name in self.ranks]
         if first:
             scales = tuple(SCALES[name] for name in ("gate", "up"))
             found["gate_up"] = Adapter(v["a1"], (v.get("gate"), v.get("up")), scales)
@@ -48,11 +53,14 @@ class Problem:
 
     def in_way(self, way: str | None, **how: Any) -> Tensors:
         """Output and every gradient, by one of ``WAYS``; None: the automatic choice."""
-        w1, w2 = self.w1, self.w2
+        w1 = self.w1
+        w2 = self.w2
         if way == "joined":
-            w1, w2 = Joined(w1, max(1, self.rank1())), Joined(w2, self.ranks.get("down", 1))
+            w1 = Joined(w1, max(1, self.rank1()))
+            w2 = Joined(w2, self.ranks.get("down", 1))
         backend = "grouped_mm" if way == "joined" else way
-        x, p = self.leaves["x"], self.leaves["p"]
+        x = self.leaves["x"]
+        p = self.leaves["p"]
         out = expert_mlp(x, w1, w2, p, self.routing, **self.adapters(), backend=backend, **how)
         grads = torch.autograd.grad(out, list(self.leaves.values()), self.dout)
         return {"out": out.detach(), **dict(zip(self.leaves, grads, strict=True))}
@@ -60,36 +68,58 @@ class Problem:
     def in_float64(self) -> Tensors:
         """The specification on the same values."""
         leaves = {name: t.detach().double().requires_grad_() for name, t in self.leaves.items()}
-        wide = replace(self, w1=self.w1.double(), w2=self.w2.double(), leaves=leaves, dout=self.dout.double())
+        wide = replace(
+            self, w1=self.w1.double(), w2=self.w2.double(), leaves=leaves, dout=self.dout.double()
+        )
         return wide.in_way("reference")
 
 
 def problem(
-    routing: Routing, num_tokens: int, dtype: torch.dtype, *, H: int, inner: int, ranks: dict[str, int], seed: int = 0
+    routing: Routing,
+    num_tokens: int,
+    dtype: torch.dtype,
+    *,
+    H: int,
+    inner: int,
+    ranks: dict[str, int],
+    seed: int = 0,
 ) -> Problem:
     """Random operands that make outputs and gradients of order 1."""
-    g, E = torch.Generator(DEVICE).manual_seed(seed), routing.num_experts
+    g = torch.Generator(DEVICE).manual_seed(seed)
+    E = routing.num_experts
 
     def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, generator=g, device=DEVICE).mul_(size).to(dtype)
 
-    leaves = {"x": normal(num_tokens, H), "p": torch.rand(routing.num_rows, generator=g, device=DEVICE) + 0.5}
+    leaves = {
+        "x": normal(num_tokens, H),
+        "p": torch.rand(routing.num_rows, generator=g, device=DEVICE) + 0.5,
+    }
     if rank1 := ranks.get("gate", 0) + ranks.get("up", 0):
         leaves["a1"] = normal(E, rank1, H, size=H**-0.5)
-        leaves |= {n: normal(E, inner, ranks[n], size=0.5 * ranks[n] ** -0.5) for n in ("gate", "up") if n in ranks}
+        leaves |= {
+            n: normal(E, inner, ranks[n], size=0.5 * ranks[n] ** -0.5)
+            for n in ("gate", "up")
+            if n in ranks
+        }
     if "down" in ranks:
         leaves["a2"] = normal(E, ranks["down"], inner, size=inner**-0.5)
         leaves["down"] = normal(E, H, ranks["down"], size=0.5 * ranks["down"] ** -0.5)
     leaves = {name: t.requires_grad_() for name, t in leaves.items()}
-    w1, w2 = normal(E, 2 * inner, H, size=H**-0.5), normal(E, H, inner, size=inner**-0.5)
+    w1 = normal(E, 2 * inner, H, size=H**-0.5)
+    w2 = normal(E, H, inner, size=inner**-0.5)
     return Problem(routing, w1, w2, leaves, normal(num_tokens, H), ranks)
 
 
-def top_k(num_tokens: int, num_experts: int, k: int, idle: tuple[int, ...] = (), seed: int = 0) -> Routing:
+def top_k(
+    num_tokens: int, num_experts: int, k: int, idle: tuple[int, ...] = (), seed: int = 0
+) -> Routing:
     """A router's choice that leaves some experts without a row."""
     scores = torch.rand(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed))
     scores[:, list(idle)] = -1
-    chosen_TE = torch.zeros(num_tokens, num_experts, dtype=torch.bool).scatter_(1, scores.topk(k).indices, True)
+    chosen_TE = torch.zeros(num_tokens, num_experts, dtype=torch.bool).scatter_(
+        1, scores.topk(k).indices, True
+    )
     return route(chosen_TE.to(DEVICE), k)[0]
 
 
@@ -105,13 +135,15 @@ def odd(dtype: torch.dtype) -> Problem:
 
 
 def even(dtype: torch.dtype) -> Problem:
-    """Whole tiles; more than 384 rows for each expert: the large tiles, and several chunks of 1,024."""
+    """Whole tiles; more than 384 rows for each expert: the large tiles, and several chunks of
+    1,024."""
     ranks = {"gate": 16, "up": 16, "down": 16}
     return problem(top_k(2300, 3, 2), 2300, dtype, H=256, inner=128, ranks=ranks)
 
 
 def received(dtype: torch.dtype) -> Problem:
-    """Rows from three ranks, one of which sends nothing to one expert; adapters on down and up alone."""
+    """Rows from three ranks, one of which sends nothing to one expert; adapters on down and up
+    alone."""
     counts = torch.tensor([[40, 0, 7, 100], [0, 0, 65, 33], [128, 1, 0, 64]], device=DEVICE)
     ranks = {"up": 5, "down": 8}
     return problem(regroup(counts, 438), 438, dtype, H=128, inner=72, ranks=ranks)
@@ -123,13 +155,19 @@ PROBLEMS = {"odd": odd, "even": even, "received": received}
 def assert_close(got: Tensors, want: Tensors, dtype: torch.dtype) -> None:
     assert got.keys() >= want.keys()
     for name, wanted in want.items():
-        error, size = (got[name].double() - wanted.double()).abs(), wanted.double().norm()
+        error = (got[name].double() - wanted.double()).abs()
+        size = wanted.double().norm()
         assert got[name].shape == wanted.shape and bool(error.isfinite().all()), name
         relative = float(error.norm() / size) if size > 0 else float(error.norm())
-        assert relative <= ALLOWED[dtype], f"{name}: off by {relative:.2e} of its norm, allowed {ALLOWED[dtype]}"
+        assert relative <= ALLOWED[dtype], (
+            f"{name}: off by {relative:.2e} of its norm, allowed {ALLOWED[dtype]}"
+        )
         if wanted.numel():
-            largest, rms = float(error.max()), float(size / wanted.numel() ** 0.5)
-            assert largest <= ALONE * ALLOWED[dtype] * rms, f"{name}: one element is off by {largest / rms:.2e} rms"
+            largest = float(error.max())
+            rms = float(size / wanted.numel() ** 0.5)
+            assert largest <= ALONE * ALLOWED[dtype] * rms, (
+                f"{name}: one element is off by {largest / rms:.2e} rms"
+            )
 
 
 def assert_idle_are_zero(found: Tensors, routing: Routing) -> None:

@@ -1,6 +1,8 @@
-"""Every kind of variant of the Triton grouped GEMM on a CUDA device, against float64. Compiles some twenty kernels.
+"""Every kind of variant of the Triton grouped GEMM on a CUDA device, against float64. Compiles some
+twenty kernels.
 
-PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider tests/gpu/test_gemm_variants_on_gpu.py
+PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider
+tests/gpu/test_gemm_variants_on_gpu.py
 """
 
 from dataclasses import dataclass
@@ -18,11 +20,14 @@ from tests.gpu.kernel_problem import DEVICE
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a CUDA device: run `make gpu` on a machine that has one"
+        not torch.cuda.is_available(),
+        reason="needs a CUDA device: run `make gpu` on a machine that has one",
     ),
 ]
 COUNTS = [300, 0, 129, 1, 64, 128, 0, 255, 77, 0, 0, 33, 2, 190, 127, 0]
-K, N, TOKENS = 256, 512, 400
+K = 256
+N = 512
+TOKENS = 400
 HALF_ULP = 2.0**-8
 
 
@@ -35,7 +40,9 @@ class Form:
     ranks: tuple[int, ...]
 
     def operands(self) -> dict[str, Any]:
-        g, E, M = torch.Generator(DEVICE).manual_seed(0), len(COUNTS), sum(COUNTS)
+        g = torch.Generator(DEVICE).manual_seed(0)
+        E = len(COUNTS)
+        M = sum(COUNTS)
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=g, device=DEVICE).bfloat16()
@@ -70,7 +77,9 @@ def in_float64(o: dict[str, Any], absolute: bool = False) -> torch.Tensor:
 
 def kinds(found: list[Variant]) -> list[Variant]:
     """Of each kind the widest tile, and the smallest tile without persistence."""
-    wide = [v for v in found if (v.block_m, v.block_n, v.num_stages) == (128, 256, 3 if v.roles else 4)]
+    wide = [
+        v for v in found if (v.block_m, v.block_n, v.num_stages) == (128, 256, 3 if v.roles else 4)
+    ]
     small = [v for v in found if (v.block_m, v.block_n, v.num_stages) == (64, 128, 4)]
     return wide + small
 
@@ -81,9 +90,11 @@ def kinds(found: list[Variant]) -> list[Variant]:
     ids=["gate_up", "down", "dgrad"],
 )
 def test_every_kind_agrees_with_float64_and_with_the_others_to_the_bit(form: Form) -> None:
-    """One rounding to bfloat16, and sums of K + 32 terms in float32. No element is left as it was allocated."""
+    """One rounding to bfloat16, and sums of K + 32 terms in float32. No element is left as it was
+    allocated."""
     o = form.operands()
-    want, size = in_float64(o), in_float64(o, absolute=True)
+    want = in_float64(o)
+    size = in_float64(o, absolute=True)
     product = product_of(o["x"], o["w_EKN"], o["routing"], o["s_MR"], o["b"], o["source_M"])
     chosen = kinds(candidates(product, *device_limits(o["x"].device)))
     assert chosen
@@ -92,11 +103,17 @@ def test_every_kind_agrees_with_float64_and_with_the_others_to_the_bit(form: For
     try:
         for variant in chosen:
             ys.append(grouped_gemm_triton(**o, variant=variant))
-            assert torch.equal(grouped_gemm_triton(**o, variant=variant), ys[-1]), f"{variant}: other bits again"
+            assert torch.equal(grouped_gemm_triton(**o, variant=variant), ys[-1]), (
+                f"{variant}: other bits again"
+            )
     finally:
         torch.use_deterministic_algorithms(False)
     for variant, y in zip(chosen, ys, strict=True):
         excess = (y.double() - want).abs() - 1.1 * (HALF_ULP + (K + 32) * 2.0**-24) * size
-        assert y.isfinite().all() and excess.max() <= 0, f"{variant} exceeds the bound by {excess.max():.3g}"
-    differing = [variant for variant, y in zip(chosen, ys, strict=True) if not torch.equal(y, ys[0])]
+        assert y.isfinite().all() and excess.max() <= 0, (
+            f"{variant} exceeds the bound by {excess.max():.3g}"
+        )
+    differing = [
+        variant for variant, y in zip(chosen, ys, strict=True) if not torch.equal(y, ys[0])
+    ]
     assert not differing, f"not the bits of {chosen[0]}: {differing}"

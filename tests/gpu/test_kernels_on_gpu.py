@@ -1,6 +1,8 @@
-"""The kernels on a CUDA device, against the same function in float64 there. Needs torch, triton and pytest alone:
+"""The kernels on a CUDA device, against the same function in float64 there. Needs torch, triton and
+pytest alone:
 
-PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider tests/gpu/test_kernels_on_gpu.py
+PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider
+tests/gpu/test_kernels_on_gpu.py
 """
 
 from dataclasses import replace
@@ -38,7 +40,8 @@ from tests.gpu.kernel_problem import (
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a CUDA device: run `make gpu` on a machine that has one"
+        not torch.cuda.is_available(),
+        reason="needs a CUDA device: run `make gpu` on a machine that has one",
     ),
 ]
 GIB = 2**30
@@ -68,26 +71,42 @@ def test_the_base_alone_and_rows_that_come_sorted():
 
 
 @pytest.mark.parametrize("dtype", ALLOWED, ids=str)
-@pytest.mark.parametrize(("counts", "rank", "N", "K"), [([65, 0, 129, 1, 0], 3, 200, 136), ([900, 1100], 16, 128, 256)])
+@pytest.mark.parametrize(
+    ("counts", "rank", "N", "K"), [([65, 0, 129, 1, 0], 3, 200, 136), ([900, 1100], 16, 128, 256)]
+)
 def test_linear_agrees_with_float64(counts, rank, N, K, dtype):
-    g, E, M = torch.Generator(DEVICE).manual_seed(0), len(counts), sum(counts)
+    g = torch.Generator(DEVICE).manual_seed(0)
+    E = len(counts)
+    M = sum(counts)
 
     def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, generator=g, device=DEVICE).mul_(size).to(dtype)
 
-    leaves = {"x": normal(M, K), "a": normal(E, rank, K, size=K**-0.5), "b": normal(E, N, rank, size=rank**-0.5)}
+    leaves = {
+        "x": normal(M, K),
+        "a": normal(E, rank, K, size=K**-0.5),
+        "b": normal(E, N, rank, size=rank**-0.5),
+    }
     leaves["x_lora"] = normal(M, K)
-    w, dy, routing = normal(E, N, K, size=K**-0.5), normal(M, N), sorted_rows(counts)
+    w = normal(E, N, K, size=K**-0.5)
+    dy = normal(M, N)
+    routing = sorted_rows(counts)
 
     def results(backend: str | None, weight: Any, operands: Tensors, dout: torch.Tensor) -> Tensors:
         v = {name: t.detach().requires_grad_() for name, t in operands.items()}
         y = grouped_lora(
-            v["x"], weight, routing.offsets_E, v["a"], v["b"], x_lora_MK=v.get("x_lora"), backend=backend
+            v["x"], weight, routing.offsets_E, v["a"], v["b"], x_lora_MK=v.get("x_lora"),
+            backend=backend
         )  # fmt: skip
-        return {"out": y.detach(), **dict(zip(v, torch.autograd.grad(y, list(v.values()), dout), strict=True))}
+        return {
+            "out": y.detach(),
+            **dict(zip(v, torch.autograd.grad(y, list(v.values()), dout), strict=True)),
+        }
 
     for operands in (leaves, {name: t for name, t in leaves.items() if name != "x_lora"}):
-        want = results("reference", w.double(), {n: t.double() for n, t in operands.items()}, dy.double())
+        want = results(
+            "reference", w.double(), {n: t.double() for n, t in operands.items()}, dy.double()
+        )
         for way in WAYS:
             weight, backend = (Joined(w, rank), "grouped_mm") if way == "joined" else (w, way)
             found = results(backend, weight, operands, dy)
@@ -97,23 +116,39 @@ def test_linear_agrees_with_float64(counts, rank, N, K, dtype):
 
 @pytest.mark.parametrize("way", [*WAYS, None])
 def test_no_rows_at_all(way):
-    case = problem(sorted_rows([0, 0, 0]), 0, torch.bfloat16, H=64, inner=32, ranks={"gate": 3, "up": 3, "down": 5})
+    case = problem(
+        sorted_rows([0, 0, 0]),
+        0,
+        torch.bfloat16,
+        H=64,
+        inner=32,
+        ranks={"gate": 3, "up": 3, "down": 5},
+    )
     found = case.in_way(way)
-    assert found["out"].shape == (0, 64) and found["x"].shape == (0, 64) and found["p"].shape == (0,)
+    assert (
+        found["out"].shape == (0, 64) and found["x"].shape == (0, 64) and found["p"].shape == (0,)
+    )
     assert_idle_are_zero(found, case.routing)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_strides_that_are_not_dense(way):
-    """x transposed, factors as slices of larger tensors, and the gradient of a sum, which has stride 0."""
+    """x transposed, factors as slices of larger tensors, and the gradient of a sum, which has
+    stride 0."""
     case = odd(torch.bfloat16)
     wide = {
-        n: torch.cat([t, t], -1).detach()[..., : t.shape[-1]] for n, t in case.leaves.items() if n not in ("x", "p")
+        n: torch.cat([t, t], -1).detach()[..., : t.shape[-1]]
+        for n, t in case.leaves.items()
+        if n not in ("x", "p")
     }
     x = case.leaves["x"].detach().t().contiguous().t()
     leaves = {**case.leaves, **wide, "x": x}
-    strided = replace(case, leaves={name: leaves[name].detach().requires_grad_() for name in case.leaves})
-    strided = replace(strided, dout=torch.ones(1, 1, device=DEVICE, dtype=torch.bfloat16).expand(case.dout.shape))
+    strided = replace(
+        case, leaves={name: leaves[name].detach().requires_grad_() for name in case.leaves}
+    )
+    strided = replace(
+        strided, dout=torch.ones(1, 1, device=DEVICE, dtype=torch.bfloat16).expand(case.dout.shape)
+    )
     assert not strided.leaves["x"].is_contiguous() and not strided.leaves["a1"].is_contiguous()
     assert_close(strided.in_way(way), strided.in_float64(), torch.bfloat16)
 
@@ -139,7 +174,8 @@ def test_the_same_bits_on_every_run(shape, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_recomputed_gradients_are_the_kept_ones(way):
     case = odd(torch.bfloat16)
-    kept, again = case.in_way(way), case.in_way(way, recompute=True)
+    kept = case.in_way(way)
+    again = case.in_way(way, recompute=True)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
     dropped = []
     for how in ({}, {"recompute": True}):
@@ -149,12 +185,16 @@ def test_recomputed_gradients_are_the_kept_ones(way):
     assert not torch.equal(dropped[0]["out"], kept["out"])
 
 
-@pytest.mark.parametrize("tokens, experts, k", [(1, 3, 2), (8192, 128, 8), (50_001, 60, 4), (3000, 512, 10)])
+@pytest.mark.parametrize(
+    "tokens, experts, k", [(1, 3, 2), (8192, 128, 8), (50_001, 60, 4), (3000, 512, 10)]
+)
 def test_routing_is_that_of_a_cpu(tokens, experts, k):
     """To the bit: the rows, their order within an expert, probabilities and their gradients."""
     g = torch.Generator().manual_seed(tokens)
     probs = torch.rand(tokens, experts, generator=g)
-    chosen = torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, probs.topk(k, 1).indices, True)
+    chosen = torch.zeros(tokens, experts, dtype=torch.bool).scatter_(
+        1, probs.topk(k, 1).indices, True
+    )
     found = []
     for device in ("cpu", DEVICE):
         values = probs.to(device, copy=True).requires_grad_()
@@ -165,7 +205,9 @@ def test_routing_is_that_of_a_cpu(tokens, experts, k):
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("ranks, experts, most", [(8, 16, 900), (3, 5, 9000), (1, 128, 30), (64, 2, 5)])
+@pytest.mark.parametrize(
+    "ranks, experts, most", [(8, 16, 900), (3, 5, 9000), (1, 128, 30), (64, 2, 5)]
+)
 def test_routing_of_received_rows_is_that_of_a_cpu(ranks, experts, most):
     g = torch.Generator().manual_seed(ranks)
     counts = torch.randint(0, most, (ranks, experts), generator=g)
@@ -184,7 +226,8 @@ def test_routing_of_received_rows_is_that_of_a_cpu(ranks, experts, most):
 @pytest.mark.parametrize("way", ["grouped_mm", "joined", "triton", None])
 def test_nothing_waits_for_the_device(way):
     """From the router's choice to the gradients, with the kernels compiled before."""
-    case, counts = even(torch.bfloat16), torch.tensor([[700, 200, 300], [100, 0, 1000]], device=DEVICE)
+    case = even(torch.bfloat16)
+    counts = torch.tensor([[700, 200, 300], [100, 0, 1000]], device=DEVICE)
     chosen_TE = torch.zeros(2300, 3, dtype=torch.bool, device=DEVICE)
     chosen_TE[:, :2] = True
     probs_TE = torch.rand(2300, 3, device=DEVICE, requires_grad=True)
@@ -194,7 +237,8 @@ def test_nothing_waits_for_the_device(way):
         probs_M.sum().backward()
         replace(case, routing=routing).in_way(way)
         arrived, _ = regroup_values(counts, probs_M.detach()[:2300])
-        x, p = case.leaves["x"], case.leaves["p"][:2300]
+        x = case.leaves["x"]
+        p = case.leaves["p"][:2300]
         w1 = Joined(case.w1, case.rank1()) if way == "joined" else case.w1
         w2 = Joined(case.w2, 16) if way == "joined" else case.w2
         backend = "grouped_mm" if way == "joined" else way
@@ -216,7 +260,8 @@ def test_what_is_kept_for_backward(way):
     w1, w2 = (Joined(case.w1, 32), Joined(case.w2, 16)) if way == "joined" else (case.w1, case.w2)
     backend = "grouped_mm" if way == "joined" else way
 
-    v, kept = case.leaves, {}
+    v = case.leaves
+    kept = {}
 
     def keep(t: torch.Tensor) -> torch.Tensor:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
@@ -232,27 +277,40 @@ def test_what_is_kept_for_backward(way):
 
 def test_steps_that_stand_alone():
     """``permute_shrink``, ``lora_wgrad`` and ``dense_lora``."""
-    case, dtype = odd(torch.bfloat16), torch.bfloat16
-    x, a = case.leaves["x"].detach(), case.leaves["a1"].detach()
+    case = odd(torch.bfloat16)
+    dtype = torch.bfloat16
+    x = case.leaves["x"].detach()
+    a = case.leaves["a1"].detach()
 
     def permuted(x: torch.Tensor, a: torch.Tensor, backend: str | None) -> Tensors:
-        x, a = x.clone().requires_grad_(), a.clone().requires_grad_()
+        x = x.clone().requires_grad_()
+        a = a.clone().requires_grad_()
         rows, s = permute_shrink(x, a, case.routing, backend=backend)
         dx, da = torch.autograd.grad([rows, s], [x, a], [rows.detach(), s.detach()])
         return {"rows": rows.detach(), "s": s.detach(), "dx": dx, "da": da}
 
     want = permuted(x.double(), a.double(), "reference")
     assert_close(permuted(x, a, None), want, dtype)
-    s, rows = want["s"].to(dtype), want["rows"].to(dtype)
-    exact = {"out": lora_wgrad(s.double(), rows.double(), case.routing.offsets_E, backend="reference")}
+    s = want["s"].to(dtype)
+    rows = want["rows"].to(dtype)
+    exact = {
+        "out": lora_wgrad(s.double(), rows.double(), case.routing.offsets_E, backend="reference")
+    }
     for backend in ("triton", "loop"):
-        assert_close({"out": lora_wgrad(s, rows, case.routing.offsets_E, backend=backend)}, exact, dtype)
-    operands = (x, case.w1[0], a[0], torch.cat([case.leaves["gate"][0], case.leaves["up"][0]], 1).detach().repeat(2, 1))
+        assert_close(
+            {"out": lora_wgrad(s, rows, case.routing.offsets_E, backend=backend)}, exact, dtype
+        )
+    operands = (
+        x,
+        case.w1[0],
+        a[0],
+        torch.cat([case.leaves["gate"][0], case.leaves["up"][0]], 1).detach().repeat(2, 1),
+    )
     outs = [dense_lora(*(t.to(kind) for t in operands)) for kind in (dtype, torch.float64)]
     assert_close({"out": outs[0]}, {"out": outs[1]}, dtype)
 
 
-# ---- beyond 2^31 elements -------------------------------------------------------------------------------------------
+# ---- beyond 2^31 elements ------------------------------------------------------------------------
 
 
 def need(gigabytes: float) -> None:
@@ -266,8 +324,11 @@ def only(case: Problem, experts: slice, counts: list[int], rows: slice) -> Probl
     """The same for some experts and the rows that go to them; rows are sorted."""
     parts = {name: t[rows if name in ("x", "p") else experts] for name, t in case.leaves.items()}
     leaves = {name: t.detach().clone().requires_grad_() for name, t in parts.items()}
-    w1, w2 = case.w1[experts], case.w2[experts]
-    return replace(case, routing=sorted_rows(counts), w1=w1, w2=w2, leaves=leaves, dout=case.dout[rows])
+    w1 = case.w1[experts]
+    w2 = case.w2[experts]
+    return replace(
+        case, routing=sorted_rows(counts), w1=w1, w2=w2, leaves=leaves, dout=case.dout[rows]
+    )
 
 
 @pytest.mark.parametrize("way", ["grouped_mm", "joined", "triton"])
@@ -275,9 +336,12 @@ def test_weights_of_more_than_int32_elements(way):
     """64 x 8192 x 4224 = 2.2e9: experts from the 62nd on lie beyond 2^31."""
     need(32)
     ranks = {"gate": 4, "up": 4, "down": 8}
-    case = problem(sorted_rows([40] + [0] * 62 + [73]), 113, torch.bfloat16, H=4224, inner=4096, ranks=ranks)
+    case = problem(
+        sorted_rows([40] + [0] * 62 + [73]), 113, torch.bfloat16, H=4224, inner=4096, ranks=ranks
+    )
     assert case.w1.numel() > 2**31
-    found, last = case.in_way(way), slice(63, 64)
+    found = case.in_way(way)
+    last = slice(63, 64)
     found = {name: t[40:] if name in ("out", "x", "p") else t[last] for name, t in found.items()}
     assert_close(found, only(case, last, [73], slice(40, None)).in_float64(), torch.bfloat16)
 
@@ -286,11 +350,22 @@ def test_weights_of_more_than_int32_elements(way):
 def test_rows_of_more_than_int32_elements(way):
     """[gate | up] of 2^18 + 64 rows of 8,192: the last rows lie beyond 2^31."""
     need(40)
-    num_rows, ranks = 2**18 + 64, {"gate": 8, "up": 8, "down": 8}
-    case = problem(sorted_rows([1000, num_rows - 1000]), num_rows, torch.bfloat16, H=64, inner=4096, ranks=ranks)
-    found, last = case.in_way(way), slice(-64, None)
+    num_rows = 2**18 + 64
+    ranks = {"gate": 8, "up": 8, "down": 8}
+    case = problem(
+        sorted_rows([1000, num_rows - 1000]),
+        num_rows,
+        torch.bfloat16,
+        H=64,
+        inner=4096,
+        ranks=ranks,
+    )
+    found = case.in_way(way)
+    last = slice(-64, None)
     want = only(case, slice(0, 2), [0, 64], last).in_float64()
     assert_close(
-        {n: found[n][last] for n in ("out", "x", "p")}, {n: want[n] for n in ("out", "x", "p")}, torch.bfloat16
+        {n: found[n][last] for n in ("out", "x", "p")},
+        {n: want[n] for n in ("out", "x", "p")},
+        torch.bfloat16,
     )
     assert all(t.isfinite().all() for t in found.values())

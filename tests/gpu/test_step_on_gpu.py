@@ -1,7 +1,8 @@
-"""megalora's own training step: it trains, gives with kernels what it gives with a plain loop, and waits for nothing.
+"""megalora's own training step: it trains, gives with kernels what it gives with a plain loop, and
+waits for nothing.
 
-On a GPU where there is one; else on a CPU, where kernels are interpreted. Needs nothing of tests/conftest.py, so that
-benchmarks/gpu_tests.py can begin with it:
+On a GPU where there is one; else on a CPU, where kernels are interpreted. Needs nothing of
+tests/conftest.py, so that benchmarks/gpu_tests.py can begin with it:
 
 PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider tests/gpu/test_step_on_gpu.py
 """
@@ -28,7 +29,8 @@ NUM_STEPS = 4 if ON_GPU else 2
 def steps(
     config: dict[str, Any], num_tokens: int, dtype: torch.dtype, count: int = NUM_STEPS
 ) -> dict[str, list[float]]:
-    """Loss and gradient norm of each of ``count`` steps from the same weights, on the same tokens."""
+    """Loss and gradient norm of each of ``count`` steps from the same weights, on the same
+    tokens."""
     from benchmarks.train_megalora import megalora
 
     device = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
@@ -54,7 +56,8 @@ def no_backend_from_the_environment(monkeypatch):
 
 
 def test_kernels_train_what_a_plain_loop_trains(tmp_path):
-    """In float32, where an error is no rounding. On a CPU in forked processes: a world of one leaves threads behind."""
+    """In float32, where an error is no rounding. On a CPU in forked processes: a world of one
+    leaves threads behind."""
     files = {backend: tmp_path / f"{backend}.json" for backend in ("loop", "triton")}
     if ON_GPU:
         for backend, file in files.items():
@@ -73,9 +76,12 @@ def test_kernels_train_what_a_plain_loop_trains(tmp_path):
     assert kernels["loss"][-1] < kernels["loss"][0] and min(kernels["norm"]) > 0
 
 
-@pytest.mark.skipif(not ON_GPU, reason="bfloat16 needs a CUDA device: the interpreter multiplies its bit patterns")
+@pytest.mark.skipif(
+    not ON_GPU, reason="bfloat16 needs a CUDA device: the interpreter multiplies its bit patterns"
+)
 def test_bfloat16_trains_alike_with_every_back_end(monkeypatch):
-    """Two bfloat16 computations of one loss differ by a few roundings of 4e-3, in sums of hundreds of terms."""
+    """Two bfloat16 computations of one loss differ by a few roundings of 4e-3, in sums of hundreds
+    of terms."""
     want = steps(LARGER, 512, torch.bfloat16)
     assert want["loss"][-1] < want["loss"][0]
     for backend in ("loop", "grouped_mm"):
@@ -85,9 +91,12 @@ def test_bfloat16_trains_alike_with_every_back_end(monkeypatch):
         assert found["norm"] == pytest.approx(want["norm"], rel=5e-2), backend
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device; tests/pretended has the list of waits without one")
+@pytest.mark.skipif(
+    not ON_GPU, reason="needs a CUDA device; tests/pretended has the list of waits without one"
+)
 def test_a_step_waits_for_nothing():
-    """Forward, backward, clipping and optimizer; training reads loss and norm once, after the step."""
+    """Forward, backward, clipping and optimizer; training reads loss and norm once, after the
+    step."""
     from benchmarks.train_megalora import megalora
 
     device = torch.device("cuda", torch.cuda.current_device())

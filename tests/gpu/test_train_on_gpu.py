@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a CUDA device: run `make gpu` on a machine that has one"
+        not torch.cuda.is_available(),
+        reason="needs a CUDA device: run `make gpu` on a machine that has one",
     ),
 ]
 CONFIG = Path(__file__).parents[2] / "configs/quickstart.yaml"
@@ -29,7 +30,15 @@ def train(run: Path, base: Path, chats: Path, ranks: int, *overrides: str) -> li
         "data.max_length=256",
     ]
     subprocess.run(
-        [*command, *settings, "train.steps=4", "train.micro_batch_size=2", "train.lr=1e-3", *overrides], check=True
+        [
+            *command,
+            *settings,
+            "train.steps=4",
+            "train.micro_batch_size=2",
+            "train.lr=1e-3",
+            *overrides,
+        ],
+        check=True,
     )
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -45,7 +54,9 @@ def test_float32_on_a_gpu_is_float32_on_the_cpu(tiny, chats, tmp_path, monkeypat
     assert values(gpu, "eval_loss") == pytest.approx(values(cpu, "eval_loss"), rel=1e-4)
     assert values(gpu, "loss") == pytest.approx(values(cpu, "loss"), rel=1e-4)
     assert values(gpu, "grad_norm") == pytest.approx(values(cpu, "grad_norm"), rel=1e-3)
-    one, other = (load_file(tmp_path / d / "step_000004/adapter_model.safetensors") for d in ("gpu", "cpu"))
+    one, other = (
+        load_file(tmp_path / d / "step_000004/adapter_model.safetensors") for d in ("gpu", "cpu")
+    )
     assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-4) for name in other)
 
 
@@ -61,14 +72,26 @@ def test_bfloat16_with_recompute_and_dropout_trains_saves_and_resumes(tiny, chat
     rows = train(tmp_path / "run", tiny, chats, ranks, *options)
     losses = values(rows, "loss")
     assert losses[-1] < losses[0]
-    again = train(tmp_path / "rest", tiny, chats, ranks, *options, f"checkpoint.resume={tmp_path}/run/step_000002")
+    again = train(
+        tmp_path / "rest",
+        tiny,
+        chats,
+        ranks,
+        *options,
+        f"checkpoint.resume={tmp_path}/run/step_000002",
+    )
     assert values(again, "loss") == pytest.approx(losses[2:], rel=1e-2)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(
     "layout",
-    ["parallel.ep=2", "parallel.tp=2 parallel.ep=1", "parallel.pp=2 parallel.ep=1", "parallel.ep=1 parallel.etp=2"],
+    [
+        "parallel.ep=2",
+        "parallel.tp=2 parallel.ep=1",
+        "parallel.pp=2 parallel.ep=1",
+        "parallel.ep=1 parallel.etp=2",
+    ],
 )
 def test_two_gpus_train_what_one_trains(layout, tiny, chats, tmp_path):
     one = train(tmp_path / "one", tiny, chats, 1, "parallel.ep=1")
@@ -85,7 +108,9 @@ def test_two_gpus_train_what_one_trains(layout, tiny, chats, tmp_path):
         (4, "parallel.tp=2 parallel.ep=2 parallel.etp=2"),
     ],
 )
-def test_ranks_that_share_a_gpu_train_what_one_trains(ranks, layout, tiny, chats, tmp_path, monkeypatch):
+def test_ranks_that_share_a_gpu_train_what_one_trains(
+    ranks, layout, tiny, chats, tmp_path, monkeypatch
+):
     """Collectives go through the host; a checkpoint of the shared run resumes on one rank."""
     one = train(tmp_path / "one", tiny, chats, 1, "parallel.ep=1")
     monkeypatch.setenv("MEGALORA_SHARE_GPU", "1")

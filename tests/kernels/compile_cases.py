@@ -1,4 +1,5 @@
-"""What is compiled without a GPU: layers through their launchers, variants of the grouped GEMM, passes of SwiGLU.
+"""What is compiled without a GPU: layers through their launchers, variants of the grouped GEMM,
+passes of SwiGLU.
 
 Tensors are on the CPU and mostly never touched; sizes are those of Qwen3-30B-A3B.
 
@@ -21,7 +22,9 @@ from megalora_kernels.sums import TritonSums
 from megalora_kernels.swiglu import swiglu_backward_triton, swiglu_triton
 from megalora_kernels.variants import Product, Variant, candidates, problem, shared_bytes
 
-H, I, E = 2048, 768, 128
+H = 2048
+I = 768
+E = 128
 HALF = torch.bfloat16
 
 
@@ -35,16 +38,21 @@ class Case(NamedTuple):
     """What is known beforehand: goes into every row."""
 
 
-# ---- 1. everything that a layer launches ----------------------------------------------------------------------------
+# ---- 1. everything that a layer launches ---------------------------------------------------------
 
 
 def layer(dtype: torch.dtype, rank: int, tokens: int, whole: bool) -> None:
-    """Forward and backward of two experts; values mean nothing. ``whole``: without adapters and with rows in order, too."""
+    """Forward and backward of two experts; values mean nothing. ``whole``: without adapters and
+    with rows in order, too."""
     new = {"dtype": dtype, "requires_grad": True}
-    x, p = torch.zeros(tokens, H, **new), torch.zeros(tokens * 2, requires_grad=True)
-    a1, b1 = torch.zeros(2, 2 * rank, H, **new), [torch.zeros(2, I, rank, **new) for _ in range(2)]
-    a2, b2 = torch.zeros(2, rank, I, **new), torch.zeros(2, H, rank, **new)
-    w1, w2 = torch.zeros(2, 2 * I, H, dtype=dtype), torch.zeros(2, H, I, dtype=dtype)
+    x = torch.zeros(tokens, H, **new)
+    p = torch.zeros(tokens * 2, requires_grad=True)
+    a1 = torch.zeros(2, 2 * rank, H, **new)
+    b1 = [torch.zeros(2, I, rank, **new) for _ in range(2)]
+    a2 = torch.zeros(2, rank, I, **new)
+    b2 = torch.zeros(2, H, rank, **new)
+    w1 = torch.zeros(2, 2 * I, H, dtype=dtype)
+    w2 = torch.zeros(2, H, I, dtype=dtype)
     routing, _ = route(torch.ones(tokens, 2, dtype=torch.bool), 2)
     adapters = {"gate_up": Adapter(a1, tuple(b1), (2.0, 2.0)), "down": Adapter(a2, (b2,), (2.0,))}
     expert_mlp(x, w1, w2, p, routing, backend="triton", **adapters).sum().backward()
@@ -52,14 +60,17 @@ def layer(dtype: torch.dtype, rank: int, tokens: int, whole: bool) -> None:
         return
     expert_mlp(x, w1, w2, p, routing, backend="triton").sum().backward()
     in_order = Routing(routing.offsets_E, routing.num_rows)
-    y = expert_mlp(torch.zeros(tokens * 2, H, **new), w1, w2, p, in_order, backend="triton", **adapters)
+    y = expert_mlp(
+        torch.zeros(tokens * 2, H, **new), w1, w2, p, in_order, backend="triton", **adapters
+    )
     y.sum().backward()
     sum(t.sum() for t in permute_shrink(x, a1, routing, backend="triton")).backward()  # pyright: ignore
 
 
 def routing_of_128(dtype: torch.dtype) -> None:
     """Routing of 128 experts, top 8, and of what 8 ranks send for 16 of them."""
-    chosen_TE, p_TE = torch.zeros(64, 128, dtype=torch.bool), torch.zeros(64, 128, dtype=dtype)
+    chosen_TE = torch.zeros(64, 128, dtype=torch.bool)
+    p_TE = torch.zeros(64, 128, dtype=dtype)
     routing, expert_TK, moved_M = route_triton(chosen_TE, 8, p_TE)
     assert routing.slots_TK is not None and moved_M is not None
     spread_triton(moved_M, routing.slots_TK, expert_TK, 128)
@@ -71,7 +82,7 @@ def layers(capability: int, dtype: torch.dtype, rank: int, tokens: int, whole: b
     return Case(label, capability, partial(layer, dtype, rank, tokens, whole))
 
 
-# ---- 2. variants of the grouped GEMM --------------------------------------------------------------------------------
+# ---- 2. variants of the grouped GEMM -------------------------------------------------------------
 
 PRODUCTS = {
     "gate_up": Product("forward", HALF, 2 * I, H, 0, gathered=True, rows_per_expert=512, blocks=2),
@@ -79,9 +90,11 @@ PRODUCTS = {
     "gate_up dgrad": Product("dgrad", HALF, H, 2 * I, 0, gathered=False, rows_per_expert=512),
     "down dgrad": Product("dgrad", HALF, I, H, 0, gathered=True, rows_per_expert=512),
 }
-"""The products of a layer whose tokens are all here; after an all-to-all, gate_up's rows are in order."""
+"""The products of a layer whose tokens are all here; after an all-to-all, gate_up's rows are in
+order."""
 RANKS = (32, 0, 64, 128, 16)
-"""Stacked ranks, one variant after the other: every pair with an operand's way to the tensor cores occurs."""
+"""Stacked ranks, one variant after the other: every pair with an operand's way to the tensor cores
+occurs."""
 
 
 def gemm(of: Product, variant: Variant) -> None:
@@ -97,18 +110,23 @@ def gemm(of: Product, variant: Variant) -> None:
         s_MR = torch.empty(num_rows, of.rank, dtype=of.dtype)
         shape = (of.N // of.blocks, of.rank // of.blocks)
         if of.op == "forward":
-            b = tuple(torch.empty(E, *shape, dtype=of.dtype).transpose(1, 2) for _ in range(of.blocks))
+            b = tuple(
+                torch.empty(E, *shape, dtype=of.dtype).transpose(1, 2) for _ in range(of.blocks)
+            )
         else:
             b = tuple(torch.empty(E, *shape[::-1], dtype=of.dtype) for _ in range(of.blocks))
     routing = Routing(torch.empty(E, dtype=torch.int32), num_rows)
     grouped_gemm_triton(x, w_EKN, routing, s_MR, b, source_M, variant=variant)
 
 
-def gemms(name: str, of: Product, variant: Variant, capability: int, refused: str | None = None) -> Case:
+def gemms(
+    name: str, of: Product, variant: Variant, capability: int, refused: str | None = None
+) -> Case:
     if of.rank == 0 and of.blocks > 1:
         of = replace(of, blocks=1)
     facts = {
-        "product": name, "rank": of.rank, "variant": f"{variant.block_m} x {variant.block_n} x {variant.block_k}",
+        "product": name, "rank": of.rank,
+        "variant": f"{variant.block_m} x {variant.block_n} x {variant.block_k}",
         "num_warps": variant.num_warps, "num_stages": variant.num_stages, "weight": variant.weight,
         "rows": variant.rows, "persistent": variant.persistent, "roles": variant.roles,
         "estimate": shared_bytes(variant, of), "refused": refused,
@@ -147,33 +165,50 @@ def refused_for_memory(capability: int) -> Iterator[Case]:
     """Tiles that ``problem`` refuses for their shared memory or their sums, and nothing else."""
     tiles = [*choices.TILES, (128, 256, 4)]
     for (block_m, block_n, warps), stages in pairs(tiles, (2, 3, 4, 5)):
-        variant, of = Variant(block_m, block_n, 64, warps, stages), replace(PRODUCTS["down"], rank=16)
+        variant = Variant(block_m, block_n, 64, warps, stages)
+        of = replace(PRODUCTS["down"], rank=16)
         why = problem(variant, of, *limits_of(capability))
         if why is not None:
             yield gemms("down", of, variant, capability, why)
 
 
 def with_roles(capability: int, *tiles: tuple[int, int, int]) -> list[Case]:
-    """Variants of (rows, columns, stages) with roles, asked for where ``problem`` refuses them, too."""
+    """Variants of (rows, columns, stages) with roles, asked for where ``problem`` refuses them,
+    too."""
     of = replace(PRODUCTS["down"], rank=32)
     roles = [Variant(m, n, 64, 4, stages, "tma", "tma", roles=True) for m, n, stages in tiles]
     return [gemms("down", of, v, capability, problem(v, of, *limits_of(capability))) for v in roles]
 
 
-# ---- 3. SwiGLU's passes ---------------------------------------------------------------------------------------------
+# ---- 3. SwiGLU's passes --------------------------------------------------------------------------
 
-SWIGLU_RANKS = ((0, 0), (32, 0), (0, 16), (16, 8), (32, 16), (32, 32), (64, 32), (64, 64), (128, 64), (256, 128))
+SWIGLU_RANKS = (
+    (0, 0),
+    (32, 0),
+    (0, 16),
+    (16, 8),
+    (32, 16),
+    (32, 32),
+    (64, 32),
+    (64, 64),
+    (128, 64),
+    (256, 128),
+)
 """R of gate and up stacked, Q of down. From 128 on only the back end ``grouped_mm`` comes here."""
 
 
 def swiglu(dtype: torch.dtype, rank: int, rank_down: int) -> None:
     """Both passes over rows of all experts."""
-    y, h, p = torch.empty(E, 2 * I, dtype=dtype), torch.empty(E, I, dtype=dtype), torch.empty(E)
+    y = torch.empty(E, 2 * I, dtype=dtype)
+    h = torch.empty(E, I, dtype=dtype)
+    p = torch.empty(E)
     s_MR = torch.empty(E, rank, dtype=dtype) if rank else None
-    s_MQ, a_EQI = torch.empty(E, rank_down, dtype=dtype), torch.empty(E, rank_down, I, dtype=dtype)
+    s_MQ = torch.empty(E, rank_down, dtype=dtype)
+    a_EQI = torch.empty(E, rank_down, I, dtype=dtype)
     routing = Routing(torch.empty(E, dtype=torch.int32), E)
     swiglu_triton(y, p, a_EQI if rank_down else None, routing, h, s_MQ if rank_down else None, 2.0)
-    of_down, of_gate_up = (rank_down, I) if rank_down else None, [(I, rank // 2)] * 2 if rank else []
+    of_down = (rank_down, I) if rank_down else None
+    of_gate_up = [(I, rank // 2)] * 2 if rank else []
     sums = TritonSums(routing, y, [of_down, *of_gate_up])
     da, *db = sums.places
     swiglu_backward_triton(
@@ -183,24 +218,40 @@ def swiglu(dtype: torch.dtype, rank: int, rank_down: int) -> None:
 
 def swiglus(capability: int, dtype: torch.dtype, rank: int, rank_down: int) -> Case:
     label = f"SwiGLU, {str(dtype).removeprefix('torch.')}, ranks {rank} and {rank_down}"
-    return Case(label, capability, partial(swiglu, dtype, rank, rank_down), {"ranks": [rank, rank_down]})
+    return Case(
+        label, capability, partial(swiglu, dtype, rank, rank_down), {"ranks": [rank, rank_down]}
+    )
 
 
-# ---- 4. what to compile when ----------------------------------------------------------------------------------------
+# ---- 4. what to compile when ---------------------------------------------------------------------
 
 
 def few(capability: int) -> list[Case]:
     """A layer, and each property of a variant once: what ``make test`` can afford."""
-    forward, down = PRODUCTS["gate_up"], PRODUCTS["down"]
-    dgrad, down_dgrad = PRODUCTS["gate_up dgrad"], PRODUCTS["down dgrad"]
+    forward = PRODUCTS["gate_up"]
+    down = PRODUCTS["down"]
+    dgrad = PRODUCTS["gate_up dgrad"]
+    down_dgrad = PRODUCTS["down dgrad"]
     return [
         layers(capability, HALF, 16, 2048, whole=False),
         Case("routing", capability, partial(routing_of_128, HALF)),
         swiglus(capability, HALF, 64, 32),
         swiglus(100, HALF, 32, 0),  # Blackwell's compiler refuses it where it is pipelined
-        gemms("gate_up", replace(forward, rank=128), Variant(128, 256, 64, 8, 4, "tma"), capability),
-        gemms("down", replace(down, rank=64), Variant(128, 256, 64, 8, 4, "tma", "tma", persistent=True), capability),
-        gemms("gate_up dgrad", replace(dgrad, rank=128), Variant(128, 128, 64, 8, 3, "tma", "tma"), capability),
+        gemms(
+            "gate_up", replace(forward, rank=128), Variant(128, 256, 64, 8, 4, "tma"), capability
+        ),
+        gemms(
+            "down",
+            replace(down, rank=64),
+            Variant(128, 256, 64, 8, 4, "tma", "tma", persistent=True),
+            capability,
+        ),
+        gemms(
+            "gate_up dgrad",
+            replace(dgrad, rank=128),
+            Variant(128, 128, 64, 8, 3, "tma", "tma"),
+            capability,
+        ),
         gemms("down dgrad", replace(down_dgrad, rank=16), Variant(64, 128, 64, 4, 4), capability),
         *with_roles(capability, (128, 256, 3)),
     ]

@@ -2,9 +2,10 @@
 
     python -m tests.kernels.compile_for_gpu [--capability 80 89 90 100] [--every] [--table]
 
-Triton carries its own assembler, so types, shapes, shared memory, registers and spills are known before a GPU is. The
-launchers run on CPU tensors with a driver that names a target and with launches cut off behind the compiler. Every case is
-compiled in a forked process of its own, two at a time: a compiler that ends its process is a result like any other.
+Triton carries its own assembler, so types, shapes, shared memory, registers and spills are known
+before a GPU is. The launchers run on CPU tensors with a driver that names a target and with
+launches cut off behind the compiler. Every case is compiled in a forked process of its own, two at
+a time: a compiler that ends its process is a result like any other.
 """
 
 import argparse
@@ -30,10 +31,12 @@ AT_ONCE = 2
 
 
 def compile_all(cases: list[Case]) -> list[dict[str, Any]]:
-    """Return a row for each kernel of each case, or one with ``error``: what was raised, or how the process ended."""
+    """Return a row for each kernel of each case, or one with ``error``: what was raised, or how the
+    process ended."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        # Kernels that several cases share are compiled once, and nothing that an earlier run left behind is taken.
+        # Kernels that several cases share are compiled once, and nothing that an earlier run left
+        # behind is taken.
         os.environ["TRITON_CACHE_DIR"] = f"{folder}/cache"
         jobs = ((i, compile_case, (case, Path(folder) / str(i))) for i, case in enumerate(cases))
         for i, _, code in forked(jobs, AT_ONCE):
@@ -43,7 +46,12 @@ def compile_all(cases: list[Case]) -> list[dict[str, Any]]:
 
 
 def result_of(case: Case, path: Path, code: int) -> list[dict[str, Any]]:
-    known = {"case": case.label, "capability": case.capability, "triton": triton.__version__, **case.facts}
+    known = {
+        "case": case.label,
+        "capability": case.capability,
+        "triton": triton.__version__,
+        **case.facts,
+    }
     if path.with_suffix(".json").is_file():
         return [{**known, **row} for row in json.loads(path.with_suffix(".json").read_text())]
     said = path.with_suffix(".txt").read_text(errors="replace").strip().splitlines() or [""]
@@ -61,9 +69,21 @@ def compile_case(case: Case, path: Path) -> None:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        tile = {name: kwargs.get(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_I", "BLOCK_K", "num_stages")}
-        dtype = next((str(t.dtype).removeprefix("torch.") for t in args if hasattr(t, "dtype")), None)
-        rows.append({"kernel": self.__name__, "dtype": dtype, **tile, **sass.describe(kernel, case.capability)})
+        tile = {
+            name: kwargs.get(name)
+            for name in ("BLOCK_M", "BLOCK_N", "BLOCK_I", "BLOCK_K", "num_stages")
+        }
+        dtype = next(
+            (str(t.dtype).removeprefix("torch.") for t in args if hasattr(t, "dtype")), None
+        )
+        rows.append(
+            {
+                "kernel": self.__name__,
+                "dtype": dtype,
+                **tile,
+                **sass.describe(kernel, case.capability),
+            }
+        )
         return kernel
 
     driver.set_active(NamedTarget(case.capability))  # pyright: ignore
@@ -78,7 +98,10 @@ def compile_case(case: Case, path: Path) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return Markdown: the variants of the grouped GEMM, and SwiGLU's passes."""
     lines = [
-        "| product | tile | warps, stages | operands | rank | registers | shared | per SM | loop | copies in the loop |",
+        (
+            "| product | tile | warps, stages | operands | rank | registers | shared | per SM |"
+            " loop | copies in the loop |"
+        ),
         "|---|---|---|---|--:|--:|--:|--:|--:|---|",
     ]
     for row in rows:
@@ -90,8 +113,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         operands += ", roles" if row["roles"] else ""
         copies = f"{row['tma']} TMA + {row['cp_async']} cp.async"
         lines.append(
-            f"| {row['product']} | {row['variant']} | w{row['num_warps']} s{row['num_stages']} | {operands} "
-            f"| {row['rank']} | {row['registers']} | {row['shared']:,} | {row['per_sm']} | {row['loop']} | {copies} |"
+            f"| {row['product']} | {row['variant']} | w{row['num_warps']} s{row['num_stages']} |"
+            f" {operands} | {row['rank']} | {row['registers']} | {row['shared']:,} |"
+            f" {row['per_sm']} | {row['loop']} | {copies} |"
         )
     lines += [
         "",
@@ -101,8 +125,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if "ranks" in row and row.get("activation_loop"):
             lines.append(
-                f"| `{row['kernel']}` | {row['ranks'][0]}, {row['ranks'][1]} | {row['BLOCK_M']} x {row['BLOCK_I']} "
-                f"| {row['registers']} | {row['shared']:,} | {row['per_sm']} | {per_element(row):.1f} |"
+                f"| `{row['kernel']}` | {row['ranks'][0]}, {row['ranks'][1]} | {row['BLOCK_M']} x"
+                f" {row['BLOCK_I']} | {row['registers']} | {row['shared']:,} | {row['per_sm']} |"
+                f" {per_element(row):.1f} |"
             )
     return "\n".join(lines)
 
@@ -113,9 +138,15 @@ def per_element(row: dict[str, Any], what: str = "activation_loop") -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile every Triton kernel for GPUs that are not there.")
-    parser.add_argument("--capability", type=int, nargs="+", choices=sorted(sass.CHIPS), default=[90])
-    parser.add_argument("--every", action="store_true", help="all variants of the GEMM: minutes, not seconds")
+    parser = argparse.ArgumentParser(
+        description="Compile every Triton kernel for GPUs that are not there."
+    )
+    parser.add_argument(
+        "--capability", type=int, nargs="+", choices=sorted(sass.CHIPS), default=[90]
+    )
+    parser.add_argument(
+        "--every", action="store_true", help="all variants of the GEMM: minutes, not seconds"
+    )
     parser.add_argument("--table", action="store_true", help="print Markdown instead of JSON")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":

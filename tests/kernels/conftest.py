@@ -9,7 +9,8 @@ from megalora_kernels.variants import Variant
 
 from tests.kernels import interpreter
 
-# The package re-exports functions under their modules' names, so plain attribute access finds functions.
+# The package re-exports functions under their modules' names, so plain attribute access finds
+# functions.
 backend, combine, engine, gemm_kernel, grouped_gemm, lora_wgrad, shrink, swiglu, tiles = (
     importlib.import_module(f"megalora_kernels.{name}")
     for name in (
@@ -59,7 +60,8 @@ def reversed_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def uninitialised_is_nan() -> Iterator[None]:
-    """``torch.empty`` gives NaN (and the largest integer), so that whoever reads what nobody wrote is found out."""
+    """``torch.empty`` gives NaN (and the largest integer), so that whoever reads what nobody wrote
+    is found out."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield
@@ -68,9 +70,12 @@ def uninitialised_is_nan() -> Iterator[None]:
 
 @pytest.fixture
 def grouped_mm_between_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``grouped_mm`` as on a GPU: torch's GEMM, and the passes between in Triton; on a CPU these are loops in torch."""
+    """``grouped_mm`` as on a GPU: torch's GEMM, and the passes between in Triton; on a CPU these
+    are loops in torch."""
     real = engine.VendorEngine
-    monkeypatch.setattr(engine, "VendorEngine", lambda routing, _passes: real(routing, engine.IN_TRITON))
+    monkeypatch.setattr(
+        engine, "VendorEngine", lambda routing, _passes: real(routing, engine.IN_TRITON)
+    )
 
 
 @pytest.fixture

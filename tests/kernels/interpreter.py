@@ -1,6 +1,8 @@
-"""Triton's interpreter, made fit for tests: faster, exact in half precision, and its programs in the opposite order.
+"""Triton's interpreter, made fit for tests: faster, exact in half precision, and its programs in
+the opposite order.
 
-Everything is undone by the ``pytest.MonkeyPatch`` given; ``test_interpreter.py`` shows that it does what it says.
+Everything is undone by the ``pytest.MonkeyPatch`` given; ``test_interpreter.py`` shows that it does
+what it says.
 """
 
 import inspect
@@ -16,10 +18,10 @@ tl = interpreter.tl
 
 
 def improve(patch: pytest.MonkeyPatch) -> None:
-    """Triton 3.7's own multiplies bfloat16 bit patterns as integers, rounds to bfloat16 by cutting off and multiplies
-    float16 without BLAS. The rest is time: it lists the members of ``triton.language`` anew for every call of every
-    function, looks for overflow of every integer sum, and looks dtypes up in a table that it builds each time: two
-    thirds of it, together."""
+    """Triton 3.7's own multiplies bfloat16 bit patterns as integers, rounds to bfloat16 by cutting
+    off and multiplies float16 without BLAS. The rest is time: it lists the members of
+    ``triton.language`` anew for every call of every function, looks for overflow of every integer
+    sum, and looks dtypes up in a table that it builds each time: two thirds of it, together."""
     patch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_in_float32)
     patch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast_with_rounding)
     patch.setattr(interpreter, "_patch_lang", _patch_lang_once)
@@ -31,7 +33,8 @@ def improve(patch: pytest.MonkeyPatch) -> None:
 
 
 def reverse_programs(patch: pytest.MonkeyPatch) -> None:
-    """Last program first, along every axis: a result that depends on who writes last comes out differently."""
+    """Last program first, along every axis: a result that depends on who writes last comes out
+    differently."""
 
     def backwards(self: Any, *place: int) -> None:
         self.grid_idx = tuple(size - 1 - i for size, i in zip(self.grid_dim, place, strict=True))
@@ -39,14 +42,17 @@ def reverse_programs(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", backwards)
 
 
-_patch_lang, _get_np_dtype = interpreter._patch_lang, interpreter._get_np_dtype
+_patch_lang = interpreter._patch_lang
+_get_np_dtype = interpreter._get_np_dtype
 _np_dtypes: dict[str, np.dtype] = {}
 _builtins: dict[int, list[str]] = {}
 
 
 def _patch_lang_once(function: Any) -> Any:
     """A function that a kernel calls finds the language patched already."""
-    languages = [x for x in function.__globals__.values() if inspect.ismodule(x) and x in (tl, tl.core)]
+    languages = [
+        x for x in function.__globals__.values() if inspect.ismodule(x) and x in (tl, tl.core)
+    ]
     if any(tl.core.is_builtin(language.program_id) for language in languages):
         return _patch_lang(function)
     return interpreter._LangPatchScope()
@@ -54,7 +60,9 @@ def _patch_lang_once(function: Any) -> Any:
 
 def _patch_builtin_from_a_list(package: Any, builder: Any, scope: Any) -> None:
     if id(package) not in _builtins:
-        _builtins[id(package)] = [name for name, x in inspect.getmembers(package) if tl.core.is_builtin(x)]
+        _builtins[id(package)] = [
+            name for name, x in inspect.getmembers(package) if tl.core.is_builtin(x)
+        ]
     for name in _builtins[id(package)]:
         member = getattr(package, name)
         if tl.core.is_builtin(member):
@@ -75,7 +83,9 @@ def _float32(handle: Any) -> np.ndarray:
     return handle.data.astype(np.float32)
 
 
-def _dot_in_float32(self: Any, a: Any, b: Any, d: Any, _precision: Any, _max_num_imprecise_acc: Any) -> Any:
+def _dot_in_float32(
+    self: Any, a: Any, b: Any, d: Any, _precision: Any, _max_num_imprecise_acc: Any
+) -> Any:
     """Products of half precision are exact in float32, as in a tensor core."""
     return interpreter.TensorHandle(np.matmul(_float32(a), _float32(b)) + d.data, d.dtype.scalar)
 
@@ -85,7 +95,9 @@ _cast = interpreter.InterpreterBuilder.cast_impl
 
 def _cast_with_rounding(self: Any, source: Any, to: Any) -> Any:
     if to.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
-        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16).numpy()
+        rounded = (
+            torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16).numpy()
+        )
         return interpreter.TensorHandle(rounded.view(np.uint16), tl.bfloat16)
     if to.scalar == tl.float32 and source.dtype.scalar == tl.bfloat16:
         return interpreter.TensorHandle(_float32(source), tl.float32)

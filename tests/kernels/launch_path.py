@@ -2,9 +2,10 @@
 
     python -m tests.kernels.launch_path [--every]
 
-Triton's launcher is the real one: it specialises arguments, parses them in C, makes TMA descriptors and calls the driver. That
-driver is ``stub_cuda.c``, built here: it checks what the documentation demands of a launch and of a descriptor, and runs
-nothing, so outputs mean nothing. Prints one line of JSON. Needs a C compiler, as Triton does.
+Triton's launcher is the real one: it specialises arguments, parses them in C, makes TMA descriptors
+and calls the driver. That driver is ``stub_cuda.c``, built here: it checks what the documentation
+demands of a launch and of a descriptor, and runs nothing, so outputs mean nothing. Prints one line
+of JSON. Needs a C compiler, as Triton does.
 """
 
 import argparse
@@ -25,11 +26,21 @@ STUB = Path(__file__).with_name("stub_cuda.c")
 def install_stub(folder: Path) -> ctypes.CDLL:
     """Build the driver and have Triton's libraries find it; before Triton is imported."""
     library = folder / "libcuda.so.1"
-    command = ["cc", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(STUB)]
+    command = [
+        "cc",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-Wl,-soname,libcuda.so.1",
+        "-o",
+        str(library),
+        str(STUB),
+    ]
     subprocess.run(command, check=True)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
-    stub = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # dlopen finds it by its name from now on
+    # dlopen finds it by its name from now on
+    stub = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     stub.stub_launches.restype = stub.stub_descriptors.restype = ctypes.c_long
     return stub
 
@@ -56,7 +67,8 @@ def install_driver() -> None:
 
 
 def launches(every: bool) -> Iterator[tuple[str, Any]]:
-    """(what it is, a call) for grouped GEMMs of Qwen3-30B-A3B with adapters: two of them, or all that there are."""
+    """(what it is, a call) for grouped GEMMs of Qwen3-30B-A3B with adapters: two of them, or all
+    that there are."""
     import torch
     from megalora_kernels.variants import candidates, problem
 
@@ -68,17 +80,26 @@ def launches(every: bool) -> Iterator[tuple[str, Any]]:
         operands = make_operands(gemm, [64] * 16, torch.device("cpu"), torch.bfloat16, filled=False)
         found = candidates(product)
         if not every:  # two blocks of b and gathered rows; both operands by descriptor
-            small = replace(found[0], block_m=64, block_n=64, num_warps=4, num_stages=2, weight="tma")
+            small = replace(
+                found[0], block_m=64, block_n=64, num_warps=4, num_stages=2, weight="tma"
+            )
             rows = "pointers" if product.gathered else "tma"
             found = [replace(small, rows=rows)] if gemm.name.split()[1] == "gate_up" else []
         for variant in found:
             assert problem(variant, product) is None
-            yield f"{gemm.name}: {variant_label(variant)}", lambda o=operands, v=variant: launch(o, v)
+            yield (
+                f"{gemm.name}: {variant_label(variant)}",
+                lambda o=operands, v=variant: launch(o, v),
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Launch kernels into a CUDA driver that is not there.")
-    parser.add_argument("--every", action="store_true", help="all variants of all products: minutes, not seconds")
+    parser = argparse.ArgumentParser(
+        description="Launch kernels into a CUDA driver that is not there."
+    )
+    parser.add_argument(
+        "--every", action="store_true", help="all variants of all products: minutes, not seconds"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         stub = install_stub(Path(folder))

@@ -1,4 +1,5 @@
-"""One grouped LoRA linear in float64, row by row, and the bound within which a back end must stay."""
+"""One grouped LoRA linear in float64, row by row, and the bound within which a back end must
+stay."""
 
 from typing import Any
 
@@ -7,13 +8,18 @@ from megalora_kernels import Joined, grouped_lora
 
 from tests.kernels.oracle import ULP
 
-K, N = 24, 40
+K = 24
+N = 40
 COUNTS = [0, 5, 0, 7, 1, 0]  # an expert without rows first, in the middle and last
 Operands = tuple[torch.Tensor, ...]
 
 
 def make(
-    counts: list[int] = COUNTS, rank: int = 8, dtype: torch.dtype = torch.float32, k: int = K, n: int = N
+    counts: list[int] = COUNTS,
+    rank: int = 8,
+    dtype: torch.dtype = torch.float32,
+    k: int = K,
+    n: int = N,
 ) -> Operands:
     """x, weight, offsets, a, b, dy; x, a and b are leaves that want gradients."""
     g = torch.Generator().manual_seed(0)
@@ -21,19 +27,28 @@ def make(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    rows, experts = sum(counts), len(counts)
+    rows = sum(counts)
+    experts = len(counts)
     offsets = torch.tensor(counts).cumsum(0).int()
-    x, a, b = normal(rows, k), normal(experts, rank, k) / 4, normal(experts, n, rank) / 2
-    weight, dy = normal(experts, n, k) / 4, normal(rows, n)
+    x = normal(rows, k)
+    a = normal(experts, rank, k) / 4
+    b = normal(experts, n, rank) / 2
+    weight = normal(experts, n, k) / 4
+    dy = normal(rows, n)
     return x.requires_grad_(), weight, offsets, a.requires_grad_(), b.requires_grad_(), dy
 
 
 def row_by_row(counts: list[int], x: Any, w: Any, a: Any, b: Any, dy: Any) -> Operands:
-    """y, dx, da, db in float64: one row at a time, the chain rule by hand, no autograd and no slicing by offset."""
+    """y, dx, da, db in float64: one row at a time, the chain rule by hand, no autograd and no
+    slicing by offset."""
     x, w, a, b, dy = (t.detach().double() for t in (x, w, a, b, dy))
-    y, dx, da, db = torch.zeros_like(dy), torch.zeros_like(x), torch.zeros_like(a), torch.zeros_like(b)
+    y = torch.zeros_like(dy)
+    dx = torch.zeros_like(x)
+    da = torch.zeros_like(a)
+    db = torch.zeros_like(b)
     for m, e in enumerate([e for e, count in enumerate(counts) for _ in range(count)]):
-        s, ds = a[e] @ x[m], dy[m] @ b[e]
+        s = a[e] @ x[m]
+        ds = dy[m] @ b[e]
         y[m] = w[e] @ x[m] + b[e] @ s
         dx[m] = dy[m] @ w[e] + ds @ a[e]
         da[e] += torch.outer(ds, x[m])
@@ -42,9 +57,16 @@ def row_by_row(counts: list[int], x: Any, w: Any, a: Any, b: Any, dy: Any) -> Op
 
 
 def call(
-    arm: str, x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, a: Any = None, b: Any = None, **how: Any
+    arm: str,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    offsets: torch.Tensor,
+    a: Any = None,
+    b: Any = None,
+    **how: Any,
 ) -> torch.Tensor:
-    """``grouped_lora`` by one of ``oracle.ARMS``; ``room`` is a joined weight's, by default what a needs."""
+    """``grouped_lora`` by one of ``oracle.ARMS``; ``room`` is a joined weight's, by default what a
+    needs."""
     room = how.pop("room", 1 if a is None else a.shape[1])
     if arm != "joined":
         return grouped_lora(x, w, offsets, a, b, backend=arm, **how)
@@ -52,24 +74,39 @@ def call(
 
 
 def run(
-    arm: str, x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, a: Any, b: Any, dy: torch.Tensor, **how: Any
+    arm: str,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    offsets: torch.Tensor,
+    a: Any,
+    b: Any,
+    dy: torch.Tensor,
+    **how: Any,
 ) -> Operands:
     """y, dx, da, db."""
     y = call(arm, x, w, offsets, a, b, **how)
     return y, *torch.autograd.grad(y, (x, a, b), dy)
 
 
-def assert_within_rounding(actual: Operands, counts: list[int], x: Any, w: Any, a: Any, b: Any, dy: Any) -> None:
+def assert_within_rounding(
+    actual: Operands, counts: list[int], x: Any, w: Any, a: Any, b: Any, dy: Any
+) -> None:
     """|error| <= (4 u + n 2^-24) * (the same expression over absolute values), elementwise.
 
-    4: S or dS, the base, the delta and their sum are each rounded once to the dtype (u = half an ulp of 1).
-    n 2^-24: float32 accumulation over n terms (2^-53 for float64). 1.1 covers the products of the two.
+    4: S or dS, the base, the delta and their sum are each rounded once to the dtype (u = half an
+        ulp of 1). n 2^-24: float32 accumulation over n terms (2^-53 for float64). 1.1 covers the
+        products of the two.
     """
-    dtype, terms = x.dtype, max(x.shape[0], x.shape[1], dy.shape[1]) + a.shape[1]
+    dtype = x.dtype
+    terms = max(x.shape[0], x.shape[1], dy.shape[1]) + a.shape[1]
     expected = row_by_row(counts, x, w, a, b, dy)
     magnitude = row_by_row(counts, *(t.abs() for t in (x, w, a, b, dy)))
     accumulation = terms * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
-    for name, got, want, size in zip(("y", "dx", "da", "db"), actual, expected, magnitude, strict=True):
+    for name, got, want, size in zip(
+        ("y", "dx", "da", "db"), actual, expected, magnitude, strict=True
+    ):
         assert got.dtype == dtype and got.shape == want.shape, name
         excess = (got.double() - want).abs() - 1.1 * (4 * ULP[dtype] + accumulation) * size
-        assert excess.numel() == 0 or excess.max() <= 0, f"{name} exceeds the bound by {excess.max():.3g}"
+        assert excess.numel() == 0 or excess.max() <= 0, (
+            f"{name} exceeds the bound by {excess.max():.3g}"
+        )

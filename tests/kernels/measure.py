@@ -22,7 +22,8 @@ def calls_and_bytes(call: Callable[[], object]) -> tuple[int, int]:
 
 
 def kept_bytes(call: Callable[[], object], given: Iterable[torch.Tensor] = ()) -> int:
-    """Bytes that a call keeps for backward, each storage once, without those of the tensors given."""
+    """Bytes that a call keeps for backward, each storage once, without those of the tensors
+    given."""
     storages: dict[int, int] = {}
     alive = []
 
@@ -45,9 +46,11 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 class Recorder(TorchDispatchMode):
-    """Every new storage an operation returns (as a byte count), and every storage an operation reads.
+    """Every new storage an operation returns (as a byte count), and every storage an operation
+    reads.
 
-    Triton's interpreter wraps operands of kernels anew, so those that were there before are given."""
+    Triton's interpreter wraps operands of kernels anew, so those that were there before are
+    given."""
 
     def __init__(self, *given: torch.Tensor) -> None:
         super().__init__()
@@ -70,7 +73,8 @@ class Recorder(TorchDispatchMode):
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that operations read and write, were there no cache: every input once, every output once, views nothing."""
+    """Bytes that operations read and write, were there no cache: every input once, every output
+    once, views nothing."""
 
     WRITE_ONLY = ("copy_", "zero_", "fill_")
 
@@ -80,12 +84,17 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out, name = func(*args, **kwargs), func._schema.name.removeprefix("aten::")
+        out = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
         returned = func._schema.returns
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returned)
         if is_view or "empty" in name:
             return out
-        read = args[1:] if name in self.WRITE_ONLY else (args, {k: v for k, v in kwargs.items() if k != "out"})
+        read = (
+            args[1:]
+            if name in self.WRITE_ONLY
+            else (args, {k: v for k, v in kwargs.items() if k != "out"})
+        )
         self.bytes += sum(t.numel() * t.element_size() for t in _tensors(read) + _tensors(out))
         return out
 
@@ -96,7 +105,12 @@ class _Sized(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
         unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
-        assert not unsized and name not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2"), name
+        assert not unsized and name not in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "_unique2",
+        ), name
         return func(*args, **(kwargs or {}))
 
 
@@ -111,5 +125,6 @@ def no_reads_on_the_host() -> Iterator[None]:
         for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__"):
             patch.setattr(torch.Tensor, name, refuse)
         patch.setattr(Routing, "spans", refuse)
-        patch.setattr(Routing, "bounds", property(lambda self: None))  # grouped_mm checks them where it is free: on CPU
+        # grouped_mm checks them where it is free: on CPU
+        patch.setattr(Routing, "bounds", property(lambda self: None))
         yield

@@ -1,7 +1,8 @@
-"""One layer's experts in float64: one row at a time, the chain rule written out, no autograd and no slicing by offsets.
+"""One layer's experts in float64: one row at a time, the chain rule written out, no autograd and no
+slicing by offsets.
 
-Which expert and which token a row belongs to comes from a sorted list of Python pairs, so the routing under test is not
-trusted either.
+Which expert and which token a row belongs to comes from a sorted list of Python pairs, so the
+routing under test is not trusted either.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +15,12 @@ SCALES = {"gate": 0.75, "up": 1.5, "down": 1.25}
 RANKS = {"gate": 3, "up": 5, "down": 7}
 ARMS = ("reference", "loop", "grouped_mm", "joined", "triton")
 """The back ends; ``joined`` is grouped_mm with room for the adapters in the weights."""
-ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+ULP = {
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-53,
+}
 """Half an ulp of 1: the largest relative error of one rounding."""
 Tensors = dict[str, torch.Tensor]
 
@@ -29,7 +35,8 @@ class Experts:
     w1: Any
     w2: Any
     leaves: Tensors
-    """x, p and, as far as there are adapters, a1, gate, up, a2, down: everything that wants a gradient."""
+    """x, p and, as far as there are adapters, a1, gate, up, a2, down: everything that wants a
+    gradient."""
     dout: torch.Tensor
     adapted: tuple[str, ...] = ("gate", "up", "down")
     masks: Tensors = field(default_factory=dict)
@@ -41,9 +48,12 @@ class Experts:
         return slice(start, start + RANKS[name])
 
     def adapters(self, leaves: Tensors) -> dict[str, Adapter]:
-        found, gate_up = {}, ("gate", "up")
+        found = {}
+        gate_up = ("gate", "up")
         if "a1" in leaves:
-            found["gate_up"] = Adapter(leaves["a1"], tuple(map(leaves.get, gate_up)), tuple(SCALES[n] for n in gate_up))
+            found["gate_up"] = Adapter(
+                leaves["a1"], tuple(map(leaves.get, gate_up)), tuple(SCALES[n] for n in gate_up)
+            )
         if "a2" in leaves:
             found["down"] = Adapter(leaves["a2"], (leaves["down"],), (SCALES["down"],))
         return found
@@ -55,7 +65,9 @@ class Experts:
 
     def call(self, leaves: Tensors | None = None, **how: Any) -> torch.Tensor:
         leaves = self.leaves if leaves is None else leaves
-        return expert_mlp(leaves["x"], self.w1, self.w2, leaves["p"], self.routing, **self.adapters(leaves), **how)
+        return expert_mlp(
+            leaves["x"], self.w1, self.w2, leaves["p"], self.routing, **self.adapters(leaves), **how
+        )
 
     def run(self, **how: Any) -> Tensors:
         """Output and every gradient, by name."""
@@ -64,7 +76,13 @@ class Experts:
         out = self.call(**how)
         return {
             "out": out.detach(),
-            **dict(zip(self.leaves, torch.autograd.grad(out, list(self.leaves.values()), self.dout), strict=True)),
+            **dict(
+                zip(
+                    self.leaves,
+                    torch.autograd.grad(out, list(self.leaves.values()), self.dout),
+                    strict=True,
+                )
+            ),
         }
 
 
@@ -76,7 +94,8 @@ def sorted_rows(counts: list[int], **how: Any) -> Experts:
 
 
 def top_k(chosen: list[list[int]], num_experts: int, k: int, **how: Any) -> Experts:
-    """Token t goes to the experts ``chosen[t]``; rows are gathered and each token's outputs summed."""
+    """Token t goes to the experts ``chosen[t]``; rows are gathered and each token's outputs
+    summed."""
     chosen_TE = torch.zeros(len(chosen), num_experts, dtype=torch.bool)
     for t, experts in enumerate(chosen):
         chosen_TE[t, experts] = True
@@ -93,32 +112,45 @@ def received(counts_RE: list[list[int]], **how: Any) -> Experts:
 
 IDLE = {
     "sorted": lambda **how: sorted_rows([0, 5, 0, 7, 1, 0], **how),
-    "gathered": lambda **how: top_k([[1, 2], [4, 2], [1, 4], [1, 2], [4, 2], [2, 1], [2, 4]], 6, 2, **how),
-    "received": lambda **how: received([[0, 2, 1, 0, 3, 0], [0, 0, 4, 0, 1, 0], [0, 1, 0, 0, 0, 0]], **how),
+    "gathered": lambda **how: top_k(
+        [[1, 2], [4, 2], [1, 4], [1, 2], [4, 2], [2, 1], [2, 4]], 6, 2, **how
+    ),
+    "received": lambda **how: received(
+        [[0, 2, 1, 0, 3, 0], [0, 0, 4, 0, 1, 0], [0, 1, 0, 0, 0, 0]], **how
+    ),
 }
 """Three ways for rows to come, each with experts without rows first, in the middle and last."""
 
 
 def _experts(
-    routing: Routing, rows: list[tuple[int, int]], num_tokens: int, dtype: torch.dtype = torch.float32,
-    adapted: tuple[str, ...] = ("gate", "up", "down"), H: int = 24, inner: int = 40, p_dtype: torch.dtype | None = None,
+    routing: Routing, rows: list[tuple[int, int]], num_tokens: int,
+    dtype: torch.dtype = torch.float32,
+    adapted: tuple[str, ...] = ("gate", "up", "down"), H: int = 24, inner: int = 40,
+    p_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Experts:  # fmt: skip
     """Random operands that make outputs and gradients of order 1."""
-    g, E = torch.Generator().manual_seed(seed), routing.num_experts
+    g = torch.Generator().manual_seed(seed)
+    E = routing.num_experts
 
     def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
         return (size * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype)
 
-    w1, w2 = normal(E, 2 * inner, H, size=H**-0.5), normal(E, H, inner, size=inner**-0.5)
+    w1 = normal(E, 2 * inner, H, size=H**-0.5)
+    w2 = normal(E, H, inner, size=inner**-0.5)
     p = torch.rand(len(rows), generator=g, dtype=torch.float64).to(p_dtype or dtype) + 0.5
     leaves = {"x": normal(num_tokens, H), "p": p}
     rank1 = sum(RANKS[name] for name in ("gate", "up") if name in adapted)
     if rank1:
         leaves["a1"] = normal(E, rank1, H, size=H**-0.5)
-        leaves |= {name: normal(E, inner, RANKS[name]) for name in ("gate", "up") if name in adapted}
+        leaves |= {
+            name: normal(E, inner, RANKS[name]) for name in ("gate", "up") if name in adapted
+        }
     if "down" in adapted:
-        leaves |= {"a2": normal(E, RANKS["down"], inner, size=inner**-0.5), "down": normal(E, H, RANKS["down"])}
+        leaves |= {
+            "a2": normal(E, RANKS["down"], inner, size=inner**-0.5),
+            "down": normal(E, H, RANKS["down"]),
+        }
     leaves = {name: t.requires_grad_() for name, t in leaves.items()}
     return Experts(routing, rows, w1, w2, leaves, normal(num_tokens, H), adapted)
 
@@ -137,7 +169,9 @@ def row_by_row(case: Experts) -> Tensors:
 
 
 def _forward(case: Experts, v: Tensors, m: int, e: int, t: int) -> Tensors:
-    x, kept, inner = v["x"][t], {}, v["w2"].shape[2]
+    x = v["x"][t]
+    kept = {}
+    inner = v["w2"].shape[2]
     kept["x"] = x * case.masks["x"][m] if case.masks else x
     for name, w in (("gate", v["w1"][e, :inner]), ("up", v["w1"][e, inner:])):
         kept[name] = w @ x
@@ -146,7 +180,8 @@ def _forward(case: Experts, v: Tensors, m: int, e: int, t: int) -> Tensors:
             kept[name] = kept[name] + SCALES[name] * (v[name][e] @ kept[f"s_{name}"])
     kept["sigmoid"] = 1 / (1 + torch.exp(-kept["gate"]))
     h = kept["gate"] * kept["sigmoid"] * kept["up"] * v["p"][m]
-    kept["y"], kept["h"] = v["w2"][e] @ h, h * case.masks["h"][m] if case.masks else h
+    kept["y"] = v["w2"][e] @ h
+    kept["h"] = h * case.masks["h"][m] if case.masks else h
     if "down" in case.adapted:
         kept["s_down"] = v["a2"][e] @ kept["h"]
         kept["y"] = kept["y"] + SCALES["down"] * (v["down"][e] @ kept["s_down"])
@@ -154,7 +189,14 @@ def _forward(case: Experts, v: Tensors, m: int, e: int, t: int) -> Tensors:
 
 
 def _backward(
-    case: Experts, v: Tensors, grads: Tensors, kept: Tensors, dy: torch.Tensor, m: int, e: int, t: int
+    case: Experts,
+    v: Tensors,
+    grads: Tensors,
+    kept: Tensors,
+    dy: torch.Tensor,
+    m: int,
+    e: int,
+    t: int,
 ) -> None:
     mask_x, mask_h = (case.masks[name][m] if case.masks else 1.0 for name in ("x", "h"))
     dh = dy @ v["w2"][e]
@@ -163,7 +205,10 @@ def _backward(
         dh = dh + (ds @ v["a2"][e]) * mask_h
         grads["a2"][e] += torch.outer(ds, kept["h"])
         grads["down"][e] += SCALES["down"] * torch.outer(dy, kept["s_down"])
-    gate, up, sigmoid, p = kept["gate"], kept["up"], kept["sigmoid"], v["p"][m]
+    gate = kept["gate"]
+    up = kept["up"]
+    sigmoid = kept["sigmoid"]
+    p = v["p"][m]
     grads["p"][m] = (dh * gate * sigmoid * up).sum()
     silu_slope = sigmoid + gate * sigmoid * (1 - sigmoid)
     d = {"gate": dh * p * up * silu_slope, "up": dh * p * gate * sigmoid}
@@ -171,7 +216,8 @@ def _backward(
     grads["x"][t] += d["gate"] @ v["w1"][e, :inner] + d["up"] @ v["w1"][e, inner:]
     for name in ("gate", "up"):
         if name in case.adapted:
-            ds, a = SCALES[name] * (d[name] @ v[name][e]), v["a1"][e, case.a_rows(name)]
+            ds = SCALES[name] * (d[name] @ v[name][e])
+            a = v["a1"][e, case.a_rows(name)]
             grads["x"][t] += (ds @ a) * mask_x
             grads["a1"][e, case.a_rows(name)] += torch.outer(ds, kept["x"])
             grads[name][e] += SCALES[name] * torch.outer(d[name], kept[f"s_{name}"])
@@ -180,11 +226,12 @@ def _backward(
 def assert_close(actual: Tensors, expected: Tensors, dtype: torch.dtype) -> None:
     """|error| <= (18 u + n 2^-24) |expected| in the 2-norm of each tensor.
 
-    18: as often does the longest path, to dx, round to the dtype: gate and up four times each (scaled B, S, base,
-    base + delta), dH four times likewise, d[gate | up], scaled B, dS, base, base + delta, the sum over a token's rows.
-    One rounding changes a value by at most u relative, and over random operands errors cancel no less than values do;
-    measured: 4 u. n 2^-24: float32 accumulation over n <= 200 terms (n 2^-53 for float64). One wrong element of 500 is
-    1 / sqrt(500) = 4 %; float16 allows 0.9 %.
+    18: as often does the longest path, to dx, round to the dtype: gate and up four times each
+        (scaled B, S, base, base + delta), dH four times likewise, d[gate | up], scaled B, dS, base,
+        base + delta, the sum over a token's rows. One rounding changes a value by at most u
+        relative, and over random operands errors cancel no less than values do;
+    measured: 4 u. n 2^-24: float32 accumulation over n <= 200 terms (n 2^-53 for float64). One
+        wrong element of 500 is 1 / sqrt(500) = 4 %; float16 allows 0.9 %.
     """
     u = ULP[dtype]
     allowed = 18 * u + 200 * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
@@ -192,7 +239,9 @@ def assert_close(actual: Tensors, expected: Tensors, dtype: torch.dtype) -> None
     for name, want in expected.items():
         got = actual[name].double()
         assert got.shape == want.shape, name
-        error, size = (got - want).norm(), want.norm()
+        error = (got - want).norm()
+        size = want.norm()
         assert error <= allowed * size, (
-            f"{name}: error {error:.3g} of {size:.3g}, {error / size / u:.1f} u, allowed {allowed / u:.1f} u"
+            f"{name}: error {error:.3g} of {size:.3g}, {error / size / u:.1f} u, allowed"
+            f" {allowed / u:.1f} u"
         )

@@ -1,4 +1,5 @@
-"""Read what the compiler made of a kernel: registers, spills, loops, copies, programs that share a multiprocessor."""
+"""Read what the compiler made of a kernel: registers, spills, loops, copies, programs that share a
+multiprocessor."""
 
 import re
 import subprocess
@@ -10,7 +11,9 @@ from typing import Any, NamedTuple
 import triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*?);", re.M)
+INSTRUCTION = re.compile(
+    r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*?);", re.M
+)
 TENSOR_CORES = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
 """Kinds of tensor cores, and how PTX calls them: Hopper's, Blackwell's, those from Ampere on."""
 PRODUCTS = ("HGMMA", "HMMA", "UTCHMMA")
@@ -42,10 +45,12 @@ REGISTERS = 65_536
 def describe(kernel: Any, capability: int) -> dict[str, Any]:
     """Return what matters of a compiled kernel.
 
-    ``loop`` are the instructions of the shortest loop with a product, or with an exponential where there is none;
-    ``tma``, ``cp_async`` and ``loads`` are its copies by TMA, other copies into shared memory, and loads into registers.
+    ``loop`` are the instructions of the shortest loop with a product, or with an exponential where
+    there is none; ``tma``, ``cp_async`` and ``loads`` are its copies by TMA, other copies into
+    shared memory, and loads into registers.
     """
-    cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
+    cubin = kernel.asm["cubin"]
+    ptx = kernel.asm["ptx"]
     found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", _cuobjdump(cubin, "-res-usage"))
     assert found, "cuobjdump says nothing about registers"
     registers, stack, local = map(int, found.groups())
@@ -60,7 +65,9 @@ def describe(kernel: Any, capability: int) -> dict[str, Any]:
         "spilled": stack + local,
         "shared": kernel.metadata.shared,
         "warps": warps,
-        "per_sm": programs_per_multiprocessor(CHIPS[capability], registers, kernel.metadata.shared, warps),
+        "per_sm": programs_per_multiprocessor(
+            CHIPS[capability], registers, kernel.metadata.shared, warps
+        ),
         "products": next((name for name, text in TENSOR_CORES.items() if text in ptx), None),
         "loop": len(loop),
         "tma": heads["UTMALDG"],
@@ -79,23 +86,31 @@ def programs_per_multiprocessor(chip: Chip, registers: int, shared: int, warps: 
 
 
 def loops_of(sass: str) -> list[list[str]]:
-    """Return the instructions of every loop: what lies between a branch and the earlier address it goes to."""
+    """Return the instructions of every loop: what lies between a branch and the earlier address it
+    goes to."""
     instructions = [(int(address, 16), op, rest) for address, op, rest in INSTRUCTION.findall(sass)]
     loops = []
     for address, op, rest in instructions:
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
         if target and int(target[1], 16) < address:
-            loops.append([other for at, other, _ in instructions if int(target[1], 16) <= at <= address])
+            loops.append(
+                [other for at, other, _ in instructions if int(target[1], 16) <= at <= address]
+            )
     return loops
 
 
 def shortest(loops: list[list[str]], heads: tuple[str, ...]) -> list[str]:
-    """Return the shortest loop with an instruction that begins with one of ``heads``; empty if there is none."""
-    return min((loop for loop in loops if any(op.startswith(heads) for op in loop)), key=len, default=[])
+    """Return the shortest loop with an instruction that begins with one of ``heads``; empty if
+    there is none."""
+    return min(
+        (loop for loop in loops if any(op.startswith(heads) for op in loop)), key=len, default=[]
+    )
 
 
 def _cuobjdump(cubin: bytes, *flags: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([CUOBJDUMP, *flags, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [CUOBJDUMP, *flags, file.name], capture_output=True, text=True, check=True
+        ).stdout

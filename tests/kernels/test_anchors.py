@@ -1,4 +1,5 @@
-"""The anchors' whole path at tiny sizes, what they say of a value, and that nothing wrong gets a time."""
+"""The anchors' whole path at tiny sizes, what they say of a value, and that nothing wrong gets a
+time."""
 
 import json
 from dataclasses import replace
@@ -22,7 +23,9 @@ def test_dry_run_and_a_second_call_that_goes_on(tmp_path, monkeypatch, capsys):
     assert anchors.main(["--dry", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     assert {row["anchor"]: row["status"] for row in record["rows"]} == dict.fromkeys(BY_NAME, "ok")
-    assert {row["verdict"] for row in record["rows"]} == {"dry: means nothing"} and record["not_reached"] == []
+    assert {row["verdict"] for row in record["rows"]} == {"dry: means nothing"} and record[
+        "not_reached"
+    ] == []
     measured = {row["anchor"]: row for row in record["rows"]}
     assert measured["base E16 x 4096, weights by TMA"]["more"]["variant"]["weight"] == "tma"
     capsys.readouterr()
@@ -30,14 +33,23 @@ def test_dry_run_and_a_second_call_that_goes_on(tmp_path, monkeypatch, capsys):
     def again(_lab):
         raise AssertionError("measured a second time")
 
-    monkeypatch.setattr(anchors, "ANCHORS", tuple(replace(anchor, measure=again) for anchor in ANCHORS))
+    monkeypatch.setattr(
+        anchors, "ANCHORS", tuple(replace(anchor, measure=again) for anchor in ANCHORS)
+    )
     assert anchors.main(["--dry", "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["rows"] == record["rows"] and "base E128 x 64" in capsys.readouterr().out
+    assert (
+        json.loads(out.read_text())["rows"] == record["rows"]
+        and "base E128 x 64" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
     ("kernel", "named"),
-    [("grouped_gemm_triton", "base E128 x 512"), ("grouped_mm", "grouped_mm"), ("swiglu_triton", "SwiGLU + shrink")],
+    [
+        ("grouped_gemm_triton", "base E128 x 512"),
+        ("grouped_mm", "grouped_mm"),
+        ("swiglu_triton", "SwiGLU + shrink"),
+    ],
 )
 def test_what_is_wrong_gets_no_time(kernel, named, tmp_path, monkeypatch, capsys):
     """Each kernel with an output of which nothing, or twice too much, was written."""
@@ -63,27 +75,36 @@ def test_a_value_is_judged_by_its_range():
     expected = {"value": 7.0, "low": 5.6, "high": 8.4}
 
     def say(value: float, **other) -> str:
-        return anchors.verdict(anchor, {"status": "ok", "value": value, "expected": expected, **other}, False)
+        return anchors.verdict(
+            anchor, {"status": "ok", "value": value, "expected": expected, **other}, False
+        )
 
     assert say(7.2) == "as expected"
     assert say(5.0) == f"below: {anchor.below}" and "too high" in anchor.below
     assert say(11.0) == f"above: {anchor.above}" and "too low" in anchor.above
-    assert say(7.0, expected=None) == "no expectation for this GPU" and say(7.0, status="no such kernel") == "FAILED"
+    assert (
+        say(7.0, expected=None) == "no expectation for this GPU"
+        and say(7.0, status="no such kernel") == "FAILED"
+    )
 
 
 def test_expectations_by_hand():
     """By the tile model and by bytes over bandwidth; a range around each."""
     on_h100 = {name: anchor.expect(H100) for name, anchor in BY_NAME.items()}
     by_hand = {
-        "copy of 1 GiB": 3.0, "L2 reads of 24 MiB": 7.0, "base E16 x 4096, the last release's tile": 978,
-        "base E128 x 512, the rule": 736, "base E16 x 4096, weights by TMA": 736, "base E128 x 64, the rule": 288,
+        "copy of 1 GiB": 3.0, "L2 reads of 24 MiB": 7.0,
+        "base E16 x 4096, the last release's tile": 978,
+        "base E128 x 512, the rule": 736, "base E16 x 4096, weights by TMA": 736,
+        "base E128 x 64, the rule": 288,
         "SwiGLU + shrink, 65,536 rows": 1.05 * 65536 * (3 * 768 + 16) * 2 / 3.0e6,
         "SwiGLU backward, 65,536 rows": 1.05 * 65536 * (5 * 768 + 48) * 2 / 3.0e6,
     }  # fmt: skip
     for name, value in by_hand.items():
         assert on_h100[name].value == pytest.approx(value, rel=1e-3), name
     assert all(e.low < e.value < e.high for e in on_h100.values())
-    faster = {name: anchor.expect(H200).value / on_h100[name].value for name, anchor in BY_NAME.items()}
+    faster = {
+        name: anchor.expect(H200).value / on_h100[name].value for name, anchor in BY_NAME.items()
+    }
     assert faster["copy of 1 GiB"] == pytest.approx(4.3 / 3.0)
     assert faster["SwiGLU backward, 65,536 rows"] == pytest.approx(3.0 / 4.3)
     assert faster["base E16 x 4096, the rule"] == 1.0, "bound by L2"
@@ -105,7 +126,10 @@ def test_mistakes_of_a_caller(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("error", "code", "verdict", "status"),
-    [(RuntimeError, 1, "FAILED", "RuntimeError: no"), (NotAvailableError, 0, "not available", "not available: no")],
+    [
+        (RuntimeError, 1, "FAILED", "RuntimeError: no"),
+        (NotAvailableError, 0, "not available", "not available: no"),
+    ],
 )
 def test_a_measurement_that_fails_is_a_row(error, code, verdict, status, monkeypatch, tmp_path):
     def fails(_lab) -> Found:
@@ -116,13 +140,19 @@ def test_a_measurement_that_fails_is_a_row(error, code, verdict, status, monkeyp
     out = tmp_path / "anchors.json"
     assert anchors.main(["--dry", "--out", str(out)]) == code
     rows = json.loads(out.read_text())["rows"]
-    assert (rows[0]["verdict"], rows[0]["status"]) == (verdict, status) and rows[1]["status"] == "ok"
+    assert (rows[0]["verdict"], rows[0]["status"]) == (verdict, status) and rows[1][
+        "status"
+    ] == "ok"
 
 
 def test_what_nvidia_smi_says():
     fields = ("clocks.sm", "power.draw", "driver")
     found = read_clock("1755, 612.32, 580.65.06\n", fields)
-    assert found.value == 1.755 and found.more == {"clocks.sm": "1755", "power.draw": "612.32", "driver": "580.65.06"}
+    assert found.value == 1.755 and found.more == {
+        "clocks.sm": "1755",
+        "power.draw": "612.32",
+        "driver": "580.65.06",
+    }
     for said in ("", "[N/A], 612.32, 580.65.06\n", "1755, 612.32\n", "No devices were found\n"):
         with pytest.raises(NotAvailableError, match="does not tell the clock"):
             read_clock(said, fields)

@@ -30,7 +30,8 @@ def chosen(
     device: str = "cpu",
     layer: tuple[int, int] | None = None,
 ) -> str:
-    x, w = torch.empty(rows, k, dtype=dtype, device=device), torch.empty(6, n, k, dtype=dtype, device=device)
+    x = torch.empty(rows, k, dtype=dtype, device=device)
+    w = torch.empty(6, n, k, dtype=dtype, device=device)
     return rule.choose(name, "a test", x, rows, rank, [w], room, layer)
 
 
@@ -65,17 +66,21 @@ GPU: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case, expected", GPU.values(), ids=GPU.keys())
 def test_what_a_gpu_takes(monkeypatch, case, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    # tests/conftest.py makes "cuda" mean the CPU through a torch function mode; here a fake GPU is wanted.
+    # tests/conftest.py makes "cuda" mean the CPU through a torch function mode; here a fake GPU is
+    # wanted.
     with torch._C.DisableTorchFunction(), FakeTensorMode():
         assert chosen(device="cuda", **{"dtype": torch.bfloat16, **case}) == expected
 
 
 def test_the_table_of_the_card_says_from_how_many_rows_on(tmp_path, monkeypatch):
-    """Of this layer; of another, and of a linear alone, the rule. Room for adapters is made by the same answer."""
+    """Of this layer; of another, and of a linear alone, the rule. Room for adapters is made by the
+    same answer."""
     layers = [{"dtype": "bfloat16", "hidden": 40, "intermediate": 24, "R": 16, "vendor_from": 100}]
     layers.append({**layers[0], "hidden": 80, "vendor_from": None})
     empty = {"measured": dict.fromkeys(MEASURED, "a test"), "rows": [], "rule_stands": []}
-    (tmp_path / "NVIDIA_H100.json").write_text(json.dumps({"gpu": "NVIDIA H100", "layers": layers, **empty}))
+    (tmp_path / "NVIDIA_H100.json").write_text(
+        json.dumps({"gpu": "NVIDIA H100", "layers": layers, **empty})
+    )
     monkeypatch.delenv(tuned.ENV_TABLE, raising=False)
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
@@ -88,15 +93,21 @@ def test_the_table_of_the_card_says_from_how_many_rows_on(tmp_path, monkeypatch)
             for each in (64, 98, 99, 100, 1013, 1014, 1024, 4096):
                 name = "grouped_mm" if each >= 0.99 * least else "triton"
                 assert chosen(rows=6 * each, layer=layer, **how) == name
-                wanted = rule.prefers_grouped_mm(torch.bfloat16, torch.device("cuda", 0), each, 8, layer)
+                wanted = rule.prefers_grouped_mm(
+                    torch.bfloat16, torch.device("cuda", 0), each, 8, layer
+                )
                 assert wanted == (name == "grouped_mm")
         assert chosen(rows=600, layer=(40, 24), **{**how, "room": False}) == "triton"
         assert chosen(rows=6000, layer=(40, 24), **{**how, "dtype": torch.float32}) == "triton"
     tuned.forget()
 
 
-@pytest.mark.parametrize("capability, expected", [((8, 0), "triton"), ((12, 0), "triton"), ((10, 0), "grouped_mm")])
-def test_torchs_grouped_gemm_only_where_it_does_not_wait_for_the_device(monkeypatch, capability, expected):
+@pytest.mark.parametrize(
+    "capability, expected", [((8, 0), "triton"), ((12, 0), "triton"), ((10, 0), "grouped_mm")]
+)
+def test_torchs_grouped_gemm_only_where_it_does_not_wait_for_the_device(
+    monkeypatch, capability, expected
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     with torch._C.DisableTorchFunction(), FakeTensorMode():
         assert chosen(device="cuda", dtype=torch.bfloat16, rows=MANY, room=True) == expected
@@ -130,26 +141,46 @@ def test_one_step_alone_takes_loop_or_triton(monkeypatch, name, environment, exp
 # ---- back ends that cannot run -----------------------------------------------------------------
 
 UNABLE: dict[str, tuple[dict[str, Any], str]] = {
-    "grouped_mm, float64": (dict(name="grouped_mm", dtype=torch.float64), "torch.float64 is not one of torch.bfloat16, torch.float16, torch.float32"),
-    "grouped_mm, K": (dict(name="grouped_mm", dtype=torch.bfloat16, k=20), "rows of K=20 and N=40 take 40 and 80 bytes, not multiples of 16"),
-    "grouped_mm, N": (dict(name="grouped_mm", dtype=torch.bfloat16, n=12), "rows of K=24 and N=12 take 48 and 24 bytes, not multiples of 16"),
-    "triton, float64": (dict(name="triton", dtype=torch.float64), "torch.float64 is not one of torch.bfloat16, torch.float16, torch.float32"),
+    "grouped_mm, float64": (
+        dict(name="grouped_mm", dtype=torch.float64),
+        "torch.float64 is not one of torch.bfloat16, torch.float16, torch.float32",
+    ),
+    "grouped_mm, K": (
+        dict(name="grouped_mm", dtype=torch.bfloat16, k=20),
+        "rows of K=20 and N=40 take 40 and 80 bytes, not multiples of 16",
+    ),
+    "grouped_mm, N": (
+        dict(name="grouped_mm", dtype=torch.bfloat16, n=12),
+        "rows of K=24 and N=12 take 48 and 24 bytes, not multiples of 16",
+    ),
+    "triton, float64": (
+        dict(name="triton", dtype=torch.float64),
+        "torch.float64 is not one of torch.bfloat16, torch.float16, torch.float32",
+    ),
     "triton, rank": (dict(name="triton", rank=129), "the stacked rank 129 exceeds 128"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case, why", UNABLE.values(), ids=UNABLE.keys())
 def test_an_explicit_back_end_that_cannot_run_says_why(case, why):
-    message = re.escape(f"a test: backend {case['name']!r} cannot run: {why}; use 'loop' or 'reference'")
+    message = re.escape(
+        f"a test: backend {case['name']!r} cannot run: {why}; use 'loop' or 'reference'"
+    )
     with pytest.raises(ValueError, match=message):
         chosen(**case)
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.setattr(rule, "INTERPRETED", False)
-    for choose in (lambda: chosen("triton"), lambda: rule.choose_pass("triton", "a test", torch.empty(3, K), 8)):
+    for choose in (
+        lambda: chosen("triton"),
+        lambda: rule.choose_pass("triton", "a test", torch.empty(3, K), 8),
+    ):
         with pytest.raises(
-            ValueError, match="tensors are on cpu; Triton runs on GPUs, and on CPU only where TRITON_INTERPRET=1"
+            ValueError,
+            match=(
+                "tensors are on cpu; Triton runs on GPUs, and on CPU only where TRITON_INTERPRET=1"
+            ),
         ):
             choose()
 
@@ -157,7 +188,9 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
 def test_other_reasons_why_grouped_mm_cannot_run(monkeypatch):
     x, w, offsets, a, b, _ = make()
     sparse_columns = torch.zeros(6, N, 2 * K)[:, :, ::2]
-    with pytest.raises(ValueError, match=re.escape("weight strides (1920, 48, 2) are not those of dense rows")):
+    with pytest.raises(
+        ValueError, match=re.escape("weight strides (1920, 48, 2) are not those of dense rows")
+    ):
         grouped_lora(x, sparse_columns, offsets, a, b, backend="grouped_mm")
     monkeypatch.setattr(grouped_gemm, "_grouped_mm", None)
     with pytest.raises(ValueError, match="has no grouped_mm; use 'loop' or 'reference'"):
@@ -173,7 +206,9 @@ def test_a_wrong_name_is_an_error(monkeypatch):
     with pytest.raises(ValueError, match=f"a test: backend is 'cutlass', {wanted}"):
         chosen("cutlass")
     monkeypatch.setenv("MEGALORA_BACKEND", "fast")
-    with pytest.raises(ValueError, match=f"a test: the environment variable MEGALORA_BACKEND is 'fast', {wanted}"):
+    with pytest.raises(
+        ValueError, match=f"a test: the environment variable MEGALORA_BACKEND is 'fast', {wanted}"
+    ):
         chosen()
 
 
@@ -183,23 +218,49 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "x has three dimensions": (dict(x=torch.zeros(2, 3, K)), "want x [M, K] and weight [E, N, K]"),
     "no experts": (dict(weight=torch.zeros(0, N, K)), "got x (13, 24) and weight (0, 40, 24)"),
     "features": (dict(x=torch.zeros(13, 32)), "x has 32 features but weight 24; want x (13, 32)"),
-    "offsets shape": (dict(offsets=torch.zeros(5, dtype=torch.int32)), "int32 of shape (6,), one end row per expert"),
-    "offsets dtype": (dict(offsets=torch.tensor([0, 5, 5, 12, 13, 13])), "got torch.int64 of shape (6,)"),
-    "trainable weight": (dict(weight=torch.zeros(6, N, K, requires_grad=True)), "weight.requires_grad_(False)"),
+    "offsets shape": (
+        dict(offsets=torch.zeros(5, dtype=torch.int32)),
+        "int32 of shape (6,), one end row per expert",
+    ),
+    "offsets dtype": (
+        dict(offsets=torch.tensor([0, 5, 5, 12, 13, 13])),
+        "got torch.int64 of shape (6,)",
+    ),
+    "trainable weight": (
+        dict(weight=torch.zeros(6, N, K, requires_grad=True)),
+        "weight.requires_grad_(False)",
+    ),
     "a alone": (dict(b=None), "a was given without b; pass both, or neither"),
     "b alone": (dict(a=None), "b was given without a; pass both, or neither"),
     "a shape": (dict(a=torch.zeros(6, 8, 32)), "a is (6, 8, 32), want [E, R, K] = (6, R, 24)"),
     "rank zero": (dict(a=torch.zeros(6, 0, K)), "with R >= 1"),
     "b shape": (dict(b=torch.zeros(6, N, 16)), "b is (6, 40, 16), want [E, N, R] = (6, 40, 8)"),
-    "dtype": (dict(a=torch.zeros(6, 8, K).half()), "a is torch.float16 but x is torch.float32; cast a before the call"),
-    "device": (dict(offsets=torch.zeros(6, dtype=torch.int32, device="meta")), "offsets is on meta but x is on cpu"),
-    "back end": (dict(backend="fast"), "backend is 'fast', want one of reference, loop, grouped_mm, triton"),
+    "dtype": (
+        dict(a=torch.zeros(6, 8, K).half()),
+        "a is torch.float16 but x is torch.float32; cast a before the call",
+    ),
+    "device": (
+        dict(offsets=torch.zeros(6, dtype=torch.int32, device="meta")),
+        "offsets is on meta but x is on cpu",
+    ),
+    "back end": (
+        dict(backend="fast"),
+        "backend is 'fast', want one of reference, loop, grouped_mm, triton",
+    ),
     "room": (
-        dict(weight=Joined(torch.zeros(6, N, K), 4), a=torch.zeros(6, 17, K), b=torch.zeros(6, N, 17)),
+        dict(
+            weight=Joined(torch.zeros(6, N, K), 4), a=torch.zeros(6, 17, K), b=torch.zeros(6, N, 17)
+        ),
         "the adapter's rank is 17, but the weight has room for 16",
     ),
-    "another x": (dict(x_lora_MK=torch.zeros(12, K)), "x_lora is (12, 24); it needs a, b and x's shape (13, 24)"),
-    "another x alone": (dict(a=None, b=None, x_lora_MK=torch.zeros(13, K)), "it needs a, b and x's shape"),
+    "another x": (
+        dict(x_lora_MK=torch.zeros(12, K)),
+        "x_lora is (12, 24); it needs a, b and x's shape (13, 24)",
+    ),
+    "another x alone": (
+        dict(a=None, b=None, x_lora_MK=torch.zeros(13, K)),
+        "it needs a, b and x's shape",
+    ),
 }
 
 
@@ -213,18 +274,23 @@ def test_mistakes_are_named_with_their_values(changed, message):
 
 
 @pytest.mark.parametrize(
-    "ends", [[0, 5, 5, 12, 13, 14], [0, 5, 5, 12, 12, 12], [0, 5, 4, 12, 13, 13], [-1, 5, 5, 12, 13, 13]], ids=str
+    "ends",
+    [[0, 5, 5, 12, 13, 14], [0, 5, 5, 12, 12, 12], [0, 5, 4, 12, 13, 13], [-1, 5, 5, 12, 13, 13]],
+    ids=str,
 )
 @pytest.mark.parametrize("backend", ["reference", "loop", "grouped_mm"])
 def test_offsets_that_do_not_cover_x_are_refused_on_cpu(backend, ends):
     x, w, _, a, b, _ = make()
-    message = re.escape(f"offsets must never decrease and end at M=13, the number of rows; got {ends}")
+    message = re.escape(
+        f"offsets must never decrease and end at M=13, the number of rows; got {ends}"
+    )
     with pytest.raises(ValueError, match=message):
         grouped_lora(x, w, torch.tensor(ends, dtype=torch.int32), a, b, backend=backend)
 
 
 def test_the_adapter_of_a_fused_weight_places_its_blocks():
     """B of gate and up: block diagonal, scaled or not, zero for a projection without adapter."""
-    a, up = torch.zeros(2, 3, 5), torch.arange(24.0).view(2, 4, 3)
+    a = torch.zeros(2, 3, 5)
+    up = torch.arange(24.0).view(2, 4, 3)
     whole = Adapter(a, (None, up), (9.0, 0.5)).whole_b(8)
     assert torch.equal(whole[:, :4], torch.zeros(2, 4, 3)) and torch.equal(whole[:, 4:], up / 2)

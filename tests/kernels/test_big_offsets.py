@@ -1,4 +1,5 @@
-"""Offsets beyond 2^31 elements: E K N of a large model. Operands are few values far apart in memory hardly touched."""
+"""Offsets beyond 2^31 elements: E K N of a large model. Operands are few values far apart in memory
+hardly touched."""
 
 import pytest
 import torch
@@ -15,14 +16,15 @@ FAR = 2**30
 
 @pytest.fixture(autouse=True)
 def nothing_is_copied_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter writes results back to the device's memory; here that is the same memory, 4 GB of it."""
+    """The interpreter writes results back to the device's memory; here that is the same memory, 4
+    GB of it."""
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
 def vast() -> torch.Tensor:
-    """8.6 GB of addresses; a page is memory only once it is written. Operands start in the middle, so that an offset
-    which wraps round to -2^31 reads zeros and does not crash."""
+    """8.6 GB of addresses; a page is memory only once it is written. Operands start in the middle,
+    so that an offset which wraps round to -2^31 reads zeros and does not crash."""
     return torch.empty(4 * FAR + 4096, dtype=torch.float16)
 
 
@@ -52,7 +54,9 @@ def test_third_expert_or_row_lies_beyond_int32(vast, name, small_tiles):
         if name in ("w", "b"):
             s = x[:, :3].contiguous()
             b_ERN = o["b"].transpose(1, 2)
-            return [gemm_kernel.grouped_gemm_triton(x, o["w"].transpose(1, 2), routing, s, (b_ERN,))]
+            return [
+                gemm_kernel.grouped_gemm_triton(x, o["w"].transpose(1, 2), routing, s, (b_ERN,))
+            ]
         if name == "g":
             return [wgrad("triton", o["g"], x, routing)]
         return [combine.combine_triton(o["y"], torch.tensor([[2, 0], [1, 2]], dtype=torch.int32))]
@@ -68,7 +72,8 @@ def test_swiglu(vast, name):
     g = torch.Generator().manual_seed(0)
     shapes = {"y": (3, 80), "a": (3, 7, 40), "dh": (3, 40), "s": (3, 5), "ds": (3, 7)}
     o = {key: torch.randn(*shape, generator=g).half() for key, shape in shapes.items()}
-    routing, p = Routing(torch.tensor([1, 1, 3], dtype=torch.int32), 3), torch.rand(3, generator=g)
+    routing = Routing(torch.tensor([1, 1, 3], dtype=torch.int32), 3)
+    p = torch.rand(3, generator=g)
 
     def results(o: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         h, s2, dy = (torch.zeros(3, n, dtype=torch.float16) for n in (40, 7, 80))

@@ -10,27 +10,36 @@ from tests.kernels.oracle import ULP
 WAYS = {"reference": module.combine_ref, "triton": module.combine_triton, "public": combine}
 
 
-def operands(dtype: torch.dtype, tokens: int = 9, k: int = 3, width: int = 21) -> tuple[torch.Tensor, torch.Tensor]:
+def operands(
+    dtype: torch.dtype, tokens: int = 9, k: int = 3, width: int = 21
+) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     y = torch.randn(tokens * k, width, generator=g, dtype=torch.float64).to(dtype)
     return y, torch.randperm(tokens * k, generator=g).int().view(tokens, k)
 
 
 def slot_by_slot(y: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    return torch.stack([sum((y[m].double() for m in row), torch.zeros(y.shape[1])) for row in slots.tolist()])
+    return torch.stack(
+        [sum((y[m].double() for m in row), torch.zeros(y.shape[1])) for row in slots.tolist()]
+    )
 
 
 @pytest.mark.usefixtures("uninitialised_is_nan")
 @pytest.mark.parametrize("width", [21, 1100])  # one block of columns, and two with a ragged one
 @pytest.mark.parametrize(
-    "way, dtype", [(w, t) for w in WAYS for t in ULP if w != "triton" or t != torch.float64], ids=str
+    "way, dtype",
+    [(w, t) for w in WAYS for t in ULP if w != "triton" or t != torch.float64],
+    ids=str,
 )
 def test_sum_of_each_tokens_rows(way, dtype, width):
     y, slots = operands(dtype, width=width)
     out = WAYS[way](y, slots)
-    want, size = slot_by_slot(y, slots), slot_by_slot(y.abs(), slots)
+    want = slot_by_slot(y, slots)
+    size = slot_by_slot(y.abs(), slots)
     # Three terms are added in float32 (float64) and rounded once.
-    allowed = ULP[dtype] * want.abs() + 3 * (2.0**-53 if dtype == torch.float64 else 2.0**-24) * size
+    allowed = (
+        ULP[dtype] * want.abs() + 3 * (2.0**-53 if dtype == torch.float64 else 2.0**-24) * size
+    )
     assert out.dtype == dtype and ((out.double() - want).abs() <= allowed).all()
 
 
@@ -56,7 +65,10 @@ def test_one_slot_is_a_gather_and_a_row_may_serve_twice(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_strides_and_nothing(way):
     y, slots = operands(torch.float32)
-    columns, transposed = torch.cat([y, y + 9], 1)[:, : y.shape[1]], y.T.contiguous().T
+    columns = torch.cat([y, y + 9], 1)[:, : y.shape[1]]
+    transposed = y.T.contiguous().T
     want = WAYS[way](y, slots)
-    assert torch.equal(WAYS[way](columns, slots), want) and torch.equal(WAYS[way](transposed, slots), want)
+    assert torch.equal(WAYS[way](columns, slots), want) and torch.equal(
+        WAYS[way](transposed, slots), want
+    )
     assert WAYS[way](y, slots[:0]).shape == (0, 21)

@@ -1,4 +1,5 @@
-"""What the compiler makes of every kernel for GPUs that are not there: it fits, does not spill, uses tensor cores and copies."""
+"""What the compiler makes of every kernel for GPUs that are not there: it fits, does not spill,
+uses tensor cores and copies."""
 
 import json
 import os
@@ -18,20 +19,23 @@ TRITON_36 = ROOT / ".venv-triton36"
 Row = dict[str, Any]
 
 PROGRAM_SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that one program may have (CUDA C programming guide, technical specifications)."""
+"""Bytes of shared memory that one program may have (CUDA C programming guide, technical
+specifications)."""
 TENSOR_CORES = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05"}
 ELEMENT_CEILING = {"_swiglu_kernel": 22, "_swiglu_backward_kernel": 44}
-"""Instructions for an element up to stacked rank 64: 17 to 19 and 29 to 40; with the activation computed as often as it is
-used, 59 and 50 to 86."""
+"""Instructions for an element up to stacked rank 64: 17 to 19 and 29 to 40; with the activation
+computed as often as it is used, 59 and 50 to 86."""
 
 
 def compiled(*options: str, triton_folder: Path | None = None) -> list[Row]:
-    """Rows of ``compile_for_gpu`` in a process that compiles, with the Triton in the folder in front of the installed one."""
+    """Rows of ``compile_for_gpu`` in a process that compiles, with the Triton in the folder in
+    front of the installed one."""
     path = [str(ROOT), str(ROOT / "kernels")]
     outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run(
         [sys.executable, "-m", "tests.kernels.compile_for_gpu", *options],
-        env={**outside, "PYTHONPATH": os.pathsep.join([str(triton_folder), *path] if triton_folder else path)},
+        env={**outside,
+             "PYTHONPATH": os.pathsep.join([str(triton_folder), *path] if triton_folder else path)},
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
@@ -40,7 +44,11 @@ def compiled(*options: str, triton_folder: Path | None = None) -> list[Row]:
 
 def errors(rows: list[Row]) -> list[str]:
     """What was not compiled although it should be."""
-    return [f"{row['case']}: {row['error']}" for row in rows if "error" in row and not row.get("refused")]
+    return [
+        f"{row['case']}: {row['error']}"
+        for row in rows
+        if "error" in row and not row.get("refused")
+    ]
 
 
 def kernels_of_the_package() -> set[str]:
@@ -58,12 +66,14 @@ def offered(rows: list[Row]) -> list[Row]:
 
 
 def check_roles(rows: list[Row]) -> None:
-    """Roles are offered for Triton 3.6 and compile there; 3.7's passes fail or end the process, so ``problem`` refuses them."""
+    """Roles are offered for Triton 3.6 and compile there; 3.7's passes fail or end the process, so
+    ``problem`` refuses them."""
     roles = [row for row in rows if row.get("roles") and row.get("kernel") != "_tile_list_kernel"]
     assert roles
     for row in roles:
         if row["triton"].startswith("3.6."):
-            assert row["refused"] is None and row["warps"] == 12, row  # a producer and two consumers of four warps
+            # a producer and two consumers of four warps
+            assert row["refused"] is None and row["warps"] == 12, row
         else:
             assert "Triton 3.6" in row["refused"], row
             assert "PassManager::run failed" in row["error"] or "SIGABRT" in row["error"], row
@@ -72,13 +82,14 @@ def check_roles(rows: list[Row]) -> None:
 def check_gemm(row: Row) -> None:
     """A variant of the grouped GEMM in half precision."""
     capability = row["capability"]
-    # Triton 3.7 keeps two registers of a persistent program at rank 64 in memory; before Hopper, both keep up to six addresses
-    # of a 64 x 128 tile there.
+    # Triton 3.7 keeps two registers of a persistent program at rank 64 in memory; before Hopper,
+    # both keep up to six addresses of a 64 x 128 tile there.
     allowed = 32 if capability < 90 else 8 if row["persistent"] else 0
     assert row["spilled"] <= allowed, row
     assert row["shared"] <= PROGRAM_SHARED[capability], row
     assert row["products"] == TENSOR_CORES[capability], row
-    # Where the compiler cannot see that columns are contiguous, it takes an operand element by element through registers.
+    # Where the compiler cannot see that columns are contiguous, it takes an operand element by
+    # element through registers.
     assert row["loads"] == 0, row
     by_tma = [row["weight"], row["rows"]].count("tma")
     if row["roles"]:
@@ -112,7 +123,9 @@ class TestForHopper:
 
     def test_every_kernel_of_the_triton_back_end_compiles(self, rows):
         assert errors(rows) == []
-        assert {row["kernel"] for row in rows if "error" not in row} - ROLES == kernels_of_the_package() - ROLES
+        assert {
+            row["kernel"] for row in rows if "error" not in row
+        } - ROLES == kernels_of_the_package() - ROLES
 
     def test_everything_fits_and_hardly_anything_spills(self, rows):
         made = [row for row in rows if "error" not in row]
@@ -131,7 +144,9 @@ class TestForHopper:
             assert row["per_sm"] == (1 if row["variant"].startswith("128 x 256") else 2), row
 
     def test_gemms_of_a_layer_take_no_operand_through_registers(self, rows):
-        gemms = [row for row in rows if row.get("kernel") == "_gemm_kernel" and "product" not in row]
+        gemms = [
+            row for row in rows if row.get("kernel") == "_gemm_kernel" and "product" not in row
+        ]
         assert len(gemms) == 4
         for row in gemms:
             assert row["loads"] == 0 and row["cp_async"] == 12 and row["products"] == "wgmma", row
@@ -154,13 +169,19 @@ class TestForEveryChip:
         folder = TRITON_36 if version == "3.6.0" else None
         assert folder is None or folder.is_dir(), f"{TRITON_36} is missing: run make compiled"
         rows = compiled("--every", "--capability", *map(str, PROGRAM_SHARED), triton_folder=folder)
-        assert {row["triton"] for row in rows} == {triton.__version__ if folder is None else version}
+        assert {row["triton"] for row in rows} == {
+            triton.__version__ if folder is None else version
+        }
         return rows
 
     def test_all_compile_that_are_offered(self, rows):
         assert errors(rows) == []
         for capability in PROGRAM_SHARED:
-            kernels = {row["kernel"] for row in rows if row["capability"] == capability and "error" not in row}
+            kernels = {
+                row["kernel"]
+                for row in rows
+                if row["capability"] == capability and "error" not in row
+            }
             assert kernels - ROLES == kernels_of_the_package() - ROLES
 
     def test_everything_offered_fits(self, rows):

@@ -1,7 +1,8 @@
-"""Calls and bytes that adapters add, as ratios to the base alone: gates that a noisy machine cannot blur.
+"""Calls and bytes that adapters add, as ratios to the base alone: gates that a noisy machine cannot
+blur.
 
-Every ceiling is the value of today (torch 2.13) rounded up by 2 % or less; two limits are the project's own.
-``pytest -s`` prints them.
+Every ceiling is the value of today (torch 2.13) rounded up by 2 % or less; two limits are the
+project's own. ``pytest -s`` prints them.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,15 @@ from megalora_kernels import Adapter, Joined, expert_mlp, grouped_lora, route
 
 from tests.kernels.measure import Traffic, calls_and_bytes
 
-# An eighth of Qwen3-30B-A3B: its hidden size, gate (or up) and down; 128 experts, top 8, as in the first measurements.
-E, T, K, N, R = 128, 2048, 256, 192, 16
-TOP_K, INNER = 8, 96
+# An eighth of Qwen3-30B-A3B: its hidden size, gate (or up) and down; 128 experts, top 8, as in the
+# first measurements.
+E = 128
+T = 2048
+K = 256
+N = 192
+R = 16
+TOP_K = 8
+INNER = 96
 M = TOP_K * T
 Cost = tuple[float, float]
 
@@ -25,17 +32,28 @@ def normal(*shape: int) -> torch.Tensor:
 
 def ratio(name: str, call: Callable[[], object], base: Callable[[], object]) -> Cost:
     """(calls, bytes allocated) over those of the base."""
-    (calls, size), (base_calls, base_size) = calls_and_bytes(call), calls_and_bytes(base)
-    print(f"{name}: {calls} calls, {size / 1e6:.2f} MB; base {base_calls} calls, {base_size / 1e6:.2f} MB; "
-          f"ratios {calls / base_calls:.3f} and {size / base_size:.3f}")  # fmt: skip
+    calls, size = calls_and_bytes(call)
+    base_calls, base_size = calls_and_bytes(base)
+    print(
+        f"{name}: {calls} calls, {size / 1e6:.2f} MB; base {base_calls} calls,"
+        f" {base_size / 1e6:.2f} MB; ratios {calls / base_calls:.3f} and {size / base_size:.3f}"
+    )
     return calls / base_calls, size / base_size
 
 
 @pytest.fixture(scope="module")
 def linear() -> dict[str, torch.Tensor]:
-    counts = torch.multinomial(torch.ones(E), M, replacement=True, generator=torch.Generator().manual_seed(0))
+    counts = torch.multinomial(
+        torch.ones(E), M, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
     offsets = counts.bincount(minlength=E).cumsum(0).int()
-    return {"x": normal(M, K), "w": normal(E, N, K), "offsets": offsets, "a": normal(E, R, K), "b": normal(E, N, R)}
+    return {
+        "x": normal(M, K),
+        "w": normal(E, N, K),
+        "offsets": offsets,
+        "a": normal(E, R, K),
+        "b": normal(E, N, R),
+    }
 
 
 def base_gemm(t: dict[str, torch.Tensor]) -> Callable[[], object]:
@@ -52,26 +70,35 @@ def test_forward_of_a_linear_on_the_default_back_end(linear):
     """The project's limits are 2.1 and 1.25. The bytes beyond 1 are S: r / N = 8.3 %."""
     t = linear
     calls, size = ratio(
-        "grouped_lora forward", lambda: grouped_lora(t["x"], t["w"], t["offsets"], t["a"], t["b"]), base_gemm(t)
+        "grouped_lora forward",
+        lambda: grouped_lora(t["x"], t["w"], t["offsets"], t["a"], t["b"]),
+        base_gemm(t),
     )
     assert calls <= 1.65 and size <= 1.084
     assert calls <= 2.1 and size <= 1.25
 
 
-@pytest.mark.parametrize("arm, most_calls, most_bytes", [("grouped_mm", 2.65, 2.30), ("joined", 1.58, 2.42)])
+@pytest.mark.parametrize(
+    "arm, most_calls, most_bytes", [("grouped_mm", 2.65, 2.30), ("joined", 1.58, 2.42)]
+)
 def test_forward_of_a_linear_by_grouped_mm(linear, arm, most_calls, most_bytes):
-    """Joined allocates the rows copied beside S, M (K + r), and nothing else; plain B S, in pieces of 256 columns."""
+    """Joined allocates the rows copied beside S, M (K + r), and nothing else; plain B S, in pieces
+    of 256 columns."""
     t = linear
-    w, backend = (Joined(t["w"], R) if arm == "joined" else t["w"]), "grouped_mm"
+    w = Joined(t["w"], R) if arm == "joined" else t["w"]
+    backend = "grouped_mm"
     calls, size = ratio(
-        f"{arm} forward", lambda: grouped_lora(t["x"], w, t["offsets"], t["a"], t["b"], backend=backend), base_gemm(t)
+        f"{arm} forward",
+        lambda: grouped_lora(t["x"], w, t["offsets"], t["a"], t["b"], backend=backend),
+        base_gemm(t),
     )
     assert calls <= most_calls and size <= most_bytes
 
 
 def test_forward_and_backward_of_a_linear(linear):
     """The yardstick's backward makes dx alone."""
-    t, dy = {name: v.clone() for name, v in linear.items()}, normal(M, N)
+    t = {name: v.clone() for name, v in linear.items()}
+    dy = normal(M, N)
     wanted = [t[name].requires_grad_() for name in ("x", "a", "b")]
 
     def base() -> None:
@@ -91,18 +118,35 @@ def test_forward_and_backward_of_a_linear(linear):
 def experts() -> dict[str, torch.Tensor]:
     scores = torch.rand(T, E, generator=torch.Generator().manual_seed(0))
     chosen = torch.zeros(T, E, dtype=torch.bool).scatter_(1, scores.topk(TOP_K, 1).indices, True)
-    leaves = {"x": normal(T, K), "p": normal(M), "a1": normal(E, 2 * R, K), "gate": normal(E, INNER, R)}
+    leaves = {
+        "x": normal(T, K),
+        "p": normal(M),
+        "a1": normal(E, 2 * R, K),
+        "gate": normal(E, INNER, R),
+    }
     leaves |= {"up": normal(E, INNER, R), "a2": normal(E, R, INNER), "down": normal(E, K, R)}
     leaves = {name: t.requires_grad_() for name, t in leaves.items()}
-    return {**leaves, "w1": normal(E, 2 * INNER, K), "w2": normal(E, K, INNER), "map": chosen, "dout": normal(T, K)}
+    return {
+        **leaves,
+        "w1": normal(E, 2 * INNER, K),
+        "w2": normal(E, K, INNER),
+        "map": chosen,
+        "dout": normal(T, K),
+    }
 
 
-def layer(t: dict[str, torch.Tensor], adapted: bool, backward: bool, arm: str) -> Callable[[], object]:
+def layer(
+    t: dict[str, torch.Tensor], adapted: bool, backward: bool, arm: str
+) -> Callable[[], object]:
     routing, _ = route(t["map"], TOP_K)
     w1, w2 = (Joined(t["w1"], 2 * R), Joined(t["w2"], R)) if arm == "joined" else (t["w1"], t["w2"])
-    gate_up, down = Adapter(t["a1"], (t["gate"], t["up"]), (2.0, 2.0)), Adapter(t["a2"], (t["down"],), (2.0,))
+    gate_up = Adapter(t["a1"], (t["gate"], t["up"]), (2.0, 2.0))
+    down = Adapter(t["a2"], (t["down"],), (2.0,))
     adapters = {"gate_up": gate_up, "down": down} if adapted else {}
-    wanted = [t[name] for name in (("x", "p", "a1", "gate", "up", "a2", "down") if adapted else ("x", "p"))]
+    wanted = [
+        t[name]
+        for name in (("x", "p", "a1", "gate", "up", "a2", "down") if adapted else ("x", "p"))
+    ]
     backend = "grouped_mm" if arm == "joined" else None
 
     def call() -> None:
@@ -124,9 +168,12 @@ def layer(t: dict[str, torch.Tensor], adapted: bool, backward: bool, arm: str) -
     ],
 )
 def test_a_layer_of_experts(experts, arm, backward, most_calls, most_bytes):
-    """Gate and up have a product each: the loop makes more calls than with one block-diagonal B, and builds none."""
+    """Gate and up have a product each: the loop makes more calls than with one block-diagonal B,
+    and builds none."""
     name = f"expert_mlp {arm}, forward{' + backward' if backward else ''}"
-    calls, size = ratio(name, layer(experts, True, backward, arm), layer(experts, False, backward, arm))
+    calls, size = ratio(
+        name, layer(experts, True, backward, arm), layer(experts, False, backward, arm)
+    )
     assert calls <= most_calls and size <= most_bytes
 
 
@@ -140,7 +187,8 @@ def traffic(call: Callable[[], object]) -> int:
 
 
 def test_traffic_counts_what_it_should():
-    a, b = torch.zeros(8, 4), torch.zeros(4, 16)
+    a = torch.zeros(8, 4)
+    b = torch.zeros(4, 16)
     out = torch.empty(8, 16)
     assert traffic(lambda: torch.mm(a, b, out=out)) == (32 + 64 + 128) * 4
     assert traffic(lambda: out.addmm_(a, b)) == (32 + 64 + 128 + 128) * 4
@@ -150,10 +198,13 @@ def test_traffic_counts_what_it_should():
 
 
 def test_traffic_of_a_linear(linear):
-    """Reads x twice (for S, for the base) and writes y twice (base, base + delta); one kernel for both need not."""
+    """Reads x twice (for S, for the base) and writes y twice (base, base + delta); one kernel for
+    both need not."""
     t = linear
     base = traffic(lambda: grouped_lora(t["x"], t["w"], t["offsets"], backend="loop"))
-    ours = traffic(lambda: grouped_lora(t["x"], t["w"], t["offsets"], t["a"], t["b"], backend="loop"))
+    ours = traffic(
+        lambda: grouped_lora(t["x"], t["w"], t["offsets"], t["a"], t["b"], backend="loop")
+    )
     assert base == (M * (K + N) + E * N * K) * 4
     assert ours == base + (M * (K + 2 * R + 2 * N) + E * R * (K + N)) * 4
     print(f"traffic of a linear: {ours / base:.3f} of the base's {base / 1e6:.1f} MB")
@@ -163,5 +214,8 @@ def test_traffic_of_a_linear(linear):
 @pytest.mark.parametrize("backward, most", [(False, 1.36), (True, 1.45)])
 def test_traffic_of_a_layer_of_experts(experts, backward, most):
     base, ours = (traffic(layer(experts, adapted, backward, "loop")) for adapted in (False, True))
-    print(f"traffic of a layer, backward {backward}: {ours / base:.3f} of the base's {base / 1e6:.1f} MB")
+    print(
+        f"traffic of a layer, backward {backward}: {ours / base:.3f} of the base's"
+        f" {base / 1e6:.1f} MB"
+    )
     assert ours <= most * base

@@ -12,10 +12,16 @@ from megalora_kernels.dense_lora import dense_lora_ref
 from tests.kernels.measure import Recorder, kept_bytes
 from tests.kernels.oracle import ULP, Tensors, assert_close
 
-B, S, K, N, R = 2, 5, 24, 40, 3
+B = 2
+S = 5
+K = 24
+N = 40
+R = 3
 
 
-def operands(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (B, S)) -> tuple[torch.Tensor, ...]:
+def operands(
+    dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (B, S)
+) -> tuple[torch.Tensor, ...]:
     """x, w, a, b, dy."""
     g = torch.Generator().manual_seed(0)
     shapes = ((*shape, K), (N, K), (R, K), (N, R), (*shape, N))
@@ -25,12 +31,16 @@ def operands(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (B, S)
 
 def formulas(x: Any, w: Any, a: Any, b: Any, dy: Any) -> Tensors:
     x, w, a, b, dy = (t.detach().double() for t in (x, w, a, b, dy))
-    merged, flat_x, flat_dy = w + b @ a, x.reshape(-1, K), dy.reshape(-1, N)
+    merged = w + b @ a
+    flat_x = x.reshape(-1, K)
+    flat_dy = dy.reshape(-1, N)
     dw = flat_dy.T @ flat_x  # of the merged weight
     return {"y": x @ merged.T, "x": dy @ merged, "a": b.T @ dw, "b": dw @ a.T}
 
 
-def run(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dy: torch.Tensor) -> Tensors:
+def run(
+    x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dy: torch.Tensor
+) -> Tensors:
     y = dense_lora(x, w, a, b)
     return {"y": y.detach(), **dict(zip("xab", torch.autograd.grad(y, (x, a, b), dy), strict=True))}
 
@@ -46,28 +56,41 @@ def test_values_and_gradients(dtype, shape):
 def test_the_reference_is_the_same_function():
     x, w, a, b, dy = operands(torch.float64)
     y = dense_lora_ref(x, w, a, b)
-    found = {"y": y.detach(), **dict(zip("xab", torch.autograd.grad(y, (x, a, b), dy), strict=True))}
+    found = {
+        "y": y.detach(),
+        **dict(zip("xab", torch.autograd.grad(y, (x, a, b), dy), strict=True)),
+    }
     assert_close(found, formulas(x, w, a, b, dy), torch.float64)
 
 
 def test_any_strides():
     x, w, a, b, dy = operands()
     views = [t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in (x, w, a, b)]
-    leaves = [views[0].requires_grad_(), views[1], views[2].requires_grad_(), views[3].requires_grad_()]
+    leaves = [
+        views[0].requires_grad_(),
+        views[1],
+        views[2].requires_grad_(),
+        views[3].requires_grad_(),
+    ]
     ones = torch.ones(()).expand(dy.shape)
     assert_close(run(*leaves, ones), formulas(x, w, a, b, ones), torch.float32)
 
 
 def test_gradcheck():
     x, w, a, b, _ = operands(torch.float64)
-    assert torch.autograd.gradcheck(lambda x, a, b: dense_lora(x, w, a, b), (x, a, b), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: dense_lora(x, w, a, b), (x, a, b), fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("wanted", ["x", "a", "b", "xa", "ab"])
 def test_only_the_gradients_that_are_wanted_and_only_what_they_need_kept(wanted):
     x, w, a, b, dy = operands()
     everything = run(x, w, a, b, dy)
-    t = {name: t.detach().requires_grad_(name in wanted) for name, t in zip("xab", (x, a, b), strict=True)}
+    t = {
+        name: t.detach().requires_grad_(name in wanted)
+        for name, t in zip("xab", (x, a, b), strict=True)
+    }
     kept = kept_bytes(lambda: dense_lora(t["x"], w, t["a"], t["b"]), (w, t["a"], t["b"]))
     assert kept == 4 * B * S * (K * ("a" in wanted) + R * ("b" in wanted))
     dense_lora(t["x"], w, t["a"], t["b"]).backward(dy)
@@ -86,13 +109,28 @@ def test_no_temporary_as_wide_as_the_output():
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "features": (dict(x=torch.zeros(7, 23)), "want x [..., K], weight [N, K], a [R, K], b [N, R]; got (7, 23), (40, 24), (3, 24), (40, 3)"),
+    "features": (
+        dict(x=torch.zeros(7, 23)),
+        (
+            "want x [..., K], weight [N, K], a [R, K], b [N, R]; got (7, 23), (40, 24), (3, 24),"
+            " (40, 3)"
+        ),
+    ),
     "a": (dict(a=torch.zeros(R, 25)), "(3, 25), (40, 3)"),
     "b": (dict(b=torch.zeros(N, 4)), "(3, 24), (40, 4)"),
-    "dtype": (dict(a=torch.zeros(R, K).half()), "a is torch.float16 on cpu but x is torch.float32 on cpu"),
-    "device": (dict(weight=torch.zeros(N, K, device="meta")), "weight is torch.float32 on meta but x is"),
-    "trainable": (dict(weight=torch.zeros(N, K, requires_grad=True)), "weight is frozen, but weight.requires_grad is True"),
-}  # fmt: skip
+    "dtype": (
+        dict(a=torch.zeros(R, K).half()),
+        "a is torch.float16 on cpu but x is torch.float32 on cpu",
+    ),
+    "device": (
+        dict(weight=torch.zeros(N, K, device="meta")),
+        "weight is torch.float32 on meta but x is",
+    ),
+    "trainable": (
+        dict(weight=torch.zeros(N, K, requires_grad=True)),
+        "weight is frozen, but weight.requires_grad is True",
+    ),
+}
 
 
 @pytest.mark.parametrize("changed, message", MISTAKES.values(), ids=MISTAKES.keys())
@@ -110,13 +148,16 @@ def test_add_low_rank(dtype):
     x, w, a, b, dy = operands(dtype)
     y = add_low_rank(F.linear(x, w), F.linear(x, a), b)
     grads = torch.autograd.grad(y, (x, a, b), dy)
-    assert_close({"y": y.detach(), **dict(zip("xab", grads, strict=True))}, formulas(x, w, a, b, dy), dtype)
+    assert_close(
+        {"y": y.detach(), **dict(zip("xab", grads, strict=True))}, formulas(x, w, a, b, dy), dtype
+    )
 
 
 def test_add_low_rank_writes_into_the_base():
     x, w, a, b, _ = operands()
     base = F.linear(x.detach(), w)
-    before, address = base.clone(), base.data_ptr()
+    before = base.clone()
+    address = base.data_ptr()
     y = add_low_rank(base, F.linear(x, a), b)
     assert y.data_ptr() == address and y.requires_grad and not torch.equal(base, before)
 
@@ -124,6 +165,11 @@ def test_add_low_rank_writes_into_the_base():
 def test_add_low_rank_gradcheck_twice():
     """Its backward is made of differentiable steps."""
     _, _, _, b, dy = operands(torch.float64)
-    h, base = torch.randn(B, S, R, dtype=torch.float64).requires_grad_(), torch.randn_like(dy).requires_grad_()
-    assert torch.autograd.gradcheck(lambda base, h, b: add_low_rank(base * 1, h, b), (base, h, b), fast_mode=True)
-    assert torch.autograd.gradgradcheck(lambda base, h, b: add_low_rank(base * 1, h, b), (base, h, b), fast_mode=True)
+    h = torch.randn(B, S, R, dtype=torch.float64).requires_grad_()
+    base = torch.randn_like(dy).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda base, h, b: add_low_rank(base * 1, h, b), (base, h, b), fast_mode=True
+    )
+    assert torch.autograd.gradgradcheck(
+        lambda base, h, b: add_low_rank(base * 1, h, b), (base, h, b), fast_mode=True
+    )

@@ -1,4 +1,5 @@
-"""Products expert by expert: torch's grouped GEMM in one call and the loop give the same, and wrong offsets are refused."""
+"""Products expert by expert: torch's grouped GEMM in one call and the loop give the same, and wrong
+offsets are refused."""
 
 import pytest
 import torch
@@ -6,7 +7,9 @@ from megalora_kernels import Routing, each_expert
 from megalora_kernels.each_expert import add_product, multiply, multiply_rows
 
 COUNTS = [5, 0, 12, 1, 0, 7]
-K, N, R = 24, 40, 8
+K = 24
+N = 40
+R = 8
 LIMIT = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Relative in the 2-norm: some roundings of the dtype."""
 
@@ -16,7 +19,9 @@ def routing(counts: list[int]) -> Routing:
 
 
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64
+    ).to(dtype)
 
 
 def near(got: torch.Tensor, want: torch.Tensor) -> bool:
@@ -28,7 +33,8 @@ def how(request, monkeypatch) -> list[torch.dtype]:
     """Either way, and the dtypes of the operands that came in one call."""
     if request.param == "many rows":
         monkeypatch.setattr(each_expert, "FEW_ROWS", 1)
-    real, taken = each_expert.grouped_mm, []
+    real = each_expert.grouped_mm
+    taken = []
 
     def counted(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
         taken.append(a.dtype)
@@ -43,8 +49,10 @@ def how(request, monkeypatch) -> list[torch.dtype]:
 @pytest.mark.parametrize("dtype", list(LIMIT), ids=str)
 def test_products_equal_those_of_float64(dtype, how):
     where = routing(COUNTS)
-    x, s = random(25, K, dtype=dtype), random(25, R, dtype=dtype)
-    w, b = random(6, N, K, dtype=dtype).transpose(1, 2), random(6, R, N, dtype=dtype)
+    x = random(25, K, dtype=dtype)
+    s = random(25, R, dtype=dtype)
+    w = random(6, N, K, dtype=dtype).transpose(1, 2)
+    b = random(6, R, N, dtype=dtype)
     want = torch.cat([x[i:j].double() @ w[e].double() for e, i, j in where.spans()])
     y = multiply(x, w, where)
     assert near(y, want) and y.dtype == dtype
@@ -52,10 +60,15 @@ def test_products_equal_those_of_float64(dtype, how):
     assert multiply(x, w, where, out=room[:, :N]).data_ptr() == room.data_ptr()
     assert torch.equal(room[:, :N], y) and (room[:, N:] == 7).all()
     add_product(room[:, :N], s, b, where)
-    assert near(room[:, :N], want + torch.cat([s[i:j].double() @ b[e].double() for e, i, j in where.spans()]))
+    assert near(
+        room[:, :N],
+        want + torch.cat([s[i:j].double() @ b[e].double() for e, i, j in where.spans()]),
+    )
     found = torch.empty(6, R, K, dtype=dtype)
     multiply_rows(s, x, where, found)
-    assert near(found, torch.stack([s[i:j].double().T @ x[i:j].double() for _, i, j in where.spans()]))
+    assert near(
+        found, torch.stack([s[i:j].double().T @ x[i:j].double() for _, i, j in where.spans()])
+    )
     assert torch.count_nonzero(found[[1, 4]]) == 0
     in_one_call = how[0] == "few rows" and dtype != torch.float64
     assert how[1:] == [dtype] * (4 if in_one_call else 0)
@@ -63,11 +76,16 @@ def test_products_equal_those_of_float64(dtype, how):
 
 @pytest.mark.parametrize("how", ["few rows"], indirect=True)
 def test_operands_that_it_cannot_read_are_not_given_to_it(how):
-    where, w = routing(COUNTS), random(6, K, N, dtype=torch.float32)
+    where = routing(COUNTS)
+    w = random(6, K, N, dtype=torch.float32)
     wide = random(25, K + 3, dtype=torch.float32)
-    beside = random(25, K + 4, dtype=torch.float32)[:, 1 : K + 1]  # rows of whole 16 bytes that begin between them
+    # rows of whole 16 bytes that begin between them
+    beside = random(25, K + 4, dtype=torch.float32)[:, 1 : K + 1]
     for x in (wide[:, :K], random(25, 2 * K, dtype=torch.float32)[:, ::2], beside):
-        assert near(multiply(x, w, where), torch.cat([x[i:j].double() @ w[e].double() for e, i, j in where.spans()]))
+        assert near(
+            multiply(x, w, where),
+            torch.cat([x[i:j].double() @ w[e].double() for e, i, j in where.spans()]),
+        )
     assert near(
         multiply(wide[:, 3:], w, where),
         torch.cat([wide[i:j, 3:].double() @ w[e].double() for e, i, j in where.spans()]),

@@ -1,4 +1,5 @@
-"""megalora_kernels.expert_mlp: values and gradients of every back end against float64 arithmetic, row by row."""
+"""megalora_kernels.expert_mlp: values and gradients of every back end against float64 arithmetic,
+row by row."""
 
 from functools import cache
 
@@ -6,7 +7,16 @@ import pytest
 import torch
 from megalora_kernels import Adapter, expert_mlp
 
-from tests.kernels.oracle import ARMS, IDLE, Experts, Tensors, assert_close, row_by_row, sorted_rows, top_k
+from tests.kernels.oracle import (
+    ARMS,
+    IDLE,
+    Experts,
+    Tensors,
+    assert_close,
+    row_by_row,
+    sorted_rows,
+    top_k,
+)
 
 pytestmark = pytest.mark.usefixtures("uninitialised_is_nan")
 ADAPTED = (("gate", "up", "down"), ("gate", "up"), ("gate",), ("up",), ("down",), ())
@@ -39,7 +49,9 @@ def test_half_precision_with_probabilities_in_float32(arm, dtype, small_tiles):
     case, expected = answer("received", dtype=dtype)
     actual = case.run(backend=arm)
     assert_close(actual, expected, dtype)
-    assert actual["p"].dtype == torch.float32 and all(actual[n].dtype == dtype for n in actual.keys() - {"p"})
+    assert actual["p"].dtype == torch.float32 and all(
+        actual[n].dtype == dtype for n in actual.keys() - {"p"}
+    )
 
 
 @pytest.mark.parametrize("arm", ["reference", "loop"])
@@ -49,11 +61,13 @@ def test_float64(arm):
 
 
 @pytest.mark.parametrize(
-    "way, arm", [(way, arm) for way in IDLE for arm in FUSED if arm != "triton" or way == "gathered"]
+    "way, arm",
+    [(way, arm) for way in IDLE for arm in FUSED if arm != "triton" or way == "gathered"],
 )
 def test_recomputing_gate_and_up_changes_no_bit(way, arm, small_tiles):  # fmt: skip
     case, _ = answer(way)
-    kept, recomputed = case.run(backend=arm), case.run(backend=arm, recompute=True)
+    kept = case.run(backend=arm)
+    recomputed = case.run(backend=arm, recompute=True)
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
@@ -71,7 +85,9 @@ def test_no_rows_at_all(arm):
     for case in (sorted_rows([0, 0, 0]), top_k([], 3, 2)):
         actual = case.run(backend=arm)
         assert all(torch.count_nonzero(t) == 0 for t in actual.values())
-        assert {n: t.shape for n, t in actual.items()} == {n: t.shape for n, t in row_by_row(case).items()}
+        assert {n: t.shape for n, t in actual.items()} == {
+            n: t.shape for n, t in row_by_row(case).items()
+        }
 
 
 @pytest.mark.parametrize("arm", ["loop", "joined", "triton"])
@@ -80,9 +96,12 @@ def test_one_expert_and_one_row_each(arm, small_tiles):
         assert_close(case.run(backend=arm), row_by_row(case), torch.float32)
 
 
-@pytest.mark.parametrize("arm, dtype", [("triton", torch.float32), ("triton", torch.float16), ("loop", torch.float32)])
+@pytest.mark.parametrize(
+    "arm, dtype", [("triton", torch.float32), ("triton", torch.float16), ("loop", torch.float32)]
+)
 def test_experts_of_several_tiles_and_chunks(arm, dtype, short_chunks):
-    """float32 tiles have 32 rows (float16 64), chunks 64 and 32: an expert of 70 rows has two or three of each."""
+    """float32 tiles have 32 rows (float16 64), chunks 64 and 32: an expert of 70 rows has two or
+    three of each."""
     case = sorted_rows([0, 70, 3, 0, 33], dtype=dtype, H=72, inner=136)
     assert_close(case.run(backend=arm), row_by_row(case), dtype)
 
@@ -120,7 +139,9 @@ def test_any_strides(arm, name, small_tiles):
     case, expected = answer("gathered")
     change = {name: spread(case.dout if name == "dout" else case.leaves[name])}
     leaves = {**case.leaves, **{n: t for n, t in change.items() if n != "dout"}}
-    changed = Experts(**{**vars(case), "leaves": leaves, "dout": change.get("dout", case.dout).detach()})
+    changed = Experts(
+        **{**vars(case), "leaves": leaves, "dout": change.get("dout", case.dout).detach()}
+    )
     assert_close(changed.run(backend=arm), expected, torch.float32)
 
 
@@ -128,9 +149,13 @@ def test_any_strides(arm, name, small_tiles):
 def test_any_strides_as_on_a_gpu(arm, grouped_mm_between_triton):
     case, expected = answer("sorted")
     leaves = {
-        name: flat(t) if name in ("a1", "gate", "down") else spread(t) for name, t in case.leaves.items() if name != "p"
+        name: flat(t) if name in ("a1", "gate", "down") else spread(t)
+        for name, t in case.leaves.items()
+        if name != "p"
     }
-    changed = Experts(**{**vars(case), "leaves": {**case.leaves, **leaves}, "dout": spread(case.dout).detach()})
+    changed = Experts(
+        **{**vars(case), "leaves": {**case.leaves, **leaves}, "dout": spread(case.dout).detach()}
+    )
     assert_close(changed.run(backend=arm), expected, torch.float32)
 
 
@@ -158,7 +183,10 @@ def test_routing_tensors_that_are_columns_of_a_table(arm, small_tiles):
     columns = (torch.stack([t, t], -1)[..., 0] for t in (r.offsets_E, r.source_M, r.slots_TK))
     names = ("offsets_E", "source_M", "slots_TK")
     changed = Experts(
-        **{**vars(case), "routing": type(r)(num_rows=r.num_rows, **dict(zip(names, columns, strict=True)))}
+        **{
+            **vars(case),
+            "routing": type(r)(num_rows=r.num_rows, **dict(zip(names, columns, strict=True))),
+        }
     )
     assert_close(changed.run(backend=arm), expected, torch.float32)
 
@@ -174,7 +202,9 @@ def test_gradcheck(backend, way, recompute):
     names = list(case.leaves)
 
     def call(*values: torch.Tensor) -> torch.Tensor:
-        return case.call(dict(zip(names, values, strict=True)), backend=backend, recompute=recompute)
+        return case.call(
+            dict(zip(names, values, strict=True)), backend=backend, recompute=recompute
+        )
 
     # One random direction per operand: an error in any element shows with probability one.
     assert torch.autograd.gradcheck(call, tuple(case.leaves.values()), fast_mode=True)
@@ -183,8 +213,10 @@ def test_gradcheck(backend, way, recompute):
 def test_an_adapter_is_the_merged_weight():
     """W + s B A in the place of W, without adapters: what LoRA means."""
     case, expected = answer("received", dtype=torch.float64)
-    v, inner = case.leaves, case.w2.shape[2]
-    w1, w2 = case.w1.clone(), case.w2 + 1.25 * v["down"] @ v["a2"]
+    v = case.leaves
+    inner = case.w2.shape[2]
+    w1 = case.w1.clone()
+    w2 = case.w2 + 1.25 * v["down"] @ v["a2"]
     w1[:, :inner] += 0.75 * v["gate"] @ v["a1"][:, :3]
     w1[:, inner:] += 1.5 * v["up"] @ v["a1"][:, 3:]
     merged = expert_mlp(v["x"], w1.detach(), w2.detach(), v["p"], case.routing)
@@ -195,8 +227,12 @@ def test_a_scale_multiplies_what_b_does():
     """Not to the bit: S is scaled and not B. But so where scaling moves nothing but exponents."""
     case, _ = answer("sorted", dtype=torch.float64)
     v = case.leaves
-    by_scale, by_b = Adapter(v["a2"], (v["down"],), (0.5,)), Adapter(v["a2"], (0.5 * v["down"],), (1.0,))
-    outs = [expert_mlp(v["x"], case.w1, case.w2, v["p"], case.routing, down=down) for down in (by_scale, by_b)]
+    by_scale = Adapter(v["a2"], (v["down"],), (0.5,))
+    by_b = Adapter(v["a2"], (0.5 * v["down"],), (1.0,))
+    outs = [
+        expert_mlp(v["x"], case.w1, case.w2, v["p"], case.routing, down=down)
+        for down in (by_scale, by_b)
+    ]
     assert torch.equal(*outs)
     for g, h in zip(*(torch.autograd.grad(out, v["down"], case.dout) for out in outs), strict=True):
         torch.testing.assert_close(g, h, rtol=1e-13, atol=0)

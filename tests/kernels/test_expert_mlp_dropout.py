@@ -12,10 +12,12 @@ RATE = 0.25
 def with_masks(way: str, monkeypatch: pytest.MonkeyPatch, **how) -> Experts:
     """Dropout replaced by two fixed masks, told apart by the width of what they are for."""
     case = IDLE[way](**how)
-    g, dtype = torch.Generator().manual_seed(5), case.dout.dtype
+    g = torch.Generator().manual_seed(5)
+    dtype = case.dout.dtype
     width = {"x": case.dout.shape[1], "h": case.w2.shape[2]}
     case.masks = {
-        name: (torch.rand(len(case.rows), n, generator=g) >= RATE).double() / (1 - RATE) for name, n in width.items()
+        name: (torch.rand(len(case.rows), n, generator=g) >= RATE).double() / (1 - RATE)
+        for name, n in width.items()
     }
     by_width = {n: case.masks[name].to(dtype) for name, n in width.items()}
 
@@ -34,14 +36,19 @@ CASES = [
     for way in IDLE
     for adapted in (ALL, ("up",), ("down",))
     for recompute in (False, True)
-    if arm != "triton" or (way, recompute) == ("gathered", False)  # the interpreter takes half a second each
+    # the interpreter takes half a second each
+    if arm != "triton" or (way, recompute) == ("gathered", False)
 ]
 
 
 @pytest.mark.parametrize("arm, way, adapted, recompute", CASES, ids=str)
-def test_values_and_gradients_match_row_by_row(arm, way, adapted, recompute, monkeypatch, small_tiles):
+def test_values_and_gradients_match_row_by_row(
+    arm, way, adapted, recompute, monkeypatch, small_tiles
+):
     case = with_masks(way, monkeypatch, adapted=adapted)
-    assert_close(case.run(backend=arm, dropout=RATE, recompute=recompute), row_by_row(case), torch.float32)
+    assert_close(
+        case.run(backend=arm, dropout=RATE, recompute=recompute), row_by_row(case), torch.float32
+    )
 
 
 @pytest.mark.parametrize("arm", ["grouped_mm", "joined"])
@@ -59,9 +66,13 @@ def test_half_precision_with_probabilities_in_float32(arm, monkeypatch, small_ti
 @pytest.mark.parametrize("arm", ARMS)
 def test_dropping_everything_leaves_the_base(arm, small_tiles):
     case = IDLE["gathered"]()
-    base = Experts(**{**vars(case), "adapted": (), "leaves": {name: case.leaves[name] for name in ("x", "p")}})
+    base = Experts(
+        **{**vars(case), "adapted": (), "leaves": {name: case.leaves[name] for name in ("x", "p")}}
+    )
     dropped = case.run(backend=arm, dropout=1.0)
-    assert_close({name: dropped[name] for name in ("out", "x", "p")}, row_by_row(base), torch.float32)
+    assert_close(
+        {name: dropped[name] for name in ("out", "x", "p")}, row_by_row(base), torch.float32
+    )
     assert all(torch.count_nonzero(dropped[name]) == 0 for name in case.leaves.keys() - {"x", "p"})
 
 
@@ -76,7 +87,9 @@ def test_the_same_seed_drops_the_same(arm, recompute):
         results.append(case.run(backend=backend, dropout=RATE, recompute=again))
     assert_close(results[1], results[0], torch.float32)
     torch.manual_seed(8)
-    assert not torch.allclose(case.run(backend=arm, dropout=RATE)["out"], results[0]["out"], rtol=1e-2)
+    assert not torch.allclose(
+        case.run(backend=arm, dropout=RATE)["out"], results[0]["out"], rtol=1e-2
+    )
 
 
 def test_no_dropout_without_an_adapter(monkeypatch):

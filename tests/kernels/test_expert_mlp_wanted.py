@@ -1,4 +1,5 @@
-"""expert_mlp where not everything is wanted, is kept, is left alone until backward, or may be read on the host."""
+"""expert_mlp where not everything is wanted, is kept, is left alone until backward, or may be read
+on the host."""
 
 from itertools import combinations
 
@@ -14,10 +15,14 @@ FUSED = ("loop", "grouped_mm", "joined", "triton")
 NAMES = ("x", "p", "a1", "gate", "up", "a2", "down")
 SUBSETS = [wanted for size in range(1, 8) for wanted in combinations(NAMES, size)]
 ALONE = [(name,) for name in NAMES]
-M, H, INNER = 14, 24, 40
+M = 14
+H = 24
+INNER = 40
 
 
-def gradients(case: Experts, wanted: tuple[str, ...], arm: str, **how: bool) -> dict[str, torch.Tensor | None]:
+def gradients(
+    case: Experts, wanted: tuple[str, ...], arm: str, **how: bool
+) -> dict[str, torch.Tensor | None]:
     case, backend = (case.joined(), "grouped_mm") if arm == "joined" else (case, arm)
     leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in case.leaves.items()}
     case.call(leaves, backend=backend, **how).backward(case.dout)
@@ -43,7 +48,11 @@ def test_only_the_gradients_that_are_wanted_and_with_the_same_bits(arm, way, sub
         for recompute in (False, True) if arm in ("loop", "joined") else (False,):
             for name, grad in gradients(case, wanted, arm, recompute=recompute).items():
                 if name in wanted:
-                    assert grad is not None and torch.equal(grad, everything[name]), (name, wanted, recompute)
+                    assert grad is not None and torch.equal(grad, everything[name]), (
+                        name,
+                        wanted,
+                        recompute,
+                    )
                 else:
                     assert grad is None, (name, wanted, recompute)
 
@@ -57,7 +66,9 @@ def test_nothing_wanted(arm, small_tiles):
     assert_close({"out": out}, {"out": row_by_row(case)["out"]}, torch.float32)
 
 
-Y, S1, S2 = M * 2 * INNER, M * (RANKS["gate"] + RANKS["up"]), M * RANKS["down"]
+Y = M * 2 * INNER
+S1 = M * (RANKS["gate"] + RANKS["up"])
+S2 = M * RANKS["down"]
 
 
 @pytest.mark.parametrize(
@@ -75,14 +86,18 @@ Y, S1, S2 = M * 2 * INNER, M * (RANKS["gate"] + RANKS["up"]), M * RANKS["down"]
 )
 @pytest.mark.parametrize("arm", FUSED)
 def test_what_is_kept_for_backward(arm, wanted, recompute, kept, small_tiles):
-    """In elements: x as given (7 tokens), [gate | up], S of each; besides them p and the indexes, which are given."""
+    """In elements: x as given (7 tokens), [gate | up], S of each; besides them p and the indexes,
+    which are given."""
     case = IDLE["gathered"]()
     case, backend = (case.joined(), "grouped_mm") if arm == "joined" else (case, arm)
     leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in case.leaves.items()}
     r = case.routing
     given = [t for name, t in leaves.items() if name != "x"] + [r.offsets_E, r.source_M, r.slots_TK]
     given += [w for w in (case.w1, case.w2) if not isinstance(w, Joined)]
-    assert kept_bytes(lambda: case.call(leaves, backend=backend, recompute=recompute), given) == kept * 4
+    assert (
+        kept_bytes(lambda: case.call(leaves, backend=backend, recompute=recompute), given)
+        == kept * 4
+    )
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -112,7 +127,9 @@ def test_under_checkpoint(arm, small_tiles):
         assert torch.equal(got, plain[name]), name
 
 
-@pytest.mark.parametrize("name", ["offsets_E", "source_M", "slots_TK", "x", "p", "a1", "gate", "a2", "down", "w1"])
+@pytest.mark.parametrize(
+    "name", ["offsets_E", "source_M", "slots_TK", "x", "p", "a1", "gate", "a2", "down", "w1"]
+)
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
 def test_operands_overwritten_before_backward_are_noticed(backend, name):
     case = IDLE["gathered"]()
@@ -133,11 +150,13 @@ def test_a_second_derivative_is_refused_and_not_wrong():
 
 
 def test_two_forwards_through_one_joined_weight_before_either_goes_backward():
-    """Pipelines do that with other microbatches; here the adapter changes too, and each backward must use its own."""
+    """Pipelines do that with other microbatches; here the adapter changes too, and each backward
+    must use its own."""
     case = IDLE["gathered"]()
     joined = case.joined()
     others = {
-        name: (t.detach() * (1 if name in ("x", "p") else -2)).requires_grad_() for name, t in case.leaves.items()
+        name: (t.detach() * (1 if name in ("x", "p") else -2)).requires_grad_()
+        for name, t in case.leaves.items()
     }
     outs = [joined.call(leaves, backend="grouped_mm") for leaves in (case.leaves, others)]
     for out, leaves in zip(outs, (case.leaves, others), strict=True):
@@ -148,14 +167,22 @@ def test_two_forwards_through_one_joined_weight_before_either_goes_backward():
 
 @pytest.mark.parametrize("backend", FUSED[:2] + FUSED[3:])
 def test_gate_and_up_may_share_one_adapter(backend, small_tiles):
-    """One A and one B over the rows of both, as fused checkpoints have it: the same as two that share A."""
+    """One A and one B over the rows of both, as fused checkpoints have it: the same as two that
+    share A."""
     case = IDLE["sorted"](adapted=("gate",))
-    a, b = case.leaves["a1"], torch.randn(6, 2 * INNER, 3, generator=torch.Generator().manual_seed(1))
+    a = case.leaves["a1"]
+    b = torch.randn(6, 2 * INNER, 3, generator=torch.Generator().manual_seed(1))
     twice = Adapter(torch.cat([a, a], 1), (b[:, :INNER], b[:, INNER:]), (0.75, 0.75))
     outs = []
     for gate_up in (Adapter(a, (b,), (0.75,)), twice):
         out = expert_mlp(
-            case.leaves["x"], case.w1, case.w2, case.leaves["p"], case.routing, gate_up=gate_up, backend=backend
+            case.leaves["x"],
+            case.w1,
+            case.w2,
+            case.leaves["p"],
+            case.routing,
+            gate_up=gate_up,
+            backend=backend,
         )
         outs.append({"out": out.detach(), "a": torch.autograd.grad(out, a, case.dout)[0]})
     assert_close(outs[0], outs[1], torch.float32)

@@ -1,4 +1,5 @@
-"""Every kind of variant of the Triton grouped GEMM gives the same numbers, in the interpreter: against float64, row by row."""
+"""Every kind of variant of the Triton grouped GEMM gives the same numbers, in the interpreter:
+against float64, row by row."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("uninitialised_is_nan")
 
 COUNTS = [7, 0, 33, 16, 1, 0]
 """Fewer rows than a tile, none, two tiles and a row, exactly a tile, one row, none."""
-K, N, TOKENS = 48, 128, 40
+K = 48
+N = 128
+TOKENS = 40
 SMALL = Variant(16, 32, 16, num_warps=4, num_stages=2)
 BY_TMA = replace(SMALL, weight="tma", rows="tma")
 KINDS = {
@@ -59,11 +62,18 @@ class Case:
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=g, dtype=torch.float64).to(self.dtype)
 
-        E, M = len(COUNTS), sum(COUNTS)
+        E = len(COUNTS)
+        M = sum(COUNTS)
         ranks = [rank for rank in self.ranks if rank]
         width = self.n // max(1, len(self.ranks))
-        source = torch.randint(0, TOKENS, (M,), generator=g, dtype=torch.int32) if self.gathered else None
-        b: list[torch.Tensor | None] = [None if rank is None else normal(E, rank, width) for rank in self.ranks]
+        source = (
+            torch.randint(0, TOKENS, (M,), generator=g, dtype=torch.int32)
+            if self.gathered
+            else None
+        )
+        b: list[torch.Tensor | None] = [
+            None if rank is None else normal(E, rank, width) for rank in self.ranks
+        ]
         if self.op == "forward":  # [E, N, r], as B is kept
             b = [t if t is None else t.transpose(1, 2).contiguous().transpose(1, 2) for t in b]
         return {
@@ -76,11 +86,13 @@ class Case:
         }
 
     def weight(self, w_EKN: torch.Tensor) -> torch.Tensor:
-        """The same values stored [E, N, K] or [E, K, N], perhaps within the wider buffer of a ``Joined``."""
+        """The same values stored [E, N, K] or [E, K, N], perhaps within the wider buffer of a
+        ``Joined``."""
         stored = w_EKN.transpose(1, 2).contiguous() if self.op == "forward" else w_EKN
         if self.joined:
             joined = Joined(stored, 5)
-            joined.buffer[:, joined.N :] = torch.nan  # what lies behind a weight's rows and columns must not be read
+            # what lies behind a weight's rows and columns must not be read
+            joined.buffer[:, joined.N :] = torch.nan
             joined.buffer[:, :, joined.K :] = torch.nan
             stored = joined.weight
         return stored.transpose(1, 2) if self.op == "forward" else stored
@@ -88,11 +100,16 @@ class Case:
 
 def row_by_row(o: Operands) -> torch.Tensor:
     """The product in float64: one row at a time, without slicing by offsets."""
-    M, N = o["routing"].num_rows, o["w_EKN"].shape[2]
+    M = o["routing"].num_rows
+    N = o["w_EKN"].shape[2]
     y = torch.zeros(M, N, dtype=torch.float64)
     for m, e in enumerate([e for e, count in enumerate(COUNTS) for _ in range(count)]):
-        y[m] = o["x"][m if o["source_M"] is None else int(o["source_M"][m])].double() @ o["w_EKN"][e].double()
-        column, rank = 0, 0
+        y[m] = (
+            o["x"][m if o["source_M"] is None else int(o["source_M"][m])].double()
+            @ o["w_EKN"][e].double()
+        )
+        column = 0
+        rank = 0
         for block in o["b"] or ():
             width = N // len(o["b"])
             if block is not None:
@@ -104,7 +121,8 @@ def row_by_row(o: Operands) -> torch.Tensor:
 
 
 def assert_right(case: Case, variant: Variant | None) -> torch.Tensor:
-    """|error| <= (u + n 2^-24) times the same sum over absolute values: one rounding, n terms added in float32."""
+    """|error| <= (u + n 2^-24) times the same sum over absolute values: one rounding, n terms added
+    in float32."""
     o = case.operands()
     y = gemm_kernel.grouped_gemm_triton(**o, variant=variant)
     expected = row_by_row(o)
@@ -119,7 +137,8 @@ def assert_right(case: Case, variant: Variant | None) -> torch.Tensor:
 
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three programs walk over some two dozen tiles, four tiles of rows at a time and then the last two."""
+    """Three programs walk over some two dozen tiles, four tiles of rows at a time and then the last
+    two."""
     monkeypatch.setattr(gemm_kernel, "num_multiprocessors", lambda _: 3)
     monkeypatch.setattr(gemm_kernel, "GROUP_TILES", 4)
 
@@ -133,7 +152,9 @@ def forms() -> list[Any]:
                 gathered = variant.rows == "pointers"
                 found.append(
                     pytest.param(
-                        variant, Case(op=op, joined=joined, gathered=gathered), id=f"{name}, {op}{', joined' * joined}"
+                        variant,
+                        Case(op=op, joined=joined, gathered=gathered),
+                        id=f"{name}, {op}{', joined' * joined}",
                     )
                 )
     return found
@@ -147,7 +168,9 @@ def test_every_kind_in_both_program_orders(variant, case, few_programs, monkeypa
 
 
 @pytest.mark.parametrize("ranks", RANKS.values(), ids=RANKS.keys())
-@pytest.mark.parametrize("variant", [SMALL, replace(BY_TMA, persistent=True)], ids=["pointers", "tma, persistent"])
+@pytest.mark.parametrize(
+    "variant", [SMALL, replace(BY_TMA, persistent=True)], ids=["pointers", "tma, persistent"]
+)
 def test_blocks_of_b(variant, ranks, few_programs):
     assert_right(Case(ranks, gathered=False, op="forward"), variant)
     if len(ranks) < 2:
@@ -160,7 +183,9 @@ def test_half_precision(kind, few_programs):
     assert_right(Case(dtype=torch.float16, gathered=variant.rows == "pointers"), variant)
 
 
-@pytest.mark.parametrize("op, k, n", [("forward", 40, 120), ("dgrad", 40, 120), ("dgrad", 7, 10)], ids=str)
+@pytest.mark.parametrize(
+    "op, k, n", [("forward", 40, 120), ("dgrad", 40, 120), ("dgrad", 7, 10)], ids=str
+)
 @pytest.mark.parametrize("kind", ["pointers", "pointers, persistent"])
 def test_sizes_that_tiles_do_not_divide(kind, op, k, n, few_programs):
     """Of 120 columns in two blocks the last tiles of both are cut off."""
@@ -177,18 +202,25 @@ def test_tiles_of_other_shapes(tile, few_programs):
 @pytest.mark.parametrize("kind", ["pointers", "both by tma, persistent"])
 def test_no_rows_at_all(kind):
     o = Case(gathered=False).operands()
-    o |= {"x": o["x"][:0], "s_MR": o["s_MR"][:0], "routing": Routing(torch.zeros(6, dtype=torch.int32), 0)}
+    o |= {
+        "x": o["x"][:0],
+        "s_MR": o["s_MR"][:0],
+        "routing": Routing(torch.zeros(6, dtype=torch.int32), 0),
+    }
     assert gemm_kernel.grouped_gemm_triton(**o, variant=KINDS[kind]).shape == (0, N)
 
 
 @pytest.fixture
 def products_term_by_term(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``tl.dot`` adds one term of K after the other, as a BLAS whose order depends on the tile's shape would not."""
+    """``tl.dot`` adds one term of K after the other, as a BLAS whose order depends on the tile's
+    shape would not."""
 
     def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
         total = d.data.astype(np.float32)
         for k in range(a.data.shape[1]):
-            total = total + a.data[:, k, None].astype(np.float32) * b.data[None, k, :].astype(np.float32)
+            total = total + a.data[:, k, None].astype(np.float32) * b.data[None, k, :].astype(
+                np.float32
+            )
         return triton_interpreter.TensorHandle(total, d.dtype.scalar)
 
     monkeypatch.setattr(triton_interpreter.InterpreterBuilder, "create_dot", dot)
@@ -196,7 +228,8 @@ def products_term_by_term(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("op", ["forward", "dgrad"])
 def test_bits_do_not_depend_on_the_variant(op, few_programs, products_term_by_term):
-    """K's terms in one order, the adapter's after them: ranks may then choose variants on their own."""
+    """K's terms in one order, the adapter's after them: ranks may then choose variants on their
+    own."""
     case = Case((16, 16) if op == "forward" else (16,), op=op, gathered=False)
     o = case.operands()
     shapes = [replace(SMALL, block_m=m, block_n=n) for m, n in ((16, 32), (64, 32), (32, 64))]
@@ -231,7 +264,9 @@ def test_roles_without_b_read_no_s(triton_with_roles):
     o = Case((16,), gathered=False, dtype=torch.float16).operands()
     without = {**o, "b": None}
     y = gemm_kernel.grouped_gemm_triton(**without, variant=ROLES)
-    torch.testing.assert_close(y.double(), row_by_row({**without, "s_MR": None}), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        y.double(), row_by_row({**without, "s_MR": None}), rtol=1e-2, atol=1e-2
+    )
 
 
 def test_products_of_one_routing_share_its_list_of_tiles(triton_with_roles, monkeypatch):
@@ -258,18 +293,24 @@ def test_products_of_one_routing_share_its_list_of_tiles(triton_with_roles, monk
 @pytest.mark.parametrize("form", ["reference", "loop"])
 def test_blocks_of_b_without_triton(form, ranks):
     o = Case(ranks, dtype=torch.float64).operands()
-    compute = {"reference": grouped_gemm.grouped_gemm_ref, "loop": grouped_gemm.grouped_gemm_loop}[form]
+    compute = {"reference": grouped_gemm.grouped_gemm_ref, "loop": grouped_gemm.grouped_gemm_loop}[
+        form
+    ]
     torch.testing.assert_close(compute(**o), row_by_row(o), rtol=1e-12, atol=1e-12)
 
 
 def test_joined_keeps_zeros_beside_its_blocks():
-    """An adapter with other ranks finds none of its predecessor's values where its own blocks are not."""
+    """An adapter with other ranks finds none of its predecessor's values where its own blocks are
+    not."""
     w_ENK = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
     joined = Joined(w_ENK, 16)
     for ranks in ((3, 5), (5, 3), (None, 5), (3, 5), (4,)):
-        b = tuple(None if r is None else torch.full((2, r, 8 // len(ranks)), float(r)) for r in ranks)
+        b = tuple(
+            None if r is None else torch.full((2, r, 8 // len(ranks)), float(r)) for r in ranks
+        )
         wb_EKN = joined.with_b(b)
-        want, rank = torch.zeros(2, 16, 8), 0
+        want = torch.zeros(2, 16, 8)
+        rank = 0
         for i, block in enumerate(b):
             if block is not None:
                 columns = slice(i * 8 // len(b), (i + 1) * 8 // len(b))
@@ -288,7 +329,11 @@ def test_joined_keeps_zeros_beside_its_blocks():
         (Case(k=40, gathered=False), BY_TMA, "K=40 is not a multiple of 16"),
         (Case(n=120, gathered=False), BY_TMA, "60 columns are not a multiple of 32"),
         (Case(), BY_TMA, "rows that are gathered cannot be read by TMA"),
-        (Case(), replace(SMALL, block_m=512, block_n=64), "4 warps would hold 256 sums per thread, at most 128 fit"),
+        (
+            Case(),
+            replace(SMALL, block_m=512, block_n=64),
+            "4 warps would hold 256 sums per thread, at most 128 fit",
+        ),
         (
             Case(),
             replace(SMALL, block_n=2048, num_warps=8),
@@ -304,20 +349,31 @@ def test_a_variant_asked_for_that_cannot_run_says_why(case, variant, why):
 
 
 def test_addresses_that_tma_cannot_read():
-    """Named, they are an error; chosen by a table, which cannot know addresses, pointers are taken."""
+    """Named, they are an error; chosen by a table, which cannot know addresses, pointers are
+    taken."""
     o = Case(gathered=False, dtype=torch.float16).operands()
     w = o["w_EKN"].transpose(1, 2)
     shifted = torch.cat([w.new_zeros(1), w.flatten()])[1:].view(w.shape).transpose(1, 2)
     wide = torch.nn.functional.pad(w, (0, 1))[:, :, :-1].transpose(1, 2)  # rows of 49 elements
-    between = torch.nn.functional.pad(w.flatten(1), (0, 8)).as_strided(w.shape, (N * K + 8, K, 1)).transpose(1, 2)
+    between = (
+        torch.nn.functional.pad(w.flatten(1), (0, 8))
+        .as_strided(w.shape, (N * K + 8, K, 1))
+        .transpose(1, 2)
+    )
     rows = torch.nn.functional.pad(o["x"], (0, 1))[:, :-1]
     message = "TMA needs rows that start at multiples of 16 bytes: {} has strides"
     cases = [
         ({"w_EKN": shifted}, message.format("the weight")),
         ({"w_EKN": wide}, message.format("the weight")),
         ({"x": rows}, message.format("x")),
-        ({"x": o["x"][:1].expand(o["x"].shape)}, "TMA needs rows that do not overlap: x has strides"),
-        ({"w_EKN": between}, "TMA needs experts a whole number of rows apart: the weight has strides"),
+        (
+            {"x": o["x"][:1].expand(o["x"].shape)},
+            "TMA needs rows that do not overlap: x has strides",
+        ),
+        (
+            {"w_EKN": between},
+            "TMA needs experts a whole number of rows apart: the weight has strides",
+        ),
     ]
     for changed, why in cases:
         with pytest.raises(ValueError, match=why):
@@ -327,7 +383,10 @@ def test_addresses_that_tma_cannot_read():
 def test_what_is_chosen_gives_way_where_addresses_forbid_it(monkeypatch):
     monkeypatch.setattr(gemm_kernel, "choose_variant", lambda *_: BY_TMA)
     o = Case(gathered=False).operands()
-    padded, expanded = torch.nn.functional.pad(o["x"], (0, 1))[:, :-1], o["x"][:1].expand(o["x"].shape)
+    padded = torch.nn.functional.pad(o["x"], (0, 1))[:, :-1]
+    expanded = o["x"][:1].expand(o["x"].shape)
     for x in (padded, expanded):
         o["x"] = x
-        torch.testing.assert_close(gemm_kernel.grouped_gemm_triton(**o).double(), row_by_row(o), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            gemm_kernel.grouped_gemm_triton(**o).double(), row_by_row(o), rtol=1e-4, atol=1e-4
+        )

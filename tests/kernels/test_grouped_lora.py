@@ -1,4 +1,5 @@
-"""megalora_kernels.grouped_lora: values and gradients of every back end against float64 arithmetic, row by row."""
+"""megalora_kernels.grouped_lora: values and gradients of every back end against float64 arithmetic,
+row by row."""
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ from tests.kernels.oracle import ARMS, ULP
 
 pytestmark = pytest.mark.usefixtures("uninitialised_is_nan", "small_tiles")
 HALF = (torch.bfloat16, torch.float16)
-CASES = [(arm, dtype) for arm in ARMS for dtype in ULP if dtype != torch.float64 or arm in ("reference", "loop")]
+CASES = [
+    (arm, dtype)
+    for arm in ARMS
+    for dtype in ULP
+    if dtype != torch.float64 or arm in ("reference", "loop")
+]
 FUSED = ("loop", "grouped_mm", "joined", "triton")
 
 
@@ -27,7 +33,8 @@ FUSED = ("loop", "grouped_mm", "joined", "triton")
 )
 @pytest.mark.parametrize("arm, dtype", CASES, ids=str)
 def test_values_and_gradients_match_row_by_row(arm, dtype, counts, rank, k, n, monkeypatch):
-    monkeypatch.setattr(each_expert, "DELTA_COLUMNS", 16)  # N = 40 and K = 24: several pieces and a ragged last one
+    # N = 40 and K = 24: several pieces and a ragged last one
+    monkeypatch.setattr(each_expert, "DELTA_COLUMNS", 16)
     x, w, offsets, a, b, dy = make(counts, rank, dtype, k, n)
     actual = run(arm, x, w, offsets, a, b, dy)
     assert_within_rounding(actual, counts, x, w, a, b, dy)
@@ -54,15 +61,19 @@ def test_tiles_as_large_as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("arm", ["reference", "loop"])
 def test_gradcheck(arm):
     x, w, offsets, a, b, _ = make([0, 2, 0, 3, 0], rank=2, dtype=torch.float64, k=4, n=5)
-    assert torch.autograd.gradcheck(lambda x, a, b: grouped_lora(x, w, offsets, a, b, backend=arm), (x, a, b))
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: grouped_lora(x, w, offsets, a, b, backend=arm), (x, a, b)
+    )
 
 
 def test_loop_and_grouped_mm_agree_to_the_last_bits():
     x, w, offsets, a, b, dy = make()
     assert torch.equal(call("loop", x, w, offsets), call("grouped_mm", x, w, offsets))
-    loop, grouped = run("loop", x, w, offsets, a, b, dy), run("grouped_mm", x, w, offsets, a, b, dy)
+    loop = run("loop", x, w, offsets, a, b, dy)
+    grouped = run("grouped_mm", x, w, offsets, a, b, dy)
     sizes = row_by_row(COUNTS, *(t.abs() for t in (x, w, a, b, dy)))
-    for p, q, size in zip(loop, grouped, sizes, strict=True):  # they round the delta once more or less
+    # they round the delta once more or less
+    for p, q, size in zip(loop, grouped, sizes, strict=True):
         assert ((p - q).abs() <= 2 * 2.0**-24 * size).all()
 
 
@@ -86,13 +97,17 @@ def test_any_strides_of_x_and_dy(arm, layout, request):
         arm = arm.removesuffix(" on a GPU")
     _, w, offsets, a, b, dy = make()
     if layout == "columns of a wider buffer":
-        x, dy = torch.randn(13, K + 3)[:, 2 : K + 2], torch.randn(13, N + 5)[:, :N]
+        x = torch.randn(13, K + 3)[:, 2 : K + 2]
+        dy = torch.randn(13, N + 5)[:, :N]
     elif layout == "transposed":
-        x, dy = torch.randn(K, 13).T, torch.randn(N, 13).T
+        x = torch.randn(K, 13).T
+        dy = torch.randn(N, 13).T
     elif layout == "one row expanded":
-        x, dy = torch.randn(1, K).expand(13, K), torch.randn(13, 1).expand(13, N)
+        x = torch.randn(1, K).expand(13, K)
+        dy = torch.randn(13, 1).expand(13, N)
     else:
-        x, dy = torch.randn(13 * K + 1)[1:].view(13, K), torch.randn(13 * N + 1)[1:].view(13, N)
+        x = torch.randn(13 * K + 1)[1:].view(13, K)
+        dy = torch.randn(13 * N + 1)[1:].view(13, N)
     x = x.detach().requires_grad_()
     assert_within_rounding(run(arm, x, w, offsets, a, b, dy), COUNTS, x, w, a, b, dy)
 
@@ -109,7 +124,8 @@ def test_sum_backward_whose_gradient_has_stride_zero(arm):
 def test_transposed_weight_and_adapters_that_are_views(arm):
     x, w, offsets, a, b, dy = make()
     w_view = w.transpose(1, 2).contiguous().transpose(1, 2)
-    a_flat = torch.cat([torch.zeros(1), a.detach().flatten()])[1:].view_as(a)  # as in a flat parameter buffer
+    # as in a flat parameter buffer
+    a_flat = torch.cat([torch.zeros(1), a.detach().flatten()])[1:].view_as(a)
     b_view = b.detach().transpose(1, 2).contiguous().transpose(1, 2)
     actual = run(arm, x, w_view, offsets, a_flat.requires_grad_(), b_view.requires_grad_(), dy)
     assert_within_rounding(actual, COUNTS, x, w, a, b, dy)
@@ -118,7 +134,8 @@ def test_transposed_weight_and_adapters_that_are_views(arm):
 @pytest.mark.parametrize("arm", ARMS)
 def test_offsets_that_are_a_column_of_a_table(arm):
     x, w, offsets, a, b, dy = make()
-    column = torch.stack([offsets, offsets], 1)[:, 0]  # reading the other column as well stays inside x: no crash
+    # reading the other column as well stays inside x: no crash
+    column = torch.stack([offsets, offsets], 1)[:, 0]
     assert column.stride() == (2,)
     assert_within_rounding(run(arm, x, w, column, a, b, dy), COUNTS, x, w, a, b, dy)
 
@@ -128,10 +145,14 @@ def test_offsets_that_are_a_column_of_a_table(arm):
 def test_only_the_gradients_that_are_wanted(arm, wanted):
     x, w, offsets, a, b, dy = make()
     expected = dict(zip("xab", row_by_row(COUNTS, x, w, a, b, dy)[1:], strict=True))
-    tensors = {name: t.detach().requires_grad_(name in wanted) for name, t in zip("xab", (x, a, b), strict=True)}
+    tensors = {
+        name: t.detach().requires_grad_(name in wanted)
+        for name, t in zip("xab", (x, a, b), strict=True)
+    }
     call(arm, tensors["x"], w, offsets, tensors["a"], tensors["b"]).backward(dy)
     for name, t in tensors.items():
-        if name in wanted:  # values are of order 10, sums of at most 48 terms: 48 * 10 * 2^-24 = 3e-5
+        # values are of order 10, sums of at most 48 terms: 48 * 10 * 2^-24 = 3e-5
+        if name in wanted:
             torch.testing.assert_close(t.grad.double(), expected[name], rtol=0, atol=3e-5)
         else:
             assert t.grad is None
@@ -143,7 +164,9 @@ def test_under_checkpoint(arm):
     x, w, offsets, a, b, dy = make()
     y = checkpoint(lambda *t: call(arm, *t), x, w, offsets, a, b, use_reentrant=False)
     y.backward(dy)
-    for got, want in zip((y, x.grad, a.grad, b.grad), run(arm, x, w, offsets, a, b, dy), strict=True):
+    for got, want in zip(
+        (y, x.grad, a.grad, b.grad), run(arm, x, w, offsets, a, b, dy), strict=True
+    ):
         assert torch.equal(got, want)
 
 
@@ -159,14 +182,27 @@ def test_offsets_overwritten_before_backward_are_noticed(arm):
 @pytest.mark.parametrize("rank", [8, 3])
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_may_read_another_input_than_the_base(arm, rank):
-    """Dropout: y = W x + B A z. Against the two halves, each row by row, with the other half switched off."""
+    """Dropout: y = W x + B A z. Against the two halves, each row by row, with the other half
+    switched off."""
     x, weight, offsets, a, b, dy = make(rank=rank)
-    z = (x.detach() * (torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 0.5) * 2).requires_grad_()
+    z = (
+        x.detach() * (torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 0.5) * 2
+    ).requires_grad_()
     y = call(arm, x, weight, offsets, a, b, x_lora_MK=z)
     dx, dz, da, db = torch.autograd.grad(y, (x, z, a, b), dy)
-    base_y, base_dx, _, _ = row_by_row(COUNTS, x, weight, torch.zeros_like(a), torch.zeros_like(b), dy)
-    delta_y, delta_dz, delta_da, delta_db = row_by_row(COUNTS, z, torch.zeros_like(weight), a, b, dy)
-    for got, want in ((y, base_y + delta_y), (dx, base_dx), (dz, delta_dz), (da, delta_da), (db, delta_db)):
+    base_y, base_dx, _, _ = row_by_row(
+        COUNTS, x, weight, torch.zeros_like(a), torch.zeros_like(b), dy
+    )
+    delta_y, delta_dz, delta_da, delta_db = row_by_row(
+        COUNTS, z, torch.zeros_like(weight), a, b, dy
+    )
+    for got, want in (
+        (y, base_y + delta_y),
+        (dx, base_dx),
+        (dz, delta_dz),
+        (da, delta_da),
+        (db, delta_db),
+    ):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -177,8 +213,11 @@ def test_a_may_read_another_input_than_the_base(arm, rank):
 def test_a_smaller_adapter_after_a_larger_one_in_the_same_joined_weight(room):
     """What the larger one left in the room must not act: its columns meet zeros in S."""
     x, w, offsets, a, b, dy = make(rank=3)
-    joined, (_, _, _, big_a, big_b, _) = Joined(w, room), make(rank=8)
-    torch.autograd.grad(grouped_lora(x, joined, offsets, big_a, big_b, backend="grouped_mm").sum(), (x, big_a))
+    joined = Joined(w, room)
+    _, _, _, big_a, big_b, _ = make(rank=8)
+    torch.autograd.grad(
+        grouped_lora(x, joined, offsets, big_a, big_b, backend="grouped_mm").sum(), (x, big_a)
+    )
     y = grouped_lora(x, joined, offsets, a, b, backend="grouped_mm")
     actual = y, *torch.autograd.grad(y, (x, a, b), dy)
     assert_within_rounding(actual, COUNTS, x, w, a, b, dy)
@@ -186,14 +225,18 @@ def test_a_smaller_adapter_after_a_larger_one_in_the_same_joined_weight(room):
 
 
 def test_two_adapters_in_one_joined_weight_before_either_goes_backward():
-    """Pipelines run several forwards first; each backward writes its own adapter's A into the room again."""
+    """Pipelines run several forwards first; each backward writes its own adapter's A into the room
+    again."""
     x, w, offsets, a, b, dy = make()
-    other_a, other_b = (2 * a).detach().requires_grad_(), (-b).detach().requires_grad_()
+    other_a = (2 * a).detach().requires_grad_()
+    other_b = (-b).detach().requires_grad_()
     joined = Joined(w, 8)
     pairs = ((a, b), (other_a, other_b))
     outs = [grouped_lora(x, joined, offsets, *pair, backend="grouped_mm") for pair in pairs]
     for y, pair in zip(outs, pairs, strict=True):
-        assert_within_rounding((y, *torch.autograd.grad(y, (x, *pair), dy)), COUNTS, x, w, *pair, dy)
+        assert_within_rounding(
+            (y, *torch.autograd.grad(y, (x, *pair), dy)), COUNTS, x, w, *pair, dy
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

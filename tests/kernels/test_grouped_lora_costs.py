@@ -9,7 +9,8 @@ from megalora_kernels import Joined, grouped_lora
 from tests.kernels.linear import COUNTS, K, assert_within_rounding, call, make, run
 from tests.kernels.measure import Recorder, kept_bytes, no_reads_on_the_host
 
-# One expert has all rows, so a temporary per expert counts too; K and N are wider than one piece of 256 columns.
+# One expert has all rows, so a temporary per expert counts too; K and N are wider than one piece of
+# 256 columns.
 WIDE: dict[str, Any] = dict(counts=[0, 40, 0], rank=4, k=280, n=328)
 IN_ORDER = ("loop", "grouped_mm", "triton")
 """Back ends that copy no operand; ``joined`` copies x beside S."""
@@ -35,7 +36,8 @@ def test_joined_makes_one_copy_of_its_operand_and_no_more():
     assert sorted(forward.at_least(40 * 280)) == [40 * (280 + 16) * 4, 40 * 328 * 4]  # [x | s], y
     with Recorder() as backward:
         torch.autograd.grad(y, (x, a, b), dy)
-    assert sorted(backward.at_least(40 * 280)) == [40 * 280 * 4, 40 * (328 + 16) * 4]  # dx, [dy | ds]
+    # dx, [dy | ds]
+    assert sorted(backward.at_least(40 * 280)) == [40 * 280 * 4, 40 * (328 + 16) * 4]
 
 
 def test_the_recorder_sees_the_temporaries_of_the_reference():
@@ -65,19 +67,26 @@ def test_backward_leaves_the_weight_alone_when_x_is_frozen(backend):
 
 
 @pytest.mark.parametrize(
-    "wanted, kept", [("xab", 13 * K + 13 * 8), ("x", 0), ("a", 13 * K), ("b", 13 * 8)], ids=["xab", "x", "a", "b"]
+    "wanted, kept",
+    [("xab", 13 * K + 13 * 8), ("x", 0), ("a", 13 * K), ("b", 13 * 8)],
+    ids=["xab", "x", "a", "b"],
 )
 @pytest.mark.parametrize("arm", ["loop", "grouped_mm", "joined", "triton"])
 def test_backward_keeps_x_and_the_rank_wide_s_and_no_more(arm, wanted, kept):
     x, w, offsets, a, b, _ = make()
-    x, a, b = (t.detach().requires_grad_(name in wanted) for name, t in zip("xab", (x, a, b), strict=True))
+    x, a, b = (
+        t.detach().requires_grad_(name in wanted) for name, t in zip("xab", (x, a, b), strict=True)
+    )
     assert kept_bytes(lambda: call(arm, x, w, offsets, a, b), (w, a, b, offsets)) == kept * 4
 
 
 def test_dropped_x_is_kept_in_place_of_x():
     x, w, offsets, a, b, _ = make()
     z = (2 * x).detach()
-    assert kept_bytes(lambda: call("loop", x, w, offsets, a, b, x_lora_MK=z), (w, a, b, offsets, z)) == 13 * 8 * 4
+    assert (
+        kept_bytes(lambda: call("loop", x, w, offsets, a, b, x_lora_MK=z), (w, a, b, offsets, z))
+        == 13 * 8 * 4
+    )
 
 
 @pytest.mark.parametrize("arm", ["grouped_mm", "joined", "triton"])

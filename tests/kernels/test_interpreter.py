@@ -1,4 +1,5 @@
-"""What the other tests trust: the improved interpreter computes as a GPU does, and its reversed order finds races."""
+"""What the other tests trust: the improved interpreter computes as a GPU does, and its reversed
+order finds races."""
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from tests.kernels import interpreter
 
 @triton.jit
 def _product(a_ptr, b_ptr, wide_ptr, narrow_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
-    a, b = tl.load(a_ptr + m[:, None] * K + k[None, :]), tl.load(b_ptr + k[:, None] * N + n[None, :])
+    m = tl.arange(0, M)
+    n = tl.arange(0, N)
+    k = tl.arange(0, K)
+    a = tl.load(a_ptr + m[:, None] * K + k[None, :])
+    b = tl.load(b_ptr + k[:, None] * N + n[None, :])
     c = tl.dot(a, b, input_precision="ieee")
     tl.store(wide_ptr + m[:, None] * N + n[None, :], c)
     tl.store(narrow_ptr + m[:, None] * N + n[None, :], c.to(narrow_ptr.dtype.element_ty))
@@ -33,11 +37,14 @@ def _race(rows_ptr, out_ptr):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_exact(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(16, 64, generator=g).to(dtype), torch.randn(64, 32, generator=g).to(dtype)
-    wide, narrow = torch.empty(16, 32), torch.empty(16, 32, dtype=dtype)
+    a = torch.randn(16, 64, generator=g).to(dtype)
+    b = torch.randn(64, 32, generator=g).to(dtype)
+    wide = torch.empty(16, 32)
+    narrow = torch.empty(16, 32, dtype=dtype)
     _product[(1,)](a, b, wide, narrow, M=16, N=32, K=64)
     # 64 additions in float32; the products of 11-bit numbers are exact in it.
-    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    exact = a.double() @ b.double()
+    size = a.double().abs() @ b.double().abs()
     assert ((wide - exact).abs() <= 64 * 2.0**-24 * size).all()
     assert torch.equal(narrow, wide.to(dtype))  # to nearest, ties to even, as torch rounds
 

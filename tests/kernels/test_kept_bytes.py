@@ -1,6 +1,8 @@
-"""Bytes that a layer's experts keep for backward, per token, at the true shape of Qwen3-30B-A3B in bfloat16.
+"""Bytes that a layer's experts keep for backward, per token, at the true shape of Qwen3-30B-A3B in
+bfloat16.
 
-Only eight experts and eight tokens, each of which goes to all: what is kept is kept per token; the weights are zeros.
+Only eight experts and eight tokens, each of which goes to all: what is kept is kept per token; the
+weights are zeros.
 """
 
 from collections.abc import Callable
@@ -13,14 +15,21 @@ from megalora_kernels import Adapter, Joined, Routing, expert_mlp, regroup, rout
 
 from tests.kernels.measure import kept_bytes
 
-E, T, H, INNER, R, TOP_K = 8, 8, 2048, 768, 16, 8
-M, BF16 = T * TOP_K, 2
+E = 8
+T = 8
+H = 2048
+INNER = 768
+R = 16
+TOP_K = 8
+M = T * TOP_K
+BF16 = 2
 INDEXES = TOP_K * (4 + 4) + E * 4 / T  # source, slots and the token's share of the offsets
 BESIDE = TOP_K * 4 + INDEXES  # and p in float32
 
 PER_ROW = {"[gate | up]": 2 * INNER, "S of gate and up": 2 * R, "S of down": R}
 FORMULAS = {
-    # rows as they came through the all-to-all, permuted inside: x cannot be fetched again without another one
+    # rows as they came through the all-to-all, permuted inside: x cannot be fetched again without
+    # another one
     "received": TOP_K * (H + sum(PER_ROW.values())) * BF16 + BESIDE,
     "received, recomputed": TOP_K * (H + 3 * R) * BF16 + BESIDE,
     # gathered from the hidden states, which are kept once per token
@@ -32,8 +41,14 @@ FORMULAS = {
 @cache
 def tensors() -> dict[str, torch.Tensor]:
     leaves = {"p": torch.zeros(M), "a1": torch.zeros(E, 2 * R, H), "gate": torch.zeros(E, INNER, R)}
-    leaves |= {"up": torch.zeros(E, INNER, R), "a2": torch.zeros(E, R, INNER), "down": torch.zeros(E, H, R)}
-    leaves = {name: (t if name == "p" else t.bfloat16()).requires_grad_() for name, t in leaves.items()}
+    leaves |= {
+        "up": torch.zeros(E, INNER, R),
+        "a2": torch.zeros(E, R, INNER),
+        "down": torch.zeros(E, H, R),
+    }
+    leaves = {
+        name: (t if name == "p" else t.bfloat16()).requires_grad_() for name, t in leaves.items()
+    }
     weights = {"w1": torch.zeros(E, 2 * INNER, H), "w2": torch.zeros(E, H, INNER)}
     return {**leaves, **{name: t.bfloat16() for name, t in weights.items()}}
 
@@ -42,7 +57,9 @@ def rows_of_x(num_rows: int) -> torch.Tensor:
     return torch.zeros(num_rows, H, dtype=torch.bfloat16, requires_grad=True)
 
 
-def per_token(call: Callable[[], torch.Tensor], weights: tuple[torch.Tensor | Joined, ...]) -> float:
+def per_token(
+    call: Callable[[], torch.Tensor], weights: tuple[torch.Tensor | Joined, ...]
+) -> float:
     """x and p count, as they are kept for nobody else; parameters do not."""
     given = [t for name, t in tensors().items() if name != "p"]
     return kept_bytes(call, [*given, *(w.buffer for w in weights if isinstance(w, Joined))]) / T
@@ -51,28 +68,46 @@ def per_token(call: Callable[[], torch.Tensor], weights: tuple[torch.Tensor | Jo
 @pytest.mark.parametrize("arm", ["loop", "joined"])
 @pytest.mark.parametrize("case", FORMULAS)
 def test_kept_per_token_and_layer(case, arm):
-    t, way = tensors(), case.split(",")[0]
+    t = tensors()
+    way = case.split(",")[0]
     w = (Joined(t["w1"], 2 * R), Joined(t["w2"], R)) if arm == "joined" else (t["w1"], t["w2"])
-    gate_up, down = Adapter(t["a1"], (t["gate"], t["up"]), (2.0, 2.0)), Adapter(t["a2"], (t["down"],), (2.0,))
+    gate_up = Adapter(t["a1"], (t["gate"], t["up"]), (2.0, 2.0))
+    down = Adapter(t["a2"], (t["down"],), (2.0,))
     if way == "received":
-        x, routing = rows_of_x(M), regroup(torch.full((4, E), M // E // 4), M)
+        x = rows_of_x(M)
+        routing = regroup(torch.full((4, E), M // E // 4), M)
     else:
-        x, routing = rows_of_x(T), route(torch.ones(T, E, dtype=torch.bool), TOP_K)[0]
-    how = {"recompute": "recomputed" in case, "backend": "grouped_mm" if arm == "joined" else "loop"}
-    kept = per_token(lambda: expert_mlp(x, *w, t["p"], routing, gate_up=gate_up, down=down, **how), w)
+        x = rows_of_x(T)
+        routing = route(torch.ones(T, E, dtype=torch.bool), TOP_K)[0]
+    how = {
+        "recompute": "recomputed" in case,
+        "backend": "grouped_mm" if arm == "joined" else "loop",
+    }
+    kept = per_token(
+        lambda: expert_mlp(x, *w, t["p"], routing, gate_up=gate_up, down=down, **how), w
+    )
     print(f"{case}, {arm}: {kept:.0f} bytes per token and layer; formula {FORMULAS[case]:.0f}")
     assert kept == pytest.approx(FORMULAS[case], rel=0.001)
 
 
 def test_the_formulas_are_what_was_promised():
-    """58 to 62 KB, and 29 KB where x can be gathered again; a third and a sixth of that with recomputation."""
+    """58 to 62 KB, and 29 KB where x can be gathered again; a third and a sixth of that with
+    recomputation."""
     kilobytes = {name: round(size / 1000, 1) for name, size in FORMULAS.items()}
-    assert kilobytes == {"received": 58.2, "received, recomputed": 33.6, "gathered": 29.5, "gathered, recomputed": 5.0}
+    assert kilobytes == {
+        "received": 58.2,
+        "received, recomputed": 33.6,
+        "gathered": 29.5,
+        "gathered, recomputed": 5.0,
+    }
 
 
 def naive(x: torch.Tensor, t: dict[str, torch.Tensor], routing: Routing) -> torch.Tensor:
-    """As it is composed everywhere: two grouped linears with their adapters, everything between by autograd."""
-    ends, source, slots = routing.offsets_E, routing.source_M.long(), routing.slots_TK.long()
+    """As it is composed everywhere: two grouped linears with their adapters, everything between by
+    autograd."""
+    ends = routing.offsets_E
+    source = routing.source_M.long()
+    slots = routing.slots_TK.long()
 
     def linear(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         s = torch._grouped_mm(x, a.transpose(1, 2), offs=ends)
@@ -88,13 +123,19 @@ def naive(x: torch.Tensor, t: dict[str, torch.Tensor], routing: Routing) -> torc
 
 
 def test_against_the_naive_composition():
-    """Permuted x, [gate | up], silu(gate), silu(gate) up, h, S twice: 95 KB, and gate and up's block-diagonal B."""
-    t, x = tensors(), rows_of_x(T)
+    """Permuted x, [gate | up], silu(gate), silu(gate) up, h, S twice: 95 KB, and gate and up's
+    block-diagonal B."""
+    t = tensors()
+    x = rows_of_x(T)
     routing, _ = route(torch.ones(T, E, dtype=torch.bool), TOP_K)
     block_diagonal = E * 2 * INNER * 2 * R * BF16 / T
     kept = per_token(lambda: naive(x, t, routing), ()) - block_diagonal
-    formula = TOP_K * (H + 2 * INNER + 3 * INNER + 3 * R) * BF16 + TOP_K * (2 + 4 + 8 + 8) + E * 4 / T
-    print(f"naive: {kept:.0f} bytes per token and layer, {kept / FORMULAS['gathered']:.2f} of ours gathered, "
-          f"{kept / FORMULAS['received']:.2f} of ours received")  # fmt: skip
+    formula = (
+        TOP_K * (H + 2 * INNER + 3 * INNER + 3 * R) * BF16 + TOP_K * (2 + 4 + 8 + 8) + E * 4 / T
+    )
+    print(
+        f"naive: {kept:.0f} bytes per token and layer, {kept / FORMULAS['gathered']:.2f} of ours"
+        f" gathered, {kept / FORMULAS['received']:.2f} of ours received"
+    )
     assert kept == pytest.approx(formula, rel=0.005)
     assert kept > 3 * FORMULAS["gathered"] and kept > 1.6 * FORMULAS["received"]

@@ -1,4 +1,5 @@
-"""Arguments and descriptors of a launch, as Triton's own launcher and a driver's rules take them, without a GPU."""
+"""Arguments and descriptors of a launch, as Triton's own launcher and a driver's rules take them,
+without a GPU."""
 
 import ctypes
 import json
@@ -12,7 +13,9 @@ import pytest
 
 from tests.kernels.launch_path import STUB
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="Triton's launcher needs a C compiler")
+pytestmark = pytest.mark.skipif(
+    shutil.which("cc") is None, reason="Triton's launcher needs a C compiler"
+)
 
 
 def test_grouped_gemms_by_descriptor_reach_the_driver():
@@ -37,7 +40,8 @@ def driver(tmp_path_factory) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-BFLOAT16, SWIZZLE_128 = 9, 3
+BFLOAT16 = 9
+SWIZZLE_128 = 3
 GOOD = {"map": 4096, "base": 1 << 20, "sizes": (2048, 1536), "strides": (4096,), "box": (64, 256)}
 
 
@@ -51,7 +55,8 @@ def test_the_stub_refuses_what_a_driver_refuses(driver, other, capfd):
     def encode(map: int, base: int, sizes: tuple, strides: tuple, box: tuple) -> int:
         rank = len(sizes)
         arrays = ((ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*strides))
-        sides, steps = (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank)
+        sides = (ctypes.c_uint32 * rank)(*box)
+        steps = (ctypes.c_uint32 * rank)(*[1] * rank)
         at = ctypes.c_void_p
         return driver.cuTensorMapEncodeTiled(
             at(map), BFLOAT16, rank, at(base), *arrays, sides, steps, 0, SWIZZLE_128, 0, 0

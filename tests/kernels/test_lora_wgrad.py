@@ -19,25 +19,38 @@ CASES = [(b, t) for b in BACKENDS for t in ULP if b != "triton" or t != torch.fl
 
 def operands(counts: list[int], rank: int, K: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """g, x, offsets and the gradient of the result."""
-    g, rows = torch.Generator().manual_seed(0), sum(counts)
+    g = torch.Generator().manual_seed(0)
+    rows = sum(counts)
     shapes = ((rows, rank), (rows, K), (len(counts), rank, K))
     found = [torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
-    return found[0].requires_grad_(), found[1].requires_grad_(), torch.tensor(counts).cumsum(0).int(), found[2]
+    return (
+        found[0].requires_grad_(),
+        found[1].requires_grad_(),
+        torch.tensor(counts).cumsum(0).int(),
+        found[2],
+    )
 
 
 def row_by_row(counts: list[int], *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """out, dg, dx in float64."""
     g, x, dout = (t.detach().double() for t in operands)
-    out, dg, dx = torch.zeros_like(dout), torch.zeros_like(g), torch.zeros_like(x)
+    out = torch.zeros_like(dout)
+    dg = torch.zeros_like(g)
+    dx = torch.zeros_like(x)
     for m, e in enumerate([e for e, count in enumerate(counts) for _ in range(count)]):
         out[e] += torch.outer(g[m], x[m])
-        dg[m], dx[m] = dout[e] @ x[m], g[m] @ dout[e]
+        dg[m] = dout[e] @ x[m]
+        dx[m] = g[m] @ dout[e]
     return out, dg, dx
 
 
-def assert_within_rounding(actual: tuple[torch.Tensor, ...], counts: list[int], g: Any, x: Any, dout: Any) -> None:
-    """Sums of n products in float32 (float64), rounded once: u + n 2^-24 of the sum of absolute values."""
-    dtype, terms = x.dtype, max(*counts, *x.shape)
+def assert_within_rounding(
+    actual: tuple[torch.Tensor, ...], counts: list[int], g: Any, x: Any, dout: Any
+) -> None:
+    """Sums of n products in float32 (float64), rounded once: u + n 2^-24 of the sum of absolute
+    values."""
+    dtype = x.dtype
+    terms = max(*counts, *x.shape)
     allowed = ULP[dtype] + terms * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
     sizes = row_by_row(counts, g.abs(), x.abs(), dout.abs())
     for got, want, size in zip(actual, row_by_row(counts, g, x, dout), sizes, strict=True):
@@ -46,10 +59,13 @@ def assert_within_rounding(actual: tuple[torch.Tensor, ...], counts: list[int], 
 
 
 @pytest.mark.usefixtures("uninitialised_is_nan", "small_tiles")
-@pytest.mark.parametrize("counts, rank, K", [(COUNTS, 3, 24), ([0, 70, 0, 3], 5, 136), ([0, 0], 7, 24)], ids=str)
+@pytest.mark.parametrize(
+    "counts, rank, K", [(COUNTS, 3, 24), ([0, 70, 0, 3], 5, 136), ([0, 0], 7, 24)], ids=str
+)
 @pytest.mark.parametrize("backend, dtype", CASES, ids=str)
 def test_values_and_gradients(backend, dtype, counts, rank, K, monkeypatch):
-    monkeypatch.setattr(tiles, "CHUNK_ROWS", 64)  # 70 rows: two chunks; K = 136: two blocks of 128 features
+    # 70 rows: two chunks; K = 136: two blocks of 128 features
+    monkeypatch.setattr(tiles, "CHUNK_ROWS", 64)
     g, x, offsets, dout = operands(counts, rank, K, dtype)
     out = lora_wgrad(g, x, offsets, backend=backend)
     assert_within_rounding((out, *torch.autograd.grad(out, (g, x), dout)), counts, g, x, dout)
@@ -65,7 +81,7 @@ def test_rows_gathered_from_a_source(backend):
     given = (g, x[:5], module.Routing(offsets, 13), source)
     with torch.no_grad():
         out = module.lora_wgrad_ref(*given) if backend == "reference" else wgrad(backend, *given)
-    (want, _, _) = row_by_row(counts, g, x[source.long()], dout)
+    want, _, _ = row_by_row(counts, g, x[source.long()], dout)
     torch.testing.assert_close(
         out.double(), want, rtol=0, atol=1e-5
     )  # 9 products of size at most 10: 90 * 2^-24 = 5e-6
@@ -75,8 +91,12 @@ def test_sums_of_chunks_are_kept_in_float32(monkeypatch):
     """1 + 2^-12 in one chunk and -1 in the next: float16 would round the first to 1."""
     monkeypatch.setattr(tiles, "CHUNK_ROWS", 64)
     g = torch.zeros(70, 1, dtype=torch.float16)
-    g[0], g[1], g[64] = 1, 2.0**-12, -1
-    out = lora_wgrad(g, torch.ones(70, 3).half(), torch.tensor([70], dtype=torch.int32), backend="triton")
+    g[0] = 1
+    g[1] = 2.0**-12
+    g[64] = -1
+    out = lora_wgrad(
+        g, torch.ones(70, 3).half(), torch.tensor([70], dtype=torch.int32), backend="triton"
+    )
     assert torch.equal(out, torch.full((1, 1, 3), 2.0**-12).half())
 
 
@@ -89,7 +109,9 @@ def test_gradcheck(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend):
     g, x, offsets, dout = operands(COUNTS, 3, 24, torch.float32)
-    spread = [torch.stack([t.detach(), t.detach() + 9], -1)[..., 0].requires_grad_() for t in (g, x)]
+    spread = [
+        torch.stack([t.detach(), t.detach() + 9], -1)[..., 0].requires_grad_() for t in (g, x)
+    ]
     out = lora_wgrad(*spread, offsets, backend=backend)
     actual = (out, *torch.autograd.grad(out, spread, dout.expand_as(out)))
     assert_within_rounding(actual, COUNTS, g, x, dout)
@@ -97,7 +119,9 @@ def test_any_strides(backend):
 
 def test_an_argument_beats_the_environment(monkeypatch):
     seen = []
-    monkeypatch.setattr(module, "lora_wgrad_triton", lambda *of: seen.append("triton") or of[3].zero_())
+    monkeypatch.setattr(
+        module, "lora_wgrad_triton", lambda *of: seen.append("triton") or of[3].zero_()
+    )
     monkeypatch.setattr(module, "lora_wgrad_loop", lambda *of: seen.append("loop") or of[3].zero_())
     g, x, offsets, _ = operands(COUNTS, 3, 24, torch.float32)
     monkeypatch.setenv("MEGALORA_BACKEND", "triton")
@@ -107,14 +131,26 @@ def test_an_argument_beats_the_environment(monkeypatch):
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "rows": (dict(g=torch.zeros(12, 3)), "want g [M, R] and x [M, K] of one dtype; got torch.float32 (12, 3) and torch.float32 (13, 24)"),
-    "dtype": (dict(g=torch.zeros(13, 3).half()), "got torch.float16 (13, 3) and torch.float32 (13, 24)"),
+    "rows": (
+        dict(g=torch.zeros(12, 3)),
+        (
+            "want g [M, R] and x [M, K] of one dtype; got torch.float32 (12, 3) and torch.float32"
+            " (13, 24)"
+        ),
+    ),
+    "dtype": (
+        dict(g=torch.zeros(13, 3).half()),
+        "got torch.float16 (13, 3) and torch.float32 (13, 24)",
+    ),
     "dimensions": (dict(x=torch.zeros(13)), "want g [M, R] and x [M, K]"),
     "offsets": (dict(offsets=torch.zeros(6)), "offsets must be int32 [E]; got torch.float32 (6,)"),
-    "end": (dict(offsets=torch.tensor([5, 12], dtype=torch.int32)), "end at M=13, the number of rows; got [5, 12]"),
+    "end": (
+        dict(offsets=torch.tensor([5, 12], dtype=torch.int32)),
+        "end at M=13, the number of rows; got [5, 12]",
+    ),
     "rank": (dict(g=torch.zeros(13, 129), backend="triton"), "the stacked rank 129 exceeds 128"),
     "back end": (dict(backend="fast"), "lora_wgrad: backend is 'fast', want one of"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("changed, message", MISTAKES.values(), ids=MISTAKES.keys())

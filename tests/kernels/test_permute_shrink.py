@@ -16,18 +16,24 @@ CASES = [(b, t) for b in BACKENDS for t in ULP if b != "triton" or t != torch.fl
 
 def upstream(case: Experts) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of rows and of s."""
-    g, dtype = torch.Generator().manual_seed(9), case.dout.dtype
+    g = torch.Generator().manual_seed(9)
+    dtype = case.dout.dtype
     shapes = ((len(case.rows), 24), (len(case.rows), 8))
-    drows, ds = (torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes)
+    drows, ds = (
+        torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes
+    )
     return drows, ds
 
 
 def row_by_row(case: Experts, drows: torch.Tensor, ds: torch.Tensor) -> Tensors:
-    x, a = case.leaves["x"].detach().double(), case.leaves["a1"].detach().double()
-    drows, ds = drows.double(), ds.double()
+    x = case.leaves["x"].detach().double()
+    a = case.leaves["a1"].detach().double()
+    drows = drows.double()
+    ds = ds.double()
     rows = torch.stack([x[t] for _, t in case.rows])
     s = torch.stack([a[e] @ x[t] for e, t in case.rows])
-    dx, da = torch.zeros_like(x), torch.zeros_like(a)
+    dx = torch.zeros_like(x)
+    da = torch.zeros_like(a)
     for m, (e, t) in enumerate(case.rows):
         dx[t] += drows[m] + ds[m] @ a[e]
         da[e] += torch.outer(ds[m], x[t])
@@ -35,7 +41,8 @@ def row_by_row(case: Experts, drows: torch.Tensor, ds: torch.Tensor) -> Tensors:
 
 
 def run(case: Experts, backend: str | None, drows: torch.Tensor, ds: torch.Tensor) -> Tensors:
-    x, a = case.leaves["x"], case.leaves["a1"]
+    x = case.leaves["x"]
+    a = case.leaves["a1"]
     rows, s = permute_shrink(x, a, case.routing, backend=backend)
     dx, da = torch.autograd.grad((rows, s), (x, a), (drows, ds))
     return {"rows": rows.detach(), "s": s.detach(), "x": dx, "a1": da}
@@ -56,12 +63,20 @@ def test_values_and_gradients(backend, dtype, way):
 def test_either_result_may_go_unused_and_any_strides(backend, small_tiles):
     case = IDLE["gathered"]()
     drows, ds = upstream(case)
-    spread = torch.stack([case.leaves["x"].detach(), torch.full((7, 24), 9.0)], -1)[..., 0].requires_grad_()
+    spread = torch.stack([case.leaves["x"].detach(), torch.full((7, 24), 9.0)], -1)[
+        ..., 0
+    ].requires_grad_()
     changed = Experts(**{**vars(case), "leaves": {**case.leaves, "x": spread}})
-    for grads in ((drows, 0 * ds), (0 * drows, ds), (torch.ones(()).expand(14, 24), torch.ones(()).expand(14, 8))):
+    for grads in (
+        (drows, 0 * ds),
+        (0 * drows, ds),
+        (torch.ones(()).expand(14, 24), torch.ones(()).expand(14, 8)),
+    ):
         expected = row_by_row(case, *grads)
         rows, s = permute_shrink(spread, case.leaves["a1"], changed.routing, backend=backend)
-        outs, upstreams = zip(*((t, g) for t, g in zip((rows, s), grads, strict=True) if g.any()), strict=True)
+        outs, upstreams = zip(
+            *((t, g) for t, g in zip((rows, s), grads, strict=True) if g.any()), strict=True
+        )
         found = torch.autograd.grad(outs, (spread, case.leaves["a1"]), upstreams, allow_unused=True)
         for got, name in zip(found, ("x", "a1"), strict=True):
             got = torch.zeros_like(case.leaves[name]) if got is None else got
@@ -72,13 +87,17 @@ def test_either_result_may_go_unused_and_any_strides(backend, small_tiles):
 def test_gradcheck(backend):
     case = IDLE["gathered"](dtype=torch.float64, H=3, inner=2)
     leaves = (case.leaves["x"], case.leaves["a1"])
-    assert torch.autograd.gradcheck(lambda x, a: permute_shrink(x, a, case.routing, backend=backend), leaves)
+    assert torch.autograd.gradcheck(
+        lambda x, a: permute_shrink(x, a, case.routing, backend=backend), leaves
+    )
 
 
 @pytest.mark.parametrize("backend", ["loop", "triton"])
 def test_x_as_given_is_all_that_is_kept(backend):
     case = IDLE["gathered"]()
-    x, a, r = case.leaves["x"], case.leaves["a1"], case.routing
+    x = case.leaves["x"]
+    a = case.leaves["a1"]
+    r = case.routing
     given = (a, r.offsets_E, r.source_M, r.slots_TK)
     assert kept_bytes(lambda: permute_shrink(x, a, r, backend=backend), given) == 7 * 24 * 4
 
@@ -92,9 +111,11 @@ def test_triton_reads_nothing_on_the_host(small_tiles):
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "features": (dict(x=torch.zeros(7, 23)), "want x [T, K] and a [E, R, K] with E = 6; got (7, 23) and (6, 8, 24)"),
+    "features": (dict(x=torch.zeros(7, 23)),
+                 "want x [T, K] and a [E, R, K] with E = 6; got (7, 23) and (6, 8, 24)"),
     "experts": (dict(a=torch.zeros(5, 8, 24)), "with E = 6; got (7, 24) and (5, 8, 24)"),
-    "sorted already": (dict(routing=Routing(torch.zeros(6, dtype=torch.int32), 0)), "routing has no source_M and slots_TK; rows are sorted already"),
+    "sorted already": (dict(routing=Routing(torch.zeros(6, dtype=torch.int32), 0)),
+                       "routing has no source_M and slots_TK; rows are sorted already"),
     "dtype": (dict(a=torch.zeros(6, 8, 24).half()), "a is torch.float16 but x is torch.float32"),
     "device": (dict(a=torch.zeros(6, 8, 24, device="meta")), "a is on meta but x is on cpu"),
     "rank": (dict(a=torch.zeros(6, 129, 24), backend="triton"), "the stacked rank 129 exceeds 128"),
@@ -105,6 +126,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("changed, message", MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes_are_named_with_their_values(changed, message):
     routing = IDLE["gathered"]().routing
-    call = {**dict(x=torch.zeros(7, 24), a=torch.zeros(6, 8, 24), routing=routing, backend=None), **changed}
+    call = {
+        **dict(x=torch.zeros(7, 24), a=torch.zeros(6, 8, 24), routing=routing, backend=None),
+        **changed,
+    }
     with pytest.raises(ValueError, match=re.escape(message)):
         permute_shrink(call["x"], call["a"], call["routing"], backend=call["backend"])

@@ -1,7 +1,9 @@
-"""The same bits whenever and in whatever order programs run: nothing is written by two of them or added by atomics.
+"""The same bits whenever and in whatever order programs run: nothing is written by two of them or
+added by atomics.
 
-The interpreter runs programs one after the other, so a race between two of them looks like the right answer; running
-them from the last to the first tells (``test_interpreter.py`` has a kernel where it does).
+The interpreter runs programs one after the other, so a race between two of them looks like the
+right answer; running them from the last to the first tells (``test_interpreter.py`` has a kernel
+where it does).
 """
 
 from collections.abc import Callable
@@ -46,7 +48,8 @@ def wgrad() -> tuple[torch.Tensor, ...]:
 
 def shrunk() -> tuple[torch.Tensor, ...]:
     case = IDLE["gathered"]()
-    x, a = case.leaves["x"], case.leaves["a1"]
+    x = case.leaves["x"]
+    a = case.leaves["a1"]
     rows, s = permute_shrink(x, a, case.routing, backend="triton")
     return rows, s, *torch.autograd.grad((rows, s), (x, a), (normal(*rows.shape), normal(*s.shape)))
 
@@ -57,12 +60,15 @@ def combined() -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize(
-    "call", [linear, experts, gathered, between_grouped_mm, wgrad, shrunk, combined], ids=lambda f: f.__name__
+    "call",
+    [linear, experts, gathered, between_grouped_mm, wgrad, shrunk, combined],
+    ids=lambda f: f.__name__,
 )
 def test_neither_another_run_nor_the_reversed_order_changes_a_bit(
     call: Call, short_chunks, grouped_mm_between_triton, uninitialised_is_nan, monkeypatch
 ):
-    first, again = call(), call()
+    first = call()
+    again = call()
     interpreter.reverse_programs(monkeypatch)
     backwards = call()
     for a, b, c in zip(first, again, backwards, strict=True):
@@ -73,13 +79,15 @@ def test_neither_another_run_nor_the_reversed_order_changes_a_bit(
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm", "joined"])
 def test_back_ends_in_torch_give_the_same_bits_twice(backend):
     case = IDLE["received"]()
-    first, again = case.run(backend=backend), case.run(backend=backend)
+    first = case.run(backend=backend)
+    again = case.run(backend=backend)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_an_experts_gradient_does_not_depend_on_the_rows_of_others(short_chunks):
     """Chunks never cross experts: expert 1's dA has the same bits whoever comes before it."""
-    g, x = normal(100, 7), normal(100, 40)
+    g = normal(100, 7)
+    x = normal(100, 40)
     alone = lora_wgrad(g[30:], x[30:], torch.tensor([0, 70], dtype=torch.int32), backend="triton")
     behind = lora_wgrad(g, x, torch.tensor([30, 100], dtype=torch.int32), backend="triton")
     assert torch.equal(alone[1], behind[1])

@@ -1,4 +1,5 @@
-"""The Triton forms of route and regroup, and the values that move along, against sorted lists of Python pairs."""
+"""The Triton forms of route and regroup, and the values that move along, against sorted lists of
+Python pairs."""
 
 import importlib
 import itertools
@@ -10,13 +11,21 @@ from megalora_kernels import permute_values, regroup, regroup_values, route, rou
 
 from tests.kernels import interpreter
 
-route_module, regroup_module = (importlib.import_module(f"megalora_kernels.{name}") for name in ("route", "regroup"))
+route_module, regroup_module = (
+    importlib.import_module(f"megalora_kernels.{name}") for name in ("route", "regroup")
+)
 
 
-def chosen_experts(num_tokens: int, num_experts: int, k: int, idle: tuple[int, ...] = ()) -> list[list[int]]:
+def chosen_experts(
+    num_tokens: int, num_experts: int, k: int, idle: tuple[int, ...] = ()
+) -> list[list[int]]:
     """k experts of each token, none of them idle."""
-    g, busy = torch.Generator().manual_seed(num_tokens), [e for e in range(num_experts) if e not in idle]
-    return [sorted(busy[i] for i in torch.randperm(len(busy), generator=g)[:k].tolist()) for _ in range(num_tokens)]
+    g = torch.Generator().manual_seed(num_tokens)
+    busy = [e for e in range(num_experts) if e not in idle]
+    return [
+        sorted(busy[i] for i in torch.randperm(len(busy), generator=g)[:k].tolist())
+        for _ in range(num_tokens)
+    ]
 
 
 def as_map(chosen: list[list[int]], num_experts: int) -> torch.Tensor:
@@ -47,15 +56,20 @@ def test_route(name, strided, monkeypatch):
     monkeypatch.setattr(route_module, "CHUNKS", 5)
     monkeypatch.setattr(route_module, "_tokens_at_once", lambda experts: (8, 4))
     chosen, num_experts, k = ROUTES[name]
-    routing_map, values = as_map(chosen, num_experts), torch.rand(len(chosen), num_experts)
+    routing_map = as_map(chosen, num_experts)
+    values = torch.rand(len(chosen), num_experts)
     if strided:
         routing_map, values = (t.t().contiguous().t() for t in (routing_map, values))
     rows = sorted((e, t) for t, experts in enumerate(chosen) for e in experts)
     routing, expert_TK, values_M = route_module.route_triton(routing_map, k, values)
     assert routing.source_M.tolist() == [t for _, t in rows]
-    assert routing.offsets_E.tolist() == [sum(e <= last for e, _ in rows) for last in range(num_experts)]
+    assert routing.offsets_E.tolist() == [
+        sum(e <= last for e, _ in rows) for last in range(num_experts)
+    ]
     assert expert_TK.tolist() == chosen
-    assert routing.slots_TK.tolist() == [[rows.index((e, t)) for e in experts] for t, experts in enumerate(chosen)]
+    assert routing.slots_TK.tolist() == [
+        [rows.index((e, t)) for e in experts] for t, experts in enumerate(chosen)
+    ]
     assert values_M.tolist() == [values[t, e].item() for e, t in rows]
     dvalues_M = torch.rand(len(rows))
     dvalues_TE = route_module.spread_triton(dvalues_M, routing.slots_TK, expert_TK, num_experts)
@@ -70,8 +84,14 @@ def test_tiles_as_on_a_gpu_and_no_values():
     chosen = chosen_experts(70, 128, 8)
     routing, expert_TK, values_M = route_module.route_triton(as_map(chosen, 128), 8)
     want, want_TK = route_module.route_ref(as_map(chosen, 128), 8)
-    assert torch.equal(routing.source_M, want.source_M) and torch.equal(routing.slots_TK, want.slots_TK)
-    assert torch.equal(routing.offsets_E, want.offsets_E) and torch.equal(expert_TK, want_TK) and values_M is None
+    assert torch.equal(routing.source_M, want.source_M) and torch.equal(
+        routing.slots_TK, want.slots_TK
+    )
+    assert (
+        torch.equal(routing.offsets_E, want.offsets_E)
+        and torch.equal(expert_TK, want_TK)
+        and values_M is None
+    )
 
 
 @pytest.mark.parametrize("chosen", [[[0, 1], [2]], [[0, 1], [0, 1, 2]], [[], [0, 1]]], ids=str)
@@ -99,8 +119,13 @@ def test_regroup(name, strided):
     values = torch.rand(len(arriving))
     routing, values_M = regroup_module.regroup_triton(counts, len(arriving), values)
     assert routing.source_M.tolist() == order
-    assert routing.slots_TK.reshape(-1).argsort().tolist() == order and routing.slots_TK.shape == (len(arriving), 1)
-    assert routing.offsets_E.tolist() == [sum(e <= last for e in arriving) for last in range(len(counts_RE[0]))]
+    assert routing.slots_TK.reshape(-1).argsort().tolist() == order and routing.slots_TK.shape == (
+        len(arriving),
+        1,
+    )
+    assert routing.offsets_E.tolist() == [
+        sum(e <= last for e in arriving) for last in range(len(counts_RE[0]))
+    ]
     assert torch.equal(values_M, values[order])
     assert regroup_module.regroup_triton(counts, len(arriving))[1] is None
 
@@ -120,30 +145,42 @@ def test_values_of_a_route_move_as_permute_values_moves_them():
     want, expert_TK = route(routing_map, 2)
     assert torch.equal(values_M, permute_values(values.gather(1, expert_TK), want))
     for name in ("offsets_E", "source_M", "slots_TK"):
-        assert torch.equal(getattr(routing, name), getattr(want, name)) and not getattr(routing, name).requires_grad
+        assert (
+            torch.equal(getattr(routing, name), getattr(want, name))
+            and not getattr(routing, name).requires_grad
+        )
     assert torch.autograd.gradcheck(lambda v: route_values(routing_map, v, 2)[1], (values,))
 
 
 def test_values_of_received_rows_move_as_permute_values_moves_them():
-    counts, values = torch.tensor([[2, 0, 3], [1, 4, 0]]), torch.rand(10, dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([[2, 0, 3], [1, 4, 0]])
+    values = torch.rand(10, dtype=torch.float64, requires_grad=True)
     routing, values_M = regroup_values(counts, values)
     want = regroup(counts, 10)
     assert torch.equal(values_M, permute_values(values[:, None], want))
     for name in ("offsets_E", "source_M", "slots_TK"):
-        assert torch.equal(getattr(routing, name), getattr(want, name)) and not getattr(routing, name).requires_grad
+        assert (
+            torch.equal(getattr(routing, name), getattr(want, name))
+            and not getattr(routing, name).requires_grad
+        )
     assert torch.autograd.gradcheck(lambda v: regroup_values(counts, v)[1], (values,))
 
 
 def test_no_tokens_and_no_rows():
     routing, values_M = route_values(torch.zeros(0, 3, dtype=torch.bool), torch.zeros(0, 3), 2)
     assert routing.offsets_E.tolist() == [0, 0, 0] and values_M.shape == (0,)
-    routing, values_M = regroup_module.regroup_triton(torch.zeros(2, 3, dtype=torch.int64), 0, torch.zeros(0))
+    routing, values_M = regroup_module.regroup_triton(
+        torch.zeros(2, 3, dtype=torch.int64), 0, torch.zeros(0)
+    )
     assert routing.offsets_E.tolist() == [0, 0, 0] and values_M.shape == (0,)
 
 
 def test_more_rows_than_int32_numbers_are_refused():
-    tokens, message = 2**28, "are 2147483648 rows, more than int32 numbers (2147483647)"
-    with pytest.raises(ValueError, match=re.escape(f"routing: {tokens} tokens with 8 experts each {message}")):
+    tokens = 2**28
+    message = "are 2147483648 rows, more than int32 numbers (2147483647)"
+    with pytest.raises(
+        ValueError, match=re.escape(f"routing: {tokens} tokens with 8 experts each {message}")
+    ):
         route(torch.empty(tokens, 8, dtype=torch.bool, device="meta"), 8)
     with pytest.raises(ValueError, match=re.escape(f"routing: 2147483648 received rows {message}")):
         regroup(torch.empty(2, 3, dtype=torch.int64, device="meta"), 2**31)

@@ -1,4 +1,5 @@
-"""route and regroup against sorted lists of Python pairs; permute and unpermute as inverses of each other."""
+"""route and regroup against sorted lists of Python pairs; permute and unpermute as inverses of each
+other."""
 
 import re
 
@@ -17,7 +18,11 @@ def choices(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
     num_experts = draw(st.integers(1, 7))
     k = draw(st.integers(1, num_experts))
     tokens = draw(st.integers(0, 9))
-    return [sorted(draw(st.permutations(range(num_experts)))[:k]) for _ in range(tokens)], num_experts, k
+    return (
+        [sorted(draw(st.permutations(range(num_experts)))[:k]) for _ in range(tokens)],
+        num_experts,
+        k,
+    )
 
 
 def as_map(chosen: list[list[int]], num_experts: int) -> torch.Tensor:
@@ -34,20 +39,34 @@ def test_route_against_a_sorted_list(case):
     rows = sorted((e, t) for t, experts in enumerate(chosen) for e in experts)
     assert routing.num_rows == len(rows) and routing.num_experts == num_experts
     assert routing.source_M.tolist() == [t for _, t in rows]
-    assert routing.offsets_E.tolist() == [sum(e <= last for e, _ in rows) for last in range(num_experts)]
+    assert routing.offsets_E.tolist() == [
+        sum(e <= last for e, _ in rows) for last in range(num_experts)
+    ]
     assert expert_TK.tolist() == chosen
-    assert routing.slots_TK.tolist() == [[rows.index((e, t)) for e in experts] for t, experts in enumerate(chosen)]
+    assert routing.slots_TK.tolist() == [
+        [rows.index((e, t)) for e in experts] for t, experts in enumerate(chosen)
+    ]
     indexes = (routing.offsets_E, routing.source_M, routing.slots_TK)
-    assert all(t.dtype == torch.int32 and t.is_contiguous() for t in indexes) and expert_TK.dtype == torch.int64
-    assert routing.spans() == [(e, rows_of[0], rows_of[1]) for e, rows_of in enumerate(_bounds(rows, num_experts))]
+    assert (
+        all(t.dtype == torch.int32 and t.is_contiguous() for t in indexes)
+        and expert_TK.dtype == torch.int64
+    )
+    assert routing.spans() == [
+        (e, rows_of[0], rows_of[1]) for e, rows_of in enumerate(_bounds(rows, num_experts))
+    ]
 
 
 def _bounds(rows: list[tuple[int, int]], num_experts: int) -> list[tuple[int, int]]:
-    return [(sum(e < mine for e, _ in rows), sum(e <= mine for e, _ in rows)) for mine in range(num_experts)]
+    return [
+        (sum(e < mine for e, _ in rows), sum(e <= mine for e, _ in rows))
+        for mine in range(num_experts)
+    ]
 
 
 COUNTS = st.integers(1, 5).flatmap(
-    lambda experts: st.lists(st.lists(st.integers(0, 4), min_size=experts, max_size=experts), min_size=1, max_size=4)
+    lambda experts: st.lists(
+        st.lists(st.integers(0, 4), min_size=experts, max_size=experts), min_size=1, max_size=4
+    )
 )
 
 
@@ -59,8 +78,12 @@ def test_regroup_against_a_stable_sort(dtype, counts_RE):
     routing = regroup(torch.tensor(counts_RE, dtype=dtype), len(arriving))
     assert routing.source_M.tolist() == order and routing.num_rows == len(arriving)
     assert routing.slots_TK.tolist() == [[order.index(m)] for m in range(len(arriving))]
-    assert routing.offsets_E.tolist() == [sum(e <= last for e in arriving) for last in range(len(counts_RE[0]))]
-    assert all(t.dtype == torch.int32 for t in (routing.source_M, routing.slots_TK, routing.offsets_E))
+    assert routing.offsets_E.tolist() == [
+        sum(e <= last for e in arriving) for last in range(len(counts_RE[0]))
+    ]
+    assert all(
+        t.dtype == torch.int32 for t in (routing.source_M, routing.slots_TK, routing.offsets_E)
+    )
 
 
 @given(case=choices())
@@ -68,18 +91,22 @@ def test_permute_unpermute_and_values(case):
     chosen, num_experts, k = case
     routing, _ = route(as_map(chosen, num_experts), k)
     g = torch.Generator().manual_seed(0)
-    x, p_TK = torch.randn(len(chosen), 3, generator=g), torch.rand(len(chosen), k, generator=g)
-    rows, p_M = permute(x, routing), permute_values(p_TK, routing)
+    x = torch.randn(len(chosen), 3, generator=g)
+    p_TK = torch.rand(len(chosen), k, generator=g)
+    rows = permute(x, routing)
+    p_M = permute_values(p_TK, routing)
     for m, t in enumerate(routing.source_M.tolist()):
         assert torch.equal(rows[m], x[t])
         assert p_M[m] == p_TK[t, routing.slots_TK[t].tolist().index(m)]
     back = unpermute(rows * p_M[:, None], routing)
-    torch.testing.assert_close(back, x * p_TK.sum(1, keepdim=True))  # k <= 7 terms in float32: default tolerance
+    # k <= 7 terms in float32: default tolerance
+    torch.testing.assert_close(back, x * p_TK.sum(1, keepdim=True))
 
 
 def test_unpermute_is_the_exact_inverse_where_every_token_has_one_row():
     counts_RE = torch.tensor([[2, 0, 3], [1, 4, 0]])
-    routing, x = regroup(counts_RE, 10), torch.randn(10, 3)
+    routing = regroup(counts_RE, 10)
+    x = torch.randn(10, 3)
     assert torch.equal(unpermute(permute(x, routing), routing), x)
     assert torch.equal(permute(unpermute(x, routing), routing), x)
     p = torch.rand(10, 1)
@@ -93,7 +120,10 @@ def example() -> Routing:
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
 def test_gradients_once_and_twice(check):
     routing = example()
-    x, y, p = (torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((5, 3), (10, 3), (5, 2)))
+    x, y, p = (
+        torch.randn(*shape, dtype=torch.float64).requires_grad_()
+        for shape in ((5, 3), (10, 3), (5, 2))
+    )
     assert check(lambda x: permute(x, routing), (x,))
     assert check(lambda y: unpermute(y, routing), (y,))
     assert check(lambda p: permute_values(p, routing), (p,))
@@ -101,7 +131,8 @@ def test_gradients_once_and_twice(check):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_are_made_in_float32(dtype):
-    """1 + 2^-9 + 2^-9 in slot order: bfloat16 would lose both, float32 keeps them for one rounding at the end."""
+    """1 + 2^-9 + 2^-9 in slot order: bfloat16 would lose both, float32 keeps them for one rounding
+    at the end."""
     routing, _ = route(torch.ones(1, 3, dtype=torch.bool), 3)
     ulp = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-12
     y = torch.tensor([[1.0], [2 * ulp], [2 * ulp]], dtype=dtype)
@@ -112,7 +143,8 @@ def test_sums_are_made_in_float32(dtype):
 
 
 def test_rows_that_are_sorted_already_pass_through():
-    routing, x = Routing(torch.tensor([1, 4], dtype=torch.int32), 4), torch.randn(4, 3)
+    routing = Routing(torch.tensor([1, 4], dtype=torch.int32), 4)
+    x = torch.randn(4, 3)
     assert permute(x, routing) is x and unpermute(x, routing) is x
 
 
@@ -123,14 +155,21 @@ def test_on_meta_tensors_there_is_nothing_to_read():
     routing, expert_TK = route(torch.empty(5, 6, dtype=torch.bool, device="meta"), 2)
     again = regroup(torch.empty(3, 6, dtype=torch.int64, device="meta"), 11)
     assert routing.source_M.shape == (10,) and routing.slots_TK.shape == expert_TK.shape == (5, 2)
-    assert again.source_M.shape == (11,) and again.slots_TK.shape == (11, 1) and again.offsets_E.shape == (6,)
+    assert (
+        again.source_M.shape == (11,)
+        and again.slots_TK.shape == (11, 1)
+        and again.offsets_E.shape == (6,)
+    )
     x = torch.empty(5, 3, device="meta", requires_grad=True)
     rows = permute(x, routing) * permute_values(torch.empty(5, 2, device="meta"), routing)[:, None]
-    assert rows.shape == (10, 3) and torch.autograd.grad(unpermute(rows, routing).sum(), x)[0].shape == (5, 3)
+    assert rows.shape == (10, 3) and torch.autograd.grad(unpermute(rows, routing).sum(), x)[
+        0
+    ].shape == (5, 3)
 
 
 def test_and_on_others_nothing_is_read():
-    routing, counts_RE = example(), torch.tensor([[2, 0, 3], [1, 4, 0]])
+    routing = example()
+    counts_RE = torch.tensor([[2, 0, 3], [1, 4, 0]])
     x = torch.randn(5, 3, requires_grad=True)
     with no_reads_on_the_host():
         regroup(counts_RE, 10)
@@ -150,6 +189,8 @@ def test_a_token_with_another_number_of_experts(chosen):
 
 @pytest.mark.parametrize("ends", [[3, 2, 5], [1, 2, 4], [1, 2, 6], [-1, 2, 5]], ids=str)
 def test_offsets_that_do_not_cover_the_rows(ends):
-    message = re.escape(f"routing: offsets must never decrease and end at M=5, the number of rows; got {ends}")
+    message = re.escape(
+        f"routing: offsets must never decrease and end at M=5, the number of rows; got {ends}"
+    )
     with pytest.raises(ValueError, match=message):
         Routing(torch.tensor(ends, dtype=torch.int32), 5).spans()

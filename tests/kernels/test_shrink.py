@@ -1,4 +1,5 @@
-"""Shrink alone: one factor or one for each projection, scales, padding and the copied rows, against float64 row by row."""
+"""Shrink alone: one factor or one for each projection, scales, padding and the copied rows, against
+float64 row by row."""
 
 import itertools
 from typing import Any
@@ -12,9 +13,18 @@ from tests.kernels import interpreter
 from tests.kernels.conftest import shrink
 from tests.kernels.oracle import ULP
 
-COUNTS, TOKENS, WIDTH = [0, 5, 0, 70, 1], 9, 24
-M, E = sum(COUNTS), len(COUNTS)
-RANKS = {"one": (7,), "two": (3, 5), "second alone": (None, 5), "first alone": (3, None), "copy alone": (None,)}
+COUNTS = [0, 5, 0, 70, 1]
+TOKENS = 9
+WIDTH = 24
+M = sum(COUNTS)
+E = len(COUNTS)
+RANKS = {
+    "one": (7,),
+    "two": (3, 5),
+    "second alone": (None, 5),
+    "first alone": (3, None),
+    "copy alone": (None,),
+}
 SCALE = RankScale(0.75, 1.5, 3)
 
 
@@ -29,11 +39,18 @@ def operands(dtype: torch.dtype, ranks: tuple[int | None, ...], gathered: bool):
     return x, tuple(None if r is None else normal(E, r, WIDTH) for r in ranks), source
 
 
-def expected(x: torch.Tensor, factors: tuple[Any, ...], source: torch.Tensor | None, scale: RankScale, rank: int):
+def expected(
+    x: torch.Tensor,
+    factors: tuple[Any, ...],
+    source: torch.Tensor | None,
+    scale: RankScale,
+    rank: int,
+):
     """S and the sum of its terms' sizes, in float64."""
     s, size = torch.zeros(2, M, rank, dtype=torch.float64).unbind()
     for m, e in enumerate(e for e, count in enumerate(COUNTS) for _ in range(count)):
-        row, column = x[m if source is None else source[m]].double(), 0
+        row = x[m if source is None else source[m]].double()
+        column = 0
         for i, a in enumerate(factors):
             for r in range(0 if a is None else a.shape[1]):
                 factor = scale.first if column < scale.split else scale.second
@@ -46,11 +63,14 @@ def expected(x: torch.Tensor, factors: tuple[Any, ...], source: torch.Tensor | N
 @pytest.mark.usefixtures("uninitialised_is_nan")
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("name, copies", itertools.product(RANKS, [True, False]))
-@pytest.mark.parametrize("way, dtype", [("loop", torch.float64), ("triton", torch.float32), ("triton", torch.float16)])
+@pytest.mark.parametrize(
+    "way, dtype", [("loop", torch.float64), ("triton", torch.float32), ("triton", torch.float16)]
+)
 def test_shrink(way, dtype, name, copies, backwards, monkeypatch):
     if backwards:
         interpreter.reverse_programs(monkeypatch)
-    ranks, gathered = RANKS[name], copies
+    ranks = RANKS[name]
+    gathered = copies
     rank = sum(r or 0 for r in ranks)
     x, factors, source = operands(dtype, ranks, gathered)
     s = x.new_empty(M, rank + 2) if rank else None
@@ -63,7 +83,10 @@ def test_shrink(way, dtype, name, copies, backwards, monkeypatch):
     if s is not None:
         want, size = expected(x, factors, source, SCALE, rank)
         # Float32 accumulation over 2 WIDTH terms, and one rounding of S after scaling.
-        bound = ULP[dtype] * want.abs() + 2 * WIDTH * (2.0**-53 if dtype == torch.float64 else 2.0**-24) * size
+        bound = (
+            ULP[dtype] * want.abs()
+            + 2 * WIDTH * (2.0**-53 if dtype == torch.float64 else 2.0**-24) * size
+        )
         assert ((s[:, :rank].double() - want).abs() <= 1.1 * bound + 2.0**-25).all()
         assert torch.count_nonzero(s[:, rank:]) == 0
 
@@ -71,7 +94,8 @@ def test_shrink(way, dtype, name, copies, backwards, monkeypatch):
 def test_scales_that_are_powers_of_two_change_no_mantissa():
     """Scaling S in place of B then gives the very bits that a scaled B gave."""
     x, factors, _ = operands(torch.float16, (3, 5), False)
-    plain, scaled = x.new_empty(M, 8), x.new_empty(M, 8)
+    plain = x.new_empty(M, 8)
+    scaled = x.new_empty(M, 8)
     routing = Routing(torch.tensor(COUNTS).cumsum(0).int(), M)
     shrink.shrink_triton(x, factors, routing, plain)
     shrink.shrink_triton(x, factors, routing, scaled, scale=RankScale(2.0, 0.5, 3))

@@ -1,4 +1,5 @@
-"""One launch for all parts of a backward pass: against a sum in float64, and each gradient in a tensor of its own."""
+"""One launch for all parts of a backward pass: against a sum in float64, and each gradient in a
+tensor of its own."""
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from megalora_kernels.sums import MAX_GRADIENTS, TorchSums, TritonSums
 from tests.kernels import interpreter
 from tests.kernels.conftest import tiles
 
-COUNTS, CHUNK = [0, 20, 0, 5, 16, 0], 16
-M, E = sum(COUNTS), len(COUNTS)
+COUNTS = [0, 20, 0, 5, 16, 0]
+CHUNK = 16
+M = sum(COUNTS)
+E = len(COUNTS)
 SHAPES = {
     "all": [(3, 24), (7, 40), (40, 3), (40, 5), (24, 7)],
     "some": [None, (7, 40), None, (40, 5), None],
@@ -37,20 +40,24 @@ def test_sums(name, with_dp, monkeypatch):
     routing = Routing(torch.tensor(COUNTS).cumsum(0).int(), M)
     sums = TritonSums(routing, torch.empty(0), SHAPES[name])
     experts = chunks_of_experts()
-    parts = [None if s is None else torch.randn(len(experts), *s, generator=g) for s in SHAPES[name]]
+    parts = [
+        None if s is None else torch.randn(len(experts), *s, generator=g) for s in SHAPES[name]
+    ]
     for place, part in zip(sums.places, parts, strict=True):
         if place is not None:
             place[: len(experts)] = part  # those beyond stay NaN: nobody may read them
     dp_part = torch.randn(3, M, generator=g)
     if with_dp:
-        sums.dp_part, sums.dp_dtype = dp_part, torch.float16
+        sums.dp_part = dp_part
+        sums.dp_dtype = torch.float16
     dp_M, found = sums.finish()
     for got, part in zip(found, parts, strict=True):
         if part is None:
             assert got is None
             continue
         want = torch.zeros(E, *part.shape[1:])
-        for e, values in zip(experts, part, strict=True):  # first to last, in float32: the same bits
+        # first to last, in float32: the same bits
+        for e, values in zip(experts, part, strict=True):
             want[e] += values
         assert torch.equal(got, want) and got.is_contiguous()
     if with_dp:
@@ -63,14 +70,21 @@ def test_sums(name, with_dp, monkeypatch):
 def test_a_sum_is_rounded_once_at_its_end(dtype, monkeypatch):
     monkeypatch.setattr(tiles, "CHUNK_ROWS", 1)
     ulp = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
-    sums = TritonSums(Routing(torch.tensor([3], dtype=torch.int32), 3), torch.empty(0, dtype=dtype), [(1, 1)])
+    sums = TritonSums(
+        Routing(torch.tensor([3], dtype=torch.int32), 3), torch.empty(0, dtype=dtype), [(1, 1)]
+    )
     sums.places[0][:3, 0, 0] = torch.tensor([1.0, ulp, ulp])
     assert sums.finish()[1][0].item() == 1 + 2 * ulp
 
 
 def test_parameters_get_gradients_that_autograd_need_not_copy():
     """Each is dense and in its parameter's own layout: autograd then takes it as it is."""
-    sums = TritonSums(Routing(torch.tensor([2, 4], dtype=torch.int32), 4), torch.empty(0), SHAPES["all"])
+    sums = TritonSums(
+        Routing(torch.tensor([2, 4], dtype=torch.int32), 4), torch.empty(0), SHAPES["all"]
+    )
     assert len(SHAPES["all"]) == MAX_GRADIENTS
     assert all(t.is_contiguous() for t in sums.finish()[1])
-    assert all(t.is_contiguous() for t in TorchSums(sums.routing, torch.empty(0), SHAPES["all"]).finish()[1])
+    assert all(
+        t.is_contiguous()
+        for t in TorchSums(sums.routing, torch.empty(0), SHAPES["all"]).finish()[1]
+    )

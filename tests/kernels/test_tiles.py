@@ -1,4 +1,5 @@
-"""Tiles cover every row exactly once, never cross an expert, and are fewer than the bound that the host knows."""
+"""Tiles cover every row exactly once, never cross an expert, and are fewer than the bound that the
+host knows."""
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ from megalora_kernels.tiles import max_tiles, tile_of
 
 
 @triton.jit
-def _cover(offsets_ptr, covered_ptr, owner_ptr, seen_ptr, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+def _cover(
+    offsets_ptr,
+    covered_ptr,
+    owner_ptr,
+    seen_ptr,
+    num_experts,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """What every kernel does: own ROWS rows of one expert, or return."""
     expert, row0, end = tile_of(offsets_ptr, tl.program_id(0), num_experts, EXPERTS, ROWS)
     tl.store(seen_ptr + tl.program_id(0), expert)
@@ -22,12 +31,17 @@ def _cover(offsets_ptr, covered_ptr, owner_ptr, seen_ptr, num_experts, EXPERTS: 
 
 def cover(counts: list[int], rows_per_tile: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(how often each row is owned, by which expert, the expert of each program)."""
-    offsets, num_rows = torch.tensor(counts).cumsum(0).int(), sum(counts)
-    programs = max_tiles(num_rows, len(counts), rows_per_tile) + 3  # three more than are ever launched
-    covered, owner = torch.zeros(num_rows + 1, dtype=torch.int32), torch.full((num_rows + 1,), -1, dtype=torch.int32)
+    offsets = torch.tensor(counts).cumsum(0).int()
+    num_rows = sum(counts)
+    # three more than are ever launched
+    programs = max_tiles(num_rows, len(counts), rows_per_tile) + 3
+    covered = torch.zeros(num_rows + 1, dtype=torch.int32)
+    owner = torch.full((num_rows + 1,), -1, dtype=torch.int32)
     seen = torch.full((programs,), -1, dtype=torch.int32)
     experts = triton.next_power_of_2(len(counts))
-    _cover[(programs,)](offsets, covered, owner, seen, len(counts), EXPERTS=experts, ROWS=rows_per_tile)
+    _cover[(programs,)](
+        offsets, covered, owner, seen, len(counts), EXPERTS=experts, ROWS=rows_per_tile
+    )
     return covered[:num_rows], owner[:num_rows], seen
 
 
@@ -48,12 +62,16 @@ def test_every_row_is_owned_once_by_its_own_expert(counts, rows_per_tile):
 @pytest.mark.parametrize("counts", [[0], [0, 0, 0], [16], [0, 0, 5], [5, 0, 0], [1] * 8], ids=str)
 def test_at_the_edges(counts):
     covered, owner, _ = cover(counts, 4)
-    assert (covered == 1).all() and owner.tolist() == [e for e, count in enumerate(counts) for _ in range(count)]
+    assert (covered == 1).all() and owner.tolist() == [
+        e for e, count in enumerate(counts) for _ in range(count)
+    ]
 
 
 def test_the_bound_is_reached_but_for_one_tile_an_expert():
-    """E - 1 experts of one row and one of the rest need M / ROWS + E - 1 tiles at worst; M / ROWS would lose rows."""
-    counts, rows = [1, 1, 1, 29], 8
+    """E - 1 experts of one row and one of the rest need M / ROWS + E - 1 tiles at worst; M / ROWS
+    would lose rows."""
+    counts = [1, 1, 1, 29]
+    rows = 8
     needed = sum(-(-count // rows) for count in counts)
     assert needed == 7 > triton.cdiv(sum(counts), rows) == 4
     assert needed <= max_tiles(sum(counts), len(counts), rows) == 8

@@ -1,4 +1,5 @@
-"""The table of measured variants: what a file may say, and which variant and back end are taken from it."""
+"""The table of measured variants: what a file may say, and which variant and back end are taken
+from it."""
 
 import json
 import math
@@ -17,8 +18,18 @@ from megalora_kernels.variants import Product, Variant, rule, tile_rank
 CPU = torch.device("cpu")
 BEST = Variant(128, 256, 64, 8, 3, weight="tma")
 OTHER = Variant(64, 128, 64, 4, 3)
-PRODUCT = Product("forward", torch.bfloat16, N=1536, K=2048, rank=32, gathered=True, rows_per_expert=512, blocks=2)
-KEY = {"op": "forward", "dtype": "bfloat16", "N": 1536, "K": 2048, "R": 32, "blocks": 2, "gathered": True}
+PRODUCT = Product(
+    "forward", torch.bfloat16, N=1536, K=2048, rank=32, gathered=True, rows_per_expert=512, blocks=2
+)
+KEY = {
+    "op": "forward",
+    "dtype": "bfloat16",
+    "N": 1536,
+    "K": 2048,
+    "R": 32,
+    "blocks": 2,
+    "gathered": True,
+}
 LAYER = {"dtype": "bfloat16", "hidden": 2048, "intermediate": 768, "R": 32}
 
 
@@ -28,7 +39,9 @@ def row(bucket: int = 512, variant: Any = BEST, **changed: Any) -> dict[str, Any
     return {**KEY, "rows_per_expert": bucket, "variant": given, **times, **changed}
 
 
-def content(*rows: dict[str, Any], stands: Any = (), layers: Any = (), **changed: Any) -> dict[str, Any]:
+def content(
+    *rows: dict[str, Any], stands: Any = (), layers: Any = (), **changed: Any
+) -> dict[str, Any]:
     measured = {**dict.fromkeys(MEASURED, "a test"), "triton": triton.__version__}
     parts = {"rows": list(rows), "rule_stands": list(stands), "layers": list(layers)}
     return {"gpu": "cpu", "measured": measured, **parts, **changed}
@@ -40,7 +53,9 @@ def use(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
 
     def write(given: Any) -> Path:
-        path.write_text(given if isinstance(given, str) else json.dumps(given), errors="surrogateescape")
+        path.write_text(
+            given if isinstance(given, str) else json.dumps(given), errors="surrogateescape"
+        )
         monkeypatch.setenv(tuned.ENV_TABLE, str(path))
         tuned.forget()
         return path
@@ -64,23 +79,38 @@ def chosen(**changed: Any) -> Variant:
 
 @pytest.mark.parametrize(
     ("rows", "bucket"),
-    [(0, 64), (1, 64), (90.5, 64), (90.6, 128), (315, 256), (512, 512), (724, 512), (725, 1024), (1e6, 8192)],
+    [
+        (0, 64),
+        (1, 64),
+        (90.5, 64),
+        (90.6, 128),
+        (315, 256),
+        (512, 512),
+        (724, 512),
+        (725, 1024),
+        (1e6, 8192),
+    ],
 )
 def test_bucket_is_the_nearest_by_ratio(rows, bucket):
     assert tuned.bucket_of(rows) == bucket
 
 
-@pytest.mark.parametrize(("rank", "key"), [(0, 0), (1, 16), (16, 16), (17, 32), (32, 32), (128, 128)])
+@pytest.mark.parametrize(
+    ("rank", "key"), [(0, 0), (1, 16), (16, 16), (17, 32), (32, 32), (128, 128)]
+)
 def test_rank_is_rounded_up_as_the_kernels_pad_it(rank, key):
     assert tile_rank(rank) == key
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(500, BEST), (256, BEST), (1000, BEST), (128, None), (2048, None), (64, None), (8192, None)]
+    ("rows", "expected"),
+    [(500, BEST), (256, BEST), (1000, BEST), (128, None), (2048, None), (64, None), (8192, None)],
 )
 def test_row_of_the_bucket_then_of_its_neighbours_then_the_rule(use, rows, expected):
     use(content(row(512)))
-    assert chosen(rows_per_expert=rows) == (expected or rule(replace(PRODUCT, rows_per_expert=rows)))
+    assert chosen(rows_per_expert=rows) == (
+        expected or rule(replace(PRODUCT, rows_per_expert=rows))
+    )
 
 
 @pytest.mark.parametrize("bucket", [64, 8192])
@@ -119,7 +149,17 @@ def test_another_size_takes_the_rule(use, name):
 
 def test_half_or_double_the_rank_takes_the_row_and_no_adapter_any(use):
     use(content(row(512)))
-    ranks = {0: True, 8: True, 16: True, 17: True, 24: True, 32: True, 64: True, 65: False, 128: False}
+    ranks = {
+        0: True,
+        8: True,
+        16: True,
+        17: True,
+        24: True,
+        32: True,
+        64: True,
+        65: False,
+        128: False,
+    }
     assert {rank: chosen(rank=rank) == BEST for rank in ranks} == ranks
     assert chosen(rank=0, blocks=1) == BEST  # the base alone is as fast as beside an adapter
     use(content(row(512, R=64)))
@@ -134,9 +174,12 @@ def test_own_rank_comes_before_own_rows(use):
 
 
 def test_a_variant_that_the_rank_itself_cannot_run_gives_way_to_the_rule(use, monkeypatch):
-    """Rows of rank 20 take 40 bytes, which TMA cannot read; those of rank 32, which the row was measured with, it can."""
+    """Rows of rank 20 take 40 bytes, which TMA cannot read; those of rank 32, which the row was
+    measured with, it can."""
     use(content(row(512)))
-    monkeypatch.setattr(tuned, "problem", lambda variant, product, *limits: "odd" if product.rank == 20 else None)
+    monkeypatch.setattr(
+        tuned, "problem", lambda variant, product, *limits: "odd" if product.rank == 20 else None
+    )
     assert chosen(rank=32) == BEST
     assert chosen(rank=20) == rule(replace(PRODUCT, rank=20))
 
@@ -180,7 +223,8 @@ def test_file_of_the_card_ships_beside_the_module(tmp_path, monkeypatch):
 def test_named_file_that_is_not_there(monkeypatch):
     monkeypatch.setenv(tuned.ENV_TABLE, "/nowhere/table.json")
     with pytest.raises(
-        ValueError, match="MEGALORA_TUNED is '/nowhere/table.json', and there is no such file; unset it"
+        ValueError,
+        match="MEGALORA_TUNED is '/nowhere/table.json', and there is no such file; unset it",
     ):
         chosen()
 
@@ -226,12 +270,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no list of layers": (content() | {"layers": {}}, "layers is dict, want a list"),
     "dtype of no kind": (content(row(dtype=[])), "rows[0]: dtype is []"),
     "a list": ([], "want one JSON object, got list"),
-    "another card": (content(gpu="NVIDIA H200"), "measured on 'NVIDIA H200', but this is 'cpu'; set MEGALORA_TUNED=off"),
+    "another card": (content(gpu="NVIDIA H200"),
+                     "measured on 'NVIDIA H200', but this is 'cpu'; set MEGALORA_TUNED=off"),
     "unknown part": (content(tiles=[]), "unknown field 'tiles'; known are gpu, measured"),
-    "missing part": (without(content(), "rule_stands"), "no field 'rule_stands'; want gpu, measured"),
+    "missing part": (without(content(), "rule_stands"),
+                     "no field 'rule_stands'; want gpu, measured"),
     "measured": (content(measured={"date": "today"}), "measured: no field 'commit'"),
     "unknown field": (content(row(block=3)), "rows[0]: unknown field 'block'"),
-    "missing field": (content(row(), without(row(256), "gathered")), "rows[1]: no field 'gathered'"),
+    "missing field": (content(row(), without(row(256), "gathered")),
+                      "rows[1]: no field 'gathered'"),
     "op": (content(row(op="fwd")), "rows[0]: op is 'fwd'"),
     "dtype": (content(row(dtype="float64")), "rows[0]: dtype is 'float64'"),
     "size": (content(row(N=True)), "rows[0]: N is True"),
@@ -242,19 +289,28 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "time": (content(row(us=math.nan)), "rows[0]: us is nan"),
     "spread": (content(row(spread=None)), "rows[0]: spread is None"),
     "no variant": (content(row(variant=None)), "rows[0]: variant is None"),
-    "variant's unknown field": (content(row(variant={**asdict(BEST), "group": 8})), "rows[0]: variant: unknown field 'group'"),
-    "variant's missing field": (content(row(variant=without(asdict(BEST), "num_warps"))), "rows[0]: variant: no field 'num_warps'"),
-    "variant's operand": (content(row(variant={**asdict(BEST), "weight": "gather"})), "rows[0]: variant: weight is 'gather'"),
-    "variant's switch": (content(row(variant={**asdict(BEST), "roles": 0})), "rows[0]: variant: roles is 0"),
-    "variant's size": (content(row(variant={**asdict(BEST), "block_m": 0})), "rows[0]: variant: block_m is 0"),
-    "cannot run": (content(row(variant={**asdict(BEST), "rows": "tma"})), "rows[0]: Variant(block_m=128"),
+    "variant's unknown field": (content(row(variant={**asdict(BEST), "group": 8})),
+                                "rows[0]: variant: unknown field 'group'"),
+    "variant's missing field": (content(row(variant=without(asdict(BEST), "num_warps"))),
+                                "rows[0]: variant: no field 'num_warps'"),
+    "variant's operand": (content(row(variant={**asdict(BEST), "weight": "gather"})),
+                          "rows[0]: variant: weight is 'gather'"),
+    "variant's switch": (content(row(variant={**asdict(BEST), "roles": 0})),
+                         "rows[0]: variant: roles is 0"),
+    "variant's size": (content(row(variant={**asdict(BEST), "block_m": 0})),
+                       "rows[0]: variant: block_m is 0"),
+    "cannot run": (content(row(variant={**asdict(BEST), "rows": "tma"})),
+                   "rows[0]: Variant(block_m=128"),
     "blocks": (content(row(blocks=0)), "rows[0]: blocks is 0"),
     "two rows": (content(row(), row(us=1.0)), "rows[1]: a second row for Key(op='forward'"),
-    "a row and the rule": (content(row(), stands=[{**KEY, "rows_per_expert": 512}]), "rule_stands[0]: a second row for Key("),
+    "a row and the rule": (content(row(), stands=[{**KEY, "rows_per_expert": 512}]),
+                           "rule_stands[0]: a second row for Key("),
     "rule with a variant": (content(stands=[row()]), "rule_stands[0]: unknown field 'variant'"),
     "layer": (content(layers=[LAYER]), "layers[0]: no field 'vendor_from'"),
-    "layer's number": (content(layers=[{**LAYER, "vendor_from": -1}]), "layers[0]: vendor_from is -1"),
-    "two layers": (content(layers=[{**LAYER, "vendor_from": 1}, {**LAYER, "vendor_from": 2}]), "layers[1]: a second row for LayerKey("),
+    "layer's number": (content(layers=[{**LAYER, "vendor_from": -1}]),
+                       "layers[0]: vendor_from is -1"),
+    "two layers": (content(layers=[{**LAYER, "vendor_from": 1}, {**LAYER, "vendor_from": 2}]),
+                   "layers[1]: a second row for LayerKey("),
 }  # fmt: skip
 
 
@@ -298,13 +354,23 @@ def test_a_variant_that_only_another_triton_compiles_gives_way_to_the_rule(use, 
 # ---- the back end ------------------------------------------------------------------------------
 
 
-def crossing(rank: int = 32, hidden: int = 2048, intermediate: int = 768, dtype: torch.dtype = torch.bfloat16) -> float:
+def crossing(
+    rank: int = 32, hidden: int = 2048, intermediate: int = 768, dtype: torch.dtype = torch.bfloat16
+) -> float:
     return tuned.vendor_from(dtype, hidden, intermediate, rank, CPU)
 
 
 def test_back_end_by_layer_and_by_the_nearest_rank(use):
     assert crossing() == tuned.RULE_VENDOR_FROM == 1024
     use(content(layers=[{**LAYER, "vendor_from": 256}, {**LAYER, "R": 128, "vendor_from": None}]))
-    assert [crossing(rank) for rank in (0, 16, 32, 33, 64, 65, 128)] == [256, 256, 256, 256, 256, math.inf, math.inf]
+    assert [crossing(rank) for rank in (0, 16, 32, 33, 64, 65, 128)] == [
+        256,
+        256,
+        256,
+        256,
+        256,
+        math.inf,
+        math.inf,
+    ]
     for other in ({"hidden": 4096}, {"intermediate": 1536}, {"dtype": torch.float16}):
         assert crossing(**other) == 1024

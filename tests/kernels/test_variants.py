@@ -1,4 +1,5 @@
-"""Which variants of the grouped GEMM the rule names, which are worth measuring, and which cannot run."""
+"""Which variants of the grouped GEMM the rule names, which are worth measuring, and which cannot
+run."""
 
 from dataclasses import replace
 from itertools import product as combinations
@@ -8,9 +9,16 @@ import torch
 from megalora_kernels import variants
 from megalora_kernels.variants import Product, Variant, candidates, problem, rule, shared_limit_of
 
-GATE_UP = Product("forward", torch.bfloat16, N=1536, K=2048, rank=32, gathered=True, rows_per_expert=512, blocks=2)
-DOWN = Product("forward", torch.bfloat16, N=2048, K=768, rank=16, gathered=False, rows_per_expert=512)
-AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (10, 0)
+GATE_UP = Product(
+    "forward", torch.bfloat16, N=1536, K=2048, rank=32, gathered=True, rows_per_expert=512, blocks=2
+)
+DOWN = Product(
+    "forward", torch.bfloat16, N=2048, K=768, rank=16, gathered=False, rows_per_expert=512
+)
+AMPERE = (8, 0)
+ADA = (8, 9)
+HOPPER = (9, 0)
+BLACKWELL = (10, 0)
 
 
 def limits(capability: tuple[int, int]) -> tuple[int, tuple[int, int]]:
@@ -24,7 +32,8 @@ def limits(capability: tuple[int, int]) -> tuple[int, tuple[int, int]]:
         ({"rows_per_expert": 96}, (128, 256, 64, 8, 4)),
         ({"rows_per_expert": 95.9}, (64, 128, 64, 4, 4)),
         ({"N": 3072, "rows_per_expert": 8192}, (128, 256, 64, 8, 4)),
-        ({"N": 1280, "rows_per_expert": 384}, (128, 128, 64, 8, 4)),  # gate and up have 640 columns each
+        # gate and up have 640 columns each
+        ({"N": 1280, "rows_per_expert": 384}, (128, 128, 64, 8, 4)),
         ({"N": 1280, "rows_per_expert": 383}, (64, 128, 64, 4, 4)),
         ({"N": 1280, "blocks": 1}, (128, 256, 64, 8, 4)),
         ({"dtype": torch.float32}, (32, 64, 32, 4, 2)),
@@ -39,13 +48,19 @@ def test_rule_takes_smaller_tiles_and_fewer_stages_where_registers_and_shared_me
     assert rule(GATE_UP, *limits(AMPERE)) == Variant(128, 128, 64, 8, 4)
     assert rule(GATE_UP, *limits(ADA)) == Variant(128, 128, 64, 8, 3)
     for capability in (AMPERE, ADA):
-        assert rule(replace(GATE_UP, rows_per_expert=383), *limits(capability)) == Variant(64, 128, 64, 4, 4)
+        assert rule(replace(GATE_UP, rows_per_expert=383), *limits(capability)) == Variant(
+            64, 128, 64, 4, 4
+        )
 
 
 def test_what_the_rule_names_can_run_anywhere():
     """By pointers and without roles: no condition on addresses, versions or sizes."""
-    sizes = combinations((10, 1536, 2048, 1280), (7, 768, 2048), (0, 1, 16, 48, 128), (1.0, 100.0, 1e4), (1, 2))
-    for (N, K, rank, rows, blocks), dtype in combinations(sizes, (torch.bfloat16, torch.float16, torch.float32)):
+    sizes = combinations(
+        (10, 1536, 2048, 1280), (7, 768, 2048), (0, 1, 16, 48, 128), (1.0, 100.0, 1e4), (1, 2)
+    )
+    for (N, K, rank, rows, blocks), dtype in combinations(
+        sizes, (torch.bfloat16, torch.float16, torch.float32)
+    ):
         for capability in (AMPERE, ADA, HOPPER, BLACKWELL, (12, 0)):
             product = Product("dgrad", dtype, N, K, rank, True, rows, blocks)
             variant = rule(product, *limits(capability))
@@ -53,7 +68,9 @@ def test_what_the_rule_names_can_run_anywhere():
             assert (variant.weight, variant.rows, variant.roles) == ("pointers", "pointers", False)
 
 
-@pytest.mark.parametrize("product", [GATE_UP, DOWN, replace(DOWN, op="dgrad")], ids=["gate_up", "down", "dgrad"])
+@pytest.mark.parametrize(
+    "product", [GATE_UP, DOWN, replace(DOWN, op="dgrad")], ids=["gate_up", "down", "dgrad"]
+)
 @pytest.mark.parametrize("capability", [AMPERE, ADA, HOPPER, BLACKWELL], ids=str)
 def test_candidates_can_run_and_begin_with_the_rule(product, capability, monkeypatch):
     monkeypatch.setattr(variants, "TRITON_VERSION", (3, 6))
@@ -64,7 +81,9 @@ def test_candidates_can_run_and_begin_with_the_rule(product, capability, monkeyp
     by_tma = {(variant.weight, variant.rows) for variant in found if variant.weight == "tma"}
     tma = ("tma", "pointers") if product.gathered else ("tma", "tma")
     assert by_tma == ({tma} if capability >= HOPPER else set())
-    assert any(variant.roles for variant in found) == (capability == HOPPER and not product.gathered)
+    assert any(variant.roles for variant in found) == (
+        capability == HOPPER and not product.gathered
+    )
     assert any(variant.persistent for variant in found) == (capability >= HOPPER)
 
 
@@ -84,11 +103,31 @@ ROLES = replace(BY_TMA, num_warps=4, num_stages=3, roles=True)
 @pytest.mark.parametrize(
     "variant, product, capability, why",
     [
-        (WIDE, DOWN, AMPERE, "it needs 196736 bytes of shared memory, the device has 166912 for a program"),
-        (replace(WIDE, num_stages=3), DOWN, AMPERE, "8 warps would hold 128 sums per thread, at most 64 fit"),
+        (
+            WIDE,
+            DOWN,
+            AMPERE,
+            "it needs 196736 bytes of shared memory, the device has 166912 for a program",
+        ),
+        (
+            replace(WIDE, num_stages=3),
+            DOWN,
+            AMPERE,
+            "8 warps would hold 128 sums per thread, at most 64 fit",
+        ),
         (replace(WIDE, num_stages=5), DOWN, HOPPER, "it needs 245888 bytes of shared memory"),
-        (replace(WIDE, num_warps=4), DOWN, HOPPER, "4 warps would hold 256 sums per thread, at most 128 fit"),
-        (replace(BY_TMA, block_n=128), DOWN, AMPERE, "TMA needs compute capability 9.0, the device has 8.0"),
+        (
+            replace(WIDE, num_warps=4),
+            DOWN,
+            HOPPER,
+            "4 warps would hold 256 sums per thread, at most 128 fit",
+        ),
+        (
+            replace(BY_TMA, block_n=128),
+            DOWN,
+            AMPERE,
+            "TMA needs compute capability 9.0, the device has 8.0",
+        ),
         (replace(WIDE, block_m=48), DOWN, HOPPER, "powers of two from 16 on, not 48 x 256 x 64"),
         (replace(WIDE, block_k=8), DOWN, HOPPER, "powers of two from 16 on, not 128 x 256 x 8"),
         (replace(WIDE, num_warps=12), DOWN, HOPPER, "a power of two of warps, at most 32, not 12"),
@@ -97,7 +136,12 @@ ROLES = replace(BY_TMA, num_warps=4, num_stages=3, roles=True)
         (BY_TMA, replace(DOWN, N=2176), HOPPER, "2176 columns are not a multiple of 256"),
         (BY_TMA, replace(DOWN, N=768, blocks=2), HOPPER, "384 columns are not a multiple of 256"),
         (BY_TMA, GATE_UP, HOPPER, "rows that are gathered cannot be read by TMA"),
-        (ROLES, DOWN, BLACKWELL, "roles need Triton 3.6 and compute capability 9.0, this is Triton .* and 10.0"),
+        (
+            ROLES,
+            DOWN,
+            BLACKWELL,
+            "roles need Triton 3.6 and compute capability 9.0, this is Triton .* and 10.0",
+        ),
         (
             replace(ROLES, num_warps=8),
             DOWN,
@@ -107,9 +151,19 @@ ROLES = replace(BY_TMA, num_warps=4, num_stages=3, roles=True)
         (replace(ROLES, rows="pointers"), DOWN, HOPPER, "roles need both operands by TMA"),
         (replace(ROLES, persistent=True), DOWN, HOPPER, "a program for each tile"),
         (replace(ROLES, block_m=64), DOWN, HOPPER, "roles need tiles of 128 rows or more, not 64"),
-        (replace(ROLES, num_stages=1), replace(DOWN, dtype=torch.float32), HOPPER, "roles need half precision"),
+        (
+            replace(ROLES, num_stages=1),
+            replace(DOWN, dtype=torch.float32),
+            HOPPER,
+            "roles need half precision",
+        ),
         (ROLES, replace(GATE_UP, gathered=False), HOPPER, "roles take one block of b, not 2"),
-        (ROLES, replace(DOWN, rank=8), HOPPER, "roles need a rank that is a power of two from 16 on, not 8"),
+        (
+            ROLES,
+            replace(DOWN, rank=8),
+            HOPPER,
+            "roles need a rank that is a power of two from 16 on, not 8",
+        ),
         (ROLES, replace(DOWN, rank=128), HOPPER, "it needs 279040 bytes of shared memory"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -132,4 +186,7 @@ def test_roles_need_the_triton_that_compiles_them(monkeypatch):
 def test_shared_memory_does_not_grow_with_the_rank_until_its_operands_outgrow_the_pipeline():
     sizes = [variants.shared_bytes(WIDE, replace(DOWN, rank=rank)) for rank in (0, 16, 64, 128)]
     assert sizes == [196736] * 4
-    assert variants.shared_bytes(replace(WIDE, num_stages=1), replace(DOWN, rank=128)) == 384 * 2 * 128 + 128
+    assert (
+        variants.shared_bytes(replace(WIDE, num_stages=1), replace(DOWN, rank=128))
+        == 384 * 2 * 128 + 128
+    )

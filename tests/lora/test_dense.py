@@ -1,10 +1,14 @@
-"""The in-place delta: right values and gradients, no second full-width tensor, and refused where it would be unsafe."""
+"""The in-place delta: right values and gradients, no second full-width tensor, and refused where it
+would be unsafe."""
 
 import pytest
 import torch
 from megalora_kernels import add_low_rank
 
-S, B, OUT, R = 5, 3, 11, 2
+S = 5
+B = 3
+OUT = 11
+R = 2
 
 
 def tensors() -> tuple[torch.Tensor, ...]:

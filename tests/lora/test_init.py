@@ -17,8 +17,10 @@ def test_distribution_is_that_of_peft(rank: int, in_features: int) -> None:
     assert (a.shape, a.dtype, a.device.type) == ((rank, in_features), torch.float32, "cpu")
     torch.manual_seed(1)
     peft = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5))
-    bound, count = 1 / math.sqrt(in_features), rank * in_features
-    # Extremes of n uniform draws lie within 20 / n of the bound but for one in e^10; moments err by 1/sqrt(n), 5 sigma.
+    bound = 1 / math.sqrt(in_features)
+    count = rank * in_features
+    # Extremes of n uniform draws lie within 20 / n of the bound but for one in e^10; moments err by
+    # 1/sqrt(n), 5 sigma.
     for values in (a, peft):
         assert bound * (1 - 20 / count) < values.max() <= bound
         assert -bound <= values.min() < -bound * (1 - 20 / count)
@@ -30,19 +32,26 @@ def test_distribution_is_that_of_peft(rank: int, in_features: int) -> None:
 
 def largest_gap(one: Tensor, other: Tensor) -> float:
     """Between the two empirical distribution functions, at every drawn value."""
-    one, other = one.flatten().sort().values, other.flatten().sort().values
+    one = one.flatten().sort().values
+    other = other.flatten().sort().values
     at = torch.cat([one, other])
-    return (torch.searchsorted(one, at, right=True) - torch.searchsorted(other, at, right=True)).abs().max() / len(one)
+    return (
+        torch.searchsorted(one, at, right=True) - torch.searchsorted(other, at, right=True)
+    ).abs().max() / len(one)
 
 
 def test_rows_and_columns_are_independent() -> None:
     a = initial_a(0, MODULE, 40, 500)
     correlation = torch.corrcoef(a) - torch.eye(40)
-    assert correlation.abs().max() < 6 / math.sqrt(500), "780 pairs of rows, each with error 1/sqrt(500)"
+    assert correlation.abs().max() < 6 / math.sqrt(500), (
+        "780 pairs of rows, each with error 1/sqrt(500)"
+    )
 
 
 def test_same_arguments_give_the_same_values() -> None:
-    torch.testing.assert_close(initial_a(5, MODULE, 3, 7), initial_a(5, MODULE, 3, 7), rtol=0, atol=0)
+    torch.testing.assert_close(
+        initial_a(5, MODULE, 3, 7), initial_a(5, MODULE, 3, 7), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,22 +67,29 @@ def test_same_arguments_give_the_same_values() -> None:
     ],
 )
 def test_seeds_and_names_draw_different_values(seed: int, module: str) -> None:
-    one, other = initial_a(5, MODULE, 30, 70).flatten(), initial_a(seed, module, 30, 70).flatten()
+    one = initial_a(5, MODULE, 30, 70).flatten()
+    other = initial_a(seed, module, 30, 70).flatten()
     correlation = torch.corrcoef(torch.stack([one, other]))[0, 1]
     assert correlation.abs() < 5 / math.sqrt(30 * 70)
 
 
 def test_no_two_modules_of_a_model_share_a_generator() -> None:
     names = [
-        f"model.layers.{n}.mlp.experts.{e}.{p}" for n in range(6) for e in range(32) for p in ("up_proj", "gate_proj")
+        f"model.layers.{n}.mlp.experts.{e}.{p}"
+        for n in range(6)
+        for e in range(32)
+        for p in ("up_proj", "gate_proj")
     ]
     first = {initial_a(0, name, 1, 2).flatten().tolist()[0] for name in names}
-    assert len(first) == len(names), "384 draws of 24 bits collide by chance once in 200 seeds; this seed does not"
+    assert len(first) == len(names), (
+        "384 draws of 24 bits collide by chance once in 200 seeds; this seed does not"
+    )
 
 
 def test_global_generators_are_neither_read_nor_moved() -> None:
     torch.manual_seed(11)
-    before, one = torch.get_rng_state(), initial_a(5, MODULE, 3, 7)
+    before = torch.get_rng_state()
+    one = initial_a(5, MODULE, 3, 7)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(12)
     torch.testing.assert_close(initial_a(5, MODULE, 3, 7), one, rtol=0, atol=0)
@@ -82,4 +98,6 @@ def test_global_generators_are_neither_read_nor_moved() -> None:
 def test_values_are_pinned() -> None:
     """A seed stays the same adapter from one version to the next."""
     expected = [[-0.3722, -0.4203, -0.2757], [-0.2388, 0.0670, -0.5172]]
-    torch.testing.assert_close(initial_a(0, "lm_head", 2, 3), torch.tensor(expected), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        initial_a(0, "lm_head", 2, 3), torch.tensor(expected), rtol=0, atol=1e-4
+    )

@@ -35,7 +35,9 @@ def with_one_less(run: Built) -> None:
 def with_one_more(run: Built) -> None:
     pieces = list(run.model.pieces)
     if dist.get_rank() == 1:
-        pieces.append(replace(pieces[0], name="base_model.model.model.layers.9.mystery.lora_A.weight"))
+        pieces.append(
+            replace(pieces[0], name="base_model.model.model.layers.9.mystery.lora_A.weight")
+        )
     check_coverage(run.model.adapted, pieces)
 
 
@@ -44,13 +46,23 @@ def with_one_more(run: Built) -> None:
     [
         (lambda run: check_coverage(run.model.adapted, run.model.pieces), ""),
         (with_one_less, f"1 adapter tensors were not adapted: {EXPERT}"),
-        (with_one_more, "1 adapter tensors should not exist: base_model.model.model.layers.9.mystery.lora_A.weight"),
+        (
+            with_one_more,
+            (
+                "1 adapter tensors should not exist:"
+                " base_model.model.model.layers.9.mystery.lora_A.weight"
+            ),
+        ),
     ],
     ids=["all", "one less", "one more"],
 )
-def test_every_rank_names_what_is_missing_or_too_much(act, message, tiny: Path, chats: Path, tmp_path: Path) -> None:
+def test_every_rank_names_what_is_missing_or_too_much(
+    act, message, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
     """Experts are on one of the two ranks each; what is missing there is missing everywhere."""
-    assert run_ranks(said_by, 2, make_config(tiny, chats, tmp_path, {"ep": 2}), act) == [message] * 2
+    assert (
+        run_ranks(said_by, 2, make_config(tiny, chats, tmp_path, {"ep": 2}), act) == [message] * 2
+    )
 
 
 def with_dead(factor: str, pattern: str, b_has_moved: bool) -> Callable[[Built], None]:
@@ -72,10 +84,12 @@ def with_dead(factor: str, pattern: str, b_has_moved: bool) -> Callable[[Built],
     ("factor", "pattern", "b_has_moved", "label"),
     [
         ("B", r"layers\.2\.self_attn\.k_proj", False, "layer 2 k_proj"),
-        ("A", r"layers\.2\.self_attn\.k_proj", True, "layer 2 k_proj"),  # some rows of a stacked parameter
+        # some rows of a stacked parameter
+        ("A", r"layers\.2\.self_attn\.k_proj", True, "layer 2 k_proj"),
         ("A", r"layers\.1\.mlp\.experts\.\d+\.up_proj", True, "layer 1 up_proj"),
         ("A", r"layers\.2\.self_attn\.k_proj", False, None),  # A is looked at once B has moved
-        ("B", r"layers\.1\.mlp\.experts\.[4-7]\.up_proj", False, None),  # all experts of one rank, idle
+        # all experts of one rank, idle
+        ("B", r"layers\.1\.mlp\.experts\.[4-7]\.up_proj", False, None),
     ],
 )
 def test_a_projection_without_gradient_is_named(
@@ -87,5 +101,6 @@ def test_a_projection_without_gradient_is_named(
             assert said == ""
         else:
             assert said.startswith(
-                f"the gradient of {factor} is exactly zero for 1 of 28 adapted projections ({label})"
+                f"the gradient of {factor} is exactly zero for 1 of 28 adapted projections"
+                f" ({label})"
             )

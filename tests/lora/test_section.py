@@ -19,7 +19,10 @@ OPTIONS: list[dict[str, Any]] = [
     },
     {"use_rslora": True, "rank": 5, "expert_rank": 3},
     {"layers": "1-2", "target_modules": ["v_proj", r"layers\.2\..*down_proj"]},
-    {"rank_pattern": {r"layers\.[13]\.self_attn\.o_proj": 7}, "alpha_pattern": {r"layers\.0\..*\.k_proj": 0.3}},
+    {
+        "rank_pattern": {r"layers\.[13]\.self_attn\.o_proj": 7},
+        "alpha_pattern": {r"layers\.0\..*\.k_proj": 0.3},
+    },
     {"rank": 49, "alpha": 1.0},
 ]
 
@@ -29,7 +32,9 @@ OPTIONS: list[dict[str, Any]] = [
 def test_a_section_for_what_is_adapted(options: dict[str, Any], model: str) -> None:
     adapted = resolve(LoRAConfig(**options), shape_of(model))
     again = resolve(LoRAConfig(**lora_section(adapted, shape_of(model))), shape_of(model))
-    assert [(a.projection, a.layer, a.rank) for a in again] == [(a.projection, a.layer, a.rank) for a in adapted]
+    assert [(a.projection, a.layer, a.rank) for a in again] == [
+        (a.projection, a.layer, a.rank) for a in adapted
+    ]
     assert [a.scale for a in again] == pytest.approx([a.scale for a in adapted], rel=1e-12)
 
 
@@ -44,13 +49,18 @@ def test_differences_are_named() -> None:
     shape = shape_of("moe")
     ours = settings(resolve(LoRAConfig(rank=4, alpha=8.0), shape))
     assert differing(ours, ours) == []
-    theirs = settings(resolve(LoRAConfig(rank=4, alpha=8.0, layers="0-2", rank_pattern={"o_proj": 2}), shape))
+    theirs = settings(
+        resolve(LoRAConfig(rank=4, alpha=8.0, layers="0-2", rank_pattern={"o_proj": 2}), shape)
+    )
     apart = differing(ours, theirs)
     assert (
         apart[:2]
-        == ["model.layers.0.mlp.experts.*.down_proj", "model.layers.3.mlp.experts.*.down_proj"][1:] + apart[1:2]
+        == ["model.layers.0.mlp.experts.*.down_proj", "model.layers.3.mlp.experts.*.down_proj"][1:]
+        + apart[1:2]
     )
     assert {name.split(".")[2] for name in apart if "o_proj" in name} == {"0", "1", "2", "3"}
     assert {name.split(".")[2] for name in apart if "o_proj" not in name} == {"3"}
-    rescaled = settings(resolve(LoRAConfig(rank=4, alpha=8.0, alpha_pattern={"k_proj": 9.0}), shape))
+    rescaled = settings(
+        resolve(LoRAConfig(rank=4, alpha=8.0, alpha_pattern={"k_proj": 9.0}), shape)
+    )
     assert differing(ours, rescaled) == [f"model.layers.{n}.self_attn.k_proj" for n in range(4)]

@@ -1,4 +1,5 @@
-"""Which linears a LoRAConfig adapts, with what settings, and what it refuses; parameter counts against stock PEFT."""
+"""Which linears a LoRAConfig adapts, with what settings, and what it refuses; parameter counts
+against stock PEFT."""
 
 import math
 from dataclasses import replace
@@ -28,17 +29,24 @@ from megalora.lora.spec import (
 from megalora.model.shape import ModelShape, model_shape, read_hf_config
 
 MOE_SHAPE = ModelShape(
-    model_type="qwen3_moe", num_layers=4, hidden=96, num_heads=6, num_kv_heads=2, head_dim=32, intermediate=144,
-    vocab=512, tied_embeddings=False, num_experts=5, top_k=3, expert_intermediate=40, moe_layers=frozenset(range(4)),
+    model_type="qwen3_moe", num_layers=4, hidden=96, num_heads=6, num_kv_heads=2, head_dim=32,
+    intermediate=144,
+    vocab=512, tied_embeddings=False, num_experts=5, top_k=3, expert_intermediate=40,
+    moe_layers=frozenset(range(4)),
 )  # fmt: skip
 MIXED_SHAPE = replace(MOE_SHAPE, moe_layers=frozenset({0, 2, 3}))  # mlp_only_layers=[1]
-SHARED_SHAPE = replace(MIXED_SHAPE, model_type="qwen2_moe", shared_intermediate=112, qk_norm=False, qkv_bias=True)
+SHARED_SHAPE = replace(
+    MIXED_SHAPE, model_type="qwen2_moe", shared_intermediate=112, qk_norm=False, qkv_bias=True
+)
 DENSE_SHAPE = replace(MOE_SHAPE, model_type="qwen3", num_experts=0, top_k=0, moe_layers=frozenset())
 SIZES = {  # (out, in)
     "self_attn.q_proj": (192, 96), "self_attn.k_proj": (64, 96), "self_attn.v_proj": (64, 96),
-    "self_attn.o_proj": (96, 192), "mlp.gate_proj": (144, 96), "mlp.up_proj": (144, 96), "mlp.down_proj": (96, 144),
-    "mlp.gate": (5, 96), "gate_proj": (40, 96), "up_proj": (40, 96), "down_proj": (96, 40), "lm_head": (512, 96),
-    "shared_expert.gate_proj": (112, 96), "shared_expert.up_proj": (112, 96), "shared_expert.down_proj": (96, 112),
+    "self_attn.o_proj": (96, 192), "mlp.gate_proj": (144, 96), "mlp.up_proj": (144, 96),
+    "mlp.down_proj": (96, 144),
+    "mlp.gate": (5, 96), "gate_proj": (40, 96), "up_proj": (40, 96), "down_proj": (96, 40),
+    "lm_head": (512, 96),
+    "shared_expert.gate_proj": (112, 96), "shared_expert.up_proj": (112, 96),
+    "shared_expert.down_proj": (96, 112),
 }  # fmt: skip
 ATTENTION_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP_NAMES = ["gate_proj", "up_proj", "down_proj"]
@@ -67,33 +75,47 @@ def refusal(shape: ModelShape = MOE_SHAPE, **options: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    "shape", [MOE_SHAPE, MIXED_SHAPE, SHARED_SHAPE, DENSE_SHAPE], ids=["moe", "mixed", "shared", "dense"]
+    "shape",
+    [MOE_SHAPE, MIXED_SHAPE, SHARED_SHAPE, DENSE_SHAPE],
+    ids=["moe", "mixed", "shared", "dense"],
 )
 def test_names_and_sizes_of_everything(shape: ModelShape) -> None:
     every = ["gate", *ATTENTION_NAMES, *MLP_NAMES, "lm_head"]
-    adapted = adapt(shape, rank=7, target_modules=[n for n in every if n != "gate" or shape.moe_layers])
+    adapted = adapt(
+        shape, rank=7, target_modules=[n for n in every if n != "gate" or shape.moe_layers]
+    )
     expected: dict[str, tuple[int, int]] = {}
     for layer in range(4):
         stem = f"model.layers.{layer}"
         expected |= {f"{stem}.self_attn.{n}": SIZES[f"self_attn.{n}"] for n in ATTENTION_NAMES}
         if layer in shape.moe_layers:
             expected[f"{stem}.mlp.gate"] = SIZES["mlp.gate"]
-            expected |= {f"{stem}.mlp.experts.{e}.{n}": SIZES[n] for n in MLP_NAMES for e in range(5)}
+            expected |= {
+                f"{stem}.mlp.experts.{e}.{n}": SIZES[n] for n in MLP_NAMES for e in range(5)
+            }
             if shape.shared_intermediate:
-                expected |= {f"{stem}.mlp.shared_expert.{n}": SIZES[f"shared_expert.{n}"] for n in MLP_NAMES}
+                expected |= {
+                    f"{stem}.mlp.shared_expert.{n}": SIZES[f"shared_expert.{n}"] for n in MLP_NAMES
+                }
         else:
             expected |= {f"{stem}.mlp.{n}": SIZES[f"mlp.{n}"] for n in MLP_NAMES}
     expected["lm_head"] = SIZES["lm_head"]
     found = {module: (a.out_features, a.in_features) for a in adapted for module in a.hf_modules()}
-    assert list(found) == list(expected), "order is the model's: layers, then table order, then experts"
+    assert list(found) == list(expected), (
+        "order is the model's: layers, then table order, then experts"
+    )
     assert found == expected
     for a in adapted:
         assert (a.shape("A"), a.shape("B")) == ((7, a.in_features), (a.out_features, 7))
 
 
-@pytest.mark.parametrize("shape", [MOE_SHAPE, MIXED_SHAPE, DENSE_SHAPE], ids=["moe", "mixed", "dense"])
+@pytest.mark.parametrize(
+    "shape", [MOE_SHAPE, MIXED_SHAPE, DENSE_SHAPE], ids=["moe", "mixed", "dense"]
+)
 def test_all_linear_leaves_out_router_and_output_layer(shape: ModelShape) -> None:
-    assert places(adapt(shape)) == [(layer, n) for layer in range(4) for n in ATTENTION_NAMES + MLP_NAMES]
+    assert places(adapt(shape)) == [
+        (layer, n) for layer in range(4) for n in ATTENTION_NAMES + MLP_NAMES
+    ]
 
 
 def test_tensor_names() -> None:
@@ -102,14 +124,17 @@ def test_tensor_names() -> None:
     assert (head.layer, head.num_experts, head.hf_modules()) == (None, 0, ["lm_head"])
     assert down.hf_module("*") == "model.layers.3.mlp.experts.*.down_proj"  # type: ignore[arg-type]
     assert (
-        tensor_name(down.hf_module(4), "B") == "base_model.model.model.layers.3.mlp.experts.4.down_proj.lora_B.weight"
+        tensor_name(down.hf_module(4), "B")
+        == "base_model.model.model.layers.3.mlp.experts.4.down_proj.lora_B.weight"
     )
     assert tensor_name("lm_head", "A") == "base_model.model.lm_head.lora_A.weight"
 
 
 @pytest.mark.parametrize(("alias", "names"), EXPANSIONS.items())
 def test_aliases(alias: str, names: list[str]) -> None:
-    assert places(adapt(MIXED_SHAPE, target_modules=[alias])) == [(layer, n) for layer in range(4) for n in names]
+    assert places(adapt(MIXED_SHAPE, target_modules=[alias])) == [
+        (layer, n) for layer in range(4) for n in names
+    ]
     ranks = {a.name: a.rank for a in adapt(MIXED_SHAPE, rank=3, rank_pattern={alias: 11})}
     assert ranks == {n: 11 if n in names else 3 for n in ATTENTION_NAMES + MLP_NAMES}
     left = {a.name for a in adapt(MIXED_SHAPE, exclude_modules=[alias])}
@@ -136,7 +161,9 @@ def test_aliases_are_all_tested() -> None:
          [(1, "k_proj")]),
     ],
 )  # fmt: skip
-def test_targets_and_exclusions(options: dict[str, Any], expected: list[tuple[int | None, str]]) -> None:
+def test_targets_and_exclusions(
+    options: dict[str, Any], expected: list[tuple[int | None, str]]
+) -> None:
     assert places(adapt(MIXED_SHAPE, **options)) == expected
 
 
@@ -168,7 +195,8 @@ def test_layers_refused(layers: list[int] | str, message: str) -> None:
 
 
 def test_the_first_pattern_that_matches_wins() -> None:
-    specific, general = r"layers\.2\.self_attn\.k_proj", "k_proj"
+    specific = r"layers\.2\.self_attn\.k_proj"
+    general = "k_proj"
     for patterns, ranks in (
         ({specific: 9, general: 5}, [5, 5, 9, 5]),
         ({general: 5, specific: 9}, [5, 5, 5, 5]),
@@ -177,7 +205,9 @@ def test_the_first_pattern_that_matches_wins() -> None:
         assert [a.rank for a in adapted if a.name == "k_proj"] == ranks
         assert {a.rank for a in adapted if a.name == "o_proj"} == {2}
         alphas = {key: float(rank) for key, rank in patterns.items()}
-        adapted = adapt(rank=4, alpha=2.0, target_modules=["k_proj", "o_proj"], alpha_pattern=alphas)
+        adapted = adapt(
+            rank=4, alpha=2.0, target_modules=["k_proj", "o_proj"], alpha_pattern=alphas
+        )
         assert [a.alpha for a in adapted if a.name == "k_proj"] == [float(r) for r in ranks]
         assert [a.scale for a in adapted if a.name == "k_proj"] == [r / 4 for r in ranks]
         assert {a.alpha for a in adapted if a.name == "o_proj"} == {2.0}
@@ -192,7 +222,9 @@ def test_expert_rank_is_for_routed_experts_that_no_pattern_names() -> None:
         **{(False, n): 6 for n in ("gate_proj", "up_proj")},
         **{(moe, "down_proj"): 10 for moe in (True, False)},
     }
-    assert {a.rank for a in adapt(rank=6, expert_rank=3, target_modules=["gate"])} == {6}, "the router is no expert"
+    assert {a.rank for a in adapt(rank=6, expert_rank=3, target_modules=["gate"])} == {6}, (
+        "the router is no expert"
+    )
 
 
 @pytest.mark.parametrize(("use_rslora", "scale"), [(False, 12 / 9), (True, 12 / 3)])
@@ -202,7 +234,9 @@ def test_scale(use_rslora: bool, scale: float) -> None:
     assert {a.scale for a in adapted if a.name != "v_proj"} == {12 / (2 if use_rslora else 4)}
 
 
-ADAPTABLE = "Adaptable: down_proj, gate, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+ADAPTABLE = (
+    "Adaptable: down_proj, gate, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+)
 ADAPTABLE_DENSE = ADAPTABLE.replace(" gate,", "")
 
 
@@ -258,33 +292,48 @@ def test_refused(shape: ModelShape, options: dict[str, Any], message: str) -> No
     [
         ({"rank": 7, "target_modules": ["q_proj"]}, {}),
         ({"rank": 7, "target_modules": ["k_proj", "o_proj", "v_proj", "lm_head"]}, {}),
-        ({"rank": 2, "target_modules": ATTENTION_NAMES}, {"rank_pattern": {r"layers\.[02]\..*q_proj": 5, "o_proj": 3}}),
+        (
+            {"rank": 2, "target_modules": ATTENTION_NAMES},
+            {"rank_pattern": {r"layers\.[02]\..*q_proj": 5, "o_proj": 3}},
+        ),
     ],
 )
-def test_num_parameters_of_attention(tiny: Path, options: dict[str, Any], patterns: dict[str, Any]) -> None:
+def test_num_parameters_of_attention(
+    tiny: Path, options: dict[str, Any], patterns: dict[str, Any]
+) -> None:
     assert_trains_what_stock_peft_trains(tiny, options, patterns)
 
 
 def test_num_parameters_of_a_regular_expression(tiny_dense: Path) -> None:
     # On a MoE model PEFT 0.21 reduces an expression to its last names, and so adapts every layer.
-    assert_trains_what_stock_peft_trains(tiny_dense, {"rank": 3, "target_modules": r".*\.[13]\..*\.(k|down)_proj"}, {})
+    assert_trains_what_stock_peft_trains(
+        tiny_dense, {"rank": 3, "target_modules": r".*\.[13]\..*\.(k|down)_proj"}, {}
+    )
 
 
-def assert_trains_what_stock_peft_trains(base: Path, options: dict[str, Any], patterns: dict[str, Any]) -> None:
+def assert_trains_what_stock_peft_trains(
+    base: Path, options: dict[str, Any], patterns: dict[str, Any]
+) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
         stock = get_peft_model(
-            model, LoraConfig(r=options["rank"], target_modules=options["target_modules"], **patterns)
+            model,
+            LoraConfig(r=options["rank"], target_modules=options["target_modules"], **patterns),
         )
     total = sum(
-        a.num_parameters() for a in resolve(LoRAConfig(**options, **patterns), model_shape(read_hf_config(base)))
+        a.num_parameters()
+        for a in resolve(LoRAConfig(**options, **patterns), model_shape(read_hf_config(base)))
     )
     assert total == stock.get_nb_trainable_parameters()[0]
 
 
 def test_num_parameters_of_experts() -> None:
     s = MIXED_SHAPE
-    adapted = adapt(s, target_modules=["gate", *MLP_NAMES], rank_pattern={"gate_proj": 2, "up_proj": 3, "down_proj": 7})
+    adapted = adapt(
+        s,
+        target_modules=["gate", *MLP_NAMES],
+        rank_pattern={"gate_proj": 2, "up_proj": 3, "down_proj": 7},
+    )
     experts = s.num_experts * (2 + 3 + 7) * (s.hidden + s.expert_intermediate)
     dense = (2 + 3 + 7) * (s.hidden + s.intermediate)
     router = 16 * (s.hidden + s.num_experts)
@@ -297,32 +346,54 @@ def test_fused_weights_hold_their_projections_in_the_order_of_megatron() -> None
     for p in (*ATTENTION, *MOE, *DENSE_MLP, *HEAD):
         modules.setdefault(p.module, []).append(p.name)
     assert modules == {
-        "self_attention.linear_qkv": ["q_proj", "k_proj", "v_proj"], "self_attention.linear_proj": ["o_proj"],
-        "mlp.router": ["gate"], "mlp.experts.gate_up": ["gate_proj", "up_proj"], "mlp.experts.down": ["down_proj"],
-        "mlp.linear_fc1": ["gate_proj", "up_proj"], "mlp.linear_fc2": ["down_proj"], "output_layer": ["lm_head"],
+        "self_attention.linear_qkv": ["q_proj", "k_proj", "v_proj"],
+        "self_attention.linear_proj": ["o_proj"],
+        "mlp.router": ["gate"], "mlp.experts.gate_up": ["gate_proj", "up_proj"],
+        "mlp.experts.down": ["down_proj"],
+        "mlp.linear_fc1": ["gate_proj", "up_proj"], "mlp.linear_fc2": ["down_proj"],
+        "output_layer": ["lm_head"],
     }  # fmt: skip
     groups = {p.name: p.row_groups(MOE_SHAPE) for p in (*ATTENTION, *MOE, *HEAD)}
-    assert groups == dict.fromkeys(groups, 1) | {"q_proj": 2, "k_proj": 2, "v_proj": 2}, "one block per query group"
+    assert groups == dict.fromkeys(groups, 1) | {
+        "q_proj": 2,
+        "k_proj": 2,
+        "v_proj": 2,
+    }, "one block per query group"
 
 
 def test_groups_of_the_table() -> None:
-    assert {kind for kind, layout in LAYOUTS.items() if layout.group == "etp"} == {"expert_column", "expert_row"}
+    assert {kind for kind, layout in LAYOUTS.items() if layout.group == "etp"} == {
+        "expert_column",
+        "expert_row",
+    }
     assert {p.kind for p in (*ATTENTION, *MOE, *SHARED_EXPERT, *DENSE_MLP, *HEAD)} == set(LAYOUTS)
-    assert all(p.is_expert == (LAYOUTS[p.kind].group == "etp") for p in (*ATTENTION, *MOE, *DENSE_MLP, *HEAD))
+    assert all(
+        p.is_expert == (LAYOUTS[p.kind].group == "etp")
+        for p in (*ATTENTION, *MOE, *DENSE_MLP, *HEAD)
+    )
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(
-    "projection", [*ATTENTION, *MOE, *SHARED_EXPERT, *DENSE_MLP, *HEAD], ids=lambda p: p.hf.split("}.", 1)[-1]
+    "projection",
+    [*ATTENTION, *MOE, *SHARED_EXPERT, *DENSE_MLP, *HEAD],
+    ids=lambda p: p.hf.split("}.", 1)[-1],
 )
-def test_shards_make_up_the_whole_adapter_and_its_gradients(projection: Projection, ranks: int) -> None:
-    """Each rank computes ``B_i A_i x_i`` with its shards; split outputs are joined, partial ones added.
+def test_shards_make_up_the_whole_adapter_and_its_gradients(
+    projection: Projection, ranks: int
+) -> None:
+    """Each rank computes ``B_i A_i x_i`` with its shards; split outputs are joined, partial ones
+    added.
 
-    The gradient of a split factor is then its shard of the whole gradient, that of a replicated one the sum over ranks:
-    the two cases the table stands for. The router splits nothing but the tokens.
+    The gradient of a split factor is then its shard of the whole gradient, that of a replicated one
+    the sum over ranks: the two cases the table stands for. The router splits nothing but the
+    tokens.
     """
     shape = replace(MOE_SHAPE, num_kv_heads=4, num_heads=12, shared_intermediate=112)
-    layout, (out, into), rank, tokens = LAYOUTS[projection.kind], projection.features(shape), 3, 8
+    layout = LAYOUTS[projection.kind]
+    out, into = projection.features(shape)
+    rank = 3
+    tokens = 8
     generator = torch.Generator().manual_seed(ranks)
     a, b, x, dy = (
         torch.randn(size, generator=generator, dtype=torch.float64)
@@ -335,11 +406,19 @@ def test_shards_make_up_the_whole_adapter_and_its_gradients(projection: Projecti
     parts = [
         gradients(*inputs)
         for inputs in zip(
-            shards(a, layout.split("A"), ranks), shards(b, layout.split("B"), ranks), xs, dys, strict=True
+            shards(a, layout.split("A"), ranks),
+            shards(b, layout.split("B"), ranks),
+            xs,
+            dys,
+            strict=True,
         )
     ]
     output = [part[0] for part in parts]
-    joined = torch.cat(output, 0 if by_token else 1) if by_token or layout.split_b == 0 else torch.stack(output).sum(0)
+    joined = (
+        torch.cat(output, 0 if by_token else 1)
+        if by_token or layout.split_b == 0
+        else torch.stack(output).sum(0)
+    )
     torch.testing.assert_close(joined, whole[0])
     for at, factor in ((1, "A"), (2, "B")):
         split = layout.split(factor)  # type: ignore[arg-type]
@@ -355,7 +434,8 @@ def shards(whole: Tensor, dim: int | None, ranks: int) -> list[Tensor]:
 
 def gradients(a: Tensor, b: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y = x A^T B^T, dA, dB."""
-    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    a = a.clone().requires_grad_()
+    b = b.clone().requires_grad_()
     y = x @ a.T @ b.T
     y.backward(dy)
     assert a.grad is not None and b.grad is not None

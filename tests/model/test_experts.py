@@ -1,4 +1,5 @@
-"""What the routed experts keep for backward: the hidden states as they were, gate_up and the rank-wide S; nothing permuted."""
+"""What the routed experts keep for backward: the hidden states as they were, gate_up and the
+rank-wide S; nothing permuted."""
 
 from typing import Any
 
@@ -15,9 +16,12 @@ from tests.parity.everything import LORA, config_of
 
 
 def kept_by_experts(config: RunConfig) -> list[tuple[int, dict[str, int]]]:
-    """For each call of a rank's first experts in a training step: rows of x, and bytes kept by kind."""
+    """For each call of a rank's first experts in a training step: rows of x, and bytes kept by
+    kind."""
     with built(config) as run:
-        experts = next(m for chunk in run.model.chunks for m in chunk.modules() if isinstance(m, ExpertsLoRA))
+        experts = next(
+            m for chunk in run.model.chunks for m in chunk.modules() if isinstance(m, ExpertsLoRA)
+        )
         frozen = {p.untyped_storage().data_ptr() for p in experts.parameters()}
         seen: list[tuple[int, dict[str, int]]] = []
 
@@ -32,7 +36,9 @@ def kept_by_experts(config: RunConfig) -> list[tuple[int, dict[str, int]]]:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 out = ExpertsLoRA.forward(experts, x, routing, probs)
             given = x.untyped_storage().data_ptr()
-            floats = {at: t.untyped_storage().nbytes() for at, t in kept.items() if t.is_floating_point()}
+            floats = {
+                at: t.untyped_storage().nbytes() for at, t in kept.items() if t.is_floating_point()
+            }
             row = {"x": floats.pop(given, 0), "others": sum(floats.values())}
             row["per row"] = row["others"] // max(1, routing.num_rows)
             seen.append((x.shape[0], row))
@@ -46,7 +52,9 @@ def kept_by_experts(config: RunConfig) -> list[tuple[int, dict[str, int]]]:
 @pytest.mark.parametrize("recompute", ["off", "selective"])
 @pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"ep": 2})], ids=["ep1", "ep2"])
 def test_bytes_kept_per_token(world, parallel, recompute, everything, chats, tmp_path) -> None:
-    config = config_of(everything, chats, tmp_path / "run", parallel, LORA, recompute, micro_batch_size=1)
+    config = config_of(
+        everything, chats, tmp_path / "run", parallel, LORA, recompute, micro_batch_size=1
+    )
     shape = model_shape(read_hf_config(everything))
     for calls in run_ranks(kept_by_experts, world, config):
         assert calls
@@ -54,4 +62,5 @@ def test_bytes_kept_per_token(world, parallel, recompute, everything, chats, tmp
             assert rows > 0
             assert kept["x"] == rows * shape.hidden * 4
             gate_up = 0 if recompute == "selective" else 2 * shape.expert_intermediate
-            assert kept["per row"] == (gate_up + 3 * LORA.rank + 1) * 4  # S of gate, up and down; the probability
+            # S of gate, up and down; the probability
+            assert kept["per row"] == (gate_up + 3 * LORA.rank + 1) * 4

@@ -1,4 +1,5 @@
-"""Recomputation runs the same function again: the same gradients, also with dropout, also for a block whose input needs none."""
+"""Recomputation runs the same function again: the same gradients, also with dropout, also for a
+block whose input needs none."""
 
 from dataclasses import replace
 
@@ -26,7 +27,8 @@ class Layer(nn.Module):
 
 
 def test_gradients_with_dropout_and_an_input_that_needs_none():
-    x, gradients = torch.randn(3, 7), []
+    x = torch.randn(3, 7)
+    gradients = []
     layer = Layer()
     for module in (layer, Recomputed(layer)):
         torch.manual_seed(1)
@@ -39,10 +41,13 @@ def test_gradients_with_dropout_and_an_input_that_needs_none():
 
 
 def test_tensors_passed_by_keyword_reach_checkpoint_by_position(monkeypatch):
-    """torch keeps only the generators of devices it sees among positional tensors: on a GPU, dropout's mask depends on it."""
+    """torch keeps only the generators of devices it sees among positional tensors: on a GPU,
+    dropout's mask depends on it."""
     seen = []
     real = recompute.checkpoint
-    monkeypatch.setattr(recompute, "checkpoint", lambda f, *args, **kw: seen.extend(args) or real(f, *args, **kw))
+    monkeypatch.setattr(
+        recompute, "checkpoint", lambda f, *args, **kw: seen.extend(args) or real(f, *args, **kw)
+    )
     x = torch.randn(3, 7)
     Recomputed(Layer())(x=x)
     assert any(t is x for t in seen)
@@ -50,8 +55,12 @@ def test_tensors_passed_by_keyword_reach_checkpoint_by_position(monkeypatch):
 
 def test_training_with_dropout_is_the_same_with_and_without(tiny, chats, tmp_path):
     for level in ("off", "full", "selective"):
-        config = make_config(tiny, chats, tmp_path / level, {"tp": 2, "ep": 2}, level, steps=2, micro_batch_size=4)
+        config = make_config(
+            tiny, chats, tmp_path / level, {"tp": 2, "ep": 2}, level, steps=2, micro_batch_size=4
+        )
         run_ranks(train, 4, replace(config, lora=replace(config.lora, dropout=0.2)))
     for other in ("full", "selective"):
         assert records(tmp_path / other, "loss") == records(tmp_path / "off", "loss")
-        assert records(tmp_path / other, "grad_norm") == pytest.approx(records(tmp_path / "off", "grad_norm"), rel=1e-6)
+        assert records(tmp_path / other, "grad_norm") == pytest.approx(
+            records(tmp_path / "off", "grad_norm"), rel=1e-6
+        )

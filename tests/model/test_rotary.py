@@ -1,4 +1,5 @@
-"""Rotary frequencies and angles against transformers' own rotary modules, for every kind and spelling."""
+"""Rotary frequencies and angles against transformers' own rotary modules, for every kind and
+spelling."""
 
 import json
 from pathlib import Path
@@ -19,7 +20,12 @@ from megalora.train.setup import parallel_groups
 from tests.distributed.ranks import run_ranks
 
 THETA = {"rope_theta": 50_000.0}
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 256}
 CASES: dict[str, dict[str, Any]] = {
     "default": {"rope_parameters": {"rope_type": "default"}},
@@ -29,10 +35,20 @@ CASES: dict[str, dict[str, Any]] = {
     "linear": {"rope_scaling": {"type": "linear", "factor": 2.5}},
     "llama3": {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
     "llama3, other numbers": {
-        "rope_parameters": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 2.0, "high_freq_factor": 3.0}
+        "rope_parameters": {
+            "rope_type": "llama3",
+            **LLAMA3,
+            "low_freq_factor": 2.0,
+            "high_freq_factor": 3.0,
+        }
     },
     "llama3 without a length": {
-        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
     },
     "yarn": {"rope_scaling": {"rope_type": "yarn", **YARN}},
     "yarn, type": {"rope_scaling": {"type": "yarn", **YARN}},
@@ -43,24 +59,38 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "yarn", **YARN},
     },
     "yarn without a length": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-    "yarn, betas": {"rope_scaling": {"rope_type": "yarn", **YARN, "beta_fast": 16.0, "beta_slow": 2.0}},
+    "yarn, betas": {
+        "rope_scaling": {"rope_type": "yarn", **YARN, "beta_fast": 16.0, "beta_slow": 2.0}
+    },
     "yarn, factor given": {"rope_scaling": {"rope_type": "yarn", **YARN, "attention_factor": 1.3}},
-    "yarn, mscale": {"rope_scaling": {"rope_type": "yarn", **YARN, "mscale": 1.2, "mscale_all_dim": 0.7}},
+    "yarn, mscale": {
+        "rope_scaling": {"rope_type": "yarn", **YARN, "mscale": 1.2, "mscale_all_dim": 0.7}
+    },
     "yarn, one mscale": {"rope_scaling": {"rope_type": "yarn", **YARN, "mscale": 1.2}},
     "yarn, not rounded": {"rope_scaling": {"rope_type": "yarn", **YARN, "truncate": False}},
-    "yarn, nulls": {"rope_scaling": {"rope_type": "yarn", **YARN, "attention_factor": None, "beta_fast": None}},
+    "yarn, nulls": {
+        "rope_scaling": {"rope_type": "yarn", **YARN, "attention_factor": None, "beta_fast": None}
+    },
 }
 
 
 def config_with(tiny: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    plain = {name: v for name, v in read_hf_config(tiny).items() if name not in ("rope_theta", "rope_parameters")}
+    plain = {
+        name: v
+        for name, v in read_hf_config(tiny).items()
+        if name not in ("rope_theta", "rope_parameters")
+    }
     found = json.loads(json.dumps(plain)) | THETA | fields
     return {name: value for name, value in found.items() if value is not ...}
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("rotary") / "base", num_hidden_layers=1, max_position_embeddings=2048)
+    return make_tiny(
+        tmp_path_factory.mktemp("rotary") / "base",
+        num_hidden_layers=1,
+        max_position_embeddings=2048,
+    )
 
 
 def rotary_of_transformers(hf: dict[str, Any]) -> Any:
@@ -84,7 +114,8 @@ def test_the_kinds_differ(small: Path) -> None:
         for fields in CASES.values()
         for inv_freq, factor in [frequencies(read_rope(config_with(small, fields)), 32, 2048)]
     }
-    same = 1 + 4 + 1  # plain twice, yarn in five spellings and once with nulls, and one mscale alone does nothing
+    # plain twice, yarn in five spellings and once with nulls, and one mscale alone does nothing
+    same = 1 + 4 + 1
     assert len(found) == len(CASES) - same - 1
 
 
@@ -100,13 +131,15 @@ def _angles_and_scale(hf: dict[str, Any]) -> tuple[torch.Tensor, float]:
 
 @pytest.mark.parametrize("name", ["linear", "llama3", "yarn, betas", "yarn, factor given"])
 def test_the_built_model_turns_as_transformers_does(small: Path, name: str) -> None:
-    """cos and sin at every position up to max_position_embeddings; the factor is in the scale of the scores."""
+    """cos and sin at every position up to max_position_embeddings; the factor is in the scale of
+    the scores."""
     hf = config_with(small, CASES[name])
     theirs = rotary_of_transformers(hf)
     angles, scale = run_ranks(_angles_and_scale, 1, hf)[0]
     cos, sin = theirs(torch.zeros(1), torch.arange(2048)[None])
     factor = theirs.attention_scaling
-    # Up to 2,047 radians in float32: the last bit of an angle is 1.2e-4, and both sides round the same product.
+    # Up to 2,047 radians in float32: the last bit of an angle is 1.2e-4, and both sides round the
+    # same product.
     torch.testing.assert_close(factor * angles.cos(), cos[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(factor * angles.sin(), sin[0], rtol=0, atol=1e-6)
     assert scale == pytest.approx(factor**2 / 32**0.5, rel=1e-12)

@@ -1,4 +1,5 @@
-"""Sizes read from config.json, against the parameters that transformers builds from the same file."""
+"""Sizes read from config.json, against the parameters that transformers builds from the same
+file."""
 
 import json
 from dataclasses import replace
@@ -14,13 +15,17 @@ from megalora.model.shape import ModelShape, model_shape, read_hf_config
 from megalora.tiny import make_tiny
 
 QWEN3_30B_A3B: dict[str, Any] = {
-    "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "moe_intermediate_size": 768,
-    "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936, "tie_word_embeddings": False,
+    "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936,
+    "tie_word_embeddings": False,
     "decoder_sparse_step": 1, "mlp_only_layers": [],
 }  # fmt: skip
 QWEN3_235B_A22B: dict[str, Any] = QWEN3_30B_A3B | {
-    "num_hidden_layers": 94, "hidden_size": 4096, "num_attention_heads": 64, "intermediate_size": 12288,
+    "num_hidden_layers": 94, "hidden_size": 4096, "num_attention_heads": 64,
+    "intermediate_size": 12288,
     "moe_intermediate_size": 1536,
 }  # fmt: skip
 QWEN3_4B: dict[str, Any] = {
@@ -29,8 +34,10 @@ QWEN3_4B: dict[str, Any] = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 SHAPE = ModelShape(
-    model_type="qwen3_moe", num_layers=12, hidden=96, num_heads=24, num_kv_heads=8, head_dim=32, intermediate=144,
-    vocab=512, tied_embeddings=False, num_experts=30, top_k=3, expert_intermediate=50, moe_layers=frozenset(range(12)),
+    model_type="qwen3_moe", num_layers=12, hidden=96, num_heads=24, num_kv_heads=8, head_dim=32,
+    intermediate=144,
+    vocab=512, tied_embeddings=False, num_experts=30, top_k=3, expert_intermediate=50,
+    moe_layers=frozenset(range(12)),
 )  # fmt: skip
 
 
@@ -57,19 +64,29 @@ def num_parameters_in_transformers(folder: Path) -> int:
         ("qwen3_moe", {"attention_bias": True, "num_key_value_heads": 1}, {0, 1, 2, 3}),
     ],
 )
-def test_num_parameters_of_a_model(tmp_path: Path, arch: str, overrides: dict[str, Any], moe_layers: set[int]) -> None:
+def test_num_parameters_of_a_model(
+    tmp_path: Path, arch: str, overrides: dict[str, Any], moe_layers: set[int]
+) -> None:
     folder = make_tiny(tmp_path / "base", arch=arch, **overrides)
     shape = model_shape(read_hf_config(folder))
     assert shape.moe_layers == moe_layers
-    assert [shape.is_moe(i) for i in range(shape.num_layers)] == [i in moe_layers for i in range(shape.num_layers)]
+    assert [shape.is_moe(i) for i in range(shape.num_layers)] == [
+        i in moe_layers for i in range(shape.num_layers)
+    ]
     assert shape.num_parameters() == num_parameters_in_transformers(folder)
 
 
 @pytest.mark.parametrize(
     ("hf", "num_parameters"),
-    [(QWEN3_30B_A3B, 30_532_122_624), (QWEN3_235B_A22B, 235_093_634_560), (QWEN3_4B, 4_022_468_096)],
+    [
+        (QWEN3_30B_A3B, 30_532_122_624),
+        (QWEN3_235B_A22B, 235_093_634_560),
+        (QWEN3_4B, 4_022_468_096),
+    ],
 )
-def test_num_parameters_of_published_models(tmp_path: Path, hf: dict[str, Any], num_parameters: int) -> None:
+def test_num_parameters_of_published_models(
+    tmp_path: Path, hf: dict[str, Any], num_parameters: int
+) -> None:
     assert model_shape(hf).num_parameters() == num_parameters
     (tmp_path / "config.json").write_text(json.dumps(hf))
     assert num_parameters_in_transformers(tmp_path) == num_parameters
@@ -77,8 +94,10 @@ def test_num_parameters_of_published_models(tmp_path: Path, hf: dict[str, Any], 
 
 def test_every_size_is_read() -> None:
     assert model_shape(QWEN3_30B_A3B) == ModelShape(
-        model_type="qwen3_moe", num_layers=48, hidden=2048, num_heads=32, num_kv_heads=4, head_dim=128,
-        intermediate=6144, vocab=151936, tied_embeddings=False, num_experts=128, top_k=8, expert_intermediate=768,
+        model_type="qwen3_moe", num_layers=48, hidden=2048, num_heads=32, num_kv_heads=4,
+        head_dim=128,
+        intermediate=6144, vocab=151936, tied_embeddings=False, num_experts=128, top_k=8,
+        expert_intermediate=768,
         moe_layers=frozenset(range(48)),
     )  # fmt: skip
     assert model_shape(QWEN3_4B) == ModelShape(
@@ -88,9 +107,15 @@ def test_every_size_is_read() -> None:
 
 
 def test_other_spellings() -> None:
-    renamed = {k: v for k, v in QWEN3_30B_A3B.items() if k != "num_experts"} | {"num_local_experts": 128}
+    renamed = {k: v for k, v in QWEN3_30B_A3B.items() if k != "num_experts"} | {
+        "num_local_experts": 128
+    }
     assert model_shape(renamed) == model_shape(QWEN3_30B_A3B)
-    bare = {k: v for k, v in QWEN3_30B_A3B.items() if k not in ("head_dim", "tie_word_embeddings", "mlp_only_layers")}
+    bare = {
+        k: v
+        for k, v in QWEN3_30B_A3B.items()
+        if k not in ("head_dim", "tie_word_embeddings", "mlp_only_layers")
+    }
     shape = model_shape(bare | {"num_key_value_heads": None, "decoder_sparse_step": None})
     assert (shape.num_kv_heads, shape.head_dim, shape.tied_embeddings) == (32, 64, False)
     assert shape.moe_layers == set(range(48))
@@ -130,7 +155,9 @@ def test_layout_refused(layout: dict[str, int], message: str) -> None:
          "parallel.ep=1, parallel.etp=2: this model (qwen3_moe) has no experts; set both to 1"),
     ],
 )  # fmt: skip
-def test_layout_refused_for_another_model(sizes: dict[str, Any], layout: dict[str, int], message: str) -> None:
+def test_layout_refused_for_another_model(
+    sizes: dict[str, Any], layout: dict[str, int], message: str
+) -> None:
     with pytest.raises(ValueError) as caught:
         replace(SHAPE, **sizes).check_layout(ParallelConfig(**layout))
     assert str(caught.value) == message
@@ -138,7 +165,8 @@ def test_layout_refused_for_another_model(sizes: dict[str, Any], layout: dict[st
 
 def test_layout_accepted() -> None:
     SHAPE.check_layout(ParallelConfig(tp=8, pp=3, vpp=2, ep=15, etp=25))
-    replace(SHAPE, intermediate=142).check_layout(ParallelConfig(tp=4))  # no layer has that dense MLP
+    # no layer has that dense MLP
+    replace(SHAPE, intermediate=142).check_layout(ParallelConfig(tp=4))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +190,10 @@ def test_config_refused(hf: dict[str, Any], message: str) -> None:
     ("content", "message"),
     [
         (None, "{folder} is not a Hugging Face model folder: it has no config.json"),
-        (b'{\n "a": 1\n "b": 2}', "{folder}/config.json:3: not valid JSON (Expecting ',' delimiter, column 2)"),
+        (
+            b'{\n "a": 1\n "b": 2}',
+            "{folder}/config.json:3: not valid JSON (Expecting ',' delimiter, column 2)",
+        ),
         (b"[1]", "{folder}/config.json: must be a JSON object, got list"),
         (b'{"a": "\xff"}', "{folder}/config.json: not UTF-8 (invalid start byte, byte 8)"),
     ],

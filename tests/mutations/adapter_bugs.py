@@ -3,34 +3,58 @@
 from tests.mutations.bugs import Bug, bug
 
 COPIES, RULES, WEIGHTS, BANKS, OPTIONS, PATTERNS, ADAPTER = (
-    f"megalora/bridge/{name}.py" for name in ("copies", "rules", "weights", "banks", "options", "patterns", "adapter")
+    f"megalora/bridge/{name}.py"
+    for name in ("copies", "rules", "weights", "banks", "options", "patterns", "adapter")
 )
 COPIES_TEST, STOCK, BANKS_TEST, WEIGHTS_TEST, OPTIONS_TEST = (
-    f"tests/bridge/test_{name}.py" for name in ("copies", "stock_peft", "banks", "weights", "options")
+    f"tests/bridge/test_{name}.py"
+    for name in ("copies", "stock_peft", "banks", "weights", "options")
 )
 
 # fmt: off
 ADAPTER_BUGS: tuple[Bug, ...] = (
-    bug(0, "a trained embedding passed over", COPIES, "return None if possible else largest", "return None", f"{COPIES_TEST} trained_embedding"),
-    bug(0, "a copy in another dtype taken for a trained weight", COPIES, '(own, "F32", "BF16", "F16")', '(own, "F32")', f"{COPIES_TEST} dtype_that_the_base"),
-    bug(0, "bfloat16 cut instead of rounded", COPIES, "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "bits >> 16", f"{COPIES_TEST} rounding_is_torch"),
-    bug(0, "a resized vocabulary passed over", COPIES, "    if info.shape != size:", "    if False:", f"{COPIES_TEST} resized_vocabulary"),
-    bug(0, "a server's adapter with another head", "megalora/serve/check.py", "        _check_copies(files, shape, limits.base)\n", "", f"{COPIES_TEST} server_s_check"),
-    bug(0, "exclusions not subtracted", RULES, "if ends_in(module, self.excluded) or (", "if (", "tests/cases/test_adapter_cases.py excluded_targets"),
-    bug(0, "parameters excluded like modules", RULES, "            return found\n        leaf", "            return set()\n        leaf", f"{STOCK} read_as_peft"),
-    bug(0, "layers forgotten", RULES, "        elif self._in_layers(module):", "        else:", f"{STOCK} read_as_peft"),
-    bug(0, "layers that hold for full names", RULES, "        if module in self.modules:", "        if False:", f"{STOCK} read_as_peft"),
-    bug(0, "two alphas for a module not said", RULES, "            if value != holds:", "            if False:", f"{STOCK} keys_that_peft_sorts"),
-    bug(0, "a shard lost without a word", WEIGHTS, "for name in expected if name not in names]", "for name in expected if False]", f"{WEIGHTS_TEST} broken_shards"),
-    bug(0, "an index of shards not read", WEIGHTS, "    if len(files) == 1 or not path.is_file():", "    if True:", f"{WEIGHTS_TEST} broken_shards"),
-    bug(0, "a pickle that runs code", WEIGHTS, "weights_only=True, mmap=True)", "weights_only=False, mmap=True)", f"{WEIGHTS_TEST} runs_no_code",
-        ('content = torch.load(path, map_location="cpu", weights_only=True)', 'content = torch.load(path, map_location="cpu", weights_only=False)')),
-    bug(0, "bfloat16 read as half of its value", WEIGHTS, "raw.astype(np.uint32) << 16", "raw.astype(np.uint32) << 15", f"{WEIGHTS_TEST} rows_are_the_tensor"),
-    bug(0, "Tinker's gate and up swapped", BANKS, '"w1": "gate_proj", "w2": DOWN, "w3": "up_proj"', '"w1": "up_proj", "w2": DOWN, "w3": "gate_proj"', f"{BANKS_TEST} 3d_tensors"),
-    bug(0, "up's rows before gate's", BANKS, "zip(HALVES, b.chunk(2)", "zip(HALVES[::-1], b.chunk(2)", f"{BANKS_TEST} gate_and_up"),
-    bug(0, "Tinker's head not in its all-linear", ADAPTER, "also=[TINKER_HEAD] if TINKER_HEAD in name else []", "also=[]", f"{BANKS_TEST} tinker_s_head"),
-    bug(0, "an unknown option of an adapter passes", OPTIONS, "        if config[key]:\n", "        if False:\n", f"{OPTIONS_TEST} set_and_not_plain"),
-    bug(0, "an alpha of 400 digits", OPTIONS, "0 < value <= LARGEST and math.isfinite(value)", "0 < value and math.isfinite(value)", f"{OPTIONS_TEST} mean_nothing"),
-    bug(0, "braces that match fuzzily", PATTERNS, '_LONE_BRACE.sub(r"\\\\{", expression)', 'expression', "tests/bridge/test_patterns.py as_python"),
+    bug(0, "a trained embedding passed over", COPIES, "return None if possible else largest",
+        "return None", f"{COPIES_TEST} trained_embedding"),
+    bug(0, "a copy in another dtype taken for a trained weight", COPIES,
+        '(own, "F32", "BF16", "F16")', '(own, "F32")', f"{COPIES_TEST} dtype_that_the_base"),
+    bug(0, "bfloat16 cut instead of rounded", COPIES, "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16",
+        "bits >> 16", f"{COPIES_TEST} rounding_is_torch"),
+    bug(0, "a resized vocabulary passed over", COPIES, "    if info.shape != size:",
+        "    if False:", f"{COPIES_TEST} resized_vocabulary"),
+    bug(0, "a server's adapter with another head", "megalora/serve/check.py",
+        "        _check_copies(files, shape, limits.base)\n", "", f"{COPIES_TEST} server_s_check"),
+    bug(0, "exclusions not subtracted", RULES, "if ends_in(module, self.excluded) or (", "if (",
+        "tests/cases/test_adapter_cases.py excluded_targets"),
+    bug(0, "parameters excluded like modules", RULES, "            return found\n        leaf",
+        "            return set()\n        leaf", f"{STOCK} read_as_peft"),
+    bug(0, "layers forgotten", RULES, "        elif self._in_layers(module):", "        else:",
+        f"{STOCK} read_as_peft"),
+    bug(0, "layers that hold for full names", RULES, "        if module in self.modules:",
+        "        if False:", f"{STOCK} read_as_peft"),
+    bug(0, "two alphas for a module not said", RULES, "            if value != holds:",
+        "            if False:", f"{STOCK} keys_that_peft_sorts"),
+    bug(0, "a shard lost without a word", WEIGHTS, "for name in expected if name not in names]",
+        "for name in expected if False]", f"{WEIGHTS_TEST} broken_shards"),
+    bug(0, "an index of shards not read", WEIGHTS, "    if len(files) == 1 or not path.is_file():",
+        "    if True:", f"{WEIGHTS_TEST} broken_shards"),
+    bug(0, "a pickle that runs code", WEIGHTS, "weights_only=True, mmap=True)",
+        "weights_only=False, mmap=True)", f"{WEIGHTS_TEST} runs_no_code",
+        ('content = torch.load(path, map_location="cpu", weights_only=True)',
+         'content = torch.load(path, map_location="cpu", weights_only=False)')),
+    bug(0, "bfloat16 read as half of its value", WEIGHTS, "raw.astype(np.uint32) << 16",
+        "raw.astype(np.uint32) << 15", f"{WEIGHTS_TEST} rows_are_the_tensor"),
+    bug(0, "Tinker's gate and up swapped", BANKS, '"w1": "gate_proj", "w2": DOWN, "w3": "up_proj"',
+        '"w1": "up_proj", "w2": DOWN, "w3": "gate_proj"', f"{BANKS_TEST} 3d_tensors"),
+    bug(0, "up's rows before gate's", BANKS, "zip(HALVES, b.chunk(2)",
+        "zip(HALVES[::-1], b.chunk(2)", f"{BANKS_TEST} gate_and_up"),
+    bug(0, "Tinker's head not in its all-linear", ADAPTER,
+        "also=[TINKER_HEAD] if TINKER_HEAD in name else []", "also=[]",
+    f"{BANKS_TEST} tinker_s_head"),
+    bug(0, "an unknown option of an adapter passes", OPTIONS, "        if config[key]:\n",
+        "        if False:\n", f"{OPTIONS_TEST} set_and_not_plain"),
+    bug(0, "an alpha of 400 digits", OPTIONS, "0 < value <= LARGEST and math.isfinite(value)",
+        "0 < value and math.isfinite(value)", f"{OPTIONS_TEST} mean_nothing"),
+    bug(0, "braces that match fuzzily", PATTERNS, '_LONE_BRACE.sub(r"\\\\{", expression)',
+        'expression', "tests/bridge/test_patterns.py as_python"),
 )
 # fmt: on

@@ -1,31 +1,58 @@
-"""Bugs in the planner and its benchmark: bytes, seconds, what is called known. The same form as ``bugs.py``."""
+"""Bugs in the planner and its benchmark: bytes, seconds, what is called known. The same form as
+``bugs.py``."""
 
 from tests.mutations.bugs import Bug, bug
 
 MEMORY, WEIGHTS, COST, HARDWARE, SEARCH = (
     f"megalora/planner/{name}.py" for name in ("memory", "weights", "cost", "hardware", "search")
 )
-COST_TEST, PEAK, PLAN = "tests/planner/test_cost.py", "tests/planner/test_peak.py", "tests/planner/test_plan.py"
+COST_TEST = "tests/planner/test_cost.py"
+PEAK = "tests/planner/test_peak.py"
+PLAN = "tests/planner/test_plan.py"
 
 # fmt: off
 PLANNER_BUGS: tuple[Bug, ...] = (
-    bug(0, "one microbatch in flight on every stage", MEMORY, "max(sum(n * k for n, k in", "max(sum(min(n, 1) * k for n, k in", PEAK),
-    bug(0, "loss and a layer's backward at the same time", MEMORY, '(("pass", "loss"), ("pass", "layer"), ("step",))', '(("pass", "loss", "layer"), ("step",))', PEAK),
-    bug(0, "experts' adapters reduced with the dense ones", WEIGHTS, "own = is_expert and separate", "own = is_expert and not separate", "tests/planner/test_memory.py"),
-    bug(0, "a shared factor's table without its shards", WEIGHTS, "if shards < group else 0", "/ shards if shards < group else 0", "tests/planner/test_memory.py tables"),
-    bug(0, "a bubble that chunks do not shorten", COST, " - longest.total) / p.vpp", " - longest.total)", f"{COST_TEST} bubble"),
-    bug(0, "an all-to-all out and none back", COST, "max(sent, received / self.p.etp), times=2)", "max(sent, received / self.p.etp), times=1)", f"{COST_TEST} all_to_all"),
-    bug(0, "attention whole on every tensor-parallel rank", COST, "attention_flops(b.samples, b.sequence, width)", "attention_flops(b.samples, b.sequence, width * self.p.tp)", f"{COST_TEST} share"),
-    bug(0, "full recomputation for nothing", COST, "again.take(forward, before=\"recompute \")", "again.take(forward, 0.0, before=\"recompute \")", f"{COST_TEST} recomputation"),
-    bug(0, "the host's time on top of a GPU's", COST, "max(0.0, host - device) if over.hidden else host", "host", f"{COST_TEST} host"),
-    bug(0, "a wait before the all-to-all that hides the host", COST, "if waits and over.hidden:", "if waits and not over.hidden:", f"{COST_TEST} hidden"),
-    bug(0, "no wait in the forward that is run again", COST, 'if self.layout.recompute == "full" and waits:', "if False:", f"{COST_TEST} wait"),
-    bug(0, "a wait for experts cut by ETP alone forgotten", COST, "return p.ep * p.etp > 1", "return p.ep > 1", f"{COST_TEST} hidden"),
-    bug(0, "what lies beyond a table called interpolated", HARDWARE, "Estimate(math.exp(mean), \"interpolated\" if inside else \"assumed\")", "Estimate(math.exp(mean), \"interpolated\")", "tests/planner/test_hardware.py table"),
-    bug(0, "a ring over nodes with one adapter", HARDWARE, "self.outside_bytes_per_s * per_node)", "self.outside_bytes_per_s)", "tests/planner/test_hardware.py links"),
-    bug(0, "a layout taken that hardly fits", SEARCH, "safe = [v for v in variants if self.share(v) <= FULL] or variants", "safe = variants", f"{PLAN} split"),
-    bug(0, "a recomputed layer kept alive by its dispatcher", "megalora/model/dispatcher.py", "hidden_states.shape, probs.dtype, routing_map", "hidden_states.shape, probs.dtype, routing_map\n        self.probs = probs", PEAK),
-    bug(0, "even routing that favours the first rank", "megalora/bench/routing.py", "(turn % ep) * (num_experts // ep)", "(turn % ep // 2) * (num_experts // ep)", "tests/bench/test_bench.py balanced"),
-    bug(0, "live tensors never freed", "megalora/bench/live.py", "self.now_bytes -= ", "self.now_bytes -= 0 * ", "tests/bench/test_live.py"),
+    bug(0, "one microbatch in flight on every stage", MEMORY, "max(sum(n * k for n, k in",
+        "max(sum(min(n, 1) * k for n, k in", PEAK),
+    bug(0, "loss and a layer's backward at the same time", MEMORY,
+        '(("pass", "loss"), ("pass", "layer"), ("step",))',
+    '(("pass", "loss", "layer"), ("step",))', PEAK),
+    bug(0, "experts' adapters reduced with the dense ones", WEIGHTS, "own = is_expert and separate",
+        "own = is_expert and not separate", "tests/planner/test_memory.py"),
+    bug(0, "a shared factor's table without its shards", WEIGHTS, "if shards < group else 0",
+        "/ shards if shards < group else 0", "tests/planner/test_memory.py tables"),
+    bug(0, "a bubble that chunks do not shorten", COST, " - longest.total) / p.vpp",
+        " - longest.total)", f"{COST_TEST} bubble"),
+    bug(0, "an all-to-all out and none back", COST, "max(sent, received / self.p.etp), times=2)",
+        "max(sent, received / self.p.etp), times=1)", f"{COST_TEST} all_to_all"),
+    bug(0, "attention whole on every tensor-parallel rank", COST,
+        "attention_flops(b.samples, b.sequence, width)",
+    "attention_flops(b.samples, b.sequence, width * self.p.tp)", f"{COST_TEST} share"),
+    bug(0, "full recomputation for nothing", COST, "again.take(forward, before=\"recompute \")",
+        "again.take(forward, 0.0, before=\"recompute \")", f"{COST_TEST} recomputation"),
+    bug(0, "the host's time on top of a GPU's", COST,
+        "max(0.0, host - device) if over.hidden else host", "host", f"{COST_TEST} host"),
+    bug(0, "a wait before the all-to-all that hides the host", COST, "if waits and over.hidden:",
+        "if waits and not over.hidden:", f"{COST_TEST} hidden"),
+    bug(0, "no wait in the forward that is run again", COST,
+        'if self.layout.recompute == "full" and waits:', "if False:", f"{COST_TEST} wait"),
+    bug(0, "a wait for experts cut by ETP alone forgotten", COST, "return p.ep * p.etp > 1",
+        "return p.ep > 1", f"{COST_TEST} hidden"),
+    bug(0, "what lies beyond a table called interpolated", HARDWARE,
+        "Estimate(math.exp(mean), \"interpolated\" if inside else \"assumed\")",
+    "Estimate(math.exp(mean), \"interpolated\")", "tests/planner/test_hardware.py table"),
+    bug(0, "a ring over nodes with one adapter", HARDWARE, "self.outside_bytes_per_s * per_node)",
+        "self.outside_bytes_per_s)", "tests/planner/test_hardware.py links"),
+    bug(0, "a layout taken that hardly fits", SEARCH,
+        "safe = [v for v in variants if self.share(v) <= FULL] or variants", "safe = variants",
+    f"{PLAN} split"),
+    bug(0, "a recomputed layer kept alive by its dispatcher", "megalora/model/dispatcher.py",
+        "        self.probs_dtype = probs.dtype\n",
+        "        self.probs_dtype = probs.dtype\n        self.probs = probs\n", PEAK),
+    bug(0, "even routing that favours the first rank", "megalora/bench/routing.py",
+        "(turn % ep) * (num_experts // ep)", "(turn % ep // 2) * (num_experts // ep)",
+    "tests/bench/test_bench.py balanced"),
+    bug(0, "live tensors never freed", "megalora/bench/live.py", "self.now_bytes -= ",
+        "self.now_bytes -= 0 * ", "tests/bench/test_live.py"),
 )
 # fmt: on

@@ -2,9 +2,9 @@
 
     python -m tests.mutations.run [TEXT ...]
 
-Only bugs whose name contains a TEXT, or all of them; first the same tests without a bug, which must pass. Prints which test
-caught which bug; exit code 1 when one was not caught. Everything heavy is imported once; every bug gets a forked process
-that forgets our own modules and imports the copy's.
+Only bugs whose name contains a TEXT, or all of them; first the same tests without a bug, which must
+pass. Prints which test caught which bug; exit code 1 when one was not caught. Everything heavy is
+imported once; every bug gets a forked process that forgets our own modules and imports the copy's.
 """
 
 import contextlib
@@ -24,7 +24,16 @@ from tests.mutations.bugs import Bug
 from tests.mutations.every import EVERY_BUG
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("megalora", "kernels", "tests", "benchmarks", "configs", "docs", "launch", "pyproject.toml")
+COPIED = (
+    "megalora",
+    "kernels",
+    "tests",
+    "benchmarks",
+    "configs",
+    "docs",
+    "launch",
+    "pyproject.toml",
+)
 OURS = ("megalora", "megalora_kernels", "tests", "benchmarks")
 AT_ONCE = 2
 
@@ -45,7 +54,9 @@ def copy_of_the_code(folder: Path) -> Path:
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            shutil.copytree(
+                source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+            )
         else:
             shutil.copy(source, folder / name)
     return folder
@@ -55,11 +66,7 @@ def with_bug(code: Path, folder: Path, bug: Bug | None) -> None:
     shutil.copytree(code, folder)
     if bug is not None:
         path = folder / bug.file
-        text = path.read_text()
-        for old, new in bug.edits:
-            assert text.count(old) == 1, f"{bug.name}: {old!r} occurs {text.count(old)} times in {bug.file}"
-            text = text.replace(old, new)
-        path.write_text(text)
+        path.write_text(bug.put_into(path.read_text()))
 
 
 def run_tests(folder: Path, selections: list[str], stop_early: bool) -> None:
@@ -68,18 +75,35 @@ def run_tests(folder: Path, selections: list[str], stop_early: bool) -> None:
         del sys.modules[name]
     _pop_mode()  # host.install() of the copy pushes its own
     os.chdir(folder)
-    sys.path[:] = [str(folder), str(folder / "kernels"), *(p for p in sys.path if p not in ("", str(ROOT)))]
-    failures, code = Failures(), 0
+    sys.path[:] = [
+        str(folder),
+        str(folder / "kernels"),
+        *(p for p in sys.path if p not in ("", str(ROOT))),
+    ]
+    failures = Failures()
+    code = 0
     with (folder / "output.txt").open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         for selection in selections:
             file, _, expression = selection.partition(" ")
-            arguments = ["-q", "-p", "no:cacheprovider", f"--rootdir={folder}", str(folder / file), "-k", expression]
-            code = max(code, pytest.main([*arguments, *(["-x"] if stop_early else [])], plugins=[failures]))
+            arguments = [
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                f"--rootdir={folder}",
+                str(folder / file),
+                "-k",
+                expression,
+            ]
+            code = max(
+                code, pytest.main([*arguments, *(["-x"] if stop_early else [])], plugins=[failures])
+            )
     import megalora
 
-    assert Path(str(megalora.__file__)).is_relative_to(folder), f"tested {megalora.__file__}, not the copy"
+    assert Path(str(megalora.__file__)).is_relative_to(folder), (
+        f"tested {megalora.__file__}, not the copy"
+    )
     (folder / "result.json").write_text(json.dumps({"code": int(code), "failed": failures.names}))
 
 
@@ -108,11 +132,21 @@ def main(wanted: list[str]) -> None:
             selections = [bug.tests] if bug else sorted({b.tests for b in bugs})
             return (bug, folder), run_tests, (folder, selections, bug is not None)
 
-        for (bug, folder), seconds, _ in forked((job(i, b) for i, b in enumerate([None, *bugs])), AT_ONCE):
+        for (bug, folder), seconds, _ in forked(
+            (job(i, b) for i, b in enumerate([None, *bugs])), AT_ONCE
+        ):
             passed, failed = outcome(folder)
             if bug is None and not passed:
-                raise SystemExit(f"without a bug: {failed} failed\n{(folder / 'output.txt').read_text()[-3000:]}")
-            said = "all pass, as they must" if bug is None else "NOT CAUGHT" if passed else f"caught by {failed}"
+                raise SystemExit(
+                    f"without a bug: {failed} failed\n{(folder / 'output.txt').read_text()[-3000:]}"
+                )
+            said = (
+                "all pass, as they must"
+                if bug is None
+                else "NOT CAUGHT"
+                if passed
+                else f"caught by {failed}"
+            )
             name = f"{bug.pitfall:2d} {bug.name}" if bug else "   no bug"
             print(f"{name:58} {seconds:4.0f} s  {said}", flush=True)
             survived += [bug.name] if bug and passed else []

@@ -1,49 +1,252 @@
-"""Bugs that a pretended GPU meets, a tensor on the wrong device or a new wait of the host, and those of what was mended for it."""
+"""Bugs that a pretended GPU meets, a tensor on the wrong device or a new wait of the host, and
+those of what was mended for it."""
 
 from tests.mutations.bugs import Bug, bug
 
 STEP, INPUTS, INJECT, DRIFT, OPTIM, LOOP = (
     f"megalora/{name}.py"
-    for name in ("train/step", "train/inputs", "lora/inject", "train/drift", "train/optim", "train/loop")
+    for name in (
+        "train/step",
+        "train/inputs",
+        "lora/inject",
+        "train/drift",
+        "train/optim",
+        "train/loop",
+    )
 )
-DISPATCHER, EXPERTS, ROUTER = "megalora/model/dispatcher.py", "megalora/model/experts.py", "megalora/lora/router.py"
-ROUTE, REGROUP, ENGINE = (f"kernels/megalora_kernels/{name}.py" for name in ("route", "regroup", "engine"))
+DISPATCHER = "megalora/model/dispatcher.py"
+EXPERTS = "megalora/model/experts.py"
+ROUTER = "megalora/lora/router.py"
+ROUTE, REGROUP, ENGINE = (
+    f"kernels/megalora_kernels/{name}.py" for name in ("route", "regroup", "engine")
+)
 WAITS = "tests/pretended/test_waits.py"
-ONE_GPU, TP_EP, PP, MANY_ROWS = (f"{WAITS} {name}" for name in ("one_gpu", "tp2_ep2", "pp2_first_stage", "many_rows"))
+ONE_GPU, TP_EP, PP, MANY_ROWS = (
+    f"{WAITS} {name}" for name in ("one_gpu", "tp2_ep2", "pp2_first_stage", "many_rows")
+)
 
-# fmt: off
 WAIT_BUGS: tuple[Bug, ...] = (
     # A tensor on the wrong device
-    bug(0, "a loss mask left on the host", INPUTS, "~packed), in_loss.float()", "~packed), in_loss.float().cpu()", ONE_GPU),
-    bug(0, "slots made on the host", ROUTE, "slots_TK, expert_TK = torch.empty(num_tokens, top_k, **new)", "slots_TK, expert_TK = torch.empty(num_tokens, top_k, dtype=torch.int32)", ONE_GPU),
-    bug(0, "counts of an exchange left on the host", DISPATCHER, "self.counts_RE = counts.to(routing_map.device)", "self.counts_RE = counts.cpu()", TP_EP),
+    bug(
+        0,
+        "a loss mask left on the host",
+        INPUTS,
+        "loss_mask = in_loss.float()",
+        "loss_mask = in_loss.float().cpu()",
+        ONE_GPU,
+    ),
+    bug(
+        0,
+        "slots made on the host",
+        ROUTE,
+        "slots_TK = torch.empty(num_tokens, top_k, **new)",
+        "slots_TK = torch.empty(num_tokens, top_k, dtype=torch.int32)",
+        ONE_GPU,
+    ),
+    bug(
+        0,
+        "counts of an exchange left on the host",
+        DISPATCHER,
+        "self.counts_RE = counts.to(routing_map.device)",
+        "self.counts_RE = counts.cpu()",
+        TP_EP,
+    ),
     # A wait of the host
-    bug(0, "the loss read before the optimizer's step", LOOP, "    norm = clip_and_step(optimizer)\n", "    float(sum_and_count[0])\n    norm = clip_and_step(optimizer)\n", ONE_GPU),
-    bug(0, "the norm of every gradient read", OPTIM, "torch.stack(torch._foreach_norm(gradients))", "torch.tensor([float(g.norm()) for g in gradients], device=total.device)", ONE_GPU),
-    bug(0, "a gradient read for every projection", INJECT, "found = [parameter.main_grad[index].any() for", "found = [torch.tensor(bool(parameter.main_grad[index].any()), device=alive.device) for", ONE_GPU),
-    bug(0, "a hash read for every parameter", DRIFT, "torch.stack([bit_hash(tensor) for tensor in tensors])", "torch.tensor([int(bit_hash(tensor)) for tensor in tensors], device=places.device)", ONE_GPU),
-    bug(0, "the router looks at its logits", ROUTER, "        h = F.linear(", "        assert logits.isfinite().all()\n        h = F.linear(", ONE_GPU),
-    bug(0, "the dispatcher looks for idle experts", DISPATCHER, "        self.sending, values_M = route_values(", "        self.idle = (routing_map.sum(0) == 0).nonzero()\n        self.sending, values_M = route_values(", TP_EP),
-    bug(0, "rows of a size that the host must ask for", REGROUP, "torch.empty(num_experts, **new), torch.empty(num_rows, **new)", "torch.empty(num_experts, **new), torch.empty(int(counts_RE.sum()), **new)", TP_EP),
-    bug(0, "the check of every token's experts waits", ROUTE, "    if routing_map_TE.is_cuda and routing_map_TE.shape[0]:", "    bool((routing_map_TE.sum(1) == top_k).all())\n    if routing_map_TE.is_cuda and routing_map_TE.shape[0]:", ONE_GPU),
-    bug(0, "stages wait for the device behind messages", "megalora/model/build.py", "batch_p2p_sync=False", "batch_p2p_sync=True", PP),
-    bug(0, "stages ask for shapes", "megalora/model/build.py", "variable_seq_lengths=False", "variable_seq_lengths=p.pp > 1 and p.vpp == 1", PP),
-    bug(0, "the router compiled on a GPU", "megalora/host.py", "    _leave_router_uncompiled()\n    if torch", "    if torch", ONE_GPU),
+    bug(
+        0,
+        "the loss read before the optimizer's step",
+        LOOP,
+        "    norm = clip_and_step(optimizer)\n",
+        "    float(sum_and_count[0])\n    norm = clip_and_step(optimizer)\n",
+        ONE_GPU,
+    ),
+    bug(
+        0,
+        "the norm of every gradient read",
+        OPTIM,
+        "torch.stack(torch._foreach_norm(gradients))",
+        "torch.tensor([float(g.norm()) for g in gradients], device=total.device)",
+        ONE_GPU,
+    ),
+    bug(
+        0,
+        "a gradient read for every projection",
+        INJECT,
+        "found = [parameter.main_grad[index].any() for",
+        "found = [torch.tensor(bool(parameter.main_grad[index].any()), device=alive.device) for",
+        ONE_GPU,
+    ),
+    bug(
+        0,
+        "a hash read for every parameter",
+        DRIFT,
+        "torch.stack([bit_hash(tensor) for tensor in tensors])",
+        "torch.tensor([int(bit_hash(tensor)) for tensor in tensors], device=places.device)",
+        ONE_GPU,
+    ),
+    bug(
+        0,
+        "the router looks at its logits",
+        ROUTER,
+        "        h = F.linear(",
+        "        assert logits.isfinite().all()\n        h = F.linear(",
+        ONE_GPU,
+    ),
+    bug(
+        0,
+        "the dispatcher looks for idle experts",
+        DISPATCHER,
+        "        self.sending, values_M = route_values(",
+        "        self.idle = (routing_map.sum(0) == 0).nonzero()\n        self.sending, values_M ="
+        " route_values(",
+        TP_EP,
+    ),
+    bug(
+        0,
+        "rows of a size that the host must ask for",
+        REGROUP,
+        "source_M = torch.empty(num_rows, **new)",
+        "source_M = torch.empty(int(counts_RE.sum()), **new)",
+        TP_EP,
+    ),
+    bug(
+        0,
+        "the check of every token's experts waits",
+        ROUTE,
+        "    if routing_map_TE.is_cuda and routing_map_TE.shape[0]:",
+        "    bool((routing_map_TE.sum(1) == top_k).all())\n    if routing_map_TE.is_cuda and"
+        " routing_map_TE.shape[0]:",
+        ONE_GPU,
+    ),
+    bug(
+        0,
+        "stages wait for the device behind messages",
+        "megalora/model/build.py",
+        "batch_p2p_sync=False",
+        "batch_p2p_sync=True",
+        PP,
+    ),
+    bug(
+        0,
+        "stages ask for shapes",
+        "megalora/model/build.py",
+        "variable_seq_lengths=False",
+        "variable_seq_lengths=p.pp > 1 and p.vpp == 1",
+        PP,
+    ),
+    bug(
+        0,
+        "the router compiled on a GPU",
+        "megalora/host.py",
+        "    _leave_router_uncompiled()\n    if torch",
+        "    if torch",
+        ONE_GPU,
+    ),
     # Batches
-    bug(0, "batches from pageable memory", "megalora/host.py", "tensor.pin_memory().to(device(), non_blocking=True)", "tensor.to(device(), non_blocking=True)", ONE_GPU),
-    bug(0, "a copy that is waited for", "megalora/host.py", "tensor.pin_memory().to(device(), non_blocking=True)", "tensor.pin_memory().to(device())", ONE_GPU),
-    bug(0, "a copy for every microbatch's tensors", INPUTS, "    flat = host.to_device(torch.cat([row.reshape(-1) for row in rows]).int())\n", "    flat = torch.cat([host.to_device(row.reshape(-1).int()) for row in rows])\n", ONE_GPU),
+    bug(
+        0,
+        "batches from pageable memory",
+        "megalora/host.py",
+        "tensor.pin_memory().to(device(), non_blocking=True)",
+        "tensor.to(device(), non_blocking=True)",
+        ONE_GPU,
+    ),
+    bug(
+        0,
+        "a copy that is waited for",
+        "megalora/host.py",
+        "tensor.pin_memory().to(device(), non_blocking=True)",
+        "tensor.pin_memory().to(device())",
+        ONE_GPU,
+    ),
+    bug(
+        0,
+        "a copy for every microbatch's tensors",
+        INPUTS,
+        "    flat = host.to_device(torch.cat([row.reshape(-1) for row in rows]).int())\n",
+        "    flat = torch.cat([host.to_device(row.reshape(-1).int()) for row in rows])\n",
+        ONE_GPU,
+    ),
     # The back end
-    bug(0, "passes chosen by a device's name", ENGINE, "IN_TRITON if routing.offsets_E.is_cuda else IN_TORCH", 'IN_TRITON if routing.offsets_E.device.type == "cuda" else IN_TORCH', MANY_ROWS),
-    bug(0, "no room for adapters on a GPU", EXPERTS, "return weight.is_cuda and prefers_grouped_mm", "return not weight.is_cuda and prefers_grouped_mm", MANY_ROWS),
+    bug(
+        0,
+        "passes chosen by a device's name",
+        ENGINE,
+        "IN_TRITON if routing.offsets_E.is_cuda else IN_TORCH",
+        'IN_TRITON if routing.offsets_E.device.type == "cuda" else IN_TORCH',
+        MANY_ROWS,
+    ),
+    bug(
+        0,
+        "no room for adapters on a GPU",
+        EXPERTS,
+        "return weight.is_cuda and prefers_grouped_mm",
+        "return not weight.is_cuda and prefers_grouped_mm",
+        MANY_ROWS,
+    ),
     # Values
-    bug(0, "a stage receives the next microbatch's length", STEP, "self.coming_forward, self.coming_backward = iter(shapes), iter(shapes)", "self.coming_forward, self.coming_backward = iter(shapes), iter(shapes[1:] + shapes[:1])", "tests/train/test_inputs.py test_stages"),
-    bug(0, "labels outside of the loss in the loss", INPUTS, "torch.where(in_loss, packed, ~packed), in_loss.float()", "torch.where(in_loss, packed, ~packed), torch.ones_like(packed, dtype=torch.float32)", "tests/train/test_inputs.py test_what_arrives"),
-    bug(0, "gradients of the ranks' own norm", OPTIM, "    dist.all_reduce(total, group=group)\n", "", "tests/train/test_optim.py test_a_step"),
-    bug(0, "experts of two ranks hashed as replicas", DRIFT, "(share if parameter.dim() == 3 else 0)", "0", "tests/train/test_drift.py test_tensors"),
-    bug(0, "experts hashed as one whole", DRIFT, "(share if parameter.dim() == 3 else 0)) * self.width + piece.shard", "share) * self.width + piece.shard", "tests/train/test_drift.py test_tensors"),
-    bug(0, "rows of another projection looked at", INJECT, "(slice(None), *piece.index[1:]) if each_expert else piece.index", "(slice(None), *piece.index[1:]) if each_expert else (slice(None),)", "tests/lora/test_inject.py test_a_projection"),
-    bug(0, "one rank's tensors taken for all", INJECT, "    dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)\n", "", "tests/lora/test_inject.py test_every_rank"),
-    bug(0, "clipped though clipping is off", OPTIM, "part.config.clip_grad > 0 and clipped", "clipped", "tests/train/test_optim.py test_a_step"),
+    bug(
+        0,
+        "a stage receives the next microbatch's length",
+        STEP,
+        "self.coming_forward, self.coming_backward = iter(shapes), iter(shapes)",
+        "self.coming_forward, self.coming_backward = iter(shapes), iter(shapes[1:] + shapes[:1])",
+        "tests/train/test_inputs.py test_stages",
+    ),
+    bug(
+        0,
+        "labels outside of the loss in the loss",
+        INPUTS,
+        "loss_mask = in_loss.float()\n",
+        "loss_mask = torch.ones_like(packed, dtype=torch.float32)\n",
+        "tests/train/test_inputs.py test_what_arrives",
+    ),
+    bug(
+        0,
+        "gradients of the ranks' own norm",
+        OPTIM,
+        "    dist.all_reduce(total, group=group)\n",
+        "",
+        "tests/train/test_optim.py test_a_step",
+    ),
+    bug(
+        0,
+        "experts of two ranks hashed as replicas",
+        DRIFT,
+        "(share if parameter.dim() == 3 else 0)",
+        "0",
+        "tests/train/test_drift.py test_tensors",
+    ),
+    bug(
+        0,
+        "experts hashed as one whole",
+        DRIFT,
+        "(share if parameter.dim() == 3 else 0)) * self.width + piece.shard",
+        "share) * self.width + piece.shard",
+        "tests/train/test_drift.py test_tensors",
+    ),
+    bug(
+        0,
+        "rows of another projection looked at",
+        INJECT,
+        "(slice(None), *piece.index[1:]) if each_expert else piece.index",
+        "(slice(None), *piece.index[1:]) if each_expert else (slice(None),)",
+        "tests/lora/test_inject.py test_a_projection",
+    ),
+    bug(
+        0,
+        "one rank's tensors taken for all",
+        INJECT,
+        "    dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)\n",
+        "",
+        "tests/lora/test_inject.py test_every_rank",
+    ),
+    bug(
+        0,
+        "clipped though clipping is off",
+        OPTIM,
+        "part.config.clip_grad > 0 and clipped",
+        "clipped",
+        "tests/train/test_optim.py test_a_step",
+    ),
 )
-# fmt: on

@@ -23,7 +23,11 @@ TOKENS = torch.arange(2 * 40).view(2, 40) * 7 % 509
 
 
 def stored_tensors(folder: Path) -> Tensors:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    return {
+        name: t
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, t in load_file(file).items()
+    }
 
 
 def make_base(out: Path, arch: str = "qwen3_moe", **overrides: Any) -> Path:
@@ -33,15 +37,20 @@ def make_base(out: Path, arch: str = "qwen3_moe", **overrides: Any) -> Path:
     return out
 
 
-def rewrite(folder: Path, change: Callable[[Tensors], Tensors] | None = None, **config: Any) -> Path:
-    """Store the folder's tensors anew, as ``change`` returns them, and set fields of its config; ``...`` removes a field."""
+def rewrite(
+    folder: Path, change: Callable[[Tensors], Tensors] | None = None, **config: Any
+) -> Path:
+    """Store the folder's tensors anew, as ``change`` returns them, and set fields of its config;
+    ``...`` removes a field."""
     tensors = stored_tensors(folder)
     if change is not None:
         tensors = change(dict(tensors))
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
         file.unlink()
     save_file(
-        {name: t.clone().contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+        {name: t.clone().contiguous() for name, t in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
     )
     fields = json.loads((folder / "config.json").read_text()) | config
     kept = {name: value for name, value in fields.items() if value is not ...}
@@ -51,15 +60,20 @@ def rewrite(folder: Path, change: Callable[[Tensors], Tensors] | None = None, **
 
 @torch.no_grad()
 def transformers_logits(folder: Path, tokens: Tensor = TOKENS) -> Tensor:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     model, report = loaded
     assert not report["missing_keys"], report["missing_keys"]
     return model.eval()(tokens).logits
 
 
 @torch.no_grad()
-def logits_of_ranks(folders: Iterable[Path], sizes: dict[str, int], tokens: Tensor = TOKENS) -> list[Tensor]:
-    """In a world that exists: each folder's logits ``[B, S, V/tp]`` on this rank, without pipeline stages."""
+def logits_of_ranks(
+    folders: Iterable[Path], sizes: dict[str, int], tokens: Tensor = TOKENS
+) -> list[Tensor]:
+    """In a world that exists: each folder's logits ``[B, S, V/tp]`` on this rank, without pipeline
+    stages."""
     found = []
     for folder in folders:
         parallel = ParallelConfig(**sizes)
@@ -74,8 +88,8 @@ def logits_of_ranks(folders: Iterable[Path], sizes: dict[str, int], tokens: Tens
 def own_logits(folder: Path, tokens: Tensor = TOKENS) -> Tensor:
     """megalora's logits, on one rank.
 
-    A forked one: Megatron's rotary embedding keeps what called it, and with it gloo groups, in a cache of the class; a
-    process that forks ranks must not hold any.
+    A forked one: Megatron's rotary embedding keeps what called it, and with it gloo groups, in a
+    cache of the class; a process that forks ranks must not hold any.
     """
     return run_ranks(logits_of_ranks, 1, [folder], {}, tokens)[0][0]
 

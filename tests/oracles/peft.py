@@ -1,7 +1,9 @@
-"""Loss and adapter gradients of stock transformers with stock PEFT, by the names and shapes of the adapter's own file.
+"""Loss and adapter gradients of stock transformers with stock PEFT, by the names and shapes of the
+adapter's own file.
 
-PEFT fuses what a file holds per expert: A of gate and up stacked per expert, B block-diagonal, all experts in one matrix.
-Its gradients are cut apart again here; the blocks off the diagonal are zeros that belong to no tensor of the file.
+PEFT fuses what a file holds per expert: A of gate and up stacked per expert, B block-diagonal, all
+experts in one matrix. Its gradients are cut apart again here; the blocks off the diagonal are zeros
+that belong to no tensor of the file.
 """
 
 import re
@@ -21,16 +23,22 @@ class PeftOracle:
     """A base model and an adapter folder; every sample runs alone and unpadded, in float64."""
 
     def __init__(self, base: Path, adapter: Path) -> None:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64, experts_implementation="eager")
-        self.model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True).double().eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float64, experts_implementation="eager"
+        )
+        self.model = (
+            PeftModel.from_pretrained(model, str(adapter), is_trainable=True).double().eval()
+        )
         with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
             self.shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
     def loss(self, samples: list) -> Tensor:
         """Mean over the target tokens of all samples."""
-        total, count = torch.zeros((), dtype=torch.float64), 0
+        total = torch.zeros((), dtype=torch.float64)
+        count = 0
         for sample in samples:
-            ids, mask = torch.tensor(sample.input_ids).long(), torch.tensor(sample.loss_mask)
+            ids = torch.tensor(sample.input_ids).long()
+            mask = torch.tensor(sample.loss_mask)
             logits = self.model(ids[None, :-1]).logits[0]
             total = total + (F.cross_entropy(logits, ids[1:], reduction="none") * mask[1:]).sum()
             count += int(mask[1:].sum())
@@ -41,12 +49,18 @@ class PeftOracle:
         loss = self.loss(samples)
         loss.backward()
         trained = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        return loss.item(), {name: self._of_tensor(name, shape, trained) for name, shape in self.shapes.items()}
+        return loss.item(), {
+            name: self._of_tensor(name, shape, trained) for name, shape in self.shapes.items()
+        }
 
     def _of_tensor(self, name: str, shape: list[int], trained: dict[str, Tensor]) -> Tensor:
         if match := EXPERT.fullmatch(name):
-            experts, expert, projection, factor = match[1], int(match[2]), match[3], match[4]
-            inner = "" if projection == "down" else ".base_layer"  # PEFT wraps gate_up first, then down around it
+            experts = match[1]
+            expert = int(match[2])
+            projection = match[3]
+            factor = match[4]
+            # PEFT wraps gate_up first, then down around it
+            inner = "" if projection == "down" else ".base_layer"
             fused = trained.get(f"{experts}{inner}.lora_{factor}.default.weight")
             if fused is None:  # one of the two was not adapted, so nothing is wrapped twice
                 fused = trained[f"{experts}.lora_{factor}.default.weight"]
@@ -55,8 +69,11 @@ class PeftOracle:
         return trained[f"{stem}.{factor}.default.weight"]
 
 
-def _of_expert(fused: Tensor, expert: int, projection: str, factor: str, shape: list[int]) -> Tensor:
-    """``fused``: A ``[experts * r, in]``, B ``[out, r * experts]`` with the expert running fastest; r is twice for gate_up."""
+def _of_expert(
+    fused: Tensor, expert: int, projection: str, factor: str, shape: list[int]
+) -> Tensor:
+    """``fused``: A ``[experts * r, in]``, B ``[out, r * experts]`` with the expert running fastest;
+    r is twice for gate_up."""
     rank = shape[0] if factor == "A" else shape[1]
     both = 1 if projection == "down" else 2
     first = rank if projection == "up" else 0

@@ -1,6 +1,8 @@
-"""The same training in plain transformers and PyTorch, in float64: no line of megalora's layers, parallelism or optimizer.
+"""The same training in plain transformers and PyTorch, in float64: no line of megalora's layers,
+parallelism or optimizer.
 
-Adapters are merged into stock ``Qwen3MoeForCausalLM`` weights as ``W + scale * B A`` and differentiated by autograd.
+Adapters are merged into stock ``Qwen3MoeForCausalLM`` weights as ``W + scale * B A`` and
+differentiated by autograd.
 """
 
 import math
@@ -19,7 +21,8 @@ PREFIX = "base_model.model."
 
 
 class Oracle:
-    """A base model and adapter factors by PEFT tensor name; every sample runs alone and unpadded."""
+    """A base model and adapter factors by PEFT tensor name; every sample runs alone and
+    unpadded."""
 
     def __init__(
         self,
@@ -28,7 +31,8 @@ class Oracle:
         scale: float | dict[str, float],
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        """``scale``: one for all, or by HF module name. ``dtype``: of weights and activations; factors are float64."""
+        """``scale``: one for all, or by HF module name. ``dtype``: of weights and activations;
+        factors are float64."""
         self.dtype = dtype
         self.model = (
             AutoModelForCausalLM.from_pretrained(base, dtype=dtype, experts_implementation="eager")
@@ -38,7 +42,8 @@ class Oracle:
         self.factors = {name: t.clone().double().requires_grad_() for name, t in factors.items()}
         self.scale = scale
         self.margin = math.inf
-        """The smallest lead, in router logits, of a chosen expert over the best that was not, of all tokens so far."""
+        """The smallest lead, in router logits, of a chosen expert over the best that was not, of
+        all tokens so far."""
         for module in self.model.modules():
             if hasattr(module, "top_k") and hasattr(module, "weight"):
                 module.register_forward_hook(self._measure_margin)
@@ -69,30 +74,46 @@ class Oracle:
             for projection, of_experts in deltas.items():
                 if projection.startswith(stem + "."):
                     name = projection.removeprefix(stem + ".")
-                    parts[name] = parts[name] + torch.stack([of_experts[e] for e in range(len(of_experts))])
-            merged[f"{stem}.gate_up_proj"] = torch.cat([parts["gate_proj"], parts["up_proj"]], dim=1)
+                    parts[name] = parts[name] + torch.stack(
+                        [of_experts[e] for e in range(len(of_experts))]
+                    )
+            merged[f"{stem}.gate_up_proj"] = torch.cat(
+                [parts["gate_proj"], parts["up_proj"]], dim=1
+            )
             merged[f"{stem}.down_proj"] = parts["down_proj"]
         return {name: weight.to(self.dtype) for name, weight in merged.items()}
 
     def loss(self, samples: list) -> Tensor:
         """Mean over the target tokens of all samples."""
-        merged, total, count = self.merged(), torch.zeros((), dtype=torch.float64), 0
+        merged = self.merged()
+        total = torch.zeros((), dtype=torch.float64)
+        count = 0
         for sample in samples:
-            ids, mask = torch.tensor(sample.input_ids).long(), torch.tensor(sample.loss_mask)
-            logits = functional_call(self.model, merged, (ids[None, :-1],), tie_weights=False).logits[0].double()
+            ids = torch.tensor(sample.input_ids).long()
+            mask = torch.tensor(sample.loss_mask)
+            logits = (
+                functional_call(self.model, merged, (ids[None, :-1],), tie_weights=False)
+                .logits[0]
+                .double()
+            )
             losses = F.cross_entropy(logits, ids[1:], reduction="none")
-            total, count = total + (losses * mask[1:]).sum(), count + int(mask[1:].sum())
+            total = total + (losses * mask[1:]).sum()
+            count = count + int(mask[1:].sum())
         return total / count
 
     def train(self, batches: list[list], lr: float, clip: float, eps: float = 1e-8) -> "Trained":
         """AdamW without decay at a constant rate."""
         optimizer = torch.optim.AdamW(self.factors.values(), lr=lr, weight_decay=0.0, eps=eps)
-        losses, norms, gradients = [], [], []
+        losses = []
+        norms = []
+        gradients = []
         for batch in batches:
             optimizer.zero_grad()
             loss = self.loss(batch)
             loss.backward()
-            gradients.append({name: t.grad.clone() for name, t in self.factors.items() if t.grad is not None})
+            gradients.append(
+                {name: t.grad.clone() for name, t in self.factors.items() if t.grad is not None}
+            )
             norms.append(torch.nn.utils.clip_grad_norm_(self.factors.values(), clip).item())
             optimizer.step()
             losses.append(loss.item())
@@ -100,7 +121,9 @@ class Oracle:
             key: {name: optimizer.state[t][key] for name, t in self.factors.items()}
             for key in ("exp_avg", "exp_avg_sq")
         }
-        return Trained(losses, norms, gradients, {n: t.detach() for n, t in self.factors.items()}, **moments)
+        return Trained(
+            losses, norms, gradients, {n: t.detach() for n, t in self.factors.items()}, **moments
+        )
 
 
 @dataclass(frozen=True)

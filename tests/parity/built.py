@@ -1,4 +1,5 @@
-"""What ``train`` makes of a config before its first step, for tests that look inside: rank functions for ``run_ranks``."""
+"""What ``train`` makes of a config before its first step, for tests that look inside: rank
+functions for ``run_ranks``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,12 +34,15 @@ class Built:
 
     def adapter(self) -> dict[str, Tensor] | None:
         """Whole tensors by name on rank 0."""
-        return gather_tensors(self.model.pieces, {p: p.data for p in self.model.parameters}, self.model.groups)
+        return gather_tensors(
+            self.model.pieces, {p: p.data for p in self.model.parameters}, self.model.groups
+        )
 
 
 @contextmanager
 def built(config: RunConfig, weights: Path | None = None) -> Iterator[Built]:
-    """The run of ``config`` on the ranks of this world, its adapter as initialised or read from ``weights``."""
+    """The run of ``config`` on the ranks of this world, its adapter as initialised or read from
+    ``weights``."""
     folder = Path(config.model.path)
     shape, adapted = plan(config.lora, config.parallel, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -54,10 +58,14 @@ def built(config: RunConfig, weights: Path | None = None) -> Iterator[Built]:
         apply_recompute(model.chunks, config.train.recompute)
         chunks = wrap_chunks(model.chunks)
         optimizer = build_optimizer(config.train, getattr(torch, config.model.dtype), chunks)
-        yield Built(model, Stepper(chunks, groups), optimizer, Batches(config, tokenizer, groups, *splits))
+        yield Built(
+            model, Stepper(chunks, groups), optimizer, Batches(config, tokenizer, groups, *splits)
+        )
 
 
-def first_gradients(config: RunConfig, weights: Path | None = None) -> tuple[float, dict[str, Tensor] | None]:
+def first_gradients(
+    config: RunConfig, weights: Path | None = None
+) -> tuple[float, dict[str, Tensor] | None]:
     """(loss, reduced gradients on rank 0) of the first global batch."""
     with built(config, weights) as run:
         loss, _ = run.stepper.train(run.batches.of_step(0), run.optimizer)
@@ -69,11 +77,15 @@ def adapter_of(config: RunConfig, weights: Path | None = None) -> dict[str, Tens
         return run.adapter()
 
 
-def random_factors(config: LoRAConfig, base: Path, seed: int = 0) -> tuple[list[Adapted], dict[str, Tensor]]:
-    """What is adapted, and factors of which none is zero: every delta has a spread of about 0.2 of its weight's."""
+def random_factors(
+    config: LoRAConfig, base: Path, seed: int = 0
+) -> tuple[list[Adapted], dict[str, Tensor]]:
+    """What is adapted, and factors of which none is zero: every delta has a spread of about 0.2 of
+    its weight's."""
 
     adapted = resolve(config, model_shape(read_hf_config(base)))
-    generator, factors = torch.Generator().manual_seed(seed), {}
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
     for a in adapted:
         for module in a.hf_modules():
             a_factor, b_factor = (torch.randn(a.shape(f), generator=generator) for f in ("A", "B"))
@@ -82,7 +94,9 @@ def random_factors(config: LoRAConfig, base: Path, seed: int = 0) -> tuple[list[
     return adapted, factors
 
 
-def random_adapter(path: Path, config: LoRAConfig, base: Path) -> tuple[list[Adapted], dict[str, Tensor]]:
+def random_adapter(
+    path: Path, config: LoRAConfig, base: Path
+) -> tuple[list[Adapted], dict[str, Tensor]]:
     """The same, written to ``path`` as trained (no export form)."""
     adapted, factors = random_factors(config, base)
     save_file(factors, path)

@@ -1,4 +1,5 @@
-"""Runs one case of the grid with the product's own ``train`` and compares all it computes with the oracle."""
+"""Runs one case of the grid with the product's own ``train`` and compares all it computes with the
+oracle."""
 
 import math
 import pickle
@@ -29,8 +30,10 @@ from tests.parity.grid import EVAL, Case
 from tests.parity.models import adapter
 from tests.parity.runs import make_config, records
 
-LR, EPS = 1e-4, 1e-5
-"""With Adam's usual eps of 1e-8 an entry whose gradient is rounding takes a whole step in a random direction, in one process too."""
+LR = 1e-4
+EPS = 1e-5
+"""With Adam's usual eps of 1e-8 an entry whose gradient is rounding takes a whole step in a random
+direction, in one process too."""
 LIMITS = {
     "eval loss": 1e-6,
     "loss": 1e-6,
@@ -42,14 +45,17 @@ LIMITS = {
 }
 """Largest deviation from float64 that float32 may show, by quantity.
 
-Losses are relative: a mean over some hundred tokens, each rounded at 6e-8 in a few hundred sums. Gradients and first moments
-are relative to the largest entry of their projection in their layer; second moments are squares, so twice that. Adapters are
-absolute, in parameters that a step moves by 1e-4: Adam divides by the root of the second moment, which turns the relative
-error of a small gradient into the same relative error of a whole step.
+Losses are relative: a mean over some hundred tokens, each rounded at 6e-8 in a few hundred sums.
+Gradients and first moments are relative to the largest entry of their projection in their layer;
+second moments are squares, so twice that. Adapters are absolute, in parameters that a step moves by
+1e-4: Adam divides by the root of the second moment, which turns the relative error of a small
+gradient into the same relative error of a whole step.
 """
 
-MARGIN, SEEDS = 5e-6, range(10)
-"""A router's choice that hangs on less than this, in logits, is not asked for: ten times what float32 errs in one. At a lead of
+MARGIN = 5e-6
+SEEDS = range(10)
+"""A router's choice that hangs on less than this, in logits, is not asked for: ten times what
+float32 errs in one. At a lead of
 2.6e-7 one process in float32 chose another expert than float64 and its gradients parted by 3e-2; so does every layout."""
 
 
@@ -66,21 +72,32 @@ class Expected:
 
 
 def run_config(
-    case: Case, steps: int, base: Path, chats: Path, out: Path, dtype: str = "float32", seed: int = 0
+    case: Case,
+    steps: int,
+    base: Path,
+    chats: Path,
+    out: Path,
+    dtype: str = "float32",
+    seed: int = 0,
 ) -> RunConfig:
     return make_config(
-        base, chats, out, case.parallel, case.recompute, dtype=dtype, eval=EVAL, data_seed=seed, lr=LR, steps=steps,
+        base, chats, out, case.parallel, case.recompute, dtype=dtype, eval=EVAL, data_seed=seed,
+        lr=LR, steps=steps,
         lora=adapter(case.adapter, model_shape(read_hf_config(base))),
         global_batch_size=case.batch, micro_batch_size=case.micro,
     )  # fmt: skip
 
 
 def train_recording_gradients(config: RunConfig, start: Path) -> None:
-    """``train`` from random factors, with each step's reduced gradients kept in ``gradients.safetensors``; a rank function.
+    """``train`` from random factors, with each step's reduced gradients kept in
+    ``gradients.safetensors``; a rank function.
 
-    With B at zero, as training starts, A would have no gradient, and the first step of Adam would be the sign of B's.
+    With B at zero, as training starts, A would have no gradient, and the first step of Adam would
+    be the sign of B's.
     """
-    build_adapted, build_optimizer, take_step = loop.build_adapted, loop.build_optimizer, loop.clip_and_step
+    build_adapted = loop.build_adapted
+    build_optimizer = loop.build_optimizer
+    take_step = loop.clip_and_step
     models: list[Any] = []
     numbers = count()
     kept: dict[str, Tensor] = {}
@@ -104,25 +121,34 @@ def train_recording_gradients(config: RunConfig, start: Path) -> None:
         kept.update({f"{number}.{name}": gradient for name, gradient in whole.items()})
         return take_step(optimizer)
 
-    loop.build_adapted, loop.build_optimizer, loop.clip_and_step = build, with_large_eps, recorded_step
+    loop.build_adapted = build
+    loop.build_optimizer = with_large_eps
+    loop.clip_and_step = recorded_step
     loop.train(config)
     if kept:
         save_file(kept, Path(config.checkpoint.dir) / "gradients.safetensors")
 
 
-def start_factors(lora: LoRAConfig, base: Path, dtype: str) -> tuple[list[Adapted], dict[str, Tensor]]:
+def start_factors(
+    lora: LoRAConfig, base: Path, dtype: str
+) -> tuple[list[Adapted], dict[str, Tensor]]:
     """What is adapted, and random float32 factors that ``dtype`` holds exactly."""
     adapted, factors = random_factors(lora, base)
-    return adapted, {name: factor.to(getattr(torch, dtype)).float() for name, factor in factors.items()}
+    return adapted, {
+        name: factor.to(getattr(torch, dtype)).float() for name, factor in factors.items()
+    }
 
 
 def expected(
-    case: Case, steps: int, base: Path, chats: Path, dtype: str = "float32", arithmetic: torch.dtype = torch.float64,
+    case: Case, steps: int, base: Path, chats: Path, dtype: str = "float32",
+    arithmetic: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Expected:  # fmt: skip
     """The same training by the oracle: names, ranks and alphas are all it gets from megalora."""
     config = run_config(case, steps, base, chats, Path("unused"), dtype, seed)
-    split = load_split(str(chats), AutoTokenizer.from_pretrained(base), format="auto", max_length=256)
+    split = load_split(
+        str(chats), AutoTokenizer.from_pretrained(base), format="auto", max_length=256
+    )
     train_split, eval_split = split_off_eval(split, EVAL, seed)
     adapted, factors = start_factors(config.lora, base, dtype)
     roots = 0.5 if config.lora.use_rslora else 1.0
@@ -131,19 +157,25 @@ def expected(
     with torch.no_grad():
         eval_loss = oracle.loss(eval_split.samples).item()
     batches = [
-        [train_split.samples[i] for i in global_batch_indices(step, case.batch, len(train_split.samples), seed)]
+        [
+            train_split.samples[i]
+            for i in global_batch_indices(step, case.batch, len(train_split.samples), seed)
+        ]
         for step in range(steps)
     ]
     return Expected(eval_loss, oracle.train(batches, LR, clip=1.0, eps=EPS), seed, oracle.margin)
 
 
 def expected_of_clear_routing(case: Case, steps: int, base: Path, chats: Path) -> Expected:
-    """The oracle's answer for the first order of the data in which no token's experts are a matter of rounding."""
+    """The oracle's answer for the first order of the data in which no token's experts are a matter
+    of rounding."""
     for seed in SEEDS:
         answer = expected(case, steps, base, chats, seed=seed)
         if answer.margin >= MARGIN:
             return answer
-    raise AssertionError(f"{case.name}: a router nearly ties in each of {len(SEEDS)} orders of the data")
+    raise AssertionError(
+        f"{case.name}: a router nearly ties in each of {len(SEEDS)} orders of the data"
+    )
 
 
 def prepare_run(
@@ -156,16 +188,31 @@ def prepare_run(
     return config, out / "start.safetensors"
 
 
-def run_case(case: Case, steps: int, base: Path, chats: Path, out: Path, dtype: str = "float32", seed: int = 0) -> None:
+def run_case(
+    case: Case,
+    steps: int,
+    base: Path,
+    chats: Path,
+    out: Path,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> None:
     """On gloo ranks forked from this process; ``seed`` as in the answer to compare with."""
-    run_ranks(train_recording_gradients, case.world, *prepare_run(case, steps, base, chats, out, dtype, seed))
+    run_ranks(
+        train_recording_gradients,
+        case.world,
+        *prepare_run(case, steps, base, chats, out, dtype, seed),
+    )
 
 
 def read_run(run: Path) -> Expected:
     """What a recorded run wrote down, in the oracle's form."""
-    gradients, losses = load_file(run / "gradients.safetensors"), records(run, "loss")
+    gradients = load_file(run / "gradients.safetensors")
+    losses = records(run, "loss")
     state = load_file(run / f"step_{len(losses):06d}/training_state/optimizer.safetensors")
-    adapter, *moments = (_starting_with(f"{key}.", state) for key in ("param", "exp_avg", "exp_avg_sq"))
+    adapter, *moments = (
+        _starting_with(f"{key}.", state) for key in ("param", "exp_avg", "exp_avg_sq")
+    )
     by_step = [_starting_with(f"{step}.", gradients) for step in range(len(losses))]
     trained = Trained(losses, records(run, "grad_norm"), by_step, adapter, *moments)
     return Expected(records(run, "eval_loss")[0], trained)
@@ -173,21 +220,32 @@ def read_run(run: Path) -> Expected:
 
 def deviations(found: Expected, of: Expected) -> dict[str, float]:
     """Quantity -> largest deviation, in the measures that ``LIMITS`` describes."""
-    ours, theirs = found.trained, of.trained
-    assert ours.adapter.keys() == theirs.adapter.keys(), "other tensors were trained than the oracle's"
+    ours = found.trained
+    theirs = of.trained
+    assert ours.adapter.keys() == theirs.adapter.keys(), (
+        "other tensors were trained than the oracle's"
+    )
     return {
         "eval loss": _relative([found.eval_loss], [of.eval_loss]),
         "loss": _relative(ours.losses, theirs.losses),
         "grad norm": _relative(ours.norms, theirs.norms),
-        "gradient": max(of_largest(*both) for both in zip(ours.gradients, theirs.gradients, strict=True)),
-        "adapters": max(distance(ours.adapter[name], value) for name, value in theirs.adapter.items()),
+        "gradient": max(
+            of_largest(*both) for both in zip(ours.gradients, theirs.gradients, strict=True)
+        ),
+        "adapters": max(
+            distance(ours.adapter[name], value) for name, value in theirs.adapter.items()
+        ),
         "exp_avg": of_largest(ours.exp_avg, theirs.exp_avg),
         "exp_avg_sq": of_largest(ours.exp_avg_sq, theirs.exp_avg_sq),
     }
 
 
 def exceeded(row: Mapping[str, Any], limits: Mapping[str, float] = LIMITS) -> list[str]:
-    return [f"{name} {row[name]:.1e} > {limit:.1e}" for name, limit in limits.items() if not row[name] <= limit]
+    return [
+        f"{name} {row[name]:.1e} > {limit:.1e}"
+        for name, limit in limits.items()
+        if not row[name] <= limit
+    ]
 
 
 def save_expected(path: Path, value: Expected) -> None:

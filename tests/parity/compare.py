@@ -18,13 +18,19 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 def of_largest(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """Largest difference, over the largest entry of the same projection and layer, all experts together."""
+    """Largest difference, over the largest entry of the same projection and layer, all experts
+    together."""
     assert ours.keys() == theirs.keys()
     largest: dict[str, float] = {}
     for name, value in theirs.items():
-        largest[projection(name)] = max(largest.get(projection(name), 0.0), value.abs().max().item())
+        largest[projection(name)] = max(
+            largest.get(projection(name), 0.0), value.abs().max().item()
+        )
     worst = 0.0
     for name, value in theirs.items():
-        difference, scale = distance(ours[name], value), largest[projection(name)]
-        worst = max(worst, difference / scale if scale else (0.0 if difference == 0 else float("inf")))
+        difference = distance(ours[name], value)
+        scale = largest[projection(name)]
+        worst = max(
+            worst, difference / scale if scale else (0.0 if difference == 0 else float("inf"))
+        )
     return worst

@@ -1,4 +1,5 @@
-"""One small model with everything in it that can be adapted: routed experts, a shared expert, a dense layer, few KV heads."""
+"""One small model with everything in it that can be adapted: routed experts, a shared expert, a
+dense layer, few KV heads."""
 
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,32 @@ from megalora.data.loader import global_batch_indices
 from megalora.data.splits import load_split, split_off_eval
 from tests.parity.runs import make_config
 
-NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate", "lm_head"]
+NAMES = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "gate",
+    "lm_head",
+]
 LORA = LoRAConfig(rank=3, alpha=12.0, target_modules=NAMES)
 EVERYTHING = {
-    "arch": "qwen2_moe", "num_hidden_layers": 2, "mlp_only_layers": [1], "num_attention_heads": 12, "head_dim": 16,
+    "arch": "qwen2_moe", "num_hidden_layers": 2, "mlp_only_layers": [1], "num_attention_heads": 12,
+    "head_dim": 16,
 }  # fmt: skip
 
 
 def config_of(
-    base: Path, chats: Path, out: Path, parallel: dict, lora: LoRAConfig = LORA, recompute: str = "off", **train
+    base: Path,
+    chats: Path,
+    out: Path,
+    parallel: dict,
+    lora: LoRAConfig = LORA,
+    recompute: str = "off",
+    **train,
 ) -> RunConfig:
     options = {"global_batch_size": 8, "steps": 2, **train}
     return make_config(base, chats, out, parallel, recompute, lora=lora, **options)
@@ -26,6 +44,8 @@ def config_of(
 
 def first_batch(base: Path, chats: Path, size: int = 8) -> list[Any]:
     """The samples of step 0 of such a run, from the words of the data file alone."""
-    split = load_split(str(chats), AutoTokenizer.from_pretrained(base), format="auto", max_length=256)
+    split = load_split(
+        str(chats), AutoTokenizer.from_pretrained(base), format="auto", max_length=256
+    )
     train, _ = split_off_eval(split, 21, seed=0)
     return [train.samples[i] for i in global_batch_indices(0, size, len(train.samples), 0)]

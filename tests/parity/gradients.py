@@ -1,4 +1,5 @@
-"""The gradient an optimizer step would use, whole, under HF names: reduced over every group, gathered over every split."""
+"""The gradient an optimizer step would use, whole, under HF names: reduced over every group,
+gathered over every split."""
 
 from typing import Any
 
@@ -11,12 +12,15 @@ from megalora.train.setup import AdaptedModel
 
 
 def reduced_gradients(model: AdaptedModel, optimizer: Any) -> dict[str, Tensor] | None:
-    """Float32 gradients of all adapter tensors on rank 0, None elsewhere; collective. Call between backward and step.
+    """Float32 gradients of all adapter tensors on rank 0, None elsewhere; collective. Call between
+    backward and step.
 
-    After the reduction a data-parallel rank holds valid sums only in the slice of the buffer that its optimizer owns; the
-    slices are read through the optimizer and put together by adding zeros.
+    After the reduction a data-parallel rank holds valid sums only in the slice of the buffer that
+    its optimizer owns; the slices are read through the optimizer and put together by adding zeros.
     """
-    gradients = {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in model.parameters}
+    gradients = {
+        p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in model.parameters
+    }
     for part in optimizer.chained_optimizers:
         for parameter in getattr(part, "model_param_group_index_map", ()):
             owned = part._get_model_param_range_map(parameter)["param"]

@@ -1,4 +1,5 @@
-"""Which cases the grid consists of: every layout the config accepts, crossed pairwise with everything else."""
+"""Which cases the grid consists of: every layout the config accepts, crossed pairwise with
+everything else."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,11 +12,19 @@ from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, 
 from megalora.model.shape import ModelShape
 from tests.parity.models import ADAPTERS, MODELS
 
-WORLDS, TP, PP, VPP, EP, ETP = (1, 2, 4, 8), (1, 2, 4), (1, 2), (1, 2), (1, 2, 4), (1, 2)
-RECOMPUTE, MICRO = ("off", "selective", "full"), (1, 3)
+WORLDS = (1, 2, 4, 8)
+TP = (1, 2, 4)
+PP = (1, 2)
+VPP = (1, 2)
+EP = (1, 2, 4)
+ETP = (1, 2)
+RECOMPUTE = ("off", "selective", "full")
+MICRO = (1, 3)
 
 
-STEPS, SHORT, EVAL = 5, 2, 5
+STEPS = 5
+SHORT = 2
+EVAL = 5
 """Optimizer steps of the grid and of what ``make test`` takes from it; held-out samples."""
 
 
@@ -38,7 +47,8 @@ class Case:
 
     @property
     def batch(self) -> int:
-        """Samples in a global batch: few, but every data-parallel rank has a microbatch, and interleaved stages have two."""
+        """Samples in a global batch: few, but every data-parallel rank has a microbatch, and
+        interleaved stages have two."""
         return (8 if self.world // (self.tp * self.pp) > 2 else 4) * self.micro
 
     @property
@@ -61,14 +71,17 @@ class Case:
 
 
 def shape_of(model: str) -> ModelShape:
-    """The sizes that layouts are checked against; tests compare them with the folders that models.py writes."""
+    """The sizes that layouts are checked against; tests compare them with the folders that
+    models.py writes."""
     moe = {
-        "moe": {0, 1, 2, 3}, "2 kv heads": {0, 1, 2, 3}, "mixed": {0, 2, 3}, "one moe layer": {3}, "tied": {0, 1, 2, 3},
+        "moe": {0, 1, 2, 3}, "2 kv heads": {0, 1, 2, 3}, "mixed": {0, 2, 3}, "one moe layer": {3},
+        "tied": {0, 1, 2, 3},
         "shared": {0, 1, 2, 3}, "idle": {0, 1, 2, 3}, "dense": set(),
     }[model]  # fmt: skip
     return ModelShape(
         model_type=MODELS[model].get("arch", "qwen3_moe"), num_layers=4, hidden=96, num_heads=12,
-        num_kv_heads=MODELS[model].get("num_key_value_heads", 4), head_dim=16, intermediate=144, vocab=512,
+        num_kv_heads=MODELS[model].get("num_key_value_heads", 4), head_dim=16, intermediate=144,
+        vocab=512,
         tied_embeddings=model == "tied", num_experts=8 if moe else 0, top_k=3 if moe else 0,
         expert_intermediate=80 if moe else 0, shared_intermediate=112 if model == "shared" else 0,
         moe_layers=frozenset(moe), qk_norm=model != "shared", qkv_bias=model == "shared",
@@ -79,7 +92,8 @@ def accepted(case: Case) -> bool:
     """Whether megalora takes this case: its own checks, nothing else."""
     try:
         config = RunConfig(
-            model=ModelConfig(path="-"), data=DataConfig(train="-"), parallel=ParallelConfig(**case.parallel),
+            model=ModelConfig(path="-"), data=DataConfig(train="-"),
+            parallel=ParallelConfig(**case.parallel),
             train=TrainConfig(steps=1, global_batch_size=case.batch, micro_batch_size=case.micro),
         )  # fmt: skip
         config.check_world(case.world)
@@ -99,9 +113,14 @@ def layouts() -> tuple[Case, ...]:
 def variants(layout: Case) -> list[Case]:
     """The layout with everything else that the config accepts with it."""
     possible = [
-        case for model in MODELS for micro in MICRO if accepted(case := replace(layout, model=model, micro=micro))
+        case
+        for model in MODELS
+        for micro in MICRO
+        if accepted(case := replace(layout, model=model, micro=micro))
     ]
-    return [replace(c, adapter=a, recompute=r) for c, a, r in product(possible, ADAPTERS, RECOMPUTE)]
+    return [
+        replace(c, adapter=a, recompute=r) for c, a, r in product(possible, ADAPTERS, RECOMPUTE)
+    ]
 
 
 @cache
@@ -112,11 +131,17 @@ def full_grid() -> tuple[Case, ...]:
     """
     of_layout = {layout: variants(layout) for layout in layouts()}
     pairs = {case: case.pairs() for cases in of_layout.values() for case in cases}
-    missing, used, chosen = set[Any]().union(*pairs.values()), Counter[Any](), []
+    missing = set[Any]().union(*pairs.values())
+    used = Counter[Any]()
+    chosen = []
 
     def take(candidates: Iterable[Case]) -> None:
         def worth(case: Case) -> tuple[int, int, int]:
-            return len(pairs[case] & missing), -case.world, -sum(used[value] for value in asdict(case).items())
+            return (
+                len(pairs[case] & missing),
+                -case.world,
+                -sum(used[value] for value in asdict(case).items()),
+            )
 
         best = max(candidates, key=worth)
         chosen.append(best)

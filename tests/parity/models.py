@@ -16,7 +16,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe": {},
     "2 kv heads": {"num_key_value_heads": 2},
     "mixed": {"mlp_only_layers": [1]},
-    "one moe layer": {"decoder_sparse_step": 2, "mlp_only_layers": [1]},  # of four; a pipeline stage without experts
+    # of four; a pipeline stage without experts
+    "one moe layer": {"decoder_sparse_step": 2, "mlp_only_layers": [1]},
     "tied": {"tie_word_embeddings": True, "norm_topk_prob": False},
     "shared": {"arch": "qwen2_moe"},
     "idle": {},
@@ -31,7 +32,8 @@ ADAPTERS: dict[str, LoRAConfig] = {
     ),
     "rslora": LoRAConfig(rank=4, alpha=6.0, expert_rank=2, use_rslora=True),
     "router": LoRAConfig(rank=4, alpha=12.0, target_modules=[*NAMES, "gate", "lm_head"]),
-    "some": LoRAConfig(rank=4, alpha=12.0, target_modules=["k_proj", "up_proj", "o_proj"], layers="1-"),
+    "some": LoRAConfig(rank=4, alpha=12.0, target_modules=["k_proj", "up_proj", "o_proj"],
+                       layers="1-"),
 }  # fmt: skip
 
 
@@ -48,13 +50,16 @@ def adapter(name: str, shape: ModelShape) -> LoRAConfig:
     lora = ADAPTERS[name]
     if shape.moe_layers or "gate" not in lora.target_modules:
         return lora
-    return replace(lora, target_modules=[target for target in lora.target_modules if target != "gate"])
+    return replace(
+        lora, target_modules=[target for target in lora.target_modules if target != "gate"]
+    )
 
 
 def silence_experts(folder: Path, first: int) -> None:
     """Rewrite the routers so that experts from ``first`` = 2 * top-k on are never chosen.
 
-    The others' logits come in pairs of a number and its negative, so top-k of them are above zero; the silent ones' are zero.
+    The others' logits come in pairs of a number and its negative, so top-k of them are above zero;
+    the silent ones' are zero.
     """
     for shard in folder.glob("*.safetensors"):
         tensors = load_file(shard)

@@ -1,4 +1,5 @@
-"""``torchrun --nproc-per-node N -m tests.parity.recorded CONFIG START``: a run with its gradients kept, on GPUs where there are any."""
+"""``torchrun --nproc-per-node N -m tests.parity.recorded CONFIG START``: a run with its gradients
+kept, on GPUs where there are any."""
 
 import sys
 from pathlib import Path

@@ -29,8 +29,15 @@ def make_config(
     data_seed: int = 0,
     **train: Any,
 ) -> RunConfig:
-    """Five steps at a constant rate unless ``train`` says otherwise; no logs but ``metrics.jsonl``."""
-    options = {"steps": 5, "global_batch_size": 8, "micro_batch_size": 2, "lr": 1e-3, "schedule": "constant"}
+    """Five steps at a constant rate unless ``train`` says otherwise; no logs but
+    ``metrics.jsonl``."""
+    options = {
+        "steps": 5,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "lr": 1e-3,
+        "schedule": "constant",
+    }
     options["check_base"] = "off"  # tests/verify compares the base; every run would pay for it
     return RunConfig(
         model=ModelConfig(path=str(base), dtype=dtype),  # type: ignore[arg-type]

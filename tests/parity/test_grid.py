@@ -1,4 +1,5 @@
-"""Every layout trains the adapter that plain transformers trains: losses, gradients, norms, adapters, Adam's moments."""
+"""Every layout trains the adapter that plain transformers trains: losses, gradients, norms,
+adapters, Adam's moments."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from megalora.model.shape import model_shape, read_hf_config
-from tests.parity.case import Expected, deviations, exceeded, expected_of_clear_routing, read_run, run_case
+from tests.parity.case import (
+    Expected,
+    deviations,
+    exceeded,
+    expected_of_clear_routing,
+    read_run,
+    run_case,
+)
 from tests.parity.grid import QUICK, SHORT, Case, shape_of
 from tests.parity.models import MODELS, make_model
 
@@ -16,7 +24,8 @@ type Reference = Callable[[Case], tuple[Path, Expected]]
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Reference:
     """(base folder, what the oracle makes of it) for a case; each question is answered once."""
-    root, found = tmp_path_factory.mktemp("grid"), {}
+    root = tmp_path_factory.mktemp("grid")
+    found = {}
 
     def look_up(case: Case) -> tuple[Path, Expected]:
         base = root / case.model.replace(" ", "-")
@@ -30,7 +39,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Referenc
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
-def test_layout_trains_the_adapter_that_transformers_trains(case: Case, reference: Reference, chats, tmp_path):
+def test_layout_trains_the_adapter_that_transformers_trains(
+    case: Case, reference: Reference, chats, tmp_path
+):
     base, oracle = reference(case)
     run_case(case, SHORT, base, chats, tmp_path, seed=oracle.seed)
     row = deviations(read_run(tmp_path), oracle)

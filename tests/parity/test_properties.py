@@ -1,4 +1,5 @@
-"""Layouts that nobody wrote down: what the config takes must train the same adapter, what it refuses must say why.
+"""Layouts that nobody wrote down: what the config takes must train the same adapter, what it
+refuses must say why.
 
 ``make parity`` draws many more of them (profile ``parity`` of tests/conftest.py).
 """
@@ -24,10 +25,13 @@ from tests.parity.built import first_gradients, random_adapter
 from tests.parity.compare import of_largest
 from tests.parity.everything import LORA, config_of, first_batch
 
-BATCH, RANKS = 12, (1, 2, 3, 4)
+BATCH = 12
+RANKS = (1, 2, 3, 4)
 SHAPE = ModelShape(
-    model_type="qwen3_moe", num_layers=24, hidden=96, num_heads=24, num_kv_heads=6, head_dim=16, intermediate=144,
-    vocab=720, tied_embeddings=False, num_experts=48, top_k=3, expert_intermediate=96, moe_layers=frozenset(range(24)),
+    model_type="qwen3_moe", num_layers=24, hidden=96, num_heads=24, num_kv_heads=6, head_dim=16,
+    intermediate=144,
+    vocab=720, tied_embeddings=False, num_experts=48, top_k=3, expert_intermediate=96,
+    moe_layers=frozenset(range(24)),
 )  # fmt: skip
 type Drawn = tuple[int, dict[str, int], str, int]
 
@@ -39,21 +43,36 @@ def answer(
     """(adapter, loss, gradients) by plain transformers."""
     path = tmp_path_factory.mktemp("properties") / "adapter.safetensors"
     adapted, factors = random_adapter(path, LORA, everything)
-    oracle = Oracle(everything, factors, {module: a.scale for a in adapted for module in a.hf_modules()})
+    oracle = Oracle(
+        everything, factors, {module: a.scale for a in adapted for module in a.hf_modules()}
+    )
     loss = oracle.loss(first_batch(everything, chats, BATCH))
     loss.backward()
-    return path, loss.item(), {name: f.grad for name, f in oracle.factors.items() if f.grad is not None}
+    return (
+        path,
+        loss.item(),
+        {name: f.grad for name, f in oracle.factors.items() if f.grad is not None},
+    )
 
 
 def accepted(base: Path) -> list[Drawn]:
-    """(world size, layout, recompute, microbatch size) on up to four ranks, as the config and the model's shape allow."""
-    shape, found = model_shape(read_hf_config(base)), []
+    """(world size, layout, recompute, microbatch size) on up to four ranks, as the config and the
+    model's shape allow."""
+    shape = model_shape(read_hf_config(base))
+    found = []
     for world, *sizes, recompute, micro in product(
         RANKS, RANKS, (1, 2), RANKS, RANKS, ("off", "selective", "full"), (1, 2, 3, 4)
     ):
         parallel = dict(zip(("tp", "pp", "ep", "etp"), sizes, strict=True))
         try:
-            config = config_of(base, Path("-"), Path("-"), parallel, global_batch_size=BATCH, micro_batch_size=micro)
+            config = config_of(
+                base,
+                Path("-"),
+                Path("-"),
+                parallel,
+                global_batch_size=BATCH,
+                micro_batch_size=micro,
+            )
             config.check_world(world)
             shape.check_layout(config.parallel)
         except ValueError:
@@ -62,7 +81,9 @@ def accepted(base: Path) -> list[Drawn]:
     return found
 
 
-def test_any_accepted_layout_has_the_gradients_of_transformers(answer: Any, everything: Path, chats: Path) -> None:
+def test_any_accepted_layout_has_the_gradients_of_transformers(
+    answer: Any, everything: Path, chats: Path
+) -> None:
     adapter, expected_loss, expected = answer
     layouts = accepted(everything)
     assert {world for world, *_ in layouts} == set(RANKS)
@@ -109,16 +130,25 @@ def test_a_refusal_is_short_and_names_the_option(world: int, **sizes: int) -> No
         assert len(rest) <= 1 and len(first) < 300
     else:
         assert sizes["cp"] == 1 and (sizes["vpp"] == 1 or sizes["pp"] > 1)
-        assert SHAPE.num_layers % (sizes["pp"] * sizes["vpp"]) == 0 and SHAPE.num_heads % sizes["tp"] == 0
-        assert SHAPE.num_experts % sizes["ep"] == 0 and SHAPE.expert_intermediate % sizes["etp"] == 0
+        assert (
+            SHAPE.num_layers % (sizes["pp"] * sizes["vpp"]) == 0
+            and SHAPE.num_heads % sizes["tp"] == 0
+        )
+        assert (
+            SHAPE.num_experts % sizes["ep"] == 0 and SHAPE.expert_intermediate % sizes["etp"] == 0
+        )
     assert not dist.is_initialized()
 
 
 @settings(max_examples=30)
 @given(st.data())
 def test_megatron_lays_out_what_the_config_accepts(data: st.DataObject) -> None:
-    """Up to 96 ranks on a fake back end, seen by one of them: every group has the size that the config says."""
-    sizes = {name: data.draw(st.sampled_from([1, 2, 3, 4, 6, 8]), name) for name in ("tp", "pp", "vpp", "ep", "etp")}
+    """Up to 96 ranks on a fake back end, seen by one of them: every group has the size that the
+    config says."""
+    sizes = {
+        name: data.draw(st.sampled_from([1, 2, 3, 4, 6, 8]), name)
+        for name in ("tp", "pp", "vpp", "ep", "etp")
+    }
     unit = math.lcm(sizes["tp"] * sizes["pp"], sizes["etp"] * sizes["ep"] * sizes["pp"])
     assume(unit <= 96)
     world = unit * data.draw(st.integers(1, 96 // unit), "replicas")
@@ -136,4 +166,8 @@ def test_megatron_lays_out_what_the_config_accepts(data: st.DataObject) -> None:
             "edp": edp,
         }
         assert {name: groups.named(name).size() for name in expected} == expected
-        assert parallel.tp * parallel.pp * dp == parallel.etp * parallel.ep * parallel.pp * edp == world
+        assert (
+            parallel.tp * parallel.pp * dp
+            == parallel.etp * parallel.ep * parallel.pp * edp
+            == world
+        )

@@ -1,4 +1,5 @@
-"""Pitfalls 5, 6, 9 and 10: what a file says to those who read it. Stock transformers + PEFT stands for the server."""
+"""Pitfalls 5, 6, 9 and 10: what a file says to those who read it. Stock transformers + PEFT stands
+for the server."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +42,10 @@ def load_and_export(config: RunConfig, adapter: Path, out: Path) -> None:
 
 
 def tagged(adapted: list[Adapted], factors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gate holds +e, up -e; every other tensor holds the number of its row and column, q, k and v apart by thousands."""
-    number, tags = {"q_proj": 1, "k_proj": 2, "v_proj": 3}, {}
+    """Gate holds +e, up -e; every other tensor holds the number of its row and column, q, k and v
+    apart by thousands."""
+    number = {"q_proj": 1, "k_proj": 2, "v_proj": 3}
+    tags = {}
     for name, tensor in factors.items():
         module = name.split(".lora_")[0]
         rows, columns = (torch.arange(float(n)) for n in tensor.shape)
@@ -53,13 +56,20 @@ def tagged(adapted: list[Adapted], factors: dict[str, Tensor]) -> dict[str, Tens
     return tags
 
 
-def test_05_gate_up_and_q_k_v_keep_their_order_through_any_layout(everything, chats, tmp_path) -> None:
-    """One rank, then TP 2 x ETP 2, then TP 4 (two ranks for each KV head) x EP 4: three files of the same bits."""
+def test_05_gate_up_and_q_k_v_keep_their_order_through_any_layout(
+    everything, chats, tmp_path
+) -> None:
+    """One rank, then TP 2 x ETP 2, then TP 4 (two ranks for each KV head) x EP 4: three files of
+    the same bits."""
     lora = replace(LORA, target_modules=MODULES)
     _, adapted = plan(lora, ParallelConfig(), everything)
-    folder = export(tmp_path / "0", everything, lora, tagged(adapted, random_factors(lora, everything)[1]))
+    folder = export(
+        tmp_path / "0", everything, lora, tagged(adapted, random_factors(lora, everything)[1])
+    )
     original = load_file(folder / WEIGHTS)
-    for i, (world, parallel) in enumerate([(1, {}), (2, {"tp": 2, "etp": 2}), (4, {"tp": 4, "ep": 4})], 1):
+    for i, (world, parallel) in enumerate(
+        [(1, {}), (2, {"tp": 2, "etp": 2}), (4, {"tp": 4, "ep": 4})], 1
+    ):
         config = config_of(everything, chats, tmp_path / "unused", parallel, lora)
         run_ranks(load_and_export, world, config, folder, tmp_path / str(i))
         folder = tmp_path / str(i)
@@ -77,13 +87,17 @@ def load(base: Path, adapter: Path | None = None) -> Any:
 @pytest.mark.parametrize("expert_size", [80, 96], ids=["in differs from out", "in equals out"])
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["lora", "rslora"])
 def test_06_stock_peft_has_every_expert_s_own_delta(expert_size, use_rslora, tmp_path) -> None:
-    """Where in equals out a transposed or shuffled stack loads without a word: compare each expert's merged weight."""
+    """Where in equals out a transposed or shuffled stack loads without a word: compare each
+    expert's merged weight."""
     base = make_tiny(tmp_path / "base", num_hidden_layers=1, moe_intermediate_size=expert_size)
     lora = LoRAConfig(rank=3, alpha=12.0, use_rslora=use_rslora)
     _, factors = random_factors(lora, base)
     before = load(base).model.layers[0].mlp.experts
     merged = (
-        load(base, export(tmp_path / "adapter", base, lora, factors)).merge_and_unload().model.layers[0].mlp.experts
+        load(base, export(tmp_path / "adapter", base, lora, factors))
+        .merge_and_unload()
+        .model.layers[0]
+        .mlp.experts
     )
     deltas = {
         "gate_proj": (merged.gate_up_proj - before.gate_up_proj)[:, :expert_size],
@@ -109,14 +123,22 @@ def moe_output(model: Any, tokens: Tensor) -> Tensor:
     return found[0].flatten(0, -2)
 
 
-def test_09_an_adapter_on_one_expert_changes_the_tokens_of_that_expert_alone(tiny, tmp_path) -> None:
+def test_09_an_adapter_on_one_expert_changes_the_tokens_of_that_expert_alone(
+    tiny, tmp_path
+) -> None:
     lora = LoRAConfig(rank=3, alpha=12.0, target_modules=MODULES[4:], layers=[0])
     _, factors = random_factors(lora, tiny)
-    of_five = {n: t if ".experts.5." in n or ".lora_A." in n else torch.zeros_like(t) for n, t in factors.items()}
+    of_five = {
+        n: t if ".experts.5." in n or ".lora_A." in n else torch.zeros_like(t)
+        for n, t in factors.items()
+    }
     tokens = torch.arange(7, 67)[None]
-    base, adapted = load(tiny), load(tiny, export(tmp_path / "adapter", tiny, lora, of_five))
+    base = load(tiny)
+    adapted = load(tiny, export(tmp_path / "adapter", tiny, lora, of_five))
     hidden: list[Tensor] = []
-    hook = base.model.layers[0].mlp.register_forward_pre_hook(lambda _m, args: hidden.append(args[0]))
+    hook = base.model.layers[0].mlp.register_forward_pre_hook(
+        lambda _m, args: hidden.append(args[0])
+    )
     before = moe_output(base, tokens)
     hook.remove()
     logits = hidden[0].flatten(0, -2) @ base.model.layers[0].mlp.gate.weight.T
@@ -131,7 +153,9 @@ def test_09_an_adapter_that_does_nothing_is_not_verified(tiny, tmp_path) -> None
     _, factors = random_factors(lora, tiny)
     acts = export(tmp_path / "acts", tiny, lora, factors)
     assert verify_peft(acts, str(tiny), atol=1e-4).ok
-    zeros = export(tmp_path / "zeros", tiny, lora, {n: t * (".lora_A." in n) for n, t in factors.items()})
+    zeros = export(
+        tmp_path / "zeros", tiny, lora, {n: t * (".lora_A." in n) for n, t in factors.items()}
+    )
     report = verify_peft(zeros, str(tiny), atol=1e-4)
     assert not report.ok and "the adapter does nothing" in report.text()
     save_file({}, acts / WEIGHTS)
@@ -140,7 +164,8 @@ def test_09_an_adapter_that_does_nothing_is_not_verified(tiny, tmp_path) -> None
 
 
 def test_10_merged_and_unmerged_differ_by_rounding_alone(tiny, tmp_path) -> None:
-    """Float32: logits of about 4 after sums of 96 to 192 terms, each rounded once more or once less."""
+    """Float32: logits of about 4 after sums of 96 to 192 terms, each rounded once more or once
+    less."""
     lora = LoRAConfig(rank=3, alpha=12.0, target_modules=MODULES)
     adapter = export(tmp_path / "adapter", tiny, lora, random_factors(lora, tiny)[1])
     tokens = torch.arange(7, 67)[None]

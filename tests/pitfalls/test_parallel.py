@@ -1,4 +1,5 @@
-"""Pitfalls 1 to 4: what a parallel layout does to an adapter without a word (the list is in tests/pitfalls/README.md)."""
+"""Pitfalls 1 to 4: what a parallel layout does to an adapter without a word (the list is in
+tests/pitfalls/README.md)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,11 @@ def scales(adapted: list[Adapted]) -> dict[str, float]:
 
 
 def assert_gradients_equal(found: dict[str, Tensor], oracle: Oracle) -> None:
-    """To 1e-5 of the largest entry in the same projection, all experts together; float32 sums of some hundred terms."""
-    gradients = {name: factor.grad for name, factor in oracle.factors.items() if factor.grad is not None}
+    """To 1e-5 of the largest entry in the same projection, all experts together; float32 sums of
+    some hundred terms."""
+    gradients = {
+        name: factor.grad for name, factor in oracle.factors.items() if factor.grad is not None
+    }
     assert gradients.keys() == oracle.factors.keys()
     assert of_largest(found, gradients) <= 1e-5
     trained = {projection(name) for name, gradient in gradients.items() if gradient.any()}
@@ -33,16 +37,20 @@ def assert_gradients_equal(found: dict[str, Tensor], oracle: Oracle) -> None:
 def test_01_initial_values_depend_on_seed_and_name_alone(everything, chats, tmp_path) -> None:
     layouts = [(1, {}), (2, {"ep": 2}), (4, {"ep": 4}), (4, {"tp": 4, "ep": 2, "etp": 2})]
     first, *others = [
-        run_ranks(adapter_of, world, config_of(everything, chats, tmp_path, parallel))[0] for world, parallel in layouts
+        run_ranks(adapter_of, world, config_of(everything, chats, tmp_path, parallel))[0]
+        for world, parallel in layouts
     ]
     for other in others:
         assert other.keys() == first.keys()
         assert all(torch.equal(other[name], first[name]) for name in first)
     of_a = {name: a for name, a in first.items() if ".lora_A." in name}
     for name, a in of_a.items():
-        bound = a.shape[1] ** -0.5  # Kaiming-uniform over this matrix's own fan-in, never over the stacked experts
+        # Kaiming-uniform over this matrix's own fan-in, never over the stacked experts
+        bound = a.shape[1] ** -0.5
         assert 0.9 * bound < a.abs().max() <= bound, name
-    assert len({tuple(a.flatten()[:8].tolist()) for a in of_a.values()}) == len(of_a), "no two share their values"
+    assert len({tuple(a.flatten()[:8].tolist()) for a in of_a.values()}) == len(of_a), (
+        "no two share their values"
+    )
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
@@ -54,10 +62,14 @@ def test_01_initial_values_depend_on_seed_and_name_alone(everything, chats, tmp_
 def test_02_gradient_is_the_sum_over_all_ranks_and_an_idle_rank_adds_nothing(
     world, parallel, micro_batch_size, idle, chats, tmp_path
 ) -> None:
-    """Every data-parallel rank has its own microbatches; at EP 4 the last rank's experts get no token at all."""
-    lora = replace(LORA, target_modules=[name for name in NAMES if name != "gate"])  # which would wake the experts up
+    """Every data-parallel rank has its own microbatches; at EP 4 the last rank's experts get no
+    token at all."""
+    # which would wake the experts up
+    lora = replace(LORA, target_modules=[name for name in NAMES if name != "gate"])
     adapted, factors = random_adapter(tmp_path / "adapter.safetensors", lora, idle)
-    config = config_of(idle, chats, tmp_path / "run", parallel, lora, micro_batch_size=micro_batch_size)
+    config = config_of(
+        idle, chats, tmp_path / "run", parallel, lora, micro_batch_size=micro_batch_size
+    )
     loss, gradients = run_ranks(first_gradients, world, config, tmp_path / "adapter.safetensors")[0]
     oracle = Oracle(idle, factors, scales(adapted))
     expected = oracle.loss(first_batch(idle, chats))
@@ -74,15 +86,18 @@ def first_draw(config: RunConfig) -> list[float]:
 
 
 def test_02_every_rank_draws_its_own_dropout(everything, chats, tmp_path) -> None:
-    """With one seed for all, data-parallel ranks would drop the same places of different samples."""
+    """With one seed for all, data-parallel ranks would drop the same places of different
+    samples."""
     draws = run_ranks(first_draw, 4, config_of(everything, chats, tmp_path, {"tp": 2, "ep": 2}))
     assert len({tuple(draw) for draw in draws}) == 4
 
 
 def effects(config: RunConfig, weights: Path, projections: list[str]) -> list[float]:
-    """The loss with one projection's adapters alone, for each projection, and without any at the end."""
+    """The loss with one projection's adapters alone, for each projection, and without any at the
+    end."""
     with built(config, weights) as run, torch.no_grad():
-        batches, losses = run.batches.of_step(0), []
+        batches = run.batches.of_step(0)
+        losses = []
         saved = {p: p.data.clone() for p in run.model.parameters}
         for projection in [*projections, "none"]:
             for piece in run.model.pieces:
@@ -98,14 +113,22 @@ def _projection(name: str) -> str:
     return ".".join(part for i, part in enumerate(module.split(".")) if i < 2 or not part.isdigit())
 
 
-@pytest.mark.parametrize("parallel", [{"tp": 2, "ep": 2}, {"tp": 2, "ep": 1, "etp": 2}], ids=["tp2-ep2", "tp2-etp2"])
+@pytest.mark.parametrize(
+    "parallel", [{"tp": 2, "ep": 2}, {"tp": 2, "ep": 1, "etp": 2}], ids=["tp2-ep2", "tp2-etp2"]
+)
 def test_03_the_delta_is_whole_and_scaled_once(parallel, everything, chats, tmp_path) -> None:
-    """Each projection's own effect on the loss, over that effect in plain transformers with merged weights, is one."""
+    """Each projection's own effect on the loss, over that effect in plain transformers with merged
+    weights, is one."""
     adapted, factors = random_adapter(tmp_path / "adapter.safetensors", LORA, everything)
     projections = sorted({_projection(name) for name in factors})
-    assert len(projections) == 4 + 4 + 4 + 3 + 3 + 1  # attention twice, routed with router, shared, dense, lm_head
-    config = config_of(everything, chats, tmp_path / "run", parallel, global_batch_size=4, micro_batch_size=2)
-    *losses, without = run_ranks(effects, 2, config, tmp_path / "adapter.safetensors", projections)[0]
+    # attention twice, routed with router, shared, dense, lm_head
+    assert len(projections) == 4 + 4 + 4 + 3 + 3 + 1
+    config = config_of(
+        everything, chats, tmp_path / "run", parallel, global_batch_size=4, micro_batch_size=2
+    )
+    *losses, without = run_ranks(effects, 2, config, tmp_path / "adapter.safetensors", projections)[
+        0
+    ]
     samples = first_batch(everything, chats, 4)
     with torch.no_grad():
         base = Oracle(everything, {}, {}).loss(samples).item()
@@ -121,14 +144,22 @@ def replicated_gradients(config: RunConfig, weights: Path) -> dict[str, Tensor]:
     with built(config, weights) as run:
         run.stepper.train(run.batches.of_step(0), run.optimizer)
         grads: dict[Any, Tensor] = {p: p.main_grad for p in run.model.parameters}  # type: ignore
-        # Over more than one replica in data parallelism a rank's gradient is whole in its own slice only.
+        # Over more than one replica in data parallelism a rank's gradient is whole in its own slice
+        # only.
         sizes = {"tp": run.model.groups.dp.size(), "etp": run.model.groups.edp.size()}
-        return {p.name: p.of(grads).clone() for p in run.model.pieces if p.num_shards == sizes[p.group] == 1}
+        return {
+            p.name: p.of(grads).clone()
+            for p in run.model.pieces
+            if p.num_shards == sizes[p.group] == 1
+        }
 
 
 @pytest.mark.parametrize("etp", [1, 2])
-def test_04_replicated_factors_are_summed_over_tensor_parallel_ranks(etp, everything, chats, tmp_path) -> None:
-    """Under sequence parallelism each rank saw half of the tokens: the same bits on both ranks, and one rank's values."""
+def test_04_replicated_factors_are_summed_over_tensor_parallel_ranks(
+    etp, everything, chats, tmp_path
+) -> None:
+    """Under sequence parallelism each rank saw half of the tokens: the same bits on both ranks, and
+    one rank's values."""
     random_adapter(tmp_path / "adapter.safetensors", LORA, everything)
 
     def gradients(world: int, parallel: dict) -> list[dict[str, Tensor]]:
@@ -143,4 +174,6 @@ def test_04_replicated_factors_are_summed_over_tensor_parallel_ranks(etp, everyt
     assert any(".experts." in name for name in first) == (etp == 2)
     for name, gradient in first.items():
         assert torch.equal(gradient, second[name]), name
-        torch.testing.assert_close(gradient, alone[name], rtol=0, atol=1e-5 * max(alone[name].abs().max().item(), 0.1))
+        torch.testing.assert_close(
+            gradient, alone[name], rtol=0, atol=1e-5 * max(alone[name].abs().max().item(), 0.1)
+        )

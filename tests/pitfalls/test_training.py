@@ -1,4 +1,5 @@
-"""Pitfalls 7, 8 and 10: experts that never train, checkpoints that lose shards, recomputation and auxiliary losses."""
+"""Pitfalls 7, 8 and 10: experts that never train, checkpoints that lose shards, recomputation and
+auxiliary losses."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,18 +30,32 @@ def trained(run: Path, step: int = 2) -> dict[str, Tensor]:
 
 
 def test_07_every_expert_is_adapted_and_trains(everything, chats, tmp_path) -> None:
-    """Also under full recomputation, where the first block's input needs no gradient: the embedding is frozen."""
-    config = config_of(everything, chats, tmp_path, {"ep": 2}, LoRAConfig(rank=3, alpha=12.0), recompute="full")
+    """Also under full recomputation, where the first block's input needs no gradient: the embedding
+    is frozen."""
+    config = config_of(
+        everything, chats, tmp_path, {"ep": 2}, LoRAConfig(rank=3, alpha=12.0), recompute="full"
+    )
     run_ranks(train, 2, config)
-    masters = {n.removeprefix("param."): t for n, t in trained(tmp_path).items() if n.startswith("param.")}
-    hidden, q, kv, routed, shared, dense = 96, 12 * 16, 2 * 16, 80, 112, 144
+    masters = {
+        n.removeprefix("param."): t for n, t in trained(tmp_path).items() if n.startswith("param.")
+    }
+    hidden = 96
+    q = 12 * 16
+    kv = 2 * 16
+    routed = 80
+    shared = 112
+    dense = 144
     attention = 2 * 3 * ((hidden + q) + 2 * (hidden + kv) + (q + hidden))
     mlps = 3 * 3 * (8 * (hidden + routed) + (hidden + shared) + (hidden + dense))
     assert sum(t.numel() for t in masters.values()) == attention + mlps
     assert len([n for n in masters if ".mlp.experts." in n]) == 8 * 3 * 2
     for name, master in masters.items():
         module = name.removeprefix("base_model.model.").split(".lora_")[0]
-        start = initial_a(0, module, 3, master.shape[1]) if ".lora_A." in name else torch.zeros_like(master)
+        start = (
+            initial_a(0, module, 3, master.shape[1])
+            if ".lora_A." in name
+            else torch.zeros_like(master)
+        )
         assert (master - start).abs().max() > 1e-4, f"{name} has not moved in two steps of 1e-3"
 
 
@@ -54,7 +69,8 @@ def state_after_load(config: RunConfig, checkpoint: Path) -> dict[str, Tensor]:
     """What a resumed run holds on all ranks together, before its first step."""
     with built(config) as run:
         load_checkpoint(read_state(checkpoint), run.model, run.optimizer)
-        parameters, whole = run.model.parameters, {}
+        parameters = run.model.parameters
+        whole = {}
         for key in STATE_KEYS:
             state = optimizer_state(run.optimizer, key, parameters, run.model.groups)
             tensors = gather_tensors(run.model.pieces, state, run.model.groups) or {}
@@ -63,14 +79,23 @@ def state_after_load(config: RunConfig, checkpoint: Path) -> dict[str, Tensor]:
 
 
 def test_08_a_checkpoint_means_the_same_to_every_layout(everything, chats, tmp_path) -> None:
-    """Saved at TP 2 x EP 2 x ETP 2, loaded where all is split otherwise: every bit is there, and the run goes on."""
+    """Saved at TP 2 x EP 2 x ETP 2, loaded where all is split otherwise: every bit is there, and
+    the run goes on."""
     config = config_of(everything, chats, tmp_path / "whole", {"tp": 2, "ep": 2, "etp": 2}, steps=3)
-    run_ranks(train, 4, replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "whole"), every=2)))
-    saved, checkpoint = trained(tmp_path / "whole"), tmp_path / "whole/step_000002"
+    run_ranks(
+        train, 4, replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "whole"), every=2))
+    )
+    saved = trained(tmp_path / "whole")
+    checkpoint = tmp_path / "whole/step_000002"
     adapter = load_file(checkpoint / "adapter_model.safetensors")
-    for i, (world, parallel) in enumerate([(1, {}), (4, {"tp": 4, "ep": 4}), (4, {"pp": 2, "etp": 2})]):
+    for i, (world, parallel) in enumerate(
+        [(1, {}), (4, {"tp": 4, "ep": 4}), (4, {"pp": 2, "etp": 2})]
+    ):
         rest = replace(config, parallel=ParallelConfig(**parallel))
-        rest = replace(rest, checkpoint=CheckpointConfig(dir=str(tmp_path / f"rest{i}"), resume=str(checkpoint)))
+        rest = replace(
+            rest,
+            checkpoint=CheckpointConfig(dir=str(tmp_path / f"rest{i}"), resume=str(checkpoint)),
+        )
         loaded = run_ranks(state_after_load, world, rest, checkpoint)[0]
         assert loaded.keys() == saved.keys() | {f"adapter.{name}" for name in adapter}
         assert all(torch.equal(loaded[name], saved[name]) for name in saved)
@@ -79,9 +104,12 @@ def test_08_a_checkpoint_means_the_same_to_every_layout(everything, chats, tmp_p
         for key, allowed in (("loss", 1e-6), ("grad_norm", 1e-5)):
             ours = records(tmp_path / f"rest{i}", key)
             assert ours == pytest.approx(records(tmp_path / "whole", key)[2:], rel=allowed)
-        uninterrupted, resumed = trained(tmp_path / "whole", 3), trained(tmp_path / f"rest{i}", 3)
+        uninterrupted = trained(tmp_path / "whole", 3)
+        resumed = trained(tmp_path / f"rest{i}", 3)
         for name in (n for n in uninterrupted if n.startswith("param.")):  # a step is 1e-3
-            torch.testing.assert_close(resumed[name], uninterrupted[name], rtol=0, atol=1e-5, msg=name)
+            torch.testing.assert_close(
+                resumed[name], uninterrupted[name], rtol=0, atol=1e-5, msg=name
+            )
 
 
 def test_08_a_missing_or_cut_tensor_is_an_error(everything, chats, tmp_path) -> None:
@@ -90,9 +118,14 @@ def test_08_a_missing_or_cut_tensor_is_an_error(everything, chats, tmp_path) -> 
     path = tmp_path / "run/step_000001/training_state/optimizer.safetensors"
     whole = load_file(path)
     name = next(n for n in whole if n.startswith("exp_avg.") and ".experts.5.down_proj.lora_A" in n)
-    for damaged in ({n: t for n, t in whole.items() if n != name}, {**whole, name: whole[name][:, :40].contiguous()}):
+    for damaged in (
+        {n: t for n, t in whole.items() if n != name},
+        {**whole, name: whole[name][:, :40].contiguous()},
+    ):
         save_file(damaged, path)
-        resumed = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), resume=True))
+        resumed = replace(
+            config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), resume=True)
+        )
         with pytest.raises(Exception, match=r"experts.5.down_proj.lora_A.weight"):
             run_ranks(train, 1, resumed)
 
@@ -100,18 +133,29 @@ def test_08_a_missing_or_cut_tensor_is_an_error(everything, chats, tmp_path) -> 
 def losses_and_aux_settings(config: RunConfig) -> tuple[list[float], Any]:
     with built(config) as run:
         router = run.model.chunks[0].config  # pyright: ignore
-        settings = (router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, router.moe_z_loss_coeff)
+        settings = (
+            router.moe_router_load_balancing_type,
+            router.moe_aux_loss_coeff,
+            router.moe_z_loss_coeff,
+        )
         batches = run.batches.of_step(0)
-        return [run.stepper.train(batches, run.optimizer)[0], run.stepper.evaluate(batches)[0]], settings
+        return [
+            run.stepper.train(batches, run.optimizer)[0],
+            run.stepper.evaluate(batches)[0],
+        ], settings
 
 
-def test_10_recomputation_routes_the_same_way_and_gives_the_same_bits(everything, chats, tmp_path) -> None:
+def test_10_recomputation_routes_the_same_way_and_gives_the_same_bits(
+    everything, chats, tmp_path
+) -> None:
     """With dropout, whose masks must be drawn again as they were."""
     random_adapter(tmp_path / "adapter.safetensors", LORA, everything)
-    lora, parallel = replace(LORA, dropout=0.3), {"tp": 2, "ep": 2, "etp": 2}
+    lora = replace(LORA, dropout=0.3)
+    parallel = {"tp": 2, "ep": 2, "etp": 2}
     off, selective, full = [
         run_ranks(
-            first_gradients, 4, config_of(everything, chats, tmp_path, parallel, lora, recompute=level),
+            first_gradients, 4,
+            config_of(everything, chats, tmp_path, parallel, lora, recompute=level),
             tmp_path / "adapter.safetensors",
         )[0]
         for level in ("off", "selective", "full")
@@ -122,7 +166,8 @@ def test_10_recomputation_routes_the_same_way_and_gives_the_same_bits(everything
 
 
 def test_10_no_auxiliary_loss_is_added_under_a_frozen_router(everything, chats, tmp_path) -> None:
-    """What is trained on is what is reported: the cross entropy of target tokens and nothing else."""
+    """What is trained on is what is reported: the cross entropy of target tokens and nothing
+    else."""
     (training, evaluation), settings = run_ranks(
         losses_and_aux_settings, 1, config_of(everything, chats, tmp_path, {})
     )[0]

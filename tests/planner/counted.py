@@ -1,4 +1,5 @@
-"""A real training step on CPU ranks with every live tensor counted, beside what the planner says of the same step.
+"""A real training step on CPU ranks with every live tensor counted, beside what the planner says of
+the same step.
 
 What differs from a GPU is named here and nowhere else:
 
@@ -34,9 +35,12 @@ from tests.distributed.ranks import run_ranks
 from tests.parity.built import Built, built
 from tests.parity.runs import make_config
 
-SEQUENCE, RANK, MICROBATCHES = 192, 8, 4
+SEQUENCE = 192
+RANK = 8
+MICROBATCHES = 4
 _SIZES = {
-    "hidden_size": 160, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 640,
+    "hidden_size": 160, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
+    "vocab_size": 640,
     "num_hidden_layers": 4,
 }  # fmt: skip
 _EXPERTS = {"moe_intermediate_size": 60, "num_experts": 16, "num_experts_per_tok": 4}
@@ -46,10 +50,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "many": _SIZES | _EXPERTS | {"num_experts": 40},
     "dense": _SIZES | {"arch": "qwen3", "intermediate_size": 420},
     "shared": _SIZES | _EXPERTS
-    | {"arch": "qwen2_moe", "intermediate_size": 420, "shared_expert_intermediate_size": 140, "mlp_only_layers": [1]},
+    | {"arch": "qwen2_moe", "intermediate_size": 420, "shared_expert_intermediate_size": 140,
+       "mlp_only_layers": [1]},
 }  # fmt: skip
-"""In proportions like those of Qwen3-30B. ``vocab``: the loss is the peak; ``many``: more experts than are given room."""
-CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "pass", "step", "peak")
+"""In proportions like those of Qwen3-30B. ``vocab``: the loss is the peak; ``many``: more experts
+than are given room."""
+CATEGORIES = (
+    "weights",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "pass",
+    "step",
+    "peak",
+)
 
 
 @dataclass(frozen=True)
@@ -70,9 +85,13 @@ class Case:
 
     def config(self, folder: Path, chats: Path) -> RunConfig:
         base = make_model(self.model, folder)
-        sizes = {"micro_batch_size": self.micro, "global_batch_size": MICROBATCHES * self.micro * self.world}
+        sizes = {
+            "micro_batch_size": self.micro,
+            "global_batch_size": MICROBATCHES * self.micro * self.world,
+        }
         config = make_config(
-            base, chats, folder / "run", self.parallel, self.recompute, lora=LoRAConfig(rank=RANK), dtype=self.dtype, **sizes
+            base, chats, folder / "run", self.parallel, self.recompute, lora=LoRAConfig(rank=RANK),
+            dtype=self.dtype, **sizes
         )  # fmt: skip
         dp, _ = config.parallel.data_parallel_sizes(self.world)
         assert sizes["global_batch_size"] % (dp * self.micro) == 0
@@ -86,16 +105,23 @@ def make_model(model: str, folder: Path) -> Path:
 
 
 def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
-    """For one rank of each pipeline stage: bytes found and said by category. Ranks of a stage are alike, which is checked."""
+    """For one rank of each pipeline stage: bytes found and said by category. Ranks of a stage are
+    alike, which is checked."""
     config = case.config(folder, chats)
     model = PlannedModel.of(model_shape(read_hf_config(Path(config.model.path))), config.lora)
     layout = Layout(
-        parallel=config.parallel, num_ranks=case.world, micro_batch_size=case.micro, recompute=case.recompute
+        parallel=config.parallel,
+        num_ranks=case.world,
+        micro_batch_size=case.micro,
+        recompute=case.recompute,
     )
     size = MICROBATCHES * case.micro * layout.dp
     work = Workload(sequence_length=SEQUENCE, global_batch_size=size, dtype=case.dtype)
-    found = run_ranks(count_step, case.world, config, model.shape.top_k if model.shape.moe_layers else 0)
-    size, rows = case.world // config.parallel.pp, []
+    found = run_ranks(
+        count_step, case.world, config, model.shape.top_k if model.shape.moe_layers else 0
+    )
+    size = case.world // config.parallel.pp
+    rows = []
     for stage in range(config.parallel.pp):
         alike = found[stage * size : (stage + 1) * size]
         fullest = max(alike, key=lambda rank: rank["peak"])
@@ -106,28 +132,36 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
                 "what norms keep is counted for one microbatch alone"
             )
             batch = Microbatch.of(model, layout, work)
-            wide = widened_norms(model, layout, batch, chunks_of(model.shape, config.parallel, 0)[0])
+            wide = widened_norms(
+                model, layout, batch, chunks_of(model.shape, config.parallel, 0)[0]
+            )
             said |= {name: said[name] + wide for name in ("activations", "pass", "peak")}
         rows.append({"stage": stage, "found": fullest, "said": said})
     return rows
 
 
 def categories(plan: MemoryPlan) -> dict[str, int]:
-    """A plan in the categories that a step is counted in; ``pass`` and ``step`` are what they add to what is always there."""
-    passes, step = plan.sum_of("pass") + max(plan.sum_of("loss"), plan.sum_of("layer")), plan.sum_of("step")
+    """A plan in the categories that a step is counted in; ``pass`` and ``step`` are what they add
+    to what is always there."""
+    passes = plan.sum_of("pass") + max(plan.sum_of("loss"), plan.sum_of("layer"))
+    step = plan.sum_of("step")
     return {
-        "weights": plan["weights"], "adapters": plan["adapters"] + plan["buffer padding"], "gradients": plan["gradients"],
+        "weights": plan["weights"], "adapters": plan["adapters"] + plan["buffer padding"],
+        "gradients": plan["gradients"],
         "optimizer": plan["optimizer"], "activations": plan["activations"] + plan["loss"],
         "pass": passes, "step": step, "peak": plan.peak_bytes - plan[CONTEXT] - plan[ROOM],
     }  # fmt: skip
 
 
 def widened_norms(model: PlannedModel, layout: Layout, batch: Microbatch, chunk: Chunk) -> int:
-    """Bytes by which float32 inputs of a chunk's norms exceed the bfloat16 ones that are counted; every linear adapted.
+    """Bytes by which float32 inputs of a chunk's norms exceed the bfloat16 ones that are counted;
+    every linear adapted.
 
-    On the CPU a norm is composed of float32 operations and keeps its input widened; a GPU has it as one kernel that does not.
+    On the CPU a norm is composed of float32 operations and keeps its input widened; a GPU has it as
+    one kernel that does not.
     """
-    s, (q, kv) = model.shape, attention_widths(model.shape, layout.parallel)
+    s = model.shape
+    q, kv = attention_widths(model.shape, layout.parallel)
     num_norms = 2 * len(chunk.layers) - chunk.has_embedding + chunk.has_head
     heads = (
         batch.tokens * (4 * (q + kv) - 2 * q * (kv > s.head_dim)) * s.qk_norm
@@ -135,7 +169,7 @@ def widened_norms(model: PlannedModel, layout: Layout, batch: Microbatch, chunk:
     return num_norms * batch.own_tokens * s.hidden * 2 + len(chunk.layers) * heads
 
 
-# ---- on one rank ----------------------------------------------------------------------------------------------------
+# ---- on one rank ---------------------------------------------------------------------------------
 
 
 def count_step(config: RunConfig, top_k: int) -> dict[str, int]:
@@ -157,26 +191,31 @@ def count_step(config: RunConfig, top_k: int) -> dict[str, int]:
 
 
 def route_evenly(run: Built, top_k: int) -> None:
-    """Token t goes to experts t k, t k + 1, ..., modulo their number: the router's own logits decide the weights alone."""
+    """Token t goes to experts t k, t k + 1, ..., modulo their number: the router's own logits
+    decide the weights alone."""
 
     def evenly(gating: Any) -> Any:
         def even(x: Tensor) -> Tensor:
             logits = gating(x)
-            tokens, experts = logits.numel() // logits.shape[-1], logits.shape[-1]
+            tokens = logits.numel() // logits.shape[-1]
+            experts = logits.shape[-1]
             chosen = (torch.arange(tokens)[:, None] * top_k + torch.arange(top_k)) % experts
             bonus = torch.zeros(tokens, experts, dtype=logits.dtype).scatter_(1, chosen, 64.0)
             return logits.add_(bonus.view_as(logits))
 
         return even
 
-    for module in (m for chunk in run.model.chunks for m in chunk.modules() if hasattr(m, "gating")):
+    for module in (
+        m for chunk in run.model.chunks for m in chunk.modules() if hasattr(m, "gating")
+    ):
         if "gating" not in vars(module):
             module.gating = evenly(module.gating)
 
 
 def make_batches(micro: int) -> list[Batch]:
     """Samples of one length: what is padded would not be in the plan's tokens."""
-    generator, found = torch.Generator().manual_seed(1), []
+    generator = torch.Generator().manual_seed(1)
+    found = []
     for _ in range(MICROBATCHES):
         tokens = torch.randint(0, 256, (micro, SEQUENCE), generator=generator)
         found.append(Batch(tokens, tokens.roll(-1, 1), torch.ones(micro, SEQUENCE)))
@@ -184,34 +223,52 @@ def make_batches(micro: int) -> list[Batch]:
 
 
 def tensors_of(run: Built) -> dict[str, list[Tensor]]:
-    """What a rank always holds: frozen weights, parameter and gradient buffers, the optimizer's state."""
-    buffers = [b for chunk in run.stepper.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
+    """What a rank always holds: frozen weights, parameter and gradient buffers, the optimizer's
+    state."""
+    buffers = [
+        b for chunk in run.stepper.chunks for b in chunk.buffers + chunk.expert_parallel_buffers
+    ]
     state: list[Any] = []
     for part in _parts(run.optimizer):
-        state += [t for s in part.optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.dim()]
+        state += [
+            t
+            for s in part.optimizer.state.values()
+            for t in s.values()
+            if torch.is_tensor(t) and t.dim()
+        ]
         state += [t for group in part.shard_fp32_from_float16_groups for t in group]
-    frozen: list[Tensor] = [p for chunk in run.model.chunks for p in chunk.parameters() if not p.requires_grad]
+    frozen: list[Tensor] = [
+        p for chunk in run.model.chunks for p in chunk.parameters() if not p.requires_grad
+    ]
     return {
-        "weights": frozen, "adapters": [b.param_data for b in buffers], "gradients": [b.grad_data for b in buffers],
+        "weights": frozen, "adapters": [b.param_data for b in buffers],
+        "gradients": [b.grad_data for b in buffers],
         "optimizer": state,
     }  # fmt: skip
 
 
 def num_bytes(tensors: list[Tensor]) -> int:
     """Of distinct storages."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 def peaks(run: Built, batches: list[Batch], already: list[Tensor]) -> dict[str, int]:
-    """``pass``: most that forward and backward add; ``step``: most that reduction or optimizer add to what is left then."""
+    """``pass``: most that forward and backward add; ``step``: most that reduction or optimizer add
+    to what is left then."""
     settings = run.stepper.chunks[0].config
     gc.collect()
-    finalize, live, found = settings.finalize_model_grads_func, LiveTensors(already), {}
-    always, left = live.now_bytes, 0
+    finalize = settings.finalize_model_grads_func
+    live = LiveTensors(already)
+    found = {}
+    always = live.now_bytes
+    left = 0
 
     def reduce(*args: Any, **kwargs: Any) -> None:
         nonlocal left
-        found["pass"], left = live.peak_bytes - always, live.now_bytes
+        found["pass"] = live.peak_bytes - always
+        left = live.now_bytes
         live.reset_peak()
         finalize(*args, **kwargs)
         found["step"] = live.peak_bytes - left
@@ -237,10 +294,12 @@ class Saved:
 
 
 def kept(run: Built, batches: list[Batch], already: list[Tensor]) -> int:
-    """Most bytes that nodes keep for backward, looked at whenever a forward pass ended and a backward pass begins."""
+    """Most bytes that nodes keep for backward, looked at whenever a forward pass ended and a
+    backward pass begins."""
     own = {t.untyped_storage().data_ptr() for t in already}
     saved: WeakSet[Saved] = WeakSet()
-    forward, most = True, 0
+    forward = True
+    most = 0
 
     def pack(tensor: Tensor) -> Saved:
         nonlocal forward
@@ -251,7 +310,10 @@ def kept(run: Built, batches: list[Batch], already: list[Tensor]) -> int:
     def unpack(holder: Saved) -> Tensor:
         nonlocal forward, most
         if forward:
-            found = {s.tensor.untyped_storage().data_ptr(): s.tensor.untyped_storage().nbytes() for s in saved}
+            found = {
+                s.tensor.untyped_storage().data_ptr(): s.tensor.untyped_storage().nbytes()
+                for s in saved
+            }
             most = max(most, sum(n for at, n in found.items() if at not in own))
         forward = False
         return holder.tensor
@@ -263,7 +325,8 @@ def kept(run: Built, batches: list[Batch], already: list[Tensor]) -> int:
 
 @contextmanager
 def collecting() -> Iterator[None]:
-    """A node whose output is kept by a hook is a cycle, which the collector alone frees: often, so that none counts twice."""
+    """A node whose output is kept by a hook is a cycle, which the collector alone frees: often, so
+    that none counts twice."""
     before = gc.get_threshold()
     gc.set_threshold(200, 1, 1)
     yield

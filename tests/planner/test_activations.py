@@ -1,4 +1,5 @@
-"""What a training step really keeps for backward, and how many microbatches at once, against the planner's formulas."""
+"""What a training step really keeps for backward, and how many microbatches at once, against the
+planner's formulas."""
 
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,12 @@ class Saved:
 
 
 def kept_by_a_microbatch(config: RunConfig) -> tuple[int, tuple[int, ...]]:
-    """(bytes of the storages, parameters left out, that this rank keeps as the first backward begins; the batch's shape)."""
+    """(bytes of the storages, parameters left out, that this rank keeps as the first backward
+    begins; the batch's shape)."""
     with built(config) as run:
-        own = {p.untyped_storage().data_ptr() for chunk in run.model.chunks for p in chunk.parameters()}
+        own = {
+            p.untyped_storage().data_ptr() for chunk in run.model.chunks for p in chunk.parameters()
+        }
         saved: WeakSet[Saved] = WeakSet()
         counted: list[int] = []
 
@@ -45,7 +49,10 @@ def kept_by_a_microbatch(config: RunConfig) -> tuple[int, tuple[int, ...]]:
 
         def unpack(holder: Saved) -> Tensor:
             if not counted:
-                storages = {s.tensor.untyped_storage().data_ptr(): s.tensor.untyped_storage().nbytes() for s in saved}
+                storages = {
+                    s.tensor.untyped_storage().data_ptr(): s.tensor.untyped_storage().nbytes()
+                    for s in saved
+                }
                 counted.append(sum(n for at, n in storages.items() if at not in own))
             return holder.tensor
 
@@ -56,50 +63,77 @@ def kept_by_a_microbatch(config: RunConfig) -> tuple[int, tuple[int, ...]]:
 
 
 CASES = [
-    ("tiny", 1, {}, DEFAULT), ("tiny", 1, {}, SOME), ("tiny", 1, {}, EXPERTS), ("tiny", 2, {"ep": 2}, DEFAULT),
-    ("tiny", 2, {"tp": 2, "ep": 2}, DEFAULT), ("tiny", 2, {"tp": 2, "etp": 2}, DEFAULT), ("tiny", 2, {"pp": 2}, DEFAULT),
-    ("tiny", 2, {"pp": 2}, ONE), ("everything", 1, {}, LORA), ("everything", 2, {"tp": 2, "ep": 2}, LORA),
+    ("tiny", 1, {}, DEFAULT), ("tiny", 1, {}, SOME), ("tiny", 1, {}, EXPERTS),
+    ("tiny", 2, {"ep": 2}, DEFAULT),
+    ("tiny", 2, {"tp": 2, "ep": 2}, DEFAULT), ("tiny", 2, {"tp": 2, "etp": 2}, DEFAULT),
+    ("tiny", 2, {"pp": 2}, DEFAULT),
+    ("tiny", 2, {"pp": 2}, ONE), ("everything", 1, {}, LORA),
+    ("everything", 2, {"tp": 2, "ep": 2}, LORA),
     ("everything", 2, {"pp": 2}, LORA), ("tiny_dense", 2, {"tp": 2}, DEFAULT),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("recompute", ["off", "selective", "full"])
 @pytest.mark.parametrize(("name", "world", "sizes", "lora"), CASES)
-def test_bytes_kept(name, world, sizes, lora, recompute, chats, tmp_path, request: pytest.FixtureRequest) -> None:
-    """Summed over ranks: how many rows each expert-parallel rank gets is the router's choice, their sum is not. Nothing is left out
-    but a scalar, the loss's scale."""
+def test_bytes_kept(
+    name, world, sizes, lora, recompute, chats, tmp_path, request: pytest.FixtureRequest
+) -> None:
+    """Summed over ranks: how many rows each expert-parallel rank gets is the router's choice, their
+    sum is not. Nothing is left out but a scalar, the loss's scale."""
     base: Path = request.getfixturevalue(name)
     config = config_of(base, chats, tmp_path / "run", sizes, lora, recompute, micro_batch_size=2)
     found, said = counted_and_planned(config, world)
-    print(f"{name} {sizes} {recompute}: counted {found}, planned {said}, {100 * (said / found - 1):+.3f} %")
+    print(
+        f"{name} {sizes} {recompute}: counted {found}, planned {said},"
+        f" {100 * (said / found - 1):+.3f} %"
+    )
     assert abs(said / found - 1) < 0.005
 
 
 @pytest.mark.parametrize("recompute", ["off", "selective"])
 @pytest.mark.parametrize(
     ("name", "world", "sizes", "lora"),
-    [("tiny", 1, {}, DEFAULT), ("tiny", 2, {"tp": 2, "ep": 2}, DEFAULT), ("everything", 2, {"pp": 2}, LORA)],
+    [
+        ("tiny", 1, {}, DEFAULT),
+        ("tiny", 2, {"tp": 2, "ep": 2}, DEFAULT),
+        ("everything", 2, {"pp": 2}, LORA),
+    ],
 )
 def test_bytes_kept_in_bfloat16(
     name, world, sizes, lora, recompute, chats, tmp_path, request: pytest.FixtureRequest
 ) -> None:
-    """On the CPU a norm is composed of float32 operations and keeps its input widened; a GPU has it as one kernel that does not."""
+    """On the CPU a norm is composed of float32 operations and keeps its input widened; a GPU has it
+    as one kernel that does not."""
     base: Path = request.getfixturevalue(name)
-    config = config_of(base, chats, tmp_path / "run", sizes, lora, recompute, micro_batch_size=2, dtype="bfloat16")
+    config = config_of(
+        base, chats, tmp_path / "run", sizes, lora, recompute, micro_batch_size=2, dtype="bfloat16"
+    )
     found, said = counted_and_planned(config, world, widened_norms)
-    print(f"{name} {sizes} {recompute} bfloat16: counted {found}, planned {said}, {100 * (said / found - 1):+.3f} %")
+    print(
+        f"{name} {sizes} {recompute} bfloat16: counted {found}, planned {said},"
+        f" {100 * (said / found - 1):+.3f} %"
+    )
     assert abs(said / found - 1) < 0.005
 
 
 def counted_and_planned(config: RunConfig, world: int, extra: Any = None) -> tuple[int, int]:
-    """Bytes over all ranks; ``extra``: what to plan for each chunk beside the product's formulas."""
+    """Bytes over all ranks; ``extra``: what to plan for each chunk beside the product's
+    formulas."""
     model = PlannedModel.of(model_shape(read_hf_config(Path(config.model.path))), config.lora)
-    train, found, said = config.train, 0, 0
-    layout = Layout(parallel=config.parallel, num_ranks=world, micro_batch_size=2, recompute=train.recompute)
-    for rank, (num_bytes, (_, sequence)) in enumerate(run_ranks(kept_by_a_microbatch, world, config)):
+    train = config.train
+    found = 0
+    said = 0
+    layout = Layout(
+        parallel=config.parallel, num_ranks=world, micro_batch_size=2, recompute=train.recompute
+    )
+    for rank, (num_bytes, (_, sequence)) in enumerate(
+        run_ranks(kept_by_a_microbatch, world, config)
+    ):
         work = Workload(sequence_length=sequence, global_batch_size=8, dtype=config.model.dtype)
         for chunk in chunks_of(model.shape, layout.parallel, rank // (world // layout.parallel.pp)):
-            said += chunk_bytes(model, layout, work, chunk) + angles_bytes(model, layout, work, chunk)
+            said += chunk_bytes(model, layout, work, chunk) + angles_bytes(
+                model, layout, work, chunk
+            )
             said += head_bytes(model, layout, work) if chunk.has_head else 0
             said += extra(model, layout, Microbatch.of(model, layout, work), chunk) if extra else 0
         found += num_bytes
@@ -107,9 +141,11 @@ def counted_and_planned(config: RunConfig, world: int, extra: Any = None) -> tup
 
 
 def held_at_once(config: RunConfig) -> set[tuple[int, ...]]:
-    """Microbatches of each chunk that ran forward and not yet backward, after every forward of a step."""
+    """Microbatches of each chunk that ran forward and not yet backward, after every forward of a
+    step."""
     with built(config) as run:
-        held, seen = [0] * len(run.model.chunks), set()
+        held = [0] * len(run.model.chunks)
+        seen = set()
 
         def count(number: int) -> Any:
             def forward(module: Any, args: Any, output: Tensor) -> None:
@@ -136,11 +172,22 @@ def held_at_once(config: RunConfig) -> set[tuple[int, ...]]:
 )  # fmt: skip
 def test_microbatches_in_flight(world, sizes, batch, tiny, chats, tmp_path) -> None:
     config = config_of(
-        tiny, chats, tmp_path / "run", sizes, DEFAULT, "off", micro_batch_size=1, global_batch_size=batch
+        tiny,
+        chats,
+        tmp_path / "run",
+        sizes,
+        DEFAULT,
+        "off",
+        micro_batch_size=1,
+        global_batch_size=batch,
     )
     for rank, seen in enumerate(run_ranks(held_at_once, world, config)):
         said = in_flight(config.parallel, rank // (world // config.parallel.pp), batch)
-        largest = {s for s in seen if not any(s != o and all(a <= b for a, b in zip(s, o, strict=True)) for o in seen)}
+        largest = {
+            s
+            for s in seen
+            if not any(s != o and all(a <= b for a, b in zip(s, o, strict=True)) for o in seen)
+        }
         assert set(said) == largest
 
 

@@ -1,4 +1,5 @@
-"""Configs that stand ready run as they are, and what their comments predict is what the planner says today."""
+"""Configs that stand ready run as they are, and what their comments predict is what the planner
+says today."""
 
 import re
 from pathlib import Path
@@ -30,11 +31,14 @@ def test_all_that_were_promised() -> None:
 def test_a_config_is_what_the_planner_writes(path: Path) -> None:
     found = re.search(r"_(\d+)x(\w\d+)_(\d+)k$", path.stem)
     assert found is not None
-    ranks, config = int(found[1]), load_config(path)
+    ranks = int(found[1])
+    config = load_config(path)
     config.check_world(ranks)
     assert config.data.max_length == 1024 * int(found[3])
-    machine, work = find_machine(found[2]), Workload.of(config, Options.imbalance)
-    shape, layout = model_shape(find_architecture(config.model.path)), Layout.of(config, ranks)
+    machine = find_machine(found[2])
+    work = Workload.of(config, Options.imbalance)
+    shape = model_shape(find_architecture(config.model.path))
+    layout = Layout.of(config, ranks)
     check(shape, layout, work)
     planned = evaluate(PlannedModel.of(shape, config.lora), config.lora.rank, layout, work, machine)
     plan = Plan(work, machine, config.lora.rank, [planned], [])

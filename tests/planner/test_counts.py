@@ -1,4 +1,5 @@
-"""Parameter counts against what is published, transformers' models on the meta device, and stock PEFT."""
+"""Parameter counts against what is published, transformers' models on the meta device, and stock
+PEFT."""
 
 from pathlib import Path
 
@@ -12,10 +13,19 @@ from megalora.config import LoRAConfig, ParallelConfig
 from megalora.lora.spec import resolve
 from megalora.model.shape import ModelShape
 from megalora.planner.models import active_parameters, load_shape, read_architecture
-from megalora.planner.weights import PlannedModel, adapter_parameters, base_parameters, chunks_of, layer_parameters
+from megalora.planner.weights import (
+    PlannedModel,
+    adapter_parameters,
+    base_parameters,
+    chunks_of,
+    layer_parameters,
+)
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
-PUBLISHED = {"qwen3_30b_a3b": (30_532_122_624, 3.3, 48), "qwen3_235b_a22b": (235_093_634_560, 22.2, 94)}
+PUBLISHED = {
+    "qwen3_30b_a3b": (30_532_122_624, 3.3, 48),
+    "qwen3_235b_a22b": (235_093_634_560, 22.2, 94),
+}
 """Parameters (total_size of the published index, halved), billions a token uses, layers."""
 
 
@@ -27,7 +37,8 @@ def transformers_model(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_base_parameters(name: str) -> None:
-    shape, (total, active, layers) = load_shape(MODELS / f"{name}.yaml"), PUBLISHED[name]
+    shape = load_shape(MODELS / f"{name}.yaml")
+    total, active, layers = PUBLISHED[name]
     model = transformers_model(name)
     assert sum(p.numel() for p in model.parameters()) == shape.num_parameters() == total
     assert abs(active_parameters(shape) / 1e9 - active) < 0.06
@@ -48,8 +59,11 @@ def test_active_parameters_are_what_a_token_meets(name: str) -> None:
 
 @pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (2, 3), (6, 2)])
 def test_stages_add_up_to_the_model(pp: int, vpp: int) -> None:
-    shape, p = load_shape(MODELS / "qwen3_30b_a3b.yaml"), ParallelConfig(pp=pp, vpp=vpp)
-    model = PlannedModel.of(shape, LoRAConfig(target_modules=["q_proj", "down_proj", "lm_head", "gate"]))
+    shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
+    p = ParallelConfig(pp=pp, vpp=vpp)
+    model = PlannedModel.of(
+        shape, LoRAConfig(target_modules=["q_proj", "down_proj", "lm_head", "gate"])
+    )
     chunks = [chunk for stage in range(pp) for chunk in chunks_of(shape, p, stage)]
     assert sorted(layer for chunk in chunks for layer in chunk.layers) == list(range(48))
     assert sum(base_parameters(shape, p, chunk) for chunk in chunks) == shape.num_parameters()
@@ -58,7 +72,8 @@ def test_stages_add_up_to_the_model(pp: int, vpp: int) -> None:
 
 
 class OneLayer(nn.Module):
-    """A decoder layer's linears under their HF names, experts apart, as PEFT's adapter files name them."""
+    """A decoder layer's linears under their HF names, experts apart, as PEFT's adapter files name
+    them."""
 
     def __init__(self, s: ModelShape) -> None:
         super().__init__()
@@ -66,12 +81,18 @@ class OneLayer(nn.Module):
         def linear(n: int, k: int) -> nn.Linear:
             return nn.Linear(k, n, bias=False)
 
-        h, q, kv, i = s.hidden, s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim, s.expert_intermediate
+        h = s.hidden
+        q = s.num_heads * s.head_dim
+        kv = s.num_kv_heads * s.head_dim
+        i = s.expert_intermediate
         self.self_attn = nn.ModuleDict({
-            "q_proj": linear(q, h), "k_proj": linear(kv, h), "v_proj": linear(kv, h), "o_proj": linear(h, q),
+            "q_proj": linear(q, h), "k_proj": linear(kv, h), "v_proj": linear(kv, h),
+            "o_proj": linear(h, q),
         })  # fmt: skip
         self.experts = nn.ModuleList(
-            nn.ModuleDict({"gate_proj": linear(i, h), "up_proj": linear(i, h), "down_proj": linear(h, i)})
+            nn.ModuleDict(
+                {"gate_proj": linear(i, h), "up_proj": linear(i, h), "down_proj": linear(h, i)}
+            )
             for _ in range(s.num_experts)
         )
 
@@ -79,17 +100,22 @@ class OneLayer(nn.Module):
 @pytest.mark.parametrize("rank", [8, 16])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_adapter_parameters_against_peft(name: str, rank: int) -> None:
-    shape, layers = load_shape(MODELS / f"{name}.yaml"), PUBLISHED[name][2]
+    shape = load_shape(MODELS / f"{name}.yaml")
+    layers = PUBLISHED[name][2]
     with torch.device("meta"):
         layer = OneLayer(shape)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    stock = get_peft_model(layer, LoraConfig(r=rank, target_modules=targets), low_cpu_mem_usage=True)  # pyright: ignore
+    stock = get_peft_model(
+        layer, LoraConfig(r=rank, target_modules=targets), low_cpu_mem_usage=True
+    )  # pyright: ignore
     theirs = sum(p.numel() for n, p in stock.named_parameters() if "lora_" in n)
     adapted = resolve(LoRAConfig(rank=rank), shape)
     assert sum(a.num_parameters() for a in adapted) == layers * theirs
-    model, p = PlannedModel(shape, tuple(adapted)), ParallelConfig()
+    model = PlannedModel(shape, tuple(adapted))
+    p = ParallelConfig()
     count = adapter_parameters(model, p, chunks_of(shape, p, 0)[0])
-    assert (count.dense + count.expert, count.expert) == (layers * theirs, 0)  # one buffer where EP = 1 and ETP = TP
+    # one buffer where EP = 1 and ETP = TP
+    assert (count.dense + count.expert, count.expert) == (layers * theirs, 0)
 
 
 def test_attention_of_transformers_adapted_by_peft() -> None:
@@ -98,7 +124,9 @@ def test_attention_of_transformers_adapted_by_peft() -> None:
     config = LoraConfig(r=16, target_modules=targets)
     stock = get_peft_model(transformers_model(name), config, low_cpu_mem_usage=True)  # pyright: ignore
     theirs = sum(p.numel() for n, p in stock.named_parameters() if "lora_" in n)
-    adapted = resolve(LoRAConfig(rank=16, target_modules=targets), load_shape(MODELS / f"{name}.yaml"))
+    adapted = resolve(
+        LoRAConfig(rank=16, target_modules=targets), load_shape(MODELS / f"{name}.yaml")
+    )
     assert sum(a.num_parameters() for a in adapted) == theirs
 
 

@@ -16,7 +16,8 @@ from megalora.planner.crossings import Crossings, crossings_of
 
 LAYER = {"dtype": "bfloat16", "hidden": 2048, "intermediate": 768, "R": 32, "vendor_from": 300}
 LAYERS = [
-    LAYER, {**LAYER, "R": 128, "vendor_from": 200}, {**LAYER, "intermediate": 384, "vendor_from": None},
+    LAYER, {**LAYER, "R": 128, "vendor_from": 200},
+    {**LAYER, "intermediate": 384, "vendor_from": None},
     {**LAYER, "dtype": "float16", "vendor_from": 64},
 ]  # fmt: skip
 
@@ -37,7 +38,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content))
     monkeypatch.setattr(tuned, "FOLDER", tmp_path / "tuned")
-    monkeypatch.setattr(crossings, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr(
+        crossings, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    )
     tuned.forget()
     yield tmp_path / "tuned"
     tuned.forget()
@@ -46,7 +49,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_answers_as_the_kernels_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
-    found, cuda = crossings_of("NVIDIA H100 80GB HBM3"), torch.device("cuda", 0)
+    found = crossings_of("NVIDIA H100 80GB HBM3")
+    cuda = torch.device("cuda", 0)
     assert len(found.layers) == 3
     answers = set()
     for rank in (0, 4, 16, 20, 32, 40, 64, 65, 128, 200):
@@ -56,13 +60,18 @@ def test_answers_as_the_kernels_do(folder: Path, monkeypatch: pytest.MonkeyPatch
                 assert found.prefers_grouped_mm(rows, *layer, rank) == expected
                 answers.add((layer, rows, expected))
     assert len(answers) == 3 * 8 + 2  # at 197 to 297 rows the rank decides
-    assert Crossings().prefers_grouped_mm(1024, 1, 1, 1) and not Crossings().prefers_grouped_mm(1000, 1, 1, 1)
+    assert Crossings().prefers_grouped_mm(1024, 1, 1, 1) and not Crossings().prefers_grouped_mm(
+        1000, 1, 1, 1
+    )
     assert tuned.RULE_VENDOR_FROM == crossings.DEFAULT_ROWS and backend.NEARLY == crossings.NEARLY
 
 
 def test_the_file_is_that_of_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(crossings_of("H100 SXM 80 GB").layers) == 3  # as the planner's own table of GPUs names it
-    assert len(crossings_of("H200 SXM 141 GB").layers) == 1 == len(crossings_of("NVIDIA H200").layers)
+    # as the planner's own table of GPUs names it
+    assert len(crossings_of("H100 SXM 80 GB").layers) == 3
+    assert (
+        len(crossings_of("H200 SXM 141 GB").layers) == 1 == len(crossings_of("NVIDIA H200").layers)
+    )
     assert crossings_of("A100 SXM 80 GB") == crossings_of("CPU") == Crossings()
     monkeypatch.setenv(tuned.ENV_TABLE, "off")
     assert crossings_of("NVIDIA H200") == Crossings()
@@ -75,19 +84,31 @@ def test_a_file_that_is_no_table(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="there is no such file; unset it, or set it to 'off'"):
         crossings_of("H100")
     row = {"dtype": "bfloat16", "hidden": 64, "intermediate": 32, "R": 16, "vendor_from": "many"}
-    for content in (b"{", b"[]", b'{"layers": [{}]}', b"\xff\xfe", json.dumps({"layers": [row]}).encode()):
+    for content in (
+        b"{",
+        b"[]",
+        b'{"layers": [{}]}',
+        b"\xff\xfe",
+        json.dumps({"layers": [row]}).encode(),
+    ):
         (folder / "wrong.json").write_bytes(content)
         monkeypatch.setenv(tuned.ENV_TABLE, str(folder / "wrong.json"))
-        with pytest.raises(ValueError, match="wrong.json: no table of benchmarks.tune .*tune again"):
+        with pytest.raises(
+            ValueError, match="wrong.json: no table of benchmarks.tune .*tune again"
+        ):
             crossings_of("H100")
 
 
 def test_a_plan_asks_for_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(command, "search", lambda shape, lora, gpus, work, machine, **_: given.append(work))
+    monkeypatch.setattr(
+        command, "search", lambda shape, lora, gpus, work, machine, **_: given.append(work)
+    )
     config = RunConfig(
         model=ModelConfig(path="Qwen/Qwen3-30B-A3B"), data=DataConfig(train="x"),
         train=TrainConfig(steps=1, global_batch_size=8),
     )  # fmt: skip
-    command.make_plan(config, command.Options(gpus=8, gpu="h100", top=1, imbalance=1.0, lora_ranks=()))
+    command.make_plan(
+        config, command.Options(gpus=8, gpu="h100", top=1, imbalance=1.0, lora_ranks=())
+    )
     assert given[0].crossings == crossings_of("H100") != Crossings()

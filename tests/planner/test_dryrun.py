@@ -1,4 +1,5 @@
-"""Ranks built on the meta device hold exactly the bytes that ``memory.py`` says, whatever the layout."""
+"""Ranks built on the meta device hold exactly the bytes that ``memory.py`` says, whatever the
+layout."""
 
 from pathlib import Path
 
@@ -15,10 +16,23 @@ from megalora.planner.models import read_architecture
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 WORK = Workload(sequence_length=4096, global_batch_size=4096)
-NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate", "lm_head"]
-ALL, ODD = LoRAConfig(), LoRAConfig(rank=5, expert_rank=3, target_modules=NAMES, rank_pattern={"k_proj": 7})
+NAMES = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "gate",
+    "lm_head",
+]
+ALL = LoRAConfig()
+ODD = LoRAConfig(rank=5, expert_rank=3, target_modules=NAMES, rank_pattern={"k_proj": 7})
 SOME = LoRAConfig(
-    target_modules=["q_proj", "o_proj", "up_proj"], layers="3-10,20-", exclude_modules=[r".*layers\.7\..*"]
+    target_modules=["q_proj", "o_proj", "up_proj"],
+    layers="3-10,20-",
+    exclude_modules=[r".*layers\.7\..*"],
 )
 
 CASES = [
@@ -32,7 +46,8 @@ CASES = [
     ("qwen3_30b_a3b", 128, (127,), {"ep": 128}, ALL),
     ("qwen3_235b_a22b", 8, (6,), {"ep": 8}, ALL),
     ("qwen3_235b_a22b", 64, (0, 63), {"tp": 4, "pp": 2, "ep": 32}, ODD),
-    ("qwen3_235b_a22b", 64, (33,), {"tp": 64, "etp": 8, "ep": 8}, ODD),  # 16 ranks share a key/value head
+    # 16 ranks share a key/value head
+    ("qwen3_235b_a22b", 64, (33,), {"tp": 64, "etp": 8, "ep": 8}, ODD),
     ("qwen3_235b_a22b", 188, (100,), {"pp": 47, "tp": 4, "vpp": 2, "ep": 2, "etp": 2}, SOME),
     ("qwen3_235b_a22b", 512, (511,), {"pp": 2, "vpp": 47, "ep": 128, "etp": 2}, ALL),
     ("qwen3_235b_a22b", 4096, (777,), {"tp": 8, "pp": 2, "ep": 32}, ALL),
@@ -40,26 +55,42 @@ CASES = [
 
 
 def assert_agrees(
-    found: RankCount, hf: dict, lora: LoRAConfig, parallel: ParallelConfig, world: int, rank: int, **work
+    found: RankCount,
+    hf: dict,
+    lora: LoRAConfig,
+    parallel: ParallelConfig,
+    world: int,
+    rank: int,
+    **work,
 ):
     """Ranks are numbered with the pipeline stage outermost."""
-    shape, layout = model_shape(hf), Layout(parallel=parallel, num_ranks=world)
+    shape = model_shape(hf)
+    layout = Layout(parallel=parallel, num_ranks=world)
     stage = rank // (world // parallel.pp)
-    said = memory_of(shape, lora, layout, Workload(sequence_length=64, global_batch_size=4096, **work), stage)
+    said = memory_of(
+        shape, lora, layout, Workload(sequence_length=64, global_batch_size=4096, **work), stage
+    )
     assert (found.base_bytes, found.adapter_bytes) == (said["weights"], said["adapters"])
     assert found.buffer_bytes == 0
     layers = shape.num_layers // (parallel.pp * parallel.vpp)
     pieces = {v * parallel.pp + stage for v in range(parallel.vpp)}
     held = 0
     for a in resolve(lora, shape):
-        here = parallel.pp * parallel.vpp - 1 in pieces if a.layer is None else a.layer // layers in pieces
+        here = (
+            parallel.pp * parallel.vpp - 1 in pieces
+            if a.layer is None
+            else a.layer // layers in pieces
+        )
         held += here * 2 * max(1, a.num_experts // parallel.ep)
     assert found.num_tensors == held
 
 
 @pytest.mark.parametrize(("name", "world", "ranks", "sizes", "lora"), CASES)
-def test_bytes_of_a_rank(name: str, world: int, ranks: tuple[int, ...], sizes: dict, lora: LoRAConfig) -> None:
-    hf, parallel = read_architecture(MODELS / f"{name}.yaml"), ParallelConfig(**sizes)
+def test_bytes_of_a_rank(
+    name: str, world: int, ranks: tuple[int, ...], sizes: dict, lora: LoRAConfig
+) -> None:
+    hf = read_architecture(MODELS / f"{name}.yaml")
+    parallel = ParallelConfig(**sizes)
     for rank in ranks:
         with host.fake_world(rank, world):
             found = dry_run(hf, lora, parallel, ModelConfig(path="planned"))
@@ -67,7 +98,8 @@ def test_bytes_of_a_rank(name: str, world: int, ranks: tuple[int, ...], sizes: d
 
 
 SMALL = [
-    ("everything", 1, {}), ("everything", 4, {"tp": 4, "ep": 2, "etp": 2}), ("everything", 4, {"tp": 2, "pp": 2, "ep": 2}),
+    ("everything", 1, {}), ("everything", 4, {"tp": 4, "ep": 2, "etp": 2}),
+    ("everything", 4, {"tp": 2, "pp": 2, "ep": 2}),
     ("tiny", 4, {"pp": 2, "vpp": 2, "etp": 2}), ("tiny_dense", 4, {"tp": 2, "pp": 2}),
 ]  # fmt: skip
 
@@ -76,7 +108,8 @@ SMALL = [
 def test_shared_experts_dense_layers_biases_and_float32(
     model: str, world: int, sizes: dict, request: pytest.FixtureRequest
 ) -> None:
-    hf, parallel = read_hf_config(request.getfixturevalue(model)), ParallelConfig(**sizes)
+    hf = read_hf_config(request.getfixturevalue(model))
+    parallel = ParallelConfig(**sizes)
     names = [n for n in NAMES if n != "gate"] if model == "tiny_dense" else NAMES
     lora = LoRAConfig(rank=3, target_modules=names)
     for rank in range(world):
@@ -88,7 +121,8 @@ def test_shared_experts_dense_layers_biases_and_float32(
 @pytest.mark.parametrize("sizes", [{}, {"pp": 2}])
 def test_tied_embeddings(sizes: dict, tiny_dense: Path) -> None:
     """One tensor where both are on one rank, a copy where the head is on another."""
-    hf, parallel = read_hf_config(tiny_dense) | {"tie_word_embeddings": True}, ParallelConfig(**sizes)
+    hf = read_hf_config(tiny_dense) | {"tie_word_embeddings": True}
+    parallel = ParallelConfig(**sizes)
     for rank in range(parallel.pp):
         with host.fake_world(rank, parallel.pp):
             found = dry_run(hf, ALL, parallel, ModelConfig(path="planned"))
@@ -97,7 +131,8 @@ def test_tied_embeddings(sizes: dict, tiny_dense: Path) -> None:
 
 def test_biased_attention(tiny: Path) -> None:
     """q's, k's and v's are cut over TP with their rows; o's is on every rank."""
-    hf, parallel = read_hf_config(tiny) | {"attention_bias": True}, ParallelConfig(tp=2)
+    hf = read_hf_config(tiny) | {"attention_bias": True}
+    parallel = ParallelConfig(tp=2)
     for rank in range(2):
         with host.fake_world(rank, 2):
             found = dry_run(hf, ALL, parallel, ModelConfig(path="planned"))
@@ -111,7 +146,9 @@ def test_biased_attention(tiny: Path) -> None:
         (ALL, {"tp": 3}, "parallel.tp=3 does not fit"),
     ],
 )
-def test_mistakes_come_before_anything_is_built(lora: LoRAConfig, sizes: dict, message: str) -> None:
+def test_mistakes_come_before_anything_is_built(
+    lora: LoRAConfig, sizes: dict, message: str
+) -> None:
     hf = read_architecture(MODELS / "qwen3_30b_a3b.yaml")
     with pytest.raises(ValueError, match=message):
         dry_run(hf, lora, ParallelConfig(**sizes), ModelConfig(path="planned"))

@@ -1,4 +1,5 @@
-"""Rates between, at and beyond what was measured, groups of ranks on nodes, and calibration files with mistakes in them."""
+"""Rates between, at and beyond what was measured, groups of ranks on nodes, and calibration files
+with mistakes in them."""
 
 import json
 import math
@@ -23,11 +24,18 @@ def test_a_table_is_exact_where_it_was_measured_and_says_how_it_knows_the_rest()
 def test_a_roofline_is_arithmetic_or_traffic() -> None:
     roof = Roofline(flops_per_s=1e12, bytes_per_s=1e9)
     assert roof.at(2**20, 4096, 4096).value == pytest.approx(1e12, rel=1e-6)
-    rows, outputs, inputs = 1, 1024, 512
+    rows = 1
+    outputs = 1024
+    inputs = 512
     seconds = 2 * (rows * (outputs + inputs) + outputs * inputs) / 1e9
-    assert roof.at(rows, outputs, inputs).value == pytest.approx(2 * rows * outputs * inputs / seconds)
-    grouped = 2 * (64 * (outputs + inputs) + 8 * outputs * inputs) / 1e9  # eight experts' weights are read
-    assert roof.at(8, 64, outputs, inputs).value == pytest.approx(2 * 64 * outputs * inputs / grouped)
+    assert roof.at(rows, outputs, inputs).value == pytest.approx(
+        2 * rows * outputs * inputs / seconds
+    )
+    # eight experts' weights are read
+    grouped = 2 * (64 * (outputs + inputs) + 8 * outputs * inputs) / 1e9
+    assert roof.at(8, 64, outputs, inputs).value == pytest.approx(
+        2 * 64 * outputs * inputs / grouped
+    )
 
 
 def test_weakest() -> None:
@@ -40,7 +48,8 @@ def test_links_move_what_each_collective_moves() -> None:
     size = 8e9
     assert links.seconds("all_gather", 8, 1, size).value == pytest.approx(7 / 8 * size / 100e9)
     assert links.seconds("all_reduce", 8, 1, size).value == pytest.approx(14 / 8 * size / 100e9)
-    # 16 ranks on 2 nodes: half of an all-to-all leaves the node, each rank through its own adapter; a ring has all eight adapters.
+    # 16 ranks on 2 nodes: half of an all-to-all leaves the node, each rank through its own adapter;
+    # a ring has all eight adapters.
     assert links.seconds("all_to_all", 16, 2, size).value == pytest.approx(size / 2 / 10e9)
     assert links.seconds("all_gather", 16, 2, size).value == pytest.approx(15 / 16 * size / 80e9)
     assert links.seconds("send", 2, 2, size).value == pytest.approx(size / 10e9)
@@ -48,14 +57,17 @@ def test_links_move_what_each_collective_moves() -> None:
 
 
 def test_measured_collectives_are_lines_between_sizes_and_scale_between_groups() -> None:
-    points = {"all_gather": {(2, 1): [(1e3, 1e-4), (1e6, 1.1e-3)], (8, 1): [(1e3, 4e-4), (1e6, 4.4e-3)]}}
+    points = {
+        "all_gather": {(2, 1): [(1e3, 1e-4), (1e6, 1.1e-3)], (8, 1): [(1e3, 4e-4), (1e6, 4.4e-3)]}
+    }
     network = MeasuredNetwork(points, beyond=GPUS["h100"].network)
     assert network.seconds("all_gather", 2, 1, 1e6) == (1.1e-3, "measured")
     middle = network.seconds("all_gather", 2, 1, (1e3 + 1e6) / 2)
     assert middle.value == pytest.approx(6e-4) and middle.basis == "interpolated"
     above = network.seconds("all_gather", 2, 1, 2e6)
     assert above.value == pytest.approx(1.1e-3 + 1e-3 * 1e6 / 999e3) and above.basis == "assumed"
-    assert network.seconds("all_gather", 2, 1, 10).value == pytest.approx(1e-4)  # never below the latency
+    # never below the latency
+    assert network.seconds("all_gather", 2, 1, 10).value == pytest.approx(1e-4)
     four = network.seconds("all_gather", 4, 1, 1e6)
     assert four.value == pytest.approx(1.1e-3 * (3 / 4) / (1 / 2)) and four.basis == "interpolated"
     assert network.seconds("all_gather", 16, 1, 1e6).basis == "assumed"
@@ -66,25 +78,40 @@ def test_measured_collectives_are_lines_between_sizes_and_scale_between_groups()
 
 
 def test_groups_over_nodes_are_scaled_from_those_with_as_many_ranks_in_each() -> None:
-    """What two nodes of eight measure, asked of more: a group with one rank per node has one adapter, whatever else was measured."""
+    """What two nodes of eight measure, asked of more: a group with one rank per node has one
+    adapter, whatever else was measured."""
     links = Links(300e9, 40e9, inside_latency_s=0, outside_latency_s=0)
-    sizes, groups = (1e6, 64e6), ((2, 1), (4, 1), (8, 1), (16, 2), (2, 2))
+    sizes = (1e6, 64e6)
+    groups = ((2, 1), (4, 1), (8, 1), (16, 2), (2, 2))
     kinds: tuple[Kind, ...] = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
     points = {
-        kind: {g: [(size, links.seconds(kind, *g, size).value) for size in sizes] for g in groups} for kind in kinds
+        kind: {g: [(size, links.seconds(kind, *g, size).value) for size in sizes] for g in groups}
+        for kind in kinds
     }
     network = MeasuredNetwork(points, beyond=Links(1.0, 1.0))
     for kind in kinds:
         for ranks, nodes in ((8, 8), (32, 32), (64, 8), (4, 4), (8, 1)):
             found, true = (n.seconds(kind, ranks, nodes, 64e6) for n in (network, links))
             assert found.value == pytest.approx(true.value, rel=0.01), (kind, ranks, nodes)
-            assert found.basis == ("measured" if (ranks, nodes) == (8, 1) or kind == "send" else "assumed")
-    assert network.seconds("all_gather", 8, 2, 64e6).value > 1e6  # four in a node were never measured: beyond
+            assert found.basis == (
+                "measured" if (ranks, nodes) == (8, 1) or kind == "send" else "assumed"
+            )
+    # four in a node were never measured: beyond
+    assert network.seconds("all_gather", 8, 2, 64e6).value > 1e6
 
 
 @pytest.mark.parametrize(
     ("ranks", "stride", "per_node", "nodes"),
-    [(8, 1, 8, 1), (16, 1, 8, 2), (2, 8, 8, 2), (8, 2, 8, 2), (4, 2, 8, 1), (2, 64, 8, 2), (4, 1, 6, 1), (3, 3, 1, 3)],
+    [
+        (8, 1, 8, 1),
+        (16, 1, 8, 2),
+        (2, 8, 8, 2),
+        (8, 2, 8, 2),
+        (4, 2, 8, 1),
+        (2, 64, 8, 2),
+        (4, 1, 6, 1),
+        (3, 3, 1, 3),
+    ],
 )
 def test_nodes_of_a_group(ranks: int, stride: int, per_node: int, nodes: int) -> None:
     assert with_ranks_per_node(GPUS["h100"], per_node).nodes_of(ranks, stride) == nodes
@@ -95,13 +122,21 @@ def test_every_gpu_of_the_table(name: str) -> None:
     gpu = find_machine(name.upper())
     assert gpu.name.lower().startswith(name) and 70 < gpu.memory_bytes / 2**30 < 200
     assert gpu.gemm.at(4096, 4096, 4096).basis == "assumed"
-    assert gpu.attention_backward.at(1, 4096, 32, 4, 128).value < gpu.attention.at(1, 4096, 32, 4, 128).value
-    assert 1e14 < gpu.grouped_gemm.at(16, 65536, 1536, 2048).value < gpu.gemm.at(65536, 1536, 2048).value
+    assert (
+        gpu.attention_backward.at(1, 4096, 32, 4, 128).value
+        < gpu.attention.at(1, 4096, 32, 4, 128).value
+    )
+    assert (
+        1e14
+        < gpu.grouped_gemm.at(16, 65536, 1536, 2048).value
+        < gpu.gemm.at(65536, 1536, 2048).value
+    )
 
 
 def calibration(**changes: object) -> dict[str, object]:
     content: dict[str, object] = {
-        "format": 1, "name": "CPU", "memory_bytes": 2**33, "ranks_per_node": 2, "world_size": 2, "dtype": "float32",
+        "format": 1, "name": "CPU", "memory_bytes": 2**33, "ranks_per_node": 2, "world_size": 2,
+        "dtype": "float32",
         "when": "2026-11-24", "gemm": [{"rows": 64, "outputs": 32, "inputs": 16, "seconds": 1e-6}],
         "grouped_gemm": [{"experts": 2, "rows": 64, "outputs": 32, "inputs": 16, "seconds": 2e-6}],
         "attention": [{"sequences": 2, "sequence": 64, "heads": 4, "kv_heads": 2, "head_dim": 16,
@@ -125,15 +160,23 @@ def test_a_calibration_file(tmp_path: Path) -> None:
     flops = 2 * 2 * 64**2 * 4 * 16
     assert machine.attention.at(2, 64, 4, 2, 16).value == pytest.approx(flops / 1e-5)
     assert machine.attention_backward.at(2, 64, 4, 2, 16).value == pytest.approx(flops / 3e-5)
-    assert machine.memory.at(3000).value == 3e9 and machine.network.seconds("all_gather", 2, 1, 1000).value == 1e-4
+    assert (
+        machine.memory.at(3000).value == 3e9
+        and machine.network.seconds("all_gather", 2, 1, 1000).value == 1e-4
+    )
     assert machine.overhead.step_s == 5e-3 and not machine.overhead.hidden
     assert "measured 2026-11-24" in machine.note and math.isclose(machine.memory_bytes, 2**33)
 
 
 def test_a_gpu_measured_alone_takes_the_rest_from_its_table(tmp_path: Path) -> None:
-    machine = read_machine(written(tmp_path, name="NVIDIA H100 80GB HBM3", collectives={}, overhead=None))
+    machine = read_machine(
+        written(tmp_path, name="NVIDIA H100 80GB HBM3", collectives={}, overhead=None)
+    )
     assert machine.network.seconds("send", 2, 1, 1e6).basis == "assumed"
-    assert machine.overhead == GPUS["h100"].overhead and machine.gemm.at(64, 32, 16).basis == "measured"
+    assert (
+        machine.overhead == GPUS["h100"].overhead
+        and machine.gemm.at(64, 32, 16).basis == "measured"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Enumeration against brute force over every combination of sizes, and the reasons for what is left out."""
+"""Enumeration against brute force over every combination of sizes, and the reasons for what is left
+out."""
 
 import itertools
 import subprocess
@@ -23,26 +24,44 @@ def shape() -> ModelShape:
 
 
 def test_planning_does_not_import_torch() -> None:
-    code = "import sys, megalora.planner.layouts, megalora.planner.memory, megalora.planner.dryrun, megalora.planner.models"
+    code = (
+        "import sys, megalora.planner.layouts, megalora.planner.memory, megalora.planner.dryrun,"
+        " megalora.planner.models"
+    )
     code += "; sys.exit(int(any(m in sys.modules for m in ('torch', 'megatron', 'transformers'))))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def by_force(shape: ModelShape, num_ranks: int, work: Workload, micros: tuple[int, ...]) -> set[tuple]:
-    """Sizes up to the number of ranks and chunks up to the number of layers, kept where the model divides and batches do."""
+def by_force(
+    shape: ModelShape, num_ranks: int, work: Workload, micros: tuple[int, ...]
+) -> set[tuple]:
+    """Sizes up to the number of ranks and chunks up to the number of layers, kept where the model
+    divides and batches do."""
     sizes = range(1, num_ranks + 1)
     found = set()
     for tp, pp, ep, etp in itertools.product(sizes, repeat=4):
         if num_ranks % (tp * pp) or num_ranks % (ep * etp * pp):
             continue
-        heads = shape.num_heads % tp == 0 and (shape.num_kv_heads % tp == 0 or tp % shape.num_kv_heads == 0)
+        heads = shape.num_heads % tp == 0 and (
+            shape.num_kv_heads % tp == 0 or tp % shape.num_kv_heads == 0
+        )
         experts = shape.num_experts % ep == 0 and shape.expert_intermediate % etp == 0
         dense = len(shape.moe_layers) == shape.num_layers or shape.intermediate % tp == 0
-        if not (heads and experts and dense and shape.vocab % tp == 0 and shape.shared_intermediate % tp == 0):
+        if not (
+            heads
+            and experts
+            and dense
+            and shape.vocab % tp == 0
+            and shape.shared_intermediate % tp == 0
+        ):
             continue
         for vpp, micro in itertools.product(range(1, shape.num_layers + 1), micros):
             dp = num_ranks // (tp * pp)
-            if shape.num_layers % (pp * vpp) or (vpp > 1 and pp == 1) or work.global_batch_size % (micro * dp):
+            if (
+                shape.num_layers % (pp * vpp)
+                or (vpp > 1 and pp == 1)
+                or work.global_batch_size % (micro * dp)
+            ):
                 continue
             if vpp == 1 or work.global_batch_size // (micro * dp) % pp == 0:
                 found.add((tp, pp, vpp, ep, etp, micro))
@@ -55,7 +74,14 @@ def test_legal_is_what_divides(num_ranks: int, batch: int, shape: ModelShape) ->
     work = Workload(sequence_length=128, global_batch_size=batch)
     found = enumerate_layouts(shape, num_ranks, work, micro_batch_sizes=(1, 2), recompute=("off",))
     ours = [
-        (o.parallel.tp, o.parallel.pp, o.parallel.vpp, o.parallel.ep, o.parallel.etp, o.micro_batch_size)
+        (
+            o.parallel.tp,
+            o.parallel.pp,
+            o.parallel.vpp,
+            o.parallel.ep,
+            o.parallel.etp,
+            o.micro_batch_size,
+        )
         for o in found.legal
     ]
     assert len(ours) == len(set(ours))
@@ -67,7 +93,14 @@ def test_legal_of_a_model_with_everything(everything: Path) -> None:
     work = Workload(sequence_length=64, global_batch_size=12)
     found = enumerate_layouts(small, 12, work, micro_batch_sizes=(1, 3), recompute=("off",))
     ours = {
-        (o.parallel.tp, o.parallel.pp, o.parallel.vpp, o.parallel.ep, o.parallel.etp, o.micro_batch_size)
+        (
+            o.parallel.tp,
+            o.parallel.pp,
+            o.parallel.vpp,
+            o.parallel.ep,
+            o.parallel.etp,
+            o.micro_batch_size,
+        )
         for o in found.legal
     }
     assert ours == by_force(small, 12, work, (1, 3))
@@ -83,7 +116,9 @@ def test_256_ranks_take_less_than_a_second(shape: ModelShape) -> None:
         check(shape, layout, WORK)
 
 
-@pytest.mark.parametrize("num_ranks", [720_720, 2**20, 1_048_573], ids=["240 divisors", "largest", "prime"])
+@pytest.mark.parametrize(
+    "num_ranks", [720_720, 2**20, 1_048_573], ids=["240 divisors", "largest", "prime"]
+)
 def test_absurd_numbers_of_ranks_are_answered_at_once(num_ranks: int, shape: ModelShape) -> None:
     start = time.process_time()
     found = enumerate_layouts(shape, num_ranks, WORK)
@@ -94,13 +129,29 @@ def test_absurd_numbers_of_ranks_are_answered_at_once(num_ranks: int, shape: Mod
 @pytest.mark.parametrize(
     ("parallel", "micro", "reason"),
     [
-        ({"tp": 64}, None, "parallel.tp=64 does not fit the model's 32 attention heads and 4 key/value heads"),
+        (
+            {"tp": 64},
+            None,
+            "parallel.tp=64 does not fit the model's 32 attention heads and 4 key/value heads",
+        ),
         ({"pp": 32}, None, "parallel.pp * vpp=32 does not divide the model's 48 layers"),
         ({"pp": 16, "vpp": 2}, None, "parallel.pp * vpp=32 does not divide the model's 48 layers"),
         ({"ep": 256}, None, "parallel.ep=256 does not divide the model's 128 experts"),
-        ({"ep": 1, "etp": 512}, None, "parallel.etp=512 does not divide the model's 768 features per expert"),
-        ({"tp": 1}, 4, "train.global_batch_size=64 cannot be divided: micro_batch_size=4 * data parallel=512"),
-        ({"tp": 32, "pp": 8, "vpp": 2}, 8, "the interleaved schedule (parallel.vpp=2) needs a number of microbatches"),
+        (
+            {"ep": 1, "etp": 512},
+            None,
+            "parallel.etp=512 does not divide the model's 768 features per expert",
+        ),
+        (
+            {"tp": 1},
+            4,
+            "train.global_batch_size=64 cannot be divided: micro_batch_size=4 * data parallel=512",
+        ),
+        (
+            {"tp": 32, "pp": 8, "vpp": 2},
+            8,
+            "the interleaved schedule (parallel.vpp=2) needs a number of microbatches",
+        ),
     ],
 )
 def test_every_rejected_layout_has_its_reason(
@@ -140,7 +191,9 @@ def test_choices_that_are_none(options: dict, message: str, shape: ModelShape) -
         enumerate_layouts(shape, **{"num_ranks": 8, "work": WORK, **options})
 
 
-@pytest.mark.parametrize("options", [{"sequence_length": 1}, {"global_batch_size": 0}, {"imbalance": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"sequence_length": 1}, {"global_batch_size": 0}, {"imbalance": 0.5}]
+)
 def test_workloads_that_are_none(options: dict) -> None:
     with pytest.raises(ValueError, match="at least"):
         Workload(**{"sequence_length": 8, "global_batch_size": 8, **options})

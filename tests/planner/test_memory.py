@@ -1,4 +1,5 @@
-"""Gradient and optimizer bytes against the live tensors of a training step, and what a plan says of itself."""
+"""Gradient and optimizer bytes against the live tensors of a training step, and what a plan says of
+itself."""
 
 import json
 from fractions import Fraction
@@ -11,7 +12,14 @@ import torch
 from megalora_kernels import prefers_grouped_mm, tuned
 from megalora_kernels.tuned_table import MEASURED
 
-from megalora.config import DataConfig, LoRAConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megalora.config import (
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megalora.model.experts import FusedExperts
 from megalora.model.shape import model_shape, read_hf_config
 from megalora.planner import activations
@@ -32,7 +40,8 @@ MODELS = Path(__file__).parents[2] / "configs" / "models"
 
 
 def live_bytes(config: RunConfig) -> dict[str, int]:
-    """Frozen weights, parameter and gradient buffers, and the optimizer's tensors after one step."""
+    """Frozen weights, parameter and gradient buffers, and the optimizer's tensors after one
+    step."""
     with built(config) as run:
         run.stepper.train(run.batches.of_step(0), run.optimizer)
         clip_and_step(run.optimizer)
@@ -40,7 +49,8 @@ def live_bytes(config: RunConfig) -> dict[str, int]:
 
 
 CASES = [
-    ("tiny", 1, {}, None), ("tiny", 2, {}, None), ("tiny", 2, {"ep": 2}, None), ("tiny", 4, {"tp": 2, "ep": 2}, None),
+    ("tiny", 1, {}, None), ("tiny", 2, {}, None), ("tiny", 2, {"ep": 2}, None),
+    ("tiny", 4, {"tp": 2, "ep": 2}, None),
     ("tiny", 4, {"pp": 2, "vpp": 2}, None), ("everything", 4, {"tp": 2, "pp": 2}, LORA),
     ("everything", 4, {"tp": 4, "etp": 2}, LORA), ("tiny_dense", 2, {}, None),
 ]  # fmt: skip
@@ -51,13 +61,19 @@ CASES = [
 def test_weights_gradients_and_optimizer(
     name, world, sizes, lora, dtype, chats, tmp_path, request: pytest.FixtureRequest
 ) -> None:
-    """Weights and buffers to the byte. Optimizer state: to the byte where nothing is shared out and over all ranks together; where
-    it is, no rank has more than planned, and each nearly that."""
+    """Weights and buffers to the byte. Optimizer state: to the byte where nothing is shared out and
+    over all ranks together; where it is, no rank has more than planned, and each nearly that."""
     base: Path = request.getfixturevalue(name)
-    config = make_config(base, chats, tmp_path / "run", sizes, lora=lora or LoRAConfig(rank=4), dtype=dtype)
+    config = make_config(
+        base, chats, tmp_path / "run", sizes, lora=lora or LoRAConfig(rank=4), dtype=dtype
+    )
     shape = model_shape(read_hf_config(base))
-    layout = Layout(parallel=config.parallel, num_ranks=world, micro_batch_size=config.train.micro_batch_size)
-    model, live_total, total = PlannedModel.of(shape, config.lora), 0, Fraction(0)
+    layout = Layout(
+        parallel=config.parallel, num_ranks=world, micro_batch_size=config.train.micro_batch_size
+    )
+    model = PlannedModel.of(shape, config.lora)
+    live_total = 0
+    total = Fraction(0)
     for rank, live in enumerate(run_ranks(live_bytes, world, config)):
         stage = rank // (world // config.parallel.pp)
         plan = memory_of(shape, config.lora, layout, Workload.of(config), stage)
@@ -78,24 +94,32 @@ def model() -> PlannedModel:
     return PlannedModel.of(load_shape(MODELS / "qwen3_30b_a3b.yaml"), LoRAConfig())
 
 
-def plan_of(model: PlannedModel, stage: int = 0, ranks: int = 8, recompute: Any = "off", **sizes: int) -> MemoryPlan:
+def plan_of(
+    model: PlannedModel, stage: int = 0, ranks: int = 8, recompute: Any = "off", **sizes: int
+) -> MemoryPlan:
     layout = Layout(parallel=ParallelConfig(**sizes), num_ranks=ranks, recompute=recompute)
-    return memory_of_model(model, layout, Workload(sequence_length=4096, global_batch_size=64), stage)
+    return memory_of_model(
+        model, layout, Workload(sequence_length=4096, global_batch_size=64), stage
+    )
 
 
 def test_an_expert_layer_keeps_what_the_kernels_readme_says(model: PlannedModel) -> None:
-    """58,212 bytes a token with expert parallelism at rank 16, indexes and probabilities of routing outside the node left out."""
+    """58,212 bytes a token with expert parallelism at rank 16, indexes and probabilities of routing
+    outside the node left out."""
     from megalora.planner.activations import _experts
 
     p = ParallelConfig(ep=8)
-    layout, work = Layout(parallel=p, num_ranks=8), Workload(sequence_length=4096, global_batch_size=8)
+    layout = Layout(parallel=p, num_ranks=8)
+    work = Workload(sequence_length=4096, global_batch_size=8)
     batch = Microbatch.of(model, layout, work)
     found = _experts(model, layout, batch, model.by_layer[0], True, False) / batch.tokens
-    assert abs(found - 8 * (2048 + 2 * 768 + 48) * 2 - 8 * (2 + 8)) < 1  # a probability and two indexes each
+    # a probability and two indexes each
+    assert abs(found - 8 * (2048 + 2 * 768 + 48) * 2 - 8 * (2 + 8)) < 1
 
 
 def test_the_peak_is_the_largest_of_loss_layer_and_step(model: PlannedModel) -> None:
-    one, full = plan_of(model, ep=8), plan_of(model, ep=8, recompute="full")
+    one = plan_of(model, ep=8)
+    full = plan_of(model, ep=8, recompute="full")
     for plan in (one, full):
         always = sum(part.num_bytes for part in plan.parts if part.when == "always")
         in_pass = plan.sum_of("pass") + max(plan.sum_of("loss"), plan.sum_of("layer"))
@@ -103,26 +127,33 @@ def test_the_peak_is_the_largest_of_loss_layer_and_step(model: PlannedModel) -> 
         assert {part.basis for part in plan.parts} == {"measured", "assumed"}
         assert {part.when for part in plan.parts} == {"always", "pass", "loss", "layer", "step"}
         assert plan.table().splitlines()[-1].startswith("peak")
-    assert full.sum_of("loss") > full.sum_of("layer")  # 152,000 words: 6 bytes for each and every token
+    # 152,000 words: 6 bytes for each and every token
+    assert full.sum_of("loss") > full.sum_of("layer")
 
 
 def test_what_a_layout_changes(model: PlannedModel) -> None:
-    one, full = plan_of(model, ep=8), plan_of(model, ep=8, recompute="full")
-    assert full["activations"] == 48 * 4096 * 2048 * 2 + 4096 * 128 * 4  # every layer's input, and angles
+    one = plan_of(model, ep=8)
+    full = plan_of(model, ep=8, recompute="full")
+    # every layer's input, and angles
+    assert full["activations"] == 48 * 4096 * 2048 * 2 + 4096 * 128 * 4
     assert full["recomputed"] > one["recomputed"] == 0 and full.peak_bytes < one.peak_bytes
     assert full["workspace"] == one["workspace"]
     first, last = (plan_of(model, stage=stage, pp=4, ep=2) for stage in (0, 3))
     assert first["activations"] > 3 * last["activations"]  # four microbatches in flight against one
     assert first["loss"] == first["logits"] == 0 < last["loss"]
-    assert one["room for adapters"] > 0 == plan_of(model, ep=2)["room for adapters"]  # 16 experts here, 64 there
+    # 16 experts here, 64 there
+    assert one["room for adapters"] > 0 == plan_of(model, ep=2)["room for adapters"]
     assert first["pipeline"] == 0 and last["pipeline"] == 4096 * 2048 * 2
     assert plan_of(model)["all-to-all"] == 0 < one["all-to-all"]
 
 
 ROOM = [
-    ({"ep": 8}, 1, 2048, True), ({"ep": 8}, 1, 2047, True), ({"ep": 8}, 1, 2000, False), ({"ep": 8}, 2, 1024, True), ({"ep": 8}, 1, 4096, True),
-    ({"ep": 4}, 1, 4096, True), ({"ep": 2}, 1, 4096, False), ({}, 4, 4096, True), ({}, 2, 4096, False),
-    ({"tp": 2, "ep": 8}, 1, 2048, False), ({"tp": 2, "ep": 8}, 1, 4096, True), ({"ep": 4, "etp": 2}, 1, 2048, True),
+    ({"ep": 8}, 1, 2048, True), ({"ep": 8}, 1, 2047, True), ({"ep": 8}, 1, 2000, False),
+    ({"ep": 8}, 2, 1024, True), ({"ep": 8}, 1, 4096, True),
+    ({"ep": 4}, 1, 4096, True), ({"ep": 2}, 1, 4096, False), ({}, 4, 4096, True),
+    ({}, 2, 4096, False),
+    ({"tp": 2, "ep": 8}, 1, 2048, False), ({"tp": 2, "ep": 8}, 1, 4096, True),
+    ({"ep": 4, "etp": 2}, 1, 2048, True),
 ]  # fmt: skip
 
 
@@ -130,20 +161,26 @@ ROOM = [
 def test_room_is_planned_where_the_model_makes_it_and_a_layer_uses_it(
     parallel, micro, length, expected, model: PlannedModel, monkeypatch
 ) -> None:
-    """128 experts, top-8: 1,024 rows per expert and more, a hundredth less included: the last token of a sample is only
-    predicted. The same answer from planner, model and back end."""
+    """128 experts, top-8: 1,024 rows per expert and more, a hundredth less included: the last token
+    of a sample is only predicted. The same answer from planner, model and back end."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card without a table")
     config = RunConfig(
-        model=ModelConfig(path="planned"), parallel=ParallelConfig(**parallel), data=DataConfig(train="x", max_length=length),
+        model=ModelConfig(path="planned"), parallel=ParallelConfig(**parallel),
+        data=DataConfig(train="x", max_length=length),
         train=TrainConfig(steps=1, micro_batch_size=micro, global_batch_size=64 * micro),
     )  # fmt: skip
-    layout, work = Layout.of(config, 16), Workload.of(config)
+    layout = Layout.of(config, 16)
+    work = Workload.of(config)
     assert has_room(model, layout, work) == expected
     assert (memory_of_model(model, layout, work)["room for adapters"] > 0) == expected
-    cuda, inner = torch.device("cuda", 0), 768 // layout.parallel.etp
+    cuda = torch.device("cuda", 0)
+    inner = 768 // layout.parallel.etp
     weight = SimpleNamespace(
-        is_cuda=True, dtype=torch.bfloat16, device=cuda, shape=(128 // layout.parallel.ep, 2048, inner)
+        is_cuda=True,
+        dtype=torch.bfloat16,
+        device=cuda,
+        shape=(128 // layout.parallel.ep, 2048, inner),
     )
     experts: Any = SimpleNamespace(down=weight)
     rows = model.shape.rows_per_expert(config)
@@ -156,7 +193,9 @@ def test_room_is_planned_where_the_model_makes_it_and_a_layer_uses_it(
 def test_the_model_asks_the_table_for_its_own_layer(monkeypatch, tmp_path) -> None:
     layer = {"dtype": "bfloat16", "hidden": 2048, "intermediate": 768, "R": 32, "vendor_from": 300}
     empty = {"measured": dict.fromkeys(MEASURED, "a test"), "rows": [], "rule_stands": []}
-    (tmp_path / "NVIDIA_H100.json").write_text(json.dumps({"gpu": "NVIDIA H100", "layers": [layer], **empty}))
+    (tmp_path / "NVIDIA_H100.json").write_text(
+        json.dumps({"gpu": "NVIDIA H100", "layers": [layer], **empty})
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
@@ -165,7 +204,10 @@ def test_the_model_asks_the_table_for_its_own_layer(monkeypatch, tmp_path) -> No
     cuda = torch.device("cuda", 0)
     weight = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=cuda, shape=(16, 2048, 768))
     experts: Any = SimpleNamespace(down=weight)
-    assert [FusedExperts.gains_from_room(experts, rows, rank=32) for rows in (296, 297)] == [False, True]
+    assert [FusedExperts.gains_from_room(experts, rows, rank=32) for rows in (296, 297)] == [
+        False,
+        True,
+    ]
     weight.shape = (16, 768, 2048)
     assert not FusedExperts.gains_from_room(experts, 300, rank=32)
     tuned.forget()
@@ -184,13 +226,17 @@ def test_room_by_the_stacked_rank_of_gate_and_up(model: PlannedModel) -> None:
     """Rank 16 on gate and on up is 32; the table has another number for that."""
     layout = Layout(parallel=ParallelConfig(ep=2), num_ranks=8)
     crossings = Crossings(((2048, 768, 16, 9999), (2048, 768, 32, 100)))
-    assert has_room(model, layout, Workload(sequence_length=4096, global_batch_size=8, crossings=crossings))
+    assert has_room(
+        model, layout, Workload(sequence_length=4096, global_batch_size=8, crossings=crossings)
+    )
 
 
 def test_imbalance_fills_experts_alone(model: PlannedModel) -> None:
     layout = Layout(parallel=ParallelConfig(ep=8), num_ranks=8)
     even, skewed = (
-        memory_of_model(model, layout, Workload(sequence_length=4096, global_batch_size=8, imbalance=i))
+        memory_of_model(
+            model, layout, Workload(sequence_length=4096, global_batch_size=8, imbalance=i)
+        )
         for i in (1.0, 1.5)
     )
     rows = 4096 * 8 // 2  # half as many again
@@ -208,28 +254,36 @@ def test_the_fullest_stage_decides(model: PlannedModel) -> None:
 
 
 def test_factors_that_ranks_share_are_summed_in_tables() -> None:
-    """TP 8 on 4 key/value heads, rank 2: A of q, k, v and B of o whole on each rank, B of k and v in 4 parts for 8 ranks."""
+    """TP 8 on 4 key/value heads, rank 2: A of q, k, v and B of o whole on each rank, B of k and v
+    in 4 parts for 8 ranks."""
     lora = LoRAConfig(rank=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], layers="0")
     layout = Layout(parallel=ParallelConfig(tp=8, ep=8), num_ranks=8)
-    shape, work = load_shape(MODELS / "qwen3_30b_a3b.yaml"), Workload(sequence_length=64, global_batch_size=8)
+    shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
+    work = Workload(sequence_length=64, global_batch_size=8)
     elements = 2 * (3 * 2048 + 2048 + 2 * 512)
     assert memory_of(shape, lora, layout, work)["optimizer step"] == 8 * elements
 
 
 def test_an_adapter_on_o_keeps_what_selective_recomputation_would_free() -> None:
     """Attention's result stays, T q: what is freed of attention is its log-sum-exp alone."""
-    shape, work = load_shape(MODELS / "qwen3_30b_a3b.yaml"), Workload(sequence_length=64, global_batch_size=8)
-    layout, freed = Layout(parallel=ParallelConfig(), num_ranks=1), []
+    shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
+    work = Workload(sequence_length=64, global_batch_size=8)
+    layout = Layout(parallel=ParallelConfig(), num_ranks=1)
+    freed = []
     for targets in (["q_proj", "o_proj"], ["q_proj"]):
         model = PlannedModel.of(shape, LoRAConfig(target_modules=targets))
         batch = Microbatch.of(model, layout, work)
-        kept = [activations.kept(model, layout, batch, 0, True, selective=selective) for selective in (False, True)]
+        kept = [
+            activations.kept(model, layout, batch, 0, True, selective=selective)
+            for selective in (False, True)
+        ]
         freed.append(kept[0].attention - kept[1].attention)
     assert freed == [64 * 32 * 4, 64 * 32 * 4 + 64 * 4096 * 2]
 
 
 def test_the_optimizer_takes_dense_factors_and_experts_in_turn(model: PlannedModel) -> None:
-    """TP 1 over 8 ranks: no tables; the larger of the two shares, which is that of this rank's experts."""
+    """TP 1 over 8 ranks: no tables; the larger of the two shares, which is that of this rank's
+    experts."""
     p = ParallelConfig(ep=8)
     count = adapter_parameters(model, p, chunks_of(model.shape, p, 0)[0])
     assert count.expert > count.dense / 8
@@ -244,17 +298,23 @@ def test_a_stage_that_is_none(model: PlannedModel) -> None:
 
 
 def test_dropout_is_refused_rather_than_counted_wrongly(model: PlannedModel) -> None:
-    with pytest.raises(ValueError, match=r"lora\.dropout=0\.1: what dropout keeps for backward is not counted"):
+    with pytest.raises(
+        ValueError, match=r"lora\.dropout=0\.1: what dropout keeps for backward is not counted"
+    ):
         PlannedModel.of(model.shape, LoRAConfig(dropout=0.1))
 
 
 def test_every_layout_of_64_ranks_has_a_plan_at_once(model: PlannedModel) -> None:
     import time
 
-    found = enumerate_layouts(model.shape, 64, Workload(sequence_length=4096, global_batch_size=64)).legal
+    found = enumerate_layouts(
+        model.shape, 64, Workload(sequence_length=4096, global_batch_size=64)
+    ).legal
     start = time.process_time()
     for layout in found[::20]:
         for stage in {0, layout.parallel.pp - 1}:
-            plan = memory_of_model(model, layout, Workload(sequence_length=4096, global_batch_size=64), stage)
+            plan = memory_of_model(
+                model, layout, Workload(sequence_length=4096, global_batch_size=64), stage
+            )
             assert all(part.num_bytes >= 0 for part in plan.parts)
     assert (time.process_time() - start) / len(found[::20]) < 0.05

@@ -1,5 +1,5 @@
-"""The peak of a training step, and what it is made of, against every live tensor of CPU ranks; the whole list of layouts is in
-``benchmarks/planner_accuracy.py``."""
+"""The peak of a training step, and what it is made of, against every live tensor of CPU ranks; the
+whole list of layouts is in ``benchmarks/planner_accuracy.py``."""
 
 from pathlib import Path
 
@@ -16,7 +16,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_product_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts as the planner counts them: the CPU's single call for small experts has temporaries of its own."""
+    """Experts as the planner counts them: the CPU's single call for small experts has temporaries
+    of its own."""
     monkeypatch.setattr(each_expert, "FEW_ROWS", 0)
 
 
@@ -33,11 +34,14 @@ def one_product_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda case: case.name,
 )
 def test_every_category_and_the_peak(case: Case, folder: Path, chats: Path) -> None:
-    """A hundredth: what is not counted are indexes of routing and scalars. The benchmark allows 5 %, and finds 1 %."""
+    """A hundredth: what is not counted are indexes of routing and scalars. The benchmark allows 5
+    %, and finds 1 %."""
     for row in compare(case, folder, chats):
         for category in CATEGORIES:
-            found, said = row["found"][category], row["said"][category]
+            found = row["found"][category]
+            said = row["said"][category]
             print(
-                f"{case.name} stage {row['stage']} {category}: counted {found:,}, planned {said:,}, {said / found - 1:+.3%}"
+                f"{case.name} stage {row['stage']} {category}: counted {found:,}, planned {said:,},"
+                f" {said / found - 1:+.3%}"
             )
             assert abs(said / found - 1) < 0.01, (category, found, said)

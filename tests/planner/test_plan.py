@@ -1,4 +1,5 @@
-"""``megalora plan`` as a user meets it: the ranking, the reasons, the config that runs, the picture, mistakes, and how long it takes."""
+"""``megalora plan`` as a user meets it: the ranking, the reasons, the config that runs, the
+picture, mistakes, and how long it takes."""
 
 import subprocess
 import sys
@@ -36,7 +37,9 @@ def plan() -> Plan:
 def test_every_legal_layout_is_ranked_or_rejected_once(plan: Plan) -> None:
     found = enumerate_layouts(SHAPE, 8, WORK)
     assert len(plan.fitting) + sum(r.layout is not None for r in plan.rejected) == len(found.legal)
-    assert {p.layout for p in plan.fitting} | {r.layout for r in plan.rejected if r.layout} == set(found.legal)
+    assert {p.layout for p in plan.fitting} | {r.layout for r in plan.rejected if r.layout} == set(
+        found.legal
+    )
     assert all(r.reason for r in plan.rejected)
 
 
@@ -64,7 +67,9 @@ def test_one_line_for_each_way_to_split(plan: Plan) -> None:
     assert len(ways) == len(set(ways))
     for found in chosen:
         variants = [
-            v for v in plan.fitting if replace(v.layout.parallel, vpp=1) == replace(found.layout.parallel, vpp=1)
+            v
+            for v in plan.fitting
+            if replace(v.layout.parallel, vpp=1) == replace(found.layout.parallel, vpp=1)
         ]
         safe = [v for v in variants if plan.share(v) <= FULL] or variants
         assert found.time.seconds <= (1 + CLOSE) * safe[0].time.seconds
@@ -78,20 +83,34 @@ def test_a_bigger_machine_fits_more() -> None:
 
 
 def test_ranks_to_try() -> None:
-    tried = search(SHAPE, LoRAConfig(expert_rank=None), 8, WORK, GPUS["h100"], lora_ranks=(8, 64), recompute=("full",))
+    tried = search(
+        SHAPE,
+        LoRAConfig(expert_rank=None),
+        8,
+        WORK,
+        GPUS["h100"],
+        lora_ranks=(8, 64),
+        recompute=("full",),
+    )
     assert {p.lora_rank for p in tried.fitting} == {
         16,
         8,
         64,
     } and tried.best().lora_rank == 16  # quality is not the planner's to trade
     by_rank = {rank: [p for p in tried.fitting if p.lora_rank == rank] for rank in (8, 64)}
-    one, other = (next(p for p in found if p.layout.parallel == ParallelConfig(ep=8)) for found in by_rank.values())
+    one, other = (
+        next(p for p in found if p.layout.parallel == ParallelConfig(ep=8))
+        for found in by_rank.values()
+    )
     assert other.memory["adapters"] == 8 * one.memory["adapters"]
 
 
 def test_nothing_fits() -> None:
     tiny = replace(GPUS["h100"], memory_bytes=2**33)
-    with pytest.raises(ValueError, match=r"no layout fits; the smallest is tp=.*: does not fit: .* GiB .* of 8\.0 GiB"):
+    with pytest.raises(
+        ValueError,
+        match=r"no layout fits; the smallest is tp=.*: does not fit: .* GiB .* of 8\.0 GiB",
+    ):
         search(SHAPE, LoRAConfig(), 1, WORK, tiny).best()
     with pytest.raises(ValueError, match=r"no layout is possible; the first of \d+ reasons"):
         search(SHAPE, LoRAConfig(), 7, WORK, tiny).best()
@@ -106,7 +125,9 @@ def test_the_command_writes_a_config_that_runs_and_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "waits", lambda best: "where the host waits")
-    out, png, rejected = tmp_path / "deep" / "x.yaml", tmp_path / "x.png", tmp_path / "rejected.tsv"
+    out = tmp_path / "deep" / "x.yaml"
+    png = tmp_path / "x.png"
+    rejected = tmp_path / "rejected.tsv"
     said = run(
         capsys,
         CONFIG,
@@ -122,32 +143,48 @@ def test_the_command_writes_a_config_that_runs_and_a_picture(
         rejected,
         "lora.rank=8",
     )
-    config, before = load_config(out), load_config(CONFIG, ["lora.rank=8"])
-    assert replace(config, parallel=before.parallel, train=before.train) == replace(before, train=before.train)
+    config = load_config(out)
+    before = load_config(CONFIG, ["lora.rank=8"])
+    assert replace(config, parallel=before.parallel, train=before.train) == replace(
+        before, train=before.train
+    )
     assert replace(config.train, micro_batch_size=1, recompute="off") == replace(
         before.train, micro_batch_size=1, recompute="off"
     )
     config.check_world(8)
     plan = make_plan(before, Options(gpus=8, gpu="h100"))
     best = plan.best()
-    assert config.parallel == best.layout.parallel and config.train.recompute == best.layout.recompute
+    assert (
+        config.parallel == best.layout.parallel and config.train.recompute == best.layout.recompute
+    )
     comment = [line for line in out.read_text().splitlines() if line.startswith("#")]
-    assert f"{best.memory.peak_bytes / 2**30:.1f} GiB" in comment[2] and f"{best.time.seconds:.2f} s" in comment[3]
+    assert (
+        f"{best.memory.peak_bytes / 2**30:.1f} GiB" in comment[2]
+        and f"{best.time.seconds:.2f} s" in comment[3]
+    )
     assert len(rejected.read_text().splitlines()) == len(plan.rejected)
     from matplotlib.image import imread
 
     picture = imread(png)
     assert picture.shape[0] > 300 and picture.std() > 0.05
     for part in (*best.memory.parts, *best.time.parts):
-        assert any(line.strip().startswith(part.name) and part.basis in line for line in said.splitlines()), part.name
+        assert any(
+            line.strip().startswith(part.name) and part.basis in line for line in said.splitlines()
+        ), part.name
     assert "layouts are out" in said and "does not fit: # GiB" in said
     assert "where the host waits" in said
 
 
 def test_the_host_s_waits_are_named_where_there_are_any(plan: Plan) -> None:
-    found = {bool(planned.layout.parallel.ep * planned.layout.parallel.etp > 1): planned for planned in plan.fitting}
+    found = {
+        bool(planned.layout.parallel.ep * planned.layout.parallel.etp > 1): planned
+        for planned in plan.fitting
+    }
     text = report.waits(found[True])
-    assert text is not None and f"not assumed hidden: {found[True].time['host behind waits']:.3g} s of a step" in text
+    assert (
+        text is not None
+        and f"not assumed hidden: {found[True].time['host behind waits']:.3g} s of a step" in text
+    )
     assert ("recomputed" in text) == (found[True].layout.recompute == "full")
     assert False not in found or report.waits(found[False]) is None
 
@@ -157,7 +194,8 @@ def test_the_table_says_how_numbers_are_known_and_what_is_nearly_full(plan: Plan
     assert len(rows) == 1 + len(plan.layouts()[:100])
     assert all("?" in row for row in rows[1:])  # nobody measured an H100 here
     assert not rows[1].endswith("!") and report.warning(plan, plan.best()) is None
-    one = search(SHAPE, LoRAConfig(), 1, WORK, GPUS["h100"])  # 57 GiB of weights, 14 of adapters, 3.5 of logits
+    # 57 GiB of weights, 14 of adapters, 3.5 of logits
+    one = search(SHAPE, LoRAConfig(), 1, WORK, GPUS["h100"])
     text = report.warning(one, one.best())
     assert text and "Above 90 %" in text and report.table(one, 1).endswith("!")
 
@@ -194,14 +232,28 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
 
 def test_models_are_found_without_a_download(tiny: Path) -> None:
     written = find_architecture(str(ROOT / "configs" / "models" / "qwen3_30b_a3b.yaml"))
-    assert find_architecture("Qwen/Qwen3-30B-A3B") == written == find_architecture("anybody/qwen3-30b-a3b")
+    assert (
+        find_architecture("Qwen/Qwen3-30B-A3B")
+        == written
+        == find_architecture("anybody/qwen3-30b-a3b")
+    )
     assert find_architecture(str(tiny))["model_type"] == "qwen3_moe"
 
 
 def test_a_dry_run_agrees(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(
-            ["plan", str(CONFIG), "--gpus", "16", "--dry-run", "13", "parallel.pp=2", "parallel.ep=4", "parallel.tp=2"]
+            [
+                "plan",
+                str(CONFIG),
+                "--gpus",
+                "16",
+                "--dry-run",
+                "13",
+                "parallel.pp=2",
+                "parallel.ep=4",
+                "parallel.tp=2",
+            ]
         )
     said = capsys.readouterr().out
     assert ended.value.code == 0 and said.startswith("rank 13 of 16, stage 1:")
@@ -209,11 +261,13 @@ def test_a_dry_run_agrees(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_235b_on_256_gpus_in_seconds_without_torch() -> None:
-    """Ten seconds on an idle core is what is promised; here others may be at work, so the processor's time counts."""
+    """Ten seconds on an idle core is what is promised; here others may be at work, so the
+    processor's time counts."""
     code = (
-        "import sys, time; from megalora.cli import main; "
-        f"main(['plan', {str(CONFIG)!r}, '--gpus', '256', 'model.path=Qwen/Qwen3-235B-A22B', 'train.global_batch_size=256']); "
-        "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules); print('seconds', time.process_time())"
+        f"import sys, time; from megalora.cli import main; main(['plan', {str(CONFIG)!r}, '--gpus',"
+        " '256', 'model.path=Qwen/Qwen3-235B-A22B', 'train.global_batch_size=256']); assert not"
+        " {'torch', 'megatron', 'transformers'} & set(sys.modules); print('seconds',"
+        " time.process_time())"
     )
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

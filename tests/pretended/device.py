@@ -1,10 +1,13 @@
-"""A GPU that is not there: shapes, dtypes, devices and autograd as on an H100, no data, and a record of every wait.
+"""A GPU that is not there: shapes, dtypes, devices and autograd as on an H100, no data, and a
+record of every wait.
 
-torch's FakeTensorMode runs on a device made from Python alone (PrivateUse1). An operation on tensors of two devices raises
-an error. Where the host would wait for a real GPU, ``Recorder`` notes who asked and answers something of the right shape,
-so that the step goes on. Triton kernels are not launched; their outputs stay as allocated.
+torch's FakeTensorMode runs on a device made from Python alone (PrivateUse1). An operation on
+tensors of two devices raises an error. Where the host would wait for a real GPU, ``Recorder`` notes
+who asked and answers something of the right shape, so that the step goes on. Triton kernels are not
+launched; their outputs stay as allocated.
 
-Nothing here can be taken back, and autograd must meet the device before its first pass: use a process of its own.
+Nothing here can be taken back, and autograd must meet the device before its first pass: use a
+process of its own.
 """
 
 import contextlib
@@ -23,13 +26,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _setup_privateuseone_for_python_backend,
+)
 
 NAME = "gpu"
 
 
 def _folder(package: str) -> str:
-    """The folder of a package, found without importing it: nothing may be imported before the device is installed."""
+    """The folder of a package, found without importing it: nothing may be imported before the
+    device is installed."""
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.origin is not None, f"{package} is not installed"
     return f"{Path(spec.origin).parent}/"
@@ -40,8 +47,9 @@ OWNERS = {
     _folder("megalora"): "megalora",
     _folder("megatron.core"): "megatron/core",
 }
-"""Whose code a wait is put down to: the innermost frame from a file in one of these folders, by the name it is listed under.
-Whole paths, because a virtual environment may itself lie in a folder called megalora."""
+"""Whose code a wait is put down to: the innermost frame from a file in one of these folders, by the
+name it is listed under. Whole paths, because a virtual environment may itself lie in a folder
+called megalora."""
 
 aten = torch.ops.aten
 SIZE_DEPENDS_ON_VALUES = {
@@ -59,7 +67,8 @@ def on_gpu(value: Any) -> bool:
 
 
 class Recorder:
-    """Counts waits of the host, copies to the device and kernels, by place, in one phase after the other."""
+    """Counts waits of the host, copies to the device and kernels, by place, in one phase after the
+    other."""
 
     def __init__(self) -> None:
         self.waits: dict[str, Counter[str]] = {}
@@ -72,11 +81,14 @@ class Recorder:
         """Storages of page-locked host memory."""
 
     def forget(self) -> None:
-        self.waits, self.copies, self.kernels = {}, {}, {}
+        self.waits = {}
+        self.copies = {}
+        self.kernels = {}
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside under ``name``; what happens outside of any phase is not counted."""
+        """Count what happens inside under ``name``; what happens outside of any phase is not
+        counted."""
         for counters in (self.waits, self.copies, self.kernels):
             counters.setdefault(name, Counter())
         self.now = name
@@ -89,7 +101,8 @@ class Recorder:
             self.waits[self.now][f"{kind}: {place()}"] += 1
 
     def copy_to_device(self, source: torch.Tensor, non_blocking: bool) -> None:
-        """A copy from page-locked memory that nobody waits for is free; any other stops the host."""
+        """A copy from page-locked memory that nobody waits for is free; any other stops the
+        host."""
         if self.now is not None:
             self.copies[self.now][place()] += 1
         if source.untyped_storage()._cdata not in self.pinned:
@@ -103,7 +116,8 @@ class Recorder:
 
 
 def place() -> str:
-    """``file:function`` of the innermost frame of our code or Megatron's; "torch" where there is none."""
+    """``file:function`` of the innermost frame of our code or Megatron's; "torch" where there is
+    none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
@@ -137,7 +151,9 @@ class CudaMeansGpu(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
         FakeTensor.tolist = lambda t: self.values(t).tolist()  # pyright: ignore  torch's own asks for item after item
-        FakeTensor.data_ptr = lambda t: t.untyped_storage()._cdata + t.storage_offset() * t.element_size()  # pyright: ignore
+        FakeTensor.data_ptr = lambda t: (
+            t.untyped_storage()._cdata + t.storage_offset() * t.element_size()
+        )  # pyright: ignore
         self.special: dict[Any, Callable[..., Any]] = {
             torch.tensor: self.tensor,
             torch.as_tensor: self.tensor,
@@ -165,7 +181,11 @@ class CudaMeansGpu(TorchFunctionMode):
 
     def tensor(self, data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
         """A tensor from numbers is made on the host and copied."""
-        made = data if isinstance(data, torch.Tensor) else torch.tensor(_numbers(data), *args, **kwargs)
+        made = (
+            data
+            if isinstance(data, torch.Tensor)
+            else torch.tensor(_numbers(data), *args, **kwargs)
+        )
         return made if device is None else made.to(_device(device))
 
     def from_numpy(self, array: np.ndarray) -> torch.Tensor:
@@ -189,7 +209,8 @@ class CudaMeansGpu(TorchFunctionMode):
     def pin_memory(self, t: torch.Tensor, *args: Any) -> torch.Tensor:
         pinned = t.clone()
         self.recorder.pinned.add(pinned.untyped_storage()._cdata)
-        self.kept = [*getattr(self, "kept", []), pinned]  # so that no other storage gets its address
+        # so that no other storage gets its address
+        self.kept = [*getattr(self, "kept", []), pinned]
         return pinned
 
 
@@ -209,7 +230,11 @@ class Watch(TorchDispatchMode):
             return self.nothing(func, args[0])
         if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
             args = self.index(func, args)
-        elif func is aten.repeat_interleave.Tensor and on_gpu(args[0]) and kwargs.get("output_size") is None:
+        elif (
+            func is aten.repeat_interleave.Tensor
+            and on_gpu(args[0])
+            and kwargs.get("output_size") is None
+        ):
             self.recorder.wait("repeat_interleave without its size")
             return args[0].new_empty(0)
         elif func is aten.equal.default and on_gpu(args[0]):
@@ -294,11 +319,15 @@ def _answer_for_cuda(recorder: Recorder) -> None:
         recorder.wait("synchronize")
 
     answers: dict[str, Any] = {
-        "is_available": lambda: True, "device_count": lambda: 8, "current_device": lambda: 0, "synchronize": synchronize,
+        "is_available": lambda: True, "device_count": lambda: 8, "current_device": lambda: 0,
+        "synchronize": synchronize,
         "get_device_capability": lambda *a: (9, 0), "get_device_name": lambda *a: "pretended H100",
-        "Stream": Stream, "Event": Stream, "current_stream": lambda *a: Stream(), "default_stream": lambda *a: Stream(),
-        "stream": lambda stream: contextlib.nullcontext(), "set_device": lambda *a: None, "manual_seed": lambda seed: None,
-        "get_rng_state": lambda *a, **k: torch.get_rng_state(), "max_memory_allocated": lambda *a: 0,
+        "Stream": Stream, "Event": Stream, "current_stream": lambda *a: Stream(),
+        "default_stream": lambda *a: Stream(),
+        "stream": lambda stream: contextlib.nullcontext(), "set_device": lambda *a: None,
+        "manual_seed": lambda seed: None,
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),
+        "max_memory_allocated": lambda *a: 0,
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
@@ -324,11 +353,15 @@ def _launch_nothing(recorder: Recorder) -> None:
 
 
 def note_compiled(recorder: Recorder) -> None:
-    """Count calls of what Megatron compiles at run time: the compiler costs every rank seconds at the first of them."""
+    """Count calls of what Megatron compiles at run time: the compiler costs every rank seconds at
+    the first of them."""
     for name, module in list(sys.modules.items()):
         if not name.startswith("megatron.core"):
             continue
-        owners = [module, *(c for c in vars(module).values() if isinstance(c, type) and c.__module__ == name)]
+        owners = [
+            module,
+            *(c for c in vars(module).values() if isinstance(c, type) and c.__module__ == name),
+        ]
         for owner in owners:
             for attribute, value in list(vars(owner).items()):
                 if inspect.isfunction(value) and hasattr(value, "_torchdynamo_orig_callable"):
@@ -345,7 +378,8 @@ def _counted(recorder: Recorder, function: Any) -> Any:
 
 
 def install(recorder: Recorder) -> None:
-    """Make this process believe in an H100 (compute capability 9.0); before anything of Megatron is imported."""
+    """Make this process believe in an H100 (compute capability 9.0); before anything of Megatron is
+    imported."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=Module())
     _answer_for_cuda(recorder)
     _launch_nothing(recorder)

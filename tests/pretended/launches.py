@@ -2,11 +2,13 @@
 
     python -m tests.pretended.launches [--names | --json]
 
-Counted on the pretended GPU for ``expert_mlp`` alone and for megalora's whole MoE layer (router, sort, all-to-all, experts,
-combine; gradients added to Megatron's buffers), by back end, with 1 and with 8 expert-parallel ranks, without and with
-adapters on gate, up and down. A kernel is a Triton launch or an operation of torch that reads or writes memory of the GPU;
-torch's grouped GEMM is two (one prepares pointers), others may be more than the one they count for. A host operation is any
-call of torch's dispatcher, views and allocations among them, or a Triton launch. Collectives stand apart.
+Counted on the pretended GPU for ``expert_mlp`` alone and for megalora's whole MoE layer (router,
+sort, all-to-all, experts, combine; gradients added to Megatron's buffers), by back end, with 1 and
+with 8 expert-parallel ranks, without and with adapters on gate, up and down. A kernel is a Triton
+launch or an operation of torch that reads or writes memory of the GPU; torch's grouped GEMM is two
+(one prepares pointers), others may be more than the one they count for. A host operation is any
+call of torch's dispatcher, views and allocations among them, or a Triton launch. Collectives stand
+apart.
 """
 
 import argparse
@@ -27,10 +29,17 @@ from tests.pretended.device import Recorder, install, on_gpu, pretended_gpu
 from tests.pretended.run import all_there
 from tests.pretended.scenarios import MOE, Scenario
 
-BACKENDS, RANKS, PASSES = ("triton", "grouped_mm"), (1, 8), ("forward", "backward")
+BACKENDS = ("triton", "grouped_mm")
+RANKS = (1, 8)
+PASSES = ("forward", "backward")
 SUBJECTS = ("expert_mlp", "layer")
 KERNELS_OF = {"grouped_mm": 2}
-EXPERTS, TOP_K, HIDDEN, INNER, RANK, TOKENS = 16, 2, 96, 80, 16, 64
+EXPERTS = 16
+TOP_K = 2
+HIDDEN = 96
+INNER = 80
+RANK = 16
+TOKENS = 64
 Cell = dict[str, Any]
 """``kernels`` and ``collectives`` by name and ``host_operations``."""
 
@@ -59,7 +68,9 @@ class Operations(TorchDispatchMode):
 
 def _touches_memory(func: Any, name: str, values: Any) -> bool:
     """Whether an operation reads or writes memory of the GPU: views and allocations do not."""
-    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    is_view = any(
+        r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
+    )
     if is_view or "empty" in name or name in ("detach", "set_", "lift_fresh", "_unsafe_view"):
         return False
     return any(on_gpu(t) for t in torch.utils._pytree.tree_leaves(values))
@@ -81,7 +92,8 @@ def counted(recorder: Recorder, cell: Cell) -> Iterator[None]:
 def both_passes(
     recorder: Recorder, call: Callable[[], torch.Tensor], leaves: Iterable[torch.Tensor]
 ) -> dict[str, Cell]:
-    """Forward and backward of the second call: the first one sets things up. Gradients of leaves start from nothing."""
+    """Forward and backward of the second call: the first one sets things up. Gradients of leaves
+    start from nothing."""
     cells: dict[str, Cell] = {}
     for _ in range(2):
         for leaf in leaves:
@@ -112,7 +124,8 @@ def of_expert_mlp(recorder: Recorder, backend: str, ranks: int, adapted: bool) -
         leaves.append(torch.zeros(*shape, dtype=dtype, device="cuda", requires_grad=True))
         return leaves[-1]
 
-    experts, num_rows = EXPERTS // ranks, TOKENS * TOP_K
+    experts = EXPERTS // ranks
+    num_rows = TOKENS * TOP_K
     if ranks == 1:
         routing, _ = route(torch.zeros(TOKENS, experts, dtype=torch.bool, device="cuda"), TOP_K)
         x = leaf(TOKENS, HIDDEN)
@@ -123,11 +136,20 @@ def of_expert_mlp(recorder: Recorder, backend: str, ranks: int, adapted: bool) -
     w2: Any = leaf(experts, HIDDEN, INNER).detach()
     adapters: dict[str, Adapter] = {}
     if adapted:
-        gate_up = leaf(experts, 2 * RANK, HIDDEN), (leaf(experts, INNER, RANK), leaf(experts, INNER, RANK))
+        gate_up = (
+            leaf(experts, 2 * RANK, HIDDEN),
+            (
+                leaf(experts, INNER, RANK),
+                leaf(experts, INNER, RANK),
+            ),
+        )
         adapters["gate_up"] = Adapter(*gate_up, (2.0, 0.5))
-        adapters["down"] = Adapter(leaf(experts, RANK, INNER), (leaf(experts, HIDDEN, RANK),), (2.0,))
+        adapters["down"] = Adapter(
+            leaf(experts, RANK, INNER), (leaf(experts, HIDDEN, RANK),), (2.0,)
+        )
         if backend == "grouped_mm":
-            w1, w2 = Joined(w1, 2 * RANK), Joined(w2, RANK)
+            w1 = Joined(w1, 2 * RANK)
+            w2 = Joined(w2, RANK)
     p = leaf(num_rows, dtype=torch.float32)
     call = lambda: expert_mlp(x, w1, w2, p, routing, backend=backend, **adapters)  # noqa: E731
     return both_passes(recorder, call, leaves)
@@ -144,7 +166,9 @@ def of_layer(recorder: Recorder, backend: str, ranks: int, adapted: bool) -> dic
     scenario = Scenario("launches", hf, {"ep": ranks}, ranks)
     config = scenario.config()
     targets = ["gate_proj", "up_proj", "down_proj"] if adapted else ["q_proj"]
-    config = replace(config, lora=replace(config.lora, target_modules=targets, rank=RANK, alpha=2.0 * RANK))
+    config = replace(
+        config, lora=replace(config.lora, target_modules=targets, rank=RANK, alpha=2.0 * RANK)
+    )
     with (
         mock.patch.dict("os.environ", MEGALORA_BACKEND=backend),
         world(scenario, recorder),
@@ -159,7 +183,8 @@ def of_layer(recorder: Recorder, backend: str, ranks: int, adapted: bool) -> dic
 
 
 def count_all() -> dict[str, Cell]:
-    """Every cell, by "subject backend ep adapters pass". Needs a process that has not met the pretended device."""
+    """Every cell, by "subject backend ep adapters pass". Needs a process that has not met the
+    pretended device."""
     recorder = Recorder()
     install(recorder)  # before anything of Megatron is imported
     from megalora import host
@@ -183,7 +208,9 @@ def num_kernels(cell: Cell) -> int:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.pretended.launches", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.pretended.launches", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--names", action="store_true", help="list the kernels of every cell")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args(arguments)
@@ -196,7 +223,9 @@ def main(arguments: list[str]) -> None:
         collectives = sum(cell["collectives"].values())
         print(f"{name:44}{num_kernels(cell):8}{cell['host_operations']:8}{collectives:12}")
         if options.names:
-            print("    " + ", ".join(f"{count} {kernel}" for kernel, count in cell["kernels"].items()))
+            print(
+                "    " + ", ".join(f"{count} {kernel}" for kernel, count in cell["kernels"].items())
+            )
 
 
 if __name__ == "__main__":

@@ -34,14 +34,16 @@ def of_scenarios(recorder: Recorder, wanted: list[str]) -> dict[str, Any]:
     for scenario in SCENARIOS:
         if wanted and scenario.name not in wanted:
             continue
-        start, error = time.process_time(), None
+        start = time.process_time()
+        error = None
         recorder.forget()
         try:
             run(scenario, recorder)
         except Exception:
             error = traceback.format_exc()
         seen[scenario.name] = {
-            "waits": recorder.waits, "copies": recorder.copies, "kernels": recorder.kernels, "error": error,
+            "waits": recorder.waits, "copies": recorder.copies, "kernels": recorder.kernels,
+            "error": error,
             "seconds": round(time.process_time() - start, 2),
         }  # fmt: skip
     return seen

@@ -3,9 +3,26 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from megalora.config import DataConfig, LoRAConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megalora.config import (
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate", "lm_head"]
+TARGETS = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "gate",
+    "lm_head",
+]
 
 
 @dataclass(frozen=True)
@@ -29,7 +46,11 @@ class Scenario:
         parallel = ParallelConfig(**self.parallel)
         micro_batches = 1 if parallel.pp == 1 and not self.whole_run else 2
         size = micro_batches * 2 * parallel.data_parallel_sizes(self.world)[0]
-        train: dict[str, Any] = {"global_batch_size": size, "micro_batch_size": 2, "recompute": self.recompute}
+        train: dict[str, Any] = {
+            "global_batch_size": size,
+            "micro_batch_size": 2,
+            "recompute": self.recompute,
+        }
         return RunConfig(
             model=ModelConfig(path="pretended", dtype=self.dtype),  # type: ignore[arg-type]
             parallel=parallel,
@@ -42,14 +63,18 @@ class Scenario:
 MOE: dict[str, Any] = {
     "model_type": "qwen3_moe", "num_hidden_layers": 1, "hidden_size": 96, "intermediate_size": 144,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512,
-    "max_position_embeddings": 4096, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "attention_bias": False,
-    "tie_word_embeddings": False, "moe_intermediate_size": 80, "num_experts": 8, "num_experts_per_tok": 2,
+    "max_position_embeddings": 4096, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "tie_word_embeddings": False, "moe_intermediate_size": 80, "num_experts": 8,
+    "num_experts_per_tok": 2,
     "norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1, "hidden_act": "silu",
 }  # fmt: skip
 
-TWO_LAYERS, FOUR_LAYERS = MOE | {"num_hidden_layers": 2}, MOE | {"num_hidden_layers": 4}
+TWO_LAYERS = MOE | {"num_hidden_layers": 2}
+FOUR_LAYERS = MOE | {"num_hidden_layers": 4}
 SHARED: dict[str, Any] = {k: v for k, v in MOE.items() if k != "attention_bias"} | {
-    "model_type": "qwen2_moe", "shared_expert_intermediate_size": 112, "norm_topk_prob": False, "mlp_only_layers": [1],
+    "model_type": "qwen2_moe", "shared_expert_intermediate_size": 112, "norm_topk_prob": False,
+    "mlp_only_layers": [1],
     "qkv_bias": True, "num_hidden_layers": 2,
 }  # fmt: skip
 """A routed layer with a shared expert, and a dense layer."""
@@ -62,7 +87,9 @@ SCENARIOS = (
     Scenario("tp2_shared_dropout", SHARED, {"tp": 2}, 2, dropout=0.1),
     Scenario("tp2_ep2", MOE, {"tp": 2, "ep": 2}, 4, 3, whole_run=True),
     Scenario("ep2_selective", SHARED, {"ep": 2}, 2, 1, recompute="selective"),
-    Scenario("ep2_etp2_float32_dropout_full", MOE, {"ep": 2, "etp": 2}, 4, 1, "float32", "full", 0.1),
+    Scenario(
+        "ep2_etp2_float32_dropout_full", MOE, {"ep": 2, "etp": 2}, 4, 1, "float32", "full", 0.1
+    ),
     Scenario("pp2_first_stage", TWO_LAYERS, {"pp": 2, "ep": 2}, 4, 0),
     Scenario("pp2_last_stage", TWO_LAYERS, {"pp": 2, "tp": 2}, 4, 3, recompute="full"),
     Scenario("pp2_vpp2_etp2", FOUR_LAYERS, {"pp": 2, "vpp": 2, "etp": 2}, 4, 0),

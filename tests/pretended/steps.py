@@ -1,4 +1,5 @@
-"""One rank's training on the pretended GPU, through the product's own functions, in a world whose other ranks do not exist."""
+"""One rank's training on the pretended GPU, through the product's own functions, in a world whose
+other ranks do not exist."""
 
 import contextlib
 from collections.abc import Iterator
@@ -35,21 +36,29 @@ from tests.pretended.scenarios import Scenario
 
 
 class Tokenizer:
-    pad_token_id, eos_token_id = 0, 1
+    pad_token_id = 0
+    eos_token_id = 1
 
 
 def _samples(scenario: Scenario, count: int) -> Split:
     ids = np.ones(scenario.tokens, dtype=np.int32)
-    return Split("pretended", 4096, [Encoded(ids, np.ones(scenario.tokens, dtype=bool)) for _ in range(count)])
+    return Split(
+        "pretended",
+        4096,
+        [Encoded(ids, np.ones(scenario.tokens, dtype=bool)) for _ in range(count)],
+    )
 
 
 @contextlib.contextmanager
 def world(scenario: Scenario, recorder: Recorder) -> Iterator[None]:
-    """A fake process group for both devices; what objects are exchanged, each rank would have sent as this one does."""
+    """A fake process group for both devices; what objects are exchanged, each rank would have sent
+    as this one does."""
     for name in ("cpu", NAME):
         dist.Backend.default_device_backend_map[name] = "fake"
     dist.Backend.backend_capability["fake"] = ["cpu", NAME]
-    dist.init_process_group(f"cpu:fake,{NAME}:fake", store=FakeStore(), rank=scenario.rank, world_size=scenario.world)
+    dist.init_process_group(
+        f"cpu:fake,{NAME}:fake", store=FakeStore(), rank=scenario.rank, world_size=scenario.world
+    )
 
     def all_gather_object(out: list[Any], value: Any, group: Any = None) -> None:
         recorder.wait("exchange of objects")
@@ -75,7 +84,8 @@ def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def even_routing() -> Iterator[None]:
-    """What the dispatcher reads on the host: every rank sends every rank the same number of rows."""
+    """What the dispatcher reads on the host: every rank sends every rank the same number of
+    rows."""
     read = MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize
 
     def answered(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
@@ -99,8 +109,12 @@ def _move(chunk: Any) -> None:
     for module in chunk.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and not on_gpu(parameter):
-                moved = torch.nn.Parameter(parameter.data.to(host.device()), requires_grad=parameter.requires_grad)
-                moved.__dict__.update({k: v for k, v in vars(parameter).items() if k not in vars(moved)})
+                moved = torch.nn.Parameter(
+                    parameter.data.to(host.device()), requires_grad=parameter.requires_grad
+                )
+                moved.__dict__.update(
+                    {k: v for k, v in vars(parameter).items() if k not in vars(moved)}
+                )
                 module._parameters[name] = moved
 
 
@@ -125,7 +139,8 @@ def build(config: RunConfig, hf: dict[str, Any], groups: Any) -> AdaptedModel:
 
 
 def run(scenario: Scenario, recorder: Recorder) -> None:
-    """A training step as it is once training runs; where the scenario asks for it, what comes before and between steps too."""
+    """A training step as it is once training runs; where the scenario asks for it, what comes
+    before and between steps too."""
     config = scenario.config()
     with (
         pretended_gpu(recorder),
@@ -138,11 +153,15 @@ def run(scenario: Scenario, recorder: Recorder) -> None:
             chunks = wrap_chunks(model.chunks)
             optimizer = build_optimizer(config.train, getattr(torch, scenario.dtype), chunks)
             stepper = Stepper(
-                chunks, groups, GradientCheck(model.adapted, model.pieces) if scenario.whole_run else None
+                chunks,
+                groups,
+                GradientCheck(model.adapted, model.pieces) if scenario.whole_run else None,
             )
         samples = _samples(scenario, config.train.global_batch_size)
         batches = Batches(config, Tokenizer(), groups, samples, samples)  # type: ignore[arg-type]
-        for number, name in enumerate(("first step", "second step", "step") if scenario.whole_run else ("step",)):
+        for number, name in enumerate(
+            ("first step", "second step", "step") if scenario.whole_run else ("step",)
+        ):
             with recorder.phase(name):
                 loop._train_step(stepper, optimizer, batches, number, lr=1e-3, saved=None)
         if scenario.whole_run:
@@ -150,7 +169,8 @@ def run(scenario: Scenario, recorder: Recorder) -> None:
 
 
 def _between_steps(
-    config: RunConfig, scenario: Scenario, recorder: Recorder, model: AdaptedModel, stepper: Stepper, optimizer: Any,
+    config: RunConfig, scenario: Scenario, recorder: Recorder, model: AdaptedModel,
+    stepper: Stepper, optimizer: Any,
     batches: Batches,
 ) -> None:  # fmt: skip
     probe = Probe([1] * scenario.tokens, config.model.dtype, config.parallel)

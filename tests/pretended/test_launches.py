@@ -1,4 +1,5 @@
-"""Ceilings for what one MoE layer launches: the count of today for every cell; one kernel or host operation more is red.
+"""Ceilings for what one MoE layer launches: the count of today for every cell; one kernel or host
+operation more is red.
 
 ``python -m tests.pretended.launches --names`` prints the table with the kernels of each cell.
 """
@@ -55,13 +56,21 @@ CEILINGS = {
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Any]:
-    """Every cell, from a process in which autograd meets the pretended device before its first pass."""
+    """Every cell, from a process in which autograd meets the pretended device before its first
+    pass."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
     for name in ("TRITON_INTERPRET", "MEGALORA_BACKEND", "MEGALORA_TUNED"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "tests.pretended.launches", "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -80,19 +89,24 @@ def test_every_cell_has_a_ceiling(counted: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "grouped_mm"])
 def test_adapters_are_counted(backend: str, counted: dict[str, Any]) -> None:
-    """The counter sees what it counts: gradients of five factors are sums over rows, and none without adapters."""
+    """The counter sees what it counts: gradients of five factors are sums over rows, and none
+    without adapters."""
     for which, has in (("adapters", True), ("base", False)):
         kernels = counted[f"expert_mlp {backend} ep8 {which} backward"]["kernels"]
         assert ("_wgrad_kernel" in kernels) == has and kernels["_sum_parts_kernel"] == 1
 
 
 def test_gradients_are_taken_by_autograd_as_they_are(counted: dict[str, Any]) -> None:
-    """No copy for the layout or the scale of any: nothing of torch runs in the experts' backward."""
-    assert all(name.startswith("_") for name in counted["expert_mlp triton ep8 adapters backward"]["kernels"])
+    """No copy for the layout or the scale of any: nothing of torch runs in the experts'
+    backward."""
+    assert all(
+        name.startswith("_")
+        for name in counted["expert_mlp triton ep8 adapters backward"]["kernels"]
+    )
 
 
 def test_an_expert_parallel_layer_routes_in_three_launches(counted: dict[str, Any]) -> None:
     kernels = counted["layer triton ep8 adapters forward"]["kernels"]
-    assert {name: kernels[name] for name in ("_count_kernel", "_place_kernel", "_regroup_kernel")} == dict(
-        _count_kernel=1, _place_kernel=1, _regroup_kernel=1
-    )
+    assert {
+        name: kernels[name] for name in ("_count_kernel", "_place_kernel", "_regroup_kernel")
+    } == dict(_count_kernel=1, _place_kernel=1, _regroup_kernel=1)

@@ -1,7 +1,9 @@
-"""Where the host may wait for a GPU while it trains: the whole list, by layout. Tensors on the wrong device end a scenario.
+"""Where the host may wait for a GPU while it trains: the whole list, by layout. Tensors on the
+wrong device end a scenario.
 
-What is new here is red, and so is what is gone: the list stays true. Every wait is written as ``kind: file:function`` with how
-often it comes; the scenarios are in ``scenarios.py``, what counts as a wait is in ``device.py``.
+What is new here is red, and so is what is gone: the list stays true. Every wait is written as
+``kind: file:function`` with how often it comes; the scenarios are in ``scenarios.py``, what counts
+as a wait is in ``device.py``.
 """
 
 import json
@@ -20,11 +22,13 @@ ROOT = Path(__file__).parents[2]
 METRICS = {"values to the host: megalora/train/loop.py:_train_step": 1}
 """Loss and gradient norm, read together once a step."""
 ALIVE = {"values to the host: megalora/lora/inject.py:GradientCheck.after_backward": 1}
-"""Whether every projection has a gradient: in the first step, and in the first after B has moved."""
+"""Whether every projection has a gradient: in the first step, and in the first after B has
+moved."""
 
 
 def splits(times: int) -> dict[str, int]:
-    """How many rows go to whom, before each all-to-all of a forward pass through a layer: an all-to-all needs them on the host."""
+    """How many rows go to whom, before each all-to-all of a forward pass through a layer: an
+    all-to-all needs them on the host."""
     where = "megatron/core/transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize"
     return {f"synchronize: {where}": times}
 
@@ -43,16 +47,21 @@ def build(replicas: int, linears: int) -> dict[str, int]:
         "copy from pageable memory: megalora/lora/inject.py:check_coverage": 1,
         "values to the host: megalora/lora/inject.py:check_coverage": 1,
         "exchange of objects: megatron/core/optimizer/__init__.py:_get_param_groups": 2,
-        "copy from pageable memory: megatron/core/optimizer/optimizer.py:MixedPrecisionOptimizer.__init__": replicas,
+        "copy from pageable memory: megatron/core/optimizer/optimizer.py:MixedPrecisionOptimizer.__init__": (
+            replicas
+        ),
         "copy from pageable memory: megalora/lora/inject.py:_Parts.to": 2,
     }
 
 
-def whole_run(replicas: int, linears: int, passes: int, first_rank: bool) -> dict[str, dict[str, int]]:
+def whole_run(
+    replicas: int, linears: int, passes: int, first_rank: bool
+) -> dict[str, dict[str, int]]:
     """Every phase of a run on a rank.
 
     Args:
-        passes: forward passes through MoE layers that exchange rows, in a step and in an evaluation; half as many in a probe.
+        passes: forward passes through MoE layers that exchange rows, in a step and in an
+            evaluation; half as many in a probe.
     """
 
     saved = {"exchange of objects: megalora/bridge/peft.py:_send_to_first": 1}
@@ -69,7 +78,9 @@ def whole_run(replicas: int, linears: int, passes: int, first_rank: bool) -> dic
         "step": METRICS | exchanged(passes),
         "drift": {"item: megalora/train/drift.py:DriftCheck.run": 1},
         "evaluate": {"values to the host: megalora/train/step.py:_mean": 1} | exchanged(passes),
-        "probe": {"values to the host: megalora/train/probe.py:Probe.run": 1} | exchanged(passes // 2),
+        "probe": (
+            {"values to the host: megalora/train/probe.py:Probe.run": 1} | exchanged(passes // 2)
+        ),
         "save": saved,
     }
 
@@ -90,14 +101,28 @@ RUNS = {"one_gpu": whole_run(1, 6, 0, True), "tp2_ep2": whole_run(2, 6, 2, False
 
 @pytest.fixture(scope="module")
 def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What every scenario asked for did, from a process in which autograd meets the pretended device before its first pass."""
+    """What every scenario asked for did, from a process in which autograd meets the pretended
+    device before its first pass."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
     environment.pop("TRITON_INTERPRET", None)  # kernels as a GPU would have them
-    asked = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
-    names = {found.params["name"] for found in asked if found is not None and "name" in found.params}
+    asked = [
+        getattr(item, "callspec", None)
+        for item in request.session.items
+        if item.path == request.path
+    ]
+    names = {
+        found.params["name"] for found in asked if found is not None and "name" in found.params
+    }
     command = [sys.executable, "-m", "tests.pretended.run", *(names or ["none"])]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -122,17 +147,30 @@ def test_batches_travel_in_one_copy_a_step(name: str, seen: dict[str, Any]) -> N
 
 @pytest.mark.parametrize(
     ("name", "takes"),
-    [("one_gpu", "_gemm_kernel"), ("many_rows", "grouped_mm"), ("many_rows_dropout_selective", "grouped_mm")],
+    [
+        ("one_gpu", "_gemm_kernel"),
+        ("many_rows", "grouped_mm"),
+        ("many_rows_dropout_selective", "grouped_mm"),
+    ],
 )
-def test_back_end_is_the_one_for_the_number_of_rows(name: str, takes: str, seen: dict[str, Any]) -> None:
-    """Torch's grouped GEMM from 1,024 rows an expert on, and Triton's below; passes between GEMMs are Triton's in both."""
+def test_back_end_is_the_one_for_the_number_of_rows(
+    name: str, takes: str, seen: dict[str, Any]
+) -> None:
+    """Torch's grouped GEMM from 1,024 rows an expert on, and Triton's below; passes between GEMMs
+    are Triton's in both."""
     kernels = seen[name]["kernels"]["step"]
     assert {"_gemm_kernel", "grouped_mm"} & kernels.keys() == {takes}
-    assert {"_shrink_kernel", "_swiglu_kernel", "_swiglu_backward_kernel", "_wgrad_kernel"} <= kernels.keys()
+    assert {
+        "_shrink_kernel",
+        "_swiglu_kernel",
+        "_swiglu_backward_kernel",
+        "_wgrad_kernel",
+    } <= kernels.keys()
 
 
 @pytest.mark.parametrize(
-    "mistake", ["item", "tolist", "nonzero", "mask", "pageable", "blocking", "compiled", "mixed devices"]
+    "mistake",
+    ["item", "tolist", "nonzero", "mask", "pageable", "blocking", "compiled", "mixed devices"],
 )
 def test_what_the_device_is_for(mistake: str, seen: dict[str, Any]) -> None:
     """The device itself: each mistake alone is seen, and what is free is not."""

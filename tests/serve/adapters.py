@@ -20,7 +20,8 @@ EVERYTHING = [*ATTENTION, *EXPERTS, "gate"]
 
 
 def make_adapter(folder: Path, base: Path, seed: int, **lora: Any) -> Path:
-    """A random adapter of ``base`` with deltas of about a fifth of the weights: different text for every seed."""
+    """A random adapter of ``base`` with deltas of about a fifth of the weights: different text for
+    every seed."""
     config = LoRAConfig(**({"rank": 4, "alpha": 8.0, "target_modules": EVERYTHING} | lora))
     adapted, factors = random_factors(config, base, seed)
     folder.mkdir(parents=True)
@@ -30,7 +31,9 @@ def make_adapter(folder: Path, base: Path, seed: int, **lora: Any) -> Path:
 
 def edit_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / CONFIG).read_text()) | changes
-    (folder / CONFIG).write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    (folder / CONFIG).write_text(
+        json.dumps({key: value for key, value in config.items() if value is not ...})
+    )
 
 
 def edit_tensors(folder: Path, change: Any) -> None:

@@ -1,4 +1,5 @@
-"""One vLLM server for every test marked ``vllm``: a tiny Qwen3-MoE in float32, adapters loaded as tests need them."""
+"""One vLLM server for every test marked ``vllm``: a tiny Qwen3-MoE in float32, adapters loaded as
+tests need them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,11 @@ from tests.conftest import OUTSIDE
 
 @pytest.fixture(scope="session")
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Ready: ``url``, ``base`` (the folder, also the model's name in requests), ``log``, ``limits``, ``client()``.
+    """Ready: ``url``, ``base`` (the folder, also the model's name in requests), ``log``,
+    ``limits``, ``client()``.
 
-    Takes adapters up to rank 64 on attention, experts and router, four in a batch. Without .venv-vllm it raises: these
-    tests run only when asked for, and then must not pass unseen.
+    Takes adapters up to rank 64 on attention, experts and router, four in a batch. Without
+    .venv-vllm it raises: these tests run only when asked for, and then must not pass unseen.
     """
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
     devices = {

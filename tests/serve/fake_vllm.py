@@ -1,7 +1,9 @@
-"""An HTTP server that treats adapters as vLLM 0.32's handlers do, without vLLM: same routes, statuses, messages and order.
+"""An HTTP server that treats adapters as vLLM 0.32's handlers do, without vLLM: same routes,
+statuses, messages and order.
 
-After vllm/entrypoints/openai/models/serving.py and vllm/entrypoints/serve/engine/serving.py. A completion "computes" on what the adapter's
-file held when it was loaded: its answer is the file's hash, as tokens.
+After vllm/entrypoints/openai/models/serving.py and vllm/entrypoints/serve/engine/serving.py. A
+completion "computes" on what the adapter's file held when it was loaded: its answer is the file's
+hash, as tokens.
 """
 
 import hashlib
@@ -52,8 +54,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/models":
             with self.server.lock:
                 cards = [{"id": BASE, "root": self.server.base_path, "parent": None}]
-                cards += [{"id": n, "root": path, "parent": BASE} for n, (path, _) in self.server.adapters.items()]
-            self._send(200, {"object": "list", "data": [c | {"created": int(time.time())} for c in cards]})
+                cards += [
+                    {"id": n, "root": path, "parent": BASE}
+                    for n, (path, _) in self.server.adapters.items()
+                ]
+            self._send(
+                200, {"object": "list", "data": [c | {"created": int(time.time())} for c in cards]}
+            )
         else:
             self._send(404, {"detail": "Not Found"})
 
@@ -72,21 +79,35 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"detail": "Not Found"})
 
     def _load(self, body: dict[str, Any]) -> None:
-        name, path = body["lora_name"], body["lora_path"]
+        name = body["lora_name"]
+        path = body["lora_path"]
         with self.server.lock:
             self.server.calls.append(("load", name))
             if name == BASE:
-                self._error(400, f"The lora adapter '{name}' conflicts with a served base model.", "InvalidUserInput")
+                self._error(
+                    400,
+                    f"The lora adapter '{name}' conflicts with a served base model.",
+                    "InvalidUserInput",
+                )
             elif name in self.server.adapters:
                 self._error(
-                    400, f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, "
-                    "set 'load_inplace' to True.", "InvalidUserInput",
-                )  # fmt: skip
+                    400,
+                    f"The lora adapter '{name}' has already been loaded. If you want to load the"
+                    " adapter in place, set 'load_inplace' to True.",
+                    "InvalidUserInput",
+                )
             elif self.server.loading_fails is not None:
-                message = f"Worker failed with error '{self.server.loading_fails}', please check the stack trace above for the root cause"
-                self._error(500, f"Call to add_lora method failed: {message}", "InternalServerError")
+                message = (
+                    f"Worker failed with error '{self.server.loading_fails}', please check the"
+                    " stack trace above for the root cause"
+                )
+                self._error(
+                    500, f"Call to add_lora method failed: {message}", "InternalServerError"
+                )
             elif not Path(path).is_dir():
-                self._error(404, f"Loading lora {name} failed: No adapter found for {path}", "NotFoundError")
+                self._error(
+                    404, f"Loading lora {name} failed: No adapter found for {path}", "NotFoundError"
+                )
             else:
                 self.server.adapters[name] = (path, answer_of(Path(path)))
                 self._send(200, f"Success: LoRA adapter '{name}' added successfully.")
@@ -101,17 +122,21 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, f"Success: LoRA adapter '{name}' removed successfully.")
 
     def _complete(self, body: dict[str, Any]) -> None:
-        name, prompt = body["model"], body["prompt"]
-        with (
-            self.server.lock
-        ):  # as in vLLM, the adapter is bound to the request here, and unloading later changes nothing
+        name = body["model"]
+        prompt = body["prompt"]
+        # as in vLLM, the adapter is bound to the request here, and unloading later changes nothing
+        with self.server.lock:
             tokens = [0] if name == BASE else self.server.adapters.get(name, (None, None))[1]
         if tokens is None:
-            self._error(404, f"The model `{name}` does not exist. Valid aliases: {BASE}.", "NotFoundError")
+            self._error(
+                404, f"The model `{name}` does not exist. Valid aliases: {BASE}.", "NotFoundError"
+            )
             return
         prompts = prompt if isinstance(prompt[0], list) else [prompt]
         if max(map(len, prompts)) > LONGEST:
-            self._error(400, f"This model's maximum context length is {LONGEST} tokens.", "BadRequestError")
+            self._error(
+                400, f"This model's maximum context length is {LONGEST} tokens.", "BadRequestError"
+            )
             return
         time.sleep(self.server.seconds_per_answer)
         shift = 0.0 if name == BASE else 0.25
@@ -119,7 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"model": name, "choices": choices[::-1]})
 
     def _error(self, status: int, message: str, kind: str) -> None:
-        self._send(status, {"error": {"message": message, "type": kind, "param": None, "code": status}})
+        self._send(
+            status, {"error": {"message": message, "type": kind, "param": None, "code": status}}
+        )
 
     def _send(self, status: int, body: Any) -> None:
         content = b"" if body is None else json.dumps(body).encode()
@@ -129,9 +156,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
-def _choice(prompt: list[int], tokens: list[int], shift: float, body: dict[str, Any]) -> dict[str, Any]:
+def _choice(
+    prompt: list[int], tokens: list[int], shift: float, body: dict[str, Any]
+) -> dict[str, Any]:
     """The log-probability of token t is -t, and 0.25 less with an adapter."""
-    top = {f"token_id:{token}": -float(token) - shift for token in body.get("logprob_token_ids", [])}
+    top = {
+        f"token_id:{token}": -float(token) - shift for token in body.get("logprob_token_ids", [])
+    }
     return {
         "text": "", "finish_reason": "length", "token_ids": tokens,
         "logprobs": {"token_logprobs": [-0.5] * len(tokens), "top_logprobs": [top]},

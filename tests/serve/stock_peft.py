@@ -1,4 +1,5 @@
-"""What an adapter should say: stock transformers and PEFT, one token sequence at a time, no cache."""
+"""What an adapter should say: stock transformers and PEFT, one token sequence at a time, no
+cache."""
 
 from collections.abc import Sequence
 from pathlib import Path

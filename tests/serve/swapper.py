@@ -1,6 +1,8 @@
-"""Swaps adapters from a process of its own, until its standard input is closed: ``python -m tests.serve.swapper URL STORE FOLDER...``
+"""Swaps adapters from a process of its own, until its standard input is closed: ``python -m
+tests.serve.swapper URL STORE FOLDER...``
 
-Prints a JSON line per swap: id, when it began and when it was done. Imports neither torch nor pytest.
+Prints a JSON line per swap: id, when it began and when it was done. Imports neither torch nor
+pytest.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""What vLLM would refuse, or accept and ignore, is found in the folder: each with its own error, value and fix."""
+"""What vLLM would refuse, or accept and ignore, is found in the folder: each with its own error,
+value and fix."""
 
 import json
 import math
@@ -27,7 +28,8 @@ from megalora.serve.errors import (
 from megalora.tiny import make_tiny
 from tests.serve.adapters import EVERYTHING, edit_config, edit_tensors, make_adapter
 
-Q, EXPERT = "base_model.model.model.layers.1.self_attn.q_proj", "base_model.model.model.layers.2.mlp.experts.5"
+Q = "base_model.model.model.layers.1.self_attn.q_proj"
+EXPERT = "base_model.model.model.layers.2.mlp.experts.5"
 
 
 @pytest.fixture
@@ -38,10 +40,20 @@ def adapter(tiny: Path, tmp_path: Path) -> Path:
 
 def test_a_sound_adapter_says_what_it_needs(adapter: Path, tiny: Path, tmp_path: Path) -> None:
     needs = Needs(4, frozenset({"qkv_proj", "o_proj", "experts", "gate"}))
-    assert check_adapter(adapter) == check_adapter(adapter, Limits(4, tuple(needs.target_modules), tiny)) == needs
+    assert (
+        check_adapter(adapter)
+        == check_adapter(adapter, Limits(4, tuple(needs.target_modules), tiny))
+        == needs
+    )
     by_parts = Limits(4, ("q_proj", "k_proj", "v_proj", "o_proj", "experts", "gate"))
     assert check_adapter(adapter, by_parts) == needs, "vLLM takes parts of a fused module too"
-    head = make_adapter(tmp_path / "head", tiny, 0, target_modules=["lm_head", "q_proj"], rank_pattern={"lm_head": 9})
+    head = make_adapter(
+        tmp_path / "head",
+        tiny,
+        0,
+        target_modules=["lm_head", "q_proj"],
+        rank_pattern={"lm_head": 9},
+    )
     assert check_adapter(head, Limits(base=tiny)) == Needs(9, frozenset({"lm_head", "qkv_proj"}))
 
 
@@ -49,19 +61,26 @@ def test_a_sound_adapter_says_what_it_needs(adapter: Path, tiny: Path, tmp_path:
 def test_other_families(tmp_path: Path, arch: str) -> None:
     base = make_tiny(tmp_path / "base", arch=arch, num_hidden_layers=2)
     targets = [t for t in EVERYTHING if t != "gate" or arch == "qwen2_moe"]
-    needs = check_adapter(make_adapter(tmp_path / "a", base, 0, target_modules=targets), Limits(base=base))
+    needs = check_adapter(
+        make_adapter(tmp_path / "a", base, 0, target_modules=targets), Limits(base=base)
+    )
     dense = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     assert needs.target_modules == (dense | {"experts", "gate"} if arch == "qwen2_moe" else dense)
 
 
 def test_names_without_the_usual_prefix(adapter: Path, tiny: Path) -> None:
     """vLLM takes them, so we do."""
-    edit_tensors(adapter, lambda tensors: {n.removeprefix("base_model.model."): t for n, t in tensors.items()})
+    edit_tensors(
+        adapter,
+        lambda tensors: {n.removeprefix("base_model.model."): t for n, t in tensors.items()},
+    )
     assert check_adapter(adapter, Limits(base=tiny)).rank == 4
 
 
 def without(*parts: str) -> Callable[[dict], dict]:
-    return lambda tensors: {name: t for name, t in tensors.items() if not any(part in name for part in parts)}
+    return lambda tensors: {
+        name: t for name, t in tensors.items() if not any(part in name for part in parts)
+    }
 
 
 def with_(name: str, value: torch.Tensor) -> Callable[[dict], dict]:
@@ -79,37 +98,101 @@ def spoil(number: float, dtype: torch.dtype) -> Callable[[dict], dict]:
 
 BROKEN_TENSORS: dict[str, tuple[Callable[[dict], dict], type[AdapterError], str]] = {
     "no tensors": (lambda _: {}, AdapterInvalid, "holds no tensors: nothing was adapted"),
-    "NaN": (spoil(math.nan, torch.float32), AdapterInvalid, rf"{Q}.lora_B.weight holds NaN or an infinite number"),
+    "NaN": (
+        spoil(math.nan, torch.float32),
+        AdapterInvalid,
+        rf"{Q}.lora_B.weight holds NaN or an infinite number",
+    ),
     "infinite": (spoil(-math.inf, torch.float32), AdapterInvalid, "q_proj.lora_B.weight holds NaN"),
-    "NaN, bfloat16": (spoil(math.nan, torch.bfloat16), AdapterInvalid, "q_proj.lora_B.weight holds NaN"),
-    "infinite, float16": (spoil(math.inf, torch.float16), AdapterInvalid, "q_proj.lora_B.weight holds NaN"),
-    "B missing": (without(f"{Q}.lora_B"), AdapterInvalid, r"layers.1.self_attn.q_proj has A only; a factor is missing"),
+    "NaN, bfloat16": (
+        spoil(math.nan, torch.bfloat16),
+        AdapterInvalid,
+        "q_proj.lora_B.weight holds NaN",
+    ),
+    "infinite, float16": (
+        spoil(math.inf, torch.float16),
+        AdapterInvalid,
+        "q_proj.lora_B.weight holds NaN",
+    ),
+    "B missing": (
+        without(f"{Q}.lora_B"),
+        AdapterInvalid,
+        r"layers.1.self_attn.q_proj has A only; a factor is missing",
+    ),
     "A missing": (without(f"{Q}.lora_A"), AdapterInvalid, "has B only"),
-    "one expert missing": (without(f"{EXPERT}."), AdapterInvalid,
-                           r"layers.2.mlp.experts.5 lacks down_proj, gate_proj, up_proj; .* \(zeros do\)"),
+    "one expert missing": (
+        without(f"{EXPERT}."),
+        AdapterInvalid,
+        r"layers.2.mlp.experts.5 lacks down_proj, gate_proj, up_proj; .* \(zeros do\)",
+    ),
     "the last expert missing": (without("experts.7."), AdapterInvalid, "experts.7 lacks"),
     "one projection missing": (without("up_proj"), AdapterInvalid, r"experts.0 lacks up_proj"),
-    "no LoRA factor": (with_("base_model.model.lm_head.weight", torch.zeros(2, 2)), AdapterInvalid, "is no LoRA factor"),
-    "DoRA's vector": (with_(f"{Q}.lora_magnitude_vector", torch.zeros(2)), AdapterInvalid, "is no LoRA factor"),
-    "stacked": (with_("base_model.model.model.layers.0.mlp.experts.lora_A.weight", torch.zeros(32, 80)), AdapterInvalid,
-                "stacks all experts"),
-    "stacked gate and up": (with_("base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight",
-                            torch.zeros(32, 96)), AdapterInvalid, "stacks all experts"),
-    "integers": (with_(f"{Q}.lora_A.weight", torch.zeros(4, 96, dtype=torch.int8)), AdapterInvalid, r"is I8 \[4, 96\]"),
-    "a vector": (with_(f"{Q}.lora_A.weight", torch.zeros(96)), AdapterInvalid, "must be a matrix of floats"),
-    "A's rank is not B's": (with_(f"{Q}.lora_A.weight", torch.zeros(5, 96)), AdapterInvalid,
-                            r"has A \[5, 96\] and B \[192, 4\]"),
-    "transposed": (lambda tensors: {n: t.T.contiguous() for n, t in tensors.items()}, AdapterInvalid, "A's rows"),
-    "another width": (with_(f"{Q}.lora_A.weight", torch.zeros(4, 64)), AdapterForOtherBase,
-                      r"q_proj is 192 x 64, and the base model's is 192 x 96"),
-    "a smaller output": (with_(f"{Q}.lora_B.weight", torch.zeros(128, 4)), AdapterForOtherBase, "is 128 x 96"),
+    "no LoRA factor": (
+        with_("base_model.model.lm_head.weight", torch.zeros(2, 2)),
+        AdapterInvalid,
+        "is no LoRA factor",
+    ),
+    "DoRA's vector": (
+        with_(f"{Q}.lora_magnitude_vector", torch.zeros(2)),
+        AdapterInvalid,
+        "is no LoRA factor",
+    ),
+    "stacked": (
+        with_("base_model.model.model.layers.0.mlp.experts.lora_A.weight", torch.zeros(32, 80)),
+        AdapterInvalid,
+        "stacks all experts",
+    ),
+    "stacked gate and up": (
+        with_(
+            "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight",
+            torch.zeros(32, 96),
+        ),
+        AdapterInvalid,
+        "stacks all experts",
+    ),
+    "integers": (
+        with_(f"{Q}.lora_A.weight", torch.zeros(4, 96, dtype=torch.int8)),
+        AdapterInvalid,
+        r"is I8 \[4, 96\]",
+    ),
+    "a vector": (
+        with_(f"{Q}.lora_A.weight", torch.zeros(96)),
+        AdapterInvalid,
+        "must be a matrix of floats",
+    ),
+    "A's rank is not B's": (
+        with_(f"{Q}.lora_A.weight", torch.zeros(5, 96)),
+        AdapterInvalid,
+        r"has A \[5, 96\] and B \[192, 4\]",
+    ),
+    "transposed": (
+        lambda tensors: {n: t.T.contiguous() for n, t in tensors.items()},
+        AdapterInvalid,
+        "A's rows",
+    ),
+    "another width": (
+        with_(f"{Q}.lora_A.weight", torch.zeros(4, 64)),
+        AdapterForOtherBase,
+        r"q_proj is 192 x 64, and the base model's is 192 x 96",
+    ),
+    "a smaller output": (
+        with_(f"{Q}.lora_B.weight", torch.zeros(128, 4)),
+        AdapterForOtherBase,
+        "is 128 x 96",
+    ),
     "a module of another model": (
-        lambda tensors: {n.replace("layers.3", "layers.9"): t for n, t in tensors.items()}, AdapterForOtherBase,
+        lambda tensors: {n.replace("layers.3", "layers.9"): t for n, t in tensors.items()},
+        AdapterForOtherBase,
         r"\(qwen3_moe, 4 layers, 8 experts\) has no model.layers.9",
     ),
-    "an expert too many": (lambda tensors: tensors | {n.replace("experts.7", "experts.8"): t for n, t in tensors.items()},
-                           AdapterForOtherBase, "has no model.layers.0.mlp.experts.8"),
-}  # fmt: skip
+    "an expert too many": (
+        lambda tensors: (
+            tensors | {n.replace("experts.7", "experts.8"): t for n, t in tensors.items()}
+        ),
+        AdapterForOtherBase,
+        "has no model.layers.0.mlp.experts.8",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BROKEN_TENSORS)
@@ -127,12 +210,16 @@ BROKEN_CONFIGS: dict[str, tuple[dict[str, Any], type[AdapterError], str]] = {
     "no target_modules": ({"target_modules": ...}, AdapterInvalid, "target_modules is missing"),
     "r is 0": ({"r": 0}, AdapterInvalid, "r must be a positive whole number, got 0"),
     "r is text": ({"r": "8"}, AdapterInvalid, "got '8'"),
-    "another rank": ({"r": 8}, AdapterInvalid, "has rank 4, but adapter_config.json says 8; its scale would be wrong"),
-    "no rank_pattern": ({"rank_pattern": {}}, AdapterInvalid, "mlp.gate has rank 3, but adapter_config.json says 4"),
+    "another rank": ({"r": 8}, AdapterInvalid,
+                     "has rank 4, but adapter_config.json says 8; its scale would be wrong"),
+    "no rank_pattern": ({"rank_pattern": {}}, AdapterInvalid,
+                        "mlp.gate has rank 3, but adapter_config.json says 4"),
     "DoRA": ({"use_dora": True}, AdapterInvalid, "does not serve use_dora=True"),
     "bias": ({"bias": "all"}, AdapterInvalid, "does not serve bias='all'"),
-    "saved modules": ({"modules_to_save": ["lm_head"]}, AdapterInvalid, r"modules_to_save=\['lm_head'\]"),
-    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, AdapterInvalid, "init_lora_weights='pissa_niter_4'"),
+    "saved modules": ({"modules_to_save": ["lm_head"]}, AdapterInvalid,
+                      r"modules_to_save=\['lm_head'\]"),
+    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, AdapterInvalid,
+              "init_lora_weights='pissa_niter_4'"),
 }  # fmt: skip
 
 
@@ -146,21 +233,27 @@ def test_broken_configs(adapter: Path, case: str) -> None:
 
 def test_experts_of_different_ranks(adapter: Path) -> None:
     def change(tensors: dict) -> dict:
-        a, b = f"{EXPERT}.up_proj.lora_A.weight", f"{EXPERT}.up_proj.lora_B.weight"
+        a = f"{EXPERT}.up_proj.lora_A.weight"
+        b = f"{EXPERT}.up_proj.lora_B.weight"
         return tensors | {a: tensors[a][:2].contiguous(), b: tensors[b][:, :2].contiguous()}
 
     edit_tensors(adapter, change)
     pattern = {"gate": 3, r"layers\.2\.mlp\.experts\.5\.up_proj": 2}
     edit_config(adapter, rank_pattern=pattern)
-    with pytest.raises(AdapterInvalid, match=r"layers.2.mlp.experts.\*.up_proj has ranks \[2, 4\]; must be one"):
+    with pytest.raises(
+        AdapterInvalid, match=r"layers.2.mlp.experts.\*.up_proj has ranks \[2, 4\]; must be one"
+    ):
         check_adapter(adapter)
 
 
 def test_the_server_s_limits(adapter: Path, tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterRankTooLarge, match="has rank 4, and the server takes up to 1; .*--max-lora-rank"):
+    with pytest.raises(
+        AdapterRankTooLarge, match="has rank 4, and the server takes up to 1; .*--max-lora-rank"
+    ):
         check_adapter(adapter, Limits(max_rank=1))
     with pytest.raises(
-        AdapterTargetsUnserved, match=r"mlp.gate needs 'gate', and the server adapts experts, o_proj, qkv_proj"
+        AdapterTargetsUnserved,
+        match=r"mlp.gate needs 'gate', and the server adapts experts, o_proj, qkv_proj",
     ):
         check_adapter(adapter, Limits(target_modules=("qkv_proj", "o_proj", "experts")))
     head = make_adapter(tmp_path / "head", tiny, 0, target_modules=["lm_head"])
@@ -170,7 +263,13 @@ def test_the_server_s_limits(adapter: Path, tiny: Path, tmp_path: Path) -> None:
 
 def test_files_that_are_missing_or_cut_short(adapter: Path) -> None:
     weights = (adapter / WEIGHTS).read_bytes()
-    for content in (weights[:-1], weights[:4], b"", b"not safetensors at all", weights[: len(weights) // 2]):
+    for content in (
+        weights[:-1],
+        weights[:4],
+        b"",
+        b"not safetensors at all",
+        weights[: len(weights) // 2],
+    ):
         (adapter / WEIGHTS).write_bytes(content)
         with pytest.raises(AdapterInvalid, match="is not a whole safetensors file"):
             check_adapter(adapter)
@@ -188,7 +287,9 @@ def test_files_that_are_missing_or_cut_short(adapter: Path) -> None:
 
 
 def test_a_hash_says_what_is_in_a_folder(tiny: Path, tmp_path: Path) -> None:
-    first, again, other = (make_adapter(tmp_path / str(i), tiny, seed) for i, seed in enumerate((0, 0, 1)))
+    first, again, other = (
+        make_adapter(tmp_path / str(i), tiny, seed) for i, seed in enumerate((0, 0, 1))
+    )
     assert content_hash(first) == content_hash(again) != content_hash(other)
     assert len(content_hash(first)) == 12 and int(content_hash(first), 16) >= 0
     edit_config(again, lora_alpha=16)
@@ -202,9 +303,15 @@ def test_finite_numbers_of_every_dtype(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text("{}")
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         limits = torch.finfo(dtype)
-        numbers = torch.tensor([0.0, -0.0, limits.max, limits.min, limits.tiny], dtype=torch.float64)
+        numbers = torch.tensor(
+            [0.0, -0.0, limits.max, limits.min, limits.tiny], dtype=torch.float64
+        )
         for bad in (None, math.nan, -math.nan, math.inf, -math.inf):
-            tensor = numbers.to(dtype) if bad is None else torch.cat([numbers, torch.tensor([bad])]).to(dtype)
+            tensor = (
+                numbers.to(dtype)
+                if bad is None
+                else torch.cat([numbers, torch.tensor([bad])]).to(dtype)
+            )
             save_file({"a": torch.zeros(1, dtype=dtype), "b": tensor.clone()}, path)
             found = AdapterWeights(tmp_path).not_finite()
             assert found == (None if torch.isfinite(tensor).all() else "b")
@@ -223,6 +330,7 @@ def test_base_modules_are_the_model_s_linears(tmp_path: Path, arch: str) -> None
             shape = shard.get_slice(name).get_shape()
         if len(shape) == 2:
             sizes[name.removesuffix(".weight")] = tuple(shape)
-    sizes["model.embed_tokens"] = sizes["model.embed_tokens"][::-1]  # stored as [vocabulary, hidden]
+    # stored as [vocabulary, hidden]
+    sizes["model.embed_tokens"] = sizes["model.embed_tokens"][::-1]
     shape = model_shape(read_hf_config(base))
     assert base_modules(shape) == sizes and layer_projections(shape, 0)

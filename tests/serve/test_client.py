@@ -1,4 +1,5 @@
-"""The client against a server that behaves as vLLM's handlers do: names, versions, swaps, and every refusal by its type."""
+"""The client against a server that behaves as vLLM's handlers do: names, versions, swaps, and every
+refusal by its type."""
 
 import os
 import shutil
@@ -49,20 +50,32 @@ def client(vllm: FakeVLLM) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("adapters")
-    return [make_adapter(folder / str(seed), tiny, seed, target_modules=["q_proj"]) for seed in range(3)]
+    return [
+        make_adapter(folder / str(seed), tiny, seed, target_modules=["q_proj"]) for seed in range(3)
+    ]
 
 
 def names(vllm: FakeVLLM) -> list[str]:
     return list(vllm.adapters)
 
 
-def test_a_version_is_named_after_its_contents(client: Client, adapters: list[Path], tiny: Path) -> None:
+def test_a_version_is_named_after_its_contents(
+    client: Client, adapters: list[Path], tiny: Path
+) -> None:
     model = client.load("math", adapters[0])
     assert model == versioned("math", adapters[0]) and len(model) == len("math@") + 12
     labelled = client.load("math", adapters[1], version="step-50")
-    assert labelled.startswith("math@step-50.") and labelled.endswith(versioned("", adapters[1])[1:])
+    assert labelled.startswith("math@step-50.") and labelled.endswith(
+        versioned("", adapters[1])[1:]
+    )
     base, first, second = client.list()
-    assert (base.id, base.name, base.version, base.is_base, base.path) == (BASE, BASE, None, True, str(tiny))
+    assert (base.id, base.name, base.version, base.is_base, base.path) == (
+        BASE,
+        BASE,
+        None,
+        True,
+        str(tiny),
+    )
     assert (first.id, first.name, first.version) == (model, "math", model.removeprefix("math@"))
     assert (second.name, second.is_base, second.path) == ("math", False, str(adapters[1].resolve()))
 
@@ -73,7 +86,11 @@ def test_a_name_means_the_version_loaded_last(client: Client, adapters: list[Pat
     assert client.resolve(ids[0]) == ids[0] and client.resolve(BASE) == BASE
     assert client.complete("math", PROMPT).tokens == answer_of(adapters[2])
     pinned = client.complete(ids[0], PROMPT)
-    assert (pinned.model, pinned.version, pinned.tokens) == (ids[0], ids[0][5:], answer_of(adapters[0]))
+    assert (pinned.model, pinned.version, pinned.tokens) == (
+        ids[0],
+        ids[0][5:],
+        answer_of(adapters[0]),
+    )
     assert client.complete(BASE, PROMPT).version is None
     with pytest.raises(AdapterNotFound, match=rf"serves no 'maths'; it serves {BASE}, math@"):
         client.resolve("maths")
@@ -81,7 +98,8 @@ def test_a_name_means_the_version_loaded_last(client: Client, adapters: list[Pat
 
 def test_swapping_leaves_one_version(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
     client.load("other", adapters[0])
-    for adapter in (*adapters, adapters[0], adapters[0]):  # the last two: back to the first, and nothing to do
+    # the last two: back to the first, and nothing to do
+    for adapter in (*adapters, adapters[0], adapters[0]):
         model = client.swap("math", adapter)
         assert names(vllm) == [versioned("other", adapters[0]), model]
         assert client.complete("math", PROMPT).tokens == answer_of(adapter)
@@ -92,15 +110,20 @@ def test_swapping_leaves_one_version(client: Client, vllm: FakeVLLM, adapters: l
 def test_going_back_to_a_version_that_is_still_served_makes_it_the_newest(
     client: Client, vllm: FakeVLLM, adapters: list[Path]
 ) -> None:
-    first, second = client.load("math", adapters[0]), client.load("math", adapters[1])
+    first = client.load("math", adapters[0])
+    second = client.load("math", adapters[1])
     assert client.load("math", adapters[1]) == second
-    with pytest.raises(AdapterNameTaken, match="as an older version of math; swap makes it the newest"):
+    with pytest.raises(
+        AdapterNameTaken, match="as an older version of math; swap makes it the newest"
+    ):
         client.load("math", adapters[0])
     assert client.swap("math", adapters[0]) == first
     assert names(vllm) == [first]
 
 
-def test_a_swap_waits_for_this_client_s_requests(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+def test_a_swap_waits_for_this_client_s_requests(
+    client: Client, vllm: FakeVLLM, adapters: list[Path]
+) -> None:
     old = client.load("math", adapters[0])
     vllm.seconds_per_answer = 0.4
     with ThreadPoolExecutor(1) as pool:
@@ -123,13 +146,18 @@ def test_a_swap_gives_up_waiting(client: Client, vllm: FakeVLLM, adapters: list[
         start = time.monotonic()
         client.swap("math", adapters[1], drain_s=0.1)
         assert time.monotonic() - start < 0.7
-        assert asked.result().tokens == answer_of(adapters[0]), "vLLM ends what it began with the old weights"
+        assert asked.result().tokens == answer_of(adapters[0]), (
+            "vLLM ends what it began with the old weights"
+        )
 
 
-def test_a_request_whose_version_went_is_asked_again(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+def test_a_request_whose_version_went_is_asked_again(
+    client: Client, vllm: FakeVLLM, adapters: list[Path]
+) -> None:
     """Another process swaps between this client's resolving and asking."""
     client.load("math", adapters[0])
-    ask, swapped = client._api.completion, []
+    ask = client._api.completion
+    swapped = []
 
     def swapped_just_before(model: str, fields: dict) -> dict:
         if not swapped:
@@ -168,7 +196,9 @@ def test_many_threads_and_two_clients(client: Client, vllm: FakeVLLM, adapters: 
         answers = list(pool.map(lambda _: client.complete("math", PROMPT), range(300)))
         done.set()
         assert swaps.result() > 5
-    assert all(answer.tokens == expected[answer.model] for answer in answers) and len(answers) == 300
+    assert (
+        all(answer.tokens == expected[answer.model] for answer in answers) and len(answers) == 300
+    )
     assert len({answer.model for answer in answers}) == 3
 
 
@@ -185,7 +215,8 @@ def test_another_client_s_newer_version_stays(
 ) -> None:
     """It comes between this client's loading its own and unloading what is older."""
     client.load("math", adapters[0])
-    load, newest = client._api.load_adapter, versioned("math", adapters[2])
+    load = client._api.load_adapter
+    newest = versioned("math", adapters[2])
 
     def load_and_be_overtaken(model: str, path: str) -> None:
         load(model, path)
@@ -199,7 +230,8 @@ def test_another_client_s_newer_version_stays(
 
 
 def test_unloading(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
-    first, second = client.load("math", adapters[0]), client.load("math", adapters[1])
+    first = client.load("math", adapters[0])
+    second = client.load("math", adapters[1])
     client.unload(first)
     assert names(vllm) == [second]
     client.load("math", adapters[0])
@@ -219,18 +251,27 @@ def test_logprobs_of_a_prompt(client: Client, adapters: list[Path]) -> None:
     assert probe.largest_change == 0.25 and client.prompt_logprobs(BASE, [7]) == []
 
 
-def test_logprobs_of_a_prompt_where_lm_head_is_wrapped(vllm: FakeVLLM, adapters: list[Path]) -> None:
-    """Prefix by prefix, never with ``prompt_logprobs``; more than one request's worth of different tokens."""
+def test_logprobs_of_a_prompt_where_lm_head_is_wrapped(
+    vllm: FakeVLLM, adapters: list[Path]
+) -> None:
+    """Prefix by prefix, never with ``prompt_logprobs``; more than one request's worth of different
+    tokens."""
     client = Client(vllm.url, limits=Limits(target_modules=("qkv_proj", "lm_head")))
-    model, tokens = client.load("math", adapters[0]), [*range(100), 7, 7, *range(80)]
-    asked, ask = [], client._api.completion
+    model = client.load("math", adapters[0])
+    tokens = [*range(100), 7, 7, *range(80)]
+    asked = []
+    ask = client._api.completion
 
     def listen(model: str, fields: dict) -> dict:
         asked.append(fields)
         answer = ask(model, fields)
-        for choice in answer["choices"]:  # which arrive in any order; each prompt says something else
-            top, length = choice["logprobs"]["top_logprobs"][0], len(fields["prompt"][choice["index"]])
-            choice["logprobs"]["top_logprobs"] = [{token: number - length for token, number in top.items()}]
+        # which arrive in any order; each prompt says something else
+        for choice in answer["choices"]:
+            top = choice["logprobs"]["top_logprobs"][0]
+            length = len(fields["prompt"][choice["index"]])
+            choice["logprobs"]["top_logprobs"] = [
+                {token: number - length for token, number in top.items()}
+            ]
         return answer
 
     client._api.completion = listen  # type: ignore[method-assign]
@@ -238,29 +279,41 @@ def test_logprobs_of_a_prompt_where_lm_head_is_wrapped(vllm: FakeVLLM, adapters:
     assert (probe.model, probe.base) == (model, [-float(t) - i for i, t in enumerate(tokens)][1:])
     assert probe.adapter == [-t - i - 0.25 for i, t in enumerate(tokens)][1:]
     assert not any("prompt_logprobs" in fields for fields in asked)
-    assert max(len(fields["prompt"]) for fields in asked) <= 128 and client.prompt_logprobs(BASE, [7]) == []
+    assert (
+        max(len(fields["prompt"]) for fields in asked) <= 128
+        and client.prompt_logprobs(BASE, [7]) == []
+    )
 
 
 def test_with_a_store_folders_may_go(vllm: FakeVLLM, tiny: Path, tmp_path: Path) -> None:
     client = Client(vllm.url, store=tmp_path / "store")
-    folders = [make_adapter(tmp_path / f"step_{i}", tiny, i, target_modules=["q_proj"]) for i in range(2)]
-    answer, again = answer_of(folders[0]), shutil.copytree(folders[0], tmp_path / "again")
+    folders = [
+        make_adapter(tmp_path / f"step_{i}", tiny, i, target_modules=["q_proj"]) for i in range(2)
+    ]
+    answer = answer_of(folders[0])
+    again = shutil.copytree(folders[0], tmp_path / "again")
     first = client.swap("math", folders[0], version="step-0")
     shutil.rmtree(folders[0])
     copy = tmp_path / "store" / first
-    assert vllm.adapters[first] == (str(copy), answer) and sorted(p.name for p in copy.iterdir()) == [CONFIG, WEIGHTS]
+    assert vllm.adapters[first] == (str(copy), answer) and sorted(
+        p.name for p in copy.iterdir()
+    ) == [CONFIG, WEIGHTS]
 
     client.swap("math", folders[1])
     assert copy.is_dir(), "requests that began with it may need it still"
-    for place in (copy, tmp_path / "store" / names(vllm)[0]):  # unloaded an hour ago, and served for an hour
+    # unloaded an hour ago, and served for an hour
+    for place in (copy, tmp_path / "store" / names(vllm)[0]):
         os.utime(place, (0, 0))
     client.load("other", again)
-    assert {p.name for p in (tmp_path / "store").iterdir()} == set(names(vllm)) and len(names(vllm)) == 2
+    assert {p.name for p in (tmp_path / "store").iterdir()} == set(names(vllm)) and len(
+        names(vllm)
+    ) == 2
 
 
 def test_a_store_copies_only_what_the_name_says(tiny: Path, tmp_path: Path) -> None:
     folder = make_adapter(tmp_path / "a", tiny, 0, target_modules=["q_proj"])
-    store, model = Store(tmp_path / "store"), versioned("math", folder)
+    store = Store(tmp_path / "store")
+    model = versioned("math", folder)
     edit_config(folder, lora_alpha=3)
     with pytest.raises(AdapterInvalid, match="changed while it was being copied"):
         store.keep(model, folder)
@@ -271,7 +324,10 @@ def test_an_adapter_is_checked_before_the_server_hears_of_it(
     client: Client, vllm: FakeVLLM, adapters: list[Path], tmp_path: Path, tiny: Path
 ) -> None:
     good = client.load("math", adapters[0])
-    for broken, error in [(tmp_path, AdapterNotFound), (cut_short(tmp_path / "cut", tiny), AdapterInvalid)]:
+    for broken, error in [
+        (tmp_path, AdapterNotFound),
+        (cut_short(tmp_path / "cut", tiny), AdapterInvalid),
+    ]:
         with pytest.raises(error):
             client.swap("math", broken)
     limited = Client(vllm.url, limits=Limits(max_rank=2, target_modules=("o_proj",)))
@@ -294,14 +350,20 @@ def test_the_base_is_looked_up_on_the_server(
 ) -> None:
     vllm.base_path = str(tiny_dense)
     client.load("attention", adapters[0])  # q_proj of both bases has one size
-    client.load("dense", make_adapter(tmp_path / "dense", tiny_dense, 0, target_modules=["down_proj"]))
+    client.load(
+        "dense", make_adapter(tmp_path / "dense", tiny_dense, 0, target_modules=["down_proj"])
+    )
     vllm.base_path = "Qwen/Qwen3-30B-A3B"  # out of reach: left to the server
     client.load("unknown", adapters[1])
 
 
-def test_an_adapter_for_another_base(client: Client, tiny: Path, tiny_dense: Path, tmp_path: Path) -> None:
+def test_an_adapter_for_another_base(
+    client: Client, tiny: Path, tiny_dense: Path, tmp_path: Path
+) -> None:
     dense = make_adapter(tmp_path / "dense", tiny_dense, 0, target_modules=["down_proj"])
-    with pytest.raises(AdapterForOtherBase, match=r"has no model.layers.0.mlp.down_proj; was .* trained on .*dense"):
+    with pytest.raises(
+        AdapterForOtherBase, match=r"has no model.layers.0.mlp.down_proj; was .* trained on .*dense"
+    ):
         client.load("dense", dense)
 
 
@@ -324,11 +386,14 @@ def test_a_folder_that_changes_while_it_is_loaded(
 def test_what_the_server_finds_itself(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
     vllm.loading_fails = "LoRA rank 4 is greater than max_lora_rank 1."
     with pytest.raises(
-        AdapterRankTooLarge, match=r"loading math@\w+: LoRA rank 4 is greater .*; start the server with a larger"
+        AdapterRankTooLarge,
+        match=r"loading math@\w+: LoRA rank 4 is greater .*; start the server with a larger",
     ):
         client.load("math", adapters[0])
     vllm.loading_fails = ""
-    with pytest.raises(AdapterInvalid, match="vLLM cannot read it: no reason given; see the server log"):
+    with pytest.raises(
+        AdapterInvalid, match="vLLM cannot read it: no reason given; see the server log"
+    ):
         client.load("math", adapters[0])
 
 
@@ -345,7 +410,9 @@ def test_the_base_s_name_is_taken(client: Client, adapters: list[Path]) -> None:
         client.swap(BASE, adapters[0])
 
 
-def test_a_server_that_takes_no_updates(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+def test_a_server_that_takes_no_updates(
+    client: Client, vllm: FakeVLLM, adapters: list[Path]
+) -> None:
     vllm.updates_allowed = False
     with pytest.raises(RuntimeUpdatesOff, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
         client.load("math", adapters[0])
@@ -359,18 +426,29 @@ def test_a_prompt_that_is_refused(client: Client) -> None:
 def test_nobody_answers(adapters: list[Path]) -> None:
     client = Client("http://127.0.0.1:9", timeout=2)
     assert not client.health()
-    for call in (client.list, lambda: client.load("math", adapters[0]), lambda: client.complete(BASE, PROMPT)):
-        with pytest.raises(ServerUnreachable, match=r"http://127.0.0.1:9 does not answer .*; is the server running"):
+    for call in (
+        client.list,
+        lambda: client.load("math", adapters[0]),
+        lambda: client.complete(BASE, PROMPT),
+    ):
+        with pytest.raises(
+            ServerUnreachable, match=r"http://127.0.0.1:9 does not answer .*; is the server running"
+        ):
             call()
 
 
 def test_an_answer_that_takes_too_long(vllm: FakeVLLM) -> None:
     vllm.seconds_per_answer = 1.0
-    with Client(vllm.url, timeout=0.2) as client, pytest.raises(ServerUnreachable, match="no answer .* in time"):
+    with (
+        Client(vllm.url, timeout=0.2) as client,
+        pytest.raises(ServerUnreachable, match="no answer .* in time"),
+    ):
         client.complete(BASE, PROMPT)
 
 
-def test_a_connection_that_is_closed_under_a_request(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+def test_a_connection_that_is_closed_under_a_request(
+    client: Client, vllm: FakeVLLM, adapters: list[Path]
+) -> None:
     assert client.health()
     vllm.hang_up = 1
     assert client.complete(BASE, PROMPT).tokens == [0], "asked again"
@@ -401,7 +479,13 @@ def test_a_connection_that_is_closed_under_a_request(client: Client, vllm: FakeV
         (401, '{"error": "Unauthorized"}', False, RequestRefused),
     ],
 )  # fmt: skip
-def test_refusals_by_type(status: int, body: str, loading: bool, expected: type[ServeError]) -> None:
+def test_refusals_by_type(
+    status: int, body: str, loading: bool, expected: type[ServeError]
+) -> None:
     error = refusal("loading math@1", status, body, loading=loading)
     assert type(error) is expected and isinstance(error, ValueError)
-    assert str(error).startswith("loading math@1: ") and "\n" not in str(error) and "stack trace" not in str(error)
+    assert (
+        str(error).startswith("loading math@1: ")
+        and "\n" not in str(error)
+        and "stack trace" not in str(error)
+    )

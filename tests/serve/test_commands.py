@@ -1,4 +1,5 @@
-"""``megalora serve`` and ``megalora verify --engine vllm`` as a user runs them: what they say, and how they end."""
+"""``megalora serve`` and ``megalora verify --engine vllm`` as a user runs them: what they say, and
+how they end."""
 
 import json
 import os
@@ -21,7 +22,9 @@ IGNORED = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Us
 
 def start(*arguments: str | Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "megalora", "serve", *map(str, arguments), "--port", "0"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=OUTSIDE)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=OUTSIDE
+    )
 
 
 @pytest.mark.vllm
@@ -30,14 +33,18 @@ def test_serve_until_told_to_stop(tiny: Path, tmp_path: Path) -> None:
     process = start(f"sums={adapter}", "--base", tiny)
     assert process.stdout is not None
     lines = [process.stdout.readline() for _ in range(3)]
-    assert lines[0].startswith(f"starting vLLM for {tiny} (float32); its log is "), process.communicate()
+    assert lines[0].startswith(f"starting vLLM for {tiny} (float32); its log is "), (
+        process.communicate()
+    )
     assert lines[1].startswith("sums@") and "no probe.json in its folder" in lines[1]
     url = lines[2].removeprefix("ready at ").split(". ")[0]
     models = [card["id"] for card in httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]]
     assert models[0] == str(tiny) and models[1] == lines[1].split(":")[0]
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
-    assert not [line for line in _processes() if url.rsplit(":", 1)[1] in line and "api_server" in line]
+    assert not [
+        line for line in _processes() if url.rsplit(":", 1)[1] in line and "api_server" in line
+    ]
 
 
 def _processes() -> list[str]:
@@ -51,7 +58,9 @@ def _processes() -> list[str]:
 @pytest.mark.vllm
 def test_serve_stops_when_an_adapter_is_not_what_was_trained(tiny: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "math", tiny, 1)
-    (adapter / PROBE).write_text(json.dumps({"tokens": [4, 1, 3], "logprobs": [-1.0, -2.0], "dtype": "float32"}))
+    (adapter / PROBE).write_text(
+        json.dumps({"tokens": [4, 1, 3], "logprobs": [-1.0, -2.0], "dtype": "float32"})
+    )
     process = start(adapter, "--base", tiny)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
@@ -63,8 +72,14 @@ def test_serve_stops_when_an_adapter_is_not_what_was_trained(tiny: Path, tmp_pat
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "adapter_config.json").unlink(), "is not an adapter folder: it has no adapter_config.json"),
-        (lambda f: edit_config(f, r=600), "has rank 4, but adapter_config.json says 600; its scale would be wrong"),
+        (
+            lambda f: (f / "adapter_config.json").unlink(),
+            "is not an adapter folder: it has no adapter_config.json",
+        ),
+        (
+            lambda f: edit_config(f, r=600),
+            "has rank 4, but adapter_config.json says 600; its scale would be wrong",
+        ),
         (lambda f: edit_config(f, use_dora=True), "vLLM does not serve use_dora=True"),
     ],
 )
@@ -74,8 +89,14 @@ def test_serve_refuses_before_vllm_starts(tiny: Path, tmp_path: Path, spoil, mes
     began = time.monotonic()
     python = {"MEGALORA_VLLM_PYTHON": sys.executable}  # is asked for nothing
     command = [sys.executable, "-m", "megalora", "serve", str(adapter), "--base", str(tiny)]
-    done = subprocess.run(command, capture_output=True, text=True, env=OUTSIDE | python, check=False)
-    assert (done.returncode, done.stdout) == (2, "") and message in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=OUTSIDE | python, check=False
+    )
+    assert (
+        (done.returncode, done.stdout) == (2, "")
+        and message in done.stderr
+        and done.stderr.count("\n") == 1
+    )
     assert time.monotonic() - began < 30
 
 
@@ -100,12 +121,27 @@ def test_verify_with_vllm(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def report(**changes) -> VllmReport:
     return VllmReport(
-        **{"adapter": Path("a"), "atol": 1e-4, "prompt": 1e-6, "greedy": 1e-6, "effect": 1.0, "parted": None, **changes}
+        **{
+            "adapter": Path("a"),
+            "atol": 1e-4,
+            "prompt": 1e-6,
+            "greedy": 1e-6,
+            "effect": 1.0,
+            "parted": None,
+            **changes,
+        }
     )
 
 
 @pytest.mark.parametrize(
-    "change", [{"prompt": 2e-4}, {"greedy": 2e-4}, {"effect": 1e-5}, {"parted": "prompt 0"}, {"prompt": float("nan")}]
+    "change",
+    [
+        {"prompt": 2e-4},
+        {"greedy": 2e-4},
+        {"effect": 1e-5},
+        {"parted": "prompt 0"},
+        {"prompt": float("nan")},
+    ],
 )
 def test_a_difference_is_not_verified(change) -> None:
     assert report().ok and not report(**change).ok
@@ -116,7 +152,8 @@ class Says:
     """A client that answers with fixed tokens."""
 
     def __init__(self, tokens: list[int], logprobs: list[float]) -> None:
-        self.tokens, self.logprobs = tokens, logprobs
+        self.tokens = tokens
+        self.logprobs = logprobs
 
     def probe(self, name: str, row: list[int]):
         return type("P", (), {"adapter": [-1.0], "largest_change": 1.0})
@@ -126,7 +163,8 @@ class Says:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "margin", "ok"), [([5, 6], 1.0, True), ([5, 7], 1.0, False), ([5, 7], 1e-5, True), ([4, 6], 1.0, False)]
+    ("theirs", "margin", "ok"),
+    [([5, 6], 1.0, True), ([5, 7], 1.0, False), ([5, 7], 1e-5, True), ([4, 6], 1.0, False)],
 )
 def test_greedy_tokens_may_part_at_a_tie_only(theirs: list[int], margin: float, ok: bool) -> None:
     import torch

@@ -16,10 +16,13 @@ from tests.serve.adapters import edit_config, edit_tensors, make_adapter
 from tests.serve.fake_vllm import fake_vllm
 from tests.serve.stock_peft import logprobs, stock_model
 
-BASE, TRAINED = [-1.0, -2.0, -3.0], [-1.5, -1.0, -3.0]
+BASE = [-1.0, -2.0, -3.0]
+TRAINED = [-1.5, -1.0, -3.0]
 
 
-def proof(served: list[float], dtype: str = "float32", trained: list[float] | None = TRAINED) -> Proof:
+def proof(
+    served: list[float], dtype: str = "float32", trained: list[float] | None = TRAINED
+) -> Proof:
     return Proof("math@1", BASE, served, trained, dtype, 1e-4)
 
 
@@ -39,22 +42,29 @@ def test_a_wrong_scale_is_found(dtype: str, scale: float, relative: float) -> No
 
 def test_rounding_is_allowed_and_no_more() -> None:
     assert proof([t + 5e-5 for t in TRAINED]).ok and not proof([t + 2e-4 for t in TRAINED]).ok
-    small = [b + 2e-4 * (t - b) for b, t in zip(BASE, TRAINED, strict=True)]  # the first steps of a training
+    # the first steps of a training
+    small = [b + 2e-4 * (t - b) for b, t in zip(BASE, TRAINED, strict=True)]
     assert proof(small, trained=small).ok
     assert not proof([(b + s) / 2 for b, s in zip(BASE, small, strict=True)], trained=small).ok, (
         "half its scale, within atol"
     )
-    assert proof([t + 0.1 for t in TRAINED], "bfloat16").ok and not proof([t + 0.2 for t in TRAINED], "bfloat16").ok
+    assert (
+        proof([t + 0.1 for t in TRAINED], "bfloat16").ok
+        and not proof([t + 0.2 for t in TRAINED], "bfloat16").ok
+    )
 
 
 def test_nan_is_never_ok() -> None:
     for dtype in ("float32", "bfloat16"):
         for place in range(3):
-            assert not proof([float("nan") if i == place else t for i, t in enumerate(TRAINED)], dtype).ok
+            assert not proof(
+                [float("nan") if i == place else t for i, t in enumerate(TRAINED)], dtype
+            ).ok
 
 
 def test_without_a_training_side_it_must_act() -> None:
-    acting, idle = proof(TRAINED, trained=None), proof(BASE, trained=None)
+    acting = proof(TRAINED, trained=None)
+    idle = proof(BASE, trained=None)
     assert acting.ok and "no probe.json in its folder" in acting.text()
     assert not idle.ok and idle.text().endswith("it does NOT act")
 
@@ -64,7 +74,10 @@ def test_without_a_training_side_it_must_act() -> None:
     [
         ("{", "is no probe (JSONDecodeError"),
         ('{"tokens": [1, 2], "dtype": "float32"}', "is no probe (KeyError: 'logprobs')"),
-        ('{"tokens": [1, 2], "logprobs": [-1.0, -2.0], "dtype": "float32"}', "has 2 tokens and 2 log-probabilities"),
+        (
+            '{"tokens": [1, 2], "logprobs": [-1.0, -2.0], "dtype": "float32"}',
+            "has 2 tokens and 2 log-probabilities",
+        ),
     ],
 )
 def test_a_broken_probe_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -78,7 +91,9 @@ def test_a_broken_probe_is_refused(tmp_path: Path, content: str, message: str) -
 def test_what_is_asked(tiny: Path, tmp_path: Path) -> None:
     """The fake server's log-probabilities are -token, and 0.25 less with an adapter."""
     folder = make_adapter(tmp_path / "adapter", tiny, 0, target_modules=["q_proj"])
-    (folder / PROBE).write_text(json.dumps({"tokens": [4, 1, 3], "logprobs": [-1.25, -3.25], "dtype": "float32"}))
+    (folder / PROBE).write_text(
+        json.dumps({"tokens": [4, 1, 3], "logprobs": [-1.25, -3.25], "dtype": "float32"})
+    )
     with fake_vllm(str(tiny)) as vllm, Client(vllm.url) as client:
         client.load("math", folder)
         found = prove(client, "math", folder)
@@ -97,13 +112,18 @@ def test_what_is_asked(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
-def test_what_vllm_serves_is_proved(server: Server, client: Client, tiny: Path, tmp_path: Path) -> None:
+def test_what_vllm_serves_is_proved(
+    server: Server, client: Client, tiny: Path, tmp_path: Path
+) -> None:
     from transformers import AutoTokenizer
 
     trained = make_adapter(tmp_path / "step_000001", tiny, 1)
     tokens = probe_tokens(AutoTokenizer.from_pretrained(tiny))
-    said = logprobs(stock_model(tiny, trained), tokens)  # what the training side writes; test_push.py has it written
-    (trained / PROBE).write_text(json.dumps({"tokens": tokens, "logprobs": said, "dtype": "float32"}))
+    # what the training side writes; test_push.py has it written
+    said = logprobs(stock_model(tiny, trained), tokens)
+    (trained / PROBE).write_text(
+        json.dumps({"tokens": tokens, "logprobs": said, "dtype": "float32"})
+    )
     export(trained, tmp_path / "right", base=str(tiny))
     client.load("right", tmp_path / "right")
     assert prove(client, "right", tmp_path / "right").ok
@@ -111,7 +131,9 @@ def test_what_vllm_serves_is_proved(server: Server, client: Client, tiny: Path, 
     spoiled = {
         "scale": lambda f: edit_config(f, lora_alpha=9),
         "gate and up swapped": lambda f: edit_tensors(f, _swap_gate_and_up),
-        "q_proj lost": lambda f: edit_tensors(f, lambda ts: {n: t for n, t in ts.items() if "q_proj" not in n}),
+        "q_proj lost": lambda f: edit_tensors(
+            f, lambda ts: {n: t for n, t in ts.items() if "q_proj" not in n}
+        ),
     }
     for name, spoil in spoiled.items():
         folder = tmp_path / name.replace(" ", "-")
@@ -124,6 +146,8 @@ def test_what_vllm_serves_is_proved(server: Server, client: Client, tiny: Path, 
 
 def _swap_gate_and_up(tensors: dict) -> dict:
     def other(name: str) -> str:
-        return name.replace("gate_proj", "?").replace("up_proj", "gate_proj").replace("?", "up_proj")
+        return (
+            name.replace("gate_proj", "?").replace("up_proj", "gate_proj").replace("?", "up_proj")
+        )
 
     return {name: tensors[other(name)] for name in tensors}

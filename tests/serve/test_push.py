@@ -1,4 +1,5 @@
-"""Checkpoints reach a server while training goes on; a server that is down or refuses costs nothing but a line."""
+"""Checkpoints reach a server while training goes on; a server that is down or refuses costs nothing
+but a line."""
 
 import json
 import shutil
@@ -25,15 +26,23 @@ class Run:
     """Checkpoints of one run, and what its pusher says."""
 
     def __init__(self, folder: Path, base: Path, url: str) -> None:
-        self.folder, self.base, self.said = folder, base, []
+        self.folder = folder
+        self.base = base
+        self.said = []
         self.pusher = Pusher(url, folder, 2 * 4, self.said.append)  # q_proj of four layers
 
     def save(self, step: int, num_layers: str = "0-3") -> Path:
         checkpoint = make_adapter(
-            self.folder / f"step_{step:06d}", self.base, step, target_modules=["q_proj"], layers=num_layers
+            self.folder / f"step_{step:06d}",
+            self.base,
+            step,
+            target_modules=["q_proj"],
+            layers=num_layers,
         )
         # The fake server's log-probabilities are -token, and 0.25 less with an adapter.
-        (checkpoint / PROBE).write_text(json.dumps({"tokens": [4, 1], "logprobs": [-1.25], "dtype": "float32"}))
+        (checkpoint / PROBE).write_text(
+            json.dumps({"tokens": [4, 1], "logprobs": [-1.25], "dtype": "float32"})
+        )
         return checkpoint
 
 
@@ -68,7 +77,8 @@ def test_every_checkpoint_is_served_in_order_and_the_last_stays(tiny: Path, tmp_
 
 
 def test_nothing_is_lost_while_the_server_is_down(tiny: Path, tmp_path: Path) -> None:
-    """Neither by waiting nor by checkpoint.keep, which removes folders meanwhile; and pushing takes no time."""
+    """Neither by waiting nor by checkpoint.keep, which removes folders meanwhile; and pushing takes
+    no time."""
     run = Run(tmp_path / "run", tiny, nobody())
     start = time.monotonic()
     for step in (1, 2):
@@ -77,9 +87,14 @@ def test_nothing_is_lost_while_the_server_is_down(tiny: Path, tmp_path: Path) ->
         shutil.rmtree(checkpoint)
     assert time.monotonic() - start < 2
     time.sleep(0.5)
-    assert len(run.said) == 1 and "step_000001 waits (" in run.said[0] and "training goes on" in run.said[0]
+    assert (
+        len(run.said) == 1
+        and "step_000001 waits (" in run.said[0]
+        and "training goes on" in run.said[0]
+    )
     with fake_vllm(str(tiny)) as vllm:
-        run.pusher.client._api._http.base_url = vllm.url  # the server is back, at a port that was free
+        # the server is back, at a port that was free
+        run.pusher.client._api._http.base_url = vllm.url
         deadline = time.monotonic() + 30
         while len(run.said) < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -95,14 +110,19 @@ def test_a_refused_checkpoint_is_said_and_the_next_is_served(tiny: Path, tmp_pat
         run.pusher.push(run.save(2))
         run.pusher.close()
         assert labels(vllm) == ["run@step_000002"]
-        assert "step_000001 is NOT served: " in run.said[0] and "has 6 tensors, and this run adapts 8" in run.said[0]
+        assert (
+            "step_000001 is NOT served: " in run.said[0]
+            and "has 6 tensors, and this run adapts 8" in run.said[0]
+        )
 
 
 def test_an_adapter_that_says_something_else_is_told(tiny: Path, tmp_path: Path) -> None:
     with fake_vllm(str(tiny)) as vllm:
         run = Run(tmp_path / "run", tiny, vllm.url)
         checkpoint = run.save(1)
-        (checkpoint / PROBE).write_text(json.dumps({"tokens": [4, 1], "logprobs": [-1.5], "dtype": "float32"}))
+        (checkpoint / PROBE).write_text(
+            json.dumps({"tokens": [4, 1], "logprobs": [-1.5], "dtype": "float32"})
+        )
         run.pusher.push(checkpoint)
         run.pusher.close()
         assert run.said[0].endswith("NOT what was trained")
@@ -133,7 +153,10 @@ def test_only_the_newest_wait(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert run.pusher.unreachable.wait(10)
     for step in (2, 3, 4):
         run.pusher.push(run.save(step))
-    assert sum("is skipped: 2 newer ones wait" in line for line in run.said) == 1 and "step_000002" in run.said[-1]
+    assert (
+        sum("is skipped: 2 newer ones wait" in line for line in run.said) == 1
+        and "step_000002" in run.said[-1]
+    )
     assert sorted(p.name for p in (tmp_path / "run/served/.waiting").iterdir()) == [
         "step_000001",
         "step_000003",
@@ -150,7 +173,11 @@ def test_a_disk_that_refuses_ends_no_training(tiny: Path, tmp_path: Path) -> Non
         run = Run(tmp_path / "run", tiny, vllm.url)
         run.pusher.push(run.save(1))
         run.pusher.close()
-        assert len(run.said) == 1 and "step_000001 is NOT served: " in run.said[0] and "training goes on" in run.said[0]
+        assert (
+            len(run.said) == 1
+            and "step_000001 is NOT served: " in run.said[0]
+            and "training goes on" in run.said[0]
+        )
 
 
 def test_whatever_goes_wrong_is_said_and_the_next_is_served(tiny: Path, tmp_path: Path) -> None:
@@ -164,7 +191,9 @@ def test_whatever_goes_wrong_is_said_and_the_next_is_served(tiny: Path, tmp_path
         run.pusher.client.swap = swap  # type: ignore[method-assign]
         run.pusher.push(run.save(2))
         run.pusher.close()
-        assert "step_000001 is NOT served: KeyError: 'bug'" in run.said[0] and labels(vllm) == ["run@step_000002"]
+        assert "step_000001 is NOT served: KeyError: 'bug'" in run.said[0] and labels(vllm) == [
+            "run@step_000002"
+        ]
 
 
 def test_another_server_at_this_address_is_said(tiny: Path, tmp_path: Path) -> None:
@@ -180,13 +209,18 @@ def test_another_server_at_this_address_is_said(tiny: Path, tmp_path: Path) -> N
 def test_a_training_serves_its_checkpoints(
     server: Server, client: Client, tiny: Path, chats: Path, tmp_path: Path, capfd
 ) -> None:
-    """Two ranks (EP 2), two checkpoints; the server repeats the training side's log-probabilities, and the run's name means the last."""
+    """Two ranks (EP 2), two checkpoints; the server repeats the training side's log-probabilities,
+    and the run's name means the last."""
     lora = LoRAConfig(rank=4, alpha=12.0, use_rslora=True, rank_pattern={"up_proj": 2})
     config = make_config(tiny, chats, tmp_path / "run", {"ep": 2}, lora=lora, steps=2, lr=1e-2)
-    config = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), every=1, serve=server.url))
+    config = replace(
+        config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), every=1, serve=server.url)
+    )
     run_ranks(train, 2, config)
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("serve: ")]
     assert len(lines) == 2 and all(
         "differs from the training side by up to" in line and "NOT" not in line for line in lines
     ), lines
-    assert client.resolve("run") == versioned("run", tmp_path / "run" / "step_000002", "step_000002")
+    assert client.resolve("run") == versioned(
+        "run", tmp_path / "run" / "step_000002", "step_000002"
+    )

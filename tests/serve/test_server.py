@@ -1,4 +1,5 @@
-"""vLLM itself: does it compute our adapters, what does it refuse, what does it do with requests whose adapter changes."""
+"""vLLM itself: does it compute our adapters, what does it refuse, what does it do with requests
+whose adapter changes."""
 
 import json
 import shutil
@@ -22,7 +23,14 @@ from megalora.serve.errors import (
 )
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client, versioned
-from tests.serve.adapters import ATTENTION, EXPERTS, edit_config, edit_tensors, make_adapter, tokens_of
+from tests.serve.adapters import (
+    ATTENTION,
+    EXPERTS,
+    edit_config,
+    edit_tensors,
+    make_adapter,
+    tokens_of,
+)
 from tests.serve.stock_peft import greedy, logprobs, stock_model
 
 pytestmark = [
@@ -32,7 +40,8 @@ pytestmark = [
     ),  # PEFT calls patterns unused that it does use
 ]
 ATOL = 5e-5
-"""Of a log-probability: float32 through 4 layers errs by some 2^-24 * 100 of the largest logit, 5, and vLLM sums in other orders."""
+"""Of a log-probability: float32 through 4 layers errs by some 2^-24 * 100 of the largest logit, 5,
+and vLLM sums in other orders."""
 LONG = 300
 """Tokens. vLLM's CPU build caches prefixes in blocks of 128."""
 
@@ -40,7 +49,12 @@ LONG = 300
 @pytest.fixture(scope="module")
 def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("adapters")
-    kinds = {"attention": ATTENTION, "experts": EXPERTS, "router": ["gate"], "all": [*ATTENTION, *EXPERTS, "gate"]}
+    kinds = {
+        "attention": ATTENTION,
+        "experts": EXPERTS,
+        "router": ["gate"],
+        "all": [*ATTENTION, *EXPERTS, "gate"],
+    }
     return {
         name: make_adapter(folder / name, tiny, seed, target_modules=targets, rank=3 + seed)
         for seed, (name, targets) in enumerate(kinds.items())
@@ -51,14 +65,20 @@ def assert_close(found: list[float], expected: list[float]) -> None:
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=ATOL)
 
 
-def test_base_and_adapters_in_the_same_batches(client: Client, tiny: Path, adapters: dict[str, Path]) -> None:
-    """The plug-in's experts and router, vLLM's attention, and base requests beside them: all slots taken, many lengths, at once."""
+def test_base_and_adapters_in_the_same_batches(
+    client: Client, tiny: Path, adapters: dict[str, Path]
+) -> None:
+    """The plug-in's experts and router, vLLM's attention, and base requests beside them: all slots
+    taken, many lengths, at once."""
     for name, folder in adapters.items():
         client.load(name, folder)
     texts = {
-        name: [tokens_of(10 * i + j, 5 + 7 * j + i) for j in range(5)] for i, name in enumerate([*adapters, str(tiny)])
+        name: [tokens_of(10 * i + j, 5 + 7 * j + i) for j in range(5)]
+        for i, name in enumerate([*adapters, str(tiny)])
     }
-    jobs = [(name, text) for j in range(5) for name, texts_of in texts.items() for text in [texts_of[j]]]
+    jobs = [
+        (name, text) for j in range(5) for name, texts_of in texts.items() for text in [texts_of[j]]
+    ]
     with ThreadPoolExecutor(len(jobs)) as pool:
         found = list(pool.map(lambda job: client.prompt_logprobs(*job), jobs))
     for name, folder in [*adapters.items(), (str(tiny), None)]:
@@ -79,7 +99,11 @@ def test_what_is_generated(client: Client, tiny: Path, adapters: dict[str, Path]
     model = client.load("all", adapters["all"])
     prompt = tokens_of(3, 11)
     answer = client.complete("all", prompt, max_tokens=12, ignore_eos=True)
-    assert (answer.model, answer.version, answer.finish_reason) == (model, model.removeprefix("all@"), "length")
+    assert (answer.model, answer.version, answer.finish_reason) == (
+        model,
+        model.removeprefix("all@"),
+        "length",
+    )
     stock = stock_model(tiny, adapters["all"])
     assert answer.tokens == greedy(stock, prompt, 12)
     assert_close(answer.logprobs, logprobs(stock, [*prompt, *answer.tokens])[len(prompt) - 1 :])
@@ -88,7 +112,9 @@ def test_what_is_generated(client: Client, tiny: Path, adapters: dict[str, Path]
 
 
 def only(*parts: str) -> Callable[[dict], dict]:
-    return lambda tensors: {name: t for name, t in tensors.items() if any(part in name for part in parts)}
+    return lambda tensors: {
+        name: t for name, t in tensors.items() if any(part in name for part in parts)
+    }
 
 
 def rename(old: str, new: str) -> Callable[[dict], dict]:
@@ -96,24 +122,71 @@ def rename(old: str, new: str) -> Callable[[dict], dict]:
 
 
 REFUSED: dict[str, tuple[dict, Callable[[Path], object], type[Exception], str]] = {
-    "rank": ({"rank": 65}, lambda f: None, AdapterRankTooLarge, "rank 65 is greater than max_lora_rank 64; start the server"),
-    "lm_head": ({"target_modules": ["lm_head", "q_proj"]}, lambda f: None, AdapterTargetsUnserved, "adapter's lm_head"),
-    "a deeper base": ({}, lambda f: edit_tensors(f, rename("layers.3", "layers.4")), AdapterTargetsUnserved, "layers.4"),
+    "rank": (
+        {"rank": 65},
+        lambda f: None,
+        AdapterRankTooLarge,
+        "rank 65 is greater than max_lora_rank 64; start the server",
+    ),
+    "lm_head": (
+        {"target_modules": ["lm_head", "q_proj"]},
+        lambda f: None,
+        AdapterTargetsUnserved,
+        "adapter's lm_head",
+    ),
+    "a deeper base": (
+        {},
+        lambda f: edit_tensors(f, rename("layers.3", "layers.4")),
+        AdapterTargetsUnserved,
+        "layers.4",
+    ),
     "no config": ({}, lambda f: (f / CONFIG).unlink(), AdapterNotFound, "No adapter found for"),
     "no weights": ({}, lambda f: (f / WEIGHTS).unlink(), AdapterInvalid, "doesn't contain tensors"),
-    "cut short": ({}, lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), AdapterInvalid, "deserializing"),
-    "DoRA": ({}, lambda f: edit_config(f, use_dora=True), AdapterInvalid, "does not yet support DoRA"),
+    "cut short": (
+        {},
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
+        AdapterInvalid,
+        "deserializing",
+    ),
+    "DoRA": (
+        {},
+        lambda f: edit_config(f, use_dora=True),
+        AdapterInvalid,
+        "does not yet support DoRA",
+    ),
     "no B": ({}, lambda f: edit_tensors(f, only("lora_A")), AdapterInvalid, "NoneType"),
-    "no up_proj": ({}, lambda f: edit_tensors(f, only("gate_proj", "down_proj")), AdapterInvalid, "no reason given"),
+    "no up_proj": (
+        {},
+        lambda f: edit_tensors(f, only("gate_proj", "down_proj")),
+        AdapterInvalid,
+        "no reason given",
+    ),
     "no tensors": ({}, lambda f: edit_tensors(f, lambda _: {}), AdapterInvalid, "no reason given"),
-    "too wide": ({}, lambda f: edit_tensors(f, lambda ts: {n: torch.cat([t, t], 1) if "q_proj.lora_A" in n else t for n, t in ts.items()}),
-                 AdapterInvalid, "must match the size"),
-    "unknown module": ({}, lambda f: edit_tensors(f, rename("o_proj", "oh_proj")), AdapterInvalid, "expected target modules"),
-}  # fmt: skip
+    "too wide": (
+        {},
+        lambda f: edit_tensors(
+            f,
+            lambda ts: {
+                n: torch.cat([t, t], 1) if "q_proj.lora_A" in n else t for n, t in ts.items()
+            },
+        ),
+        AdapterInvalid,
+        "must match the size",
+    ),
+    "unknown module": (
+        {},
+        lambda f: edit_tensors(f, rename("o_proj", "oh_proj")),
+        AdapterInvalid,
+        "expected target modules",
+    ),
+}
 
 
-def test_what_vllm_refuses_has_a_type(server: Server, client: Client, tiny: Path, tmp_path: Path) -> None:
-    """Past our own check, and the server lives on. Our plug-in is behind the two whose modules nothing would use."""
+def test_what_vllm_refuses_has_a_type(
+    server: Server, client: Client, tiny: Path, tmp_path: Path
+) -> None:
+    """Past our own check, and the server lives on. Our plug-in is behind the two whose modules
+    nothing would use."""
     expected = logprobs(stock_model(tiny), tokens_of(0, 9))
     for case, (lora, spoil, error, message) in REFUSED.items():
         folder = make_adapter(tmp_path / case, tiny, 0, **lora)
@@ -135,9 +208,11 @@ def test_what_vllm_refuses_has_a_type(server: Server, client: Client, tiny: Path
 
 TAKEN: dict[str, Callable[[Path], object]] = {
     "NaN": lambda f: edit_tensors(f, lambda ts: {n: t * float("nan") for n, t in ts.items()}),
-    "a narrower base": lambda f: edit_tensors(f, lambda ts: {n: t[:, :64] if "q_proj.lora_A" in n else t for n, t in ts.items()}),
+    "a narrower base": lambda f: edit_tensors(
+        f, lambda ts: {n: t[:, :64] if "q_proj.lora_A" in n else t for n, t in ts.items()}
+    ),
     "another rank than the config's": lambda f: edit_config(f, r=8),
-}  # fmt: skip
+}
 
 
 def test_what_vllm_takes_without_a_word(client: Client, tiny: Path, tmp_path: Path) -> None:
@@ -164,9 +239,13 @@ def test_a_request_outlives_its_adapter(client: Client, adapters: dict[str, Path
         client.complete(first, prompt)
 
 
-def test_new_contents_in_an_old_folder(server: Server, client: Client, tiny: Path, tmp_path: Path) -> None:
-    """The prefix cache goes by name and path. Under the same two, vLLM mixes old keys and values with new weights."""
-    folder, prompt = tmp_path / "latest", tokens_of(8, LONG)
+def test_new_contents_in_an_old_folder(
+    server: Server, client: Client, tiny: Path, tmp_path: Path
+) -> None:
+    """The prefix cache goes by name and path. Under the same two, vLLM mixes old keys and values
+    with new weights."""
+    folder = tmp_path / "latest"
+    prompt = tokens_of(8, LONG)
     old, new = (make_adapter(tmp_path / str(seed), tiny, seed) for seed in (1, 2))
     expected = logprobs(stock_model(tiny, new), [*prompt, 0])  # of which the last is not compared
 
@@ -191,9 +270,13 @@ def test_new_contents_in_an_old_folder(server: Server, client: Client, tiny: Pat
     assert abs(first_logprob("plain")[1] - right) > 100 * ATOL, "vLLM notices by itself now"
 
 
-def test_an_adapter_outlives_its_folder(server: Server, client: Client, tiny: Path, tmp_path: Path) -> None:
-    """vLLM drops it from memory and reads it again. Without our copy the request would kill the engine."""
-    folder, prompt = make_adapter(tmp_path / "step_1", tiny, 1, target_modules=ATTENTION), tokens_of(9, 20)
+def test_an_adapter_outlives_its_folder(
+    server: Server, client: Client, tiny: Path, tmp_path: Path
+) -> None:
+    """vLLM drops it from memory and reads it again. Without our copy the request would kill the
+    engine."""
+    folder = make_adapter(tmp_path / "step_1", tiny, 1, target_modules=ATTENTION)
+    prompt = tokens_of(9, 20)
     client.swap("math", folder)
     expected = client.prompt_logprobs("math", prompt)
     filler = make_adapter(tmp_path / "filler", tiny, 2, target_modules=["q_proj"], rank=1)
@@ -205,17 +288,26 @@ def test_an_adapter_outlives_its_folder(server: Server, client: Client, tiny: Pa
 
 
 def test_lm_head_and_adapters_from_the_start(tiny: Path, tmp_path: Path, server: Server) -> None:
-    """A server of its own. With lm_head wrapped, two requests with ``prompt_logprobs`` at once kill vLLM's CPU build."""
+    """A server of its own. With lm_head wrapped, two requests with ``prompt_logprobs`` at once kill
+    vLLM's CPU build."""
     folders = {
-        "head": make_adapter(tmp_path / "head", tiny, 0, target_modules=["lm_head", "v_proj"], rank=5),
+        "head": make_adapter(
+            tmp_path / "head", tiny, 0, target_modules=["lm_head", "v_proj"], rank=5
+        ),
         "other": make_adapter(tmp_path / "other", tiny, 1, target_modules=["q_proj"], rank=2),
     }
     start = time.monotonic()
-    with Server(tiny, folders, log=tmp_path / "vllm.log", env=server.env) as second, second.client() as client:
+    with (
+        Server(tiny, folders, log=tmp_path / "vllm.log", env=server.env) as second,
+        second.client() as client,
+    ):
         print(f"ready after {time.monotonic() - start:.0f} s")
         ids = {name: versioned(name, folder) for name, folder in folders.items()}
         assert [s.id for s in client.list()] == [str(tiny), *ids.values()]
-        assert second.limits.max_rank == 8 and set(second.limits.target_modules or ()) == {"lm_head", "qkv_proj"}
+        assert second.limits.max_rank == 8 and set(second.limits.target_modules or ()) == {
+            "lm_head",
+            "qkv_proj",
+        }
         text = tokens_of(4, 150)
         with ThreadPoolExecutor(4) as pool:
             probes = list(pool.map(lambda name: client.probe(name, text), [*ids, *ids]))

@@ -1,4 +1,5 @@
-"""How vLLM is started: flags, environment, what is refused before it starts, and that no process is left behind."""
+"""How vLLM is started: flags, environment, what is refused before it starts, and that no process is
+left behind."""
 
 import json
 import os
@@ -15,8 +16,20 @@ from pathlib import Path
 import pytest
 
 from megalora.serve.check import Limits
-from megalora.serve.errors import AdapterForOtherBase, AdapterRankTooLarge, AdapterTargetsUnserved, ServerError
-from megalora.serve.server import DEFAULT_TARGETS, Server, last_errors, named_adapters, smallest_rank, vllm_python
+from megalora.serve.errors import (
+    AdapterForOtherBase,
+    AdapterRankTooLarge,
+    AdapterTargetsUnserved,
+    ServerError,
+)
+from megalora.serve.server import (
+    DEFAULT_TARGETS,
+    Server,
+    last_errors,
+    named_adapters,
+    smallest_rank,
+    vllm_python,
+)
 from megalora.serve.vllm import versioned
 from tests.serve.adapters import make_adapter
 
@@ -34,7 +47,8 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def script(path: Path, body: str) -> Path:
     """Stands in for vLLM's interpreter; gets its arguments, of which ``port`` is one."""
     path.write_text(
-        f"#!{sys.executable}\nimport sys, os, time, signal\nport = int(sys.argv[sys.argv.index('--port') + 1])\n{body}"
+        f"#!{sys.executable}\nimport sys, os, time, signal\nport ="
+        f" int(sys.argv[sys.argv.index('--port') + 1])\n{body}"
     )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
@@ -60,24 +74,39 @@ def test_flags_follow_from_base_and_adapters(python: Path, tiny: Path, tmp_path:
     server = Server(tiny, {"a": small, "b": large}, extra=["--seed", "3"])
     command = server.command()
     assert command[:4] == [str(python), "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
-    expected = {"model": [str(tiny)], "served-model-name": [str(tiny)], "host": ["127.0.0.1"], "dtype": ["float32"],
+    expected = {"model": [str(tiny)], "served-model-name": [str(tiny)], "host": ["127.0.0.1"],
+                "dtype": ["float32"],
                 "max-lora-rank": ["16"], "max-loras": ["3"], "max-cpu-loras": ["6"], "seed": ["3"],
                 "lora-target-modules": ["experts", "gate", "qkv_proj"], "port": [str(server.port)]}  # fmt: skip
     assert {name: flag(command, name) for name in expected} == expected
     assert [json.loads(module) for module in flag(command, "lora-modules")] == [
-        {"name": model, "path": f"{server.store}/{model}"} for model in (versioned("a", small), versioned("b", large))
+        {"name": model, "path": f"{server.store}/{model}"}
+        for model in (versioned("a", small), versioned("b", large))
     ]
     assert server.limits == Limits(16, ("experts", "gate", "qkv_proj"), tiny)
     assert server.url == f"http://127.0.0.1:{server.port}" and server.port > 1024
 
 
 def test_without_adapters(python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server("Qwen/Qwen3-30B-A3B", max_rank=17, max_loras=5, max_cpu_loras=40, host="0.0.0.0", dtype=None)
+    server = Server(
+        "Qwen/Qwen3-30B-A3B", max_rank=17, max_loras=5, max_cpu_loras=40, host="0.0.0.0", dtype=None
+    )
     command = server.command()
     assert flag(command, "model") == flag(command, "served-model-name") == ["Qwen/Qwen3-30B-A3B"]
-    assert flag(command, "lora-target-modules") == [*DEFAULT_TARGETS] and "--lora-modules" not in command
-    numbers = {name: flag(command, name) for name in ("max-lora-rank", "max-loras", "max-cpu-loras", "dtype")}
-    assert numbers == {"max-lora-rank": ["32"], "max-loras": ["5"], "max-cpu-loras": ["40"], "dtype": ["auto"]}
+    assert (
+        flag(command, "lora-target-modules") == [*DEFAULT_TARGETS]
+        and "--lora-modules" not in command
+    )
+    numbers = {
+        name: flag(command, name)
+        for name in ("max-lora-rank", "max-loras", "max-cpu-loras", "dtype")
+    }
+    assert numbers == {
+        "max-lora-rank": ["32"],
+        "max-loras": ["5"],
+        "max-cpu-loras": ["40"],
+        "dtype": ["auto"],
+    }
     assert server.url.startswith("http://127.0.0.1:") and server.limits.base is None
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert "HF_HUB_OFFLINE" not in server.environment(), "a hub name must be looked up"
@@ -110,11 +139,15 @@ def test_environment(python: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) 
     assert Server(tiny).environment()["VLLM_CPU_KVCACHE_SPACE"] == "8", "the user's wins"
 
 
-def test_what_is_wrong_is_said_before_vllm_starts(python: Path, tiny: Path, tiny_dense: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_said_before_vllm_starts(
+    python: Path, tiny: Path, tiny_dense: Path, tmp_path: Path
+) -> None:
     adapter = make_adapter(tmp_path / "a", tiny, 0, target_modules=["q_proj", "down_proj"])
     with pytest.raises(AdapterForOtherBase):
         Server(tiny_dense, [adapter])
-    with pytest.raises(AdapterTargetsUnserved, match="needs 'experts', and the server adapts qkv_proj only"):
+    with pytest.raises(
+        AdapterTargetsUnserved, match="needs 'experts', and the server adapts qkv_proj only"
+    ):
         Server(tiny, [adapter], target_modules=["qkv_proj"])
     with pytest.raises(AdapterRankTooLarge, match="rank 513: vLLM serves up to 512"):
         Server(tiny, max_rank=513)
@@ -124,12 +157,15 @@ def test_what_is_wrong_is_said_before_vllm_starts(python: Path, tiny: Path, tiny
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"127.0.0.1:{port} cannot be listened on \(Address already in use\)"):
+        with pytest.raises(
+            ValueError, match=rf"127.0.0.1:{port} cannot be listened on \(Address already in use\)"
+        ):
             Server(tiny, port=port)
 
 
 @pytest.mark.parametrize(
-    ("rank", "flag"), [(1, 1), (2, 8), (8, 8), (9, 16), (64, 64), (257, 320), (321, 512), (512, 512)]
+    ("rank", "flag"),
+    [(1, 1), (2, 8), (8, 8), (9, 16), (64, 64), (257, 320), (321, 512), (512, 512)],
 )
 def test_ranks_vllm_knows(rank: int, flag: int) -> None:
     assert smallest_rank(rank) == flag
@@ -140,18 +176,26 @@ def test_names_of_adapters(tmp_path: Path) -> None:
     assert named_adapters({"n": "f"}) == {"n": Path("f")} and named_adapters([]) == {}
 
 
-def test_where_vllm_is_looked_for(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_vllm_is_looked_for(
+    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert vllm_python() == python
     other = tmp_path / "python"
     other.symlink_to(sys.executable)
     assert vllm_python(other) == other, "what is named wins"
-    with pytest.raises(ValueError, match=r"no vLLM: /nowhere is not there; make vllm builds .venv-vllm"):
+    with pytest.raises(
+        ValueError, match=r"no vLLM: /nowhere is not there; make vllm builds .venv-vllm"
+    ):
         vllm_python("/nowhere")
     monkeypatch.delenv("MEGALORA_VLLM_PYTHON")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("megalora.serve.server._REPOSITORY", tmp_path / "repository")
     with pytest.raises(
-        ValueError, match=rf"{tmp_path}/.venv-vllm/bin/python and {tmp_path}/repository/.* are not there; make vllm"
+        ValueError,
+        match=(
+            rf"{tmp_path}/.venv-vllm/bin/python and {tmp_path}/repository/.* are not there; make"
+            r" vllm"
+        ),
     ):
         vllm_python()
     here = tmp_path / ".venv-vllm/bin/python"
@@ -161,21 +205,27 @@ def test_where_vllm_is_looked_for(python: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_server_that_dies_says_why(tiny: Path, tmp_path: Path) -> None:
-    dies = script(tmp_path / "dies", "print('INFO fine'); print('ValueError: no such thing'); sys.exit(3)")
+    dies = script(
+        tmp_path / "dies", "print('INFO fine'); print('ValueError: no such thing'); sys.exit(3)"
+    )
     with pytest.raises(
-        ServerError, match=r"ended with exit code 3 before it was ready \(.*\.log\):\n  ValueError: no such"
+        ServerError,
+        match=r"ended with exit code 3 before it was ready \(.*\.log\):\n  ValueError: no such",
     ):
         Server(tiny, python=dies, log=tmp_path / "vllm.log").start()
     with pytest.raises(ServerError, match="No module named"):  # an interpreter without vLLM
         Server(tiny, python=sys.executable, log=tmp_path / "vllm.log").start()
 
 
-def test_a_server_that_hangs_is_given_up(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_hangs_is_given_up(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Deaf to SIGTERM, with a child of its own: both must be gone."""
     monkeypatch.setattr("megalora.serve.server.GRACE_S", 0.3)
     hangs = script(
         tmp_path / "hangs",
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nchild = os.fork()\nprint(os.getpid(), flush=True)\ntime.sleep(60)",
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nchild = os.fork()\nprint(os.getpid(),"
+        " flush=True)\ntime.sleep(60)",
     )
     log = tmp_path / "vllm.log"
     with pytest.raises(ServerError, match="not ready after 4 s; see .*vllm.log"):
@@ -201,10 +251,13 @@ def running(pid: int) -> bool:
 
 
 def test_start_wait_and_stop(tiny: Path, tmp_path: Path) -> None:
-    healthy = script(tmp_path / "healthy", f"{HEALTHY}\nHTTPServer(('127.0.0.1', port), Handler).serve_forever()")
+    healthy = script(
+        tmp_path / "healthy", f"{HEALTHY}\nHTTPServer(('127.0.0.1', port), Handler).serve_forever()"
+    )
     adapter = make_adapter(tmp_path / "a", tiny, 0, target_modules=["q_proj"])
     with Server(tiny, [adapter], python=healthy, log=tmp_path / "a.log") as server:
-        process, store = server._process, server.store
+        process = server._process
+        store = server.store
         assert process is not None and process.poll() is None and server.client().health()
         assert store is not None and [p.name for p in store.iterdir()] == [versioned("a", adapter)]
     assert not store.exists()
@@ -213,7 +266,8 @@ def test_start_wait_and_stop(tiny: Path, tmp_path: Path) -> None:
 
     ends = script(
         tmp_path / "ends",
-        f"{HEALTHY}\nserver = HTTPServer(('127.0.0.1', port), Handler)\nserver.handle_request()\nsys.exit(7)",
+        f"{HEALTHY}\nserver = HTTPServer(('127.0.0.1', port),"
+        " Handler)\nserver.handle_request()\nsys.exit(7)",
     )
     with Server(tiny, python=ends, log=tmp_path / "b.log") as server:
         assert server.wait() == 7
@@ -223,18 +277,21 @@ def test_nothing_is_left_when_the_owner_is_killed(tiny: Path, tmp_path: Path) ->
     """Which no code of the owner's can prevent; the server has a child of its own."""
     healthy = script(
         tmp_path / "healthy",
-        f"{HEALTHY}\nos.fork()\nprint(f'pid={{os.getpid()}};', flush=True)\n"
-        "try: HTTPServer(('127.0.0.1', port), Handler).serve_forever()\nexcept OSError: time.sleep(60)",
+        f"{HEALTHY}\nos.fork()\nprint(f'pid={{os.getpid()}};', flush=True)\ntry:"
+        " HTTPServer(('127.0.0.1', port), Handler).serve_forever()\nexcept OSError:"
+        " time.sleep(60)",
     )
     log = tmp_path / "a.log"
     code = (
-        "import sys, time; from pathlib import Path; from megalora.serve.server import Server\n"
-        "Server(sys.argv[1], python=sys.argv[2], log=Path(sys.argv[3])).start(); print('up', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from megalora.serve.server import"
+        " Server\nServer(sys.argv[1], python=sys.argv[2], log=Path(sys.argv[3])).start();"
+        " print('up', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tiny), str(healthy), str(log)]
     owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert owner.stdout and owner.stdout.readline() == "up\n"
-    pids = [int(pid) for pid in re.findall(r"pid=(\d+);", log.read_text())]  # other lines may be mixed up
+    # other lines may be mixed up
+    pids = [int(pid) for pid in re.findall(r"pid=(\d+);", log.read_text())]
     assert len(pids) == 2 and all(running(pid) for pid in pids)
     owner.kill()
     owner.wait()
@@ -242,7 +299,9 @@ def test_nothing_is_left_when_the_owner_is_killed(tiny: Path, tmp_path: Path) ->
 
 
 def test_sigterm_ends_the_server_too(tiny: Path, tmp_path: Path) -> None:
-    healthy = script(tmp_path / "healthy", f"{HEALTHY}\nHTTPServer(('127.0.0.1', port), Handler).serve_forever()")
+    healthy = script(
+        tmp_path / "healthy", f"{HEALTHY}\nHTTPServer(('127.0.0.1', port), Handler).serve_forever()"
+    )
     with Server(tiny, python=healthy, log=tmp_path / "a.log") as server:
         process = server._process
         assert process is not None
@@ -254,12 +313,12 @@ def test_sigterm_ends_the_server_too(tiny: Path, tmp_path: Path) -> None:
 def test_errors_are_found_in_the_log(tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
     log.write_text(
-        "(APIServer pid=1) INFO 11-24 07:00:00 [api.py:1] starting\n"
-        "(EngineCore pid=2) ERROR 11-24 07:00:01 [core.py:10] Traceback (most recent call last):\n"
-        "(EngineCore pid=2) ERROR 11-24 07:00:01 [core.py:10]     raise ValueError(x)\n"
-        "(EngineCore pid=2) ERROR 11-24 07:00:01 [core.py:10] ValueError: head_dim 48 is not supported\n"
-        "(EngineCore pid=2) ValueError: head_dim 48 is not supported\n"
-        "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n"
+        "(APIServer pid=1) INFO 11-24 07:00:00 [api.py:1] starting\n(EngineCore pid=2) ERROR 11-24"
+        " 07:00:01 [core.py:10] Traceback (most recent call last):\n(EngineCore pid=2) ERROR 11-24"
+        " 07:00:01 [core.py:10]     raise ValueError(x)\n(EngineCore pid=2) ERROR 11-24 07:00:01"
+        " [core.py:10] ValueError: head_dim 48 is not supported\n(EngineCore pid=2) ValueError:"
+        " head_dim 48 is not supported\n(APIServer pid=1) RuntimeError: Engine core initialization"
+        " failed. See root cause above. Failed core proc(s): {}\n"
     )
     assert last_errors(log) == "ValueError: head_dim 48 is not supported"
     log.write_text("usage: x\napi_server.py: error: unrecognized arguments: --no-such-flag\n")
@@ -273,9 +332,12 @@ def test_errors_are_found_in_the_log(tmp_path: Path) -> None:
 def test_the_client_is_imported_quickly() -> None:
     """No torch, no Megatron: it may run where neither is."""
     code = (
-        "import sys, megalora.serve.vllm, megalora.serve.server; print(*sorted(m.split('.')[0] for m in sys.modules))"
+        "import sys, megalora.serve.vllm, megalora.serve.server; print(*sorted(m.split('.')[0] for"
+        " m in sys.modules))"
     )
     modules = set(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
     )
     assert "httpx" in modules and not modules & {"torch", "megatron", "transformers", "peft"}

@@ -1,6 +1,8 @@
-"""Adapters change every second while six threads ask: of 200 requests and more none is lost, none answered by a version out of service.
+"""Adapters change every second while six threads ask: of 200 requests and more none is lost, none
+answered by a version out of service.
 
-What each version must say comes from stock PEFT, not from the server. The swaps come from another process.
+What each version must say comes from stock PEFT, not from the server. The swaps come from another
+process.
 """
 
 import itertools
@@ -25,7 +27,10 @@ pytestmark = [
     ),  # PEFT calls patterns unused that it does use
 ]
 ROOT = Path(__file__).parents[2]
-REQUESTS, THREADS, VERSIONS, TOKENS = 200, 6, 3, 8
+REQUESTS = 200
+THREADS = 6
+VERSIONS = 3
+TOKENS = 8
 LEAST_S = 2 * VERSIONS + 2
 """So that every version comes twice, however fast the machine."""
 PROMPTS = [tokens_of(seed, 4 + seed) for seed in range(4)]
@@ -40,34 +45,54 @@ def test_no_request_is_lost_or_answered_by_the_wrong_version(
         model = stock_model(tiny, folder)
         expected[versioned("math", folder)] = [greedy(model, prompt, TOKENS) for prompt in PROMPTS]
     for i in range(len(PROMPTS)):
-        assert len({tuple(said[i]) for said in expected.values()}) == VERSIONS, "each version says something else"
+        assert len({tuple(said[i]) for said in expected.values()}) == VERSIONS, (
+            "each version says something else"
+        )
     client.load("math", folders[-1])
     client.complete("math", PROMPTS[0])  # vLLM's first answer takes seconds
     answers, swaps = ask_while_swapping(server, client, folders)
 
     assert len(answers) >= REQUESTS and len(swaps) >= 2 * VERSIONS
     for answer, number, asked, answered in answers:
-        assert answer.tokens == expected[answer.model][number % len(PROMPTS)], "the version that answered says this"
+        assert answer.tokens == expected[answer.model][number % len(PROMPTS)], (
+            "the version that answered says this"
+        )
         assert answer.model in in_service(swaps, asked, answered, versioned("math", folders[-1]))
     assert {answer.model for answer, *_ in answers} == expected.keys()
-    assert [s.id for s in client.list() if not s.is_base] == [swaps[-1]["model"]], "old versions are gone"
+    assert [s.id for s in client.list() if not s.is_base] == [swaps[-1]["model"]], (
+        "old versions are gone"
+    )
 
 
 type Answer = tuple[Completion, int, float, float]
 """With the prompt's number, and the times it was asked and answered."""
 
 
-def ask_while_swapping(server: Server, client: Client, folders: list[Path]) -> tuple[list[Answer], list[dict]]:
+def ask_while_swapping(
+    server: Server, client: Client, folders: list[Path]
+) -> tuple[list[Answer], list[dict]]:
     """All answers, a lost one raises; and all swaps."""
-    command = [sys.executable, "-m", "tests.serve.swapper", server.url, str(server.store), *map(str, folders)]
-    swapper = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.serve.swapper",
+        server.url,
+        str(server.store),
+        *map(str, folders),
+    ]
+    swapper = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert swapper.stdin and swapper.stdout
-    numbers, answers = itertools.count(), []
+    numbers = itertools.count()
+    answers = []
 
     def ask(until: float) -> None:
         while (number := next(numbers)) < REQUESTS or time.time() < until:
             asked = time.time()
-            answer = client.complete("math", PROMPTS[number % len(PROMPTS)], max_tokens=TOKENS, ignore_eos=True)
+            answer = client.complete(
+                "math", PROMPTS[number % len(PROMPTS)], max_tokens=TOKENS, ignore_eos=True
+            )
             answers.append((answer, number, asked, time.time()))
 
     try:
@@ -79,22 +104,33 @@ def ask_while_swapping(server: Server, client: Client, folders: list[Path]) -> t
         swapper.kill()
         swapper.wait()
     assert swapper.returncode == 0
-    assert sorted(number for _, number, _, _ in answers)[:REQUESTS] == list(range(REQUESTS)), "none is lost"
+    assert sorted(number for _, number, _, _ in answers)[:REQUESTS] == list(range(REQUESTS)), (
+        "none is lost"
+    )
     return answers, [first, *map(json.loads, rest.splitlines())]
 
 
 def in_service(swaps: list[dict], start: float, end: float, before: str) -> set[str]:
-    """The versions that NAME may have meant at some time from ``start`` to ``end``: each from when its swap began until the next was done."""
+    """The versions that NAME may have meant at some time from ``start`` to ``end``: each from when
+    its swap began until the next was done."""
     spans = [(before, 0.0)] + [(swap["model"], swap["began"]) for swap in swaps]
     ends = [swap["done"] for swap in swaps] + [float("inf")]
-    return {model for (model, began), done in zip(spans, ends, strict=True) if began <= end and done >= start}
+    return {
+        model
+        for (model, began), done in zip(spans, ends, strict=True)
+        if began <= end and done >= start
+    }
 
 
 def test_an_adapter_that_cannot_be_loaded_leaves_the_old_one_in_service(
     server: Server, client: Client, tiny: Path, tmp_path: Path
 ) -> None:
-    good, bad = make_adapter(tmp_path / "good", tiny, 1), make_adapter(tmp_path / "bad", tiny, 2, rank=65)
+    good = make_adapter(tmp_path / "good", tiny, 1)
+    bad = make_adapter(tmp_path / "bad", tiny, 2, rank=65)
     model = client.swap("math", good)
-    with Client(server.url) as other, pytest.raises(ValueError, match="rank 65 is greater than max_lora_rank 64"):
+    with (
+        Client(server.url) as other,
+        pytest.raises(ValueError, match="rank 65 is greater than max_lora_rank 64"),
+    ):
         other.swap("math", bad)  # knows no limits, so that the server refuses
     assert client.complete("math", PROMPTS[0], max_tokens=1).model == model

@@ -1,7 +1,9 @@
-"""Three engines, one model: vLLM, transformers with stock PEFT, and megalora's own layers at TP 2 x EP 2, in float32.
+"""Three engines, one model: vLLM, transformers with stock PEFT, and megalora's own layers at TP 2 x
+EP 2, in float32.
 
-Each gets the adapter as it would: megalora the trained factors, the others the exported folder. 5e-6 is what a dozen float32
-roundings of a log-probability near -7 make (half a unit in its last place is 2.4e-7).
+Each gets the adapter as it would: megalora the trained factors, the others the exported folder.
+5e-6 is what a dozen float32 roundings of a log-probability near -7 make (half a unit in its last
+place is 2.4e-7).
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "experts only": {"target_modules": EXPERTS},
     "attention and experts": {},
     "a rank for each projection": {
-        "rank_pattern": {"q_proj": 3, "o_proj": 5, "up_proj": 2, "down_proj": 9}, "alpha_pattern": {"k_proj": 3.0, "gate_proj": 20.0},
+        "rank_pattern": {"q_proj": 3, "o_proj": 5, "up_proj": 2, "down_proj": 9},
+        "alpha_pattern": {"k_proj": 3.0, "gate_proj": 20.0},
     },
     "rslora": {"use_rslora": True, "expert_rank": 2},
     "some layers": {"layers": "1-2", "target_modules": ["v_proj", "up_proj"]},
@@ -51,7 +54,8 @@ NEW = 8
 
 @dataclass
 class Said:
-    """Of one prompt: log-probabilities of its tokens but the first, and the greedy continuation with its own."""
+    """Of one prompt: log-probabilities of its tokens but the first, and the greedy continuation
+    with its own."""
 
     prompt: list[float]
     tokens: list[int]
@@ -62,7 +66,9 @@ def of_vllm(client: Client, name: str) -> list[Said]:
     found = []
     for prompt in PROMPTS:
         completion = client.complete(name, prompt, max_tokens=NEW, ignore_eos=True)
-        found.append(Said(client.prompt_logprobs(name, prompt), completion.tokens, completion.logprobs))
+        found.append(
+            Said(client.prompt_logprobs(name, prompt), completion.tokens, completion.logprobs)
+        )
     return found
 
 
@@ -71,7 +77,8 @@ def of_model(logits: Any) -> list[Said]:
     """``logits(tokens)``: ``[S, V]`` of a plain forward pass over a list of tokens."""
     found = []
     for prompt in PROMPTS:
-        text, chosen = list(prompt), []
+        text = list(prompt)
+        chosen = []
         for _ in range(NEW):
             row = logits(text)[-1].log_softmax(-1)
             chosen.append(row.max().item())
@@ -85,7 +92,8 @@ def of_model(logits: Any) -> list[Said]:
 def of_megalora(config: Any, factors: Path) -> list[Said]:
     """A rank function: vocabulary-parallel logits are gathered."""
     with built(config, factors) as run:
-        chunk, tp = run.model.chunks[0].eval(), run.model.groups.tp
+        chunk = run.model.chunks[0].eval()
+        tp = run.model.groups.tp
 
         def logits(tokens: list[int]) -> Tensor:
             length = len(tokens) + len(tokens) % tp.size()  # sequence parallelism divides it
@@ -112,7 +120,9 @@ def farthest(ours: list[Said], theirs: list[Said]) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_vllm_peft_and_megalora_agree(case: str, client: Client, tiny: Path, chats: Path, tmp_path: Path) -> None:
+def test_vllm_peft_and_megalora_agree(
+    case: str, client: Client, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
     lora = LoRAConfig(**{"rank": 4, "alpha": 12.0, **CASES[case]})
     shape, adapted = plan(lora, ParallelConfig(), tiny)
     _, factors = random_adapter(tmp_path / "factors.safetensors", lora, tiny)
@@ -123,7 +133,8 @@ def test_vllm_peft_and_megalora_agree(case: str, client: Client, tiny: Path, cha
     assert others == [ours], "tensor-parallel ranks say different things"
     peft = of_peft(tiny, tmp_path / "adapter")
     client.load("mine", tmp_path / "adapter")
-    vllm, bare = of_vllm(client, "mine"), of_vllm(client, str(tiny))
+    vllm = of_vllm(client, "mine")
+    bare = of_vllm(client, str(tiny))
     found = {
         "vllm-peft": farthest(vllm, peft),
         "vllm-megalora": farthest(vllm, ours),
@@ -132,7 +143,12 @@ def test_vllm_peft_and_megalora_agree(case: str, client: Client, tiny: Path, cha
     print(f"\n{case}: " + ", ".join(f"{pair} {value:.1e}" for pair, value in found.items()))
     assert max(found.values()) <= ATOL, found
     assert (
-        max(abs(a - b) for s, t in zip(vllm, bare, strict=True) for a, b in zip(s.prompt, t.prompt, strict=True)) > 0.1
+        max(
+            abs(a - b)
+            for s, t in zip(vllm, bare, strict=True)
+            for a, b in zip(s.prompt, t.prompt, strict=True)
+        )
+        > 0.1
     )
 
 
@@ -149,7 +165,9 @@ def test_two_adapters_and_the_base_in_one_batch(client: Client, tiny: Path, tmp_
         client.load(name, tmp_path / name)
         expected[name] = of_peft(tiny, tmp_path / name)
     with ThreadPoolExecutor(12) as pool:  # the same questions of all three at once, four times over
-        answers = [(name, pool.submit(of_vllm, client, name)) for _ in range(4) for name in expected]
+        answers = [
+            (name, pool.submit(of_vllm, client, name)) for _ in range(4) for name in expected
+        ]
         for name, answer in answers:
             assert farthest(answer.result(), expected[name]) <= ATOL, name
     continuations = {str([s.tokens for s in said]) for said in expected.values()}
@@ -159,6 +177,9 @@ def test_two_adapters_and_the_base_in_one_batch(client: Client, tiny: Path, tmp_
 def test_a_merged_model_needs_no_adapter(tiny: Path, tmp_path: Path) -> None:
     folder = make_adapter(tmp_path / "adapter", tiny, 3, use_rslora=True)
     merge(folder, str(tiny), tmp_path / "merged")
-    with Server(tmp_path / "merged", log=tmp_path / "vllm.log", env=GPUS) as server, server.client() as client:
+    with (
+        Server(tmp_path / "merged", log=tmp_path / "vllm.log", env=GPUS) as server,
+        server.client() as client,
+    ):
         merged = of_vllm(client, str(tmp_path / "merged"))
     assert farthest(merged, of_peft(tiny, folder)) <= 2 * ATOL  # the sum W + s B A is rounded too

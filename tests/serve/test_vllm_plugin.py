@@ -1,4 +1,5 @@
-"""The plug-in's arithmetic against plain loops, here where no vLLM is. ``test_server.py`` runs it inside vLLM."""
+"""The plug-in's arithmetic against plain loops, here where no vLLM is. ``test_server.py`` runs it
+inside vLLM."""
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from megalora.serve.vllm_cpu.vllm_cpu_moe_lora.base_tokens import leaving_out_ba
 from megalora.serve.vllm_cpu.vllm_cpu_moe_lora.coverage import unused_modules
 from megalora.serve.vllm_cpu.vllm_cpu_moe_lora.experts import Factors, apply_experts
 
-T, H, I, E, K, S, R = 11, 7, 5, 6, 3, 3, 2  # noqa: E741
+T = 11
+H = 7
+I = 5
+E = 6
+K = 3
+S = 3
+R = 2
 """All different. Expert 4 gets no token; slot 1 of three is nobody's."""
 
 
@@ -22,9 +29,12 @@ def layer() -> dict[str, Tensor]:
 
     choices = torch.stack([torch.randperm(E - 1, generator=generator)[:K] for _ in range(T)])
     return {
-        "x": draw(T, H), "gate_up": draw(E, 2 * I, H), "down": draw(E, H, I), "probs": draw(T, K).abs(),
-        "experts": torch.where(choices == 4, 5, choices), "slots": torch.tensor([-1, 0, 0, 2, -1, 2, 2, 0, -1, 0, 2]),
-        "gate_a": draw(S, E, R, H), "gate_b": draw(S, E, I, R), "up_a": draw(S, E, R, H), "up_b": draw(S, E, I, R),
+        "x": draw(T, H), "gate_up": draw(E, 2 * I, H), "down": draw(E, H, I),
+        "probs": draw(T, K).abs(),
+        "experts": torch.where(choices == 4, 5, choices),
+        "slots": torch.tensor([-1, 0, 0, 2, -1, 2, 2, 0, -1, 0, 2]),
+        "gate_a": draw(S, E, R, H), "gate_b": draw(S, E, I, R), "up_a": draw(S, E, R, H),
+        "up_b": draw(S, E, I, R),
         "down_a": draw(S, E, R, I), "down_b": draw(S, E, H, R),
     }  # fmt: skip
 
@@ -34,8 +44,11 @@ def plain(w: dict[str, Tensor]) -> Tensor:
     out = torch.zeros(T, H, dtype=torch.float64)
     for t in range(T):
         for k in range(K):
-            e, s = int(w["experts"][t, k]), int(w["slots"][t])
-            gate, up, down = w["gate_up"][e, :I], w["gate_up"][e, I:], w["down"][e]
+            e = int(w["experts"][t, k])
+            s = int(w["slots"][t])
+            gate = w["gate_up"][e, :I]
+            up = w["gate_up"][e, I:]
+            down = w["down"][e]
             if s >= 0:
                 gate = gate + w["gate_b"][s, e] @ w["gate_a"][s, e]
                 up = up + w["up_b"][s, e] @ w["up_a"][s, e]
@@ -46,17 +59,23 @@ def plain(w: dict[str, Tensor]) -> Tensor:
 
 
 def run(w: dict[str, Tensor], factors: Factors) -> Tensor:
-    return apply_experts(w["x"], w["gate_up"], w["down"], w["probs"], w["experts"], w["slots"], factors)
+    return apply_experts(
+        w["x"], w["gate_up"], w["down"], w["probs"], w["experts"], w["slots"], factors
+    )
 
 
 def two_slices(w: dict[str, Tensor]) -> Factors:
-    return Factors((w["gate_a"], w["up_a"]), (w["gate_b"], w["up_b"]), (w["down_a"],), (w["down_b"],))
+    return Factors(
+        (w["gate_a"], w["up_a"]), (w["gate_b"], w["up_b"]), (w["down_a"],), (w["down_b"],)
+    )
 
 
 def test_tokens_of_two_adapters_and_of_none(layer: dict[str, Tensor]) -> None:
     assert 4 not in layer["experts"] and set(layer["slots"].tolist()) == {-1, 0, 2}
     # Sums in float32 from float64 products: 2^-24 of outputs of up to some 100.
-    torch.testing.assert_close(run(layer, two_slices(layer)).double(), plain(layer), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        run(layer, two_slices(layer)).double(), plain(layer), rtol=1e-6, atol=1e-5
+    )
 
 
 def test_gate_and_up_in_one_slice(layer: dict[str, Tensor]) -> None:
@@ -69,7 +88,9 @@ def test_gate_and_up_in_one_slice(layer: dict[str, Tensor]) -> None:
 
 def test_without_adapters(layer: dict[str, Tensor]) -> None:
     w = layer | {"slots": torch.full((T,), -1)}
-    torch.testing.assert_close(run(w, Factors((), (), (), ())).double(), plain(w), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        run(w, Factors((), (), (), ())).double(), plain(w), rtol=1e-6, atol=1e-5
+    )
 
 
 def test_bfloat16(layer: dict[str, Tensor]) -> None:
@@ -86,16 +107,21 @@ def shrink(inputs: Tensor, weights: Tensor, output: Tensor, slots: Tensor, scale
 
 def test_base_tokens_are_left_out() -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs, weights = torch.randn(5, H, generator=generator), torch.randn(S, R, H, generator=generator)
-    before, careful = torch.randn(5, R, generator=generator), leaving_out_base_tokens(shrink)
+    inputs = torch.randn(5, H, generator=generator)
+    weights = torch.randn(S, R, H, generator=generator)
+    before = torch.randn(5, R, generator=generator)
+    careful = leaving_out_base_tokens(shrink)
     for slots in ([-1, 2, 0, -1, 2], [0, 1, 2, 1, 0], [-1] * 5):
         output = before.clone()
         careful(inputs, weights, output, torch.tensor(slots), scale=2.0)
         for n, slot in enumerate(slots):
-            torch.testing.assert_close(output[n], 2.0 * weights[slot] @ inputs[n] if slot >= 0 else before[n])
+            torch.testing.assert_close(
+                output[n], 2.0 * weights[slot] @ inputs[n] if slot >= 0 else before[n]
+            )
 
     output = before.clone()
-    careful(inputs, weights, output, torch.tensor([-1]), 2.0)  # all rows belong to one request, the base's
+    # all rows belong to one request, the base's
+    careful(inputs, weights, output, torch.tensor([-1]), 2.0)
     torch.testing.assert_close(output, before)
     careful(inputs, weights, output, torch.tensor([1]), 2.0)
     torch.testing.assert_close(output, 2.0 * inputs @ weights[1].T)
@@ -107,7 +133,9 @@ def test_only_the_version_it_was_written_for() -> None:
     check_version("0.32.0")
     check_version("0.32.1")
     for version in ("0.33.0", "0.3.2", "0.320.0", "1.0", "dev"):
-        with pytest.raises(RuntimeError, match=rf"patches the internals of vLLM 0.32.x, and this is vLLM {version}"):
+        with pytest.raises(
+            RuntimeError, match=rf"patches the internals of vLLM 0.32.x, and this is vLLM {version}"
+        ):
             check_version(version)
 
 

@@ -1,4 +1,5 @@
-"""Checkpoint folders with next to nothing in them, whole in all that is looked at before they are loaded."""
+"""Checkpoint folders with next to nothing in them, whole in all that is looked at before they are
+loaded."""
 
 import json
 import shutil
@@ -18,21 +19,29 @@ SECTIONS = {"model": {}, "data": {}, "train": {}, "lora": {}}
 
 
 def filled(step: int, mark: float | None = None) -> Callable[[Path], None]:
-    """Writes a checkpoint of ``step`` whose tensors all hold ``mark``, which tells two saves of one step apart."""
+    """Writes a checkpoint of ``step`` whose tensors all hold ``mark``, which tells two saves of one
+    step apart."""
 
     def write(folder: Path) -> None:
         (folder / CONFIG).write_text("{}")
         (folder / "training_state").mkdir()
         for name in TENSORS:
             save_file({"a": torch.full((100,), step if mark is None else mark)}, folder / name)
-        state = {"step": step, "num_samples": 7, "world_size": 1, "saved_at": time.time(), "config": SECTIONS}
+        state = {
+            "step": step,
+            "num_samples": 7,
+            "world_size": 1,
+            "saved_at": time.time(),
+            "config": SECTIONS,
+        }
         (folder / STATE_JSON).write_text(json.dumps(state))
 
     return write
 
 
 def mark_of(folder: Path) -> float:
-    """What all tensors of a checkpoint hold; an assertion fails where they differ, or a file cannot be read."""
+    """What all tensors of a checkpoint hold; an assertion fails where they differ, or a file cannot
+    be read."""
     values = {float(value) for name in TENSORS for value in load_file(folder / name)["a"]}
     assert len(values) == 1, values
     return values.pop()
@@ -41,7 +50,8 @@ def mark_of(folder: Path) -> float:
 def found(run: Path, resume: bool | str = True, restarted: bool = False) -> Found:
     """Where a run in this folder would begin."""
     config = RunConfig(
-        model=ModelConfig(path="base"), data=DataConfig(train="data.jsonl"), train=TrainConfig(steps=1),
+        model=ModelConfig(path="base"), data=DataConfig(train="data.jsonl"),
+        train=TrainConfig(steps=1),
         checkpoint=CheckpointConfig(dir=str(run), resume=resume),
     )  # fmt: skip
     return _find(config, run, restarted)

@@ -1,4 +1,5 @@
-"""A save that is killed, or fails, before any one of its changes of the file system: a whole, right checkpoint is found after it."""
+"""A save that is killed, or fails, before any one of its changes of the file system: a whole, right
+checkpoint is found after it."""
 
 import errno
 import os
@@ -32,16 +33,23 @@ class KilledError(BaseException):
 class Crash:
     """Counts changes of the file system, and lets the k-th fail.
 
-    As a kill: that and all later ones, so that the folder stays as a killed process leaves it. As a full disk: that one alone.
-    Python's audit hooks see every change but fsync; they stay for the life of the process, so there is one for all.
+    As a kill: that and all later ones, so that the folder stays as a killed process leaves it. As a
+    full disk: that one alone. Python's audit hooks see every change but fsync; they stay for the
+    life of the process, so there is one for all.
     """
 
     def __init__(self) -> None:
-        self.k, self.count, self.kill = 0, 0, True
+        self.k = 0
+        self.count = 0
+        self.kill = True
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
-        writes = event == "open" and isinstance(arguments[1], str) and bool(set(arguments[1]) & set("wax"))
+        writes = (
+            event == "open"
+            and isinstance(arguments[1], str)
+            and bool(set(arguments[1]) & set("wax"))
+        )
         if self.k and (event in CHANGES or writes):
             self.change()
         if self.k and writes and os.path.exists(str(arguments[0])):
@@ -50,7 +58,8 @@ class Crash:
     def _half_open(self, path: str) -> None:
         """To open a file for writing empties it: a kill may come before anything is written."""
         if self.kill and self.count + 1 == self.k:
-            k, self.k = self.k, 0
+            k = self.k
+            self.k = 0
             os.truncate(path, 0)
             self.k = k
         self.change()
@@ -65,14 +74,18 @@ class Crash:
     @contextmanager
     def before(self, k: int, kill: bool) -> Iterator[None]:
         fsync = os.fsync
-        os.fsync = lambda _: self.change()  # nothing here outlives the machine: forcing to disk would only take time
-        self.k, self.count, self.kill = k, 0, kill
+        # nothing here outlives the machine: forcing to disk would only take time
+        os.fsync = lambda _: self.change()
+        self.k = k
+        self.count = 0
+        self.kill = kill
         try:
             yield
         except (KilledError, OSError):
             assert self.count >= k, "the action itself is broken"
         finally:
-            self.k, os.fsync = 0, fsync
+            self.k = 0
+            os.fsync = fsync
 
 
 CRASH = Crash()
@@ -115,7 +128,8 @@ def test_every_crash_point_of_a_save(
     before: list[int], latest: int | None, step: int, may_be: set, kill: bool, tmp_path: Path
 ) -> None:
     start = saved(tmp_path / "start", *before, latest=latest)
-    seen, k = set(), 1
+    seen = set()
+    k = 1
     while True:
         run = copied(start, tmp_path / "run")
         more = with_crash(again(run, step), k, kill)
@@ -125,7 +139,9 @@ def test_every_crash_point_of_a_save(
         state = found(run).state
         seen.add(mark_of(state.folder) if state else None)
         assert state or not checkpoints(run), "never a fresh start beside checkpoints"
-        assert not [path for path in run.iterdir() if path.name.startswith(".")], "nothing is left behind"
+        assert not [path for path in run.iterdir() if path.name.startswith(".")], (
+            "nothing is left behind"
+        )
         if not more:
             break
         k += 1
@@ -139,13 +155,15 @@ def test_every_crash_point_of_forgetting_and_of_recovering(tmp_path: Path) -> No
     write_atomically(start / "step_000003", filled(3))
     (start / ".step_000004.tmp").mkdir()
     filled(4)(start / ".step_000004.tmp")
-    (start / "step_000003").rename(start / ".step_000003.old")  # killed just before the new one took its place
+    # killed just before the new one took its place
+    (start / "step_000003").rename(start / ".step_000003.old")
 
     def forget_and_recover(run: Path) -> None:
         recover(run)
         remove(run / "step_000001")
 
-    k, more = 1, True
+    k = 1
+    more = True
     while more:
         run = copied(start, tmp_path / "run")
         more = with_crash(lambda run=run: forget_and_recover(run), k)

@@ -14,7 +14,8 @@ from tests.parity.runs import make_config
 
 
 def found_after_a_change(config: RunConfig, names: list[str], rank: int) -> str:
-    """Change the last bit of the last element of each tensor on one rank; what the check says on this one."""
+    """Change the last bit of the last element of each tensor on one rank; what the check says on
+    this one."""
     with built(config) as run:
         check = DriftCheck(run.model.adapted, run.model.pieces, run.model.groups)
         check.run(0, None)
@@ -31,20 +32,21 @@ def found_after_a_change(config: RunConfig, names: list[str], rank: int) -> str:
 
 
 LAYER = "base_model.model.model.layers.{}.{}.weight"
-Q, GATE_A, DOWN_B = (
-    LAYER.format(0, "self_attn.q_proj.lora_A"),
-    LAYER.format(0, "mlp.experts.2.gate_proj.lora_A"),
-    LAYER.format(0, "mlp.experts.5.down_proj.lora_B"),
-)
+Q = LAYER.format(0, "self_attn.q_proj.lora_A")
+GATE_A = LAYER.format(0, "mlp.experts.2.gate_proj.lora_A")
+DOWN_B = LAYER.format(0, "mlp.experts.5.down_proj.lora_B")
 
 
 @pytest.mark.parametrize(
-    ("parallel", "found"), [({"ep": 2}, [Q]), ({}, [Q, GATE_A, DOWN_B])], ids=["experts once", "experts twice"]
+    ("parallel", "found"),
+    [({"ep": 2}, [Q]), ({}, [Q, GATE_A, DOWN_B])],
+    ids=["experts once", "experts twice"],
 )
 def test_tensors_that_differ_are_named_and_only_replicas_are_compared(
     parallel, found, tiny: Path, chats: Path, tmp_path: Path
 ):
-    """One tensor of a stacked parameter, one expert of many: the parameter's hash tells, the tensor's name is said."""
+    """One tensor of a stacked parameter, one expert of many: the parameter's hash tells, the
+    tensor's name is said."""
     config = make_config(tiny, chats, tmp_path, parallel)
     for said in run_ranks(found_after_a_change, 2, config, [Q, GATE_A, DOWN_B], 1):
         count, _, names = said.partition(

@@ -30,14 +30,19 @@ def test_steps_are_steps() -> None:
     assert (num_steps(options, 20), rounding(options, 20)) == (7, None)
 
 
-@pytest.mark.parametrize(("steps", "warmup", "share"), [(10, 50, "20%"), (3, 50, "6%"), (10, 11, "91%")])
+@pytest.mark.parametrize(
+    ("steps", "warmup", "share"), [(10, 50, "20%"), (3, 50, "6%"), (10, 11, "91%")]
+)
 def test_a_warmup_that_never_ends_is_refused(steps: int, warmup: int, share: str) -> None:
     message = (
-        f"train.warmup={warmup} is longer than train.steps={steps}: the learning rate would end at {share} of train.lr"
+        f"train.warmup={warmup} is longer than train.steps={steps}: the learning rate would end at"
+        f" {share} of train.lr"
     )
     with pytest.raises(ValueError, match=message):
         TrainConfig(steps=steps, warmup=warmup)
-    with pytest.raises(ValueError, match=f"is longer than the {steps} steps of train.epochs=1: .* at {share} of"):
+    with pytest.raises(
+        ValueError, match=f"is longer than the {steps} steps of train.epochs=1: .* at {share} of"
+    ):
         num_steps(TrainConfig(epochs=1.0, warmup=warmup, global_batch_size=1), steps)
 
 

@@ -1,4 +1,5 @@
-"""Data and base are known by their content: moved or spelled otherwise they resume, changed they do not, and the line says what."""
+"""Data and base are known by their content: moved or spelled otherwise they resume, changed they do
+not, and the line says what."""
 
 import json
 import os
@@ -55,7 +56,8 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.Monk
     again = Digests.load(tmp_path / "kept")
     assert again.of(path, "bytes", compute) == digest and len(reads) == 1
     monkeypatch.chdir(tmp_path)
-    assert again.of(Path("data"), "bytes", compute) == digest and len(reads) == 1  # a path is a path
+    # a path is a path
+    assert again.of(Path("data"), "bytes", compute) == digest and len(reads) == 1
     again.of(path, "something else", compute)
     assert len(reads) == 2
     stat = path.stat()
@@ -148,7 +150,8 @@ def test_other_weights_have_another_digest(other: str, tmp_path: Path) -> None:
 
 
 def test_a_place_between_the_ends_is_sampled(tmp_path: Path) -> None:
-    """Some element between the first and the last block changes the digest, as often as the sample covers it."""
+    """Some element between the first and the last block changes the digest, as often as the sample
+    covers it."""
     tensor = torch.zeros(6 * SAMPLE_BYTES // 4)
     save_file({"a": tensor}, tmp_path / "0")
     start = shard_digest(tmp_path / "0")
@@ -160,24 +163,38 @@ def test_a_place_between_the_ends_is_sampled(tmp_path: Path) -> None:
 
 
 def test_a_config_that_says_the_same(tmp_path: Path) -> None:
-    neutral = {"transformers_version": "9", "torch_dtype": "float16", "_name_or_path": "x", "use_cache": False}
+    neutral = {
+        "transformers_version": "9",
+        "torch_dtype": "float16",
+        "_name_or_path": "x",
+        "use_cache": False,
+    }
     (tmp_path / "config.json").write_text(json.dumps({"rope_theta": 1e4, **neutral}))
     assert base_config(tmp_path) == {"rope_theta": 1e4}
 
 
-def test_a_source_is_its_bytes_and_its_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_is_its_bytes_and_its_slice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, text in (("a.jsonl", "{}\n"), ("b.jsonl", "{}\n"), ("c.jsonl", "[]\n")):
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    found = {source: source_digest(source, Digests()) for source in ("a.jsonl", "b.jsonl", "c.jsonl", "a.jsonl[:1]")}
-    assert source_digest(str(tmp_path / "a.jsonl"), Digests()) == found["a.jsonl"] == found["b.jsonl"]
+    found = {
+        source: source_digest(source, Digests())
+        for source in ("a.jsonl", "b.jsonl", "c.jsonl", "a.jsonl[:1]")
+    }
+    assert (
+        source_digest(str(tmp_path / "a.jsonl"), Digests()) == found["a.jsonl"] == found["b.jsonl"]
+    )
     assert len(set(found.values())) == 3
     assert source_digest("a.jsonl[0:]", Digests()) != source_digest("a.jsonl[:0]", Digests())
 
 
 def test_a_hub_data_set_is_its_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     content = [{"a": 1}]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: datasets.Dataset.from_list(content))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, split: datasets.Dataset.from_list(content)
+    )
     digest = source_digest("org/name", Digests())
     assert digest.startswith("hub:org/name:None:train@")
     assert source_digest("org/name", Digests()) == digest
@@ -190,11 +207,13 @@ def test_samples_are_their_tokens_their_targets_and_their_order() -> None:
     def sample(ids: list[int], mask: list[int]) -> Encoded:
         return Encoded(np.array(ids, np.int32), np.array(mask, bool))
 
-    one, two = sample([1, 2, 3], [0, 1, 1]), sample([4, 5], [0, 1])
+    one = sample([1, 2, 3], [0, 1, 1])
+    two = sample([4, 5], [0, 1])
     found = [
         samples_digest(samples)
         for samples in (
-            [one, two], [two, one], [one], [sample([1, 2, 3], [0, 1, 0]), two], [sample([1, 2, 3, 4], [0, 1, 1, 0])],
+            [one, two], [two, one], [one], [sample([1, 2, 3], [0, 1, 0]), two],
+            [sample([1, 2, 3, 4], [0, 1, 1, 0])],
             [sample([1, 2], [0, 1]), sample([3, 4, 5], [1, 0, 1])],
         )
     ]  # fmt: skip
@@ -203,7 +222,9 @@ def test_samples_are_their_tokens_their_targets_and_their_order() -> None:
 
 
 @pytest.fixture(scope="module")
-def done(tiny: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def done(
+    tiny: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path]:
     """A folder with base, data and a run of one step; nobody may change it."""
     folder = tmp_path_factory.mktemp("done")
     shutil.copytree(tiny, folder / "base")
@@ -216,7 +237,13 @@ def run_config(folder: Path, resume: bool | str = False, **options: Any) -> RunC
     lora = LoRAConfig(rank=4, alpha=12.0, dropout=0.1)
     train_options = {"steps": 1, "global_batch_size": 4, **options}
     config = make_config(
-        folder / "base", folder / "chats.jsonl", folder / "run", {}, lora=lora, eval=2, **train_options
+        folder / "base",
+        folder / "chats.jsonl",
+        folder / "run",
+        {},
+        lora=lora,
+        eval=2,
+        **train_options,
     )
     return replace(config, checkpoint=CheckpointConfig(dir=str(folder / "run"), resume=resume))
 
@@ -250,9 +277,18 @@ def edit_shape(folder: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "data": (edit_data, "was trained with other data: the content of data.train="),
-    "weights": (edit_weights, "was trained on another base: the weights have changed in model.path="),
-    "config.json": (edit_shape, "was trained on another base: config.json had rms_norm_eps=1e-06, now 0.001, in model"),
-    "template": (edit_template, "was trained on other tokens: the data's files are the same, but the tokenizer"),
+    "weights": (
+        edit_weights,
+        "was trained on another base: the weights have changed in model.path=",
+    ),
+    "config.json": (
+        edit_shape,
+        "was trained on another base: config.json had rms_norm_eps=1e-06, now 0.001, in model",
+    ),
+    "template": (
+        edit_template,
+        "was trained on other tokens: the data's files are the same, but the tokenizer",
+    ),
 }
 
 
@@ -287,13 +323,17 @@ def test_a_moved_folder_resumes_however_it_is_spelled(done: Path, tmp_path: Path
     assert len(records(tmp_path / "moved/run", "loss")) == 2
 
 
-def test_a_checkpoint_without_digests_loads_with_a_line_and_by_name(done: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_digests_loads_with_a_line_and_by_name(
+    done: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "old"
     shutil.copytree(done, folder)
     state = json.loads((folder / "run/step_000001" / STATE_JSON).read_text())
     del state["identity"], state["saved_at"]
     for section, key in (("model", "path"), ("data", "train")):
-        state["config"][section][key] = state["config"][section][key].replace(str(done), str(folder))
+        state["config"][section][key] = state["config"][section][key].replace(
+            str(done), str(folder)
+        )
     (folder / "run/step_000001" / STATE_JSON).write_text(json.dumps(state))
     (said,) = run_ranks(said_by, 1, run_config(folder, resume=True, steps=2))
     assert "has no digests of its data and base" in said and "finished at step 2" in said
@@ -302,29 +342,44 @@ def test_a_checkpoint_without_digests_loads_with_a_line_and_by_name(done: Path, 
     shutil.copy(folder / "chats.jsonl", folder / "other.jsonl")
     config = run_config(folder, resume=True, steps=2)
     config = replace(config, data=replace(config.data, train=str(folder / "other.jsonl")))
-    with pytest.raises(Exception, match="was trained with data.train=.*chats.jsonl, this run has .*other.jsonl"):
+    with pytest.raises(
+        Exception, match="was trained with data.train=.*chats.jsonl, this run has .*other.jsonl"
+    ):
         run_ranks(train, 1, config)
 
 
-def test_generators_of_another_kind_of_device_are_left_with_a_line(done: Path, tmp_path: Path) -> None:
-    """A GPU's states are 16 bytes; the host's are 5,056. Loaded into a generator of the CPU they would raise."""
+def test_generators_of_another_kind_of_device_are_left_with_a_line(
+    done: Path, tmp_path: Path
+) -> None:
+    """A GPU's states are 16 bytes; the host's are 5,056. Loaded into a generator of the CPU they
+    would raise."""
     folder = tmp_path / "gpu"
     shutil.copytree(done, folder)
     path = folder / "run/step_000001" / RNG
-    states = {name: t if name == "0.cpu" else torch.zeros(16, dtype=torch.uint8) for name, t in load_file(path).items()}
+    states = {
+        name: t if name == "0.cpu" else torch.zeros(16, dtype=torch.uint8)
+        for name, t in load_file(path).items()
+    }
     save_file({**states, "0.cuda": torch.zeros(16, dtype=torch.uint8)}, path)
     (said,) = run_ranks(said_by, 1, run_config(folder, resume=True, steps=2))
-    assert "step_000001 was saved on GPUs, this run is on the CPU: dropout masks are drawn anew" in said
+    assert (
+        "step_000001 was saved on GPUs, this run is on the CPU: dropout masks are drawn anew"
+        in said
+    )
     assert "finished at step 2" in said
     before = load_file(folder / "run/step_000001" / OPTIMIZER)
     after = load_file(folder / "run/step_000002" / OPTIMIZER)
-    assert any(not torch.equal(after[name], t) for name, t in before.items() if name.startswith("param."))
+    assert any(
+        not torch.equal(after[name], t) for name, t in before.items() if name.startswith("param.")
+    )
 
 
 def test_generators_of_the_cpu_are_left_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     state = host.rng_state()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: pytest.fail("5,056 bytes for a generator of 16"))
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda *_: pytest.fail("5,056 bytes for a generator of 16")
+    )
     assert host.set_rng_state(state) is False
     monkeypatch.undo()
     assert host.set_rng_state(state) is True
@@ -350,6 +405,8 @@ def test_nodes_must_have_the_same_files(done: Path, tmp_path: Path) -> None:
     first = run_config(done)
     for name, what in (("base", "for model.path"), ("data", "for data.train")):
         for said in run_ranks(_on_two_nodes, 2, first, run_config(tmp_path / name)):
-            assert said.startswith("the nodes of ranks 0 and 1 have different files") and what in said
+            assert (
+                said.startswith("the nodes of ranks 0 and 1 have different files") and what in said
+            )
     for said in run_ranks(_on_two_nodes, 2, first, run_config(tmp_path / "none")):
         assert said.startswith("on the node of rank 1: ") and "no such file" in said

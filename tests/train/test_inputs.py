@@ -15,12 +15,16 @@ from tests.parity.runs import make_config
 
 def batch(rows: int, length: int, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    tokens, labels = (torch.randint(0, 151_936, (rows, length), generator=generator) for _ in range(2))
+    tokens, labels = (
+        torch.randint(0, 151_936, (rows, length), generator=generator) for _ in range(2)
+    )
     labels[0, 0] = 0  # a label that is its own negative
     return Batch(tokens, labels, torch.randint(0, 2, (rows, length), generator=generator).float())
 
 
-@pytest.mark.parametrize(("first", "last"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    ("first", "last"), [(True, True), (True, False), (False, True), (False, False)]
+)
 def test_what_arrives_is_what_was_sent(first: bool, last: bool) -> None:
     batches = [batch(2, 7, 0), batch(3, 5, 1), batch(2, 9, 2)]
     arrived = to_device(batches, first=first, last=last)
@@ -40,18 +44,25 @@ def test_what_arrives_is_what_was_sent(first: bool, last: bool) -> None:
 
 
 def losses(config: RunConfig) -> tuple[set[int], list[float]]:
-    """Lengths of the first step's microbatches, and the mean loss in training mode and in evaluation."""
+    """Lengths of the first step's microbatches, and the mean loss in training mode and in
+    evaluation."""
     with built(config) as run:
         batches = run.batches.of_step(0)
         lengths = {b.tokens.shape[1] for b in batches}
-        return lengths, [run.stepper.train(batches, run.optimizer)[0], run.stepper.evaluate(batches)[0]]
+        return lengths, [
+            run.stepper.train(batches, run.optimizer)[0],
+            run.stepper.evaluate(batches)[0],
+        ]
 
 
 def test_stages_know_every_microbatch_s_own_length(tiny: Path, chats: Path, tmp_path: Path) -> None:
-    """Nothing is padded to the longest of a step, and nothing is asked: the schedule's sizes are not the tensors'."""
+    """Nothing is padded to the longest of a step, and nothing is asked: the schedule's sizes are
+    not the tensors'."""
     options = {"micro_batch_size": 1, "global_batch_size": 6}
     lengths, one = run_ranks(losses, 1, make_config(tiny, chats, tmp_path, {}, **options))[0]
     assert len(lengths) > 3
-    for rank_lengths, two in run_ranks(losses, 2, make_config(tiny, chats, tmp_path, {"pp": 2}, **options)):
+    for rank_lengths, two in run_ranks(
+        losses, 2, make_config(tiny, chats, tmp_path, {"pp": 2}, **options)
+    ):
         assert rank_lengths == lengths
         assert two == pytest.approx(one, rel=1e-6)

@@ -25,9 +25,16 @@ def test_later_steps_are_done_again(tmp_path: Path) -> None:
     assert resumed_at(0, tmp_path) == []
 
 
-def test_damaged_lines_are_dropped_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_lines_are_dropped_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     damaged = ['{"step": 1, "lo{"step": 2}', "{}", "[1]", '{"step": "1"}', "null", ""]
-    content = "\n".join([LINES[0], *damaged, LINES[1]]).encode() + b"\n\xff\xfe\n" + LINES[3].encode()
+    content = (
+        "\n".join([LINES[0], *damaged, LINES[1]]).encode() + b"\n\xff\xfe\n" + LINES[3].encode()
+    )
     (tmp_path / "metrics.jsonl").write_bytes(content)
     assert resumed_at(3, tmp_path) == LINES[:2]
-    assert f"{len(damaged) + 1} lines were not records of a step; they are dropped" in capsys.readouterr().out
+    assert (
+        f"{len(damaged) + 1} lines were not records of a step; they are dropped"
+        in capsys.readouterr().out
+    )

@@ -14,7 +14,9 @@ from tests.parity.built import built
 from tests.parity.runs import make_config
 
 
-def after_two_steps(config: RunConfig, take_step: Callable[[Any], float]) -> tuple[list[float], list[torch.Tensor]]:
+def after_two_steps(
+    config: RunConfig, take_step: Callable[[Any], float]
+) -> tuple[list[float], list[torch.Tensor]]:
     """The gradient's norm of each step, and every parameter of this rank behind them."""
     with built(config) as run:
         norms = []
@@ -33,9 +35,13 @@ def ours(optimizer: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    ("clip", "dtype"), [(0.1, "bfloat16"), (100.0, "float32"), (0.0, "float32")], ids=["clipped", "not clipped", "off"]
+    ("clip", "dtype"),
+    [(0.1, "bfloat16"), (100.0, "float32"), (0.0, "float32")],
+    ids=["clipped", "not clipped", "off"],
 )
-def test_a_step_has_the_bits_of_megatron_s(clip: float, dtype: str, tiny: Path, chats: Path, tmp_path: Path) -> None:
+def test_a_step_has_the_bits_of_megatron_s(
+    clip: float, dtype: str, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
     """Dense and expert parameters have optimizers of their own here, one norm and one factor."""
     config = make_config(tiny, chats, tmp_path, {"ep": 2}, dtype=dtype, clip_grad=clip)
     theirs = run_ranks(after_two_steps, 2, config, megatrons)
@@ -44,4 +50,7 @@ def test_a_step_has_the_bits_of_megatron_s(clip: float, dtype: str, tiny: Path, 
     ):
         assert norms == pytest.approx(their_norms, rel=1e-12)
         assert min(norms) > 0.1
-        assert all(torch.equal(mine, their) for mine, their in zip(parameters, their_parameters, strict=True))
+        assert all(
+            torch.equal(mine, their)
+            for mine, their in zip(parameters, their_parameters, strict=True)
+        )

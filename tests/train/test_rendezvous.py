@@ -1,4 +1,5 @@
-"""Ranks of one attempt find each other and nobody of an attempt before; a restarted job goes on as if nothing had been."""
+"""Ranks of one attempt find each other and nobody of an attempt before; a restarted job goes on as
+if nothing had been."""
 
 import gc
 import os
@@ -22,7 +23,9 @@ from tests.distributed.test_checkpoint import same_files
 from tests.parity.runs import make_config, records
 
 
-def meet(store: dist.Store, ranks: list[int], world: int, late: dict[int, float] | None = None) -> dict[int, str]:
+def meet(
+    store: dist.Store, ranks: list[int], world: int, late: dict[int, float] | None = None
+) -> dict[int, str]:
     """Each rank's answer, or its error; ``late``: seconds by which a rank comes later."""
     answers: dict[int, str] = {}
 
@@ -67,11 +70,14 @@ def test_a_dead_rank_is_not_met() -> None:
     assert "some ranks belong to an attempt that has ended" in meet(store, [0], 2)[0]
 
 
-def _rank(config: RunConfig, rank: int, port: int, attempt: int, before: Callable[[int, int], None]) -> None:
+def _rank(
+    config: RunConfig, rank: int, port: int, attempt: int, before: Callable[[int, int], None]
+) -> None:
     """As torchrun starts a rank; in a forked process, which this ends."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": str(attempt),
     }  # fmt: skip
     torch.set_num_threads(1)
     before(rank, attempt)
@@ -79,7 +85,9 @@ def _rank(config: RunConfig, rank: int, port: int, attempt: int, before: Callabl
         train(config, job)
 
 
-def attempt_of(config: RunConfig, port: int, attempt: int, before: Callable[[int, int], None]) -> list[int]:
+def attempt_of(
+    config: RunConfig, port: int, attempt: int, before: Callable[[int, int], None]
+) -> list[int]:
     """Both ranks' exit codes; as under torchrun, the failure of one ends the other."""
     gc.collect()
     pids = []
@@ -104,7 +112,8 @@ def attempt_of(config: RunConfig, port: int, attempt: int, before: Callable[[int
 
 
 def die_in_step_three(rank: int, attempt: int) -> None:
-    """Rank 1 of the first attempt is killed; in the second, rank 0 is late, when rank 1 could find its dead address."""
+    """Rank 1 of the first attempt is killed; in the second, rank 0 is late, when rank 1 could find
+    its dead address."""
     rate = loop.learning_rate
 
     def rate_or_death(options, step, num_steps):
@@ -117,8 +126,11 @@ def die_in_step_three(rank: int, attempt: int) -> None:
         time.sleep(1)
 
 
-def test_a_restarted_job_ends_with_the_same_adapter(tiny: Path, chats: Path, tmp_path: Path) -> None:
-    """``checkpoint.resume`` is false, as at the first start: the checkpoints are the job's own. Dropout included."""
+def test_a_restarted_job_ends_with_the_same_adapter(
+    tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    """``checkpoint.resume`` is false, as at the first start: the checkpoints are the job's own.
+    Dropout included."""
     lora = LoRAConfig(rank=4, alpha=12.0, dropout=0.1)
     config = make_config(tiny, chats, tmp_path / "killed", {"ep": 2}, steps=4, lora=lora)
     config = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "killed"), every=1))

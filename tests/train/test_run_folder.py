@@ -1,4 +1,5 @@
-"""One run at a time in a run folder: the second is told who is there, a dead one is in nobody's way."""
+"""One run at a time in a run folder: the second is told who is there, a dead one is in nobody's
+way."""
 
 import errno
 import fcntl
@@ -19,7 +20,8 @@ from tests.distributed.ranks import run_ranks
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[Callable[..., int]]:
-    """Starts a process that takes the lock of ``tmp_path`` and keeps it until it is killed; returns its id."""
+    """Starts a process that takes the lock of ``tmp_path`` and keeps it until it is killed; returns
+    its id."""
     started: list[int] = []
 
     def start(job: str | None = None) -> int:
@@ -58,7 +60,10 @@ def test_a_second_run_is_told_who_is_there(holder: Callable[..., int], tmp_path:
     for _ in range(2):  # being refused changes nothing
         with pytest.raises(ValueError, match="another run is writing to") as caught:
             take_lock(tmp_path, None)
-        who = rf"; it is process {pid} on {re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\. "
+        who = (
+            rf"; it is process {pid} on {re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\d"
+            r" \d\d:\d\d:\d\d\. "
+        )
         assert re.search(who, str(caught.value)), caught.value
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == pid
 
@@ -105,7 +110,9 @@ def test_a_job_s_next_attempt_waits_for_the_last_one(
         take_lock(tmp_path, "this job")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": 1}', b"\xff" * 9, b'{"host": 1, "pid": "x"}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b'{"pid": 1}', b"\xff" * 9, b'{"host": 1, "pid": "x"}']
+)
 def test_a_lock_file_of_anything_is_taken(content: bytes, tmp_path: Path) -> None:
     (tmp_path / LOCK).write_bytes(content)
     descriptor, answer = take_lock(tmp_path, "job")
@@ -128,13 +135,16 @@ def test_without_locks_a_run_of_this_host_is_still_noticed(
     assert "is on a file system without locks (" in note and "No locks available" in note
     os.close(descriptor)
     token = json.loads((tmp_path / LOCK).read_text())
-    (tmp_path / LOCK).write_text(json.dumps({**token, "host": "node-b"}))  # cannot be looked up from here
+    # cannot be looked up from here
+    (tmp_path / LOCK).write_text(json.dumps({**token, "host": "node-b"}))
     descriptor, answer = take_lock(tmp_path, None)
     assert f"the last to write there was process {os.getpid()} on node-b since" in answer.notes[0]
     os.close(descriptor)
 
 
-def test_another_error_of_the_lock_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_error_of_the_lock_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 

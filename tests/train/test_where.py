@@ -1,4 +1,5 @@
-"""Which checkpoint a run goes on from, with ``latest`` missing, damaged or behind, and state.json as a fuzzer leaves it."""
+"""Which checkpoint a run goes on from, with ``latest`` missing, damaged or behind, and state.json
+as a fuzzer leaves it."""
 
 import json
 import os
@@ -41,10 +42,15 @@ def test_latest_decides(run: Path) -> None:
         (b"step_000006/training_state\n", "which is not the name of a checkpoint"),
         (b"step_00000\xe7\n", "which is not the name of a checkpoint"),
         (b"x" * 300, "which is not the name of a checkpoint"),
-        (b"step_000099\n", "names .*step_000099, which is not a checkpoint: it has no training_state"),
+        (
+            b"step_000099\n",
+            "names .*step_000099, which is not a checkpoint: it has no training_state",
+        ),
     ],
 )
-def test_a_broken_latest_gives_the_newest_whole_checkpoint_and_a_line(run: Path, content: Any, reason: str) -> None:
+def test_a_broken_latest_gives_the_newest_whole_checkpoint_and_a_line(
+    run: Path, content: Any, reason: str
+) -> None:
     (run / "latest").unlink()
     if content is not None:
         (run / "latest").write_bytes(content)
@@ -62,7 +68,8 @@ def test_latest_may_be_a_folder(run: Path) -> None:
 
 
 def test_newest_is_the_one_that_was_saved_last(run: Path) -> None:
-    """After a roll-back to step 2, step 3 is newer than 4 and 6, which belong to what was given up."""
+    """After a roll-back to step 2, step 3 is newer than 4 and 6, which belong to what was given
+    up."""
     write_atomically(run / "step_000003", filled(3))
     (run / "latest").unlink()
     assert found(run).state.step == 3
@@ -72,7 +79,9 @@ def test_going_back_moves_latest(run: Path) -> None:
     """So that a restart before the next save goes on from there, not from what was given up."""
     answer = found(run, resume=str(run / "step_000002"))
     assert answer.state.step == 2
-    assert answer.notes == ["going back to step_000002: later checkpoints stay until their steps are saved again"]
+    assert answer.notes == [
+        "going back to step_000002: later checkpoints stay until their steps are saved again"
+    ]
     assert found(run).state.step == 2
 
 
@@ -102,14 +111,19 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(run: Path, damage: str)
     answer = found(run)
     assert answer.state.step == 4
     assert "step_000006, which is not a " in answer.notes[0]
-    with pytest.raises(ValueError, match=r"checkpoint.resume=.*step_000006 is not a (whole )?checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint.resume=.*step_000006 is not a (whole )?checkpoint"
+    ):
         found(run, resume=str(run / "step_000006"))
 
 
 def test_never_a_fresh_start_beside_checkpoints(run: Path) -> None:
     for folder in run.glob("step_*"):
         (folder / OPTIMIZER).unlink()
-    with pytest.raises(ValueError, match="none of its 3 checkpoints is whole .*step_000002 is not a whole checkpoint"):
+    with pytest.raises(
+        ValueError,
+        match="none of its 3 checkpoints is whole .*step_000002 is not a whole checkpoint",
+    ):
         found(run)
     empty = run.parent / "empty"
     empty.mkdir()
@@ -121,7 +135,12 @@ def test_never_a_fresh_start_beside_checkpoints(run: Path) -> None:
 
 STATE = {"step": 3, "num_samples": 7, "world_size": 2, "saved_at": 1e9, "config": {
     "model": {"path": "b"}, "data": {}, "train": {}, "lora": {}}}  # fmt: skip
-IMPORT = {"step": 0, "imported_from": "there", "base": "b", "adapted": [["q_proj", 0, 4, 2.0], ["lm_head", None, 4, 2]]}
+IMPORT = {
+    "step": 0,
+    "imported_from": "there",
+    "base": "b",
+    "adapted": [["q_proj", 0, 4, 2.0], ["lm_head", None, 4, 2]],
+}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({}, "step must be a count, got None"),
     ({**STATE, "step": None}, "step must be a count, got None"),
@@ -138,11 +157,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({**STATE, "saved_at": float("nan")}, "saved_at must be a time in seconds, got nan"),
     ({**STATE, "identity": 5}, "identity must be an object, got 5"),
     ({**STATE, "identity": {"train": 1}}, "identity.train must be a digest, got 1"),
-    ({**STATE, "identity": {"train": "a", "config": None}}, "identity.config must be the base's config.json, got None"),
+    ({**STATE, "identity": {"train": "a", "config": None}},
+     "identity.config must be the base's config.json, got None"),
     ({"imported_from": "x"}, "step must be a count"),
     ({**IMPORT, "base": None}, "base must be text, got None"),
     ({**IMPORT, "adapted": {}}, r"adapted must be a list, got \{\}"),
-    ({**IMPORT, "adapted": [["q_proj", 0, 4]]}, r"adapted\[0\] must be \[module, layer, rank, scale\]"),
+    ({**IMPORT, "adapted": [["q_proj", 0, 4]]},
+     r"adapted\[0\] must be \[module, layer, rank, scale\]"),
     ({**IMPORT, "adapted": [["q_proj", True, 4, 2.0]]}, r"adapted\[0\] must be"),
     ({**IMPORT, "adapted": [7]}, r"adapted\[0\] must be"),
 ]  # fmt: skip
@@ -155,7 +176,9 @@ def state_file(folder: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize(("content", "message"), WRONG)
-def test_a_wrong_state_names_file_and_key(content: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_wrong_state_names_file_and_key(
+    content: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=f"state.json is damaged: {message}"):
         read_state(state_file(tmp_path, json.dumps(content).encode()))
 
@@ -181,7 +204,9 @@ def test_what_is_not_json_is_a_line(content: bytes, message: str, tmp_path: Path
 def test_no_other_error_leaves_the_reader(key: str, value: Any, tmp_path: Path) -> None:
     """Every key with every kind of value: read, or a ValueError."""
     for whole in (STATE, IMPORT):
-        folder = state_file(tmp_path / whole.get("base", "run"), json.dumps({**whole, key: value}).encode())
+        folder = state_file(
+            tmp_path / whole.get("base", "run"), json.dumps({**whole, key: value}).encode()
+        )
         with suppress(ValueError):
             assert type(read_state(folder).step) is int
 

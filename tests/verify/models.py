@@ -1,4 +1,5 @@
-"""Base models for the layer check: tiny folders, and copies of them whose config.json or files say something else."""
+"""Base models for the layer check: tiny folders, and copies of them whose config.json or files say
+something else."""
 
 import json
 import shutil
@@ -23,7 +24,9 @@ def with_config(base: Path, out: Path, **fields: Any) -> Path:
     return out
 
 
-def with_tensors(base: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+def with_tensors(
+    base: Path, out: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> Path:
     """The same config over other tensors, in one file."""
     shutil.copytree(base, out)
     tensors: dict[str, Tensor] = {}
@@ -36,11 +39,14 @@ def with_tensors(base: Path, out: Path, change: Callable[[dict[str, Tensor]], di
 
 
 def packed_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Experts as transformers 5 holds them in memory: ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``."""
+    """Experts as transformers 5 holds them in memory: ``gate_up_proj [E, 2I, H]`` and ``down_proj
+    [E, H, I]``."""
     out = {name: t for name, t in tensors.items() if ".mlp.experts." not in name}
     for layer in {name.split(".experts.")[0] for name in tensors.keys() - out.keys()}:
         numbers = {
-            int(name.split(".experts.")[1].split(".")[0]) for name in tensors if name.startswith(f"{layer}.experts.")
+            int(name.split(".experts.")[1].split(".")[0])
+            for name in tensors
+            if name.startswith(f"{layer}.experts.")
         }
 
         def matrix(expert: int, projection: str, layer: str = layer) -> Tensor:
@@ -48,7 +54,9 @@ def packed_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
         pairs = [torch.cat([matrix(e, "gate_proj"), matrix(e, "up_proj")]) for e in sorted(numbers)]
         out[f"{layer}.experts.gate_up_proj"] = torch.stack(pairs)
-        out[f"{layer}.experts.down_proj"] = torch.stack([matrix(e, "down_proj") for e in sorted(numbers)])
+        out[f"{layer}.experts.down_proj"] = torch.stack(
+            [matrix(e, "down_proj") for e in sorted(numbers)]
+        )
     return out
 
 

@@ -1,4 +1,5 @@
-"""The memory that a host has left, where the machine, a container or a batch job's cgroup is the narrowest."""
+"""The memory that a host has left, where the machine, a container or a batch job's cgroup is the
+narrowest."""
 
 from pathlib import Path
 
@@ -12,7 +13,8 @@ MACHINE = 2_000_000 * 1024
 
 def host(root: Path, listed: str | None, files: dict[str, str]) -> int:
     """What is free on a host with these cgroup files."""
-    proc, cgroups = root / "proc", root / "cgroup"
+    proc = root / "proc"
+    cgroups = root / "cgroup"
     (proc / "self").mkdir(parents=True)
     (proc / "meminfo").write_text(MEMINFO)
     if listed is not None:
@@ -26,14 +28,22 @@ def host(root: Path, listed: str | None, files: dict[str, str]) -> int:
 def second(folder: str, limit: str, used: int, cached: int = 0) -> dict[str, str]:
     """The files of version 2."""
     stat = f"anon 5\nactive_file {cached}\ninactive_file 1\n"
-    return {f"{folder}memory.max": f"{limit}\n", f"{folder}memory.current": f"{used}\n", f"{folder}memory.stat": stat}
+    return {
+        f"{folder}memory.max": f"{limit}\n",
+        f"{folder}memory.current": f"{used}\n",
+        f"{folder}memory.stat": stat,
+    }
 
 
 def first(folder: str, limit: int, used: int) -> dict[str, str]:
     """The files of version 1; of the cache the total counts, with the groups below."""
     at = f"memory/{folder}memory"
     stat = "active_file 7\ntotal_active_file 30\ntotal_inactive_file 4\n"
-    return {f"{at}.limit_in_bytes": f"{limit}\n", f"{at}.usage_in_bytes": f"{used}\n", f"{at}.stat": stat}
+    return {
+        f"{at}.limit_in_bytes": f"{limit}\n",
+        f"{at}.usage_in_bytes": f"{used}\n",
+        f"{at}.stat": stat,
+    }
 
 
 @pytest.mark.parametrize(
@@ -42,18 +52,22 @@ def first(folder: str, limit: int, used: int) -> dict[str, str]:
         (None, {}, MACHINE),
         ("0::/\n", {}, MACHINE),
         ("0::/\n", second("", "max", 10), MACHINE),
-        ("0::/\n", second("", "1000", 900, 50), 151),  # a container, which sees its own cgroup as the root
+        # a container, which sees its own cgroup as the root
+        ("0::/\n", second("", "1000", 900, 50), 151),
         ("0::/\n", second("", "1000", 1200), 0),
         ("0::/job_7/step_0\n", second("job_7/", "1000", 300) | second("job_7/step_0/", "max", 300), 701),
         ("0::/job_7/step_0\n", second("job_7/", "1000", 300) | second("job_7/step_0/", "400", 100), 301),
         ("0::/job_7\n", second("job_8/", "1000", 300), MACHINE),
         ("5:cpu,memory:/job_7\n4:pids:/\n0::/\n", first("job_7/", 1000, 500), 534),
-        ("5:memory:/docker/0a1b\n0::/\n", first("", 1000, 500), 534),  # a container that sees the machine's path
+        # a container that sees the machine's path
+        ("5:memory:/docker/0a1b\n0::/\n", first("", 1000, 500), 534),
         ("5:memory:/\n", first("", 2**63 - 4096, 500), MACHINE),
         ("5:cpu:/job_7\n", first("job_7/", 1000, 500), MACHINE),
     ],
 )  # fmt: skip
-def test_the_narrowest_limit_counts(tmp_path: Path, listed: str | None, files: dict[str, str], free: int) -> None:
+def test_the_narrowest_limit_counts(
+    tmp_path: Path, listed: str | None, files: dict[str, str], free: int
+) -> None:
     assert host(tmp_path, listed, files) == free
 
 

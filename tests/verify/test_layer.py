@@ -1,7 +1,8 @@
-"""The layer check: equal where it should be equal, in every layout, and at odds with every mistake put into a model.
+"""The layer check: equal where it should be equal, in every layout, and at odds with every mistake
+put into a model.
 
-The mistakes are put in behind the back of what refuses config fields and tensors: a model is built as it is, then spoiled, or
-held against a folder whose config.json says something else.
+The mistakes are put in behind the back of what refuses config fields and tensors: a model is built
+as it is, then spoiled, or held against a folder whose config.json says something else.
 """
 
 import contextlib
@@ -37,7 +38,9 @@ Chunks = list[Any]
 
 
 @contextlib.contextmanager
-def loaded(base: Path, parallel: dict[str, int] | None = None, dtype: str = "float32") -> Iterator[tuple[Chunks, Any]]:
+def loaded(
+    base: Path, parallel: dict[str, int] | None = None, dtype: str = "float32"
+) -> Iterator[tuple[Chunks, Any]]:
     """This rank's chunks of a base in a layout, and the groups."""
     p = ParallelConfig(**(parallel or {}))
     shape = model_shape(read_hf_config(base))
@@ -53,7 +56,7 @@ def said(chunks: Chunks, groups: Any, folder: Path, dtype: torch.dtype = torch.f
         return f"{type(error).__name__}: {error}"
 
 
-# ---- equal where it should be ----------------------------------------------------------------------------------------
+# ---- equal where it should be --------------------------------------------------------------------
 
 LAYOUTS: list[tuple[int, dict[str, int]]] = [
     (1, {}),
@@ -78,7 +81,9 @@ def _said_in(base: Path, parallel: dict[str, int], dtype: str) -> str:
 def test_a_model_with_everything_is_equal_in_every_layout(world, parallel, everything):
     lines = run_ranks(_said_in, world, everything, parallel, "float32")
     assert len({line.rsplit(" in ", 1)[0] for line in lines}) == 1, "the same on every rank"
-    assert lines[0].startswith("base: layers 0 (MoE), 1 (dense), embedding and head equal transformers' to ")
+    assert lines[0].startswith(
+        "base: layers 0 (MoE), 1 (dense), embedding and head equal transformers' to "
+    )
     assert float(lines[0].split(" to ")[1].split()[0]) < records.TOLERANCE / 10
 
 
@@ -98,7 +103,8 @@ def _several(cases: dict[str, tuple[Path, Path, str]]) -> dict[str, str]:
 
 
 def test_families_dtypes_and_files_are_equal(tiny, tiny_dense, everything, tmp_path):
-    """The reference reads what transformers reads: experts packed or each by itself, names with and without a prefix."""
+    """The reference reads what transformers reads: experts packed or each by itself, names with and
+    without a prefix."""
     tied = make_tiny(tmp_path / "tied", arch="qwen3", tie_word_embeddings=True)
     packed = with_tensors(tiny, tmp_path / "packed", packed_experts)
     bare = with_tensors(tiny, tmp_path / "bare", without_prefix)
@@ -119,10 +125,23 @@ def test_families_dtypes_and_files_are_equal(tiny, tiny_dense, everything, tmp_p
 ROPE = {"rope_theta": 1e6, "original_max_position_embeddings": 1024, "factor": 4.0}
 HONOURED: dict[str, dict[str, Any]] = {
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}},
-    "llama3": {"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ROPE}},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            **ROPE,
+        }
+    },
     "yarn": {"rope_parameters": {"rope_type": "yarn", **ROPE}},
     "yarn with betas and a factor": {
-        "rope_parameters": {"rope_type": "yarn", "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3, **ROPE}
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "attention_factor": 1.3,
+            **ROPE,
+        }
     },
     "another epsilon": {"rms_norm_eps": 1e-4},
     "no normalisation": {"norm_topk_prob": False},
@@ -130,7 +149,9 @@ HONOURED: dict[str, dict[str, Any]] = {
 
 
 def test_fields_that_are_honoured_are_equal(tiny, tmp_path):
-    folders = {name: with_config(tiny, tmp_path / name, **fields) for name, fields in HONOURED.items()}
+    folders = {
+        name: with_config(tiny, tmp_path / name, **fields) for name, fields in HONOURED.items()
+    }
     folders["attention bias"] = with_tensors(
         with_config(tiny, tmp_path / "bias", attention_bias=True), tmp_path / "biased", biased
     )
@@ -145,7 +166,8 @@ def _with_adapters(base: Path, recompute: str) -> str:
     with parallel_groups(ParallelConfig()) as groups:
         model = build_adapted(
             base, shape, adapted, groups,
-            model=ModelConfig(path=str(base), dtype="float32"), parallel=ParallelConfig(), lora=lora, seed=0,
+            model=ModelConfig(path=str(base), dtype="float32"), parallel=ParallelConfig(),
+            lora=lora, seed=0,
         )  # fmt: skip
         for parameter in model.parameters:
             parameter.data.normal_()
@@ -155,18 +177,28 @@ def _with_adapters(base: Path, recompute: str) -> str:
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_adapters_that_have_moved_and_recomputation_are_left_out(recompute, everything):
-    assert run_ranks(_with_adapters, 1, everything, recompute)[0].startswith("base: layers 0 (MoE), 1 (dense)")
+    assert run_ranks(_with_adapters, 1, everything, recompute)[0].startswith(
+        "base: layers 0 (MoE), 1 (dense)"
+    )
 
 
-# ---- at odds where something is wrong --------------------------------------------------------------------------------
+# ---- at odds where something is wrong ------------------------------------------------------------
 
 
 def _layer(chunks: Chunks, number: int) -> Any:
-    return next(layer for chunk in chunks for layer in chunk.decoder.layers if layer.layer_number - 1 == number)
+    return next(
+        layer
+        for chunk in chunks
+        for layer in chunk.decoder.layers
+        if layer.layer_number - 1 == number
+    )
 
 
 def _gate_and_up(chunks: Chunks) -> None:
-    for weight in (_layer(chunks, 0).mlp.experts.gate_up, _layer(chunks, 0).mlp.shared_experts.linear_fc1.weight):
+    for weight in (
+        _layer(chunks, 0).mlp.experts.gate_up,
+        _layer(chunks, 0).mlp.shared_experts.linear_fc1.weight,
+    ):
         weight.data.copy_(torch.cat(weight.data.chunk(2, -2)[::-1], -2))
 
 
@@ -237,7 +269,8 @@ SPOILED: dict[str, tuple[Callable[[Chunks], None], str]] = {
     "norms of the layer exchanged": (_norms_exchanged, "layer 0 (MoE), input norm"),
     "two experts exchanged": (_experts_exchanged, "layer 0 (MoE), experts"),
     "epsilon of the first norm": (_epsilon("input_layernorm"), "layer 0 (MoE), input norm"),
-    "epsilon of the second norm": (_epsilon("pre_mlp_layernorm"), "layer 0 (MoE), post-attention norm"),
+    "epsilon of the second norm": (_epsilon("pre_mlp_layernorm"),
+                                   "layer 0 (MoE), post-attention norm"),
     "epsilon of the last norm": (_final_epsilon, "final norm"),
     "rotary frequencies": (_rope(1.001), "layer 0 (MoE), rotary embedding"),
     "softmax scale": (_scale, "layer 1 (dense), attention"),
@@ -266,9 +299,9 @@ def of_spoiled(everything) -> dict[str, str]:
 @pytest.mark.parametrize("name", SPOILED)
 def test_a_mistake_in_a_model_is_named_with_its_module(name, of_spoiled):
     where = SPOILED[name][1]
-    assert of_spoiled[name].startswith(f"ValueError: train.check_base: {where}: differs from transformers' by "), (
-        of_spoiled[name]
-    )
+    assert of_spoiled[name].startswith(
+        f"ValueError: train.check_base: {where}: differs from transformers' by "
+    ), of_spoiled[name]
     assert "train.check_base=off" in of_spoiled[name] and "\n" not in of_spoiled[name]
 
 
@@ -284,8 +317,11 @@ MOE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "epsilon": ({"rms_norm_eps": 1e-5}, "final norm"),
     "router normalisation": ({"norm_topk_prob": False}, "layer 3 (MoE), router"),
     "experts per token": ({"num_experts_per_tok": 2}, "layer 3 (MoE), router"),
-    "rotary base": ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "layer 3 (MoE), rotary embedding"),
-    "linear scaling": ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}}, "layer 3 (MoE), rotary embedding"),
+    "rotary base": ({"rope_theta": 1e4,
+                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "layer 3 (MoE), rotary embedding"),
+    "linear scaling": ({"rope_parameters": {"rope_type": "linear", "factor": 4.0,
+                                            "rope_theta": 1e6}}, "layer 3 (MoE), rotary embedding"),
     "llama3 scaling": (
         {"rope_parameters": {
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -294,25 +330,32 @@ MOE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         "layer 3 (MoE), rotary embedding",
     ),
     "yarn": (
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 1e6}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0,
+                             "original_max_position_embeddings": 1024, "rope_theta": 1e6}},
         "layer 3 (MoE), rotary embedding",
     ),
     "yarn's attention factor": (
         {"rope_parameters": {
-            "rope_type": "yarn", "factor": 1.0, "attention_factor": 1.2, "original_max_position_embeddings": 4096, "rope_theta": 1e6,
+            "rope_type": "yarn", "factor": 1.0, "attention_factor": 1.2,
+            "original_max_position_embeddings": 4096, "rope_theta": 1e6,
         }},
         "layer 3 (MoE), attention",
     ),
-    "scaling in the old field": ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "layer 3 (MoE), rotary embedding"),
-    "sliding window": ({"use_sliding_window": True, "sliding_window": 4}, "layer 3 (MoE), attention"),
-    "tied head": ({"tie_word_embeddings": True}, ""),  # the file has both, and transformers then leaves them apart
+    "scaling in the old field": ({"rope_scaling": {"type": "linear", "factor": 2.0},
+                                  "rope_parameters": None}, "layer 3 (MoE), rotary embedding"),
+    "sliding window": ({"use_sliding_window": True, "sliding_window": 4},
+                       "layer 3 (MoE), attention"),
+    # the file has both, and transformers then leaves them apart
+    "tied head": ({"tie_word_embeddings": True}, ""),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def of_configs(tiny, tmp_path_factory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("configs")
-    folders = {name: with_config(tiny, out / name, **fields) for name, (fields, _) in MOE_FIELDS.items()}
+    folders = {
+        name: with_config(tiny, out / name, **fields) for name, (fields, _) in MOE_FIELDS.items()
+    }
     folders["head left out"] = with_tensors(
         with_config(tiny, out / "config", tie_word_embeddings=True), out / "head",
         lambda tensors: {name: t for name, t in tensors.items() if not name.startswith("lm_head")},
@@ -334,24 +377,29 @@ def test_a_field_of_config_json_that_is_not_honoured_is_seen(name, of_configs):
 DENSE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "gelu_pytorch_tanh"}, "layer 3 (dense), MLP"),
     "one layer in two slides": (
-        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2, "layer_types": None},
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2,
+         "layer_types": None},
         "layer 3 (dense, sliding_attention), attention",
     ),
     "fewer layers slide": (
-        {"layer_types": ["sliding_attention", *["full_attention"] * 3], "use_sliding_window": True, "sliding_window": 4},
+        {"layer_types": ["sliding_attention", *["full_attention"] * 3], "use_sliding_window": True,
+         "sliding_window": 4},
         "layer 0 (dense, sliding_attention), attention",
     ),
 }  # fmt: skip
 
 
 def test_a_dense_model_s_fields_are_seen_in_the_kind_of_layer_they_change(tiny_dense, tmp_path):
-    folders = {name: with_config(tiny_dense, tmp_path / name, **fields) for name, (fields, _) in DENSE_FIELDS.items()}
+    folders = {
+        name: with_config(tiny_dense, tmp_path / name, **fields)
+        for name, (fields, _) in DENSE_FIELDS.items()
+    }
     for name, line in run_ranks(_configs, 1, tiny_dense, folders)[0].items():
         where = DENSE_FIELDS[name][1]
         assert line.startswith(f"ValueError: train.check_base: {where}: differs"), f"{name}: {line}"
 
 
-# ---- in a layout, a mistake of one rank is every rank's --------------------------------------------------------------
+# ---- in a layout, a mistake of one rank is every rank's ------------------------------------------
 
 
 def _one_rank_wrong(base: Path, parallel: dict[str, int], spoil: Callable[[Chunks], None]) -> str:
@@ -362,7 +410,8 @@ def _one_rank_wrong(base: Path, parallel: dict[str, int], spoil: Callable[[Chunk
 
 
 def _last_kv_head(chunks: Chunks) -> None:
-    """What repeating heads in another order would give: this rank's query heads get another key head."""
+    """What repeating heads in another order would give: this rank's query heads get another key
+    head."""
     weight = _layer(chunks, 1).self_attention.linear_qkv.weight.data
     head = chunks[0].config.kv_channels
     weight[-2 * head : -head] = weight[-2 * head : -head].flip(0)
@@ -403,7 +452,10 @@ def _failing(base: Path, error: type[Exception]) -> str:
         raise error("the disk went away")
 
     compare_layer.Reference = broken  # type: ignore[assignment]
-    with loaded(base, {"ep": 2}) as (chunks, groups), pytest.raises(Exception, match="went away") as caught:
+    with (
+        loaded(base, {"ep": 2}) as (chunks, groups),
+        pytest.raises(Exception, match="went away") as caught,
+    ):
         check_layers(chunks, groups, base, torch.float32)
     notes = getattr(caught.value, "__notes__", [])
     return f"{caught.type.__name__}: {caught.value} {notes}"
@@ -411,13 +463,20 @@ def _failing(base: Path, error: type[Exception]) -> str:
 
 def test_a_failure_of_the_first_rank_does_not_leave_the_others_waiting(tiny):
     first, second = run_ranks(_failing, 2, tiny, AssertionError)
-    assert first == "AssertionError: the disk went away ['train.check_base=off trains without this check']"
+    assert (
+        first
+        == "AssertionError: the disk went away ['train.check_base=off trains without this check']"
+    )
     assert second == "RuntimeError: AssertionError on the first rank: the disk went away []"
 
 
 def test_a_file_that_the_first_rank_cannot_read_is_a_line_on_all(tiny):
     lines = run_ranks(_failing, 2, tiny, OSError)
-    assert lines == ["ValueError: train.check_base: the base model cannot be read (the disk went away) []"] * 2
+    assert (
+        lines
+        == ["ValueError: train.check_base: the base model cannot be read (the disk went away) []"]
+        * 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -439,18 +498,26 @@ def test_a_config_that_transformers_does_not_take_is_a_line(tiny, tmp_path, fiel
     with pytest.raises(ValueError) as caught:
         Reference(folder, torch.float32)
     text = str(caught.value)
-    assert text.startswith(f"train.check_base: transformers makes no model from {folder}/config.json ({said}")
+    assert text.startswith(
+        f"train.check_base: transformers makes no model from {folder}/config.json ({said}"
+    )
     assert text.endswith("train.check_base=off trains all the same")
     assert "\n" not in text
 
 
 def _with_other_ends(base: Path) -> dict[str, str]:
-    """transformers' model does something to embeddings, or to logits, that ours does not: it is no layer and no weight."""
-    model, head = Qwen3MoeModel.forward, Qwen3MoeForCausalLM.forward
+    """transformers' model does something to embeddings, or to logits, that ours does not: it is no
+    layer and no weight."""
+    model = Qwen3MoeModel.forward
+    head = Qwen3MoeForCausalLM.forward
 
     def scaled(self: Any, input_ids: Any = None, inputs_embeds: Any = None, **others: Any) -> Any:
         return model(
-            self, inputs_embeds=self.embed_tokens(input_ids) * 9 if inputs_embeds is None else inputs_embeds, **others
+            self,
+            inputs_embeds=(
+                self.embed_tokens(input_ids) * 9 if inputs_embeds is None else inputs_embeds
+            ),
+            **others,
         )
 
     def capped(self: Any, *args: Any, **others: Any) -> Any:
@@ -470,16 +537,20 @@ def _with_other_ends(base: Path) -> dict[str, str]:
 
 def test_what_a_model_does_around_its_layers_is_compared(tiny):
     for name, line in run_ranks(_with_other_ends, 1, tiny)[0].items():
-        assert line.startswith(f"ValueError: train.check_base: {name}: differs from transformers' by"), line
+        assert line.startswith(
+            f"ValueError: train.check_base: {name}: differs from transformers' by"
+        ), line
 
 
-# ---- what it costs and leaves alone ----------------------------------------------------------------------------------
+# ---- what it costs and leaves alone --------------------------------------------------------------
 
 
 def _needed(base: Path) -> tuple[int, int, float]:
     """Experts gathered, experts that transformers got, largest gate of the second input."""
     seen: dict[str, Any] = {}
-    gather, load, drive = Loaded.layer, Reference.load_experts, records.driven
+    gather = Loaded.layer
+    load = Reference.load_experts
+    drive = records.driven
 
     def gathered(self: Any, number: int, experts: Any) -> Any:
         seen["ours"] = len(experts)
@@ -488,14 +559,19 @@ def _needed(base: Path) -> tuple[int, int, float]:
     def read(self: Any, number: int, chosen: Any) -> None:
         load(self, number, chosen)
         seen["theirs"] = self.experts.gate_up_proj.shape[0]
-        gates = torch.einsum("th,eih->tei", seen["driven"], self.experts.gate_up_proj.chunk(2, 1)[0])
+        gates = torch.einsum(
+            "th,eih->tei", seen["driven"], self.experts.gate_up_proj.chunk(2, 1)[0]
+        )
         seen["gate"] = gates.abs().max().item()
 
     def driven(h_TH: torch.Tensor) -> torch.Tensor:
         seen["driven"] = drive(h_TH)
         return seen["driven"]
 
-    Loaded.layer, Reference.load_experts, records.driven = gathered, read, driven  # type: ignore[assignment]
+    # type: ignore[assignment]
+    Loaded.layer = gathered
+    Reference.load_experts = read
+    records.driven = driven
     with loaded(base) as (chunks, groups):
         assert said(chunks, groups, base).startswith("base:")
     return seen["ours"], seen["theirs"], seen["gate"]
@@ -504,10 +580,10 @@ def _needed(base: Path) -> tuple[int, int, float]:
 def test_experts_that_do_not_fit_the_host_are_refused(tiny, monkeypatch):
     monkeypatch.setattr(compare_layer, "free_host_memory_bytes", lambda: 2**20)
     for line in run_ranks(_said_in, 2, tiny, {"ep": 2}, "float32"):
-        assert line == (
-            f"ValueError: train.check_base: layer 3 (MoE) of {tiny}: the 7 experts that the check's tokens need take 0.0 GiB "
-            "of host memory on the first rank, which has 0.0 GiB free. Free some, or train without the check: "
-            "train.check_base=off."
+        assert (
+            line == f"ValueError: train.check_base: layer 3 (MoE) of {tiny}: the 7 experts that the"
+            " check's tokens need take 0.0 GiB of host memory on the first rank, which has 0.0"
+            " GiB free. Free some, or train without the check: train.check_base=off."
         )
 
 
@@ -520,7 +596,8 @@ def test_only_experts_that_the_tokens_need_are_gathered_and_read(tmp_path):
 
 @pytest.mark.parametrize("model", ["tiny", "everything"])
 def test_float64_says_what_rounding_is(model, request):
-    """transformers in float32 against itself in float64: the tolerance is more than ten times that."""
+    """transformers in float32 against itself in float64: the tolerance is more than ten times
+    that."""
     from benchmarks.layer_check import rounding
 
     found = rounding(request.getfixturevalue(model), torch.float32)
@@ -532,15 +609,20 @@ def _measured(folder: Path) -> dict[str, Any]:
     from benchmarks import layer_check
 
     sizes = {
-        "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 32,
+        "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "moe_intermediate_size": 32,
         "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 128, "intermediate_size": 96,
     }  # fmt: skip
-    return layer_check.measure(layer_check.write_base(folder, {**layer_check.BASE, **sizes}), runs=2)
+    return layer_check.measure(
+        layer_check.write_base(folder, {**layer_check.BASE, **sizes}), runs=2
+    )
 
 
 def test_the_benchmark_measures_a_check_that_passes(tmp_path):
     record = run_ranks(_measured, 1, tmp_path)[0]
-    assert record["line"].startswith("base: layer 0 (MoE), embedding and head equal transformers' to ")
+    assert record["line"].startswith(
+        "base: layer 0 (MoE), embedding and head equal transformers' to "
+    )
     assert len(record["seconds"]) == len(record["cpu_seconds"]) == 2
     assert max(record["rounding_of_transformers"].values()) < records.TOLERANCE
 
@@ -550,7 +632,13 @@ def test_a_run_is_the_same_to_the_bit_with_and_without_the_check(everything, cha
     runs = {}
     for check in ("off", "loss"):  # loss makes both comparisons
         config: RunConfig = make_config(
-            everything, chats, tmp_path / check, {"tp": 2, "ep": 2}, lora=lora, steps=2, check_base=check
+            everything,
+            chats,
+            tmp_path / check,
+            {"tp": 2, "ep": 2},
+            lora=lora,
+            steps=2,
+            check_base=check,
         )
         run_ranks(train, 2, config)
         runs[check] = load_file(tmp_path / check / "step_000002" / "adapter_model.safetensors")
@@ -568,7 +656,9 @@ def test_a_rotary_table_may_differ_by_its_frequencies_rounding_alone():
     assert records.rotary_difference(angles, theirs.cos(), theirs.sin()) < 1
     scaled = positions[:, None] * torch.where(frequencies < 1e-4, frequencies / 4, frequencies)
     assert records.rotary_difference(angles, scaled.cos(), scaled.sin()) > 1000
-    assert records.rotary_difference(angles, 1.2 * angles.cos(), 1.2 * angles.sin()) < 1, "attention's factor"
+    assert records.rotary_difference(angles, 1.2 * angles.cos(), 1.2 * angles.sin()) < 1, (
+        "attention's factor"
+    )
 
 
 def test_a_number_that_is_none_is_no_agreement():

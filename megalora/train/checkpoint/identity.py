@@ -1,4 +1,5 @@
-"""What a run trains, by content: data and base model, the same on every node, and the same when it is resumed.
+"""What a run trains, by content: data and base model, the same on every node, and the same when it
+is resumed.
 
 One rank of each node reads; nodes must agree. Digests are kept in the run folder (``digests.py``).
 """
@@ -59,7 +60,8 @@ def identify(config: RunConfig, base: Path) -> Identity:
     Args:
         base: the folder of ``config.model.path``.
     Raises:
-        ValueError: on every rank, when something cannot be read on a node, or nodes have different files.
+        ValueError: on every rank, when something cannot be read on a node, or nodes have different
+            files.
     """
     kept = Path(config.checkpoint.dir) / KEPT
     digests = Digests.load(kept)
@@ -69,13 +71,16 @@ def identify(config: RunConfig, base: Path) -> Identity:
     identities = {rank: answer for rank, (answer, _) in enumerate(answers) if answer is not None}
     for rank, answer in identities.items():
         if isinstance(answer, str):
-            raise ValueError(answer if len(identities) == 1 else f"on the node of rank {rank}: {answer}")
+            raise ValueError(
+                answer if len(identities) == 1 else f"on the node of rank {rank}: {answer}"
+            )
     first = identities[min(identities)]
     for rank, other in identities.items():
         if parts := differing_parts(first.as_json(""), other.as_json("")):
             raise ValueError(
-                f"the nodes of ranks {min(identities)} and {rank} have different files for {' and '.join(parts)}. Copy the "
-                "same files to every node, or use a folder that all share."
+                f"the nodes of ranks {min(identities)} and {rank} have different files for"
+                f" {' and '.join(parts)}. Copy the same files to every node, or use a folder that"
+                " all share."
             )
     if dist.get_rank() == 0:
         for _, used in answers:
@@ -86,7 +91,12 @@ def identify(config: RunConfig, base: Path) -> Identity:
 
 def differing_parts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Options of a config whose content differs between two of ``Identity.as_json``."""
-    options = {"train": "data.train", "eval": "data.eval", "weights": "model.path", "config": "model.path"}
+    options = {
+        "train": "data.train",
+        "eval": "data.eval",
+        "weights": "model.path",
+        "config": "model.path",
+    }
     return list(dict.fromkeys(name for key, name in options.items() if before[key] != now[key]))
 
 
@@ -96,7 +106,8 @@ def _reads_for_its_node() -> bool:
 
 
 def _of_this_node(config: RunConfig, base: Path, digests: Digests) -> Identity | str:
-    """The identity, or why there is none: an error on one rank alone would leave the others waiting."""
+    """The identity, or why there is none: an error on one rank alone would leave the others
+    waiting."""
     data = config.data
     try:
         check_base_folder(base)

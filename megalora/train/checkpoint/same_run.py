@@ -13,17 +13,22 @@ from megalora.train.checkpoint.state import SavedState
 
 SAME_RUN = (
     "model.dtype", "data.format", "data.max_length", "data.seed", "train.global_batch_size",
-    "lora.rank", "lora.alpha", "lora.target_modules", "lora.exclude_modules", "lora.layers", "lora.rank_pattern",
+    "lora.rank", "lora.alpha", "lora.target_modules", "lora.exclude_modules", "lora.layers",
+    "lora.rank_pattern",
     "lora.alpha_pattern", "lora.expert_rank", "lora.use_rslora",
 )  # fmt: skip
-"""What decides the order of samples, and what is trained on what: it must not change in the middle of a run."""
+"""What decides the order of samples, and what is trained on what: it must not change in the middle
+of a run."""
 BY_CONTENT = ("model.path", "data.train", "data.eval")
 """What is compared by content; by name where a checkpoint has no digests."""
 _MISSING = object()
 
 
-def check_same_run(state: SavedState, config: RunConfig, identity: Identity, adapted: list[Adapted]) -> list[str]:
-    """Raise ``ValueError``, with what differs, unless the run that saved ``state`` is this one; returns lines for the user."""
+def check_same_run(
+    state: SavedState, config: RunConfig, identity: Identity, adapted: list[Adapted]
+) -> list[str]:
+    """Raise ``ValueError``, with what differs, unless the run that saved ``state`` is this one;
+    returns lines for the user."""
     if state.imported_from is not None:
         _check_import(state, config, identity, adapted)
         return []
@@ -31,8 +36,8 @@ def check_same_run(state: SavedState, config: RunConfig, identity: Identity, ada
     if state.identity is None:
         _check_names(state, config)
         return [
-            f"{state.folder} has no digests of its data and base (an earlier version saved it): they are compared by name, not "
-            "by content"
+            f"{state.folder} has no digests of its data and base (an earlier version saved it):"
+            " they are compared by name, not by content"
         ]
     _check_content(state, state.identity, config, identity)
     return []
@@ -44,14 +49,15 @@ def check_same_samples(state: SavedState, config: RunConfig, samples: Samples) -
         return
     if state.num_samples != samples.count:
         raise ValueError(
-            f"{state.folder} was trained on {state.num_samples:,} samples of {config.data.train}, which now has "
-            f"{samples.count:,}: samples would be repeated or skipped. Restore the data, or start a new run in another "
-            "checkpoint.dir."
+            f"{state.folder} was trained on {state.num_samples:,} samples of {config.data.train},"
+            f" which now has {samples.count:,}: samples would be repeated or skipped. Restore the"
+            " data, or start a new run in another checkpoint.dir."
         )
     if state.identity is not None and state.identity["samples"] != samples.digest:
         raise ValueError(
-            f"{state.folder} was trained on other tokens: the data's files are the same, but the tokenizer, the chat template "
-            "or megalora itself now makes other samples of them. Restore it, or start a new run in another checkpoint.dir."
+            f"{state.folder} was trained on other tokens: the data's files are the same, but the"
+            " tokenizer, the chat template or megalora itself now makes other samples of them."
+            " Restore it, or start a new run in another checkpoint.dir."
         )
 
 
@@ -64,7 +70,9 @@ def _check_options(state: SavedState, config: RunConfig) -> None:
     now = asdict(config)
     options: list[str] = [*SAME_RUN]
     # A number of samples to hold out; a source is compared by content.
-    if not (isinstance(config.data.eval, str) and isinstance(_value(state.config, "data.eval"), str)):
+    if not (
+        isinstance(config.data.eval, str) and isinstance(_value(state.config, "data.eval"), str)
+    ):
         options.append("data.eval")
     for option in options:
         before = _value(state.config, option)
@@ -76,8 +84,8 @@ def _check_options(state: SavedState, config: RunConfig) -> None:
 
 def _other_value(state: SavedState, option: str, before: Any, now: Any) -> ValueError:
     return ValueError(
-        f"{state.folder} was trained with {option}={before}, this run has {now}. Use the same value, or start a new run in "
-        "another checkpoint.dir."
+        f"{state.folder} was trained with {option}={before}, this run has {now}. Use the same"
+        " value, or start a new run in another checkpoint.dir."
     )
 
 
@@ -86,50 +94,65 @@ def _check_names(state: SavedState, config: RunConfig) -> None:
     for option in BY_CONTENT:
         before = _value(state.config, option)
         after = _value(now, option)
-        if before != after and not (isinstance(before, str) and isinstance(after, str) and _same_place(before, after)):
+        if before != after and not (
+            isinstance(before, str) and isinstance(after, str) and _same_place(before, after)
+        ):
             raise _other_value(state, option, before, after)
 
 
-def _check_content(state: SavedState, before: dict[str, Any], config: RunConfig, now: Identity) -> None:
+def _check_content(
+    state: SavedState, before: dict[str, Any], config: RunConfig, now: Identity
+) -> None:
     sources = {"data.train": (before["train"], now.train), "data.eval": (before["eval"], now.eval)}
     for option, (old, new) in sources.items():
         if old != new:
             named = _value(asdict(config), option)
             raise ValueError(
-                f"{state.folder} was trained with other data: the content of {option}={named} is not that of "
-                f"{_value(state.config, option)} when it was saved. Restore it, or start a new run in another checkpoint.dir."
+                f"{state.folder} was trained with other data: the content of {option}={named} is"
+                f" not that of {_value(state.config, option)} when it was saved. Restore it, or"
+                " start a new run in another checkpoint.dir."
             )
     if what := _other_base(before, now):
         raise ValueError(
-            f"{state.folder} was trained on another base: {what} in model.path={config.model.path} (then "
-            f"{_value(state.config, 'model.path')}). Restore it, or start a new run in another checkpoint.dir."
+            f"{state.folder} was trained on another base: {what} in model.path={config.model.path}"
+            f" (then {_value(state.config, 'model.path')}). Restore it, or start a new run in"
+            " another checkpoint.dir."
         )
 
 
 def _other_base(before: dict[str, Any], now: Identity) -> str:
     """What of the base has changed, in words; empty where nothing has."""
-    old, new = before["config"], now.config
+    old = before["config"]
+    new = now.config
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            return f"config.json had {key}={old.get(key, 'nothing')}, now {new.get(key, 'nothing')},"
+            return (
+                f"config.json had {key}={old.get(key, 'nothing')}, now {new.get(key, 'nothing')},"
+            )
     return "the weights have changed" if before["weights"] != now.weights else ""
 
 
-def _check_import(state: SavedState, config: RunConfig, identity: Identity, adapted: list[Adapted]) -> None:
+def _check_import(
+    state: SavedState, config: RunConfig, identity: Identity, adapted: list[Adapted]
+) -> None:
     """An import knows its base and what it adapts; all else may be chosen."""
     if state.identity is not None:
-        what = _other_base({**state.identity, "weights": state.identity["weights"] or identity.weights}, identity)
+        what = _other_base(
+            {**state.identity, "weights": state.identity["weights"] or identity.weights}, identity
+        )
     else:
         what = "" if _same_place(state.base, config.model.path) else "the name"
     if what:
         raise ValueError(
-            f"{state.folder} was imported for the base {state.base}, this run has model.path={config.model.path}, which is "
-            f"another ({what} differs). Import it for this one"
+            f"{state.folder} was imported for the base {state.base}, this run has"
+            f" model.path={config.model.path}, which is another ({what} differs). Import it for"
+            " this one"
         )
     if apart := differing(settings(adapted), state.adapted):
         raise ValueError(
-            f"{state.folder} holds other adapters than this config's lora section describes: {len(apart)} modules differ in "
-            f"presence, rank or scale, such as {apart[0]}. Use the section in {state.folder / LORA_SECTION}"
+            f"{state.folder} holds other adapters than this config's lora section describes:"
+            f" {len(apart)} modules differ in presence, rank or scale, such as {apart[0]}. Use the"
+            f" section in {state.folder / LORA_SECTION}"
         )
 
 

@@ -23,21 +23,28 @@ from megalora.train.setup import AdaptedModel
 
 
 def save_checkpoint(
-    step: int, samples: Samples, identity: Identity, config: RunConfig, model: AdaptedModel, optimizer: Any,
+    step: int, samples: Samples, identity: Identity, config: RunConfig, model: AdaptedModel,
+    optimizer: Any,
     probe: dict[str, Any],
 ) -> Path:  # fmt: skip
-    """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves earlier ones whole.
+    """Write ``step_N`` into the run folder and point ``latest`` at it; collective. A failure leaves
+    earlier ones whole.
 
     Args:
         samples, identity: what is trained on what, which must be the same when the run is resumed.
         probe: log-probabilities of the adapter as it is, for servers (``probe.py``).
     """
-    parameters, pieces, groups = model.parameters, model.pieces, model.groups
+    parameters = model.parameters
+    pieces = model.pieces
+    groups = model.groups
     weights = gather_tensors(pieces, {p: p.data for p in parameters}, groups)
     state: dict[str, Tensor] = {}
     for key in STATE_KEYS:  # one at a time: each is as large as the adapters in float32
         values = optimizer_state(optimizer, key, parameters, groups)
-        state |= {f"{key}.{name}": tensor for name, tensor in (gather_tensors(pieces, values, groups) or {}).items()}
+        state |= {
+            f"{key}.{name}": tensor
+            for name, tensor in (gather_tensors(pieces, values, groups) or {}).items()
+        }
     generators: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(generators, {name: t.cpu() for name, t in host.rng_state().items()})
 
@@ -47,10 +54,15 @@ def save_checkpoint(
         (folder / PROBE).write_text(json.dumps(probe) + "\n")
         (folder / STATE).mkdir()
         save_file(state, folder / OPTIMIZER)
-        rng = {f"{rank}.{name}": t for rank, states in enumerate(generators) for name, t in states.items()}
+        rng = {
+            f"{rank}.{name}": t
+            for rank, states in enumerate(generators)
+            for name, t in states.items()
+        }
         save_file(rng, folder / RNG)
         summary = {
-            "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(), "saved_at": time.time(),
+            "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(),
+            "saved_at": time.time(),
             "identity": identity.as_json(samples.digest), "config": asdict(config),
         }  # fmt: skip
         (folder / STATE_JSON).write_text(json.dumps(summary, indent=1) + "\n")
@@ -58,7 +70,8 @@ def save_checkpoint(
     run = Path(config.checkpoint.dir)
     target = run / checkpoint_name(step)
     on_first_rank(
-        lambda: write_atomically(target, write), f"could not save {target.name}; earlier checkpoints are whole"
+        lambda: write_atomically(target, write),
+        f"could not save {target.name}; earlier checkpoints are whole",
     )
     on_first_rank(
         lambda: _forget_old(target, config.checkpoint.keep),
@@ -68,7 +81,8 @@ def save_checkpoint(
 
 
 def _forget_old(newest: Path, keep: int) -> None:
-    """Remove all but the ``keep`` latest checkpoints up to ``newest``; later ones, of an earlier run, are not ours to judge."""
+    """Remove all but the ``keep`` latest checkpoints up to ``newest``; later ones, of an earlier
+    run, are not ours to judge."""
     if keep:
         there = checkpoints(newest.parent)
         for folder in there[: there.index(newest) + 1][:-keep]:

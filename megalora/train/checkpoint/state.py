@@ -24,7 +24,8 @@ class SavedState:
     saved_at: float = 0.0
     """Seconds since 1970; 0 where the checkpoint was saved before this was written down."""
     identity: Json | None = None
-    """Digests of data and base (``identity.py``); None where the checkpoint was saved before there were any."""
+    """Digests of data and base (``identity.py``); None where the checkpoint was saved before there
+    were any."""
     imported_from: str | None = None
     base: str = ""
     """Of an imported adapter: the name or folder of the base it was imported for."""
@@ -33,7 +34,8 @@ class SavedState:
 
 
 def read_state(folder: Path) -> SavedState:
-    """Raises ``ValueError``, with the file and the key, for anything that no save or import has written."""
+    """Raises ``ValueError``, with the file and the key, for anything that no save or import has
+    written."""
     path = folder / STATE_JSON
     if not path.is_file():
         raise ValueError(f"it has no {STATE_JSON}")
@@ -78,7 +80,9 @@ def _count(path: Path, state: Json, key: str) -> int:
 
 def _number(path: Path, state: Json, key: str) -> float:
     value = state.get(key, 0.0)
-    _require(type(value) in (int, float) and 0 <= value < 2**53, path, key, "a time in seconds", value)
+    _require(
+        type(value) in (int, float) and 0 <= value < 2**53, path, key, "a time in seconds", value
+    )
     return float(value)
 
 
@@ -105,7 +109,9 @@ def _identity(path: Path, state: Json) -> Json | None:
     _require(isinstance(identity, dict), path, "identity", "an object", identity)
     for key in ("train", "eval", "samples", "weights"):
         value = identity.get(key)
-        _require(value is None or isinstance(value, str), path, f"identity.{key}", "a digest", value)
+        _require(
+            value is None or isinstance(value, str), path, f"identity.{key}", "a digest", value
+        )
     config = identity.get("config")
     _require(isinstance(config, dict), path, "identity.config", "the base's config.json", config)
     return identity

@@ -1,4 +1,5 @@
-"""Where to resume from: the checkpoint that ``latest`` names, else the newest whole one; never a fresh start beside checkpoints."""
+"""Where to resume from: the checkpoint that ``latest`` names, else the newest whole one; never a
+fresh start beside checkpoints."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +26,18 @@ def find_checkpoint(config: RunConfig, restarted: bool = False) -> Found:
     """Where to resume from. The first rank decides for all: file systems may be slow to agree.
 
     Args:
-        restarted: this very job has written to the run folder before (torchrun has started its ranks again), so the
-            folder's checkpoints are its own and it goes on from the newest, whatever ``checkpoint.resume`` says.
+        restarted: this very job has written to the run folder before (torchrun has started its
+            ranks again), so the
+            folder's checkpoints are its own and it goes on from the newest, whatever
+            ``checkpoint.resume`` says.
     Raises:
-        ValueError: on every rank, for what is not a checkpoint, and rather than mix two runs in one folder.
+        ValueError: on every rank, for what is not a checkpoint, and rather than mix two runs in one
+            folder.
     """
     run = Path(config.checkpoint.dir)
-    return on_first_rank(lambda: _find(config, run, restarted), f"could not look for a checkpoint in {run}")
+    return on_first_rank(
+        lambda: _find(config, run, restarted), f"could not look for a checkpoint in {run}"
+    )
 
 
 def _find(config: RunConfig, run: Path, restarted: bool) -> Found:
@@ -40,25 +46,31 @@ def _find(config: RunConfig, run: Path, restarted: bool) -> Found:
     if restarted and there:
         found = _newest(run, there)
         assert found.state is not None
-        return Found(found.state, [f"the ranks were started again; going on from {found.state.folder}", *found.notes])
+        return Found(
+            found.state,
+            [f"the ranks were started again; going on from {found.state.folder}", *found.notes],
+        )
     if resume is True:
         return _newest(run, there)
     state = read_whole(Path(str(resume)), f"checkpoint.resume={resume}") if resume else None
     if there and (state is None or state.folder.resolve().parent != run.resolve()):
         raise ValueError(
-            f"checkpoint.dir={run} already holds {there[-1].name}. Set checkpoint.resume=true to continue that run, or "
-            "choose another checkpoint.dir."
+            f"checkpoint.dir={run} already holds {there[-1].name}. Set checkpoint.resume=true to"
+            " continue that run, or choose another checkpoint.dir."
         )
     return Found(state, _roll_back(run, there, state) if state else [])
 
 
 def _roll_back(run: Path, there: list[Path], state: SavedState) -> list[str]:
-    """Let ``latest`` name a checkpoint of the run's own that it goes back to: what comes after it is left behind."""
+    """Let ``latest`` name a checkpoint of the run's own that it goes back to: what comes after it
+    is left behind."""
     own = [folder for folder in there if folder.resolve() == state.folder.resolve()]
     if not own or own[0] == there[-1]:
         return []
     point_latest_at(own[0])
-    return [f"going back to {own[0].name}: later checkpoints stay until their steps are saved again"]
+    return [
+        f"going back to {own[0].name}: later checkpoints stay until their steps are saved again"
+    ]
 
 
 def _newest(run: Path, there: list[Path]) -> Found:
@@ -69,9 +81,12 @@ def _newest(run: Path, there: list[Path]) -> Found:
             return Found(read_whole(named, f"{run / LATEST} names {named}, which"))
         reason = f"{run} has checkpoints but no {LATEST}"
     except ValueError as error:
-        named, reason = None, str(error)
+        named = None
+        reason = str(error)
         if not there:
-            raise ValueError(f"{reason}. No other checkpoint is there; remove {run / LATEST} to start anew") from None
+            raise ValueError(
+                f"{reason}. No other checkpoint is there; remove {run / LATEST} to start anew"
+            ) from None
     if not there:
         return Found(None)
     whole: list[SavedState] = []
@@ -83,12 +98,14 @@ def _newest(run: Path, there: list[Path]) -> Found:
             faults.append(str(error))
     if not whole:
         raise ValueError(
-            f"{reason}, and none of its {len(there)} checkpoints is whole ({'; '.join(faults[:3])}). "
-            "Restore one, or choose another checkpoint.dir."
+            f"{reason}, and none of its {len(there)} checkpoints is whole"
+            f" ({'; '.join(faults[:3])}). Restore one, or choose another checkpoint.dir."
         )
     # By the time of saving: after a roll-back, folders with larger numbers may be older.
     newest = max(whole, key=lambda state: (state.saved_at, state.step))
-    return Found(newest, [f"{reason}; going on from {newest.folder.name}, the newest whole checkpoint"])
+    return Found(
+        newest, [f"{reason}; going on from {newest.folder.name}, the newest whole checkpoint"]
+    )
 
 
 def read_whole(folder: Path, what: str) -> SavedState:
@@ -115,7 +132,8 @@ def read_whole(folder: Path, what: str) -> SavedState:
 
 def _check_whole(path: Path, what: str) -> None:
     try:
-        with safe_open(str(path), framework="pt"):  # compares the header's offsets with the file's length
+        # compares the header's offsets with the file's length
+        with safe_open(str(path), framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{what} is not a whole checkpoint: {path} is damaged ({error})") from None

@@ -9,7 +9,8 @@ A save changes the run folder in this order, and forces each step to disk before
 4. ``latest`` is replaced by a file that names ``step_N``.
 5. ``.step_N.old`` is removed.
 
-``recover`` undoes what a killed save has left; the run's lock must be held (``train/run_folder.py``).
+``recover`` undoes what a killed save has left; the run's lock must be held
+(``train/run_folder.py``).
 """
 
 import re
@@ -53,7 +54,9 @@ def read_latest(run: Path) -> Path | None:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     name = content.decode("ascii", errors="replace").strip()
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{path} holds {name[:40]!r}, which is not the name of a checkpoint such as step_000050")
+        raise ValueError(
+            f"{path} holds {name[:40]!r}, which is not the name of a checkpoint such as step_000050"
+        )
     return run / name
 
 
@@ -100,7 +103,8 @@ def remove(folder: Path) -> None:
 
 
 def recover(run: Path) -> None:
-    """Remove what killed saves have left in a run folder that nobody else writes to; put back what one had put aside."""
+    """Remove what killed saves have left in a run folder that nobody else writes to; put back what
+    one had put aside."""
     for path in sorted(run.iterdir()):
         match = _LEFT_OVER.fullmatch(path.name)
         if match and match[2] == "old" and not (run / match[1]).exists():
@@ -117,7 +121,8 @@ def _make_run_folder(run: Path) -> None:
 
 
 def _put_aside(target: Path, old: Path) -> None:
-    """Rename a checkpoint that is about to be replaced; ``latest`` must not name it meanwhile if there is an earlier one."""
+    """Rename a checkpoint that is about to be replaced; ``latest`` must not name it meanwhile if
+    there is an earlier one."""
     run = target.parent
     try:
         named = read_latest(run)

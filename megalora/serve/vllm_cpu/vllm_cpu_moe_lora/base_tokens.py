@@ -1,8 +1,10 @@
-"""Tokens of the base model get no adapter. On its CPU build vLLM 0.32 gives them the one in the last slot (vLLM pull request 48421).
+"""Tokens of the base model get no adapter. On its CPU build vLLM 0.32 gives them the one in the
+last slot (vLLM pull request 48421).
 
-A token's slot is -1 where its request names no adapter. The torch operators index the stacked weights with it, and -1 is the last: a base
-request in one batch with an adapter's is answered by another model, off by 0.6 to 1 in log-probability in our tests.
-Triton's operators leave such tokens out, as these do from here on.
+A token's slot is -1 where its request names no adapter. The torch operators index the stacked
+weights with it, and -1 is the last: a base request in one batch with an adapter's is answered by
+another model, off by 0.6 to 1 in log-probability in our tests. Triton's operators leave such tokens
+out, as these do from here on.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ def install() -> None:
 
     for name in OPERATORS:
         careful = leaving_out_base_tokens(getattr(lora_ops, name))
-        for module in (lora_ops, torch_ops, punica_cpu):  # the latter two have names of their own for it
+        # the latter two have names of their own for it
+        for module in (lora_ops, torch_ops, punica_cpu):
             setattr(module, name, careful)
 
 
 def leaving_out_base_tokens(operator):
-    """``operator(inputs, weights, output, slots, ...)`` on the rows whose slot is not negative; ``output``'s others stay."""
+    """``operator(inputs, weights, output, slots, ...)`` on the rows whose slot is not negative;
+    ``output``'s others stay."""
 
     @functools.wraps(operator)
     def careful(inputs, weights, output, slots, *args, **kwargs) -> None:
@@ -38,6 +42,8 @@ def leaving_out_base_tokens(operator):
             operator(inputs[rows], weights, part, slots[rows], *args, **kwargs)
             output[rows] = part
         elif slots.numel() > 1:
-            raise RuntimeError(f"{inputs.shape[0]} tokens, but vLLM named adapters for {slots.numel()}")
+            raise RuntimeError(
+                f"{inputs.shape[0]} tokens, but vLLM named adapters for {slots.numel()}"
+            )
 
     return careful

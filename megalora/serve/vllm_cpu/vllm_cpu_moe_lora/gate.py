@@ -1,9 +1,10 @@
 """Router adapters that take effect. vLLM 0.32 loads them, and routes by the bare gate.
 
-A MoE block's gate is reachable by two names: ``mlp.gate`` and, because ``MoERunner`` computes the logits itself,
-``mlp.experts.gate``. ``LoRAModelManager._create_lora_modules`` wraps the first, and means to put the wrapper under the second
-too; but by then ``mlp.experts`` is ``FusedMoEWithLoRA``, so the wrapper lands beside the runner instead of in it. Nothing in this
-depends on the platform: on GPUs the runner calls ``self.gate`` from the same method, inside one opaque operator.
+A MoE block's gate is reachable by two names: ``mlp.gate`` and, because ``MoERunner`` computes the
+logits itself, ``mlp.experts.gate``. ``LoRAModelManager._create_lora_modules`` wraps the first, and
+means to put the wrapper under the second too; but by then ``mlp.experts`` is ``FusedMoEWithLoRA``,
+so the wrapper lands beside the runner instead of in it. Nothing in this depends on the platform: on
+GPUs the runner calls ``self.gate`` from the same method, inside one opaque operator.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def rewire_gates(model) -> int:
     """Put each wrapped gate into the runner that uses it; returns how many there were.
 
     Raises:
-        NotImplementedError: the runner multiplies by the gate's weights itself (shared expert's gate fused in), so an
+        NotImplementedError: the runner multiplies by the gate's weights itself (shared expert's
+            gate fused in), so an
             adapter could not reach it.
     """
     from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
@@ -37,8 +39,9 @@ def rewire_gates(model) -> int:
             continue
         if module.base_layer._fse_fuse_gate:
             raise NotImplementedError(
-                f"{name}: vLLM fuses this model's router with the shared expert's gate, which leaves no place for a router "
-                "adapter; name the modules to adapt without 'gate' in --lora-target-modules"
+                f"{name}: vLLM fuses this model's router with the shared expert's gate, which"
+                " leaves no place for a router adapter; name the modules to adapt without 'gate'"
+                " in --lora-target-modules"
             )
         module.base_layer.gate = gate
         count += 1

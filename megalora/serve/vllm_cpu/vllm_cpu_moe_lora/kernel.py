@@ -1,4 +1,5 @@
-"""``experts.py`` behind vLLM's interface, and in the place where vLLM looks for Triton's. Importing this imports much of vLLM."""
+"""``experts.py`` behind vLLM's interface, and in the place where vLLM looks for Triton's. Importing
+this imports much of vLLM."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from vllm_cpu_moe_lora.experts import Factors, apply_experts
 
 
 class TorchLoRAExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
-    """Tensor parallel works as in vLLM's own: its slots hold this rank's rows of B1 and columns of A2."""
+    """Tensor parallel works as in vLLM's own: its slots hold this rank's rows of B1 and columns of
+    A2."""
 
     expects_unquantized_inputs = True
 
@@ -51,13 +53,16 @@ class TorchLoRAExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
     def set_lora_context(self, ctx) -> None:
         if ctx.fully_sharded or ctx.enable_moe_shared_loras:
             raise NotImplementedError(
-                "fully_sharded_loras and enable_moe_shared_loras are not supported on vLLM's CPU build; leave both out"
+                "fully_sharded_loras and enable_moe_shared_loras are not supported on vLLM's CPU"
+                " build; leave both out"
             )
         super().set_lora_context(ctx)
 
     def apply(
-        self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map,
-        a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta, apply_router_weight_on_input,
+        self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts,
+        expert_map,
+        a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta,
+        apply_router_weight_on_input,
     ) -> None:  # fmt: skip
         unsupported = {
             f"activation {activation}": activation != MoEActivation.SILU,
@@ -78,16 +83,25 @@ def _slots_and_factors(ctx, experts_TK: Tensor) -> tuple[Tensor, Factors]:
     if ctx is None:
         return torch.full((num_tokens,), -1), Factors((), (), (), ())
     slots_T = ctx.punica_wrapper.token_lora_indices
-    if slots_T.numel() < num_tokens:  # to leave adapters out here would be a wrong answer nobody notices
-        raise RuntimeError(f"{num_tokens} tokens, but vLLM named adapters for {slots_T.numel()} of them only")
-    factors = Factors(ctx.w13_lora_a_stacked, ctx.w13_lora_b_stacked, ctx.w2_lora_a_stacked, ctx.w2_lora_b_stacked)
+    # to leave adapters out here would be a wrong answer nobody notices
+    if slots_T.numel() < num_tokens:
+        raise RuntimeError(
+            f"{num_tokens} tokens, but vLLM named adapters for {slots_T.numel()} of them only"
+        )
+    factors = Factors(
+        ctx.w13_lora_a_stacked, ctx.w13_lora_b_stacked, ctx.w2_lora_a_stacked, ctx.w2_lora_b_stacked
+    )
     return slots_T[:num_tokens], factors
 
 
 def install() -> None:
     """With LoRA on, Triton's is vLLM's only choice for unquantized experts.
 
-    ``select_unquantized_moe_backend`` looks the class up through ``backend_to_kernel_cls`` of its own module.
+    ``select_unquantized_moe_backend`` looks the class up through ``backend_to_kernel_cls`` of its
+    own module.
     """
-    triton, others = unquantized.UnquantizedMoeBackend.TRITON, unquantized.backend_to_kernel_cls
-    unquantized.backend_to_kernel_cls = lambda backend: [TorchLoRAExperts] if backend == triton else others(backend)
+    triton = unquantized.UnquantizedMoeBackend.TRITON
+    others = unquantized.backend_to_kernel_cls
+    unquantized.backend_to_kernel_cls = lambda backend: (
+        [TorchLoRAExperts] if backend == triton else others(backend)
+    )
