@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megalora_kernels import Adapter, Joined, expert_mlp, permute, unpermute
+from megalora_kernels import AugmentedWeight, ExpertFactors, expert_mlp, permute, unpermute
 from torch import Tensor
 
 from benchmarks.expert_case import SCALE, Case, Tensors
@@ -21,7 +21,7 @@ from benchmarks.quack_gemm import OWN_CHOICE, WIDE, with_quack
 Kind = Literal["ours", "base", "theirs", "bound"]
 Build = Callable[[], "Arm"]
 """Makes an arm, or raises where it cannot run here; the others go on."""
-Weights = tuple[Tensor | Joined, Tensor | Joined]
+Weights = tuple[Tensor | AugmentedWeight, Tensor | AugmentedWeight]
 Linear = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(x [M, K], w [E, N, K], a [E, R, K], b [E, N, R], offsets [E]) to [M, N]."""
 grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -77,8 +77,8 @@ def ours(case: Case, backend: str | None, weights: Weights) -> Arm:
     v = case.leaves
 
     def forward() -> Tensor:
-        gate_up = Adapter(v["a1"], (v["b1"],), (SCALE,))
-        down = Adapter(v["a2"], (v["b2"],), (SCALE,))
+        gate_up = ExpertFactors(v["a1"], (v["b1"],), (SCALE,))
+        down = ExpertFactors(v["a2"], (v["b2"],), (SCALE,))
         return expert_mlp(
             v["x"], *weights, v["p"], case.routing, gate_up=gate_up, down=down, backend=backend
         )  # fmt: skip
@@ -106,8 +106,8 @@ def ours_separate(case: Case, backend: str | None, weights: Weights) -> Arm:
     }
 
     def forward() -> Tensor:
-        gate_up = Adapter(both, (gate, up), (SCALE, SCALE))
-        down = Adapter(v["a2"], (v["b2"],), (SCALE,))
+        gate_up = ExpertFactors(both, (gate, up), (SCALE, SCALE))
+        down = ExpertFactors(v["a2"], (v["b2"],), (SCALE,))
         return expert_mlp(
             v["x"], *weights, v["p"], case.routing, gate_up=gate_up, down=down, backend=backend
         )  # fmt: skip
@@ -122,13 +122,15 @@ def ours_separate(case: Case, backend: str | None, weights: Weights) -> Arm:
     )
 
 
-def room_bytes(*weights: Tensor | Joined) -> int:
-    rooms = [w.buffer.numel() - w.weight.numel() for w in weights if isinstance(w, Joined)]
-    return sum(rooms) * (weights[0].buffer.element_size() if isinstance(weights[0], Joined) else 0)
+def room_bytes(*weights: Tensor | AugmentedWeight) -> int:
+    rooms = [w.buffer.numel() - w.weight.numel() for w in weights if isinstance(w, AugmentedWeight)]
+    return sum(rooms) * (
+        weights[0].buffer.element_size() if isinstance(weights[0], AugmentedWeight) else 0
+    )
 
 
 def our_arms(case: Case) -> dict[str, Build]:
-    """Ours by name, and the bases. Joined weights are made once for all that want them."""
+    """Ours by name, and the bases. AugmentedWeight weights are made once for all that want them."""
     plain = (case.w1, case.w2)
     rank = case.spec.rank
     joined = cache(case.joined)

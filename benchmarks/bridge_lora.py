@@ -1,7 +1,7 @@
 """Megatron-Bridge's own LoRA, also on machines without Transformer Engine.
 
 Bridge's layer file imports Transformer Engine without a guard, for one class (a fusion) of four.
-megalora never needs that file and puts stand-ins in its place (``megalora/bridge/base.py``); here
+megalora never needs that file and puts stand-ins in its place (``megalora/model/hf_weights.py``); here
 the file itself is loaded.
 """
 
@@ -22,7 +22,7 @@ def bridge_lora() -> Any:
     Raises:
         ModuleNotFoundError: Megatron-Bridge is not installed.
     """
-    import megalora.bridge.base  # noqa: F401  makes Bridge importable on this machine
+    import megalora.model.hf_weights  # noqa: F401  makes Bridge importable on this machine
 
     lora = importlib.import_module("megatron.bridge.peft.lora")
     if importlib.util.find_spec("transformer_engine") is None:

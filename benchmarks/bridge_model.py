@@ -19,10 +19,16 @@ from torch import Tensor, nn
 from benchmarks.arms import grouped_mm
 from benchmarks.train_arms import Setup
 from benchmarks.train_megalora import model_config
-from megalora.bridge.base import AutoMapping, Qwen3MoEBridge, load_named, open_architecture, quiet
 from megalora.config import ParallelConfig
 from megalora.model.backend import TorchBackend, block_spec
 from megalora.model.build import configure
+from megalora.model.hf_weights import (
+    AutoMapping,
+    Qwen3MoEBridge,
+    load_named,
+    open_architecture,
+    quiet,
+)
 from megalora.model.shape import model_shape
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from megalora_kernels import Joined, Routing, regroup, route
+from megalora_kernels import AugmentedWeight, Routing, regroup, route
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -153,10 +153,10 @@ class Case:
     H, R]``."""
     dout: Tensor
 
-    def joined(self, rank1: int) -> tuple[Joined, Joined]:
+    def joined(self, rank1: int) -> tuple[AugmentedWeight, AugmentedWeight]:
         """The weights again, with room for adapters of rank ``rank1`` on gate_up and of this case's
         on down."""
-        return Joined(self.w1, rank1), Joined(self.w2, self.spec.rank)
+        return AugmentedWeight(self.w1, rank1), AugmentedWeight(self.w2, self.spec.rank)
 
     @cached_property
     def expert_of_slot(self) -> Tensor:

@@ -56,9 +56,10 @@ def measure(folder: Path, runs: int) -> dict[str, Any]:
     """Load the base on one rank and check it ``runs`` times: seconds, the line it says, and
     transformers' own rounding."""
     from megalora.config import ModelConfig, ParallelConfig
+    from megalora.hf.json_file import read_hf_config
     from megalora.model.build import build_model
-    from megalora.model.shape import model_shape, read_hf_config
-    from megalora.train.setup import parallel_groups
+    from megalora.model.shape import model_shape
+    from megalora.parallel import parallel_groups
     from megalora.verify.layer import check_layers
 
     parallel = ParallelConfig()

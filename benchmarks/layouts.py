@@ -19,9 +19,9 @@ from benchmarks.gpu_timing import Budget, earlier, save, table, the_gpu
 from benchmarks.model_plan import error_percent, machine_of
 from megalora import host
 from megalora.bench.command import predicted
-from megalora.bench.rows import Options, Row
+from megalora.bench.rows import BenchOptions, Row
 from megalora.bench.runs import parse_layout, run_layouts
-from megalora.config_file import load_config
+from megalora.config.file import load_config
 from megalora.planner.gpus import read_machine
 from megalora.planner.hardware import Machine
 
@@ -39,19 +39,19 @@ class Plan:
     config: Path
     overrides: tuple[str, ...]
     layouts: tuple[str, ...]
-    options: Options
+    options: BenchOptions
 
 
 GPU = Plan(
     ROOT / "configs/sft/qwen3_30b_a3b_1xh100_4k.yaml", ("train.global_batch_size=4",),
     ("recompute=full", "recompute=selective,micro=2"),  # the second does not fit 80 GB
-    Options(steps=3, warmup=2, weights="random"),
+    BenchOptions(steps=3, warmup=2, weights="random"),
 )  # fmt: skip
 DRY = Plan(
     ROOT / "configs/bench/cpu.yaml",
     (f"model.path={ROOT}/configs/bench/small_moe.yaml", "data.max_length=33",
      "train.global_batch_size=1"),
-    ("micro=1",), Options(steps=1, warmup=2, weights="random"),
+    ("micro=1",), BenchOptions(steps=1, warmup=2, weights="random"),
 )  # fmt: skip
 
 

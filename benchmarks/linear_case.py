@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from megalora_kernels import Joined, grouped_lora
+from megalora_kernels import AugmentedWeight, grouped_lora
 from torch import Tensor
 
 from benchmarks.arms import (
@@ -120,7 +120,7 @@ def linear_reference(case: LinearCase, adapters: bool) -> Tensors:
     return want if adapters else {name: want[name] for name in ("x", "out")}
 
 
-def ours_linear(case: LinearCase, backend: str | None, weight: Tensor | Joined) -> Arm:
+def ours_linear(case: LinearCase, backend: str | None, weight: Tensor | AugmentedWeight) -> Arm:
     v = case.leaves
 
     def forward() -> Tensor:
@@ -162,7 +162,7 @@ def dense_linear(case: LinearCase) -> Arm:
 
 
 def our_linear_arms(case: LinearCase) -> dict[str, Build]:
-    joined = cache(lambda: Joined(case.w, case.spec.rank))
+    joined = cache(lambda: AugmentedWeight(case.w, case.spec.rank))
     bases = {
         f"base {backend}": partial(linear_base, case, backend)
         for backend in ("triton", "grouped_mm", "loop")
@@ -177,7 +177,7 @@ def our_linear_arms(case: LinearCase) -> dict[str, Build]:
 
 
 def their_linear_arms(case: LinearCase) -> dict[str, Build]:
-    joined = cache(lambda: Joined(case.w, case.spec.rank))
+    joined = cache(lambda: AugmentedWeight(case.w, case.spec.rank))
     return {
         "dense bound": lambda: dense_linear(case),
         "base eager": lambda: theirs_linear(case, base_linear, gives="base"),

@@ -8,7 +8,7 @@ from megalora.config import LoRAConfig, ParallelConfig
 from megalora.model.shape import model_shape
 from megalora.planner.gpus import GPUS
 from megalora.planner.hardware import Machine
-from megalora.planner.layouts import Layout, Workload
+from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import CONTEXT
 from megalora.planner.search import evaluate
 from megalora.planner.weights import PlannedModel
@@ -30,7 +30,7 @@ def planned(setup: Setup, device_name: str) -> dict[str, Any]:
     machine = machine_of(device_name)
     lora = LoRAConfig(rank=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank)
     model = PlannedModel.of(model_shape(setup.config), lora)
-    layout = Layout(parallel=ParallelConfig(), num_ranks=1)
+    layout = ParallelLayout(parallel=ParallelConfig(), num_ranks=1)
     work = Workload(sequence_length=setup.num_tokens, global_batch_size=1)
     found = evaluate(model, setup.rank, layout, work, machine)
     parts: dict[str, float] = {}

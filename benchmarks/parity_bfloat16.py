@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from megalora.config_file import save_config
+from megalora.config.file import save_config
 from tests.parity.case import (
     LIMITS,
     LR,

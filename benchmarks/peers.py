@@ -38,7 +38,12 @@ LEAST_SECONDS = 15.0
 """A pair on a GPU is not begun with less time than this."""
 ROUNDS = {"cpu": 60, "cuda": 12}
 """At most; a processor's times vary by far more than a GPU's."""
-PRELOADED = ("megalora.bridge.base", "benchmarks.bridge_model", "benchmarks.peer_megatron", "peft")
+PRELOADED = (
+    "megalora.model.hf_weights",
+    "benchmarks.bridge_model",
+    "benchmarks.peer_megatron",
+    "peft",
+)
 """What the workers of a CPU run inherit instead of importing it one by one; the first makes Bridge
 importable."""
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megalora.config_file import load_config
+from megalora.config.file import load_config
 from megalora.data.splits import load_split
 
 

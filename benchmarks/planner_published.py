@@ -16,7 +16,7 @@ from typing import Any
 from megalora.config import LoRAConfig, ParallelConfig
 from megalora.planner.cost import step_time
 from megalora.planner.gpus import GPUS
-from megalora.planner.layouts import Layout, Recompute, Workload, check
+from megalora.planner.layouts import ParallelLayout, Recompute, Workload, check
 from megalora.planner.memory import fullest_stage
 from megalora.planner.models import load_shape
 from megalora.planner.weights import PlannedModel
@@ -43,12 +43,12 @@ class Published:
     tokens_per_second: float | None = None
     """Per GPU."""
 
-    def plan(self) -> tuple[PlannedModel, Layout, Workload]:
+    def plan(self) -> tuple[PlannedModel, ParallelLayout, Workload]:
         model = PlannedModel.of(load_shape(MODEL), LoRAConfig(**self.lora))
         work = Workload(
             sequence_length=self.sequence_length, global_batch_size=self.global_batch_size
         )
-        layout = Layout(
+        layout = ParallelLayout(
             parallel=ParallelConfig(**self.parallel), num_ranks=self.num_ranks,
             micro_batch_size=self.micro_batch_size, recompute=self.recompute,
         )  # fmt: skip

@@ -36,7 +36,7 @@ import tests.conftest  # noqa: F401  sets up the host before anything from Megat
 from benchmarks.gpu_timing import Budget, earlier, save, table
 from megalora import host
 from megalora.config import RunConfig
-from megalora.config_file import save_config
+from megalora.config.file import save_config
 from megalora.environment import SHARE_GPU
 from tests.conftest import write_chats
 from tests.distributed.ranks import run_ranks

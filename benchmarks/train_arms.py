@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megalora_kernels import Adapter, Joined, expert_mlp, permute_values, regroup, route
+from megalora_kernels import (
+    AugmentedWeight,
+    ExpertFactors,
+    expert_mlp,
+    permute_values,
+    regroup,
+    route,
+)
 from torch import Tensor, nn
 
 from benchmarks.random_weights import RandomWeights
@@ -129,7 +136,9 @@ class KernelExperts(nn.Module):
         super().__init__()
         w1 = base.gate_up_proj.data
         w2 = base.down_proj.data
-        self.weights = (Joined(w1, rank), Joined(w2, rank)) if joined else (w1, w2)
+        self.weights = (
+            (AugmentedWeight(w1, rank), AugmentedWeight(w2, rank)) if joined else (w1, w2)
+        )
         E, J, H = w1.shape
         inner = w2.shape[2]
         new = {"device": w1.device, "dtype": torch.float32}
@@ -156,8 +165,8 @@ class KernelExperts(nn.Module):
 
     def compute(self, x: Tensor, probs_M: Tensor, routing: Any) -> Tensor:
         a1, b1, a2, b2 = (t.to(x.dtype) for t in (self.a1, self.b1, self.a2, self.b2))
-        gate_up = Adapter(a1, (b1,), (ALPHA_OVER_RANK,))
-        down = Adapter(a2, (b2,), (ALPHA_OVER_RANK,))
+        gate_up = ExpertFactors(a1, (b1,), (ALPHA_OVER_RANK,))
+        down = ExpertFactors(a2, (b2,), (ALPHA_OVER_RANK,))
         return expert_mlp(
             x, *self.weights, probs_M.to(x.dtype), routing, gate_up=gate_up, down=down
         )

@@ -19,7 +19,7 @@ def on_megatron(setup: Setup) -> Iterator[Any]:
 
     host.install()  # before anything from megatron
     from megalora.config import ParallelConfig
-    from megalora.train.setup import parallel_groups
+    from megalora.parallel import parallel_groups
 
     with host.process_group(), parallel_groups(ParallelConfig(), setup.seed) as groups:
         yield groups
@@ -28,9 +28,9 @@ def on_megatron(setup: Setup) -> Iterator[Any]:
 def frozen_base(setup: Setup) -> nn.Module:
     """What ``megalora.model.build.build_model`` makes, with the weights that all arms share in
     place of a folder's."""
-    from megalora.bridge.base import load_named, open_architecture
     from megalora.config import ParallelConfig
     from megalora.model.build import make_chunks
+    from megalora.model.hf_weights import load_named, open_architecture
     from megalora.model.shape import model_shape
 
     (chunk,) = make_chunks(
@@ -56,7 +56,7 @@ def adapt(chunk: nn.Module, setup: Setup, groups: Any, **lora: Any) -> list[Any]
     Returns the pieces."""
     from megalora.config import LoRAConfig, ParallelConfig
     from megalora.lora.inject import inject
-    from megalora.lora.spec import resolve
+    from megalora.lora.select import resolve
     from megalora.model.shape import model_shape
 
     section = LoRAConfig(rank=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank, **lora)

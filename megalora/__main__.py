@@ -1,5 +1,5 @@
 """``python -m megalora`` is the ``megalora`` command."""
 
-from megalora.cli import main
+from megalora.cli.main import main
 
 main()

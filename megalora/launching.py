@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 
-from megalora.user_error import MISTAKE, guarded
+from megalora.user_error import LOST_PEER, MISTAKE, guarded
 
 
 def torchrun(arguments: list[str]) -> None:
@@ -26,8 +26,6 @@ def torchrun(arguments: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from megalora.train.lost import LOST
-
     for name in (
         "torch.distributed.elastic.multiprocessing.api",
         "torch.distributed.elastic.agent.server.api",
@@ -41,7 +39,7 @@ def torchrun(arguments: list[str]) -> None:
         sys.exit(128 + stopped.sigval)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
-        if first.exitcode in (MISTAKE, LOST):
+        if first.exitcode in (MISTAKE, LOST_PEER):
             sys.exit(first.exitcode)
         raise
 

@@ -98,3 +98,12 @@ def destroy_groups() -> None:
     # Megatron caches rotary angles on the class; each entry keeps its module, and with it a group
     # and device memory.
     RotaryEmbedding.forward.cache_clear()
+
+
+@contextmanager
+def parallel_groups(config: ParallelConfig, seed: int = 0) -> Iterator[Groups]:
+    """The process groups of a layout, for as long as the block runs."""
+    try:
+        yield init_groups(config, seed)
+    finally:
+        destroy_groups()

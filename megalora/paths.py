@@ -1,11 +1,11 @@
-"""Paths as users write them: ``~`` expanded, and looked up before ranks start."""
+"""Paths as users write them: ``~`` expanded."""
 
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megalora.config import RunConfig
+    pass
 
 
 def expand(text: str, option: str) -> str:
@@ -28,49 +28,3 @@ def expand(text: str, option: str) -> str:
 def user_path(text: str) -> Path:
     """A path on the command line."""
     return Path(expand(text, "the path"))
-
-
-def check_paths(config: "RunConfig") -> None:
-    """Raise ``ValueError`` unless what a config names is there, and its run folder can be written
-    to.
-
-    Names on the hub are left to the ranks, which look in its cache and download.
-    """
-    from megalora.bridge.files import STATE_JSON
-    from megalora.data.sources import locate
-
-    _check_model(Path(config.model.path))
-    for source in (config.data.train, config.data.eval):
-        if isinstance(source, str):
-            file = locate(source).file
-            if file is not None and not os.access(file, os.R_OK):
-                raise ValueError(f"{file} cannot be read: no permission")
-    check_run_folder(Path(config.checkpoint.dir))
-    if isinstance(config.checkpoint.resume, str):
-        resume = config.checkpoint.resume
-        if not (Path(resume) / STATE_JSON).is_file():
-            raise ValueError(
-                f"checkpoint.resume={resume} is not a checkpoint: it has no {STATE_JSON}"
-            )
-
-
-def _check_model(path: Path) -> None:
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"model.path={path}: there is no config.json in this folder")
-    elif path.exists():
-        raise ValueError(f"model.path={path} is a file; name the folder of a Hugging Face model")
-    elif path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2:
-        raise ValueError(f"model.path={path}: no such folder")
-
-
-def check_run_folder(run: Path) -> None:
-    """Raise ``ValueError`` unless the run folder is there, or can be made, and can be written
-    to."""
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"checkpoint.dir={run} is a file; choose a folder")
-    there = next(place for place in (run, *run.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise ValueError(f"checkpoint.dir={run} cannot be made: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"checkpoint.dir={run} cannot be written: no permission in {there}")

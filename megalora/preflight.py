@@ -1,13 +1,15 @@
 """Check a run before its ranks start, so that a mistake shows once, in a line, and at once. Needs
 no torch."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megalora.adapters.files import STATE_JSON
 from megalora.config import RunConfig
-from megalora.config_file import load_config
-from megalora.lora.spec import plan
-from megalora.paths import check_paths
+from megalora.config.file import load_config
+from megalora.data.sources import locate
+from megalora.lora.select import plan
 
 
 def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> RunConfig:
@@ -25,3 +27,46 @@ def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> Run
     if base.is_dir():
         plan(config.lora, config.parallel, base)
     return config
+
+
+def check_paths(config: RunConfig) -> None:
+    """Raise ``ValueError`` unless what a config names is there, and its run folder can be written
+    to.
+
+    Names on the hub are left to the ranks, which look in its cache and download.
+    """
+    _check_model(Path(config.model.path))
+    for source in (config.data.train, config.data.eval):
+        if isinstance(source, str):
+            file = locate(source).file
+            if file is not None and not os.access(file, os.R_OK):
+                raise ValueError(f"{file} cannot be read: no permission")
+    check_run_folder(Path(config.checkpoint.dir))
+    if isinstance(config.checkpoint.resume, str):
+        resume = config.checkpoint.resume
+        if not (Path(resume) / STATE_JSON).is_file():
+            raise ValueError(
+                f"checkpoint.resume={resume} is not a checkpoint: it has no {STATE_JSON}"
+            )
+
+
+def _check_model(path: Path) -> None:
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model.path={path}: there is no config.json in this folder")
+    elif path.exists():
+        raise ValueError(f"model.path={path} is a file; name the folder of a Hugging Face model")
+    elif path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2:
+        raise ValueError(f"model.path={path}: no such folder")
+
+
+def check_run_folder(run: Path) -> None:
+    """Raise ``ValueError`` unless the run folder is there, or can be made, and can be written
+    to."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"checkpoint.dir={run} is a file; choose a folder")
+    there = next(place for place in (run, *run.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"checkpoint.dir={run} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"checkpoint.dir={run} cannot be written: no permission in {there}")

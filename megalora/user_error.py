@@ -9,6 +9,8 @@ from pathlib import Path
 
 MISTAKE = 2
 """Exit code of a user's mistake, argparse's too."""
+LOST_PEER = 3
+"""Exit code of a run that another host's loss has ended."""
 INTERRUPTED = 130
 """As a shell says of a process that Ctrl-C ended."""
 PATIENCE_S = 30

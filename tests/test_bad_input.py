@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from megalora import cli
-from megalora.bridge.files import CONFIG, WEIGHTS
-from megalora.bridge.form import write_adapter
+from megalora.adapters.files import CONFIG, WEIGHTS
+from megalora.adapters.write.form import write_adapter
+from megalora.cli import main as cli
 from megalora.config import LoRAConfig
-from megalora.lora.spec import resolve, tensor_name
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.select import resolve
+from megalora.lora.spec import tensor_name
+from megalora.model.shape import model_shape
 from megalora.tiny import make_tiny
 from megalora.train.__main__ import main as rank
 

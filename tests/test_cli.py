@@ -15,13 +15,15 @@ from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModelForCausalLM
 
-from megalora import cli
-from megalora.bridge.files import CONFIG, WEIGHTS
-from megalora.bridge.form import write_adapter
-from megalora.bridge.inspect import describe
+from megalora.adapters.files import CONFIG, WEIGHTS
+from megalora.adapters.inspect import describe
+from megalora.adapters.write.form import write_adapter
+from megalora.cli import main as cli
 from megalora.config import LoRAConfig
-from megalora.lora.spec import resolve, tensor_name
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.select import resolve
+from megalora.lora.spec import tensor_name
+from megalora.model.shape import model_shape
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -234,7 +236,7 @@ def test_a_crash_of_the_ranks_is_torchrun_s_to_report(
 def test_ranks_report_one_mistake_once(tmp_path: Path) -> None:
     """Through a real torchrun, which would end rank 0 as soon as rank 1 has left."""
     arguments = ["--standalone", "--nproc-per-node", "2", "-m", "megalora.train", "no.yaml"]
-    start = f"from megalora.cli import torchrun; torchrun({arguments})"
+    start = f"from megalora.cli.main import torchrun; torchrun({arguments})"
     done = subprocess.run(
         [sys.executable, "-c", start], cwd=tmp_path, capture_output=True, text=True
     )

@@ -17,7 +17,7 @@ from megalora.config import (
     RunConfig,
     TrainConfig,
 )
-from megalora.config_file import load_config, save_config
+from megalora.config.file import load_config, save_config
 
 MINIMAL = """\
 model: {path: models/tiny}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megalora.config_file import load_config
+from megalora.config.file import load_config
 from tests.cluster.stand_ins import copy, environment, launch, listening
 
 __all__ = ["copy", "listening"]  # fixtures

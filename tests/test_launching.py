@@ -14,7 +14,7 @@ from torch.distributed import run as torch_run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megalora import cli
+from megalora.cli import main as cli
 from megalora.launching import torchrun
 from megalora.user_error import guarded
 

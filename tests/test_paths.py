@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from megalora import cli
-from megalora.bridge.folder import local_folder
+from megalora.cli import main as cli
 from megalora.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from megalora.config_file import load_config, save_config
-from megalora.paths import check_paths, expand, user_path
+from megalora.config.file import load_config, save_config
+from megalora.hf.folder import local_folder
+from megalora.paths import expand, user_path
 from megalora.planner.gpus import find_machine
+from megalora.preflight import check_paths
 from megalora.serve.server import named_adapters
 
 

@@ -13,9 +13,10 @@ import torch
 
 from megalora import environment, host, staged
 from megalora.bench import calibrate, measure
-from megalora.config_file import save_config
+from megalora.config.file import save_config
 from megalora.train import __main__ as train_main
-from megalora.train import loop, lost
+from megalora.train import loop, lost_peer
+from megalora.user_error import LOST_PEER
 from tests.parity.runs import make_config
 
 GIB = 1 << 30
@@ -192,19 +193,19 @@ def test_a_peer_that_nccl_lost_ends_the_run_in_our_line(
     message, sign, tmp_path, monkeypatch, capsys
 ):
     codes: list[int] = []
-    monkeypatch.setattr(lost.os, "_exit", codes.append)
-    with lost.explained(tmp_path):
+    monkeypatch.setattr(lost_peer.os, "_exit", codes.append)
+    with lost_peer.explained(tmp_path):
         raise RuntimeError(message)
     said = capsys.readouterr().err
     assert (
-        codes == [lost.LOST]
+        codes == [LOST_PEER]
         and f"lost contact with another rank ({sign})" in said
         and said.count("\n") == 1
     )
 
 
 def test_a_mistake_that_nccl_reports_is_no_lost_peer(tmp_path):
-    with pytest.raises(RuntimeError), lost.explained(tmp_path):
+    with pytest.raises(RuntimeError), lost_peer.explained(tmp_path):
         raise RuntimeError("NCCL error: invalid usage (run with NCCL_DEBUG=WARN for details)")
 
 

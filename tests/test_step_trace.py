@@ -23,7 +23,7 @@ from benchmarks.train_arms import Setup, Training
 from benchmarks.train_case import QWEN3_30B_A3B, TINY_MODEL
 from megalora.config import LoRAConfig, ParallelConfig
 from megalora.model.shape import model_shape
-from megalora.planner.layouts import Layout, Workload
+from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import CONTEXT, memory_of
 
 CPU = torch.device("cpu")
@@ -231,7 +231,7 @@ def test_the_planner_is_asked_for_the_very_configuration():
     config = {**QWEN3_30B_A3B, "num_hidden_layers": 8}
     said = planned(Setup(config, 16, 4096, CPU), "NVIDIA H200")
     lora = LoRAConfig(rank=16, alpha=32.0)
-    layout = Layout(parallel=ParallelConfig(), num_ranks=1)
+    layout = ParallelLayout(parallel=ParallelConfig(), num_ranks=1)
     work = Workload(sequence_length=4096, global_batch_size=1)
     plan = memory_of(model_shape(config), lora, layout, work)
     assert said["peak_bytes"] == plan.peak_bytes - plan[CONTEXT]

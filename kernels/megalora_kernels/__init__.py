@@ -1,12 +1,12 @@
 """Grouped LoRA for mixture-of-experts layers. Depends on torch and triton and nothing else."""
 
-from .adapter import Adapter
+from .augmented_weight import AugmentedWeight
 from .backend import BACKENDS, prefers_grouped_mm
 from .combine import combine
 from .dense_lora import add_low_rank, dense_lora
+from .expert_factors import ExpertFactors
 from .expert_mlp import expert_mlp
 from .grouped_lora import grouped_lora
-from .joined import Joined
 from .lora_wgrad import lora_wgrad
 from .permute_shrink import permute_shrink
 from .regroup import regroup, regroup_values
@@ -15,8 +15,8 @@ from .routing import Routing, permute, permute_values, unpermute
 
 __all__ = [
     "BACKENDS",
-    "Adapter",
-    "Joined",
+    "AugmentedWeight",
+    "ExpertFactors",
     "Routing",
     "add_low_rank",
     "combine",

@@ -90,13 +90,13 @@ def prefers_grouped_mm(
         rank: the larger of the stacked ranks of gate_up and down; 0 without adapter.
         layer: hidden and intermediate size on this rank; None where there is one linear alone.
     """
-    if vendor_waits(dtype, device):
+    if grouped_mm_syncs_host(dtype, device):
         return False
     least = RULE_VENDOR_FROM if layer is None else vendor_from(dtype, *layer, rank, device)
     return rows_per_expert >= NEARLY * least
 
 
-def vendor_waits(dtype: torch.dtype, device: torch.device) -> bool:
+def grouped_mm_syncs_host(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch's grouped GEMM on this GPU is a loop that copies the offsets to the host: all
     but bfloat16 on Hopper and datacentre Blackwell (aten/src/ATen/native/cuda/GroupedBlas.cpp)."""
     return dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .adapter import Adapter
+from .augmented_weight import AugmentedWeight
 from .engine import make_engine
+from .expert_factors import ExpertFactors
 from .grouped_lora import grouped_lora
-from .joined import Joined
 from .routing import Routing, permute, unpermute
 
 
@@ -48,18 +48,18 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def experts_with_dropout(
-    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | Joined, down_EHI: torch.Tensor | Joined,
+    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | AugmentedWeight, down_EHI: torch.Tensor | AugmentedWeight,
     p_M: torch.Tensor,
-    routing: Routing, gate_up: Adapter | None, down: Adapter | None, dropout: float, backend: str,
+    routing: Routing, gate_up: ExpertFactors | None, down: ExpertFactors | None, dropout: float, backend: str,
 ) -> torch.Tensor:  # fmt: skip
     """``expert_mlp`` for dropout > 0; operands are as there, and checked there."""
 
     def linear(
-        x: torch.Tensor, weight: torch.Tensor | Joined, adapter: Adapter | None
+        x: torch.Tensor, weight: torch.Tensor | AugmentedWeight, adapter: ExpertFactors | None
     ) -> torch.Tensor:
         if adapter is None:
             return grouped_lora(x, weight, routing.offsets_E, backend=backend)
-        num_rows = weight.N if isinstance(weight, Joined) else weight.shape[1]
+        num_rows = weight.N if isinstance(weight, AugmentedWeight) else weight.shape[1]
         b = adapter.whole_b(num_rows)
         dropped = F.dropout(x, dropout)
         return grouped_lora(

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .adapter import UNSCALED, Factors, RankScale
+from .augmented_weight import AugmentedWeight
 from .combine import combine_ref, combine_triton
+from .expert_factors import UNSCALED, Factors, RankScale
 from .gemm_kernel import grouped_gemm_triton
 from .grouped_gemm import (
     add_delta_vendor,
@@ -25,7 +26,6 @@ from .grouped_gemm import (
     grouped_gemm_vendor,
     padded_rank,
 )
-from .joined import Joined
 from .lora_wgrad import lora_wgrad_loop, lora_wgrad_triton
 from .routing import Routing
 from .shrink import shrink_loop, shrink_triton
@@ -50,11 +50,11 @@ class Weight:
     """Frozen ``[E, N, K]``, perhaps with room for an adapter."""
 
     w_ENK: torch.Tensor
-    joined: Joined | None = None
+    joined: AugmentedWeight | None = None
 
     @classmethod
-    def of(cls, weight: torch.Tensor | Joined) -> "Weight":
-        return cls(weight.weight, weight) if isinstance(weight, Joined) else cls(weight)
+    def of(cls, weight: torch.Tensor | AugmentedWeight) -> "Weight":
+        return cls(weight.weight, weight) if isinstance(weight, AugmentedWeight) else cls(weight)
 
     def check_room(self, what: str, rank: int) -> None:
         """Raises ``ValueError`` where an adapter of this rank does not fit beside the weight."""

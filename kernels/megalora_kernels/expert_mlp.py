@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .adapter import UNSCALED, Adapter, Factors, RankScale
+from .augmented_weight import AugmentedWeight
 from .backend import choose
 from .checks import check_base, check_placement
 from .dropout import experts_with_dropout
 from .engine import Rows, Weight, make_engine
+from .expert_factors import UNSCALED, ExpertFactors, Factors, RankScale
 from .grouped_gemm import grouped_gemm_ref
-from .joined import Joined
 from .routing import Routing
 from .shrink import shrink_ref
 from .sums import Sums
@@ -44,13 +44,15 @@ from .swiglu import swiglu_ref
 def expert_mlp_ref(
     x_TH: torch.Tensor, gate_up_EJH: torch.Tensor, down_EHI: torch.Tensor, p_M: torch.Tensor,
     routing: Routing,
-    gate_up: Adapter | None = None, down: Adapter | None = None, dropout: float = 0.0,
+    gate_up: ExpertFactors | None = None, down: ExpertFactors | None = None, dropout: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """The same function in plain PyTorch; autograd derives the gradients. Slow, and the only
     spec."""
     x_MH = x_TH if routing.source_M is None else x_TH[routing.source_M.long()]
 
-    def linear(x: torch.Tensor, weight_ENK: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
+    def linear(
+        x: torch.Tensor, weight_ENK: torch.Tensor, adapter: ExpertFactors | None
+    ) -> torch.Tensor:
         w_EKN = weight_ENK.transpose(1, 2)
         if adapter is None:
             return grouped_gemm_ref(x, w_EKN, routing)
@@ -73,7 +75,7 @@ class _Static:
     backend: str
     recompute: bool
     num_rows: int
-    joined: tuple[Joined | None, Joined | None]
+    joined: tuple[AugmentedWeight | None, AugmentedWeight | None]
     scales: tuple[tuple[float, ...], tuple[float, ...]]
     blocks: tuple[int, int]
     """Number of projections of gate_up and of down that tensors follow for."""
@@ -93,8 +95,8 @@ class _Operands:
         given = zip((w1, w2), static.joined, strict=True)
         # A joined weight is not among the saved tensors.
         self.weight1, self.weight2 = (Weight.of(joined or w) for w, joined in given)  # pyright: ignore[reportArgumentType]
-        self.adapter1 = None if a1 is None else Adapter(a1, tuple(b[:n]), static.scales[0])
-        self.adapter2 = None if a2 is None else Adapter(a2, tuple(b[n:]), static.scales[1])
+        self.adapter1 = None if a1 is None else ExpertFactors(a1, tuple(b[:n]), static.scales[0])
+        self.adapter2 = None if a2 is None else ExpertFactors(a2, tuple(b[n:]), static.scales[1])
         self.engine = make_engine(static.backend, self.routing)
 
         self.a1, self.blocks1, self.scale1 = _factors(self.adapter1)
@@ -128,7 +130,9 @@ class _Operands:
         return self.engine.linear(rows, self.weight1, self.blocks1), rows
 
 
-def _factors(adapter: Adapter | None) -> tuple[torch.Tensor | None, Factors | None, RankScale]:
+def _factors(
+    adapter: ExpertFactors | None,
+) -> tuple[torch.Tensor | None, Factors | None, RankScale]:
     """A, the B's as a product with S or a shrink takes them, and the scale of S's columns."""
     return (
         (None, None, UNSCALED)
@@ -228,9 +232,9 @@ def _through_swiglu(
 
 
 def expert_mlp(
-    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | Joined, down_EHI: torch.Tensor | Joined,
+    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | AugmentedWeight, down_EHI: torch.Tensor | AugmentedWeight,
     p_M: torch.Tensor,
-    routing: Routing, *, gate_up: Adapter | None = None, down: Adapter | None = None,
+    routing: Routing, *, gate_up: ExpertFactors | None = None, down: ExpertFactors | None = None,
     dropout: float = 0.0,
     recompute: bool = False, backend: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
@@ -239,7 +243,7 @@ def expert_mlp(
 
     Args:
         x_TH: tokens, or rows sorted by expert (``routing.source_M`` None), any strides.
-        gate_up_EJH: frozen; gate's rows, then up's. ``Joined``: with room for the adapter.
+        gate_up_EJH: frozen; gate's rows, then up's. ``AugmentedWeight``: with room for the adapter.
         down_EHI: frozen.
         p_M: routing probability of each row, float32 or x's dtype.
         routing: which rows are whose, and whether to gather and to combine.
@@ -281,7 +285,7 @@ def expert_mlp(
 
 def _apply(
     backend: str, recompute: bool, x_TH: torch.Tensor, p_M: torch.Tensor, routing: Routing,
-    weights: tuple[Weight, Weight], adapters: tuple[Adapter | None, Adapter | None],
+    weights: tuple[Weight, Weight], adapters: tuple[ExpertFactors | None, ExpertFactors | None],
 ) -> torch.Tensor:  # fmt: skip
     """Lay the operands out flat, as autograd takes them."""
     b1, b2 = (() if adapter is None else adapter.b for adapter in adapters)
@@ -301,7 +305,7 @@ def _apply(
 
 def _check(
     x_TH: torch.Tensor, weights: tuple[Weight, Weight], p_M: torch.Tensor, routing: Routing,
-    adapters: tuple[Adapter | None, Adapter | None],
+    adapters: tuple[ExpertFactors | None, ExpertFactors | None],
 ) -> None:  # fmt: skip
     w1, w2 = (w.w_ENK for w in weights)
     check_base("expert_mlp", x_TH, w1, routing.offsets_E)

@@ -23,7 +23,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .adapter import Factors
 from .descriptors import (
     by_columns,
     load_from_stack,
@@ -31,6 +30,7 @@ from .descriptors import (
     stack_descriptor,
     why_not_described,
 )
+from .expert_factors import Factors
 from .gemm_roles import launch_with_roles
 from .grouped_gemm import columns_and_ranks
 from .routing import Routing

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from .adapter import Factors
 from .each_expert import (
     ALIGN_BYTES,
     GROUPED_MM_DTYPES,
@@ -27,6 +26,7 @@ from .each_expert import (
     has_dense_rows,
     multiply,
 )
+from .expert_factors import Factors
 from .routing import Routing
 
 _grouped_mm: Any = grouped_mm

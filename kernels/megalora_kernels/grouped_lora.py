@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from .augmented_weight import AugmentedWeight
 from .backend import choose
 from .checks import check_adapter, check_base, check_placement
 from .engine import Weight, make_engine
 from .grouped_gemm import grouped_gemm_ref
-from .joined import Joined
 from .routing import Routing
 from .shrink import shrink_ref
 
@@ -54,7 +54,7 @@ class _GroupedLoRA(torch.autograd.Function):
     def forward(
         ctx: Any, x_MK: torch.Tensor, weight_ENK: torch.Tensor, offsets_E: torch.Tensor,
         a_ERK: torch.Tensor | None,
-        b_ENR: torch.Tensor | None, x_lora_MK: torch.Tensor | None, joined: Joined | None,
+        b_ENR: torch.Tensor | None, x_lora_MK: torch.Tensor | None, joined: AugmentedWeight | None,
         backend: str,
     ) -> torch.Tensor:  # fmt: skip
         routing = Routing(offsets_E, x_MK.shape[0])
@@ -114,7 +114,7 @@ class _GroupedLoRA(torch.autograd.Function):
 
 
 def grouped_lora(
-    x_MK: torch.Tensor, weight_ENK: torch.Tensor | Joined, offsets_E: torch.Tensor,
+    x_MK: torch.Tensor, weight_ENK: torch.Tensor | AugmentedWeight, offsets_E: torch.Tensor,
     a_ERK: torch.Tensor | None = None, b_ENR: torch.Tensor | None = None,
     *, x_lora_MK: torch.Tensor | None = None, backend: str | None = None,
 ) -> torch.Tensor:  # fmt: skip
@@ -123,7 +123,7 @@ def grouped_lora(
 
     Args:
         x_MK: routed rows sorted by expert, any strides.
-        weight_ENK: frozen base weights in x's dtype, or ``Joined`` ones with room for an adapter of
+        weight_ENK: frozen base weights in x's dtype, or ``AugmentedWeight`` ones with room for an adapter of
             this rank.
         offsets_E: int32, cumulative row ends; the last one equals M. Checked where the offsets are
             on the host or

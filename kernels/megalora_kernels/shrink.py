@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .adapter import UNSCALED, Factors, RankScale
 from .each_expert import multiply
+from .expert_factors import UNSCALED, Factors, RankScale
 from .routing import Routing
 from .tiles import max_tiles, tile_of
 

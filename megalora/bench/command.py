@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megalora.bench.rows import PARTS, Options, Predicted, Row
-from megalora.config import RunConfig, require
-from megalora.config_file import load_config
+from megalora.bench.rows import PARTS, BenchOptions, Predicted, Row
+from megalora.config import RunConfig
+from megalora.config.checks import require
+from megalora.config.file import load_config
 from megalora.model.shape import model_shape
 from megalora.planner.command import check_writable
 from megalora.planner.cost import BEHIND_WAITS
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine
 from megalora.planner.hardware import Machine
-from megalora.planner.layouts import Layout, Workload
+from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import CONTEXT
 from megalora.planner.models import find_architecture
 from megalora.planner.search import evaluate, search
@@ -44,7 +45,7 @@ def bench_command(
     path: Path,
     overrides: Sequence[str],
     asked: Asked,
-    options: Options,
+    options: BenchOptions,
     say: Callable[[str], None] = print,
 ) -> list[Row]:
     """Measure, print the table and write ``asked.out``; a row for each layout, failed ones too.
@@ -84,7 +85,7 @@ def bench_command(
 
 def fastest(
     config: RunConfig, num_ranks: int, top: int, machine: Machine, imbalance: float = 1.0
-) -> list[Layout]:
+) -> list[ParallelLayout]:
     """The ``top`` layouts that the planner puts first, of those that fit; raises ``ValueError``
     where none does."""
     require(top >= 1, f"--top must be at least 1, got {top}")
@@ -107,7 +108,7 @@ def predicted(
 ) -> Predicted:
     """The planner's word on one layout, as far as a benchmark can check it: no allocator sees the
     CUDA context."""
-    layout = Layout.of(config, num_ranks)
+    layout = ParallelLayout.of(config, num_ranks)
     model = PlannedModel.of(model_shape(find_architecture(config.model.path)), config.lora)
     found = evaluate(model, config.lora.rank, layout, workload(config, imbalance, machine), machine)
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalora.config import require
+from megalora.config.checks import require
 
 TOKEN = "MEGALORA_BENCH_RUN"
 """In the environment of every process of one run and of no other. torchrun gives each rank a

@@ -15,19 +15,19 @@ from megalora.user_error import guarded
 
 
 def main(arguments: list[str]) -> None:
-    from megalora.bench.rows import Options, write_json
-    from megalora.config_file import load_config
+    from megalora.bench.rows import BenchOptions, write_json
+    from megalora.config.file import load_config
 
     parser = argparse.ArgumentParser(prog="megalora.bench.measure")
     parser.add_argument("config", type=Path)
     parser.add_argument("--row", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--steps", type=int, default=Options.steps)
-    parser.add_argument("--warmup", type=int, default=Options.warmup)
-    parser.add_argument("--routing", default=Options.routing)
-    parser.add_argument("--weights", default=Options.weights)
+    parser.add_argument("--steps", type=int, default=BenchOptions.steps)
+    parser.add_argument("--warmup", type=int, default=BenchOptions.warmup)
+    parser.add_argument("--routing", default=BenchOptions.routing)
+    parser.add_argument("--weights", default=BenchOptions.weights)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     asked = parser.parse_intermixed_args(arguments)
-    options = Options(
+    options = BenchOptions(
         steps=asked.steps, warmup=asked.warmup, routing=asked.routing, weights=asked.weights
     )
     config = load_config(asked.config, asked.overrides)

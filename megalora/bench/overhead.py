@@ -9,7 +9,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from megalora.bench.clock import slowest
-from megalora.bench.rows import Options
+from megalora.bench.rows import BenchOptions
 from megalora.bench.steps import timed_steps, training
 from megalora.config import (
     DataConfig,
@@ -72,7 +72,7 @@ def _seconds(folder: Path, num_layers: int, recompute: str, dtype: str) -> float
             recompute=recompute,  # pyright: ignore[reportArgumentType]
         ),
     )
-    with training(config, Options(weights="random")) as run:
+    with training(config, BenchOptions(weights="random")) as run:
         for number in range(3):
             run.step(number)
         seconds, _ = timed_steps(run, 3, STEPS)

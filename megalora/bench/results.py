@@ -8,7 +8,7 @@ from pathlib import Path
 from megalora.bench.figure import draw
 from megalora.bench.flops import FORMULA
 from megalora.bench.rows import PARTS, Measured, Row, load_rows, save_rows
-from megalora.config import require
+from megalora.config.checks import require
 
 GIB = 2**30
 COLUMNS = (

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megalora.config import require
+from megalora.config.checks import require
 
 Routing = Literal["balanced", "natural"]
 Weights = Literal["auto", "random", "real"]
@@ -30,7 +30,7 @@ among it embedding, the layers' norms and residuals, and whatever the host does 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class BenchOptions:
     """How each layout is measured."""
 
     steps: int = 5

@@ -15,21 +15,30 @@ from pathlib import Path
 
 from megalora.bench.launch import Nodes, command, run_to_log
 from megalora.bench.outcome import status_of
-from megalora.bench.rows import OK, Options, Predicted, Row, load_measured, load_rows, save_rows
+from megalora.bench.rows import (
+    OK,
+    BenchOptions,
+    Predicted,
+    Row,
+    load_measured,
+    load_rows,
+    save_rows,
+)
 from megalora.bench.versions import versions
-from megalora.config import ParallelConfig, RunConfig, require
-from megalora.config_file import load_config
+from megalora.config import ParallelConfig, RunConfig
+from megalora.config.checks import require
+from megalora.config.file import load_config
 from megalora.model.shape import model_shape
-from megalora.planner.layouts import LEVELS, Layout
+from megalora.planner.layouts import LEVELS, ParallelLayout
 from megalora.planner.models import find_architecture
 
-__all__ = ["Options", "Predicted", "Row", "layout_overrides", "parse_layout", "run_layouts"]
+__all__ = ["BenchOptions", "Predicted", "Row", "layout_overrides", "parse_layout", "run_layouts"]
 SIZES = ("tp", "pp", "vpp", "ep", "etp")
 KEYS = (*SIZES, "micro", "recompute")
 RESULTS = "results.json"
 
 
-def parse_layout(text: str, num_ranks: int, config: RunConfig) -> Layout:
+def parse_layout(text: str, num_ranks: int, config: RunConfig) -> ParallelLayout:
     """A layout such as ``tp=2,ep=4,micro=2,recompute=full``; what it does not name is as ``config``
     has it.
 
@@ -70,7 +79,7 @@ def parse_layout(text: str, num_ranks: int, config: RunConfig) -> Layout:
     recompute = values.pop("recompute")
     try:
         parallel = ParallelConfig(**{name: int(v) for name, v in values.items()})
-        return Layout(
+        return ParallelLayout(
             parallel=parallel,
             num_ranks=num_ranks,
             micro_batch_size=int(micro),
@@ -80,7 +89,7 @@ def parse_layout(text: str, num_ranks: int, config: RunConfig) -> Layout:
         raise ValueError(f"layout {text!r}: {error}") from None
 
 
-def layout_overrides(layout: Layout) -> list[str]:
+def layout_overrides(layout: ParallelLayout) -> list[str]:
     """The layout as ``section.key=value``, every key named; in quotes where YAML would read a word
     as a truth value (off)."""
     sizes = [
@@ -97,7 +106,7 @@ def layout_overrides(layout: Layout) -> list[str]:
 class _Case:
     """A layout ready to run."""
 
-    layout: Layout
+    layout: ParallelLayout
     overrides: list[str]
     config: RunConfig
     key: str
@@ -114,9 +123,9 @@ class _Case:
 
 
 def run_layouts(
-    config_path: Path, overrides: Sequence[str], layouts: Sequence[Layout], *, num_ranks: int,
+    config_path: Path, overrides: Sequence[str], layouts: Sequence[ParallelLayout], *, num_ranks: int,
     out: Path,
-    predict: Callable[[RunConfig, int], Predicted | None], options: Options | None = None,
+    predict: Callable[[RunConfig, int], Predicted | None], options: BenchOptions | None = None,
     timeout_s: float = 1800,
     say: Callable[[str], None] = print,
 ) -> list[Row]:  # fmt: skip
@@ -137,7 +146,7 @@ def run_layouts(
     Raises:
         ValueError: config or layouts that cannot be read, or an ``out`` with other content.
     """
-    options = options or Options()
+    options = options or BenchOptions()
     nodes = Nodes.of(os.environ)
     out = out.resolve()
     cases = [
@@ -170,7 +179,7 @@ def _speed(row: Row) -> str:
 
 
 def _case(
-    config_path: Path, overrides: Sequence[str], layout: Layout, num_ranks: int, options: Options,
+    config_path: Path, overrides: Sequence[str], layout: ParallelLayout, num_ranks: int, options: BenchOptions,
     predict: Callable[[RunConfig, int], Predicted | None],
 ) -> _Case:  # fmt: skip
     require(
@@ -195,7 +204,7 @@ def _case(
 
 
 def _run(
-    case: _Case, config_path: Path, out: Path, nodes: Nodes, options: Options, timeout_s: float
+    case: _Case, config_path: Path, out: Path, nodes: Nodes, options: BenchOptions, timeout_s: float
 ) -> Row:
     row = Row(
         key=case.key,
@@ -215,7 +224,7 @@ def _run(
     )
     if nodes.writes:
         found.unlink(missing_ok=True)
-    # Options are single words that start with dashes, so that the launch script can tell them from
+    # BenchOptions are single words that start with dashes, so that the launch script can tell them from
     # overrides.
     asked = [f"--{name}={value}" for name, value in asdict(options).items()]
     arguments = [str(config_path), f"--row={found}", *asked, *case.overrides]

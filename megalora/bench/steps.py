@@ -23,22 +23,22 @@ from megalora import host
 from megalora.bench.flops import flops_per_token
 from megalora.bench.live import LiveTensors
 from megalora.bench.routing import count_rows, make_even
-from megalora.bench.rows import Measured, Options
+from megalora.bench.rows import BenchOptions, Measured
 from megalora.bench.samples import full_batches
 from megalora.bench.timers import Timeline, attach
 from megalora.bench.versions import versions
 from megalora.config import RunConfig
+from megalora.lora.adapted_model import AdaptedModel, build_adapted
 from megalora.lora.inject import GradientCheck, check_coverage, inject
-from megalora.lora.spec import resolve
+from megalora.lora.select import resolve
 from megalora.model.build import build_random
 from megalora.model.recompute import apply_recompute
 from megalora.model.shape import model_shape
-from megalora.parallel import Groups
-from megalora.planner.layouts import Layout
+from megalora.parallel import Groups, parallel_groups
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.models import find_architecture
 from megalora.train.batches import Batches
 from megalora.train.optim import build_optimizer, clip_and_step, set_learning_rate, wrap_chunks
-from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
 from megalora.train.step import Stepper
 
 MARKED_STEPS = 3
@@ -80,7 +80,7 @@ class Training:
 
 
 @contextmanager
-def training(config: RunConfig, options: Options) -> Iterator[Training]:
+def training(config: RunConfig, options: BenchOptions) -> Iterator[Training]:
     """The run of ``config`` on the ranks of this world, base weights read or drawn as ``options``
     says."""
     with parallel_groups(config.parallel, config.train.seed) as groups:
@@ -96,7 +96,7 @@ def training(config: RunConfig, options: Options) -> Iterator[Training]:
         yield Training(config, model, stepper, optimizer, batches, tokens)
 
 
-def has_weights(config: RunConfig, options: Options) -> bool:
+def has_weights(config: RunConfig, options: BenchOptions) -> bool:
     """Whether the base's weights are read; raises ``ValueError`` where they are asked for and not
     there."""
     folder = Path(config.model.path)
@@ -131,7 +131,7 @@ def _build(config: RunConfig, groups: Groups, *, real: bool) -> AdaptedModel:
     return AdaptedModel(chunks, adapted, pieces, shape, groups)
 
 
-def measure_layout(config: RunConfig, options: Options) -> Measured | None:
+def measure_layout(config: RunConfig, options: BenchOptions) -> Measured | None:
     """Train and measure; collective. Rank 0 returns what all found, the others None.
 
     Raises:
@@ -223,7 +223,7 @@ def _check_moved(run: Training) -> None:
 
 def _measured(
     run: Training,
-    options: Options,
+    options: BenchOptions,
     ranks: list[Any],
     imbalance: tuple[float, float] | None,
     loss: float,
@@ -245,7 +245,7 @@ def _measured(
     slowest = max(of_stage, key=lambda s: sum(of_stage[s].values()) - of_stage[s]["bubble"])
     gpu = host.device().type != "cpu"
     return Measured(
-        layout=str(Layout.of(config, world)), num_ranks=world, routing=options.routing,
+        layout=str(ParallelLayout.of(config, world)), num_ranks=world, routing=options.routing,
         weights="real" if has_weights(config, options) else "random", tokens=run.tokens,
         sequence_length=positions, global_batch_size=config.train.global_batch_size,
         step_seconds=median, step_seconds_min=min(steps), step_seconds_max=max(steps),

@@ -28,7 +28,7 @@ def show_data(config: RunConfig, console: Console) -> None:
     Raises:
         ValueError: as training would, but with every row that it would refuse.
     """
-    from megalora.bridge.folder import local_folder
+    from megalora.hf.folder import local_folder
 
     tokenizer = load_tokenizer(local_folder(config.model.path, weights=False))
     train, held_out = load_data(config.data, tokenizer, every_refusal=True)

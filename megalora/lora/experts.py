@@ -34,7 +34,7 @@ class ExpertsLoRA(nn.Module):
         self.dropout = dropout
         ranks = [0 if factors is None else factors.lora_A.shape[1] for factors in (gate_up, down)]
         if base.gains_from_room(rows_per_expert, max(ranks)):
-            base.make_room(*ranks)
+            base.reserve_adapter_columns(*ranks)
 
     def forward(self, x: Tensor, routing: Routing, probs: Tensor) -> tuple[Tensor, None]:
         """x ``[T, H]`` as the dispatcher delivers it, probs ``[M]``; returns ``[T, H]``, None."""

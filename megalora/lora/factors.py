@@ -19,18 +19,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megalora_kernels import Adapter
+from megalora_kernels import ExpertFactors
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megalora.comm import sum_bucket
 from megalora.lora.init import initial_a
-from megalora.lora.spec import LAYOUTS, Adapted, FactorName, Projection, make_adapted, tensor_name
+from megalora.lora.spec import SHARDINGS, Adapted, FactorName, make_adapted, tensor_name
+from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
 
 @dataclass(frozen=True)
-class Piece:
+class FactorShard:
     """One HF adapter tensor as this rank holds it: part of a parameter, or of anything shaped like
     that parameter."""
 
@@ -64,8 +65,8 @@ class LoRAFactors(nn.Module):
         self.adapted = adapted
         self.seed = seed
         kind = adapted[0].projection.kind
-        self.layout, self.is_expert = LAYOUTS[kind], kind.startswith("expert")
-        group = groups.named(self.layout.group)
+        self.sharding, self.is_expert = SHARDINGS[kind], kind.startswith("expert")
+        group = groups.named(self.sharding.group)
         self.group_rank, self.group_size = group.rank(), group.size()
         self.experts = self._local_experts(adapted[0].num_experts, groups)
         self.row_groups = max(1, fused[0].row_groups(shape) // self.group_size)
@@ -95,12 +96,12 @@ class LoRAFactors(nn.Module):
         return range(groups.ep.rank() * count, (groups.ep.rank() + 1) * count)
 
     def _mark(self, parameter: Any, factor: FactorName, adapted: Adapted, groups: Any) -> None:
-        split = self.layout.split(factor)
+        split = self.sharding.split(factor)
         num_shards = adapted.num_shards(factor, self.group_size)
         replicas = self.group_size // num_shards
         parameter.num_shards = num_shards
         parameter.shard = self.group_rank // replicas
-        parameter.sum_group = self.layout.group if replicas > 1 else None
+        parameter.sum_group = self.sharding.group if replicas > 1 else None
         parameter.allreduce = not (self.is_expert and groups.experts_reduce_separately)
         # The gradient norm counts what is marked, and on the group's first rank everything: each
         # part once.
@@ -118,7 +119,7 @@ class LoRAFactors(nn.Module):
                 whole = initial_a(
                     self.seed, adapted.hf_module(expert), adapted.rank, adapted.in_features
                 )
-                drawn[at][rows] = self._shard(whole, self.layout.split_a)
+                drawn[at][rows] = self._shard(whole, self.sharding.split_a)
         self.lora_A.copy_(drawn)
         for b in self.lora_B.values():
             b.zero_()
@@ -132,7 +133,7 @@ class LoRAFactors(nn.Module):
             yield adapted, slice(start, start + adapted.rank)
             start += adapted.rank
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[FactorShard]:
         """Every HF adapter tensor of which this rank holds a part, A before B, experts in order."""
         for adapted, rows in self._rows():
             for at, expert in enumerate(self.experts) if self.is_expert else [(None, None)]:
@@ -143,26 +144,26 @@ class LoRAFactors(nn.Module):
 
     def _piece(
         self, module: str, factor: FactorName, parameter: nn.Parameter, index: tuple[Any, ...]
-    ) -> Piece:
+    ) -> FactorShard:
         num_shards = parameter.num_shards  # type: ignore
         shard = parameter.shard  # type: ignore
-        split = self.layout.split(factor)
-        return Piece(
+        split = self.sharding.split(factor)
+        return FactorShard(
             tensor_name(module, factor),
             parameter,
             index,
             split,
-            self.layout.group,
+            self.sharding.group,
             num_shards,
             shard,
         )
 
-    def adapter(self) -> Adapter:
+    def adapter(self) -> ExpertFactors:
         """The factors as the expert kernels take them: A's stacked, the B's and scales of all fused
         projections."""
         scales = {a.name: a.scale for a in self.adapted}
         b = tuple(self.lora_B[name] if name in scales else None for name in self.names)
-        return Adapter(self.lora_A, b, tuple(scales.get(name, 0.0) for name in self.names))
+        return ExpertFactors(self.lora_A, b, tuple(scales.get(name, 0.0) for name in self.names))
 
     def stacked_b(self) -> Tensor:
         """``[..., out, R]``: the scaled B's as one block matrix in the base weight's row order;

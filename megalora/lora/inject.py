@@ -13,9 +13,10 @@ from megalora import host
 from megalora.config import LoRAConfig
 from megalora.lora.dense import ColumnLoRA, RowLoRA
 from megalora.lora.experts import ExpertsLoRA
-from megalora.lora.factors import LoRAFactors, Piece
+from megalora.lora.factors import FactorShard, LoRAFactors
 from megalora.lora.router import RouterLoRA
-from megalora.lora.spec import HEAD, Adapted, expected_tensors, layer_projections
+from megalora.lora.spec import Adapted, expected_tensors
+from megalora.model.projections import HEAD, layer_projections
 from megalora.model.shape import ModelShape
 from megalora.parallel import Groups
 
@@ -26,7 +27,7 @@ def inject(
     chunks: list[nn.Module], adapted: list[Adapted], shape: ModelShape, lora: LoRAConfig,
     groups: Groups,
     *, seed: int, dtype: torch.dtype, rows_per_expert: float = 0.0,
-) -> list[Piece]:  # fmt: skip
+) -> list[FactorShard]:  # fmt: skip
     """Replace every adapted module of this rank's chunks; returns the adapter tensors this rank
     holds parts of.
 
@@ -85,7 +86,7 @@ def _adapt_layer(
         mlp.experts = ExpertsLoRA(mlp.experts, gate_up, down, dropout, rows_per_expert)
 
 
-def check_coverage(adapted: list[Adapted], pieces: list[Piece]) -> None:
+def check_coverage(adapted: list[Adapted], pieces: list[FactorShard]) -> None:
     """Compare what the table demands with what exists over all ranks; raises ``RuntimeError`` that
     names what differs.
 
@@ -139,7 +140,7 @@ class _Parts:
         self.views: dict[tuple[int, nn.Parameter, tuple[Any, ...]], None] = {}
         self.numbers = torch.empty(0)
 
-    def add(self, number: int, piece: Piece) -> None:
+    def add(self, number: int, piece: FactorShard) -> None:
         """``piece`` belongs to projection ``number``."""
         each_expert = piece.parameter.dim() == 3
         index = (slice(None), *piece.index[1:]) if each_expert else piece.index
@@ -165,7 +166,7 @@ class GradientCheck:
     is one projection of one layer, all experts together: single experts may have had no token.
     """
 
-    def __init__(self, adapted: list[Adapted], pieces: list[Piece]) -> None:
+    def __init__(self, adapted: list[Adapted], pieces: list[FactorShard]) -> None:
         self.labels = [
             f"layer {a.layer} {a.name}" if a.layer is not None else a.name for a in adapted
         ]

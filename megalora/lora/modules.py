@@ -1,7 +1,7 @@
 """Every linear of a model by its Hugging Face name: those that LoRA can adapt here, and those that
 it can elsewhere."""
 
-from megalora.lora.spec import HEAD, Projection, layer_projections
+from megalora.model.projections import HEAD, Projection, layer_projections
 from megalora.model.shape import ModelShape
 
 EMBEDDING = "model.embed_tokens"

@@ -6,7 +6,9 @@ from collections import defaultdict
 from typing import Any
 
 from megalora.config import LoRAConfig
-from megalora.lora.spec import HEAD, Adapted, Projection, layer_projections, resolve
+from megalora.lora.select import resolve
+from megalora.lora.spec import Adapted
+from megalora.model.projections import HEAD, Projection, layer_projections
 from megalora.model.shape import ModelShape
 
 

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 from megalora import host
-from megalora.bridge.account import open_folder
-from megalora.bridge.base import load_weights, open_architecture, quiet
 from megalora.config import ModelConfig, ParallelConfig
+from megalora.model.account import open_folder
 from megalora.model.backend import block_spec
+from megalora.model.hf_weights import load_weights, open_architecture, quiet
 from megalora.model.rope_fields import read_rope
 from megalora.model.rotary import frequencies, set_frequencies, softmax_scale
 from megalora.model.shape import ModelShape

@@ -8,7 +8,7 @@ Shape legend (local to this rank):
 from typing import Any
 
 import torch
-from megalora_kernels import Adapter, Joined, Routing, expert_mlp, prefers_grouped_mm
+from megalora_kernels import AugmentedWeight, ExpertFactors, Routing, expert_mlp, prefers_grouped_mm
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -40,7 +40,7 @@ class FusedExperts(MegatronModule):
         )
         self.recompute = False
         """Compute gate_up again in backward instead of keeping it."""
-        self.joined: dict[str, Joined] = {}
+        self.joined: dict[str, AugmentedWeight] = {}
 
     def gains_from_room(self, rows_per_expert: float, rank: int) -> bool:
         """Whether the back end that wants adapters beside the weights will be the one taken here.
@@ -58,7 +58,7 @@ class FusedExperts(MegatronModule):
             weight.dtype, weight.device, rows_per_expert, rank, layer
         )
 
-    def make_room(self, gate_up_rank: int, down_rank: int) -> None:
+    def reserve_adapter_columns(self, gate_up_rank: int, down_rank: int) -> None:
         """Move the weights to where adapters of these ranks (0: none) can lie beside them.
 
         The parameters become views of the larger buffers. One weight at a time exists twice.
@@ -66,7 +66,7 @@ class FusedExperts(MegatronModule):
         for name, rank in (("gate_up", gate_up_rank), ("down", down_rank)):
             if rank:
                 parameter = getattr(self, name)
-                self.joined[name] = Joined(parameter.data, rank)
+                self.joined[name] = AugmentedWeight(parameter.data, rank)
                 parameter.data = self.joined[name].weight
 
     def forward(self, x_TH: Tensor, routing: Routing, probs_M: Tensor) -> tuple[Tensor, None]:
@@ -74,7 +74,7 @@ class FusedExperts(MegatronModule):
 
     def compute(
         self, x_TH: Tensor, routing: Routing, probs_M: Tensor,
-        gate_up: Adapter | None = None, down: Adapter | None = None, dropout: float = 0.0,
+        gate_up: ExpertFactors | None = None, down: ExpertFactors | None = None, dropout: float = 0.0,
     ) -> Tensor:  # fmt: skip
         """``down(silu(gate(x)) * up(x) * probs)`` for every row and summed per token, with optional
         adapters."""

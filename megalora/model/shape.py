@@ -1,16 +1,11 @@
 """A model's sizes, read from a Hugging Face ``config.json``. Pure Python: planner, spec and checks
 need no weights."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megalora.config import ParallelConfig, RunConfig
 from megalora.model.fields import check_sizes
-
-LARGEST_JSON = 2**26
-"""Bytes. The index of a model with 36,000 tensors has 3 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,38 +115,6 @@ class ModelShape:
                     f"parallel.{name}={size} does not divide the model's {total} {what}; it can be"
                     f" one of {divisors}"
                 )
-
-
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """The parsed ``config.json`` of a Hugging Face checkpoint folder."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
-    return read_json_object(path)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; ``ValueError`` names the file and the place."""
-    if (size := path.stat().st_size) > LARGEST_JSON:
-        raise ValueError(
-            f"{path}: {size / 1e6:,.0f} MB; megalora reads JSON files of up to"
-            f" {LARGEST_JSON / 1e6:,.0f} MB"
-        )
-    try:
-        content = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason}, byte {error.start + 1})") from None
-    except RecursionError:
-        raise ValueError(f"{path}: not readable (nested too deeply)") from None
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise ValueError(f"{path}: not readable ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
-    return content
 
 
 def model_shape(hf: dict[str, Any]) -> ModelShape:

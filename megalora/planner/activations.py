@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from megalora.lora.spec import Adapted
-from megalora.planner.layouts import Layout, Recompute, Workload
+from megalora.planner.layouts import ParallelLayout, Recompute, Workload
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths
 
 STATISTIC = INT = 4
@@ -37,7 +37,7 @@ class Microbatch:
     element_bytes: int
 
     @classmethod
-    def of(cls, model: PlannedModel, layout: Layout, work: Workload) -> "Microbatch":
+    def of(cls, model: PlannedModel, layout: ParallelLayout, work: Workload) -> "Microbatch":
         p = layout.parallel
         sequence = p.tp * math.ceil(work.sequence_length / p.tp)
         tokens = layout.micro_batch_size * sequence
@@ -63,7 +63,7 @@ class Kept:
         return self.attention + self.mlp + self.rest
 
 
-def chunk_bytes(model: PlannedModel, layout: Layout, work: Workload, chunk: Chunk) -> int:
+def chunk_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
     """Kept by the decoder layers of a chunk for one microbatch, head and loss left out:
     ``layer_bytes`` of each."""
     total = 0
@@ -79,7 +79,7 @@ def chunk_bytes(model: PlannedModel, layout: Layout, work: Workload, chunk: Chun
     return total
 
 
-def angles_bytes(model: PlannedModel, layout: Layout, work: Workload, chunk: Chunk) -> int:
+def angles_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
     """Recomputed layers keep the angles of rotary embeddings, S d 4: one tensor for all layers of a
     chunk and all microbatches."""
     if layout.recompute != "full" or chunk.layers.stop <= model.first_adapted * chunk.has_embedding:
@@ -88,7 +88,7 @@ def angles_bytes(model: PlannedModel, layout: Layout, work: Workload, chunk: Chu
 
 
 def layer_bytes(
-    model: PlannedModel, layout: Layout, work: Workload, layer: int, live: bool, level: Recompute
+    model: PlannedModel, layout: ParallelLayout, work: Workload, layer: int, live: bool, level: Recompute
 ) -> int:  # fmt: skip
     """Kept by one decoder layer for one microbatch, at a level of recomputation.
 
@@ -103,7 +103,7 @@ def layer_bytes(
 
 
 def kept(
-    model: PlannedModel, layout: Layout, batch: Microbatch, layer: int, live: bool, *,
+    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, layer: int, live: bool, *,
     selective: bool
 ) -> Kept:  # fmt: skip
     """The same by parts.
@@ -142,7 +142,7 @@ def low_rank(adapted: list[Adapted], rows: int, out_features: int, e: int) -> in
 
 
 def _core_attention(
-    model: PlannedModel, layout: Layout, batch: Microbatch, selective: bool, result_is_read: bool
+    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, selective: bool, result_is_read: bool
 ) -> int:  # fmt: skip
     """From the output of qkv to the input of o: T (q + 2 g) d e of qkv itself (v, and what the
     norms of q and k read; q once more where several key/value heads make it a copy), their rms T (q
@@ -167,7 +167,7 @@ def _core_attention(
 
 
 def _moe(
-    model: PlannedModel, layout: Layout, batch: Microbatch, modules: dict[str, list[Adapted]],
+    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, modules: dict[str, list[Adapted]],
     live: bool, selective: bool
 ) -> int:  # fmt: skip
     """Router, both sorts, routed experts and the shared expert."""
@@ -221,7 +221,7 @@ def _routing(model: PlannedModel, batch: Microbatch, moved: bool) -> int:
 
 
 def _experts(
-    model: PlannedModel, layout: Layout, batch: Microbatch, modules: dict[str, list[Adapted]],
+    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, modules: dict[str, list[Adapted]],
     live: bool, selective: bool
 ) -> int:  # fmt: skip
     """``expert_mlp``: rows as an all-to-all delivered them M H e (without one they are the norm's
@@ -244,7 +244,7 @@ def _experts(
 
 
 def _dense(
-    model: PlannedModel, layout: Layout, batch: Microbatch, modules: dict[str, list[Adapted]],
+    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, modules: dict[str, list[Adapted]],
     live: bool, selective: bool
 ) -> int:  # fmt: skip
     s = model.shape
@@ -255,7 +255,7 @@ def _dense(
 
 
 def _gated_mlp(
-    model: PlannedModel, layout: Layout, batch: Microbatch, modules: dict[str, list[Adapted]],
+    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, modules: dict[str, list[Adapted]],
     name: str, intermediate: int, live: bool, selective: bool,
 ) -> int:  # fmt: skip
     """fc1, silu(gate) * up, fc2, input left out: fc1's output T 2 I / t e, both factors T 2 I / t e
@@ -274,7 +274,7 @@ def _gated_mlp(
     return total + batch.tokens * 4 * features * e * (live or bool(fc1))
 
 
-def head_bytes(model: PlannedModel, layout: Layout, work: Workload) -> int:
+def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> int:
     """Kept by final norm, output layer and loss for one microbatch: norm (T / t) (H e + 4), softmax
     T V / t 4, per token a mask, an int64 target and the loss mask; with an adapter on the head also
     its input, h and B."""

@@ -7,20 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megalora.config import RunConfig, require
-from megalora.config_file import load_config
+from megalora.config import RunConfig
+from megalora.config.checks import require
+from megalora.config.file import load_config
 from megalora.model.shape import model_shape
 from megalora.planner import report
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine, with_ranks_per_node
-from megalora.planner.layouts import Layout, Workload, check
+from megalora.planner.layouts import ParallelLayout, Workload, check
 from megalora.planner.memory import memory_of
 from megalora.planner.models import find_architecture
 from megalora.planner.search import CLOSE, Plan, search
 
 
 @dataclass(frozen=True)
-class Options:
+class PlanOptions:
     """What the command line says beside the config."""
 
     gpus: int
@@ -36,7 +37,7 @@ class Options:
     rejected: Path | None = None
 
 
-def make_plan(config: RunConfig, options: Options) -> Plan:
+def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
     """Search for a config; raises ``ValueError`` for a mistake in it."""
     require(math.isfinite(options.imbalance), f"--imbalance {options.imbalance}: no number of rows")
     require(options.top >= 1, f"--top {options.top}: show at least 1 layout")
@@ -53,7 +54,7 @@ def make_plan(config: RunConfig, options: Options) -> Plan:
 
 
 def plan_command(
-    path: Path, overrides: Sequence[str], options: Options, say: Callable[[str], None] = print
+    path: Path, overrides: Sequence[str], options: PlanOptions, say: Callable[[str], None] = print
 ) -> None:
     """Print the plan of ``path``; write config, picture and the list of rejected layouts where they
     were asked for."""
@@ -117,7 +118,7 @@ def dry_run_command(
     require(0 <= rank < gpus, f"--dry-run {rank}: ranks of {gpus} GPUs count from 0 to {gpus - 1}")
     hf = find_architecture(config.model.path)
     p = config.parallel
-    layout = Layout.of(config, gpus)
+    layout = ParallelLayout.of(config, gpus)
     shape = model_shape(hf)
     work = Workload.of(config)
     check(shape, layout, work)

@@ -16,7 +16,7 @@ from megalora.lora.spec import Adapted
 from megalora.planner.activations import Microbatch
 from megalora.planner.gpus import attention_flops
 from megalora.planner.hardware import Estimate, Kind, Machine, weakest
-from megalora.planner.layouts import Layout, Workload
+from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.ledger import Ledger, StepTime
 from megalora.planner.memory import buffers
 from megalora.planner.weights import (
@@ -52,7 +52,9 @@ def waits_before_all_to_all(p: ParallelConfig) -> bool:
     return p.ep * p.etp > 1
 
 
-def step_time(model: PlannedModel, layout: Layout, work: Workload, machine: Machine) -> StepTime:
+def step_time(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, machine: Machine
+) -> StepTime:
     """How long one optimizer step takes.
 
     With m microbatches and stages that need a_s for one, 1F1B takes ``m max a + (sum a - max a)``,
@@ -83,7 +85,7 @@ class _Costs:
     """Seconds of one layout's pieces; layers of one kind are counted once."""
 
     def __init__(
-        self, model: PlannedModel, layout: Layout, work: Workload, machine: Machine
+        self, model: PlannedModel, layout: ParallelLayout, work: Workload, machine: Machine
     ) -> None:
         self.model = model
         self.layout = layout

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
-from megalora.lora.spec import resolve
+from megalora.lora.select import resolve
 from megalora.model.shape import model_shape
 
 
@@ -52,7 +52,7 @@ def dry_run(
 
     from megalora.lora.inject import inject
     from megalora.model.build import make_chunks
-    from megalora.train.setup import parallel_groups
+    from megalora.parallel import parallel_groups
 
     with parallel_groups(parallel) as groups, _meta_device():
         chunks = make_chunks(hf, model, parallel, shape)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megalora.config import require
+from megalora.config.checks import require
 from megalora.paths import expand
 from megalora.planner.hardware import (
     KINDS,

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig, require
+from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megalora.config.checks import require
 from megalora.model.shape import ModelShape
 from megalora.planner.crossings import NO_TABLE, Crossings
 
@@ -65,7 +66,7 @@ class Workload:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class ParallelLayout:
     """One way to run a workload on a number of ranks."""
 
     parallel: ParallelConfig
@@ -81,7 +82,7 @@ class Layout:
         object.__setattr__(self, "edp", edp)
 
     @classmethod
-    def of(cls, config: RunConfig, num_ranks: int) -> "Layout":
+    def of(cls, config: RunConfig, num_ranks: int) -> "ParallelLayout":
         """What a run's config says."""
         train = config.train
         return cls(
@@ -107,14 +108,14 @@ class Rejected:
     micro_batch_size: int | None
     """None: whatever the microbatch."""
     reason: str
-    layout: "Layout | None" = None
+    layout: "ParallelLayout | None" = None
     """Where it could be laid out but does not fit, with the bytes it needs."""
     num_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Enumeration:
-    legal: list[Layout]
+    legal: list[ParallelLayout]
     rejected: list[Rejected]
 
 
@@ -158,7 +159,7 @@ def enumerate_layouts(
                 found.rejected.append(Rejected(p, micro, reason))
                 continue
             found.legal.extend(
-                Layout(parallel=p, num_ranks=num_ranks, micro_batch_size=micro, recompute=r)
+                ParallelLayout(parallel=p, num_ranks=num_ranks, micro_batch_size=micro, recompute=r)
                 for r in recompute
             )
     return found
@@ -202,7 +203,7 @@ def _chunks(shape: ModelShape, pp: int) -> list[int]:
     return [v for v in range(1, most + 1) if v == 1 or shape.num_layers % v == 0]
 
 
-def check(shape: ModelShape, layout: Layout, work: Workload) -> None:
+def check(shape: ModelShape, layout: ParallelLayout, work: Workload) -> None:
     """Raise ``ValueError`` when the model or the workload cannot run as ``layout`` says."""
     reason = _why_not_model(shape, layout.parallel)
     reason = reason or _why_not_batch(

@@ -19,7 +19,7 @@ from megalora.model.shape import ModelShape
 from megalora.planner import activations
 from megalora.planner.activations import Microbatch
 from megalora.planner.hardware import Basis
-from megalora.planner.layouts import Layout, Workload
+from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.schedule import in_flight
 from megalora.planner.weights import (
     AdapterCount,
@@ -39,7 +39,7 @@ backward; ``step``: while gradients are reduced and the optimizer runs."""
 GRADIENT = STATE = 4
 """Bytes of a float32 gradient, and of a float32 master or moment."""
 ROOM_STEP = 16
-"""As ``Joined`` has it: room comes in steps of so many ranks."""
+"""As ``AugmentedWeight`` has it: room comes in steps of so many ranks."""
 CONTEXT = "CUDA context, NCCL"
 ROOM = "room for adapters"
 """Parts that no count of tensors sees: not an allocator's, and only on some GPUs."""
@@ -95,7 +95,7 @@ class MemoryPlan:
 
 
 def memory_of(
-    shape: ModelShape, lora: LoRAConfig, layout: Layout, work: Workload, stage: int = 0
+    shape: ModelShape, lora: LoRAConfig, layout: ParallelLayout, work: Workload, stage: int = 0
 ) -> MemoryPlan:  # fmt: skip
     """Memory of a rank of one pipeline stage. For many layouts resolve once:
     ``memory_of_model(PlannedModel.of(...), ...)``."""
@@ -103,7 +103,7 @@ def memory_of(
 
 
 def memory_of_model(
-    model: PlannedModel, layout: Layout, work: Workload, stage: int = 0
+    model: PlannedModel, layout: ParallelLayout, work: Workload, stage: int = 0
 ) -> MemoryPlan:
     """Memory of a rank of one pipeline stage; ranks of a stage differ by routing alone.
 
@@ -135,7 +135,7 @@ def memory_of_model(
 
 
 def _state(
-    model: PlannedModel, layout: Layout, work: Workload, stage: int
+    model: PlannedModel, layout: ParallelLayout, work: Workload, stage: int
 ) -> tuple[list[Chunk], tuple[Part, ...], Part]:  # fmt: skip
     """(chunks, what is always there, what the optimizer step adds): but for room, the same for
     every microbatch and recomputation."""
@@ -162,7 +162,7 @@ def _state(
     return model.memo[key]
 
 
-def fullest_stage(model: PlannedModel, layout: Layout, work: Workload) -> MemoryPlan:
+def fullest_stage(model: PlannedModel, layout: ParallelLayout, work: Workload) -> MemoryPlan:
     """The plan of the pipeline stage with the highest peak, which decides whether a layout fits."""
     stages = (stage for stage, _ in first_of_their_like(model, layout.parallel))
     return max(
@@ -171,7 +171,7 @@ def fullest_stage(model: PlannedModel, layout: Layout, work: Workload) -> Memory
     )
 
 
-def buffers(count: AdapterCount, layout: Layout) -> tuple[int, int]:
+def buffers(count: AdapterCount, layout: ParallelLayout) -> tuple[int, int]:
     """Elements of a chunk's two gradient buffers, dense and expert: tensors at multiples of 64, the
     end at a multiple of lcm(data-parallel size, 128)."""
 
@@ -181,19 +181,19 @@ def buffers(count: AdapterCount, layout: Layout) -> tuple[int, int]:
     return padded(count.dense_padded, layout.dp), padded(count.expert_padded, layout.edp)
 
 
-def optimizer_bytes(count: AdapterCount, layout: Layout, work: Workload) -> int:
+def optimizer_bytes(count: AdapterCount, layout: ParallelLayout, work: Workload) -> int:
     """Adam over the rank's share of each buffer, ``min(P, buffer / data-parallel size)``: two
     moments of 4 bytes, and with bfloat16 a master of 4. A share that is partly padding has less;
     none has more."""
     return sum(_share(count, layout)) * STATE * (3 if work.dtype == "bfloat16" else 2)
 
 
-def _share(count: AdapterCount, layout: Layout) -> tuple[int, int]:
+def _share(count: AdapterCount, layout: ParallelLayout) -> tuple[int, int]:
     dense, expert = buffers(count, layout)
     return min(count.dense, dense // layout.dp), min(count.expert, expert // layout.edp)
 
 
-def has_room(model: PlannedModel, layout: Layout, work: Workload) -> bool:
+def has_room(model: PlannedModel, layout: ParallelLayout, work: Workload) -> bool:
     """Whether the experts' weights get room for adapters beside them, as
     ``FusedExperts.gains_from_room`` says on Hopper and datacentre
     Blackwell: by the rows per expert to be expected; float32 goes without, and so do other GPUs."""
@@ -222,7 +222,9 @@ def _stacked_rank(model: PlannedModel) -> int:
     return model.memo["stacked rank",]
 
 
-def room_bytes(model: PlannedModel, layout: Layout, work: Workload, chunks: list[Chunk]) -> int:
+def room_bytes(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
+) -> int:
     """Beside weights [N, K] that get room: (N + R)(K + R) - N K for each expert, R padded to 16."""
     s = model.shape
     p = layout.parallel
@@ -243,7 +245,7 @@ def room_bytes(model: PlannedModel, layout: Layout, work: Workload, chunks: list
 
 
 def activation_bytes(
-    model: PlannedModel, layout: Layout, work: Workload, chunks: list[Chunk]
+    model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
 ) -> int:
     """What the decoder layers keep for one microbatch, times the microbatches in flight, chunk by
     chunk."""
@@ -254,7 +256,7 @@ def activation_bytes(
     return angles + max(sum(n * k for n, k in zip(counts, kept, strict=True)) for counts in held)
 
 
-def logits_bytes(model: PlannedModel, layout: Layout, work: Workload, chunk: Chunk) -> int:
+def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
     """Beside the float32 softmax that the loss keeps: with bfloat16 the logits themselves, later
     their gradient, T V / t 2 (with float32 the softmax is written over them); the head's input (T /
     t) H; and the embedding's output, if on this stage, which ``forward`` still holds (recomputing
@@ -269,7 +271,7 @@ def logits_bytes(model: PlannedModel, layout: Layout, work: Workload, chunk: Chu
 
 
 def backward_bytes(
-    model: PlannedModel, layout: Layout, work: Workload, chunks: list[Chunk]
+    model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
 ) -> tuple[int, int, int]:  # fmt: skip
     """(workspace, what recomputation brings back, all-to-all) of the layer whose backward needs
     most beside all that is kept."""
@@ -282,7 +284,7 @@ def backward_bytes(
 
 
 def _layer_backward(
-    model: PlannedModel, layout: Layout, work: Workload, layer: int
+    model: PlannedModel, layout: ParallelLayout, work: Workload, layer: int
 ) -> tuple[int, int, int]:
     """The MLP's backward with all of the layer kept, or attention's, when what the MLP kept is
     gone.
@@ -318,7 +320,7 @@ def _layer_backward(
 
 
 def _experts_backward(
-    model: PlannedModel, layout: Layout, work: Workload, layer: int
+    model: PlannedModel, layout: ParallelLayout, work: Workload, layer: int
 ) -> tuple[int, int, int]:
     """While the rows' gradients are summed for each token: gradients of the layer's output and of
     the experts' input 2 (T / t) H, in torch's form the term that is added (T / t) H, the rows M H,
@@ -349,7 +351,9 @@ def _experts_backward(
     return (own + rows * (s.hidden + 2 * i + rank) + result + factors) * e, again * e, moved * e
 
 
-def _dense_backward(model: PlannedModel, layout: Layout, batch: Microbatch, layer: int) -> int:
+def _dense_backward(
+    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, layer: int
+) -> int:
     """Gradients of the product, of its two factors T 3 I / t, and of the layer's output (T / t) H;
     by then the product itself is gone, which was kept if fc2 has an adapter."""
     s = model.shape
@@ -358,7 +362,7 @@ def _dense_backward(model: PlannedModel, layout: Layout, batch: Microbatch, laye
     return (batch.tokens * gradients * features + batch.own_tokens * s.hidden) * batch.element_bytes
 
 
-def pipeline_bytes(model: PlannedModel, layout: Layout, work: Workload, stage: int) -> int:
+def pipeline_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, stage: int) -> int:
     """Of size (T / t) H: the gradient sent for the microbatch before, which every stage but the
     first still holds; interleaved also inputs and gradients that came ahead of their turn, one on
     the first stage, three on the others. Inputs of microbatches in flight count as activations;
@@ -369,7 +373,7 @@ def pipeline_bytes(model: PlannedModel, layout: Layout, work: Workload, stage: i
 
 
 def step_bytes(
-    model: PlannedModel, layout: Layout, chunks: list[Chunk], counts: list[AdapterCount]
+    model: PlannedModel, layout: ParallelLayout, chunks: list[Chunk], counts: list[AdapterCount]
 ) -> int:
     """``sum_partial_gradients`` puts factors replicated over TP, then those over ETP, into tables,
     one row for each shard, and those into one bucket: 8 bytes an element; then Adam (torch's,

@@ -8,8 +8,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import check_fields
-from megalora.model.shape import ModelShape, model_shape, read_hf_config
+from megalora.model.shape import ModelShape, model_shape
 
 
 def read_architecture(path: Path) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from megalora.config import LoRAConfig, require
+from megalora.config import LoRAConfig
+from megalora.config.checks import require
 from megalora.model.shape import ModelShape
 from megalora.planner.cost import step_time
 from megalora.planner.hardware import Machine
 from megalora.planner.layouts import (
     LEVELS,
-    Layout,
+    ParallelLayout,
     Recompute,
     Rejected,
     Workload,
@@ -33,7 +34,7 @@ GIB = 2**30
 class Planned:
     """A layout with what it needs and what it takes."""
 
-    layout: Layout
+    layout: ParallelLayout
     lora_rank: int
     memory: MemoryPlan
     """Of the fullest stage."""
@@ -135,7 +136,7 @@ def search(
 
 
 def evaluate(
-    model: PlannedModel, lora_rank: int, layout: Layout, work: Workload, machine: Machine
+    model: PlannedModel, lora_rank: int, layout: ParallelLayout, work: Workload, machine: Machine
 ) -> Planned:
     """One layout, whether it fits or not; raises ``ValueError`` where rates are of another
     dtype."""
@@ -158,7 +159,9 @@ def check_dtype(work: Workload, machine: Machine) -> None:
     )
 
 
-def _fill(plan: Plan, model: PlannedModel, lora_rank: int, layouts: Iterable[Layout]) -> None:
+def _fill(
+    plan: Plan, model: PlannedModel, lora_rank: int, layouts: Iterable[ParallelLayout]
+) -> None:
     """Time only what fits. A stage whose weights alone are too much is too much with every
     microbatch and recomputation."""
     limit = plan.machine.memory_bytes

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megalora.config import LoRAConfig, ParallelConfig, require
-from megalora.lora.spec import Adapted, resolve
+from megalora.config import LoRAConfig, ParallelConfig
+from megalora.config.checks import require
+from megalora.lora.select import resolve
+from megalora.lora.spec import Adapted
 from megalora.model.shape import ModelShape
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalora.bridge.files import CONFIG, WEIGHTS, NotAnAdapter, check_regular
-from megalora.bridge.weights import AdapterWeights, TensorInfo, find_weight_files
-from megalora.model.shape import read_json_object
+from megalora.adapters.files import CONFIG, WEIGHTS, NotAnAdapter, check_regular
+from megalora.adapters.read.weights import AdapterWeights, TensorInfo, find_weight_files
+from megalora.hf.json_file import read_json_object
 from megalora.serve.errors import AdapterInvalid, AdapterNotFound
 
 HASH_DIGITS = 12

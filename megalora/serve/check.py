@@ -11,15 +11,17 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalora.bridge.copies import check_copies, copies_in
-from megalora.bridge.files import CONFIG, WEIGHTS
-from megalora.bridge.names import described
-from megalora.bridge.options import not_plain, shown
-from megalora.bridge.rules import Rules
-from megalora.bridge.weights import FLOATS
+from megalora.adapters.files import CONFIG, WEIGHTS
+from megalora.adapters.read.copies import check_copies, copies_in
+from megalora.adapters.read.names import described
+from megalora.adapters.read.options import not_plain, shown
+from megalora.adapters.read.rules import Rules
+from megalora.adapters.read.weights import FLOATS
+from megalora.hf.json_file import read_hf_config
 from megalora.lora.modules import linear_modules, other_modules
-from megalora.lora.spec import ALIASES, MOE
-from megalora.model.shape import ModelShape, model_shape, read_hf_config
+from megalora.lora.select import ALIASES
+from megalora.model.projections import MOE
+from megalora.model.shape import ModelShape, model_shape
 from megalora.serve.adapter_files import AdapterFiles, read_adapter_files
 from megalora.serve.errors import (
     AdapterForOtherBase,

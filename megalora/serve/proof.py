@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalora.bridge.files import PROBE
+from megalora.adapters.files import PROBE
 from megalora.serve.vllm import Client
 
 RELATIVE = 0.25

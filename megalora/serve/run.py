@@ -3,8 +3,8 @@ until told to stop."""
 
 from collections.abc import Callable, Sequence
 
-from megalora.bridge.folder import local_folder
-from megalora.model.shape import read_hf_config
+from megalora.hf.folder import local_folder
+from megalora.hf.json_file import read_hf_config
 from megalora.serve.proof import Proof, prove
 from megalora.serve.server import Server
 

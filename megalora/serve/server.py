@@ -25,15 +25,14 @@ from typing import Any
 
 import httpx
 
-from megalora.model.shape import read_hf_config
+from megalora.adapters.write.engines import VLLM_RANKS, vllm_max_rank
+from megalora.hf.json_file import read_hf_config
 from megalora.paths import expand, user_path
 from megalora.serve.check import Limits, Needs, check_adapter
 from megalora.serve.errors import AdapterRankTooLarge, ServerError
 from megalora.serve.store import Store
 from megalora.serve.vllm import Client, check_name, versioned
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What ``--max-lora-rank`` may be."""
 DEFAULT_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "experts", "gate")
 """Without adapters to ask. Not lm_head: with it wrapped, ``prompt_logprobs`` of two requests at
 once kill the CPU engine."""
@@ -67,12 +66,13 @@ def vllm_python(python: str | Path | None = None) -> Path:
 
 def smallest_rank(rank: int) -> int:
     """The smallest ``--max-lora-rank`` that holds ``rank``."""
-    for candidate in RANKS:
-        if rank <= candidate:
-            return candidate
-    raise AdapterRankTooLarge(
-        f"rank {rank}: vLLM serves up to {RANKS[-1]}; merge the adapter into its base instead"
-    )
+    holding = vllm_max_rank(rank)
+    if holding is None:
+        raise AdapterRankTooLarge(
+            f"rank {rank}: vLLM serves up to {VLLM_RANKS[-1]}; merge the adapter into its base"
+            " instead"
+        )
+    return holding
 
 
 def named_adapters(adapters: Iterable[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:

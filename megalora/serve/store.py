@@ -13,7 +13,7 @@ from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 
-from megalora.bridge.files import CONFIG, WEIGHTS
+from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.serve.adapter_files import content_hash
 from megalora.serve.errors import AdapterInvalid
 

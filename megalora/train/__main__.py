@@ -8,7 +8,7 @@ from megalora.user_error import guarded
 
 
 def main(arguments: list[str]) -> None:
-    from megalora.config_file import load_config
+    from megalora.config.file import load_config
 
     if not arguments or arguments[0] in ("-h", "--help"):
         raise ValueError(
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     config.check_world(host.world_size())
     host.install()
     from megalora.train.loop import train
-    from megalora.train.lost import explained
+    from megalora.train.lost_peer import explained
 
     run = Path(config.checkpoint.dir)
     # Twice: a peer may be lost while ranks meet, too; and where it is lost later, the group must

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalora import host
-from megalora.lora.factors import Piece
+from megalora.lora.factors import FactorShard
 from megalora.lora.spec import Adapted, FactorName, expected_tensors, tensor_name
 from megalora.parallel import Groups
 
@@ -48,7 +48,7 @@ class DriftCheck:
     tensors hashed one by one, to name those that do.
     """
 
-    def __init__(self, adapted: list[Adapted], pieces: list[Piece], groups: Groups) -> None:
+    def __init__(self, adapted: list[Adapted], pieces: list[FactorShard], groups: Groups) -> None:
         self.names = list(expected_tensors(adapted))
         self.pieces, self.width = pieces, max(groups.tp.size(), groups.etp.size())
         number = {name: i for i, name in enumerate(self.names)}
@@ -57,7 +57,7 @@ class DriftCheck:
         )
         # Replicas hold the same tensors in the same order, so that the first stands for the
         # parameter.
-        first: dict[nn.Parameter, Piece] = {}
+        first: dict[nn.Parameter, FactorShard] = {}
         for piece in pieces:
             first.setdefault(piece.parameter, piece)
         self.parameters = list(first)

@@ -10,15 +10,18 @@ import torch
 import torch.distributed as dist
 
 from megalora import host
-from megalora.bridge.folder import local_folder
 from megalora.config import RunConfig
-from megalora.config_file import save_config
+from megalora.config.file import save_config
 from megalora.data.probe_text import probe_tokens
 from megalora.data.splits import load_data
 from megalora.data.tokenizer import load_tokenizer
+from megalora.hf.folder import local_folder
+from megalora.lora.adapted_model import AdaptedModel, build_adapted
 from megalora.lora.inject import GradientCheck, trainable_summary, write_manifest
-from megalora.lora.spec import plan
+from megalora.lora.select import plan
 from megalora.model.recompute import apply_recompute
+from megalora.parallel import parallel_groups
+from megalora.serve.live_sync import serving
 from megalora.train import duration
 from megalora.train.batches import Batches
 from megalora.train.checkpoint.identity import Identity, Samples, identify
@@ -37,9 +40,7 @@ from megalora.train.optim import (
     wrap_chunks,
 )
 from megalora.train.probe import Probe
-from megalora.train.push import serving
 from megalora.train.run_folder import opened
-from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
 from megalora.train.signals import terminated
 from megalora.train.step import Stepper
 from megalora.verify.first_loss import compare_losses

@@ -12,10 +12,10 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor, nn
 
 from megalora import host
-from megalora.bridge.base import quiet
-from megalora.bridge.files import STATE_KEYS
+from megalora.adapters.files import STATE_KEYS
 from megalora.comm import sum_bucket
 from megalora.config import TrainConfig
+from megalora.model.hf_weights import quiet
 from megalora.parallel import Groups, megatron_groups
 
 

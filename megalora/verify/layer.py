@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 
 from megalora import host
-from megalora.bridge.base import quiet
 from megalora.first_rank import on_first_rank
+from megalora.model.hf_weights import quiet
 from megalora.parallel import Groups, first_rank_alone
 from megalora.verify.compare_layer import OPTION, LayerComparison
 from megalora.verify.loaded import Loaded

@@ -22,18 +22,19 @@ from megalora.bench.launch import Nodes, command, processes_of, run_to_log
 from megalora.bench.outcome import status_of
 from megalora.bench.results import table, write_results
 from megalora.bench.routing import even_experts
-from megalora.bench.rows import PARTS, Measured, Options, Predicted, Row, load_rows
+from megalora.bench.rows import PARTS, BenchOptions, Measured, Predicted, Row, load_rows
 from megalora.bench.runs import layout_overrides, parse_layout, run_layouts
 from megalora.bench.steps import measure_layout, timed_parts, training
 from megalora.bench.timers import Timeline, attach
 from megalora.config import LoRAConfig, ParallelConfig, RunConfig
-from megalora.config_file import load_config, save_config
-from megalora.lora.spec import resolve
+from megalora.config.file import load_config, save_config
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.select import resolve
 from megalora.model.attention import SDPACoreAttention
 from megalora.model.dispatcher import LocalDispatcher
 from megalora.model.experts import FusedExperts
-from megalora.model.shape import model_shape, read_hf_config
-from megalora.planner.layouts import Layout, Workload
+from megalora.model.shape import model_shape
+from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import fullest_stage
 from megalora.planner.weights import PlannedModel
 from tests.distributed.ranks import run_ranks
@@ -44,7 +45,7 @@ from tests.parity.runs import make_config
 # ---- inside ranks ----
 
 
-def plain_and_timed(config: RunConfig, options: Options) -> dict[str, Any]:
+def plain_and_timed(config: RunConfig, options: BenchOptions) -> dict[str, Any]:
     """Losses and gradients of the same first step without and with timers, and what the timers
     say."""
     losses = []
@@ -85,7 +86,7 @@ def test_timers_change_no_bit_and_add_up(
     lora = LORA if name == "everything" else LoRAConfig(rank=4)
     config = make_config(base, chats, tmp_path, sizes, recompute, lora=lora)
     config = replace(config, data=replace(config.data, max_length=41))
-    ranks = run_ranks(plain_and_timed, world, config, Options(routing="natural"))
+    ranks = run_ranks(plain_and_timed, world, config, BenchOptions(routing="natural"))
     assert len(ranks[0]["same"]) > 10 and all(ranks[0]["same"].values())
     for rank in ranks:
         parts = rank["parts"]
@@ -127,7 +128,7 @@ def parts_when_slow(config: RunConfig, owner: Any, method: str) -> dict[str, flo
     process."""
     original = getattr(owner, method)
     setattr(owner, method, lambda self, *args, **kwargs: slowed(original(self, *args, **kwargs)))
-    with training(config, Options(routing="natural")) as run:
+    with training(config, BenchOptions(routing="natural")) as run:
         return timed_parts(run, 0, 1)[0]
 
 
@@ -186,7 +187,7 @@ def test_even_experts(tokens, experts, top_k, ep, sources) -> None:
 def imbalances(config: RunConfig) -> dict[str, Any]:
     found = {}
     for routing in ("balanced", "natural"):
-        with training(config, Options(routing=routing)) as run:  # type: ignore[arg-type]
+        with training(config, BenchOptions(routing=routing)) as run:  # type: ignore[arg-type]
             found[routing] = (timed_parts(run, 0, 1)[1], run.tokens)
     return found
 
@@ -216,7 +217,7 @@ def test_what_is_measured(tiny, chats, tmp_path) -> None:
     """Random weights on a pipeline with two chunks a stage; memory against the planner's count."""
     config = make_config(tiny, chats, tmp_path, {"pp": 2, "vpp": 2}, "selective")
     config = replace(config, data=replace(config.data, max_length=101))
-    m, other = run_ranks(measure_layout, 2, config, Options(steps=2, weights="random"))
+    m, other = run_ranks(measure_layout, 2, config, BenchOptions(steps=2, weights="random"))
     assert isinstance(m, Measured) and other is None
     assert (
         m.weights == "random" and m.stages == [0, 1] and m.imbalance is None and m.device == "CPU"
@@ -228,7 +229,7 @@ def test_what_is_measured(tiny, chats, tmp_path) -> None:
     shape = model_shape(read_hf_config(tiny))
     flops = flops_per_token(shape, resolve(config.lora, shape), 100, "selective")
     assert m.model_tflops == pytest.approx(8 * 100 * flops.model / m.step_seconds / 2 / 1e12)
-    layout = Layout(
+    layout = ParallelLayout(
         parallel=config.parallel, num_ranks=2, micro_batch_size=2, recompute="selective"
     )
     plan = fullest_stage(PlannedModel.of(shape, config.lora), layout, Workload.of(config))
@@ -284,7 +285,7 @@ def test_flops_by_hand(everything) -> None:
 def test_parse_layout(tiny, chats, tmp_path) -> None:
     config = make_config(tiny, chats, tmp_path, {"ep": 2}, "selective")
     parsed = parse_layout(" tp=2, ep=4,micro=4,recompute=full", 8, config)
-    assert parsed == Layout(
+    assert parsed == ParallelLayout(
         parallel=ParallelConfig(tp=2, ep=4), num_ranks=8, micro_batch_size=4, recompute="full"
     )
     kept = parse_layout("tp=2", 4, config)
@@ -326,7 +327,7 @@ def test_options_that_are_none() -> None:
         ({"routing": "even"}, "--routing"),
     ):
         with pytest.raises(ValueError, match=message):
-            Options(**options)  # type: ignore[arg-type]
+            BenchOptions(**options)  # type: ignore[arg-type]
 
 
 # ---- what a run said before it ended ----
@@ -521,7 +522,7 @@ def test_for_real(tiny, chats, tmp_path) -> None:
     """One layout in processes of its own and one that is refused, then both again."""
     config = make_config(tiny, chats, tmp_path, {})
     config = replace(config, data=replace(config.data, max_length=41))
-    options = Options(steps=1, routing="natural")
+    options = BenchOptions(steps=1, routing="natural")
     ok, refused = bench(config, tmp_path, [2, 16], options=options)
     assert ok.status == "ok", (tmp_path / "out" / ok.log).read_text()
     assert refused.status.startswith("refused: ")

@@ -14,11 +14,11 @@ import pytest
 from megalora.bench.command import fastest, predicted, workload
 from megalora.bench.launch import Nodes, processes_of
 from megalora.bench.rows import PARTS, load_rows
-from megalora.cli import main
+from megalora.cli.main import main
 from megalora.config import ParallelConfig
-from megalora.config_file import load_config
+from megalora.config.file import load_config
 from megalora.planner.gpus import GPUS
-from megalora.planner.layouts import Layout
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.memory import CONTEXT, fullest_stage
 from megalora.planner.models import load_shape
 from megalora.planner.search import search
@@ -50,7 +50,7 @@ def test_a_prediction_is_the_planners_in_the_clocks_names(sizes: dict) -> None:
     model = PlannedModel.of(SHAPE, config.lora)
     work = workload(config, 1.0, H100)
     assert work.sequence_length == 512
-    layout = Layout(parallel=config.parallel, num_ranks=2, recompute="full")
+    layout = ParallelLayout(parallel=config.parallel, num_ranks=2, recompute="full")
     plan = fullest_stage(model, layout, work)
     assert found.peak_bytes == plan.peak_bytes - plan[CONTEXT] and plan[CONTEXT] > 0
     assert found.parts["experts"] > 0 and (found.parts["bubble"] > 0) == ("pp" in sizes)

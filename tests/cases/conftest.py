@@ -1,5 +1,5 @@
 """Bases of every family, made once, for the cases about adapters."""
 
-from tests.bridge.conftest import bases, peft_knows_qwen2_moe
+from tests.adapters.conftest import bases, peft_knows_qwen2_moe
 
 __all__ = ["bases", "peft_knows_qwen2_moe"]

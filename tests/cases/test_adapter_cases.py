@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megalora import cli
-from megalora.bridge.files import WEIGHTS
-from tests.bridge.adapters import logits
-from tests.bridge.stock import check_equal, loaded_by_peft, new_adapter
-from tests.bridge.test_weights import SHARDS, in_pickle, in_shards
+from megalora.adapters.files import WEIGHTS
+from megalora.cli import main as cli
+from tests.adapters.adapters import logits
+from tests.adapters.stock import check_equal, loaded_by_peft, new_adapter
+from tests.adapters.test_weights import SHARDS, in_pickle, in_shards
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megalora.bridge.account import open_folder
-from megalora.cli import main
+from megalora.cli.main import main
+from megalora.model.account import open_folder
 from tests.oracles.base import Tensors, make_base, own_logits, rewrite, transformers_logits
 
 CONFIG = """

@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megalora import cli
+from megalora.cli import main as cli
 from megalora.data.probe_text import probe_tokens
 from megalora.data.splits import load_split
 from tests.data.chat_tokenizer import learned, make_tokenizer

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megalora import cli
+from megalora.cli import main as cli
 from megalora.config import RunConfig
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_guards import said_by

@@ -6,7 +6,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from megalora import cli
+from megalora.cli import main as cli
 from megalora.data.chat import encode
 from megalora.data.show import histogram, sample_text
 from tests.data.chat_tokenizer import make_tokenizer

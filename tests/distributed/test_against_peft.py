@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from peft.utils import transformers_weight_conversion
 
-from megalora.bridge.files import WEIGHTS
-from megalora.bridge.form import write_adapter
+from megalora.adapters.files import WEIGHTS
+from megalora.adapters.write.form import write_adapter
 from megalora.config import ParallelConfig
-from megalora.lora.spec import plan
+from megalora.lora.select import plan
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.oracles.peft import PeftOracle

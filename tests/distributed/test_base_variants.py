@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalora.bridge.base_weights import BaseWeights
+from megalora.model.base_weights import BaseWeights
 from tests.cases.test_base_cases import packed
 from tests.distributed.ranks import run_ranks
 from tests.oracles.base import logits_of_ranks, make_base, rewrite, transformers_logits

@@ -10,14 +10,16 @@ import torch.distributed as dist
 from megalora_kernels import each_expert
 from torch.utils.flop_counter import FlopCounterMode
 
-from megalora.bridge.files import STATE_KEYS
+from megalora.adapters.files import STATE_KEYS
 from megalora.config import LoRAConfig, RunConfig
 from megalora.data.loader import Batch
-from megalora.lora.spec import plan, resolve
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.adapted_model import build_adapted
+from megalora.lora.select import plan, resolve
+from megalora.model.shape import model_shape
+from megalora.parallel import parallel_groups
 from megalora.train.loop import train
 from megalora.train.optim import build_optimizer, wrap_chunks
-from megalora.train.setup import build_adapted, parallel_groups
 from megalora.train.step import Stepper
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config, records

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.peft_eval_loss import eval_losses
 from megalora.config import CheckpointConfig, LogConfig, ModelConfig
-from megalora.config_file import load_config
+from megalora.config.file import load_config
 from megalora.data.splits import load_split
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megalora.bridge.files import OPTIMIZER, PROBE
-from megalora.bridge.resumable import import_adapter
+from megalora.adapters.files import OPTIMIZER, PROBE
+from megalora.adapters.resumable import import_adapter
 from megalora.config import CheckpointConfig, LoRAConfig
 from megalora.tiny import make_tiny
 from megalora.train.loop import train

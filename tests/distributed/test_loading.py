@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from megalora.bridge.base import FusedQwen3MoEBridge
 from megalora.config import ModelConfig, ParallelConfig
+from megalora.hf.json_file import read_hf_config
 from megalora.model.build import build_model
-from megalora.model.shape import model_shape, read_hf_config
-from megalora.train.setup import parallel_groups
+from megalora.model.hf_weights import FusedQwen3MoEBridge
+from megalora.model.shape import model_shape
+from megalora.parallel import parallel_groups
 from tests.distributed.ranks import run_ranks
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megalora_kernels import Adapter, Joined, Routing, expert_mlp, regroup, route
+from megalora_kernels import AugmentedWeight, ExpertFactors, Routing, expert_mlp, regroup, route
 
 DEVICE = "cuda"
 ALLOWED = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 2e-5}
@@ -37,15 +37,15 @@ class Problem:
     dout: torch.Tensor
     ranks: dict[str, int]
 
-    def adapters(self) -> dict[str, Adapter]:
+    def adapters(self) -> dict[str, ExpertFactors]:
         v = self.leaves
         found = {}
         first = [name for name in ("gate", "up") if name in self.ranks]
         if first:
             scales = tuple(SCALES[name] for name in ("gate", "up"))
-            found["gate_up"] = Adapter(v["a1"], (v.get("gate"), v.get("up")), scales)
+            found["gate_up"] = ExpertFactors(v["a1"], (v.get("gate"), v.get("up")), scales)
         if "down" in self.ranks:
-            found["down"] = Adapter(v["a2"], (v["down"],), (SCALES["down"],))
+            found["down"] = ExpertFactors(v["a2"], (v["down"],), (SCALES["down"],))
         return found
 
     def rank1(self) -> int:
@@ -56,8 +56,8 @@ class Problem:
         w1 = self.w1
         w2 = self.w2
         if way == "joined":
-            w1 = Joined(w1, max(1, self.rank1()))
-            w2 = Joined(w2, self.ranks.get("down", 1))
+            w1 = AugmentedWeight(w1, max(1, self.rank1()))
+            w2 = AugmentedWeight(w2, self.ranks.get("down", 1))
         backend = "grouped_mm" if way == "joined" else way
         x = self.leaves["x"]
         p = self.leaves["p"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from megalora_kernels import Joined, Routing
+from megalora_kernels import AugmentedWeight, Routing
 from megalora_kernels.gemm_kernel import grouped_gemm_triton, product_of
 from megalora_kernels.grouped_gemm import grouped_gemm_ref
 from megalora_kernels.variants import Variant, candidates, device_limits
@@ -49,10 +49,10 @@ class Form:
 
         width = N // len(self.ranks)
         if self.op == "forward":
-            w_EKN = Joined(normal(E, N, K), sum(self.ranks)).weight.transpose(1, 2)
+            w_EKN = AugmentedWeight(normal(E, N, K), sum(self.ranks)).weight.transpose(1, 2)
             b = tuple(normal(E, width, rank).transpose(1, 2) for rank in self.ranks)
         else:
-            w_EKN = Joined(normal(E, K, N), sum(self.ranks)).weight
+            w_EKN = AugmentedWeight(normal(E, K, N), sum(self.ranks)).weight
             b = tuple(normal(E, rank, width) for rank in self.ranks)
         source = torch.randint(TOKENS, (M,), generator=g, device=DEVICE, dtype=torch.int32)
         return {

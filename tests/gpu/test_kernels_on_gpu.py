@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from megalora_kernels import (
-    Joined,
+    AugmentedWeight,
     dense_lora,
     expert_mlp,
     grouped_lora,
@@ -108,7 +108,9 @@ def test_linear_agrees_with_float64(counts, rank, N, K, dtype):
             "reference", w.double(), {n: t.double() for n, t in operands.items()}, dy.double()
         )
         for way in WAYS:
-            weight, backend = (Joined(w, rank), "grouped_mm") if way == "joined" else (w, way)
+            weight, backend = (
+                (AugmentedWeight(w, rank), "grouped_mm") if way == "joined" else (w, way)
+            )
             found = results(backend, weight, operands, dy)
             assert_close(found, want, dtype)
             assert_idle_are_zero(found, routing)
@@ -239,8 +241,8 @@ def test_nothing_waits_for_the_device(way):
         arrived, _ = regroup_values(counts, probs_M.detach()[:2300])
         x = case.leaves["x"]
         p = case.leaves["p"][:2300]
-        w1 = Joined(case.w1, case.rank1()) if way == "joined" else case.w1
-        w2 = Joined(case.w2, 16) if way == "joined" else case.w2
+        w1 = AugmentedWeight(case.w1, case.rank1()) if way == "joined" else case.w1
+        w2 = AugmentedWeight(case.w2, 16) if way == "joined" else case.w2
         backend = "grouped_mm" if way == "joined" else way
         expert_mlp(x, w1, w2, p, arrived, **case.adapters(), backend=backend).backward(case.dout)
 
@@ -257,7 +259,11 @@ def test_nothing_waits_for_the_device(way):
 def test_what_is_kept_for_backward(way):
     """[gate | up], S of gate_up and of down: nothing as wide as H for each row."""
     case = even(torch.bfloat16)
-    w1, w2 = (Joined(case.w1, 32), Joined(case.w2, 16)) if way == "joined" else (case.w1, case.w2)
+    w1, w2 = (
+        (AugmentedWeight(case.w1, 32), AugmentedWeight(case.w2, 16))
+        if way == "joined"
+        else (case.w1, case.w2)
+    )
     backend = "grouped_mm" if way == "joined" else way
 
     v = case.leaves

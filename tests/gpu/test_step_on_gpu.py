@@ -66,7 +66,7 @@ def test_kernels_train_what_a_plain_loop_trains(tmp_path):
         from megalora import host
 
         host.install()
-        import megalora.bridge.base  # noqa: F401  imports Megatron once, not in each process
+        import megalora.model.hf_weights  # noqa: F401  imports Megatron once, not in each process
 
         jobs = [(backend, write_steps, (file, backend)) for backend, file in files.items()]
         assert [code for *_, code in forked(jobs, at_once=2)] == [0, 0]

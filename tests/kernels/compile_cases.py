@@ -13,7 +13,7 @@ from itertools import product as pairs
 from typing import Any, NamedTuple
 
 import torch
-from megalora_kernels import Adapter, Routing, expert_mlp, permute_shrink, route
+from megalora_kernels import ExpertFactors, Routing, expert_mlp, permute_shrink, route
 from megalora_kernels import variants as choices
 from megalora_kernels.gemm_kernel import grouped_gemm_triton
 from megalora_kernels.regroup import regroup_triton
@@ -54,7 +54,10 @@ def layer(dtype: torch.dtype, rank: int, tokens: int, whole: bool) -> None:
     w1 = torch.zeros(2, 2 * I, H, dtype=dtype)
     w2 = torch.zeros(2, H, I, dtype=dtype)
     routing, _ = route(torch.ones(tokens, 2, dtype=torch.bool), 2)
-    adapters = {"gate_up": Adapter(a1, tuple(b1), (2.0, 2.0)), "down": Adapter(a2, (b2,), (2.0,))}
+    adapters = {
+        "gate_up": ExpertFactors(a1, tuple(b1), (2.0, 2.0)),
+        "down": ExpertFactors(a2, (b2,), (2.0,)),
+    }
     expert_mlp(x, w1, w2, p, routing, backend="triton", **adapters).sum().backward()
     if not whole:
         return

@@ -4,7 +4,7 @@ stay."""
 from typing import Any
 
 import torch
-from megalora_kernels import Joined, grouped_lora
+from megalora_kernels import AugmentedWeight, grouped_lora
 
 from tests.kernels.oracle import ULP
 
@@ -70,7 +70,7 @@ def call(
     room = how.pop("room", 1 if a is None else a.shape[1])
     if arm != "joined":
         return grouped_lora(x, w, offsets, a, b, backend=arm, **how)
-    return grouped_lora(x, Joined(w, room), offsets, a, b, backend="grouped_mm", **how)
+    return grouped_lora(x, AugmentedWeight(w, room), offsets, a, b, backend="grouped_mm", **how)
 
 
 def run(

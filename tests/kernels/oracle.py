@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megalora_kernels import Adapter, Joined, Routing, expert_mlp, regroup, route
+from megalora_kernels import AugmentedWeight, ExpertFactors, Routing, expert_mlp, regroup, route
 
 SCALES = {"gate": 0.75, "up": 1.5, "down": 1.25}
 RANKS = {"gate": 3, "up": 5, "down": 7}
@@ -47,21 +47,27 @@ class Experts:
         start = RANKS["gate"] if name == "up" and "gate" in self.adapted else 0
         return slice(start, start + RANKS[name])
 
-    def adapters(self, leaves: Tensors) -> dict[str, Adapter]:
+    def adapters(self, leaves: Tensors) -> dict[str, ExpertFactors]:
         found = {}
         gate_up = ("gate", "up")
         if "a1" in leaves:
-            found["gate_up"] = Adapter(
+            found["gate_up"] = ExpertFactors(
                 leaves["a1"], tuple(map(leaves.get, gate_up)), tuple(SCALES[n] for n in gate_up)
             )
         if "a2" in leaves:
-            found["down"] = Adapter(leaves["a2"], (leaves["down"],), (SCALES["down"],))
+            found["down"] = ExpertFactors(leaves["a2"], (leaves["down"],), (SCALES["down"],))
         return found
 
     def joined(self) -> "Experts":
         """The same with room for the adapters in the weights."""
         rank1, rank2 = (self.leaves[a].shape[1] if a in self.leaves else 1 for a in ("a1", "a2"))
-        return Experts(**{**vars(self), "w1": Joined(self.w1, rank1), "w2": Joined(self.w2, rank2)})
+        return Experts(
+            **{
+                **vars(self),
+                "w1": AugmentedWeight(self.w1, rank1),
+                "w2": AugmentedWeight(self.w2, rank2),
+            }
+        )
 
     def call(self, leaves: Tensors | None = None, **how: Any) -> torch.Tensor:
         leaves = self.leaves if leaves is None else leaves

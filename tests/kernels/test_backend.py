@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from megalora_kernels import Adapter, Joined, grouped_lora, tuned
+from megalora_kernels import AugmentedWeight, ExpertFactors, grouped_lora, tuned
 from megalora_kernels.tuned_table import MEASURED
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -249,7 +249,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "room": (
         dict(
-            weight=Joined(torch.zeros(6, N, K), 4), a=torch.zeros(6, 17, K), b=torch.zeros(6, N, 17)
+            weight=AugmentedWeight(torch.zeros(6, N, K), 4),
+            a=torch.zeros(6, 17, K),
+            b=torch.zeros(6, N, 17),
         ),
         "the adapter's rank is 17, but the weight has room for 16",
     ),
@@ -292,5 +294,5 @@ def test_the_adapter_of_a_fused_weight_places_its_blocks():
     """B of gate and up: block diagonal, scaled or not, zero for a projection without adapter."""
     a = torch.zeros(2, 3, 5)
     up = torch.arange(24.0).view(2, 4, 3)
-    whole = Adapter(a, (None, up), (9.0, 0.5)).whole_b(8)
+    whole = ExpertFactors(a, (None, up), (9.0, 0.5)).whole_b(8)
     assert torch.equal(whole[:, :4], torch.zeros(2, 4, 3)) and torch.equal(whole[:, 4:], up / 2)

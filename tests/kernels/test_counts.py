@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from megalora_kernels import Adapter, Joined, expert_mlp, grouped_lora, route
+from megalora_kernels import AugmentedWeight, ExpertFactors, expert_mlp, grouped_lora, route
 
 from tests.kernels.measure import Traffic, calls_and_bytes
 
@@ -82,10 +82,10 @@ def test_forward_of_a_linear_on_the_default_back_end(linear):
     "arm, most_calls, most_bytes", [("grouped_mm", 2.65, 2.30), ("joined", 1.58, 2.42)]
 )
 def test_forward_of_a_linear_by_grouped_mm(linear, arm, most_calls, most_bytes):
-    """Joined allocates the rows copied beside S, M (K + r), and nothing else; plain B S, in pieces
+    """AugmentedWeight allocates the rows copied beside S, M (K + r), and nothing else; plain B S, in pieces
     of 256 columns."""
     t = linear
-    w = Joined(t["w"], R) if arm == "joined" else t["w"]
+    w = AugmentedWeight(t["w"], R) if arm == "joined" else t["w"]
     backend = "grouped_mm"
     calls, size = ratio(
         f"{arm} forward",
@@ -139,9 +139,13 @@ def layer(
     t: dict[str, torch.Tensor], adapted: bool, backward: bool, arm: str
 ) -> Callable[[], object]:
     routing, _ = route(t["map"], TOP_K)
-    w1, w2 = (Joined(t["w1"], 2 * R), Joined(t["w2"], R)) if arm == "joined" else (t["w1"], t["w2"])
-    gate_up = Adapter(t["a1"], (t["gate"], t["up"]), (2.0, 2.0))
-    down = Adapter(t["a2"], (t["down"],), (2.0,))
+    w1, w2 = (
+        (AugmentedWeight(t["w1"], 2 * R), AugmentedWeight(t["w2"], R))
+        if arm == "joined"
+        else (t["w1"], t["w2"])
+    )
+    gate_up = ExpertFactors(t["a1"], (t["gate"], t["up"]), (2.0, 2.0))
+    down = ExpertFactors(t["a2"], (t["down"],), (2.0,))
     adapters = {"gate_up": gate_up, "down": down} if adapted else {}
     wanted = [
         t[name]

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from megalora_kernels import Adapter, expert_mlp
+from megalora_kernels import ExpertFactors, expert_mlp
 
 from tests.kernels.oracle import (
     ARMS,
@@ -227,8 +227,8 @@ def test_a_scale_multiplies_what_b_does():
     """Not to the bit: S is scaled and not B. But so where scaling moves nothing but exponents."""
     case, _ = answer("sorted", dtype=torch.float64)
     v = case.leaves
-    by_scale = Adapter(v["a2"], (v["down"],), (0.5,))
-    by_b = Adapter(v["a2"], (0.5 * v["down"],), (1.0,))
+    by_scale = ExpertFactors(v["a2"], (v["down"],), (0.5,))
+    by_b = ExpertFactors(v["a2"], (0.5 * v["down"],), (1.0,))
     outs = [
         expert_mlp(v["x"], case.w1, case.w2, v["p"], case.routing, down=down)
         for down in (by_scale, by_b)

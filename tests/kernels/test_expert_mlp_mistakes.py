@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from megalora_kernels import Adapter, Joined, Routing, expert_mlp
+from megalora_kernels import AugmentedWeight, ExpertFactors, Routing, expert_mlp
 
 E = 4
 T = 5
@@ -22,13 +22,13 @@ ENDS = torch.tensor([3, 3, 6, 10], dtype=torch.int32)
 SOURCE = torch.arange(M, dtype=torch.int32) % T
 SLOTS = torch.arange(M, dtype=torch.int32).view(T, 2)
 ROUTING = Routing(ENDS, M, SOURCE, SLOTS)
-GATE_UP = Adapter(zeros(E, 8, H), (zeros(E, INNER, 3), zeros(E, INNER, 5)), (1.0, 1.0))
-WIDE = Adapter(zeros(E, 20, H), (zeros(E, INNER, 3), zeros(E, INNER, 17)), (1.0, 1.0))
-DOWN = Adapter(zeros(E, 7, INNER), (zeros(E, H, 7),), (1.0,))
+GATE_UP = ExpertFactors(zeros(E, 8, H), (zeros(E, INNER, 3), zeros(E, INNER, 5)), (1.0, 1.0))
+WIDE = ExpertFactors(zeros(E, 20, H), (zeros(E, INNER, 3), zeros(E, INNER, 17)), (1.0, 1.0))
+DOWN = ExpertFactors(zeros(E, 7, INNER), (zeros(E, H, 7),), (1.0,))
 
 
-def b_of(gate: Any, up: Any, rank: int = 8) -> Adapter:
-    return Adapter(zeros(E, rank, H), (gate, up), (1.0, 1.0))
+def b_of(gate: Any, up: Any, rank: int = 8) -> ExpertFactors:
+    return ExpertFactors(zeros(E, rank, H), (gate, up), (1.0, 1.0))
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
@@ -67,24 +67,24 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
                     "gate_up: a has 8 rows, the ranks of its b's are []"),
     "height of B": (dict(gate_up=b_of(zeros(E, 80, 3), zeros(E, 80, 5))),
                     "b is (4, 80, 3), want [E, N, R] = (4, 40, 3)"),
-    "projections": (dict(gate_up=Adapter(GATE_UP.a, (*GATE_UP.b, None), (1.0, 1.0, 1.0))),
+    "projections": (dict(gate_up=ExpertFactors(GATE_UP.a, (*GATE_UP.b, None), (1.0, 1.0, 1.0))),
                     "gate_up: 3 b's; a fused weight has at most 2 projections here"),
-    "scales": (dict(gate_up=Adapter(GATE_UP.a, GATE_UP.b, (1.0,))), "scale"),
-    "features of A": (dict(down=Adapter(zeros(E, 7, H), DOWN.b, (1.0,))),
+    "scales": (dict(gate_up=ExpertFactors(GATE_UP.a, GATE_UP.b, (1.0,))), "scale"),
+    "features of A": (dict(down=ExpertFactors(zeros(E, 7, H), DOWN.b, (1.0,))),
                       "down: a is (4, 7, 24), want [E, R, K] = (4, R, 40)"),
-    "dtype of A": (dict(down=Adapter(DOWN.a.half(), DOWN.b, (1.0,))),
+    "dtype of A": (dict(down=ExpertFactors(DOWN.a.half(), DOWN.b, (1.0,))),
                    "down.a is torch.float16 but x is torch.float32"),
     "dtype of B": (dict(gate_up=b_of(zeros(E, INNER, 3).half(), zeros(E, INNER, 5))),
                    "gate_up.b[0] is torch.float16"),
-    "room of gate_up": (dict(w1=Joined(zeros(E, 80, H), 4), gate_up=WIDE),
+    "room of gate_up": (dict(w1=AugmentedWeight(zeros(E, 80, H), 4), gate_up=WIDE),
                         "gate_up: the adapter's rank is 20, but the weight has room for 16"),
-    "room of down": (dict(w2=Joined(zeros(E, H, INNER), 4),
-                          down=Adapter(zeros(E, 17, INNER), (zeros(E, H, 17),), (1.0,))),
+    "room of down": (dict(w2=AugmentedWeight(zeros(E, H, INNER), 4),
+                          down=ExpertFactors(zeros(E, 17, INNER), (zeros(E, H, 17),), (1.0,))),
     "down: the adapter's rank is 17, but the weight has room for 16"),
     "back end": (dict(backend="fast"),
                  "expert_mlp: backend is 'fast', want one of reference, loop, grouped_mm, triton"),
     "rank for Triton": (dict(backend="triton",
-                             gate_up=Adapter(zeros(E, 129, H), (zeros(E, INNER, 129), None),
+                             gate_up=ExpertFactors(zeros(E, 129, H), (zeros(E, INNER, 129), None),
                                              (1.0, 1.0))), "the stacked rank 129 exceeds 128"),
 }  # fmt: skip
 

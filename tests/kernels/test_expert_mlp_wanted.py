@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from megalora_kernels import Adapter, Joined, expert_mlp
+from megalora_kernels import AugmentedWeight, ExpertFactors, expert_mlp
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.measure import kept_bytes, no_reads_on_the_host
@@ -93,7 +93,7 @@ def test_what_is_kept_for_backward(arm, wanted, recompute, kept, small_tiles):
     leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in case.leaves.items()}
     r = case.routing
     given = [t for name, t in leaves.items() if name != "x"] + [r.offsets_E, r.source_M, r.slots_TK]
-    given += [w for w in (case.w1, case.w2) if not isinstance(w, Joined)]
+    given += [w for w in (case.w1, case.w2) if not isinstance(w, AugmentedWeight)]
     assert (
         kept_bytes(lambda: case.call(leaves, backend=backend, recompute=recompute), given)
         == kept * 4
@@ -172,9 +172,9 @@ def test_gate_and_up_may_share_one_adapter(backend, small_tiles):
     case = IDLE["sorted"](adapted=("gate",))
     a = case.leaves["a1"]
     b = torch.randn(6, 2 * INNER, 3, generator=torch.Generator().manual_seed(1))
-    twice = Adapter(torch.cat([a, a], 1), (b[:, :INNER], b[:, INNER:]), (0.75, 0.75))
+    twice = ExpertFactors(torch.cat([a, a], 1), (b[:, :INNER], b[:, INNER:]), (0.75, 0.75))
     outs = []
-    for gate_up in (Adapter(a, (b,), (0.75,)), twice):
+    for gate_up in (ExpertFactors(a, (b,), (0.75,)), twice):
         out = expert_mlp(
             case.leaves["x"],
             case.w1,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megalora_kernels import Joined, Routing, gemm_roles, variants
+from megalora_kernels import AugmentedWeight, Routing, gemm_roles, variants
 from megalora_kernels.variants import Variant
 from triton.runtime import interpreter as triton_interpreter
 
@@ -87,10 +87,10 @@ class Case:
 
     def weight(self, w_EKN: torch.Tensor) -> torch.Tensor:
         """The same values stored [E, N, K] or [E, K, N], perhaps within the wider buffer of a
-        ``Joined``."""
+        ``AugmentedWeight``."""
         stored = w_EKN.transpose(1, 2).contiguous() if self.op == "forward" else w_EKN
         if self.joined:
-            joined = Joined(stored, 5)
+            joined = AugmentedWeight(stored, 5)
             # what lies behind a weight's rows and columns must not be read
             joined.buffer[:, joined.N :] = torch.nan
             joined.buffer[:, :, joined.K :] = torch.nan
@@ -303,7 +303,7 @@ def test_joined_keeps_zeros_beside_its_blocks():
     """An adapter with other ranks finds none of its predecessor's values where its own blocks are
     not."""
     w_ENK = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
-    joined = Joined(w_ENK, 16)
+    joined = AugmentedWeight(w_ENK, 16)
     for ranks in ((3, 5), (5, 3), (None, 5), (3, 5), (4,)):
         b = tuple(
             None if r is None else torch.full((2, r, 8 // len(ranks)), float(r)) for r in ranks

@@ -3,7 +3,7 @@ row by row."""
 
 import pytest
 import torch
-from megalora_kernels import Joined, each_expert, grouped_lora
+from megalora_kernels import AugmentedWeight, each_expert, grouped_lora
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.conftest import CHOOSE_VARIANT, gemm_kernel
@@ -213,7 +213,7 @@ def test_a_may_read_another_input_than_the_base(arm, rank):
 def test_a_smaller_adapter_after_a_larger_one_in_the_same_joined_weight(room):
     """What the larger one left in the room must not act: its columns meet zeros in S."""
     x, w, offsets, a, b, dy = make(rank=3)
-    joined = Joined(w, room)
+    joined = AugmentedWeight(w, room)
     _, _, _, big_a, big_b, _ = make(rank=8)
     torch.autograd.grad(
         grouped_lora(x, joined, offsets, big_a, big_b, backend="grouped_mm").sum(), (x, big_a)
@@ -230,7 +230,7 @@ def test_two_adapters_in_one_joined_weight_before_either_goes_backward():
     x, w, offsets, a, b, dy = make()
     other_a = (2 * a).detach().requires_grad_()
     other_b = (-b).detach().requires_grad_()
-    joined = Joined(w, 8)
+    joined = AugmentedWeight(w, 8)
     pairs = ((a, b), (other_a, other_b))
     outs = [grouped_lora(x, joined, offsets, *pair, backend="grouped_mm") for pair in pairs]
     for y, pair in zip(outs, pairs, strict=True):
@@ -242,6 +242,6 @@ def test_two_adapters_in_one_joined_weight_before_either_goes_backward():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank, room", [(3, 16), (16, 16), (17, 32)])
 def test_room_comes_in_steps_of_16(dtype, rank, room):
-    joined = Joined(torch.ones(2, N, K, dtype=dtype), rank)
+    joined = AugmentedWeight(torch.ones(2, N, K, dtype=dtype), rank)
     assert joined.room == room and joined.buffer.shape == (2, N + room, K + room)
     assert joined.buffer.sum() == 2 * N * K and joined.weight.shape == (2, N, K)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from megalora_kernels import Joined, grouped_lora
+from megalora_kernels import AugmentedWeight, grouped_lora
 
 from tests.kernels.linear import COUNTS, K, assert_within_rounding, call, make, run
 from tests.kernels.measure import Recorder, kept_bytes, no_reads_on_the_host
@@ -30,7 +30,7 @@ def test_no_full_width_temporary(backend):
 
 def test_joined_makes_one_copy_of_its_operand_and_no_more():
     x, w, offsets, a, b, dy = make(**WIDE)
-    joined = Joined(w, 4)
+    joined = AugmentedWeight(w, 4)
     with Recorder() as forward:
         y = grouped_lora(x, joined, offsets, a, b, backend="grouped_mm")
     assert sorted(forward.at_least(40 * 280)) == [40 * (280 + 16) * 4, 40 * 328 * 4]  # [x | s], y
@@ -92,7 +92,7 @@ def test_dropped_x_is_kept_in_place_of_x():
 @pytest.mark.parametrize("arm", ["grouped_mm", "joined", "triton"])
 def test_nothing_is_read_on_the_host(arm, grouped_mm_between_triton, small_tiles):
     x, w, offsets, a, b, dy = make(rank=3)
-    joined = Joined(w, 3)
+    joined = AugmentedWeight(w, 3)
     with no_reads_on_the_host():
         actual = run(arm, x, joined.weight, offsets, a, b, dy)
     assert_within_rounding(actual, COUNTS, x, w, a, b, dy)

@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from megalora_kernels import Adapter, Joined, Routing, expert_mlp, regroup, route
+from megalora_kernels import AugmentedWeight, ExpertFactors, Routing, expert_mlp, regroup, route
 
 from tests.kernels.measure import kept_bytes
 
@@ -58,11 +58,14 @@ def rows_of_x(num_rows: int) -> torch.Tensor:
 
 
 def per_token(
-    call: Callable[[], torch.Tensor], weights: tuple[torch.Tensor | Joined, ...]
+    call: Callable[[], torch.Tensor], weights: tuple[torch.Tensor | AugmentedWeight, ...]
 ) -> float:
     """x and p count, as they are kept for nobody else; parameters do not."""
     given = [t for name, t in tensors().items() if name != "p"]
-    return kept_bytes(call, [*given, *(w.buffer for w in weights if isinstance(w, Joined))]) / T
+    return (
+        kept_bytes(call, [*given, *(w.buffer for w in weights if isinstance(w, AugmentedWeight))])
+        / T
+    )
 
 
 @pytest.mark.parametrize("arm", ["loop", "joined"])
@@ -70,9 +73,13 @@ def per_token(
 def test_kept_per_token_and_layer(case, arm):
     t = tensors()
     way = case.split(",")[0]
-    w = (Joined(t["w1"], 2 * R), Joined(t["w2"], R)) if arm == "joined" else (t["w1"], t["w2"])
-    gate_up = Adapter(t["a1"], (t["gate"], t["up"]), (2.0, 2.0))
-    down = Adapter(t["a2"], (t["down"],), (2.0,))
+    w = (
+        (AugmentedWeight(t["w1"], 2 * R), AugmentedWeight(t["w2"], R))
+        if arm == "joined"
+        else (t["w1"], t["w2"])
+    )
+    gate_up = ExpertFactors(t["a1"], (t["gate"], t["up"]), (2.0, 2.0))
+    down = ExpertFactors(t["a2"], (t["down"],), (2.0,))
     if way == "received":
         x = rows_of_x(M)
         routing = regroup(torch.full((4, E), M // E // 4), M)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from megalora_kernels import Routing
-from megalora_kernels.adapter import RankScale
+from megalora_kernels.expert_factors import RankScale
 
 from tests.kernels import interpreter
 from tests.kernels.conftest import shrink

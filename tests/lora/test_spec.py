@@ -13,20 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalora.config import LoRAConfig
-from megalora.lora.spec import (
-    ALIASES,
-    ATTENTION,
-    DENSE_MLP,
-    HEAD,
-    LAYOUTS,
-    MOE,
-    SHARED_EXPERT,
-    Adapted,
-    Projection,
-    resolve,
-    tensor_name,
-)
-from megalora.model.shape import ModelShape, model_shape, read_hf_config
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.select import ALIASES, resolve
+from megalora.lora.spec import SHARDINGS, Adapted, tensor_name
+from megalora.model.projections import ATTENTION, DENSE_MLP, HEAD, MOE, SHARED_EXPERT, Projection
+from megalora.model.shape import ModelShape, model_shape
 
 MOE_SHAPE = ModelShape(
     model_type="qwen3_moe", num_layers=4, hidden=96, num_heads=6, num_kv_heads=2, head_dim=32,
@@ -362,13 +353,13 @@ def test_fused_weights_hold_their_projections_in_the_order_of_megatron() -> None
 
 
 def test_groups_of_the_table() -> None:
-    assert {kind for kind, layout in LAYOUTS.items() if layout.group == "etp"} == {
+    assert {kind for kind, layout in SHARDINGS.items() if layout.group == "etp"} == {
         "expert_column",
         "expert_row",
     }
-    assert {p.kind for p in (*ATTENTION, *MOE, *SHARED_EXPERT, *DENSE_MLP, *HEAD)} == set(LAYOUTS)
+    assert {p.kind for p in (*ATTENTION, *MOE, *SHARED_EXPERT, *DENSE_MLP, *HEAD)} == set(SHARDINGS)
     assert all(
-        p.is_expert == (LAYOUTS[p.kind].group == "etp")
+        p.is_expert == (SHARDINGS[p.kind].group == "etp")
         for p in (*ATTENTION, *MOE, *DENSE_MLP, *HEAD)
     )
 
@@ -390,7 +381,7 @@ def test_shards_make_up_the_whole_adapter_and_its_gradients(
     tokens.
     """
     shape = replace(MOE_SHAPE, num_kv_heads=4, num_heads=12, shared_intermediate=112)
-    layout = LAYOUTS[projection.kind]
+    layout = SHARDINGS[projection.kind]
     out, into = projection.features(shape)
     rank = 3
     tokens = 8

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from megalora.config import RunConfig
+from megalora.hf.json_file import read_hf_config
 from megalora.lora.experts import ExpertsLoRA
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.model.shape import model_shape
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.everything import LORA, config_of

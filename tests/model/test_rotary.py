@@ -11,12 +11,13 @@ from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 from megalora.config import ModelConfig, ParallelConfig
+from megalora.hf.json_file import read_hf_config
 from megalora.model.build import make_chunks
 from megalora.model.rope_fields import read_rope
 from megalora.model.rotary import frequencies, softmax_scale
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.model.shape import model_shape
+from megalora.parallel import parallel_groups
 from megalora.tiny import make_tiny
-from megalora.train.setup import parallel_groups
 from tests.distributed.ranks import run_ranks
 
 THETA = {"rope_theta": 50_000.0}

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalora.config import ParallelConfig
-from megalora.model.shape import ModelShape, model_shape, read_hf_config
+from megalora.hf.json_file import read_hf_config
+from megalora.model.shape import ModelShape, model_shape
 from megalora.tiny import make_tiny
 
 QWEN3_30B_A3B: dict[str, Any] = {

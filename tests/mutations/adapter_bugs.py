@@ -3,11 +3,11 @@
 from tests.mutations.bugs import Bug, bug
 
 COPIES, RULES, WEIGHTS, BANKS, OPTIONS, PATTERNS, ADAPTER = (
-    f"megalora/bridge/{name}.py"
+    f"megalora/adapters/read/{name}.py"
     for name in ("copies", "rules", "weights", "banks", "options", "patterns", "adapter")
 )
 COPIES_TEST, STOCK, BANKS_TEST, WEIGHTS_TEST, OPTIONS_TEST = (
-    f"tests/bridge/test_{name}.py"
+    f"tests/adapters/test_{name}.py"
     for name in ("copies", "stock_peft", "banks", "weights", "options")
 )
 
@@ -55,6 +55,6 @@ ADAPTER_BUGS: tuple[Bug, ...] = (
     bug(0, "an alpha of 400 digits", OPTIONS, "0 < value <= LARGEST and math.isfinite(value)",
         "0 < value and math.isfinite(value)", f"{OPTIONS_TEST} mean_nothing"),
     bug(0, "braces that match fuzzily", PATTERNS, '_LONE_BRACE.sub(r"\\\\{", expression)',
-        'expression', "tests/bridge/test_patterns.py as_python"),
+        'expression', "tests/adapters/test_patterns.py as_python"),
 )
 # fmt: on

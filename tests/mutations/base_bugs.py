@@ -4,12 +4,11 @@ from tests.mutations.bugs import Bug, bug
 
 FIELDS, ROPE, ROTARY = (f"megalora/model/{name}.py" for name in ("fields", "rope_fields", "rotary"))
 BUILD, SHAPE = (f"megalora/model/{name}.py" for name in ("build", "shape"))
-ACCOUNT, FOLDER, WEIGHTS = (
-    f"megalora/bridge/{name}.py" for name in ("account", "folder", "base_weights")
-)
+ACCOUNT, WEIGHTS = (f"megalora/model/{name}.py" for name in ("account", "base_weights"))
+FOLDER = "megalora/hf/safetensors.py"
 CASES = "tests/cases/test_base_cases.py"
 FIELDS_TEST = "tests/model/test_fields.py"
-ACCOUNT_TEST = "tests/bridge/test_account.py"
+ACCOUNT_TEST = "tests/model/test_account.py"
 ROTARY_TEST = "tests/model/test_rotary.py"
 
 BASE_BUGS: tuple[Bug, ...] = (
@@ -90,7 +89,7 @@ BASE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "biases of k and v swapped",
-        "megalora/bridge/base.py",
+        "megalora/model/hf_weights.py",
         'f"{hf}.{name}_proj.bias" for name in ("q", "k", "v")}',
         'f"{hf}.{other}_proj.bias" for name, other in zip("qkv", "qvk")}',
         f"{CASES} attention_bias_is_computed",

@@ -66,15 +66,17 @@ def bug(
 FACTORS = "megalora/lora/factors.py"
 STEP = "megalora/train/step.py"
 SPEC = "megalora/lora/spec.py"
-PEFT = "megalora/bridge/peft.py"
-FORM = "megalora/bridge/form.py"
-STACKED = "megalora/bridge/stacked.py"
-MERGE = "megalora/bridge/merge.py"
-TRAINED = "megalora/bridge/trained.py"
+SELECT = "megalora/lora/select.py"
+PROJECTIONS = "megalora/model/projections.py"
+PEFT = "megalora/lora/gather.py"
+FORM = "megalora/adapters/write/form.py"
+STACKED = "megalora/adapters/read/stacked.py"
+MERGE = "megalora/adapters/merge.py"
+TRAINED = "megalora/adapters/trained.py"
 DENSE = "megalora/lora/dense.py"
 OPTIM = "megalora/train/optim.py"
 BUILD = "megalora/model/build.py"
-BASE = "megalora/bridge/base.py"
+BASE = "megalora/model/hf_weights.py"
 
 BUGS = (
     # 1: what an adapter starts from depends on the layout
@@ -229,7 +231,7 @@ BUGS = (
     bug(
         3,
         "no adapter on the shared expert",
-        SPEC,
+        PROJECTIONS,
         "return ATTENTION + MOE + (SHARED_EXPERT if shape.shared_intermediate else ())",
         "return ATTENTION + MOE",
         f"{PARALLEL} test_03",
@@ -239,7 +241,7 @@ BUGS = (
         4,
         "replicated factors not summed",
         FACTORS,
-        "self.layout.group if replicas > 1 else None",
+        "self.sharding.group if replicas > 1 else None",
         "None",
         f"{PARALLEL} test_04",
     ),
@@ -256,16 +258,16 @@ BUGS = (
         4,
         "the router's factors in the experts' group",
         SPEC,
-        '"router": Layout("tp",',
-        '"router": Layout("etp",',
+        '"router": Sharding("tp",',
+        '"router": Sharding("etp",',
         f"{PARALLEL} test_04",
     ),
     bug(
         4,
         "shared KV heads' B not summed",
         FACTORS,
-        "self.layout.group if replicas > 1 else None",
-        "self.layout.group if split is None and replicas > 1 else None",
+        "self.sharding.group if replicas > 1 else None",
+        "self.sharding.group if split is None and replicas > 1 else None",
         f"{PARALLEL} test_02",
     ),
     bug(
@@ -288,7 +290,7 @@ BUGS = (
     bug(
         5,
         "gate and up adapters swapped",
-        SPEC,
+        PROJECTIONS,
         'f"{_EXPERT}.gate_proj", "mlp.experts',
         'f"{_EXPERT}.swap_proj", "mlp.experts',
         f"{PARALLEL} test_03",
@@ -298,7 +300,7 @@ BUGS = (
     bug(
         5,
         "k and v adapters swapped",
-        SPEC,
+        PROJECTIONS,
         '_qkv("k_proj"',
         '_qkv("swap_proj"',
         f"{PARALLEL} test_03",
@@ -308,7 +310,7 @@ BUGS = (
     bug(
         5,
         "q, k, v as one block, not by query group",
-        SPEC,
+        PROJECTIONS,
         "lambda s: (heads(s) * s.head_dim, s.hidden), lambda s: s.num_kv_heads, heads,",
         "lambda s: (heads(s) * s.head_dim, s.hidden), lambda s: 1, heads,",
         f"{PARALLEL} test_04",
@@ -353,7 +355,7 @@ BUGS = (
         FORM,
         "(0, 0, 0, missing) if factor",
         "(0, 0, missing, 0) if factor",
-        "tests/bridge/test_form.py stock_peft",
+        "tests/adapters/test_form.py stock_peft",
     ),
     bug(
         6,
@@ -361,7 +363,7 @@ BUGS = (
         STACKED,
         "b_Eor.permute(1, 2, 0).flatten(1, 2)",
         "b_Eor.permute(1, 0, 2).flatten(1, 2)",
-        "tests/bridge/test_form.py stock_peft",
+        "tests/adapters/test_form.py stock_peft",
     ),
     bug(
         6,
@@ -369,7 +371,7 @@ BUGS = (
         STACKED,
         "(0, 19, 1)",
         "(0, 18, 0)",
-        "tests/bridge/test_adapter.py sibling",
+        "tests/adapters/test_adapter.py sibling",
     ),
     bug(
         6,
@@ -377,7 +379,7 @@ BUGS = (
         STACKED,
         "transposed(factors) if old else factors",
         "factors",
-        "tests/bridge/test_adapter.py orientations",
+        "tests/adapters/test_adapter.py orientations",
     ),
     bug(
         6,
@@ -385,7 +387,7 @@ BUGS = (
         STACKED,
         "gate_b, up_b = b_EoR.chunk(2, 1)",
         "up_b, gate_b = b_EoR.chunk(2, 1)",
-        "tests/bridge/test_adapter.py orientations",
+        "tests/adapters/test_adapter.py orientations",
     ),
     bug(
         6,
@@ -393,7 +395,7 @@ BUGS = (
         TRAINED,
         "if fill and idle_Er[place].any():",
         "if False:",
-        "tests/bridge/test_export.py without_adapter",
+        "tests/adapters/test_export.py without_adapter",
     ),
     # 7: experts that never train
     bug(
@@ -423,7 +425,7 @@ BUGS = (
     bug(
         7,
         "a target that matches nothing passes",
-        SPEC,
+        SELECT,
         'if f"{option}/{entry}" not in used:',
         "if False:",
         f"{TRAINING} test_07",
@@ -474,7 +476,7 @@ BUGS = (
     bug(
         9,
         "rsLoRA scaled like LoRA",
-        SPEC,
+        SELECT,
         "(math.sqrt(rank) if use_rslora else rank)",
         "rank",
         f"{FILES} test_06",
@@ -482,7 +484,7 @@ BUGS = (
     bug(
         9,
         "an adapter without effect verified",
-        "megalora/bridge/verify.py",
+        "megalora/verify/peft.py",
         "self.difference <= self.atol < self.effect",
         "self.difference <= self.atol",
         f"{FILES} test_09",
@@ -490,7 +492,7 @@ BUGS = (
     bug(
         9,
         "a file without tensors read",
-        "megalora/bridge/weights.py",
+        "megalora/adapters/read/weights.py",
         "        if not self.info:\n",
         "        if False:\n",
         f"{FILES} test_09",
@@ -498,10 +500,10 @@ BUGS = (
     bug(
         9,
         "the router's adapter exported for vLLM",
-        "megalora/bridge/engines.py",
+        "megalora/adapters/write/engines.py",
         '"loads it and then ignores it"}',
         '""}',
-        "tests/bridge/test_export.py nothing_trained_is_dropped",
+        "tests/adapters/test_export.py nothing_trained_is_dropped",
     ),
     bug(
         9,
@@ -542,7 +544,7 @@ BUGS = (
         MERGE,
         "block.scale * (b_PR @ a_RI)",
         "(b_PR @ a_RI)",
-        "tests/bridge/test_merge.py unmerged",
+        "tests/adapters/test_merge.py unmerged",
     ),
     bug(
         10,
@@ -550,7 +552,7 @@ BUGS = (
         MERGE,
         "(w_PI + delta_PI).to(dtype)",
         "(w_PI.to(dtype) + delta_PI.to(dtype))",
-        "tests/bridge/test_merge.py rounded",
+        "tests/adapters/test_merge.py rounded",
     ),
     bug(
         10,

@@ -269,10 +269,10 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "vLLM started beside our model",
-        "megalora/serve/verify.py",
+        "megalora/verify/vllm.py",
         "    host.release_memory()  # vLLM takes nearly all of a GPU\n",
         "",
-        "tests/serve/test_verify_memory.py vllm",
+        "tests/verify/test_verify_memory.py vllm",
     ),
     bug(
         0,
@@ -285,7 +285,7 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a communicator's abort that is no lost peer",
-        "megalora/train/lost.py",
+        "megalora/train/lost_peer.py",
         "|NCCL communicator was aborted",
         "",
         f"{SHARE_TEST} nccl_lost",
@@ -293,7 +293,7 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "aliases counted as one value each",
-        "megalora/yaml_limits.py",
+        "megalora/config/yaml_limits.py",
         "num_nodes += size",
         "num_nodes += 1",
         "tests/test_config.py hostile_file",
@@ -301,7 +301,7 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "an alias inside what it names",
-        "megalora/yaml_limits.py",
+        "megalora/config/yaml_limits.py",
         "if size == 0:",
         "if size < 0:",
         "tests/test_config.py hostile",
@@ -309,7 +309,7 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "an override's value read unchecked",
-        "megalora/config_file.py",
+        "megalora/config/file.py",
         "            check_yaml(value)\n",
         "",
         "tests/test_config.py hostile_override",

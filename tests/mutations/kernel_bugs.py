@@ -4,7 +4,7 @@ from tests.mutations.bugs import Bug, bug
 
 NAMES = (
     "gemm_kernel", "shrink", "swiglu", "lora_wgrad", "expert_mlp", "route", "regroup", "engine",
-    "sums", "joined",
+    "sums", "augmented_weight",
     "variants", "descriptors", "gemm_roles",
 )  # fmt: skip
 (
@@ -197,7 +197,7 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "the scales of gate and up exchanged",
-        "kernels/megalora_kernels/adapter.py",
+        "kernels/megalora_kernels/expert_factors.py",
         "RankScale(scales[0], scales[-1], split)",
         "RankScale(scales[-1], scales[0], split)",
         f"{MLP_TEST} triton",
@@ -229,7 +229,7 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "gate's B on up's part of S",
-        "kernels/megalora_kernels/adapter.py",
+        "kernels/megalora_kernels/expert_factors.py",
         "start += b.shape[2]",
         "start += 0",
         "tests/kernels/test_expert_mlp_dropout.py dropout",

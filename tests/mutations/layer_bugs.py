@@ -5,7 +5,7 @@ from tests.mutations.bugs import Bug, bug
 
 BACKEND = "megalora/model/backend.py"
 ATTENTION = "megalora/model/attention.py"
-BASE = "megalora/bridge/base.py"
+BASE = "megalora/model/hf_weights.py"
 LAYER, COMPARE, LOADED, RECORDS, REFERENCE = (
     f"megalora/verify/{name}.py"
     for name in ("layer", "compare_layer", "loaded", "records", "reference")

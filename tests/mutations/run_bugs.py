@@ -8,7 +8,7 @@ WRITER, WHERE, STATE, SAME, IDENTITY, LOAD = (
     for name in ("writer", "where", "state", "same_run", "identity", "load")
 )
 LOCK = f"{TRAIN}/run_folder.py"
-BASE = "megalora/bridge/base_identity.py"
+BASE = "megalora/hf/base_identity.py"
 DIGESTS = "megalora/digests.py"
 DATA = "megalora/data/digest.py"
 MEETING, PATHS, ERRORS, LAUNCHING = (
@@ -343,7 +343,7 @@ RUN_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "only the folder itself is looked at",
-        PATHS,
+        "megalora/preflight.py",
         "(run, *run.absolute().parents) if place.exists()",
         "(run, run.absolute().parents[-1]) if place.exists()",
         "tests/test_paths.py test_what_is_not_there",
@@ -351,7 +351,7 @@ RUN_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a warm-up of any length",
-        "megalora/config.py",
+        "megalora/config/train.py",
         "        warmup <= steps,\n",
         "        True,\n",
         "tests/train/test_duration.py test_a_warmup_that",

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megalora.bridge.account import open_folder
 from megalora.config import ModelConfig, ParallelConfig
+from megalora.model.account import open_folder
 from megalora.model.build import build_model
+from megalora.parallel import parallel_groups
 from megalora.tiny import make_tiny
-from megalora.train.setup import parallel_groups
 from tests.distributed.ranks import run_ranks
 
 type Tensors = dict[str, Tensor]

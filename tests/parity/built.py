@@ -12,15 +12,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megalora.bridge.peft import gather_tensors, read_tensors
 from megalora.config import LoRAConfig, RunConfig
 from megalora.data.splits import load_data
-from megalora.lora.spec import Adapted, plan, resolve, tensor_name
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.adapted_model import AdaptedModel, build_adapted
+from megalora.lora.gather import gather_tensors, read_tensors
+from megalora.lora.select import plan, resolve
+from megalora.lora.spec import Adapted, tensor_name
 from megalora.model.recompute import apply_recompute
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.model.shape import model_shape
+from megalora.parallel import parallel_groups
 from megalora.train.batches import Batches
 from megalora.train.optim import build_optimizer, wrap_chunks
-from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
 from megalora.train.step import Stepper
 from tests.parity.gradients import reduced_gradients
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megalora.bridge.peft import read_tensors
 from megalora.config import LoRAConfig, RunConfig
 from megalora.data.loader import global_batch_indices
 from megalora.data.splits import load_split, split_off_eval
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.gather import read_tensors
 from megalora.lora.spec import Adapted
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.model.shape import model_shape
 from megalora.train import loop
 from tests.distributed.ranks import run_ranks
 from tests.oracles.training import Oracle, Trained

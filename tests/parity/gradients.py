@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalora.bridge.peft import gather_tensors
 from megalora.comm import sum_bucket
-from megalora.train.setup import AdaptedModel
+from megalora.lora.adapted_model import AdaptedModel
+from megalora.lora.gather import gather_tensors
 
 
 def reduced_gradients(model: AdaptedModel, optimizer: Any) -> dict[str, Tensor] | None:

@@ -8,7 +8,7 @@ from megalora import host
 
 host.install()  # before anything from megatron
 
-from megalora.config_file import load_config  # noqa: E402
+from megalora.config.file import load_config  # noqa: E402
 from tests.parity.case import train_recording_gradients  # noqa: E402
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.hf.json_file import read_hf_config
+from megalora.model.shape import model_shape
 from tests.parity.case import (
     Expected,
     deviations,

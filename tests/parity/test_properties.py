@@ -17,8 +17,9 @@ from torch import Tensor
 
 from megalora import host
 from megalora.config import ParallelConfig
-from megalora.model.shape import ModelShape, model_shape, read_hf_config
-from megalora.train.setup import parallel_groups
+from megalora.hf.json_file import read_hf_config
+from megalora.model.shape import ModelShape, model_shape
+from megalora.parallel import parallel_groups
 from tests.distributed.ranks import run_ranks
 from tests.oracles.training import Oracle
 from tests.parity.built import first_gradients, random_adapter

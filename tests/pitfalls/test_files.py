@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megalora.bridge.files import CONFIG, WEIGHTS
-from megalora.bridge.form import write_adapter
-from megalora.bridge.verify import verify_peft
+from megalora.adapters.files import CONFIG, WEIGHTS
+from megalora.adapters.write.form import write_adapter
 from megalora.config import LoRAConfig, ParallelConfig, RunConfig
-from megalora.lora.spec import Adapted, plan
+from megalora.lora.select import plan
+from megalora.lora.spec import Adapted
 from megalora.tiny import make_tiny
+from megalora.verify.peft import verify_peft
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built, random_factors
 from tests.parity.everything import LORA, config_of

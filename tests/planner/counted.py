@@ -24,9 +24,10 @@ from torch import Tensor
 from megalora.bench.live import LiveTensors
 from megalora.config import LoRAConfig, RunConfig
 from megalora.data.loader import Batch
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.hf.json_file import read_hf_config
+from megalora.model.shape import model_shape
 from megalora.planner.activations import Microbatch
-from megalora.planner.layouts import Layout, Workload
+from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import CONTEXT, ROOM, MemoryPlan, memory_of_model
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths, chunks_of
 from megalora.tiny import make_tiny
@@ -109,7 +110,7 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
     alike, which is checked."""
     config = case.config(folder, chats)
     model = PlannedModel.of(model_shape(read_hf_config(Path(config.model.path))), config.lora)
-    layout = Layout(
+    layout = ParallelLayout(
         parallel=config.parallel,
         num_ranks=case.world,
         micro_batch_size=case.micro,
@@ -153,7 +154,9 @@ def categories(plan: MemoryPlan) -> dict[str, int]:
     }  # fmt: skip
 
 
-def widened_norms(model: PlannedModel, layout: Layout, batch: Microbatch, chunk: Chunk) -> int:
+def widened_norms(
+    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, chunk: Chunk
+) -> int:
     """Bytes by which float32 inputs of a chunk's norms exceed the bfloat16 ones that are counted;
     every linear adapted.
 

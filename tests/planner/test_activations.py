@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from megalora.config import LoRAConfig, RunConfig
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.hf.json_file import read_hf_config
+from megalora.model.shape import model_shape
 from megalora.planner.activations import Microbatch, angles_bytes, chunk_bytes, head_bytes
-from megalora.planner.layouts import Layout, Workload
+from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.schedule import in_flight
 from megalora.planner.weights import PlannedModel, chunks_of
 from tests.distributed.ranks import run_ranks
@@ -123,7 +124,7 @@ def counted_and_planned(config: RunConfig, world: int, extra: Any = None) -> tup
     train = config.train
     found = 0
     said = 0
-    layout = Layout(
+    layout = ParallelLayout(
         parallel=config.parallel, num_ranks=world, micro_batch_size=2, recompute=train.recompute
     )
     for rank, (num_bytes, (_, sequence)) in enumerate(

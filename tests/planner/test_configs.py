@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megalora.config_file import load_config
+from megalora.config.file import load_config
 from megalora.model.shape import model_shape
-from megalora.planner.command import Options
+from megalora.planner.command import PlanOptions
 from megalora.planner.gpus import find_machine
-from megalora.planner.layouts import Layout, Workload, check
+from megalora.planner.layouts import ParallelLayout, Workload, check
 from megalora.planner.models import find_architecture
 from megalora.planner.report import config_text
 from megalora.planner.search import FULL, Plan, evaluate
@@ -36,9 +36,9 @@ def test_a_config_is_what_the_planner_writes(path: Path) -> None:
     config.check_world(ranks)
     assert config.data.max_length == 1024 * int(found[3])
     machine = find_machine(found[2])
-    work = Workload.of(config, Options.imbalance)
+    work = Workload.of(config, PlanOptions.imbalance)
     shape = model_shape(find_architecture(config.model.path))
-    layout = Layout.of(config, ranks)
+    layout = ParallelLayout.of(config, ranks)
     check(shape, layout, work)
     planned = evaluate(PlannedModel.of(shape, config.lora), config.lora.rank, layout, work, machine)
     plan = Plan(work, machine, config.lora.rank, [planned], [])

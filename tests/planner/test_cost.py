@@ -12,7 +12,7 @@ from megalora.model.shape import ModelShape
 from megalora.planner.cost import step_time
 from megalora.planner.gpus import GPUS
 from megalora.planner.hardware import Constant, Estimate, Kind, Machine, Overhead
-from megalora.planner.layouts import Layout, Workload
+from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.models import load_shape
 from megalora.planner.weights import PlannedModel
 
@@ -60,7 +60,7 @@ def model(lora: LoRAConfig) -> PlannedModel:
 
 def seconds(lora: LoRAConfig, machine: Machine, ranks: int = 1, batch: int = 8,
             recompute: str = "off", micro: int = 1, **sizes: int) -> float:  # fmt: skip
-    layout = Layout(
+    layout = ParallelLayout(
         parallel=ParallelConfig(**sizes),
         num_ranks=ranks,
         recompute=recompute,
@@ -128,7 +128,10 @@ def test_the_bubble() -> None:
 
     def step(ranks: int, **sizes: int):
         return step_time(
-            headless, Layout(parallel=ParallelConfig(**sizes), num_ranks=ranks), work, ARITHMETIC
+            headless,
+            ParallelLayout(parallel=ParallelConfig(**sizes), num_ranks=ranks),
+            work,
+            ARITHMETIC,
         )
 
     one = step(1)["attention"] + step(1)["experts"] + step(1)["dispatch"]
@@ -141,7 +144,7 @@ def test_the_bubble() -> None:
 
 def test_a_long_last_stage_is_what_others_wait_for() -> None:
     found = step_time(
-        model(ATTENTION), Layout(parallel=ParallelConfig(pp=4), num_ranks=4),
+        model(ATTENTION), ParallelLayout(parallel=ParallelConfig(pp=4), num_ranks=4),
         Workload(sequence_length=4096, global_batch_size=8),
         ARITHMETIC,
     )  # fmt: skip
@@ -227,7 +230,7 @@ def test_selective_recomputation_gathers_a_dense_mlp_s_input_again() -> None:
     dense = PlannedModel.of(shape, LoRAConfig(rank=1, target_modules=["q_proj"]))
     found = {}
     for level in ("off", "selective", "full"):
-        layout = Layout(parallel=ParallelConfig(tp=4), num_ranks=4, recompute=level)
+        layout = ParallelLayout(parallel=ParallelConfig(tp=4), num_ranks=4, recompute=level)
         work = Workload(sequence_length=64, global_batch_size=1)
         found[level] = step_time(
             dense, layout, work, replace(FREE, network=Count("all_gather"))
@@ -298,7 +301,7 @@ def test_only_layers_with_experts_wait() -> None:
     machine = replace(ARITHMETIC, overhead=Overhead(2e-3, 3e-3, 0.0, hidden=True, basis="assumed"))
     # layer 3 twice when it is recomputed, layer 1 never is
     for recompute, passes in (("off", 2), ("full", 3)):
-        layout = Layout(parallel=ParallelConfig(ep=2), num_ranks=2, recompute=recompute)  # pyright: ignore
+        layout = ParallelLayout(parallel=ParallelConfig(ep=2), num_ranks=2, recompute=recompute)  # pyright: ignore
         assert step_time(mixed, layout, work, machine)["host behind waits"] == pytest.approx(
             passes * 2e-3
         )
@@ -314,7 +317,7 @@ def test_nothing_below_the_first_adapter_runs_backward() -> None:
 def test_every_number_says_how_it_is_known() -> None:
     found = step_time(
         model(LoRAConfig()),
-        Layout(parallel=ParallelConfig(tp=2, pp=2, ep=2), num_ranks=8, recompute="full"),
+        ParallelLayout(parallel=ParallelConfig(tp=2, pp=2, ep=2), num_ranks=8, recompute="full"),
         Workload(sequence_length=4096, global_batch_size=8, imbalance=1.2), GPUS["h100"],
     )  # fmt: skip
     assert {part.basis for part in found.parts} == {"assumed"} and found.basis == "assumed"

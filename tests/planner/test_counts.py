@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalora.config import LoRAConfig, ParallelConfig
-from megalora.lora.spec import resolve
+from megalora.lora.select import resolve
 from megalora.model.shape import ModelShape
 from megalora.planner.models import active_parameters, load_shape, read_architecture
 from megalora.planner.weights import (

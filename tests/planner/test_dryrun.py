@@ -7,10 +7,11 @@ import pytest
 
 from megalora import host
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
-from megalora.lora.spec import resolve
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.select import resolve
+from megalora.model.shape import model_shape
 from megalora.planner.dryrun import RankCount, dry_run
-from megalora.planner.layouts import Layout, Workload
+from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import memory_of
 from megalora.planner.models import read_architecture
 
@@ -65,7 +66,7 @@ def assert_agrees(
 ):
     """Ranks are numbered with the pipeline stage outermost."""
     shape = model_shape(hf)
-    layout = Layout(parallel=parallel, num_ranks=world)
+    layout = ParallelLayout(parallel=parallel, num_ranks=world)
     stage = rank // (world // parallel.pp)
     said = memory_of(
         shape, lora, layout, Workload(sequence_length=64, global_batch_size=4096, **work), stage

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from megalora.config import ParallelConfig
-from megalora.model.shape import ModelShape, model_shape, read_hf_config
-from megalora.planner.layouts import LEVELS, Layout, Workload, check, enumerate_layouts
+from megalora.hf.json_file import read_hf_config
+from megalora.model.shape import ModelShape, model_shape
+from megalora.planner.layouts import LEVELS, ParallelLayout, Workload, check, enumerate_layouts
 from megalora.planner.models import load_shape
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +164,7 @@ def test_every_rejected_layout_has_its_reason(
     assert len(reasons) == 1 and reason in reasons[0], reasons
     assert all("\n" not in r.reason and r.reason for r in found.rejected)
     assert not [o for o in found.legal if o.parallel == p and micro in (None, o.micro_batch_size)]
-    layout = Layout(parallel=p, num_ranks=512, micro_batch_size=micro or 1)
+    layout = ParallelLayout(parallel=p, num_ranks=512, micro_batch_size=micro or 1)
     with pytest.raises(ValueError, match=r"tp=.*micro=") as error:
         check(shape, layout, WORK)
     assert reasons[0] in str(error.value) and "\n" not in str(error.value)
@@ -201,4 +202,4 @@ def test_workloads_that_are_none(options: dict) -> None:
 
 def test_a_layout_that_does_not_fill_the_world() -> None:
     with pytest.raises(ValueError, match="12 ranks cannot hold the expert grid"):
-        Layout(parallel=ParallelConfig(ep=8), num_ranks=12)
+        ParallelLayout(parallel=ParallelConfig(ep=8), num_ranks=12)

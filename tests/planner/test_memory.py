@@ -20,12 +20,13 @@ from megalora.config import (
     RunConfig,
     TrainConfig,
 )
+from megalora.hf.json_file import read_hf_config
 from megalora.model.experts import FusedExperts
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.model.shape import model_shape
 from megalora.planner import activations
 from megalora.planner.activations import Microbatch
 from megalora.planner.crossings import Crossings
-from megalora.planner.layouts import Layout, Workload, enumerate_layouts
+from megalora.planner.layouts import ParallelLayout, Workload, enumerate_layouts
 from megalora.planner.memory import MemoryPlan, fullest_stage, has_room, memory_of, memory_of_model
 from megalora.planner.models import load_shape
 from megalora.planner.weights import PlannedModel, adapter_parameters, chunks_of
@@ -68,7 +69,7 @@ def test_weights_gradients_and_optimizer(
         base, chats, tmp_path / "run", sizes, lora=lora or LoRAConfig(rank=4), dtype=dtype
     )
     shape = model_shape(read_hf_config(base))
-    layout = Layout(
+    layout = ParallelLayout(
         parallel=config.parallel, num_ranks=world, micro_batch_size=config.train.micro_batch_size
     )
     model = PlannedModel.of(shape, config.lora)
@@ -97,7 +98,7 @@ def model() -> PlannedModel:
 def plan_of(
     model: PlannedModel, stage: int = 0, ranks: int = 8, recompute: Any = "off", **sizes: int
 ) -> MemoryPlan:
-    layout = Layout(parallel=ParallelConfig(**sizes), num_ranks=ranks, recompute=recompute)
+    layout = ParallelLayout(parallel=ParallelConfig(**sizes), num_ranks=ranks, recompute=recompute)
     return memory_of_model(
         model, layout, Workload(sequence_length=4096, global_batch_size=64), stage
     )
@@ -109,7 +110,7 @@ def test_an_expert_layer_keeps_what_the_kernels_readme_says(model: PlannedModel)
     from megalora.planner.activations import _experts
 
     p = ParallelConfig(ep=8)
-    layout = Layout(parallel=p, num_ranks=8)
+    layout = ParallelLayout(parallel=p, num_ranks=8)
     work = Workload(sequence_length=4096, global_batch_size=8)
     batch = Microbatch.of(model, layout, work)
     found = _experts(model, layout, batch, model.by_layer[0], True, False) / batch.tokens
@@ -170,7 +171,7 @@ def test_room_is_planned_where_the_model_makes_it_and_a_layer_uses_it(
         data=DataConfig(train="x", max_length=length),
         train=TrainConfig(steps=1, micro_batch_size=micro, global_batch_size=64 * micro),
     )  # fmt: skip
-    layout = Layout.of(config, 16)
+    layout = ParallelLayout.of(config, 16)
     work = Workload.of(config)
     assert has_room(model, layout, work) == expected
     assert (memory_of_model(model, layout, work)["room for adapters"] > 0) == expected
@@ -214,7 +215,7 @@ def test_the_model_asks_the_table_for_its_own_layer(monkeypatch, tmp_path) -> No
 
 
 def test_room_follows_the_table_and_not_the_number_of_experts(model: PlannedModel) -> None:
-    layout = Layout(parallel=ParallelConfig(ep=2), num_ranks=8)
+    layout = ParallelLayout(parallel=ParallelConfig(ep=2), num_ranks=8)
     for least, expected in ((512, True), (520, False)):  # 64 experts and 512 rows each
         crossings = Crossings(((2048, 768, 32, least),))
         work = Workload(sequence_length=4096, global_batch_size=8, crossings=crossings)
@@ -224,7 +225,7 @@ def test_room_follows_the_table_and_not_the_number_of_experts(model: PlannedMode
 
 def test_room_by_the_stacked_rank_of_gate_and_up(model: PlannedModel) -> None:
     """Rank 16 on gate and on up is 32; the table has another number for that."""
-    layout = Layout(parallel=ParallelConfig(ep=2), num_ranks=8)
+    layout = ParallelLayout(parallel=ParallelConfig(ep=2), num_ranks=8)
     crossings = Crossings(((2048, 768, 16, 9999), (2048, 768, 32, 100)))
     assert has_room(
         model, layout, Workload(sequence_length=4096, global_batch_size=8, crossings=crossings)
@@ -232,7 +233,7 @@ def test_room_by_the_stacked_rank_of_gate_and_up(model: PlannedModel) -> None:
 
 
 def test_imbalance_fills_experts_alone(model: PlannedModel) -> None:
-    layout = Layout(parallel=ParallelConfig(ep=8), num_ranks=8)
+    layout = ParallelLayout(parallel=ParallelConfig(ep=8), num_ranks=8)
     even, skewed = (
         memory_of_model(
             model, layout, Workload(sequence_length=4096, global_batch_size=8, imbalance=i)
@@ -247,7 +248,7 @@ def test_imbalance_fills_experts_alone(model: PlannedModel) -> None:
 
 def test_the_fullest_stage_decides(model: PlannedModel) -> None:
     work = Workload(sequence_length=4096, global_batch_size=64)
-    layout = Layout(parallel=ParallelConfig(pp=4, ep=2), num_ranks=8)
+    layout = ParallelLayout(parallel=ParallelConfig(pp=4, ep=2), num_ranks=8)
     peaks = [memory_of_model(model, layout, work, stage).peak_bytes for stage in range(4)]
     found = fullest_stage(model, layout, work)
     assert (found.peak_bytes, found.stage) == (max(peaks), peaks.index(max(peaks)))
@@ -257,7 +258,7 @@ def test_factors_that_ranks_share_are_summed_in_tables() -> None:
     """TP 8 on 4 key/value heads, rank 2: A of q, k, v and B of o whole on each rank, B of k and v
     in 4 parts for 8 ranks."""
     lora = LoRAConfig(rank=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], layers="0")
-    layout = Layout(parallel=ParallelConfig(tp=8, ep=8), num_ranks=8)
+    layout = ParallelLayout(parallel=ParallelConfig(tp=8, ep=8), num_ranks=8)
     shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
     work = Workload(sequence_length=64, global_batch_size=8)
     elements = 2 * (3 * 2048 + 2048 + 2 * 512)
@@ -268,7 +269,7 @@ def test_an_adapter_on_o_keeps_what_selective_recomputation_would_free() -> None
     """Attention's result stays, T q: what is freed of attention is its log-sum-exp alone."""
     shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
     work = Workload(sequence_length=64, global_batch_size=8)
-    layout = Layout(parallel=ParallelConfig(), num_ranks=1)
+    layout = ParallelLayout(parallel=ParallelConfig(), num_ranks=1)
     freed = []
     for targets in (["q_proj", "o_proj"], ["q_proj"]):
         model = PlannedModel.of(shape, LoRAConfig(target_modules=targets))

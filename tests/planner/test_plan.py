@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from megalora.cli import main
+from megalora.cli.main import main
 from megalora.config import LoRAConfig, ParallelConfig
-from megalora.config_file import load_config
+from megalora.config.file import load_config
 from megalora.planner import report
-from megalora.planner.command import Options, make_plan
+from megalora.planner.command import PlanOptions, make_plan
 from megalora.planner.cost import step_time
 from megalora.planner.gpus import GPUS
-from megalora.planner.layouts import Layout, Workload, enumerate_layouts
+from megalora.planner.layouts import ParallelLayout, Workload, enumerate_layouts
 from megalora.planner.memory import fullest_stage
 from megalora.planner.models import find_architecture, load_shape
 from megalora.planner.search import CLOSE, FULL, Plan, search
@@ -152,7 +152,7 @@ def test_the_command_writes_a_config_that_runs_and_a_picture(
         before.train, micro_batch_size=1, recompute="off"
     )
     config.check_world(8)
-    plan = make_plan(before, Options(gpus=8, gpu="h100"))
+    plan = make_plan(before, PlanOptions(gpus=8, gpu="h100"))
     best = plan.best()
     assert (
         config.parallel == best.layout.parallel and config.train.recompute == best.layout.recompute
@@ -264,7 +264,7 @@ def test_235b_on_256_gpus_in_seconds_without_torch() -> None:
     """Ten seconds on an idle core is what is promised; here others may be at work, so the
     processor's time counts."""
     code = (
-        f"import sys, time; from megalora.cli import main; main(['plan', {str(CONFIG)!r}, '--gpus',"
+        f"import sys, time; from megalora.cli.main import main; main(['plan', {str(CONFIG)!r}, '--gpus',"
         " '256', 'model.path=Qwen/Qwen3-235B-A22B', 'train.global_batch_size=256']); assert not"
         " {'torch', 'megatron', 'transformers'} & set(sys.modules); print('seconds',"
         " time.process_time())"
@@ -278,5 +278,5 @@ def test_235b_on_256_gpus_in_seconds_without_torch() -> None:
 
 
 def test_layouts_are_written_as_they_are_read() -> None:
-    layout = Layout(parallel=ParallelConfig(tp=2, ep=4), num_ranks=8, recompute="full")
+    layout = ParallelLayout(parallel=ParallelConfig(tp=2, ep=4), num_ranks=8, recompute="full")
     assert str(layout).startswith("tp=2 pp=1 vpp=1 dp=4 ep=4")

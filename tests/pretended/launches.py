@@ -116,7 +116,7 @@ def _backward(out: torch.Tensor, gradient: torch.Tensor) -> None:
 
 def of_expert_mlp(recorder: Recorder, backend: str, ranks: int, adapted: bool) -> dict[str, Cell]:
     """``expert_mlp`` on tokens that it gathers (one rank) or on received rows (one of 8)."""
-    from megalora_kernels import Adapter, Joined, expert_mlp, regroup, route
+    from megalora_kernels import AugmentedWeight, ExpertFactors, expert_mlp, regroup, route
 
     leaves: list[torch.Tensor] = []
 
@@ -134,7 +134,7 @@ def of_expert_mlp(recorder: Recorder, backend: str, ranks: int, adapted: bool) -
         x = leaf(num_rows, HIDDEN)
     w1: Any = leaf(experts, 2 * INNER, HIDDEN).detach()
     w2: Any = leaf(experts, HIDDEN, INNER).detach()
-    adapters: dict[str, Adapter] = {}
+    adapters: dict[str, ExpertFactors] = {}
     if adapted:
         gate_up = (
             leaf(experts, 2 * RANK, HIDDEN),
@@ -143,13 +143,13 @@ def of_expert_mlp(recorder: Recorder, backend: str, ranks: int, adapted: bool) -
                 leaf(experts, INNER, RANK),
             ),
         )
-        adapters["gate_up"] = Adapter(*gate_up, (2.0, 0.5))
-        adapters["down"] = Adapter(
+        adapters["gate_up"] = ExpertFactors(*gate_up, (2.0, 0.5))
+        adapters["down"] = ExpertFactors(
             leaf(experts, RANK, INNER), (leaf(experts, HIDDEN, RANK),), (2.0,)
         )
         if backend == "grouped_mm":
-            w1 = Joined(w1, 2 * RANK)
-            w2 = Joined(w2, RANK)
+            w1 = AugmentedWeight(w1, 2 * RANK)
+            w2 = AugmentedWeight(w2, RANK)
     p = leaf(num_rows, dtype=torch.float32)
     call = lambda: expert_mlp(x, w1, w2, p, routing, backend=backend, **adapters)  # noqa: E731
     return both_passes(recorder, call, leaves)
@@ -158,8 +158,8 @@ def of_expert_mlp(recorder: Recorder, backend: str, ranks: int, adapted: bool) -
 def of_layer(recorder: Recorder, backend: str, ranks: int, adapted: bool) -> dict[str, Cell]:
     """The MoE layer of a model with one layer, built and wrapped as for training."""
     from megalora import host
+    from megalora.parallel import parallel_groups
     from megalora.train.optim import wrap_chunks
-    from megalora.train.setup import parallel_groups
     from tests.pretended.steps import build, even_routing, world
 
     hf = MOE | {"num_experts": EXPERTS, "moe_intermediate_size": INNER, "hidden_size": HIDDEN}

@@ -15,21 +15,23 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megalora import host
-from megalora.bridge.peft import gather_tensors
 from megalora.config import RunConfig
 from megalora.data.chat import Encoded
 from megalora.data.splits import Split
+from megalora.lora import adapted_model as setup
+from megalora.lora.adapted_model import AdaptedModel, build_adapted
+from megalora.lora.gather import gather_tensors
 from megalora.lora.inject import GradientCheck
-from megalora.lora.spec import resolve
+from megalora.lora.select import resolve
 from megalora.model.build import make_chunks
 from megalora.model.recompute import apply_recompute
 from megalora.model.shape import model_shape
-from megalora.train import loop, setup
+from megalora.parallel import parallel_groups
+from megalora.train import loop
 from megalora.train.batches import Batches
 from megalora.train.drift import DriftCheck
 from megalora.train.optim import build_optimizer, optimizer_state, wrap_chunks
 from megalora.train.probe import Probe
-from megalora.train.setup import AdaptedModel, build_adapted, parallel_groups
 from megalora.train.step import Stepper
 from tests.pretended.device import NAME, Recorder, on_gpu, pretended_gpu
 from tests.pretended.scenarios import Scenario

@@ -42,7 +42,7 @@ def build(replicas: int, linears: int) -> dict[str, int]:
     """
     return {
         "copy from pageable memory: megalora/model/build.py:make_chunks": 1,
-        "copy from pageable memory: megalora/train/setup.py:build_adapted": 1,
+        "copy from pageable memory: megalora/lora/adapted_model.py:build_adapted": 1,
         "copy from pageable memory: megalora/lora/factors.py:LoRAFactors.reset_parameters": linears,
         "copy from pageable memory: megalora/lora/inject.py:check_coverage": 1,
         "values to the host: megalora/lora/inject.py:check_coverage": 1,
@@ -64,9 +64,9 @@ def whole_run(
             evaluation; half as many in a probe.
     """
 
-    saved = {"exchange of objects: megalora/bridge/peft.py:_send_to_first": 1}
+    saved = {"exchange of objects: megalora/lora/gather.py:_send_to_first": 1}
     if first_rank:
-        saved["copy to the host: megalora/bridge/peft.py:_send_to_first"] = 1
+        saved["copy to the host: megalora/lora/gather.py:_send_to_first"] = 1
 
     def exchanged(times: int) -> dict[str, int]:
         return splits(times) if passes else {}

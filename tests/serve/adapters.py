@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megalora.bridge.files import CONFIG, WEIGHTS
-from megalora.bridge.form import write_adapter
+from megalora.adapters.files import CONFIG, WEIGHTS
+from megalora.adapters.write.form import write_adapter
 from megalora.config import LoRAConfig
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.hf.json_file import read_hf_config
+from megalora.model.shape import model_shape
 from tests.parity.built import random_factors
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

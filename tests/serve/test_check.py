@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megalora.bridge.files import CONFIG, WEIGHTS
-from megalora.bridge.weights import AdapterWeights
-from megalora.lora.spec import layer_projections
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.adapters.files import CONFIG, WEIGHTS
+from megalora.adapters.read.weights import AdapterWeights
+from megalora.hf.json_file import read_hf_config
+from megalora.model.projections import layer_projections
+from megalora.model.shape import model_shape
 from megalora.serve.adapter_files import content_hash, read_adapter_files, tensor_count
 from megalora.serve.check import Limits, Needs, base_modules, check_adapter
 from megalora.serve.errors import (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megalora.bridge.files import CONFIG, WEIGHTS
+from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.serve.check import Limits
 from megalora.serve.errors import (
     AdapterForOtherBase,

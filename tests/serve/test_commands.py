@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from megalora.bridge.files import PROBE
-from megalora.serve.verify import Own, VllmReport, _compare, verify_vllm
+from megalora.adapters.files import PROBE
+from megalora.verify.vllm import Own, VllmReport, _compare, verify_vllm
 from tests.conftest import OUTSIDE
 from tests.serve.adapters import edit_config, make_adapter
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megalora.bridge.export import export
-from megalora.bridge.files import PROBE
+from megalora.adapters.export import export
+from megalora.adapters.files import PROBE
 from megalora.data.probe_text import probe_tokens
 from megalora.serve.proof import Proof, prove, read_probe
 from megalora.serve.server import Server

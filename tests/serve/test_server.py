@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalora.bridge.files import CONFIG, WEIGHTS
+from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.serve.errors import (
     AdapterInvalid,
     AdapterNameTaken,

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalora.bridge.form import write_adapter
-from megalora.bridge.merge import merge
+from megalora.adapters.merge import merge
+from megalora.adapters.write.form import write_adapter
 from megalora.comm import gather_dim
 from megalora.config import LoRAConfig, ParallelConfig
-from megalora.lora.spec import plan
+from megalora.lora.select import plan
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client
 from tests.conftest import OUTSIDE

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from megalora.bridge.files import CONFIG, OPTIMIZER, RNG, STATE_JSON, WEIGHTS
+from megalora.adapters.files import CONFIG, OPTIMIZER, RNG, STATE_JSON, WEIGHTS
 from megalora.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from megalora.train.checkpoint.where import Found, _find
 

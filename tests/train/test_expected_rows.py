@@ -10,7 +10,8 @@ import pytest
 
 from megalora.bench import steps
 from megalora.config import RunConfig
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.hf.json_file import read_hf_config
+from megalora.model.shape import model_shape
 from megalora.train import loop
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megalora import digests, host
-from megalora.bridge.base_identity import SAMPLE_BYTES, base_config, shard_digest, weights_digest
-from megalora.bridge.files import OPTIMIZER, RNG, STATE_JSON
+from megalora.adapters.files import OPTIMIZER, RNG, STATE_JSON
 from megalora.config import CheckpointConfig, LoRAConfig, RunConfig
 from megalora.data.chat import Encoded
 from megalora.data.digest import samples_digest, source_digest
 from megalora.digests import Digests, sha256_of_file
+from megalora.hf.base_identity import SAMPLE_BYTES, base_config, shard_digest, weights_digest
 from megalora.train.checkpoint.identity import KEPT, identify
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from megalora.bridge.files import OPTIMIZER, RNG, STATE_JSON, WEIGHTS
+from megalora.adapters.files import OPTIMIZER, RNG, STATE_JSON, WEIGHTS
 from megalora.train.checkpoint.state import read_state
 from megalora.train.checkpoint.writer import write_atomically
 from tests.train.folders import filled, found

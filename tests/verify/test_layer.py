@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from transformers import Qwen3MoeForCausalLM, Qwen3MoeModel
 
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig, RunConfig
-from megalora.lora.spec import plan
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.adapted_model import build_adapted
+from megalora.lora.select import plan
 from megalora.model.build import build_model
 from megalora.model.recompute import apply_recompute
-from megalora.model.shape import model_shape, read_hf_config
+from megalora.model.shape import model_shape
+from megalora.parallel import parallel_groups
 from megalora.tiny import make_tiny
 from megalora.train.loop import train
-from megalora.train.setup import build_adapted, parallel_groups
 from megalora.verify import compare_layer, records
 from megalora.verify.layer import check_layers
 from megalora.verify.loaded import Loaded

@@ -13,12 +13,12 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from megalora.bridge.base_identity import base_config, weights_digest
-from megalora.bridge.folder import check_base_folder
 from megalora.config import RunConfig
 from megalora.data.chat import Encoded
 from megalora.data.digest import samples_digest, source_digest
 from megalora.digests import Digests
+from megalora.hf.base_identity import base_config, weights_digest
+from megalora.hf.folder import check_base_folder
 
 KEPT = ".digests.json"
 """In the run folder: digests of files that have not changed since."""

@@ -8,11 +8,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megalora import host
-from megalora.bridge.files import OPTIMIZER, RNG, STATE_KEYS
-from megalora.bridge.peft import read_tensors
+from megalora.adapters.files import OPTIMIZER, RNG, STATE_KEYS
+from megalora.lora.adapted_model import AdaptedModel
+from megalora.lora.gather import read_tensors
 from megalora.train.checkpoint.state import SavedState
 from megalora.train.optim import load_optimizer_state
-from megalora.train.setup import AdaptedModel
 
 
 def load_checkpoint(state: SavedState, model: AdaptedModel, optimizer: Any) -> list[str]:

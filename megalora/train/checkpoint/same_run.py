@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megalora.bridge.files import LORA_SECTION
+from megalora.adapters.files import LORA_SECTION
 from megalora.config import RunConfig
 from megalora.lora.section import differing, settings
 from megalora.lora.spec import Adapted

@@ -11,15 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalora import host
-from megalora.bridge.files import OPTIMIZER, PROBE, RNG, STATE, STATE_JSON, STATE_KEYS
-from megalora.bridge.form import write_adapter
-from megalora.bridge.peft import gather_tensors
+from megalora.adapters.files import OPTIMIZER, PROBE, RNG, STATE, STATE_JSON, STATE_KEYS
+from megalora.adapters.write.form import write_adapter
 from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
+from megalora.lora.adapted_model import AdaptedModel
+from megalora.lora.gather import gather_tensors
 from megalora.train.checkpoint.identity import Identity, Samples
 from megalora.train.checkpoint.writer import checkpoint_name, checkpoints, remove, write_atomically
 from megalora.train.optim import optimizer_state
-from megalora.train.setup import AdaptedModel
 
 
 def save_checkpoint(

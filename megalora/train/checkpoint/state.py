@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalora.bridge.files import STATE_JSON
-from megalora.model.shape import read_json_object
+from megalora.adapters.files import STATE_JSON
+from megalora.hf.json_file import read_json_object
 
 Json = dict[str, Any]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from megalora.bridge.files import CONFIG, OPTIMIZER, RNG, WEIGHTS
+from megalora.adapters.files import CONFIG, OPTIMIZER, RNG, WEIGHTS
 from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
 from megalora.train.checkpoint.state import SavedState, read_state

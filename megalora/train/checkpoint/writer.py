@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megalora.bridge.output import force_to_disk, force_tree_to_disk
+from megalora.atomic_folder import force_to_disk, force_tree_to_disk
 
 LATEST = "latest"
 _NAME = re.compile(r"step_\d{6,18}")

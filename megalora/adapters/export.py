@@ -1,0 +1,139 @@
+"""A checkpoint's adapter, or any other, as a folder for one engine: what it honours, in its layout,
+with a model card."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megalora.adapters.files import CARD, PROBE, STATE_JSON, read_config
+from megalora.adapters.read.adapter import Adapter, read_adapter
+from megalora.adapters.trained import trained_form
+from megalora.adapters.write.card import Facts, card, coverage
+from megalora.adapters.write.engines import (
+    ENGINES,
+    PEFT_LAYOUTS,
+    EngineName,
+    check_engine,
+    loads_in_peft,
+)
+from megalora.adapters.write.form import write_adapter
+from megalora.atomic_folder import check_new, whole_or_gone
+from megalora.hf.folder import local_folder
+from megalora.hf.json_file import read_hf_config, read_json_object
+from megalora.model.shape import model_shape
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written."""
+
+    out: Path
+    facts: Facts
+    notes: list[str]
+    """What the source holds beside the factors."""
+
+    def text(self) -> str:
+        lines = [
+            f"wrote {self.out}; README.md in it says what it is and how to load it",
+            *coverage(self.facts.adapted),
+        ]
+        if not self.facts.loads_in_peft:
+            lines.append(
+                "note: PEFT 0.21 cannot load adapters of this model's experts in this layout;"
+                " --layout stacked it can"
+            )
+        if self.facts.zeros:
+            lines.append(
+                f"zeros stand in it, because engines want them, for {', '.join(self.facts.zeros)}"
+            )
+        if self.facts.absent:
+            lines.append(
+                f"{len(self.facts.absent)} linears of single experts had no adapter, such as"
+                f" {self.facts.absent[0]}: zeros too"
+            )
+        if self.facts.dropped:
+            lines.append(f"left out, as you asked: {', '.join(self.facts.dropped)}")
+        lines += self.notes
+        trained = {a.name for a in self.facts.adapted}
+        for engine in ENGINES.values():
+            lines += [
+                f"note: {engine.title} {does} ({p})"
+                for p, does in engine.not_honoured.items()
+                if p in trained
+            ]
+        return "\n".join(lines)
+
+
+def export(
+    source: Path, out: Path, *, engine: EngineName | None = None, layout: str | None = None,
+    drop: Sequence[str] = (),
+    base: str | None = None,
+) -> Export:  # fmt: skip
+    """Write ``source``, a checkpoint or an adapter folder, to the new folder ``out``.
+
+    Args:
+        engine: refuse what this engine would not honour; None for a file that PEFT and vLLM both
+            load.
+        layout: one of the engine's; None for its default.
+        drop: projections (gate, lm_head, ...) to leave out although they were trained.
+        base: the base model's folder or hub name, of which config.json is read; None for the one
+            the adapter names.
+    Raises: ``ValueError`` for an adapter that does not fit its base, an engine that does not honour
+        it, a ``drop`` that was
+        not trained, an ``out`` that is not empty.
+    """
+    config = read_config(source)
+    out = out.resolve()
+    named = base or str(config.get("base_model_name_or_path") or "")
+    if not named:
+        raise ValueError(f"{source} does not name its base model; give --base")
+    check_new(out, source)
+    folder = local_folder(named, "--base", weights=False)
+    shape = model_shape(read_hf_config(folder))
+    adapter = _without(trained_form(read_adapter(source, shape, base=folder)).adapter, drop)
+    layouts = ENGINES[engine].layouts if engine else PEFT_LAYOUTS
+    layout = layout or next(iter(layouts))
+    if engine:
+        check_engine(engine, layout, adapter.adapted, shape)
+    elif layout not in layouts:
+        raise ValueError(
+            f"--layout {layout}: it must be one of {', '.join(layouts)}, or --for an engine that"
+            " reads it"
+        )
+    in_peft = loads_in_peft(layout, adapter.adapted, shape)
+    with whole_or_gone(out) as temporary:
+        zeros = write_adapter(
+            temporary, adapter.adapted, shape, adapter.tensors, named, layouts[layout]
+        )
+        run = read_json_object(source / STATE_JSON) if (source / STATE_JSON).is_file() else None
+        facts = Facts(
+            named,
+            out.name,
+            layout,
+            engine,
+            adapter.adapted,
+            zeros,
+            adapter.absent,
+            list(drop),
+            in_peft,
+            run,
+        )
+        (temporary / CARD).write_text(card(facts))
+        if (source / PROBE).is_file() and not drop:
+            shutil.copyfile(source / PROBE, temporary / PROBE)
+    return Export(out, facts, adapter.notes)
+
+
+def _without(adapter: Adapter, drop: Sequence[str]) -> Adapter:
+    trained = {a.name for a in adapter.adapted}
+    for name in drop:
+        if name not in trained:
+            raise ValueError(
+                f"--drop {name}: this adapter has none; it adapts {', '.join(sorted(trained))}"
+            )
+    kept = [a for a in adapter.adapted if a.name not in drop]
+    if not kept:
+        raise ValueError(f"--drop {' '.join(drop)} leaves nothing of the adapter")
+    absent = [module for module in adapter.absent if module.rsplit(".", 1)[-1] not in drop]
+    return replace(adapter, adapted=kept, absent=absent)

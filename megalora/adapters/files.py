@@ -1,0 +1,86 @@
+"""What lies in an adapter folder, and in a checkpoint, which is one with its training state: names,
+and what the config says."""
+
+import stat
+from pathlib import Path
+from typing import Any
+
+from megalora.adapters.read.options import shown
+from megalora.hf.json_file import read_json_object
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+"""The two files that PEFT, vLLM and SGLang load."""
+CARD = "README.md"
+PROBE = "probe.json"
+"""What the adapter is, and log-probabilities of the training side that a server must repeat."""
+
+STATE = "training_state"
+STATE_JSON = Path(STATE) / "state.json"
+OPTIMIZER = Path(STATE) / "optimizer.safetensors"
+RNG = Path(STATE) / "rng.safetensors"
+LORA_SECTION = "lora.yaml"
+"""Of an imported adapter: what a config must say to train on."""
+STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
+"""In the optimizer's file, before the tensor names: float32 masters and Adam's moments."""
+SEVERAL = 8
+"""Adapters in sub-folders that a message names."""
+
+
+class NotAnAdapter(ValueError):
+    """A folder, or no folder, that lacks a file which every adapter has."""
+
+
+def adapters_below(folder: Path) -> list[str]:
+    """Names of the sub-folders that are adapters, as ``save_pretrained`` leaves them for named
+    ones."""
+    return sorted(child.name for child in folder.iterdir() if (child / CONFIG).is_file())
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Raise ``NotAnAdapter`` unless the folder has an adapter's config."""
+    if folder.is_file():
+        raise NotAnAdapter(f"{folder} is a file; name the folder that it lies in")
+    if not folder.is_dir():
+        raise NotAnAdapter(f"{folder} is no folder; name one with {CONFIG} and {WEIGHTS}")
+    if (folder / CONFIG).is_file():
+        return
+    below = adapters_below(folder)
+    hint = ""
+    if len(below) == 1:
+        hint = (
+            ", but its sub-folder has, as PEFT saves an adapter with a name: give"
+            f" {folder / below[0]}"
+        )
+    elif below:
+        more = f" and {len(below) - SEVERAL} more" if len(below) > SEVERAL else ""
+        hint = (
+            f", but {len(below)} of its sub-folders have: {', '.join(below[:SEVERAL])}{more}. Give"
+            " one of them"
+        )
+    raise NotAnAdapter(f"{folder} is not an adapter folder: it has no {CONFIG}{hint}")
+
+
+def check_regular(path: Path) -> None:
+    """Raise ``ValueError`` for what is there and no file: opening a pipe or a device may wait for
+    ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(
+            f"{path} is no regular file (a pipe, a socket, a device or a folder); put the file"
+            " itself there"
+        )
+
+
+def read_config(adapter: Path) -> dict[str, Any]:
+    """A PEFT LoRA folder's ``adapter_config.json``; raises ``ValueError`` when it is none."""
+    check_adapter_folder(adapter)
+    path = adapter / CONFIG
+    config = read_json_object(path)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{path}: peft_type is {shown(config.get('peft_type'))}; megalora reads LORA only"
+        )
+    for key in ("r", "lora_alpha"):
+        if type(config.get(key)) not in (int, float):
+            raise ValueError(f"{path}: {key} must be a number, got {shown(config.get(key))}")
+    return config

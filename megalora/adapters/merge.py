@@ -1,0 +1,330 @@
+"""A base model's folder with an adapter added to its weights: ``W' = cast(W + s * B A)``, in
+float32, rounded once.
+
+Merging changes no tensor's name, size or place, so a safetensors file is written as it is read,
+from front to back: adapted weights row block by row block, all other bytes as they are. Memory
+holds the adapter and one block, never a model.
+
+How a base stores an adapted linear, in rows of the stored tensor seen as [rows, in]:
+
+    model.layers.N.mlp.experts.E.gate_proj.weight   [I, H]       all rows; so for every other linear
+    model.layers.N.mlp.experts.gate_up_proj         [E, 2I, H]   for each expert, gate's I rows, then up's
+    model.layers.N.mlp.experts.down_proj            [E, H, I]    for each expert, H rows
+
+The packed ones are transformers 5's own layout, which ``save_pretrained(...,
+save_original_format=False)`` writes. An adapted lm_head that is tied to the embedding becomes a
+weight of its own, behind the other tensors of the embedding's file, and ``tie_word_embeddings``
+becomes false.
+"""
+
+import json
+import math
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from io import BufferedReader, BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalora.adapters.files import CONFIG
+from megalora.adapters.merge_report import REPORT, MergedModule, MergeReport
+from megalora.adapters.read.adapter import read_adapter
+from megalora.atomic_folder import check_new, check_space, whole_or_gone
+from megalora.hf.folder import INDEX, check_base_folder, local_folder, weight_shards
+from megalora.hf.json_file import read_hf_config, read_json_object
+from megalora.hf.safetensors import Stored, header_bytes, read_header
+from megalora.lora.spec import Adapted, tensor_name
+from megalora.model.account import EMBEDDING, LM_HEAD, published_name
+from megalora.model.projections import HEAD, MOE
+from megalora.model.shape import model_shape
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+BLOCK_BYTES = 2**20
+"""Of a block in float32; about twenty times that is in use at once. Larger blocks are no faster."""
+_WEIGHT_FILES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".index.json",
+)
+_NOT_OF_THE_RESULT = (CONFIG, REPORT, "megalora_tiny.json")
+"""The first makes transformers look for an adapter, the last lets ``megalora tiny`` overwrite the
+folder."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The rows of a stored tensor, seen as [rows, in], that are one adapted module's weight."""
+
+    module: str
+    scale: float
+    first: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A file to write: its header, and in the order of its tensors where the base's file of that
+    name has their bytes."""
+
+    header: dict[str, Any]
+    tensors: list[Stored]
+
+
+def merge(adapter: Path, base: str, out: Path) -> MergeReport:
+    """Write ``base``, a folder or hub name, with ``adapter`` merged into it to the folder ``out``,
+    which must be new or empty.
+
+    Copied along: every file of the base's folder, except weights in other forms (.bin, .gguf, ...,
+    and shards that the index does not name), hidden files and folders. A failure leaves nothing;
+    the folder is called ``out`` only when it is complete.
+
+    Returns how much of each module's delta survived the cast; the same lies in ``out`` as
+    ``merge_report.json``. Raises ``ValueError``, nearly always before a weight is read: an adapter
+    that does not fit or is not finite, a base that lacks an adapted weight or is quantized, a disk
+    that is too small.
+    """
+    folder = local_folder(base, "--base")
+    out = out.resolve()
+    check_new(out, folder)
+    shape = model_shape(read_hf_config(folder))
+    check_base_folder(folder)
+    read = read_adapter(adapter, shape, base=folder)
+    shards = {name: _Shard(*read_header(folder / name)) for name in weight_shards(folder)}
+    untied = shape.tied_embeddings and any(a.projection in HEAD for a in read.adapted)
+    if untied:
+        _add_lm_head(folder, shards)
+    blocks = _find_blocks(folder, read.adapted, shards)
+    others = [path for path in sorted(folder.iterdir()) if _is_copied(path)]
+    num_bytes = sum(tensor.num_bytes for shard in shards.values() for tensor in shard.tensors)
+    check_space(out, num_bytes + sum(path.stat().st_size for path in others))
+    with whole_or_gone(out) as temporary, _one_thread():
+        merged: list[MergedModule] = []
+        for name, shard in shards.items():
+            merged += _write_shard(folder / name, temporary / name, shard, blocks, read.tensors)
+        assert sorted(m.module for m in merged) == sorted(
+            m for a in read.adapted for m in a.hf_modules()
+        )
+        for path in others:
+            shutil.copyfile(path, temporary / path.name)
+        if untied:
+            _untie(temporary, shards)
+        report = MergeReport(adapter, base, out, num_bytes, tuple(merged), tuple(read.notes))
+        (temporary / REPORT).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    return report
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are too small to share: on two cores with other work, two threads took five to seven
+    times as long as one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _add_lm_head(folder: Path, shards: dict[str, _Shard]) -> None:
+    """Where a tied base has no lm_head, let it be the embedding's bytes once more, at the end of
+    the embedding's file."""
+    at = {
+        published_name(tensor.name): (name, tensor)
+        for name, shard in shards.items()
+        for tensor in shard.tensors
+    }
+    if EMBEDDING not in at:
+        what = (
+            "its head alone; save the model anew with both" if LM_HEAD in at else "neither weight"
+        )
+        raise ValueError(f"{folder} ties lm_head to {EMBEDDING}, and has {what}")
+    if LM_HEAD in at:
+        return
+    name, embedding = at[EMBEDDING]
+    header = shards[name].header
+    tensors = shards[name].tensors
+    end = sum(tensor.num_bytes for tensor in tensors)
+    place = {"data_offsets": [end, end + embedding.num_bytes]}
+    shards[name] = _Shard(
+        header | {LM_HEAD: header[embedding.name] | place},
+        [*tensors, replace(embedding, name=LM_HEAD)],
+    )
+
+
+def _find_blocks(
+    folder: Path, adapted: list[Adapted], shards: dict[str, _Shard]
+) -> dict[str, list[_Block]]:
+    """Stored tensor -> what is merged into it; proves that every adapted module is there, and
+    once."""
+    stored: dict[str, tuple[str, Stored]] = {}
+    for shard_name, shard in shards.items():
+        for tensor in shard.tensors:
+            name = published_name(tensor.name)
+            if name in stored:
+                raise ValueError(
+                    f"{folder}: {name} is both in {stored[name][0]} and in {shard_name}"
+                )
+            stored[name] = (shard_name, tensor)
+    blocks: dict[str, list[_Block]] = defaultdict(list)
+    missing: list[str] = []
+    for a in adapted:
+        for expert, module in enumerate(a.hf_modules()):
+            places = [place for place in _places(a, expert, module) if place[0] in stored]
+            if len(places) > 1:
+                raise ValueError(
+                    f"{folder} has {module} twice: as"
+                    f" {' and in '.join(name for name, _, _ in places)}"
+                )
+            for name, size, first in places:
+                shard_name, tensor = stored[name]
+                _check_tensor(folder / shard_name, tensor, size)
+                blocks[tensor.name].append(
+                    _Block(module, a.scale, first, a.out_features, a.in_features)
+                )
+            missing += [] if places else [module]
+    if missing:
+        raise ValueError(
+            f"{folder} has no weight for {len(missing):,} of"
+            f" {sum(len(a.hf_modules()) for a in adapted):,} adapted modules, such as {missing[0]};"
+            " merge into the model that was trained, as published or as save_pretrained writes it"
+        )
+    return blocks
+
+
+def _places(a: Adapted, expert: int, module: str) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """(stored name, its shape, first row) of every way to store the module."""
+    yield f"{module}.weight", (a.out_features, a.in_features), 0
+    if a.num_experts:
+        fused = [p for p in MOE if p.module == a.projection.module]
+        first = (expert * len(fused) + fused.index(a.projection)) * a.out_features
+        packed = (a.num_experts, len(fused) * a.out_features, a.in_features)
+        yield f"model.layers.{a.layer}.{a.projection.module}_proj", packed, first
+
+
+def _check_tensor(shard: Path, tensor: Stored, size: tuple[int, ...]) -> None:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"{shard}: {tensor.name} is {tensor.dtype}; merging needs {', '.join(DTYPES)}. Merge"
+            " into the model that this one was quantized from"
+        )
+    if tensor.shape != size:
+        raise ValueError(
+            f"{shard}: {tensor.name} is {tensor.shape}, but config.json and the adapter need {size}"
+        )
+
+
+def _write_shard(
+    source: Path,
+    target: Path,
+    shard: _Shard,
+    blocks: dict[str, list[_Block]],
+    factors: Mapping[str, Tensor],
+) -> Iterator[MergedModule]:
+    """Write one file of the result; yields what became of the modules in it."""
+    with source.open("rb") as base, target.open("wb") as out:
+        out.write(header_bytes(shard.header))
+        for tensor in shard.tensors:
+            base.seek(tensor.start)
+            written = 0
+            for block in sorted(blocks.get(tensor.name, []), key=lambda b: b.first):
+                dtype = DTYPES[tensor.dtype]
+                row_bytes = block.columns * dtype.itemsize
+                _copy(base, out, block.first * row_bytes - written)
+                yield _merge_block(base, out, block, dtype, factors)
+                written = (block.first + block.rows) * row_bytes
+            _copy(base, out, tensor.num_bytes - written)
+
+
+def _copy(base: BufferedReader, out: BufferedWriter, num_bytes: int) -> None:
+    for start in range(0, num_bytes, BLOCK_BYTES):
+        out.write(_read(base, min(BLOCK_BYTES, num_bytes - start)))
+
+
+def _read(base: BufferedReader, num_bytes: int) -> bytearray:
+    raw = bytearray(num_bytes)
+    if base.readinto(raw) != num_bytes:
+        raise OSError(f"{base.name} ended early")
+    return raw
+
+
+def _merge_block(
+    base: BufferedReader,
+    out: BufferedWriter,
+    block: _Block,
+    dtype: torch.dtype,
+    factors: Mapping[str, Tensor],
+) -> MergedModule:
+    """Merge the rows that come next in ``base``. R: rank, O: out, I: in, P: those of O that are
+    done at once."""
+    a_RI, b_OR = (factors[tensor_name(block.module, factor)].float() for factor in ("A", "B"))
+    products = torch.zeros(3, dtype=torch.float64)  # <kept, delta>, <delta, delta>, <lost, lost>
+    for b_PR in b_OR.split(max(1, BLOCK_BYTES // (4 * block.columns))):
+        raw = _read(base, b_PR.shape[0] * block.columns * dtype.itemsize)
+        w_PI = torch.frombuffer(raw, dtype=dtype).view(-1, block.columns).float()
+        delta_PI = block.scale * (b_PR @ a_RI)
+        merged_PI = (w_PI + delta_PI).to(dtype)
+        out.write(merged_PI.view(torch.uint8).numpy())
+        kept = (merged_PI.float() - w_PI).double().view(-1)
+        delta = delta_PI.double().view(-1)
+        lost = kept - delta
+        products += torch.stack([kept.dot(delta), delta.dot(delta), lost.dot(lost)])
+    kept_delta, delta_delta, lost_lost = products.tolist()
+    name = str(dtype).removeprefix("torch.")
+    if not math.isfinite(lost_lost):
+        raise ValueError(
+            f"{block.module} would have NaN or infinite values ({name} holds up to"
+            f" {torch.finfo(dtype).max:.3g}); look at the adapter with megalora inspect, or merge"
+            " into a float32 copy of the base"
+        )
+    survived, error = (
+        (kept_delta / delta_delta, math.sqrt(lost_lost / delta_delta))
+        if delta_delta
+        else (None, None)
+    )
+    return MergedModule(block.module, name, math.sqrt(delta_delta), survived, error)
+
+
+def _untie(folder: Path, shards: dict[str, _Shard]) -> None:
+    """Say in the result's config and index that lm_head is a weight of its own."""
+    path = folder / "config.json"
+    path.write_text(
+        json.dumps(read_json_object(path) | {"tie_word_embeddings": False}, indent=2) + "\n"
+    )
+    if not (folder / INDEX).is_file():
+        return
+    index = read_json_object(folder / INDEX)
+    name, lm_head = next(
+        (n, t) for n, shard in shards.items() for t in shard.tensors if t.name == LM_HEAD
+    )
+    if LM_HEAD not in index["weight_map"]:
+        index["weight_map"][LM_HEAD] = name
+        added = {"total_size": lm_head.num_bytes, "total_parameters": math.prod(lm_head.shape)}
+        metadata = index.get("metadata", {})
+        metadata |= {
+            key: metadata[key] + number for key, number in added.items() if key in metadata
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _is_copied(path: Path) -> bool:
+    if path.name == INDEX:
+        return True
+    skipped = (
+        path.name.startswith(".")
+        or path.name.endswith(_WEIGHT_FILES)
+        or path.name in _NOT_OF_THE_RESULT
+    )
+    return path.is_file() and not skipped

@@ -1,0 +1,1 @@
+"""Adapter folders of every layout, read into one form."""

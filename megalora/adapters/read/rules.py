@@ -1,0 +1,204 @@
+"""What ``adapter_config.json`` says of single modules, by PEFT's rules. Needs no torch."""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megalora.adapters.files import CONFIG
+from megalora.adapters.read.options import check_types
+from megalora.adapters.read.patterns import Pattern
+
+_LAYER = r".*?\.[^.]*\.(?P<layer>\d+)\."
+"""PEFT's way to a module's layer: the first number that follows a name."""
+
+
+class Rules:
+    """Which modules the config targets, and with which rank and scale."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], weights: Path) -> None:
+        """``weights``: where the tensors lie, for messages. Raises ``ValueError`` for values that
+        mean nothing."""
+        self.where = folder / CONFIG
+        self.weights = weights
+        self.config = config
+        check_types(self.where, config)
+        targets = config.get("target_modules") or []
+        self.all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+        self.modules, self.expression = self._names(
+            "target_modules", [] if self.all_linear else targets
+        )
+        self.excluded, self.excluding = self._names(
+            "exclude_modules", config.get("exclude_modules") or []
+        )
+        self.parameters = set(config.get("target_parameters") or [])
+        self.layers, self.layer_of = self._layer_rules()
+        self.patterns = {
+            option: [
+                (key, Pattern(self.where, option, rf"(.*\.)?({key})$", said=key), value)
+                for key, value in (config.get(option) or {}).items()
+            ]
+            for option in ("rank_pattern", "alpha_pattern")
+        }
+        self.untargeted: list[str] = []
+        self._contested: dict[tuple[str, str], str] = {}
+
+    def _pattern(self, option: str, expression: str) -> Pattern:
+        return Pattern(self.where, option, expression)
+
+    def _names(self, option: str, value: str | list[str]) -> tuple[set[str], Pattern | None]:
+        """A list is names, a string is a regular expression."""
+        return (
+            (set(), self._pattern(option, value)) if isinstance(value, str) else (set(value), None)
+        )
+
+    def _layer_rules(self) -> tuple[set[int] | None, list[Pattern]]:
+        """The layers that a list of targets holds for, None for all; and how to find a module's."""
+        layers = self.config.get("layers_to_transform")
+        if layers is None or layers == []:
+            return None, []
+        names = self.config.get("layers_pattern") or []
+        names = [names] if isinstance(names, str) else names
+        expressions = [rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in names] or [_LAYER]
+        return (
+            {layers} if isinstance(layers, int) else set(layers),
+            [self._pattern("layers_pattern", expression) for expression in expressions],
+        )
+
+    def rank(self, name: str) -> int:
+        """What the config says of the module that PEFT calls ``name`` when it looks into the
+        patterns."""
+        return self._of_pattern("rank_pattern", name, self.config["r"])
+
+    def scale(self, name: str, rank: int, tensor: str) -> float:
+        """Scale of the module that PEFT calls ``name``; ``rank``: what the tensor called ``tensor``
+        has."""
+        said = self.rank(name)
+        if said != rank:
+            raise ValueError(
+                f"{self.weights}: {tensor} has rank {rank}, but {self.where.name} says {said}"
+                " (scales follow from it)"
+            )
+        alpha = float(self._of_pattern("alpha_pattern", name, self.config["lora_alpha"]))
+        self._look_for_contest(name)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _of_pattern(self, option: str, name: str, default: Any) -> Any:
+        """The first that matches wins, as in PEFT."""
+        return next(
+            (value for _, pattern, value in self.patterns[option] if pattern.match(name)), default
+        )
+
+    def _look_for_contest(self, name: str) -> None:
+        """Remember a module for which two keys of alpha_pattern say different things.
+
+        PEFT trains with the first key that the user wrote and then saves the keys sorted, so that
+        every reader, PEFT too, may take another. Ranks cannot be mistaken so: the tensors have
+        them.
+        """
+        if len(self.patterns["alpha_pattern"]) < 2:
+            return
+        found = [
+            (key, value)
+            for key, pattern, value in self.patterns["alpha_pattern"]
+            if pattern.match(name)
+        ]
+        for key, value in found[1:]:
+            first, holds = found[0]
+            if value != holds:
+                line = (
+                    f"{self.where.name}: alpha_pattern says {holds} ({first}) and {value} ({key})"
+                    f" for {name}; the first holds, as in PEFT, which sorts the keys when it saves:"
+                    " the training may have taken the other"
+                )
+                self._contested.setdefault((first, key), line)
+
+    def notes(self) -> list[str]:
+        """What the config leaves open, a line each."""
+        return list(self._contested.values())
+
+    def targets_of(self, module: str, parameters: Iterable[str]) -> set[str]:
+        """Entries of the config by which PEFT adapts ``module``; none where it would leave it out.
+
+        ``parameters``: of which PEFT sees the module as a part. Nothing but ``target_parameters``
+        decides about those: neither exclude_modules nor layers_to_transform does.
+        """
+        found = self._targets_by_parameter(parameters)
+        if ends_in(module, self.excluded) or (self.excluding and self.excluding.fullmatch(module)):
+            return found
+        leaf = module.rsplit(".", 1)[-1]
+        if self.all_linear and module != "lm_head":
+            found.add(leaf)
+        if self.expression and self.expression.fullmatch(module):
+            found.add(leaf)
+        if module in self.modules:  # a full name needs no layer
+            found.add(module)
+        elif self._in_layers(module):
+            found |= _endings(module) & self.modules
+        return found
+
+    def _targets_by_parameter(self, parameters: Iterable[str]) -> set[str]:
+        return {target for name in parameters for target in _endings(name) & self.parameters}
+
+    def _in_layers(self, module: str) -> bool:
+        if self.layers is None:
+            return True
+        match = next((m for pattern in self.layer_of if (m := pattern.match(module))), None)
+        return match is not None and int(match["layer"]) in self.layers
+
+    def note(self, modules: Iterable[str], parameters: Iterable[str]) -> None:
+        """Remember a module that the config does not target: PEFT would leave its tensors out
+        without a word.
+
+        ``modules``: the names it goes by, its own first.
+        """
+        names = list(modules)
+        if not any(self.targets_of(name, parameters) for name in names):
+            self.untargeted.append(names[0])
+
+    def check_targets(self, present: Collection[str], known: Mapping[str, tuple[str, ...]]) -> None:
+        """Raise ``ValueError`` where config and tensors disagree.
+
+        ``known``: every linear of the model, and the parameters of which PEFT sees it as a part.
+        """
+        if self.untargeted:
+            raise ValueError(
+                f"{self.weights} has, but its config does not target, {len(self.untargeted)}"
+                f" modules, such as {min(self.untargeted)}: PEFT would ignore them. Add them to"
+                f" target_modules in {self.where}"
+            )
+        found: dict[str, bool] = {}
+        for module, parameters in known.items():
+            # What tools that write all-linear mean by it differs. A regular expression for
+            # transformers 5 may match names of experts that are no modules there. Both leave open
+            # what must be there.
+            if self.all_linear or (self.expression and _is_expert(module)):
+                targets = self._targets_by_parameter(parameters)
+            else:
+                targets = self.targets_of(module, parameters)
+            # Layers that are named must all be there; without names, some layers may not be
+            # adapted.
+            if targets and self.layers is not None and not _is_expert(module):
+                targets = {module}
+            for target in targets:
+                found[target] = found.get(target, False) or module in present
+        if lost := [target for target, there in found.items() if not there]:
+            raise ValueError(
+                f"{self.weights} has no tensors for {min(lost)}, which its config targets: they"
+                f" were lost, or never trained. To go on without, take {min(lost)} out of the"
+                f" targets in {self.where}"
+            )
+
+
+def ends_in(name: str, targets: Collection[str]) -> bool:
+    """PEFT's rule for lists: a target is the name, or its end from a dot on."""
+    return not _endings(name).isdisjoint(targets)
+
+
+def _endings(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
+def _is_expert(module: str) -> bool:
+    return ".experts." in module

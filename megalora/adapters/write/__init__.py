@@ -1,0 +1,1 @@
+"""Adapter folders, written for each engine."""

@@ -1,0 +1,87 @@
+"""What PEFT, vLLM and SGLang do with an adapter: which layout each reads, and what each would leave
+out without a word.
+
+engine          layouts                     router (gate)               lm_head     read from
+PEFT 0.21       per expert, stacked         honoured                    honoured    run in tests/adapters
+vLLM 0.32       per expert                  loads, has no effect        honoured    run in tests/serve
+SGLang 0.5.23   uniform, shared outer       fails at first request      honoured    its source; not run
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megalora.adapters.write.form import FileFormat
+from megalora.lora.spec import Adapted
+from megalora.model.shape import ModelShape
+
+EngineName = Literal["peft", "vllm", "sglang"]
+
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's ``--max-lora-rank`` may be."""
+
+
+def vllm_max_rank(rank: int) -> int | None:
+    """The smallest ``--max-lora-rank`` that holds an adapter of ``rank``; None where none does."""
+    return next((holding for holding in VLLM_RANKS if rank <= holding), None)
+
+
+@dataclass(frozen=True)
+class Engine:
+    title: str
+    layouts: dict[str, FileFormat]
+    """What the user calls a layout -> the form written; the first is the default."""
+    not_honoured: dict[str, str]
+    """Projection -> what the engine does instead of applying its adapter."""
+
+
+PEFT_LAYOUTS: dict[str, FileFormat] = {"per_expert": "per_expert", "stacked": "stacked"}
+ENGINES: dict[EngineName, Engine] = {
+    "peft": Engine("PEFT 0.21", PEFT_LAYOUTS, {}),
+    "vllm": Engine(
+        "vLLM 0.32", {"per_expert": "per_expert"}, {"gate": "loads it and then ignores it"}
+    ),
+    "sglang": Engine(
+        "SGLang 0.5.23",
+        {"per_expert": "uniform", "shared_outer": "shared_outer"},
+        {"gate": "fails at the first request"},
+    ),
+}
+
+
+def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: ModelShape) -> None:
+    """Raise ``ValueError`` for what the engine would not do with this adapter; ``adapted``: without
+    what the user dropped."""
+    engine = ENGINES[name]
+    if layout not in engine.layouts:
+        raise ValueError(f"--layout {layout}: {engine.title} reads {' or '.join(engine.layouts)}")
+    for projection in dict.fromkeys(a.name for a in adapted):
+        if does := engine.not_honoured.get(projection):
+            raise ValueError(
+                f"{engine.title} does not honour the adapter of {projection}, which was trained: it"
+                f" {does}. Export with --drop {projection} to leave it out, or merge the adapter"
+                " into the base: megalora merge"
+            )
+    experts = any(a.projection.is_expert for a in adapted)
+    if name == "peft" and not loads_in_peft(layout, adapted, shape):
+        raise ValueError(
+            f"{engine.title} cannot load adapters of {shape.model_type}'s experts, one for each:"
+            " its table lacks that model. Export with --layout stacked"
+        )
+    if (
+        name == "sglang"
+        and shape.moe_layers
+        and len(shape.moe_layers) < shape.num_layers
+        and experts
+    ):
+        raise ValueError(
+            f"{engine.title} fails on adapters of models with dense layers among MoE layers; merge"
+            " it: megalora merge"
+        )
+
+
+def loads_in_peft(layout: str, adapted: list[Adapted], shape: ModelShape) -> bool:
+    """PEFT 0.21's table of models whose experts' adapters it converts lacks qwen2_moe, as which it
+    converts Qwen3-MoE's."""
+    experts = any(a.projection.is_expert for a in adapted)
+    return layout == "stacked" or not (experts and shape.model_type == "qwen2_moe")

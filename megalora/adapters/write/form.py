@@ -1,0 +1,257 @@
+"""From what was trained to what a file holds. What loads is narrower than what trains.
+
+Scales, rsLoRA's too, are folded into alpha: engines that ignore ``use_rslora`` then scale alike.
+
+Per expert. PEFT 0.21 fuses gate and up of an expert into one adapter: it needs both, with one rank
+and one scale, ignores them silently unless down is there as well, and reads neither pattern for
+them; vLLM wants all three projections. So all three are written, gate and up padded with zeros to
+one rank, their scale the default's, any difference folded into B.
+
+Stacked. One A and B for all experts of a layer (``stacked.py``); one scale for both parameters.
+
+Uniform. SGLang 0.5 reads neither patterns nor more than one rank, and wants q, k and v together:
+everything is padded to the largest rank, and one scale serves all.
+
+Shared outer. SGLang's form for experts of one layer that share A of gate and up and B of down: 3-D
+tensors without an expert in their name, ``[1, r, H]`` where shared and ``[E, ...]`` where not. Only
+an adapter that was trained so can be written so.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalora.adapters.files import CONFIG, WEIGHTS
+from megalora.adapters.read.stacked import DOWN, GATE_UP, Factors, pack, stacked_factors
+from megalora.lora.section import most_common, without_noise
+from megalora.lora.spec import Adapted, make_adapted, tensor_name
+from megalora.model.projections import (
+    ATTENTION,
+    DENSE_MLP,
+    MOE,
+    SHARED_EXPERT,
+    Projection,
+    layer_projections,
+)
+from megalora.model.shape import ModelShape
+
+FileFormat = Literal["per_expert", "stacked", "uniform", "shared_outer"]
+_LAYER = "model.layers.{layer}."
+_EXPERTS = tuple(p for p in MOE if p.is_expert)
+
+type Pair = tuple[Adapted, Adapted | None]
+"""(as written, as trained); as trained is None where the file holds zeros."""
+
+
+def export_form(adapted: list[Adapted], shape: ModelShape, *, uniform: bool = False) -> list[Pair]:
+    """Every projection in a file with a matrix for each linear, in the order of the table."""
+    together = [_EXPERTS, ATTENTION[:3], DENSE_MLP, SHARED_EXPERT] if uniform else [_EXPERTS]
+    trained = {(a.layer, a.projection): a for a in adapted}
+    experts = [a for a in adapted if a.projection.is_expert]
+    fused = [a for a in experts if a.projection.kind == "expert_column"] or experts
+    alike = adapted if uniform else fused
+    rank = max((a.rank for a in alike), default=0)
+    scale = most_common([a.scale for a in alike]) if alike else 0.0
+
+    def settings(projection: Projection, own: Adapted | None) -> tuple[int, float]:
+        if uniform or own is None or projection.kind == "expert_column":
+            return rank, scale
+        return own.rank, own.scale
+
+    pairs: list[Pair] = []
+    for layer in sorted({a.layer for a in adapted if a.layer is not None}):
+        for projection in layer_projections(shape, layer):
+            group = next((g for g in together if projection in g), ())
+            own = trained.get((layer, projection))
+            if own or any((layer, other) in trained for other in group):
+                r, s = settings(projection, own)
+                pairs.append((make_adapted(projection, layer, r, s * r, s, shape), own))
+    for own in (a for a in adapted if a.layer is None):
+        r, s = settings(own.projection, own)
+        pairs.append((replace(own, rank=r, alpha=s * r, scale=s), own))
+    return pairs
+
+
+def num_tensors(adapted: list[Adapted], shape: ModelShape) -> int:
+    """Of a checkpoint's file."""
+    return 2 * sum(len(written.hf_modules()) for written, _ in export_form(adapted, shape))
+
+
+def padded(pairs: list[Pair]) -> list[str]:
+    """HF names of projections that a file holds as zeros beside what was trained."""
+    return sorted({written.projection.hf for written, own in pairs if own is None})
+
+
+def peft_tensors(pairs: list[Pair], trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors from the trained ones, padded and folded as ``pairs`` say."""
+    dtype = next(iter(trained.values())).dtype
+    tensors: dict[str, Tensor] = {}
+    for written, own in pairs:
+        for module in written.hf_modules():
+            for factor in ("A", "B"):
+                name = tensor_name(module, factor)
+                if own is None:
+                    tensors[name] = torch.zeros(written.shape(factor), dtype=dtype)
+                    continue
+                missing = written.rank - own.rank
+                same = factor == "A" or own.scale == written.scale
+                value = trained[name] if same else trained[name] * (own.scale / written.scale)
+                tensors[name] = F.pad(value, (0, 0, 0, missing) if factor == "A" else (0, missing))
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What the config says of one module or parameter: its target, and the keys under which
+    patterns find it."""
+
+    target: str
+    is_parameter: bool
+    name: str
+    """Entries of one name share a key in patterns where all agree, else each gets its own."""
+    short: str
+    """Regular expression for it in every layer. PEFT anchors keys at the end of the name."""
+    full: str
+    """And in its own layer alone."""
+    rank: int
+    alpha: float
+    decides_default: bool
+
+
+def module_entries(written: list[Adapted], shape: ModelShape) -> list[_Entry]:
+    """In a MoE model PEFT reads gate_proj, up_proj and down_proj as the experts' fused parameters,
+    so those of dense MLP layers and of shared experts are named as parameters, which
+    ``target_parameters`` can do."""
+    entries = []
+    for a in written:
+        beside = bool(shape.moe_layers) and a.projection in DENSE_MLP + SHARED_EXPERT
+        # PEFT has no expert number in the name it looks up, and ends the router's and other
+        # parameters' with ".weight".
+        end = r"(\.weight)?" if beside or a.projection.kind == "router" else ""
+        full = re.escape(a.hf_module(0)).replace(r"experts\.0\.", r"experts\.(\d+\.)?") + end
+        target = f"{a.projection.hf.removeprefix(_LAYER)}.weight" if beside else a.name
+        short = re.escape(target.removesuffix(".weight")) + end
+        fused = a.projection.kind == "expert_column"
+        entries.append(_Entry(target, beside, a.name, short, full, a.rank, _number(a.alpha), fused))
+    return entries
+
+
+def peft_config(entries: list[_Entry], base: str) -> dict[str, Any]:
+    """``adapter_config.json``; what deviates from r and lora_alpha becomes a pattern."""
+    default = [e for e in entries if e.decides_default] or entries
+    rank, alpha = most_common([(e.rank, e.alpha) for e in default])
+    settings: dict[str, set[tuple[int, float]]] = {}
+    for e in entries:
+        settings.setdefault(e.name, set()).add((e.rank, e.alpha))
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    for e in entries:
+        key = e.short if len(settings[e.name]) == 1 else e.full
+        if e.rank != rank:
+            rank_pattern[key] = e.rank
+        if e.alpha != alpha:
+            alpha_pattern[key] = e.alpha
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
+        "target_modules": sorted({e.target for e in entries if not e.is_parameter}),
+        "target_parameters": sorted({e.target for e in entries if e.is_parameter}) or None,
+        "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
+    }  # fmt: skip
+
+
+def _stacked(
+    adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tensor]
+) -> tuple[dict, list[_Entry]]:
+    """Tensors and config entries of all experts."""
+    experts = [a for a in adapted if a.projection.is_expert]
+    scale = most_common([a.scale for a in experts])
+    tensors: dict[str, Tensor] = {}
+    entries: list[_Entry] = []
+    for layer in sorted({a.layer for a in experts if a.layer is not None}):
+        own = {a.name: (a, factors_of(a, trained)) for a in experts if a.layer == layer}
+        where = f"model.layers.{layer}.mlp.experts"
+        for parameter, (a, b) in stacked_factors(own, scale, shape).items():
+            rank = a.shape[1]
+            for factor, tensor in zip(("A", "B"), pack(a, b), strict=True):
+                tensors[
+                    tensor_name(where + (".base_layer" if parameter == GATE_UP else ""), factor)
+                ] = tensor
+            full = re.escape(f"{where}.{parameter}")
+            name = f"experts.{parameter}"
+            alpha = _number(scale * rank)
+            entries.append(
+                _Entry(
+                    f"mlp.{name}", True, name, re.escape(name), full, rank, alpha, parameter == DOWN
+                )
+            )
+    return tensors, entries
+
+
+def share_outer(written: list[Adapted], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with experts' stacked and what they share kept once; raises ``ValueError`` where
+    they do not share it."""
+    tensors = dict(tensors)
+    for a in (a for a in written if a.projection.is_expert):
+        shared = "B" if a.projection.kind == "expert_row" else "A"
+        where = a.hf_module(0).replace(".experts.0.", ".experts.")
+        for factor, stack in zip(("A", "B"), factors_of(a, tensors), strict=True):
+            if factor == shared:
+                if not (stack == stack[:1]).all():
+                    raise ValueError(
+                        f"--layout shared_outer: the experts of layer {a.layer} have different"
+                        f" {factor}s in {a.name}; this layout is for adapters whose experts share"
+                        " them. Export with --layout per_expert"
+                    )
+                stack = stack[:1]
+            tensors[tensor_name(where, factor)] = stack.contiguous()
+        for module in a.hf_modules():
+            for factor in ("A", "B"):
+                del tensors[tensor_name(module, factor)]
+    return tensors
+
+
+def factors_of(adapted: Adapted, tensors: dict[str, Tensor]) -> Factors:
+    """A ``[E, r, in]`` and B ``[E, out, r]`` of all experts, or of the one linear, E = 1."""
+    a, b = (
+        torch.stack([tensors[tensor_name(m, factor)] for m in adapted.hf_modules()])
+        for factor in ("A", "B")
+    )
+    return a, b
+
+
+def write_adapter(
+    folder: Path, adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tensor], base: str,
+    layout: FileFormat = "per_expert",
+) -> list[str]:  # fmt: skip
+    """The two files PEFT loads, from whole trained tensors by HF name; returns what was added as
+    zeros (``padded``)."""
+    linears = [a for a in adapted if not (layout == "stacked" and a.projection.is_expert)]
+    pairs = export_form(linears, shape, uniform=layout in ("uniform", "shared_outer"))
+    tensors = peft_tensors(pairs, trained)
+    entries = module_entries([w for w, _ in pairs], shape)
+    if layout == "shared_outer":
+        tensors = share_outer([w for w, _ in pairs], tensors)
+    if len(linears) < len(adapted):
+        of_experts, more = _stacked(adapted, shape, trained)
+        tensors = tensors | of_experts
+        entries = entries + more
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(peft_config(entries, base), indent=2) + "\n")
+    return padded(pairs)
+
+
+def _number(alpha: float) -> float | int:
+    """As JSON should show it."""
+    alpha = without_noise(alpha)
+    return int(alpha) if alpha.is_integer() else alpha

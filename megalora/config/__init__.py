@@ -1,0 +1,29 @@
+"""Everything a run can be told, as frozen dataclasses: one section a file, with every check and its message.
+
+Checks that need no model run in ``__post_init__``; checks against the world size and the model's
+shape are methods, so that they run before any process group or weight exists. ``file.py`` reads and
+writes YAML.
+"""
+
+from megalora.config.checkpoint import CheckpointConfig
+from megalora.config.data import DataConfig, LeftOut, LeftOutOfText
+from megalora.config.log import LogConfig
+from megalora.config.lora import LoRAConfig
+from megalora.config.model import ModelConfig
+from megalora.config.parallel import ParallelConfig
+from megalora.config.run import RunConfig
+from megalora.config.train import TrainConfig, check_warmup
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "LeftOut",
+    "LeftOutOfText",
+    "LoRAConfig",
+    "LogConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "check_warmup",
+]

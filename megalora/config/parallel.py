@@ -1,0 +1,65 @@
+"""The ``parallel`` section: how ranks divide the model."""
+
+from dataclasses import dataclass, fields
+
+from megalora.config.checks import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How ranks are laid out. Attention and experts use two grids over the same world.
+
+    attention grid: world = tp * pp * dp          experts grid: world = etp * ep * pp * edp
+    """
+
+    tp: int = 1
+    """Tensor-parallel size of attention and dense layers; sequence parallel is on when it is above
+    1."""
+    pp: int = 1
+    """Pipeline stages."""
+    vpp: int = 1
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    ep: int = 1
+    """Expert-parallel size: experts are divided over this many ranks."""
+    etp: int = 1
+    """Tensor-parallel size inside one expert. Megatron defaults it to tp; megalora to 1."""
+    cp: int = 1
+    """Context-parallel size; only 1 is possible today."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            require(
+                getattr(self, f.name) >= 1,
+                f"parallel.{f.name} must be at least 1, got {getattr(self, f.name)}",
+            )
+        require(
+            self.cp == 1,
+            f"parallel.cp={self.cp}: context parallelism needs Transformer Engine's attention,"
+            " which the torch back end does not have. Set parallel.cp=1; use parallel.tp to split"
+            " long sequences.",
+        )
+        require(
+            self.vpp == 1 or self.pp > 1,
+            f"parallel.vpp={self.vpp} interleaves the chunks of several pipeline stages, but"
+            " parallel.pp=1. Set parallel.vpp=1 or parallel.pp to 2 or more.",
+        )
+
+    def data_parallel_sizes(self, world_size: int) -> tuple[int, int]:
+        """(dp, edp): how often attention and expert parameters are replicated on ``world_size``
+        ranks."""
+        require(world_size >= 1, f"a run needs at least 1 rank, got {world_size}")
+        sizes = []
+        for grid, names in (("attention", ("tp", "pp")), ("expert", ("etp", "ep", "pp"))):
+            product = 1
+            for name in names:
+                product *= getattr(self, name)
+            terms = " * ".join(f"{name}={getattr(self, name)}" for name in names)
+            require(
+                world_size % product == 0,
+                f"{world_size} ranks cannot hold the {grid} grid: {terms} = {product}, and"
+                f" {world_size} is not a multiple of {product}.\n  Change"
+                f" {' or '.join('parallel.' + n for n in names)}, or launch a multiple of {product}"
+                " ranks.",
+            )
+            sizes.append(world_size // product)
+        return sizes[0], sizes[1]

@@ -1,0 +1,43 @@
+"""A whole config: all sections, and what depends on the number of ranks."""
+
+from dataclasses import dataclass, field
+
+from megalora.config.checkpoint import CheckpointConfig
+from megalora.config.checks import require
+from megalora.config.data import DataConfig
+from megalora.config.log import LogConfig
+from megalora.config.lora import LoRAConfig
+from megalora.config.model import ModelConfig
+from megalora.config.parallel import ParallelConfig
+from megalora.config.train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def check_world(self, world_size: int) -> None:
+        """Check all that depends on the number of ranks; raises ``ValueError``."""
+        dp, _ = self.parallel.data_parallel_sizes(world_size)
+        batch = self.train.global_batch_size
+        micro = self.train.micro_batch_size
+        p = self.parallel
+        require(
+            batch % (micro * dp) == 0,
+            f"train.global_batch_size={batch} cannot be divided: micro_batch_size={micro} * data"
+            f" parallel={dp} = {micro * dp}, and {batch} is not a multiple of {micro * dp}.\n "
+            " Change train.global_batch_size or train.micro_batch_size.",
+        )
+        num_microbatches = batch // (micro * dp)
+        require(
+            p.vpp == 1 or num_microbatches % p.pp == 0,
+            f"the interleaved schedule (parallel.vpp={p.vpp}) needs a number of microbatches that"
+            f" is a multiple of parallel.pp={p.pp}; train.global_batch_size={batch} gives"
+            f" {num_microbatches}.",
+        )

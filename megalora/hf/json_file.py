@@ -1,0 +1,40 @@
+"""Read JSON files of others: one object a file, of a size that can be meant."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+LARGEST_JSON = 2**26
+"""Bytes. The index of a model with 36,000 tensors has 3 MB."""
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a Hugging Face checkpoint folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+    return read_json_object(path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; ``ValueError`` names the file and the place."""
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(
+            f"{path}: {size / 1e6:,.0f} MB; megalora reads JSON files of up to"
+            f" {LARGEST_JSON / 1e6:,.0f} MB"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason}, byte {error.start + 1})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not readable (nested too deeply)") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise ValueError(f"{path}: not readable ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
+    return content

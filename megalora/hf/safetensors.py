@@ -1,0 +1,95 @@
+"""Read the header of a safetensors file: which tensors it holds, and where."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
+    "U32": 4, "U16": 2, "U8": 1,
+    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a safetensors file."""
+
+    name: str
+    dtype: str
+    """As the format spells it: F32, BF16, F16, F8_E4M3, ..."""
+    shape: tuple[int, ...]
+    start: int
+    """Byte of the file at which it begins."""
+    num_bytes: int
+
+
+def read_header(shard: Path) -> tuple[dict[str, Any], list[Stored]]:
+    """A whole safetensors file's header, and its tensors in the order in which they lie behind it,
+    without a gap.
+
+    The format: the header's length in 8 bytes (little-endian), the header as JSON, then the
+    tensors' bytes, of which the header gives each one's ``[begin, end)``.
+    https://github.com/huggingface/safetensors#format
+
+    Raises:
+        ValueError: the file is not that, or ends early.
+    """
+    num_bytes = shard.stat().st_size
+    try:
+        with shard.open("rb") as file:
+            start = file.read(8)
+            if start == b"version ":
+                raise ValueError(
+                    "it is a pointer of Git LFS, in place of the file: run git lfs pull"
+                )
+            length = int.from_bytes(start, "little")
+            if not 2 <= length <= num_bytes - 8:
+                raise ValueError(
+                    f"its header would have {length:,} bytes, the file has {num_bytes:,}"
+                )
+            header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors = [_stored(name, entry, 8 + length) for name, entry in entries.items()]
+        tensors.sort(key=lambda t: (t.start, t.num_bytes))
+        end = 8 + length
+        for tensor in tensors:
+            if tensor.start != end:
+                raise ValueError(f"{tensor.name} does not begin where the tensor before it ends")
+            end += tensor.num_bytes
+        if end != num_bytes:
+            raise ValueError(f"its tensors end at byte {end:,}, the file at {num_bytes:,}")
+    except (ValueError, RecursionError) as error:  # JSON that is broken is a ValueError too
+        raise ValueError(
+            f"{shard} is not a whole safetensors file ({error}); download it again"
+        ) from None
+    return header, tensors
+
+
+def _stored(name: str, entry: Any, first_byte: int) -> Stored:
+    """One entry of a header; raises ``ValueError`` for one that describes no tensor."""
+    try:
+        dtype = entry["dtype"]
+        shape = tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        num_bytes = end - begin
+        fits = num_bytes >= 0 and begin >= 0 and all(size >= 0 for size in shape)
+        if dtype in _ITEM_BYTES:
+            fits = fits and num_bytes == math.prod(shape) * _ITEM_BYTES[dtype]
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} is described as {entry!r}")
+    return Stored(name, dtype, shape, first_byte + begin, num_bytes)  # pyright: ignore[reportPossiblyUnbound]
+
+
+def header_bytes(header: dict[str, Any]) -> bytes:
+    """What stands before the tensors of a file with this header; for one that safetensors wrote,
+    the very same bytes."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text

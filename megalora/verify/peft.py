@@ -1,0 +1,190 @@
+"""Does an adapter folder mean the same to stock PEFT as to megalora's own model? Logits of both,
+and where they part."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megalora import host
+
+host.install()  # before anything imports Megatron
+
+from megalora.adapters.read.adapter import Adapter, read_adapter  # noqa: E402
+from megalora.adapters.read.weights import find_weight_files  # noqa: E402
+from megalora.config import LoRAConfig, ModelConfig, ParallelConfig  # noqa: E402
+from megalora.hf.folder import local_folder  # noqa: E402
+from megalora.lora.adapted_model import build_adapted, load_adapter  # noqa: E402
+from megalora.model.account import open_folder  # noqa: E402
+from megalora.model.shape import ModelShape  # noqa: E402
+from megalora.parallel import parallel_groups  # noqa: E402
+
+PROBE = (2, 64)
+"""Samples and tokens of the random probe batch."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Largest differences over a probe batch, in logits; ``ok`` if PEFT agrees and the adapter
+    acts."""
+
+    adapter: Path
+    atol: float
+    difference: float
+    effect: float
+    """Of the adapter: largest change of a base logit."""
+    first_layer: int | None
+    """The first decoder layer whose output differs by more than atol; None if none does."""
+
+    @property
+    def ok(self) -> bool:
+        return self.difference <= self.atol < self.effect
+
+    def text(self) -> str:
+        lines = [
+            f"{self.adapter}: largest difference of a logit, PEFT against megalora:"
+            f" {self.difference:.2e} (allowed {self.atol:.0e}); the adapter moves logits by up to"
+            f" {self.effect:.3g}"
+        ]
+        if not self.difference <= self.atol:
+            where = (
+                "after the last layer"
+                if self.first_layer is None
+                else f"from decoder layer {self.first_layer} on"
+            )
+            lines.append(f"NOT the same model: they part {where}")
+        elif self.effect <= self.atol:
+            lines.append("the adapter does nothing: every logit is the base model's")
+        else:
+            lines.append("verified: stock PEFT computes the same model")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
+    """Run the same random tokens through both, in float32 on one rank; raises ``ValueError`` for a
+    folder that cannot load."""
+    folder = local_folder(base, "--base")
+    shape = open_folder(folder).shape
+    files, _ = find_weight_files(adapter)
+    if len(files) > 1:
+        raise ValueError(
+            f"{adapter}: stock PEFT reads no shards; join them first: megalora export {adapter} OUT"
+        )
+    tokens = probe_batch(shape.vocab)
+    ours, our_layers = _own_logits(folder, shape, whole_adapter(adapter, shape, folder), tokens)
+    host.release_memory()  # PEFT's model takes as much
+    theirs, their_layers, unadapted = _peft_logits(adapter, folder, tokens)
+    parted = [
+        i
+        for i, (a, b) in enumerate(zip(our_layers, their_layers, strict=True))
+        if not _largest(a - b) <= atol
+    ]
+    return Report(
+        adapter,
+        atol,
+        _largest(ours - theirs),
+        _largest(theirs - unadapted),
+        parted[0] if parted else None,
+    )
+
+
+def _own_logits(
+    folder: Path, shape: ModelShape, adapter: Adapter, tokens: Tensor
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Logits and every layer's output of megalora's model; nothing refers to the model
+    afterwards."""
+    with own_model(folder, shape, adapter) as model:
+        return _megatron_logits(model, tokens.to(host.device()))
+
+
+def whole_adapter(folder: Path, shape: ModelShape, base: Path | None = None) -> Adapter:
+    """``read_adapter`` of a folder that engines load: none of them takes a layer with adapters on
+    some of its experts."""
+    adapter = read_adapter(folder, shape, base=base)
+    if adapter.absent:
+        raise ValueError(
+            f"{folder} lacks {len(adapter.absent)} linears of experts beside others of their"
+            f" layers, such as {adapter.absent[0]}; is it for another base? If not: PEFT and vLLM"
+            " load whole layers, and megalora export writes zeros for what is missing"
+        )
+    return adapter
+
+
+def probe_batch(vocab: int) -> Tensor:
+    """The tokens of ``PROBE``, the same at every call."""
+    return torch.randint(vocab, PROBE, generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def own_model(folder: Path, shape: ModelShape, adapter: Adapter) -> Iterator[Any]:
+    """megalora's model with the adapter, in float32 on one rank.
+
+    Its memory is free again once the caller's function has returned and ``host.release_memory`` was
+    called.
+    """
+    with host.process_group(), parallel_groups(ParallelConfig()) as groups:
+        model = build_adapted(
+            folder, shape, adapter.adapted, groups,
+            model=ModelConfig(path=str(folder), dtype="float32"), parallel=ParallelConfig(),
+            lora=LoRAConfig(), seed=0,
+        )  # fmt: skip
+        load_adapter(model, adapter.tensors)
+        yield model.chunks[0].eval()
+        del model
+
+
+def _largest(difference: Tensor) -> float:
+    return difference.abs().max().item()
+
+
+def _megatron_logits(chunk: Any, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits ``[B, S, V]`` and every decoder layer's output ``[B, S, H]``."""
+    outputs: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(
+            lambda _m, _i, out: outputs.append(out[0].transpose(0, 1).cpu())
+        )
+        for layer in chunk.decoder.layers
+    ]
+    logits = chunk(tokens, None, None).cpu()
+    for hook in hooks:
+        hook.remove()
+    return logits, outputs
+
+
+def _peft_logits(
+    adapter: Path, folder: Path, tokens: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Adapted logits, every decoder layer's output, and the base's logits, from transformers and
+    PEFT as they are."""
+    from peft import PeftModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # patterns PEFT adds itself when it fuses gate and up
+    warnings.filterwarnings("ignore", message=".*gate_up_proj.*")
+    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(base.to(host.device()), str(adapter)).eval()
+    outputs: list[Tensor] = []
+    layers = model.get_base_model().model.layers
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out: outputs.append(_first(out).cpu()))
+        for layer in layers
+    ]
+    adapted = model(tokens.to(host.device())).logits.cpu()
+    for hook in hooks:
+        hook.remove()
+    with model.disable_adapter():
+        unadapted = model(tokens.to(host.device())).logits.cpu()
+    return adapted, outputs, unadapted
+
+
+def _first(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out[0]

@@ -1,0 +1,144 @@
+"""Does vLLM compute the same model as megalora? Log-probabilities of prompts and of what both say
+next, greedily."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalora import host
+from megalora.adapters.read.adapter import Adapter
+from megalora.hf.folder import local_folder
+from megalora.model.account import open_folder
+from megalora.model.shape import ModelShape
+from megalora.serve.proof import largest_difference
+from megalora.serve.server import Server
+from megalora.serve.vllm import Client
+from megalora.verify.peft import own_model, probe_batch, whole_adapter
+
+PROMPT = 16
+NEW = 16
+"""Tokens of a prompt that is continued, and tokens to continue it with."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What megalora's model says of one row of tokens."""
+
+    prompt: list[float]
+    """Log-probability of each token but the first."""
+    tokens: list[int]
+    logprobs: list[float]
+    margins: list[float]
+    """How far the chosen token leads the next best."""
+
+
+@dataclass(frozen=True)
+class VllmReport:
+    """Largest differences over the probe batch, in log-probabilities; ``ok`` if vLLM agrees and the
+    adapter acts."""
+
+    adapter: Path
+    atol: float
+    prompt: float
+    greedy: float
+    effect: float
+    parted: str | None
+    """Where greedy tokens part although it is no tie; None if they do not."""
+
+    @property
+    def ok(self) -> bool:
+        return (
+            self.prompt <= self.atol
+            and self.greedy <= self.atol < self.effect
+            and self.parted is None
+        )
+
+    def text(self) -> str:
+        lines = [
+            f"{self.adapter}: largest difference of a log-probability, vLLM against megalora:"
+            f" prompts {self.prompt:.2e}, greedy tokens {self.greedy:.2e} (allowed"
+            f" {self.atol:.0e}); the adapter moves them by up to {self.effect:.3g}"
+        ]
+        if self.parted:
+            lines.append(f"greedy tokens part: {self.parted}")
+        if self.effect <= self.atol:
+            lines.append("vLLM serves the base model: the adapter does nothing there")
+        lines.append("verified: vLLM computes the same model" if self.ok else "NOT the same model")
+        return "\n".join(lines)
+
+
+def verify_vllm(adapter: Path, base: str, *, atol: float) -> VllmReport:
+    """Run the same tokens through both, in float32; raises ``ValueError`` for a folder that cannot
+    load or a missing vLLM."""
+    folder = local_folder(base, "--base")
+    shape = open_folder(folder).shape
+    # refuses what it can before a model is loaded
+    server = Server(folder, {"adapter": adapter}, dtype="float32")
+    tokens = probe_batch(shape.vocab)
+    own = _own_answers(folder, shape, whole_adapter(adapter, shape, folder), tokens)
+    host.release_memory()  # vLLM takes nearly all of a GPU
+    with server, server.client() as client:
+        return _compare(adapter, atol, client, tokens, own)
+
+
+def _own_answers(folder: Path, shape: ModelShape, adapter: Adapter, tokens: Tensor) -> list[Own]:
+    """What megalora's model says of each row; nothing refers to the model afterwards."""
+    with own_model(folder, shape, adapter) as model:
+        return [_own(model, row) for row in tokens]
+
+
+@torch.no_grad()
+def _own(model: Any, row: Tensor) -> Own:
+    whole = _logprobs(model, row)
+    prompt = whole[:-1].gather(1, row[1:, None])[:, 0]
+    text = row[:PROMPT]
+    tokens = []
+    logprobs = []
+    margins = []
+    for _ in range(NEW):
+        best = _logprobs(model, text)[-1].topk(2)
+        tokens.append(int(best.indices[0]))
+        logprobs.append(best.values[0].item())
+        margins.append((best.values[0] - best.values[1]).item())
+        text = torch.cat([text, best.indices[:1]])
+    return Own(prompt.tolist(), tokens, logprobs, margins)
+
+
+def _logprobs(model: Any, row: Tensor) -> Tensor:
+    """``[S, V]`` on the CPU."""
+    ids = row[None].to(host.device())
+    return model(ids, None, None)[0].float().log_softmax(-1).cpu()
+
+
+def _compare(
+    adapter: Path, atol: float, client: Client, tokens: Tensor, own: list[Own]
+) -> VllmReport:
+    prompt = 0.0
+    greedy = 0.0
+    effect = 0.0
+    parted = None
+    for number, (row, ours) in enumerate(zip(tokens.tolist(), own, strict=True)):
+        probe = client.probe("adapter", row)
+        prompt = max(prompt, largest_difference(probe.adapter, ours.prompt))
+        effect = max(effect, probe.largest_change)
+        said = client.complete("adapter", row[:PROMPT], max_tokens=NEW, ignore_eos=True)
+        for place, (mine, theirs) in enumerate(zip(ours.tokens, said.tokens, strict=True)):
+            if mine != theirs:
+                if (
+                    ours.margins[place] > 2 * atol
+                ):  # closer than that, either is right, and what follows is another text
+                    parted = (
+                        f"prompt {number}, token {place}: {mine} here, {theirs} in vLLM,"
+                        f" {ours.margins[place]:.1e} apart"
+                    )
+                break
+            greedy = max(
+                greedy,
+                largest_difference(
+                    ours.logprobs[place : place + 1], said.logprobs[place : place + 1]
+                ),
+            )
+    return VllmReport(adapter, atol, prompt, greedy, effect, parted)

@@ -1,0 +1,214 @@
+"""Adapters as training leaves them, on small models of every family, and transformers' own model
+with the deltas in its weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from megalora.adapters.write.form import FileFormat, write_adapter
+from megalora.config import LoRAConfig
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.select import resolve
+from megalora.lora.spec import Adapted, tensor_name
+from megalora.model.shape import ModelShape, model_shape
+from megalora.tiny import make_tiny
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EXPERTS = ["gate_proj", "up_proj", "down_proj"]
+LAYER_2_EXPERTS = r"layers\.2\.mlp\.experts\.\d+"
+MOE_CASES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "ranks": {
+        "target_modules": [*EXPERTS, "q_proj"],
+        "rank_pattern": {"gate_proj": 2, "up_proj": 3, "down_proj": 5, "q_proj": 7},
+    },
+    "expert rank": {"expert_rank": 3},
+    "alphas": {
+        "alpha_pattern": {"gate_proj": 8.0, "up_proj": 3.0, "down_proj": 20.0, "o_proj": 2.5}
+    },
+    "ranks and alphas": {
+        "rank_pattern": {"up_proj": 3, "k_proj": 6},
+        "alpha_pattern": {"up_proj": 5.0, "k_proj": 7.0},
+    },
+    "rslora": {"use_rslora": True},
+    "rslora and ranks": {
+        "use_rslora": True,
+        "rank_pattern": {"up_proj": 3, "down_proj": 5, "v_proj": 7},
+    },
+    "layers": {"layers": [0, 2]},
+    "layers and ranks": {"layers": "1-2", "rank_pattern": {"gate_proj": 2, "down_proj": 5}},
+    "gate only": {"target_modules": ["gate_proj"]},
+    "up only": {"target_modules": ["up_proj"], "layers": [3]},
+    "down only": {"target_modules": ["down_proj"]},
+    "gate and up": {"target_modules": ["gate_up_proj"]},
+    "gate and down": {
+        "target_modules": ["gate_proj", "down_proj"],
+        "rank_pattern": {"down_proj": 6},
+    },
+    "attention": {"target_modules": ["qkv_proj", "o_proj"]},
+    "lm_head": {"target_modules": ["lm_head", "down_proj"], "rank_pattern": {"lm_head": 3}},
+    "router": {"target_modules": ["gate"]},
+    "router among others": {
+        "target_modules": ["gate", *ATTENTION, *EXPERTS],
+        "rank_pattern": {"gate": 3},
+        "alpha_pattern": {"gate": 5.0},
+    },
+    "router by layer": {
+        "target_modules": ["gate", "q_proj"],
+        "rank_pattern": {r"layers\.1\.mlp\.gate": 3},
+        "alpha_pattern": {r"layers\.3\.mlp\.gate": 5.0},
+    },
+    "attention by layer": {
+        "target_modules": ATTENTION,
+        "rank_pattern": {r"layers\.2\.self_attn\.q_proj": 6},
+        "alpha_pattern": {r"layers\.[01]\.self_attn\.o_proj": 6.0},
+    },
+    "down by layer": {
+        "target_modules": EXPERTS,
+        "rank_pattern": {rf"{LAYER_2_EXPERTS}\.down_proj": 6},
+        "alpha_pattern": {r"layers\.1\.mlp\.experts\.\d+\.down_proj": 6.0},
+    },
+    "gate and up by layer": {
+        "target_modules": EXPERTS,
+        "rank_pattern": {rf"{LAYER_2_EXPERTS}\.gate_proj": 6},
+        "alpha_pattern": {rf"{LAYER_2_EXPERTS}\.up_proj": 6.0},
+    },
+    "gate in one layer, down in another": {
+        "target_modules": [r"layers\.0\..*gate_proj", r"layers\.3\..*down_proj"]
+    },
+}
+DENSE_CASES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "ranks and alphas": {"rank_pattern": {"gate_proj": 2, "up_proj": 3, "q_proj": 7},
+                         "alpha_pattern": {"up_proj": 9.0}},
+    "by layer, with lm_head": {"target_modules": [*EXPERTS, "lm_head"], "layers": "1-",
+                               "rank_pattern": {r"layers\.2\.mlp\.down_proj": 6}},
+}  # fmt: skip
+MIXED_CASES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "expert rank": {"expert_rank": 3},
+    "up only": {"target_modules": ["up_proj"]},
+    "experts only": {"layers": [0, 2, 3]},
+    "dense layer only": {"layers": [1]},
+    "one projection of the dense layer": {"target_modules": ["up_proj", "q_proj"], "layers": [1],
+                                          "rank_pattern": {"up_proj": 3}},
+    "dense down and q": {"rank_pattern": {r"layers\.1\.mlp\.down_proj": 6, "q_proj": 5},
+                         "alpha_pattern": {"down_proj": 5.0}},
+}  # fmt: skip
+SHARED_CASES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "shared, routed and dense differ": {"expert_rank": 3,
+                                        "rank_pattern": {r"shared_expert\.(gate|up)_proj": 6},
+                                        "alpha_pattern": {r"shared_expert\.down_proj": 5.0}},
+    "shared expert only": {"target_modules": [r"shared_expert\..*_proj"]},
+    "one projection of the shared expert": {"target_modules": [r"shared_expert\.up_proj", "v_proj"],
+                                            "layers": [0, 2]},
+    "rslora and router": {"target_modules": ["gate", *ATTENTION, *EXPERTS], "use_rslora": True},
+}  # fmt: skip
+TIED_CASES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "lm_head": {"target_modules": ["lm_head", "v_proj"]},
+}
+BASES = {
+    "moe": MOE_CASES,
+    "dense": DENSE_CASES,
+    "mixed": MIXED_CASES,
+    "tied": TIED_CASES,
+    "shared": SHARED_CASES,
+}
+CASES = [
+    pytest.param(base, {"rank": 4, "alpha": 12.0, **options}, id=f"{base}: {name}")
+    for base, cases in BASES.items()
+    for name, options in cases.items()
+]
+
+
+def make_bases(folder: Path, moe: Path, dense: Path) -> dict[str, Path]:
+    mixed = make_tiny(folder / "mixed", mlp_only_layers=[1])
+    tied = make_tiny(folder / "tied", tie_word_embeddings=True, num_hidden_layers=2)
+    shared = make_tiny(
+        folder / "shared", arch="qwen2_moe", mlp_only_layers=[1], num_hidden_layers=3
+    )
+    return {"moe": moe, "dense": dense, "mixed": mixed, "tied": tied, "shared": shared}
+
+
+@dataclass
+class Trained:
+    """An adapter as training leaves it, and the folder that export made of it."""
+
+    base: Path
+    shape: ModelShape
+    adapted: list[Adapted]
+    tensors: dict[str, Tensor]
+    folder: Path
+
+    def deltas(self) -> Iterator[tuple[Adapted, int | None, Tensor]]:
+        """(adapted, expert, scale * B A) for every linear."""
+        for a in self.adapted:
+            for expert in range(a.num_experts) if a.num_experts else [None]:
+                yield a, expert, a.scale * self.factor(a, expert, "B") @ self.factor(a, expert, "A")
+
+    def factor(self, a: Adapted, expert: int | None, factor: Any) -> Tensor:
+        return self.tensors[tensor_name(a.hf_module(expert), factor)]
+
+
+def train(
+    base: Path,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    layout: FileFormat = "per_expert",
+    **options: Any,
+) -> Trained:
+    shape = model_shape(read_hf_config(base))
+    adapted = resolve(LoRAConfig(**options), shape)
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for a in adapted:
+        for module in a.hf_modules():
+            a_factor, b_factor = (torch.randn(a.shape(f), generator=generator) for f in ("A", "B"))
+            tensors[tensor_name(module, "A")] = (a_factor / a.in_features**0.5).to(dtype)
+            tensors[tensor_name(module, "B")] = (0.2 * b_factor / (a.scale * a.rank**0.5)).to(dtype)
+    folder.mkdir(exist_ok=True)
+    write_adapter(folder, adapted, shape, tensors, str(base), layout)
+    return Trained(base, shape, adapted, tensors, folder)
+
+
+def load_base(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def merged_by_hand(trained: Trained, model: Any = None) -> Any:
+    """transformers' own model with the deltas added to its weights; gate rows stand before up rows.
+
+    ``model``: the base, which is changed; None to load it.
+    """
+    model = load_base(trained.base) if model is None else model
+    for a, expert, delta in trained.deltas():
+        if expert is None:
+            linear = model.get_submodule(a.hf_module())
+            # a new one: a tied embedding stays as it is
+            linear.weight = nn.Parameter(linear.weight + delta)
+            continue
+        experts = model.get_submodule(f"model.layers.{a.layer}.mlp.experts")
+        size = trained.shape.expert_intermediate
+        rows = {"gate_proj": slice(0, size), "up_proj": slice(size, 2 * size)}
+        weight = (
+            experts.down_proj[expert]
+            if a.name == "down_proj"
+            else experts.gate_up_proj[expert][rows[a.name]]
+        )
+        weight += delta
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    tokens = torch.randint(512, (2, 23), generator=torch.Generator().manual_seed(7))
+    return model(tokens).logits

@@ -1,0 +1,22 @@
+from pathlib import Path
+
+import pytest
+from peft.utils import transformers_weight_conversion
+
+from tests.adapters.adapters import make_bases
+
+
+@pytest.fixture(scope="session")
+def bases(
+    tiny: Path, tiny_dense: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    return make_bases(tmp_path_factory.mktemp("bases"), tiny, tiny_dense)
+
+
+@pytest.fixture(autouse=True)
+def peft_knows_qwen2_moe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT 0.21 converts per-expert adapters for all that is built like Qwen2-MoE, but its table
+    lacks that name itself."""
+    monkeypatch.setitem(
+        transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN, "qwen2_moe", "qwen2_moe"
+    )

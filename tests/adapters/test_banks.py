@@ -1,0 +1,308 @@
+"""Experts as stacks other than PEFT write them: 3-D tensors and fused gates read to the very
+deltas, or named."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megalora.adapters.export import export
+from megalora.adapters.files import CONFIG, WEIGHTS
+from megalora.adapters.inspect import describe
+from megalora.adapters.read.adapter import read_adapter
+from megalora.config import LoRAConfig
+from megalora.lora.select import resolve
+from megalora.model.shape import ModelShape
+from megalora.serve.check import check_adapter
+from megalora.serve.errors import AdapterInvalid
+from tests.adapters.adapters import EXPERTS, Trained, train
+from tests.adapters.stock import check_equal, loaded_by_peft, shape_of
+
+RANK = 3
+LAYER = 1
+MLP = f"base_model.model.model.layers.{LAYER}.mlp"
+W = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+class Factors:
+    """Labelled factors of one layer's experts."""
+
+    def __init__(self, shape: ModelShape, shared: bool = False) -> None:
+        """``shared``: experts share A of gate and up and B of down, as Tinker trains them and
+        SGLang loads them."""
+        e = shape.num_experts
+        h = shape.hidden
+        i = shape.expert_intermediate
+        generator = torch.Generator().manual_seed(3)
+        draw = lambda *sizes: 0.1 * torch.randn(*sizes, generator=generator)  # noqa: E731
+        a, b = (1, e) if shared else (e, e)
+        self.of: dict[str, tuple[Tensor, Tensor]] = {
+            "gate_proj": (draw(a, RANK, h), draw(b, i, RANK)),
+            "up_proj": (draw(a, RANK, h), draw(b, i, RANK)),
+            "down_proj": (draw(b, RANK, i), draw(a, h, RANK)),
+        }
+
+    def deltas(self) -> Iterator[tuple[str, Tensor]]:
+        """HF module -> change of its weight, one expert at a time."""
+        for name, (a, b) in self.of.items():
+            for expert in range(max(len(a), len(b))):
+                delta = 2.0 * b[expert % len(b)] @ a[expert % len(a)]
+                yield f"model.layers.{LAYER}.mlp.experts.{expert}.{name}", delta
+
+
+def write(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    written = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "target_modules": "all-linear",
+    }
+    (folder / CONFIG).write_text(json.dumps(written | config))
+    return folder
+
+
+def check(folder: Path, base: Path, factors: Factors) -> None:
+    read = read_adapter(folder, shape_of(base))
+    expected = dict(factors.deltas())
+    for a, expert, delta in Trained(
+        base, shape_of(base), read.adapted, read.tensors, folder
+    ).deltas():
+        torch.testing.assert_close(delta, expected.pop(a.hf_module(expert)), rtol=1e-6, atol=1e-7)
+    assert not expected
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["per expert", "shared outer"])
+@pytest.mark.parametrize("names", [W, {name: name for name in W}], ids=["Tinker", "SGLang"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["out first", "in first"])
+def test_3d_tensors(
+    bases: dict[str, Path], tmp_path: Path, shared: bool, names: dict[str, str], transposed: bool
+) -> None:
+    factors = Factors(shape_of(bases["moe"]), shared)
+    tensors = {
+        f"{MLP}.experts.{names[name]}.lora_{factor}.weight": (
+            tensor.transpose(1, 2) if transposed else tensor
+        )
+        for name, pair in factors.of.items()
+        for factor, tensor in zip("AB", pair, strict=True)
+    }
+    check(write(tmp_path / "a", tensors), bases["moe"], factors)
+    check(write(tmp_path / "b", tensors, target_modules=[*names.values()]), bases["moe"], factors)
+    check(write(tmp_path / "c", tensors, target_modules=["experts"]), bases["moe"], factors)
+    text = describe(tmp_path / "a")
+    assert "3-D factors of all experts of a layer, which import, merge and export read: " in text
+
+
+def test_what_export_writes_for_sglang_is_read_back(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Its own 3-D layout, value for value."""
+    shape = shape_of(bases["moe"])
+    trained = train(
+        bases["moe"], tmp_path / "adapter", rank=RANK, alpha=6.0, target_modules=EXPERTS
+    )
+    factors = load_file(trained.folder / WEIGHTS)
+    for a in resolve(LoRAConfig(rank=RANK, alpha=6.0, target_modules=EXPERTS), shape):
+        one = "B" if a.name == "down_proj" else "A"
+        first = factors[f"base_model.model.{a.hf_module(0)}.lora_{one}.weight"]
+        factors |= {
+            f"base_model.model.{module}.lora_{one}.weight": first.clone()
+            for module in a.hf_modules()
+        }
+    save_file(factors, trained.folder / WEIGHTS)
+    export(
+        trained.folder,
+        tmp_path / "out",
+        engine="sglang",
+        layout="shared_outer",
+        base=str(bases["moe"]),
+    )
+    assert any(
+        tensor.dim() == 3 and len(tensor) == 1
+        for tensor in load_file(tmp_path / "out" / WEIGHTS).values()
+    )
+    again = read_adapter(tmp_path / "out", shape)
+    assert again.tensors.keys() == factors.keys()
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in factors.items())
+
+
+def fused(factors: Factors) -> tuple[Tensor, Tensor]:
+    """gate's and up's as one adapter of the fused weight: A's above each other, B
+    block-diagonal."""
+    gate_a, gate_b = factors.of["gate_proj"]
+    up_a, up_b = factors.of["up_proj"]
+    zeros = torch.zeros_like(gate_b)
+    return torch.cat([gate_a, up_a], 1), torch.cat(
+        [torch.cat([gate_b, zeros], 2), torch.cat([zeros, up_b], 2)], 1
+    )
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["out first", "in first"])
+def test_a_3d_tensor_of_gate_and_up(
+    bases: dict[str, Path], tmp_path: Path, transposed: bool
+) -> None:
+    factors = Factors(shape_of(bases["moe"]))
+    pairs = {"gate_up_proj": fused(factors), "down_proj": factors.of["down_proj"]}
+    tensors = {
+        f"{MLP}.experts.{name}.lora_{factor}.weight": (
+            tensor.transpose(1, 2) if transposed else tensor
+        )
+        for name, pair in pairs.items()
+        for factor, tensor in zip("AB", pair, strict=True)
+    }
+    patterns = {
+        "rank_pattern": {"gate_up_proj": 2 * RANK},
+        "alpha_pattern": {"gate_up_proj": 4 * RANK},
+    }
+    config = {
+        "target_modules": None,
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    }
+    check(write(tmp_path, tensors, **patterns, **config), bases["moe"], factors)
+
+
+def test_gate_and_up_of_each_expert_in_one(bases: dict[str, Path], tmp_path: Path) -> None:
+    """They share an A; B's rows are gate's, then up's."""
+    factors = Factors(shape_of(bases["moe"]))
+    factors.of["up_proj"] = (factors.of["gate_proj"][0], factors.of["up_proj"][1])
+    tensors: dict[str, Tensor] = {}
+    for e in range(len(factors.of["gate_proj"][0])):
+        stem = f"{MLP}.experts.{e}"
+        tensors[f"{stem}.gate_up_proj.lora_A.weight"] = factors.of["gate_proj"][0][e]
+        tensors[f"{stem}.gate_up_proj.lora_B.weight"] = torch.cat(
+            [factors.of[half][1][e] for half in ("gate_proj", "up_proj")]
+        )
+        for factor, tensor in zip("AB", factors.of["down_proj"], strict=True):
+            tensors[f"{stem}.down_proj.lora_{factor}.weight"] = tensor[e]
+    check(
+        write(tmp_path, tensors, target_modules=["gate_up_proj", "down_proj"]),
+        bases["moe"],
+        factors,
+    )
+
+
+def test_gate_and_up_of_a_dense_mlp_in_one(bases: dict[str, Path], tmp_path: Path) -> None:
+    shape = shape_of(bases["dense"])
+    a = 0.1 * torch.randn(RANK, shape.hidden)
+    b = 0.1 * torch.randn(2 * shape.intermediate, RANK)
+    stem = "base_model.model.model.layers.2.mlp.gate_up_proj"
+    folder = write(
+        tmp_path,
+        {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b},
+        target_modules=["gate_up_proj"],
+    )
+    read = read_adapter(folder, shape)
+    whole = torch.cat(
+        [
+            delta
+            for _, _, delta in Trained(
+                bases["dense"], shape, read.adapted, read.tensors, folder
+            ).deltas()
+        ]
+    )
+    assert [adapted.name for adapted in read.adapted] == ["gate_proj", "up_proj"]
+    torch.testing.assert_close(whole, 2 * b @ a)
+
+
+def test_tinker_s_head(bases: dict[str, Path], tmp_path: Path) -> None:
+    """``unembed_tokens`` is lm_head, and part of Tinker's all-linear, though not of PEFT's."""
+    shape = shape_of(bases["moe"])
+    a = 0.1 * torch.randn(RANK, shape.hidden)
+    b = 0.1 * torch.randn(shape.vocab, RANK)
+    stem = "base_model.model.model.unembed_tokens"
+    write(tmp_path, {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b})
+    read = read_adapter(tmp_path, shape)
+    assert [adapted.name for adapted in read.adapted] == ["lm_head"]
+    written = train(
+        bases["moe"], tmp_path / "peft", rank=RANK, alpha=6.0, target_modules=["lm_head"]
+    )
+    save_file({name: read.tensors[name] for name in written.tensors}, written.folder / WEIGHTS)
+    check_equal(tmp_path, bases["moe"], loaded_by_peft(written.folder, bases["moe"]))
+
+
+E = 8
+H = 96
+I = 80
+REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
+    "another number of experts": (
+        {"experts.w1.lora_A": (4, RANK, H), "experts.w1.lora_B": (4, I, RANK)},
+        "for E = 8 experts or 1",
+    ),
+    "another width": (
+        {"experts.w1.lora_A": (E, RANK, 64), "experts.w1.lora_B": (E, I, RANK)},
+        r"reads A \[E, r, 96\] and B",
+    ),
+    "ranks apart": (
+        {"experts.w2.lora_A": (E, RANK, I), "experts.w2.lora_B": (E, H, 2)},
+        r"reads A \[E, r, 80\] and B \[E, 96, r\]",
+    ),
+    "a B alone": ({"experts.w3.lora_B": (E, I, RANK)}, "experts.w3.lora_B.weight has no partner"),
+    "another rank than the config's": (
+        {"experts.w1.lora_A": (E, 2, H), "experts.w1.lora_B": (E, I, 2)},
+        "has rank 2, but adapter_",
+    ),
+    "2-D under a 3-D name": (
+        {"experts.w1.lora_A": (RANK, H), "experts.w1.lora_B": (I, RANK)},
+        "of this name is 3-D .* Write an A and",
+    ),
+    "3-D under a 2-D name": (
+        {"experts.lora_A": (E, RANK, I), "experts.lora_B": (E, H, RANK)},
+        "a factor is a matrix in",
+    ),
+    "unknown to anyone": (
+        {"experts.w13.lora_A": (E, RANK, H), "experts.w13.lora_B": (E, I, RANK)},
+        "a factor is a matrix in",
+    ),
+    "query, key and value in one": (
+        {"../self_attn.qkv_proj.lora_A": (RANK, H), "../self_attn.qkv_proj.lora_B": (320, RANK)},
+        "qkv_proj is another stack's name for q_proj, k_proj, v_proj, and the order of its rows",
+    ),
+    "Megatron's first linear": (
+        {"linear_fc1.lora_A": (RANK, H), "linear_fc1.lora_B": (160, RANK)},
+        "linear_fc1 is another stack's name for gate_proj, up_proj",
+    ),
+    "fused and apart": (
+        {
+            "experts.0.gate_up_proj.lora_A": (RANK, H),
+            "experts.0.gate_up_proj.lora_B": (2 * I, RANK),
+            "experts.0.up_proj.lora_A": (RANK, H),
+        },
+        "two tensors are lora_A of model.layers.1.mlp.experts.0.up_proj",
+    ),
+    "fused, of another size": (
+        {
+            "experts.0.gate_up_proj.lora_A": (RANK, H),
+            "experts.0.gate_up_proj.lora_B": (2 * I + 1, RANK),
+        },
+        r"experts.0.gate_proj.lora_B.weight is \(81, 3\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_reading_fits_is_refused(bases: dict[str, Path], tmp_path: Path, case: str) -> None:
+    sizes, message = REFUSED[case]
+    tensors = {
+        f"{MLP}.{name}.weight".replace("mlp.../", ""): torch.ones(size)
+        for name, size in sizes.items()
+    }
+    with pytest.raises(ValueError, match=message) as caught:
+        read_adapter(write(tmp_path, tensors), shape_of(bases["moe"]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_takes_no_3d_tensors(tmp_path: Path) -> None:
+    sizes = {
+        f"{MLP}.experts.w1.lora_A.weight": (1, RANK, H),
+        f"{MLP}.experts.w1.lora_B.weight": (E, I, RANK),
+    }
+    write(tmp_path, {name: torch.ones(size) for name, size in sizes.items()})
+    with pytest.raises(
+        AdapterInvalid,
+        match="one tensor for all experts; vLLM takes one A and B per expert .* megalora export",
+    ):
+        check_adapter(tmp_path)

@@ -1,0 +1,182 @@
+"""The written folder in stock PEFT: logits equal those of a merge by hand, whatever was adapted and
+however."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.utils import transformers_weight_conversion
+from safetensors.torch import load_file
+
+from megalora.adapters.files import CONFIG, WEIGHTS, read_config
+from megalora.adapters.read.adapter import read_adapter
+from megalora.adapters.write.form import FileFormat, export_form
+from megalora.lora.spec import tensor_name
+from tests.adapters.adapters import (
+    ATTENTION,
+    CASES,
+    EXPERTS,
+    Trained,
+    load_base,
+    logits,
+    merged_by_hand,
+    train,
+)
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "stacked"])
+@pytest.mark.parametrize(("base", "options"), CASES)
+def test_stock_peft_computes_the_trained_model(
+    bases: dict[str, Path], tmp_path: Path, base: str, options: dict[str, Any], layout: FileFormat
+) -> None:
+    trained = train(bases[base], tmp_path / "adapter", layout=layout, **options)
+    expected = logits(merged_by_hand(trained))
+    effect = (expected - logits(load_base(trained.base))).abs().max()
+    assert effect > 0.1, "an adapter without effect proves nothing"
+    found = logits(PeftModel.from_pretrained(load_base(trained.base), str(trained.folder)).eval())
+    # float32 through 4 layers errs by some 2^-24 * 100 of the largest logit, which is about 5.
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_peft_as_it_is_refuses_qwen2_moe_experts_loudly(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When this fails, PEFT has learnt the name and README's remark can go."""
+    monkeypatch.delitem(transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN, "qwen2_moe")
+    trained = train(bases["shared"], tmp_path / "adapter", rank=4, alpha=12.0)
+    with pytest.raises(ValueError, match="Make sure that this layer is not also targeted"):
+        PeftModel.from_pretrained(load_base(trained.base), str(trained.folder))
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "stacked", "uniform"])
+@pytest.mark.parametrize(("base", "options"), CASES)
+def test_the_folder_reads_back_as_what_was_trained(
+    bases: dict[str, Path], tmp_path: Path, base: str, options: dict[str, Any], layout: FileFormat
+) -> None:
+    trained = train(bases[base], tmp_path / "adapter", layout=layout, **options)
+    again = read_adapter(trained.folder, trained.shape)
+    read = Trained(trained.base, trained.shape, again.adapted, again.tensors, trained.folder)
+    found = {a.hf_module(expert): delta for a, expert, delta in read.deltas()}
+    for a, expert, delta in trained.deltas():
+        torch.testing.assert_close(found.pop(a.hf_module(expert)), delta, rtol=1e-6, atol=1e-7)
+    assert not any(delta.count_nonzero() for delta in found.values()), (
+        "what was added must do nothing"
+    )
+    assert (
+        2 * sum(len(a.hf_modules()) for a in again.adapted) == len(again.tensors)
+        and not again.absent
+    )
+
+
+@pytest.mark.parametrize(("base", "options"), CASES)
+def test_experts_are_written_as_vllm_and_peft_need_them(
+    bases: dict[str, Path], tmp_path: Path, base: str, options: dict[str, Any]
+) -> None:
+    trained = train(bases[base], tmp_path / "adapter", **options)
+    config = read_config(trained.folder)
+    tensors = load_file(trained.folder / WEIGHTS)
+    assert (config["use_rslora"], config["lora_dropout"], config["modules_to_save"]) == (
+        False,
+        0.0,
+        None,
+    )
+    adapted_layers = {a.layer for a in trained.adapted if a.projection.is_expert}
+    for layer in adapted_layers:
+        for name in EXPERTS:
+            ranks = {
+                tensors[tensor_name(f"model.layers.{layer}.mlp.experts.{e}.{name}", "A")].shape[0]
+                for e in range(trained.shape.num_experts)
+            }
+            assert ranks == {config["r"]} or (name == "down_proj" and len(ranks) == 1)
+    others = {a.layer for a in trained.adapted} - adapted_layers
+    assert not [
+        name for name in tensors for layer in others if f"layers.{layer}.mlp.experts." in name
+    ]
+
+
+def test_config_in_full(bases: dict[str, Path], tmp_path: Path) -> None:
+    trained = train(
+        bases["moe"], tmp_path / "adapter", rank=4, alpha=12.0,
+        target_modules=[*EXPERTS, "q_proj", "v_proj", "gate"],
+        use_rslora=True,
+        rank_pattern={r"layers\.3\.self_attn\.v_proj": 16, "down_proj": 9, "up_proj": 1},
+        alpha_pattern={"gate": 2.0},
+    )  # fmt: skip
+    assert json.loads((trained.folder / CONFIG).read_text()) == {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(bases["moe"]),
+        "inference_mode": True, "r": 4, "lora_alpha": 24,  # 12 / sqrt(4) * 4
+        "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True, "modules_to_save": None, "target_parameters": None,
+        "target_modules": ["down_proj", "gate", "gate_proj", "q_proj", "up_proj", "v_proj"],
+        "rank_pattern": {"down_proj": 9, r"model\.layers\.3\.self_attn\.v_proj": 16},
+        "alpha_pattern": {
+            r"gate(\.weight)?": 4,  # 2 / sqrt(4) * 4
+            "down_proj": 36,  # 12 / sqrt(9) * 9
+            r"model\.layers\.3\.self_attn\.v_proj": 48,  # 12 / sqrt(16) * 16
+        },
+    }  # fmt: skip
+
+
+def test_dense_layers_among_moe_layers_are_named_as_parameters(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    config = read_config(train(bases["mixed"], tmp_path / "a", rank=4).folder)
+    assert config["target_modules"] == sorted(ATTENTION + EXPERTS)
+    assert config["target_parameters"] == [
+        "mlp.down_proj.weight",
+        "mlp.gate_proj.weight",
+        "mlp.up_proj.weight",
+    ]
+    config = read_config(
+        train(
+            bases["mixed"], tmp_path / "b", rank=4, layers=[1], target_modules=["up_proj", "k_proj"]
+        ).folder
+    )
+    assert (config["target_modules"], config["target_parameters"]) == (
+        ["k_proj"],
+        ["mlp.up_proj.weight"],
+    )
+
+
+def test_tensors_of_a_half_adapted_expert(bases: dict[str, Path], tmp_path: Path) -> None:
+    trained = train(
+        bases["moe"], tmp_path / "adapter", rank=5, alpha=10.0, target_modules=["gate_up_proj"],
+        layers=[1],
+        rank_pattern={"up_proj": 3}, alpha_pattern={"up_proj": 12.0},
+    )  # fmt: skip
+    written = {w.name: own for w, own in export_form(trained.adapted, trained.shape)}
+    assert {name: own and own.name for name, own in written.items()} == {
+        "gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": None,
+    }  # fmt: skip
+    tensors = load_file(trained.folder / WEIGHTS)
+    size = trained.shape.expert_intermediate
+    hidden = trained.shape.hidden
+    for expert in range(trained.shape.num_experts):
+        stem = f"model.layers.1.mlp.experts.{expert}"
+        gate, up, down = (
+            tuple(tensors.pop(tensor_name(f"{stem}.{name}", f)) for f in ("A", "B"))
+            for name in EXPERTS
+        )
+        own_gate, own_up = (
+            tuple(trained.tensors[tensor_name(f"{stem}.{name}", f)] for f in ("A", "B"))
+            for name in EXPERTS[:2]
+        )
+        assert torch.equal(gate[0], own_gate[0]) and torch.equal(gate[1], own_gate[1])
+        assert torch.equal(up[0], torch.cat([own_up[0], torch.zeros(2, hidden)]))
+        # its scale 12 / 3 = 4 is written as the file's 10 / 5 = 2
+        assert torch.equal(up[1], torch.cat([2 * own_up[1], torch.zeros(size, 2)], dim=1))
+        assert torch.equal(down[0], torch.zeros(5, size)) and torch.equal(
+            down[1], torch.zeros(hidden, 5)
+        )
+    assert not tensors
+
+
+def test_dtype_is_kept(bases: dict[str, Path], tmp_path: Path) -> None:
+    trained = train(bases["moe"], tmp_path / "adapter", torch.bfloat16, target_modules=["up_proj"])
+    assert {t.dtype for t in load_file(trained.folder / WEIGHTS).values()} == {torch.bfloat16}

@@ -1,0 +1,142 @@
+"""How much of a delta survives the cast, against numbers by hand and against float64 arithmetic on
+the files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megalora.adapters.merge import merge
+from megalora.adapters.merge_report import MergedModule, MergeReport, projection
+from megalora.adapters.write.form import write_adapter
+from megalora.config import LoRAConfig
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.select import resolve
+from megalora.lora.spec import tensor_name
+from megalora.model.shape import model_shape
+from megalora.tiny import make_tiny
+from tests.parity.built import random_factors
+
+V_PROJ = "model.layers.{}.self_attn.v_proj"
+
+
+def test_deltas_whose_fate_is_known(tmp_path: Path) -> None:
+    """Every weight is 1, whose neighbour above is 1 + 2^-7 in bfloat16; every element of a layer's
+    delta is the same."""
+    base = make_tiny(tmp_path / "base", arch="qwen3", dtype="bfloat16")
+    for shard in base.glob("*.safetensors"):
+        tensors = {
+            n: torch.ones_like(t) if "v_proj" in n else t for n, t in load_file(shard).items()
+        }
+        save_file(tensors, shard, metadata={"format": "pt"})
+    shape = model_shape(read_hf_config(base))
+    adapted = resolve(LoRAConfig(rank=2, alpha=8.0, target_modules=["v_proj"]), shape)
+    # rounded to 1, exact, rounded to 1 + 2^-7, zero
+    delta = [2**-9, 2**-7, 3 * 2**-9, 0.0]
+    factors = {}
+    for layer, value in enumerate(delta):
+        factors[tensor_name(V_PROJ.format(layer), "A")] = torch.ones(2, 96)
+        factors[tensor_name(V_PROJ.format(layer), "B")] = torch.full((64, 2), value / 2 / 4)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", adapted, shape, factors, str(base))
+    report = merge(tmp_path / "adapter", str(base), tmp_path / "out")
+    fate = [(0.0, 1.0), (1.0, 0.0), (4 / 3, 1 / 3), (None, None)]
+    for layer, (module, (survived, error)) in enumerate(zip(report.modules, fate, strict=True)):
+        norm = delta[layer] * (64 * 96) ** 0.5
+        expected = MergedModule(V_PROJ.format(layer), "bfloat16", norm, survived, error)
+        assert module == MergedModule(
+            expected.module, "bfloat16", *map(pytest.approx, (norm, survived, error))
+        )
+    size = sum(shard.stat().st_size for shard in base.glob("*.safetensors")) / 1e9
+    assert report.text().splitlines() == [
+        f"{tmp_path}/adapter merged into {base}: 4 modules, {size:,.3f} GB in {tmp_path}/out",
+        (
+            "projection            dtype  modules  zero  survived: lowest    mean  error: largest  "
+            "   mean"
+        ),
+        (
+            "self_attn.v_proj   bfloat16        4     1            0.0000  0.7778         1.0e+00 "
+            " 4.4e-01"
+        ),
+        "the adapter is zero in 1 modules: they are the base's",
+        (
+            f"2 deltas changed by more than 10% when cast, {V_PROJ.format(0)}'s by 100%: they are"
+            " small beside the steps of bfloat16. Serve the adapter unmerged, or merge into a"
+            " float32 copy of the base"
+        ),
+    ]
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text()) == report.to_json()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1.0, 0.01])
+def test_every_row_is_what_the_files_say(tmp_path: Path, dtype: str, size: float) -> None:
+    base = make_tiny(tmp_path / "base", num_hidden_layers=1, dtype=dtype)
+    adapted, factors = random_factors(
+        LoRAConfig(rank=3, target_modules=["q_proj", "gate_proj", "gate"]), base
+    )
+    factors = {name: size * t if ".lora_B." in name else t for name, t in factors.items()}
+    (tmp_path / "adapter").mkdir()
+    write_adapter(
+        tmp_path / "adapter", adapted, model_shape(read_hf_config(base)), factors, str(base)
+    )
+    report = merge(tmp_path / "adapter", str(base), tmp_path / "out")
+    before, after = (
+        {
+            n: t.double()
+            for shard in folder.glob("*.safetensors")
+            for n, t in load_file(shard).items()
+        }
+        for folder in (base, tmp_path / "out")
+    )
+    rows = {m.module: m for m in report.modules}
+    assert len(rows) == len(report.modules) == 1 + 1 + 3 * 8, (
+        "PEFT and vLLM need all three projections of an expert"
+    )
+    for a in adapted:
+        for module in a.hf_modules():
+            row = rows.pop(module)
+            kept = after[f"{module}.weight"] - before[f"{module}.weight"]
+            a_factor, b_factor = (factors[tensor_name(module, f)].double() for f in ("A", "B"))
+            delta = a.scale * b_factor @ a_factor
+            assert row.dtype == dtype and row.delta == pytest.approx(delta.norm().item(), rel=1e-5)
+            assert row.survived == pytest.approx(
+                ((kept * delta).sum() / delta.square().sum()).item(), rel=1e-5
+            )
+            # delta's own rounding is within 1e-6 of it; float32's step is 2^-24 of a weight that is
+            # 5 or 500 times larger
+            error = ((kept - delta).norm() / delta.norm()).item()
+            assert row.error == pytest.approx(error, rel=0.05, abs=1e-6)
+            if dtype == "float32":
+                assert row.survived == pytest.approx(1, abs=1e-5) and 0 < row.error < 1e-4
+            else:
+                assert row.error > 2e-3 if size == 1 else row.error > 0.3 and row.survived < 0.95
+    assert {(m.dtype, m.delta, m.survived, m.error) for m in rows.values()} == {
+        (dtype, 0.0, None, None)
+    }
+    assert {projection(m) for m in rows} == {"mlp.experts.*.up_proj", "mlp.experts.*.down_proj"}
+    lines = {line.split()[0]: line.split()[1:] for line in report.text().splitlines()}
+    assert lines["mlp.experts.*.up_proj"] == [dtype, "8", "8", "-", "-", "-", "-"]
+    assert lines["mlp.gate"][:3] == [dtype, "1", "-"]
+    assert "16 modules" in report.text()
+    assert ("changed by more than 10%" in report.text()) == (dtype == "bfloat16" and size < 1)
+
+
+def test_dtypes_are_told_apart() -> None:
+    rows = (
+        MergedModule("model.layers.0.mlp.experts.3.up_proj", "float32", 1.0, 1.0, 1e-7),
+        MergedModule("model.layers.11.mlp.experts.40.up_proj", "bfloat16", 1.0, 0.98, 0.05),
+        MergedModule("lm_head", "float32", 1.0, 1.0, 1e-7),
+    )
+    lines = (
+        MergeReport(Path("adapter"), "org/base", Path("/out"), 61_000_000_000, rows)
+        .text()
+        .splitlines()
+    )
+    assert lines[0] == "adapter merged into org/base: 3 modules, 61.000 GB in /out"
+    assert [line.split()[:3] for line in lines[2:]] == [
+        ["mlp.experts.*.up_proj", "float32", "1"], ["mlp.experts.*.up_proj", "bfloat16", "1"],
+        ["lm_head", "float32", "1"],
+    ]  # fmt: skip

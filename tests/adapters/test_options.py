@@ -1,0 +1,198 @@
+"""Every option of PEFT's config is in the table, and values that mean nothing are refused in one
+line."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+
+from megalora.adapters.export import export
+from megalora.adapters.files import CONFIG
+from megalora.adapters.inspect import describe
+from megalora.adapters.read.adapter import read_adapter
+from megalora.adapters.read.options import HONOURED, REFUSED, WITHOUT_EFFECT, not_plain
+from megalora.serve.check import check_adapter
+from megalora.serve.errors import AdapterInvalid
+from tests.adapters.adapters import Trained, train
+
+ONLY_IN_021 = {"use_bdlora", "velora_config", "lora_ga_config", "monteclora_config", "kasa_config"}
+"""What PEFT added after 0.18."""
+
+
+def test_every_option_of_the_installed_peft_is_in_the_table() -> None:
+    table = HONOURED | WITHOUT_EFFECT | REFUSED.keys()
+    options = {f.name for f in dataclasses.fields(LoraConfig)}
+    assert options <= table, (
+        f"megalora/adapters/read/options.py does not say what {sorted(options - table)} change"
+    )
+    assert len(HONOURED) + len(WITHOUT_EFFECT) + len(REFUSED) == len(table), (
+        "each option is in one of the three"
+    )
+    assert options >= ONLY_IN_021
+
+
+def test_unknown_options_are_named_in_one_order() -> None:
+    """Python orders sets anew in every process, and ranks must say the same."""
+    names = [f"new_option_{i}" for i in range(9)]
+    assert list(not_plain(dict.fromkeys(reversed(names), 1))) == names
+
+
+def test_peft_s_own_defaults_are_plain() -> None:
+    assert not_plain(LoraConfig(r=4, target_modules=["q_proj"]).to_dict()) == {}
+
+
+@pytest.fixture
+def trained(bases: dict[str, Path], tmp_path: Path) -> Trained:
+    return train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
+
+
+def edit(folder: Path, text: str = "", **options: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text()) | options
+    (folder / CONFIG).write_text(json.dumps(config)[:-1] + text + "}")
+
+
+@pytest.mark.parametrize("option", [*REFUSED, "use_mora", "Use_Dora", "new_option_of_2027"])
+def test_what_is_set_and_not_plain_is_refused_by_name_everywhere(
+    trained: Trained, tmp_path: Path, option: str
+) -> None:
+    edit(trained.folder, **{option: {"a": 1}})
+    message = f"{option}={{'a': 1}}"
+    with pytest.raises(
+        ValueError, match=f"{CONFIG}: {message} is not plain LoRA, which is all megalora computes: "
+    ):
+        read_adapter(trained.folder, trained.shape)
+    with pytest.raises(ValueError, match=message):
+        export(trained.folder, tmp_path / "out")
+    with pytest.raises(AdapterInvalid, match=f"vLLM does not serve {message}"):
+        check_adapter(trained.folder)
+    assert (
+        f"{CONFIG}: {message} is not plain LoRA, so that import, merge and export refuse it"
+        in describe(trained.folder)
+    )
+    edit(trained.folder, **{option: None})
+    assert read_adapter(trained.folder, trained.shape).adapted
+
+
+@pytest.mark.parametrize("option", sorted(WITHOUT_EFFECT - {"base_model_name_or_path"}))
+def test_what_changes_nothing_is_read(trained: Trained, option: str) -> None:
+    edit(trained.folder, **{option: {"a": 1}})
+    assert read_adapter(trained.folder, trained.shape).adapted and check_adapter(trained.folder)
+
+
+BAD_VALUES: dict[str, tuple[str, str]] = {
+    "an alpha of 400 digits": (
+        '"lora_alpha": 1' + "0" * 400,
+        r"lora_alpha=1000\d+\.\.\.0+ must be",
+    ),
+    "an alpha in a pattern": (
+        '"alpha_pattern": {"q_proj": 1' + "0" * 400 + "}",
+        "alpha_pattern must be names and numbers above 0",
+    ),
+    "infinite": (
+        '"lora_alpha": Infinity',
+        "lora_alpha=inf must be a rank of at least 1 and a number above 0",
+    ),
+    "1e309": ('"lora_alpha": 1e309', "lora_alpha=inf must be"),
+    "not a number": (
+        '"alpha_pattern": {"q_proj": NaN}',
+        "alpha_pattern must be names and numbers above 0, got {'q_proj': nan}",
+    ),
+    "negative": ('"lora_alpha": -8', "lora_alpha=-8 must be"),
+    "a rank of 2^64": ('"r": 18446744073709551616', "r=18446744073709551616 and"),
+    "true for a rank": ('"r": true', "r must be a number, got True"),
+    "a pattern that is a number": (
+        '"rank_pattern": 1e308',
+        r"rank_pattern must be names and ranks of at least 1, got 1e\+308",
+    ),
+    "a list of lists": (
+        '"target_modules": [["q_proj"]]',
+        "target_modules must be a name, or a list of names",
+    ),
+    "parameters by expression": (
+        '"target_parameters": ".*"',
+        "target_parameters must be a list of names, got '.*'",
+    ),
+    "layers as text": (
+        '"layers_to_transform": "1"',
+        "layers_to_transform must be a layer's number, or a list of them, got '1'",
+    ),
+    "a layer as a fraction": (
+        '"layers_to_transform": [1.5]',
+        r"layers_to_transform must be .*, got \[1.5\]",
+    ),
+    "a layer's pattern as a number": (
+        '"layers_pattern": 3',
+        "layers_pattern must be a name, or a list of names, got 3",
+    ),
+    "an initialisation as a number": (
+        '"init_lora_weights": 3',
+        "init_lora_weights must be true, false or a name, got 3",
+    ),
+    "an unknown initialisation": (
+        '"init_lora_weights": "pizza"',
+        "init_lora_weights='pizza' .* megalora knows true, false, gauss",
+    ),
+    "an expression that is none": (
+        '"exclude_modules": "*k"',
+        r"exclude_modules: '\*k' is no regular expression \(nothing to rep",
+    ),
+    "a bracket too many": (
+        '"rank_pattern": {"a)": 2}',
+        r"rank_pattern: 'a\)' is no regular expression \(unbalanced parenth",
+    ),
+    "an expression of a million": (
+        '"target_modules": "(q{1000}){1000}"',
+        r"target_modules: .*its repetitions stand for 1e\+06",
+    ),
+    "a count beyond counting": (
+        '"target_modules": "q{99999999999999999999}"',
+        "the repetition number is too large",
+    ),
+    "an expression that never ends": (
+        r'"target_modules": "(?:(\\w|\\.)+|(\\w|\\.))+(X|Y)"',
+        "takes for ever on names such as model.layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_values_that_mean_nothing(trained: Trained, case: str) -> None:
+    text, message = BAD_VALUES[case]
+    key = next(iter(json.loads(f"{{{text}}}")))
+    config = json.loads((trained.folder / CONFIG).read_text())
+    (trained.folder / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if k != key}))
+    edit(trained.folder, text=f", {text}")
+    with pytest.raises(ValueError, match=message) as caught:
+        read_adapter(trained.folder, trained.shape)
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+    if key != "target_modules":  # of which vLLM reads nothing but that it is there
+        with pytest.raises(AdapterInvalid):
+            check_adapter(trained.folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": ' * 100_000, "not readable (nested too deeply)"),
+        ("[" * 200_000, "not readable (nested too deeply)"),
+        ('{"lora_alpha": 1' + "0" * 5000 + "}", "not readable (Exceeds the limit (4300 digits)"),
+        ('{"r": "' + "x" * 2**26 + '"}', "67 MB; megalora reads JSON files of up to 67 MB"),
+    ],
+    ids=["objects", "lists", "digits", "size"],
+)
+def test_files_that_choke_a_parser(trained: Trained, content: str, message: str) -> None:
+    (trained.folder / CONFIG).write_text(content)
+    for action in (
+        lambda: read_adapter(trained.folder, trained.shape),
+        lambda: describe(trained.folder),
+    ):
+        with pytest.raises(ValueError) as caught:
+            action()
+        assert str(caught.value).startswith(f"{trained.folder / CONFIG}: ") and message in str(
+            caught.value
+        )
+    with pytest.raises(AdapterInvalid):
+        check_adapter(trained.folder)

@@ -1,0 +1,358 @@
+"""Adapters that stock PEFT makes with unusual options: read as PEFT computes them, or refused by
+name."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from megalora.adapters.files import CONFIG, WEIGHTS, read_config
+from tests.adapters.adapters import ATTENTION, EXPERTS, logits
+from tests.adapters.stock import (
+    base_model,
+    check_equal,
+    loaded_by_peft,
+    new_adapter,
+    randomized,
+    read_logits,
+    untrained_adapter,
+)
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
+
+PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+READ: dict[str, tuple[str, dict[str, Any]]] = {
+    "all-linear without a list of modules": (
+        "dense",
+        {"target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.2.mlp.down_proj"]},
+    ),
+    "all-linear of a MoE without a list": (
+        "moe",
+        {"target_modules": "all-linear", "exclude_modules": ["k_proj"]},
+    ),
+    "all-linear without an expression": (
+        "moe",
+        {"target_modules": "all-linear", "exclude_modules": r".*\.[02]\..*[qo]_proj"},
+    ),
+    "all-linear without the gate of the shared expert": (
+        "shared",
+        {"target_modules": "all-linear", "exclude_modules": ["shared_expert_gate"]},
+    ),
+    "one layer excluded": (
+        "moe",
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["layers.1.self_attn.k_proj"]},
+    ),
+    "an expression without an expression": (
+        "dense",
+        {"target_modules": r".*_proj", "exclude_modules": r".*layers\.[13]\..*"},
+    ),
+    "look ahead": ("moe", {"target_modules": r"^(?!.*layers\.0\.).*self_attn\.(q|v)_proj$"}),
+    "look behind": ("dense", {"target_modules": r".*(?<!self_attn)\.(up|down)_proj"}),
+    "an expression that names experts": (
+        "moe",
+        {"target_modules": r".*(gate_proj|up_proj|down_proj|o_proj)"},
+    ),
+    "layers and their pattern": (
+        "moe",
+        {
+            "target_modules": ["q_proj", "o_proj"],
+            "layers_to_transform": [0, 3],
+            "layers_pattern": "layers",
+        },
+    ),
+    "one layer, several patterns": (
+        "dense",
+        {"target_modules": EXPERTS, "layers_to_transform": 2, "layers_pattern": ["h", "layers"]},
+    ),
+    "layers do not hold for experts": (
+        "moe",
+        {"target_modules": [*EXPERTS, "q_proj"], "layers_to_transform": [1]},
+    ),
+    "layers do not hold for full names": (
+        "moe",
+        {
+            "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"],
+            "layers_to_transform": [2],
+        },
+    ),
+    "ranks and alphas by expression": (
+        "moe",
+        {
+            "target_modules": ATTENTION,
+            "rank_pattern": {
+                r"layers\.[12]\..*\.(q|k)_proj": 7,
+                "^model.layers.0.self_attn.o_proj": 2,
+                "v_proj|o_proj": 3,
+            },
+            "alpha_pattern": {r".*layers\.3.*": 5, r"layers\.0.*(v)_proj": 9},
+        },
+    ),
+    "rsLoRA": (
+        "mixed",
+        {
+            "target_modules": [*ATTENTION, *EXPERTS],
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 9},
+        },
+    ),
+    "parameters are not excluded": (
+        "moe",
+        {
+            "target_modules": [],
+            "target_parameters": PARAMETERS,
+            "exclude_modules": ["gate_proj", "down_proj", "experts"],
+        },
+    ),
+    "one parameter of one layer": (
+        "moe",
+        {
+            "target_modules": None,
+            "rank_pattern": {"experts.down_proj": 3},
+            "target_parameters": ["layers.1.mlp.experts.down_proj"],
+        },
+    ),
+    "router": ("moe", {"target_modules": ["gate", "q_proj"]}),
+    "gaussian start": ("moe", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
+    "random start": ("dense", {"target_modules": EXPERTS, "init_lora_weights": False}),
+    "orthogonal start": (
+        "dense",
+        {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+    ),
+    "MiCA": ("dense", {"target_modules": ["v_proj"], "init_lora_weights": "mica"}),
+    "VeLoRA": (
+        "dense",
+        {
+            "target_modules": ["q_proj"],
+            "velora_config": peft.tuners.lora.config.VeloraConfig(num_groups=4),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_read_as_peft_computes_it(bases: dict[str, Path], tmp_path: Path, case: str) -> None:
+    base, options = READ[case]
+    model = new_adapter(bases[base], **options)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    check_equal(tmp_path, bases[base], logits(model))
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "DoRA": (
+        "dense",
+        {"use_dora": True},
+        "use_dora=True is not plain LoRA, .*: DoRA scales every row",
+    ),
+    "bias of B": (
+        "shared",
+        {"lora_bias": True},
+        "lora_bias=True is not plain LoRA, .*: it trains a bias beside B",
+    ),
+    "biases": (
+        "shared",
+        {"bias": "all"},
+        "bias='all' is not plain LoRA, .*: it trains biases of the base",
+    ),
+    "a saved head": (
+        "moe",
+        {"modules_to_save": ["lm_head"]},
+        r"modules_to_save=\['lm_head'\] is not .* trains whole weights",
+    ),
+    "a saved norm": (
+        "moe",
+        {"modules_to_save": ["norm"]},
+        r"modules_to_save=\['norm'\] is not plain LoRA",
+    ),
+    "trained tokens": (
+        "dense",
+        {"trainable_token_indices": [3, 5]},
+        r"trainable_token_indices=\[3, 5\] .* rows of the embedd",
+    ),
+    "repeated layers": (
+        "dense",
+        {"layer_replication": [[0, 2], [1, 4]]},
+        "layer_replication=.*: it repeats layers",
+    ),
+    "activated LoRA": (
+        "dense",
+        {"alora_invocation_tokens": [5]},
+        r"alora_invocation_tokens=\[5\] .* invocation text",
+    ),
+    "PiSSA": (
+        "dense",
+        {"init_lora_weights": "pissa"},
+        "init_lora_weights='pissa' .* path_initial_model_for_weight_conversion",
+    ),
+    "OLoRA": (
+        "dense",
+        {"init_lora_weights": "olora"},
+        "init_lora_weights='olora' .* changed the base model too",
+    ),
+    "block-diagonal": (
+        "dense",
+        {
+            "use_bdlora": peft.tuners.lora.config.BdLoraConfig(
+                target_modules_bd_a=["q_proj"], nblocks=2
+            )
+        },
+        "use_bdlora=.*: BD-LoRA's factors are block-diagonal",
+    ),
+    "KaSA": (
+        "dense",
+        {"kasa_config": peft.tuners.lora.config.KasaConfig()},
+        "kasa_config=.*: KaSA truncates the base",
+    ),
+    "an embedding": (
+        "moe",
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        "embed_tokens has an adapter; megalora does not adapt embeddings. Merge it with PEFT",
+    ),
+    "the shared expert's gate": (
+        "shared",
+        {"target_modules": ["shared_expert_gate", "q_proj"]},
+        (
+            "layers.0.mlp.shared_expert_gate has an adapter; megalora does not adapt it. Merge it"
+            " with PEFT"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(bases: dict[str, Path], tmp_path: Path, case: str) -> None:
+    base, options, message = REFUSED[case]
+    new_adapter(bases[base], **({"target_modules": ["q_proj"]} | options)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_logits(tmp_path, bases[base])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_changed_the_base_is_read_once_converted(
+    bases: dict[str, Path], tmp_path: Path, init: str
+) -> None:
+    """PEFT's own conversion: twice the rank, and the base as it was."""
+    model = untrained_adapter(bases["dense"], target_modules=["q_proj"], init_lora_weights=init)
+    model.peft_config["default"].init_lora_weights = True  # saving would start anew
+    model.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-0.5)
+    model.peft_config["default"].init_lora_weights = init
+    model.save_pretrained(
+        tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    assert read_config(tmp_path / "end")["r"] == 8
+    check_equal(tmp_path / "end", bases["dense"], logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_file_in_half_precision(
+    bases: dict[str, Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = new_adapter(bases["moe"], target_modules=[*EXPERTS, "q_proj"], use_rslora=True)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(tmp_path)
+    read = check_equal(tmp_path, bases["moe"], loaded_by_peft(tmp_path, bases["moe"]))
+    assert {tensor.dtype for tensor in read.tensors.values()} == {dtype}
+
+
+def test_two_adapters_of_one_model(bases: dict[str, Path], tmp_path: Path) -> None:
+    """The first lies in the folder, the second in a sub-folder of its name; each is read as it
+    is."""
+    model = new_adapter(bases["moe"], target_modules=["q_proj", "o_proj"])
+    model.add_adapter(
+        "code", peft.LoraConfig(r=3, lora_alpha=9, target_modules=["v_proj"], task_type="CAUSAL_LM")
+    )
+    randomized(model, 5).save_pretrained(tmp_path)
+    for folder, name in ((tmp_path, "default"), (tmp_path / "code", "code")):
+        model.set_adapter(name)
+        check_equal(folder, bases["moe"], logits(model))
+
+
+@pytest.mark.parametrize("combination", ["cat", "svd"])
+def test_a_combination_of_adapters(
+    bases: dict[str, Path], tmp_path: Path, combination: str
+) -> None:
+    """PEFT writes another rank and alpha than either had."""
+    model = new_adapter(bases["dense"], target_modules=["q_proj", "o_proj"])
+    model.add_adapter(
+        "other",
+        peft.LoraConfig(
+            r=3, lora_alpha=9, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"
+        ),
+    )
+    randomized(model, 5)
+    model.add_weighted_adapter(
+        ["default", "other"], [0.7, -0.4], "both", combination_type=combination
+    )
+    model.set_adapter("both")
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    check_equal(tmp_path / "both", bases["dense"], logits(model))
+
+
+def test_keys_that_peft_sorts_when_it_saves(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Trained with the first key, read with the other by all, PEFT too: that is said."""
+    model = new_adapter(
+        bases["moe"],
+        target_modules=["q_proj", "v_proj"],
+        alpha_pattern={"v_proj": 4, r".*layers\.1.*": 40},
+    )
+    model.save_pretrained(tmp_path)
+    expected = loaded_by_peft(tmp_path, bases["moe"])
+    assert (expected - logits(model)).abs().max() > 0.05
+    (note,) = check_equal(tmp_path, bases["moe"], expected).notes
+    assert note.startswith(
+        f"{CONFIG}: alpha_pattern says 40 (.*layers\\.1.*) and 4 (v_proj) for"
+        " model.layers.1.self_attn.v_proj"
+    )
+
+
+def test_a_lost_layer_is_missed_where_layers_are_named(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    model = new_adapter(
+        bases["moe"], target_modules=["q_proj", "o_proj"], layers_to_transform=[0, 3]
+    )
+    model.save_pretrained(tmp_path)
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(tmp_path / WEIGHTS).items()
+        if "layers.3.self_attn.o" not in name
+    }
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(
+        ValueError,
+        match="has no tensors for model.layers.3.self_attn.o_proj, which its config targets",
+    ):
+        read_logits(tmp_path, bases["moe"])
+
+
+def test_all_linear_that_was_never_written_out(bases: dict[str, Path], tmp_path: Path) -> None:
+    """As tools write it that do not resolve it: what is there counts."""
+    model = new_adapter(bases["dense"], target_modules=["q_proj", "up_proj"])
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / CONFIG).read_text()
+    (tmp_path / CONFIG).write_text(
+        text.replace('"target_modules": [', '"target_modules": "all-linear", "revision": [', 1)
+    )
+    assert read_config(tmp_path)["target_modules"] == "all-linear"
+    check_equal(tmp_path, bases["dense"], logits(model))
+
+
+def test_peft_loads_what_it_reads_back(bases: dict[str, Path], tmp_path: Path) -> None:
+    """The tests above hold megalora against the model that was saved; here PEFT reads the file
+    itself."""
+    new_adapter(
+        bases["moe"], target_modules=["q_proj", "k_proj"], exclude_modules=["k_proj"]
+    ).save_pretrained(tmp_path)
+    assert (tmp_path / WEIGHTS).is_file()
+    model = PeftModel.from_pretrained(base_model(bases["moe"]), str(tmp_path)).eval()
+    check_equal(tmp_path, bases["moe"], logits(model))

@@ -1,0 +1,226 @@
+"""Checkpoints reach a server while training goes on; a server that is down or refuses costs nothing
+but a line."""
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megalora.adapters.files import PROBE
+from megalora.config import CheckpointConfig, LoRAConfig
+from megalora.serve import live_sync as push
+from megalora.serve.live_sync import Pusher
+from megalora.serve.server import Server
+from megalora.serve.vllm import Client, versioned
+from megalora.train.loop import train
+from tests.distributed.ranks import run_ranks
+from tests.parity.runs import make_config
+from tests.serve.adapters import make_adapter
+from tests.serve.fake_vllm import FakeVLLM, fake_vllm
+
+
+class Run:
+    """Checkpoints of one run, and what its pusher says."""
+
+    def __init__(self, folder: Path, base: Path, url: str) -> None:
+        self.folder = folder
+        self.base = base
+        self.said = []
+        self.pusher = Pusher(url, folder, 2 * 4, self.said.append)  # q_proj of four layers
+
+    def save(self, step: int, num_layers: str = "0-3") -> Path:
+        checkpoint = make_adapter(
+            self.folder / f"step_{step:06d}",
+            self.base,
+            step,
+            target_modules=["q_proj"],
+            layers=num_layers,
+        )
+        # The fake server's log-probabilities are -token, and 0.25 less with an adapter.
+        (checkpoint / PROBE).write_text(
+            json.dumps({"tokens": [4, 1], "logprobs": [-1.25], "dtype": "float32"})
+        )
+        return checkpoint
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push, "FIRST_WAIT_S", 0.05)
+    monkeypatch.setattr(push, "IDLE_CLOSE_S", 0.5)
+
+
+def nobody() -> str:
+    """A URL at which a server was."""
+    with fake_vllm() as vllm:
+        return vllm.url
+
+
+def labels(vllm: FakeVLLM) -> list[str]:
+    return [name.split(".")[0] for kind, name in vllm.calls if kind == "load"]
+
+
+def test_every_checkpoint_is_served_in_order_and_the_last_stays(tiny: Path, tmp_path: Path) -> None:
+    with fake_vllm(str(tiny)) as vllm:
+        run = Run(tmp_path / "my run", tiny, vllm.url)
+        saved = [run.save(step) for step in (1, 2, 3)]
+        for checkpoint in saved:
+            run.pusher.push(checkpoint)
+        run.pusher.close()
+        assert labels(vllm) == ["my-run@step_000001", "my-run@step_000002", "my-run@step_000003"]
+        assert list(vllm.adapters) == [versioned("my-run", saved[2], "step_000003")]
+        assert len(run.said) == 3 and all(
+            "differs from the training side by up to 0.00e+00" in line for line in run.said
+        )
+
+
+def test_nothing_is_lost_while_the_server_is_down(tiny: Path, tmp_path: Path) -> None:
+    """Neither by waiting nor by checkpoint.keep, which removes folders meanwhile; and pushing takes
+    no time."""
+    run = Run(tmp_path / "run", tiny, nobody())
+    start = time.monotonic()
+    for step in (1, 2):
+        checkpoint = run.save(step)
+        run.pusher.push(checkpoint)
+        shutil.rmtree(checkpoint)
+    assert time.monotonic() - start < 2
+    time.sleep(0.5)
+    assert (
+        len(run.said) == 1
+        and "step_000001 waits (" in run.said[0]
+        and "training goes on" in run.said[0]
+    )
+    with fake_vllm(str(tiny)) as vllm:
+        # the server is back, at a port that was free
+        run.pusher.client._api._http.base_url = vllm.url
+        deadline = time.monotonic() + 30
+        while len(run.said) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        run.pusher.close()
+        assert labels(vllm) == ["run@step_000001", "run@step_000002"] and len(run.said) == 3
+    assert not list((tmp_path / "run" / "served" / ".waiting").iterdir())
+
+
+def test_a_refused_checkpoint_is_said_and_the_next_is_served(tiny: Path, tmp_path: Path) -> None:
+    with fake_vllm(str(tiny)) as vllm:
+        run = Run(tmp_path / "run", tiny, vllm.url)
+        run.pusher.push(run.save(1, num_layers="0-2"))
+        run.pusher.push(run.save(2))
+        run.pusher.close()
+        assert labels(vllm) == ["run@step_000002"]
+        assert (
+            "step_000001 is NOT served: " in run.said[0]
+            and "has 6 tensors, and this run adapts 8" in run.said[0]
+        )
+
+
+def test_an_adapter_that_says_something_else_is_told(tiny: Path, tmp_path: Path) -> None:
+    with fake_vllm(str(tiny)) as vllm:
+        run = Run(tmp_path / "run", tiny, vllm.url)
+        checkpoint = run.save(1)
+        (checkpoint / PROBE).write_text(
+            json.dumps({"tokens": [4, 1], "logprobs": [-1.5], "dtype": "float32"})
+        )
+        run.pusher.push(checkpoint)
+        run.pusher.close()
+        assert run.said[0].endswith("NOT what was trained")
+
+
+def test_the_end_of_a_training_does_not_wait_forever(tiny: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", tiny, nobody())
+    run.pusher.push(run.save(1))
+    start = time.monotonic()
+    run.pusher.close(wait_s=0.5)
+    assert time.monotonic() - start < 6 and not run.pusher.thread.is_alive()
+    assert any("step_000001 was not served in" in line for line in run.said)
+
+
+def test_a_server_that_stays_away_does_not_hold_up_the_end(tiny: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", tiny, nobody())
+    run.pusher.push(run.save(1))
+    assert run.pusher.unreachable.wait(10)
+    start = time.monotonic()
+    run.pusher.close()
+    assert time.monotonic() - start < 5, "instead of a minute"
+
+
+def test_only_the_newest_wait(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push, "MAX_WAITING", 2)
+    run = Run(tmp_path / "run", tiny, nobody())
+    run.pusher.push(run.save(1))
+    assert run.pusher.unreachable.wait(10)
+    for step in (2, 3, 4):
+        run.pusher.push(run.save(step))
+    assert (
+        sum("is skipped: 2 newer ones wait" in line for line in run.said) == 1
+        and "step_000002" in run.said[-1]
+    )
+    assert sorted(p.name for p in (tmp_path / "run/served/.waiting").iterdir()) == [
+        "step_000001",
+        "step_000003",
+        "step_000004",
+    ]
+    run.pusher.close(wait_s=0.1)
+    assert any("not served: step_000003, step_000004" in line for line in run.said)
+
+
+def test_a_disk_that_refuses_ends_no_training(tiny: Path, tmp_path: Path) -> None:
+    with fake_vllm(str(tiny)) as vllm:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "served").touch()
+        run = Run(tmp_path / "run", tiny, vllm.url)
+        run.pusher.push(run.save(1))
+        run.pusher.close()
+        assert (
+            len(run.said) == 1
+            and "step_000001 is NOT served: " in run.said[0]
+            and "training goes on" in run.said[0]
+        )
+
+
+def test_whatever_goes_wrong_is_said_and_the_next_is_served(tiny: Path, tmp_path: Path) -> None:
+    with fake_vllm(str(tiny)) as vllm:
+        run = Run(tmp_path / "run", tiny, vllm.url)
+        swap = run.pusher.client.swap
+        run.pusher.client.swap = lambda *args: {}["bug"]  # type: ignore[method-assign]
+        run.pusher.push(run.save(1))
+        while not run.said:
+            time.sleep(0.01)
+        run.pusher.client.swap = swap  # type: ignore[method-assign]
+        run.pusher.push(run.save(2))
+        run.pusher.close()
+        assert "step_000001 is NOT served: KeyError: 'bug'" in run.said[0] and labels(vllm) == [
+            "run@step_000002"
+        ]
+
+
+def test_another_server_at_this_address_is_said(tiny: Path, tmp_path: Path) -> None:
+    with fake_vllm(str(tiny)) as vllm:
+        vllm.base_path = None  # type: ignore[assignment]
+        run = Run(tmp_path / "run", tiny, f"{vllm.url}/elsewhere")
+        run.pusher.push(run.save(1))
+        run.pusher.close(wait_s=0.3)
+        assert "step_000001" in run.said[0] and "NOT served" in run.said[0]
+
+
+@pytest.mark.vllm
+def test_a_training_serves_its_checkpoints(
+    server: Server, client: Client, tiny: Path, chats: Path, tmp_path: Path, capfd
+) -> None:
+    """Two ranks (EP 2), two checkpoints; the server repeats the training side's log-probabilities,
+    and the run's name means the last."""
+    lora = LoRAConfig(rank=4, alpha=12.0, use_rslora=True, rank_pattern={"up_proj": 2})
+    config = make_config(tiny, chats, tmp_path / "run", {"ep": 2}, lora=lora, steps=2, lr=1e-2)
+    config = replace(
+        config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), every=1, serve=server.url)
+    )
+    run_ranks(train, 2, config)
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("serve: ")]
+    assert len(lines) == 2 and all(
+        "differs from the training side by up to" in line and "NOT" not in line for line in lines
+    ), lines
+    assert client.resolve("run") == versioned(
+        "run", tmp_path / "run" / "step_000002", "step_000002"
+    )
