@@ -12,13 +12,13 @@ from megalora.config.checks import require
 from megalora.config.file import load_config
 from megalora.model.shape import model_shape
 from megalora.planner.command import check_writable
-from megalora.planner.cost import BEHIND_WAITS
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine
 from megalora.planner.hardware import Machine
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import CONTEXT
 from megalora.planner.models import find_architecture
+from megalora.planner.prices import BEHIND_WAITS
 from megalora.planner.search import evaluate, search
 from megalora.planner.weights import PlannedModel
 

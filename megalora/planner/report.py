@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from omegaconf import OmegaConf
 
 from megalora.config import RunConfig
-from megalora.planner.cost import BEHIND_WAITS
 from megalora.planner.layouts import Rejected
+from megalora.planner.prices import BEHIND_WAITS
 from megalora.planner.search import FULL, GIB, Plan, Planned
 
 MARK = {"measured": "", "interpolated": "~", "assumed": "?"}

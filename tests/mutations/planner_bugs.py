@@ -3,8 +3,18 @@
 
 from tests.mutations.bugs import Bug, bug
 
-MEMORY, WEIGHTS, COST, HARDWARE, SEARCH = (
-    f"megalora/planner/{name}.py" for name in ("memory", "weights", "cost", "hardware", "search")
+MEMORY, PASS_BYTES, WEIGHTS, COST, LAYER_COST, PRICES, HARDWARE, SEARCH = (
+    f"megalora/planner/{name}.py"
+    for name in (
+        "memory",
+        "pass_bytes",
+        "weights",
+        "cost",
+        "layer_cost",
+        "prices",
+        "hardware",
+        "search",
+    )
 )
 COST_TEST = "tests/planner/test_cost.py"
 PEAK = "tests/planner/test_peak.py"
@@ -12,7 +22,7 @@ PLAN = "tests/planner/test_plan.py"
 
 # fmt: off
 PLANNER_BUGS: tuple[Bug, ...] = (
-    bug(0, "one microbatch in flight on every stage", MEMORY, "max(sum(n * k for n, k in",
+    bug(0, "one microbatch in flight on every stage", PASS_BYTES, "max(sum(n * k for n, k in",
         "max(sum(min(n, 1) * k for n, k in", PEAK),
     bug(0, "loss and a layer's backward at the same time", MEMORY,
         '(("pass", "loss"), ("pass", "layer"), ("step",))',
@@ -23,16 +33,16 @@ PLANNER_BUGS: tuple[Bug, ...] = (
         "/ shards if shards < group else 0", "tests/planner/test_memory.py tables"),
     bug(0, "a bubble that chunks do not shorten", COST, " - longest.total) / p.vpp",
         " - longest.total)", f"{COST_TEST} bubble"),
-    bug(0, "an all-to-all out and none back", COST, "max(sent, received / self.p.etp), times=2)",
+    bug(0, "an all-to-all out and none back", LAYER_COST, "max(sent, received / self.p.etp), times=2)",
         "max(sent, received / self.p.etp), times=1)", f"{COST_TEST} all_to_all"),
-    bug(0, "attention whole on every tensor-parallel rank", COST,
+    bug(0, "attention whole on every tensor-parallel rank", LAYER_COST,
         "attention_flops(b.samples, b.sequence, width)",
     "attention_flops(b.samples, b.sequence, width * self.p.tp)", f"{COST_TEST} share"),
     bug(0, "full recomputation for nothing", COST, "again.take(forward, before=\"recompute \")",
         "again.take(forward, 0.0, before=\"recompute \")", f"{COST_TEST} recomputation"),
-    bug(0, "the host's time on top of a GPU's", COST,
+    bug(0, "the host's time on top of a GPU's", PRICES,
         "max(0.0, host - device) if over.hidden else host", "host", f"{COST_TEST} host"),
-    bug(0, "a wait before the all-to-all that hides the host", COST, "if waits and over.hidden:",
+    bug(0, "a wait before the all-to-all that hides the host", PRICES, "if waits and over.hidden:",
         "if waits and not over.hidden:", f"{COST_TEST} hidden"),
     bug(0, "no wait in the forward that is run again", COST,
         'if self.layout.recompute == "full" and waits:', "if False:", f"{COST_TEST} wait"),

@@ -220,7 +220,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "room planned by the number of experts",
-        "megalora/planner/memory.py",
+        "megalora/planner/state_bytes.py",
         "return work.crossings.prefers_grouped_mm(rows, s.hidden,",
         "return s.num_experts // p.ep <= 32 or work.crossings.prefers_grouped_mm(rows, s.hidden,",
         ROOM,
@@ -228,7 +228,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "planned with the rank of one projection",
-        "megalora/planner/memory.py",
+        "megalora/planner/state_bytes.py",
         "max((sum(a.rank for a in adapted) for adapted in modules), default=0)",
         "max((a.rank for adapted in modules for a in adapted), default=0)",
         ROOM + "_by_the_stacked",

@@ -27,8 +27,9 @@ from megalora.planner import activations
 from megalora.planner.activations import Microbatch
 from megalora.planner.crossings import Crossings
 from megalora.planner.layouts import ParallelLayout, Workload, enumerate_layouts
-from megalora.planner.memory import MemoryPlan, fullest_stage, has_room, memory_of, memory_of_model
+from megalora.planner.memory import MemoryPlan, fullest_stage, memory_of, memory_of_model
 from megalora.planner.models import load_shape
+from megalora.planner.state_bytes import has_room
 from megalora.planner.weights import PlannedModel, adapter_parameters, chunks_of
 from megalora.train.optim import clip_and_step
 from tests.distributed.ranks import run_ranks

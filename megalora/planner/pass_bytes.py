@@ -1,0 +1,139 @@
+"""Bytes that forward and backward of a rank's pipeline stage add to what it always holds.
+
+Symbols as in ``activations.py``.
+"""
+
+from megalora.planner import activations
+from megalora.planner.activations import Microbatch
+from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.schedule import in_flight
+from megalora.planner.state_bytes import has_room
+from megalora.planner.weights import Chunk, PlannedModel, attention_widths
+
+
+def activation_bytes(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
+) -> int:
+    """What the decoder layers keep for one microbatch, times the microbatches in flight, chunk by
+    chunk."""
+    kept = [activations.chunk_bytes(model, layout, work, chunk) for chunk in chunks]
+    stage = chunks[0].layers.start // len(chunks[0].layers)
+    held = in_flight(layout.parallel, stage, layout.num_microbatches(work.global_batch_size))
+    angles = sum(activations.angles_bytes(model, layout, work, chunk) for chunk in chunks)
+    return angles + max(sum(n * k for n, k in zip(counts, kept, strict=True)) for counts in held)
+
+
+def pipeline_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, stage: int) -> int:
+    """Of size (T / t) H: the gradient sent for the microbatch before, which every stage but the
+    first still holds; interleaved also inputs and gradients that came ahead of their turn, one on
+    the first stage, three on the others. Inputs of microbatches in flight count as activations;
+    outputs are freed once sent."""
+    batch = Microbatch.of(model, layout, work)
+    number = (1 if stage == 0 else 4) if layout.parallel.vpp > 1 else int(stage > 0)
+    return number * batch.own_tokens * model.shape.hidden * batch.element_bytes
+
+
+def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
+    """Beside the float32 softmax that the loss keeps: with bfloat16 the logits themselves, later
+    their gradient, T V / t 2 (with float32 the softmax is written over them); the head's input (T /
+    t) H; and the embedding's output, if on this stage, which ``forward`` still holds (recomputing
+    whole layers keeps it anyway)."""
+    batch = Microbatch.of(model, layout, work)
+    s = model.shape
+    logits = batch.tokens * (s.vocab // layout.parallel.tp) * (work.dtype != "float32")
+    hidden = (
+        batch.own_tokens * s.hidden * (1 + (chunk.has_embedding and layout.recompute != "full"))
+    )
+    return (logits + hidden) * batch.element_bytes
+
+
+def backward_bytes(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
+) -> tuple[int, int, int]:  # fmt: skip
+    """(workspace, what recomputation brings back, all-to-all) of the layer whose backward needs
+    most beside all that is kept."""
+    first = model.first_adapted
+    live = [n for chunk in chunks for n in chunk.layers if n >= first or not chunk.has_embedding]
+    found = [
+        _layer_backward(model, layout, work, n) for n in {model.kinds[n]: n for n in live}.values()
+    ]
+    return max(found, key=sum, default=(0, 0, 0))
+
+
+def _layer_backward(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, layer: int
+) -> tuple[int, int, int]:
+    """The MLP's backward with all of the layer kept, or attention's, when what the MLP kept is
+    gone.
+
+    Attention: gradients of q, k, v, of qkv's output and of the result T (3 q + 4 g) d, of its input
+        and of the layer's output (T + T / t) H.
+    """
+    s = model.shape
+    batch = Microbatch.of(model, layout, work)
+    width, kv = attention_widths(s, layout.parallel)
+    e = batch.element_bytes
+    own = batch.own_tokens
+    attention = (batch.tokens * (3 * width + 4 * kv + s.hidden) + own * s.hidden) * e
+    whole = activations.kept(model, layout, batch, layer, True, selective=False)
+    held = (
+        activations.kept(model, layout, batch, layer, True, selective=True)
+        if layout.recompute == "selective"
+        else whole
+    )
+    if s.is_moe(layer):
+        mlp, again, moved = _experts_backward(model, layout, work, layer)
+    else:
+        mlp = _dense_backward(model, layout, batch, layer)
+        again = whole.mlp - held.mlp
+        moved = 0
+    if layout.recompute == "full":
+        again = whole.total - own * s.hidden * e  # its input was kept
+        return max((mlp, again, moved), (attention, again - whole.mlp, 0), key=sum)
+    back = again if layout.recompute == "selective" else 0
+    return max(
+        (mlp, back, moved), (attention - held.mlp, whole.attention - held.attention, 0), key=sum
+    )
+
+
+def _experts_backward(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, layer: int
+) -> tuple[int, int, int]:
+    """While the rows' gradients are summed for each token: gradients of the layer's output and of
+    the experts' input 2 (T / t) H, in torch's form the term that is added (T / t) H, the rows M H,
+    of [gate | up] with its dS M (2 I / n + R), of the layer's factors. grouped_mm, which weights
+    with room stand for, has more a moment before: the output's gradient gathered M H beside dH M I
+    / n.
+
+    Behind an all-to-all the output's and the input's gradients are M rows: 2 M H - (T / t) H more.
+    Recomputed: [gate | up], S.
+    """
+    s = model.shape
+    p = layout.parallel
+    batch = Microbatch.of(model, layout, work)
+    e = batch.element_bytes
+    own = batch.own_tokens * s.hidden
+    rows = batch.rows
+    i = s.expert_intermediate // p.etp
+    modules = model.by_layer.get(layer, {})
+    gate_up, down = (modules.get(f"mlp.experts.{name}", []) for name in ("gate_up", "down"))
+    rank = sum(a.rank for a in gate_up)
+    q = sum(a.rank for a in down)
+    joined = has_room(model, layout, work) and bool(gate_up or down)
+    result = max(2 * own, rows * i) if joined else 2 * own
+    # each gradient once, as its parameter is
+    factors = s.num_experts // p.ep * (s.hidden + i) * (rank + q)
+    moved = 2 * rows * s.hidden - result if p.ep * p.etp > 1 else 0
+    again = rows * (2 * i + rank)
+    return (own + rows * (s.hidden + 2 * i + rank) + result + factors) * e, again * e, moved * e
+
+
+def _dense_backward(
+    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, layer: int
+) -> int:
+    """Gradients of the product, of its two factors T 3 I / t, and of the layer's output (T / t) H;
+    by then the product itself is gone, which was kept if fc2 has an adapter."""
+    s = model.shape
+    features = model.shape.intermediate // layout.parallel.tp
+    gradients = 3 - bool(model.by_layer.get(layer, {}).get("mlp.linear_fc2"))
+    return (batch.tokens * gradients * features + batch.own_tokens * s.hidden) * batch.element_bytes

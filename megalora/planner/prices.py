@@ -1,0 +1,76 @@
+"""Price work in seconds: multiplications, memory traffic, collectives and the host's own time.
+
+Rates are the machine's (``hardware.py``); what work there is, ``layer_cost.py`` says.
+"""
+
+from megalora.planner.activations import Microbatch
+from megalora.planner.hardware import Estimate, Kind, Machine, weakest
+from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.ledger import Ledger
+from megalora.planner.weights import PlannedModel
+
+BEHIND_WAITS = "host behind waits"
+
+
+class Prices:
+    """Adds seconds of pieces of work to a ledger, for one layout on one machine."""
+
+    def __init__(
+        self, model: PlannedModel, layout: ParallelLayout, work: Workload, machine: Machine
+    ) -> None:
+        self.model = model
+        self.layout = layout
+        self.machine = machine
+        self.shape = model.shape
+        self.p = layout.parallel
+        self.batch = Microbatch.of(model, layout, work)
+        self.e = work.element_bytes
+        self.strides = {"tp": (self.p.tp, 1), "etp": (self.p.etp, 1), "ep": (self.p.ep, self.p.etp)}
+        """Group -> (ranks, distance in rank numbers between neighbours of the group)."""
+        self.strides |= {"dp": (layout.dp, self.p.tp), "edp": (layout.edp, self.p.etp * self.p.ep)}
+        self.strides["pp"] = (2, layout.num_ranks // self.p.pp)
+
+    def gemm(
+        self, to: Ledger, part: str, rows: float, outputs: float, inputs: float, times: float = 1
+    ) -> None:
+        if rows and outputs and inputs and times:
+            rate = self.machine.gemm.at(rows, outputs, inputs)
+            to.add(part, times * 2 * rows * outputs * inputs / rate.value, rate.basis)
+
+    def grouped(
+        self, to: Ledger, part: str, outputs: float, inputs: float, extra: float = 0
+    ) -> None:
+        """All experts' rows; ``extra``: columns that adapters add to the inputs, at the base's
+        rate."""
+        experts = self.shape.num_experts // self.p.ep
+        rows = self.batch.rows
+        rate = self.machine.grouped_gemm.at(experts, rows, outputs, inputs)
+        basis = weakest(["interpolated", rate.basis]) if extra else rate.basis
+        to.add(part, 2 * rows * outputs * (inputs + extra) / rate.value, basis)
+
+    def traffic(self, to: Ledger, part: str, num_bytes: float, times: int = 1) -> None:
+        if num_bytes:
+            rate = self.machine.memory.at(num_bytes)
+            to.add(part, times * num_bytes / rate.value, rate.basis)
+
+    def collective(
+        self, to: Ledger, part: str, kind: Kind, group: str, num_bytes: float, times: int = 1
+    ) -> None:
+        ranks, stride = self.strides[group]
+        if ranks > 1 and num_bytes:
+            nodes = self.machine.nodes_of(ranks, stride)
+            found: Estimate = self.machine.network.seconds(kind, ranks, nodes, num_bytes)
+            to.add(part, times * found.value, found.basis)
+
+    def host(self, to: Ledger, host: float, device: float, waits: bool) -> None:
+        """The host's time for a pass that keeps the device busy for ``device`` seconds.
+
+        A GPU works on while the host issues what comes next, so that the host counts only as far as
+        it is slower. But behind a wait the GPU has nothing left to do: what the host then issues is
+        not assumed to be hidden.
+        """
+        over = self.machine.overhead
+        if waits and over.hidden:
+            to.add(BEHIND_WAITS, host, over.basis)
+        else:
+            to.add("host", max(0.0, host - device) if over.hidden else host, over.basis)
