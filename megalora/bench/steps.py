@@ -29,7 +29,8 @@ from megalora.bench.timers import Timeline, attach
 from megalora.bench.versions import versions
 from megalora.config import RunConfig
 from megalora.lora.adapted_model import AdaptedModel, build_adapted
-from megalora.lora.inject import GradientCheck, check_coverage, inject
+from megalora.lora.coverage import GradientCheck, check_coverage
+from megalora.lora.inject import inject
 from megalora.lora.select import resolve
 from megalora.model.build import build_random
 from megalora.model.recompute import apply_recompute

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
-from megalora.lora.factors import FactorShard
+from megalora.lora.coverage import check_coverage
 from megalora.lora.gather import take_parts
-from megalora.lora.inject import check_coverage, inject
+from megalora.lora.inject import inject
+from megalora.lora.shards import FactorShard
 from megalora.lora.spec import Adapted
 from megalora.model.build import build_model
 from megalora.model.shape import ModelShape

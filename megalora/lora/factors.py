@@ -7,48 +7,22 @@ says.
 
 With more ranks than key/value heads, several ranks hold the same part of k's and v's B.
 
-Each parameter carries what reductions need: ``sum_group`` (the group its gradient must be summed
-over, or None), ``num_shards`` and ``shard`` (ranks of that group with the same shard are replicas),
-``allreduce`` (False where its data-parallel group is that of experts) and Megatron's
-tensor-parallel attributes.
+What a rank holds of a factor, and what reductions read off a parameter, is in ``shards.py``.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megalora_kernels import ExpertFactors
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
-from megalora.comm import sum_bucket
 from megalora.lora.init import initial_a
+from megalora.lora.shards import FactorShard, cut, local_experts, mark_parameter
 from megalora.lora.spec import SHARDINGS, Adapted, FactorName, make_adapted, tensor_name
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
-
-
-@dataclass(frozen=True)
-class FactorShard:
-    """One HF adapter tensor as this rank holds it: part of a parameter, or of anything shaped like
-    that parameter."""
-
-    name: str
-    parameter: nn.Parameter
-    index: tuple[Any, ...]
-    split_dim: int | None
-    group: str
-    num_shards: int
-    """Into how many parts the tensor is cut over the group; ranks with the same ``shard`` are
-    replicas."""
-    shard: int
-
-    def of(self, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
-        """The 2-D view of ``values[parameter]`` (the parameter's data, its gradient, an optimizer
-        moment)."""
-        return values[self.parameter][self.index]
 
 
 class LoRAFactors(nn.Module):
@@ -65,10 +39,12 @@ class LoRAFactors(nn.Module):
         self.adapted = adapted
         self.seed = seed
         kind = adapted[0].projection.kind
-        self.sharding, self.is_expert = SHARDINGS[kind], kind.startswith("expert")
+        self.sharding = SHARDINGS[kind]
+        self.is_expert = adapted[0].projection.is_expert
         group = groups.named(self.sharding.group)
-        self.group_rank, self.group_size = group.rank(), group.size()
-        self.experts = self._local_experts(adapted[0].num_experts, groups)
+        self.group_rank = group.rank()
+        self.group_size = group.size()
+        self.experts = local_experts(adapted[0].num_experts, groups.ep)
         self.row_groups = max(1, fused[0].row_groups(shape) // self.group_size)
         whole = [make_adapted(p, adapted[0].layer, 0, 0.0, 0.0, shape) for p in fused]
         self.block_rows = [
@@ -82,32 +58,12 @@ class LoRAFactors(nn.Module):
             torch.empty(*lead, sum(a.rank for a in adapted), in_local, **empty)
         )
         self.lora_B = nn.ParameterDict()
-        self._mark(self.lora_A, "A", adapted[0], groups)
+        mark_parameter(self.lora_A, "A", adapted[0], groups)
         for a in adapted:
             out_local = a.out_features // a.num_shards("B", self.group_size)
             self.lora_B[a.name] = nn.Parameter(torch.zeros(*lead, out_local, a.rank, **empty))
-            self._mark(self.lora_B[a.name], "B", a, groups)
+            mark_parameter(self.lora_B[a.name], "B", a, groups)
         self.reset_parameters()
-
-    def _local_experts(self, num_experts: int, groups: Any) -> range:
-        if not self.is_expert:
-            return range(0)
-        count = num_experts // groups.ep.size()
-        return range(groups.ep.rank() * count, (groups.ep.rank() + 1) * count)
-
-    def _mark(self, parameter: Any, factor: FactorName, adapted: Adapted, groups: Any) -> None:
-        split = self.sharding.split(factor)
-        num_shards = adapted.num_shards(factor, self.group_size)
-        replicas = self.group_size // num_shards
-        parameter.num_shards = num_shards
-        parameter.shard = self.group_rank // replicas
-        parameter.sum_group = self.sharding.group if replicas > 1 else None
-        parameter.allreduce = not (self.is_expert and groups.experts_reduce_separately)
-        # The gradient norm counts what is marked, and on the group's first rank everything: each
-        # part once.
-        parameter.tensor_model_parallel = split is not None and self.group_rank % replicas == 0
-        parameter.partition_dim = -1 if split is None else split + int(self.is_expert)
-        parameter.partition_stride = 1
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -119,13 +75,12 @@ class LoRAFactors(nn.Module):
                 whole = initial_a(
                     self.seed, adapted.hf_module(expert), adapted.rank, adapted.in_features
                 )
-                drawn[at][rows] = self._shard(whole, self.sharding.split_a)
+                drawn[at][rows] = cut(
+                    whole, self.sharding.split_a, self.group_size, self.group_rank
+                )
         self.lora_A.copy_(drawn)
         for b in self.lora_B.values():
             b.zero_()
-
-    def _shard(self, whole: Tensor, dim: int | None) -> Tensor:
-        return whole if dim is None else whole.chunk(self.group_size, dim)[self.group_rank]
 
     def _rows(self) -> Iterator[tuple[Adapted, slice]]:
         start = 0
@@ -182,19 +137,3 @@ class LoRAFactors(nn.Module):
             )
             blocks.append(F.pad(b, (rows.start, total - rows.stop)))
         return torch.cat(blocks, dim=-2).flatten(-3, -2)
-
-
-def sum_partial_gradients(parameters: Iterable[Any], group: ProcessGroup) -> None:
-    """Sum each ``main_grad`` in place over the ranks of ``group`` that hold the same shard; one
-    collective.
-
-    Shards that several ranks share travel as a table with a row for each shard: a group for each
-    set of replicas would cost more than the few rows of a B.
-    """
-    parameters = list(parameters)
-    tables = [p.main_grad.new_zeros(p.num_shards, *p.main_grad.shape) for p in parameters]
-    for table, parameter in zip(tables, parameters, strict=True):
-        table[parameter.shard] = parameter.main_grad
-    sum_bucket(tables, group)
-    for table, parameter in zip(tables, parameters, strict=True):
-        parameter.main_grad.copy_(table[parameter.shard])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megalora import host
 from megalora.comm import gather_dim
-from megalora.lora.factors import FactorShard
+from megalora.lora.shards import FactorShard
 
 
 def gather_tensors(
@@ -92,11 +92,7 @@ def take_parts(
             )
         target = piece.of(values)
         whole = get(name)
-        part = (
-            whole
-            if piece.split_dim is None
-            else whole.chunk(piece.num_shards, piece.split_dim)[piece.shard]
-        )
+        part = piece.cut(whole)
         if part.shape != target.shape:
             raise ValueError(
                 f"{where}: {name} is {tuple(whole.shape)}, which does not fit this run's model and"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalora import host
-from megalora.lora.factors import FactorShard
+from megalora.lora.shards import FactorShard
 from megalora.lora.spec import Adapted, FactorName, expected_tensors, tensor_name
 from megalora.parallel import Groups
 

@@ -17,7 +17,7 @@ from megalora.data.splits import load_data
 from megalora.data.tokenizer import load_tokenizer
 from megalora.hf.folder import local_folder
 from megalora.lora.adapted_model import AdaptedModel, build_adapted
-from megalora.lora.inject import GradientCheck, trainable_summary, write_manifest
+from megalora.lora.coverage import GradientCheck, trainable_summary, write_manifest
 from megalora.lora.select import plan
 from megalora.model.recompute import apply_recompute
 from megalora.parallel import parallel_groups

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from megalora import host
 from megalora.data.loader import Batch
-from megalora.lora.factors import sum_partial_gradients
-from megalora.lora.inject import GradientCheck
+from megalora.lora.coverage import GradientCheck
+from megalora.lora.shards import sum_partial_gradients
 from megalora.parallel import Groups, megatron_groups
 from megalora.train.inputs import DeviceBatch, to_device
 from megalora.train.loss import loss_sum, token_losses

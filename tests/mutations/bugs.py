@@ -64,6 +64,7 @@ def bug(
 
 
 FACTORS = "megalora/lora/factors.py"
+SHARDS = "megalora/lora/shards.py"
 STEP = "megalora/train/step.py"
 SPEC = "megalora/lora/spec.py"
 SELECT = "megalora/lora/select.py"
@@ -100,8 +101,8 @@ BUGS = (
         1,
         "another rank's slice of A",
         FACTORS,
-        "[self.group_rank]\n",
-        "[self.group_size - 1 - self.group_rank]\n",
+        "self.group_size, self.group_rank\n",
+        "self.group_size, self.group_size - 1 - self.group_rank\n",
         f"{PARALLEL} test_01",
     ),
     bug(
@@ -132,16 +133,16 @@ BUGS = (
     bug(
         2,
         "experts reduced over the group of attention",
-        FACTORS,
-        "not (self.is_expert and groups.experts_reduce_separately)",
+        SHARDS,
+        "not (is_expert and groups.experts_reduce_separately)",
         "True",
         f"{PARALLEL} test_02",
     ),
     bug(
         2,
         "attention reduced over the group of experts",
-        FACTORS,
-        "not (self.is_expert and groups.experts_reduce_separately)",
+        SHARDS,
+        "not (is_expert and groups.experts_reduce_separately)",
         "not groups.experts_reduce_separately",
         f"{PARALLEL} test_02",
     ),
@@ -181,10 +182,9 @@ BUGS = (
     bug(
         2,
         "adapters of the next rank's experts",
-        FACTORS,
-        "return range(groups.ep.rank() * count, (groups.ep.rank() + 1) * count)",
-        "return range((groups.ep.rank() + 1) % groups.ep.size() * count, ((groups.ep.rank() + 1) %"
-        " groups.ep.size() + 1) * count)",
+        SHARDS,
+        "return range(ep.rank() * count, (ep.rank() + 1) * count)",
+        "return range((ep.rank() + 1) % ep.size() * count, ((ep.rank() + 1) % ep.size() + 1) * count)",
         f"{PARALLEL} test_02",
     ),
     # 3: the delta is in another parallel state than what it is added to
@@ -240,8 +240,8 @@ BUGS = (
     bug(
         4,
         "replicated factors not summed",
-        FACTORS,
-        "self.sharding.group if replicas > 1 else None",
+        SHARDS,
+        "sharding.group if replicas > 1 else None",
         "None",
         f"{PARALLEL} test_04",
     ),
@@ -265,16 +265,16 @@ BUGS = (
     bug(
         4,
         "shared KV heads' B not summed",
-        FACTORS,
-        "self.sharding.group if replicas > 1 else None",
-        "self.sharding.group if split is None and replicas > 1 else None",
+        SHARDS,
+        "sharding.group if replicas > 1 else None",
+        "sharding.group if split is None and replicas > 1 else None",
         f"{PARALLEL} test_02",
     ),
     bug(
         4,
         "replicas counted twice in the gradient norm",
-        FACTORS,
-        "split is not None and self.group_rank % replicas == 0",
+        SHARDS,
+        "split is not None and group.rank() % replicas == 0",
         "True",
         f"{TRAINING} test_08",
     ),
@@ -326,9 +326,9 @@ BUGS = (
     bug(
         5,
         "the wrong rank's part of a shared KV head",
-        FACTORS,
-        "self.group_rank // replicas",
-        "self.group_rank % num_shards",
+        SHARDS,
+        "group.rank() // replicas",
+        "group.rank() % num_shards",
         f"{FILES} test_05",
     ),
     # 6: stacks of experts

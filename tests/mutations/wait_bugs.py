@@ -3,12 +3,12 @@ those of what was mended for it."""
 
 from tests.mutations.bugs import Bug, bug
 
-STEP, INPUTS, INJECT, DRIFT, OPTIM, LOOP = (
+STEP, INPUTS, COVERAGE, DRIFT, OPTIM, LOOP = (
     f"megalora/{name}.py"
     for name in (
         "train/step",
         "train/inputs",
-        "lora/inject",
+        "lora/coverage",
         "train/drift",
         "train/optim",
         "train/loop",
@@ -71,7 +71,7 @@ WAIT_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a gradient read for every projection",
-        INJECT,
+        COVERAGE,
         "found = [parameter.main_grad[index].any() for",
         "found = [torch.tensor(bool(parameter.main_grad[index].any()), device=alive.device) for",
         ONE_GPU,
@@ -228,18 +228,18 @@ WAIT_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "rows of another projection looked at",
-        INJECT,
+        COVERAGE,
         "(slice(None), *piece.index[1:]) if each_expert else piece.index",
         "(slice(None), *piece.index[1:]) if each_expert else (slice(None),)",
-        "tests/lora/test_inject.py test_a_projection",
+        "tests/lora/test_coverage.py test_a_projection",
     ),
     bug(
         0,
         "one rank's tensors taken for all",
-        INJECT,
+        COVERAGE,
         "    dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)\n",
         "",
-        "tests/lora/test_inject.py test_every_rank",
+        "tests/lora/test_coverage.py test_every_rank",
     ),
     bug(
         0,

@@ -20,8 +20,8 @@ from megalora.data.chat import Encoded
 from megalora.data.splits import Split
 from megalora.lora import adapted_model as setup
 from megalora.lora.adapted_model import AdaptedModel, build_adapted
+from megalora.lora.coverage import GradientCheck
 from megalora.lora.gather import gather_tensors
-from megalora.lora.inject import GradientCheck
 from megalora.lora.select import resolve
 from megalora.model.build import make_chunks
 from megalora.model.recompute import apply_recompute

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 METRICS = {"values to the host: megalora/train/loop.py:_train_step": 1}
 """Loss and gradient norm, read together once a step."""
-ALIVE = {"values to the host: megalora/lora/inject.py:GradientCheck.after_backward": 1}
+ALIVE = {"values to the host: megalora/lora/coverage.py:GradientCheck.after_backward": 1}
 """Whether every projection has a gradient: in the first step, and in the first after B has
 moved."""
 
@@ -44,13 +44,13 @@ def build(replicas: int, linears: int) -> dict[str, int]:
         "copy from pageable memory: megalora/model/build.py:make_chunks": 1,
         "copy from pageable memory: megalora/lora/adapted_model.py:build_adapted": 1,
         "copy from pageable memory: megalora/lora/factors.py:LoRAFactors.reset_parameters": linears,
-        "copy from pageable memory: megalora/lora/inject.py:check_coverage": 1,
-        "values to the host: megalora/lora/inject.py:check_coverage": 1,
+        "copy from pageable memory: megalora/lora/coverage.py:check_coverage": 1,
+        "values to the host: megalora/lora/coverage.py:check_coverage": 1,
         "exchange of objects: megatron/core/optimizer/__init__.py:_get_param_groups": 2,
         "copy from pageable memory: megatron/core/optimizer/optimizer.py:MixedPrecisionOptimizer.__init__": (
             replicas
         ),
-        "copy from pageable memory: megalora/lora/inject.py:_Parts.to": 2,
+        "copy from pageable memory: megalora/lora/coverage.py:_Parts.to": 2,
     }
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megalora.config import RunConfig
-from megalora.lora.inject import GradientCheck, check_coverage
+from megalora.lora.coverage import GradientCheck, check_coverage
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import Built, built
 from tests.parity.runs import make_config

@@ -1,0 +1,105 @@
+"""What one rank holds of a factor: which part of the whole tensor, which experts, and which ranks
+hold the same part.
+
+A factor is split over a group along one dimension, or replicated on it (``SHARDINGS`` in
+``spec.py``). With fewer parts than ranks, neighbours hold the same part: ``size / num_shards`` of
+them are replicas of each other, and rank ``r`` of the group holds part ``r // replicas``.
+
+Reductions read this off a parameter:
+
+    attribute                 meaning
+    num_shards, shard         number of parts over the group, and which of them this is
+    sum_group                 the group its gradient must be summed over; None where it is whole
+    allreduce                 False where its data-parallel group is that of experts
+    tensor_model_parallel     True where the gradient norm must count it on this rank too
+    partition_dim, _stride    Megatron's: the split dimension of the parameter, and 1
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megalora.comm import sum_bucket
+from megalora.lora.spec import SHARDINGS, Adapted, FactorName
+
+
+def cut(whole: Tensor, dim: int | None, num_shards: int, shard: int) -> Tensor:
+    """Part ``shard`` of ``whole`` cut into ``num_shards`` along ``dim``; all of it without a
+    ``dim``."""
+    if dim is None:
+        return whole
+    return whole.chunk(num_shards, dim)[shard]
+
+
+def local_experts(num_experts: int, ep: ProcessGroup) -> range:
+    """Numbers of the experts on this rank; empty where there are no experts (``num_experts`` is
+    0)."""
+    count = num_experts // ep.size()
+    return range(ep.rank() * count, (ep.rank() + 1) * count)
+
+
+@dataclass(frozen=True)
+class FactorShard:
+    """One HF adapter tensor as this rank holds it: part of a parameter, or of anything shaped like
+    that parameter."""
+
+    name: str
+    """Full name of the tensor in an adapter file."""
+    parameter: nn.Parameter
+    index: tuple[Any, ...]
+    """Where the 2-D part lies in the parameter: an expert's number on this rank, rows of stacked
+    A's."""
+    split_dim: int | None
+    """Dimension of the 2-D tensor that is cut over the group; None where it is replicated."""
+    group: str
+    num_shards: int
+    """Number of parts over the group; ranks with the same ``shard`` are replicas."""
+    shard: int
+
+    def of(self, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """The 2-D view of ``values[parameter]`` (the parameter's data, its gradient, an optimizer
+        moment)."""
+        return values[self.parameter][self.index]
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This rank's part of the whole 2-D tensor."""
+        return cut(whole, self.split_dim, self.num_shards, self.shard)
+
+
+def mark_parameter(parameter: Any, factor: FactorName, adapted: Adapted, groups: Any) -> None:
+    """Set the attributes of this module's table on a factor of ``adapted``."""
+    sharding = SHARDINGS[adapted.projection.kind]
+    is_expert = adapted.projection.is_expert
+    group = groups.named(sharding.group)
+    split = sharding.split(factor)
+    num_shards = adapted.num_shards(factor, group.size())
+    replicas = group.size() // num_shards
+    parameter.num_shards = num_shards
+    parameter.shard = group.rank() // replicas
+    parameter.sum_group = sharding.group if replicas > 1 else None
+    parameter.allreduce = not (is_expert and groups.experts_reduce_separately)
+    # The gradient norm counts what is marked, and on the group's first rank everything: each part
+    # once.
+    parameter.tensor_model_parallel = split is not None and group.rank() % replicas == 0
+    # Experts are stacked along a leading dimension of the parameter.
+    parameter.partition_dim = -1 if split is None else split + int(is_expert)
+    parameter.partition_stride = 1
+
+
+def sum_partial_gradients(parameters: Iterable[Any], group: ProcessGroup) -> None:
+    """Sum each ``main_grad`` in place over the ranks of ``group`` that hold the same shard; one
+    collective.
+
+    Shards that several ranks share travel as a table with a row for each shard: a group for each
+    set of replicas would cost more than the few rows of a B.
+    """
+    parameters = list(parameters)
+    tables = [p.main_grad.new_zeros(p.num_shards, *p.main_grad.shape) for p in parameters]
+    for table, parameter in zip(tables, parameters, strict=True):
+        table[parameter.shard] = parameter.main_grad
+    sum_bucket(tables, group)
+    for table, parameter in zip(tables, parameters, strict=True):
+        parameter.main_grad.copy_(table[parameter.shard])
