@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from megalora.adapters.write.form import FileFormat, write_adapter
+from megalora.adapters.write.engines import FileFormat
+from megalora.adapters.write.form import write_adapter
 from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from megalora.adapters.files import CONFIG, WEIGHTS, read_config
 from megalora.adapters.read.adapter import read_adapter
-from megalora.adapters.write.form import FileFormat, export_form
+from megalora.adapters.write.engines import FileFormat
+from megalora.adapters.write.form import export_form
 from megalora.lora.spec import tensor_name
 from tests.adapters.adapters import (
     ATTENTION,

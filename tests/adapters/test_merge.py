@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 from megalora.adapters import merge as merge_module
 from megalora.adapters.files import WEIGHTS
 from megalora.adapters.merge import merge
-from megalora.adapters.write.form import FileFormat, write_adapter
+from megalora.adapters.write.engines import FileFormat
+from megalora.adapters.write.form import write_adapter
 from megalora.config import LoRAConfig
 from megalora.hf.folder import INDEX, weight_shards
 from megalora.hf.json_file import read_hf_config

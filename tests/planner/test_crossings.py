@@ -109,6 +109,6 @@ def test_a_plan_asks_for_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch
         train=TrainConfig(steps=1, global_batch_size=8),
     )  # fmt: skip
     command.make_plan(
-        config, command.Options(gpus=8, gpu="h100", top=1, imbalance=1.0, lora_ranks=())
+        config, command.PlanOptions(gpus=8, gpu="h100", top=1, imbalance=1.0, lora_ranks=())
     )
     assert given[0].crossings == crossings_of("H100") != Crossings()

@@ -10,11 +10,12 @@ SGLang 0.5.23   uniform, shared outer       fails at first request      honoured
 from dataclasses import dataclass
 from typing import Literal
 
-from megalora.adapters.write.form import FileFormat
 from megalora.lora.spec import Adapted
 from megalora.model.shape import ModelShape
 
 EngineName = Literal["peft", "vllm", "sglang"]
+FileFormat = Literal["per_expert", "stacked", "uniform", "shared_outer"]
+"""How experts' factors lie in an adapter file; see ``form.py``."""
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -21,7 +21,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.adapters.read.stacked import DOWN, GATE_UP, Factors, pack, stacked_factors
+from megalora.adapters.write.engines import FileFormat
 from megalora.lora.section import most_common, without_noise
 from megalora.lora.spec import Adapted, make_adapted, tensor_name
 from megalora.model.projections import (
@@ -42,7 +43,6 @@ from megalora.model.projections import (
 )
 from megalora.model.shape import ModelShape
 
-FileFormat = Literal["per_expert", "stacked", "uniform", "shared_outer"]
 _LAYER = "model.layers.{layer}."
 _EXPERTS = tuple(p for p in MOE if p.is_expert)
 
