@@ -22,23 +22,20 @@ from benchmarks.train_megalora import model_config
 from megalora.config import ParallelConfig
 from megalora.model.backend import TorchBackend, block_spec
 from megalora.model.build import configure
-from megalora.model.hf_weights import (
-    AutoMapping,
-    Qwen3MoEBridge,
-    load_named,
-    open_architecture,
-    quiet,
-)
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
+from megalora.model.hf_weights import AutoMapping, load_named, open_architecture, quiet
 
 
 def bridge_base(setup: Setup, grouped: bool) -> tuple[nn.Module, str]:
     """The model, frozen, with the shared weights, and what its experts are."""
+    # hf_weights has made Bridge importable by now
+    from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge
+
     shape = model_shape(setup.config)
     bridge = open_architecture(setup.config)
     engine = importlib.util.find_spec("transformer_engine") is not None
     with quiet():
-        provider: Any = bridge.to_megatron_provider(load_weights=False)
+        provider: Any = bridge.provider()
         its_own = provider.transformer_layer_spec
         configure(provider, model_config(setup), ParallelConfig(), shape)
         provider.moe_grouped_gemm = grouped
@@ -46,7 +43,7 @@ def bridge_base(setup: Setup, grouped: bool) -> tuple[nn.Module, str]:
         provider.finalize()
         chunk = provider.provide()
     chunk.to(setup.device).requires_grad_(False)
-    load_named(Qwen3MoEBridge(), bridge.hf_pretrained, setup.weights(), [chunk], "shared weights")
+    load_named(Qwen3MoEBridge(), bridge.hf_config, setup.weights(), [chunk], "shared weights")
     if engine:
         return chunk, "Transformer Engine's model and grouped experts"
     if grouped:

@@ -58,7 +58,7 @@ def measure(folder: Path, runs: int) -> dict[str, Any]:
     from megalora.config import ModelConfig, ParallelConfig
     from megalora.hf.json_file import read_hf_config
     from megalora.model.build import build_model
-    from megalora.model.shape import model_shape
+    from megalora.model.fields import model_shape
     from megalora.parallel import parallel_groups
     from megalora.verify.layer import check_layers
 
@@ -113,6 +113,7 @@ def reference_records(
 ) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
     """What the check notes of transformers' last layer, computed in a dtype, and each token's
     experts for either input."""
+    from megalora.model.families.family import DECODER_MODULES
     from megalora.verify import records as r
     from megalora.verify.reference import Reference
 
@@ -133,9 +134,9 @@ def reference_records(
         )
     layer: Any = reference.layers[number]
     found: r.Records = []
-    with r.noted(layer, r.THEIRS, found):
+    with r.noted(layer, r.THEIRS, DECODER_MODULES, found):
         reference.run(number, x_TH, inputs.positions_T, tables)
-    with r.noted(layer, r.THEIRS, found, " (second input)"):
+    with r.noted(layer, r.THEIRS, DECODER_MODULES, found, " (second input)"):
         layer.mlp(r.driven(dict(found)["post-attention norm"])[None])
     return found, chosen
 

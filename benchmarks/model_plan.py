@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.train_arms import ALPHA_OVER_RANK, Setup
 from megalora.config import LoRAConfig, ParallelConfig
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.planner.gpus import GPUS
 from megalora.planner.hardware import Machine
 from megalora.planner.layouts import ParallelLayout, Workload

@@ -30,17 +30,15 @@ def frozen_base(setup: Setup) -> nn.Module:
     place of a folder's."""
     from megalora.config import ParallelConfig
     from megalora.model.build import make_chunks
+    from megalora.model.fields import model_shape
     from megalora.model.hf_weights import load_named, open_architecture
-    from megalora.model.shape import model_shape
 
     (chunk,) = make_chunks(
         setup.config, model_config(setup), ParallelConfig(), model_shape(setup.config)
     )
     chunk.to(setup.device)
-    bridge: Any = open_architecture(setup.config)
-    load_named(
-        bridge._model_bridge, bridge.hf_pretrained, setup.weights(), [chunk], "shared weights"
-    )
+    bridge = open_architecture(setup.config)
+    load_named(bridge, bridge.hf_config, setup.weights(), [chunk], "shared weights")
     return chunk
 
 
@@ -57,7 +55,7 @@ def adapt(chunk: nn.Module, setup: Setup, groups: Any, **lora: Any) -> list[Any]
     from megalora.config import LoRAConfig, ParallelConfig
     from megalora.lora.inject import inject
     from megalora.lora.select import resolve
-    from megalora.model.shape import model_shape
+    from megalora.model.fields import model_shape
 
     section = LoRAConfig(rank=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank, **lora)
     shape = model_shape(setup.config)

@@ -1,5 +1,5 @@
-"""A tiny random Qwen3, Qwen3-MoE or Qwen2-MoE in Hugging Face format: weights, byte-level BPE
-tokenizer, chat template.
+"""Make a tiny random model of any family in Hugging Face format: weights, byte-level BPE tokenizer,
+chat template.
 
 It stands in for a real checkpoint in the quickstart and in every test: transformers, vLLM and
 Bridge load it as they load Qwen3-30B-A3B. Three things are unlike a real one, so that a mistake is
@@ -21,50 +21,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from megalora.model.families import FAMILIES
 from megalora.progress_bar import no_progress_bar
 
-type _Config = Qwen3Config | Qwen3MoeConfig | Qwen2MoeConfig
-
-_DENSE: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "hidden_size": 96,
-    "intermediate_size": 144,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 32,  # the smallest that vLLM's attention kernels take
-    "vocab_size": 512,
-    "max_position_embeddings": 4096,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "rms_norm_eps": 1e-6,
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-}
-_MOE: dict[str, Any] = _DENSE | {
-    "moe_intermediate_size": 80,
-    "num_experts": 8,
-    "num_experts_per_tok": 3,
-    "norm_topk_prob": True,
-    "output_router_logits": False,
-    "router_aux_loss_coef": 0.0,
-}
-_SHARED: dict[str, Any] = {k: v for k, v in _MOE.items() if k != "attention_bias"} | {
-    "shared_expert_intermediate_size": 112,
-    "norm_topk_prob": False,
-    "qkv_bias": True,
-}
-_ARCHS: dict[str, tuple[type[_Config], dict[str, Any]]] = {
-    "qwen3_moe": (Qwen3MoeConfig, _MOE),
-    "qwen3": (Qwen3Config, _DENSE),
-    "qwen2_moe": (Qwen2MoeConfig, _SHARED),
-}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # says that a folder is ours to overwrite, and from which arguments it was made
 _MARKER = "megalora_tiny.json"
@@ -109,7 +71,7 @@ def make_tiny(
 
     Args:
         out: a folder that is new, empty, or was written by this function before.
-        arch: "qwen3_moe", "qwen3" for the dense one, or "qwen2_moe" for one with shared experts.
+        arch: the family by its ``model_type``, one of ``FAMILIES``.
         seed: the same seed gives the same weights; the caller's random state is left as it was.
         dtype: "float32" or "bfloat16", which holds the float32 weights of the same seed, rounded.
         overrides: fields of the architecture's transformers config, e.g. num_hidden_layers=2;
@@ -120,8 +82,8 @@ def make_tiny(
         other, and for a
         folder that holds anything else.
     """
-    if arch not in _ARCHS:
-        raise ValueError(f"arch {arch!r} is unknown; choose one of {', '.join(_ARCHS)}.")
+    if arch not in FAMILIES:
+        raise ValueError(f"arch {arch!r} is unknown; choose one of {', '.join(FAMILIES)}.")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(_DTYPES)}.")
     config = _build_config(arch, overrides)
@@ -137,8 +99,9 @@ def make_tiny(
     return out
 
 
-def _build_config(arch: str, overrides: dict[str, Any]) -> _Config:
-    config_class, fields = _ARCHS[arch]
+def _build_config(arch: str, overrides: dict[str, Any]) -> Any:
+    config_class: Any = CONFIG_MAPPING[arch]
+    fields = dict(FAMILIES[arch].tiny)
     # head_dim is no field of Qwen3MoeConfig, though its model reads it; rope_theta is the published
     # files' name.
     known = {f.name for f in dataclasses.fields(config_class)} | {"head_dim", "rope_theta"}
@@ -166,7 +129,7 @@ def _build_config(arch: str, overrides: dict[str, Any]) -> _Config:
     return config
 
 
-def _check_sizes(config: _Config) -> None:
+def _check_sizes(config: Any) -> None:
     """What transformers accepts here and only fails on in the first forward."""
     heads = config.num_attention_heads
     kv_heads = config.num_key_value_heads or 0
@@ -192,7 +155,7 @@ def _check_sizes(config: _Config) -> None:
         )
 
 
-def _build_model(config: _Config, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+def _build_model(config: Any, seed: int, dtype: torch.dtype) -> PreTrainedModel:
     """Draws every parameter in float32 from one generator, in the model's own order, and rounds it
     to dtype."""
     # transformers' own initialisation draws numbers too

@@ -18,7 +18,7 @@ from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
 from megalora.lora.spec import tensor_name
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from megalora.train.__main__ import main as rank
 

@@ -41,7 +41,7 @@ from benchmarks.train_case import (
     frozen_met,
     layers_that_fit,
 )
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 
 CPU = torch.device("cpu")
 TINY = Sizes("tiny", hidden=48, inner=40, num_experts=8, top_k=3)

@@ -22,7 +22,7 @@ from benchmarks.step_trace import (
 from benchmarks.train_arms import Setup, Training
 from benchmarks.train_case import QWEN3_30B_A3B, TINY_MODEL
 from megalora.config import LoRAConfig, ParallelConfig
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import CONTEXT, memory_of
 

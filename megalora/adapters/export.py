@@ -21,7 +21,7 @@ from megalora.adapters.write.form import write_adapter
 from megalora.atomic_folder import check_new, whole_or_gone
 from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config, read_json_object
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 
 
 @dataclass(frozen=True)

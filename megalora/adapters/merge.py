@@ -40,8 +40,8 @@ from megalora.hf.json_file import read_hf_config, read_json_object
 from megalora.hf.safetensors import Stored, header_bytes, read_header
 from megalora.lora.spec import Adapted, tensor_name
 from megalora.model.account import EMBEDDING, LM_HEAD, published_name
+from megalora.model.fields import model_shape
 from megalora.model.projections import HEAD, MOE
-from megalora.model.shape import model_shape
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BLOCK_BYTES = 2**20

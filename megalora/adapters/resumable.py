@@ -29,7 +29,7 @@ from megalora.hf.base_identity import base_config, weights_digest
 from megalora.hf.folder import local_folder, weight_shards
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.section import lora_section, settings
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 
 
 @dataclass(frozen=True)

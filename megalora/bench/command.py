@@ -10,7 +10,7 @@ from megalora.bench.rows import PARTS, BenchOptions, Predicted, Row
 from megalora.config import RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.planner.command import check_writable
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine

@@ -28,7 +28,7 @@ from megalora.bench.versions import versions
 from megalora.config import ParallelConfig, RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.planner.layouts import LEVELS, ParallelLayout
 from megalora.planner.models import find_architecture
 

@@ -33,8 +33,8 @@ from megalora.lora.coverage import GradientCheck, check_coverage
 from megalora.lora.inject import inject
 from megalora.lora.select import resolve
 from megalora.model.build import build_random
+from megalora.model.fields import model_shape
 from megalora.model.recompute import apply_recompute
-from megalora.model.shape import model_shape
 from megalora.parallel import Groups, parallel_groups
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.models import find_architecture

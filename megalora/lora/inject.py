@@ -14,7 +14,8 @@ from megalora.lora.factors import LoRAFactors
 from megalora.lora.router import RouterLoRA
 from megalora.lora.shards import FactorShard
 from megalora.lora.spec import Adapted
-from megalora.model.projections import HEAD, layer_projections
+from megalora.model.families import layer_projections
+from megalora.model.projections import HEAD
 from megalora.model.shape import ModelShape
 from megalora.parallel import Groups
 

@@ -1,7 +1,8 @@
 """Every linear of a model by its Hugging Face name: those that LoRA can adapt here, and those that
 it can elsewhere."""
 
-from megalora.model.projections import HEAD, Projection, layer_projections
+from megalora.model.families import layer_projections
+from megalora.model.projections import HEAD, Projection
 from megalora.model.shape import ModelShape
 
 EMBEDDING = "model.embed_tokens"

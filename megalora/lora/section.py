@@ -8,7 +8,8 @@ from typing import Any
 from megalora.config import LoRAConfig
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
-from megalora.model.projections import HEAD, Projection, layer_projections
+from megalora.model.families import layer_projections
+from megalora.model.projections import HEAD, Projection
 from megalora.model.shape import ModelShape
 
 

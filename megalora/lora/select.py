@@ -9,7 +9,8 @@ from pathlib import Path
 from megalora.config import LoRAConfig, ParallelConfig
 from megalora.lora.spec import Adapted, make_adapted
 from megalora.model.account import open_folder
-from megalora.model.projections import HEAD, layer_projections
+from megalora.model.families import layer_projections
+from megalora.model.projections import HEAD
 from megalora.model.shape import ModelShape
 
 ALIASES = {

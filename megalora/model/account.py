@@ -24,9 +24,10 @@ from typing import Any
 from megalora.hf.folder import INDEX, read_index, shards_that_are_there
 from megalora.hf.json_file import read_hf_config
 from megalora.hf.safetensors import Stored, read_header
-from megalora.model.fields import check_fields, instead_of_quantised
-from megalora.model.projections import HEAD, layer_projections
-from megalora.model.shape import ModelShape, model_shape
+from megalora.model.families import FAMILIES, layer_projections
+from megalora.model.fields import check_fields, instead_of_quantised, model_shape
+from megalora.model.projections import HEAD
+from megalora.model.shape import ModelShape
 
 DTYPES = ("F32", "BF16", "F16")
 EMBEDDING = "model.embed_tokens.weight"
@@ -85,14 +86,12 @@ def open_folder(folder: Path) -> BaseFolder:
 def needed_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Published name -> shape of every tensor of the model; a tied head is not one."""
     h = shape.hidden
+    extras = FAMILIES[shape.model_type].extras
     needed: dict[str, tuple[int, ...]] = {EMBEDDING: (shape.vocab, h)}
     for layer in range(shape.num_layers):
         at = f"model.layers.{layer}"
         needed |= {f"{at}.{norm}_layernorm.weight": (h,) for norm in ("input", "post_attention")}
-        if shape.qk_norm:
-            needed |= {
-                f"{at}.self_attn.{name}_norm.weight": (shape.head_dim,) for name in ("q", "k")
-            }
+        needed |= {f"{at}.{extra.hf}": extra.size(shape) for extra in extras(shape, layer)}
         for projection in layer_projections(shape, layer):
             out_features, in_features = projection.features(shape)
             experts = range(shape.num_experts) if projection.is_expert else [None]
@@ -105,8 +104,6 @@ def needed_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
                 else shape.qkv_bias and ".self_attn." in projection.hf
             ):
                 needed[f"{projection.hf.format(layer=layer)}.bias"] = (out_features,)
-        if shape.is_moe(layer) and shape.shared_intermediate:
-            needed[f"{at}.mlp.shared_expert_gate.weight"] = (1, h)
     needed["model.norm.weight"] = (h,)
     if not shape.tied_embeddings:
         needed |= {f"{head.hf}.weight": head.features(shape) for head in HEAD}

@@ -33,6 +33,10 @@ from megalora import host
 from megalora.model.attention import SDPACoreAttention
 from megalora.model.dispatcher import RoutedMoELayer
 from megalora.model.experts import FusedExperts
+from megalora.model.families.family import LayerParts
+
+NO_PARTS = LayerParts()
+"""A family whose layers are built from this file's modules alone."""
 
 
 class RMSNorm(nn.Module):
@@ -84,12 +88,20 @@ class TorchBackend(LocalSpecProvider):
         return FusedExperts
 
 
-def layer_spec(config: Any, num_experts: int | None, *, o_bias: bool = False) -> ModuleSpec:
-    """One decoder layer; a dense MLP where ``num_experts`` is None, a bias on attention's output
-    projection with ``o_bias``."""
+def layer_spec(
+    config: Any, num_experts: int | None, *, o_bias: bool = False, parts: LayerParts = NO_PARTS
+) -> ModuleSpec:
+    """One decoder layer.
+
+    Args:
+        config: Megatron's config of the model.
+        num_experts: of the layer; a dense MLP where it is None.
+        o_bias: whether attention's output projection has a bias.
+        parts: modules that the family has in place of ours.
+    """
     backend = TorchBackend()
     norm = backend.layer_norm(rms_norm=True)
-    qk_norm = norm if config.qk_layernorm else IdentityOp
+    q_norm, k_norm = parts.q_norm or norm, parts.k_norm or norm
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -103,8 +115,8 @@ def layer_spec(config: Any, num_experts: int | None, *, o_bias: bool = False) ->
                     linear_proj=(
                         BiasedRowParallelLinear if o_bias else backend.row_parallel_linear()
                     ),
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
+                    q_layernorm=q_norm if config.qk_layernorm else IdentityOp,
+                    k_layernorm=k_norm if config.qk_layernorm else IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
@@ -130,12 +142,16 @@ def _mlp(backend: TorchBackend, num_experts: int | None) -> Any:
 
 
 def block_spec(
-    config: Any, vp_stage: int | None = None, *, o_bias: bool = False
+    config: Any,
+    vp_stage: int | None = None,
+    *,
+    o_bias: bool = False,
+    parts: LayerParts = NO_PARTS,
 ) -> TransformerBlockSubmodules:
     """The decoder layers of this pipeline stage and chunk; ``config.moe_layer_freq`` says which are
     MoE."""
-    dense = layer_spec(config, None, o_bias=o_bias)
-    moe = layer_spec(config, config.num_moe_experts, o_bias=o_bias)
+    dense = layer_spec(config, None, o_bias=o_bias, parts=parts)
+    moe = layer_spec(config, config.num_moe_experts, o_bias=o_bias, parts=parts)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     is_moe = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers

@@ -13,6 +13,7 @@ from megalora import host
 from megalora.config import ModelConfig, ParallelConfig
 from megalora.model.account import open_folder
 from megalora.model.backend import block_spec
+from megalora.model.families import FAMILIES
 from megalora.model.hf_weights import load_weights, open_architecture, quiet
 from megalora.model.rope_fields import read_rope
 from megalora.model.rotary import frequencies, set_frequencies, softmax_scale
@@ -103,9 +104,7 @@ def make_chunks(
         inv_freq, factor = frequencies(
             read_rope(hf), shape.head_dim, hf.get("max_position_embeddings")
         )
-        provider = configure(
-            bridge.to_megatron_provider(load_weights=False), config, parallel, shape
-        )
+        provider = configure(bridge.provider(), config, parallel, shape)
         provider.softmax_scale = softmax_scale(factor, shape.head_dim)
         provider.finalize()
         stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
@@ -119,6 +118,7 @@ def make_chunks(
 
 def configure(provider: Any, config: ModelConfig, p: ParallelConfig, shape: ModelShape) -> Any:
     """Set Bridge's provider up for our back end and this layout."""
+    parts = FAMILIES[shape.model_type].layer_parts()
     dtype = getattr(torch, config.dtype)
     settings = dict(
         tensor_model_parallel_size=p.tp, pipeline_model_parallel_size=p.pp,
@@ -127,7 +127,7 @@ def configure(provider: Any, config: ModelConfig, p: ParallelConfig, shape: Mode
         virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
         sequence_parallel=p.tp > 1, params_dtype=dtype, pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        transformer_layer_spec=partial(block_spec, o_bias=shape.o_bias),
+        transformer_layer_spec=partial(block_spec, o_bias=shape.o_bias, parts=parts),
         add_qkv_bias=shape.qkv_bias,
         position_embedding_type="rope", rope_scaling=False, perform_initialization=False,
         _pg_collection=megatron_groups(),

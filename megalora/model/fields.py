@@ -2,8 +2,10 @@
 
 A field is in one of three sets, or the file is refused with the field's name and value:
 
-    CHECKED    it changes what the model computes. Its rule says which values megalora computes.
-    HARMLESS   it changes nothing in a training step: bookkeeping, generation settings, initial values.
+    family     it changes what the model computes. The family's rule says which values megalora
+               computes (``families/``).
+    HARMLESS   it changes nothing in a training step: bookkeeping, generation settings, initial
+               values.
     rotary     ``rope_fields.py`` reads these together.
 
 A field in none of them passes only if it is null, false, zero or empty. ``check_sizes`` looks at
@@ -14,153 +16,14 @@ exporting.
 import difflib
 import json
 import re
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
+from megalora.model.families import family_of
+from megalora.model.families.family import Family
+from megalora.model.families.rules import Rule
 from megalora.model.rope_fields import ROPE_FIELDS, read_rope
-
-type Wanted = Callable[[Any], str | None]
-"""Takes a field's value; returns what it should have been, or None when it is that."""
-
-
-def _whole(least: int, *, even: bool = False) -> Wanted:
-    def wanted(value: Any) -> str | None:
-        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        fits = fits and (not even or value % 2 == 0)
-        return None if fits else f"{'an even' if even else 'a whole'} number of at least {least}"
-
-    return wanted
-
-
-def _positive(value: Any) -> str | None:
-    fits = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and 0 < value <= sys.float_info.max
-    )
-    return None if fits else "a number above 0"
-
-
-def _flag(value: Any) -> str | None:
-    return None if isinstance(value, bool) else "true or false"
-
-
-def _layers(value: Any) -> str | None:
-    is_layer = _whole(0)
-    fits = isinstance(value, list) and all(is_layer(layer) is None for layer in value)
-    return None if fits else "a list of layer numbers from 0 on"
-
-
-def _or_null(rule: Wanted) -> Wanted:
-    def wanted(value: Any) -> str | None:
-        text = None if value is None else rule(value)
-        return f"{text}, or null" if text else None
-
-    return wanted
-
-
-def _only(*values: Any, because: str) -> Wanted:
-    def wanted(value: Any) -> str | None:
-        # JSON tells 0 from false; 0 and 0.0 are one number.
-        same = [v for v in values if v == value and isinstance(v, bool) == isinstance(value, bool)]
-        return None if same else f"{' or '.join(json.dumps(v) for v in values)}: {because}"
-
-    return wanted
-
-
-@dataclass(frozen=True)
-class Family:
-    """What one ``model_type`` reads of its config."""
-
-    causal_lm: str
-    """The class whose weights and function are meant."""
-    required: tuple[str, ...]
-    """Must stand in config.json: transformers would fill in its own defaults, which are no
-    model's."""
-    sizes: dict[str, Wanted]
-    """Fields that ``ModelShape`` is made from."""
-    others: dict[str, Wanted]
-    """Other fields that change the function."""
-
-
-_SIZES: dict[str, Wanted] = {
-    "num_hidden_layers": _whole(1),
-    "num_attention_heads": _whole(1),
-    "num_key_value_heads": _or_null(_whole(1)),
-    "hidden_size": _whole(1),
-    "intermediate_size": _whole(1),
-    "vocab_size": _whole(1),
-}
-_MORE_SIZES: dict[str, Wanted] = {
-    "head_dim": _or_null(_whole(2, even=True)),  # rotary embeddings turn pairs
-    "tie_word_embeddings": _or_null(_flag),
-}
-_EXPERT_SIZES: dict[str, Wanted] = {
-    "num_experts": _whole(0),
-    "num_experts_per_tok": _whole(1),
-    "moe_intermediate_size": _whole(1),
-}
-_EXPERT_LAYERS: dict[str, Wanted] = {
-    "decoder_sparse_step": _or_null(_whole(1)),
-    "mlp_only_layers": _or_null(_layers),
-}
-_OTHERS: dict[str, Wanted] = {
-    "max_position_embeddings": _whole(1),
-    "rms_norm_eps": _positive,
-    "hidden_act": _only("silu", "swish", because="MLPs and experts compute no other activation"),
-    "attention_dropout": _or_null(
-        _only(0, because="attention has no dropout here; lora.dropout is the adapters'")
-    ),
-    "use_sliding_window": _or_null(_only(False, because="attention sees the whole sequence")),
-    "is_causal": _only(
-        True,
-        because="every token sees the tokens before it alone; transformers takes null for false",
-    ),
-}
-_ROUTER: dict[str, Wanted] = {
-    "norm_topk_prob": _flag,
-    "output_router_logits": _or_null(
-        _only(False, because="it adds a balancing loss, which is not computed")
-    ),
-}
-_QK_NORM: dict[str, Wanted] = {
-    "use_qk_norm": _or_null(_only(True, because="this family has norms on q and k")),
-    "qk_norm": _or_null(_only(True, because="this family has norms on q and k")),
-}
-
-FAMILIES: dict[str, Family] = {
-    "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM",
-        (*_SIZES, *_EXPERT_SIZES),
-        {
-            **_SIZES, **_MORE_SIZES, **_EXPERT_SIZES, **_EXPERT_LAYERS,
-            "num_local_experts": _whole(0),  # transformers 5's name for num_experts in this family
-            "attention_bias": _or_null(_flag),
-        },
-        {**_OTHERS, **_ROUTER, **_QK_NORM},
-    ),
-    "qwen3": Family(
-        "Qwen3ForCausalLM",
-        (*_SIZES, "head_dim"),
-        {
-            **_SIZES, **_MORE_SIZES,
-            "head_dim": _whole(2, even=True), "attention_bias": _or_null(_flag),
-        },
-        {**_OTHERS, **_QK_NORM},
-    ),
-    "qwen2_moe": Family(
-        "Qwen2MoeForCausalLM",
-        (*_SIZES, *_EXPERT_SIZES, "shared_expert_intermediate_size"),
-        {
-            **_SIZES, **_MORE_SIZES, **_EXPERT_SIZES, **_EXPERT_LAYERS,
-            "shared_expert_intermediate_size": _whole(1), "qkv_bias": _flag,
-        },
-        {**_OTHERS, **_ROUTER},
-    ),
-}  # fmt: skip
-SUPPORTED = tuple(FAMILIES)
+from megalora.model.shape import ModelShape
 
 _BOOKKEEPING = (
     "model_type", "_name_or_path", "name_or_path", "_commit_hash", "transformers_version",
@@ -207,38 +70,24 @@ _TOGETHER = ("architectures", "layer_types")
 """Checked with the rest of the file in view."""
 
 
-def family_of(hf: Mapping[str, Any]) -> Family:
-    """The family of a parsed ``config.json``; raises ``ValueError`` for one megalora does not
-    know."""
-    kind = hf.get("model_type", "nothing")
-    if kind not in SUPPORTED:
-        raise ValueError(
-            f"model_type {kind!r} is not supported; megalora knows {', '.join(SUPPORTED)}"
-        )
-    return FAMILIES[kind]
-
-
 def check_sizes(hf: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless every size is there and a number that a model can have."""
     family = family_of(hf)
+    experts_names = [name for name in family.num_experts_names if name in hf]
     named = set(hf)
-    if "num_local_experts" in hf and "num_local_experts" in family.sizes:
-        named.add("num_experts")
+    if experts_names:
+        named.update(family.num_experts_names)
     missing = [name for name in family.required if name not in named]
     if missing:
         raise ValueError(
             f"config.json of a {hf['model_type']} model must have {', '.join(missing)}"
         )
     _check_rules(hf, family.sizes)
-    counts = {
-        hf[name]
-        for name in ("num_experts", "num_local_experts")
-        if name in hf and name in family.sizes
-    }
+    counts = {hf[name] for name in experts_names}
     if len(counts) > 1:
         raise ValueError(
-            f"config.json has num_experts={hf['num_experts']} and"
-            f" num_local_experts={hf['num_local_experts']}; they are one field under two names"
+            f"config.json has {' and '.join(f'{name}={hf[name]}' for name in experts_names)};"
+            " they are one field under two names"
         )
     heads = hf["num_attention_heads"]
     kv_heads = hf["num_key_value_heads"]
@@ -256,8 +105,20 @@ def check_sizes(hf: Mapping[str, Any]) -> None:
     if experts and hf["num_experts_per_tok"] > experts:
         raise ValueError(
             f"config.json: num_experts_per_tok={hf['num_experts_per_tok']} is more than"
-            f" num_experts={experts}"
+            f" {family.num_experts_names[0]}={experts}"
         )
+
+
+def model_shape(hf: Mapping[str, Any]) -> ModelShape:
+    """Sizes from a parsed ``config.json``.
+
+    Other fields are not looked at: see ``check_fields``.
+
+    Raises:
+        ValueError: a family megalora does not know, or sizes no model has.
+    """
+    check_sizes(hf)
+    return family_of(hf).shape(hf)
 
 
 def check_fields(hf: Mapping[str, Any], source: str = "") -> None:
@@ -274,7 +135,8 @@ def check_fields(hf: Mapping[str, Any], source: str = "") -> None:
         if hf.get(name):
             raise ValueError(_quantised(name, hf[name], source or str(hf.get("_name_or_path", ""))))
     _check_rules(hf, family.others)
-    read_rope(hf)
+    _check_rope(hf, family)
+    family.check(hf)
     _check_architecture(hf, family)
     _check_layer_types(hf)
     # With one expert a token, softmax over the chosen is the constant 1, and Megatron refuses it.
@@ -290,10 +152,19 @@ def check_fields(hf: Mapping[str, Any], source: str = "") -> None:
             raise ValueError(_unknown(hf["model_type"], name, value, known))
 
 
-def _check_rules(hf: Mapping[str, Any], rules: Mapping[str, Wanted]) -> None:
+def _check_rules(hf: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     for name, rule in rules.items():
         if name in hf and (wanted := rule(hf[name])):
             raise ValueError(f"config.json has {name}={_shown(hf[name])}; it must be {wanted}")
+
+
+def _check_rope(hf: Mapping[str, Any], family: Family) -> None:
+    kind = read_rope(hf).kind
+    if kind not in family.rope_kinds:
+        raise ValueError(
+            f"config.json asks for rotary embeddings of type {kind!r}; for {family.model_type},"
+            f" megalora computes {', '.join(family.rope_kinds)}"
+        )
 
 
 def _check_architecture(hf: Mapping[str, Any], family: Family) -> None:

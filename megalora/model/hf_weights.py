@@ -1,9 +1,11 @@
-"""Base weights through Megatron-Bridge: Hugging Face folder to a frozen GPTModel with fused
-experts.
+"""Read base weights through Megatron-Bridge: from a Hugging Face folder into a frozen GPTModel with
+fused experts.
 
-Bridge knows every family's config and names; this plug-in adds one mapping, HF's per-expert
-matrices to our fused ``[E/ep, 2I/etp, H]`` and ``[E/ep, H, I/etp]`` tensors, and keeps Bridge
-importable without Transformer Engine.
+Bridge moves tensors between the two forms and knows how tensor parallelism cuts each of Megatron's
+modules. Which tensors make up which parameter follows from the family's projections and extra
+tensors (``families/``), with one mapping that Bridge lacks: per-expert matrices to our fused
+``[E/ep, 2I/etp, H]`` and ``[E/ep, H, I/etp]``. Importing this module keeps Bridge importable
+without Transformer Engine.
 """
 
 import contextlib
@@ -15,15 +17,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megalora import host
-from megalora.model.account import BaseFolder
+from megalora.model.account import EMBEDDING, LM_HEAD, BaseFolder
 from megalora.model.base_weights import BaseWeights
-from megalora.model.fields import check_fields, family_of
+from megalora.model.families import family_of
+from megalora.model.families.family import ExtraTensor, Family
+from megalora.model.fields import check_fields, model_shape
+from megalora.model.projections import Projection
 from megalora.model.rope_fields import read_rope
-from megalora.model.shape import model_shape
+from megalora.model.shape import ModelShape
 
 host.install()
 if importlib.util.find_spec("transformer_engine") is None:
@@ -40,26 +44,18 @@ _loud = logging.root.manager.disable
 logging.disable(logging.WARNING)
 
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402
-from megatron.bridge import AutoBridge  # noqa: E402
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry  # noqa: E402
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge  # noqa: E402
 from megatron.bridge.models.conversion.param_mapping import (  # noqa: E402
     AutoMapping,
+    ColumnParallelMapping,
     GatedMLPMapping,
     MegatronParamMapping,
     QKVMapping,
     ReplicatedMapping,
 )
-from megatron.bridge.models.qwen.qwen3_bridge import Qwen3Bridge  # noqa: E402
-from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
 from torch import nn  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3ForCausalLM,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoConfig  # noqa: E402
 
 logging.disable(_loud)
 AutoMapping.register_module_type("RMSNorm", "replicated")
@@ -68,10 +64,14 @@ AutoMapping.register_module_type("BiasedRowParallelLinear", "row")
 
 
 class FusedExpertsMapping(MegatronParamMapping):
-    """HF's per-expert 2-D weights <-> one ``[E_local, out, in]`` parameter (gate rows first, then
-    up rows)."""
+    """One matrix per expert <-> one ``[E_local, out, in]`` parameter (gate rows first, then up
+    rows).
 
-    def __init__(self, megatron_param: str, hf_param: str) -> None:
+    Its published names are a dictionary: the linear's role (``gate_proj`` and ``up_proj``, or
+    ``down_proj``) -> its name, in which ``{expert}`` stands for the expert's number.
+    """
+
+    def __init__(self, megatron_param: str, hf_param: dict[str, str]) -> None:
         super().__init__(megatron_param, hf_param)
         self.allow_hf_name_mismatch = True
 
@@ -83,8 +83,7 @@ class FusedExpertsMapping(MegatronParamMapping):
     def hf_to_megatron(
         self, hf_weights: Callable[[int, str], Tensor], megatron_module: Any
     ) -> Tensor:
-        """``hf_weights(expert, projection)`` reads one matrix; only this rank's experts are
-        read."""
+        """``hf_weights(expert, role)`` reads one matrix; only this rank's experts are read."""
         count = megatron_module.num_local_experts
         size, rank = (self.tp_size, self.tp_rank)
         experts = range(self.ep_rank * count, (self.ep_rank + 1) * count)
@@ -101,22 +100,7 @@ class FusedExpertsMapping(MegatronParamMapping):
     def megatron_to_hf(
         self, megatron_weights: Tensor | None, megatron_module: Any
     ) -> dict[str, Tensor]:
-        weight = self.broadcast_from_pp_rank(megatron_weights, cache_key=str(self.hf_param))
-        if weight is None:
-            return {}
-        shards = self.gather_from_tp_ranks(weight.contiguous())
-        if self.megatron_param.endswith("gate_up"):
-            gate, up = zip(*(s.chunk(2, 1) for s in shards), strict=True)
-            parts = {"gate_proj": torch.cat(gate, 1), "up_proj": torch.cat(up, 1)}
-        else:
-            parts = {"down_proj": torch.cat(shards, 2)}
-        out = {}
-        base = str(self.hf_param).rsplit(".", 1)[0]
-        for name, local in parts.items():
-            gathered = [torch.empty_like(local) for _ in range(self.ep_size)]
-            dist.all_gather(gathered, local.contiguous(), group=self.ep_group)
-            out |= {f"{base}.{e}.{name}.weight": w for e, w in enumerate(torch.cat(gathered))}
-        return out
+        raise AssertionError("base weights are frozen: nothing writes them from Megatron's form")
 
 
 class RepeatedKVMapping(QKVMapping):
@@ -137,96 +121,118 @@ class RepeatedKVMapping(QKVMapping):
         return super().hf_to_megatron({"q": hf_weights["q"], "k": k, "v": v}, megatron_module)
 
 
-def _with_repeated_kv(registry: MegatronMappingRegistry) -> list[MegatronParamMapping]:
-    """The registry's mappings, those of q, k and v repeating heads where they must, and attention's
-    biases."""
-    attention = "decoder.layers.*.self_attention"
-    hf = "model.layers.*.self_attn"
-    biases = {name: f"{hf}.{name}_proj.bias" for name in ("q", "k", "v")}
-    mappings: list[MegatronParamMapping] = [
-        RepeatedKVMapping(f"{attention}.linear_qkv.bias", **biases),
-        ReplicatedMapping(f"{attention}.linear_proj.bias", f"{hf}.o_proj.bias"),
-    ]
-    for mapping in registry.mappings:
-        names: Any = mapping.hf_param
-        repeats = isinstance(mapping, QKVMapping)
-        mappings.append(RepeatedKVMapping(mapping.megatron_param, **names) if repeats else mapping)
-    return mappings
+class FamilyBridge(MegatronModelBridge):
+    """Bridge's loader for one model of any family: its Megatron config and its weight mapping.
 
+    Made directly, not through Bridge's register, whose own bridges know neither our experts nor
+    every family.
+    """
 
-# Registered on the class objects: under their names as strings the stock bridges still win.
-@MegatronModelBridge.register_bridge(source=Qwen3ForCausalLM, target=GPTModel, model_type="qwen3")  # pyright: ignore
-class RepeatedKVQwen3Bridge(Qwen3Bridge):
-    """Bridge's dense Qwen3, with tensor parallelism beyond the number of key/value heads."""
+    def __init__(
+        self, family: Family, shape: ModelShape, hf: Mapping[str, Any], config: Any
+    ) -> None:
+        """``hf``: the parsed ``config.json``; ``config``: transformers' object made from it."""
+        self.family = family
+        self.shape = shape
+        self.hf = hf
+        self.hf_config = config
+
+    def provider(self) -> Any:
+        """Megatron's config and model builder: what Bridge reads in any config, and what the family
+        says."""
+        provider = self.provider_bridge(types.SimpleNamespace(config=self.hf_config))  # pyright: ignore
+        settings = {
+            "normalization": "RMSNorm",
+            "gated_linear_unit": True,
+            "add_bias_linear": False,
+            "hidden_dropout": 0.0,
+            "qk_layernorm": self.shape.qk_norm,
+            "autocast_dtype": torch.bfloat16,
+            **_expert_settings(self.shape),
+            **self.family.settings(self.shape, self.hf),
+        }
+        for name, value in settings.items():
+            setattr(provider, name, value)
+        return provider
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        return MegatronMappingRegistry(*_with_repeated_kv(super().mapping_registry()))
-
-
-@MegatronModelBridge.register_bridge(
-    source=Qwen3MoeForCausalLM, target=GPTModel, model_type="qwen3_moe"
-)  # pyright: ignore
-class FusedQwen3MoEBridge(Qwen3MoEBridge):
-    """Bridge's Qwen3-MoE with fused experts, repeated KV heads, and the dense layers that
-    ``mlp_only_layers`` allows."""
-
-    def mapping_registry(self) -> MegatronMappingRegistry:
-        layer = "decoder.layers.*.mlp"
-        hf = "model.layers.*.mlp"
-        keep = [
-            m
-            for m in _with_repeated_kv(super().mapping_registry())
-            if ".experts." not in m.megatron_param
-        ]
-        return MegatronMappingRegistry(
-            *keep,
-            FusedExpertsMapping(f"{layer}.experts.gate_up", f"{hf}.experts.gate_up_proj"),
-            FusedExpertsMapping(f"{layer}.experts.down", f"{hf}.experts.down_proj"),
-            GatedMLPMapping(
-                f"{layer}.linear_fc1.weight",
-                gate=f"{hf}.gate_proj.weight",
-                up=f"{hf}.up_proj.weight",
-            ),
-            AutoMapping(f"{layer}.linear_fc2.weight", f"{hf}.down_proj.weight"),
-        )
+        return MegatronMappingRegistry(*mappings(self.family, self.shape))
 
     def maybe_modify_loaded_hf_weight(
         self, hf_param: Any, hf_state_dict: Mapping[str, Tensor]
     ) -> Any:
-        if isinstance(hf_param, str) and ".mlp.experts." in hf_param:
-            base = hf_param.rsplit(".", 1)[0]
-            return lambda expert, projection: hf_state_dict[f"{base}.{expert}.{projection}.weight"]
+        """Tensors by the names of a mapping; of experts a function that reads one matrix."""
+        if isinstance(hf_param, dict) and any("{expert}" in name for name in hf_param.values()):
+            return lambda expert, role: hf_state_dict[hf_param[role].format(expert=expert)]
         return super().maybe_modify_loaded_hf_weight(hf_param, hf_state_dict)
 
 
-@MegatronModelBridge.register_bridge(
-    source=Qwen2MoeForCausalLM, target=GPTModel, model_type="qwen2_moe"
-)  # pyright: ignore
-class FusedQwen2MoEBridge(FusedQwen3MoEBridge):
-    """Qwen2-MoE, which Bridge does not know: Qwen3-MoE with biases on q, k, v, no norms on them,
-    and a gated shared expert."""
-
-    def provider_bridge(self, hf_pretrained: Any) -> Any:
-        provider = super().provider_bridge(hf_pretrained)
-        config = hf_pretrained.config
-        provider.qk_layernorm = False
-        provider.moe_shared_expert_intermediate_size = config.shared_expert_intermediate_size
-        provider.moe_shared_expert_gate = True
-        return provider
-
-    def mapping_registry(self) -> MegatronMappingRegistry:
-        shared = "decoder.layers.*.mlp.shared_experts"
-        hf = "model.layers.*"
-        gate_up = {name: f"{hf}.mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up")}
-        return MegatronMappingRegistry(
-            *super().mapping_registry().mappings,
-            GatedMLPMapping(f"{shared}.linear_fc1.weight", **gate_up),
-            AutoMapping(f"{shared}.linear_fc2.weight", f"{hf}.mlp.shared_expert.down_proj.weight"),
-            ReplicatedMapping(f"{shared}.gate_weight", f"{hf}.mlp.shared_expert_gate.weight"),
-        )
+def _expert_settings(shape: ModelShape) -> dict[str, Any]:
+    if not shape.moe_layers:
+        return {}
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_router_topk": shape.top_k,
+        "moe_ffn_hidden_size": shape.expert_intermediate,
+        "moe_grouped_gemm": True,
+    }
 
 
-def open_architecture(hf: Mapping[str, Any]) -> AutoBridge:
+def mappings(family: Family, shape: ModelShape) -> list[MegatronParamMapping]:
+    """Which published tensors make up which of Megatron's parameters, for all layers at once."""
+    layer = "decoder.layers.*"
+    hf = "model.layers.*"
+    found: list[MegatronParamMapping] = [
+        AutoMapping("embedding.word_embeddings.weight", EMBEDDING),
+        AutoMapping("decoder.final_layernorm.weight", "model.norm.weight"),
+        AutoMapping("output_layer.weight", LM_HEAD),
+        AutoMapping(f"{layer}.input_layernorm.weight", f"{hf}.input_layernorm.weight"),
+        AutoMapping(f"{layer}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight"),
+    ]
+    modules: dict[str, list[Projection]] = {}
+    extras: list[ExtraTensor] = []
+    for number in range(shape.num_layers):
+        of_layer: dict[str, list[Projection]] = {}
+        for projection in family.projections(shape, number):
+            of_layer.setdefault(projection.module, []).append(projection)
+        modules |= of_layer
+        extras += [e for e in family.extras(shape, number) if e not in extras]
+    for module, projections in modules.items():
+        found += _of_module(f"{layer}.{module}", projections)
+    kinds = {"replicated": ReplicatedMapping, "column": ColumnParallelMapping}
+    return found + [kinds[e.split](f"{layer}.{e.megatron}", f"{hf}.{e.hf}") for e in extras]
+
+
+def _of_module(module: str, projections: list[Projection]) -> list[MegatronParamMapping]:
+    """The weight of one Megatron module, and the bias that attention's may have."""
+    names = {p.role: p.hf.replace("{layer}", "*") for p in projections}
+    if projections[0].is_expert:
+        weights = {role: f"{name}.weight" for role, name in names.items()}
+        return [FusedExpertsMapping(module, weights)]
+    if len(projections) == 3:
+        qkv = {role[0]: name for role, name in names.items()}  # q_proj, k_proj, v_proj
+        return [
+            RepeatedKVMapping(
+                f"{module}.{part}", **{key: f"{name}.{part}" for key, name in qkv.items()}
+            )
+            for part in ("weight", "bias")
+        ]
+    if len(projections) == 2:
+        return [
+            GatedMLPMapping(
+                f"{module}.weight",
+                gate=f"{names['gate_proj']}.weight",
+                up=f"{names['up_proj']}.weight",
+            )
+        ]
+    (name,) = names.values()
+    return [
+        AutoMapping(f"{module}.weight", f"{name}.weight"),
+        ReplicatedMapping(f"{module}.bias", f"{name}.bias"),
+    ]
+
+
+def open_architecture(hf: Mapping[str, Any]) -> FamilyBridge:
     """Bridge's handle on the model that a parsed ``config.json`` describes, without weights.
 
     Bridge sees what ``fields.py`` has accounted for and no other field. Its rotary embedding is the
@@ -237,11 +243,10 @@ def open_architecture(hf: Mapping[str, Any]) -> AutoBridge:
     """
     check_fields(hf)
     family = family_of(hf)
-    shape = model_shape(dict(hf))
+    shape = model_shape(hf)
     rope = read_rope(hf)
     known = {*family.sizes, *family.others}
     fields = {name: value for name, value in hf.items() if name in known and value is not None}
-    fields.pop("num_local_experts", None)
     fields |= {
         "architectures": [family.causal_lm],
         "hidden_act": "silu",
@@ -250,22 +255,23 @@ def open_architecture(hf: Mapping[str, Any]) -> AutoBridge:
         "tie_word_embeddings": shape.tied_embeddings,
         "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta},
     }
-    if "num_experts" in family.sizes:
-        fields["num_experts"] = hf.get("num_experts", hf.get("num_local_experts"))
+    if family.num_experts_names:
+        given = next(hf[name] for name in family.num_experts_names if name in hf)
+        fields = {k: v for k, v in fields.items() if k not in family.num_experts_names}
+        fields[family.num_experts_names[0]] = given
     try:
         with quiet():
-            return AutoBridge.from_hf_config(AutoConfig.for_model(hf["model_type"], **fields))
+            config = AutoConfig.for_model(hf["model_type"], **fields)
     except StrictDataclassError as error:
         raise ValueError(f"config.json: {' '.join(str(error).split())}") from None
+    return FamilyBridge(family, shape, hf, config)
 
 
 def load_weights(base: BaseFolder, chunks: list[nn.Module]) -> None:
     """Fill this rank's chunks from a base folder; collective over tensor-parallel ranks and
     pipeline stages."""
-    bridge: Any = open_architecture(base.hf)
-    load_named(
-        bridge._model_bridge, bridge.hf_pretrained, BaseWeights(base), chunks, str(base.folder)
-    )
+    bridge = open_architecture(base.hf)
+    load_named(bridge, bridge.hf_config, BaseWeights(base), chunks, str(base.folder))
 
 
 def load_named(

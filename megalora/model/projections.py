@@ -26,9 +26,18 @@ class Projection:
     """B can be cut into at most so many parts; with more ranks than that, several hold the same
     part."""
 
+    like: str = ""
+    """The name that this linear has in Qwen3-MoE, where the family calls it otherwise: "gate_proj"
+    for Mixtral's w1."""
+
     @property
     def name(self) -> str:
         return self.hf.rsplit(".", 1)[-1]
+
+    @property
+    def role(self) -> str:
+        """What the linear is for, by Qwen3-MoE's names: of experts gate_proj, up_proj, down_proj."""
+        return self.like or self.name
 
     @property
     def is_expert(self) -> bool:
@@ -89,9 +98,3 @@ SHARED_EXPERT = (
                lambda s: (s.hidden, s.shared_intermediate)),
 )  # fmt: skip
 HEAD = (Projection("lm_head", "output_layer", "column", lambda s: (s.vocab, s.hidden)),)
-
-
-def layer_projections(shape: ModelShape, layer: int) -> tuple[Projection, ...]:
-    if not shape.is_moe(layer):
-        return ATTENTION + DENSE_MLP
-    return ATTENTION + MOE + (SHARED_EXPERT if shape.shared_intermediate else ())

@@ -1,11 +1,9 @@
-"""A model's sizes, read from a Hugging Face ``config.json``. Pure Python: planner, spec and checks
-need no weights."""
+"""Hold a model's sizes and check that a layout can split them. Pure Python: planner, spec and checks
+need no weights; ``fields.model_shape`` reads the sizes from a ``config.json``."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from megalora.config import ParallelConfig, RunConfig
-from megalora.model.fields import check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +30,8 @@ class ModelShape:
     qkv_bias: bool = False
     o_bias: bool = False
     """Whether o_proj has a bias too."""
+    softmax_over_all: bool = False
+    """Whether the router's softmax runs over all experts, not over the chosen ones."""
 
     def is_moe(self, layer: int) -> bool:
         return layer in self.moe_layers
@@ -115,45 +115,3 @@ class ModelShape:
                     f"parallel.{name}={size} does not divide the model's {total} {what}; it can be"
                     f" one of {divisors}"
                 )
-
-
-def model_shape(hf: dict[str, Any]) -> ModelShape:
-    """Sizes from a parsed ``config.json``; raises ``ValueError`` for a family megalora does not
-    know and for sizes no model has.
-
-    Other fields are not looked at: see ``fields.check_fields``.
-    """
-    check_sizes(hf)
-    kind = hf["model_type"]
-    num_layers = hf["num_hidden_layers"]
-    experts = hf.get("num_experts", hf.get("num_local_experts", 0)) if kind != "qwen3" else 0
-    step = hf.get("decoder_sparse_step") or 1
-    dense = set(hf.get("mlp_only_layers") or [])
-    moe = (
-        {i for i in range(num_layers) if i not in dense and (i + 1) % step == 0}
-        if experts
-        else set()
-    )
-    attention_bias = kind != "qwen2_moe" and bool(hf.get("attention_bias"))
-    heads = hf["num_attention_heads"]
-    return ModelShape(
-        model_type=kind,
-        num_layers=num_layers,
-        hidden=hf["hidden_size"],
-        num_heads=heads,
-        num_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        intermediate=hf["intermediate_size"],
-        vocab=hf["vocab_size"],
-        tied_embeddings=bool(hf.get("tie_word_embeddings")),
-        num_experts=experts if moe else 0,
-        top_k=hf.get("num_experts_per_tok", 0) if moe else 0,
-        expert_intermediate=hf.get("moe_intermediate_size", 0) if moe else 0,
-        shared_intermediate=(
-            hf["shared_expert_intermediate_size"] if moe and kind == "qwen2_moe" else 0
-        ),
-        moe_layers=frozenset(moe),
-        qk_norm=kind != "qwen2_moe",
-        qkv_bias=hf.get("qkv_bias", True) if kind == "qwen2_moe" else attention_bias,
-        o_bias=attention_bias,
-    )

@@ -215,7 +215,7 @@ def _routing(model: PlannedModel, batch: Microbatch, moved: bool) -> int:
     s = model.shape
     own = batch.own_tokens
     choices = own * s.top_k
-    softmax = own * s.num_experts if s.model_type == "qwen2_moe" else choices
+    softmax = own * s.num_experts if s.softmax_over_all else choices
     kept = choices * (8 + INT) + softmax * STATISTIC
     return kept + choices * 2 * INT * moved
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.lora.select import resolve
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 
 
 @dataclass(frozen=True)

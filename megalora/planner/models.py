@@ -9,8 +9,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from megalora.hf.json_file import read_hf_config
-from megalora.model.fields import check_fields
-from megalora.model.shape import ModelShape, model_shape
+from megalora.model.fields import check_fields, model_shape
+from megalora.model.shape import ModelShape
 
 
 def read_architecture(path: Path) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from megalora.adapters.read.weights import FLOATS
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.modules import linear_modules, other_modules
 from megalora.lora.select import ALIASES
+from megalora.model.fields import model_shape
 from megalora.model.projections import MOE
-from megalora.model.shape import ModelShape, model_shape
+from megalora.model.shape import ModelShape
 from megalora.serve.adapter_files import AdapterFiles, read_adapter_files
 from megalora.serve.errors import (
     AdapterForOtherBase,

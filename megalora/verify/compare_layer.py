@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from megalora_kernels.backend import ENV_BACKEND
 from torch import Tensor, nn
 
+from megalora.model.families import FAMILIES
 from megalora.model.host_layer import host_layer, host_norm
 from megalora.verify import records as r
 from megalora.verify.host_memory import free_host_memory_bytes
@@ -51,6 +52,7 @@ class LayerComparison:
     def open(self) -> dict[int, str]:
         """Make the reference; return the last layer of each kind with the kind's name."""
         self.reference = Reference(self.folder, self.dtype)
+        self.compared = FAMILIES[self.reference.config.model_type].compared
         kinds = {self._kind(number): number for number in range(len(self.reference.layers))}
         self.labels = {number: self._label(number) for number in sorted(kinds.values())}
         return self.labels
@@ -131,7 +133,7 @@ class LayerComparison:
         self.tables = ((angles_TD.cos() * scale)[None], (angles_TD.sin() * scale)[None])
         layer = reference.layers[number]
         seen: r.Records = []
-        with r.noted(layer, r.THEIRS, seen):
+        with r.noted(layer, r.THEIRS, self.compared, seen):
             reference.run(number, inputs.x_TH, inputs.positions_T, self.tables)
         h_TH = dict(seen)["post-attention norm"]
         self.driven_TH = r.driven(h_TH)
@@ -197,9 +199,9 @@ class LayerComparison:
         if self.routing:
             reference.load_experts(number, self.needed)
         layer = reference.layers[number]
-        with r.noted(layer, r.THEIRS, theirs):
+        with r.noted(layer, r.THEIRS, self.compared, theirs):
             reference.run(number, inputs.x_TH, inputs.positions_T, self.tables)
-        with r.noted(layer, r.THEIRS, theirs, _SUFFIX[1]):
+        with r.noted(layer, r.THEIRS, self.compared, theirs, _SUFFIX[1]):
             layer.get_submodule(r.SECOND_NORM[r.THEIRS])(inputs.x_TH)
             layer.mlp(self.driven_TH[None])  # pyright: ignore[reportCallIssue]
         reference.drop_layer(number)
@@ -215,9 +217,12 @@ class LayerComparison:
             self._compare(number, ours, theirs)
 
     def _run_ours(self, layer: nn.Module, inputs: r.Inputs, ours: r.Records) -> None:
-        with r.noted(layer, r.OURS, ours), self._router_noted(layer, 0, ours):
+        with r.noted(layer, r.OURS, self.compared, ours), self._router_noted(layer, 0, ours):
             layer(inputs.x_TH[:, None], attention_mask=None, rotary_pos_emb=self.angles)
-        with r.noted(layer, r.OURS, ours, _SUFFIX[1]), self._router_noted(layer, 1, ours):
+        with (
+            r.noted(layer, r.OURS, self.compared, ours, _SUFFIX[1]),
+            self._router_noted(layer, 1, ours),
+        ):
             layer.get_submodule(r.SECOND_NORM[r.OURS])(inputs.x_TH)
             layer.mlp(self.driven_TH[:, None])  # pyright: ignore[reportCallIssue]
 

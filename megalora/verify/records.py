@@ -25,27 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megalora.model.families.family import POST_ATTENTION_NORM, Compared
+
 NUM_TOKENS = 16
 NUM_HEAD_ROWS = 64
 TOLERANCE = 1e-4
 Records = list[tuple[str, Tensor]]
 """(module as the user knows it, its output ``[T, ...]``), in the order of computing."""
 
-NOTED = (
-    ("input norm", "input_layernorm", "input_layernorm"),
-    ("query norm", "self_attn.q_norm", "self_attention.q_layernorm"),
-    ("key norm", "self_attn.k_norm", "self_attention.k_layernorm"),
-    ("attention", "self_attn", "self_attention"),
-    ("post-attention norm", "post_attention_layernorm", "pre_mlp_layernorm"),
-    ("experts", "mlp.experts", "mlp.experts"),
-    ("MLP", "mlp", "mlp"),
-    ("residual sums", "", ""),
-)
-"""What the user is told, and the module's name within transformers' layer and within ours; compared
-where both have it."""
 THEIRS = 1
 OURS = 2
-SECOND_NORM = NOTED[4]
+SECOND_NORM = POST_ATTENTION_NORM
 """Run on the layer's input too: behind attention no token is small enough for its epsilon to
 show."""
 
@@ -144,9 +134,11 @@ def rotary_difference(angles_TD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> floa
 
 
 @contextmanager
-def noted(layer: nn.Module, column: int, records: Records, suffix: str = "") -> Iterator[None]:
-    """Append the outputs of the ``NOTED`` modules of a layer that runs inside the block, tokens
-    first."""
+def noted(
+    layer: nn.Module, column: int, compared: Compared, records: Records, suffix: str = ""
+) -> Iterator[None]:
+    """Append the outputs of the compared modules of a layer that runs inside the block, tokens
+    first; ``column`` says whose names count, ``THEIRS`` or ``OURS``."""
     modules = dict(layer.named_modules())
 
     def note(name: str) -> Any:
@@ -154,7 +146,7 @@ def noted(layer: nn.Module, column: int, records: Records, suffix: str = "") -> 
 
     hooks = [
         modules[row[column]].register_forward_hook(note(row[0]))
-        for row in NOTED
+        for row in compared
         if row[column] in modules
     ]
     try:

@@ -17,7 +17,8 @@ from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted, tensor_name
-from megalora.model.shape import ModelShape, model_shape
+from megalora.model.fields import model_shape
+from megalora.model.shape import ModelShape
 from megalora.tiny import make_tiny
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

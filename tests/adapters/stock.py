@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megalora.adapters.read.adapter import Adapter, read_adapter
 from megalora.hf.json_file import read_hf_config
-from megalora.model.shape import ModelShape, model_shape
+from megalora.model.fields import model_shape
+from megalora.model.shape import ModelShape
 from tests.adapters.adapters import Trained, load_base, logits, merged_by_hand
 
 ATOL = 1e-5

@@ -14,7 +14,8 @@ from torch import Tensor
 from megalora.adapters.files import CONFIG, WEIGHTS, read_config
 from megalora.adapters.read.adapter import read_adapter
 from megalora.hf.json_file import read_hf_config
-from megalora.model.shape import ModelShape, model_shape
+from megalora.model.fields import model_shape
+from megalora.model.shape import ModelShape
 from megalora.tiny import make_tiny
 from tests.adapters.adapters import (
     ATTENTION,

@@ -30,7 +30,8 @@ from megalora.config import LoRAConfig
 from megalora.hf.folder import INDEX, weight_shards
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.spec import Adapted, tensor_name
-from megalora.model.shape import ModelShape, model_shape
+from megalora.model.fields import model_shape
+from megalora.model.shape import ModelShape
 from megalora.tiny import make_tiny
 from tests.parity.built import random_factors
 

@@ -33,7 +33,7 @@ from megalora.lora.select import resolve
 from megalora.model.attention import SDPACoreAttention
 from megalora.model.dispatcher import LocalDispatcher
 from megalora.model.experts import FusedExperts
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import fullest_stage
 from megalora.planner.weights import PlannedModel

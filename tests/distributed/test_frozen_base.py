@@ -16,7 +16,7 @@ from megalora.data.loader import Batch
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.adapted_model import build_adapted
 from megalora.lora.select import plan, resolve
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.parallel import parallel_groups
 from megalora.train.loop import train
 from megalora.train.optim import build_optimizer, wrap_chunks

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from megalora.config import ModelConfig, ParallelConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.model.build import build_model
-from megalora.model.hf_weights import FusedQwen3MoEBridge
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
+from megalora.model.hf_weights import FamilyBridge
 from megalora.parallel import parallel_groups
 from tests.distributed.ranks import run_ranks
 
@@ -19,7 +19,7 @@ from tests.distributed.ranks import run_ranks
 def _load(base: Path) -> tuple[int, int, set[int], torch.Tensor, torch.Tensor]:
     """(EP rank, ETP rank, experts read, gate_up and down of layer 2) at EP 2 x ETP 2."""
     read: set[int] = set()
-    real = FusedQwen3MoEBridge.maybe_modify_loaded_hf_weight
+    real = FamilyBridge.maybe_modify_loaded_hf_weight
 
     def counting(self, hf_param, hf_state_dict):
         weight = real(self, hf_param, hf_state_dict)
@@ -27,7 +27,7 @@ def _load(base: Path) -> tuple[int, int, set[int], torch.Tensor, torch.Tensor]:
             return weight
         return lambda expert, projection: read.add(expert) or weight(expert, projection)
 
-    FusedQwen3MoEBridge.maybe_modify_loaded_hf_weight = counting
+    FamilyBridge.maybe_modify_loaded_hf_weight = counting
     parallel = ParallelConfig(ep=2, etp=2)
     with parallel_groups(parallel) as groups:
         config = ModelConfig(path=str(base), dtype="float32")

@@ -16,8 +16,9 @@ from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import ALIASES, resolve
 from megalora.lora.spec import SHARDINGS, Adapted, tensor_name
+from megalora.model.fields import model_shape
 from megalora.model.projections import ATTENTION, DENSE_MLP, HEAD, MOE, SHARED_EXPERT, Projection
-from megalora.model.shape import ModelShape, model_shape
+from megalora.model.shape import ModelShape
 
 MOE_SHAPE = ModelShape(
     model_type="qwen3_moe", num_layers=4, hidden=96, num_heads=6, num_kv_heads=2, head_dim=32,

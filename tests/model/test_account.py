@@ -17,7 +17,7 @@ from megalora.hf.safetensors import read_header
 from megalora.model import account
 from megalora.model import hf_weights as bridge_base
 from megalora.model.account import needed_tensors, open_folder, published_name
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.oracles.base import (

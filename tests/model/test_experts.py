@@ -10,7 +10,7 @@ from torch import Tensor
 from megalora.config import RunConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.experts import ExpertsLoRA
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.everything import LORA, config_of

@@ -15,8 +15,13 @@ from transformers import (
 )
 
 from megalora.hf.json_file import read_hf_config
-from megalora.model.fields import FAMILIES, HARMLESS, check_fields, instead_of_quantised
-from megalora.model.shape import model_shape
+from megalora.model.families import FAMILIES
+from megalora.model.fields import (
+    HARMLESS,
+    check_fields,
+    instead_of_quantised,
+    model_shape,
+)
 from megalora.planner.models import find_architecture
 from megalora.tiny import make_tiny
 from tests.model.test_shape import QWEN3_30B_A3B

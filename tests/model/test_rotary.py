@@ -13,9 +13,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbed
 from megalora.config import ModelConfig, ParallelConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.model.build import make_chunks
+from megalora.model.fields import model_shape
 from megalora.model.rope_fields import read_rope
 from megalora.model.rotary import frequencies, softmax_scale
-from megalora.model.shape import model_shape
 from megalora.parallel import parallel_groups
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks

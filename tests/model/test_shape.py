@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalora.config import ParallelConfig
 from megalora.hf.json_file import read_hf_config
-from megalora.model.shape import ModelShape, model_shape
+from megalora.model.fields import model_shape
+from megalora.model.shape import ModelShape
 from megalora.tiny import make_tiny
 
 QWEN3_30B_A3B: dict[str, Any] = {

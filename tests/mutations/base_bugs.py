@@ -3,6 +3,9 @@
 from tests.mutations.bugs import Bug, bug
 
 FIELDS, ROPE, ROTARY = (f"megalora/model/{name}.py" for name in ("fields", "rope_fields", "rotary"))
+RULES, DECODER, QWEN3 = (
+    f"megalora/model/families/{name}.py" for name in ("rules", "decoder", "qwen3")
+)
 BUILD, SHAPE = (f"megalora/model/{name}.py" for name in ("build", "shape"))
 ACCOUNT, WEIGHTS = (f"megalora/model/{name}.py" for name in ("account", "base_weights"))
 FOLDER = "megalora/hf/safetensors.py"
@@ -23,7 +26,7 @@ BASE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "true counts as a number of layers",
-        FIELDS,
+        RULES,
         "isinstance(value, int) and not isinstance(value, bool) and value >= least",
         "isinstance(value, int) and value >= least",
         f"{FIELDS_TEST} refused_by_name_and_value",
@@ -82,16 +85,16 @@ BASE_BUGS: tuple[Bug, ...] = (
         0,
         "o_proj's bias not built",
         BUILD,
-        "o_bias=shape.o_bias)",
-        "o_bias=False)",
+        "o_bias=shape.o_bias,",
+        "o_bias=False,",
         f"{CASES} attention_bias_is_computed",
     ),
     bug(
         0,
         "biases of k and v swapped",
         "megalora/model/hf_weights.py",
-        'f"{hf}.{name}_proj.bias" for name in ("q", "k", "v")}',
-        'f"{hf}.{other}_proj.bias" for name, other in zip("qkv", "qvk")}',
+        '**{key: f"{name}.{part}" for key, name in qkv.items()}',
+        '**{key: f"{qkv[key if part[0] == "w" else "qvk"["qkv".index(key)]]}.{part}" for key in qkv}',
         f"{CASES} attention_bias_is_computed",
     ),
     bug(
@@ -185,8 +188,8 @@ BASE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "is_causal passes as unset",
-        FIELDS,
-        '    "is_causal": _only(True, because="every token sees the tokens before it alone;'
+        DECODER,
+        '    "is_causal": only(True, because="every token sees the tokens before it alone;'
         ' transformers takes null for false"),\n',
         "",
         f"{FIELDS_TEST} refused_by_name_and_value",
@@ -226,9 +229,9 @@ BASE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "attention biases of the config not in the shape",
-        SHAPE,
-        "        o_bias=attention_bias,\n",
-        "",
+        QWEN3,
+        "qkv_bias=bias, o_bias=bias",
+        "qkv_bias=bias",
         "tests/model/test_shape.py num_parameters_of_a_model",
     ),
 )

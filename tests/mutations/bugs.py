@@ -231,7 +231,7 @@ BUGS = (
     bug(
         3,
         "no adapter on the shared expert",
-        PROJECTIONS,
+        "megalora/model/families/decoder.py",
         "return ATTENTION + MOE + (SHARED_EXPERT if shape.shared_intermediate else ())",
         "return ATTENTION + MOE",
         f"{PARALLEL} test_03",

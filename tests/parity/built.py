@@ -19,8 +19,8 @@ from megalora.lora.adapted_model import AdaptedModel, build_adapted
 from megalora.lora.gather import gather_tensors, read_tensors
 from megalora.lora.select import plan, resolve
 from megalora.lora.spec import Adapted, tensor_name
+from megalora.model.fields import model_shape
 from megalora.model.recompute import apply_recompute
-from megalora.model.shape import model_shape
 from megalora.parallel import parallel_groups
 from megalora.train.batches import Batches
 from megalora.train.optim import build_optimizer, wrap_chunks

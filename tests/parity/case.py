@@ -20,7 +20,7 @@ from megalora.data.splits import load_split, split_off_eval
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.gather import read_tensors
 from megalora.lora.spec import Adapted
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.train import loop
 from tests.distributed.ranks import run_ranks
 from tests.oracles.training import Oracle, Trained

@@ -85,6 +85,7 @@ def shape_of(model: str) -> ModelShape:
         tied_embeddings=model == "tied", num_experts=8 if moe else 0, top_k=3 if moe else 0,
         expert_intermediate=80 if moe else 0, shared_intermediate=112 if model == "shared" else 0,
         moe_layers=frozenset(moe), qk_norm=model != "shared", qkv_bias=model == "shared",
+        softmax_over_all=model == "shared",
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megalora.hf.json_file import read_hf_config
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from tests.parity.case import (
     Expected,
     deviations,

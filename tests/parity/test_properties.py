@@ -18,7 +18,8 @@ from torch import Tensor
 from megalora import host
 from megalora.config import ParallelConfig
 from megalora.hf.json_file import read_hf_config
-from megalora.model.shape import ModelShape, model_shape
+from megalora.model.fields import model_shape
+from megalora.model.shape import ModelShape
 from megalora.parallel import parallel_groups
 from tests.distributed.ranks import run_ranks
 from tests.oracles.training import Oracle

@@ -25,7 +25,7 @@ from megalora.bench.live import LiveTensors
 from megalora.config import LoRAConfig, RunConfig
 from megalora.data.loader import Batch
 from megalora.hf.json_file import read_hf_config
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.planner.activations import Microbatch
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import CONTEXT, ROOM, MemoryPlan, memory_of_model

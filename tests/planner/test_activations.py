@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalora.config import LoRAConfig, RunConfig
 from megalora.hf.json_file import read_hf_config
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.planner.activations import Microbatch, angles_bytes, chunk_bytes, head_bytes
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.schedule import in_flight

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megalora.config.file import load_config
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.planner.command import PlanOptions
 from megalora.planner.gpus import find_machine
 from megalora.planner.layouts import ParallelLayout, Workload, check

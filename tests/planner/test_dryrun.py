@@ -9,7 +9,7 @@ from megalora import host
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.planner.dryrun import RankCount, dry_run
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import memory_of

@@ -11,7 +11,8 @@ import pytest
 
 from megalora.config import ParallelConfig
 from megalora.hf.json_file import read_hf_config
-from megalora.model.shape import ModelShape, model_shape
+from megalora.model.fields import model_shape
+from megalora.model.shape import ModelShape
 from megalora.planner.layouts import LEVELS, ParallelLayout, Workload, check, enumerate_layouts
 from megalora.planner.models import load_shape
 

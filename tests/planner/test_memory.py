@@ -22,7 +22,7 @@ from megalora.config import (
 )
 from megalora.hf.json_file import read_hf_config
 from megalora.model.experts import FusedExperts
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.planner import activations
 from megalora.planner.activations import Microbatch
 from megalora.planner.crossings import Crossings

@@ -24,8 +24,8 @@ from megalora.lora.coverage import GradientCheck
 from megalora.lora.gather import gather_tensors
 from megalora.lora.select import resolve
 from megalora.model.build import make_chunks
+from megalora.model.fields import model_shape
 from megalora.model.recompute import apply_recompute
-from megalora.model.shape import model_shape
 from megalora.parallel import parallel_groups
 from megalora.train import loop
 from megalora.train.batches import Batches

@@ -12,7 +12,7 @@ from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.adapters.write.form import write_adapter
 from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_hf_config
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from tests.parity.built import random_factors
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.adapters.read.weights import AdapterWeights
 from megalora.hf.json_file import read_hf_config
-from megalora.model.projections import layer_projections
-from megalora.model.shape import model_shape
+from megalora.model.families import layer_projections
+from megalora.model.fields import model_shape
 from megalora.serve.adapter_files import content_hash, read_adapter_files, tensor_count
 from megalora.serve.check import Limits, Needs, base_modules, check_adapter
 from megalora.serve.errors import (

@@ -11,7 +11,7 @@ import pytest
 from megalora.bench import steps
 from megalora.config import RunConfig
 from megalora.hf.json_file import read_hf_config
-from megalora.model.shape import model_shape
+from megalora.model.fields import model_shape
 from megalora.train import loop
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config

@@ -21,8 +21,8 @@ from megalora.hf.json_file import read_hf_config
 from megalora.lora.adapted_model import build_adapted
 from megalora.lora.select import plan
 from megalora.model.build import build_model
+from megalora.model.fields import model_shape
 from megalora.model.recompute import apply_recompute
-from megalora.model.shape import model_shape
 from megalora.parallel import parallel_groups
 from megalora.tiny import make_tiny
 from megalora.train.loop import train

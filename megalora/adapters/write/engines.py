@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megalora.lora.spec import Adapted
+from megalora.model.families import FAMILIES
 from megalora.model.shape import ModelShape
 
 EngineName = Literal["peft", "vllm", "sglang"]
@@ -82,7 +83,6 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
 
 
 def loads_in_peft(layout: str, adapted: list[Adapted], shape: ModelShape) -> bool:
-    """PEFT 0.21's table of models whose experts' adapters it converts lacks qwen2_moe, as which it
-    converts Qwen3-MoE's."""
+    """Whether PEFT 0.21 reads experts' adapters of this family in that layout."""
     experts = any(a.projection.is_expert for a in adapted)
-    return layout == "stacked" or not (experts and shape.model_type == "qwen2_moe")
+    return layout == "stacked" or not experts or FAMILIES[shape.model_type].peft.per_expert

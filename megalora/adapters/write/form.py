@@ -33,13 +33,13 @@ from megalora.adapters.read.stacked import DOWN, GATE_UP, Factors, pack, stacked
 from megalora.adapters.write.engines import FileFormat
 from megalora.lora.section import most_common, without_noise
 from megalora.lora.spec import Adapted, make_adapted, tensor_name
+from megalora.model.families import layer_projections
 from megalora.model.projections import (
     ATTENTION,
     DENSE_MLP,
     MOE,
     SHARED_EXPERT,
     Projection,
-    layer_projections,
 )
 from megalora.model.shape import ModelShape
 
