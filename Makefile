@@ -21,7 +21,7 @@ TRITON36 := .venv-triton36
 # uv's settings in pyproject.toml drop packages that vLLM needs.
 VLLM_UV = $(UV) --no-config pip
 
-.PHONY: help setup quickstart gsm8k test test-serve test-cluster compiled gpu parity mutations check configs format lock vllm vllm-lock clean
+.PHONY: help setup quickstart gsm8k test test-serve test-cluster compiled gpu parity mutations check configs docs format lock vllm vllm-lock clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,6 +80,9 @@ check: $(READY)  ## Format, lint, types and tests: what CI runs
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
 	@$(MAKE) --no-print-directory test
+
+docs: $(READY)  ## Write the generated pages of docs/ and sections of README anew
+	@$(BIN)/python -m docs.scripts
 
 configs: $(READY)  ## Have the planner write configs/sft anew
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash configs/sft/make.sh

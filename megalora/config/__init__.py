@@ -1,4 +1,4 @@
-"""Everything a run can be told, as frozen dataclasses: one section a file, with every check and its message.
+"""The config of a run as frozen dataclasses, one section per file, with its checks.
 
 Checks that need no model run in ``__post_init__``; checks against the world size and the model's
 shape are methods, so that they run before any process group or weight exists. ``file.py`` reads and

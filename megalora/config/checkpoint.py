@@ -1,4 +1,4 @@
-"""The ``checkpoint`` section: where a run is saved, and what it goes on from."""
+"""The ``checkpoint`` section: where a run is saved and what it resumes from."""
 
 from dataclasses import dataclass
 
@@ -9,17 +9,17 @@ from megalora.paths import expand
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     dir: str = "runs/default"
-    """The run folder."""
+    """The run folder. One run writes to it; a second one is refused at its start."""
     every: int = 0
-    """Steps between checkpoints; 0 saves only at the end and on SIGTERM."""
+    """Number of steps between checkpoints. 0 saves only at the end and on SIGTERM."""
     keep: int = 0
-    """How many of the newest checkpoints to keep; 0 keeps all."""
+    """Number of checkpoints to keep; older ones are deleted. 0 keeps all."""
     resume: bool | str = False
-    """true: continue from the newest checkpoint in dir if there is one; a path: from that
-    checkpoint."""
+    """true resumes from the newest checkpoint in ``checkpoint.dir`` if there is one; a path resumes
+    from that checkpoint."""
     serve: str | None = None
-    """URL of a running vLLM server, such as ``megalora serve`` starts: every checkpoint is loaded
-    there, in place of the last."""
+    """URL of a running vLLM server, such as ``megalora serve`` starts. Each checkpoint is loaded
+    there when it is saved and replaces the one before."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dir", expand(self.dir, "checkpoint.dir"))
@@ -27,7 +27,8 @@ class CheckpointConfig:
             object.__setattr__(self, "resume", expand(self.resume, "checkpoint.resume"))
         require(
             self.serve is None or self.serve.startswith(("http://", "https://")),
-            f"checkpoint.serve={self.serve} is no URL of a server; write it as http://HOST:PORT",
+            f"checkpoint.serve={self.serve} is not the URL of a server; write it as"
+            " http://HOST:PORT",
         )
         for name in ("every", "keep"):
             require(

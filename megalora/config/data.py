@@ -1,4 +1,4 @@
-"""The ``data`` section: what is trained on."""
+"""The ``data`` section: the samples that a run trains on."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -7,34 +7,36 @@ from megalora.config.checks import require
 from megalora.paths import expand
 
 LeftOutOfText = Literal["reasoning", "name", "tools", "documents"]
-"""What a chat template may leave out of the text where ``data.allow_left_out`` names it."""
+"""Parts of a conversation that a chat template may leave out if ``data.allow_left_out`` says so."""
 LeftOut = Literal[
     LeftOutOfText,
     "system", "system_prompt", "input", "instruction", "context", "history", "functions",
     "chat_template_kwargs", "thinking", "reasoning_content", "images", "image", "videos", "audios",
 ]  # fmt: skip
-"""What ``data.allow_left_out`` may name: parts of a conversation, and columns that belong to it."""
+"""Values of ``data.allow_left_out``: parts of a conversation, and columns that belong to one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str
-    """JSONL, JSON or Parquet file, or hub data set NAME[:SPLIT]; may end in a slice such as
-    [:200]."""
+    """Training data: a JSONL, JSON or Parquet file, or a hub data set NAME[:SPLIT]. May end in a
+    slice such as ``[:200]``."""
     eval: str | int | float | None = None
-    """Another source, or how much of train to hold out: a count (int) or a fraction (float)."""
+    """Evaluation data: another source, or the part of ``data.train`` to hold out, as a number of
+    samples (int) or a fraction (float)."""
     format: str | dict[str, str] = "auto"
-    """auto (messages, ShareGPT's conversations, prompt and completion, Alpaca's instruction, input
-    and output) or a column mapping: {messages: COLUMN} or {prompt: COLUMN, completion: COLUMN}, and
-    where they have other names: input, system, tools, functions, documents,
-    chat_template_kwargs."""
+    """Columns of the data. ``auto`` recognises chat messages, ShareGPT conversations, prompt and
+    completion, and Alpaca's instruction, input and output. A mapping names them instead:
+    ``{messages: COLUMN}`` or ``{prompt: COLUMN, completion: COLUMN}``; it may also map input,
+    system, tools, functions, documents and chat_template_kwargs."""
     allow_left_out: list[LeftOut] = field(default_factory=list)
-    """What may be missing from the text all the same, counted and reported: parts that the chat
-    template does not print (reasoning, name, tools, documents), or columns by name (input, ...)."""
+    """Parts of a row that may be missing from the text: parts that the chat template does not print
+    (reasoning, name, tools, documents) or columns by name (input, ...). They are counted and
+    reported; any other part that would be lost is an error."""
     max_length: int = 4096
-    """In tokens. Longer samples are left out, counted and reported."""
+    """Maximum length of a sample in tokens. Longer samples are left out, counted and reported."""
     seed: int = 0
-    """Of the order of samples, and of the hold-out."""
+    """Seed for the order of samples and for the choice of held-out samples."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", expand(self.train, "data.train"))

@@ -1,4 +1,4 @@
-"""The ``lora`` section: which linears get adapters, and of what rank."""
+"""The ``lora`` section: which linear layers get adapters, their rank and their scale."""
 
 from dataclasses import dataclass, field
 
@@ -8,25 +8,33 @@ from megalora.config.checks import require
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     rank: int = 16
+    """Rank r of the adapters: A is [r, in] and B is [out, r]."""
     alpha: float = 32.0
-    """The delta is scaled by alpha / rank (alpha / sqrt(rank) with use_rslora)."""
+    """Scale of the adapters: ``B A`` is multiplied by alpha / rank, or by alpha / sqrt(rank) with
+    ``lora.use_rslora``."""
     dropout: float = 0.0
-    """Probability with which an input of A is zeroed, drawn per rank."""
+    """Probability that an element of A's input is set to zero. Each process draws its own mask."""
     target_modules: str | list[str] = "all-linear"
-    """HF names (q_proj ... down_proj, gate, lm_head), fused names as aliases, or all-linear (all
-    but lm_head, gate)."""
+    """Linear layers to adapt: Hugging Face names (q_proj ... down_proj, gate for the router,
+    lm_head), regular expressions on full module names, the fused names of other stacks (linear_qkv,
+    gate_up_proj), or ``all-linear`` for all except lm_head and gate. A target that matches nothing
+    is an error."""
     exclude_modules: list[str] = field(default_factory=list)
-    """HF names, or regular expressions on full HF module names."""
+    """Linear layers to leave out: Hugging Face names, or regular expressions on full module
+    names."""
     layers: list[int] | str | None = None
-    """Layers to adapt: a list, or ranges such as "0-3,8,12-". None means all."""
+    """Decoder layers to adapt: a list of numbers, or ranges such as ``"0-3,8,12-"``. null adapts
+    all."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """HF name, or regular expression on the full HF module name, to rank. The first that matches
-    wins, as in PEFT."""
+    """Ranks that differ from ``lora.rank``. Maps a Hugging Face name, or a regular expression on
+    the full module name, to a rank. The first entry that matches wins, as in PEFT."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """The same for alpha."""
+    """Alphas that differ from ``lora.alpha``, in the same form as ``lora.rank_pattern``."""
     expert_rank: int | None = None
-    """Rank of routed experts where rank_pattern says nothing; None means rank."""
+    """Rank of the adapters on routed experts, unless ``lora.rank_pattern`` matches. null means
+    ``lora.rank``."""
     use_rslora: bool = False
+    """Whether to scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
 
     def __post_init__(self) -> None:
         for name, rank in {

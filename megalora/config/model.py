@@ -1,4 +1,4 @@
-"""The ``model`` section: the base and what it computes in."""
+"""The ``model`` section: the base model and how it is computed."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,13 +9,15 @@ from megalora.paths import expand
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str
-    """Folder of a Hugging Face checkpoint, or a name on the hub."""
+    """The base model: a folder with a Hugging Face checkpoint, or a name on the hub."""
     backend: Literal["torch"] = "torch"
-    """Who computes norms, attention and linears. Transformer Engine (``te``) is not supported
-    yet."""
+    """Implementation of norms, attention and linear layers. Transformer Engine (``te``) is not
+    supported yet."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of weights, adapters and activations; with bfloat16 the optimizer keeps float32 masters."""
+    """Dtype of weights, adapters and activations. With bfloat16 the optimizer keeps float32 master
+    copies of the adapters."""
     attention: Literal["sdpa"] = "sdpa"
+    """Implementation of attention: ``torch.nn.functional.scaled_dot_product_attention``."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", expand(self.path, "model.path"))

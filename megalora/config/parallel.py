@@ -1,4 +1,4 @@
-"""The ``parallel`` section: how ranks divide the model."""
+"""The ``parallel`` section: how the model is divided over the ranks (one process per GPU)."""
 
 from dataclasses import dataclass, fields
 
@@ -13,18 +13,18 @@ class ParallelConfig:
     """
 
     tp: int = 1
-    """Tensor-parallel size of attention and dense layers; sequence parallel is on when it is above
-    1."""
+    """Tensor-parallel size of attention and dense layers. Above 1, sequence parallelism is on."""
     pp: int = 1
-    """Pipeline stages."""
+    """Pipeline-parallel size: the number of stages that the layers are divided into."""
     vpp: int = 1
-    """Model chunks per pipeline stage (interleaved schedule)."""
+    """Virtual pipeline size: model chunks per pipeline stage, for the interleaved schedule."""
     ep: int = 1
-    """Expert-parallel size: experts are divided over this many ranks."""
+    """Expert-parallel size: the number of ranks that the experts of a layer are divided over."""
     etp: int = 1
-    """Tensor-parallel size inside one expert. Megatron defaults it to tp; megalora to 1."""
+    """Expert-tensor-parallel size: the number of ranks that divide each expert. Megatron's default
+    is tp, megalora's is 1."""
     cp: int = 1
-    """Context-parallel size; only 1 is possible today."""
+    """Context-parallel size. Only 1 is supported today."""
 
     def __post_init__(self) -> None:
         for f in fields(self):

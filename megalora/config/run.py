@@ -1,4 +1,4 @@
-"""A whole config: all sections, and what depends on the number of ranks."""
+"""A complete config: all sections, and the checks that depend on the number of ranks."""
 
 from dataclasses import dataclass, field
 

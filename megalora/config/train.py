@@ -1,4 +1,4 @@
-"""The ``train`` section: steps, batches and the optimizer."""
+"""The ``train`` section: steps, batches, the optimizer, and checks of the run."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -22,38 +22,45 @@ def check_warmup(warmup: int, steps: int, what: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int | None = None
-    """Optimizer steps. Give either steps or epochs."""
+    """Number of optimizer steps. Give either ``train.steps`` or ``train.epochs``."""
     epochs: float | None = None
+    """Number of passes over the training data; may be a fraction."""
     global_batch_size: int = 16
-    """Samples per optimizer step, over all ranks."""
+    """Samples per optimizer step, over all ranks. Must be a multiple of
+    ``train.micro_batch_size`` times the data-parallel size."""
     micro_batch_size: int = 1
     """Samples per forward pass on one rank."""
     lr: float = 1e-4
+    """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """From lr down to zero at the last step (constant: not at all), after a linear warm-up."""
+    """Decay of the learning rate after warm-up: ``cosine`` and ``linear`` end at zero on the last
+    step, ``constant`` does not decay."""
     warmup: int = 0
-    """Steps."""
+    """Number of steps over which the learning rate rises linearly to ``train.lr``."""
     weight_decay: float = 0.0
+    """Weight decay of AdamW, applied to the adapters."""
     clip_grad: float = 1.0
-    """Largest L2 norm of the whole gradient; 0 turns clipping off."""
+    """Maximum L2 norm of the gradient over all adapters; larger gradients are scaled down to it.
+    0 turns clipping off."""
     recompute: Literal["off", "selective", "full"] = "off"
-    """What backward computes again. selective: core attention, gate_up of experts, dense MLPs;
-    full: whole layers. An adapter on o_proj keeps core attention's result all the same: little is
-    saved there."""
+    """Activations that the backward pass computes again instead of keeping them. ``selective``:
+    core attention, gate_up of experts and dense MLPs; ``full``: whole layers. An adapter on o_proj
+    keeps the result of core attention in any case, so that ``selective`` saves little there."""
     eval_every: int = 0
-    """Steps between evaluations; 0 evaluates only before the first and after the last step."""
+    """Number of steps between evaluations. 0 evaluates only before the first and after the last
+    step."""
     seed: int = 0
-    """Of adapter initialisation and dropout."""
+    """Seed for adapter initialisation and dropout."""
     timeout_minutes: float = 30
-    """How long a rank waits for another before it takes it for lost and ends the run; more than
-    loading and saving take."""
+    """Minutes that a rank waits for another one before it considers it lost and ends the run. Must
+    be longer than loading and saving take."""
     check_base: Literal["layer", "loss", "off"] = "layer"
-    """What is compared with transformers on the first rank's host before the first step. layer: one
-    layer of each kind as loaded, embedding and head, on a few tokens; loss: the loss of the first
-    microbatch too, for which the whole model must fit that host."""
+    """What is compared with transformers before the first step, in the first rank's host memory.
+    ``layer``: one loaded layer of each kind, the embedding and the head, on a few tokens. ``loss``:
+    also the loss of the first microbatch, for which the whole model must fit in that memory."""
     check_replicas_every: int = 100
-    """Steps between comparisons of every adapter tensor's copies on all ranks, also before each
-    save; 0 turns them off."""
+    """Number of steps between comparisons of the copies that different ranks hold of an adapter
+    tensor. They are also compared before each save. 0 turns both off."""
 
     def __post_init__(self) -> None:
         require(

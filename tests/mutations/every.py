@@ -5,6 +5,7 @@ from tests.mutations.base_bugs import BASE_BUGS
 from tests.mutations.bugs import BUGS as MODEL_BUGS
 from tests.mutations.compiled_bugs import COMPILED_BUGS
 from tests.mutations.data_bugs import DATA_BUGS
+from tests.mutations.docs_bugs import DOCS_BUGS
 from tests.mutations.gpu_bugs import GPU_BUGS
 from tests.mutations.kernel_bugs import KERNEL_BUGS
 from tests.mutations.layer_bugs import LAYER_BUGS
@@ -26,4 +27,5 @@ EVERY_BUG = (
     + WAIT_BUGS
     + TUNE_BUGS
     + COMPILED_BUGS
+    + DOCS_BUGS
 )

@@ -33,8 +33,11 @@ COPIED = (
     "docs",
     "launch",
     "pyproject.toml",
+    "README.md",
+    "CONTRIBUTING.md",
+    "Makefile",
 )
-OURS = ("megalora", "megalora_kernels", "tests", "benchmarks")
+OURS = ("megalora", "megalora_kernels", "tests", "benchmarks", "docs")
 AT_ONCE = 2
 
 

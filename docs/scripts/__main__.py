@@ -1,0 +1,45 @@
+"""Write the generated pages and sections of the documentation anew.
+
+python -m docs.scripts            write every file that is not current
+python -m docs.scripts --check    write nothing; exit code 1 and the names of stale files
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from docs.scripts import options
+
+ROOT = Path(__file__).parents[2]
+GENERATED: dict[str, Callable[[], str]] = {"docs/options.md": options.page}
+"""Path from the root to the function that returns what the file must hold."""
+
+
+def stale() -> dict[Path, str]:
+    """Files that are not what their script writes, each with its new text."""
+    wanted = {ROOT / name: make() for name, make in GENERATED.items()}
+    return {
+        path: text
+        for path, text in wanted.items()
+        if not path.is_file() or path.read_text() != text
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say which files are stale")
+    check = parser.parse_args(arguments).check
+    found = stale()
+    for path, text in found.items():
+        name = path.relative_to(ROOT)
+        if check:
+            print(f"{name} is stale; run: make docs", file=sys.stderr)
+        else:
+            path.write_text(text)
+            print(f"wrote {name}")
+    return int(bool(found) and check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
