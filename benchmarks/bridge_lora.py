@@ -1,8 +1,8 @@
 """Megatron-Bridge's own LoRA, also on machines without Transformer Engine.
 
 Bridge's layer file imports Transformer Engine without a guard, for one class (a fusion) of four.
-megalora never needs that file and puts stand-ins in its place (``megalora/model/hf_weights.py``); here
-the file itself is loaded.
+megalora never needs that file and puts stand-ins in its place (``megalora/model/hf_weights.py``);
+here the file itself is loaded.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Write the tables of docs/evidence.md: what is predicted of the kernels beside what was measured.
 
-    python -m benchmarks.evidence             write the tables anew, from the models and benchmarks/results
-    python -m benchmarks.evidence --check     exit code 1 where the page is not what would be written
+    python -m benchmarks.evidence            write the tables anew, from the models and the results
+    python -m benchmarks.evidence --check    exit code 1 where the page is not what would be written
 
 Text between tables is written by hand. A table stands between two comments, ``<!-- table: NAME
 -->`` and ``<!-- end -->``; records of a dry run or of a CPU are no measurement of a GPU.

@@ -2,8 +2,8 @@
 should give in float32.
 
 Shape legend:
-    T  tokens of this rank    M  routed rows = 8 T    E  experts of this rank    H  hidden    I  expert intermediate
-    R  LoRA rank
+    T  tokens of this rank    M  routed rows = 8 T    E  experts of this rank
+    H  hidden    I  expert intermediate    R  LoRA rank
 """
 
 from collections.abc import Iterable

@@ -5,7 +5,8 @@ All have one base (attention, norms, embeddings, output layer), one training ste
 schedule, DDP, sharded AdamW) and one batch; they differ in experts and adapters. Where Transformer
 Engine is installed, Bridge has its own model of it, as users have.
 
-Shape legend: M routed rows   E experts   K inputs   N outputs   R rank   H hidden   I expert intermediate
+Shape legend: M routed rows   E experts   K inputs   N outputs   R rank   H hidden
+I expert intermediate
 """
 
 import importlib.util

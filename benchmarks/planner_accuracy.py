@@ -142,10 +142,8 @@ def show(rows: list[dict[str, Any]], results: Path) -> None:
         f" layouts\n\n{layouts_table(counted)}"
     )
     print(f"\nLargest error of each category by number of ranks\n\n{summary_table(counted)}")
-    print(
-        "\n(b)"
-        f" published\n\n{planner_published.table([row for row in rows if row['table'] == 'published'])}"
-    )
+    published = [row for row in rows if row["table"] == "published"]
+    print(f"\n(b) published\n\n{planner_published.table(published)}")
     print(f"\n(c) measured by megalora bench\n\n{measured_table(results)}\n")
 
 

@@ -1,8 +1,8 @@
 """Compute torch's grouped GEMM with quack-kernels instead, behind the same function of ours.
 
 quack-kernels (Apache-2.0, CuTe DSL) compiles for the GPU at first use, without nvcc: 4 to 7 s a
-kernel. AugmentedWeight operands, the passes between and autograd stay ours, so an arm differs from ``ours
-grouped_mm joined`` in the GEMM alone.
+kernel. AugmentedWeight operands, the passes between and autograd stay ours, so an arm differs from
+``ours grouped_mm joined`` in the GEMM alone.
 
 Shape legend: M routed rows   E experts   K inputs   N outputs
 """

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tile_model                     every product of a layer of Qwen3-30B-A3B
     python -m benchmarks.tile_model --gpu h200 --rank 32
-    python -m benchmarks.tile_model --l2-tb-per-s 10    with the L2 bandwidth that anchors.py measured
+    python -m benchmarks.tile_model --l2-tb-per-s 10    with the L2 bandwidth from anchors.py
 
 A tile takes the longest of three, which overlap: the tensor cores multiply, their operands are read
 from shared memory, and copies from L2 fill it. Before and after it stand a prologue and an epilogue

@@ -5,8 +5,8 @@ It stands in for a real checkpoint in the quickstart and in every test: transfor
 Bridge load it as they load Qwen3-30B-A3B. Three things are unlike a real one, so that a mistake is
 visible:
   - no two sizes are equal, so a transposed or mixed-up matrix does not fit;
-  - matrices are drawn with std = 1/sqrt(fan_in), so that logits have a spread of 1 (the usual 0.02 would give 0.2), and
-    norm weights are 1 + noise, so that a forgotten one changes the numbers;
+  - matrices are drawn with std = 1/sqrt(fan_in), so that logits have a spread of 1 (the usual 0.02
+    would give 0.2), and norm weights are 1 + noise, so that a forgotten one changes the numbers;
   - the weights, 4 MB, lie in several shards, so that loaders meet an index.
 """
 
@@ -61,7 +61,7 @@ while the base model stays as it was. When the training is over, the change can 
 
 Question: What is the sum of these numbers? Answer: Let us think about it step by step. First we add the ones, and then
 we add the tens. You are a helpful assistant. Please write a short function that returns the largest value of a list.
-"""
+"""  # noqa: E501 (the tokenizer is trained on these lines as they are)
 
 
 def make_tiny(

@@ -99,29 +99,65 @@ def adapter(tmp_path: Path, tiny: Path) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["parallel.tp=2"],
-         "1 ranks cannot hold the attention grid: tp=2 * pp=1 = 2, and 1 is not a multiple of 2.\n"
-         "  Change parallel.tp or parallel.pp, or launch a multiple of 2 ranks."),
-        (["train.global_batch_size=5", "train.micro_batch_size=2"],
-         "train.global_batch_size=5 cannot be divided: micro_batch_size=2 * data parallel=1 = 2, and 5 is not a "
-         "multiple of 2.\n  Change train.global_batch_size or train.micro_batch_size."),
-        (["parallel.sp=true"], "unknown config key parallel.sp; known keys: tp, pp, vpp, ep, etp, cp"),
-        (["lora.target_modules=[q_proj,experts]"], "lora.target_modules: 'experts' matches nothing in this model. "
-         "Adaptable: down_proj, gate, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"),
+        (
+            ["parallel.tp=2"],
+            (
+                "1 ranks cannot hold the attention grid: tp=2 * pp=1 = 2, and 1 is not a multiple"
+                " of 2.\n  Change parallel.tp or parallel.pp, or launch a multiple of 2 ranks."
+            ),
+        ),
+        (
+            ["train.global_batch_size=5", "train.micro_batch_size=2"],
+            (
+                "train.global_batch_size=5 cannot be divided: micro_batch_size=2 * data parallel=1"
+                " = 2, and 5 is not a multiple of 2.\n  Change train.global_batch_size or"
+                " train.micro_batch_size."
+            ),
+        ),
+        (
+            ["parallel.sp=true"],
+            "unknown config key parallel.sp; known keys: tp, pp, vpp, ep, etp, cp",
+        ),
+        (
+            ["lora.target_modules=[q_proj,experts]"],
+            (
+                "lora.target_modules: 'experts' matches nothing in this model. Adaptable:"
+                " down_proj, gate, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+            ),
+        ),
         (["lora.layers=[2,4]"], "lora.layers: 4 is outside this model's layers 0-3"),
         (["model.path=/nowhere/tiny"], "model.path=/nowhere/tiny: no such folder"),
-        (["checkpoint.resume=/nowhere"],
-         "checkpoint.resume=/nowhere is not a checkpoint: it has no training_state/state.json"),
-        (["checkpoint.dir={folder}/chats.jsonl"], "checkpoint.dir={folder}/chats.jsonl is a file; choose a folder"),
-        (["data.eval=4"], "data.eval=4 would hold out 4 of the 4 samples of {folder}/chats.jsonl.\n"
-         "  Choose between 1 and 3, or name another file."),
-        (["data.train={folder}/none.jsonl"],
-         "{folder}/none.jsonl: no such file (looked in {folder}); correct data.train or data.eval"),
-        (["data.max_length=4"],
-         "{folder}/chats.jsonl: none of the 4 samples is left: 4 longer than data.max_length=4 were left out "
-         "(longest N).\n  Raise data.max_length."),
+        (
+            ["checkpoint.resume=/nowhere"],
+            "checkpoint.resume=/nowhere is not a checkpoint: it has no training_state/state.json",
+        ),
+        (
+            ["checkpoint.dir={folder}/chats.jsonl"],
+            "checkpoint.dir={folder}/chats.jsonl is a file; choose a folder",
+        ),
+        (
+            ["data.eval=4"],
+            (
+                "data.eval=4 would hold out 4 of the 4 samples of {folder}/chats.jsonl.\n"
+                "  Choose between 1 and 3, or name another file."
+            ),
+        ),
+        (
+            ["data.train={folder}/none.jsonl"],
+            (
+                "{folder}/none.jsonl: no such file (looked in {folder}); correct data.train or"
+                " data.eval"
+            ),
+        ),
+        (
+            ["data.max_length=4"],
+            (
+                "{folder}/chats.jsonl: none of the 4 samples is left: 4 longer than"
+                " data.max_length=4 were left out (longest N).\n  Raise data.max_length."
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_config(refused_rank: Said, tmp_path: Path, overrides: list[str], message: str) -> None:
     said = refused_rank(*(text.format(folder=tmp_path) for text in overrides))
     assert re.sub(r"longest \d+", "longest N", said) == message.format(folder=tmp_path)
@@ -234,15 +270,31 @@ def test_base_of_another_family(refused_rank: Said, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"hidden_size": 100}, "/adapter_model.safetensors: base_model.model.model.layers.0.mlp.experts.0.down_proj.lora_B.weight is "
-         "(96, 3), but this base model and rank need (100, 3)"),
-        ({"num_experts": 9}, " lacks 12 linears of experts beside others of their layers, such as "
-         "model.layers.0.mlp.experts.8.gate_proj; is it for another base? If not: PEFT and vLLM load whole layers, and "
-         "megalora export writes zeros for what is missing"),
-        ({"num_hidden_layers": 3}, "/adapter_model.safetensors: model.layers.3.mlp.experts.0.down_proj is no linear layer of this "
-         "base model; the nearest is model.layers.2.mlp.experts.0.down_proj"),
+        (
+            {"hidden_size": 100},
+            (
+                "/adapter_model.safetensors:"
+                " base_model.model.model.layers.0.mlp.experts.0.down_proj.lora_B.weight is (96, 3),"
+                " but this base model and rank need (100, 3)"
+            ),
+        ),
+        (
+            {"num_experts": 9},
+            (
+                " lacks 12 linears of experts beside others of their layers, such as"
+                " model.layers.0.mlp.experts.8.gate_proj; is it for another base? If not: PEFT and"
+                " vLLM load whole layers, and megalora export writes zeros for what is missing"
+            ),
+        ),
+        (
+            {"num_hidden_layers": 3},
+            (
+                "/adapter_model.safetensors: model.layers.3.mlp.experts.0.down_proj is no linear"
+                " layer of this base model; the nearest is model.layers.2.mlp.experts.0.down_proj"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_adapter_for_another_base(
     refused: Said, adapter: Path, tmp_path: Path, sizes: dict[str, Any], message: str
 ) -> None:

@@ -174,16 +174,31 @@ def test_train_keeps_the_number_of_threads_it_is_given(
     [
         (["train.lrr=1"], "unknown config key train.lrr; did you mean train.lr?"),
         (["--nproc", "0"], "a run needs at least 1 rank, got 0"),
-        (["--nproc", "3", "parallel.ep=2"],
-         "3 ranks cannot hold the expert grid: etp=1 * ep=2 * pp=1 = 2, and 3 is not a multiple of 2.\n"
-         "  Change parallel.etp or parallel.ep or parallel.pp, or launch a multiple of 2 ranks."),
-        (["--nproc", "4", "parallel.tp=4"],
-         "parallel.tp=4 does not fit the model's 6 attention heads and 2 key/value heads; it can be one of 1, 2, 6"),
-        (["lora.target_modules=[q_porj]"],
-         "lora.target_modules: 'q_porj' matches nothing in this model; did you mean q_proj? "
-         "Adaptable: down_proj, gate, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"),
+        (
+            ["--nproc", "3", "parallel.ep=2"],
+            (
+                "3 ranks cannot hold the expert grid: etp=1 * ep=2 * pp=1 = 2, and 3 is not a"
+                " multiple of 2.\n  Change parallel.etp or parallel.ep or parallel.pp, or launch a"
+                " multiple of 2 ranks."
+            ),
+        ),
+        (
+            ["--nproc", "4", "parallel.tp=4"],
+            (
+                "parallel.tp=4 does not fit the model's 6 attention heads and 2 key/value heads; it"
+                " can be one of 1, 2, 6"
+            ),
+        ),
+        (
+            ["lora.target_modules=[q_porj]"],
+            (
+                "lora.target_modules: 'q_porj' matches nothing in this model; did you mean q_proj?"
+                " Adaptable: down_proj, gate, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj,"
+                " v_proj"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_train_finds_mistakes_before_ranks_start(
     run_yaml: Path,
     started: list[list[str]],

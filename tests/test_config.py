@@ -76,7 +76,12 @@ def test_defaults(minimal: Path) -> None:
         ("lora.layers=0-3,8", "lora", "layers", "0-3,8"),
         ("lora.layers=2-", "lora", "layers", "2-"),
         ("lora.rank_pattern={q_proj: 8}", "lora", "rank_pattern", {"q_proj": 8}),
-        ("lora.alpha_pattern={q_proj: 32, o_proj: 0.5}", "lora", "alpha_pattern", {"q_proj": 32.0, "o_proj": 0.5}),
+        (
+            "lora.alpha_pattern={q_proj: 32, o_proj: 0.5}",
+            "lora",
+            "alpha_pattern",
+            {"q_proj": 32.0, "o_proj": 0.5},
+        ),
         ("lora.alpha_pattern.k_proj=4", "lora", "alpha_pattern", {"k_proj": 4.0}),
         ("lora.expert_rank=4", "lora", "expert_rank", 4),
         ("data.train=gsm8k/train.jsonl[:200]", "data", "train", "gsm8k/train.jsonl[:200]"),
@@ -84,12 +89,17 @@ def test_defaults(minimal: Path) -> None:
         ("data.eval=7", "data", "eval", 7),
         ("data.eval=0.125", "data", "eval", 0.125),
         ("data.eval=eval.jsonl", "data", "eval", "eval.jsonl"),
-        ("data.format={prompt: q, completion: a}", "data", "format", {"prompt": "q", "completion": "a"}),
+        (
+            "data.format={prompt: q, completion: a}",
+            "data",
+            "format",
+            {"prompt": "q", "completion": "a"},
+        ),
         ("checkpoint.resume=true", "checkpoint", "resume", True),
         ("checkpoint.resume=runs/a/step_000005", "checkpoint", "resume", "runs/a/step_000005"),
         ("log.progress=false", "log", "progress", False),
     ],
-)  # fmt: skip
+)
 def test_override(minimal: Path, override: str, section: str, key: str, value: object) -> None:
     found = getattr(getattr(load_config(minimal, [override]), section), key)
     assert found == value
@@ -145,8 +155,13 @@ def load_config_minimal(folder: Path) -> RunConfig:
     [
         ("modell.path=x", "unknown config key modell; did you mean model?"),
         ("train.warm_up=3", "unknown config key train.warm_up; did you mean train.warmup?"),
-        ("lora.r=3", "unknown config key lora.r; known keys: rank, alpha, dropout, target_modules, exclude_modules, "
-         "layers, rank_pattern, alpha_pattern, expert_rank, use_rslora"),
+        (
+            "lora.r=3",
+            (
+                "unknown config key lora.r; known keys: rank, alpha, dropout, target_modules,"
+                " exclude_modules, layers, rank_pattern, alpha_pattern, expert_rank, use_rslora"
+            ),
+        ),
         ("train=3", "train is a section, got 3"),
         ("lora=null", "lora is a section, got None"),
         ("parallel.tp={x: 3}", "parallel.tp must be int, got {'x': 3}"),
@@ -163,7 +178,10 @@ def load_config_minimal(folder: Path) -> RunConfig:
         ("lora.layers=[1,true]", "lora.layers[1] must be int, got True"),
         ("lora.target_modules=[q_proj,3]", "lora.target_modules[1] must be str, got 3"),
         ("lora.rank_pattern={q_proj: 2.0}", "lora.rank_pattern.q_proj must be int, got 2.0"),
-        ("lora.rank_pattern={q_proj: k_proj}", "lora.rank_pattern.q_proj must be int, got 'k_proj'"),
+        (
+            "lora.rank_pattern={q_proj: k_proj}",
+            "lora.rank_pattern.q_proj must be int, got 'k_proj'",
+        ),
         ("lora.rank_pattern={7: 2}", "a key of lora.rank_pattern must be str, got 7"),
         ("lora.alpha_pattern={q_proj: true}", "lora.alpha_pattern.q_proj must be float, got True"),
         ("lora.alpha_pattern=[1.0]", "lora.alpha_pattern must be dict[str, float], got [1.0]"),
@@ -172,13 +190,27 @@ def load_config_minimal(folder: Path) -> RunConfig:
         ("checkpoint.resume=1", "checkpoint.resume must be bool or str, got 1"),
         ("model.dtype=float16", "model.dtype must be one of float32, bfloat16, got 'float16'"),
         ("model.backend=te", "model.backend must be one of torch, got 'te'"),
-        ("train.schedule=step", "train.schedule must be one of cosine, linear, constant, got 'step'"),
+        (
+            "train.schedule=step",
+            "train.schedule must be one of cosine, linear, constant, got 'step'",
+        ),
         ("train.recompute=true", "train.recompute must be one of off, selective, full, got True"),
         ("parallel.ep=0", "parallel.ep must be at least 1, got 0"),
-        ("parallel.cp=2", "parallel.cp=2: context parallelism needs Transformer Engine's attention, which the torch "
-         "back end does not have. Set parallel.cp=1; use parallel.tp to split long sequences."),
-        ("parallel.vpp=2", "parallel.vpp=2 interleaves the chunks of several pipeline stages, but parallel.pp=1. "
-         "Set parallel.vpp=1 or parallel.pp to 2 or more."),
+        (
+            "parallel.cp=2",
+            (
+                "parallel.cp=2: context parallelism needs Transformer Engine's attention, which the"
+                " torch back end does not have. Set parallel.cp=1; use parallel.tp to split long"
+                " sequences."
+            ),
+        ),
+        (
+            "parallel.vpp=2",
+            (
+                "parallel.vpp=2 interleaves the chunks of several pipeline stages, but"
+                " parallel.pp=1. Set parallel.vpp=1 or parallel.pp to 2 or more."
+            ),
+        ),
         ("lora.rank=0", "lora: rank must be a rank of at least 1, got 0"),
         ("lora.expert_rank=-1", "lora: expert_rank must be a rank of at least 1, got -1"),
         ("lora.rank_pattern={v_proj: 0}", "lora: v_proj must be a rank of at least 1, got 0"),
@@ -186,8 +218,14 @@ def load_config_minimal(folder: Path) -> RunConfig:
         ("lora.alpha_pattern={v_proj: -2}", "lora: v_proj must be an alpha above 0, got -2.0"),
         ("lora.dropout=1", "lora.dropout must be in [0, 1), got 1.0"),
         ("data.max_length=1", "data.max_length must be at least 2 tokens, got 1"),
-        ("train.epochs=2", "give exactly one of train.steps and train.epochs (got steps=3, epochs=2.0)"),
-        ("train.steps=null", "give exactly one of train.steps and train.epochs (got steps=None, epochs=None)"),
+        (
+            "train.epochs=2",
+            "give exactly one of train.steps and train.epochs (got steps=3, epochs=2.0)",
+        ),
+        (
+            "train.steps=null",
+            "give exactly one of train.steps and train.epochs (got steps=None, epochs=None)",
+        ),
         ("train.steps=0", "train.steps must be above 0, got 0"),
         ("train.lr=-0.1", "train.lr must be above 0, got -0.1"),
         ("train.lr=.nan", "train.lr must be above 0, got nan"),
@@ -201,7 +239,7 @@ def load_config_minimal(folder: Path) -> RunConfig:
         ("checkpoint.keep=-1", "checkpoint.keep must not be negative, got -1"),
         ("log.every=0", "log.every must be at least 1, got 0"),
     ],
-)  # fmt: skip
+)
 def test_refused_override(minimal: Path, override: str, message: str) -> None:
     assert refusal(minimal, override) == message
 
@@ -271,25 +309,53 @@ def run_config(*, batch: int = 24, micro: int = 1, **parallel: int) -> RunConfig
 @pytest.mark.parametrize(
     ("config", "world_size", "message"),
     [
-        (run_config(ep=8), 12,
-         "12 ranks cannot hold the expert grid: etp=1 * ep=8 * pp=1 = 8, and 12 is not a multiple of 8.\n"
-         "  Change parallel.etp or parallel.ep or parallel.pp, or launch a multiple of 8 ranks."),
-        (run_config(tp=2, pp=3, vpp=2), 4,
-         "4 ranks cannot hold the attention grid: tp=2 * pp=3 = 6, and 4 is not a multiple of 6.\n"
-         "  Change parallel.tp or parallel.pp, or launch a multiple of 6 ranks."),
-        (run_config(ep=2, etp=3, pp=2), 8,
-         "8 ranks cannot hold the expert grid: etp=3 * ep=2 * pp=2 = 12, and 8 is not a multiple of 12.\n"
-         "  Change parallel.etp or parallel.ep or parallel.pp, or launch a multiple of 12 ranks."),
-        (run_config(batch=10, micro=2, tp=2), 8,
-         "train.global_batch_size=10 cannot be divided: micro_batch_size=2 * data parallel=4 = 8, and 10 is not a "
-         "multiple of 8.\n  Change train.global_batch_size or train.micro_batch_size."),
-        (run_config(batch=6, pp=2, vpp=2), 4,
-         "the interleaved schedule (parallel.vpp=2) needs a number of microbatches that is a multiple of "
-         "parallel.pp=2; train.global_batch_size=6 gives 3."),
+        (
+            run_config(ep=8),
+            12,
+            (
+                "12 ranks cannot hold the expert grid: etp=1 * ep=8 * pp=1 = 8, and 12 is not a"
+                " multiple of 8.\n  Change parallel.etp or parallel.ep or parallel.pp, or launch a"
+                " multiple of 8 ranks."
+            ),
+        ),
+        (
+            run_config(tp=2, pp=3, vpp=2),
+            4,
+            (
+                "4 ranks cannot hold the attention grid: tp=2 * pp=3 = 6, and 4 is not a multiple"
+                " of 6.\n  Change parallel.tp or parallel.pp, or launch a multiple of 6 ranks."
+            ),
+        ),
+        (
+            run_config(ep=2, etp=3, pp=2),
+            8,
+            (
+                "8 ranks cannot hold the expert grid: etp=3 * ep=2 * pp=2 = 12, and 8 is not a"
+                " multiple of 12.\n  Change parallel.etp or parallel.ep or parallel.pp, or launch a"
+                " multiple of 12 ranks."
+            ),
+        ),
+        (
+            run_config(batch=10, micro=2, tp=2),
+            8,
+            (
+                "train.global_batch_size=10 cannot be divided: micro_batch_size=2 * data parallel=4"
+                " = 8, and 10 is not a multiple of 8.\n  Change train.global_batch_size or"
+                " train.micro_batch_size."
+            ),
+        ),
+        (
+            run_config(batch=6, pp=2, vpp=2),
+            4,
+            (
+                "the interleaved schedule (parallel.vpp=2) needs a number of microbatches that is a"
+                " multiple of parallel.pp=2; train.global_batch_size=6 gives 3."
+            ),
+        ),
         (run_config(), 0, "a run needs at least 1 rank, got 0"),
         (run_config(), -4, "a run needs at least 1 rank, got -4"),
     ],
-)  # fmt: skip
+)
 def test_world_size_refused(config: RunConfig, world_size: int, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         config.check_world(world_size)

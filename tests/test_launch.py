@@ -249,9 +249,9 @@ def test_a_requeued_job_resumes(copy: Path, restarts: str, resume: str) -> None:
     extra = {**SLURM, "SLURM_SUBMIT_DIR": str(copy), "SLURM_RESTART_COUNT": restarts}
     result = launch(copy, "slurm.sbatch", "my.yaml", "train.lr=1e-3", **extra)
     assert result.returncode == 0, result.stderr
-    assert (
-        (copy / "log").read_text()
-        == f"srun --kill-on-bad-exit=1 --cpus-per-task=9 launch/torchrun_node.sh my.yaml train.lr=1e-3{resume} NNODES=2 MASTER=node-a:29542 RDZV_ID=megalora-2042-{restarts}\n"
+    assert (copy / "log").read_text() == (
+        "srun --kill-on-bad-exit=1 --cpus-per-task=9 launch/torchrun_node.sh my.yaml"
+        f" train.lr=1e-3{resume} NNODES=2 MASTER=node-a:29542 RDZV_ID=megalora-2042-{restarts}\n"
     )
 
 

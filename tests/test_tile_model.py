@@ -43,9 +43,14 @@ def test_one_product_by_hand():
 
 @pytest.mark.parametrize(
     ("tile", "shared", "l2"),
-    [((64, 128, 4), 192, 96), ((64, 256, 4), 160, 80), ((128, 128, 8), 160, 64), ((256, 128, 8), 144, 48),
-     ((128, 256, 8), 128, 48)],
-)  # fmt: skip
+    [
+        ((64, 128, 4), 192, 96),
+        ((64, 256, 4), 160, 80),
+        ((128, 128, 8), 160, 64),
+        ((256, 128, 8), 144, 48),
+        ((128, 256, 8), 128, 48),
+    ],
+)
 def test_bytes_per_cycle_at_the_full_tensor_rate(tile, shared, l2):
     """By hand: wgmma reads both operands of 64 rows from shared memory, copies write it, 4,096
     FLOPs a cycle."""
@@ -69,11 +74,17 @@ def test_two_warp_groups_on_the_same_rows_read_them_twice():
 
 @pytest.mark.parametrize(
     ("variant", "programs"),
-    [(NARROW, 1), (Variant(128, 128, 64, 8, 3), 2), (Variant(64, 128, 64, 4, 4), 2), (Variant(128, 256, 64, 8, 4), 1),
-     (Variant(128, 256, 64, 8, 5), 0), (Variant(128, 256, 64, 4, 3), 0),
-     (Variant(128, 256, 64, 4, 3, "tma", "tma", roles=True), 1),
-     (Variant(128, 128, 64, 8, 3, "tma", "tma", persistent=True), 1)],
-)  # fmt: skip
+    [
+        (NARROW, 1),
+        (Variant(128, 128, 64, 8, 3), 2),
+        (Variant(64, 128, 64, 4, 4), 2),
+        (Variant(128, 256, 64, 8, 4), 1),
+        (Variant(128, 256, 64, 8, 5), 0),
+        (Variant(128, 256, 64, 4, 3), 0),
+        (Variant(128, 256, 64, 4, 3, "tma", "tma", roles=True), 1),
+        (Variant(128, 128, 64, 8, 3, "tma", "tma", persistent=True), 1),
+    ],
+)
 def test_programs_of_an_sm_as_compiled(variant, programs):
     assert tile_model.programs_per_sm(variant, GATE_UP) == programs
     if programs == 0:

@@ -3,7 +3,7 @@
 torch's grouped GEMM cannot start from an accumulator, but a product over ``[x | s]`` and
 ``[w ; b]`` is the same sum with R more terms.
 
-Shape legend: E experts   N outputs   K inputs   R rank (the sum of ranks where gate and up are fused)
+Shape legend: E experts   N outputs   K inputs   R rank (sum of ranks where gate and up are fused)
 """
 
 import torch

@@ -4,8 +4,9 @@ Named by an argument, or by the environment variable MEGALORA_BACKEND, or chosen
 
     CPU; float64                                                         loop
     stacked rank > 256; GPUs before compute capability 8.0               loop
-    stacked rank > 128                                                   grouped_mm (tiles of rank columns live in registers)
-    not bfloat16, or neither Hopper nor datacentre Blackwell             triton (torch's grouped GEMM is a loop on the host there)
+    stacked rank > 128 (a tile of all rank columns lives in registers)   grouped_mm
+    not bfloat16, or neither Hopper nor datacentre Blackwell,            triton
+        where torch's grouped GEMM is a loop on the host
     fewer rows per expert than ``tuned.vendor_from``, or no room         triton
     else                                                                 grouped_mm
 

@@ -48,10 +48,16 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def experts_with_dropout(
-    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | AugmentedWeight, down_EHI: torch.Tensor | AugmentedWeight,
+    x_TH: torch.Tensor,
+    gate_up_EJH: torch.Tensor | AugmentedWeight,
+    down_EHI: torch.Tensor | AugmentedWeight,
     p_M: torch.Tensor,
-    routing: Routing, gate_up: ExpertFactors | None, down: ExpertFactors | None, dropout: float, backend: str,
-) -> torch.Tensor:  # fmt: skip
+    routing: Routing,
+    gate_up: ExpertFactors | None,
+    down: ExpertFactors | None,
+    dropout: float,
+    backend: str,
+) -> torch.Tensor:
     """``expert_mlp`` for dropout > 0; operands are as there, and checked there."""
 
     def linear(

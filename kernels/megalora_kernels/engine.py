@@ -1,11 +1,12 @@
 """The steps of an expert, computed by one back end or another.
 
-    loop         one GEMM per expert from the host; any device and dtype; reads the offsets on the host
-    grouped_mm   torch's grouped GEMM (CUTLASS on Hopper), on joined operands where the weight has room for the adapter;
-                 the passes between GEMMs in Triton on a GPU, in torch on a CPU
-    triton       everything in Triton; rows are gathered as they are read, nothing permuted is ever written
+    loop         one GEMM per expert from the host, which reads the offsets; any device and dtype
+    grouped_mm   torch's grouped GEMM (CUTLASS on Hopper), on joined operands where the weight has
+                 room for the adapter; passes between GEMMs in Triton on a GPU, in torch on a CPU
+    triton       everything in Triton; rows are gathered as they are read, never written permuted
 
-Shape legend: T source rows   M routed rows   E experts   K inputs   N outputs   R rank   I expert intermediate   J = 2I
+Shape legend: T source rows   M routed rows   E experts   K inputs   N outputs   R rank
+I expert intermediate   J = 2I
 """
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,7 @@
 """The adapter of a fused weight: several projections, each with its own A and B.
 
-Shape legend: E experts   N rows of the fused weight   K inputs   R sum of the ranks   r rank of one projection
+Shape legend: E experts   N rows of the fused weight   K inputs   R sum of the ranks
+r rank of one projection
 """
 
 from collections.abc import Sequence

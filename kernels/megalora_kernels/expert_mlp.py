@@ -4,19 +4,20 @@ adapters on all three.
     [gate | up][m] = W1[e] x[source m] + B1[e] S1[m]        S1[m] = scale A1[e] x[source m]
     h[m]           = silu(gate[m]) * up[m] * p[m]           S2[m] = scale A2[e] h[m]
     y[m]           = W2[e] h[m] + B2[e] S2[m]
-    out[t]         = sum over t's rows m of y[m]            (y itself where rows are given sorted by expert)
+    out[t]         = sum over t's rows m of y[m]          (y itself where rows are sorted by expert)
 
 Backward, with dY[m] = dout[source m], dS2 = scale dY B2 and dS1 = scale d[gate | up] B1:
 
     dH = dY W2 + dS2 A2      dA2 = dS2ᵀ H      dB2 = dYᵀ S2      d[gate | up], dp: through SwiGLU
-    dX = d[gate | up] W1 + dS1 A1, summed over each token's rows          dA1 = dS1ᵀ X      dB1 = d[gate | up]ᵀ S1
+    dX = d[gate | up] W1 + dS1 A1, summed over each token's rows
+    dA1 = dS1ᵀ X             dB1 = d[gate | up]ᵀ S1
 
 Kept for backward: x as it was given, [gate | up] (unless it is recomputed), S1, S2, p. H is made
 again from [gate | up] in the pass that needs it; rows are gathered again from x. Per row and in
 elements that is H (only where x is permuted), 2I and R + Q.
 
-Shape legend: T tokens or rows of x   M routed rows   E experts   H hidden   I intermediate   J = 2I   R rank of gate and up
-stacked   Q rank of down
+Shape legend: T tokens or rows of x   M routed rows   E experts   H hidden   I intermediate
+J = 2I   R rank of gate and up stacked   Q rank of down
 """
 
 from dataclasses import dataclass
@@ -28,10 +29,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .augmented_weight import AugmentedWeight
 from .backend import choose
-from .checks import check_base, check_placement
 from .dropout import experts_with_dropout
 from .engine import Rows, Weight, make_engine
 from .expert_factors import UNSCALED, ExpertFactors, Factors, RankScale
+from .expert_operands import check_operands
 from .grouped_gemm import grouped_gemm_ref
 from .routing import Routing
 from .shrink import shrink_ref
@@ -232,12 +233,18 @@ def _through_swiglu(
 
 
 def expert_mlp(
-    x_TH: torch.Tensor, gate_up_EJH: torch.Tensor | AugmentedWeight, down_EHI: torch.Tensor | AugmentedWeight,
+    x_TH: torch.Tensor,
+    gate_up_EJH: torch.Tensor | AugmentedWeight,
+    down_EHI: torch.Tensor | AugmentedWeight,
     p_M: torch.Tensor,
-    routing: Routing, *, gate_up: ExpertFactors | None = None, down: ExpertFactors | None = None,
+    routing: Routing,
+    *,
+    gate_up: ExpertFactors | None = None,
+    down: ExpertFactors | None = None,
     dropout: float = 0.0,
-    recompute: bool = False, backend: str | None = None,
-) -> torch.Tensor:  # fmt: skip
+    recompute: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
     """SwiGLU experts with frozen weights and LoRA. Differentiable once in x, p and the adapters'
     factors.
 
@@ -262,25 +269,39 @@ def expert_mlp(
         ValueError: operands that do not fit; a weight that requires a gradient; a back end that
             cannot run here.
     """
+    adapters = (gate_up, down)
     weights = (Weight.of(gate_up_EJH), Weight.of(down_EHI))
-    _check(x_TH, weights, p_M, routing, (gate_up, down))
-    rank = max(0 if adapter is None else adapter.a.shape[1] for adapter in (gate_up, down))
-    room = all(
-        w.joined is not None for w, adapter in zip(weights, (gate_up, down), strict=True) if adapter
-    )
-    w1, w2 = (w.w_ENK for w in weights)
-    layer = (w2.shape[1], w2.shape[2])
-    name = choose(backend, "expert_mlp", x_TH, routing.num_rows, rank, [w1, w2], room, layer)
+    check_operands(x_TH, weights, p_M, routing, adapters)
+    name = _choose(backend, x_TH, routing, weights, adapters)
     if name == "reference":
+        w1, w2 = (w.w_ENK for w in weights)
         return expert_mlp_ref(x_TH, w1, w2, p_M, routing, gate_up, down, dropout)
     if dropout > 0:
         operands = (x_TH, gate_up_EJH, down_EHI, p_M, routing, gate_up, down, dropout, name)
-        return (
-            checkpoint(experts_with_dropout, *operands, use_reentrant=False)
-            if recompute
-            else experts_with_dropout(*operands)
-        )
-    return _apply(name, recompute, x_TH, p_M, routing, weights, (gate_up, down))
+        if recompute:
+            return checkpoint(experts_with_dropout, *operands, use_reentrant=False)
+        return experts_with_dropout(*operands)
+    return _apply(name, recompute, x_TH, p_M, routing, weights, adapters)
+
+
+def _choose(
+    backend: str | None,
+    x_TH: torch.Tensor,
+    routing: Routing,
+    weights: tuple[Weight, Weight],
+    adapters: tuple[ExpertFactors | None, ExpertFactors | None],
+) -> str:
+    """The back end that was asked for, or the one that suits these sizes (``backend.py``)."""
+    rank = 0
+    # Whether every adapted weight has its adapter's columns beside it, so that one GEMM does both.
+    room = True
+    for weight, adapter in zip(weights, adapters, strict=True):
+        if adapter is not None:
+            rank = max(rank, adapter.a.shape[1])
+            room = room and weight.joined is not None
+    w1, w2 = (w.w_ENK for w in weights)
+    layer = (w2.shape[1], w2.shape[2])
+    return choose(backend, "expert_mlp", x_TH, routing.num_rows, rank, [w1, w2], room, layer)
 
 
 def _apply(
@@ -301,44 +322,3 @@ def _apply(
     )
     tensors = (x_TH, *per_row, w1, w2, a1, a2, *b1, *b2)
     return _ExpertMLP.apply(static, *tensors)  # pyright: ignore[reportReturnType]
-
-
-def _check(
-    x_TH: torch.Tensor, weights: tuple[Weight, Weight], p_M: torch.Tensor, routing: Routing,
-    adapters: tuple[ExpertFactors | None, ExpertFactors | None],
-) -> None:  # fmt: skip
-    w1, w2 = (w.w_ENK for w in weights)
-    check_base("expert_mlp", x_TH, w1, routing.offsets_E)
-    E, J, H = w1.shape
-    if J % 2 or tuple(w2.shape) != (E, H, J // 2):
-        raise ValueError(
-            f"expert_mlp: gate_up is {(E, J, H)}, want [E, 2I, H]; down is {tuple(w2.shape)}, want"
-            " [E, H, I]"
-        )
-    if w2.requires_grad:
-        raise ValueError(
-            "expert_mlp: down is frozen, but down.requires_grad is True; call"
-            " down.requires_grad_(False)"
-        )
-    if (routing.source_M is None) != (routing.slots_TK is None):
-        raise ValueError("expert_mlp: routing needs both source_M and slots_TK, or neither")
-    if p_M.shape != (routing.num_rows,) or (
-        routing.source_M is None and x_TH.shape[0] != routing.num_rows
-    ):
-        raise ValueError(
-            f"expert_mlp: routing has M={routing.num_rows} rows, but p is {tuple(p_M.shape)} and x"
-            f" {tuple(x_TH.shape)}"
-        )
-    check_placement("expert_mlp", x_TH, routing.offsets_E, gate_up=w1, down=w2)
-    if p_M.dtype not in (torch.float32, x_TH.dtype):
-        raise ValueError(f"expert_mlp: p is {p_M.dtype}, want torch.float32 or x's {x_TH.dtype}")
-    if p_M.device != x_TH.device:
-        raise ValueError(f"expert_mlp: p is on {p_M.device} but x is on {x_TH.device}")
-    for name, weight, adapter in zip(("gate_up", "down"), weights, adapters, strict=True):
-        if adapter is not None:
-            weight.check_room(f"expert_mlp: {name}", adapter.a.shape[1])
-            adapter.check(f"expert_mlp: {name}", weight.w_ENK)
-            factors = {f"{name}.b[{i}]": b for i, b in enumerate(adapter.b)}
-            check_placement(
-                "expert_mlp", x_TH, routing.offsets_E, **{f"{name}.a": adapter.a}, **factors
-            )

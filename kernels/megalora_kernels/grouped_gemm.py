@@ -10,7 +10,8 @@ b comes in blocks: of n blocks ``[E, R_i, N / n]``, block i adds the product wit
 s to its own n-th of the columns of y. An ordinary adapter is one block; gate and up, fused in one
 weight, are two, and no block-diagonal b is built.
 
-Shape legend: M routed rows   E experts   K inputs   N outputs   R rank (the sum of ranks where b has several blocks)
+Shape legend: M routed rows   E experts   K inputs   N outputs
+R rank (sum of ranks where b has several blocks)
 """
 
 from typing import Any

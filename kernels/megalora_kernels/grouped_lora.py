@@ -6,8 +6,8 @@ Backward, with S = X A^T and dS = dY B (W is frozen, so there is no dW):
 
     dX = dY W + dS A        dA[e] = dS[e]^T X[e]        dB[e] = dY[e]^T S[e]
 
-Shape legend: M routed rows, sorted by expert   E experts on this rank   K inputs   N outputs   R rank, gate and up stacked
-count as one
+Shape legend: M routed rows, sorted by expert   E experts on this rank   K inputs   N outputs
+R rank; gate and up stacked count as one
 """
 
 from typing import Any
@@ -123,8 +123,8 @@ def grouped_lora(
 
     Args:
         x_MK: routed rows sorted by expert, any strides.
-        weight_ENK: frozen base weights in x's dtype, or ``AugmentedWeight`` ones with room for an adapter of
-            this rank.
+        weight_ENK: frozen base weights in x's dtype, or ``AugmentedWeight`` ones with room for an
+            adapter of this rank.
         offsets_E: int32, cumulative row ends; the last one equals M. Checked where the offsets are
             on the host or
             read there anyway; else it is the caller's promise, and rows beyond it are garbage.

@@ -3,7 +3,8 @@ in one pass.
 
     rows[m] = x[source m]      s[m] = rows[m] @ a[e]ᵀ
 
-    dx[t] = sum over t's rows m of (drows[m] + ds[m] @ a[e])      da[e] = ds[rows of e]ᵀ x[source of those rows]
+    dx[t] = sum over t's rows m of (drows[m] + ds[m] @ a[e])
+    da[e] = ds[rows of e]ᵀ x[source of those rows]
 
 Kept for backward: x as it was given and a. For stacks that run their own grouped GEMM on the
 permuted rows; ``expert_mlp`` has this inside.

@@ -1,6 +1,7 @@
 """Permute and shrink: gather rows and take them to rank space in the pass that reads them anyway.
 
-    s[m] = scale * x[source m] @ a[e]ᵀ        and, where a GEMM needs them in order, rows[m] = x[source m]
+    s[m] = scale * x[source m] @ a[e]ᵀ
+    rows[m] = x[source m], where a GEMM needs the rows in order
 
 The copy is bound by memory, so the product rides along: S costs no traffic of its own. In backward
 the same kernel gathers the output's gradient (the gradient of the combine) and makes dS = scale dy

@@ -6,7 +6,8 @@ last, so the bits are the same on every run, and writes each gradient in the lay
 parameter. SwiGLU's backward leaves parts of dp as well, one for each block of its columns; the same
 launch adds them, first block to last.
 
-Shape legend: M routed rows   E experts   P, Q rows and columns of one gradient   D elements of all gradients of an expert
+Shape legend: M routed rows   E experts   P, Q rows and columns of one gradient
+D elements of all gradients of an expert
 """
 
 # A @triton.jit function is called with a grid, options and plain numbers for constexprs, and

@@ -9,7 +9,8 @@ dp, what sums over rows of them: dB of gate and up, dA of down. Sums are kept in
 of rows (dp: per block of columns) and added in a fixed order: no atomics, the same bits on every
 run. dS of gate_up sums over columns; a shrink of [dgate | dup] makes it.
 
-Shape legend: M routed rows   E experts   I expert intermediate   R rank of gate and up stacked   Q rank of down
+Shape legend: M routed rows   E experts   I expert intermediate   R rank of gate and up stacked
+Q rank of down
 """
 
 # A @triton.jit function is called with a grid, options and plain numbers for constexprs, and

@@ -59,7 +59,8 @@ def describe(adapter: Path) -> str:
             f" parameters, {num_bytes / 1e6:,.1f} MB"
         ),
         (
-            f"{'projection':<12}{'rank':>6}{'out x in':>16}{'layers':>8}{'experts':>9}{'parameters':>14}{'mean |A|':>10}{'mean |B|':>10}"
+            f"{'projection':<12}{'rank':>6}{'out x in':>16}{'layers':>8}{'experts':>9}"
+            f"{'parameters':>14}{'mean |A|':>10}{'mean |B|':>10}"
         ),
         *(_line(name, row) for (name, _), row in rows.items()),
     ]
@@ -129,6 +130,7 @@ def _line(name: str, row: _Row) -> str:
     means = [sum(v) / max(1, len(v)) for v in row.norms.values()]
     ranks = "/".join(str(r) for r in sorted(row.ranks))
     return (
-        f"{name:<12}{ranks:>6}{f'{out} x {into}':>16}{len(row.layers) or '-':>8}{len(row.experts) or '-':>9}"
+        f"{name:<12}{ranks:>6}{f'{out} x {into}':>16}"
+        f"{len(row.layers) or '-':>8}{len(row.experts) or '-':>9}"
         f"{row.parameters:>14,}{means[0]:>10.3f}{means[1]:>10.3f}"
     )

@@ -8,7 +8,7 @@ holds the adapter and one block, never a model.
 How a base stores an adapted linear, in rows of the stored tensor seen as [rows, in]:
 
     model.layers.N.mlp.experts.E.gate_proj.weight   [I, H]       all rows; so for every other linear
-    model.layers.N.mlp.experts.gate_up_proj         [E, 2I, H]   for each expert, gate's I rows, then up's
+    model.layers.N.mlp.experts.gate_up_proj         [E, 2I, H]   for each expert, rows of gate, up
     model.layers.N.mlp.experts.down_proj            [E, H, I]    for each expert, H rows
 
 The packed ones are transformers 5's own layout, which ``save_pretrained(...,

@@ -53,8 +53,8 @@ class MergeReport:
                 f" {self.num_bytes / 1e9:,.3f} GB in {self.out}"
             ),
             (
-                f"{'projection':<{width}}{'dtype':>9}{'modules':>9}{'zero':>6}{'survived: lowest':>18}{'mean':>8}"
-                f"{'error: largest':>16}{'mean':>9}"
+                f"{'projection':<{width}}{'dtype':>9}{'modules':>9}{'zero':>6}"
+                f"{'survived: lowest':>18}{'mean':>8}{'error: largest':>16}{'mean':>9}"
             ),
             *(
                 _line(f"{name:<{width}}{dtype:>9}", modules)

@@ -2,7 +2,8 @@
 sizes.
 
 Shape legend:
-    M  rows    N  outputs    K  inputs    E  experts    S  sequence    B  sequences    h  query heads    g  key/value heads    d  head dim
+    M  rows    N  outputs    K  inputs    E  experts    S  sequence    B  sequences
+    h  query heads    g  key/value heads    d  head dim
 """
 
 from collections.abc import Callable

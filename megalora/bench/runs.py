@@ -123,12 +123,17 @@ class _Case:
 
 
 def run_layouts(
-    config_path: Path, overrides: Sequence[str], layouts: Sequence[ParallelLayout], *, num_ranks: int,
+    config_path: Path,
+    overrides: Sequence[str],
+    layouts: Sequence[ParallelLayout],
+    *,
+    num_ranks: int,
     out: Path,
-    predict: Callable[[RunConfig, int], Predicted | None], options: BenchOptions | None = None,
+    predict: Callable[[RunConfig, int], Predicted | None],
+    options: BenchOptions | None = None,
     timeout_s: float = 1800,
     say: Callable[[str], None] = print,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Measure every layout, in order; one row for each, in that order, failed ones among them.
 
     Args:
@@ -179,9 +184,13 @@ def _speed(row: Row) -> str:
 
 
 def _case(
-    config_path: Path, overrides: Sequence[str], layout: ParallelLayout, num_ranks: int, options: BenchOptions,
+    config_path: Path,
+    overrides: Sequence[str],
+    layout: ParallelLayout,
+    num_ranks: int,
+    options: BenchOptions,
     predict: Callable[[RunConfig, int], Predicted | None],
-) -> _Case:  # fmt: skip
+) -> _Case:
     require(
         layout.num_ranks == num_ranks,
         f"{layout} is for {layout.num_ranks} ranks, not for {num_ranks}",
@@ -224,7 +233,7 @@ def _run(
     )
     if nodes.writes:
         found.unlink(missing_ok=True)
-    # BenchOptions are single words that start with dashes, so that the launch script can tell them from
+    # Options are single words that start with dashes, so that the launch script can tell them from
     # overrides.
     asked = [f"--{name}={value}" for name, value in asdict(options).items()]
     arguments = [str(config_path), f"--row={found}", *asked, *case.overrides]

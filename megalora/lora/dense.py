@@ -1,7 +1,8 @@
 """LoRA for Megatron's column- and row-parallel linears: attention, dense MLP, lm_head.
 
 Shape legend:
-    S  sequence      B  batch      R  sum of the ranks stacked in A      /t  divided over the tensor-parallel group
+    S  sequence      B  batch      R  sum of the ranks stacked in A
+    /t  divided over the tensor-parallel group
 """
 
 from typing import Any
@@ -52,7 +53,7 @@ class RowLoRA(nn.Module):
     A        [R, in/t]           dim 1         whole
     B        [out, R]            replicated    partial: each rank saw S/t tokens
     x        [S, B, in/t]        dim 2
-    h        [S, B, R]           a partial sum, reduce-scattered to [S/t, B, R]: the only thing that moves
+    h        [S, B, R]           a partial sum, reduce-scattered to [S/t, B, R]; all that moves
     result   [S/t, B, out]       dim 0
     """
 

@@ -2,7 +2,7 @@
 says.
 
     parameter      dense, on one rank       experts, on one rank            holds
-    lora_A         [R, in(/t)]              [E/ep, R, in(/n)]               the A's of all projections, stacked: R = sum of ranks
+    lora_A         [R, in(/t)]              [E/ep, R, in(/n)]               all A's stacked (R rows)
     lora_B.NAME    [out_NAME(/t), r_NAME]   [E/ep, out_NAME(/n), r_NAME]    one B per projection
 
 With more ranks than key/value heads, several ranks hold the same part of k's and v's B.

@@ -7,10 +7,12 @@ the index and the shards' headers are read.
 
 How a folder may store what the model needs:
 
-    model.layers.N...                    as published; transformers also takes the names without ``model.`` or with two
+    model.layers.N...                    as published; transformers also takes names without
+                                         ``model.`` or with two
     model.language_model.layers.N...     the text model of a vision-language checkpoint
     ...mlp.experts.E.gate_proj.weight    [I, H], one matrix an expert
-    ...mlp.experts.gate_up_proj          [E, 2I, H], transformers 5's own layout: for each expert gate's rows, then up's
+    ...mlp.experts.gate_up_proj          [E, 2I, H], transformers 5's own layout: for each
+                                         expert gate's rows, then up's
     ...mlp.experts.down_proj             [E, H, I]
     lm_head.weight                       absent where it is tied to the embedding
 """

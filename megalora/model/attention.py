@@ -1,7 +1,8 @@
 """Core attention through ``torch.nn.functional.scaled_dot_product_attention``.
 
 Shape legend:
-    S  sequence      B  batch      h  query heads on this rank      g  key/value heads on this rank      d  head dim
+    S  sequence      B  batch      h  query heads on this rank
+    g  key/value heads on this rank      d  head dim
 """
 
 import math

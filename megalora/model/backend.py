@@ -66,7 +66,7 @@ class BiasedRowParallelLinear(RowParallelLinear):
 
     tensor   shape on one rank   across TP
     weight   [out, in/t]         dim 1
-    bias     [out]               replicated; returned, not added: the caller adds it once, to the reduced output
+    bias     [out]               replicated; returned, so that the caller adds it once, to the sum
     """
 
     def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:

@@ -5,7 +5,8 @@ copies counts to the host for it. Here the experts get rows as they are with a `
 whose they are: without expert parallelism the hidden states themselves, gathered as they are read
 and never written; with it the rows as the all-to-all delivered them.
 
-    T  tokens of this rank      k  experts per token      M  rows of this rank's experts      E  experts      H  hidden
+    T  tokens of this rank      k  experts per token      M  rows of this rank's experts
+    E  experts      H  hidden
 """
 
 from typing import Any

@@ -73,9 +73,14 @@ class FusedExperts(MegatronModule):
         return self.compute(x_TH, routing, probs_M), None
 
     def compute(
-        self, x_TH: Tensor, routing: Routing, probs_M: Tensor,
-        gate_up: ExpertFactors | None = None, down: ExpertFactors | None = None, dropout: float = 0.0,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x_TH: Tensor,
+        routing: Routing,
+        probs_M: Tensor,
+        gate_up: ExpertFactors | None = None,
+        down: ExpertFactors | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
         """``down(silu(gate(x)) * up(x) * probs)`` for every row and summed per token, with optional
         adapters."""
         for name, joined in self.joined.items():

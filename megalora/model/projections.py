@@ -1,4 +1,4 @@
-"""Every linear of a decoder that LoRA can adapt: its names, sizes and place in Megatron's fused weights."""
+"""List every linear that LoRA can adapt: its names, sizes and place in Megatron's fused weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class Projection:
 
     @property
     def role(self) -> str:
-        """What the linear is for, by Qwen3-MoE's names: of experts gate_proj, up_proj, down_proj."""
+        """What the linear is for, by its name in Qwen3-MoE: gate_proj, up_proj, down_proj, ..."""
         return self.like or self.name
 
     @property

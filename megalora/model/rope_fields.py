@@ -1,7 +1,8 @@
 """Read which rotary embedding a ``config.json`` asks for, in every spelling that published files
 use.
 
-    rope_theta, rope_scaling       transformers 4: the base beside a dictionary, or null, that says how it is scaled
+    rope_theta, rope_scaling       transformers 4: the base beside a dictionary, or null, that says
+                                   how it is scaled
     rope_parameters                transformers 5: one dictionary with both
 
 The kind stands under ``rope_type`` or, in older files, under ``type``. Pure Python; ``rotary.py``

@@ -4,7 +4,7 @@ Megatron's own are left aside: it computes no linear scaling, llama3 with three 
 fixed, and yarn that rounds differently. Frequencies come from the functions transformers' models
 call; whatever the kind, angles are then
 
-    angle[p, i] = p * inv_freq[i]        cos and sin of it times ``factor``, so that q.k carries factor^2
+    angle[p, i] = p * inv_freq[i]        cos, sin times ``factor``, so that q.k carries factor^2
 
 The factor goes into the softmax scale, factor^2 / sqrt(head_dim): whole heads are rotated, so the
 two are the same.

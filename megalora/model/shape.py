@@ -1,5 +1,5 @@
-"""Hold a model's sizes and check that a layout can split them. Pure Python: planner, spec and checks
-need no weights; ``fields.model_shape`` reads the sizes from a ``config.json``."""
+"""Hold a model's sizes and check that a layout can split them. Pure Python: planner, spec and
+checks need no weights; ``fields.model_shape`` reads the sizes from a ``config.json``."""
 
 from dataclasses import dataclass
 

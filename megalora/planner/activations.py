@@ -6,8 +6,9 @@ counts them in a training step on the CPU. Assumed of a GPU: norms and attention
 (torch's fused RMSNorm and flash attention), which keep the same but for a norm's input, widened to
 float32 on the CPU. Dropout is not counted; ``PlannedModel`` refuses it.
 
-    T  tokens of a microbatch, S B     t, n  TP, ETP size     e  bytes per element     r, R  rank, sum of stacked ranks
-    M  rows of this rank's experts: (T / t) k n on average, times the imbalance     q, g  query, key/value heads / t     d  head dim
+    T  tokens of a microbatch, S B     t, n  TP, ETP size     e  bytes per element
+    r, R  rank, sum of stacked ranks   q, g  query, key/value heads / t     d  head dim
+    M  rows of this rank's experts: (T / t) k n on average, times the imbalance
 """
 
 import math
@@ -88,8 +89,13 @@ def angles_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, ch
 
 
 def layer_bytes(
-    model: PlannedModel, layout: ParallelLayout, work: Workload, layer: int, live: bool, level: Recompute
-) -> int:  # fmt: skip
+    model: PlannedModel,
+    layout: ParallelLayout,
+    work: Workload,
+    layer: int,
+    live: bool,
+    level: Recompute,
+) -> int:
     """Kept by one decoder layer for one microbatch, at a level of recomputation.
 
     ``full``: the layer's input (T / t) H e, also where it needs no gradient. ``selective``: core
@@ -142,8 +148,12 @@ def low_rank(adapted: list[Adapted], rows: int, out_features: int, e: int) -> in
 
 
 def _core_attention(
-    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, selective: bool, result_is_read: bool
-) -> int:  # fmt: skip
+    model: PlannedModel,
+    layout: ParallelLayout,
+    batch: Microbatch,
+    selective: bool,
+    result_is_read: bool,
+) -> int:
     """From the output of qkv to the input of o: T (q + 2 g) d e of qkv itself (v, and what the
     norms of q and k read; q once more where several key/value heads make it a copy), their rms T (q
     + g) 4, four tables of S d e for rotary embeddings, and attention's q, k and result T (2 q + g)
@@ -167,9 +177,13 @@ def _core_attention(
 
 
 def _moe(
-    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, modules: dict[str, list[Adapted]],
-    live: bool, selective: bool
-) -> int:  # fmt: skip
+    model: PlannedModel,
+    layout: ParallelLayout,
+    batch: Microbatch,
+    modules: dict[str, list[Adapted]],
+    live: bool,
+    selective: bool,
+) -> int:
     """Router, both sorts, routed experts and the shared expert."""
     s = model.shape
     e = batch.element_bytes
@@ -221,9 +235,13 @@ def _routing(model: PlannedModel, batch: Microbatch, moved: bool) -> int:
 
 
 def _experts(
-    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, modules: dict[str, list[Adapted]],
-    live: bool, selective: bool
-) -> int:  # fmt: skip
+    model: PlannedModel,
+    layout: ParallelLayout,
+    batch: Microbatch,
+    modules: dict[str, list[Adapted]],
+    live: bool,
+    selective: bool,
+) -> int:
     """``expert_mlp``: rows as an all-to-all delivered them M H e (without one they are the norm's
     output), [gate | up] M 2 I / n e unless recomputed, S of gate and up and of down M (R + r) e,
     probabilities M e, two int32 a row and E / ep offsets."""
@@ -244,9 +262,13 @@ def _experts(
 
 
 def _dense(
-    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, modules: dict[str, list[Adapted]],
-    live: bool, selective: bool
-) -> int:  # fmt: skip
+    model: PlannedModel,
+    layout: ParallelLayout,
+    batch: Microbatch,
+    modules: dict[str, list[Adapted]],
+    live: bool,
+    selective: bool,
+) -> int:
     s = model.shape
     adapted = any(modules.get(f"mlp.linear_{name}") for name in ("fc1", "fc2"))
     x_kept = bool(modules.get("mlp.linear_fc1")) or (selective and (live or adapted))
@@ -255,9 +277,15 @@ def _dense(
 
 
 def _gated_mlp(
-    model: PlannedModel, layout: ParallelLayout, batch: Microbatch, modules: dict[str, list[Adapted]],
-    name: str, intermediate: int, live: bool, selective: bool,
-) -> int:  # fmt: skip
+    model: PlannedModel,
+    layout: ParallelLayout,
+    batch: Microbatch,
+    modules: dict[str, list[Adapted]],
+    name: str,
+    intermediate: int,
+    live: bool,
+    selective: bool,
+) -> int:
     """fc1, silu(gate) * up, fc2, input left out: fc1's output T 2 I / t e, both factors T 2 I / t e
     (Megatron's glu makes new ones), the product T I / t e where fc2 is adapted, and what the
     adapters keep. Nothing when recomputed."""

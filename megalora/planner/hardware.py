@@ -2,7 +2,7 @@
 
 measured       by ``megalora bench --calibrate`` on the machine, at these very sizes
 interpolated   between sizes measured there
-assumed        beyond them, or from the tables of ``gpus.py``, which nobody measured on the machine at hand
+assumed        beyond them, or from the tables of ``gpus.py``: not measured on this machine
 """
 
 import math

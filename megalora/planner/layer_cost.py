@@ -3,8 +3,9 @@
 A linear multiplies once forward and once backward, for the gradient of its input: the base is
 frozen. Each adapter factor multiplies once more, for its own.
 
-    T  tokens of a microbatch, S B     t, n  TP, ETP size     e  bytes per element     R  sum of stacked ranks
-    M  rows of this rank's experts     q, g  features of query, key / t                m  microbatches of a step
+    T  tokens of a microbatch, S B     t, n  TP, ETP size     e  bytes per element
+    M  rows of this rank's experts     q, g  features of query, key / t
+    R  sum of stacked ranks            m  microbatches of a step
 """
 
 from collections.abc import Iterable

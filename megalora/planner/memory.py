@@ -1,7 +1,8 @@
 """Bytes of one rank while it trains, part by part, each with how it is known.
 
-    measured   a formula that tests and benchmarks/planner_accuracy.py compare with the tensors of real training steps on CPU ranks
-    assumed    follows from the code that allocates on a GPU, or is a constant; nobody has counted it
+    measured   a formula that tests and benchmarks/planner_accuracy.py compare with the tensors of
+               real training steps on CPU ranks
+    assumed    follows from the code that allocates on a GPU, or is a constant; not yet counted
 
 A GPU holds more than is counted here: what one operation allocates and frees inside (float32
 partial sums of the Triton passes: 1024 rows' share of a factor each; attention's backward), and

@@ -12,7 +12,10 @@ from megalora.planner.prices import BEHIND_WAITS
 from megalora.planner.search import FULL, GIB, Plan, Planned
 
 MARK = {"measured": "", "interpolated": "~", "assumed": "?"}
-LEGEND = """time: no mark measured, ~ interpolated, ? assumed. GiB: formulas measured against tensors of CPU ranks; context and room assumed."""
+LEGEND = (
+    "time: no mark measured, ~ interpolated, ? assumed. GiB: formulas measured against tensors of"
+    " CPU ranks; context and room assumed."
+)
 
 
 def table(plan: Plan, top: int) -> str:

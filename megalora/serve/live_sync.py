@@ -149,7 +149,8 @@ class Pusher:
                         f"serve: {checkpoint.name} waits ({error}); trying again, training goes on"
                     )
                     self.unreachable.set()
-            except Exception as error:  # whatever it is: a training must not stand still, nor serve nothing, because of it
+            except Exception as error:
+                # Whatever it is, training must neither stop nor serve nothing because of it.
                 what = (
                     "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
                 )

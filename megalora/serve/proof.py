@@ -3,8 +3,8 @@ the base's and the training side's.
 
     effect    largest |served - base|: 0 for an adapter that a server takes and ignores
     error     largest |served - trained|
-    relative  |served - trained| / |trained - base|, Euclidean, over the text: 0 for the adapter that was trained, 1 for one that is
-              ignored, 0.4 for one that is scaled by sqrt(2) too much
+    relative  |served - trained| / |trained - base|, Euclidean, over the text: 0 for the adapter
+              that was trained, 1 for one that is ignored, 0.4 for one scaled by sqrt(2) too much
 
 The relative error must be within a quarter, and where training and server both compute in float32
 the error within ``atol`` as well. In bfloat16 rounding alone moves a log-probability by some 1e-2:

@@ -70,7 +70,8 @@ def _ready(server: Server, proofs: list[Proof]) -> str:
     return (
         f"ready at {server.url}. Models:"
         f" {', '.join([str(server.base), *(p.model for p in proofs)])}\n"
-        f"""  curl {server.url}/v1/completions -H 'Content-Type: application/json' -d '{{"model": "{model}", "prompt": "..."}}'\n"""
+        f"  curl {server.url}/v1/completions -H 'Content-Type: application/json'"
+        f""" -d '{{"model": "{model}", "prompt": "..."}}'\n"""
         f"  a training pushes its checkpoints here with checkpoint.serve={server.url}; Ctrl-C"
         " stops it"
     )

@@ -1,16 +1,18 @@
 """Question a running vLLM server and change its adapters: load, swap, unload, complete, compare
 with the base.
 
-**Versions.** A folder's contents are served as NAME@VERSION, VERSION being a hash of the contents (behind a label, if one is given).
+**Versions.** A folder's contents are served as NAME@VERSION, VERSION being a hash of the contents
+(behind a label, if one is given).
 vLLM's prefix cache knows an adapter by name and path alone, so different weights must never come
 under one id; with the hash in it they cannot. NAME means its newest version: the last in
 ``/v1/models``, which lists adapters in the order of loading, to every client alike (its ``created``
 is the time of the question and says nothing). This needs a server with one API process, vLLM's
 default.
 
-**Swaps lose nothing.** The new version is loaded, and from then on NAME means it; then older ones are unloaded. Unloading takes a name
-off vLLM's list and no more: requests it has accepted end with the weights they began with. One that
-arrives too late gets 404, and is sent again to the version that NAME means by then.
+**Swaps lose nothing.** The new version is loaded, and from then on NAME means it; then older ones
+are unloaded. Unloading takes a name off vLLM's list and no more: requests it has accepted end with
+the weights they began with. One that arrives too late gets 404, and is sent again to the version
+that NAME means by then.
 """
 
 import os

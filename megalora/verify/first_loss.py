@@ -7,11 +7,12 @@ their mean: one wrong rank of 64 must not be averaged away.
 
 The tolerance, relative to the loss, is what rounding explains with room to spare:
 
-    float32   1e-5. Layouts differ by 1e-8 to 1e-7 in float32 (README); a swapped projection, a wrong rotary base or a lost
-              norm weight changes the loss by 1e-3 and more.
-    bfloat16  2e-2. 8 significant bits: a logit of size 10 is known to 1/64 after one rounding, and every layer rounds its
-              residual stream several times. Tokens err independently, so the mean errs less; what
-              is caught is a broken layer, what may pass is a slightly wrong one. Run the check once
+    float32   1e-5. Layouts differ by 1e-8 to 1e-7 in float32 (README); a swapped projection, a
+              wrong rotary base or a lost norm weight changes the loss by 1e-3 and more.
+    bfloat16  2e-2. 8 significant bits: a logit of size 10 is known to 1/64 after one rounding, and
+              every layer rounds its residual stream several times. Tokens err independently, so the
+              mean errs less; what is caught is a broken layer, what may pass is a slightly wrong
+              one. Run the check once
               in float32 for a new model or layout.
 """
 

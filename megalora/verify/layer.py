@@ -1,8 +1,9 @@
 """Before the first step: does one layer of each kind, as loaded, compute what stock transformers
 computes?
 
-    reference   transformers' own classes, weights read from the folder by its own loader (``reference.py``)
-    ours        our own layer in float32, weights gathered by name from the ranks that train with them (``loaded.py``)
+    reference   transformers' own classes and its loader, from the folder (``reference.py``)
+    ours        our own layer in float32, weights gathered by name from the ranks that train with
+                them (``loaded.py``)
 
 Both run on the first rank's host, on the same few tokens (``records.py``); the others wait. Only
 the experts that those tokens need and a few rows of embedding and head are read. Adapters are left

@@ -6,7 +6,7 @@ a name, and their own tensors are left out.
 
     tensor                                  split over   dimension   blocks
     linear_qkv, embedding, head             tp           0           1
-    linear_fc1 (dense, shared expert)       tp           0           2: gate's rows and up's, each split
+    linear_fc1 (dense, shared expert)       tp           0           2: rows of gate and up
     linear_proj, linear_fc2                 tp           1           1
     experts.gate_up of one expert           etp          0           2
     experts.down of one expert              etp          1           1

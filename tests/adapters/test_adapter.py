@@ -239,11 +239,13 @@ def test_columns_grouped_by_expert(bases: dict[str, Path], tmp_path: Path) -> No
         lambda name: name.removeprefix("base_model.model."),
         lambda name: "module." + name,
         lambda name: name.replace(".weight", ".default.weight"),
-        lambda name: name.replace("layers.0.", "layers.0._checkpoint_wrapped_module.").replace(".mlp", "._fsdp_wrapped_module.mlp"),
+        lambda name: name.replace("layers.0.", "layers.0._checkpoint_wrapped_module.").replace(
+            ".mlp", "._fsdp_wrapped_module.mlp"
+        ),
         lambda name: name.replace("base_model.model.model.", "base_model.model._orig_mod.model."),
     ],
     ids=["no prefix", "ddp", "adapter name", "fsdp and checkpointing", "compiled"],
-)  # fmt: skip
+)
 def test_names_of_other_stacks(bases: dict[str, Path], tmp_path: Path, rename: Any) -> None:
     trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj", *EXPERTS])
     before = read_adapter(trained.folder, trained.shape)
@@ -275,9 +277,13 @@ def test_two_stacked_tensors_of_one_name_are_refused(
 
 @pytest.mark.parametrize(
     "options",
-    [{"layers_to_transform": [0, 1]}, {"exclude_modules": ["layers.2.self_attn.q_proj"]}, {"exclude_modules": r".*\.3\..*"},
-     {"target_modules": r".*\.[01]\..*q_proj"}],
-)  # fmt: skip
+    [
+        {"layers_to_transform": [0, 1]},
+        {"exclude_modules": ["layers.2.self_attn.q_proj"]},
+        {"exclude_modules": r".*\.3\..*"},
+        {"target_modules": r".*\.[01]\..*q_proj"},
+    ],
+)
 def test_what_peft_would_leave_out_is_refused(
     bases: dict[str, Path], tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -415,12 +421,20 @@ def test_config_refused(tmp_path: Path, content: str | None, message: str) -> No
 @pytest.mark.parametrize(
     "option",
     [
-        {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"layer_replication": [[0, 2]]},
-        {"fan_in_fan_out": True}, {"lora_bias": True}, {"use_qalora": True}, {"alora_invocation_tokens": [1]},
-        {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "olora"}, {"trainable_token_indices": [3]},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"layer_replication": [[0, 2]]},
+        {"fan_in_fan_out": True},
+        {"lora_bias": True},
+        {"use_qalora": True},
+        {"alora_invocation_tokens": [1]},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "olora"},
+        {"trainable_token_indices": [3]},
     ],
     ids=lambda option: next(iter(option)),
-)  # fmt: skip
+)
 def test_what_is_not_plain_lora_is_refused(
     bases: dict[str, Path], tmp_path: Path, option: dict[str, Any]
 ) -> None:
@@ -465,16 +479,48 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
 @pytest.mark.parametrize(
     ("add", "message"),
     [
-        ({"base_model.model.lm_head.lora_magnitude_vector": torch.ones(4, 4)}, "lora_magnitude_vector is no LoRA factor of a"),
-        ({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 9)}, "lora_embedding_A is no LoRA factor of a"),
-        ({"base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight": torch.ones(8, 2, 96)}, "w1.lora_A.weight has no partner"),
-        ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 96, 1)}, "a factor is a matrix in F64"),
-        ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full((2, 96), float("nan"))}, "has NaN or infinite"),
-        ({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)}, "two tensors are lora_A of model.layers.0.self_attn.q_proj"),
-        ({"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)}, "model.layers.9.self_attn.q_proj is no linear"),
-        ({"base_model.model.model.layers.1.mlp.experts.lora_A.weight": torch.ones(16, 80)}, "has no partner (lora_A and lora_B)"),
+        (
+            {"base_model.model.lm_head.lora_magnitude_vector": torch.ones(4, 4)},
+            "lora_magnitude_vector is no LoRA factor of a",
+        ),
+        (
+            {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 9)},
+            "lora_embedding_A is no LoRA factor of a",
+        ),
+        (
+            {"base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight": torch.ones(8, 2, 96)},
+            "w1.lora_A.weight has no partner",
+        ),
+        (
+            {
+                "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(
+                    2, 96, 1
+                )
+            },
+            "a factor is a matrix in F64",
+        ),
+        (
+            {
+                "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full(
+                    (2, 96), float("nan")
+                )
+            },
+            "has NaN or infinite",
+        ),
+        (
+            {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)},
+            "two tensors are lora_A of model.layers.0.self_attn.q_proj",
+        ),
+        (
+            {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)},
+            "model.layers.9.self_attn.q_proj is no linear",
+        ),
+        (
+            {"base_model.model.model.layers.1.mlp.experts.lora_A.weight": torch.ones(16, 80)},
+            "has no partner (lora_A and lora_B)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tensors_refused(
     bases: dict[str, Path], tmp_path: Path, add: dict[str, Tensor], message: str
 ) -> None:

@@ -250,13 +250,33 @@ def test_shared_outer_only_where_experts_share(bases: dict[str, Path], tmp_path:
 @pytest.mark.parametrize(
     ("base", "options", "call", "message"),
     [
-        ("moe", {}, {"engine": "vllm", "layout": "shared_outer"}, "--layout shared_outer: vLLM 0.32 reads per_expert"),
-        ("moe", {}, {"layout": "shared_outer"}, "--layout shared_outer: it must be one of per_expert, stacked, or --for an engine"),
-        ("shared", {}, {"engine": "peft"}, "PEFT 0.21 cannot load adapters of qwen2_moe's experts, one for each"),
-        ("mixed", {}, {"engine": "sglang"}, "SGLang 0.5.23 fails on adapters of models with dense layers among MoE layers"),
+        (
+            "moe",
+            {},
+            {"engine": "vllm", "layout": "shared_outer"},
+            "--layout shared_outer: vLLM 0.32 reads per_expert",
+        ),
+        (
+            "moe",
+            {},
+            {"layout": "shared_outer"},
+            "--layout shared_outer: it must be one of per_expert, stacked, or --for an engine",
+        ),
+        (
+            "shared",
+            {},
+            {"engine": "peft"},
+            "PEFT 0.21 cannot load adapters of qwen2_moe's experts, one for each",
+        ),
+        (
+            "mixed",
+            {},
+            {"engine": "sglang"},
+            "SGLang 0.5.23 fails on adapters of models with dense layers among MoE layers",
+        ),
         ("moe", {}, {"base": "/no/such"}, "--base=/no/such: no such folder"),
     ],
-)  # fmt: skip
+)
 def test_exports_refused(
     bases, tmp_path: Path, base: str, options: dict, call: dict, message: str
 ) -> None:

@@ -695,7 +695,8 @@ from pathlib import Path
 from megalora.adapters.merge import merge
 
 def peak_bytes():  # of this process alone: ru_maxrss remembers its parent
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
 peaks = []

@@ -341,19 +341,31 @@ TORCHRUN = (
 @pytest.mark.parametrize(
     ("log", "status"),
     [
-        ("megalora: 3 ranks cannot hold it.\n  Change parallel.ep\n" + TORCHRUN, "refused: 3 ranks cannot hold it."),
-        ("[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n" + TORCHRUN, "out of memory"),
-        ("torch.distributed.DistBackendError: NCCL error ... Cuda failure 2 'out of memory'\n" + TORCHRUN, "out of memory"),
+        (
+            "megalora: 3 ranks cannot hold it.\n  Change parallel.ep\n" + TORCHRUN,
+            "refused: 3 ranks cannot hold it.",
+        ),
+        (
+            "[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n"
+            + TORCHRUN,
+            "out of memory",
+        ),
+        (
+            "torch.distributed.DistBackendError: NCCL error ... Cuda failure 2 'out of memory'\n"
+            + TORCHRUN,
+            "out of memory",
+        ),
         (TORCHRUN + "  exitcode  : -9 (pid: 12)\n", "out of memory"),
         (
-            "[rank1]: Traceback (most recent call last):\n[rank1]: KeyError: 'q'\n[rank0]: RuntimeError: [gloo] Connection closed "
-            "by peer\n" + TORCHRUN, "failed: KeyError: 'q'",
+            "[rank1]: Traceback (most recent call last):\n[rank1]: KeyError: 'q'\n[rank0]:"
+            " RuntimeError: [gloo] Connection closed by peer\n" + TORCHRUN,
+            "failed: KeyError: 'q'",
         ),
         ("[rank0]: AssertionError\n" + TORCHRUN, "failed: AssertionError"),
         ("bash: torchrun: not found\n\n", "failed: bash: torchrun: not found"),
         ("", "failed: nothing was said"),
     ],
-)  # fmt: skip
+)
 def test_status(log: str, status: str) -> None:
     assert status_of(log) == status
 

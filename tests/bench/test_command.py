@@ -69,20 +69,44 @@ def test_the_layouts_that_the_plan_puts_first() -> None:
     [
         ([str(CONFIG), "--nproc", "2", "--layouts", "ep=2"], "bench needs CONFIG and --gpu"),
         (["--gpu", "h100"], "bench needs CONFIG and --gpu"),
-        ([str(CONFIG), "--gpu", "h100"], "give either --layouts, such as tp=2,ep=4 ep=8, or --top K"),
-        ([str(CONFIG), "--gpu", "h100", "--top", "2", "--layouts", "ep=1"], "give either --layouts"),
+        (
+            [str(CONFIG), "--gpu", "h100"],
+            "give either --layouts, such as tp=2,ep=4 ep=8, or --top K",
+        ),
+        (
+            [str(CONFIG), "--gpu", "h100", "--top", "2", "--layouts", "ep=1"],
+            "give either --layouts",
+        ),
         ([str(CONFIG), "--gpu", "h100", "--top", "0"], "--top must be at least 1"),
-        ([str(CONFIG), "--gpu", "h100", "--nproc", "0", "--top", "1"], "--nproc must be at least 1"),
-        ([str(CONFIG), "--gpu", "h100", "--nproc", "2", "--layouts", "epp=2"], "unknown key 'epp'; did you mean"),
-        ([str(CONFIG), "--gpu", "h100", "--top", "1", "--steps", "0"], "--steps must be at least 1"),
-        ([str(CONFIG), "--gpu", "h100", "--top", "1", "--routing", "even"], "--routing must be one of balanced, natural"),
-        ([str(CONFIG), "--gpu", "h100", "--top", "1", "--out", "/proc/x"], "/proc/x/results.json cannot be written"),
-        ([str(CONFIG), "--gpu", "h100", "--top", "1"], "the rates of H100 SXM 80 GB are those of bfloat16"),
+        (
+            [str(CONFIG), "--gpu", "h100", "--nproc", "0", "--top", "1"],
+            "--nproc must be at least 1",
+        ),
+        (
+            [str(CONFIG), "--gpu", "h100", "--nproc", "2", "--layouts", "epp=2"],
+            "unknown key 'epp'; did you mean",
+        ),
+        (
+            [str(CONFIG), "--gpu", "h100", "--top", "1", "--steps", "0"],
+            "--steps must be at least 1",
+        ),
+        (
+            [str(CONFIG), "--gpu", "h100", "--top", "1", "--routing", "even"],
+            "--routing must be one of balanced, natural",
+        ),
+        (
+            [str(CONFIG), "--gpu", "h100", "--top", "1", "--out", "/proc/x"],
+            "/proc/x/results.json cannot be written",
+        ),
+        (
+            [str(CONFIG), "--gpu", "h100", "--top", "1"],
+            "the rates of H100 SXM 80 GB are those of bfloat16",
+        ),
         (["--calibrate", "/proc/x/y.json"], "/proc/x/y.json cannot be written"),
         (["--calibrate", "x.json", "--nproc", "0"], "--nproc must be at least 1"),
         ([str(CONFIG), "--calibrate", "x.json"], "measures the machine, not a config"),
     ],
-)  # fmt: skip
+)
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", *arguments])

@@ -55,11 +55,9 @@ def test_adapter_files_elsewhere_in_a_folder_of_its_own(said, tiny: Path, tmp_pa
     model.delete_adapter("default")
     model.save_pretrained(tmp_path / "adapter")
     code, _, error = said("inspect", tmp_path / "adapter")
-    assert (
-        code == 2
-        and f"its sub-folder has, as PEFT saves an adapter with a name: give {tmp_path}/adapter/math"
-        in error
-    )
+    hint = "its sub-folder has, as PEFT saves an adapter with a name"
+    assert code == 2
+    assert f"{hint}: give {tmp_path}/adapter/math" in error
     assert said("inspect", tmp_path / "adapter" / "math")[0] == 0
 
 
@@ -112,20 +110,20 @@ def test_lm_head_adapter(said, tiny: Path, tmp_path: Path) -> None:
     copy = "base_model.model.lm_head.base_layer.weight"
     assert copy in load_file(tmp_path / "adapter" / WEIGHTS)
     line = f"passed over, as it equals the base's: {copy}\n"
-    for command in (["import", tmp_path / "adapter", tmp_path / "imported", "--base", tiny],
-                    ["export", tmp_path / "adapter", tmp_path / "exported", "--base", tiny],
-                    ["merge", tmp_path / "adapter", "--base", tiny, "--out", tmp_path / "merged"]):  # fmt: skip
+    for command in (
+        ["import", tmp_path / "adapter", tmp_path / "imported", "--base", tiny],
+        ["export", tmp_path / "adapter", tmp_path / "exported", "--base", tiny],
+        ["merge", tmp_path / "adapter", "--base", tiny, "--out", tmp_path / "merged"],
+    ):
         code, out, _ = said(*command)
         assert code == 0 and line in out
     for folder in ("imported", "exported"):
         assert copy not in load_file(tmp_path / folder / WEIGHTS)
         check_equal(tmp_path / folder, tiny, logits(model))
     code, out, _ = said("inspect", tmp_path / "adapter")
-    assert (
-        code == 0
-        and f"weights of the base, not compared with it here (import, merge and export do): {copy}\n"
-        in out
-    )
+    said_of_copies = "weights of the base, not compared with it here (import, merge and export do)"
+    assert code == 0
+    assert f"{said_of_copies}: {copy}\n" in out
 
 
 def test_lm_head_adapter_with_a_trained_head(said, tiny: Path, tmp_path: Path) -> None:

@@ -20,10 +20,13 @@ PLAIN = """\
 CALLS = """\
 {%- set state = namespace(called=false) -%}
 {%- for m in messages -%}
-{%- if m.role == 'tool' and not state.called -%}{{ raise_exception('a tool result without a call') }}{%- endif -%}
-{%- set state.called = (m.tool_calls | default([])) | length > 0 or (m.role == 'tool' and state.called) -%}
+{%- if m.role == 'tool' and not state.called -%}\
+{{ raise_exception('a tool result without a call') }}{%- endif -%}
+{%- set state.called = (m.tool_calls | default([])) | length > 0 \
+or (m.role == 'tool' and state.called) -%}
 <|im_start|>{{ m.role }}
-{{ m.content }}{%- for c in m.tool_calls | default([]) -%}<call>{{ c.function.name }} {{ c.function.arguments | tojson
+{{ m.content }}{%- for c in m.tool_calls | default([]) -%}\
+<call>{{ c.function.name }} {{ c.function.arguments | tojson
 }}</call>{%- endfor -%}<|im_end|>
 {% endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant
@@ -148,27 +151,38 @@ def test_empty_tool_calls_list(load):
     ("line", "message"),
     [
         (
-            r'{"messages": [{"role": "user", "content": "hi \ud83d"}, {"role": "assistant", "content": "yo"}]}',
-            r"rows.jsonl: row 2: message 1 holds half a character \('\\ud83d', one half of a surrogate pair\)",
+            (
+                r'{"messages": [{"role": "user", "content": "hi \ud83d"}, {"role": "assistant",'
+                r' "content": "yo"}]}'
+            ),
+            (
+                r"rows.jsonl: row 2: message 1 holds half a character \('\\ud83d', one half of a"
+                r" surrogate pair\)"
+            ),
         ),
         (
-            r'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\ude00 yo"}]}',
+            (
+                r'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content":'
+                r' "\ude00 yo"}]}'
+            ),
             r"rows.jsonl: row 2: message 2 holds half a character \('\\ude00'",
         ),
         ('{"id": ' + "7" * 4400 + "}", r"rows.jsonl:2: holds a number of too many digits \("),
         ("[" * 100_000, r"rows.jsonl:2: lists or objects are nested too deeply to be read"),
         (
-            '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo", "x": '
-            + "[" * 300 + "]" * 300 + "}]}",
+            '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content":'
+            ' "yo", "x": ' + "[" * 300 + "]" * 300 + "}]}",
             r"rows.jsonl: row 2: message 2: nested deeper than 100 levels",
         ),
         (
-            '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": '
-            '[{"function": {"name": "f", "arguments": {"x": 1e999}}}]}]}',
+            (
+                '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant",'
+                ' "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1e999}}}]}]}'
+            ),
             r"rows.jsonl: row 2: message 2: holds the number inf",
         ),
     ],
-)  # fmt: skip
+)
 def test_lone_surrogate_and_what_is_like_it(load, tmp_path, line, message):
     good = json.dumps(chat(("user", "q"), ("assistant", "a")))
     (tmp_path / "rows.jsonl").write_text(f"{good}\n{line}\n")

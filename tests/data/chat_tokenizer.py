@@ -10,7 +10,8 @@ SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 CHATML = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\n' + message.content }}
-{%- for call in message.tool_calls or [] %}{{- '\n<tool_call>\n' + call.name + '\n</tool_call>' }}{%- endfor %}
+{%- for call in message.tool_calls or [] %}\
+{{- '\n<tool_call>\n' + call.name + '\n</tool_call>' }}{%- endfor %}
 {{- '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
@@ -26,11 +27,13 @@ QWEN3 = """\
         {%- set content = message.content %}
         {%- set reasoning = '' %}
         {%- if '</think>' in content %}
-            {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set reasoning = content.split('</think>')[0].rstrip('\n')\
+.split('<think>')[-1].lstrip('\n') %}
             {%- set content = content.split('</think>')[-1].lstrip('\n') %}
         {%- endif %}
         {%- if loop.index0 > ns.last_query %}
-            {{- '<|im_start|>assistant\n<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+            {{- '<|im_start|>assistant\n<think>\n' + reasoning.strip('\n') \
++ '\n</think>\n\n' + content.lstrip('\n') }}
         {%- else %}
             {{- '<|im_start|>assistant\n' + content }}
         {%- endif %}
@@ -53,7 +56,8 @@ MARKED_OPEN = """\
 MARKED_CLOSED = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\n' }}
-{%- if message.role == 'assistant' %}{% generation %}{{- message.content + '<|im_end|>\n' }}{% endgeneration %}
+{%- if message.role == 'assistant' %}{% generation %}\
+{{- message.content + '<|im_end|>\n' }}{% endgeneration %}
 {%- else %}{{- message.content + '<|im_end|>\n' }}{%- endif %}
 {%- endfor %}"""
 # As Llama 2: no header for the assistant, spaces around what it says.

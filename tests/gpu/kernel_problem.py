@@ -1,7 +1,8 @@
 """Operands for the kernels on a GPU, what they should give in float64, and how close a result must
 be.
 
-Shape legend: T tokens    M routed rows    E experts    H hidden    inner: an expert's intermediate size
+Shape legend: T tokens    M routed rows    E experts    H hidden
+inner: an expert's intermediate size
 """
 
 from dataclasses import dataclass, replace

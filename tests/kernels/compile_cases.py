@@ -3,7 +3,8 @@ passes of SwiGLU.
 
 Tensors are on the CPU and mostly never touched; sizes are those of Qwen3-30B-A3B.
 
-Shape legend: T tokens   M routed rows   E experts   H hidden   I expert intermediate   K inputs   N outputs   R, Q ranks
+Shape legend: T tokens   M routed rows   E experts   H hidden   I expert intermediate   K inputs
+N outputs   R, Q ranks
 """
 
 from collections.abc import Callable, Iterator

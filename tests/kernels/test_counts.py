@@ -82,8 +82,8 @@ def test_forward_of_a_linear_on_the_default_back_end(linear):
     "arm, most_calls, most_bytes", [("grouped_mm", 2.65, 2.30), ("joined", 1.58, 2.42)]
 )
 def test_forward_of_a_linear_by_grouped_mm(linear, arm, most_calls, most_bytes):
-    """AugmentedWeight allocates the rows copied beside S, M (K + r), and nothing else; plain B S, in pieces
-    of 256 columns."""
+    """AugmentedWeight allocates the rows copied beside S, M (K + r), and nothing else; plain B S,
+    in pieces of 256 columns."""
     t = linear
     w = AugmentedWeight(t["w"], R) if arm == "joined" else t["w"]
     backend = "grouped_mm"

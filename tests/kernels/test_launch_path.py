@@ -47,10 +47,18 @@ GOOD = {"map": 4096, "base": 1 << 20, "sizes": (2048, 1536), "strides": (4096,),
 
 @pytest.mark.parametrize(
     "other",
-    [{"map": 4096 + 16}, {"base": (1 << 20) + 8}, {"sizes": (2048, 0)}, {"strides": (4088,)}, {"strides": (2048,)},
-     {"box": (64, 257)}, {"box": (128, 64)}, {"box": (12, 64)}],
+    [
+        {"map": 4096 + 16},
+        {"base": (1 << 20) + 8},
+        {"sizes": (2048, 0)},
+        {"strides": (4088,)},
+        {"strides": (2048,)},
+        {"box": (64, 257)},
+        {"box": (128, 64)},
+        {"box": (12, 64)},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_stub_refuses_what_a_driver_refuses(driver, other, capfd):
     def encode(map: int, base: int, sizes: tuple, strides: tuple, box: tuple) -> int:
         rank = len(sizes)

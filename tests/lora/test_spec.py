@@ -141,18 +141,33 @@ def test_aliases_are_all_tested() -> None:
     ("options", "expected"),
     [
         ({"target_modules": "o_proj"}, [(i, "o_proj") for i in range(4)]),
-        ({"target_modules": "q_proj|v_proj"}, [(i, n) for i in range(4) for n in ("q_proj", "v_proj")]),
+        (
+            {"target_modules": "q_proj|v_proj"},
+            [(i, n) for i in range(4) for n in ("q_proj", "v_proj")],
+        ),
         ({"target_modules": r"layers\.[13]\..*o_proj"}, [(1, "o_proj"), (3, "o_proj")]),
         ({"target_modules": ["gate"]}, [(0, "gate"), (2, "gate"), (3, "gate")]),
-        ({"target_modules": [r"experts\.\d+\.down_proj"]}, [(0, "down_proj"), (2, "down_proj"), (3, "down_proj")]),
+        (
+            {"target_modules": [r"experts\.\d+\.down_proj"]},
+            [(0, "down_proj"), (2, "down_proj"), (3, "down_proj")],
+        ),
         ({"target_modules": [r"mlp\.up_proj"]}, [(1, "up_proj")]),
-        ({"target_modules": ["v_proj", "lm_head"], "layers": [2]}, [(2, "v_proj"), (None, "lm_head")]),
+        (
+            {"target_modules": ["v_proj", "lm_head"], "layers": [2]},
+            [(2, "v_proj"), (None, "lm_head")],
+        ),
         ({"exclude_modules": ["qkv_proj", r".*\.mlp\..*"]}, [(i, "o_proj") for i in range(4)]),
         ({"target_modules": ["up_proj"], "exclude_modules": [r"experts\..*"]}, [(1, "up_proj")]),
-        ({"target_modules": ["k_proj"], "exclude_modules": [r"layers\.0\.self_attn\.k_proj"], "layers": "0-1"},
-         [(1, "k_proj")]),
+        (
+            {
+                "target_modules": ["k_proj"],
+                "exclude_modules": [r"layers\.0\.self_attn\.k_proj"],
+                "layers": "0-1",
+            },
+            [(1, "k_proj")],
+        ),
     ],
-)  # fmt: skip
+)
 def test_targets_and_exclusions(
     options: dict[str, Any], expected: list[tuple[int | None, str]]
 ) -> None:
@@ -162,10 +177,16 @@ def test_targets_and_exclusions(
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
-        (None, [0, 1, 2, 3]), ([2], [2]), ([3, 0, 3], [0, 3]), ("1", [1]), ("0-2", [0, 1, 2]), ("2-", [2, 3]),
-        ("0, 2 - 3", [0, 2, 3]), ("1-1,1", [1]),
+        (None, [0, 1, 2, 3]),
+        ([2], [2]),
+        ([3, 0, 3], [0, 3]),
+        ("1", [1]),
+        ("0-2", [0, 1, 2]),
+        ("2-", [2, 3]),
+        ("0, 2 - 3", [0, 2, 3]),
+        ("1-1,1", [1]),
     ],
-)  # fmt: skip
+)
 def test_layers(layers: list[int] | str | None, expected: list[int]) -> None:
     assert [a.layer for a in adapt(target_modules=["k_proj"], layers=layers)] == expected
 
@@ -235,46 +256,128 @@ ADAPTABLE_DENSE = ADAPTABLE.replace(" gate,", "")
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        (MOE_SHAPE, {"target_modules": ["k_proj", "q_porj"]},
-         f"lora.target_modules: 'q_porj' matches nothing in this model; did you mean q_proj? {ADAPTABLE}"),
-        (MOE_SHAPE, {"target_modules": "linear_fc3"},
-         f"lora.target_modules: 'linear_fc3' matches nothing in this model; did you mean linear_fc2? {ADAPTABLE}"),
-        (MOE_SHAPE, {"target_modules": ["wte"]},
-         f"lora.target_modules: 'wte' matches nothing in this model. {ADAPTABLE}"),
-        (DENSE_SHAPE, {"target_modules": ["router"]},
-         f"lora.target_modules: 'router' matches nothing in this model. {ADAPTABLE_DENSE}"),
-        (DENSE_SHAPE, {"target_modules": [r"experts\.\d+\.up_proj"]},
-         rf"lora.target_modules: 'experts\\.\\d+\\.up_proj' matches nothing in this model. {ADAPTABLE_DENSE}"),
-        (MOE_SHAPE, {"exclude_modules": ["lm_heat"]},
-         f"lora.exclude_modules: 'lm_heat' matches nothing in this model; did you mean lm_head? {ADAPTABLE}"),
-        (MOE_SHAPE, {"rank_pattern": {"oproj": 4}},
-         f"lora.rank_pattern: 'oproj' matches nothing in this model; did you mean o_proj? {ADAPTABLE}"),
-        (MOE_SHAPE, {"alpha_pattern": {r"layers\.9\..*": 4.0}},
-         rf"lora.alpha_pattern: 'layers\\.9\\..*' matches nothing in this model. {ADAPTABLE}"),
-        (MOE_SHAPE, {"target_modules": [r"mlp\.experts\.[0-2]\.down_proj"]},
-         r"lora.target_modules: 'mlp\\.experts\\.[0-2]\\.down_proj' matches 3 of the 5 experts in layer 0 "
-         "(model.layers.0.mlp.experts.0.down_proj, ...); experts of one layer share one setting, so match all or "
-         "none."),
-        (MOE_SHAPE, {"target_modules": [r"layers\.2\.mlp\..*\.0\.up_proj"]},
-         r"lora.target_modules: 'layers\\.2\\.mlp\\..*\\.0\\.up_proj' matches 1 of the 5 experts in layer 2 "
-         "(model.layers.2.mlp.experts.0.up_proj, ...); experts of one layer share one setting, so match all or none."),
-        (MOE_SHAPE, {"rank_pattern": {r".*\.4\.gate_proj": 2}},
-         r"lora.rank_pattern: '.*\\.4\\.gate_proj' matches 1 of the 5 experts in layer 0 "
-         "(model.layers.0.mlp.experts.4.gate_proj, ...); experts of one layer share one setting, so match all or "
-         "none."),
-        (MOE_SHAPE, {"target_modules": ["*_proj"]},
-         "lora.target_modules: '*_proj' is neither a name nor a regular expression (nothing to repeat)"),
-        (MOE_SHAPE, {"exclude_modules": ["q_proj("]},
-         "lora.exclude_modules: 'q_proj(' is neither a name nor a regular expression "
-         "(missing ), unterminated subpattern)"),
-        (MOE_SHAPE, {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
-         "lora: nothing is left to adapt after target_modules, exclude_modules and layers; widen one of them"),
-        (MOE_SHAPE, {"target_modules": []},
-         "lora: nothing is left to adapt after target_modules, exclude_modules and layers; widen one of them"),
-        (MIXED_SHAPE, {"target_modules": ["gate"], "layers": [1]},
-         "lora: nothing is left to adapt after target_modules, exclude_modules and layers; widen one of them"),
+        (
+            MOE_SHAPE,
+            {"target_modules": ["k_proj", "q_porj"]},
+            (
+                "lora.target_modules: 'q_porj' matches nothing in this model; did you mean q_proj?"
+                f" {ADAPTABLE}"
+            ),
+        ),
+        (
+            MOE_SHAPE,
+            {"target_modules": "linear_fc3"},
+            (
+                "lora.target_modules: 'linear_fc3' matches nothing in this model; did you mean"
+                f" linear_fc2? {ADAPTABLE}"
+            ),
+        ),
+        (
+            MOE_SHAPE,
+            {"target_modules": ["wte"]},
+            f"lora.target_modules: 'wte' matches nothing in this model. {ADAPTABLE}",
+        ),
+        (
+            DENSE_SHAPE,
+            {"target_modules": ["router"]},
+            f"lora.target_modules: 'router' matches nothing in this model. {ADAPTABLE_DENSE}",
+        ),
+        (
+            DENSE_SHAPE,
+            {"target_modules": [r"experts\.\d+\.up_proj"]},
+            (
+                r"lora.target_modules: 'experts\\.\\d+\\.up_proj' matches nothing in this model."
+                rf" {ADAPTABLE_DENSE}"
+            ),
+        ),
+        (
+            MOE_SHAPE,
+            {"exclude_modules": ["lm_heat"]},
+            (
+                "lora.exclude_modules: 'lm_heat' matches nothing in this model; did you mean"
+                f" lm_head? {ADAPTABLE}"
+            ),
+        ),
+        (
+            MOE_SHAPE,
+            {"rank_pattern": {"oproj": 4}},
+            (
+                "lora.rank_pattern: 'oproj' matches nothing in this model; did you mean o_proj?"
+                f" {ADAPTABLE}"
+            ),
+        ),
+        (
+            MOE_SHAPE,
+            {"alpha_pattern": {r"layers\.9\..*": 4.0}},
+            rf"lora.alpha_pattern: 'layers\\.9\\..*' matches nothing in this model. {ADAPTABLE}",
+        ),
+        (
+            MOE_SHAPE,
+            {"target_modules": [r"mlp\.experts\.[0-2]\.down_proj"]},
+            r"lora.target_modules: 'mlp\\.experts\\.[0-2]\\.down_proj' matches 3 of the 5 experts"
+            r" in layer 0 "
+            "(model.layers.0.mlp.experts.0.down_proj, ...); experts of one layer share one setting,"
+            " so match all or "
+            "none.",
+        ),
+        (
+            MOE_SHAPE,
+            {"target_modules": [r"layers\.2\.mlp\..*\.0\.up_proj"]},
+            r"lora.target_modules: 'layers\\.2\\.mlp\\..*\\.0\\.up_proj' matches 1 of the 5 experts"
+            r" in layer 2 "
+            "(model.layers.2.mlp.experts.0.up_proj, ...); experts of one layer share one setting,"
+            " so match all or none.",
+        ),
+        (
+            MOE_SHAPE,
+            {"rank_pattern": {r".*\.4\.gate_proj": 2}},
+            r"lora.rank_pattern: '.*\\.4\\.gate_proj' matches 1 of the 5 experts in layer 0 "
+            "(model.layers.0.mlp.experts.4.gate_proj, ...); experts of one layer share one setting,"
+            " so match all or "
+            "none.",
+        ),
+        (
+            MOE_SHAPE,
+            {"target_modules": ["*_proj"]},
+            (
+                "lora.target_modules: '*_proj' is neither a name nor a regular expression (nothing"
+                " to repeat)"
+            ),
+        ),
+        (
+            MOE_SHAPE,
+            {"exclude_modules": ["q_proj("]},
+            (
+                "lora.exclude_modules: 'q_proj(' is neither a name nor a regular expression "
+                "(missing ), unterminated subpattern)"
+            ),
+        ),
+        (
+            MOE_SHAPE,
+            {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
+            (
+                "lora: nothing is left to adapt after target_modules, exclude_modules and layers;"
+                " widen one of them"
+            ),
+        ),
+        (
+            MOE_SHAPE,
+            {"target_modules": []},
+            (
+                "lora: nothing is left to adapt after target_modules, exclude_modules and layers;"
+                " widen one of them"
+            ),
+        ),
+        (
+            MIXED_SHAPE,
+            {"target_modules": ["gate"], "layers": [1]},
+            (
+                "lora: nothing is left to adapt after target_modules, exclude_modules and layers;"
+                " widen one of them"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused(shape: ModelShape, options: dict[str, Any], message: str) -> None:
     assert refusal(shape, **options) == message
 

@@ -194,14 +194,34 @@ def test_many_are_counted_and_three_named(bases: dict[str, Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t | {"lm_head.weight": torch.ones(512, 96, dtype=torch.int8)}, "lm_head.weight is I8"),
-        (lambda t: t | {f"{AT}.mlp.gate.weight": torch.ones(8, 96).to(torch.float8_e5m2)}, "mlp.gate.weight is F8_E5M2"),
-        (lambda t: t | {f"{AT}.self_attn.q_proj.weight_scale": torch.ones(1)}, "q_proj.weight_scale"),
-        (lambda t: t | {f"{AT}.self_attn.q_proj.qweight": torch.ones(4, 4, dtype=torch.int32)}, "q_proj.qweight"),
-        (lambda t: t | {f"{AT}.self_attn.q_proj.weight.absmax": torch.ones(4)}, "q_proj.weight.absmax"),
-        (lambda t: t | {f"{AT}.mlp.experts.gate_up_proj_blocks": torch.ones(4, dtype=torch.uint8)}, "gate_up_proj_blocks"),
+        (
+            lambda t: t | {"lm_head.weight": torch.ones(512, 96, dtype=torch.int8)},
+            "lm_head.weight is I8",
+        ),
+        (
+            lambda t: t | {f"{AT}.mlp.gate.weight": torch.ones(8, 96).to(torch.float8_e5m2)},
+            "mlp.gate.weight is F8_E5M2",
+        ),
+        (
+            lambda t: t | {f"{AT}.self_attn.q_proj.weight_scale": torch.ones(1)},
+            "q_proj.weight_scale",
+        ),
+        (
+            lambda t: t | {f"{AT}.self_attn.q_proj.qweight": torch.ones(4, 4, dtype=torch.int32)},
+            "q_proj.qweight",
+        ),
+        (
+            lambda t: t | {f"{AT}.self_attn.q_proj.weight.absmax": torch.ones(4)},
+            "q_proj.weight.absmax",
+        ),
+        (
+            lambda t: (
+                t | {f"{AT}.mlp.experts.gate_up_proj_blocks": torch.ones(4, dtype=torch.uint8)}
+            ),
+            "gate_up_proj_blocks",
+        ),
     ],
-)  # fmt: skip
+)
 def test_quantised_weights_and_other_dtypes(
     bases: dict[str, Path], tmp_path: Path, change: Any, said: str
 ) -> None:
@@ -268,13 +288,30 @@ def test_the_text_model_of_a_vision_language_checkpoint(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda name: f"module.{name}", "All names begin with module.: save the model again without it"),
-        (lambda name: f"base_model.model.{name}", "All names begin with base_model.model.: save the model again"),
-        (lambda name: name.replace("_proj.weight", "_proj.base_layer.weight"), "An adapter is part of this model: merge it"),
-        (lambda name: "lm_head.bias" if name == "model.norm.weight" else name, "read (lm_head.bias)"),
-        (lambda name: f"{name}.old" if name.endswith(("embed_tokens.weight", "lm_head.weight")) else name, "embed_tokens.weight.old)"),
+        (
+            lambda name: f"module.{name}",
+            "All names begin with module.: save the model again without it",
+        ),
+        (
+            lambda name: f"base_model.model.{name}",
+            "All names begin with base_model.model.: save the model again",
+        ),
+        (
+            lambda name: name.replace("_proj.weight", "_proj.base_layer.weight"),
+            "An adapter is part of this model: merge it",
+        ),
+        (
+            lambda name: "lm_head.bias" if name == "model.norm.weight" else name,
+            "read (lm_head.bias)",
+        ),
+        (
+            lambda name: (
+                f"{name}.old" if name.endswith(("embed_tokens.weight", "lm_head.weight")) else name
+            ),
+            "embed_tokens.weight.old)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_to_do_about_names(
     bases: dict[str, Path], tmp_path: Path, change: Any, said: str
 ) -> None:
@@ -361,18 +398,26 @@ def edit_index(folder: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda names: {n: f for n, f in names.items() if n != "model.norm.weight"},
-         "does not name 1 tensors that its files hold (model.norm.weight)"),
-        (lambda names: names | {"model.foo.weight": names["model.norm.weight"]},
-         "names 1 tensors that its files do not hold (model.foo.weight)"),
-        (lambda names: {n: min(names.values()) if n == "model.norm.weight" else f for n, f in names.items()},
-         "names 1 tensors that its files do not hold (model.norm.weight)"),
+        (
+            lambda names: {n: f for n, f in names.items() if n != "model.norm.weight"},
+            "does not name 1 tensors that its files hold (model.norm.weight)",
+        ),
+        (
+            lambda names: names | {"model.foo.weight": names["model.norm.weight"]},
+            "names 1 tensors that its files do not hold (model.foo.weight)",
+        ),
+        (
+            lambda names: {
+                n: min(names.values()) if n == "model.norm.weight" else f for n, f in names.items()
+            },
+            "names 1 tensors that its files do not hold (model.norm.weight)",
+        ),
         (lambda names: names | {"model.rotary_emb.inv_freq": names["model.norm.weight"]}, None),
         (lambda names: {}, "has no weight_map from tensor names to files"),
         (lambda names: [1], "has no weight_map from tensor names to files"),
         (lambda names: {"a": 3}, "has no weight_map from tensor names to files"),
     ],
-)  # fmt: skip
+)
 def test_an_index_and_its_files_must_agree(tmp_path: Path, change: Any, said: str | None) -> None:
     folder = make_tiny(tmp_path / "base", num_hidden_layers=2)
     index = edit_index(folder, change)
@@ -425,16 +470,27 @@ def test_a_file_that_is_no_safetensors(tmp_path: Path, change: Any, said: str) -
     ("name", "advice"),
     [
         ("pytorch_model.bin", "pytorch_model.bin is not read: save the model as safetensors"),
-        ("pytorch_model-00001-of-00002.bin", "pytorch_model-00001-of-00002.bin is not read: save the model as safetensors"),
+        (
+            "pytorch_model-00001-of-00002.bin",
+            "pytorch_model-00001-of-00002.bin is not read: save the model as safetensors",
+        ),
         ("consolidated.00.pth", "consolidated.00.pth is not read: save the model as safetensors"),
         ("Qwen3-8B-Q4_K_M.gguf", "Qwen3-8B-Q4_K_M.gguf is not read: save the model as safetensors"),
         ("training_args.bin", "download the model again"),
         ("config.old", "download the model again"),
-        ("adapter_model.safetensors", "adapter_model.safetensors is an adapter, which needs its base model here"),
-        ("model-00001-of-00001.safetensors", "model-00001-of-00001.safetensors is named by no model.safetensors.index.json: "
-         "save or download the model again with its index"),
+        (
+            "adapter_model.safetensors",
+            "adapter_model.safetensors is an adapter, which needs its base model here",
+        ),
+        (
+            "model-00001-of-00001.safetensors",
+            (
+                "model-00001-of-00001.safetensors is named by no model.safetensors.index.json: "
+                "save or download the model again with its index"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_weights_in_another_form_are_named(
     bases: dict[str, Path], tmp_path: Path, name: str, advice: str
 ) -> None:

@@ -509,13 +509,26 @@ def _unlike_the_default(name: str) -> Any:
         "router_aux_loss_coef": 0.7,
         "cache_implementation": "static",
     }
-    skipped = {"model_type", "id2label", "label2id", "num_labels", "problem_type",
-               "output_attentions",
-               "output_hidden_states", "attn_implementation", "_attn_implementation",
-               "_attn_implementation_internal",
-               "_experts_implementation", "_experts_implementation_internal", "generation_config",
-               "torchscript",
-               "return_dict", "use_return_dict", "task_specific_params", "bad_words_ids"}  # fmt: skip
+    skipped = {
+        "model_type",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "output_attentions",
+        "output_hidden_states",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "generation_config",
+        "torchscript",
+        "return_dict",
+        "use_return_dict",
+        "task_specific_params",
+        "bad_words_ids",
+    }
     if name in skipped:  # how results are returned and which kernel runs, or a type of their own
         return ...
     return texts.get(

@@ -126,16 +126,50 @@ def test_other_spellings() -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"tp": 3}, "parallel.tp=3 does not fit the model's 24 attention heads and 8 key/value heads; it can be one of 1, 2, 4, 8, 24"),
-        ({"tp": 16}, "parallel.tp=16 does not fit the model's 24 attention heads and 8 key/value heads; it can be one of 1, 2, 4, 8, 24"),
-        ({"pp": 5}, "parallel.pp * vpp=5 does not divide the model's 12 layers; it can be one of 1, 2, 3, 4, 6, 12"),
-        ({"pp": 4, "vpp": 2},
-         "parallel.pp * vpp=8 does not divide the model's 12 layers; it can be one of 1, 2, 3, 4, 6, 12"),
-        ({"ep": 4}, "parallel.ep=4 does not divide the model's 30 experts; it can be one of 1, 2, 3, 5, 6, 10, 15, 30"),
-        ({"etp": 4},
-         "parallel.etp=4 does not divide the model's 50 features per expert; it can be one of 1, 2, 5, 10, 25, 50"),
+        (
+            {"tp": 3},
+            (
+                "parallel.tp=3 does not fit the model's 24 attention heads and 8 key/value heads;"
+                " it can be one of 1, 2, 4, 8, 24"
+            ),
+        ),
+        (
+            {"tp": 16},
+            (
+                "parallel.tp=16 does not fit the model's 24 attention heads and 8 key/value heads;"
+                " it can be one of 1, 2, 4, 8, 24"
+            ),
+        ),
+        (
+            {"pp": 5},
+            (
+                "parallel.pp * vpp=5 does not divide the model's 12 layers; it can be one of 1, 2,"
+                " 3, 4, 6, 12"
+            ),
+        ),
+        (
+            {"pp": 4, "vpp": 2},
+            (
+                "parallel.pp * vpp=8 does not divide the model's 12 layers; it can be one of 1, 2,"
+                " 3, 4, 6, 12"
+            ),
+        ),
+        (
+            {"ep": 4},
+            (
+                "parallel.ep=4 does not divide the model's 30 experts; it can be one of 1, 2, 3, 5,"
+                " 6, 10, 15, 30"
+            ),
+        ),
+        (
+            {"etp": 4},
+            (
+                "parallel.etp=4 does not divide the model's 50 features per expert; it can be one"
+                " of 1, 2, 5, 10, 25, 50"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_layout_refused(layout: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         SHAPE.check_layout(ParallelConfig(**layout))
@@ -145,18 +179,42 @@ def test_layout_refused(layout: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "layout", "message"),
     [
-        ({"vocab": 509}, {"tp": 2},
-         "parallel.tp=2 does not divide the model's 509 vocabulary entries; it can be one of 1, 509"),
-        ({"num_heads": 22}, {"tp": 4},
-         "parallel.tp=4 does not fit the model's 22 attention heads and 8 key/value heads; it can be one of 1, 2"),
-        ({"moe_layers": frozenset({0, 2}), "intermediate": 142}, {"tp": 4},
-         "parallel.tp=4 does not divide the model's 142 dense MLP features; it can be one of 1, 2, 71, 142"),
-        ({"moe_layers": frozenset(), "num_experts": 0}, {"ep": 2},
-         "parallel.ep=2, parallel.etp=1: this model (qwen3_moe) has no experts; set both to 1"),
-        ({"moe_layers": frozenset(), "num_experts": 0}, {"etp": 2},
-         "parallel.ep=1, parallel.etp=2: this model (qwen3_moe) has no experts; set both to 1"),
+        (
+            {"vocab": 509},
+            {"tp": 2},
+            (
+                "parallel.tp=2 does not divide the model's 509 vocabulary entries; it can be one of"
+                " 1, 509"
+            ),
+        ),
+        (
+            {"num_heads": 22},
+            {"tp": 4},
+            (
+                "parallel.tp=4 does not fit the model's 22 attention heads and 8 key/value heads;"
+                " it can be one of 1, 2"
+            ),
+        ),
+        (
+            {"moe_layers": frozenset({0, 2}), "intermediate": 142},
+            {"tp": 4},
+            (
+                "parallel.tp=4 does not divide the model's 142 dense MLP features; it can be one of"
+                " 1, 2, 71, 142"
+            ),
+        ),
+        (
+            {"moe_layers": frozenset(), "num_experts": 0},
+            {"ep": 2},
+            "parallel.ep=2, parallel.etp=1: this model (qwen3_moe) has no experts; set both to 1",
+        ),
+        (
+            {"moe_layers": frozenset(), "num_experts": 0},
+            {"etp": 2},
+            "parallel.ep=1, parallel.etp=2: this model (qwen3_moe) has no experts; set both to 1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_layout_refused_for_another_model(
     sizes: dict[str, Any], layout: dict[str, int], message: str
 ) -> None:
@@ -174,14 +232,32 @@ def test_layout_accepted() -> None:
 @pytest.mark.parametrize(
     ("hf", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not supported; megalora knows qwen3_moe, qwen3, qwen2_moe"),
+        (
+            {"model_type": "llama"},
+            "model_type 'llama' is not supported; megalora knows qwen3_moe, qwen3, qwen2_moe",
+        ),
         ({}, "model_type 'nothing' is not supported; megalora knows qwen3_moe, qwen3, qwen2_moe"),
-        ({"model_type": "qwen3", "num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 2},
-         "config.json of a qwen3 model must have num_attention_heads, num_key_value_heads, vocab_size, head_dim"),
-        (QWEN3_4B | {"model_type": "qwen3_moe"},
-         "config.json of a qwen3_moe model must have num_experts, num_experts_per_tok, moe_intermediate_size"),
+        (
+            {
+                "model_type": "qwen3",
+                "num_hidden_layers": 3,
+                "hidden_size": 8,
+                "intermediate_size": 2,
+            },
+            (
+                "config.json of a qwen3 model must have num_attention_heads, num_key_value_heads,"
+                " vocab_size, head_dim"
+            ),
+        ),
+        (
+            QWEN3_4B | {"model_type": "qwen3_moe"},
+            (
+                "config.json of a qwen3_moe model must have num_experts, num_experts_per_tok,"
+                " moe_intermediate_size"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_config_refused(hf: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         model_shape(hf)

@@ -94,7 +94,8 @@ BASE_BUGS: tuple[Bug, ...] = (
         "biases of k and v swapped",
         "megalora/model/hf_weights.py",
         '**{key: f"{name}.{part}" for key, name in qkv.items()}',
-        '**{key: f"{qkv[key if part[0] == "w" else "qvk"["qkv".index(key)]]}.{part}" for key in qkv}',
+        '**{key: f"{qkv[key if part[0] == "w" else "qvk"["qkv".index(key)]]}.{part}"'
+        " for key in qkv}",
         f"{CASES} attention_bias_is_computed",
     ),
     bug(

@@ -184,7 +184,8 @@ BUGS = (
         "adapters of the next rank's experts",
         SHARDS,
         "return range(ep.rank() * count, (ep.rank() + 1) * count)",
-        "return range((ep.rank() + 1) % ep.size() * count, ((ep.rank() + 1) % ep.size() + 1) * count)",
+        "next_rank = (ep.rank() + 1) % ep.size()\n"
+        "    return range(next_rank * count, (next_rank + 1) * count)",
         f"{PARALLEL} test_02",
     ),
     # 3: the delta is in another parallel state than what it is added to

@@ -17,7 +17,9 @@ LAYER_BUGS: tuple[Bug, ...] = (
     # in the model
     bug(0, "a norm with another epsilon", BACKEND, "self.weight, self.eps)", "self.weight, 1e-5)",
         f"{TEST} families"),
-    bug(0, "no norms on queries and keys", BACKEND, "q_layernorm=q_norm if config.qk_layernorm else IdentityOp,\n                    k_layernorm=k_norm if config.qk_layernorm else IdentityOp,",
+    bug(0, "no norms on queries and keys", BACKEND,
+        "q_layernorm=q_norm if config.qk_layernorm else IdentityOp,\n"
+        "                    k_layernorm=k_norm if config.qk_layernorm else IdentityOp,",
         "q_layernorm=IdentityOp, k_layernorm=IdentityOp,", f"{TEST} families"),
     bug(0, "softmax by the head's size", "megalora/model/rotary.py",
         "factor**2 / math.sqrt(head_dim)", "factor**2 / head_dim", f"{TEST} families"),

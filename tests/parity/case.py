@@ -56,8 +56,8 @@ gradient into the same relative error of a whole step.
 MARGIN = 5e-6
 SEEDS = range(10)
 """A router's choice that hangs on less than this, in logits, is not asked for: ten times what
-float32 errs in one. At a lead of
-2.6e-7 one process in float32 chose another expert than float64 and its gradients parted by 3e-2; so does every layout."""
+float32 errs in one. At a lead of 2.6e-7 one process in float32 chose another expert than float64
+and its gradients parted by 3e-2; so does every layout."""
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,14 @@ def refusal(world: int, sizes: dict[str, int]) -> str | None:
 
 @settings(max_examples=500)
 @given(
-    world=st.integers(-1, 64), tp=st.integers(-1, 24), pp=st.integers(-1, 6), vpp=st.integers(-1, 4), ep=st.integers(-1, 24),
-    etp=st.integers(-1, 8), cp=st.integers(0, 2),
-)  # fmt: skip
+    world=st.integers(-1, 64),
+    tp=st.integers(-1, 24),
+    pp=st.integers(-1, 6),
+    vpp=st.integers(-1, 4),
+    ep=st.integers(-1, 24),
+    etp=st.integers(-1, 8),
+    cp=st.integers(0, 2),
+)
 def test_a_refusal_is_short_and_names_the_option(world: int, **sizes: int) -> None:
     if message := refusal(world, sizes):
         first, *rest = message.splitlines()

@@ -3,11 +3,14 @@ the same step.
 
 What differs from a GPU is named here and nowhere else:
 
-    routing      made even, as the planner takes it to be: a constant on the router's logits that cannot be outvoted
+    routing      made even, as the planner takes it to be: a constant on the router's logits that
+                 cannot be outvoted
     optimizer    torch's AdamW works on lists of tensors, as it does on GPUs by default
     batches      stay on the host: not counted
-    norms        are composed of operations on the CPU and keep float32: planned beside the product's formula, see ``widened_norms``
-    planned      without the CUDA context and without room for adapters, which float32 and the CPU's back end go without
+    norms        are composed of operations on the CPU and keep float32: planned beside the
+                 product's formula, see ``widened_norms``
+    planned      without the CUDA context and without room for adapters, which float32 and the
+                 CPU's back end go without
 """
 
 import gc

@@ -169,8 +169,14 @@ def held_at_once(config: RunConfig) -> set[tuple[int, ...]]:
 
 @pytest.mark.parametrize(
     ("world", "sizes", "batch"),
-    [(4, {"pp": 4}, 12), (4, {"pp": 4}, 2), (2, {"pp": 2, "vpp": 2}, 8), (2, {"pp": 2, "vpp": 2}, 2), (4, {"pp": 2, "vpp": 2, "tp": 2}, 6)],
-)  # fmt: skip
+    [
+        (4, {"pp": 4}, 12),
+        (4, {"pp": 4}, 2),
+        (2, {"pp": 2, "vpp": 2}, 8),
+        (2, {"pp": 2, "vpp": 2}, 2),
+        (4, {"pp": 2, "vpp": 2, "tp": 2}, 6),
+    ],
+)
 def test_microbatches_in_flight(world, sizes, batch, tiny, chats, tmp_path) -> None:
     config = config_of(
         tiny,

@@ -212,15 +212,21 @@ def test_the_table_says_how_numbers_are_known_and_what_is_nearly_full(plan: Plan
         (["--gpus", "8", "--out", "/tmp"], "/tmp is a folder; name the file to write"),
         (["--gpus", "8", "--out", "/proc/x/y.yaml"], "/proc/x/y.yaml cannot be written"),
         (["--gpus", "8", "--figure", "x.foo"], "end it in .png, .pdf or .svg"),
-        (["--gpus", "8", "model.dtype=float32"], "the rates of H100 SXM 80 GB are those of bfloat16"),
+        (
+            ["--gpus", "8", "model.dtype=float32"],
+            "the rates of H100 SXM 80 GB are those of bfloat16",
+        ),
         (["--gpus", "8", "--gpus-per-node", "0"], "a node has at least 1 GPU"),
-        (["--gpus", "8", "model.path=nobody/nothing"], r"no folder with a config\.json and no model of .*qwen3_30b_a3b\.yaml"),
+        (
+            ["--gpus", "8", "model.path=nobody/nothing"],
+            r"no folder with a config\.json and no model of .*qwen3_30b_a3b\.yaml",
+        ),
         (["--gpus", "8", "lora.dropout=0.1"], r"lora\.dropout=0\.1: what dropout keeps"),
         (["--gpus", "8", "lora.rnak=3"], "did you mean lora.rank"),
         (["--gpus", "8", "--dry-run", "8"], "--dry-run 8: ranks of 8 GPUs count from 0 to 7"),
         (["--gpus", "8", "--dry-run", "0", "parallel.ep=3"], "8 ranks cannot hold the expert grid"),
     ],
-)  # fmt: skip
+)
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(CONFIG), *arguments])
@@ -264,9 +270,9 @@ def test_235b_on_256_gpus_in_seconds_without_torch() -> None:
     """Ten seconds on an idle core is what is promised; here others may be at work, so the
     processor's time counts."""
     code = (
-        f"import sys, time; from megalora.cli.main import main; main(['plan', {str(CONFIG)!r}, '--gpus',"
-        " '256', 'model.path=Qwen/Qwen3-235B-A22B', 'train.global_batch_size=256']); assert not"
-        " {'torch', 'megatron', 'transformers'} & set(sys.modules); print('seconds',"
+        f"import sys, time; from megalora.cli.main import main; main(['plan', {str(CONFIG)!r},"
+        " '--gpus', '256', 'model.path=Qwen/Qwen3-235B-A22B', 'train.global_batch_size=256']);"
+        " assert not {'torch', 'megatron', 'transformers'} & set(sys.modules); print('seconds',"
         " time.process_time())"
     )
     start = time.monotonic()

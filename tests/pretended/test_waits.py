@@ -29,7 +29,8 @@ moved."""
 def splits(times: int) -> dict[str, int]:
     """How many rows go to whom, before each all-to-all of a forward pass through a layer: an
     all-to-all needs them on the host."""
-    where = "megatron/core/transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize"
+    file = "megatron/core/transformer/moe/token_dispatcher.py"
+    where = f"{file}:MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize"
     return {f"synchronize: {where}": times}
 
 
@@ -40,6 +41,7 @@ def build(replicas: int, linears: int) -> dict[str, int]:
         replicas: buffers of the optimizer, one or two.
         linears: adapted Megatron modules of this rank.
     """
+    optimizer = "megatron/core/optimizer/optimizer.py:MixedPrecisionOptimizer"
     return {
         "copy from pageable memory: megalora/model/build.py:make_chunks": 1,
         "copy from pageable memory: megalora/lora/adapted_model.py:build_adapted": 1,
@@ -47,9 +49,7 @@ def build(replicas: int, linears: int) -> dict[str, int]:
         "copy from pageable memory: megalora/lora/coverage.py:check_coverage": 1,
         "values to the host: megalora/lora/coverage.py:check_coverage": 1,
         "exchange of objects: megatron/core/optimizer/__init__.py:_get_param_groups": 2,
-        "copy from pageable memory: megatron/core/optimizer/optimizer.py:MixedPrecisionOptimizer.__init__": (
-            replicas
-        ),
+        f"copy from pageable memory: {optimizer}.__init__": replicas,
         "copy from pageable memory: megalora/lora/coverage.py:_Parts.to": 2,
     }
 

@@ -460,25 +460,68 @@ def test_a_connection_that_is_closed_under_a_request(
 @pytest.mark.parametrize(
     ("status", "body", "loading", "expected"),
     [
-        (500, '{"error": {"message": "Call to add_lora method failed: Worker failed with error \'no \'quoted\' such\', please check '
-              'the stack trace above", "type": "x"}}', True, AdapterInvalid),
-        (500, '{"error": {"message": "Call to add_lora method failed: LoRA rank 9 is greater than max_lora_rank 8.", '
-              '"type": "InternalServerError"}}', True, AdapterRankTooLarge),
-        (500, '{"error": {"message": "While loading /a, expected target modules", "type": "x"}}', True, AdapterInvalid),
+        (
+            500,
+            (
+                '{"error": {"message": "Call to add_lora method failed: Worker failed with error'
+                ' \'no \'quoted\' such\', please check the stack trace above", "type": "x"}}'
+            ),
+            True,
+            AdapterInvalid,
+        ),
+        (
+            500,
+            (
+                '{"error": {"message": "Call to add_lora method failed: LoRA rank 9 is greater than'
+                ' max_lora_rank 8.", "type": "InternalServerError"}}'
+            ),
+            True,
+            AdapterRankTooLarge,
+        ),
+        (
+            500,
+            '{"error": {"message": "While loading /a, expected target modules", "type": "x"}}',
+            True,
+            AdapterInvalid,
+        ),
         (500, '{"error": {"message": "", "type": "x"}}', True, AdapterInvalid),
-        (500, '{"error": {"message": "EngineCore encountered an issue.", "type": "x"}}', True, ServerError),
+        (
+            500,
+            '{"error": {"message": "EngineCore encountered an issue.", "type": "x"}}',
+            True,
+            ServerError,
+        ),
         (500, '{"error": {"message": "boom", "type": "x"}}', False, ServerError),
         (503, "", True, ServerError),
         (502, "<html>Bad Gateway</html>", False, ServerError),
         (404, '{"detail":"Not Found"}', True, RuntimeUpdatesOff),
-        (500, '{"error": {"message": "LoRA is not enabled. Use --enable-lora", "type": "x"}}', True, RuntimeUpdatesOff),
-        (500, '{"error": {"message": "nothing on this server uses the adapter\'s lm_head", "type": "x"}}', True,
-         AdapterTargetsUnserved),
-        (404, '{"error": {"message": "Loading lora a failed: No adapter found for /b", "type": "NotFoundError"}}', True,
-         AdapterNotFound),
+        (
+            500,
+            '{"error": {"message": "LoRA is not enabled. Use --enable-lora", "type": "x"}}',
+            True,
+            RuntimeUpdatesOff,
+        ),
+        (
+            500,
+            (
+                '{"error": {"message": "nothing on this server uses the adapter\'s lm_head",'
+                ' "type": "x"}}'
+            ),
+            True,
+            AdapterTargetsUnserved,
+        ),
+        (
+            404,
+            (
+                '{"error": {"message": "Loading lora a failed: No adapter found for /b", "type":'
+                ' "NotFoundError"}}'
+            ),
+            True,
+            AdapterNotFound,
+        ),
         (401, '{"error": "Unauthorized"}', False, RequestRefused),
     ],
-)  # fmt: skip
+)
 def test_refusals_by_type(
     status: int, body: str, loading: bool, expected: type[ServeError]
 ) -> None:

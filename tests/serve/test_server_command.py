@@ -74,10 +74,18 @@ def test_flags_follow_from_base_and_adapters(python: Path, tiny: Path, tmp_path:
     server = Server(tiny, {"a": small, "b": large}, extra=["--seed", "3"])
     command = server.command()
     assert command[:4] == [str(python), "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
-    expected = {"model": [str(tiny)], "served-model-name": [str(tiny)], "host": ["127.0.0.1"],
-                "dtype": ["float32"],
-                "max-lora-rank": ["16"], "max-loras": ["3"], "max-cpu-loras": ["6"], "seed": ["3"],
-                "lora-target-modules": ["experts", "gate", "qkv_proj"], "port": [str(server.port)]}  # fmt: skip
+    expected = {
+        "model": [str(tiny)],
+        "served-model-name": [str(tiny)],
+        "host": ["127.0.0.1"],
+        "dtype": ["float32"],
+        "max-lora-rank": ["16"],
+        "max-loras": ["3"],
+        "max-cpu-loras": ["6"],
+        "seed": ["3"],
+        "lora-target-modules": ["experts", "gate", "qkv_proj"],
+        "port": [str(server.port)],
+    }
     assert {name: flag(command, name) for name in expected} == expected
     assert [json.loads(module) for module in flag(command, "lora-modules")] == [
         {"name": model, "path": f"{server.store}/{model}"}

@@ -10,14 +10,44 @@ from megalora.train.optim import learning_rate
 @pytest.mark.parametrize(
     ("epochs", "samples", "batch", "steps", "line"),
     [
-        (1.0, 20, 16, 1, "train.epochs=1 of 20 samples is 1.25 steps of 16: a run of 1 trains on 16 samples, 4 are left out"),
-        (0.01, 20, 16, 1, "train.epochs=0.01 of 20 samples is 0.01 steps of 16: a run of 1 trains on 16 samples, 16 more than"),
-        (1.0, 28, 16, 2, "is 1.75 steps of 16: a run of 2 trains on 32 samples, 4 more than asked for"),
-        (2.5, 1000, 16, 156, "is 156.25 steps of 16: a run of 156 trains on 2,496 samples, 4 are left out"),
+        (
+            1.0,
+            20,
+            16,
+            1,
+            (
+                "train.epochs=1 of 20 samples is 1.25 steps of 16: a run of 1 trains on 16 samples,"
+                " 4 are left out"
+            ),
+        ),
+        (
+            0.01,
+            20,
+            16,
+            1,
+            (
+                "train.epochs=0.01 of 20 samples is 0.01 steps of 16: a run of 1 trains on 16"
+                " samples, 16 more than"
+            ),
+        ),
+        (
+            1.0,
+            28,
+            16,
+            2,
+            "is 1.75 steps of 16: a run of 2 trains on 32 samples, 4 more than asked for",
+        ),
+        (
+            2.5,
+            1000,
+            16,
+            156,
+            "is 156.25 steps of 16: a run of 156 trains on 2,496 samples, 4 are left out",
+        ),
         (2.0, 32, 16, 4, None),
         (0.5, 64, 16, 2, None),
     ],
-)  # fmt: skip
+)
 def test_epochs(epochs: float, samples: int, batch: int, steps: int, line: str | None) -> None:
     options = TrainConfig(epochs=epochs, global_batch_size=batch)
     assert num_steps(options, samples) == steps

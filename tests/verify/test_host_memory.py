@@ -55,8 +55,16 @@ def first(folder: str, limit: int, used: int) -> dict[str, str]:
         # a container, which sees its own cgroup as the root
         ("0::/\n", second("", "1000", 900, 50), 151),
         ("0::/\n", second("", "1000", 1200), 0),
-        ("0::/job_7/step_0\n", second("job_7/", "1000", 300) | second("job_7/step_0/", "max", 300), 701),
-        ("0::/job_7/step_0\n", second("job_7/", "1000", 300) | second("job_7/step_0/", "400", 100), 301),
+        (
+            "0::/job_7/step_0\n",
+            second("job_7/", "1000", 300) | second("job_7/step_0/", "max", 300),
+            701,
+        ),
+        (
+            "0::/job_7/step_0\n",
+            second("job_7/", "1000", 300) | second("job_7/step_0/", "400", 100),
+            301,
+        ),
         ("0::/job_7\n", second("job_8/", "1000", 300), MACHINE),
         ("5:cpu,memory:/job_7\n4:pids:/\n0::/\n", first("job_7/", 1000, 500), 534),
         # a container that sees the machine's path
@@ -64,7 +72,7 @@ def first(folder: str, limit: int, used: int) -> dict[str, str]:
         ("5:memory:/\n", first("", 2**63 - 4096, 500), MACHINE),
         ("5:cpu:/job_7\n", first("job_7/", 1000, 500), MACHINE),
     ],
-)  # fmt: skip
+)
 def test_the_narrowest_limit_counts(
     tmp_path: Path, listed: str | None, files: dict[str, str], free: int
 ) -> None:

@@ -37,7 +37,8 @@ _OTHER = {
 def parse(name: str) -> tuple[str, FactorName] | None:
     """``(HF module name, "A" or "B")``, or None where the name is no LoRA factor of a linear layer.
 
-    >>> parse("base_model.model.model.layers.0._fsdp_wrapped_module.self_attn.q_proj.lora_B.default.weight")
+    >>> module = "base_model.model.model.layers.0._fsdp_wrapped_module.self_attn.q_proj"
+    >>> parse(f"{module}.lora_B.default.weight")
     ('model.layers.0.self_attn.q_proj', 'B')
     """
     match = _FACTOR.fullmatch(_WRAPPERS.sub("", name))

@@ -3,8 +3,10 @@
 Only pickles and ``tensor`` need torch.
 
     adapter_model.safetensors                          as PEFT writes it
-    adapter_model-00001-of-00002.safetensors, ...      as transformers' save_pretrained does; the index beside them is optional
-    adapter_model.bin, adapter_model-00001-of-...bin   PEFT's safe_serialization=False: a pickle, of which only tensors are read
+    adapter_model-00001-of-00002.safetensors, ...      as transformers' save_pretrained writes it;
+                                                       the index beside them is optional
+    adapter_model.bin, adapter_model-00001-of-...bin   PEFT's safe_serialization=False: a pickle, of
+                                                       which only tensors are read
 
 Every command reads an adapter through this file, so that what one of them reads or refuses, all do.
 """

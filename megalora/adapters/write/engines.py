@@ -1,10 +1,10 @@
 """What PEFT, vLLM and SGLang do with an adapter: which layout each reads, and what each would leave
 out without a word.
 
-engine          layouts                     router (gate)               lm_head     read from
-PEFT 0.21       per expert, stacked         honoured                    honoured    run in tests/adapters
-vLLM 0.32       per expert                  loads, has no effect        honoured    run in tests/serve
-SGLang 0.5.23   uniform, shared outer       fails at first request      honoured    its source; not run
+engine          layouts                  router (gate)             lm_head    read from
+PEFT 0.21       per expert, stacked      honoured                  honoured   run in tests/adapters
+vLLM 0.32       per expert               loads, has no effect      honoured   run in tests/serve
+SGLang 0.5.23   uniform, shared outer    fails at first request    honoured   its source; not run
 """
 
 from dataclasses import dataclass

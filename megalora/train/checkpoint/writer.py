@@ -3,8 +3,8 @@
 A save changes the run folder in this order, and forces each step to disk before the next:
 
 1. ``.step_N.tmp`` is filled.
-2. Where step N is there already (a run rolled back and trained again), ``latest`` is pointed at an earlier checkpoint and the
-   old folder is renamed to ``.step_N.old``.
+2. Where step N is there already (a run rolled back and trained again), ``latest`` is pointed at
+   an earlier checkpoint and the old folder is renamed to ``.step_N.old``.
 3. ``.step_N.tmp`` is renamed to ``step_N``.
 4. ``latest`` is replaced by a file that names ``step_N``.
 5. ``.step_N.old`` is removed.

@@ -1,10 +1,11 @@
 """A vLLM plug-in for MoE adapters. vLLM calls ``register`` in each of its processes before the
 model is built.
 
-    kernel.py       CPU build only: experts in plain torch (experts.py), because vLLM picks Triton's whenever LoRA is on
-    base_tokens.py  CPU build only: requests without an adapter get none, also beside requests that have one
+    kernel.py       CPU build only: experts in plain torch (experts.py), because vLLM picks Triton's
+                    whenever LoRA is on
+    base_tokens.py  CPU build only: requests without an adapter get none, also beside others
     gate.py         every platform: a router adapter loads, and without this has no effect
-    coverage.py     every platform: an adapter of which nothing here uses some part is refused, not half applied
+    coverage.py     every platform: refuses an adapter of which some part would not be applied
 
 It replaces names inside vLLM, so it refuses any version but the one it was read against. Runs on
 Python 3.10 and later.

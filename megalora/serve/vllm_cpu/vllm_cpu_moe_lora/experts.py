@@ -1,7 +1,7 @@
 """Experts with LoRA in plain torch: what vLLM's Triton kernels compute, for its CPU build, which
 has no Triton.
 
-    h = x W1[e]^T + B1[s,e] A1[s,e] x        e: the expert, s: the token's adapter slot; gate rows, then up rows
+    h = x W1[e]^T + B1[s,e] A1[s,e] x     e: expert, s: the token's adapter slot; gate rows, then up
     y = silu(h_gate) * h_up
     out[t] = sum over k of p[t,k] * (y W2[e]^T + B2[s,e] A2[s,e] y)
 
