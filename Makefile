@@ -21,7 +21,12 @@ TRITON36 := .venv-triton36
 # uv's settings in pyproject.toml drop packages that vLLM needs.
 VLLM_UV = $(UV) --no-config pip
 
-.PHONY: help setup quickstart gsm8k test test-serve test-cluster compiled gpu parity mutations check configs docs format lock vllm vllm-lock clean
+# Two processes, each with one contiguous half; who is done first takes over from the other's end.
+SIDE_BY_SIDE := -n 2 --dist worksteal
+# What addopts in pyproject.toml leaves out, because -m on the command line replaces it.
+HERE := not vllm and not cluster and not compiled
+
+.PHONY: help setup quickstart gsm8k test test-all test-serve test-cluster compiled gpu parity mutations check configs docs format lock vllm vllm-lock clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,8 +53,11 @@ gsm8k: $(READY)  ## GSM8K on a tiny model at TP 2 x EP 2 (four ranks), then the 
 	@CUDA_VISIBLE_DEVICES= $(BIN)/megalora train configs/gsm8k_tiny.yaml --nproc 4
 	@$(BIN)/python -m benchmarks.peft_eval_loss configs/gsm8k_tiny.yaml runs/gsm8k/run/$$(cat runs/gsm8k/run/latest)
 
-test: $(READY)  ## Every test that needs no GPU
-	@$(BIN)/pytest -q tests
+test: $(READY)  ## The fast tests, in two processes: 8 min at most on two cores
+	@$(BIN)/pytest -q $(SIDE_BY_SIDE) -m "not slow and $(HERE)" tests
+
+test-all: $(READY)  ## Every test that needs no GPU, the long tail included; durations in runs/test-all.xml
+	@$(BIN)/pytest -q $(SIDE_BY_SIDE) --durations=25 --durations-min=5 --junitxml=runs/test-all.xml tests
 
 test-serve: $(READY) $(VLLM_READY)  ## The tests that start vLLM
 	@$(BIN)/pytest -q -m vllm tests/serve
@@ -79,7 +87,7 @@ check: $(READY)  ## Format, lint, types and tests: what CI runs
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
-	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test-all
 
 docs: $(READY)  ## Write the generated pages of docs/ and sections of README anew
 	@$(BIN)/python -m docs.scripts

@@ -13,7 +13,7 @@ MEGATRON = ("megatron.core", "megatron.bridge", "omegaconf")
 """What wheels bring; torch, triton, transformers and peft are taken to be there, and rows say so
 where they are not."""
 TESTS = (*MEGATRON, "pytest", "hypothesis", "matplotlib")
-"""What programs need that import tests/conftest.py."""
+"""What programs need that import tests/prepare.py."""
 RESULTS = "{results}"
 OUT = "{out}"
 BUDGET = "{budget}"

@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import tests.conftest  # noqa: F401  sets up the host before anything from Megatron is imported
+import tests.prepare  # noqa: F401  sets up the host before anything from Megatron is imported
 from benchmarks import parity_bfloat16
 from benchmarks.harness import save
-from tests.conftest import OUTSIDE, write_chats
+from tests.fixtures import write_chats
 from tests.forked import forked
 from tests.parity.case import (
     LIMITS,
@@ -40,6 +40,7 @@ from tests.parity.case import (
 )
 from tests.parity.grid import STEPS, Case, full_grid
 from tests.parity.models import MODELS, make_model
+from tests.prepare import OUTSIDE
 
 AT_ONCE = 2
 

@@ -22,11 +22,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import tests.conftest  # noqa: F401  sets up the host before anything from Megatron is imported
+import tests.prepare  # noqa: F401  sets up the host before anything from Megatron is imported
 from benchmarks import planner_published
 from benchmarks.harness import save
 from megalora.bench.rows import load_rows
-from tests.conftest import write_chats
+from tests.fixtures import write_chats
 from tests.forked import forked
 from tests.planner.counted import CATEGORIES, MODELS, Case, compare, make_model
 

@@ -32,14 +32,14 @@ import torch
 # Importing the tests hides GPUs from this process and from those it starts, unless it is told not
 # to.
 os.environ.setdefault("MEGALORA_TEST_GPU", str(int(torch.cuda.is_available())))
-import tests.conftest  # noqa: F401  sets up the host before anything from Megatron is imported
+import tests.prepare  # noqa: F401  sets up the host before anything from Megatron is imported
 from benchmarks.gpu_timing import Budget, earlier, save, table
 from megalora import host
 from megalora.config import RunConfig
 from megalora.config.file import save_config
 from megalora.environment import SHARE_GPU
-from tests.conftest import write_chats
 from tests.distributed.ranks import run_ranks
+from tests.fixtures import write_chats
 from tests.parity.case import (
     LIMITS,
     Expected,

@@ -45,6 +45,7 @@ def without_triton(arms: dict) -> dict:
     return {name: build for name, build in arms.items() if "triton" not in name}
 
 
+@pytest.mark.slow
 def test_bench_writes_what_it_found_and_what_it_left_out(tmp_path, monkeypatch, capsys):
     tiny = LinearSpec("tiny peft", 64, 4, 40, 48, 8)
     monkeypatch.setitem(SIZES, "tiny", TINY)
@@ -240,6 +241,7 @@ def test_a_step_that_does_not_train_has_no_speed(monkeypatch):
     assert found["status"] == "wrong: the loss went from 0.000 to 3.000"
 
 
+@pytest.mark.slow
 def test_layouts_on_one_gpu_are_held_against_float64(tmp_path, monkeypatch, capsys):
     """On forked CPU ranks: rows, verdicts, what is written down, and what a second call runs
     again."""

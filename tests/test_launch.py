@@ -217,6 +217,7 @@ def test_signals_reach_torchrun(copy: Path) -> None:
         assert f"pid={process.pid} " in process.stdout.read()
 
 
+@pytest.mark.slow
 def test_a_torchrun_without_ranks_ends_when_node_zero_is_gone(copy: Path) -> None:
     """torchrun hangs in its connection to node 0; here it is one that has a rank for 5 s and then
     sleeps."""

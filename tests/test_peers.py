@@ -55,6 +55,7 @@ def compared(out: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> tuple[i
     return code, json.loads(out.read_text())["cases"][0]
 
 
+@pytest.mark.slow
 def test_all_installed_arms_train_the_same(tmp_path, monkeypatch, capsys):
     out = tmp_path / "peers.json"
     code, case = compared(out, monkeypatch)

@@ -740,6 +740,7 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_dry_run_goes_the_whole_way(tmp_path):
     out = tmp_path / "new" / "dry.json"
     done = command("--budget-seconds", 240, "--out", out, "--dry")

@@ -113,6 +113,7 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_from_a_calibrated_machine_to_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

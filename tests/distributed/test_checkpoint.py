@@ -39,7 +39,7 @@ def same_files(one: Path, other: Path) -> None:
     [
         (1, {}, "float32"),
         (4, {"tp": 2, "ep": 2}, "float32"),
-        (4, {"pp": 2, "ep": 2, "etp": 1}, "bfloat16"),
+        pytest.param(4, {"pp": 2, "ep": 2, "etp": 1}, "bfloat16", marks=pytest.mark.slow),
     ],
     ids=["single", "tp2-ep2", "pp2-ep2-bf16"],
 )

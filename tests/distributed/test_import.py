@@ -42,6 +42,7 @@ def stacked(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_it_under_every_layout(
     stacked: Path, tiny: Path, chats: Path, tmp_path: Path
 ) -> None:

@@ -72,7 +72,7 @@ def watched_step(
     ("name", "tokens", "backend"),
     [(name, "all experts busy", "loop") for name in LAYOUTS]
     + [(name, "a rank's experts idle", "loop") for name in ("ep4", "tp2-ep2-etp2")]
-    + [("ep2", "all experts busy", "triton")]
+    + [pytest.param("ep2", "all experts busy", "triton", marks=pytest.mark.slow)]  # interpreted
     + [(name, "a rank's experts idle", "grouped_mm") for name in ("ep4", "tp2-ep2-etp2")],
 )
 def test_layer_computes_what_the_plain_layer_computes(

@@ -268,7 +268,10 @@ def train_as_on_a_gpu(config: RunConfig) -> Path | None:
 
 @pytest.mark.parametrize(
     ("parallel", "recompute"),
-    [({"tp": 2, "ep": 2, "etp": 2}, "selective"), ({"pp": 2, "vpp": 2, "ep": 2}, "full")],
+    [
+        pytest.param({"tp": 2, "ep": 2, "etp": 2}, "selective", marks=pytest.mark.slow),
+        ({"pp": 2, "vpp": 2, "ep": 2}, "full"),
+    ],
     ids=["tp2-ep2-etp2", "pp2-vpp2-ep2"],
 )
 def test_a_staged_training_has_the_bits_of_one_over_gloo(

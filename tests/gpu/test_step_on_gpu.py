@@ -2,7 +2,7 @@
 waits for nothing.
 
 On a GPU where there is one; else on a CPU, where kernels are interpreted. Needs nothing of
-tests/conftest.py, so that benchmarks/gpu_tests.py can begin with it:
+tests/prepare.py, so that benchmarks/gpu_tests.py can begin with it:
 
 PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider tests/gpu/test_step_on_gpu.py
 """

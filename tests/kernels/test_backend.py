@@ -66,7 +66,7 @@ GPU: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case, expected", GPU.values(), ids=GPU.keys())
 def test_what_a_gpu_takes(monkeypatch, case, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    # tests/conftest.py makes "cuda" mean the CPU through a torch function mode; here a fake GPU is
+    # tests/prepare.py makes "cuda" mean the CPU through a torch function mode; here a fake GPU is
     # wanted.
     with torch._C.DisableTorchFunction(), FakeTensorMode():
         assert chosen(device="cuda", **{"dtype": torch.bfloat16, **case}) == expected

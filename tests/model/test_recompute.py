@@ -53,6 +53,7 @@ def test_tensors_passed_by_keyword_reach_checkpoint_by_position(monkeypatch):
     assert any(t is x for t in seen)
 
 
+@pytest.mark.slow
 def test_training_with_dropout_is_the_same_with_and_without(tiny, chats, tmp_path):
     for level in ("off", "full", "selective"):
         config = make_config(

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from torch.overrides import _pop_mode
 
-import tests.conftest  # noqa: F401  imports torch, Megatron, transformers once for all
+import tests.prepare  # noqa: F401  imports torch, Megatron, transformers once for all
 from tests.forked import forked
 from tests.mutations.bugs import Bug
 from tests.mutations.every import EVERY_BUG

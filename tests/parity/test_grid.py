@@ -16,7 +16,7 @@ from tests.parity.case import (
     read_run,
     run_case,
 )
-from tests.parity.grid import QUICK, SHORT, Case, shape_of
+from tests.parity.grid import FAST, QUICK, SHORT, Case, shape_of
 from tests.parity.models import MODELS, make_model
 
 type Reference = Callable[[Case], tuple[Path, Expected]]
@@ -39,7 +39,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Referenc
     return look_up
 
 
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in QUICK],
+    ids=lambda case: case.name,
+)
 def test_layout_trains_the_adapter_that_transformers_trains(
     case: Case, reference: Reference, chats, tmp_path
 ):

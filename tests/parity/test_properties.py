@@ -1,7 +1,7 @@
 """Layouts that nobody wrote down: what the config takes must train the same adapter, what it
 refuses must say why.
 
-``make parity`` draws many more of them (profile ``parity`` of tests/conftest.py).
+``make parity`` draws many more of them (profile ``parity`` of tests/prepare.py).
 """
 
 import math
@@ -83,6 +83,7 @@ def accepted(base: Path) -> list[Drawn]:
     return found
 
 
+@pytest.mark.slow
 def test_any_accepted_layout_has_the_gradients_of_transformers(
     answer: Any, everything: Path, chats: Path
 ) -> None:

@@ -78,6 +78,7 @@ def state_after_load(config: RunConfig, checkpoint: Path) -> dict[str, Tensor]:
         return whole | {f"adapter.{name}": t for name, t in (run.adapter() or {}).items()}
 
 
+@pytest.mark.slow
 def test_08_a_checkpoint_means_the_same_to_every_layout(everything, chats, tmp_path) -> None:
     """Saved at TP 2 x EP 2 x ETP 2, loaded where all is split otherwise: every bit is there, and
     the run goes on."""

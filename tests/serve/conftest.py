@@ -8,7 +8,7 @@ import pytest
 
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client
-from tests.conftest import OUTSIDE
+from tests.prepare import OUTSIDE
 
 
 @pytest.fixture(scope="session")

@@ -126,6 +126,7 @@ def die_in_step_three(rank: int, attempt: int) -> None:
         time.sleep(1)
 
 
+@pytest.mark.slow
 def test_a_restarted_job_ends_with_the_same_adapter(
     tiny: Path, chats: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,54 @@
+"""Tiny bases and data that tests of every package share, made once per process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import tests.prepare  # noqa: F401  before anything from Megatron
+from megalora.data.arithmetic import write_arithmetic
+from megalora.tiny import make_tiny
+from tests.parity.everything import EVERYTHING
+from tests.parity.models import silence_experts
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-MoE, float32."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "moe")
+
+
+@pytest.fixture(scope="session")
+def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("models") / "dense", arch="qwen3")
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layer 0: 8 routed experts and a shared one; layer 1: dense; 12 query heads on 2 key/value
+    heads."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "everything", **EVERYTHING)
+
+
+@pytest.fixture(scope="session")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with experts 6 and 7 never chosen."""
+    folder = make_tiny(tmp_path_factory.mktemp("models") / "idle", **EVERYTHING)
+    silence_experts(folder, first=6)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Arithmetic chats of very different lengths, so that microbatches and ranks differ in their
+    number of target tokens."""
+    return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
+
+
+def write_chats(path: Path) -> Path:
+    write_arithmetic(path, 96, seed=0)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["messages"][-1]["content"] += " indeed" * (i % 7)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
