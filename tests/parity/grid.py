@@ -176,4 +176,5 @@ QUICK = (
     Case(4, tp=4, ep=2, etp=2, model="shared", adapter="rslora", micro=3),
     Case(4, pp=2, etp=2, model="2 kv heads", adapter="some"),
 )
-"""For ``make test-all``: the layouts README names, and every value of every factor at least once."""
+"""For ``make test-all``: the layouts README names, and every value of every factor at least
+once."""

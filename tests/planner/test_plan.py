@@ -3,7 +3,6 @@ picture, mistakes, and how long it takes."""
 
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -266,21 +265,31 @@ def test_a_dry_run_agrees(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.count("the same") == 3 and "DIFFERENT" not in said
 
 
-def test_235b_on_256_gpus_in_seconds_without_torch() -> None:
-    """Ten seconds on an idle core is what is promised; here others may be at work, so the
-    processor's time counts."""
-    code = (
-        f"import sys, time; from megalora.cli.main import main; main(['plan', {str(CONFIG)!r},"
-        " '--gpus', '256', 'model.path=Qwen/Qwen3-235B-A22B', 'train.global_batch_size=256']);"
-        " assert not {'torch', 'megatron', 'transformers'} & set(sys.modules); print('seconds',"
-        " time.process_time())"
-    )
-    start = time.monotonic()
+@pytest.mark.parametrize(
+    ("num_gpus", "most_calls"),
+    [(16, 8_000_000), pytest.param(256, 40_000_000, marks=pytest.mark.slow)],
+)
+def test_235b_is_planned_without_torch(num_gpus: int, most_calls: int) -> None:
+    """Work is bounded in calls of Python functions, so that no machine is too slow for it. On
+    2026-11-26: 3.9 million for 16 GPUs and 22.9 million for 256, which take 7 s without the
+    counter."""
+    code = f"""
+import sys
+from megalora.cli.main import main
+calls = 0
+def count(frame, event, argument):
+    global calls
+    calls += event == "call"
+sys.setprofile(count)
+main(["plan", {str(CONFIG)!r}, "--gpus", "{num_gpus}", "model.path=Qwen/Qwen3-235B-A22B",
+      "train.global_batch_size=256"])
+sys.setprofile(None)
+print("calls", calls, {{"torch", "megatron", "transformers"}} & set(sys.modules))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds = float(done.stdout.split()[-1])
-    print(f"{seconds:.1f} s of a processor, {time.monotonic() - start:.1f} s in all")
-    assert seconds < 20
-    assert "235B" in done.stdout
+    _, calls, imported = done.stdout.splitlines()[-1].split(maxsplit=2)
+    assert imported == "set()" and "235B" in done.stdout
+    assert int(calls) < most_calls
 
 
 def test_layouts_are_written_as_they_are_read() -> None:
