@@ -71,18 +71,17 @@ def training_on_megatron(chunk: nn.Module, setup: Setup, groups: Any, note: str)
     sharded AdamW."""
     from megalora.config import TrainConfig
     from megalora.data.loader import Batch
-    from megalora.train.optim import build_optimizer, clip_and_step, wrap_chunks
-    from megalora.train.step import Stepper
+    from megalora.train.assemble import make_stepper
+    from megalora.train.optim import clip_and_step
 
     parameters = [p for p in chunk.parameters() if p.requires_grad]
     for parameter in parameters:
         # another library's: nothing to sum over the tensor-parallel group
         if not hasattr(parameter, "sum_group"):
             parameter.sum_group = None  # pyright: ignore[reportAttributeAccessIssue]
-    wrapped = wrap_chunks([chunk])
     # No clipping: the arms on transformers have none.
-    optimizer = build_optimizer(TrainConfig(steps=1, lr=1e-3, clip_grad=0.0), setup.dtype, wrapped)
-    stepper = Stepper(wrapped, groups)
+    settings = TrainConfig(steps=1, lr=1e-3, clip_grad=0.0)
+    stepper, optimizer = make_stepper(settings, setup.dtype, [chunk], groups)
     tokens = setup.batch().cpu()
     mask = torch.ones(tokens.shape)
     mask[:, -1] = 0

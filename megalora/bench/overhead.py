@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from megalora.bench.clock import slowest
 from megalora.bench.rows import BenchOptions
-from megalora.bench.steps import timed_steps, training
+from megalora.bench.steps import one_step, timed_steps, training
 from megalora.config import (
     DataConfig,
     LoRAConfig,
@@ -74,6 +74,6 @@ def _seconds(folder: Path, num_layers: int, recompute: str, dtype: str) -> float
     )
     with training(config, BenchOptions(weights="random")) as run:
         for number in range(3):
-            run.step(number)
+            one_step(run, number)
         seconds, _ = timed_steps(run, 3, STEPS)
     return slowest(statistics.median(seconds))

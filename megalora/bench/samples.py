@@ -12,23 +12,19 @@ from megalora.config import RunConfig
 from megalora.data.chat import Encoded
 from megalora.data.splits import Split, load_split
 from megalora.data.tokenizer import load_tokenizer
-from megalora.parallel import Groups
-from megalora.train.batches import Batches
 
 WHOLE = 2**31
 """Longer than any sample: here they are cut, not left out."""
 
 
-def full_batches(
-    config: RunConfig, groups: Groups, vocab: int, *, natural: bool
-) -> tuple[Batches, str]:
-    """This rank's microbatches, all of one length, and where their tokens come from.
+def full_samples(config: RunConfig, vocab: int, *, natural: bool) -> tuple[Any, Split]:
+    """A tokenizer and samples for one global batch, all of one length; the split's source says
+    where their tokens come from.
 
     Args:
         vocab: token ids are drawn below it where they are random.
         natural: take the tokens of ``data.train`` where that file and a tokenizer beside the model
-            exist. What a router does with
-            random tokens says little.
+            exist. What a router does with random tokens says little.
     """
     length = config.data.max_length
     count = config.train.global_batch_size
@@ -56,8 +52,7 @@ def full_batches(
         ids = np.random.Generator(np.random.PCG64(config.data.seed))
         tokens = ids.integers(0, vocab, (count, length), dtype=np.int32)
         samples = [Encoded(row, np.ones(length, dtype=bool)) for row in tokens]
-    split = Split(source, length, samples, longest=length)
-    return Batches(config, tokenizer, groups, split, None), source
+    return tokenizer, Split(source, length, samples, longest=length)
 
 
 def _filled(samples: list[Encoded], count: int, length: int) -> list[Encoded]:

@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,77 +24,57 @@ from megalora.bench.flops import flops_per_token
 from megalora.bench.live import LiveTensors
 from megalora.bench.routing import count_rows, make_even
 from megalora.bench.rows import BenchOptions, Measured
-from megalora.bench.samples import full_batches
+from megalora.bench.samples import full_samples
 from megalora.bench.timers import Timeline, attach
 from megalora.bench.versions import versions
 from megalora.config import RunConfig
-from megalora.lora.adapted_model import AdaptedModel, build_adapted
-from megalora.lora.coverage import GradientCheck, check_coverage
-from megalora.lora.inject import inject
+from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.select import resolve
-from megalora.model.build import build_random
+from megalora.model.build import build_model, build_random
 from megalora.model.fields import model_shape
-from megalora.model.recompute import apply_recompute
-from megalora.parallel import Groups, parallel_groups
 from megalora.planner.layouts import ParallelLayout
 from megalora.planner.models import find_architecture
-from megalora.train.batches import Batches
-from megalora.train.optim import build_optimizer, clip_and_step, set_learning_rate, wrap_chunks
-from megalora.train.step import Stepper
+from megalora.train.assemble import Inputs, Run, assemble
 
 MARKED_STEPS = 3
 """Steps timed part by part, at most."""
 
 
-@dataclass
-class Training:
-    """What ``megalora.train`` has of a run, without its files."""
-
-    config: RunConfig
-    model: AdaptedModel
-    stepper: Stepper
-    optimizer: Any
-    batches: Batches
-    tokens: str
-    """Where they come from."""
-
-    def step(self, number: int, timeline: Timeline | None = None) -> float:
-        """One optimizer step, as the training loop has it; returns the loss. Raises
-        ``RuntimeError`` where it is no number."""
-        set_learning_rate(self.optimizer, self.config.train.lr)
-        sum_and_count = self.stepper.forward_backward(self.batches.of_step(number), self.optimizer)
-        if timeline:
-            timeline.enter("optimizer")
-        norm = clip_and_step(self.optimizer)
-        if timeline:
-            timeline.leave("optimizer")
-        # what training logs and so waits for
-        total, count, _ = torch.cat([sum_and_count, norm]).tolist()
-        loss = total / max(count, 1)
-        if not math.isfinite(loss):
-            raise RuntimeError(
-                f"step {number + 1}: the loss is {loss}, so nothing measured here would mean"
-                " anything"
-            )
-        self.stepper.b_has_moved = True
-        return loss
-
-
 @contextmanager
-def training(config: RunConfig, options: BenchOptions) -> Iterator[Training]:
+def training(config: RunConfig, options: BenchOptions) -> Iterator[Run]:
     """The run of ``config`` on the ranks of this world, base weights read or drawn as ``options``
     says."""
-    with parallel_groups(config.parallel, config.train.seed) as groups:
-        model = _build(config, groups, real=has_weights(config, options))
-        apply_recompute(model.chunks, config.train.recompute)
+    hf = find_architecture(config.model.path)
+    shape = model_shape(hf)
+    shape.check_layout(config.parallel)
+    adapted = resolve(config.lora, shape)
+    tokenizer, split = full_samples(config, shape.vocab, natural=options.routing == "natural")
+
+    def prepare(model: AdaptedModel) -> None:
         if options.routing == "balanced":
-            make_even(model.chunks, groups)
-        chunks = wrap_chunks(model.chunks)
-        optimizer = build_optimizer(config.train, getattr(torch, config.model.dtype), chunks)
-        stepper = Stepper(chunks, groups, GradientCheck(model.adapted, model.pieces))
-        natural = options.routing == "natural"
-        batches, tokens = full_batches(config, groups, model.shape.vocab, natural=natural)
-        yield Training(config, model, stepper, optimizer, batches, tokens)
+            make_even(model.chunks, model.groups)
+
+    with assemble(
+        config,
+        Inputs(shape, adapted, tokenizer, split, None),
+        make_base=(
+            partial(build_model, folder=Path(config.model.path))
+            if has_weights(config, options)
+            else partial(build_random, hf, seed=config.train.seed)
+        ),
+        prepare=prepare,
+    ) as run:
+        yield run
+
+
+def one_step(run: Run, number: int, timeline: Timeline | None = None) -> float:
+    """One optimizer step; returns the loss. Raises ``RuntimeError`` where it is not finite."""
+    loss, _ = run.step(number, run.config.train.lr, timeline and timeline.around("optimizer"))
+    if not math.isfinite(loss):
+        raise RuntimeError(
+            f"step {number + 1}: the loss is {loss}, so nothing measured here would mean anything"
+        )
+    return loss
 
 
 def has_weights(config: RunConfig, options: BenchOptions) -> bool:
@@ -110,28 +90,6 @@ def has_weights(config: RunConfig, options: BenchOptions) -> bool:
     return found and options.weights != "random"
 
 
-def _build(config: RunConfig, groups: Groups, *, real: bool) -> AdaptedModel:
-    hf = find_architecture(config.model.path)
-    shape = model_shape(hf)
-    shape.check_layout(config.parallel)
-    adapted = resolve(config.lora, shape)
-    if real:
-        return build_adapted(
-            Path(config.model.path), shape, adapted, groups,
-            model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
-            rows_per_expert=shape.rows_per_expert(config),
-        )  # fmt: skip
-    chunks = build_random(hf, config.model, config.parallel, shape, config.train.seed)
-    dtype = getattr(torch, config.model.dtype)
-    rows = shape.rows_per_expert(config)
-    seed = config.train.seed
-    pieces = inject(
-        chunks, adapted, shape, config.lora, groups, seed=seed, dtype=dtype, rows_per_expert=rows
-    )
-    check_coverage(adapted, pieces)
-    return AdaptedModel(chunks, adapted, pieces, shape, groups)
-
-
 def measure_layout(config: RunConfig, options: BenchOptions) -> Measured | None:
     """Train and measure; collective. Rank 0 returns what all found, the others None.
 
@@ -141,7 +99,7 @@ def measure_layout(config: RunConfig, options: BenchOptions) -> Measured | None:
     """
     with training(config, options) as run:
         for number in range(options.warmup):
-            run.step(number)
+            one_step(run, number)
         host.reset_peak_memory()
         seconds, loss = timed_steps(run, options.warmup, options.steps)
         peak = (host.peak_memory_bytes(), _reserved_bytes())
@@ -162,7 +120,7 @@ def measure_layout(config: RunConfig, options: BenchOptions) -> Measured | None:
         return None if dist.get_rank() else _measured(run, options, ranks, imbalance, loss)
 
 
-def timed_steps(run: Training, first: int, count: int) -> tuple[list[float], float]:
+def timed_steps(run: Run, first: int, count: int) -> tuple[list[float], float]:
     """Seconds of each step on this rank, from one step's end to the next one's, and the last
     loss."""
     host.synchronize()
@@ -170,13 +128,13 @@ def timed_steps(run: Training, first: int, count: int) -> tuple[list[float], flo
     moments = [host.Stopwatch.mark()]
     loss = math.nan
     for number in range(first, first + count):
-        loss = run.step(number)
+        loss = one_step(run, number)
         moments.append(host.Stopwatch.mark())
     return [host.seconds_between(a, b) for a, b in pairwise(moments)], loss
 
 
 def timed_parts(
-    run: Training, first: int, count: int
+    run: Run, first: int, count: int
 ) -> tuple[dict[str, float], tuple[float, float] | None]:
     """Mean seconds of each part of a step on this rank; and of the experts' rows, how uneven (mean,
     worst)."""
@@ -188,12 +146,12 @@ def timed_parts(
         host.synchronize()
         dist.barrier()
         timeline.start()
-        run.step(number, timeline)
+        one_step(run, number, timeline)
         parts.append(timeline.seconds())
     return {name: statistics.fmean(step[name] for step in parts) for name in parts[0]}, imbalance()
 
 
-def live_bytes(run: Training, number: int) -> int:
+def live_bytes(run: Run, number: int) -> int:
     """The most bytes of tensors alive at once in a step, those included that were there before
     it."""
     gc.collect()
@@ -203,7 +161,7 @@ def live_bytes(run: Training, number: int) -> int:
         o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.layout is torch.strided
     ]
     with LiveTensors(already) as live:
-        run.step(number)
+        one_step(run, number)
     return live.peak_bytes
 
 
@@ -211,7 +169,7 @@ def _reserved_bytes() -> int | None:
     return torch.accelerator.max_memory_reserved() if host.device().type != "cpu" else None
 
 
-def _check_moved(run: Training) -> None:
+def _check_moved(run: Run) -> None:
     """B starts at zero; raises ``RuntimeError`` if it is all zero still."""
     factors = [p.parameter[p.index] for p in run.model.pieces if ".lora_B." in p.name]
     moved = torch.tensor(float(any(bool(b.count_nonzero()) for b in factors)), device=host.device())
@@ -223,7 +181,7 @@ def _check_moved(run: Training) -> None:
 
 
 def _measured(
-    run: Training,
+    run: Run,
     options: BenchOptions,
     ranks: list[Any],
     imbalance: tuple[float, float] | None,
@@ -247,7 +205,8 @@ def _measured(
     gpu = host.device().type != "cpu"
     return Measured(
         layout=str(ParallelLayout.of(config, world)), num_ranks=world, routing=options.routing,
-        weights="real" if has_weights(config, options) else "random", tokens=run.tokens,
+        weights="real" if has_weights(config, options) else "random",
+        tokens=run.batches.train.source,
         sequence_length=positions, global_batch_size=config.train.global_batch_size,
         step_seconds=median, step_seconds_min=min(steps), step_seconds_max=max(steps),
         tokens_per_second_per_gpu=samples * config.data.max_length,

@@ -11,7 +11,8 @@ Forward: hooks on modules. Backward, recomputation in it included: markers on wh
     stop around each forward and backward computation of a microbatch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -47,6 +48,13 @@ class Timeline:
             raise RuntimeError(f"timers: {part} ends, but {' > '.join(self._parts)} is under way")
         self._parts.pop()
         self._note()
+
+    @contextmanager
+    def around(self, part: str) -> Iterator[None]:
+        """``enter`` at the beginning of a block and ``leave`` at its end."""
+        self.enter(part)
+        yield
+        self.leave(part)
 
     @property
     def depth(self) -> int:

@@ -1,9 +1,9 @@
-"""From a config to a base model with adapters on this rank: what training, resuming and verifying
-share."""
+"""Build a frozen base with adapters on this rank: what training, verifying and the planner's dry
+run share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from megalora.lora.gather import take_parts
 from megalora.lora.inject import inject
 from megalora.lora.shards import FactorShard
 from megalora.lora.spec import Adapted
-from megalora.model.build import build_model
+from megalora.model.build import MakeBase
 from megalora.model.shape import ModelShape
 from megalora.parallel import Groups
 
@@ -35,16 +35,19 @@ class AdaptedModel:
         return list(dict.fromkeys(piece.parameter for piece in self.pieces))
 
 
-def build_adapted(
-    folder: Path, shape: ModelShape, adapted: list[Adapted], groups: Groups,
+def adapt_base(
+    make_base: MakeBase, shape: ModelShape, adapted: list[Adapted], groups: Groups,
     *, model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig, seed: int,
     rows_per_expert: float = 0.0,
 ) -> AdaptedModel:  # fmt: skip
-    """Load the base for this rank, put the adapters in, and prove that all are there; collective.
+    """Make the base of this rank and put its adapters in; no rank hears of another's.
 
-    ``rows_per_expert`` as in ``inject``.
+    Args:
+        make_base: makes the frozen chunks, their weights read, drawn or left empty.
+        seed: of the initial adapters.
+        rows_per_expert: as in ``inject``.
     """
-    chunks = build_model(model, parallel, shape, folder)
+    chunks = make_base(model, parallel, shape)
     dtype = getattr(torch, model.dtype)
     pieces = inject(
         chunks,
@@ -56,8 +59,20 @@ def build_adapted(
         dtype=dtype,
         rows_per_expert=rows_per_expert,
     )
-    check_coverage(adapted, pieces)
     return AdaptedModel(chunks, adapted, pieces, shape, groups)
+
+
+def build_adapted(
+    make_base: MakeBase, shape: ModelShape, adapted: list[Adapted], groups: Groups, **settings: Any
+) -> AdaptedModel:
+    """``adapt_base``, and the proof that all ranks together hold every adapter tensor; collective.
+
+    Raises:
+        RuntimeError: a tensor is missing or surplus, which is a bug of ours.
+    """
+    model = adapt_base(make_base, shape, adapted, groups, **settings)
+    check_coverage(model.adapted, model.pieces)
+    return model
 
 
 def load_adapter(model: AdaptedModel, tensors: Mapping[str, Tensor]) -> None:

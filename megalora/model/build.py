@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,15 @@ from megalora.model.rope_fields import read_rope
 from megalora.model.rotary import frequencies, set_frequencies, softmax_scale
 from megalora.model.shape import ModelShape
 from megalora.parallel import megatron_groups
+
+
+class MakeBase(Protocol):
+    """Makes the frozen chunks of this rank. ``build_model``, ``build_random`` and ``make_chunks``
+    do, once they are told where from (``functools.partial``)."""
+
+    def __call__(
+        self, config: ModelConfig, parallel: ParallelConfig, shape: ModelShape, /
+    ) -> list[nn.Module]: ...
 
 
 def build_model(

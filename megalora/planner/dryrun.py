@@ -1,12 +1,13 @@
 """Builds one rank of a layout without weights, memory or GPUs, and counts what is there.
 
-The model is made by the code that makes it for training (``configure``, Megatron's provider,
-``inject``) with every parameter on the meta device, in a world of any size whose collectives do
-nothing. What it finds must be what ``memory.py`` says.
+The model is made by the code that makes it for training (``adapt_base``) with every parameter on
+the meta device, in a world of any size whose collectives do nothing. What it finds must be
+what ``memory.py`` says.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
@@ -48,18 +49,16 @@ def dry_run(
     shape.check_layout(parallel)
     adapted = resolve(lora, shape)
 
-    import torch
-
-    from megalora.lora.inject import inject
+    from megalora.lora.adapted_model import adapt_base
     from megalora.model.build import make_chunks
     from megalora.parallel import parallel_groups
 
     with parallel_groups(parallel) as groups, _meta_device():
-        chunks = make_chunks(hf, model, parallel, shape)
-        pieces = inject(
-            chunks, adapted, shape, lora, groups, seed=0, dtype=getattr(torch, model.dtype)
-        )
-        return _count(chunks, len({piece.name for piece in pieces}))
+        made = adapt_base(
+            partial(make_chunks, hf), shape, adapted, groups,
+            model=model, parallel=parallel, lora=lora, seed=0,
+        )  # fmt: skip
+        return _count(made.chunks, len({piece.name for piece in made.pieces}))
 
 
 def _count(chunks: list[Any], num_tensors: int) -> RankCount:

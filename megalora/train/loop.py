@@ -1,10 +1,9 @@
 """The training loop: a straight line from a config to an adapter folder."""
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,13 +15,12 @@ from megalora.data.probe_text import probe_tokens
 from megalora.data.splits import load_data
 from megalora.data.tokenizer import load_tokenizer
 from megalora.hf.folder import local_folder
-from megalora.lora.adapted_model import AdaptedModel, build_adapted
-from megalora.lora.coverage import GradientCheck, trainable_summary, write_manifest
+from megalora.lora.adapted_model import AdaptedModel
+from megalora.lora.coverage import trainable_summary, write_manifest
 from megalora.lora.select import plan
-from megalora.model.recompute import apply_recompute
-from megalora.parallel import parallel_groups
 from megalora.serve.live_sync import serving
 from megalora.train import duration
+from megalora.train.assemble import Inputs, Run, assemble
 from megalora.train.batches import Batches
 from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
@@ -32,17 +30,10 @@ from megalora.train.checkpoint.state import SavedState
 from megalora.train.checkpoint.where import find_checkpoint
 from megalora.train.drift import DriftCheck
 from megalora.train.metrics import Metrics
-from megalora.train.optim import (
-    build_optimizer,
-    clip_and_step,
-    learning_rate,
-    set_learning_rate,
-    wrap_chunks,
-)
+from megalora.train.optim import learning_rate
 from megalora.train.probe import Probe
 from megalora.train.run_folder import opened
 from megalora.train.signals import terminated
-from megalora.train.step import Stepper
 from megalora.verify.first_loss import compare_losses
 from megalora.verify.layer import check_layers
 
@@ -87,137 +78,145 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         duration.num_steps(config.train, samples.count)
         if found.state:
             check_same_samples(found.state, config, samples)
-        with parallel_groups(config.parallel, config.train.seed) as groups:
-            model = build_adapted(
-                folder, shape, adapted, groups,
-                model=config.model, parallel=config.parallel, lora=config.lora,
-                seed=config.train.seed,
-                rows_per_expert=shape.rows_per_expert(config),
-            )  # fmt: skip
-            apply_recompute(model.chunks, config.train.recompute)
-            probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel)
-            batches = Batches(config, tokenizer, groups, *splits)
-            return _fit(config, model, batches, probe, Start(identity, samples, found.state, notes))
+        probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel)
+        with assemble(config, Inputs(shape, adapted, tokenizer, *splits)) as run:
+            return _fit(run, probe, Start(identity, samples, found.state, notes))
 
 
-def _fit(
-    config: RunConfig, model: AdaptedModel, batches: Batches, probe: Probe, at: Start
-) -> Path | None:
-    options = config.train
-    num_steps = batches.num_steps
-    chunks = wrap_chunks(model.chunks)
-    optimizer = build_optimizer(options, getattr(torch, config.model.dtype), chunks)
-    stepper = Stepper(chunks, model.groups, GradientCheck(model.adapted, model.pieces))
-    drift = DriftCheck(model.adapted, model.pieces, model.groups)
-    saved, step = (at.state.folder, at.state.step) if at.state else (None, 0)
-    notes = [*at.notes, *(load_checkpoint(at.state, model, optimizer) if at.state else [])]
-    check_agreement("number of finished steps", step)
-    start = step
-    saved_step = evaluated_step = step if saved else -1
+@dataclass
+class Progress:
+    """How far a run has come, and what was done at which step."""
+
+    start: int
+    """Finished steps when this process began."""
+    step: int
+    """Finished steps."""
+    saved: Path | None
+    """The newest checkpoint."""
+    saved_step: int = -1
+    evaluated_step: int = -1
+
+
+def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
+    """Train to the last step or to a signal; returns the last checkpoint."""
+    config = run.config
+    num_steps = run.batches.num_steps
+    folder = Path(config.checkpoint.dir)
+    notes = list(at.notes)
+    now = Progress(start=0, step=0, saved=None)
+    if at.state:
+        notes += load_checkpoint(at.state, run.model, run.optimizer)
+        step = at.state.step
+        now = Progress(step, step, at.state.folder, saved_step=step, evaluated_step=step)
+    check_agreement("number of finished steps", now.step)
     with (
-        Metrics(
-            Path(config.checkpoint.dir), config.log, num_steps, step, active=dist.get_rank() == 0
-        ) as metrics,
-        serving(config, model, metrics.say, saved) as serve,
+        Metrics(folder, config.log, num_steps, now.step, active=dist.get_rank() == 0) as metrics,
+        serving(config, run.model, metrics.say, now.saved) as serve,
         terminated() as stop,
     ):
         for note in notes:
             metrics.say(note)
-        _open(config, model, stepper, batches, metrics, step, saved)
-        while True:
-            stopped = stop()
-            done = stopped or step >= num_steps
-            saving = step and step != saved_step and (done or _due(step, config.checkpoint.every))
-            if (every := options.check_replicas_every) and (
-                saving or step <= start + 1 or _due(step, every)
-            ):
-                drift.run(step, saved)
-            if saving:
-                probed = probe.run(stepper)
-                saved = save_checkpoint(
-                    step, at.samples, at.identity, config, model, optimizer, probed
-                )
-                saved_step = step
-                serve(saved)
-                metrics.restart_clock()
-            due = step in (0, num_steps) or _due(step, options.eval_every)
-            if batches.eval and due and step != evaluated_step and not stopped:
-                metrics.evaluation(step, *stepper.evaluate(batches.of_eval()))
-            if done:
-                break
-            values = _train_step(
-                stepper,
-                optimizer,
-                batches,
-                step,
-                lr=learning_rate(options, step, num_steps),
-                saved=saved,
-            )
-            step += 1
-            metrics.train_step(step, **values, num_tokens=batches.num_tokens(step - 1))
-    metrics.say(_closing(step, num_steps, saved))
-    return saved
+        _open(run, metrics, now)
+        _train_to_the_end(run, now, metrics, stop, _Saver(run, probe, at, serve))
+    metrics.say(_closing(now.step, num_steps, now.saved))
+    return now.saved
 
 
-def _open(
-    config: RunConfig,
-    model: AdaptedModel,
-    stepper: Stepper,
-    batches: Batches,
-    metrics: Metrics,
-    step: int,
-    saved: Path | None,
+class _Saver:
+    """Saves checkpoints, each only if replicas agree."""
+
+    def __init__(self, run: Run, probe: Probe, at: Start, serve: Callable[[Path], None]) -> None:
+        self.run = run
+        self.probe = probe
+        self.at = at
+        self.serve = serve
+        self.drift = DriftCheck(run.model.adapted, run.model.pieces, run.groups)
+
+    def check_replicas(self, now: Progress, saving: bool) -> None:
+        """Compare replicas where that is due: before saving, in the first step, every so often."""
+        every = self.run.config.train.check_replicas_every
+        if every and (saving or now.step <= now.start + 1 or _due(now.step, every)):
+            self.drift.run(now.step, now.saved)
+
+    def save(self, now: Progress) -> None:
+        run = self.run
+        probed = self.probe.run(run.stepper)
+        now.saved = save_checkpoint(
+            now.step, self.at.samples, self.at.identity, run.config, run.model, run.optimizer,
+            probed,
+        )  # fmt: skip
+        now.saved_step = now.step
+        self.serve(now.saved)
+
+
+def _train_to_the_end(
+    run: Run, now: Progress, metrics: Metrics, stop: Callable[[], bool], saver: _Saver
 ) -> None:
+    """Check, save, evaluate and train, in this order, until the last step or a signal."""
+    config = run.config
+    num_steps = run.batches.num_steps
+    while True:
+        stopped = stop()
+        done = stopped or now.step >= num_steps
+        saving = (
+            now.step > 0
+            and now.step != now.saved_step
+            and (done or _due(now.step, config.checkpoint.every))
+        )
+        saver.check_replicas(now, saving)
+        if saving:
+            saver.save(now)
+            metrics.restart_clock()
+        due = now.step in (0, num_steps) or _due(now.step, config.train.eval_every)
+        if run.batches.eval and due and now.step != now.evaluated_step and not stopped:
+            metrics.evaluation(now.step, *run.stepper.evaluate(run.batches.of_eval()))
+        if done:
+            break
+        lr = learning_rate(config.train, now.step, num_steps)
+        values = _train_step(run, now.step, lr=lr, saved=now.saved)
+        now.step += 1
+        metrics.train_step(now.step, **values, num_tokens=run.batches.num_tokens(now.step - 1))
+
+
+def _open(run: Run, metrics: Metrics, now: Progress) -> None:
     """Write down what runs, say it, and compare the base with transformers' before it is trained
     on."""
+    config = run.config
+    model = run.model
     if dist.get_rank() == 0:
-        run = Path(config.checkpoint.dir)
-        save_config(config, run / "config.yaml")
-        write_manifest(run / "manifest.json", model.adapted)
-    metrics.say(_opening(config, model, batches, saved))
-    check = config.train.check_base if step < batches.num_steps else "off"
+        folder = Path(config.checkpoint.dir)
+        save_config(config, folder / "config.yaml")
+        write_manifest(folder / "manifest.json", model.adapted)
+    metrics.say(_opening(config, model, run.batches, now.saved))
+    check = config.train.check_base if now.step < run.batches.num_steps else "off"
     if check != "off":
         folder = local_folder(config.model.path)
         dtype = getattr(torch, config.model.dtype)
         metrics.say(check_layers(model.chunks, model.groups, folder, dtype))
     if check == "loss":
-        metrics.say(_check_first_loss(config, model, stepper, batches, step, saved))
+        metrics.say(_check_first_loss(run, now.step, now.saved))
 
 
-def _train_step(
-    stepper: Stepper, optimizer: Any, batches: Batches, step: int, *, lr: float, saved: Path | None
-) -> dict[str, float]:
-    """One optimizer step; what there is to report of it."""
-    set_learning_rate(optimizer, lr)
-    sum_and_count = stepper.forward_backward(batches.of_step(step), optimizer)
-    norm = clip_and_step(optimizer)
-    # The only wait for the device in a step; what is not finite by now goes no further than this
-    # process.
-    total, count, grad_norm = torch.cat([sum_and_count, norm]).tolist()
-    loss = total / max(count, 1)
+def _train_step(run: Run, step: int, *, lr: float, saved: Path | None) -> dict[str, float]:
+    """One optimizer step; returns what there is to report of it. What is not finite goes no
+    further than this process."""
+    loss, grad_norm = run.step(step, lr)
     check_finite(step + 1, "loss", loss, saved)
     check_finite(step + 1, "gradient norm", grad_norm, saved)
-    stepper.b_has_moved |= lr > 0
     return {"loss": loss, "lr": lr, "grad_norm": grad_norm}
 
 
-def _check_first_loss(
-    config: RunConfig,
-    model: AdaptedModel,
-    stepper: Stepper,
-    batches: Batches,
-    step: int,
-    adapter: Path | None,
-) -> str:
+def _check_first_loss(run: Run, step: int, adapter: Path | None) -> str:
     """Every rank evaluates the first microbatch of the first data-parallel rank; see
     ``first_loss.py``."""
-    batch = batches.first(step)
+    config = run.config
+    batch = run.batches.first(step)
     p = config.parallel
-    ours, _ = stepper.evaluate([batch] * (p.pp if p.vpp > 1 else 1), own=True)
+    ours, _ = run.stepper.evaluate([batch] * (p.pp if p.vpp > 1 else 1), own=True)
     folder = local_folder(config.model.path)
     dtype = config.model.dtype
     return compare_losses(
-        ours, batch, folder=folder, adapter=adapter, dtype=dtype, shape=model.shape
+        ours, batch, folder=folder, adapter=adapter, dtype=dtype, shape=run.model.shape
     )
 
 

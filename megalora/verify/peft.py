@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megalora.config import LoRAConfig, ModelConfig, ParallelConfig  # noqa: E40
 from megalora.hf.folder import local_folder  # noqa: E402
 from megalora.lora.adapted_model import build_adapted, load_adapter  # noqa: E402
 from megalora.model.account import open_folder  # noqa: E402
+from megalora.model.build import build_model  # noqa: E402
 from megalora.model.shape import ModelShape  # noqa: E402
 from megalora.parallel import parallel_groups  # noqa: E402
 
@@ -131,7 +133,7 @@ def own_model(folder: Path, shape: ModelShape, adapter: Adapter) -> Iterator[Any
     """
     with host.process_group(), parallel_groups(ParallelConfig()) as groups:
         model = build_adapted(
-            folder, shape, adapter.adapted, groups,
+            partial(build_model, folder=folder), shape, adapter.adapted, groups,
             model=ModelConfig(path=str(folder), dtype="float32"), parallel=ParallelConfig(),
             lora=LoRAConfig(), seed=0,
         )  # fmt: skip

@@ -221,7 +221,7 @@ def imbalances(config: RunConfig) -> dict[str, Any]:
     found = {}
     for routing in ("balanced", "natural"):
         with training(config, BenchOptions(routing=routing)) as run:  # type: ignore[arg-type]
-            found[routing] = (timed_parts(run, 0, 1)[1], run.tokens)
+            found[routing] = (timed_parts(run, 0, 1)[1], run.batches.train.source)
     return found
 
 

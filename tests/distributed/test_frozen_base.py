@@ -2,55 +2,32 @@
 no needless backward."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from megalora_kernels import each_expert
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalora.adapters.files import STATE_KEYS
 from megalora.config import LoRAConfig, RunConfig
-from megalora.data.loader import Batch
 from megalora.hf.json_file import read_hf_config
-from megalora.lora.adapted_model import build_adapted
-from megalora.lora.select import plan, resolve
+from megalora.lora.select import resolve
 from megalora.model.fields import model_shape
-from megalora.parallel import parallel_groups
+from megalora.train.assemble import assemble
 from megalora.train.loop import train
-from megalora.train.optim import build_optimizer, wrap_chunks
-from megalora.train.step import Stepper
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config, records
 
 
 def _buffers(config: RunConfig) -> dict:
     """What one rank allocates for training, in numbers of elements, after one real step."""
-    folder = Path(config.model.path)
-    shape, adapted = plan(config.lora, config.parallel, folder)
-    with parallel_groups(config.parallel) as groups:
-        model = build_adapted(
-            folder,
-            shape,
-            adapted,
-            groups,
-            model=config.model,
-            parallel=config.parallel,
-            lora=config.lora,
-            seed=0,
-        )
-        chunks = wrap_chunks(model.chunks)
-        optimizer = build_optimizer(config.train, torch.float32, chunks)
-        stepper = Stepper(chunks, groups)
-        tokens = torch.arange(32).view(2, 16) + dist.get_rank()
-        batch = Batch(tokens, tokens + 1, torch.ones(2, 16))
-        stepper.train([batch], optimizer)
-        optimizer.step()
+    with assemble(config) as run:
+        run.step(0, lr=1e-3)
+        chunks = run.stepper.chunks
         parameters = [p for chunk in chunks for p in chunk.parameters()]
-        adapters = {id(p) for p in model.parameters}
+        adapters = {id(p) for p in run.model.parameters}
         part_states = [
-            s for part in optimizer.chained_optimizers for s in part.optimizer.state.values()
+            s for part in run.optimizer.chained_optimizers for s in part.optimizer.state.values()
         ]
         return {
             "base_with_grad": [
@@ -61,12 +38,12 @@ def _buffers(config: RunConfig) -> dict:
             "base_with_buffer": [
                 p for p in parameters if id(p) not in adapters and hasattr(p, "main_grad")
             ],
-            "adapters": sum(p.numel() for p in model.parameters),
+            "adapters": sum(p.numel() for p in run.model.parameters),
             "grad_buffers": sum(
                 b.numel_unpadded for c in chunks for b in c.buffers + c.expert_parallel_buffers
             ),
             "moments": sum(t.numel() for s in part_states for k, t in s.items() if k in STATE_KEYS),
-            "dp": groups.dp.size(),
+            "dp": run.groups.dp.size(),
         }
 
 
@@ -98,22 +75,8 @@ def _flops(config: RunConfig) -> tuple[int, int]:
     # With few rows the CPU pads every expert to the longest one: FLOPs would depend on a layer's
     # routing.
     each_expert.FEW_ROWS = 0
-    folder = Path(config.model.path)
-    shape, adapted = plan(config.lora, config.parallel, folder)
-    with parallel_groups(config.parallel) as groups:
-        model = build_adapted(
-            folder,
-            shape,
-            adapted,
-            groups,
-            model=config.model,
-            parallel=config.parallel,
-            lora=config.lora,
-            seed=0,
-        )
-        chunk = model.chunks[0].train()
-        for parameter in model.parameters:
-            parameter.main_grad = torch.zeros_like(parameter)
+    with assemble(config) as run:
+        chunk = run.model.chunks[0].train()
         tokens = torch.arange(128).view(2, 64)
         with FlopCounterMode(display=False) as forward:
             loss = chunk(tokens, torch.arange(64).expand(2, -1), None, labels=tokens).sum()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megalora.config import CheckpointConfig, LoRAConfig, ModelConfig, RunConfig
-from megalora.train import loop
+from megalora.train import assemble, loop
 from megalora.train.drift import bit_hash
 from megalora.train.loop import train
 from megalora.verify import first_loss
@@ -25,7 +25,7 @@ def said_by(config: RunConfig, spoil: Callable[[Any, int], None] | None = None) 
     or what was printed."""
     lines = []
     models = []
-    build = loop.build_adapted
+    build = assemble.build_adapted
     one_step = loop._train_step
     say = loop.Metrics.say
 
@@ -35,13 +35,13 @@ def said_by(config: RunConfig, spoil: Callable[[Any, int], None] | None = None) 
             spoil(models[0], 0)
         return models[0]
 
-    def step_and_spoil(stepper, optimizer, batches, step, **options):
-        values = one_step(stepper, optimizer, batches, step, **options)
+    def step_and_spoil(run, step, **options):
+        values = one_step(run, step, **options)
         if spoil:
             spoil(models[0], step + 1)
         return values
 
-    loop.build_adapted = build_and_spoil
+    assemble.build_adapted = build_and_spoil
     loop._train_step = step_and_spoil
     loop.Metrics.say = lambda self, message: lines.append(message) or say(self, message)
     try:

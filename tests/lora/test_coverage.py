@@ -12,14 +12,15 @@ import torch.distributed as dist
 
 from megalora.config import RunConfig
 from megalora.lora.coverage import GradientCheck, check_coverage
+from megalora.train.assemble import Run
 from tests.distributed.ranks import run_ranks
-from tests.parity.built import Built, built
+from tests.parity.built import built
 from tests.parity.runs import make_config
 
 EXPERT = "base_model.model.model.layers.1.mlp.experts.5.up_proj.lora_B.weight"
 
 
-def said_by(config: RunConfig, act: Callable[[Built], Any]) -> str:
+def said_by(config: RunConfig, act: Callable[[Run], Any]) -> str:
     with built(config) as run:
         try:
             act(run)
@@ -28,11 +29,11 @@ def said_by(config: RunConfig, act: Callable[[Built], Any]) -> str:
         return ""
 
 
-def with_one_less(run: Built) -> None:
+def with_one_less(run: Run) -> None:
     check_coverage(run.model.adapted, [piece for piece in run.model.pieces if piece.name != EXPERT])
 
 
-def with_one_more(run: Built) -> None:
+def with_one_more(run: Run) -> None:
     pieces = list(run.model.pieces)
     if dist.get_rank() == 1:
         pieces.append(
@@ -65,10 +66,10 @@ def test_every_rank_names_what_is_missing_or_too_much(
     )
 
 
-def with_dead(factor: str, pattern: str, b_has_moved: bool) -> Callable[[Built], None]:
+def with_dead(factor: str, pattern: str, b_has_moved: bool) -> Callable[[Run], None]:
     """Gradients of one everywhere but for the modules of ``pattern``."""
 
-    def act(run: Built) -> None:
+    def act(run: Run) -> None:
         for piece in run.model.pieces:
             piece.parameter.main_grad = torch.ones_like(piece.parameter, dtype=torch.float32)
         for piece in run.model.pieces:

@@ -317,6 +317,32 @@ RUN_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
+        "adapters filled behind the optimizer's copies",
+        f"{TRAIN}/assemble.py",
+        """        if prepare is not None:
+            prepare(model)
+        check = GradientCheck(model.adapted, model.pieces)
+        dtype = getattr(torch, config.model.dtype)
+        stepper, optimizer = make_stepper(config.train, dtype, model.chunks, groups, check)
+""",
+        """        check = GradientCheck(model.adapted, model.pieces)
+        dtype = getattr(torch, config.model.dtype)
+        stepper, optimizer = make_stepper(config.train, dtype, model.chunks, groups, check)
+        if prepare is not None:
+            prepare(model)
+""",
+        "tests/train/test_assemble.py test_the_optimizer",
+    ),
+    bug(
+        0,
+        "gradients of a run not looked at",
+        f"{TRAIN}/assemble.py",
+        "make_stepper(config.train, dtype, model.chunks, groups, check)",
+        "make_stepper(config.train, dtype, model.chunks, groups)",
+        "tests/train/test_assemble.py test_a_projection",
+    ),
+    bug(
+        0,
         "a restarted job starts afresh",
         f"{TRAIN}/loop.py",
         "find_checkpoint(config, restarted=run_folder.same_job)",

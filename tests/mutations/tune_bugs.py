@@ -277,8 +277,8 @@ TUNE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "training does not say which rows it expects",
-        "megalora/train/loop.py",
-        "                rows_per_expert=shape.rows_per_expert(config),\n",
+        "megalora/train/assemble.py",
+        "        rows_per_expert=shape.rows_per_expert(config),\n",
         "",
         "tests/train/test_expected_rows.py expects",
     ),

@@ -3,7 +3,7 @@ those of what was mended for it."""
 
 from tests.mutations.bugs import Bug, bug
 
-STEP, INPUTS, COVERAGE, DRIFT, OPTIM, LOOP = (
+STEP, INPUTS, COVERAGE, DRIFT, OPTIM, ASSEMBLE = (
     f"megalora/{name}.py"
     for name in (
         "train/step",
@@ -11,7 +11,7 @@ STEP, INPUTS, COVERAGE, DRIFT, OPTIM, LOOP = (
         "lora/coverage",
         "train/drift",
         "train/optim",
-        "train/loop",
+        "train/assemble",
     )
 )
 DISPATCHER = "megalora/model/dispatcher.py"
@@ -55,9 +55,9 @@ WAIT_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "the loss read before the optimizer's step",
-        LOOP,
-        "    norm = clip_and_step(optimizer)\n",
-        "    float(sum_and_count[0])\n    norm = clip_and_step(optimizer)\n",
+        ASSEMBLE,
+        "        with around_optimizer or nullcontext():\n",
+        "        float(sum_and_count[0])\n        with around_optimizer or nullcontext():\n",
         ONE_GPU,
     ),
     bug(

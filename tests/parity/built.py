@@ -3,67 +3,43 @@ functions for ``run_ranks``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from megalora.config import LoRAConfig, RunConfig
-from megalora.data.splits import load_data
 from megalora.hf.json_file import read_hf_config
-from megalora.lora.adapted_model import AdaptedModel, build_adapted
+from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors, read_tensors
-from megalora.lora.select import plan, resolve
+from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted, tensor_name
 from megalora.model.fields import model_shape
-from megalora.model.recompute import apply_recompute
-from megalora.parallel import parallel_groups
-from megalora.train.batches import Batches
-from megalora.train.optim import build_optimizer, wrap_chunks
-from megalora.train.step import Stepper
+from megalora.train.assemble import Run, assemble
 from tests.parity.gradients import reduced_gradients
 
 
-@dataclass
-class Built:
-    model: AdaptedModel
-    stepper: Stepper
-    optimizer: Any
-    batches: Batches
-
-    def adapter(self) -> dict[str, Tensor] | None:
-        """Whole tensors by name on rank 0."""
-        return gather_tensors(
-            self.model.pieces, {p: p.data for p in self.model.parameters}, self.model.groups
-        )
-
-
 @contextmanager
-def built(config: RunConfig, weights: Path | None = None) -> Iterator[Built]:
+def built(config: RunConfig, weights: Path | None = None) -> Iterator[Run]:
     """The run of ``config`` on the ranks of this world, its adapter as initialised or read from
     ``weights``."""
-    folder = Path(config.model.path)
-    shape, adapted = plan(config.lora, config.parallel, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    splits = load_data(config.data, tokenizer)
-    with parallel_groups(config.parallel, config.train.seed) as groups:
-        model = build_adapted(
-            folder, shape, adapted, groups,
-            model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
-        )  # fmt: skip
+
+    def fill(model: AdaptedModel) -> None:
         if weights is not None:
             with torch.no_grad():
                 read_tensors(weights, model.pieces, {p: p.data for p in model.parameters})
-        apply_recompute(model.chunks, config.train.recompute)
-        chunks = wrap_chunks(model.chunks)
-        optimizer = build_optimizer(config.train, getattr(torch, config.model.dtype), chunks)
-        yield Built(
-            model, Stepper(chunks, groups), optimizer, Batches(config, tokenizer, groups, *splits)
-        )
+
+    with assemble(config, prepare=fill) as run:
+        # What tests fill in may well have a gradient of zero.
+        run.stepper.check = None
+        yield run
+
+
+def whole_adapter(run: Run) -> dict[str, Tensor] | None:
+    """Whole tensors by name on rank 0; collective."""
+    values = {p: p.data for p in run.model.parameters}
+    return gather_tensors(run.model.pieces, values, run.groups)
 
 
 def first_gradients(
@@ -77,7 +53,7 @@ def first_gradients(
 
 def adapter_of(config: RunConfig, weights: Path | None = None) -> dict[str, Tensor] | None:
     with built(config, weights) as run:
-        return run.adapter()
+        return whole_adapter(run)
 
 
 def random_factors(

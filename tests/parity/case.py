@@ -21,7 +21,7 @@ from megalora.hf.json_file import read_hf_config
 from megalora.lora.gather import read_tensors
 from megalora.lora.spec import Adapted
 from megalora.model.fields import model_shape
-from megalora.train import loop
+from megalora.train import assemble, loop
 from tests.distributed.ranks import run_ranks
 from tests.oracles.training import Oracle, Trained
 from tests.parity.built import random_factors
@@ -96,9 +96,9 @@ def train_recording_gradients(config: RunConfig, start: Path) -> None:
     With B at zero, as training starts, A would have no gradient, and the first step of Adam would
     be the sign of B's.
     """
-    build_adapted = loop.build_adapted
-    build_optimizer = loop.build_optimizer
-    take_step = loop.clip_and_step
+    build_adapted = assemble.build_adapted
+    build_optimizer = assemble.build_optimizer
+    take_step = assemble.clip_and_step
     models: list[Any] = []
     numbers = count()
     kept: dict[str, Tensor] = {}
@@ -122,9 +122,9 @@ def train_recording_gradients(config: RunConfig, start: Path) -> None:
         kept.update({f"{number}.{name}": gradient for name, gradient in whole.items()})
         return take_step(optimizer)
 
-    loop.build_adapted = build
-    loop.build_optimizer = with_large_eps
-    loop.clip_and_step = recorded_step
+    assemble.build_adapted = build
+    assemble.build_optimizer = with_large_eps
+    assemble.clip_and_step = recorded_step
     loop.train(config)
     if kept:
         save_file(kept, Path(config.checkpoint.dir) / "gradients.safetensors")

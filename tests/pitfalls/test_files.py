@@ -20,7 +20,7 @@ from megalora.lora.spec import Adapted
 from megalora.tiny import make_tiny
 from megalora.verify.peft import verify_peft
 from tests.distributed.ranks import run_ranks
-from tests.parity.built import built, random_factors
+from tests.parity.built import built, random_factors, whole_adapter
 from tests.parity.everything import LORA, config_of
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -36,7 +36,7 @@ def export(folder: Path, base: Path, lora: LoRAConfig, factors: dict[str, Tensor
 def load_and_export(config: RunConfig, adapter: Path, out: Path) -> None:
     """Read a PEFT folder into this layout's shards and write it again."""
     with built(config, adapter / WEIGHTS) as run:
-        whole = run.adapter()
+        whole = whole_adapter(run)
         if whole is not None:
             out.mkdir()
             write_adapter(out, run.model.adapted, run.model.shape, whole, config.model.path)

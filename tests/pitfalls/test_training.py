@@ -19,7 +19,7 @@ from megalora.train.checkpoint.state import read_state
 from megalora.train.loop import train
 from megalora.train.optim import STATE_KEYS, optimizer_state
 from tests.distributed.ranks import run_ranks
-from tests.parity.built import built, first_gradients, random_adapter
+from tests.parity.built import built, first_gradients, random_adapter, whole_adapter
 from tests.parity.everything import LORA, config_of
 from tests.parity.runs import records
 
@@ -75,7 +75,7 @@ def state_after_load(config: RunConfig, checkpoint: Path) -> dict[str, Tensor]:
             state = optimizer_state(run.optimizer, key, parameters, run.model.groups)
             tensors = gather_tensors(run.model.pieces, state, run.model.groups) or {}
             whole |= {f"{key}.{name}": t for name, t in tensors.items()}
-        return whole | {f"adapter.{name}": t for name, t in (run.adapter() or {}).items()}
+        return whole | {f"adapter.{name}": t for name, t in (whole_adapter(run) or {}).items()}
 
 
 @pytest.mark.slow

@@ -34,9 +34,10 @@ from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import CONTEXT, ROOM, MemoryPlan, memory_of_model
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths, chunks_of
 from megalora.tiny import make_tiny
+from megalora.train.assemble import Run
 from megalora.train.optim import _parts, clip_and_step
 from tests.distributed.ranks import run_ranks
-from tests.parity.built import Built, built
+from tests.parity.built import built
 from tests.parity.runs import make_config
 
 SEQUENCE = 192
@@ -196,7 +197,7 @@ def count_step(config: RunConfig, top_k: int) -> dict[str, int]:
         return found | {"activations": kept(run, batches, already)}
 
 
-def route_evenly(run: Built, top_k: int) -> None:
+def route_evenly(run: Run, top_k: int) -> None:
     """Token t goes to experts t k, t k + 1, ..., modulo their number: the router's own logits
     decide the weights alone."""
 
@@ -228,7 +229,7 @@ def make_batches(micro: int) -> list[Batch]:
     return found
 
 
-def tensors_of(run: Built) -> dict[str, list[Tensor]]:
+def tensors_of(run: Run) -> dict[str, list[Tensor]]:
     """What a rank always holds: frozen weights, parameter and gradient buffers, the optimizer's
     state."""
     buffers = [
@@ -260,7 +261,7 @@ def num_bytes(tensors: list[Tensor]) -> int:
     )
 
 
-def peaks(run: Built, batches: list[Batch], already: list[Tensor]) -> dict[str, int]:
+def peaks(run: Run, batches: list[Batch], already: list[Tensor]) -> dict[str, int]:
     """``pass``: most that forward and backward add; ``step``: most that reduction or optimizer add
     to what is left then."""
     settings = run.stepper.chunks[0].config
@@ -299,7 +300,7 @@ class Saved:
         self.tensor = tensor
 
 
-def kept(run: Built, batches: list[Batch], already: list[Tensor]) -> int:
+def kept(run: Run, batches: list[Batch], already: list[Tensor]) -> int:
     """Most bytes that nodes keep for backward, looked at whenever a forward pass ended and a
     backward pass begins."""
     own = {t.untyped_storage().data_ptr() for t in already}

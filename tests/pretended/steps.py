@@ -3,6 +3,7 @@ other ranks do not exist."""
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -18,21 +19,15 @@ from megalora import host
 from megalora.config import RunConfig
 from megalora.data.chat import Encoded
 from megalora.data.splits import Split
-from megalora.lora import adapted_model as setup
-from megalora.lora.adapted_model import AdaptedModel, build_adapted
-from megalora.lora.coverage import GradientCheck
+from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors
 from megalora.lora.select import resolve
 from megalora.model.build import make_chunks
 from megalora.model.fields import model_shape
-from megalora.model.recompute import apply_recompute
-from megalora.parallel import parallel_groups
-from megalora.train import loop
-from megalora.train.batches import Batches
+from megalora.train.assemble import Inputs, Run, assemble, build_for_training
 from megalora.train.drift import DriftCheck
-from megalora.train.optim import build_optimizer, optimizer_state, wrap_chunks
+from megalora.train.optim import optimizer_state
 from megalora.train.probe import Probe
-from megalora.train.step import Stepper
 from tests.pretended.device import NAME, Recorder, on_gpu, pretended_gpu
 from tests.pretended.scenarios import Scenario
 
@@ -120,69 +115,57 @@ def _move(chunk: Any) -> None:
                 module._parameters[name] = moved
 
 
+def _make_base(hf: dict[str, Any], *where: Any) -> list[Any]:
+    """The base without its weights, on the pretended GPU."""
+    chunks = make_chunks(hf, *where)
+    for chunk in chunks:
+        _move(chunk)
+    return chunks
+
+
 def build(config: RunConfig, hf: dict[str, Any], groups: Any) -> AdaptedModel:
-    """The product's own way, but for reading weights."""
-
-    def build_model(model: Any, parallel: Any, shape: Any, folder: Any) -> list[Any]:
-        chunks = make_chunks(hf, model, parallel, shape)
-        for chunk in chunks:
-            _move(chunk)
-        return chunks
-
+    """The model as training has it, but for its weights."""
     shape = model_shape(dict(hf))
-    with mock.patch.object(setup, "build_model", build_model):
-        model = build_adapted(
-            None, shape, resolve(config.lora, shape), groups,  # type: ignore[arg-type]
-            model=config.model, parallel=config.parallel, lora=config.lora, seed=0,
-            rows_per_expert=shape.rows_per_expert(config),
-        )  # fmt: skip
-    apply_recompute(model.chunks, config.train.recompute)
-    return model
+    adapted = resolve(config.lora, shape)
+    return build_for_training(config, shape, adapted, groups, partial(_make_base, hf))
 
 
 def run(scenario: Scenario, recorder: Recorder) -> None:
     """A training step as it is once training runs; where the scenario asks for it, what comes
     before and between steps too."""
     config = scenario.config()
-    with (
-        pretended_gpu(recorder),
-        world(scenario, recorder),
-        even_routing(),
-        parallel_groups(config.parallel) as groups,
-    ):
+    shape = model_shape(dict(scenario.hf))
+    samples = _samples(scenario, config.train.global_batch_size)
+    inputs = Inputs(shape, resolve(config.lora, shape), Tokenizer(), samples, samples)
+    make_base = partial(_make_base, scenario.hf)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pretended_gpu(recorder))
+        stack.enter_context(world(scenario, recorder))
+        stack.enter_context(even_routing())
         with recorder.phase("build"):
-            model = build(config, scenario.hf, groups)
-            chunks = wrap_chunks(model.chunks)
-            optimizer = build_optimizer(config.train, getattr(torch, scenario.dtype), chunks)
-            stepper = Stepper(
-                chunks,
-                groups,
-                GradientCheck(model.adapted, model.pieces) if scenario.whole_run else None,
-            )
-        samples = _samples(scenario, config.train.global_batch_size)
-        batches = Batches(config, Tokenizer(), groups, samples, samples)  # type: ignore[arg-type]
-        for number, name in enumerate(
-            ("first step", "second step", "step") if scenario.whole_run else ("step",)
-        ):
+            made = stack.enter_context(assemble(config, inputs, make_base=make_base))
+        names = ("first step", "second step", "step")
+        if not scenario.whole_run:
+            made.stepper.check = None  # it looks at the first steps alone
+            names = ("step",)
+        for number, name in enumerate(names):
             with recorder.phase(name):
-                loop._train_step(stepper, optimizer, batches, number, lr=1e-3, saved=None)
+                made.step(number, lr=1e-3)
         if scenario.whole_run:
-            _between_steps(config, scenario, recorder, model, stepper, optimizer, batches)
+            _between_steps(scenario, recorder, made)
 
 
-def _between_steps(
-    config: RunConfig, scenario: Scenario, recorder: Recorder, model: AdaptedModel,
-    stepper: Stepper, optimizer: Any,
-    batches: Batches,
-) -> None:  # fmt: skip
+def _between_steps(scenario: Scenario, recorder: Recorder, made: Run) -> None:
+    config = made.config
+    model = made.model
     probe = Probe([1] * scenario.tokens, config.model.dtype, config.parallel)
-    drift = DriftCheck(model.adapted, model.pieces, model.groups)
+    drift = DriftCheck(model.adapted, model.pieces, made.groups)
     with recorder.phase("drift"):
         drift.run(3, None)
     with recorder.phase("evaluate"):
-        stepper.evaluate(batches.of_eval())
+        made.stepper.evaluate(made.batches.of_eval())
     with recorder.phase("probe"):
-        probe.run(stepper)
+        probe.run(made.stepper)
     with recorder.phase("save"):
-        gather_tensors(model.pieces, {p: p.data for p in model.parameters}, model.groups)
-        optimizer_state(optimizer, "exp_avg", model.parameters, model.groups)
+        gather_tensors(model.pieces, {p: p.data for p in model.parameters}, made.groups)
+        optimizer_state(made.optimizer, "exp_avg", model.parameters, made.groups)

@@ -19,7 +19,7 @@ from tests.pretended.scenarios import SCENARIOS
 
 ROOT = Path(__file__).parents[2]
 
-METRICS = {"values to the host: megalora/train/loop.py:_train_step": 1}
+METRICS = {"values to the host: megalora/train/assemble.py:Run.step": 1}
 """Loss and gradient norm, read together once a step."""
 ALIVE = {"values to the host: megalora/lora/coverage.py:GradientCheck.after_backward": 1}
 """Whether every projection has a gradient: in the first step, and in the first after B has
@@ -44,7 +44,7 @@ def build(replicas: int, linears: int) -> dict[str, int]:
     optimizer = "megatron/core/optimizer/optimizer.py:MixedPrecisionOptimizer"
     return {
         "copy from pageable memory: megalora/model/build.py:make_chunks": 1,
-        "copy from pageable memory: megalora/lora/adapted_model.py:build_adapted": 1,
+        "copy from pageable memory: megalora/lora/adapted_model.py:adapt_base": 1,
         "copy from pageable memory: megalora/lora/factors.py:LoRAFactors.reset_parameters": linears,
         "copy from pageable memory: megalora/lora/coverage.py:check_coverage": 1,
         "values to the host: megalora/lora/coverage.py:check_coverage": 1,

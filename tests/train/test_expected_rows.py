@@ -1,18 +1,20 @@
 """Training and ``megalora bench`` say how many rows per expert they expect: on that depends what
 the weights get room for."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import pytest
 
 from megalora.bench import steps
+from megalora.bench.rows import BenchOptions
 from megalora.config import RunConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
-from megalora.train import loop
+from megalora.train import assemble, loop
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config
 
@@ -21,17 +23,29 @@ class Seen(Exception):
     """Ends a run where its model would be built."""
 
 
-def expected_by_training(config: RunConfig) -> float:
-    """What the loop passes on."""
+def expected_by(start: Callable[[], None]) -> float:
+    """What the model is built for, in a run that ``start`` begins."""
     rows: list[float] = []
 
     def build(*args: Any, rows_per_expert: float = 0.0, **how: Any) -> None:
         rows.append(rows_per_expert)
         raise Seen
 
-    with mock.patch.object(loop, "build_adapted", build), suppress(Seen):
-        loop.train(config)
+    with mock.patch.object(assemble, "build_adapted", build), suppress(Seen):
+        start()
     return rows[0]
+
+
+def expected_by_training(config: RunConfig) -> float:
+    return expected_by(lambda: loop.train(config) and None)
+
+
+def expected_by_bench(config: RunConfig, weights: Literal["real", "random"]) -> float:
+    def start() -> None:
+        with steps.training(config, BenchOptions(weights=weights)):
+            pass
+
+    return expected_by(start)
 
 
 @pytest.fixture
@@ -48,13 +62,6 @@ def test_training_expects_the_rows_of_its_config(config: RunConfig) -> None:
     assert run_ranks(expected_by_training, 1, config) == [wanted(config)] != [0]
 
 
-@pytest.mark.parametrize("real", [True, False])
-def test_bench_expects_the_rows_of_its_config(real: bool, config: RunConfig) -> None:
-    name = "build_adapted" if real else "inject"
-    with (
-        mock.patch.object(steps, "build_random"),
-        mock.patch.object(steps, name, side_effect=Seen) as build,
-        suppress(Seen),
-    ):
-        steps._build(config, mock.Mock(), real=real)
-    assert build.call_args.kwargs["rows_per_expert"] == wanted(config)
+@pytest.mark.parametrize("weights", ["real", "random"])
+def test_bench_expects_the_rows_of_its_config(weights: str, config: RunConfig) -> None:
+    assert run_ranks(expected_by_bench, 1, config, weights) == [wanted(config)]

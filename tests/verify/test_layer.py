@@ -7,6 +7,7 @@ as it is, then spoiled, or held against a folder whose config.json says somethin
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def _with_adapters(base: Path, recompute: str) -> str:
     shape, adapted = plan(lora, ParallelConfig(), base)
     with parallel_groups(ParallelConfig()) as groups:
         model = build_adapted(
-            base, shape, adapted, groups,
+            partial(build_model, folder=base), shape, adapted, groups,
             model=ModelConfig(path=str(base), dtype="float32"), parallel=ParallelConfig(),
             lora=lora, seed=0,
         )  # fmt: skip

@@ -1,0 +1,155 @@
+"""Assemble what trains from a config: the one place that training, benchmarks and tests share.
+
+    config  ->  process groups  ->  frozen base  ->  adapters  ->  gradient buffers  ->  optimizer
+
+``adapted_model.py`` has the part up to the adapters, which verification and the planner's dry run
+need without the rest.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from megalora.config import RunConfig, TrainConfig
+from megalora.data.splits import Split, load_data
+from megalora.data.tokenizer import load_tokenizer
+from megalora.hf.folder import local_folder
+from megalora.lora.adapted_model import AdaptedModel, build_adapted
+from megalora.lora.coverage import GradientCheck
+from megalora.lora.select import plan
+from megalora.lora.spec import Adapted
+from megalora.model.build import MakeBase, build_model
+from megalora.model.recompute import apply_recompute
+from megalora.model.shape import ModelShape
+from megalora.parallel import Groups, parallel_groups
+from megalora.train.batches import Batches
+from megalora.train.optim import build_optimizer, clip_and_step, set_learning_rate, wrap_chunks
+from megalora.train.step import Stepper
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before any weights: sizes, adapters, samples. Needs no process groups."""
+
+    shape: ModelShape
+    adapted: list[Adapted]
+    tokenizer: Any
+    """Supplies the padding token alone."""
+    train: Split
+    eval: Split | None
+
+    @classmethod
+    def read(cls, config: RunConfig) -> "Inputs":
+        """Read the base's headers, its tokenizer and the data; raises ``ValueError`` as they do."""
+        folder = local_folder(config.model.path)
+        shape, adapted = plan(config.lora, config.parallel, folder)
+        tokenizer = load_tokenizer(folder)
+        return cls(shape, adapted, tokenizer, *load_data(config.data, tokenizer))
+
+
+@dataclass
+class Run:
+    """Everything that takes part in a training step on this rank."""
+
+    config: RunConfig
+    groups: Groups
+    model: AdaptedModel
+    """The base with its adapters; ``model.chunks`` are those inside ``stepper.chunks``."""
+    optimizer: Any
+    """Megatron's sharded AdamW over the adapters."""
+    stepper: Stepper
+    batches: Batches
+
+    def step(
+        self, number: int, lr: float, around_optimizer: AbstractContextManager[Any] | None = None
+    ) -> tuple[float, float]:
+        """One optimizer step on the global batch of step ``number``, counted from 0; collective.
+
+        Args:
+            around_optimizer: entered around clipping and the optimizer, for timers.
+
+        Returns:
+            The loss per target token, and the gradient's L2 norm before clipping. They may be NaN.
+        """
+        set_learning_rate(self.optimizer, lr)
+        batches = self.batches.of_step(number)
+        sum_and_count = self.stepper.forward_backward(batches, self.optimizer)
+        with around_optimizer or nullcontext():
+            norm = clip_and_step(self.optimizer)
+        # The only wait for the device in a step.
+        total, count, grad_norm = torch.cat([sum_and_count, norm]).tolist()
+        self.stepper.b_has_moved |= lr > 0
+        return total / max(count, 1), grad_norm
+
+
+@contextmanager
+def assemble(
+    config: RunConfig,
+    inputs: Inputs | None = None,
+    *,
+    make_base: MakeBase | None = None,
+    prepare: Callable[[AdaptedModel], None] | None = None,
+) -> Iterator[Run]:
+    """The run of ``config`` on the ranks of the initialised world, for one block; collective.
+
+    Args:
+        inputs: what was read already; None: read here.
+        make_base: where base weights come from; None: the folder of ``model.path``.
+        prepare: called with the model before the optimizer copies the adapters: to fill them or to
+            change what the model does.
+
+    Raises:
+        ValueError: for anything in the config, the data or the base that the user can mend.
+    """
+    inputs = inputs or Inputs.read(config)
+    with parallel_groups(config.parallel, config.train.seed) as groups:
+        model = build_for_training(config, inputs.shape, inputs.adapted, groups, make_base)
+        if prepare is not None:
+            prepare(model)
+        check = GradientCheck(model.adapted, model.pieces)
+        dtype = getattr(torch, config.model.dtype)
+        stepper, optimizer = make_stepper(config.train, dtype, model.chunks, groups, check)
+        batches = Batches(config, inputs.tokenizer, groups, inputs.train, inputs.eval)
+        yield Run(config, groups, model, optimizer, stepper, batches)
+
+
+def build_for_training(
+    config: RunConfig,
+    shape: ModelShape,
+    adapted: list[Adapted],
+    groups: Groups,
+    make_base: MakeBase | None = None,
+) -> AdaptedModel:
+    """The base with adapters and recomputation on this rank, without an optimizer; collective."""
+    if make_base is None:
+        make_base = partial(build_model, folder=local_folder(config.model.path))
+    model = build_adapted(
+        make_base, shape, adapted, groups,
+        model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
+        rows_per_expert=shape.rows_per_expert(config),
+    )  # fmt: skip
+    apply_recompute(model.chunks, config.train.recompute)
+    return model
+
+
+def make_stepper(
+    config: TrainConfig,
+    dtype: torch.dtype,
+    chunks: Sequence[nn.Module],
+    groups: Groups,
+    check: GradientCheck | None = None,
+) -> tuple[Stepper, Any]:
+    """Give trainable parameters gradient buffers and an optimizer; returns (stepper, optimizer).
+
+    Args:
+        dtype: of the parameters.
+        check: looks at the gradients of the first steps; None: nobody does.
+    """
+    wrapped = wrap_chunks(list(chunks))
+    optimizer = build_optimizer(config, dtype, wrapped)
+    return Stepper(wrapped, groups, check), optimizer
