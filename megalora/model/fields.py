@@ -90,7 +90,7 @@ def check_sizes(hf: Mapping[str, Any]) -> None:
             " they are one field under two names"
         )
     heads = hf["num_attention_heads"]
-    kv_heads = hf["num_key_value_heads"]
+    kv_heads = hf.get("num_key_value_heads")
     if kv_heads and heads % kv_heads:
         raise ValueError(
             f"config.json: num_attention_heads={heads} is not a multiple of"

@@ -7,7 +7,7 @@ import pytest
 from megalora.config import LoRAConfig
 from megalora.lora.section import differing, lora_section, settings
 from megalora.lora.select import resolve
-from tests.parity.grid import shape_of
+from tests.parity.models import shape_of
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPTIONS: list[dict[str, Any]] = [

@@ -9,8 +9,7 @@ from itertools import combinations, product
 from typing import Any
 
 from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from megalora.model.shape import ModelShape
-from tests.parity.models import ADAPTERS, MODELS
+from tests.parity.models import ADAPTERS, MODELS, VARIANTS, shape_of
 
 WORLDS = (1, 2, 4, 8)
 TP = (1, 2, 4)
@@ -70,25 +69,6 @@ class Case:
         return frozenset(combinations(asdict(self).items(), 2))
 
 
-def shape_of(model: str) -> ModelShape:
-    """The sizes that layouts are checked against; tests compare them with the folders that
-    models.py writes."""
-    moe = {
-        "moe": {0, 1, 2, 3}, "2 kv heads": {0, 1, 2, 3}, "mixed": {0, 2, 3}, "one moe layer": {3},
-        "tied": {0, 1, 2, 3},
-        "shared": {0, 1, 2, 3}, "idle": {0, 1, 2, 3}, "dense": set(),
-    }[model]  # fmt: skip
-    return ModelShape(
-        model_type=MODELS[model].get("arch", "qwen3_moe"), num_layers=4, hidden=96, num_heads=12,
-        num_kv_heads=MODELS[model].get("num_key_value_heads", 4), head_dim=16, intermediate=144,
-        vocab=512,
-        tied_embeddings=model == "tied", num_experts=8 if moe else 0, top_k=3 if moe else 0,
-        expert_intermediate=80 if moe else 0, shared_intermediate=112 if model == "shared" else 0,
-        moe_layers=frozenset(moe), qk_norm=model != "shared", qkv_bias=model == "shared",
-        softmax_over_all=model == "shared",
-    )  # fmt: skip
-
-
 def accepted(case: Case) -> bool:
     """Whether megalora takes this case: its own checks, nothing else."""
     try:
@@ -136,18 +116,22 @@ def full_grid() -> tuple[Case, ...]:
     used = Counter[Any]()
     chosen = []
 
-    def take(candidates: Iterable[Case]) -> None:
-        def worth(case: Case) -> tuple[int, int, int]:
-            return (
-                len(pairs[case] & missing),
-                -case.world,
-                -sum(used[value] for value in asdict(case).items()),
-            )
+    # A case's number of new pairs only falls: what it was bounds what it is, and most need no look.
+    bound = {case: len(own) for case, own in pairs.items()}
+    order = {case: place for place, case in enumerate(pairs)}
 
-        best = max(candidates, key=worth)
-        chosen.append(best)
-        missing.difference_update(pairs[best])
-        used.update(asdict(best).items())
+    def take(candidates: Iterable[Case]) -> None:
+        best: tuple[Any, ...] = ()
+        for case in sorted(candidates, key=lambda case: -bound[case]):
+            if best and bound[case] < best[0]:
+                break
+            bound[case] = len(pairs[case] & missing)
+            uses = sum(used[value] for value in asdict(case).items())
+            best = max(best, (bound[case], -case.world, -uses, -order[case], case))
+        case = best[-1]
+        chosen.append(case)
+        missing.difference_update(pairs[case])
+        used.update(asdict(case).items())
 
     for cases in of_layout.values():
         take(cases)
@@ -175,6 +159,12 @@ QUICK = (
     Case(4, pp=2, vpp=2, tp=2, model="dense", adapter="all", recompute="full", micro=3),
     Case(4, tp=4, ep=2, etp=2, model="shared", adapter="rslora", micro=3),
     Case(4, pp=2, etp=2, model="2 kv heads", adapter="some"),
+    # Gradients at two tensor-parallel ranks: losses are right where a sum is missing.
+    *(
+        Case(2, tp=2, ep=2 if shape_of(model).moe_layers else 1, model=model, adapter="router")
+        for model in MODELS
+        if model not in VARIANTS
+    ),
 )
-"""For ``make test-all``: the layouts README names, and every value of every factor at least
-once."""
+"""For ``make test-all``: the layouts README names, every value of every factor at least once, and
+every registered family."""

@@ -7,12 +7,20 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from megalora.config import LoRAConfig
+from megalora.model.families import FAMILIES
+from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
 from megalora.tiny import make_tiny
 
+
+def arch_of(options: dict[str, Any]) -> str:
+    """The family of a model that ``make_tiny`` makes with these options."""
+    return options.get("arch", "qwen3_moe")
+
+
 SIZES = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 16}
 """So that four tensor-parallel ranks get whole query heads."""
-MODELS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "moe": {},
     "2 kv heads": {"num_key_value_heads": 2},
     "mixed": {"mlp_only_layers": [1]},
@@ -23,6 +31,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "idle": {},
     "dense": {"arch": "qwen3"},
 }
+"""Qwen's families under names of their own, and variants of them."""
+MODELS: dict[str, dict[str, Any]] = VARIANTS | {
+    family: {"arch": family}
+    for family in FAMILIES
+    if family not in {arch_of(options) for options in VARIANTS.values()}
+}
+"""Every registered family is among them."""
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS: dict[str, LoRAConfig] = {
     "all": LoRAConfig(rank=4, alpha=12.0),
@@ -38,11 +53,17 @@ ADAPTERS: dict[str, LoRAConfig] = {
 
 
 def make_model(name: str, folder: Path) -> Path:
-    options = MODELS[name]
-    make_tiny(folder, **{**SIZES, **options})
+    make_tiny(folder, **{**SIZES, **MODELS[name]})
     if name == "idle":
         silence_experts(folder, first=6)
     return folder
+
+
+def shape_of(name: str) -> ModelShape:
+    """The model's sizes, without making it; ``make_model``'s folders are compared with them."""
+    arch = arch_of(MODELS[name])
+    options = {field: value for field, value in MODELS[name].items() if field != "arch"}
+    return model_shape({**FAMILIES[arch].tiny, **SIZES, **options, "model_type": arch})
 
 
 def adapter(name: str, shape: ModelShape) -> LoRAConfig:

@@ -4,8 +4,8 @@ from dataclasses import asdict
 from itertools import combinations, product
 
 from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from tests.parity.grid import QUICK, Case, full_grid, layouts, shape_of, variants
-from tests.parity.models import ADAPTERS, MODELS
+from tests.parity.grid import QUICK, Case, full_grid, layouts, variants
+from tests.parity.models import ADAPTERS, MODELS, shape_of
 
 SIZES = {
     "world": (1, 2, 4, 8),

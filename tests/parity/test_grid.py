@@ -16,8 +16,8 @@ from tests.parity.case import (
     read_run,
     run_case,
 )
-from tests.parity.grid import FAST, QUICK, SHORT, Case, shape_of
-from tests.parity.models import MODELS, make_model
+from tests.parity.grid import FAST, QUICK, SHORT, Case
+from tests.parity.models import MODELS, make_model, shape_of
 
 type Reference = Callable[[Case], tuple[Path, Expected]]
 
