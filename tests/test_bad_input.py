@@ -18,6 +18,7 @@ from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
 from megalora.lora.spec import tensor_name
+from megalora.model.families import FAMILIES
 from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from megalora.train.__main__ import main as rank
@@ -262,8 +263,8 @@ def test_base_without_config(
 
 
 def test_base_of_another_family(refused_rank: Said, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    message = "model_type 'llama' is not supported; megalora knows qwen3_moe, qwen3, qwen2_moe"
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    message = f"model_type 'gpt2' is not supported; megalora knows {', '.join(FAMILIES)}"
     assert refused_rank(f"model.path={tmp_path}") == message
 
 

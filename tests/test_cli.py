@@ -23,6 +23,7 @@ from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
 from megalora.lora.spec import tensor_name
+from megalora.model.families import FAMILIES
 from megalora.model.fields import model_shape
 
 
@@ -110,7 +111,7 @@ def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
         ),
         (
             ["tiny", "x", "--arch", "gpt2"],
-            "megalora: arch 'gpt2' is unknown; choose one of qwen3_moe, qwen3, qwen2_moe.",
+            f"megalora: arch 'gpt2' is unknown; choose one of {', '.join(FAMILIES)}.",
         ),
         (
             ["tiny", "x", "--dtype", "int8"],

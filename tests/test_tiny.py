@@ -367,7 +367,7 @@ def test_greedy_generation_equals_argmax_step_by_step(moe_dir: Path, tokenizer: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"arch": "llama"}, "arch 'llama' is unknown; choose one of qwen3_moe, qwen3, qwen2_moe."),
+        ({"arch": "gpt2"}, "arch 'gpt2' is unknown; choose one of qwen3_moe, qwen3, qwen2_moe"),
         ({"dtype": "float16"}, "dtype 'float16' is unknown; choose one of float32, bfloat16."),
         (
             {"num_expert": 4},

@@ -8,6 +8,7 @@ from typing import Any
 
 from megalora.cli.plan import add_planner_commands
 from megalora.launching import torchrun
+from megalora.model.families import FAMILIES
 from megalora.paths import user_path
 from megalora.user_error import guarded
 
@@ -53,9 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "tiny", help="make a tiny random base model with tokenizer and chat template"
     )
     tiny.add_argument("out", type=user_path)
-    tiny.add_argument(
-        "--arch", default="qwen3_moe", help="qwen3_moe, qwen3 (dense) or qwen2_moe (shared experts)"
-    )
+    tiny.add_argument("--arch", default="qwen3_moe", help=f"its family: {', '.join(FAMILIES)}")
     tiny.add_argument("--seed", type=int, default=0)
     tiny.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     tiny.set_defaults(action=_tiny)

@@ -9,14 +9,18 @@ from peft.utils import transformers_weight_conversion
 
 from megalora.adapters.files import WEIGHTS
 from megalora.adapters.write.form import write_adapter
-from megalora.config import ParallelConfig
+from megalora.config import LoRAConfig, ParallelConfig
+from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import plan
+from megalora.model.families import FAMILIES, layer_projections
+from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.oracles.peft import PeftOracle
 from tests.parity.built import first_gradients, random_factors
 from tests.parity.compare import of_largest, projection
 from tests.parity.everything import LORA, config_of, first_batch
+from tests.parity.models import SIZES, arch_of
 
 RSLORA = replace(LORA, use_rslora=True)
 CASES = {
@@ -27,6 +31,10 @@ CASES = {
     "qwen2: tp4-ep4": ("everything", RSLORA, 4, {"tp": 4, "ep": 4}),
     "biases: tp2-ep2": ("biased", RSLORA, 2, {"tp": 2, "ep": 2}),
 }
+
+
+NAMED = {arch_of({}), "qwen2_moe"}
+"""Families that ``CASES`` has under other names."""
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +68,24 @@ def test_gradients_of_stock_peft(
 ) -> None:
     model, lora, world, parallel = CASES[name]
     base: Path = request.getfixturevalue(model)
+    check_gradients(base, lora, world, parallel, chats, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NAMED])
+def test_gradients_of_stock_peft_in_every_family(family: str, chats: Path, tmp_path: Path) -> None:
+    """With two tensor-parallel ranks, and every linear adapted, router and head among them."""
+    base = make_tiny(tmp_path / "base", arch=family, num_hidden_layers=2, **SIZES)
+    shape = model_shape(read_hf_config(base))
+    names = {p.name for layer in range(2) for p in layer_projections(shape, layer)}
+    lora = replace(LORA, target_modules=[*sorted(names), "lm_head"])
+    parallel = {"tp": 2, "ep": 2} if shape.moe_layers else {"tp": 2}
+    check_gradients(base, lora, 2, parallel, chats, tmp_path)
+
+
+def check_gradients(
+    base: Path, lora: LoRAConfig, world: int, parallel: dict[str, int], chats: Path, tmp_path: Path
+) -> None:
     shape, adapted = plan(lora, ParallelConfig(), base)
     _, factors = random_factors(lora, base)
     folder = tmp_path / "adapter"

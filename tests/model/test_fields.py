@@ -6,13 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megalora.hf.json_file import read_hf_config
 from megalora.model.families import FAMILIES
@@ -24,63 +19,12 @@ from megalora.model.fields import (
 )
 from megalora.planner.models import find_architecture
 from megalora.tiny import make_tiny
+from tests.model.published import PUBLISHED, QWEN3
 from tests.model.test_shape import QWEN3_30B_A3B
 from tests.oracles.base import make_base, own_logits, rewrite, transformers_logits
 
-QWEN3_MOE: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
-    "hidden_size": 2048,
-    "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960,
-    "max_window_layers": 48,
-    "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}  # fmt: skip
-"""config.json of Qwen/Qwen3-30B-A3B as it is published."""
-QWEN3: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
-    "initializer_range": 0.02,
-    "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
-    "model_type": "qwen3",
-    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}  # fmt: skip
-QWEN2_MOE: dict[str, Any] = {
-    "architectures": ["Qwen2MoeForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
-    "eos_token_id": 151643,
-    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5632,
-    "max_position_embeddings": 8192, "max_window_layers": 21, "model_type": "qwen2_moe",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 24, "num_key_value_heads": 16, "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "transformers_version": "4.39.0.dev0",
-    "use_cache": True, "use_sliding_window": False, "vocab_size": 151936, "decoder_sparse_step": 1,
-    "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
-    "num_experts_per_tok": 4, "num_experts": 60,
-    "norm_topk_prob": False, "output_router_logits": False, "router_aux_loss_coef": 0.001,
-}  # fmt: skip
-PUBLISHED = {"qwen3_moe": QWEN3_MOE, "qwen3": QWEN3, "qwen2_moe": QWEN2_MOE}
 
-
-@pytest.mark.parametrize("kind", PUBLISHED)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_published_configs_pass(kind: str) -> None:
     check_fields(PUBLISHED[kind])
     unsloth = {
@@ -94,11 +38,16 @@ def test_published_configs_pass(kind: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "config", [Qwen3MoeConfig(num_hidden_layers=3), Qwen3Config(), Qwen2MoeConfig()]
-)
-def test_what_transformers_5_writes_passes(tmp_path: Path, config: Any) -> None:
+NOT_DEFAULT = {
+    "qwen3_moe": {"num_hidden_layers": 3},  # as a file with layers of its own
+    "mistral": {"sliding_window": None},  # the default window is not computed
+}
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_what_transformers_5_writes_passes(tmp_path: Path, arch: str) -> None:
     """All fields of the class, defaults included, and the shorter file of save_pretrained."""
+    config: Any = CONFIG_MAPPING[arch](**NOT_DEFAULT.get(arch, {}))
     check_fields(config.to_dict())
     config.save_pretrained(tmp_path)
     written = read_hf_config(tmp_path)
@@ -429,6 +378,22 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_parameters": {"partial_rotary_factor": 0.25}},
         "partial_rotary_factor=0.25; models of this family",
     ),
+    ("llama", {"mlp_bias": True}, "mlp_bias=true; it must be false: linears of the MLP"),
+    ("llama", {"attention_bias": 1}, "attention_bias=1; it must be true or false"),
+    (
+        "llama",
+        {"sliding_windows": 4},
+        "sliding_windows=4, a field megalora does not know for llama",
+    ),
+    ("llama", {"rope_scaling": {"type": "longrope"}}, "whose frequencies depend on the length"),
+    (
+        "mistral",
+        {"sliding_window": 4096},
+        "sliding_window=4096 with max_position_embeddings=32768: attention would see 4096 tokens",
+    ),
+    ("mistral", {"sliding_window": ...}, "no sliding_window, for which transformers takes 4096"),
+    ("mistral", {"sliding_window": 0}, "sliding_window=0; it must be a whole number of at least 1"),
+    ("mistral", {"attention_bias": True}, "attention_bias=true, a field megalora does not know"),
 ]
 
 
@@ -540,10 +505,11 @@ def _unlike_the_default(name: str) -> Any:
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_harmless_fields_change_nothing_in_transformers(tmp_path: Path, arch: str) -> None:
     fields = read_hf_config(make_tiny(tmp_path / "base", arch=arch, num_hidden_layers=2))
+    harmless = HARMLESS - FAMILIES[arch].others.keys()
     logits = []
     for more in (
         {},
-        {name: value for name in HARMLESS if (value := _unlike_the_default(name)) is not ...},
+        {name: value for name in harmless if (value := _unlike_the_default(name)) is not ...},
     ):
         check_fields(fields | more)
         config = AutoConfig.for_model(**{**fields, **more})
@@ -579,6 +545,9 @@ MOE: dict[str, Any] = {
         ),
         ("qwen2_moe", UNUSUAL | MOE | {"shared_expert_intermediate_size": 28, "qkv_bias": False}),
         ("qwen2_moe", {"norm_topk_prob": True, "num_experts_per_tok": 2, "num_key_value_heads": 1}),
+        ("llama", UNUSUAL | {"attention_bias": True}),
+        ("llama", {"num_key_value_heads": 6, "rope_theta": 1e4, "rms_norm_eps": 1e-5}),
+        ("mistral", UNUSUAL | {"sliding_window": 4096}),
     ],
 )
 def test_honoured_fields_are_computed_as_transformers_does(

@@ -12,10 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalora.config import ParallelConfig
 from megalora.hf.json_file import read_hf_config
+from megalora.model.families import FAMILIES
 from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
 from megalora.tiny import make_tiny
 
+KNOWN = ", ".join(FAMILIES)
 QWEN3_30B_A3B: dict[str, Any] = {
     "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048,
     "num_attention_heads": 32,
@@ -233,10 +235,10 @@ def test_layout_accepted() -> None:
     ("hf", "message"),
     [
         (
-            {"model_type": "llama"},
-            "model_type 'llama' is not supported; megalora knows qwen3_moe, qwen3, qwen2_moe",
+            {"model_type": "gpt2"},
+            f"model_type 'gpt2' is not supported; megalora knows {KNOWN}",
         ),
-        ({}, "model_type 'nothing' is not supported; megalora knows qwen3_moe, qwen3, qwen2_moe"),
+        ({}, f"model_type 'nothing' is not supported; megalora knows {KNOWN}"),
         (
             {
                 "model_type": "qwen3",

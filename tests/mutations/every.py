@@ -6,6 +6,7 @@ from tests.mutations.bugs import BUGS as MODEL_BUGS
 from tests.mutations.compiled_bugs import COMPILED_BUGS
 from tests.mutations.data_bugs import DATA_BUGS
 from tests.mutations.docs_bugs import DOCS_BUGS
+from tests.mutations.family_bugs import FAMILY_BUGS
 from tests.mutations.gpu_bugs import GPU_BUGS
 from tests.mutations.kernel_bugs import KERNEL_BUGS
 from tests.mutations.layer_bugs import LAYER_BUGS
@@ -19,6 +20,7 @@ EVERY_BUG = (
     + KERNEL_BUGS
     + PLANNER_BUGS
     + BASE_BUGS
+    + FAMILY_BUGS
     + LAYER_BUGS
     + DATA_BUGS
     + ADAPTER_BUGS

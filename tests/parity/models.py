@@ -18,7 +18,7 @@ def arch_of(options: dict[str, Any]) -> str:
     return options.get("arch", "qwen3_moe")
 
 
-SIZES = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 16}
+SIZES: dict[str, Any] = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 16}
 """So that four tensor-parallel ranks get whole query heads."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "moe": {},

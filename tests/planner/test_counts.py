@@ -135,7 +135,7 @@ def test_attention_of_transformers_adapted_by_peft() -> None:
     [
         ("[1, 2]", "must hold the fields of a model's config.json"),
         ("a: [", "not a YAML file of a model's config.json"),
-        ("model_type: llama", "model_type 'llama' is not supported"),
+        ("model_type: gpt2", "model_type 'gpt2' is not supported"),
         ("model_type: qwen3_moe", "must have num_hidden_layers"),
     ],
 )

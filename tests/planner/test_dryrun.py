@@ -9,11 +9,13 @@ from megalora import host
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
+from megalora.model.families import FAMILIES, layer_projections
 from megalora.model.fields import model_shape
 from megalora.planner.dryrun import RankCount, dry_run
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import memory_of
 from megalora.planner.models import read_architecture
+from tests.parity.models import SIZES
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 WORK = Workload(sequence_length=4096, global_batch_size=4096)
@@ -117,6 +119,23 @@ def test_shared_experts_dense_layers_biases_and_float32(
         with host.fake_world(rank, world):
             found = dry_run(hf, lora, parallel, ModelConfig(path="planned", dtype="float32"))
         assert_agrees(found, hf, lora, parallel, world, rank, dtype="float32")
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2, "pp": 2}, {"ep": 2, "etp": 2}, {"tp": 4}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, sizes: dict) -> None:
+    """With attention, MLPs, experts, routers and head adapted."""
+    hf = {**FAMILIES[family].tiny, **SIZES, "model_type": family}
+    shape = model_shape(hf)
+    if not shape.moe_layers:
+        sizes = {name: size for name, size in sizes.items() if name not in ("ep", "etp")}
+    parallel = ParallelConfig(**sizes)
+    names = {p.name for n in range(shape.num_layers) for p in layer_projections(shape, n)}
+    lora = LoRAConfig(rank=3, target_modules=sorted(names | {"lm_head"}))
+    for rank in range(4):
+        with host.fake_world(rank, 4):
+            found = dry_run(hf, lora, parallel, ModelConfig(path="planned"))
+        assert_agrees(found, hf, lora, parallel, 4, rank)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"pp": 2}])

@@ -1,0 +1,203 @@
+"""What every registered family must hold, checked for each of them against transformers and PEFT.
+
+A family that stands in ``FAMILIES`` is tested here by itself; layouts are in ``tests/parity``, the
+planner's ranks in ``tests/planner/test_dryrun.py``.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megalora.adapters.merge import merge
+from megalora.adapters.write.form import write_adapter
+from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.select import resolve
+from megalora.model.account import needed_tensors, open_folder
+from megalora.model.build import build_model
+from megalora.model.families import FAMILIES, layer_projections
+from megalora.model.families.family import Family
+from megalora.model.fields import check_fields, model_shape
+from megalora.model.shape import ModelShape
+from megalora.parallel import parallel_groups
+from megalora.planner.weights import layer_parameters
+from megalora.tiny import make_tiny
+from megalora.verify.layer import check_layers
+from tests.distributed.ranks import run_ranks
+from tests.model.published import PUBLISHED
+from tests.oracles.base import TOKENS
+from tests.oracles.training import Oracle
+from tests.parity.built import random_factors
+from tests.parity.models import MODELS, arch_of
+
+ROPE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    # none of them a default of Megatron's
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 5.0,
+        "original_max_position_embeddings": 512,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 512},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def base(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(
+        tmp_path_factory.mktemp("families") / family.model_type, arch=family.model_type
+    )
+
+
+@pytest.fixture(scope="module")
+def shape(base: Path) -> ModelShape:
+    return model_shape(read_hf_config(base))
+
+
+def in_transformers(base: Path) -> Any:
+    """The model without weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    model.tie_weights()
+    return model
+
+
+def names_of(shape: ModelShape) -> list[str]:
+    """Every projection of the model's layers."""
+    layers = range(shape.num_layers)
+    return sorted({p.name for layer in layers for p in layer_projections(shape, layer)})
+
+
+def test_the_grid_and_the_published_configs_have_every_family() -> None:
+    assert {arch_of(options) for options in MODELS.values()} == FAMILIES.keys()
+    assert PUBLISHED.keys() == FAMILIES.keys()
+
+
+def test_transformers_knows_the_class(family: Family) -> None:
+    assert getattr(transformers, family.causal_lm).config_class.model_type == family.model_type
+
+
+def test_no_two_sizes_of_the_tiny_model_are_equal(family: Family, shape: ModelShape) -> None:
+    """A transposed matrix, or one in the place of another, does not fit then."""
+    sizes = [shape.hidden, shape.vocab, shape.num_layers, shape.num_heads, shape.num_kv_heads]
+    sizes += [shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim]
+    if shape.moe_layers:
+        sizes += [shape.num_experts, shape.top_k, shape.expert_intermediate]
+        sizes += [shape.shared_intermediate] if shape.shared_intermediate else []
+    if len(shape.moe_layers) < shape.num_layers:
+        sizes.append(shape.intermediate)
+    assert len(set(sizes)) == len(sizes), sizes
+    assert family.tiny.get("head_dim", 32) == 32
+
+
+def test_every_parameter_of_transformers_is_accounted_for(base: Path, shape: ModelShape) -> None:
+    """The folder that transformers saved holds the needed tensors and no other."""
+    needed = {name: math.prod(size) for name, size in needed_tensors(shape).items()}
+    assert open_folder(base).places.keys() == needed.keys()
+    parameters = sum(p.numel() for p in in_transformers(base).parameters())
+    assert sum(needed.values()) == shape.num_parameters() == parameters
+
+
+def test_the_planner_counts_each_layer_s_parameters(base: Path, shape: ModelShape) -> None:
+    model = in_transformers(base)
+    for number, layer in enumerate(model.model.layers):
+        counted = layer_parameters(shape, ParallelConfig(), shape.is_moe(number))
+        assert counted == sum(p.numel() for p in layer.parameters())
+
+
+def test_an_unknown_field_is_refused_by_name(base: Path) -> None:
+    with pytest.raises(ValueError, match=r"config.json has attention_sinks=4, a field megalora"):
+        check_fields(read_hf_config(base) | {"attention_sinks": 4})
+
+
+def test_attention_s_adapter_has_the_size_of_stock_peft_s(base: Path, shape: ModelShape) -> None:
+    targets = [p.name for p in layer_projections(shape, 0) if ".self_attn." in p.hf]
+    stock = get_peft_model(in_transformers(base), LoraConfig(r=5, target_modules=targets))
+    adapted = resolve(LoRAConfig(rank=5, target_modules=targets), shape)
+    assert sum(a.num_parameters() for a in adapted) == stock.get_nb_trainable_parameters()[0]
+
+
+def test_all_linear_is_stock_peft_s_in_a_dense_model(base: Path, shape: ModelShape) -> None:
+    if shape.moe_layers:  # there PEFT's leaves out experts
+        return
+    stock = get_peft_model(in_transformers(base), LoraConfig(r=5, target_modules="all-linear"))
+    adapted = resolve(LoRAConfig(rank=5), shape)
+    assert sum(a.num_parameters() for a in adapted) == stock.get_nb_trainable_parameters()[0]
+
+
+def _check_bases(bases: dict[str, Path]) -> dict[str, str]:
+    """In a world that exists: what the check before step 1 says of each."""
+    lines = {}
+    for name, folder in bases.items():
+        with parallel_groups(ParallelConfig()) as groups:
+            shape = open_folder(folder).shape
+            config = ModelConfig(path=str(folder), dtype="float32")
+            chunks = build_model(config, ParallelConfig(), shape, folder)
+            try:
+                lines[name] = check_layers(chunks, groups, folder, torch.float32)
+            except ValueError as error:
+                lines[name] = str(error)
+    return lines
+
+
+def test_every_kind_of_rotary_scaling_is_transformers(family: Family, tmp_path: Path) -> None:
+    """The check before step 1 compares tables, attention and all other modules of a layer."""
+    bases = {}
+    for kind in family.rope_kinds:
+        rope = {"rope_type": kind, "rope_theta": 1e5, **ROPE[kind]}
+        bases[kind] = make_tiny(
+            tmp_path / kind, arch=family.model_type, num_hidden_layers=2, rope_parameters=rope
+        )
+    for kind, line in run_ranks(_check_bases, 1, bases)[0].items():
+        assert line.startswith("base: layer"), f"{kind}: {line}"
+
+
+def test_a_kind_of_rotary_scaling_that_was_not_tried_is_refused(
+    family: Family, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = replace(family, rope_kinds=("default",))
+    monkeypatch.setitem(FAMILIES, family.model_type, alone)
+    rope = {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}
+    hf = read_hf_config(base) | {"rope_parameters": rope}
+    with pytest.raises(ValueError, match=r"type 'linear'; for .*, megalora computes default$"):
+        check_fields(hf)
+
+
+@torch.no_grad()
+def test_a_merged_adapter_is_the_trained_model(
+    base: Path, shape: ModelShape, tmp_path: Path
+) -> None:
+    """Every linear, the head among them; beside it, weights merged by hand in float64."""
+    lora = LoRAConfig(rank=3, alpha=12.0, target_modules=[*names_of(shape), "lm_head"])
+    adapted, factors = random_factors(lora, base)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write_adapter(folder, adapted, shape, factors, str(base))
+    merge(folder, str(base), tmp_path / "merged")
+
+    oracle = Oracle(base, factors, {m: a.scale for a in adapted for m in a.hf_modules()})
+    wanted = functional_call(oracle.model, oracle.merged(), (TOKENS,), tie_weights=False).logits
+    found = logits(tmp_path / "merged")
+    plain = logits(base)
+    assert (found - wanted).abs().max() <= 1e-4 < (plain - wanted).abs().max()
+
+
+def logits(folder: Path) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager"
+    )
+    return model.eval()(TOKENS).logits

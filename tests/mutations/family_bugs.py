@@ -1,0 +1,68 @@
+"""Bugs in the families of models and in how they are registered. The same form as ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+FAMILY = "megalora/model/families"
+BASE = "megalora/model/hf_weights.py"
+FIELDS_TEST = "tests/model/test_fields.py"
+FAMILIES_TEST = "tests/model/test_families.py"
+PEFT_TEST = "tests/distributed/test_against_peft.py gradients_of_stock_peft_in_every_family"
+
+FAMILY_BUGS: tuple[Bug, ...] = (
+    bug(
+        0,
+        "Mistral's window passed over",
+        f"{FAMILY}/mistral.py",
+        "if window is None or window >= positions:",
+        "if True:",
+        f"{FIELDS_TEST} refused_by_name_and_value",
+    ),
+    bug(
+        0,
+        "Mistral's default window taken for none",
+        f"{FAMILY}/mistral.py",
+        'hf.get("sliding_window", _DEFAULT_WINDOW)',
+        'hf.get("sliding_window")',
+        f"{FIELDS_TEST} refused_by_name_and_value",
+    ),
+    bug(
+        0,
+        "Llama's biases of attention not in the shape",
+        f"{FAMILY}/llama.py",
+        "qkv_bias=bias, o_bias=bias",
+        "qkv_bias=False, o_bias=False",
+        f"{FIELDS_TEST} honoured_fields_are_computed",
+    ),
+    bug(
+        0,
+        "Llama's biases of the MLP passed over",
+        f"{FAMILY}/llama.py",
+        '"mlp_bias": or_null(only(False, because="linears of the MLP have no bias here")),',
+        '"mlp_bias": or_null(flag),',
+        f"{FIELDS_TEST} refused_by_name_and_value",
+    ),
+    bug(
+        0,
+        "a dense MLP's gate and up swapped in the base alone",
+        BASE,
+        "gate=f\"{names['gate_proj']}.weight\", up=f\"{names['up_proj']}.weight\",",
+        "gate=f\"{names['up_proj']}.weight\", up=f\"{names['gate_proj']}.weight\",",
+        PEFT_TEST,
+    ),
+    bug(
+        0,
+        "kinds of rotary scaling that a family was not tried with pass",
+        "megalora/model/fields.py",
+        "    if kind not in family.rope_kinds:\n",
+        "    if kind is None:\n",
+        f"{FAMILIES_TEST} a_kind_of_rotary_scaling_that_was_not_tried",
+    ),
+    bug(
+        0,
+        "extra tensors not accounted for",
+        "megalora/model/account.py",
+        '        needed |= {f"{at}.{extra.hf}": extra.size(shape) for extra in extras(shape, layer)}\n',
+        "",
+        f"{FAMILIES_TEST} every_parameter_of_transformers",
+    ),
+)
