@@ -1,11 +1,162 @@
 """The documentation is true: generated pages are current, links resolve, commands parse."""
 
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from docs.scripts import __main__ as docs
-from docs.scripts import options
+from docs.scripts import options, readme
+from docs.scripts.quickstart import record
+from megalora.cli import main as cli
+
+README = docs.ROOT / "README.md"
+PAGES = [
+    README,
+    docs.ROOT / "CONTRIBUTING.md",
+    docs.ROOT / "kernels/README.md",
+    docs.ROOT / "benchmarks/README.md",
+    *sorted((docs.ROOT / "docs").glob("*.md")),
+]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", re.MULTILINE)
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(docs.ROOT).as_posix()
+
+
+def commands(page: str) -> Iterator[str]:
+    """Commands in blocks of ``bash``, and after a prompt in blocks of ``console``."""
+    for language, block in BLOCK.findall(page):
+        for line in block.replace("\\\n", " ").splitlines():
+            if language == "bash" and line.strip():
+                yield line
+            elif language == "console" and line.startswith("$ "):
+                yield line.removeprefix("$ ")
+
+
+def problem(command: str) -> str | None:
+    """What is wrong with a command, as far as it can be said without running it.
+
+    Checks arguments of ``megalora``, targets of ``make``, modules of ``python -m``, and that
+    scripts exist. Other programs (pip, git, docker) are not looked at.
+    """
+    words = shlex.split(command, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)  # environment variables
+    if not words or words[0] == "export":
+        return None
+    program, arguments = Path(words[0]).name, words[1:]
+    if program == "megalora":
+        return parse_problem(arguments)
+    if program == "make":
+        targets = re.findall(r"^([a-z0-9-]+):", (docs.ROOT / "Makefile").read_text(), re.MULTILINE)
+        unknown = [word for word in arguments if "=" not in word and word not in targets]
+        return f"make has no target {unknown[0]}" if unknown else None
+    if program.startswith("python") and arguments[:1] == ["-m"]:
+        return None if importlib.util.find_spec(arguments[1]) else f"no module {arguments[1]}"
+    scripts = [word for word in words if re.fullmatch(r"[\w./-]+\.sh|\.ci/run", word)]
+    missing = [word for word in scripts if not (docs.ROOT / word).is_file()]
+    return f"there is no {missing[0]}" if missing else None
+
+
+def parse_problem(arguments: list[str]) -> str | None:
+    """What the command line's parser says of these arguments."""
+    if "--" in arguments:
+        arguments = arguments[: arguments.index("--")]
+    try:
+        parsed, rest = cli._parser().parse_known_args(arguments)
+    except SystemExit:
+        return "the parser refuses it"
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown:
+        return f"megalora {parsed.command} knows no {unknown[0]}"
+    overrides = [word for word in [*getattr(parsed, "overrides", []), *rest] if "." in word]
+    known = set(re.findall(r"^\| `([a-z.]+_?[a-z_]*)` ", options.page(), re.MULTILINE))
+    wrong = [word for word in overrides if word.partition("=")[0] not in known]
+    return f"there is no key {wrong[0]}" if wrong else None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_resolve(page: Path) -> None:
+    text = page.read_text()
+    for match in LINK.finditer(BLOCK.sub("", text)):
+        target, _, anchor = (match[1] or match[2]).partition("#")
+        if target.startswith(("http://", "https://")):
+            continue
+        there = (page.parent / target).resolve() if target else page
+        assert there.exists(), f"{relative(page)} links to {target}, which does not exist"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in anchors, f"{relative(page)} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_commands_parse(page: Path) -> None:
+    for command in commands(page.read_text()):
+        assert not (found := problem(command)), f"{relative(page)}: {command}: {found}"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("megalora train c.yaml --nproc 8 train.lr=1e-4  # fine", None),
+        ("NNODES=4 launch/torchrun_node.sh c.yaml", None),
+        ("megalora trian c.yaml", "the parser refuses it"),
+        ("megalora plan c.yaml --gpus 8 --gups 4", "megalora plan knows no --gups"),
+        ("megalora train c.yaml train.learning_rate=3", "there is no key train.learning_rate=3"),
+        ("megalora train c.yaml train.steps=3 lora.r=8", "there is no key lora.r=8"),
+        ("make quickstrat", "make has no target quickstrat"),
+        ("python -m benchmarks.paritee", "no module benchmarks.paritee"),
+        ("bash launch/globally.sh", "there is no launch/globally.sh"),
+    ],
+)
+def test_a_wrong_command_is_found(command: str, said: str | None) -> None:
+    assert problem(command) == said
+
+
+def test_readme_fits_a_screen_or_two() -> None:
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 120
+    assert not [line for line in lines if len(line) > 100]
+
+
+def test_readme_s_engines_agree_as_far_as_measured() -> None:
+    """The one number of README that no record holds: the table it comes from is in measurements."""
+    page = (docs.ROOT / "docs/measurements.md").read_text()
+    table = page.partition("## Three engines")[2].partition("| allowed |")[0]
+    largest = max(float(cell) for cell in re.findall(r"\d\.\de-0\d", table))
+    assert f"differ by at most {largest:.1e}" in " ".join(README.read_text().split())
+
+
+def test_readme_s_sections_are_those_of_the_script() -> None:
+    with pytest.raises(ValueError, match="README has the sections"):
+        readme.page(README.read_text().replace("<!-- plan -->", ""))
+
+
+def test_numbers_are_of_the_records(tmp_path, monkeypatch) -> None:
+    """Another record gives other numbers in README."""
+    for path in readme.RESULTS.glob("*.json"):
+        text = path.read_text()
+        if path.name == "planner_accuracy.json":
+            text = text.replace('"peak": 26916992', '"peak": 29000000')
+        (tmp_path / path.name).write_text(text)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert "peak memory is within 7.7 % of" in readme.claims()
+
+
+def test_the_quickstart_s_record_keeps_lines_and_losses() -> None:
+    log = "1/4  a tiny base\nLoading ━━━ 100%\n\neval loss 6.7 at step 0\n"
+    metrics = '{"step": 0, "eval_loss": 6.7}\n{"step": 1, "loss": 6.5, "lr": 0.1}\n'
+    found = record(log, metrics)
+    assert found["lines"] == ["1/4  a tiny base", "eval loss 6.7 at step 0"]
+    assert (found["train"], found["eval"]) == ([[1, 6.5]], [[0, 6.7]])
 
 
 def test_generated_files_are_current() -> None:

@@ -9,10 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from docs.scripts import options
+from docs.scripts import figures, options, readme
 
 ROOT = Path(__file__).parents[2]
-GENERATED: dict[str, Callable[[], str]] = {"docs/options.md": options.page}
+GENERATED: dict[str, Callable[[], str]] = {
+    "README.md": readme.page,
+    "docs/options.md": options.page,
+    "docs/figures/path.svg": figures.path_svg,
+    "docs/figures/quickstart-loss.svg": figures.loss_svg,
+}
 """Path from the root to the function that returns what the file must hold."""
 
 

@@ -2,7 +2,7 @@
 
 from tests.mutations.bugs import Bug, bug
 
-OPTIONS, MAIN = (f"docs/scripts/{name}.py" for name in ("options", "__main__"))
+OPTIONS, README, MAIN = (f"docs/scripts/{name}.py" for name in ("options", "readme", "__main__"))
 TESTS = "tests/test_docs.py"
 
 DOCS_BUGS: tuple[Bug, ...] = (
@@ -29,5 +29,38 @@ DOCS_BUGS: tuple[Bug, ...] = (
         "if check:",
         "path.write_text(text)\n        if check:",
         f"{TESTS} test_a_stale_page_is_named_and_then_written",
+    ),
+    bug(
+        0,
+        "README's error of the planner is that of the best layout",
+        README,
+        "return max(abs(row",
+        "return min(abs(row",
+        f"{TESTS} test_generated_files_are_current",
+    ),
+    bug(
+        0,
+        "README's number of layouts counts cases",
+        README,
+        "return len({tuple(",
+        "return len([tuple(",
+        f"{TESTS} test_generated_files_are_current",
+        ("for row in rows})", "for row in rows])"),
+    ),
+    bug(
+        0,
+        "README's numbers are not read from the records",
+        README,
+        'return json.loads((RESULTS / f"{name}.json").read_text())',
+        'return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())',
+        f"{TESTS} test_numbers_are_of_the_records",
+    ),
+    bug(
+        0,
+        "an option of a command has another name than in the documentation",
+        "megalora/cli/plan.py",
+        '"--figure",',
+        '"--picture",',
+        f"{TESTS} test_commands_parse",
     ),
 )

@@ -1,0 +1,186 @@
+"""Fill the sections of README that follow a comment ``<!-- NAME -->``, up to a heading or picture.
+
+Numbers come from benchmarks/results, the plan from the planner, the quickstart's output from its
+record: what README claims is what these say.
+"""
+
+import contextlib
+import io
+import json
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megalora.cli.main import main as megalora
+from tests.mutations.every import EVERY_BUG
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks/results"
+SECTION = re.compile(r"(<!-- ([a-z]+) -->\n\n).*?(?=^## |^!\[)", re.DOTALL | re.MULTILINE)
+
+MAX_COLUMNS = 100
+PLAN = (
+    "plan", "configs/sft/template.yaml", "--gpus", "64", "--top", "3",
+    "model.path=Qwen/Qwen3-235B-A22B",
+)  # fmt: skip
+"""Arguments of the command whose rows README shows."""
+QUICKSTART_LINES = (
+    "runs/quickstart/base (qwen3_moe) on",
+    "base: layer",
+    "eval loss 6",
+    "eval loss 2.2",
+    "verified:",
+)
+"""Beginnings of the lines that README shows of the quickstart."""
+
+
+def page(text: str | None = None) -> str:
+    """README with every section filled.
+
+    Raises:
+        ValueError: a section of the page has no function here, or the other way round.
+    """
+    text = PAGE.read_text() if text is None else text
+    found = [name for _, name in SECTION.findall(text)]
+    if sorted(found) != sorted(SECTIONS):
+        raise ValueError(f"README has the sections {found}, expected {sorted(SECTIONS)}")
+    return SECTION.sub(lambda match: f"{match[1]}{SECTIONS[match[2]]()}\n\n", text)
+
+
+def _results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _parity() -> list[dict[str, Any]]:
+    """Cases in float32; those in bfloat16 have a column for plain transformers beside them."""
+    return [row for row in _results("parity")["rows"] if "plain" not in row]
+
+
+def _layouts(rows: list[dict[str, Any]]) -> int:
+    """Number of different layouts among the cases."""
+    return len(
+        {tuple(row[key] for key in ("world", "tp", "pp", "vpp", "ep", "etp")) for row in rows}
+    )
+
+
+def _largest_error(key: str) -> float:
+    """Largest relative error of the planner's memory, over all counted layouts."""
+    rows = [row for row in _results("planner_accuracy")["rows"] if row["table"] == "memory"]
+    return max(abs(row["said"][key] / row["found"][key] - 1) for row in rows)
+
+
+def _counted_layouts() -> int:
+    rows = _results("planner_accuracy")["rows"]
+    return len({row["layout"] for row in rows if row["table"] == "memory"})
+
+
+def _step_over_ours(shape: str, arm: str) -> float:
+    """Median time of a peer's step over megalora's."""
+    case = next(case for case in _results("peers_cpu")["cases"] if case["shape"] == shape)
+    row = next(row for row in case["rows"] if row["arm"] == arm)
+    return row["over_megalora"]["step"]["median"]
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def claims() -> str:
+    """Four claims, a number each."""
+    rows = _parity()
+    adapters = max(row["adapters"] for row in rows)
+    peak = _percent(_largest_error("peak"))
+    found = (
+        "**The layout does not change the result.** After five training steps in each of"
+        f" {_layouts(rows)} layouts of up to 8 ranks, adapters equal those of plain transformers in"
+        f" float64 to {adapters:.1e}; one step is 1e-4.",
+        "**The adapter loads elsewhere unchanged.** Log-probabilities from vLLM, stock PEFT and"
+        " megalora differ by at most 2.4e-06 for seven kinds of adapters; greedy tokens are"
+        " identical.",
+        f"**The planner knows what LoRA costs.** Its peak memory is within {peak} of what live"
+        f" tensors take, counted in {_counted_layouts()} layouts on CPU ranks.",
+        f"**Silent mistakes are caught.** {len(EVERY_BUG)} realistic bugs are seeded into the code,"
+        " one at a time; a named test catches each.",
+    )
+    return "\n".join(
+        textwrap.fill(claim, MAX_COLUMNS, initial_indent="- ", subsequent_indent="  ")
+        for claim in found
+    )
+
+
+def quickstart() -> str:
+    """Lines that the quickstart prints."""
+    lines = _results("quickstart")["lines"]
+    shown = [line for line in lines if line.startswith(QUICKSTART_LINES)]
+    return "\n".join(["```console", "$ make quickstart", *shown, "```"])
+
+
+def plan() -> str:
+    """The command, and the three best rows of its table."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.chdir(ROOT):
+        megalora([*PLAN])
+    lines = printed.getvalue().splitlines()
+    head = next(number for number, line in enumerate(lines) if line.split()[:2] == ["tp", "pp"])
+    command = " ".join(["megalora", *PLAN])
+    table = [line.rstrip() for line in lines[head : head + 4]]
+    return "\n".join(["```console", f"$ {command}", *table, "```"])
+
+
+def numbers() -> str:
+    """Five measured numbers, each with its command and its record."""
+    gradient = max(row["gradient"] for row in _parity())
+    seconds = _results("layer_check")["cpu_seconds"]
+    many = _step_over_ours("many small experts", "bridge per expert")
+    few = _step_over_ours("few larger experts", "bridge per expert")
+    rows = (
+        (
+            "largest error of a gradient, all layouts",
+            f"{gradient:.1e}",
+            "make parity",
+            "parity",
+        ),
+        (
+            "planner's error, memory of a pass",
+            _percent(_largest_error("pass")),
+            "python -m benchmarks.planner_accuracy",
+            "planner_accuracy",
+        ),
+        (
+            "Bridge's step over ours, adapter per expert",
+            f"{few:.1f} to {many:.1f}",
+            "python -m benchmarks.peers",
+            "peers_cpu",
+        ),
+        (
+            "check of Qwen3-30B-A3B before step 1",
+            f"{max(seconds):.1f} s",
+            "python -m benchmarks.layer_check",
+            "layer_check",
+        ),
+        (
+            "evaluation loss, step 0 to 60",
+            " to ".join(f"{_results('quickstart')['eval'][at][1]:.2f}" for at in (0, -1)),
+            "make quickstart",
+            "quickstart",
+        ),
+    )
+    lines = ["| what, on a CPU | measured | command |", "|---|--:|---|"]
+    links = []
+    for what, number, command, name in rows:
+        label = name.partition("_")[0]
+        lines.append(f"| {what} | [{number}][{label}] | `{command}` |")
+        links.append(f"[{label}]: benchmarks/results/{name}.json")
+    return "\n".join([*lines, "", *links])
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "claims": claims,
+    "quickstart": quickstart,
+    "plan": plan,
+    "numbers": numbers,
+}
+"""Name in the page's comments to the function that writes the section."""
