@@ -93,6 +93,8 @@ def claims() -> str:
     rows = _parity()
     adapters = max(row["adapters"] for row in rows)
     peak = _percent(_largest_error("peak"))
+    # Rounded down, so that README need not change with every bug that is added.
+    bugs = len(EVERY_BUG) // 50 * 50
     found = (
         "**The layout does not change the result.** After five training steps in each of"
         f" {_layouts(rows)} layouts of up to 8 ranks, adapters equal those of plain transformers in"
@@ -102,7 +104,7 @@ def claims() -> str:
         " identical.",
         f"**The planner knows what LoRA costs.** Its peak memory is within {peak} of what live"
         f" tensors take, counted in {_counted_layouts()} layouts on CPU ranks.",
-        f"**Silent mistakes are caught.** {len(EVERY_BUG)} realistic bugs are seeded into the code,"
+        f"**Silent mistakes are caught.** More than {bugs} realistic bugs are seeded into the code,"
         " one at a time; a named test catches each.",
     )
     return "\n".join(
