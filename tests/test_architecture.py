@@ -32,7 +32,7 @@ MAY_IMPORT = {
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "user_error", "paths", "digests", "environment", "progress_bar", "atomic_folder", "comm",
-        "cpu_device", "staged", "rendezvous", "first_rank", "host", "launching",
+        "cpu_device", "wording", "staged", "rendezvous", "first_rank", "host", "launching",
     ),
     ("config",),
     ("parallel",),
@@ -60,7 +60,8 @@ WITHOUT_TORCH = (
     "megalora/environment.py", "megalora/adapters/__init__.py", "megalora/adapters/files.py",
     "megalora/adapters/read/__init__.py", "megalora/adapters/read/options.py",
     "megalora/data/__init__.py", "megalora/data/messages.py", "megalora/data/sources.py",
-    "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/lora/select.py",
+    "megalora/lora/__init__.py", "megalora/lora/spec.py", "megalora/lora/select.py", 
+    "megalora/lora/patterns.py", "megalora/wording.py",
     "megalora/paths.py", "megalora/launching.py", "megalora/user_error.py", "megalora/preflight.py",
     "megalora/hf/__init__.py", "megalora/hf/folder.py", "megalora/hf/json_file.py",
     "megalora/hf/safetensors.py", "megalora/model/__init__.py", "megalora/model/shape.py",

@@ -5,8 +5,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from megalora.adapters.read.options import shown
 from megalora.hf.json_file import read_json_object
+from megalora.wording import shorten
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -78,9 +78,9 @@ def read_config(adapter: Path) -> dict[str, Any]:
     config = read_json_object(path)
     if config.get("peft_type") != "LORA":
         raise ValueError(
-            f"{path}: peft_type is {shown(config.get('peft_type'))}; megalora reads LORA only"
+            f"{path}: peft_type is {shorten(config.get('peft_type'))}; megalora reads LORA only"
         )
     for key in ("r", "lora_alpha"):
         if type(config.get(key)) not in (int, float):
-            raise ValueError(f"{path}: {key} must be a number, got {shown(config.get(key))}")
+            raise ValueError(f"{path}: {key} must be a number, got {shorten(config.get(key))}")
     return config

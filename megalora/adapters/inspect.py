@@ -10,8 +10,9 @@ import torch
 
 from megalora.adapters.files import CONFIG, adapters_below, read_config
 from megalora.adapters.read.names import described, is_training_only, parse, parse_weight
-from megalora.adapters.read.options import not_plain, shown
+from megalora.adapters.read.options import not_plain
 from megalora.adapters.read.weights import FLOATS, AdapterWeights
+from megalora.wording import shorten
 
 _PLACE = re.compile(
     r"model\.layers\.(?P<layer>\d+)\.(?P<path>.*?)(?:\.(?P<expert>\d+))?\.(?P<leaf>\w+)"
@@ -103,8 +104,8 @@ def _sort(name: str, weights: AdapterWeights) -> str:
 
 def _config_lines(config: dict[str, Any]) -> list[str]:
     return [
-        f"{CONFIG}: {key}={shown(config[key])} is not plain LoRA, so that import, merge and export"
-        f" refuse it: {why}"
+        f"{CONFIG}: {key}={shorten(config[key])} is not plain LoRA, so that import, merge and"
+        f" export refuse it: {why}"
         for key, why in not_plain(config).items()
     ]
 

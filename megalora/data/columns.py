@@ -10,8 +10,9 @@ from typing import Any, get_args
 
 from megalora.config import LeftOut, LeftOutOfText
 from megalora.data.conversation import Conversation, objects
-from megalora.data.messages import Message, parsed_json, shown, without_nulls
+from megalora.data.messages import Message, parsed_json, without_nulls
 from megalora.data.sharegpt import from_sharegpt
+from megalora.wording import typed
 
 _FORMS: tuple[dict[str, str], ...] = (
     {"messages": "messages"},
@@ -128,7 +129,7 @@ def to_conversation(
     options = _json(held("chat_template_kwargs"), names["chat_template_kwargs"]) or {}
     if not isinstance(options, dict):
         raise ValueError(
-            f"column {names['chat_template_kwargs']!r} must hold an object, got {shown(options)}"
+            f"column {names['chat_template_kwargs']!r} must hold an object, got {typed(options)}"
         )
     return Conversation(
         messages=messages,
@@ -152,7 +153,7 @@ def _refuse_unused(
         keys = ", ".join(_KEYS)
         raise ValueError(
             f"column {column!r} belongs to the conversation and would be left out "
-            f"({shown(value)}).\n  Map it in data.format where that has a key for it ({keys}), or "
+            f"({typed(value)}).\n  Map it in data.format where that has a key for it ({keys}), or "
             f"leave it out on purpose: data.allow_left_out=[{column}]"
         )
 
@@ -183,7 +184,7 @@ def _messages(value: Any, key: str, column: str) -> list[Message]:
     if isinstance(value, str) and key != "messages":
         return [{"role": "user" if key == "prompt" else "assistant", "content": value}]
     expected = "a list of messages" if key == "messages" else "a string or a list of messages"
-    raise ValueError(f"column {column!r} must hold {expected}, got {shown(value)}")
+    raise ValueError(f"column {column!r} must hold {expected}, got {typed(value)}")
 
 
 def _refuse_repeated_prompt(
@@ -215,7 +216,7 @@ def _with_input(prompt: list[Message], text: Any, names: Mapping[str, str]) -> l
     if not isinstance(text, str) or not plain:
         raise ValueError(
             f"column {names['input']!r} must hold a string, beside a string in {names['prompt']!r},"
-            f" got {shown(text)}"
+            f" got {typed(text)}"
         )
     return [{**prompt[0], "content": f"{prompt[0]['content']}\n{text}"}]
 
@@ -223,7 +224,7 @@ def _with_input(prompt: list[Message], text: Any, names: Mapping[str, str]) -> l
 def _with_system(messages: list[Message], text: Any, column: str) -> list[Message]:
     """The system prompt of a column as the first message, unless it stands there already."""
     if not isinstance(text, str):
-        raise ValueError(f"column {column!r} must hold a string, got {shown(text)}")
+        raise ValueError(f"column {column!r} must hold a string, got {typed(text)}")
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
     if first.get("role") != "system":
         return [{"role": "system", "content": text}, *messages]

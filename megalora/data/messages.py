@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megalora.wording import typed
+
 Message = dict[str, Any]
 """At least role and content."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -19,11 +21,6 @@ FLAGS = ("weight", "train", "trainable", "loss", "loss_mask")
 ms-swift's."""
 _AMBIGUOUS = ("mask", "masked")
 _MAX_DEPTH = 100
-
-
-def shown(value: object) -> str:
-    """A value in an error message: its type and the beginning of its repr."""
-    return f"{type(value).__name__} {repr(value)[:60]}"
 
 
 def without_nulls(value: Any, depth: int = 0) -> Any:
@@ -59,7 +56,7 @@ def cleaned(message: Any, number: int, joiner: Callable[[], str]) -> tuple[Messa
     """
     if type(message) is not dict:
         raise ValueError(
-            f"message {number} must be an object with role and content, got {shown(message)}"
+            f"message {number} must be an object with role and content, got {typed(message)}"
         )
     try:
         present = without_nulls(message)
@@ -148,7 +145,7 @@ def _as_text(content: Any, number: int, joiner: Callable[[], str]) -> str:
     if not isinstance(content, list):
         raise ValueError(
             f"message {number}: content must be a string or a list of text parts, got"
-            f" {shown(content)}"
+            f" {typed(content)}"
         )
     texts = [_part_text(part, number) for part in content]
     return texts[0] if len(texts) == 1 else joiner().join(texts) if texts else ""
@@ -160,7 +157,7 @@ def _part_text(part: Any, number: int) -> str:
     if not isinstance(part, dict) or not isinstance(part.get("text"), str):
         raise ValueError(
             f"message {number}: content must be a string or a list of text parts, got a list with "
-            f"{shown(part)}; only text can be trained"
+            f"{typed(part)}; only text can be trained"
         )
     rest = [k for k, v in part.items() if k not in ("type", "text", "cache_control") and v]
     if part.get("type", "text") != "text" or rest:
@@ -173,12 +170,12 @@ def _part_text(part: Any, number: int) -> str:
 
 def _check_calls(calls: Any, number: int) -> None:
     if not isinstance(calls, list):
-        raise ValueError(f"message {number}: tool_calls must be a list, got {shown(calls)}")
+        raise ValueError(f"message {number}: tool_calls must be a list, got {typed(calls)}")
     for call in calls:
         if not isinstance(call, dict) or not isinstance(function_of(call).get("name"), str):
             raise ValueError(
                 f"message {number}: a tool call must be an object with a function's name and "
-                f"arguments, got {shown(call)}"
+                f"arguments, got {typed(call)}"
             )
         # Templates print them as JSON, which fails for what is not there.
         function_of(call).setdefault("arguments", {})
@@ -208,7 +205,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         key = next(key for key in keys if keys.count(key) > 1)
-        raise KeyOccursTwice(f"a key occurs twice in an object: {shown(key)}")
+        raise KeyOccursTwice(f"a key occurs twice in an object: {typed(key)}")
     return found
 
 

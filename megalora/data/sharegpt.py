@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from megalora.data.messages import Message, parsed_json, shown
+from megalora.data.messages import Message, parsed_json
+from megalora.wording import typed
 
 _CALL = "function_call"
 _ROLES = {
@@ -59,7 +60,7 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(
                 f"message {number}: a {_CALL} must hold JSON with name and arguments, got"
-                f" {shown(value)} ({error})"
+                f" {typed(value)} ({error})"
             ) from error
     calls = value if isinstance(value, list) else [value]
     return [{"type": "function", "function": call} for call in calls]

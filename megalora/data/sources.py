@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from megalora.data.messages import KeyOccursTwice, shown, unique_keys
+from megalora.data.messages import KeyOccursTwice, unique_keys
+from megalora.wording import typed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -124,7 +125,7 @@ def _read_jsonl(path: Path) -> list[Row]:
                 continue
             row = _parsed(text, path, number)
             if type(row) is not dict:
-                raise ValueError(f"{path}:{number}: must be a JSON object, got {shown(row)}")
+                raise ValueError(f"{path}:{number}: must be a JSON object, got {typed(row)}")
             rows.append(row)
     return rows
 
@@ -168,7 +169,7 @@ def _read_json(path: Path) -> list[Row]:
         raise ValueError(f"{path}: must be a list of objects, got {type(tree).__name__}")
     for number, row in enumerate(tree, 1):
         if type(row) is not dict:
-            raise ValueError(f"{path}: item {number} must be a JSON object, got {shown(row)}")
+            raise ValueError(f"{path}: item {number} must be a JSON object, got {typed(row)}")
     return tree
 
 

@@ -13,6 +13,7 @@ from megalora.data.chat import Encoded, encode_conversation
 from megalora.data.columns import resolve_columns, to_conversation, used_columns
 from megalora.data.sources import Row, read_rows
 from megalora.data.template import ChatTemplate
+from megalora.wording import first_few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -221,9 +222,7 @@ def _refusals(refused: Mapping[int, str], num_rows: int) -> str:
         kinds.setdefault(_PARTICULARS.sub("#", reason), []).append(number)
     lines = [f"{len(refused):,} of {num_rows:,} rows are refused"]
     for numbers in sorted(kinds.values(), key=len, reverse=True):
-        first = ", ".join(map(str, numbers[:_NUM_NAMED])) + (
-            ", ..." if numbers[_NUM_NAMED:] else ""
-        )
+        first = first_few(numbers, _NUM_NAMED)
         reason = refused[numbers[0]].replace("\n", "\n  ")
         lines.append(f"  {len(numbers):,} (rows {first}): {reason}")
     return "\n".join(lines)

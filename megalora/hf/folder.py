@@ -6,6 +6,7 @@ from pathlib import Path
 from megalora.hf.json_file import read_json_object
 from megalora.hf.safetensors import read_header
 from megalora.paths import expand
+from megalora.wording import first_few
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -90,7 +91,7 @@ def shards_that_are_there(folder: Path) -> list[str]:
         advice = _other_weights(folder) if missing == shards else ""
         raise ValueError(
             f"{folder}: {len(missing)} of {len(shards)} weight shards are missing"
-            f" ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''});"
+            f" ({first_few(missing)});"
             f" {advice or 'download the model again'}"
         )
     return shards

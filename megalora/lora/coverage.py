@@ -13,6 +13,7 @@ from megalora import host
 from megalora.lora.shards import FactorShard
 from megalora.lora.spec import Adapted, expected_tensors
 from megalora.model.shape import ModelShape
+from megalora.wording import first_few
 
 
 def check_coverage(adapted: list[Adapted], pieces: list[FactorShard]) -> None:
@@ -33,13 +34,13 @@ def check_coverage(adapted: list[Adapted], pieces: list[FactorShard]) -> None:
     missing = [name for name, there in zip(number, found, strict=True) if not there]
     if missing:
         raise RuntimeError(
-            f"{len(missing)} adapter tensors were not adapted: {', '.join(sorted(missing)[:5])}"
+            f"{len(missing)} adapter tensors were not adapted: {first_few(sorted(missing), 5)}"
         )
     if any_surplus:
         named: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(named, surplus)
         names = sorted(set().union(*named))
-        raise RuntimeError(f"{len(names)} adapter tensors should not exist: {', '.join(names[:5])}")
+        raise RuntimeError(f"{len(names)} adapter tensors should not exist: {first_few(names, 5)}")
 
 
 def write_manifest(path: Path, adapted: list[Adapted]) -> None:
@@ -119,7 +120,7 @@ class GradientCheck:
             if dead:
                 raise RuntimeError(
                     f"the gradient of {factor} is exactly zero for {len(dead)} of"
-                    f" {len(self.labels)} adapted projections ({', '.join(dead[:5])}): they would"
+                    f" {len(self.labels)} adapted projections ({first_few(dead, 5)}): they would"
                     " never train. This is a bug in the model or the layout; please report it."
                 )
             self.pending.discard(factor)

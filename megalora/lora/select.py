@@ -1,13 +1,14 @@
 """Which linears a ``lora`` section selects, and with what rank and scale."""
 
 import difflib
-import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from megalora.config import LoRAConfig, ParallelConfig
-from megalora.lora.spec import Adapted, make_adapted
+from megalora.lora.patterns import Pattern, end_pattern
+from megalora.lora.spec import Adapted, lora_scale, make_adapted
 from megalora.model.account import open_folder
 from megalora.model.families import layer_projections
 from megalora.model.projections import HEAD
@@ -47,37 +48,29 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
         (p, layer) for layer in range(shape.num_layers) for p in layer_projections(shape, layer)
     ]
     places += [(p, None) for p in HEAD]
-    wanted = None if lora.target_modules == "all-linear" else _patterns(lora.target_modules)
-    used: set[str] = set()
+    everything = lora.target_modules == "all-linear"
+    targets = _Option("target_modules", [] if everything else lora.target_modules)
+    exclusions = _Option("exclude_modules", lora.exclude_modules)
+    ranks = _Option("rank_pattern", lora.rank_pattern)
+    alphas = _Option("alpha_pattern", lora.alpha_pattern)
     adapted = []
     for projection, layer in places:
         base = make_adapted(projection, layer, 0, 0.0, 0.0, shape)
-        if wanted is None:
-            hit = projection.name not in ALL_LINEAR_EXCEPT
-        else:
-            hit = _matches("lora.target_modules", wanted, base, used)
-        excluded = _matches("lora.exclude_modules", _patterns(lora.exclude_modules), base, used)
-        rank = _pattern_value("lora.rank_pattern", lora.rank_pattern, base, used)
-        alpha = _pattern_value("lora.alpha_pattern", lora.alpha_pattern, base, used)
-        if hit and not excluded and (layer is None or layer in layers):
-            rank = int(
-                rank
-                or (lora.expert_rank if projection.is_expert and lora.expert_rank else lora.rank)
-            )
-            alpha = float(alpha or lora.alpha)
-            adapted.append(
-                make_adapted(
-                    projection, layer, rank, alpha, _scale(alpha, rank, lora.use_rslora), shape
-                )
-            )
-    for option in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-        value = getattr(lora, option)
-        _check_used(
-            f"lora.{option}",
-            [] if value == "all-linear" else [value] if isinstance(value, str) else value,
-            used,
-            shape,
-        )
+        is_target = targets.first(base) is not None
+        if everything:
+            is_target = projection.name not in ALL_LINEAR_EXCEPT
+        is_excluded = exclusions.first(base) is not None
+        rank_key = ranks.first(base)
+        alpha_key = alphas.first(base)
+        if is_target and not is_excluded and (layer is None or layer in layers):
+            rank = lora.expert_rank if projection.is_expert and lora.expert_rank else lora.rank
+            if rank_key is not None:
+                rank = lora.rank_pattern[rank_key]
+            alpha = float(lora.alpha if alpha_key is None else lora.alpha_pattern[alpha_key])
+            scale = lora_scale(alpha, rank, lora.use_rslora)
+            adapted.append(make_adapted(projection, layer, rank, alpha, scale, shape))
+    for option in (targets, exclusions, ranks, alphas):
+        _check_used(option, shape)
     if not adapted:
         raise ValueError(
             "lora: nothing is left to adapt after target_modules, exclude_modules and layers; widen"
@@ -86,67 +79,63 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
     return adapted
 
 
-def _scale(alpha: float, rank: int, use_rslora: bool) -> float:
-    return alpha / (math.sqrt(rank) if use_rslora else rank)
+@dataclass(frozen=True)
+class _Entry:
+    """One entry of a list of targets, or one key of a pattern."""
+
+    option: str
+    text: str
+    pattern: Pattern
+    is_name: bool
+    """A plain name cannot tell experts apart, so one expert stands for all of them: 128 times fewer
+    matches."""
+
+    def means(self, adapted: Adapted) -> bool:
+        """Whether the entry means this projection, by PEFT's rule for patterns."""
+        modules = [adapted.hf_module(0)] if self.is_name else adapted.hf_modules()
+        hits = [module for module in modules if self.pattern.match(module)]
+        if hits and len(hits) < len(modules):
+            raise ValueError(
+                f"{self.option}: {self.text!r} matches {len(hits)} of the {len(modules)} experts in"
+                f" layer {adapted.layer} ({hits[0]}, ...); experts of one layer share one setting,"
+                " so match all or none."
+            )
+        return bool(hits)
 
 
-def _patterns(entries: str | Iterable[str]) -> dict[str, tuple[str, ...]]:
-    entries = [entries] if isinstance(entries, str) else entries
-    return {entry: ALIASES.get(entry, (entry,)) for entry in entries}
+class _Option:
+    """The entries of one option of the ``lora`` section, and which of them meant something."""
+
+    def __init__(self, name: str, value: str | Iterable[str]) -> None:
+        """``value``: one entry, a list of them, or a pattern's keys."""
+        self.name = f"lora.{name}"
+        self.entries = [
+            self._entry(text) for text in ([value] if isinstance(value, str) else value)
+        ]
+        self.used: set[str] = set()
+
+    def _entry(self, text: str) -> _Entry:
+        names = ALIASES.get(text, (text,))
+        is_name = all(name.isidentifier() for name in names)
+        return _Entry(self.name, text, end_pattern(self.name, text, "|".join(names)), is_name)
+
+    def first(self, adapted: Adapted) -> str | None:
+        """The first entry that means this projection, as in PEFT; None where none does."""
+        hits = [entry.text for entry in self.entries if entry.means(adapted)]
+        self.used.update(hits)
+        return hits[0] if hits else None
 
 
-def _matches(
-    option: str, patterns: dict[str, tuple[str, ...]], adapted: Adapted, used: set[str]
-) -> bool:
-    hits = [
-        entry for entry, expressions in patterns.items() if _match(option, expressions, adapted)
-    ]
-    used.update(f"{option}/{entry}" for entry in hits)
-    return bool(hits)
-
-
-def _match(option: str, expressions: Iterable[str], adapted: Adapted) -> bool:
-    """PEFT's rule: the expression matches the end of the module name, from a dot on."""
-    # A plain name cannot tell experts apart, so one stands for all of them: 128 times fewer
-    # matches.
-    modules = (
-        [adapted.hf_module(0)]
-        if all(e.isidentifier() for e in expressions)
-        else adapted.hf_modules()
-    )
-    try:
-        hits = [m for m in modules if any(re.fullmatch(rf"(.*\.)?({e})", m) for e in expressions)]
-    except re.error as error:
-        raise ValueError(
-            f"{option}: {' '.join(expressions)!r} is neither a name nor a regular expression"
-            f" ({error.msg})"
-        ) from None
-    if hits and len(hits) < len(modules):
-        raise ValueError(
-            f"{option}: {' '.join(expressions)!r} matches {len(hits)} of the {len(modules)} experts"
-            f" in layer {adapted.layer} ({hits[0]}, ...); experts of one layer share one setting,"
-            " so match all or none."
-        )
-    return bool(hits)
-
-
-def _pattern_value(option: str, values: dict, adapted: Adapted, used: set[str]) -> float | None:
-    """The value of the first matching key, as in PEFT."""
-    found = [entry for entry in values if _match(option, ALIASES.get(entry, (entry,)), adapted)]
-    used.update(f"{option}/{entry}" for entry in found)
-    return values[found[0]] if found else None
-
-
-def _check_used(option: str, entries: Iterable[str], used: set[str], shape: ModelShape) -> None:
+def _check_used(option: _Option, shape: ModelShape) -> None:
     names = {
         p.name for layer in range(shape.num_layers) for p in layer_projections(shape, layer)
     } | {"lm_head"}
-    for entry in entries:
-        if f"{option}/{entry}" not in used:
-            close = difflib.get_close_matches(entry, [*sorted(names), *ALIASES], n=1)
+    for entry in option.entries:
+        if entry.text not in option.used:
+            close = difflib.get_close_matches(entry.text, [*sorted(names), *ALIASES], n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise ValueError(
-                f"{option}: {entry!r} matches nothing in this model{hint} Adaptable:"
+                f"{option.name}: {entry.text!r} matches nothing in this model{hint} Adaptable:"
                 f" {', '.join(sorted(names))}"
             )
 

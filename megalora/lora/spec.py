@@ -17,6 +17,7 @@ replicated on. Expert factors exist once per expert, and experts are shared out 
     expert_row      etp     dim 1        replicated
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,6 +111,12 @@ def expected_tensors(adapted: list[Adapted]) -> dict[str, tuple[int, int]]:
         for m in a.hf_modules()
         for factor in ("A", "B")
     }
+
+
+def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
+    """The factor before ``B A``: alpha / rank, or alpha / sqrt(rank) for rsLoRA
+    (https://arxiv.org/abs/2312.03732)."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 def make_adapted(

@@ -30,6 +30,7 @@ from megalora.model.families import FAMILIES, layer_projections
 from megalora.model.fields import check_fields, instead_of_quantised, model_shape
 from megalora.model.projections import HEAD
 from megalora.model.shape import ModelShape
+from megalora.wording import first_few
 
 DTYPES = ("F32", "BF16", "F16")
 EMBEDDING = "model.embed_tokens.weight"
@@ -141,11 +142,11 @@ def _stored_tensors(folder: Path, tied: bool) -> list[tuple[str, Stored]]:
     problems = []
     if absent:
         problems.append(
-            f"names {len(absent):,} tensors that its files do not hold ({_some(absent)})"
+            f"names {len(absent):,} tensors that its files do not hold ({first_few(absent)})"
         )
     if unnamed:
         problems.append(
-            f"does not name {len(unnamed):,} tensors that its files hold ({_some(unnamed)})"
+            f"does not name {len(unnamed):,} tensors that its files hold ({first_few(unnamed)})"
         )
     if problems:
         raise ValueError(
@@ -246,11 +247,13 @@ def _match(
     _check_unquantised(folder, stored, used, left)
     problems = []
     if missing:
-        problems.append(f"{len(missing):,} tensors are missing ({_some(missing)})")
+        problems.append(f"{len(missing):,} tensors are missing ({first_few(missing)})")
     if left:
-        problems.append(f"{len(left):,} are left over, which nothing would read ({_some(left)})")
+        problems.append(
+            f"{len(left):,} are left over, which nothing would read ({first_few(left)})"
+        )
     if misshapen:
-        problems.append(f"{len(misshapen):,} have another shape ({_some(misshapen)})")
+        problems.append(f"{len(misshapen):,} have another shape ({first_few(misshapen)})")
     if problems:
         raise ValueError(
             f"{folder} does not hold the model that its config.json describes:"
@@ -287,7 +290,7 @@ def _check_unquantised(
         shown = [f"{name} is {stored[name].tensor.dtype}" for name in strange] + scales
         raise ValueError(
             f"{folder}: {len(shown):,} tensors are of quantised weights or of a dtype that is not"
-            f" read ({_some(shown)}); megalora reads {', '.join(DTYPES)}:"
+            f" read ({first_few(shown)}); megalora reads {', '.join(DTYPES)}:"
             f" {_instead(folder, [stored[name].tensor.dtype for name in strange], scales)}"
         )
 
@@ -317,7 +320,3 @@ def _prefix(missing: list[str], left: list[str]) -> str:
     prefix."""
     prefix = next((name.removesuffix(missing[0]) for name in left if name.endswith(missing[0])), "")
     return prefix if {f"{prefix}{name}" for name in missing} <= set(left) else ""
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

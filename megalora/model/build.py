@@ -19,6 +19,7 @@ from megalora.model.rope_fields import read_rope
 from megalora.model.rotary import frequencies, set_frequencies, softmax_scale
 from megalora.model.shape import ModelShape
 from megalora.parallel import megatron_groups
+from megalora.wording import first_few
 
 
 class MakeBase(Protocol):
@@ -92,13 +93,13 @@ def _check_written(chunks: list[nn.Module], folder: Path) -> None:
     if unwritten:
         raise RuntimeError(
             f"{len(unwritten):,} of {len(parameters):,} parameters were not written by loading"
-            f" {folder}: {', '.join(unwritten[:5])}. This is a bug in the mapping of weights;"
+            f" {folder}: {first_few(unwritten, 5)}. This is a bug in the mapping of weights;"
             " please report it."
         )
     if found:
         raise ValueError(
             f"{folder}: weights hold NaN, in {len(found):,} of {len(parameters):,} parameters of"
-            f" this rank (Megatron's names: {', '.join(name for name, _ in found[:3])}); download"
+            f" this rank (Megatron's names: {first_few([name for name, _ in found])}); download"
             " the model again"
         )
 

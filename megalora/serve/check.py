@@ -14,7 +14,7 @@ from pathlib import Path
 from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.adapters.read.copies import check_copies, copies_in
 from megalora.adapters.read.names import described
-from megalora.adapters.read.options import not_plain, shown
+from megalora.adapters.read.options import not_plain
 from megalora.adapters.read.rules import Rules
 from megalora.adapters.read.weights import FLOATS
 from megalora.hf.json_file import read_hf_config
@@ -30,6 +30,7 @@ from megalora.serve.errors import (
     AdapterRankTooLarge,
     AdapterTargetsUnserved,
 )
+from megalora.wording import shorten
 
 _TENSOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
@@ -116,7 +117,7 @@ def _check_config(files: AdapterFiles) -> None:
             raise AdapterInvalid(f"{path}: {key} is missing; vLLM reads it")
     if type(config["r"]) is not int or config["r"] < 1:
         raise AdapterInvalid(f"{path}: r must be a positive whole number, got {config['r']!r}")
-    if found := [f"{key}={shown(config[key])}" for key in not_plain(config)]:
+    if found := [f"{key}={shorten(config[key])}" for key in not_plain(config)]:
         raise AdapterInvalid(
             f"{path}: vLLM does not serve {', '.join(found)}; train without, or merge into the base"
         )

@@ -16,6 +16,7 @@ from megalora import host
 from megalora.lora.shards import FactorShard
 from megalora.lora.spec import Adapted, FactorName, expected_tensors, tensor_name
 from megalora.parallel import Groups
+from megalora.wording import first_few
 
 _BITS = {2: torch.int16, 4: torch.int32}
 _KEPT = (1 << 62) - 1
@@ -103,7 +104,7 @@ class DriftCheck:
         raise RuntimeError(
             f"step {step}: {len(names)} of {len(self.names)} adapter tensors differ between ranks"
             " that hold the same part of them:"
-            f" {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. A gradient was not"
+            f" {first_few(names, 5)}. A gradient was not"
             f" reduced everywhere (a bug; please report it) or a device computes wrongly; {saved}."
             " train.check_replicas_every=0 turns this check off."
         )

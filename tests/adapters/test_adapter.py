@@ -301,8 +301,11 @@ def test_what_peft_would_leave_out_is_refused(
             "alpha_pattern must be names and numbers above 0, got {'q_proj': None}",
         ),
         ({"rank_pattern": [3]}, "rank_pattern must be names and ranks of at least 1, got [3]"),
-        ({"rank_pattern": {"*q": 2}}, "is no regular expression ("),
-        ({"target_modules": "*q_proj"}, "'*q_proj' is no regular expression (nothing to repeat)"),
+        ({"rank_pattern": {"*q": 2}}, "is neither a name nor a regular expression ("),
+        (
+            {"target_modules": "*q_proj"},
+            "'*q_proj' is neither a name nor a regular expression (nothing to repeat)",
+        ),
         ({"target_modules": 5}, "target_modules must be a name, or a list of names, got 5"),
         ({"auto_mapping": []}, "auto_mapping must be an object, got []"),
         ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),

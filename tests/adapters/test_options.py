@@ -137,11 +137,11 @@ BAD_VALUES: dict[str, tuple[str, str]] = {
     ),
     "an expression that is none": (
         '"exclude_modules": "*k"',
-        r"exclude_modules: '\*k' is no regular expression \(nothing to rep",
+        r"exclude_modules: '\*k' is neither a name nor a regular expression \(nothing to rep",
     ),
     "a bracket too many": (
         '"rank_pattern": {"a)": 2}',
-        r"rank_pattern: 'a\)' is no regular expression \(unbalanced parenth",
+        r"rank_pattern: 'a\)' is neither a name nor a regular expression \(unbalanced parenth",
     ),
     "an expression of a million": (
         '"target_modules": "(q{1000}){1000}"',

@@ -300,6 +300,23 @@ ADAPTABLE_DENSE = ADAPTABLE.replace(" gate,", "")
         ),
         (
             MOE_SHAPE,
+            {"target_modules": ["proj"]},
+            (
+                "lora.target_modules: 'proj' matches nothing in this model; did you mean v_proj?"
+                f" {ADAPTABLE}"
+            ),
+        ),
+        (
+            MOE_SHAPE,
+            {"target_modules": [r"(?:(\w|\.)+|(\w|\.))+(X|Y)"]},
+            (
+                r"lora.target_modules: '(?:(\\w|\\.)+|(\\w|\\.))+(X|Y)' takes for ever on names"
+                " such as model.layers.0.self_attn.q_proj, in PEFT too. Repetition within"
+                " repetition does that; write the names out, or say it without"
+            ),
+        ),
+        (
+            MOE_SHAPE,
             {"rank_pattern": {"oproj": 4}},
             (
                 "lora.rank_pattern: 'oproj' matches nothing in this model; did you mean o_proj?"

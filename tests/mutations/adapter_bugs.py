@@ -2,10 +2,11 @@
 
 from tests.mutations.bugs import Bug, bug
 
-COPIES, RULES, WEIGHTS, BANKS, OPTIONS, PATTERNS, ADAPTER = (
+COPIES, RULES, WEIGHTS, BANKS, OPTIONS, ADAPTER = (
     f"megalora/adapters/read/{name}.py"
-    for name in ("copies", "rules", "weights", "banks", "options", "patterns", "adapter")
+    for name in ("copies", "rules", "weights", "banks", "options", "adapter")
 )
+PATTERNS = "megalora/lora/patterns.py"
 COPIES_TEST, STOCK, BANKS_TEST, WEIGHTS_TEST, OPTIONS_TEST = (
     f"tests/adapters/test_{name}.py"
     for name in ("copies", "stock_peft", "banks", "weights", "options")
@@ -54,7 +55,13 @@ ADAPTER_BUGS: tuple[Bug, ...] = (
         "        if False:\n", f"{OPTIONS_TEST} set_and_not_plain"),
     bug(0, "an alpha of 400 digits", OPTIONS, "0 < value <= LARGEST and math.isfinite(value)",
         "0 < value and math.isfinite(value)", f"{OPTIONS_TEST} mean_nothing"),
+    bug(0, "a name that ends in the middle of a word", PATTERNS,
+        r'rf"(.*\.)?({expression or entry})$"', r'rf".*({expression or entry})$"',
+        "tests/lora/test_spec.py test_refused"),
+    bug(0, "an expression of the lora section that hangs", PATTERNS,
+        "            self.spent_s = TOTAL_SECONDS\n", "            pass\n",
+        "tests/lora/test_spec.py test_refused"),
     bug(0, "braces that match fuzzily", PATTERNS, '_LONE_BRACE.sub(r"\\\\{", expression)',
-        'expression', "tests/adapters/test_patterns.py as_python"),
+        'expression', "tests/lora/test_patterns.py as_python"),
 )
 # fmt: on

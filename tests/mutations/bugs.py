@@ -427,7 +427,7 @@ BUGS = (
         7,
         "a target that matches nothing passes",
         SELECT,
-        'if f"{option}/{entry}" not in used:',
+        "if entry.text not in option.used:",
         "if False:",
         f"{TRAINING} test_07",
     ),
@@ -477,7 +477,7 @@ BUGS = (
     bug(
         9,
         "rsLoRA scaled like LoRA",
-        SELECT,
+        SPEC,
         "(math.sqrt(rank) if use_rslora else rank)",
         "rank",
         f"{FILES} test_06",

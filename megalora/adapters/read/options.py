@@ -9,10 +9,11 @@ The keys are those of PEFT 0.18, 0.19 and 0.21, and what other tools write into
 """
 
 import math
-import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from megalora.wording import shorten
 
 HONOURED = frozenset(
     {
@@ -97,7 +98,7 @@ def refuse_variants(where: Path, config: dict[str, Any]) -> None:
     LoRA."""
     for key, why in not_plain(config).items():
         raise ValueError(
-            f"{where}: {key}={shown(config[key])} is not plain LoRA, which is all megalora"
+            f"{where}: {key}={shorten(config[key])} is not plain LoRA, which is all megalora"
             f" computes: {why}"
         )
 
@@ -105,22 +106,16 @@ def refuse_variants(where: Path, config: dict[str, Any]) -> None:
 def check_types(where: Path, config: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless every option that is honoured has a value that means
     something."""
-    if not _is_rank(config.get("r")) or not _is_alpha(config.get("lora_alpha")):
+    rank = config.get("r")
+    alpha = config.get("lora_alpha")
+    if not _is_rank(rank) or not _is_alpha(alpha):
         raise ValueError(
-            f"{where}: r={shown(config.get('r'))} and lora_alpha={shown(config.get('lora_alpha'))}"
-            " must be a rank of at least 1 and a number above 0"
+            f"{where}: r={shorten(rank)} and lora_alpha={shorten(alpha)} must be a rank"
+            " of at least 1 and a number above 0"
         )
     for key, (fits, what) in _TYPES.items():
         if config.get(key) is not None and not fits(config[key]):
-            raise ValueError(f"{where}: {key} must be {what}, got {shown(config[key])}")
-
-
-def shown(value: Any) -> str:
-    """A value of a foreign file in one short line."""
-    return _SHORT.repr(value)
-
-
-_SHORT = reprlib.Repr(maxstring=80, maxother=80, maxlong=40, maxlist=8, maxdict=8)
+            raise ValueError(f"{where}: {key} must be {what}, got {shorten(config[key])}")
 
 
 def _is_rank(value: Any) -> bool:

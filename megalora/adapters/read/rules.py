@@ -1,13 +1,13 @@
 """What ``adapter_config.json`` says of single modules, by PEFT's rules. Needs no torch."""
 
-import math
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megalora.adapters.files import CONFIG
 from megalora.adapters.read.options import check_types
-from megalora.adapters.read.patterns import Pattern
+from megalora.lora.patterns import Pattern, end_pattern, endings, ends_in
+from megalora.lora.spec import lora_scale
 
 _LAYER = r".*?\.[^.]*\.(?P<layer>\d+)\."
 """PEFT's way to a module's layer: the first number that follows a name."""
@@ -35,7 +35,7 @@ class Rules:
         self.layers, self.layer_of = self._layer_rules()
         self.patterns = {
             option: [
-                (key, Pattern(self.where, option, rf"(.*\.)?({key})$", said=key), value)
+                (key, end_pattern(f"{self.where}: {option}", key), value)
                 for key, value in (config.get(option) or {}).items()
             ]
             for option in ("rank_pattern", "alpha_pattern")
@@ -44,7 +44,7 @@ class Rules:
         self._contested: dict[tuple[str, str], str] = {}
 
     def _pattern(self, option: str, expression: str) -> Pattern:
-        return Pattern(self.where, option, expression)
+        return Pattern(f"{self.where}: {option}", expression)
 
     def _names(self, option: str, value: str | list[str]) -> tuple[set[str], Pattern | None]:
         """A list is names, a string is a regular expression."""
@@ -81,7 +81,7 @@ class Rules:
             )
         alpha = float(self._of_pattern("alpha_pattern", name, self.config["lora_alpha"]))
         self._look_for_contest(name)
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return lora_scale(alpha, rank, bool(self.config.get("use_rslora")))
 
     def _of_pattern(self, option: str, name: str, default: Any) -> Any:
         """The first that matches wins, as in PEFT."""
@@ -134,11 +134,11 @@ class Rules:
         if module in self.modules:  # a full name needs no layer
             found.add(module)
         elif self._in_layers(module):
-            found |= _endings(module) & self.modules
+            found |= endings(module) & self.modules
         return found
 
     def _targets_by_parameter(self, parameters: Iterable[str]) -> set[str]:
-        return {target for name in parameters for target in _endings(name) & self.parameters}
+        return {target for name in parameters for target in endings(name) & self.parameters}
 
     def _in_layers(self, module: str) -> bool:
         if self.layers is None:
@@ -188,16 +188,6 @@ class Rules:
                 f" were lost, or never trained. To go on without, take {min(lost)} out of the"
                 f" targets in {self.where}"
             )
-
-
-def ends_in(name: str, targets: Collection[str]) -> bool:
-    """PEFT's rule for lists: a target is the name, or its end from a dot on."""
-    return not _endings(name).isdisjoint(targets)
-
-
-def _endings(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[i:]) for i in range(len(parts))}
 
 
 def _is_expert(module: str) -> bool:

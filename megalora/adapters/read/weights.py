@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from megalora.adapters.files import WEIGHTS, NotAnAdapter, check_adapter_folder, check_regular
 from megalora.hf.json_file import read_json_object
 from megalora.hf.safetensors import read_header
+from megalora.wording import first_few
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -288,7 +289,7 @@ def _all_shards(folder: Path, form: str, count: int, names: list[str]) -> list[P
         )
     if missing := [name for name in expected if name not in names]:
         raise ValueError(
-            f"{folder}: {len(missing)} of {count} shards are missing ({', '.join(missing[:3])});"
+            f"{folder}: {len(missing)} of {count} shards are missing ({first_few(missing)});"
             " download the adapter again"
         )
     return [folder / name for name in expected]

@@ -2,11 +2,10 @@
 
 import re
 import time
-from pathlib import Path
 
 import pytest
 
-from megalora.adapters.read.patterns import Pattern
+from megalora.lora.patterns import Pattern
 
 NAMES = [
     *(f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 2, 11) for p in "qkvo"),
@@ -30,16 +29,16 @@ EXPRESSIONS = [
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_as_python_s_re(expression: str) -> None:
     """Both of PEFT's uses: the whole name for targets, its end from a dot on for patterns."""
-    whole = Pattern(Path("x"), "o", expression)
+    whole = Pattern("x: o", expression)
     end = None
     anchored = rf"(.*\.)?({expression})$"
     try:
         re.compile(anchored)
     except re.error:  # flags that must come first
-        with pytest.raises(ValueError, match="is no regular expression"):
-            Pattern(Path("x"), "o", anchored)
+        with pytest.raises(ValueError, match="is neither a name nor a regular expression"):
+            Pattern("x: o", anchored)
     else:
-        end = Pattern(Path("x"), "o", anchored)
+        end = Pattern("x: o", anchored)
     for name in NAMES:
         assert bool(whole.fullmatch(name)) == bool(re.fullmatch(expression, name)), name
         if end is not None:
@@ -61,7 +60,7 @@ def test_what_hangs_peft_does_not_hang_here(expression: str) -> None:
     """It matches nothing, or it is refused; both soon. The last one takes ``regex`` for ever
     too."""
     start = time.process_time()
-    pattern = Pattern(Path("adapter_config.json"), "target_modules", expression)
+    pattern = Pattern("adapter_config.json: target_modules", expression)
     name = "model.layers.11.mlp.shared_expert.down_proj"
     if expression == HANGS[-1]:
         with pytest.raises(

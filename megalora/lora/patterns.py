@@ -1,22 +1,30 @@
-"""Regular expressions of foreign adapters, matched as PEFT matches them but within a time limit.
+"""PEFT's rules for which module a name or a regular expression means, matched within a time limit.
 
-PEFT hands ``target_modules``, ``exclude_modules`` and the keys of ``rank_pattern`` and
-``alpha_pattern`` to Python's ``re``. An expression such as ``(\\w+\\.?)+X`` takes it longer than
-anyone waits: nested repetition has exponentially many ways to fail. Here ``re`` says whether an
-expression is one, and ``regex``, which reads the same syntax and can stop, matches it.
+    where                              an entry E means a module when
+    target_modules as a list           its name is E, or ends in E from a dot on (``ends_in``)
+    target_modules as a string         E matches the whole name (``Pattern.fullmatch``)
+    exclude_modules                    as target_modules
+    rank_pattern's, alpha_pattern's    E matches the name's end from a dot on (``end_pattern``); the
+    keys                               first key that does decides
+
+The ``lora`` section of a config follows the last rule for everything, so that its lists may hold
+expressions too.
+
+PEFT hands expressions to Python's ``re``. One such as ``(\\w+\\.?)+X`` takes it longer than anyone
+waits: nested repetition has exponentially many ways to fail. Here ``re`` says whether an expression
+is one, and ``regex``, which reads the same syntax and can stop, matches it.
 """
 
 import re
 import re._parser as _parser  # type: ignore[import-not-found]  private to Python; what re.compile calls first
 import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection
 from typing import Any
 
 import regex
 
-from megalora.adapters.read.options import shown
+from megalora.wording import shorten
 
 SECONDS = 0.5
 """Processor time for one match. Module names have up to 80 characters; a sound expression needs
@@ -32,18 +40,18 @@ _LONE_BRACE = re.compile(r"(?<!\\)\{(?!\d+(?:,\d*)?\}|,\d+\})")
 class Pattern:
     """A compiled expression that cannot hang."""
 
-    def __init__(self, where: Path, option: str, expression: str, said: str | None = None) -> None:
+    def __init__(self, where: str, expression: str, said: str | None = None) -> None:
         """Compile an expression.
 
         Args:
-            where: the file that the user must change, for messages.
-            option: the key in it.
+            where: the option that the user must change and its file, for messages.
             expression: what is matched.
-            said: what stands in the file, if ``expression`` is more than that.
+            said: what the user wrote, if ``expression`` is more than that.
         Raises:
             ValueError: it is not a regular expression, or its repetitions stand for too much.
         """
-        self.where, self.option, self.said = where, option, shown(said or expression)
+        self.where = where
+        self.said = shorten(said or expression)
         self.spent_s = 0.0
         try:
             with warnings.catch_warnings():
@@ -58,7 +66,7 @@ class Pattern:
         except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
             reason = getattr(error, "msg", None) or str(error)
             raise ValueError(
-                f"{where}: {option}: {self.said} is no regular expression ({reason})"
+                f"{where}: {self.said} is neither a name nor a regular expression ({reason})"
             ) from None
 
     def match(self, name: str) -> Any:
@@ -79,11 +87,29 @@ class Pattern:
         self.spent_s += time.process_time() - start
         if self.spent_s >= TOTAL_SECONDS:
             raise ValueError(
-                f"{self.where}: {self.option}: {self.said} takes for ever on names such as {name},"
-                " in PEFT too. Repetition within repetition does that; write the names out, or say"
-                " it without"
+                f"{self.where}: {self.said} takes for ever on names such as {name}, in PEFT too."
+                " Repetition within repetition does that; write the names out, or say it without"
             )
         return found
+
+
+def end_pattern(where: str, entry: str, expression: str | None = None) -> Pattern:
+    """The pattern whose ``match`` says whether ``entry`` means a module by its end, from a dot on.
+
+    ``expression``: what stands for the entry, where it is an alias.
+    """
+    return Pattern(where, rf"(.*\.)?({expression or entry})$", said=entry)
+
+
+def ends_in(name: str, targets: Collection[str]) -> bool:
+    """Whether one of ``targets`` is the name, or its end from a dot on."""
+    return not endings(name).isdisjoint(targets)
+
+
+def endings(name: str) -> set[str]:
+    """``{"a.b.c", "b.c", "c"}`` of ``a.b.c``."""
+    parts = name.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
 
 
 def _expanded(parsed: Any) -> int:
