@@ -36,6 +36,7 @@ COPIED = (
     "README.md",
     "CONTRIBUTING.md",
     "Makefile",
+    ".ci",
 )
 OURS = ("megalora", "megalora_kernels", "tests", "benchmarks", "docs")
 AT_ONCE = 2
