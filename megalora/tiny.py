@@ -142,7 +142,9 @@ def _check_sizes(config: Any) -> None:
         raise ValueError(
             f"head_dim={head_dim!r} must be an even number above 0: rotary embeddings turn pairs."
         )
-    experts = getattr(config, "num_experts", 1)
+    # a class with experts answers to one of these names, whatever its own is
+    counts = [getattr(config, name, 0) for name in ("num_experts", "num_local_experts")]
+    experts = max(counts) or 1
     top_k = getattr(config, "num_experts_per_tok", 1)
     if not 1 <= top_k <= experts:
         raise ValueError(
@@ -173,6 +175,9 @@ def _build_model(config: Any, seed: int, dtype: torch.dtype) -> PreTrainedModel:
             else:
                 # [out, in], and experts [E, out, in]
                 weight.copy_(noise * weight.shape[-1] ** -0.5)
+        for name, bias in model.named_buffers():  # corrections of a router's choice
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(0.1 * torch.randn(bias.shape, generator=generator, device="cpu"))
     return model
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from megalora.hf.folder import INDEX, read_index, shards_that_are_there
 from megalora.hf.json_file import read_hf_config
 from megalora.hf.safetensors import Stored, read_header
-from megalora.model.families import FAMILIES, layer_projections
+from megalora.model.families import FAMILIES, family_of, layer_projections
 from megalora.model.fields import check_fields, instead_of_quantised, model_shape
 from megalora.model.projections import HEAD
 from megalora.model.shape import ModelShape
@@ -66,6 +66,8 @@ class BaseFolder:
     shape: ModelShape
     places: Mapping[str, Place]
     """Published name of every tensor of the model, a tied head left out -> where it is."""
+    num_unused: int = 0
+    """How many stored tensors belong to layers that predict several tokens ahead."""
 
 
 def open_folder(folder: Path) -> BaseFolder:
@@ -78,12 +80,25 @@ def open_folder(folder: Path) -> BaseFolder:
     """
     hf = read_hf_config(folder)
     check_fields(hf, str(folder))
-    stored = _by_published_name(
-        folder, _stored_tensors(folder, tied=bool(hf.get("tie_word_embeddings")))
-    )
+    found = _stored_tensors(folder, hf)
+    unused = _unused_prefix(hf)
+    stored = _by_published_name(folder, found)
+    stored = {name: place for name, place in stored.items() if not name.startswith(unused)}
     hf = _tied_as_stored(folder, hf, stored)
     shape = model_shape(hf)
-    return BaseFolder(folder, hf, shape, _match(folder, needed_tensors(shape), stored))
+    places = _match(folder, needed_tensors(shape), stored)
+    return BaseFolder(folder, hf, shape, places, len(found) - len(stored))
+
+
+def unused_note(base: BaseFolder) -> str | None:
+    """A line for the user about stored tensors that are no part of the model that is trained."""
+    if not base.num_unused:
+        return None
+    return (
+        f"{base.folder}: {base.num_unused:,} tensors under {_unused_prefix(base.hf)[0]} are not"
+        " read: that layer predicts several tokens ahead and is no part of the model that is"
+        " trained"
+    )
 
 
 def needed_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -113,7 +128,13 @@ def needed_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return needed
 
 
-def _stored_tensors(folder: Path, tied: bool) -> list[tuple[str, Stored]]:
+def _unused_prefix(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """How published names begin that the family does not train, at most one."""
+    prefix = family_of(hf).unused(model_shape(hf))
+    return () if prefix is None else (prefix,)
+
+
+def _stored_tensors(folder: Path, hf: Mapping[str, Any]) -> list[tuple[str, Stored]]:
     """(file, tensor) of every shard; the index, where there is one, must name the same tensors in
     the same files.
 
@@ -133,9 +154,12 @@ def _stored_tensors(folder: Path, tied: bool) -> list[tuple[str, Stored]]:
     if not set(named.values()) & shards:
         return found  # an index of other files; transformers passes it over too
     there = {tensor.name: shard for shard, tensor in found}
+    tied = bool(hf.get("tie_word_embeddings"))
+    unused = _unused_prefix(hf)
 
     def matters(name: str) -> bool:
-        return not _may_be_left(name) and not (tied and published_name(name) == LM_HEAD)
+        left = _may_be_left(name) or published_name(name).startswith(unused)
+        return not left and not (tied and published_name(name) == LM_HEAD)
 
     absent = [name for name in named if there.get(name) != named[name] and matters(name)]
     unnamed = [name for name in there if name not in named and matters(name)]

@@ -15,7 +15,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -34,6 +33,7 @@ from megalora.model.attention import SDPACoreAttention
 from megalora.model.dispatcher import RoutedMoELayer
 from megalora.model.experts import FusedExperts
 from megalora.model.families.family import LayerParts
+from megalora.model.router import FrozenRouter
 
 NO_PARTS = LayerParts()
 """A family whose layers are built from this file's modules alone."""
@@ -51,14 +51,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-class FrozenRouter(TopKRouter):
-    """Megatron's top-k router without the weight gradient that its own gating computes even for a
-    frozen weight."""
-
-    def gating(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight)
 
 
 class BiasedRowParallelLinear(RowParallelLinear):

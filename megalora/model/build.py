@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megalora import host
 from megalora.config import ModelConfig, ParallelConfig
@@ -74,17 +74,24 @@ def build_random(
     return chunks
 
 
+def _loaded_tensors(chunk: nn.Module) -> dict[str, Tensor]:
+    """What a chunk has from the base folder: its parameters, and the routers' correction biases,
+    which are buffers."""
+    biases = {name: b for name, b in chunk.named_buffers() if name.endswith(".expert_bias")}
+    return {name: p.detach() for name, p in chunk.named_parameters()} | biases
+
+
 def _mark_unwritten(chunks: list[nn.Module]) -> None:
-    """Fill every parameter with NaN, so that what loading leaves out shows. A pass over memory,
-    which reading from disk hides."""
+    """Fill every tensor with NaN, so that what loading leaves out shows. A pass over memory, which
+    reading from disk hides."""
     for chunk in chunks:
-        for parameter in chunk.parameters():
-            parameter.data.fill_(torch.nan)
+        for tensor in _loaded_tensors(chunk).values():
+            tensor.fill_(torch.nan)
 
 
 def _check_written(chunks: list[nn.Module], folder: Path) -> None:
     """Raise unless no value is NaN: each parameter was written, and with numbers."""
-    parameters = [(name, p.detach()) for chunk in chunks for name, p in chunk.named_parameters()]
+    parameters = [named for chunk in chunks for named in _loaded_tensors(chunk).items()]
     # The maximum of values among which there is a NaN is NaN; one transfer to the host for all of
     # them.
     largest = torch.stack([p.amax().float() for _, p in parameters]).isnan().tolist()
@@ -112,7 +119,7 @@ def make_chunks(
     bridge = open_architecture(hf)
     with quiet():
         inv_freq, factor = frequencies(
-            read_rope(hf), shape.head_dim, hf.get("max_position_embeddings")
+            read_rope(hf), shape.turned_features, hf.get("max_position_embeddings")
         )
         provider = configure(bridge.provider(), config, parallel, shape)
         provider.softmax_scale = softmax_scale(factor, shape.head_dim)

@@ -22,7 +22,7 @@ from typing import Any
 from megalora.model.families import family_of
 from megalora.model.families.family import Family
 from megalora.model.families.rules import Rule
-from megalora.model.rope_fields import ROPE_FIELDS, read_rope
+from megalora.model.rope_fields import ROPE_FIELDS, check_whole_heads, read_rope
 from megalora.model.shape import ModelShape
 
 _BOOKKEEPING = (
@@ -160,6 +160,8 @@ def _check_rules(hf: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
 
 def _check_rope(hf: Mapping[str, Any], family: Family) -> None:
     kind = read_rope(hf).kind
+    if family.turns_whole_heads:
+        check_whole_heads(hf)
     if kind not in family.rope_kinds:
         raise ValueError(
             f"config.json asks for rotary embeddings of type {kind!r}; for {family.model_type},"

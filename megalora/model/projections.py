@@ -97,4 +97,14 @@ SHARED_EXPERT = (
     Projection(f"{_SHARED}.down_proj", "mlp.shared_experts.linear_fc2", "row",
                lambda s: (s.hidden, s.shared_intermediate)),
 )  # fmt: skip
+_SHARED_EXPERTS = "model.layers.{layer}.mlp.shared_experts"
+SHARED_EXPERTS = (
+    Projection(f"{_SHARED_EXPERTS}.gate_proj", "mlp.shared_experts.linear_fc1", "column",
+               lambda s: (s.shared_intermediate, s.hidden)),
+    Projection(f"{_SHARED_EXPERTS}.up_proj", "mlp.shared_experts.linear_fc1", "column",
+               lambda s: (s.shared_intermediate, s.hidden)),
+    Projection(f"{_SHARED_EXPERTS}.down_proj", "mlp.shared_experts.linear_fc2", "row",
+               lambda s: (s.hidden, s.shared_intermediate)),
+)  # fmt: skip
+"""As ``SHARED_EXPERT``, under the name of families that may have several, side by side in one."""
 HEAD = (Projection("lm_head", "output_layer", "column", lambda s: (s.vocab, s.hidden)),)

@@ -88,7 +88,6 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
         )
     found = scaling or parameters
     kind = _kind(where, found)
-    _check_partial(hf, scaling, parameters)
     theta = _theta(hf, scaling, parameters)
     settings = {
         name: value
@@ -140,15 +139,50 @@ def _kind(where: str, found: Mapping[str, Any]) -> str:
     return kind
 
 
-def _check_partial(hf: Mapping[str, Any], *places: Mapping[str, Any]) -> None:
-    for place in (hf, *places):
-        value = place.get("partial_rotary_factor")
-        if value is not None and value != 1:
+def check_whole_heads(hf: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` where a family that turns whole heads is asked to turn a part."""
+    for value in _partial_factors(hf):
+        if value != 1:
             raise ValueError(
                 f"config.json has partial_rotary_factor={value!r}; models of this family rotate"
                 " whole heads (transformers ignores the field or fails on it), so remove it or set"
                 " it to 1.0"
             )
+
+
+def rotary_dim(hf: Mapping[str, Any], head_dim: int, default: float) -> int:
+    """How many of a head's features the rotary embedding turns in a family that turns a part.
+
+    Args:
+        hf: a parsed ``config.json``.
+        head_dim: features of a head.
+        default: the share that transformers takes where the config names none.
+
+    Raises:
+        ValueError: no share of a head that leaves whole pairs, or two spellings that disagree.
+    """
+    factors = _partial_factors(hf)
+    if len(set(factors)) > 1:
+        raise ValueError(
+            "config.json names several partial_rotary_factor:"
+            f" {', '.join(map(str, factors))}; keep the one the model was trained with"
+        )
+    share = factors[0] if factors else default
+    features = share * head_dim if _is_number(share) else 0
+    if not 0 < features <= head_dim or features % 2:
+        raise ValueError(
+            f"config.json has partial_rotary_factor={share!r}; it must be a number above 0 and at"
+            f" most 1 that turns an even number of a head's {head_dim} features"
+        )
+    return int(features)
+
+
+def _partial_factors(hf: Mapping[str, Any]) -> list[Any]:
+    """Every partial_rotary_factor that is not null, at the top or in a dictionary of the rotary
+    embedding."""
+    places = (hf, _dictionary(hf, "rope_scaling"), _dictionary(hf, "rope_parameters"))
+    found = [place.get("partial_rotary_factor") for place in places]
+    return [value for value in found if value is not None]
 
 
 def _theta(hf: Mapping[str, Any], *places: Mapping[str, Any]) -> float:

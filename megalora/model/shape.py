@@ -32,6 +32,17 @@ class ModelShape:
     """Whether o_proj has a bias too."""
     softmax_over_all: bool = False
     """Whether the router's softmax runs over all experts, not over the chosen ones."""
+    correction_bias: bool = False
+    """Whether the router scores by sigmoids and corrects its choice by a frozen bias per expert."""
+    shared_gate: bool = True
+    """Whether a shared expert's output is multiplied by a gate of its own, a vector of H."""
+    rotary_dim: int | None = None
+    """Features of a head that the rotary embedding turns, the first ones; None for all."""
+
+    @property
+    def turned_features(self) -> int:
+        """Features of a head that the rotary embedding turns."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def is_moe(self, layer: int) -> bool:
         return layer in self.moe_layers
@@ -50,7 +61,7 @@ class ModelShape:
         attention += self.o_bias * h
         moe = self.num_experts * (h + 3 * h * self.expert_intermediate)
         if self.shared_intermediate:
-            moe += 3 * h * self.shared_intermediate + h
+            moe += 3 * h * self.shared_intermediate + self.shared_gate * h
         mlps = (
             len(self.moe_layers) * moe
             + (self.num_layers - len(self.moe_layers)) * 3 * h * self.intermediate

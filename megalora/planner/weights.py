@@ -115,8 +115,8 @@ def layer_parameters(shape: ModelShape, p: ParallelConfig, is_moe: bool) -> int:
 
     Attention: (q + 2 kv) (H + bias) + (q + bias) H with q = heads d / tp and kv = max(kv heads, tp)
         d / tp, for a head is repeated on ranks beyond the number of heads; two norms 2 H, and 2 d
-        of q and k. MoE: router E H, experts (E / ep) 3 H I / etp, shared expert 3 H I_s / tp with
-        its gate H. Dense: 3 H I / tp.
+        of q and k. MoE: router E H, experts (E / ep) 3 H I / etp, shared expert 3 H I_s / tp and
+        H where it has a gate. Dense: 3 H I / tp.
     """
     h, q, kv = shape.hidden, *attention_widths(shape, p)
     total = (q + 2 * kv) * (h + shape.qkv_bias) + (q + shape.o_bias) * h + 2 * h
@@ -127,7 +127,7 @@ def layer_parameters(shape: ModelShape, p: ParallelConfig, is_moe: bool) -> int:
         shape.expert_intermediate // p.etp
     )
     if shape.shared_intermediate:
-        total += 3 * h * (shape.shared_intermediate // p.tp) + h
+        total += 3 * h * (shape.shared_intermediate // p.tp) + shape.shared_gate * h
     return total
 
 

@@ -18,6 +18,7 @@ from megalora.hf.folder import local_folder
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.coverage import trainable_summary, write_manifest
 from megalora.lora.select import plan
+from megalora.model.account import open_folder, unused_note
 from megalora.serve.live_sync import serving
 from megalora.train import duration
 from megalora.train.assemble import Inputs, Run, assemble
@@ -68,6 +69,8 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         shape, adapted = plan(config.lora, config.parallel, folder)
         identity = identify(config, folder)
         notes = [*run_folder.notes, *found.notes]
+        if note := unused_note(open_folder(folder)):
+            notes.append(note)
         if found.state:
             notes += check_same_run(found.state, config, identity, adapted)
         tokenizer = load_tokenizer(folder)

@@ -3,6 +3,7 @@
 ``layer.py`` calls the steps in order and brings the weights; nothing here is collective.
 """
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -204,17 +205,33 @@ class LayerComparison:
         with r.noted(layer, r.THEIRS, self.compared, theirs, _SUFFIX[1]):
             layer.get_submodule(r.SECOND_NORM[r.THEIRS])(inputs.x_TH)
             layer.mlp(self.driven_TH[None])  # pyright: ignore[reportCallIssue]
+        router = layer.mlp.gate if self.routing else None  # pyright: ignore
         reference.drop_layer(number)
         for run, routing in enumerate(self.routing):
             theirs.append((f"router{_SUFFIX[run]}", routing.probs_TE * routing.decided_T[:, None]))
         assert self.alone is not None
         layer = host_layer(self.config, number, self.alone, weights, floats)
+        if router is not None:
+            self._compare_router_dtype(number, layer.mlp.router, router)  # pyright: ignore
         ours = []
         try:
             with _no_chosen_backend():
                 self._run_ours(layer, inputs, ours)
         finally:  # a mistake may also stop a module behind it: the mistake is reported
             self._compare(number, ours, theirs)
+
+    def _compare_router_dtype(self, number: int, ours: Any, theirs: nn.Module) -> None:
+        """Raise unless both routers compute their logits in one dtype when the model is in
+        bfloat16: some families widen to float32, and the other kind chooses other experts. The
+        comparison of values, in float32, cannot tell."""
+        h_TH = self.driven_TH.to(torch.bfloat16)
+        output = copy.deepcopy(theirs).to(torch.bfloat16)(h_TH)
+        wanted = (output[0] if isinstance(output, tuple) else output).dtype
+        found = ours.gating(h_TH).dtype
+        if found != wanted:
+            raise ValueError(
+                self._message(number, "router", f"computing logits in {found}, not in {wanted},")
+            )
 
     def _run_ours(self, layer: nn.Module, inputs: r.Inputs, ours: r.Records) -> None:
         with r.noted(layer, r.OURS, self.compared, ours), self._router_noted(layer, 0, ours):

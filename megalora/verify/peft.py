@@ -19,6 +19,7 @@ host.install()  # before anything imports Megatron
 
 from megalora.adapters.read.adapter import Adapter, read_adapter  # noqa: E402
 from megalora.adapters.read.weights import find_weight_files  # noqa: E402
+from megalora.adapters.write.engines import check_honoured  # noqa: E402
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig  # noqa: E402
 from megalora.hf.folder import local_folder  # noqa: E402
 from megalora.lora.adapted_model import build_adapted, load_adapter  # noqa: E402
@@ -80,7 +81,9 @@ def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
             f"{adapter}: stock PEFT reads no shards; join them first: megalora export {adapter} OUT"
         )
     tokens = probe_batch(shape.vocab)
-    ours, our_layers = _own_logits(folder, shape, whole_adapter(adapter, shape, folder), tokens)
+    read = whole_adapter(adapter, shape, folder)
+    check_honoured("peft", read.adapted, shape)
+    ours, our_layers = _own_logits(folder, shape, read, tokens)
     host.release_memory()  # PEFT's model takes as much
     theirs, their_layers, unadapted = _peft_logits(adapter, folder, tokens)
     parted = [

@@ -203,8 +203,8 @@ def merged_by_hand(trained: Trained, model: Any = None) -> Any:
         rows = {"gate_proj": slice(0, size), "up_proj": slice(size, 2 * size)}
         weight = (
             experts.down_proj[expert]
-            if a.name == "down_proj"
-            else experts.gate_up_proj[expert][rows[a.name]]
+            if a.projection.role == "down_proj"
+            else experts.gate_up_proj[expert][rows[a.projection.role]]
         )
         weight += delta
     return model

@@ -76,6 +76,22 @@ MISTRAL: dict[str, Any] = {
     "use_cache": True, "vocab_size": 32768,
 }  # fmt: skip
 """mistralai/Mistral-7B-v0.3"""
+GLM4_MOE: dict[str, Any] = {
+    "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
+    "eos_token_id": [151329, 151336, 151338], "first_k_dense_replace": 3, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02,
+    "intermediate_size": 12288, "max_position_embeddings": 131072, "model_type": "glm4_moe",
+    "moe_intermediate_size": 1536, "n_group": 1, "n_routed_experts": 160, "n_shared_experts": 1,
+    "norm_topk_prob": True, "num_attention_heads": 96, "num_experts_per_tok": 8,
+    "num_hidden_layers": 92, "num_key_value_heads": 8, "num_nextn_predict_layers": 1,
+    "pad_token_id": 151329, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "rope_theta": 1000000, "routed_scaling_factor": 2.5,
+    "tie_word_embeddings": False, "topk_group": 1, "torch_dtype": "bfloat16",
+    "transformers_version": "4.54.0", "use_cache": True, "use_qk_norm": True,
+    "vocab_size": 151552,
+}  # fmt: skip
+"""zai-org/GLM-4.5"""
 PUBLISHED: dict[str, dict[str, Any]] = {
-    config["model_type"]: config for config in (QWEN3_MOE, QWEN3, QWEN2_MOE, LLAMA, MISTRAL)
+    config["model_type"]: config
+    for config in (QWEN3_MOE, QWEN3, QWEN2_MOE, LLAMA, MISTRAL, GLM4_MOE)
 }

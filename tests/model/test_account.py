@@ -16,7 +16,7 @@ from megalora.hf.json_file import read_hf_config
 from megalora.hf.safetensors import read_header
 from megalora.model import account
 from megalora.model import hf_weights as bridge_base
-from megalora.model.account import needed_tensors, open_folder, published_name
+from megalora.model.account import needed_tensors, open_folder, published_name, unused_note
 from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
@@ -545,3 +545,24 @@ def test_weights_that_are_nan_are_the_folder_s(bases: dict[str, Path], tmp_path:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (found,) = run_ranks(failure_of, 1, folder)
     assert re.match(r"ValueError: .*weights hold NaN, in 1 of 23 .*output_layer.weight", found)
+
+
+def test_layers_that_predict_several_tokens_ahead_are_passed_over_and_said(tmp_path: Path) -> None:
+    """GLM-4.5 stores one as the layer after the last; it is no part of what is trained."""
+    base = make_base(tmp_path / "glm", arch="glm4_moe")
+    ahead = {
+        "model.layers.2.eh_proj.weight": torch.randn(96, 192),
+        "model.layers.2.mlp.gate.weight": torch.randn(8, 96),
+    }
+    plain = open_folder(base)
+    assert unused_note(plain) is None
+    found = open_folder(rewrite(base, lambda tensors: tensors | ahead))
+    assert found.places.keys() == plain.places.keys()
+    note = unused_note(found)
+    assert note is not None
+    assert "2 tensors under model.layers.2. are not read: that layer predicts several" in note
+
+    other = make_base(tmp_path / "qwen")
+    rewrite(other, lambda tensors: tensors | ahead)
+    with pytest.raises(ValueError, match="2 are left over, which nothing would read"):
+        open_folder(other)

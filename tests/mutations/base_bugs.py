@@ -174,8 +174,8 @@ BASE_BUGS: tuple[Bug, ...] = (
         0,
         "unwritten parameters pass",
         BUILD,
-        "            parameter.data.fill_(torch.nan)\n",
-        "            parameter.data.fill_(0)\n",
+        "            tensor.fill_(torch.nan)\n",
+        "            tensor.fill_(0)\n",
         f"{ACCOUNT_TEST} leaves_out_stops",
     ),
     bug(

@@ -534,9 +534,10 @@ BUGS = (
     bug(
         10,
         "recomputation routes by noisy logits",
-        "megalora/model/backend.py",
-        "return F.linear(input, self.weight)",
-        "return F.linear(input, self.weight) + torch.rand(()).item() * input[..., :1]",
+        "megalora/model/router.py",
+        "return F.linear(input.to(dtype), self.weight.to(dtype))",
+        "return F.linear(input.to(dtype), self.weight.to(dtype))"
+        " + torch.rand(()).item() * input[..., :1]",
         f"{TRAINING} test_10",
     ),
     bug(

@@ -7,6 +7,10 @@ BASE = "megalora/model/hf_weights.py"
 FIELDS_TEST = "tests/model/test_fields.py"
 FAMILIES_TEST = "tests/model/test_families.py"
 PEFT_TEST = "tests/distributed/test_against_peft.py gradients_of_stock_peft_in_every_family"
+ROUTER, ROPE = (f"megalora/model/{name}.py" for name in ("router", "rope_fields"))
+GLM = "megalora/model/families/glm4_moe.py"
+ROUTER_TEST = "tests/model/test_router.py"
+EQUAL = "tests/verify/test_families.py test_a_family_is_equal"
 
 FAMILY_BUGS: tuple[Bug, ...] = (
     bug(
@@ -61,8 +65,73 @@ FAMILY_BUGS: tuple[Bug, ...] = (
         0,
         "extra tensors not accounted for",
         "megalora/model/account.py",
-        '        needed |= {f"{at}.{extra.hf}": extra.size(shape) for extra in extras(shape, layer)}\n',
+        '        needed |= {f"{at}.{extra.hf}": extra.size(shape) '
+        "for extra in extras(shape, layer)}\n",
         "",
         f"{FAMILIES_TEST} every_parameter_of_transformers",
+    ),
+    bug(
+        0,
+        "Megatron moves the correction bias towards balance",
+        ROUTER,
+        "self.frozen_expert_bias = True",
+        "pass",
+        f"{ROUTER_TEST} stay_as_stored",
+        (
+            "        widened = ",
+            "        if self.local_tokens_per_expert is not None:\n"
+            "            self.local_tokens_per_expert[0] += len(input)\n"
+            "        widened = ",
+        ),
+    ),
+    bug(
+        0,
+        "the correction bias rounded to the model's dtype",
+        ROUTER,
+        "self.frozen_expert_bias = True",
+        "self.frozen_expert_bias = True\n"
+        "        if self.expert_bias is not None:\n"
+        "            self.expert_bias = self.expert_bias.to(self.config.params_dtype)",
+        f"{ROUTER_TEST} stay_as_stored",
+    ),
+    bug(
+        0,
+        "a group of experts rated by its best expert alone",
+        ROUTER,
+        "BEST_OF_GROUP = 2",
+        "BEST_OF_GROUP = 1",
+        f"{ROUTER_TEST} corrected_sigmoids",
+    ),
+    bug(
+        0,
+        "the correction bias in the experts' weights",
+        ROUTER,
+        "weights_TK = scores_TE.gather(1, chosen_TK)",
+        "weights_TK = (scores_TE + bias_E).gather(1, chosen_TK)",
+        f"{ROUTER_TEST} corrected_sigmoids",
+    ),
+    bug(
+        0,
+        "a router that computes in the model's dtype",
+        ROUTER,
+        'self.config.moe_router_dtype == "fp32" and',
+        "False and",
+        EQUAL,
+    ),
+    bug(
+        0,
+        "one shared expert whatever their number",
+        GLM,
+        'shared_intermediate=hf["n_shared_experts"] * hf["moe_intermediate_size"]',
+        'shared_intermediate=hf["moe_intermediate_size"]',
+        EQUAL,
+    ),
+    bug(
+        0,
+        "whole heads turned where half is meant",
+        ROPE,
+        "share = factors[0] if factors else default",
+        "share = 1.0",
+        EQUAL,
     ),
 )

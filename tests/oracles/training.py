@@ -20,6 +20,26 @@ from transformers import AutoModelForCausalLM
 PREFIX = "base_model.model."
 
 
+def lead(values: Tensor, count: int) -> float:
+    """The smallest distance, over rows, between the last of the ``count`` largest and the next."""
+    if count >= values.shape[-1]:
+        return math.inf
+    largest = values.topk(count + 1, dim=-1).values
+    return (largest[..., -2] - largest[..., -1]).min().item()
+
+
+def corrected_margin(router: Any, logits: Tensor) -> float:
+    """The same for a router that chooses by sigmoids plus a correction: groups first, then experts
+    of the best groups. Sigmoids err a quarter as much as logits, at most."""
+    scores = logits.sigmoid() + router.e_score_correction_bias
+    by_group = scores.unflatten(-1, (router.n_group, -1))
+    rating = by_group.topk(2, dim=-1).values.sum(-1)
+    best = rating.topk(router.topk_group, dim=-1).indices
+    allowed = torch.zeros_like(rating, dtype=torch.bool).scatter(-1, best, True)
+    within = by_group.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
+    return min(lead(rating, router.topk_group), lead(within, router.top_k))
+
+
 class Oracle:
     """A base model and adapter factors by PEFT tensor name; every sample runs alone and
     unpadded."""
@@ -48,9 +68,13 @@ class Oracle:
             if hasattr(module, "top_k") and hasattr(module, "weight"):
                 module.register_forward_hook(self._measure_margin)
 
-    def _measure_margin(self, router: Any, _: Any, output: tuple[Tensor, ...]) -> None:
-        chosen = output[0].detach().topk(router.top_k + 1, dim=-1).values
-        self.margin = min(self.margin, (chosen[:, -2] - chosen[:, -1]).min().item())
+    def _measure_margin(self, router: Any, _: Any, output: Any) -> None:
+        logits = (output[0] if isinstance(output, tuple) else output).detach()
+        if hasattr(router, "e_score_correction_bias"):
+            margin = corrected_margin(router, logits)
+        else:
+            margin = lead(logits, router.top_k)
+        self.margin = min(self.margin, margin)
 
     def merged(self) -> dict[str, Tensor]:
         weights = dict(self.model.named_parameters(remove_duplicate=False))

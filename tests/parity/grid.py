@@ -168,3 +168,14 @@ QUICK = (
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and
 every registered family."""
+
+MORE_OF_FAMILIES = tuple(
+    replace(layout, model=model)
+    for model in ("glm4_moe",)
+    for layout in (
+        Case(1, adapter="all", micro=3),
+        Case(2, pp=2, adapter="router", recompute="full", micro=3),
+        Case(4, tp=4, ep=2, etp=2, adapter="ranks", micro=3),
+    )
+)
+"""More layouts for families that have layer parts of their own."""

@@ -16,7 +16,7 @@ from tests.parity.case import (
     read_run,
     run_case,
 )
-from tests.parity.grid import FAST, QUICK, SHORT, Case
+from tests.parity.grid import FAST, MORE_OF_FAMILIES, QUICK, SHORT, Case
 from tests.parity.models import MODELS, make_model, shape_of
 
 type Reference = Callable[[Case], tuple[Path, Expected]]
@@ -52,6 +52,12 @@ def test_layout_trains_the_adapter_that_transformers_trains(
     row = deviations(read_run(tmp_path), oracle)
     print({k: f"{v:.1e}" for k, v in row.items()})
     assert not exceeded(row), row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_OF_FAMILIES, ids=lambda case: case.name)
+def test_a_family_trains_alike_in_more_layouts(case: Case, reference: Reference, chats, tmp_path):
+    test_layout_trains_the_adapter_that_transformers_trains(case, reference, chats, tmp_path)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -57,13 +57,7 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
     engine = ENGINES[name]
     if layout not in engine.layouts:
         raise ValueError(f"--layout {layout}: {engine.title} reads {' or '.join(engine.layouts)}")
-    for projection in dict.fromkeys(a.name for a in adapted):
-        if does := engine.not_honoured.get(projection):
-            raise ValueError(
-                f"{engine.title} does not honour the adapter of {projection}, which was trained: it"
-                f" {does}. Export with --drop {projection} to leave it out, or merge the adapter"
-                " into the base: megalora merge"
-            )
+    check_honoured(name, adapted, shape)
     experts = any(a.projection.is_expert for a in adapted)
     if name == "peft" and not loads_in_peft(layout, adapted, shape):
         raise ValueError(
@@ -82,7 +76,25 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
         )
 
 
+def check_honoured(name: EngineName, adapted: list[Adapted], shape: ModelShape) -> None:
+    """Raise ``ValueError`` for a projection whose adapter the engine would not apply."""
+    engine = ENGINES[name]
+    not_honoured = engine.not_honoured
+    if name == "peft":
+        not_honoured = FAMILIES[shape.model_type].peft.not_honoured
+    for projection in dict.fromkeys(a.name for a in adapted):
+        if does := not_honoured.get(projection):
+            raise ValueError(
+                f"{engine.title} does not honour the adapter of {projection}, which was trained: it"
+                f" {does}. Export with --drop {projection} to leave it out, or merge the adapter"
+                " into the base: megalora merge"
+            )
+
+
 def loads_in_peft(layout: str, adapted: list[Adapted], shape: ModelShape) -> bool:
-    """Whether PEFT 0.21 reads experts' adapters of this family in that layout."""
+    """Whether PEFT 0.21 reads an adapter of this family in that layout."""
+    peft = FAMILIES[shape.model_type].peft
+    if any(a.name in peft.not_honoured for a in adapted):
+        return False
     experts = any(a.projection.is_expert for a in adapted)
-    return layout == "stacked" or not experts or FAMILIES[shape.model_type].peft.per_expert
+    return layout == "stacked" or not experts or peft.per_expert

@@ -39,6 +39,7 @@ from megalora.model.projections import (
     DENSE_MLP,
     MOE,
     SHARED_EXPERT,
+    SHARED_EXPERTS,
     Projection,
 )
 from megalora.model.shape import ModelShape
@@ -52,7 +53,11 @@ type Pair = tuple[Adapted, Adapted | None]
 
 def export_form(adapted: list[Adapted], shape: ModelShape, *, uniform: bool = False) -> list[Pair]:
     """Every projection in a file with a matrix for each linear, in the order of the table."""
-    together = [_EXPERTS, ATTENTION[:3], DENSE_MLP, SHARED_EXPERT] if uniform else [_EXPERTS]
+    together = (
+        [_EXPERTS, ATTENTION[:3], DENSE_MLP, SHARED_EXPERT, SHARED_EXPERTS]
+        if uniform
+        else [_EXPERTS]
+    )
     trained = {(a.layer, a.projection): a for a in adapted}
     experts = [a for a in adapted if a.projection.is_expert]
     fused = [a for a in experts if a.projection.kind == "expert_column"] or experts
@@ -131,7 +136,9 @@ def module_entries(written: list[Adapted], shape: ModelShape) -> list[_Entry]:
     ``target_parameters`` can do."""
     entries = []
     for a in written:
-        beside = bool(shape.moe_layers) and a.projection in DENSE_MLP + SHARED_EXPERT
+        beside = (
+            bool(shape.moe_layers) and a.projection in DENSE_MLP + SHARED_EXPERT + SHARED_EXPERTS
+        )
         # PEFT has no expert number in the name it looks up, and ends the router's and other
         # parameters' with ".weight".
         end = r"(\.weight)?" if beside or a.projection.kind == "router" else ""

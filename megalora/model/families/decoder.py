@@ -123,6 +123,14 @@ SHARED_GATE = (
 """The scalar gate of the shared expert."""
 
 
+CORRECTION_BIAS = (
+    ExtraTensor(
+        "mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", lambda s: (s.num_experts,)
+    ),
+)
+"""What a router with sigmoid scores adds to them to choose experts, and to choose alone."""
+
+
 def router_settings(shape: ModelShape, hf: Config) -> dict[str, Any]:
     """Softmax over all experts or, where probabilities are normed again, over the chosen ones,
     which is the same."""

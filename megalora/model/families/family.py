@@ -77,6 +77,8 @@ class PeftSupport:
 
     per_expert: bool = True
     """Whether a file with a matrix for each expert loads; the stacked layout always does."""
+    not_honoured: Mapping[str, str] = field(default_factory=dict)
+    """Name of a projection -> what PEFT does instead of applying its adapter."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,9 @@ class Family:
     comes first."""
     rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     """Kinds of rotary scaling that were compared with transformers for this family."""
+    turns_whole_heads: bool = True
+    """Whether the rotary embedding turns all features of a head, whatever the config says;
+    otherwise ``shape`` reads how many (``rope_fields.rotary_dim``)."""
     check: Callable[[Config], None] = lambda hf: None
     """Raises ``ValueError`` for fields whose values do not go together."""
     shape: Callable[[Config], ModelShape]
@@ -119,6 +124,10 @@ class Family:
     """(shape, layer) -> its linears. Objects made once, never anew per call: they are compared."""
     extras: Callable[[ModelShape, int], tuple[ExtraTensor, ...]] = lambda shape, layer: ()
     """(shape, layer) -> its other tensors."""
+
+    unused: Callable[[ModelShape], str | None] = lambda shape: None
+    """(shape) -> beginning of published names of tensors that are no part of the model that is
+    trained, such as layers that predict several tokens ahead; None where there are none."""
 
     settings: Callable[[ModelShape, Config], dict[str, Any]] = lambda shape, hf: {}
     """Fields of Megatron's ``TransformerConfig`` beyond those that follow from ``ModelShape``."""

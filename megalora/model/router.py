@@ -1,0 +1,101 @@
+"""Route tokens to experts with a router whose weight and correction bias are frozen.
+
+    softmax     scores are softmax over all experts before the choice, or over the chosen ones after
+    sigmoid     scores are sigmoids; a correction bias takes part in the choice alone, and experts
+                may be chosen from the best groups of experts only (DeepSeek-V3, arXiv 2412.19437,
+                equations 14 to 16)
+
+Shape legend:
+    T  tokens of this rank      E  experts      G  groups of E/G experts      K  experts per token
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+BEST_OF_GROUP = 2
+"""A group's score is the sum of its two best experts' scores, in DeepSeek-V3 and GLM-4.5.
+Megatron's own takes the best ``top_k // group_topk``, which is 2 for DeepSeek-V3's sizes alone."""
+
+
+class FrozenRouter(TopKRouter):
+    """Megatron's top-k router without what trains it.
+
+    Its own gating computes the weight's gradient even where the weight is frozen, and after every
+    step ``finalize_model_grads`` moves the correction bias towards balanced experts.
+
+    tensor        shape     dtype            across TP
+    weight        [E, H]    the model's      replicated
+    expert_bias   [E]       float32 always   replicated; a buffer, present with sigmoid scores
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # a buffer is no parameter: requires_grad does not keep Megatron from updating it
+        self.frozen_expert_bias = True
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits, in float32 where the family's router computes in it (``moe_router_dtype``), else
+        in the model's dtype: in bfloat16 the other kind chooses other experts."""
+        widened = self.config.moe_router_dtype == "fp32" and input.dtype != torch.float64
+        dtype = torch.float32 if widened else input.dtype
+        return F.linear(input.to(dtype), self.weight.to(dtype))
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights and choice of every token, both ``[T, E]``; see ``TopKRouter.routing``."""
+        if self.score_function != "sigmoid":
+            return super().routing(logits, padding_mask)
+        assert self.expert_bias is not None, "sigmoid scores come with a correction bias"
+        return route_by_sigmoid(
+            logits.flatten(0, -2),
+            self.expert_bias,
+            self.topk,
+            num_groups=self.config.moe_router_num_groups or 1,
+            group_topk=self.config.moe_router_group_topk or 1,
+            scale=self.config.moe_router_topk_scaling_factor or 1.0,
+        )
+
+
+def route_by_sigmoid(
+    logits_TE: Tensor, bias_E: Tensor, top_k: int, *, num_groups: int, group_topk: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Choose ``top_k`` experts by sigmoid scores plus a correction; weigh them by scores alone.
+
+        s = sigmoid(logits)      chosen = top_k of (s + bias) within the best groups
+        w_e = scale * s_e / sum of s over the chosen
+
+    Args:
+        logits_TE: of any dtype; scores are computed in float32 or float64.
+        bias_E: correction bias, float32; it gets no gradient.
+        top_k: K.
+        num_groups: G; groups are neighbouring experts.
+        group_topk: number of groups a token may choose from.
+        scale: factor on all weights.
+
+    Returns:
+        Weights ``[T, E]`` in the dtype of the logits, zero where not chosen; choice ``[T, E]``,
+        bool.
+    """
+    scores_TE = torch.sigmoid(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)))
+    with torch.no_grad():
+        corrected_TE = scores_TE + bias_E
+        if num_groups > 1:
+            corrected_TE = _within_best_groups(corrected_TE, num_groups, group_topk)
+        chosen_TK = corrected_TE.topk(top_k, dim=-1).indices
+    weights_TK = scores_TE.gather(1, chosen_TK)
+    weights_TK = scale * weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    weights_TE = torch.zeros_like(logits_TE).scatter(1, chosen_TK, weights_TK.to(logits_TE.dtype))
+    map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+    return weights_TE, map_TE
+
+
+def _within_best_groups(scores_TE: Tensor, num_groups: int, group_topk: int) -> Tensor:
+    """The scores, minus infinity for experts outside each token's ``group_topk`` best groups."""
+    scores_TGe = scores_TE.unflatten(1, (num_groups, -1))
+    group_scores_TG = scores_TGe.topk(BEST_OF_GROUP, dim=-1).values.sum(-1)
+    best_TG = group_scores_TG.topk(group_topk, dim=-1).indices
+    allowed_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter(1, best_TG, True)
+    return scores_TGe.masked_fill(~allowed_TG[..., None], -torch.inf).flatten(1)

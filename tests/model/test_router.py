@@ -1,0 +1,71 @@
+"""Routers compute what transformers' own do, in values and gradients; nothing moves them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Glm4MoeConfig
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeMoE
+
+from megalora.config import LoRAConfig
+from megalora.model.router import route_by_sigmoid
+from megalora.tiny import make_tiny
+from megalora.train.optim import clip_and_step
+from tests.distributed.ranks import run_ranks
+from tests.oracles.base import stored_tensors
+from tests.parity.built import built
+from tests.parity.runs import make_config
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "group_topk", "top_k"), [(1, 1, 4), (4, 2, 3), (4, 3, 5), (2, 1, 6), (3, 2, 1)]
+)
+def test_corrected_sigmoids_choose_and_weigh_as_in_transformers(num_groups, group_topk, top_k):
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "n_group": num_groups, "topk_group": group_topk, "num_experts_per_tok": top_k,
+        "n_routed_experts": 12, "routed_scaling_factor": 2.5, "hidden_size": 8,
+        "moe_intermediate_size": 4,
+    }  # fmt: skip
+    theirs: Any = Glm4MoeMoE(Glm4MoeConfig(**options)).double()
+    bias_E = 0.3 * torch.randn(12, dtype=torch.float64)
+    theirs.gate.e_score_correction_bias.copy_(bias_E)
+    logits_TE = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
+    index_TK, weights_TK = theirs.route_tokens_to_experts(logits_TE)
+    expected_TE = torch.zeros_like(logits_TE).scatter(1, index_TK, weights_TK)
+    probs_TE, map_TE = route_by_sigmoid(
+        logits_TE, bias_E, top_k, num_groups=num_groups, group_topk=group_topk, scale=2.5
+    )
+    assert torch.equal(map_TE, torch.zeros_like(map_TE).scatter(1, index_TK, True))
+    torch.testing.assert_close(probs_TE, expected_TE, rtol=1e-12, atol=0)
+    target_TE = torch.randn_like(logits_TE)
+    ours, reference = (
+        torch.autograd.grad((p * target_TE).sum(), logits_TE)[0] for p in (probs_TE, expected_TE)
+    )
+    torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
+
+
+def _biases_before_and_after(config: Any) -> list[tuple[torch.dtype, float, float]]:
+    """(dtype, largest value, largest change over two steps) of every router's correction bias."""
+    with built(config) as run:
+        named = {n: b for c in run.model.chunks for n, b in c.named_buffers() if "expert_bias" in n}
+        before = {name: bias.clone() for name, bias in named.items()}
+        for step in range(2):
+            run.stepper.train(run.batches.of_step(step), run.optimizer)
+            clip_and_step(run.optimizer)
+        return [
+            (b.dtype, b.abs().max().item(), (b - before[n]).abs().max().item())
+            for n, b in named.items()
+        ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_correction_biases_stay_as_stored(dtype: str, chats: Path, tmp_path: Path) -> None:
+    """In float32 whatever the model's dtype, and the same bits after training steps."""
+    base = make_tiny(tmp_path / "glm", arch="glm4_moe", num_hidden_layers=2)
+    lora = LoRAConfig(rank=4, target_modules=["gate", "q_proj", "down_proj"])
+    config = make_config(base, chats, tmp_path / "run", {"tp": 2}, lora=lora, dtype=dtype)
+    stored = stored_tensors(base)["model.layers.1.mlp.gate.e_score_correction_bias"]
+    for found in run_ranks(_biases_before_and_after, 2, config):
+        assert found == [(torch.float32, stored.abs().max().item(), 0.0)]
