@@ -7,8 +7,10 @@ it.
 
 import json
 import random
+import selectors
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +22,7 @@ import torch
 from megalora_kernels import tuned
 from megalora_kernels.variants import Variant
 
-from benchmarks import tune
+from benchmarks import tune, tune_compile
 from benchmarks.expert_case import Sizes, Spec
 from benchmarks.tune_compile import Job, compile_all
 from benchmarks.tune_points import (
@@ -699,11 +701,28 @@ def job(word: str, number: int = 0) -> Job:
     return Job(replace(GATE_UP, name=f"{word} {number}"), 2, RULE)
 
 
-def test_an_abort_loses_one_variant_and_not_the_sweep():
+def test_an_abort_loses_one_variant_and_not_the_sweep(monkeypatch):
+    class Selector(selectors.DefaultSelector):
+        """Time is up for the job that sleeps, as soon as it is asked for; the others take as long
+        as they take."""
+
+        def select(self, timeout: float | None = None) -> list[Any]:
+            assert timeout == 3
+            return super().select(0 if job_of_thread.sleeps else None)
+
+    job_of_thread = threading.local()
+    ask = tune_compile._Child.ask
+
+    def noted(self: Any, line: str, seconds: float) -> str:
+        job_of_thread.sleeps = "sleep" in line
+        return ask(self, line, seconds)
+
+    monkeypatch.setattr(tune_compile._Child, "ask", noted)
+    monkeypatch.setattr(tune_compile.selectors, "DefaultSelector", Selector)
     good = [job("good", i) for i in range(5)]
     jobs = [good[0], job("abort"), good[1], job("wrong"), job("exit"), *good[2:], job("sleep")]
     found = compile_all(
-        jobs, [sys.executable, "-c", CHILD], num_processes=2, seconds=60, job_seconds=3
+        jobs, [sys.executable, "-c", CHILD], num_processes=2, seconds=3600, job_seconds=3
     )
     assert [found[j] for j in good] == [None] * 5
     assert found[job("wrong")] == "TypeError: no"
@@ -822,9 +841,18 @@ def test_a_sweep_that_a_variant_ends_is_started_again(script, code, calls, tmp_p
 
 
 def test_a_sweep_is_ended_when_its_budget_is_spent(tmp_path, monkeypatch):
-    start = time.monotonic()
-    # and nothing was written
-    assert sweep_by("exec sleep 60", tmp_path, monkeypatch, seconds=1) == (1, 1)
-    assert time.monotonic() - start < 20
+    class Popen(subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None:
+                return super().wait()
+            while not (tmp_path / "calls").is_file():  # it has started, however long that takes
+                time.sleep(0.02)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune.subprocess, "Popen", Popen)
+        # and nothing was written; had it been left to sleep, it would have ended with 0
+        assert sweep_by("exec sleep 60", tmp_path, monkeypatch, seconds=1000) == (1, 1)
     # with so little left, not once more
-    assert sweep_by("exit 75", tmp_path, monkeypatch, seconds=10)[1] == 2
+    little = tune.LEAST_SECONDS - 1
+    assert sweep_by("exit 75", tmp_path, monkeypatch, seconds=little)[1] == 2

@@ -19,7 +19,6 @@ import torch
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
-from megalora import host
 from megalora.bench import launch
 from megalora.bench.flops import flops_per_token
 from megalora.bench.launch import Nodes, command, processes_of, run_to_log
@@ -41,32 +40,13 @@ from megalora.model.fields import model_shape
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import fullest_stage
 from megalora.planner.weights import PlannedModel
+from tests.bench.made_up_clock import MadeUpClock
 from tests.distributed.ranks import run_ranks
 from tests.parity.everything import LORA
 from tests.parity.gradients import reduced_gradients
 from tests.parity.runs import make_config
 
 # ---- inside ranks ----
-
-
-class MadeUpClock:
-    """Stands in for the clock that timers read, until the end of this forked process.
-
-    Args:
-        tick: seconds that pass between two looks at it; other time passes only by ``pass_time``.
-    """
-
-    def __init__(self, tick: float) -> None:
-        self.now = 0.0
-        self.tick = tick
-        host.Stopwatch.mark = self.look  # type: ignore[method-assign]
-
-    def look(self) -> float:
-        self.now += self.tick
-        return self.now
-
-    def pass_time(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def plain_and_timed(config: RunConfig, options: BenchOptions) -> dict[str, Any]:

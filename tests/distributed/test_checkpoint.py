@@ -176,15 +176,14 @@ def _never_comes_back() -> None:
     with signals.terminated():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
+        os._exit(7)  # it did not give up
 
 
 def test_a_rank_stuck_in_a_step_gives_up():
     """As after another rank's failure: nobody comes to the collective, so the loop never asks
     whether to stop."""
-    start = time.monotonic()
-    with pytest.raises(Exception, match="exit code 1"):
+    with pytest.raises(Exception, match="exit code 1$"):
         run_ranks(_never_comes_back, 1)
-    assert time.monotonic() - start < 20
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny, chats, tmp_path):

@@ -32,6 +32,9 @@ class FakeVLLM(ThreadingHTTPServer):
         self.updates_allowed = True
         self.loading_fails: str | None = None
         self.seconds_per_answer = 0.0
+        self.may_answer = threading.Event()
+        """Completions are answered while this is set."""
+        self.may_answer.set()
         self.hang_up = 0
         """Close so many connections instead of answering."""
         self.calls: list[tuple[str, str]] = []
@@ -139,6 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
             return
         time.sleep(self.server.seconds_per_answer)
+        self.server.may_answer.wait()
         shift = 0.0 if name == BASE else 0.25
         choices = [{"index": i} | _choice(p, tokens, shift, body) for i, p in enumerate(prompts)]
         self._send(200, {"model": name, "choices": choices[::-1]})
