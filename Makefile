@@ -80,8 +80,8 @@ parity: $(READY)  ## Every layout of up to 8 ranks against plain transformers: 2
 test-cluster: $(READY)  ## Two hosts as network namespaces: rendezvous, one cut off, resume (root and iproute2)
 	@$(BIN)/pytest -q -m cluster tests/cluster
 
-mutations: $(READY)  ## Put one bug after the other into the code and see the tests catch it
-	@$(BIN)/python -m tests.mutations.run
+mutations: $(READY)  ## Put one bug after the other into the code and see the tests catch it; SHARD=2/4 for a part
+	@$(BIN)/python -m tests.mutations.run $(if $(SHARD),--shard $(SHARD))
 
 check: $(READY)  ## Format, lint, types and tests: what CI runs
 	@$(BIN)/ruff format --check .

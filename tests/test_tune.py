@@ -852,7 +852,7 @@ def test_a_sweep_is_ended_when_its_budget_is_spent(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tune.subprocess, "Popen", Popen)
         # and nothing was written; had it been left to sleep, it would have ended with 0
-        assert sweep_by("exec sleep 60", tmp_path, monkeypatch, seconds=1000) == (1, 1)
+        assert sweep_by("exec sleep 20", tmp_path, monkeypatch, seconds=1000) == (1, 1)
     # with so little left, not once more
     little = tune.LEAST_SECONDS - 1
     assert sweep_by("exit 75", tmp_path, monkeypatch, seconds=little)[1] == 2

@@ -1,19 +1,24 @@
 """Put one bug after the other into a copy of the code and see its tests fail.
 
-    python -m tests.mutations.run [TEXT ...]
+    python -m tests.mutations.run [TEXT ...] [--shard 2/4] [--at-once 2]
 
-Only bugs whose name contains a TEXT, or all of them; first the same tests without a bug, which must
-pass. Prints which test caught which bug; exit code 1 when one was not caught. Everything heavy is
-imported once; every bug gets a forked process that forgets our own modules and imports the copy's.
+Only bugs whose name contains a TEXT, or all of them. Before the bugs of a test file, the same tests
+run without a bug, which must pass. Prints which test caught which bug; exit code 1 when one was not
+caught. Everything heavy is imported once; every bug gets a forked process that forgets our own
+modules and imports the copy's. ``--shard I/N`` takes the I-th of N parts of about equal size.
 """
 
+import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.overrides import _pop_mode
@@ -39,7 +44,6 @@ COPIED = (
     ".ci",
 )
 OURS = ("megalora", "megalora_kernels", "tests", "benchmarks", "docs")
-AT_ONCE = 2
 
 
 class Failures:
@@ -73,7 +77,7 @@ def with_bug(code: Path, folder: Path, bug: Bug | None) -> None:
         path.write_text(bug.put_into(path.read_text()))
 
 
-def run_tests(folder: Path, selections: list[str], stop_early: bool) -> None:
+def run_tests(folder: Path, file: str, expression: str, stop_early: bool) -> None:
     """In a forked process: import the copy and leave ``result.json`` in it."""
     for name in [n for n in sys.modules if n.split(".")[0] in OURS]:
         del sys.modules[name]
@@ -85,24 +89,13 @@ def run_tests(folder: Path, selections: list[str], stop_early: bool) -> None:
         *(p for p in sys.path if p not in ("", str(ROOT))),
     ]
     failures = Failures()
-    code = 0
+    arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={folder}"]
+    if stop_early:
+        arguments.append("-x")
     with (folder / "output.txt").open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-        for selection in selections:
-            file, _, expression = selection.partition(" ")
-            arguments = [
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                f"--rootdir={folder}",
-                str(folder / file),
-                "-k",
-                expression,
-            ]
-            code = max(
-                code, pytest.main([*arguments, *(["-x"] if stop_early else [])], plugins=[failures])
-            )
+        code = pytest.main([*arguments, str(folder / file), "-k", expression], plugins=[failures])
     import megalora
 
     assert Path(str(megalora.__file__)).is_relative_to(folder), (
@@ -122,38 +115,75 @@ def outcome(folder: Path) -> tuple[bool, str]:
     return content["code"] == 0, ", ".join(content["failed"]) or "import"
 
 
-def main(wanted: list[str]) -> None:
-    bugs = [bug for bug in EVERY_BUG if not wanted or any(text in bug.name for text in wanted)]
-    if not bugs:
-        raise SystemExit(f"no bug's name contains {' or '.join(wanted)}")
+def by_test_file(bugs: Iterable[Bug]) -> dict[str, list[Bug]]:
+    files: dict[str, list[Bug]] = {}
+    for bug in bugs:
+        files.setdefault(bug.tests.partition(" ")[0], []).append(bug)
+    return files
+
+
+def shard(bugs: Iterable[Bug], number: int, count: int) -> list[Bug]:
+    """The ``number``-th, from 1, of ``count`` parts of about equal size. Bugs of one test file stay
+    together, so that its tests run without a bug in one part alone."""
+    parts: list[list[Bug]] = [[] for _ in range(count)]
+    for group in sorted(by_test_file(bugs).values(), key=len, reverse=True):
+        min(parts, key=len).extend(group)
+    return parts[number - 1]
+
+
+def jobs(bugs: Iterable[Bug], code: Path, root: Path) -> Iterator[Any]:
+    """For each test file: its tests without a bug, then once for each bug."""
+    numbers = itertools.count()
+    for file, group in by_test_file(bugs).items():
+        expressions = sorted({bug.tests.partition(" ")[2] for bug in group})
+        any_of_them = " or ".join(f"({expression})" for expression in expressions)
+        for bug in (None, *group):
+            folder = root / str(next(numbers))
+            with_bug(code, folder, bug)
+            expression = bug.tests.partition(" ")[2] if bug else any_of_them
+            yield (bug, file, folder), run_tests, (folder, file, expression, bug is not None)
+
+
+def try_bugs(bugs: list[Bug], at_once: int) -> list[str]:
+    """Print what became of each; names of those that were not caught."""
     survived: list[str] = []
     with tempfile.TemporaryDirectory() as root:
         code = copy_of_the_code(Path(root) / "code")
-
-        def job(number: int, bug: Bug | None):
-            folder = Path(root) / str(number)
-            with_bug(code, folder, bug)
-            selections = [bug.tests] if bug else sorted({b.tests for b in bugs})
-            return (bug, folder), run_tests, (folder, selections, bug is not None)
-
-        for (bug, folder), seconds, _ in forked(
-            (job(i, b) for i, b in enumerate([None, *bugs])), AT_ONCE
-        ):
+        for (bug, file, folder), seconds, _ in forked(jobs(bugs, code, Path(root)), at_once):
             passed, failed = outcome(folder)
             if bug is None and not passed:
-                raise SystemExit(
-                    f"without a bug: {failed} failed\n{(folder / 'output.txt').read_text()[-3000:]}"
+                said = (folder / "output.txt").read_text()[-3000:]
+                raise SystemExit(f"without a bug: {failed} failed in {file}\n{said}")
+            if bug is None:
+                print(
+                    f"   no bug in {file:46} {seconds:4.0f} s  all pass, as they must", flush=True
                 )
-            said = (
-                "all pass, as they must"
-                if bug is None
-                else "NOT CAUGHT"
-                if passed
-                else f"caught by {failed}"
-            )
-            name = f"{bug.pitfall:2d} {bug.name}" if bug else "   no bug"
-            print(f"{name:58} {seconds:4.0f} s  {said}", flush=True)
-            survived += [bug.name] if bug and passed else []
+            else:
+                said = "NOT CAUGHT" if passed else f"caught by {failed}"
+                print(f"{bug.pitfall:2d} {bug.name:55} {seconds:4.0f} s  {said}", flush=True)
+                survived += [bug.name] * passed
+            shutil.rmtree(folder)  # 8 MB each
+    return survived
+
+
+def shard_option(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, as in 2/4")
+    return int(number), int(count)
+
+
+def main(given: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations.run")
+    parser.add_argument("wanted", nargs="*", metavar="TEXT", help="a part of bugs' names")
+    parser.add_argument("--shard", type=shard_option, default=(1, 1), metavar="I/N")
+    parser.add_argument("--at-once", type=int, default=2, help="processes side by side")
+    args = parser.parse_args(given)
+    named = [b for b in EVERY_BUG if not args.wanted or any(t in b.name for t in args.wanted)]
+    bugs = shard(named, *args.shard)
+    if not bugs:
+        raise SystemExit(f"no bug's name contains {' or '.join(args.wanted)}")
+    survived = try_bugs(bugs, args.at_once)
     print(
         f"{len(bugs) - len(survived)} of {len(bugs)} bugs caught"
         + (f"; not: {', '.join(survived)}" if survived else "")
