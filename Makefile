@@ -26,21 +26,21 @@ SIDE_BY_SIDE := -n 2 --dist worksteal
 # What addopts in pyproject.toml leaves out, because -m on the command line replaces it.
 HERE := not vllm and not cluster and not compiled
 
-.PHONY: help setup quickstart gsm8k test test-all test-serve test-cluster compiled gpu parity mutations check configs docs format lock vllm vllm-lock clean
+.PHONY: help setup quickstart gsm8k test test-all test-serve test-cluster compiled gpu parity mutations check configs docs format lock wheels vllm vllm-lock clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(READY)  ## The environment in .venv: Python 3.12 and requirements.lock
+setup: $(READY)  ## The environment in .venv: Python 3.12 and requirements-dev.lock
 
 .tools/bin/uv:
 	@echo "fetching uv"
 	@python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --target .tools uv
 
-$(READY): requirements.lock pyproject.toml kernels/pyproject.toml | $(filter .tools/%,$(UV))
-	@echo "installing $$(grep -c == requirements.lock) packages into $(VENV)"
+$(READY): requirements-dev.lock pyproject.toml kernels/pyproject.toml | $(filter .tools/%,$(UV))
+	@echo "installing $$(grep -c == requirements-dev.lock) packages into $(VENV)"
 	@$(UV) venv --quiet --allow-existing --python 3.12 $(VENV)
-	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -r requirements.lock
+	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -r requirements-dev.lock
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e kernels -e .
 	@touch $@
 
@@ -99,9 +99,17 @@ format: $(READY)  ## Rewrite the code as ruff wants it
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-lock: | $(filter .tools/%,$(UV))  ## Resolve pyproject.toml anew into requirements.lock
-	@$(UV) pip compile --quiet --no-header --no-annotate --group dev --no-emit-package megalora-kernels \
-		-o requirements.lock pyproject.toml
+# requirements.lock is what users install; requirements-dev.lock adds tools, with the same versions of all else.
+COMPILE = $(UV) pip compile --quiet --no-header --no-annotate --no-emit-package megalora-kernels
+
+lock: | $(filter .tools/%,$(UV))  ## Resolve pyproject.toml anew into requirements.lock and requirements-dev.lock
+	@$(COMPILE) -o requirements.lock pyproject.toml
+	@$(COMPILE) --group dev --constraint requirements.lock -o requirements-dev.lock pyproject.toml
+
+wheels: | $(filter .tools/%,$(UV))  ## Both wheels in dist/ (docs/install.md says how to install them)
+	@rm -rf build kernels/build dist # setuptools packs whatever an earlier build left there
+	@$(UV) build --quiet --wheel --out-dir dist kernels
+	@$(UV) build --quiet --wheel --out-dir dist .
 
 vllm: $(VLLM_READY)  ## vLLM with our plug-in in .venv-vllm: the build for GPUs where nvidia-smi lists one, else that for CPUs
 
@@ -121,5 +129,5 @@ vllm-lock: | $(filter .tools/%,$(UV))  ## Resolve both builds of vLLM anew into 
 	printf 'vllm==$(VLLM_VERSION)\n' | $$compile --python-version 3.12 -o $(VLLM_PLUGIN)/requirements-gpu.lock -
 
 clean:  ## Remove environment, runs and caches
-	@rm -rf $(VENV) $(VLLM) $(TRITON36) .tools runs build *.egg-info kernels/*.egg-info $(VLLM_PLUGIN)/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VLLM) $(TRITON36) .tools runs build dist kernels/build *.egg-info kernels/*.egg-info $(VLLM_PLUGIN)/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

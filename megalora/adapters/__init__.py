@@ -1,1 +1,1 @@
-"""Read, write, export, import and merge adapter folders."""
+"""Hugging Face on one side, Megatron on the other: base weights in, adapters out and back."""

@@ -1,1 +1,2 @@
-"""Measure layouts with the real training step, and the rates that the planner needs."""
+"""Measures on the machine at hand: what a step takes (``runs.py``), and what the planner needs to
+predict it (``calibrate.py``)."""

@@ -20,7 +20,9 @@ session, and so a process group, of its
 own: signalling torchrun's group would not reach them."""
 PATIENCE_S = 15
 """For torchrun to end its ranks, before what is left is killed."""
-SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun_node.sh"
+SCRIPT = Path(__file__).with_name("torchrun_node.sh")
+"""Part of the package, so that an installed one has it; ``launch/torchrun_node.sh`` is a link to
+it."""
 MODULE = "megalora.bench.measure"
 
 
@@ -93,6 +95,9 @@ def command(
     )
     environment |= {"MODULE": module, "RDZV_ID": f"{environment.get('RDZV_ID', 'megalora')}-{name}"}
     environment |= {"NPROC_PER_NODE": str(num_ranks // nodes.count)}
+    # The script takes python and torchrun from PATH: let it find those of this environment.
+    own_programs = str(Path(sys.executable).parent)
+    environment["PATH"] = os.pathsep.join([own_programs, *filter(None, [environment.get("PATH")])])
     return ["bash", str(SCRIPT), *arguments], environment
 
 

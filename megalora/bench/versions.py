@@ -1,13 +1,25 @@
-"""What a number was measured with."""
+"""Say with which versions a number was measured, and which ones are installed."""
 
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+COMPUTING = ("torch", "triton", "megatron-core", "megatron-bridge")
+"""Packages that decide what a training step computes and how fast."""
+SHOWN = (
+    "megalora-kernels", "torch", "triton", "megatron-core", "megatron-bridge", "transformers",
+    "peft",
+)  # fmt: skip
+"""Packages that ``megalora --version`` lists."""
+COMMIT_FILE = Path(__file__).parents[1] / "COMMIT"
+"""Written into a wheel when it is built (``setup.py``); a checkout has none."""
+
 
 def installed(package: str) -> str | None:
+    """The version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -15,16 +27,26 @@ def installed(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout; a copy without .git may say it in MEGALORA_COMMIT."""
-    return _git("rev-parse", "HEAD") or os.environ.get("MEGALORA_COMMIT")
+    """The commit of the code that runs, or None where nothing says it.
+
+    A checkout asks git. A copy without .git may say it in MEGALORA_COMMIT, and a wheel has it in a
+    file. A wheel installed in an environment inside somebody else's repository must not take that
+    repository's commit, hence the question whether git tracks this very file.
+    """
+    if _is_checkout():
+        return _git("rev-parse", "HEAD")
+    return os.environ.get("MEGALORA_COMMIT") or _built_from()
 
 
-def versions() -> dict[str, str | None]:
-    """Of what computes, and the commit (with a plus where files differ from it); None: not
-    installed, or no checkout."""
-    packages = ("torch", "triton", "megatron-core", "megatron-bridge")
+def versions(packages: Sequence[str] = COMPUTING) -> dict[str, str | None]:
+    """Versions of Python and ``packages``, and the commit; None where one is not known.
+
+    The commit has seven digits, and a plus where files of the checkout differ from it.
+    """
     at = commit()
-    at = at and at[:7] + "+" * bool(_git("status", "--porcelain"))
+    if at is not None:
+        changed = _is_checkout() and _git("status", "--porcelain")
+        at = at[:7] + "+" * bool(changed or at.endswith("+"))
     return {
         "python": platform.python_version(),
         **{name: installed(name) for name in packages},
@@ -32,8 +54,29 @@ def versions() -> dict[str, str | None]:
     }
 
 
+def version_text() -> str:
+    """What ``megalora --version`` prints: megalora with its commit, then a line per package."""
+    found = versions(SHOWN)
+    at = found.pop("commit")
+    ours = installed("megalora") or "not installed as a package"
+    lines = [f"megalora {ours} (commit {at or 'unknown'})"]
+    lines += [f"{name} {number or 'not installed'}" for name, number in found.items()]
+    return "\n".join(lines)
+
+
+def _built_from() -> str | None:
+    try:
+        return COMMIT_FILE.read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _is_checkout() -> bool:
+    return bool(_git("ls-files", Path(__file__).name))
+
+
 def _git(*arguments: str) -> str:
-    """What git says of this checkout; nothing where there is no git, or no checkout."""
+    """What git says in this folder; nothing where there is no git, or no repository."""
     try:
         asked = subprocess.run(
             ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent

@@ -4,6 +4,7 @@ line and exit code 2."""
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from megalora.cli.plan import add_planner_commands
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megalora", description="LoRA for mixture-of-experts models on Megatron-Core."
     )
+    parser.add_argument("--version", action=_ShowVersions)
     commands = parser.add_subparsers(dest="command", required=True)
 
     tiny = commands.add_parser(
@@ -82,6 +84,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_file_commands(commands)
     _add_engine_commands(commands)
     return parser
+
+
+class _ShowVersions(argparse.Action):
+    """``--version``: print what is installed, and end."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(
+            option_strings, dest, nargs=0, help="versions of megalora and of what it computes with"
+        )
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from megalora.bench.versions import version_text
+
+        print(version_text())
+        parser.exit()
 
 
 def _add_file_commands(commands: Any) -> None:

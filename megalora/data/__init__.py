@@ -1,1 +1,1 @@
-"""Turn files of conversations into the microbatches of one data-parallel rank."""
+"""From a file of conversations to the microbatches of one data-parallel rank."""

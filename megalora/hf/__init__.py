@@ -1,1 +1,1 @@
-"""Read Hugging Face folders: JSON files, tensor headers, and what identifies a base."""
+"""What lies in a Hugging Face folder."""

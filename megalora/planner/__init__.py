@@ -1,1 +1,2 @@
-"""Predict memory and time of every layout before anything is paid for. Needs no torch."""
+"""Which layout to train with, and whether it fits, before anything is paid for. Importable without
+torch."""

@@ -33,7 +33,8 @@ def read_architecture(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in fields.items()}
 
 
-WRITTEN_DOWN = Path(__file__).parents[2] / "configs" / "models"
+WRITTEN_DOWN = Path(__file__).with_name("architectures")
+"""Part of the package, so that an installed one has it; ``configs/models`` is a link to it."""
 
 
 def find_architecture(path: str) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def _read_fields(path: str) -> dict[str, Any]:
         return read_architecture(known)
     there = ", ".join(sorted(file.name for file in WRITTEN_DOWN.glob("*.yaml")))
     raise ValueError(
-        f"model.path={path} is no folder with a config.json and no model of {WRITTEN_DOWN}"
+        f"model.path={path} is neither a folder with a config.json nor a model of {WRITTEN_DOWN}"
         f" ({there}). To plan for it, download its config.json alone and give its folder."
     )
 

@@ -40,7 +40,6 @@ SPARE_ADAPTERS = 1
 """Slots beside the first adapters, so that the next version fits in before the old one goes."""
 GRACE_S = 20.0
 """For vLLM to end by itself; its engine takes 2 to 5 s."""
-_REPOSITORY = Path(__file__).parents[2]
 _GUARD = Path(__file__).with_name("guard.py")
 _LOG_PREFIX = re.compile(r"^\([^)]*pid=\d+\)\s*(?:[A-Z]+ \d\d-\d\d [\d:.]+ (?:\[[^\]]*\])?)?\s*")
 _MISTAKE = re.compile(r"(?:\w*(?:Error|Exception)\b: .|error: .)")
@@ -49,18 +48,26 @@ _CONSEQUENCES = ("Engine core initialization failed", "See root cause above", "r
 
 def vllm_python(python: str | Path | None = None) -> Path:
     """The interpreter that has vLLM: ``python``, else $MEGALORA_VLLM_PYTHON, else .venv-vllm here
-    or in the repository."""
+    or beside megalora's own environment.
+
+    Raises:
+        ValueError: there is no such interpreter.
+    """
     named = python or os.environ.get("MEGALORA_VLLM_PYTHON")
-    places = (
-        [Path(named)] if named else [p / ".venv-vllm/bin/python" for p in (Path.cwd(), _REPOSITORY)]
-    )
+    if named:
+        places = [Path(named)]
+    else:
+        # In a checkout, .venv and .venv-vllm stand side by side.
+        folders = (Path.cwd(), Path(sys.prefix).parent)
+        places = [folder / ".venv-vllm/bin/python" for folder in folders]
     for place in places:
         if place.is_file():
             return place.absolute()  # not resolved: the link is what makes it the environment's
     raise ValueError(
         f"no vLLM: {' and '.join(str(p) for p in dict.fromkeys(places))}"
-        f" {'is' if len(places) == 1 else 'are'} not there; make vllm builds .venv-vllm, and"
-        " MEGALORA_VLLM_PYTHON names another environment's python"
+        f" {'is' if len(places) == 1 else 'are'} not there; make vllm builds .venv-vllm in a"
+        " checkout (elsewhere: docs/install.md), and MEGALORA_VLLM_PYTHON names another"
+        " environment's python"
     )
 
 

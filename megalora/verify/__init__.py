@@ -1,1 +1,2 @@
-"""Compare our models with a reference: transformers, stock PEFT or vLLM."""
+"""Compare our model with a reference before it trains: one layer of each kind, and the loss of the
+first microbatch."""

@@ -218,7 +218,7 @@ def test_the_table_says_how_numbers_are_known_and_what_is_nearly_full(plan: Plan
         (["--gpus", "8", "--gpus-per-node", "0"], "a node has at least 1 GPU"),
         (
             ["--gpus", "8", "model.path=nobody/nothing"],
-            r"no folder with a config\.json and no model of .*qwen3_30b_a3b\.yaml",
+            r"neither a folder with a config\.json nor a model of .*qwen3_30b_a3b\.yaml",
         ),
         (["--gpus", "8", "lora.dropout=0.1"], r"lora\.dropout=0\.1: what dropout keeps"),
         (["--gpus", "8", "lora.rnak=3"], "did you mean lora.rank"),

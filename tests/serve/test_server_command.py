@@ -197,7 +197,7 @@ def test_where_vllm_is_looked_for(
         vllm_python("/nowhere")
     monkeypatch.delenv("MEGALORA_VLLM_PYTHON")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("megalora.serve.server._REPOSITORY", tmp_path / "repository")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "repository" / ".venv"))
     with pytest.raises(
         ValueError,
         match=(
