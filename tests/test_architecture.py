@@ -88,10 +88,8 @@ LONG_FILES: set[str] = {
 }
 LONG_FUNCTIONS: set[str] = {
     "megalora/bench/calibrate.py:calibrate",
-    "megalora/adapters/export.py:export",
     "megalora/cli/main.py:_add_file_commands",
     "megalora/planner/command.py:plan_command",
-    "megalora/train/checkpoint/save.py:save_checkpoint",
     "kernels/megalora_kernels/grouped_lora.py:grouped_lora",
     "kernels/megalora_kernels/shrink.py:_shrink_kernel",
     "kernels/megalora_kernels/swiglu.py:_swiglu_backward_kernel",

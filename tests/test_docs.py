@@ -12,6 +12,7 @@ import pytest
 from docs.scripts import __main__ as docs
 from docs.scripts import options, readme
 from docs.scripts.quickstart import record
+from docs.scripts.sections import fill
 from megalora.cli import main as cli
 
 README = docs.ROOT / "README.md"
@@ -136,9 +137,20 @@ def test_readme_s_engines_agree_as_far_as_measured() -> None:
     assert f"differ by at most {largest:.1e}" in " ".join(README.read_text().split())
 
 
-def test_readme_s_sections_are_those_of_the_script() -> None:
-    with pytest.raises(ValueError, match="README has the sections"):
-        readme.page(README.read_text().replace("<!-- plan -->", ""))
+def test_a_section_without_a_script_is_refused() -> None:
+    text = "# Page <!-- one -->\n\nold\n\n## End\n"
+    assert fill(text, {"one": lambda: "new"}) == "# Page <!-- one -->\n\nnew\n\n## End\n"
+    with pytest.raises(ValueError, match=r"has the sections \['one'\], expected \['two'\]"):
+        fill(text, {"two": lambda: "new"})
+
+
+def test_the_tour_names_files_that_exist() -> None:
+    """Every path in backticks, and each file that is named right after its folder's path."""
+    text = (docs.ROOT / "docs/code.md").read_text()
+    paths = re.findall(r"`((?:megalora|kernels|benchmarks|launch|tests|docs)/[\w./*-]*)`", text)
+    assert len(paths) > 40
+    missing = [path for path in paths if not any(docs.ROOT.glob(path))]
+    assert not missing, f"docs/code.md names {missing[0]}"
 
 
 def test_numbers_are_of_the_records(tmp_path, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""Fill the sections of README that follow a comment ``<!-- NAME -->``, up to a heading or picture.
+"""Fill the sections of README.
 
 Numbers come from benchmarks/results, the plan from the planner, the quickstart's output from its
 record: what README claims is what these say.
@@ -7,20 +7,18 @@ record: what README claims is what these say.
 import contextlib
 import io
 import json
-import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from docs.scripts.sections import fill
 from megalora.cli.main import main as megalora
 from tests.mutations.every import EVERY_BUG
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results"
-SECTION = re.compile(r"(<!-- ([a-z]+) -->\n\n).*?(?=^## |^!\[)", re.DOTALL | re.MULTILINE)
-
 MAX_COLUMNS = 100
 PLAN = (
     "plan", "configs/sft/template.yaml", "--gpus", "64", "--top", "3",
@@ -37,17 +35,9 @@ QUICKSTART_LINES = (
 """Beginnings of the lines that README shows of the quickstart."""
 
 
-def page(text: str | None = None) -> str:
-    """README with every section filled.
-
-    Raises:
-        ValueError: a section of the page has no function here, or the other way round.
-    """
-    text = PAGE.read_text() if text is None else text
-    found = [name for _, name in SECTION.findall(text)]
-    if sorted(found) != sorted(SECTIONS):
-        raise ValueError(f"README has the sections {found}, expected {sorted(SECTIONS)}")
-    return SECTION.sub(lambda match: f"{match[1]}{SECTIONS[match[2]]()}\n\n", text)
+def page() -> str:
+    """README with every section filled."""
+    return fill(PAGE.read_text(), SECTIONS)
 
 
 def _results(name: str) -> dict[str, Any]:

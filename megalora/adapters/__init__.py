@@ -1,1 +1,1 @@
-"""Hugging Face on one side, Megatron on the other: base weights in, adapters out and back."""
+"""Read, write, export, import and merge adapter folders."""

@@ -22,6 +22,7 @@ from megalora.atomic_folder import check_new, whole_or_gone
 from megalora.hf.folder import local_folder
 from megalora.hf.json_file import read_hf_config, read_json_object
 from megalora.model.fields import model_shape
+from megalora.model.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,30 @@ def export(
     check_new(out, source)
     folder = local_folder(named, "--base", weights=False)
     shape = model_shape(read_hf_config(folder))
-    adapter = _without(trained_form(read_adapter(source, shape, base=folder)).adapter, drop)
+    form = trained_form(read_adapter(source, shape, base=folder), shape)
+    adapter = _without(form.adapter, drop)
+    layout = _layout(engine, layout, adapter, shape)
+    formats = ENGINES[engine].layouts if engine else PEFT_LAYOUTS
+    in_peft = loads_in_peft(layout, adapter.adapted, shape)
+    with whole_or_gone(out) as temporary:
+        zeros = write_adapter(
+            temporary, adapter.adapted, shape, adapter.tensors, named, formats[layout]
+        )
+        run = read_json_object(source / STATE_JSON) if (source / STATE_JSON).is_file() else None
+        facts = Facts(
+            named, out.name, layout, engine, adapter.adapted, zeros, adapter.absent, list(drop),
+            in_peft, run,
+        )  # fmt: skip
+        (temporary / CARD).write_text(card(facts))
+        if (source / PROBE).is_file() and not drop:
+            shutil.copyfile(source / PROBE, temporary / PROBE)
+    return Export(out, facts, adapter.notes)
+
+
+def _layout(
+    engine: EngineName | None, layout: str | None, adapter: Adapter, shape: ModelShape
+) -> str:
+    """The file layout to write; raises ``ValueError`` for one that the engine does not read."""
     layouts = ENGINES[engine].layouts if engine else PEFT_LAYOUTS
     layout = layout or next(iter(layouts))
     if engine:
@@ -101,28 +125,7 @@ def export(
             f"--layout {layout}: it must be one of {', '.join(layouts)}, or --for an engine that"
             " reads it"
         )
-    in_peft = loads_in_peft(layout, adapter.adapted, shape)
-    with whole_or_gone(out) as temporary:
-        zeros = write_adapter(
-            temporary, adapter.adapted, shape, adapter.tensors, named, layouts[layout]
-        )
-        run = read_json_object(source / STATE_JSON) if (source / STATE_JSON).is_file() else None
-        facts = Facts(
-            named,
-            out.name,
-            layout,
-            engine,
-            adapter.adapted,
-            zeros,
-            adapter.absent,
-            list(drop),
-            in_peft,
-            run,
-        )
-        (temporary / CARD).write_text(card(facts))
-        if (source / PROBE).is_file() and not drop:
-            shutil.copyfile(source / PROBE, temporary / PROBE)
-    return Export(out, facts, adapter.notes)
+    return layout
 
 
 def _without(adapter: Adapter, drop: Sequence[str]) -> Adapter:

@@ -64,7 +64,7 @@ def import_adapter(
     check_new(out, source)
     folder = local_folder(base, "--base", weights=False)
     shape = model_shape(read_hf_config(folder))
-    form = trained_form(read_adapter(source, shape, order, folder), fill=True)
+    form = trained_form(read_adapter(source, shape, order, folder), shape, fill=True)
     adapted = form.adapter.adapted
     tensors = form.adapter.tensors
     section = lora_section(adapted, shape)

@@ -1,19 +1,25 @@
-"""From what a file holds back to what can train: without the zeros that engines want beside it.
+"""Give a folder's adapter back in the form that training has: without the zeros that engines want.
 
-A rank whose row of A and column of B are zero for all experts has no gradient and never will; nor
-has an expert whose A and B are both zero. Files hold such zeros as padding. So ranks at the end
-that are zero everywhere are cut off, a projection of which nothing is left is not adapted, and what
-is still zero in A then is drawn anew beside a B of zeros, which changes nothing yet.
+A checkpoint says in its training state what was trained, and holds it in float32. For any other
+folder the zeros have to be recognised: a rank whose row of A and column of B are zero for all
+experts has no gradient and never will; nor has an expert whose A and B are both zero. So ranks at
+the end that are zero everywhere are cut off, a projection of which nothing is left is not adapted,
+and what is still zero in A then is drawn anew beside a B of zeros, which changes nothing yet.
 """
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from megalora.adapters.files import CONFIG, OPTIMIZER, STATE_JSON, WEIGHTS
 from megalora.adapters.read.adapter import Adapter
-from megalora.adapters.write.form import factors_of
+from megalora.adapters.training_state import read_factors, read_state
+from megalora.adapters.write.form import export_form, factors_of, peft_tensors
 from megalora.lora.init import initial_a
+from megalora.lora.section import differing, settings
 from megalora.lora.spec import Adapted, tensor_name
+from megalora.model.shape import ModelShape
 
 SEED = 0
 """Of the A's that stand in for missing ones."""
@@ -21,14 +27,62 @@ SEED = 0
 
 @dataclass(frozen=True)
 class TrainedForm:
+    """An adapter as training has it."""
+
     adapter: Adapter
     notes: list[str]
     """What was left out or filled in, a line each."""
 
 
-def trained_form(adapter: Adapter, *, fill: bool = False) -> TrainedForm:
-    """The same function in the form that training has; with ``fill``, every expert can learn.
-    Raises ``ValueError`` for all zeros."""
+def trained_form(adapter: Adapter, shape: ModelShape, *, fill: bool = False) -> TrainedForm:
+    """The same function in the form that training has.
+
+    Args:
+        adapter: as read from its folder.
+        fill: make every expert of a folder without training state able to learn.
+
+    Raises:
+        ValueError: every B is zero, or a checkpoint's files contradict each other.
+    """
+    is_checkpoint = all((adapter.folder / name).is_file() for name in (STATE_JSON, OPTIMIZER))
+    form = _of_checkpoint(adapter, shape) if is_checkpoint else _without_padding(adapter, fill)
+    tensors = form.adapter.tensors
+    if not any(tensors[name].any() for name in tensors if ".lora_B." in name):
+        raise ValueError(f"{adapter.folder}: every B is zero: this adapter does nothing")
+    return form
+
+
+def _of_checkpoint(adapter: Adapter, shape: ModelShape) -> TrainedForm:
+    """What was trained, as the training state has it, in the dtype of the adapter's file."""
+    adapted = read_state(adapter.folder).trained(shape)
+    missing = [n for a in adapted for n in _names(a) if n not in adapter.tensors]
+    if missing:
+        raise _contradiction(adapter, f"{WEIGHTS} lacks {missing[0]}")
+    dtypes = {name: tensor.dtype for name, tensor in adapter.tensors.items()}
+    tensors = read_factors(adapter.folder, adapted, dtypes)
+    pairs = export_form(adapted, shape)
+    if apart := differing(settings([w for w, _ in pairs]), settings(adapter.adapted)):
+        raise _contradiction(adapter, f"{apart[0]} has another rank or scale in {CONFIG}")
+    for name, tensor in peft_tensors(pairs, tensors).items():
+        if not torch.equal(tensor, adapter.tensors[name]):
+            raise _contradiction(adapter, f"{name} has other values in {WEIGHTS}")
+    return TrainedForm(replace(adapter, adapted=adapted, tensors=tensors), [])
+
+
+def _names(a: Adapted) -> list[str]:
+    return [tensor_name(module, factor) for module in a.hf_modules() for factor in ("A", "B")]
+
+
+def _contradiction(adapter: Adapter, what: str) -> ValueError:
+    return ValueError(
+        f"{adapter.folder}: its adapter is not the one that its training state holds: {what}. One"
+        f" of them was changed after it was saved. To take the adapter as it is, copy {CONFIG} and"
+        f" {WEIGHTS} to a folder without {STATE_JSON.parent}"
+    )
+
+
+def _without_padding(adapter: Adapter, fill: bool) -> TrainedForm:
+    """The adapter without ranks and projections that are zero everywhere."""
     adapted: list[Adapted] = []
     tensors: dict[str, Tensor] = {}
     notes: list[str] = []
@@ -62,6 +116,4 @@ def trained_form(adapter: Adapter, *, fill: bool = False) -> TrainedForm:
                 own_b[:, idle] = 0
             tensors[tensor_name(module, "A")] = own_a
             tensors[tensor_name(module, "B")] = own_b
-    if not any(tensors[name].any() for name in tensors if ".lora_B." in name):
-        raise ValueError(f"{adapter.folder}: every B is zero: this adapter does nothing")
     return TrainedForm(replace(adapter, adapted=adapted, tensors=tensors), notes)

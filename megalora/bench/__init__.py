@@ -1,2 +1,1 @@
-"""Measures on the machine at hand: what a step takes (``runs.py``), and what the planner needs to
-predict it (``calibrate.py``)."""
+"""Measure layouts with the real training step, and the rates that the planner needs."""

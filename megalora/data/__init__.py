@@ -1,1 +1,1 @@
-"""From a file of conversations to the microbatches of one data-parallel rank."""
+"""Turn files of conversations into the microbatches of one data-parallel rank."""

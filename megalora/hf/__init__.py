@@ -1,1 +1,1 @@
-"""What lies in a Hugging Face folder."""
+"""Read Hugging Face folders: JSON files, tensor headers, and what identifies a base."""

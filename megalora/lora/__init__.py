@@ -1,1 +1,1 @@
-"""LoRA layers, and the one table that says what is adapted, how it is named and how it is split."""
+"""LoRA layers, and the table of what is adapted, how it is named and how it is split."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from megalora.config import LoRAConfig
 from megalora.lora.select import resolve
-from megalora.lora.spec import Adapted
+from megalora.lora.spec import Adapted, make_adapted
 from megalora.model.families import layer_projections
 from megalora.model.projections import HEAD, Projection
 from megalora.model.shape import ModelShape
@@ -54,6 +54,19 @@ def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
 def settings(adapted: list[Adapted]) -> list[list[Any]]:
     """``[HF name, layer, rank, scale]`` of each, as JSON can hold it."""
     return [[a.projection.hf, a.layer, a.rank, a.scale] for a in adapted]
+
+
+def adapted_of(rows: list[list[Any]], shape: ModelShape) -> list[Adapted]:
+    """The inverse of ``settings``; raises ``ValueError`` for a linear that the model lacks."""
+    known: dict[tuple[int | None, str], Projection] = {(None, p.hf): p for p in HEAD}
+    for number in range(shape.num_layers):
+        known |= {(number, p.hf): p for p in layer_projections(shape, number)}
+    adapted = []
+    for hf, layer, rank, scale in rows:
+        if (layer, hf) not in known:
+            raise ValueError(f"this model has no {hf.format(layer=layer, expert='*')}")
+        adapted.append(make_adapted(known[layer, hf], layer, rank, scale * rank, scale, shape))
+    return adapted
 
 
 def differing(ours: list[list[Any]], theirs: list[list[Any]]) -> list[str]:

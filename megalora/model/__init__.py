@@ -1,1 +1,1 @@
-"""The frozen base model: Megatron's GPTModel with torch-native parts."""
+"""The frozen base model: Megatron's GPTModel with parts in plain torch."""

@@ -1,2 +1,1 @@
-"""Which layout to train with, and whether it fits, before anything is paid for. Importable without
-torch."""
+"""Predict memory and time of every layout before anything is paid for. Needs no torch."""

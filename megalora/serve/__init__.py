@@ -1,1 +1,1 @@
-"""Serving: start vLLM from its own environment, and load, swap and question adapters over HTTP."""
+"""Start vLLM, and load, swap and prove adapters in it over HTTP."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megalora import host
+from megalora.adapters.training_state import SavedState
 from megalora.config import RunConfig
 from megalora.config.file import save_config
 from megalora.data.probe_text import probe_tokens
@@ -27,7 +28,6 @@ from megalora.train.checkpoint.identity import Identity, Samples, identify
 from megalora.train.checkpoint.load import load_checkpoint
 from megalora.train.checkpoint.same_run import check_same_run, check_same_samples
 from megalora.train.checkpoint.save import save_checkpoint
-from megalora.train.checkpoint.state import SavedState
 from megalora.train.checkpoint.where import find_checkpoint
 from megalora.train.drift import DriftCheck
 from megalora.train.metrics import Metrics

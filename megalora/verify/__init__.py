@@ -1,2 +1,1 @@
-"""Compare our model with a reference before it trains: one layer of each kind, and the loss of the
-first microbatch."""
+"""Compare our models with a reference: transformers, stock PEFT or vLLM."""

@@ -353,7 +353,7 @@ def test_padding_is_taken_off_and_nothing_else(bases: dict[str, Path], tmp_path:
         target_modules=["gate_proj"],
         rank_pattern={"gate_proj": 3},
     )
-    form = trained_form(read_adapter(trained.folder, trained.shape))
+    form = trained_form(read_adapter(trained.folder, trained.shape), trained.shape)
     assert {(a.name, a.rank) for a in form.adapter.adapted} == {("gate_proj", 3)}
     assert "layer 0 up_proj: zeros, not adapted" in form.notes
 

@@ -12,8 +12,24 @@ COPIES_TEST, STOCK, BANKS_TEST, WEIGHTS_TEST, OPTIONS_TEST = (
     for name in ("copies", "stock_peft", "banks", "weights", "options")
 )
 
+TRAINED, TRAINING_STATE = (f"megalora/adapters/{name}.py" for name in ("trained", "training_state"))
+STATE_TEST = "tests/adapters/test_training_state.py"
+
 # fmt: off
 ADAPTER_BUGS: tuple[Bug, ...] = (
+    bug(0, "a checkpoint's padding guessed", TRAINED, "if is_checkpoint else", "if False else",
+        f"{STATE_TEST} rank_of_zeros"),
+    bug(0, "a checkpoint's changed file exported", TRAINED,
+        "if not torch.equal(tensor, adapter.tensors[name]):", "if False:",
+        f"{STATE_TEST} contradict"),
+    bug(0, "a checkpoint's changed alpha exported", TRAINED,
+        "if apart := differing(settings([w for w, _ in pairs]), settings(adapter.adapted)):",
+        "if apart := differing(settings(adapted), settings(adapted)):",
+        f"{STATE_TEST} contradict"),
+    bug(0, "masters exported in float32", TRAINING_STATE, "value.to(dtypes[name])", "value",
+        f"{STATE_TEST} checkpoint_is_its_file"),
+    bug(0, "rows of a checkpoint not saved", "megalora/train/checkpoint/save.py",
+        '"adapted": settings(model.adapted),', '"adapted": [],', f"{STATE_TEST} what_training"),
     bug(0, "a trained embedding passed over", COPIES, "return None if possible else largest",
         "return None", f"{COPIES_TEST} trained_embedding"),
     bug(0, "a copy in another dtype taken for a trained weight", COPIES,

@@ -3,9 +3,9 @@
 from tests.mutations.bugs import Bug, bug
 
 TRAIN = "megalora/train"
-WRITER, WHERE, STATE, SAME, IDENTITY, LOAD = (
-    f"{TRAIN}/checkpoint/{name}.py"
-    for name in ("writer", "where", "state", "same_run", "identity", "load")
+STATE = "megalora/adapters/training_state.py"
+WRITER, WHERE, SAME, IDENTITY, LOAD = (
+    f"{TRAIN}/checkpoint/{name}.py" for name in ("writer", "where", "same_run", "identity", "load")
 )
 LOCK = f"{TRAIN}/run_folder.py"
 BASE = "megalora/hf/base_identity.py"

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megalora.adapters.training_state import read_state
 from megalora.config import CheckpointConfig, LoRAConfig, ParallelConfig, RunConfig
 from megalora.lora.gather import gather_tensors
 from megalora.lora.init import initial_a
 from megalora.lora.select import plan
 from megalora.train.checkpoint.load import load_checkpoint
-from megalora.train.checkpoint.state import read_state
 from megalora.train.loop import train
 from megalora.train.optim import STATE_KEYS, optimizer_state
 from tests.distributed.ranks import run_ranks

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megalora.adapters.files import OPTIMIZER, RNG, STATE_JSON, WEIGHTS
-from megalora.train.checkpoint.state import read_state
+from megalora.adapters.training_state import read_state
 from megalora.train.checkpoint.writer import write_atomically
 from tests.train.folders import filled, found
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from megalora import host
 from megalora.adapters.files import OPTIMIZER, RNG, STATE_KEYS
+from megalora.adapters.training_state import SavedState
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import read_tensors
-from megalora.train.checkpoint.state import SavedState
 from megalora.train.optim import load_optimizer_state
 
 

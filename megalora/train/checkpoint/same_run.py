@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from megalora.adapters.files import LORA_SECTION
+from megalora.adapters.training_state import SavedState
 from megalora.config import RunConfig
 from megalora.lora.section import differing, settings
 from megalora.lora.spec import Adapted
 from megalora.train.checkpoint.identity import Identity, Samples
-from megalora.train.checkpoint.state import SavedState
 
 SAME_RUN = (
     "model.dtype", "data.format", "data.max_length", "data.seed", "train.global_batch_size",

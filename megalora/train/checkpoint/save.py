@@ -17,6 +17,7 @@ from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors
+from megalora.lora.section import settings
 from megalora.train.checkpoint.identity import Identity, Samples
 from megalora.train.checkpoint.writer import checkpoint_name, checkpoints, remove, write_atomically
 from megalora.train.optim import optimizer_state
@@ -34,17 +35,8 @@ def save_checkpoint(
         samples, identity: what is trained on what, which must be the same when the run is resumed.
         probe: log-probabilities of the adapter as it is, for servers (``probe.py``).
     """
-    parameters = model.parameters
-    pieces = model.pieces
-    groups = model.groups
-    weights = gather_tensors(pieces, {p: p.data for p in parameters}, groups)
-    state: dict[str, Tensor] = {}
-    for key in STATE_KEYS:  # one at a time: each is as large as the adapters in float32
-        values = optimizer_state(optimizer, key, parameters, groups)
-        state |= {
-            f"{key}.{name}": tensor
-            for name, tensor in (gather_tensors(pieces, values, groups) or {}).items()
-        }
+    weights = gather_tensors(model.pieces, {p: p.data for p in model.parameters}, model.groups)
+    state = _whole_optimizer_state(model, optimizer)
     generators: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(generators, {name: t.cpu() for name, t in host.rng_state().items()})
 
@@ -64,11 +56,11 @@ def save_checkpoint(
             "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(),
             "saved_at": time.time(),
             "identity": identity.as_json(samples.digest), "config": asdict(config),
+            "adapted": settings(model.adapted),
         }  # fmt: skip
         (folder / STATE_JSON).write_text(json.dumps(summary, indent=1) + "\n")
 
-    run = Path(config.checkpoint.dir)
-    target = run / checkpoint_name(step)
+    target = Path(config.checkpoint.dir) / checkpoint_name(step)
     on_first_rank(
         lambda: write_atomically(target, write),
         f"could not save {target.name}; earlier checkpoints are whole",
@@ -78,6 +70,17 @@ def save_checkpoint(
         f"saved {target.name}, but could not remove older checkpoints",
     )
     return target
+
+
+def _whole_optimizer_state(model: AdaptedModel, optimizer: Any) -> dict[str, Tensor]:
+    """Float32 masters and Adam's moments by ``KEY.tensor name`` on rank 0, empty elsewhere;
+    collective."""
+    state: dict[str, Tensor] = {}
+    for key in STATE_KEYS:  # one at a time: each is as large as the adapters in float32
+        values = optimizer_state(optimizer, key, model.parameters, model.groups)
+        whole = gather_tensors(model.pieces, values, model.groups) or {}
+        state |= {f"{key}.{name}": tensor for name, tensor in whole.items()}
+    return state
 
 
 def _forget_old(newest: Path, keep: int) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from megalora.adapters.files import CONFIG, OPTIMIZER, RNG, WEIGHTS
+from megalora.adapters.training_state import SavedState, read_state
 from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
-from megalora.train.checkpoint.state import SavedState, read_state
 from megalora.train.checkpoint.writer import LATEST, checkpoints, point_latest_at, read_latest
 
 

@@ -1,11 +1,22 @@
-"""What ``training_state/state.json`` says, checked key by key."""
+"""Read what a checkpoint says of itself and of what was trained: state.json, checked key by key,
+and the float32 factors that lie beside the optimizer's moments."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalora.adapters.files import STATE_JSON
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megalora.adapters.files import OPTIMIZER, STATE_JSON, STATE_KEYS
+from megalora.config import LoRAConfig
 from megalora.hf.json_file import read_json_object
+from megalora.lora.section import adapted_of, settings
+from megalora.lora.select import resolve
+from megalora.lora.spec import Adapted, expected_tensors
+from megalora.model.shape import ModelShape
 
 Json = dict[str, Any]
 
@@ -28,9 +39,22 @@ class SavedState:
     were any."""
     imported_from: str | None = None
     base: str = ""
-    """Of an imported adapter: the name or folder of the base it was imported for."""
+    """Name or folder of the base that an adapter was imported for."""
     adapted: list[list[Any]] = field(default_factory=list)
-    """Of an imported adapter: ``lora.section.settings``."""
+    """What is adapted (``lora.section.settings``); empty where an earlier version saved it."""
+
+    def trained(self, shape: ModelShape) -> list[Adapted]:
+        """The projections that were trained, with their own ranks and scales.
+
+        Raises:
+            ValueError: the state describes another model than ``shape``.
+        """
+        path = self.folder / STATE_JSON
+        try:
+            rows = self.adapted or settings(resolve(LoRAConfig(**self.config["lora"]), shape))
+            return adapted_of(rows, shape)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not fit this base: {error}") from None
 
 
 def read_state(folder: Path) -> SavedState:
@@ -58,11 +82,46 @@ def read_state(folder: Path) -> SavedState:
         )
     return SavedState(
         folder,
+        adapted=_adapted(path, state) if "adapted" in state else [],
         config=_sections(path, state),
         num_samples=_count(path, state, "num_samples"),
         world_size=_count(path, state, "world_size"),
         **known,
     )
+
+
+def read_factors(
+    folder: Path, adapted: list[Adapted], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
+    """Trained factors by tensor name, from the float32 masters of a checkpoint.
+
+    Args:
+        adapted: what was trained, as ``SavedState.trained`` says.
+        dtypes: of each tensor in the answer. A parameter in training is its master, rounded to the
+            parameter's dtype.
+
+    Raises:
+        ValueError: the file cannot be read, or lacks a tensor, or holds one of another shape.
+    """
+    path = folder / OPTIMIZER
+    factors: dict[str, Tensor] = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            there = set(file.keys())
+            for name, shape in expected_tensors(adapted).items():
+                master = f"{STATE_KEYS[0]}.{name}"
+                if master not in there:
+                    raise ValueError(f"{path} has no tensor {master}")
+                value = file.get_tensor(master)
+                if tuple(value.shape) != shape:
+                    raise ValueError(
+                        f"{path}: {master} is {tuple(value.shape)}, and {STATE_JSON.name} says"
+                        f" {shape}"
+                    )
+                factors[name] = value.to(dtypes[name])
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    return factors
 
 
 def _require(condition: bool, path: Path, key: str, expected: str, value: Any) -> None:

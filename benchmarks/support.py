@@ -1,0 +1,166 @@
+"""Prove for each family of models what the table of support says: layouts, PEFT, vLLM.
+
+    python -m benchmarks.support [FAMILY ...] [--vllm] [--out benchmarks/results/support.json]
+
+For each family: trainings in layouts that use every kind of parallelism and recomputation once,
+held against plain transformers in float64 (tests/parity/case.py has the limits); then an adapter on
+all linears, loaded by stock PEFT and, with --vllm, served by vLLM, held against megalora's own
+model. A family's record replaces its earlier one from the same kind of device, all others stay.
+``benchmarks/support_matrix.py`` makes the table. Exit code 1 when a claim does not hold.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tests.conftest  # noqa: F401  sets up the host before anything from Megatron is imported
+from benchmarks.harness import PACKAGES
+from benchmarks.parity import AT_ONCE, Laboratory
+from megalora import host
+from megalora.adapters.write.form import write_adapter
+from megalora.bench.versions import commit
+from megalora.config import LoRAConfig
+from megalora.hf.json_file import read_hf_config
+from megalora.model.families import FAMILIES
+from megalora.model.fields import model_shape
+from megalora.tiny import make_tiny
+from megalora.verify.peft import verify_peft
+from megalora.verify.vllm import verify_vllm
+from tests.forked import forked
+from tests.parity.built import random_factors
+from tests.parity.case import LIMITS
+from tests.parity.grid import Case
+from tests.parity.models import MODELS, arch_of, make_model, shape_of
+
+RESULTS = Path("benchmarks/results/support.json")
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"world": 1},
+    {"world": 2, "tp": 2, "recompute": "full"},
+    {"world": 2, "pp": 2, "recompute": "selective"},
+    {"world": 4, "tp": 2, "pp": 2, "vpp": 2},
+)
+EXPERT_LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"world": 2, "ep": 2, "recompute": "selective"},
+    {"world": 4, "tp": 2, "ep": 2, "etp": 2, "recompute": "full"},
+)
+ATOL = 1e-4
+"""Largest difference of a logit in float32, as in ``megalora verify``."""
+
+
+def model_of(family: str) -> str:
+    """The grid's plain model of a family."""
+    return next(name for name, options in MODELS.items() if arch_of(options) == family)
+
+
+def cases_of(family: str) -> list[Case]:
+    model = model_of(family)
+    layouts = LAYOUTS + (EXPERT_LAYOUTS if shape_of(model).moe_layers else ())
+    return [Case(**layout, model=model) for layout in layouts]
+
+
+def adapter_on_everything(family: str, folder: Path) -> tuple[Path, Path]:
+    """(base, adapter folder), the adapter's factors random, its layout the one PEFT reads."""
+    base = make_tiny(folder / "base", arch=family)
+    shape = model_shape(read_hf_config(base))
+    adapted, factors = random_factors(LoRAConfig(rank=8, alpha=16.0), base)
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    stacked = bool(shape.moe_layers) and not FAMILIES[family].peft.per_expert
+    layout = "stacked" if stacked else "per_expert"
+    write_adapter(adapter, adapted, shape, factors, str(base), layout)
+    return base, adapter
+
+
+def claims_of(family: str, with_vllm: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Claim -> what proves it, for claims about others' programs."""
+
+    def peft() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            base, adapter = adapter_on_everything(family, Path(folder))
+            report = verify_peft(adapter, str(base), atol=ATOL)
+        return {"ok": report.ok, "difference": report.difference, "effect": report.effect}
+
+    def vllm() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            base, adapter = adapter_on_everything(family, Path(folder))
+            report = verify_vllm(adapter, str(base), atol=1e-3)
+        difference = max(report.prompt, report.greedy)
+        return {"ok": report.ok, "difference": difference, "effect": report.effect}
+
+    return {"peft": peft} | ({"vllm": vllm} if with_vllm else {})
+
+
+def rows_of(family: str, laboratory: Laboratory, with_vllm: bool) -> list[dict[str, Any]]:
+    """One row for each layout and for each claim about others' programs."""
+    cases = cases_of(family)
+    make_model(cases[0].model, laboratory.base(cases[0].model))
+    questions = list({case.question: case for case in cases}.values())
+    for _ in forked(((c, laboratory.ask_oracle, (c,)) for c in questions), AT_ONCE):
+        pass
+    jobs: list[Any] = [(case.name, laboratory.run, (case.name, case)) for case in cases]
+    for claim, job in claims_of(family, with_vllm).items():
+        name = f"{family} {claim}"
+        jobs.append((name, laboratory.keep, (name, {"claim": claim}, job)))
+    for name, seconds, _ in forked(jobs, AT_ONCE):
+        print(f"{name:62} {seconds:4.0f} s", flush=True)
+    found = [json.loads(laboratory.row(name).read_text()) for name, *_ in jobs]
+    return [row if "claim" in row else _of_layout(row) for row in found]
+
+
+def _of_layout(row: dict[str, Any]) -> dict[str, Any]:
+    """What the table needs of a case, with its deviations."""
+    sizes = ("world", "tp", "pp", "vpp", "ep", "etp", "recompute")
+    ok = not (row["failed"] or row.get("exceeded"))
+    measured = {name: row[name] for name in LIMITS if name in row}
+    layout = {name: row[name] for name in sizes}
+    return {"claim": "layout", **layout, "ok": ok, "failed": row["failed"], **measured}
+
+
+def keep(record: dict[str, Any], out: Path) -> None:
+    """Put a family's record in the place of its earlier one from the same kind of device."""
+    records = json.loads(out.read_text()) if out.exists() else []
+    same = ("family", "on_gpu")
+    others = [r for r in records if any(r[name] != record[name] for name in same)]
+    order = list(FAMILIES)
+    records = sorted([*others, record], key=lambda r: (order.index(r["family"]), r["on_gpu"]))
+    out.write_text(json.dumps(records, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
+    parser.add_argument("--vllm", action="store_true", help="serve the adapter with vLLM too")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if unknown := [name for name in args.families if name not in FAMILIES]:
+        parser.error(f"{unknown[0]!r} is not a family; families: {', '.join(FAMILIES)}")
+    good = True
+    for family in args.families or FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = rows_of(family, Laboratory(Path(folder)), args.vllm)
+        for row in rows:
+            row["ok"] = bool(row.get("ok"))
+            if not row["ok"]:
+                print(f"{family}: {row['claim']} does not hold\n{row['failed'] or row}")
+        good = good and all(row["ok"] for row in rows)
+        record = {
+            "family": family,
+            "device": host.device_name(),
+            "on_gpu": host.device().type == "cuda",
+            "commit": commit(),
+            "versions": {package: version(package) for package in PACKAGES},
+            "rows": rows,
+        }
+        keep(record, args.out)
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()

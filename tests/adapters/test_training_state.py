@@ -1,0 +1,193 @@
+"""A checkpoint's export is what was trained, as its training state has it: nothing is guessed from
+the zeros of its adapter file, and a file that was changed is refused."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megalora.adapters.export import export
+from megalora.adapters.files import CONFIG, OPTIMIZER, STATE_JSON, WEIGHTS
+from megalora.adapters.resumable import import_adapter
+from megalora.adapters.write.form import write_adapter
+from megalora.config import LoRAConfig
+from megalora.hf.json_file import read_hf_config
+from megalora.lora.section import settings
+from megalora.lora.select import resolve
+from megalora.lora.spec import tensor_name
+from megalora.model.fields import model_shape
+from megalora.train.loop import train as train_run
+from tests.adapters.adapters import CASES, Trained, train
+from tests.adapters.test_export import same_bits
+from tests.distributed.ranks import run_ranks
+from tests.parity.runs import make_config
+
+PADDED: dict[str, Any] = {
+    "rank": 4, "alpha": 12.0, "target_modules": ["gate_proj", "up_proj", "q_proj"],
+    "rank_pattern": {"gate_proj": 3}, "alpha_pattern": {"up_proj": 5.0},
+}  # fmt: skip
+"""Its file is wider than what trains: gate's rank is padded, down is zeros, up's scale folded."""
+
+
+def as_checkpoint(
+    trained: Trained, options: dict[str, Any], masters: dict[str, Tensor], *, rows: bool = True
+) -> Path:
+    """Write the folder anew as training would from float32 ``masters``, in the dtype it has.
+
+    ``rows``: say what is adapted; checkpoints of earlier versions have the config alone.
+    """
+    dtype = next(iter(trained.tensors.values())).dtype
+    rounded = {name: master.to(dtype) for name, master in masters.items()}
+    write_adapter(trained.folder, trained.adapted, trained.shape, rounded, str(trained.base))
+    state: dict[str, Any] = {
+        "step": 3, "num_samples": 9, "world_size": 1,
+        "config": {
+            "model": {"dtype": "bfloat16"}, "data": {"train": "chats.jsonl"},
+            "train": {"global_batch_size": 8, "lr": 1e-4, "schedule": "cosine"},
+            "lora": asdict(LoRAConfig(**options)),
+        },
+    }  # fmt: skip
+    if rows:
+        state["adapted"] = settings(trained.adapted)
+    (trained.folder / STATE_JSON).parent.mkdir(exist_ok=True)
+    (trained.folder / STATE_JSON).write_text(json.dumps(state))
+    save_file({f"param.{n}": t for n, t in masters.items()}, trained.folder / OPTIMIZER)
+    return trained.folder
+
+
+def unrounded(trained: Trained) -> dict[str, Tensor]:
+    """Masters that bfloat16 does not hold."""
+    return {name: t.float() * (1 + 2**-12) for name, t in trained.tensors.items()}
+
+
+def trained_ranks(out: Path, trained: Trained) -> None:
+    """An import of the export recognises the same ranks again."""
+    imported = import_adapter(out, out.with_name("again"), str(trained.base))
+    found = resolve(LoRAConfig(**imported.section), trained.shape)
+    assert [(a.projection, a.layer, a.rank) for a in found] == [
+        (a.projection, a.layer, a.rank) for a in trained.adapted
+    ]
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "earlier version"])
+@pytest.mark.parametrize(("base", "options"), CASES[:22:3])
+def test_export_of_a_checkpoint_is_its_file(
+    bases: dict[str, Path], tmp_path: Path, base: str, options: dict[str, Any], rows: bool
+) -> None:
+    trained = train(bases[base], tmp_path / "checkpoint", torch.bfloat16, **options)
+    folder = as_checkpoint(trained, options, unrounded(trained), rows=rows)
+    export(folder, tmp_path / "first")
+    assert same_bits(folder, tmp_path / "first")
+    import_adapter(tmp_path / "first", tmp_path / "imported", str(bases[base]))
+    export(tmp_path / "imported", tmp_path / "second")
+    assert same_bits(folder, tmp_path / "second")
+    trained_ranks(tmp_path / "second", trained)
+
+
+def test_a_trained_rank_of_zeros_is_no_padding(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Only the training state can tell; SGLang's layout pads all ranks to the largest."""
+    options = PADDED | {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {"o_proj": 2}}
+    options["alpha_pattern"] = {}
+    trained = train(bases["moe"], tmp_path / "checkpoint", torch.bfloat16, **options)
+    masters = unrounded(trained)
+    for name, tensor in masters.items():
+        if "q_proj" in name:
+            (tensor[2:] if ".lora_A." in name else tensor[:, 2:]).zero_()
+    folder = as_checkpoint(trained, options, masters)
+    found = export(folder, tmp_path / "out")
+    assert {(a.name, a.rank) for a in found.facts.adapted} == {("q_proj", 4), ("o_proj", 2)}
+    assert same_bits(folder, tmp_path / "out")
+
+
+def test_stacked_exports_fold_scales_once(bases: dict[str, Path], tmp_path: Path) -> None:
+    """From what was trained, not from the file, whose B's are folded and rounded already."""
+    trained = train(bases["moe"], tmp_path / "checkpoint", torch.bfloat16, **PADDED)
+    masters = unrounded(trained)
+    folder = as_checkpoint(trained, PADDED, masters)
+    export(folder, tmp_path / "out", layout="stacked")
+    expected = tmp_path / "expected"
+    expected.mkdir()
+    rounded = {name: t.bfloat16() for name, t in masters.items()}
+    write_adapter(
+        expected, trained.adapted, trained.shape, rounded, str(trained.base), layout="stacked"
+    )
+    assert same_bits(expected, tmp_path / "out")
+
+
+def change_values(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    name = tensor_name("model.layers.1.mlp.experts.5.up_proj", "B")
+    tensors[name][2, 1] += 0.5
+    save_file(tensors, folder / WEIGHTS)
+
+
+def change_alpha(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    config["lora_alpha"] *= 2
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def lose_a_master(folder: Path) -> None:
+    masters = load_file(folder / OPTIMIZER)
+    del masters["param." + tensor_name("model.layers.0.self_attn.q_proj", "A")]
+    save_file(masters, folder / OPTIMIZER)
+
+
+def misshape_a_master(folder: Path) -> None:
+    masters = load_file(folder / OPTIMIZER)
+    name = "param." + tensor_name("model.layers.0.self_attn.q_proj", "A")
+    masters[name] = masters[name][:1].clone()
+    save_file(masters, folder / OPTIMIZER)
+
+
+def name_another_model(folder: Path) -> None:
+    state = json.loads((folder / STATE_JSON).read_text())
+    state["adapted"][0][0] = "model.layers.{layer}.linear_attn.q_proj"
+    (folder / STATE_JSON).write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_values, r"experts.5.up_proj.lora_B.weight has other values in adapter_model"),
+        (change_alpha, r"has another rank or scale in adapter_config.json"),
+        (lose_a_master, r"optimizer.safetensors has no tensor param.*q_proj.lora_A"),
+        (misshape_a_master, r"q_proj.lora_A.weight is \(1, 96\), and state.json says \(4, 96\)"),
+        (name_another_model, r"this model has no model.layers.0.linear_attn.q_proj"),
+    ],
+)
+def test_files_that_contradict_each_other_are_refused(
+    bases: dict[str, Path], tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
+    trained = train(bases["moe"], tmp_path / "checkpoint", torch.bfloat16, **PADDED)
+    folder = as_checkpoint(trained, PADDED, unrounded(trained))
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_training_saved(tiny: Path, chats: Path, tmp_path: Path) -> None:
+    """On four ranks, in bfloat16: the masters rounded are the file, as saved and without rows."""
+    config = make_config(
+        tiny, chats, tmp_path / "run", {"tp": 2, "ep": 2}, lora=LoRAConfig(**PADDED),
+        dtype="bfloat16", steps=2, lr=1e-2,
+    )  # fmt: skip
+    run_ranks(train_run, 4, config)
+    checkpoint = tmp_path / "run" / "step_000002"
+    found = export(checkpoint, tmp_path / "out")
+    ranks = {(a.name, a.rank) for a in found.facts.adapted}
+    assert ranks == {("gate_proj", 3), ("up_proj", 4), ("q_proj", 4)}
+    assert same_bits(checkpoint, tmp_path / "out")
+    state = json.loads((checkpoint / STATE_JSON).read_text())
+    adapted = resolve(config.lora, model_shape(read_hf_config(tiny)))
+    assert state.pop("adapted") == settings(adapted)
+    (checkpoint / STATE_JSON).write_text(json.dumps(state))
+    export(checkpoint, tmp_path / "earlier")
+    assert same_bits(checkpoint, tmp_path / "earlier")

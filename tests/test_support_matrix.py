@@ -1,0 +1,76 @@
+"""The table of support says what its results say, for every registered family."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.support import cases_of, keep
+from benchmarks.support_matrix import COLUMNS, mark, read_results, table
+from megalora.model.families import FAMILIES
+from tests.parity.grid import accepted
+
+
+def record(
+    *rows: dict[str, Any], family: str = "qwen3_moe", on_gpu: bool = False
+) -> dict[str, Any]:
+    return {"family": family, "on_gpu": on_gpu, "rows": list(rows)}
+
+
+def layout(ok: bool = True, **sizes: Any) -> dict[str, Any]:
+    return {"claim": "layout", "ok": ok, **sizes}
+
+
+def test_a_family_without_results_is_not_proved() -> None:
+    lines = table([]).splitlines()[2 : 2 + len(FAMILIES)]
+    assert [line.split("`")[1] for line in lines] == list(FAMILIES)
+    for line in lines:
+        assert set(line.split("|")[2:-1]) <= {" - ", " n/a "}
+        assert line.split("|")[2] == " - "
+
+
+def test_marks() -> None:
+    records = [
+        record(layout(), layout(tp=2), layout(tp=2, ep=2, ok=False), {"claim": "peft", "ok": True})
+    ]
+    assert mark("PEFT", records) == "CPU"
+    assert mark("PP", records) == "-", "no case has it"
+    assert mark("EP", records) == "-", "its case failed"
+    assert mark("TP", records) == "-", "one of its cases failed"
+    records = [record(layout(tp=2)), record(layout(tp=2, recompute="full"), on_gpu=True)]
+    assert mark("TP", records) == "GPU"
+    assert mark("recompute", records) == "GPU"
+    assert mark("vLLM", records) == "-"
+    assert mark("recompute", [record(layout(recompute="off"))]) == "-"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cases_of_a_family_can_fill_its_columns(family: str) -> None:
+    cases = cases_of(family)
+    assert all(accepted(case) for case in cases)
+    rows = [layout(**vars(case)) for case in cases]
+    marks = {column: mark(column, [record(*rows)]) for column in COLUMNS}
+    without = {"EP", "ETP"} if len(cases) == 4 else set()
+    assert {column for column, found in marks.items() if found == "-"} == {"PEFT", "vLLM"} | without
+
+
+def test_a_new_record_replaces_the_one_of_the_same_device(tmp_path: Path) -> None:
+    out = tmp_path / "support.json"
+    keep(record(layout(ok=False)), out)
+    keep(record(layout(), on_gpu=True), out)
+    keep(record(layout(), family="qwen3"), out)
+    keep(record(layout()), out)
+    kept = json.loads(out.read_text())
+    assert [(r["family"], r["on_gpu"], r["rows"][0]["ok"]) for r in kept] == [
+        ("qwen3_moe", False, True),
+        ("qwen3_moe", True, True),
+        ("qwen3", False, True),
+    ]
+
+
+def test_what_is_claimed_of_the_families_was_measured() -> None:
+    """Every record is of a registered family, with its device and its versions."""
+    for found in read_results():
+        assert found["family"] in FAMILIES
+        assert found["device"] and found["commit"] and found["versions"]["megatron-core"]
