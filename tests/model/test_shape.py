@@ -25,7 +25,7 @@ QWEN3_30B_A3B: dict[str, Any] = {
     "moe_intermediate_size": 768,
     "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936,
     "tie_word_embeddings": False,
-    "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
 }  # fmt: skip
 QWEN3_235B_A22B: dict[str, Any] = QWEN3_30B_A3B | {
     "num_hidden_layers": 94, "hidden_size": 4096, "num_attention_heads": 64,

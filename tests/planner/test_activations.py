@@ -16,6 +16,7 @@ from megalora.planner.activations import Microbatch, angles_bytes, chunk_bytes, 
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.schedule import in_flight
 from megalora.planner.weights import PlannedModel, chunks_of
+from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.everything import LORA, config_of
@@ -89,6 +90,16 @@ def test_bytes_kept(
         f" {100 * (said / found - 1):+.3f} %"
     )
     assert abs(said / found - 1) < 0.005
+
+
+@pytest.mark.parametrize(("arch", "normed"), [("qwen3_moe", False), ("qwen2_moe", True)])
+def test_bytes_kept_by_the_other_router(arch: str, normed: bool, chats, tmp_path) -> None:
+    """A softmax over all experts, or over the chosen ones: ``norm_topk_prob`` decides, not the
+    family."""
+    base = make_tiny(tmp_path / "base", arch=arch, num_hidden_layers=2, norm_topk_prob=normed)
+    config = config_of(base, chats, tmp_path / "run", {}, DEFAULT, micro_batch_size=2)
+    found, said = counted_and_planned(config, 1)
+    assert abs(said / found - 1) < 0.0005, (found, said)
 
 
 @pytest.mark.parametrize("recompute", ["off", "selective"])

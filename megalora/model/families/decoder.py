@@ -92,7 +92,10 @@ def decoder_shape(hf: Config, **more: Any) -> ModelShape:
         "tied_embeddings": bool(hf.get("tie_word_embeddings")),
     } | more
     if not values.get("moe_layers"):
-        of_experts = ("num_experts", "top_k", "expert_intermediate", "shared_intermediate")
+        of_experts = (
+            "num_experts", "top_k", "expert_intermediate", "shared_intermediate",
+            "softmax_over_all",
+        )  # fmt: skip
         values = {name: value for name, value in values.items() if name not in of_experts}
     return ModelShape(**values)
 
@@ -131,11 +134,15 @@ CORRECTION_BIAS = (
 """What a router with sigmoid scores adds to them to choose experts, and to choose alone."""
 
 
+def softmax_over_all(hf: Config) -> bool:
+    """Whether the router's softmax runs over all experts. Where probabilities of the chosen ones
+    are normed again, a softmax over these alone is the same."""
+    return not hf.get("norm_topk_prob", False)  # transformers' default
+
+
 def router_settings(shape: ModelShape, hf: Config) -> dict[str, Any]:
-    """Softmax over all experts or, where probabilities are normed again, over the chosen ones,
-    which is the same."""
-    normed = hf.get("norm_topk_prob", False)  # transformers' default
-    return {"moe_router_pre_softmax": not normed} if shape.moe_layers else {}
+    """For a router with softmax scores."""
+    return {"moe_router_pre_softmax": shape.softmax_over_all} if shape.moe_layers else {}
 
 
 TINY: dict[str, Any] = {

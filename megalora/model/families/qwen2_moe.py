@@ -19,7 +19,7 @@ def _shape(hf: Config) -> ModelShape:
         moe_layers=decoder.sparse_layers(hf) if hf["num_experts"] else frozenset(),
         qk_norm=False,
         qkv_bias=hf.get("qkv_bias", True),
-        softmax_over_all=True,
+        softmax_over_all=decoder.softmax_over_all(hf),
     )
 
 

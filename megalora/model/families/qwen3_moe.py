@@ -19,6 +19,7 @@ def _shape(hf: Config) -> ModelShape:
         top_k=hf["num_experts_per_tok"],
         expert_intermediate=hf["moe_intermediate_size"],
         moe_layers=decoder.sparse_layers(hf) if experts else frozenset(),
+        softmax_over_all=decoder.softmax_over_all(hf),
         qkv_bias=attention_bias,
         o_bias=attention_bias,
     )
