@@ -30,6 +30,8 @@ class ModelShape:
     qkv_bias: bool = False
     o_bias: bool = False
     """Whether o_proj has a bias too."""
+    full_width_norms: bool = False
+    """Whether the norms of q and k run over all heads at once, with a weight for each feature."""
     softmax_over_all: bool = False
     """Whether the router's softmax runs over all experts, not over the chosen ones."""
     correction_bias: bool = False
@@ -55,7 +57,7 @@ class ModelShape:
         attention = (
             h * (q + 2 * kv)
             + q * h
-            + self.qk_norm * 2 * self.head_dim
+            + self.qk_norm * (q + kv if self.full_width_norms else 2 * self.head_dim)
             + self.qkv_bias * (q + 2 * kv)
         )
         attention += self.o_bias * h
@@ -116,6 +118,11 @@ class ModelShape:
             raise ValueError(
                 f"parallel.tp={p.tp} does not fit the model's {heads} attention heads and {kv}"
                 f" key/value heads; it can be one of {', '.join(map(str, possible))}"
+            )
+        if self.full_width_norms and p.tp > kv:
+            raise ValueError(
+                f"parallel.tp={p.tp} is more than the model's {kv} key/value heads, and its norm"
+                f" of all keys cannot run over repeated heads; set it to {kv} or less"
             )
         for name, size, what, total in sizes:
             if total % size:

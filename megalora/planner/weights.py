@@ -115,12 +115,14 @@ def layer_parameters(shape: ModelShape, p: ParallelConfig, is_moe: bool) -> int:
 
     Attention: (q + 2 kv) (H + bias) + (q + bias) H with q = heads d / tp and kv = max(kv heads, tp)
         d / tp, for a head is repeated on ranks beyond the number of heads; two norms 2 H, and 2 d
-        of q and k. MoE: router E H, experts (E / ep) 3 H I / etp, shared expert 3 H I_s / tp and
-        H where it has a gate. Dense: 3 H I / tp.
+        of q and k (q + kv where these norms run over all heads). MoE: router E H, experts
+        (E / ep) 3 H I / etp, shared expert 3 H I_s / tp and H where it has a gate. Dense:
+        3 H I / tp.
     """
     h, q, kv = shape.hidden, *attention_widths(shape, p)
     total = (q + 2 * kv) * (h + shape.qkv_bias) + (q + shape.o_bias) * h + 2 * h
-    total += 2 * shape.head_dim * shape.qk_norm
+    if shape.qk_norm:
+        total += q + kv if shape.full_width_norms else 2 * shape.head_dim
     if not is_moe:
         return total + 3 * h * (shape.intermediate // p.tp)
     total += shape.num_experts * h + shape.num_experts // p.ep * 3 * h * (

@@ -171,7 +171,7 @@ every registered family."""
 
 MORE_OF_FAMILIES = tuple(
     replace(layout, model=model)
-    for model in ("glm4_moe",)
+    for model in ("glm4_moe", "olmoe")
     for layout in (
         Case(1, adapter="all", micro=3),
         Case(2, pp=2, adapter="router", recompute="full", micro=3),

@@ -40,6 +40,10 @@ def _with_settings(base: Path, changes: list[dict[str, Any]]) -> list[str]:
 
 
 SPOILED: dict[str, list[dict[str, Any]]] = {
+    "olmoe": [
+        {"moe_router_dtype": "fp32"},
+        {"moe_router_pre_softmax": False},
+    ],
     "glm4_moe": [
         {"moe_router_dtype": None},
         {"moe_router_score_function": "softmax"},

@@ -1,0 +1,72 @@
+"""The norm over all heads: values and gradients of any split equal float64's on one rank."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalora.config import ParallelConfig
+from megalora.model.families import FAMILIES
+from megalora.model.fields import model_shape
+from megalora.model.full_width_norm import KeyNorm, QueryNorm
+from tests.distributed.ranks import run_ranks
+
+NORMS = {"queries": (QueryNorm, 12), "keys": (KeyNorm, 4)}
+HEAD_DIM = 10
+EPS = 1e-2  # large, so that a misplaced one shows
+
+
+def _problem(num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x and dy ``[S, B, heads, d]`` and the weight ``[heads * d]``, float64."""
+    generator = torch.Generator().manual_seed(num_heads)
+    options = {"generator": generator, "dtype": torch.float64}
+    shape = (7, 3, num_heads, HEAD_DIM)
+    weight = 1 + 0.3 * torch.randn(num_heads * HEAD_DIM, **options)
+    return torch.randn(shape, **options), torch.randn(shape, **options), weight
+
+
+def _on_ranks(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """This rank's part of y and dx."""
+    kind, num_heads = NORMS[name]
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    config = SimpleNamespace(
+        num_attention_heads=12, num_query_groups=4, kv_channels=HEAD_DIM, params_dtype=dtype,
+        tensor_model_parallel_size=world, _pg_collection=SimpleNamespace(tp=dist.group.WORLD),
+    )  # fmt: skip
+    x, dy, weight = (t.to(dtype) for t in _problem(num_heads))
+    norm = kind(HEAD_DIM, config, eps=EPS)
+    norm.weight.data.copy_(weight.chunk(world)[rank])
+    mine = x.chunk(world, 2)[rank].clone().requires_grad_()
+    y = norm(mine)
+    y.backward(dy.chunk(world, 2)[rank])
+    assert mine.grad is not None
+    return y.detach(), mine.grad
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
+)
+def test_values_and_gradients(name: str, world: int, dtype: torch.dtype, tolerance: float) -> None:
+    """bfloat16: one rounding of inputs and one of outputs, 2^-8 each, of values up to 4."""
+    x, dy, weight = _problem(NORMS[name][1])
+    x.requires_grad_()
+    flat = x.flatten(2)
+    normed = flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + EPS) * weight
+    normed.backward(dy.flatten(2))
+    assert x.grad is not None
+    parts = run_ranks(_on_ranks, world, name, dtype)
+    for found, wanted in zip(zip(*parts, strict=True), (normed.view_as(x), x.grad), strict=True):
+        whole = torch.cat(found, 2).double()
+        assert (whole - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def test_more_ranks_than_key_heads_are_refused_by_name() -> None:
+    shape = model_shape({**FAMILIES["olmoe"].tiny, "model_type": "olmoe"})
+    shape.check_layout(ParallelConfig(tp=2))
+    with pytest.raises(ValueError, match=r"parallel.tp=6 is more than the model's 2 key/value"):
+        shape.check_layout(ParallelConfig(tp=6))
