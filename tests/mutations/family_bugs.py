@@ -90,8 +90,8 @@ FAMILY_BUGS: tuple[Bug, ...] = (
         0,
         "softmax over the chosen experts where it runs over all",
         "megalora/model/families/decoder.py",
-        '{"moe_router_pre_softmax": not normed}',
-        '{"moe_router_pre_softmax": normed}',
+        '{"moe_router_pre_softmax": shape.softmax_over_all}',
+        '{"moe_router_pre_softmax": not shape.softmax_over_all}',
         "tests/verify/test_families.py test_a_family_is_equal",
     ),
     bug(

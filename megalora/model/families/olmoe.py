@@ -42,7 +42,7 @@ def _shape(hf: Config) -> ModelShape:
         expert_intermediate=hf["intermediate_size"],
         moe_layers=frozenset(range(hf["num_hidden_layers"])),
         full_width_norms=True,
-        softmax_over_all=not hf.get("norm_topk_prob", False),
+        softmax_over_all=decoder.softmax_over_all(hf),
     )
 
 
