@@ -1,6 +1,7 @@
 """Adapters of every registered family: stock PEFT, the reader and merge compute what was
 trained."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from peft import PeftModel
 from megalora.adapters.merge import merge
 from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.write.engines import check_engine, loads_in_peft
+from megalora.config import LoRAConfig
+from megalora.lora.select import resolve
 from megalora.model.families import FAMILIES, layer_projections
 from megalora.tiny import make_tiny
 from megalora.verify.peft import verify_peft
@@ -67,3 +70,16 @@ def test_a_router_that_stock_peft_cannot_wrap_is_refused_by_name(tmp_path: Path)
         check_engine("peft", "stacked", trained.adapted, trained.shape)
     with pytest.raises(ValueError, match=way_out):
         verify_peft(trained.folder, str(base), atol=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["peft", "vllm"])
+def test_what_an_engine_leaves_out_of_a_family_is_refused(
+    engine: Literal["peft", "vllm"], tiny_dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = FAMILIES["qwen3"]
+    said = replace(getattr(family, engine), not_honoured={"k_proj": "drops it"})
+    monkeypatch.setitem(FAMILIES, "qwen3", replace(family, **{engine: said}))
+    shape = shape_of(tiny_dense)
+    adapted = resolve(LoRAConfig(rank=2), shape)
+    with pytest.raises(ValueError, match="does not honour the adapter of k_proj.*it drops it"):
+        check_engine(engine, "per_expert", adapted, shape)

@@ -13,12 +13,8 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
-from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megalora.adapters.merge import merge
-from megalora.adapters.write.form import write_adapter
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.select import resolve
@@ -34,9 +30,6 @@ from megalora.tiny import make_tiny
 from megalora.verify.layer import check_layers
 from tests.distributed.ranks import run_ranks
 from tests.model.published import PUBLISHED
-from tests.oracles.base import TOKENS
-from tests.oracles.training import Oracle
-from tests.parity.built import random_factors
 from tests.parity.models import MODELS, arch_of
 
 ROPE: dict[str, dict[str, Any]] = {
@@ -178,29 +171,3 @@ def test_a_kind_of_rotary_scaling_that_was_not_tried_is_refused(
     hf = read_hf_config(base) | {"rope_parameters": rope}
     with pytest.raises(ValueError, match=r"type 'linear'; for .*, megalora computes default$"):
         check_fields(hf)
-
-
-@torch.no_grad()
-def test_a_merged_adapter_is_the_trained_model(
-    base: Path, shape: ModelShape, tmp_path: Path
-) -> None:
-    """Every linear, the head among them; beside it, weights merged by hand in float64."""
-    lora = LoRAConfig(rank=3, alpha=12.0, target_modules=[*names_of(shape), "lm_head"])
-    adapted, factors = random_factors(lora, base)
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    write_adapter(folder, adapted, shape, factors, str(base))
-    merge(folder, str(base), tmp_path / "merged")
-
-    oracle = Oracle(base, factors, {m: a.scale for a in adapted for m in a.hf_modules()})
-    wanted = functional_call(oracle.model, oracle.merged(), (TOKENS,), tie_weights=False).logits
-    found = logits(tmp_path / "merged")
-    plain = logits(base)
-    assert (found - wanted).abs().max() <= 1e-4 < (plain - wanted).abs().max()
-
-
-def logits(folder: Path) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, experts_implementation="eager"
-    )
-    return model.eval()(TOKENS).logits

@@ -174,4 +174,12 @@ FAMILY_BUGS: tuple[Bug, ...] = (
         "softmax_over_all=False,",
         f"{FIELDS_TEST} honoured_fields_are_computed",
     ),
+    bug(
+        0,
+        "what vLLM leaves out of one family is not refused",
+        "megalora/adapters/write/engines.py",
+        '"vllm": family.vllm.not_honoured',
+        '"vllm": {}',
+        "tests/adapters/test_families.py an_engine_leaves_out",
+    ),
 )

@@ -79,9 +79,9 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
 def check_honoured(name: EngineName, adapted: list[Adapted], shape: ModelShape) -> None:
     """Raise ``ValueError`` for a projection whose adapter the engine would not apply."""
     engine = ENGINES[name]
-    not_honoured = engine.not_honoured
-    if name == "peft":
-        not_honoured = FAMILIES[shape.model_type].peft.not_honoured
+    family = FAMILIES[shape.model_type]
+    of_family = {"peft": family.peft.not_honoured, "vllm": family.vllm.not_honoured}
+    not_honoured = engine.not_honoured | dict(of_family.get(name, {}))
     for projection in dict.fromkeys(a.name for a in adapted):
         if does := not_honoured.get(projection):
             raise ValueError(
