@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import support_matrix
 from docs.scripts.sections import fill
 from megalora.cli.main import main as megalora
 from tests.mutations.every import EVERY_BUG
@@ -122,6 +123,11 @@ def plan() -> str:
     return "\n".join(["```console", f"$ {command}", *table, "```"])
 
 
+def support() -> str:
+    """Families by parallelisms, PEFT and vLLM, with what each mark means."""
+    return support_matrix.table(support_matrix.read_results())
+
+
 def numbers() -> str:
     """Five measured numbers, each with its command and its record."""
     gradient = max(row["gradient"] for row in _parity())
@@ -173,6 +179,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "claims": claims,
     "quickstart": quickstart,
     "plan": plan,
+    "support": support,
     "numbers": numbers,
 }
 """Name in the page's comments to the function that writes the section."""
