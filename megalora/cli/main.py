@@ -61,20 +61,22 @@ def _parser() -> argparse.ArgumentParser:
     tiny.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     tiny.set_defaults(action=_tiny)
 
-    train = commands.add_parser("train", help="fine-tune; starts torchrun on this machine")
+    train = commands.add_parser(
+        "train", help="fine-tune adapters: start torchrun with --nproc ranks on this machine"
+    )
     train.add_argument("config", type=user_path)
-    train.add_argument("--nproc", type=int, default=1, help="ranks to start")
+    train.add_argument("--nproc", type=int, default=1, help="number of ranks to start, one per GPU")
     train.add_argument(
         "--max-restarts",
         type=int,
         default=0,
-        help="how often ranks start again and resume when one has failed",
+        help="number of times that ranks start again and resume after one has failed",
     )
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.set_defaults(action=_train)
 
     data = commands.add_parser(
-        "data", help="show what a run would learn: samples, lengths, what is left out"
+        "data", help="show what a run would train on: samples, loss mask, lengths, rows left out"
     )
     data.add_argument("config", type=user_path)
     data.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -104,35 +106,36 @@ class _ShowVersions(argparse.Action):
 def _add_file_commands(commands: Any) -> None:
     """What reads and writes adapter folders."""
     export = commands.add_parser(
-        "export", help="an adapter folder for PEFT, vLLM or SGLang, out of a checkpoint"
+        "export", help="write the adapter of a checkpoint as a folder for PEFT, vLLM or SGLang"
     )
-    export.add_argument("checkpoint", type=user_path, help="or any adapter folder")
+    export.add_argument("checkpoint", type=user_path, help="a checkpoint, or any adapter folder")
     export.add_argument("out", type=user_path)
     export.add_argument(
         "--for",
         dest="engine",
         choices=["peft", "vllm", "sglang"],
-        help="refuse what it would not honour",
+        help="engine that will load the adapter; refuse what this engine would not honour",
     )
     export.add_argument(
         "--layout",
         choices=["per_expert", "stacked", "shared_outer"],
-        help="names and shapes in the file",
+        help="names and shapes of the experts' tensors in the file",
     )
     export.add_argument(
         "--drop",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="trained projections to leave out, such as gate",
+        help="trained projections to leave out, such as gate (the router)",
     )
     export.add_argument(
-        "--base", help="the base model's folder or hub name; default: the one the adapter names"
+        "--base",
+        help="the base model's folder or hub name; default: the one that the adapter names",
     )
     export.set_defaults(action=_export)
 
     importer = commands.add_parser(
-        "import", help="a PEFT adapter made elsewhere as a checkpoint to train on from"
+        "import", help="turn a PEFT adapter made elsewhere into a checkpoint to resume from"
     )
     importer.add_argument("adapter", type=user_path)
     importer.add_argument("out", type=user_path)
@@ -140,17 +143,19 @@ def _add_file_commands(commands: Any) -> None:
     importer.add_argument(
         "--lora-b-layout",
         choices=["rank_major", "grouped_by_expert"],
-        help="of stacked experts saved by Unsloth",
+        help="order of B's columns in stacked experts that Unsloth saved",
     )
     importer.set_defaults(action=_import)
 
-    merge = commands.add_parser("merge", help="add an adapter to its base's weights")
+    merge = commands.add_parser("merge", help="add an adapter to the weights of its base")
     merge.add_argument("adapter", type=user_path)
     merge.add_argument("--base", required=True, help="the base model's folder or hub name")
     merge.add_argument("--out", required=True, type=user_path)
     merge.set_defaults(action=_merge)
 
-    inspect = commands.add_parser("inspect", help="say what is in an adapter")
+    inspect = commands.add_parser(
+        "inspect", help="show what an adapter holds: targets, ranks, experts, norms"
+    )
     inspect.add_argument("adapter", type=user_path)
     inspect.set_defaults(action=_inspect)
 
@@ -167,26 +172,31 @@ def _add_engine_commands(commands: Any) -> None:
         "--atol",
         type=float,
         default=1e-4,
-        help="largest difference of a logit or log-probability, fp32",
+        help="largest allowed difference of a logit or log-probability, in float32",
     )
     verify.set_defaults(action=_verify)
 
     serve = commands.add_parser(
         "serve",
-        help="serve adapters with vLLM (make vllm) and prove that they act",
-        epilog="what follows -- goes to vLLM",
+        help="serve adapters with vLLM and prove that it applies them (needs make vllm)",
+        epilog="arguments after -- go to vLLM",
     )
     serve.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a folder, or NAME=FOLDER")
     serve.add_argument("--base", required=True, help="the base model's folder or hub name")
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000, help="0 for a free one")
     serve.add_argument(
-        "--atol", type=float, default=1e-4, help="largest difference of a log-probability, fp32"
+        "--port", type=int, default=8000, help="port to listen on; 0 chooses a free one"
+    )
+    serve.add_argument(
+        "--atol",
+        type=float,
+        default=1e-4,
+        help="largest allowed difference of a log-probability, in float32",
     )
     serve.add_argument(
         "--unproven",
         action="store_true",
-        help="serve on where an adapter does not act as it was trained",
+        help="serve also if an adapter does not act as it was trained",
     )
     serve.set_defaults(action=_serve)
 

@@ -17,29 +17,33 @@ def add_planner_commands(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
-        "plan", help="which layout to train with on how many GPUs; needs no GPU"
+        "plan", help="rank the layouts for a number of GPUs by predicted time; needs no GPU"
     )
     plan.add_argument("config", type=user_path)
-    plan.add_argument("--gpus", type=int, required=True, help="ranks, one for each GPU")
+    plan.add_argument("--gpus", type=int, required=True, help="number of GPUs")
     plan.add_argument(
         "--gpu",
         default="h100",
-        help="h100, h200, a100, b200, or a file of megalora bench --calibrate",
+        help="h100, h200, a100, b200, or a file that megalora bench --calibrate wrote",
     )
-    plan.add_argument("--gpus-per-node", type=int, help="default: 8, or what the file says")
-    plan.add_argument("--top", type=int, default=10, help="layouts to show")
+    plan.add_argument(
+        "--gpus-per-node",
+        type=int,
+        help="default: 8, or as in the --gpu file",
+    )
+    plan.add_argument("--top", type=int, default=10, help="number of layouts to show")
     plan.add_argument(
         "--imbalance",
         type=float,
         default=1.2,
-        help="rows of the fullest expert-parallel rank over the mean",
+        help="assumed routing: rows of the fullest expert-parallel rank over the mean",
     )
     plan.add_argument(
         "--lora-rank",
         type=_numbers,
         default=[],
         metavar="R,...",
-        help="try these lora.rank beside the config's",
+        help="try these lora.rank too",
     )
     plan.add_argument(
         "--out", type=user_path, metavar="FILE.yaml", help="write the best layout as a config"
@@ -54,14 +58,10 @@ def _add_plan(commands: Any) -> None:
         "--rejected",
         type=user_path,
         metavar="FILE",
-        help="write every other layout with its reason",
+        help="write every layout that is out, with its reason",
     )
-    plan.add_argument(
-        "--dry-run",
-        type=int,
-        metavar="RANK",
-        help="build this rank of the config's layout on the meta device",
-    )
+    dry = "build this rank of the config's layout on the meta device and compare its bytes"
+    plan.add_argument("--dry-run", type=int, metavar="RANK", help=dry)
     plan.add_argument("overrides", nargs="*", metavar="section.key=value")
     plan.set_defaults(action=_plan)
 
@@ -73,7 +73,7 @@ def _numbers(text: str) -> list[int]:
 def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
-        help="measure layouts with the real training step, beside what plan says; or this machine",
+        help="measure layouts with the real training step beside their prediction, or calibrate",
     )
     bench.add_argument("config", type=user_path, nargs="?")
     bench.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -81,36 +81,38 @@ def _add_bench(commands: Any) -> None:
         "--calibrate",
         type=user_path,
         metavar="FILE.json",
-        help="measure this machine instead, for --gpu FILE.json",
+        help="measure this machine instead, for plan and bench with --gpu FILE.json",
     )
-    bench.add_argument("--nproc", type=int, default=1, help="ranks, over all nodes")
+    bench.add_argument("--nproc", type=int, default=1, help="number of ranks over all nodes")
     bench.add_argument(
         "--layouts",
         nargs="+",
         default=[],
         metavar="tp=2,ep=4",
-        help="keys: tp pp vpp ep etp micro recompute",
+        help="layouts to measure; keys: tp pp vpp ep etp micro recompute",
     )
-    bench.add_argument("--top", type=int, metavar="K", help="the K layouts that plan puts first")
+    bench.add_argument("--top", type=int, metavar="K", help="the K layouts that plan ranks first")
     bench.add_argument(
-        "--gpu", help="h100, h200, a100, b200, or a file of --calibrate: what predictions rest on"
+        "--gpu", help="rates for predictions: h100, h200, a100, b200, or a file of --calibrate"
     )
     bench.add_argument("--routing", default="balanced", help="balanced or natural")
     bench.add_argument(
         "--weights", default="auto", help="random, real, or auto: real where model.path has them"
     )
     bench.add_argument(
-        "--imbalance", type=float, default=1.2, help="of natural routing, for predictions"
+        "--imbalance", type=float, default=1.2, help="imbalance of natural routing, for predictions"
     )
-    bench.add_argument("--steps", type=int, default=5, help="timed, after --warmup")
+    bench.add_argument("--steps", type=int, default=5, help="timed steps, after --warmup")
     bench.add_argument("--warmup", type=int, default=2)
-    bench.add_argument("--timeout-minutes", type=float, default=30, help="for one layout")
-    bench.add_argument("--budget-seconds", type=float, default=120, help="for --calibrate")
+    bench.add_argument("--timeout-minutes", type=float, default=30, help="time limit of one layout")
+    bench.add_argument(
+        "--budget-seconds", type=float, default=120, help="time limit of --calibrate"
+    )
     bench.add_argument(
         "--out",
         type=user_path,
         default=Path("runs/bench"),
-        help="folder; what it has measured is not run again",
+        help="folder of results; what it already holds is not measured again",
     )
     bench.set_defaults(action=_bench)
 
