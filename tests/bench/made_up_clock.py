@@ -1,6 +1,14 @@
 """A clock for tests of what measures time, so that no result depends on the machine."""
 
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from megalora import host
+
+NANOSECOND = 1e-9
 
 
 class MadeUpClock:
@@ -21,3 +29,32 @@ class MadeUpClock:
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
+
+
+class WorkTakesTime(TorchDispatchMode):
+    """Every operation of torch takes a nanosecond for each multiplication or addition of a product,
+    and for each element of others, by the given clock."""
+
+    def __init__(self, clock: MadeUpClock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.clock.pass_time(NANOSECOND * work(str(func), args, found))
+        return found
+
+
+def work(name: str, args: tuple[Any, ...], found: Any) -> int:
+    """Multiplications and additions of a product, elements of anything else."""
+    given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    if "mm." in name:
+        second = [t for t in given if t.is_floating_point()][-1]  # offsets of groups are integers
+        return 2 * found.numel() * second.shape[-2]
+    if "attention" in name:
+        *_, query, key = [t for t in given if t.ndim == 4][:3] if "backward" in name else given[:2]
+        return 2 * query.numel() * key.shape[-2]
+    return sum(t.numel() for t in [*given, *tree_leaves(found)] if isinstance(t, torch.Tensor))

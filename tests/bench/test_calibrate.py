@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from megalora.bench import clock, overhead
 from megalora.bench.calibrate_grid import CPU, Grid
 from megalora.bench.clock import Clock
 from megalora.planner.gpus import read_machine
+from tests.bench.made_up_clock import NANOSECOND, MadeUpClock, WorkTakesTime
 from tests.distributed.ranks import run_ranks
 
 KEYS = [
@@ -47,15 +47,23 @@ type Run = tuple[dict[str, Any], list[tuple[dict[str, Any], list[str]]]]
 def _calibrate(
     out: Path, dtype: str, budget_seconds: float, ranks_per_node: int, grid: Grid
 ) -> tuple[dict[str, Any], list[str]]:
-    """What this rank measured, and what it said."""
+    """What this rank measured by a made-up clock, and what it said."""
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
     calibration.CPU = grid
-    # a sixth of the time, and as good where only a factor counts
-    clock.ON_CPU = clock.Effort(1e-3, 10e-3)
+    # a made-up clock always says the same: two calls in a row, two samples
+    clock.ON_CPU = clock.Effort(1e-3, 10e-3, most_in_a_row=2, min_samples=2, max_samples=2)
     found = {}
     said = []
     measure = calibration._measure
     calibration._measure = lambda *args: found.update(measure(*args)) or found  # type: ignore
+    made_up = MadeUpClock(tick=NANOSECOND / 1000)
+    by_the_clock = Clock.seconds
+
+    def by_work(self: Clock, calls: Any, **how: Any) -> float:
+        with WorkTakesTime(made_up):
+            return by_the_clock(self, calls, **how)
+
+    Clock.seconds = by_work  # type: ignore[method-assign]
     calibration.calibrate(out, dtype=dtype, budget_seconds=budget_seconds, say=said.append)
     assert out.exists(), "no rank goes on before the record is there"
     return found, said
@@ -174,16 +182,10 @@ def test_more_work_takes_longer(whole: dict[str, Any]) -> None:
         assert by_work[-1][seconds] > 5 * by_work[0][seconds]
 
 
-def test_gemm_seconds_are_what_torch_takes(whole: dict[str, Any]) -> None:
-    point = max(whole["gemm"], key=lambda p: p["rows"] * p["outputs"] * p["inputs"])
-    x = torch.randn(point["rows"], point["inputs"])
-    w = torch.randn(point["outputs"], point["inputs"])
-    samples = []
-    for _ in range(5):
-        before = time.perf_counter()
-        torch.mm(x, w.t())
-        samples.append(time.perf_counter() - before)
-    assert min(samples) / 4 < point["seconds"] < 4 * max(samples)  # other processes share the cores
+def test_gemm_seconds_are_those_of_one_product(whole: dict[str, Any]) -> None:
+    for point in whole["gemm"]:
+        flops = 2 * point["rows"] * point["outputs"] * point["inputs"]
+        assert point["seconds"] == pytest.approx(flops * NANOSECOND)
 
 
 def test_two_points_of_everything_however_little_time(pair: Run, four: Run) -> None:
