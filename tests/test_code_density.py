@@ -1,0 +1,105 @@
+"""How densely the code is written: it is counted right, and goals that are reached stay reached."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from benchmarks import code_density
+
+ROOT = Path(__file__).parents[1]
+SNIPPET = '''\
+"""A docstring with # no comment in it, and one, if any, else none."""
+
+# Why this is so.
+a, b = 1, 2
+lo, hi = bounds  # one thing unpacked
+c = (x for x in range(3) if x)  # noqa: B007
+d = {k: [v for v in ks] for k, ks in e.items()}
+f = 1 if a else 2 if b else 3
+
+
+def g():  # fmt: skip
+    (h, i) = j = (1, 2)
+    return "# not a comment"
+'''
+REACHED = [
+    ("product", "tuple assignments"),
+    ("benchmarks", "tuple assignments"),
+    ("tests", "tuple assignments"),
+    ("tests", "ternaries"),
+    ("product", "lines over 100 columns, %"),
+    ("benchmarks", "lines over 100 columns, %"),
+    ("tests", "lines over 100 columns, %"),
+]
+"""Part and number that lie within the field's range. Whoever brings another one there adds it."""
+
+
+def test_every_construct_is_counted_once() -> None:
+    found = code_density.constructs(SNIPPET)
+    assert found == {
+        "tuple assignments": 2,
+        "ternaries": 2,
+        "comprehensions": 3,
+        "commented lines": 2,
+        "non-blank lines": 10,
+        "long lines": 0,
+    }
+    assert code_density.constructs(f"x = '{'y' * 94}'\nx = '{'y' * 95}'")["long lines"] == 1
+    assert list(code_density.function_lengths(SNIPPET)) == [3]
+
+
+@pytest.mark.parametrize(
+    ("line", "counts"),
+    [
+        ("a, b = b, a", True),
+        ("[a, b] = 1, 2", False),
+        ("a, b = f(), g()", True),
+        ("a = b = 1", False),
+        ("pair = 1, 2", False),
+        ("a, b = pair", False),
+    ],
+)
+def test_what_a_tuple_assignment_is(line: str, counts: bool) -> None:
+    (node,) = ast.parse(line).body
+    assert code_density.is_tuple_assignment(node) is counts
+
+
+def test_spread_of_lengths() -> None:
+    lengths = list(range(10, 0, -1))
+    assert code_density.spread(lengths) == {"count": 10, "median": 5.5, "p90": 9, "largest": 10}
+    assert code_density.spread([*lengths, 11])["p90"] == 10
+    assert code_density.spread([]) == {"count": 0, "median": 0, "p90": 0, "largest": 0}
+
+
+def test_which_end_of_a_range_is_the_limit() -> None:
+    assert code_density.within("ternaries", 25) and not code_density.within("ternaries", 25.1)
+    assert code_density.within("ternaries", 0)
+    assert not code_density.within("commented lines", 49.9)
+    assert code_density.within("commented lines", 200)
+
+
+def test_a_part_is_counted_over_all_its_files(tmp_path: Path) -> None:
+    for number, text in enumerate((SNIPPET, "x = 1\ny = 1 if x else 2\n")):
+        (tmp_path / f"{number}.py").write_text(text)
+    row = code_density.count_part(tmp_path, (".",))
+    assert row["files"] == {"count": 2, "median": 7.5, "p90": 13, "largest": 13}
+    assert row["non-blank lines"] == 12
+    assert row["ternaries"] == pytest.approx(1000 * 3 / 12)
+    assert row["lines over 100 columns, %"] == 0
+
+
+def test_goals_that_are_reached_stay_reached() -> None:
+    counted = code_density.count_tree(ROOT)
+    for part, name in REACHED:
+        value = counted[part][name]
+        low, high = code_density.RANGES[name]
+        assert code_density.within(name, value), f"{name} of {part}: {value}, want {low} to {high}"
+    shown = code_density.table(counted)
+    assert f"README: {counted['README']['words']:,} words" in shown
+
+
+def test_an_earlier_commit_is_counted_and_nothing_is_left() -> None:
+    assert code_density.count_revision("HEAD")["product"]["files"]["count"] > 100
+    with pytest.raises(ValueError, match=r"--at no-such-commit: fatal"):
+        code_density.count_revision("no-such-commit")
