@@ -1,6 +1,5 @@
 """Say what is in an adapter folder, from its config and tensors alone: no base model is needed."""
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,14 +8,18 @@ from typing import Any
 import torch
 
 from megalora.adapters.files import CONFIG, adapters_below, read_config
-from megalora.adapters.read.names import described, is_training_only, parse, parse_weight
 from megalora.adapters.read.options import not_plain
 from megalora.adapters.read.weights import FLOATS, AdapterWeights
+from megalora.hf.tensor_names import (
+    described,
+    is_of_experts,
+    is_training_only,
+    parse_factor,
+    parse_in_layer,
+    parse_weight,
+)
 from megalora.wording import shorten
 
-_PLACE = re.compile(
-    r"model\.layers\.(?P<layer>\d+)\.(?P<path>.*?)(?:\.(?P<expert>\d+))?\.(?P<leaf>\w+)"
-)
 NAMED = 4
 """Tensors of one sort that are named before the rest is counted."""
 
@@ -46,7 +49,7 @@ def describe(adapter: Path) -> str:
     for name, info in weights.info.items():
         tensor = weights.tensor(name)
         num_bytes += tensor.numel() * tensor.element_size()
-        factor = parse(name)
+        factor = parse_factor(name)
         if factor is None or tensor.dim() != 2 or info.dtype not in FLOATS:
             other.append(name)
             continue
@@ -91,9 +94,9 @@ def _other_lines(names: list[str], weights: AdapterWeights) -> list[str]:
 
 def _sort(name: str, weights: AdapterWeights) -> str:
     info = weights.info[name]
-    if parse(name) is not None and len(info.shape) == 3 and ".experts." in name:
+    if parse_factor(name) is not None and len(info.shape) == 3 and is_of_experts(name):
         return "3-D factors of all experts of a layer, which import, merge and export read"
-    if parse(name) is not None:
+    if parse_factor(name) is not None:
         return f"no factor of a linear, being {info.dtype} of {len(info.shape)} dimensions"
     if is_training_only(name):
         return "needed by training in PEFT alone"
@@ -113,11 +116,12 @@ def _config_lines(config: dict[str, Any]) -> list[str]:
 def _add(
     rows: dict[tuple[str, bool], _Row], module: str, factor: str, tensor: torch.Tensor
 ) -> float:
-    place = _PLACE.fullmatch(module)
-    row = rows[(place["leaf"], bool(place["expert"])) if place else (module, False)]
-    if place:
-        row.layers.add(int(place["layer"]))
-        row.experts |= {int(place["expert"])} if place["expert"] else set()
+    place = parse_in_layer(module)
+    row = rows[(module, False) if place is None else (place.leaf, place.expert is not None)]
+    if place is not None:
+        row.layers.add(place.layer)
+        if place.expert is not None:
+            row.experts.add(place.expert)
     row.ranks.add(tensor.shape[0 if factor == "A" else 1])
     row.sizes.add((0, tensor.shape[1]) if factor == "A" else (tensor.shape[0], 0))
     row.parameters += tensor.numel()

@@ -38,8 +38,8 @@ from megalora.atomic_folder import check_new, check_space, whole_or_gone
 from megalora.hf.folder import INDEX, check_base_folder, local_folder, weight_shards
 from megalora.hf.json_file import read_hf_config, read_json_object
 from megalora.hf.safetensors import Stored, header_bytes, read_header
+from megalora.hf.tensor_names import EMBEDDING, LM_HEAD, published_name
 from megalora.lora.spec import Adapted, tensor_name
-from megalora.model.account import EMBEDDING, LM_HEAD, published_name
 from megalora.model.fields import model_shape
 from megalora.model.projections import HEAD, MOE
 

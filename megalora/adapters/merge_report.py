@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megalora.hf.tensor_names import within_layer
+
 REPORT = "merge_report.json"
 LOSSY = 0.1
 """Relative error of a delta from which the text says so."""
@@ -88,7 +90,7 @@ class MergeReport:
 def projection(module: str) -> str:
     """The module's name without numbers: ``self_attn.q_proj``, ``mlp.experts.*.down_proj``,
     ``lm_head``."""
-    return re.sub(r"\.\d+\.", ".*.", re.sub(r"^model\.layers\.\d+\.", "", module))
+    return re.sub(r"\.\d+\.", ".*.", within_layer(module))
 
 
 def _line(head: str, modules: list[MergedModule]) -> str:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalora import host
+from megalora.hf.tensor_names import parse_factor
 from megalora.lora.shards import FactorShard
 from megalora.lora.spec import Adapted, expected_tensors
 from megalora.model.shape import ModelShape
@@ -103,8 +104,10 @@ class GradientCheck:
         number = {m: i for i, a in enumerate(adapted) for m in a.hf_modules()}
         self.parts = {"A": _Parts(), "B": _Parts()}
         for piece in pieces:
-            module, _, factor = piece.name.split(".", 2)[2].rpartition(".lora_")
-            self.parts[factor[0]].add(number[module], piece)
+            parsed = parse_factor(piece.name)
+            assert parsed is not None
+            module, factor = parsed
+            self.parts[factor].add(number[module], piece)
         for parts in self.parts.values():
             parts.to(host.device())
         self.pending = {"B", "A"}

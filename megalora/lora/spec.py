@@ -21,10 +21,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megalora.hf.tensor_names import FactorName, tensor_name
 from megalora.model.projections import Kind, Projection
 from megalora.model.shape import ModelShape
-
-FactorName = Literal["A", "B"]
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,6 @@ class Adapted:
 
     def num_parameters(self) -> int:
         return max(1, self.num_experts) * self.rank * (self.in_features + self.out_features)
-
-
-def tensor_name(hf_module: str, factor: FactorName) -> str:
-    """Key in ``adapter_model.safetensors``."""
-    return f"base_model.model.{hf_module}.lora_{factor}.weight"
 
 
 def expected_tensors(adapted: list[Adapted]) -> dict[str, tuple[int, int]]:

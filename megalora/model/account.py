@@ -17,7 +17,6 @@ How a folder may store what the model needs:
     lm_head.weight                       absent where it is tied to the embedding
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,13 @@ from typing import Any
 from megalora.hf.folder import INDEX, read_index, shards_that_are_there
 from megalora.hf.json_file import read_hf_config
 from megalora.hf.safetensors import Stored, read_header
+from megalora.hf.tensor_names import (
+    EMBEDDING,
+    LM_HEAD,
+    is_of_quantised,
+    parse_expert,
+    published_name,
+)
 from megalora.model.families import FAMILIES, family_of, layer_projections
 from megalora.model.fields import check_fields, instead_of_quantised, model_shape
 from megalora.model.projections import HEAD
@@ -33,15 +39,9 @@ from megalora.model.shape import ModelShape
 from megalora.wording import first_few
 
 DTYPES = ("F32", "BF16", "F16")
-EMBEDDING = "model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
 _COMPARED_BYTES = 2**24
-_EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-_OF_QUANTISED = re.compile(
-    r"\.(weight_scale_inv|weight_scale|weight_scale_2|weight_packed|weight_shape|weight_zero_point|weight_global_scale|"
-    r"input_scale|input_global_scale|qweight|qzeros|scales|g_idx|absmax|quant_map|nested_absmax|nested_quant_map)$|"
-    r"\.quant_state\.|_(blocks|scales|scale_inv)$"
-)
+_PACKED = ("gate_proj", "up_proj", "down_proj")
+"""Projections of an expert that transformers packs into tensors for all experts."""
 
 
 @dataclass(frozen=True)
@@ -193,17 +193,6 @@ def _by_published_name(folder: Path, found: list[tuple[str, Stored]]) -> dict[st
     return stored
 
 
-def published_name(name: str) -> str:
-    """A stored tensor's name as models of these families are published: ``model.layers...``,
-    ``lm_head.weight``."""
-    for prefix in ("model.language_model.", "model.model."):
-        if name.startswith(prefix):
-            return f"model.{name.removeprefix(prefix)}"
-    if name == f"model.{LM_HEAD}":
-        return LM_HEAD
-    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
-
-
 def _may_be_left(name: str) -> bool:
     """Rotary inverse frequencies, which follow from the config, and layers that predict several
     tokens ahead."""
@@ -291,25 +280,24 @@ def _packed(
 ) -> tuple[str, tuple[int, ...], int, tuple[int, int]] | None:
     """(stored name, its shape, expert, rows) of an expert's matrix where experts are packed; None
     for other tensors."""
-    match = _EXPERT.fullmatch(name)
-    if match is None:
+    module = name.removesuffix(".weight")
+    of = parse_expert(module)
+    if of is None or name == module or of.leaf not in _PACKED:
         return None
-    at = match[1]
-    expert = int(match[2])
-    projection = match[3]
+    at = of.block
     rows, columns = shape
     num_experts = needed[f"{at.removesuffix('.experts')}.gate.weight"][0]
-    if projection == "down":
-        return f"{at}.down_proj", (num_experts, rows, columns), expert, (0, rows)
-    first = rows if projection == "up" else 0
-    return f"{at}.gate_up_proj", (num_experts, 2 * rows, columns), expert, (first, first + rows)
+    if of.leaf == "down_proj":
+        return f"{at}.down_proj", (num_experts, rows, columns), of.number, (0, rows)
+    first = rows if of.leaf == "up_proj" else 0
+    return f"{at}.gate_up_proj", (num_experts, 2 * rows, columns), of.number, (first, first + rows)
 
 
 def _check_unquantised(
     folder: Path, stored: Mapping[str, Place], used: Iterable[str], left: list[str]
 ) -> None:
     strange = [name for name in used if stored[name].tensor.dtype not in DTYPES]
-    scales = [name for name in left if _OF_QUANTISED.search(name)]
+    scales = [name for name in left if is_of_quantised(name)]
     if strange or scales:
         shown = [f"{name} is {stored[name].tensor.dtype}" for name in strange] + scales
         raise ValueError(

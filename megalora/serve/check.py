@@ -6,18 +6,23 @@ not wrap and matrices smaller than the base's are all taken without a word; inco
 with a bare assertion.
 """
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.adapters.read.copies import check_copies, copies_in
-from megalora.adapters.read.names import described
 from megalora.adapters.read.options import not_plain
 from megalora.adapters.read.rules import Rules
 from megalora.adapters.read.weights import FLOATS
 from megalora.hf.json_file import read_hf_config
+from megalora.hf.tensor_names import (
+    described,
+    is_copy_of_vocabulary,
+    is_of_experts,
+    parse_expert,
+    parse_plain_factor,
+)
 from megalora.lora.modules import linear_modules, other_modules
 from megalora.lora.select import ALIASES
 from megalora.model.fields import model_shape
@@ -32,14 +37,8 @@ from megalora.serve.errors import (
 )
 from megalora.wording import shorten
 
-_TENSOR = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
-)
-_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
 _FUSED = {name: fused for fused in ("qkv_proj", "gate_up_proj") for name in ALIASES[fused]}
 _EXPERT_LEAVES = {projection.name for projection in MOE if projection.is_expert}
-_BASE_COPY = re.compile(r".*\.(?:embed_tokens|lm_head)\.base_layer\.weight")
-"""Weights of the base that vLLM passes over in an adapter's file."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def check_adapter(folder: Path, limits: Limits | None = None) -> Needs:
 def vllm_module(hf_module: str) -> str:
     """The module of vLLM that holds this HF linear, as ``--lora-target-modules`` names it."""
     leaf = hf_module.rsplit(".", 1)[-1]
-    return "experts" if ".experts." in hf_module else _FUSED.get(leaf, leaf)
+    return "experts" if is_of_experts(hf_module) else _FUSED.get(leaf, leaf)
 
 
 def _check_config(files: AdapterFiles) -> None:
@@ -128,20 +127,21 @@ def _modules(files: AdapterFiles) -> dict[str, _Module]:
     path = files.folder / WEIGHTS
     shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, tensor in files.tensors.items():
-        if _BASE_COPY.fullmatch(name):
+        if is_copy_of_vocabulary(name):
             continue
-        match = _TENSOR.fullmatch(name)
-        if match is None:
+        parsed = parse_plain_factor(name)
+        if parsed is None:
             raise AdapterInvalid(
                 f"{path}: {name} is no LoRA factor but {described(name)}, which vLLM refuses;"
                 " megalora export writes the adapter without what only copies the base"
             )
-        if match["module"].endswith((".experts", ".experts.base_layer")):
+        module, factor = parsed
+        if module.endswith((".experts", ".experts.base_layer")):
             raise AdapterInvalid(
                 f"{path}: {name} stacks all experts; vLLM takes one A and B per expert for this"
                 " model"
             )
-        if len(tensor.shape) == 3 and ".experts." in name:
+        if len(tensor.shape) == 3 and is_of_experts(name):
             raise AdapterInvalid(
                 f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, one tensor for all"
                 " experts; vLLM takes one A and B per expert for this model, which megalora export"
@@ -151,7 +151,7 @@ def _modules(files: AdapterFiles) -> dict[str, _Module]:
             raise AdapterInvalid(
                 f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; must be a matrix of floats"
             )
-        shapes[match["module"]][match["factor"] or match["embedding"]] = tensor.shape
+        shapes[module][factor] = tensor.shape
     modules = {}
     for name, factors in shapes.items():
         a = factors.get("A")
@@ -252,9 +252,9 @@ def _check_experts(
     """All experts of a block, all three projections, one rank per projection."""
     blocks: dict[str, dict[int, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
     for name, module in modules.items():
-        match = _EXPERT.fullmatch(name)
-        if match:
-            blocks[match["block"]][int(match["expert"])][match["leaf"]] = module.rank
+        of = parse_expert(name)
+        if of is not None:
+            blocks[of.block][of.number][of.leaf] = module.rank
     for block, experts in blocks.items():
         expected = range(shape.num_experts if shape else max(experts) + 1)
         for expert in expected:

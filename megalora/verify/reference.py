@@ -15,7 +15,6 @@ head only some rows are read, of routed experts only some experts.
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,8 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, _get_resolved_checkpoint_files
 
+from megalora.hf.tensor_names import parse_expert
 from megalora.progress_bar import no_progress_bar
-
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 class Skipped(nn.Module):
@@ -212,8 +210,9 @@ class Reference:
         wanted = set(chosen)
 
         def pick(key: str, stored: Any) -> Any:
-            if numbered := _EXPERT.search(key):
-                return stored if int(numbered[1]) in wanted else None
+            of = parse_expert(key.removesuffix(".weight"))
+            if of is not None:
+                return stored if of.number in wanted else None
             return Slices(stored, chosen)  # all experts packed in one tensor
 
         self._require(self.load(experts, pick))

@@ -14,9 +14,10 @@ from megalora.hf import folder as bridge_folder
 from megalora.hf.folder import weight_shards
 from megalora.hf.json_file import read_hf_config
 from megalora.hf.safetensors import read_header
+from megalora.hf.tensor_names import published_name
 from megalora.model import account
 from megalora.model import hf_weights as bridge_base
-from megalora.model.account import needed_tensors, open_folder, published_name, unused_note
+from megalora.model.account import needed_tensors, open_folder, unused_note
 from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks

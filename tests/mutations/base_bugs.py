@@ -158,7 +158,7 @@ BASE_BUGS: tuple[Bug, ...] = (
         0,
         "packed gate and up swapped",
         ACCOUNT,
-        'first = rows if projection == "up" else 0',
+        'first = rows if of.leaf == "up_proj" else 0',
         'first = rows if projection == "gate" else 0',
         f"{CASES} packed_experts_are_read",
     ),

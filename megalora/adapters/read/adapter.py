@@ -1,13 +1,12 @@
 """Read any PEFT LoRA folder, whoever wrote it, into one form: an A and a B for every Hugging Face
 linear, and its scale.
 
-Names are read as ``names.py`` says, stacked experts are taken apart as ``stacked.py`` and
+Names are read as ``hf/tensor_names.py`` says, stacked experts are taken apart as ``stacked.py`` and
 ``banks.py`` say, and what PEFT saves of the base is compared with it (``copies.py``). What a folder
 leaves open, or contradicts itself in, is refused by name.
 """
 
 import difflib
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +17,28 @@ from torch import Tensor
 from megalora.adapters.files import CONFIG, read_config
 from megalora.adapters.read.banks import BANKS, bank_factors, bank_linears, fused_linears, is_fused
 from megalora.adapters.read.copies import check_copies, copies_in
-from megalora.adapters.read.names import TINKER_HEAD, described, is_training_only, parse
 from megalora.adapters.read.options import refuse_variants
 from megalora.adapters.read.rules import Rules
 from megalora.adapters.read.stacked import DOWN, GATE_UP, ColumnOrder, Factors, StackedFile
 from megalora.adapters.read.weights import FLOATS, AdapterWeights
+from megalora.hf.tensor_names import (
+    TINKER_HEAD,
+    FactorName,
+    described,
+    experts_block,
+    is_training_only,
+    module_before_factor,
+    parse_expert,
+    parse_factor,
+    parse_stack,
+    tensor_name,
+)
 from megalora.lora.modules import linear_modules, other_modules
 from megalora.lora.select import ALIASES
-from megalora.lora.spec import Adapted, FactorName, make_adapted, tensor_name
+from megalora.lora.spec import Adapted, make_adapted
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
-_EXPERTS = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.experts(?:\.(?P<which>[a-z]\w*))?")
 _STACKS = ("", "base_layer", GATE_UP, DOWN)
 """What follows ``experts`` in the name of a 2-D tensor for all experts of a layer."""
 
@@ -39,7 +48,7 @@ type Named = dict[FactorName, tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a folder adapts, and its tensors by their canonical names (``spec.tensor_name``), every
+    """What a folder adapts, and its tensors by their canonical names (``tensor_name``), every
     one of them there."""
 
     folder: Path
@@ -93,10 +102,10 @@ def read_adapter(
 
 
 def _factor_of(weights: AdapterWeights, name: str) -> tuple[str, FactorName]:
-    parsed = parse(name)
+    parsed = parse_factor(name)
     if parsed is not None:
         return parsed
-    module = name.removeprefix("base_model.model.").split(".lora_")[0]
+    module = module_before_factor(name)
     where = (
         f"{weights.path_of(name)}: {name} is no LoRA factor of a linear layer, which is all"
         " megalora reads"
@@ -143,18 +152,14 @@ class _Groups:
         self.fused: dict[str, Named] = {}
         """Module -> the factors of its gate and up in one."""
 
-    def _experts(self, module: str) -> tuple[int, str] | None:
-        match = _EXPERTS.fullmatch(module)
-        return (int(match["layer"]), match["which"] or "") if match else None
-
     def is_bank(self, module: str) -> bool:
         """Whether the name is one that 3-D tensors have."""
-        place = self._experts(module)
+        place = parse_stack(module)
         return place is not None and place[1] in BANKS
 
     def take(self, module: str, factor: FactorName, name: str, tensor: Tensor) -> bool:
         """Keep the tensor if it is such a one."""
-        place = self._experts(module)
+        place = parse_stack(module)
         if place is not None and place[0] in self.shape.moe_layers:
             layer, which = place
             if tensor.dim() == 2 and which not in _STACKS:
@@ -219,7 +224,7 @@ class _Linears:
     ) -> None:
         """All experts of one projection, from tensors that hold them all."""
         for expert, (a, b) in enumerate(zip(*factors, strict=True)):
-            module = f"model.layers.{layer}.mlp.experts.{expert}.{projection}"
+            module = f"{experts_block(layer)}.{expert}.{projection}"
             self._keep(module, {"A": a.contiguous(), "B": b.contiguous()}, scale, also or [])
 
     def _check_shape(self, module: str, factor: FactorName, tensor: Tensor, rank: int) -> None:
@@ -313,10 +318,10 @@ def _put_banks(linears: _Linears, banks: dict[tuple[int, str], Named]) -> None:
         a, b = _both(linears, named)
         names = f"{linears.where}: {named['A'][0]} and its lora_B"
         factors = bank_factors(names, which, a, b, linears.shape)
-        own = f"model.layers.{layer}.mlp.experts.{which}"
+        own = f"{experts_block(layer)}.{which}"
         scale = linears.rules.scale(own, factors[0].shape[1], own)
         for projection, of_one in bank_linears(which, factors).items():
-            also = [own, f"model.layers.{layer}.mlp.experts"]
+            also = [own, experts_block(layer)]
             linears.put(layer, projection, of_one, scale, also)
 
 
@@ -336,7 +341,7 @@ def _both(linears: _Linears, named: Named) -> Factors:
 def parameters_of(module: str) -> tuple[str, ...]:
     """As PEFT names them: the linear's own weight, or the fused parameter of which an expert's
     linear is a part."""
-    match = re.fullmatch(r"(.*\.experts)\.\d+\.(\w+)", module)
-    return (
-        (f"{match[1]}.{DOWN if match[2] == DOWN else GATE_UP}",) if match else (f"{module}.weight",)
-    )
+    expert = parse_expert(module)
+    if expert is None:
+        return (f"{module}.weight",)
+    return (f"{expert.block}.{DOWN if expert.leaf == DOWN else GATE_UP}",)

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megalora.adapters.read.names import parse_weight
 from megalora.adapters.read.weights import FLOATS, AdapterWeights, as_floats, mapped_rows
 from megalora.hf.folder import weight_shards
 from megalora.hf.safetensors import Stored, read_header
+from megalora.hf.tensor_names import parse_weight, published_name
 from megalora.lora.modules import EMBEDDING, linear_modules
-from megalora.model.account import published_name
 from megalora.model.shape import ModelShape
 
 TIED = (EMBEDDING, "lm_head")

@@ -6,6 +6,7 @@ from typing import Any
 
 from megalora.adapters.files import CONFIG
 from megalora.adapters.read.options import check_types
+from megalora.hf.tensor_names import is_of_experts
 from megalora.lora.patterns import Pattern, end_pattern, endings, ends_in
 from megalora.lora.spec import lora_scale
 
@@ -172,13 +173,13 @@ class Rules:
             # What tools that write all-linear mean by it differs. A regular expression for
             # transformers 5 may match names of experts that are no modules there. Both leave open
             # what must be there.
-            if self.all_linear or (self.expression and _is_expert(module)):
+            if self.all_linear or (self.expression and is_of_experts(module)):
                 targets = self._targets_by_parameter(parameters)
             else:
                 targets = self.targets_of(module, parameters)
             # Layers that are named must all be there; without names, some layers may not be
             # adapted.
-            if targets and self.layers is not None and not _is_expert(module):
+            if targets and self.layers is not None and not is_of_experts(module):
                 targets = {module}
             for target in targets:
                 found[target] = found.get(target, False) or module in present
@@ -188,7 +189,3 @@ class Rules:
                 f" were lost, or never trained. To go on without, take {min(lost)} out of the"
                 f" targets in {self.where}"
             )
-
-
-def _is_expert(module: str) -> bool:
-    return ".experts." in module

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from megalora.adapters.read.rules import Rules
+from megalora.hf.tensor_names import experts_block
 from megalora.lora.spec import Adapted
 from megalora.model.shape import ModelShape
 
@@ -168,7 +169,7 @@ class StackedFile:
         for layer, tensors in self.layers.items():
             meaning, old = self._meaning(layer, tensors)
             for which, parameter in meaning.items():
-                name = f"model.layers.{layer}.mlp.experts.{parameter}"
+                name = f"{experts_block(layer)}.{parameter}"
                 factors = unpack(*tensors[which], self.shape.num_experts, self._order())
                 scale = self.rules.scale(name, factors[0].shape[1], name)
                 a, b = transposed(factors) if old else factors

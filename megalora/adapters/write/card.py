@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalora.adapters.write.engines import ENGINES, VLLM_RANKS, vllm_max_rank
+from megalora.hf.tensor_names import within_layer
 from megalora.lora.spec import Adapted
 
 
@@ -77,7 +78,7 @@ def _table(facts: Facts) -> str:
 
 def _short(hf: str) -> str:
     """A projection's name without the layer and the expert."""
-    return hf.replace("model.layers.{layer}.", "").replace(".{expert}", "")
+    return within_layer(hf).replace(".{expert}", "")
 
 
 def coverage(adapted: list[Adapted]) -> list[str]:

@@ -31,6 +31,7 @@ from torch import Tensor
 from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.adapters.read.stacked import DOWN, GATE_UP, Factors, pack, stacked_factors
 from megalora.adapters.write.engines import FileFormat
+from megalora.hf.tensor_names import experts_block, within_layer
 from megalora.lora.section import most_common, without_noise
 from megalora.lora.spec import Adapted, make_adapted, tensor_name
 from megalora.model.families import layer_projections
@@ -44,7 +45,6 @@ from megalora.model.projections import (
 )
 from megalora.model.shape import ModelShape
 
-_LAYER = "model.layers.{layer}."
 _EXPERTS = tuple(p for p in MOE if p.is_expert)
 
 type Pair = tuple[Adapted, Adapted | None]
@@ -143,7 +143,7 @@ def module_entries(written: list[Adapted], shape: ModelShape) -> list[_Entry]:
         # parameters' with ".weight".
         end = r"(\.weight)?" if beside or a.projection.kind == "router" else ""
         full = re.escape(a.hf_module(0)).replace(r"experts\.0\.", r"experts\.(\d+\.)?") + end
-        target = f"{a.projection.hf.removeprefix(_LAYER)}.weight" if beside else a.name
+        target = f"{within_layer(a.projection.hf)}.weight" if beside else a.name
         short = re.escape(target.removesuffix(".weight")) + end
         fused = a.projection.kind == "expert_column"
         entries.append(_Entry(target, beside, a.name, short, full, a.rank, _number(a.alpha), fused))
@@ -187,7 +187,7 @@ def _stacked(
     entries: list[_Entry] = []
     for layer in sorted({a.layer for a in experts if a.layer is not None}):
         own = {a.name: (a, factors_of(a, trained)) for a in experts if a.layer == layer}
-        where = f"model.layers.{layer}.mlp.experts"
+        where = experts_block(layer)
         for parameter, (a, b) in stacked_factors(own, scale, shape).items():
             rank = a.shape[1]
             for factor, tensor in zip(("A", "B"), pack(a, b), strict=True):

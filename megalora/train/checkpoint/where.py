@@ -4,12 +4,11 @@ fresh start beside checkpoints."""
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from megalora.adapters.files import CONFIG, OPTIMIZER, RNG, WEIGHTS
 from megalora.adapters.training_state import SavedState, read_state
 from megalora.config import RunConfig
 from megalora.first_rank import on_first_rank
+from megalora.hf.safetensors import read_header
 from megalora.train.checkpoint.writer import LATEST, checkpoints, point_latest_at, read_latest
 
 
@@ -132,8 +131,6 @@ def read_whole(folder: Path, what: str) -> SavedState:
 
 def _check_whole(path: Path, what: str) -> None:
     try:
-        # compares the header's offsets with the file's length
-        with safe_open(str(path), framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
+        read_header(path)  # compares the header's offsets with the file's length
+    except (ValueError, OSError) as error:
         raise ValueError(f"{what} is not a whole checkpoint: {path} is damaged ({error})") from None

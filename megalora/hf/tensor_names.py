@@ -1,0 +1,209 @@
+"""Names of tensors in base and adapter folders: every template and pattern that builds one or takes
+one apart.
+
+    model.layers.N.PATH.weight                  a linear of layer N, as models are published
+    model.layers.N.mlp.experts.E.LEAF.weight    a linear of one routed expert
+    model.layers.N.mlp.experts.WHICH            one tensor for all experts of a layer
+    base_model.model.MODULE.lora_A.weight       an adapter's factor for one of them
+
+Base folders also come without ``model.`` or with ``model.language_model.`` (``published_name``).
+Stacks other than PEFT write more around an adapter's names that means nothing: no prefix at all;
+the wrappers of FSDP, DDP, activation checkpointing and torch.compile anywhere in the path; PEFT's
+adapter name after the factor, which ``state_dict()`` has and ``save_pretrained`` removes. Tinker
+calls lm_head ``model.unembed_tokens``.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+FactorName = Literal["A", "B"]
+
+LM_HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+TINKER_HEAD = "model.unembed_tokens"
+PEFT_PREFIX = "base_model.model."
+LAYER = "model.layers.{layer}."
+"""Template of what stands before a layer's own names."""
+
+_IN_LAYER = re.compile(
+    r"model\.layers\.(?P<layer>\d+)\.(?P<path>.*?)(?:\.(?P<expert>\d+))?\.(?P<leaf>\w+)"
+)
+_EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>\w+)")
+_STACK = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.experts(?:\.(?P<which>[a-z]\w*))?")
+_OF_QUANTISED = re.compile(
+    r"\.(weight_scale_inv|weight_scale|weight_scale_2|weight_packed|weight_shape|weight_zero_point|"
+    r"weight_global_scale|input_scale|input_global_scale|qweight|qzeros|scales|g_idx|absmax|"
+    r"quant_map|nested_absmax|nested_quant_map)$|\.quant_state\.|_(blocks|scales|scale_inv)$"
+)
+_WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
+)
+_PLAIN_FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\."
+    r"(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
+)
+_COPY = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.weight")
+_COPY_OF_VOCABULARY = re.compile(r".*\.(?:embed_tokens|lm_head)\.base_layer\.weight")
+
+_OTHER = {
+    r"lora_embedding_[AB](\..+)?": "an adapter of an embedding",
+    r"lora_magnitude_vector(\..+)?": "the magnitude of DoRA (use_dora)",
+    r"lora_B(\..+)?\.bias": "a bias beside B (lora_bias)",
+    r"(trainable_tokens|token_adapter).*": "trained rows of an embedding (trainable_token_indices)",
+    r"modules_to_save\..+": "a whole trained weight (modules_to_save)",
+    r"lora_(E|ranknum)(\..+)?|ranknum(\..+)?": "a part of AdaLoRA",
+    r"lora_diag(\..+)?": "the diagonal of KaSA (kasa_config)",
+    r"(hada|lokr|oft|vera|ia3|boft)_.+": "a factor of another method than LoRA",
+    r"weight": "a whole weight",
+    r"bias": "a bias of the base (bias=all or lora_only)",
+}
+"""End of a name -> what the tensor is."""
+
+
+def tensor_name(hf_module: str, factor: FactorName) -> str:
+    """Name of an adapter's factor in ``adapter_model.safetensors``.
+
+    >>> tensor_name("lm_head", "A")
+    'base_model.model.lm_head.lora_A.weight'
+    """
+    return f"{PEFT_PREFIX}{hf_module}.lora_{factor}.weight"
+
+
+def experts_block(layer: int) -> str:
+    """``model.layers.N.mlp.experts``, under which a layer's routed experts are stored."""
+    return f"{LAYER.format(layer=layer)}mlp.experts"
+
+
+@dataclass(frozen=True)
+class InLayer:
+    """A module of a layer."""
+
+    layer: int
+    expert: int | None
+    """The last number in the path; None where there is none."""
+    leaf: str
+
+
+def parse_in_layer(module: str) -> InLayer | None:
+    """Layer, expert and last part of a module's name; None outside the layers."""
+    match = _IN_LAYER.fullmatch(module)
+    if match is None:
+        return None
+    expert = None if match["expert"] is None else int(match["expert"])
+    return InLayer(int(match["layer"]), expert, match["leaf"])
+
+
+@dataclass(frozen=True)
+class OfExpert:
+    """A linear of one routed expert."""
+
+    block: str
+    """Up to ``experts``."""
+    number: int
+    leaf: str
+
+
+def parse_expert(module: str) -> OfExpert | None:
+    """A module's name taken apart where it is of one expert; None for others.
+
+    >>> parse_expert("model.layers.0.mlp.experts.7.up_proj")
+    OfExpert(block='model.layers.0.mlp.experts', number=7, leaf='up_proj')
+    """
+    match = _EXPERT.fullmatch(module)
+    return None if match is None else OfExpert(match["block"], int(match["number"]), match["leaf"])
+
+
+def parse_stack(module: str) -> tuple[int, str] | None:
+    """``(layer, what follows experts.)`` of a name for all experts of a layer; None for others."""
+    match = _STACK.fullmatch(module)
+    return None if match is None else (int(match["layer"]), match["which"] or "")
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a name is of one expert or of a tensor beside the experts' own."""
+    return ".experts." in name
+
+
+def within_layer(name: str) -> str:
+    """A name, or a template of names, without its layer: ``self_attn.q_proj``."""
+    return re.sub(r"^model\.layers\.(\d+|\{layer\})\.", "", name)
+
+
+def published_name(name: str) -> str:
+    """A stored tensor's name as models are published: ``model.layers...``, ``lm_head.weight``."""
+    for prefix in ("model.language_model.", "model.model."):
+        if name.startswith(prefix):
+            return f"model.{name.removeprefix(prefix)}"
+    if name == f"model.{LM_HEAD}":
+        return LM_HEAD
+    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
+
+
+def is_of_quantised(name: str) -> bool:
+    """Whether a tensor belongs to a quantised weight: its scales, blocks, zero points."""
+    return _OF_QUANTISED.search(name) is not None
+
+
+def parse_factor(name: str) -> tuple[str, FactorName] | None:
+    """``(HF module name, "A" or "B")``, or None where the name is no LoRA factor of a linear layer.
+
+    >>> module = "base_model.model.model.layers.0._fsdp_wrapped_module.self_attn.q_proj"
+    >>> parse_factor(f"{module}.lora_B.default.weight")
+    ('model.layers.0.self_attn.q_proj', 'B')
+    """
+    match = _FACTOR.fullmatch(_WRAPPERS.sub("", name))
+    if match is None:
+        return None
+    factor: FactorName = "A" if match["factor"] == "A" else "B"
+    module = match["module"].removeprefix(PEFT_PREFIX)
+    return "lm_head" if module == TINKER_HEAD else module, factor
+
+
+def parse_weight(name: str) -> str | None:
+    """The HF module of which a name is the base's own weight, also under PEFT's wrapper; None for
+    other names.
+
+    >>> parse_weight("base_model.model.lm_head.base_layer.weight")
+    'lm_head'
+    """
+    plain = _WRAPPERS.sub("", name)
+    match = None if ".lora_" in plain else _COPY.fullmatch(plain)
+    return match["module"].removeprefix(PEFT_PREFIX) if match else None
+
+
+def parse_plain_factor(name: str) -> tuple[str, FactorName] | None:
+    """As ``parse_factor`` for the names that PEFT itself writes and vLLM reads, an embedding's
+    factors among them."""
+    match = _PLAIN_FACTOR.fullmatch(name)
+    if match is None:
+        return None
+    factor = match["factor"] or match["embedding"]
+    return match["module"], "A" if factor == "A" else "B"
+
+
+def module_before_factor(name: str) -> str:
+    """The module in a name that is of some LoRA tensor, whatever tensor that is."""
+    return name.removeprefix(PEFT_PREFIX).split(".lora_")[0]
+
+
+def is_copy_of_vocabulary(name: str) -> bool:
+    """Whether it is the base's own embedding or head in an adapter's file, which vLLM passes
+    over."""
+    return _COPY_OF_VOCABULARY.fullmatch(name) is not None
+
+
+def is_training_only(name: str) -> bool:
+    """Whether PEFT uses the tensor in backward alone, so that it changes nothing that the adapter
+    computes."""
+    return ".lora_velora_embed" in name
+
+
+def described(name: str) -> str:
+    """What a tensor is that is no factor of a linear layer, in words for a message."""
+    plain = _WRAPPERS.sub("", name)
+    for ending, what in _OTHER.items():
+        if re.fullmatch(rf"(.+\.)?({ending})", plain):
+            return what
+    return "unknown to megalora"
