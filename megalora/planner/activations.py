@@ -81,11 +81,12 @@ def chunk_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chu
 
 
 def angles_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
-    """Recomputed layers keep the angles of rotary embeddings, S d 4: one tensor for all layers of a
+    """Recomputed layers keep the angles of rotary embeddings, S d 4, of the features of a head that
+    are turned: one tensor for all layers of a
     chunk and all microbatches."""
     if layout.recompute != "full" or chunk.layers.stop <= model.first_adapted * chunk.has_embedding:
         return 0
-    return Microbatch.of(model, layout, work).sequence * model.shape.head_dim * STATISTIC
+    return Microbatch.of(model, layout, work).sequence * model.shape.turned_features * STATISTIC
 
 
 def layer_bytes(
@@ -166,11 +167,12 @@ def _core_attention(
     groups = kv // s.head_dim
     total = (
         tokens * (width + 2 * kv) * e
-        + 4 * batch.sequence * s.head_dim * e
+        + 4 * batch.sequence * s.turned_features * e
         + tokens * (width + kv) * e
     )
     if s.qk_norm:
-        total += tokens * (heads + groups) * STATISTIC + (tokens * width * e if groups > 1 else 0)
+        norms = 2 if s.full_width_norms else heads + groups
+        total += tokens * norms * STATISTIC + (tokens * width * e if groups > 1 else 0)
     if result_is_read or not selective:
         total += tokens * width * e
     return total if selective else total + tokens * heads * STATISTIC
@@ -190,21 +192,21 @@ def _moe(
     own = batch.own_tokens
     router = modules.get("mlp.router", [])
     gate_up = modules.get("mlp.experts.gate_up", [])
+    down = modules.get("mlp.experts.down", [])
     shared = any(m.startswith("mlp.shared_experts") for m in modules)
     moved = layout.parallel.ep * layout.parallel.etp > 1
     total = 0
     if router:
-        total += low_rank(router, own, s.num_experts, e)
+        total += low_rank(router, own, s.num_experts, _router_bytes(model, batch))
     live_router = live or bool(router)
     if live_router:
-        total += _routing(model, batch, moved)
+        total += _routing(model, batch, moved, live)
     total += _experts(model, layout, batch, modules, live_router, selective)
-    x_kept = bool(gate_up) or (selective and live_router)
-    if (
-        router
-        or (x_kept and not moved)
-        or (s.shared_intermediate and (shared or (selective and live)))
-    ):
+    # Recomputing gate_up needs the experts' input wherever backward passes SwiGLU.
+    x_kept = bool(gate_up) or (selective and (live_router or bool(down)))
+    fc1 = bool(modules.get("mlp.shared_experts.linear_fc1"))
+    shared_x_kept = fc1 or (selective and (live or shared))
+    if router or (x_kept and not moved) or (s.shared_intermediate and shared_x_kept):
         total += own * s.hidden * e  # the norm's output, once for all who keep it
     if s.shared_intermediate and (live or shared):
         total += _gated_mlp(
@@ -217,11 +219,13 @@ def _moe(
             live,
             selective,
         )
-        total += 0 if selective else own * (s.hidden + 1) * e  # its output times sigmoid(gate)
+        # Its output is multiplied by sigmoid(gate), which is frozen: the output is kept for the
+        # gradient of the gate's input alone.
+        total += 0 if selective else s.shared_gate * own * (s.hidden * live + 1) * e
     return total
 
 
-def _routing(model: PlannedModel, batch: Microbatch, moved: bool) -> int:
+def _routing(model: PlannedModel, batch: Microbatch, moved: bool, live: bool) -> int:
     """Top-k: an int64 index for each of the (T / t) k choices, a float32 softmax over the choices
     (over all experts where probabilities are not normed again, as in Qwen2-MoE). Where
     probabilities went: an int32 index, and one that the experts keep as well; with an all-to-all
@@ -229,9 +233,22 @@ def _routing(model: PlannedModel, batch: Microbatch, moved: bool) -> int:
     s = model.shape
     own = batch.own_tokens
     choices = own * s.top_k
-    softmax = own * s.num_experts if s.softmax_over_all else choices
-    kept = choices * (8 + INT) + softmax * STATISTIC
+    if s.correction_bias:
+        # Sigmoids of all experts, those of the chosen ones and their sum. The weight is widened to
+        # float32, and kept for the gradient of the router's input.
+        is_widened = batch.element_bytes < STATISTIC
+        scores = own * (s.num_experts + s.top_k + 1) * STATISTIC
+        scores += s.num_experts * s.hidden * STATISTIC * (live and is_widened)
+    else:
+        scores = (own * s.num_experts if s.softmax_over_all else choices) * STATISTIC
+    kept = choices * (8 + INT) + scores
     return kept + choices * 2 * INT * moved
+
+
+def _router_bytes(model: PlannedModel, batch: Microbatch) -> int:
+    """Bytes of an element behind the router: a family that corrects its choice by a bias has
+    products, scores and probabilities in float32."""
+    return STATISTIC if model.shape.correction_bias else batch.element_bytes
 
 
 def _experts(
@@ -253,12 +270,13 @@ def _experts(
     live = live or bool(gate_up or down)
     if not live:
         return 0
-    elements = 1 + sum(a.rank for a in gate_up + down)
+    elements = sum(a.rank for a in gate_up + down)
     if p.ep * p.etp > 1 and (gate_up or selective):
         elements += s.hidden
     if not selective:
         elements += 2 * s.expert_intermediate // p.etp
-    return batch.rows * (elements * e + 2 * INT) + s.num_experts // p.ep * INT
+    probability = _router_bytes(model, batch)
+    return batch.rows * (elements * e + probability + 2 * INT) + s.num_experts // p.ep * INT
 
 
 def _dense(
@@ -303,18 +321,27 @@ def _gated_mlp(
 
 
 def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> int:
-    """Kept by final norm, output layer and loss for one microbatch: norm (T / t) (H e + 4), softmax
-    T V / t 4, per token a mask, an int64 target and the loss mask; with an adapter on the head also
-    its input, h and B."""
+    """Kept by final norm, output layer and loss for one microbatch.
+
+    Norm (T / t) (H e + 4), unless the head alone is adapted; softmax T V / t 4; per token a mask,
+    an int64 target and the loss mask; with an adapter on the head also its input, h and B.
+    """
     batch = Microbatch.of(model, layout, work)
     s = model.shape
     e = batch.element_bytes
     vocab = s.vocab // layout.parallel.tp
     head = model.by_layer.get(None, {}).get("output_layer", [])
-    total = batch.own_tokens * (s.hidden * e + STATISTIC) + batch.tokens * (vocab * 4 + 1 + 8 + 4)
+    norm = batch.own_tokens * (s.hidden * e + STATISTIC)
+    total = norm * head_input_needs_gradient(model, layout) + batch.tokens * (vocab * 4 + 1 + 8 + 4)
     return total + (
         batch.own_tokens * s.hidden * e + low_rank(head, batch.tokens, vocab, e) if head else 0
     )
+
+
+def head_input_needs_gradient(model: PlannedModel, layout: ParallelLayout) -> bool:
+    """Whether backward goes on below the head: some layer has an adapter, or another stage is
+    there to receive the gradient."""
+    return model.first_adapted < model.shape.num_layers or layout.parallel.pp > 1
 
 
 def _input_needs_gradient(model: PlannedModel, chunk: Chunk, layer: int) -> bool:

@@ -76,16 +76,16 @@ class StageCosts(LayerCosts):
         self, model: PlannedModel, layout: ParallelLayout, work: Workload, machine: Machine
     ) -> None:
         super().__init__(model, layout, work, machine)
-        self.layers: dict[tuple[int, bool], Ledger] = {}
+        self.known: dict[tuple[int, bool], Ledger] = {}
 
     def microbatch(self, chunks: list[Chunk]) -> Ledger:
         """Forward and backward of one microbatch through a stage's chunks."""
         found = Ledger()
         for chunk in chunks:
             for (layer, below), times in self._alike(chunk).items():
-                if (layer, below) not in self.layers:
-                    self.layers[layer, below] = self._count(layer, below)
-                found.take(self.layers[layer, below], times)
+                if (layer, below) not in self.known:
+                    self.known[layer, below] = self.layer(layer, below)
+                found.take(self.known[layer, below], times)
             hidden = self.batch.own_tokens * self.shape.hidden * self.e
             if chunk.has_embedding:
                 self.traffic(found, "other", 2 * self.batch.tokens * self.shape.hidden * self.e)
@@ -93,7 +93,8 @@ class StageCosts(LayerCosts):
                     found, "tensor parallel other", "reduce_scatter", "tp", hidden * self.p.tp
                 )
             if chunk.has_head:
-                self.head(found)
+                for ledger in self.head():
+                    found.take(ledger)
             # across each border an exchange: one microbatch's hidden states for another's gradients
             if self.p.pp > 1:
                 borders = 2 - chunk.has_embedding - chunk.has_head
@@ -111,7 +112,7 @@ class StageCosts(LayerCosts):
             found[key] = found.get(key, 0) + 1
         return found
 
-    def _count(self, layer: int, below: bool) -> Ledger:
+    def layer(self, layer: int, below: bool) -> Ledger:
         """One layer, forward, backward and what is computed again; no backward below the first
         adapter."""
         modules = self.model.by_layer.get(layer, {})

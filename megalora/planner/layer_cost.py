@@ -11,10 +11,12 @@ frozen. Each adapter factor multiplies once more, for its own.
 from collections.abc import Iterable
 
 from megalora.lora.spec import Adapted
+from megalora.planner.activations import head_input_needs_gradient
 from megalora.planner.gpus import attention_flops
 from megalora.planner.hardware import Kind
 from megalora.planner.ledger import Ledger
 from megalora.planner.prices import Prices
+from megalora.planner.state_bytes import padded_room
 from megalora.planner.weights import attention_widths
 
 STATISTIC = 4
@@ -31,21 +33,23 @@ class LayerCosts(Prices):
     """Seconds of the parts of a layer. Each method adds to the ledgers it is given."""
 
     def _adapter(self, ledgers: Iterable[Ledger], part: str, adapted: list[Adapted],
-                 rows: tuple[float, float], sizes: tuple[float, float]) -> None:  # fmt: skip
-        """A of ``rows[0]``, B of ``rows[1]``; twice in backward, for the input and for the factor
-        itself."""
+                 rows: tuple[float, float], sizes: tuple[float, float],
+                 live: bool = True) -> None:  # fmt: skip
+        """A of ``rows[0]``, B of ``rows[1]``; in backward once for the factor itself and once for
+        its input, which A's gets only where it is ``live``."""
         rank = sum(a.rank for a in adapted)
-        for ledger, times in zip(ledgers, (1, 2), strict=True):
-            self.gemm(ledger, part, rows[0], rank, sizes[0], times)
-            self.gemm(ledger, part, rows[1], sizes[1], rank, times)
+        for ledger, of_a, of_b in zip(ledgers, (1, 1 + live), (1, 2), strict=True):
+            self.gemm(ledger, part, rows[0], rank, sizes[0], of_a)
+            self.gemm(ledger, part, rows[1], sizes[1], rank, of_b)
 
     def _linear(
         self, forward: Ledger, backward: Ledger, part: str, adapted: list[Adapted], inner: float, *,
-        column: bool
+        column: bool, live: bool = True
     ) -> None:  # fmt: skip
         """H to ``inner`` features, which are split (column): x is gathered and its gradient
         scattered. Back to H (row): y is scattered and its gradient gathered. Of an adapter h moves
-        the same way, R wide."""
+        the same way, R wide. Where the input needs no gradient (not ``live``), backward has the
+        adapter's own work alone."""
         b = self.batch
         h = self.shape.hidden
         rank = sum(a.rank for a in adapted)
@@ -54,14 +58,14 @@ class LayerCosts(Prices):
             ("all_gather", "reduce_scatter") if column else ("reduce_scatter", "all_gather")
         )
         ways: tuple[tuple[Ledger, Kind], ...] = ((forward, there), (backward, back))
-        for ledger, kind in ways:
+        for ledger, kind in ways if live else ways[:1]:
             self.gemm(ledger, part, b.tokens, outputs, inputs)
             for width in (h, rank):
                 self.collective(
                     ledger, f"tensor parallel {part}", kind, "tp", b.tokens * width * self.e
                 )
         rows = (b.own_tokens, b.tokens) if column else (b.tokens, b.own_tokens)
-        self._adapter((forward, backward), part, adapted, rows, (inputs, outputs))
+        self._adapter((forward, backward), part, adapted, rows, (inputs, outputs), live)
 
     def attention(
         self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]
@@ -145,13 +149,14 @@ class LayerCosts(Prices):
         )
         self._experts(forward, backward, modules)
         if s.shared_intermediate:
-            self._gated_mlp(forward, backward, modules, "mlp.shared_experts", s.shared_intermediate)
+            self._shared_expert(forward, backward, modules)
 
     def _experts(
         self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]
     ) -> None:
         """The passes of ``megalora_kernels.expert_mlp``: an adapter's second product rides on the
-        base's; its first reads what another pass reads anyway, or reads it once more."""
+        base's; its first, and the gradients of its factors, lie in passes that read the rows
+        anyway or once more."""
         rows = self.batch.rows * self.e
         h = self.shape.hidden
         inner = self.shape.expert_intermediate // self.p.etp
@@ -159,16 +164,45 @@ class LayerCosts(Prices):
         down = modules.get("mlp.experts.down", [])
         big = sum(a.rank for a in gate_up)
         small = sum(a.rank for a in down)
-        self.grouped(forward, "experts", 2 * inner, h, big)
-        self.grouped(forward, "experts", h, inner, small)
+        self._gate_up(forward, modules)
+        self.grouped(forward, "experts", h, inner, self._columns(small))
+        self.hidden_gemm(forward, self.batch.rows, small, inner)
         # permute, SwiGLU, combine
         self.traffic(forward, "experts", rows * (2 * h + 3 * inner + big + small))
-        self.grouped(backward, "experts", inner, h, small)
-        self.grouped(backward, "experts", h, 2 * inner, big)
+        self.grouped(backward, "experts", inner, h, self._columns(small))
+        self.grouped(backward, "experts", h, 2 * inner, self._columns(big))
+        # dS of down and of gate_up, dA and dB of both; each B of gate and up meets its own half
+        self.hidden_gemm(backward, self.batch.rows, small, 2 * h + inner)
+        self.hidden_gemm(backward, self.batch.rows, big, 2 * inner + h)
         self.traffic(backward, "experts", rows * (2 * h + 5 * inner + big + small))
         if gate_up or down:  # dS, dA and dB
             self.traffic(
                 backward, "experts", rows * ((2 * inner + h) * bool(gate_up) + h * bool(down))
+            )
+
+    def _gate_up(self, to: Ledger, modules: dict[str, list[Adapted]]) -> None:
+        """[gate | up] and S: beside the weight B is one matrix, whose columns all rows meet; alone,
+        gate's and up's B meet their own ranks."""
+        h = self.shape.hidden
+        inner = self.shape.expert_intermediate // self.p.etp
+        rank = sum(a.rank for a in modules.get("mlp.experts.gate_up", []))
+        columns = self._columns(rank) if self.has_room else rank / 2
+        self.grouped(to, "experts", 2 * inner, h, columns)
+        self.hidden_gemm(to, self.batch.rows, rank, h)
+
+    def _columns(self, rank: int) -> float:
+        """Columns that an adapter of this rank adds to the inputs of its second product."""
+        return padded_room(rank) if self.has_room else rank
+
+    def _shared_expert(
+        self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]
+    ) -> None:
+        """A gated MLP, and the gate of its output, if it has one: one feature of each token."""
+        size = self.shape.shared_intermediate
+        self._gated_mlp(forward, backward, modules, "mlp.shared_experts", size)
+        for ledger in (forward, backward):
+            self.hidden_gemm(
+                ledger, self.batch.own_tokens, self.shape.shared_gate, self.shape.hidden
             )
 
     def selective(self, modules: dict[str, list[Adapted]], is_moe: bool) -> Ledger:
@@ -179,28 +213,23 @@ class LayerCosts(Prices):
         self._core_attention(again, "attention")
         if is_moe:
             inner = s.expert_intermediate // self.p.etp
-            self.grouped(
-                again,
-                "experts",
-                2 * inner,
-                s.hidden,
-                sum(a.rank for a in modules.get("mlp.experts.gate_up", [])),
-            )
+            self._gate_up(again, modules)
             self.traffic(again, "experts", 3 * inner * self.batch.rows * self.e)
-        size = s.shared_intermediate if is_moe else s.intermediate
-        if size:
-            self._gated_mlp(again, unused, modules, "mlp.shared_experts" if is_moe else "mlp", size)
+            if s.shared_intermediate:
+                self._shared_expert(again, unused, modules)
+        else:
+            self.dense(again, unused, modules)
         return again
 
-    def head(self, to: Ledger) -> None:
-        """Output layer and cross entropy."""
+    def head(self) -> tuple[Ledger, Ledger]:
+        """Output layer and cross entropy, forward and backward."""
         b = self.batch
         vocab = self.shape.vocab // self.p.tp
         adapted = self.model.by_layer.get(None, {}).get("output_layer", [])
         forward = Ledger()
         backward = Ledger()
-        self._linear(forward, backward, "head", adapted, vocab, column=True)
+        live = head_input_needs_gradient(self.model, self.layout)
+        self._linear(forward, backward, "head", adapted, vocab, column=True, live=live)
         self.traffic(forward, "head", LOSS_PASSES * b.tokens * vocab * STATISTIC)
         self.traffic(backward, "head", LOSS_PASSES / 2 * b.tokens * vocab * STATISTIC)
-        to.take(forward)
-        to.take(backward)
+        return forward, backward

@@ -47,6 +47,8 @@ class Ledger:
 
     seconds: dict[str, float] = field(default_factory=dict)
     bases: dict[str, Basis] = field(default_factory=dict)
+    hidden_flops: float = 0.0
+    """Of products inside passes that wait for memory: they take no time of their own."""
 
     def add(self, name: str, seconds: float, basis: Basis) -> None:
         if seconds > 0:
@@ -57,6 +59,7 @@ class Ledger:
 
     def take(self, other: "Ledger", times: float = 1.0, before: str = "") -> None:
         """Add another's parts, ``before`` in front of their names."""
+        self.hidden_flops += times * other.hidden_flops
         for part, seconds in other.seconds.items():
             self.add(before + part, times * seconds, other.bases[part])
 

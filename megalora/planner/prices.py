@@ -7,6 +7,7 @@ from megalora.planner.activations import Microbatch
 from megalora.planner.hardware import Estimate, Kind, Machine, weakest
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.ledger import Ledger
+from megalora.planner.state_bytes import has_room
 from megalora.planner.weights import PlannedModel
 
 BEHIND_WAITS = "host behind waits"
@@ -25,6 +26,7 @@ class Prices:
         self.p = layout.parallel
         self.batch = Microbatch.of(model, layout, work)
         self.e = work.element_bytes
+        self.has_room = has_room(model, layout, work)
         self.strides = {"tp": (self.p.tp, 1), "etp": (self.p.etp, 1), "ep": (self.p.ep, self.p.etp)}
         """Group -> (ranks, distance in rank numbers between neighbours of the group)."""
         self.strides |= {"dp": (layout.dp, self.p.tp), "edp": (layout.edp, self.p.etp * self.p.ep)}
@@ -47,6 +49,10 @@ class Prices:
         rate = self.machine.grouped_gemm.at(experts, rows, outputs, inputs)
         basis = weakest(["interpolated", rate.basis]) if extra else rate.basis
         to.add(part, 2 * rows * outputs * (inputs + extra) / rate.value, basis)
+
+    def hidden_gemm(self, to: Ledger, rows: float, outputs: float, inputs: float) -> None:
+        """A product inside a pass whose memory traffic is priced: it takes no time of its own."""
+        to.hidden_flops += 2 * rows * outputs * inputs
 
     def traffic(self, to: Ledger, part: str, num_bytes: float, times: int = 1) -> None:
         if num_bytes:

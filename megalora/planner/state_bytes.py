@@ -67,6 +67,11 @@ def has_room(model: PlannedModel, layout: ParallelLayout, work: Workload) -> boo
     )
 
 
+def padded_room(rank: int) -> int:
+    """Ranks that a weight has room for beside it: a multiple of ``ROOM_STEP``."""
+    return rank + -rank % ROOM_STEP
+
+
 def room_bytes(
     model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
 ) -> int:
@@ -84,7 +89,7 @@ def room_bytes(
             rank = sum(
                 a.rank for a in model.by_layer.get(layer, {}).get(f"mlp.experts.{module}", [])
             )
-            room = rank + -rank % ROOM_STEP
+            room = padded_room(rank)
             total += experts * ((n + room) * (k + room) - n * k) * e
     return total
 

@@ -3,9 +3,10 @@
 
 from tests.mutations.bugs import Bug, bug
 
-MEMORY, PASS_BYTES, WEIGHTS, COST, LAYER_COST, PRICES, HARDWARE, SEARCH = (
+ACTIVATIONS, MEMORY, PASS_BYTES, WEIGHTS, COST, LAYER_COST, PRICES, HARDWARE, SEARCH = (
     f"megalora/planner/{name}.py"
     for name in (
+        "activations",
         "memory",
         "pass_bytes",
         "weights",
@@ -19,6 +20,8 @@ MEMORY, PASS_BYTES, WEIGHTS, COST, LAYER_COST, PRICES, HARDWARE, SEARCH = (
 COST_TEST = "tests/planner/test_cost.py"
 PEAK = "tests/planner/test_peak.py"
 PLAN = "tests/planner/test_plan.py"
+COUNTED = "tests/planner/test_counted_layers.py"
+ALONE = f"{COUNTED} an_adapter_alone"
 
 # fmt: off
 PLANNER_BUGS: tuple[Bug, ...] = (
@@ -60,6 +63,28 @@ PLANNER_BUGS: tuple[Bug, ...] = (
     bug(0, "a recomputed layer kept alive by its dispatcher", "megalora/model/dispatcher.py",
         "        self.probs_dtype = probs.dtype\n",
         "        self.probs_dtype = probs.dtype\n        self.probs = probs\n", PEAK),
+    bug(0, "recomputing gate_up for an adapter of down needs no input", ACTIVATIONS,
+        "selective and (live_router or bool(down))", "selective and live_router",
+        ALONE),
+    bug(0, "a shared expert's output kept for a frozen gate", ACTIVATIONS,
+        "own * (s.hidden * live + 1) * e", "own * (s.hidden + 1) * e",
+        ALONE),
+    bug(0, "a norm below the only adapted head kept", ACTIVATIONS,
+        "norm * head_input_needs_gradient(model, layout)", "norm",
+        ALONE),
+    bug(0, "router's indexes not kept", ACTIVATIONS, "choices * (8 + INT)", "choices * INT",
+        ALONE),
+    bug(0, "B of gate multiplied with the ranks of up", LAYER_COST,
+        "else rank / 2", "else rank", ALONE),
+    bug(0, "no gradient of the experts' A", LAYER_COST,
+        "big, 2 * inner + h)", "big, 2 * inner)", ALONE),
+    bug(0, "a level of recomputation that nobody counts", "tests/pretended/layer_cases.py",
+        'LEVELS = ("off", "selective", "full")', 'LEVELS = ("off", "full")',
+        f"{COUNTED} kind_and_level"),
+    bug(0, "a layer that keeps what nobody planned", "megalora/model/backend.py",
+        "return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)",
+        "return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps).sin()",
+        ALONE),
     bug(0, "even routing that favours the first rank", "megalora/bench/routing.py",
         "(turn % ep) * (num_experts // ep)", "(turn % ep // 2) * (num_experts // ep)",
     "tests/bench/test_bench.py balanced"),

@@ -79,6 +79,8 @@ class Recorder:
         """What the device would hold where a function of this name reads it; elsewhere ones."""
         self.pinned: set[int] = set()
         """Storages of page-locked host memory."""
+        self.on_launch: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
+        """Called with every Triton kernel that is launched and its arguments."""
 
     def forget(self) -> None:
         self.waits = {}
@@ -345,6 +347,8 @@ def _launch_nothing(recorder: Recorder) -> None:
             away = [t.device for t in tensors if not on_gpu(t)]
             assert not away, f"{kernel.fn.__name__} was given a tensor on {away[0]}"
             recorder.kernel(kernel.fn.__name__)
+            if recorder.on_launch is not None:
+                recorder.on_launch(kernel, args, kwargs)
 
         return launch
 

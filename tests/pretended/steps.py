@@ -22,6 +22,7 @@ from megalora.data.splits import Split
 from megalora.lora.adapted_model import AdaptedModel
 from megalora.lora.gather import gather_tensors
 from megalora.lora.select import resolve
+from megalora.lora.spec import Adapted
 from megalora.model.build import make_chunks
 from megalora.model.fields import model_shape
 from megalora.train.assemble import Inputs, Run, assemble, build_for_training
@@ -123,10 +124,13 @@ def _make_base(hf: dict[str, Any], *where: Any) -> list[Any]:
     return chunks
 
 
-def build(config: RunConfig, hf: dict[str, Any], groups: Any) -> AdaptedModel:
-    """The model as training has it, but for its weights."""
+def build(
+    config: RunConfig, hf: dict[str, Any], groups: Any, adapted: list[Adapted] | None = None
+) -> AdaptedModel:
+    """The model as training has it, but for its weights; ``adapted`` in place of what the config
+    selects."""
     shape = model_shape(dict(hf))
-    adapted = resolve(config.lora, shape)
+    adapted = adapted or resolve(config.lora, shape)
     return build_for_training(config, shape, adapted, groups, partial(_make_base, hf))
 
 

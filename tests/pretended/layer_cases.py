@@ -1,0 +1,135 @@
+"""Say which layers are counted on the pretended GPU: every registered family, with and without
+adapters on each of its modules, at every level of recomputation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from megalora.config import LoRAConfig
+from megalora.lora.select import resolve
+from megalora.lora.spec import Adapted
+from megalora.model.families import FAMILIES, layer_projections
+from megalora.model.fields import model_shape
+from megalora.model.projections import HEAD
+from megalora.model.shape import ModelShape
+from megalora.tiny import _build_config
+
+RANK = 4
+MICRO_BATCH = 2
+LEVELS = ("off", "selective", "full")
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "one rank": (1, {}),
+    "tp2": (2, {"tp": 2}),
+    "ep2": (2, {"ep": 2}),
+    "tp2 ep2 etp2": (4, {"tp": 2, "ep": 2, "etp": 2}),
+}
+"""Name -> (ranks, sizes)."""
+EVERYTHING = "everything"
+NOTHING = "nothing"
+HEAD_KIND = "head"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one rank."""
+
+    family: str
+    layout: str
+    adapters: str
+    """A Megatron module, ``everything``, or ``nothing``: all that follows has no adapter, but needs
+    a gradient for the sake of q_proj in layer 0."""
+    recompute: str
+    many_rows: bool = False
+    """So many rows per expert that the experts run on torch's grouped GEMM."""
+    dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        rows = "many rows" if self.many_rows else "few rows"
+        return ", ".join(
+            (self.family, self.layout, self.adapters, self.recompute, rows, self.dtype)
+        )
+
+    @property
+    def layout_sizes(self) -> tuple[int, dict[str, int]]:
+        return LAYOUTS[self.layout]
+
+    @property
+    def sequence(self) -> int:
+        return 8192 if self.many_rows else 48
+
+    def adapted(self) -> list[Adapted]:
+        shape = model_shape(config_of(self.family))
+        found = resolve(LoRAConfig(rank=RANK, alpha=8.0, target_modules=targets(shape)), shape)
+        if self.adapters == NOTHING:
+            return [a for a in found if a.name == "q_proj" and a.layer == 0]
+        if self.adapters == EVERYTHING:
+            return found
+        return [a for a in found if a.projection.module == self.adapters]
+
+
+@cache
+def config_of(family: str) -> dict[str, Any]:
+    """A small config.json of a family, in which a layer of every kind lies behind the first."""
+    sizes = FAMILIES[family].sizes
+    overrides: dict[str, Any] = {"num_hidden_layers": 3}
+    if "mlp_only_layers" in sizes:
+        overrides["mlp_only_layers"] = [2]
+    if "first_k_dense_replace" in sizes:
+        overrides["first_k_dense_replace"] = 2
+    return _config(family, overrides)
+
+
+def _config(family: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    hf = _build_config(family, overrides).to_dict()
+    return hf | {"rope_theta": hf["rope_parameters"]["rope_theta"]}
+
+
+def targets(shape: ModelShape) -> list[str]:
+    """Names of all projections of a model."""
+    layers = [p.name for n in range(shape.num_layers) for p in layer_projections(shape, n)]
+    return list(dict.fromkeys(layers + [p.name for p in HEAD]))
+
+
+def modules(shape: ModelShape) -> list[str]:
+    """Megatron modules of a model that adapters can be put on."""
+    layers = [p.module for n in range(shape.num_layers) for p in layer_projections(shape, n)]
+    return list(dict.fromkeys(layers + [p.module for p in HEAD]))
+
+
+def kind_of(shape: ModelShape, layer: int) -> str:
+    """What distinguishes layers of one model."""
+    if not shape.is_moe(layer):
+        return "dense"
+    return "MoE with shared expert" if shape.shared_intermediate else "MoE"
+
+
+def kinds_of(family: str) -> set[str]:
+    """Kinds of layers that a family's small model has, as published and as it is counted here, and
+    the head."""
+    shapes = [model_shape(hf) for hf in (_config(family, {}), config_of(family))]
+    return {kind_of(shape, n) for shape in shapes for n in range(shape.num_layers)} | {HEAD_KIND}
+
+
+def quick_cases_of(family: str) -> Iterator[Case]:
+    """Every level on one rank, with adapters on everything and on nothing."""
+    for recompute in LEVELS:
+        for adapters in (EVERYTHING, NOTHING):
+            yield Case(family, "one rank", adapters, recompute)
+
+
+def cases_of(family: str) -> Iterator[Case]:
+    """Every module alone on one rank; everything and nothing on every layout; everything with so
+    many rows that experts take another back end, and in float32; each at every level."""
+    shape = model_shape(config_of(family))
+    for recompute in LEVELS:
+        for adapters in (EVERYTHING, NOTHING):
+            for layout in LAYOUTS:
+                if shape.moe_layers or "ep" not in layout:
+                    yield Case(family, layout, adapters, recompute)
+        for module in modules(shape):
+            yield Case(family, "one rank", module, recompute)
+        if shape.moe_layers:
+            yield Case(family, "one rank", EVERYTHING, recompute, many_rows=True)
+        yield Case(family, "one rank", EVERYTHING, recompute, dtype="float32")
