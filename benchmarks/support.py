@@ -22,6 +22,7 @@ import tests.conftest  # noqa: F401  sets up the host before anything from Megat
 from benchmarks.harness import PACKAGES
 from benchmarks.parity import AT_ONCE, Laboratory
 from megalora import host
+from megalora.adapters.write.engines import FileFormat
 from megalora.adapters.write.form import write_adapter
 from megalora.bench.versions import commit
 from megalora.config import LoRAConfig
@@ -48,6 +49,9 @@ EXPERT_LAYOUTS: tuple[dict[str, Any], ...] = (
     {"world": 2, "ep": 2, "recompute": "selective"},
     {"world": 4, "tp": 2, "ep": 2, "etp": 2, "recompute": "full"},
 )
+IN_VLLM: dict[str, dict[str, Any]] = {"qwen2_moe": {"hidden_size": 192}}
+"""Sizes that vLLM 0.32 needs: of Qwen2-MoE it reads no head_dim, but divides hidden_size by the
+number of heads, as is right for every published model."""
 ATOL = 1e-4
 """Largest difference of a logit in float32, as in ``megalora verify``."""
 
@@ -63,31 +67,35 @@ def cases_of(family: str) -> list[Case]:
     return [Case(**layout, model=model) for layout in layouts]
 
 
-def adapter_on_everything(family: str, folder: Path) -> tuple[Path, Path]:
-    """(base, adapter folder), the adapter's factors random, its layout the one PEFT reads."""
-    base = make_tiny(folder / "base", arch=family)
+def adapter_on_everything(
+    family: str, folder: Path, layout: FileFormat, **sizes: Any
+) -> tuple[Path, Path]:
+    """(base, adapter folder); the adapter's factors are random."""
+    base = make_tiny(folder / "base", arch=family, **sizes)
     shape = model_shape(read_hf_config(base))
     adapted, factors = random_factors(LoRAConfig(rank=8, alpha=16.0), base)
     adapter = folder / "adapter"
     adapter.mkdir()
-    stacked = bool(shape.moe_layers) and not FAMILIES[family].peft.per_expert
-    layout = "stacked" if stacked else "per_expert"
     write_adapter(adapter, adapted, shape, factors, str(base), layout)
     return base, adapter
 
 
 def claims_of(family: str, with_vllm: bool) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Claim -> what proves it, for claims about others' programs."""
+    """Claim -> what proves it, for claims about others' programs, each with the layout it reads."""
+    has_experts = bool(shape_of(model_of(family)).moe_layers)
+    stacked = has_experts and not FAMILIES[family].peft.per_expert
 
     def peft() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            base, adapter = adapter_on_everything(family, Path(folder))
+            layout = "stacked" if stacked else "per_expert"
+            base, adapter = adapter_on_everything(family, Path(folder), layout)
             report = verify_peft(adapter, str(base), atol=ATOL)
         return {"ok": report.ok, "difference": report.difference, "effect": report.effect}
 
     def vllm() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            base, adapter = adapter_on_everything(family, Path(folder))
+            sizes = IN_VLLM.get(family, {})
+            base, adapter = adapter_on_everything(family, Path(folder), "per_expert", **sizes)
             report = verify_vllm(adapter, str(base), atol=1e-3)
         difference = max(report.prompt, report.greedy)
         return {"ok": report.ok, "difference": difference, "effect": report.effect}
