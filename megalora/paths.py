@@ -1,11 +1,7 @@
-"""Paths as users write them: ``~`` expanded."""
+"""Paths as users write them: ``~`` expanded, and whether they can be written."""
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def expand(text: str, option: str) -> str:
@@ -28,3 +24,39 @@ def expand(text: str, option: str) -> str:
 def user_path(text: str) -> Path:
     """A path on the command line."""
     return Path(expand(text, "the path"))
+
+
+def check_file_to_write(file: Path) -> None:
+    """Raise ``ValueError`` unless ``file`` can be written, in a folder that is there or can be
+    made."""
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; name the file to write")
+    _check_place(file.absolute().parent, f"{file} cannot be written")
+
+
+def prepare_file(file: Path) -> None:
+    """As ``check_file_to_write``, and make the folders above ``file``."""
+    check_file_to_write(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written: {error.strerror}") from None
+
+
+def check_folder_to_write(folder: Path, option: str) -> None:
+    """Raise ``ValueError`` unless ``folder`` is there or can be made, and can be written to.
+
+    Args:
+        option: what the user calls it, for the message.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{option}={folder} is a file; choose a folder")
+    _check_place(folder.absolute(), f"{option}={folder} cannot be written")
+
+
+def _check_place(folder: Path, cannot: str) -> None:
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{cannot}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{cannot}: no permission in {there}")

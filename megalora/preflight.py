@@ -10,6 +10,7 @@ from megalora.config import RunConfig
 from megalora.config.file import load_config
 from megalora.data.sources import locate
 from megalora.lora.select import plan
+from megalora.paths import check_folder_to_write
 
 
 def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> RunConfig:
@@ -41,7 +42,7 @@ def check_paths(config: RunConfig) -> None:
             file = locate(source).file
             if file is not None and not os.access(file, os.R_OK):
                 raise ValueError(f"{file} cannot be read: no permission")
-    check_run_folder(Path(config.checkpoint.dir))
+    check_folder_to_write(Path(config.checkpoint.dir), "checkpoint.dir")
     if isinstance(config.checkpoint.resume, str):
         resume = config.checkpoint.resume
         if not (Path(resume) / STATE_JSON).is_file():
@@ -58,15 +59,3 @@ def _check_model(path: Path) -> None:
         raise ValueError(f"model.path={path} is a file; name the folder of a Hugging Face model")
     elif path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2:
         raise ValueError(f"model.path={path}: no such folder")
-
-
-def check_run_folder(run: Path) -> None:
-    """Raise ``ValueError`` unless the run folder is there, or can be made, and can be written
-    to."""
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"checkpoint.dir={run} is a file; choose a folder")
-    there = next(place for place in (run, *run.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise ValueError(f"checkpoint.dir={run} cannot be made: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"checkpoint.dir={run} cannot be written: no permission in {there}")

@@ -99,7 +99,10 @@ WRONG = [
     ({"train": "~/base"}, "base: this is a folder; name one"),
     ({"train": "~/x.jsonl[1]"}, "the slice at the end is not understood"),
     ({"dir": "~/x.jsonl"}, "checkpoint.dir=.*x.jsonl is a file; choose a folder"),
-    ({"dir": "~/x.jsonl/run"}, "checkpoint.dir=.*x.jsonl/run cannot be made: .*x.jsonl is a file"),
+    (
+        {"dir": "~/x.jsonl/run"},
+        "checkpoint.dir=.*x.jsonl/run cannot be written: .*x.jsonl is a file",
+    ),
     (
         {"resume": "~/run/step_000002"},
         "checkpoint.resume=.*step_000002 is not a checkpoint: it has no training_state",

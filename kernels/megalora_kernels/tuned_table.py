@@ -145,6 +145,17 @@ def read_table(path: Path, gpu: str, limits: Limits = HOPPER_LIMITS) -> Table:
                 f"{path}: {name} is {type(content[name]).__name__}, want a list; tune again"
             )
     _check_names(f"{path}: measured", content["measured"], MEASURED)
+    vendor_from: dict[LayerKey, float] = {}
+    for i, row in enumerate(content["layers"]):
+        where = f"{path}: layers[{i}]"
+        _check_values(where, row, LAYER_FIELDS)
+        rows = math.inf if row["vendor_from"] is None else float(row["vendor_from"])
+        _add(where, vendor_from, LayerKey(*(row[name] for name in LayerKey._fields)), rows)
+    return Table(_variants(path, content, limits), vendor_from)
+
+
+def _variants(path: Path, content: dict[str, Any], limits: Limits) -> dict[Key, Variant | None]:
+    """The rows of the table; None where the rule's own variant was the best."""
     # What only another release of Triton compiles is no mistake of the table's: it gives way to the
     # rule.
     same_triton = _release(content["measured"]["triton"]) == _release(triton.__version__)
@@ -164,13 +175,7 @@ def read_table(path: Path, gpu: str, limits: Limits = HOPPER_LIMITS) -> Table:
         where = f"{path}: rule_stands[{i}]"
         _check_values(where, row, KEY_FIELDS)
         _add(where, variants, _key(row), None)
-    vendor_from: dict[LayerKey, float] = {}
-    for i, row in enumerate(content["layers"]):
-        where = f"{path}: layers[{i}]"
-        _check_values(where, row, LAYER_FIELDS)
-        rows = math.inf if row["vendor_from"] is None else float(row["vendor_from"])
-        _add(where, vendor_from, LayerKey(*(row[name] for name in LayerKey._fields)), rows)
-    return Table(variants, vendor_from)
+    return variants
 
 
 def _release(version: Any) -> list[str]:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from megalora.bench.clock import FLUSH_BYTES, Clock, copies, slowest
 from megalora.bench.rows import write_json
 from megalora.bench.versions import commit, installed
 from megalora.environment import refuse_shared_gpu
-from megalora.paths import user_path
+from megalora.paths import check_file_to_write, user_path
 from megalora.user_error import guarded
 
 type Point = dict[str, int | float]
@@ -77,13 +77,24 @@ def calibrate(
         f" {len(cases)} sizes in {budget_seconds:.0f} s"
     )
     points = _measure(cases, budget_seconds, tell)
+    record = _record(dtype, points, world, per_node)
+    if rank == 0:
+        write_json(record, out)
+    dist.barrier()  # no rank goes on to read what is not there yet
+    tell(f"wrote {out}")
+
+
+def _record(
+    dtype: str, points: dict[str, list[Point]], world: int, per_node: int
+) -> dict[str, Any]:
+    """What the file says: the machine, versions, and points by kind; collective."""
     # imports Megatron, which host.install() must come before
     from megalora.bench.overhead import layer_overhead
 
     collectives = {name: points.get(name, []) for name in COLLECTIVES} if world > 1 else {}
     found = {"torch": torch.__version__, "cuda": torch.version.cuda}
     found |= {package: installed(package) for package in ("triton", "megatron-core")}
-    record = {
+    return {
         "format": FORMAT, "name": host.device_name(), "memory_bytes": _memory_bytes(per_node),
         "ranks_per_node": per_node,
         "world_size": world, "dtype": dtype,
@@ -92,10 +103,6 @@ def calibrate(
         **{kind: points.get(kind, []) for kind in COMPUTATIONS},
         "collectives": collectives, "overhead": layer_overhead(dtype),
     }  # fmt: skip
-    if rank == 0:
-        write_json(record, out)
-    dist.barrier()  # no rank goes on to read what is not there yet
-    tell(f"wrote {out}")
 
 
 def check(out: Path, dtype: str, budget_seconds: float) -> None:
@@ -109,16 +116,7 @@ def check(out: Path, dtype: str, budget_seconds: float) -> None:
         )
     if int(os.environ.get("RANK", 0)):
         return  # rank 0 writes, and other machines may have other folders
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(
-            f"{out} cannot be written: {above} is"
-            f" {'not writable' if above.is_dir() else 'not a folder'}"
-        )
-    if out.is_dir():
-        raise ValueError(
-            f"{out} is a folder; name the JSON file to write, such as {out / 'machine.json'}"
-        )
+    check_file_to_write(out)
 
 
 def ranks_per_node() -> int:

@@ -11,7 +11,7 @@ from megalora.config import RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
 from megalora.model.fields import model_shape
-from megalora.planner.command import check_writable
+from megalora.paths import prepare_file
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine
 from megalora.planner.hardware import Machine
@@ -59,7 +59,7 @@ def bench_command(
         bool(asked.layouts) != (asked.top is not None),
         "give either --layouts, such as tp=2,ep=4 ep=8, or --top K",
     )
-    check_writable(asked.out / "results.json")
+    prepare_file(asked.out / "results.json")
     config = load_config(path, overrides)
     machine = find_machine(asked.gpu)
     imbalance = 1.0 if options.routing == "balanced" else asked.imbalance

@@ -7,7 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from megalora.cli.plan import add_planner_commands
+from megalora.cli.adapter import add_adapter_commands
+from megalora.cli.bench import add_bench_command
+from megalora.cli.plan import add_plan_command
+from megalora.cli.serve import add_serve_command
 from megalora.launching import torchrun
 from megalora.model.families import FAMILIES
 from megalora.paths import user_path
@@ -82,9 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("overrides", nargs="*", metavar="section.key=value")
     data.set_defaults(action=_data)
 
-    add_planner_commands(commands)
-    _add_file_commands(commands)
-    _add_engine_commands(commands)
+    add_plan_command(commands)
+    add_bench_command(commands)
+    add_adapter_commands(commands)
+    add_serve_command(commands)
     return parser
 
 
@@ -101,104 +105,6 @@ class _ShowVersions(argparse.Action):
 
         print(version_text())
         parser.exit()
-
-
-def _add_file_commands(commands: Any) -> None:
-    """What reads and writes adapter folders."""
-    export = commands.add_parser(
-        "export", help="write the adapter of a checkpoint as a folder for PEFT, vLLM or SGLang"
-    )
-    export.add_argument("checkpoint", type=user_path, help="a checkpoint, or any adapter folder")
-    export.add_argument("out", type=user_path)
-    export.add_argument(
-        "--for",
-        dest="engine",
-        choices=["peft", "vllm", "sglang"],
-        help="engine that will load the adapter; refuse what this engine would not honour",
-    )
-    export.add_argument(
-        "--layout",
-        choices=["per_expert", "stacked", "shared_outer"],
-        help="names and shapes of the experts' tensors in the file",
-    )
-    export.add_argument(
-        "--drop",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="trained projections to leave out, such as gate (the router)",
-    )
-    export.add_argument(
-        "--base",
-        help="the base model's folder or hub name; default: the one that the adapter names",
-    )
-    export.set_defaults(action=_export)
-
-    importer = commands.add_parser(
-        "import", help="turn a PEFT adapter made elsewhere into a checkpoint to resume from"
-    )
-    importer.add_argument("adapter", type=user_path)
-    importer.add_argument("out", type=user_path)
-    importer.add_argument("--base", required=True, help="the base model's folder or hub name")
-    importer.add_argument(
-        "--lora-b-layout",
-        choices=["rank_major", "grouped_by_expert"],
-        help="order of B's columns in stacked experts that Unsloth saved",
-    )
-    importer.set_defaults(action=_import)
-
-    merge = commands.add_parser("merge", help="add an adapter to the weights of its base")
-    merge.add_argument("adapter", type=user_path)
-    merge.add_argument("--base", required=True, help="the base model's folder or hub name")
-    merge.add_argument("--out", required=True, type=user_path)
-    merge.set_defaults(action=_merge)
-
-    inspect = commands.add_parser(
-        "inspect", help="show what an adapter holds: targets, ranks, experts, norms"
-    )
-    inspect.add_argument("adapter", type=user_path)
-    inspect.set_defaults(action=_inspect)
-
-
-def _add_engine_commands(commands: Any) -> None:
-    """What runs an adapter in another engine."""
-    verify = commands.add_parser(
-        "verify", help="compare an adapter in stock PEFT or vLLM with megalora's own model"
-    )
-    verify.add_argument("adapter", type=user_path)
-    verify.add_argument("--base", required=True, help="the base model's folder or hub name")
-    verify.add_argument("--engine", default="peft", choices=["peft", "vllm"])
-    verify.add_argument(
-        "--atol",
-        type=float,
-        default=1e-4,
-        help="largest allowed difference of a logit or log-probability, in float32",
-    )
-    verify.set_defaults(action=_verify)
-
-    serve = commands.add_parser(
-        "serve",
-        help="serve adapters with vLLM and prove that it applies them (needs make vllm)",
-        epilog="arguments after -- go to vLLM",
-    )
-    serve.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a folder, or NAME=FOLDER")
-    serve.add_argument("--base", required=True, help="the base model's folder or hub name")
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument(
-        "--port", type=int, default=8000, help="port to listen on; 0 chooses a free one"
-    )
-    serve.add_argument(
-        "--atol",
-        type=float,
-        default=1e-4,
-        help="largest allowed difference of a log-probability, in float32",
-    )
-    serve.add_argument(
-        "--unproven",
-        action="store_true",
-        help="serve also if an adapter does not act as it was trained",
-    )
-    serve.set_defaults(action=_serve)
 
 
 def _tiny(options: Any, _: list[str]) -> None:
@@ -231,60 +137,6 @@ def _data(options: Any, rest: list[str]) -> None:
     from megalora.data.show import show_data
 
     show_data(load_config(options.config, [*options.overrides, *rest]), Console())
-
-
-def _export(options: Any, _: list[str]) -> None:
-    from megalora.adapters.export import export
-
-    written = export(
-        options.checkpoint,
-        options.out,
-        engine=options.engine,
-        layout=options.layout,
-        drop=options.drop,
-        base=options.base,
-    )
-    print(written.text())
-
-
-def _import(options: Any, _: list[str]) -> None:
-    from megalora.adapters.resumable import import_adapter
-
-    print(import_adapter(options.adapter, options.out, options.base, options.lora_b_layout).text())
-
-
-def _verify(options: Any, _: list[str]) -> None:
-    if options.engine == "vllm":
-        from megalora.verify.vllm import verify_vllm as verify
-    else:
-        from megalora.verify.peft import verify_peft as verify
-
-    report = verify(options.adapter, options.base, atol=options.atol)
-    print(report.text())
-    sys.exit(0 if report.ok else 1)
-
-
-def _merge(options: Any, _: list[str]) -> None:
-    from megalora.adapters.merge import merge
-
-    print(merge(options.adapter, options.base, options.out).text())
-
-
-def _serve(options: Any, _: list[str]) -> None:
-    from megalora.serve.run import serve
-
-    code = serve(
-        options.adapters, options.base, lambda line: print(line, flush=True), host=options.host,
-        port=options.port,
-        atol=options.atol, unproven=options.unproven, extra=options.extra,
-    )  # fmt: skip
-    sys.exit(code)
-
-
-def _inspect(options: Any, _: list[str]) -> None:
-    from megalora.adapters.inspect import describe
-
-    print(describe(options.adapter))
 
 
 if __name__ == "__main__":

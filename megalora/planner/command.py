@@ -2,7 +2,6 @@
 runs."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +10,14 @@ from megalora.config import RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
 from megalora.model.fields import model_shape
+from megalora.paths import prepare_file
 from megalora.planner import report
 from megalora.planner.crossings import crossings_of
 from megalora.planner.gpus import find_machine, with_ranks_per_node
 from megalora.planner.layouts import ParallelLayout, Workload, check
 from megalora.planner.memory import memory_of
 from megalora.planner.models import find_architecture
-from megalora.planner.search import CLOSE, Plan, search
+from megalora.planner.search import CLOSE, Plan, Planned, search
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,40 @@ def plan_command(
 ) -> None:
     """Print the plan of ``path``; write config, picture and the list of rejected layouts where they
     were asked for."""
+    _check_options(options)
+    config = load_config(path, overrides)
+    plan = make_plan(config, options)
+    if options.rejected:  # written also where nothing fits, which best() refuses
+        options.rejected.write_text("".join(f"{report.rejected_line(r)}\n" for r in plan.rejected))
+    best = plan.best()
+    _say_plan(config, options, plan, best, say)
+    if options.out:
+        options.out.write_text(report.config_text(config, plan, best))
+        load_config(options.out).check_world(options.gpus)
+        say(f"wrote {options.out}: megalora train {options.out}, or launch/ for several nodes")
+    if options.figure:
+        from megalora.planner.figure import draw
+
+        title = f"{config.model.path} on {options.gpus} x {plan.machine.name}"
+        draw(plan, options.top, options.figure, title)
+        say(f"wrote {options.figure}")
+
+
+def _check_options(options: PlanOptions) -> None:
+    """Raise ``ValueError`` for a file that cannot be written; make the folders above the others."""
     for file in (options.out, options.figure, options.rejected):
         if file:
-            check_writable(file)
+            prepare_file(file)
     suffix = options.figure.suffix if options.figure else ".png"
     require(
         suffix in (".png", ".pdf", ".svg"),
         f"--figure {options.figure}: end it in .png, .pdf or .svg",
     )
-    config = load_config(path, overrides)
-    plan = make_plan(config, options)
-    if options.rejected:
-        options.rejected.write_text("".join(f"{report.rejected_line(r)}\n" for r in plan.rejected))
-    best = plan.best()
+
+
+def _say_plan(
+    config: RunConfig, options: PlanOptions, plan: Plan, best: Planned, say: Callable[[str], None]
+) -> None:
     work = plan.work
     say(
         f"{config.model.path} on {options.gpus} x {plan.machine.name}, {work.global_batch_size}"
@@ -92,20 +113,6 @@ def plan_command(
     say(report.rejections(plan))
     if text := report.warning(plan, best):
         say(text)
-    if options.out:
-        options.out.write_text(report.config_text(config, plan, best))
-        load_config(options.out).check_world(options.gpus)
-        say(f"wrote {options.out}: megalora train {options.out}, or launch/ for several nodes")
-    if options.figure:
-        from megalora.planner.figure import draw
-
-        draw(
-            plan,
-            options.top,
-            options.figure,
-            f"{config.model.path} on {options.gpus} x {plan.machine.name}",
-        )
-        say(f"wrote {options.figure}")
 
 
 def dry_run_command(
@@ -144,15 +151,3 @@ def dry_run_command(
             f" {'the same' if found == said else 'DIFFERENT'}"
         )
     return all(found == said for _, found, said in rows)
-
-
-def check_writable(path: Path) -> None:
-    """Make the folder above a file to come; raises ``ValueError`` where the file cannot be."""
-    require(not path.is_dir(), f"{path} is a folder; name the file to write")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-    require(
-        os.access(path.parent, os.W_OK), f"{path} cannot be written: no permission in {path.parent}"
-    )

@@ -276,8 +276,8 @@ def test_the_gpu_s_way_ends(tmp_path: Path) -> None:
         ),
         (["x.json", "--budget-seconds", "nan"], "--budget-seconds: nan is no time"),
         (["x.json", "--budget-seconds", "long"], "invalid float value: 'long'"),
-        (["."], ". is a folder; name the JSON file to write"),
-        ([__file__ + "/x.json"], "test_calibrate.py is not a folder"),
+        (["."], ". is a folder; name the file to write"),
+        ([__file__ + "/x.json"], "test_calibrate.py is a file"),
         ([], "the following arguments are required: out"),
     ],
 )

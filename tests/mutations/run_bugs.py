@@ -369,9 +369,9 @@ RUN_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "only the folder itself is looked at",
-        "megalora/preflight.py",
-        "(run, *run.absolute().parents) if place.exists()",
-        "(run, run.absolute().parents[-1]) if place.exists()",
+        "megalora/paths.py",
+        "(folder, *folder.parents) if place.exists()",
+        "(folder, folder.parents[-1]) if place.exists()",
         "tests/test_paths.py test_what_is_not_there",
     ),
     bug(
