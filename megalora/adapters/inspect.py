@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from megalora.adapters.files import CONFIG, adapters_below, read_config
-from megalora.adapters.read.options import not_plain
+from megalora.adapters.read.options import not_followed, not_plain
 from megalora.adapters.read.weights import FLOATS, AdapterWeights
+from megalora.adapters.write.engines import ENGINES
 from megalora.hf.tensor_names import (
     described,
     is_of_experts,
@@ -106,11 +107,18 @@ def _sort(name: str, weights: AdapterWeights) -> str:
 
 
 def _config_lines(config: dict[str, Any]) -> list[str]:
-    return [
+    lines = [
         f"{CONFIG}: {key}={shorten(config[key])} is not plain LoRA, so that import, merge and"
         f" export refuse it: {why}"
         for key, why in not_plain(config).items()
     ]
+    for name, engine in ENGINES.items():
+        lines += [
+            f"{CONFIG}: {key}={shorten(config[key])} is not followed by {engine.title}, which"
+            f" {does}; megalora export --for {name} writes the adapter without it"
+            for key, does in not_followed(config, name).items()
+        ]
+    return lines
 
 
 def _add(

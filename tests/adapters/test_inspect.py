@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ def factors(
     }
 
 
-def described(folder: Path, tensors: dict[str, Tensor]) -> list[str]:
+def described(folder: Path, tensors: dict[str, Tensor], **options: Any) -> list[str]:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "base_model_name_or_path": "Qwen/Tiny"}
+    config |= options
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
     return describe(folder).splitlines()
@@ -129,6 +131,18 @@ def test_what_is_no_lora_factor(tmp_path: Path) -> None:
 
 def test_a_healthy_adapter_gets_no_warning(tmp_path: Path) -> None:
     assert len(described(tmp_path, factors("lm_head", 4, 512, 96, 1.0, 1.0))) == 3
+
+
+def test_an_option_that_a_server_does_not_follow_is_named(tmp_path: Path) -> None:
+    tensors = factors("lm_head", 4, 512, 96, 1.0, 1.0)
+    *_, pattern = described(tmp_path, tensors, alpha_pattern={"lm_head": 3})
+    assert pattern == (
+        "adapter_config.json: alpha_pattern={'lm_head': 3} is not followed by SGLang 0.5.23, which"
+        " reads one rank and one alpha for all modules; megalora export --for sglang writes the"
+        " adapter without it"
+    )
+    *_, rslora = described(tmp_path, tensors, use_rslora=True, rank_pattern={})
+    assert "use_rslora=True is not followed by SGLang 0.5.23, which scales by alpha / r" in rslora
 
 
 def test_unreadable_weights(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from megalora.adapters.export import export
 from megalora.adapters.files import CONFIG
 from megalora.adapters.inspect import describe
 from megalora.adapters.read.adapter import read_adapter
-from megalora.adapters.read.options import HONOURED, REFUSED, WITHOUT_EFFECT, not_plain
+from megalora.adapters.read.options import OPTIONS, not_plain
+from megalora.adapters.write.engines import ENGINES
 from megalora.serve.check import check_adapter
 from megalora.serve.errors import AdapterInvalid
 from tests.adapters.adapters import Trained, train
@@ -22,14 +23,20 @@ ONLY_IN_021 = {"use_bdlora", "velora_config", "lora_ga_config", "monteclora_conf
 """What PEFT added after 0.18."""
 
 
+def with_effect(effect: str) -> set[str]:
+    return {name for name, option in OPTIONS.items() if option.effect == effect}
+
+
+def test_every_engine_of_the_table_is_one_that_megalora_writes_for() -> None:
+    named = {engine for option in OPTIONS.values() for engine in option.elsewhere}
+    assert named == {"sglang"} <= ENGINES.keys()
+
+
 def test_every_option_of_the_installed_peft_is_in_the_table() -> None:
-    table = HONOURED | WITHOUT_EFFECT | REFUSED.keys()
+    table = OPTIONS.keys()
     options = {f.name for f in dataclasses.fields(LoraConfig)}
     assert options <= table, (
         f"megalora/adapters/read/options.py does not say what {sorted(options - table)} change"
-    )
-    assert len(HONOURED) + len(WITHOUT_EFFECT) + len(REFUSED) == len(table), (
-        "each option is in one of the three"
     )
     assert options >= ONLY_IN_021
 
@@ -54,7 +61,9 @@ def edit(folder: Path, text: str = "", **options: Any) -> None:
     (folder / CONFIG).write_text(json.dumps(config)[:-1] + text + "}")
 
 
-@pytest.mark.parametrize("option", [*REFUSED, "use_mora", "Use_Dora", "new_option_of_2027"])
+@pytest.mark.parametrize(
+    "option", [*sorted(with_effect("refused")), "use_mora", "Use_Dora", "new_option_of_2027"]
+)
 def test_what_is_set_and_not_plain_is_refused_by_name_everywhere(
     trained: Trained, tmp_path: Path, option: str
 ) -> None:
@@ -76,7 +85,7 @@ def test_what_is_set_and_not_plain_is_refused_by_name_everywhere(
     assert read_adapter(trained.folder, trained.shape).adapted
 
 
-@pytest.mark.parametrize("option", sorted(WITHOUT_EFFECT - {"base_model_name_or_path"}))
+@pytest.mark.parametrize("option", sorted(with_effect("none") - {"base_model_name_or_path"}))
 def test_what_changes_nothing_is_read(trained: Trained, option: str) -> None:
     edit(trained.folder, **{option: {"a": 1}})
     assert read_adapter(trained.folder, trained.shape).adapted and check_adapter(trained.folder)

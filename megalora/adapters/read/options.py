@@ -1,66 +1,106 @@
-"""Every option of PEFT's LoraConfig, and what it does to the adapter: a closed list.
+"""Every option of PEFT's LoraConfig, what it does to the adapter, and who does not honour it: a
+closed list.
 
-An adapter is read as ``W + scale * B A``. An option either is honoured in that, or changes nothing
-once training is over, or makes the adapter something else; then it is refused where it is set. So
-is a key that nobody here knows.
+An adapter is read as ``W + scale * B A``. An option is honoured in that, or has no effect once
+training is over, or makes the adapter something else. megalora reads every folder by this table, so
+that import, merge and export refuse the last kind where it is set; a server is asked to load only
+what is left. A key that is not in the table is refused too.
+
+``Option.elsewhere`` says which engine accepts an option and then does not follow it: adapters
+written by megalora express the option in another way for it (``write/form.py``).
 
 The keys are those of PEFT 0.18, 0.19 and 0.21, and what other tools write into
 ``adapter_config.json``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megalora.wording import shorten
 
-HONOURED = frozenset(
-    {
-        "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
-        "target_parameters",
-        "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights",
-        "peft_type", "peft_version",
-        "auto_mapping",
-        "lora_B_layout",  # Unsloth: how the columns of a stacked B run
-    }
-)  # fmt: skip
-"""Read by ``rules.py``, ``stacked.py`` or below."""
 
-WITHOUT_EFFECT = frozenset(
-    {
-        "task_type", "inference_mode", "base_model_name_or_path", "revision",
-        # Training only: a saved adapter is A and B, however they came to be.
-        "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-        "runtime_config",
-        "velora_config",  # compresses what backward keeps; forward is plain LoRA
-        # Nothing without the option that they belong to.
-        "megatron_core", "qalora_group_size",
-        # ms-swift's: learning rates and the dtype of training.
-        "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",
-        # PEFT before 0.5.
-        "merge_weights", "enable_lora",
-    }
-)  # fmt: skip
+@dataclass(frozen=True)
+class Option:
+    """What an option does to an adapter, and who does not follow it."""
 
-REFUSED = {
-    "use_dora": "DoRA scales every row of the adapted weight by a trained magnitude",
-    "lora_bias": "it trains a bias beside B",
-    "modules_to_save": "it trains whole weights beside the factors",
-    "trainable_token_indices": "it trains rows of the embedding",
-    "layer_replication": "it repeats layers of the base",
-    "fan_in_fan_out": "it is for weights stored as [in, out], which this base has none of",
-    "use_qalora": "QALoRA pools the input of A",
-    "alora_invocation_tokens": "activated LoRA acts from an invocation text on",
-    "use_bdlora": "BD-LoRA's factors are block-diagonal",
-    "arrow_config": "Arrow routes between several adapters",
-    "kasa_config": "KaSA truncates the base and scales between A and B",
-    "monteclora_config": "MonteCLoRA samples its factors",
-    "megatron_config": "it is for Megatron's own linears",
-    "ensure_weight_tying": "it ties what is trained of the embedding and of lm_head",
+    effect: Literal["honoured", "none", "refused"]
+    why: str = ""
+    """Why a value other than PEFT's default (nothing, or false) is not ``W + scale * B A``."""
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    """Engine (``write/engines.py``) -> what it does in place of honouring the option."""
+
+
+HONOURED = Option("honoured")
+"""Read by ``rules.py``, ``stacked.py`` or below. vLLM 0.32 and SGLang 0.5.23 honour it too, or need
+not: which modules are adapted follows from the tensors."""
+TRAINING_ONLY = Option("none")
+"""A saved adapter is A and B, however they came to be."""
+WITHOUT_EFFECT = Option("none")
+
+
+def _refused(why: str) -> Option:
+    return Option("refused", why)
+
+
+_ONE_RANK = {"sglang": "reads one rank and one alpha for all modules"}
+OPTIONS: dict[str, Option] = {
+    "r": HONOURED,
+    "lora_alpha": HONOURED,
+    "use_rslora": Option("honoured", elsewhere={"sglang": "scales by alpha / r"}),
+    "rank_pattern": Option("honoured", elsewhere=_ONE_RANK),
+    "alpha_pattern": Option("honoured", elsewhere=_ONE_RANK),
+    "target_modules": HONOURED,
+    "target_parameters": HONOURED,
+    "exclude_modules": HONOURED,
+    "layers_to_transform": HONOURED,
+    "layers_pattern": HONOURED,
+    "bias": HONOURED,
+    "init_lora_weights": HONOURED,
+    "peft_type": HONOURED,
+    "peft_version": HONOURED,
+    "auto_mapping": HONOURED,
+    "lora_B_layout": HONOURED,  # Unsloth: how the columns of a stacked B run
+    "task_type": WITHOUT_EFFECT,
+    "inference_mode": WITHOUT_EFFECT,
+    "base_model_name_or_path": WITHOUT_EFFECT,
+    "revision": WITHOUT_EFFECT,
+    "lora_dropout": TRAINING_ONLY,
+    "loftq_config": TRAINING_ONLY,
+    "eva_config": TRAINING_ONLY,
+    "corda_config": TRAINING_ONLY,
+    "lora_ga_config": TRAINING_ONLY,
+    "runtime_config": TRAINING_ONLY,
+    "velora_config": TRAINING_ONLY,  # compresses what backward keeps; forward is plain LoRA
+    # Nothing without the option that they belong to.
+    "megatron_core": WITHOUT_EFFECT,
+    "qalora_group_size": WITHOUT_EFFECT,
+    # ms-swift's: learning rates and the dtype of training.
+    "lora_dtype": TRAINING_ONLY,
+    "lorap_lr_ratio": TRAINING_ONLY,
+    "lorap_emb_lr": TRAINING_ONLY,
+    # PEFT before 0.5.
+    "merge_weights": WITHOUT_EFFECT,
+    "enable_lora": WITHOUT_EFFECT,
+    "use_dora": _refused("DoRA scales every row of the adapted weight by a trained magnitude"),
+    "lora_bias": _refused("it trains a bias beside B"),
+    "modules_to_save": _refused("it trains whole weights beside the factors"),
+    "trainable_token_indices": _refused("it trains rows of the embedding"),
+    "layer_replication": _refused("it repeats layers of the base"),
+    "fan_in_fan_out": _refused(
+        "it is for weights stored as [in, out], which this base has none of"
+    ),
+    "use_qalora": _refused("QALoRA pools the input of A"),
+    "alora_invocation_tokens": _refused("activated LoRA acts from an invocation text on"),
+    "use_bdlora": _refused("BD-LoRA's factors are block-diagonal"),
+    "arrow_config": _refused("Arrow routes between several adapters"),
+    "kasa_config": _refused("KaSA truncates the base and scales between A and B"),
+    "monteclora_config": _refused("MonteCLoRA samples its factors"),
+    "megatron_config": _refused("it is for Megatron's own linears"),
+    "ensure_weight_tying": _refused("it ties what is trained of the embedding and of lm_head"),
 }
-"""Option -> why a value other than PEFT's default (nothing, or false) is not ``W + scale * B
-A``."""
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """PEFT's named initialisations that leave the base as it is, so that the saved adapter is a plain
@@ -73,7 +113,11 @@ LARGEST = 2**53
 def not_plain(config: dict[str, Any]) -> dict[str, str]:
     """Option -> why it is not plain LoRA, for those that are set; empty for an adapter that
     megalora and vLLM compute."""
-    found = {key: why for key, why in REFUSED.items() if config.get(key)}
+    found = {
+        key: option.why
+        for key, option in OPTIONS.items()
+        if option.effect == "refused" and config.get(key)
+    }
     if config.get("bias", "none") not in ("none", None):
         found["bias"] = "it trains biases of the base"
     init = config.get("init_lora_weights")
@@ -84,13 +128,22 @@ def not_plain(config: dict[str, Any]) -> dict[str, str]:
             if init.lower().startswith(CHANGES_THE_BASE)
             else f"megalora knows true, false, {', '.join(PLAIN_INITS)}"
         )
-    known = HONOURED | WITHOUT_EFFECT | REFUSED.keys()
-    for key in sorted(config.keys() - known):  # one order on all ranks
+    for key in sorted(config.keys() - OPTIONS.keys()):  # one order on all ranks
         if config[key]:
             found[key] = (
                 "megalora does not know this option, which may change what the adapter computes"
             )
     return found
+
+
+def not_followed(config: dict[str, Any], engine: str) -> dict[str, str]:
+    """Option -> what the engine does instead, for those that are set and that it does not
+    follow."""
+    return {
+        key: option.elsewhere[engine]
+        for key, option in OPTIONS.items()
+        if config.get(key) and engine in option.elsewhere
+    }
 
 
 def refuse_variants(where: Path, config: dict[str, Any]) -> None:
