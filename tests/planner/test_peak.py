@@ -4,7 +4,6 @@ whole list of layouts is in ``benchmarks/planner_accuracy.py``."""
 from pathlib import Path
 
 import pytest
-from megalora_kernels import each_expert
 
 from tests.planner.counted import CATEGORIES, Case, compare
 
@@ -12,13 +11,6 @@ from tests.planner.counted import CATEGORIES, Case, compare
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("counted")
-
-
-@pytest.fixture(autouse=True)
-def one_product_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts as the planner counts them: the CPU's single call for small experts has temporaries
-    of its own."""
-    monkeypatch.setattr(each_expert, "FEW_ROWS", 0)
 
 
 @pytest.mark.parametrize(
