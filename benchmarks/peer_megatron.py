@@ -25,7 +25,7 @@ from benchmarks.arms import split_linear
 from benchmarks.peer_case import Input, PeerArm, Tied, initial_a
 from benchmarks.train_arms import ALPHA_OVER_RANK, Setup
 from benchmarks.train_case import ATTENTION
-from benchmarks.train_megalora import adapt, frozen_base, on_megatron, training_on_megatron
+from benchmarks.train_megalora import adapted_base, on_megatron, training_on_megatron
 
 READS: dict[str, Input] = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o",
@@ -72,8 +72,9 @@ def _main_gradient(parameter: Any, index: tuple[Any, ...]) -> Callable[[], Tenso
 def megalora(setup: Setup) -> Iterator[PeerArm]:
     """megalora as it trains: an adapter on each of q, k, v, o, gate, up and down."""
     with on_megatron(setup) as groups:
-        chunk = frozen_base(setup)
-        tied = _start_and_tie(adapt(chunk, setup, groups), setup)
+        model = adapted_base(setup, groups)
+        [chunk] = model.chunks
+        tied = _start_and_tie(model.pieces, setup)
         training = training_on_megatron(
             chunk, setup, groups, "adapters on q, k, v, o; per expert on gate, up, down"
         )
@@ -115,8 +116,9 @@ def composed(setup: Setup) -> Iterator[PeerArm]:
     """megalora's model and attention; experts as they are written first, without a kernel of their
     own."""
     with on_megatron(setup) as groups:
-        chunk: Any = frozen_base(setup)
-        tied = _start_and_tie(adapt(chunk, setup, groups, target_modules=list(ATTENTION)), setup)
+        model = adapted_base(setup, groups, target_modules=list(ATTENTION))
+        chunk: Any = model.chunks[0]
+        tied = _start_and_tie(model.pieces, setup)
         for layer in chunk.decoder.layers:
             layer.mlp.experts = ComposedExperts(layer.mlp.experts, layer.layer_number - 1, setup)
         note = "megalora's attention; experts of grouped_mm, one adapter on gate and up"

@@ -25,16 +25,16 @@ def on_megatron(setup: Setup) -> Iterator[Any]:
         yield groups
 
 
-def frozen_base(setup: Setup) -> nn.Module:
+def frozen_base(setup: Setup, **how: Any) -> nn.Module:
     """What ``megalora.model.build.build_model`` makes, with the weights that all arms share in
-    place of a folder's."""
+    place of a folder's; ``how`` as for ``make_chunks``."""
     from megalora.config import ParallelConfig
     from megalora.model.build import make_chunks
     from megalora.model.fields import model_shape
     from megalora.model.hf_weights import load_named, open_architecture
 
     (chunk,) = make_chunks(
-        setup.config, model_config(setup), ParallelConfig(), model_shape(setup.config)
+        setup.config, model_config(setup), ParallelConfig(), model_shape(setup.config), **how
     )
     chunk.to(setup.device)
     bridge = open_architecture(setup.config)
@@ -49,19 +49,20 @@ def model_config(setup: Setup) -> Any:
     return ModelConfig(path="shared weights", dtype=dtype)
 
 
-def adapt(chunk: nn.Module, setup: Setup, groups: Any, **lora: Any) -> list[Any]:
-    """Put megalora's adapters into a base; ``lora`` overrides fields of the ``lora:`` section.
-    Returns the pieces."""
+def adapted_base(setup: Setup, groups: Any, **lora: Any) -> Any:
+    """``frozen_base`` with megalora's adapters, an ``AdaptedModel`` of one chunk; ``lora``
+    overrides fields of the ``lora:`` section."""
     from megalora.config import LoRAConfig, ParallelConfig
-    from megalora.lora.inject import inject
+    from megalora.lora.adapted_model import adapt_base
     from megalora.lora.select import resolve
     from megalora.model.fields import model_shape
 
     section = LoRAConfig(rank=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank, **lora)
     shape = model_shape(setup.config)
-    return inject(
-        [chunk], resolve(section, shape), shape, section, groups, seed=setup.seed,
-        dtype=setup.dtype,
+    return adapt_base(
+        lambda *_, formats: [frozen_base(setup, formats=formats)],
+        shape, resolve(section, shape), groups,
+        model=model_config(setup), parallel=ParallelConfig(), lora=section, seed=setup.seed,
         rows_per_expert=shape.expected_rows(ParallelConfig(), setup.num_tokens),
     )  # fmt: skip
 
@@ -99,6 +100,5 @@ def training_on_megatron(chunk: nn.Module, setup: Setup, groups: Any, note: str)
 def megalora(setup: Setup) -> Iterator[Training]:
     """One rank, all experts."""
     with on_megatron(setup) as groups:
-        chunk = frozen_base(setup)
-        adapt(chunk, setup, groups)
+        [chunk] = adapted_base(setup, groups).chunks
         yield training_on_megatron(chunk, setup, groups, "megalora on Megatron-Core")

@@ -67,7 +67,7 @@ WITHOUT_TORCH = (
     "megalora/hf/safetensors.py",
     "megalora/hf/tensor_names.py", "megalora/model/__init__.py", "megalora/model/shape.py",
     "megalora/model/fields.py", "megalora/model/rope_fields.py", "megalora/model/account.py",
-    "megalora/model/projections.py", "megalora/model/families/",
+    "megalora/model/projections.py", "megalora/model/formats/", "megalora/model/families/",
     "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/planner/",
 )  # fmt: skip
 """What checks a config answers in a fraction of a second: importing Megatron takes ten."""

@@ -22,11 +22,28 @@ class AugmentedWeight:
     """
 
     def __init__(self, weight_ENK: torch.Tensor, rank: int) -> None:
-        E, self.N, self.K = weight_ENK.shape
+        """Copy ``weight_ENK`` to where it has room for an adapter of this rank."""
+        self._allocate(tuple(weight_ENK.shape), rank, weight_ENK.dtype, weight_ENK.device)
+        self.weight.copy_(weight_ENK)
+
+    @classmethod
+    def empty(
+        cls, sizes: tuple[int, int, int], rank: int, *, dtype: torch.dtype, device: torch.device
+    ) -> "AugmentedWeight":
+        """Memory for a weight of these sizes ``(E, N, K)``, to be written to ``weight``."""
+        made = cls.__new__(cls)
+        made._allocate(sizes, rank, dtype, device)
+        return made
+
+    def _allocate(
+        self, sizes: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        E, self.N, self.K = sizes
         # Triton vectorises only strides that are multiples of 16 elements
         self.room = rank + -rank % 16
-        self.buffer = weight_ENK.new_zeros(E, self.N + self.room, self.K + self.room)
-        self.weight.copy_(weight_ENK)
+        self.buffer = torch.zeros(
+            E, self.N + self.room, self.K + self.room, dtype=dtype, device=device
+        )
         self._blocks: list[tuple[slice, slice]] = []
         """Where the last adapter's B's were written; zeros lie beside them."""
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megalora import host
 from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.lora.coverage import check_coverage
+from megalora.lora.experts import expert_formats
 from megalora.lora.gather import take_parts
 from megalora.lora.inject import inject
 from megalora.lora.shards import FactorShard
@@ -45,20 +47,19 @@ def adapt_base(
     Args:
         make_base: makes the frozen chunks, their weights read, drawn or left empty.
         seed: of the initial adapters.
-        rows_per_expert: as in ``inject``.
+        rows_per_expert: as in ``expert_formats``.
     """
-    chunks = make_base(model, parallel, shape)
     dtype = getattr(torch, model.dtype)
-    pieces = inject(
-        chunks,
+    formats = expert_formats(
         adapted,
         shape,
-        lora,
-        groups,
-        seed=seed,
+        etp=parallel.etp,
         dtype=dtype,
+        device=host.device(),
         rows_per_expert=rows_per_expert,
     )
+    chunks = make_base(model, parallel, shape, formats=formats)
+    pieces = inject(chunks, adapted, shape, lora, groups, seed=seed, dtype=dtype)
     return AdaptedModel(chunks, adapted, pieces, shape, groups)
 
 

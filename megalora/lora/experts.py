@@ -1,11 +1,72 @@
 """LoRA for routed experts: each expert has its own adapters on gate, up and down."""
 
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
-from megalora_kernels import Routing
+import torch
+from megalora_kernels import Routing, prefers_grouped_mm
 from torch import Tensor, nn
 
 from megalora.lora.factors import LoRAFactors
+from megalora.lora.spec import Adapted
+from megalora.model.formats import ExpertFormats
+from megalora.model.formats.augmented import Augmented
+from megalora.model.formats.plain import PLAIN
+from megalora.model.shape import ModelShape
+
+
+def expert_formats(
+    adapted: Iterable[Adapted],
+    shape: ModelShape,
+    *,
+    etp: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows_per_expert: float,
+) -> dict[int, ExpertFormats]:
+    """Formats of the experts of every layer whose weights gain from room for their adapters.
+
+    All ranks of a run decide alike: rows are those expected of the config, not those of a
+    microbatch.
+
+    Args:
+        etp: expert tensor parallel size.
+        dtype, device: of the weights.
+        rows_per_expert: expected of a microbatch (``ModelShape.rows_per_expert``); 0 for what is
+            not trained.
+    """
+    ranks: dict[int, dict[str, int]] = defaultdict(lambda: {"gate_up": 0, "down": 0})
+    for a in adapted:
+        if a.projection.is_expert and a.layer is not None:
+            # Where gate and up are fused, their A's are stacked.
+            ranks[a.layer][a.projection.module.rpartition(".")[2]] += a.rank
+    features = shape.expert_intermediate // etp
+    return {
+        layer: ExpertFormats(
+            **{name: Augmented(rank) if rank else PLAIN for name, rank in of_layer.items()}
+        )
+        for layer, of_layer in ranks.items()
+        if gains_from_room(
+            (shape.hidden, features), dtype, device, rows_per_expert, max(of_layer.values())
+        )
+    }
+
+
+def gains_from_room(
+    layer: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    rows_per_expert: float,
+    rank: int,
+) -> bool:
+    """Whether the back end that wants adapters beside the weights will be the one taken.
+
+    Args:
+        layer: hidden size, and features of an expert on one rank.
+        rank: the larger of the stacked ranks of gate_up and down.
+    """
+    return device.type != "cpu" and prefers_grouped_mm(dtype, device, rows_per_expert, rank, layer)
 
 
 class ExpertsLoRA(nn.Module):
@@ -22,19 +83,18 @@ class ExpertsLoRA(nn.Module):
     """
 
     def __init__(
-        self, base: Any, gate_up: LoRAFactors | None, down: LoRAFactors | None, dropout: float,
-        rows_per_expert: float = 0.0,
-    ) -> None:  # fmt: skip
-        """``rows_per_expert``: expected of a microbatch, which decides whether the weights get room
-        for the adapters."""
+        self, base: Any, gate_up: LoRAFactors | None, down: LoRAFactors | None, dropout: float
+    ) -> None:
+        """``base``: ``FusedExperts``, built with room for these adapters or plain; it stays as it
+        is."""
         super().__init__()
         self.base = base
         self.gate_up = gate_up
         self.down = down
         self.dropout = dropout
-        ranks = [0 if factors is None else factors.lora_A.shape[1] for factors in (gate_up, down)]
-        if base.gains_from_room(rows_per_expert, max(ranks)):
-            base.reserve_adapter_columns(*ranks)
+        for name, factors in (("gate_up", gate_up), ("down", down)):
+            if factors is not None:
+                base.check_room(name, factors.lora_A.shape[1])
 
     def forward(self, x: Tensor, routing: Routing, probs: Tensor) -> tuple[Tensor, None]:
         """x ``[T, H]`` as the dispatcher delivers it, probs ``[M]``; returns ``[T, H]``, None."""

@@ -25,15 +25,10 @@ DENSE = {"column": ColumnLoRA, "row": RowLoRA}
 def inject(
     chunks: list[nn.Module], adapted: list[Adapted], shape: ModelShape, lora: LoRAConfig,
     groups: Groups,
-    *, seed: int, dtype: torch.dtype, rows_per_expert: float = 0.0,
+    *, seed: int, dtype: torch.dtype,
 ) -> list[FactorShard]:  # fmt: skip
     """Replace every adapted module of this rank's chunks; returns the adapter tensors this rank
-    holds parts of.
-
-    ``rows_per_expert`` are those expected of a microbatch (``ModelShape.rows_per_expert``): from
-    some number on the experts' weights get room for their adapters. 0, for what is not trained:
-    they get none.
-    """
+    holds parts of. Weights of the base stay where they are."""
     wanted: dict[tuple[int | None, str], list[Adapted]] = defaultdict(list)
     for a in adapted:
         wanted[a.layer, a.projection.module].append(a)
@@ -51,9 +46,7 @@ def inject(
 
     for chunk in chunks:
         for layer in chunk.decoder.layers:  # pyright: ignore
-            _adapt_layer(
-                layer, layer.layer_number - 1, shape, factors, groups, lora.dropout, rows_per_expert
-            )
+            _adapt_layer(layer, layer.layer_number - 1, shape, factors, groups, lora.dropout)
         if getattr(chunk, "output_layer", None) is not None and (
             head := factors(None, "output_layer")
         ):
@@ -69,7 +62,6 @@ def _adapt_layer(
     factors: Any,
     groups: Groups,
     dropout: float,
-    rows_per_expert: float,
 ) -> None:
     for module, kind in {p.module: p.kind for p in layer_projections(shape, number)}.items():
         if kind in DENSE and (found := factors(number, module)):
@@ -82,4 +74,4 @@ def _adapt_layer(
     gate_up = factors(number, "mlp.experts.gate_up")
     down = factors(number, "mlp.experts.down")
     if gate_up or down:
-        mlp.experts = ExpertsLoRA(mlp.experts, gate_up, down, dropout, rows_per_expert)
+        mlp.experts = ExpertsLoRA(mlp.experts, gate_up, down, dropout)

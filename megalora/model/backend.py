@@ -33,6 +33,7 @@ from megalora.model.attention import SDPACoreAttention
 from megalora.model.dispatcher import RoutedMoELayer
 from megalora.model.experts import FusedExperts
 from megalora.model.families.family import LayerParts
+from megalora.model.formats import ALL_PLAIN, BOTH_PLAIN, ExpertFormats, LayerFormats
 from megalora.model.router import FrozenRouter
 
 NO_PARTS = LayerParts()
@@ -81,7 +82,12 @@ class TorchBackend(LocalSpecProvider):
 
 
 def layer_spec(
-    config: Any, num_experts: int | None, *, o_bias: bool = False, parts: LayerParts = NO_PARTS
+    config: Any,
+    num_experts: int | None,
+    *,
+    o_bias: bool = False,
+    parts: LayerParts = NO_PARTS,
+    formats: ExpertFormats = BOTH_PLAIN,
 ) -> ModuleSpec:
     """One decoder layer.
 
@@ -90,6 +96,7 @@ def layer_spec(
         num_experts: of the layer; a dense MLP where it is None.
         o_bias: whether attention's output projection has a bias.
         parts: modules that the family has in place of ours.
+        formats: how the experts' weights lie in memory.
     """
     backend = TorchBackend()
     norm = backend.layer_norm(rms_norm=True)
@@ -113,19 +120,19 @@ def layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=norm,
-            mlp=_mlp(backend, num_experts),
+            mlp=_mlp(backend, num_experts, formats),
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
 
 
-def _mlp(backend: TorchBackend, num_experts: int | None) -> Any:
+def _mlp(backend: TorchBackend, num_experts: int | None, formats: ExpertFormats) -> Any:
     if num_experts is None:
         return get_mlp_module_spec_for_backend(backend=backend)
     linears = MLPSubmodules(
         linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
     )
-    experts = backend.grouped_mlp_modules(True)
+    experts = partial(backend.grouped_mlp_modules(True), formats=formats)
     shared = partial(SharedExpertMLP, submodules=linears)
     return partial(
         RoutedMoELayer,
@@ -139,15 +146,16 @@ def block_spec(
     *,
     o_bias: bool = False,
     parts: LayerParts = NO_PARTS,
+    formats: LayerFormats = ALL_PLAIN,
 ) -> TransformerBlockSubmodules:
     """The decoder layers of this pipeline stage and chunk; ``config.moe_layer_freq`` says which are
-    MoE."""
-    dense = layer_spec(config, None, o_bias=o_bias, parts=parts)
-    moe = layer_spec(config, config.num_moe_experts, o_bias=o_bias, parts=parts)
+    MoE, ``formats`` how the experts of which layer lie in memory where they are not plain."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     is_moe = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
-    return TransformerBlockSubmodules(
-        layer_specs=[moe if is_moe[i] else dense for i in range(first, first + count)],
-        layer_norm=RMSNorm,
-    )
+    specs = []
+    for layer in range(first, first + count):
+        num_experts = config.num_moe_experts if is_moe[layer] else None
+        of_layer = formats.get(layer, BOTH_PLAIN)
+        specs.append(layer_spec(config, num_experts, o_bias=o_bias, parts=parts, formats=of_layer))
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)

@@ -14,6 +14,7 @@ from megalora.config import ModelConfig, ParallelConfig
 from megalora.model.account import open_folder
 from megalora.model.backend import block_spec
 from megalora.model.families import FAMILIES
+from megalora.model.formats import ALL_PLAIN, LayerFormats
 from megalora.model.hf_weights import load_weights, open_architecture, quiet
 from megalora.model.rope_fields import read_rope
 from megalora.model.rotary import frequencies, set_frequencies, softmax_scale
@@ -27,18 +28,29 @@ class MakeBase(Protocol):
     do, once they are told where from (``functools.partial``)."""
 
     def __call__(
-        self, config: ModelConfig, parallel: ParallelConfig, shape: ModelShape, /
+        self,
+        config: ModelConfig,
+        parallel: ParallelConfig,
+        shape: ModelShape,
+        /,
+        *,
+        formats: LayerFormats,
     ) -> list[nn.Module]: ...
 
 
 def build_model(
-    config: ModelConfig, parallel: ParallelConfig, shape: ModelShape, folder: Path
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    shape: ModelShape,
+    folder: Path,
+    *,
+    formats: LayerFormats = ALL_PLAIN,
 ) -> list[nn.Module]:
     """The model chunks of this rank (``parallel.vpp`` of them), weights loaded, every parameter
     frozen."""
     base = open_folder(folder)
     assert base.shape == shape, f"{folder} holds {base.shape}, the run is planned for {shape}"
-    chunks = make_chunks(base.hf, config, parallel, shape)
+    chunks = make_chunks(base.hf, config, parallel, shape, formats=formats)
     _mark_unwritten(chunks)
     load_weights(base, chunks)
     dist.barrier()
@@ -54,6 +66,8 @@ def build_random(
     parallel: ParallelConfig,
     shape: ModelShape,
     seed: int = 0,
+    *,
+    formats: LayerFormats = ALL_PLAIN,
 ) -> list[nn.Module]:
     """The same from a ``config.json`` alone: norms are 1, other weights N(0, 0.02), drawn anew on
     every rank.
@@ -61,7 +75,7 @@ def build_random(
     For measuring time and memory where the weights themselves do not matter; ranks that share a
     weight do not agree on it.
     """
-    chunks = make_chunks(hf, config, parallel, shape)
+    chunks = make_chunks(hf, config, parallel, shape, formats=formats)
     generator = torch.Generator(host.device()).manual_seed(seed)
     for chunk in chunks:
         chunk.to(host.device())
@@ -112,7 +126,12 @@ def _check_written(chunks: list[nn.Module], folder: Path) -> None:
 
 
 def make_chunks(
-    hf: Mapping[str, Any], config: ModelConfig, parallel: ParallelConfig, shape: ModelShape
+    hf: Mapping[str, Any],
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    shape: ModelShape,
+    *,
+    formats: LayerFormats = ALL_PLAIN,
 ) -> list[nn.Module]:
     """The chunks of this rank for a parsed ``config.json``, frozen, their weights not yet
     filled."""
@@ -121,7 +140,7 @@ def make_chunks(
         inv_freq, factor = frequencies(
             read_rope(hf), shape.turned_features, hf.get("max_position_embeddings")
         )
-        provider = configure(bridge.provider(), config, parallel, shape)
+        provider = configure(bridge.provider(), config, parallel, shape, formats)
         provider.softmax_scale = softmax_scale(factor, shape.head_dim)
         provider.finalize()
         stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
@@ -133,7 +152,13 @@ def make_chunks(
     return chunks
 
 
-def configure(provider: Any, config: ModelConfig, p: ParallelConfig, shape: ModelShape) -> Any:
+def configure(
+    provider: Any,
+    config: ModelConfig,
+    p: ParallelConfig,
+    shape: ModelShape,
+    formats: LayerFormats = ALL_PLAIN,
+) -> Any:
     """Set Bridge's provider up for our back end and this layout."""
     parts = FAMILIES[shape.model_type].layer_parts()
     dtype = getattr(torch, config.dtype)
@@ -144,28 +169,22 @@ def configure(provider: Any, config: ModelConfig, p: ParallelConfig, shape: Mode
         virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
         sequence_parallel=p.tp > 1, params_dtype=dtype, pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        transformer_layer_spec=partial(block_spec, o_bias=shape.o_bias, parts=parts),
+        transformer_layer_spec=partial(
+            block_spec, o_bias=shape.o_bias, parts=parts, formats=formats
+        ),
         add_qkv_bias=shape.qkv_bias,
         position_embedding_type="rope", rope_scaling=False, perform_initialization=False,
         _pg_collection=megatron_groups(),
         # With more ranks than key/value heads every rank gets a copy of the head that its query
-        # heads use: Megatron would
-      
-        # cut a group through the middle and gather all of q, k and v on every rank.
+        # heads use: Megatron would cut a group through the middle and gather q, k and v everywhere.
         num_query_groups=max(shape.num_kv_heads, p.tp),
         # Microbatches are padded to their own longest sample; stages know the shapes
-        # (``train/step.py``) and do not ask.
-      
-        # The interleaved schedule gets one length per step, and with two stages, whose neighbours
-        # are one rank, messages
-      
-        # in separate pairs. No waiting for the device behind messages: a bug of NCCL's that torch
-        # does not meet any more.
-      
+        # (``train/step.py``) and do not ask. The interleaved schedule gets one length per step,
+        # and with two stages, whose neighbours are one rank, messages in separate pairs. No waiting
+        # for the device behind messages: a bug of NCCL's that torch does not meet any more.
         variable_seq_lengths=False, batch_p2p_comm=p.vpp == 1, batch_p2p_sync=False,
         # With the loss summed here and divided once by the global number of target tokens, every
         # layout has one mean.
-      
         calculate_per_token_loss=True,
         moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,

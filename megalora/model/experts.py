@@ -7,12 +7,12 @@ Shape legend (local to this rank):
 
 from typing import Any
 
-import torch
-from megalora_kernels import AugmentedWeight, ExpertFactors, Routing, expert_mlp, prefers_grouped_mm
+from megalora_kernels import AugmentedWeight, ExpertFactors, Routing, expert_mlp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megalora import host
+from megalora.model.formats import BOTH_PLAIN, ExpertFormats, WeightFormat
 
 
 class FusedExperts(MegatronModule):
@@ -25,49 +25,52 @@ class FusedExperts(MegatronModule):
     """
 
     def __init__(
-        self, num_local_experts: int, config: Any, *, pg_collection: Any, name: str | None = None
+        self,
+        num_local_experts: int,
+        config: Any,
+        *,
+        pg_collection: Any,
+        name: str | None = None,
+        formats: ExpertFormats = BOTH_PLAIN,
     ) -> None:
+        """``formats``: how the two weights lie in memory, which does not change afterwards."""
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
         features = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         hidden = config.hidden_size
-        empty = {"dtype": config.params_dtype, "device": host.device()}
-        self.gate_up = nn.Parameter(
-            torch.empty(num_local_experts, 2 * features, hidden, **empty), requires_grad=False
-        )
-        self.down = nn.Parameter(
-            torch.empty(num_local_experts, hidden, features, **empty), requires_grad=False
-        )
+        sizes = {
+            "gate_up": (num_local_experts, 2 * features, hidden),
+            "down": (num_local_experts, hidden, features),
+        }
+        self.stored: dict[str, Any] = {}
+        """What the kernels take; the parameters are views of it."""
+        for weight, of_weight in sizes.items():
+            how: WeightFormat = getattr(formats, weight)
+            self.stored[weight] = how.allocate(of_weight, config.params_dtype, host.device())
+            matrix = how.matrix(self.stored[weight])
+            self.register_parameter(weight, nn.Parameter(matrix, requires_grad=False))
         self.recompute = False
         """Compute gate_up again in backward instead of keeping it."""
-        self.joined: dict[str, AugmentedWeight] = {}
 
-    def gains_from_room(self, rows_per_expert: float, rank: int) -> bool:
-        """Whether the back end that wants adapters beside the weights will be the one taken here.
+    def check_room(self, name: str, rank: int) -> None:
+        """Raise ``RuntimeError`` where weight ``name`` has room, but not for an adapter of this
+        rank."""
+        stored = self.stored[name]
+        if isinstance(stored, AugmentedWeight) and stored.room < rank:
+            raise RuntimeError(
+                f"{name} was built with room for rank {stored.room}, its adapter has {rank}. This"
+                " is a bug; please report it."
+            )
 
-        All ranks of a run decide alike: rows are those expected of the config, not those of a
-        microbatch.
-
-        Args:
-            rows_per_expert: expected of a microbatch (``ModelShape.rows_per_expert``).
-            rank: the larger of the stacked ranks of gate_up and down.
-        """
-        weight = self.down
-        layer = (weight.shape[1], weight.shape[2])
-        return weight.is_cuda and prefers_grouped_mm(
-            weight.dtype, weight.device, rows_per_expert, rank, layer
-        )
-
-    def reserve_adapter_columns(self, gate_up_rank: int, down_rank: int) -> None:
-        """Move the weights to where adapters of these ranks (0: none) can lie beside them.
-
-        The parameters become views of the larger buffers. One weight at a time exists twice.
-        """
-        for name, rank in (("gate_up", gate_up_rank), ("down", down_rank)):
-            if rank:
-                parameter = getattr(self, name)
-                self.joined[name] = AugmentedWeight(parameter.data, rank)
-                parameter.data = self.joined[name].weight
+    def _operand(self, name: str) -> Any:
+        """Weight ``name`` as the kernels take it."""
+        stored = self.stored[name]
+        parameter = getattr(self, name)
+        if not isinstance(stored, AugmentedWeight):
+            # The parameter may have been moved or replaced since it was made.
+            return parameter
+        assert parameter.data_ptr() == stored.weight.data_ptr(), f"{name} left its buffer"
+        return stored
 
     def forward(self, x_TH: Tensor, routing: Routing, probs_M: Tensor) -> tuple[Tensor, None]:
         return self.compute(x_TH, routing, probs_M), None
@@ -83,12 +86,8 @@ class FusedExperts(MegatronModule):
     ) -> Tensor:
         """``down(silu(gate(x)) * up(x) * probs)`` for every row and summed per token, with optional
         adapters."""
-        for name, joined in self.joined.items():
-            assert getattr(self, name).data_ptr() == joined.weight.data_ptr(), (
-                f"{name} was moved out of its buffer"
-            )
         return expert_mlp(
-            x_TH, self.joined.get("gate_up", self.gate_up), self.joined.get("down", self.down),
+            x_TH, self._operand("gate_up"), self._operand("down"),
             probs_M, routing,
             gate_up=gate_up, down=down, dropout=dropout, recompute=self.recompute and self.training,
         )  # fmt: skip

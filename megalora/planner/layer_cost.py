@@ -11,12 +11,12 @@ frozen. Each adapter factor multiplies once more, for its own.
 from collections.abc import Iterable
 
 from megalora.lora.spec import Adapted
+from megalora.model.formats.augmented import Augmented
 from megalora.planner.activations import head_input_needs_gradient
 from megalora.planner.gpus import attention_flops
 from megalora.planner.hardware import Kind
 from megalora.planner.ledger import Ledger
 from megalora.planner.prices import Prices
-from megalora.planner.state_bytes import padded_room
 from megalora.planner.weights import attention_widths
 
 STATISTIC = 4
@@ -192,7 +192,7 @@ class LayerCosts(Prices):
 
     def _columns(self, rank: int) -> float:
         """Columns that an adapter of this rank adds to the inputs of its second product."""
-        return padded_room(rank) if self.has_room else rank
+        return Augmented(rank).room if self.has_room else rank
 
     def _shared_expert(
         self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]

@@ -5,6 +5,8 @@ Symbols as in ``activations.py``; P adapter parameters of this rank.
 
 import math
 
+from megalora.model.formats.augmented import Augmented
+from megalora.model.formats.plain import PLAIN
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.weights import AdapterCount, Chunk, PlannedModel, shared_elements
 
@@ -12,8 +14,6 @@ GRADIENT = 4
 """Bytes of a float32 gradient."""
 STATE = 4
 """Bytes of a float32 master parameter or moment."""
-ROOM_STEP = 16
-"""``AugmentedWeight`` pads the rank to a multiple of this. Importing it would import torch."""
 
 
 def buffers(count: AdapterCount, layout: ParallelLayout) -> tuple[int, int]:
@@ -55,7 +55,7 @@ def step_bytes(
 
 def has_room(model: PlannedModel, layout: ParallelLayout, work: Workload) -> bool:
     """Whether the experts' weights get room for adapters beside them, as
-    ``FusedExperts.gains_from_room`` says on Hopper and datacentre
+    ``lora.experts.gains_from_room`` says on Hopper and datacentre
     Blackwell: by the rows per expert to be expected; float32 goes without, and so do other GPUs."""
     s = model.shape
     p = layout.parallel
@@ -67,15 +67,10 @@ def has_room(model: PlannedModel, layout: ParallelLayout, work: Workload) -> boo
     )
 
 
-def padded_room(rank: int) -> int:
-    """Ranks that a weight has room for beside it: a multiple of ``ROOM_STEP``."""
-    return rank + -rank % ROOM_STEP
-
-
 def room_bytes(
     model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
 ) -> int:
-    """Beside weights [N, K] that get room: (N + R)(K + R) - N K for each expert, R padded to 16."""
+    """What augmented weights of experts have more than plain ones."""
     s = model.shape
     p = layout.parallel
     e = work.element_bytes
@@ -89,8 +84,9 @@ def room_bytes(
             rank = sum(
                 a.rank for a in model.by_layer.get(layer, {}).get(f"mlp.experts.{module}", [])
             )
-            room = padded_room(rank)
-            total += experts * ((n + room) * (k + room) - n * k) * e
+            if rank:
+                sizes = (experts, n, k)
+                total += Augmented(rank).num_bytes(sizes, e) - PLAIN.num_bytes(sizes, e)
     return total
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megalora.config import RunConfig
-from megalora.model.experts import FusedExperts
+from megalora.lora import experts
 from tests.distributed.ranks import run_ranks
 from tests.oracles.moe_layer import layer_of
 from tests.parity.built import built, random_adapter
@@ -79,7 +79,7 @@ def test_layer_computes_what_the_plain_layer_computes(
     name, tokens, backend, everything, idle, chats, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setenv("MEGALORA_BACKEND", backend)  # triton: through its interpreter
-    monkeypatch.setattr(FusedExperts, "gains_from_room", lambda *_: backend == "grouped_mm")
+    monkeypatch.setattr(experts, "gains_from_room", lambda *_: backend == "grouped_mm")
     world, parallel, recompute = LAYOUTS[name]
     base = everything
     lora = LORA

@@ -12,8 +12,20 @@ LAYER, COMPARE, LOADED, RECORDS, REFERENCE = (
 )
 TEST = "tests/verify/test_layer.py"
 
+FORMATS = "tests/lora/test_expert_formats.py"
+
 # fmt: off
 LAYER_BUGS: tuple[Bug, ...] = (
+    # how experts' weights lie in memory
+    bug(0, "a weight loaded beside its buffer", "megalora/model/experts.py",
+        "nn.Parameter(matrix, requires_grad=False)",
+        "nn.Parameter(matrix.clone(), requires_grad=False)", f"{FORMATS} weights_lie"),
+    bug(0, "another layer's format", BACKEND, "formats.get(layer, BOTH_PLAIN)",
+        "formats.get(layer + 1, BOTH_PLAIN)", f"{FORMATS} weights_lie"),
+    bug(0, "room for one of gate and up", "megalora/lora/experts.py",
+        'rpartition(".")[2]] += a.rank', 'rpartition(".")[2]] = a.rank', f"{FORMATS} weights_lie"),
+    bug(0, "too little room overlooked", "megalora/model/experts.py",
+        "stored.room < rank:", "False:", f"{FORMATS} larger"),
     # in the model
     bug(0, "a norm with another epsilon", BACKEND, "self.weight, self.eps)", "self.weight, 1e-5)",
         f"{TEST} families"),

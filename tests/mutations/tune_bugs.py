@@ -196,9 +196,9 @@ TUNE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "the table asked for another layer",
-        "megalora/model/experts.py",
-        "layer = (weight.shape[1], weight.shape[2])",
-        "layer = (weight.shape[2], weight.shape[1])",
+        "megalora/lora/experts.py",
+        "(shape.hidden, features), dtype",
+        "(features, shape.hidden), dtype",
         "tests/planner/test_memory.py own_layer",
     ),
     bug(

@@ -15,7 +15,7 @@ STEP, INPUTS, COVERAGE, DRIFT, OPTIM, ASSEMBLE = (
     )
 )
 DISPATCHER = "megalora/model/dispatcher.py"
-EXPERTS = "megalora/model/experts.py"
+EXPERTS = "megalora/lora/experts.py"
 ROUTER = "megalora/lora/router.py"
 ROUTE, REGROUP, ENGINE = (
     f"kernels/megalora_kernels/{name}.py" for name in ("route", "regroup", "engine")
@@ -180,8 +180,8 @@ WAIT_BUGS: tuple[Bug, ...] = (
         0,
         "no room for adapters on a GPU",
         EXPERTS,
-        "return weight.is_cuda and prefers_grouped_mm",
-        "return not weight.is_cuda and prefers_grouped_mm",
+        'return device.type != "cpu" and prefers_grouped_mm',
+        'return device.type == "cpu" and prefers_grouped_mm',
         MANY_ROWS,
     ),
     # Values

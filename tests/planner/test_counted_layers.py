@@ -16,12 +16,12 @@ from megalora_kernels import AugmentedWeight
 from megalora.config import ParallelConfig
 from megalora.model.families import FAMILIES
 from megalora.model.fields import model_shape
+from megalora.model.formats.augmented import Augmented
 from megalora.planner.activations import angles_bytes, head_bytes, layer_bytes
 from megalora.planner.cost import StageCosts
 from megalora.planner.hardware import Constant, Estimate, Kind, Machine, Overhead
 from megalora.planner.layouts import ParallelLayout, Recompute, Workload
 from megalora.planner.ledger import Ledger
-from megalora.planner.state_bytes import padded_room
 from megalora.planner.weights import PlannedModel, chunks_of
 from tests.pretended.layer_cases import (
     EVERYTHING,
@@ -196,4 +196,4 @@ def test_a_planned_padding_is_the_kernels_own() -> None:
     """The planner repeats one number of the kernels, whose package needs torch."""
     for rank in (1, 8, 16, 17, 40):
         weight = AugmentedWeight(torch.zeros(2, 24, 48), rank)
-        assert padded_room(rank) == weight.room
+        assert Augmented(rank).room == weight.room

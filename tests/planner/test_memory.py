@@ -4,7 +4,6 @@ itself."""
 import json
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,8 @@ from megalora.config import (
     TrainConfig,
 )
 from megalora.hf.json_file import read_hf_config
-from megalora.model.experts import FusedExperts
+from megalora.lora.experts import expert_formats
+from megalora.lora.select import resolve
 from megalora.model.fields import model_shape
 from megalora.planner import activations
 from megalora.planner.activations import Microbatch
@@ -178,18 +178,15 @@ def test_room_is_planned_where_the_model_makes_it_and_a_layer_uses_it(
     assert (memory_of_model(model, layout, work)["room for adapters"] > 0) == expected
     cuda = torch.device("cuda", 0)
     inner = 768 // layout.parallel.etp
-    weight = SimpleNamespace(
-        is_cuda=True,
-        dtype=torch.bfloat16,
-        device=cuda,
-        shape=(128 // layout.parallel.ep, 2048, inner),
-    )
-    experts: Any = SimpleNamespace(down=weight)
     rows = model.shape.rows_per_expert(config)
-    assert FusedExperts.gains_from_room(experts, rows, rank=32) == expected
+    formats = expert_formats(
+        resolve(LoRAConfig(rank=16), model.shape), model.shape, etp=layout.parallel.etp,
+        dtype=torch.bfloat16, device=cuda, rows_per_expert=rows,
+    )  # fmt: skip
+    assert (formats.keys() == set(range(model.shape.num_layers))) == bool(formats) == expected
     assert prefers_grouped_mm(torch.bfloat16, cuda, rows, 32, (2048, inner)) == expected
     # The rows of a rank, as the planner counts them, over its experts.
-    assert rows == Microbatch.of(model, layout, work).rows / weight.shape[0]
+    assert rows == Microbatch.of(model, layout, work).rows / (128 // layout.parallel.ep)
 
 
 def test_the_model_asks_the_table_for_its_own_layer(monkeypatch, tmp_path) -> None:
@@ -204,14 +201,16 @@ def test_the_model_asks_the_table_for_its_own_layer(monkeypatch, tmp_path) -> No
     monkeypatch.delenv(tuned.ENV_TABLE, raising=False)
     tuned.forget()
     cuda = torch.device("cuda", 0)
-    weight = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=cuda, shape=(16, 2048, 768))
-    experts: Any = SimpleNamespace(down=weight)
-    assert [FusedExperts.gains_from_room(experts, rows, rank=32) for rows in (296, 297)] == [
-        False,
-        True,
-    ]
-    weight.shape = (16, 768, 2048)
-    assert not FusedExperts.gains_from_room(experts, 300, rank=32)
+    shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
+    adapted = resolve(LoRAConfig(rank=16), shape)
+
+    def has_room(rows: float, etp: int = 1) -> bool:
+        where = {"dtype": torch.bfloat16, "device": cuda}
+        return bool(expert_formats(adapted, shape, etp=etp, rows_per_expert=rows, **where))
+
+    assert (shape.hidden, shape.expert_intermediate) == (2048, 768)
+    assert [has_room(rows) for rows in (296, 297)] == [False, True]
+    assert not has_room(300, etp=2)  # the layer of a rank with half the features is not in it
     tuned.forget()
 
 

@@ -116,9 +116,9 @@ def _move(chunk: Any) -> None:
                 module._parameters[name] = moved
 
 
-def _make_base(hf: dict[str, Any], *where: Any) -> list[Any]:
+def _make_base(hf: dict[str, Any], *where: Any, **how: Any) -> list[Any]:
     """The base without its weights, on the pretended GPU."""
-    chunks = make_chunks(hf, *where)
+    chunks = make_chunks(hf, *where, **how)
     for chunk in chunks:
         _move(chunk)
     return chunks

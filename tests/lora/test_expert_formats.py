@@ -1,0 +1,124 @@
+"""Experts' weights get room for their adapters before they are loaded, and stay there."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalora.config import LoRAConfig, RunConfig
+from megalora.lora import adapted_model, experts
+from megalora.lora.gather import gather_tensors
+from megalora.model.experts import FusedExperts
+from megalora.model.formats import ExpertFormats
+from megalora.model.formats.augmented import Augmented
+from megalora.model.formats.plain import PLAIN
+from megalora.train.assemble import assemble
+from tests.distributed.ranks import run_ranks
+from tests.parity.runs import make_config
+
+LORA = LoRAConfig(
+    rank=4, target_modules=["gate_proj", "up_proj", "down_proj"], layers="1-2",
+    rank_pattern={r"layers\.2\..*gate_proj": 19, r"layers\.2\..*down_proj": 17},
+)  # fmt: skip
+ROOM = {"gate_up": {1: 16, 2: 32}, "down": {1: 16, 2: 32}}
+"""Stacked ranks 8 and 23 of gate and up, 4 and 17 of down, padded to 16."""
+
+
+def experts_of(chunks: list[Any]) -> dict[int, FusedExperts]:
+    """Layer -> its experts, adapted or not."""
+    layers: list[Any] = [layer for chunk in chunks for layer in chunk.decoder.layers]
+    return {
+        layer.layer_number - 1: getattr(layer.mlp.experts, "base", layer.mlp.experts)
+        for layer in layers
+    }
+
+
+def pointers(chunks: list[Any]) -> list[int]:
+    return [p.data_ptr() for of in experts_of(chunks).values() for p in (of.gate_up, of.down)]
+
+
+def trained(config: RunConfig, with_room: bool) -> dict[str, Any]:
+    """What one rank loads and computes, with room or, as everywhere on a CPU, without."""
+    inject = adapted_model.inject
+    seen: dict[str, Any] = {}
+
+    def watched(chunks: list[Any], *args: Any, **how: Any) -> Any:
+        before = pointers(chunks)
+        pieces = inject(chunks, *args, **how)
+        seen["moved"] = pointers(chunks) != before
+        return pieces
+
+    if with_room:
+        experts.gains_from_room = lambda *_: True
+    adapted_model.inject = watched
+    with assemble(config) as run:
+        seen["losses"] = [run.step(number, lr=1e-2)[0] for number in range(2)]
+        own = experts_of(run.model.chunks)
+        seen["bytes"] = {
+            (layer, name): getattr(of, name).untyped_storage().nbytes()
+            for layer, of in own.items()
+            for name in ROOM
+        }
+        seen["sizes"] = {
+            (layer, name): tuple(getattr(of, name).shape)
+            for layer, of in own.items()
+            for name in ROOM
+        }
+        seen["weights"] = {
+            (layer, name): getattr(of, name).detach().clone()
+            for layer, of in own.items()
+            for name in ROOM
+        }
+        values = {p: p.data for p in run.model.parameters}
+        seen["adapter"] = gather_tensors(run.model.pieces, values, run.groups)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [(1, {}), (2, {"pp": 2, "vpp": 2}), (2, {"ep": 2}), (2, {"tp": 2, "etp": 2})],
+    ids=["alone", "pp2-vpp2", "ep2", "etp2"],
+)
+def test_weights_lie_in_their_buffers_from_the_start(
+    world: int, parallel: dict[str, int], tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Injection moves nothing; weights, losses and adapters are those of a model without room."""
+    config = make_config(tiny, chats, tmp_path, parallel, lora=LORA)
+    plain = run_ranks(trained, world, config, False)
+    roomy = run_ranks(trained, world, config, True)
+    for without, given in zip(plain, roomy, strict=True):
+        assert not without["moved"] and not given["moved"]
+        assert given["losses"] == pytest.approx(without["losses"], rel=1e-6)
+        for key, weight in without["weights"].items():
+            assert torch.equal(given["weights"][key], weight)
+        for (layer, name), (e, n, k) in given["sizes"].items():
+            room = ROOM[name].get(layer, 0)
+            assert given["bytes"][layer, name] == e * (n + room) * (k + room) * 4
+            assert without["bytes"][layer, name] == e * n * k * 4
+    first = roomy[0]["adapter"]
+    assert first and first.keys() == plain[0]["adapter"].keys()
+    for name, tensor in plain[0]["adapter"].items():
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [PLAIN, Augmented(5), Augmented(16), Augmented(17)])
+def test_a_format_knows_its_bytes(how: Any) -> None:
+    sizes = (3, 24, 40)
+    stored = how.allocate(sizes, torch.bfloat16, torch.device("cpu"))
+    matrix = how.matrix(stored)
+    assert matrix.shape == sizes and matrix.dtype == torch.bfloat16
+    assert matrix.untyped_storage().nbytes() == how.num_bytes(sizes, 2)
+
+
+def test_an_adapter_larger_than_its_room_is_a_bug(tiny: Path, chats: Path, tmp_path: Path) -> None:
+    config = make_config(tiny, chats, tmp_path, {}, lora=LORA)
+    with pytest.raises(Exception, match="gate_up was built with room for rank 16, its adapter has"):
+        run_ranks(too_narrow, 1, config)
+
+
+def too_narrow(config: RunConfig) -> None:
+    narrow = ExpertFormats(Augmented(16), Augmented(16))
+    adapted_model.expert_formats = lambda *_, **__: {1: narrow, 2: narrow}
+    with assemble(config):
+        pass
