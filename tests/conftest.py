@@ -7,6 +7,8 @@ import importlib
 
 import pytest
 
+import tests.environment  # noqa: F401
+
 
 def pytest_configure(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")

@@ -3,17 +3,7 @@
 Everything is imported once, so that ranks forked by ``tests/distributed/ranks.py`` start in
 milliseconds. Whatever imports this module must do so before anything from Megatron."""
 
-import os
-
-OUTSIDE = dict(os.environ)
-"""The environment as it was, for processes that may see GPUs."""
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# several gloo ranks on the CPU are what these tests are about
-if os.environ.get("MEGALORA_TEST_GPU") != "1":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Triton decides when kernels are imported; on the CPU they are tested by interpreting them.
-    os.environ["TRITON_INTERPRET"] = "1"
+import tests.environment  # noqa: I001  before torch and Triton
 
 import gc
 

@@ -1,6 +1,7 @@
 """The documentation is true: generated pages are current, links resolve, commands parse."""
 
 import importlib.util
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -156,12 +157,14 @@ def test_the_tour_names_files_that_exist() -> None:
 def test_numbers_are_of_the_records(tmp_path, monkeypatch) -> None:
     """Another record gives other numbers in README."""
     for path in readme.RESULTS.glob("*.json"):
-        text = path.read_text()
+        content = json.loads(path.read_text())
         if path.name == "planner_accuracy.json":
-            text = text.replace('"peak": 26916992', '"peak": 29000000')
-        (tmp_path / path.name).write_text(text)
+            # The planner is made to say an eighth more than was counted in one layout.
+            row = next(row for row in content["rows"] if row["table"] == "memory")
+            row["said"]["peak"] = row["found"]["peak"] * 1.125
+        (tmp_path / path.name).write_text(json.dumps(content))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert "peak memory is within 7.7 % of" in readme.claims()
+    assert "peak memory is within 12.5 % of" in readme.claims()
 
 
 def test_the_quickstart_s_record_keeps_lines_and_losses() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client
-from tests.prepare import OUTSIDE
+from tests.environment import OUTSIDE
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import pytest
 
 from megalora.adapters.files import PROBE
 from megalora.verify.vllm import Own, VllmReport, _compare, verify_vllm
-from tests.prepare import OUTSIDE
+from tests.environment import OUTSIDE
 from tests.serve.adapters import edit_config, make_adapter
 
 IGNORED = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]

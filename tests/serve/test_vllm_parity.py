@@ -23,9 +23,9 @@ from megalora.lora.select import plan
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client
 from tests.distributed.ranks import run_ranks
+from tests.environment import OUTSIDE
 from tests.parity.built import built, random_adapter
 from tests.parity.runs import make_config
-from tests.prepare import OUTSIDE
 from tests.serve.adapters import ATTENTION, EXPERTS, make_adapter, tokens_of
 from tests.serve.stock_peft import stock_model
 
