@@ -40,7 +40,7 @@ from tests.parity.case import (
 )
 from tests.parity.grid import STEPS, Case, full_grid
 from tests.parity.models import MODELS, make_model
-from tests.prepare import OUTSIDE
+from tests.environment import OUTSIDE
 
 AT_ONCE = 2
 
