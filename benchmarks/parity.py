@@ -26,6 +26,7 @@ from typing import Any
 import tests.prepare  # noqa: F401  sets up the host before anything from Megatron is imported
 from benchmarks import parity_bfloat16
 from benchmarks.harness import save
+from tests.environment import OUTSIDE
 from tests.fixtures import write_chats
 from tests.forked import forked
 from tests.parity.case import (
@@ -40,7 +41,6 @@ from tests.parity.case import (
 )
 from tests.parity.grid import STEPS, Case, full_grid
 from tests.parity.models import MODELS, make_model
-from tests.environment import OUTSIDE
 
 AT_ONCE = 2
 
