@@ -139,6 +139,7 @@ class KernelExperts(nn.Module):
         self.weights = (
             (AugmentedWeight(w1, rank), AugmentedWeight(w2, rank)) if joined else (w1, w2)
         )
+        self.dtype = w1.dtype
         E, J, H = w1.shape
         inner = w2.shape[2]
         new = {"device": w1.device, "dtype": torch.float32}
@@ -164,6 +165,7 @@ class KernelExperts(nn.Module):
         return self.compute(x_TH, permute_values(probs_TE.gather(1, ordered_TK), routing), routing)
 
     def compute(self, x: Tensor, probs_M: Tensor, routing: Any) -> Tensor:
+        x = x.to(self.dtype)  # autocast does so before each GEMM, and norms may return float32
         a1, b1, a2, b2 = (t.to(x.dtype) for t in (self.a1, self.b1, self.a2, self.b2))
         gate_up = ExpertFactors(a1, (b1,), (ALPHA_OVER_RANK,))
         down = ExpertFactors(a2, (b2,), (ALPHA_OVER_RANK,))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions
 
 BACKEND = "megalora_staged"
 
@@ -135,8 +136,10 @@ class StagedGroup(dist.ProcessGroup):
         return self.all_gather_single_coalesced([output], [given], opts)
 
     def all_gather_single_coalesced(
-        self, outputs: list[Tensor], given: list[Tensor], opts: Any
+        self, outputs: list[Tensor], given: list[Tensor], opts: Any = None
     ) -> StagedWork:  # fmt: skip
+        # torch 2.11 calls this without options.
+        opts = AllgatherOptions() if opts is None else opts
         staged = [_like_on_host(output) for output in outputs]
         works = [
             self._gloo._allgather_base(whole, _to_host(mine), opts)

@@ -266,7 +266,5 @@ def candidates(
                             block_m, block_n, 64, num_warps, num_stages, weight, rows, persistent
                         )
                     )
-    with_roles = [(128, 256, 3), (128, 256, 4), (128, 128, 4), (256, 128, 3)]
-    found += [Variant(m, n, 64, 4, stages, "tma", "tma", roles=True) for m, n, stages in with_roles]
     unique = dict.fromkeys(found)
     return [v for v in unique if problem(v, product, shared_limit, capability) is None]

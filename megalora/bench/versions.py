@@ -29,13 +29,14 @@ def installed(package: str) -> str | None:
 def commit() -> str | None:
     """The commit of the code that runs, or None where nothing says it.
 
-    A checkout asks git. A copy without .git may say it in MEGALORA_COMMIT, and a wheel has it in a
-    file. A wheel installed in an environment inside somebody else's repository must not take that
-    repository's commit, hence the question whether git tracks this very file.
+    MEGALORA_COMMIT says it for a copy of the tree, also for one that was committed again elsewhere.
+    Without it a checkout asks git, and a wheel has the commit in a file. A wheel installed in an
+    environment inside somebody else's repository must not take that repository's commit, hence the
+    question whether git tracks this very file.
     """
-    if _is_checkout():
-        return _git("rev-parse", "HEAD")
-    return os.environ.get("MEGALORA_COMMIT") or _built_from()
+    if told := os.environ.get("MEGALORA_COMMIT"):
+        return told
+    return _git("rev-parse", "HEAD") if _is_checkout() else _built_from()
 
 
 def versions(packages: Sequence[str] = COMPUTING) -> dict[str, str | None]:
