@@ -148,8 +148,16 @@ class Laboratory:
                 process.terminate()  # torchrun ends its ranks
                 process.wait()
                 return f"no end after {self.limit_s:.0f} s"
-        said = (out / "log.txt").read_text().strip()
-        return None if code == 0 else f"exit code {code}: {said[-2000:]}"
+        said = (out / "log.txt").read_text()
+        return None if code == 0 else f"exit code {code}: {what_ranks_said(said)[-2000:]}"
+
+
+def what_ranks_said(log: str) -> str:
+    """A log of torchrun without its own report, which is longer than any rank's error and names
+    none."""
+    lines = log.splitlines()
+    reports = (number for number, line in enumerate(lines) if "] failed (exitcode:" in line)
+    return "\n".join(lines[: next(reports, len(lines))]).strip()
 
 
 class Found:

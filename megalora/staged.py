@@ -81,6 +81,14 @@ class StagedGroup(dist.ProcessGroup):
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> StagedWork:
         return self._reduce(self._gloo.allreduce_coalesced, tensors, opts)
 
+    def reduce(self, tensors: list[Tensor], opts: Any) -> StagedWork:
+        at_root = opts.rootRank == self.rank()
+        divide = self._average_as_sum(opts)
+        staged = [_to_host(tensor) for tensor in tensors]
+        work = self._gloo.reduce(staged, opts)
+        # On other ranks gloo leaves partial sums in the copies; the callers' tensors stay.
+        return StagedWork([work], lambda: _deliver(tensors, staged, divide) if at_root else None)
+
     def _reduce(self, collective: Any, tensors: list[Tensor], opts: Any) -> StagedWork:
         divide = self._average_as_sum(opts)
         staged = [_to_host(tensor) for tensor in tensors]
@@ -187,6 +195,22 @@ class StagedGroup(dist.ProcessGroup):
         staged = [_to_host(tensor) for tensor in tensors]
         work = self._gloo.broadcast(staged, opts)
         return StagedWork([work], lambda: _deliver(tensors, staged))
+
+    # Bridge hands out the parts of a base weight over tensor-parallel ranks with a scatter.
+    def scatter(
+        self, outputs: list[Tensor], given: list[list[Tensor]], opts: Any
+    ) -> StagedWork:  # fmt: skip
+        staged = [_like_on_host(output) for output in outputs]
+        parts = [[_to_host(part) for part in parts] for parts in given]  # the root's; else empty
+        work = self._gloo.scatter(staged, parts, opts)
+        return StagedWork([work], lambda: _deliver(outputs, staged))
+
+    def gather(self, outputs: list[list[Tensor]], given: list[Tensor], opts: Any) -> StagedWork:
+        wanted = outputs[0] if outputs else []  # the root's; else empty
+        staged = [_like_on_host(tensor) for tensor in wanted]
+        mine = [_to_host(tensor) for tensor in given]
+        work = self._gloo.gather([staged] if outputs else [], mine, opts)
+        return StagedWork([work], lambda: _deliver(wanted, staged))
 
     def send(self, tensors: list[Tensor], to: int, tag: int) -> StagedWork:
         work = self._gloo.send([_to_host(tensor) for tensor in tensors], to, tag)
