@@ -240,8 +240,9 @@ def _add_legacy_names(path: Path) -> None:
     """
     config = json.loads(path.read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    if "num_local_experts" in config:
-        config["num_experts"] = config["num_local_experts"]
+    if "num_experts" in FAMILIES[config["model_type"]].num_experts_names:
+        # transformers 5 writes Qwen3-MoE's under its new name alone
+        config["num_experts"] = config.get("num_local_experts", config.get("num_experts"))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

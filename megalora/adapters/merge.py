@@ -41,7 +41,8 @@ from megalora.hf.safetensors import Stored, header_bytes, read_header
 from megalora.hf.tensor_names import EMBEDDING, LM_HEAD, published_name
 from megalora.lora.spec import Adapted, tensor_name
 from megalora.model.fields import model_shape
-from megalora.model.projections import HEAD, MOE
+from megalora.model.projections import HEAD, ways_to_store
+from megalora.model.shape import ModelShape
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BLOCK_BYTES = 2**20
@@ -106,7 +107,7 @@ def merge(adapter: Path, base: str, out: Path) -> MergeReport:
     untied = shape.tied_embeddings and any(a.projection in HEAD for a in read.adapted)
     if untied:
         _add_lm_head(folder, shards)
-    blocks = _find_blocks(folder, read.adapted, shards)
+    blocks = _find_blocks(folder, read.adapted, shape, shards)
     others = [path for path in sorted(folder.iterdir()) if _is_copied(path)]
     num_bytes = sum(tensor.num_bytes for shard in shards.values() for tensor in shard.tensors)
     check_space(out, num_bytes + sum(path.stat().st_size for path in others))
@@ -165,7 +166,7 @@ def _add_lm_head(folder: Path, shards: dict[str, _Shard]) -> None:
 
 
 def _find_blocks(
-    folder: Path, adapted: list[Adapted], shards: dict[str, _Shard]
+    folder: Path, adapted: list[Adapted], shape: ModelShape, shards: dict[str, _Shard]
 ) -> dict[str, list[_Block]]:
     """Stored tensor -> what is merged into it; proves that every adapted module is there, and
     once."""
@@ -182,15 +183,18 @@ def _find_blocks(
     missing: list[str] = []
     for a in adapted:
         for expert, module in enumerate(a.hf_modules()):
-            places = [place for place in _places(a, expert, module) if place[0] in stored]
+            ways = ways_to_store(a.projection, shape, a.layer, expert)
+            places = [way for way in ways if way.tensor in stored]
             if len(places) > 1:
                 raise ValueError(
                     f"{folder} has {module} twice: as"
-                    f" {' and in '.join(name for name, _, _ in places)}"
+                    f" {' and in '.join(way.tensor for way in places)}"
                 )
-            for name, size, first in places:
-                shard_name, tensor = stored[name]
-                _check_tensor(folder / shard_name, tensor, size)
+            for way in places:
+                shard_name, tensor = stored[way.tensor]
+                _check_tensor(folder / shard_name, tensor, way.size)
+                # Of a tensor for all experts the rows are counted through all of them.
+                first = way.first_row + (way.expert or 0) * way.size[-2]
                 blocks[tensor.name].append(
                     _Block(module, a.scale, first, a.out_features, a.in_features)
                 )
@@ -202,16 +206,6 @@ def _find_blocks(
             " merge into the model that was trained, as published or as save_pretrained writes it"
         )
     return blocks
-
-
-def _places(a: Adapted, expert: int, module: str) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """(stored name, its shape, first row) of every way to store the module."""
-    yield f"{module}.weight", (a.out_features, a.in_features), 0
-    if a.num_experts:
-        fused = [p for p in MOE if p.module == a.projection.module]
-        first = (expert * len(fused) + fused.index(a.projection)) * a.out_features
-        packed = (a.num_experts, len(fused) * a.out_features, a.in_features)
-        yield f"model.layers.{a.layer}.{a.projection.module}_proj", packed, first
 
 
 def _check_tensor(shard: Path, tensor: Stored, size: tuple[int, ...]) -> None:

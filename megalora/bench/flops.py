@@ -79,5 +79,5 @@ def _again(a: Adapted) -> bool:
     """Whether ``selective`` runs this adapter again: of experts those of gate and up, and all of
     dense and shared MLPs."""
     if a.projection.is_expert:
-        return a.name in ("gate_proj", "up_proj")
+        return a.projection.kind == "expert_column"
     return ".mlp." in f".{a.projection.module}" and a.projection.kind != "router"

@@ -30,7 +30,7 @@ _IN_LAYER = re.compile(
     r"model\.layers\.(?P<layer>\d+)\.(?P<path>.*?)(?:\.(?P<expert>\d+))?\.(?P<leaf>\w+)"
 )
 _EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>\w+)")
-_STACK = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.experts(?:\.(?P<which>[a-z]\w*))?")
+_STACK = re.compile(r"(?P<block>model\.layers\.\d+\.\w+\.experts)(?:\.(?P<which>[a-z]\w*))?")
 _OF_QUANTISED = re.compile(
     r"\.(weight_scale_inv|weight_scale|weight_scale_2|weight_packed|weight_shape|weight_zero_point|"
     r"weight_global_scale|input_scale|input_global_scale|qweight|qzeros|scales|g_idx|absmax|"
@@ -72,7 +72,7 @@ def tensor_name(hf_module: str, factor: FactorName) -> str:
 
 
 def experts_block(layer: int) -> str:
-    """``model.layers.N.mlp.experts``, under which a layer's routed experts are stored."""
+    """``model.layers.N.mlp.experts``, transformers' module of a layer's routed experts."""
     return f"{LAYER.format(layer=layer)}mlp.experts"
 
 
@@ -115,10 +115,15 @@ def parse_expert(module: str) -> OfExpert | None:
     return None if match is None else OfExpert(match["block"], int(match["number"]), match["leaf"])
 
 
-def parse_stack(module: str) -> tuple[int, str] | None:
-    """``(layer, what follows experts.)`` of a name for all experts of a layer; None for others."""
+def parse_stack(module: str) -> tuple[str, str] | None:
+    """``(name up to experts, what follows it)`` of a name for all experts of a layer; None for
+    others.
+
+    >>> parse_stack("model.layers.0.mlp.experts.base_layer")
+    ('model.layers.0.mlp.experts', 'base_layer')
+    """
     match = _STACK.fullmatch(module)
-    return None if match is None else (int(match["layer"]), match["which"] or "")
+    return None if match is None else (match["block"], match["which"] or "")
 
 
 def is_of_experts(name: str) -> bool:

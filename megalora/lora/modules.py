@@ -19,6 +19,44 @@ def linear_modules(shape: ModelShape) -> dict[str, tuple[Projection, int | None,
     return found | {HEAD[0].hf: (HEAD[0], None, None)}
 
 
+def other_names(shape: ModelShape) -> dict[str, str]:
+    """Every name of a linear that adapters made elsewhere may have -> its HF module name.
+
+    Only families have several whose names transformers changes on loading: PEFT takes Mixtral's
+    experts as ``mlp.experts.E.w1`` too, and vLLM as ``block_sparse_moe.experts.E.gate_proj``.
+    """
+    found: dict[str, str] = {}
+    for module, (p, layer, expert) in linear_modules(shape).items():
+        if not p.in_memory:
+            continue
+        for name in (p.hf, p.in_memory):
+            stem = name.rsplit(".", 1)[0].format(layer=layer, expert=expert)
+            for leaf in (p.name, p.role):
+                found[f"{stem}.{leaf}"] = module
+    return found
+
+
+def expert_blocks(shape: ModelShape) -> dict[str, int]:
+    """Names up to ``experts`` under which a layer's routed experts may stand -> the layer."""
+    found: dict[str, int] = {}
+    for layer in shape.moe_layers:
+        for p in layer_projections(shape, layer):
+            if p.is_expert:
+                names = (p.hf, p.loaded)
+                found |= {name.split(".{expert}.")[0].format(layer=layer): layer for name in names}
+    return found
+
+
+def parameters_of(projection: Projection, layer: int | None) -> tuple[str, ...]:
+    """What PEFT's ``target_parameters`` may mean by a linear: its own weight, or the parameter for
+    all experts of which an expert's linear is a part."""
+    block, of_expert, _ = projection.loaded.partition(".{expert}.")
+    if not of_expert:
+        return (f"{block.format(layer=layer)}.weight",)
+    packed = "down_proj" if projection.kind == "expert_row" else "gate_up_proj"
+    return (f"{block.format(layer=layer)}.{packed}",)
+
+
 def other_modules(shape: ModelShape) -> dict[str, tuple[int, int]]:
     """HF module name -> (out, in) of what PEFT and vLLM adapt and megalora does not."""
     found = {EMBEDDING: (shape.hidden, shape.vocab)}

@@ -86,13 +86,17 @@ class _Entry:
     option: str
     text: str
     pattern: Pattern
-    is_name: bool
-    """A plain name cannot tell experts apart, so one expert stands for all of them: 128 times fewer
-    matches."""
+    names: tuple[str, ...]
+    """What the entry stands for where it is a plain name; nothing where it is an expression."""
 
     def means(self, adapted: Adapted) -> bool:
-        """Whether the entry means this projection, by PEFT's rule for patterns."""
-        modules = [adapted.hf_module(0)] if self.is_name else adapted.hf_modules()
+        """Whether the entry means this projection, by PEFT's rule for patterns; a plain name may
+        also be what other families call it (gate_proj for Mixtral's w1)."""
+        if adapted.projection.role in self.names:
+            return True
+        # A plain name cannot tell experts apart, so one expert stands for all of them: 128 times
+        # fewer matches.
+        modules = [adapted.hf_module(0)] if self.names else adapted.hf_modules()
         hits = [module for module in modules if self.pattern.match(module)]
         if hits and len(hits) < len(modules):
             raise ValueError(
@@ -116,8 +120,9 @@ class _Option:
 
     def _entry(self, text: str) -> _Entry:
         names = ALIASES.get(text, (text,))
-        is_name = all(name.isidentifier() for name in names)
-        return _Entry(self.name, text, end_pattern(self.name, text, "|".join(names)), is_name)
+        pattern = end_pattern(self.name, text, "|".join(names))
+        are_names = all(name.isidentifier() for name in names)
+        return _Entry(self.name, text, pattern, names if are_names else ())
 
     def first(self, adapted: Adapted) -> str | None:
         """The first entry that means this projection, as in PEFT; None where none does."""

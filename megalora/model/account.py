@@ -25,23 +25,15 @@ from typing import Any
 from megalora.hf.folder import INDEX, read_index, shards_that_are_there
 from megalora.hf.json_file import read_hf_config
 from megalora.hf.safetensors import Stored, read_header
-from megalora.hf.tensor_names import (
-    EMBEDDING,
-    LM_HEAD,
-    is_of_quantised,
-    parse_expert,
-    published_name,
-)
+from megalora.hf.tensor_names import EMBEDDING, LM_HEAD, is_of_quantised, published_name
 from megalora.model.families import FAMILIES, family_of, layer_projections
 from megalora.model.fields import check_fields, instead_of_quantised, model_shape
-from megalora.model.projections import HEAD
+from megalora.model.projections import HEAD, StoredAs, ways_to_store
 from megalora.model.shape import ModelShape
 from megalora.wording import first_few
 
 DTYPES = ("F32", "BF16", "F16")
 _COMPARED_BYTES = 2**24
-_PACKED = ("gate_proj", "up_proj", "down_proj")
-"""Projections of an expert that transformers packs into tensors for all experts."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,7 @@ def open_folder(folder: Path) -> BaseFolder:
     stored = {name: place for name, place in stored.items() if not name.startswith(unused)}
     hf = _tied_as_stored(folder, hf, stored)
     shape = model_shape(hf)
-    places = _match(folder, needed_tensors(shape), stored)
+    places = _match(folder, shape, stored)
     return BaseFolder(folder, hf, shape, places, len(found) - len(stored))
 
 
@@ -231,28 +223,28 @@ def _same_bytes(folder: Path, a: Place, b: Place) -> bool:
     return True
 
 
-def _match(
-    folder: Path, needed: dict[str, tuple[int, ...]], stored: dict[str, Place]
-) -> dict[str, Place]:
+def _match(folder: Path, shape: ModelShape, stored: dict[str, Place]) -> dict[str, Place]:
     """Published name -> place of every needed tensor; raises ``ValueError`` unless both sides
     fit."""
     places: dict[str, Place] = {}
     used: set[str] = set()
     missing: list[str] = []
     misshapen: list[str] = []
-    for name, shape in needed.items():
-        packed = _packed(name, shape, needed)
-        holder = name if name in stored or packed is None else packed[0]
+    other_ways = _other_ways(shape)
+    for name, size in needed_tensors(shape).items():
+        way = StoredAs(name, size)
+        if name not in stored:
+            way = other_ways.get(name, way)
+        holder = way.tensor
+        wanted = way.size
         if holder not in stored:
             missing.append(name)
             continue
         place = stored[holder]
-        wanted = shape
-        if holder != name and packed is not None:
-            _, wanted, expert, rows = packed
-            places[name] = replace(place, expert=expert, rows=rows)
-        else:
-            places[name] = place
+        if way.expert is not None:
+            rows = (way.first_row, way.first_row + size[0])
+            place = replace(place, expert=way.expert, rows=rows)
+        places[name] = place
         if place.tensor.shape != wanted and holder not in used:
             misshapen.append(f"{holder} is {list(place.tensor.shape)}, needed {list(wanted)}")
         used.add(holder)
@@ -275,22 +267,17 @@ def _match(
     return places
 
 
-def _packed(
-    name: str, shape: tuple[int, ...], needed: dict[str, tuple[int, ...]]
-) -> tuple[str, tuple[int, ...], int, tuple[int, int]] | None:
-    """(stored name, its shape, expert, rows) of an expert's matrix where experts are packed; None
-    for other tensors."""
-    module = name.removesuffix(".weight")
-    of = parse_expert(module)
-    if of is None or name == module or of.leaf not in _PACKED:
-        return None
-    at = of.block
-    rows, columns = shape
-    num_experts = needed[f"{at.removesuffix('.experts')}.gate.weight"][0]
-    if of.leaf == "down_proj":
-        return f"{at}.down_proj", (num_experts, rows, columns), of.number, (0, rows)
-    first = rows if of.leaf == "up_proj" else 0
-    return f"{at}.gate_up_proj", (num_experts, 2 * rows, columns), of.number, (first, first + rows)
+def _other_ways(shape: ModelShape) -> dict[str, StoredAs]:
+    """Published name of a linear's weight -> how transformers stores it by its own names."""
+    found: dict[str, StoredAs] = {}
+    for layer in range(shape.num_layers):
+        for projection in layer_projections(shape, layer):
+            experts = range(shape.num_experts) if projection.is_expert else [None]
+            for expert in experts:
+                published, *others = ways_to_store(projection, shape, layer, expert)
+                for way in others:
+                    found[published.tensor] = way
+    return found
 
 
 def _check_unquantised(

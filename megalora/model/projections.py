@@ -1,6 +1,6 @@
 """List every linear that LoRA can adapt: its names, sizes and place in Megatron's fused weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,18 +26,24 @@ class Projection:
     """B can be cut into at most so many parts; with more ranks than that, several hold the same
     part."""
 
-    like: str = ""
-    """The name that this linear has in Qwen3-MoE, where the family calls it otherwise: "gate_proj"
-    for Mixtral's w1."""
+    in_memory: str = ""
+    """Its name in transformers' loaded model, where checkpoints are published under another:
+    Mixtral's ``block_sparse_moe.experts.E.w1`` is a part of ``mlp.experts``, and would be
+    ``mlp.experts.E.gate_proj`` there."""
 
     @property
     def name(self) -> str:
         return self.hf.rsplit(".", 1)[-1]
 
     @property
+    def loaded(self) -> str:
+        """Its name in transformers' loaded model, which PEFT looks for."""
+        return self.in_memory or self.hf
+
+    @property
     def role(self) -> str:
         """What the linear is for, by its name in Qwen3-MoE: gate_proj, up_proj, down_proj, ..."""
-        return self.like or self.name
+        return self.loaded.rsplit(".", 1)[-1]
 
     @property
     def is_expert(self) -> bool:
@@ -108,3 +114,38 @@ SHARED_EXPERTS = (
 )  # fmt: skip
 """As ``SHARED_EXPERT``, under the name of families that may have several, side by side in one."""
 HEAD = (Projection("lm_head", "output_layer", "column", lambda s: (s.vocab, s.hidden)),)
+
+
+@dataclass(frozen=True)
+class StoredAs:
+    """Rows of a tensor of a base folder that are one linear's weight."""
+
+    tensor: str
+    size: tuple[int, ...]
+    """Shape of the whole tensor."""
+    expert: int | None = None
+    """Place in the first dimension of a tensor for all experts; None for a matrix."""
+    first_row: int = 0
+    """Among the rows of that expert."""
+
+
+def ways_to_store(
+    projection: Projection, shape: ModelShape, layer: int | None, expert: int | None
+) -> Iterator[StoredAs]:
+    """Every way in which a base folder may store a linear; as it is published comes first."""
+    size = projection.features(shape)
+    yield StoredAs(f"{projection.hf.format(layer=layer, expert=expert)}.weight", size)
+    if not projection.is_expert:
+        # transformers writes its own names with save_pretrained(..., save_original_format=False)
+        if projection.in_memory:
+            yield StoredAs(f"{projection.in_memory.format(layer=layer)}.weight", size)
+        return
+    # transformers packs experts: gate_up_proj [E, 2I, H], an expert's rows of gate, then those of
+    # up; down_proj [E, H, I].
+    rows, columns = size
+    block = projection.loaded.split(".{expert}.")[0].format(layer=layer)
+    if projection.kind == "expert_row":
+        yield StoredAs(f"{block}.down_proj", (shape.num_experts, rows, columns), expert)
+        return
+    first = rows if projection.role == "up_proj" else 0
+    yield StoredAs(f"{block}.gate_up_proj", (shape.num_experts, 2 * rows, columns), expert, first)

@@ -26,7 +26,6 @@ from megalora.hf.tensor_names import (
 from megalora.lora.modules import linear_modules, other_modules
 from megalora.lora.select import ALIASES
 from megalora.model.fields import model_shape
-from megalora.model.projections import MOE
 from megalora.model.shape import ModelShape
 from megalora.serve.adapter_files import AdapterFiles, read_adapter_files
 from megalora.serve.errors import (
@@ -38,7 +37,8 @@ from megalora.serve.errors import (
 from megalora.wording import shorten
 
 _FUSED = {name: fused for fused in ("qkv_proj", "gate_up_proj") for name in ALIASES[fused]}
-_EXPERT_LEAVES = {projection.name for projection in MOE if projection.is_expert}
+_EXPERT_LEAVES = (frozenset({"gate_proj", "up_proj", "down_proj"}), frozenset({"w1", "w2", "w3"}))
+"""Names of an expert's linears: those of most families, and Mixtral's."""
 
 
 @dataclass(frozen=True)
@@ -256,16 +256,18 @@ def _check_experts(
         if of is not None:
             blocks[of.block][of.number][of.leaf] = module.rank
     for block, experts in blocks.items():
+        found = {leaf for ranks in experts.values() for leaf in ranks}
+        leaves = max(_EXPERT_LEAVES, key=lambda names: len(names & found))
         expected = range(shape.num_experts if shape else max(experts) + 1)
         for expert in expected:
-            missing = _EXPERT_LEAVES - experts.get(expert, {}).keys()
+            missing = leaves - experts.get(expert, {}).keys()
             if missing:
                 raise AdapterInvalid(
                     f"{files.folder}: {block}.{expert} lacks {', '.join(sorted(missing))}; vLLM"
                     " wants all three projections of every expert (zeros do). megalora export"
                     " writes them"
                 )
-        for leaf in sorted(_EXPERT_LEAVES):
+        for leaf in sorted(leaves):
             ranks = {experts[expert][leaf] for expert in expected}
             if len(ranks) > 1:
                 raise AdapterInvalid(

@@ -194,7 +194,7 @@ def merged_by_hand(trained: Trained, model: Any = None) -> Any:
     model = load_base(trained.base) if model is None else model
     for a, expert, delta in trained.deltas():
         if expert is None:
-            linear = model.get_submodule(a.hf_module())
+            linear = model.get_submodule(a.projection.loaded.format(layer=a.layer))
             # a new one: a tied embedding stays as it is
             linear.weight = nn.Parameter(linear.weight + delta)
             continue

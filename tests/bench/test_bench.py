@@ -40,6 +40,7 @@ from megalora.model.fields import model_shape
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import fullest_stage
 from megalora.planner.weights import PlannedModel
+from megalora.tiny import make_tiny
 from tests.bench.made_up_clock import MadeUpClock
 from tests.distributed.ranks import run_ranks
 from tests.parity.everything import LORA
@@ -248,6 +249,15 @@ def test_what_is_measured(tiny, chats, tmp_path) -> None:
     plan = fullest_stage(PlannedModel.of(shape, config.lora), layout, Workload.of(config))
     planned = plan.peak_bytes - plan["CUDA context, NCCL"]
     assert 0.8 * planned < max(m.peak_bytes) < 1.25 * planned
+
+
+def test_flops_are_the_same_whatever_linears_are_called(tmp_path: Path) -> None:
+    shape = model_shape(read_hf_config(make_tiny(tmp_path / "base", arch="mixtral")))
+    like_qwen = replace(shape, model_type="qwen3_moe")
+    lora = LoRAConfig(rank=4)
+    for level in ("off", "selective", "full"):
+        found = flops_per_token(shape, resolve(lora, shape), 64, level)
+        assert found == flops_per_token(like_qwen, resolve(lora, like_qwen), 64, level)
 
 
 def test_flops_by_hand(everything) -> None:

@@ -2,15 +2,24 @@
 a weight is read."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from megalora.cli.main import main
 from megalora.model.account import open_folder
-from tests.oracles.base import Tensors, make_base, own_logits, rewrite, transformers_logits
+from tests.oracles.base import (
+    Tensors,
+    make_base,
+    own_logits,
+    rewrite,
+    stored_tensors,
+    transformers_logits,
+)
 
 CONFIG = """
 model: {{path: {base}, dtype: float32}}
@@ -149,6 +158,20 @@ def test_packed_experts_are_read(tmp_path: Path) -> None:
     plain = own_logits(base)
     assert_reads(rewrite(base, packed))
     assert torch.equal(own_logits(base), plain)
+
+
+def test_names_of_transformers_are_read(tmp_path: Path) -> None:
+    """Mixtral as published, and as transformers holds it: packed, and the router renamed."""
+    base = make_base(tmp_path / "base", arch="mixtral")
+    assert_reads(base)
+    plain = own_logits(base)
+    renamed = tmp_path / "renamed"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.save_pretrained(renamed, save_original_format=False)
+    names = stored_tensors(renamed).keys()
+    assert not any(".block_sparse_moe." in name for name in names)
+    shutil.copyfile(base / "config.json", renamed / "config.json")
+    assert torch.equal(own_logits(renamed), plain)
 
 
 @pytest.mark.parametrize(

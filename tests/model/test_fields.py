@@ -396,6 +396,23 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mistral", {"sliding_window": ...}, "no sliding_window, for which transformers takes 4096"),
     ("mistral", {"sliding_window": 0}, "sliding_window=0; it must be a whole number of at least 1"),
     ("mistral", {"attention_bias": True}, "attention_bias=true, a field megalora does not know"),
+    (
+        "mixtral",
+        {"sliding_window": 4096},
+        "sliding_window=4096 with max_position_embeddings=32768: attention would see 4096 tokens",
+    ),
+    (
+        "mixtral",
+        {"router_jitter_noise": 0.01},
+        "router_jitter_noise=0.01; it must be 0: hidden states are not multiplied with noise",
+    ),
+    ("mixtral", {"output_router_logits": True}, "output_router_logits=true; it must be false"),
+    ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1: weights of the chosen experts"),
+    ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_local_experts"),
+    ("mixtral", {"num_experts": 8}, "num_experts=8, a field megalora does not know for mixtral"),
+    ("mixtral", {"norm_topk_prob": True}, "norm_topk_prob=true, a field megalora does not know"),
+    ("mixtral", {"attention_bias": True}, "attention_bias=true, a field megalora does not know"),
+    ("mixtral", {"hidden_act": "gelu"}, 'hidden_act="gelu"; it must be "silu"'),
 ]
 
 
@@ -550,6 +567,8 @@ MOE: dict[str, Any] = {
         ("llama", UNUSUAL | {"attention_bias": True}),
         ("llama", {"num_key_value_heads": 6, "rope_theta": 1e4, "rms_norm_eps": 1e-5}),
         ("mistral", UNUSUAL | {"sliding_window": 4096}),
+        ("mixtral", UNUSUAL | {"num_local_experts": 6, "sliding_window": 4096}),
+        ("mixtral", {"num_experts_per_tok": 2, "num_key_value_heads": 6, "rms_norm_eps": 1e-5}),
     ],
 )
 def test_honoured_fields_are_computed_as_transformers_does(

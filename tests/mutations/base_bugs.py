@@ -157,9 +157,9 @@ BASE_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "packed gate and up swapped",
-        ACCOUNT,
-        'first = rows if of.leaf == "up_proj" else 0',
-        'first = rows if projection == "gate" else 0',
+        "megalora/model/projections.py",
+        'first = rows if projection.role == "up_proj" else 0',
+        'first = rows if projection.role == "gate_proj" else 0',
         f"{CASES} packed_experts_are_read",
     ),
     bug(

@@ -9,6 +9,8 @@ FAMILIES_TEST = "tests/model/test_families.py"
 PEFT_TEST = "tests/distributed/test_against_peft.py gradients_of_stock_peft_in_every_family"
 ROUTER, ROPE = (f"megalora/model/{name}.py" for name in ("router", "rope_fields"))
 GLM = "megalora/model/families/glm4_moe.py"
+MIXTRAL = "megalora/model/families/mixtral.py"
+MIXTRAL_TEST = "tests/adapters/test_mixtral.py"
 ROUTER_TEST = "tests/model/test_router.py"
 EQUAL = "tests/verify/test_families.py test_a_family_is_equal"
 
@@ -16,7 +18,7 @@ FAMILY_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "Mistral's window passed over",
-        f"{FAMILY}/mistral.py",
+        f"{FAMILY}/decoder.py",
         "if window is None or window >= positions:",
         "if True:",
         f"{FIELDS_TEST} refused_by_name_and_value",
@@ -25,8 +27,8 @@ FAMILY_BUGS: tuple[Bug, ...] = (
         0,
         "Mistral's default window taken for none",
         f"{FAMILY}/mistral.py",
-        'hf.get("sliding_window", _DEFAULT_WINDOW)',
-        'hf.get("sliding_window")',
+        "default=_DEFAULT_WINDOW",
+        "default=None",
         f"{FIELDS_TEST} refused_by_name_and_value",
     ),
     bug(
@@ -181,5 +183,87 @@ FAMILY_BUGS: tuple[Bug, ...] = (
         '"vllm": family.vllm.not_honoured',
         '"vllm": {}',
         "tests/adapters/test_families.py an_engine_leaves_out",
+    ),
+    bug(
+        0,
+        "Mixtral's w1 and w3 swapped in base and adapter",
+        MIXTRAL,
+        '"gate_proj": "w1", "up_proj": "w3"',
+        '"gate_proj": "w3", "up_proj": "w1"',
+        EQUAL,
+    ),
+    bug(
+        0,
+        "Mixtral's w1 and w3 swapped in the adapter's file",
+        "megalora/adapters/write/form.py",
+        "                name = tensor_name(module, factor)\n",
+        '                other = {"w1": "w3", "w3": "w1"}.get(module[-2:], module[-2:])\n'
+        "                name = tensor_name(module[:-2] + other, factor)\n",
+        "tests/adapters/test_families.py what_others_compute",
+    ),
+    bug(
+        0,
+        "patterns of an adapter's file without the names that PEFT looks up",
+        "megalora/adapters/write/form.py",
+        'return f"({re.escape(name)}|{re.escape(other)})"',
+        "return re.escape(name)",
+        f"{MIXTRAL_TEST} stock_peft_reads_ranks",
+    ),
+    bug(
+        0,
+        "an adapter's file without Mixtral's names for patterns",
+        "megalora/adapters/write/form.py",
+        'return f"({re.escape(name)}|{re.escape(other)})"',
+        "return re.escape(other)",
+        f"{MIXTRAL_TEST} stock_peft_reads_ranks",
+    ),
+    bug(
+        0,
+        "Mixtral's router chooses by a softmax over all experts",
+        MIXTRAL,
+        '"moe_router_pre_softmax": False',
+        '"moe_router_pre_softmax": True',
+        EQUAL,
+    ),
+    bug(
+        0,
+        "Mixtral's window passed over",
+        MIXTRAL,
+        "    decoder.check_window(",
+        "    _ = dict(",
+        f"{FIELDS_TEST} refused_by_name_and_value",
+    ),
+    bug(
+        0,
+        "packed experts take Mixtral's w3 for the first half",
+        "megalora/model/projections.py",
+        'first = rows if projection.role == "up_proj" else 0',
+        'first = rows if projection.name == "up_proj" else 0',
+        "tests/cases/test_base_cases.py names_of_transformers",
+    ),
+    bug(
+        0,
+        "names of another family's experts are read",
+        "megalora/adapters/read/adapter.py",
+        "if place is not None and place[0] in self.blocks:",
+        "if place is not None:",
+        f"{MIXTRAL_TEST} another_family_s_block",
+        ("self.blocks[block], which", "int(block.split('.')[2]), which"),
+    ),
+    bug(
+        0,
+        "an incomplete expert of Mixtral's is taken for whole",
+        "megalora/serve/check.py",
+        "leaves = max(_EXPERT_LEAVES, key=lambda names: len(names & found))",
+        "leaves = frozenset(found)",
+        f"{MIXTRAL_TEST} incomplete_expert",
+    ),
+    bug(
+        0,
+        "FLOPs of adapters that are computed again go by names",
+        "megalora/bench/flops.py",
+        'return a.projection.kind == "expert_column"',
+        'return a.name in ("gate_proj", "up_proj")',
+        "tests/bench/test_bench.py whatever_linears_are_called",
     ),
 )

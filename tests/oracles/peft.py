@@ -16,7 +16,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.lora_([AB])\.weight")
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.lora_([AB])\.weight")
+PART = {
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
+    "w1": "gate", "w3": "up", "w2": "down",
+}  # fmt: skip
+"""Name of an expert's linear in a file -> what it computes; the second row is Mixtral's."""
 
 
 class PeftOracle:
@@ -54,10 +59,12 @@ class PeftOracle:
         }
 
     def _of_tensor(self, name: str, shape: list[int], trained: dict[str, Tensor]) -> Tensor:
+        # transformers renames Mixtral's modules on loading
+        name = name.replace(".block_sparse_moe.", ".mlp.")
         if match := EXPERT.fullmatch(name):
             experts = match[1]
             expert = int(match[2])
-            projection = match[3]
+            projection = PART[match[3]]
             factor = match[4]
             # PEFT wraps gate_up first, then down around it
             inner = "" if projection == "down" else ".base_layer"

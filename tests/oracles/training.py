@@ -18,6 +18,8 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 PREFIX = "base_model.model."
+PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""Mixtral's name of an expert's linear -> what it computes, as other families call it."""
 
 
 def lead(values: Tensor, count: int) -> float:
@@ -86,11 +88,14 @@ class Oracle:
             module = name.removeprefix(PREFIX).split(".lora_A.")[0]
             scale = self.scale[module] if isinstance(self.scale, dict) else self.scale
             delta = scale * self.factors[name.replace("lora_A", "lora_B")] @ a
+            # transformers renames Mixtral's modules on loading
+            module = module.replace(".block_sparse_moe.", ".mlp.")
             if ".experts." not in module:
                 merged[f"{module}.weight"] = weights[f"{module}.weight"] + delta
                 continue
             stem, rest = module.split(".experts.")
             expert, projection = rest.split(".")
+            projection = PARTS.get(projection, projection)
             deltas.setdefault(f"{stem}.experts.{projection}", {})[int(expert)] = delta
         for stem in {key.rsplit(".", 1)[0] for key in deltas}:
             gate, up = weights[f"{stem}.gate_up_proj"].chunk(2, dim=1)

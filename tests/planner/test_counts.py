@@ -25,6 +25,7 @@ MODELS = Path(__file__).parents[2] / "configs" / "models"
 PUBLISHED = {
     "qwen3_30b_a3b": (30_532_122_624, 3.3, 48),
     "qwen3_235b_a22b": (235_093_634_560, 22.2, 94),
+    "mixtral_8x7b_v0.1": (46_702_792_704, 12.9, 32),
 }
 """Parameters (total_size of the published index, halved), billions a token uses, layers."""
 

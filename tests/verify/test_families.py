@@ -44,6 +44,10 @@ SPOILED: dict[str, list[dict[str, Any]]] = {
         {"moe_router_dtype": "fp32"},
         {"moe_router_pre_softmax": False},
     ],
+    "mixtral": [
+        {"moe_router_dtype": "fp32"},
+        {"moe_router_pre_softmax": True},
+    ],
     "glm4_moe": [
         {"moe_router_dtype": None},
         {"moe_router_score_function": "softmax"},

@@ -28,12 +28,17 @@ from megalora.hf.tensor_names import (
     experts_block,
     is_training_only,
     module_before_factor,
-    parse_expert,
     parse_factor,
     parse_stack,
     tensor_name,
 )
-from megalora.lora.modules import linear_modules, other_modules
+from megalora.lora.modules import (
+    expert_blocks,
+    linear_modules,
+    other_modules,
+    other_names,
+    parameters_of,
+)
 from megalora.lora.select import ALIASES
 from megalora.lora.spec import Adapted, make_adapted
 from megalora.model.projections import Projection
@@ -96,8 +101,9 @@ def read_adapter(
         linears.put(layer, projection, factors, scale)
     _put_banks(linears, groups.banks)
     _put_fused(linears, groups.fused)
-    known = dict.fromkeys([*linears.known, *other_modules(shape)])
-    rules.check_targets(linears.factors.keys(), {module: parameters_of(module) for module in known})
+    known = {module: parameters_of(p, layer) for module, (p, layer, _) in linears.known.items()}
+    known |= {module: (f"{module}.weight",) for module in other_modules(shape)}
+    rules.check_targets(linears.factors.keys(), known)
     return linears.adapter([*notes, *rules.notes()])
 
 
@@ -143,7 +149,7 @@ class _Groups:
 
     def __init__(self, weights: AdapterWeights, shape: ModelShape) -> None:
         self.weights = weights
-        self.shape = shape
+        self.blocks = expert_blocks(shape)
         self.known = linear_modules(shape)
         self.stacks: dict[tuple[int, str], Named] = {}
         """(layer, what follows ``experts.``) -> 2-D tensors for all experts."""
@@ -160,8 +166,8 @@ class _Groups:
     def take(self, module: str, factor: FactorName, name: str, tensor: Tensor) -> bool:
         """Keep the tensor if it is such a one."""
         place = parse_stack(module)
-        if place is not None and place[0] in self.shape.moe_layers:
-            layer, which = place
+        if place is not None and place[0] in self.blocks:
+            block, which = place
             if tensor.dim() == 2 and which not in _STACKS:
                 raise ValueError(
                     f"{self.weights.path_of(name)}: {name} is {tuple(tensor.shape)}; a tensor for"
@@ -170,7 +176,7 @@ class _Groups:
                     " experts.N.gate_proj and so on"
                 )
             group = self.stacks if tensor.dim() == 2 else self.banks
-            named = group.setdefault((layer, which), {})
+            named = group.setdefault((self.blocks[block], which), {})
         elif is_fused(module) and module.replace(GATE_UP, "gate_proj") in self.known:
             named = self.fused.setdefault(module, {})
         else:
@@ -192,18 +198,22 @@ class _Linears:
         self.weights = weights
         self.shape = shape
         self.rules = rules
-        self.where, self.known = weights.where, linear_modules(shape)
+        self.where = weights.where
+        self.known = linear_modules(shape)
+        self.other_names = other_names(shape)
         self.factors: dict[str, dict[FactorName, Tensor]] = defaultdict(dict)
         self.scales: dict[str, float] = {}
 
     def add(self, module: str, factor: FactorName, tensor: Tensor, *, also: list[str]) -> None:
         """One factor of one linear. ``also``: other names by which the config may target it."""
-        if module not in self.known:
+        own = self.other_names.get(module, module)
+        if own not in self.known:
             raise ValueError(f"{self.where}: {self._what_is(module)}")
-        name = tensor_name(module, factor)
         rank = tensor.shape[0 if factor == "A" else 1]
-        self._check_shape(module, factor, tensor, rank)
-        self._keep(module, {factor: tensor}, self.rules.scale(module, rank, name), also)
+        self._check_shape(own, factor, tensor, rank)
+        # PEFT compares patterns with the name that the file has.
+        scale = self.rules.scale(module, rank, tensor_name(module, factor))
+        self._keep(own, {factor: tensor}, scale, [*also, module])
 
     def add_fused(self, module: str, a: Tensor, b: Tensor) -> None:
         """Gate and up of one MLP or one expert in one adapter."""
@@ -217,15 +227,16 @@ class _Linears:
     def put(
         self,
         layer: int,
-        projection: str,
+        role: str,
         factors: Factors,
         scale: float,
         also: list[str] | None = None,
     ) -> None:
         """All experts of one projection, from tensors that hold them all."""
         for expert, (a, b) in enumerate(zip(*factors, strict=True)):
-            module = f"{experts_block(layer)}.{expert}.{projection}"
-            self._keep(module, {"A": a.contiguous(), "B": b.contiguous()}, scale, also or [])
+            module = f"{experts_block(layer)}.{expert}.{role}"
+            own = self.other_names.get(module, module)
+            self._keep(own, {"A": a.contiguous(), "B": b.contiguous()}, scale, also or [])
 
     def _check_shape(self, module: str, factor: FactorName, tensor: Tensor, rank: int) -> None:
         projection, layer, _ = self.known[module]
@@ -244,7 +255,8 @@ class _Linears:
                 raise ValueError(f"{self.where}: two tensors are lora_{factor} of {module}")
         self.factors[module] |= own
         self.scales[module] = scale
-        self.rules.note([module, *also], parameters_of(module))
+        projection, layer, _ = self.known[module]
+        self.rules.note([module, *also], parameters_of(projection, layer))
 
     def _what_is(self, module: str) -> str:
         """Of a module that is not adapted here: what it is instead."""
@@ -336,12 +348,3 @@ def _both(linears: _Linears, named: Named) -> Factors:
             f"{linears.where}: {next(iter(named.values()))[0]} has no partner (lora_A and lora_B)"
         )
     return named["A"][1], named["B"][1]
-
-
-def parameters_of(module: str) -> tuple[str, ...]:
-    """As PEFT names them: the linear's own weight, or the fused parameter of which an expert's
-    linear is a part."""
-    expert = parse_expert(module)
-    if expert is None:
-        return (f"{module}.weight",)
-    return (f"{expert.block}.{DOWN if expert.leaf == DOWN else GATE_UP}",)

@@ -106,8 +106,8 @@ def stacked_factors(
     """gate_up's and down's factors of one layer, every scale folded into B so that ``scale`` is the
     one of both.
 
-    ``own``: what was trained in the layer, by projection name. A parameter nothing was trained in
-    is written as zeros of rank 1, because engines expect both.
+    ``own``: what was trained in the layer, by the projection's role. A parameter nothing was
+    trained in is written as zeros of rank 1, because engines expect both.
     """
     like = next(iter(own.values()))[1][0]
 

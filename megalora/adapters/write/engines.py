@@ -64,6 +64,12 @@ def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: M
             f"{engine.title} cannot load adapters of {shape.model_type}'s experts, one for each:"
             " its table lacks that model. Export with --layout stacked"
         )
+    renamed = [a.name for a in adapted if a.projection.is_expert and a.projection.in_memory]
+    if name == "sglang" and renamed:
+        raise ValueError(
+            f"{engine.title} knows no adapters of linears called {renamed[0]}, as"
+            f" {shape.model_type}'s experts have them; merge it: megalora merge"
+        )
     if (
         name == "sglang"
         and shape.moe_layers

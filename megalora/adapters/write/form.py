@@ -35,17 +35,8 @@ from megalora.hf.tensor_names import experts_block, within_layer
 from megalora.lora.section import most_common, without_noise
 from megalora.lora.spec import Adapted, make_adapted, tensor_name
 from megalora.model.families import layer_projections
-from megalora.model.projections import (
-    ATTENTION,
-    DENSE_MLP,
-    MOE,
-    SHARED_EXPERT,
-    SHARED_EXPERTS,
-    Projection,
-)
+from megalora.model.projections import DENSE_MLP, SHARED_EXPERT, SHARED_EXPERTS, Projection
 from megalora.model.shape import ModelShape
-
-_EXPERTS = tuple(p for p in MOE if p.is_expert)
 
 type Pair = tuple[Adapted, Adapted | None]
 """(as written, as trained); as trained is None where the file holds zeros."""
@@ -53,11 +44,6 @@ type Pair = tuple[Adapted, Adapted | None]
 
 def export_form(adapted: list[Adapted], shape: ModelShape, *, uniform: bool = False) -> list[Pair]:
     """Every projection in a file with a matrix for each linear, in the order of the table."""
-    together = (
-        [_EXPERTS, ATTENTION[:3], DENSE_MLP, SHARED_EXPERT, SHARED_EXPERTS]
-        if uniform
-        else [_EXPERTS]
-    )
     trained = {(a.layer, a.projection): a for a in adapted}
     experts = [a for a in adapted if a.projection.is_expert]
     fused = [a for a in experts if a.projection.kind == "expert_column"] or experts
@@ -72,16 +58,27 @@ def export_form(adapted: list[Adapted], shape: ModelShape, *, uniform: bool = Fa
 
     pairs: list[Pair] = []
     for layer in sorted({a.layer for a in adapted if a.layer is not None}):
-        for projection in layer_projections(shape, layer):
-            group = next((g for g in together if projection in g), ())
+        projections = layer_projections(shape, layer)
+        present = {_group(p) for p in projections if (layer, p) in trained}
+        for projection in projections:
             own = trained.get((layer, projection))
-            if own or any((layer, other) in trained for other in group):
+            needs_all = projection.is_expert or uniform
+            if own or (needs_all and _group(projection) in present):
                 r, s = settings(projection, own)
                 pairs.append((make_adapted(projection, layer, r, s * r, s, shape), own))
     for own in (a for a in adapted if a.layer is None):
         r, s = settings(own.projection, own)
         pairs.append((replace(own, rank=r, alpha=s * r, scale=s), own))
     return pairs
+
+
+def _group(projection: Projection) -> str:
+    """Linears of a layer that some engine wants together have one: all of an expert; q, k and v;
+    all of a dense MLP."""
+    if projection.is_expert:
+        return "experts"
+    # mlp.linear_fc1 is gate and up, mlp.linear_fc2 down
+    return projection.module.rstrip("12")
 
 
 def num_tensors(adapted: list[Adapted], shape: ModelShape) -> int:
@@ -142,12 +139,25 @@ def module_entries(written: list[Adapted], shape: ModelShape) -> list[_Entry]:
         # PEFT has no expert number in the name it looks up, and ends the router's and other
         # parameters' with ".weight".
         end = r"(\.weight)?" if beside or a.projection.kind == "router" else ""
-        full = re.escape(a.hf_module(0)).replace(r"experts\.0\.", r"experts\.(\d+\.)?") + end
-        target = f"{within_layer(a.projection.hf)}.weight" if beside else a.name
-        short = re.escape(target.removesuffix(".weight")) + end
+        # PEFT looks up what transformers calls the linear, vLLM what it is published as.
+        published = a.projection.hf.format(layer=a.layer, expert=0)
+        loaded = a.projection.loaded.format(layer=a.layer, expert=0)
+        full = _either(published, loaded).replace(r"experts\.0\.", r"experts\.(\d+\.)?") + end
+        target = a.name
+        short = _either(a.name, a.projection.role) + end
+        if beside:
+            target = f"{within_layer(a.projection.hf)}.weight"
+            short = re.escape(within_layer(a.projection.hf)) + end
         fused = a.projection.kind == "expert_column"
         entries.append(_Entry(target, beside, a.name, short, full, a.rank, _number(a.alpha), fused))
     return entries
+
+
+def _either(name: str, other: str) -> str:
+    """A regular expression for both names, which may be the same."""
+    if name == other:
+        return re.escape(name)
+    return f"({re.escape(name)}|{re.escape(other)})"
 
 
 def peft_config(entries: list[_Entry], base: str) -> dict[str, Any]:
@@ -186,7 +196,8 @@ def _stacked(
     tensors: dict[str, Tensor] = {}
     entries: list[_Entry] = []
     for layer in sorted({a.layer for a in experts if a.layer is not None}):
-        own = {a.name: (a, factors_of(a, trained)) for a in experts if a.layer == layer}
+        of_layer = [a for a in experts if a.layer == layer]
+        own = {a.projection.role: (a, factors_of(a, trained)) for a in of_layer}
         where = experts_block(layer)
         for parameter, (a, b) in stacked_factors(own, scale, shape).items():
             rank = a.shape[1]

@@ -8,14 +8,23 @@ what is supported.
 from collections.abc import Mapping
 from typing import Any
 
-from megalora.model.families import glm4_moe, llama, mistral, olmoe, qwen2_moe, qwen3, qwen3_moe
+from megalora.model.families import (
+    glm4_moe,
+    llama,
+    mistral,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from megalora.model.families.family import Family
 from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (qwen3_moe, qwen3, qwen2_moe, llama, mistral, glm4_moe, olmoe)
+    for module in (qwen3_moe, qwen3, qwen2_moe, llama, mistral, glm4_moe, olmoe, mixtral)
 }
 """By ``model_type``."""
 

@@ -107,6 +107,32 @@ def decoder_projections(shape: ModelShape, layer: int) -> tuple[Projection, ...]
     return ATTENTION + MOE + (SHARED_EXPERT if shape.shared_intermediate else ())
 
 
+_MISTRAL_POSITIONS = 32 * 4096
+"""``max_position_embeddings`` that transformers takes where the field is missing."""
+
+
+def check_window(hf: Config, *, default: int | None, hint: str) -> None:
+    """Raise ``ValueError`` where Mistral's or Mixtral's ``sliding_window`` would hide tokens: one
+    at least as long as the model's positions hides none.
+
+    Args:
+        default: the window that transformers takes where the field is missing.
+        hint: which releases have no window.
+    """
+    window = hf.get("sliding_window", default)
+    positions = hf.get("max_position_embeddings", _MISTRAL_POSITIONS)
+    if window is None or window >= positions:
+        return
+    where = f"sliding_window={window}"
+    if "sliding_window" not in hf:
+        where = f"no sliding_window, for which transformers takes {window}"
+    raise ValueError(
+        f"config.json has {where} with max_position_embeddings={positions}: attention would see"
+        f" {window} tokens alone, and megalora computes it over the whole sequence. Take a release"
+        f" without a window ({hint})"
+    )
+
+
 HEAD_NORMS = (
     ExtraTensor(
         "self_attn.q_norm.weight", "self_attention.q_layernorm.weight", lambda s: (s.head_dim,)

@@ -8,7 +8,6 @@ from megalora.model.shape import ModelShape
 
 # What transformers takes where config.json does not name the field.
 _DEFAULT_WINDOW = 4096
-_DEFAULT_POSITIONS = 32 * 4096
 
 
 def _shape(hf: Config) -> ModelShape:
@@ -16,19 +15,8 @@ def _shape(hf: Config) -> ModelShape:
 
 
 def _check(hf: Config) -> None:
-    """A window at least as long as the model's positions hides nothing."""
-    window = hf.get("sliding_window", _DEFAULT_WINDOW)
-    positions = hf.get("max_position_embeddings", _DEFAULT_POSITIONS)
-    if window is None or window >= positions:
-        return
-    where = f"sliding_window={window}"
-    if "sliding_window" not in hf:
-        where = f"no sliding_window, for which transformers takes {window}"
-    raise ValueError(
-        f"config.json has {where} with max_position_embeddings={positions}: attention would see"
-        f" {window} tokens alone, and megalora computes it over the whole sequence. Take a release"
-        " without a window (mistralai/Mistral-7B-v0.2 and later have null)"
-    )
+    without_window = "mistralai/Mistral-7B-v0.2 and later have null"
+    decoder.check_window(hf, default=_DEFAULT_WINDOW, hint=without_window)
 
 
 FAMILY = Family(
