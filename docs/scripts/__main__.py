@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from docs.scripts import figures, floors, options, readme
+from docs.scripts import config_fields, figures, floors, options, readme
 
 ROOT = Path(__file__).parents[2]
 GENERATED: dict[str, Callable[[], str]] = {
     "README.md": readme.page,
+    "docs/base.md": config_fields.page,
     "docs/code.md": floors.page,
     "docs/options.md": options.page,
     "docs/figures/path.svg": figures.path_svg,
