@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_timing import Budget, earlier, first_line, number, save, table, the_gpu
-from benchmarks.model_plan import error_percent, planned
+from benchmarks.model_plan import error_percent, machine_of, planned
 from benchmarks.profile_step import profile_steps
 from benchmarks.train_arms import Setup, Training
 from benchmarks.train_case import (
@@ -139,7 +139,7 @@ def beside_the_planner(row: dict[str, Any], setup: Setup) -> dict[str, Any]:
     """What the planner predicts of the row's configuration, and its errors in percent of what was
     measured."""
     on_gpu = setup.device.type == "cuda"
-    said = planned(setup, torch.cuda.get_device_name(setup.device) if on_gpu else "")
+    said = planned(setup, machine_of(torch.cuda.get_device_name(setup.device) if on_gpu else ""))
     errors = {name: error_percent(said[name], row[name]) for name in ("step_ms", "peak_bytes")}
     return {"planned": said, "error_percent": errors}
 

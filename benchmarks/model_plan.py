@@ -1,12 +1,25 @@
 """Say what the planner predicts of the model that ``bench_train_gpu`` trains, and how far that is
-from the measurement."""
+from the measurement.
 
+    python -m benchmarks.model_plan            megalora's measured steps beside the planner, as its
+                                               table of the GPU has it and calibrated; writes
+                                               benchmarks/results/gpu_planner.json
+    python -m benchmarks.model_plan --check    exit code 1 where that record is stale
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.gpu_timing import table
 from benchmarks.train_arms import ALPHA_OVER_RANK, Setup
 from megalora.config import LoRAConfig, ParallelConfig
 from megalora.model.fields import model_shape
-from megalora.planner.gpus import GPUS
+from megalora.planner.gpus import GPUS, read_machine
 from megalora.planner.hardware import Machine
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import CONTEXT
@@ -21,13 +34,12 @@ def machine_of(device_name: str) -> Machine:
     return next((machine for name, machine in GPUS.items() if name in lower), GPUS["h100"])
 
 
-def planned(setup: Setup, device_name: str) -> dict[str, Any]:
+def planned(setup: Setup, machine: Machine) -> dict[str, Any]:
     """Return the planner's word on one rank that trains this model with one sequence a step.
 
     ``peak_bytes`` leaves the CUDA context out, which no allocator sees. Rates are those of
     bfloat16.
     """
-    machine = machine_of(device_name)
     lora = LoRAConfig(rank=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank)
     model = PlannedModel.of(model_shape(setup.config), lora)
     layout = ParallelLayout(parallel=ParallelConfig(), num_ranks=1)
@@ -51,3 +63,79 @@ def planned(setup: Setup, device_name: str) -> dict[str, Any]:
 def error_percent(predicted: float, measured: float | None) -> float | None:
     """Return how much more was predicted than measured, in percent of what was measured."""
     return None if not measured else 100 * (predicted / measured - 1)
+
+
+# ---- what was measured, beside the planner of today ----------------------------------------------
+
+RESULTS = Path(__file__).parent / "results"
+RECORD = RESULTS / "gpu_planner.json"
+
+
+def beside_measured() -> list[dict[str, Any]]:
+    """Return megalora's measured steps, each beside a prediction from the table of its GPU and one
+    from the calibration of that machine."""
+    measured = json.loads((RESULTS / "gpu_model.json").read_text())
+    calibration = RESULTS / "gpu_calibration.json"
+    machines = {
+        "table": machine_of(measured["device"]),
+        "calibrated": read_machine(calibration),
+    }
+    found = []
+    for row in measured["rows"]:
+        # Only megalora's own step is what the planner knows.
+        if row["status"] != "ok" or not row["arm"].startswith("megalora"):
+            continue
+        config = {**measured["config"], "num_hidden_layers": row["layers"]}
+        setup = Setup(config, row["rank"], row["tokens"], torch.device("cpu"))
+        for rates, machine in machines.items():
+            said = planned(setup, machine)
+            case: dict[str, Any] = {"layers": row["layers"], "rates": rates}
+            for name in ("step_ms", "peak_bytes"):
+                case[name] = {
+                    "measured": row[name],
+                    "predicted": said[name],
+                    "error_percent": error_percent(said[name], row[name]),
+                }
+            found.append(case)
+    return found
+
+
+def show(cases: list[dict[str, Any]]) -> str:
+    rows = []
+    for case in cases:
+        step = case["step_ms"]
+        peak = case["peak_bytes"]
+        rows.append(
+            (
+                f"{case['layers']} layers, {case['rates']}",
+                f"{step['measured']:.1f}",
+                f"{step['predicted']:.1f}",
+                f"{step['error_percent']:+.1f} %",
+                f"{peak['measured'] / 2**30:.2f}",
+                f"{peak['error_percent']:+.2f} %",
+            )
+        )
+    return table(("case", "step ms", "predicted", "error", "peak GiB", "error of peak"), rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args(arguments).check
+    cases = beside_measured()
+    print(show(cases))
+    text = json.dumps(cases, indent=1) + "\n"
+    if check:
+        if not RECORD.is_file() or RECORD.read_text() != text:
+            print(f"{RECORD.name} is stale; run: python -m benchmarks.model_plan", file=sys.stderr)
+            return 1
+        return 0
+    RECORD.write_text(text)
+    print(f"wrote {RECORD}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,12 +2,14 @@
 
     python -m benchmarks.support_matrix
 
-Rows are the registered families, marks come from benchmarks/results/support.json, which
-``benchmarks/support.py`` writes: nothing here says what is supported. A family that has no result,
-or of which a case failed, is marked as not proved.
+Rows are the registered families, marks come from benchmarks/results: support.json, which
+``benchmarks/support.py`` writes, and gpu_shared.json, which ``benchmarks/shared_gpu.py`` does.
+Nothing here says what is supported. A family that has no result, or of which a case failed, is
+marked as not proved.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,14 @@ from typing import Any
 from megalora.model.families import FAMILIES
 from megalora.model.fields import model_shape
 
-RESULTS = Path(__file__).parent / "results" / "support.json"
+RESULTS = Path(__file__).parent / "results"
 CPU = "CPU"
 GPU = "GPU"
 NOT_PROVED = "-"
 NO_EXPERTS = "n/a"
 LEGEND = (
-    f"{CPU}: proved on CPU. {GPU}: run on GPU. {NOT_PROVED}: not proved. {NO_EXPERTS}: a model"
-    " without experts."
+    f"{CPU}: proved on CPU. {GPU}: also run by ranks that share one H100. {NOT_PROVED}: not proved."
+    f" {NO_EXPERTS}: without experts."
 )
 COLUMNS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "train": lambda row: row["claim"] == "layout",
@@ -40,11 +42,15 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 def mark(column: str, records: Iterable[dict[str, Any]]) -> str:
     """The mark of one family in one column: proved where some case is about it and all such cases
-    held, on the GPU where one of them ran there."""
-    about = [(r["on_gpu"], row["ok"]) for r in records for row in r["rows"] if COLUMNS[column](row)]
-    if not about or not all(ok for _, ok in about):
+    held on CPU ranks; run on a GPU where one such case held there too."""
+    held: dict[bool, list[bool]] = {False: [], True: []}
+    for record in records:
+        for row in record["rows"]:
+            if COLUMNS[column](row):
+                held[record["on_gpu"]].append(row["ok"])
+    if not held[False] or not all(held[False]):
         return NOT_PROVED
-    return GPU if any(on_gpu for on_gpu, _ in about) else CPU
+    return GPU if any(held[True]) else CPU
 
 
 def has_experts(family: str) -> bool:
@@ -67,7 +73,28 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def read_results() -> list[dict[str, Any]]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    """What was proved of each family on CPU ranks, and of Qwen3-MoE by ranks that share a GPU."""
+    path = RESULTS / "support.json"
+    found = json.loads(path.read_text()) if path.exists() else []
+    path = RESULTS / "gpu_shared.json"
+    return [*found, *([of_shared(json.loads(path.read_text()))] if path.exists() else [])]
+
+
+def of_shared(shared: dict[str, Any]) -> dict[str, Any]:
+    """A record of ``shared_gpu.py`` in the form of those of ``support.py``.
+
+    A case is named as the parity grid names it: "4:tp2-ep2 moe, all, off, 1" has 4 ranks, a layout,
+    the model (a tiny Qwen3-MoE), the adapter, recomputation and samples of a microbatch.
+    """
+    rows = []
+    for row in shared["rows"]:
+        layout, _, recompute, _ = row["case"].split(", ")
+        sizes = {axis: int(size) for axis, size in re.findall(r"([a-z]+)(\d+)", layout)}
+        held = not (row["failed"] or row["exceeded"])
+        rows.append({"claim": "layout", "ok": held, "recompute": recompute, **sizes})
+    kept = {name: shared[name] for name in ("device", "commit", "versions")}
+    return {"family": "qwen3_moe", "on_gpu": not shared["device"].startswith("CPU"), **kept,
+            "rows": rows}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ def test_a_profiler_that_cannot_run_is_said_in_the_row():
 
 def test_the_planner_is_asked_for_the_very_configuration():
     config = {**QWEN3_30B_A3B, "num_hidden_layers": 8}
-    said = planned(Setup(config, 16, 4096, CPU), "NVIDIA H200")
+    said = planned(Setup(config, 16, 4096, CPU), machine_of("NVIDIA H200"))
     lora = LoRAConfig(rank=16, alpha=32.0)
     layout = ParallelLayout(parallel=ParallelConfig(), num_ranks=1)
     work = Workload(sequence_length=4096, global_batch_size=1)
@@ -241,7 +241,7 @@ def test_the_planner_is_asked_for_the_very_configuration():
     assert said["step_ms"] == pytest.approx(sum(said["parts_ms"].values()))
     assert 20 < said["step_ms"] < 2000, "milliseconds"
     assert said["machine"].startswith("H200") and machine_of("CPU").name.startswith("H100")
-    fewer = planned(Setup(TINY_MODEL, 8, 32, CPU), "NVIDIA H100 80GB HBM3")
+    fewer = planned(Setup(TINY_MODEL, 8, 32, CPU), machine_of("NVIDIA H100 80GB HBM3"))
     assert fewer["peak_bytes"] < said["peak_bytes"] / 1000
 
 

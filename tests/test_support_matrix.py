@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.support import cases_of, keep
-from benchmarks.support_matrix import COLUMNS, mark, read_results, table
+from benchmarks.support_matrix import COLUMNS, mark, of_shared, read_results, table
 from megalora.model.families import FAMILIES
 from tests.parity.grid import accepted
 
@@ -38,11 +38,35 @@ def test_marks() -> None:
     assert mark("PP", records) == "-", "no case has it"
     assert mark("EP", records) == "-", "its case failed"
     assert mark("TP", records) == "-", "one of its cases failed"
-    records = [record(layout(tp=2)), record(layout(tp=2, recompute="full"), on_gpu=True)]
+    again = layout(tp=2, recompute="full")
+    records = [record(layout(tp=2), again), record(again, on_gpu=True)]
     assert mark("TP", records) == "GPU"
     assert mark("recompute", records) == "GPU"
     assert mark("vLLM", records) == "-"
     assert mark("recompute", [record(layout(recompute="off"))]) == "-"
+    failed_there = record(layout(tp=2, ok=False), layout(ep=2), on_gpu=True)
+    assert mark("TP", [record(layout(tp=2)), failed_there]) == "CPU"
+    assert mark("TP", [record(layout(tp=2, ok=False)), record(layout(tp=2), on_gpu=True)]) == "-"
+    assert mark("TP", [record(layout(tp=2), on_gpu=True)]) == "-", "not held against CPU ranks"
+
+
+def test_cases_of_ranks_that_share_a_gpu() -> None:
+    names = {
+        "1:dp moe, all, off, 1": {"recompute": "off"},
+        "4:tp2-ep2-etp2 moe, all, selective, 1": {
+            "recompute": "selective", "tp": 2, "ep": 2, "etp": 2
+        },
+        "4:pp2-vpp2-ep2 moe, all, off, 1": {"recompute": "off", "pp": 2, "vpp": 2, "ep": 2},
+    }  # fmt: skip
+    kept = {"device": "NVIDIA H100", "commit": "f3d3bd1", "versions": {}}
+    rows = [{"case": name, "failed": None, "exceeded": []} for name in names]
+    rows[0]["failed"] = "exit code 1"
+    rows[1]["exceeded"] = ["loss 1e-3 > 1e-6"]
+    found = of_shared({**kept, "rows": rows})
+    assert found["on_gpu"] and found["family"] == "qwen3_moe"
+    expected = [layout(ok=i == 2, **sizes) for i, sizes in enumerate(names.values())]
+    assert found["rows"] == expected
+    assert not of_shared({**kept, "device": "CPU", "rows": []})["on_gpu"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

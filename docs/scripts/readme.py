@@ -68,13 +68,6 @@ def _counted_layouts() -> int:
     return len({row["layout"] for row in rows if row["table"] == "memory"})
 
 
-def _step_over_ours(shape: str, arm: str) -> float:
-    """Median time of a peer's step over megalora's."""
-    case = next(case for case in _results("peers_cpu")["cases"] if case["shape"] == shape)
-    row = next(row for row in case["rows"] if row["arm"] == arm)
-    return row["over_megalora"]["step"]["median"]
-
-
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
@@ -94,7 +87,8 @@ def claims() -> str:
         " megalora differ by at most 2.4e-06 for seven kinds of adapters; greedy tokens are"
         " identical.",
         f"**The planner knows what LoRA costs.** Its peak memory is within {peak} of what live"
-        f" tensors take, counted in {_counted_layouts()} layouts on CPU ranks.",
+        f" tensors take in {_counted_layouts()} layouts on CPU ranks, and within"
+        f" {_planner_error('peak_bytes'):.2f} % on an H100.",
         f"**Silent mistakes are caught.** More than {bugs} realistic bugs are seeded into the code,"
         " one at a time; a named test catches each.",
     )
@@ -132,8 +126,6 @@ def numbers() -> str:
     """Five measured numbers, each with its command and its record."""
     gradient = max(row["gradient"] for row in _parity())
     seconds = _results("layer_check")["cpu_seconds"]
-    many = _step_over_ours("many small experts", "bridge per expert")
-    few = _step_over_ours("few larger experts", "bridge per expert")
     rows = (
         (
             "largest error of a gradient, all layouts",
@@ -142,16 +134,22 @@ def numbers() -> str:
             "parity",
         ),
         (
-            "planner's error, memory of a pass",
-            _percent(_largest_error("pass")),
-            "python -m benchmarks.planner_accuracy",
-            "planner_accuracy",
+            "H100: PEFT's step over ours, 8 layers",
+            f"{_peft_step_over_ours():.2f}",
+            "python -m benchmarks.bench_train_gpu",
+            "gpu_model",
         ),
         (
-            "Bridge's step over ours, adapter per expert",
-            f"{few:.1f} to {many:.1f}",
-            "python -m benchmarks.peers",
-            "peers_cpu",
+            "H100: experts, LoRA over none",
+            " to ".join(f"{ratio:.2f}" for ratio in _cost_of_lora()),
+            "python -m benchmarks.bench_grouped_lora",
+            "gpu_kernels",
+        ),
+        (
+            "H100: planner's error, step and memory",
+            f"{_planner_error('step_ms'):.1f} %, {_planner_error('peak_bytes'):.2f} %",
+            "python -m benchmarks.model_plan",
+            "gpu_planner",
         ),
         (
             "check of Qwen3-30B-A3B before step 1",
@@ -159,20 +157,41 @@ def numbers() -> str:
             "python -m benchmarks.layer_check",
             "layer_check",
         ),
-        (
-            "evaluation loss, step 0 to 60",
-            " to ".join(f"{_results('quickstart')['eval'][at][1]:.2f}" for at in (0, -1)),
-            "make quickstart",
-            "quickstart",
-        ),
     )
-    lines = ["| what, on a CPU | measured | command |", "|---|--:|---|"]
+    lines = ["| what, on a CPU or an H100 | measured | command |", "|---|--:|---|"]
     links = []
-    for what, number, command, name in rows:
-        label = name.partition("_")[0]
-        lines.append(f"| {what} | [{number}][{label}] | `{command}` |")
-        links.append(f"[{label}]: benchmarks/results/{name}.json")
+    for number, (what, measured, command, name) in enumerate(rows, start=1):
+        lines.append(f"| {what} | [{measured}][{number}] | `{command}` |")
+        links.append(f"[{number}]: benchmarks/results/{name}.json")
     return "\n".join([*lines, "", *links])
+
+
+def _peft_step_over_ours() -> float:
+    """Stock PEFT's step over megalora's, of the same layers on the same GPU."""
+    rows = {row["arm"]: row for row in _results("gpu_model")["rows"] if row["status"] == "ok"}
+    ours = rows["megalora"]
+    theirs = rows["peft"]
+    if ours["layers"] != theirs["layers"]:
+        raise ValueError("gpu_model.json compares models of different depth")
+    return theirs["step_ms"] / ours["step_ms"]
+
+
+def _cost_of_lora() -> tuple[float, float]:
+    """The least and the most that forward and backward of all experts of a layer take with
+    adapters, over the same without."""
+    wanted = "forward + backward over the base"
+    ratios = [
+        row["value"]
+        for row in _results("gpu_kernels")["goals"]
+        if row["goal"] == wanted and not row["case"].startswith("linear")
+    ]
+    return min(ratios), max(ratios)
+
+
+def _planner_error(key: str) -> float:
+    """Largest error of the calibrated planner on a GPU, in percent."""
+    cases = [case for case in _results("gpu_planner") if case["rates"] == "calibrated"]
+    return max(abs(case[key]["error_percent"]) for case in cases)
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
