@@ -268,8 +268,9 @@ def compiled(results: Results) -> str:
         for row in json.loads(path.read_text()):
             if "product" not in row or row["refused"] or "error" in row or row["capability"] != 90:
                 continue
-            switches = [name for name in ("persistent", "roles") if row[name]]
-            operands = ", ".join([f"w {row['weight']}", f"x {row['rows']}", *switches])
+            operands = f"w {row['weight']}, x {row['rows']}"
+            if row["persistent"]:
+                operands += ", persistent"
             way = (row["variant"], f"w{row['num_warps']} s{row['num_stages']}", operands)
             found.setdefault(way, {}).setdefault(row["triton"], []).append(row)
     if not found:

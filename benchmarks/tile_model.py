@@ -113,23 +113,15 @@ WGMMA_DEPTH = 16
 def programs_per_sm(variant: Variant, product: Product) -> int:
     """How many programs fit one SM; 0: none. Registers beside the accumulator are an estimate from
     compiled variants."""
-    multiplying = _multiplying_warps(variant)
-    accumulator = variant.block_m * variant.block_n // (32 * multiplying)
+    threads = 32 * variant.num_warps
+    accumulator = variant.block_m * variant.block_n // threads
     addresses = 40 if variant.rows == "tma" else 60
     registers = accumulator + addresses + (45 if variant.persistent else 0)
-    if variant.roles:
-        registers = 168  # the compiler divides them between loading and multiplying warps
     if registers > REGISTERS_OF_THREAD:
         return 0
-    warps = multiplying + (4 if variant.roles else 0)
-    by_registers = REGISTERS_OF_SM // (registers * 32 * warps)
+    by_registers = REGISTERS_OF_SM // (registers * threads)
     by_shared = SHARED_OF_SM // (shared_bytes(variant, product) + SHARED_RESERVED)
     return min(by_registers, by_shared)
-
-
-def _multiplying_warps(variant: Variant) -> int:
-    """With warp roles every 64 rows get a warp group of their own."""
-    return max(4, variant.block_m // WGMMA_ROWS * 4) if variant.roles else variant.num_warps
 
 
 def tile_cycles(variant: Variant, depth: float, gpu: Gpu) -> dict[Bound, float]:
@@ -139,7 +131,7 @@ def tile_cycles(variant: Variant, depth: float, gpu: Gpu) -> dict[Bound, float]:
     flops = 2 * m * n * depth
     # A warp group multiplies 64 rows at a time. Two groups on the same 64 rows share the columns,
     # and both read the rows.
-    groups = _multiplying_warps(variant) // 4
+    groups = variant.num_warps // 4
     blocks_of_rows = max(1, m // WGMMA_ROWS)
     columns = n if blocks_of_rows >= groups else n * blocks_of_rows // groups
     instructions = depth / WGMMA_DEPTH * (m / WGMMA_ROWS) * (n / columns)

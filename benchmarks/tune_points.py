@@ -239,6 +239,6 @@ def mistake(o: Operands, want_MN: Tensor, variant: Variant, run: Launch = launch
 
 def variant_label(v: Variant) -> str:
     """``128x256x64 w8 s4 w:tma x:pointers``."""
-    switches = [name for name in ("persistent", "roles") if getattr(v, name)]
     tile = f"{v.block_m}x{v.block_n}x{v.block_k} w{v.num_warps} s{v.num_stages}"
-    return " ".join([tile, f"w:{v.weight}", f"x:{v.rows}", *switches])
+    label = f"{tile} w:{v.weight} x:{v.rows}"
+    return f"{label} persistent" if v.persistent else label

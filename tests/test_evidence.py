@@ -168,7 +168,6 @@ def test_compiled_limits_are_ranges_over_products(tmp_path):
             "weight": "tma",
             "rows": "tma",
             "persistent": True,
-            "roles": False,
         }
         return (
             known

@@ -81,7 +81,6 @@ def test_two_warp_groups_on_the_same_rows_read_them_twice():
         (Variant(128, 256, 64, 8, 4), 1),
         (Variant(128, 256, 64, 8, 5), 0),
         (Variant(128, 256, 64, 4, 3), 0),
-        (Variant(128, 256, 64, 4, 3, "tma", "tma", roles=True), 1),
         (Variant(128, 128, 64, 8, 3, "tma", "tma", persistent=True), 1),
     ],
 )

@@ -31,7 +31,6 @@ from .descriptors import (
     why_not_described,
 )
 from .expert_factors import Factors
-from .gemm_roles import launch_with_roles
 from .grouped_gemm import columns_and_ranks
 from .routing import Routing
 from .tiles import find_tile, max_tiles, tile_table
@@ -210,14 +209,12 @@ def grouped_gemm_triton(
     if variant is None:
         variant = choose_variant(product, x.device)
         # of addresses and strides, which a choice by sizes cannot know
-        if tma_problem(variant, x, w_EKN, s_MR, b):
+        if tma_problem(variant, x, w_EKN):
             variant = rule(product, *limits)
-    elif why := problem(variant, product, *limits) or tma_problem(variant, x, w_EKN, s_MR, b):
+    elif why := problem(variant, product, *limits) or tma_problem(variant, x, w_EKN):
         raise ValueError(f"grouped_gemm_triton: {variant} cannot run: {why}")
     y_MN = x.new_empty(routing.num_rows, w_EKN.shape[2])
-    if variant.roles and y_MN.numel():
-        launch_with_roles(x, w_EKN, routing, s_MR, None if b is None else b[0], y_MN, variant)
-    elif y_MN.numel():
+    if y_MN.numel():
         _launch(x, w_EKN, routing, s_MR, b, source_M, y_MN, product, variant)
     return y_MN
 
@@ -303,19 +300,14 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tma_problem(
-    variant: Variant,
-    x: torch.Tensor,
-    w_EKN: torch.Tensor,
-    s_MR: torch.Tensor | None,
-    b: Factors | None,
-) -> str | None:
+def tma_problem(variant: Variant, x: torch.Tensor, w_EKN: torch.Tensor) -> str | None:
     """Return why TMA cannot read these operands, or None; ``problem`` judges the variant."""
     operands: list[tuple[str, torch.Tensor]] = []
     if variant.rows == "tma":
         operands.append(("x", x))
     if variant.weight == "tma":
         operands.append(("the weight", w_EKN))
-    if variant.roles and s_MR is not None and b is not None:
-        operands += [("s", s_MR)] + [("b", block) for block in b if block is not None]
-    return next(filter(None, (why_not_described(name, t) for name, t in operands)), None)
+    for name, operand in operands:
+        if why := why_not_described(name, operand):
+            return why
+    return None

@@ -50,12 +50,6 @@ class Routing:
             )
         return bounds
 
-    @cached_property
-    def tile_lists(self) -> dict[int, torch.Tensor]:
-        """Lists of the experts' tiles by their number of rows: ``gemm_roles.py`` keeps here what it
-        has made."""
-        return {}
-
     @property
     def num_experts(self) -> int:
         return self.offsets_E.numel()

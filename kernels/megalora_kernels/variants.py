@@ -12,7 +12,6 @@ from functools import cache
 from typing import Literal
 
 import torch
-import triton
 
 Operand = Literal["pointers", "tma"]
 """How an operand is read: by an address for each element (``cp.async``), or by tensor descriptor
@@ -55,8 +54,6 @@ class Variant:
     persistent: bool = False
     """One program for each multiprocessor walks over the tiles, instead of one program for each
     tile."""
-    roles: bool = False
-    """One warp group loads and the others multiply (Triton 3.6 on Hopper; every operand by TMA)."""
 
 
 # ---- what can run --------------------------------------------------------------------------------
@@ -74,7 +71,6 @@ SHARED_LIMITS = {
 99 on the others."""
 HOPPER = (9, 0)
 HOPPER_SHARED = SHARED_LIMITS[HOPPER] * 1024
-TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 MAX_ACCUMULATORS = 128
 MAX_ACCUMULATORS_BEFORE_HOPPER = 64
 """Float32 values of the accumulator that a thread can hold beside its addresses, of 255 registers.
@@ -111,10 +107,6 @@ def shared_bytes(variant: Variant, product: Product) -> int:
     per_k = (variant.block_m + variant.block_n) * product.dtype.itemsize
     pipeline = per_k * variant.num_stages * variant.block_k
     low_rank = per_k * tile_rank(product.rank)
-    if variant.roles:
-        # The adapter's operands have buffers of their own, and a consumer hands over 64 rows of the
-        # output.
-        return pipeline + low_rank + 64 * variant.block_n * product.dtype.itemsize + 512
     barriers = 128  # what TMA waits on
     return max(pipeline, low_rank) + barriers
 
@@ -159,13 +151,11 @@ def problem(
         )
     accumulators = variant.block_m * variant.block_n // (32 * variant.num_warps)
     most = MAX_ACCUMULATORS if capability >= HOPPER else MAX_ACCUMULATORS_BEFORE_HOPPER
-    if accumulators > most and not variant.roles:
+    if accumulators > most:
         return (
             f"{variant.num_warps} warps would hold {accumulators} sums per thread, at most"
             f" {most} fit"
         )
-    if variant.roles and (why := _roles_problem(variant, product, capability)):
-        return why
     if "tma" in (variant.weight, variant.rows):
         return _tma_problem(variant, product, capability)
     return None
@@ -181,29 +171,6 @@ def _tma_problem(variant: Variant, product: Product, capability: tuple[int, int]
         return f"TMA needs whole tiles: {width} columns are not a multiple of {variant.block_n}"
     if variant.rows == "tma" and product.gathered:
         return "rows that are gathered cannot be read by TMA"
-    return None
-
-
-def _roles_problem(variant: Variant, product: Product, capability: tuple[int, int]) -> str | None:
-    """The compiler divides a loop into roles only so; otherwise it ignores the request or ends the
-    process."""
-    if TRITON_VERSION != (3, 6) or capability != HOPPER:
-        have = f"this is Triton {triton.__version__} and {capability[0]}.{capability[1]}"
-        return f"roles need Triton 3.6 and compute capability 9.0, {have}"
-    if (
-        (variant.weight, variant.rows) != ("tma", "tma")
-        or variant.persistent
-        or variant.num_warps != 4
-    ):
-        return "roles need both operands by TMA, 4 warps and a program for each tile"
-    if variant.block_m < 128:
-        return f"roles need tiles of 128 rows or more, not {variant.block_m}"
-    if product.dtype == torch.float32:
-        return "roles need half precision"
-    if product.blocks != 1:
-        return f"roles take one block of b, not {product.blocks}"
-    if product.rank != tile_rank(product.rank):
-        return f"roles need a rank that is a power of two from 16 on, not {product.rank}"
     return None
 
 

@@ -77,9 +77,7 @@ def in_float64(o: dict[str, Any], absolute: bool = False) -> torch.Tensor:
 
 def kinds(found: list[Variant]) -> list[Variant]:
     """Of each kind the widest tile, and the smallest tile without persistence."""
-    wide = [
-        v for v in found if (v.block_m, v.block_n, v.num_stages) == (128, 256, 3 if v.roles else 4)
-    ]
+    wide = [v for v in found if (v.block_m, v.block_n, v.num_stages) == (128, 256, 4)]
     small = [v for v in found if (v.block_m, v.block_n, v.num_stages) == (64, 128, 4)]
     return wide + small
 

@@ -132,7 +132,7 @@ def gemms(
         "product": name, "rank": of.rank,
         "variant": f"{variant.block_m} x {variant.block_n} x {variant.block_k}",
         "num_warps": variant.num_warps, "num_stages": variant.num_stages, "weight": variant.weight,
-        "rows": variant.rows, "persistent": variant.persistent, "roles": variant.roles,
+        "rows": variant.rows, "persistent": variant.persistent,
         "estimate": shared_bytes(variant, of), "refused": refused,
     }  # fmt: skip
     call = partial(without_asking, of, variant) if refused else partial(gemm, of, variant)
@@ -174,14 +174,6 @@ def refused_for_memory(capability: int) -> Iterator[Case]:
         why = problem(variant, of, *limits_of(capability))
         if why is not None:
             yield gemms("down", of, variant, capability, why)
-
-
-def with_roles(capability: int, *tiles: tuple[int, int, int]) -> list[Case]:
-    """Variants of (rows, columns, stages) with roles, asked for where ``problem`` refuses them,
-    too."""
-    of = replace(PRODUCTS["down"], rank=32)
-    roles = [Variant(m, n, 64, 4, stages, "tma", "tma", roles=True) for m, n, stages in tiles]
-    return [gemms("down", of, v, capability, problem(v, of, *limits_of(capability))) for v in roles]
 
 
 # ---- 3. SwiGLU's passes --------------------------------------------------------------------------
@@ -257,7 +249,6 @@ def few(capability: int) -> list[Case]:
             capability,
         ),
         gemms("down dgrad", replace(down_dgrad, rank=16), Variant(64, 128, 64, 4, 4), capability),
-        *with_roles(capability, (128, 256, 3)),
     ]
 
 
@@ -272,5 +263,4 @@ def every(capability: int) -> list[Case]:
         *(swiglus(capability, HALF, *ranks) for ranks in SWIGLU_RANKS),
         *every_candidate(capability),
         *refused_for_memory(capability),
-        *(with_roles(capability, (128, 256, 3), (128, 128, 4)) if capability == 90 else []),
     ]

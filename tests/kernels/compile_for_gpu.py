@@ -110,7 +110,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         ways = {"pointers": "pointers", "tma": "TMA"}
         operands = f"w {ways[row['weight']]}, x {ways[row['rows']]}"
         operands += ", persistent" if row["persistent"] else ""
-        operands += ", roles" if row["roles"] else ""
         copies = f"{row['tma']} TMA + {row['cp_async']} cp.async"
         lines.append(
             f"| {row['product']} | {row['variant']} | w{row['num_warps']} s{row['num_stages']} |"

@@ -54,8 +54,7 @@ def describe(kernel: Any, capability: int) -> dict[str, Any]:
     found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", _cuobjdump(cubin, "-res-usage"))
     assert found, "cuobjdump says nothing about registers"
     registers, stack, local = map(int, found.groups())
-    roles = re.search(r'ttg\.total-num-warps"? ?= ?(\d+)', kernel.asm["ttgir"])
-    warps = int(roles[1]) if roles else kernel.metadata.num_warps
+    warps = kernel.metadata.num_warps
     loops = loops_of(_cuobjdump(cubin, "-sass"))
     loop = shortest(loops, PRODUCTS)
     activation = shortest(loops, ("MUFU.EX2",))
@@ -73,7 +72,6 @@ def describe(kernel: Any, capability: int) -> dict[str, Any]:
         "tma": heads["UTMALDG"],
         "cp_async": heads["LDGSTS"],
         "loads": heads["LDG"],
-        "tma_anywhere": ptx.count("cp.async.bulk.tensor"),
         "activation_loop": len(activation),
         "exponentials": sum(op.startswith("MUFU.EX2") for op in activation),
     }

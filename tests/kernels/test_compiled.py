@@ -56,27 +56,10 @@ def kernels_of_the_package() -> set[str]:
     return {name for text in texts for name in re.findall(r"^def (_\w+_kernel)\(", text, re.M)}
 
 
-ROLES = {"_gemm_roles_kernel", "_tile_list_kernel"}
-
-
 def offered(rows: list[Row]) -> list[Row]:
     """Rows of variants that ``problem`` lets run."""
-    gemms = [row for row in rows if row.get("kernel") in ("_gemm_kernel", "_gemm_roles_kernel")]
+    gemms = [row for row in rows if row.get("kernel") == "_gemm_kernel"]
     return [row for row in gemms if "product" in row and row["refused"] is None]
-
-
-def check_roles(rows: list[Row]) -> None:
-    """Roles are offered for Triton 3.6 and compile there; 3.7's passes fail or end the process, so
-    ``problem`` refuses them."""
-    roles = [row for row in rows if row.get("roles") and row.get("kernel") != "_tile_list_kernel"]
-    assert roles
-    for row in roles:
-        if row["triton"].startswith("3.6."):
-            # a producer and two consumers of four warps
-            assert row["refused"] is None and row["warps"] == 12, row
-        else:
-            assert "Triton 3.6" in row["refused"], row
-            assert "PassManager::run failed" in row["error"] or "SIGABRT" in row["error"], row
 
 
 def check_gemm(row: Row) -> None:
@@ -92,9 +75,6 @@ def check_gemm(row: Row) -> None:
     # element through registers.
     assert row["loads"] == 0, row
     by_tma = [row["weight"], row["rows"]].count("tma")
-    if row["roles"]:
-        assert row["tma_anywhere"] >= by_tma and row["shared"] <= row["estimate"], row
-        return
     assert row["tma"] == by_tma, row
     assert (row["cp_async"] > 0) == (by_tma < 2), row
     # The adapter's operands reuse the pipeline's buffers.
@@ -123,20 +103,16 @@ class TestForHopper:
 
     def test_every_kernel_of_the_triton_back_end_compiles(self, rows):
         assert errors(rows) == []
-        assert {
-            row["kernel"] for row in rows if "error" not in row
-        } - ROLES == kernels_of_the_package() - ROLES
+        compiled_kernels = {row["kernel"] for row in rows if "error" not in row}
+        assert compiled_kernels == kernels_of_the_package()
 
     def test_everything_fits_and_hardly_anything_spills(self, rows):
         made = [row for row in rows if "error" not in row]
         assert [row for row in made if row["shared"] > PROGRAM_SHARED[90]] == []
         assert {row["kernel"] for row in made if row["spilled"]} <= {"_swiglu_backward_kernel"}
 
-    def test_roles_compile_where_problem_says_so(self, rows):
-        check_roles(rows)
-
     def test_variants_of_the_gemm(self, rows):
-        variants = [row for row in offered(rows) if not row["roles"]]
+        variants = offered(rows)
         assert len(variants) == 4
         for row in variants:
             check_gemm(row)
@@ -182,7 +158,7 @@ class TestForEveryChip:
                 for row in rows
                 if row["capability"] == capability and "error" not in row
             }
-            assert kernels - ROLES == kernels_of_the_package() - ROLES
+            assert kernels == kernels_of_the_package()
 
     def test_everything_offered_fits(self, rows):
         fits = [row for row in rows if "error" not in row and not row.get("refused")]
@@ -196,7 +172,7 @@ class TestForEveryChip:
         assert tma == {90, 100}
 
     def test_what_is_refused_for_memory_or_registers_does_not_fit(self, rows):
-        refused = [row for row in rows if row.get("refused") and not row["roles"]]
+        refused = [row for row in rows if row.get("refused")]
         assert {row["capability"] for row in refused} == set(PROGRAM_SHARED)
         for row in refused:
             shared = row["shared"]
@@ -205,9 +181,6 @@ class TestForEveryChip:
             ):  # its pipeline has a buffer less than stages; the estimate does not count on that
                 shared += (row["BLOCK_M"] + row["BLOCK_N"]) * row["BLOCK_K"] * 2
             assert shared > PROGRAM_SHARED[row["capability"]] or row["spilled"], row
-
-    def test_roles_compile_where_problem_says_so(self, rows):
-        check_roles(rows)
 
     def test_activation_is_computed_once(self, rows):
         found = [row for row in passes(rows) if "ranks" in row and max(row["ranks"]) <= 64]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megalora_kernels import AugmentedWeight, Routing, gemm_roles, variants
+from megalora_kernels import AugmentedWeight, Routing
 from megalora_kernels.variants import Variant
 from triton.runtime import interpreter as triton_interpreter
 
@@ -32,7 +32,6 @@ KINDS = {
     "weight by tma, persistent": replace(SMALL, weight="tma", persistent=True),
     "both by tma, persistent": replace(BY_TMA, persistent=True),
 }
-ROLES = Variant(128, 32, 16, num_warps=4, num_stages=2, weight="tma", rows="tma", roles=True)
 RANKS: dict[str, tuple[int | None, ...]] = {
     "no adapter": (),
     "one block": (5,),
@@ -239,53 +238,6 @@ def test_bits_do_not_depend_on_the_variant(op, few_programs, products_term_by_te
     assert not torch.equal(y, gemm_kernel.grouped_gemm_triton(**{**o, "b": None}, variant=SMALL))
 
 
-# ---- roles -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def triton_with_roles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter compiles nothing, so any version computes the values."""
-    monkeypatch.setattr(variants, "TRITON_VERSION", (3, 6))
-
-
-@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
-@pytest.mark.parametrize("op", ["forward", "dgrad"])
-@pytest.mark.parametrize("ranks", [(), (16,)], ids=str)
-def test_roles(ranks, op, joined, triton_with_roles, products_term_by_term, monkeypatch):
-    """Values, and the bits of the variants without roles."""
-    case = Case(ranks, op, gathered=False, joined=joined, dtype=torch.float16)
-    y = assert_right(case, ROLES)
-    assert torch.equal(y, gemm_kernel.grouped_gemm_triton(**case.operands(), variant=BY_TMA))
-    interpreter.reverse_programs(monkeypatch)
-    assert torch.equal(assert_right(case, ROLES), y)
-
-
-def test_roles_without_b_read_no_s(triton_with_roles):
-    o = Case((16,), gathered=False, dtype=torch.float16).operands()
-    without = {**o, "b": None}
-    y = gemm_kernel.grouped_gemm_triton(**without, variant=ROLES)
-    torch.testing.assert_close(
-        y.double(), row_by_row({**without, "s_MR": None}), rtol=1e-2, atol=1e-2
-    )
-
-
-def test_products_of_one_routing_share_its_list_of_tiles(triton_with_roles, monkeypatch):
-    launched = []
-    real = gemm_roles._tile_list_kernel
-
-    class Counted:
-        def __getitem__(self, grid: Any) -> Any:
-            launched.append(grid)
-            return real[grid]
-
-    monkeypatch.setattr(gemm_roles, "_tile_list_kernel", Counted())
-    o = Case((16,), gathered=False, dtype=torch.float16).operands()
-    first = gemm_kernel.grouped_gemm_triton(**o, variant=ROLES)
-    assert torch.equal(gemm_kernel.grouped_gemm_triton(**o, variant=ROLES), first)
-    gemm_kernel.grouped_gemm_triton(**o, variant=replace(ROLES, block_m=256))
-    assert launched == [(57 // 128 + 1 + 6,), (57 // 256 + 1 + 6,)]
-
-
 # ---- the other forms, and the reference --------------------------------------------------------
 
 
@@ -339,9 +291,8 @@ def test_joined_keeps_zeros_beside_its_blocks():
             replace(SMALL, block_n=2048, num_warps=8),
             "needs 264320 bytes of shared memory, the device has 232448",
         ),
-        (Case((16,), gathered=False, dtype=torch.float16), ROLES, "roles need Triton 3.6"),
     ],
-    ids=["K", "N", "gathered", "registers", "shared memory", "roles"],
+    ids=["K", "N", "gathered", "registers", "shared memory"],
 )
 def test_a_variant_asked_for_that_cannot_run_says_why(case, variant, why):
     with pytest.raises(ValueError, match=why):

@@ -295,8 +295,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
                                 "rows[0]: variant: no field 'num_warps'"),
     "variant's operand": (content(row(variant={**asdict(BEST), "weight": "gather"})),
                           "rows[0]: variant: weight is 'gather'"),
-    "variant's switch": (content(row(variant={**asdict(BEST), "roles": 0})),
-                         "rows[0]: variant: roles is 0"),
+    "variant's switch": (content(row(variant={**asdict(BEST), "persistent": 0})),
+                         "rows[0]: variant: persistent is 0"),
     "variant's size": (content(row(variant={**asdict(BEST), "block_m": 0})),
                        "rows[0]: variant: block_m is 0"),
     "cannot run": (content(row(variant={**asdict(BEST), "rows": "tma"})),
@@ -332,22 +332,22 @@ def test_variant_that_does_not_fit_this_card(use):
 
 
 def test_a_variant_that_only_another_triton_compiles_gives_way_to_the_rule(use, monkeypatch):
-    """A table that ships is read by every release. Roles compile on 3.6 alone."""
-    roles = replace(BEST, roles=True)
+    """A table that ships is read by every release. Say that a tile compiles on some alone."""
+    newer = replace(BEST, num_stages=2)
 
     def problem(variant: Variant, *_: Any) -> str | None:
-        return "roles need Triton 3.6" if variant.roles else None
+        return "two stages need Triton 3.6" if variant == newer else None
 
     monkeypatch.setattr(tuned, "problem", problem)
     monkeypatch.setattr("megalora_kernels.tuned_table.problem", problem)
-    given = content(row(512, roles), row(64))
+    given = content(row(512, newer), row(64))
     given["measured"]["triton"] = "3.0.1"
     use(given)
     assert chosen() == rule(PRODUCT)
     assert chosen(rows_per_expert=64) == BEST
     given["measured"]["triton"] = ".".join(triton.__version__.split(".")[:2]) + ".9"
     use(given)
-    with pytest.raises(ValueError, match="roles need Triton 3.6; tune again"):
+    with pytest.raises(ValueError, match="two stages need Triton 3.6; tune again"):
         chosen()
 
 

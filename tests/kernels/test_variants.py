@@ -54,7 +54,7 @@ def test_rule_takes_smaller_tiles_and_fewer_stages_where_registers_and_shared_me
 
 
 def test_what_the_rule_names_can_run_anywhere():
-    """By pointers and without roles: no condition on addresses, versions or sizes."""
+    """By pointers: no condition on addresses or sizes."""
     sizes = combinations(
         (10, 1536, 2048, 1280), (7, 768, 2048), (0, 1, 16, 48, 128), (1.0, 100.0, 1e4), (1, 2)
     )
@@ -65,15 +65,14 @@ def test_what_the_rule_names_can_run_anywhere():
             product = Product("dgrad", dtype, N, K, rank, True, rows, blocks)
             variant = rule(product, *limits(capability))
             assert problem(variant, product, *limits(capability)) is None
-            assert (variant.weight, variant.rows, variant.roles) == ("pointers", "pointers", False)
+            assert (variant.weight, variant.rows) == ("pointers", "pointers")
 
 
 @pytest.mark.parametrize(
     "product", [GATE_UP, DOWN, replace(DOWN, op="dgrad")], ids=["gate_up", "down", "dgrad"]
 )
 @pytest.mark.parametrize("capability", [AMPERE, ADA, HOPPER, BLACKWELL], ids=str)
-def test_candidates_can_run_and_begin_with_the_rule(product, capability, monkeypatch):
-    monkeypatch.setattr(variants, "TRITON_VERSION", (3, 6))
+def test_candidates_can_run_and_begin_with_the_rule(product, capability):
     found = candidates(product, *limits(capability))
     assert found[0] == rule(product, *limits(capability))
     assert len(set(found)) == len(found) >= 3
@@ -81,9 +80,6 @@ def test_candidates_can_run_and_begin_with_the_rule(product, capability, monkeyp
     by_tma = {(variant.weight, variant.rows) for variant in found if variant.weight == "tma"}
     tma = ("tma", "pointers") if product.gathered else ("tma", "tma")
     assert by_tma == ({tma} if capability >= HOPPER else set())
-    assert any(variant.roles for variant in found) == (
-        capability == HOPPER and not product.gathered
-    )
     assert any(variant.persistent for variant in found) == (capability >= HOPPER)
 
 
@@ -97,7 +93,6 @@ def test_only_one_candidate_in_float32():
 
 WIDE = Variant(128, 256, 64, 8, 4)
 BY_TMA = replace(WIDE, weight="tma", rows="tma")
-ROLES = replace(BY_TMA, num_warps=4, num_stages=3, roles=True)
 
 
 @pytest.mark.parametrize(
@@ -136,51 +131,13 @@ ROLES = replace(BY_TMA, num_warps=4, num_stages=3, roles=True)
         (BY_TMA, replace(DOWN, N=2176), HOPPER, "2176 columns are not a multiple of 256"),
         (BY_TMA, replace(DOWN, N=768, blocks=2), HOPPER, "384 columns are not a multiple of 256"),
         (BY_TMA, GATE_UP, HOPPER, "rows that are gathered cannot be read by TMA"),
-        (
-            ROLES,
-            DOWN,
-            BLACKWELL,
-            "roles need Triton 3.6 and compute capability 9.0, this is Triton .* and 10.0",
-        ),
-        (
-            replace(ROLES, num_warps=8),
-            DOWN,
-            HOPPER,
-            "roles need both operands by TMA, 4 warps and a program for each tile",
-        ),
-        (replace(ROLES, rows="pointers"), DOWN, HOPPER, "roles need both operands by TMA"),
-        (replace(ROLES, persistent=True), DOWN, HOPPER, "a program for each tile"),
-        (replace(ROLES, block_m=64), DOWN, HOPPER, "roles need tiles of 128 rows or more, not 64"),
-        (
-            replace(ROLES, num_stages=1),
-            replace(DOWN, dtype=torch.float32),
-            HOPPER,
-            "roles need half precision",
-        ),
-        (ROLES, replace(GATE_UP, gathered=False), HOPPER, "roles take one block of b, not 2"),
-        (
-            ROLES,
-            replace(DOWN, rank=8),
-            HOPPER,
-            "roles need a rank that is a power of two from 16 on, not 8",
-        ),
-        (ROLES, replace(DOWN, rank=128), HOPPER, "it needs 279040 bytes of shared memory"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_problems_are_named(variant, product, capability, why, monkeypatch):
-    monkeypatch.setattr(variants, "TRITON_VERSION", (3, 6))
+def test_problems_are_named(variant, product, capability, why):
     found = problem(variant, product, *limits(capability))
     with pytest.raises(ValueError, match=why):
         raise ValueError(found)
-
-
-def test_roles_need_the_triton_that_compiles_them(monkeypatch):
-    """3.7 ends the process in the middle of compiling."""
-    assert problem(ROLES, replace(DOWN, rank=16)) is None or variants.TRITON_VERSION != (3, 6)
-    for version, fits in (((3, 6), True), ((3, 7), False), ((3, 5), False)):
-        monkeypatch.setattr(variants, "TRITON_VERSION", version)
-        assert (problem(ROLES, DOWN) is None) == fits
 
 
 def test_shared_memory_does_not_grow_with_the_rank_until_its_operands_outgrow_the_pipeline():

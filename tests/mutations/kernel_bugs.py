@@ -5,7 +5,7 @@ from tests.mutations.bugs import Bug, bug
 NAMES = (
     "gemm_kernel", "shrink", "swiglu", "lora_wgrad", "expert_mlp", "route", "regroup", "engine",
     "sums", "augmented_weight",
-    "variants", "descriptors", "gemm_roles",
+    "variants", "descriptors",
 )  # fmt: skip
 (
     GEMM,
@@ -20,7 +20,6 @@ NAMES = (
     JOINED,
     VARIANTS,
     DESCRIPTORS,
-    ROLES,
 ) = (f"kernels/megalora_kernels/{name}.py" for name in NAMES)
 VARIANT_TEST = "tests/kernels/test_gemm_variants.py"
 RULE_TEST = "tests/kernels/test_variants.py"
@@ -471,22 +470,6 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
-        "a list of tiles taken for tiles of another height",
-        ROLES,
-        "if block_m not in routing.tile_lists:",
-        "if not routing.tile_lists:",
-        f"{VARIANT_TEST} share",
-    ),
-    bug(
-        0,
-        "a tile's rows up to its end in the list",
-        ROLES,
-        "tl.store(tiles_ptr + 2, tl.where(there, end, 0))",
-        "tl.store(tiles_ptr + 2, tl.where(there, row0 + ROWS, 0))",
-        f"{VARIANT_TEST} roles",
-    ),
-    bug(
-        0,
         "another adapter's B left beside the blocks",
         JOINED,
         "if self._blocks and blocks != self._blocks:",
@@ -508,14 +491,6 @@ KERNEL_BUGS: tuple[Bug, ...] = (
         "if steps[-1] < t.shape[-1] * t.element_size():",
         "if False:",
         f"{VARIANT_TEST} addresses",
-    ),
-    bug(
-        0,
-        "roles with an adapter that has no B",
-        ROLES,
-        "if s_MR is None or b_ERN is None else",
-        "if s_MR is None else",
-        f"{VARIANT_TEST} roles_without",
     ),
     bug(
         0,
@@ -548,14 +523,6 @@ KERNEL_BUGS: tuple[Bug, ...] = (
         'if variant.rows == "tma" and product.gathered:',
         "if False:",
         f"{RULE_TEST} named",
-    ),
-    bug(
-        0,
-        "roles for a Triton that aborts on them",
-        VARIANTS,
-        "if TRITON_VERSION != (3, 6) or",
-        "if TRITON_VERSION < (3, 6) or",
-        f"{RULE_TEST} roles_need",
     ),
     bug(
         0,

@@ -60,10 +60,6 @@ def _gemm(a: dict[str, Any]) -> int:
     return 2 * rows * (columns * a["K"] + a["block_columns"] * ranks)
 
 
-def _gemm_roles(a: dict[str, Any]) -> int:
-    raise NotImplementedError("no layer of a test takes the variant with warp roles")
-
-
 def _shrink(a: dict[str, Any]) -> int:
     rank = a["R"] + a["R2"]
     return 2 * a["s_ptr"].shape[0] * a["K"] * rank if rank else 0
@@ -85,7 +81,6 @@ def _wgrad(a: dict[str, Any]) -> int:
 
 KERNEL_FLOPS: dict[str, Any] = {
     "_gemm_kernel": _gemm,
-    "_gemm_roles_kernel": _gemm_roles,
     "_shrink_kernel": _shrink,
     "_swiglu_kernel": _swiglu,
     "_swiglu_backward_kernel": _swiglu_backward,
