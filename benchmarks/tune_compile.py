@@ -67,8 +67,8 @@ def compile_all(
         seconds: after which no job is begun.
 
     Returns:
-        None for each job that compiled, why not for each that did not; a job that was not reached
-            is not there.
+        None for each job that compiled, why not for each that did not; a job that was not reached,
+            or that the end cut off, is not there.
     """
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
@@ -85,8 +85,12 @@ def compile_all(
                 break
             child = child or _Child(command)
             # A job that is begun may take its time, but not beyond the end by much.
-            answer = child.ask(job.line(), min(job_seconds, end - time.monotonic() + 5))
-            found[job] = None if answer == "ok" else answer
+            allowed_s = min(job_seconds, end - time.monotonic() + 5)
+            answer = child.ask(job.line(), allowed_s)
+            # With less than a job's own time it was the budget that ended it: it may well compile.
+            cut_off = child.timed_out and allowed_s < job_seconds
+            if not cut_off:
+                found[job] = None if answer == "ok" else answer
             if child.died:
                 child = None
         if child is not None:
@@ -112,6 +116,7 @@ class _Child:
             command, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=env
         )
         self.died = False
+        self.timed_out = False
 
     def ask(self, line: str, seconds: float) -> str:
         """Its answer, or how it ended."""
@@ -125,6 +130,7 @@ class _Child:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             if not selector.select(seconds):
                 self.process.kill()
+                self.timed_out = True
                 return self._end(f"not compiled after {seconds:.0f} s; ")
         return self.process.stdout.readline().strip() or self._end("")
 

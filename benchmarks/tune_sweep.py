@@ -1,7 +1,8 @@
 """The sweep: compile, check, time, write. What it measures with is passed in, so that tests bring a
 clock of their own.
 
-1. compile   every variant of a group of points in child processes
+1. compile   every variant of a group of points in child processes; a point is begun when all of
+             its variants were tried
 2. check     each variant on uneven experts, then at the very point: each row against float32, with
              NaN in what it allocates; the same bits twice
 3. round 1   all that passed, three times each, interleaved
@@ -66,6 +67,10 @@ class DeadDevice(Exception):
     """The device answers nothing any more in this process: an address out of bounds, say."""
 
 
+class OutOfTime(Exception):
+    """Not all of a point's variants can be measured in this call."""
+
+
 @dataclass(frozen=True)
 class Tools:
     """What the sweep measures with."""
@@ -92,9 +97,8 @@ class Sweep:
 
     def __init__(self, record: Record, tools: Tools, seconds: float) -> None:
         self.record, self.tools, self.end = record, tools, tools.now() + seconds
-        self.uncompiled: set[str] = set()
-        """Not reached by the compiler: not refused, but not to be compiled in series either."""
         self.compiled: set[Job] = set()
+        """Compiled, or refused."""
         self.checked: set[str] = set()
         self.longest: dict[str, float] = {}
         """Seconds of the slowest point and the slowest layer so far."""
@@ -104,34 +108,47 @@ class Sweep:
 
     def measure(self, groups: Sequence[Group]) -> None:
         """All that time allows, in order; what is on record already is not measured again."""
-        self.record.not_reached = []
-        for number, group in enumerate(groups):
-            points = [p for p in group.points if p.label not in self.record.points]
-            layers = [spec for spec in group.layers if spec.label not in self.record.crossing]
-            points = [p for p in points if p.label not in self.record.failures]
-            layers = [spec for spec in layers if spec.label not in self.record.failures]
+        record = self.record
+        tried = {*record.points, *record.crossing, *record.failures}
+        remaining = [
+            Group(
+                tuple(point for point in group.points if point.label not in tried),
+                tuple(spec for spec in group.layers if spec.label not in tried),
+            )
+            for group in groups
+        ]
+        # All of it first: a process that is killed leaves a file that says what it did not reach.
+        record.not_reached = []
+        for group in remaining:
+            record.not_reached += [what.label for what in (*group.points, *group.layers)]
+        record.save()
+        for number, group in enumerate(remaining):
+            points = group.points
             if points and self.left() > LEAST_SECONDS:
                 self._timed(f"compile group {number}", lambda points=points: self._compile(points))
             for point in points:
                 self._if_time("point", point.label, lambda point=point: self._point(point))
-            for spec in layers:
+            for spec in group.layers:
                 self._if_time("layer", spec.label, lambda spec=spec: self._layer(spec))
-        self.record.save()
+        record.save()
 
     def _if_time(self, kind: str, label: str, call: Callable[[], None]) -> None:
         if self.left() < max(LEAST_SECONDS, 1.2 * self.longest.get(kind, 0.0)):
-            self.record.not_reached.append(label)
             return
         try:
             seconds = self._timed(label, call)
             self.longest[kind] = max(self.longest.get(kind, 0.0), seconds)
         except DeadDevice:
             raise
+        except OutOfTime as error:
+            print(f"not reached: {error}", flush=True)
+            return
         except Exception as error:
             # Out of memory, say: the next may well fit; this one is said and recorded.
             self.record.failures[label] = first_line(error)
             print(f"FAILED {label}: {first_line(error)}", flush=True)
             self._check_alive(label)
+        self.record.not_reached.remove(label)
         self.record.save()
 
     def _check_alive(self, label: str) -> None:
@@ -155,28 +172,28 @@ class Sweep:
         )
 
     def _compile(self, points: Sequence[Point]) -> None:
-        dtype = DTYPE_NAMES[self.tools.dtype]
-        jobs = {}
-        for point in points:
-            for variant in self.variants(point):
-                for experts in self._experts(point):
-                    jobs[Job(point.gemm, experts, variant, dtype)] = None
-        wanted = [
-            job
-            for job in jobs
-            if job not in self.compiled and _name(job.gemm, job.variant) not in self.record.refused
-        ]
+        wanted = self._uncompiled(points)
         if not wanted:
             return
         found = self.tools.compiler(wanted, COMPILE_SHARE * self.left())
         self.compiled |= found.keys()
-        for job in wanted:
-            name = _name(job.gemm, job.variant)
-            if job not in found:
-                self.uncompiled.add(name)
-            elif (why := found[job]) is not None:
+        for job, why in found.items():
+            if why is not None:
+                name = _name(job.gemm, job.variant)
                 self.record.refused[name] = f"does not compile: {why}"
         self.record.save()
+
+    def _uncompiled(self, points: Sequence[Point]) -> list[Job]:
+        """Kernels of these points that were not tried yet, each once."""
+        dtype = DTYPE_NAMES[self.tools.dtype]
+        jobs: dict[Job, None] = {}
+        for point in points:
+            for variant in self.variants(point):
+                if _name(point.gemm, variant) in self.record.refused:
+                    continue
+                for experts in self._experts(point):
+                    jobs[Job(point.gemm, experts, variant, dtype)] = None
+        return [job for job in jobs if job not in self.compiled]
 
     def _experts(self, point: Point) -> list[int]:
         """How many experts it runs with: those of the check on uneven experts, and its own."""
@@ -188,7 +205,7 @@ class Sweep:
         passed = []
         for variant in variants:
             name = _name(gemm, variant)
-            if name in self.record.refused or name in self.uncompiled:
+            if name in self.record.refused:
                 continue
 
             def check(variant: Variant = variant) -> str | None:
@@ -211,6 +228,11 @@ class Sweep:
     def _point(self, point: Point) -> None:
         tools = self.tools
         gemm = point.gemm
+        # What the group's share of time did not reach.
+        self._compile([point])
+        if left := self._uncompiled([point]):
+            # Of some variants alone there is no fastest: neither a row nor that the rule stands.
+            raise OutOfTime(f"{point.label}: {len(left)} kernels are not compiled yet")
         variants = self.variants(point)
         new = [v for v in variants if _name(gemm, v) not in self.checked]
         uneven = make_operands(gemm, tools.uneven, tools.device, tools.dtype)

@@ -71,7 +71,10 @@ class Bench:
         self.compiled: list[Job] = []
         self.timed: list[tuple[str, int]] = []
         self.no_compile: dict[Variant, str] = {}
+        self.too_slow: set[Variant] = set()
+        """Variants that the compiler never reaches."""
         self.reach = 10**6
+        """How many jobs of a call it reaches."""
         self.alive = True
         self.layer_us: dict[int, tuple[float | None, float | None]] = {}
 
@@ -88,7 +91,8 @@ class Bench:
     def compiler(self, jobs: Sequence[Job], seconds: float) -> dict[Job, str | None]:
         self.compiled += jobs
         self.seconds += 1
-        return {job: self.no_compile.get(job.variant) for job in jobs[: self.reach]}
+        reached = [job for job in jobs[: self.reach] if job.variant not in self.too_slow]
+        return {job: self.no_compile.get(job.variant) for job in reached}
 
     def layer(self, spec: Spec) -> dict[str, Any]:
         triton, vendor = self.layer_us[spec.num_rows // spec.experts]
@@ -489,16 +493,46 @@ def test_what_does_not_compile_is_refused_and_never_launched(out):
     assert len(found["sweep"]["refused"]) == 2 and VARIANTS[5] not in launched
 
 
-def test_what_the_compiler_did_not_reach_is_left_for_the_next_call(out):
+def test_what_the_compiler_did_not_reach_is_compiled_before_its_point(out):
     bench = Bench(costs(v0=100, v5=1, v2=50))
     # both numbers of experts of all but the last job of the second GEMM
     bench.reach = 2 * 2 * len(VARIANTS) - 1
     found = sweep(out, bench)
     assert not found["sweep"]["refused"]
-    assert {(row["N"], Variant(**row["variant"])) for row in found["rows"]} == {
-        (32, VARIANTS[5]),
-        (32, VARIANTS[2]),
-    }
+    assert [Variant(**row["variant"]) for row in found["rows"]] == [VARIANTS[5]] * 4
+    assert len(bench.compiled) == 2 * 2 * len(VARIANTS) + 1
+
+
+def test_a_point_is_judged_by_all_of_its_variants_or_not_reached(out):
+    """The fastest is not compiled in time: neither does the rule stand, nor has the second a row.
+    The next call goes on."""
+    bench = Bench(costs(v0=100, v5=1, v2=50))
+    bench.too_slow = {VARIANTS[5]}
+    found = sweep(out, bench, POINTS[:2])
+    assert not found["rows"] and not found["rule_stands"] and not found["sweep"]["failures"]
+    assert found["sweep"]["not_reached"] == [point.label for point in POINTS[:2]]
+    assert not bench.timed
+    bench.too_slow.clear()
+    found = sweep(out, bench, POINTS[:2])
+    assert [Variant(**row["variant"]) for row in found["rows"]] == [VARIANTS[5]] * 2
+    assert not found["sweep"]["not_reached"]
+
+
+def test_a_sweep_that_is_killed_has_written_what_it_did_not_reach(out):
+    bench = Bench(costs(v0=100))
+    timed = bench.timer
+
+    def timer(calls, repeats):
+        if len(bench.timed) > 2 * len(VARIANTS):
+            raise KeyboardInterrupt  # as little is done after it as after a kill
+        return timed(calls, repeats)
+
+    bench.timer = timer
+    with pytest.raises(KeyboardInterrupt):
+        sweep(out, bench, layers=LAYERS)
+    found = json.loads(out.read_text())["sweep"]
+    labels = [what.label for what in (*POINTS, *LAYERS)]
+    assert list(found["points"]) == labels[:1] and found["not_reached"] == labels[1:]
 
 
 def test_a_second_group_compiles_nothing_twice(out):
@@ -731,6 +765,19 @@ def test_an_abort_loses_one_variant_and_not_the_sweep(monkeypatch):
     assert found[job("sleep")].startswith(
         "not compiled after 3 s; the compiler's process ended with -9"
     )
+
+
+def test_a_job_that_the_end_cuts_off_is_not_refused(monkeypatch):
+    """It had less than a compiler may take."""
+
+    class Selector(selectors.DefaultSelector):
+        def select(self, timeout: float | None = None) -> list[Any]:
+            assert timeout is not None and timeout < tune_compile.JOB_SECONDS
+            return super().select(0)  # time is up at once
+
+    monkeypatch.setattr(tune_compile.selectors, "DefaultSelector", Selector)
+    slow = [job("sleep")]
+    assert compile_all(slow, [sys.executable, "-c", CHILD], 1, seconds=30) == {}
 
 
 def test_no_job_is_begun_when_time_is_over():
