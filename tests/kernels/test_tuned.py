@@ -13,7 +13,7 @@ import torch
 import triton
 from megalora_kernels import tuned
 from megalora_kernels.tuned_table import MEASURED, read_table
-from megalora_kernels.variants import Product, Variant, rule, tile_rank
+from megalora_kernels.variants import Product, Variant, problem, rule, tile_rank
 
 CPU = torch.device("cpu")
 BEST = Variant(128, 256, 64, 8, 3, weight="tma")
@@ -218,6 +218,27 @@ def test_file_of_the_card_ships_beside_the_module(tmp_path, monkeypatch):
     monkeypatch.setenv(tuned.ENV_TABLE, "off")
     tuned.forget()
     assert tuned.choices_for(name).variant(PRODUCT) == rule(PRODUCT)
+
+
+@pytest.mark.parametrize("path", sorted(tuned.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_tables_that_ship(path, monkeypatch):
+    """Each is of the card that its name says, was measured on a GPU, and its variants can run
+    there, by whichever Triton is installed."""
+    monkeypatch.delenv(tuned.ENV_TABLE, raising=False)
+    tuned.forget()
+    table = json.loads(path.read_text())
+    gpu = table["gpu"]
+    assert path.name == tuned.file_name(gpu) and table["measured"]["card"] == gpu
+    assert not table.get("dry") and table["measured"]["driver"]
+    for given in table["rows"]:
+        product = Product(
+            given["op"], getattr(torch, given["dtype"]), given["N"], given["K"], given["R"],
+            given["gathered"], given["rows_per_expert"], given["blocks"],
+        )  # fmt: skip
+        variant = Variant(**given["variant"])
+        assert problem(variant, product) is None
+        assert tuned.choices_for(gpu).variant(product) == variant
+        assert given["us"] < given["rule_us"]
 
 
 def test_named_file_that_is_not_there(monkeypatch):
