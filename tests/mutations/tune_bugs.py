@@ -395,8 +395,8 @@ TUNE_BUGS: tuple[Bug, ...] = (
         0,
         "a failed point tried again",
         SWEEP,
-        "points = [p for p in points if p.label not in self.record.failures]",
-        "points = list(points)",
+        "*record.crossing, *record.failures}",
+        "*record.crossing}",
         f"{SWEPT} same_point",
     ),
     bug(
@@ -471,8 +471,8 @@ TUNE_BUGS: tuple[Bug, ...] = (
         0,
         "a second call begins anew",
         SWEEP,
-        "if p.label not in self.record.points]",
-        "]",
+        "tried = {*record.points, *record.crossing,",
+        "tried = {*record.crossing,",
         f"{SWEPT} second_call",
     ),
     bug(
