@@ -37,7 +37,7 @@ def _gpu(
         grouped_gemm=Roofline(grouped * 1e12, memory * 1e12),
         attention=Constant(attention[0] * 1e12), attention_backward=Constant(attention[1] * 1e12),
         memory=Constant(memory * 1e12), network=Links(inside * 1e9, outside * 1e9),
-        overhead=Overhead(4.0e-3, 0.44e-3, 11.4e-3, hidden=True, basis="assumed"),
+        overhead=Overhead(1.0e-3, 1.4e-3, 10e-3, hidden=True, basis="assumed"),
         note="assumed: rates of the GPU in general, 8 in a node, one network adapter for each",
     )  # fmt: skip
 
@@ -51,9 +51,8 @@ GPUS = {
     "a100": _gpu("A100 SXM 80 GB", 78, 250, 200, (190, 60), 1.75, 230, 20),
     "b200": _gpu("B200 180 GB", 177, 1700, 1200, (700, 230), 7.0, 680, 42),
 }
-"""Only the host's time was measured by megalora, beside one H100
-(benchmarks/results/gpu_calibration.json), and is taken for every GPU. Attention's backward is in
-FLOPs of forward; it does 2.5 times as many."""
+"""Nothing here was measured by megalora. Attention's backward is in FLOPs of forward; it does 2.5
+times as many."""
 
 
 def find_machine(name: str) -> Machine:
