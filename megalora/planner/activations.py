@@ -1,4 +1,4 @@
-"""Bytes that one microbatch leaves behind for backward, from the code that saves them.
+"""Count the bytes that one microbatch leaves behind for backward, by the code that saves them.
 
 The base is frozen, so a linear without adapter keeps nothing of its input: what is kept is kept by
 norms, attention, router, activations and adapters alone. ``tests/planner/test_activations.py``
@@ -11,41 +11,15 @@ float32 on the CPU. Dropout is not counted; ``PlannedModel`` refuses it.
     M  rows of this rank's experts: (T / t) k n on average, times the imbalance
 """
 
-import math
 from dataclasses import dataclass
 
-from megalora.lora.spec import Adapted
 from megalora.planner.layouts import ParallelLayout, Recompute, Workload
+from megalora.planner.microbatch import STATISTIC, Microbatch
+from megalora.planner.mlp_activations import INDEX, PlannedMLP, low_rank, mlp_bytes
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths
 
-STATISTIC = INT = 4
-"""Bytes of a float32 (rms, log-sum-exp, probability) and of an int32 index."""
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """Sizes of one microbatch on one rank, in elements."""
-
-    samples: int
-    sequence: int
-    """Padded to a multiple of TP."""
-    tokens: int
-    """T."""
-    own_tokens: int
-    """T / t: between attention and experts each rank holds its part of the sequence."""
-    rows: int
-    """M."""
-    element_bytes: int
-
-    @classmethod
-    def of(cls, model: PlannedModel, layout: ParallelLayout, work: Workload) -> "Microbatch":
-        p = layout.parallel
-        sequence = p.tp * math.ceil(work.sequence_length / p.tp)
-        tokens = layout.micro_batch_size * sequence
-        own = tokens // p.tp
-        rows = own * model.shape.top_k * p.etp
-        rows = math.ceil(rows * work.imbalance) if p.ep > 1 else rows
-        return cls(layout.micro_batch_size, sequence, tokens, own, rows, work.element_bytes)
+LOSS_MASK = 4
+"""Bytes of a token's float32 entry of the loss mask."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +42,7 @@ def chunk_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chu
     """Kept by the decoder layers of a chunk for one microbatch, head and loss left out:
     ``layer_bytes`` of each."""
     total = 0
+    # A plan asks for the same layout once per stage: layers of one kind are counted once.
     known = model.memo.setdefault(("kept", layout, work), {})
     for layer in chunk.layers:
         live = _input_needs_gradient(model, chunk, layer)
@@ -82,9 +57,11 @@ def chunk_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chu
 
 def angles_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
     """Recomputed layers keep the angles of rotary embeddings, S d 4, of the features of a head that
-    are turned: one tensor for all layers of a
-    chunk and all microbatches."""
-    if layout.recompute != "full" or chunk.layers.stop <= model.first_adapted * chunk.has_embedding:
+    are turned: one tensor for all layers of a chunk and all microbatches."""
+    if layout.recompute != "full":
+        return 0
+    # Nothing between the embedding and the first adapter takes part in backward.
+    if chunk.has_embedding and chunk.layers.stop <= model.first_adapted:
         return 0
     return Microbatch.of(model, layout, work).sequence * model.shape.turned_features * STATISTIC
 
@@ -113,7 +90,7 @@ def kept(
     model: PlannedModel, layout: ParallelLayout, batch: Microbatch, layer: int, live: bool, *,
     selective: bool
 ) -> Kept:  # fmt: skip
-    """The same by parts.
+    """The same by parts, without and with selective recomputation.
 
     Norm: its input (T / t) H e and rms, where that needs a gradient. Adapter of a linear: its
         input, unless someone else keeps it, h and the block matrix of its B's.
@@ -121,31 +98,31 @@ def kept(
     s = model.shape
     e = batch.element_bytes
     own = batch.own_tokens
-    modules = model.by_layer.get(layer, {})
+    modules = model.modules_of(layer)
     norm = own * (s.hidden * e + STATISTIC)
     hidden = own * s.hidden * e
     qkv = modules.get("self_attention.linear_qkv", [])
     o = modules.get("self_attention.linear_proj", [])
     width, kv = attention_widths(s, layout.parallel)
-    rest = norm * live
+
+    rest = norm if live else 0
     if qkv:
         rest += hidden + low_rank(qkv, batch.tokens, width + 2 * kv, e)
     attention = 0
     if live or qkv:
         attention = _core_attention(model, layout, batch, selective, result_is_read=bool(o))
     elif o:
+        # No gradient passes core attention: its result is kept as the input of o's adapter.
         attention = batch.tokens * width * e
     if o:
         rest += low_rank(o, own, s.hidden, e)
+
+    # An adapter of attention makes the residual stream need a gradient from here on.
     live = live or bool(qkv or o)
-    rest += norm * live
-    mlp = _moe if s.is_moe(layer) else _dense
-    return Kept(attention, mlp(model, layout, batch, modules, live, selective), rest)
-
-
-def low_rank(adapted: list[Adapted], rows: int, out_features: int, e: int) -> int:
-    """``add_low_rank``: h, rows R, and the stacked B, out R; both in the activations' dtype."""
-    return (rows + out_features) * sum(a.rank for a in adapted) * e
+    if live:
+        rest += norm
+    mlp = PlannedMLP(model, layout, batch, modules, live, selective)
+    return Kept(attention, mlp_bytes(mlp, s.is_moe(layer)), rest)
 
 
 def _core_attention(
@@ -165,159 +142,22 @@ def _core_attention(
     width, kv = attention_widths(s, layout.parallel)
     heads = width // s.head_dim
     groups = kv // s.head_dim
-    total = (
-        tokens * (width + 2 * kv) * e
-        + 4 * batch.sequence * s.turned_features * e
-        + tokens * (width + kv) * e
-    )
+    of_qkv = tokens * (width + 2 * kv) * e
+    # Cosines and sines, of q and of k.
+    rotary = 4 * batch.sequence * s.turned_features * e
+    q_and_k = tokens * (width + kv) * e
+    total = of_qkv + rotary + q_and_k
     if s.qk_norm:
+        # One rms for each head, or one for all heads of q and one for those of k.
         norms = 2 if s.full_width_norms else heads + groups
-        total += tokens * norms * STATISTIC + (tokens * width * e if groups > 1 else 0)
+        total += tokens * norms * STATISTIC
+        if groups > 1:
+            total += tokens * width * e
     if result_is_read or not selective:
         total += tokens * width * e
-    return total if selective else total + tokens * heads * STATISTIC
-
-
-def _moe(
-    model: PlannedModel,
-    layout: ParallelLayout,
-    batch: Microbatch,
-    modules: dict[str, list[Adapted]],
-    live: bool,
-    selective: bool,
-) -> int:
-    """Router, both sorts, routed experts and the shared expert."""
-    s = model.shape
-    e = batch.element_bytes
-    own = batch.own_tokens
-    router = modules.get("mlp.router", [])
-    gate_up = modules.get("mlp.experts.gate_up", [])
-    down = modules.get("mlp.experts.down", [])
-    shared = any(m.startswith("mlp.shared_experts") for m in modules)
-    moved = layout.parallel.ep * layout.parallel.etp > 1
-    total = 0
-    if router:
-        total += low_rank(router, own, s.num_experts, _router_bytes(model, batch))
-    live_router = live or bool(router)
-    if live_router:
-        total += _routing(model, batch, moved, live)
-    total += _experts(model, layout, batch, modules, live_router, selective)
-    # Recomputing gate_up needs the experts' input wherever backward passes SwiGLU.
-    x_kept = bool(gate_up) or (selective and (live_router or bool(down)))
-    fc1 = bool(modules.get("mlp.shared_experts.linear_fc1"))
-    shared_x_kept = fc1 or (selective and (live or shared))
-    if router or (x_kept and not moved) or (s.shared_intermediate and shared_x_kept):
-        total += own * s.hidden * e  # the norm's output, once for all who keep it
-    if s.shared_intermediate and (live or shared):
-        total += _gated_mlp(
-            model,
-            layout,
-            batch,
-            modules,
-            "mlp.shared_experts",
-            s.shared_intermediate,
-            live,
-            selective,
-        )
-        # Its output is multiplied by sigmoid(gate), which is frozen: the output is kept for the
-        # gradient of the gate's input alone.
-        total += 0 if selective else s.shared_gate * own * (s.hidden * live + 1) * e
-    return total
-
-
-def _routing(model: PlannedModel, batch: Microbatch, moved: bool, live: bool) -> int:
-    """Top-k: an int64 index for each of the (T / t) k choices, a float32 softmax over the choices
-    (over all experts where probabilities are not normed again, as in Qwen2-MoE). Where
-    probabilities went: an int32 index, and one that the experts keep as well; with an all-to-all
-    that one and another belong to the rows before it."""
-    s = model.shape
-    own = batch.own_tokens
-    choices = own * s.top_k
-    if s.correction_bias:
-        # Sigmoids of all experts, those of the chosen ones and their sum. The weight is widened to
-        # float32, and kept for the gradient of the router's input.
-        is_widened = batch.element_bytes < STATISTIC
-        scores = own * (s.num_experts + s.top_k + 1) * STATISTIC
-        scores += s.num_experts * s.hidden * STATISTIC * (live and is_widened)
-    else:
-        scores = (own * s.num_experts if s.softmax_over_all else choices) * STATISTIC
-    kept = choices * (8 + INT) + scores
-    return kept + choices * 2 * INT * moved
-
-
-def _router_bytes(model: PlannedModel, batch: Microbatch) -> int:
-    """Bytes of an element behind the router: a family that corrects its choice by a bias has
-    products, scores and probabilities in float32."""
-    return STATISTIC if model.shape.correction_bias else batch.element_bytes
-
-
-def _experts(
-    model: PlannedModel,
-    layout: ParallelLayout,
-    batch: Microbatch,
-    modules: dict[str, list[Adapted]],
-    live: bool,
-    selective: bool,
-) -> int:
-    """``expert_mlp``: rows as an all-to-all delivered them M H e (without one they are the norm's
-    output), [gate | up] M 2 I / n e unless recomputed, S of gate and up and of down M (R + r) e,
-    probabilities M e, two int32 a row and E / ep offsets."""
-    s = model.shape
-    p = layout.parallel
-    e = batch.element_bytes
-    gate_up = modules.get("mlp.experts.gate_up", [])
-    down = modules.get("mlp.experts.down", [])
-    live = live or bool(gate_up or down)
-    if not live:
-        return 0
-    elements = sum(a.rank for a in gate_up + down)
-    if p.ep * p.etp > 1 and (gate_up or selective):
-        elements += s.hidden
     if not selective:
-        elements += 2 * s.expert_intermediate // p.etp
-    probability = _router_bytes(model, batch)
-    return batch.rows * (elements * e + probability + 2 * INT) + s.num_experts // p.ep * INT
-
-
-def _dense(
-    model: PlannedModel,
-    layout: ParallelLayout,
-    batch: Microbatch,
-    modules: dict[str, list[Adapted]],
-    live: bool,
-    selective: bool,
-) -> int:
-    s = model.shape
-    adapted = any(modules.get(f"mlp.linear_{name}") for name in ("fc1", "fc2"))
-    x_kept = bool(modules.get("mlp.linear_fc1")) or (selective and (live or adapted))
-    total = batch.own_tokens * s.hidden * batch.element_bytes * x_kept
-    return total + _gated_mlp(model, layout, batch, modules, "mlp", s.intermediate, live, selective)
-
-
-def _gated_mlp(
-    model: PlannedModel,
-    layout: ParallelLayout,
-    batch: Microbatch,
-    modules: dict[str, list[Adapted]],
-    name: str,
-    intermediate: int,
-    live: bool,
-    selective: bool,
-) -> int:
-    """fc1, silu(gate) * up, fc2, input left out: fc1's output T 2 I / t e, both factors T 2 I / t e
-    (Megatron's glu makes new ones), the product T I / t e where fc2 is adapted, and what the
-    adapters keep. Nothing when recomputed."""
-    if selective:
-        return 0
-    fc1 = modules.get(f"{name}.linear_fc1", [])
-    fc2 = modules.get(f"{name}.linear_fc2", [])
-    e = batch.element_bytes
-    features = intermediate // layout.parallel.tp
-    total = low_rank(fc1, batch.tokens, 2 * features, e) + low_rank(
-        fc2, batch.own_tokens, model.shape.hidden, e
-    )
-    total += batch.tokens * features * e * bool(fc2)
-    return total + batch.tokens * 4 * features * e * (live or bool(fc1))
+        total += tokens * heads * STATISTIC
+    return total
 
 
 def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> int:
@@ -330,12 +170,14 @@ def head_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload) -> i
     s = model.shape
     e = batch.element_bytes
     vocab = s.vocab // layout.parallel.tp
-    head = model.by_layer.get(None, {}).get("output_layer", [])
-    norm = batch.own_tokens * (s.hidden * e + STATISTIC)
-    total = norm * head_input_needs_gradient(model, layout) + batch.tokens * (vocab * 4 + 1 + 8 + 4)
-    return total + (
-        batch.own_tokens * s.hidden * e + low_rank(head, batch.tokens, vocab, e) if head else 0
-    )
+    head = model.modules_of(None).get("output_layer", [])
+    # The mask of targets that lie on other ranks is a bool: 1 byte.
+    total = batch.tokens * (vocab * STATISTIC + 1 + INDEX + LOSS_MASK)
+    if head_input_needs_gradient(model, layout):
+        total += batch.own_tokens * (s.hidden * e + STATISTIC)
+    if head:
+        total += batch.own_tokens * s.hidden * e + low_rank(head, batch.tokens, vocab, e)
+    return total
 
 
 def head_input_needs_gradient(model: PlannedModel, layout: ParallelLayout) -> bool:

@@ -22,33 +22,43 @@ from megalora.planner.search import CLOSE, Plan, Planned, search
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the command line says beside the config."""
+    """Options of the command line, beside the config."""
 
     gpus: int
+    """Number of GPUs, one rank each."""
     gpu: str
+    """Name of a GPU or path of a calibration file."""
     top: int = 10
+    """Number of layouts to show."""
     imbalance: float = 1.2
     """Rows of the fullest expert-parallel rank over the mean: assumed; ``megalora bench`` measures
     it."""
     lora_ranks: Sequence[int] = ()
+    """LoRA ranks to try beside the config's own."""
     gpus_per_node: int | None = None
+    """None: as many as the machine has."""
     out: Path | None = None
+    """File for a config of the best layout."""
     figure: Path | None = None
+    """File for a picture of the plan."""
     rejected: Path | None = None
+    """File for the list of rejected layouts."""
 
 
 def make_plan(config: RunConfig, options: PlanOptions) -> Plan:
     """Search for a config; raises ``ValueError`` for a mistake in it."""
-    require(math.isfinite(options.imbalance), f"--imbalance {options.imbalance}: no number of rows")
-    require(options.top >= 1, f"--top {options.top}: show at least 1 layout")
     require(
-        all(rank >= 1 for rank in options.lora_ranks),
-        f"--lora-rank: at least 1, got {list(options.lora_ranks)}",
+        math.isfinite(options.imbalance),
+        f"--imbalance {options.imbalance}: must be a finite number, 1 or more",
     )
+    require(options.top >= 1, f"--top {options.top}: show at least 1 layout")
+    smallest = min(options.lora_ranks, default=1)
+    require(smallest >= 1, f"--lora-rank {smallest}: a rank is at least 1")
     machine = find_machine(options.gpu)
     if options.gpus_per_node is not None:
         machine = with_ranks_per_node(machine, options.gpus_per_node)
     shape = model_shape(find_architecture(config.model.path))
+    # The table of the GPU that is planned for, whatever this machine is.
     work = replace(Workload.of(config, options.imbalance), crossings=crossings_of(machine.name))
     return search(shape, config.lora, options.gpus, work, machine, lora_ranks=options.lora_ranks)
 
@@ -61,15 +71,19 @@ def plan_command(
     _check_options(options)
     config = load_config(path, overrides)
     plan = make_plan(config, options)
-    if options.rejected:  # written also where nothing fits, which best() refuses
-        options.rejected.write_text("".join(f"{report.rejected_line(r)}\n" for r in plan.rejected))
+    # Before best(), which raises where nothing fits: that is when the reasons are wanted most.
+    if options.rejected:
+        lines = [f"{report.rejected_line(r)}\n" for r in plan.rejected]
+        options.rejected.write_text("".join(lines))
     best = plan.best()
     _say_plan(config, options, plan, best, say)
     if options.out:
         options.out.write_text(report.config_text(config, plan, best))
+        # The file as train will read it: a config that does not run must not be announced.
         load_config(options.out).check_world(options.gpus)
         say(f"wrote {options.out}: megalora train {options.out}, or launch/ for several nodes")
     if options.figure:
+        # Late: importing matplotlib takes longer than the plan.
         from megalora.planner.figure import draw
 
         title = f"{config.model.path} on {options.gpus} x {plan.machine.name}"
@@ -82,26 +96,28 @@ def _check_options(options: PlanOptions) -> None:
     for file in (options.out, options.figure, options.rejected):
         if file:
             prepare_file(file)
-    suffix = options.figure.suffix if options.figure else ".png"
-    require(
-        suffix in (".png", ".pdf", ".svg"),
-        f"--figure {options.figure}: end it in .png, .pdf or .svg",
-    )
+    if options.figure:
+        require(
+            options.figure.suffix in (".png", ".pdf", ".svg"),
+            f"--figure {options.figure}: end it in .png, .pdf or .svg",
+        )
 
 
 def _say_plan(
     config: RunConfig, options: PlanOptions, plan: Plan, best: Planned, say: Callable[[str], None]
 ) -> None:
+    """The plan from its assumptions down to the reasons against other layouts."""
     work = plan.work
     say(
         f"{config.model.path} on {options.gpus} x {plan.machine.name}, {work.global_batch_size}"
         f" samples of {work.sequence_length:,} tokens a step, {work.dtype}, LoRA rank"
         f" {config.lora.rank} on {config.lora.target_modules}"
     )
-    routing = f"; routing {work.imbalance:g} times the mean on the fullest rank: assumed" * (
-        best.time["experts"] > 0
-    )
-    say(f"rates {plan.machine.note}{routing}")
+    rates = f"rates {plan.machine.note}"
+    # A dense model routes nothing.
+    if best.time["experts"] > 0:
+        rates += f"; routing {work.imbalance:g} times the mean on the fullest rank: assumed"
+    say(rates)
     say(
         f"\nlayouts that fit: {len(plan.fitting):,}. The fastest ways to split the model, each with"
         f" the microbatch, chunks and recomputation that need least memory within {100 * CLOSE:.0f}"
@@ -118,8 +134,8 @@ def _say_plan(
 def dry_run_command(
     path: Path, overrides: Sequence[str], gpus: int, rank: int, say: Callable[[str], None] = print
 ) -> bool:
-    """Build one rank of the config's own layout on the meta device; False where it holds other
-    bytes than planned."""
+    """Build one rank of the config's own layout on the meta device and compare its bytes with the
+    plan's; False where they differ."""
     config = load_config(path, overrides)
     require(1 <= gpus <= 4096, f"--gpus {gpus}: a dry run builds a rank of 1 to 4,096")
     require(0 <= rank < gpus, f"--dry-run {rank}: ranks of {gpus} GPUs count from 0 to {gpus - 1}")
@@ -129,25 +145,27 @@ def dry_run_command(
     shape = model_shape(hf)
     work = Workload.of(config)
     check(shape, layout, work)
+    # Pipeline stages are consecutive blocks of ranks.
     stage = rank // (gpus // p.pp)
     planned = memory_of(shape, config.lora, layout, work, stage)
+    # Late: a mistake above is answered without the ten seconds that importing Megatron takes.
     from megalora import host
     from megalora.planner.dryrun import dry_run
 
     with host.fake_world(rank, gpus):
         built = dry_run(hf, config.lora, p, config.model)
-    rows = [
-        ("base weights", built.base_bytes, planned["weights"]),
-        ("adapters", built.adapter_bytes, planned["adapters"]),
-    ]
-    rows += [("buffers", built.buffer_bytes, 0)]
     say(
         f"rank {rank} of {gpus}, stage {stage}: {len(built.shapes):,} parameters' tensors, parts of"
         f" {built.num_tensors:,} adapter tensors"
     )
-    for name, found, said in rows:
-        say(
-            f"{name:<13} built {found:>16,} bytes   planned {said:>16,}  "
-            f" {'the same' if found == said else 'DIFFERENT'}"
-        )
-    return all(found == said for _, found, said in rows)
+    rows = (
+        ("base weights", built.base_bytes, planned["weights"]),
+        ("adapters", built.adapter_bytes, planned["adapters"]),
+        ("buffers", built.buffer_bytes, 0),
+    )
+    agrees = True
+    for name, found, expected in rows:
+        verdict = "the same" if found == expected else "DIFFERENT"
+        say(f"{name:<13} built {found:>16,} bytes   planned {expected:>16,}   {verdict}")
+        agrees = agrees and found == expected
+    return agrees

@@ -9,12 +9,13 @@ Work is counted from sizes (``layer_cost.py``); how fast it is done is the machi
 from collections import Counter
 
 from megalora.config import ParallelConfig
-from megalora.planner.hardware import Machine, weakest
-from megalora.planner.layer_cost import STATISTIC, LayerCosts
+from megalora.planner.hardware import Basis, Machine, weakest
+from megalora.planner.layer_cost import LayerCosts
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.ledger import Ledger, StepTime
-from megalora.planner.state_bytes import buffers
+from megalora.planner.state_bytes import GRADIENT, buffers
 from megalora.planner.weights import (
+    AdapterCount,
     Chunk,
     PlannedModel,
     adapter_parameters,
@@ -24,9 +25,12 @@ from megalora.planner.weights import (
 )
 
 ADAM_BYTES = 90
-"""Moved for an element of an optimizer's share: gradient, its norm and clipping, both moments,
-master and parameter, as torch's tensor-list Adam passes over them. Counted in its source, not
-measured."""
+"""Bytes moved for an element of an optimizer's share: gradient, its norm and clipping, both
+moments, master and parameter, as torch's tensor-list Adam passes over them. Counted in its source,
+not measured."""
+NORMS_AND_RESIDUALS = 10
+"""Times that hidden states are read or written by a layer's two norms and two residual sums,
+forward and backward each: a norm 2, a sum 3."""
 
 
 def waits_before_all_to_all(p: ParallelConfig) -> bool:
@@ -50,33 +54,36 @@ def step_time(
     """
     p = layout.parallel
     costs = StageCosts(model, layout, work, machine)
-    passes = [
-        (stage, n, costs.microbatch(chunks_of(model.shape, p, stage)))
-        for stage, n in first_of_their_like(model, p)
-    ]
-    stage, _, longest = max(passes, key=lambda found: found[2].total)
+    # One microbatch's seconds on every stage; stages that are alike are counted once.
+    through_all = 0.0
+    bases: set[Basis] = set()
+    passes: dict[int, Ledger] = {}
+    for stage, times in first_of_their_like(model, p):
+        passes[stage] = costs.microbatch(chunks_of(model.shape, p, stage))
+        through_all += times * passes[stage].total
+        bases.update(passes[stage].bases.values())
+    stage = max(passes, key=lambda stage: passes[stage].total)
+    longest = passes[stage]
+
     step = Ledger()
     step.take(longest, layout.num_microbatches(work.global_batch_size))
-    bubble = (sum(n * ledger.total for _, n, ledger in passes) - longest.total) / p.vpp
-    step.add(
-        "bubble",
-        bubble,
-        weakest([basis for *_, ledger in passes for basis in ledger.bases.values()]),
-    )
+    bubble = (through_all - longest.total) / p.vpp
+    step.add("bubble", bubble, weakest(list(bases)))
     costs.after_backward(step, chunks_of(model.shape, p, stage))
     step.add("host", machine.overhead.step_s, machine.overhead.basis)
     return StepTime(stage, step.parts())
 
 
 class StageCosts(LayerCosts):
-    """Seconds of a pipeline stage and of what follows its passes; layers of one kind are counted
-    once."""
+    """Counts the seconds of a pipeline stage and of what follows its passes; layers of one kind are
+    counted once."""
 
     def __init__(
         self, model: PlannedModel, layout: ParallelLayout, work: Workload, machine: Machine
     ) -> None:
         super().__init__(model, layout, work, machine)
         self.known: dict[tuple[int, bool], Ledger] = {}
+        """(kind of layer, whether no backward reaches it) -> its seconds."""
 
     def microbatch(self, chunks: list[Chunk]) -> Ledger:
         """Forward and backward of one microbatch through a stage's chunks."""
@@ -88,6 +95,8 @@ class StageCosts(LayerCosts):
                 found.take(self.known[layer, below], times)
             hidden = self.batch.own_tokens * self.shape.hidden * self.e
             if chunk.has_embedding:
+                # Rows are read from the table and written, T H e each. Every rank has part of the
+                # vocabulary: the sum over TP leaves each with its part of the sequence.
                 self.traffic(found, "other", 2 * self.batch.tokens * self.shape.hidden * self.e)
                 self.collective(
                     found, "tensor parallel other", "reduce_scatter", "tp", hidden * self.p.tp
@@ -95,75 +104,85 @@ class StageCosts(LayerCosts):
             if chunk.has_head:
                 for ledger in self.head():
                     found.take(ledger)
-            # across each border an exchange: one microbatch's hidden states for another's gradients
             if self.p.pp > 1:
+                # Across each border an exchange: one microbatch's hidden states for another's
+                # gradients. The first and the last chunk have one border, the others two.
                 borders = 2 - chunk.has_embedding - chunk.has_head
                 self.collective(found, "pipeline transfers", "send", "pp", hidden, times=borders)
         return found
 
     def _alike(self, chunk: Chunk) -> dict[tuple[int, bool], int]:
-        """(kind of layer, whether no backward reaches it) -> how many."""
+        """(kind of layer, whether no backward reaches it) -> how many layers of the chunk."""
         found: dict[tuple[int, bool], int] = {}
         for layer in chunk.layers:
-            key = (
-                self.model.kinds[layer],
-                chunk.has_embedding and layer < self.model.first_adapted,
-            )
+            below = chunk.has_embedding and layer < self.model.first_adapted
+            key = (self.model.kinds[layer], below)
             found[key] = found.get(key, 0) + 1
         return found
 
     def layer(self, layer: int, below: bool) -> Ledger:
         """One layer, forward, backward and what is computed again; no backward below the first
         adapter."""
-        modules = self.model.by_layer.get(layer, {})
+        modules = self.model.modules_of(layer)
+        is_moe = self.shape.is_moe(layer)
         forward = Ledger()
         backward = Ledger()
         again = Ledger()
-        mlp = self.moe if self.shape.is_moe(layer) else self.dense
         self.attention(forward, backward, modules)
-        mlp(forward, backward, modules)
-        for ledger in (forward, backward):  # two norms, two residuals
-            self.traffic(ledger, "other", 10 * self.batch.own_tokens * self.shape.hidden * self.e)
+        if is_moe:
+            self.moe(forward, backward, modules)
+        else:
+            self.dense(forward, backward, modules)
+        hidden = self.batch.own_tokens * self.shape.hidden * self.e
+        for ledger in (forward, backward):
+            self.traffic(ledger, "other", NORMS_AND_RESIDUALS * hidden)
         if self.layout.recompute == "full":
             again.take(forward, before="recompute ")
         elif self.layout.recompute == "selective":
-            again.take(self.selective(modules, self.shape.is_moe(layer)), before="recompute ")
+            again.take(self.selective(modules, is_moe), before="recompute ")
+
         over = self.machine.overhead
+        waits = is_moe and waits_before_all_to_all(self.p)
         whole = Ledger()
-        waits = self.shape.is_moe(layer) and waits_before_all_to_all(self.p)
         whole.take(forward)
         self.host(whole, over.layer_forward_s, forward.total, waits)
         if below:
             return whole
         whole.take(backward)
         whole.take(again)
-        # The layer's forward, run again in full, waits as the first one did, and splits the host's
-        # work in two.
         host = over.layer_backward_s
         device = backward.total
         if self.layout.recompute == "full" and waits:
+            # The layer's forward, run again in full, waits as the first one did, and splits the
+            # host's work in two.
             self.host(whole, over.layer_forward_s, again.total, waits)
         else:
-            host += over.layer_forward_s * (self.layout.recompute == "full")
             device += again.total
+            # Selective recomputation is priced by its time on the device alone.
+            if self.layout.recompute == "full":
+                host += over.layer_forward_s
         self.host(whole, host, device, waits=False)
         return whole
 
     def after_backward(self, to: Ledger, chunks: list[Chunk]) -> None:
         """float32 gradients to their owners, updated parameters back; sums over TP and ETP of what
         ranks share; Adam."""
-        each = [
-            (adapter_parameters(self.model, self.p, c), shared_elements(self.model, self.p, c))
-            for c in chunks
-        ]
-        for (count, shared), times in Counter(each).items():
+        alike: Counter[tuple[AdapterCount, tuple[int, int]]] = Counter()
+        for chunk in chunks:
+            count = adapter_parameters(self.model, self.p, chunk)
+            alike[count, shared_elements(self.model, self.p, chunk)] += 1
+        for (count, shared), times in alike.items():
+            # Buffers of dense and of expert adapters, each sharded over its data-parallel group.
             for elements, group in zip(buffers(count, self.layout), ("dp", "edp"), strict=True):
-                self.collective(
-                    to, "reduction", "reduce_scatter", group, elements * STATISTIC, times
-                )
+                gradients = GRADIENT * elements
+                self.collective(to, "reduction", "reduce_scatter", group, gradients, times)
                 self.collective(to, "reduction", "all_gather", group, elements * self.e, times)
-                moved = ADAM_BYTES * elements / self.strides[group][0] + STATISTIC * elements
-                self.traffic(to, "optimizer", moved, times)
+                # Adam passes over this rank's share; the whole buffer is set to zero once a step.
+                share = elements / self.strides[group][0]
+                self.traffic(to, "optimizer", ADAM_BYTES * share + gradients, times)
+            # ``sum_partial_gradients`` writes tables, copies them to one bucket and reads the sums
+            # back: 4 passes.
             for elements, group in zip(shared, ("tp", "etp"), strict=True):
-                self.collective(to, "reduction", "all_reduce", group, elements * STATISTIC, times)
-                self.traffic(to, "reduction", 4 * elements * STATISTIC, times)
+                gradients = GRADIENT * elements
+                self.collective(to, "reduction", "all_reduce", group, gradients, times)
+                self.traffic(to, "reduction", 4 * gradients, times)

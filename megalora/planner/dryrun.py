@@ -1,4 +1,4 @@
-"""Builds one rank of a layout without weights, memory or GPUs, and counts what is there.
+"""Build one rank of a layout without weights, memory or GPUs, and count its parameters.
 
 The model is made by the code that makes it for training (``adapt_base``) with every parameter on
 the meta device, in a world of any size whose collectives do nothing. What it finds must be
@@ -17,10 +17,12 @@ from megalora.model.fields import model_shape
 
 @dataclass(frozen=True)
 class RankCount:
-    """Bytes of one rank's model as built."""
+    """Bytes and shapes of one rank's model as built."""
 
     base_bytes: int
+    """Frozen parameters."""
     adapter_bytes: int
+    """Parameters that are trained."""
     buffer_bytes: int
     """Registered buffers; none today."""
     num_tensors: int
@@ -35,7 +37,7 @@ def dry_run(
 ) -> RankCount:
     """Build this rank of the initialised world on the meta device.
 
-    The world may be one of torch's fake process groups, of any size and as any rank; nothing is
+    ``host.fake_world`` makes a world of any size in which this process is any rank; nothing is
     communicated.
 
     Args:
@@ -49,6 +51,7 @@ def dry_run(
     shape.check_layout(parallel)
     adapted = resolve(lora, shape)
 
+    # Late: planning answers without torch and Megatron, which take ten seconds to import.
     from megalora.lora.adapted_model import adapt_base
     from megalora.model.build import make_chunks
     from megalora.parallel import parallel_groups
@@ -62,28 +65,27 @@ def dry_run(
 
 
 def _count(chunks: list[Any], num_tensors: int) -> RankCount:
-    parameters = {
-        f"{i}.{name}": p for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters()
-    }
-    buffers = [b for chunk in chunks for b in chunk.buffers()]
-    there = [name for name, p in parameters.items() if p.device.type != "meta"]
-    assert not there, f"{there[0]} was allocated in earnest"
-
-    def num_bytes(tensors: Any) -> int:
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    return RankCount(
-        base_bytes=num_bytes(p for p in parameters.values() if not p.requires_grad),
-        adapter_bytes=num_bytes(p for p in parameters.values() if p.requires_grad),
-        buffer_bytes=num_bytes(buffers),
-        num_tensors=num_tensors,
-        shapes={name: tuple(p.shape) for name, p in parameters.items()},
-    )
+    """Add up the parameters and buffers of this rank's model chunks."""
+    base_bytes = 0
+    adapter_bytes = 0
+    buffer_bytes = 0
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, chunk in enumerate(chunks):
+        for name, parameter in chunk.named_parameters():
+            assert parameter.device.type == "meta", f"{name} was allocated in earnest"
+            shapes[f"{i}.{name}"] = tuple(parameter.shape)
+            if parameter.requires_grad:
+                adapter_bytes += parameter.nbytes
+            else:
+                base_bytes += parameter.nbytes
+        for buffer in chunk.buffers():
+            buffer_bytes += buffer.nbytes
+    return RankCount(base_bytes, adapter_bytes, buffer_bytes, num_tensors, shapes)
 
 
 def _meta_device() -> Any:
-    """A context in which every tensor made empty, zero or one is on the meta device, though its
-    maker names another.
+    """A context in which tensors made by ``empty``, ``zeros`` and ``ones`` are on the meta device,
+    even where the caller names another.
 
     ``torch.device("meta")`` as a context does not reach those who pass a device. Initial values of
     adapters, drawn on the host from a seed, are left out: they would take longer than all the rest.
@@ -98,8 +100,9 @@ def _meta_device() -> Any:
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             kwargs = kwargs or {}
+            # Initial values of adapters.
             if func is torch.Tensor.uniform_:
-                return args[0]
+                return args[0]  # as it is: a meta tensor has no values
             if func in factories:
                 kwargs = {**kwargs, "device": "meta"}
             return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Machines to plan for: tables of well-known GPUs, and files that ``megalora bench --calibrate``
+"""Find the machine to plan for: a well-known GPU, or a file that ``megalora bench --calibrate``
 wrote."""
 
 import json
@@ -31,15 +31,21 @@ def _gpu(
 ) -> Machine:  # fmt: skip
     """TFLOP/s of dense and grouped GEMMs and of attention forward and backward, TB/s of memory,
     GB/s of a GPU's links."""
+    forward, backward = attention
     return Machine(
-        name=name, memory_bytes=memory_gib * GIB, ranks_per_node=8,
+        name=name,
+        memory_bytes=memory_gib * GIB,
+        ranks_per_node=8,
         gemm=Roofline(dense * 1e12, memory * 1e12),
         grouped_gemm=Roofline(grouped * 1e12, memory * 1e12),
-        attention=Constant(attention[0] * 1e12), attention_backward=Constant(attention[1] * 1e12),
-        memory=Constant(memory * 1e12), network=Links(inside * 1e9, outside * 1e9),
+        attention=Constant(forward * 1e12),
+        attention_backward=Constant(backward * 1e12),
+        memory=Constant(memory * 1e12),
+        network=Links(inside * 1e9, outside * 1e9),
+        # 1 and 1.4 ms of launches for a layer forward and backward, 10 ms once a step.
         overhead=Overhead(1.0e-3, 1.4e-3, 10e-3, hidden=True, basis="assumed"),
         note="assumed: rates of the GPU in general, 8 in a node, one network adapter for each",
-    )  # fmt: skip
+    )
 
 
 GPUS = {
@@ -51,14 +57,15 @@ GPUS = {
     "a100": _gpu("A100 SXM 80 GB", 78, 250, 200, (190, 60), 1.75, 230, 20),
     "b200": _gpu("B200 180 GB", 177, 1700, 1200, (700, 230), 7.0, 680, 42),
 }
-"""Nothing here was measured by megalora. Attention's backward is in FLOPs of forward; it does 2.5
-times as many."""
+"""Machines by the name that ``--gpu`` takes. Nothing here was measured by megalora. Attention's
+backward is in FLOPs of forward; it does 2.5 times as many."""
 
 
 def find_machine(name: str) -> Machine:
     """The GPU of that name, or the machine a calibration file describes; raises ``ValueError``."""
     if name.lower() in GPUS:
         return GPUS[name.lower()]
+    # Not one of ours: the path of a calibration file.
     path = Path(expand(name, "--gpu"))
     if not path.is_file():
         raise ValueError(
@@ -79,67 +86,81 @@ def read_machine(path: Path) -> Machine:
     require(not unknown, f"{path}: unknown collectives {', '.join(unknown)}")
     try:
         return _machine(content, path)
+    # A row without one of its sizes, or with a word where a number belongs.
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a calibration file; in one of its rows: {error!r}") from None
 
 
 def _machine(content: dict[str, Any], path: Path) -> Machine:
-    like = next((gpu for key, gpu in GPUS.items() if key in content["name"].lower()), None)
-    collectives = {kind: _groups(rows) for kind, rows in content["collectives"].items() if rows}
-    rates = {
-        "gemm": _table(content, "gemm", ("rows", "outputs", "inputs"), _gemm_flops),
-        "grouped_gemm": _table(
-            content, "grouped_gemm", ("experts", "rows", "outputs", "inputs"), _gemm_flops
-        ),
-        "attention": _table(content, "attention", _ATTENTION, _attention_flops, "forward_seconds"),
-        "attention_backward": _table(
-            content, "attention", _ATTENTION, _attention_flops, "backward_seconds"
-        ),
-        "memory": _table(content, "memory", ("bytes",), lambda row: row["bytes"]),
-    }
-    over = content.get("overhead")
-    if over is None and like is None:
-        raise ValueError(
-            f"{path} has no overhead of a layer, and {content['name']} is no GPU with a table of"
-            " its own"
-        )
-    hidden = "cpu" not in content["name"].lower()
-    overhead = Overhead(**over, hidden=hidden, basis="measured") if over else like.overhead  # pyright: ignore
+    """A machine from a file whose keys are known to be there."""
+    name = content["name"]
+    like = _known_gpu(name)
+    groups = {}
+    for kind, rows in content["collectives"].items():
+        # A kind without rows was not measured: the table of a GPU like it answers.
+        if rows:
+            groups[kind] = _groups(rows)
+    gemm = ("rows", "outputs", "inputs")
+    attention = ("sequences", "sequence", "heads", "kv_heads", "head_dim")
     return Machine(
-        name=content["name"],
+        name=name,
         memory_bytes=content["memory_bytes"],
         ranks_per_node=content["ranks_per_node"],
-        network=MeasuredNetwork(collectives, beyond=like.network if like else None),
-        overhead=overhead,
+        gemm=_table(content, "gemm", gemm, _gemm_flops),
+        grouped_gemm=_table(content, "grouped_gemm", ("experts", *gemm), _gemm_flops),
+        attention=_table(content, "attention", attention, _attention_flops, "forward_seconds"),
+        attention_backward=_table(
+            content, "attention", attention, _attention_flops, "backward_seconds"
+        ),
+        memory=_table(content, "memory", ("bytes",), lambda row: row["bytes"]),
+        network=MeasuredNetwork(groups, beyond=like.network if like else None),
+        overhead=_overhead(content, path, like),
         dtype=content["dtype"],
         note=(
             f"measured {content['when']} ({path.name}), {content['dtype']}, {content['world_size']}"
             " ranks"
         ),
-        **rates,
     )
 
 
-_ATTENTION = ("sequences", "sequence", "heads", "kv_heads", "head_dim")
+def _known_gpu(name: str) -> Machine | None:
+    """The machine of ``GPUS`` whose key is part of a device's name: ``NVIDIA H100 80GB HBM3``."""
+    for key, gpu in GPUS.items():
+        if key in name.lower():
+            return gpu
+    return None
+
+
+def _overhead(content: dict[str, Any], path: Path, like: Machine | None) -> Overhead:
+    """The host's time as measured, else that of the GPU that is like it."""
+    measured = content.get("overhead")
+    name = content["name"]
+    if measured:
+        return Overhead(**measured, hidden="cpu" not in name.lower(), basis="measured")
+    if like is None:
+        raise ValueError(
+            f"{path} has no overhead of a layer, and no GPU of {', '.join(GPUS)} is part of the"
+            f" name {name!r} to take it from; calibrate this machine anew"
+        )
+    return like.overhead
+
+
+_NEEDED = (
+    "format", "name", "memory_bytes", "ranks_per_node", "world_size", "dtype", "when",
+    "collectives", "gemm", "grouped_gemm", "attention", "memory",
+)  # fmt: skip
+"""Keys that every calibration file has."""
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """The content of a calibration file, with its keys and its format checked."""
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a calibration file ({error})") from None
-    needed = (
-        "format",
-        "name",
-        "memory_bytes",
-        "ranks_per_node",
-        "world_size",
-        "dtype",
-        "when",
-        "collectives",
-    )
-    needed += ("gemm", "grouped_gemm", "attention", "memory")
-    missing = [key for key in needed if not isinstance(content, dict) or key not in content]
+    # A list or a number is JSON too; it has none of the keys.
+    there = content if isinstance(content, dict) else {}
+    missing = [key for key in _NEEDED if key not in there]
     require(not missing, f"{path}: not a calibration file; it lacks {', '.join(missing)}")
     require(
         content["format"] == 1,
@@ -157,7 +178,8 @@ def _attention_flops(row: Mapping[str, float]) -> float:
 
 
 def attention_flops(sequences: float, sequence: float, width: float) -> float:
-    """Forward, causal: scores and values, half of the square: 2 S^2 width for each sequence."""
+    """FLOPs of causal attention forward: scores and values over half of the square, 2 S^2 width for
+    each sequence."""
     return 2 * sequences * sequence**2 * width
 
 
@@ -165,20 +187,26 @@ def _table(
     content: Mapping[str, Any], kind: str, sizes: tuple[str, ...], work: Any,
     seconds: str = "seconds"
 ) -> Rate:  # fmt: skip
+    """Rates of one kind of work: ``work(row)`` per second, at the ``sizes`` of each row."""
     rows = content[kind]
     require(bool(rows), f"the calibration of {content['name']} has no {kind}")
-    return Table(
-        tuple((tuple(row[size] for size in sizes), work(row) / row[seconds]) for row in rows)
-    )
+    points = []
+    for row in rows:
+        where = tuple(row[size] for size in sizes)
+        points.append((where, work(row) / row[seconds]))
+    return Table(tuple(points))
 
 
 def _groups(rows: list[dict[str, float]]) -> dict[tuple[int, int], list[tuple[float, float]]]:
+    """(ranks, nodes) -> (bytes, seconds) of the sizes measured in such a group, ascending."""
     found: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for row in rows:
-        found.setdefault((int(row["ranks"]), int(row["nodes"])), []).append(
-            (row["bytes"], row["seconds"])
-        )
-    return {group: sorted(points) for group, points in found.items()}
+        group = (int(row["ranks"]), int(row["nodes"]))
+        found.setdefault(group, []).append((row["bytes"], row["seconds"]))
+    # Ascending: MeasuredNetwork draws lines between neighbours.
+    for points in found.values():
+        points.sort()
+    return found
 
 
 def with_ranks_per_node(machine: Machine, ranks: int) -> Machine:

@@ -1,4 +1,4 @@
-"""How fast a machine does what a training step asks of it, and how that is known.
+"""Estimate how fast a machine does what a training step asks of it, and say how that is known.
 
 measured       by ``megalora bench --calibrate`` on the machine, at these very sizes
 interpolated   between sizes measured there
@@ -16,11 +16,13 @@ BASES: tuple[Basis, ...] = ("measured", "interpolated", "assumed")
 
 
 def weakest(bases: Sequence[Basis]) -> Basis:
-    """What may be said of a number made of several."""
-    return BASES[max((BASES.index(basis) for basis in bases), default=0)]
+    """How a number made of several is known: as the least known of them is."""
+    return max(bases, key=BASES.index, default="measured")
 
 
 class Estimate(NamedTuple):
+    """A rate or a number of seconds, and how it is known."""
+
     value: float
     basis: Basis
 
@@ -33,8 +35,8 @@ class Rate(Protocol):
 
 @dataclass(frozen=True)
 class Roofline:
-    """A GEMM of known sizes (..., rows, outputs, inputs) in bfloat16: the longer of its arithmetic
-    and its traffic. Assumed."""
+    """FLOP/s of a bfloat16 GEMM of sizes ([groups,] rows, outputs, inputs) that takes the longer of
+    its arithmetic and its traffic. Assumed."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -43,13 +45,15 @@ class Roofline:
         rows, outputs, inputs = sizes[-3:]
         groups = sizes[0] if len(sizes) > 3 else 1
         flops = 2 * rows * outputs * inputs
+        # 2 bytes an element: every row is read and written, every group's weight read once.
         moved = 2 * (rows * (outputs + inputs) + groups * outputs * inputs)
-        return Estimate(flops / max(flops / self.flops_per_s, moved / self.bytes_per_s), "assumed")
+        seconds = max(flops / self.flops_per_s, moved / self.bytes_per_s)
+        return Estimate(flops / seconds, "assumed")
 
 
 @dataclass(frozen=True)
 class Constant:
-    """The same at every size. Assumed."""
+    """A rate that is the same at every size. Assumed."""
 
     value: float
 
@@ -78,19 +82,34 @@ class Table:
         return self.found[sizes]
 
     def _interpolated(self, sizes: tuple[float, ...]) -> Estimate:
-        where = [math.log(max(size, 1)) for size in sizes]
-        near = sorted((_distance(where, point), rate) for point, rate in self.points)
-        if near[0][0] < 1e-9:
-            return Estimate(near[0][1], "measured")
-        axes = list(zip(*(point for point, _ in self.points), strict=True))
-        inside = all(min(axis) <= size <= max(axis) for axis, size in zip(axes, sizes, strict=True))
-        weights = [(1 / distance**2, rate) for distance, rate in near[:NEIGHBOURS]]
-        mean = sum(w * math.log(rate) for w, rate in weights) / sum(w for w, _ in weights)
+        where = _logs(sizes)
+        near = sorted((math.dist(where, _logs(point)), rate) for point, rate in self.points)
+        distance, rate = near[0]
+        # Zero but for rounding: these very sizes were measured.
+        if distance < 1e-9:
+            return Estimate(rate, "measured")
+        # Shepard's method: weights fall with the square of the distance.
+        total = 0.0
+        weighted = 0.0
+        for distance, rate in near[:NEIGHBOURS]:
+            weight = 1 / distance**2
+            total += weight
+            weighted += weight * math.log(rate)
+        mean = weighted / total
+        inside = self._covers(sizes)
         return Estimate(math.exp(mean), "interpolated" if inside else "assumed")
 
+    def _covers(self, sizes: tuple[float, ...]) -> bool:
+        """Whether every size lies between the smallest and the largest measured."""
+        for axis, size in enumerate(sizes):
+            measured = [point[axis] for point, _ in self.points]
+            if not min(measured) <= size <= max(measured):
+                return False
+        return True
 
-def _distance(where: Sequence[float], point: Sequence[float]) -> float:
-    return math.dist(where, [math.log(max(size, 1)) for size in point])
+
+def _logs(sizes: Sequence[float]) -> list[float]:
+    return [math.log(max(size, 1)) for size in sizes]
 
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"]
@@ -123,27 +142,37 @@ class Links:
     def seconds(self, kind: Kind, ranks: int, nodes: int, num_bytes: float) -> Estimate:
         if ranks == 1:
             return Estimate(0.0, "measured")
-        latency = self.inside_latency_s if nodes == 1 else self.outside_latency_s
-        # a stage waits for what it gets
-        latency *= 3 if kind == "send" else max(1.0, math.log2(ranks) / 2)
+        latency = self._latency(kind, ranks, nodes)
         per_node = ranks / nodes
         if kind == "send":
-            moving = num_bytes / (
-                self.inside_bytes_per_s if nodes == 1 else self.outside_bytes_per_s
-            )
+            rate = self.inside_bytes_per_s if nodes == 1 else self.outside_bytes_per_s
+            moving = num_bytes / rate
         elif kind == "all_to_all":
+            # Both ways at once: what stays in the node, and what leaves it by the GPU's adapter.
             inside = num_bytes * (per_node - 1) / ranks / self.inside_bytes_per_s
-            moving = max(inside, num_bytes * (ranks - per_node) / ranks / self.outside_bytes_per_s)
+            outside = num_bytes * (ranks - per_node) / ranks / self.outside_bytes_per_s
+            moving = max(inside, outside)
         else:
-            outside = min(self.inside_bytes_per_s, self.outside_bytes_per_s * per_node)
-            rate = self.inside_bytes_per_s if nodes == 1 else outside
-            moving = num_bytes * (ranks - 1) / ranks / rate * (2 if kind == "all_reduce" else 1)
+            rate = self.inside_bytes_per_s
+            if nodes > 1:
+                rate = min(rate, self.outside_bytes_per_s * per_node)
+            # A ring moves (n - 1) / n of the buffer; an all-reduce scatters, then gathers.
+            rings = 2 if kind == "all_reduce" else 1
+            moving = num_bytes * (ranks - 1) / ranks / rate * rings
         return Estimate(latency + moving, "assumed")
+
+    def _latency(self, kind: Kind, ranks: int, nodes: int) -> float:
+        """Seconds before the first byte: more for larger groups. Three times for a message between
+        pipeline stages, whose receiver waits for it."""
+        latency = self.inside_latency_s if nodes == 1 else self.outside_latency_s
+        if kind == "send":
+            return 3 * latency
+        return latency * max(1.0, math.log2(ranks) / 2)
 
 
 @dataclass(frozen=True)
 class MeasuredNetwork:
-    """Seconds measured by kind, group and size: linear between sizes.
+    """Seconds as measured by kind, group and size: linear between sizes.
 
     A group of a size nobody measured is scaled from the nearest with as many ranks in each node, by
     what it moves: ``(n - 1) / n`` in a ring, in an all-to-all over nodes what leaves the node.
@@ -157,67 +186,80 @@ class MeasuredNetwork:
     def seconds(self, kind: Kind, ranks: int, nodes: int, num_bytes: float) -> Estimate:
         if ranks == 1:
             return Estimate(0.0, "measured")
-        groups = {
-            g: sizes for g, sizes in self.points.get(kind, {}).items() if _alike(g, (ranks, nodes))
-        }
-        if not groups:
+        measured = self.points.get(kind, {})
+        alike = [group for group in measured if _alike(group, (ranks, nodes))]
+        if not alike:
             if self.beyond is None:
                 raise ValueError(
                     f"the calibration has no {kind} like that of {ranks} ranks over {nodes}"
                     " node(s); calibrate with more ranks"
                 )
             return self.beyond.seconds(kind, ranks, nodes, num_bytes)
-        near = min(groups, key=lambda g: abs(math.log(g[0] / ranks)))
-        found = _line(groups[near], num_bytes)
+        near = min(alike, key=lambda group: abs(math.log(group[0] / ranks)))
+        found = _line(measured[near], num_bytes)
         if near == (ranks, nodes) or kind == "send":
             return found
+        # Of a buffer, (n - stay) / n moves: all but a rank's own part in a ring, all but its node's
+        # part in an all-to-all over nodes, where links between nodes are what takes time.
         stay = ranks / nodes if kind == "all_to_all" and nodes > 1 else 1
-        scale = ((ranks - stay) / ranks) / ((near[0] - stay) / near[0])
-        between = min(g[0] for g in groups) < ranks < max(g[0] for g in groups)
+        near_ranks, _ = near
+        scale = ((ranks - stay) / ranks) / ((near_ranks - stay) / near_ranks)
+        sizes = [size for size, _ in alike]
+        between = min(sizes) < ranks < max(sizes)
         return Estimate(found.value * scale, "interpolated" if between else "assumed")
 
 
 def _alike(group: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Both inside a node, or both over several with as many ranks in each: then they share links
-    alike."""
-    if group[1] == 1 or other[1] == 1:
-        return group[1] == other[1]
-    return group[0] * other[1] == other[0] * group[1]
+    """Whether two groups (ranks, nodes) share links alike: both inside a node, or both over several
+    with as many ranks in each."""
+    ranks, nodes = group
+    other_ranks, other_nodes = other
+    if nodes == 1 or other_nodes == 1:
+        return nodes == other_nodes
+    # ranks / nodes == other_ranks / other_nodes without division
+    return ranks * other_nodes == other_ranks * nodes
 
 
 def _line(points: Sequence[tuple[float, float]], x: float) -> Estimate:
-    """Through the neighbours of x; beyond the ends the nearest two go on, never below the smallest
-    measured."""
+    """Seconds of x bytes on the line through its neighbours; beyond the ends on that of the nearest
+    two, never below the smallest measured."""
     for size, seconds in points:
         if size == x:
             return Estimate(seconds, "measured")
+    smallest, at_smallest = points[0]
     if len(points) == 1:
-        return Estimate(points[0][1] * max(1.0, x / points[0][0]), "assumed")
-    after = next((i for i, (size, _) in enumerate(points) if size > x), len(points) - 1)
-    x0, y0 = points[max(after - 1, 0)]
-    x1, y1 = points[max(after, 1)]
+        # One point: a latency for what is smaller, a rate for what is larger.
+        return Estimate(at_smallest * max(1.0, x / smallest), "assumed")
+    largest, _ = points[-1]
+    # The first point beyond x, or the last one; never the first, which has none before it.
+    after = 1
+    while after < len(points) - 1 and points[after][0] <= x:
+        after += 1
+    x0, y0 = points[after - 1]
+    x1, y1 = points[after]
     y = y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    inside = points[0][0] < x < points[-1][0]
-    return Estimate(max(y, min(s for _, s in points)), "interpolated" if inside else "assumed")
+    least = min(seconds for _, seconds in points)
+    inside = smallest < x < largest
+    return Estimate(max(y, least), "interpolated" if inside else "assumed")
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """What the host needs to start a layer's operations."""
+    """Seconds that the host needs to start operations."""
 
     layer_forward_s: float
     layer_backward_s: float
     step_s: float
     """Once per step: clipping, the optimizer's launches, reading the loss."""
     hidden: bool
-    """True on a GPU, where it counts only as far as it exceeds the device's work; on a CPU both
-    take turns."""
+    """Whether the host's time counts only as far as it exceeds the device's work: True on a GPU; on
+    a CPU both take turns."""
     basis: Basis
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank's device, and what connects it to others."""
+    """Rates of one rank's device, and of what connects it to others."""
 
     name: str
     memory_bytes: int
@@ -236,11 +278,12 @@ class Machine:
     network: Network
     overhead: Overhead
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of what its rates were taken with."""
+    """Dtype that the rates were taken with."""
     note: str = ""
-    """Where its numbers come from."""
+    """Where the numbers come from, for the user."""
 
     def nodes_of(self, ranks: int, stride: int) -> int:
         """How many nodes a group spans whose ``ranks`` members are ``stride`` ranks apart."""
+        # Members in one node: every stride-th of its ranks, at least this one.
         inside = max(1, min(ranks, self.ranks_per_node // stride))
         return math.ceil(ranks / inside)

@@ -1,4 +1,4 @@
-"""Count the work of one decoder layer and of the head, forward and backward, and price it.
+"""Count and price the work of one decoder layer and of the head, forward and backward.
 
 A linear multiplies once forward and once backward, for the gradient of its input: the base is
 frozen. Each adapter factor multiplies once more, for its own.
@@ -16,17 +16,23 @@ from megalora.planner.activations import head_input_needs_gradient
 from megalora.planner.gpus import attention_flops
 from megalora.planner.hardware import Kind
 from megalora.planner.ledger import Ledger
+from megalora.planner.microbatch import STATISTIC
 from megalora.planner.prices import Prices
-from megalora.planner.weights import attention_widths
+from megalora.planner.weights import attention_widths, stacked_rank
 
-STATISTIC = 4
-"""Bytes of a float32."""
 ROPE_PASSES = 8
-"""Times that q and k are read or written, forward and backward each. Assumed."""
+"""Times that q and k are read or written for norms and rotary embeddings, forward and backward
+each. Assumed."""
 LOSS_PASSES = 6
-"""Times that the logits are. Assumed."""
+"""Times that the float32 logits are read or written in forward; half as often in backward.
+Assumed."""
 ROUTER_PASSES = 10
-"""Times that the router's probabilities are. Assumed."""
+"""Times that the router's probabilities are read or written, forward and backward each. Assumed."""
+GATED_FORWARD = 7
+"""Times that I / t features of a token are read or written by silu(gate) * up in forward. Assumed,
+like the next."""
+GATED_BACKWARD = 10
+"""The same of its backward."""
 
 
 class LayerCosts(Prices):
@@ -37,7 +43,7 @@ class LayerCosts(Prices):
                  live: bool = True) -> None:  # fmt: skip
         """A of ``rows[0]``, B of ``rows[1]``; in backward once for the factor itself and once for
         its input, which A's gets only where it is ``live``."""
-        rank = sum(a.rank for a in adapted)
+        rank = stacked_rank(adapted)
         for ledger, of_a, of_b in zip(ledgers, (1, 1 + live), (1, 2), strict=True):
             self.gemm(ledger, part, rows[0], rank, sizes[0], of_a)
             self.gemm(ledger, part, rows[1], sizes[1], rank, of_b)
@@ -52,45 +58,43 @@ class LayerCosts(Prices):
         adapter's own work alone."""
         b = self.batch
         h = self.shape.hidden
-        rank = sum(a.rank for a in adapted)
-        outputs, inputs = (inner, h) if column else (h, inner)
-        there, back = (
-            ("all_gather", "reduce_scatter") if column else ("reduce_scatter", "all_gather")
-        )
-        ways: tuple[tuple[Ledger, Kind], ...] = ((forward, there), (backward, back))
-        for ledger, kind in ways if live else ways[:1]:
+        rank = stacked_rank(adapted)
+        # What is H wide is split by tokens, what is `inner` wide by features: of an adapter the
+        # factor on the H side meets a rank's own tokens, the other one all of them.
+        if column:
+            sizes = (h, inner)
+            rows = (b.own_tokens, b.tokens)
+            there: Kind = "all_gather"
+            back: Kind = "reduce_scatter"
+        else:
+            sizes = (inner, h)
+            rows = (b.tokens, b.own_tokens)
+            there = "reduce_scatter"
+            back = "all_gather"
+        ways: list[tuple[Ledger, Kind]] = [(forward, there)]
+        if live:
+            ways.append((backward, back))
+        inputs, outputs = sizes
+        for ledger, kind in ways:
             self.gemm(ledger, part, b.tokens, outputs, inputs)
             for width in (h, rank):
                 self.collective(
                     ledger, f"tensor parallel {part}", kind, "tp", b.tokens * width * self.e
                 )
-        rows = (b.own_tokens, b.tokens) if column else (b.tokens, b.own_tokens)
-        self._adapter((forward, backward), part, adapted, rows, (inputs, outputs), live)
+        self._adapter((forward, backward), part, adapted, rows, sizes, live)
 
     def attention(
         self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]
     ) -> None:
+        """qkv, norms of q and k, rotary embeddings, core attention and o."""
         width, kv = attention_widths(self.shape, self.p)
-        self._linear(
-            forward,
-            backward,
-            "attention",
-            modules.get("self_attention.linear_qkv", []),
-            width + 2 * kv,
-            column=True,
-        )
-        self._linear(
-            forward,
-            backward,
-            "attention",
-            modules.get("self_attention.linear_proj", []),
-            width,
-            column=False,
-        )
-        for ledger in (forward, backward):  # norms of q and k, rotary embeddings
-            self.traffic(
-                ledger, "attention", ROPE_PASSES * self.batch.tokens * (width + kv) * self.e
-            )
+        qkv = modules.get("self_attention.linear_qkv", [])
+        o = modules.get("self_attention.linear_proj", [])
+        self._linear(forward, backward, "attention", qkv, width + 2 * kv, column=True)
+        self._linear(forward, backward, "attention", o, width, column=False)
+        q_and_k = self.batch.tokens * (width + kv) * self.e
+        for ledger in (forward, backward):
+            self.traffic(ledger, "attention", ROPE_PASSES * q_and_k)
         self._core_attention(forward, "attention")
         self._core_attention(backward, "attention", backward=True)
 
@@ -107,46 +111,41 @@ class LayerCosts(Prices):
 
     def _gated_mlp(self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]],
                    name: str, size: int) -> None:  # fmt: skip
+        """fc1 = [gate | up], silu(gate) * up, fc2, over ``size`` features before TP splits them."""
         inner = size // self.p.tp
-        self._linear(
-            forward, backward, "mlp", modules.get(f"{name}.linear_fc1", []), 2 * inner, column=True
-        )
-        self._linear(
-            forward, backward, "mlp", modules.get(f"{name}.linear_fc2", []), inner, column=False
-        )
-        self.traffic(forward, "mlp", 7 * self.batch.tokens * inner * self.e)
-        self.traffic(backward, "mlp", 10 * self.batch.tokens * inner * self.e)
+        fc1 = modules.get(f"{name}.linear_fc1", [])
+        fc2 = modules.get(f"{name}.linear_fc2", [])
+        self._linear(forward, backward, "mlp", fc1, 2 * inner, column=True)
+        self._linear(forward, backward, "mlp", fc2, inner, column=False)
+        product = self.batch.tokens * inner * self.e
+        self.traffic(forward, "mlp", GATED_FORWARD * product)
+        self.traffic(backward, "mlp", GATED_BACKWARD * product)
 
     def moe(self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]) -> None:
         """Router, dispatch, experts, combine; M H e and (T / t) k H e move through each sort and
         each all-to-all."""
         s = self.shape
         b = self.batch
-        e = self.e
-        sent = b.own_tokens * s.top_k * s.hidden * e
-        received = b.rows * s.hidden * e
-        hidden = s.hidden
+        own = b.own_tokens
+        sent = own * s.top_k * s.hidden * self.e
+        received = b.rows * s.hidden * self.e
         for ledger in (forward, backward):
-            self.gemm(ledger, "dispatch", b.own_tokens, s.num_experts, hidden)
-            self.traffic(
-                ledger, "dispatch", ROUTER_PASSES * b.own_tokens * s.num_experts * STATISTIC
-            )
+            self.gemm(ledger, "dispatch", own, s.num_experts, s.hidden)
+            probabilities = own * s.num_experts * STATISTIC
+            self.traffic(ledger, "dispatch", ROUTER_PASSES * probabilities)
+            # Out to the experts and back. It ends when the fullest rank has its rows, which ETP
+            # ranks receive in equal parts and then gather.
             self.collective(
                 ledger, "dispatch", "all_to_all", "ep", max(sent, received / self.p.etp), times=2
             )
             self.collective(ledger, "dispatch", "all_gather", "etp", received)
             self.collective(ledger, "dispatch", "reduce_scatter", "etp", received)
-            # rows are written before the all-to-all, and summed behind it
+            # Rows are written before the all-to-all, and summed by token behind it.
             if self.p.ep * self.p.etp > 1:
-                self.traffic(ledger, "dispatch", 2 * sent + 2 * b.own_tokens * hidden * e)
+                self.traffic(ledger, "dispatch", 2 * sent + 2 * own * s.hidden * self.e)
         router = modules.get("mlp.router", [])
-        self._adapter(
-            (forward, backward),
-            "dispatch",
-            router,
-            (b.own_tokens, b.own_tokens),
-            (hidden, s.num_experts),
-        )
+        ways = (forward, backward)
+        self._adapter(ways, "dispatch", router, (own, own), (s.hidden, s.num_experts))
         self._experts(forward, backward, modules)
         if s.shared_intermediate:
             self._shared_expert(forward, backward, modules)
@@ -160,32 +159,37 @@ class LayerCosts(Prices):
         rows = self.batch.rows * self.e
         h = self.shape.hidden
         inner = self.shape.expert_intermediate // self.p.etp
-        gate_up = modules.get("mlp.experts.gate_up", [])
-        down = modules.get("mlp.experts.down", [])
-        big = sum(a.rank for a in gate_up)
-        small = sum(a.rank for a in down)
+        big = stacked_rank(modules.get("mlp.experts.gate_up", []))
+        small = stacked_rank(modules.get("mlp.experts.down", []))
         self._gate_up(forward, modules)
         self.grouped(forward, "experts", h, inner, self._columns(small))
         self.hidden_gemm(forward, self.batch.rows, small, inner)
-        # permute, SwiGLU, combine
+        # Permute and combine H each; SwiGLU reads gate and up and writes their product.
         self.traffic(forward, "experts", rows * (2 * h + 3 * inner + big + small))
+
+        # Gradients of the inputs: of down's [rows, I / n], of gate_up's [rows, H].
         self.grouped(backward, "experts", inner, h, self._columns(small))
         self.grouped(backward, "experts", h, 2 * inner, self._columns(big))
-        # dS of down and of gate_up, dA and dB of both; each B of gate and up meets its own half
+        # dS of down and of gate_up, dA and dB of both; each B of gate and up meets its own half.
         self.hidden_gemm(backward, self.batch.rows, small, 2 * h + inner)
         self.hidden_gemm(backward, self.batch.rows, big, 2 * inner + h)
+        # Permute and combine; SwiGLU's backward reads gate, up and the gradient and writes two.
         self.traffic(backward, "experts", rows * (2 * h + 5 * inner + big + small))
-        if gate_up or down:  # dS, dA and dB
-            self.traffic(
-                backward, "experts", rows * ((2 * inner + h) * bool(gate_up) + h * bool(down))
-            )
+        # Once more over the rows for dS, dA and dB of the adapters that are there.
+        once_more = 0
+        if big:
+            once_more += 2 * inner + h
+        if small:
+            once_more += h
+        self.traffic(backward, "experts", rows * once_more)
 
     def _gate_up(self, to: Ledger, modules: dict[str, list[Adapted]]) -> None:
         """[gate | up] and S: beside the weight B is one matrix, whose columns all rows meet; alone,
         gate's and up's B meet their own ranks."""
         h = self.shape.hidden
         inner = self.shape.expert_intermediate // self.p.etp
-        rank = sum(a.rank for a in modules.get("mlp.experts.gate_up", []))
+        rank = stacked_rank(modules.get("mlp.experts.gate_up", []))
+        # Each of 2 I / n outputs is gate's or up's: alone, it meets half of the stacked ranks.
         columns = self._columns(rank) if self.has_room else rank / 2
         self.grouped(to, "experts", 2 * inner, h, columns)
         self.hidden_gemm(to, self.batch.rows, rank, h)
@@ -206,7 +210,8 @@ class LayerCosts(Prices):
             )
 
     def selective(self, modules: dict[str, list[Adapted]], is_moe: bool) -> Ledger:
-        """Core attention, gate_up with its SwiGLU, a dense or shared MLP's whole forward."""
+        """What selective recomputation runs again: core attention, gate_up with its SwiGLU, a dense
+        or shared MLP's whole forward."""
         s = self.shape
         again = Ledger()
         unused = Ledger()

@@ -1,4 +1,4 @@
-"""Every way to lay N ranks out for a model, and why the others are none.
+"""Enumerate every way to lay N ranks out for a model, and say why the others are not possible.
 
 Candidates fill both grids, ``world = tp * pp * dp`` and ``world = etp * ep * pp * edp``. What is
 legal is decided by the checks a run itself makes: ``ParallelConfig``, ``ModelShape.check_layout``
@@ -16,21 +16,21 @@ from megalora.model.shape import ModelShape
 from megalora.planner.crossings import NO_TABLE, Crossings
 
 Recompute = Literal["off", "selective", "full"]
+LEVELS: tuple[Recompute, ...] = ("off", "selective", "full")
 MAX_RANKS = 2**20
 """Beyond any machine; with more, the rates that a plan rests on mean nothing."""
-LEVELS: tuple[Recompute, ...] = ("off", "selective", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is trained, whatever the layout."""
+    """The training of a model, whatever the layout."""
 
     sequence_length: int
     """Tokens per sample: the longest, which decides whether memory suffices."""
     global_batch_size: int
     """Samples per optimizer step."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of weights, adapters and activations."""
+    """Dtype of weights, adapters and activations."""
     imbalance: float = 1.0
     """Rows of the fullest expert-parallel rank over the mean. Assumed: only routing knows."""
     crossings: Crossings = NO_TABLE
@@ -53,12 +53,13 @@ class Workload:
 
     @classmethod
     def of(cls, config: RunConfig, imbalance: float = 1.0) -> "Workload":
-        """What a run's config says."""
+        """The workload of a run's config."""
         return cls(
             sequence_length=config.data.max_length,
             global_batch_size=config.train.global_batch_size,
-            dtype=config.model.dtype, imbalance=imbalance,
-        )  # fmt: skip
+            dtype=config.model.dtype,
+            imbalance=imbalance,
+        )
 
     @property
     def element_bytes(self) -> int:
@@ -74,21 +75,25 @@ class ParallelLayout:
     micro_batch_size: int = 1
     recompute: Recompute = "off"
     dp: int = field(init=False)
+    """Data-parallel ranks, which the other sizes leave."""
     edp: int = field(init=False)
+    """Data-parallel ranks of experts."""
 
     def __post_init__(self) -> None:
+        # Computed once: counting bytes and seconds asks for them again and again.
         dp, edp = self.parallel.data_parallel_sizes(self.num_ranks)
         object.__setattr__(self, "dp", dp)
         object.__setattr__(self, "edp", edp)
 
     @classmethod
     def of(cls, config: RunConfig, num_ranks: int) -> "ParallelLayout":
-        """What a run's config says."""
-        train = config.train
+        """The layout of a run's config."""
         return cls(
-            parallel=config.parallel, num_ranks=num_ranks, micro_batch_size=train.micro_batch_size,
-            recompute=train.recompute
-        )  # fmt: skip
+            parallel=config.parallel,
+            num_ranks=num_ranks,
+            micro_batch_size=config.train.micro_batch_size,
+            recompute=config.train.recompute,
+        )
 
     def num_microbatches(self, global_batch_size: int) -> int:
         """Per optimizer step and data-parallel rank."""
@@ -96,25 +101,29 @@ class ParallelLayout:
 
     def __str__(self) -> str:
         p = self.parallel
+        # Everything that training needs to know, in the config's own words.
         grids = f"tp={p.tp} pp={p.pp} vpp={p.vpp} dp={self.dp} ep={p.ep} etp={p.etp} edp={self.edp}"
         return f"{grids} micro={self.micro_batch_size} recompute={self.recompute}"
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """Layouts that cannot be, with the reason on one line."""
+    """Layouts that are not possible or do not fit, with the reason on one line."""
 
     parallel: ParallelConfig
     micro_batch_size: int | None
-    """None: whatever the microbatch."""
+    """None: the reason holds for every microbatch."""
     reason: str
     layout: "ParallelLayout | None" = None
-    """Where it could be laid out but does not fit, with the bytes it needs."""
+    """The layout, where it is possible but does not fit."""
     num_bytes: int | None = None
+    """Bytes that it needs."""
 
 
 @dataclass(frozen=True)
 class Enumeration:
+    """Layouts that a run would accept, and those that it would refuse."""
+
     legal: list[ParallelLayout]
     rejected: list[Rejected]
 
@@ -132,37 +141,45 @@ def enumerate_layouts(
     Raises:
         ValueError: fewer than one rank, or an empty or impossible choice.
     """
+    _check_choices(num_ranks, micro_batch_sizes, recompute)
+    found = Enumeration([], [])
+    # The batch's checks look at tp, pp, vpp and the microbatch alone: asked once for all ep, etp.
+    why_not_batch: dict[tuple[int, int, int, int], str | None] = {}
+    for p in candidates(shape, num_ranks):
+        if reason := _why_not_model(shape, p):
+            found.rejected.append(Rejected(p, None, reason))
+            continue
+        for micro in micro_batch_sizes:
+            key = (p.tp, p.pp, p.vpp, micro)
+            if key not in why_not_batch:
+                why_not_batch[key] = _why_not_batch(work, p, num_ranks, micro)
+            if reason := why_not_batch[key]:
+                found.rejected.append(Rejected(p, micro, reason))
+                continue
+            for level in recompute:
+                layout = ParallelLayout(
+                    parallel=p, num_ranks=num_ranks, micro_batch_size=micro, recompute=level
+                )
+                found.legal.append(layout)
+    return found
+
+
+def _check_choices(
+    num_ranks: int, micro_batch_sizes: Sequence[int], recompute: Sequence[Recompute]
+) -> None:
+    """Raise ``ValueError`` for choices that no layout could satisfy."""
     require(num_ranks >= 1, f"a run needs at least 1 rank, got {num_ranks}")
     require(
         num_ranks <= MAX_RANKS, f"{num_ranks:,} ranks: the planner lays out up to {MAX_RANKS:,}"
     )
     require(
         bool(micro_batch_sizes) and min(micro_batch_sizes) >= 1,
-        f"microbatches of {micro_batch_sizes} samples",
+        f"a microbatch has at least 1 sample; sizes to try: {list(micro_batch_sizes)}",
     )
-    unknown = [level for level in recompute if level not in LEVELS]
     require(
-        bool(recompute) and not unknown,
+        bool(recompute) and set(recompute) <= set(LEVELS),
         f"recompute levels are {', '.join(LEVELS)}; got {list(recompute)}",
     )
-    found = Enumeration([], [])
-    fits_batch: dict[tuple[int, int, int, int], str | None] = {}
-    for p in candidates(shape, num_ranks):
-        if reason := _why_not_model(shape, p):
-            found.rejected.append(Rejected(p, None, reason))
-            continue
-        for micro in micro_batch_sizes:
-            key = (p.tp, p.pp, p.vpp, micro)  # all that the batch's checks look at
-            if key not in fits_batch:
-                fits_batch[key] = _why_not_batch(work, p, num_ranks, micro)
-            if reason := fits_batch[key]:
-                found.rejected.append(Rejected(p, micro, reason))
-                continue
-            found.legal.extend(
-                ParallelLayout(parallel=p, num_ranks=num_ranks, micro_batch_size=micro, recompute=r)
-                for r in recompute
-            )
-    return found
 
 
 def candidates(shape: ModelShape, num_ranks: int) -> Iterator[ParallelConfig]:
@@ -173,9 +190,10 @@ def candidates(shape: ModelShape, num_ranks: int) -> Iterator[ParallelConfig]:
     at 1: otherwise a number of ranks with many divisors has billions of candidates.
     """
     sizes = divisors(num_ranks)
+    # Sizes that can split the model, each tried alone.
     possible = {"tp": [1], "ep": [1], "etp": [1]}
     for name in possible if shape.moe_layers else ("tp",):
-        for size in sizes[1:]:
+        for size in sizes[1:]:  # a size of 1 is always possible
             alone = ParallelConfig(**{name: size})
             if _why_not_model(shape, alone):
                 yield alone
@@ -188,6 +206,7 @@ def candidates(shape: ModelShape, num_ranks: int) -> Iterator[ParallelConfig]:
             if _why_not_model(shape, stages):
                 yield stages
                 continue
+            # The two grids are filled independently: tp * dp and etp * ep * edp ranks of a stage.
             for tp in possible["tp"]:
                 for ep in possible["ep"]:
                     for etp in possible["etp"]:
@@ -198,9 +217,12 @@ def candidates(shape: ModelShape, num_ranks: int) -> Iterator[ParallelConfig]:
 def _chunks(shape: ModelShape, pp: int) -> list[int]:
     """Numbers of model chunks of a stage that could divide the layers."""
     if pp == 1:
-        return [1]
-    most = max(1, shape.num_layers // pp)
-    return [v for v in range(1, most + 1) if v == 1 or shape.num_layers % v == 0]
+        return [1]  # chunks take turns between stages: one stage has nothing to interleave
+    chunks = [1]  # also where pp itself divides no layers, so that this is named as the reason
+    for vpp in range(2, shape.num_layers // pp + 1):
+        if shape.num_layers % vpp == 0:
+            chunks.append(vpp)
+    return chunks
 
 
 def check(shape: ModelShape, layout: ParallelLayout, work: Workload) -> None:
@@ -214,12 +236,15 @@ def check(shape: ModelShape, layout: ParallelLayout, work: Workload) -> None:
 
 
 def divisors(n: int) -> list[int]:
-    """In ascending order."""
+    """All of them in ascending order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
+    # Each divisor up to the root has a partner beyond it; a square's root is its own.
+    large = [n // d for d in reversed(small) if d * d != n]
+    return small + large
 
 
 def _why_not_model(shape: ModelShape, p: ParallelConfig) -> str | None:
+    """The reason why these sizes cannot split the model, on one line; None where they can."""
     try:
         shape.check_layout(p)
     except ValueError as error:
@@ -228,7 +253,9 @@ def _why_not_model(shape: ModelShape, p: ParallelConfig) -> str | None:
 
 
 def _why_not_batch(work: Workload, p: ParallelConfig, num_ranks: int, micro: int) -> str | None:
+    """The reason why the global batch cannot be divided so, on one line; None where it can."""
     train = TrainConfig(steps=1, global_batch_size=work.global_batch_size, micro_batch_size=micro)
+    # A run's own check, in a config whose paths nobody reads.
     config = RunConfig(
         model=ModelConfig(path="planned"), data=DataConfig(train="planned"), train=train, parallel=p
     )

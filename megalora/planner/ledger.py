@@ -1,4 +1,4 @@
-"""Seconds by part, each part with how it is known."""
+"""Add up seconds by part of a step, each part with how it is known."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ class Time:
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step of the stage that works longest, which the others wait for."""
+    """Seconds of a step on the stage that works longest; the other stages wait for it."""
 
     stage: int
     parts: tuple[Time, ...]
@@ -25,20 +25,28 @@ class StepTime:
     def seconds(self) -> float:
         return sum(part.seconds for part in self.parts)
 
+    def by_part(self) -> dict[str, float]:
+        """Name of each part -> its seconds."""
+        return {part.name: part.seconds for part in self.parts}
+
     @property
     def basis(self) -> Basis:
-        """Of the whole: the least known of which, with what is known less, it has a tenth or
-        more."""
-        total = self.seconds
-        less_known = 0.0
+        """How the whole is known: as its least known parts are, a tenth of the time or more taken
+        together."""
+        by_basis = dict.fromkeys(BASES, 0.0)
+        for part in self.parts:
+            by_basis[part.basis] += part.seconds
+        # From the least known: an assumed hundredth does not make a measured step assumed.
+        so_far = 0.0
         for basis in reversed(BASES):
-            less_known += sum(part.seconds for part in self.parts if part.basis == basis)
-            if less_known >= 0.1 * total:
+            so_far += by_basis[basis]
+            if so_far >= 0.1 * self.seconds:
                 return basis
         return "measured"
 
     def __getitem__(self, name: str) -> float:
-        return sum(part.seconds for part in self.parts if part.name == name)
+        """Seconds of the part of that name; 0 where a layout has none."""
+        return self.by_part().get(name, 0.0)
 
 
 @dataclass
@@ -48,14 +56,19 @@ class Ledger:
     seconds: dict[str, float] = field(default_factory=dict)
     bases: dict[str, Basis] = field(default_factory=dict)
     hidden_flops: float = 0.0
-    """Of products inside passes that wait for memory: they take no time of their own."""
+    """FLOPs of products inside passes that wait for memory: they take no time of their own."""
 
     def add(self, name: str, seconds: float, basis: Basis) -> None:
-        if seconds > 0:
-            before = self.bases.get(name)
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-            if before is None or before != basis:
-                self.bases[name] = basis if before is None else weakest((before, basis))
+        """Add to a part, which from then on is known no better than what was added."""
+        if seconds <= 0:
+            return
+        # The comparison first: nearly always the basis is the same, and a search adds often.
+        before = self.bases.get(name)
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        if before is None:
+            self.bases[name] = basis
+        elif before != basis:
+            self.bases[name] = weakest((before, basis))
 
     def take(self, other: "Ledger", times: float = 1.0, before: str = "") -> None:
         """Add another's parts, ``before`` in front of their names."""
@@ -68,6 +81,8 @@ class Ledger:
         return sum(self.seconds.values())
 
     def parts(self) -> tuple[Time, ...]:
-        return tuple(
-            Time(name, seconds, self.bases[name]) for name, seconds in self.seconds.items()
-        )
+        """The parts in the order in which they were first added to."""
+        parts = []
+        for name, seconds in self.seconds.items():
+            parts.append(Time(name, seconds, self.bases[name]))
+        return tuple(parts)

@@ -1,4 +1,4 @@
-"""Bytes of one rank while it trains, part by part, each with how it is known.
+"""Add up the bytes of one rank while it trains, part by part, each with how it is known.
 
     measured   a formula that tests and benchmarks/planner_accuracy.py compare with the tensors of
                real training steps on CPU ranks
@@ -11,6 +11,7 @@ gaps between the blocks of its allocator.
 Symbols as in ``activations.py``; P adapter parameters of this rank, e bytes per element.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +35,7 @@ from megalora.planner.state_bytes import (
     step_bytes,
 )
 from megalora.planner.weights import (
+    AdapterCount,
     Chunk,
     PlannedModel,
     adapter_parameters,
@@ -45,6 +47,7 @@ from megalora.planner.weights import (
 When = Literal["always", "pass", "loss", "layer", "step"]
 """``pass``: during forward and backward, and there either at the ``loss`` or while a ``layer`` runs
 backward; ``step``: while gradients are reduced and the optimizer runs."""
+GIB = 2**30
 CONTEXT = "CUDA context, NCCL"
 ROOM = "room for adapters"
 """Parts that no count of tensors sees: not an allocator's, and only on some GPUs."""
@@ -62,6 +65,11 @@ class Part:
     when: When = "always"
 
 
+def gib_by_name(parts: Iterable[Part]) -> dict[str, float]:
+    """Name of each part -> its GiB."""
+    return {part.name: part.num_bytes / GIB for part in parts}
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """What one rank of a pipeline stage needs."""
@@ -71,17 +79,20 @@ class MemoryPlan:
 
     def __getitem__(self, name: str) -> int:
         """Bytes of the part of that name."""
-        found = {part.name: part.num_bytes for part in self.parts}
-        if name not in found:
-            raise KeyError(f"no part {name!r}; there are {', '.join(found)}")
-        return found[name]
+        for part in self.parts:
+            if part.name == name:
+                return part.num_bytes
+        raise KeyError(f"no part {name!r}; there are {', '.join(p.name for p in self.parts)}")
 
     def sum_of(self, when: When) -> int:
+        """Bytes of the parts that are there at that time."""
         return sum(part.num_bytes for part in self.parts if part.when == when)
 
     def at_peak(self) -> tuple[Part, ...]:
         """What is always there, and the largest of what the loss, a layer's backward and the
         optimizer step add."""
+        # The loss's tensors are gone before a layer runs backward, and what a pass keeps is gone
+        # before the step: the peak is one of three moments, not the sum of all.
         moments: tuple[tuple[When, ...], ...] = (("pass", "loss"), ("pass", "layer"), ("step",))
         fullest = max(moments, key=lambda moment: sum(map(self.sum_of, moment)))
         return tuple(part for part in self.parts if part.when in ("always", *fullest))
@@ -92,11 +103,12 @@ class MemoryPlan:
 
     def table(self) -> str:
         """One line for each part, in GiB, and the peak."""
-        lines = [
-            f"{p.name:<22} {p.num_bytes / 2**30:9.3f} GiB  {p.when:<6}  {p.basis}"
-            for p in self.parts
-        ]
-        return "\n".join([*lines, f"{'peak':<22} {self.peak_bytes / 2**30:9.3f} GiB"])
+        lines = []
+        for part in self.parts:
+            gib = part.num_bytes / GIB
+            lines.append(f"{part.name:<22} {gib:9.3f} GiB  {part.when:<6}  {part.basis}")
+        lines.append(f"{'peak':<22} {self.peak_bytes / GIB:9.3f} GiB")
+        return "\n".join(lines)
 
 
 def memory_of(
@@ -118,25 +130,31 @@ def memory_of_model(
     p = layout.parallel
     if not 0 <= stage < p.pp:
         raise ValueError(
-            f"stage {stage} is none of parallel.pp={p.pp}; stages count from 0 to {p.pp - 1}"
+            f"there is no pipeline stage {stage}: parallel.pp={p.pp} has stages 0 to {p.pp - 1}"
         )
     chunks, always, step = _state(model, layout, work, stage)
-    has_head = chunks[-1].has_head
+    kept = activation_bytes(model, layout, work, chunks)
+    transfers = pipeline_bytes(model, layout, work, stage)
+    # The head is on the last chunk of the last stage.
+    loss = 0
+    logits = 0
+    if chunks[-1].has_head:
+        loss = head_bytes(model, layout, work)
+        logits = logits_bytes(model, layout, work, chunks[-1])
     workspace, recomputed, moved = backward_bytes(model, layout, work, chunks)
-    return MemoryPlan(stage, (
+    parts = (
         *always,
-        Part("activations", activation_bytes(model, layout, work, chunks), "measured", "pass"),
-        Part("pipeline", pipeline_bytes(model, layout, work, stage), "measured", "pass"),
-        Part("loss", head_bytes(model, layout, work) if has_head else 0, "measured",
-             "loss"),
-        Part("logits", logits_bytes(model, layout, work, chunks[-1]) if has_head else 0, "measured",
-             "loss"),
+        Part("activations", kept, "measured", "pass"),
+        Part("pipeline", transfers, "measured", "pass"),
+        Part("loss", loss, "measured", "loss"),
+        Part("logits", logits, "measured", "loss"),
         Part("workspace", workspace, "measured", "layer"),
         Part("recomputed", recomputed, "measured", "layer"),
         Part("all-to-all", moved, "measured", "layer"),
         step,
         Part(CONTEXT, CONTEXT_BYTES, "assumed"),
-    ))  # fmt: skip
+    )
+    return MemoryPlan(stage, parts)
 
 
 def _state(
@@ -147,30 +165,40 @@ def _state(
     p = layout.parallel
     e = work.element_bytes
     key = ("state", p, layout.num_ranks, e, stage, has_room(model, layout, work))
-    if key not in model.memo:
-        chunks = chunks_of(model.shape, p, stage)
-        counts = [adapter_parameters(model, p, chunk) for chunk in chunks]
-        whole = sum(c.dense + c.expert for c in counts)
-        padded = sum(sum(buffers(c, layout)) for c in counts)
-        always = (
-            Part(
-                "weights", sum(base_parameters(model.shape, p, c) for c in chunks) * e, "measured"
-            ),
-            Part(ROOM, room_bytes(model, layout, work, chunks), "assumed"),
-            Part("adapters", whole * e, "measured"),
-            Part("buffer padding", (padded - whole) * e, "measured"),
-            Part("gradients", padded * GRADIENT, "measured"),
-            Part("optimizer", sum(optimizer_bytes(c, layout, work) for c in counts), "measured"),
-        )
-        step = Part("optimizer step", step_bytes(model, layout, chunks, counts), "measured", "step")
-        model.memo[key] = chunks, always, step
-    return model.memo[key]
+    if key in model.memo:
+        return model.memo[key]
+    chunks = chunks_of(model.shape, p, stage)
+    counts: list[AdapterCount] = []
+    base = 0
+    adapters = 0
+    padded = 0
+    optimizer = 0
+    for chunk in chunks:
+        base += base_parameters(model.shape, p, chunk)
+        count = adapter_parameters(model, p, chunk)
+        counts.append(count)
+        adapters += count.dense + count.expert
+        # Each chunk has buffers of its own, a dense one and one of experts, padded at their ends.
+        padded += sum(buffers(count, layout))
+        optimizer += optimizer_bytes(count, layout, work)
+    always = (
+        Part("weights", base * e, "measured"),
+        Part(ROOM, room_bytes(model, layout, work, chunks), "assumed"),
+        Part("adapters", adapters * e, "measured"),
+        # Megatron keeps parameters, too, in a buffer of the size of that of their gradients.
+        Part("buffer padding", (padded - adapters) * e, "measured"),
+        Part("gradients", padded * GRADIENT, "measured"),
+        Part("optimizer", optimizer, "measured"),
+    )
+    step = Part("optimizer step", step_bytes(model, layout, chunks, counts), "measured", "step")
+    model.memo[key] = chunks, always, step
+    return chunks, always, step
 
 
 def fullest_stage(model: PlannedModel, layout: ParallelLayout, work: Workload) -> MemoryPlan:
     """The plan of the pipeline stage with the highest peak, which decides whether a layout fits."""
-    stages = (stage for stage, _ in first_of_their_like(model, layout.parallel))
-    return max(
-        (memory_of_model(model, layout, work, stage) for stage in stages),
-        key=lambda plan: plan.peak_bytes,
-    )
+    plans = []
+    # Of stages with the same content the first holds the most microbatches: it stands for all.
+    for stage, _ in first_of_their_like(model, layout.parallel):
+        plans.append(memory_of_model(model, layout, work, stage))
+    return max(plans, key=lambda plan: plan.peak_bytes)

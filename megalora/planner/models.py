@@ -1,5 +1,5 @@
-"""Architectures written down in ``configs/models``: a Hugging Face ``config.json`` as YAML, for
-planning without a download."""
+"""Read architectures for planning without a download: a Hugging Face ``config.json`` as YAML, as in
+``configs/models``."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def read_architecture(path: Path) -> dict[str, Any]:
     the file."""
     if not path.is_file():
         raise ValueError(
-            f"{path}: no such file; architectures are written down in configs/models/*.yaml"
+            f"{path}: no such file; configs/models/*.yaml are the architectures that come along"
         )
     try:
         fields = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
@@ -33,18 +33,20 @@ def read_architecture(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in fields.items()}
 
 
-WRITTEN_DOWN = Path(__file__).with_name("architectures")
-"""Part of the package, so that an installed one has it; ``configs/models`` is a link to it."""
+ARCHITECTURES = Path(__file__).with_name("architectures")
+"""The folder of architectures: part of the package, so that an installed one has it;
+``configs/models`` is a link to it."""
 
 
 def find_architecture(path: str) -> dict[str, Any]:
     """The fields of ``config.json`` for a ``model.path``, without a download.
 
-    A folder with a ``config.json``, a YAML file such as those of ``configs/models``, or a hub name
-    that is written down there: ``Qwen/Qwen3-30B-A3B`` is ``qwen3_30b_a3b.yaml``.
+    ``path`` is a folder with a ``config.json``, a YAML file such as those of ``configs/models``, or
+    a hub name of which there is one: ``Qwen/Qwen3-30B-A3B`` is ``qwen3_30b_a3b.yaml``.
 
     Raises:
-        ValueError: none of them, or one whose config asks for something megalora does not compute.
+        ValueError: ``path`` is none of them, or its config asks for something that megalora does
+            not compute.
     """
     hf = _read_fields(path)
     check_fields(hf, path)
@@ -52,16 +54,19 @@ def find_architecture(path: str) -> dict[str, Any]:
 
 
 def _read_fields(path: str) -> dict[str, Any]:
+    """``find_architecture`` without its check of the fields."""
     if (Path(path) / "config.json").is_file():
         return read_hf_config(Path(path))
     if path.endswith((".yaml", ".yml")):
         return read_architecture(Path(path))
-    known = WRITTEN_DOWN / f"{path.rsplit('/', 1)[-1].lower().replace('-', '_')}.yaml"
+    # "Qwen/Qwen3-30B-A3B" and a mirror's "anybody/qwen3-30b-a3b" are the same model.
+    name = path.rsplit("/", 1)[-1].lower().replace("-", "_")
+    known = ARCHITECTURES / f"{name}.yaml"
     if known.is_file():
         return read_architecture(known)
-    there = ", ".join(sorted(file.name for file in WRITTEN_DOWN.glob("*.yaml")))
+    there = ", ".join(sorted(file.name for file in ARCHITECTURES.glob("*.yaml")))
     raise ValueError(
-        f"model.path={path} is neither a folder with a config.json nor a model of {WRITTEN_DOWN}"
+        f"model.path={path} is neither a folder with a config.json nor a model of {ARCHITECTURES}"
         f" ({there}). To plan for it, download its config.json alone and give its folder."
     )
 
@@ -72,11 +77,15 @@ def load_shape(path: Path) -> ModelShape:
     try:
         return model_shape(read_architecture(path))
     except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        # Messages of the reader name the file; those about sizes know no file.
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from None
 
 
 def active_parameters(shape: ModelShape) -> int:
     """Base parameters that one token meets: all but the experts it is not sent to; embeddings and
     router count whole."""
+    # An expert is gate, up and down: 3 H I.
     unused = (shape.num_experts - shape.top_k) * 3 * shape.hidden * shape.expert_intermediate
     return shape.num_parameters() - len(shape.moe_layers) * unused

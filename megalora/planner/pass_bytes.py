@@ -1,14 +1,14 @@
-"""Bytes that forward and backward of a rank's pipeline stage add to what it always holds.
+"""Count the bytes that forward and backward of a pipeline stage add to what a rank always holds.
 
 Symbols as in ``activations.py``.
 """
 
 from megalora.planner import activations
-from megalora.planner.activations import Microbatch
 from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.microbatch import Microbatch
 from megalora.planner.schedule import in_flight
 from megalora.planner.state_bytes import has_room
-from megalora.planner.weights import Chunk, PlannedModel, attention_widths
+from megalora.planner.weights import Chunk, PlannedModel, attention_widths, stacked_rank
 
 
 def activation_bytes(
@@ -16,11 +16,19 @@ def activation_bytes(
 ) -> int:
     """What the decoder layers keep for one microbatch, times the microbatches in flight, chunk by
     chunk."""
-    kept = [activations.chunk_bytes(model, layout, work, chunk) for chunk in chunks]
+    kept = []
+    angles = 0
+    for chunk in chunks:
+        kept.append(activations.chunk_bytes(model, layout, work, chunk))
+        angles += activations.angles_bytes(model, layout, work, chunk)
+    # Chunk 0 of stage s is the s-th piece of the layers, and all pieces are of one size.
     stage = chunks[0].layers.start // len(chunks[0].layers)
     held = in_flight(layout.parallel, stage, layout.num_microbatches(work.global_batch_size))
-    angles = sum(activations.angles_bytes(model, layout, work, chunk) for chunk in chunks)
-    return angles + max(sum(n * k for n, k in zip(counts, kept, strict=True)) for counts in held)
+    # Chunks of a stage may keep different amounts: of the candidates the largest in bytes counts.
+    most = 0
+    for counts in held:
+        most = max(most, sum(n * k for n, k in zip(counts, kept, strict=True)))
+    return angles + most
 
 
 def pipeline_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, stage: int) -> int:
@@ -29,7 +37,10 @@ def pipeline_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, 
     the first stage, three on the others. Inputs of microbatches in flight count as activations;
     outputs are freed once sent."""
     batch = Microbatch.of(model, layout, work)
-    number = (1 if stage == 0 else 4) if layout.parallel.vpp > 1 else int(stage > 0)
+    number = 0 if stage == 0 else 1
+    # Interleaved, messages come a round ahead of the pass that needs them.
+    if layout.parallel.vpp > 1:
+        number += 1 if stage == 0 else 3
     return number * batch.own_tokens * model.shape.hidden * batch.element_bytes
 
 
@@ -40,11 +51,13 @@ def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, ch
     whole layers keeps it anyway)."""
     batch = Microbatch.of(model, layout, work)
     s = model.shape
-    logits = batch.tokens * (s.vocab // layout.parallel.tp) * (work.dtype != "float32")
-    hidden = (
-        batch.own_tokens * s.hidden * (1 + (chunk.has_embedding and layout.recompute != "full"))
-    )
-    return (logits + hidden) * batch.element_bytes
+    elements = batch.own_tokens * s.hidden
+    # pp = 1: the embedding's output is still referenced when the loss is computed.
+    if chunk.has_embedding and layout.recompute != "full":
+        elements += batch.own_tokens * s.hidden
+    if work.dtype != "float32":
+        elements += batch.tokens * (s.vocab // layout.parallel.tp)
+    return elements * batch.element_bytes
 
 
 def backward_bytes(
@@ -52,12 +65,16 @@ def backward_bytes(
 ) -> tuple[int, int, int]:  # fmt: skip
     """(workspace, what recomputation brings back, all-to-all) of the layer whose backward needs
     most beside all that is kept."""
-    first = model.first_adapted
-    live = [n for chunk in chunks for n in chunk.layers if n >= first or not chunk.has_embedding]
-    found = [
-        _layer_backward(model, layout, work, n) for n in {model.kinds[n]: n for n in live}.values()
-    ]
-    return max(found, key=sum, default=(0, 0, 0))
+    of_kind: dict[int, tuple[int, int, int]] = {}
+    for chunk in chunks:
+        for layer in chunk.layers:
+            # On the stage of the embedding, backward ends at the first layer with an adapter.
+            if chunk.has_embedding and layer < model.first_adapted:
+                continue
+            kind = model.kinds[layer]
+            if kind not in of_kind:
+                of_kind[kind] = _layer_backward(model, layout, work, layer)
+    return max(of_kind.values(), key=sum, default=(0, 0, 0))
 
 
 def _layer_backward(
@@ -75,12 +92,11 @@ def _layer_backward(
     e = batch.element_bytes
     own = batch.own_tokens
     attention = (batch.tokens * (3 * width + 4 * kv + s.hidden) + own * s.hidden) * e
+    # What backward finds of the layer, and what of it was kept since forward.
     whole = activations.kept(model, layout, batch, layer, True, selective=False)
-    held = (
-        activations.kept(model, layout, batch, layer, True, selective=True)
-        if layout.recompute == "selective"
-        else whole
-    )
+    held = whole
+    if layout.recompute == "selective":
+        held = activations.kept(model, layout, batch, layer, True, selective=True)
     if s.is_moe(layer):
         mlp, again, moved = _experts_backward(model, layout, work, layer)
     else:
@@ -89,11 +105,13 @@ def _layer_backward(
         moved = 0
     if layout.recompute == "full":
         again = whole.total - own * s.hidden * e  # its input was kept
+        # By attention's turn the MLP has let go of what was recomputed for it.
         return max((mlp, again, moved), (attention, again - whole.mlp, 0), key=sum)
     back = again if layout.recompute == "selective" else 0
-    return max(
-        (mlp, back, moved), (attention - held.mlp, whole.attention - held.attention, 0), key=sum
-    )
+    # What the MLP kept counts as activations, and is free again when attention's turn comes.
+    in_mlp = (mlp, back, moved)
+    in_attention = (attention - held.mlp, whole.attention - held.attention, 0)
+    return max(in_mlp, in_attention, key=sum)
 
 
 def _experts_backward(
@@ -115,17 +133,22 @@ def _experts_backward(
     own = batch.own_tokens * s.hidden
     rows = batch.rows
     i = s.expert_intermediate // p.etp
-    modules = model.by_layer.get(layer, {})
-    gate_up, down = (modules.get(f"mlp.experts.{name}", []) for name in ("gate_up", "down"))
-    rank = sum(a.rank for a in gate_up)
-    q = sum(a.rank for a in down)
-    joined = has_room(model, layout, work) and bool(gate_up or down)
-    result = max(2 * own, rows * i) if joined else 2 * own
-    # each gradient once, as its parameter is
-    factors = s.num_experts // p.ep * (s.hidden + i) * (rank + q)
-    moved = 2 * rows * s.hidden - result if p.ep * p.etp > 1 else 0
+    modules = model.modules_of(layer)
+    gate_up = modules.get("mlp.experts.gate_up", [])
+    down = modules.get("mlp.experts.down", [])
+    rank = stacked_rank(gate_up)
+    # The experts' input and the layer's output, as gradients; or, with grouped_mm, dH if larger.
+    result = 2 * own
+    if has_room(model, layout, work) and (gate_up or down):
+        result = max(2 * own, rows * i)
+    # Each factor's gradient once, in its parameter's dtype.
+    factors = s.num_experts // p.ep * (s.hidden + i) * (rank + stacked_rank(down))
+    workspace = own + rows * (s.hidden + 2 * i + rank) + result + factors
     again = rows * (2 * i + rank)
-    return (own + rows * (s.hidden + 2 * i + rank) + result + factors) * e, again * e, moved * e
+    moved = 0
+    if p.ep * p.etp > 1:
+        moved = 2 * rows * s.hidden - result
+    return workspace * e, again * e, moved * e
 
 
 def _dense_backward(
@@ -134,6 +157,9 @@ def _dense_backward(
     """Gradients of the product, of its two factors T 3 I / t, and of the layer's output (T / t) H;
     by then the product itself is gone, which was kept if fc2 has an adapter."""
     s = model.shape
-    features = model.shape.intermediate // layout.parallel.tp
-    gradients = 3 - bool(model.by_layer.get(layer, {}).get("mlp.linear_fc2"))
-    return (batch.tokens * gradients * features + batch.own_tokens * s.hidden) * batch.element_bytes
+    features = s.intermediate // layout.parallel.tp
+    gradients = 3
+    if model.modules_of(layer).get("mlp.linear_fc2"):
+        gradients -= 1
+    elements = batch.tokens * gradients * features + batch.own_tokens * s.hidden
+    return elements * batch.element_bytes

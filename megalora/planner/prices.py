@@ -3,14 +3,15 @@
 Rates are the machine's (``hardware.py``); what work there is, ``layer_cost.py`` says.
 """
 
-from megalora.planner.activations import Microbatch
-from megalora.planner.hardware import Estimate, Kind, Machine, weakest
+from megalora.planner.hardware import Kind, Machine, weakest
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.ledger import Ledger
+from megalora.planner.microbatch import Microbatch
 from megalora.planner.state_bytes import has_room
 from megalora.planner.weights import PlannedModel
 
 BEHIND_WAITS = "host behind waits"
+"""The part of a step in which the host issues work to a device that has none left."""
 
 
 class Prices:
@@ -27,14 +28,23 @@ class Prices:
         self.batch = Microbatch.of(model, layout, work)
         self.e = work.element_bytes
         self.has_room = has_room(model, layout, work)
-        self.strides = {"tp": (self.p.tp, 1), "etp": (self.p.etp, 1), "ep": (self.p.ep, self.p.etp)}
+        p = layout.parallel
+        # Ranks are numbered tp fastest, then dp, then pp; in experts etp fastest, then ep, then
+        # edp. Stages exchange with their neighbour: a group of two.
+        self.strides = {
+            "tp": (p.tp, 1),
+            "dp": (layout.dp, p.tp),
+            "etp": (p.etp, 1),
+            "ep": (p.ep, p.etp),
+            "edp": (layout.edp, p.etp * p.ep),
+            "pp": (2, layout.num_ranks // p.pp),
+        }
         """Group -> (ranks, distance in rank numbers between neighbours of the group)."""
-        self.strides |= {"dp": (layout.dp, self.p.tp), "edp": (layout.edp, self.p.etp * self.p.ep)}
-        self.strides["pp"] = (2, layout.num_ranks // self.p.pp)
 
     def gemm(
         self, to: Ledger, part: str, rows: float, outputs: float, inputs: float, times: float = 1
     ) -> None:
+        """``[rows, inputs]`` times ``[inputs, outputs]``: 2 FLOPs for each product and its sum."""
         if rows and outputs and inputs and times:
             rate = self.machine.gemm.at(rows, outputs, inputs)
             to.add(part, times * 2 * rows * outputs * inputs / rate.value, rate.basis)
@@ -47,7 +57,10 @@ class Prices:
         experts = self.shape.num_experts // self.p.ep
         rows = self.batch.rows
         rate = self.machine.grouped_gemm.at(experts, rows, outputs, inputs)
-        basis = weakest(["interpolated", rate.basis]) if extra else rate.basis
+        basis = rate.basis
+        if extra:
+            # The rate was not taken with these columns.
+            basis = weakest(["interpolated", basis])
         to.add(part, 2 * rows * outputs * (inputs + extra) / rate.value, basis)
 
     def hidden_gemm(self, to: Ledger, rows: float, outputs: float, inputs: float) -> None:
@@ -55,6 +68,7 @@ class Prices:
         to.hidden_flops += 2 * rows * outputs * inputs
 
     def traffic(self, to: Ledger, part: str, num_bytes: float, times: int = 1) -> None:
+        """An element-wise pass that reads and writes so many bytes of the device's memory."""
         if num_bytes:
             rate = self.machine.memory.at(num_bytes)
             to.add(part, times * num_bytes / rate.value, rate.basis)
@@ -62,10 +76,11 @@ class Prices:
     def collective(
         self, to: Ledger, part: str, kind: Kind, group: str, num_bytes: float, times: int = 1
     ) -> None:
+        """A collective over a group; ``num_bytes`` as ``Network.seconds`` counts them."""
         ranks, stride = self.strides[group]
         if ranks > 1 and num_bytes:
             nodes = self.machine.nodes_of(ranks, stride)
-            found: Estimate = self.machine.network.seconds(kind, ranks, nodes, num_bytes)
+            found = self.machine.network.seconds(kind, ranks, nodes, num_bytes)
             to.add(part, times * found.value, found.basis)
 
     def host(self, to: Ledger, host: float, device: float, waits: bool) -> None:
@@ -76,7 +91,10 @@ class Prices:
         not assumed to be hidden.
         """
         over = self.machine.overhead
-        if waits and over.hidden:
+        if not over.hidden:
+            # On a CPU host and device are one: they take turns.
+            to.add("host", host, over.basis)
+        elif waits:
             to.add(BEHIND_WAITS, host, over.basis)
         else:
-            to.add("host", max(0.0, host - device) if over.hidden else host, over.basis)
+            to.add("host", max(0.0, host - device), over.basis)

@@ -1,17 +1,20 @@
-"""A plan in words: the ranked table, what the best layout needs and takes, why others are out, and
-its config as YAML."""
+"""Report a plan in words: the ranked table, memory and time of the best layout, why others are
+rejected, and its config as YAML."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import MISSING, Field, asdict, fields, replace
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from megalora.config import RunConfig
 from megalora.planner.layouts import Rejected
+from megalora.planner.memory import GIB, gib_by_name
 from megalora.planner.prices import BEHIND_WAITS
-from megalora.planner.search import FULL, GIB, Plan, Planned
+from megalora.planner.search import FULL, Plan, Planned
 
 MARK = {"measured": "", "interpolated": "~", "assumed": "?"}
+"""How a time is known -> what stands behind it in the table."""
 LEGEND = (
     "time: no mark measured, ~ interpolated, ? assumed. GiB: formulas measured against tensors of"
     " CPU ranks; context and room assumed."
@@ -20,63 +23,71 @@ LEGEND = (
 
 def table(plan: Plan, top: int) -> str:
     """One line for each of the ``top`` fastest layouts."""
-    header = ("", "tp", "pp", "vpp", "dp", "ep", "etp", "edp", "micro", "recompute", "lora r",
-              "step s", "tokens/s/GPU", "GiB", "of GPU")  # fmt: skip
-    rows: list[tuple[str, ...]] = [header]
+    rows: list[tuple[str, ...]] = []
     for i, found in enumerate(plan.layouts()[:top], 1):
-        p = found.layout.parallel
+        layout = found.layout
+        p = layout.parallel
         mark = MARK[found.time.basis]
         share = plan.share(found)
-        rows.append((
-            str(i), *map(str, (p.tp, p.pp, p.vpp, found.layout.dp, p.ep, p.etp, found.layout.edp)),
-            str(found.layout.micro_batch_size), found.layout.recompute, str(found.lora_rank),
-            f"{found.time.seconds:.3g}{mark}",
-            f"{found.tokens_per_second(plan.work):,.0f}{mark}",
-            f"{found.memory.peak_bytes / GIB:.1f}",
-            f"{100 * share:.0f} %{' !' if share > FULL else ''}",
-        ))  # fmt: skip
+        warned = " !" if share > FULL else ""
+        row: dict[str, object] = {
+            "": i,
+            "tp": p.tp,
+            "pp": p.pp,
+            "vpp": p.vpp,
+            "dp": layout.dp,
+            "ep": p.ep,
+            "etp": p.etp,
+            "edp": layout.edp,
+            "micro": layout.micro_batch_size,
+            "recompute": layout.recompute,
+            "lora r": found.lora_rank,
+            "step s": f"{found.time.seconds:.3g}{mark}",
+            "tokens/s/GPU": f"{found.tokens_per_second(plan.work):,.0f}{mark}",
+            "GiB": f"{found.memory.peak_bytes / GIB:.1f}",
+            "of GPU": f"{100 * share:.0f} %{warned}",
+        }
+        if not rows:
+            rows.append(tuple(row))  # the header
+        rows.append(tuple(map(str, row.values())))
     return _columns(rows)
 
 
 def breakdown(plan: Plan, found: Planned) -> str:
     """Memory and time of one layout, part by part, each number with how it is known."""
     memory = [("memory of the fullest rank", f"stage {found.memory.stage}", "GiB", "")]
-    memory += [
-        (f"  {part.name}", part.when, f"{part.num_bytes / GIB:.3f}", part.basis)
-        for part in found.memory.parts
-    ]
-    memory += [("  peak", "", f"{found.memory.peak_bytes / GIB:.3f}", "")]
+    for part in found.memory.parts:
+        gib = f"{part.num_bytes / GIB:.3f}"
+        memory.append((f"  {part.name}", part.when, gib, part.basis))
+    memory.append(("  peak", "", f"{found.memory.peak_bytes / GIB:.3f}", ""))
+
+    # The parts of time add up to the step, largest first; those of memory stay in the order of a
+    # step, because not all of them are there at the peak.
     seconds = found.time.seconds
     time = [("time of a step", f"stage {found.time.stage}", "s", "")]
     for part in sorted(found.time.parts, key=lambda part: -part.seconds):
-        time.append(
-            (
-                f"  {part.name}",
-                f"{100 * part.seconds / seconds:.1f} %",
-                f"{part.seconds:.4f}",
-                part.basis,
-            )
-        )
-    time += [("  step", "", f"{seconds:.4f}", found.time.basis)]
+        share = f"{100 * part.seconds / seconds:.1f} %"
+        time.append((f"  {part.name}", share, f"{part.seconds:.4f}", part.basis))
+    time.append(("  step", "", f"{seconds:.4f}", found.time.basis))
     return f"{_columns(memory)}\n{_columns(time)}"
 
 
 def waits(found: Planned) -> str | None:
-    """Where the host waits for the device, and what that adds; None for a layout in which it does
-    not."""
+    """Where the host waits for the device, and how many seconds that adds; None for a layout in
+    which it does not wait."""
     seconds = found.time[BEHIND_WAITS]
     if not seconds:
         return None
     again = "and again where it is recomputed " if found.layout.recompute == "full" else ""
     return (
-        "with experts shared out, the host waits for the device before the all-to-all in every MoE"
-        f" layer's forward {again}(sizes come from the routing). The host's work behind these waits"
-        f" is not assumed hidden: {seconds:.3g} s of a step"
+        "with experts split over ranks, the host waits for the device before the all-to-all in"
+        f" every MoE layer's forward {again}(sizes come from the routing). The host's work behind"
+        f" these waits is not assumed hidden: {seconds:.3g} s of a step"
     )
 
 
 def warning(plan: Plan, found: Planned) -> str | None:
-    """When little memory is left."""
+    """What to do where little memory is left; None where enough is."""
     share = plan.share(found)
     if share <= FULL:
         return None
@@ -88,43 +99,42 @@ def warning(plan: Plan, found: Planned) -> str | None:
 
 
 def rejections(plan: Plan) -> str:
-    """How many layouts each kind of reason rejects; digits stand as #."""
-    lines = [
-        f"{len(plan.rejected):,} layouts are out (--rejected FILE lists each with its reason):"
-    ]
-    return "\n".join(lines + [f"  {count:>6,}  {reason}" for reason, count in plan.reasons()])
+    """How many layouts each kind of reason rejects; numbers in reasons stand as #."""
+    rejected = f"{len(plan.rejected):,} layouts are rejected"
+    lines = [f"{rejected} (--rejected FILE lists each with its reason):"]
+    lines += [f"  {count:>6,}  {reason}" for reason, count in plan.reasons()]
+    return "\n".join(lines)
 
 
 def rejected_line(rejected: Rejected) -> str:
-    """One layout and its reason."""
+    """One rejected layout and its reason, with a tab between them."""
     p = rejected.parallel
     micro = rejected.micro_batch_size
-    sizes = (
-        f"tp={p.tp} pp={p.pp} vpp={p.vpp} ep={p.ep} etp={p.etp}"
-        f" micro={'any' if micro is None else micro}"
-    )
-    recompute = f" recompute={rejected.layout.recompute}" if rejected.layout else ""
-    return f"{sizes}{recompute}\t{rejected.reason}"
+    layout = f"tp={p.tp} pp={p.pp} vpp={p.vpp} ep={p.ep} etp={p.etp} micro={micro or 'any'}"
+    # Recomputation decides about memory alone: layouts that are not possible name none.
+    if rejected.layout:
+        layout += f" recompute={rejected.layout.recompute}"
+    return f"{layout}\t{rejected.reason}"
 
 
 def planned_config(config: RunConfig, found: Planned) -> RunConfig:
     """The user's config with the layout's sizes."""
     layout = found.layout
-    return replace(
-        config, parallel=layout.parallel, lora=replace(config.lora, rank=found.lora_rank),
-        train=replace(config.train, micro_batch_size=layout.micro_batch_size,
-                      recompute=layout.recompute),
-    )  # fmt: skip
+    lora = replace(config.lora, rank=found.lora_rank)
+    train = replace(
+        config.train, micro_batch_size=layout.micro_batch_size, recompute=layout.recompute
+    )
+    return replace(config, parallel=layout.parallel, lora=lora, train=train)
 
 
 def config_text(config: RunConfig, plan: Plan, found: Planned) -> str:
-    """YAML that ``megalora train`` reads, what is not a default, with what was predicted in a
-    comment."""
+    """YAML that ``megalora train`` reads, without defaults, below comments with the prediction."""
     n = found.layout.num_ranks
     work = plan.work
     time = found.time
     share = plan.share(found)
-    head = [
+    memory_parts = gib_by_name(found.memory.parts)
+    comments = [
         (
             f"{config.model.path} on {n} x {plan.machine.name}, samples of up to"
             f" {work.sequence_length:,} tokens: {found.layout}"
@@ -133,59 +143,64 @@ def config_text(config: RunConfig, plan: Plan, found: Planned) -> str:
         (
             f"  memory of the fullest rank {found.memory.peak_bytes / GIB:.1f} GiB,"
             f" {100 * share:.0f} % of {plan.machine.memory_bytes / GIB:.0f} GiB:"
-            f" {_largest([(p.name, p.num_bytes / GIB) for p in found.memory.parts], 'GiB')}"
+            f" {_largest(memory_parts, 'GiB')}"
         ),
         (
             f"  a step {time.seconds:.2f} s ({time.basis}), {found.tokens_per_second(work):,.0f}"
-            " tokens/s/GPU at full length:"
-            f" {_largest([(p.name, p.seconds) for p in time.parts], 's')}"
+            f" tokens/s/GPU at full length: {_largest(time.by_part(), 's')}"
         ),
     ]
-    return "".join(f"# {line}\n" for line in head) + OmegaConf.to_yaml(
-        OmegaConf.create(_explicit(planned_config(config, found)))
-    )
+    head = "# " + "\n# ".join(comments) + "\n"
+    # OmegaConf writes as it reads, so that a value such as 1e-4 comes back as the number it was.
+    tree = _explicit(planned_config(config, found))
+    return head + OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
-def _largest(parts: Sequence[tuple[str, float]], unit: str) -> str:
-    most = sorted(parts, key=lambda part: -part[1])[:4]
+def _largest(parts: dict[str, float], unit: str) -> str:
+    """The four largest parts in one line."""
+    most = sorted(parts.items(), key=lambda part: -part[1])[:4]
     return ", ".join(f"{name} {value:.2f} {unit}" for name, value in most if value > 0)
 
 
+ALWAYS_WRITTEN: dict[str, tuple[str, ...]] = {
+    "parallel": ("tp", "pp", "vpp", "ep", "etp"),
+    "train": ("micro_batch_size", "global_batch_size", "recompute"),
+    "lora": ("rank", "alpha", "target_modules"),
+    "data": ("max_length",),
+    "model": ("dtype",),
+}
+"""Section -> keys that a planned config names even where they are defaults: layout, batch and what
+the prediction rests on."""
+
+
 def _explicit(config: RunConfig) -> dict[str, dict[str, object]]:
-    """Sections without what is a default, layout and batch always."""
-    always = {
-        "parallel": {"tp", "pp", "vpp", "ep", "etp"},
-        "train": {"micro_batch_size", "global_batch_size", "recompute"},
-    }
-    always |= {
-        "lora": {"rank", "alpha", "target_modules"},
-        "data": {"max_length"},
-        "model": {"dtype"},
-    }
-    tree = {}
+    """Sections of a config without their defaults; ``ALWAYS_WRITTEN`` stays."""
+    tree: dict[str, dict[str, object]] = {}
     for section, values in asdict(config).items():
-        fields = type(getattr(config, section)).__dataclass_fields__
-        kept = {
-            k: v
-            for k, v in values.items()
-            if k in always.get(section, ())
-            or v
-            != (
-                fields[k].default_factory()
-                if callable(fields[k].default_factory)
-                else fields[k].default
-            )
-        }
-        tree |= {section: kept} if kept else {}
+        kept: dict[str, object] = {}
+        for key in fields(getattr(config, section)):
+            value = values[key.name]
+            if key.name in ALWAYS_WRITTEN.get(section, ()) or value != _default(key):
+                kept[key.name] = value
+        if kept:
+            tree[section] = kept
     return tree
 
 
+def _default(key: Field[Any]) -> object:
+    """The value that a key has where nobody sets it; ``MISSING`` where it must be set."""
+    return key.default if key.default_factory is MISSING else key.default_factory()
+
+
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:
-    """Padded to the widest cell; the first column on the left, others on the right, a last one of
-    words on the left."""
+    """Rows padded to the widest cell of each column: words flush left, numbers flush right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 or (len(row) == 4 and i == 3) else cell.rjust(w) for i,
-                  (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    )  # fmt: skip
+    lines = []
+    for row in rows:
+        cells = []
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            # Rows of four are a breakdown's, whose last column says how a number is known.
+            is_words = i == 0 or (len(row) == 4 and i == 3)
+            cells.append(cell.ljust(width) if is_words else cell.rjust(width))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,11 +1,12 @@
-"""Every layout of a number of ranks, with its memory and its time, the fastest that fits first, and
-why the others are out."""
+"""Search all layouts of a number of ranks for those that fit, the fastest first, with the memory
+and time of each and the reasons against the others."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from megalora.config import LoRAConfig
+from megalora.config import LoRAConfig, ParallelConfig
 from megalora.config.checks import require
 from megalora.model.shape import ModelShape
 from megalora.planner.cost import step_time
@@ -19,66 +20,66 @@ from megalora.planner.layouts import (
     enumerate_layouts,
 )
 from megalora.planner.ledger import StepTime
-from megalora.planner.memory import MemoryPlan, fullest_stage
+from megalora.planner.memory import GIB, MemoryPlan, fullest_stage
 from megalora.planner.weights import PlannedModel
 
 FULL = 0.9
-"""Of a device's memory: above it a plan is warned of, for fragments, uneven routing and what nobody
-counted need some."""
+"""Share of a device's memory above which a plan comes with a warning: fragments, uneven routing and
+what nobody counted need some."""
 CLOSE = 0.03
-"""Predictions that differ by less are taken for equal."""
-GIB = 2**30
+"""Predictions that differ by a smaller share than this are taken for equal."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A layout with what it needs and what it takes."""
+    """A layout with its memory and its time."""
 
     layout: ParallelLayout
     lora_rank: int
     memory: MemoryPlan
-    """Of the fullest stage."""
+    """Memory of the fullest stage."""
     time: StepTime
+    """Time of a step, as the slowest stage has it."""
 
     def tokens_per_second(self, work: Workload) -> float:
         """Per rank, padding included: global batch x sequence / seconds / ranks."""
-        return (
-            work.global_batch_size
-            * work.sequence_length
-            / self.time.seconds
-            / self.layout.num_ranks
-        )
+        tokens = work.global_batch_size * work.sequence_length
+        return tokens / self.time.seconds / self.layout.num_ranks
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search found."""
+    """The result of a search."""
 
     work: Workload
     machine: Machine
     lora_rank: int
-    """The config's own; others were tried beside it."""
+    """Rank of the config itself; others may have been tried beside it."""
     fitting: list[Planned]
-    """Every variant, fastest first."""
+    """Layouts that fit, in every variant, fastest first."""
     rejected: list[Rejected]
-    """Cannot be laid out, or do not fit, in the order of enumeration."""
+    """Layouts that are not possible or do not fit, in the order of enumeration."""
 
     def layouts(self) -> list[Planned]:
-        """One for each way to split the model (tp, pp, ep, etp, LoRA rank), fastest first: of its
-        variants in chunks, microbatch and recomputation below ``FULL``, if any are, and within
-        ``CLOSE`` of the fastest of them, the one that needs least memory."""
+        """One layout for each way to split the model (tp, pp, ep, etp, LoRA rank), fastest first.
+
+        Of the variants in chunks, microbatch and recomputation that stay below ``FULL``, or of all
+        where none does, those within ``CLOSE`` of the fastest count as equally fast; of these it is
+        the one that needs least memory.
+        """
         groups: dict[tuple[int, ...], list[Planned]] = {}
         for found in self.fitting:
             p = found.layout.parallel
             groups.setdefault((p.tp, p.pp, p.ep, p.etp, found.lora_rank), []).append(found)
         chosen = []
+        # self.fitting is sorted by time, and so is every group.
         for variants in groups.values():
             safe = [v for v in variants if self.share(v) <= FULL] or variants
             chosen.append(_leanest(safe))
         return sorted(chosen, key=lambda found: found.time.seconds)
 
     def share(self, found: Planned) -> float:
-        """Of the device's memory that its fullest rank needs."""
+        """Share of the device's memory that the fullest rank needs."""
         return found.memory.peak_bytes / self.machine.memory_bytes
 
     def reasons(self) -> list[tuple[str, int]]:
@@ -87,26 +88,34 @@ class Plan:
         return Counter(_kind(r.reason) for r in self.rejected).most_common()
 
     def best(self) -> Planned:
-        """The fastest layout of the config's own LoRA rank, if that fits at all, below ``FULL``,
-        or, where there is none, the fastest.
+        """The fastest layout below ``FULL``, or, where there is none, the fastest; of the config's
+        own LoRA rank, if that fits at all.
 
         Raises:
-            ValueError: none fits; says how much the smallest lacks.
+            ValueError: no layout fits; the message says how much the smallest needs.
         """
-        if self.fitting:
-            layouts = [
-                found for found in self.layouts() if found.lora_rank == self.lora_rank
-            ] or self.layouts()
-            return next((found for found in layouts if self.share(found) <= FULL), layouts[0])
-        smallest = min(
-            (r for r in self.rejected if r.num_bytes), key=lambda r: r.num_bytes or 0, default=None
-        )
-        if smallest is None:
-            raise ValueError(
+        if not self.fitting:
+            raise ValueError(self._why_nothing_fits())
+        layouts = self.layouts()
+        # Quality is not the planner's to trade: another rank only where this one has no layout.
+        of_own_rank = [found for found in layouts if found.lora_rank == self.lora_rank]
+        if of_own_rank:
+            layouts = of_own_rank
+        for found in layouts:
+            if self.share(found) <= FULL:
+                return found
+        return layouts[0]
+
+    def _why_nothing_fits(self) -> str:
+        """Of the layouts that are possible the one that needs least, or that none is possible."""
+        possible = [r for r in self.rejected if r.num_bytes]
+        if not possible:
+            return (
                 f"no layout is possible; the first of {len(self.rejected)} reasons:"
                 f" {self.rejected[0].reason}"
             )
-        raise ValueError(f"no layout fits; the smallest is {smallest.layout}: {smallest.reason}")
+        smallest = min(possible, key=lambda r: r.num_bytes or 0)
+        return f"no layout fits; the smallest is {smallest.layout}: {smallest.reason}"
 
 
 def search(
@@ -128,6 +137,7 @@ def search(
         shape, num_ranks, work, micro_batch_sizes=micro_batch_sizes, recompute=recompute
     )
     plan = Plan(work, machine, lora.rank, [], list(found.rejected))
+    # dict.fromkeys: each rank once, in the order given.
     for rank in dict.fromkeys((lora.rank, *lora_ranks)):
         model = PlannedModel.of(shape, replace(lora, rank=rank))
         _fill(plan, model, rank, found.legal)
@@ -138,15 +148,12 @@ def search(
 def evaluate(
     model: PlannedModel, lora_rank: int, layout: ParallelLayout, work: Workload, machine: Machine
 ) -> Planned:
-    """One layout, whether it fits or not; raises ``ValueError`` where rates are of another
-    dtype."""
+    """Memory and time of one layout, whether it fits or not; raises ``ValueError`` where the rates
+    are of another dtype."""
     check_dtype(work, machine)
-    return Planned(
-        layout,
-        lora_rank,
-        fullest_stage(model, layout, work),
-        step_time(model, layout, work, machine),
-    )
+    memory = fullest_stage(model, layout, work)
+    time = step_time(model, layout, work, machine)
+    return Planned(layout, lora_rank, memory, time)
 
 
 def check_dtype(work: Workload, machine: Machine) -> None:
@@ -162,55 +169,50 @@ def check_dtype(work: Workload, machine: Machine) -> None:
 def _fill(
     plan: Plan, model: PlannedModel, lora_rank: int, layouts: Iterable[ParallelLayout]
 ) -> None:
-    """Time only what fits. A stage whose weights alone are too much is too much with every
-    microbatch and recomputation."""
+    """Add each layout to ``plan.fitting`` or ``plan.rejected``. Only what fits is timed."""
     limit = plan.machine.memory_bytes
-    hopeless = {}
+    # Sizes whose weights alone are too much: too much with every microbatch and recomputation.
+    hopeless: dict[ParallelConfig, Rejected] = {}
     for layout in layouts:
         p = layout.parallel
+        micro = layout.micro_batch_size
         if p in hopeless:
-            plan.rejected.append(
-                replace(hopeless[p], layout=layout, micro_batch_size=layout.micro_batch_size)
-            )
+            plan.rejected.append(replace(hopeless[p], layout=layout, micro_batch_size=micro))
             continue
         memory = fullest_stage(model, layout, plan.work)
         if memory.peak_bytes <= limit:
-            plan.fitting.append(
-                Planned(
-                    layout, lora_rank, memory, step_time(model, layout, plan.work, plan.machine)
-                )
-            )
+            time = step_time(model, layout, plan.work, plan.machine)
+            plan.fitting.append(Planned(layout, lora_rank, memory, time))
             continue
+        # What is there whatever the microbatch: if that is too much, recomputation cannot help.
         always = memory.sum_of("always")
-        needs, what = (
-            (always, "weights, adapters and optimizer alone")
-            if always > limit
-            else (memory.peak_bytes, "in all")
-        )
+        if always > limit:
+            needs = always
+            what = "weights, adapters and optimizer alone"
+        else:
+            needs = memory.peak_bytes
+            what = "in all"
         reason = (
             f"does not fit: {needs / GIB:.1f} GiB {what} on stage {memory.stage}, of"
             f" {limit / GIB:.1f} GiB"
         )
-        rejected = Rejected(p, layout.micro_batch_size, reason, layout, needs)
+        rejected = Rejected(p, micro, reason, layout, needs)
         plan.rejected.append(rejected)
         if always > limit:
             hopeless[p] = rejected
 
 
 def _leanest(variants: list[Planned]) -> Planned:
-    """Of those, fastest first, that are as good as the first: least memory, then fewest chunks."""
-    close = [v for v in variants if v.time.seconds <= (1 + CLOSE) * variants[0].time.seconds]
+    """Of variants, fastest first, that are as good as the first: least memory, then fewest
+    chunks."""
+    fastest = variants[0].time.seconds
+    close = [v for v in variants if v.time.seconds <= (1 + CLOSE) * fastest]
     least = min(v.memory.peak_bytes for v in close)
     lean = [v for v in close if v.memory.peak_bytes <= (1 + CLOSE) * least]
+    # Chunks shorten the bubble but send more messages: without a gain there is no reason for them.
     return min(lean, key=lambda v: (v.layout.parallel.vpp, v.memory.peak_bytes))
 
 
 def _kind(reason: str) -> str:
-    """A reason without its numbers."""
-    out = "".join(
-        "#" if c.isdigit() or (c == "." and i and reason[i - 1].isdigit()) else c
-        for i, c in enumerate(reason)
-    )
-    while "##" in out:
-        out = out.replace("##", "#")
-    return out
+    """A reason with # for each number, so that reasons of one kind count as one."""
+    return re.sub(r"(?:\d\.?)+", "#", reason)

@@ -1,4 +1,5 @@
-"""Bytes that do not depend on a microbatch: gradient buffers, optimizer state, room for adapters.
+"""Count the bytes that do not depend on a microbatch: gradient buffers, optimizer state, room for
+adapters.
 
 Symbols as in ``activations.py``; P adapter parameters of this rank.
 """
@@ -8,32 +9,44 @@ import math
 from megalora.model.formats.augmented import Augmented
 from megalora.model.formats.plain import PLAIN
 from megalora.planner.layouts import ParallelLayout, Workload
-from megalora.planner.weights import AdapterCount, Chunk, PlannedModel, shared_elements
+from megalora.planner.weights import (
+    AdapterCount,
+    Chunk,
+    PlannedModel,
+    shared_elements,
+    stacked_rank,
+)
 
 GRADIENT = 4
 """Bytes of a float32 gradient."""
 STATE = 4
 """Bytes of a float32 master parameter or moment."""
+BUFFER_END = 128
+"""Megatron's distributed optimizer pads a buffer to a multiple of this and of the ranks that share
+it."""
 
 
 def buffers(count: AdapterCount, layout: ParallelLayout) -> tuple[int, int]:
     """Elements of a chunk's two gradient buffers, dense and expert: tensors at multiples of 64, the
     end at a multiple of lcm(data-parallel size, 128)."""
-
-    def padded(n: int, replicas: int) -> int:
-        return n + -n % math.lcm(replicas, 128)
-
-    return padded(count.dense_padded, layout.dp), padded(count.expert_padded, layout.edp)
+    dense = count.dense_padded
+    dense += -dense % math.lcm(layout.dp, BUFFER_END)
+    expert = count.expert_padded
+    expert += -expert % math.lcm(layout.edp, BUFFER_END)
+    return dense, expert
 
 
 def optimizer_bytes(count: AdapterCount, layout: ParallelLayout, work: Workload) -> int:
     """Adam over the rank's share of each buffer, ``min(P, buffer / data-parallel size)``: two
     moments of 4 bytes, and with bfloat16 a master of 4. A share that is partly padding has less;
     none has more."""
-    return sum(owned_elements(count, layout)) * STATE * (3 if work.dtype == "bfloat16" else 2)
+    # With float32 the parameters are their own masters.
+    states = 3 if work.dtype == "bfloat16" else 2
+    return sum(owned_elements(count, layout)) * STATE * states
 
 
 def owned_elements(count: AdapterCount, layout: ParallelLayout) -> tuple[int, int]:
+    """Elements of the dense and of the expert buffer that this rank's optimizer updates."""
     dense, expert = buffers(count, layout)
     return min(count.dense, dense // layout.dp), min(count.expert, expert // layout.edp)
 
@@ -45,22 +58,34 @@ def step_bytes(
     one row for each shard, and those into one bucket: 8 bytes an element; then Adam (torch's,
     tensor lists), for dense factors, then for experts', has the square root of its second moments,
     4 bytes for each of its share."""
-    replicated = [
-        sum(of)
-        for of in zip(*(shared_elements(model, layout.parallel, c) for c in chunks), strict=True)
-    ]
-    shares = zip(*(owned_elements(count, layout) for count in counts), strict=True)
-    return max(2 * GRADIENT * max(replicated), STATE * max(sum(of_chunks) for of_chunks in shares))
+    # A step sums all chunks of the stage at once.
+    over_tp = 0
+    over_etp = 0
+    for chunk in chunks:
+        dense, expert = shared_elements(model, layout.parallel, chunk)
+        over_tp += dense
+        over_etp += expert
+    own_dense = 0
+    own_expert = 0
+    for count in counts:
+        dense, expert = owned_elements(count, layout)
+        own_dense += dense
+        own_expert += expert
+    # Each of the four is freed before the next begins. A table and its bucket are two copies.
+    tables = 2 * GRADIENT * max(over_tp, over_etp)
+    square_roots = STATE * max(own_dense, own_expert)
+    return max(tables, square_roots)
 
 
 def has_room(model: PlannedModel, layout: ParallelLayout, work: Workload) -> bool:
     """Whether the experts' weights get room for adapters beside them, as
-    ``lora.experts.gains_from_room`` says on Hopper and datacentre
-    Blackwell: by the rows per expert to be expected; float32 goes without, and so do other GPUs."""
+    ``lora.experts.gains_from_room`` says on Hopper and datacentre Blackwell: by the rows per expert
+    to be expected. With float32 they get none, and neither on other GPUs."""
     s = model.shape
     p = layout.parallel
     if not s.moe_layers or work.dtype == "float32":
         return False
+    # Training decides when it builds the model, before it sees a batch: by samples of full length.
     rows = s.expected_rows(p, layout.micro_batch_size * work.sequence_length)
     return work.crossings.prefers_grouped_mm(
         rows, s.hidden, s.expert_intermediate // p.etp, _stacked_rank(model)
@@ -70,36 +95,38 @@ def has_room(model: PlannedModel, layout: ParallelLayout, work: Workload) -> boo
 def room_bytes(
     model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
 ) -> int:
-    """What augmented weights of experts have more than plain ones."""
+    """Bytes by which the experts' augmented weights exceed plain ones."""
     s = model.shape
     p = layout.parallel
-    e = work.element_bytes
     if not has_room(model, layout, work):
         return 0
     experts = s.num_experts // p.ep
     i = s.expert_intermediate // p.etp
+    weights = {
+        "mlp.experts.gate_up": (experts, 2 * i, s.hidden),
+        "mlp.experts.down": (experts, s.hidden, i),
+    }
     total = 0
-    for layer in (layer for chunk in chunks for layer in chunk.layers):
-        for module, n, k in (("gate_up", 2 * i, s.hidden), ("down", s.hidden, i)):
-            rank = sum(
-                a.rank for a in model.by_layer.get(layer, {}).get(f"mlp.experts.{module}", [])
-            )
-            if rank:
-                sizes = (experts, n, k)
-                total += Augmented(rank).num_bytes(sizes, e) - PLAIN.num_bytes(sizes, e)
+    for chunk in chunks:
+        for layer in chunk.layers:
+            modules = model.modules_of(layer)
+            for name, sizes in weights.items():
+                rank = stacked_rank(modules.get(name, []))
+                # A weight without an adapter stays plain.
+                if rank:
+                    total += Augmented(rank).num_bytes(sizes, work.element_bytes)
+                    total -= PLAIN.num_bytes(sizes, work.element_bytes)
     return total
 
 
 def _stacked_rank(model: PlannedModel) -> int:
     """The larger of the stacked ranks of gate_up and down, in the layer where it is largest."""
-    if ("stacked rank",) not in model.memo:
-        modules = [
-            adapted
-            for layer in model.by_layer.values()
-            for name, adapted in layer.items()
-            if name.startswith("mlp.experts.")
-        ]
-        model.memo["stacked rank",] = max(
-            (sum(a.rank for a in adapted) for adapted in modules), default=0
-        )
-    return model.memo["stacked rank",]
+    key = ("stacked rank",)
+    if key not in model.memo:
+        largest = 0
+        for modules in model.by_layer.values():
+            for name, adapted in modules.items():
+                if name.startswith("mlp.experts."):
+                    largest = max(largest, stacked_rank(adapted))
+        model.memo[key] = largest
+    return model.memo[key]

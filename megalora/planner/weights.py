@@ -1,11 +1,10 @@
-"""Parameters of one rank: what ``build_model`` and ``inject`` leave there, counted from sizes
-alone.
+"""Count the parameters that ``build_model`` and ``inject`` leave on one rank, from sizes alone.
 
 Each count is exact: ``dryrun.py`` builds the same rank on the meta device and finds the same
 number.
 """
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +15,19 @@ from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
 from megalora.model.shape import ModelShape
 
+ALIGNMENT = 64
+"""Elements: Megatron's parameter and gradient buffers start every tensor at a multiple of this."""
+
+
+def stacked_rank(adapted: Iterable[Adapted]) -> int:
+    """R: the ranks of the projections whose A's one module stacks, added up."""
+    return sum(a.rank for a in adapted)
+
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model's sizes with what LoRA adapts in it: resolved once, asked for every layout."""
+    """Sizes of a model and the projections that LoRA adapts in it, resolved once for all
+    layouts."""
 
     shape: ModelShape
     adapted: tuple[Adapted, ...]
@@ -44,32 +52,39 @@ class PlannedModel:
             found.setdefault(a.layer, {}).setdefault(a.projection.module, []).append(a)
         return found
 
+    def modules_of(self, layer: int | None) -> dict[str, list[Adapted]]:
+        """Adapted projections of a layer by Megatron module; empty for a layer without
+        adapters."""
+        return self.by_layer.get(layer, {})
+
     @cached_property
     def kinds(self) -> list[int]:
-        """A layer number that stands for each layer: the first that is like it. Models have one or
+        """For each layer the first layer that is like it, which stands for both. Models have one or
         two kinds."""
         first: dict[object, int] = {}
-        out = []
+        kinds = []
         for layer in range(self.shape.num_layers):
-            modules = self.by_layer.get(layer, {})
-            ranks = tuple(
-                (m, tuple((a.name, a.rank) for a in found)) for m, found in modules.items()
-            )
-            out.append(first.setdefault((self.shape.is_moe(layer), ranks), layer))
-        return out
+            # Layers are alike when their MLPs are of one sort and the same projections are adapted
+            # with the same ranks.
+            ranks = []
+            for adapted in self.modules_of(layer).values():
+                ranks.extend((a.projection.module, a.name, a.rank) for a in adapted)
+            likeness = (self.shape.is_moe(layer), tuple(ranks))
+            kinds.append(first.setdefault(likeness, layer))
+        return kinds
 
     @cached_property
     def memo(self) -> dict[tuple[object, ...], Any]:
-        """What was counted before, by name and sizes: layers of one kind, and layouts that cut them
-        alike, are many."""
+        """Results of earlier counts, by name and sizes: many layers are of one kind, and many
+        layouts cut them alike."""
         return {}
 
     @cached_property
     def first_adapted(self) -> int:
-        """The first layer with an adapter; nothing below it takes part in backward."""
-        return min(
-            (layer for layer in self.by_layer if layer is not None), default=self.shape.num_layers
-        )
+        """The first layer with an adapter; nothing below it takes part in backward. The number of
+        layers where the head alone is adapted."""
+        layers = [layer for layer in self.by_layer if layer is not None]
+        return min(layers, default=self.shape.num_layers)
 
 
 @dataclass(frozen=True)
@@ -101,13 +116,22 @@ def base_parameters(shape: ModelShape, p: ParallelConfig, chunk: Chunk) -> int:
     on this rank and tied); the final norm H with the head.
     """
     num_moe = sum(map(shape.is_moe, chunk.layers))
-    total = num_moe and num_moe * layer_parameters(shape, p, True)
-    if num_moe < len(chunk.layers):
-        total += (len(chunk.layers) - num_moe) * layer_parameters(shape, p, False)
+    num_dense = len(chunk.layers) - num_moe
+    total = 0
+    # Asked for only where there are such layers: a model of one kind has no sizes of the other.
+    if num_moe:
+        total += num_moe * layer_parameters(shape, p, True)
+    if num_dense:
+        total += num_dense * layer_parameters(shape, p, False)
     embedding = shape.vocab // p.tp * shape.hidden
-    total += embedding * chunk.has_embedding
-    shares = shape.tied_embeddings and chunk.has_embedding
-    return total + chunk.has_head * (shape.hidden + (0 if shares else embedding))
+    if chunk.has_embedding:
+        total += embedding
+    if chunk.has_head:
+        total += shape.hidden
+        # A tied head on the embedding's rank is the embedding; on another rank it is a copy.
+        if not (shape.tied_embeddings and chunk.has_embedding):
+            total += embedding
+    return total
 
 
 def layer_parameters(shape: ModelShape, p: ParallelConfig, is_moe: bool) -> int:
@@ -119,15 +143,18 @@ def layer_parameters(shape: ModelShape, p: ParallelConfig, is_moe: bool) -> int:
         (E / ep) 3 H I / etp, shared expert 3 H I_s / tp and H where it has a gate. Dense:
         3 H I / tp.
     """
-    h, q, kv = shape.hidden, *attention_widths(shape, p)
+    h = shape.hidden
+    q, kv = attention_widths(shape, p)
+    # qkv's bias is split like its outputs; o's bias is whole on every rank, H of them.
     total = (q + 2 * kv) * (h + shape.qkv_bias) + (q + shape.o_bias) * h + 2 * h
     if shape.qk_norm:
         total += q + kv if shape.full_width_norms else 2 * shape.head_dim
+    # The factor 3 in each MLP: gate, up and down have the same number of elements.
     if not is_moe:
         return total + 3 * h * (shape.intermediate // p.tp)
-    total += shape.num_experts * h + shape.num_experts // p.ep * 3 * h * (
-        shape.expert_intermediate // p.etp
-    )
+    # The router is whole on every rank: it scores all experts.
+    total += shape.num_experts * h
+    total += shape.num_experts // p.ep * 3 * h * (shape.expert_intermediate // p.etp)
     if shape.shared_intermediate:
         total += 3 * h * (shape.shared_intermediate // p.tp) + shape.shared_gate * h
     return total
@@ -135,18 +162,18 @@ def layer_parameters(shape: ModelShape, p: ParallelConfig, is_moe: bool) -> int:
 
 def attention_widths(shape: ModelShape, p: ParallelConfig) -> tuple[int, int]:
     """(features of q, features of k and of v) on one rank."""
-    return (
-        shape.num_heads // p.tp * shape.head_dim,
-        max(shape.num_kv_heads, p.tp) // p.tp * shape.head_dim,
-    )
+    heads = shape.num_heads // p.tp
+    # With more ranks than key/value heads, Megatron repeats a head: one on each rank.
+    kv_heads = max(shape.num_kv_heads, p.tp) // p.tp
+    return heads * shape.head_dim, kv_heads * shape.head_dim
 
 
 @dataclass(frozen=True)
 class AdapterCount:
     """Adapter parameters of a chunk on one rank, by the data-parallel group that reduces them.
 
-    A buffer starts every tensor at a multiple of 64 elements; the numbers with ``_padded`` count
-    that.
+    A buffer starts every tensor at a multiple of ``ALIGNMENT``; the numbers with ``_padded`` count
+    the gaps too.
     """
 
     dense: int = 0
@@ -178,61 +205,84 @@ def adapter_parameters(model: PlannedModel, p: ParallelConfig, chunk: Chunk) -> 
 
 
 def _places(model: PlannedModel, chunk: Chunk) -> dict[int | None, int]:
-    """How many layers of each kind there are, and None, what is outside of layers, with the
-    head."""
+    """Kind of layer -> how many a chunk has of it; None -> 1 on the chunk with the head, the only
+    place outside of layers that LoRA adapts."""
     found: dict[int | None, int] = {}
     for layer in chunk.layers:
-        found[model.kinds[layer]] = found.get(model.kinds[layer], 0) + 1
-    return found | ({None: 1} if chunk.has_head else {})
+        kind = model.kinds[layer]
+        found[kind] = found.get(kind, 0) + 1
+    if chunk.has_head:
+        found[None] = 1
+    return found
 
 
 def _adapters_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> AdapterCount:
     """One layer's, or with None the head's: per module one stack of A's, and a B for each
     projection."""
     total = AdapterCount()
+    # Where experts are replicated over the same ranks as all else, Megatron reduces them with the
+    # dense parameters.
     separate = p.ep > 1 or p.etp != p.tp
-    for adapted in model.by_layer.get(layer, {}).values():
+    for adapted in model.modules_of(layer).values():
         is_expert = adapted[0].projection.is_expert
-        group, lead = (p.etp, adapted[0].num_experts // p.ep) if is_expert else (p.tp, 1)
+        group, lead = _group_and_experts(adapted[0], p)
         in_local = adapted[0].in_features // adapted[0].num_shards("A", group)
-        tensors = [lead * sum(a.rank for a in adapted) * in_local]
-        tensors += [lead * (a.out_features // a.num_shards("B", group)) * a.rank for a in adapted]
-        whole = sum(tensors)
-        padded = sum(64 * math.ceil(n / 64) for n in tensors)
+        # [experts, R, in] of the stacked A's, then [experts, out, rank] of each B
+        sizes = [lead * stacked_rank(adapted) * in_local]
+        for a in adapted:
+            sizes.append(lead * (a.out_features // a.num_shards("B", group)) * a.rank)
+        whole = sum(sizes)
+        padded = sum(n + -n % ALIGNMENT for n in sizes)
         own = is_expert and separate
-        total += (
-            AdapterCount(expert=whole, expert_padded=padded)
-            if own
-            else AdapterCount(whole, 0, padded, 0)
-        )
+        if own:
+            total += AdapterCount(expert=whole, expert_padded=padded)
+        else:
+            total += AdapterCount(dense=whole, dense_padded=padded)
     return total
+
+
+def _group_and_experts(a: Adapted, p: ParallelConfig) -> tuple[int, int]:
+    """(size of the group that splits an adapter's factors, how many experts' factors a rank holds
+    in one tensor: 1 outside of experts)."""
+    if a.projection.is_expert:
+        return p.etp, a.num_experts // p.ep
+    return p.tp, 1
 
 
 def shared_elements(model: PlannedModel, p: ParallelConfig, chunk: Chunk) -> tuple[int, int]:
     """Elements that ``sum_partial_gradients`` sums over TP and over ETP: of factors that several
     ranks of the group hold, a table with one row for each shard."""
-    dense = expert = 0
+    dense = 0
+    expert = 0
     for place, times in _places(model, chunk).items():
         key = ("shared", place, p.tp, p.ep, p.etp)
         if key not in model.memo:
             model.memo[key] = _shared_of(model, p, place)
-        found = model.memo[key]
-        dense = dense + times * found[0]
-        expert = expert + times * found[1]
+        dense_in_place, expert_in_place = model.memo[key]
+        dense += times * dense_in_place
+        expert += times * expert_in_place
     return dense, expert
 
 
 def _shared_of(model: PlannedModel, p: ParallelConfig, layer: int | None) -> tuple[int, int]:
-    totals = {False: 0, True: 0}
-    for a in (a for adapted in model.by_layer.get(layer, {}).values() for a in adapted):
-        is_expert = a.projection.is_expert
-        group, lead = (p.etp, a.num_experts // p.ep) if is_expert else (p.tp, 1)
-        of_a = a.rank * a.in_features
-        of_b = a.rank * a.out_features
-        for shards, size in ((a.num_shards("A", group), of_a), (a.num_shards("B", group), of_b)):
-            # size / shards elements, shards rows
-            totals[is_expert] += lead * size if shards < group else 0
-    return totals[False], totals[True]
+    """``shared_elements`` of one layer, or with None of the head."""
+    dense = 0
+    expert = 0
+    for adapted in model.modules_of(layer).values():
+        for a in adapted:
+            group, lead = _group_and_experts(a, p)
+            sizes = (
+                (a.num_shards("A", group), a.rank * a.in_features),
+                (a.num_shards("B", group), a.rank * a.out_features),
+            )
+            # A factor in as many shards as the group has ranks is nobody else's. Otherwise the
+            # table has `shards` rows of size / shards elements: `size` whatever the number.
+            tables = sum(lead * size for shards, size in sizes if shards < group)
+            if a.projection.is_expert:
+                expert += tables
+            else:
+                dense += tables
+    return dense, expert
 
 
 def first_of_their_like(model: PlannedModel, p: ParallelConfig) -> list[tuple[int, int]]:
@@ -240,15 +290,18 @@ def first_of_their_like(model: PlannedModel, p: ParallelConfig) -> list[tuple[in
     first, which has the most microbatches in flight."""
     if ("alike", p) in model.memo:
         return model.memo["alike", p]
-    found: dict[tuple[object, ...], list[int]] = {}
+    alike: dict[tuple[object, ...], list[int]] = {}
     for stage in range(p.pp):
-        chunks = chunks_of(model.shape, p, stage)
-        # adapters
-        below = tuple(
-            min(max(model.first_adapted - c.layers.start, 0), len(c.layers)) for c in chunks
-        )
-        kinds = tuple(tuple(model.kinds[layer] for layer in c.layers) for c in chunks)
-        key = (kinds, below, tuple((c.has_embedding, c.has_head) for c in chunks))
-        found.setdefault(key, []).append(stage)
-    model.memo["alike", p] = [(stages[0], len(stages)) for stages in found.values()]
-    return model.memo["alike", p]
+        content: list[object] = []
+        for chunk in chunks_of(model.shape, p, stage):
+            # Layers below the first adapter take no part in backward, so their number counts.
+            below = min(max(model.first_adapted - chunk.layers.start, 0), len(chunk.layers))
+            kinds = tuple(model.kinds[layer] for layer in chunk.layers)
+            content.append((kinds, below, chunk.has_embedding, chunk.has_head))
+        alike.setdefault(tuple(content), []).append(stage)
+    found = []
+    for stages in alike.values():
+        # In ascending order: an earlier stage has more microbatches in flight than a later one.
+        found.append((stages[0], len(stages)))
+    model.memo["alike", p] = found
+    return found

@@ -229,8 +229,8 @@ TUNE_BUGS: tuple[Bug, ...] = (
         0,
         "planned with the rank of one projection",
         "megalora/planner/state_bytes.py",
-        "max((sum(a.rank for a in adapted) for adapted in modules), default=0)",
-        "max((a.rank for adapted in modules for a in adapted), default=0)",
+        "largest = max(largest, stacked_rank(adapted))",
+        "largest = max(largest, *(a.rank for a in adapted))",
         ROOM + "_by_the_stacked",
     ),
     bug(

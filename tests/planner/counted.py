@@ -34,9 +34,9 @@ from megalora.config import LoRAConfig, RunConfig
 from megalora.data.loader import Batch
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
-from megalora.planner.activations import Microbatch
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import CONTEXT, ROOM, MemoryPlan, memory_of_model
+from megalora.planner.microbatch import Microbatch
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths, chunks_of
 from megalora.tiny import make_tiny
 from megalora.train.assemble import Run

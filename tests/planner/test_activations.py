@@ -12,8 +12,9 @@ from torch import Tensor
 from megalora.config import LoRAConfig, RunConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
-from megalora.planner.activations import Microbatch, angles_bytes, chunk_bytes, head_bytes
+from megalora.planner.activations import angles_bytes, chunk_bytes, head_bytes
 from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.microbatch import Microbatch
 from megalora.planner.schedule import in_flight
 from megalora.planner.weights import PlannedModel, chunks_of
 from megalora.tiny import make_tiny

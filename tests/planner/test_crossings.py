@@ -94,7 +94,7 @@ def test_a_file_that_is_no_table(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         (folder / "wrong.json").write_bytes(content)
         monkeypatch.setenv(tuned.ENV_TABLE, str(folder / "wrong.json"))
         with pytest.raises(
-            ValueError, match="wrong.json: no table of benchmarks.tune .*tune again"
+            ValueError, match="wrong.json is not a table that benchmarks.tune wrote .*tune again"
         ):
             crossings_of("H100")
 

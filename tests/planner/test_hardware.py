@@ -184,7 +184,7 @@ def test_a_gpu_measured_alone_takes_the_rest_from_its_table(tmp_path: Path) -> N
     [
         ({"format": 7}, "calibration format 7; this megalora reads 1"),
         ({"gemm": None, "memory": None}, "it lacks gemm, memory"),
-        ({"overhead": None}, "no overhead of a layer, and CPU is no GPU"),
+        ({"overhead": None}, "no overhead of a layer, and no GPU of h100, .* name .CPU."),
         ({"collectives": {"gossip": [{}]}}, "unknown collectives gossip"),
         ({"attention": []}, "has no attention"),
         ({"memory": [{"bytes": 3000}]}, r"in one of its rows: KeyError\('seconds'\)"),

@@ -183,8 +183,8 @@ def test_experts_of_a_dense_model_are_not_divided(tiny_dense: Path) -> None:
     [
         ({"num_ranks": 0}, "at least 1 rank, got 0"),
         ({"num_ranks": 10**9}, "1,000,000,000 ranks: the planner lays out up to 1,048,576"),
-        ({"micro_batch_sizes": (0,)}, "microbatches of"),
-        ({"micro_batch_sizes": ()}, "microbatches of"),
+        ({"micro_batch_sizes": (0,)}, "a microbatch has at least 1 sample; sizes to try: .0."),
+        ({"micro_batch_sizes": ()}, "a microbatch has at least 1 sample; sizes to try: .]"),
         ({"recompute": ("some",)}, "recompute levels are off, selective, full; got"),
     ],
 )

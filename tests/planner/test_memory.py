@@ -24,10 +24,11 @@ from megalora.lora.experts import expert_formats
 from megalora.lora.select import resolve
 from megalora.model.fields import model_shape
 from megalora.planner import activations
-from megalora.planner.activations import Microbatch
 from megalora.planner.crossings import Crossings
 from megalora.planner.layouts import ParallelLayout, Workload, enumerate_layouts
 from megalora.planner.memory import MemoryPlan, fullest_stage, memory_of, memory_of_model
+from megalora.planner.microbatch import Microbatch
+from megalora.planner.mlp_activations import PlannedMLP, experts_bytes
 from megalora.planner.models import load_shape
 from megalora.planner.state_bytes import has_room
 from megalora.planner.weights import PlannedModel, adapter_parameters, chunks_of
@@ -108,13 +109,12 @@ def plan_of(
 def test_an_expert_layer_keeps_what_the_kernels_readme_says(model: PlannedModel) -> None:
     """58,212 bytes a token with expert parallelism at rank 16, indexes and probabilities of routing
     outside the node left out."""
-    from megalora.planner.activations import _experts
-
     p = ParallelConfig(ep=8)
     layout = ParallelLayout(parallel=p, num_ranks=8)
     work = Workload(sequence_length=4096, global_batch_size=8)
     batch = Microbatch.of(model, layout, work)
-    found = _experts(model, layout, batch, model.by_layer[0], True, False) / batch.tokens
+    mlp = PlannedMLP(model, layout, batch, model.modules_of(0), live=True, selective=False)
+    found = experts_bytes(mlp, live=True) / batch.tokens
     # a probability and two indexes each
     assert abs(found - 8 * (2048 + 2 * 768 + 48) * 2 - 8 * (2 + 8)) < 1
 
@@ -292,7 +292,7 @@ def test_the_optimizer_takes_dense_factors_and_experts_in_turn(model: PlannedMod
 
 
 def test_a_stage_that_is_none(model: PlannedModel) -> None:
-    with pytest.raises(ValueError, match=r"stage 2 is none of parallel\.pp=2"):
+    with pytest.raises(ValueError, match=r"no pipeline stage 2: parallel\.pp=2"):
         plan_of(model, stage=2, pp=2)
     with pytest.raises(KeyError, match="no part 'everything'"):
         plan_of(model)["everything"]

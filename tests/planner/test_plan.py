@@ -170,7 +170,7 @@ def test_the_command_writes_a_config_that_runs_and_a_picture(
         assert any(
             line.strip().startswith(part.name) and part.basis in line for line in said.splitlines()
         ), part.name
-    assert "layouts are out" in said and "does not fit: # GiB" in said
+    assert "layouts are rejected" in said and "does not fit: # GiB" in said
     assert "where the host waits" in said
 
 
@@ -206,8 +206,8 @@ def test_the_table_says_how_numbers_are_known_and_what_is_nearly_full(plan: Plan
         (["--gpus", "8", "--gpu", "h1"], "--gpu h1 is neither"),
         (["--gpus", "8", "--top", "0"], "--top 0: show at least 1"),
         (["--gpus", "8", "--imbalance", "0.5"], "so at least 1, got 0.5"),
-        (["--gpus", "8", "--lora-rank", "0"], "--lora-rank: at least 1"),
-        (["--gpus", "8", "--imbalance", "inf"], "--imbalance inf: no number"),
+        (["--gpus", "8", "--lora-rank", "0"], "--lora-rank 0: a rank is at least 1"),
+        (["--gpus", "8", "--imbalance", "inf"], "--imbalance inf: must be a finite number"),
         (["--gpus", "8", "--out", "/tmp"], "/tmp is a folder; name the file to write"),
         (["--gpus", "8", "--out", "/proc/x/y.yaml"], "/proc/x/y.yaml cannot be written"),
         (["--gpus", "8", "--figure", "x.foo"], "end it in .png, .pdf or .svg"),
@@ -233,6 +233,20 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     import re
 
     assert ended.value.code == 2 and re.search(message, error), error
+
+
+def test_rejected_layouts_are_listed_where_nothing_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """235B parameters on one GPU: the command fails, and the file says why each layout does not
+    fit."""
+    rejected = tmp_path / "rejected.tsv"
+    with pytest.raises(SystemExit) as ended:
+        run(capsys, CONFIG, "--gpus", 1, "--rejected", rejected, "model.path=Qwen/Qwen3-235B-A22B")
+    assert ended.value.code == 2 and "no layout fits" in capsys.readouterr().err
+    lines = rejected.read_text().splitlines()
+    # Four microbatches, each with three levels of recomputation.
+    assert len(lines) == 12 and all("\tdoes not fit: " in line for line in lines)
 
 
 def test_models_are_found_without_a_download(tiny: Path) -> None:

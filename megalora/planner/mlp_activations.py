@@ -1,0 +1,175 @@
+"""Bytes that the MLP of one decoder layer keeps for backward: router, experts or dense MLP.
+
+Symbols and what is assumed of a GPU as in ``activations.py``.
+"""
+
+from dataclasses import dataclass
+
+from megalora.lora.spec import Adapted
+from megalora.planner.layouts import ParallelLayout
+from megalora.planner.microbatch import INT, STATISTIC, Microbatch
+from megalora.planner.weights import PlannedModel, stacked_rank
+
+INDEX = 8
+"""Bytes of an int64, which ``torch.topk`` gives as an index."""
+
+
+@dataclass(frozen=True)
+class PlannedMLP:
+    """The MLP of one decoder layer, and what is asked of it."""
+
+    model: PlannedModel
+    layout: ParallelLayout
+    batch: Microbatch
+    modules: dict[str, list[Adapted]]
+    """Adapted projections of the layer, by Megatron module."""
+    live: bool
+    """Whether its input needs a gradient."""
+    selective: bool
+    """Whether the first product and the activation are computed again in backward."""
+
+    def adapted(self, module: str) -> list[Adapted]:
+        """Adapted projections of one module; empty where it has no adapter."""
+        return self.modules.get(module, [])
+
+    @property
+    def norm_output_bytes(self) -> int:
+        """(T / t) H e: the input of router, experts and dense MLP."""
+        return self.batch.own_tokens * self.model.shape.hidden * self.batch.element_bytes
+
+    @property
+    def score_bytes(self) -> int:
+        """Bytes of an element behind the router: a family that corrects its choice by a bias has
+        products, scores and probabilities in float32."""
+        return STATISTIC if self.model.shape.correction_bias else self.batch.element_bytes
+
+
+def low_rank(adapted: list[Adapted], rows: int, out_features: int, e: int) -> int:
+    """``add_low_rank``: h, rows R, and the stacked B, out R; both in the activations' dtype."""
+    return (rows + out_features) * stacked_rank(adapted) * e
+
+
+def mlp_bytes(mlp: PlannedMLP, is_moe: bool) -> int:
+    """Kept by the MLP of one layer for one microbatch."""
+    return _moe(mlp) if is_moe else _dense(mlp)
+
+
+def _moe(mlp: PlannedMLP) -> int:
+    """Router, both sorts, routed experts and the shared expert."""
+    s = mlp.model.shape
+    own = mlp.batch.own_tokens
+    p = mlp.layout.parallel
+    moved = p.ep * p.etp > 1
+    router = mlp.adapted("mlp.router")
+    total = low_rank(router, own, s.num_experts, mlp.score_bytes)
+    # With an adapter on the router, probabilities need a gradient though the layer's input does
+    # not: so does all that they weight.
+    live_router = mlp.live or bool(router)
+    if live_router:
+        total += _routing(mlp, moved)
+    total += experts_bytes(mlp, live_router)
+
+    # The norm's output is kept once, for whichever of the three reads it in backward. Recomputing
+    # gate_up needs the experts' input wherever backward passes SwiGLU; behind an all-to-all the
+    # experts keep the rows that it delivered instead.
+    down = mlp.adapted("mlp.experts.down")
+    passes_swiglu = live_router or bool(down)
+    experts_keep_x = bool(mlp.adapted("mlp.experts.gate_up")) or (mlp.selective and passes_swiglu)
+    has_shared = bool(s.shared_intermediate)
+    shared_is_live = mlp.live or any(name.startswith("mlp.shared_experts") for name in mlp.modules)
+    fc1 = mlp.adapted("mlp.shared_experts.linear_fc1")
+    shared_keeps_x = has_shared and (bool(fc1) or (mlp.selective and shared_is_live))
+    if router or (experts_keep_x and not moved) or shared_keeps_x:
+        total += mlp.norm_output_bytes
+    if has_shared and shared_is_live:
+        total += _shared_expert(mlp)
+    return total
+
+
+def _shared_expert(mlp: PlannedMLP) -> int:
+    """A gated MLP over all tokens, and the gate of its output, if it has one."""
+    s = mlp.model.shape
+    total = _gated_mlp(mlp, "mlp.shared_experts", s.shared_intermediate)
+    if s.shared_gate and not mlp.selective:
+        # The output is multiplied by sigmoid(gate), of which each token keeps one. The gate is
+        # frozen: the output is kept for the gradient of the gate's input alone.
+        own = mlp.batch.own_tokens
+        total += s.shared_gate * own * (s.hidden * mlp.live + 1) * mlp.batch.element_bytes
+    return total
+
+
+def _routing(mlp: PlannedMLP, moved: bool) -> int:
+    """Top-k: an int64 index for each of the (T / t) k choices, a float32 softmax over the choices
+    (over all experts where probabilities are not normed again, as in Qwen2-MoE). Where
+    probabilities went: an int32 index, and one that the experts keep as well; with an all-to-all
+    that one and another belong to the rows before it."""
+    s = mlp.model.shape
+    own = mlp.batch.own_tokens
+    choices = own * s.top_k
+    if s.correction_bias:
+        # Sigmoids of all experts, those of the chosen ones and their sum.
+        scores = own * (s.num_experts + s.top_k + 1) * STATISTIC
+        # The weight is widened to float32, and kept for the gradient of the router's input.
+        if mlp.live and mlp.batch.element_bytes < STATISTIC:
+            scores += s.num_experts * s.hidden * STATISTIC
+    elif s.softmax_over_all:
+        scores = own * s.num_experts * STATISTIC
+    else:
+        scores = choices * STATISTIC
+    kept = choices * (INDEX + INT) + scores
+    return kept + choices * 2 * INT * moved
+
+
+def experts_bytes(mlp: PlannedMLP, live: bool) -> int:
+    """``expert_mlp``: rows as an all-to-all delivered them M H e (without one they are the norm's
+    output), [gate | up] M 2 I / n e unless recomputed, S of gate and up and of down M (R + r) e,
+    probabilities M e, two int32 a row and E / ep offsets.
+
+    ``live``: whether the rows or their probabilities need a gradient.
+    """
+    s = mlp.model.shape
+    p = mlp.layout.parallel
+    gate_up = mlp.adapted("mlp.experts.gate_up")
+    down = mlp.adapted("mlp.experts.down")
+    if not (live or gate_up or down):
+        return 0
+    per_row = stacked_rank(gate_up) + stacked_rank(down)
+    # A's gradient reads the rows, and so does computing gate_up again.
+    if p.ep * p.etp > 1 and (gate_up or mlp.selective):
+        per_row += s.hidden
+    if not mlp.selective:
+        per_row += 2 * s.expert_intermediate // p.etp
+    row_bytes = per_row * mlp.batch.element_bytes + mlp.score_bytes + 2 * INT
+    return mlp.batch.rows * row_bytes + s.num_experts // p.ep * INT
+
+
+def _dense(mlp: PlannedMLP) -> int:
+    """The MLP of a layer without experts, and its input where backward reads it."""
+    fc1 = mlp.adapted("mlp.linear_fc1")
+    fc2 = mlp.adapted("mlp.linear_fc2")
+    total = _gated_mlp(mlp, "mlp", mlp.model.shape.intermediate)
+    # fc1's A needs the input for its gradient; recomputing starts from it.
+    if fc1 or (mlp.selective and (mlp.live or fc2)):
+        total += mlp.norm_output_bytes
+    return total
+
+
+def _gated_mlp(mlp: PlannedMLP, name: str, intermediate: int) -> int:
+    """fc1, silu(gate) * up, fc2, input left out: fc1's output T 2 I / t e, both factors T 2 I / t e
+    (Megatron's glu makes new ones), the product T I / t e where fc2 is adapted, and what the
+    adapters keep. Nothing when recomputed."""
+    if mlp.selective:
+        return 0
+    fc1 = mlp.adapted(f"{name}.linear_fc1")
+    fc2 = mlp.adapted(f"{name}.linear_fc2")
+    batch = mlp.batch
+    e = batch.element_bytes
+    features = intermediate // mlp.layout.parallel.tp
+    # fc1 computes all tokens on this rank's features, fc2's adapter its own tokens in full width.
+    total = low_rank(fc1, batch.tokens, 2 * features, e)
+    total += low_rank(fc2, batch.own_tokens, mlp.model.shape.hidden, e)
+    if fc2:
+        total += batch.tokens * features * e
+    if mlp.live or fc1:
+        total += batch.tokens * 4 * features * e
+    return total
