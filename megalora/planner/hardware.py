@@ -17,7 +17,11 @@ BASES: tuple[Basis, ...] = ("measured", "interpolated", "assumed")
 
 def weakest(bases: Sequence[Basis]) -> Basis:
     """How a number made of several is known: as the least known of them is."""
-    return max(bases, key=BASES.index, default="measured")
+    worst: Basis = "measured"
+    for basis in bases:
+        if BASES.index(basis) > BASES.index(worst):
+            worst = basis
+    return worst
 
 
 class Estimate(NamedTuple):
