@@ -74,7 +74,7 @@ def megalora(setup: Setup) -> Iterator[PeerArm]:
     with on_megatron(setup) as groups:
         model = adapted_base(setup, groups)
         [chunk] = model.chunks
-        tied = _start_and_tie(model.pieces, setup)
+        tied = _start_and_tie(model.shards, setup)
         training = training_on_megatron(
             chunk, setup, groups, "adapters on q, k, v, o; per expert on gate, up, down"
         )
@@ -118,7 +118,7 @@ def composed(setup: Setup) -> Iterator[PeerArm]:
     with on_megatron(setup) as groups:
         model = adapted_base(setup, groups, target_modules=list(ATTENTION))
         chunk: Any = model.chunks[0]
-        tied = _start_and_tie(model.pieces, setup)
+        tied = _start_and_tie(model.shards, setup)
         for layer in chunk.decoder.layers:
             layer.mlp.experts = ComposedExperts(layer.mlp.experts, layer.layer_number - 1, setup)
         note = "megalora's attention; experts of grouped_mm, one adapter on gate and up"

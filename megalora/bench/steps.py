@@ -171,7 +171,7 @@ def _reserved_bytes() -> int | None:
 
 def _check_moved(run: Run) -> None:
     """B starts at zero; raises ``RuntimeError`` if it is all zero still."""
-    factors = [p.parameter[p.index] for p in run.model.pieces if ".lora_B." in p.name]
+    factors = [p.parameter[p.index] for p in run.model.shards if ".lora_B." in p.name]
     moved = torch.tensor(float(any(bool(b.count_nonzero()) for b in factors)), device=host.device())
     dist.all_reduce(moved, op=dist.ReduceOp.MAX)
     if not moved:

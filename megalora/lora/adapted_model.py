@@ -27,14 +27,19 @@ class AdaptedModel:
 
     chunks: list[nn.Module]
     adapted: list[Adapted]
-    pieces: list[FactorShard]
+    shards: list[FactorShard]
+    """What this rank holds of each adapter tensor, by the tensor's name in an adapter file."""
     shape: ModelShape
     groups: Groups
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Every adapter parameter of this rank, once."""
-        return list(dict.fromkeys(piece.parameter for piece in self.pieces))
+        return list(dict.fromkeys(shard.parameter for shard in self.shards))
+
+    def values(self) -> dict[nn.Parameter, Tensor]:
+        """The adapter's values by parameter: what is read and written without autograd."""
+        return {parameter: parameter.data for parameter in self.parameters}
 
 
 def adapt_base(
@@ -42,14 +47,15 @@ def adapt_base(
     *, model: ModelConfig, parallel: ParallelConfig, lora: LoRAConfig, seed: int,
     rows_per_expert: float = 0.0,
 ) -> AdaptedModel:  # fmt: skip
-    """Make the base of this rank and put its adapters in; no rank hears of another's.
+    """Make the base of this rank and put its adapters in, without any communication.
 
     Args:
         make_base: makes the frozen chunks, their weights read, drawn or left empty.
-        seed: of the initial adapters.
+        seed: seed of the initial adapters.
         rows_per_expert: as in ``expert_formats``.
     """
     dtype = getattr(torch, model.dtype)
+    # Formats come first: weights are loaded to where they stay, with or without room beside them.
     formats = expert_formats(
         adapted,
         shape,
@@ -59,26 +65,26 @@ def adapt_base(
         rows_per_expert=rows_per_expert,
     )
     chunks = make_base(model, parallel, shape, formats=formats)
-    pieces = inject(chunks, adapted, shape, lora, groups, seed=seed, dtype=dtype)
-    return AdaptedModel(chunks, adapted, pieces, shape, groups)
+    shards = inject(chunks, adapted, shape, lora, groups, seed=seed, dtype=dtype)
+    return AdaptedModel(chunks, adapted, shards, shape, groups)
 
 
 def build_adapted(
     make_base: MakeBase, shape: ModelShape, adapted: list[Adapted], groups: Groups, **settings: Any
 ) -> AdaptedModel:
-    """``adapt_base``, and the proof that all ranks together hold every adapter tensor; collective.
+    """``adapt_base``, then check that all ranks together hold every adapter tensor; collective.
 
     Raises:
         RuntimeError: a tensor is missing or surplus, which is a bug of ours.
     """
     model = adapt_base(make_base, shape, adapted, groups, **settings)
-    check_coverage(model.adapted, model.pieces)
+    check_coverage(model.adapted, model.shards)
     return model
 
 
 def load_adapter(model: AdaptedModel, tensors: Mapping[str, Tensor]) -> None:
     """Fill the adapters from whole tensors by name; raises ``ValueError`` when one is missing or
     does not fit."""
+    names = tensors.keys()
     with torch.no_grad():
-        values = {p: p.data for p in model.parameters}
-        take_parts(tensors.keys(), tensors.__getitem__, model.pieces, values, where="the adapter")
+        take_parts(names, tensors.__getitem__, model.shards, model.values(), where="the adapter")

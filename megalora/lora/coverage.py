@@ -2,6 +2,7 @@
 is trained."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megalora.model.shape import ModelShape
 from megalora.wording import first_few
 
 
-def check_coverage(adapted: list[Adapted], pieces: list[FactorShard]) -> None:
+def check_coverage(adapted: list[Adapted], shards: list[FactorShard]) -> None:
     """Compare what the table demands with what exists over all ranks; raises ``RuntimeError`` that
     names what differs.
 
@@ -25,68 +26,101 @@ def check_coverage(adapted: list[Adapted], pieces: list[FactorShard]) -> None:
     512 ranks are 1.4 GB.
     """
     number = {name: i for i, name in enumerate(expected_tensors(adapted))}
-    surplus = {piece.name for piece in pieces} - number.keys()
+    present: list[int] = []
+    surplus: set[str] = set()
+    for shard in shards:
+        if shard.name in number:
+            present.append(number[shard.name])
+        else:
+            surplus.add(shard.name)
+    # One flag per tensor of the table, and a last one: this rank holds something else.
     held = torch.zeros(len(number) + 1, dtype=torch.uint8)
-    held[[number[piece.name] for piece in pieces if piece.name in number]] = 1
+    held[present] = 1
     held[-1] = bool(surplus)
     everywhere = held.to(host.device())
+    # The maximum over ranks is "some rank holds it".
     dist.all_reduce(everywhere, op=dist.ReduceOp.MAX)
     *found, any_surplus = everywhere.tolist()
-    missing = [name for name, there in zip(number, found, strict=True) if not there]
+    missing = _unmarked(number, found)
     if missing:
         raise RuntimeError(
             f"{len(missing)} adapter tensors were not adapted: {first_few(sorted(missing), 5)}"
         )
     if any_surplus:
+        # Every rank knows the flag, so every rank comes here; names travel in this case alone.
         named: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(named, surplus)
         names = sorted(set().union(*named))
         raise RuntimeError(f"{len(names)} adapter tensors should not exist: {first_few(names, 5)}")
 
 
+def _unmarked(names: Iterable[str], marks: list[int]) -> list[str]:
+    """The names whose mark is zero."""
+    return [name for name, mark in zip(names, marks, strict=True) if not mark]
+
+
 def write_manifest(path: Path, adapted: list[Adapted]) -> None:
-    """Every adapted projection with its tensors counted, layer by layer; written once coverage is
-    proved."""
-    rows = [
-        {
-            "module": a.hf_module("*") if a.num_experts else a.hf_module(),  # type: ignore
-            "layer": a.layer, "experts": a.num_experts or None,
-            "rank": a.rank, "alpha": a.alpha, "scale": a.scale, "A": a.shape("A"),
-            "B": a.shape("B"),
-            "tensors": 2 * len(a.hf_modules()), "parameters": a.num_parameters(),
-        }
-        for a in adapted
-    ]  # fmt: skip
-    total = {
-        "tensors": sum(r["tensors"] for r in rows),
-        "parameters": sum(r["parameters"] for r in rows),
-    }
+    """Write a list of every adapted projection with its tensors counted, layer by layer; call it
+    after ``check_coverage``."""
+    rows = []
+    total = {"tensors": 0, "parameters": 0}
+    for a in adapted:
+        row = _manifest_row(a)
+        rows.append(row)
+        for counted in total:
+            total[counted] += row[counted]
     path.write_text(json.dumps({"total": total, "adapted": rows}, indent=1) + "\n")
 
 
+def _manifest_row(a: Adapted) -> dict[str, Any]:
+    module = a.hf_module()
+    if a.num_experts:
+        # One row for all experts of a layer, which share rank and scale.
+        module = a.projection.hf.format(layer=a.layer, expert="*")
+    return {
+        "module": module,
+        "layer": a.layer,
+        "experts": a.num_experts or None,
+        "rank": a.rank,
+        "alpha": a.alpha,
+        "scale": a.scale,
+        "A": a.shape("A"),
+        "B": a.shape("B"),
+        "tensors": 2 * len(a.hf_modules()),
+        "parameters": a.num_parameters(),
+    }
+
+
 class _Parts:
-    """Parts of this rank's parameters that belong to one projection, all experts together."""
+    """Parts of this rank's parameters that belong to one factor of each projection, all experts
+    together."""
 
     def __init__(self) -> None:
+        # A dict for its order: each view once, however many experts share it.
         self.views: dict[tuple[int, nn.Parameter, tuple[Any, ...]], None] = {}
         self.numbers = torch.empty(0)
 
-    def add(self, number: int, piece: FactorShard) -> None:
-        """``piece`` belongs to projection ``number``."""
-        each_expert = piece.parameter.dim() == 3
-        index = (slice(None), *piece.index[1:]) if each_expert else piece.index
-        self.views[number, piece.parameter, index] = None
+    def add(self, number: int, shard: FactorShard) -> None:
+        """Add the parameter part of ``shard``, which belongs to projection ``number``."""
+        index = shard.index
+        if shard.parameter.dim() == 3:
+            # [experts, rows, columns]: all experts at once, rows of this projection alone
+            index = (slice(None), *shard.index[1:])
+        self.views[number, shard.parameter, index] = None
 
     def to(self, device: torch.device) -> None:
-        self.numbers = torch.tensor(
-            [number for number, _, _ in self.views], dtype=torch.int64, device=device
-        )
+        """Copy the projections' numbers to the device, once, before training."""
+        numbers = [number for number, _, _ in self.views]
+        self.numbers = torch.tensor(numbers, dtype=torch.int64, device=device)
 
     def mark_nonzero(self, alive: Tensor) -> None:
         """Count up ``alive[number]`` where a projection has a gradient that is not zero; nothing is
         read on the host."""
-        if self.views:
-            found = [parameter.main_grad[index].any() for _, parameter, index in self.views]  # type: ignore
+        found: list[Tensor] = []
+        for _, parameter, index in self.views:
+            found.append(parameter.main_grad[index].any())  # pyright: ignore[reportAttributeAccessIssue]
+        # A pipeline stage may have none of them, and an empty list cannot be stacked.
+        if found:
             alive.index_add_(0, self.numbers, torch.stack(found).to(alive.dtype))
 
 
@@ -97,17 +131,19 @@ class GradientCheck:
     is one projection of one layer, all experts together: single experts may have had no token.
     """
 
-    def __init__(self, adapted: list[Adapted], pieces: list[FactorShard]) -> None:
-        self.labels = [
-            f"layer {a.layer} {a.name}" if a.layer is not None else a.name for a in adapted
-        ]
-        number = {m: i for i, a in enumerate(adapted) for m in a.hf_modules()}
+    def __init__(self, adapted: list[Adapted], shards: list[FactorShard]) -> None:
+        self.labels: list[str] = []
+        number: dict[str, int] = {}
+        for i, a in enumerate(adapted):
+            # lm_head is in no layer.
+            self.labels.append(a.name if a.layer is None else f"layer {a.layer} {a.name}")
+            number |= dict.fromkeys(a.hf_modules(), i)
         self.parts = {"A": _Parts(), "B": _Parts()}
-        for piece in pieces:
-            parsed = parse_factor(piece.name)
+        for shard in shards:
+            parsed = parse_factor(shard.name)
             assert parsed is not None
             module, factor = parsed
-            self.parts[factor].add(number[module], piece)
+            self.parts[factor].add(number[module], shard)
         for parts in self.parts.values():
             parts.to(host.device())
         self.pending = {"B", "A"}
@@ -115,11 +151,14 @@ class GradientCheck:
     def after_backward(self, b_has_moved: bool) -> None:
         """Look at ``main_grad`` once per factor; collective over the world until both factors have
         been seen."""
-        for factor in sorted(self.pending & ({"B", "A"} if b_has_moved else {"B"})):
+        # dL/dA is B^T times something: exactly zero as long as B is.
+        due = {"A", "B"} if b_has_moved else {"B"}
+        # Sorted, because every rank must enter the collectives in the same order.
+        for factor in sorted(self.pending & due):
             alive = torch.zeros(len(self.labels), dtype=torch.int32, device=host.device())
             self.parts[factor].mark_nonzero(alive)
             dist.all_reduce(alive, op=dist.ReduceOp.MAX)
-            dead = [label for label, ok in zip(self.labels, alive.tolist(), strict=True) if not ok]
+            dead = _unmarked(self.labels, alive.tolist())
             if dead:
                 raise RuntimeError(
                     f"the gradient of {factor} is exactly zero for {len(dead)} of"
@@ -130,7 +169,7 @@ class GradientCheck:
 
 
 def trainable_summary(adapted: list[Adapted], shape: ModelShape) -> str:
-    """The line PEFT prints."""
+    """Trainable and total parameters in the words of PEFT's ``print_trainable_parameters``."""
     trainable = sum(a.num_parameters() for a in adapted)
     total = trainable + shape.num_parameters()
     return (

@@ -16,7 +16,30 @@ from megalora.comm import gather_seq, scatter_seq
 from megalora.lora.factors import LoRAFactors
 
 
-class ColumnLoRA(nn.Module):
+class _DenseLoRA(nn.Module):
+    """``base(x) + B A dropout(x)``; a subclass says how ``A x`` travels over tensor parallelism."""
+
+    def __init__(
+        self, base: nn.Module, factors: LoRAFactors, tp: ProcessGroup, dropout: float
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.factors = factors
+        self.tp = tp
+        self.dropout = dropout
+
+    def across_tp(self, h: Tensor) -> Tensor:
+        """``A x`` of this rank's part of x, as the rows of ``out`` need it."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        # Megatron's linears return their bias instead of adding it, for their caller to fuse.
+        out, bias = self.base(x, *args, **kwargs)
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.factors.lora_A)
+        return add_low_rank(out, self.across_tp(h), self.factors.stacked_b()), bias
+
+
+class ColumnLoRA(_DenseLoRA):
     """A column-parallel linear with adapters on its projections.
 
     tensor   shape on one rank   across TP     gradient across TP
@@ -27,26 +50,17 @@ class ColumnLoRA(nn.Module):
     result   [S, B, out/t]       dim 2
     """
 
-    def __init__(
-        self, base: nn.Module, factors: LoRAFactors, tp: ProcessGroup, dropout: float
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.factors = factors
-        self.tp = tp
-        self.dropout = dropout
-
     @property
-    def weight(self) -> Any:  # Megatron reads output_layer.weight when embeddings are tied
+    def weight(self) -> Any:
+        # Megatron reads output_layer.weight when embeddings are tied.
         return self.base.weight
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        out, bias = self.base(x, *args, **kwargs)
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.factors.lora_A)
-        return add_low_rank(out, gather_seq(h, self.tp), self.factors.stacked_b()), bias
+    def across_tp(self, h: Tensor) -> Tensor:
+        """[S/t, B, R] -> [S, B, R]"""
+        return gather_seq(h, self.tp)
 
 
-class RowLoRA(nn.Module):
+class RowLoRA(_DenseLoRA):
     """A row-parallel linear with an adapter.
 
     tensor   shape on one rank   across TP     gradient across TP
@@ -57,16 +71,6 @@ class RowLoRA(nn.Module):
     result   [S/t, B, out]       dim 0
     """
 
-    def __init__(
-        self, base: nn.Module, factors: LoRAFactors, tp: ProcessGroup, dropout: float
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.factors = factors
-        self.tp = tp
-        self.dropout = dropout
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        out, bias = self.base(x, *args, **kwargs)
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.factors.lora_A)
-        return add_low_rank(out, scatter_seq(h, self.tp), self.factors.stacked_b()), bias
+    def across_tp(self, h: Tensor) -> Tensor:
+        """[S, B, R], a partial sum -> [S/t, B, R], whole"""
+        return scatter_seq(h, self.tp)

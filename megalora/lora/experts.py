@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megalora.lora.factors import LoRAFactors
 from megalora.lora.spec import Adapted
-from megalora.model.formats import ExpertFormats
+from megalora.model.formats import ExpertFormats, WeightFormat
 from megalora.model.formats.augmented import Augmented
 from megalora.model.formats.plain import PLAIN
 from megalora.model.shape import ModelShape
@@ -27,30 +27,32 @@ def expert_formats(
 ) -> dict[int, ExpertFormats]:
     """Formats of the experts of every layer whose weights gain from room for their adapters.
 
-    All ranks of a run decide alike: rows are those expected of the config, not those of a
-    microbatch.
+    All ranks of a run decide alike, because rows are counted from the config, not in a microbatch.
 
     Args:
         etp: expert tensor parallel size.
-        dtype, device: of the weights.
-        rows_per_expert: expected of a microbatch (``ModelShape.rows_per_expert``); 0 for what is
-            not trained.
+        dtype: dtype of the weights.
+        device: device of the weights.
+        rows_per_expert: rows expected in a microbatch (``ModelShape.rows_per_expert``); 0 for a
+            model that is not trained.
     """
     ranks: dict[int, dict[str, int]] = defaultdict(lambda: {"gate_up": 0, "down": 0})
     for a in adapted:
         if a.projection.is_expert and a.layer is not None:
-            # Where gate and up are fused, their A's are stacked.
+            # Gate and up are one fused weight whose A's are stacked: their ranks add up.
             ranks[a.layer][a.projection.module.rpartition(".")[2]] += a.rank
     features = shape.expert_intermediate // etp
-    return {
-        layer: ExpertFormats(
-            **{name: Augmented(rank) if rank else PLAIN for name, rank in of_layer.items()}
-        )
-        for layer, of_layer in ranks.items()
-        if gains_from_room(
-            (shape.hidden, features), dtype, device, rows_per_expert, max(of_layer.values())
-        )
-    }
+    formats: dict[int, ExpertFormats] = {}
+    for layer, of_layer in ranks.items():
+        largest = max(of_layer.values())
+        if gains_from_room((shape.hidden, features), dtype, device, rows_per_expert, largest):
+            formats[layer] = ExpertFormats(_format(of_layer["gate_up"]), _format(of_layer["down"]))
+    return formats
+
+
+def _format(rank: int) -> WeightFormat:
+    """Room for an adapter of this rank; plain for a weight without an adapter."""
+    return Augmented(rank) if rank else PLAIN
 
 
 def gains_from_room(
@@ -60,7 +62,7 @@ def gains_from_room(
     rows_per_expert: float,
     rank: int,
 ) -> bool:
-    """Whether the back end that wants adapters beside the weights will be the one taken.
+    """Whether the kernels will choose the back end that wants adapters beside the weights.
 
     Args:
         layer: hidden size, and features of an expert on one rank.
@@ -78,15 +80,15 @@ class ExpertsLoRA(nn.Module):
         down A     [E/ep, r, I/n]       dim 0 over EP, 2 over ETP    whole
         down B     [E/ep, H, r]         dim 0 over EP                partial over ETP
 
-    Under ETP the experts' output is a partial sum that the dispatcher reduces; so is the delta.
-    Nothing is communicated here.
+    Under ETP the experts' output is a partial sum that the dispatcher reduces, and the delta is a
+    part of it. Nothing is communicated here.
     """
 
     def __init__(
         self, base: Any, gate_up: LoRAFactors | None, down: LoRAFactors | None, dropout: float
     ) -> None:
-        """``base``: ``FusedExperts``, built with room for these adapters or plain; it stays as it
-        is."""
+        """``base``: ``FusedExperts``, built with room for these adapters or plain; it is not
+        changed."""
         super().__init__()
         self.base = base
         self.gate_up = gate_up
@@ -98,9 +100,9 @@ class ExpertsLoRA(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing, probs: Tensor) -> tuple[Tensor, None]:
         """x ``[T, H]`` as the dispatcher delivers it, probs ``[M]``; returns ``[T, H]``, None."""
-        gate_up, down = (
-            None if factors is None else factors.adapter() for factors in (self.gate_up, self.down)
-        )
+        gate_up = self.gate_up.adapter() if self.gate_up is not None else None
+        down = self.down.adapter() if self.down is not None else None
+        # The kernels draw dropout masks themselves and do not know of ``training``.
         dropout = self.dropout if self.training else 0.0
         return self.base.compute(x, routing, probs, gate_up, down, dropout), None
 

@@ -7,7 +7,7 @@ says.
 
 With more ranks than key/value heads, several ranks hold the same part of k's and v's B.
 
-What a rank holds of a factor, and what reductions read off a parameter, is in ``shards.py``.
+``shards.py`` describes what a rank holds of a factor, and what reductions read off a parameter.
 """
 
 from collections.abc import Iterator
@@ -26,8 +26,8 @@ from megalora.model.shape import ModelShape
 
 
 class LoRAFactors(nn.Module):
-    """Parameters, initial values and names; the layers in ``dense.py``, ``router.py`` and
-    ``experts.py`` compute with them."""
+    """The parameters with their initial values and names; the layers in ``dense.py``,
+    ``router.py`` and ``experts.py`` compute with them."""
 
     def __init__(
         self, adapted: list[Adapted], fused: list[Projection], shape: ModelShape, groups: Any,
@@ -45,20 +45,25 @@ class LoRAFactors(nn.Module):
         self.group_rank = group.rank()
         self.group_size = group.size()
         self.experts = local_experts(adapted[0].num_experts, groups.ep)
+        # Megatron's fused q, k, v weight repeats [q heads of a group, its k, its v] for each query
+        # group of this rank: ``row_groups`` times ``block_rows`` rows of every projection.
         self.row_groups = max(1, fused[0].row_groups(shape) // self.group_size)
-        whole = [make_adapted(p, adapted[0].layer, 0, 0.0, 0.0, shape) for p in fused]
-        self.block_rows = [
-            a.out_features // a.num_shards("B", self.group_size) // self.row_groups for a in whole
-        ]
-        self.names = [p.name for p in fused]
+        self.names: list[str] = []
+        self.block_rows: list[int] = []
+        for projection in fused:
+            # Rank and scale do not matter for the sizes of the weight.
+            whole = make_adapted(projection, adapted[0].layer, 0, 0.0, 0.0, shape)
+            rows = whole.out_features // whole.num_shards("B", self.group_size)
+            self.names.append(projection.name)
+            self.block_rows.append(rows // self.row_groups)
         lead = (len(self.experts),) if self.is_expert else ()
         empty = {"dtype": dtype, "device": device}
+        # All projections of a fused weight read the same input, so their A's are split alike.
         in_local = adapted[0].in_features // adapted[0].num_shards("A", self.group_size)
-        self.lora_A = nn.Parameter(
-            torch.empty(*lead, sum(a.rank for a in adapted), in_local, **empty)
-        )
-        self.lora_B = nn.ParameterDict()
+        stacked_rank = sum(a.rank for a in adapted)
+        self.lora_A = nn.Parameter(torch.empty(*lead, stacked_rank, in_local, **empty))
         mark_parameter(self.lora_A, "A", adapted[0], groups)
+        self.lora_B = nn.ParameterDict()
         for a in adapted:
             out_local = a.out_features // a.num_shards("B", self.group_size)
             self.lora_B[a.name] = nn.Parameter(torch.zeros(*lead, out_local, a.rank, **empty))
@@ -68,57 +73,68 @@ class LoRAFactors(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A from (seed, tensor name), B zero: the same adapter under every layout."""
-        # on the host: one copy for all experts
+        # Drawn on the host and copied once, because a copy per expert would wait for the device
+        # each time.
         drawn = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype)
         for adapted, rows in self._rows():
-            for at, expert in enumerate(self.experts) if self.is_expert else [(..., None)]:
+            for lead, expert in self._experts():
+                # Every rank draws the whole A and keeps its own part.
                 whole = initial_a(
                     self.seed, adapted.hf_module(expert), adapted.rank, adapted.in_features
                 )
-                drawn[at][rows] = cut(
-                    whole, self.sharding.split_a, self.group_size, self.group_rank
-                )
+                part = cut(whole, self.sharding.split_a, self.group_size, self.group_rank)
+                drawn[lead][rows] = part
         self.lora_A.copy_(drawn)
         for b in self.lora_B.values():
             b.zero_()
 
+    def _experts(self) -> list[tuple[tuple[int, ...], int | None]]:
+        """(index of the leading dimension, number in the whole model) of each expert on this rank;
+        for a dense linear, one entry with neither."""
+        if not self.is_expert:
+            return [((), None)]
+        return [((at,), expert) for at, expert in enumerate(self.experts)]
+
     def _rows(self) -> Iterator[tuple[Adapted, slice]]:
+        """Each adapted projection with its rows of the stacked A."""
         start = 0
         for adapted in self.adapted:
             yield adapted, slice(start, start + adapted.rank)
             start += adapted.rank
 
-    def pieces(self) -> Iterator[FactorShard]:
+    def shards(self) -> Iterator[FactorShard]:
         """Every HF adapter tensor of which this rank holds a part, A before B, experts in order."""
         for adapted, rows in self._rows():
-            for at, expert in enumerate(self.experts) if self.is_expert else [(None, None)]:
-                lead = () if at is None else (at,)
+            for lead, expert in self._experts():
                 module = adapted.hf_module(expert)
-                yield self._piece(module, "A", self.lora_A, (*lead, rows))
-                yield self._piece(module, "B", self.lora_B[adapted.name], lead or (slice(None),))
+                yield self._shard(module, "A", self.lora_A, (*lead, rows))
+                # A dense B belongs to one tensor whole.
+                yield self._shard(module, "B", self.lora_B[adapted.name], lead or (slice(None),))
 
-    def _piece(
-        self, module: str, factor: FactorName, parameter: nn.Parameter, index: tuple[Any, ...]
+    def _shard(
+        self, module: str, factor: FactorName, parameter: Any, index: tuple[Any, ...]
     ) -> FactorShard:
-        num_shards = parameter.num_shards  # type: ignore
-        shard = parameter.shard  # type: ignore
-        split = self.sharding.split(factor)
+        """The shard that ``parameter[index]`` is, as ``mark_parameter`` has described it."""
         return FactorShard(
             tensor_name(module, factor),
             parameter,
             index,
-            split,
+            self.sharding.split(factor),
             self.sharding.group,
-            num_shards,
-            shard,
+            parameter.num_shards,
+            parameter.shard,
         )
 
     def adapter(self) -> ExpertFactors:
         """The factors as the expert kernels take them: A's stacked, the B's and scales of all fused
         projections."""
-        scales = {a.name: a.scale for a in self.adapted}
-        b = tuple(self.lora_B[name] if name in scales else None for name in self.names)
-        return ExpertFactors(self.lora_A, b, tuple(scales.get(name, 0.0) for name in self.names))
+        # In the row order of the fused weight; a projection without an adapter keeps None and 0.
+        b: dict[str, Tensor | None] = dict.fromkeys(self.names)
+        scales = dict.fromkeys(self.names, 0.0)
+        for a in self.adapted:
+            b[a.name] = self.lora_B[a.name]
+            scales[a.name] = a.scale
+        return ExpertFactors(self.lora_A, tuple(b.values()), tuple(scales.values()))
 
     def stacked_b(self) -> Tensor:
         """``[..., out, R]``: the scaled B's as one block matrix in the base weight's row order;
@@ -132,8 +148,11 @@ class LoRAFactors(nn.Module):
                 blocks.append(self.lora_A.new_zeros(*lead, self.row_groups, block_rows, total))
                 continue
             adapted, rows = rows_of[name]
+            # [out, r] -> [row_groups, block_rows, r]
             b = (self.lora_B[name] * adapted.scale).view(
                 *lead, self.row_groups, block_rows, adapted.rank
             )
+            # r columns at their place among the R of the stacked A; zeros elsewhere
             blocks.append(F.pad(b, (rows.start, total - rows.stop)))
+        # Side by side within each row group, then the groups one below the other: [..., out, R]
         return torch.cat(blocks, dim=-2).flatten(-3, -2)

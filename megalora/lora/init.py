@@ -16,6 +16,8 @@ def initial_a(seed: int, hf_module: str, rank: int, in_features: int) -> Tensor:
     Kaiming-uniform with a = sqrt(5), as in PEFT: uniform in ±1/sqrt(in_features), fan-in of this
     matrix alone.
     """
+    # Not torch's own hash of a string, which differs from process to process. One bit less: torch
+    # takes seeds as signed 64-bit numbers.
     digest = hashlib.sha256(f"{seed}:{tensor_name(hf_module, 'A')}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     bound = 1 / math.sqrt(in_features)

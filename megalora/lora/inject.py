@@ -27,8 +27,8 @@ def inject(
     groups: Groups,
     *, seed: int, dtype: torch.dtype,
 ) -> list[FactorShard]:  # fmt: skip
-    """Replace every adapted module of this rank's chunks; returns the adapter tensors this rank
-    holds parts of. Weights of the base stay where they are."""
+    """Replace every adapted module of this rank's chunks; returns this rank's shards of adapter
+    tensors. Weights of the base stay where they are."""
     wanted: dict[tuple[int | None, str], list[Adapted]] = defaultdict(list)
     for a in adapted:
         wanted[a.layer, a.projection.module].append(a)
@@ -37,22 +37,24 @@ def inject(
     def factors(layer: int | None, module: str) -> LoRAFactors | None:
         if (layer, module) not in wanted:
             return None
-        fused = [
-            p
-            for p in (HEAD if layer is None else layer_projections(shape, layer))
-            if p.module == module
-        ]
+        candidates = HEAD if layer is None else layer_projections(shape, layer)
+        fused = [p for p in candidates if p.module == module]
         return LoRAFactors(wanted[layer, module], fused, shape, groups, **settings)
 
     for chunk in chunks:
         for layer in chunk.decoder.layers:  # pyright: ignore
+            # Megatron counts layers of the whole model from 1.
             _adapt_layer(layer, layer.layer_number - 1, shape, factors, groups, lora.dropout)
-        if getattr(chunk, "output_layer", None) is not None and (
-            head := factors(None, "output_layer")
-        ):
-            chunk.output_layer = ColumnLoRA(chunk.output_layer, head, groups.tp, lora.dropout)  # pyright: ignore
-    found = [m for chunk in chunks for m in chunk.modules() if isinstance(m, LoRAFactors)]
-    return [piece for module in found for piece in module.pieces()]
+        # Only the last pipeline stage has an output layer.
+        output: Any = getattr(chunk, "output_layer", None)
+        if output is not None and (head := factors(None, "output_layer")):
+            chunk.output_layer = ColumnLoRA(output, head, groups.tp, lora.dropout)
+    shards: list[FactorShard] = []
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, LoRAFactors):
+                shards.extend(module.shards())
+    return shards
 
 
 def _adapt_layer(
@@ -63,6 +65,7 @@ def _adapt_layer(
     groups: Groups,
     dropout: float,
 ) -> None:
+    # Several projections share a fused module: a dict has each module once.
     for module, kind in {p.module: p.kind for p in layer_projections(shape, number)}.items():
         if kind in DENSE and (found := factors(number, module)):
             owner, _, name = module.rpartition(".")

@@ -1,6 +1,8 @@
 """Every linear of a model by its Hugging Face name: those that LoRA can adapt here, and those that
 it can elsewhere."""
 
+from collections.abc import Iterator
+
 from megalora.model.families import layer_projections
 from megalora.model.projections import HEAD, Projection
 from megalora.model.shape import ModelShape
@@ -8,15 +10,28 @@ from megalora.model.shape import ModelShape
 EMBEDDING = "model.embed_tokens"
 
 
+def projection_places(shape: ModelShape) -> Iterator[tuple[Projection, int | None]]:
+    """Every (projection, layer) that LoRA can adapt, in layer order; last the head, whose layer is
+    None."""
+    for layer in range(shape.num_layers):
+        for projection in layer_projections(shape, layer):
+            yield projection, layer
+    for projection in HEAD:
+        yield projection, None
+
+
 def linear_modules(shape: ModelShape) -> dict[str, tuple[Projection, int | None, int | None]]:
     """HF module name -> (projection, layer, expert) of every linear that LoRA can adapt, in the
     order of the table."""
     found: dict[str, tuple[Projection, int | None, int | None]] = {}
-    for layer in range(shape.num_layers):
-        for p in layer_projections(shape, layer):
-            for expert in range(shape.num_experts) if p.is_expert else [None]:
-                found[p.hf.format(layer=layer, expert=expert)] = (p, layer, expert)
-    return found | {HEAD[0].hf: (HEAD[0], None, None)}
+    for projection, layer in projection_places(shape):
+        if not projection.is_expert:
+            found[projection.hf.format(layer=layer)] = (projection, layer, None)
+            continue
+        for expert in range(shape.num_experts):
+            module = projection.hf.format(layer=layer, expert=expert)
+            found[module] = (projection, layer, expert)
+    return found
 
 
 def other_names(shape: ModelShape) -> dict[str, str]:
@@ -59,10 +74,9 @@ def parameters_of(projection: Projection, layer: int | None) -> tuple[str, ...]:
 
 def other_modules(shape: ModelShape) -> dict[str, tuple[int, int]]:
     """HF module name -> (out, in) of what PEFT and vLLM adapt and megalora does not."""
+    # LoRA on an embedding [vocab, hidden] maps one-hot tokens to hidden: (out, in) the other way.
     found = {EMBEDDING: (shape.hidden, shape.vocab)}
     if shape.shared_intermediate:
-        found |= {
-            f"model.layers.{layer}.mlp.shared_expert_gate": (1, shape.hidden)
-            for layer in shape.moe_layers
-        }
+        for layer in shape.moe_layers:
+            found[f"model.layers.{layer}.mlp.shared_expert_gate"] = (1, shape.hidden)
     return found

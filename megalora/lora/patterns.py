@@ -30,10 +30,12 @@ SECONDS = 0.5
 """Processor time for one match. Module names have up to 80 characters; a sound expression needs
 some microseconds."""
 MAX_EXPANDED = 100_000
-"""Characters of an expression in which every counted repetition is written out, as ``regex``
-does."""
+"""Largest length of an expression with every counted repetition written out, as ``regex`` does."""
 TOTAL_SECONDS = 20.0
-"""For all matches of one expression. A model of 235B has 36,000 linears of experts."""
+"""Processor time for all matches of one expression. A model of 235B has 36,000 linears of
+experts."""
+_REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT, _parser.POSSESSIVE_REPEAT)
+# An opening brace that begins neither {2}, {2,}, {2,3} nor {,3}
 _LONE_BRACE = re.compile(r"(?<!\\)\{(?!\d+(?:,\d*)?\}|,\d+\})")
 
 
@@ -55,7 +57,9 @@ class Pattern:
         self.spent_s = 0.0
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # re's notes on syntax that may change
+                # re warns of syntax that may change.
+                warnings.simplefilter("ignore")
+                # re decides what is an expression: the same as for PEFT.
                 re.compile(expression)
                 if (size := _expanded(_parser.parse(expression))) > MAX_EXPANDED:
                     raise ValueError(f"its repetitions stand for {size:.3g} characters")
@@ -78,17 +82,20 @@ class Pattern:
         return self._run(self._compiled.fullmatch, name)
 
     def _run(self, match: Callable[..., Any], name: str) -> Any:
+        # Processor time, so that a busy machine condemns nothing.
         start = time.process_time()
         try:
             found = match(name, timeout=SECONDS)
         except TimeoutError:
             found = None
+            # One match of half a second condemns the expression: a sound one takes microseconds.
             self.spent_s = TOTAL_SECONDS
         self.spent_s += time.process_time() - start
         if self.spent_s >= TOTAL_SECONDS:
             raise ValueError(
-                f"{self.where}: {self.said} takes for ever on names such as {name}, in PEFT too."
-                " Repetition within repetition does that; write the names out, or say it without"
+                f"{self.where}: {self.said} takes too long to match names such as {name}, in PEFT"
+                " too. Repetition within repetition does that; write the names out, or write the"
+                " expression without it."
             )
         return found
 
@@ -114,16 +121,20 @@ def endings(name: str) -> set[str]:
 
 def _expanded(parsed: Any) -> int:
     """Length of an expression without counted repetition that matches the same; ``parsed`` as
-    Python's parser returns it."""
+    Python's parser returns it: (operation, argument) pairs."""
     size = 0
-    for _, argument in parsed:
+    for operation, argument in parsed:
         parts = argument if isinstance(argument, tuple | list) else (argument,)
-        inner = sum(
-            _expanded(part) for part in _flat(parts) if isinstance(part, _parser.SubPattern)
-        )
-        counts = [n for n in parts if isinstance(n, int) and n != _parser.MAXREPEAT]
-        is_repeat = len(parts) == 3 and isinstance(parts[2], _parser.SubPattern)
-        size += max(1, inner) * (max(1, *counts) if is_repeat and counts else 1)
+        inner = 0
+        for part in _flat(parts):
+            if isinstance(part, _parser.SubPattern):
+                inner += _expanded(part)
+        times = 1
+        if operation in _REPEATS:
+            least, most, _ = argument
+            # x{3,} has no upper count; ``regex`` writes out the three that must be there.
+            times = max(1, least if most == _parser.MAXREPEAT else most)
+        size += max(1, inner) * times
     return size
 
 

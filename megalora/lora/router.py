@@ -25,7 +25,9 @@ class RouterLoRA(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        # TopKRouter.forward in two steps, with the delta between them.
         logits = self.base.gating(x)
         h = F.linear(F.dropout(x, self.dropout, self.training), self.factors.lora_A)
+        # Logits are float32 where a family routes in float32, whatever the adapter's dtype.
         logits = add_low_rank(logits, h.to(logits.dtype), self.factors.stacked_b().to(logits.dtype))
         return self.base.routing(logits, padding_mask=padding_mask)

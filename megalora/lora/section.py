@@ -2,52 +2,54 @@
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 from megalora.config import LoRAConfig
+from megalora.lora.modules import projection_places
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted, make_adapted
-from megalora.model.families import layer_projections
-from megalora.model.projections import HEAD, Projection
+from megalora.model.projections import Projection
 from megalora.model.shape import ModelShape
 
 
 def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
     """Options of ``LoRAConfig``, defaults left out, that ``resolve`` turns into ``adapted``, ranks
     and scales included."""
-    layers_of: dict[Projection, dict[int | None, Adapted]] = defaultdict(dict)
+    adapted_layers: dict[Projection, dict[int | None, Adapted]] = defaultdict(dict)
     for a in adapted:
-        layers_of[a.projection][a.layer] = a
-    projections = {
-        p for layer in range(shape.num_layers) for p in layer_projections(shape, layer)
-    } | set(HEAD)
+        adapted_layers[a.projection][a.layer] = a
+    all_layers: dict[Projection, set[int | None]] = defaultdict(set)
+    for projection, layer in projection_places(shape):
+        all_layers[projection].add(layer)
+    # A dense MLP, experts and a shared expert each have a gate_proj: a name may mean several.
+    uses_of_name = Counter(projection.name for projection in all_layers)
+    # The commonest rank and alpha become the section's own; patterns hold what differs.
     rank, alpha = most_common([(a.rank, _alpha(a)) for a in adapted])
     targets: list[str] = []
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
-    for projection, own in layers_of.items():
-        alone = sum(p.name == projection.name for p in projections) == 1
-        possible = {
-            n for n in range(shape.num_layers) if projection in layer_projections(shape, n)
-        } or {None}
-        whole = own.keys() == possible
-        targets.append(_key(projection, None if whole else list(own), alone))
-        groups: dict[tuple[int, float], list[int | None]] = defaultdict(list)
+    for projection, own in adapted_layers.items():
+        is_unique = uses_of_name[projection.name] == 1
+        in_all_layers = own.keys() == all_layers[projection]
+        targets.append(_key(projection, None if in_all_layers else list(own), is_unique))
+        layers_of: dict[tuple[int, float], list[int | None]] = defaultdict(list)
         for layer, a in own.items():
-            groups[a.rank, _alpha(a)].append(layer)
-        for (r, s), layers in groups.items():
-            key = _key(projection, None if len(groups) == 1 else layers, alone)
-            if r != rank:
-                rank_pattern[key] = r
-            if s != alpha:
-                alpha_pattern[key] = s
+            layers_of[a.rank, _alpha(a)].append(layer)
+        for (own_rank, own_alpha), layers in layers_of.items():
+            # One setting in all adapted layers needs no layer numbers: the targets have them.
+            key = _key(projection, None if len(layers_of) == 1 else layers, is_unique)
+            if own_rank != rank:
+                rank_pattern[key] = own_rank
+            if own_alpha != alpha:
+                alpha_pattern[key] = own_alpha
     section = {"rank": rank, "alpha": alpha, "target_modules": targets}
-    section |= {"rank_pattern": rank_pattern} if rank_pattern else {}
-    section |= {"alpha_pattern": alpha_pattern} if alpha_pattern else {}
-    assert not differing(settings(resolve(LoRAConfig(**section), shape)), settings(adapted)), (
-        section
-    )
+    if rank_pattern:
+        section["rank_pattern"] = rank_pattern
+    if alpha_pattern:
+        section["alpha_pattern"] = alpha_pattern
+    resolved = resolve(LoRAConfig(**section), shape)
+    assert not differing(settings(resolved), settings(adapted)), section
     return section
 
 
@@ -58,36 +60,46 @@ def settings(adapted: list[Adapted]) -> list[list[Any]]:
 
 def adapted_of(rows: list[list[Any]], shape: ModelShape) -> list[Adapted]:
     """The inverse of ``settings``; raises ``ValueError`` for a linear that the model lacks."""
-    known: dict[tuple[int | None, str], Projection] = {(None, p.hf): p for p in HEAD}
-    for number in range(shape.num_layers):
-        known |= {(number, p.hf): p for p in layer_projections(shape, number)}
+    known: dict[tuple[int | None, str], Projection] = {}
+    for projection, layer in projection_places(shape):
+        known[layer, projection.hf] = projection
     adapted = []
     for hf, layer, rank, scale in rows:
         if (layer, hf) not in known:
             raise ValueError(f"this model has no {hf.format(layer=layer, expert='*')}")
+        # Alpha as LoRA without rsLoRA has it: scale = alpha / rank.
         adapted.append(make_adapted(known[layer, hf], layer, rank, scale * rank, scale, shape))
     return adapted
 
 
 def differing(ours: list[list[Any]], theirs: list[list[Any]]) -> list[str]:
-    """HF modules that only one of two lists of ``settings`` has, or both with another rank or
-    scale."""
-    tables = [
-        {(hf, layer): (rank, scale) for hf, layer, rank, scale in rows} for rows in (ours, theirs)
-    ]
+    """HF modules that only one of two lists of ``settings`` has, or both with different ranks or
+    scales."""
+    our_table = _by_module(ours)
+    their_table = _by_module(theirs)
     apart = []
-    for hf, layer in sorted(tables[0].keys() | tables[1].keys(), key=str):
-        a, b = (table.get((hf, layer)) for table in tables)
+    # Sorted as text, because the head's layer is None.
+    for hf, layer in sorted(our_table.keys() | their_table.keys(), key=str):
+        a = our_table.get((hf, layer))
+        b = their_table.get((hf, layer))
+        # Scales went through a division by the rank and through JSON.
         if a is None or b is None or a[0] != b[0] or not math.isclose(a[1], b[1], rel_tol=1e-9):
             apart.append(hf.format(layer=layer, expert="*"))
     return apart
 
 
-def _key(projection: Projection, layers: list[int | None] | None, alone: bool) -> str:
-    """A name where one says it, else a regular expression on full HF module names."""
-    if layers is None and alone:
+def _by_module(rows: list[list[Any]]) -> dict[tuple[str, int | None], tuple[int, float]]:
+    """(HF name, layer) -> (rank, scale)"""
+    return {(hf, layer): (rank, scale) for hf, layer, rank, scale in rows}
+
+
+def _key(projection: Projection, layers: list[int | None] | None, is_unique: bool) -> str:
+    """An entry that means ``projection`` in ``layers`` (None: in all): its name where that is
+    ``is_unique``, else a regular expression on full HF module names."""
+    if layers is None and is_unique:
         return projection.name
-    number = r"\d+" if layers is None else "(" + "|".join(str(n) for n in layers) + ")"
+    number = r"\d+" if layers is None else "(" + "|".join(map(str, layers)) + ")"
+    # Braces would be escaped too, so words stand for them meanwhile.
     escaped = re.escape(projection.hf.replace("{layer}", "LAYER").replace("{expert}", "EXPERT"))
     return escaped.replace("LAYER", number).replace("EXPERT", r"\d+")
 
@@ -98,9 +110,10 @@ def _alpha(a: Adapted) -> float:
 
 def without_noise(alpha: float) -> float:
     """``scale * rank`` as it was before it was divided by the rank."""
+    # 14 of a double's 16 digits: a division and a product each cost less than the last one.
     return float(f"{alpha:.14g}")
 
 
 def most_common(values: list[Any]) -> Any:
-    """The first of those that occur most often."""
+    """The value that occurs most often; the first of several."""
     return max(dict.fromkeys(values), key=values.count)

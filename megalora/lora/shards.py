@@ -50,14 +50,16 @@ class FactorShard:
     """Full name of the tensor in an adapter file."""
     parameter: nn.Parameter
     index: tuple[Any, ...]
-    """Where the 2-D part lies in the parameter: an expert's number on this rank, rows of stacked
+    """Place of the 2-D part in the parameter: an expert's number on this rank, rows of stacked
     A's."""
     split_dim: int | None
     """Dimension of the 2-D tensor that is cut over the group; None where it is replicated."""
     group: str
+    """Name of that group: "tp" or "etp"."""
     num_shards: int
     """Number of parts over the group; ranks with the same ``shard`` are replicas."""
     shard: int
+    """Which of these parts this rank holds."""
 
     def of(self, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
         """The 2-D view of ``values[parameter]`` (the parameter's data, its gradient, an optimizer
@@ -70,19 +72,22 @@ class FactorShard:
 
 
 def mark_parameter(parameter: Any, factor: FactorName, adapted: Adapted, groups: Any) -> None:
-    """Set the attributes of this module's table on a factor of ``adapted``."""
+    """Set the attributes of the table above on a factor of ``adapted``."""
     sharding = SHARDINGS[adapted.projection.kind]
     is_expert = adapted.projection.is_expert
     group = groups.named(sharding.group)
     split = sharding.split(factor)
     num_shards = adapted.num_shards(factor, group.size())
+    # Ranks 0 .. replicas - 1 hold shard 0, the next ones shard 1, as Megatron shares out KV heads.
     replicas = group.size() // num_shards
     parameter.num_shards = num_shards
     parameter.shard = group.rank() // replicas
+    # Ranks that hold the same values saw different tokens or features, and each has part of the
+    # gradient.
     parameter.sum_group = sharding.group if replicas > 1 else None
     parameter.allreduce = not (is_expert and groups.experts_reduce_separately)
-    # The gradient norm counts what is marked, and on the group's first rank everything: each part
-    # once.
+    # Megatron's gradient norm counts marked parameters on every rank and all others on the group's
+    # first rank. One replica of each part is marked, so that each part counts once.
     parameter.tensor_model_parallel = split is not None and group.rank() % replicas == 0
     # Experts are stacked along a leading dimension of the parameter.
     parameter.partition_dim = -1 if split is None else split + int(is_expert)
@@ -96,6 +101,8 @@ def sum_partial_gradients(parameters: Iterable[Any], group: ProcessGroup) -> Non
     Shards that several ranks share travel as a table with a row for each shard: a group for each
     set of replicas would cost more than the few rows of a B.
     """
+    # Zero in the rows of other shards, so that the sum over the group leaves each row the sum over
+    # its own replicas: [num_shards, *shape].
     parameters = list(parameters)
     tables = [p.main_grad.new_zeros(p.num_shards, *p.main_grad.shape) for p in parameters]
     for table, parameter in zip(tables, parameters, strict=True):

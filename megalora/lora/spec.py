@@ -1,8 +1,8 @@
 """The table: every linear LoRA can adapt, its names, shapes and splits, and which gradients must be
 summed.
 
-Layers, initialisation, checkpoints, export, parameter counts and the planner read it; nothing else
-knows names.
+Layers, initialisation, checkpoints, export, parameter counts and the planner read it; names stand
+nowhere else.
 
 A factor is split over its kind's group along one dimension, or it is replicated. A replicated
 factor sees only part of the sum that makes its gradient (S/t tokens under sequence parallelism, I/n
@@ -28,11 +28,16 @@ from megalora.model.shape import ModelShape
 
 @dataclass(frozen=True)
 class Sharding:
+    """How both factors of one kind of projection lie on the ranks of a group."""
+
     group: Literal["tp", "etp"]
     split_a: int | None
+    """Dimension of A that is cut over the group; None where A is replicated."""
     split_b: int | None
+    """Dimension of B, likewise."""
 
     def split(self, factor: FactorName) -> int | None:
+        """Dimension of the factor that is cut over the group; None where it is replicated."""
         return self.split_a if factor == "A" else self.split_b
 
 
@@ -59,9 +64,9 @@ class Adapted:
     out_features: int
     in_features: int
     num_experts: int
-    """Whole model; 0 where there are no experts."""
+    """Experts of the whole model; 0 where there are none."""
     max_shards: int | None = None
-    """Into how many parts B can be cut; None for as many as there are ranks."""
+    """Largest number of parts that B can be cut into; None for as many as there are ranks."""
 
     @property
     def name(self) -> str:
@@ -72,39 +77,44 @@ class Adapted:
         return self.projection.hf.format(layer=self.layer, expert=expert)
 
     def hf_modules(self) -> list[str]:
-        return (
-            [self.hf_module(e) for e in range(self.num_experts)]
-            if self.num_experts
-            else [self.hf_module()]
-        )
+        """The HF module of a dense linear; for routed experts, one per expert."""
+        if not self.num_experts:
+            return [self.hf_module()]
+        return [self.hf_module(expert) for expert in range(self.num_experts)]
 
     def shape(self, factor: FactorName) -> tuple[int, int]:
-        """Of the whole factor (of one expert)."""
-        return (self.rank, self.in_features) if factor == "A" else (self.out_features, self.rank)
+        """Shape of the whole factor, of one expert where there are several."""
+        if factor == "A":
+            return self.rank, self.in_features
+        return self.out_features, self.rank
 
     def num_shards(self, factor: FactorName, group_size: int) -> int:
-        """Into how many parts the factor is cut over a group of ``group_size`` ranks; 1 where every
-        rank holds all of it.
+        """Number of parts that the factor is cut into over a group of ``group_size`` ranks; 1 where
+        every rank holds all of it.
 
         With fewer parts than ranks, neighbours hold the same part and each has a partial gradient
         of it.
         """
         if SHARDINGS[self.projection.kind].split(factor) is None:
             return 1
-        return min(group_size, self.max_shards) if factor == "B" and self.max_shards else group_size
+        # Only B can run out of parts: k and v have as many as there are key/value heads.
+        if factor == "B" and self.max_shards:
+            return min(group_size, self.max_shards)
+        return group_size
 
     def num_parameters(self) -> int:
+        """Parameters of A and B, of all experts of the whole model."""
         return max(1, self.num_experts) * self.rank * (self.in_features + self.out_features)
 
 
 def expected_tensors(adapted: list[Adapted]) -> dict[str, tuple[int, int]]:
     """Name -> shape of every adapter tensor there must be."""
-    return {
-        tensor_name(m, factor): a.shape(factor)
-        for a in adapted
-        for m in a.hf_modules()
-        for factor in ("A", "B")
-    }
+    tensors: dict[str, tuple[int, int]] = {}
+    for a in adapted:
+        for module in a.hf_modules():
+            tensors[tensor_name(module, "A")] = a.shape("A")
+            tensors[tensor_name(module, "B")] = a.shape("B")
+    return tensors
 
 
 def lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:

@@ -61,7 +61,7 @@ def dry_run(
             partial(make_chunks, hf), shape, adapted, groups,
             model=model, parallel=parallel, lora=lora, seed=0,
         )  # fmt: skip
-        return _count(made.chunks, len({piece.name for piece in made.pieces}))
+        return _count(made.chunks, len({shard.name for shard in made.shards}))
 
 
 def _count(chunks: list[Any], num_tensors: int) -> RankCount:

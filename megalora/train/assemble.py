@@ -39,13 +39,14 @@ class Inputs:
     shape: ModelShape
     adapted: list[Adapted]
     tokenizer: Any
-    """Supplies the padding token alone."""
+    """Source of the padding token; samples are tokenized already."""
     train: Split
     eval: Split | None
 
     @classmethod
     def read(cls, config: RunConfig) -> "Inputs":
-        """Read the base's headers, its tokenizer and the data; raises ``ValueError`` as they do."""
+        """Read the base's headers, its tokenizer and the data; raises ``ValueError`` where the user
+        can mend one of them."""
         folder = local_folder(config.model.path)
         shape, adapted = plan(config.lora, config.parallel, folder)
         tokenizer = load_tokenizer(folder)
@@ -81,9 +82,11 @@ class Run:
         sum_and_count = self.stepper.forward_backward(batches, self.optimizer)
         with around_optimizer or nullcontext():
             norm = clip_and_step(self.optimizer)
-        # The only wait for the device in a step.
+        # One copy of three numbers: the only wait for the device in a step.
         total, count, grad_norm = torch.cat([sum_and_count, norm]).tolist()
+        # From now on A has a gradient too, which ``GradientCheck`` expects.
         self.stepper.b_has_moved |= lr > 0
+        # A batch without a target token has no loss to divide.
         return total / max(count, 1), grad_norm
 
 
@@ -98,8 +101,8 @@ def assemble(
     """The run of ``config`` on the ranks of the initialised world, for one block; collective.
 
     Args:
-        inputs: what was read already; None: read here.
-        make_base: where base weights come from; None: the folder of ``model.path``.
+        inputs: what ``Inputs.read`` returned; None to read it here.
+        make_base: makes the frozen base; None to load the folder of ``model.path``.
         prepare: called with the model before the optimizer copies the adapters: to fill them or to
             change what the model does.
 
@@ -109,9 +112,10 @@ def assemble(
     inputs = inputs or Inputs.read(config)
     with parallel_groups(config.parallel, config.train.seed) as groups:
         model = build_for_training(config, inputs.shape, inputs.adapted, groups, make_base)
+        # Before the optimizer, which copies the adapters into its float32 masters.
         if prepare is not None:
             prepare(model)
-        check = GradientCheck(model.adapted, model.pieces)
+        check = GradientCheck(model.adapted, model.shards)
         dtype = getattr(torch, config.model.dtype)
         stepper, optimizer = make_stepper(config.train, dtype, model.chunks, groups, check)
         batches = Batches(config, inputs.tokenizer, groups, inputs.train, inputs.eval)
@@ -133,6 +137,7 @@ def build_for_training(
         model=config.model, parallel=config.parallel, lora=config.lora, seed=config.train.seed,
         rows_per_expert=shape.rows_per_expert(config),
     )  # fmt: skip
+    # After the adapters are in: recomputation wraps layers from outside, adapters included.
     apply_recompute(model.chunks, config.train.recompute)
     return model
 
@@ -147,8 +152,8 @@ def make_stepper(
     """Give trainable parameters gradient buffers and an optimizer; returns (stepper, optimizer).
 
     Args:
-        dtype: of the parameters.
-        check: looks at the gradients of the first steps; None: nobody does.
+        dtype: dtype of the parameters.
+        check: looks at the gradients of the first steps; None for no such check.
     """
     wrapped = wrap_chunks(list(chunks))
     optimizer = build_optimizer(config, dtype, wrapped)

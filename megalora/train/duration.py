@@ -1,4 +1,4 @@
-"""How many steps a run takes, and what is not as the config's words suggest."""
+"""Count the steps of a run, and say where whole steps are not the epochs that were asked for."""
 
 import math
 
@@ -9,11 +9,12 @@ def num_steps(options: TrainConfig, num_samples: int) -> int:
     """Optimizer steps of a run on ``num_samples`` samples: epochs in whole steps, at least one.
 
     Raises:
-        ValueError: a warm-up that is longer than that.
+        ValueError: the warm-up is longer than that.
     """
     if options.steps is not None:
         return options.steps
-    assert options.epochs is not None  # TrainConfig has exactly one of the two
+    # TrainConfig has exactly one of the two.
+    assert options.epochs is not None
     steps = max(1, round(options.epochs * num_samples / options.global_batch_size))
     unit = "step" if steps == 1 else "steps"
     check_warmup(options.warmup, steps, f"the {steps} {unit} of train.epochs={options.epochs:g}")

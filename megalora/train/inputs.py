@@ -1,8 +1,8 @@
 """Bring a step's microbatches to the device: in one copy, from page-locked memory, that nobody
 waits for.
 
-Only what a pipeline stage reads travels: tokens to the first, labels and loss mask to the last.
-Positions are nobody's input: rotary embeddings count from 0 in every sample.
+Only what a pipeline stage reads travels: tokens to the first, labels and loss mask to the last. No
+stage needs positions, because rotary embeddings count from 0 in every sample.
 """
 
 from collections.abc import Iterator
@@ -33,23 +33,24 @@ def to_device(batches: list[Batch], *, first: bool, last: bool) -> list[DeviceBa
     Token ids fit into int32, and a label outside of the loss travels as its complement, so that the
     mask needs no room: 8 bytes a token where a stage is both first and last.
     """
-    rows = [row for batch in batches for row in _rows(batch, first, last)]
+    rows: list[Tensor] = []
+    for batch in batches:
+        if first:
+            rows.append(batch.tokens.reshape(-1))
+        if last:
+            # ~label is -label - 1: negative, and its own inverse.
+            packed = torch.where(batch.loss_mask > 0, batch.labels, ~batch.labels)
+            rows.append(packed.reshape(-1))
+    # A middle stage gets its input from its neighbours.
     if not rows:
-        return [DeviceBatch(None, None, None) for _ in batches]
-    flat = host.to_device(torch.cat([row.reshape(-1) for row in rows]).int())
+        return [DeviceBatch(None, None, None)] * len(batches)
+    flat = host.to_device(torch.cat(rows).int())
     parts = iter(flat.split([row.numel() for row in rows]))
     return [_unpack(batch.tokens.shape, parts, first, last) for batch in batches]
 
 
-def _rows(batch: Batch, first: bool, last: bool) -> list[Tensor]:
-    rows = [batch.tokens] if first else []
-    if last:
-        rows.append(torch.where(batch.loss_mask > 0, batch.labels, ~batch.labels))
-    return rows
-
-
 def _unpack(shape: torch.Size, parts: Iterator[Tensor], first: bool, last: bool) -> DeviceBatch:
-    """The inverse of ``_rows``, on the device."""
+    """The next microbatch of those that ``to_device`` packed, on the device."""
     tokens = labels = loss_mask = None
     if first:
         tokens = next(parts).view(shape).long()

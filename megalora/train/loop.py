@@ -46,7 +46,7 @@ class Start:
     identity: Identity
     samples: Samples
     state: SavedState | None
-    """Of the checkpoint to go on from."""
+    """State of the checkpoint to go on from; None for a fresh start."""
     notes: list[str]
     """Lines for the user."""
 
@@ -55,13 +55,14 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
     """Fine-tune as ``config`` says, on the ranks of the initialised world.
 
     Args:
-        job: names torchrun's call: when it starts the ranks again, they go on from the last
+        job: name of torchrun's call: when it starts the ranks again, they go on from the last
             checkpoint.
     Returns:
         The last checkpoint's folder, or None when a signal stopped the run before its first step.
     Raises:
         ValueError: for anything the user can mend, before weights are read where that is possible.
     """
+    # What is cheap to find wrong comes first; loading weights may take minutes.
     config.check_world(dist.get_world_size())
     with opened(Path(config.checkpoint.dir), job) as run_folder:
         found = find_checkpoint(config, restarted=run_folder.same_job)
@@ -77,7 +78,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         splits = load_data(config.data, tokenizer)
         samples = Samples.of(splits[0].samples)
         check_agreement("training samples", samples)
-        # refuses a warm-up that is longer, before weights are read
+        # Raises where the warm-up is longer than the run.
         duration.num_steps(config.train, samples.count)
         if found.state:
             check_same_samples(found.state, config, samples)
@@ -110,6 +111,7 @@ def _fit(run: Run, probe: Probe, at: Start) -> Path | None:
     if at.state:
         notes += load_checkpoint(at.state, run.model, run.optimizer)
         step = at.state.step
+        # Saved and evaluated at this step by the process before: neither is done twice.
         now = Progress(step, step, at.state.folder, saved_step=step, evaluated_step=step)
     check_agreement("number of finished steps", now.step)
     with (
@@ -133,16 +135,19 @@ class _Saver:
         self.probe = probe
         self.at = at
         self.serve = serve
-        self.drift = DriftCheck(run.model.adapted, run.model.pieces, run.groups)
+        self.drift = DriftCheck(run.model.adapted, run.model.shards, run.groups)
 
     def check_replicas(self, now: Progress, saving: bool) -> None:
         """Compare replicas where that is due: before saving, in the first step, every so often."""
         every = self.run.config.train.check_replicas_every
+        # The first step is where a missing reduction shows.
         if every and (saving or now.step <= now.start + 1 or _due(now.step, every)):
             self.drift.run(now.step, now.saved)
 
     def save(self, now: Progress) -> None:
+        """Write a checkpoint and hand its adapter to the server; collective."""
         run = self.run
+        # The probe runs before the files are written, because they hold what it says.
         probed = self.probe.run(run.stepper)
         now.saved = save_checkpoint(
             now.step, self.at.samples, self.at.identity, run.config, run.model, run.optimizer,
@@ -159,6 +164,7 @@ def _train_to_the_end(
     config = run.config
     num_steps = run.batches.num_steps
     while True:
+        # Collective: every rank leaves the loop at the same step.
         stopped = stop()
         done = stopped or now.step >= num_steps
         saving = (
@@ -166,10 +172,12 @@ def _train_to_the_end(
             and now.step != now.saved_step
             and (done or _due(now.step, config.checkpoint.every))
         )
+        # Replicas that differ must not be saved.
         saver.check_replicas(now, saving)
         if saving:
             saver.save(now)
             metrics.restart_clock()
+        # Before the first step and after the last one too; a stopped run has no time for it.
         due = now.step in (0, num_steps) or _due(now.step, config.train.eval_every)
         if run.batches.eval and due and now.step != now.evaluated_step and not stopped:
             metrics.evaluation(now.step, *run.stepper.evaluate(run.batches.of_eval()))
@@ -182,7 +190,7 @@ def _train_to_the_end(
 
 
 def _open(run: Run, metrics: Metrics, now: Progress) -> None:
-    """Write down what runs, say it, and compare the base with transformers' before it is trained
+    """Record and announce the run, and compare the base with transformers before it is trained
     on."""
     config = run.config
     model = run.model
@@ -191,7 +199,10 @@ def _open(run: Run, metrics: Metrics, now: Progress) -> None:
         save_config(config, folder / "config.yaml")
         write_manifest(folder / "manifest.json", model.adapted)
     metrics.say(_opening(config, model, run.batches, now.saved))
-    check = config.train.check_base if now.step < run.batches.num_steps else "off"
+    check = config.train.check_base
+    # A resumed run that is at its end trains no more.
+    if now.step >= run.batches.num_steps:
+        check = "off"
     if check != "off":
         folder = local_folder(config.model.path)
         dtype = getattr(torch, config.model.dtype)
@@ -201,8 +212,8 @@ def _open(run: Run, metrics: Metrics, now: Progress) -> None:
 
 
 def _train_step(run: Run, step: int, *, lr: float, saved: Path | None) -> dict[str, float]:
-    """One optimizer step; returns what there is to report of it. What is not finite goes no
-    further than this process."""
+    """One optimizer step; returns what ``Metrics.train_step`` reports of it. A value that is not
+    finite stops the run before anything is saved."""
     loss, grad_norm = run.step(step, lr)
     check_finite(step + 1, "loss", loss, saved)
     check_finite(step + 1, "gradient norm", grad_norm, saved)
@@ -215,7 +226,10 @@ def _check_first_loss(run: Run, step: int, adapter: Path | None) -> str:
     config = run.config
     batch = run.batches.first(step)
     p = config.parallel
-    ours, _ = run.stepper.evaluate([batch] * (p.pp if p.vpp > 1 else 1), own=True)
+    # The interleaved schedule takes microbatches in rounds of one per stage; copies of one have the
+    # mean of that one.
+    copies = p.pp if p.vpp > 1 else 1
+    ours, _ = run.stepper.evaluate([batch] * copies, own=True)
     folder = local_folder(config.model.path)
     dtype = config.model.dtype
     return compare_losses(
@@ -224,12 +238,13 @@ def _check_first_loss(run: Run, step: int, adapter: Path | None) -> str:
 
 
 def _due(step: int, every: int) -> bool:
+    """Whether ``step`` is a multiple of ``every``; never where that is 0."""
     return every > 0 and step % every == 0
 
 
 def check_finite(step: int, name: str, value: float, saved: Path | None) -> None:
-    """Raise ``ValueError`` rather than train on, and save, numbers that are none; the value is the
-    same on every rank."""
+    """Raise ``ValueError`` rather than train on, and save, NaN or infinity; the value is the same
+    on every rank."""
     if not math.isfinite(value):
         last = f"the last checkpoint is {saved}" if saved else "no checkpoint was saved"
         raise ValueError(
@@ -263,21 +278,20 @@ def _opening(
         trainable_summary(model.adapted, model.shape),
         f"train: {batches.train.summary()}",
     ]
-    lines += [f"eval: {batches.eval.summary()}"] if batches.eval else []
+    if batches.eval:
+        lines.append(f"eval: {batches.eval.summary()}")
     if rounded := duration.rounding(config.train, len(batches.train.samples)):
         lines.append(rounded)
-    lines += [f"continuing from {resume_from}"] if resume_from else []
+    if resume_from:
+        lines.append(f"continuing from {resume_from}")
     return "\n".join(lines)
 
 
 def _closing(step: int, num_steps: int, saved: Path | None) -> str:
     how = "finished" if step >= num_steps else "stopped by a signal"
-    memory = (
-        f" (peak memory of a rank: {peak / 2**30:.1f} GiB)"
-        if (peak := host.peak_memory_bytes())
-        else ""
-    )
-    return (
-        f"{how} at step {step}{memory};"
-        f" {f'the adapter is {saved}' if saved else 'nothing was trained or saved'}"
-    )
+    memory = ""
+    # 0 on a CPU, where nobody counts it.
+    if peak := host.peak_memory_bytes():
+        memory = f" (peak memory of a rank: {peak / 2**30:.1f} GiB)"
+    result = f"the adapter is {saved}" if saved else "nothing was trained or saved"
+    return f"{how} at step {step}{memory}; {result}"

@@ -13,6 +13,7 @@ def loss_sum(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum of losses, number of target tokens, the two as one report) in the form Megatron's
     schedules take."""
+    # In float32: a bfloat16 sum of thousands of losses would round at every addition.
     total = (token_losses_BS.float() * loss_mask_BS).sum()
     count = loss_mask_BS.sum().to(torch.int)
     return total, count, {"sum_and_count": torch.stack([total.detach().double(), count.double()])}
@@ -21,6 +22,6 @@ def loss_sum(
 def token_losses(
     token_losses_BS: Tensor, loss_mask_BS: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The same form, reporting the loss of every token."""
+    """As ``loss_sum``, but the report is the loss of every token."""
     total, count, _ = loss_sum(token_losses_BS, loss_mask_BS)
     return total, count, {"token_losses": token_losses_BS.float()}

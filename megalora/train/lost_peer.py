@@ -1,5 +1,5 @@
-"""A rank that no longer hears from another says so in one line; the back end only shows its own
-sockets."""
+"""Explain in one line that a rank has lost contact with another; the back end's own error names
+sockets only."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ _SIGNS = re.compile(
     r"Network is unreachable.*|[Ww]ait timeout.*|remote process exited.*|"
     r"Watchdog caught collective operation timeout|NCCL communicator was aborted"
 )
-"""How gloo, the store and nccl put it that nothing more comes from a peer."""
+"""What gloo, the store and nccl say when a peer no longer answers."""
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def explained(run: Path) -> Iterator[None]:
     """Turn a back end's error about a lost peer into a line and exit code 3; every other error
     passes.
 
-    The process ends here and now: leaving the process group would wait for the rank that is gone.
+    The process ends at once, because leaving the process group would wait for the lost rank.
     """
     try:
         yield
@@ -34,6 +34,7 @@ def explained(run: Path) -> Iterator[None]:
         if not sign:
             raise
         print(_line(run, sign[0].rstrip(" .")), file=sys.stderr, flush=True)
+        # os._exit flushes nothing.
         sys.stdout.flush()
         os._exit(LOST_PEER)
 
@@ -44,10 +45,11 @@ def _line(run: Path, sign: str) -> str:
     try:
         latest = read_latest(run)
         saved = f"the last checkpoint is {latest}" if latest else "nothing was saved"
+    # A damaged file must not hide why the run ends.
     except ValueError as error:
         saved = str(error)
     return (
         f"megalora (rank {rank} on {here}): lost contact with another rank ({sign}). Its host or"
-        f" the network between is down, or it failed and says why itself. This run ends; {saved}."
-        " When all hosts are back, start it again on each with checkpoint.resume=true."
+        " the network between them is down, or it failed and says why itself. This run ends;"
+        f" {saved}. When all hosts are back, start it again on each with checkpoint.resume=true."
     )

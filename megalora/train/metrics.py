@@ -1,5 +1,5 @@
-"""What a run shows: a progress bar, metrics.jsonl, TensorBoard, and a loss curve as PNG. First rank
-only."""
+"""Report a run's progress on the first rank: a progress bar, metrics.jsonl, TensorBoard, and a loss
+curve as PNG."""
 
 import json
 import time
@@ -22,7 +22,7 @@ class Metrics:
         self.config = config
         self.active = active
         self.console = Console(quiet=not active, soft_wrap=True)
-        # in a log file, a line a step instead
+        # Where output goes to a file, a line per step instead.
         self.bar = active and config.progress and self.console.is_terminal
         self.progress = Progress(
             BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
@@ -38,37 +38,39 @@ class Metrics:
             damaged = _forget_after(folder / "metrics.jsonl", start_step)
             if damaged:
                 self.say(
-                    f"{folder}/metrics.jsonl: {damaged:,} lines were not records of a step; they"
-                    " are dropped"
+                    f"{folder}/metrics.jsonl: {damaged:,} lines were not records of a step and"
+                    " have been removed"
                 )
             self.file = (folder / "metrics.jsonl").open("a")
             if config.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
+                # purge_step hides the points that a resumed run writes again.
                 self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self.last = time.perf_counter()
 
     def say(self, message: str) -> None:
-        """A line above the progress bar."""
+        """Print a line above the progress bar."""
         self.console.print(message, highlight=False, markup=False)
 
     def train_step(
         self, step: int, *, loss: float, lr: float, grad_norm: float, num_tokens: int
     ) -> None:
-        """``num_tokens``: all tokens the step processed, padding left out."""
+        """Report a finished step; ``num_tokens`` counts all tokens that it processed, padding left
+        out."""
         now = time.perf_counter()
         speed = num_tokens / (now - self.last)
         self.last = now
         shown = f"loss {loss:.4f}  lr {lr:.2e}  |grad| {grad_norm:.3f}  {speed:,.0f} tokens/s"
         self.progress.update(self.task, completed=step, shown=shown)
         if step % self.config.every == 0:
-            self._write(
-                step, {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
-            )
+            values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
+            self._write(step, values)
             if not self.bar:
                 self.say(f"step {step}: {shown}")
 
     def evaluation(self, step: int, loss: float, num_tokens: int) -> None:
+        """Report an evaluation; ``loss`` is the mean over its target tokens."""
         self.say(f"eval loss {loss:.4f} at step {step} ({num_tokens:,} target tokens)")
         self._write(step, {"eval_loss": loss})
         self.restart_clock()
@@ -82,6 +84,7 @@ class Metrics:
         if not self.active:
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
+        # Whoever follows the file sees each step when it is done.
         self.file.flush()
         for name, value in values.items():
             if self.writer:
@@ -103,24 +106,29 @@ class Metrics:
 
 
 def _forget_after(path: Path, step: int) -> int:
-    """Drop the lines of steps that a resumed run will do again, and one that a killed run left half
-    written.
+    """Remove the lines of steps that a resumed run will do again, and a last line that a killed run
+    left half written.
 
-    Returns how many other lines were no records of a step, and so were dropped too.
+    Returns how many other lines were not records of a step, and so were removed too.
     """
     if not path.is_file():
         return 0
-    lines = path.read_bytes().decode(errors="replace").splitlines()
-    steps = [_step_of(line) for line in lines]
-    kept = [
-        line
-        for line, found in zip(lines, steps, strict=True)
-        if found is not None and found <= step
-    ]
+    kept: list[str] = []
+    damaged = 0
+    # A run that starts from step 0 keeps nothing of what was there before.
+    lines = path.read_bytes().decode(errors="replace").splitlines() if step else []
+    for number, line in enumerate(lines, start=1):
+        found = _step_of(line)
+        if found is not None and found <= step:
+            kept.append(line + "\n")
+        # A last line that a kill cut short is expected.
+        elif found is None and number < len(lines):
+            damaged += 1
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(line + "\n" for line in kept) if step else "")
-    temporary.replace(path)  # a kill meanwhile must not lose them all
-    return sum(found is None for found in steps[:-1]) if step else 0
+    temporary.write_text("".join(kept))
+    # In one move: a kill meanwhile must not lose them all.
+    temporary.replace(path)
+    return damaged
 
 
 def _step_of(line: str) -> int | None:
@@ -129,27 +137,29 @@ def _step_of(line: str) -> int | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    step = record.get("step") if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    step = record.get("step")
+    # True is an int to isinstance.
     return step if type(step) is int else None
 
 
 def plot_losses(folder: Path) -> None:
-    """``loss.png`` from ``metrics.jsonl``."""
+    """Draw ``loss.png`` from ``metrics.jsonl``."""
     import matplotlib
 
+    # No screen is needed.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for key, style in (("loss", "-"), ("eval_loss", "o")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(
-                *zip(*points, strict=True),
-                style,
-                label={"loss": "training", "eval_loss": "evaluation"}[key],
-            )
+    for key, style, label in (("loss", "-", "training"), ("eval_loss", "o", "evaluation")):
+        # A record has the one or the other.
+        with_key = [row for row in rows if key in row]
+        if with_key:
+            steps = [row["step"] for row in with_key]
+            axes.plot(steps, [row[key] for row in with_key], style, label=label)
     axes.set(xlabel="step", ylabel="loss (nats per target token)", title=str(folder))
     axes.grid(alpha=0.3)
     if axes.lines:

@@ -1,4 +1,4 @@
-"""Gradient buffers, the sharded optimizer and the learning rate: Megatron's DDP and
+"""Set up gradient buffers, the sharded optimizer and the learning rate: Megatron's DDP and
 DistributedOptimizer, on adapters only."""
 
 import math
@@ -23,23 +23,29 @@ def wrap_chunks(chunks: list[Any]) -> list[DistributedDataParallel]:
     """Give every trainable parameter a float32 slice of one gradient buffer; frozen ones get
     nothing."""
     config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    wrapped: list[DistributedDataParallel] = []
     with quiet():
-        return [
-            DistributedDataParallel(
+        for number, chunk in enumerate(chunks):
+            # As in Megatron: the chunks behind the first have one bucket each.
+            ddp = DistributedDataParallel(
                 chunk.config,
                 config,
                 chunk,
-                disable_bucketing=i > 0,
+                disable_bucketing=number > 0,
                 pg_collection=megatron_groups(),
             )  # type: ignore
-            for i, chunk in enumerate(chunks)
-        ]
+            wrapped.append(ddp)
+    return wrapped
 
 
 def build_optimizer(
     config: TrainConfig, dtype: torch.dtype, chunks: list[DistributedDataParallel]
 ) -> Any:
-    """AdamW (betas 0.9, 0.999, eps 1e-8), its state split over data-parallel ranks."""
+    """AdamW (betas 0.9, 0.999, eps 1e-8) whose state is split over data-parallel ranks.
+
+    Args:
+        dtype: dtype of the parameters; their masters and moments are float32.
+    """
     settings = OptimizerConfig(
         optimizer="adam", lr=config.lr, weight_decay=config.weight_decay,
         clip_grad=config.clip_grad,
@@ -54,16 +60,18 @@ def clip_and_step(optimizer: Any) -> Tensor:
     """Clip the reduced gradients and take one optimizer step; collective over the world.
 
     Megatron's own ``step`` reads the norm on the host in the middle of the step, and without Apex
-    the norm of every parameter
-    too: 400 waits a step for 48 layers. Here norm and clipping factor stay on the device; the
-        values are the same.
+    the norm of every parameter too: 400 waits a step for 48 layers. Here norm and clipping factor
+    stay on the device; the values are the same.
 
     Returns:
         The L2 norm of the whole gradient before clipping: float64 ``[1]`` on the device.
     """
     optimizer.prepare_grads()
-    parts = optimizer.chained_optimizers
-    gradients = [gradient for part in parts for gradient in part.get_grads_for_grad_norm()]
+    gradients: list[Tensor] = []
+    for part in optimizer.chained_optimizers:
+        # Without the replicas that ``mark_parameter`` leaves to another rank.
+        gradients.extend(part.get_grads_for_grad_norm())
+    # One norm over dense and expert adapters of all stages and ranks.
     norm = _norm(gradients, optimizer.get_grad_stats_parallel_group())
     for part in _parts(optimizer):
         clipped = [p.grad for p in part.get_parameters() if p.grad is not None]
@@ -79,6 +87,7 @@ def _norm(gradients: list[Tensor], group: Any) -> Tensor:
     """L2 norm of all tensors of all ranks of ``group`` together; the order of additions is
     Megatron's."""
     total = torch.zeros(1, dtype=torch.float32, device=host.device())
+    # A stage may have no adapter, and an empty list has no norm.
     if gradients:
         total += torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) ** 2
     dist.all_reduce(total, group=group)
@@ -86,18 +95,18 @@ def _norm(gradients: list[Tensor], group: Any) -> Tensor:
 
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
-    """Of step ``step`` (0-based): linear warm-up from lr / warmup, then the schedule down to zero
-    after the last step."""
+    """Learning rate of step ``step``, counted from 0: linear warm-up from lr / warmup, then the
+    schedule, which reaches zero after the last step."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
+    # 0 at the first step after warm-up, 1 after the last step
     done = (step - config.warmup) / max(1, num_steps - config.warmup)
-    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
-        config.schedule
-    ]
-    return config.lr * factor
+    factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return config.lr * factors[config.schedule]
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Let the next step of every parameter use this learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -105,11 +114,8 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 def _parts(optimizer: Any) -> list[Any]:
     """The sharded optimizers inside: one for dense, one for expert parameters; none on a rank
     without adapters."""
-    return [
-        part
-        for part in optimizer.chained_optimizers
-        if hasattr(part, "model_param_group_index_map")
-    ]
+    parts = optimizer.chained_optimizers
+    return [part for part in parts if hasattr(part, "model_param_group_index_map")]
 
 
 def optimizer_state(
@@ -127,6 +133,7 @@ def optimizer_state(
             owned = part._get_model_param_range_map(parameter)["param"]
             value = part._get_main_param_and_optimizer_states(parameter)[key]
             state[parameter].view(-1)[owned.start : owned.end] = value.detach()
+    # Dense parameters are split over data-parallel ranks, experts over their own.
     for group, allreduce in ((groups.dp, True), (groups.edp, False)):
         sum_bucket([t for p, t in state.items() if p.allreduce is allreduce], group)  # type: ignore
     return state
@@ -139,15 +146,17 @@ def load_optimizer_state(
     """The inverse of ``optimizer_state``: every rank takes its slices. ``step`` counts finished
     optimizer steps."""
     for part in _parts(optimizer):
+        # Moments exist from the first step on; before it they must be made to be filled.
         part._init_optimizer_states_with_dummy_values()
         for parameter in part.model_param_group_index_map:
             owned = part._get_model_param_range_map(parameter)["param"]
-            tensors = {
-                key: state[key][parameter].view(-1)[owned.start : owned.end] for key in STATE_KEYS
-            }
+            tensors: dict[str, Tensor] = {}
+            for key in STATE_KEYS:
+                tensors[key] = state[key][parameter].view(-1)[owned.start : owned.end]
             part._set_main_param_and_optimizer_states(
                 parameter, {**tensors, "step": torch.tensor(float(step))}
             )
         for group in part.optimizer.param_groups:
-            if "step" in group:  # fused Adams keep the count here
+            # Fused Adams keep the count here.
+            if "step" in group:
                 group["step"] = step

@@ -1,5 +1,5 @@
-"""One run writes to a run folder: its first rank holds a lock there, and says in the lock file who
-it is.
+"""Let one run at a time write to a run folder: its first rank holds a lock there, and the lock file
+says who it is.
 
 The lock is ``flock`` on ``.lock``, so it ends with its process, however that ends. Its content is
 for people, and for the same job's next attempt: torchrun starts ranks again under one job
@@ -25,15 +25,15 @@ LOCK = ".lock"
 SUCCESSION_S = 60.0
 """How long a job's next attempt waits for a process of the last one to end."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-"""What flock answers on file systems without locks, such as NFS without its lock service."""
+"""Errors of flock on file systems without locks, such as NFS without its lock service."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A run folder that is this run's alone."""
+    """A run folder that no other run writes to."""
 
     same_job: bool
-    """Whether this job, in an attempt that failed, was the last to write to it."""
+    """True where an earlier attempt of this job was the last to write to the folder."""
     notes: list[str] = field(default_factory=list)
     """Lines for the user."""
 
@@ -46,8 +46,9 @@ class Holder:
     pid: int
     since: str
     born: str
-    """When the process started, in the system's ticks: process ids are used again."""
+    """Start of the process in the system's ticks, because process ids are used again."""
     job: str | None
+    """Name of torchrun's job; None without torchrun."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
@@ -55,10 +56,10 @@ class Holder:
 
 @contextlib.contextmanager
 def opened(run: Path, job: str | None = None) -> Iterator[Opened]:
-    """Have the run folder to oneself as long as the block runs; collective over the world.
+    """Keep other runs out of the run folder while the block runs; collective over the world.
 
     Args:
-        job: names torchrun's call, the same in all its attempts; None without torchrun.
+        job: name of torchrun's call, the same in all its attempts; None without torchrun.
     Raises:
         ValueError: on every rank, when another run holds the folder or it cannot be written to.
     """
@@ -74,6 +75,7 @@ def opened(run: Path, job: str | None = None) -> Iterator[Opened]:
     try:
         yield on_first_rank(take, f"checkpoint.dir={run} cannot be used")
     except BaseException:
+        # A typing error in checkpoint.dir must leave no folder behind.
         if held and is_new:
             _leave_nothing(run)
         raise
@@ -92,8 +94,8 @@ def _leave_nothing(run: Path) -> None:
 
 
 def take_lock(run: Path, job: str | None) -> tuple[int, Opened]:
-    """The open lock file, locked, and what it said before; raises ``ValueError`` when another run
-    holds it."""
+    """Lock the lock file; returns its descriptor and who held it before. Raises ``ValueError`` when
+    another run holds it."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"checkpoint.dir={run} is a file; choose a folder")
     while True:
@@ -106,16 +108,19 @@ def take_lock(run: Path, job: str | None) -> tuple[int, Opened]:
             raise
         if _is_still_there(descriptor, run):
             break
-        # a run that did not begin has removed it, just before this one had it locked
+        # A run that was refused has removed the file between our open and our lock: a lock on a
+        # file that is gone keeps nobody out.
         os.close(descriptor)
     try:
+        # Only now, under the lock, does the content say who was here before.
         before = _read(descriptor)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, (json.dumps(asdict(_this_process(job))) + "\n").encode(), 0)
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor, Opened(before is not None and job is not None and before.job == job, notes)
+    same_job = before is not None and job is not None and before.job == job
+    return descriptor, Opened(same_job, notes)
 
 
 def _is_still_there(descriptor: int, run: Path) -> bool:
@@ -127,6 +132,8 @@ def _is_still_there(descriptor: int, run: Path) -> bool:
 
 
 def _lock(descriptor: int, run: Path, job: str | None) -> list[str]:
+    """Lock the file, waiting only for an earlier attempt of the same job; returns lines for the
+    user."""
     deadline = time.monotonic() + SUCCESSION_S
     while True:
         try:
@@ -138,6 +145,7 @@ def _lock(descriptor: int, run: Path, job: str | None) -> list[str]:
             if error.errno not in _NO_LOCKS:
                 raise
             return _without_locks(descriptor, run, job, str(error))
+        # torchrun may start the next attempt before the last one's process has ended.
         succession = holder is not None and job is not None and holder.job == job
         if not succession or time.monotonic() > deadline:
             raise _taken(run, holder)
@@ -145,7 +153,7 @@ def _lock(descriptor: int, run: Path, job: str | None) -> list[str]:
 
 
 def _without_locks(descriptor: int, run: Path, job: str | None, reason: str) -> list[str]:
-    """Compare with the last holder: only a process of this host can be looked up."""
+    """Compare with the last holder instead: only a process of this host can be looked up."""
     holder = _read(descriptor)
     same_job = holder is not None and job is not None and holder.job == job
     if (
@@ -155,11 +163,9 @@ def _without_locks(descriptor: int, run: Path, job: str | None, reason: str) -> 
         and holder.born == _born(holder.pid)
     ):
         raise _taken(run, holder)
-    last = (
-        f"; the last to write there was {holder}"
-        if holder and holder.host != socket.gethostname()
-        else ""
-    )
+    last = ""
+    if holder and holder.host != socket.gethostname():
+        last = f"; the last to write there was {holder}"
     return [
         f"checkpoint.dir={run} is on a file system without locks ({reason}): a second run that is"
         f" started in it on another host would not be noticed{last}"
@@ -180,15 +186,15 @@ def _this_process(job: str | None) -> Holder:
 
 
 def _read(descriptor: int) -> Holder | None:
-    """Who wrote the lock file; None where nobody has, or not one of us."""
+    """Who wrote the lock file; None where nobody has, or where its content is not ours."""
     try:
         holder = Holder(**json.loads(os.pread(descriptor, 4096, 0)))
     except (ValueError, TypeError):
         return None
     texts = (holder.host, holder.since, holder.born, holder.job or "")
-    return (
-        holder if type(holder.pid) is int and all(isinstance(text, str) for text in texts) else None
-    )
+    if type(holder.pid) is not int or not all(isinstance(text, str) for text in texts):
+        return None
+    return holder
 
 
 def _born(pid: int) -> str | None:
@@ -198,4 +204,6 @@ def _born(pid: int) -> str | None:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
+    # Field 22, starttime; fields count from 3 behind the command's name, which may hold spaces and
+    # parentheses.
     return stat.rpartition(")")[2].split()[19]

@@ -22,8 +22,8 @@ from megalora.train.loss import loss_sum, token_losses
 
 
 class Stepper:
-    """Runs global batches through this rank's model chunks; ``train`` leaves reduced gradients
-    behind."""
+    """Runs global batches through this rank's model chunks; after ``forward_backward`` gradients
+    are reduced over all ranks."""
 
     def __init__(
         self, chunks: Sequence[Any], groups: Groups, check: GradientCheck | None = None
@@ -31,20 +31,24 @@ class Stepper:
         self.chunks = list(chunks)
         self.groups = groups
         self.check = check
-        self.parameters = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+        self.parameters: list[nn.Parameter] = []
+        for chunk in chunks:
+            self.parameters.extend(p for p in chunk.parameters() if p.requires_grad)
         self.b_has_moved = False
+        """Whether a step has moved B off zero, from when on A has a gradient."""
+        # Megatron's schedules take what they call from the model's config.
         config = chunks[0].config
         config.finalize_model_grads_func = self._finalize
         config.no_sync_func = None
 
     def train(self, batches: list[Batch], optimizer: Any) -> tuple[float, int]:
-        """``forward_backward``, its result read at once: (mean loss, number of target tokens) of
-        the global batch."""
+        """``forward_backward`` with its result read at once: (mean loss, number of target tokens)
+        of the global batch."""
         return _mean(self.forward_backward(batches, optimizer))
 
     def forward_backward(self, batches: list[Batch], optimizer: Any) -> Tensor:
-        """Leave reduced gradients behind; returns (sum of losses, number of target tokens) of the
-        global batch.
+        """Compute reduced gradients in every ``main_grad``; returns (sum of losses, number of
+        target tokens) of the global batch.
 
         The two are float64 on the device: nothing here waits for it.
         """
@@ -57,8 +61,8 @@ class Stepper:
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch], *, own: bool = False) -> tuple[float, int]:
-        """Forward only; the same mean, or with ``own`` that of this data-parallel rank's batches
-        alone."""
+        """(mean loss, number of target tokens) over all data-parallel ranks' batches, or with
+        ``own`` over this rank's alone; forward only."""
         for chunk in self.chunks:
             chunk.eval()
         return _mean(self._sum(self._run(batches, forward_only=True), own))
@@ -74,16 +78,18 @@ class Stepper:
             chunk.eval()
         reports = self._schedule(batches, forward_only=True, loss=token_losses)
         losses = torch.zeros(batches[0].tokens.shape, device=host.device())
-        if reports:  # only the last stage has any
+        # Only the last stage has any; the sum over stages hands them to all.
+        if reports:
             losses += reports[0]["token_losses"]
         dist.all_reduce(losses, group=self.groups.pp)
         return losses
 
     def _sum(self, sum_and_count: Tensor, own: bool = False) -> Tensor:
-        """Summed in place over the pipeline, whose last stage has them, and unless ``own`` over
+        """Sum in place over the pipeline, whose last stage has the numbers, and unless ``own`` over
         data-parallel ranks."""
-        for group in (self.groups.pp,) if own else (self.groups.pp, self.groups.dp):
-            dist.all_reduce(sum_and_count, group=group)
+        dist.all_reduce(sum_and_count, group=self.groups.pp)
+        if not own:
+            dist.all_reduce(sum_and_count, group=self.groups.dp)
         return sum_and_count
 
     def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
@@ -100,8 +106,12 @@ class Stepper:
         stage = self.groups.pp.rank()
         num_stages = self.groups.pp.size()
         inputs = to_device(batches, first=stage == 0, last=stage == num_stages - 1)
+        # Every chunk reads each microbatch once. Megatron wants lists for several chunks alone.
         iterators = [iter(inputs) for _ in self.chunks]
         several = len(self.chunks) > 1
+        communication: dict[str, Any] = {}
+        if num_stages > 1 and not several:
+            communication = self._stages(batches)
         return get_forward_backward_func()(
             forward_step_func=partial(_forward_step, loss=loss),
             data_iterator=iterators if several else iterators[0],
@@ -110,37 +120,38 @@ class Stepper:
             seq_length=batches[0].tokens.shape[1],
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
-            **({} if several or num_stages == 1 else self._stages(batches)),
+            **communication,
         )
 
     def _stages(self, batches: list[Batch]) -> dict[str, Any]:
-        """How stages of the plain schedule talk: every microbatch as long as it is, which every
-        stage knows by itself."""
+        """Arguments of the plain schedule for stages that exchange microbatches of any length,
+        which every stage knows by itself."""
         config = self.chunks[0].config
+        # Hidden states [S/t, B, H] under sequence parallelism
         shards = self.groups.tp.size() if self.groups.sequence_parallel else 1
-        shapes = [
-            (b.tokens.shape[1] // shards, b.tokens.shape[0], config.hidden_size) for b in batches
-        ]
+        shapes: list[tuple[int, ...]] = []
+        for batch in batches:
+            batch_size, length = batch.tokens.shape
+            shapes.append((length // shards, batch_size, config.hidden_size))
         return {
             "p2p_communicator": KnownShapes(self.groups.pp, config, shapes),
             "pg_collection": megatron_groups(),
         }
 
     def _finalize(self, model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        """Check, Megatron's data-parallel reduction, then the sums of replicated factors over the
-        group the table names.
+        """Check gradients, reduce them over data parallelism as Megatron does, then sum those of
+        replicated factors over the group that the table names.
 
         In this order replicas get the same bits: data-parallel reductions of two tensor-parallel
-        ranks are different collectives, which may add in different orders. What they leave outside
-        a rank's own slice is summed too and read by nobody.
+        ranks are different collectives, which may add in different orders. Megatron's reduction
+        leaves values outside a rank's own slice, which are summed too and not read.
         """
         if self.check is not None:
             self.check.after_backward(self.b_has_moved)
         finalize_model_grads(model, num_tokens, **kwargs)
         for name in ("tp", "etp"):
-            sum_partial_gradients(
-                (p for p in self.parameters if p.sum_group == name), self.groups.named(name)
-            )
+            partial_gradients = [p for p in self.parameters if p.sum_group == name]  # pyright: ignore[reportAttributeAccessIssue]
+            sum_partial_gradients(partial_gradients, self.groups.named(name))
 
 
 class KnownShapes(P2PCommunicator):
@@ -156,7 +167,8 @@ class KnownShapes(P2PCommunicator):
         self, group: dist.ProcessGroup, config: Any, shapes: list[tuple[int, ...]]
     ) -> None:
         super().__init__(group, config)
-        self.coming_forward, self.coming_backward = iter(shapes), iter(shapes)
+        self.coming_forward = iter(shapes)
+        self.coming_backward = iter(shapes)
 
     def _communicate(
         self, *, recv_prev: bool, recv_next: bool, tensor_shape: Any, **options: Any
@@ -164,6 +176,7 @@ class KnownShapes(P2PCommunicator):
         assert not (recv_prev and recv_next), (
             "only the interleaved schedule receives from both sides at once"
         )
+        # From the previous stage come activations, from the next one gradients.
         if recv_prev or recv_next:
             tensor_shape = next(self.coming_forward if recv_prev else self.coming_backward)
         return super()._communicate(
@@ -180,6 +193,9 @@ def _mean(sum_and_count: Tensor) -> tuple[float, int]:
 def _forward_step(
     inputs: Iterator[DeviceBatch], model: nn.Module, loss: Callable[..., Any]
 ) -> tuple[Tensor, Any]:
+    """One microbatch: (losses of its tokens, what makes a report of them), as Megatron's schedules
+    take them; only the last stage calls the second."""
     batch = next(inputs)
+    # Without position ids and attention mask: rotary positions and causality are built in.
     losses = model(batch.tokens, None, None, labels=batch.labels)
     return losses, partial(loss, loss_mask_BS=batch.loss_mask)

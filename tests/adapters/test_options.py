@@ -162,7 +162,7 @@ BAD_VALUES: dict[str, tuple[str, str]] = {
     ),
     "an expression that never ends": (
         r'"target_modules": "(?:(\\w|\\.)+|(\\w|\\.))+(X|Y)"',
-        "takes for ever on names such as model.layers",
+        "takes too long to match names such as model.layers",
     ),
 }
 

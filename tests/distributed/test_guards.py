@@ -57,8 +57,8 @@ def one_bit(name: str, rank: int) -> Callable[[Any, int], None]:
 
     def spoil(model: Any, step: int) -> None:
         if step == 2 and dist.get_rank() == rank:
-            (piece,) = [p for p in model.pieces if p.name == name]
-            part = piece.of({piece.parameter: piece.parameter.data})
+            (shard,) = [p for p in model.shards if p.name == name]
+            part = shard.of({shard.parameter: shard.parameter.data})
             part[1, 2] = torch.nextafter(part[1, 2], torch.tensor(torch.inf))
 
     return spoil

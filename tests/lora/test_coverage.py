@@ -30,22 +30,22 @@ def said_by(config: RunConfig, act: Callable[[Run], Any]) -> str:
 
 
 def with_one_less(run: Run) -> None:
-    check_coverage(run.model.adapted, [piece for piece in run.model.pieces if piece.name != EXPERT])
+    check_coverage(run.model.adapted, [shard for shard in run.model.shards if shard.name != EXPERT])
 
 
 def with_one_more(run: Run) -> None:
-    pieces = list(run.model.pieces)
+    shards = list(run.model.shards)
     if dist.get_rank() == 1:
-        pieces.append(
-            replace(pieces[0], name="base_model.model.model.layers.9.mystery.lora_A.weight")
+        shards.append(
+            replace(shards[0], name="base_model.model.model.layers.9.mystery.lora_A.weight")
         )
-    check_coverage(run.model.adapted, pieces)
+    check_coverage(run.model.adapted, shards)
 
 
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda run: check_coverage(run.model.adapted, run.model.pieces), ""),
+        (lambda run: check_coverage(run.model.adapted, run.model.shards), ""),
         (with_one_less, f"1 adapter tensors were not adapted: {EXPERT}"),
         (
             with_one_more,
@@ -70,12 +70,12 @@ def with_dead(factor: str, pattern: str, b_has_moved: bool) -> Callable[[Run], N
     """Gradients of one everywhere but for the modules of ``pattern``."""
 
     def act(run: Run) -> None:
-        for piece in run.model.pieces:
-            piece.parameter.main_grad = torch.ones_like(piece.parameter, dtype=torch.float32)
-        for piece in run.model.pieces:
-            if re.search(rf"{pattern}\.lora_{factor}", piece.name):
-                piece.parameter.main_grad[piece.index] = 0
-        check = GradientCheck(run.model.adapted, run.model.pieces)
+        for shard in run.model.shards:
+            shard.parameter.main_grad = torch.ones_like(shard.parameter, dtype=torch.float32)
+        for shard in run.model.shards:
+            if re.search(rf"{pattern}\.lora_{factor}", shard.name):
+                shard.parameter.main_grad[shard.index] = 0
+        check = GradientCheck(run.model.adapted, run.model.shards)
         check.after_backward(b_has_moved)
 
     return act

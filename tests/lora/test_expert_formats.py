@@ -45,9 +45,9 @@ def trained(config: RunConfig, with_room: bool) -> dict[str, Any]:
 
     def watched(chunks: list[Any], *args: Any, **how: Any) -> Any:
         before = pointers(chunks)
-        pieces = inject(chunks, *args, **how)
+        shards = inject(chunks, *args, **how)
         seen["moved"] = pointers(chunks) != before
-        return pieces
+        return shards
 
     if with_room:
         experts.gains_from_room = lambda *_: True
@@ -71,7 +71,7 @@ def trained(config: RunConfig, with_room: bool) -> dict[str, Any]:
             for name in ROOM
         }
         values = {p: p.data for p in run.model.parameters}
-        seen["adapter"] = gather_tensors(run.model.pieces, values, run.groups)
+        seen["adapter"] = gather_tensors(run.model.shards, values, run.groups)
     return seen
 
 

@@ -310,9 +310,9 @@ ADAPTABLE_DENSE = ADAPTABLE.replace(" gate,", "")
             MOE_SHAPE,
             {"target_modules": [r"(?:(\w|\.)+|(\w|\.))+(X|Y)"]},
             (
-                r"lora.target_modules: '(?:(\\w|\\.)+|(\\w|\\.))+(X|Y)' takes for ever on names"
-                " such as model.layers.0.self_attn.q_proj, in PEFT too. Repetition within"
-                " repetition does that; write the names out, or say it without"
+                r"lora.target_modules: '(?:(\\w|\\.)+|(\\w|\\.))+(X|Y)' takes too long to match"
+                " names such as model.layers.0.self_attn.q_proj, in PEFT too. Repetition within"
+                " repetition does that; write the names out, or write the expression without it."
             ),
         ),
         (

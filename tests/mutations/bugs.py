@@ -86,7 +86,7 @@ BUGS = (
         "init by an expert's number on its rank",
         FACTORS,
         "initial_a(self.seed, adapted.hf_module(expert),",
-        "initial_a(self.seed, adapted.hf_module(at if self.is_expert else None),",
+        "initial_a(self.seed, adapted.hf_module(*lead),",
         f"{PARALLEL} test_01",
     ),
     bug(
@@ -101,8 +101,8 @@ BUGS = (
         1,
         "another rank's slice of A",
         FACTORS,
-        "self.group_size, self.group_rank\n",
-        "self.group_size, self.group_size - 1 - self.group_rank\n",
+        "self.group_size, self.group_rank)",
+        "self.group_size, self.group_size - 1 - self.group_rank)",
         f"{PARALLEL} test_01",
     ),
     bug(
@@ -345,9 +345,8 @@ BUGS = (
         6,
         "experts written in reverse",
         FACTORS,
-        "for at, expert in enumerate(self.experts) if self.is_expert else [(None, None)]:",
-        "for at, expert in enumerate(reversed(self.experts)) if self.is_expert else [(None,"
-        " None)]:",
+        "module = adapted.hf_module(expert)",
+        "module = adapted.hf_module(self.experts[-1 - lead[0]] if lead else None)",
         f"{PARALLEL} test_02",
     ),
     bug(
@@ -469,7 +468,7 @@ BUGS = (
         8,
         "an expert's replicas taken for attention's",
         PEFT,
-        'groups.edp if piece.group == "etp" else groups.dp',
+        'groups.edp if shard.group == "etp" else groups.dp',
         "groups.dp",
         f"{TRAINING} test_08",
     ),

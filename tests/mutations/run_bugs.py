@@ -321,11 +321,11 @@ RUN_BUGS: tuple[Bug, ...] = (
         f"{TRAIN}/assemble.py",
         """        if prepare is not None:
             prepare(model)
-        check = GradientCheck(model.adapted, model.pieces)
+        check = GradientCheck(model.adapted, model.shards)
         dtype = getattr(torch, config.model.dtype)
         stepper, optimizer = make_stepper(config.train, dtype, model.chunks, groups, check)
 """,
-        """        check = GradientCheck(model.adapted, model.pieces)
+        """        check = GradientCheck(model.adapted, model.shards)
         dtype = getattr(torch, config.model.dtype)
         stepper, optimizer = make_stepper(config.train, dtype, model.chunks, groups, check)
         if prepare is not None:

@@ -28,7 +28,7 @@ def built(config: RunConfig, weights: Path | None = None) -> Iterator[Run]:
     def fill(model: AdaptedModel) -> None:
         if weights is not None:
             with torch.no_grad():
-                read_tensors(weights, model.pieces, {p: p.data for p in model.parameters})
+                read_tensors(weights, model.shards, {p: p.data for p in model.parameters})
 
     with assemble(config, prepare=fill) as run:
         # What tests fill in may well have a gradient of zero.
@@ -39,7 +39,7 @@ def built(config: RunConfig, weights: Path | None = None) -> Iterator[Run]:
 def whole_adapter(run: Run) -> dict[str, Tensor] | None:
     """Whole tensors by name on rank 0; collective."""
     values = {p: p.data for p in run.model.parameters}
-    return gather_tensors(run.model.pieces, values, run.groups)
+    return gather_tensors(run.model.shards, values, run.groups)
 
 
 def first_gradients(

@@ -106,7 +106,7 @@ def train_recording_gradients(config: RunConfig, start: Path) -> None:
     def build(*args: Any, **options: Any) -> Any:
         model = build_adapted(*args, **options)
         with torch.no_grad():
-            read_tensors(start, model.pieces, {p: p.data for p in model.parameters})
+            read_tensors(start, model.shards, {p: p.data for p in model.parameters})
         models.append(model)
         return model
 

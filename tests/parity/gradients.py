@@ -28,4 +28,4 @@ def reduced_gradients(model: AdaptedModel, optimizer: Any) -> dict[str, Tensor] 
             gradients[parameter].view(-1)[mine] = parameter.main_grad.reshape(-1)[mine]
     for group, allreduce in ((model.groups.dp, True), (model.groups.edp, False)):
         sum_bucket([g for p, g in gradients.items() if p.allreduce is allreduce], group)  # type: ignore
-    return gather_tensors(model.pieces, gradients, model.groups)
+    return gather_tensors(model.shards, gradients, model.groups)

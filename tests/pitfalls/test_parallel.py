@@ -100,9 +100,9 @@ def effects(config: RunConfig, weights: Path, projections: list[str]) -> list[fl
         losses = []
         saved = {p: p.data.clone() for p in run.model.parameters}
         for projection in [*projections, "none"]:
-            for piece in run.model.pieces:
-                on = _projection(piece.name) == projection
-                piece.of({piece.parameter: piece.parameter.data}).copy_(piece.of(saved) * on)
+            for shard in run.model.shards:
+                on = _projection(shard.name) == projection
+                shard.of({shard.parameter: shard.parameter.data}).copy_(shard.of(saved) * on)
             losses.append(run.stepper.evaluate(batches)[0])
         return losses
 
@@ -149,7 +149,7 @@ def replicated_gradients(config: RunConfig, weights: Path) -> dict[str, Tensor]:
         sizes = {"tp": run.model.groups.dp.size(), "etp": run.model.groups.edp.size()}
         return {
             p.name: p.of(grads).clone()
-            for p in run.model.pieces
+            for p in run.model.shards
             if p.num_shards == sizes[p.group] == 1
         }
 

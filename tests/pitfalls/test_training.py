@@ -73,7 +73,7 @@ def state_after_load(config: RunConfig, checkpoint: Path) -> dict[str, Tensor]:
         whole = {}
         for key in STATE_KEYS:
             state = optimizer_state(run.optimizer, key, parameters, run.model.groups)
-            tensors = gather_tensors(run.model.pieces, state, run.model.groups) or {}
+            tensors = gather_tensors(run.model.shards, state, run.model.groups) or {}
             whole |= {f"{key}.{name}": t for name, t in tensors.items()}
         return whole | {f"adapter.{name}": t for name, t in (whole_adapter(run) or {}).items()}
 

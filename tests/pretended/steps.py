@@ -163,7 +163,7 @@ def _between_steps(scenario: Scenario, recorder: Recorder, made: Run) -> None:
     config = made.config
     model = made.model
     probe = Probe([1] * scenario.tokens, config.model.dtype, config.parallel)
-    drift = DriftCheck(model.adapted, model.pieces, made.groups)
+    drift = DriftCheck(model.adapted, model.shards, made.groups)
     with recorder.phase("drift"):
         drift.run(3, None)
     with recorder.phase("evaluate"):
@@ -171,5 +171,5 @@ def _between_steps(scenario: Scenario, recorder: Recorder, made: Run) -> None:
     with recorder.phase("probe"):
         probe.run(made.stepper)
     with recorder.phase("save"):
-        gather_tensors(model.pieces, {p: p.data for p in model.parameters}, made.groups)
+        gather_tensors(model.shards, {p: p.data for p in model.parameters}, made.groups)
         optimizer_state(made.optimizer, "exp_avg", model.parameters, made.groups)

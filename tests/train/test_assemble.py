@@ -39,9 +39,9 @@ def test_the_optimizer_starts_from_what_was_filled_in(tiny: Path, chats: Path, t
 
 def _error_of_a_dead_projection(config: RunConfig) -> str:
     def kill(model: AdaptedModel) -> None:
-        for piece in model.pieces:
-            if ".layers.2.self_attn.o_proj.lora_A" in piece.name:
-                piece.parameter.data[piece.index] = 0
+        for shard in model.shards:
+            if ".layers.2.self_attn.o_proj.lora_A" in shard.name:
+                shard.parameter.data[shard.index] = 0
 
     with assemble(config, prepare=kill) as run:
         try:

@@ -17,12 +17,12 @@ def found_after_a_change(config: RunConfig, names: list[str], rank: int) -> str:
     """Change the last bit of the last element of each tensor on one rank; what the check says on
     this one."""
     with built(config) as run:
-        check = DriftCheck(run.model.adapted, run.model.pieces, run.model.groups)
+        check = DriftCheck(run.model.adapted, run.model.shards, run.model.groups)
         check.run(0, None)
         if dist.get_rank() == rank:
-            for piece in run.model.pieces:
-                if piece.name in names:
-                    part = piece.of({piece.parameter: piece.parameter.data})
+            for shard in run.model.shards:
+                if shard.name in names:
+                    part = shard.of({shard.parameter: shard.parameter.data})
                     part[-1, -1] = torch.nextafter(part[-1, -1], torch.tensor(torch.inf))
         try:
             check.run(1, None)

@@ -35,6 +35,6 @@ def test_damaged_lines_are_dropped_with_a_word(
     (tmp_path / "metrics.jsonl").write_bytes(content)
     assert resumed_at(3, tmp_path) == LINES[:2]
     assert (
-        f"{len(damaged) + 1} lines were not records of a step; they are dropped"
+        f"{len(damaged) + 1} lines were not records of a step and have been removed"
         in capsys.readouterr().out
     )

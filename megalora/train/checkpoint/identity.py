@@ -1,5 +1,5 @@
-"""What a run trains, by content: data and base model, the same on every node, and the same when it
-is resumed.
+"""Identify what a run trains by its content: data and base model, the same on every node, and the
+same when the run is resumed.
 
 One rank of each node reads; nodes must agree. Digests are kept in the run folder (``digests.py``).
 """
@@ -21,18 +21,19 @@ from megalora.hf.base_identity import base_config, weights_digest
 from megalora.hf.folder import check_base_folder
 
 KEPT = ".digests.json"
-"""In the run folder: digests of files that have not changed since."""
+"""File in the run folder with digests of files that have not changed since."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is trained on, as tokens."""
+    """Number and content of the training samples, as tokens."""
 
     count: int
     digest: str
 
     @classmethod
     def of(cls, samples: Sequence[Encoded]) -> "Samples":
+        """Count and digest encoded samples, in their order."""
         return cls(len(samples), samples_digest(samples))
 
 
@@ -45,43 +46,53 @@ class Identity:
     eval: str | None
     """Digest of ``data.eval`` where that is a source of its own."""
     config: dict[str, Any]
-    """Fields of the base's config.json that could matter."""
+    """Fields of the base's config.json that can change what it computes."""
     weights: str
     """Digest of the base's tensors."""
 
     def as_json(self, samples: str) -> dict[str, Any]:
-        """For state.json; ``samples`` is the digest of what is trained on."""
+        """As state.json holds it; ``samples`` is the digest of the training samples."""
         return {**asdict(self), "samples": samples}
 
 
 def identify(config: RunConfig, base: Path) -> Identity:
-    """Collective over the world.
+    """The identity of this run's data and base; collective over the world.
 
     Args:
         base: the folder of ``config.model.path``.
     Raises:
-        ValueError: on every rank, when something cannot be read on a node, or nodes have different
-            files.
+        ValueError: on every rank, when a node cannot read something, or nodes have different files.
     """
     kept = Path(config.checkpoint.dir) / KEPT
     digests = Digests.load(kept)
-    mine = _of_this_node(config, base, digests) if _reads_for_its_node() else None
+    mine: Identity | str | None = None
+    if _reads_for_its_node():
+        mine = _of_this_node(config, base, digests)
+    # All ranks get all answers, errors included, so that all of them go on or none does.
     answers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, (mine, digests.used))
-    identities = {rank: answer for rank, (answer, _) in enumerate(answers) if answer is not None}
-    for rank, answer in identities.items():
-        if isinstance(answer, str):
-            raise ValueError(
-                answer if len(identities) == 1 else f"on the node of rank {rank}: {answer}"
-            )
-    first = identities[min(identities)]
+    identities: dict[int, Identity] = {}
+    faults: dict[int, str] = {}
+    for rank, (answer, _) in enumerate(answers):
+        if isinstance(answer, Identity):
+            identities[rank] = answer
+        elif answer is not None:
+            faults[rank] = answer
+    if faults:
+        rank = min(faults)
+        is_only_node = len(identities) + len(faults) == 1
+        where = "" if is_only_node else f"on the node of rank {rank}: "
+        raise ValueError(f"{where}{faults[rank]}")
+    first_rank = min(identities)
+    first = identities[first_rank]
     for rank, other in identities.items():
         if parts := differing_parts(first.as_json(""), other.as_json("")):
             raise ValueError(
-                f"the nodes of ranks {min(identities)} and {rank} have different files for"
+                f"the nodes of ranks {first_rank} and {rank} have different files for"
                 f" {' and '.join(parts)}. Copy the same files to every node, or use a folder that"
                 " all share."
             )
+    # The run folder may be of one node; its first rank keeps what every node has read.
     if dist.get_rank() == 0:
         for _, used in answers:
             digests.used |= used
@@ -97,6 +108,7 @@ def differing_parts(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         "weights": "model.path",
         "config": "model.path",
     }
+    # Weights and config are of one option, which is named once.
     return list(dict.fromkeys(name for key, name in options.items() if before[key] != now[key]))
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from megalora import host
 from megalora.adapters.files import OPTIMIZER, RNG, STATE_KEYS
@@ -18,26 +19,29 @@ from megalora.train.optim import load_optimizer_state
 def load_checkpoint(state: SavedState, model: AdaptedModel, optimizer: Any) -> list[str]:
     """Restore adapters, optimizer and generators; returns lines for the user.
 
-    Adapters come from the float32 masters, as after an optimizer step: the adapter files are in
-    export form.
+    Adapters come from the float32 masters, as after an optimizer step: the adapter files have the
+    form that PEFT and servers read.
     """
-    parameters = model.parameters
-    values = {
-        key: {p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters}
-        for key in STATE_KEYS
-    }
+    values: dict[str, dict[nn.Parameter, Tensor]] = {}
     for key in STATE_KEYS:
-        read_tensors(state.folder / OPTIMIZER, model.pieces, values[key], prefix=f"{key}.")
+        values[key] = {}
+        for parameter in model.parameters:
+            values[key][parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+        read_tensors(state.folder / OPTIMIZER, model.shards, values[key], prefix=f"{key}.")
+    # Every rank has read its parts of whole tensors, and takes the slices that it owns.
     load_optimizer_state(optimizer, values, state.step)
     with torch.no_grad():
         for parameter, master in values["param"].items():
             parameter.copy_(master)
-    return [] if state.imported_from is not None else _load_generators(state)
+    # An imported adapter was trained elsewhere and comes without generators.
+    if state.imported_from is not None:
+        return []
+    return _load_generators(state)
 
 
 def _load_generators(state: SavedState) -> list[str]:
-    """Each rank's own, where this run has the same ranks on the same kind of device; else they
-    start from the seed."""
+    """Restore each rank's own generators where this run has as many ranks on the same kind of
+    device; else they start from the seed. Returns lines for the user."""
     world = dist.get_world_size()
     fresh = "dropout masks are drawn anew from train.seed; without dropout nothing differs"
     if state.world_size != world:
@@ -50,12 +54,16 @@ def _load_generators(state: SavedState) -> list[str]:
         rng = load_file(state.folder / RNG)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{state.folder / RNG} cannot be read ({error})") from None
-    mine = {name.removeprefix(prefix): t for name, t in rng.items() if name.startswith(prefix)}
+    mine: dict[str, Tensor] = {}
+    for name, generator_state in rng.items():
+        if name.startswith(prefix):
+            mine[name.removeprefix(prefix)] = generator_state
+    # Every rank has had a generator on the CPU, also one that computes on a GPU.
     if "cpu" not in mine:
         raise ValueError(
             f"{state.folder / RNG} is damaged: it has no generators of rank {dist.get_rank()}"
         )
     if host.set_rng_state(mine):
         return []
-    kinds = ("GPUs", "the CPU") if "cuda" in mine else ("the CPU", "GPUs")
-    return [f"{state.folder.name} was saved on {kinds[0]}, this run is on {kinds[1]}: {fresh}"]
+    saved_on, run_on = ("GPUs", "the CPU") if "cuda" in mine else ("the CPU", "GPUs")
+    return [f"{state.folder.name} was saved on {saved_on}, this run is on {run_on}: {fresh}"]

@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to the run that a config describes."""
+"""Check that a checkpoint belongs to the run that a config describes."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +17,12 @@ SAME_RUN = (
     "lora.rank_pattern",
     "lora.alpha_pattern", "lora.expert_rank", "lora.use_rslora",
 )  # fmt: skip
-"""What decides the order of samples, and what is trained on what: it must not change in the middle
-of a run."""
+"""Options that decide the order of samples, and which parameters are trained on them: they must not
+change in the middle of a run."""
 BY_CONTENT = ("model.path", "data.train", "data.eval")
-"""What is compared by content; by name where a checkpoint has no digests."""
+"""Options that are compared by content; by name where a checkpoint has no digests."""
 _MISSING = object()
+"""Stands for an option that a saved config lacks; None is a value."""
 
 
 def check_same_run(
@@ -33,6 +34,7 @@ def check_same_run(
         _check_import(state, config, identity, adapted)
         return []
     _check_options(state, config)
+    # Digests cannot be made up afterwards: the data may have changed since.
     if state.identity is None:
         _check_names(state, config)
         return [
@@ -47,6 +49,7 @@ def check_same_samples(state: SavedState, config: RunConfig, samples: Samples) -
     """Raise ``ValueError`` unless the data makes the samples that the run has been trained on."""
     if state.imported_from is not None:
         return
+    # The commoner mistake first, with numbers; a digest only says that something differs.
     if state.num_samples != samples.count:
         raise ValueError(
             f"{state.folder} was trained on {state.num_samples:,} samples of {config.data.train},"
@@ -62,6 +65,7 @@ def check_same_samples(state: SavedState, config: RunConfig, samples: Samples) -
 
 
 def _value(config: dict[str, Any], option: str) -> Any:
+    """The value of ``section.key`` in a config as JSON holds it."""
     section, key = option.split(".")
     return config.get(section, {}).get(key, _MISSING)
 
@@ -69,10 +73,10 @@ def _value(config: dict[str, Any], option: str) -> Any:
 def _check_options(state: SavedState, config: RunConfig) -> None:
     now = asdict(config)
     options: list[str] = [*SAME_RUN]
-    # A number of samples to hold out; a source is compared by content.
-    if not (
-        isinstance(config.data.eval, str) and isinstance(_value(state.config, "data.eval"), str)
-    ):
+    # data.eval is a source, which is compared by content, or a number of samples to hold out.
+    was_source = isinstance(_value(state.config, "data.eval"), str)
+    is_source = isinstance(config.data.eval, str)
+    if not (was_source and is_source):
         options.append("data.eval")
     for option in options:
         before = _value(state.config, option)
@@ -94,9 +98,9 @@ def _check_names(state: SavedState, config: RunConfig) -> None:
     for option in BY_CONTENT:
         before = _value(state.config, option)
         after = _value(now, option)
-        if before != after and not (
-            isinstance(before, str) and isinstance(after, str) and _same_place(before, after)
-        ):
+        are_names = isinstance(before, str) and isinstance(after, str)
+        same = _same_place(before, after) if are_names else before == after
+        if not same:
             raise _other_value(state, option, before, after)
 
 
@@ -121,9 +125,10 @@ def _check_content(
 
 
 def _other_base(before: dict[str, Any], now: Identity) -> str:
-    """What of the base has changed, in words; empty where nothing has."""
+    """Which part of the base has changed, in words; empty where none has."""
     old = before["config"]
     new = now.config
+    # A field of config.json says more than "the weights", so it comes first.
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             return (
@@ -135,13 +140,14 @@ def _other_base(before: dict[str, Any], now: Identity) -> str:
 def _check_import(
     state: SavedState, config: RunConfig, identity: Identity, adapted: list[Adapted]
 ) -> None:
-    """An import knows its base and what it adapts; all else may be chosen."""
-    if state.identity is not None:
-        what = _other_base(
-            {**state.identity, "weights": state.identity["weights"] or identity.weights}, identity
-        )
-    else:
+    """An imported adapter says which base it is for and what it adapts; data and everything else
+    may be chosen."""
+    if state.identity is None:
         what = "" if _same_place(state.base, config.model.path) else "the name"
+    else:
+        # An import need not have read the weights: then they count as the same.
+        weights = state.identity["weights"] or identity.weights
+        what = _other_base({**state.identity, "weights": weights}, identity)
     if what:
         raise ValueError(
             f"{state.folder} was imported for the base {state.base}, this run has"
@@ -157,5 +163,6 @@ def _check_import(
 
 
 def _same_place(one: str, other: str) -> bool:
-    """The same hub name, or the same folder however it is written."""
+    """Whether two values of an option mean the same hub name, or the same folder however it is
+    written."""
     return one == other or Path(one).resolve() == Path(other).resolve()

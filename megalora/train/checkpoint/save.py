@@ -1,4 +1,4 @@
-"""Save what a run needs to go on, and what PEFT and servers load."""
+"""Save a checkpoint: what a run needs to continue, and what PEFT and servers load."""
 
 import json
 import time
@@ -32,25 +32,22 @@ def save_checkpoint(
     earlier ones whole.
 
     Args:
-        samples, identity: what is trained on what, which must be the same when the run is resumed.
+        samples: number and digest of the training samples.
+        identity: data and base, which must be the same when the run is resumed.
         probe: log-probabilities of the adapter as it is, for servers (``probe.py``).
     """
-    weights = gather_tensors(model.pieces, {p: p.data for p in model.parameters}, model.groups)
+    # All collectives come before the first rank begins to write: it may fail, the others wait.
+    weights = gather_tensors(model.shards, model.values(), model.groups)
     state = _whole_optimizer_state(model, optimizer)
-    generators: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(generators, {name: t.cpu() for name, t in host.rng_state().items()})
+    rng = _all_generators()
 
     def write(folder: Path) -> None:
+        # Only called on the first rank, which has the whole tensors.
         assert weights is not None
         write_adapter(folder, model.adapted, model.shape, weights, config.model.path)
         (folder / PROBE).write_text(json.dumps(probe) + "\n")
         (folder / STATE).mkdir()
         save_file(state, folder / OPTIMIZER)
-        rng = {
-            f"{rank}.{name}": t
-            for rank, states in enumerate(generators)
-            for name, t in states.items()
-        }
         save_file(rng, folder / RNG)
         summary = {
             "step": step, "num_samples": samples.count, "world_size": dist.get_world_size(),
@@ -72,21 +69,36 @@ def save_checkpoint(
     return target
 
 
+def _all_generators() -> dict[str, Tensor]:
+    """The state of every rank's generators by ``RANK.name``, on every rank; collective."""
+    mine = {name: state.cpu() for name, state in host.rng_state().items()}
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    states: dict[str, Tensor] = {}
+    for rank, of_rank in enumerate(of_ranks):
+        for name, state in of_rank.items():
+            states[f"{rank}.{name}"] = state
+    return states
+
+
 def _whole_optimizer_state(model: AdaptedModel, optimizer: Any) -> dict[str, Tensor]:
     """Float32 masters and Adam's moments by ``KEY.tensor name`` on rank 0, empty elsewhere;
     collective."""
     state: dict[str, Tensor] = {}
-    for key in STATE_KEYS:  # one at a time: each is as large as the adapters in float32
+    # One at a time, because each is as large as the adapters in float32.
+    for key in STATE_KEYS:
         values = optimizer_state(optimizer, key, model.parameters, model.groups)
-        whole = gather_tensors(model.pieces, values, model.groups) or {}
-        state |= {f"{key}.{name}": tensor for name, tensor in whole.items()}
+        whole = gather_tensors(model.shards, values, model.groups) or {}
+        for name, tensor in whole.items():
+            state[f"{key}.{name}"] = tensor
     return state
 
 
 def _forget_old(newest: Path, keep: int) -> None:
-    """Remove all but the ``keep`` latest checkpoints up to ``newest``; later ones, of an earlier
-    run, are not ours to judge."""
+    """Remove all but the ``keep`` latest checkpoints up to ``newest``; 0 keeps all. Later ones are
+    left over from before the run went back, and stay until their steps are saved again."""
     if keep:
         there = checkpoints(newest.parent)
-        for folder in there[: there.index(newest) + 1][:-keep]:
+        up_to_newest = there[: there.index(newest) + 1]
+        for folder in up_to_newest[:-keep]:
             remove(folder)

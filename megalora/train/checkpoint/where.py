@@ -1,5 +1,5 @@
-"""Where to resume from: the checkpoint that ``latest`` names, else the newest whole one; never a
-fresh start beside checkpoints."""
+"""Find the checkpoint to resume from: the one that ``latest`` names, else the newest whole one. A
+run never starts afresh beside checkpoints."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,16 +22,16 @@ class Found:
 
 
 def find_checkpoint(config: RunConfig, restarted: bool = False) -> Found:
-    """Where to resume from. The first rank decides for all: file systems may be slow to agree.
+    """The checkpoint to resume from. The first rank decides for all, because a shared file system
+    may show a file later on another node.
 
     Args:
         restarted: this very job has written to the run folder before (torchrun has started its
-            ranks again), so the
-            folder's checkpoints are its own and it goes on from the newest, whatever
-            ``checkpoint.resume`` says.
+            ranks again), so the folder's checkpoints are its own and it goes on from the newest,
+            whatever ``checkpoint.resume`` says.
     Raises:
-        ValueError: on every rank, for what is not a checkpoint, and rather than mix two runs in one
-            folder.
+        ValueError: on every rank, for a folder that is not a checkpoint, and rather than mix two
+            runs in one folder.
     """
     run = Path(config.checkpoint.dir)
     return on_first_rank(
@@ -51,18 +51,23 @@ def _find(config: RunConfig, run: Path, restarted: bool) -> Found:
         )
     if resume is True:
         return _newest(run, there)
-    state = read_whole(Path(str(resume)), f"checkpoint.resume={resume}") if resume else None
+    state: SavedState | None = None
+    if resume:
+        state = read_whole(Path(str(resume)), f"checkpoint.resume={resume}")
+    # Only the run that made these checkpoints may go on among them.
     if there and (state is None or state.folder.resolve().parent != run.resolve()):
         raise ValueError(
             f"checkpoint.dir={run} already holds {there[-1].name}. Set checkpoint.resume=true to"
             " continue that run, or choose another checkpoint.dir."
         )
-    return Found(state, _roll_back(run, there, state) if state else [])
+    if state is None:
+        return Found(None)
+    return Found(state, _roll_back(run, there, state))
 
 
 def _roll_back(run: Path, there: list[Path], state: SavedState) -> list[str]:
-    """Let ``latest`` name a checkpoint of the run's own that it goes back to: what comes after it
-    is left behind."""
+    """Let ``latest`` name a checkpoint of this run's own that it goes back to, so that another
+    resumption starts from there too; returns lines for the user."""
     own = [folder for folder in there if folder.resolve() == state.folder.resolve()]
     if not own or own[0] == there[-1]:
         return []
@@ -73,7 +78,7 @@ def _roll_back(run: Path, there: list[Path], state: SavedState) -> list[str]:
 
 
 def _newest(run: Path, there: list[Path]) -> Found:
-    """What ``latest`` names if that is whole, else the whole checkpoint that was saved last."""
+    """The checkpoint that ``latest`` names if that is whole, else the whole one saved last."""
     try:
         named = read_latest(run)
         if named is not None:
@@ -81,6 +86,7 @@ def _newest(run: Path, there: list[Path]) -> Found:
         reason = f"{run} has checkpoints but no {LATEST}"
     except ValueError as error:
         named = None
+        # A fresh start would hide that something was here.
         reason = str(error)
         if not there:
             raise ValueError(
@@ -108,7 +114,7 @@ def _newest(run: Path, there: list[Path]) -> Found:
 
 
 def read_whole(folder: Path, what: str) -> SavedState:
-    """The state of a checkpoint of which all files are there, whole.
+    """The state of a checkpoint that has all its files, each of full length.
 
     Args:
         what: the subject of the message.
@@ -119,7 +125,10 @@ def read_whole(folder: Path, what: str) -> SavedState:
         state = read_state(folder)
     except ValueError as error:
         raise ValueError(f"{what} is not a checkpoint: {error}") from None
-    tensors = [WEIGHTS, OPTIMIZER] if state.imported_from is not None else [WEIGHTS, OPTIMIZER, RNG]
+    tensors = [WEIGHTS, OPTIMIZER]
+    # An imported adapter comes without generators.
+    if state.imported_from is None:
+        tensors.append(RNG)
     for name in [CONFIG, *tensors]:
         path = folder / name
         if not path.is_file():
@@ -131,6 +140,7 @@ def read_whole(folder: Path, what: str) -> SavedState:
 
 def _check_whole(path: Path, what: str) -> None:
     try:
-        read_header(path)  # compares the header's offsets with the file's length
+        # Compares the header's offsets with the file's length.
+        read_header(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"{what} is not a whole checkpoint: {path} is damaged ({error})") from None

@@ -1,4 +1,4 @@
-"""Write a checkpoint folder so that, whenever the process is killed, a whole one can be found.
+"""Write a checkpoint folder so that a whole one can be found whenever the process is killed.
 
 A save changes the run folder in this order, and forces each step to disk before the next:
 
@@ -9,7 +9,7 @@ A save changes the run folder in this order, and forces each step to disk before
 4. ``latest`` is replaced by a file that names ``step_N``.
 5. ``.step_N.old`` is removed.
 
-``recover`` undoes what a killed save has left; the run's lock must be held
+``recover`` cleans up after a save that was killed; the run's lock must be held
 (``train/run_folder.py``).
 """
 
@@ -31,7 +31,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Folders that are named as checkpoints, by step, whether they are whole or not."""
+    """Folders with the name of a checkpoint, in order of steps, whether they are whole or not."""
     if not run.is_dir():
         return []
     named = [path for path in run.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
@@ -47,6 +47,7 @@ def read_latest(run: Path) -> Path | None:
     path = run / LATEST
     try:
         with path.open("rb") as file:
+            # A name has 23 characters at most; whatever else the file may be is not read whole.
             content = file.read(100)
     except FileNotFoundError:
         return None
@@ -61,7 +62,8 @@ def read_latest(run: Path) -> Path | None:
 
 
 def point_latest_at(target: Path) -> None:
-    """Let ``latest`` name this checkpoint of its run folder, for good."""
+    """Let ``latest`` name this checkpoint of its run folder; a loss of power keeps it so."""
+    # A rename replaces the file at once: a reader finds the old name or the new one.
     pointer = target.with_name(f".{LATEST}.tmp")
     pointer.write_text(target.name + "\n")
     force_to_disk(pointer)
@@ -84,18 +86,20 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    # A folder cannot be renamed onto one that has content.
     old = target.with_name(f".{target.name}.old")
     if target.exists():
         _put_aside(target, old)
+    # Forced to disk in between: a loss of power must not keep ``latest`` and lose what it names.
     temporary.rename(target)
-    force_to_disk(target.parent)  # power loss must not keep ``latest`` and lose what it names
+    force_to_disk(target.parent)
     point_latest_at(target)
     if old.exists():
         shutil.rmtree(old)
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint so that no half of it is left under its name."""
+    """Remove a checkpoint so that a kill meanwhile leaves no half of it under its name."""
     gone = folder.with_name(f".{folder.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
@@ -107,8 +111,9 @@ def recover(run: Path) -> None:
     one had put aside."""
     for path in sorted(run.iterdir()):
         match = _LEFT_OVER.fullmatch(path.name)
+        # Killed before the new folder was in place: the old one is still the step's checkpoint.
         if match and match[2] == "old" and not (run / match[1]).exists():
-            path.rename(run / match[1])  # killed before the new folder was in place
+            path.rename(run / match[1])
         elif match:
             shutil.rmtree(path)
     (run / f".{LATEST}.tmp").unlink(missing_ok=True)
@@ -126,8 +131,10 @@ def _put_aside(target: Path, old: Path) -> None:
     run = target.parent
     try:
         named = read_latest(run)
-    except ValueError:  # damaged: it names nothing that could be lost
+    except ValueError:
+        # Damaged: it names no checkpoint that could be lost.
         named = None
+    # Killed between the two renames, a run must resume from a checkpoint that is in place.
     if named == target:
         there = checkpoints(run)
         if earlier := there[: there.index(target)]:
