@@ -1,4 +1,4 @@
-"""Core attention through ``torch.nn.functional.scaled_dot_product_attention``.
+"""Compute core attention through ``torch.nn.functional.scaled_dot_product_attention``.
 
 Shape legend:
     S  sequence      B  batch      h  query heads on this rank
@@ -22,9 +22,10 @@ class SDPACoreAttention(nn.Module):
         self, config: Any, *args: Any, softmax_scale: float | None = None, **kwargs: Any
     ) -> None:
         super().__init__()
-        self.scale = (
-            softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
-        )
+        # yarn's attention factor is in the given scale (``rotary.softmax_scale``).
+        self.scale = softmax_scale
+        if softmax_scale is None:
+            self.scale = 1 / math.sqrt(config.kv_channels)
 
     def forward(
         self,
@@ -39,8 +40,12 @@ class SDPACoreAttention(nn.Module):
         assert packed_seq_params is None, (
             "packed sequences need a mask that this attention does not build"
         )
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        # [S, B, heads, d] -> [B, heads, S, d], the order that torch attends in
+        q = query.permute(1, 2, 0, 3)
+        k = key.permute(1, 2, 0, 3)
+        v = value.permute(1, 2, 0, 3)
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
+        # [B, h, S, d] -> [S, B, h * d], as o_proj takes it
         return out.permute(2, 0, 1, 3).flatten(2)

@@ -1,5 +1,5 @@
-"""Which modules Megatron's GPTModel is built from: torch-native, nothing that needs a GPU or
-Transformer Engine."""
+"""Name the modules that Megatron's GPTModel is built from: plain PyTorch, none of which needs a GPU
+or Transformer Engine."""
 
 from functools import partial
 from typing import Any
@@ -41,8 +41,8 @@ NO_PARTS = LayerParts()
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * weight``. Frozen, so sequence parallelism needs nothing of it; Megatron's own
-    refuses that."""
+    """``x / rms(x) * weight``. Its weight is frozen, so sequence parallelism need not reduce its
+    gradient; Megatron's own refuses sequence parallelism."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
@@ -93,14 +93,19 @@ def layer_spec(
 
     Args:
         config: Megatron's config of the model.
-        num_experts: of the layer; a dense MLP where it is None.
+        num_experts: experts of the layer; None for a dense MLP.
         o_bias: whether attention's output projection has a bias.
         parts: modules that the family has in place of ours.
         formats: how the experts' weights lie in memory.
     """
     backend = TorchBackend()
     norm = backend.layer_norm(rms_norm=True)
-    q_norm, k_norm = parts.q_norm or norm, parts.k_norm or norm
+    q_norm: Any = IdentityOp
+    k_norm: Any = IdentityOp
+    if config.qk_layernorm:
+        q_norm = parts.q_norm or norm
+        k_norm = parts.k_norm or norm
+    output: Any = BiasedRowParallelLinear if o_bias else backend.row_parallel_linear()
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -111,11 +116,9 @@ def layer_spec(
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_parallel_linear(),
                     core_attention=backend.core_attention(),
-                    linear_proj=(
-                        BiasedRowParallelLinear if o_bias else backend.row_parallel_linear()
-                    ),
-                    q_layernorm=q_norm if config.qk_layernorm else IdentityOp,
-                    k_layernorm=k_norm if config.qk_layernorm else IdentityOp,
+                    linear_proj=output,
+                    q_layernorm=q_norm,
+                    k_layernorm=k_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
@@ -127,12 +130,14 @@ def layer_spec(
 
 
 def _mlp(backend: TorchBackend, num_experts: int | None, formats: ExpertFormats) -> Any:
+    """A dense MLP, or an MoE layer with its router, experts and shared expert."""
     if num_experts is None:
         return get_mlp_module_spec_for_backend(backend=backend)
     linears = MLPSubmodules(
         linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
     )
     experts = partial(backend.grouped_mlp_modules(True), formats=formats)
+    # Megatron only builds it where the config gives the shared expert a size.
     shared = partial(SharedExpertMLP, submodules=linears)
     return partial(
         RoutedMoELayer,
@@ -148,8 +153,9 @@ def block_spec(
     parts: LayerParts = NO_PARTS,
     formats: LayerFormats = ALL_PLAIN,
 ) -> TransformerBlockSubmodules:
-    """The decoder layers of this pipeline stage and chunk; ``config.moe_layer_freq`` says which are
-    MoE, ``formats`` how the experts of which layer lie in memory where they are not plain."""
+    """The decoder layers of this pipeline stage and chunk. ``config.moe_layer_freq`` says which are
+    MoE, ``formats`` in which layers the experts' weights are not plain."""
+    # Formats and frequencies are of layers of the whole model, counted from 0.
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     is_moe = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers

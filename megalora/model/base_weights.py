@@ -11,8 +11,8 @@ from megalora.model.account import BaseFolder
 
 
 class BaseWeights(Mapping[str, Tensor]):
-    """Published name -> tensor. Files are mapped, so only what is asked for is read; of a packed
-    tensor one expert's rows."""
+    """Published name -> tensor. Files are mapped into memory, so only what is asked for is read; of
+    a packed tensor one expert's rows."""
 
     def __init__(self, base: BaseFolder) -> None:
         self._base = base
@@ -20,6 +20,7 @@ class BaseWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         place = self._base.places[name]
+        # Each file is opened once: an expert's matrix is one of thousands in it.
         if place.shard not in self._files:
             self._files[place.shard] = safe_open(
                 str(self._base.folder / place.shard), framework="pt"
@@ -27,6 +28,7 @@ class BaseWeights(Mapping[str, Tensor]):
         file = self._files[place.shard]
         if place.expert is None or place.rows is None:
             return file.get_tensor(place.tensor.name)
+        # [experts, rows, columns] -> this expert's rows: a slice is read, not the whole tensor.
         first, end = place.rows
         return file.get_slice(place.tensor.name)[place.expert, first:end]
 

@@ -1,4 +1,4 @@
-"""A frozen Megatron GPTModel from a Hugging Face folder, cut for this rank."""
+"""Build a frozen Megatron GPTModel from a Hugging Face folder, cut for this rank."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -24,8 +24,8 @@ from megalora.wording import first_few
 
 
 class MakeBase(Protocol):
-    """Makes the frozen chunks of this rank. ``build_model``, ``build_random`` and ``make_chunks``
-    do, once they are told where from (``functools.partial``)."""
+    """A function that makes the frozen chunks of this rank: ``build_model``, ``build_random`` or
+    ``make_chunks`` with their source filled in by ``functools.partial``."""
 
     def __call__(
         self,
@@ -54,8 +54,9 @@ def build_model(
     _mark_unwritten(chunks)
     load_weights(base, chunks)
     dist.barrier()
+    # Megatron makes router weights on the host.
     for chunk in chunks:
-        chunk.to(host.device())  # Megatron makes router weights on the host
+        chunk.to(host.device())
     _check_written(chunks, folder)
     return chunks
 
@@ -69,11 +70,11 @@ def build_random(
     *,
     formats: LayerFormats = ALL_PLAIN,
 ) -> list[nn.Module]:
-    """The same from a ``config.json`` alone: norms are 1, other weights N(0, 0.02), drawn anew on
-    every rank.
+    """As ``build_model`` from a ``config.json`` alone: norms are 1, other weights N(0, 0.02), drawn
+    anew on every rank.
 
-    For measuring time and memory where the weights themselves do not matter; ranks that share a
-    weight do not agree on it.
+    For measuring time and memory where the weights themselves do not matter: ranks that share a
+    weight have different values of it.
     """
     chunks = make_chunks(hf, config, parallel, shape, formats=formats)
     generator = torch.Generator(host.device()).manual_seed(seed)
@@ -89,39 +90,55 @@ def build_random(
 
 
 def _loaded_tensors(chunk: nn.Module) -> dict[str, Tensor]:
-    """What a chunk has from the base folder: its parameters, and the routers' correction biases,
-    which are buffers."""
-    biases = {name: b for name, b in chunk.named_buffers() if name.endswith(".expert_bias")}
-    return {name: p.detach() for name, p in chunk.named_parameters()} | biases
+    """The tensors that a chunk gets from the base folder: its parameters, and the routers'
+    correction biases, which are buffers."""
+    loaded: dict[str, Tensor] = {}
+    for name, parameter in chunk.named_parameters():
+        loaded[name] = parameter.detach()
+    for name, buffer in chunk.named_buffers():
+        if name.endswith(".expert_bias"):
+            loaded[name] = buffer
+    return loaded
 
 
 def _mark_unwritten(chunks: list[nn.Module]) -> None:
-    """Fill every tensor with NaN, so that what loading leaves out shows. A pass over memory, which
-    reading from disk hides."""
+    """Fill every tensor with NaN, so that ``_check_written`` sees what loading leaves out. It costs
+    a pass over memory, little beside reading from disk."""
     for chunk in chunks:
         for tensor in _loaded_tensors(chunk).values():
             tensor.fill_(torch.nan)
 
 
 def _check_written(chunks: list[nn.Module], folder: Path) -> None:
-    """Raise unless no value is NaN: each parameter was written, and with numbers."""
-    parameters = [named for chunk in chunks for named in _loaded_tensors(chunk).items()]
+    """Raise unless every parameter was written, and with numbers: none holds a NaN.
+
+    Raises:
+        RuntimeError: a parameter is NaN throughout, so nothing was written to it.
+        ValueError: some values are NaN, so they are in the file.
+    """
+    parameters: list[tuple[str, Tensor]] = []
+    for chunk in chunks:
+        parameters.extend(_loaded_tensors(chunk).items())
     # The maximum of values among which there is a NaN is NaN; one transfer to the host for all of
     # them.
     largest = torch.stack([p.amax().float() for _, p in parameters]).isnan().tolist()
-    found = [named for named, is_nan in zip(parameters, largest, strict=True) if is_nan]
-    unwritten = [name for name, p in found if p.isnan().all()]
+    with_nan: list[str] = []
+    unwritten: list[str] = []
+    for (name, parameter), is_nan in zip(parameters, largest, strict=True):
+        if is_nan:
+            with_nan.append(name)
+            if parameter.isnan().all():
+                unwritten.append(name)
     if unwritten:
         raise RuntimeError(
             f"{len(unwritten):,} of {len(parameters):,} parameters were not written by loading"
             f" {folder}: {first_few(unwritten, 5)}. This is a bug in the mapping of weights;"
             " please report it."
         )
-    if found:
+    if with_nan:
         raise ValueError(
-            f"{folder}: weights hold NaN, in {len(found):,} of {len(parameters):,} parameters of"
-            f" this rank (Megatron's names: {first_few([name for name, _ in found])}); download"
-            " the model again"
+            f"{folder}: weights hold NaN, in {len(with_nan):,} of {len(parameters):,} parameters of"
+            f" this rank (Megatron's names: {first_few(with_nan)}); download the model again"
         )
 
 
@@ -143,6 +160,7 @@ def make_chunks(
         provider = configure(bridge.provider(), config, parallel, shape, formats)
         provider.softmax_scale = softmax_scale(factor, shape.head_dim)
         provider.finalize()
+        # None is Megatron's way to say that a stage has one chunk.
         stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
         chunks = [provider.provide(vp_stage=stage) for stage in stages]
     inv_freq = inv_freq.to(host.device())
@@ -159,7 +177,7 @@ def configure(
     shape: ModelShape,
     formats: LayerFormats = ALL_PLAIN,
 ) -> Any:
-    """Set Bridge's provider up for our back end and this layout."""
+    """Set up Bridge's provider for our back end and this layout; returns the provider."""
     parts = FAMILIES[shape.model_type].layer_parts()
     dtype = getattr(torch, config.dtype)
     settings = dict(
@@ -176,15 +194,15 @@ def configure(
         position_embedding_type="rope", rope_scaling=False, perform_initialization=False,
         _pg_collection=megatron_groups(),
         # With more ranks than key/value heads every rank gets a copy of the head that its query
-        # heads use: Megatron would cut a group through the middle and gather q, k and v everywhere.
+        # heads use: Megatron would cut a group in two and gather q, k and v on every rank.
         num_query_groups=max(shape.num_kv_heads, p.tp),
         # Microbatches are padded to their own longest sample; stages know the shapes
-        # (``train/step.py``) and do not ask. The interleaved schedule gets one length per step,
-        # and with two stages, whose neighbours are one rank, messages in separate pairs. No waiting
-        # for the device behind messages: a bug of NCCL's that torch does not meet any more.
+        # (``train/step.py``) and do not ask. The interleaved schedule gets one length per step, and
+        # its messages are not batched: with two stages, both neighbours are the same rank. No
+        # waiting for the device behind messages, which worked around a bug of old versions of NCCL.
         variable_seq_lengths=False, batch_p2p_comm=p.vpp == 1, batch_p2p_sync=False,
-        # With the loss summed here and divided once by the global number of target tokens, every
-        # layout has one mean.
+        # The loss is summed in ``train/loss.py`` and divided once by the global number of target
+        # tokens, so that every layout has the same mean.
         calculate_per_token_loss=True,
         moe_token_dispatcher_type="alltoall", moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,

@@ -1,14 +1,15 @@
-"""Token dispatchers that leave sorting rows by expert to the kernels that read them.
+"""Dispatch tokens to experts, and leave sorting rows by expert to the kernels that read them.
 
-Megatron's dispatcher writes the tokens k times over, sorted by expert, before the experts run, and
-copies counts to the host for it. Here the experts get rows as they are with a ``Routing`` that says
-whose they are: without expert parallelism the hidden states themselves, gathered as they are read
+Megatron's dispatcher writes each token k times, sorted by expert, before the experts run, and
+copies counts to the host for it. Here the experts get rows as they are with a ``Routing`` that maps
+rows to experts: without expert parallelism the hidden states themselves, gathered as they are read
 and never written; with it the rows as the all-to-all delivered them.
 
     T  tokens of this rank      k  experts per token      M  rows of this rank's experts
     E  experts      H  hidden
 """
 
+from functools import partial
 from typing import Any
 
 from megalora_kernels import Routing, permute, regroup_values, route_values, unpermute
@@ -28,7 +29,7 @@ NOT_KEPT = (
     "moe_router_padding_for_quantization",
     "moe_shared_expert_overlap",
 )  # fmt: skip
-"""Settings of Megatron's that its own dispatchers act on."""
+"""Settings of Megatron's own dispatchers that these do not implement."""
 
 
 class LocalDispatcher(MoETokenDispatcher):
@@ -70,51 +71,59 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
         counts_E = super().preprocess(routing_map)
-        # [ranks that send, experts of this rank], before Megatron moves it to the host; None with
-        # one expert per rank.
-        counts = (
-            self.num_global_tokens_per_local_expert
-            if self.num_local_experts > 1
-            else counts_E[None]
-        )
+        # [ranks that send, experts of this rank], before Megatron moves it to the host. With one
+        # expert per rank it has none.
+        counts = counts_E[None]
+        if self.num_local_experts > 1:
+            counts = self.num_global_tokens_per_local_expert
         self.counts_RE = counts.to(routing_map.device)
         return counts_E
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # Nothing that carries a graph: of a recomputed layer it would keep all until the layer's
-        # next forward.
+        # Keep nothing that carries a graph: it would keep the activations of a recomputed layer
+        # alive until the layer's next forward.
         self.hidden_shape = hidden_states.shape
         self.probs_dtype = probs.dtype
         self.routing_map = routing_map
         self.tokens_per_expert = self.preprocess(routing_map)
+        # The all-to-all needs its row counts on the host: the one wait that remains.
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
             "before_permutation_1", self.tokens_per_expert
         )
+        # Sorted by expert, so that the rows for each rank lie together.
         self.sending, values_M = route_values(routing_map, probs, self.config.moe_router_topk)
         return permute(hidden_states.reshape(-1, self.hidden_shape[-1]), self.sending), values_M
 
     def dispatch_postprocess(self, global_input_tokens: Tensor, global_probs: Tensor) -> Any:
         if self.tp_size > 1:
-            sizes = None if self.output_splits_tp is None else self.output_splits_tp.tolist()
-            global_input_tokens, global_probs = (
-                gather_from_sequence_parallel_region(
-                    t, group=self.tp_group, output_split_sizes=sizes
-                )
-                for t in (global_input_tokens, global_probs)
+            # Every rank of ETP has part of each expert's features and needs the rows of them all.
+            gather = partial(
+                gather_from_sequence_parallel_region,
+                group=self.tp_group,
+                output_split_sizes=self._sizes_over_tp(),
             )
+            global_input_tokens = gather(global_input_tokens)
+            global_probs = gather(global_probs)
+        # Rows lie by the rank that sent them, then by expert: the counts say which are whose.
         return global_input_tokens, *regroup_values(self.counts_RE, global_probs)
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         if self.tp_size == 1:
             return hidden_states
-        sizes = None if self.output_splits_tp is None else self.output_splits_tp.tolist()
+        # Partial sums of the ranks' features are added in the wider dtype of the probabilities.
         wide = hidden_states.to(self.probs_dtype)
         summed = reduce_scatter_to_sequence_parallel_region(
-            wide, group=self.tp_group, input_split_sizes=sizes
+            wide, group=self.tp_group, input_split_sizes=self._sizes_over_tp()
         )
         return summed.to(hidden_states.dtype)
+
+    def _sizes_over_tp(self) -> list[int] | None:
+        """Rows of each rank of expert tensor parallelism; None where all have as many."""
+        if self.output_splits_tp is None:
+            return None
+        return self.output_splits_tp.tolist()
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
         return unpermute(permutated_local_input_tokens, self.sending).view(self.hidden_shape)
@@ -131,6 +140,7 @@ class RoutedMoELayer(MoELayer):
         super().__init__(config=config, **kwargs)
         groups = kwargs.get("pg_collection")
         settings = {"config": self.config, "pg_collection": groups}
+        # Megatron has made one of its own by the config's name; its groups tell which is needed.
         made: Any = self.token_dispatcher
         if made.ep_size * made.tp_size == 1:
             self.token_dispatcher = LocalDispatcher(**settings)

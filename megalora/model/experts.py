@@ -1,4 +1,4 @@
-"""Routed experts as two fused, frozen tensors, computed as one node.
+"""Hold routed experts as two fused, frozen tensors and compute them as one autograd node.
 
 Shape legend (local to this rank):
     T  tokens or received rows      M  routed rows, sorted by expert      E  experts      H  hidden
@@ -33,7 +33,7 @@ class FusedExperts(MegatronModule):
         name: str | None = None,
         formats: ExpertFormats = BOTH_PLAIN,
     ) -> None:
-        """``formats``: how the two weights lie in memory, which does not change afterwards."""
+        """``formats``: how the two weights lie in memory for as long as the model lives."""
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
         features = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
@@ -43,7 +43,8 @@ class FusedExperts(MegatronModule):
             "down": (num_local_experts, hidden, features),
         }
         self.stored: dict[str, Any] = {}
-        """What the kernels take; the parameters are views of it."""
+        """Weights as the kernels take them; the parameters are views of these."""
+        # Allocated first and registered as views: loading writes to where the weights stay.
         for weight, of_weight in sizes.items():
             how: WeightFormat = getattr(formats, weight)
             self.stored[weight] = how.allocate(of_weight, config.params_dtype, host.device())
@@ -67,7 +68,7 @@ class FusedExperts(MegatronModule):
         stored = self.stored[name]
         parameter = getattr(self, name)
         if not isinstance(stored, AugmentedWeight):
-            # The parameter may have been moved or replaced since it was made.
+            # The parameter may have been moved or replaced since it was made, ``stored`` was not.
             return parameter
         assert parameter.data_ptr() == stored.weight.data_ptr(), f"{name} left its buffer"
         return stored

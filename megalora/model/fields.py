@@ -1,6 +1,6 @@
-"""Hold every field of a ``config.json`` against a closed list, family by family.
+"""Compare every field of a ``config.json`` with a closed list, family by family.
 
-A field is in one of three sets, or the file is refused with the field's name and value:
+A field is in one of three sets, or the file is rejected with the field's name and value:
 
     family     it changes what the model computes. The family's rule says which values megalora
                computes (``families/``).
@@ -9,7 +9,7 @@ A field is in one of three sets, or the file is refused with the field's name an
     rotary     ``rope_fields.py`` reads these together.
 
 A field in none of them passes only if it is null, false, zero or empty. ``check_sizes`` looks at
-sizes and their types alone, for those who need no more of a model than its shape: serving, merging,
+sizes and their types alone, for callers that only need a model's shape: serving, merging,
 exporting.
 """
 
@@ -46,8 +46,8 @@ _HOW_IT_RUNS = (
     "router_aux_loss_coef",
     "sliding_window", "max_window_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers",
 )  # fmt: skip
-"""The two of sliding windows act with use_sliding_window alone, which must be false; layers for
-predicting several tokens ahead are not part of the model that is trained."""
+"""sliding_window and max_window_layers take effect only with use_sliding_window, which must be
+false; layers for predicting several tokens ahead are not part of the model that is trained."""
 _GENERATION = (
     "max_length", "min_length", "max_new_tokens", "min_new_tokens", "do_sample", "early_stopping",
     "num_beams",
@@ -65,9 +65,9 @@ _GENERATION = (
 )  # fmt: skip
 HARMLESS = frozenset((*_BOOKKEEPING, *_HOW_IT_RUNS, *_GENERATION))
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
-"""The last is MLX's."""
+"""Fields that only quantised models have; MLX writes the last."""
 _TOGETHER = ("architectures", "layer_types")
-"""Checked with the rest of the file in view."""
+"""Fields whose right values depend on others of the file."""
 
 
 def check_sizes(hf: Mapping[str, Any]) -> None:
@@ -75,6 +75,7 @@ def check_sizes(hf: Mapping[str, Any]) -> None:
     family = family_of(hf)
     experts_names = [name for name in family.num_experts_names if name in hf]
     named = set(hf)
+    # Any one of the names for the number of experts will do.
     if experts_names:
         named.update(family.num_experts_names)
     missing = [name for name in family.required if name not in named]
@@ -83,12 +84,10 @@ def check_sizes(hf: Mapping[str, Any]) -> None:
             f"config.json of a {hf['model_type']} model must have {', '.join(missing)}"
         )
     _check_rules(hf, family.sizes)
-    counts = {hf[name] for name in experts_names}
+    counts: set[int] = {hf[name] for name in experts_names}
     if len(counts) > 1:
-        raise ValueError(
-            f"config.json has {' and '.join(f'{name}={hf[name]}' for name in experts_names)};"
-            " they are one field under two names"
-        )
+        given = " and ".join(f"{name}={hf[name]}" for name in experts_names)
+        raise ValueError(f"config.json has {given}; they are one field under two names")
     heads = hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads")
     if kv_heads and heads % kv_heads:
@@ -96,6 +95,7 @@ def check_sizes(hf: Mapping[str, Any]) -> None:
             f"config.json: num_attention_heads={heads} is not a multiple of"
             f" num_key_value_heads={kv_heads}"
         )
+    # Without head_dim a head has hidden_size / heads features, and rotary embeddings turn pairs.
     if not hf.get("head_dim") and hf["hidden_size"] % (2 * heads):
         raise ValueError(
             f"config.json has no head_dim, and hidden_size={hf['hidden_size']} makes no even number"
@@ -115,14 +115,14 @@ def model_shape(hf: Mapping[str, Any]) -> ModelShape:
     Other fields are not looked at: see ``check_fields``.
 
     Raises:
-        ValueError: a family megalora does not know, or sizes no model has.
+        ValueError: megalora does not know the family, or no model can have these sizes.
     """
     check_sizes(hf)
     return family_of(hf).shape(hf)
 
 
 def check_fields(hf: Mapping[str, Any], source: str = "") -> None:
-    """Raise ``ValueError`` unless megalora computes the very model that a parsed ``config.json``
+    """Raise ``ValueError`` unless megalora computes exactly the model that a parsed ``config.json``
     describes.
 
     Args:
@@ -131,6 +131,7 @@ def check_fields(hf: Mapping[str, Any], source: str = "") -> None:
     """
     check_sizes(hf)
     family = family_of(hf)
+    # What explains most comes first: a quantised model has other odd fields besides.
     for name in _QUANTISED:
         if hf.get(name):
             raise ValueError(_quantised(name, hf[name], source or str(hf.get("_name_or_path", ""))))
@@ -139,7 +140,7 @@ def check_fields(hf: Mapping[str, Any], source: str = "") -> None:
     family.check(hf)
     _check_architecture(hf, family)
     _check_layer_types(hf)
-    # With one expert a token, softmax over the chosen is the constant 1, and Megatron refuses it.
+    # With one expert per token, softmax over the chosen is the constant 1, and Megatron rejects it.
     if hf.get("norm_topk_prob") and hf.get("num_experts_per_tok") == 1:
         raise ValueError(
             "config.json has norm_topk_prob=true with num_experts_per_tok=1: every weight of an"
@@ -153,7 +154,9 @@ def check_fields(hf: Mapping[str, Any], source: str = "") -> None:
 
 
 def _check_rules(hf: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """Raise ``ValueError`` for the first field whose value its rule does not accept."""
     for name, rule in rules.items():
+        # A rule returns what it wants instead, empty where it accepts the value.
         if name in hf and (wanted := rule(hf[name])):
             raise ValueError(f"config.json has {name}={_shown(hf[name])}; it must be {wanted}")
 
@@ -171,6 +174,7 @@ def _check_rope(hf: Mapping[str, Any], family: Family) -> None:
 
 def _check_architecture(hf: Mapping[str, Any], family: Family) -> None:
     names = hf.get("architectures") or []
+    # Also the class without a head, which some folders name.
     bare = family.causal_lm.replace("ForCausalLM", "Model")
     if names not in ([], [family.causal_lm], [bare]):
         raise ValueError(
@@ -203,6 +207,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+# How published names say that a model is quantised: Qwen3-30B-A3B-FP8, ...-GPTQ-Int4, ...-4bit
 _FORMATS = re.compile(
     r"[-_.](fp8|gptq|awq|int[48]|w\d+a\d+|nvfp4|mxfp4|fp4|nf4|bnb|unsloth-bnb|quantized|mlx|\d-?bit|exl2|autoround)"
     r"([-_.].*)?$",
@@ -220,14 +225,18 @@ def _quantised(name: str, value: Any, source: str) -> str:
 
 
 def instead_of_quantised(source: str) -> str:
-    """What to use in place of a quantised model, by its hub name or folder:
+    """Advice on what to use in place of a quantised model, by its hub name or folder:
     ``Qwen/Qwen3-30B-A3B-FP8``."""
-    cached = re.search(r"models--([^/]+?)--([^/]+)", source)  # a folder in the hub's cache
-    path = "/".join(cached.groups()) if cached else source.rstrip("/")
+    path = source.rstrip("/")
+    # A folder in the hub's cache has owner and model in its name.
+    if cached := re.search(r"models--([^/]+?)--([^/]+)", source):
+        path = "/".join(cached.groups())
     owner, _, model = path.rpartition("/")
     plain = _FORMATS.sub("", model)
+    # The name does not say from what it was made.
     if plain == model or not plain:
         return "use the model they were quantised from"
+    # Qwen quantises its own models; others' are under names of their makers.
     if owner == "Qwen":
         return f"use Qwen/{plain}"
     return f"use the model they were quantised from, {plain} by this one's name"

@@ -21,13 +21,14 @@ from megalora import host
 
 
 class _Normalise(torch.autograd.Function):
-    """The equations above; keeps ``x`` and ``r``."""
+    """The equations above; keeps ``x`` and ``r`` for backward."""
 
     @staticmethod
     def forward(
         ctx: Any, x_SBhd: Tensor, weight_hd: Tensor, width: int, eps: float, group: Any
     ) -> Tensor:
         wide = x_SBhd.to(torch.promote_types(x_SBhd.dtype, torch.float32))
+        # [S, B] numbers: the squares of one rank's heads, then of all ranks'.
         squares_SB = _sum_over_ranks(wide.square().sum((-2, -1)), group)
         r_SB = torch.rsqrt(squares_SB / width + eps)
         ctx.save_for_backward(x_SBhd, weight_hd, r_SB)
@@ -39,14 +40,17 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_SBhd, weight_hd, r_SB = ctx.saved_tensors
         wide = x_SBhd.to(r_SB.dtype)
+        # w dy, and its products with x summed over all features
         scaled = grads[0].to(r_SB.dtype) * weight_hd
         products_SB = _sum_over_ranks((scaled * wide).sum((-2, -1)), ctx.group)
         shift_SB = r_SB**3 * products_SB / ctx.width
+        # r (w dy) - x r^3 / n * sum; the weight is frozen and gets no gradient.
         dx = scaled * r_SB[..., None, None] - wide * shift_SB[..., None, None]
         return dx.to(x_SBhd.dtype), None, None, None, None
 
 
 def _sum_over_ranks(values_SB: Tensor, group: Any) -> Tensor:
+    """Sum in place over the ranks that share the heads; None for a rank that has them all."""
     if group is not None:
         dist.all_reduce(values_SB, group=group)
     return values_SB
@@ -64,7 +68,7 @@ class FullWidthRMSNorm(nn.Module):
     def __init__(self, config: Any, num_heads: int, eps: float) -> None:
         """
         Args:
-            config: Megatron's, with its process groups.
+            config: Megatron's config, with its process groups.
             num_heads: heads of the whole model; a rank holds an equal part of them.
             eps: added to the mean square.
         """
@@ -78,25 +82,26 @@ class FullWidthRMSNorm(nn.Module):
             self.width // num_ranks, dtype=config.params_dtype, device=host.device()
         )
         self.weight: Any = nn.Parameter(weight, requires_grad=False)
-        # as Megatron marks a weight that is split by rows
+        # As Megatron marks a weight that is split by rows, so that loading cuts it.
         self.weight.tensor_model_parallel = True
         self.weight.partition_dim = 0
         self.weight.partition_stride = 1
 
     def forward(self, x: Tensor) -> Tensor:
+        # [h * d] -> [h, d]: Megatron norms queries and keys when they are split into heads.
         weight = self.weight.view(x.shape[-2:])
         return _Normalise.apply(x, weight, self.width, self.eps, self.group)  # pyright: ignore
 
 
 class QueryNorm(FullWidthRMSNorm):
-    """Over all query heads."""
+    """The norm over all query heads."""
 
     def __init__(self, hidden_size: int, config: Any, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(config, config.num_attention_heads, eps)
 
 
 class KeyNorm(FullWidthRMSNorm):
-    """Over all key heads."""
+    """The norm over all key heads."""
 
     def __init__(self, hidden_size: int, config: Any, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(config, config.num_query_groups, eps)

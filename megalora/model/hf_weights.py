@@ -29,6 +29,7 @@ from megalora.model.projections import Projection
 from megalora.model.rope_fields import read_rope
 from megalora.model.shape import ModelShape
 
+# Before anything of Megatron or Bridge is imported.
 host.install()
 if importlib.util.find_spec("transformer_engine") is None:
     # One module of Bridge imports transformer_engine without a guard: its own LoRA layers, which
@@ -40,7 +41,7 @@ if importlib.util.find_spec("transformer_engine") is None:
     sys.modules.setdefault(_layers.__name__, _layers)
 
 _loud = logging.root.manager.disable
-# importing Bridge logs a traceback for every optional part that is not installed
+# Importing Bridge logs a traceback for every optional part that is not installed.
 logging.disable(logging.WARNING)
 
 from huggingface_hub.errors import StrictDataclassError  # noqa: E402
@@ -58,14 +59,14 @@ from torch import nn  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
 logging.disable(_loud)
+# Bridge knows by its class how tensor parallelism cuts a module; these are our classes.
 AutoMapping.register_module_type("RMSNorm", "replicated")
 AutoMapping.register_module_type("FrozenRouter", "replicated")
 AutoMapping.register_module_type("BiasedRowParallelLinear", "row")
 
 
 class FusedExpertsMapping(MegatronParamMapping):
-    """One matrix per expert <-> one ``[E_local, out, in]`` parameter (gate rows first, then up
-    rows).
+    """One matrix per expert -> one ``[E_local, out, in]`` parameter, gate rows first, then up rows.
 
     Its published names are a dictionary: the linear's role (``gate_proj`` and ``up_proj``, or
     ``down_proj``) -> its name, in which ``{expert}`` stands for the expert's number.
@@ -73,11 +74,12 @@ class FusedExpertsMapping(MegatronParamMapping):
 
     def __init__(self, megatron_param: str, hf_param: dict[str, str]) -> None:
         super().__init__(megatron_param, hf_param)
+        # Bridge would look for each name in the checkpoint, and {expert} is not one of them.
         self.allow_hf_name_mismatch = True
 
     @property
-    # makes tp_group, tp_rank and tp_size mean the expert-tensor-parallel group
     def is_expert(self) -> bool:
+        """Makes tp_group, tp_rank and tp_size mean the expert-tensor-parallel group."""
         return True
 
     def hf_to_megatron(
@@ -85,36 +87,43 @@ class FusedExpertsMapping(MegatronParamMapping):
     ) -> Tensor:
         """``hf_weights(expert, role)`` reads one matrix; only this rank's experts are read."""
         count = megatron_module.num_local_experts
-        size, rank = (self.tp_size, self.tp_rank)
         experts = range(self.ep_rank * count, (self.ep_rank + 1) * count)
-        if self.megatron_param.endswith("gate_up"):
-            halves = ("gate_proj", "up_proj")
-            return torch.stack(
-                [
-                    torch.cat([hf_weights(e, p).chunk(size, 0)[rank] for p in halves])
-                    for e in experts
-                ]
-            )
-        return torch.stack([hf_weights(e, "down_proj").chunk(size, 1)[rank] for e in experts])
+        matrices: list[Tensor] = []
+        for expert in experts:
+            if self.megatron_param.endswith("gate_up"):
+                # [I, H] each; rank n has the n-th part of gate's rows above that of up's.
+                halves = ("gate_proj", "up_proj")
+                parts = [self._part(hf_weights(expert, role), dim=0) for role in halves]
+                matrices.append(torch.cat(parts))
+            else:
+                # [H, I], cut by columns.
+                matrices.append(self._part(hf_weights(expert, "down_proj"), dim=1))
+        return torch.stack(matrices)
+
+    def _part(self, matrix: Tensor, dim: int) -> Tensor:
+        """This rank's part of one expert's matrix over expert tensor parallelism."""
+        return matrix.chunk(self.tp_size, dim)[self.tp_rank]
 
     def megatron_to_hf(
         self, megatron_weights: Tensor | None, megatron_module: Any
     ) -> dict[str, Tensor]:
+        """Not possible: base weights are frozen, and nothing writes them from Megatron's form."""
         raise AssertionError("base weights are frozen: nothing writes them from Megatron's form")
 
 
 class RepeatedKVMapping(QKVMapping):
     """Bridge's q, k, v mapping for a model with more query groups than the checkpoint has key/value
-    heads: heads repeat."""
+    heads, which are then repeated."""
 
     def hf_to_megatron(self, hf_weights: dict[str, Tensor], megatron_module: Any) -> Tensor:
         config = self._get_config(megatron_module)
 
         def repeated(weight: Tensor) -> Tensor:
+            # [heads * d, ...] -> [heads, d, ...], each head as often as query groups share it, side
+            # by side: 0 0 1 1, because neighbouring groups use one head.
             heads = weight.unflatten(0, (-1, config.kv_channels))
-            return heads.repeat_interleave(config.num_query_groups // heads.shape[0], 0).flatten(
-                0, 1
-            )
+            wide = heads.repeat_interleave(config.num_query_groups // heads.shape[0], 0)
+            return wide.flatten(0, 1)
 
         k = repeated(hf_weights["k"])
         v = repeated(hf_weights["v"])
@@ -138,8 +147,8 @@ class FamilyBridge(MegatronModelBridge):
         self.hf_config = config
 
     def provider(self) -> Any:
-        """Megatron's config and model builder: what Bridge reads in any config, and what the family
-        says."""
+        """Megatron's config and model builder: fields that Bridge reads in any config, then those
+        of the family."""
         provider = self.provider_bridge(types.SimpleNamespace(config=self.hf_config))  # pyright: ignore
         settings = {
             "normalization": "RMSNorm",
@@ -156,12 +165,14 @@ class FamilyBridge(MegatronModelBridge):
         return provider
 
     def mapping_registry(self) -> MegatronMappingRegistry:
+        """The mapping of every parameter of the model."""
         return MegatronMappingRegistry(*mappings(self.family, self.shape))
 
     def maybe_modify_loaded_hf_weight(
         self, hf_param: Any, hf_state_dict: Mapping[str, Tensor]
     ) -> Any:
-        """Tensors by the names of a mapping; of experts a function that reads one matrix."""
+        """Tensors by the names of a mapping; for experts, a function that reads one matrix."""
+        # So that a rank reads its own experts only, one matrix at a time.
         if isinstance(hf_param, dict) and any("{expert}" in name for name in hf_param.values()):
             return lambda expert, role: hf_state_dict[hf_param[role].format(expert=expert)]
         return super().maybe_modify_loaded_hf_weight(hf_param, hf_state_dict)
@@ -179,7 +190,8 @@ def _expert_settings(shape: ModelShape) -> dict[str, Any]:
 
 
 def mappings(family: Family, shape: ModelShape) -> list[MegatronParamMapping]:
-    """Which published tensors make up which of Megatron's parameters, for all layers at once."""
+    """Mappings from published tensors to Megatron's parameters, for all layers at once: ``*``
+    stands for a layer's number."""
     layer = "decoder.layers.*"
     hf = "model.layers.*"
     found: list[MegatronParamMapping] = [
@@ -195,12 +207,18 @@ def mappings(family: Family, shape: ModelShape) -> list[MegatronParamMapping]:
         of_layer: dict[str, list[Projection]] = {}
         for projection in family.projections(shape, number):
             of_layer.setdefault(projection.module, []).append(projection)
+        # Layers differ (dense or MoE), but a module has the same projections wherever it occurs.
         modules |= of_layer
-        extras += [e for e in family.extras(shape, number) if e not in extras]
+        for extra in family.extras(shape, number):
+            if extra not in extras:
+                extras.append(extra)
     for module, projections in modules.items():
         found += _of_module(f"{layer}.{module}", projections)
     kinds = {"replicated": ReplicatedMapping, "column": ColumnParallelMapping}
-    return found + [kinds[e.split](f"{layer}.{e.megatron}", f"{hf}.{e.hf}") for e in extras]
+    for extra in extras:
+        mapping = kinds[extra.split]
+        found.append(mapping(f"{layer}.{extra.megatron}", f"{hf}.{extra.hf}"))
+    return found
 
 
 def _of_module(module: str, projections: list[Projection]) -> list[MegatronParamMapping]:
@@ -210,33 +228,32 @@ def _of_module(module: str, projections: list[Projection]) -> list[MegatronParam
         weights = {role: f"{name}.weight" for role, name in names.items()}
         return [FusedExpertsMapping(module, weights)]
     if len(projections) == 3:
-        qkv = {role[0]: name for role, name in names.items()}  # q_proj, k_proj, v_proj
-        return [
-            RepeatedKVMapping(
-                f"{module}.{part}", **{key: f"{name}.{part}" for key, name in qkv.items()}
-            )
-            for part in ("weight", "bias")
-        ]
+        return [_of_qkv(module, names, part) for part in ("weight", "bias")]
     if len(projections) == 2:
-        return [
-            GatedMLPMapping(
-                f"{module}.weight",
-                gate=f"{names['gate_proj']}.weight",
-                up=f"{names['up_proj']}.weight",
-            )
-        ]
+        gate = f"{names['gate_proj']}.weight"
+        up = f"{names['up_proj']}.weight"
+        return [GatedMLPMapping(f"{module}.weight", gate=gate, up=up)]
     (name,) = names.values()
+    # A mapping whose parameter the model lacks, such as a bias, is not used.
     return [
         AutoMapping(f"{module}.weight", f"{name}.weight"),
         ReplicatedMapping(f"{module}.bias", f"{name}.bias"),
     ]
 
 
+def _of_qkv(module: str, names: Mapping[str, str], part: str) -> MegatronParamMapping:
+    """The fused weight, or bias, of attention's q, k and v."""
+    q = f"{names['q_proj']}.{part}"
+    k = f"{names['k_proj']}.{part}"
+    v = f"{names['v_proj']}.{part}"
+    return RepeatedKVMapping(f"{module}.{part}", q=q, k=k, v=v)
+
+
 def open_architecture(hf: Mapping[str, Any]) -> FamilyBridge:
     """Bridge's handle on the model that a parsed ``config.json`` describes, without weights.
 
-    Bridge sees what ``fields.py`` has accounted for and no other field. Its rotary embedding is the
-    plain one, because it passes over most scalings: ``rotary.py`` has them.
+    Bridge gets the fields that ``fields.py`` has accounted for and no others. Its rotary embedding
+    is the plain one, because it ignores most scalings: ``rotary.py`` computes them.
 
     Raises:
         ValueError: the config asks for something megalora does not compute.
@@ -246,7 +263,11 @@ def open_architecture(hf: Mapping[str, Any]) -> FamilyBridge:
     shape = model_shape(hf)
     rope = read_rope(hf)
     known = {*family.sizes, *family.others}
-    fields = {name: value for name, value in hf.items() if name in known and value is not None}
+    fields: dict[str, Any] = {}
+    for name, value in hf.items():
+        # null means transformers' default, which leaving the field out means too.
+        if name in known and value is not None:
+            fields[name] = value
     fields |= {
         "architectures": [family.causal_lm],
         "hidden_act": "silu",
@@ -255,10 +276,10 @@ def open_architecture(hf: Mapping[str, Any]) -> FamilyBridge:
         "tie_word_embeddings": shape.tied_embeddings,
         "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta},
     }
-    if family.num_experts_names:
-        given = next(hf[name] for name in family.num_experts_names if name in hf)
-        fields = {k: v for k, v in fields.items() if k not in family.num_experts_names}
-        fields[family.num_experts_names[0]] = given
+    # The number of experts goes by its first name, whichever name the file has.
+    given = [fields.pop(name) for name in family.num_experts_names if name in fields]
+    if given:
+        fields[family.num_experts_names[0]] = given[0]
     try:
         with quiet():
             config = AutoConfig.for_model(hf["model_type"], **fields)
@@ -285,11 +306,11 @@ def load_named(
     is.
 
     Args:
-        model_bridge: knows which names make up which of the chunks' parameters.
+        model_bridge: has the mapping from published names to the chunks' parameters.
         config: transformers' config of the model.
         weights: published name to tensor; read one at a time.
-        chunks: this rank's.
-        where: names the source in messages.
+        chunks: chunks of this rank.
+        where: name of the source in messages.
     """
     # What Bridge asks of a checkpoint: a config, tensors by name, and all the names.
     source = types.SimpleNamespace(get_all_keys=lambda: list(weights))
@@ -309,12 +330,14 @@ class _State(dict[str, Any]):
         self.source = source
 
     def __missing__(self, name: str) -> Tensor:
-        return self._weights[name]  # not kept
+        # Not kept in the dict: the model is read once, and twice would not fit.
+        return self._weights[name]
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Megatron's and Bridge's warnings about things we do on purpose off the user's screen."""
+    """Keep Megatron's and Bridge's warnings about what megalora does on purpose off the user's
+    screen."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,9 +1,9 @@
-"""One decoder layer of a built model, made again whole on this host in float32, from its config and
-its loaded weights.
+"""Build one decoder layer of a model again, whole and in float32 on this host, from the model's
+config and its loaded weights.
 
-The same spec, the same modules and the same config values as the layer that trains, without the
-split over ranks and without adapters. Weights are given by name; routed experts may be a few of
-them all (``experts.gate_up [n, 2I, H]``).
+It has the spec, the modules and the config values of the layer that trains, without the split over
+ranks and without adapters. Weights are given by name; there may be fewer routed experts than in
+the model (``experts.gate_up [n, 2I, H]``).
 """
 
 import copy
@@ -42,7 +42,7 @@ WHOLE = {
         )
     ),
 }
-"""What differs from the config of the model that trains: the split, the dtype, the device and the
+"""Values that replace those of the model that trains: the split, the dtype, the device and the
 step's functions."""
 
 
@@ -56,18 +56,20 @@ def host_layer(
     """Build layer ``number`` (0-based) on the CPU and fill it.
 
     Args:
-        config: the built model's; left as it is.
-        alone: a group of this rank only.
+        config: config of the built model, which is not changed.
+        alone: a process group of this rank only.
         weights: every parameter and buffer of the layer by its name in the whole model's layer.
-        floats: attributes such as a norm's ``eps`` by module name, as they stand in the layer that
-            trains. No float
-            depends on the split, and one that was changed after building counts too.
+        floats: attributes such as a norm's ``eps`` by module name, as they are in the layer that
+            trains. No float depends on the split, and one that was changed after building counts
+            too.
 
     Raises:
         RuntimeError: the weights have other names or shapes than the layer.
     """
     whole = _whole(config)
-    groups = ProcessGroupCollection(**{f.name: alone for f in fields(ProcessGroupCollection)})
+    # Every kind of parallelism has one rank: this one.
+    names = [field.name for field in fields(ProcessGroupCollection)]
+    groups = ProcessGroupCollection(**dict.fromkeys(names, alone))
     layer: Any = build_module(
         _specs(whole).layer_specs[number],
         config=whole,
@@ -89,12 +91,12 @@ def host_norm(
 
 
 def _specs(config: Any) -> Any:
-    """What the layers of the built model were made from."""
-    make = config.transformer_layer_spec
-    return make(config, vp_stage=None)
+    """The spec that the layers of the built model were made from."""
+    return config.transformer_layer_spec(config, vp_stage=None)
 
 
 def _whole(config: Any) -> Any:
+    """A copy of the config for one rank on the CPU."""
     whole = copy.copy(config)
     for name, value in WHOLE.items():
         setattr(whole, name, value)
@@ -104,11 +106,13 @@ def _whole(config: Any) -> Any:
 def _filled(
     module: nn.Module, weights: Mapping[str, Tensor], floats: Mapping[str, Mapping[str, float]]
 ) -> nn.Module:
+    """The module with these weights and floats, frozen."""
     module.requires_grad_(False).eval()
     _fill(module, weights)
     modules = dict(module.named_modules())
     for path, values in floats.items():
         for name, value in values.items():
+            # A layer with adapters has modules that this one lacks.
             if path in modules:
                 setattr(modules[path], name, value)
     return module
@@ -127,7 +131,8 @@ def _fill(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
         module: Any = layer.get_submodule(path)
         experts = name.startswith("mlp.experts.")
         old = empty[name]
-        first = 1 if experts else 0  # how many experts there are may differ
+        # The first dimension counts experts, of which there may be fewer.
+        first = 1 if experts else 0
         if value.shape[first:] != old.shape[first:]:
             raise RuntimeError(
                 f"{name} is {tuple(value.shape)} as loaded, {tuple(old.shape)} in the layer built"

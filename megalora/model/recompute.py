@@ -1,4 +1,4 @@
-"""Activation recomputation: which parts of a layer keep only their input for backward.
+"""Recompute activations: parts of a layer keep only their input for backward.
 
 PyTorch's non-reentrant checkpoint is used, not Megatron's: Megatron's gives no gradient to adapters
 inside a block whose input needs none, which is what the first block above a frozen embedding is.
@@ -18,6 +18,7 @@ class Recomputed(nn.Module):
         self.module = module
 
     def __getattr__(self, name: str) -> Any:
+        # Megatron reads attributes of the module that is wrapped here.
         if name in self.__dict__ or name == "module":
             return super().__getattr__(name)
         return getattr(super().__getattr__("module"), name)
@@ -37,8 +38,8 @@ class Recomputed(nn.Module):
 
 
 def apply_recompute(chunks: list[nn.Module], level: str) -> None:
-    """Wrap layers (``full``); or core attention and dense MLPs, and let experts drop gate_up
-    (``selective``); in place."""
+    """Wrap whole layers (``full``), or core attention and dense MLPs while experts drop gate_up
+    (``selective``); in place. ``none`` changes nothing."""
     for chunk in chunks:
         layers: Any = chunk.decoder.layers  # pyright: ignore
         for i, layer in enumerate(layers):
@@ -49,7 +50,8 @@ def apply_recompute(chunks: list[nn.Module], level: str) -> None:
                     layer.self_attention.core_attention
                 )
                 if hasattr(layer.mlp, "experts"):
-                    # The experts' own node drops gate_up and computes that alone again, not down.
+                    # ``base`` where the experts have adapters. The experts' own node drops gate_up
+                    # and computes that alone again, not down.
                     getattr(layer.mlp.experts, "base", layer.mlp.experts).recompute = True
                     if layer.mlp.shared_experts is not None:
                         layer.mlp.shared_experts = Recomputed(layer.mlp.shared_experts)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DEFAULT_THETA = 10_000.0
-"""What transformers takes where a config names no base."""
+"""Base that transformers takes where a config names none."""
 _SPELLINGS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 ROPE_FIELDS = frozenset(_SPELLINGS)
 """Fields of ``config.json`` that this module accounts for."""
@@ -32,8 +32,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "llama3": _LLAMA3,
     "yarn": _YARN,
 }
-"""Kind -> the settings that transformers reads for it. The others' frequencies depend on the length
-of each input."""
+"""Kind -> the settings that transformers reads for it. Frequencies of other kinds depend on the
+length of each input."""
 _REQUIRED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -42,12 +42,13 @@ _REQUIRED = {
 _BY_LENGTH = ("dynamic", "longrope", "su")
 _INSTEAD = {
     "attn_factor": (
-        ". vLLM multiplies 0.1 ln(factor) + 1 by it; transformers passes over it, so the two"
+        ". vLLM multiplies 0.1 ln(factor) + 1 by it; transformers ignores it, so the two"
         " compute different models. To train what vLLM computes, remove it and set attention_factor"
         " to that product"
     ),
 }
-"""What to do about settings of published files that transformers does not read."""
+"""Advice about settings of published files that transformers does not read, as the end of a
+message."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class Rope:
     kind: str
     theta: float
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """By transformers' names; what is absent takes transformers' default."""
+    """Settings by transformers' names; an absent one takes transformers' default."""
 
     def parameters(self) -> dict[str, Any]:
-        """As transformers 5 spells it in ``rope_parameters``."""
+        """The same as a ``rope_parameters`` of transformers 5."""
         return {"rope_type": self.kind, "rope_theta": self.theta, **self.settings}
 
 
@@ -73,15 +74,11 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
     """
     scaling = _dictionary(hf, "rope_scaling")
     parameters = _dictionary(hf, "rope_parameters")
+    where = "rope_scaling" if scaling else "rope_parameters"
     # transformers lets rope_scaling replace rope_parameters; only a plain one loses nothing by
     # that.
-    where = "rope_scaling" if scaling else "rope_parameters"
-    if (
-        scaling
-        and parameters
-        and scaling != parameters
-        and _kind("rope_parameters", parameters) != "default"
-    ):
+    disagree = bool(scaling and parameters and scaling != parameters)
+    if disagree and _kind("rope_parameters", parameters) != "default":
         raise ValueError(
             f"config.json has both rope_scaling={scaling} and rope_parameters={parameters}; keep"
             " one of them"
@@ -89,23 +86,25 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
     found = scaling or parameters
     kind = _kind(where, found)
     theta = _theta(hf, scaling, parameters)
-    settings = {
-        name: value
-        for name, value in found.items()
-        if name not in ("rope_type", "type", "rope_theta")
-    }
-    settings.pop("partial_rotary_factor", None)
-    for name, value in settings.items():
+    settings: dict[str, Any] = {}
+    for name, value in found.items():
+        # The kind and the base are read above; ``rotary_dim`` reads the factor.
+        if name in ("rope_type", "type", "rope_theta", "partial_rotary_factor"):
+            continue
         _check_setting(where, kind, name, value)
-    missing = [name for name in _REQUIRED.get(kind, ()) if settings.get(name) is None]
+        # null means transformers' default.
+        if value is not None:
+            settings[name] = value
+    missing = [name for name in _REQUIRED.get(kind, ()) if name not in settings]
     if missing:
         raise ValueError(
             f"config.json: {where} of type {kind!r} must have {', '.join(missing)}; it is {found}"
         )
-    return Rope(kind, theta, {name: value for name, value in settings.items() if value is not None})
+    return Rope(kind, theta, settings)
 
 
 def _dictionary(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A field that is a dictionary, empty where it is null or absent."""
     value = hf.get(name)
     if value is None:
         return {}
@@ -115,16 +114,17 @@ def _dictionary(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _kind(where: str, found: Mapping[str, Any]) -> str:
-    kinds = {found[name] for name in ("rope_type", "type") if isinstance(found.get(name), str)}
-    others = [
-        found[name] for name in ("rope_type", "type") if not isinstance(found.get(name), str | None)
-    ]
-    if len(kinds) > 1 or others:
+    """The kind that a dictionary names; raises ``ValueError`` unless megalora computes it."""
+    named: list[Any] = []
+    for name in ("rope_type", "type"):
+        if found.get(name) is not None:
+            named.append(found[name])
+    if not all(isinstance(value, str) for value in named) or len(set(named)) > 1:
         raise ValueError(
             f"config.json: {where} must name one kind, as rope_type or as type; it has "
             f"rope_type={found.get('rope_type')!r} and type={found.get('type')!r}"
         )
-    kind = kinds.pop() if kinds else "default"
+    kind = named[0] if named else "default"
     if kind in _BY_LENGTH:
         raise ValueError(
             f"config.json: {where} is of type {kind!r}, whose frequencies depend on the length of"
@@ -159,7 +159,7 @@ def rotary_dim(hf: Mapping[str, Any], head_dim: int, default: float) -> int:
         default: the share that transformers takes where the config names none.
 
     Raises:
-        ValueError: no share of a head that leaves whole pairs, or two spellings that disagree.
+        ValueError: the share does not leave whole pairs of features, or two spellings disagree.
     """
     factors = _partial_factors(hf)
     if len(set(factors)) > 1:
@@ -188,11 +188,12 @@ def _partial_factors(hf: Mapping[str, Any]) -> list[Any]:
 def _theta(hf: Mapping[str, Any], *places: Mapping[str, Any]) -> float:
     """The base, from the file or from ``places``: rope_scaling, rope_parameters.
 
-    Two places that name different ones are refused, because transformers 4 and 5 would choose
+    Files with two different bases are rejected, because transformers 4 and 5 would choose
     differently.
     """
     named = [place["rope_theta"] for place in (*places, hf) if "rope_theta" in place]
     found = [value for value in named if value is not None]
+    # Where only null is named, null is what is reported.
     for value in found or named:
         if not _is_number(value) or value <= 1:
             raise ValueError(f"config.json has rope_theta={value!r}; it must be a number above 1")
@@ -203,11 +204,9 @@ def _theta(hf: Mapping[str, Any], *places: Mapping[str, Any]) -> float:
         )
     scaling, parameters = places
     hidden = parameters.get("rope_theta")
-    if (
-        scaling
-        and hidden not in (None, DEFAULT_THETA)
-        and {scaling.get("rope_theta"), hf.get("rope_theta")} == {None}
-    ):
+    # rope_scaling replaces rope_parameters and with it a base that stands nowhere else.
+    elsewhere = (scaling.get("rope_theta"), hf.get("rope_theta"))
+    if scaling and hidden not in (None, DEFAULT_THETA) and elsewhere == (None, None):
         raise ValueError(
             "config.json has rope_scaling, which transformers lets replace rope_parameters with"
             f" its rope_theta={hidden}; it would then take {DEFAULT_THETA:,.0f}. Write rope_theta"
@@ -217,26 +216,29 @@ def _theta(hf: Mapping[str, Any], *places: Mapping[str, Any]) -> float:
 
 
 def _check_setting(where: str, kind: str, name: str, value: Any) -> None:
+    """Raise ``ValueError`` for a setting that the kind does not read, or a value that it cannot
+    have."""
+    # null stands for transformers' default, or for nothing.
+    if value is None:
+        return
     if name not in SETTINGS[kind]:
-        if value is None:
-            return
         known = ", ".join(SETTINGS[kind]) or "rope_theta alone"
         raise ValueError(
             f"config.json: {where} has {name}={value!r}, which type {kind!r} does not read"
             f" ({known}){_INSTEAD.get(name, '')}"
         )
-    if value is None:
-        return
     if name == "truncate":
         fits = isinstance(value, bool)
         wanted = "true or false"
     elif name == "original_max_position_embeddings":
         fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
         wanted = "a whole number above 0"
-    elif name.endswith("_freq_factor"):  # something is divided by it
+    elif name.endswith("_freq_factor"):
+        # A length is divided by it.
         fits = _is_number(value) and value > 0
         wanted = "a number above 0"
     else:
+        # A factor below 1 would shorten what the model was made for.
         at_least = 1 if name == "factor" else 0
         fits = _is_number(value) and value >= at_least
         wanted = f"a number of at least {at_least}"
@@ -245,8 +247,8 @@ def _check_setting(where: str, kind: str, name: str, value: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and abs(value) <= sys.float_info.max
-    )
+    """Whether a JSON value is a finite number."""
+    # True is an int to isinstance; NaN fails every comparison.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max

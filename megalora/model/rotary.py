@@ -1,7 +1,7 @@
-"""Rotary frequencies as transformers computes them, put into Megatron's rotary embedding.
+"""Compute rotary frequencies as transformers does, and put them into Megatron's rotary embedding.
 
-Megatron's own are left aside: it computes no linear scaling, llama3 with three of its four numbers
-fixed, and yarn that rounds differently. Frequencies come from the functions transformers' models
+Megatron's own are not used: it has no linear scaling, llama3 with three of its four numbers fixed,
+and yarn that rounds differently. Frequencies come from the functions that transformers' models
 call; whatever the kind, angles are then
 
     angle[p, i] = p * inv_freq[i]        cos, sin times ``factor``, so that q.k carries factor^2
@@ -30,12 +30,15 @@ def frequencies(
     """Inverse frequencies ``[head_dim / 2]``, float32 on the host, and the factor on cos and sin.
 
     Args:
+        head_dim: features of a head that are turned.
         max_positions: ``max_position_embeddings``, which yarn and llama3 take for the original
             length if they name none.
     """
+    # transformers has no function for the plain kind: theta^(-2i / head_dim).
     if rope.kind == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return 1.0 / rope.theta**exponents, 1.0
+    # The functions read these three fields, of the config of any model.
     config = Qwen3Config(
         head_dim=head_dim,
         max_position_embeddings=max_positions or MAX_POSITIONS,
@@ -46,8 +49,8 @@ def frequencies(
 
 
 def softmax_scale(factor: float, head_dim: int) -> float:
-    """What scores are multiplied with where cos and sin would each be multiplied with
-    ``factor``."""
+    """The factor on q.k that equals ``factor`` on each of cos and sin: both q and k are turned, so
+    it counts twice."""
     return factor**2 / math.sqrt(head_dim)
 
 
@@ -58,4 +61,5 @@ def set_frequencies(chunk: nn.Module, inv_freq: Tensor) -> None:
     assert rotary.inv_freq.shape == inv_freq.shape, (
         f"rotary embedding of {tuple(rotary.inv_freq.shape)} frequencies"
     )
+    # Not yet called, because it caches the angles of the first call.
     rotary.inv_freq = inv_freq

@@ -22,7 +22,7 @@ Megatron's own takes the best ``top_k // group_topk``, which is 2 for DeepSeek-V
 
 
 class FrozenRouter(TopKRouter):
-    """Megatron's top-k router without what trains it.
+    """Megatron's top-k router with a weight and a correction bias that never change.
 
     Its own gating computes the weight's gradient even where the weight is frozen, and after every
     step ``finalize_model_grads`` moves the correction bias towards balanced experts.
@@ -34,12 +34,14 @@ class FrozenRouter(TopKRouter):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # a buffer is no parameter: requires_grad does not keep Megatron from updating it
+        # Megatron updates the bias after a step unless this is set; as a buffer it has no
+        # requires_grad that would say so.
         self.frozen_expert_bias = True
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits, in float32 where the family's router computes in it (``moe_router_dtype``), else
         in the model's dtype: in bfloat16 the other kind chooses other experts."""
+        # float64 stays: reference models of tests compute in it.
         widened = self.config.moe_router_dtype == "fp32" and input.dtype != torch.float64
         dtype = torch.float32 if widened else input.dtype
         return F.linear(input.to(dtype), self.weight.to(dtype))
@@ -68,7 +70,7 @@ def route_by_sigmoid(
         w_e = scale * s_e / sum of s over the chosen
 
     Args:
-        logits_TE: of any dtype; scores are computed in float32 or float64.
+        logits_TE: logits of any dtype; scores are computed in float32 or float64.
         bias_E: correction bias, float32; it gets no gradient.
         top_k: K.
         num_groups: G; groups are neighbouring experts.
@@ -80,13 +82,16 @@ def route_by_sigmoid(
         bool.
     """
     scores_TE = torch.sigmoid(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)))
+    # The choice has no gradient; scores of the chosen get theirs through ``gather``.
     with torch.no_grad():
         corrected_TE = scores_TE + bias_E
         if num_groups > 1:
             corrected_TE = _within_best_groups(corrected_TE, num_groups, group_topk)
         chosen_TK = corrected_TE.topk(top_k, dim=-1).indices
     weights_TK = scores_TE.gather(1, chosen_TK)
+    # All chosen scores may underflow to zero; 1e-20 as in transformers.
     weights_TK = scale * weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    # Back to [T, E], zero where not chosen, as Megatron's dispatchers take them
     weights_TE = torch.zeros_like(logits_TE).scatter(1, chosen_TK, weights_TK.to(logits_TE.dtype))
     map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
     return weights_TE, map_TE
@@ -94,6 +99,7 @@ def route_by_sigmoid(
 
 def _within_best_groups(scores_TE: Tensor, num_groups: int, group_topk: int) -> Tensor:
     """The scores, minus infinity for experts outside each token's ``group_topk`` best groups."""
+    # e: the E/G experts of a group
     scores_TGe = scores_TE.unflatten(1, (num_groups, -1))
     group_scores_TG = scores_TGe.topk(BEST_OF_GROUP, dim=-1).values.sum(-1)
     best_TG = group_scores_TG.topk(group_topk, dim=-1).indices

@@ -17,15 +17,16 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     intermediate: int
-    """Of dense MLP layers."""
+    """Features of dense MLP layers."""
     vocab: int
     tied_embeddings: bool
     num_experts: int = 0
     top_k: int = 0
     expert_intermediate: int = 0
     shared_intermediate: int = 0
-    """Of the shared expert, which sees every token; 0 where there is none."""
+    """Features of the shared expert, which sees every token; 0 where there is none."""
     moe_layers: frozenset[int] = frozenset()
+    """Numbers of the layers with experts; the others have a dense MLP."""
     qk_norm: bool = True
     qkv_bias: bool = False
     o_bias: bool = False
@@ -47,43 +48,43 @@ class ModelShape:
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def is_moe(self, layer: int) -> bool:
+        """Whether the layer has experts in place of a dense MLP."""
         return layer in self.moe_layers
 
     def num_parameters(self) -> int:
-        """Of the base model, norms and embeddings included."""
+        """Parameters of the base model, norms and embeddings included."""
         q = self.num_heads * self.head_dim
         kv = self.num_kv_heads * self.head_dim
         h = self.hidden
-        attention = (
-            h * (q + 2 * kv)
-            + q * h
-            + self.qk_norm * (q + kv if self.full_width_norms else 2 * self.head_dim)
-            + self.qkv_bias * (q + 2 * kv)
-        )
-        attention += self.o_bias * h
+        # q, k, v and o, with their biases
+        attention = h * (q + 2 * kv) + q * h
+        attention += self.qkv_bias * (q + 2 * kv) + self.o_bias * h
+        # A weight for every feature of all heads, or one head's weights for all of them.
+        norm_features = q + kv if self.full_width_norms else 2 * self.head_dim
+        attention += self.qk_norm * norm_features
+        # Per expert its row of the router and gate, up and down.
         moe = self.num_experts * (h + 3 * h * self.expert_intermediate)
         if self.shared_intermediate:
             moe += 3 * h * self.shared_intermediate + self.shared_gate * h
-        mlps = (
-            len(self.moe_layers) * moe
-            + (self.num_layers - len(self.moe_layers)) * 3 * h * self.intermediate
-        )
+        num_dense = self.num_layers - len(self.moe_layers)
+        mlps = len(self.moe_layers) * moe + num_dense * 3 * h * self.intermediate
         embeddings = self.vocab * h * (1 if self.tied_embeddings else 2)
+        # Two norms per layer, and one before the head.
         return self.num_layers * (attention + 2 * h) + mlps + embeddings + h
 
     def expected_rows(self, p: ParallelConfig, tokens: int) -> float:
-        """Mean rows of an expert, for a microbatch of so many tokens in every data-parallel rank; 0
+        """Mean rows of an expert, for a microbatch of ``tokens`` on every data-parallel rank; 0
         without experts.
 
-        Each of the ranks that attention is split over has a part of the tokens; ``ep * etp`` ranks
-        send theirs to an expert.
+        Each of the ``tp`` ranks that attention is split over has a part of the tokens; ``ep * etp``
+        ranks send theirs to an expert.
         """
         if not self.moe_layers:
             return 0.0
         return tokens / p.tp * self.top_k * p.etp * p.ep / self.num_experts
 
     def rows_per_expert(self, config: RunConfig) -> float:
-        """As ``expected_rows`` for what a run trains, every sample as long as it may be."""
+        """``expected_rows`` of a run's microbatches if every sample has the maximal length."""
         return self.expected_rows(
             config.parallel, config.train.micro_batch_size * config.data.max_length
         )
@@ -107,13 +108,9 @@ class ModelShape:
                 f"parallel.ep={p.ep}, parallel.etp={p.etp}: this model ({self.model_type}) has no"
                 " experts; set both to 1"
             )
-        # Each rank holds whole heads: key/value heads are divided, or, on more ranks than there
-        # are, repeated.
         heads = self.num_heads
         kv = self.num_kv_heads
-        possible = [
-            d for d in range(1, heads + 1) if heads % d == 0 and (kv % d == 0 or d % kv == 0)
-        ]
+        possible = self._possible_tp()
         if p.tp not in possible:
             raise ValueError(
                 f"parallel.tp={p.tp} does not fit the model's {heads} attention heads and {kv}"
@@ -126,10 +123,19 @@ class ModelShape:
             )
         for name, size, what, total in sizes:
             if total % size:
-                divisors = ", ".join(
-                    str(d) for d in range(1, total + 1) if total % d == 0 and d <= 1024
-                )
+                # No group has more than 1,024 ranks.
+                divisors = [d for d in range(1, min(total, 1024) + 1) if total % d == 0]
                 raise ValueError(
                     f"parallel.{name}={size} does not divide the model's {total} {what}; it can be"
-                    f" one of {divisors}"
+                    f" one of {', '.join(map(str, divisors))}"
                 )
+
+    def _possible_tp(self) -> list[int]:
+        """Sizes of tensor parallelism that leave whole heads on each rank."""
+        possible: list[int] = []
+        for tp in range(1, self.num_heads + 1):
+            # Key/value heads are divided, or, on more ranks than there are, repeated.
+            fits_kv = self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0
+            if self.num_heads % tp == 0 and fits_kv:
+                possible.append(tp)
+        return possible

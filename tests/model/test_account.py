@@ -15,8 +15,8 @@ from megalora.hf.folder import weight_shards
 from megalora.hf.json_file import read_hf_config
 from megalora.hf.safetensors import read_header
 from megalora.hf.tensor_names import published_name
-from megalora.model import account
 from megalora.model import hf_weights as bridge_base
+from megalora.model import stored_tensors as stored_module
 from megalora.model.account import needed_tensors, open_folder, unused_note
 from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
@@ -515,11 +515,11 @@ def test_every_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Hundreds of ranks read the headers of hundreds of shards, often over a network."""
     folder = make_tiny(tmp_path / "base")
     opened: list[str] = []
-    read = account.read_header
+    read = stored_module.read_header
     monkeypatch.setattr(
-        account, "read_header", lambda path: (opened.append(path.name), read(path))[1]
+        stored_module, "read_header", lambda path: (opened.append(path.name), read(path))[1]
     )
-    monkeypatch.setattr(bridge_folder, "read_header", account.read_header)
+    monkeypatch.setattr(bridge_folder, "read_header", stored_module.read_header)
     open_folder(folder)
     assert sorted(opened) == weight_shards(folder)
 

@@ -51,8 +51,8 @@ FAMILY_BUGS: tuple[Bug, ...] = (
         0,
         "a dense MLP's gate and up swapped in the base alone",
         BASE,
-        "gate=f\"{names['gate_proj']}.weight\", up=f\"{names['up_proj']}.weight\",",
-        "gate=f\"{names['up_proj']}.weight\", up=f\"{names['gate_proj']}.weight\",",
+        "gate=gate, up=up)",
+        "gate=up, up=gate)",
         PEFT_TEST,
     ),
     bug(
@@ -67,9 +67,8 @@ FAMILY_BUGS: tuple[Bug, ...] = (
         0,
         "extra tensors not accounted for",
         "megalora/model/account.py",
-        '        needed |= {f"{at}.{extra.hf}": extra.size(shape) '
-        "for extra in extras(shape, layer)}\n",
-        "",
+        '            needed[f"{at}.{extra.hf}"] = extra.size(shape)\n',
+        "            pass\n",
         f"{FAMILIES_TEST} every_parameter_of_transformers",
     ),
     bug(

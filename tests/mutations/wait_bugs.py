@@ -138,7 +138,7 @@ WAIT_BUGS: tuple[Bug, ...] = (
         0,
         "the router compiled on a GPU",
         "megalora/host.py",
-        "    _leave_router_uncompiled()\n    if torch",
+        "    megatron_patches.leave_router_uncompiled()\n    if torch",
         "    if torch",
         ONE_GPU,
     ),

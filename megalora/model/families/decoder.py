@@ -1,5 +1,5 @@
-"""What families of decoders with grouped-query attention and gated MLPs share: config fields,
-sizes, tensors and Megatron settings, which each family's file chooses from."""
+"""Collect what families of decoders with grouped-query attention and gated MLPs share: config
+fields, sizes, tensors and Megatron settings, which each family's file chooses from."""
 
 from typing import Any
 
@@ -24,9 +24,10 @@ SIZES: dict[str, Rule] = {
     "intermediate_size": whole(1),
     "vocab_size": whole(1),
 }
-"""Must stand in every config."""
+"""Fields that every config must have."""
 MORE_SIZES: dict[str, Rule] = {
-    "head_dim": or_null(whole(2, even=True)),  # rotary embeddings turn pairs
+    # Rotary embeddings turn pairs of features.
+    "head_dim": or_null(whole(2, even=True)),
     "tie_word_embeddings": or_null(flag),
 }
 EXPERT_SIZES: dict[str, Rule] = {
@@ -70,6 +71,7 @@ def num_experts(hf: Config, names: tuple[str, ...]) -> int:
 
 def sparse_layers(hf: Config) -> frozenset[int]:
     """Layers with experts: every ``decoder_sparse_step``-th that ``mlp_only_layers`` leaves."""
+    # transformers' defaults where a file leaves them out: every layer.
     step = hf.get("decoder_sparse_step") or 1
     dense = set(hf.get("mlp_only_layers") or [])
     layers = range(hf["num_hidden_layers"])
@@ -91,12 +93,14 @@ def decoder_shape(hf: Config, **more: Any) -> ModelShape:
         "vocab": hf["vocab_size"],
         "tied_embeddings": bool(hf.get("tie_word_embeddings")),
     } | more
+    # Two configs of one dense model must have equal shapes, whatever they say about experts.
     if not values.get("moe_layers"):
         of_experts = (
             "num_experts", "top_k", "expert_intermediate", "shared_intermediate",
             "softmax_over_all",
         )  # fmt: skip
-        values = {name: value for name, value in values.items() if name not in of_experts}
+        for name in of_experts:
+            values.pop(name, None)
     return ModelShape(**values)
 
 
@@ -157,18 +161,21 @@ CORRECTION_BIAS = (
         "mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", lambda s: (s.num_experts,)
     ),
 )
-"""What a router with sigmoid scores adds to them to choose experts, and to choose alone."""
+"""The bias that a router with sigmoid scores adds to them for the choice of experts only."""
 
 
 def softmax_over_all(hf: Config) -> bool:
     """Whether the router's softmax runs over all experts. Where probabilities of the chosen ones
     are normed again, a softmax over these alone is the same."""
-    return not hf.get("norm_topk_prob", False)  # transformers' default
+    # False is transformers' default.
+    return not hf.get("norm_topk_prob", False)
 
 
 def router_settings(shape: ModelShape, hf: Config) -> dict[str, Any]:
-    """For a router with softmax scores."""
-    return {"moe_router_pre_softmax": shape.softmax_over_all} if shape.moe_layers else {}
+    """Megatron's settings for a router with softmax scores; none for a dense model."""
+    if not shape.moe_layers:
+        return {}
+    return {"moe_router_pre_softmax": shape.softmax_over_all}
 
 
 TINY: dict[str, Any] = {

@@ -1,4 +1,5 @@
-"""Describe what one family of models has of its own: the record that each family's file fills in.
+"""Describe how one family of models differs from others: the record that each family's file fills
+in.
 
 A family is one ``model_type`` of ``config.json``. Its file answers these questions, and nothing
 else in megalora names a family:
@@ -97,16 +98,16 @@ class Family:
     causal_lm: str
     """Name of transformers' class whose weights and function are meant."""
     title: str
-    """What people call the family, such as ``Qwen3-MoE``."""
+    """Common name of the family, such as ``Qwen3-MoE``."""
 
     required: tuple[str, ...]
-    """Fields that must stand in config.json: transformers would fill in its own defaults, which
-    are no model's."""
+    """Fields that config.json must have: transformers would fill in its own defaults, which fit no
+    published model."""
     sizes: Mapping[str, Rule]
     """Fields that ``ModelShape`` is made from, with the values that are computed."""
     others: Mapping[str, Rule]
-    """Other fields that change the function. A field that is neither here nor among those that
-    change nothing (``fields.HARMLESS``) is refused by its name."""
+    """Other fields that change the function. A file with a field that is neither here nor among
+    those that change nothing (``fields.HARMLESS``) is rejected."""
     num_experts_names: tuple[str, ...] = ()
     """Fields under which the number of experts may stand; the name that transformers' class takes
     comes first."""
@@ -126,7 +127,7 @@ class Family:
     """(shape, layer) -> its other tensors."""
 
     unused: Callable[[ModelShape], str | None] = lambda shape: None
-    """(shape) -> beginning of published names of tensors that are no part of the model that is
+    """(shape) -> beginning of published names of tensors that do not belong to the model that is
     trained, such as layers that predict several tokens ahead; None where there are none."""
 
     settings: Callable[[ModelShape, Config], dict[str, Any]] = lambda shape, hf: {}

@@ -30,6 +30,7 @@ def _check_groups(hf: Config) -> None:
     experts = hf["n_routed_experts"]
     groups = hf["n_group"]
     allowed = hf["topk_group"]
+    # One group of all experts: nothing to choose among groups.
     if groups == 1:
         return
     if experts % groups or experts < 2 * groups:
@@ -47,13 +48,14 @@ def _check_groups(hf: Config) -> None:
 
 
 def _shape(hf: Config) -> ModelShape:
+    # Twice: numbers of layers and heads are needed for the sizes that are the family's own.
     base = decoder.decoder_shape(hf)
     return decoder.decoder_shape(
         hf,
         num_experts=hf["n_routed_experts"],
         top_k=hf["num_experts_per_tok"],
         expert_intermediate=hf["moe_intermediate_size"],
-        # several shared experts are one of their joint width
+        # Several shared experts, whose outputs are added, are one of their joint width.
         shared_intermediate=hf["n_shared_experts"] * hf["moe_intermediate_size"],
         shared_gate=False,
         moe_layers=frozenset(range(hf["first_k_dense_replace"], base.num_layers)),
@@ -65,7 +67,9 @@ def _shape(hf: Config) -> ModelShape:
 
 
 def _projections(shape: ModelShape, layer: int) -> tuple[Projection, ...]:
-    return ATTENTION + (MOE + SHARED_EXPERTS if shape.is_moe(layer) else DENSE_MLP)
+    if shape.is_moe(layer):
+        return ATTENTION + MOE + SHARED_EXPERTS
+    return ATTENTION + DENSE_MLP
 
 
 def _extras(shape: ModelShape, layer: int) -> tuple[ExtraTensor, ...]:
@@ -74,19 +78,23 @@ def _extras(shape: ModelShape, layer: int) -> tuple[ExtraTensor, ...]:
 
 
 def _settings(shape: ModelShape, hf: Config) -> dict[str, Any]:
-    settings = {"rotary_percent": shape.turned_features / shape.head_dim}
+    settings: dict[str, Any] = {"rotary_percent": shape.turned_features / shape.head_dim}
     if not shape.moe_layers:
         return settings
-    has_groups = hf["n_group"] > 1
-    return settings | {
+    settings |= {
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
-        "moe_router_dtype": "fp32",  # hidden states and weight are widened before their product
+        # Hidden states and weight are widened before their product.
+        "moe_router_dtype": "fp32",
         "moe_router_topk_scaling_factor": hf["routed_scaling_factor"],
-        "moe_router_num_groups": hf["n_group"] if has_groups else None,
-        "moe_router_group_topk": hf["topk_group"] if has_groups else None,
+        "moe_router_num_groups": hf["n_group"],
+        "moe_router_group_topk": hf["topk_group"],
         "moe_shared_expert_intermediate_size": shape.shared_intermediate,
     }
+    # One group of all experts is none, but Bridge sets both from the file.
+    if hf["n_group"] == 1:
+        settings |= {"moe_router_num_groups": None, "moe_router_group_topk": None}
+    return settings
 
 
 def _layers_ahead(shape: ModelShape) -> str:

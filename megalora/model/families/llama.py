@@ -17,6 +17,7 @@ FAMILY = Family(
     model_type="llama",
     causal_lm="LlamaForCausalLM",
     title="Llama",
+    # Files of the first Llama have no num_key_value_heads: as many as query heads.
     required=tuple(name for name in decoder.SIZES if name != "num_key_value_heads"),
     sizes={**decoder.SIZES, **decoder.MORE_SIZES, "attention_bias": or_null(flag)},
     others={

@@ -6,6 +6,7 @@ from megalora.model.families.family import Config, ExtraTensor, Family, LayerPar
 from megalora.model.families.rules import only, or_null, whole
 from megalora.model.shape import ModelShape
 
+# intermediate_size is that of an expert: the family has no dense MLP.
 _EXPERT_SIZES = {"num_experts": whole(1), "num_experts_per_tok": whole(1)}
 _WIDE_NORMS = (
     ExtraTensor(
@@ -51,6 +52,7 @@ def _extras(shape: ModelShape, layer: int) -> tuple[ExtraTensor, ...]:
 
 
 def _parts() -> LayerParts:
+    # Imports Megatron, which this package does not need otherwise.
     from megalora.model.full_width_norm import KeyNorm, QueryNorm
 
     return LayerParts(q_norm=QueryNorm, k_norm=KeyNorm)
@@ -75,7 +77,7 @@ FAMILY = Family(
     extras=_extras,
     settings=decoder.router_settings,
     layer_parts=_parts,
-    # 6 heads of 32 features, as wide as the hidden states
+    # 6 heads of 32 features are as wide as the hidden states, as ``_check_heads`` wants.
     tiny=decoder.TINY
     | {
         "hidden_size": 192,

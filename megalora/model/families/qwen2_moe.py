@@ -18,6 +18,7 @@ def _shape(hf: Config) -> ModelShape:
         shared_intermediate=hf["shared_expert_intermediate_size"],
         moe_layers=decoder.sparse_layers(hf) if hf["num_experts"] else frozenset(),
         qk_norm=False,
+        # True is transformers' default.
         qkv_bias=hf.get("qkv_bias", True),
         softmax_over_all=decoder.softmax_over_all(hf),
     )
@@ -28,11 +29,11 @@ def _extras(shape: ModelShape, layer: int) -> tuple[ExtraTensor, ...]:
 
 
 def _settings(shape: ModelShape, hf: Config) -> dict[str, Any]:
-    shared = {
-        "moe_shared_expert_intermediate_size": shape.shared_intermediate,
-        "moe_shared_expert_gate": True,
-    }
-    return decoder.router_settings(shape, hf) | (shared if shape.moe_layers else {})
+    settings = decoder.router_settings(shape, hf)
+    if shape.moe_layers:
+        settings["moe_shared_expert_intermediate_size"] = shape.shared_intermediate
+        settings["moe_shared_expert_gate"] = True
+    return settings
 
 
 FAMILY = Family(

@@ -6,7 +6,7 @@ from megalora.model.families.family import Config, ExtraTensor, Family
 from megalora.model.families.rules import flag, or_null, whole
 from megalora.model.shape import ModelShape
 
-# transformers 5 calls this family's number of experts num_local_experts
+# transformers 5 calls this family's number of experts num_local_experts.
 _NUM_EXPERTS = ("num_experts", "num_local_experts")
 
 

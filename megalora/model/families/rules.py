@@ -1,7 +1,7 @@
 """Rules for one field of a ``config.json``: which values a family computes.
 
-A rule takes the value and returns what it should have been, or None when it is that. ``fields.py``
-makes the message: ``config.json has NAME=VALUE; it must be RULE``.
+A rule takes the value and returns None where megalora computes it, else the values that it does
+compute, in words. ``fields.py`` makes the message: ``config.json has NAME=VALUE; it must be RULE``.
 """
 
 import json
@@ -13,24 +13,27 @@ type Rule = Callable[[Any], str | None]
 
 
 def whole(least: int, *, even: bool = False) -> Rule:
-    """A whole number of at least ``least``; ``true`` is none, though Python counts it as 1."""
+    """A whole number of at least ``least``."""
+    wanted = f"{'an even' if even else 'a whole'} number of at least {least}"
 
     def rule(value: Any) -> str | None:
-        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        fits = fits and (not even or value % 2 == 0)
-        return None if fits else f"{'an even' if even else 'a whole'} number of at least {least}"
+        # Python counts true as 1, JSON does not.
+        if isinstance(value, bool) or not isinstance(value, int):
+            return wanted
+        if value < least or (even and value % 2 != 0):
+            return wanted
+        return None
 
     return rule
 
 
 def positive(value: Any) -> str | None:
     """A finite number above 0."""
-    fits = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and 0 < value <= sys.float_info.max
-    )
-    return None if fits else "a number above 0"
+    # NaN fails the comparisons; true is no number in JSON.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0 < value <= sys.float_info.max:
+        return None
+    return "a number above 0"
 
 
 def flag(value: Any) -> str | None:
@@ -41,26 +44,32 @@ def flag(value: Any) -> str | None:
 def layer_numbers(value: Any) -> str | None:
     """A list of layer numbers."""
     is_layer = whole(0)
-    fits = isinstance(value, list) and all(is_layer(layer) is None for layer in value)
-    return None if fits else "a list of layer numbers from 0 on"
+    if isinstance(value, list) and all(is_layer(layer) is None for layer in value):
+        return None
+    return "a list of layer numbers from 0 on"
 
 
 def or_null(rule: Rule) -> Rule:
-    """What ``rule`` takes, or null."""
+    """Any value that ``rule`` accepts, or null."""
 
     def or_nothing(value: Any) -> str | None:
-        text = None if value is None else rule(value)
-        return f"{text}, or null" if text else None
+        if value is None:
+            return None
+        wanted = rule(value)
+        return f"{wanted}, or null" if wanted else None
 
     return or_nothing
 
 
 def only(*values: Any, because: str) -> Rule:
     """One of ``values``; ``because`` tells the user why no other is computed."""
+    accepted = " or ".join(map(json.dumps, values))
 
     def rule(value: Any) -> str | None:
-        # JSON tells 0 from false; 0 and 0.0 are one number.
-        same = [v for v in values if v == value and isinstance(v, bool) == isinstance(value, bool)]
-        return None if same else f"{' or '.join(json.dumps(v) for v in values)}: {because}"
+        for one in values:
+            # 0 and 0.0 are one number in JSON, 0 and false are not.
+            if one == value and isinstance(one, bool) == isinstance(value, bool):
+                return None
+        return f"{accepted}: {because}"
 
     return rule
