@@ -41,6 +41,7 @@ def expert_formats(
         if a.projection.is_expert and a.layer is not None:
             # Gate and up are one fused weight whose A's are stacked: their ranks add up.
             ranks[a.layer][a.projection.module.rpartition(".")[2]] += a.rank
+    # Of one rank, as the kernels will see it.
     features = shape.expert_intermediate // etp
     formats: dict[int, ExpertFormats] = {}
     for layer, of_layer in ranks.items():

@@ -1,4 +1,4 @@
-"""Which linears a ``lora`` section selects, and with what rank and scale."""
+"""Select the linears that a ``lora`` section adapts, with their rank and scale."""
 
 import difflib
 import re
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalora.config import LoRAConfig, ParallelConfig
+from megalora.lora.modules import projection_places
 from megalora.lora.patterns import Pattern, end_pattern
 from megalora.lora.spec import Adapted, lora_scale, make_adapted
 from megalora.model.account import open_folder
-from megalora.model.families import layer_projections
-from megalora.model.projections import HEAD
 from megalora.model.shape import ModelShape
 
 ALIASES = {
@@ -22,19 +21,18 @@ ALIASES = {
     "linear_fc1": ("gate_proj", "up_proj"),
     "linear_fc2": ("down_proj",),
 }
-
+"""Megatron's names of fused linears, and vLLM's -> HF names of what they hold."""
 
 ALL_LINEAR_EXCEPT = ("lm_head", "gate")
-"""As in PEFT not the output layer; unlike in PEFT 0.21 not the router either, because vLLM and
-SGLang do not honour it."""
+"""Names that "all-linear" leaves out: as in PEFT the output layer; unlike in PEFT 0.21 the router
+too, because vLLM and SGLang do not honour it."""
 
 
 def plan(
     lora: LoRAConfig, parallel: ParallelConfig, folder: Path
 ) -> tuple[ModelShape, list[Adapted]]:
-    """What will be adapted, from the base's config.json and the headers of its weights: errors come
-    before weights are read."""
-
+    """The model's sizes and its adapted projections, from the base's config.json and the headers of
+    its weights. Raises ``ValueError`` before any weights are read."""
     shape = open_folder(folder).shape
     shape.check_layout(parallel)
     return shape, resolve(lora, shape)
@@ -44,31 +42,38 @@ def resolve(lora: LoRAConfig, shape: ModelShape) -> list[Adapted]:
     """Every adapted projection of the model, in layer order; raises ``ValueError`` for anything
     that matches nothing."""
     layers = _selected_layers(lora.layers, shape.num_layers)
-    places = [
-        (p, layer) for layer in range(shape.num_layers) for p in layer_projections(shape, layer)
-    ]
-    places += [(p, None) for p in HEAD]
     everything = lora.target_modules == "all-linear"
     targets = _Option("target_modules", [] if everything else lora.target_modules)
     exclusions = _Option("exclude_modules", lora.exclude_modules)
     ranks = _Option("rank_pattern", lora.rank_pattern)
     alphas = _Option("alpha_pattern", lora.alpha_pattern)
     adapted = []
-    for projection, layer in places:
+    for projection, layer in projection_places(shape):
+        # Patterns only look at names; rank and alpha follow from what they find.
         base = make_adapted(projection, layer, 0, 0.0, 0.0, shape)
+        # Every option is asked about every projection, so that ``_check_used`` knows which entries
+        # match nothing in the model.
         is_target = targets.first(base) is not None
         if everything:
             is_target = projection.name not in ALL_LINEAR_EXCEPT
         is_excluded = exclusions.first(base) is not None
         rank_key = ranks.first(base)
         alpha_key = alphas.first(base)
-        if is_target and not is_excluded and (layer is None or layer in layers):
-            rank = lora.expert_rank if projection.is_expert and lora.expert_rank else lora.rank
-            if rank_key is not None:
-                rank = lora.rank_pattern[rank_key]
-            alpha = float(lora.alpha if alpha_key is None else lora.alpha_pattern[alpha_key])
-            scale = lora_scale(alpha, rank, lora.use_rslora)
-            adapted.append(make_adapted(projection, layer, rank, alpha, scale, shape))
+        # The head is in no layer, so ``layers`` does not speak of it.
+        in_layers = layer is None or layer in layers
+        if not is_target or is_excluded or not in_layers:
+            continue
+        rank = lora.rank
+        if projection.is_expert and lora.expert_rank:
+            rank = lora.expert_rank
+        # A pattern is more particular than expert_rank.
+        if rank_key is not None:
+            rank = lora.rank_pattern[rank_key]
+        alpha = float(lora.alpha)
+        if alpha_key is not None:
+            alpha = float(lora.alpha_pattern[alpha_key])
+        scale = lora_scale(alpha, rank, lora.use_rslora)
+        adapted.append(make_adapted(projection, layer, rank, alpha, scale, shape))
     for option in (targets, exclusions, ranks, alphas):
         _check_used(option, shape)
     if not adapted:
@@ -132,31 +137,36 @@ class _Option:
 
 
 def _check_used(option: _Option, shape: ModelShape) -> None:
-    names = {
-        p.name for layer in range(shape.num_layers) for p in layer_projections(shape, layer)
-    } | {"lm_head"}
+    """Raise ``ValueError`` for an entry that matches nothing: most likely it is misspelt."""
+    names = sorted({projection.name for projection, _ in projection_places(shape)})
     for entry in option.entries:
         if entry.text not in option.used:
-            close = difflib.get_close_matches(entry.text, [*sorted(names), *ALIASES], n=1)
+            close = difflib.get_close_matches(entry.text, [*names, *ALIASES], n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise ValueError(
                 f"{option.name}: {entry.text!r} matches nothing in this model{hint} Adaptable:"
-                f" {', '.join(sorted(names))}"
+                f" {', '.join(names)}"
             )
 
 
 def _selected_layers(layers: list[int] | str | None, num_layers: int) -> set[int]:
+    """Numbers of the layers that ``lora.layers`` names: a list, or text such as "0-3, 8-"; None
+    means all."""
     if layers is None:
         return set(range(num_layers))
+    parts = layers.split(",") if isinstance(layers, str) else map(str, layers)
     selected: set[int] = set()
-    for part in layers.split(",") if isinstance(layers, str) else [str(n) for n in layers]:
+    for part in parts:
         match = re.fullmatch(r"\s*(\d+)\s*(-\s*(\d*))?\s*", part)
         if not match:
             raise ValueError(
                 f"lora.layers: {part!r} is neither a layer nor a range such as 0-3 or 8-"
             )
         first = int(match[1])
-        last = first if match[2] is None else int(match[3]) if match[3] else num_layers - 1
+        last = first
+        # "8-" goes to the last layer.
+        if match[2] is not None:
+            last = int(match[3]) if match[3] else num_layers - 1
         if last >= num_layers or first > last:
             raise ValueError(
                 f"lora.layers: {part.strip()} is outside this model's layers 0-{num_layers - 1}"

@@ -127,6 +127,7 @@ def make_adapted(
     projection: Projection, layer: int | None, rank: int, alpha: float, scale: float, s: ModelShape
 ) -> Adapted:
     """``projection`` of one layer of the model ``s``, with these adapter settings."""
+    # (out, in) of the whole weight: of one expert, of all heads.
     out_features, in_features = projection.features(s)
     experts = s.num_experts if projection.is_expert else 0
     max_shards = projection.max_shards(s) if projection.max_shards else None

@@ -63,6 +63,7 @@ class BiasedRowParallelLinear(RowParallelLinear):
     """
 
     def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+        # Megatron passes what the config says of all linears; o_proj may differ.
         super().__init__(*args, bias=True, **kwargs)
 
 
@@ -98,6 +99,7 @@ def layer_spec(
         parts: modules that the family has in place of ours.
         formats: how the experts' weights lie in memory.
     """
+    # Families without norms on q and k get modules that pass them through.
     backend = TorchBackend()
     norm = backend.layer_norm(rms_norm=True)
     q_norm: Any = IdentityOp
@@ -133,6 +135,7 @@ def _mlp(backend: TorchBackend, num_experts: int | None, formats: ExpertFormats)
     """A dense MLP, or an MoE layer with its router, experts and shared expert."""
     if num_experts is None:
         return get_mlp_module_spec_for_backend(backend=backend)
+    # An MoE layer's linears are those of its shared expert; routed experts have fused tensors.
     linears = MLPSubmodules(
         linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
     )

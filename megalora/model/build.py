@@ -77,6 +77,7 @@ def build_random(
     weight have different values of it.
     """
     chunks = make_chunks(hf, config, parallel, shape, formats=formats)
+    # Drawn on the device: billions of numbers take minutes on the host.
     generator = torch.Generator(host.device()).manual_seed(seed)
     for chunk in chunks:
         chunk.to(host.device())

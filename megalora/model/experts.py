@@ -36,6 +36,7 @@ class FusedExperts(MegatronModule):
         """``formats``: how the two weights lie in memory for as long as the model lives."""
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
+        # I/etp: features of an expert that this rank holds.
         features = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         hidden = config.hidden_size
         sizes = {

@@ -147,6 +147,7 @@ def check_fields(hf: Mapping[str, Any], source: str = "") -> None:
             " expert would be 1, and the router could not matter; set norm_topk_prob to false if"
             " the model was trained so"
         )
+    # Last, because a field of another feature often comes with one that says more.
     known = {*family.sizes, *family.others, *HARMLESS, *ROPE_FIELDS, *_TOGETHER}
     for name, value in hf.items():
         if name not in known and value not in (None, False, "", [], {}):
@@ -193,6 +194,7 @@ def _check_layer_types(hf: Mapping[str, Any]) -> None:
 
 
 def _unknown(model_type: str, name: str, value: Any, known: set[str]) -> str:
+    # 0.8: one letter or two may differ.
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
     hint = f" Did you mean {close[0]}?" if close else ""
     return (
@@ -203,6 +205,7 @@ def _unknown(model_type: str, name: str, value: Any, known: set[str]) -> str:
 
 
 def _shown(value: Any) -> str:
+    """The value as JSON, cut to what fits into a line."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 100 else f"{text[:97]}..."
 

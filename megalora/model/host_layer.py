@@ -120,6 +120,7 @@ def _filled(
 
 def _fill(layer: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Put the weights in the place of the layer's uninitialised parameters and buffers."""
+    # Built without initial values, so every tensor must be given.
     empty = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     if empty.keys() != weights.keys():
         raise RuntimeError(

@@ -62,7 +62,7 @@ class ModelShape:
         # A weight for every feature of all heads, or one head's weights for all of them.
         norm_features = q + kv if self.full_width_norms else 2 * self.head_dim
         attention += self.qk_norm * norm_features
-        # Per expert its row of the router and gate, up and down.
+        # For each expert its row of the router and gate, up and down.
         moe = self.num_experts * (h + 3 * h * self.expert_intermediate)
         if self.shared_intermediate:
             moe += 3 * h * self.shared_intermediate + self.shared_gate * h
@@ -91,6 +91,7 @@ class ModelShape:
 
     def check_layout(self, p: ParallelConfig) -> None:
         """Raise ``ValueError`` when this model cannot be split as ``p`` says."""
+        # (option, its value, what it divides, how many of these there are)
         sizes = [
             ("tp", p.tp, "vocabulary entries", self.vocab),
             ("pp * vpp", p.pp * p.vpp, "layers", self.num_layers),

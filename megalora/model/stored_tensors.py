@@ -87,6 +87,7 @@ def by_published_name(folder: Path, found: list[tuple[str, Stored]]) -> dict[str
     """Published name -> place; raises ``ValueError`` where two stored tensors have one."""
     stored: dict[str, Place] = {}
     for shard, tensor in found:
+        # transformers reads several prefixes, so one tensor may stand under two of them.
         name = published_name(tensor.name)
         if name in stored:
             first = stored[name]

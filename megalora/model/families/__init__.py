@@ -32,6 +32,7 @@ FAMILIES: dict[str, Family] = {
 def family_of(hf: Mapping[str, Any]) -> Family:
     """The family of a parsed ``config.json``; raises ``ValueError`` for one megalora does not
     know."""
+    # A file without model_type is rejected in the same words.
     kind = hf.get("model_type", "nothing")
     if kind not in FAMILIES:
         raise ValueError(

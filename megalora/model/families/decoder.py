@@ -82,6 +82,7 @@ def decoder_shape(hf: Config, **more: Any) -> ModelShape:
     """Sizes that every family names alike; ``more`` adds fields of ``ModelShape`` or replaces
     them. Sizes of experts are left out of a model that has no layer with experts."""
     heads = hf["num_attention_heads"]
+    # transformers' defaults: as many key/value heads as heads, which share the hidden features.
     values: dict[str, Any] = {
         "model_type": hf["model_type"],
         "num_layers": hf["num_hidden_layers"],
@@ -178,6 +179,7 @@ def router_settings(shape: ModelShape, hf: Config) -> dict[str, Any]:
     return {"moe_router_pre_softmax": shape.softmax_over_all}
 
 
+# No two sizes are equal, so that a transposed or mixed-up matrix does not fit.
 TINY: dict[str, Any] = {
     "num_hidden_layers": 4,
     "hidden_size": 96,

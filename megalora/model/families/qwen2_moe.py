@@ -16,6 +16,7 @@ def _shape(hf: Config) -> ModelShape:
         top_k=hf["num_experts_per_tok"],
         expert_intermediate=hf["moe_intermediate_size"],
         shared_intermediate=hf["shared_expert_intermediate_size"],
+        # num_experts=0 makes all layers dense, whatever the step says.
         moe_layers=decoder.sparse_layers(hf) if hf["num_experts"] else frozenset(),
         qk_norm=False,
         # True is transformers' default.
@@ -58,7 +59,7 @@ FAMILY = Family(
     tiny=decoder.TINY
     | decoder.TINY_EXPERTS
     | {"shared_expert_intermediate_size": 112, "norm_topk_prob": False, "qkv_bias": True},
-    # Its table of models whose experts' adapters it converts lacks qwen2_moe, as which it converts
-    # Qwen3-MoE's.
+    # PEFT's table of models whose experts' adapters it converts lacks qwen2_moe; it converts
+    # Qwen3-MoE's under that name.
     peft=PeftSupport(per_expert=False),
 )

@@ -21,10 +21,12 @@ class Augmented:
     @property
     def room(self) -> int:
         """R: rows and columns beside the weight."""
+        # -rank % 16 is what the rank lacks to the next multiple of 16.
         return self.rank + -self.rank % RANK_STEP
 
     def num_bytes(self, sizes: tuple[int, int, int], item_bytes: int) -> int:
         experts, n, k = sizes
+        # The corner [room, room] is stored too, though nothing uses it: one operand is rectangular.
         return experts * (n + self.room) * (k + self.room) * item_bytes
 
     def allocate(
