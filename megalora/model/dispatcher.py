@@ -106,7 +106,7 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
             )
             global_input_tokens = gather(global_input_tokens)
             global_probs = gather(global_probs)
-        # Rows lie by the rank that sent them, then by expert: the counts say which are whose.
+        # Rows are ordered by the rank that sent them, then by expert; counts_RE has the bounds.
         return global_input_tokens, *regroup_values(self.counts_RE, global_probs)
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:

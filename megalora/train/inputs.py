@@ -1,5 +1,5 @@
-"""Bring a step's microbatches to the device: in one copy, from page-locked memory, that nobody
-waits for.
+"""Bring a step's microbatches to the device in one copy, from page-locked memory and without
+waiting for it.
 
 Only what a pipeline stage reads travels: tokens to the first, labels and loss mask to the last. No
 stage needs positions, because rotary embeddings count from 0 in every sample.

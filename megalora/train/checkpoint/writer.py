@@ -107,8 +107,8 @@ def remove(folder: Path) -> None:
 
 
 def recover(run: Path) -> None:
-    """Remove what killed saves have left in a run folder that nobody else writes to; put back what
-    one had put aside."""
+    """Remove what killed saves have left in a run folder that no other run writes to, and put back
+    a checkpoint that one had put aside."""
     for path in sorted(run.iterdir()):
         match = _LEFT_OVER.fullmatch(path.name)
         # Killed before the new folder was in place: the old one is still the step's checkpoint.
