@@ -1,5 +1,6 @@
-"""``megalora bench --calibrate``: measures what the planner's time model needs, on the machine at
-hand, into one JSON.
+"""Measure the rates that the planner's time model needs, on the machine at hand, into one JSON.
+
+This is ``megalora bench --calibrate``, or:
 
     torchrun --nproc-per-node N -m megalora.bench.calibrate OUT [--dtype bfloat16|float32]
     [--budget-seconds 120]
@@ -39,9 +40,9 @@ FORMAT = 1
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 BUDGET_SECONDS = 120.0
 LEAST_POINTS = 2
-"""Of every series: the smallest and the largest size, however little time there is."""
+"""Points taken of every series, however little time there is: the smallest and the largest."""
 USABLE = 0.8
-"""Of the memory that is free: nccl takes buffers as it makes connections."""
+"""Share of the free memory to use; NCCL allocates buffers as it makes connections."""
 PROGRESS_SECONDS = 10
 
 
@@ -57,9 +58,9 @@ def calibrate(
 
     Args:
         out: the JSON to write; folders above it are made.
-        dtype: of operands, ``bfloat16`` or ``float32``.
-        budget_seconds: for measuring; the least that there must be, two sizes of every kind, is
-            measured whatever it takes.
+        dtype: dtype of the operands, ``bfloat16`` or ``float32``.
+        budget_seconds: time for measuring; two sizes of every kind are measured whatever that
+            takes.
         say: takes lines of progress on rank 0.
 
     Raises:
@@ -80,7 +81,8 @@ def calibrate(
     record = _record(dtype, points, world, per_node)
     if rank == 0:
         write_json(record, out)
-    dist.barrier()  # no rank goes on to read what is not there yet
+    # No rank may go on and read the file before it is there.
+    dist.barrier()
     tell(f"wrote {out}")
 
 
@@ -88,35 +90,51 @@ def _record(
     dtype: str, points: dict[str, list[Point]], world: int, per_node: int
 ) -> dict[str, Any]:
     """What the file says: the machine, versions, and points by kind; collective."""
-    # imports Megatron, which host.install() must come before
+    # Imports Megatron, which must come after host.install().
     from megalora.bench.overhead import layer_overhead
 
-    collectives = {name: points.get(name, []) for name in COLLECTIVES} if world > 1 else {}
-    found = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    found |= {package: installed(package) for package in ("triton", "megatron-core")}
-    return {
-        "format": FORMAT, "name": host.device_name(), "memory_bytes": _memory_bytes(per_node),
+    versions = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": installed("triton"),
+        "megatron-core": installed("megatron-core"),
+    }
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "name": host.device_name(),
+        "memory_bytes": _memory_bytes(per_node),
         "ranks_per_node": per_node,
-        "world_size": world, "dtype": dtype,
+        "world_size": world,
+        "dtype": dtype,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": found, "commit": commit(),
-        **{kind: points.get(kind, []) for kind in COMPUTATIONS},
-        "collectives": collectives, "overhead": layer_overhead(dtype),
-    }  # fmt: skip
+        "versions": versions,
+        "commit": commit(),
+    }
+    # A kind of which no size fits into memory has an empty list, so that readers find every key.
+    for kind in COMPUTATIONS:
+        record[kind] = points.get(kind, [])
+    record["collectives"] = {}
+    # One rank alone has nobody to communicate with.
+    if world > 1:
+        for name in COLLECTIVES:
+            record["collectives"][name] = points.get(name, [])
+    record["overhead"] = layer_overhead(dtype)
+    return record
 
 
 def check(out: Path, dtype: str, budget_seconds: float) -> None:
-    """Raises ``ValueError`` as ``calibrate`` does; needs no world."""
+    """Raise ``ValueError`` as ``calibrate`` does; needs no world."""
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: {dtype!r} cannot be calibrated; want {' or '.join(DTYPES)}")
-    if not budget_seconds > 0:  # nan too
+    # Not ``<= 0``, which is false of nan.
+    if not budget_seconds > 0:
         raise ValueError(
-            f"--budget-seconds: {budget_seconds} is no time to measure in; want more than 0, such"
+            f"--budget-seconds: {budget_seconds} leaves no time to measure; want more than 0, such"
             f" as {BUDGET_SECONDS:.0f}"
         )
-    if int(os.environ.get("RANK", 0)):
-        return  # rank 0 writes, and other machines may have other folders
-    check_file_to_write(out)
+    # Only rank 0 writes; other machines may have other folders.
+    if int(os.environ.get("RANK", 0)) == 0:
+        check_file_to_write(out)
 
 
 def ranks_per_node() -> int:
@@ -126,6 +144,7 @@ def ranks_per_node() -> int:
         ValueError: their numbers differ.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    # ``slowest`` is a maximum over all ranks, and min(x) = -max(-x).
     most = int(slowest(here))
     least = int(-slowest(-here))
     if most != least:
@@ -144,16 +163,36 @@ def _in_order(dtype: torch.dtype, world: int, per_node: int) -> list[Case]:
     series = compute_cases(grid, dtype)
     for members in cuts(world, per_node):
         series += collective_cases(members, grid.collective_bytes, dtype)
-    free = host.free_memory_bytes() / (1 if on_gpu else per_node)
-    room = USABLE * -slowest(-free) - (FLUSH_BYTES if on_gpu else 0)
-    fit = [[c for c in cases if _num_copies(c, on_gpu) * c.num_bytes <= room] for cases in series]
-    ordered = [extremes_first(cases, lambda case: case.num_bytes) for cases in fit]
-    return [case for cases in ordered for case in cases[:LEAST_POINTS]] + interleaved(
-        [cases[LEAST_POINTS:] for cases in ordered]
-    )
+    room = _room(on_gpu, per_node)
+    first: list[Case] = []
+    rest: list[list[Case]] = []
+    for cases in series:
+        fit = []
+        for case in cases:
+            if _num_copies(case, on_gpu) * case.num_bytes <= room:
+                fit.append(case)
+        ordered = extremes_first(fit, lambda case: case.num_bytes)
+        first += ordered[:LEAST_POINTS]
+        rest.append(ordered[LEAST_POINTS:])
+    return first + interleaved(rest)
+
+
+def _room(on_gpu: bool, per_node: int) -> float:
+    """Bytes that the operands of one size may take, the same on every rank; collective."""
+    free = host.free_memory_bytes()
+    if not on_gpu:
+        # The ranks of a node share its memory.
+        free /= per_node
+    # The rank with the least free memory decides for all: min(x) = -max(-x).
+    room = USABLE * -slowest(-free)
+    if on_gpu:
+        # The clock's own buffer, which empties the cache.
+        room -= FLUSH_BYTES
+    return room
 
 
 def _num_copies(case: Case, on_gpu: bool) -> int:
+    """Sets of operands of a case: one for a collective, which depends on links, not on caches."""
     return 1 if case.collective else copies(case.num_bytes, on_gpu)
 
 
@@ -168,7 +207,9 @@ def _measure(
     found: dict[str, list[Point]] = {}
     taken: Counter[tuple[str, int, int]] = Counter()
     for case in cases:
+        # All ranks must end at the same case, so the slowest one's clock decides.
         elapsed = slowest(time.monotonic() - start)
+        # The least of every series stands first, so nothing behind this one is still needed.
         if elapsed > budget_seconds and taken[case.series] >= LEAST_POINTS:
             break
         if elapsed - told >= PROGRESS_SECONDS:
@@ -178,25 +219,33 @@ def _measure(
         taken[case.series] += 1
         done += 1
     tell(f"measured {done} of {len(cases)} sizes in {time.monotonic() - start:.0f} s")
-    return {
-        kind: sorted(points, key=lambda point: list(point.values()))
-        for kind, points in found.items()
-    }
+    for points in found.values():
+        # Sizes come before seconds in a point, so this sorts by the sizes.
+        points.sort(key=lambda point: list(point.values()))
+    return found
 
 
 def _point(case: Case, clock: Clock, hurry: bool) -> Point:
+    """The sizes of a case, and the seconds of each of its calls; collective."""
+    # Every set of operands has its own calls, by their keys: forward_seconds, backward_seconds ...
     ring = [case.prepare() for _ in range(_num_copies(case, clock.on_gpu))]
-    return case.sizes | {
-        key: clock.seconds([calls[key] for calls in ring], collective=case.collective, hurry=hurry)
-        for key in ring[0]
-    }
+    point: Point = dict(case.sizes)
+    for key in ring[0]:
+        calls = [calls_by_key[key] for calls_by_key in ring]
+        point[key] = clock.seconds(calls, collective=case.collective, hurry=hurry)
+    return point
 
 
 def _memory_bytes(per_node: int) -> int:
-    return host.memory_bytes() // (1 if host.device().type == "cuda" else per_node)
+    """Memory of one rank: its GPU's, or its share of the node's."""
+    if host.device().type == "cuda":
+        return host.memory_bytes()
+    return host.memory_bytes() // per_node
 
 
 class _Parser(argparse.ArgumentParser):
+    """Raises its errors, so that ``guarded`` says them in one line on one rank."""
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"bench --calibrate: {message}")
 

@@ -1,5 +1,4 @@
-"""The computations that calibration times: each as training runs it, on random operands of given
-sizes.
+"""Make the computations that calibration times, as training runs them, on random operands.
 
 Shape legend:
     M  rows    N  outputs    K  inputs    E  experts    S  sequence    B  sequences
@@ -24,7 +23,7 @@ from megalora.model.attention import SDPACoreAttention
 COMPUTATIONS = ("gemm", "grouped_gemm", "attention", "memory")
 
 USUAL_STACKED_RANK = 32
-"""gate and up at rank 16. Which back end computes the experts depends on the adapter's rank."""
+"""Rank of gate and up together, at 16 each: the back end of the experts depends on it."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,17 @@ class Case:
     kind: str
     """One of ``COMPUTATIONS``, or a collective's name."""
     sizes: dict[str, int]
-    """As the record has them."""
+    """Sizes by their keys in the record."""
     num_bytes: int
-    """Operands, results and what lies between."""
+    """Memory that operands, results and intermediate tensors take."""
     prepare: Callable[[], dict[str, Call]]
-    """Makes operands; returns what to time, by its key in the record."""
+    """Makes operands; returns the calls to time, by their keys in the record."""
     collective: bool = False
     """Whether ranks wait for each other in it."""
 
     @property
     def series(self) -> tuple[str, int, int]:
-        """What it is one size of: its kind, and a collective's groups."""
+        """The series of sizes that this case belongs to: its kind, and a collective's groups."""
         return self.kind, self.sizes.get("ranks", 0), self.sizes.get("nodes", 0)
 
 
@@ -67,19 +66,19 @@ def gemm(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Case:
 def grouped_gemm(experts: int, rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> Case:
     """``y = x W[e]ᵀ`` for the rows of each expert, which all have the same number of them.
 
-    By the back end that a layer with a usual adapter takes on this device, whose weights have room
-    for it where that is of use.
+    The back end is the one that a layer with a usual adapter takes on this device. Its weights have
+    room for the adapter's columns where the back end uses that.
     """
 
     def prepare() -> dict[str, Call]:
         x_MK = _random(rows, inputs, dtype=dtype)
         w_ENK = _random(experts, outputs, inputs, dtype=dtype)
-        ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=x_MK.device) * (
-            rows // experts
-        )
+        # Expert e has the rows from ends[e - 1] to ends[e].
+        numbers_E = torch.arange(1, experts + 1, dtype=torch.int32, device=x_MK.device)
+        ends_E = numbers_E * (rows // experts)
         routing = Routing(ends_E.int(), rows)
         backend = choose(None, "calibration", x_MK, rows, USUAL_STACKED_RANK, [w_ENK], room=True)
-        # asked for by MEGALORA_BACKEND; the base alone is a loop there too
+        # MEGALORA_BACKEND asks for the reference, which computes the base alone by a loop, too.
         if backend == "reference":
             backend = "loop"
         engine = make_engine(backend, routing)
@@ -98,14 +97,14 @@ def attention(
     def prepare() -> dict[str, Call]:
         shape = (sequence, sequences)
         q_SBhd = _random(*shape, heads, head_dim, dtype=dtype, requires_grad=True)
-        k_SBgd, v_SBgd = (
-            _random(*shape, kv_heads, head_dim, dtype=dtype, requires_grad=True) for _ in range(2)
-        )
+        k_SBgd = _random(*shape, kv_heads, head_dim, dtype=dtype, requires_grad=True)
+        v_SBgd = _random(*shape, kv_heads, head_dim, dtype=dtype, requires_grad=True)
         attend = SDPACoreAttention(SimpleNamespace(kv_channels=head_dim))
         out = attend(q_SBhd, k_SBgd, v_SBgd)
         dout = torch.randn_like(out)
 
         def backward() -> object:
+            # The graph is kept, so that the same backward can be timed again and again.
             return torch.autograd.grad(out, (q_SBhd, k_SBgd, v_SBgd), dout, retain_graph=True)
 
         return {
@@ -120,12 +119,8 @@ def attention(
         "kv_heads": kv_heads,
         "head_dim": head_dim,
     }
-    return Case(
-        "attention",
-        sizes,
-        _attention_bytes(sequences, sequence, heads, kv_heads, head_dim, dtype),
-        prepare,
-    )
+    held = _attention_bytes(sequences, sequence, heads, kv_heads, head_dim, dtype)
+    return Case("attention", sizes, held, prepare)
 
 
 def _attention_bytes(
@@ -136,17 +131,20 @@ def _attention_bytes(
 
     Where flash attention does not compute float32 (GPUs), six matrices of scores.
     """
-    wide, narrow = (sequences * sequence * n * head_dim for n in (heads, kv_heads))
-    scores = (
-        sequences * heads * sequence**2
-        if dtype == torch.float32 and host.device().type == "cuda"
-        else 0
-    )
+    # Elements of one tensor: [S, B, h, d] of queries, [S, B, g, d] of keys and values.
+    wide = sequences * sequence * heads * head_dim
+    narrow = sequences * sequence * kv_heads * head_dim
+    scores = 0
+    if dtype == torch.float32 and host.device().type == "cuda":
+        # [B, h, S, S].
+        scores = sequences * heads * sequence**2
+    # dq in float32, 4 bytes an element, comes on top.
     return dtype.itemsize * (10 * wide + 4 * narrow + 6 * scores) + 4 * wide
 
 
 def memory_pass(num_bytes: int, dtype: torch.dtype) -> Case:
-    """``y = a + b``: reads two, writes one."""
+    """``y = a + b``: reads two tensors, writes one."""
+    # Elements of each of the three.
     n = num_bytes // (3 * dtype.itemsize)
 
     def prepare() -> dict[str, Call]:
@@ -159,22 +157,19 @@ def memory_pass(num_bytes: int, dtype: torch.dtype) -> Case:
 
 
 def compute_cases(grid: Grid, dtype: torch.dtype) -> list[list[Case]]:
-    """Of every kind that one rank computes alone, all sizes of the grid, a coarse grid first."""
-    return [
-        [gemm(m, n, k, dtype) for m, (n, k) in coarse_first(grid.gemm_rows, grid.gemm_features)],
-        [
-            grouped_gemm(e, e * m, n, k, dtype)
-            for e, m, (n, k) in coarse_first(
-                grid.experts, grid.rows_per_expert, grid.expert_features
-            )
-            if e * m <= grid.most_expert_rows
-        ],
-        [
-            attention(b, s, h, g, d, dtype)
-            for b, s, (h, g), d in coarse_first(
-                grid.sequences, grid.sequence, grid.heads, grid.head_dim
-            )
-            if b * s <= grid.most_tokens
-        ],
-        [memory_pass(n, dtype) for (n,) in coarse_first(grid.memory_bytes)],
-    ]
+    """All sizes of the grid of every kind that one rank computes alone, a coarse grid first."""
+    gemms = []
+    for m, (n, k) in coarse_first(grid.gemm_rows, grid.gemm_features):
+        gemms.append(gemm(m, n, k, dtype))
+    # Many experts with many rows each would be more than any rank ever gets.
+    grouped = []
+    for e, m, (n, k) in coarse_first(grid.experts, grid.rows_per_expert, grid.expert_features):
+        if e * m <= grid.most_expert_rows:
+            grouped.append(grouped_gemm(e, e * m, n, k, dtype))
+    attentions = []
+    axes = (grid.sequences, grid.sequence, grid.heads, grid.head_dim)
+    for b, s, (h, g), d in coarse_first(*axes):
+        if b * s <= grid.most_tokens:
+            attentions.append(attention(b, s, h, g, d, dtype))
+    passes = [memory_pass(num_bytes, dtype) for (num_bytes,) in coarse_first(grid.memory_bytes)]
+    return [gemms, grouped, attentions, passes]

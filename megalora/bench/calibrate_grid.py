@@ -1,5 +1,7 @@
-"""Which sizes calibration measures, and in which order: a coarse grid first, then finer ones,
-because time may run out."""
+"""Choose the sizes that calibration measures, and their order.
+
+A coarse grid comes first, then finer ones, because time may run out.
+"""
 
 import itertools
 import random
@@ -13,7 +15,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Grid:
-    """Values along each axis, ascending. Features are (outputs, inputs) of ``y = x Wᵀ``."""
+    """Ascending values along each axis. Features are (outputs, inputs) of ``y = x Wᵀ``."""
 
     gemm_rows: tuple[int, ...]
     gemm_features: tuple[tuple[int, int], ...]
@@ -21,31 +23,40 @@ class Grid:
     rows_per_expert: tuple[int, ...]
     expert_features: tuple[tuple[int, int], ...]
     most_expert_rows: int
-    """Of all experts together."""
+    """Largest number of rows of all experts together."""
     sequences: tuple[int, ...]
     sequence: tuple[int, ...]
     heads: tuple[tuple[int, int], ...]
     """(query heads, key/value heads) on a rank."""
     head_dim: tuple[int, ...]
     most_tokens: int
-    """Of all sequences together, in attention."""
+    """Largest number of tokens of all sequences together, in attention."""
     memory_bytes: tuple[int, ...]
     collective_bytes: tuple[int, ...]
 
 
 def _powers(first: int, last: int, step: int = 2) -> tuple[int, ...]:
-    """first, first * step, ... up to last, which is always in."""
-    values = itertools.takewhile(
-        lambda value: value < last, (first * step**i for i in itertools.count())
-    )
+    """first, first * step, ... up to last, which is always included."""
+    values = []
+    value = first
+    while value < last:
+        values.append(value)
+        value *= step
     return (*values, last)
 
 
 def _both_ways(pairs: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Forward, and the gradient of the inputs, which has inputs and outputs the other way round."""
-    return tuple(
-        sorted(pairs | {(n, m) for m, n in pairs}, key=lambda pair: (pair[0] * pair[1], pair))
-    )
+    """Features of the forward products and of the gradients of their inputs.
+
+    ``dx = dy W`` has the inputs and outputs of ``y = x Wᵀ`` exchanged.
+    """
+    exchanged = {(inputs, outputs) for outputs, inputs in pairs}
+
+    def elements(pair: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+        # The pair itself decides between weights with equally many elements.
+        return pair[0] * pair[1], pair
+
+    return tuple(sorted(pairs | exchanged, key=elements))
 
 
 def _qwen3_dense() -> set[tuple[int, int]]:
@@ -54,23 +65,24 @@ def _qwen3_dense() -> set[tuple[int, int]]:
     found: set[tuple[int, int]] = set()
     for hidden, query in ((2048, 4096), (4096, 8192)):
         for tp in (1, 2, 4, 8):
-            found |= {
-                ((query + 2 * 512) // tp, hidden),
-                (hidden, query // tp),
-                (151936 // tp, hidden),
-            }
+            # q, k and v are one product; 4 key/value heads of 128 make 512 features.
+            found.add(((query + 2 * 512) // tp, hidden))
+            found.add((hidden, query // tp))
+            # The head: 151,936 tokens in the vocabulary.
+            found.add((151936 // tp, hidden))
         found |= {(32, hidden), (32, query)}
     return found
 
 
 def _qwen3_experts() -> set[tuple[int, int]]:
     """gate_up and down of their experts, whole and cut by expert tensor parallelism."""
-    return {
-        pair
-        for hidden, inner in ((2048, 768), (4096, 1536))
-        for etp in (1, 2, 4, 8)
-        for pair in ((2 * inner // etp, hidden), (hidden, inner // etp))
-    }
+    found: set[tuple[int, int]] = set()
+    for hidden, inner in ((2048, 768), (4096, 1536)):
+        for etp in (1, 2, 4, 8):
+            # gate and up are one product.
+            found.add((2 * inner // etp, hidden))
+            found.add((hidden, inner // etp))
+    return found
 
 
 GPU = Grid(
@@ -89,9 +101,12 @@ GPU = Grid(
     collective_bytes=_powers(4 * KIB, 256 * MIB, 4),
 )
 
+_CPU_FEATURES: tuple[int, ...] = (32, 128, 384, 1024)
+
 CPU = Grid(
     gemm_rows=(32, 128, 512, 2048),
-    gemm_features=_both_ways({(n, k) for n in (32, 128, 384, 1024) for k in (32, 128, 384, 1024)}),
+    # Every pair of these sizes as outputs and inputs.
+    gemm_features=_both_ways(set(itertools.product(_CPU_FEATURES, _CPU_FEATURES))),
     experts=(2, 4, 8),
     rows_per_expert=(4, 16, 64, 256),
     expert_features=_both_ways({(64, 32), (192, 64), (512, 256)}),
@@ -113,41 +128,65 @@ def coarse_first(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     Within such a step the order is arbitrary but always the same, so that wherever time runs out no
     axis was preferred.
     """
-    points = list(itertools.product(*(zip(_steps(len(axis)), axis, strict=True) for axis in axes)))
+    with_steps: list[list[tuple[int, Any]]] = []
+    for axis in axes:
+        with_steps.append(list(zip(_steps(len(axis)), axis, strict=True)))
+    # A point has (step, value) for each axis.
+    points = list(itertools.product(*with_steps))
     random.Random(0).shuffle(points)
+    # It comes in with the latest of its values. Sorting is stable, so points of one step stay
+    # shuffled.
     points.sort(key=lambda point: max(step for step, _ in point))
-    return [tuple(value for _, value in point) for point in points]
+    ordered = []
+    for point in points:
+        ordered.append(tuple(value for _, value in point))
+    return ordered
 
 
 def _steps(n: int) -> list[int]:
-    """For each of n values in order, at which halving it comes in."""
+    """At which halving each of n values comes in: [0, 2, 1, 2, 0] for five.
+
+    The ends are there from the beginning.
+    """
     steps = [0] * n
     spans = [(0, n - 1)]
     step = 0
-    while spans := [(a, b) for a, b in spans if b - a > 1]:
+    while spans:
         step += 1
-        for a, b in spans:
-            steps[(a + b) // 2] = step
-        spans = [half for a, b in spans for half in ((a, (a + b) // 2), ((a + b) // 2, b))]
+        halves = []
+        for first, last in spans:
+            # Nothing lies between neighbours.
+            if last - first <= 1:
+                continue
+            middle = (first + last) // 2
+            steps[middle] = step
+            halves += [(first, middle), (middle, last)]
+        spans = halves
     return steps
 
 
 def extremes_first[T](items: Sequence[T], size: Callable[[T], int]) -> list[T]:
-    """The smallest, the largest, then the others as they were: two points span a series even where
-    no more are taken."""
+    """The smallest, the largest, then the others as they were.
+
+    Two points span a series even where no more are taken.
+    """
     if len(items) < 2:
         return list(items)
     low = min(items, key=size)
+    # The last of the largest: where all are of one size, it is another item than ``low``.
     high = max(reversed(items), key=size)
-    return [low, high, *(item for item in items if item is not low and item is not high)]
+    others = [item for item in items if item is not low and item is not high]
+    return [low, high, *others]
 
 
 def interleaved[T](series: Sequence[Sequence[T]]) -> list[T]:
     """All items in one list, in which every series is through the same share of its own at any
     point."""
-    placed = [
-        ((i + 0.5) / len(items), k, item)
-        for k, items in enumerate(series)
-        for i, item in enumerate(items)
-    ]
-    return [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
+    placed: list[tuple[float, T]] = []
+    for items in series:
+        for i, item in enumerate(items):
+            # The middle of the item's share: one of two stands at 1/4, one of four at 1/8.
+            placed.append(((i + 0.5) / len(items), item))
+    # Sorting is stable: of items at the same place, that of the earlier series comes first.
+    placed.sort(key=lambda entry: entry[0])
+    return [item for _, item in placed]

@@ -1,4 +1,4 @@
-"""How long a call takes on every rank at once, and what the slowest rank says of it.
+"""Time a call on every rank at once; the slowest rank's time counts.
 
 On a GPU a sample is: the device spins while the host queues what follows, the L2 cache is emptied,
 then two events around a few calls in a row, so that what an event costs is shared. The calls go
@@ -34,7 +34,10 @@ def slowest(value: float) -> float:
 def copies(num_bytes: int, on_gpu: bool) -> int:
     """Sets of operands of ``num_bytes`` that calls in a row should go round, so that each call
     reads memory and not the cache."""
-    return min(MOST_COPIES, -(-FLUSH_BYTES // max(num_bytes, 1))) if on_gpu else 1
+    if not on_gpu:
+        return 1
+    # Together they should exceed the cache, so the division rounds up.
+    return min(MOST_COPIES, -(-FLUSH_BYTES // max(num_bytes, 1)))
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,9 @@ class Effort:
     """How long to look at one size."""
 
     row_seconds: float
-    """Of calls in a row, at most ``most_in_a_row``, that make one sample."""
+    """Time that the calls of one sample should take; at most ``most_in_a_row`` calls."""
     total_seconds: float
-    """Of all samples of a size, but at least ``min_samples`` and at most ``max_samples`` of
-    them."""
+    """Time that all samples of a size should take; ``min_samples`` to ``max_samples`` of them."""
     most_in_a_row: int = 16
     min_samples: int = 3
     max_samples: int = 11
@@ -56,13 +58,15 @@ ON_CPU = Effort(4e-3, 80e-3)
 
 
 class Clock:
+    """Times calls on this rank's device."""
+
     def __init__(self) -> None:
         device = host.device()
         self.on_gpu = device.type == "cuda"
         self.effort = ON_GPU if self.on_gpu else ON_CPU
-        self.flush = (
-            torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if self.on_gpu else None
-        )
+        self.flush: torch.Tensor | None = None
+        if self.on_gpu:
+            self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def seconds(self, calls: Sequence[Call], *, collective: bool, hurry: bool = False) -> float:
         """Seconds of one call: the median on the rank where that is largest. All ranks must ask at
@@ -73,26 +77,29 @@ class Clock:
             collective: ranks wait for each other in it.
             hurry: take the fewest samples.
         """
-        for call in calls:  # compiles, makes connections, fills the allocator's pool
+        # The first call compiles, makes connections and fills the allocator's pool.
+        for call in calls:
             call()
+        # From the slowest rank's time, because all must make the same number of calls.
         first = slowest(self._sample(calls, 1, collective))
-        # From what all ranks agree on: they must make the same number of calls.
         effort = self.effort
         in_a_row = _between(1, int(effort.row_seconds / first), effort.most_in_a_row)
-        num_samples = _between(
-            effort.min_samples, int(effort.total_seconds / (in_a_row * first)), effort.max_samples
-        )
-        num_samples = effort.min_samples if hurry else num_samples
-        slowest(0)  # ranks share cores, and links: they start together
-        return slowest(
-            statistics.median(self._sample(calls, in_a_row, collective) for _ in range(num_samples))
-        )
+        wanted = int(effort.total_seconds / (in_a_row * first))
+        num_samples = _between(effort.min_samples, wanted, effort.max_samples)
+        if hurry:
+            num_samples = effort.min_samples
+        # Ranks share cores and links, so they must start together.
+        slowest(0)
+        samples = [self._sample(calls, in_a_row, collective) for _ in range(num_samples)]
+        return slowest(statistics.median(samples))
 
     def _sample(self, calls: Sequence[Call], in_a_row: int, collective: bool) -> float:
+        """Seconds of one call, as the mean of ``in_a_row`` of them."""
         host.synchronize()
+        # While the device spins, the host queues the two events and all calls between.
         host.keep_busy(HOST_CYCLES_PER_CALL * (in_a_row + 2))
         if collective:
-            # not timed: brings the ranks into step, so that nobody's wait for the last one counts
+            # Not timed: it brings the ranks into step, so that no wait for the last one counts.
             calls[0]()
         elif self.flush is not None:
             self.flush.zero_()
@@ -100,9 +107,8 @@ class Clock:
         for i in range(in_a_row):
             calls[i % len(calls)]()
         end = host.Stopwatch.mark()
-        return max(
-            host.seconds_between(start, end) / in_a_row, 1e-9
-        )  # a clock may be too coarse, and nothing takes no time
+        # A coarse clock may see no time pass; callers divide by this.
+        return max(host.seconds_between(start, end) / in_a_row, 1e-9)
 
 
 def _between(least: int, value: int, most: int) -> int:

@@ -1,5 +1,7 @@
-"""``megalora bench``: layouts from words or from the planner, measured one after the other beside
-what the planner says of them."""
+"""Run ``megalora bench``: measure layouts one after the other, and compare with the planner.
+
+The layouts are given in words, or are the planner's best.
+"""
 
 import os
 from collections.abc import Callable, Sequence
@@ -23,22 +25,27 @@ from megalora.planner.search import evaluate, search
 from megalora.planner.weights import PlannedModel
 
 MEASURED_AS = {"pipeline transfers": "bubble", "host": "other", BEHIND_WAITS: "other"}
-"""Where the clocks of ``timers.py`` see what the planner keeps apart. The host's time they see
-inside each part."""
+"""Parts in which the clocks of ``timers.py`` count what the planner keeps apart. The host's time is
+inside each part there."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line says beside the config."""
+    """Arguments of the command beside the config."""
 
     num_ranks: int
     gpu: str
+    """Name of the machine that predictions are made for."""
     out: Path
+    """Folder of the results."""
     layouts: Sequence[str] = ()
     top: int | None = None
+    """Number of layouts to take from the planner, instead of ``layouts``."""
     imbalance: float = 1.2
-    """Of natural routing, for predictions; balanced is 1."""
+    """Rows of the fullest expert-parallel rank over the mean that predictions assume for natural
+    routing; balanced routing has 1."""
     timeout_minutes: float = 30
+    """Limit for one layout."""
 
 
 def bench_command(
@@ -59,6 +66,7 @@ def bench_command(
         bool(asked.layouts) != (asked.top is not None),
         "give either --layouts, such as tp=2,ep=4 ep=8, or --top K",
     )
+    # Before hours of measuring: the results can be written.
     prepare_file(asked.out / "results.json")
     config = load_config(path, overrides)
     machine = find_machine(asked.gpu)
@@ -77,7 +85,8 @@ def bench_command(
             options=options,
             timeout_s=60 * asked.timeout_minutes, say=say,
         )  # fmt: skip
-    if Nodes.of(os.environ).writes:  # of several nodes one has the results
+    # Of several nodes, only one has the measurements.
+    if Nodes.of(os.environ).writes:
         written = write_results(rows, asked.out)
         say(f"\n{table(rows)}\n\nwrote {', '.join(str(file) for file in written.values())}")
     return rows
@@ -91,13 +100,14 @@ def fastest(
     require(top >= 1, f"--top must be at least 1, got {top}")
     shape = model_shape(find_architecture(config.model.path))
     plan = search(shape, config.lora, num_ranks, workload(config, imbalance, machine), machine)
+    # Raises where no layout fits, and says why.
     plan.best()
     return [found.layout for found in plan.layouts()[:top]]
 
 
 def workload(config: RunConfig, imbalance: float, machine: Machine) -> Workload:
-    """What a benchmark trains: samples of exactly ``data.max_length`` tokens, whose last is only
-    predicted."""
+    """What a benchmark trains: samples of exactly ``data.max_length`` tokens."""
+    # The last token of a sample is only predicted.
     length = max(config.data.max_length - 1, 2)
     crossings = crossings_of(machine.name)
     return replace(Workload.of(config, imbalance), sequence_length=length, crossings=crossings)
@@ -106,17 +116,19 @@ def workload(config: RunConfig, imbalance: float, machine: Machine) -> Workload:
 def predicted(
     config: RunConfig, num_ranks: int, machine: Machine, imbalance: float = 1.0
 ) -> Predicted:
-    """The planner's word on one layout, as far as a benchmark can check it: no allocator sees the
-    CUDA context."""
+    """What the planner predicts for one layout, as far as a benchmark can measure it."""
     layout = ParallelLayout.of(config, num_ranks)
     model = PlannedModel.of(model_shape(find_architecture(config.model.path)), config.lora)
     found = evaluate(model, config.lora.rank, layout, workload(config, imbalance, machine), machine)
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for part in found.time.parts:
+        # A timer counts a part's recomputation and communication as the part itself.
         name = part.name.removeprefix("recompute ").removeprefix("tensor parallel ")
         parts[MEASURED_AS.get(name, name)] += part.seconds
     return Predicted(
-        step_seconds=found.time.seconds, peak_bytes=found.memory.peak_bytes - found.memory[CONTEXT],
+        step_seconds=found.time.seconds,
+        # No allocator sees the CUDA context.
+        peak_bytes=found.memory.peak_bytes - found.memory[CONTEXT],
         parts=parts,
         basis=f"{machine.name}, {machine.note}",
-    )  # fmt: skip
+    )

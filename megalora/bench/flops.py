@@ -1,4 +1,4 @@
-"""FLOPs that a token of a model costs to train with LoRA, in total and with what is recomputed.
+"""Count the FLOPs that training with LoRA costs per token, without and with recomputation.
 
     FLOPs per token = 4 P + 6 A + 6 S h d L
 
@@ -25,54 +25,58 @@ FORMULA = (
 @dataclass(frozen=True)
 class TokenFlops:
     model: int
-    """By the formula, whatever is recomputed."""
+    """FLOPs by the formula, whatever is recomputed."""
     hardware: int
-    """With what is computed again in backward."""
+    """FLOPs including those of recomputation in backward."""
 
 
 def flops_per_token(
     shape: ModelShape, adapted: list[Adapted], sequence_length: int, recompute: Recompute = "off"
 ) -> TokenFlops:
-    """Of the whole model, whatever the layout.
+    """FLOPs per token of the whole model, whatever the layout.
 
     Args:
         sequence_length: S, positions per sample; every sample is that long.
-        recompute: full computes every layer's forward again (not the head's), selective core
-            attention, gate_up of routed experts
-            and whole dense and shared MLPs.
+        recompute: full computes every layer's forward again (not the head's); selective computes
+            core attention, gate_up of routed experts, and whole dense and shared MLPs again.
     """
-    frozen = active_parameters(shape) - (0 if shape.tied_embeddings else shape.vocab * shape.hidden)
+    frozen = active_parameters(shape)
+    if not shape.tied_embeddings:
+        # The embedding is looked up; where it is tied, the same weight is the head, which counts.
+        frozen -= shape.vocab * shape.hidden
+    # A token is multiplied with both factors: A [rank, in], B [out, rank].
     adapters = sum(_met(a, shape) for a in adapted)
     attention = 2 * sequence_length * shape.num_heads * shape.head_dim * shape.num_layers
+    # The gradient of attention's inputs costs twice its forward.
     model = 4 * frozen + 6 * adapters + 3 * attention
     if recompute == "off":
         return TokenFlops(model, model)
     if recompute == "full":
-        head = shape.vocab * shape.hidden
-        again = (
-            2 * (frozen - head)
-            + 2 * sum(_met(a, shape) for a in adapted if a.layer is not None)
-            + attention
-        )
+        weights = frozen - shape.vocab * shape.hidden
+        again = [a for a in adapted if a.layer is not None]
     else:
-        again = (
-            2 * _selective(shape)
-            + 2 * sum(_met(a, shape) for a in adapted if _again(a))
-            + attention
-        )
-    return TokenFlops(model, model + again)
+        weights = _selective(shape)
+        again = [a for a in adapted if _again(a)]
+    # A forward is 2 FLOPs for each parameter.
+    parameters = weights + sum(_met(a, shape) for a in again)
+    return TokenFlops(model, model + 2 * parameters + attention)
 
 
 def _met(a: Adapted, shape: ModelShape) -> int:
     """Adapter parameters of one token: of routed experts those it is sent to."""
-    return (shape.top_k if a.num_experts else 1) * a.rank * (a.in_features + a.out_features)
+    copies = shape.top_k if a.num_experts else 1
+    return copies * a.rank * (a.in_features + a.out_features)
 
 
 def _selective(shape: ModelShape) -> int:
     """Frozen parameters that ``selective`` multiplies a token with once more."""
     num_moe = len(shape.moe_layers)
+    num_dense = shape.num_layers - num_moe
+    # Widths that meet the hidden size: gate and up of each chosen expert; gate, up and down of
+    # shared experts and dense MLPs.
     moe = 2 * shape.top_k * shape.expert_intermediate + 3 * shape.shared_intermediate
-    return shape.hidden * (num_moe * moe + (shape.num_layers - num_moe) * 3 * shape.intermediate)
+    dense = 3 * shape.intermediate
+    return shape.hidden * (num_moe * moe + num_dense * dense)
 
 
 def _again(a: Adapted) -> bool:
@@ -80,4 +84,5 @@ def _again(a: Adapted) -> bool:
     dense and shared MLPs."""
     if a.projection.is_expert:
         return a.projection.kind == "expert_column"
+    # Everything below ``mlp`` but the router is a dense or a shared MLP here.
     return ".mlp." in f".{a.projection.module}" and a.projection.kind != "router"

@@ -1,5 +1,5 @@
-"""Starts the ranks of one layout as processes of their own, and sees to it that none is left when
-they end or take too long."""
+"""Start the ranks of one layout as processes of their own, and leave none behind when they end or
+take too long."""
 
 import contextlib
 import os
@@ -15,11 +15,10 @@ from pathlib import Path
 from megalora.config.checks import require
 
 TOKEN = "MEGALORA_BENCH_RUN"
-"""In the environment of every process of one run and of no other. torchrun gives each rank a
-session, and so a process group, of its
-own: signalling torchrun's group would not reach them."""
+"""Environment variable that marks every process of one run. torchrun gives each rank a session, and
+so a process group, of its own: a signal to torchrun's group would not reach them."""
 PATIENCE_S = 15
-"""For torchrun to end its ranks, before what is left is killed."""
+"""Seconds that torchrun has to end its ranks before what is left is killed."""
 SCRIPT = Path(__file__).with_name("torchrun_node.sh")
 """Part of the package, so that an installed one has it; ``launch/torchrun_node.sh`` is a link to
 it."""
@@ -35,12 +34,17 @@ class Nodes:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Nodes":
-        """From NNODES and NODE_RANK, or what launch/torchrun_node.sh takes in their place; one
+        """Read NNODES and NODE_RANK, or what launch/torchrun_node.sh takes in their place; one
         machine where none is set."""
 
         def first(*names: str) -> str | None:
-            return next((environment[name] for name in names if environment.get(name)), None)
+            for name in names:
+                # An empty variable counts as one that is not set, as in the script.
+                if environment.get(name):
+                    return environment[name]
+            return None
 
+        # PET_*: torchrun's own; SLURM_*: set by srun.
         count = first("NNODES", "PET_NNODES", "SLURM_STEP_NUM_NODES") or "1"
         rank = first("NODE_RANK", "PET_NODE_RANK", "SLURM_NODEID") or ""
         require(
@@ -68,8 +72,8 @@ def command(
     Args:
         num_ranks: over all nodes.
         arguments: of the module, by default ``megalora.bench.measure``, the config first.
-        name: of this run, the same on all nodes and another for every run, so that stragglers of
-            the last one do not join.
+        name: name of this run, the same on all nodes and another for every run, so that stragglers
+            of the last one do not join.
     """
     module = module or MODULE
     environment = {
@@ -79,25 +83,21 @@ def command(
     }
     environment.setdefault("OMP_NUM_THREADS", "1")
     if nodes.count == 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
         ranks = ["--standalone", "--nproc-per-node", str(num_ranks)]
-        return [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            *ranks,
-            "-m",
-            module,
-            *arguments,
-        ], environment
+        return [*torchrun, *ranks, "-m", module, *arguments], environment
     require(
         num_ranks % nodes.count == 0,
         f"{num_ranks} ranks cannot be shared out evenly over NNODES={nodes.count} nodes",
     )
-    environment |= {"MODULE": module, "RDZV_ID": f"{environment.get('RDZV_ID', 'megalora')}-{name}"}
-    environment |= {"NPROC_PER_NODE": str(num_ranks // nodes.count)}
+    environment["MODULE"] = module
+    environment["RDZV_ID"] = f"{environment.get('RDZV_ID', 'megalora')}-{name}"
+    environment["NPROC_PER_NODE"] = str(num_ranks // nodes.count)
     # The script takes python and torchrun from PATH: let it find those of this environment.
     own_programs = str(Path(sys.executable).parent)
-    environment["PATH"] = os.pathsep.join([own_programs, *filter(None, [environment.get("PATH")])])
+    path = environment.get("PATH")
+    # An empty entry of PATH would mean the current folder.
+    environment["PATH"] = f"{own_programs}{os.pathsep}{path}" if path else own_programs
     return ["bash", str(SCRIPT), *arguments], environment
 
 
@@ -107,23 +107,27 @@ def ended_by_signals() -> Iterator[None]:
     with it."""
 
     def end(number: int, _: object) -> None:
+        # A shell's exit status for a process that a signal ended.
         sys.exit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before_term = signal.signal(signal.SIGTERM, end)
+    before_hangup = signal.signal(signal.SIGHUP, end)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before_term)
+        signal.signal(signal.SIGHUP, before_hangup)
 
 
 def run_to_log(
     arguments: Sequence[str], environment: Mapping[str, str], log: Path, timeout_s: float
 ) -> int | None:
-    """Run to the end, all output into ``log``; the exit code, or None when it took longer than
-    ``timeout_s``.
+    """Run a command to its end, with all output in ``log``.
 
     When this returns or raises, Ctrl-C included, none of its processes is left.
+
+    Returns:
+        The exit code, or None if it took longer than ``timeout_s``.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
@@ -141,7 +145,9 @@ def run_to_log(
 
 
 def _end(process: subprocess.Popen[bytes], token: str) -> None:
+    """End a command and all processes that it started, whatever groups they are in."""
     if process.poll() is None:
+        # torchrun ends its ranks when it gets SIGTERM, and has to survive them to do so.
         os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(PATIENCE_S)
@@ -149,17 +155,20 @@ def _end(process: subprocess.Popen[bytes], token: str) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     deadline = time.monotonic() + PATIENCE_S
-    # a killed process takes a moment to give back a GPU's memory
-    while left := processes_of(token):
+    left = processes_of(token)
+    while left:
         for pid in left:
-            with contextlib.suppress(ProcessLookupError):  # has ended by itself
+            # It may have ended by itself by now.
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"processes {left} of a benchmark do not end, though they were killed; end them by"
                 " hand"
             )
+        # A killed process takes a moment to give back a GPU's memory.
         time.sleep(0.2)
+        left = processes_of(token)
 
 
 def processes_of(token: str) -> list[int]:
@@ -167,11 +176,14 @@ def processes_of(token: str) -> list[int]:
     wanted = f"{TOKEN}={token}".encode()
     found = []
     for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                # The environment of a zombie is empty, of another user's process nobody's business.
-                if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-            except (FileNotFoundError, PermissionError, ProcessLookupError):
-                continue
+        if not folder.name.isdigit():
+            continue
+        try:
+            # Variables are separated by zero bytes. A zombie has none left.
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            # It has just ended, or belongs to another user.
+            continue
+        if wanted in variables:
+            found.append(int(folder.name))
     return found

@@ -1,5 +1,5 @@
-"""Bytes of live tensors while a piece of code runs, and their peak: an allocator's counters for
-devices that have none.
+"""Count the bytes of live tensors while code runs, and their peak, for devices whose allocator does
+not count.
 
 Every operation below autograd passes a dispatch mode, in forward, in backward (autograd runs it in
 the calling thread on the CPU), inside custom autograd functions, in optimizers and in collectives.
@@ -32,10 +32,9 @@ class LiveTensors(TorchDispatchMode):
         storage count once."""
         super().__init__()
         self.now_bytes = self.peak_bytes = 0
-        """Of all counted storages now, and the most there were since the start or
-        ``reset_peak``."""
+        """Bytes of all counted storages now, and their peak since the start or ``reset_peak``."""
         self.unknown_bytes = 0
-        """Of live storages that were not told of and that no operation made."""
+        """Bytes of live storages that are not in ``already`` and that no operation made."""
         self._counted: dict[int, tuple[weakref.ref[UntypedStorage], int]] = {}
         self._unknown: dict[int, tuple[weakref.ref[UntypedStorage], int]] = {}
         for tensor in already:
@@ -47,12 +46,13 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        new = (
-            func is torch.ops.aten.lift_fresh.default
-        )  # what torch.tensor hands over: made just before, without an operation
-        for tensor in () if new else tree_iter((args, kwargs)):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self._counted:
-                self._note_unknown(tensor.untyped_storage())
+        # torch.tensor hands its result to lift_fresh: it was made just before, without an
+        # operation, and counts as this one's result below.
+        is_new = func is torch.ops.aten.lift_fresh.default
+        if not is_new:
+            for tensor in tree_iter((args, kwargs)):
+                if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self._counted:
+                    self._note_unknown(tensor.untyped_storage())
         result = func(*args, **kwargs)
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
@@ -60,19 +60,23 @@ class LiveTensors(TorchDispatchMode):
         return result
 
     def _count(self, tensor: Tensor) -> None:
-        """A storage's object stays the same one as long as the storage lives, so its id names it
-        until its reference dies."""
+        """Count a tensor's storage, once however many tensors are on it."""
+        # A storage's object stays the same one as long as the storage lives, so its id names it
+        # until its reference dies.
         storage = tensor.untyped_storage()
         key = id(storage)
         num_bytes = storage.nbytes()
+        # A meta tensor has a size but no memory.
         if key in self._unknown or storage.device.type == "meta":
             return
-        reference, counted = self._counted.get(key) or (
-            weakref.ref(storage, lambda _: self._gone(key)),
-            0,
-        )
+        if key in self._counted:
+            reference, counted = self._counted[key]
+        else:
+            reference = weakref.ref(storage, lambda _: self._gone(key))
+            counted = 0
         self._counted[key] = (reference, num_bytes)
-        self.now_bytes += num_bytes - counted  # resize_ and out= may have changed it
+        # Not 0 for a storage that is known already if resize_ or out= has changed its size.
+        self.now_bytes += num_bytes - counted
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
 
     def _gone(self, key: int) -> None:
@@ -81,10 +85,8 @@ class LiveTensors(TorchDispatchMode):
     def _note_unknown(self, storage: UntypedStorage) -> None:
         key = id(storage)
         if key not in self._unknown and storage.device.type != "meta":
-            self._unknown[key] = (
-                weakref.ref(storage, lambda _: self._forget(key)),
-                storage.nbytes(),
-            )
+            reference = weakref.ref(storage, lambda _: self._forget(key))
+            self._unknown[key] = (reference, storage.nbytes())
             self.unknown_bytes += storage.nbytes()
 
     def _forget(self, key: int) -> None:

@@ -1,8 +1,9 @@
-"""``torchrun --nproc-per-node N -m megalora.bench.measure CONFIG.yaml --row=ROW.json [--steps=5]
-... [section.key=value ...]``
+"""Measure one layout, that of a config, on all ranks; rank 0 writes the result.
 
-Measures one layout, that of the config, and has rank 0 write what it found. ``runs.py`` starts this
-for one layout after the other.
+    torchrun --nproc-per-node N -m megalora.bench.measure CONFIG.yaml --row=ROW.json [--steps=5] ...
+    [section.key=value ...]
+
+``runs.py`` starts this for one layout after the other.
 """
 
 import argparse
@@ -26,17 +27,20 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--routing", default=BenchOptions.routing)
     parser.add_argument("--weights", default=BenchOptions.weights)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    # Intermixed, because options stand between the config and the overrides.
     asked = parser.parse_intermixed_args(arguments)
     options = BenchOptions(
         steps=asked.steps, warmup=asked.warmup, routing=asked.routing, weights=asked.weights
     )
     config = load_config(asked.config, asked.overrides)
     refuse_shared_gpu()
-    set_defaults()  # before torch is imported
+    # Environment variables of torch, which it reads as it is imported.
+    set_defaults()
     from megalora import host
 
     config.check_world(host.world_size())
     host.install()
+    # Imports Megatron, which must come after host.install().
     from megalora.bench.steps import measure_layout
 
     with host.process_group(config.train.timeout_minutes):

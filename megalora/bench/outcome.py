@@ -1,17 +1,17 @@
-"""From what the ranks of a run said before they ended to a status of one line."""
+"""Summarise what the ranks of a failed run wrote as a status of one line."""
 
 import re
 
 _REFUSED = re.compile(r"^megalora(?: \(rank \d+\))?: (.*)$", re.MULTILINE)
-"""As ``user_error.guarded`` says a ``ValueError``."""
+"""A user's mistake, as ``user_error.guarded`` prints a ``ValueError``."""
 _NO_MEMORY = re.compile(
     r"OutOfMemoryError|CUDA out of memory|CUDA error: out of memory|Cuda failure \d+ 'out of"
     r" memory'"
     r"|CUBLAS_STATUS_ALLOC_FAILED|DefaultCPUAllocator: can't allocate memory|Cannot allocate memory"
 )
 _KILLED = re.compile(r"exitcode\s*:\s*-9\b|Signal 9 \(SIGKILL\)")
-"""By torchrun: a rank the system killed, which it does to the largest process when memory runs
-out."""
+"""torchrun's report of a rank that the system killed: Linux kills the largest process when memory
+runs out."""
 _ERROR = re.compile(
     r"^(?:\[rank\d+\]:)?\s*((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Signal)(?:: .*)?)$",
     re.MULTILINE,
@@ -21,7 +21,8 @@ _ECHO = re.compile(
     r" (?:closed|reset)|ncclRemoteError|gloo",
     re.IGNORECASE,
 )
-"""What ranks say when another one has ended, and torchrun when any has."""
+"""Errors that follow from another rank's end: of ranks that communicate with it, and of torchrun.
+"""
 
 
 def status_of(log: str) -> str:
@@ -31,13 +32,16 @@ def status_of(log: str) -> str:
     Args:
         log: all that its ranks and torchrun wrote, of all nodes.
     """
-    if found := _REFUSED.search(log):
+    found = _REFUSED.search(log)
+    if found:
         return f"refused: {found[1].strip()}"
     if _NO_MEMORY.search(log) or _KILLED.search(log):
         return "out of memory"
-    errors = [match.strip() for match in _ERROR.findall(log)]
+    errors: list[str] = _ERROR.findall(log)
+    # The cause is an error that no other rank's end explains; the last one is the outermost.
     own = [error for error in errors if not _ECHO.search(error)]
     if own or errors:
-        return f"failed: {(own or errors)[-1]}"
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return f"failed: {lines[-1] if lines else 'nothing was said'}"
+        return f"failed: {(own or errors)[-1].strip()}"
+    # No Python error at all, as when a signal ends a process.
+    lines = log.strip().splitlines()
+    return f"failed: {lines[-1].strip() if lines else 'the log is empty'}"

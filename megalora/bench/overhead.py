@@ -1,5 +1,4 @@
-"""What the host needs to start a layer's operations: trainings of models whose arithmetic is next
-to nothing, one against the other."""
+"""Measure the host's time per layer, by training models whose arithmetic takes next to no time."""
 
 import statistics
 import tempfile
@@ -22,8 +21,9 @@ from megalora.config import (
 
 FEW = 1
 MANY = 4
-"""Layers of the two models; what they differ in is the time of ``MANY - FEW`` layers."""
+"""Layers of the two models; their steps differ by the time of ``MANY - FEW`` layers."""
 STEPS = 12
+"""Timed steps of each training."""
 TINY = {
     "model_type": "qwen3_moe", "hidden_size": 32, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16,
@@ -38,18 +38,22 @@ def layer_overhead(dtype: str) -> dict[str, float]:
     """Seconds of a layer's forward and of its backward, and of the rest of a step, on the slowest
     rank; collective.
 
-    Every rank trains samples of its own, experts not shared out. Recomputing whole layers adds a
-    forward, which tells it from backward.
+    Every rank trains samples of its own, without expert parallelism. Recomputing whole layers adds
+    a forward, which tells it from backward.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        few, many, again = (
-            _seconds(Path(folder), *of, dtype)
-            for of in ((FEW, "off"), (MANY, "off"), (MANY, "full"))
-        )
-        base = _seconds(Path(folder), FEW, "full", dtype)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        few = _seconds(folder, FEW, "off", dtype)
+        many = _seconds(folder, MANY, "off", dtype)
+        few_again = _seconds(folder, FEW, "full", dtype)
+        many_again = _seconds(folder, MANY, "full", dtype)
     layers = MANY - FEW
+    # Forward and backward of one layer; two noisy times may even differ the wrong way.
     both = max((many - few) / layers, 1e-9)
-    forward = min(max(((again - base) - (many - few)) / layers, 0.1 * both), 0.9 * both)
+    # With recomputation a layer costs its forward a second time.
+    forward = ((many_again - few_again) - (many - few)) / layers
+    # Noise may not leave forward or backward less than a tenth of both.
+    forward = min(max(forward, 0.1 * both), 0.9 * both)
     return {
         "layer_forward_s": forward,
         "layer_backward_s": both - forward,
@@ -58,11 +62,13 @@ def layer_overhead(dtype: str) -> dict[str, float]:
 
 
 def _seconds(folder: Path, num_layers: int, recompute: str, dtype: str) -> float:
-    """Median of a step with one microbatch of four tokens."""
+    """Median time of a step with one microbatch of four tokens, on the slowest rank."""
+    # An architecture without weights, which are drawn.
     path = folder / f"{num_layers}.yaml"
     path.write_text(OmegaConf.to_yaml(OmegaConf.create({**TINY, "num_hidden_layers": num_layers})))
     config = RunConfig(
         model=ModelConfig(path=str(path), dtype=dtype),  # pyright: ignore[reportArgumentType]
+        # Five tokens give four predictions.
         data=DataConfig(train="random", max_length=5),
         parallel=ParallelConfig(),
         lora=LoRAConfig(rank=2),
@@ -73,6 +79,7 @@ def _seconds(folder: Path, num_layers: int, recompute: str, dtype: str) -> float
         ),
     )
     with training(config, BenchOptions(weights="random")) as run:
+        # The first two steps check gradients, and the first one's kernels compile.
         for number in range(3):
             one_step(run, number)
         seconds, _ = timed_steps(run, 3, STEPS)

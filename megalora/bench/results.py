@@ -1,5 +1,7 @@
-"""Rows of a benchmark as a table to read and as files: ``results.csv``, ``results.json`` and
-``layouts.png``. What failed is in all."""
+"""Report a benchmark: a table to read, ``results.csv``, ``results.json`` and ``layouts.png``.
+
+Layouts that failed are in all of them.
+"""
 
 import csv
 from collections.abc import Sequence
@@ -7,7 +9,7 @@ from pathlib import Path
 
 from megalora.bench.figure import draw
 from megalora.bench.flops import FORMULA
-from megalora.bench.rows import PARTS, Measured, Row, load_rows, save_rows
+from megalora.bench.rows import PARTS, Measured, Row, fastest_first, load_rows, save_rows
 from megalora.config.checks import require
 
 GIB = 2**30
@@ -15,162 +17,224 @@ COLUMNS = (
     "layout", "status", "tokens/s/GPU", "TFLOP/s", "step ms", "predicted ms", "error %", "peak GiB",
     "predicted GiB", "error %",
 )  # fmt: skip
+"""Heads of the first table."""
+MAX_STATUS = 60
+"""Characters of a status in the table; an error message may be far longer."""
+MEASURED_COLUMNS = (
+    "num_ranks", "device", "routing", "weights", "step_seconds", "step_seconds_min",
+    "step_seconds_max", "tokens_per_second_per_gpu", "model_tflops", "hardware_tflops",
+    "imbalance", "imbalance_worst", "marked_step_seconds",
+)  # fmt: skip
+"""Fields of ``Measured`` that the CSV has under their own names."""
 
 
 def write_results(rows: Sequence[Row], out: Path) -> dict[str, Path]:
-    """Write all three into the folder ``out``; their paths by the kind ``csv``, ``json``, ``png``.
+    """Write the three files into the folder ``out``.
 
-    The table and the picture show these rows; ``results.json`` keeps what else was measured into
-    it. Raises ``ValueError`` without rows.
+    The CSV and the picture show these rows; ``results.json`` also keeps the rows that were
+    measured into it before.
+
+    Returns:
+        The paths by the kind ``csv``, ``json``, ``png``.
+    Raises:
+        ValueError: there are no rows.
     """
     require(bool(rows), "there is no row to report: no layout was given")
     out.mkdir(parents=True, exist_ok=True)
     paths = {"csv": out / "results.csv", "json": out / "results.json", "png": out / "layouts.png"}
-    save_rows(
-        list(
-            (
-                {row.key: row for row in load_rows(paths["json"])} | {row.key: row for row in rows}
-            ).values()
-        ),
-        paths["json"],
-    )
+    _merge_into(paths["json"], rows)
     with paths["csv"].open("w", newline="") as file:
-        written = [_flat(row) for row in rows]
-        writer = csv.DictWriter(file, fieldnames=list(written[0]))
+        writer = csv.DictWriter(file, fieldnames=_csv_columns())
         writer.writeheader()
-        writer.writerows(written)
+        for row in rows:
+            writer.writerow(_csv_row(row))
     draw(rows, paths["png"])
     return paths
 
 
+def _merge_into(path: Path, rows: Sequence[Row]) -> None:
+    """Replace the rows of ``path`` that have the same key, and add the others at the end."""
+    by_key: dict[str, Row] = {}
+    for row in [*load_rows(path), *rows]:
+        by_key[row.key] = row
+    save_rows(list(by_key.values()), path)
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Two tables with the same layouts, the best first: speed and memory against prediction, and
-    where a step's time goes."""
-    rows = sorted(
-        rows, key=lambda row: -row.measured.tokens_per_second_per_gpu if row.measured else 0
-    )
-    parts = [
-        name for name in PARTS if any(row.measured and row.measured.parts[name] for row in rows)
-    ]
-    lines = [*_header(rows), "", *_aligned([list(COLUMNS), *(_cells(row) for row in rows)])]
-    if done := [row for row in rows if row.measured]:
-        head = [
-            "ms of a step, slowest stage",
-            *parts,
-            "bare step",
-            "timed step",
-            "imbalance",
-            "worst",
-        ]
-        lines += ["", *_aligned([head, *(_part_cells(row, parts) for row in done)])]
+    """Two tables of the same layouts, the fastest first, then the errors of those that failed.
+
+    The first compares speed and memory with the prediction, the second shows where the time of a
+    step goes.
+    """
+    rows = fastest_first(rows)
+    first: list[list[str]] = [list(COLUMNS)]
+    for row in rows:
+        first.append(_cells(row))
+    # Layout and status are texts, the rest numbers.
+    lines = [*_header(rows), "", *_aligned(first, num_texts=2)]
+    done = [row for row in rows if row.measured]
+    if done:
+        lines += ["", *_part_table(done)]
+    # A layout that was refused has no log: no process was started for it.
     failed = [row for row in rows if not row.ok and row.log]
-    lines += (
-        ["", *(f"{row.layout}\n  {row.status}\n  see {row.log}" for row in failed)]
-        if failed
-        else []
-    )
+    if failed:
+        lines.append("")
+    for row in failed:
+        lines.append(f"{row.layout}\n  {row.status}\n  see {row.log}")
     return "\n".join(lines)
 
 
 def _header(rows: Sequence[Row]) -> list[str]:
-    """What all of it rests on."""
+    """The machines, the work and the formula that the numbers below are to be read with."""
     found = [row.measured for row in rows if row.measured]
     bases = sorted({row.predicted.basis for row in rows if row.predicted})
-    lines = [f"predicted from {basis}" for basis in bases]
-    on = dict.fromkeys(
-        f"{m.num_ranks} x {m.device};"
-        f" {', '.join(f'{name} {version}' for name, version in m.versions.items())}"
-        for m in found
+    predicted_from = [f"predicted from {basis}" for basis in bases]
+    if not found:
+        return predicted_from
+    lines: list[str] = []
+    for m in found:
+        versions = [f"{name} {version}" for name, version in m.versions.items()]
+        machine = f"{m.num_ranks} x {m.device}; {', '.join(versions)}"
+        # Rows of an earlier run may come from another version, which then is a line of its own.
+        if machine not in lines:
+            lines.append(machine)
+    # The work is the same in all rows, so the first one says it.
+    m = found[0]
+    lines.append(
+        f"{m.global_batch_size} samples of {m.sequence_length + 1} tokens a step ({m.tokens}),"
+        f" {m.weights} weights, {m.routing} routing; peak memory: {m.memory_from}"
     )
-    for m in found[:1]:
-        lines = [
-            *on,
-            (
-                f"{m.global_batch_size} samples of {m.sequence_length + 1} tokens a step"
-                f" ({m.tokens}), {m.weights} weights, {m.routing} routing; peak memory:"
-                f" {m.memory_from}"
-            ),
-            f"TFLOP/s per GPU by {FORMULA}; nothing counted twice where it is recomputed",
-            *lines,
-        ]
-    return lines
+    lines.append(f"TFLOP/s per GPU by {FORMULA}; nothing counted twice where it is recomputed")
+    return [*lines, *predicted_from]
 
 
 def _cells(row: Row) -> list[str]:
+    """A row of the first table, in the order of ``COLUMNS``; a dash where nothing is known."""
+    speed = tflops = step = peak = "-"
+    predicted_step = predicted_peak = "-"
+    step_error = peak_error = "-"
     m = row.measured
     p = row.predicted
-    peak = max(m.peak_bytes) if m else None
-    status = row.status if len(row.status) <= 60 else row.status[:57] + "..."
+    if m is not None:
+        speed = f"{m.tokens_per_second_per_gpu:,.0f}"
+        tflops = _short(m.model_tflops)
+        step = _milliseconds(m.step_seconds)
+        # Memory has to suffice on the fullest rank.
+        peak = _short(max(m.peak_bytes) / GIB)
+    if p is not None:
+        predicted_step = _milliseconds(p.step_seconds)
+        predicted_peak = _short(p.peak_bytes / GIB)
+    if m is not None and p is not None:
+        step_error = _error(p.step_seconds, m.step_seconds)
+        peak_error = _error(p.peak_bytes, max(m.peak_bytes))
+    status = row.status
+    if len(status) > MAX_STATUS:
+        status = status[: MAX_STATUS - 3] + "..."
     return [
-        row.layout,
-        status,
-        f"{m.tokens_per_second_per_gpu:,.0f}" if m else "-",
-        _short(m.model_tflops) if m else "-",
-        f"{m.step_seconds * 1e3:,.1f}" if m else "-",
-        f"{p.step_seconds * 1e3:,.1f}" if p else "-",
-        _error(p.step_seconds if p else None, m.step_seconds if m else None),
-        _short(peak / GIB) if peak else "-",
-        _short(p.peak_bytes / GIB) if p else "-",
-        _error(p.peak_bytes if p else None, peak),
-    ]
+        row.layout, status, speed, tflops, step, predicted_step, step_error, peak, predicted_peak,
+        peak_error,
+    ]  # fmt: skip
+
+
+def _part_table(rows: Sequence[Row]) -> list[str]:
+    """Where the time of a step goes, for rows that were measured."""
+    parts = [name for name in PARTS if _takes_time(name, rows)]
+    head = ["ms of a step, slowest stage", *parts, "bare step", "timed step", "imbalance", "worst"]
+    cells = [head]
+    for row in rows:
+        cells.append(_part_cells(row, parts))
+    return _aligned(cells, num_texts=1)
+
+
+def _takes_time(part: str, rows: Sequence[Row]) -> bool:
+    """Whether any layout spends time in a part: a dense model has no experts, for example."""
+    return any(row.measured and row.measured.parts[part] for row in rows)
 
 
 def _part_cells(row: Row, parts: Sequence[str]) -> list[str]:
     m = row.measured
     assert m is not None
-    uneven = [
-        "-" if value is None else f"{value:.3f}" for value in (m.imbalance, m.imbalance_worst)
-    ]
-    times = [m.parts[name] for name in parts] + [m.step_seconds, m.marked_step_seconds]
-    return [row.layout, *(f"{seconds * 1e3:,.1f}" for seconds in times), *uneven]
+    cells = [row.layout]
+    for name in parts:
+        cells.append(_milliseconds(m.parts[name]))
+    cells.append(_milliseconds(m.step_seconds))
+    cells.append(_milliseconds(m.marked_step_seconds))
+    for value in (m.imbalance, m.imbalance_worst):
+        # None without expert parallelism: there is nothing to be uneven between.
+        cells.append("-" if value is None else f"{value:.3f}")
+    return cells
 
 
-def _error(predicted: float | None, measured: float | None) -> str:
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f}"
+
+
+def _error(predicted: float, measured: float) -> str:
     """In percent of what was measured; above zero where too much was predicted."""
-    return f"{100 * (predicted / measured - 1):+.1f}" if predicted is not None and measured else "-"
+    if not measured:
+        return "-"
+    return f"{100 * (predicted / measured - 1):+.1f}"
 
 
 def _short(value: float) -> str:
+    """Two decimals, or three significant digits of a number below one."""
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
-def _aligned(cells: list[list[str]]) -> list[str]:
-    """The first two columns from the left, numbers from the right; a line under the first row."""
-    texts = 2 if cells[0][:2] == list(COLUMNS[:2]) else 1
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i < texts else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+def _aligned(rows: list[list[str]], num_texts: int) -> list[str]:
+    """Lines of a table with a rule under its head.
+
+    Args:
+        rows: cells, the head first.
+        num_texts: so many columns are texts, which start at the left; numbers end at the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = []
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            cells.append(cell.ljust(width) if i < num_texts else cell.rjust(width))
+        lines.append("  ".join(cells).rstrip())
+    rule = "-" * max(map(len, lines))
+    return [lines[0], rule, *lines[1:]]
 
 
-def _flat(row: Row) -> dict[str, object]:
-    """One line of the CSV; times in seconds, memory in bytes, empty where nothing is known."""
-    m = row.measured
-    p = row.predicted
-    peak = max(m.peak_bytes) if m else None
-    names: tuple[str, ...] = (
-        "num_ranks", "device", "routing", "weights", "step_seconds", "step_seconds_min",
-        "step_seconds_max",
-        "tokens_per_second_per_gpu", "model_tflops", "hardware_tflops", "imbalance",
-        "imbalance_worst", "marked_step_seconds",
-    )  # fmt: skip
-    flat: dict[str, object] = {"layout": row.layout, "status": row.status}
-    flat |= {name: getattr(m, name) if m else None for name in names}
-    flat |= {"predicted_step_seconds": p.step_seconds if p else None, "peak_bytes": peak}
-    flat |= {
-        "reserved_bytes": _most_reserved(m),
-        "predicted_peak_bytes": p.peak_bytes if p else None,
-    }
+def _csv_columns() -> list[str]:
+    """Heads of the CSV. Times are in seconds, memory in bytes."""
+    columns = ["layout", "status", *MEASURED_COLUMNS]
+    columns += ["predicted_step_seconds", "peak_bytes", "reserved_bytes", "predicted_peak_bytes"]
     for name in PARTS:
-        flat[f"{name}_seconds"] = m.parts[name] if m else None
-        flat[f"predicted_{name}_seconds"] = p.parts.get(name) if p else None
-    return flat | {"prediction_basis": p.basis if p else None, "log": row.log}
+        columns += [f"{name}_seconds", f"predicted_{name}_seconds"]
+    return [*columns, "prediction_basis", "log"]
 
 
-def _most_reserved(m: Measured | None) -> int | None:
-    return max(m.reserved_bytes) if m and m.reserved_bytes else None
+def _csv_row(row: Row) -> dict[str, object]:
+    """A line of the CSV by its heads; ``DictWriter`` leaves empty what is not in it."""
+    cells: dict[str, object] = {"layout": row.layout, "status": row.status, "log": row.log}
+    m = row.measured
+    if m is not None:
+        for name in MEASURED_COLUMNS:
+            cells[name] = getattr(m, name)
+        cells |= _memory_cells(m)
+        for name in PARTS:
+            cells[f"{name}_seconds"] = m.parts[name]
+    p = row.predicted
+    if p is not None:
+        cells |= {
+            "predicted_step_seconds": p.step_seconds,
+            "predicted_peak_bytes": p.peak_bytes,
+            "prediction_basis": p.basis,
+        }
+        # Results of an earlier version may lack a part.
+        for name in PARTS:
+            cells[f"predicted_{name}_seconds"] = p.parts.get(name)
+    return cells
+
+
+def _memory_cells(m: Measured) -> dict[str, object]:
+    """Peaks of the fullest rank."""
+    cells: dict[str, object] = {"peak_bytes": max(m.peak_bytes)}
+    # Only a GPU has a caching allocator, which reserves more than it hands out.
+    if m.reserved_bytes:
+        cells["reserved_bytes"] = max(m.reserved_bytes)
+    return cells

@@ -1,10 +1,11 @@
-"""Forces a router's choice to be even, and counts the rows each rank's experts got.
+"""Force a router's choice to be even, and count the rows that each rank's experts get.
 
 Megatron's own ``moe_router_force_load_balancing`` draws random logits: even on average only, and
 drawn anew when a layer is recomputed, whose backward would then find other rows than its forward
 had.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,18 +22,18 @@ def even_experts(num_tokens: int, num_experts: int, top_k: int, ep: int, source:
     """``[num_tokens, top_k]`` int64: experts in turn, first over ranks, then over those of a rank.
 
     Every rank of ``ep`` gets as many rows as any other, and every expert as any other, or one more.
-    ``source`` numbers ranks with tokens of their own: each goes on where the one before it ended,
+    ``source`` numbers ranks with tokens of their own: each continues where the one before it ended,
     so that remainders do not pile up.
     """
     turn = torch.arange(num_tokens * top_k) + source * num_tokens * top_k
-    return ((turn % ep) * (num_experts // ep) + (turn // ep) % (num_experts // ep)).view(
-        num_tokens, top_k
-    )
+    # Expert e belongs to rank e // per_rank. With 8 experts on 2 ranks: 0, 4, 1, 5, 2, 6, 3, 7.
+    per_rank = num_experts // ep
+    experts = (turn % ep) * per_rank + (turn // ep) % per_rank
+    return experts.view(num_tokens, top_k)
 
 
 class EvenRouter(nn.Module):
-    """A router that still computes its logits and, from those of the chosen experts, their weights;
-    only the choice is not its own.
+    """A router that computes logits and weights as its base does, but whose choice is even.
 
     Works inside ``RouterLoRA`` and in recomputed layers: the choice depends on the number of tokens
     alone.
@@ -50,10 +51,10 @@ class EvenRouter(nn.Module):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits ``[S/t, B, E]``; what ``TopKRouter.routing`` returns."""
+        # The base router takes the top k of what is left, and computes weights from their logits.
         chosen = self._chosen_of(logits)
-        return self.base.routing(
-            logits.masked_fill(~chosen, float("-inf")), padding_mask=padding_mask
-        )
+        masked = logits.masked_fill(~chosen, float("-inf"))
+        return self.base.routing(masked, padding_mask=padding_mask)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.routing(self.gating(x), padding_mask=padding_mask)
@@ -62,17 +63,13 @@ class EvenRouter(nn.Module):
         """Bool ``[S/t, B, E]``, made once: in a benchmark every microbatch is as long as the
         next."""
         if self._chosen is None or self._chosen.shape != logits.shape:
+            num_tokens = logits.shape[:-1].numel()
             num_experts = logits.shape[-1]
-            experts = even_experts(
-                logits.shape[:-1].numel(),
-                num_experts,
-                self.base.config.moe_router_topk,
-                self.ep,
-                self.source,
-            )
-            chosen = torch.zeros(experts.shape[0], num_experts, dtype=torch.bool).scatter_(
-                1, experts, True
-            )
+            top_k = self.base.config.moe_router_topk
+            experts = even_experts(num_tokens, num_experts, top_k, self.ep, self.source)
+            # [tokens, E], true at each token's k experts.
+            chosen = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
+            chosen.scatter_(1, experts, True)
             self._chosen = chosen.view(logits.shape).to(logits.device)
         return self._chosen
 
@@ -80,6 +77,7 @@ class EvenRouter(nn.Module):
 def make_even(chunks: Sequence[Any], groups: Groups) -> None:
     """Replace the choice of every router of this rank's chunks, adapters already in, layers wrapped
     or not; in place."""
+    # Every rank of the expert grid brings tokens of its own.
     source = groups.ep.rank() * groups.etp.size() + groups.etp.rank()
     for mlp in moe_layers(chunks):
         if isinstance(mlp.router, RouterLoRA):
@@ -89,14 +87,20 @@ def make_even(chunks: Sequence[Any], groups: Groups) -> None:
 
 
 def moe_layers(chunks: Sequence[Any]) -> list[Any]:
-    layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
-    mlps = [(layer.module if isinstance(layer, Recomputed) else layer).mlp for layer in layers]
-    return [mlp for mlp in mlps if hasattr(mlp, "experts")]
+    """MoE layers of this rank's chunks, without the wrappers that recompute a layer."""
+    found = []
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            inner: Any = layer.module if isinstance(layer, Recomputed) else layer
+            # A dense layer's MLP has no experts.
+            if hasattr(inner.mlp, "experts"):
+                found.append(inner.mlp)
+    return found
 
 
 def count_rows(chunks: Sequence[Any], groups: Groups) -> Callable[[], tuple[float, float] | None]:
-    """Count what arrives at this rank's experts from now on; the call returned says how uneven that
-    was.
+    """Count the rows of this rank's experts from now on; the call returned says how uneven they
+    were.
 
     Returns:
         (mean, largest) over layers and microbatches of the fullest expert-parallel rank's rows over
@@ -106,7 +110,8 @@ def count_rows(chunks: Sequence[Any], groups: Groups) -> Callable[[], tuple[floa
     rows: list[int] = []
 
     def count(_: nn.Module, args: tuple[Any, ...]) -> None:
-        rows.append(args[0].shape[0])  # known to the host, so nothing waits
+        # A shape is known to the host, so that nothing waits for the device.
+        rows.append(args[0].shape[0])
 
     if groups.ep.size() > 1:
         for mlp in moe_layers(chunks):
@@ -115,15 +120,21 @@ def count_rows(chunks: Sequence[Any], groups: Groups) -> Callable[[], tuple[floa
     def imbalance() -> tuple[float, float] | None:
         if groups.ep.size() == 1:
             return None
-        found: list[Any] = [None] * groups.ep.size()
-        dist.all_gather_object(found, rows, group=groups.ep)
-        # A rank that got nothing at all still counts; a call in which nobody did has no ratio.
-        ratios = [
-            max(call) * len(call) / sum(call) for call in zip(*found, strict=True) if sum(call)
-        ]
+        rows_of_rank: list[Any] = [None] * groups.ep.size()
+        dist.all_gather_object(rows_of_rank, rows, group=groups.ep)
+        ratios: list[float] = []
+        # One call of a layer, with its rows on each expert-parallel rank.
+        for call in zip(*rows_of_rank, strict=True):
+            # A rank that got no rows still counts; a call in which no rank got any has no ratio.
+            if sum(call):
+                mean = sum(call) / len(call)
+                ratios.append(max(call) / mean)
+        # Other pipeline stages have other layers, other replicas other tokens.
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, ratios)
-        flat = [ratio for part in everywhere for ratio in part]
-        return (sum(flat) / len(flat), max(flat)) if flat else None
+        flat = list(itertools.chain.from_iterable(everywhere))
+        if not flat:
+            return None
+        return sum(flat) / len(flat), max(flat)
 
     return imbalance

@@ -1,12 +1,11 @@
-"""What a benchmark of layouts finds: one row for each layout, whether it ran or not, and the files
-they lie in."""
+"""Define and store the results of a benchmark: one row per layout, whether it ran or not."""
 
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megalora.config.checks import require
 
@@ -43,7 +42,7 @@ class BenchOptions:
     routing: Routing = "balanced"
     """balanced: every expert gets as many rows as any other. natural: as the router says."""
     weights: Weights = "auto"
-    """Of the base: real, random, or real where ``model.path`` is a folder that has them."""
+    """The base's weights: real, random, or (auto) real where ``model.path`` holds them."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"--steps must be at least 1, got {self.steps}")
@@ -51,11 +50,10 @@ class BenchOptions:
             self.warmup >= 2,
             f"--warmup must be at least 2, got {self.warmup}: the first two steps check gradients",
         )
-        for name, values in (
-            ("routing", ("balanced", "natural")),
-            ("weights", ("auto", "random", "real")),
-        ):
+        # The types are literals, but nothing checks those when a command line is read.
+        for name, kind in (("routing", Routing), ("weights", Weights)):
             value = getattr(self, name)
+            values = get_args(kind)
             require(value in values, f"--{name} must be one of {', '.join(values)}, got {value!r}")
 
 
@@ -70,7 +68,7 @@ class Measured:
     weights: str
     """real or random."""
     tokens: str
-    """Where they come from: the data file, or random."""
+    """Origin of the tokens: the data file, or random."""
     sequence_length: int
     """Positions a sample is computed for: ``data.max_length - 1``, as its last token is only
     predicted."""
@@ -82,31 +80,31 @@ class Measured:
     tokens_per_second_per_gpu: float
     """As training's log counts: ``data.max_length`` for every sample."""
     model_tflops: float
-    """Per second and GPU, by the formula in ``flops.py``."""
+    """TFLOP per second and GPU, by the formula in ``flops.py``."""
     hardware_tflops: float
     """The same with what is recomputed."""
     parts: dict[str, float]
-    """Of the pipeline stage that computes longest, a mean over its ranks; adds up to nearly
-    ``marked_step_seconds``."""
+    """Seconds per part on the pipeline stage that computes longest, a mean over its ranks; they add
+    up to nearly ``marked_step_seconds``."""
     slowest_stage: int
     parts_mean: dict[str, float]
     """Over all ranks."""
     parts_per_rank: list[dict[str, float]]
     marked_step_seconds: float
-    """A step with every part's beginning noted, slowest rank: what it is above ``step_seconds`` is
-    the noting."""
+    """A step with every part timed, on the slowest rank; the excess over ``step_seconds`` is what
+    the timing costs."""
     stages: list[int]
     peak_bytes: list[int]
     reserved_bytes: list[int] | None
-    """What the caching allocator held for them; None without a GPU."""
+    """Peak bytes that the caching allocator held per rank; None without a GPU."""
     memory_from: str
-    """allocator, or live tensors: of one step more, on the CPU."""
+    """What counted the memory: allocator, or live tensors (on the CPU, in one more step)."""
     imbalance: float | None
     """Rows of the fullest expert-parallel rank over the mean, averaged over layers and
     microbatches; None without EP."""
     imbalance_worst: float | None
     loss: float
-    """Of the last timed step."""
+    """Loss of the last timed step."""
     device: str
     versions: dict[str, str | None]
 
@@ -117,11 +115,11 @@ class Predicted:
 
     step_seconds: float
     peak_bytes: int
-    """Of a rank of the fullest stage."""
+    """Peak memory of a rank of the fullest stage."""
     parts: dict[str, float]
-    """Seconds by the names of ``PARTS``; none missing, so that they add up."""
+    """Seconds by the names of ``PARTS``; none is missing, so that they add up."""
     basis: str
-    """What the prediction rests on."""
+    """Machine and source of the rates that the prediction uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +127,14 @@ class Row:
     """One layout's outcome."""
 
     key: str
-    """A hash, the same for the same measurement: layout, options and config."""
+    """Hash of layout, options, config, versions and ranks: equal for the same measurement."""
     layout: str
     status: str
     """ok, out of memory, timed out, ``refused: why`` or ``failed: last error``."""
     log: str
-    """File with all that the ranks said, from the results' folder; empty where none was started."""
+    """File with the ranks' output, relative to the results' folder; empty if none was started."""
     seconds: float
-    """From start to end, loading included."""
+    """Seconds from start to end, loading included."""
     measured: Measured | None = None
     predicted: Predicted | None = None
 
@@ -145,14 +143,26 @@ class Row:
         return self.status == OK
 
 
+def fastest_first(rows: Sequence[Row]) -> list[Row]:
+    """Rows by their speed; those without a measurement come last."""
+
+    def speed(row: Row) -> float:
+        return row.measured.tokens_per_second_per_gpu if row.measured else 0
+
+    return sorted(rows, key=speed, reverse=True)
+
+
 def save_rows(rows: Sequence[Row], path: Path) -> None:
-    """As JSON."""
+    """Write rows as JSON."""
     write_json({"rows": [asdict(row) for row in rows]}, path)
 
 
 def load_rows(path: Path) -> list[Row]:
-    """What ``save_rows`` wrote; none where there is no file. Raises ``ValueError`` for a file of
-    another kind."""
+    """Read what ``save_rows`` wrote; a missing file holds no rows.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     if not path.exists():
         return []
     try:
@@ -169,18 +179,19 @@ def load_measured(path: Path) -> Measured:
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Whole or not at all: a reader never sees half a file, and a crash leaves the old one."""
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Renaming within a folder is atomic: a reader never sees half a file, and a crash leaves the
+    # old one. The process id keeps two writers apart.
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(content, indent=1) + "\n")
     beside.replace(path)
 
 
 def _row(fields: dict[str, Any]) -> Row:
-    measured = fields.pop("measured")
-    predicted = fields.pop("predicted")
-    return Row(
-        **fields,
-        measured=Measured(**measured) if measured else None,
-        predicted=Predicted(**predicted) if predicted else None,
-    )
+    """A row from its JSON. ``asdict`` turned what is nested into plain dicts, too."""
+    if fields["measured"]:
+        fields["measured"] = Measured(**fields["measured"])
+    if fields["predicted"]:
+        fields["predicted"] = Predicted(**fields["predicted"])
+    return Row(**fields)

@@ -1,7 +1,8 @@
-"""Runs layouts one after the other, each in processes of its own: one that fails costs its row, not
-the others.
+"""Run layouts one after the other, each in processes of its own, so that one that fails costs only
+its own row.
 
-``results.json`` is complete after every row, so a benchmark that was stopped goes on where it was.
+``results.json`` is complete after every row, so a benchmark that was stopped continues where it
+was.
 """
 
 import difflib
@@ -39,67 +40,72 @@ RESULTS = "results.json"
 
 
 def parse_layout(text: str, num_ranks: int, config: RunConfig) -> ParallelLayout:
-    """A layout such as ``tp=2,ep=4,micro=2,recompute=full``; what it does not name is as ``config``
-    has it.
+    """Read a layout such as ``tp=2,ep=4,micro=2,recompute=full``; what it does not name is taken
+    from ``config``.
 
     Raises:
-        ValueError: an unknown or doubled key, a value that is none, or grids that ``num_ranks``
-            ranks do not fill.
+        ValueError: a key is unknown or given twice, a value is not valid, or ``num_ranks`` ranks do
+            not fill the grids.
     """
-    p = config.parallel
-    train = config.train
-    values: dict[str, int | str] = {name: getattr(p, name) for name in SIZES}
-    values |= {"micro": train.micro_batch_size, "recompute": train.recompute}
-    named: set[str] = set()
-    for item in text.split(","):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        require(
-            bool(equals),
-            f"layout {text!r}: {item.strip()!r} is not of the form key=value, as in"
-            " tp=2,ep=4,micro=2",
-        )
-        if key not in KEYS:
-            close = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(KEYS)}"
-            raise ValueError(f"layout {text!r}: unknown key {key!r}; {hint}")
-        require(key not in named, f"layout {text!r}: {key} is given twice")
-        named.add(key)
-        if key == "recompute":
+    sizes: dict[str, int] = {}
+    for name in SIZES:
+        sizes[name] = getattr(config.parallel, name)
+    sizes["micro"] = config.train.micro_batch_size
+    recompute: str = config.train.recompute
+    try:
+        named = _named_values(text)
+        if "recompute" in named:
+            recompute = named.pop("recompute")
             require(
-                value in LEVELS,
-                f"layout {text!r}: recompute must be one of {', '.join(LEVELS)}, got {value!r}",
+                recompute in LEVELS,
+                f"recompute must be one of {', '.join(LEVELS)}, got {recompute!r}",
             )
-        else:
+        for key, value in named.items():
             require(
                 value.isdigit() and int(value) > 0,
-                f"layout {text!r}: {key} must be a number of at least 1, got {value!r}",
+                f"{key} must be a number of at least 1, got {value!r}",
             )
-        values[key] = value if key == "recompute" else int(value)
-    micro = values.pop("micro")
-    recompute = values.pop("recompute")
-    try:
-        parallel = ParallelConfig(**{name: int(v) for name, v in values.items()})
+            sizes[key] = int(value)
+        micro = sizes.pop("micro")
         return ParallelLayout(
-            parallel=parallel,
+            parallel=ParallelConfig(**sizes),
             num_ranks=num_ranks,
-            micro_batch_size=int(micro),
+            micro_batch_size=micro,
             recompute=recompute,  # pyright: ignore[reportArgumentType]
         )
     except ValueError as error:
         raise ValueError(f"layout {text!r}: {error}") from None
 
 
+def _named_values(text: str) -> dict[str, str]:
+    """Values by key of ``key=value,key=value``; raises ``ValueError`` for a key that is unknown or
+    given twice."""
+    named: dict[str, str] = {}
+    for item in text.split(","):
+        key, equals, value = item.partition("=")
+        key = key.strip()
+        require(
+            bool(equals),
+            f"{item.strip()!r} is not of the form key=value, as in tp=2,ep=4,micro=2",
+        )
+        if key not in KEYS:
+            close = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(KEYS)}"
+            raise ValueError(f"unknown key {key!r}; {hint}")
+        require(key not in named, f"{key} is given twice")
+        named[key] = value.strip()
+    return named
+
+
 def layout_overrides(layout: ParallelLayout) -> list[str]:
-    """The layout as ``section.key=value``, every key named; in quotes where YAML would read a word
-    as a truth value (off)."""
-    sizes = [
-        f"parallel.{f.name}={getattr(layout.parallel, f.name)}" for f in fields(layout.parallel)
-    ]
-    return [
-        *sizes,
-        f"train.micro_batch_size={layout.micro_batch_size}",
-        f"train.recompute='{layout.recompute}'",
-    ]
+    """The layout as ``section.key=value``, every key named."""
+    overrides = []
+    for field in fields(layout.parallel):
+        overrides.append(f"parallel.{field.name}={getattr(layout.parallel, field.name)}")
+    overrides.append(f"train.micro_batch_size={layout.micro_batch_size}")
+    # In quotes, because YAML reads a bare ``off`` as false.
+    overrides.append(f"train.recompute='{layout.recompute}'")
+    return overrides
 
 
 @dataclass(frozen=True)
@@ -111,15 +117,17 @@ class _Case:
     config: RunConfig
     key: str
     refusal: str | None
-    """Why ranks would refuse at once; then none are started, and nothing is predicted."""
+    """Reason for which ranks would refuse it at once; then none are started."""
     predicted: Predicted | None
+    """What the planner says; None for a layout that is refused."""
 
     @property
     def name(self) -> str:
-        """Of its files: readable, and by the key never another's."""
+        """Name of its files: readable, and unique by the beginning of the key."""
         p = self.layout.parallel
-        sizes = "-".join(f"{name}{getattr(p, name)}" for name in SIZES)
-        return f"{sizes}-micro{self.layout.micro_batch_size}-{self.layout.recompute}-{self.key[:8]}"
+        words = [f"{name}{getattr(p, name)}" for name in SIZES]
+        words += [f"micro{self.layout.micro_batch_size}", self.layout.recompute, self.key[:8]]
+        return "-".join(words)
 
 
 def run_layouts(
@@ -134,53 +142,52 @@ def run_layouts(
     timeout_s: float = 1800,
     say: Callable[[str], None] = print,
 ) -> list[Row]:
-    """Measure every layout, in order; one row for each, in that order, failed ones among them.
+    """Measure every layout, in order; returns a row for each, failed ones among them.
 
     Args:
         overrides: ``section.key=value`` for every layout; the layouts' own come after them.
-        num_ranks: over all nodes.
-        out: gets ``results.json`` (every row ever measured into it), ``logs`` and ``measured``; on
-            several nodes the same folder.
-        predict: what the planner says of an effective config on a number of ranks; asked of all
-            layouts before the first runs.
-        timeout_s: for one layout, loading included; then all its processes are killed.
+        num_ranks: ranks on all nodes together.
+        out: folder for ``results.json`` (every row ever measured into it), ``logs`` and
+            ``measured``, shared by all nodes. Node 0 writes it; only its rows have measurements.
+        predict: what the planner says of an effective config on a number of ranks.
+        timeout_s: limit for one layout, loading included; then all its processes are killed.
         say: called with a line for every layout as it begins and ends.
-
-    Of several nodes only node 0 writes results, and only its rows have what was measured.
-
     Raises:
         ValueError: config or layouts that cannot be read, or an ``out`` with other content.
     """
     options = options or BenchOptions()
     nodes = Nodes.of(os.environ)
     out = out.resolve()
-    cases = [
-        _case(config_path, overrides, layout, num_ranks, options, predict) for layout in layouts
-    ]
-    # once: every node must decide alike what is left to run
+    # All predictions come first: a mistake in the last layout shows before the first one runs.
+    cases = [_case(config_path, overrides, one, num_ranks, options, predict) for one in layouts]
+    # Read once, because every node must decide alike what is left to run.
     known = {row.key: row for row in load_rows(out / RESULTS)}
+    # What failed is tried again.
     earlier = {key for key, row in known.items() if row.ok}
     for number, case in enumerate(cases, 1):
+        which = f"[{number}/{len(cases)}]"
         if case.key in earlier:
-            known[case.key] = replace(known[case.key], predicted=case.predicted)
-            say(f"[{number}/{len(cases)}] {case.layout}: measured before")
+            say(f"{which} {case.layout}: measured before")
+            # The planner may say something else by now.
+            row = replace(known[case.key], predicted=case.predicted)
         else:
-            say(f"[{number}/{len(cases)}] {case.layout}")
-            known[case.key] = row = _run(case, config_path, out, nodes, options, timeout_s)
-            say(f"[{number}/{len(cases)}] {row.status} after {row.seconds:.0f} s{_speed(row)}")
+            say(f"{which} {case.layout}")
+            row = _run(case, config_path, out, nodes, options, timeout_s)
+            say(f"{which} {row.status} after {row.seconds:.0f} s{_speed(row)}")
+        known[case.key] = row
+        # After every row, so that a benchmark which is stopped here keeps what it has.
         if nodes.writes:
             save_rows(list(known.values()), out / RESULTS)
     return [known[case.key] for case in cases]
 
 
 def _speed(row: Row) -> str:
+    """Speed and memory behind a row's status; nothing for one without a measurement."""
     m = row.measured
-    return (
-        f": {m.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, peak"
-        f" {max(m.peak_bytes) / 2**30:.2f} GiB"
-        if m
-        else ""
-    )
+    if m is None:
+        return ""
+    peak_gib = max(m.peak_bytes) / 2**30
+    return f": {m.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, peak {peak_gib:.2f} GiB"
 
 
 def _case(
@@ -191,25 +198,28 @@ def _case(
     options: BenchOptions,
     predict: Callable[[RunConfig, int], Predicted | None],
 ) -> _Case:
+    """A layout with its effective config, its key, and what can be said of it without ranks."""
     require(
         layout.num_ranks == num_ranks,
         f"{layout} is for {layout.num_ranks} ranks, not for {num_ranks}",
     )
     everything = [*overrides, *layout_overrides(layout)]
     config = load_config(config_path, everything)
-    content = {
-        name: value for name, value in asdict(config).items() if name not in ("checkpoint", "log")
-    }
-    # Of another version or commit nothing measured before is taken over; of another machine it is,
-    # so give each its own folder.
-    key = json.dumps(
-        {"ranks": num_ranks, "versions": versions(), **asdict(options), **content}, sort_keys=True
-    )
-    key = hashlib.sha256(key.encode()).hexdigest()[:16]
+    content = asdict(config)
+    # These do not change what is measured.
+    del content["checkpoint"]
+    del content["log"]
+    # A measurement of another version or commit has another key, so that it is made anew. One of
+    # another machine has the same: give each machine a folder of its own.
+    identity = {"ranks": num_ranks, "versions": versions(), **asdict(options), **content}
+    text = json.dumps(identity, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
     refusal = _refusal(config, num_ranks)
-    return _Case(
-        layout, everything, config, key, refusal, None if refusal else predict(config, num_ranks)
-    )
+    prediction = None
+    # The planner cannot evaluate a layout that the model does not allow.
+    if not refusal:
+        prediction = predict(config, num_ranks)
+    return _Case(layout, everything, config, key, refusal, prediction)
 
 
 def _run(
@@ -226,36 +236,49 @@ def _run(
     if case.refusal:
         return replace(row, status=f"refused: {case.refusal}")
     found = out / "measured" / f"{case.name}.json"
-    log = (
-        out
-        / "logs"
-        / (f"{case.name}.node{nodes.rank}.log" if nodes.count > 1 else f"{case.name}.log")
-    )
+    # Nodes share the folder, so each writes a log of its own.
+    suffix = f".node{nodes.rank}.log" if nodes.count > 1 else ".log"
+    log = out / "logs" / f"{case.name}{suffix}"
     if nodes.writes:
+        # What an earlier try left must not pass for this one's.
         found.unlink(missing_ok=True)
     # Options are single words that start with dashes, so that the launch script can tell them from
     # overrides.
     asked = [f"--{name}={value}" for name, value in asdict(options).items()]
     arguments = [str(config_path), f"--row={found}", *asked, *case.overrides]
+    words, environment = command(nodes, case.layout.num_ranks, arguments, case.name)
     start = time.monotonic()
-    code = run_to_log(*command(nodes, case.layout.num_ranks, arguments, case.name), log, timeout_s)
+    code = run_to_log(words, environment, log, timeout_s)
     row = replace(row, log=str(log.relative_to(out)), seconds=time.monotonic() - start)
     if code is None:
         return replace(row, status="timed out")
     if code != 0:
-        # Another node's ranks may have said what was the matter.
-        logs = sorted(log.parent.glob(f"{case.name}.node*.log")) if nodes.count > 1 else [log]
-        return replace(
-            row, status=status_of("\n".join(path.read_text(errors="replace") for path in logs))
-        )
-    return replace(row, status=OK, measured=load_measured(found) if nodes.writes else None)
+        return replace(row, status=status_of(_output(case, log, nodes)))
+    row = replace(row, status=OK)
+    # Rank 0, on the node that writes, has the measurement.
+    if nodes.writes:
+        row = replace(row, measured=load_measured(found))
+    return row
+
+
+def _output(case: _Case, log: Path, nodes: Nodes) -> str:
+    """What the ranks of a run that failed wrote, on all nodes: another's may say what was wrong."""
+    logs = [log]
+    if nodes.count > 1:
+        logs = sorted(log.parent.glob(f"{case.name}.node*.log"))
+    texts = []
+    for path in logs:
+        # A process that is killed may leave half a character.
+        texts.append(path.read_text(errors="replace"))
+    return "\n".join(texts)
 
 
 def _refusal(config: RunConfig, num_ranks: int) -> str | None:
-    """Of the checks that need no ranks, on one line."""
+    """The first error of the checks that need no ranks, on one line; None if there is none."""
     try:
         config.check_world(num_ranks)
         model_shape(find_architecture(config.model.path)).check_layout(config.parallel)
     except ValueError as error:
+        # Messages may have several lines; a status is one.
         return " ".join(str(error).split())
     return None

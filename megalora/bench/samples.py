@@ -1,5 +1,4 @@
-"""Samples of exactly ``data.max_length`` tokens for a benchmark, as training's own batches take
-them."""
+"""Make a benchmark's samples: exactly ``data.max_length`` tokens each."""
 
 import re
 from pathlib import Path
@@ -18,8 +17,9 @@ WHOLE = 2**31
 
 
 def full_samples(config: RunConfig, vocab: int, *, natural: bool) -> tuple[Any, Split]:
-    """A tokenizer and samples for one global batch, all of one length; the split's source says
-    where their tokens come from.
+    """A tokenizer, and samples of one length for one global batch.
+
+    The split's source says where the tokens come from.
 
     Args:
         vocab: token ids are drawn below it where they are random.
@@ -29,13 +29,11 @@ def full_samples(config: RunConfig, vocab: int, *, natural: bool) -> tuple[Any, 
     length = config.data.max_length
     count = config.train.global_batch_size
     folder = Path(config.model.path)
+    # data.train may end with a slice, as in train.jsonl[:100].
     file = Path(re.sub(r"\[[^]]*\]$", "", config.data.train))
-    tokenizer: Any = SimpleNamespace(pad_token_id=0)  # nothing is padded but to a multiple of TP
-    if (
-        natural
-        and file.is_file()
-        and any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json"))
-    ):
+    # Samples are padded to a multiple of the tensor-parallel size only, and any token does there.
+    tokenizer: Any = SimpleNamespace(pad_token_id=0)
+    if natural and file.is_file() and _has_tokenizer(folder):
         tokenizer = load_tokenizer(folder)
         source = str(file)
         data = config.data
@@ -55,10 +53,16 @@ def full_samples(config: RunConfig, vocab: int, *, natural: bool) -> tuple[Any, 
     return tokenizer, Split(source, length, samples, longest=length)
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return any((folder / name).is_file() for name in names)
+
+
 def _filled(samples: list[Encoded], count: int, length: int) -> list[Encoded]:
     """``count`` samples of ``length`` tokens: all there are, one behind the other, from the
     beginning again where they end."""
     ids = np.concatenate([s.input_ids for s in samples])
     mask = np.concatenate([s.loss_mask for s in samples])
+    # Which token of the row stands at each place of the new samples.
     places = np.arange(count * length) % len(ids)
     return [Encoded(ids[p], mask[p]) for p in places.reshape(count, length)]

@@ -1,8 +1,7 @@
-"""One layout, inside its ranks: the model and the step that training has, timed, and its memory.
+"""Measure one layout inside its ranks: training's own step, its parts and its memory.
 
-First steps to warm up, then steps with nothing but their ends noted, which give the speed; then
-steps with every part's beginning noted (``timers.py``), which give the parts; on a CPU one more
-with its live tensors counted.
+After steps to warm up come steps of which only the ends are timed, which give the speed; then steps
+with every part timed (``timers.py``); on a CPU one more whose live tensors are counted.
 """
 
 import gc
@@ -42,8 +41,8 @@ MARKED_STEPS = 3
 
 @contextmanager
 def training(config: RunConfig, options: BenchOptions) -> Iterator[Run]:
-    """The run of ``config`` on the ranks of this world, base weights read or drawn as ``options``
-    says."""
+    """The run of ``config`` on the ranks of this world; ``options`` decides whether the base
+    weights are read or drawn."""
     hf = find_architecture(config.model.path)
     shape = model_shape(hf)
     shape.check_layout(config.parallel)
@@ -54,16 +53,12 @@ def training(config: RunConfig, options: BenchOptions) -> Iterator[Run]:
         if options.routing == "balanced":
             make_even(model.chunks, model.groups)
 
-    with assemble(
-        config,
-        Inputs(shape, adapted, tokenizer, split, None),
-        make_base=(
-            partial(build_model, folder=Path(config.model.path))
-            if has_weights(config, options)
-            else partial(build_random, hf, seed=config.train.seed)
-        ),
-        prepare=prepare,
-    ) as run:
+    if has_weights(config, options):
+        make_base = partial(build_model, folder=Path(config.model.path))
+    else:
+        make_base = partial(build_random, hf, seed=config.train.seed)
+    inputs = Inputs(shape, adapted, tokenizer, split, None)
+    with assemble(config, inputs, make_base=make_base, prepare=prepare) as run:
         yield run
 
 
@@ -78,13 +73,13 @@ def one_step(run: Run, number: int, timeline: Timeline | None = None) -> float:
 
 
 def has_weights(config: RunConfig, options: BenchOptions) -> bool:
-    """Whether the base's weights are read; raises ``ValueError`` where they are asked for and not
-    there."""
+    """Whether the base's weights are read; raises ``ValueError`` where they are asked for but
+    missing."""
     folder = Path(config.model.path)
     found = folder.is_dir() and any(folder.glob("*.safetensors"))
     if options.weights == "real" and not found:
         raise ValueError(
-            f"--weights real: {folder} is no folder with *.safetensors; download it, or use"
+            f"--weights real: {folder} has no *.safetensors files; download the model, or use"
             " --weights random"
         )
     return found and options.weights != "random"
@@ -95,34 +90,42 @@ def measure_layout(config: RunConfig, options: BenchOptions) -> Measured | None:
 
     Raises:
         ValueError: what training with this config would raise.
-        RuntimeError: a loss that is no number, or an adapter that cannot or did not learn.
+        RuntimeError: the loss is not finite, or an adapter cannot learn or did not.
     """
     with training(config, options) as run:
         for number in range(options.warmup):
             one_step(run, number)
+        # The peak is that of a step, not that of reading the weights.
         host.reset_peak_memory()
         seconds, loss = timed_steps(run, options.warmup, options.steps)
-        peak = (host.peak_memory_bytes(), _reserved_bytes())
+        # Before parts are timed: hooks and markers hold tensors of their own.
+        peak = host.peak_memory_bytes()
+        reserved = _reserved_bytes()
         done = options.warmup + options.steps
-        parts, imbalance = timed_parts(run, done, min(options.steps, MARKED_STEPS))
-        done += min(options.steps, MARKED_STEPS)
-        if not peak[0]:
-            peak = (live_bytes(run, done), None)
+        num_marked = min(options.steps, MARKED_STEPS)
+        parts, imbalance = timed_parts(run, done, num_marked)
+        # A CPU's allocator does not count.
+        if not peak:
+            peak = live_bytes(run, done + num_marked)
         _check_moved(run)
         mine = {
             "seconds": seconds,
             "parts": parts,
             "peak": peak,
+            "reserved": reserved,
             "stage": run.model.groups.pp.rank(),
         }
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, mine)
-        return None if dist.get_rank() else _measured(run, options, ranks, imbalance, loss)
+        if dist.get_rank() != 0:
+            return None
+        return _measured(run, options, ranks, imbalance, loss)
 
 
 def timed_steps(run: Run, first: int, count: int) -> tuple[list[float], float]:
     """Seconds of each step on this rank, from one step's end to the next one's, and the last
     loss."""
+    # No rank's first step may include another's lag.
     host.synchronize()
     dist.barrier()
     moments = [host.Stopwatch.mark()]
@@ -130,53 +133,68 @@ def timed_steps(run: Run, first: int, count: int) -> tuple[list[float], float]:
     for number in range(first, first + count):
         loss = one_step(run, number)
         moments.append(host.Stopwatch.mark())
-    return [host.seconds_between(a, b) for a, b in pairwise(moments)], loss
+    # Only now, because reading a moment waits for the device.
+    seconds = []
+    for begin, end in pairwise(moments):
+        seconds.append(host.seconds_between(begin, end))
+    return seconds, loss
 
 
 def timed_parts(
     run: Run, first: int, count: int
 ) -> tuple[dict[str, float], tuple[float, float] | None]:
-    """Mean seconds of each part of a step on this rank; and of the experts' rows, how uneven (mean,
-    worst)."""
+    """Mean seconds of each part of a step on this rank, and how unevenly experts got rows.
+
+    The second is (mean, worst), or None without expert parallelism.
+    """
     timeline = Timeline()
-    parts = []
+    steps: list[dict[str, float]] = []
     attach(timeline, run.model.chunks, run.model.groups.pp.size())
     imbalance = count_rows(run.model.chunks, run.model.groups)
     for number in range(first, first + count):
+        # All ranks begin together, or one's lag would count as another's bubble.
         host.synchronize()
         dist.barrier()
         timeline.start()
         one_step(run, number, timeline)
-        parts.append(timeline.seconds())
-    return {name: statistics.fmean(step[name] for step in parts) for name in parts[0]}, imbalance()
+        steps.append(timeline.seconds())
+    return _mean(steps), imbalance()
 
 
 def live_bytes(run: Run, number: int) -> int:
-    """The most bytes of tensors alive at once in a step, those included that were there before
-    it."""
+    """Peak bytes of tensors that are alive at once in a step, earlier ones included."""
+    # Garbage that nobody has collected yet would count as alive.
     gc.collect()
     # All that this process has: parameters, gradient buffers and optimizer state, as an allocator
     # would count them.
-    already = [
-        o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.layout is torch.strided
-    ]
+    already = []
+    for found in gc.get_objects():
+        # isinstance would ask an object for its __class__, and proxies may fail at that.
+        if issubclass(type(found), Tensor) and found.layout is torch.strided:
+            already.append(found)
     with LiveTensors(already) as live:
         one_step(run, number)
     return live.peak_bytes
 
 
 def _reserved_bytes() -> int | None:
-    return torch.accelerator.max_memory_reserved() if host.device().type != "cpu" else None
+    """Peak bytes that the caching allocator reserved; None on a CPU, which has none."""
+    if host.device().type == "cpu":
+        return None
+    return torch.accelerator.max_memory_reserved()
 
 
 def _check_moved(run: Run) -> None:
-    """B starts at zero; raises ``RuntimeError`` if it is all zero still."""
-    factors = [p.parameter[p.index] for p in run.model.shards if ".lora_B." in p.name]
-    moved = torch.tensor(float(any(bool(b.count_nonzero()) for b in factors)), device=host.device())
+    """B starts at zero; raises ``RuntimeError`` if it is still zero on all ranks."""
+    moved = torch.zeros((), device=host.device())
+    for shard in run.model.shards:
+        if ".lora_B." in shard.name and shard.parameter[shard.index].count_nonzero():
+            moved.fill_(1)
+    # The largest over all ranks, because a pipeline stage may have no adapter at all.
     dist.all_reduce(moved, op=dist.ReduceOp.MAX)
     if not moved:
         raise RuntimeError(
-            "no adapter has moved: every B is still zero, so what was measured is no training"
+            "no adapter has changed: every B is still zero, so what was measured was not training"
         )
 
 
@@ -187,22 +205,28 @@ def _measured(
     imbalance: tuple[float, float] | None,
     loss: float,
 ) -> Measured:
-    """From what each rank found (seconds, parts, peak, stage) to the whole."""
+    """Summarise what each rank found: seconds, parts, peak, reserved, stage."""
     config = run.config
     world = len(ranks)
-    steps = [max(step) for step in zip(*(rank["seconds"] for rank in ranks), strict=True)]
+    # A step lasts until the slowest rank is through.
+    seconds_of_rank = [rank["seconds"] for rank in ranks]
+    steps = [max(seconds) for seconds in zip(*seconds_of_rank, strict=True)]
     median = statistics.median(steps)
+    # n tokens give n - 1 predictions.
     positions = config.data.max_length - 1
     flops = flops_per_token(run.model.shape, run.model.adapted, positions, config.train.recompute)
-    samples = config.train.global_batch_size / median / world  # per second and GPU
+    # Samples per second and GPU.
+    samples = config.train.global_batch_size / median / world
     parts = [rank["parts"] for rank in ranks]
     stages = [rank["stage"] for rank in ranks]
-    of_stage = {
-        s: _mean([p for p, stage in zip(parts, stages, strict=True) if stage == s])
-        for s in sorted(set(stages))
-    }
-    slowest = max(of_stage, key=lambda s: sum(of_stage[s].values()) - of_stage[s]["bubble"])
-    gpu = host.device().type != "cpu"
+    of_stage = _mean_by_stage(parts, stages)
+    slowest = max(of_stage, key=lambda stage: _busy_seconds(of_stage[stage]))
+    reserved = None
+    memory_from = "live tensors"
+    if host.device().type != "cpu":
+        reserved = [rank["reserved"] for rank in ranks]
+        memory_from = "allocator"
+    mean_imbalance, worst_imbalance = imbalance or (None, None)
     return Measured(
         layout=str(ParallelLayout.of(config, world)), num_ranks=world, routing=options.routing,
         weights="real" if has_weights(config, options) else "random",
@@ -214,15 +238,33 @@ def _measured(
         hardware_tflops=samples * positions * flops.hardware / 1e12,
         parts=of_stage[slowest], slowest_stage=slowest, parts_mean=_mean(parts),
         parts_per_rank=parts,
-        marked_step_seconds=max(sum(p.values()) for p in parts), stages=stages,
-        peak_bytes=[rank["peak"][0] for rank in ranks],
-        reserved_bytes=[rank["peak"][1] for rank in ranks] if gpu else None,
-        memory_from="allocator" if gpu else "live tensors",
-        imbalance=imbalance[0] if imbalance else None,
-        imbalance_worst=imbalance[1] if imbalance else None,
+        marked_step_seconds=max(sum(part.values()) for part in parts), stages=stages,
+        peak_bytes=[rank["peak"] for rank in ranks], reserved_bytes=reserved,
+        memory_from=memory_from,
+        imbalance=mean_imbalance, imbalance_worst=worst_imbalance,
         loss=loss, device=host.device_name(), versions=versions(),
     )  # fmt: skip
 
 
+def _mean_by_stage(parts: list[dict[str, float]], stages: list[int]) -> dict[int, dict[str, float]]:
+    """Seconds of each part by pipeline stage, a mean over the stage's ranks."""
+    of_stage: dict[int, list[dict[str, float]]] = {}
+    for part, stage in zip(parts, stages, strict=True):
+        of_stage.setdefault(stage, []).append(part)
+    means = {}
+    for stage in sorted(of_stage):
+        means[stage] = _mean(of_stage[stage])
+    return means
+
+
+def _busy_seconds(parts: dict[str, float]) -> float:
+    """Time of a step in which a stage computes; in the rest it waits for other stages."""
+    return sum(parts.values()) - parts["bubble"]
+
+
 def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.fmean(p[name] for p in parts) for name in parts[0]}
+    """Mean over several steps or ranks, part by part."""
+    means = {}
+    for name in parts[0]:
+        means[name] = statistics.fmean(seconds[name] for seconds in parts)
+    return means

@@ -1,5 +1,4 @@
-"""Where the time of a training step goes on this rank: a row of moments, each the beginning of some
-part.
+"""Time the parts of a training step on this rank, as a row of moments at which parts begin.
 
 One stream does a rank's work in one order, so what lies between two moments belongs to the part
 that began at the first: parts are never negative and add up to the step. Nothing waits for the
@@ -25,7 +24,7 @@ from megalora.model.recompute import Recomputed
 
 
 class Timeline:
-    """The moments of one step. Parts nest: what is left returns to what it was entered from."""
+    """The moments of one step. Parts nest: leaving one returns to the one it was entered from."""
 
     def __init__(self) -> None:
         self._parts = ["other"]
@@ -54,6 +53,7 @@ class Timeline:
         """``enter`` at the beginning of a block and ``leave`` at its end."""
         self.enter(part)
         yield
+        # Not in a ``finally``: where the block raises, the step is lost anyway.
         self.leave(part)
 
     @property
@@ -61,8 +61,8 @@ class Timeline:
         return len(self._parts)
 
     def unwind(self, depth: int) -> None:
-        """Leave all that was entered since ``depth``. A module whose input needs no gradient has no
-        end in backward."""
+        """Leave all parts that were entered since ``depth``."""
+        # A module whose input needs no gradient has no end in backward, so its part is still there.
         del self._parts[depth:]
         self._note()
 
@@ -73,10 +73,12 @@ class Timeline:
         self.leave(part)
 
     def seconds(self) -> dict[str, float]:
-        """Of every part of the step so far, in the order of ``PARTS``; waits for the device."""
+        """Seconds of every part of the step so far, in the order of ``PARTS``; waits for the
+        device."""
         self._note()
         host.synchronize()
         total: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        # What lies between two moments belongs to the part that began at the first.
         for (part, begin), (_, end) in pairwise(self._moments):
             total[part] += host.seconds_between(begin, end)
         return total
@@ -91,6 +93,7 @@ class _Marker(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, note: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.note = note
+        # None stays None in backward: a tensor of zeros would cost time, and be something to add.
         ctx.set_materialize_grads(False)
         return tensors
 
@@ -101,14 +104,19 @@ class _Marker(torch.autograd.Function):
 
 
 def marked(values: Sequence[Any], note: Callable[[], None]) -> list[Any]:
-    """The same values; the tensors among them that need a gradient through one marker. Others stay
-    as they are: a marker's results all need gradients."""
-    places = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad]
+    """The same values, of which tensors that need a gradient pass one marker.
+
+    Others stay as they are, because all results of a marker need gradients.
+    """
+    places = []
+    for i, value in enumerate(values):
+        if isinstance(value, Tensor) and value.requires_grad:
+            places.append(i)
     result = list(values)
     if places and torch.is_grad_enabled():
-        for i, tensor in zip(
-            places, _Marker.apply(note, *(values[i] for i in places)), strict=True
-        ):  # type: ignore
+        # Together, so that ``note`` is called once, when all their gradients are there.
+        passed: Any = _Marker.apply(note, *(values[i] for i in places))
+        for i, tensor in zip(places, passed, strict=True):
             result[i] = tensor
     return result
 
@@ -123,20 +131,25 @@ def watch(
     """
 
     def end() -> None:
-        timeline.leave_with(part, last_in_backward) if last_in_backward else timeline.leave(part)
+        if last_in_backward is None:
+            timeline.leave(part)
+        else:
+            timeline.leave_with(part, last_in_backward)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         timeline.enter(part)
         inputs = marked([*args, *kwargs.values()], end)
-        return tuple(inputs[: len(args)]), dict(zip(kwargs, inputs[len(args) :], strict=True))
+        positional = tuple(inputs[: len(args)])
+        by_name = dict(zip(kwargs, inputs[len(args) :], strict=True))
+        return positional, by_name
 
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(_ends(part, timeline))
 
 
 def watch_last(module: nn.Module, part: str, timeline: Timeline) -> None:
-    """The same for a module that reads what others read too, and whose backward is the last of the
-    module around it.
+    """The same as ``watch`` for a module whose input others read too, and whose backward is the
+    last inside the module around it.
 
     A marker on its input would add up the gradients of its own uses first and those of the others
     to that, where without it they come one after the other: the last bits would differ. So the part
@@ -153,17 +166,23 @@ def watch_last(module: nn.Module, part: str, timeline: Timeline) -> None:
 def _ends(part: str, timeline: Timeline) -> Callable[..., Any]:
     """A forward hook: the part ends here, and begins here in backward."""
 
+    def begin_backward() -> None:
+        timeline.enter(part)
+
     def after(_: nn.Module, args: Any, output: Any) -> Any:
-        whole = isinstance(output, Tensor)
-        outputs = marked([output] if whole else list(output), lambda: timeline.enter(part))
+        # Megatron's modules return (output, bias), its decoder and ours one tensor.
+        if isinstance(output, Tensor):
+            (result,) = marked([output], begin_backward)
+        else:
+            result = tuple(marked(output, begin_backward))
         timeline.leave(part)
-        return outputs[0] if whole else tuple(outputs)
+        return result
 
     return after
 
 
 def _watch_head(chunk: Any, timeline: Timeline) -> None:
-    """From the final norm to the model's own result, the losses."""
+    """Count what lies between the final norm's input and the model's result, the losses."""
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> Any:
         timeline.enter("head")
@@ -174,7 +193,7 @@ def _watch_head(chunk: Any, timeline: Timeline) -> None:
 
 
 class _Span:
-    """One of Megatron's timers: a part that whatever is entered inside nests in."""
+    """One of Megatron's timers, as a part in which others nest."""
 
     def __init__(self, part: str, timeline: Timeline) -> None:
         self.part = part
@@ -191,17 +210,23 @@ class _Span:
 
 
 class _Nothing:
+    """A timer that nobody reads."""
+
     def start(self, barrier: bool = False) -> None: ...
     def stop(self, barrier: bool = False) -> None: ...
 
 
 class ScheduleTimers:
-    """What Megatron's schedules take as ``config.timers``: whatever of a pass is in no computation
-    of a microbatch is bubble."""
+    """Timers for Megatron's schedules (``config.timers``).
+
+    Time of a pass in which no microbatch is computed counts as bubble.
+    """
 
     def __init__(self, timeline: Timeline, num_stages: int) -> None:
+        # Without a pipeline there is nobody to wait for.
+        between = "bubble" if num_stages > 1 else "other"
         self.spans = {
-            "forward-backward": _Span("bubble" if num_stages > 1 else "other", timeline),
+            "forward-backward": _Span(between, timeline),
             "forward-compute": _Span("other", timeline),
             "backward-compute": _Span("other", timeline),
         }
@@ -211,12 +236,12 @@ class ScheduleTimers:
 
 
 def attach(timeline: Timeline, chunks: Sequence[Any], num_stages: int) -> None:
-    """Time the model chunks of this rank from now on, for good.
+    """Time the model chunks of this rank from now on; the hooks stay.
 
     Args:
         chunks: after ``apply_recompute`` and after a ``Stepper`` was made of them: its reduction is
             watched too.
-        num_stages: of the pipeline.
+        num_stages: number of pipeline stages.
     """
     for chunk in chunks:
         for layer in chunk.decoder.layers:
@@ -226,9 +251,10 @@ def attach(timeline: Timeline, chunks: Sequence[Any], num_stages: int) -> None:
             if not is_moe:
                 watch(inner.mlp, "mlp", timeline)
                 continue
+            # What of an MoE layer is in no expert is routing and communication.
             watch(inner.mlp, "dispatch", timeline, last_in_backward="mlp")
             watch(inner.mlp.experts, "experts", timeline)
-            # computed before the routed ones, so their backward comes after
+            # Shared experts are computed before the routed ones, so that their backward is last.
             if inner.mlp.shared_experts is not None:
                 watch_last(inner.mlp.shared_experts, "mlp", timeline)
     for chunk in chunks:
@@ -242,7 +268,5 @@ def attach(timeline: Timeline, chunks: Sequence[Any], num_stages: int) -> None:
         reduce(*args, **kwargs)
         timeline.leave("reduction")
 
-    config.finalize_model_grads_func, config.timers = (
-        reduction,
-        ScheduleTimers(timeline, num_stages),
-    )
+    config.finalize_model_grads_func = reduction
+    config.timers = ScheduleTimers(timeline, num_stages)

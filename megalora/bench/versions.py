@@ -29,14 +29,15 @@ def installed(package: str) -> str | None:
 def commit() -> str | None:
     """The commit of the code that runs, or None where nothing says it.
 
-    MEGALORA_COMMIT says it for a copy of the tree, also for one that was committed again elsewhere.
-    Without it a checkout asks git, and a wheel has the commit in a file. A wheel installed in an
-    environment inside somebody else's repository must not take that repository's commit, hence the
-    question whether git tracks this very file.
+    MEGALORA_COMMIT names it for a copy of the tree, also for one that was committed again
+    elsewhere. Without it, a checkout asks git, and a wheel has the commit in a file.
     """
-    if told := os.environ.get("MEGALORA_COMMIT"):
-        return told
-    return _git("rev-parse", "HEAD") if _is_checkout() else _built_from()
+    named = os.environ.get("MEGALORA_COMMIT")
+    if named:
+        return named
+    if _is_checkout():
+        return _git("rev-parse", "HEAD")
+    return _built_from()
 
 
 def versions(packages: Sequence[str] = COMPUTING) -> dict[str, str | None]:
@@ -46,13 +47,14 @@ def versions(packages: Sequence[str] = COMPUTING) -> dict[str, str | None]:
     """
     at = commit()
     if at is not None:
+        # A commit from elsewhere may have its plus already.
         changed = _is_checkout() and _git("status", "--porcelain")
         at = at[:7] + "+" * bool(changed or at.endswith("+"))
-    return {
-        "python": platform.python_version(),
-        **{name: installed(name) for name in packages},
-        "commit": at,
-    }
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in packages:
+        found[name] = installed(name)
+    found["commit"] = at
+    return found
 
 
 def version_text() -> str:
@@ -61,7 +63,8 @@ def version_text() -> str:
     at = found.pop("commit")
     ours = installed("megalora") or "not installed as a package"
     lines = [f"megalora {ours} (commit {at or 'unknown'})"]
-    lines += [f"{name} {number or 'not installed'}" for name, number in found.items()]
+    for name, number in found.items():
+        lines.append(f"{name} {number or 'not installed'}")
     return "\n".join(lines)
 
 
@@ -73,6 +76,11 @@ def _built_from() -> str | None:
 
 
 def _is_checkout() -> bool:
+    """Whether git tracks this very file.
+
+    A wheel installed in an environment inside somebody else's repository must not take that
+    repository's commit.
+    """
     return bool(_git("ls-files", Path(__file__).name))
 
 

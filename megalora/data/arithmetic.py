@@ -1,4 +1,4 @@
-"""A small chat data set of sums, so that a run can be tried without a download.
+"""Write a small chat data set of sums, so that a run can be tried without a download.
 
 ``python -m megalora.data.arithmetic OUT --num 2000 --seed 0``
 """
@@ -31,7 +31,9 @@ def write_arithmetic(path: str | Path, num_samples: int, seed: int) -> None:
             " fewer"
         )
     lines = []
+    # Numbers of questions, each at most once.
     for code in random.Random(seed).sample(range(_NUM_QUESTIONS), num_samples):
+        # code = (kind * 100 + left) * 100 + right.
         rest, right = divmod(code, _NUM_OPERANDS)
         kind, left = divmod(rest, _NUM_OPERANDS)
         operator, compute = list(_OPERATORS.items())[kind]

@@ -1,8 +1,8 @@
 """Turn a conversation into token ids and a loss mask that is on for what the assistant says.
 
-Only whole conversations are tokenised, so the ids are those that the served model will see. What
-the chat template leaves out of the text (``reach.py``) is refused; what of the text the assistant
-says (``spans.py``) is found by marks (``marks.py``), in any template.
+Only whole conversations are tokenised, so the ids are those that the served model will see. A
+conversation is refused if its chat template leaves a part of it out (``reach.py``). What the
+assistant says in the text (``spans.py``) is found by marks (``marks.py``), in any template.
 """
 
 from collections.abc import Collection, Sequence
@@ -37,13 +37,14 @@ class Encoded:
     loss_mask: np.ndarray
     """[n] bool: the assistant produces this token, end-of-turn included."""
     left_out: tuple[str, ...] = ()
-    """Kinds of what did not reach the text, as far as that is allowed."""
+    """Kinds of values that did not reach the text and are allowed not to."""
     stops: bool = True
-    """The last learned turn ends with a special token in the loss."""
+    """Whether the last learned turn ends with a special token in the loss."""
     num_open: int = 0
-    """Learned turns before the last one that do not."""
+    """Number of learned turns before the last one that do not."""
     num_unmarked: int = 0
-    """Answers of which the template's own marks ({% generation %}) leave out at least a part."""
+    """Number of answers that the template's own marks ({% generation %}) leave out, at least in
+    part."""
 
     @property
     def num_target_tokens(self) -> int:
@@ -77,13 +78,16 @@ def encode_conversation(
     conversation: Conversation, template: ChatTemplate, allow_left_out: Collection[str] = ()
 ) -> Encoded:
     """The same for a conversation with tools, documents or options; see ``encode``."""
+    # The conversation as this template prints it best, and its text.
     conversation = prepare(conversation, lambda: template.joiner)
     template.check_options(conversation)
     conversation = _with_known_reasoning(conversation, template)
     conversation, text = _render(conversation, template)
     _require_unicode(conversation, text)
+    # Everything has to be in the text ...
     marked = locate(conversation, template, text)
     missing = refuse_what_is_left_out(left_out(conversation, template, marked), allow_left_out)
+    # ... of which the assistant's turns are learned.
     spans = learned_spans(conversation, template, marked)
     ids, mask = _tokenise(text, spans, template)
     stops = [ends_with_special(text, span, template) for span in spans]
@@ -98,20 +102,37 @@ def encode_conversation(
 
 
 def _with_known_reasoning(conversation: Conversation, template: ChatTemplate) -> Conversation:
-    """Reasoning under the key that the template reads, where it names one of the others only."""
-    used = {key for message in conversation.messages for key in REASONING if key in message}
+    """The conversation with its reasoning under a key that the template reads."""
+    used = _used_reasoning_keys(conversation)
     if not used:
         return conversation
     read = [key for key in REASONING if template.names_key(key, conversation)]
+    # Where the template reads no reasoning at all, ``left_out`` finds that it is missing.
     if not read or used <= set(read):
         return conversation
     messages = []
     for message in conversation.messages:
         held = [key for key in REASONING if key in message]
+        # Two different texts of reasoning stay as they are: one of them would be lost.
         if len(held) == 1 and held[0] not in read:
-            message = {read[0] if k == held[0] else k: v for k, v in message.items()}
+            message = _with_key_renamed(message, held[0], read[0])
         messages.append(message)
     return replace(conversation, messages=messages)
+
+
+def _used_reasoning_keys(conversation: Conversation) -> set[str]:
+    used: set[str] = set()
+    for message in conversation.messages:
+        used |= message.keys() & set(REASONING)
+    return used
+
+
+def _with_key_renamed(message: Message, old: str, new: str) -> Message:
+    """The message with one key renamed in its place; templates may print keys in their order."""
+    renamed: Message = {}
+    for key, value in message.items():
+        renamed[new if key == old else key] = value
+    return renamed
 
 
 def _render(conversation: Conversation, template: ChatTemplate) -> tuple[Conversation, str]:
@@ -120,8 +141,7 @@ def _render(conversation: Conversation, template: ChatTemplate) -> tuple[Convers
     Most templates print arguments as JSON and want objects. Some concatenate them (DeepSeek-V3) and
     want JSON text: they refuse an object, or print it as Python would.
     """
-    calls = [call for message in conversation.messages for call in message.get("tool_calls", ())]
-    if not calls:
+    if not any(message.get("tool_calls") for message in conversation.messages):
         return conversation, template.render(conversation)
     as_objects = replace(conversation, messages=arguments_as_objects(conversation.messages))
     as_text = replace(conversation, messages=arguments_as_text(conversation.messages))
@@ -131,9 +151,11 @@ def _render(conversation: Conversation, template: ChatTemplate) -> tuple[Convers
         try:
             return as_text, template.render(as_text)
         except RefusedByTemplate:
+            # The reason that holds for most templates is the one to show.
             raise error from None
     for message in as_objects.messages:
         for call in message.get("tool_calls", ()):
+            # Printed as Python would, {'a': 1}, which no server parses.
             arguments = function_of(call).get("arguments")
             if isinstance(arguments, dict) and arguments and str(arguments) in text:
                 return as_text, template.render(as_text)
@@ -146,8 +168,11 @@ def _require_unicode(conversation: Conversation, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = text[error.start]
-        holders = [i for i, m in enumerate(conversation.messages, 1) if _holds(m, half)]
-        where = f"message {holders[0]}" if holders else "the conversation"
+        where = "the conversation"
+        for number, message in enumerate(conversation.messages, 1):
+            if _holds(message, half):
+                where = f"message {number}"
+                break
         raise ValueError(
             f"{where} holds half a character ({half!r}, one half of a surrogate pair), as cutting "
             "a text inside an emoji leaves it; remove it"
@@ -155,8 +180,9 @@ def _require_unicode(conversation: Conversation, text: str) -> None:
 
 
 def _holds(value: object, char: str) -> bool:
+    """Whether a character stands anywhere in a JSON value, keys of objects included."""
     if isinstance(value, dict):
-        return any(_holds(v, char) for pair in value.items() for v in pair)
+        return any(_holds(key, char) or _holds(item, char) for key, item in value.items())
     if isinstance(value, list):
         return any(_holds(item, char) for item in value)
     return isinstance(value, str) and char in value
@@ -166,10 +192,14 @@ def _tokenise(
     text: str, spans: Sequence[Span], template: ChatTemplate
 ) -> tuple[np.ndarray, np.ndarray]:
     """[n] int32 token ids, and [n] bool: the token covers a character of a span."""
+    # The template has printed the special tokens, beginning of sequence included.
     encoding = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # The first character of each token, and the one after its last. Without any token the array
+    # would have one dimension, so it is reshaped.
     starts, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
     mask = np.zeros(len(starts), dtype=bool)
     for start, end in spans:
+        # An empty span lies inside a token without covering any of it.
         if end > start:
             mask |= (starts < end) & (ends > start)
     return np.array(encoding["input_ids"], dtype=np.int32), mask

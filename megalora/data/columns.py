@@ -1,11 +1,11 @@
 """Find the conversation in a row: ``data.format``, what ``auto`` recognises, and further columns.
 
-A column that belongs to the conversation is honoured or refused by name. Others (ids, sources,
-scores) are named once per data set as not used.
+A column that belongs to the conversation is used, or refused by name. Others (ids, sources, scores)
+are named once per data set as not used.
 """
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_args
 
 from megalora.config import LeftOut, LeftOutOfText
@@ -21,14 +21,15 @@ _FORMS: tuple[dict[str, str], ...] = (
     {"prompt": "prompt", "completion": "completion"},
     {"prompt": "instruction", "completion": "output"},
 )
-"""What ``auto`` looks for, in this order."""
+"""Mappings that ``auto`` tries, in this order."""
 _BESIDE = ("system", "tools", "functions", "documents", "chat_template_kwargs")
-"""Columns that are used under their own name wherever they are."""
+"""Columns that are used under their own name wherever they exist."""
 _KEYS = ("messages", "prompt", "completion", "input", *_BESIDE)
 KINDS: tuple[str, ...] = get_args(LeftOutOfText)
-"""Entries of ``data.allow_left_out`` that say what a template may leave out; others are columns."""
+"""Entries of ``data.allow_left_out`` that name what a template may leave out; others are columns.
+"""
 CONVERSATION_COLUMNS = tuple(name for name in get_args(LeftOut) if name != "name")
-"""Columns that are refused where they are not used, because they hold a part of what is said."""
+"""Columns that must be used, because they hold a part of the conversation."""
 _MAPPING_HINT = "data.format={prompt: COLUMN, completion: COLUMN} or data.format={messages: COLUMN}"
 
 
@@ -40,8 +41,8 @@ def resolve_columns(format: str | Mapping[str, str], columns: Collection[str]) -
             functions, documents, chat_template_kwargs to columns.
         columns: names of the columns the data set has.
     Raises:
-        ValueError: nothing is recognised, or the mapping has other keys or names a column that is
-            not there.
+        ValueError: nothing is recognised, the mapping has other keys, or it names a column that
+            does not exist.
     """
     present = ", ".join(columns)
     if isinstance(format, str):
@@ -56,13 +57,15 @@ def resolve_columns(format: str | Mapping[str, str], columns: Collection[str]) -
             f"  Say which column is which: {_MAPPING_HINT}"
         )
     mapping = dict(format)
-    main = {key for key in mapping if key not in ("input", *_BESIDE)}
+    main = mapping.keys() - {"input", *_BESIDE}
+    # Alpaca's input is appended to the prompt, which messages do not have.
     with_input = "input" in mapping and "messages" in mapping
     if main not in ({"messages"}, {"prompt", "completion"}) or with_input:
         raise ValueError(
             f"data.format={mapping} maps other keys than it can; use {_MAPPING_HINT}, and beside "
             f"them {', '.join(_BESIDE)} (and input, with prompt)"
         )
+    # A column may be missing from a single row, but not from the first one, whose these are.
     for key, column in mapping.items():
         if column not in columns:
             close = difflib.get_close_matches(str(column), list(columns), n=1)
@@ -79,8 +82,9 @@ def used_columns(columns: Mapping[str, str]) -> set[str]:
 
 
 def _with_defaults(columns: Mapping[str, str]) -> dict[str, str]:
-    """The mapping with the further columns under their own names; Alpaca's input belongs to it."""
+    """The mapping with the further columns under their own names."""
     names = dict(columns)
+    # Alpaca has instruction, input and output.
     if names.get("prompt") == "instruction":
         names.setdefault("input", "input")
     for key in _BESIDE:
@@ -107,23 +111,22 @@ def to_conversation(
     names = _with_defaults(columns)
 
     def held(key: str) -> Any:
+        """The row's value for a key of the mapping; None if it has none or may be left out."""
         column = names.get(key)
+        if column is None:
+            return None
+        # "tools" and "documents" are columns and kinds: the template gets them and may leave them
+        # out. A column that the user has mapped is used in any case.
         ignored = column in allow_left_out and column not in KINDS and key not in columns
-        return None if column is None or ignored else row.get(column)
+        return None if ignored else row.get(column)
 
-    if "messages" in names:
-        messages = _messages(held("messages"), "messages", names["messages"])
-        num_context = 0
-    else:
-        prompt = _messages(held("prompt"), "prompt", names["prompt"])
-        prompt = _with_input(prompt, held("input"), names)
-        completion = _messages(held("completion"), "completion", names["completion"])
-        _refuse_repeated_prompt(prompt, completion, names)
-        messages = [*prompt, *completion]
-        num_context = len(prompt)
-    if system := held("system"):
+    messages, num_context = _main_messages(held, names)
+    system = held("system")
+    if system:
         with_system = _with_system(messages, system, names["system"])
-        num_context += len(with_system) - len(messages) if num_context else 0
+        # Where a prompt is context, a system message before it is context, too.
+        if num_context:
+            num_context += len(with_system) - len(messages)
         messages = with_system
     _refuse_unused(row, set(names.values()), allow_left_out, messages)
     options = _json(held("chat_template_kwargs"), names["chat_template_kwargs"]) or {}
@@ -140,6 +143,24 @@ def to_conversation(
     )
 
 
+def _main_messages(
+    held: Callable[[str], Any], names: Mapping[str, str]
+) -> tuple[list[Message], int]:
+    """The messages of a row without a system column's, and how many of them are context.
+
+    Args:
+        held: returns the row's value for a key of the mapping.
+        names: the mapping from keys to columns.
+    """
+    if "messages" in names:
+        return _messages(held("messages"), "messages", names["messages"]), 0
+    prompt = _messages(held("prompt"), "prompt", names["prompt"])
+    prompt = _with_input(prompt, held("input"), names)
+    completion = _messages(held("completion"), "completion", names["completion"])
+    _refuse_repeated_prompt(prompt, completion, names)
+    return [*prompt, *completion], len(prompt)
+
+
 def _refuse_unused(
     row: Mapping[str, Any], used: set[str], allowed: Collection[str], messages: list[Message]
 ) -> None:
@@ -148,6 +169,7 @@ def _refuse_unused(
         value = row.get(column)
         if column in used or column in allowed or value in (None, "", [], {}):
             continue
+        # Data sets often keep the columns that their messages were made of.
         if isinstance(value, str) and _stands_in(value.strip(), messages):
             continue
         keys = ", ".join(_KEYS)
@@ -159,15 +181,20 @@ def _refuse_unused(
 
 
 def _stands_in(text: str, messages: list[Message]) -> bool:
-    """Whether a message says the text: data sets keep the columns that messages were made of."""
-    contents = [m.get("content") for m in messages if isinstance(m, dict)]
-    return any(isinstance(content, str) and text in content for content in contents)
+    """Whether the content of a message holds the text."""
+    for message in messages:
+        # Messages are not checked yet, so that anything may stand here.
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, str) and text in content:
+            return True
+    return False
 
 
 def _json(value: Any, column: str) -> Any:
     """A value that may be written as JSON text, because columns of objects need one type."""
     if not isinstance(value, str):
         return value
+    # CSV and Parquet columns of text have empty texts where a row has nothing.
     if not value.strip():
         return None
     try:
@@ -177,12 +204,14 @@ def _json(value: Any, column: str) -> Any:
 
 
 def _messages(value: Any, key: str, column: str) -> list[Message]:
+    """The messages of a column: a list, or for ``prompt`` and ``completion`` also a text."""
     if key == "messages" and isinstance(value, str) and value.lstrip().startswith("["):
         value = _json(value, column)
     if isinstance(value, list):
         return from_sharegpt(value)
     if isinstance(value, str) and key != "messages":
-        return [{"role": "user" if key == "prompt" else "assistant", "content": value}]
+        role = "user" if key == "prompt" else "assistant"
+        return [{"role": role, "content": value}]
     expected = "a list of messages" if key == "messages" else "a string or a list of messages"
     raise ValueError(f"column {column!r} must hold {expected}, got {typed(value)}")
 
@@ -190,17 +219,14 @@ def _messages(value: Any, key: str, column: str) -> list[Message]:
 def _refuse_repeated_prompt(
     prompt: list[Message], completion: list[Message], names: Mapping[str, str]
 ) -> None:
-    """Raise ``ValueError`` for a completion that begins with the prompt, as ``chosen`` often
-    does."""
+    """Raise ``ValueError`` for a completion that begins with the prompt.
 
-    def said(messages: list[Message]) -> list[tuple[Any, Any]]:
-        return [
-            (m.get("role"), m.get("content")) if isinstance(m, dict) else (m, None)
-            for m in messages
-        ]
-
+    Preference data sets have such columns, often called ``chosen``.
+    """
+    if not prompt or len(completion) <= len(prompt):
+        return
     begin = completion[: len(prompt)]
-    if prompt and len(completion) > len(prompt) and said(begin) == said(prompt):
+    if all(map(_say_the_same, begin, prompt)):
         column = names["completion"]
         raise ValueError(
             f"column {column!r} begins with the messages of {names['prompt']!r}, which would be"
@@ -208,8 +234,15 @@ def _refuse_repeated_prompt(
         )
 
 
+def _say_the_same(one: Any, other: Any) -> bool:
+    """Whether two messages, which nobody has checked yet, have the same role and content."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(one.get(key) == other.get(key) for key in ("role", "content"))
+    return one == other
+
+
 def _with_input(prompt: list[Message], text: Any, names: Mapping[str, str]) -> list[Message]:
-    """Alpaca's input in a line of its own below the instruction."""
+    """The prompt with Alpaca's input in a line of its own below the instruction."""
     if text in (None, ""):
         return prompt
     plain = len(prompt) == 1 and isinstance(prompt[0].get("content"), str)
@@ -225,6 +258,7 @@ def _with_system(messages: list[Message], text: Any, column: str) -> list[Messag
     """The system prompt of a column as the first message, unless it stands there already."""
     if not isinstance(text, str):
         raise ValueError(f"column {column!r} must hold a string, got {typed(text)}")
+    # Messages are not checked yet, so that anything may stand there.
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
     if first.get("role") != "system":
         return [{"role": "system", "content": text}, *messages]
@@ -236,11 +270,12 @@ def _with_system(messages: list[Message], text: Any, column: str) -> list[Messag
 
 
 def _tools(tools: Any, functions: Any, names: Mapping[str, str]) -> list[dict[str, Any]] | None:
-    """Tools for the template; OpenAI's old ``functions`` are tools without their wrapping."""
+    """Tools for the template, from the column for them or the one for OpenAI's old functions."""
     found = objects(_json(tools, names["tools"]), names["tools"])
     old = objects(_json(functions, names["functions"]), names["functions"])
     if found and old:
         raise ValueError(f"columns {names['tools']!r} and {names['functions']!r} are both set")
     if old:
+        # The old form of a function lacks the wrapping that a tool has.
         return [{"type": "function", "function": function} for function in old]
     return found

@@ -1,4 +1,4 @@
-"""One row's conversation: messages and all that a chat template gets beside them."""
+"""Hold one row's conversation: messages and all that a chat template gets beside them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,9 +17,10 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    """More arguments of the template: the column ``chat_template_kwargs``."""
+    """Further arguments of the template: the column ``chat_template_kwargs``."""
     learned: tuple[bool, ...] = ()
-    """Per message: an assistant's, behind the context, and not flagged out. Set by ``prepare``."""
+    """Whether each message is learned: an assistant's, behind the context, not flagged out. Set by
+    ``prepare``."""
 
     def first(self, num_messages: int) -> "Conversation":
         """The same with only so many messages."""
@@ -47,11 +48,12 @@ def prepare(conversation: Conversation, joiner: Callable[[], str]) -> Conversati
         messages.append(message)
         behind_context = number > conversation.num_context
         learned.append(message["role"] == "assistant" and behind_context and flag is not False)
-    tail = messages[conversation.num_context :]
-    if all(message["role"] != "assistant" for message in tail):
-        roles = ", ".join(message["role"] for message in tail) or "none"
+    # Flags may still leave nothing to learn, which is counted (``num_no_target``), not refused.
+    roles = [message["role"] for message in messages[conversation.num_context :]]
+    if "assistant" not in roles:
         raise ValueError(
-            f"there is no assistant message to learn (roles: {roles}); add one or remove the row"
+            f"there is no assistant message to learn (roles: {', '.join(roles) or 'none'}); add one"
+            " or remove the row"
         )
     return replace(conversation, messages=messages, learned=tuple(learned))
 
@@ -66,4 +68,5 @@ def objects(value: Any, column: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(value, Sequence) or not all(isinstance(item, dict) for item in value):
         raise ValueError(f"column {column!r} must hold a list of objects, got {repr(value)[:60]}")
+    # Arrow gives every object the keys of all rows.
     return [without_nulls(item) for item in value] or None

@@ -1,5 +1,4 @@
-"""What data is, whatever its path is called: a digest of a file's bytes, a hub data set's
-fingerprint, and of the samples made."""
+"""Identify data by its content, whatever its path: digests of sources and of samples."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,7 +17,9 @@ def source_digest(source: str, digests: Digests) -> str:
     # A hash of the downloaded files, the split and the library's way to read them. Private to
     # datasets, which names its own cache by it; no public attribute tells two revisions apart.
     fingerprint = read_hub(source, *found.hub)._fingerprint
-    return f"hub:{':'.join(str(part) for part in found.hub)}@{fingerprint}{found.slice_text}"
+    # (name, config, split); the config may be None.
+    where = ":".join(map(str, found.hub))
+    return f"hub:{where}@{fingerprint}{found.slice_text}"
 
 
 def samples_digest(samples: Sequence[Encoded]) -> str:
@@ -28,7 +29,9 @@ def samples_digest(samples: Sequence[Encoded]) -> str:
     """
     digest = hashlib.sha256()
     for sample in samples:
+        # With its length, or two samples would have the same bytes as one that joins them.
         digest.update(len(sample.input_ids).to_bytes(8, "little"))
+        # In a fixed byte order, so that every machine gets the same digest.
         digest.update(sample.input_ids.astype("<i4").tobytes())
         digest.update(sample.loss_mask.tobytes())
     return digest.hexdigest()

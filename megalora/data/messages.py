@@ -1,11 +1,12 @@
-"""Clean the messages of a row: what is set, in one form, and which of them may be learned.
+"""Bring the messages of a row into one form, and decide which of them may be learned.
 
-Arrow gives every object the keys of all rows, with null for what is not there, and SDKs dump empty
-lists for what was not said. Both count as absent here, so that a template sees what was meant.
+Arrow gives every object the keys of all rows, with null for those that a row lacks, and SDKs dump
+empty lists. Both count as absent here, so that a template sees what was meant.
 """
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ FLAGS = ("weight", "train", "trainable", "loss", "loss_mask")
 """Keys that say whether a message is learned: OpenAI's and Mistral's, axolotl's, verl's,
 ms-swift's."""
 _AMBIGUOUS = ("mask", "masked")
+"""Keys that mean learned in one data set and hidden from the loss in another."""
 _MAX_DEPTH = 100
+"""Levels of lists and objects; far below the recursion limit, 1,000 calls."""
 
 
 def without_nulls(value: Any, depth: int = 0) -> Any:
@@ -34,7 +37,11 @@ def without_nulls(value: Any, depth: int = 0) -> Any:
             f"nested deeper than {_MAX_DEPTH} levels; a chat template would not print it"
         )
     if isinstance(value, dict):
-        return {k: without_nulls(v, depth + 1) for k, v in value.items() if v is not None}
+        present = {}
+        for key, item in value.items():
+            if item is not None:
+                present[key] = without_nulls(item, depth + 1)
+        return present
     if isinstance(value, list | tuple):
         return [without_nulls(item, depth + 1) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -45,14 +52,14 @@ def without_nulls(value: Any, depth: int = 0) -> Any:
 
 
 def cleaned(message: Any, number: int, joiner: Callable[[], str]) -> tuple[Message, bool | None]:
-    """A message in the form that templates expect, and its flag: is it learned (None: not said).
+    """A message in the form that templates expect, and whether it is learned (None: not said).
 
     Args:
         message: a row's message as it was read.
         number: its place in the conversation, from 1, for error messages.
         joiner: returns what stands between two text parts of one content.
     Raises:
-        ValueError: it has no role or content, or holds something that cannot be honoured.
+        ValueError: it has no role or content, or holds something that cannot be used.
     """
     if type(message) is not dict:
         raise ValueError(
@@ -62,28 +69,25 @@ def cleaned(message: Any, number: int, joiner: Callable[[], str]) -> tuple[Messa
         present = without_nulls(message)
     except ValueError as error:
         raise ValueError(f"message {number}: {error}") from error
-    empty = [k for k, v in present.items() if k not in ("role", "content") and v in ("", [], {})]
-    present = {k: v for k, v in present.items() if k not in empty}
+    _drop_empty(present)
     _modernise_function_call(present)
     _check_role(present, message, number)
     flag = _take_flag(present, number)
     if "tool_calls" in present:
         _check_calls(present["tool_calls"], number)
+        # APIs leave the content out, or null, in a message that only calls tools.
         present.setdefault("content", "")
-    if "content" not in present:
-        if "content" in message:
-            raise ValueError(
-                f"message {number} ({present['role']}) has null as content; write a text, or"
-                " remove it"
-            )
-        keys = ", ".join(message) or "none"
-        raise ValueError(
-            f"message {number} has no 'content' (its keys: {keys}); rename the key that holds the"
-            " text"
-        )
+    _check_content(present, message, number)
     present["content"] = _as_text(present["content"], number, joiner)
     _drop_equal_reasoning(present)
     return present, flag
+
+
+def _drop_empty(message: Message) -> None:
+    """Remove keys without a value; an empty content is one that was said."""
+    for key, value in list(message.items()):
+        if key not in ("role", "content") and value in ("", [], {}):
+            del message[key]
 
 
 def _modernise_function_call(message: Message) -> None:
@@ -109,8 +113,21 @@ def _check_role(present: Message, message: Message, number: int) -> None:
         )
 
 
+def _check_content(present: Message, message: Message, number: int) -> None:
+    if "content" in present:
+        return
+    if "content" in message:
+        raise ValueError(
+            f"message {number} ({present['role']}) has null as content; write a text, or remove it"
+        )
+    keys = ", ".join(message) or "none"
+    raise ValueError(
+        f"message {number} has no 'content' (its keys: {keys}); rename the key that holds the text"
+    )
+
+
 def _take_flag(message: Message, number: int) -> bool | None:
-    """Take the keys out that say whether the message is learned, and return what they say."""
+    """Remove the keys that say whether the message is learned, and return what they say."""
     for key in _AMBIGUOUS:
         if key in message:
             raise ValueError(
@@ -122,7 +139,8 @@ def _take_flag(message: Message, number: int) -> bool | None:
         if key not in message:
             continue
         value = message.pop(key)
-        if value not in (0, 1):  # True and False, 0.0 and 1.0 are equal to these
+        # True and False, 0.0 and 1.0 are equal to these.
+        if value not in (0, 1):
             raise ValueError(
                 f"message {number}: {key}={value!r} is neither 0 nor 1 (false nor true); "
                 "weights between them are not supported"
@@ -148,10 +166,14 @@ def _as_text(content: Any, number: int, joiner: Callable[[], str]) -> str:
             f" {typed(content)}"
         )
     texts = [_part_text(part, number) for part in content]
-    return texts[0] if len(texts) == 1 else joiner().join(texts) if texts else ""
+    # Asking for the joiner renders the template, which most data sets do not need.
+    if len(texts) <= 1:
+        return "".join(texts)
+    return joiner().join(texts)
 
 
 def _part_text(part: Any, number: int) -> str:
+    """The text of one part: a string, or {"type": "text", "text": ...}."""
     if isinstance(part, str):
         return part
     if not isinstance(part, dict) or not isinstance(part.get("text"), str):
@@ -159,6 +181,7 @@ def _part_text(part: Any, number: int) -> str:
             f"message {number}: content must be a string or a list of text parts, got a list with "
             f"{typed(part)}; only text can be trained"
         )
+    # cache_control tells a server what to cache, and is not said.
     rest = [k for k, v in part.items() if k not in ("type", "text", "cache_control") and v]
     if part.get("type", "text") != "text" or rest:
         what = ", ".join(rest) or f"type {part['type']!r}"
@@ -177,7 +200,7 @@ def _check_calls(calls: Any, number: int) -> None:
                 f"message {number}: a tool call must be an object with a function's name and "
                 f"arguments, got {typed(call)}"
             )
-        # Templates print them as JSON, which fails for what is not there.
+        # Templates print arguments as JSON, which fails where there are none.
         function_of(call).setdefault("arguments", {})
 
 
@@ -190,7 +213,10 @@ def _drop_equal_reasoning(message: Message) -> None:
 
 
 def function_of(call: dict[str, Any]) -> dict[str, Any]:
-    """The part of a tool call that holds name and arguments."""
+    """The part of a tool call that holds name and arguments.
+
+    OpenAI nests it: {"type": "function", "function": {"name": ..., "arguments": ...}}.
+    """
     inner = call.get("function")
     return inner if isinstance(inner, dict) else call
 
@@ -203,14 +229,14 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object's keys and values, or ``KeyOccursTwice``; for json's ``object_pairs_hook``."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        key = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        ((key, _),) = counts.most_common(1)
         raise KeyOccursTwice(f"a key occurs twice in an object: {typed(key)}")
     return found
 
 
 def parsed_json(text: str) -> Any:
-    """JSON, or ``ValueError``: also where a key occurs twice, because one value would be lost."""
+    """The value of a JSON text; raises ``ValueError``, also where a key occurs twice."""
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError:
@@ -220,13 +246,14 @@ def parsed_json(text: str) -> Any:
 def arguments_as_objects(messages: Sequence[Message]) -> list[Message]:
     """Tool calls whose arguments are JSON text, as OpenAI writes them, with objects instead.
 
-    Servers parse them as well before they render a template. Text that is no JSON object stays.
+    Servers parse them as well before they render a template. Text that is not a JSON object stays.
     """
 
     def parse(arguments: Any) -> Any:
         if not isinstance(arguments, str):
             return arguments
         try:
+            # Some APIs write an empty text for a call without arguments.
             value = parsed_json(arguments or "{}")
         except ValueError:
             return arguments
@@ -247,6 +274,7 @@ def arguments_as_text(messages: Sequence[Message]) -> list[Message]:
 
 
 def _with_arguments(messages: Sequence[Message], change: Callable[[Any], Any]) -> list[Message]:
+    """Copies of the messages in which ``change`` has made the arguments of every tool call."""
     changed = []
     for message in messages:
         if "tool_calls" in message:
@@ -261,4 +289,5 @@ def _with_call_arguments(call: dict[str, Any], change: Callable[[Any], Any]) -> 
     if "arguments" not in function:
         return call
     function = {**function, "arguments": change(function["arguments"])}
+    # A call that is not nested is the function itself.
     return {**call, "function": function} if isinstance(call.get("function"), dict) else function

@@ -1,6 +1,6 @@
-"""Tokens of the fixed text on which training side and servers are compared.
+"""Tokenise the fixed text on which training and servers are compared.
 
-The text is ours and the same for all runs: an adapter gives away no training data.
+The text is ours and the same for all runs, so that an adapter gives away no training data.
 """
 
 from collections.abc import Iterator
@@ -23,23 +23,30 @@ def probe_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     for text in _forms(tokenizer):
         if _QUESTION in text or _ANSWER in text:
+            # The template has printed the special tokens.
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids[:MAX_TOKENS]  # type: ignore[return-value]
-    raise RuntimeError("the plain text holds the question")
+    # The last form is the plain text, which holds both.
+    raise AssertionError("the plain text holds the question")
 
 
 def _forms(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The text in one form after the other, those that the template refuses left out."""
+    """The text in one form after the other, without those that the template refuses."""
     user = {"role": "user", "content": _QUESTION}
     assistant = {"role": "assistant", "content": _ANSWER}
     chat: list[dict[str, Any]] = [user, assistant]
     with_system = [{"role": "system", "content": _SYSTEM}, *chat]
-    in_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
+    # Multimodal templates read contents as lists of parts.
+    in_parts = [
+        {"role": "user", "content": [{"type": "text", "text": _QUESTION}]},
+        {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]},
+    ]
     if tokenizer.chat_template:
         for messages in (chat, with_system, in_parts, [user]):
             try:
                 text: Any = tokenizer.apply_chat_template(messages, tokenize=False)
-            except Exception:  # a template is a program, and may fail in any way on this text
+            except Exception:
+                # A template is a program, and may fail in any way on this text.
                 continue
             yield str(text)
     yield f"{_QUESTION} {_ANSWER}"

@@ -13,6 +13,9 @@ from megalora.data.template import ChatTemplate, RefusedByTemplate
 _FIRST_NUMBER = 123_456_000_000
 """Stand-ins for numbers count up from here: long enough not to occur by chance."""
 _PLAIN_KEYS = ("role", "content", "tool_calls", "index")
+"""Keys of a message that are checked otherwise, or say only what the order says."""
+_MAX_EXCERPT = 60
+"""Characters of a value in an error message."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,15 @@ class Marked:
     """Where the pieces of a conversation stand in its text."""
 
     conversation: Conversation
-    """With marks around what is marked; as it was where marks are not possible."""
+    """The conversation with its marks; without any where the template does not bear them."""
     alphabet: Alphabet
+    """Characters of the marks."""
     pieces: list[Piece]
+    """All pieces, marked or not; their places here are their numbers."""
     rendered: Rendered
-    """The text, and the pieces that were found."""
+    """The text, and the pieces that were found in it."""
     sought: frozenset[int]
-    """Pieces that were marked: one of these without a span is not in the text."""
+    """Numbers of the marked pieces: one of these without a span is not in the text."""
 
 
 def locate(conversation: Conversation, template: ChatTemplate, text: str) -> Marked:
@@ -36,21 +41,26 @@ def locate(conversation: Conversation, template: ChatTemplate, text: str) -> Mar
     assistant's only, then one message after the other.
     """
     alphabet = unused_alphabet(text)
+    # Without marks, to number the pieces.
     _, pieces = mark(conversation, alphabet, ())
     everything = frozenset(range(len(pieces)))
-    assistants = set(conversation.assistants)
+    # Tools and documents belong to no message.
     owned = frozenset(k for k in everything if pieces[k].owner is not None)
+    assistants = set(conversation.assistants)
     generated = frozenset(k for k in owned if pieces[k].owner in assistants)
+    # Equal sets are tried once: every try renders the template.
     for chosen in dict.fromkeys((everything, owned, generated)):
         marked, _ = mark(conversation, alphabet, chosen)
         rendered = _rendered(marked, template, alphabet)
         if rendered is not None and rendered.text == text:
             return Marked(marked, alphabet, pieces, rendered, chosen)
+    # The conversation stays unmarked here: no marked one shows all that was found.
     spans = {}
     sought: set[int] = set()
     for i in assistants:
         chosen = frozenset(k for k in generated if pieces[k].owner == i)
-        rendered = _rendered(mark(conversation, alphabet, chosen)[0], template, alphabet)
+        marked, _ = mark(conversation, alphabet, chosen)
+        rendered = _rendered(marked, template, alphabet)
         if rendered is not None and rendered.text == text:
             spans.update(rendered.spans)
             sought |= chosen
@@ -58,7 +68,7 @@ def locate(conversation: Conversation, template: ChatTemplate, text: str) -> Mar
 
 
 def _rendered(marked: Conversation, template: ChatTemplate, alphabet: Alphabet) -> Rendered | None:
-    """None where the template refuses the marked conversation."""
+    """The text and where the marks were; None where the template refuses what is marked."""
     try:
         return alphabet.parse(template.render(marked))
     except RefusedByTemplate:
@@ -66,14 +76,16 @@ def _rendered(marked: Conversation, template: ChatTemplate, alphabet: Alphabet) 
 
 
 def left_out(conversation: Conversation, template: ChatTemplate, marked: Marked) -> Iterator[Piece]:
-    """What does not reach the text, whole, in the order of the conversation."""
+    """Pieces that do not reach the text whole, in the order of the conversation."""
     text = marked.rendered.text
     for number, piece in enumerate(marked.pieces):
         if number in marked.sought:
             if not _is_whole(piece, number, marked.rendered):
                 yield piece
+        # A piece that could not be marked with the others needs a rendering of its own.
         elif not _reaches(conversation, template, marked, number):
             yield piece
+    # Templates look parameters up by their names, so that no mark can stand around these.
     for name in _parameters(conversation.tools):
         if name not in text:
             yield Piece(None, "tools", name)
@@ -82,6 +94,7 @@ def left_out(conversation: Conversation, template: ChatTemplate, marked: Marked)
 
 
 def _is_whole(piece: Piece, number: int, rendered: Rendered) -> bool:
+    """Whether a piece stands in the text whole, at one of the places where its marks are."""
     spans = rendered.spans.get(number, ())
     return any(same_text(rendered.text[start:end], piece.text) for start, end in spans)
 
@@ -96,7 +109,8 @@ def _reaches(
     rendered = _rendered(alone, template, marked.alphabet)
     if rendered is not None and rendered.text == text:
         return _is_whole(piece, number, rendered)
-    # The template decides by this text, so that it cannot be changed: it must stand there.
+    # The template decides by this text, so that it cannot be changed: it must stand there, as it is
+    # or as JSON writes it, without the quotes.
     return piece.text in text or json.dumps(piece.text, ensure_ascii=False)[1:-1] in text
 
 
@@ -107,6 +121,7 @@ def _parameters(tree: Any) -> Iterator[str]:
             yield from _parameters(item)
     elif isinstance(tree, dict):
         for key, value in tree.items():
+            # {"properties": {"city": {"type": "string"}}}: the keys are the names.
             if key == "properties" and isinstance(value, dict):
                 yield from value
             yield from _parameters(value)
@@ -124,9 +139,11 @@ def _numbers_left_out(
 
     def stand_in(owner: int, value: Any) -> Any:
         found.append((owner, value))
+        # True is an int for isinstance. It has one other value, too common to look for.
         if isinstance(value, bool):
             return value
         number = _FIRST_NUMBER + len(found)
+        # A float stays one that is not whole: templates may print 2.0 as 2.
         return number + 0.5 if isinstance(value, float) else number
 
     replaced = _with_values(conversation, stand_in)
@@ -135,8 +152,10 @@ def _numbers_left_out(
     try:
         printed = template.render(replaced)
     except RefusedByTemplate:
+        # It looks at the numbers, so they have to be changed one by one.
         printed = ""
     for k, (owner, value) in enumerate(found):
+        # The first one, k = 0, was replaced when ``found`` held one.
         seen = not isinstance(value, bool) and str(_FIRST_NUMBER + k + 1) in printed
         if not seen and not _changes(conversation, template, text, k):
             yield Piece(owner, "tool_calls", json.dumps(value))
@@ -155,7 +174,8 @@ def _changes(conversation: Conversation, template: ChatTemplate, text: str, numb
 
     try:
         return template.render(_with_values(conversation, change)) != text
-    except RefusedByTemplate:  # it looks at the value
+    except RefusedByTemplate:
+        # It looks at the value.
         return True
 
 
@@ -167,6 +187,7 @@ def _with_values(conversation: Conversation, change: Callable[[int, Any], Any]) 
             return {k: walk(v, owner) for k, v in value.items()}
         if isinstance(value, list):
             return [walk(item, owner) for item in value]
+        # bool is a kind of int.
         return change(owner, value) if isinstance(value, int | float) else value
 
     messages = list(conversation.messages)
@@ -178,6 +199,7 @@ def _with_values(conversation: Conversation, change: Callable[[int, Any], Any]) 
             function = function_of(call)
             if "arguments" in function:
                 function = {**function, "arguments": walk(function["arguments"], i)}
+            # A call that is not nested is the function itself.
             calls.append({**call, "function": function} if "function" in call else function)
         messages[i] = {**message, "tool_calls": calls}
     return replace(conversation, messages=messages)
@@ -186,16 +208,17 @@ def _with_values(conversation: Conversation, change: Callable[[int, Any], Any]) 
 def _flags_left_out(
     conversation: Conversation, template: ChatTemplate, text: str
 ) -> Iterator[Piece]:
-    """Other keys of a message that hold a number or truth value: they must change the text."""
+    """Other keys of a message that hold a number or truth value and do not change the text."""
     for i, message in enumerate(conversation.messages):
         for key, value in message.items():
             if key in _PLAIN_KEYS or not isinstance(value, int | float):
                 continue
-            without = {k: v for k, v in message.items() if k != key}
-            messages = [*conversation.messages[:i], without, *conversation.messages[i + 1 :]]
+            messages = list(conversation.messages)
+            messages[i] = {k: v for k, v in message.items() if k != key}
             try:
                 same = template.render(replace(conversation, messages=messages)) == text
             except RefusedByTemplate:
+                # The template needs the key, so it makes a difference.
                 same = False
             if same:
                 yield Piece(i, key, json.dumps(value))
@@ -222,20 +245,32 @@ def refuse_what_is_left_out(pieces: Iterable[Piece], allowed: Collection[str]) -
     """Raise ``ValueError`` for the first piece that may not be left out.
 
     Args:
-        pieces: what does not reach the text; none is asked for behind one that is refused.
+        pieces: what does not reach the text. It is read up to the first piece that is refused,
+            because finding the next one may take another rendering.
         allowed: kinds that may be left out.
     Returns:
         The kinds that were left out, each once.
     """
+    # A dict keeps the order, as a set would not.
     kinds: dict[str, None] = {}
     for piece in pieces:
         kinds[piece.kind] = None
         if piece.kind in allowed:
             continue
-        excerpt = piece.text if len(piece.text) <= 60 else piece.text[:57] + "..."
-        known = piece.kind in _FIXES
-        what = f"the {piece.kind}" if known else f"the key {piece.kind!r}"
-        where = f" of message {piece.owner + 1}" if piece.owner is not None else ""
-        fix = _FIXES.get(piece.kind, "Remove the key from the data.")
-        raise ValueError(f"the chat template leaves out {what}{where} ({excerpt!r}).\n  {fix}")
+        raise ValueError(_left_out_message(piece))
     return tuple(kinds)
+
+
+def _left_out_message(piece: Piece) -> str:
+    excerpt = piece.text
+    if len(excerpt) > _MAX_EXCERPT:
+        excerpt = excerpt[: _MAX_EXCERPT - 3] + "..."
+    if piece.kind in _FIXES:
+        what = f"the {piece.kind}"
+        fix = _FIXES[piece.kind]
+    else:
+        what = f"the key {piece.kind!r}"
+        fix = "Remove the key from the data."
+    # Tools and documents belong to no message.
+    where = "" if piece.owner is None else f" of message {piece.owner + 1}"
+    return f"the chat template leaves out {what}{where} ({excerpt!r}).\n  {fix}"

@@ -20,11 +20,11 @@ _ROLES = {
     "function_response": "tool",
     _CALL: "assistant",
 }
-"""Who speaks, as data sets of this form name it, and the role that chat templates know."""
+"""Roles that chat templates know, by the speakers that data sets of this form name."""
 
 
 def from_sharegpt(turns: Sequence[Any]) -> list[Any]:
-    """Messages with role and content; what is not a turn of this form stays as it is.
+    """Messages with role and content; items of another form stay as they are.
 
     A ``function_call`` turn holds a tool call, or a list of them, as JSON.
 
@@ -37,14 +37,18 @@ def from_sharegpt(turns: Sequence[Any]) -> list[Any]:
 def _message(turn: Any, number: int) -> Any:
     if type(turn) is not dict or turn.get("from") is None or "value" not in turn:
         return turn
+    # A message with a role that happens to have a key ``from`` as well.
     if turn.get("role") is not None:
         return turn
     speaker = turn["from"]
     if speaker not in _ROLES:
         known = ", ".join(_ROLES)
         raise ValueError(f"message {number} is from {speaker!r}; known speakers are {known}")
-    rest: Message = {k: v for k, v in turn.items() if k not in ("from", "value", "role", "content")}
-    message: Message = {"role": _ROLES[speaker], **rest}
+    message: Message = {"role": _ROLES[speaker]}
+    for key, item in turn.items():
+        # Arrow gives turns the keys role and content, too, where other rows have them.
+        if key not in ("from", "value", "role", "content"):
+            message[key] = item
     value = turn.get("value")
     if speaker == _CALL:
         message["tool_calls"] = _calls(value, number)
@@ -54,6 +58,7 @@ def _message(turn: Any, number: int) -> Any:
 
 
 def _calls(value: Any, number: int) -> list[dict[str, Any]]:
+    """Tool calls as OpenAI nests them."""
     if isinstance(value, str):
         try:
             value = parsed_json(value)

@@ -1,7 +1,8 @@
-"""Show what a run would learn from its data, for ``megalora data``: samples, lengths, what is left
+"""Show what a run would learn from its data (``megalora data``): samples, lengths, what is left
 out."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import Any
@@ -49,30 +50,38 @@ def _show_split(name: str, split: Split, tokenizer: Any, console: Console) -> No
         for line in histogram(split.lengths, split.max_length):
             console.print(Text(line), soft_wrap=True)
     if name == "train":
-        legend = "green is in the loss" if console.is_terminal else "[LOSS: ...] is in the loss"
-        for number, sample in enumerate(split.samples[:_NUM_SAMPLES], 1):
-            targets = (
-                f"{sample.num_target_tokens:,} of {len(sample.input_ids):,} tokens in the loss"
-            )
-            console.print(Text(f"\nsample {number} ({targets}; {legend})", "bold"), soft_wrap=True)
-            console.print(
-                sample_text(sample, tokenizer, colour=console.is_terminal), soft_wrap=True
-            )
+        _show_samples(split, tokenizer, console)
     console.print()
+
+
+def _show_samples(split: Split, tokenizer: Any, console: Console) -> None:
+    """Print the first samples, marked by colours only where the output has colours."""
+    colour = console.is_terminal
+    legend = "green is in the loss" if colour else "[LOSS: ...] is in the loss"
+    for number, sample in enumerate(split.samples[:_NUM_SAMPLES], 1):
+        targets = f"{sample.num_target_tokens:,} of {len(sample.input_ids):,} tokens in the loss"
+        console.print(Text(f"\nsample {number} ({targets}; {legend})", "bold"), soft_wrap=True)
+        console.print(sample_text(sample, tokenizer, colour=colour), soft_wrap=True)
 
 
 def histogram(lengths: Sequence[int], max_length: int) -> Iterator[str]:
     """A bar per range of lengths; ranges above ``max_length`` say that they are left out."""
     longest = max(lengths)
+    # Ranges from 0 to the longest, which must be in one: rounded up.
     width = -(-(longest + 1) // _NUM_BARS)
     # A range ends at max_length, so that none holds both samples that are kept and left out.
     bounds = set(range(0, longest + width, width))
     if longest > max_length:
         bounds.add(max_length + 1)
     edges = sorted(bounds)
-    counts = [sum(low <= length < high for length in lengths) for low, high in pairwise(edges)]
+    ordered = sorted(lengths)
+    counts = []
+    for low, high in pairwise(edges):
+        # Samples of low to high - 1 tokens.
+        counts.append(bisect_left(ordered, high) - bisect_left(ordered, low))
     digits = len(f"{edges[-1]:,}")
     for (low, high), count in zip(pairwise(edges), counts, strict=True):
+        # The highest bar has the full width; rounded up, so that one sample shows.
         bar = "#" * -(-count * _BAR_WIDTH // max(counts))
         note = f"  longer than data.max_length={max_length}: left out" if low > max_length else ""
         yield f"{low:>{digits},} to {high - 1:>{digits},}  {bar:<{_BAR_WIDTH}} {count:,}{note}"
@@ -82,6 +91,7 @@ def sample_text(sample: Encoded, tokenizer: Any, *, colour: bool) -> Text:
     """A sample's text with the part in the loss in colour, or in brackets where there is none."""
     shown = Text()
     start = 0
+    # Runs of tokens that are all in the loss or all out of it.
     for in_loss, group in groupby(sample.loss_mask.tolist()):
         length = len(list(group))
         text = _printable(tokenizer.decode(sample.input_ids[start : start + length].tolist()))
@@ -96,7 +106,8 @@ def sample_text(sample: Encoded, tokenizer: Any, *, colour: bool) -> Text:
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which a terminal would obey, and without a long middle."""
+    """Text without control characters, which a terminal would obey, and without a long middle."""
+    # As Python escapes them: \x1b for the one that begins a terminal's commands.
     text = _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
     if len(text) <= _LONGEST_SHOWN:
         return text

@@ -1,5 +1,7 @@
-"""A file or a data set of the Hugging Face hub -> rows, with an error that says where the file is
-wrong."""
+"""Read the rows of a file or of a data set of the Hugging Face hub.
+
+Errors name the file and the line that is wrong.
+"""
 
 import json
 import re
@@ -24,61 +26,69 @@ def read_rows(source: str) -> list[Row]:
 
     Args:
         source: a .jsonl, .json or .parquet file, or a hub data set ``org/name[/config][:split]``
-            (split ``train``
-            unless said otherwise). May end in a slice, as in ``train.jsonl[:200]`` or
+            (split ``train`` by default). May end in a slice, as in ``train.jsonl[:200]`` or
             ``org/name:test[100:200]``.
     Raises:
         ValueError: no such file or data set, unreadable content (with file and line), or no rows.
     """
     found = locate(source)
-    name = found.name
-    start = found.start
-    stop = found.stop
-    rows = read_hub(source, *found.hub) if found.file is None else _read_file(found.file)
+    rows = _read(source, found)
     if not len(rows):
-        raise ValueError(f"{name}: there are no rows in it")
-    if not (wanted := range(len(rows))[start:stop]):
-        raise ValueError(f"{source}: the slice is empty; {name} has {len(rows)} rows")
-    return rows[start:stop] if isinstance(rows, list) else rows.select(wanted).to_list()
+        raise ValueError(f"{found.name}: there are no rows in it")
+    wanted = range(len(rows))[found.start : found.stop]
+    if not wanted:
+        raise ValueError(f"{source}: the slice is empty; {found.name} has {len(rows)} rows")
+    if isinstance(rows, list):
+        return rows[found.start : found.stop]
+    # Selected before it is converted: the data set may be far larger than the slice.
+    return rows.select(wanted).to_list()
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where a source is, which has not been read."""
+    """Where a source is; nothing has been read yet."""
 
     name: str
     """The source without its slice."""
     start: int | None
+    """First row of the slice; None, and negative numbers, as in Python."""
     stop: int | None
     file: Path | None = None
+    """The file; None for a hub data set."""
     hub: tuple[str, str | None, str] = ("", None, "")
     """(name, config, split) of a hub data set, where ``file`` is None."""
 
     @property
     def slice_text(self) -> str:
         """``[start:stop]``, empty where all rows are taken."""
-        bounds = ["" if bound is None else str(bound) for bound in (self.start, self.stop)]
-        return f"[{':'.join(bounds)}]" if any(bounds) else ""
+        if self.start is None and self.stop is None:
+            return ""
+        start = "" if self.start is None else self.start
+        stop = "" if self.stop is None else self.stop
+        return f"[{start}:{stop}]"
 
 
 def locate(source: str) -> Location:
-    """Take a source's text apart; raises ``ValueError`` for a file that is not there or is of a
-    type that is not read."""
+    """Take a source's text apart; raises ``ValueError`` for a file that does not exist or whose
+    type cannot be read."""
     name = source
     start = None
     stop = None
     if source.endswith("]"):
-        if not (match := _SLICE.fullmatch(source)):
+        match = _SLICE.fullmatch(source)
+        if match is None:
             raise ValueError(
                 f"{source}: the slice at the end is not understood; use [:200], [100:] or [10:20]"
             )
         name = match["name"]
-        start, stop = (int(bound) if bound else None for bound in match.group("start", "stop"))
+        start = int(match["start"]) if match["start"] else None
+        stop = int(match["stop"]) if match["stop"] else None
     try:
         path = Path(name).expanduser()
         is_folder = path.is_dir()
         is_file = path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a zero byte
+    except (OSError, RuntimeError, ValueError) as error:
+        # A name that is too long, an unknown user behind ~, a zero byte.
         raise ValueError(f"{name[:200]!r} is not a path that can be looked up ({error})") from error
     if is_folder:
         raise ValueError(f"{name}: this is a folder; name one {', '.join(_SUFFIXES)} file in it")
@@ -88,19 +98,26 @@ def locate(source: str) -> Location:
                 f"{name}: files of type {path.suffix!r} are not read; use {', '.join(_SUFFIXES)}"
             )
         return Location(name, start, stop, file=path)
+    # Nobody's data set is called train.jsonl: a wrong path must not become a question to the hub.
     if path.suffix in _SUFFIXES:
         raise ValueError(
             f"{name}: no such file (looked in {path.parent.resolve()}); correct data.train or"
             " data.eval"
         )
-    if not (match := _HUB.fullmatch(name)):
+    match = _HUB.fullmatch(name)
+    if match is None:
         raise ValueError(
             f"{name!r} is neither a file nor the name of a hub data set.\n  Use a path ending in"
             f" {', '.join(_SUFFIXES)}, or org/name, org/name:split, org/name/config:split."
         )
-    return Location(
-        name, start, stop, hub=(match["name"], match["config"], match["split"] or "train")
-    )
+    hub = (match["name"], match["config"], match["split"] or "train")
+    return Location(name, start, stop, hub=hub)
+
+
+def _read(source: str, found: Location) -> "list[Row] | Dataset":
+    if found.file is None:
+        return read_hub(source, *found.hub)
+    return _read_file(found.file)
 
 
 def _read_file(path: Path) -> list[Row]:
@@ -112,10 +129,11 @@ def _read_file(path: Path) -> list[Row]:
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
-    # bytes: lines end at \n alone, and a bad byte is reported with its line
+    # As bytes: lines end at \n alone, and a bad byte is reported with its line.
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
+                # Windows programs put a byte order mark at the beginning.
                 text = line.decode("utf-8-sig").strip()
             except UnicodeDecodeError as error:
                 raise ValueError(
@@ -131,7 +149,11 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def _parsed(text: str, path: Path, line: int | None = None) -> Any:
-    """JSON, or ``ValueError`` with file and line; of a whole file, the line where reading ended."""
+    """The value of a JSON text; a ``ValueError`` names the file and the line.
+
+    Args:
+        line: the text's line; None for a whole file, where the parser knows the line.
+    """
     where = f"{path}:{line}" if line else f"{path}"
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
@@ -143,12 +165,13 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
         raise ValueError(f"{where}: lists or objects are nested too deeply to be read") from None
     except KeyOccursTwice as error:
         raise ValueError(f"{where}: {error}; keep one") from error
-    except ValueError as error:  # Python's limit on the digits of a number
+    except ValueError as error:
+        # Python's limit on the digits of a number.
         raise ValueError(f"{where}: holds a number of too many digits ({error})") from error
 
 
 def _read_json(path: Path) -> list[Row]:
-    """Rows of a list, or of one object a line, as ``datasets`` writes to any name."""
+    """Rows of a list, or of one object per line: ``datasets`` writes JSON Lines to any name."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -158,13 +181,14 @@ def _read_json(path: Path) -> list[Row]:
         return _read_jsonl(path)
     tree = _parsed(text, path)
     if isinstance(tree, dict):
-        lists = {key: value for key, value in tree.items() if isinstance(value, list)}
+        # As SQuAD and many APIs write it: {"version": ..., "data": [...]}.
+        lists = [key for key, value in tree.items() if isinstance(value, list)]
         if len(lists) != 1:
             found = ", ".join(lists) or "none"
             raise ValueError(
                 f"{path}: a JSON object must hold exactly one list, the rows (lists found: {found})"
             )
-        (tree,) = lists.values()
+        tree = tree[lists[0]]
     if type(tree) is not list:
         raise ValueError(f"{path}: must be a list of objects, got {type(tree).__name__}")
     for number, row in enumerate(tree, 1):
@@ -187,7 +211,7 @@ def _read_parquet(path: Path) -> list[Row]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    # What pyarrow raises for a damaged file is of no one kind: OSError for a cut or changed page,
+    # pyarrow has no single error for damaged files: it raises OSError for a cut or changed page,
     # UnicodeDecodeError for a name, ValueError and OverflowError for a date, KeyError for a column.
     except (
         pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError, TypeError,
@@ -211,6 +235,9 @@ def read_hub(source: str, name: str, config: str | None, split: str) -> "Dataset
         ) from error
 
 
-_READERS: dict[str, Any] = dict(
-    zip(_SUFFIXES, (_read_jsonl, _read_json, _read_parquet), strict=True)
-)
+_READERS: dict[str, Any] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+assert tuple(_READERS) == _SUFFIXES

@@ -1,4 +1,4 @@
-"""Read, check and tokenise a source, and count what of it could not be used."""
+"""Read, check and tokenise a source, and count the samples that cannot be used."""
 
 import re
 from collections import Counter
@@ -19,28 +19,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PARTICULARS = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d+""")
-"""Quoted texts and numbers in a reason."""
+"""Quoted texts and numbers in a reason, by which reasons of one kind differ."""
 _NUM_NAMED = 5
+"""Rows that are named of those refused for the same reason."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The samples of one source that can be trained on, and how many could not."""
+    """The samples of one source that can be trained on, and how many cannot."""
 
     source: str
     max_length: int
-    """In tokens; longer samples are left out, never cut."""
+    """Limit in tokens; longer samples are left out, never cut."""
     samples: list[Encoded]
     num_too_long: int = 0
+    """Number of samples that were left out because they are longer."""
     num_no_target: int = 0
-    """Samples left out because no token of theirs would be in the loss."""
+    """Number of samples that were left out because they have no token in the loss."""
     longest: int = 0
-    """Tokens in the longest sample of the source, left out or not."""
+    """Tokens in the longest sample of the source, whether or not it was left out."""
     lengths: tuple[int, ...] = ()
-    """Tokens in every sample of the source, left out or not."""
+    """Tokens in each sample of the source, those left out included."""
     columns: dict[str, str] = field(default_factory=dict)
-    """What is read from which column."""
+    """Column that each part of the conversation is read from."""
     unused_columns: tuple[str, ...] = ()
+    """Columns of the source that nothing is read from."""
 
     @property
     def num_tokens(self) -> int:
@@ -51,7 +54,7 @@ class Split:
         return sum(sample.num_target_tokens for sample in self.samples)
 
     def summary(self) -> str:
-        """One line for the log: what is there and what was left out."""
+        """One line for the log: how much data there is, and what was left out."""
         line = f"{self.source}: {len(self.samples):,} samples, "
         line += f"{_short(self.num_tokens)} tokens ({_short(self.num_target_tokens)} in the loss)"
         return "; ".join([line, *self.left_out()])
@@ -67,32 +70,49 @@ class Split:
             )
         if self.num_no_target:
             reasons.append(f"{self.num_no_target:,} without a token in the loss were left out")
-        kinds = Counter(kind for sample in self.samples for kind in sample.left_out)
-        for kind, count in kinds.items():
-            reasons.append(
-                f"{count:,} lost their {kind} to the chat template (data.allow_left_out)"
-            )
-        if endless := sum(not sample.stops for sample in self.samples):
-            reasons.append(
-                f"{endless:,} have no end-of-turn token in the loss behind the last answer: "
-                "the model will not learn to stop there"
-            )
-        if opened := sum(sample.stops and sample.num_open > 0 for sample in self.samples):
-            reasons.append(
-                f"{opened:,} have no end-of-turn token in the loss behind an answer before the"
-                " last: the model will not learn to stop there"
-            )
-        if unmarked := sum(sample.num_unmarked for sample in self.samples):
-            reasons.append(
-                f"{unmarked:,} answers are not learned, or not whole, because the chat template"
-                " does not mark them as generated ({% generation %})"
-            )
+        reasons += _template_notes(self.samples)
         if self.unused_columns:
             reasons.append(f"columns not used: {', '.join(self.unused_columns)}")
         return reasons
 
 
+def _template_notes(samples: list[Encoded]) -> list[str]:
+    """What the chat template leaves out of samples, or does not let the model learn."""
+    kinds: Counter[str] = Counter()
+    num_endless = 0
+    num_open = 0
+    num_unmarked = 0
+    for sample in samples:
+        kinds.update(sample.left_out)
+        num_unmarked += sample.num_unmarked
+        if not sample.stops:
+            num_endless += 1
+        # A sample is counted once, with the graver of the two.
+        elif sample.num_open:
+            num_open += 1
+    notes = []
+    for kind, count in kinds.items():
+        notes.append(f"{count:,} lost their {kind} to the chat template (data.allow_left_out)")
+    if num_endless:
+        notes.append(
+            f"{num_endless:,} have no end-of-turn token in the loss behind the last answer: "
+            "the model will not learn to stop there"
+        )
+    if num_open:
+        notes.append(
+            f"{num_open:,} have no end-of-turn token in the loss behind an answer before the"
+            " last: the model will not learn to stop there"
+        )
+    if num_unmarked:
+        notes.append(
+            f"{num_unmarked:,} answers are not learned, or not whole, because the chat template"
+            " does not mark them as generated ({% generation %})"
+        )
+    return notes
+
+
 def _short(count: int) -> str:
+    """A count in millions or billions where it is that large."""
     for unit, size in (("B", 10**9), ("M", 10**6)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -119,6 +139,7 @@ def load_data(
         return train, None
     if isinstance(data.eval, str):
         return train, load(data.eval)
+    # A number or fraction of the training samples, held out.
     return split_off_eval(train, data.eval, data.seed)
 
 
@@ -146,15 +167,14 @@ def load_split(
     """
     rows = read_rows(source)
     try:
+        # The first row decides for all, so that no row is read otherwise than the one before.
         columns = resolve_columns(format, rows[0].keys())
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     encoded = _encode_rows(source, rows, columns, tokenizer, allow_left_out, every_refusal)
+    lengths = tuple(len(sample.input_ids) for sample in encoded)
     fitting = [sample for sample in encoded if len(sample.input_ids) <= max_length]
     samples = [sample for sample in fitting if sample.num_target_tokens]
-    lengths = tuple(len(sample.input_ids) for sample in encoded)
-    found = dict.fromkeys(column for row in rows for column in row)
-    used = used_columns(columns)
     split = Split(
         source,
         max_length,
@@ -164,11 +184,22 @@ def load_split(
         longest=max(lengths),
         lengths=lengths,
         columns=columns,
-        unused_columns=tuple(column for column in found if column not in used),
+        unused_columns=_unused_columns(rows, used_columns(columns)),
     )
     if not samples:
         raise ValueError(_nothing_is_left(split, len(rows)))
     return split
+
+
+def _unused_columns(rows: list[Row], used: set[str]) -> tuple[str, ...]:
+    """Columns of any row that are not used, in the order in which they first occur."""
+    # Rows of a JSONL file may have different columns. A dict keeps the order, as a set would not.
+    unused: dict[str, None] = {}
+    for row in rows:
+        for column in row:
+            if column not in used:
+                unused[column] = None
+    return tuple(unused)
 
 
 def _nothing_is_left(split: Split, num_rows: int) -> str:
@@ -187,7 +218,7 @@ def _encode_rows(
     allow_left_out: Collection[str],
     every_refusal: bool,
 ) -> list[Encoded]:
-    """Every row tokenised; a row that cannot be is named by its number."""
+    """Tokenise every row; raises ``ValueError`` with the numbers of the rows that are refused."""
     encoded: list[Encoded] = []
     refused: dict[int, str] = {}
     try:
@@ -210,9 +241,9 @@ def _encode_rows(
 
 
 def _refusals(refused: Mapping[int, str], num_rows: int) -> str:
-    """Why rows are refused: of one row its reason, of more each kind with its first rows.
+    """Why rows are refused: the reason of a single row, or each kind of reason with its first rows.
 
-    Reasons are of one kind where they differ in quoted texts and numbers only.
+    Reasons are of one kind if they differ only in quoted texts and numbers.
     """
     if len(refused) == 1:
         ((number, reason),) = refused.items()
@@ -221,6 +252,7 @@ def _refusals(refused: Mapping[int, str], num_rows: int) -> str:
     for number, reason in refused.items():
         kinds.setdefault(_PARTICULARS.sub("#", reason), []).append(number)
     lines = [f"{len(refused):,} of {num_rows:,} rows are refused"]
+    # The most frequent kind first; its first row gives the reason word for word.
     for numbers in sorted(kinds.values(), key=len, reverse=True):
         first = first_few(numbers, _NUM_NAMED)
         reason = refused[numbers[0]].replace("\n", "\n  ")
@@ -235,16 +267,19 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
         split: at least two samples.
         eval: how many samples (int) or which fraction of them (float between 0 and 1; at least one
             sample).
-        seed: of the choice.
+        seed: seed of the choice.
     Raises:
-        ValueError: nothing would be left on one of the sides.
+        ValueError: one of the two would have no sample.
     """
     num_samples = len(split.samples)
+    # True is an int for isinstance.
     if isinstance(eval, bool) or (isinstance(eval, float) and not 0 < eval < 1):
         raise ValueError(
             f"data.eval={eval} is neither a count (integer) nor a fraction between 0 and 1"
         )
-    num_eval = max(1, round(eval * num_samples)) if isinstance(eval, float) else int(eval)
+    num_eval = int(eval)
+    if isinstance(eval, float):
+        num_eval = max(1, round(eval * num_samples))
     if not 1 <= num_eval < num_samples:
         raise ValueError(
             f"data.eval={eval} would hold out {num_eval} of the {num_samples} samples of"
@@ -252,18 +287,22 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
         )
     # The third word keeps this choice apart from the order of any epoch.
     held_out = set(permutation(num_samples, seed, 0, 1)[:num_eval].tolist())
-    parts = ([], [])
+    kept: list[Encoded] = []
+    eval_samples: list[Encoded] = []
     for index, sample in enumerate(split.samples):
-        parts[index in held_out].append(sample)
+        if index in held_out:
+            eval_samples.append(sample)
+        else:
+            kept.append(sample)
     name = f"{split.source} (held out)"
-    return replace(split, samples=parts[0]), Split(
-        name, split.max_length, parts[1], longest=split.longest
-    )
+    held = Split(name, split.max_length, eval_samples, longest=split.longest)
+    return replace(split, samples=kept), held
 
 
 def permutation(num_samples: int, seed: int, *stream: int) -> np.ndarray:
-    """Sorting raw bits, because numpy freezes its bit generators across versions but not
-    ``Generator.permutation``."""
+    """[num_samples] int64: a random order; each seed and stream of numbers has its own."""
     if seed < 0:
         raise ValueError(f"data.seed must not be negative, got {seed}")
+    # By sorting raw bits, because numpy freezes its bit generators across versions, but not
+    # ``Generator.permutation``.
     return np.argsort(np.random.PCG64([seed, *stream]).random_raw(num_samples), kind="stable")

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template as a function from a conversation to its text."""
+"""Render conversations with a tokenizer's chat template, and look at what the template knows."""
 
 import re
 from functools import cached_property
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OURS = ("messages", "tools", "documents", "add_generation_prompt")
-"""What a template gets from elsewhere, so that no column of options may set it."""
+"""Arguments that a template gets from elsewhere, so that no column of options may set them."""
 
 
 class RefusedByTemplate(ValueError):
@@ -19,7 +19,7 @@ class RefusedByTemplate(ValueError):
 
 
 class ChatTemplate:
-    """Renders conversations. Holds what is asked of the tokenizer once for a whole data set."""
+    """Renders conversations; asks the tokenizer everything once for a whole data set."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raises ``ValueError`` where the tokenizer has no template, or is a slow one."""
@@ -35,8 +35,12 @@ class ChatTemplate:
                 "text a token covers.\n  Save it with a tokenizer.json (transformers' fast format)."
             )
         self.tokenizer = tokenizer
-        added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        self.specials = added | set(tokenizer.all_special_tokens)
+        self.specials = set(tokenizer.all_special_tokens)
+        # Not all of them are among the named ones: <|im_start|> is none of bos, eos and pad.
+        for token in tokenizer.added_tokens_decoder.values():
+            if token.special:
+                self.specials.add(token.content)
+        # The longest first: a pattern takes the first alternative that fits.
         longest_first = sorted(filter(None, self.specials), key=len, reverse=True)
         # (?!) matches nothing: there may be no special token at all.
         self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -52,7 +56,7 @@ class ChatTemplate:
         return self._sources[with_tools]
 
     def marks_assistant(self, conversation: Conversation) -> bool:
-        """Whether the template says itself what the assistant generates."""
+        """Whether the template itself marks what the assistant generates."""
         return _GENERATION.search(self.source(conversation)) is not None
 
     def render(self, conversation: Conversation, *, generation_prompt: bool = False) -> str:
@@ -74,6 +78,7 @@ class ChatTemplate:
         return self._rendered(conversation, return_assistant_tokens_mask=True)
 
     def _rendered(self, conversation: Conversation, **how: Any) -> tuple[str, Any]:
+        """The text, and the spans of ``{% generation %}`` blocks where they are asked for."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options: dict[str, Any] = {**self._special_names, **conversation.options, **how}
@@ -93,14 +98,15 @@ class ChatTemplate:
         return str(texts[0]), blocks[0] if blocks else []
 
     def check_options(self, conversation: Conversation) -> None:
-        """Raise ``ValueError`` for an option that the template does not read, unless it is
-        empty."""
+        """Raise ``ValueError`` for an option that the template does not read."""
         source = self.source(conversation)
         for name, value in conversation.options.items():
+            # Some other row has the option, and Arrow gives it to all.
             if value in ("", [], {}):
                 continue
             if name in _OURS:
                 raise ValueError(f"chat_template_kwargs must not hold {name!r}; use its own column")
+            # The name as a word of the template's program.
             if not re.search(rf"\b{re.escape(name)}\b", source):
                 raise ValueError(
                     f"chat_template_kwargs holds {name!r}, which the chat template does not read; "
@@ -108,7 +114,7 @@ class ChatTemplate:
                 )
 
     def names_key(self, key: str, conversation: Conversation) -> bool:
-        """Whether the template's text names a key of messages, as attribute or in quotes."""
+        """Whether the template's program names a key of messages: as .key, 'key' or "key"."""
         return re.search(rf"[.'\"]{re.escape(key)}\b", self.source(conversation)) is not None
 
     @cached_property
@@ -120,14 +126,16 @@ class ChatTemplate:
         """
         first = "first part"
         second = "second part"
-        parts = [{"type": "text", "text": text} for text in (first, second)]
+        parts = [{"type": "text", "text": first}, {"type": "text", "text": second}]
+        # Some templates take parts from users alone, some refuse a conversation of a system alone.
         for role in ("user", "system"):
             probe = Conversation(messages=[{"role": role, "content": parts}])
             try:
                 text = self.render(probe)
             except RefusedByTemplate:
                 continue
-            between = text.partition(first)[2].partition(second)
-            if between[1] and "text" not in between[0]:
-                return between[0]
+            between, found, _ = text.partition(first)[2].partition(second)
+            # A list that is printed as Python would shows the key "text" between the parts.
+            if found and "text" not in between:
+                return between
         return "\n"

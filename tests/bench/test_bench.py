@@ -386,7 +386,7 @@ TORCHRUN = (
         ),
         ("[rank0]: AssertionError\n" + TORCHRUN, "failed: AssertionError"),
         ("bash: torchrun: not found\n\n", "failed: bash: torchrun: not found"),
-        ("", "failed: nothing was said"),
+        ("", "failed: the log is empty"),
     ],
 )
 def test_status(log: str, status: str) -> None:

@@ -272,9 +272,9 @@ def test_the_gpu_s_way_ends(tmp_path: Path) -> None:
         ),
         (
             ["x.json", "--budget-seconds", "0"],
-            "--budget-seconds: 0.0 is no time to measure in; want more than 0",
+            "--budget-seconds: 0.0 leaves no time to measure; want more than 0",
         ),
-        (["x.json", "--budget-seconds", "nan"], "--budget-seconds: nan is no time"),
+        (["x.json", "--budget-seconds", "nan"], "--budget-seconds: nan leaves no time"),
         (["x.json", "--budget-seconds", "long"], "invalid float value: 'long'"),
         (["."], ". is a folder; name the file to write"),
         ([__file__ + "/x.json"], "test_calibrate.py is a file"),

@@ -7,8 +7,8 @@ import pytest
 
 from megalora.data.chat import Encoded, encode, encode_conversation
 from megalora.data.conversation import Conversation
-from megalora.data.spans import _common_prefix
 from megalora.data.template import ChatTemplate
+from megalora.data.turns import _common_prefix
 from tests.data.chat_tokenizer import learned
 
 TURNS = [

@@ -2,9 +2,9 @@
 
 from tests.mutations.bugs import Bug, bug
 
-MESSAGES, MARKS, REACH, SPANS, CHAT, COLUMNS = (
+MESSAGES, MARKS, REACH, SPANS, TURNS, CHAT, COLUMNS = (
     f"megalora/data/{name}.py"
-    for name in ("messages", "marks", "reach", "spans", "chat", "columns")
+    for name in ("messages", "marks", "reach", "spans", "turns", "chat", "columns")
 )
 SOURCES = "megalora/data/sources.py"
 PROBE = "megalora/data/probe_text.py"
@@ -98,16 +98,16 @@ DATA_BUGS: tuple[Bug, ...] = (
         0,
         "nulls of Arrow stay below messages",
         MESSAGES,
-        "{k: without_nulls(v, depth + 1) for k, v in value.items() if v is not None}",
-        "{k: v for k, v in value.items() if v is not None}",
+        "present[key] = without_nulls(item, depth + 1)",
+        "present[key] = item",
         f"{CASES} test_null_padded_tool_arguments",
     ),
     bug(
         0,
         "an empty list of calls is a call",
         MESSAGES,
-        'v in ("", [], {})]',
-        'v in ("",)]',
+        'and value in ("", [], {}):',
+        'and value in ("",):',
         f"{CASES} test_empty_tool_calls_list",
     ),
     bug(
@@ -137,7 +137,7 @@ DATA_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "the next turn's opening token is learned",
-        SPANS,
+        TURNS,
         "self.text[last : max(last, limit)]",
         "self.text[last:]",
         f"{CASES} test_empty_answer_loss_on_next_turn",
@@ -145,7 +145,7 @@ DATA_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a turn in the middle without its end",
-        SPANS,
+        TURNS,
         "return max(limit, end if opened < 0 else opened), False",
         "return limit, False",
         f"{TEMPLATES} test_what_is_learned",
@@ -153,7 +153,7 @@ DATA_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a tool call ends with its first closing token",
-        SPANS,
+        TURNS,
         'plain = "tool_calls" not in self.conversation.messages[i] and',
         "plain = True or",
         f"{TEMPLATES} test_what_is_learned",
@@ -161,7 +161,7 @@ DATA_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "what the prompt opens is learned",
-        SPANS,
+        TURNS,
         "                return place + common\n",
         "                return place\n",
         f"{CHAT_TEST} test_loss_is_on_the_assistant_alone",
@@ -169,7 +169,7 @@ DATA_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a tool result inside an answer is learned",
-        SPANS,
+        TURNS,
         "        if others:\n",
         "        if False:\n",
         f"{TEMPLATES} test_what_is_learned",
@@ -193,7 +193,7 @@ DATA_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a turn that cannot be cut stays without its end",
-        SPANS,
+        TURNS,
         "max(limit, self._behind_eos(last))",
         "limit",
         f"{CHAT_TEST} test_a_turn_behind_which_the_template_refuses_to_be_cut",
@@ -242,7 +242,7 @@ DATA_BUGS: tuple[Bug, ...] = (
         0,
         "a prompt that the completion repeats is said twice",
         COLUMNS,
-        "        _refuse_repeated_prompt(prompt, completion, names)\n",
+        "    _refuse_repeated_prompt(prompt, completion, names)\n",
         "",
         "tests/data/test_columns.py test_a_completion_that_repeats_the_prompt_is_refused",
     ),
