@@ -1,5 +1,4 @@
-"""What is in an adapter folder, read without torch: config, names, shapes, and a hash of the
-contents."""
+"""Read an adapter folder without torch: config, tensor names, shapes, and a hash of its files."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,12 +11,14 @@ from megalora.hf.json_file import read_json_object
 from megalora.serve.errors import AdapterInvalid, AdapterNotFound
 
 HASH_DIGITS = 12
-"""Of SHA-256 in a model id: 48 bits, so that among a million versions two are alike with
-probability 0.002."""
+"""Digits of a SHA-256 in a model id: 48 bits, so that two of a million versions have the same ones
+with probability 0.002."""
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
+    """An adapter folder whose config and headers have been read."""
+
     folder: Path
     config: dict[str, Any]
     weights: AdapterWeights
@@ -28,10 +29,10 @@ class AdapterFiles:
 
 
 def read_adapter_files(folder: Path) -> AdapterFiles:
-    """Config and tensor headers.
+    """Read config and tensor headers.
 
     Raises:
-        AdapterNotFound: no folder, or a file is missing.
+        AdapterNotFound: the folder or a file is missing.
         AdapterInvalid: a file is cut short or is something else.
     """
     try:
@@ -51,13 +52,13 @@ def read_adapter_files(folder: Path) -> AdapterFiles:
 
 
 def content_hash(folder: Path) -> str:
-    """First 12 hex digits of SHA-256 over the weights, then the config: what a version's name says
-    about its contents."""
+    """First 12 hex digits of SHA-256 over the weights, then the config: they name a version."""
     digest = hashlib.sha256()
     try:
         for name in (WEIGHTS, CONFIG):
             check_regular(folder / name)
             with (folder / name).open("rb") as file:
+                # 1 MiB at a time: an adapter of all experts may have gigabytes.
                 while block := file.read(1 << 20):
                     digest.update(block)
     except OSError as error:

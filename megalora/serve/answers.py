@@ -1,4 +1,4 @@
-"""What vLLM's answers to ``/v1/completions`` say, and the fields to ask for so that they say it."""
+"""Read vLLM's answers to ``/v1/completions``, and write the fields of requests for them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,15 @@ TOKENS_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class Completion:
+    """A generated text."""
+
     model: str
-    """The id that answered, as the server says."""
+    """Id of the model that answered, as the server gives it."""
     version: str | None
+    """Version of the adapter; None for the base model."""
     tokens: list[int]
     logprobs: list[float]
-    """Of each of the tokens."""
+    """Log-probability of each of the tokens."""
     text: str
     finish_reason: str
 
@@ -33,14 +36,17 @@ class Probe:
     @property
     def largest_change(self) -> float:
         """0 for an adapter that does nothing."""
-        return max((abs(a - b) for a, b in zip(self.adapter, self.base, strict=True)), default=0.0)
+        differences = [abs(a - b) for a, b in zip(self.adapter, self.base, strict=True)]
+        return max(differences, default=0.0)
 
 
 COMPLETION = {"logprobs": 0, "return_token_ids": True}
-"""Zero alternatives: the chosen tokens' own log-probabilities."""
+"""Fields of a request for a completion. With zero alternatives the answer has the log-probabilities
+of the chosen tokens."""
 
 
 def completion(served: Served, answer: dict[str, Any]) -> Completion:
+    """The completion in an answer to a request with the fields ``COMPLETION``."""
     choice = answer["choices"][0]
     return Completion(
         model=answer["model"],
@@ -53,36 +59,54 @@ def completion(served: Served, answer: dict[str, Any]) -> Completion:
 
 
 def prompt_fields(tokens: Sequence[int]) -> dict[str, Any]:
+    """Fields of a request for the log-probabilities of a prompt."""
+    # vLLM generates at least one token.
     return {"prompt": [*tokens], "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
 
 
 def prompt_logprobs(answer: dict[str, Any], tokens: Sequence[int]) -> list[float]:
-    """Of ``tokens[1:]``, from the answer to ``prompt_fields``."""
-    rows = answer["choices"][0]["prompt_logprobs"][1:]  # nothing stands before the first token
-    return [row[str(token)]["logprob"] for row, token in zip(rows, tokens[1:], strict=True)]
+    """Log-probabilities of ``tokens[1:]``, from the answer to ``prompt_fields``."""
+    # Nothing stands before the first token, so that it has none.
+    rows = answer["choices"][0]["prompt_logprobs"][1:]
+    found = []
+    for row, token in zip(rows, tokens[1:], strict=True):
+        # A row has the token of the prompt, and the most likely one if that is another.
+        found.append(row[str(token)]["logprob"])
+    return found
 
 
 def prefix_fields(tokens: Sequence[int], start: int) -> dict[str, Any]:
-    """The same numbers without ``prompt_logprobs``: every prefix is a prompt of its own, asked how
-    likely the next token is.
+    """Fields of a request for the same numbers without ``prompt_logprobs``.
+
+    Every prefix is a prompt of its own, asked how likely the next token is.
 
     Args:
-        start: where the next ``TOKENS_AT_ONCE`` of ``tokens[1:]`` begin.
+        start: place in ``tokens[1:]`` at which the next ``TOKENS_AT_ONCE`` begin.
     """
-    ends = range(start, min(start + TOKENS_AT_ONCE, len(tokens) - 1))
+    prefixes = []
+    wanted = set()
+    for end in range(start, min(start + TOKENS_AT_ONCE, len(tokens) - 1)):
+        prefixes.append([*tokens[: end + 1]])
+        wanted.add(tokens[end + 1])
     return {
-        "prompt": [[*tokens[: end + 1]] for end in ends], "max_tokens": 1, "temperature": 0.0,
+        "prompt": prefixes,
+        "max_tokens": 1,
+        "temperature": 0.0,
         "logprobs": 0,
-        "logprob_token_ids": sorted({tokens[end + 1] for end in ends}),
+        # Each answer has the log-probabilities of all of these.
+        "logprob_token_ids": sorted(wanted),
+        # By id, because two tokens may have the same text.
         "return_tokens_as_token_ids": True,
-    }  # fmt: skip
+    }
 
 
 def prefix_logprobs(answer: dict[str, Any], tokens: Sequence[int], start: int) -> list[float]:
-    """From the answer to ``prefix_fields``."""
+    """Log-probabilities from the answer to ``prefix_fields``."""
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    # Prefix k ends with token start + k; the token behind it was asked for.
     wanted = tokens[start + 1 : start + 1 + len(choices)]
-    return [
-        choice["logprobs"]["top_logprobs"][0][f"token_id:{token}"]
-        for choice, token in zip(choices, wanted, strict=True)
-    ]
+    found = []
+    for choice, token in zip(choices, wanted, strict=True):
+        (logprobs,) = choice["logprobs"]["top_logprobs"]
+        found.append(logprobs[f"token_id:{token}"])
+    return found

@@ -1,5 +1,4 @@
-"""vLLM's HTTP routes, one method each: what goes over the wire, and its refusals as typed errors.
-No policy."""
+"""Call vLLM's HTTP routes, one method each, and raise its refusals as typed errors."""
 
 import logging
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from megalora.serve.errors import ServerError, ServerUnreachable, refusal
 
 IDLE_CONNECTION_S = 2.0
 """vLLM closes idle connections after 5 s; a request sent at that moment would be lost."""
-# else a line for every request, once somebody turns INFO on
+# Otherwise httpx logs a line for every request, once somebody turns INFO on.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -23,27 +22,34 @@ class Served:
     """One model id of the server."""
 
     id: str
-    """What requests name: NAME@VERSION, or a base model's name."""
+    """Name in requests: NAME@VERSION, or a base model's name."""
     name: str
     version: str | None
-    """None for base models and for adapters that something else loaded under a plain name."""
+    """Version of an adapter; None for base models and for adapters that something else loaded under
+    a plain name."""
     path: str
-    """The folder, as the server knows it."""
+    """Folder, as the server knows it."""
     is_base: bool
 
 
 class Api:
-    """Safe to share between threads. Every method raises ``ServerUnreachable``, or what
-    ``errors.refusal`` makes of the answer."""
+    """A connection to one server; safe to share between threads.
+
+    Every method raises ``ServerUnreachable``, or what ``errors.refusal`` makes of the answer.
+    """
 
     def __init__(self, url: str, *, timeout: float, api_key: str | None) -> None:
         self.url = url.rstrip("/")
+        headers = {}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
         self._http = httpx.Client(
             base_url=self.url,
+            # An answer may take long; a server that is there accepts the connection at once.
             timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
             limits=httpx.Limits(max_connections=None, keepalive_expiry=IDLE_CONNECTION_S),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            # no proxy reaches this machine's loopback
+            headers=headers,
+            # A proxy from the environment cannot reach this machine's loopback.
             trust_env=urlsplit(self.url).hostname not in _LOCAL,
         )
 
@@ -83,6 +89,7 @@ class Api:
         )
 
     def completion(self, model: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """vLLM's answer to ``/v1/completions``."""
         body = fields | {"model": model}
         send = lambda: self._http.post("/v1/completions", json=body)  # noqa: E731
         return self._call(f"asking {model}", send, again=True).json()
@@ -95,11 +102,18 @@ class Api:
         loading: bool = False,
         again: bool = False,
     ) -> httpx.Response:
-        """``again``: asking twice does no harm, so a connection that was closed under the request
-        is no error."""
+        """The answer to a request.
+
+        Args:
+            doing: what the request does, as error messages begin.
+            loading: the request loads an adapter, see ``errors.refusal``.
+            again: asking twice does no harm, so that a request may be repeated after the server has
+                closed the connection under it.
+        """
         try:
             response = send()
         except httpx.RemoteProtocolError as error:
+            # Once: the second time, the connection is a new one.
             if again:
                 return self._call(doing, send, loading=loading)
             raise ServerUnreachable(
@@ -119,7 +133,9 @@ class Api:
 
 
 def _served(card: dict[str, Any]) -> Served:
+    """A model of ``/v1/models``."""
     name, at, version = card["id"].rpartition("@")
+    # Adapters name the model that they belong to. A base model's id may have an @ as well.
     is_base = card.get("parent") is None
     if is_base or not at:
         name = card["id"]

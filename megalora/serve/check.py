@@ -1,9 +1,9 @@
-"""Would vLLM serve this adapter as it was trained? Everything it would refuse, or take and ignore,
-before it is asked.
+"""Check whether vLLM would serve an adapter as it was trained, before it is asked to.
 
-Measured on vLLM 0.32: NaN, a rank other than the config's, zero tensors' siblings, modules it does
-not wrap and matrices smaller than the base's are all taken without a word; incomplete experts fail
-with a bare assertion.
+Refused is what vLLM would refuse, and what it would load and ignore. Measured on vLLM 0.32: it
+loads NaN, ranks other than the config's, siblings of zero tensors, modules that it does not wrap
+and matrices smaller than the base's, all without a word; incomplete experts fail with a bare
+assertion.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.adapters.read.copies import check_copies, copies_in
 from megalora.adapters.read.options import not_plain
 from megalora.adapters.read.rules import Rules
-from megalora.adapters.read.weights import FLOATS
+from megalora.adapters.read.weights import FLOATS, TensorInfo
 from megalora.hf.json_file import read_hf_config
 from megalora.hf.tensor_names import (
     described,
@@ -36,21 +36,25 @@ from megalora.serve.errors import (
 )
 from megalora.wording import shorten
 
-_FUSED = {name: fused for fused in ("qkv_proj", "gate_up_proj") for name in ALIASES[fused]}
+_FUSED: dict[str, str] = {}
+"""vLLM's fused linear by the HF linear that is a part of it: q_proj is in qkv_proj."""
+for _fused in ("qkv_proj", "gate_up_proj"):
+    for _part in ALIASES[_fused]:
+        _FUSED[_part] = _fused
 _EXPERT_LEAVES = (frozenset({"gate_proj", "up_proj", "down_proj"}), frozenset({"w1", "w2", "w3"}))
 """Names of an expert's linears: those of most families, and Mixtral's."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server was started with; None where that is not known, which leaves the check to the
-    server."""
+    """Options that a server was started with; the server checks what is None here."""
 
     max_rank: int | None = None
+    """Largest rank that the server takes."""
     target_modules: tuple[str, ...] | None = None
-    """vLLM's names (qkv_proj, o_proj, experts, ...) or parts of them (q_proj)."""
+    """vLLM's names of the adapted modules (qkv_proj, o_proj, experts, ...), or parts (q_proj)."""
     base: Path | None = None
-    """The base model's folder, if it can be read from here."""
+    """Folder of the base model, if it can be read from here."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,14 @@ class Needs:
     """What an adapter asks of a server."""
 
     rank: int
-    """The largest."""
+    """Largest rank of its modules."""
     target_modules: frozenset[str]
-    """vLLM's names."""
+    """vLLM's names of its modules."""
 
 
 @dataclass(frozen=True)
 class _Module:
-    """A [r, in] and B [out, r] of one HF linear, or of an embedding."""
+    """Sizes of A [r, in] and B [out, r] of one HF linear, or of an embedding."""
 
     rank: int
     out_features: int
@@ -73,20 +77,20 @@ class _Module:
 
 
 def check_adapter(folder: Path, limits: Limits | None = None) -> Needs:
-    """Read every byte once; say what the adapter needs.
+    """Check the whole adapter, reading every byte once; returns what it asks of a server.
 
     Raises:
-        AdapterNotFound: it is no adapter folder.
+        AdapterNotFound: it is not an adapter folder.
         AdapterInvalid, or a subclass that says more: what is wrong, with names and numbers.
     """
     files = read_adapter_files(folder)
     limits = limits or Limits()
+    # First what the headers say, which takes no time; the values come last.
     _check_config(files)
     modules = _modules(files)
     _check_ranks(files, modules)
-    needs = Needs(
-        max(m.rank for m in modules.values()), frozenset(vllm_module(name) for name in modules)
-    )
+    rank = max(module.rank for module in modules.values())
+    needs = Needs(rank, frozenset(map(vllm_module, modules)))
     _check_limits(files, needs, modules, limits)
     shape = _shape(limits.base)
     if shape is not None:
@@ -114,9 +118,12 @@ def _check_config(files: AdapterFiles) -> None:
     for key in ("r", "lora_alpha", "target_modules"):
         if key not in config:
             raise AdapterInvalid(f"{path}: {key} is missing; vLLM reads it")
+    # Not isinstance: true is an int for it.
     if type(config["r"]) is not int or config["r"] < 1:
         raise AdapterInvalid(f"{path}: r must be a positive whole number, got {config['r']!r}")
-    if found := [f"{key}={shorten(config[key])}" for key in not_plain(config)]:
+    # Options beyond plain LoRA, such as DoRA.
+    found = [f"{key}={shorten(config[key])}" for key in not_plain(config)]
+    if found:
         raise AdapterInvalid(
             f"{path}: vLLM does not serve {', '.join(found)}; train without, or merge into the base"
         )
@@ -125,41 +132,22 @@ def _check_config(files: AdapterFiles) -> None:
 def _modules(files: AdapterFiles) -> dict[str, _Module]:
     """Adapted modules by HF name; every A has its B and their ranks agree."""
     path = files.folder / WEIGHTS
+    # Shapes by module, then by factor, A or B.
     shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, tensor in files.tensors.items():
+        # PEFT may save the embeddings along with an adapter of theirs; ``_check_copies`` compares.
         if is_copy_of_vocabulary(name):
             continue
-        parsed = parse_plain_factor(name)
-        if parsed is None:
-            raise AdapterInvalid(
-                f"{path}: {name} is no LoRA factor but {described(name)}, which vLLM refuses;"
-                " megalora export writes the adapter without what only copies the base"
-            )
-        module, factor = parsed
-        if module.endswith((".experts", ".experts.base_layer")):
-            raise AdapterInvalid(
-                f"{path}: {name} stacks all experts; vLLM takes one A and B per expert for this"
-                " model"
-            )
-        if len(tensor.shape) == 3 and is_of_experts(name):
-            raise AdapterInvalid(
-                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, one tensor for all"
-                " experts; vLLM takes one A and B per expert for this model, which megalora export"
-                " writes"
-            )
-        if tensor.dtype not in FLOATS or len(tensor.shape) != 2:
-            raise AdapterInvalid(
-                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; must be a matrix of floats"
-            )
+        module, factor = _parsed_factor(path, name, tensor)
         shapes[module][factor] = tensor.shape
     modules = {}
     for name, factors in shapes.items():
         a = factors.get("A")
         b = factors.get("B")
         if a is None or b is None:
-            raise AdapterInvalid(
-                f"{path}: {name} has {'B' if a is None else 'A'} only; a factor is missing"
-            )
+            present = "B" if a is None else "A"
+            raise AdapterInvalid(f"{path}: {name} has {present} only; a factor is missing")
+        # A [r, in] and B [out, r].
         if a[0] != b[1]:
             raise AdapterInvalid(
                 f"{path}: {name} has A {list(a)} and B {list(b)}; A's rows must be B's columns"
@@ -168,6 +156,34 @@ def _modules(files: AdapterFiles) -> dict[str, _Module]:
     if not modules:
         raise AdapterInvalid(f"{path} has no LoRA factor: it would serve the base model")
     return modules
+
+
+def _parsed_factor(path: Path, name: str, tensor: TensorInfo) -> tuple[str, str]:
+    """Module and factor of a tensor; raises ``AdapterInvalid`` for one that vLLM cannot take."""
+    parsed = parse_plain_factor(name)
+    if parsed is None:
+        raise AdapterInvalid(
+            f"{path}: {name} is not a LoRA factor but {described(name)}, which vLLM refuses;"
+            " megalora export writes the adapter without copies of the base's weights"
+        )
+    module, factor = parsed
+    # PEFT's target_parameters: A of all experts in one matrix, B in another.
+    if module.endswith((".experts", ".experts.base_layer")):
+        raise AdapterInvalid(
+            f"{path}: {name} stacks all experts; vLLM takes one A and B per expert for this model"
+        )
+    # A bank [experts, r, in] or [experts, out, r].
+    if len(tensor.shape) == 3 and is_of_experts(name):
+        raise AdapterInvalid(
+            f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, one tensor for all"
+            " experts; vLLM takes one A and B per expert for this model, which megalora export"
+            " writes"
+        )
+    if tensor.dtype not in FLOATS or len(tensor.shape) != 2:
+        raise AdapterInvalid(
+            f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; must be a matrix of floats"
+        )
+    return module, factor
 
 
 def _check_ranks(files: AdapterFiles, modules: dict[str, _Module]) -> None:
@@ -197,6 +213,7 @@ def _check_limits(
         return
     served = set(limits.target_modules)
     for name in modules:
+        # The server may have been given a fused linear's name or that of a part.
         if not served & {vllm_module(name), name.rsplit(".", 1)[-1]}:
             raise AdapterTargetsUnserved(
                 f"{files.folder}: {name} needs {vllm_module(name)!r}, and the server adapts"
@@ -205,7 +222,8 @@ def _check_limits(
 
 
 def _shape(base: Path | None) -> ModelShape | None:
-    """None where the base is out of reach, or of a family megalora has no table for."""
+    """The base's shape; None where it cannot be read, or is of a family that megalora does not
+    know."""
     if base is None or not (base / "config.json").is_file():
         return None
     try:
@@ -215,12 +233,15 @@ def _shape(base: Path | None) -> ModelShape | None:
 
 
 def base_modules(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """HF name -> (out, in) of everything vLLM can adapt in this model."""
-    sizes = {module: p.features(shape) for module, (p, _, _) in linear_modules(shape).items()}
+    """(out, in) of everything that vLLM can adapt in this model, by HF name."""
+    sizes = {}
+    for module, (projection, _, _) in linear_modules(shape).items():
+        sizes[module] = projection.features(shape)
     return sizes | other_modules(shape)
 
 
 def _check_base(files: AdapterFiles, modules: dict[str, _Module], shape: ModelShape) -> None:
+    """Every module exists in the base, with these sizes."""
     sizes = base_modules(shape)
     for name, module in modules.items():
         if name not in sizes:
@@ -238,8 +259,7 @@ def _check_base(files: AdapterFiles, modules: dict[str, _Module], shape: ModelSh
 
 
 def _check_copies(files: AdapterFiles, shape: ModelShape, base: Path | None) -> None:
-    """vLLM takes its own base for weights of the base that the file holds; they must be the
-    same."""
+    """The file's copies of base weights are equal to the base's, which vLLM uses instead."""
     try:
         check_copies(files.weights, copies_in(files.weights, shape), shape, base)
     except ValueError as error:
@@ -250,15 +270,21 @@ def _check_experts(
     files: AdapterFiles, modules: dict[str, _Module], shape: ModelShape | None
 ) -> None:
     """All experts of a block, all three projections, one rank per projection."""
+    # Ranks by block, number of the expert and projection.
     blocks: dict[str, dict[int, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
     for name, module in modules.items():
         of = parse_expert(name)
         if of is not None:
             blocks[of.block][of.number][of.leaf] = module.rank
     for block, experts in blocks.items():
-        found = {leaf for ranks in experts.values() for leaf in ranks}
+        found: set[str] = set()
+        for ranks in experts.values():
+            found |= ranks.keys()
+        # The family's names are those that the file has most of.
         leaves = max(_EXPERT_LEAVES, key=lambda names: len(names & found))
-        expected = range(shape.num_experts if shape else max(experts) + 1)
+        # Without the base, the highest number in the file has to do.
+        num_experts = shape.num_experts if shape else max(experts) + 1
+        expected = range(num_experts)
         for expert in expected:
             missing = leaves - experts.get(expert, {}).keys()
             if missing:

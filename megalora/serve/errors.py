@@ -1,7 +1,7 @@
-"""What can go wrong between a client and vLLM, as types: programs decide by class, people read one
-line.
+"""Define the errors between a client and vLLM, and choose one for a refusal.
 
-All are ``ValueError``: an adapter, an address or an option is wrong, and the message says which.
+Programs decide by class, people read one line. All are ``ValueError``: an adapter, an address or an
+option is wrong, and the message says which.
 """
 
 import json
@@ -9,15 +9,15 @@ import re
 
 
 class ServeError(ValueError):
-    """Anything below."""
+    """Base class of all errors here."""
 
 
 class ServerUnreachable(ServeError):
-    """Nobody answers at this address, or not in time."""
+    """Nothing answers at this address, or not in time."""
 
 
 class ServerError(ServeError):
-    """The server does not start, has died, or answers what no client can make sense of."""
+    """The server does not start, has died, or gives answers that are not vLLM's."""
 
 
 class RuntimeUpdatesOff(ServeError):
@@ -29,7 +29,7 @@ class RequestRefused(ServeError):
 
 
 class AdapterError(ServeError):
-    """About one adapter."""
+    """Something is wrong with one adapter."""
 
 
 class AdapterNotFound(AdapterError):
@@ -83,15 +83,15 @@ _REFUSALS: tuple[tuple[str, type[ServeError], str], ...] = (
     ("doesn't contain tensors", AdapterInvalid, ""),
     ("EngineCore encountered an issue", ServerError, "see the server's log"),
 )
-"""(in vLLM 0.32's message, type, what to do), from vllm/entrypoints/openai/models/serving.py and
-vllm/lora."""
+"""(part of vLLM 0.32's message, type, what to do). The messages come from
+vllm/entrypoints/openai/models/serving.py and vllm/lora."""
 
 _WRAPPING = re.compile(
     r"^Call to \w+ method failed: (?:Worker failed with error '(.*)', please check the stack"
     r" trace.*|(.*))$",
     re.DOTALL,
 )
-"""What engine and executor put around a worker's own words."""
+"""Words of the engine and the executor around a worker's own message."""
 
 
 def refusal(doing: str, status: int, body: str, *, loading: bool = False) -> ServeError:
@@ -103,11 +103,14 @@ def refusal(doing: str, status: int, body: str, *, loading: bool = False) -> Ser
         loading: a 500 is then about the adapter: vLLM's worker raised while it read the files.
     """
     message, kind = _parse(body)
-    if status == 404 and kind == "Not Found":  # the router's own; vLLM's handlers say NotFoundError
+    # The router's own answer; vLLM's handlers write NotFoundError.
+    if status == 404 and kind == "Not Found":
         return RuntimeUpdatesOff(f"{doing}: the server has no such route; {_TURN_ON}")
     for part, error, fix in _REFUSALS:
         if part in message:
-            return error(f"{doing}: {message.removesuffix('.')}{f'; {fix}' if fix else ''}")
+            end = f"; {fix}" if fix else ""
+            return error(f"{doing}: {message.removesuffix('.')}{end}")
+    # The request's fault, by HTTP; what comes after is the server's.
     if status < 500:
         return RequestRefused(f"{doing}: HTTP {status}: {message}")
     if loading and status == 500:
@@ -127,8 +130,9 @@ def _parse(body: str) -> tuple[str, str]:
             return str(answer["detail"]), str(answer["detail"])
         message = str(answer["error"]["message"]).strip()
         wrapped = _WRAPPING.match(message)
-        return (wrapped[1] or wrapped[2] or "").strip() if wrapped else message, str(
-            answer["error"]["type"]
-        )
+        if wrapped:
+            message = (wrapped[1] or wrapped[2] or "").strip()
+        return message, str(answer["error"]["type"])
     except (ValueError, KeyError, TypeError):
+        # Not vLLM's: a proxy's page, of which the beginning has to do.
         return " ".join(body.split())[:200], ""

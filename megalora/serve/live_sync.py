@@ -1,8 +1,9 @@
-"""Every checkpoint goes to a running server, by name and version, while training goes on.
+"""Load every checkpoint into a running server while training goes on.
 
-A thread of the first rank loads what is saved into vLLM (``serve/vllm.py``), in order. Nobody waits
-for it: when the server is down it tries again, less and less often, and holds the newest few; when
-the server refuses an adapter, it says so and goes on. What was not served is on disk.
+A thread of the first rank loads checkpoints into vLLM (``serve/vllm.py``), in order. Training does
+not wait for it. When the server is down, it tries again, less and less often, and holds the newest
+few; when the server refuses an adapter, it says so and continues with the next. Checkpoints that
+were not served are still on disk.
 """
 
 import os
@@ -30,10 +31,11 @@ from megalora.serve.vllm import Client
 
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
+"""Seconds before the second try, and the longest between two."""
 CLOSE_S = 60.0
 IDLE_CLOSE_S = 5.0
-"""How long the end of a training waits for what is not served yet, and where the server does not
-answer."""
+"""Seconds that the end of a training waits for what is not served yet, and the same for a server
+that does not answer."""
 MAX_WAITING = 8
 """Checkpoints held for a server that is down, so that ``checkpoint.keep`` still bounds the disk."""
 
@@ -42,16 +44,19 @@ MAX_WAITING = 8
 def serving(
     config: RunConfig, model: AdaptedModel, say: Callable[[str], None], resumed: Path | None
 ) -> Iterator[Callable[[Path], None]]:
-    """Yields what to call with every new checkpoint; it does something on the first rank of a run
-    with ``checkpoint.serve``.
+    """Yield a function to call with every new checkpoint.
 
-    ``resumed``: the checkpoint to begin with, which the server may have missed.
+    It does nothing on other ranks than the first, and in a run without ``checkpoint.serve``.
+
+    Args:
+        say: called with lines for the user, from any thread.
+        resumed: the checkpoint to begin with, which the server may have missed.
     """
     if config.checkpoint.serve is None or dist.get_rank() != 0:
         yield lambda folder: None
         return
     hf = read_hf_config(local_folder(config.model.path, weights=False))
-    # what megalora serve starts vLLM with
+    # The dtype that megalora serve starts vLLM with.
     served_dtype = str(hf.get("dtype") or hf.get("torch_dtype"))
     count = num_tensors(model.adapted, model.shape)
     pusher = Pusher(config.checkpoint.serve, Path(config.checkpoint.dir), count, say, served_dtype)
@@ -60,6 +65,7 @@ def serving(
     try:
         yield pusher.push
     except BaseException:
+        # A training that failed or was interrupted should not keep its ranks for a minute.
         pusher.close(wait_s=IDLE_CLOSE_S)
         raise
     pusher.close()
@@ -77,29 +83,43 @@ class Pusher:
         say: Callable[[str], None],
         served_dtype: str = "float32",
     ) -> None:
-        """``num_tensors``: what must be in each; ``say`` gets a line for the user, from any
-        thread."""
+        """Start the thread.
+
+        Args:
+            run: the run's checkpoint folder.
+            num_tensors: number of tensors that every checkpoint must have.
+            say: called with lines for the user, from any thread.
+        """
+        # Only what may stand in a model's name.
         self.name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.resolve().name).strip("-._") or "run"
         self.url = url
         self.num_tensors = num_tensors
         self.say = say
         self.served_dtype = served_dtype
-        # What waits and what is served outlives ``checkpoint.keep``: a server reads adapters again,
-        # and dies when one is gone.
+        # Copies outlive ``checkpoint.keep``: a server reads adapters again, and dies when one is
+        # gone.
         self.client = Client(url, store=run / "served")
         self.held = run / "served" / ".waiting"
+        # An earlier run that was killed may have left some.
         shutil.rmtree(self.held, ignore_errors=True)
+        # Folders to serve, the oldest first; None tells the thread to end.
         self.waiting: queue.Queue[Path | None] = queue.Queue()
-        self.closing, self.unreachable = threading.Event(), threading.Event()
+        self.closing = threading.Event()
+        self.unreachable = threading.Event()
+        # A daemon, which cannot keep the process from ending.
         self.thread = threading.Thread(target=self._work, name="push", daemon=True)
         self.thread.start()
 
     def push(self, checkpoint: Path) -> None:
-        """Serve it as soon as may be, even if it is removed before; never raises for what happens
-        on disk."""
+        """Serve a checkpoint as soon as possible, even if its folder is removed before.
+
+        Raises no errors of the disk: training is worth more.
+        """
         while self.waiting.qsize() >= MAX_WAITING:
+            # The thread may have taken the last one meanwhile.
             with suppress(queue.Empty):
-                if skipped := self.waiting.get_nowait():
+                skipped = self.waiting.get_nowait()
+                if skipped:
                     shutil.rmtree(skipped, ignore_errors=True)
                     self.say(f"serve: {skipped.name} is skipped: {MAX_WAITING} newer ones wait")
         held = self.held / checkpoint.name
@@ -114,16 +134,23 @@ class Pusher:
         self.waiting.put(held)
 
     def close(self, wait_s: float = CLOSE_S) -> None:
-        """Wait for what is under way, not for long where nobody answers; say what was not
-        served."""
+        """Wait for checkpoints that are still to be served, and name those that were not.
+
+        Args:
+            wait_s: seconds to wait; at most ``IDLE_CLOSE_S`` for a server that does not answer.
+        """
         self.waiting.put(None)
-        self.thread.join(min(wait_s, IDLE_CLOSE_S) if self.unreachable.is_set() else wait_s)
+        if self.unreachable.is_set():
+            wait_s = min(wait_s, IDLE_CLOSE_S)
+        self.thread.join(wait_s)
+        # Ends the waiting between two tries, and the work after the checkpoint under way.
         self.closing.set()
         self.thread.join(IDLE_CLOSE_S)
-        if left := [place for place in list(self.waiting.queue) if place]:
+        left = [place.name for place in list(self.waiting.queue) if place]
+        if left:
             self.say(
-                f"serve: not served: {', '.join(p.name for p in left)}; a resumed run pushes its"
-                " last checkpoint again"
+                f"serve: not served: {', '.join(left)}; a resumed run pushes its last checkpoint"
+                " again"
             )
         self.client.close()
 
@@ -136,6 +163,7 @@ class Pusher:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _serve(self, checkpoint: Path) -> None:
+        """Try until the server has the checkpoint, refuses it, or training ends."""
         wait_s = FIRST_WAIT_S
         start = time.monotonic()
         while not self.closing.is_set():
@@ -144,19 +172,19 @@ class Pusher:
                 self.unreachable.clear()
                 return
             except (ServerUnreachable, ServerError) as error:
+                # One line, not one for every try.
                 if not self.unreachable.is_set():
                     self.say(
                         f"serve: {checkpoint.name} waits ({error}); trying again, training goes on"
                     )
                     self.unreachable.set()
             except Exception as error:
-                # Whatever it is, training must neither stop nor serve nothing because of it.
-                what = (
-                    "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-                )
-                self.say(
-                    f"serve: {checkpoint.name} is NOT served: {what}{error} (training goes on)"
-                )
+                # Whatever it is, neither training nor this thread may end because of it.
+                reason = str(error)
+                # The type of an error that nobody foresaw says more than its message.
+                if not isinstance(error, ValueError | OSError):
+                    reason = f"{type(error).__name__}: {reason}"
+                self.say(f"serve: {checkpoint.name} is NOT served: {reason} (training goes on)")
                 return
             self.closing.wait(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
@@ -166,32 +194,33 @@ class Pusher:
         )
 
     def _swap(self, checkpoint: Path) -> str:
-        """What to tell of it."""
-        if (found := tensor_count(checkpoint)) != self.num_tensors:
+        """Serve a checkpoint in place of the one before; returns what to say of it."""
+        found = tensor_count(checkpoint)
+        if found != self.num_tensors:
             raise ValueError(
                 f"{checkpoint.name} has {found} tensors, and this run adapts {self.num_tensors}"
             )
-        probed = read_probe(checkpoint) is not None
-        # its id holds the contents' hash
+        # Before the swap: a damaged probe must not replace a version that is served.
+        has_probe = read_probe(checkpoint) is not None
+        # Its id holds the contents' hash.
         model = self.client.swap(self.name, checkpoint, checkpoint.name)
-        if (now := self.client.resolve(self.name)) != model:
+        now = self.client.resolve(self.name)
+        if now != model:
             return (
                 f"{model} is loaded, but {self.name} means {now}: does another run use this name?"
             )
-        if not probed:
+        if not has_probe:
             return f"{model} is live at {self.url}"
         try:
-            return (
-                f"{self.url} has"
-                f" {prove(self.client, model, checkpoint, served_dtype=self.served_dtype).text()}"
-            )
+            proof = prove(self.client, model, checkpoint, served_dtype=self.served_dtype)
         except ValueError as error:
             return f"{model} is live at {self.url}, and could not be proved: {error}"
+        return f"{self.url} has {proof.text()}"
 
 
 def _keep(file: Path, place: Path) -> None:
-    """The same file under another name, which takes no time and no space; a copy where the file
-    system has no links."""
+    """Give a file a second name, which takes no time and no space; copy it where the file system
+    has no links."""
     place.unlink(missing_ok=True)
     try:
         os.link(file, place)

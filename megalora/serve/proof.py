@@ -1,5 +1,6 @@
-"""Does a served adapter act, and as it was trained? Its log-probabilities of ``probe.json``, with
-the base's and the training side's.
+"""Prove that a served adapter acts, and acts as it was trained.
+
+Its log-probabilities of ``probe.json`` are compared with the base's and the training side's.
 
     effect    largest |served - base|: 0 for an adapter that a server takes and ignores
     error     largest |served - trained|
@@ -24,53 +25,64 @@ from megalora.adapters.files import PROBE
 from megalora.serve.vllm import Client
 
 RELATIVE = 0.25
+"""Largest relative error of an adapter that is served as it was trained."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What a server said of the probe text; ``trained`` is None where the folder has no
-    ``probe.json``."""
+    """Log-probabilities of the probe text from a server, beside those of the training side."""
 
     model: str
     base: list[float]
     served: list[float]
     trained: list[float] | None
+    """Log-probabilities of the training side; None where the folder has no ``probe.json``."""
     dtype: str
-    """The coarser of the training side's and the server's."""
+    """The coarser dtype of the training side's and the server's."""
     atol: float
+    """Largest error that is allowed in float32."""
 
     @property
     def effect(self) -> float:
+        """Largest |served - base|."""
         return largest_difference(self.served, self.base)
 
     @property
     def error(self) -> float:
-        return largest_difference(self.served, self.trained or [])
+        """Largest |served - trained|."""
+        assert self.trained is not None
+        return largest_difference(self.served, self.trained)
 
     @property
     def relative(self) -> float:
+        """|served - trained| / |trained - base|, Euclidean."""
         assert self.trained is not None
-        return math.dist(self.served, self.trained) / max(math.dist(self.trained, self.base), 1e-30)
+        # An adapter whose B is still zero has no effect to divide by.
+        effect = max(math.dist(self.trained, self.base), 1e-30)
+        return math.dist(self.served, self.trained) / effect
 
     @property
     def ok(self) -> bool:
+        """Whether the adapter acts, as far as can be told as it was trained."""
         if self.trained is None:
             return self.effect > self.atol
-        exact = self.error <= self.atol if self.dtype == "float32" else True
+        # Rounding to bfloat16 alone makes larger errors.
+        exact = self.dtype != "float32" or self.error <= self.atol
         return self.effect > 0 and self.relative <= RELATIVE and exact
 
     def text(self) -> str:
+        """The result in one line."""
         acts = f"{self.model}: moves log-probabilities of the probe text by up to {self.effect:.3g}"
         if self.trained is None:
             if not self.ok:
                 return f"{acts}: it does NOT act"
             return (
-                f"{acts}; no {PROBE} in its folder, so nothing of the training side to compare with"
-                " (megalora verify --engine vllm)"
+                f"{acts}; its folder has no {PROBE} of the training side to compare with (megalora"
+                " verify --engine vllm compares with a reference)"
             )
-        limits = (
-            f"{RELATIVE} of its effect{f' and {self.atol:.0e}' if self.dtype == 'float32' else ''}"
-        )
+        limits = f"{RELATIVE} of its effect"
+        if self.dtype == "float32":
+            limits += f" and {self.atol:.0e}"
         compared = (
             f"{acts}; differs from the training side by up to {self.error:.2e}, {self.relative:.2g}"
             f" of its effect (allowed {limits})"
@@ -79,9 +91,15 @@ class Proof:
 
 
 def largest_difference(a: list[float], b: list[float]) -> float:
-    """Infinite where one of them is no number."""
-    differences = (abs(x - y) for x, y in zip(a, b, strict=True))
-    return max((d if d == d else math.inf for d in differences), default=0.0)
+    """The largest |a - b|; infinite where one of them is NaN, 0 for empty lists."""
+    largest = 0.0
+    for x, y in zip(a, b, strict=True):
+        difference = abs(x - y)
+        # max() could pass NaN over, because it compares as false.
+        if math.isnan(difference):
+            return math.inf
+        largest = max(largest, difference)
+    return largest
 
 
 def prove(
@@ -91,26 +109,34 @@ def prove(
     """Ask the server for NAME and for its base.
 
     Args:
-        folder: the adapter's, for its ``probe.json``.
-        served_dtype: what the server computes in.
-        fallback: gives tokens to ask for where there is none.
-    Raises: ``ValueError`` for a ``probe.json`` that is none; ``ServeError`` when the server does
-        not answer.
+        folder: the adapter's folder, for its ``probe.json``.
+        served_dtype: dtype that the server computes in.
+        fallback: returns tokens to ask for where the folder has no ``probe.json``.
+    Raises:
+        ValueError: ``probe.json`` is damaged.
+        ServeError: the server does not answer.
     """
     probe = read_probe(folder)
-    tokens = probe["tokens"] if probe else fallback() if fallback else None
+    tokens = None
+    trained = None
+    dtypes = {served_dtype}
+    if probe:
+        tokens = probe["tokens"]
+        trained = probe["logprobs"]
+        dtypes.add(probe["dtype"])
+    elif fallback:
+        tokens = fallback()
     if not tokens:
         raise ValueError(f"{folder} has no {PROBE}, and no other text was given to compare")
     answer = client.probe(name, tokens)
-    trained, dtypes = (
-        (probe["logprobs"], {probe["dtype"], served_dtype}) if probe else (None, {served_dtype})
-    )
+    # float16 rounds less than bfloat16, but is held to the same limits.
     coarser = "float32" if dtypes == {"float32"} else "bfloat16"
     return Proof(answer.model, answer.base, answer.adapter, trained, coarser, atol)
 
 
 def read_probe(folder: Path) -> dict[str, Any] | None:
-    """``probe.json``, or None where there is none."""
+    """The contents of ``probe.json``, or None where there is none; raises ``ValueError`` for
+    others."""
     path = folder / PROBE
     if not path.is_file():
         return None
@@ -118,11 +144,12 @@ def read_probe(folder: Path) -> dict[str, Any] | None:
         probe = json.loads(path.read_text())
         tokens = probe["tokens"]
         logprobs = probe["logprobs"]
+        # The first token has no log-probability: nothing stands before it.
         if len(tokens) == len(logprobs) + 1 and isinstance(probe["dtype"], str):
             return probe
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no probe ({type(error).__name__}: {error}); export the adapter again"
+            f"{path} is damaged ({type(error).__name__}: {error}); export the adapter again"
         ) from None
     raise ValueError(
         f"{path} has {len(tokens)} tokens and {len(logprobs)} log-probabilities; it must have one"

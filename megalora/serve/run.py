@@ -1,4 +1,4 @@
-"""``megalora serve``: start vLLM, prove of every adapter that it acts as it was trained, and stay
+"""Run ``megalora serve``: start vLLM, prove that every adapter acts as it was trained, and stay
 until told to stop."""
 
 from collections.abc import Callable, Sequence
@@ -21,21 +21,22 @@ def serve(
     returns an exit code.
 
     Args:
-        say: gets lines for the user.
+        say: called with lines for the user.
         atol: largest difference of a log-probability from the training side, in float32
             (``proof.py`` on bfloat16).
-        unproven: serve on where the proof fails.
-        extra: further arguments of vLLM's.
-    Raises: ``ValueError`` for an adapter that vLLM would refuse or ignore, a vLLM that does not
-        start or is not there.
+        unproven: serve even where the proof fails.
+        extra: further arguments for vLLM.
+    Raises:
+        ValueError: vLLM would refuse or ignore an adapter, is not installed, or does not start.
     """
     hf = read_hf_config(local_folder(base, "--base", weights=False))
     dtype = hf.get("dtype") or hf.get("torch_dtype")
     server = Server(base, adapters, host=host, port=port, dtype=dtype, extra=extra)
     say(f"starting vLLM for {base} ({server.dtype}); its log is {server.log}")
     with server, server.client() as client:
-        proofs = [
-            prove(
+        proofs = []
+        for name, folder in server.named.items():
+            proof = prove(
                 client,
                 name,
                 folder,
@@ -43,10 +44,9 @@ def serve(
                 atol=atol,
                 fallback=lambda: _fallback(base),
             )
-            for name, folder in server.named.items()
-        ]
-        for proof in proofs:
+            proofs.append(proof)
             say(proof.text())
+        # All of them are shown before one that failed ends the server.
         if not all(proof.ok for proof in proofs) and not unproven:
             say(
                 "stopped: an adapter is not served as it was trained; --unproven serves it all the"
@@ -66,10 +66,13 @@ def _fallback(base: str) -> list[int]:
 
 
 def _ready(server: Server, proofs: list[Proof]) -> str:
+    """What can be asked now, and how: an adapter, or the base where there is none."""
+    models = [str(server.base)]
+    for proof in proofs:
+        models.append(proof.model)
     model = proofs[0].model if proofs else server.base
     return (
-        f"ready at {server.url}. Models:"
-        f" {', '.join([str(server.base), *(p.model for p in proofs)])}\n"
+        f"ready at {server.url}. Models: {', '.join(models)}\n"
         f"  curl {server.url}/v1/completions -H 'Content-Type: application/json'"
         f""" -d '{{"model": "{model}", "prompt": "..."}}'\n"""
         f"  a training pushes its checkpoints here with checkpoint.serve={server.url}; Ctrl-C"

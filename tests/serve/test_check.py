@@ -131,12 +131,12 @@ BROKEN_TENSORS: dict[str, tuple[Callable[[dict], dict], type[AdapterError], str]
     "no LoRA factor": (
         with_("base_model.model.lm_head.weight", torch.zeros(2, 2)),
         AdapterInvalid,
-        "is no LoRA factor",
+        "is not a LoRA factor",
     ),
     "DoRA's vector": (
         with_(f"{Q}.lora_magnitude_vector", torch.zeros(2)),
         AdapterInvalid,
-        "is no LoRA factor",
+        "is not a LoRA factor",
     ),
     "stacked": (
         with_("base_model.model.model.layers.0.mlp.experts.lora_A.weight", torch.zeros(32, 80)),

@@ -65,15 +65,15 @@ def test_nan_is_never_ok() -> None:
 def test_without_a_training_side_it_must_act() -> None:
     acting = proof(TRAINED, trained=None)
     idle = proof(BASE, trained=None)
-    assert acting.ok and "no probe.json in its folder" in acting.text()
+    assert acting.ok and "its folder has no probe.json" in acting.text()
     assert not idle.ok and idle.text().endswith("it does NOT act")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no probe (JSONDecodeError"),
-        ('{"tokens": [1, 2], "dtype": "float32"}', "is no probe (KeyError: 'logprobs')"),
+        ("{", "is damaged (JSONDecodeError"),
+        ('{"tokens": [1, 2], "dtype": "float32"}', "is damaged (KeyError: 'logprobs')"),
         (
             '{"tokens": [1, 2], "logprobs": [-1.0, -2.0], "dtype": "float32"}',
             "has 2 tokens and 2 log-probabilities",

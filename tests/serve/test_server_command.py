@@ -25,12 +25,12 @@ from megalora.serve.errors import (
 from megalora.serve.server import (
     DEFAULT_TARGETS,
     Server,
-    last_errors,
     named_adapters,
     smallest_rank,
-    vllm_python,
 )
 from megalora.serve.vllm import versioned
+from megalora.serve.vllm_log import last_errors
+from megalora.serve.vllm_python import vllm_python
 from tests.serve.adapters import make_adapter
 
 
@@ -166,7 +166,8 @@ def test_what_is_wrong_is_said_before_vllm_starts(
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(
-            ValueError, match=rf"127.0.0.1:{port} cannot be listened on \(Address already in use\)"
+            ValueError,
+            match=rf"no server can listen on 127.0.0.1:{port} \(Address already in use\)",
         ):
             Server(tiny, port=port)
 
@@ -192,7 +193,7 @@ def test_where_vllm_is_looked_for(
     other.symlink_to(sys.executable)
     assert vllm_python(other) == other, "what is named wins"
     with pytest.raises(
-        ValueError, match=r"no vLLM: /nowhere is not there; make vllm builds .venv-vllm"
+        ValueError, match=r"no vLLM: there is no /nowhere; make vllm builds .venv-vllm"
     ):
         vllm_python("/nowhere")
     monkeypatch.delenv("MEGALORA_VLLM_PYTHON")
@@ -201,7 +202,7 @@ def test_where_vllm_is_looked_for(
     with pytest.raises(
         ValueError,
         match=(
-            rf"{tmp_path}/.venv-vllm/bin/python and {tmp_path}/repository/.* are not there; make"
+            rf"there is no {tmp_path}/.venv-vllm/bin/python or {tmp_path}/repository/.*; make"
             r" vllm"
         ),
     ):

@@ -1,5 +1,6 @@
-"""A vLLM plug-in for MoE adapters. vLLM calls ``register`` in each of its processes before the
-model is built.
+"""Make vLLM serve MoE adapters right, as a plug-in.
+
+vLLM calls ``register`` in each of its processes before the model is built.
 
     kernel.py       CPU build only: experts in plain torch (experts.py), because vLLM picks Triton's
                     whenever LoRA is on
@@ -24,6 +25,7 @@ def register() -> None:
         RuntimeError: this vLLM is not the one the plug-in was written for.
     """
     global _registered
+    # A second call would wrap what is wrapped already.
     if _registered:
         return
     import vllm
@@ -43,8 +45,8 @@ def register() -> None:
 
 
 def check_version(version: str) -> None:
-    """Guessing at another version's internals could serve wrong numbers, so that vLLM must not
-    start."""
+    """Raise ``RuntimeError`` for another version: its internals may be others, and numbers would
+    be wrong."""
     if not version.startswith(WRITTEN_FOR):
         raise RuntimeError(
             f"vllm-cpu-moe-lora patches the internals of vLLM {WRITTEN_FOR}x, and this is vLLM"

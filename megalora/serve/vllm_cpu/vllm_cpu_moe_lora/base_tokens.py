@@ -1,5 +1,6 @@
-"""Tokens of the base model get no adapter. On its CPU build vLLM 0.32 gives them the one in the
-last slot (vLLM pull request 48421).
+"""Compute tokens of the base model without an adapter, on vLLM's CPU build.
+
+vLLM 0.32 gives them the adapter in the last slot there (vLLM pull request 48421).
 
 A token's slot is -1 where its request names no adapter. The torch operators index the stacked
 weights with it, and -1 is the last: a base request in one batch with an adapter's is answered by
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 
 OPERATORS = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
-"""All others call these."""
+"""Operators to wrap; all others call these."""
 
 
 def install() -> None:
@@ -22,7 +23,7 @@ def install() -> None:
 
     for name in OPERATORS:
         careful = leaving_out_base_tokens(getattr(lora_ops, name))
-        # the latter two have names of their own for it
+        # The latter two have imported the operators under names of their own.
         for module in (lora_ops, torch_ops, punica_cpu):
             setattr(module, name, careful)
 
@@ -36,11 +37,13 @@ def leaving_out_base_tokens(operator):
         adapted = slots >= 0
         if adapted.all():
             operator(inputs, weights, output, slots, *args, **kwargs)
-        elif slots.numel() == inputs.shape[0]:  # else one slot for all rows, and it is -1
+        elif slots.numel() == inputs.shape[0]:
             rows = adapted.nonzero(as_tuple=True)[0]
+            # Indexing copies, so that the result has to be written back.
             part = output[rows]
             operator(inputs[rows], weights, part, slots[rows], *args, **kwargs)
             output[rows] = part
+        # One slot may stand for all rows; here it is -1, and there is nothing to do.
         elif slots.numel() > 1:
             raise RuntimeError(
                 f"{inputs.shape[0]} tokens, but vLLM named adapters for {slots.numel()}"

@@ -1,5 +1,4 @@
-"""Experts with LoRA in plain torch: what vLLM's Triton kernels compute, for its CPU build, which
-has no Triton.
+"""Compute experts with LoRA in plain torch, as vLLM's Triton kernels do, for its CPU build.
 
     h = x W1[e]^T + B1[s,e] A1[s,e] x     e: expert, s: the token's adapter slot; gate rows, then up
     y = silu(h_gate) * h_up
@@ -24,7 +23,7 @@ Slices = tuple[Tensor, ...]
 
 
 class Factors(NamedTuple):
-    """All slots' factors. Slices' outputs lie side by side: (gate, up), or one that holds both."""
+    """All slots' factors. The outputs of slices lie side by side: (gate, up), or one for both."""
 
     gate_up_a: Slices
     """[S, E, r, H] each."""
@@ -55,14 +54,10 @@ def apply_experts(
     """
     out_TH = torch.zeros(x_TH.shape[0], down_EHI.shape[1], dtype=torch.float32, device=x_TH.device)
     for expert in torch.unique(experts_TK).tolist():
+        # The N tokens that chose this expert, and as which of their K choices.
         token_N, choice_N = torch.where(experts_TK == expert)
         x_NH = x_TH[token_N]
-        slot_N = slots_T[token_N]
-        rows_of = {
-            s: (slot_N == s).nonzero(as_tuple=True)[0]
-            for s in torch.unique(slot_N).tolist()
-            if s >= 0
-        }
+        rows_of = _rows_of_slots(slots_T[token_N])
         h_NJ = F.linear(x_NH, gate_up_EJH[expert])
         for slot, rows in rows_of.items():
             h_NJ[rows] += _delta(x_NH[rows], slot, expert, factors.gate_up_a, factors.gate_up_b)
@@ -71,15 +66,25 @@ def apply_experts(
         out_NH = F.linear(y_NI, down_EHI[expert])
         for slot, rows in rows_of.items():
             out_NH[rows] += _delta(y_NI[rows], slot, expert, factors.down_a, factors.down_b)
-        out_TH.index_add_(
-            0, token_N, out_NH.float() * probs_TK[token_N, choice_N].float().unsqueeze(-1)
-        )
+        # In float32, because K contributions are summed.
+        probs_N1 = probs_TK[token_N, choice_N].float().unsqueeze(-1)
+        out_TH.index_add_(0, token_N, out_NH.float() * probs_N1)
     return out_TH
 
 
+def _rows_of_slots(slot_N: Tensor) -> dict[int, Tensor]:
+    """Rows of the tokens that have an adapter, by its slot."""
+    rows_of = {}
+    for slot in torch.unique(slot_N).tolist():
+        # -1 is the bare base model.
+        if slot >= 0:
+            rows_of[slot] = (slot_N == slot).nonzero(as_tuple=True)[0]
+    return rows_of
+
+
 def _delta(x: Tensor, slot: int, expert: int, a_slices: Slices, b_slices: Slices) -> Tensor:
-    parts = [
-        F.linear(F.linear(x, a[slot, expert]), b[slot, expert])
-        for a, b in zip(a_slices, b_slices, strict=True)
-    ]
+    """B A x of one adapter and expert, [rows, all slices' outputs]; the scale is in B."""
+    parts = []
+    for a, b in zip(a_slices, b_slices, strict=True):
+        parts.append(F.linear(F.linear(x, a[slot, expert]), b[slot, expert]))
     return torch.cat(parts, dim=-1)

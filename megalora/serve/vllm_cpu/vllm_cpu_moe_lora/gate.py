@@ -1,4 +1,4 @@
-"""Router adapters that take effect. vLLM 0.32 loads them, and routes by the bare gate.
+"""Give router adapters their effect: vLLM 0.32 loads them, and routes by the bare gate.
 
 A MoE block's gate is reachable by two names: ``mlp.gate`` and, because ``MoERunner`` computes the
 logits itself, ``mlp.experts.gate``. ``LoRAModelManager._create_lora_modules`` wraps the first, and
@@ -27,14 +27,16 @@ def rewire_gates(model) -> int:
 
     Raises:
         NotImplementedError: the runner multiplies by the gate's weights itself (shared expert's
-            gate fused in), so an
-            adapter could not reach it.
+            gate fused in), so that an adapter could not reach it.
     """
     from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
 
     count = 0
     for name, module in model.named_modules():
-        gate = module._modules.get("gate") if isinstance(module, FusedMoEWithLoRA) else None
+        if not isinstance(module, FusedMoEWithLoRA):
+            continue
+        # Beside the runner, where vLLM has put it. Absent or bare: the gate is not adapted.
+        gate = module._modules.get("gate")
         if not isinstance(gate, BaseLayerWithLoRA):
             continue
         if module.base_layer._fse_fuse_gate:

@@ -1,5 +1,7 @@
-"""``experts.py`` behind vLLM's interface, and in the place where vLLM looks for Triton's. Importing
-this imports much of vLLM."""
+"""Put ``experts.py`` behind vLLM's interface, in the place where vLLM looks for Triton's.
+
+Importing this imports much of vLLM.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,10 @@ from vllm_cpu_moe_lora.experts import Factors, apply_experts
 
 
 class TorchLoRAExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
-    """Tensor parallel works as in vLLM's own: its slots hold this rank's rows of B1 and columns of
-    A2."""
+    """Experts with LoRA for vLLM's layers.
+
+    Tensor parallelism works as in vLLM's own: slots hold this rank's rows of B1 and columns of A2.
+    """
 
     expects_unquantized_inputs = True
 
@@ -45,10 +49,12 @@ class TorchLoRAExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
         return not moe_parallel_config.use_ep
 
     def workspace_shapes(self, M, N, K, *args, **kwargs):
-        return (0,), (0,), (M, K)  # no scratch; the output is [tokens, hidden]
+        # No scratch memory; the output is [tokens, hidden].
+        return (0,), (0,), (M, K)
 
     def finalize_weight_and_reduce_impl(self):
-        return TopKWeightAndReduceNoOP()  # apply has weighted and summed
+        # ``apply`` has weighted and summed.
+        return TopKWeightAndReduceNoOP()
 
     def set_lora_context(self, ctx) -> None:
         if ctx.fully_sharded or ctx.enable_moe_shared_loras:
@@ -70,20 +76,23 @@ class TorchLoRAExperts(LoRAExpertsMixin, mk.FusedMoEExpertsModular):
             "router weights on the input": apply_router_weight_on_input,
             "expert biases": self.w1_bias is not None or self.w2_bias is not None,
         }
-        if any(unsupported.values()):
-            names = ", ".join(name for name, there in unsupported.items() if there)
-            raise NotImplementedError(f"MoE LoRA on vLLM's CPU build does not support {names}")
+        names = [name for name, is_asked_for in unsupported.items() if is_asked_for]
+        if names:
+            raise NotImplementedError(
+                f"MoE LoRA on vLLM's CPU build does not support {', '.join(names)}"
+            )
         slots_T, factors = _slots_and_factors(self._lora_context, topk_ids)
         output.copy_(apply_experts(hidden_states, w1, w2, topk_weights, topk_ids, slots_T, factors))
 
 
 def _slots_and_factors(ctx, experts_TK: Tensor) -> tuple[Tensor, Factors]:
-    """From vLLM's context; there is none where ``--lora-target-modules`` leaves the experts out."""
+    """Slots of the tokens and factors of all slots, from vLLM's context."""
     num_tokens = experts_TK.shape[0]
+    # ``--lora-target-modules`` leaves the experts out: every token gets the bare base.
     if ctx is None:
         return torch.full((num_tokens,), -1), Factors((), (), (), ())
     slots_T = ctx.punica_wrapper.token_lora_indices
-    # to leave adapters out here would be a wrong answer nobody notices
+    # Leaving adapters out here would be a wrong answer that nobody notices.
     if slots_T.numel() < num_tokens:
         raise RuntimeError(
             f"{num_tokens} tokens, but vLLM named adapters for {slots_T.numel()} of them only"
@@ -95,13 +104,12 @@ def _slots_and_factors(ctx, experts_TK: Tensor) -> tuple[Tensor, Factors]:
 
 
 def install() -> None:
-    """With LoRA on, Triton's is vLLM's only choice for unquantized experts.
-
-    ``select_unquantized_moe_backend`` looks the class up through ``backend_to_kernel_cls`` of its
-    own module.
-    """
+    """Replace Triton's experts, vLLM's only choice for unquantized ones with LoRA on."""
     triton = unquantized.UnquantizedMoeBackend.TRITON
     others = unquantized.backend_to_kernel_cls
-    unquantized.backend_to_kernel_cls = lambda backend: (
-        [TorchLoRAExperts] if backend == triton else others(backend)
-    )
+
+    def backend_to_kernel_cls(backend):
+        return [TorchLoRAExperts] if backend == triton else others(backend)
+
+    # ``select_unquantized_moe_backend`` looks the class up by this name of its own module.
+    unquantized.backend_to_kernel_cls = backend_to_kernel_cls
