@@ -1,5 +1,4 @@
-"""The collectives of tensor and sequence parallelism that move rank-wide activations, as
-differentiable functions.
+"""Differentiable collectives for tensor and sequence parallelism, on rank-wide activations.
 
 Forward and backward are each other's transpose:
 
@@ -30,6 +29,8 @@ def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _collective(forward_op: Callable[..., Tensor], backward_op: Callable[..., Tensor]):
+    """A collective whose gradient is another one."""
+
     class Collective(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, group):
@@ -38,10 +39,13 @@ def _collective(forward_op: Callable[..., Tensor], backward_op: Callable[..., Te
 
         @staticmethod
         def backward(ctx, *grads):
+            # The group has no gradient.
             return backward_op(grads[0], ctx.group), None
 
     def apply(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return x if group.size() == 1 else Collective.apply(x, group)  # pyright: ignore[reportReturnType]
+        if group.size() == 1:
+            return x
+        return Collective.apply(x, group)  # pyright: ignore[reportReturnType]
 
     return apply
 
@@ -58,6 +62,7 @@ def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup, num_shards: int) -
     """
     if group.size() == 1:
         return x
+    # [ranks, *x.shape], of which every so many-th is another shard.
     parts = _all_gather(x.unsqueeze(0), group)[:: group.size() // num_shards]
     return torch.cat(parts.unbind(0), dim=dim)
 
@@ -67,7 +72,11 @@ def sum_bucket(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
     shapes in order."""
     if not tensors or group.size() == 1:
         return
-    flat = torch.cat([t.reshape(-1) for t in tensors])
+    # One message instead of hundreds of small ones, each of which would cost a latency.
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat, group=group)
-    for tensor, summed in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+    place = 0
+    for tensor in tensors:
+        summed = flat[place : place + tensor.numel()]
         tensor.copy_(summed.view_as(tensor))
+        place += tensor.numel()

@@ -1,8 +1,8 @@
-"""Digests of files, kept so that a file that has not changed since is not read again.
+"""Keep digests of files, so that a file that has not changed since is not read again.
 
-A file is taken for unchanged while its path, inode, size and times stay. A file that changed within
-the last seconds is never kept: it could change once more within one tick of the file system's
-clock.
+A file counts as unchanged while its path, inode, size and times stay the same. The digest of a file
+that changed within the last seconds is never kept: it could change once more within one tick of the
+file system's clock.
 """
 
 import hashlib
@@ -23,33 +23,33 @@ class Digests:
     def __init__(self, known: dict[str, str] | None = None) -> None:
         self.known = known or {}
         self.used: dict[str, str] = {}
-        """What was asked for and may be kept."""
+        """Digests that were asked for and may be kept."""
 
     @classmethod
     def load(cls, path: Path) -> "Digests":
-        """Read what ``save`` wrote; empty where it is not there or damaged, which costs time
-        alone."""
+        """Read what ``save`` wrote; no digests where the file is missing or damaged."""
         try:
             known = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError):
+            # Without them, files are read again, which only takes time.
             return cls()
-        if not isinstance(known, dict) or not all(
-            isinstance(value, str) for value in known.values()
-        ):
+        if not isinstance(known, dict):
+            return cls()
+        if not all(isinstance(value, str) for value in known.values()):
             return cls()
         return cls(known)
 
     def save(self, path: Path) -> None:
-        """Keep what was used."""
+        """Write the digests that were used; others are of files that nobody asks for any more."""
         temporary = path.with_name(f"{path.name}.tmp")
         temporary.write_text(json.dumps(self.used, indent=1) + "\n")
         temporary.replace(path)
 
     def of(self, path: Path, kind: str, compute: Callable[[Path], str]) -> str:
-        """``compute(path)``, or what it was when the file was the same.
+        """``compute(path)``, or its result when the file was the same.
 
         Args:
-            kind: names what is computed.
+            kind: name of what is computed; a file may have digests of several kinds.
         Raises:
             ValueError: the file changed while it was read.
         """
@@ -63,6 +63,7 @@ class Digests:
                 raise ValueError(
                     f"{path} changed while it was read; start again when nobody writes to it"
                 )
+            # Used now, but not kept.
             if now - max(before.st_mtime_ns, before.st_ctime_ns) < SETTLED_NS:
                 return digest
         self.used[key] = digest
@@ -79,4 +80,5 @@ def sha256_of_file(path: Path) -> str:
 
 
 def _times(stat: os.stat_result) -> str:
+    """Inode, size and times of a file. st_ctime changes also where st_mtime is set back."""
     return f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"

@@ -1,4 +1,5 @@
-"""Environment variables: torch's that have better defaults here, and ``MEGALORA_SHARE_GPU``.
+"""Set environment variables of torch that need other defaults here, and read
+``MEGALORA_SHARE_GPU``.
 
 Needs no torch: some versions of torch read the allocator's variable as their CUDA library is
 loaded, so a rank calls ``set_defaults`` before it imports torch. A variable that the user has set,
@@ -19,7 +20,7 @@ DUMP_FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 def set_defaults(
     run: Path | None = None, environment: MutableMapping[str, str] | None = None
 ) -> None:  # fmt: skip
-    """Set what the user has not set.
+    """Set the variables that the user has not set.
 
     Expandable segments: batches differ in length from step to step, and memory cut into blocks of
     fixed sizes would fragment.
@@ -30,9 +31,10 @@ def set_defaults(
     run's folder; torch keeps the last 2,000 of them without being asked.
 
     Args:
-        run: the run's folder, where dumps go; None leaves the place to torch.
-        environment: the process's own by default.
+        run: the run's folder, for dumps; None leaves the place to torch.
+        environment: variables to change; the process's own by default.
     """
+    # Not ``environment or os.environ``: an empty one is meant, too.
     variables = os.environ if environment is None else environment
     _set(variables, ALLOCATOR, "expandable_segments:True")
     _set(variables, ERROR_HANDLING, "2")
@@ -53,9 +55,11 @@ def shares_gpu() -> bool:
 
     Raises ``ValueError`` for another value than 0 or 1, and where more than one node takes part.
     """
+    # An empty variable counts as one that is not set.
     value = os.environ.get(SHARE_GPU) or "0"
     if value not in ("0", "1"):
         raise ValueError(f"{SHARE_GPU}={value}: set it to 1 to run all ranks on one GPU, or to 0")
+    # torchrun sets both.
     world = int(os.environ.get("WORLD_SIZE", 1))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if value == "1" and here != world:

@@ -1,4 +1,4 @@
-"""Do something on the first rank for all: what it returns, or why it failed, reaches every rank."""
+"""Do something on the first rank for all ranks, which get its result or its error."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,13 @@ def on_first_rank[T](action: Callable[[], T], failure: str) -> T:
     """Run ``action`` on rank 0 and return its result on every rank. Collective over the world.
 
     Args:
-        failure: what a file that cannot be read or written means, for the message.
+        failure: what it means that a file cannot be read or written, for the message.
     Raises:
-        ValueError: on every rank, where the action raised one or met such a file.
-        RuntimeError: on the other ranks, where it raised anything else; rank 0 raises that itself.
+        ValueError: on every rank, if the action raised one or met such a file.
+        RuntimeError: on the other ranks, if it raised anything else; rank 0 raises that itself.
     """
-    answer: list[Any] = [None, None, None]  # result, a user's mistake, any other error
+    # The result, a user's mistake, any other error.
+    answer: list[Any] = [None, None, None]
     raised: Exception | None = None
     if dist.get_rank() == 0:
         try:
@@ -26,13 +27,15 @@ def on_first_rank[T](action: Callable[[], T], failure: str) -> T:
             answer[1] = str(error)
         except (OSError, SafetensorError) as error:
             answer[1] = f"{failure} ({error})"
-        except Exception as error:  # whatever it is, the other ranks must not wait for ever
+        except Exception as error:
+            # Whatever it is, the other ranks must not wait for ever.
             raised = error
             answer[2] = f"{type(error).__name__} on the first rank: {error}"
     dist.broadcast_object_list(answer, src=0)
     result, mistake, crash = answer
+    # On rank 0, with its own traceback.
     if raised is not None:
-        raise raised  # with its own traceback
+        raise raised
     if mistake is not None:
         raise ValueError(mistake)
     if crash is not None:

@@ -1,5 +1,6 @@
-"""``python -m megalora.launching ARGUMENTS``: torchrun, without its tracebacks where a line says it
-all.
+"""Run torchrun without its tracebacks where a line says it all.
+
+    python -m megalora.launching ARGUMENTS
 
 torchrun ends a job that was told to stop, or in which a rank has failed, with a traceback of its
 own below whatever the ranks have said.
@@ -16,16 +17,16 @@ def torchrun(arguments: list[str]) -> None:
     """Run torchrun in this process.
 
     Raises:
-        SystemExit: 128 and the signal's number after a signal, such as 130 after Ctrl-C: the ranks
-            have said where they
-            stopped. 2 after a user's mistake and 3 after a lost rank, which the ranks have
-            reported.
+        SystemExit: 128 plus the signal's number after a signal, such as 130 after Ctrl-C: the ranks
+            have said where they stopped. 2 after a user's mistake and 3 after a lost rank, which
+            the ranks have reported.
         ChildFailedError: a rank has crashed; torchrun's report names it.
     """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # These log a failure before it is raised.
     for name in (
         "torch.distributed.elastic.multiprocessing.api",
         "torch.distributed.elastic.agent.server.api",
@@ -34,10 +35,11 @@ def torchrun(arguments: list[str]) -> None:
     try:
         run.main(arguments)
     except SignalException as stopped:
-        # an impatient second Ctrl-C must not spoil the exit
+        # An impatient second Ctrl-C must not spoil the exit.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.exit(128 + stopped.sigval)
     except ChildFailedError as error:
+        # The others failed because of it.
         _, first = error.get_first_failure()
         if first.exitcode in (MISTAKE, LOST_PEER):
             sys.exit(first.exitcode)

@@ -1,4 +1,4 @@
-"""Process groups from a ``ParallelConfig``. The only reader of Megatron's ``parallel_state``."""
+"""Make process groups from a ``ParallelConfig``; only this reads Megatron's ``parallel_state``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,19 +38,23 @@ class Groups:
 
     @property
     def sequence_parallel(self) -> bool:
+        """Whether activations between layers are split along the sequence: always with TP."""
         return self.tp.size() > 1
 
     def named(self, name: str) -> dist.ProcessGroup:
+        """The group of a name such as ``edp``, as ``lora/spec.py`` has them."""
         return getattr(self, name)
 
 
 def init_groups(config: ParallelConfig, seed: int = 0) -> Groups:
-    """Lay the initialised world out as ``config`` says; raises ``ValueError`` when it does not
+    """Divide the initialised world as ``config`` says; raises ``ValueError`` if it does not
     divide."""
+    # Raises before Megatron does, whose message names none of the options.
     config.data_parallel_sizes(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
+        # Megatron takes any number as a wish for the interleaved schedule.
         virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
         expert_model_parallel_size=config.ep,
         expert_tensor_parallel_size=config.etp,
@@ -89,9 +93,9 @@ def first_rank_alone() -> Iterator[dist.ProcessGroup | None]:
 
 
 def destroy_groups() -> None:
-    """Forget all groups, those too that Megatron's own function leaves behind: their threads would
-    outlive the world."""
+    """Forget all groups, also those that Megatron's own function leaves behind."""
     parallel_state.destroy_model_parallel()
+    # A group that something still holds keeps its threads, which would outlive the world.
     for name, value in list(vars(parallel_state).items()):
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)

@@ -1,17 +1,18 @@
-"""Paths as users write them: ``~`` expanded, and whether they can be written."""
+"""Expand paths as users write them, and check that files and folders can be written."""
 
 import os
 from pathlib import Path
 
 
 def expand(text: str, option: str) -> str:
-    """``~`` and ``~user`` at the beginning as home folders; raises ``ValueError`` where there is no
-    such user.
+    """Replace ``~`` and ``~user`` at the beginning by home folders; raises ``ValueError`` if there
+    is no such user.
 
     Args:
-        option: what the user calls it, for the message.
+        option: name of the option, for the message.
     """
     expanded = os.path.expanduser(text)
+    # expanduser leaves a name as it is that it does not know.
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]
         raise ValueError(
@@ -27,7 +28,7 @@ def user_path(text: str) -> Path:
 
 
 def check_file_to_write(file: Path) -> None:
-    """Raise ``ValueError`` unless ``file`` can be written, in a folder that is there or can be
+    """Raise ``ValueError`` unless ``file`` can be written, in a folder that exists or can be
     made."""
     if file.is_dir():
         raise ValueError(f"{file} is a folder; name the file to write")
@@ -35,7 +36,7 @@ def check_file_to_write(file: Path) -> None:
 
 
 def prepare_file(file: Path) -> None:
-    """As ``check_file_to_write``, and make the folders above ``file``."""
+    """Check as ``check_file_to_write`` does, and make the folders above ``file``."""
     check_file_to_write(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -44,10 +45,10 @@ def prepare_file(file: Path) -> None:
 
 
 def check_folder_to_write(folder: Path, option: str) -> None:
-    """Raise ``ValueError`` unless ``folder`` is there or can be made, and can be written to.
+    """Raise ``ValueError`` unless ``folder`` exists or can be made, and can be written to.
 
     Args:
-        option: what the user calls it, for the message.
+        option: name of the option, for the message.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{option}={folder} is a file; choose a folder")
@@ -55,8 +56,15 @@ def check_folder_to_write(folder: Path, option: str) -> None:
 
 
 def _check_place(folder: Path, cannot: str) -> None:
+    """Raise ``ValueError`` unless ``folder`` can be written to, or made and written to.
+
+    Args:
+        cannot: beginning of the message.
+    """
+    # What exists decides: folders below it would be made in it. "/" always exists.
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir():
         raise ValueError(f"{cannot}: {there} is a file")
+    # A new entry needs both permissions.
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{cannot}: no permission in {there}")

@@ -1,5 +1,7 @@
-"""Check a run before its ranks start, so that a mistake shows once, in a line, and at once. Needs
-no torch."""
+"""Check a run before its ranks start, so that a mistake shows at once, and only once.
+
+Needs no torch.
+"""
 
 import os
 from collections.abc import Sequence
@@ -26,18 +28,20 @@ def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> Run
     check_paths(config)
     base = Path(config.model.path)
     if base.is_dir():
+        # Raises for targets that match nothing, and for layouts that do not fit the model.
         plan(config.lora, config.parallel, base)
     return config
 
 
 def check_paths(config: RunConfig) -> None:
-    """Raise ``ValueError`` unless what a config names is there, and its run folder can be written
-    to.
+    """Raise ``ValueError`` unless the files that a config names exist, and its run folder can be
+    written to.
 
     Names on the hub are left to the ranks, which look in its cache and download.
     """
     _check_model(Path(config.model.path))
     for source in (config.data.train, config.data.eval):
+        # data.eval may also be a number of samples to hold out.
         if isinstance(source, str):
             file = locate(source).file
             if file is not None and not os.access(file, os.R_OK):
@@ -57,5 +61,6 @@ def _check_model(path: Path) -> None:
             raise ValueError(f"model.path={path}: there is no config.json in this folder")
     elif path.exists():
         raise ValueError(f"model.path={path} is a file; name the folder of a Hugging Face model")
+    # A name on the hub is NAME or OWNER/NAME.
     elif path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2:
         raise ValueError(f"model.path={path}: no such folder")

@@ -1,4 +1,4 @@
-"""Where ranks meet, kept apart from where the ranks before them met.
+"""Let the ranks of one attempt of a job meet, apart from those of attempts before it.
 
 torchrun gives every attempt of a job (``--max-restarts``) the same store, with the addresses of
 dead ranks still in it: a rank that starts early reads one and fails to connect. The attempt's
@@ -17,22 +17,24 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 POLL_S = 0.02
+"""Seconds between two looks into the store."""
 
 
 def meeting_place(
     rank: int, world_size: int, timeout_minutes: float
 ) -> tuple[dist.Store, str | None]:
-    """A store that this attempt's ranks alone use, and the name of the job, the same in all
+    """A store that only this attempt's ranks use, and the name of the job, the same in all
     attempts.
 
-    Outside torchrun there are no other attempts and the job is None.
+    Outside torchrun there are no other attempts, and the job is None.
     """
     under_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # One process alone needs no address, and so no free port.
     if world_size == 1 and not under_torchrun:
         return dist.HashStore(), None
-    store, _, _ = next(
-        rendezvous("env://", rank, world_size, timeout=timedelta(minutes=timeout_minutes))
-    )
+    timeout = timedelta(minutes=timeout_minutes)
+    # A generator that yields again only for back ends that meet again, which env:// is not.
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
     if not under_torchrun:
         return store, None
     store = dist.PrefixStore("megalora", store)
@@ -43,15 +45,17 @@ def meeting_place(
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
-    """A name that all living ranks return and no ranks before them have.
+    """A name that all living ranks return, and that no ranks before them had.
 
-    Every rank says a nonce. Rank 0 publishes the roster of nonces, and again whenever one has
-    changed, for it may have read one of a dead rank. A rank acknowledges a roster that has its own
-    nonce. Once all have acknowledged the same, rank 0 says that it holds.
+    Every rank stores a nonce. Rank 0 publishes the roster of nonces, and again whenever one has
+    changed, because it may have read one of a dead rank. A rank acknowledges a roster that has its
+    own nonce. Once all have acknowledged the same roster, rank 0 declares that it holds.
     """
     nonce = uuid.uuid4().hex
+    # Replaces the nonce of the dead rank that had this number.
     store.set(f"nonce/{rank}", nonce)
     deadline = time.monotonic() + timeout_s
+    # Names of the last rosters.
     acknowledged = ""
     published = ""
     while time.monotonic() < deadline:
@@ -60,6 +64,7 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_s: f
         if store.check(["roster"]):
             roster = json.loads(store.get("roster"))
             name = _name(roster)
+            # Another attempt's roster may still stand there, of another size even.
             if len(roster) == world_size and roster[rank] == nonce:
                 if acknowledged != name:
                     store.set(f"heard/{rank}", name)
@@ -67,31 +72,47 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_s: f
                 if store.check(["holds"]) and store.get("holds").decode() == name:
                     return name
         time.sleep(POLL_S)
-    missing = [r for r in range(world_size) if not store.check([f"nonce/{r}"])]
-    who = (
-        f"ranks {missing[:8]} have not come"
-        if missing
-        else "some ranks belong to an attempt that has ended"
-    )
-    raise RuntimeError(f"Timed out waiting for all {world_size} ranks to meet: {who}")
+    missing = _who_is_missing(store, world_size)
+    raise RuntimeError(f"Timed out waiting for all {world_size} ranks to meet: {missing}")
+
+
+def _who_is_missing(store: dist.Store, world_size: int) -> str:
+    missing = [rank for rank in range(world_size) if not store.check([f"nonce/{rank}"])]
+    if missing:
+        return f"ranks {missing[:8]} have not come"
+    # Every number has been taken, but not by ranks that are alive.
+    return "some ranks belong to an attempt that has ended"
 
 
 def _publish(store: dist.Store, world_size: int, published: str) -> str:
-    """Rank 0's part, repeated: publish the roster if it has changed, say that it holds when all
-    have acknowledged it."""
-    ranks = range(world_size)
-    keys = [f"nonce/{r}" for r in ranks]
-    if not store.check(keys):
+    """Do rank 0's part once: publish the roster if it has changed, and declare that it holds if all
+    have acknowledged it.
+
+    Args:
+        published: name of the last roster; empty before the first.
+    Returns:
+        The name of the roster now.
+    """
+    nonces = _values(store, "nonce", world_size)
+    # Somebody has not come yet.
+    if nonces is None:
         return published
-    roster = [nonce.decode() for nonce in store.multi_get(keys)]
-    name = _name(roster)
+    name = _name(nonces)
     if name != published:
-        store.set("roster", json.dumps(roster))
-    heard = [f"heard/{r}" for r in ranks]
-    if store.check(heard) and all(said.decode() == name for said in store.multi_get(heard)):
+        store.set("roster", json.dumps(nonces))
+    if _values(store, "heard", world_size) == [name] * world_size:
         store.set("holds", name)
     return name
 
 
+def _values(store: dist.Store, kind: str, world_size: int) -> list[str] | None:
+    """What every rank has stored under ``KIND/RANK``; None unless all have."""
+    keys = [f"{kind}/{rank}" for rank in range(world_size)]
+    if not store.check(keys):
+        return None
+    return [value.decode() for value in store.multi_get(keys)]
+
+
 def _name(roster: list[str]) -> str:
+    """The attempt's name, the same for the same nonces in the same order."""
     return "attempt_" + hashlib.sha256(json.dumps(roster).encode()).hexdigest()[:16]

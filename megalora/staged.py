@@ -1,14 +1,14 @@
 """Run collectives of device tensors over gloo, through copies in host memory.
 
-So several ranks can share one GPU, where NCCL refuses two ranks on a device and gloo does not reach
-into device memory. Every tensor is copied to the host, gloo moves the copy, and the result is
+So several ranks can share one GPU: NCCL refuses two ranks on a device, and gloo cannot read device
+memory. Every tensor is copied to the host, gloo moves the copy, and the result is
 copied back into the caller's tensor: slow, but every layout runs on one GPU with its real kernels,
 and only NCCL itself is left to several GPUs. ``register()`` gives torch this back end under the
 name ``BACKEND``; a process group made with it is a ``StagedGroup``. Callers, Megatron too, do not
 change.
 
-What NCCL does and gloo refuses is put together here: averages, and gathers and reduce-scatters of
-unequal parts.
+Averages, and gathers and reduce-scatters of unequal parts, which NCCL has and gloo refuses, are
+composed here of what gloo has.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ BACKEND = "megalora_staged"
 
 def register() -> None:
     """Make ``BACKEND`` known to torch. Idempotent."""
-    # private to torch, which refuses to register a name twice
+    # torch refuses to register a name twice, and has no public list of the names.
     if BACKEND.upper() not in dist.Backend._plugins:
         # Object collectives are made of CPU tensors.
         dist.Backend.register_backend(BACKEND, StagedGroup, devices=["cpu", "cuda"])
@@ -36,12 +36,14 @@ class StagedWork(dist.Work):
 
     def __init__(self, parts: Sequence[Any], deliver: Callable[[], None]) -> None:
         super().__init__()
+        # gloo returns None where there is nothing to do.
         self._parts = [part for part in parts if part is not None]
         self._deliver: Callable[[], None] | None = deliver
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         for part in self._parts:
             part.wait() if timeout is None else part.wait(timeout)
+        # Once: the caller may have changed the tensors since the first time.
         if self._deliver is not None:
             self._deliver()
         self._deliver = None
@@ -71,7 +73,9 @@ class StagedGroup(dist.ProcessGroup):
         return BACKEND
 
     def barrier(self, opts: Any = None) -> Any:
-        return self._gloo.barrier(dist.BarrierOptions() if opts is None else opts)
+        if opts is None:
+            opts = dist.BarrierOptions()
+        return self._gloo.barrier(opts)
 
     # Reductions.
 
@@ -84,14 +88,19 @@ class StagedGroup(dist.ProcessGroup):
     def reduce(self, tensors: list[Tensor], opts: Any) -> StagedWork:
         at_root = opts.rootRank == self.rank()
         divide = self._average_as_sum(opts)
-        staged = [_to_host(tensor) for tensor in tensors]
+        staged = _all_to_host(tensors)
         work = self._gloo.reduce(staged, opts)
-        # On other ranks gloo leaves partial sums in the copies; the callers' tensors stay.
-        return StagedWork([work], lambda: _deliver(tensors, staged, divide) if at_root else None)
+
+        def deliver() -> None:
+            # On other ranks gloo leaves partial sums in the copies; the callers' tensors stay.
+            if at_root:
+                _deliver(tensors, staged, divide)
+
+        return StagedWork([work], deliver)
 
     def _reduce(self, collective: Any, tensors: list[Tensor], opts: Any) -> StagedWork:
         divide = self._average_as_sum(opts)
-        staged = [_to_host(tensor) for tensor in tensors]
+        staged = _all_to_host(tensors)
         work = collective(staged, opts)
         return StagedWork([work], lambda: _deliver(tensors, staged, divide))
 
@@ -102,22 +111,22 @@ class StagedGroup(dist.ProcessGroup):
         self, outputs: list[Tensor], given: list[Tensor], opts: Any
     ) -> StagedWork:  # fmt: skip
         divide = self._average_as_sum(opts)
-        staged = [_like_on_host(output) for output in outputs]
-        works = [
-            self._gloo._reduce_scatter_base(mine, _to_host(whole), opts)
-            for mine, whole in zip(staged, given, strict=True)
-        ]
+        staged = _all_like_on_host(outputs)
+        works = []
+        for mine, whole in zip(staged, given, strict=True):
+            works.append(self._gloo._reduce_scatter_base(mine, _to_host(whole), opts))
         return StagedWork(works, lambda: _deliver(outputs, staged, divide))
 
     def reduce_scatter(
         self, outputs: list[Tensor], given: list[list[Tensor]], opts: Any
     ) -> StagedWork:  # fmt: skip
-        """Of a list of parts, one for each rank, which may differ in size."""
+        """Reduce-scatter a list of parts, one for each rank, which may differ in size."""
         divide = self._average_as_sum(opts)
         (output,) = outputs
         (parts,) = given
         sizes = [part.numel() for part in parts]
-        sent = torch.cat([_to_host(part).reshape(-1) for part in parts])
+        sent = torch.cat([part.reshape(-1) for part in _all_to_host(parts)])
+        # Equal parts are what gloo can do.
         if len(set(sizes)) == 1:
             mine = sent.new_empty(output.numel())
             work = self._gloo._reduce_scatter_base(mine, sent, opts)
@@ -147,24 +156,24 @@ class StagedGroup(dist.ProcessGroup):
         self, outputs: list[Tensor], given: list[Tensor], opts: Any = None
     ) -> StagedWork:  # fmt: skip
         # torch 2.11 calls this without options.
-        opts = AllgatherOptions() if opts is None else opts
-        staged = [_like_on_host(output) for output in outputs]
-        works = [
-            self._gloo._allgather_base(whole, _to_host(mine), opts)
-            for whole, mine in zip(staged, given, strict=True)
-        ]  # fmt: skip
+        if opts is None:
+            opts = AllgatherOptions()
+        staged = _all_like_on_host(outputs)
+        works = []
+        for whole, mine in zip(staged, given, strict=True):
+            works.append(self._gloo._allgather_base(whole, _to_host(mine), opts))
         return StagedWork(works, lambda: _deliver(outputs, staged))
 
     def allgather(
         self, outputs: list[list[Tensor]], given: list[Tensor], opts: Any
     ) -> StagedWork:  # fmt: skip
-        """Into a list of tensors, one from each rank, which may differ in size."""
+        """All-gather into a list of tensors, one from each rank, which may differ in size."""
         (wanted,) = outputs
         (tensor,) = given
         mine = _to_host(tensor)
         sizes = [tensor.numel() for tensor in wanted]
         if len(set(sizes)) == 1:
-            staged = [_like_on_host(tensor) for tensor in wanted]
+            staged = _all_like_on_host(wanted)
             work = self._gloo.allgather([staged], [mine], opts)
             return StagedWork([work], lambda: _deliver(wanted, staged))
         # An all-to-all in which this rank sends all it has to every rank.
@@ -188,11 +197,12 @@ class StagedGroup(dist.ProcessGroup):
     def _exchange(
         self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]
     ) -> Any:  # fmt: skip
+        """All-to-all of flat tensors, with the elements for and from each rank."""
         options = dist.AllToAllOptions()
         return self._gloo.alltoall_base(received, sent, received_sizes, sent_sizes, options)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> StagedWork:
-        staged = [_to_host(tensor) for tensor in tensors]
+        staged = _all_to_host(tensors)
         work = self._gloo.broadcast(staged, opts)
         return StagedWork([work], lambda: _deliver(tensors, staged))
 
@@ -200,24 +210,27 @@ class StagedGroup(dist.ProcessGroup):
     def scatter(
         self, outputs: list[Tensor], given: list[list[Tensor]], opts: Any
     ) -> StagedWork:  # fmt: skip
-        staged = [_like_on_host(output) for output in outputs]
-        parts = [[_to_host(part) for part in parts] for parts in given]  # the root's; else empty
+        staged = _all_like_on_host(outputs)
+        # One list of parts on the root, none on the others.
+        parts = [_all_to_host(parts) for parts in given]
         work = self._gloo.scatter(staged, parts, opts)
         return StagedWork([work], lambda: _deliver(outputs, staged))
 
     def gather(self, outputs: list[list[Tensor]], given: list[Tensor], opts: Any) -> StagedWork:
-        wanted = outputs[0] if outputs else []  # the root's; else empty
-        staged = [_like_on_host(tensor) for tensor in wanted]
-        mine = [_to_host(tensor) for tensor in given]
+        # One list of tensors on the root, none on the others.
+        wanted = outputs[0] if outputs else []
+        staged = _all_like_on_host(wanted)
+        mine = _all_to_host(given)
         work = self._gloo.gather([staged] if outputs else [], mine, opts)
         return StagedWork([work], lambda: _deliver(wanted, staged))
 
     def send(self, tensors: list[Tensor], to: int, tag: int) -> StagedWork:
-        work = self._gloo.send([_to_host(tensor) for tensor in tensors], to, tag)
+        staged = _all_to_host(tensors)
+        work = self._gloo.send(staged, to, tag)
         return StagedWork([work], lambda: None)
 
     def recv(self, tensors: list[Tensor], source: int, tag: int) -> StagedWork:
-        staged = [_like_on_host(tensor) for tensor in tensors]
+        staged = _all_like_on_host(tensors)
         work = self._gloo.recv(staged, source, tag)
         return StagedWork([work], lambda: _deliver(tensors, staged))
 
@@ -234,9 +247,17 @@ def _to_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
+def _all_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [_to_host(tensor) for tensor in tensors]
+
+
 def _like_on_host(tensor: Tensor) -> Tensor:
     """Contiguous host memory for a result of this shape and dtype."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def _all_like_on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [_like_on_host(tensor) for tensor in tensors]
 
 
 def _deliver(tensors: Sequence[Tensor], staged: Sequence[Tensor], divide: int = 1) -> None:
@@ -248,11 +269,9 @@ def _deliver(tensors: Sequence[Tensor], staged: Sequence[Tensor], divide: int = 
 
 
 def uneven_all_gather(x: Tensor, group: dist.ProcessGroup, sizes: list[int]) -> Tensor:
-    """All-gather on dim 0 where rank i brings ``sizes[i]`` rows, for CPU tensors over plain gloo.
-
-    An all-to-all in which each rank sends all it has.
-    """
+    """All-gather on dim 0, CPU tensors over plain gloo, where rank i brings ``sizes[i]`` rows."""
     out = x.new_empty(sum(sizes), *x.shape[1:])
+    # An all-to-all in which each rank sends all it has to every rank.
     x = x.contiguous()
     sent = torch.cat([x] * len(sizes))
     dist.all_to_all_single(out, sent, sizes, [x.shape[0]] * len(sizes), group=group)
@@ -262,6 +281,7 @@ def uneven_all_gather(x: Tensor, group: dist.ProcessGroup, sizes: list[int]) -> 
 def uneven_reduce_scatter(x: Tensor, group: dist.ProcessGroup, sizes: list[int]) -> Tensor:
     """Reduce-scatter on dim 0 where rank i keeps ``sizes[i]`` rows; summed in rank order."""
     mine = sizes[group.rank()]
+    # This rank's rows from every rank, one behind the other.
     out = x.new_empty(mine * len(sizes), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), [mine] * len(sizes), sizes, group=group)
     return out.view(len(sizes), mine, *x.shape[1:]).sum(0)

@@ -1,9 +1,8 @@
-"""Make a tiny random model of any family in Hugging Face format: weights, byte-level BPE tokenizer,
-chat template.
+"""Make a tiny random model of any family: weights, byte-level BPE tokenizer, chat template.
 
-It stands in for a real checkpoint in the quickstart and in every test: transformers, vLLM and
-Bridge load it as they load Qwen3-30B-A3B. Three things are unlike a real one, so that a mistake is
-visible:
+It is a folder in Hugging Face format that stands in for a real checkpoint in the quickstart and in
+every test: transformers, vLLM and Bridge load it as they load Qwen3-30B-A3B. Three things are
+unlike a real one, so that a mistake is visible:
   - no two sizes are equal, so a transposed or mixed-up matrix does not fit;
   - matrices are drawn with std = 1/sqrt(fan_in), so that logits have a spread of 1 (the usual 0.02
     would give 0.2), and norm weights are 1 + noise, so that a forgotten one changes the numbers;
@@ -28,10 +27,14 @@ from megalora.model.families import FAMILIES
 from megalora.progress_bar import no_progress_bar
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# says that a folder is ours to overwrite, and from which arguments it was made
 _MARKER = "megalora_tiny.json"
+"""File that marks a folder as ours to overwrite, with the arguments it was made from."""
 
-_PAD, _START, _END = _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_PAD = "<|endoftext|>"
+_START = "<|im_start|>"
+_END = "<|im_end|>"
+_SPECIALS = (_PAD, _START, _END)
+"""Special tokens, which have the last ids of the vocabulary in this order."""
 _CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {%- if message.role not in ['system', 'user', 'assistant'] %}
@@ -77,10 +80,11 @@ def make_tiny(
         overrides: fields of the architecture's transformers config, e.g. num_hidden_layers=2;
             rope_theta is taken too.
 
-    Returns: out.
-    Raises: ValueError for an unknown arch, dtype or config field, for sizes that do not fit each
-        other, and for a
-        folder that holds anything else.
+    Returns:
+        out.
+    Raises:
+        ValueError: arch, dtype or a config field is unknown, sizes do not fit each other, or the
+            folder holds anything else.
     """
     if arch not in FAMILIES:
         raise ValueError(f"arch {arch!r} is unknown; choose one of {', '.join(FAMILIES)}.")
@@ -93,6 +97,7 @@ def make_tiny(
     _claim_folder(out, {"arch": arch, "seed": seed, "dtype": dtype, "overrides": overrides})
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     with no_progress_bar():
+        # At least three shards, and so an index.
         model.save_pretrained(out, max_shard_size=num_bytes // 3)
     _add_legacy_names(out / "config.json")
     _save_tokenizer(tokenizer, out, max_length=config.max_position_embeddings)
@@ -100,22 +105,16 @@ def make_tiny(
 
 
 def _build_config(arch: str, overrides: dict[str, Any]) -> Any:
+    """The transformers config of a family's tiny model; raises ``ValueError`` for overrides that
+    make none."""
     config_class: Any = CONFIG_MAPPING[arch]
-    fields = dict(FAMILIES[arch].tiny)
-    # head_dim is no field of Qwen3MoeConfig, though its model reads it; rope_theta is the published
-    # files' name.
-    known = {f.name for f in dataclasses.fields(config_class)} | {"head_dim", "rope_theta"}
-    for name in overrides:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)[0]
-            raise ValueError(f"{name!r} is no field of the {arch} config; did you mean {near}?")
-    # transformers keeps rope_parameters by reference and fills it in
-    fields = copy.deepcopy(fields | overrides)
+    _check_known(arch, config_class, overrides)
+    # transformers keeps rope_parameters by reference and fills it in.
+    fields = copy.deepcopy({**FAMILIES[arch].tiny, **overrides})
     try:
         if "rope_theta" in fields:
-            fields["rope_parameters"] = fields["rope_parameters"] | {
-                "rope_theta": float(fields.pop("rope_theta"))
-            }
+            fields["rope_parameters"]["rope_theta"] = float(fields.pop("rope_theta"))
+        # The last special token ends a turn, the first one pads.
         ids = {
             "eos_token_id": fields["vocab_size"] - 1,
             "pad_token_id": fields["vocab_size"] - len(_SPECIALS),
@@ -124,13 +123,26 @@ def _build_config(arch: str, overrides: dict[str, Any]) -> Any:
         _check_sizes(config)
     except (StrictDataclassError, TypeError) as error:
         raise ValueError(
-            f"these overrides make no {arch} config: {overrides}\n  {error}"
+            f"these overrides do not make a {arch} config: {overrides}\n  {error}"
         ) from error
     return config
 
 
+def _check_known(arch: str, config_class: Any, overrides: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for a field that the family's config does not have."""
+    # Qwen3MoeConfig has no field head_dim, though its model reads one; rope_theta is the name in
+    # published files.
+    known = {"head_dim", "rope_theta"}
+    for field in dataclasses.fields(config_class):
+        known.add(field.name)
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0)[0]
+            raise ValueError(f"{name!r} is not a field of the {arch} config; did you mean {near}?")
+
+
 def _check_sizes(config: Any) -> None:
-    """What transformers accepts here and only fails on in the first forward."""
+    """Raise ``ValueError`` for sizes at which transformers fails only in the first forward."""
     heads = config.num_attention_heads
     kv_heads = config.num_key_value_heads or 0
     if kv_heads < 1 or heads % kv_heads:
@@ -142,7 +154,7 @@ def _check_sizes(config: Any) -> None:
         raise ValueError(
             f"head_dim={head_dim!r} must be an even number above 0: rotary embeddings turn pairs."
         )
-    # a class with experts answers to one of these names, whatever its own is
+    # Every class with experts has one of these names; Mixtral's is the second.
     counts = [getattr(config, name, 0) for name in ("num_experts", "num_local_experts")]
     experts = max(counts) or 1
     top_k = getattr(config, "num_experts_per_tok", 1)
@@ -158,32 +170,36 @@ def _check_sizes(config: Any) -> None:
 
 
 def _build_model(config: Any, seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    """Draws every parameter in float32 from one generator, in the model's own order, and rounds it
-    to dtype."""
-    # transformers' own initialisation draws numbers too
+    """Draw every parameter in float32 from one generator, in the model's own order, and round it
+    to ``dtype``."""
+    # transformers' own initialisation draws numbers, too, which must not change the caller's.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in model.named_parameters():  # a tied lm_head comes once, as the embedding
+        # A tied lm_head comes once, as the embedding.
+        for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator, device="cpu")
             if weight.dim() == 1:
-                weight.copy_(0.1 * noise + (0.0 if name.endswith("bias") else 1.0))
+                # Biases lie around 0, norm weights around 1.
+                mean = 0.0 if name.endswith("bias") else 1.0
+                weight.copy_(0.1 * noise + mean)
             elif name.endswith("embed_tokens.weight") and not config.tie_word_embeddings:
-                # the residual stream starts at the size of what the layers add to it
+                # The residual stream starts at the size of what the layers add to it.
                 weight.copy_(noise)
             else:
-                # [out, in], and experts [E, out, in]
+                # [out, in], and experts [E, out, in].
                 weight.copy_(noise * weight.shape[-1] ** -0.5)
-        for name, bias in model.named_buffers():  # corrections of a router's choice
+        for name, bias in model.named_buffers():
+            # DeepSeek's and GLM's corrections of the router's choice, which are no parameters.
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.1 * torch.randn(bias.shape, generator=generator, device="cpu"))
     return model
 
 
 def _train_tokenizer(vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with exactly vocab_size tokens: 256 bytes, merges, fillers if merges run out,
-    three specials."""
+    """Byte-level BPE with exactly ``vocab_size`` tokens: 256 bytes, merges, fillers if merges run
+    out, three specials."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -198,11 +214,12 @@ def _train_tokenizer(vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_training_text(), trainer)
+    # A large vocabulary has more tokens than this short text has merges.
     missing = vocab_size - len(_SPECIALS) - tokenizer.get_vocab_size()
+    # All at once: each call of these builds the search for added tokens anew.
     tokenizer.add_tokens([AddedToken(f"<|unused_{i}|>", normalized=False) for i in range(missing)])
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in _SPECIALS]
-    )
+    specials = [AddedToken(token, special=True, normalized=False) for token in _SPECIALS]
+    tokenizer.add_special_tokens(specials)
     return tokenizer
 
 
@@ -221,7 +238,7 @@ def _training_text() -> Iterator[str]:
 
 
 def _claim_folder(out: Path, arguments: dict[str, Any]) -> None:
-    """Makes the folder, or accepts one of an earlier call, whose old shards save_pretrained then
+    """Make the folder, or accept one of an earlier call, whose old shards ``save_pretrained`` then
     removes."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder.")
@@ -235,8 +252,10 @@ def _claim_folder(out: Path, arguments: dict[str, Any]) -> None:
 
 
 def _add_legacy_names(path: Path) -> None:
-    """Adds the names that published Qwen3 configs use. transformers 4 reads no others, and falls
-    back to its defaults (128 experts, rope_theta 1e4) without a word; transformers 5 takes both.
+    """Add the names that published Qwen3 configs use.
+
+    transformers 4 reads no others, and falls back to its defaults (128 experts, rope_theta 1e4)
+    without a word; transformers 5 takes both.
     """
     config = json.loads(path.read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
@@ -247,12 +266,12 @@ def _add_legacy_names(path: Path) -> None:
 
 
 def _save_tokenizer(tokenizer: Tokenizer, out: Path, *, max_length: int) -> None:
-    """Writes the files by hand: transformers 5 would name its class TokenizersBackend, which 4 does
-    not know."""
+    """Write the tokenizer's files."""
+    # By hand, because transformers 5 would name its class TokenizersBackend, which 4 does not know.
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # generate() refuses the default's token_type_ids
+        # generate() refuses token_type_ids, which are among the default's.
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length,
         "eos_token": _END,

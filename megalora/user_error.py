@@ -1,4 +1,4 @@
-"""A user's mistake, and Ctrl-C, as one line and an exit code."""
+"""Turn a user's mistake, and Ctrl-C, into one line and an exit code."""
 
 import os
 import sys
@@ -12,20 +12,21 @@ MISTAKE = 2
 LOST_PEER = 3
 """Exit code of a run that another host's loss has ended."""
 INTERRUPTED = 130
-"""As a shell says of a process that Ctrl-C ended."""
+"""Exit code of a process that Ctrl-C ended, as shells have it."""
 PATIENCE_S = 30
-"""How long the other ranks leave it to rank 0 to speak."""
+"""Seconds that the other ranks wait for rank 0 to speak."""
 
 
 def guarded(action: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Run ``action``; a ``ValueError`` is the user's to mend, so it is shown without a traceback,
-    by one rank.
+    """Run ``action``; a ``ValueError`` is the user's to correct, so one rank shows it without a
+    traceback.
 
-    What is wrong for one rank is nearly always wrong for all. The first to leave has torchrun end
-    the others, so they leave that to rank 0, which speaks; when it does not, something is wrong on
-    this machine alone and is said here.
+    What is wrong for one rank is nearly always wrong for all. When the first rank ends, torchrun
+    ends the others, so these wait for rank 0 to speak; if it does not, something is wrong on this
+    machine alone, and the rank here reports it.
     """
     rank = int(os.environ.get("RANK", 0))
+    # The message was shown in an earlier attempt.
     if _mistaken_before():
         sys.exit(MISTAKE)
     try:
@@ -33,11 +34,12 @@ def guarded(action: Callable[[list[str]], None], arguments: list[str]) -> None:
     except ValueError as error:
         if os.environ.get("MEGALORA_TRACEBACK"):
             raise
+        who = "megalora"
         if rank:
+            # torchrun ends this rank meanwhile if rank 0 has the same mistake to report.
             time.sleep(PATIENCE_S)
-        print(
-            f"megalora{f' (rank {rank})' if rank else ''}: {error}{_whose(error)}", file=sys.stderr
-        )
+            who = f"megalora (rank {rank})"
+        print(f"{who}: {error}{_whose(error)}", file=sys.stderr)
         _leave_mark()
         sys.exit(MISTAKE)
     except KeyboardInterrupt:
@@ -51,13 +53,17 @@ def guarded(action: Callable[[list[str]], None], arguments: list[str]) -> None:
 def _whose(error: ValueError) -> str:
     """A hint where the error was raised in a library: it may not be the user's."""
     frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
+    if frame is None:
+        return ""
+    # The innermost frame is the one that raised.
+    while frame.tb_next is not None:
         frame = frame.tb_next
-    where = Path(frame.tb_frame.f_code.co_filename) if frame else Path(__file__)
-    ours = where.is_relative_to(Path(__file__).parent) or not where.is_relative_to(
-        sysconfig.get_path("purelib")
-    )
-    return "" if ours else "\n  (raised in a library; MEGALORA_TRACEBACK=1 shows where)"
+    where = Path(frame.tb_frame.f_code.co_filename)
+    # An installed megalora lies among the libraries.
+    is_ours = where.is_relative_to(Path(__file__).parent)
+    if is_ours or not where.is_relative_to(sysconfig.get_path("purelib")):
+        return ""
+    return "\n  (raised in a library; MEGALORA_TRACEBACK=1 shows where)"
 
 
 # torchrun starts ranks again after any failure (--max-restarts), a mistake of the user's too, which
@@ -66,14 +72,15 @@ def _whose(error: ValueError) -> str:
 
 
 def _mark() -> Path | None:
-    """The file by which this rank says, in this attempt, that it met a mistake; None without
+    """The file by which this rank records, in this attempt, that it met a mistake; None without
     torchrun."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(error_file).with_name("mistake") if error_file else None
 
 
 def _leave_mark() -> None:
-    if mark := _mark():
+    mark = _mark()
+    if mark:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
 

@@ -1,21 +1,25 @@
-"""Words of messages: a list of names cut after the first few, a foreign value in one short line."""
+"""Shorten lists of names and values of others for messages."""
 
+import itertools
 import reprlib
 from collections.abc import Iterable, Sized
 from typing import Any, Protocol
 
 NAMED = 3
-"""Names in a message before the rest is left out."""
+"""Number of names in a message, after which the rest is left out."""
 
 
 class Names(Sized, Iterable[object], Protocol):
-    """A list, set or dict of what can be named."""
+    """A list, set or dict of names."""
 
 
 def first_few(names: Names, limit: int = NAMED) -> str:
     """The first ``limit`` names and ``...`` where there are more: ``q_proj, k_proj, ...``"""
-    first = [str(name) for name, _ in zip(names, range(limit), strict=False)]
-    return ", ".join(first) + (", ..." if len(names) > limit else "")
+    # A slice would not do: a set has none.
+    first = [str(name) for name in itertools.islice(names, limit)]
+    if len(names) > limit:
+        first.append("...")
+    return ", ".join(first)
 
 
 def shorten(value: Any) -> str:
@@ -24,6 +28,7 @@ def shorten(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+# Limits in characters, but for the last two: numbers of items.
 _SHORT = reprlib.Repr(maxstring=80, maxother=80, maxlong=40, maxlist=8, maxdict=8)
 
 

@@ -371,10 +371,10 @@ def test_greedy_generation_equals_argmax_step_by_step(moe_dir: Path, tokenizer: 
         ({"dtype": "float16"}, "dtype 'float16' is unknown; choose one of float32, bfloat16."),
         (
             {"num_expert": 4},
-            "'num_expert' is no field of the qwen3_moe config; did you mean num_experts?",
+            "'num_expert' is not a field of the qwen3_moe config; did you mean num_experts?",
         ),
         ({"hiden_size": 4, "arch": "qwen3"}, "did you mean hidden_size?"),
-        ({"num_experts": 4, "arch": "qwen3"}, "'num_experts' is no field of the qwen3 config"),
+        ({"num_experts": 4, "arch": "qwen3"}, "'num_experts' is not a field of the qwen3 config"),
         ({"hidden_size": "96"}, "expected int, got str"),
         (
             {"num_key_value_heads": 4},

@@ -1,4 +1,4 @@
-"""The commands about adapter folders: export, import, merge, inspect and verify."""
+"""Read the arguments of commands for adapter folders: export, import, merge, inspect, verify."""
 
 import sys
 from typing import Any
@@ -7,7 +7,7 @@ from megalora.paths import user_path
 
 
 def add_adapter_commands(commands: Any) -> None:
-    """Add all of them to argparse's subcommands."""
+    """Add the commands to argparse's subcommands."""
     _add_export(commands)
     _add_import(commands)
     _add_merge(commands)
@@ -23,6 +23,7 @@ def _add_export(commands: Any) -> None:
     export.add_argument("out", type=user_path)
     export.add_argument(
         "--for",
+        # ``for`` is a keyword of Python, which no attribute may be called.
         dest="engine",
         choices=["peft", "vllm", "sglang"],
         help="engine that will load the adapter; refuse what this engine would not honour",
@@ -53,6 +54,7 @@ def _add_import(commands: Any) -> None:
     importer.add_argument("adapter", type=user_path)
     importer.add_argument("out", type=user_path)
     importer.add_argument("--base", required=True, help="the base model's folder or hub name")
+    # Versions of Unsloth differ in it, and the file does not say which one wrote it.
     importer.add_argument(
         "--lora-b-layout",
         choices=["rank_major", "grouped_by_expert"],
@@ -110,7 +112,8 @@ def _export(options: Any, _: list[str]) -> None:
 def _import(options: Any, _: list[str]) -> None:
     from megalora.adapters.resumable import import_adapter
 
-    print(import_adapter(options.adapter, options.out, options.base, options.lora_b_layout).text())
+    imported = import_adapter(options.adapter, options.out, options.base, options.lora_b_layout)
+    print(imported.text())
 
 
 def _merge(options: Any, _: list[str]) -> None:
@@ -126,6 +129,7 @@ def _inspect(options: Any, _: list[str]) -> None:
 
 
 def _verify(options: Any, _: list[str]) -> None:
+    # Each needs what the other does not: vLLM's environment, or peft here.
     if options.engine == "vllm":
         from megalora.verify.vllm import verify_vllm as verify
     else:
@@ -133,4 +137,5 @@ def _verify(options: Any, _: list[str]) -> None:
 
     report = verify(options.adapter, options.base, atol=options.atol)
     print(report.text())
+    # So that a script can stop at an adapter that differs.
     sys.exit(0 if report.ok else 1)

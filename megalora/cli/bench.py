@@ -1,4 +1,4 @@
-"""``megalora bench`` on the command line."""
+"""Read the arguments of ``megalora bench``."""
 
 import os
 import subprocess
@@ -10,11 +10,12 @@ from megalora.paths import prepare_file, user_path
 
 
 def add_bench_command(commands: Any) -> None:
-    """Add it to argparse's subcommands."""
+    """Add the command to argparse's subcommands."""
     bench = commands.add_parser(
         "bench",
         help="measure layouts with the real training step beside their prediction, or calibrate",
     )
+    # --calibrate measures a machine and needs no config.
     bench.add_argument("config", type=user_path, nargs="?")
     bench.add_argument("overrides", nargs="*", metavar="section.key=value")
     bench.add_argument(
@@ -58,6 +59,7 @@ def add_bench_command(commands: Any) -> None:
 
 
 def _calibrate(options: Any) -> None:
+    """Start the ranks that measure this machine, or this node's share of them."""
     from megalora.bench.launch import Nodes, command
 
     if options.nproc < 1:
@@ -66,6 +68,7 @@ def _calibrate(options: Any) -> None:
     words = [str(options.calibrate.resolve()), f"--budget-seconds={options.budget_seconds}"]
     nodes = Nodes.of(os.environ)
     if nodes.count > 1:
+        # Through the launch script, which finds the other nodes.
         started, environment = command(
             nodes, options.nproc, words, "calibration", "megalora.bench.calibrate"
         )
@@ -73,19 +76,12 @@ def _calibrate(options: Any) -> None:
     from megalora.launching import torchrun
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torchrun(
-        [
-            "--standalone",
-            "--nproc-per-node",
-            str(options.nproc),
-            "-m",
-            "megalora.bench.calibrate",
-            *words,
-        ]
-    )
+    ranks = ["--standalone", "--nproc-per-node", str(options.nproc)]
+    torchrun([*ranks, "-m", "megalora.bench.calibrate", *words])
 
 
 def _bench(options: Any, rest: list[str]) -> None:
+    # Two commands in one: of a machine, and of a config's layouts.
     if options.calibrate:
         if options.config:
             raise ValueError(
@@ -101,8 +97,16 @@ def _bench(options: Any, rest: list[str]) -> None:
     from megalora.bench.command import Asked, bench_command
     from megalora.bench.rows import BenchOptions
 
-    layouts = [word for word in options.layouts if "." not in word.partition("=")[0]]
-    late = [word for word in options.layouts if word not in layouts]  # overrides behind --layouts
+    layouts: list[str] = []
+    overrides = [*options.overrides]
+    for word in options.layouts:
+        # --layouts takes all words that follow, overrides such as train.lr=1e-4 among them.
+        key = word.partition("=")[0]
+        if "." in key:
+            overrides.append(word)
+        else:
+            layouts.append(word)
+    overrides += rest
     how = BenchOptions(
         steps=options.steps, warmup=options.warmup, routing=options.routing, weights=options.weights
     )
@@ -110,5 +114,6 @@ def _bench(options: Any, rest: list[str]) -> None:
         num_ranks=options.nproc, gpu=options.gpu, out=options.out, layouts=layouts, top=options.top,
         imbalance=options.imbalance, timeout_minutes=options.timeout_minutes,
     )  # fmt: skip
-    rows = bench_command(options.config, [*options.overrides, *late, *rest], asked, how)
+    rows = bench_command(options.config, overrides, asked, how)
+    # A layout that fails is a result; a benchmark of which all fail is an error.
     sys.exit(0 if any(row.ok for row in rows) else 1)

@@ -1,5 +1,5 @@
-"""The ``megalora`` command: reads arguments, calls the library, turns a user's mistake into one
-line and exit code 2."""
+"""Run the ``megalora`` command: read arguments, call the library, and turn a user's mistake into
+one line and exit code 2."""
 
 import argparse
 import os
@@ -17,7 +17,9 @@ from megalora.paths import user_path
 from megalora.user_error import guarded
 
 PIPE_CLOSED = 141
-"""As a shell says of a process that SIGPIPE ended."""
+"""Exit code of a process that SIGPIPE ended, as shells have it."""
+WITH_OVERRIDES = ("train", "data", "plan", "bench")
+"""Commands that take ``section.key=value``."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,18 +33,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    end = arguments.index("--") if "--" in arguments and arguments[0] == "serve" else len(arguments)
+    """Parse the arguments and call the command."""
+    # What follows -- belongs to vLLM, and must not be read here.
+    end = len(arguments)
+    if arguments[:1] == ["serve"] and "--" in arguments:
+        end = arguments.index("--")
     options, rest = _parser().parse_known_args(arguments[:end])
     options.extra = arguments[end + 1 :]
-    unknown = [
-        a
-        for a in rest
-        if options.command not in ("train", "data", "plan", "bench") or a.startswith("-")
-    ]
-    if unknown:
+    for argument in rest:
+        # argparse does not take overrides that stand behind options.
+        if options.command in WITH_OVERRIDES and not argument.startswith("-"):
+            continue
         hint = "; vLLM's own arguments come after --" if options.command == "serve" else ""
         raise ValueError(
-            f"megalora {options.command}: unknown argument {unknown[0]!r}; see megalora"
+            f"megalora {options.command}: unknown argument {argument!r}; see megalora"
             f" {options.command} --help{hint}"
         )
     options.action(options, rest)
@@ -85,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("overrides", nargs="*", metavar="section.key=value")
     data.set_defaults(action=_data)
 
+    # Each of them imports what it calls only when it is called, so that --help takes no time.
     add_plan_command(commands)
     add_bench_command(commands)
     add_adapter_commands(commands)
@@ -93,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _ShowVersions(argparse.Action):
-    """``--version``: print what is installed, and end."""
+    """Print the versions that are installed, and end (``--version``)."""
 
     def __init__(self, option_strings: Sequence[str], dest: str) -> None:
         super().__init__(
@@ -101,6 +106,7 @@ class _ShowVersions(argparse.Action):
         )
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        # Only now: it asks git and reads the packages' metadata.
         from megalora.bench.versions import version_text
 
         print(version_text())
@@ -108,18 +114,20 @@ class _ShowVersions(argparse.Action):
 
 
 def _tiny(options: Any, _: list[str]) -> None:
+    # Imports torch and transformers, which takes seconds; no other command should wait for that.
     from megalora.tiny import make_tiny
 
-    print(
-        f"wrote {make_tiny(options.out, arch=options.arch, seed=options.seed, dtype=options.dtype)}"
-    )
+    out = make_tiny(options.out, arch=options.arch, seed=options.seed, dtype=options.dtype)
+    print(f"wrote {out}")
 
 
 def _train(options: Any, rest: list[str]) -> None:
     from megalora.preflight import check_run
 
     overrides = [*options.overrides, *rest]
+    # Here, so that a mistake is shown before ranks start and once, not by each of them.
     check_run(options.config, overrides, options.nproc)
+    # As torchrun sets it for several ranks, with a warning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Seconds to save after SIGTERM; torchrun's own default kills after 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")

@@ -1,4 +1,4 @@
-"""``megalora plan`` on the command line."""
+"""Read the arguments of ``megalora plan``."""
 
 import sys
 from typing import Any
@@ -7,7 +7,7 @@ from megalora.paths import user_path
 
 
 def add_plan_command(commands: Any) -> None:
-    """Add it to argparse's subcommands."""
+    """Add the command to argparse's subcommands."""
     plan = commands.add_parser(
         "plan", help="rank the layouts for a number of GPUs by predicted time; needs no GPU"
     )
@@ -52,6 +52,7 @@ def add_plan_command(commands: Any) -> None:
         metavar="FILE",
         help="write every layout that is out, with its reason",
     )
+    # Instead of the table: a proof that what the table says of weights is what a rank builds.
     dry = "build this rank of the config's layout on the meta device and compare its bytes"
     plan.add_argument("--dry-run", type=int, metavar="RANK", help=dry)
     plan.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -59,6 +60,7 @@ def add_plan_command(commands: Any) -> None:
 
 
 def _numbers(text: str) -> list[int]:
+    """Numbers of a list such as 8,16; argparse reports a ``ValueError`` with the option's name."""
     return [int(word) for word in text.split(",")]
 
 
@@ -66,10 +68,10 @@ def _plan(options: Any, rest: list[str]) -> None:
     from megalora.planner.command import PlanOptions, dry_run_command, plan_command
 
     overrides = [*options.overrides, *rest]
+    # Not ``if options.dry_run``: 0 is a rank, too.
     if options.dry_run is not None:
-        sys.exit(
-            0 if dry_run_command(options.config, overrides, options.gpus, options.dry_run) else 1
-        )
+        is_equal = dry_run_command(options.config, overrides, options.gpus, options.dry_run)
+        sys.exit(0 if is_equal else 1)
     asked = PlanOptions(
         gpus=options.gpus, gpu=options.gpu, top=options.top, imbalance=options.imbalance,
         lora_ranks=options.lora_rank,

@@ -1,11 +1,11 @@
-"""``megalora serve`` on the command line."""
+"""Read the arguments of ``megalora serve``."""
 
 import sys
 from typing import Any
 
 
 def add_serve_command(commands: Any) -> None:
-    """Add it to argparse's subcommands."""
+    """Add the command to argparse's subcommands."""
     serve = commands.add_parser(
         "serve",
         help="serve adapters with vLLM and prove that it applies them (needs make vllm)",
@@ -34,9 +34,18 @@ def add_serve_command(commands: Any) -> None:
 def _serve(options: Any, _: list[str]) -> None:
     from megalora.serve.run import serve
 
+    def say(line: str) -> None:
+        # At once, also into a pipe: a script waits for the line that says that it is ready.
+        print(line, flush=True)
+
     code = serve(
-        options.adapters, options.base, lambda line: print(line, flush=True), host=options.host,
+        options.adapters,
+        options.base,
+        say,
+        host=options.host,
         port=options.port,
-        atol=options.atol, unproven=options.unproven, extra=options.extra,
-    )  # fmt: skip
+        atol=options.atol,
+        unproven=options.unproven,
+        extra=options.extra,
+    )
     sys.exit(code)

@@ -22,6 +22,7 @@ class CheckpointConfig:
     there when it is saved and replaces the one before."""
 
     def __post_init__(self) -> None:
+        # A frozen dataclass has no other way to normalise its own fields.
         object.__setattr__(self, "dir", expand(self.dir, "checkpoint.dir"))
         if isinstance(self.resume, str):
             object.__setattr__(self, "resume", expand(self.resume, "checkpoint.resume"))

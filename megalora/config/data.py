@@ -39,9 +39,11 @@ class DataConfig:
     """Seed for the order of samples and for the choice of held-out samples."""
 
     def __post_init__(self) -> None:
+        # Frozen, so not by assignment.
         object.__setattr__(self, "train", expand(self.train, "data.train"))
         if isinstance(self.eval, str):
             object.__setattr__(self, "eval", expand(self.eval, "data.eval"))
+        # n tokens give n - 1 predictions.
         require(
             self.max_length >= 2,
             f"data.max_length must be at least 2 tokens, got {self.max_length}",

@@ -1,7 +1,7 @@
-"""A ``RunConfig`` from YAML and ``section.key=value`` overrides, and back to YAML.
+"""Read a ``RunConfig`` from YAML and ``section.key=value`` overrides, and write it back.
 
 Overrides are applied in order. An unknown key is refused with the nearest known one, a value of
-another type with what was expected.
+another type with the type that was expected.
 """
 
 import difflib
@@ -39,8 +39,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         usable = bool(key and equals) and not set(key) & set("[]")
         require(usable, f"override {_short(item)} is not of the form section.key=value")
         with _reading(f"override {_short(item)}"):
+            # The value is YAML, too, and may have aliases.
             check_yaml(value)
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([item]))
+    # Only now are ${...} replaced, so that an override also changes what refers to it.
     with _reading(str(path)):
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     return _build(RunConfig, plain, where="")  # pyright: ignore[reportArgumentType]
@@ -53,9 +55,10 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
+    """Turn errors of the YAML libraries in the block into a ``ValueError`` that names ``what``."""
     try:
         yield
-    # A tag such as !!int before what is none raises whatever its conversion raises.
+    # A tag such as !!int before another value raises whatever its conversion raises.
     except (
         YAMLError,
         OmegaConfBaseException,
@@ -64,14 +67,15 @@ def _reading(what: str) -> Iterator[None]:
         AttributeError,
         KeyError,
     ) as error:
-        # Both libraries write their errors over several lines.
-        said = str(error).partition("\n    object_type")[0]
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        # Both libraries write their errors over several lines. OmegaConf's end with the type of its
+        # own object, which tells a user nothing.
+        message = str(error).partition("\n    object_type")[0]
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
         raise ValueError(f"{what}: {', '.join(lines)}") from None
 
 
 def _short(item: str) -> str:
-    """An override as a message shows it."""
+    """An override for a message, of 80 characters at most."""
     return repr(item if len(item) <= 80 else f"{item[:77]}...")
 
 
@@ -84,61 +88,91 @@ RENAMED = {
 
 
 def _build(cls: type, tree: dict[str, Any], where: str) -> Any:
+    """A config or a section of it, with all below.
+
+    Args:
+        cls: its dataclass.
+        tree: what was read.
+        where: names of the sections around, as in ``train.``.
+    """
     hints = get_type_hints(cls)
     known = [f.name for f in fields(cls)]
     values = {}
     for key, value in tree.items():
+        name = f"{where}{key}"
         if key not in known:
-            if (old := f"{where}{key}") in RENAMED:
-                raise ValueError(f"unknown config key {old}; it was renamed: {RENAMED[old]}")
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = (
-                f"did you mean {where}{close[0]}?" if close else f"known keys: {', '.join(known)}"
-            )
-            raise ValueError(f"unknown config key {where}{key}; {hint}")
+            raise ValueError(_unknown_key(name, str(key), known, where))
         if is_dataclass(hints[key]):
-            require(isinstance(value, dict), f"{where}{key} is a section, got {value!r}")
-            values[key] = _build(hints[key], value, where=f"{where}{key}.")  # pyright: ignore[reportArgumentType]
+            require(isinstance(value, dict), f"{name} is a section, got {value!r}")
+            values[key] = _build(hints[key], value, where=f"{name}.")  # pyright: ignore[reportArgumentType]
         else:
-            values[key] = _convert(value, hints[key], f"{where}{key}")
-    empty = [f.name for f in fields(cls) if f.name not in values and f.default is f.default_factory]
-    require(not empty, f"config is missing {', '.join(where + name for name in empty)}")
+            values[key] = _convert(value, hints[key], name)
+    missing = []
+    for f in fields(cls):
+        # Both are MISSING, the same object, where a field has neither.
+        has_default = f.default is not f.default_factory
+        if f.name not in values and not has_default:
+            missing.append(f"{where}{f.name}")
+    require(not missing, f"config is missing {', '.join(missing)}")
     return cls(**values)
 
 
+def _unknown_key(name: str, key: str, known: list[str], where: str) -> str:
+    """The message for a key that a section does not have."""
+    if name in RENAMED:
+        return f"unknown config key {name}; it was renamed: {RENAMED[name]}"
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f"unknown config key {name}; did you mean {where}{close[0]}?"
+    return f"unknown config key {name}; known keys: {', '.join(known)}"
+
+
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """``value`` as the annotated type, or a ``ValueError`` that says what was expected."""
+    """``value`` as the annotated type; a ``ValueError`` names the type that was expected."""
     if get_origin(hint) is Literal:
+        # YAML reads off without quotes as false.
         if value is False and "off" in get_args(hint):
-            return "off"  # what YAML makes of off without quotes
+            return "off"
         require(
             value in get_args(hint),
             f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}",
         )
         return value
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    is_union = get_origin(hint) in (Union, types.UnionType)
+    options = get_args(hint) if is_union else (hint,)
     for option in options:
-        inner = get_args(option)
-        if type(value) is not (get_origin(option) or option):  # exact types: True is no int
-            continue
-        if isinstance(value, dict):
-            return {
-                _convert(k, inner[0], f"a key of {name}"): _convert(v, inner[1], f"{name}.{k}")
-                for k, v in value.items()
-            }
-        return (
-            [_convert(v, inner[0], f"{name}[{i}]") for i, v in enumerate(value)] if inner else value
-        )
+        # Exact types, because isinstance(True, int) holds. list[str] has the origin list.
+        if type(value) is (get_origin(option) or option):
+            return _convert_items(value, get_args(option), name)
+    # YAML reads 1 as an integer, where 1.0 is meant as well.
     if type(value) is int and float in options:
         return float(value)
-    expected = (
-        (
-            "nothing"
-            if option is types.NoneType
-            else option.__name__
-            if isinstance(option, type)
-            else str(option)
-        )
-        for option in options
-    )
-    raise ValueError(f"{name} must be {' or '.join(expected)}, got {value!r}")
+    expected = " or ".join(map(_type_name, options))
+    raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _convert_items(value: Any, types_inside: tuple[Any, ...], name: str) -> Any:
+    """``value`` with its items converted.
+
+    Args:
+        types_inside: (item,) for a list, (key, value) for a dict, nothing for other values.
+    """
+    if isinstance(value, dict):
+        key_type, value_type = types_inside
+        converted = {}
+        for key, item in value.items():
+            new_key = _convert(key, key_type, f"a key of {name}")
+            converted[new_key] = _convert(item, value_type, f"{name}.{key}")
+        return converted
+    if not types_inside:
+        return value
+    (item_type,) = types_inside
+    return [_convert(item, item_type, f"{name}[{i}]") for i, item in enumerate(value)]
+
+
+def _type_name(option: Any) -> str:
+    """A type for a message."""
+    if option is types.NoneType:
+        return "nothing"
+    # Not a type: list[str], which prints well as it is.
+    return option.__name__ if isinstance(option, type) else str(option)

@@ -37,11 +37,9 @@ class LoRAConfig:
     """Whether to scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
 
     def __post_init__(self) -> None:
-        for name, rank in {
-            "rank": self.rank,
-            "expert_rank": self.expert_rank,
-            **self.rank_pattern,
-        }.items():
+        ranks = {"rank": self.rank, "expert_rank": self.expert_rank, **self.rank_pattern}
+        for name, rank in ranks.items():
+            # expert_rank may be unset.
             require(
                 rank is None or rank >= 1, f"lora: {name} must be a rank of at least 1, got {rank}"
             )

@@ -20,4 +20,5 @@ class ModelConfig:
     """Implementation of attention: ``torch.nn.functional.scaled_dot_product_attention``."""
 
     def __post_init__(self) -> None:
+        # Frozen, so not by assignment.
         object.__setattr__(self, "path", expand(self.path, "model.path"))

@@ -48,18 +48,25 @@ class ParallelConfig:
         """(dp, edp): how often attention and expert parameters are replicated on ``world_size``
         ranks."""
         require(world_size >= 1, f"a run needs at least 1 rank, got {world_size}")
-        sizes = []
-        for grid, names in (("attention", ("tp", "pp")), ("expert", ("etp", "ep", "pp"))):
-            product = 1
-            for name in names:
-                product *= getattr(self, name)
-            terms = " * ".join(f"{name}={getattr(self, name)}" for name in names)
-            require(
-                world_size % product == 0,
-                f"{world_size} ranks cannot hold the {grid} grid: {terms} = {product}, and"
-                f" {world_size} is not a multiple of {product}.\n  Change"
-                f" {' or '.join('parallel.' + n for n in names)}, or launch a multiple of {product}"
-                " ranks.",
-            )
-            sizes.append(world_size // product)
-        return sizes[0], sizes[1]
+        # Both grids lie over the same ranks, and each must fill them.
+        dp = self._replicas(world_size, "attention", ("tp", "pp"))
+        edp = self._replicas(world_size, "expert", ("etp", "ep", "pp"))
+        return dp, edp
+
+    def _replicas(self, world_size: int, grid: str, names: tuple[str, ...]) -> int:
+        """How often a grid with these dimensions fits into the world; raises ``ValueError`` unless
+        it does so without a remainder."""
+        product = 1
+        terms = []
+        options = []
+        for name in names:
+            product *= getattr(self, name)
+            terms.append(f"{name}={getattr(self, name)}")
+            options.append(f"parallel.{name}")
+        require(
+            world_size % product == 0,
+            f"{world_size} ranks cannot hold the {grid} grid: {' * '.join(terms)} = {product}, and"
+            f" {world_size} is not a multiple of {product}.\n  Change {' or '.join(options)}, or"
+            f" launch a multiple of {product} ranks.",
+        )
+        return world_size // product

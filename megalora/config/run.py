@@ -24,6 +24,7 @@ class RunConfig:
 
     def check_world(self, world_size: int) -> None:
         """Check all that depends on the number of ranks; raises ``ValueError``."""
+        # Experts have replicas of their own, but samples are divided over those of attention.
         dp, _ = self.parallel.data_parallel_sizes(world_size)
         batch = self.train.global_batch_size
         micro = self.train.micro_batch_size
@@ -35,6 +36,7 @@ class RunConfig:
             " Change train.global_batch_size or train.micro_batch_size.",
         )
         num_microbatches = batch // (micro * dp)
+        # Megatron hands microbatches to the chunks in rounds of pp.
         require(
             p.vpp == 1 or num_microbatches % p.pp == 0,
             f"the interleaved schedule (parallel.vpp={p.vpp}) needs a number of microbatches that"

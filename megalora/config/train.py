@@ -7,10 +7,10 @@ from megalora.config.checks import require
 
 
 def check_warmup(warmup: int, steps: int, what: str) -> None:
-    """Raise ``ValueError`` where no step would reach the learning rate that was asked for.
+    """Raise ``ValueError`` if no step would reach the learning rate that was asked for.
 
     Args:
-        what: names the run's steps.
+        what: name of the number of steps, for the message.
     """
     require(
         warmup <= steps,
@@ -77,11 +77,13 @@ class TrainConfig:
             "timeout_minutes",
         ):
             value = getattr(self, name)
+            # Steps or epochs may be unset.
             require(value is None or value > 0, f"train.{name} must be above 0, got {value}")
         for name in ("warmup", "weight_decay", "clip_grad", "eval_every", "check_replicas_every"):
             require(
                 getattr(self, name) >= 0,
                 f"train.{name} must not be negative, got {getattr(self, name)}",
             )
+        # With epochs, the number of steps is known only when the data has been read.
         if self.steps is not None:
             check_warmup(self.warmup, self.steps, f"train.steps={self.steps}")

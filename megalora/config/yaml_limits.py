@@ -13,25 +13,28 @@ from yaml.events import (
 )
 
 MAX_DEPTH = 50
+"""Levels of lists and tables. A config has 4."""
 MAX_NODES = 100_000
-"""A config has sections of lists and tables: depth 4. Its longest list names linears: some hundred
-nodes."""
+"""Values, with aliases written out. A config has some hundred: its longest list names linears."""
 
 
 def check_yaml(text: str) -> None:
     """Raise ``ValueError`` for a text that nests too deep, expands to too much or refers to itself.
 
-    Raises ``yaml.YAMLError`` where it is no YAML.
+    Raises ``yaml.YAMLError`` if it is not YAML.
     """
     loader = SafeLoader(text)
-    sizes: dict[str, int] = {}  # of what an anchor names; 0 while it is being read
-    # (anchor, nodes before it) of each collection around the event
+    # Nodes of what each anchor names; 0 while that is being read.
+    sizes: dict[str, int] = {}
+    # (anchor, number of nodes before it) for each collection around the event.
     open_nodes: list[tuple[str | None, int]] = []
     num_nodes = 0
     while loader.check_event():
         event = loader.get_event()
         if isinstance(event, AliasEvent):
-            size = sizes.get(event.anchor, 1)  # an unknown one is the parser's to refuse
+            # The parser will refuse an unknown one.
+            size = sizes.get(event.anchor, 1)
+            # Written out, it would have no end.
             if size == 0:
                 raise ValueError(f"*{event.anchor} stands inside what it names")
             num_nodes += size
@@ -39,11 +42,13 @@ def check_yaml(text: str) -> None:
             if isinstance(event, CollectionStartEvent):
                 open_nodes.append((event.anchor, num_nodes))
             if event.anchor:
+                # 1 for a scalar; a collection's size is known at its end.
                 sizes[event.anchor] = int(not isinstance(event, CollectionStartEvent))
             num_nodes += 1
         elif isinstance(event, CollectionEndEvent):
             anchor, before = open_nodes.pop()
             if anchor:
+                # With all nodes inside, aliases there written out.
                 sizes[anchor] = num_nodes - before
         if len(open_nodes) > MAX_DEPTH:
             raise ValueError(f"nested more than {MAX_DEPTH} deep")

@@ -1,4 +1,4 @@
-"""What a base model is, whatever its folder is called: its config.json, and a digest of its
+"""Identify a base model, whatever its folder is called: its config.json, and a digest of its
 tensors.
 
 The digest covers every tensor's name, dtype and shape and a sample of its bytes, so it takes
@@ -24,29 +24,30 @@ NEUTRAL = {
     "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version",
     "use_cache",
 }  # fmt: skip
-"""Fields of config.json that change nothing about what is trained: ``model.dtype`` decides the
-dtype."""
+"""Fields of config.json that do not change what is trained: ``model.dtype`` decides the dtype."""
 _MODULUS = 2**256
 
 
 def base_config(folder: Path) -> dict[str, Any]:
-    """The fields of ``config.json`` that could matter."""
+    """Fields of ``config.json`` that may change what is trained."""
     return {key: value for key, value in read_hf_config(folder).items() if key not in NEUTRAL}
 
 
 def weights_digest(folder: Path, digests: Digests) -> str:
-    """Digest of all tensors of a base folder, which must be whole."""
+    """Digest of all tensors of a base folder, whose shards must all be there."""
     total = 0
+    # A sum, so that the same tensors in other files have the same digest.
     for name in weight_shards(folder):
         total += int(digests.of(folder / name, "sampled tensors", shard_digest), 16)
     return f"{total % _MODULUS:064x}"
 
 
 def shard_digest(shard: Path) -> str:
-    """The sum of all tensors' SHA-256 as numbers: their order, and how files share them out, makes
-    no difference."""
+    """The sum of all tensors' SHA-256 as numbers, so that the order of tensors makes no
+    difference."""
     _, tensors = read_header(shard)
     total = 0
+    # A descriptor, from which samples can be read without seeking.
     descriptor = os.open(shard, os.O_RDONLY)
     try:
         for tensor in tensors:
@@ -57,12 +58,15 @@ def shard_digest(shard: Path) -> str:
 
 
 def _tensor_digest(descriptor: int, tensor: Stored) -> bytes:
+    """SHA-256 of a tensor's name, dtype and shape, and of a sample of its bytes."""
     about = f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.num_bytes}".encode()
     digest = hashlib.sha256(about)
+    # A small tensor is read whole.
     if tensor.num_bytes <= 3 * SAMPLE_BYTES:
         digest.update(os.pread(descriptor, tensor.num_bytes, tensor.start))
         return digest.digest()
     last = tensor.num_bytes - SAMPLE_BYTES
+    # A place that is the same in every run and another in every tensor.
     between = int.from_bytes(hashlib.sha256(about).digest()[:8], "big") % last
     for place in (0, between, last):
         digest.update(os.pread(descriptor, SAMPLE_BYTES, tensor.start + place))

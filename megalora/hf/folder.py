@@ -1,5 +1,4 @@
-"""A base model's folder: where it is, whether its weights arrived whole, and where each tensor lies
-in them. Needs no torch."""
+"""Find a base model's folder, its weight files, and what is missing of them. Needs no torch."""
 
 from pathlib import Path
 
@@ -19,66 +18,69 @@ _NO_WEIGHTS = (
     "scheduler.bin",
     "scheduler.pt",
 )
-"""What trainers leave beside a model."""
+"""Files that trainers leave beside a model and that look like weights."""
 _WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.txt", "*.model"]
+"""Patterns of the files of a model that are not its weights."""
 
 
 def local_folder(path: str, option: str = "model.path", *, weights: bool = True) -> Path:
-    """``path`` if it is a folder, else the hub snapshot of that name; the hub's file locks let one
-    rank of a machine download.
+    """``path`` if it is a folder, else the hub snapshot of that name.
 
     Args:
-        option: what the user calls it, for messages.
-        weights: download them too.
+        option: name of the option, for messages.
+        weights: whether to download the weights, too.
+    Raises:
+        ValueError: there is no such folder, or the hub does not give the model.
     """
     path = expand(path, option)
     if Path(path).is_dir():
         return Path(path)
+    # A name on the hub is NAME or OWNER/NAME.
     if path.startswith((".", "/")) or path.count("/") > 1:
         raise ValueError(f"{option}={path}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    patterns = list(_WITHOUT_WEIGHTS)
+    if weights:
+        patterns.append("*.safetensors")
     try:
-        return Path(
-            snapshot_download(path, allow_patterns=_WITHOUT_WEIGHTS + ["*.safetensors"] * weights)
-        )
+        # All ranks of a machine may ask at once: the hub's file locks let one of them download.
+        return Path(snapshot_download(path, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        # Its first line says what is wrong, the others what one could try.
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{option}={path}: neither a folder here nor to be had from the hub ({reason})"
+            f"{option}={path}: there is no such folder, and the hub does not give it ({reason})"
         ) from None
 
 
 def weight_shards(folder: Path) -> list[str]:
-    """Names of the files that hold the weights: the one file there is, else those that the index
-    names.
-
-    As in transformers, ``model.safetensors`` comes before an index of other files.
-    """
+    """Names of the files that hold the weights: a single file, else those that the index names."""
     index = folder / INDEX
+    # As in transformers, model.safetensors comes before an index of other files.
     if (folder / SINGLE).is_file() or not index.is_file():
         return [SINGLE]
     shards = sorted(set(read_index(index).values()))
-    if elsewhere := [name for name in shards if Path(name).name != name]:
-        raise ValueError(f"{index} names {elsewhere[0]!r}, which is not in its folder")
+    for name in shards:
+        # A path out of the folder would read files that nobody meant.
+        if Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}, which is not in its folder")
     return shards
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file, as an index says; raises ``ValueError`` for a file that is no index."""
+    """File of each tensor by its name; raises ``ValueError`` if this is not an index."""
     names = read_json_object(index).get("weight_map")
-    if (
-        not isinstance(names, dict)
-        or not names
-        or not all(isinstance(file, str) for file in names.values())
-    ):
-        raise ValueError(f"{index} has no weight_map from tensor names to files; download it again")
-    return names
+    # Read from a file, so that anything may stand there.
+    if isinstance(names, dict) and names and all(isinstance(file, str) for file in names.values()):
+        return names
+    raise ValueError(f"{index} has no weight_map from tensor names to files; download it again")
 
 
 def check_base_folder(folder: Path) -> None:
-    """Raise ``ValueError`` unless every weight shard the folder announces is there, whole."""
+    """Raise ``ValueError`` unless every weight shard that the folder announces is there, whole."""
+    # A header says where the file has to end.
     for name in shards_that_are_there(folder):
         read_header(folder / name)
 
@@ -88,29 +90,29 @@ def shards_that_are_there(folder: Path) -> list[str]:
     shards = weight_shards(folder)
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
-        advice = _other_weights(folder) if missing == shards else ""
+        advice = "download the model again"
+        # None of them is there: the weights may have another form.
+        if missing == shards:
+            advice = _advice_on_other_weights(folder) or advice
         raise ValueError(
             f"{folder}: {len(missing)} of {len(shards)} weight shards are missing"
-            f" ({first_few(missing)});"
-            f" {advice or 'download the model again'}"
+            f" ({first_few(missing)}); {advice}"
         )
     return shards
 
 
-def _other_weights(folder: Path) -> str:
-    """What to do about weights that are there in another form; nothing where there are none."""
+def _advice_on_other_weights(folder: Path) -> str | None:
+    """What to do about weights that are there in another form; None if there are none."""
     if (folder / "adapter_model.safetensors").is_file():
         return "adapter_model.safetensors is an adapter, which needs its base model here"
-    if unnamed := sorted(folder.glob("*.safetensors")):
+    unnamed = sorted(folder.glob("*.safetensors"))
+    if unnamed:
         return (
             f"{unnamed[0].name} is named by no {INDEX}: save or download the model again with its"
             " index"
         )
-    kinds = ("*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack")
-    others = [
-        path.name
-        for kind in kinds
-        for path in sorted(folder.glob(kind))
-        if path.name not in _NO_WEIGHTS
-    ]
-    return f"{others[0]} is not read: save the model as safetensors" if others else ""
+    for kind in ("*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack"):
+        for path in sorted(folder.glob(kind)):
+            if path.name not in _NO_WEIGHTS:
+                return f"{path.name} is not read: save the model as safetensors"
+    return None

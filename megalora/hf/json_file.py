@@ -1,11 +1,11 @@
-"""Read JSON files of others: one object a file, of a size that can be meant."""
+"""Read JSON files that others wrote: one object per file, of a reasonable size."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 LARGEST_JSON = 2**26
-"""Bytes. The index of a model with 36,000 tensors has 3 MB."""
+"""Limit in bytes. The index of a model with 36,000 tensors has 3 MB."""
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -17,8 +17,10 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; ``ValueError`` names the file and the place."""
-    if (size := path.stat().st_size) > LARGEST_JSON:
+    """The object in a JSON file; a ``ValueError`` names the file and the place."""
+    size = path.stat().st_size
+    # Python's objects take many times the memory of their text.
+    if size > LARGEST_JSON:
         raise ValueError(
             f"{path}: {size / 1e6:,.0f} MB; megalora reads JSON files of up to"
             f" {LARGEST_JSON / 1e6:,.0f} MB"
@@ -33,7 +35,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not UTF-8 ({error.reason}, byte {error.start + 1})") from None
     except RecursionError:
         raise ValueError(f"{path}: not readable (nested too deeply)") from None
-    except ValueError as error:  # an integer of more digits than Python converts
+    except ValueError as error:
+        # An integer of more digits than Python converts.
         raise ValueError(f"{path}: not readable ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")

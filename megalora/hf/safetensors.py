@@ -19,11 +19,12 @@ class Stored:
 
     name: str
     dtype: str
-    """As the format spells it: F32, BF16, F16, F8_E4M3, ..."""
+    """Dtype as the format spells it: F32, BF16, F16, F8_E4M3, ..."""
     shape: tuple[int, ...]
     start: int
     """Byte of the file at which it begins."""
     num_bytes: int
+    """Number of bytes of its values."""
 
 
 def read_header(shard: Path) -> tuple[dict[str, Any], list[Stored]]:
@@ -41,6 +42,7 @@ def read_header(shard: Path) -> tuple[dict[str, Any], list[Stored]]:
     try:
         with shard.open("rb") as file:
             start = file.read(8)
+            # "version https://git-lfs.github.com/spec/v1": a clone without Git LFS has such files.
             if start == b"version ":
                 raise ValueError(
                     "it is a pointer of Git LFS, in place of the file: run git lfs pull"
@@ -52,18 +54,23 @@ def read_header(shard: Path) -> tuple[dict[str, Any], list[Stored]]:
                 )
             header = json.loads(file.read(length))
         if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = [_stored(name, entry, 8 + length) for name, entry in entries.items()]
-        tensors.sort(key=lambda t: (t.start, t.num_bytes))
-        end = 8 + length
+            raise ValueError("its header is not a JSON object")
+        first_byte = 8 + length
+        tensors = []
+        for name, entry in header.items():
+            if name != "__metadata__":
+                tensors.append(_stored(name, entry, first_byte))
+        # An empty tensor begins where the next one does, and comes first.
+        tensors.sort(key=lambda tensor: (tensor.start, tensor.num_bytes))
+        end = first_byte
         for tensor in tensors:
             if tensor.start != end:
                 raise ValueError(f"{tensor.name} does not begin where the tensor before it ends")
             end += tensor.num_bytes
         if end != num_bytes:
             raise ValueError(f"its tensors end at byte {end:,}, the file at {num_bytes:,}")
-    except (ValueError, RecursionError) as error:  # JSON that is broken is a ValueError too
+    except (ValueError, RecursionError) as error:
+        # Broken JSON is a ValueError, too.
         raise ValueError(
             f"{shard} is not a whole safetensors file ({error}); download it again"
         ) from None
@@ -71,13 +78,18 @@ def read_header(shard: Path) -> tuple[dict[str, Any], list[Stored]]:
 
 
 def _stored(name: str, entry: Any, first_byte: int) -> Stored:
-    """One entry of a header; raises ``ValueError`` for one that describes no tensor."""
+    """The tensor of a header's entry; raises ``ValueError`` for one that describes none.
+
+    Args:
+        first_byte: place in the file that offsets count from.
+    """
     try:
         dtype = entry["dtype"]
         shape = tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         num_bytes = end - begin
         fits = num_bytes >= 0 and begin >= 0 and all(size >= 0 for size in shape)
+        # Formats newer than this table, such as 4-bit ones, are taken at their word.
         if dtype in _ITEM_BYTES:
             fits = fits and num_bytes == math.prod(shape) * _ITEM_BYTES[dtype]
     except (KeyError, TypeError, ValueError):
@@ -88,8 +100,11 @@ def _stored(name: str, entry: Any, first_byte: int) -> Stored:
 
 
 def header_bytes(header: dict[str, Any]) -> bytes:
-    """What stands before the tensors of a file with this header; for one that safetensors wrote,
-    the very same bytes."""
+    """The bytes before the tensors of a file with this header.
+
+    For the header of a file that safetensors wrote, they are the very same.
+    """
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    # Tensors begin at a multiple of 8.
+    text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

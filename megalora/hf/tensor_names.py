@@ -1,5 +1,4 @@
-"""Names of tensors in base and adapter folders: every template and pattern that builds one or takes
-one apart.
+"""Build and parse the names of tensors in base and adapter folders.
 
     model.layers.N.PATH.weight                  a linear of layer N, as models are published
     model.layers.N.mlp.experts.E.LEAF.weight    a linear of one routed expert
@@ -26,24 +25,29 @@ PEFT_PREFIX = "base_model.model."
 LAYER = "model.layers.{layer}."
 """Template of what stands before a layer's own names."""
 
+# N.self_attn.q_proj, N.mlp.experts.E.up_proj
 _IN_LAYER = re.compile(
     r"model\.layers\.(?P<layer>\d+)\.(?P<path>.*?)(?:\.(?P<expert>\d+))?\.(?P<leaf>\w+)"
 )
 _EXPERT = re.compile(r"(?P<block>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>\w+)")
 _STACK = re.compile(r"(?P<block>model\.layers\.\d+\.\w+\.experts)(?:\.(?P<which>[a-z]\w*))?")
+# FP8 and compressed-tensors, GPTQ and AWQ, bitsandbytes, MXFP4.
 _OF_QUANTISED = re.compile(
     r"\.(weight_scale_inv|weight_scale|weight_scale_2|weight_packed|weight_shape|weight_zero_point|"
     r"weight_global_scale|input_scale|input_global_scale|qweight|qzeros|scales|g_idx|absmax|"
     r"quant_map|nested_absmax|nested_quant_map)$|\.quant_state\.|_(blocks|scales|scale_inv)$"
 )
 _WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+# An adapter's name, such as .default, may stand before .weight.
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
 )
+# Embeddings have factors of their own, without .weight.
 _PLAIN_FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\."
     r"(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
 )
+# PEFT calls the base's own linear base_layer inside its wrapper.
 _COPY = re.compile(r"(?P<module>.+?)(?:\.base_layer)?\.weight")
 _COPY_OF_VOCABULARY = re.compile(r".*\.(?:embed_tokens|lm_head)\.base_layer\.weight")
 
@@ -59,7 +63,7 @@ _OTHER = {
     r"weight": "a whole weight",
     r"bias": "a bias of the base (bias=all or lora_only)",
 }
-"""End of a name -> what the tensor is."""
+"""What a tensor is by the end of its name, as a regular expression; the first that matches."""
 
 
 def tensor_name(hf_module: str, factor: FactorName) -> str:
@@ -82,8 +86,9 @@ class InLayer:
 
     layer: int
     expert: int | None
-    """The last number in the path; None where there is none."""
+    """Number of the expert; None outside the experts."""
     leaf: str
+    """Last part of the name."""
 
 
 def parse_in_layer(module: str) -> InLayer | None:
@@ -100,19 +105,22 @@ class OfExpert:
     """A linear of one routed expert."""
 
     block: str
-    """Up to ``experts``."""
+    """Name up to ``experts``."""
     number: int
     leaf: str
+    """Last part of the name."""
 
 
 def parse_expert(module: str) -> OfExpert | None:
-    """A module's name taken apart where it is of one expert; None for others.
+    """Block, number and last part of the name of an expert's module; None for others.
 
     >>> parse_expert("model.layers.0.mlp.experts.7.up_proj")
     OfExpert(block='model.layers.0.mlp.experts', number=7, leaf='up_proj')
     """
     match = _EXPERT.fullmatch(module)
-    return None if match is None else OfExpert(match["block"], int(match["number"]), match["leaf"])
+    if match is None:
+        return None
+    return OfExpert(match["block"], int(match["number"]), match["leaf"])
 
 
 def parse_stack(module: str) -> tuple[str, str] | None:
@@ -123,11 +131,13 @@ def parse_stack(module: str) -> tuple[str, str] | None:
     ('model.layers.0.mlp.experts', 'base_layer')
     """
     match = _STACK.fullmatch(module)
-    return None if match is None else (match["block"], match["which"] or "")
+    if match is None:
+        return None
+    return match["block"], match["which"] or ""
 
 
 def is_of_experts(name: str) -> bool:
-    """Whether a name is of one expert or of a tensor beside the experts' own."""
+    """Whether a tensor belongs to one expert or to all experts of a layer."""
     return ".experts." in name
 
 
@@ -138,12 +148,16 @@ def within_layer(name: str) -> str:
 
 def published_name(name: str) -> str:
     """A stored tensor's name as models are published: ``model.layers...``, ``lm_head.weight``."""
+    # Multimodal models, and models saved with a wrapper around them.
     for prefix in ("model.language_model.", "model.model."):
         if name.startswith(prefix):
             return f"model.{name.removeprefix(prefix)}"
     if name == f"model.{LM_HEAD}":
         return LM_HEAD
-    return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
+    # Saved from the model without its head, which has no ``model.``.
+    if name.startswith(("layers.", "embed_tokens.", "norm.")):
+        return f"model.{name}"
+    return name
 
 
 def is_of_quantised(name: str) -> bool:
@@ -152,7 +166,7 @@ def is_of_quantised(name: str) -> bool:
 
 
 def parse_factor(name: str) -> tuple[str, FactorName] | None:
-    """``(HF module name, "A" or "B")``, or None where the name is no LoRA factor of a linear layer.
+    """``(HF module name, "A" or "B")``; None for a name that is not a linear layer's LoRA factor.
 
     >>> module = "base_model.model.model.layers.0._fsdp_wrapped_module.self_attn.q_proj"
     >>> parse_factor(f"{module}.lora_B.default.weight")
@@ -167,20 +181,25 @@ def parse_factor(name: str) -> tuple[str, FactorName] | None:
 
 
 def parse_weight(name: str) -> str | None:
-    """The HF module of which a name is the base's own weight, also under PEFT's wrapper; None for
-    other names.
+    """The HF module whose base weight has this name, also under PEFT's wrapper; None for other
+    names.
 
     >>> parse_weight("base_model.model.lm_head.base_layer.weight")
     'lm_head'
     """
     plain = _WRAPPERS.sub("", name)
-    match = None if ".lora_" in plain else _COPY.fullmatch(plain)
-    return match["module"].removeprefix(PEFT_PREFIX) if match else None
+    # A factor's name ends with .weight as well.
+    if ".lora_" in plain:
+        return None
+    match = _COPY.fullmatch(plain)
+    if match is None:
+        return None
+    return match["module"].removeprefix(PEFT_PREFIX)
 
 
 def parse_plain_factor(name: str) -> tuple[str, FactorName] | None:
-    """As ``parse_factor`` for the names that PEFT itself writes and vLLM reads, an embedding's
-    factors among them."""
+    """``parse_factor`` for the names that PEFT itself writes and vLLM reads, those of an
+    embedding's factors included."""
     match = _PLAIN_FACTOR.fullmatch(name)
     if match is None:
         return None
@@ -189,24 +208,25 @@ def parse_plain_factor(name: str) -> tuple[str, FactorName] | None:
 
 
 def module_before_factor(name: str) -> str:
-    """The module in a name that is of some LoRA tensor, whatever tensor that is."""
+    """The module in the name of any LoRA tensor."""
     return name.removeprefix(PEFT_PREFIX).split(".lora_")[0]
 
 
 def is_copy_of_vocabulary(name: str) -> bool:
-    """Whether it is the base's own embedding or head in an adapter's file, which vLLM passes
-    over."""
+    """Whether a tensor of an adapter's file is the base's own embedding or head, which vLLM
+    ignores."""
     return _COPY_OF_VOCABULARY.fullmatch(name) is not None
 
 
 def is_training_only(name: str) -> bool:
-    """Whether PEFT uses the tensor in backward alone, so that it changes nothing that the adapter
+    """Whether PEFT uses a tensor in backward only, so that it does not change what the adapter
     computes."""
+    # VeLoRA compresses the activations that it keeps for backward.
     return ".lora_velora_embed" in name
 
 
 def described(name: str) -> str:
-    """What a tensor is that is no factor of a linear layer, in words for a message."""
+    """What a tensor is that is not a linear layer's factor, in words for a message."""
     plain = _WRAPPERS.sub("", name)
     for ending, what in _OTHER.items():
         if re.fullmatch(rf"(.+\.)?({ending})", plain):

@@ -579,7 +579,8 @@ def test_where_the_result_may_go(bases: dict[str, Path], tmp_path: Path) -> None
     (tmp_path / "link").symlink_to(base)
     for out in (base, tmp_path / "link"):
         assert (
-            refusal(trained.folder, base, out) == f"{base} is what is read; choose another folder"
+            refusal(trained.folder, base, out)
+            == f"{base} is the folder that is read; choose another folder"
         )
     for out in (trained.folder, trained.folder / WEIGHTS):
         assert (

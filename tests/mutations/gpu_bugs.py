@@ -237,8 +237,8 @@ GPU_BUGS: tuple[Bug, ...] = (
         0,
         "a reduced sum delivered to every rank",
         STAGED,
-        "_deliver(tensors, staged, divide) if at_root else None",
-        "_deliver(tensors, staged, divide)",
+        "if at_root:\n                _deliver(tensors, staged, divide)",
+        "if True:\n                _deliver(tensors, staged, divide)",
         f"{STAGED_TEST} delivers",
     ),
     bug(
