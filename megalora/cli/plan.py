@@ -18,11 +18,7 @@ def add_plan_command(commands: Any) -> None:
         default="h100",
         help="h100, h200, a100, b200, or a file that megalora bench --calibrate wrote",
     )
-    plan.add_argument(
-        "--gpus-per-node",
-        type=int,
-        help="default: 8, or as in the --gpu file",
-    )
+    plan.add_argument("--gpus-per-node", type=int, help="default: 8, or as in the --gpu file")
     plan.add_argument("--top", type=int, default=10, help="number of layouts to show")
     plan.add_argument(
         "--imbalance",
