@@ -38,8 +38,11 @@ def on_host() -> Iterator[None]:
     where they are."""
     token = _ON_HOST.set(True)
     try:
-        # Without a GPU ``install`` has made CUDA mean the CPU for good.
-        with CudaMeansCpu() if torch.cuda.is_available() else contextlib.nullcontext():
+        if torch.cuda.is_available():
+            with CudaMeansCpu():
+                yield
+        else:
+            # ``install`` has made CUDA mean the CPU in the whole process.
             yield
     finally:
         _ON_HOST.reset(token)
@@ -207,6 +210,7 @@ def process_group(timeout_minutes: float = 30) -> Iterator[str | None]:
     """
     set_defaults()
     install()
+    # Without torchrun the one rank meets nobody, and still needs an address.
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     rank = int(os.environ.get("RANK", 0))
     size = world_size()

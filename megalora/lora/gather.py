@@ -41,8 +41,12 @@ def gather_tensors(
 
 def _send_to_first(mine: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """Send each rank's tensors to rank 0 as one flat buffer. They have one dtype."""
+    # Rank 0 must know what it receives: (name, shape, dtype) of every tensor of every rank.
+    own: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+    for name, tensor in mine.items():
+        own.append((name, tuple(tensor.shape), tensor.dtype))
     meta: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(meta, [(name, tuple(t.shape), t.dtype) for name, t in mine.items()])
+    dist.all_gather_object(meta, own)
     rank = dist.get_rank()
     if rank != 0:
         if mine:

@@ -1,5 +1,5 @@
-"""Every linear of a model by its Hugging Face name: those that LoRA can adapt here, and those that
-it can elsewhere."""
+"""List every linear of a model by its Hugging Face name: those that LoRA can adapt here, and those
+that it can elsewhere."""
 
 from collections.abc import Iterator
 
@@ -37,13 +37,14 @@ def linear_modules(shape: ModelShape) -> dict[str, tuple[Projection, int | None,
 def other_names(shape: ModelShape) -> dict[str, str]:
     """Every name of a linear that adapters made elsewhere may have -> its HF module name.
 
-    Only families have several whose names transformers changes on loading: PEFT takes Mixtral's
-    experts as ``mlp.experts.E.w1`` too, and vLLM as ``block_sparse_moe.experts.E.gate_proj``.
+    A linear has several names only where transformers changes them on loading: PEFT also accepts
+    Mixtral's experts as ``mlp.experts.E.w1``, and vLLM as ``block_sparse_moe.experts.E.gate_proj``.
     """
     found: dict[str, str] = {}
     for module, (p, layer, expert) in linear_modules(shape).items():
         if not p.in_memory:
             continue
+        # Either path with either name of the linear: four names each.
         for name in (p.hf, p.in_memory):
             stem = name.rsplit(".", 1)[0].format(layer=layer, expert=expert)
             for leaf in (p.name, p.role):
@@ -57,17 +58,19 @@ def expert_blocks(shape: ModelShape) -> dict[str, int]:
     for layer in shape.moe_layers:
         for p in layer_projections(shape, layer):
             if p.is_expert:
-                names = (p.hf, p.loaded)
-                found |= {name.split(".{expert}.")[0].format(layer=layer): layer for name in names}
+                for name in (p.hf, p.loaded):
+                    block, _, _ = name.partition(".{expert}.")
+                    found[block.format(layer=layer)] = layer
     return found
 
 
 def parameters_of(projection: Projection, layer: int | None) -> tuple[str, ...]:
-    """What PEFT's ``target_parameters`` may mean by a linear: its own weight, or the parameter for
-    all experts of which an expert's linear is a part."""
+    """Names by which PEFT's ``target_parameters`` can mean a linear: its own weight, or the
+    parameter for all experts that holds an expert's linear."""
     block, of_expert, _ = projection.loaded.partition(".{expert}.")
     if not of_expert:
         return (f"{block.format(layer=layer)}.weight",)
+    # transformers fuses gate and up of all experts into one parameter.
     packed = "down_proj" if projection.kind == "expert_row" else "gate_up_proj"
     return (f"{block.format(layer=layer)}.{packed}",)
 

@@ -17,15 +17,17 @@ def lora_section(adapted: list[Adapted], shape: ModelShape) -> dict[str, Any]:
     """Options of ``LoRAConfig``, defaults left out, that ``resolve`` turns into ``adapted``, ranks
     and scales included."""
     adapted_layers: dict[Projection, dict[int | None, Adapted]] = defaultdict(dict)
+    ranks_and_alphas: list[tuple[int, float]] = []
     for a in adapted:
         adapted_layers[a.projection][a.layer] = a
+        ranks_and_alphas.append((a.rank, _alpha(a)))
     all_layers: dict[Projection, set[int | None]] = defaultdict(set)
     for projection, layer in projection_places(shape):
         all_layers[projection].add(layer)
     # A dense MLP, experts and a shared expert each have a gate_proj: a name may mean several.
     uses_of_name = Counter(projection.name for projection in all_layers)
     # The commonest rank and alpha become the section's own; patterns hold what differs.
-    rank, alpha = most_common([(a.rank, _alpha(a)) for a in adapted])
+    rank, alpha = most_common(ranks_and_alphas)
     targets: list[str] = []
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}

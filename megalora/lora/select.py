@@ -92,7 +92,7 @@ class _Entry:
     text: str
     pattern: Pattern
     names: tuple[str, ...]
-    """What the entry stands for where it is a plain name; nothing where it is an expression."""
+    """Names that the entry stands for; none where it is an expression."""
 
     def means(self, adapted: Adapted) -> bool:
         """Whether the entry means this projection, by PEFT's rule for patterns; a plain name may
@@ -118,22 +118,28 @@ class _Option:
     def __init__(self, name: str, value: str | Iterable[str]) -> None:
         """``value``: one entry, a list of them, or a pattern's keys."""
         self.name = f"lora.{name}"
-        self.entries = [
-            self._entry(text) for text in ([value] if isinstance(value, str) else value)
-        ]
+        texts = [value] if isinstance(value, str) else value
+        self.entries = [self._entry(text) for text in texts]
         self.used: set[str] = set()
 
     def _entry(self, text: str) -> _Entry:
         names = ALIASES.get(text, (text,))
         pattern = end_pattern(self.name, text, "|".join(names))
-        are_names = all(name.isidentifier() for name in names)
-        return _Entry(self.name, text, pattern, names if are_names else ())
+        # Dots, stars and brackets make an expression.
+        if not all(map(str.isidentifier, names)):
+            names = ()
+        return _Entry(self.name, text, pattern, names)
 
     def first(self, adapted: Adapted) -> str | None:
         """The first entry that means this projection, as in PEFT; None where none does."""
-        hits = [entry.text for entry in self.entries if entry.means(adapted)]
-        self.used.update(hits)
-        return hits[0] if hits else None
+        first: str | None = None
+        # All are asked, because each that means something counts as used.
+        for entry in self.entries:
+            if entry.means(adapted):
+                self.used.add(entry.text)
+                if first is None:
+                    first = entry.text
+        return first
 
 
 def _check_used(option: _Option, shape: ModelShape) -> None:

@@ -171,12 +171,13 @@ def _match(folder: Path, shape: ModelShape, stored: dict[str, Place]) -> dict[st
 
 
 def _other_ways(shape: ModelShape) -> dict[str, StoredAs]:
-    """Published name of a linear's weight -> how transformers stores it by its own names."""
+    """Published name of a linear's weight -> how transformers stores it under its own names."""
     found: dict[str, StoredAs] = {}
     for layer in range(shape.num_layers):
         for projection in layer_projections(shape, layer):
             experts = range(shape.num_experts) if projection.is_expert else [None]
             for expert in experts:
+                # One other way at most: a renamed matrix, or rows of a tensor for all experts.
                 published, *others = ways_to_store(projection, shape, layer, expert)
                 for way in others:
                     found[published.tensor] = way
@@ -213,6 +214,7 @@ def _hint(missing: list[str], left: list[str]) -> str:
     """What is probably the matter, as the end of a message; the first that fits."""
     if missing == [LM_HEAD]:
         return ". If the head is the embedding, config.json must say tie_word_embeddings=true"
+    # Names that PEFT writes when the whole model is saved with its adapter.
     if any(".lora_" in name or ".base_layer." in name for name in left):
         return ". An adapter is part of this model: merge it first"
     prefix = _prefix(missing, left)

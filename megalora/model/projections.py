@@ -126,17 +126,17 @@ class StoredAs:
     expert: int | None = None
     """Place in the first dimension of a tensor for all experts; None for a matrix."""
     first_row: int = 0
-    """Among the rows of that expert."""
+    """First row of the linear among the rows of that expert."""
 
 
 def ways_to_store(
     projection: Projection, shape: ModelShape, layer: int | None, expert: int | None
 ) -> Iterator[StoredAs]:
-    """Every way in which a base folder may store a linear; as it is published comes first."""
+    """Every way in which a base folder may store a linear, the published one first."""
     size = projection.features(shape)
     yield StoredAs(f"{projection.hf.format(layer=layer, expert=expert)}.weight", size)
     if not projection.is_expert:
-        # transformers writes its own names with save_pretrained(..., save_original_format=False)
+        # transformers writes its own names with save_pretrained(..., save_original_format=False).
         if projection.in_memory:
             yield StoredAs(f"{projection.in_memory.format(layer=layer)}.weight", size)
         return
@@ -147,5 +147,6 @@ def ways_to_store(
     if projection.kind == "expert_row":
         yield StoredAs(f"{block}.down_proj", (shape.num_experts, rows, columns), expert)
         return
+    # [E, 2I, H]: up's rows follow gate's.
     first = rows if projection.role == "up_proj" else 0
     yield StoredAs(f"{block}.gate_up_proj", (shape.num_experts, 2 * rows, columns), expert, first)

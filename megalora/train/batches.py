@@ -65,6 +65,7 @@ class Batches:
 
     def _of_rank(self, step: int, dp_rank: int) -> list[Batch]:
         size = self.config.train.micro_batch_size
+        # Numbers of samples, one list per microbatch.
         mine = micro_batches(
             self._indices(step), micro_batch_size=size, dp_rank=dp_rank, dp_size=self.dp_size
         )

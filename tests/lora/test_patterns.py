@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from megalora.lora.patterns import Pattern
+from megalora.lora.patterns import MAX_EXPANDED, Pattern
 
 NAMES = [
     *(f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 2, 11) for p in "qkvo"),
@@ -71,3 +71,12 @@ def test_what_hangs_peft_does_not_hang_here(expression: str) -> None:
     else:
         assert pattern.fullmatch(name) is None
     assert time.process_time() - start < 3
+
+
+def test_the_number_of_a_group_is_no_repetition() -> None:
+    """A conditional names its group by number, which does not multiply what follows."""
+    length = MAX_EXPANDED // 20
+    expression = "(a)" * 40 + f"(?(40){'b' * length}|c)"
+    assert Pattern("x: o", expression).fullmatch("a" * 40 + "b" * length)
+    with pytest.raises(ValueError, match="its repetitions stand for"):
+        Pattern("x: o", f"({'b' * length}){{40}}")

@@ -132,6 +132,7 @@ class Family:
 
     settings: Callable[[ModelShape, Config], dict[str, Any]] = lambda shape, hf: {}
     """Fields of Megatron's ``TransformerConfig`` beyond those that follow from ``ModelShape``."""
+    # A function, because the modules import Megatron, which most readers of a family do not need.
     layer_parts: Callable[[], LayerParts] = LayerParts
     """Called when a model is built, with Megatron imported."""
 

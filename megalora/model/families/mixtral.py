@@ -34,7 +34,7 @@ def _check(hf: Config) -> None:
     decoder.check_window(
         hf, default=None, hint="mistralai/Mixtral-8x7B-v0.1 and 8x22B-v0.1 have null"
     )
-    # A softmax over one chosen expert is the constant 1, and Megatron refuses it.
+    # A softmax over one chosen expert is the constant 1, and Megatron rejects it.
     if hf["num_experts_per_tok"] == 1:
         raise ValueError(
             "config.json has num_experts_per_tok=1: weights of the chosen experts are normed to 1,"
@@ -48,6 +48,7 @@ def _shape(hf: Config) -> ModelShape:
         qk_norm=False,
         num_experts=hf["num_local_experts"],
         top_k=hf["num_experts_per_tok"],
+        # There is no dense MLP: the field is the size of an expert.
         expert_intermediate=hf["intermediate_size"],
         moe_layers=frozenset(range(hf["num_hidden_layers"])),
     )

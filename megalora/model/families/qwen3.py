@@ -7,6 +7,7 @@ from megalora.model.shape import ModelShape
 
 
 def _shape(hf: Config) -> ModelShape:
+    # One field for the biases of q, k, v and o together.
     bias = bool(hf.get("attention_bias"))
     return decoder.decoder_shape(hf, qkv_bias=bias, o_bias=bias)
 

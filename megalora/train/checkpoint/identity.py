@@ -63,6 +63,7 @@ def identify(config: RunConfig, base: Path) -> Identity:
     Raises:
         ValueError: on every rank, when a node cannot read something, or nodes have different files.
     """
+    # A file whose size and time have not changed is not read again when the run is resumed.
     kept = Path(config.checkpoint.dir) / KEPT
     digests = Digests.load(kept)
     mine: Identity | str | None = None
