@@ -210,18 +210,20 @@ def compare(
     planned = groups(comparison.missing(), device.type == "cuda")
     setup = shape.setup(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     with ExitStack() as stack:
-        wanted = dict.fromkeys(name for group in planned for name in group)
-        # All import at once; they build when their turn comes.
-        workers = {
-            name: stack.enter_context(Worker(name, setup, threads, budget)) for name in wanted
-        }
-        for group in planned:
+        workers: dict[str, Worker] = {}
+        for number, group in enumerate(planned):
             if budget.left() < (LEAST_SECONDS if device.type == "cuda" else 1):
                 for name in group:
                     comparison.rows.setdefault(
                         name, {"arm": name, "status": "not reached: out of time"}
                     )
                 continue
+            # The next pair imports while this one is measured; all at once would take its cores.
+            for near in planned[number : number + 2]:
+                for name in near:
+                    if name not in workers:
+                        worker = Worker(name, setup, threads, budget)
+                        workers[name] = stack.enter_context(worker)
             comparison.run([workers[name] for name in group], budget)
             keep()
             for name in group[1:]:

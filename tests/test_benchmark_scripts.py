@@ -4,6 +4,7 @@ the same thing."""
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -208,20 +209,41 @@ def blocks(model: torch.nn.Module) -> list:
 
 
 def train_in_a_process(name: str, out: Path) -> None:
-    out.write_text(json.dumps(bench_train_gpu.train(name, SETUP, steps=2)))
+    """In bfloat16, as on a GPU."""
+    setup = replace(SETUP, dtype=torch.bfloat16)
+    out.write_text(json.dumps(bench_train_gpu.train(name, setup, steps=2)))
+
+
+def test_our_experts_take_float32_as_a_gemm_under_autocast_does():
+    """What CUDA's norms return under autocast; a CPU's return bfloat16, so no dry run shows it."""
+    setup = replace(SETUP, dtype=torch.bfloat16)
+    experts = blocks(with_experts(setup, KernelExperts, joined=False))[0].experts
+    x_TH = torch.randn(setup.num_tokens, TINY_MODEL["hidden_size"])
+    experts_TK = torch.stack([torch.randperm(8)[:2] for _ in range(setup.num_tokens)])
+    probs_TK = torch.rand(setup.num_tokens, 2)
+    y_TH = experts(x_TH, experts_TK, probs_TK)
+    assert y_TH.dtype == torch.bfloat16 and y_TH.any()
+    assert torch.equal(y_TH, experts(x_TH.bfloat16(), experts_TK, probs_TK))
+
+
+def test_a_dry_run_tries_every_arm_that_a_gpu_will():
+    args = argparse.Namespace(dry=True)
+    tried = {bench_train_gpu.ARMS[name] for name, _ in bench_train_gpu.arms_to_run(CPU, args)}
+    # unsloth is not installed where dry runs are
+    assert tried == set(bench_train_gpu.ARMS.values()) - {bench_train_gpu.ARMS["unsloth"]}
 
 
 def test_training_arms_train(tmp_path):
     jobs = [
         (name, train_in_a_process, (name, tmp_path / f"{name}.json"))
-        for name in ("megalora", "one of 8 ranks", "unsloth")
+        for name in ("megalora", "one of 8 ranks", "kernels", "unsloth")
     ]
     assert {name: code for name, _, code in forked(jobs, at_once=2)} == dict.fromkeys(
         (job[0] for job in jobs), 0
     )
     rows = {job[0]: json.loads(job[2][1].read_text()) for job in jobs}
     assert rows["unsloth"]["status"] == "not installed: No module named 'unsloth'"
-    for name in ("megalora", "one of 8 ranks"):
+    for name in ("megalora", "one of 8 ranks", "kernels"):
         assert rows[name]["status"] == "ok" and rows[name]["loss"][1] < rows[name]["loss"][0]
         assert rows[name]["tokens_per_s"] == pytest.approx(32 / rows[name]["step_ms"] * 1e3)
     assert rows["megalora"]["adapter_parameters"] == adapter_parameters(TINY_MODEL, 8)

@@ -348,6 +348,22 @@ GPU_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
+        "float32 of a norm under autocast handed to bfloat16 experts",
+        "benchmarks/train_arms.py",
+        "        x = x.to(self.dtype)",
+        "        x = x",
+        "tests/test_benchmark_scripts.py take_float32",
+    ),
+    bug(
+        0,
+        "a dry run of one training arm alone",
+        "benchmarks/bench_train_gpu.py",
+        'for name in ARMS if name in OURS or name == "peft"]',
+        'for name in ("megalora", FITS)]',
+        "tests/test_benchmark_scripts.py every_arm",
+    ),
+    bug(
+        0,
         "a step's budget not passed on",
         "benchmarks/gpu_steps.py",
         'BUDGET: f"{budget_s:.0f}"',
