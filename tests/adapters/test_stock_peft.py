@@ -116,6 +116,22 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "router": ("moe", {"target_modules": ["gate", "q_proj"]}),
+    "a router's rank and alpha, by the name of its weight": (
+        "moe",
+        {
+            "target_modules": ["gate", "q_proj"],
+            "rank_pattern": {"gate.weight": 3},
+            "alpha_pattern": {"gate.weight": 60},
+        },
+    ),
+    "patterns that miss the router, because its weight is adapted": (
+        "moe",
+        {
+            "target_modules": ["gate", "q_proj"],
+            "rank_pattern": {"gate": 3},
+            "alpha_pattern": {"gate": 60},
+        },
+    ),
     "gaussian start": ("moe", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
     "random start": ("dense", {"target_modules": EXPERTS, "init_lora_weights": False}),
     "orthogonal start": (

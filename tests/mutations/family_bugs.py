@@ -185,6 +185,14 @@ FAMILY_BUGS: tuple[Bug, ...] = (
     ),
     bug(
         0,
+        "a router's patterns are looked up without its weight's name",
+        "megalora/adapters/read/rules.py",
+        "return weight if self._targets_by_parameter([weight]) else module",
+        "return module",
+        "tests/adapters/test_stock_peft.py read_as_peft_computes_it",
+    ),
+    bug(
+        0,
         "Mixtral's w1 and w3 swapped in base and adapter",
         MIXTRAL,
         '"gate_proj": "w1", "up_proj": "w3"',

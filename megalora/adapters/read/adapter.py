@@ -212,7 +212,7 @@ class _Linears:
         rank = tensor.shape[0 if factor == "A" else 1]
         self._check_shape(own, factor, tensor, rank)
         # PEFT compares patterns with the name that the file has.
-        scale = self.rules.scale(module, rank, tensor_name(module, factor))
+        scale = self.rules.scale(self.rules.looked_up(module), rank, tensor_name(module, factor))
         self._keep(own, {factor: tensor}, scale, [*also, module])
 
     def add_fused(self, module: str, a: Tensor, b: Tensor) -> None:

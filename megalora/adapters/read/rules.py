@@ -71,6 +71,12 @@ class Rules:
         patterns."""
         return self._of_pattern("rank_pattern", name, self.config["r"])
 
+    def looked_up(self, module: str) -> str:
+        """The name with which PEFT looks a linear up in the patterns: its weight's where
+        ``target_parameters`` means it, as for every router on transformers 5."""
+        weight = f"{module}.weight"
+        return weight if self._targets_by_parameter([weight]) else module
+
     def scale(self, name: str, rank: int, tensor: str) -> float:
         """Scale of the module that PEFT calls ``name``; ``rank``: what the tensor called ``tensor``
         has."""
