@@ -86,26 +86,34 @@ def table(rows: Sequence[Row]) -> str:
 
 def _header(rows: Sequence[Row]) -> list[str]:
     """The machines, the work and the formula that the numbers below are to be read with."""
-    found = [row.measured for row in rows if row.measured]
-    bases = sorted({row.predicted.basis for row in rows if row.predicted})
-    predicted_from = [f"predicted from {basis}" for basis in bases]
-    if not found:
-        return predicted_from
+    bases: set[str] = set()
     lines: list[str] = []
-    for m in found:
-        versions = [f"{name} {version}" for name, version in m.versions.items()]
-        machine = f"{m.num_ranks} x {m.device}; {', '.join(versions)}"
-        # Rows of an earlier run may come from another version, which then is a line of its own.
-        if machine not in lines:
-            lines.append(machine)
+    first: Measured | None = None
+    for row in rows:
+        if row.predicted:
+            bases.add(f"predicted from {row.predicted.basis}")
+        if row.measured:
+            first = first or row.measured
+            machine = _machine(row.measured)
+            # Rows of an earlier run may come from another version, which then is a line of its own.
+            if machine not in lines:
+                lines.append(machine)
+    if first is None:
+        return sorted(bases)
     # The work is the same in all rows, so the first one says it.
-    m = found[0]
+    m = first
     lines.append(
         f"{m.global_batch_size} samples of {m.sequence_length + 1} tokens a step ({m.tokens}),"
         f" {m.weights} weights, {m.routing} routing; peak memory: {m.memory_from}"
     )
     lines.append(f"TFLOP/s per GPU by {FORMULA}; nothing counted twice where it is recomputed")
-    return [*lines, *predicted_from]
+    return [*lines, *sorted(bases)]
+
+
+def _machine(m: Measured) -> str:
+    """Where a row was measured, and with which versions."""
+    versions = [f"{name} {version}" for name, version in m.versions.items()]
+    return f"{m.num_ranks} x {m.device}; {', '.join(versions)}"
 
 
 def _cells(row: Row) -> list[str]:

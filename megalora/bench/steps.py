@@ -210,7 +210,7 @@ def _measured(
     world = len(ranks)
     # A step lasts until the slowest rank is through.
     seconds_of_rank = [rank["seconds"] for rank in ranks]
-    steps = [max(seconds) for seconds in zip(*seconds_of_rank, strict=True)]
+    steps = list(map(max, zip(*seconds_of_rank, strict=True)))
     median = statistics.median(steps)
     # n tokens give n - 1 predictions.
     positions = config.data.max_length - 1

@@ -28,6 +28,7 @@ def add_serve_command(commands: Any) -> None:
         action="store_true",
         help="serve also if an adapter does not act as it was trained",
     )
+    # ``main`` has taken out what stands behind --, as ``options.extra``.
     serve.set_defaults(action=_serve)
 
 

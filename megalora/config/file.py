@@ -49,7 +49,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the config, defaults included, as YAML that ``load_config`` reads back equal."""
+    """Write the config as YAML that ``load_config`` reads back equal."""
+    # With the defaults: a later version may have others, and a resumed run must not change.
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 

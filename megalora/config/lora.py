@@ -43,6 +43,7 @@ class LoRAConfig:
             require(
                 rank is None or rank >= 1, f"lora: {name} must be a rank of at least 1, got {rank}"
             )
+        # A scale of 0 would make an adapter that never does anything.
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             require(alpha > 0, f"lora: {name} must be an alpha above 0, got {alpha}")
         require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")

@@ -181,8 +181,11 @@ def _part_text(part: Any, number: int) -> str:
             f"message {number}: content must be a string or a list of text parts, got a list with "
             f"{typed(part)}; only text can be trained"
         )
-    # cache_control tells a server what to cache, and is not said.
-    rest = [k for k, v in part.items() if k not in ("type", "text", "cache_control") and v]
+    rest = []
+    for key, value in part.items():
+        # cache_control tells a server what to cache, and is not part of the text.
+        if key not in ("type", "text", "cache_control") and value:
+            rest.append(key)
     if part.get("type", "text") != "text" or rest:
         what = ", ".join(rest) or f"type {part['type']!r}"
         raise ValueError(

@@ -44,12 +44,20 @@ def locate(conversation: Conversation, template: ChatTemplate, text: str) -> Mar
     # Without marks, to number the pieces.
     _, pieces = mark(conversation, alphabet, ())
     everything = frozenset(range(len(pieces)))
-    # Tools and documents belong to no message.
-    owned = frozenset(k for k in everything if pieces[k].owner is not None)
     assistants = set(conversation.assistants)
-    generated = frozenset(k for k in owned if pieces[k].owner in assistants)
+    owned: set[int] = set()
+    # Numbers of the pieces of each of the assistant's messages.
+    generated: dict[int, set[int]] = {i: set() for i in assistants}
+    for number, piece in enumerate(pieces):
+        # Tools and documents belong to no message.
+        if piece.owner is None:
+            continue
+        owned.add(number)
+        if piece.owner in assistants:
+            generated[piece.owner].add(number)
+    all_generated = frozenset().union(*generated.values())
     # Equal sets are tried once: every try renders the template.
-    for chosen in dict.fromkeys((everything, owned, generated)):
+    for chosen in dict.fromkeys((everything, frozenset(owned), all_generated)):
         marked, _ = mark(conversation, alphabet, chosen)
         rendered = _rendered(marked, template, alphabet)
         if rendered is not None and rendered.text == text:
@@ -57,8 +65,7 @@ def locate(conversation: Conversation, template: ChatTemplate, text: str) -> Mar
     # The conversation stays unmarked here: no marked one shows all that was found.
     spans = {}
     sought: set[int] = set()
-    for i in assistants:
-        chosen = frozenset(k for k in generated if pieces[k].owner == i)
+    for chosen in generated.values():
         marked, _ = mark(conversation, alphabet, chosen)
         rendered = _rendered(marked, template, alphabet)
         if rendered is not None and rendered.text == text:

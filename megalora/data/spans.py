@@ -44,9 +44,9 @@ def _marked_spans(conversation: Conversation, template: ChatTemplate, turns: Tur
     assistants = conversation.assistants
     spans: list[Span] = []
     for k, (start, end) in enumerate(blocks):
-        owners = turns.owners(start, end) - {None}
+        owners = turns.owners(start, end)
         _require_assistants(owners, assistants)
-        owner = max((o for o in owners if o is not None), default=None)
+        owner = max(owners, default=None)
         # An empty answer has no piece. Where each answer has a block, the places tell whose it is.
         if owner is None and len(blocks) == len(assistants):
             owner = assistants[k]
@@ -60,14 +60,13 @@ def _marked_spans(conversation: Conversation, template: ChatTemplate, turns: Tur
     return spans
 
 
-def _require_assistants(owners: set[int | None], assistants: Sequence[int]) -> None:
+def _require_assistants(owners: set[int], assistants: Sequence[int]) -> None:
     """Raise ``ValueError`` if a ``{% generation %}`` block contains another's message."""
-    strangers = owners - {None, *assistants}
+    strangers = owners - set(assistants)
     if strangers:
-        number = min(o for o in strangers if o is not None) + 1
         raise ValueError(
-            f"the chat template marks message {number} as generated ({{% generation %}}), which is"
-            " not the assistant's; use another template"
+            f"the chat template marks message {min(strangers) + 1} as generated"
+            " ({% generation %}), which is not the assistant's; use another template"
         )
 
 

@@ -172,23 +172,41 @@ def load_split(
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     encoded = _encode_rows(source, rows, columns, tokenizer, allow_left_out, every_refusal)
-    lengths = tuple(len(sample.input_ids) for sample in encoded)
-    fitting = [sample for sample in encoded if len(sample.input_ids) <= max_length]
-    samples = [sample for sample in fitting if sample.num_target_tokens]
-    split = Split(
-        source,
-        max_length,
-        samples,
-        num_too_long=len(encoded) - len(fitting),
-        num_no_target=len(fitting) - len(samples),
-        longest=max(lengths),
-        lengths=lengths,
+    split = replace(
+        _fitting(source, encoded, max_length),
         columns=columns,
         unused_columns=_unused_columns(rows, used_columns(columns)),
     )
-    if not samples:
+    if not split.samples:
         raise ValueError(_nothing_is_left(split, len(rows)))
     return split
+
+
+def _fitting(source: str, encoded: list[Encoded], max_length: int) -> Split:
+    """The samples that can be trained on, and counts of the others."""
+    lengths: list[int] = []
+    samples: list[Encoded] = []
+    num_too_long = 0
+    num_no_target = 0
+    for sample in encoded:
+        length = len(sample.input_ids)
+        lengths.append(length)
+        if length > max_length:
+            num_too_long += 1
+        # All its messages are context, or flagged out of the loss.
+        elif not sample.num_target_tokens:
+            num_no_target += 1
+        else:
+            samples.append(sample)
+    return Split(
+        source,
+        max_length,
+        samples,
+        num_too_long=num_too_long,
+        num_no_target=num_no_target,
+        longest=max(lengths),
+        lengths=tuple(lengths),
+    )
 
 
 def _unused_columns(rows: list[Row], used: set[str]) -> tuple[str, ...]:

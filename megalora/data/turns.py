@@ -43,12 +43,16 @@ class Turns:
         self._require_own(i, start, end)
         return start, end
 
-    def owners(self, start: int, end: int) -> set[int | None]:
-        """Owners of the pieces that lie in a part of the text, at least partly."""
+    def owners(self, start: int, end: int) -> set[int]:
+        """Messages of which a piece lies in a part of the text, at least partly."""
         found = set()
         for number, spans in self.marked.rendered.spans.items():
+            owner = self.marked.pieces[number].owner
+            # Tools and documents belong to no message; a template may print them anywhere.
+            if owner is None:
+                continue
             if any(begin < end and stop > start for begin, stop in spans):
-                found.add(self.marked.pieces[number].owner)
+                found.add(owner)
         return found
 
     def _pieces(self, i: int, start: int) -> list[Span]:
@@ -240,8 +244,7 @@ class Turns:
 
     def _require_own(self, i: int, start: int, end: int) -> None:
         """Raise ``ValueError`` if another message lies in a span of message ``i``."""
-        # Tools and documents have no owner; a template may print them anywhere.
-        others = [o for o in self.owners(start, end) if o is not None and o != i]
+        others = self.owners(start, end) - {i}
         if others:
             raise ValueError(
                 f"the chat template prints message {min(others) + 1} inside message {i + 1}, so "
