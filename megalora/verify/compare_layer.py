@@ -30,12 +30,12 @@ _SUFFIX = ("", " (second input)")
 
 @dataclass
 class _Routing:
-    """What the reference's router chose in one run."""
+    """The choice of the reference's router in one run."""
 
     probs_TE: Tensor
     map_TE: Tensor
     decided_T: Tensor
-    """Tokens whose choice does not hang on rounding."""
+    """Tokens whose choice does not depend on rounding."""
 
 
 @dataclass
@@ -54,30 +54,32 @@ class LayerComparison:
         """Make the reference; return the last layer of each kind with the kind's name."""
         self.reference = Reference(self.folder, self.dtype)
         self.compared = FAMILIES[self.reference.config.model_type].compared
-        kinds = {self._kind(number): number for number in range(len(self.reference.layers))}
-        self.labels = {number: self._label(number) for number in sorted(kinds.values())}
+        # Each layer overwrites the one before it of its kind.
+        last_of_kind: dict[Any, int] = {}
+        for number in range(len(self.reference.layers)):
+            last_of_kind[self._kind(number)] = number
+        self.labels = {number: self._label(number) for number in sorted(last_of_kind.values())}
         return self.labels
 
     def _kind(self, number: int) -> Any:
         """Everything that makes one layer's function another's: modules, their settings, their
         parameters' shapes."""
         layer = self.reference.layers[number]
-        settings = tuple(
-            (
-                path,
-                type(module).__name__,
-                tuple(sorted((k, v) for k, v in vars(module).items() if _is_setting(k, v))),
-            )
-            for path, module in layer.named_modules()
-        )
+        settings = []
+        for path, module in layer.named_modules():
+            for name, value in sorted(vars(module).items()):
+                if _is_setting(name, value):
+                    settings.append((path, type(module).__name__, name, value))
         shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
-        return settings, shapes, self._attention(number)
+        return tuple(settings), shapes, self._attention(number)
 
     def _attention(self, number: int) -> str | None:
+        """Kind of a layer's attention, such as ``sliding_attention``; None where all are alike."""
         types = getattr(self.reference.config, "layer_types", None)
         return types[number] if types else None
 
     def _label(self, number: int) -> str:
+        """What a user calls the layer's kind."""
         types = set(getattr(self.reference.config, "layer_types", None) or ())
         kind = "MoE" if self.reference.experts_path(number) else "dense"
         return kind if len(types) < 2 else f"{kind}, {self._attention(number)}"
@@ -85,11 +87,9 @@ class LayerComparison:
     def sizes(self) -> tuple[int, int, int]:
         """Vocabulary, hidden size and number of positions."""
         config = self.reference.config
-        return (
-            config.vocab_size,
-            config.hidden_size,
-            getattr(config, "max_position_embeddings", None) or 2048,
-        )
+        # Without a limit in the config, positions of an ordinary text.
+        positions = getattr(config, "max_position_embeddings", None) or 2048
+        return config.vocab_size, config.hidden_size, positions
 
     def compare_ends(
         self,
@@ -101,6 +101,7 @@ class LayerComparison:
     ) -> None:
         """Embedding rows; final norm and head on the layer's input, for some rows of the
         vocabulary."""
+        # The reference's tables hold these rows alone: ids become places among them.
         rows = sorted({*inputs.tokens, *inputs.rows})
         self.reference.load_ends(rows)
         place = torch.tensor([rows.index(token) for token in inputs.tokens])
@@ -120,18 +121,16 @@ class LayerComparison:
         reference.load_layer(number)
         self.angles = angles
         angles_TD = angles.flatten(1)
-        cos, sin = (
-            t[0] for t in reference.base.rotary_emb(inputs.x_TH[None], inputs.positions_T[None])
-        )
-        if not (multiple := r.rotary_difference(angles_TD, cos, sin)) <= 1:
-            raise ValueError(
-                self._message(
-                    number, "rotary embedding", f"{multiple:.1e} times what rounding explains"
-                )
-            )
-        # attention's own factor, such as yarn's: compared in its output
-        scale = torch.hypot(cos, sin)
-        self.tables = ((angles_TD.cos() * scale)[None], (angles_TD.sin() * scale)[None])
+        cos_1TD, sin_1TD = reference.base.rotary_emb(inputs.x_TH[None], inputs.positions_T[None])
+        multiple = r.rotary_difference(angles_TD, cos_1TD[0], sin_1TD[0])
+        if not multiple <= 1:  # so that NaN does not pass
+            how = f"{multiple:.1e} times what rounding explains"
+            raise ValueError(self._message(number, "rotary embedding", how))
+        # Both sides compute with our angles: within rounding they are the same, but at position
+        # 131072 that rounding would be all that the comparison behind sees. The tables keep the
+        # reference's scale, such as yarn's, which is compared in attention's output.
+        scale = torch.hypot(cos_1TD, sin_1TD)
+        self.tables = (angles_TD.cos() * scale, angles_TD.sin() * scale)
         layer = reference.layers[number]
         seen: r.Records = []
         with r.noted(layer, r.THEIRS, self.compared, seen):
@@ -141,8 +140,11 @@ class LayerComparison:
         self.routing = []
         if not reference.experts_path(number):
             return []
-        self.routing = [self._routing(layer, number, h) for h in (h_TH, self.driven_TH)]
-        needed = torch.stack([routing.map_TE.any(0) for routing in self.routing]).any(0)
+        # Experts of either run: the layer's own input, and the one that drives the gates.
+        for h in (h_TH, self.driven_TH):
+            self.routing.append(self._routing(layer, number, h))
+        first, second = self.routing
+        needed = first.map_TE.any(0) | second.map_TE.any(0)
         self.needed = needed.nonzero().flatten().tolist()
         self._check_memory(number)
         return self.needed
@@ -151,10 +153,11 @@ class LayerComparison:
         """Refuse experts that do not fit this host: running out of memory would end the process
         without a word."""
         each = sum(parameter[0].numel() for parameter in self.reference.experts.parameters())
-        # and what is gathered and read, in the dtype of the run
-        both_sides = 2 * torch.float32.itemsize
-        needed = len(self.needed) * each * (both_sides + 2 * self.dtype.itemsize)
-        if needed > (free := free_host_memory_bytes()):
+        # Both sides in float32, and what is gathered and what is read, in the dtype of the run.
+        element_bytes = 2 * torch.float32.itemsize + 2 * self.dtype.itemsize
+        needed = len(self.needed) * each * element_bytes
+        free = free_host_memory_bytes()
+        if needed > free:
             raise ValueError(
                 f"{OPTION}: layer {number} ({self.labels[number]}) of {self.folder}: the"
                 f" {len(self.needed)} experts that the check's tokens need take"
@@ -176,14 +179,14 @@ class LayerComparison:
             return r.dense_routing(choices.index, choices.weights, total)
 
         probs_TE, map_TE = choose(h_TH)
+        # Four draws of noise as large as the tolerance: two experts that are nearly equally good
+        # change places in one of them.
         decided_T = torch.ones(len(h_TH), dtype=torch.bool)
+        size_T1 = r.TOLERANCE * h_TH.abs().amax(1, keepdim=True)
         for _ in range(4):
-            noise = (
-                torch.randn(h_TH.shape, generator=generator)
-                * r.TOLERANCE
-                * h_TH.abs().amax(1, keepdim=True)
-            )
-            decided_T &= (choose(h_TH + noise)[1] == map_TE).all(1)
+            noise = torch.randn(h_TH.shape, generator=generator) * size_T1
+            _, map_with_noise_TE = choose(h_TH + noise)
+            decided_T &= (map_with_noise_TE == map_TE).all(1)
         return _Routing(probs_TE, map_TE, decided_T)
 
     def compare_layer(
@@ -206,7 +209,9 @@ class LayerComparison:
             layer.get_submodule(r.SECOND_NORM[r.THEIRS])(inputs.x_TH)
             layer.mlp(self.driven_TH[None])  # pyright: ignore[reportCallIssue]
         router = layer.mlp.gate if self.routing else None  # pyright: ignore
+        # Before ours is built: the host need not hold both.
         reference.drop_layer(number)
+        # The router's record was noted in ``route``; undecided tokens are zero on both sides.
         for run, routing in enumerate(self.routing):
             theirs.append((f"router{_SUFFIX[run]}", routing.probs_TE * routing.decided_T[:, None]))
         assert self.alone is not None
@@ -234,6 +239,8 @@ class LayerComparison:
             )
 
     def _run_ours(self, layer: nn.Module, inputs: r.Inputs, ours: r.Records) -> None:
+        """Both runs of our layer, whose tensors are ``[T, 1, H]`` where transformers' are
+        ``[1, T, H]``."""
         with r.noted(layer, r.OURS, self.compared, ours), self._router_noted(layer, 0, ours):
             layer(inputs.x_TH[:, None], attention_mask=None, rotary_pos_emb=self.angles)
         with (
@@ -272,13 +279,11 @@ class LayerComparison:
             handle.remove()
 
     def _compare(self, number: int | None, ours: r.Records, theirs: r.Records) -> None:
+        """Raise ``ValueError`` for the first module that differs; remember the largest difference."""
         if difference := r.first_difference(ours, theirs):
             name, error = difference
-            raise ValueError(
-                self._message(
-                    number, name, f"{error:.1e} of its largest value (allowed {r.TOLERANCE:.0e})"
-                )
-            )
+            how = f"{error:.1e} of its largest value (allowed {r.TOLERANCE:.0e})"
+            raise ValueError(self._message(number, name, how))
         self.largest = max(self.largest, r.largest_difference(ours, theirs))
 
     def _message(self, number: int | None, module: str, how: str) -> str:

@@ -1,4 +1,4 @@
-"""Before the first step: is the loss of this layout the loss that stock transformers computes?
+"""Compare the loss of this layout with stock transformers' before the first step.
 
 All data-parallel ranks evaluate one and the same microbatch, through their own pipeline, experts
 and tensor-parallel shards; the first rank computes it again on its host with transformers (and
@@ -12,10 +12,10 @@ The tolerance, relative to the loss, is what rounding explains with room to spar
     bfloat16  2e-2. 8 significant bits: a logit of size 10 is known to 1/64 after one rounding, and
               every layer rounds its residual stream several times. Tokens err independently, so the
               mean errs less; what is caught is a broken layer, what may pass is a slightly wrong
-              one. Run the check once
-              in float32 for a new model or layout.
+              one. Run the check once in float32 for a new model or layout.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from megalora.progress_bar import no_progress_bar
 from megalora.verify.host_memory import free_host_memory_bytes
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Largest difference relative to the loss, by the dtype of the run."""
 _HEADROOM = 1.2
-"""Of free host memory over the weights alone: the shard being read, activations, logits."""
+"""Host memory needed over that of the weights alone: the shard being read, activations, logits."""
 
 
 def compare_losses(
@@ -57,6 +58,7 @@ def compare_losses(
     worst = max(range(len(losses)), key=lambda rank: _relative(losses[rank], reference))
     difference = _relative(losses[worst], reference)
     allowed = TOLERANCE[dtype]
+    # A NaN on any rank is the worst difference, and not within what is allowed.
     if not difference <= allowed:
         raise RuntimeError(
             f"train.check_base=loss: the loss of the first microbatch is {losses[worst]:.7f} on"
@@ -72,8 +74,9 @@ def compare_losses(
 
 
 def _relative(loss: float, reference: float) -> float:
+    """Difference over the reference; infinite for NaN, so that ``max`` finds it."""
     difference = abs(loss - reference) / reference
-    return difference if difference == difference else float("inf")  # a NaN is the worst of all
+    return float("inf") if math.isnan(difference) else difference
 
 
 @torch.no_grad()
@@ -82,7 +85,9 @@ def reference_loss(
 ) -> float:
     """Mean cross entropy over the batch's target tokens, by stock transformers on the host."""
     needed = shape.num_parameters() * {"float32": 4, "bfloat16": 2}[dtype] * _HEADROOM
-    if needed > (free := free_host_memory_bytes()):
+    # Too much would end the process without a word, and with it the run.
+    free = free_host_memory_bytes()
+    if needed > free:
         raise ValueError(
             f"train.check_base=loss: {folder} in {dtype} needs {needed / 2**30:.1f} GiB of host"
             f" memory on the first rank, which has {free / 2**30:.1f} GiB free. Set"
@@ -93,9 +98,11 @@ def reference_loss(
             folder, dtype=getattr(torch, dtype)
         ).eval()
     if adapter is not None:
+        # Late: only a run that is resumed needs PEFT.
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    # Labels are shifted already: position s of the batch predicts labels[s].
     logits = model(batch.tokens).logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
     mask = batch.loss_mask.flatten()

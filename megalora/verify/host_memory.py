@@ -1,8 +1,8 @@
-"""How much memory of this host a process may still take: what the machine has, and what its cgroups
-allow.
+"""Find how much memory of this host a process may still take: what the machine has, and what its
+cgroups allow.
 
-A container or a batch job often may use a part of the machine. Who takes more is killed without a
-word.
+A container or a batch job often may use only a part of the machine, and a process that takes more
+is killed without a word.
 """
 
 from pathlib import Path
@@ -25,7 +25,8 @@ def free_host_memory_bytes(
     cgroup leaves of it."""
     for line in (proc / "meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return min([int(line.split()[1]) * 1024, *_left_by_cgroups(proc, cgroups)])
+            available = int(line.split()[1]) * 1024  # in kB, which means KiB
+            return min([available, *_left_by_cgroups(proc, cgroups)])
     raise ValueError("/proc/meminfo has no MemAvailable line")
 
 
@@ -38,7 +39,10 @@ def _left_by_cgroups(proc: Path, cgroups: Path) -> list[int]:
     """
     found: list[int] = []
     listed = proc / "self" / "cgroup"
-    for line in listed.read_text().splitlines() if listed.is_file() else []:
+    if not listed.is_file():
+        return found
+    for line in listed.read_text().splitlines():
+        # "4:memory:/job" in version 1; "0::/job", without controllers, in version 2
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -46,15 +50,22 @@ def _left_by_cgroups(proc: Path, cgroups: Path) -> list[int]:
         folder = cgroups / below
         for part in ("", *Path(path).parts[1:]):
             folder = folder / part
-            if (
-                not (folder / limit).is_file()
-                or (most := (folder / limit).read_text().strip()) == "max"
-            ):
+            if not (folder / limit).is_file():
+                continue
+            most = (folder / limit).read_text().strip()
+            if most == "max":
                 continue
             used = int((folder / usage).read_text())
-            statistics = dict(
-                row.split() for row in (folder / "memory.stat").read_text().splitlines()
-            )
-            cached = sum(int(statistics.get(name, 0)) for name in caches)
+            cached = _cached(folder / "memory.stat", caches)
             found.append(max(0, int(most) - used + cached))
     return found
+
+
+def _cached(statistics: Path, caches: tuple[str, ...]) -> int:
+    """Bytes that count as used and are given back on demand."""
+    total = 0
+    for row in statistics.read_text().splitlines():
+        name, value = row.split()
+        if name in caches:
+            total += int(value)
+    return total

@@ -1,5 +1,4 @@
-"""Before the first step: does one layer of each kind, as loaded, compute what stock transformers
-computes?
+"""Compare one layer of each kind, as loaded, with stock transformers' before the first step.
 
     reference   transformers' own classes and its loader, from the folder (``reference.py``)
     ours        our own layer in float32, weights gathered by name from the ranks that train with
@@ -33,13 +32,15 @@ def check_layers(chunks: Sequence[Any], groups: Groups, folder: Path, dtype: tor
 
     Args:
         chunks: this rank's model chunks, with or without adapters.
-        dtype: of the run; both sides take weights rounded to it.
+        dtype: the run's dtype; both sides take weights rounded to it.
 
     Returns: a line for the user.
     Raises: ``ValueError`` on every rank, with the layer and the module that differ first.
     """
     start = time.perf_counter()
     with first_rank_alone() as alone, torch.no_grad():
+        # Methods of ``first`` run on the first rank alone, inside ``agreed``; those of ``loaded``
+        # are collective and must be reached by all ranks, with the same arguments.
         first = LayerComparison(folder, dtype, chunks[0].config, alone)
         labels = agreed(first.open)
         loaded = Loaded(chunks, groups, labels)
@@ -47,12 +48,10 @@ def check_layers(chunks: Sequence[Any], groups: Groups, folder: Path, dtype: tor
         embedding = loaded.rows("embedding", inputs.tokens)
         head = loaded.rows("head", inputs.rows)
         norm = {name: loaded.whole(f"final_norm.{name}") for name in loaded.names("final_norm")}
-        agreed(
-            lambda: first.compare_ends(
-                inputs, embedding, head, norm, loaded.floats.get("final_norm", {})
-            )
-        )
+        norm_floats = loaded.floats.get("final_norm", {})
+        agreed(lambda: first.compare_ends(inputs, embedding, head, norm, norm_floats))
         for number in labels:
+            # The router's choice says which experts are gathered at all.
             angles = loaded.angles(number, inputs.positions_T.tolist())
             experts = agreed(lambda n=number, a=angles: first.route(n, inputs, a))
             weights = loaded.layer(number, experts)

@@ -31,7 +31,7 @@ WRAPPERS = ("base", "module")
 
 @dataclass(frozen=True)
 class Place:
-    """What one rank holds of a tensor."""
+    """The part of a tensor that one rank holds."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -39,9 +39,11 @@ class Place:
     """Dimension along which it is split, of one expert's matrix where there are experts; None:
     whole."""
     blocks: int
+    """Blocks that are split each for itself: 2 where gate and up lie in one tensor."""
     shard: int
     num_shards: int
     first_expert: int | None = None
+    """Number of the first expert in it; None outside of experts."""
 
 
 def plain_name(name: str) -> str:
@@ -54,28 +56,36 @@ class Loaded:
     Collective to make."""
 
     def __init__(self, chunks: Sequence[Any], groups: Groups, layers: Iterable[int]) -> None:
-        self.groups, self.rank = groups, dist.get_rank()
+        self.groups = groups
+        self.rank = dist.get_rank()
         self.held: dict[str, Tensor] = {}
         self.places: dict[str, Place] = {}
         self.floats: dict[str, dict[str, dict[str, float]]] = {}
+        """Modules' attributes that are floats, such as a norm's epsilon: prefix -> module ->
+        name -> value."""
         self.rotary: dict[int, Any] = {}
+        wanted = set(layers)
         for chunk in chunks:
             self._take_ends(chunk)
             for layer in chunk.decoder.layers:
-                number = layer.layer_number - 1
-                if number in set(layers):
+                number = layer.layer_number - 1  # Megatron counts from 1
+                if number in wanted:
                     self.rotary[number] = chunk.rotary_pos_emb
                     self._take(f"layers.{number}", layer, chunk.config.gated_linear_unit)
         everywhere: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, (self.places, self.floats, sorted(self.rotary)))
-        self.everywhere: list[dict[str, Place]] = [places for places, _, _ in everywhere]
-        self.rotary_at = {
-            n: rank for rank in reversed(range(len(everywhere))) for n in everywhere[rank][2]
-        }
-        for _, floats, _ in reversed(everywhere):
-            self.floats |= floats
+        self.everywhere: list[dict[str, Place]] = []
+        self.rotary_at: dict[int, int] = {}
+        """Layer -> the first rank that has its rotary embedding."""
+        for rank, (places, floats, with_rotary) in enumerate(everywhere):
+            self.everywhere.append(places)
+            for number in with_rotary:
+                self.rotary_at.setdefault(number, rank)
+            # Of ranks that hold the same module the first one's floats stay.
+            self.floats = floats | self.floats if rank else dict(floats)
 
     def _take_ends(self, chunk: Any) -> None:
+        """Embedding, final norm and head of a chunk that has them."""
         if chunk.pre_process:
             self._hold("embedding", chunk.embedding.word_embeddings.weight, 0, 1, self.groups.tp)
         if chunk.post_process:
@@ -85,25 +95,31 @@ class Loaded:
             self._take("final_norm", chunk.decoder.final_layernorm, gated=False)
 
     def _take(self, prefix: str, module: nn.Module, gated: bool) -> None:
+        """Base tensors and floats of a module; ``gated``: whether fc1 is gate above up."""
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         for full, tensor in tensors.items():
             if ".lora_A" in full or ".lora_B" in full:
                 continue
             name = plain_name(full)
-            blocks = 2 if gated and "linear_fc1." in name else 1
-            if name.startswith(EXPERTS):
-                blocks, dim = (2, 0) if name.endswith("gate_up") else (1, 1)
-                self._hold(f"{prefix}.{name}", tensor, dim, blocks, self.groups.etp, experts=True)
+            key = f"{prefix}.{name}"
+            if name.startswith(EXPERTS) and name.endswith("gate_up"):
+                self._hold(key, tensor, 0, 2, self.groups.etp, experts=True)
+            elif name.startswith(EXPERTS):
+                self._hold(key, tensor, 1, 1, self.groups.etp, experts=True)
             elif getattr(tensor, "tensor_model_parallel", False):
-                self._hold(f"{prefix}.{name}", tensor, tensor.partition_dim, blocks, self.groups.tp)
+                blocks = 2 if gated and "linear_fc1." in name else 1
+                self._hold(key, tensor, tensor.partition_dim, blocks, self.groups.tp)
             else:
-                self._hold(f"{prefix}.{name}", tensor, None, 1, None)
-        self.floats[prefix] = {
-            plain_name(path): {
-                key: value for key, value in vars(part).items() if type(value) is float
-            }
-            for path, part in module.named_modules()
-        }
+                self._hold(key, tensor, None, 1, None)
+        floats: dict[str, dict[str, float]] = {}
+        for path, part in module.named_modules():
+            own = {}
+            for key, value in vars(part).items():
+                if type(value) is float:
+                    own[key] = value
+            # A wrapper and what it wraps have one plain name: the latter comes later, and stays.
+            floats[plain_name(path)] = own
+        self.floats[prefix] = floats
 
     def _hold(
         self,
@@ -115,7 +131,14 @@ class Loaded:
         *,
         experts: bool = False,
     ) -> None:
-        shard, num_shards = (group.rank(), group.size()) if group is not None else (0, 1)
+        """Note a tensor of this rank: split over ``group`` along ``dim``, or whole without a
+        group."""
+        shard = 0
+        num_shards = 1
+        if group is not None:
+            shard = group.rank()
+            num_shards = group.size()
+        # Experts of a layer lie in consecutive blocks over the expert-parallel ranks.
         first = self.groups.ep.rank() * tensor.shape[0] if experts else None
         self.held[name] = tensor.detach()
         self.places[name] = Place(
@@ -126,27 +149,47 @@ class Loaded:
         """Every name below ``prefix`` on any rank, without the prefix; in one order on all
         ranks."""
         start = prefix + "."
-        found = {name for places in self.everywhere for name in places if name.startswith(start)}
-        return sorted(name.removeprefix(start) for name in found)
+        found: set[str] = set()
+        for places in self.everywhere:
+            for name in places:
+                if name.startswith(start):
+                    found.add(name.removeprefix(start))
+        return sorted(found)
+
+    def _any_place(self, name: str) -> Place:
+        """Where the first rank that has it holds a tensor; every rank's part is of one size."""
+        for places in self.everywhere:
+            if name in places:
+                return places[name]
+        raise RuntimeError(f"no rank holds {name}")
 
     def whole(self, name: str, expert: int | None = None) -> Tensor | None:
         """One tensor, or one expert's matrix of it, on the first rank's host; None elsewhere.
         Collective."""
-        place = next(places[name] for places in self.everywhere if name in places)
+        place = self._any_place(name)
         parts = [self._part(name, shard, expert) for shard in range(place.num_shards)]
         if self.rank != 0 or place.dim is None:
             return parts[0]
-        blocks = [part.chunk(place.blocks, place.dim) for part in parts if part is not None]
-        return torch.cat(
-            [piece for block in zip(*blocks, strict=True) for piece in block], place.dim
-        )
+        # Every rank has rows of gate, then rows of up: all of gate's must come before up's.
+        pieces: list[Tensor] = []
+        for block in range(place.blocks):
+            for part in parts:
+                assert part is not None
+                pieces.append(part.chunk(place.blocks, place.dim)[block])
+        return torch.cat(pieces, place.dim)
 
     def rows(self, name: str, rows: Sequence[int]) -> Tensor | None:
         """Some rows of a tensor that is split by rows (embedding, head); None but on the first
         rank. Collective."""
-        per_shard = next(places[name].shape[0] for places in self.everywhere if name in places)
-        parts = [self._part(name, row // per_shard, row % per_shard) for row in rows]
-        return torch.stack([part for part in parts if part is not None]) if self.rank == 0 else None
+        per_shard = self._any_place(name).shape[0]
+        found = [self._part(name, row // per_shard, row % per_shard) for row in rows]
+        return self._stacked(found)
+
+    def _stacked(self, parts: Sequence[Tensor | None]) -> Tensor | None:
+        """Tensors that came to the first rank, as one; None on the others, which got none."""
+        if self.rank != 0:
+            return None
+        return torch.stack([part for part in parts if part is not None])
 
     def layer(self, number: int, experts: Sequence[int]) -> dict[str, Tensor]:
         """All tensors of a layer by name, of routed experts those asked for, stacked; empty but on
@@ -155,18 +198,13 @@ class Loaded:
         found = {}
         for name in self.names(prefix):
             full = f"{prefix}.{name}"
-            if name.startswith(EXPERTS):
-                # the reference has none here: the layer that lacks them is refused as it is built
-                if not experts:
-                    continue
-                each = [self.whole(full, expert) for expert in experts]
-                value = (
-                    torch.stack([part for part in each if part is not None])
-                    if self.rank == 0
-                    else None
-                )
-            else:
+            if not name.startswith(EXPERTS):
                 value = self.whole(full)
+            elif experts:
+                value = self._stacked([self.whole(full, expert) for expert in experts])
+            else:
+                # The reference has none here: the layer that lacks them is refused as it is built.
+                continue
             if value is not None:
                 found[name] = value
         return found
@@ -177,9 +215,9 @@ class Loaded:
         owner = self.rotary_at[number]
         mine = None
         if self.rank == owner:
-            mine = torch.cat(
-                [self.rotary[number].get_emb(1, offset=p) for p in positions]
-            ).contiguous()
+            rotary = self.rotary[number]
+            mine = torch.cat([rotary.get_emb(1, offset=p) for p in positions]).contiguous()
+        # Only the owner knows how many features are turned.
         shape: list[Any] = [None if mine is None else tuple(mine.shape)]
         dist.broadcast_object_list(shape, src=owner)
         return self._to_first(mine, owner, shape[0], torch.float32)
@@ -191,6 +229,7 @@ class Loaded:
             if place is None or place.shard != shard:
                 continue
             if place.first_expert is not None and row is not None:
+                # An expert's number among all, looked for among those of this rank.
                 if not 0 <= row - place.first_expert < place.shape[0]:
                     continue
                 row -= place.first_expert
@@ -199,9 +238,8 @@ class Loaded:
             if owner == self.rank:
                 mine = self.held[name] if row is None else self.held[name][row]
             return self._to_first(mine, owner, shape, place.dtype)
-        raise RuntimeError(
-            f"no rank holds part {shard} of {name}" + (f", row {row}" if row is not None else "")
-        )
+        of_row = "" if row is None else f", row {row}"
+        raise RuntimeError(f"no rank holds part {shard} of {name}{of_row}")
 
     def _to_first(
         self, mine: Tensor | None, owner: int, shape: Sequence[int], dtype: torch.dtype
@@ -210,10 +248,9 @@ class Loaded:
         in any layout."""
         if owner == 0:
             return None if mine is None else mine.cpu()
-        buffer = (
-            torch.empty(shape, dtype=dtype, device=host.device())
-            if mine is None
-            else mine.contiguous()
-        )
+        if mine is None:
+            buffer = torch.empty(shape, dtype=dtype, device=host.device())
+        else:
+            buffer = mine.contiguous()
         dist.broadcast(buffer, src=owner)
         return buffer.cpu() if self.rank == 0 else None

@@ -1,8 +1,8 @@
-"""Does an adapter folder mean the same to stock PEFT as to megalora's own model? Logits of both,
-and where they part."""
+"""Compare an adapter folder in stock PEFT with megalora's own model, by logits and layer by
+layer."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +41,7 @@ class Report:
     atol: float
     difference: float
     effect: float
-    """Of the adapter: largest change of a base logit."""
+    """Largest change of a base logit by the adapter."""
     first_layer: int | None
     """The first decoder layer whose output differs by more than atol; None if none does."""
 
@@ -50,17 +50,16 @@ class Report:
         return self.difference <= self.atol < self.effect
 
     def text(self) -> str:
+        """Two lines for the user: the numbers and what they mean."""
         lines = [
             f"{self.adapter}: largest difference of a logit, PEFT against megalora:"
             f" {self.difference:.2e} (allowed {self.atol:.0e}); the adapter moves logits by up to"
             f" {self.effect:.3g}"
         ]
-        if not self.difference <= self.atol:
-            where = (
-                "after the last layer"
-                if self.first_layer is None
-                else f"from decoder layer {self.first_layer} on"
-            )
+        if not self.difference <= self.atol:  # so that NaN is a difference
+            where = "after the last layer"
+            if self.first_layer is not None:
+                where = f"from decoder layer {self.first_layer} on"
             lines.append(f"NOT the same model: they part {where}")
         elif self.effect <= self.atol:
             lines.append("the adapter does nothing: every logit is the base model's")
@@ -78,26 +77,24 @@ def verify_peft(adapter: Path, base: str, *, atol: float) -> Report:
     files, _ = find_weight_files(adapter)
     if len(files) > 1:
         raise ValueError(
-            f"{adapter}: stock PEFT reads no shards; join them first: megalora export {adapter} OUT"
+            f"{adapter}: stock PEFT does not read shards; join them first: megalora export"
+            f" {adapter} OUT"
         )
     tokens = probe_batch(shape.vocab)
     read = whole_adapter(adapter, shape, folder)
+    # A projection that PEFT ignores would look like a difference in the model.
     check_honoured("peft", read.adapted, shape)
     ours, our_layers = _own_logits(folder, shape, read, tokens)
     host.release_memory()  # PEFT's model takes as much
     theirs, their_layers, unadapted = _peft_logits(adapter, folder, tokens)
-    parted = [
-        i
-        for i, (a, b) in enumerate(zip(our_layers, their_layers, strict=True))
-        if not _largest(a - b) <= atol
-    ]
-    return Report(
-        adapter,
-        atol,
-        _largest(ours - theirs),
-        _largest(theirs - unadapted),
-        parted[0] if parted else None,
-    )
+    first_layer = None
+    for number, (our, their) in enumerate(zip(our_layers, their_layers, strict=True)):
+        if not _largest(our - their) <= atol:
+            first_layer = number
+            break
+    difference = _largest(ours - theirs)
+    effect = _largest(theirs - unadapted)
+    return Report(adapter, atol, difference, effect, first_layer)
 
 
 def _own_logits(
@@ -151,17 +148,26 @@ def _largest(difference: Tensor) -> float:
 
 def _megatron_logits(chunk: Any, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Logits ``[B, S, V]`` and every decoder layer's output ``[B, S, H]``."""
+    with _outputs_of(chunk.decoder.layers) as outputs:
+        logits = chunk(tokens, None, None).cpu()
+    # Megatron's layers put out [S, B, H].
+    return logits, [output.transpose(0, 1) for output in outputs]
+
+
+@contextmanager
+def _outputs_of(layers: Iterable[Any]) -> Iterator[list[Tensor]]:
+    """The list to which every layer's hidden states go, on the CPU, while the block runs."""
     outputs: list[Tensor] = []
-    hooks = [
-        layer.register_forward_hook(
-            lambda _m, _i, out: outputs.append(out[0].transpose(0, 1).cpu())
-        )
-        for layer in chunk.decoder.layers
-    ]
-    logits = chunk(tokens, None, None).cpu()
+
+    def note(layer: Any, args: Any, output: Any) -> None:
+        # Some layers return a tuple whose first entry is the hidden states.
+        hidden = output if isinstance(output, Tensor) else output[0]
+        outputs.append(hidden.cpu())
+
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    yield outputs
     for hook in hooks:
         hook.remove()
-    return logits, outputs
 
 
 def _peft_logits(
@@ -173,23 +179,13 @@ def _peft_logits(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # patterns PEFT adds itself when it fuses gate and up
+    # It warns of patterns that it adds itself when it fuses gate and up.
     warnings.filterwarnings("ignore", message=".*gate_up_proj.*")
     base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model: Any = PeftModel.from_pretrained(base.to(host.device()), str(adapter)).eval()
-    outputs: list[Tensor] = []
-    layers = model.get_base_model().model.layers
-    hooks = [
-        layer.register_forward_hook(lambda _m, _i, out: outputs.append(_first(out).cpu()))
-        for layer in layers
-    ]
-    adapted = model(tokens.to(host.device())).logits.cpu()
-    for hook in hooks:
-        hook.remove()
+    tokens = tokens.to(host.device())
+    with _outputs_of(model.get_base_model().model.layers) as outputs:
+        adapted = model(tokens).logits.cpu()
     with model.disable_adapter():
-        unadapted = model(tokens.to(host.device())).logits.cpu()
+        unadapted = model(tokens).logits.cpu()
     return adapted, outputs, unadapted
-
-
-def _first(out: Any) -> Tensor:
-    return out if isinstance(out, Tensor) else out[0]

@@ -1,4 +1,4 @@
-"""What the layer check feeds to both models, what it notes of them, and when two notes are equal.
+"""Make the inputs of the layer check, note what both models compute, and compare the notes.
 
     T  tokens      H  hidden      E  experts
 
@@ -30,9 +30,11 @@ from megalora.model.families.family import POST_ATTENTION_NORM, Compared
 NUM_TOKENS = 16
 NUM_HEAD_ROWS = 64
 TOLERANCE = 1e-4
+"""Largest difference of a token's output, relative to its largest value."""
 Records = list[tuple[str, Tensor]]
 """(module as the user knows it, its output ``[T, ...]``), in the order of computing."""
 
+# Columns of ``Compared``: a module's name for the user, in transformers and in Megatron.
 THEIRS = 1
 OURS = 2
 SECOND_NORM = POST_ATTENTION_NORM
@@ -42,7 +44,7 @@ show."""
 
 @dataclass(frozen=True)
 class Inputs:
-    """The same on every rank."""
+    """Tokens, positions and hidden states to compute with, the same on every rank."""
 
     tokens: list[int]
     """Distinct ids spread over the vocabulary, to look up in the embedding."""
@@ -50,15 +52,18 @@ class Inputs:
     """Rows of the head to compare."""
     positions_T: Tensor
     x_TH: Tensor
-    """A layer's input."""
+    """Hidden states that enter a layer."""
 
     @classmethod
     def make(cls, vocab: int, hidden: int, max_positions: int) -> "Inputs":
-        # of its own: the run's generators stay as they are
+        # A generator of its own: the run's generators stay as they are.
         generator = torch.Generator().manual_seed(0)
         steps = torch.arange(NUM_TOKENS)
         last = NUM_TOKENS - 1
-        sizes_T = 10.0 ** (-5 + 6 * (7 * steps % NUM_TOKENS) / last)  # neighbours differ much
+        # 1e-5 to 10. 7 has no divisor in common with 16: every size comes once, and neighbours
+        # differ much.
+        sizes_T = 10.0 ** (-5 + 6 * (7 * steps % NUM_TOKENS) / last)
+        # 0 to the last position, evenly spaced in logarithms.
         positions = [round(max_positions ** (i / last)) - 1 for i in range(NUM_TOKENS)]
         return cls(
             tokens=_spread(vocab, NUM_TOKENS),
@@ -81,7 +86,8 @@ def driven(h_TH: Tensor) -> Tensor:
     the weights'.
     """
     factor_T = 2.0 ** (4 * torch.arange(len(h_TH)) / (len(h_TH) - 1))
-    return h_TH / h_TH.square().mean(-1, keepdim=True).sqrt() * factor_T[:, None]
+    rms_T1 = h_TH.square().mean(-1, keepdim=True).sqrt()
+    return h_TH / rms_T1 * factor_T[:, None]
 
 
 def first_difference(ours: Records, theirs: Records) -> tuple[str, float] | None:
@@ -89,19 +95,23 @@ def first_difference(ours: Records, theirs: Records) -> tuple[str, float] | None
     agree."""
     reference = dict(theirs)
     for name, value in ours:
-        if (
-            name in reference
-            and not (error := relative_difference(value, reference[name])) <= TOLERANCE
-        ):
+        # Modules that only one side has, such as a norm that the other fuses, are not compared.
+        if name not in reference:
+            continue
+        error = relative_difference(value, reference[name])
+        if not error <= TOLERANCE:
             return name, error
     return None
 
 
 def largest_difference(ours: Records, theirs: Records) -> float:
+    """The largest difference of any module, within rounding or not."""
     reference = dict(theirs)
-    return max(
-        relative_difference(value, reference[name]) for name, value in ours if name in reference
-    )
+    errors = []
+    for name, value in ours:
+        if name in reference:
+            errors.append(relative_difference(value, reference[name]))
+    return max(errors)
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
@@ -129,6 +139,7 @@ def rotary_difference(angles_TD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> floa
         return math.inf
     cos = angles_TD.cos()
     sin = angles_TD.sin()
+    # The angle between (cos, sin) and (cos', sin'), whatever the tables' scale.
     apart = torch.atan2(sin_TD * cos - cos_TD * sin, cos_TD * cos + sin_TD * sin).abs()
     return (apart / (2.0**-20 + 2.0**-21 * angles_TD.abs())).max().item()
 
@@ -144,11 +155,11 @@ def noted(
     def note(name: str) -> Any:
         return lambda module, args, output: records.append((name + suffix, tokens_first(output)))
 
-    hooks = [
-        modules[row[column]].register_forward_hook(note(row[0]))
-        for row in compared
-        if row[column] in modules
-    ]
+    hooks = []
+    for row in compared:
+        # A dense layer has no router, many MoE layers have no shared expert.
+        if row[column] in modules:
+            hooks.append(modules[row[column]].register_forward_hook(note(row[0])))
     try:
         yield
     finally:
@@ -166,7 +177,8 @@ def tokens_first(output: Any) -> Tensor:
 
 
 def dense_routing(index_TK: Tensor, weights_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Weights and choice of every token for all experts, ``[T, E]`` each."""
+    """Weights and choice of every token for all experts, ``[T, E]`` each, from those of the K
+    chosen ones."""
     probs_TE = torch.zeros(len(index_TK), num_experts, dtype=weights_TK.dtype)
     map_TE = torch.zeros(len(index_TK), num_experts, dtype=torch.bool)
     return probs_TE.scatter(1, index_TK, weights_TK), map_TE.scatter(1, index_TK, True)

@@ -1,4 +1,4 @@
-"""Parts of a model as stock transformers computes them: its classes, its reading of the folder, on
+"""Compute parts of a model as stock transformers does: its classes, its reading of the folder, on
 this host.
 
 The model is made on the meta device, so that it has no weights; what is needed is then filled in by
@@ -37,17 +37,18 @@ from megalora.progress_bar import no_progress_bar
 
 
 class Skipped(nn.Module):
-    """Stands where a decoder layer stood that is not looked at now."""
+    """A decoder layer that hands on its input, in place of one that is not compared now."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
 
 class Choices(nn.Module):
-    """Stands where experts stood that are not read yet, and notes which ones the router chose."""
+    """Notes which experts the router chose, in place of the experts, which are not read yet."""
 
     def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        self.index, self.weights = index.detach(), weights.detach()
+        self.index = index.detach()
+        self.weights = weights.detach()
         return torch.zeros_like(hidden_states)
 
 
@@ -60,6 +61,7 @@ class Slices:
         self.rows = rows
 
     def __getitem__(self, _: Any) -> Tensor:
+        # Whatever index the loader uses, it means the whole tensor.
         return torch.cat([self.stored[row : row + 1] for row in self.rows])
 
     def get_dtype(self) -> str:
@@ -73,11 +75,11 @@ def _without_weights(folder: Path, dtype: torch.dtype) -> Any:
     """Make the model that transformers makes from a folder's ``config.json``, on the meta
     device."""
     try:
-        # the file's own need not be one: "auto"
+        # The file's own dtype need not be one: "auto".
         config = AutoConfig.from_pretrained(folder, dtype=dtype)
         with torch.device("meta"):
             # eager: each family's own definition of attention and experts, which the other
-            # implementations follow
+            # implementations follow.
             return AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
             ).eval()
@@ -105,7 +107,7 @@ class Reference:
         self.config: Any = self.model.config
         self.base: Any = self.model.base_model
         self.layers: list[nn.Module] = list(self.base.layers)
-        # its buffers are not stored
+        # Made anew on the host: its buffers are computed, not stored, and are on the meta device.
         self.base.rotary_emb = type(self.base.rotary_emb)(config=self.config)
         self._index()
 
@@ -128,9 +130,9 @@ class Reference:
         self.stored: dict[str, dict[str, Any]] = {}
         for file in files or []:
             handle: Any = safe_open(file, framework="pt")
-            for stored_name in handle.keys():  # noqa: SIM118 - no dict
+            for stored_name in handle.keys():  # noqa: SIM118 - not a dict
                 # transformers takes model.language_model. for other families only; every other name
-                # stays as it is
+                # stays as it is.
                 key = stored_name.replace("model.language_model.", "model.", 1)
                 name, _ = rename_source_key(key, renamings, converters, prefix, expected)
                 if name not in expected and key in expected:
@@ -138,6 +140,7 @@ class Reference:
                 self.stored.setdefault(name, {})[key] = handle.get_slice(stored_name)
 
     def name_of(self, wanted: nn.Module) -> str:
+        """A module's name in the whole model, which is what stored names begin with."""
         return next(name for name, module in self.model.named_modules() if module is wanted)
 
     def load(self, module: nn.Module, pick: Callable[[str, Any], Any] | None = None) -> set[str]:
@@ -152,11 +155,12 @@ class Reference:
         prefix = self.name_of(module) + "."
         state = {}
         for name, parts in self.stored.items():
-            if name.startswith(prefix):
-                for key, stored in parts.items():
-                    value = stored if pick is None else pick(key, stored)
-                    if value is not None:
-                        state[key] = value
+            if not name.startswith(prefix):
+                continue
+            for key, stored in parts.items():
+                value = stored if pick is None else pick(key, stored)
+                if value is not None:
+                    state[key] = value
         options = LoadStateDictConfig(
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
@@ -169,6 +173,7 @@ class Reference:
             raise ValueError(
                 f"transformers cannot read {prefix[:-1]} of {self.folder}: {problems[0]}"
             )
+        # Weights are rounded to the run's dtype by now; widening them changes no value.
         module.to(self.compute)
         return {name for name in info.missing_keys if name.startswith(prefix)}
 
@@ -178,12 +183,13 @@ class Reference:
         missing: set[str] = set()
         ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         for module in ends:
-            weight = module.weight
-            module.weight = nn.Parameter(
-                torch.empty(len(rows), weight.shape[1], dtype=self.dtype, device="meta"), False
-            )
-            module.padding_idx = None  # a row of the whole table
+            # A table of these rows alone, [rows, H].
+            hidden = module.weight.shape[1]
+            table = torch.empty(len(rows), hidden, dtype=self.dtype, device="meta")
+            module.weight = nn.Parameter(table, requires_grad=False)
+            module.padding_idx = None  # it is a row of the whole table
             missing |= self.load(module, lambda key, stored: Slices(stored, rows))
+        # A tied head has no tensor of its own: it is missing until it is tied.
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         for module in ends:
             module.to(self.compute)
@@ -209,13 +215,16 @@ class Reference:
         experts.num_experts = count
         wanted = set(chosen)
 
+        # Some files have a tensor for each expert, some one for all experts of a layer.
+
         def pick(key: str, stored: Any) -> Any:
             of = parse_expert(key.removesuffix(".weight"))
             if of is not None:
                 return stored if of.number in wanted else None
-            return Slices(stored, chosen)  # all experts packed in one tensor
+            return Slices(stored, chosen)
 
         self._require(self.load(experts, pick))
+        # Expert of the model -> its place among the chosen ones; -1 fails as an index for others.
         place = torch.full((total,), -1)
         place[torch.tensor(list(chosen))] = torch.arange(count)
         experts.register_forward_pre_hook(lambda module, args: (args[0], place[args[1]], *args[2:]))
@@ -227,14 +236,18 @@ class Reference:
     def experts_path(self, number: int) -> str | None:
         """Name within its layer of the module that holds the routed experts; None in a dense
         layer."""
-        names = [name for name, _ in self.layers[number].named_modules()]
-        return next((name for name in names if name.rpartition(".")[2] == "experts"), None)
+        for name, _ in self.layers[number].named_modules():
+            if name.rpartition(".")[2] == "experts":
+                return name
+        return None
 
     def _put_experts(self, number: int, module: nn.Module) -> None:
+        """Put a module where the layer's routed experts are."""
         owner, _, leaf = str(self.experts_path(number)).rpartition(".")
         setattr(self.layers[number].get_submodule(owner), leaf, module)
 
     def _require(self, missing: Iterable[str]) -> None:
+        """Raise ``ValueError`` for parameters that no stored tensor fills."""
         if missing := sorted(missing):
             raise ValueError(
                 f"{self.folder} has no tensor for {missing[0]} ({len(missing)} missing)"
@@ -263,10 +276,8 @@ class Reference:
         with self.only(None):
             self.base.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
             self.base(input_ids=tokens_T[None], use_cache=False)
-            logits = self.model(inputs_embeds=x_TH[None], use_cache=False, return_dict=True).logits[
-                0
-            ]
-        return seen[0], logits
+            output = self.model(inputs_embeds=x_TH[None], use_cache=False, return_dict=True)
+        return seen[0], output.logits[0]
 
     def run(
         self, number: int, x_TH: Tensor, positions_T: Tensor, tables: tuple[Tensor, Tensor]
@@ -274,7 +285,7 @@ class Reference:
         """Run the model on hidden states with one layer, with the given rotary tables; hooks see
         what happens inside."""
         hook = self.base.rotary_emb.register_forward_hook(lambda *_: tables)
-        # without it, jumps of the positions would mean new documents
+        # Without a mask, transformers takes jumps of the positions for new documents.
         ones = torch.ones(1, len(x_TH), dtype=torch.long)
         try:
             with self.only(number):

@@ -1,5 +1,5 @@
-"""Does vLLM compute the same model as megalora? Log-probabilities of prompts and of what both say
-next, greedily."""
+"""Compare an adapter in vLLM with megalora's own model, by log-probabilities of prompts and of
+greedy continuations."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,16 @@ NEW = 16
 
 @dataclass(frozen=True)
 class Own:
-    """What megalora's model says of one row of tokens."""
+    """Log-probabilities of one row of tokens, and a continuation, by megalora's model."""
 
     prompt: list[float]
     """Log-probability of each token but the first."""
     tokens: list[int]
+    """Greedy continuation of the first ``PROMPT`` tokens."""
     logprobs: list[float]
+    """Log-probability of each token of the continuation."""
     margins: list[float]
-    """How far the chosen token leads the next best."""
+    """How far each of them leads the next best, in log-probability."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class VllmReport:
     greedy: float
     effect: float
     parted: str | None
-    """Where greedy tokens part although it is no tie; None if they do not."""
+    """Where greedy tokens differ although they are not tied; None if they do not."""
 
     @property
     def ok(self) -> bool:
@@ -57,6 +59,7 @@ class VllmReport:
         )
 
     def text(self) -> str:
+        """The numbers and what they mean, for the user."""
         lines = [
             f"{self.adapter}: largest difference of a log-probability, vLLM against megalora:"
             f" prompts {self.prompt:.2e}, greedy tokens {self.greedy:.2e} (allowed"
@@ -75,7 +78,7 @@ def verify_vllm(adapter: Path, base: str, *, atol: float) -> VllmReport:
     load or a missing vLLM."""
     folder = local_folder(base, "--base")
     shape = open_folder(folder).shape
-    # refuses what it can before a model is loaded
+    # Refuses what it can before a model is loaded.
     server = Server(folder, {"adapter": adapter}, dtype="float32")
     tokens = probe_batch(shape.vocab)
     own = _own_answers(folder, shape, whole_adapter(adapter, shape, folder), tokens)
@@ -85,20 +88,23 @@ def verify_vllm(adapter: Path, base: str, *, atol: float) -> VllmReport:
 
 
 def _own_answers(folder: Path, shape: ModelShape, adapter: Adapter, tokens: Tensor) -> list[Own]:
-    """What megalora's model says of each row; nothing refers to the model afterwards."""
+    """Answers of megalora's model to each row; nothing refers to the model afterwards."""
     with own_model(folder, shape, adapter) as model:
         return [_own(model, row) for row in tokens]
 
 
 @torch.no_grad()
 def _own(model: Any, row: Tensor) -> Own:
+    """Log-probabilities of a row, and ``NEW`` greedy tokens behind its first ``PROMPT``."""
     whole = _logprobs(model, row)
+    # Position s predicts token s + 1.
     prompt = whole[:-1].gather(1, row[1:, None])[:, 0]
     text = row[:PROMPT]
     tokens = []
     logprobs = []
     margins = []
     for _ in range(NEW):
+        # The whole text anew for each token: slow, and without a cache that could be wrong.
         best = _logprobs(model, text)[-1].topk(2)
         tokens.append(int(best.indices[0]))
         logprobs.append(best.values[0].item())
@@ -108,7 +114,7 @@ def _own(model: Any, row: Tensor) -> Own:
 
 
 def _logprobs(model: Any, row: Tensor) -> Tensor:
-    """``[S, V]`` on the CPU."""
+    """Log-probabilities ``[S, V]`` of every next token, on the CPU."""
     ids = row[None].to(host.device())
     return model(ids, None, None)[0].float().log_softmax(-1).cpu()
 
@@ -116,6 +122,7 @@ def _logprobs(model: Any, row: Tensor) -> Tensor:
 def _compare(
     adapter: Path, atol: float, client: Client, tokens: Tensor, own: list[Own]
 ) -> VllmReport:
+    """Ask vLLM for what ``own`` has, and take the largest differences over all rows."""
     prompt = 0.0
     greedy = 0.0
     effect = 0.0
@@ -127,18 +134,16 @@ def _compare(
         said = client.complete("adapter", row[:PROMPT], max_tokens=NEW, ignore_eos=True)
         for place, (mine, theirs) in enumerate(zip(ours.tokens, said.tokens, strict=True)):
             if mine != theirs:
-                if (
-                    ours.margins[place] > 2 * atol
-                ):  # closer than that, either is right, and what follows is another text
+                # Each side may be off by atol: of two tokens that are closer than twice that,
+                # either is right.
+                margin = ours.margins[place]
+                if margin > 2 * atol:
                     parted = (
                         f"prompt {number}, token {place}: {mine} here, {theirs} in vLLM,"
-                        f" {ours.margins[place]:.1e} apart"
+                        f" {margin:.1e} apart"
                     )
-                break
-            greedy = max(
-                greedy,
-                largest_difference(
-                    ours.logprobs[place : place + 1], said.logprobs[place : place + 1]
-                ),
-            )
+                break  # what follows is another text
+            one = slice(place, place + 1)
+            difference = largest_difference(ours.logprobs[one], said.logprobs[one])
+            greedy = max(greedy, difference)
     return VllmReport(adapter, atol, prompt, greedy, effect, parted)
