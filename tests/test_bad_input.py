@@ -290,7 +290,7 @@ def test_base_of_another_family(refused_rank: Said, tmp_path: Path) -> None:
         (
             {"num_hidden_layers": 3},
             (
-                "/adapter_model.safetensors: model.layers.3.mlp.experts.0.down_proj is no linear"
+                "/adapter_model.safetensors: model.layers.3.mlp.experts.0.down_proj is not a linear"
                 " layer of this base model; the nearest is model.layers.2.mlp.experts.0.down_proj"
             ),
         ),
@@ -307,7 +307,7 @@ def test_no_adapter(refused: Said, tiny: Path, tmp_path: Path) -> None:
     for name, says in (
         (
             "nowhere",
-            "is no folder; name one with adapter_config.json and adapter_model.safetensors",
+            "is not a folder; name one with adapter_config.json and adapter_model.safetensors",
         ),
         ("empty", "is not an adapter folder: it has no adapter_config.json"),
     ):

@@ -1,5 +1,5 @@
-"""A checkpoint's adapter, or any other, as a folder for one engine: what it honours, in its layout,
-with a model card."""
+"""Export an adapter, from a checkpoint or another folder, for one engine: what it honours, in its
+layout, with a model card."""
 
 import shutil
 from collections.abc import Sequence
@@ -27,14 +27,15 @@ from megalora.model.shape import ModelShape
 
 @dataclass(frozen=True)
 class Export:
-    """What was written."""
+    """Result of an export."""
 
     out: Path
     facts: Facts
     notes: list[str]
-    """What the source holds beside the factors."""
+    """Lines about what the source holds beside the factors."""
 
     def text(self) -> str:
+        """What was written and what to know of it, for the user."""
         lines = [
             f"wrote {self.out}; README.md in it says what it is and how to load it",
             *coverage(self.facts.adapted),
@@ -58,11 +59,9 @@ class Export:
         lines += self.notes
         trained = {a.name for a in self.facts.adapted}
         for engine in ENGINES.values():
-            lines += [
-                f"note: {engine.title} {does} ({p})"
-                for p, does in engine.not_honoured.items()
-                if p in trained
-            ]
+            for name, does in engine.not_honoured.items():
+                if name in trained:
+                    lines.append(f"note: {engine.title} {does} ({name})")
         return "\n".join(lines)
 
 
@@ -81,8 +80,7 @@ def export(
         base: the base model's folder or hub name, of which config.json is read; None for the one
             the adapter names.
     Raises: ``ValueError`` for an adapter that does not fit its base, an engine that does not honour
-        it, a ``drop`` that was
-        not trained, an ``out`` that is not empty.
+        it, a ``drop`` that was not trained, an ``out`` that is not empty.
     """
     config = read_config(source)
     out = out.resolve()
@@ -92,6 +90,7 @@ def export(
     check_new(out, source)
     folder = local_folder(named, "--base", weights=False)
     shape = model_shape(read_hf_config(folder))
+    # As trained, without zeros that an earlier export wrote: each engine wants zeros of its own.
     form = trained_form(read_adapter(source, shape, base=folder), shape)
     adapter = _without(form.adapter, drop)
     layout = _layout(engine, layout, adapter, shape)
@@ -101,12 +100,15 @@ def export(
         zeros = write_adapter(
             temporary, adapter.adapted, shape, adapter.tensors, named, formats[layout]
         )
-        run = read_json_object(source / STATE_JSON) if (source / STATE_JSON).is_file() else None
+        run = None
+        if (source / STATE_JSON).is_file():
+            run = read_json_object(source / STATE_JSON)
         facts = Facts(
             named, out.name, layout, engine, adapter.adapted, zeros, adapter.absent, list(drop),
             in_peft, run,
         )  # fmt: skip
         (temporary / CARD).write_text(card(facts))
+        # With something left out, a server would rightly answer otherwise than the probe says.
         if (source / PROBE).is_file() and not drop:
             shutil.copyfile(source / PROBE, temporary / PROBE)
     return Export(out, facts, adapter.notes)
@@ -129,6 +131,8 @@ def _layout(
 
 
 def _without(adapter: Adapter, drop: Sequence[str]) -> Adapter:
+    """The adapter without some projections; raises ``ValueError`` for one that it has not, or where
+    nothing is left."""
     trained = {a.name for a in adapter.adapted}
     for name in drop:
         if name not in trained:

@@ -1,5 +1,5 @@
-"""What lies in an adapter folder, and in a checkpoint, which is one with its training state: names,
-and what the config says."""
+"""Names of the files in an adapter folder and in a checkpoint, which is one with training state,
+and checks that a folder is an adapter."""
 
 import stat
 from pathlib import Path
@@ -12,23 +12,24 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 """The two files that PEFT, vLLM and SGLang load."""
 CARD = "README.md"
+"""Model card: what the adapter is and how to load it."""
 PROBE = "probe.json"
-"""What the adapter is, and log-probabilities of the training side that a server must repeat."""
+"""Log-probabilities of the training side that a server must repeat."""
 
 STATE = "training_state"
 STATE_JSON = Path(STATE) / "state.json"
 OPTIMIZER = Path(STATE) / "optimizer.safetensors"
 RNG = Path(STATE) / "rng.safetensors"
 LORA_SECTION = "lora.yaml"
-"""Of an imported adapter: what a config must say to train on."""
+"""The ``lora`` section with which a config trains an imported adapter on."""
 STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
-"""In the optimizer's file, before the tensor names: float32 masters and Adam's moments."""
+"""Prefixes of tensor names in the optimizer's file: float32 masters and Adam's moments."""
 SEVERAL = 8
-"""Adapters in sub-folders that a message names."""
+"""Number of adapters in sub-folders that a message names."""
 
 
 class NotAnAdapter(ValueError):
-    """A folder, or no folder, that lacks a file which every adapter has."""
+    """The path is not a folder, or lacks a file that every adapter has."""
 
 
 def adapters_below(folder: Path) -> list[str]:
@@ -42,9 +43,10 @@ def check_adapter_folder(folder: Path) -> None:
     if folder.is_file():
         raise NotAnAdapter(f"{folder} is a file; name the folder that it lies in")
     if not folder.is_dir():
-        raise NotAnAdapter(f"{folder} is no folder; name one with {CONFIG} and {WEIGHTS}")
+        raise NotAnAdapter(f"{folder} is not a folder; name one with {CONFIG} and {WEIGHTS}")
     if (folder / CONFIG).is_file():
         return
+    # PEFT's save_pretrained puts every adapter but the one called "default" into a sub-folder.
     below = adapters_below(folder)
     hint = ""
     if len(below) == 1:
@@ -62,17 +64,17 @@ def check_adapter_folder(folder: Path) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raise ``ValueError`` for what is there and no file: opening a pipe or a device may wait for
-    ever."""
+    """Raise ``ValueError`` for a path that is there and is not a file: opening a pipe or a device
+    may wait for ever."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(
-            f"{path} is no regular file (a pipe, a socket, a device or a folder); put the file"
+            f"{path} is not a regular file but a pipe, a socket, a device or a folder; put the file"
             " itself there"
         )
 
 
 def read_config(adapter: Path) -> dict[str, Any]:
-    """A PEFT LoRA folder's ``adapter_config.json``; raises ``ValueError`` when it is none."""
+    """A PEFT LoRA folder's ``adapter_config.json``; raises ``ValueError`` for another folder."""
     check_adapter_folder(adapter)
     path = adapter / CONFIG
     config = read_json_object(path)
@@ -80,6 +82,7 @@ def read_config(adapter: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: peft_type is {shorten(config.get('peft_type'))}; megalora reads LORA only"
         )
+    # ``type``, not isinstance: true is an int to Python, and not a rank.
     for key in ("r", "lora_alpha"):
         if type(config.get(key)) not in (int, float):
             raise ValueError(f"{path}: {key} must be a number, got {shorten(config.get(key))}")

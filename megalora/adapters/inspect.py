@@ -1,4 +1,4 @@
-"""Say what is in an adapter folder, from its config and tensors alone: no base model is needed."""
+"""Describe an adapter folder from its config and tensors alone; no base model is needed."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from megalora.hf.tensor_names import (
 from megalora.wording import shorten
 
 NAMED = 4
-"""Tensors of one sort that are named before the rest is counted."""
+"""Number of tensors of one sort that are named before the rest is counted."""
 
 
 @dataclass
@@ -32,7 +32,8 @@ class _Row:
     layers: set[int] = field(default_factory=set)
     experts: set[int] = field(default_factory=set)
     ranks: set[int] = field(default_factory=set)
-    sizes: set[tuple[int, int]] = field(default_factory=set)
+    inputs: set[int] = field(default_factory=set)
+    outputs: set[int] = field(default_factory=set)
     parameters: int = 0
     norms: dict[str, list[float]] = field(default_factory=lambda: {"A": [], "B": []})
 
@@ -45,36 +46,40 @@ def describe(adapter: Path) -> str:
     rows: dict[tuple[str, bool], _Row] = defaultdict(_Row)
     other: list[str] = []
     num_bytes = 0
+    num_parameters = 0
     zero_b = 0
     not_finite = []
+    # One tensor at a time: an adapter of all experts is larger than some hosts' memory.
     for name, info in weights.info.items():
         tensor = weights.tensor(name)
-        num_bytes += tensor.numel() * tensor.element_size()
+        num_bytes += tensor.nbytes
         factor = parse_factor(name)
         if factor is None or tensor.dim() != 2 or info.dtype not in FLOATS:
             other.append(name)
             continue
+        num_parameters += tensor.numel()
         norm = _add(rows, *factor, tensor)
-        zero_b += factor[1] == "B" and norm == 0
-        not_finite += [] if norm < float("inf") else [name]
+        if factor[1] == "B" and norm == 0:
+            zero_b += 1
+        if not norm < float("inf"):  # NaN too
+            not_finite.append(name)
     lines = [
         (
             f"{adapter}: LoRA for {config.get('base_model_name_or_path')}, r={config['r']},"
-            f" alpha={config['lora_alpha']}, {sum(r.parameters for r in rows.values()):,}"
-            f" parameters, {num_bytes / 1e6:,.1f} MB"
+            f" alpha={config['lora_alpha']}, {num_parameters:,} parameters,"
+            f" {num_bytes / 1e6:,.1f} MB"
         ),
         (
             f"{'projection':<12}{'rank':>6}{'out x in':>16}{'layers':>8}{'experts':>9}"
             f"{'parameters':>14}{'mean |A|':>10}{'mean |B|':>10}"
         ),
-        *(_line(name, row) for (name, _), row in rows.items()),
     ]
-    lines += [f"B is zero in {zero_b} tensors: these adapters do nothing"] if zero_b else []
-    lines += (
-        [f"NaN or infinite in {len(not_finite)} tensors, such as {not_finite[0]}"]
-        if not_finite
-        else []
-    )
+    for (name, _), row in rows.items():
+        lines.append(_line(name, row))
+    if zero_b:
+        lines.append(f"B is zero in {zero_b} tensors: these adapters do nothing")
+    if not_finite:
+        lines.append(f"NaN or infinite in {len(not_finite)} tensors, such as {not_finite[0]}")
     lines += _other_lines(other, weights) + _config_lines(config) + weights.notes
     if below := adapters_below(adapter):
         lines.append(f"sub-folders with adapters of their own: {', '.join(below)}")
@@ -82,7 +87,7 @@ def describe(adapter: Path) -> str:
 
 
 def _other_lines(names: list[str], weights: AdapterWeights) -> list[str]:
-    """What the tensors are that are no factor of a linear, a line for each sort."""
+    """A line for each sort of tensors that are not a factor of a linear."""
     sorts: dict[str, list[str]] = defaultdict(list)
     for name in names:
         sorts[_sort(name, weights)].append(name)
@@ -94,11 +99,12 @@ def _other_lines(names: list[str], weights: AdapterWeights) -> list[str]:
 
 
 def _sort(name: str, weights: AdapterWeights) -> str:
+    """What a tensor is that is not a factor of a linear, and what the other commands do with it."""
     info = weights.info[name]
     if parse_factor(name) is not None and len(info.shape) == 3 and is_of_experts(name):
         return "3-D factors of all experts of a layer, which import, merge and export read"
     if parse_factor(name) is not None:
-        return f"no factor of a linear, being {info.dtype} of {len(info.shape)} dimensions"
+        return f"not a factor of a linear, being {info.dtype} of {len(info.shape)} dimensions"
     if is_training_only(name):
         return "needed by training in PEFT alone"
     if parse_weight(name) is not None:
@@ -107,31 +113,42 @@ def _sort(name: str, weights: AdapterWeights) -> str:
 
 
 def _config_lines(config: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{CONFIG}: {key}={shorten(config[key])} is not plain LoRA, so that import, merge and"
-        f" export refuse it: {why}"
-        for key, why in not_plain(config).items()
-    ]
+    """Options that megalora refuses, and those that an engine reads and does not follow."""
+    lines = []
+    for key, why in not_plain(config).items():
+        lines.append(
+            f"{CONFIG}: {key}={shorten(config[key])} is not plain LoRA, so that import, merge and"
+            f" export refuse it: {why}"
+        )
     for name, engine in ENGINES.items():
-        lines += [
-            f"{CONFIG}: {key}={shorten(config[key])} is not followed by {engine.title}, which"
-            f" {does}; megalora export --for {name} writes the adapter without it"
-            for key, does in not_followed(config, name).items()
-        ]
+        for key, does in not_followed(config, name).items():
+            lines.append(
+                f"{CONFIG}: {key}={shorten(config[key])} is not followed by {engine.title}, which"
+                f" {does}; megalora export --for {name} writes the adapter without it"
+            )
     return lines
 
 
 def _add(
     rows: dict[tuple[str, bool], _Row], module: str, factor: str, tensor: torch.Tensor
 ) -> float:
+    """Count a factor in its projection's row; return its norm."""
     place = parse_in_layer(module)
-    row = rows[(module, False) if place is None else (place.leaf, place.expert is not None)]
-    if place is not None:
+    if place is None:
+        row = rows[module, False]
+    else:
+        # gate_proj of experts and of a dense MLP are two rows.
+        row = rows[place.leaf, place.expert is not None]
         row.layers.add(place.layer)
         if place.expert is not None:
             row.experts.add(place.expert)
-    row.ranks.add(tensor.shape[0 if factor == "A" else 1])
-    row.sizes.add((0, tensor.shape[1]) if factor == "A" else (tensor.shape[0], 0))
+    # A is [rank, in], B is [out, rank].
+    if factor == "A":
+        row.ranks.add(tensor.shape[0])
+        row.inputs.add(tensor.shape[1])
+    else:
+        row.ranks.add(tensor.shape[1])
+        row.outputs.add(tensor.shape[0])
     row.parameters += tensor.numel()
     norm = torch.linalg.vector_norm(tensor.float()).item()
     row.norms[factor].append(norm)
@@ -139,11 +156,16 @@ def _add(
 
 
 def _line(name: str, row: _Row) -> str:
-    out, into = (max(size[i] for size in row.sizes) for i in (0, 1))
-    means = [sum(v) / max(1, len(v)) for v in row.norms.values()]
-    ranks = "/".join(str(r) for r in sorted(row.ranks))
+    """A projection as a line of the table."""
+    # 0 where one of the factors is missing.
+    size = f"{max(row.outputs, default=0)} x {max(row.inputs, default=0)}"
+    ranks = "/".join(map(str, sorted(row.ranks)))
     return (
-        f"{name:<12}{ranks:>6}{f'{out} x {into}':>16}"
+        f"{name:<12}{ranks:>6}{size:>16}"
         f"{len(row.layers) or '-':>8}{len(row.experts) or '-':>9}"
-        f"{row.parameters:>14,}{means[0]:>10.3f}{means[1]:>10.3f}"
+        f"{row.parameters:>14,}{_mean(row.norms['A']):>10.3f}{_mean(row.norms['B']):>10.3f}"
     )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / max(1, len(values))

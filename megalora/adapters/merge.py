@@ -1,5 +1,5 @@
-"""A base model's folder with an adapter added to its weights: ``W' = cast(W + s * B A)``, in
-float32, rounded once.
+"""Merge an adapter into the weights of a base model's folder: ``W' = cast(W + s * B A)``, computed
+in float32 and rounded once.
 
 Merging changes no tensor's name, size or place, so a safetensors file is written as it is read,
 from front to back: adapted weights row block by row block, all other bytes as they are. Memory
@@ -46,22 +46,16 @@ from megalora.model.shape import ModelShape
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BLOCK_BYTES = 2**20
-"""Of a block in float32; about twenty times that is in use at once. Larger blocks are no faster."""
+"""Size of a block in float32; about twenty times that is in use at once. Larger blocks are no
+faster."""
 _WEIGHT_FILES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx",
     ".index.json",
-)
+)  # fmt: skip
+"""Endings of files that hold a model's weights, and of their indexes."""
 _NOT_OF_THE_RESULT = (CONFIG, REPORT, "megalora_tiny.json")
-"""The first makes transformers look for an adapter, the last lets ``megalora tiny`` overwrite the
-folder."""
+"""Files that would say something untrue of the result: the first makes transformers look for an
+adapter, the last lets ``megalora tiny`` overwrite the folder."""
 
 
 @dataclass(frozen=True)
@@ -104,20 +98,21 @@ def merge(adapter: Path, base: str, out: Path) -> MergeReport:
     check_base_folder(folder)
     read = read_adapter(adapter, shape, base=folder)
     shards = {name: _Shard(*read_header(folder / name)) for name in weight_shards(folder)}
+    # The head's delta must not change the embedding: the two become weights of their own.
     untied = shape.tied_embeddings and any(a.projection in HEAD for a in read.adapted)
     if untied:
         _add_lm_head(folder, shards)
     blocks = _find_blocks(folder, read.adapted, shape, shards)
     others = [path for path in sorted(folder.iterdir()) if _is_copied(path)]
-    num_bytes = sum(tensor.num_bytes for shard in shards.values() for tensor in shard.tensors)
+    num_bytes = 0
+    for shard in shards.values():
+        num_bytes += sum(tensor.num_bytes for tensor in shard.tensors)
     check_space(out, num_bytes + sum(path.stat().st_size for path in others))
     with whole_or_gone(out) as temporary, _one_thread():
         merged: list[MergedModule] = []
         for name, shard in shards.items():
             merged += _write_shard(folder / name, temporary / name, shard, blocks, read.tensors)
-        assert sorted(m.module for m in merged) == sorted(
-            m for a in read.adapted for m in a.hf_modules()
-        )
+        _check_all_merged(merged, read.adapted)
         for path in others:
             shutil.copyfile(path, temporary / path.name)
         if untied:
@@ -125,6 +120,14 @@ def merge(adapter: Path, base: str, out: Path) -> MergeReport:
         report = MergeReport(adapter, base, out, num_bytes, tuple(merged), tuple(read.notes))
         (temporary / REPORT).write_text(json.dumps(report.to_json(), indent=1) + "\n")
     return report
+
+
+def _check_all_merged(merged: list[MergedModule], adapted: list[Adapted]) -> None:
+    """Every adapted module was met in some file, and once."""
+    expected: list[str] = []
+    for a in adapted:
+        expected += a.hf_modules()
+    assert sorted(m.module for m in merged) == sorted(expected)
 
 
 @contextmanager
@@ -142,11 +145,10 @@ def _one_thread() -> Iterator[None]:
 def _add_lm_head(folder: Path, shards: dict[str, _Shard]) -> None:
     """Where a tied base has no lm_head, let it be the embedding's bytes once more, at the end of
     the embedding's file."""
-    at = {
-        published_name(tensor.name): (name, tensor)
-        for name, shard in shards.items()
-        for tensor in shard.tensors
-    }
+    at: dict[str, tuple[str, Stored]] = {}
+    for name, shard in shards.items():
+        for tensor in shard.tensors:
+            at[published_name(tensor.name)] = (name, tensor)
     if EMBEDDING not in at:
         what = (
             "its head alone; save the model anew with both" if LM_HEAD in at else "neither weight"
@@ -157,6 +159,7 @@ def _add_lm_head(folder: Path, shards: dict[str, _Shard]) -> None:
     name, embedding = at[EMBEDDING]
     header = shards[name].header
     tensors = shards[name].tensors
+    # safetensors allows no gap: the data of a file's tensors end where the last one does.
     end = sum(tensor.num_bytes for tensor in tensors)
     place = {"data_offsets": [end, end + embedding.num_bytes]}
     shards[name] = _Shard(
@@ -179,6 +182,7 @@ def _find_blocks(
                     f"{folder}: {name} is both in {stored[name][0]} and in {shard_name}"
                 )
             stored[name] = (shard_name, tensor)
+    # A module may be stored in one of several ways; in two at once, they could contradict.
     blocks: dict[str, list[_Block]] = defaultdict(list)
     missing: list[str] = []
     for a in adapted:
@@ -198,17 +202,20 @@ def _find_blocks(
                 blocks[tensor.name].append(
                     _Block(module, a.scale, first, a.out_features, a.in_features)
                 )
-            missing += [] if places else [module]
+            if not places:
+                missing.append(module)
     if missing:
+        total = sum(len(a.hf_modules()) for a in adapted)
         raise ValueError(
-            f"{folder} has no weight for {len(missing):,} of"
-            f" {sum(len(a.hf_modules()) for a in adapted):,} adapted modules, such as {missing[0]};"
-            " merge into the model that was trained, as published or as save_pretrained writes it"
+            f"{folder} has no weight for {len(missing):,} of {total:,} adapted modules, such as"
+            f" {missing[0]}; merge into the model that was trained, as published or as"
+            " save_pretrained writes it"
         )
     return blocks
 
 
 def _check_tensor(shard: Path, tensor: Stored, size: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` for a stored weight of another size, or of a quantized dtype."""
     if tensor.dtype not in DTYPES:
         raise ValueError(
             f"{shard}: {tensor.name} is {tensor.dtype}; merging needs {', '.join(DTYPES)}. Merge"
@@ -232,8 +239,10 @@ def _write_shard(
         out.write(header_bytes(shard.header))
         for tensor in shard.tensors:
             base.seek(tensor.start)
+            # Bytes between adapted rows are copied as they are.
             written = 0
             for block in sorted(blocks.get(tensor.name, []), key=lambda b: b.first):
+                # Blocks are whole rows, so that a first row gives the place in bytes.
                 dtype = DTYPES[tensor.dtype]
                 row_bytes = block.columns * dtype.itemsize
                 _copy(base, out, block.first * row_bytes - written)
@@ -243,11 +252,14 @@ def _write_shard(
 
 
 def _copy(base: BufferedReader, out: BufferedWriter, num_bytes: int) -> None:
+    """Copy the bytes that come next in ``base``."""
     for start in range(0, num_bytes, BLOCK_BYTES):
         out.write(_read(base, min(BLOCK_BYTES, num_bytes - start)))
 
 
 def _read(base: BufferedReader, num_bytes: int) -> bytearray:
+    """The bytes that come next; raises ``OSError`` where there are fewer."""
+    # A bytearray, because torch.frombuffer wants memory that may be written to.
     raw = bytearray(num_bytes)
     if base.readinto(raw) != num_bytes:
         raise OSError(f"{base.name} ended early")
@@ -263,14 +275,16 @@ def _merge_block(
 ) -> MergedModule:
     """Merge the rows that come next in ``base``. R: rank, O: out, I: in, P: those of O that are
     done at once."""
-    a_RI, b_OR = (factors[tensor_name(block.module, factor)].float() for factor in ("A", "B"))
+    a_RI = factors[tensor_name(block.module, "A")].float()
+    b_OR = factors[tensor_name(block.module, "B")].float()
     products = torch.zeros(3, dtype=torch.float64)  # <kept, delta>, <delta, delta>, <lost, lost>
     for b_PR in b_OR.split(max(1, BLOCK_BYTES // (4 * block.columns))):
         raw = _read(base, b_PR.shape[0] * block.columns * dtype.itemsize)
         w_PI = torch.frombuffer(raw, dtype=dtype).view(-1, block.columns).float()
         delta_PI = block.scale * (b_PR @ a_RI)
         merged_PI = (w_PI + delta_PI).to(dtype)
-        out.write(merged_PI.view(torch.uint8).numpy())
+        out.write(merged_PI.view(torch.uint8).numpy())  # NumPy has no bfloat16, but bytes
+        # What the cast left of the delta. Sums in float64: they run over millions of elements.
         kept = (merged_PI.float() - w_PI).double().view(-1)
         delta = delta_PI.double().view(-1)
         lost = kept - delta
@@ -283,37 +297,45 @@ def _merge_block(
             f" {torch.finfo(dtype).max:.3g}); look at the adapter with megalora inspect, or merge"
             " into a float32 copy of the base"
         )
-    survived, error = (
-        (kept_delta / delta_delta, math.sqrt(lost_lost / delta_delta))
-        if delta_delta
-        else (None, None)
-    )
+    if not delta_delta:
+        return MergedModule(block.module, name, 0.0, None, None)
+    survived = kept_delta / delta_delta
+    error = math.sqrt(lost_lost / delta_delta)
     return MergedModule(block.module, name, math.sqrt(delta_delta), survived, error)
 
 
 def _untie(folder: Path, shards: dict[str, _Shard]) -> None:
     """Say in the result's config and index that lm_head is a weight of its own."""
     path = folder / "config.json"
-    path.write_text(
-        json.dumps(read_json_object(path) | {"tie_word_embeddings": False}, indent=2) + "\n"
-    )
+    config = read_json_object(path) | {"tie_word_embeddings": False}
+    path.write_text(json.dumps(config, indent=2) + "\n")
     if not (folder / INDEX).is_file():
-        return
+        return  # a single file needs no index
     index = read_json_object(folder / INDEX)
-    name, lm_head = next(
-        (n, t) for n, shard in shards.items() for t in shard.tensors if t.name == LM_HEAD
-    )
-    if LM_HEAD not in index["weight_map"]:
-        index["weight_map"][LM_HEAD] = name
-        added = {"total_size": lm_head.num_bytes, "total_parameters": math.prod(lm_head.shape)}
-        metadata = index.get("metadata", {})
-        metadata |= {
-            key: metadata[key] + number for key, number in added.items() if key in metadata
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    if LM_HEAD in index["weight_map"]:
+        return
+    name, lm_head = _find_lm_head(shards)
+    index["weight_map"][LM_HEAD] = name
+    added = {"total_size": lm_head.num_bytes, "total_parameters": math.prod(lm_head.shape)}
+    metadata = index.get("metadata", {})
+    for key, number in added.items():
+        # Not every tool that writes an index writes both.
+        if key in metadata:
+            metadata[key] += number
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _find_lm_head(shards: dict[str, _Shard]) -> tuple[str, Stored]:
+    """The file that lm_head is in, and its entry there."""
+    for name, shard in shards.items():
+        for tensor in shard.tensors:
+            if tensor.name == LM_HEAD:
+                return name, tensor
+    raise AssertionError("a merged lm_head is in one of the files")
 
 
 def _is_copied(path: Path) -> bool:
+    """Whether a file of the base's folder belongs to the result too."""
     if path.name == INDEX:
         return True
     skipped = (

@@ -1,5 +1,4 @@
-"""What became of an adapter when it was merged: how much of every module's delta survived the cast
-to the base's dtype."""
+"""Report how much of every module's delta survived a merge's cast to the base's dtype."""
 
 import re
 from collections import defaultdict
@@ -11,7 +10,7 @@ from megalora.hf.tensor_names import within_layer
 
 REPORT = "merge_report.json"
 LOSSY = 0.1
-"""Relative error of a delta from which the text says so."""
+"""Relative error of a delta above which the text warns of it."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +19,11 @@ class MergedModule:
     elements."""
 
     module: str
-    """Its Hugging Face name, such as ``model.layers.3.mlp.experts.7.gate_proj``."""
+    """Hugging Face name, such as ``model.layers.3.mlp.experts.7.gate_proj``."""
     dtype: str
-    """Of the base's weight and of the merged one."""
+    """Dtype of the base's weight and of the merged one."""
     delta: float
-    """|D|, Frobenius."""
+    """Frobenius norm |D|."""
     survived: float | None
     """<W' - W, D> / <D, D>: the fraction of the delta that is in the merged weight; None where D is
     zero."""
@@ -34,21 +33,24 @@ class MergedModule:
 
 @dataclass(frozen=True)
 class MergeReport:
+    """Result of a merge."""
+
     adapter: Path
     base: str
     out: Path
     num_bytes: int
-    """Of the merged model's weights."""
+    """Bytes of the merged model's weights."""
     modules: tuple[MergedModule, ...]
     notes: tuple[str, ...] = ()
-    """What the adapter's folder holds beside the factors."""
+    """Lines about what the adapter's folder holds beside the factors."""
 
     def text(self) -> str:
         """A table with a row per projection, over all its layers and experts."""
         groups: dict[tuple[str, str], list[MergedModule]] = defaultdict(list)
         for m in self.modules:
             groups[projection(m.module), m.dtype].append(m)
-        width = max(len("projection"), *(len(name) for name, _ in groups)) + 2
+        names = ["projection", *(name for name, _ in groups)]
+        width = max(map(len, names)) + 2
         lines = [
             (
                 f"{self.adapter} merged into {self.base}: {len(self.modules):,} modules,"
@@ -58,14 +60,18 @@ class MergeReport:
                 f"{'projection':<{width}}{'dtype':>9}{'modules':>9}{'zero':>6}"
                 f"{'survived: lowest':>18}{'mean':>8}{'error: largest':>16}{'mean':>9}"
             ),
-            *(
-                _line(f"{name:<{width}}{dtype:>9}", modules)
-                for (name, dtype), modules in groups.items()
-            ),
         ]
-        zero = sum(m.survived is None for m in self.modules)
-        lines += [f"the adapter is zero in {zero:,} modules: they are the base's"] if zero else []
-        lossy = [m for m in self.modules if m.error is not None and m.error > LOSSY]
+        for (name, dtype), modules in groups.items():
+            lines.append(_line(f"{name:<{width}}{dtype:>9}", modules))
+        zero = 0
+        lossy = []
+        for m in self.modules:
+            if m.error is None:
+                zero += 1
+            elif m.error > LOSSY:
+                lossy.append(m)
+        if zero:
+            lines.append(f"the adapter is zero in {zero:,} modules: they are the base's")
         if lossy:
             worst = max(lossy, key=lambda m: m.error or 0)
             lines.append(
@@ -78,13 +84,13 @@ class MergeReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with a row per module."""
-        fields = {
+        return {
             "adapter": str(self.adapter),
             "base": self.base,
             "out": str(self.out),
             "num_bytes": self.num_bytes,
+            "modules": [asdict(m) for m in self.modules],
         }
-        return fields | {"modules": [asdict(m) for m in self.modules]}
 
 
 def projection(module: str) -> str:
@@ -94,12 +100,19 @@ def projection(module: str) -> str:
 
 
 def _line(head: str, modules: list[MergedModule]) -> str:
-    survived = [m.survived for m in modules if m.survived is not None]
-    errors = [m.error for m in modules if m.error is not None]
+    """Modules of one projection as a line of the table, behind its name and dtype."""
+    survived = []
+    errors = []
+    for m in modules:
+        # Both are None where the delta is zero: a fraction of nothing.
+        if m.survived is not None and m.error is not None:
+            survived.append(m.survived)
+            errors.append(m.error)
     head += f"{len(modules):>9,}{len(modules) - len(survived) or '-':>6}"
     if not survived:
         return head + f"{'-':>18}{'-':>8}{'-':>16}{'-':>9}"
-    means = (sum(values) / len(values) for values in (survived, errors))
-    return head + "{:>18.4f}{:>8.4f}{:>16.1e}{:>9.1e}".format(
-        *(x for pair in zip((min(survived), max(errors)), means, strict=True) for x in pair)
+    mean_survived = sum(survived) / len(survived)
+    mean_error = sum(errors) / len(errors)
+    return (
+        f"{head}{min(survived):>18.4f}{mean_survived:>8.4f}{max(errors):>16.1e}{mean_error:>9.1e}"
     )

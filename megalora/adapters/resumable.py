@@ -1,4 +1,5 @@
-"""A PEFT adapter made elsewhere as a checkpoint: training resumes from it, under any layout."""
+"""Import a PEFT adapter made elsewhere as a checkpoint, from which training resumes under any
+layout."""
 
 import json
 from dataclasses import dataclass
@@ -31,23 +32,29 @@ from megalora.hf.json_file import read_hf_config
 from megalora.lora.section import lora_section, settings
 from megalora.model.fields import model_shape
 
+NOTES = 10
+"""Number of notes that are shown; an adapter of thousands of linears can have as many."""
+
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written, and what a config must say to train on from it."""
+    """Result of an import."""
 
     out: Path
     section: dict[str, Any]
+    """The ``lora`` section that a config needs to train on from it."""
     num_tensors: int
     notes: list[str]
+    """Lines about what was left out, filled in or could not be checked."""
 
     def text(self) -> str:
-        lora = OmegaConf.to_yaml(OmegaConf.create({"lora": self.section})).rstrip()
-        lines = [f"wrote {self.out}: {self.num_tensors} tensors", *self.notes[:10]]
-        lines += [f"... and {len(self.notes) - 10} more notes"] if len(self.notes) > 10 else []
-        return "\n".join(
-            [*lines, f"to train on, give checkpoint.resume={self.out} and in the config", lora]
-        )
+        """What was written and how to train on, for the user."""
+        lines = [f"wrote {self.out}: {self.num_tensors} tensors", *self.notes[:NOTES]]
+        if len(self.notes) > NOTES:
+            lines.append(f"... and {len(self.notes) - NOTES} more notes")
+        lines.append(f"to train on, give checkpoint.resume={self.out} and in the config")
+        lines.append(OmegaConf.to_yaml(OmegaConf.create({"lora": self.section})).rstrip())
+        return "\n".join(lines)
 
 
 def import_adapter(
@@ -80,30 +87,31 @@ def import_adapter(
         }
         state["identity"] = _base_identity(folder)
         (temporary / STATE_JSON).write_text(json.dumps(state, indent=1) + "\n")
-        (temporary / LORA_SECTION).write_text(
-            OmegaConf.to_yaml(OmegaConf.create({"lora": section}))
-        )
+        lora = OmegaConf.create({"lora": section})
+        (temporary / LORA_SECTION).write_text(OmegaConf.to_yaml(lora))
+    notes = []
     named = read_config(source).get("base_model_name_or_path")
-    notes = (
-        [f"the adapter names {named} as its base, not {base}: are they the same model?"]
-        if named not in (None, base)
-        else []
-    )
-    return Imported(
-        out, section, len(tensors), [*notes, *coverage(adapted), *form.adapter.notes, *form.notes]
-    )
+    # The sizes fit, or reading would have failed; whether the weights do, nobody can tell.
+    if named not in (None, base):
+        notes.append(f"the adapter names {named} as its base, not {base}: are they the same model?")
+    notes += [*coverage(adapted), *form.adapter.notes, *form.notes]
+    return Imported(out, section, len(tensors), notes)
 
 
 def _base_identity(folder: Path) -> dict[str, Any]:
-    """Of the base, as a run says it; without a digest of weights that are not here."""
+    """Identity of the base as a run records it; without a digest of weights that are not here."""
     present = all((folder / name).is_file() for name in weight_shards(folder))
     weights = weights_digest(folder, Digests()) if present else None
     return {"config": base_config(folder), "weights": weights}
 
 
 def _fresh_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    masters = {name: t.to(torch.float32) for name, t in tensors.items()}
-    keys = STATE_KEYS[1:]
-    return {f"{STATE_KEYS[0]}.{n}": t for n, t in masters.items()} | {
-        f"{key}.{n}": torch.zeros_like(t) for key in keys for n, t in masters.items()
-    }
+    """The optimizer's file before the first step: float32 masters and moments of zero."""
+    master_key, *moment_keys = STATE_KEYS
+    state: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        master = tensor.to(torch.float32)
+        state[f"{master_key}.{name}"] = master
+        for key in moment_keys:
+            state[f"{key}.{name}"] = torch.zeros_like(master)
+    return state

@@ -1,4 +1,4 @@
-"""Give a folder's adapter back in the form that training has: without the zeros that engines want.
+"""Bring a folder's adapter back to the form that training has, without the zeros that engines want.
 
 A checkpoint says in its training state what was trained, and holds it in float32. For any other
 folder the zeros have to be recognised: a rank whose row of A and column of B are zero for all
@@ -18,11 +18,11 @@ from megalora.adapters.training_state import read_factors, read_state
 from megalora.adapters.write.form import export_form, factors_of, peft_tensors
 from megalora.lora.init import initial_a
 from megalora.lora.section import differing, settings
-from megalora.lora.spec import Adapted, tensor_name
+from megalora.lora.spec import Adapted, expected_tensors, tensor_name
 from megalora.model.shape import ModelShape
 
 SEED = 0
-"""Of the A's that stand in for missing ones."""
+"""Seed of the A's that replace missing ones."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TrainedForm:
 
     adapter: Adapter
     notes: list[str]
-    """What was left out or filled in, a line each."""
+    """Lines that say what was left out or filled in."""
 
 
 def trained_form(adapter: Adapter, shape: ModelShape, *, fill: bool = False) -> TrainedForm:
@@ -55,11 +55,13 @@ def trained_form(adapter: Adapter, shape: ModelShape, *, fill: bool = False) -> 
 def _of_checkpoint(adapter: Adapter, shape: ModelShape) -> TrainedForm:
     """What was trained, as the training state has it, in the dtype of the adapter's file."""
     adapted = read_state(adapter.folder).trained(shape)
-    missing = [n for a in adapted for n in _names(a) if n not in adapter.tensors]
-    if missing:
-        raise _contradiction(adapter, f"{WEIGHTS} lacks {missing[0]}")
+    for name in expected_tensors(adapted):
+        if name not in adapter.tensors:
+            raise _contradiction(adapter, f"{WEIGHTS} lacks {name}")
     dtypes = {name: tensor.dtype for name, tensor in adapter.tensors.items()}
     tensors = read_factors(adapter.folder, adapted, dtypes)
+    # The adapter's files were written from these factors: writing them once more must give the
+    # same, or somebody changed one of the two.
     pairs = export_form(adapted, shape)
     if apart := differing(settings([w for w, _ in pairs]), settings(adapter.adapted)):
         raise _contradiction(adapter, f"{apart[0]} has another rank or scale in {CONFIG}")
@@ -69,11 +71,8 @@ def _of_checkpoint(adapter: Adapter, shape: ModelShape) -> TrainedForm:
     return TrainedForm(replace(adapter, adapted=adapted, tensors=tensors), [])
 
 
-def _names(a: Adapted) -> list[str]:
-    return [tensor_name(module, factor) for module in a.hf_modules() for factor in ("A", "B")]
-
-
 def _contradiction(adapter: Adapter, what: str) -> ValueError:
+    """The error for a checkpoint whose adapter is not that of its training state."""
     return ValueError(
         f"{adapter.folder}: its adapter is not the one that its training state holds: {what}. One"
         f" of them was changed after it was saved. To take the adapter as it is, copy {CONFIG} and"
@@ -88,12 +87,14 @@ def _without_padding(adapter: Adapter, fill: bool) -> TrainedForm:
     notes: list[str] = []
     for a in adapter.adapted:
         a_Eri, b_Eor = factors_of(a, adapter.tensors)
+        # A rank is alive in an expert where its row of A or its column of B is not zero.
         alive_Er = a_Eri.abs().amax(2).bool() | b_Eor.abs().amax(1).bool()
         used = alive_Er.any(0).nonzero()
         where = a.name if a.layer is None else f"layer {a.layer} {a.name}"
         if not len(used):
             notes.append(f"{where}: zeros, not adapted")
             continue
+        # Padding is at the end: zeros in front of a living rank are not, and stay.
         rank = int(used[-1]) + 1
         if rank < a.rank:
             notes.append(f"{where}: rank {rank}; {a.rank - rank} of {a.rank} are zeros in the file")

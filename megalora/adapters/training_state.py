@@ -1,5 +1,5 @@
-"""Read what a checkpoint says of itself and of what was trained: state.json, checked key by key,
-and the float32 factors that lie beside the optimizer's moments."""
+"""Read a checkpoint's training state: state.json, checked key by key, and the float32 factors that
+lie beside the optimizer's moments."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class SavedState:
-    """A checkpoint's account of itself."""
+    """Content of a checkpoint's state.json."""
 
     folder: Path
     step: int
@@ -41,7 +41,8 @@ class SavedState:
     base: str = ""
     """Name or folder of the base that an adapter was imported for."""
     adapted: list[list[Any]] = field(default_factory=list)
-    """What is adapted (``lora.section.settings``); empty where an earlier version saved it."""
+    """Rows of ``lora.section.settings``, one for each adapted linear; empty where an earlier
+    version saved the checkpoint."""
 
     def trained(self, shape: ModelShape) -> list[Adapted]:
         """The projections that were trained, with their own ranks and scales.
@@ -51,6 +52,7 @@ class SavedState:
         """
         path = self.folder / STATE_JSON
         try:
+            # Earlier versions saved no rows: what the run's config selects in this model.
             rows = self.adapted or settings(resolve(LoRAConfig(**self.config["lora"]), shape))
             return adapted_of(rows, shape)
         except (TypeError, ValueError) as error:
@@ -58,8 +60,12 @@ class SavedState:
 
 
 def read_state(folder: Path) -> SavedState:
-    """Raises ``ValueError``, with the file and the key, for anything that no save or import has
-    written."""
+    """The training state of a checkpoint's folder.
+
+    Raises:
+        ValueError: anything that no save or import has written; the message names the file and the
+            key.
+    """
     path = folder / STATE_JSON
     if not path.is_file():
         raise ValueError(f"it has no {STATE_JSON}")
@@ -72,6 +78,7 @@ def read_state(folder: Path) -> SavedState:
         "saved_at": _number(path, state, "saved_at"),
         "identity": _identity(path, state),
     }
+    # An import has no run yet: neither a config nor samples.
     if "imported_from" in state:
         return SavedState(
             folder,
@@ -97,8 +104,8 @@ def read_factors(
 
     Args:
         adapted: what was trained, as ``SavedState.trained`` says.
-        dtypes: of each tensor in the answer. A parameter in training is its master, rounded to the
-            parameter's dtype.
+        dtypes: tensor name -> the dtype to return it in. A parameter in training is its master,
+            rounded to the parameter's dtype.
 
     Raises:
         ValueError: the file cannot be read, or lacks a tensor, or holds one of another shape.
@@ -125,14 +132,17 @@ def read_factors(
 
 
 def _require(condition: bool, path: Path, key: str, expected: str, value: Any) -> None:
+    """Raise ``ValueError`` for a value that is not what was written."""
     if not condition:
         shown = repr(value)
-        shown = shown if len(shown) <= 60 else shown[:60] + "..."
+        if len(shown) > 60:
+            shown = shown[:60] + "..."
         raise ValueError(f"{path} is damaged: {key} must be {expected}, got {shown}")
 
 
 def _count(path: Path, state: Json, key: str) -> int:
     value = state.get(key)
+    # ``type``, because true is an int too; 2**53, because JSON's numbers are float64 to others.
     _require(type(value) is int and 0 <= value < 2**53, path, key, "a count", value)
     return int(value or 0)
 
@@ -167,10 +177,10 @@ def _identity(path: Path, state: Json) -> Json | None:
         return None
     _require(isinstance(identity, dict), path, "identity", "an object", identity)
     for key in ("train", "eval", "samples", "weights"):
+        # None: that part was not there, such as data for evaluation.
         value = identity.get(key)
-        _require(
-            value is None or isinstance(value, str), path, f"identity.{key}", "a digest", value
-        )
+        is_digest = value is None or isinstance(value, str)
+        _require(is_digest, path, f"identity.{key}", "a digest", value)
     config = identity.get("config")
     _require(isinstance(config, dict), path, "identity.config", "the base's config.json", config)
     return identity
@@ -181,9 +191,19 @@ def _adapted(path: Path, state: Json) -> list[list[Any]]:
     _require(isinstance(rows, list), path, "adapted", "a list", rows)
     assert isinstance(rows, list)
     for i, row in enumerate(rows):
-        right = isinstance(row, list) and [type(value) for value in row] in _ROWS
-        _require(right, path, f"adapted[{i}]", "[module, layer, rank, scale]", row)
+        _require(_is_row(row), path, f"adapted[{i}]", "[module, layer, rank, scale]", row)
     return rows
 
 
-_ROWS = [[str, layer, int, scale] for layer in (int, type(None)) for scale in (int, float)]
+def _is_row(row: Any) -> bool:
+    """Whether a value is what ``lora.section.settings`` writes for a linear."""
+    if not isinstance(row, list) or len(row) != 4:
+        return False
+    module, layer, rank, scale = row
+    # The head is in no layer: None.
+    return (
+        type(module) is str
+        and type(layer) in (int, type(None))
+        and type(rank) is int
+        and type(scale) in (int, float)
+    )

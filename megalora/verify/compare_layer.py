@@ -279,7 +279,7 @@ class LayerComparison:
             handle.remove()
 
     def _compare(self, number: int | None, ours: r.Records, theirs: r.Records) -> None:
-        """Raise ``ValueError`` for the first module that differs; remember the largest difference."""
+        """Raise ``ValueError`` for the first module that differs; keep the largest difference."""
         if difference := r.first_difference(ours, theirs):
             name, error = difference
             how = f"{error:.1e} of its largest value (allowed {r.TOLERANCE:.0e})"

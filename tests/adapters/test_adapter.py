@@ -385,8 +385,8 @@ def test_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None
     router = train(bases["moe"], tmp_path / "router", rank=2, target_modules=["gate", "k_proj"])
     assert (
         refusal(router.folder, bases["dense"])
-        == f"{router.folder}/adapter_model.safetensors: model.layers.0.mlp.gate is no linear layer"
-        " of this base model; the nearest is model.layers.0.mlp.gate_proj"
+        == f"{router.folder}/adapter_model.safetensors: model.layers.0.mlp.gate is not a linear"
+        " layer of this base model; the nearest is model.layers.0.mlp.gate_proj"
     )
 
 
@@ -516,7 +516,7 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
         ),
         (
             {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)},
-            "model.layers.9.self_attn.q_proj is no linear",
+            "model.layers.9.self_attn.q_proj is not a linear",
         ),
         (
             {"base_model.model.model.layers.1.mlp.experts.lora_A.weight": torch.ones(16, 80)},

@@ -119,7 +119,7 @@ def test_what_is_no_lora_factor(tmp_path: Path) -> None:
             " refuse: base_model.model.model.layers.0.norm.lora_magnitude_vector"
         ),
         (
-            "no factor of a linear, being F32 of 3 dimensions:"
+            "not a factor of a linear, being F32 of 3 dimensions:"
             " base_model.model.model.layers.0.conv.lora_A.weight"
         ),
         (

@@ -183,7 +183,7 @@ def test_names_of_another_family_s_block_are_no_experts(tiny: Path, tmp_path: Pa
     tensors = load_file(tmp_path / WEIGHTS)
     renamed = {name.replace(".mlp.", ".block_sparse_moe."): t for name, t in tensors.items()}
     save_file(renamed, tmp_path / WEIGHTS)
-    with pytest.raises(ValueError, match="block_sparse_moe.* is no linear layer of this base"):
+    with pytest.raises(ValueError, match="block_sparse_moe.* is not a linear layer of this base"):
         read_adapter(tmp_path, shape_of(tiny))
 
 

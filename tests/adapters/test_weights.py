@@ -212,7 +212,7 @@ BROKEN_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "one too many": (
         lambda f: (f / "adapter_model-00004-of-00003.safetensors").touch(),
-        "00004-of-00003.* is none of 3 shards",
+        "00004-of-00003.* is not one of 3 shards",
     ),
     "two sets": (
         lambda f: (f / "adapter_model-00001-of-00002.safetensors").touch(),
@@ -248,7 +248,7 @@ BROKEN_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "run git lfs pull",
     ),
-    "a shard that is a pipe": (pipe(f"{SHARDS[2]}.safetensors"), "is no regular file"),
+    "a shard that is a pipe": (pipe(f"{SHARDS[2]}.safetensors"), "is not a regular file"),
 }
 
 
@@ -264,13 +264,13 @@ def test_broken_shards(trained: Trained, case: str) -> None:
 def test_pipes_and_folders_are_no_files(trained: Trained) -> None:
     """Opening a pipe waits for a writer; no signal ends that in a library."""
     pipe(WEIGHTS)(trained.folder)
-    with pytest.raises(ValueError, match=rf"{WEIGHTS} is no regular file \(a pipe"):
+    with pytest.raises(ValueError, match=rf"{WEIGHTS} is not a regular file but a pipe"):
         AdapterWeights(trained.folder)
-    with pytest.raises(AdapterInvalid, match="is no regular file"):
+    with pytest.raises(AdapterInvalid, match="is not a regular file"):
         check_adapter(trained.folder)
     (trained.folder / WEIGHTS).unlink()
     (trained.folder / WEIGHTS).mkdir()
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is not a regular file"):
         AdapterWeights(trained.folder)
     pipe(CONFIG)(trained.folder)
     with pytest.raises(NotAnAdapter, match=f"has no {CONFIG}"):
@@ -296,7 +296,7 @@ def test_folders_around_adapters_name_them(trained: Trained, tmp_path: Path) -> 
         AdapterWeights(outer)
     with pytest.raises(NotAnAdapter, match="is a file; name the folder that it lies in"):
         AdapterWeights(outer / "math" / WEIGHTS)
-    with pytest.raises(NotAnAdapter, match="is no folder"):
+    with pytest.raises(NotAnAdapter, match="is not a folder"):
         AdapterWeights(outer / "nowhere")
 
 

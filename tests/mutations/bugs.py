@@ -353,8 +353,8 @@ BUGS = (
         6,
         "padding of A before its rows",
         FORM,
-        "(0, 0, 0, missing) if factor",
-        "(0, 0, missing, 0) if factor",
+        "F.pad(value, (0, 0, 0, missing))",
+        "F.pad(value, (0, 0, missing, 0))",
         "tests/adapters/test_form.py stock_peft",
     ),
     bug(

@@ -78,7 +78,8 @@ LAYER_BUGS: tuple[Bug, ...] = (
     bug(0, "all experts gathered for a few tokens", COMPARE, "needed.nonzero().flatten().tolist()",
         "list(range(len(needed)))", f"{TEST} only_experts"),
     bug(0, "one layer for all kinds", COMPARE,
-        "return tuple(settings), shapes, self._attention(number)", "return 0", f"{TEST} every_layout"),
+        "return tuple(settings), shapes, self._attention(number)", "return 0",
+        f"{TEST} every_layout"),
     bug(0, "the check draws from the run's generators", LAYER,
         "return work()", "torch.rand(1)\n                return work()", f"{TEST} to_the_bit"),
 )

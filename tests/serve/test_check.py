@@ -283,7 +283,7 @@ def test_files_that_are_missing_or_cut_short(adapter: Path) -> None:
             check_adapter(adapter)
         with pytest.raises(AdapterNotFound, match="is not an adapter folder"):
             content_hash(adapter)
-    with pytest.raises(AdapterNotFound, match="is no folder"):
+    with pytest.raises(AdapterNotFound, match="is not a folder"):
         check_adapter(adapter / "nowhere")
 
 

@@ -2,8 +2,8 @@
 linear, and its scale.
 
 Names are read as ``hf/tensor_names.py`` says, stacked experts are taken apart as ``stacked.py`` and
-``banks.py`` say, and what PEFT saves of the base is compared with it (``copies.py``). What a folder
-leaves open, or contradicts itself in, is refused by name.
+``banks.py`` say, and weights of the base that PEFT saved are compared with it (``copies.py``). A
+folder that is ambiguous or contradicts itself is rejected, with the name of the tensor or option.
 """
 
 import difflib
@@ -95,9 +95,8 @@ def read_adapter(
         tensor = _checked(weights, name, 3 if groups.is_bank(module) else 2)
         if not groups.take(module, factor, name, tensor):
             linears.add(module, factor, tensor, also=[TINKER_HEAD] if TINKER_HEAD in name else [])
-    for layer, projection, factors, scale in StackedFile(
-        weights.where, config, shape, rules, groups.stacks, order
-    ).linears():
+    stacked = StackedFile(weights.where, config, shape, rules, groups.stacks, order)
+    for layer, projection, factors, scale in stacked.linears():
         linears.put(layer, projection, factors, scale)
     _put_banks(linears, groups.banks)
     _put_fused(linears, groups.fused)
@@ -273,11 +272,11 @@ class _Linears:
                 " the file. Write an A and a B for each of them under their Hugging Face names"
             )
         close = difflib.get_close_matches(module, self.known, n=1)
-        return f"{module} is no linear layer of this base model" + (
-            f"; the nearest is {close[0]}" if close else ""
-        )
+        nearest = f"; the nearest is {close[0]}" if close else ""
+        return f"{module} is not a linear layer of this base model{nearest}"
 
     def adapter(self, notes: list[str]) -> Adapter:
+        """Everything that came in, as one adapter, if it fits together."""
         adapted: list[Adapted] = []
         tensors: dict[str, Tensor] = {}
         absent: list[str] = []
@@ -289,7 +288,9 @@ class _Linears:
             a = self._one(projection, layer, modules)
             adapted.append(a)
             for module in a.hf_modules():
-                absent += [] if module in self.factors else [module]
+                # An expert without factors beside others that have some: zeros, and named.
+                if module not in self.factors:
+                    absent.append(module)
                 for factor in ("A", "B"):
                     tensors[tensor_name(module, factor)] = self._tensor(module, factor, a)
         if not adapted:
@@ -333,8 +334,7 @@ def _put_banks(linears: _Linears, banks: dict[tuple[int, str], Named]) -> None:
         own = f"{experts_block(layer)}.{which}"
         scale = linears.rules.scale(own, factors[0].shape[1], own)
         for projection, of_one in bank_linears(which, factors).items():
-            also = [own, experts_block(layer)]
-            linears.put(layer, projection, of_one, scale, also)
+            linears.put(layer, projection, of_one, scale, [own, experts_block(layer)])
 
 
 def _put_fused(linears: _Linears, fused: dict[str, Named]) -> None:

@@ -30,8 +30,12 @@ def copies_in(weights: AdapterWeights, shape: ModelShape) -> dict[str, str]:
     """Tensor name -> HF module, for what can only be a weight of this base: of its embedding or of
     one of its linears."""
     modules = {EMBEDDING} | linear_modules(shape).keys()
-    found = {name: parse_weight(name) for name in weights.info}
-    return {name: module for name, module in found.items() if module in modules}
+    copies = {}
+    for name in weights.info:
+        module = parse_weight(name)
+        if module in modules:
+            copies[name] = module
+    return copies
 
 
 def check_copies(
@@ -51,13 +55,16 @@ def check_copies(
     for name, module in copies.items():
         _check_size(weights, name, _size(module, shape))
         place = stored.get(f"{module}.weight")
+        # A tied base stores the weight once, under either name.
         if place is None and module in TIED and shape.tied_embeddings:
-            place = next((stored[f"{m}.weight"] for m in TIED if f"{m}.weight" in stored), None)
+            embedding, head = TIED
+            place = stored.get(f"{embedding}.weight") or stored.get(f"{head}.weight")
         if place is None or place[1].dtype not in FLOATS:
             unknown.append(name)
             continue
         path, tensor = place
-        if (largest := difference(weights, name, path, tensor)) is not None:
+        largest = difference(weights, name, path, tensor)
+        if largest is not None:
             raise ValueError(
                 f"{weights.path_of(name)}: {name} differs from {tensor.name} of {base}, by up to"
                 f" {largest:.3g}: it was trained, or the adapter is of another base. A LoRA adapter"
@@ -65,7 +72,9 @@ def check_copies(
                 " modules_to_save"
             )
         equal.append(name)
-    lines = [f"passed over, as it equals the base's: {', '.join(equal)}"] if equal else []
+    lines = []
+    if equal:
+        lines.append(f"passed over, as it equals the base's: {', '.join(equal)}")
     if unknown:
         lines.append(
             "passed over without a comparison, because the base's weights are not at hand:"
@@ -75,6 +84,7 @@ def check_copies(
 
 
 def _size(module: str, shape: ModelShape) -> tuple[int, int]:
+    """Shape of the weight of the embedding or of a linear."""
     if module == EMBEDDING:
         return shape.vocab, shape.hidden
     projection, _, _ = linear_modules(shape)[module]
@@ -103,31 +113,31 @@ def _stored(base: Path) -> dict[str, tuple[Path, Stored]]:
     found: dict[str, tuple[Path, Stored]] = {}
     for shard in weight_shards(base):
         if (base / shard).is_file():
-            tensors = read_header(base / shard)[1]
-            found |= {published_name(tensor.name): (base / shard, tensor) for tensor in tensors}
+            _, tensors = read_header(base / shard)
+            for tensor in tensors:
+                found[published_name(tensor.name)] = (base / shard, tensor)
     return found
 
 
 def difference(weights: AdapterWeights, name: str, path: Path, base: Stored) -> float | None:
     """None where a tensor equals the base's in one of the dtypes it can have passed through, else
     the largest difference."""
+    # A trainer may have held the base in float32, bfloat16 or float16 before the copy was saved.
     own = weights.info[name].dtype
-    possible: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        d: ROUND[d] for d in (own, "F32", "BF16", "F16")
-    }
+    possible = list(dict.fromkeys((own, "F32", "BF16", "F16")))
     largest = 0.0
-    for ours, theirs in zip(
-        weights.rows(name), mapped_rows(path, base.start, base.shape, base.dtype), strict=True
-    ):
-        possible = {
-            d: rounded for d, rounded in possible.items() if np.array_equal(ours, rounded(theirs))
-        }
+    own_rows = weights.rows(name)
+    base_rows = mapped_rows(path, base.start, base.shape, base.dtype)
+    for ours, theirs in zip(own_rows, base_rows, strict=True):
+        # One dtype for the whole tensor: what fails for some rows is out for the rest.
+        possible = [dtype for dtype in possible if np.array_equal(ours, ROUND[dtype](theirs))]
         largest = max(largest, float(np.abs(ours - theirs).max(initial=0.0)))
     return None if possible else largest
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     """To the nearest bfloat16, ties to even, as float32."""
+    # Half of the last bit that stays, and one less where that bit is even.
     bits = values.astype(np.float32).view(np.uint32)
     return as_floats(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16), "BF16")
 

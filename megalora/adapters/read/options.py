@@ -1,5 +1,4 @@
-"""Every option of PEFT's LoraConfig, what it does to the adapter, and who does not honour it: a
-closed list.
+"""List every option of PEFT's LoraConfig, what it does to the adapter, and who does not honour it.
 
 An adapter is read as ``W + scale * B A``. An option is honoured in that, or has no effect once
 training is over, or makes the adapter something else. megalora reads every folder by this table, so
@@ -113,21 +112,23 @@ LARGEST = 2**53
 def not_plain(config: dict[str, Any]) -> dict[str, str]:
     """Option -> why it is not plain LoRA, for those that are set; empty for an adapter that
     megalora and vLLM compute."""
-    found = {
-        key: option.why
-        for key, option in OPTIONS.items()
-        if option.effect == "refused" and config.get(key)
-    }
+    found: dict[str, str] = {}
+    for key, option in OPTIONS.items():
+        # What is false or empty is PEFT's default, which leaves the adapter as it is.
+        if option.effect == "refused" and config.get(key):
+            found[key] = option.why
     if config.get("bias", "none") not in ("none", None):
         found["bias"] = "it trains biases of the base"
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in PLAIN_INITS:
-        found["init_lora_weights"] = (
-            "it changed the base model too. Convert the adapter with PEFT's"
-            " path_initial_model_for_weight_conversion first"
-            if init.lower().startswith(CHANGES_THE_BASE)
-            else f"megalora knows true, false, {', '.join(PLAIN_INITS)}"
-        )
+        why = f"megalora knows true, false, {', '.join(PLAIN_INITS)}"
+        # pissa_niter_16 and the like too.
+        if init.lower().startswith(CHANGES_THE_BASE):
+            why = (
+                "it changed the base model too. Convert the adapter with PEFT's"
+                " path_initial_model_for_weight_conversion first"
+            )
+        found["init_lora_weights"] = why
     for key in sorted(config.keys() - OPTIONS.keys()):  # one order on all ranks
         if config[key]:
             found[key] = (
@@ -139,11 +140,11 @@ def not_plain(config: dict[str, Any]) -> dict[str, str]:
 def not_followed(config: dict[str, Any], engine: str) -> dict[str, str]:
     """Option -> what the engine does instead, for those that are set and that it does not
     follow."""
-    return {
-        key: option.elsewhere[engine]
-        for key, option in OPTIONS.items()
-        if config.get(key) and engine in option.elsewhere
-    }
+    found: dict[str, str] = {}
+    for key, option in OPTIONS.items():
+        if config.get(key) and engine in option.elsewhere:
+            found[key] = option.elsewhere[engine]
+    return found
 
 
 def refuse_variants(where: Path, config: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""What ``adapter_config.json`` says of single modules, by PEFT's rules. Needs no torch."""
+"""Read from ``adapter_config.json``, by PEFT's rules, which modules are adapted and with which rank
+and scale. Needs no torch."""
 
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -35,40 +36,43 @@ class Rules:
         self.parameters = set(config.get("target_parameters") or [])
         self.layers, self.layer_of = self._layer_rules()
         self.patterns = {
-            option: [
-                (key, end_pattern(f"{self.where}: {option}", key), value)
-                for key, value in (config.get(option) or {}).items()
-            ]
-            for option in ("rank_pattern", "alpha_pattern")
+            option: self._by_name(option) for option in ("rank_pattern", "alpha_pattern")
         }
         self.untargeted: list[str] = []
         self._contested: dict[tuple[str, str], str] = {}
+
+    def _by_name(self, option: str) -> list[tuple[str, Pattern, Any]]:
+        """Keys of an option that maps names to values, each with its pattern, in the file's
+        order."""
+        found = []
+        for key, value in (self.config.get(option) or {}).items():
+            found.append((key, end_pattern(f"{self.where}: {option}", key), value))
+        return found
 
     def _pattern(self, option: str, expression: str) -> Pattern:
         return Pattern(f"{self.where}: {option}", expression)
 
     def _names(self, option: str, value: str | list[str]) -> tuple[set[str], Pattern | None]:
         """A list is names, a string is a regular expression."""
-        return (
-            (set(), self._pattern(option, value)) if isinstance(value, str) else (set(value), None)
-        )
+        if isinstance(value, str):
+            return set(), self._pattern(option, value)
+        return set(value), None
 
     def _layer_rules(self) -> tuple[set[int] | None, list[Pattern]]:
         """The layers that a list of targets holds for, None for all; and how to find a module's."""
         layers = self.config.get("layers_to_transform")
         if layers is None or layers == []:
             return None, []
+        wanted = {layers} if isinstance(layers, int) else set(layers)
         names = self.config.get("layers_pattern") or []
-        names = [names] if isinstance(names, str) else names
+        if isinstance(names, str):
+            names = [names]
+        # The name of the list of layers, such as "layers" or "h"; without one PEFT guesses.
         expressions = [rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\." for name in names] or [_LAYER]
-        return (
-            {layers} if isinstance(layers, int) else set(layers),
-            [self._pattern("layers_pattern", expression) for expression in expressions],
-        )
+        return wanted, [self._pattern("layers_pattern", expression) for expression in expressions]
 
     def rank(self, name: str) -> int:
-        """What the config says of the module that PEFT calls ``name`` when it looks into the
-        patterns."""
+        """Rank of the module that PEFT calls ``name`` when it looks into the patterns."""
         return self._of_pattern("rank_pattern", name, self.config["r"])
 
     def looked_up(self, module: str) -> str:
@@ -78,8 +82,8 @@ class Rules:
         return weight if self._targets_by_parameter([weight]) else module
 
     def scale(self, name: str, rank: int, tensor: str) -> float:
-        """Scale of the module that PEFT calls ``name``; ``rank``: what the tensor called ``tensor``
-        has."""
+        """Scale of the module that PEFT calls ``name``; ``rank`` is that of the tensor called
+        ``tensor``."""
         said = self.rank(name)
         if said != rank:
             raise ValueError(
@@ -91,10 +95,11 @@ class Rules:
         return lora_scale(alpha, rank, bool(self.config.get("use_rslora")))
 
     def _of_pattern(self, option: str, name: str, default: Any) -> Any:
-        """The first that matches wins, as in PEFT."""
-        return next(
-            (value for _, pattern, value in self.patterns[option] if pattern.match(name)), default
-        )
+        """The value of the first key that matches, as in PEFT; ``default`` where none does."""
+        for _, pattern, value in self.patterns[option]:
+            if pattern.match(name):
+                return value
+        return default
 
     def _look_for_contest(self, name: str) -> None:
         """Remember a module for which two keys of alpha_pattern say different things.
@@ -103,13 +108,10 @@ class Rules:
         every reader, PEFT too, may take another. Ranks cannot be mistaken so: the tensors have
         them.
         """
-        if len(self.patterns["alpha_pattern"]) < 2:
-            return
-        found = [
-            (key, value)
-            for key, pattern, value in self.patterns["alpha_pattern"]
-            if pattern.match(name)
-        ]
+        found = []
+        for key, pattern, value in self.patterns["alpha_pattern"]:
+            if pattern.match(name):
+                found.append((key, value))
         for key, value in found[1:]:
             first, holds = found[0]
             if value != holds:
@@ -121,7 +123,7 @@ class Rules:
                 self._contested.setdefault((first, key), line)
 
     def notes(self) -> list[str]:
-        """What the config leaves open, a line each."""
+        """Lines about what the config leaves open."""
         return list(self._contested.values())
 
     def targets_of(self, module: str, parameters: Iterable[str]) -> set[str]:
@@ -145,13 +147,21 @@ class Rules:
         return found
 
     def _targets_by_parameter(self, parameters: Iterable[str]) -> set[str]:
-        return {target for name in parameters for target in endings(name) & self.parameters}
+        """Entries of ``target_parameters`` that one of these parameters ends in."""
+        found: set[str] = set()
+        for name in parameters:
+            found |= endings(name) & self.parameters
+        return found
 
     def _in_layers(self, module: str) -> bool:
+        """Whether a module is in one of the layers that the config names, if it names any."""
         if self.layers is None:
             return True
-        match = next((m for pattern in self.layer_of if (m := pattern.match(module))), None)
-        return match is not None and int(match["layer"]) in self.layers
+        for pattern in self.layer_of:
+            # The first pattern that finds a layer's number decides.
+            if match := pattern.match(module):
+                return int(match["layer"]) in self.layers
+        return False
 
     def note(self, modules: Iterable[str], parameters: Iterable[str]) -> None:
         """Remember a module that the config does not target: PEFT would leave its tensors out
@@ -189,7 +199,8 @@ class Rules:
                 targets = {module}
             for target in targets:
                 found[target] = found.get(target, False) or module in present
-        if lost := [target for target, there in found.items() if not there]:
+        lost = [target for target, there in found.items() if not there]
+        if lost:
             raise ValueError(
                 f"{self.weights} has no tensors for {min(lost)}, which its config targets: they"
                 f" were lost, or never trained. To go on without, take {min(lost)} out of the"

@@ -1,5 +1,5 @@
-"""The stacked layout: one A and one B for all experts of a layer, as PEFT's ``target_parameters``
-writes them.
+"""Read and write the stacked layout: one A and one B for all experts of a layer, as PEFT's
+``target_parameters`` writes them.
 
     key, beside model.layers.N.mlp.      A                       B
     experts.base_layer   (gate_up)       [E * R, H]              [2I, R * E]
@@ -34,8 +34,8 @@ DOWN = "down_proj"
 HALVES = ("gate_proj", "up_proj")
 
 ColumnOrder = Literal["rank_major", "grouped_by_expert"]
-"""Of B: every E-th column is an expert's, as in PEFT, or an expert's columns lie together, as in
-Unsloth before 2026.9.6."""
+"""Order of B's columns: every E-th column is an expert's, as in PEFT, or an expert's columns lie
+together, as in Unsloth before 2026.9.6."""
 
 type Factors = tuple[Tensor, Tensor]
 """A ``[E, r, in]`` and B ``[E, out, r]``."""
@@ -54,7 +54,7 @@ def unpack(a: Tensor, b: Tensor, num_experts: int, order: ColumnOrder = "rank_ma
 
 
 def transposed(factors: Factors) -> Factors:
-    """What PEFT before 0.19.1 wrote, as later versions write it: (B A)^T = A^T B^T."""
+    """Factors that PEFT before 0.19.1 wrote, as later versions write them: (B A)^T = A^T B^T."""
     a, b = factors
     return b.transpose(1, 2), a.transpose(1, 2)
 
@@ -63,11 +63,13 @@ def orientations(a: Tensor, b: Tensor, out_features: int, in_features: int) -> l
     """How the shapes can be read as an adapter of ``[out, in]`` matrices: False as now, True as
     before PEFT 0.19.1."""
     found = (a.shape[1], b.shape[0])
-    return [
-        old
-        for old, fits in ((False, (in_features, out_features)), (True, (out_features, in_features)))
-        if found == fits
-    ]
+    readings = []
+    # Both, for a square matrix.
+    if found == (in_features, out_features):
+        readings.append(False)
+    if found == (out_features, in_features):
+        readings.append(True)
+    return readings
 
 
 def join_gate_up(gate: Factors, up: Factors) -> Factors:
@@ -88,14 +90,17 @@ def split_gate_up(a_ERi: Tensor, b_EoR: Tensor) -> dict[str, Factors]:
     """
     gate_b, up_b = b_EoR.chunk(2, 1)
     rank = a_ERi.shape[1]
-    used = [b.abs().amax((0, 1)) > 0 for b in (gate_b, up_b)]
-    first = int(used[1].nonzero()[0]) if used[1].any() else rank
-    if used[0].any() and first and not used[0][first:].any():
+    # Ranks that any expert's gate, or up, reads.
+    by_gate_R = gate_b.abs().amax((0, 1)) > 0
+    by_up_R = up_b.abs().amax((0, 1)) > 0
+    first = int(by_up_R.nonzero()[0]) if by_up_R.any() else rank
+    # Block-diagonal: all of gate's ranks come before the first of up's.
+    if by_gate_R.any() and first and not by_gate_R[first:].any():
         halves = {"gate_proj": (a_ERi[:, :first], gate_b[:, :, :first])}
-        return halves | (
-            {"up_proj": (a_ERi[:, first:], up_b[:, :, first:])} if first < rank else {}
-        )
-    if not used[0].any() and used[1].any():
+        if first < rank:
+            halves["up_proj"] = (a_ERi[:, first:], up_b[:, :, first:])
+        return halves
+    if by_up_R.any() and not by_gate_R.any():
         return {"up_proj": (a_ERi, up_b)}
     return {"gate_proj": (a_ERi, gate_b), "up_proj": (a_ERi, up_b)}
 
@@ -196,16 +201,15 @@ class StackedFile:
     def _meaning(self, layer: int, tensors: dict[str, Factors]) -> tuple[dict[str, str], bool]:
         """Which tensor belongs to which parameter, and whether it is written as before PEFT
         0.19.1."""
-        readings = [
-            (m, old)
-            for m in _assignments(set(tensors))
-            for old in (False, True)
-            if self._fits(tensors, m, old)
-        ]
+        readings = []
+        for meaning in _assignments(set(tensors)):
+            for old in (False, True):
+                if self._fits(tensors, meaning, old):
+                    readings.append((meaning, old))
         if not readings:
-            shapes = {
-                f"experts.{w}".rstrip("."): [tuple(t.shape) for t in f] for w, f in tensors.items()
-            }
+            shapes = {}
+            for which, factors in tensors.items():
+                shapes[f"experts.{which}".rstrip(".")] = [tuple(t.shape) for t in factors]
             raise ValueError(
                 f"{self.path}: the stacked tensors of layer {layer} are {shapes}, which no reading"
                 f" fits to this base model's {self.shape.num_experts} experts of"
@@ -218,6 +222,7 @@ class StackedFile:
                 " do, and the config has no peft_version. Load and save the adapter with the PEFT"
                 " that trained it, 0.18 or newer"
             )
+        # Square weights fit both ways: the version that wrote the file decides.
         newest_first = self.version and _numbers(self.version) >= (0, 19, 1)
         return readings[0 if newest_first else -1]
 
@@ -225,14 +230,18 @@ class StackedFile:
         hidden = self.shape.hidden
         size = self.shape.expert_intermediate
         whole = {GATE_UP: (2 * size, hidden), DOWN: (hidden, size)}
-        return all(
-            old in orientations(*tensors[which], *whole[parameter])
-            and not tensors[which][0].shape[0] % self.shape.num_experts
-            for which, parameter in meaning.items()
-        )
+        for which, parameter in meaning.items():
+            a, b = tensors[which]
+            if old not in orientations(a, b, *whole[parameter]):
+                return False
+            # A has as many rows for each expert.
+            if a.shape[0] % self.shape.num_experts:
+                return False
+        return True
 
 
 def _numbers(version: str) -> tuple[int, ...]:
+    """The first three numbers of a version: 0, 19 and 1 of ``0.19.1.dev0``."""
     return tuple(int(n) for n in re.findall(r"\d+", version)[:3])
 
 

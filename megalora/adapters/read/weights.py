@@ -37,6 +37,7 @@ _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.ui
 FLOATS = tuple(_NUMPY)
 """Dtypes that a factor can have, as safetensors names them."""
 BLOCK_ROWS = 4096
+"""Rows that are read at once: a tensor of all experts may be larger than memory."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class TensorInfo:
 
 
 class AdapterWeights:
-    """What an adapter folder's weights hold."""
+    """Tensors of an adapter folder by name, whichever files they are in."""
 
     def __init__(self, folder: Path) -> None:
         """Read names and shapes.
@@ -64,6 +65,7 @@ class AdapterWeights:
         self.info: dict[str, TensorInfo] = {}
         self._at: dict[str, _Safetensors | _Pickle] = {}
         for path in self.files:
+            # Names and shapes alone: a tensor is read when it is asked for.
             file = _Safetensors(path) if path.suffix == ".safetensors" else _Pickle(path)
             for name, info in file.info.items():
                 if name in self._at:
@@ -73,6 +75,7 @@ class AdapterWeights:
                 self._at[name] = file
                 self.info[name] = info
         _check_index(folder, self.files, {name: file.path.name for name, file in self._at.items()})
+        # PEFT loads an empty file without a word, and the adapter then does nothing.
         if not self.info:
             raise ValueError(
                 f"{self.where} holds no tensors: nothing was adapted, or saving went wrong"
@@ -110,14 +113,16 @@ def as_floats(raw: np.ndarray, dtype: str) -> np.ndarray:
     float32, exactly."""
     if dtype == "BF16":
         return (raw.astype(np.uint32) << 16).view(np.float32)
-    return raw if dtype == "F64" else raw.astype(np.float32)
+    if dtype == "F64":
+        return raw
+    return raw.astype(np.float32)
 
 
 def mapped_rows(path: Path, start: int, shape: tuple[int, ...], dtype: str) -> Iterator[np.ndarray]:
     """The numbers at byte ``start`` of a file, rows of the first dimension a few thousand at a
     time, as floats."""
     if 0 in shape:
-        return
+        return  # an empty file region cannot be mapped
     stored = np.memmap(path, _NUMPY[dtype], mode="r", offset=start, shape=shape or (1,))
     for first in range(0, stored.shape[0], BLOCK_ROWS):
         yield as_floats(np.asarray(stored[first : first + BLOCK_ROWS]), dtype)
@@ -128,17 +133,22 @@ class _Safetensors:
         self.path = path
         self._open: Any = None
         try:
-            _, stored = read_header(path)  # says what is wrong with a file that is not whole
+            # Says what is wrong with a file that is not whole.
+            _, stored = read_header(path)
         except OSError as error:
             raise ValueError(
                 f"{path}: not a readable safetensors file ({error}); is it cut short, or still"
                 " being written?"
             ) from None
-        self._start = {tensor.name: tensor.start for tensor in stored}
-        self.info = {tensor.name: TensorInfo(tensor.shape, tensor.dtype) for tensor in stored}
+        self._start: dict[str, int] = {}
+        self.info: dict[str, TensorInfo] = {}
+        for tensor in stored:
+            self._start[tensor.name] = tensor.start
+            self.info[tensor.name] = TensorInfo(tensor.shape, tensor.dtype)
 
     def tensor(self, name: str) -> "Tensor":
-        if self._open is None:  # for torch, which takes seconds to import
+        # Late: what needs shapes alone does not wait for torch, which takes seconds to import.
+        if self._open is None:
             self._open = safe_open(str(self.path), framework="pt")
         return self._open.get_tensor(name)
 
@@ -151,10 +161,9 @@ class _Pickle:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._tensors = _unpickled(path)
-        self.info = {
-            name: TensorInfo(tuple(t.shape), _safetensors_name(t.dtype))
-            for name, t in self._tensors.items()
-        }
+        self.info: dict[str, TensorInfo] = {}
+        for name, tensor in self._tensors.items():
+            self.info[name] = TensorInfo(tuple(tensor.shape), _safetensors_name(tensor.dtype))
 
     def tensor(self, name: str) -> "Tensor":
         return self._tensors[name].contiguous()
@@ -164,10 +173,9 @@ class _Pickle:
 
         tensor = self._tensors[name]
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        return (
-            block.to(wide).numpy()
-            for block in tensor.reshape(-1, *tensor.shape[1:]).split(BLOCK_ROWS)
-        )
+        # A number without dimensions becomes one row.
+        for block in tensor.reshape(-1, *tensor.shape[1:]).split(BLOCK_ROWS):
+            yield block.to(wide).numpy()
 
 
 def _safetensors_name(dtype: Any) -> str:
@@ -192,15 +200,15 @@ def _unpickled(path: Path) -> dict[str, "Tensor"]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # torch before 1.6 wrote no zip file, which alone can be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # bytes of others, run as instructions: what goes wrong in them can be anything
+    # Bytes of others, run as instructions: what goes wrong in them can be anything.
+    except Exception as error:
         raise ValueError(f"{path}: {_what_is_wrong(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: must hold a dictionary of tensors, holds a {type(content).__name__}"
         )
     for name, tensor in content.items():
+        # A view of more elements than its storage has would read past the end.
         what = None
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             what = f"a {type(tensor).__name__}"
@@ -219,6 +227,7 @@ def _unpickled(path: Path) -> dict[str, "Tensor"]:
 def _what_is_wrong(error: Exception) -> str:
     """Say in a line why torch did not load a pickle; its advice to load it without ``weights_only``
     is left out."""
+    # torch names what the pickle would call: "Unsupported global: GLOBAL os.system ...".
     text = str(error)
     code = re.search(r"GLOBAL ([\w.]+)", text)
     if code:
@@ -247,12 +256,14 @@ def find_weight_files(folder: Path) -> tuple[list[Path], list[str]]:
     check_adapter_folder(folder)
     there = {path.name for path in folder.iterdir()}
     single = [name for name in (WEIGHTS, PICKLE) if name in there]
+    # (suffix, number of shards that the name says) -> names
     shards: dict[tuple[str, int], list[str]] = {}
     for name in sorted(there):
         if match := _SHARD.fullmatch(name):
             shards.setdefault((match["form"], int(match["count"])), []).append(name)
+    # Either may be the one that is meant. PEFT's own two forms are an exception: it has a rule.
     if (shards and single) or len(shards) > 1:
-        names = [*single, *(names[0] for names in shards.values())]
+        names = single + [of_set[0] for of_set in shards.values()]
         raise ValueError(
             f"{folder} holds weights more than once ({', '.join(names)}); leave only those that are"
             " meant"
@@ -268,6 +279,7 @@ def find_weight_files(folder: Path) -> tuple[list[Path], list[str]]:
         (form, count), names = next(iter(shards.items()))
         paths = _all_shards(folder, form, count, names)
     else:
+        # Such as adapter_model.gguf: named, so that the user sees what was found.
         other = sorted(name for name in there if name.startswith("adapter_model"))
         but = f", but {', '.join(other)}" if other else ""
         raise NotAnAdapter(f"{folder} is not an adapter folder: it has no {WEIGHTS}{but}")
@@ -277,12 +289,13 @@ def find_weight_files(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _all_shards(folder: Path, form: str, count: int, names: list[str]) -> list[Path]:
-    expected = [
-        f"adapter_model-{number:05d}-of-{count:05d}.{form}" for number in range(1, count + 1)
-    ]
+    """Paths of all shards of a set; raises ``ValueError`` unless ``names`` are just these."""
+    expected = []
+    for number in range(1, count + 1):
+        expected.append(f"adapter_model-{number:05d}-of-{count:05d}.{form}")
     if surplus := [name for name in names if name not in expected]:
         raise ValueError(
-            f"{folder}: {surplus[0]} is none of {count} shards; leave only those that are meant"
+            f"{folder}: {surplus[0]} is not one of {count} shards; leave only those that are meant"
         )
     if missing := [name for name in expected if name not in names]:
         raise ValueError(
@@ -295,16 +308,17 @@ def _all_shards(folder: Path, form: str, count: int, names: list[str]) -> list[P
 def _check_index(folder: Path, files: list[Path], found: dict[str, str]) -> None:
     """Raise ``ValueError`` where the index beside shards says otherwise than they do. ``found``:
     tensor -> file."""
+    # A single file needs none, and an index beside it is left over.
     path = folder / f"adapter_model{files[0].suffix}.index.json"
     if len(files) == 1 or not path.is_file():
         return
     said = read_json_object(path).get("weight_map")
     if not isinstance(said, dict):
         raise ValueError(f"{path}: weight_map must be an object that names a file for each tensor")
-    if apart := sorted(
-        name for name in said.keys() | found.keys() if said.get(name) != found.get(name)
-    ):
-        name = apart[0]
+    names = said.keys() | found.keys()
+    apart = [name for name in names if said.get(name) != found.get(name)]
+    if apart:
+        name = min(apart)
         raise ValueError(
             f"{path}: {len(apart)} tensors are not where it says, such as {name}: in"
             f" {said.get(name)} by the index, in {found.get(name)} really; a shard was lost or"

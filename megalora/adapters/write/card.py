@@ -1,5 +1,5 @@
-"""README.md of an exported adapter: what it is, what it was trained on, and how to load it
-where."""
+"""Write the README.md of an exported adapter: what it is, what it was trained on, and how to load
+it where."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +18,12 @@ class Facts:
     layout: str
     engine: str | None
     adapted: list[Adapted]
-    """As trained."""
+    """Projections as trained."""
     zeros: list[str]
-    """HF names, with {layer} and {expert}, of what the file holds as zeros because engines expect
-    it."""
+    """HF names, with {layer} and {expert}, of projections that the file holds as zeros because
+    engines expect them."""
     absent: list[str]
-    """HF names of single experts' linears, likewise."""
+    """HF names of single experts' linears, zeros in the file for the same reason."""
     dropped: list[str]
     """Projections that were trained and left out."""
     loads_in_peft: bool
@@ -32,6 +32,7 @@ class Facts:
 
 
 def card(facts: Facts) -> str:
+    """The whole file, as Markdown with the front matter that the Hub reads."""
     parts = [_front_matter(facts), _what(facts), _table(facts), _notes(facts), _loading(facts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -44,7 +45,9 @@ def _front_matter(facts: Facts) -> str:
 
 
 def _what(facts: Facts) -> str:
-    run = facts.run if facts.run and "config" in facts.run else None  # an import has no config
+    run = facts.run
+    if run and "config" not in run:
+        run = None  # an imported adapter that was not trained on
     made = "trained with megalora" if run else "made elsewhere and exported by megalora"
     lines = [f"# {facts.folder_name}", "", f"A LoRA adapter for `{facts.base}`, {made}."]
     if run:
@@ -65,14 +68,15 @@ def _what(facts: Facts) -> str:
 
 def _table(facts: Facts) -> str:
     rows = ["| projection | rank | scale | layers | experts |", "|---|--:|--:|---|--:|"]
-    groups: dict[tuple[str, int, float, int], list[int | None]] = {}
+    # A row for each projection, and another where some of its layers have another rank or scale.
+    groups: dict[tuple[str, int, float, int], list[int]] = {}
     for a in facts.adapted:
-        groups.setdefault((a.projection.hf, a.rank, a.scale, a.num_experts), []).append(a.layer)
+        layers = groups.setdefault((a.projection.hf, a.rank, a.scale, a.num_experts), [])
+        if a.layer is not None:
+            layers.append(a.layer)
     for (hf, rank, scale, experts), layers in groups.items():
-        rows.append(
-            f"| `{_short(hf)}` | {rank} | {scale:.6g} |"
-            f" {ranges([n for n in layers if n is not None])} | {experts or ''} |"
-        )
+        numbers = ranges(layers)
+        rows.append(f"| `{_short(hf)}` | {rank} | {scale:.6g} | {numbers} | {experts or ''} |")
     return "\n".join(rows)
 
 
@@ -85,27 +89,35 @@ def coverage(adapted: list[Adapted]) -> list[str]:
     """A line that shows a lost layer: which layers each projection is adapted in."""
     layers: dict[str, list[int]] = {}
     for a in adapted:
-        layers.setdefault(a.name, []).extend([] if a.layer is None else [a.layer])
-    return [
-        "adapts "
-        + "; ".join(
-            f"{name}{f' in layers {ranges(of)}' if of else ''}" for name, of in layers.items()
-        )
-    ]
+        of_projection = layers.setdefault(a.name, [])
+        if a.layer is not None:
+            of_projection.append(a.layer)
+    parts = []
+    for name, numbers in layers.items():
+        # The head is in no layer.
+        parts.append(f"{name} in layers {ranges(numbers)}" if numbers else name)
+    return [f"adapts {'; '.join(parts)}"]
 
 
 def ranges(numbers: list[int]) -> str:
     """``[0, 1, 2, 5]`` -> ``0-2, 5``."""
     runs: list[list[int]] = []
     for n in sorted(numbers):
+        # A number that follows the last one prolongs its run.
         if runs and n == runs[-1][-1] + 1:
             runs[-1].append(n)
         else:
             runs.append([n])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+    shown = []
+    for run in runs:
+        first = run[0]
+        last = run[-1]
+        shown.append(str(first) if first == last else f"{first}-{last}")
+    return ", ".join(shown)
 
 
 def _notes(facts: Facts) -> str:
+    """A list of what is in the file and does not act, and of what was left out."""
     lines = []
     if facts.zeros:
         names = ", ".join(f"`{_short(hf)}`" for hf in facts.zeros)
@@ -121,17 +133,16 @@ def _notes(facts: Facts) -> str:
         lines.append(
             f"- Trained and left out of this file: {', '.join(f'`{d}`' for d in facts.dropped)}."
         )
-    honoured = {a.name for a in facts.adapted}
+    trained = {a.name for a in facts.adapted}
     for engine in ENGINES.values():
-        lines += [
-            f"- {engine.title} {does} (`{p}`)."
-            for p, does in engine.not_honoured.items()
-            if p in honoured
-        ]
+        for name, does in engine.not_honoured.items():
+            if name in trained:
+                lines.append(f"- {engine.title} {does} (`{name}`).")
     return "\n".join(lines)
 
 
 def _loading(facts: Facts) -> str:
+    """How to load the file, for each engine that reads its layout."""
     rank = max(a.rank for a in facts.adapted)
     sections = []
     if facts.layout in ("per_expert", "stacked") and facts.loads_in_peft:
@@ -141,6 +152,7 @@ def _loading(facts: Facts) -> str:
             f'base = AutoModelForCausalLM.from_pretrained("{facts.base}")\n'
             f'model = PeftModel.from_pretrained(base, "{facts.folder_name}")\n```'
         )
+    # vLLM serves no adapter of a larger rank: better no command than one that fails.
     if facts.layout == "per_expert" and rank <= VLLM_RANKS[-1]:
         sections.append(
             f"## vLLM\n\n```bash\nvllm serve {facts.base} --enable-lora --max-lora-rank"

@@ -1,5 +1,5 @@
-"""What PEFT, vLLM and SGLang do with an adapter: which layout each reads, and what each would leave
-out without a word.
+"""List which adapter layouts PEFT, vLLM and SGLang read, and what each would leave out without a
+word.
 
 engine          layouts                  router (gate)             lm_head    read from
 PEFT 0.21       per expert, stacked      honoured                  honoured   run in tests/adapters
@@ -25,14 +25,19 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 def vllm_max_rank(rank: int) -> int | None:
     """The smallest ``--max-lora-rank`` that holds an adapter of ``rank``; None where none does."""
-    return next((holding for holding in VLLM_RANKS if rank <= holding), None)
+    for largest in VLLM_RANKS:
+        if rank <= largest:
+            return largest
+    return None
 
 
 @dataclass(frozen=True)
 class Engine:
+    """An engine's name, and what it reads of an adapter."""
+
     title: str
     layouts: dict[str, FileFormat]
-    """What the user calls a layout -> the form written; the first is the default."""
+    """Name of a layout on the command line -> the form written; the first is the default."""
     not_honoured: dict[str, str]
     """Projection -> what the engine does instead of applying its adapter."""
 
@@ -52,30 +57,33 @@ ENGINES: dict[EngineName, Engine] = {
 
 
 def check_engine(name: EngineName, layout: str, adapted: list[Adapted], shape: ModelShape) -> None:
-    """Raise ``ValueError`` for what the engine would not do with this adapter; ``adapted``: without
-    what the user dropped."""
+    """Raise ``ValueError`` where the engine would not load the adapter or would leave part of it
+    out; ``adapted`` is without what the user dropped."""
     engine = ENGINES[name]
     if layout not in engine.layouts:
         raise ValueError(f"--layout {layout}: {engine.title} reads {' or '.join(engine.layouts)}")
     check_honoured(name, adapted, shape)
-    experts = any(a.projection.is_expert for a in adapted)
+    experts = [a for a in adapted if a.projection.is_expert]
     if name == "peft" and not loads_in_peft(layout, adapted, shape):
         raise ValueError(
             f"{engine.title} cannot load adapters of {shape.model_type}'s experts, one for each:"
             " its table lacks that model. Export with --layout stacked"
         )
-    renamed = [a.name for a in adapted if a.projection.is_expert and a.projection.in_memory]
-    if name == "sglang" and renamed:
-        raise ValueError(
-            f"{engine.title} knows no adapters of linears called {renamed[0]}, as"
-            f" {shape.model_type}'s experts have them; merge it: megalora merge"
-        )
-    if (
-        name == "sglang"
-        and shape.moe_layers
-        and len(shape.moe_layers) < shape.num_layers
-        and experts
-    ):
+    if name == "sglang":
+        _check_sglang(engine, experts, shape)
+
+
+def _check_sglang(engine: Engine, experts: list[Adapted], shape: ModelShape) -> None:
+    """Raise ``ValueError`` for adapters of experts that SGLang fails on."""
+    for a in experts:
+        # w1, w2, w3: SGLang looks for gate_proj, up_proj and down_proj.
+        if a.projection.in_memory:
+            raise ValueError(
+                f"{engine.title} knows no adapters of linears called {a.name}, as"
+                f" {shape.model_type}'s experts have them; merge it: megalora merge"
+            )
+    is_mixed = 0 < len(shape.moe_layers) < shape.num_layers
+    if experts and is_mixed:
         raise ValueError(
             f"{engine.title} fails on adapters of models with dense layers among MoE layers; merge"
             " it: megalora merge"
@@ -86,6 +94,7 @@ def check_honoured(name: EngineName, adapted: list[Adapted], shape: ModelShape) 
     """Raise ``ValueError`` for a projection whose adapter the engine would not apply."""
     engine = ENGINES[name]
     family = FAMILIES[shape.model_type]
+    # Some families have linears that an engine holds in a form which takes no adapter.
     of_family = {"peft": family.peft.not_honoured, "vllm": family.vllm.not_honoured}
     not_honoured = engine.not_honoured | dict(of_family.get(name, {}))
     for projection in dict.fromkeys(a.name for a in adapted):

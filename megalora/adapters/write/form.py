@@ -1,4 +1,4 @@
-"""From what was trained to what a file holds. What loads is narrower than what trains.
+"""Convert trained adapters to the layouts of PEFT files. What loads is narrower than what trains.
 
 Scales, rsLoRA's too, are folded into alpha: engines that ignore ``use_rslora`` then scale alike.
 
@@ -46,6 +46,7 @@ def export_form(adapted: list[Adapted], shape: ModelShape, *, uniform: bool = Fa
     """Every projection in a file with a matrix for each linear, in the order of the table."""
     trained = {(a.layer, a.projection): a for a in adapted}
     experts = [a for a in adapted if a.projection.is_expert]
+    # gate and up of an expert; where only down was trained, its rank and scale serve all three.
     fused = [a for a in experts if a.projection.kind == "expert_column"] or experts
     alike = adapted if uniform else fused
     rank = max((a.rank for a in alike), default=0)
@@ -56,6 +57,7 @@ def export_form(adapted: list[Adapted], shape: ModelShape, *, uniform: bool = Fa
             return rank, scale
         return own.rank, own.scale
 
+    # Layer by layer: engines want all linears of a group in a layer, or none of it.
     pairs: list[Pair] = []
     for layer in sorted({a.layer for a in adapted if a.layer is not None}):
         projections = layer_projections(shape, layer)
@@ -66,9 +68,11 @@ def export_form(adapted: list[Adapted], shape: ModelShape, *, uniform: bool = Fa
             if own or (needs_all and _group(projection) in present):
                 r, s = settings(projection, own)
                 pairs.append((make_adapted(projection, layer, r, s * r, s, shape), own))
-    for own in (a for a in adapted if a.layer is None):
-        r, s = settings(own.projection, own)
-        pairs.append((replace(own, rank=r, alpha=s * r, scale=s), own))
+    # The head, behind the layers.
+    for own in adapted:
+        if own.layer is None:
+            r, s = settings(own.projection, own)
+            pairs.append((replace(own, rank=r, alpha=s * r, scale=s), own))
     return pairs
 
 
@@ -82,8 +86,11 @@ def _group(projection: Projection) -> str:
 
 
 def num_tensors(adapted: list[Adapted], shape: ModelShape) -> int:
-    """Of a checkpoint's file."""
-    return 2 * sum(len(written.hf_modules()) for written, _ in export_form(adapted, shape))
+    """Number of tensors in a checkpoint's adapter file: an A and a B for each linear."""
+    count = 0
+    for written, _ in export_form(adapted, shape):
+        count += 2 * len(written.hf_modules())
+    return count
 
 
 def padded(pairs: list[Pair]) -> list[str]:
@@ -102,16 +109,21 @@ def peft_tensors(pairs: list[Pair], trained: dict[str, Tensor]) -> dict[str, Ten
                 if own is None:
                     tensors[name] = torch.zeros(written.shape(factor), dtype=dtype)
                     continue
+                # Zero rows below A [r, in], zero columns beside B [out, r]; B takes the scale.
                 missing = written.rank - own.rank
-                same = factor == "A" or own.scale == written.scale
-                value = trained[name] if same else trained[name] * (own.scale / written.scale)
-                tensors[name] = F.pad(value, (0, 0, 0, missing) if factor == "A" else (0, missing))
+                value = trained[name]
+                if factor == "A":
+                    tensors[name] = F.pad(value, (0, 0, 0, missing))
+                    continue
+                if own.scale != written.scale:
+                    value = value * (own.scale / written.scale)
+                tensors[name] = F.pad(value, (0, missing))
     return tensors
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the config says of one module or parameter: its target, and the keys under which
+    """Settings of one module or parameter in the config: its target, and the keys under which
     patterns find it."""
 
     target: str
@@ -121,10 +133,11 @@ class _Entry:
     short: str
     """Regular expression for it in every layer. PEFT anchors keys at the end of the name."""
     full: str
-    """And in its own layer alone."""
+    """Regular expression for it in its own layer alone."""
     rank: int
     alpha: float
     decides_default: bool
+    """Whether PEFT reads its rank and scale from r and lora_alpha alone."""
 
 
 def module_entries(written: list[Adapted], shape: ModelShape) -> list[_Entry]:
@@ -148,6 +161,7 @@ def module_entries(written: list[Adapted], shape: ModelShape) -> list[_Entry]:
         if beside:
             target = f"{within_layer(a.projection.hf)}.weight"
             short = re.escape(within_layer(a.projection.hf)) + end
+        # PEFT reads neither pattern for the fused parameter: these must be the default.
         fused = a.projection.kind == "expert_column"
         entries.append(_Entry(target, beside, a.name, short, full, a.rank, _number(a.alpha), fused))
     return entries
@@ -165,8 +179,15 @@ def peft_config(entries: list[_Entry], base: str) -> dict[str, Any]:
     default = [e for e in entries if e.decides_default] or entries
     rank, alpha = most_common([(e.rank, e.alpha) for e in default])
     settings: dict[str, set[tuple[int, float]]] = {}
+    targets: set[str] = set()
+    parameters: set[str] = set()
     for e in entries:
         settings.setdefault(e.name, set()).add((e.rank, e.alpha))
+        if e.is_parameter:
+            parameters.add(e.target)
+        else:
+            targets.add(e.target)
+    # Where all layers agree, one key serves for all of them.
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     for e in entries:
@@ -181,8 +202,7 @@ def peft_config(entries: list[_Entry], base: str) -> dict[str, Any]:
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
         "use_dora": False,
         "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
-        "target_modules": sorted({e.target for e in entries if not e.is_parameter}),
-        "target_parameters": sorted({e.target for e in entries if e.is_parameter}) or None,
+        "target_modules": sorted(targets), "target_parameters": sorted(parameters) or None,
         "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
     }  # fmt: skip
 
@@ -195,16 +215,19 @@ def _stacked(
     scale = most_common([a.scale for a in experts])
     tensors: dict[str, Tensor] = {}
     entries: list[_Entry] = []
-    for layer in sorted({a.layer for a in experts if a.layer is not None}):
-        of_layer = [a for a in experts if a.layer == layer]
+    by_layer: dict[int, list[Adapted]] = {}
+    for a in experts:
+        assert a.layer is not None
+        by_layer.setdefault(a.layer, []).append(a)
+    for layer, of_layer in sorted(by_layer.items()):
+        # Inside the loop: copies of one layer's factors at a time.
         own = {a.projection.role: (a, factors_of(a, trained)) for a in of_layer}
         where = experts_block(layer)
         for parameter, (a, b) in stacked_factors(own, scale, shape).items():
             rank = a.shape[1]
-            for factor, tensor in zip(("A", "B"), pack(a, b), strict=True):
-                tensors[
-                    tensor_name(where + (".base_layer" if parameter == GATE_UP else ""), factor)
-                ] = tensor
+            # PEFT wraps gate_up first, then down around it: gate_up's names are the inner ones.
+            module = f"{where}.base_layer" if parameter == GATE_UP else where
+            tensors[tensor_name(module, "A")], tensors[tensor_name(module, "B")] = pack(a, b)
             full = re.escape(f"{where}.{parameter}")
             name = f"experts.{parameter}"
             alpha = _number(scale * rank)
@@ -220,11 +243,15 @@ def share_outer(written: list[Adapted], tensors: dict[str, Tensor]) -> dict[str,
     """The tensors with experts' stacked and what they share kept once; raises ``ValueError`` where
     they do not share it."""
     tensors = dict(tensors)
-    for a in (a for a in written if a.projection.is_expert):
+    for a in written:
+        if not a.projection.is_expert:
+            continue
+        # The outer side of an expert, H wide: A of gate and up, B of down.
         shared = "B" if a.projection.kind == "expert_row" else "A"
         where = a.hf_module(0).replace(".experts.0.", ".experts.")
         for factor, stack in zip(("A", "B"), factors_of(a, tensors), strict=True):
             if factor == shared:
+                # Equal to the bit: an average would be another adapter.
                 if not (stack == stack[:1]).all():
                     raise ValueError(
                         f"--layout shared_outer: the experts of layer {a.layer} have different"
@@ -233,6 +260,7 @@ def share_outer(written: list[Adapted], tensors: dict[str, Tensor]) -> dict[str,
                     )
                 stack = stack[:1]
             tensors[tensor_name(where, factor)] = stack.contiguous()
+        # The stacks stand for the experts' own matrices.
         for module in a.hf_modules():
             for factor in ("A", "B"):
                 del tensors[tensor_name(module, factor)]
@@ -241,10 +269,9 @@ def share_outer(written: list[Adapted], tensors: dict[str, Tensor]) -> dict[str,
 
 def factors_of(adapted: Adapted, tensors: dict[str, Tensor]) -> Factors:
     """A ``[E, r, in]`` and B ``[E, out, r]`` of all experts, or of the one linear, E = 1."""
-    a, b = (
-        torch.stack([tensors[tensor_name(m, factor)] for m in adapted.hf_modules()])
-        for factor in ("A", "B")
-    )
+    modules = adapted.hf_modules()
+    a = torch.stack([tensors[tensor_name(module, "A")] for module in modules])
+    b = torch.stack([tensors[tensor_name(module, "B")] for module in modules])
     return a, b
 
 
@@ -252,14 +279,16 @@ def write_adapter(
     folder: Path, adapted: list[Adapted], shape: ModelShape, trained: dict[str, Tensor], base: str,
     layout: FileFormat = "per_expert",
 ) -> list[str]:  # fmt: skip
-    """The two files PEFT loads, from whole trained tensors by HF name; returns what was added as
-    zeros (``padded``)."""
+    """Write the two files that PEFT loads, from whole trained tensors by HF name; return what was
+    added as zeros (``padded``)."""
+    # Stacked, experts have entries and tensors of their own; all else is written as always.
     linears = [a for a in adapted if not (layout == "stacked" and a.projection.is_expert)]
     pairs = export_form(linears, shape, uniform=layout in ("uniform", "shared_outer"))
     tensors = peft_tensors(pairs, trained)
-    entries = module_entries([w for w, _ in pairs], shape)
+    written = [as_written for as_written, _ in pairs]
+    entries = module_entries(written, shape)
     if layout == "shared_outer":
-        tensors = share_outer([w for w, _ in pairs], tensors)
+        tensors = share_outer(written, tensors)
     if len(linears) < len(adapted):
         of_experts, more = _stacked(adapted, shape, trained)
         tensors = tensors | of_experts
@@ -270,6 +299,6 @@ def write_adapter(
 
 
 def _number(alpha: float) -> float | int:
-    """As JSON should show it."""
+    """An alpha as JSON should show it: 32, not 32.000000000000004 or 32.0."""
     alpha = without_noise(alpha)
     return int(alpha) if alpha.is_integer() else alpha
