@@ -13,7 +13,8 @@ import torch
 from megalora_kernels.gemm_kernel import grouped_gemm_triton
 from megalora_kernels.routing import Routing
 from megalora_kernels.sums import TritonSums
-from megalora_kernels.swiglu import swiglu_backward_triton, swiglu_ref, swiglu_triton
+from megalora_kernels.swiglu import swiglu_ref, swiglu_triton
+from megalora_kernels.swiglu_backward import swiglu_backward_triton
 from megalora_kernels.variants import Product, Variant, rule
 from torch import Tensor
 

@@ -31,7 +31,8 @@ from .lora_wgrad import lora_wgrad_loop, lora_wgrad_triton
 from .routing import Routing
 from .shrink import shrink_loop, shrink_triton
 from .sums import Shapes, Sums, TorchSums, TritonSums
-from .swiglu import swiglu_backward_loop, swiglu_backward_triton, swiglu_loop, swiglu_triton
+from .swiglu import swiglu_loop, swiglu_triton
+from .swiglu_backward import swiglu_backward_loop, swiglu_backward_triton
 
 
 @dataclass

@@ -126,15 +126,14 @@ def grouped_lora(
         weight_ENK: frozen base weights in x's dtype, or ``AugmentedWeight`` ones with room for an
             adapter of this rank.
         offsets_E: int32, cumulative row ends; the last one equals M. Checked where the offsets are
-            on the host or
-            read there anyway; else it is the caller's promise, and rows beyond it are garbage.
+            on the host or read there anyway; else it is the caller's promise, and rows beyond it
+            are garbage.
         a_ERK, b_ENR: the adapter in x's dtype, scaling folded into b. Two adapters that share x
-        (gate and up) are
-            one: A stacked to [E, 2r, K], B block-diagonal [E, N, 2r]. Neither: the base alone.
+            (gate and up) are one: A stacked to [E, 2r, K], B block-diagonal [E, N, 2r]. Neither:
+            the base alone.
         x_lora_MK: what A reads in place of x: x after dropout. The base reads x.
         backend: "reference", "loop", "grouped_mm" or "triton". None reads MEGALORA_BACKEND, and
-            without it follows
-            the rule in ``backend.py``.
+            without it follows the rule in ``backend.py``.
 
     Returns:
         y_MN in x's dtype. GEMMs accumulate in float32 (float64 for float64); gradients of experts
@@ -142,9 +141,25 @@ def grouped_lora(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a weight that requires a gradient,
-            half an adapter,
-            an unknown back end or one that cannot run here.
+            half an adapter, an unknown back end or one that cannot run here.
     """
+    weight = _checked(x_MK, weight_ENK, offsets_E, a_ERK, b_ENR, x_lora_MK)
+    rank = 0 if a_ERK is None else a_ERK.shape[1]
+    num_rows = x_MK.shape[0]
+    has_room = weight.joined is not None
+    name = choose(backend, "grouped_lora", x_MK, num_rows, rank, [weight.w_ENK], has_room)
+    if name == "reference":
+        return grouped_lora_ref(x_MK, weight.w_ENK, offsets_E, a_ERK, b_ENR, x_lora_MK)
+    return _GroupedLoRA.apply(  # pyright: ignore
+        x_MK, weight.w_ENK, offsets_E.contiguous(), a_ERK, b_ENR, x_lora_MK, weight.joined, name
+    )
+
+
+def _checked(
+    x_MK: torch.Tensor, weight_ENK: torch.Tensor | AugmentedWeight, offsets_E: torch.Tensor,
+    a_ERK: torch.Tensor | None, b_ENR: torch.Tensor | None, x_lora_MK: torch.Tensor | None,
+) -> Weight:  # fmt: skip
+    """The weight, once all operands are known to fit each other; else ``ValueError``."""
     weight = Weight.of(weight_ENK)
     check_base("grouped_lora", x_MK, weight.w_ENK, offsets_E)
     check_adapter("grouped_lora", weight.w_ENK, a_ERK, b_ENR)
@@ -156,27 +171,5 @@ def grouped_lora(
             f"grouped_lora: x_lora is {tuple(x_lora_MK.shape)}; it needs a, b and x's shape"
             f" {tuple(x_MK.shape)}"
         )
-    rank = 0 if a_ERK is None else a_ERK.shape[1]
-    weight.check_room("grouped_lora", rank)
-    name = choose(
-        backend,
-        "grouped_lora",
-        x_MK,
-        x_MK.shape[0],
-        rank,
-        [weight.w_ENK],
-        weight.joined is not None,
-    )
-    if name == "reference":
-        return grouped_lora_ref(x_MK, weight.w_ENK, offsets_E, a_ERK, b_ENR, x_lora_MK)
-    operands = (
-        x_MK,
-        weight.w_ENK,
-        offsets_E.contiguous(),
-        a_ERK,
-        b_ENR,
-        x_lora_MK,
-        weight.joined,
-        name,
-    )
-    return _GroupedLoRA.apply(*operands)  # pyright: ignore
+    weight.check_room("grouped_lora", 0 if a_ERK is None else a_ERK.shape[1])
+    return weight

@@ -95,24 +95,15 @@ def _shrink_kernel(
             acc, x_ptrs, rows_ptrs, row_ok, a_ptr, r, K, stride_ar, stride_ak, R, COPY, BLOCK_K
         )
         if FACTORS == 2:
+            # The second projection's share of x begins K columns on, and its ranks come behind R.
             x_ptrs = x_ptrs + K
             rows_ptrs = rows_ptrs + K
             r2 = r - R
             a2_ptr += expert_64 * stride_a2e
             acc = _add_factor(
-                acc,
-                x_ptrs,
-                rows_ptrs,
-                row_ok,
-                a2_ptr,
-                r2,
-                K,
-                stride_a2r,
-                stride_a2k,
-                R2,
-                COPY,
+                acc, x_ptrs, rows_ptrs, row_ok, a2_ptr, r2, K, stride_a2r, stride_a2k, R2, COPY,
                 BLOCK_K,
-            )
+            )  # fmt: skip
         if R + R2 > 0:
             acc *= tl.where(r < SPLIT, scale, scale2)[None, :]
             s_ptrs = s_ptr + rows[:, None].to(tl.int64) * stride_s + r[None, :]

@@ -4,20 +4,14 @@ it.
     h[m] = silu(gate[m]) * up[m] * p[m]        [gate | up] = y[m]
     s[m] = scale * h[m] @ a[e]ᵀ                what down's adapter reads, in the same pass
 
-Backward goes once over dh, gate and up and makes from values in registers, besides dgate, dup and
-dp, what sums over rows of them: dB of gate and up, dA of down. Sums are kept in float32 per chunk
-of rows (dp: per block of columns) and added in a fixed order: no atomics, the same bits on every
-run. dS of gate_up sums over columns; a shrink of [dgate | dup] makes it.
+The backward pass is in ``swiglu_backward.py``.
 
-Shape legend: M routed rows   E experts   I expert intermediate   R rank of gate and up stacked
-Q rank of down
+Shape legend: M routed rows   E experts   I expert intermediate   Q rank of down
 """
 
 # A @triton.jit function is called with a grid, options and plain numbers for constexprs, and
 # unpacks tuples in kernels: Python's rules for calls do not hold.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +19,12 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from . import tiles
-from .each_expert import multiply, multiply_rows
-from .lora_wgrad import lora_wgrad_loop
+from .each_expert import multiply
 from .routing import Routing
-from .sums import TorchSums, TritonSums
 from .tiles import max_tiles, tile_of
-from .variants import device_limits
 
 # read once: kernels are decorated when this module is imported
 COMPILED: bool = not knobs.runtime.interpret
-LOOP_ELEMENTS = 2**16
-"""What the loop's element-wise operations take at once, or one expert's rows: many small experts
-cost few calls then, and operands stay in a CPU's L2."""
 
 # ---- 1. reference --------------------------------------------------------------------------------
 
@@ -53,7 +40,7 @@ def swiglu_ref(y_MJ: torch.Tensor, p_M: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _float32(ptrs, col_ok, EVEN: tl.constexpr):
+def load_float32(ptrs, col_ok, EVEN: tl.constexpr):
     """Read in float32; columns beyond the edge as zeros. A mask where no column is beyond it costs
     instructions."""
     if EVEN:
@@ -63,7 +50,7 @@ def _float32(ptrs, col_ok, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid(x, EXACT: tl.constexpr):
+def sigmoid(x, EXACT: tl.constexpr):
     """1 / (1 + e^-x) by 2^(-x log2 e): four instructions fewer than ``tl.sigmoid``, and on a GPU
     the same bits.
 
@@ -78,7 +65,7 @@ def _sigmoid(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _computed_once(x, OPAQUE: tl.constexpr):
+def computed_once(x, OPAQUE: tl.constexpr):
     """Return x as it is, through a step that the compiler can neither see through nor repeat.
 
     x goes to memory in one layout and into a product in another. Instead of exchanging it between
@@ -128,10 +115,10 @@ def _swiglu_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
         for i0 in range(0, I, BLOCK_I):
             col_ok = i0 + i < I
-            gate = _float32(y_ptrs + i0, col_ok[None, :], EVEN_I)
-            up = _float32(y_ptrs + I + i0, col_ok[None, :], EVEN_I)
-            h = (gate * _sigmoid(gate, dtype == tl.float32) * up * p).to(dtype)
-            h = _computed_once(h, OPAQUE and Q > 0)
+            gate = load_float32(y_ptrs + i0, col_ok[None, :], EVEN_I)
+            up = load_float32(y_ptrs + I + i0, col_ok[None, :], EVEN_I)
+            h = (gate * sigmoid(gate, dtype == tl.float32) * up * p).to(dtype)
+            h = computed_once(h, OPAQUE and Q > 0)
             if EVEN_I:
                 tl.store(h_ptrs + i0, h, mask=row_ok[:, None])
             else:
@@ -147,115 +134,6 @@ def _swiglu_kernel(
                 (acc * scale).to(s_ptr.dtype.element_ty),
                 mask=row_ok[:, None] & (q < PAD)[None, :],
             )
-
-
-@triton.jit
-def _gradients(gate, up, dh, p, EXACT: tl.constexpr):
-    """silu(gate) up, and the gradients of gate and of up."""
-    sigmoid = _sigmoid(gate, EXACT)
-    silu = gate * sigmoid
-    d_gate = dh * p * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return silu * up, d_gate, dh * p * silu
-
-
-@triton.jit
-def _store_sums(
-    da, db_gate, db_up, da_ptr, db_gate_ptr, db_up_ptr, part, i, i_ok, I, r, q,
-    R: tl.constexpr, R_GATE: tl.constexpr, UP_FROM: tl.constexpr, Q: tl.constexpr,
-):  # fmt: skip
-    """Write a chunk's parts of dA and dB, ``part`` elements behind the first; ``i`` are the
-    program's columns.
-
-    Gate's B has the columns of S before R_GATE, up's those from UP_FROM on.
-    """
-    if R > 0:
-        gate_ptrs = db_gate_ptr + part + i[:, None] * R_GATE + r[None, :]
-        tl.store(gate_ptrs, db_gate, mask=i_ok[:, None] & (r < R_GATE)[None, :])
-        up_ptrs = db_up_ptr + part + i[:, None] * (R - UP_FROM) + (r - UP_FROM)[None, :]
-        tl.store(up_ptrs, db_up, mask=i_ok[:, None] & ((r >= UP_FROM) & (r < R))[None, :])
-    if Q > 0:
-        da_ptrs = da_ptr + part + q[:, None] * I + i[None, :]
-        tl.store(da_ptrs, da, mask=(q < Q)[:, None] & i_ok[None, :])
-
-
-@triton.jit
-def _swiglu_backward_kernel(
-    dh_ptr, y_ptr, p_ptr, s_ptr, ds_ptr, # dh (M, I), y (M, 2I), p (M,), s (M, R), ds (M, Q)
-    # dy (M, 2I); float32 parts: (blocks, M), (chunks, Q, I), (chunks, I, r)
-    dy_ptr, dp_ptr, da_ptr, db_gate_ptr, db_up_ptr,
-    offsets_ptr, num_rows, num_experts, I, stride_dh, stride_y, stride_s, stride_ds, stride_dy,
-    stride_part,
-    R: tl.constexpr, R_GATE: tl.constexpr, UP_FROM: tl.constexpr, Q: tl.constexpr,
-    EXPERTS: tl.constexpr, CHUNK: tl.constexpr, EVEN_I: tl.constexpr, OPAQUE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """One program owns one chunk of rows and BLOCK_I columns of gate and the same of up.
-
-    The blocks of a chunk follow each other in the grid: they read the same rows of s and ds, from
-    L2 but for the first.
-    """
-    block = tl.program_id(0)
-    chunk = tl.program_id(1)
-    expert, row0, end = tile_of(offsets_ptr, chunk, num_experts, EXPERTS, CHUNK)
-    if expert < num_experts:
-        i = block * BLOCK_I + tl.arange(0, BLOCK_I)
-        i_ok = i < I
-        r = tl.arange(0, BLOCK_R)
-        q = tl.arange(0, BLOCK_Q)
-        dtype = dy_ptr.dtype.element_ty
-        da = tl.zeros((BLOCK_Q, BLOCK_I), tl.float32)
-        db_gate = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
-        db_up = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
-        for m0 in range(row0, tl.minimum(row0 + CHUNK, end), BLOCK_M):
-            rows = m0 + tl.arange(0, BLOCK_M)
-            row_ok = rows < end
-            # Rows beyond the edge read the block's first row: never stored, and their rows of s and
-            # ds are zeros.
-            rows_64 = tl.where(row_ok, rows, m0).to(tl.int64)
-            y_ptrs = y_ptr + rows_64[:, None] * stride_y + i[None, :]
-            gate = _float32(y_ptrs, i_ok[None, :], EVEN_I)
-            up = _float32(y_ptrs + I, i_ok[None, :], EVEN_I)
-            dh = _float32(dh_ptr + rows_64[:, None] * stride_dh + i[None, :], i_ok[None, :], EVEN_I)
-            p = tl.load(p_ptr + rows_64).to(tl.float32)[:, None]
-            product, d_gate, d_up = _gradients(gate, up, dh, p, dtype == tl.float32)
-            tl.store(
-                dp_ptr + block.to(tl.int64) * num_rows + rows, tl.sum(dh * product, 1), mask=row_ok
-            )
-            d_gate = _computed_once(d_gate.to(dtype), OPAQUE and R > 0)
-            d_up = _computed_once(d_up.to(dtype), OPAQUE and R > 0)
-            dy_ptrs = dy_ptr + rows_64[:, None] * stride_dy + i[None, :]
-            ok = row_ok[:, None] if EVEN_I else row_ok[:, None] & i_ok[None, :]
-            tl.store(dy_ptrs, d_gate, mask=ok)
-            tl.store(dy_ptrs + I, d_up, mask=ok)
-            if R > 0:
-                s_ok = row_ok[:, None] & (r < R)[None, :]
-                s = tl.load(s_ptr + rows_64[:, None] * stride_s + r[None, :], mask=s_ok, other=0.0)
-                db_gate = tl.dot(tl.trans(d_gate), s, db_gate, input_precision="ieee")
-                db_up = tl.dot(tl.trans(d_up), s, db_up, input_precision="ieee")
-            if Q > 0:
-                ds_ptrs = ds_ptr + rows_64[None, :] * stride_ds + q[:, None]
-                ds = tl.load(ds_ptrs, mask=row_ok[None, :] & (q < Q)[:, None], other=0.0)
-                h = _computed_once((product * p).to(dtype), OPAQUE)
-                da = tl.dot(ds, h, da, input_precision="ieee")
-        part = chunk.to(tl.int64) * stride_part
-        _store_sums(
-            da,
-            db_gate,
-            db_up,
-            da_ptr,
-            db_gate_ptr,
-            db_up_ptr,
-            part,
-            i,
-            i_ok,
-            I,
-            r,
-            q,
-            R,
-            R_GATE,
-            UP_FROM,
-            Q,
-        )
 
 
 # ---- 3. launchers --------------------------------------------------------------------------------
@@ -297,120 +175,3 @@ def swiglu_loop(
     s_MQ = multiply(h_MI, a_EQI.transpose(1, 2), routing, out=s_MP[:, : a_EQI.shape[1]])
     if scale != 1:
         s_MQ.mul_(scale)
-
-
-def backward_blocks(dtype: torch.dtype, rank: int, capability: tuple[int, int]) -> dict[str, int]:
-    """Read what compiling showed: the tile of ``_swiglu_backward_kernel`` for ranks padded to
-    powers of two.
-
-    The sums dA and dB grow with the rank and live in registers. 168 of them let three programs of
-    four warps share a multiprocessor, with 36 KB of loads under way; the compiler would take four
-    more. Loads are not pipelined from rank 64 on, for want of registers, and on Blackwell: beside
-    its tensor cores Triton cannot pipeline an opaque step.
-    """
-    if dtype == torch.float32:  # no tensor cores in full precision
-        return {"BLOCK_M": 16, "BLOCK_I": 32, "num_warps": 4 if rank <= 64 else 8, "num_stages": 1}
-    if rank <= 32:
-        stages = 2 if capability < (10, 0) else 1
-        return {"BLOCK_M": 32, "BLOCK_I": 64, "num_warps": 4, "num_stages": stages, "maxnreg": 168}
-    if rank <= 128:
-        return {"BLOCK_M": 32, "BLOCK_I": 64, "num_warps": 4 if rank <= 64 else 8, "num_stages": 1}
-    return {"BLOCK_M": 16, "BLOCK_I": 32, "num_warps": 8, "num_stages": 1}
-
-
-def swiglu_backward_triton(
-    dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing,
-    dy_MJ: torch.Tensor,
-    s_MR: torch.Tensor | None, ds_MQ: torch.Tensor | None,
-    sums: TritonSums, da: torch.Tensor | None, db: Sequence[torch.Tensor | None],
-) -> None:  # fmt: skip
-    """Fills ``dy_MJ``, leaves parts of dp in ``sums``, of dA of down in ``da`` and of dB of gate_up
-    in ``db``, which are places there. ``s_MR`` is S of gate_up, ``ds_MQ`` dS of down; None without
-    that adapter."""
-    M, I = dh_MI.shape
-    E = routing.num_experts
-    new = {"dtype": torch.float32, "device": dh_MI.device}
-    R, Q = (0 if t is None else t.shape[1] for t in (s_MR, ds_MQ))
-    s, ds = (y_MJ if t is None else t for t in (s_MR, ds_MQ))
-    block_r, block_q = (max(16, triton.next_power_of_2(rank)) for rank in (R, Q))
-    tile = backward_blocks(dh_MI.dtype, max(block_r, block_q), device_limits(dh_MI.device)[1])
-    chunks = max_tiles(M, E, tiles.CHUNK_ROWS)
-    blocks = int(triton.cdiv(I, tile["BLOCK_I"]))
-    dp = torch.empty(blocks, M, **new)
-    db_gate, db_up, rank_gate, up_from = _db_places(db, I, R)
-    # What is not there is never written, but a pointer must be given.
-    places = [dp if t is None else t for t in (da, db_gate, db_up)]
-    stride_part = max(0 if t is None else t.stride(0) for t in (da, db_gate, db_up))
-    _swiglu_backward_kernel[(blocks, chunks)](
-        dh_MI, y_MJ, p_M, s, ds, dy_MJ, dp, *places,
-        routing.offsets_E, M, E, I, dh_MI.stride(0), y_MJ.stride(0), s.stride(0), ds.stride(0),
-        dy_MJ.stride(0),
-        stride_part, R=R, R_GATE=rank_gate, UP_FROM=up_from, Q=Q, EXPERTS=triton.next_power_of_2(E),
-        CHUNK=tiles.CHUNK_ROWS,
-        EVEN_I=I % tile["BLOCK_I"] == 0, OPAQUE=COMPILED, BLOCK_R=block_r, BLOCK_Q=block_q, **tile,
-    )  # fmt: skip
-    sums.dp_part = dp
-    sums.dp_dtype = p_M.dtype
-
-
-def _db_places(
-    db: Sequence[torch.Tensor | None], I: int, rank: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None, int, int]:
-    """dB of gate and of up, and the columns of S that are theirs: before the third value, from the
-    fourth on."""
-    if not db:
-        return None, None, 0, 0
-    if len(db) == 1:
-        whole = db[0]
-        return whole, None if whole is None else whole[:, I:], rank, 0
-    gate, up = db
-    rank_gate = 0 if gate is None else gate.shape[2]
-    return gate, up, rank_gate, rank_gate
-
-
-def _blocks(spans: list[tuple[int, int, int]], num_rows: int) -> list[list[tuple[int, int, int]]]:
-    """Cut a list of experts' rows into pieces that end with the first expert to reach
-    ``num_rows``."""
-    blocks: list[list[tuple[int, int, int]]] = [[]]
-    for span in spans:
-        if blocks[-1] and blocks[-1][-1][2] - blocks[-1][0][1] >= num_rows:
-            blocks.append([])
-        blocks[-1].append(span)
-    return blocks
-
-
-def swiglu_backward_loop(
-    dh_MI: torch.Tensor, y_MJ: torch.Tensor, p_M: torch.Tensor, routing: Routing,
-    dy_MJ: torch.Tensor,
-    s_MR: torch.Tensor | None, ds_MQ: torch.Tensor | None,
-    sums: TorchSums, da: torch.Tensor | None, db: Sequence[torch.Tensor | None],
-) -> None:  # fmt: skip
-    """The same, a few experts at a time: temporaries hold LOOP_ELEMENTS or the rows of one
-    expert."""
-    I = dh_MI.shape[1]
-    wide = torch.promote_types(dh_MI.dtype, torch.float32)
-    sums.dp_M = dp_M = torch.empty_like(p_M)
-    for experts in _blocks(routing.spans(), LOOP_ELEMENTS // I):
-        first = experts[0][1]
-        end = experts[-1][2]
-        gate = y_MJ[first:end, :I].to(wide)
-        up = y_MJ[first:end, I:].to(wide)
-        dh = dh_MI[first:end].to(wide)
-        p = p_M[first:end, None].to(wide)
-        dy = dy_MJ[first:end]
-        silu = F.silu(gate)
-        d_act = dh * p
-        dy[:, I:] = d_act * silu
-        dy[:, :I] = torch.ops.aten.silu_backward(d_act.mul_(up), gate)
-        h = silu.mul_(up)
-        dp_M[first:end] = torch.mul(dh, h, out=d_act).sum(1)
-        if ds_MQ is not None and da is not None:
-            h = h.mul_(p).to(dh_MI.dtype)
-            block = slice(experts[0][0], experts[-1][0] + 1)
-            rows = Routing(routing.offsets_E[block] - first, end - first)
-            multiply_rows(ds_MQ[first:end], h, rows, da[block])
-    column = 0
-    for dy_MC, place in zip(dy_MJ.chunk(max(1, len(db)), 1), db, strict=False):
-        if s_MR is not None and place is not None:
-            lora_wgrad_loop(dy_MC, s_MR[:, column : column + place.shape[2]], routing, place)
-            column += place.shape[2]

@@ -20,7 +20,8 @@ from megalora_kernels.gemm_kernel import grouped_gemm_triton
 from megalora_kernels.regroup import regroup_triton
 from megalora_kernels.route import route_triton, spread_triton
 from megalora_kernels.sums import TritonSums
-from megalora_kernels.swiglu import swiglu_backward_triton, swiglu_triton
+from megalora_kernels.swiglu import swiglu_triton
+from megalora_kernels.swiglu_backward import swiglu_backward_triton
 from megalora_kernels.variants import Product, Variant, candidates, problem, shared_bytes
 
 H = 2048

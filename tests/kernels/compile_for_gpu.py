@@ -89,7 +89,7 @@ def compile_case(case: Case, path: Path) -> None:
     driver.set_active(NamedTarget(case.capability))  # pyright: ignore
     JITFunction.run = compile_only
     backend.INTERPRETED = True  # CPU tensors are all there is
-    for module in (gemm_kernel, tuned, sys.modules["megalora_kernels.swiglu"]):
+    for module in (gemm_kernel, tuned, sys.modules["megalora_kernels.swiglu_backward"]):
         module.device_limits = lambda _device: compile_cases.limits_of(case.capability)
     case.call()
     path.with_suffix(".json").write_text(json.dumps(rows))

@@ -11,20 +11,16 @@ from tests.kernels import interpreter
 
 # The package re-exports functions under their modules' names, so plain attribute access finds
 # functions.
-backend, combine, engine, gemm_kernel, grouped_gemm, lora_wgrad, shrink, swiglu, tiles = (
-    importlib.import_module(f"megalora_kernels.{name}")
-    for name in (
-        "backend",
-        "combine",
-        "engine",
-        "gemm_kernel",
-        "grouped_gemm",
-        "lora_wgrad",
-        "shrink",
-        "swiglu",
-        "tiles",
-    )
-)
+backend = importlib.import_module("megalora_kernels.backend")
+combine = importlib.import_module("megalora_kernels.combine")
+engine = importlib.import_module("megalora_kernels.engine")
+gemm_kernel = importlib.import_module("megalora_kernels.gemm_kernel")
+grouped_gemm = importlib.import_module("megalora_kernels.grouped_gemm")
+lora_wgrad = importlib.import_module("megalora_kernels.lora_wgrad")
+shrink = importlib.import_module("megalora_kernels.shrink")
+swiglu = importlib.import_module("megalora_kernels.swiglu")
+swiglu_backward = importlib.import_module("megalora_kernels.swiglu_backward")
+tiles = importlib.import_module("megalora_kernels.tiles")
 CHOOSE_VARIANT = gemm_kernel.choose_variant
 """Tile shapes as on a GPU, under ``small_tiles`` too."""
 

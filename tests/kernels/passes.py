@@ -7,7 +7,8 @@ import torch
 from megalora_kernels import Routing
 from megalora_kernels.sums import TorchSums, TritonSums
 
-from tests.kernels.conftest import lora_wgrad, swiglu
+from tests.kernels.conftest import lora_wgrad
+from tests.kernels.conftest import swiglu_backward as module
 
 SUMS: dict[str, Any] = {"loop": TorchSums, "triton": TritonSums}
 
@@ -31,7 +32,7 @@ def swiglu_backward(
     ]
     sums = SUMS[way](routing, dh, shapes)
     da, db = sums.places
-    getattr(swiglu, f"swiglu_backward_{way}")(
+    getattr(module, f"swiglu_backward_{way}")(
         dh, y, p, routing, dy, s, ds, sums, da, () if db is None else (db,)
     )
     dp_M, (da_EQI, db_EJR) = sums.finish()

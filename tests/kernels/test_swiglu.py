@@ -6,6 +6,7 @@ from megalora_kernels import Routing
 
 from tests.kernels import interpreter
 from tests.kernels.conftest import swiglu as module
+from tests.kernels.conftest import swiglu_backward as backward_module
 from tests.kernels.oracle import ULP
 from tests.kernels.passes import swiglu_backward
 
@@ -155,7 +156,7 @@ def test_the_loop_s_gradients_however_experts_are_taken_together(rows, monkeypat
     """In blocks of experts that hold so many rows or end with the first to reach them; against
     autograd in float64."""
     inner = WIDTHS[0]
-    monkeypatch.setattr(module, "LOOP_ELEMENTS", rows * inner)
+    monkeypatch.setattr(backward_module, "LOOP_ELEMENTS", rows * inner)
     o = {name: t.double() for name, t in operands(torch.float64).items()}
     y, p = (o[name].clone().requires_grad_() for name in ("y", "p"))
     h = module.swiglu_ref(y, p)

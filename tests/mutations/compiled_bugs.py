@@ -3,8 +3,9 @@
 
 from tests.mutations.bugs import Bug, bug
 
-GEMM, SWIGLU, VARIANTS = (
-    f"kernels/megalora_kernels/{name}.py" for name in ("gemm_kernel", "swiglu", "variants")
+GEMM, SWIGLU, SWIGLU_BACKWARD, VARIANTS = (
+    f"kernels/megalora_kernels/{name}.py"
+    for name in ("gemm_kernel", "swiglu", "swiglu_backward", "variants")
 )
 TEST = "tests/kernels/test_compiled.py TestForHopper"
 LOW_RANK = (
@@ -26,10 +27,10 @@ COMPILED_BUGS: tuple[Bug, ...] = (
     bug(0, "shared memory counted for one stage less", VARIANTS,
         "per_k * variant.num_stages * variant.block_k",
     "per_k * (variant.num_stages - 1) * variant.block_k", TEST),
-    bug(0, "twice the columns for a program of SwiGLU's backward pass", SWIGLU,
+    bug(0, "twice the columns for a program of SwiGLU's backward pass", SWIGLU_BACKWARD,
         '"BLOCK_I": 64, "num_warps": 4, "num_stages": stages',
     '"BLOCK_I": 128, "num_warps": 4, "num_stages": stages', TEST),
-    bug(0, "SwiGLU's opaque step pipelined on Blackwell", SWIGLU,
+    bug(0, "SwiGLU's opaque step pipelined on Blackwell", SWIGLU_BACKWARD,
         "stages = 2 if capability < (10, 0) else 1", "stages = 2", TEST),
 )
 # fmt: on

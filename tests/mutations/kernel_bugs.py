@@ -5,7 +5,7 @@ from tests.mutations.bugs import Bug, bug
 NAMES = (
     "gemm_kernel", "shrink", "swiglu", "lora_wgrad", "expert_mlp", "route", "regroup", "engine",
     "sums", "augmented_weight",
-    "variants", "descriptors",
+    "variants", "descriptors", "swiglu_backward",
 )  # fmt: skip
 (
     GEMM,
@@ -20,6 +20,7 @@ NAMES = (
     JOINED,
     VARIANTS,
     DESCRIPTORS,
+    SWIGLU_BACKWARD,
 ) = (f"kernels/megalora_kernels/{name}.py" for name in NAMES)
 VARIANT_TEST = "tests/kernels/test_gemm_variants.py"
 RULE_TEST = "tests/kernels/test_variants.py"
@@ -69,22 +70,22 @@ KERNEL_BUGS: tuple[Bug, ...] = (
         0,
         "gate and up exchanged in SwiGLU",
         SWIGLU,
-        "h = (gate * _sigmoid(gate, dtype == tl.float32) * up * p)",
-        "h = (up * _sigmoid(up, dtype == tl.float32) * gate * p)",
+        "h = (gate * sigmoid(gate, dtype == tl.float32) * up * p)",
+        "h = (up * sigmoid(up, dtype == tl.float32) * gate * p)",
         f"{MLP_TEST} triton",
     ),
     bug(
         0,
         "SwiGLU's derivative without its second term",
-        SWIGLU,
-        "d_gate = dh * p * up * sigmoid * (1 + gate * (1 - sigmoid))",
-        "d_gate = dh * p * up * sigmoid",
+        SWIGLU_BACKWARD,
+        "d_gate = dh * p * up * share * (1 + gate * (1 - share))",
+        "d_gate = dh * p * up * share",
         f"{MLP_TEST} triton",
     ),
     bug(
         0,
         "the probability's gradient scaled by itself",
-        SWIGLU,
+        SWIGLU_BACKWARD,
         "tl.sum(dh * product, 1)",
         "tl.sum(dh * product * p, 1)",
         f"{MLP_TEST} triton",
@@ -92,9 +93,9 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "dA of down from values without the probability",
-        SWIGLU,
-        "h = _computed_once((product * p).to(dtype)",
-        "h = _computed_once(product.to(dtype)",
+        SWIGLU_BACKWARD,
+        "h = computed_once((product * p).to(ds.dtype)",
+        "h = computed_once(product.to(ds.dtype)",
         f"{MLP_TEST} triton",
     ),
     bug(
@@ -116,7 +117,7 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "rows beyond an expert's end in the sums over its rows",
-        SWIGLU,
+        SWIGLU_BACKWARD,
         "s_ok = row_ok[:, None] & (r < R)[None, :]",
         "s_ok = (row_ok | True)[:, None] & (r < R)[None, :]",
         f"{SWIGLU_TEST} autograd",
@@ -164,7 +165,7 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "dB of up as wide as gate's",
-        SWIGLU,
+        SWIGLU_BACKWARD,
         "i[:, None] * (R - UP_FROM)",
         "i[:, None] * R_GATE",
         f"{MLP_TEST} triton",
@@ -527,7 +528,7 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "rows of a block of experts counted from the first of all",
-        "kernels/megalora_kernels/swiglu.py",
+        SWIGLU_BACKWARD,
         "routing.offsets_E[block] - first",
         "routing.offsets_E[block]",
         f"{SWIGLU_TEST} taken_together",
@@ -535,7 +536,7 @@ KERNEL_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "the loop's gradient written over its operand",
-        "kernels/megalora_kernels/swiglu.py",
+        SWIGLU_BACKWARD,
         "        d_act = dh * p\n",
         "        d_act = dh.mul_(p)\n",
         f"{SWIGLU_TEST} taken_together",
