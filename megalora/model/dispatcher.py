@@ -73,9 +73,10 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         counts_E = super().preprocess(routing_map)
         # [ranks that send, experts of this rank], before Megatron moves it to the host. With one
         # expert per rank it has none.
-        counts = counts_E[None]
         if self.num_local_experts > 1:
             counts = self.num_global_tokens_per_local_expert
+        else:
+            counts = counts_E[None]
         self.counts_RE = counts.to(routing_map.device)
         return counts_E
 
