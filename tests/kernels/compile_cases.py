@@ -50,14 +50,15 @@ def layer(dtype: torch.dtype, rank: int, tokens: int, whole: bool) -> None:
     x = torch.zeros(tokens, H, **new)
     p = torch.zeros(tokens * 2, requires_grad=True)
     a1 = torch.zeros(2, 2 * rank, H, **new)
-    b1 = [torch.zeros(2, I, rank, **new) for _ in range(2)]
+    b_gate = torch.zeros(2, I, rank, **new)
+    b_up = torch.zeros(2, I, rank, **new)
     a2 = torch.zeros(2, rank, I, **new)
     b2 = torch.zeros(2, H, rank, **new)
     w1 = torch.zeros(2, 2 * I, H, dtype=dtype)
     w2 = torch.zeros(2, H, I, dtype=dtype)
     routing, _ = route(torch.ones(tokens, 2, dtype=torch.bool), 2)
     adapters = {
-        "gate_up": ExpertFactors(a1, tuple(b1), (2.0, 2.0)),
+        "gate_up": ExpertFactors(a1, (b_gate, b_up), (2.0, 2.0)),
         "down": ExpertFactors(a2, (b2,), (2.0,)),
     }
     expert_mlp(x, w1, w2, p, routing, backend="triton", **adapters).sum().backward()
@@ -69,7 +70,9 @@ def layer(dtype: torch.dtype, rank: int, tokens: int, whole: bool) -> None:
         torch.zeros(tokens * 2, H, **new), w1, w2, p, in_order, backend="triton", **adapters
     )
     y.sum().backward()
-    sum(t.sum() for t in permute_shrink(x, a1, routing, backend="triton")).backward()  # pyright: ignore
+    # Both results in one loss, so that one backward pass launches the kernels of both.
+    rows, s = permute_shrink(x, a1, routing, backend="triton")
+    (rows.sum() + s.sum()).backward()
 
 
 def routing_of_128(dtype: torch.dtype) -> None:
@@ -113,13 +116,17 @@ def gemm(of: Product, variant: Variant) -> None:
     s_MR = b = None
     if of.rank:
         s_MR = torch.empty(num_rows, of.rank, dtype=of.dtype)
-        shape = (of.N // of.blocks, of.rank // of.blocks)
-        if of.op == "forward":
-            b = tuple(
-                torch.empty(E, *shape, dtype=of.dtype).transpose(1, 2) for _ in range(of.blocks)
-            )
-        else:
-            b = tuple(torch.empty(E, *shape[::-1], dtype=of.dtype) for _ in range(of.blocks))
+        width = of.N // of.blocks
+        block_rank = of.rank // of.blocks
+        blocks = []
+        for _ in range(of.blocks):
+            # Read as [E, r, N] in both; stored as [E, N, r], B's own order, in forward alone.
+            if of.op == "forward":
+                block = torch.empty(E, width, block_rank, dtype=of.dtype).transpose(1, 2)
+            else:
+                block = torch.empty(E, block_rank, width, dtype=of.dtype)
+            blocks.append(block)
+        b = tuple(blocks)
     routing = Routing(torch.empty(E, dtype=torch.int32), num_rows)
     grouped_gemm_triton(x, w_EKN, routing, s_MR, b, source_M, variant=variant)
 
@@ -127,6 +134,7 @@ def gemm(of: Product, variant: Variant) -> None:
 def gemms(
     name: str, of: Product, variant: Variant, capability: int, refused: str | None = None
 ) -> Case:
+    # Blocks are those of the adapter: without one there is a single product.
     if of.rank == 0 and of.blocks > 1:
         of = replace(of, blocks=1)
     facts = {
@@ -157,13 +165,17 @@ def every_candidate(capability: int) -> Iterator[Case]:
     """Every variant that is offered for a product of the layer at some rank; ranks take turns."""
     limits = limits_of(capability)
     for name, of in PRODUCTS.items():
-        at = {rank: replace(of, rank=rank) for rank in RANKS}
-        offers = {rank: candidates(product, *limits) for rank, product in at.items()}
-        every = dict.fromkeys(variant for offered in offers.values() for variant in offered)
-        for i, variant in enumerate(every):
-            turns = RANKS[i % len(RANKS) :] + RANKS[: i % len(RANKS)]
-            rank = next(rank for rank in turns if variant in offers[rank])
-            yield gemms(name, at[rank], variant, capability)
+        # Which ranks each variant is offered at; a dict keeps variants in the order offered.
+        ranks_of: dict[Variant, list[int]] = {}
+        for rank in RANKS:
+            for variant in candidates(replace(of, rank=rank), *limits):
+                ranks_of.setdefault(variant, []).append(rank)
+        for i, (variant, ranks) in enumerate(ranks_of.items()):
+            # All variants at all ranks would take five times as long.
+            first = i % len(RANKS)
+            turns = RANKS[first:] + RANKS[:first]
+            rank = next(rank for rank in turns if rank in ranks)
+            yield gemms(name, replace(of, rank=rank), variant, capability)
 
 
 def refused_for_memory(capability: int) -> Iterator[Case]:
@@ -207,6 +219,7 @@ def swiglu(dtype: torch.dtype, rank: int, rank_down: int) -> None:
     of_down = (rank_down, I) if rank_down else None
     of_gate_up = [(I, rank // 2)] * 2 if rank else []
     sums = TritonSums(routing, y, [of_down, *of_gate_up])
+    # Places for the gradients of down's A, then of gate's and up's B.
     da, *db = sums.places
     swiglu_backward_triton(
         h, y, p, routing, torch.empty_like(y), s_MR, s_MQ if rank_down else None, sums, da, db
@@ -255,13 +268,14 @@ def few(capability: int) -> list[Case]:
 
 def every(capability: int) -> list[Case]:
     """All kernels, all variants offered, and those refused for memory."""
-    half = [(16, 64), (16, 2048), (64, 2048)]
     return [
-        *(layers(capability, HALF, rank, tokens) for rank, tokens in half),
+        layers(capability, HALF, 16, 64),
+        layers(capability, HALF, 16, 2048),
+        layers(capability, HALF, 64, 2048),
         layers(capability, torch.float16, 16, 2048),
         layers(capability, torch.float32, 16, 64),
         Case("routing", capability, partial(routing_of_128, HALF)),
-        *(swiglus(capability, HALF, *ranks) for ranks in SWIGLU_RANKS),
+        *[swiglus(capability, HALF, *ranks) for ranks in SWIGLU_RANKS],
         *every_candidate(capability),
         *refused_for_memory(capability),
     ]

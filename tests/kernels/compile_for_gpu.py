@@ -38,9 +38,12 @@ def compile_all(cases: list[Case]) -> list[dict[str, Any]]:
         # Kernels that several cases share are compiled once, and nothing that an earlier run left
         # behind is taken.
         os.environ["TRITON_CACHE_DIR"] = f"{folder}/cache"
-        jobs = ((i, compile_case, (case, Path(folder) / str(i))) for i, case in enumerate(cases))
+        jobs = []
+        for i, case in enumerate(cases):
+            jobs.append((i, compile_case, (case, Path(folder) / str(i))))
         for i, _, code in forked(jobs, AT_ONCE):
             rows += result_of(cases[i], Path(folder) / str(i), code)
+    # Processes end in any order; a table is read in that of the cases.
     order = {case.label: i for i, case in enumerate(cases)}
     return sorted(rows, key=lambda row: (row["capability"], order[row["case"]]))
 
@@ -52,10 +55,13 @@ def result_of(case: Case, path: Path, code: int) -> list[dict[str, Any]]:
         "triton": triton.__version__,
         **case.facts,
     }
-    if path.with_suffix(".json").is_file():
-        return [{**known, **row} for row in json.loads(path.with_suffix(".json").read_text())]
+    result = path.with_suffix(".json")
+    if result.is_file():
+        return [{**known, **row} for row in json.loads(result.read_text())]
+    # No result: the last line that looks like an error, or else the last line, says why.
     said = path.with_suffix(".txt").read_text(errors="replace").strip().splitlines() or [""]
     errors = [line for line in said if "Assertion" in line or "error" in line.lower()] or said
+    # Python gives a process that a signal ended the signal's number, negative.
     ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return [{**known, "error": f"{ended}: {errors[-1][:300]}"}]
 
@@ -69,21 +75,17 @@ def compile_case(case: Case, path: Path) -> None:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        tile = {
-            name: kwargs.get(name)
-            for name in ("BLOCK_M", "BLOCK_N", "BLOCK_I", "BLOCK_K", "num_stages")
-        }
-        dtype = next(
-            (str(t.dtype).removeprefix("torch.") for t in args if hasattr(t, "dtype")), None
-        )
-        rows.append(
-            {
-                "kernel": self.__name__,
-                "dtype": dtype,
-                **tile,
-                **sass.describe(kernel, case.capability),
-            }
-        )
+        row: dict[str, Any] = {"kernel": self.__name__, "dtype": None}
+        # The first tensor's dtype is that of the activations; indexes come later.
+        for t in args:
+            if hasattr(t, "dtype"):
+                row["dtype"] = str(t.dtype).removeprefix("torch.")
+                break
+        # A kernel has some of these block sizes; the others stay None.
+        for name in ("BLOCK_M", "BLOCK_N", "BLOCK_I", "BLOCK_K", "num_stages"):
+            row[name] = kwargs.get(name)
+        row |= sass.describe(kernel, case.capability)
+        rows.append(row)
         return kernel
 
     driver.set_active(NamedTarget(case.capability))  # pyright: ignore
@@ -151,7 +153,10 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("compile_for_gpu: TRITON_INTERPRET=1 keeps kernels from being compiled; unset it")
     chosen = compile_cases.every if options.every else compile_cases.few
-    rows = compile_all([case for capability in options.capability for case in chosen(capability)])
+    cases = []
+    for capability in options.capability:
+        cases += chosen(capability)
+    rows = compile_all(cases)
     print(table(rows) if options.table else json.dumps(rows))
 
 

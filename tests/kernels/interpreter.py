@@ -37,7 +37,8 @@ def reverse_programs(patch: pytest.MonkeyPatch) -> None:
     differently."""
 
     def backwards(self: Any, *place: int) -> None:
-        self.grid_idx = tuple(size - 1 - i for size, i in zip(self.grid_dim, place, strict=True))
+        last_first = [size - 1 - i for size, i in zip(self.grid_dim, place, strict=True)]
+        self.grid_idx = tuple(last_first)
 
     patch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", backwards)
 
@@ -50,19 +51,18 @@ _builtins: dict[int, list[str]] = {}
 
 def _patch_lang_once(function: Any) -> Any:
     """A function that a kernel calls finds the language patched already."""
-    languages = [
-        x for x in function.__globals__.values() if inspect.ismodule(x) and x in (tl, tl.core)
-    ]
-    if any(tl.core.is_builtin(language.program_id) for language in languages):
-        return _patch_lang(function)
+    for known in function.__globals__.values():
+        is_language = inspect.ismodule(known) and known in (tl, tl.core)
+        # ``program_id`` is still Triton's own where nothing is patched.
+        if is_language and tl.core.is_builtin(known.program_id):
+            return _patch_lang(function)
     return interpreter._LangPatchScope()
 
 
 def _patch_builtin_from_a_list(package: Any, builder: Any, scope: Any) -> None:
     if id(package) not in _builtins:
-        _builtins[id(package)] = [
-            name for name, x in inspect.getmembers(package) if tl.core.is_builtin(x)
-        ]
+        members = inspect.getmembers(package)
+        _builtins[id(package)] = [name for name, x in members if tl.core.is_builtin(x)]
     for name in _builtins[id(package)]:
         member = getattr(package, name)
         if tl.core.is_builtin(member):
@@ -79,6 +79,7 @@ def _get_np_dtype_by_name(dtype: Any) -> np.dtype:
 
 def _float32(handle: Any) -> np.ndarray:
     if handle.dtype.scalar == tl.bfloat16:
+        # numpy has no bfloat16: its bits are the upper half of a float32's.
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
     return handle.data.astype(np.float32)
 

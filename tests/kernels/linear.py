@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from megalora_kernels import AugmentedWeight, grouped_lora
 
-from tests.kernels.oracle import ULP
+from tests.kernels.oracle import ULP, expert_of_rows
 
 K = 24
 N = 40
@@ -31,6 +31,7 @@ def make(
     experts = len(counts)
     offsets = torch.tensor(counts).cumsum(0).int()
     x = normal(rows, k)
+    # Over k = 24 inputs, A / 4 and W / 4 give sums of order 1, and so does B / 2 over rank 8.
     a = normal(experts, rank, k) / 4
     b = normal(experts, n, rank) / 2
     weight = normal(experts, n, k) / 4
@@ -41,14 +42,19 @@ def make(
 def row_by_row(counts: list[int], x: Any, w: Any, a: Any, b: Any, dy: Any) -> Operands:
     """y, dx, da, db in float64: one row at a time, the chain rule by hand, no autograd and no
     slicing by offset."""
-    x, w, a, b, dy = (t.detach().double() for t in (x, w, a, b, dy))
+    x = x.detach().double()
+    w = w.detach().double()
+    a = a.detach().double()
+    b = b.detach().double()
+    dy = dy.detach().double()
     y = torch.zeros_like(dy)
     dx = torch.zeros_like(x)
     da = torch.zeros_like(a)
     db = torch.zeros_like(b)
-    for m, e in enumerate([e for e, count in enumerate(counts) for _ in range(count)]):
+    for m, e in enumerate(expert_of_rows(counts)):
         s = a[e] @ x[m]
         ds = dy[m] @ b[e]
+        # y = W x + B A x; every row of an expert adds to the gradients of its A and B.
         y[m] = w[e] @ x[m] + b[e] @ s
         dx[m] = dy[m] @ w[e] + ds @ a[e]
         da[e] += torch.outer(ds, x[m])
@@ -100,7 +106,8 @@ def assert_within_rounding(
     dtype = x.dtype
     terms = max(x.shape[0], x.shape[1], dy.shape[1]) + a.shape[1]
     expected = row_by_row(counts, x, w, a, b, dy)
-    magnitude = row_by_row(counts, *(t.abs() for t in (x, w, a, b, dy)))
+    # Terms of either sign may cancel in a result, but their rounding errors do not.
+    magnitude = row_by_row(counts, x.abs(), w.abs(), a.abs(), b.abs(), dy.abs())
     accumulation = terms * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
     for name, got, want, size in zip(
         ("y", "dx", "da", "db"), actual, expected, magnitude, strict=True

@@ -17,8 +17,14 @@ def calls_and_bytes(call: Callable[[], object]) -> tuple[int, int]:
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
-    events = recorded.key_averages()
-    return sum(e.count for e in events), sum(max(e.self_cpu_memory_usage, 0) for e in events)
+    calls = 0
+    allocated = 0
+    for event in recorded.key_averages():
+        calls += event.count
+        # An operation that frees more than it allocates counts as negative; only what is asked for
+        # matters here.
+        allocated += max(event.self_cpu_memory_usage, 0)
+    return calls, allocated
 
 
 def kept_bytes(call: Callable[[], object], given: Iterable[torch.Tensor] = ()) -> int:
@@ -34,6 +40,7 @@ def kept_bytes(call: Callable[[], object], given: Iterable[torch.Tensor] = ()) -
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         out = call()
+    # Parameters and inputs would be in memory without this call as well.
     for t in given:
         storages.pop(t.untyped_storage().data_ptr(), None)
     del out
@@ -43,6 +50,11 @@ def kept_bytes(call: Callable[[], object], given: Iterable[torch.Tensor] = ()) -
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """Addresses of storages, which views of one tensor share."""
+    return {t.untyped_storage().data_ptr() for t in tensors}
 
 
 class Recorder(TorchDispatchMode):
@@ -57,10 +69,10 @@ class Recorder(TorchDispatchMode):
         self.alive: list[torch.Tensor] = []
         self.allocated: dict[int, int] = {}
         self.read: set[int] = set()
-        self.given = {t.untyped_storage().data_ptr() for t in given}
+        self.given = _storages(given)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.read |= {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        self.read |= _storages(_tensors((args, kwargs)))
         out = func(*args, **(kwargs or {}))
         for t in _tensors(out):
             if t.untyped_storage().data_ptr() not in self.read | self.given:
@@ -83,19 +95,22 @@ class Traffic(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         out = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
-        returned = func._schema.returns
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returned)
+        # A view's result aliases an argument that is not written; empty touches no memory.
+        aliases = [returned.alias_info for returned in func._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
         if is_view or "empty" in name:
             return out
-        read = (
-            args[1:]
-            if name in self.WRITE_ONLY
-            else (args, {k: v for k, v in kwargs.items() if k != "out"})
-        )
-        self.bytes += sum(t.numel() * t.element_size() for t in _tensors(read) + _tensors(out))
+        if name in self.WRITE_ONLY:
+            # The first argument is overwritten without being read, as ``out`` is below.
+            read = args[1:]
+        else:
+            kwargs.pop("out", None)
+            read = (args, kwargs)
+        for t in _tensors(read) + _tensors(out):
+            self.bytes += t.numel() * t.element_size()
         return out
 
 

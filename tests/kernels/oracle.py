@@ -5,7 +5,7 @@ Which expert and which token a row belongs to comes from a sorted list of Python
 routing under test is not trusted either.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,10 +49,12 @@ class Experts:
 
     def adapters(self, leaves: Tensors) -> dict[str, ExpertFactors]:
         found = {}
-        gate_up = ("gate", "up")
         if "a1" in leaves:
+            # A projection without adapter has None in place of its B; its scale is not read.
             found["gate_up"] = ExpertFactors(
-                leaves["a1"], tuple(map(leaves.get, gate_up)), tuple(SCALES[n] for n in gate_up)
+                leaves["a1"],
+                (leaves.get("gate"), leaves.get("up")),
+                (SCALES["gate"], SCALES["up"]),
             )
         if "a2" in leaves:
             found["down"] = ExpertFactors(leaves["a2"], (leaves["down"],), (SCALES["down"],))
@@ -60,14 +62,12 @@ class Experts:
 
     def joined(self) -> "Experts":
         """The same with room for the adapters in the weights."""
-        rank1, rank2 = (self.leaves[a].shape[1] if a in self.leaves else 1 for a in ("a1", "a2"))
-        return Experts(
-            **{
-                **vars(self),
-                "w1": AugmentedWeight(self.w1, rank1),
-                "w2": AugmentedWeight(self.w2, rank2),
-            }
-        )
+        # Room for one column where there is no adapter: unused columns must add nothing.
+        rank1 = self.leaves["a1"].shape[1] if "a1" in self.leaves else 1
+        rank2 = self.leaves["a2"].shape[1] if "a2" in self.leaves else 1
+        w1 = AugmentedWeight(self.w1, rank1)
+        w2 = AugmentedWeight(self.w2, rank2)
+        return replace(self, w1=w1, w2=w2)
 
     def call(self, leaves: Tensors | None = None, **how: Any) -> torch.Tensor:
         leaves = self.leaves if leaves is None else leaves
@@ -80,22 +80,40 @@ class Experts:
         if how.get("backend") == "joined":
             return self.joined().run(**{**how, "backend": "grouped_mm"})
         out = self.call(**how)
-        return {
-            "out": out.detach(),
-            **dict(
-                zip(
-                    self.leaves,
-                    torch.autograd.grad(out, list(self.leaves.values()), self.dout),
-                    strict=True,
-                )
-            ),
-        }
+        grads = torch.autograd.grad(out, list(self.leaves.values()), self.dout)
+        return {"out": out.detach(), **dict(zip(self.leaves, grads, strict=True))}
+
+
+def expert_of_rows(counts: list[int]) -> list[int]:
+    """The expert of each row, where ``counts[e]`` rows of expert e follow one another."""
+    experts = []
+    for e, count in enumerate(counts):
+        experts += [e] * count
+    return experts
+
+
+def expert_of_arrivals(counts_RE: list[list[int]]) -> list[int]:
+    """The expert of each row as it arrives: all rows of the first rank, then of the second."""
+    experts = []
+    for counts_E in counts_RE:
+        experts += expert_of_rows(counts_E)
+    return experts
+
+
+def sorted_pairs(chosen: list[list[int]]) -> list[tuple[int, int]]:
+    """(expert, token) of each row, where token t goes to ``chosen[t]``: by expert, then token."""
+    pairs = []
+    for t, experts in enumerate(chosen):
+        for e in experts:
+            pairs.append((e, t))
+    return sorted(pairs)
 
 
 def sorted_rows(counts: list[int], **how: Any) -> Experts:
     """Rows that come sorted by expert and leave so; ``counts[e]`` of them for expert e."""
-    rows = [(e, m) for m, e in enumerate(e for e, count in enumerate(counts) for _ in range(count))]
-    ends = torch.tensor([sum(counts[: e + 1]) for e in range(len(counts))], dtype=torch.int32)
+    # Nothing is gathered, so row m is also token m.
+    rows = [(e, m) for m, e in enumerate(expert_of_rows(counts))]
+    ends = torch.tensor(counts).cumsum(0).int()
     return _experts(Routing(ends, len(rows)), rows, len(rows), **how)
 
 
@@ -105,14 +123,12 @@ def top_k(chosen: list[list[int]], num_experts: int, k: int, **how: Any) -> Expe
     chosen_TE = torch.zeros(len(chosen), num_experts, dtype=torch.bool)
     for t, experts in enumerate(chosen):
         chosen_TE[t, experts] = True
-    rows = sorted((e, t) for t, experts in enumerate(chosen) for e in experts)
-    return _experts(route(chosen_TE, k)[0], rows, len(chosen), **how)
+    return _experts(route(chosen_TE, k)[0], sorted_pairs(chosen), len(chosen), **how)
 
 
 def received(counts_RE: list[list[int]], **how: Any) -> Experts:
     """Rows as they arrive from each rank, sorted by expert only within one."""
-    arriving = [e for counts in counts_RE for e, count in enumerate(counts) for _ in range(count)]
-    rows = sorted((e, t) for t, e in enumerate(arriving))
+    rows = sorted_pairs([[e] for e in expert_of_arrivals(counts_RE)])
     return _experts(regroup(torch.tensor(counts_RE), len(rows)), rows, len(rows), **how)
 
 
@@ -142,33 +158,37 @@ def _experts(
     def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
         return (size * torch.randn(*shape, generator=g, dtype=torch.float64)).to(dtype)
 
+    # Standard deviation n^-1/2 of what sums over n inputs, so that sums stay of order 1.
     w1 = normal(E, 2 * inner, H, size=H**-0.5)
     w2 = normal(E, H, inner, size=inner**-0.5)
+    # From 0.5 on: a probability near 0 would hide an error in everything it multiplies.
     p = torch.rand(len(rows), generator=g, dtype=torch.float64).to(p_dtype or dtype) + 0.5
     leaves = {"x": normal(num_tokens, H), "p": p}
-    rank1 = sum(RANKS[name] for name in ("gate", "up") if name in adapted)
-    if rank1:
+    stacked = [name for name in ("gate", "up") if name in adapted]
+    if stacked:
+        # One A for both projections, their ranks one behind the other.
+        rank1 = sum(RANKS[name] for name in stacked)
         leaves["a1"] = normal(E, rank1, H, size=H**-0.5)
-        leaves |= {
-            name: normal(E, inner, RANKS[name]) for name in ("gate", "up") if name in adapted
-        }
+        for name in stacked:
+            leaves[name] = normal(E, inner, RANKS[name])
     if "down" in adapted:
-        leaves |= {
-            "a2": normal(E, RANKS["down"], inner, size=inner**-0.5),
-            "down": normal(E, H, RANKS["down"]),
-        }
-    leaves = {name: t.requires_grad_() for name, t in leaves.items()}
+        leaves["a2"] = normal(E, RANKS["down"], inner, size=inner**-0.5)
+        leaves["down"] = normal(E, H, RANKS["down"])
+    for t in leaves.values():
+        t.requires_grad_()
     return Experts(routing, rows, w1, w2, leaves, normal(num_tokens, H), adapted)
 
 
 def row_by_row(case: Experts) -> Tensors:
     """What ``case.run()`` should give, in float64."""
-    v = {name: t.detach().double() for name, t in case.leaves.items()}
-    v |= {"w1": case.w1.double(), "w2": case.w2.double()}
+    v = {"w1": case.w1.double(), "w2": case.w2.double()}
     grads = {"out": torch.zeros_like(case.dout, dtype=torch.float64)}
-    grads |= {name: torch.zeros_like(v[name]) for name in case.leaves}
+    for name, t in case.leaves.items():
+        v[name] = t.detach().double()
+        grads[name] = torch.zeros_like(v[name])
     for m, (e, t) in enumerate(case.rows):
         kept = _forward(case, v, m, e, t)
+        # A token's output is the sum of its k rows.
         grads["out"][t] += kept["y"]
         _backward(case, v, grads, kept, case.dout[t].double(), m, e, t)
     return grads
@@ -178,6 +198,7 @@ def _forward(case: Experts, v: Tensors, m: int, e: int, t: int) -> Tensors:
     x = v["x"][t]
     kept = {}
     inner = v["w2"].shape[2]
+    # Dropout hits what A reads alone; the frozen weight sees x itself.
     kept["x"] = x * case.masks["x"][m] if case.masks else x
     for name, w in (("gate", v["w1"][e, :inner]), ("up", v["w1"][e, inner:])):
         kept[name] = w @ x
@@ -185,6 +206,7 @@ def _forward(case: Experts, v: Tensors, m: int, e: int, t: int) -> Tensors:
             kept[f"s_{name}"] = v["a1"][e, case.a_rows(name)] @ kept["x"]
             kept[name] = kept[name] + SCALES[name] * (v[name][e] @ kept[f"s_{name}"])
     kept["sigmoid"] = 1 / (1 + torch.exp(-kept["gate"]))
+    # h = silu(gate) * up * p, with silu(g) = g * sigmoid(g).
     h = kept["gate"] * kept["sigmoid"] * kept["up"] * v["p"][m]
     kept["y"] = v["w2"][e] @ h
     kept["h"] = h * case.masks["h"][m] if case.masks else h
@@ -204,9 +226,12 @@ def _backward(
     e: int,
     t: int,
 ) -> None:
-    mask_x, mask_h = (case.masks[name][m] if case.masks else 1.0 for name in ("x", "h"))
+    mask_x = case.masks["x"][m] if case.masks else 1.0
+    mask_h = case.masks["h"][m] if case.masks else 1.0
+    # y = W2 h + s B (A (mask h)): h gets a gradient from both terms.
     dh = dy @ v["w2"][e]
     if "down" in case.adapted:
+        # dS = s dy B, of the adapter's rank
         ds = SCALES["down"] * (dy @ v["down"][e])
         dh = dh + (ds @ v["a2"][e]) * mask_h
         grads["a2"][e] += torch.outer(ds, kept["h"])
@@ -216,9 +241,11 @@ def _backward(
     sigmoid = kept["sigmoid"]
     p = v["p"][m]
     grads["p"][m] = (dh * gate * sigmoid * up).sum()
+    # d silu(g) / dg = sigmoid + g sigmoid (1 - sigmoid)
     silu_slope = sigmoid + gate * sigmoid * (1 - sigmoid)
     d = {"gate": dh * p * up * silu_slope, "up": dh * p * gate * sigmoid}
     inner = gate.numel()
+    # w1 is [gate | up] along its rows; += because k rows share the token.
     grads["x"][t] += d["gate"] @ v["w1"][e, :inner] + d["up"] @ v["w1"][e, inner:]
     for name in ("gate", "up"):
         if name in case.adapted:

@@ -58,27 +58,36 @@ def describe(kernel: Any, capability: int) -> dict[str, Any]:
     loops = loops_of(_cuobjdump(cubin, "-sass"))
     loop = shortest(loops, PRODUCTS)
     activation = shortest(loops, ("MUFU.EX2",))
+    # LDGSTS.E.BYPASS.128 and the like: the part before the first point says what is done.
     heads = Counter(op.split(".")[0] for op in loop)
+    exponentials = [op for op in activation if op.startswith("MUFU.EX2")]
+    per_sm = programs_per_multiprocessor(
+        CHIPS[capability], registers, kernel.metadata.shared, warps
+    )
+    products = None
+    for name, text in TENSOR_CORES.items():
+        if text in ptx:
+            products = name
+            break
     return {
         "registers": registers,
         "spilled": stack + local,
         "shared": kernel.metadata.shared,
         "warps": warps,
-        "per_sm": programs_per_multiprocessor(
-            CHIPS[capability], registers, kernel.metadata.shared, warps
-        ),
-        "products": next((name for name, text in TENSOR_CORES.items() if text in ptx), None),
+        "per_sm": per_sm,
+        "products": products,
         "loop": len(loop),
         "tma": heads["UTMALDG"],
         "cp_async": heads["LDGSTS"],
         "loads": heads["LDG"],
         "activation_loop": len(activation),
-        "exponentials": sum(op.startswith("MUFU.EX2") for op in activation),
+        "exponentials": len(exponentials),
     }
 
 
 def programs_per_multiprocessor(chip: Chip, registers: int, shared: int, warps: int) -> int:
     """Return how many programs a multiprocessor holds at once."""
+    # A warp takes registers for its 32 threads, each thread's number rounded up to 8.
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
     return min(chip.shared // (shared + 1024), by_registers, chip.warps // warps)
 
@@ -86,23 +95,27 @@ def programs_per_multiprocessor(chip: Chip, registers: int, shared: int, warps: 
 def loops_of(sass: str) -> list[list[str]]:
     """Return the instructions of every loop: what lies between a branch and the earlier address it
     goes to."""
-    instructions = [(int(address, 16), op, rest) for address, op, rest in INSTRUCTION.findall(sass)]
+    instructions: list[tuple[int, str, str]] = []
+    for address, op, rest in INSTRUCTION.findall(sass):
+        instructions.append((int(address, 16), op, rest))
     loops = []
-    for address, op, rest in instructions:
+    for end, op, rest in instructions:
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
-        if target and int(target[1], 16) < address:
-            loops.append(
-                [other for at, other, _ in instructions if int(target[1], 16) <= at <= address]
-            )
+        if target is None:
+            continue
+        start = int(target[1], 16)
+        # Branches forward skip something; only those backward close a loop.
+        if start < end:
+            loops.append([other for at, other, _ in instructions if start <= at <= end])
     return loops
 
 
 def shortest(loops: list[list[str]], heads: tuple[str, ...]) -> list[str]:
     """Return the shortest loop with an instruction that begins with one of ``heads``; empty if
     there is none."""
-    return min(
-        (loop for loop in loops if any(op.startswith(heads) for op in loop)), key=len, default=[]
-    )
+    # The shortest is the innermost: an outer loop contains its instructions and more.
+    with_heads = [loop for loop in loops if any(op.startswith(heads) for op in loop)]
+    return min(with_heads, key=len, default=[])
 
 
 def _cuobjdump(cubin: bytes, *flags: str) -> str:

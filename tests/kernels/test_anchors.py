@@ -22,25 +22,23 @@ def test_dry_run_and_a_second_call_that_goes_on(tmp_path, monkeypatch, capsys):
     assert record["rows"] == [] and record["not_reached"] == list(BY_NAME)
     assert anchors.main(["--dry", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
-    assert {row["anchor"]: row["status"] for row in record["rows"]} == dict.fromkeys(BY_NAME, "ok")
-    assert {row["verdict"] for row in record["rows"]} == {"dry: means nothing"} and record[
-        "not_reached"
-    ] == []
+    assert record["not_reached"] == []
     measured = {row["anchor"]: row for row in record["rows"]}
+    assert measured.keys() == BY_NAME.keys()
+    for row in record["rows"]:
+        assert (row["status"], row["verdict"]) == ("ok", "dry: means nothing"), row
     assert measured["base E16 x 4096, weights by TMA"]["more"]["variant"]["weight"] == "tma"
     capsys.readouterr()
 
     def again(_lab):
         raise AssertionError("measured a second time")
 
-    monkeypatch.setattr(
-        anchors, "ANCHORS", tuple(replace(anchor, measure=again) for anchor in ANCHORS)
-    )
+    refusing = [replace(anchor, measure=again) for anchor in ANCHORS]
+    monkeypatch.setattr(anchors, "ANCHORS", tuple(refusing))
     assert anchors.main(["--dry", "--out", str(out)]) == 0
-    assert (
-        json.loads(out.read_text())["rows"] == record["rows"]
-        and "base E128 x 64" in capsys.readouterr().out
-    )
+    # Rows of the first call stay as they were, and are shown again.
+    assert json.loads(out.read_text())["rows"] == record["rows"]
+    assert "base E128 x 64" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -60,13 +58,14 @@ def test_what_is_wrong_gets_no_time(kernel, named, tmp_path, monkeypatch, capsys
         return result if result is None else 2 * result
 
     monkeypatch.setattr(anchor_cases, kernel, spoilt)
-    chosen = tuple(anchor for anchor in ANCHORS if named in anchor.name)
-    monkeypatch.setattr(anchors, "ANCHORS", chosen)
+    chosen = [anchor for anchor in ANCHORS if named in anchor.name]
+    monkeypatch.setattr(anchors, "ANCHORS", tuple(chosen))
     out = tmp_path / "anchors.json"
     assert anchors.main(["--dry", "--out", str(out)]) == 1
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == len(chosen) > 0
-    assert all(row["value"] is None and row["verdict"] == "FAILED" for row in rows)
+    for row in rows:
+        assert row["value"] is None and row["verdict"] == "FAILED", row
     assert "is off by" in capsys.readouterr().out
 
 
@@ -91,6 +90,8 @@ def test_a_value_is_judged_by_its_range():
 def test_expectations_by_hand():
     """By the tile model and by bytes over bandwidth; a range around each."""
     on_h100 = {name: anchor.expect(H100) for name, anchor in BY_NAME.items()}
+    # SwiGLU in us: 65,536 rows times the values read and written per row (y twice as wide as h,
+    # and S), two bytes each, at 3 TB/s and 5 % beside.
     by_hand = {
         "copy of 1 GiB": 3.0, "L2 reads of 24 MiB": 7.0,
         "base E16 x 4096, the last release's tile": 978,
@@ -101,13 +102,16 @@ def test_expectations_by_hand():
     }  # fmt: skip
     for name, value in by_hand.items():
         assert on_h100[name].value == pytest.approx(value, rel=1e-3), name
-    assert all(e.low < e.value < e.high for e in on_h100.values())
-    faster = {
-        name: anchor.expect(H200).value / on_h100[name].value for name, anchor in BY_NAME.items()
-    }
-    assert faster["copy of 1 GiB"] == pytest.approx(4.3 / 3.0)
-    assert faster["SwiGLU backward, 65,536 rows"] == pytest.approx(3.0 / 4.3)
-    assert faster["base E16 x 4096, the rule"] == 1.0, "bound by L2"
+    for name, expected in on_h100.items():
+        assert expected.low < expected.value < expected.high, name
+
+    def on_h200_to_h100(name: str) -> float:
+        return BY_NAME[name].expect(H200).value / on_h100[name].value
+
+    # An H200's memory copies 4.3 TB/s, an H100's 3.0: rates rise, times fall by that.
+    assert on_h200_to_h100("copy of 1 GiB") == pytest.approx(4.3 / 3.0)
+    assert on_h200_to_h100("SwiGLU backward, 65,536 rows") == pytest.approx(3.0 / 4.3)
+    assert on_h200_to_h100("base E16 x 4096, the rule") == 1.0, "bound by L2"
 
 
 def test_mistakes_of_a_caller(tmp_path, monkeypatch, capsys):
@@ -140,9 +144,9 @@ def test_a_measurement_that_fails_is_a_row(error, code, verdict, status, monkeyp
     out = tmp_path / "anchors.json"
     assert anchors.main(["--dry", "--out", str(out)]) == code
     rows = json.loads(out.read_text())["rows"]
-    assert (rows[0]["verdict"], rows[0]["status"]) == (verdict, status) and rows[1][
-        "status"
-    ] == "ok"
+    assert (rows[0]["verdict"], rows[0]["status"]) == (verdict, status)
+    # The row behind is measured all the same.
+    assert rows[1]["status"] == "ok"
 
 
 def test_what_nvidia_smi_says():

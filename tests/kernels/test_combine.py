@@ -19,9 +19,11 @@ def operands(
 
 
 def slot_by_slot(y: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    return torch.stack(
-        [sum((y[m].double() for m in row), torch.zeros(y.shape[1])) for row in slots.tolist()]
-    )
+    out = torch.zeros(len(slots), y.shape[1], dtype=torch.float64)
+    for t, rows in enumerate(slots.tolist()):
+        for m in rows:
+            out[t] += y[m].double()
+    return out
 
 
 @pytest.mark.usefixtures("uninitialised_is_nan")

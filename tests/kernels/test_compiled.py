@@ -31,12 +31,14 @@ def compiled(*options: str, triton_folder: Path | None = None) -> list[Row]:
     """Rows of ``compile_for_gpu`` in a process that compiles, with the Triton in the folder in
     front of the installed one."""
     path = [str(ROOT), str(ROOT / "kernels")]
-    outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if triton_folder is not None:
+        path.insert(0, str(triton_folder))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    # The tests' own process interprets kernels; this one must compile them.
+    environment.pop("TRITON_INTERPRET", None)
     found = subprocess.run(
         [sys.executable, "-m", "tests.kernels.compile_for_gpu", *options],
-        env={**outside,
-             "PYTHONPATH": os.pathsep.join([str(triton_folder), *path] if triton_folder else path)},
-        cwd=ROOT, capture_output=True, text=True,
+        env=environment, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
     return json.loads(found.stdout.splitlines()[-1])
@@ -44,22 +46,52 @@ def compiled(*options: str, triton_folder: Path | None = None) -> list[Row]:
 
 def errors(rows: list[Row]) -> list[str]:
     """What was not compiled although it should be."""
-    return [
-        f"{row['case']}: {row['error']}"
-        for row in rows
-        if "error" in row and not row.get("refused")
-    ]
+    found = []
+    for row in rows:
+        # What ``problem`` refuses is compiled too, to see that it is right; it may fail.
+        if "error" in row and not row.get("refused"):
+            found.append(f"{row['case']}: {row['error']}")
+    return found
+
+
+def made_by_compiler(rows: list[Row]) -> list[Row]:
+    """Rows of what was compiled; those with ``error`` have no numbers."""
+    return [row for row in rows if "error" not in row]
+
+
+def kernels_of(rows: list[Row]) -> set[str]:
+    return {row["kernel"] for row in rows}
+
+
+def capabilities_of(rows: list[Row]) -> set[int]:
+    return {row["capability"] for row in rows}
 
 
 def kernels_of_the_package() -> set[str]:
-    texts = [file.read_text() for file in Path(megalora_kernels.__file__).parent.glob("*.py")]
-    return {name for text in texts for name in re.findall(r"^def (_\w+_kernel)\(", text, re.M)}
+    """Names of all kernels that the sources define, so that a new one cannot be forgotten here."""
+    found = set()
+    for file in Path(megalora_kernels.__file__).parent.glob("*.py"):
+        found.update(re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.M))
+    return found
+
+
+def gemms_of(rows: list[Row], *, with_product: bool) -> list[Row]:
+    """Rows of the grouped GEMM: of cases for one product, or of those that a layer launches."""
+    found = []
+    for row in rows:
+        if row.get("kernel") == "_gemm_kernel" and ("product" in row) == with_product:
+            found.append(row)
+    return found
 
 
 def offered(rows: list[Row]) -> list[Row]:
     """Rows of variants that ``problem`` lets run."""
-    gemms = [row for row in rows if row.get("kernel") == "_gemm_kernel"]
-    return [row for row in gemms if "product" in row and row["refused"] is None]
+    return [row for row in gemms_of(rows, with_product=True) if row["refused"] is None]
+
+
+def beyond_shared_memory(rows: list[Row]) -> list[Row]:
+    """Rows of kernels that need more shared memory than a program of their GPU may have."""
+    return [row for row in rows if row["shared"] > PROGRAM_SHARED[row["capability"]]]
 
 
 def check_gemm(row: Row) -> None:
@@ -75,6 +107,7 @@ def check_gemm(row: Row) -> None:
     # element through registers.
     assert row["loads"] == 0, row
     by_tma = [row["weight"], row["rows"]].count("tma")
+    # One TMA copy per operand and turn of the loop; whatever else is copied is copied by cp.async.
     assert row["tma"] == by_tma, row
     assert (row["cp_async"] > 0) == (by_tma < 2), row
     # The adapter's operands reuse the pipeline's buffers.
@@ -83,8 +116,10 @@ def check_gemm(row: Row) -> None:
 
 def check_swiglu(row: Row) -> None:
     """A pass of SwiGLU in half precision, up to stacked rank 64."""
+    # Elements of the tile that each thread computes: a warp has 32 threads.
     elements = row["BLOCK_M"] * row["BLOCK_I"] / (32 * row["warps"])
-    assert row["exponentials"] == elements, row  # one each
+    # One exponential each: a second one would mean that the activation is computed twice.
+    assert row["exponentials"] == elements, row
     assert row["activation_loop"] / elements <= ELEMENT_CEILING[row["kernel"]], row
     assert row["spilled"] <= 8, row
 
@@ -103,13 +138,13 @@ class TestForHopper:
 
     def test_every_kernel_of_the_triton_back_end_compiles(self, rows):
         assert errors(rows) == []
-        compiled_kernels = {row["kernel"] for row in rows if "error" not in row}
-        assert compiled_kernels == kernels_of_the_package()
+        assert kernels_of(made_by_compiler(rows)) == kernels_of_the_package()
 
     def test_everything_fits_and_hardly_anything_spills(self, rows):
-        made = [row for row in rows if "error" not in row]
+        made = made_by_compiler(rows)
         assert [row for row in made if row["shared"] > PROGRAM_SHARED[90]] == []
-        assert {row["kernel"] for row in made if row["spilled"]} <= {"_swiglu_backward_kernel"}
+        spilling = [row for row in made if row["spilled"]]
+        assert kernels_of(spilling) <= {"_swiglu_backward_kernel"}
 
     def test_variants_of_the_gemm(self, rows):
         variants = offered(rows)
@@ -120,16 +155,15 @@ class TestForHopper:
             assert row["per_sm"] == (1 if row["variant"].startswith("128 x 256") else 2), row
 
     def test_gemms_of_a_layer_take_no_operand_through_registers(self, rows):
-        gemms = [
-            row for row in rows if row.get("kernel") == "_gemm_kernel" and "product" not in row
-        ]
+        # Gate and up, down, and the input gradients of both.
+        gemms = gemms_of(rows, with_product=False)
         assert len(gemms) == 4
         for row in gemms:
             assert row["loads"] == 0 and row["cp_async"] == 12 and row["products"] == "wgmma", row
 
     def test_activation_is_computed_once(self, rows):
         found = passes(rows)
-        assert {row["kernel"] for row in found} == set(ELEMENT_CEILING)
+        assert kernels_of(found) == set(ELEMENT_CEILING)
         for row in found:
             check_swiglu(row)
             assert row["per_sm"] >= 3, row
@@ -145,45 +179,43 @@ class TestForEveryChip:
         folder = TRITON_36 if version == "3.6.0" else None
         assert folder is None or folder.is_dir(), f"{TRITON_36} is missing: run make compiled"
         rows = compiled("--every", "--capability", *map(str, PROGRAM_SHARED), triton_folder=folder)
-        assert {row["triton"] for row in rows} == {
-            triton.__version__ if folder is None else version
-        }
+        # A path that is ignored would test the installed Triton twice.
+        expected = triton.__version__ if folder is None else version
+        assert {row["triton"] for row in rows} == {expected}
         return rows
 
     def test_all_compile_that_are_offered(self, rows):
         assert errors(rows) == []
         for capability in PROGRAM_SHARED:
-            kernels = {
-                row["kernel"]
-                for row in rows
-                if row["capability"] == capability and "error" not in row
-            }
-            assert kernels == kernels_of_the_package()
+            of_chip = [row for row in rows if row["capability"] == capability]
+            assert kernels_of(made_by_compiler(of_chip)) == kernels_of_the_package()
 
     def test_everything_offered_fits(self, rows):
-        fits = [row for row in rows if "error" not in row and not row.get("refused")]
-        assert [row for row in fits if row["shared"] > PROGRAM_SHARED[row["capability"]]] == []
+        fits = [row for row in made_by_compiler(rows) if not row.get("refused")]
+        assert beyond_shared_memory(fits) == []
 
     def test_variants_of_the_gemm(self, rows):
         variants = offered(rows)
         for row in variants:
             check_gemm(row)
-        tma = {row["capability"] for row in variants if row["weight"] == "tma"}
-        assert tma == {90, 100}
+        by_tma = [row for row in variants if row["weight"] == "tma"]
+        # TMA came with Hopper.
+        assert capabilities_of(by_tma) == {90, 100}
 
     def test_what_is_refused_for_memory_or_registers_does_not_fit(self, rows):
         refused = [row for row in rows if row.get("refused")]
-        assert {row["capability"] for row in refused} == set(PROGRAM_SHARED)
+        assert capabilities_of(refused) == set(PROGRAM_SHARED)
         for row in refused:
             shared = row["shared"]
-            if (
-                row["capability"] < 90
-            ):  # its pipeline has a buffer less than stages; the estimate does not count on that
+            if row["capability"] < 90:
+                # Its pipeline has a buffer less than stages; the estimate does not count on that.
+                # A buffer holds a block of rows and one of columns, two bytes an element.
                 shared += (row["BLOCK_M"] + row["BLOCK_N"]) * row["BLOCK_K"] * 2
             assert shared > PROGRAM_SHARED[row["capability"]] or row["spilled"], row
 
     def test_activation_is_computed_once(self, rows):
+        # The ceilings of instructions are known up to stacked rank 64.
         found = [row for row in passes(rows) if "ranks" in row and max(row["ranks"]) <= 64]
-        assert {row["capability"] for row in found} == set(PROGRAM_SHARED)
+        assert capabilities_of(found) == set(PROGRAM_SHARED)
         for row in found:
             check_swiglu(row)

@@ -99,6 +99,7 @@ def test_forward_and_backward_of_a_linear(linear):
     """The yardstick's backward makes dx alone."""
     t = {name: v.clone() for name, v in linear.items()}
     dy = normal(M, N)
+    # Clones, because the fixture is the module's: other tests of it want no gradients.
     wanted = [t[name].requires_grad_() for name in ("x", "a", "b")]
 
     def base() -> None:
@@ -123,9 +124,12 @@ def experts() -> dict[str, torch.Tensor]:
         "p": normal(M),
         "a1": normal(E, 2 * R, K),
         "gate": normal(E, INNER, R),
+        "up": normal(E, INNER, R),
+        "a2": normal(E, R, INNER),
+        "down": normal(E, K, R),
     }
-    leaves |= {"up": normal(E, INNER, R), "a2": normal(E, R, INNER), "down": normal(E, K, R)}
-    leaves = {name: t.requires_grad_() for name, t in leaves.items()}
+    for t in leaves.values():
+        t.requires_grad_()
     return {
         **leaves,
         "w1": normal(E, 2 * INNER, K),
@@ -139,18 +143,19 @@ def layer(
     t: dict[str, torch.Tensor], adapted: bool, backward: bool, arm: str
 ) -> Callable[[], object]:
     routing, _ = route(t["map"], TOP_K)
-    w1, w2 = (
-        (AugmentedWeight(t["w1"], 2 * R), AugmentedWeight(t["w2"], R))
-        if arm == "joined"
-        else (t["w1"], t["w2"])
-    )
+    w1 = t["w1"]
+    w2 = t["w2"]
+    if arm == "joined":
+        w1 = AugmentedWeight(w1, 2 * R)
+        w2 = AugmentedWeight(w2, R)
     gate_up = ExpertFactors(t["a1"], (t["gate"], t["up"]), (2.0, 2.0))
     down = ExpertFactors(t["a2"], (t["down"],), (2.0,))
     adapters = {"gate_up": gate_up, "down": down} if adapted else {}
-    wanted = [
-        t[name]
-        for name in (("x", "p", "a1", "gate", "up", "a2", "down") if adapted else ("x", "p"))
-    ]
+    # The frozen base, too, passes gradients on to the layers and the router before it.
+    names = ["x", "p"]
+    if adapted:
+        names += ["a1", "gate", "up", "a2", "down"]
+    wanted = [t[name] for name in names]
     backend = "grouped_mm" if arm == "joined" else None
 
     def call() -> None:
@@ -209,6 +214,8 @@ def test_traffic_of_a_linear(linear):
     ours = traffic(
         lambda: grouped_lora(t["x"], t["w"], t["offsets"], t["a"], t["b"], backend="loop")
     )
+    # Rows read and written and every expert's weight once, four bytes an element; beside that x
+    # again, S written and read, the output read and written again, and the factors.
     assert base == (M * (K + N) + E * N * K) * 4
     assert ours == base + (M * (K + 2 * R + 2 * N) + E * R * (K + N)) * 4
     print(f"traffic of a linear: {ours / base:.3f} of the base's {base / 1e6:.1f} MB")
@@ -217,7 +224,8 @@ def test_traffic_of_a_linear(linear):
 
 @pytest.mark.parametrize("backward, most", [(False, 1.36), (True, 1.45)])
 def test_traffic_of_a_layer_of_experts(experts, backward, most):
-    base, ours = (traffic(layer(experts, adapted, backward, "loop")) for adapted in (False, True))
+    base = traffic(layer(experts, False, backward, "loop"))
+    ours = traffic(layer(experts, True, backward, "loop"))
     print(
         f"traffic of a layer, backward {backward}: {ours / base:.3f} of the base's"
         f" {base / 1e6:.1f} MB"

@@ -24,14 +24,23 @@ def operands(
 ) -> tuple[torch.Tensor, ...]:
     """x, w, a, b, dy."""
     g = torch.Generator().manual_seed(0)
-    shapes = ((*shape, K), (N, K), (R, K), (N, R), (*shape, N))
-    x, w, a, b, dy = (torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in shapes)
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=g, dtype=torch.float64).to(dtype)
+
+    x = normal(*shape, K)
+    w = normal(N, K)
+    a = normal(R, K)
+    b = normal(N, R)
+    dy = normal(*shape, N)
     return x.requires_grad_(), w, a.requires_grad_(), b.requires_grad_(), dy
 
 
 def formulas(x: Any, w: Any, a: Any, b: Any, dy: Any) -> Tensors:
-    x, w, a, b, dy = (t.detach().double() for t in (x, w, a, b, dy))
+    """y and the gradients of x, a and b, in float64, by way of the merged weight W + B A."""
+    x, w, a, b, dy = [t.detach().double() for t in (x, w, a, b, dy)]
     merged = w + b @ a
+    # all dimensions in front are one batch for the gradients of a and b
     flat_x = x.reshape(-1, K)
     flat_dy = dy.reshape(-1, N)
     dw = flat_dy.T @ flat_x  # of the merged weight
@@ -65,15 +74,14 @@ def test_the_reference_is_the_same_function():
 
 def test_any_strides():
     x, w, a, b, dy = operands()
-    views = [t.detach().transpose(0, 1).contiguous().transpose(0, 1) for t in (x, w, a, b)]
-    leaves = [
-        views[0].requires_grad_(),
-        views[1],
-        views[2].requires_grad_(),
-        views[3].requires_grad_(),
-    ]
+    views = []
+    for t in (x, w, a, b):
+        # Column after column in memory; the weight stays frozen.
+        view = t.detach().transpose(0, 1).contiguous().transpose(0, 1)
+        views.append(view.requires_grad_(t is not w))
+    # A gradient of stride zero, as sum() gives it.
     ones = torch.ones(()).expand(dy.shape)
-    assert_close(run(*leaves, ones), formulas(x, w, a, b, ones), torch.float32)
+    assert_close(run(*views, ones), formulas(x, w, a, b, ones), torch.float32)
 
 
 def test_gradcheck():
@@ -87,10 +95,10 @@ def test_gradcheck():
 def test_only_the_gradients_that_are_wanted_and_only_what_they_need_kept(wanted):
     x, w, a, b, dy = operands()
     everything = run(x, w, a, b, dy)
-    t = {
-        name: t.detach().requires_grad_(name in wanted)
-        for name, t in zip("xab", (x, a, b), strict=True)
-    }
+    t = {}
+    for name, leaf in zip("xab", (x, a, b), strict=True):
+        t[name] = leaf.detach().requires_grad_(name in wanted)
+    # dA needs x [B, S, K], dB needs A x [B, S, R], dx needs the weights alone.
     kept = kept_bytes(lambda: dense_lora(t["x"], w, t["a"], t["b"]), (w, t["a"], t["b"]))
     assert kept == 4 * B * S * (K * ("a" in wanted) + R * ("b" in wanted))
     dense_lora(t["x"], w, t["a"], t["b"]).backward(dy)

@@ -1,6 +1,7 @@
 """expert_mlp where not everything is wanted, is kept, is left alone until backward, or may be read
 on the host."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -20,11 +21,25 @@ H = 24
 INNER = 40
 
 
+def on_arm(case: Experts, arm: str) -> tuple[Experts, str]:
+    """The case and the name of the back end for one of ``ARMS``: ``joined`` is no back end."""
+    if arm == "joined":
+        return case.joined(), "grouped_mm"
+    return case, arm
+
+
+def leaves_that_want(case: Experts, wanted: tuple[str, ...]) -> Tensors:
+    leaves = {}
+    for name, t in case.leaves.items():
+        leaves[name] = t.detach().requires_grad_(name in wanted)
+    return leaves
+
+
 def gradients(
     case: Experts, wanted: tuple[str, ...], arm: str, **how: bool
 ) -> dict[str, torch.Tensor | None]:
-    case, backend = (case.joined(), "grouped_mm") if arm == "joined" else (case, arm)
-    leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in case.leaves.items()}
+    case, backend = on_arm(case, arm)
+    leaves = leaves_that_want(case, wanted)
     case.call(leaves, backend=backend, **how).backward(case.dout)
     return {name: t.grad for name, t in leaves.items()}
 
@@ -44,28 +59,28 @@ def gradients(
 def test_only_the_gradients_that_are_wanted_and_with_the_same_bits(arm, way, subsets, small_tiles):
     case = IDLE[way]()
     everything = case.run(backend=arm)
+    recomputes = (False, True) if arm in ("loop", "joined") else (False,)
     for wanted in subsets:
-        for recompute in (False, True) if arm in ("loop", "joined") else (False,):
+        for recompute in recomputes:
             for name, grad in gradients(case, wanted, arm, recompute=recompute).items():
+                where = (name, wanted, recompute)
                 if name in wanted:
-                    assert grad is not None and torch.equal(grad, everything[name]), (
-                        name,
-                        wanted,
-                        recompute,
-                    )
+                    # The same bits: what is left out must not change the order of any sum.
+                    assert grad is not None and torch.equal(grad, everything[name]), where
                 else:
-                    assert grad is None, (name, wanted, recompute)
+                    assert grad is None, where
 
 
 @pytest.mark.parametrize("arm", FUSED)
 def test_nothing_wanted(arm, small_tiles):
     case = IDLE["gathered"]()
-    frozen = {name: t.detach() for name, t in case.leaves.items()}
+    frozen = leaves_that_want(case, ())
     out = case.call(frozen, backend="grouped_mm" if arm == "joined" else arm)
     assert not out.requires_grad
     assert_close({"out": out}, {"out": row_by_row(case)["out"]}, torch.float32)
 
 
+# Elements: [gate | up] of each row, S of gate and up stacked, S of down.
 Y = M * 2 * INNER
 S1 = M * (RANKS["gate"] + RANKS["up"])
 S2 = M * RANKS["down"]
@@ -89,15 +104,15 @@ def test_what_is_kept_for_backward(arm, wanted, recompute, kept, small_tiles):
     """In elements: x as given (7 tokens), [gate | up], S of each; besides them p and the indexes,
     which are given."""
     case = IDLE["gathered"]()
-    case, backend = (case.joined(), "grouped_mm") if arm == "joined" else (case, arm)
-    leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in case.leaves.items()}
+    case, backend = on_arm(case, arm)
+    leaves = leaves_that_want(case, wanted)
     r = case.routing
-    given = [t for name, t in leaves.items() if name != "x"] + [r.offsets_E, r.source_M, r.slots_TK]
+    # Parameters and indexes live anyhow; x is the layer's input, which backward may need.
+    given = [t for name, t in leaves.items() if name != "x"]
+    given += [r.offsets_E, r.source_M, r.slots_TK]
     given += [w for w in (case.w1, case.w2) if not isinstance(w, AugmentedWeight)]
-    assert (
-        kept_bytes(lambda: case.call(leaves, backend=backend, recompute=recompute), given)
-        == kept * 4
-    )
+    found = kept_bytes(lambda: case.call(leaves, backend=backend, recompute=recompute), given)
+    assert found == kept * 4
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -105,9 +120,10 @@ def test_what_is_kept_for_backward(arm, wanted, recompute, kept, small_tiles):
 @pytest.mark.parametrize("arm", ["grouped_mm", "joined", "triton"])
 def test_nothing_is_read_on_the_host(arm, way, recompute, grouped_mm_between_triton, small_tiles):
     case = IDLE[way]()
-    run = case.joined() if arm == "joined" else case
+    # Outside: making room in a weight may wait, as it happens once.
+    run, backend = on_arm(case, arm)
     with no_reads_on_the_host():
-        actual = run.run(backend="grouped_mm" if arm == "joined" else arm, recompute=recompute)
+        actual = run.run(backend=backend, recompute=recompute)
     assert_close(actual, row_by_row(case), torch.float32)
 
 
@@ -115,7 +131,7 @@ def test_nothing_is_read_on_the_host(arm, way, recompute, grouped_mm_between_tri
 def test_under_checkpoint(arm, small_tiles):
     case = IDLE["gathered"]()
     plain = case.run(backend=arm)
-    case, backend = (case.joined(), "grouped_mm") if arm == "joined" else (case, arm)
+    case, backend = on_arm(case, arm)
     names = list(case.leaves)
 
     def call(*values: torch.Tensor) -> torch.Tensor:
@@ -135,6 +151,7 @@ def test_operands_overwritten_before_backward_are_noticed(backend, name):
     case = IDLE["gathered"]()
     out = case.call(backend=backend)
     found = {**vars(case.routing), **case.leaves, "w1": case.w1}[name]
+    # The values stay the same, but autograd counts versions.
     with torch.no_grad():
         found.mul_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -154,15 +171,17 @@ def test_two_forwards_through_one_joined_weight_before_either_goes_backward():
     must use its own."""
     case = IDLE["gathered"]()
     joined = case.joined()
-    others = {
-        name: (t.detach() * (1 if name in ("x", "p") else -2)).requires_grad_()
-        for name, t in case.leaves.items()
-    }
+    others = {}
+    for name, t in case.leaves.items():
+        # Another adapter on the same input.
+        factor = 1 if name in ("x", "p") else -2
+        others[name] = (t.detach() * factor).requires_grad_()
+    # Both go forward first: the second writes its factors over the first one's in the weight.
     outs = [joined.call(leaves, backend="grouped_mm") for leaves in (case.leaves, others)]
     for out, leaves in zip(outs, (case.leaves, others), strict=True):
         grads = torch.autograd.grad(out, list(leaves.values()), case.dout)
         actual: Tensors = {"out": out, **dict(zip(leaves, grads, strict=True))}
-        assert_close(actual, row_by_row(Experts(**{**vars(case), "leaves": leaves})), torch.float32)
+        assert_close(actual, row_by_row(replace(case, leaves=leaves)), torch.float32)
 
 
 @pytest.mark.parametrize("backend", FUSED[:2] + FUSED[3:])

@@ -13,7 +13,7 @@ from triton.runtime import interpreter as triton_interpreter
 
 from tests.kernels import interpreter
 from tests.kernels.conftest import gemm_kernel, grouped_gemm
-from tests.kernels.oracle import ULP
+from tests.kernels.oracle import ULP, expert_of_rows
 
 pytestmark = pytest.mark.usefixtures("uninitialised_is_nan")
 
@@ -63,24 +63,29 @@ class Case:
 
         E = len(COUNTS)
         M = sum(COUNTS)
-        ranks = [rank for rank in self.ranks if rank]
+        # Each block of B fills its share of the columns: gate's the first half, up's the second.
         width = self.n // max(1, len(self.ranks))
-        source = (
-            torch.randint(0, TOKENS, (M,), generator=g, dtype=torch.int32)
-            if self.gathered
-            else None
-        )
-        b: list[torch.Tensor | None] = [
-            None if rank is None else normal(E, rank, width) for rank in self.ranks
-        ]
-        if self.op == "forward":  # [E, N, r], as B is kept
-            b = [t if t is None else t.transpose(1, 2).contiguous().transpose(1, 2) for t in b]
+        source = None
+        if self.gathered:
+            source = torch.randint(0, TOKENS, (M,), generator=g, dtype=torch.int32)
+        b: list[torch.Tensor | None] = []
+        stacked_rank = 0
+        for rank in self.ranks:
+            if rank is None:
+                b.append(None)
+                continue
+            stacked_rank += rank
+            block = normal(E, rank, width)
+            if self.op == "forward":
+                # the same values in memory as [E, N, r], as B is kept
+                block = block.transpose(1, 2).contiguous().transpose(1, 2)
+            b.append(block)
         return {
             "x": normal(TOKENS if self.gathered else M, self.k),
             "w_EKN": self.weight(normal(E, self.k, self.n)),
             "routing": Routing(torch.tensor(COUNTS).cumsum(0).int(), M),
-            "s_MR": normal(M, sum(ranks)) if ranks else None,
-            "b": tuple(b) if ranks else None,
+            "s_MR": normal(M, stacked_rank) if stacked_rank else None,
+            "b": tuple(b) if stacked_rank else None,
             "source_M": source,
         }
 
@@ -102,14 +107,13 @@ def row_by_row(o: Operands) -> torch.Tensor:
     M = o["routing"].num_rows
     N = o["w_EKN"].shape[2]
     y = torch.zeros(M, N, dtype=torch.float64)
-    for m, e in enumerate([e for e, count in enumerate(COUNTS) for _ in range(count)]):
-        y[m] = (
-            o["x"][m if o["source_M"] is None else int(o["source_M"][m])].double()
-            @ o["w_EKN"][e].double()
-        )
+    for m, e in enumerate(expert_of_rows(COUNTS)):
+        token = m if o["source_M"] is None else int(o["source_M"][m])
+        y[m] = o["x"][token].double() @ o["w_EKN"][e].double()
         column = 0
         rank = 0
         for block in o["b"] or ():
+            # S has no columns for a block that is None, but the output has.
             width = N // len(o["b"])
             if block is not None:
                 s = o["s_MR"][m, rank : rank + block.shape[1]].double()
@@ -125,9 +129,13 @@ def assert_right(case: Case, variant: Variant | None) -> torch.Tensor:
     o = case.operands()
     y = gemm_kernel.grouped_gemm_triton(**o, variant=variant)
     expected = row_by_row(o)
-    absolute = {name: t.abs() if isinstance(t, torch.Tensor) else t for name, t in o.items()}
-    absolute["source_M"] = o["source_M"]
-    absolute["b"] = None if o["b"] is None else tuple(t if t is None else t.abs() for t in o["b"])
+    absolute = dict(o)
+    for name in ("x", "w_EKN", "s_MR"):
+        if o[name] is not None:
+            absolute[name] = o[name].abs()
+    if o["b"] is not None:
+        absolute["b"] = [block if block is None else block.abs() for block in o["b"]]
+    # n: K terms of the base and at most 32 of the adapter (ranks 16 and 16).
     allowed = 1.1 * (ULP[case.dtype] + (case.k + 32) * 2.0**-24) * row_by_row(absolute)
     assert y.dtype == case.dtype and y.isfinite().all()
     assert ((y.double() - expected).abs() <= allowed).all()
@@ -148,14 +156,10 @@ def forms() -> list[Any]:
     for name, variant in KINDS.items():
         for op in ("forward", "dgrad"):
             for joined in (False, True):
-                gathered = variant.rows == "pointers"
-                found.append(
-                    pytest.param(
-                        variant,
-                        Case(op=op, joined=joined, gathered=gathered),
-                        id=f"{name}, {op}{', joined' * joined}",
-                    )
-                )
+                # TMA copies rectangles: it cannot gather rows.
+                case = Case(op=op, joined=joined, gathered=variant.rows == "pointers")
+                label = f"{name}, {op}{', joined' * joined}"
+                found.append(pytest.param(variant, case, id=label))
     return found
 
 
@@ -231,10 +235,12 @@ def test_bits_do_not_depend_on_the_variant(op, few_programs, products_term_by_te
     own."""
     case = Case((16, 16) if op == "forward" else (16,), op=op, gathered=False)
     o = case.operands()
-    shapes = [replace(SMALL, block_m=m, block_n=n) for m, n in ((16, 32), (64, 32), (32, 64))]
-    shapes += [replace(kind, block_m=32, block_n=64) for kind in KINDS.values()]
-    y, *others = (gemm_kernel.grouped_gemm_triton(**o, variant=variant) for variant in shapes)
-    assert all(torch.equal(y, other) for other in others)
+    y = gemm_kernel.grouped_gemm_triton(**o, variant=SMALL)
+    others = [replace(SMALL, block_m=m, block_n=n) for m, n in ((16, 32), (64, 32), (32, 64))]
+    others += [replace(kind, block_m=32, block_n=64) for kind in KINDS.values()]
+    for variant in others:
+        assert torch.equal(gemm_kernel.grouped_gemm_triton(**o, variant=variant), y), variant
+    # Without the adapter the bits differ, so equality above says something about it.
     assert not torch.equal(y, gemm_kernel.grouped_gemm_triton(**{**o, "b": None}, variant=SMALL))
 
 
@@ -257,15 +263,17 @@ def test_joined_keeps_zeros_beside_its_blocks():
     w_ENK = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0))
     joined = AugmentedWeight(w_ENK, 16)
     for ranks in ((3, 5), (5, 3), (None, 5), (3, 5), (4,)):
-        b = tuple(
-            None if r is None else torch.full((2, r, 8 // len(ranks)), float(r)) for r in ranks
-        )
-        wb_EKN = joined.with_b(b)
+        width = 8 // len(ranks)
+        b = []
+        for r in ranks:
+            # Each block is filled with its own rank, so that a leftover can be told.
+            b.append(None if r is None else torch.full((2, r, width), float(r)))
+        wb_EKN = joined.with_b(tuple(b))
         want = torch.zeros(2, 16, 8)
         rank = 0
         for i, block in enumerate(b):
             if block is not None:
-                columns = slice(i * 8 // len(b), (i + 1) * 8 // len(b))
+                columns = slice(i * width, (i + 1) * width)
                 want[:, rank : rank + block.shape[1], columns] = block
                 rank += block.shape[1]
         assert torch.equal(wb_EKN[:, 3:], want)
@@ -304,8 +312,10 @@ def test_addresses_that_tma_cannot_read():
     taken."""
     o = Case(gathered=False, dtype=torch.float16).operands()
     w = o["w_EKN"].transpose(1, 2)
+    # Two bytes past a multiple of 16
     shifted = torch.cat([w.new_zeros(1), w.flatten()])[1:].view(w.shape).transpose(1, 2)
     wide = torch.nn.functional.pad(w, (0, 1))[:, :, :-1].transpose(1, 2)  # rows of 49 elements
+    # N rows of K per expert and 8 elements more: no whole number of rows
     between = (
         torch.nn.functional.pad(w.flatten(1), (0, 8))
         .as_strided(w.shape, (N * K + 8, K, 1))

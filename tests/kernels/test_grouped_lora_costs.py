@@ -74,9 +74,9 @@ def test_backward_leaves_the_weight_alone_when_x_is_frozen(backend):
 @pytest.mark.parametrize("arm", ["loop", "grouped_mm", "joined", "triton"])
 def test_backward_keeps_x_and_the_rank_wide_s_and_no_more(arm, wanted, kept):
     x, w, offsets, a, b, _ = make()
-    x, a, b = (
-        t.detach().requires_grad_(name in wanted) for name, t in zip("xab", (x, a, b), strict=True)
-    )
+    x = x.detach().requires_grad_("x" in wanted)
+    a = a.detach().requires_grad_("a" in wanted)
+    b = b.detach().requires_grad_("b" in wanted)
     assert kept_bytes(lambda: call(arm, x, w, offsets, a, b), (w, a, b, offsets)) == kept * 4
 
 

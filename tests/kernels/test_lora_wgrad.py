@@ -10,34 +10,36 @@ from megalora_kernels import lora_wgrad
 from tests.kernels.conftest import lora_wgrad as module
 from tests.kernels.conftest import tiles
 from tests.kernels.linear import COUNTS
-from tests.kernels.oracle import ULP
+from tests.kernels.oracle import ULP, expert_of_rows
 from tests.kernels.passes import wgrad
 
 BACKENDS = ("reference", "loop", "triton")
 CASES = [(b, t) for b in BACKENDS for t in ULP if b != "triton" or t != torch.float64]
+"""Every back end and dtype; Triton's kernels accumulate in float32, so they do no float64."""
 
 
 def operands(counts: list[int], rank: int, K: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """g, x, offsets and the gradient of the result."""
     g = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
     rows = sum(counts)
-    shapes = ((rows, rank), (rows, K), (len(counts), rank, K))
-    found = [torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
-    return (
-        found[0].requires_grad_(),
-        found[1].requires_grad_(),
-        torch.tensor(counts).cumsum(0).int(),
-        found[2],
-    )
+    g_MR = normal(rows, rank).requires_grad_()
+    x_MK = normal(rows, K).requires_grad_()
+    dout_ERK = normal(len(counts), rank, K)
+    offsets_E = torch.tensor(counts).cumsum(0).int()
+    return g_MR, x_MK, offsets_E, dout_ERK
 
 
 def row_by_row(counts: list[int], *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """out, dg, dx in float64."""
-    g, x, dout = (t.detach().double() for t in operands)
+    g, x, dout = [t.detach().double() for t in operands]
     out = torch.zeros_like(dout)
     dg = torch.zeros_like(g)
     dx = torch.zeros_like(x)
-    for m, e in enumerate([e for e, count in enumerate(counts) for _ in range(count)]):
+    for m, e in enumerate(expert_of_rows(counts)):
         out[e] += torch.outer(g[m], x[m])
         dg[m] = dout[e] @ x[m]
         dx[m] = g[m] @ dout[e]
@@ -69,7 +71,10 @@ def test_values_and_gradients(backend, dtype, counts, rank, K, monkeypatch):
     g, x, offsets, dout = operands(counts, rank, K, dtype)
     out = lora_wgrad(g, x, offsets, backend=backend)
     assert_within_rounding((out, *torch.autograd.grad(out, (g, x), dout)), counts, g, x, dout)
-    assert all(torch.count_nonzero(out[e]) == 0 for e, count in enumerate(counts) if count == 0)
+    # No program writes an expert without rows: its zeros must come from somewhere all the same.
+    for e, count in enumerate(counts):
+        if count == 0:
+            assert torch.count_nonzero(out[e]) == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -77,6 +82,7 @@ def test_rows_gathered_from_a_source(backend):
     """What expert_mlp uses: row m's x is x[source[m]]."""
     counts = [4, 0, 9]
     g, x, offsets, dout = operands(counts, 3, 24, torch.float32)
+    # 13 rows of 5 tokens: some tokens serve several rows.
     source = torch.randint(0, 5, (13,), generator=torch.Generator().manual_seed(1)).int()
     given = (g, x[:5], module.Routing(offsets, 13), source)
     with torch.no_grad():
@@ -109,9 +115,11 @@ def test_gradcheck(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides(backend):
     g, x, offsets, dout = operands(COUNTS, 3, 24, torch.float32)
-    spread = [
-        torch.stack([t.detach(), t.detach() + 9], -1)[..., 0].requires_grad_() for t in (g, x)
-    ]
+    spread = []
+    for t in (g, x):
+        # Every second element of a buffer; who ignores the stride reads values that are off by 9.
+        beside_others = torch.stack([t.detach(), t.detach() + 9], -1)
+        spread.append(beside_others[..., 0].requires_grad_())
     out = lora_wgrad(*spread, offsets, backend=backend)
     actual = (out, *torch.autograd.grad(out, spread, dout.expand_as(out)))
     assert_within_rounding(actual, COUNTS, g, x, dout)
@@ -119,6 +127,7 @@ def test_any_strides(backend):
 
 def test_an_argument_beats_the_environment(monkeypatch):
     seen = []
+    # Operand 3 is the output, which must hold something when the launcher returns.
     monkeypatch.setattr(
         module, "lora_wgrad_triton", lambda *of: seen.append("triton") or of[3].zero_()
     )

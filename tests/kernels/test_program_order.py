@@ -81,7 +81,8 @@ def test_back_ends_in_torch_give_the_same_bits_twice(backend):
     case = IDLE["received"]()
     first = case.run(backend=backend)
     again = case.run(backend=backend)
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    for name, t in first.items():
+        assert torch.equal(t, again[name]), name
 
 
 def test_an_experts_gradient_does_not_depend_on_the_rows_of_others(short_chunks):

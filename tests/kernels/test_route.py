@@ -10,10 +10,11 @@ import torch
 from megalora_kernels import permute_values, regroup, regroup_values, route, route_values
 
 from tests.kernels import interpreter
+from tests.kernels.oracle import expert_of_arrivals, sorted_pairs
 
-route_module, regroup_module = (
-    importlib.import_module(f"megalora_kernels.{name}") for name in ("route", "regroup")
-)
+# The package re-exports functions under their modules' names, so attribute access finds functions.
+route_module = importlib.import_module("megalora_kernels.route")
+regroup_module = importlib.import_module("megalora_kernels.regroup")
 
 
 def chosen_experts(
@@ -22,10 +23,20 @@ def chosen_experts(
     """k experts of each token, none of them idle."""
     g = torch.Generator().manual_seed(num_tokens)
     busy = [e for e in range(num_experts) if e not in idle]
-    return [
-        sorted(busy[i] for i in torch.randperm(len(busy), generator=g)[:k].tolist())
-        for _ in range(num_tokens)
-    ]
+    chosen = []
+    for _ in range(num_tokens):
+        # The first k of a permutation are k different experts; a token's come sorted.
+        first = torch.randperm(len(busy), generator=g)[:k].tolist()
+        chosen.append(sorted(busy[i] for i in first))
+    return chosen
+
+
+def last_rows(experts: list[int], num_experts: int) -> list[int]:
+    """Ends of the experts' rows: how many rows go to expert e or to one before it."""
+    ends = []
+    for last in range(num_experts):
+        ends.append(sum(e <= last for e in experts))
+    return ends
 
 
 def as_map(chosen: list[list[int]], num_experts: int) -> torch.Tensor:
@@ -59,18 +70,19 @@ def test_route(name, strided, monkeypatch):
     routing_map = as_map(chosen, num_experts)
     values = torch.rand(len(chosen), num_experts)
     if strided:
-        routing_map, values = (t.t().contiguous().t() for t in (routing_map, values))
-    rows = sorted((e, t) for t, experts in enumerate(chosen) for e in experts)
+        # The same values column by column in memory: kernels must not assume rows.
+        routing_map = routing_map.t().contiguous().t()
+        values = values.t().contiguous().t()
+    rows = sorted_pairs(chosen)
     routing, expert_TK, values_M = route_module.route_triton(routing_map, k, values)
     assert routing.source_M.tolist() == [t for _, t in rows]
-    assert routing.offsets_E.tolist() == [
-        sum(e <= last for e, _ in rows) for last in range(num_experts)
-    ]
+    assert routing.offsets_E.tolist() == last_rows([e for e, _ in rows], num_experts)
     assert expert_TK.tolist() == chosen
-    assert routing.slots_TK.tolist() == [
-        [rows.index((e, t)) for e in experts] for t, experts in enumerate(chosen)
-    ]
+    # A token's slots are the places of its rows, in the order of its experts.
+    for t, experts in enumerate(chosen):
+        assert routing.slots_TK[t].tolist() == [rows.index((e, t)) for e in experts]
     assert values_M.tolist() == [values[t, e].item() for e, t in rows]
+    # Backward: each row's gradient goes to the one entry it came from, zeros to all others.
     dvalues_M = torch.rand(len(rows))
     dvalues_TE = route_module.spread_triton(dvalues_M, routing.slots_TK, expert_TK, num_experts)
     want = torch.zeros(len(chosen), num_experts)
@@ -84,14 +96,11 @@ def test_tiles_as_on_a_gpu_and_no_values():
     chosen = chosen_experts(70, 128, 8)
     routing, expert_TK, values_M = route_module.route_triton(as_map(chosen, 128), 8)
     want, want_TK = route_module.route_ref(as_map(chosen, 128), 8)
-    assert torch.equal(routing.source_M, want.source_M) and torch.equal(
-        routing.slots_TK, want.slots_TK
-    )
-    assert (
-        torch.equal(routing.offsets_E, want.offsets_E)
-        and torch.equal(expert_TK, want_TK)
-        and values_M is None
-    )
+    assert torch.equal(routing.source_M, want.source_M)
+    assert torch.equal(routing.slots_TK, want.slots_TK)
+    assert torch.equal(routing.offsets_E, want.offsets_E)
+    assert torch.equal(expert_TK, want_TK)
+    assert values_M is None
 
 
 @pytest.mark.parametrize("chosen", [[[0, 1], [2]], [[0, 1], [0, 1, 2]], [[], [0, 1]]], ids=str)
@@ -112,20 +121,18 @@ COUNTS = {
 @pytest.mark.parametrize("name, strided", itertools.product(COUNTS, [False, True]))
 def test_regroup(name, strided):
     counts_RE = COUNTS[name]
-    arriving = [e for counts in counts_RE for e, count in enumerate(counts) for _ in range(count)]
+    arriving = expert_of_arrivals(counts_RE)
+    # Python's sort is stable: rows of one expert stay in the order in which they arrived.
     order = sorted(range(len(arriving)), key=arriving.__getitem__)
     counts = torch.tensor(counts_RE, dtype=torch.int32 if strided else torch.int64)
     counts = counts.t().contiguous().t() if strided else counts
     values = torch.rand(len(arriving))
     routing, values_M = regroup_module.regroup_triton(counts, len(arriving), values)
     assert routing.source_M.tolist() == order
-    assert routing.slots_TK.reshape(-1).argsort().tolist() == order and routing.slots_TK.shape == (
-        len(arriving),
-        1,
-    )
-    assert routing.offsets_E.tolist() == [
-        sum(e <= last for e in arriving) for last in range(len(counts_RE[0]))
-    ]
+    # Slots say where an arrived row went, the inverse of where a sorted row came from.
+    assert routing.slots_TK.reshape(-1).argsort().tolist() == order
+    assert routing.slots_TK.shape == (len(arriving), 1)
+    assert routing.offsets_E.tolist() == last_rows(arriving, len(counts_RE[0]))
     assert torch.equal(values_M, values[order])
     assert regroup_module.regroup_triton(counts, len(arriving))[1] is None
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megalora_kernels import Routing, permute, permute_values, regroup, route, unpermute
 
 from tests.kernels.measure import no_reads_on_the_host
+from tests.kernels.oracle import expert_of_arrivals, sorted_pairs
 
 
 @st.composite
@@ -17,12 +18,20 @@ def choices(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
     """(experts of each token, E, k)."""
     num_experts = draw(st.integers(1, 7))
     k = draw(st.integers(1, num_experts))
-    tokens = draw(st.integers(0, 9))
-    return (
-        [sorted(draw(st.permutations(range(num_experts)))[:k]) for _ in range(tokens)],
-        num_experts,
-        k,
-    )
+    chosen = []
+    for _ in range(draw(st.integers(0, 9))):
+        # The first k of a permutation are k different experts; a token's come sorted.
+        order = draw(st.permutations(range(num_experts)))
+        chosen.append(sorted(order[:k]))
+    return chosen, num_experts, k
+
+
+def last_rows(experts: list[int], num_experts: int) -> list[int]:
+    """Ends of the experts' rows: how many rows go to expert e or to one before it."""
+    ends = []
+    for last in range(num_experts):
+        ends.append(sum(e <= last for e in experts))
+    return ends
 
 
 def as_map(chosen: list[list[int]], num_experts: int) -> torch.Tensor:
@@ -36,31 +45,22 @@ def as_map(chosen: list[list[int]], num_experts: int) -> torch.Tensor:
 def test_route_against_a_sorted_list(case):
     chosen, num_experts, k = case
     routing, expert_TK = route(as_map(chosen, num_experts), k)
-    rows = sorted((e, t) for t, experts in enumerate(chosen) for e in experts)
+    rows = sorted_pairs(chosen)
     assert routing.num_rows == len(rows) and routing.num_experts == num_experts
     assert routing.source_M.tolist() == [t for _, t in rows]
-    assert routing.offsets_E.tolist() == [
-        sum(e <= last for e, _ in rows) for last in range(num_experts)
-    ]
+    ends = last_rows([e for e, _ in rows], num_experts)
+    assert routing.offsets_E.tolist() == ends
     assert expert_TK.tolist() == chosen
-    assert routing.slots_TK.tolist() == [
-        [rows.index((e, t)) for e in experts] for t, experts in enumerate(chosen)
-    ]
-    indexes = (routing.offsets_E, routing.source_M, routing.slots_TK)
-    assert (
-        all(t.dtype == torch.int32 and t.is_contiguous() for t in indexes)
-        and expert_TK.dtype == torch.int64
-    )
-    assert routing.spans() == [
-        (e, rows_of[0], rows_of[1]) for e, rows_of in enumerate(_bounds(rows, num_experts))
-    ]
-
-
-def _bounds(rows: list[tuple[int, int]], num_experts: int) -> list[tuple[int, int]]:
-    return [
-        (sum(e < mine for e, _ in rows), sum(e <= mine for e, _ in rows))
-        for mine in range(num_experts)
-    ]
+    # A token's slots are the places of its rows, in the order of its experts.
+    for t, experts in enumerate(chosen):
+        assert routing.slots_TK[t].tolist() == [rows.index((e, t)) for e in experts]
+    # int32 is what the kernels read; int64 is what torch's gather wants.
+    for index in (routing.offsets_E, routing.source_M, routing.slots_TK):
+        assert index.dtype == torch.int32 and index.is_contiguous()
+    assert expert_TK.dtype == torch.int64
+    # (expert, first row, end), also of experts without rows
+    starts = [0, *ends[:-1]]
+    assert routing.spans() == list(zip(range(num_experts), starts, ends, strict=True))
 
 
 COUNTS = st.integers(1, 5).flatmap(
@@ -73,17 +73,15 @@ COUNTS = st.integers(1, 5).flatmap(
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 @given(counts_RE=COUNTS)
 def test_regroup_against_a_stable_sort(dtype, counts_RE):
-    arriving = [e for counts in counts_RE for e, count in enumerate(counts) for _ in range(count)]
+    arriving = expert_of_arrivals(counts_RE)
+    # Python's sort is stable: rows of one expert stay in the order in which they arrived.
     order = sorted(range(len(arriving)), key=arriving.__getitem__)
     routing = regroup(torch.tensor(counts_RE, dtype=dtype), len(arriving))
     assert routing.source_M.tolist() == order and routing.num_rows == len(arriving)
     assert routing.slots_TK.tolist() == [[order.index(m)] for m in range(len(arriving))]
-    assert routing.offsets_E.tolist() == [
-        sum(e <= last for e in arriving) for last in range(len(counts_RE[0]))
-    ]
-    assert all(
-        t.dtype == torch.int32 for t in (routing.source_M, routing.slots_TK, routing.offsets_E)
-    )
+    assert routing.offsets_E.tolist() == last_rows(arriving, len(counts_RE[0]))
+    for index in (routing.source_M, routing.slots_TK, routing.offsets_E):
+        assert index.dtype == torch.int32
 
 
 @given(case=choices())
@@ -97,6 +95,7 @@ def test_permute_unpermute_and_values(case):
     p_M = permute_values(p_TK, routing)
     for m, t in enumerate(routing.source_M.tolist()):
         assert torch.equal(rows[m], x[t])
+        # the token's probability for the very expert whose row this is
         assert p_M[m] == p_TK[t, routing.slots_TK[t].tolist().index(m)]
     back = unpermute(rows * p_M[:, None], routing)
     # k <= 7 terms in float32: default tolerance
@@ -120,10 +119,10 @@ def example() -> Routing:
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
 def test_gradients_once_and_twice(check):
     routing = example()
-    x, y, p = (
-        torch.randn(*shape, dtype=torch.float64).requires_grad_()
-        for shape in ((5, 3), (10, 3), (5, 2))
-    )
+    # 5 tokens with k = 2 experts each: 10 rows
+    x = torch.randn(5, 3, dtype=torch.float64).requires_grad_()
+    y = torch.randn(10, 3, dtype=torch.float64).requires_grad_()
+    p = torch.randn(5, 2, dtype=torch.float64).requires_grad_()
     assert check(lambda x: permute(x, routing), (x,))
     assert check(lambda y: unpermute(y, routing), (y,))
     assert check(lambda p: permute_values(p, routing), (p,))

@@ -11,7 +11,7 @@ from megalora_kernels.expert_factors import RankScale
 
 from tests.kernels import interpreter
 from tests.kernels.conftest import shrink
-from tests.kernels.oracle import ULP
+from tests.kernels.oracle import ULP, expert_of_rows
 
 COUNTS = [0, 5, 0, 70, 1]
 TOKENS = 9
@@ -48,15 +48,19 @@ def expected(
 ):
     """S and the sum of its terms' sizes, in float64."""
     s, size = torch.zeros(2, M, rank, dtype=torch.float64).unbind()
-    for m, e in enumerate(e for e, count in enumerate(COUNTS) for _ in range(count)):
+    for m, e in enumerate(expert_of_rows(COUNTS)):
         row = x[m if source is None else source[m]].double()
+        # Ranks of all factors lie one behind the other in S.
         column = 0
         for i, a in enumerate(factors):
             for r in range(0 if a is None else a.shape[1]):
                 factor = scale.first if column < scale.split else scale.second
                 assert a is not None
+                # Factor i reads its own WIDTH features of the row.
                 terms = a[e, r].double() * row[i * WIDTH : (i + 1) * WIDTH] * factor
-                s[m, column], size[m, column], column = terms.sum(), terms.abs().sum(), column + 1
+                s[m, column] = terms.sum()
+                size[m, column] = terms.abs().sum()
+                column += 1
     return s, size
 
 
@@ -73,6 +77,7 @@ def test_shrink(way, dtype, name, copies, backwards, monkeypatch):
     gathered = copies
     rank = sum(r or 0 for r in ranks)
     x, factors, source = operands(dtype, ranks, gathered)
+    # Two columns more than the rank: padding, which the kernel must fill with zeros.
     s = x.new_empty(M, rank + 2) if rank else None
     rows = x.new_empty(M, x.shape[1]) if copies else None
     getattr(shrink, f"shrink_{way}")(

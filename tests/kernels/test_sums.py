@@ -3,11 +3,13 @@ tensor of its own."""
 
 import pytest
 import torch
+import triton
 from megalora_kernels import Routing
 from megalora_kernels.sums import MAX_GRADIENTS, TorchSums, TritonSums
 
 from tests.kernels import interpreter
 from tests.kernels.conftest import tiles
+from tests.kernels.oracle import expert_of_rows
 
 COUNTS = [0, 20, 0, 5, 16, 0]
 CHUNK = 16
@@ -28,7 +30,8 @@ def any_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def chunks_of_experts() -> list[int]:
-    return [e for e, count in enumerate(COUNTS) for _ in range(-(-count // CHUNK))]
+    """The expert of each chunk: a chunk has rows of one expert, so 20 rows are two chunks of 16."""
+    return expert_of_rows([triton.cdiv(count, CHUNK) for count in COUNTS])
 
 
 @pytest.mark.usefixtures("uninitialised_is_nan", "any_order")
@@ -40,12 +43,14 @@ def test_sums(name, with_dp, monkeypatch):
     routing = Routing(torch.tensor(COUNTS).cumsum(0).int(), M)
     sums = TritonSums(routing, torch.empty(0), SHAPES[name])
     experts = chunks_of_experts()
-    parts = [
-        None if s is None else torch.randn(len(experts), *s, generator=g) for s in SHAPES[name]
-    ]
+    parts = []
+    for shape in SHAPES[name]:
+        unwanted = shape is None
+        parts.append(None if unwanted else torch.randn(len(experts), *shape, generator=g))
     for place, part in zip(sums.places, parts, strict=True):
         if place is not None:
             place[: len(experts)] = part  # those beyond stay NaN: nobody may read them
+    # Three parts of dp, as from three blocks of columns.
     dp_part = torch.randn(3, M, generator=g)
     if with_dp:
         sums.dp_part = dp_part
@@ -73,6 +78,7 @@ def test_a_sum_is_rounded_once_at_its_end(dtype, monkeypatch):
     sums = TritonSums(
         Routing(torch.tensor([3], dtype=torch.int32), 3), torch.empty(0, dtype=dtype), [(1, 1)]
     )
+    # Rounding after every addition would lose both halves of an ulp, one after the other.
     sums.places[0][:3, 0, 0] = torch.tensor([1.0, ulp, ulp])
     assert sums.finish()[1][0].item() == 1 + 2 * ulp
 
@@ -83,8 +89,6 @@ def test_parameters_get_gradients_that_autograd_need_not_copy():
         Routing(torch.tensor([2, 4], dtype=torch.int32), 4), torch.empty(0), SHAPES["all"]
     )
     assert len(SHAPES["all"]) == MAX_GRADIENTS
-    assert all(t.is_contiguous() for t in sums.finish()[1])
-    assert all(
-        t.is_contiguous()
-        for t in TorchSums(sums.routing, torch.empty(0), SHAPES["all"]).finish()[1]
-    )
+    torch_sums = TorchSums(sums.routing, torch.empty(0), SHAPES["all"])
+    for gradient in (*sums.finish()[1], *torch_sums.finish()[1]):
+        assert gradient.is_contiguous()

@@ -22,6 +22,7 @@ WAYS = ("loop", "triton")
 TINY = dict.fromkeys(ULP, 0.0) | {torch.float16: 2.0**-25}
 """Half the distance of the smallest numbers: float16 reaches them."""
 CASES = [(way, dtype) for way in WAYS for dtype in ULP if way != "triton" or dtype != torch.float64]
+"""Every way and dtype; Triton's kernels compute in float32, so they do no float64."""
 
 
 def operands(dtype: torch.dtype, inner: int = WIDTHS[0]) -> dict[str, torch.Tensor]:
@@ -33,11 +34,12 @@ def operands(dtype: torch.dtype, inner: int = WIDTHS[0]) -> dict[str, torch.Tens
         "s": (M, R),
         "ds": (M, Q),
     }
-    found = {
-        name: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
-        for name, shape in shapes.items()
-    }
-    return {**found, "p": torch.rand(M, generator=g)}
+    found = {}
+    for name, shape in shapes.items():
+        found[name] = torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+    # Probabilities stay in float32 whatever the dtype, as routers give them.
+    found["p"] = torch.rand(M, generator=g)
+    return found
 
 
 def wide(dtype: torch.dtype) -> float:
@@ -59,13 +61,13 @@ def test_forward_is_rounded_once(way, dtype, inner, padded):
     getattr(module, f"swiglu_{way}")(o["y"], o["p"], o["a"], routing(), h, s)
     gate, up = o["y"].double().chunk(2, 1)
     want = gate * torch.sigmoid(gate) * up * o["p"].double()[:, None]
+    # Errors of float32 are relative to the factors, which sigmoid may make far larger than h.
     size = gate.abs() * up.abs() * o["p"][:, None]
     assert (
         (h.double() - want).abs() <= ULP[dtype] * want.abs() + TINY[dtype] + wide(dtype) * size
     ).all()
-    a = torch.cat(
-        [o["a"][e].double().expand(1, Q, inner).repeat(n, 1, 1) for e, n in enumerate(COUNTS)]
-    )
+    # S is computed from h as stored, after its rounding: A of each row's expert, [M, Q, I].
+    a = o["a"].double().repeat_interleave(torch.tensor(COUNTS), 0)
     exact = (a @ h.double()[:, :, None])[..., 0]
     most = (a.abs() @ h.double().abs()[:, :, None])[..., 0]
     assert (
@@ -99,7 +101,9 @@ def test_backward_is_rounded_once(way, dtype, inner, short_chunks):
         (found.dp_M.double() - dp).abs() <= p_ulp * dp.abs() + inner * wide(dtype) / 10 * most
     ).all()
     for grad in (found.da_EQI, found.db_EJR):
-        assert grad.dtype == dtype and all(torch.count_nonzero(grad[e]) == 0 for e in (0, 2))
+        assert grad.dtype == dtype
+        # Experts 0 and 2 have no rows.
+        assert torch.count_nonzero(grad[[0, 2]]) == 0
 
 
 @pytest.mark.usefixtures("uninitialised_is_nan", "short_chunks")
@@ -115,7 +119,9 @@ def test_kernels_equal_autograd_in_float64(inner, with_r, with_q, order, monkeyp
         interpreter.reverse_programs(monkeypatch)
     o = operands(torch.float32, inner)
     new = {"dtype": torch.float64, "requires_grad": True}
-    y, p = (o[name].double().requires_grad_() for name in ("y", "p"))
+    y = o["y"].double().requires_grad_()
+    p = o["p"].double().requires_grad_()
+    # Zeros: the products add nothing, but their gradients are those of the adapters.
     b = torch.zeros(4, 2 * inner, R, **new)
     a = torch.zeros(4, Q, inner, **new)
     expert = torch.arange(4).repeat_interleave(torch.tensor(COUNTS))
@@ -142,8 +148,9 @@ def test_kernels_equal_autograd_in_float64(inner, with_r, with_q, order, monkeyp
         o["s"] if with_r else None,
         o["ds"] if with_q else None,
     )
-    for got, expected in zip((dy, found.dp_M), want[:2], strict=True):
-        assert_near(got, expected)
+    assert_near(dy, want[0])
+    assert_near(found.dp_M, want[1])
+    # A kernel without an adapter must not give its gradient, not even zeros.
     for got, expected, wanted in ((found.da_EQI, want[2], with_q), (found.db_EJR, want[3], with_r)):
         assert (got is not None) == wanted
         if wanted:
@@ -158,7 +165,8 @@ def test_the_loop_s_gradients_however_experts_are_taken_together(rows, monkeypat
     inner = WIDTHS[0]
     monkeypatch.setattr(backward_module, "LOOP_ELEMENTS", rows * inner)
     o = {name: t.double() for name, t in operands(torch.float64).items()}
-    y, p = (o[name].clone().requires_grad_() for name in ("y", "p"))
+    y = o["y"].clone().requires_grad_()
+    p = o["p"].clone().requires_grad_()
     h = module.swiglu_ref(y, p)
     dy_want, dp_want = torch.autograd.grad(h, (y, p), o["dh"])
     dy = torch.empty(M, 2 * inner, dtype=torch.float64)
@@ -169,6 +177,7 @@ def test_the_loop_s_gradients_however_experts_are_taken_together(rows, monkeypat
     torch.testing.assert_close(found.dp_M, dp_want)
     assert found.da_EQI is not None and found.db_EJR is not None
     for e, i, j in routing().spans():
+        # dA = dS^T h and dB = dY^T S over the rows i to j of expert e
         torch.testing.assert_close(found.da_EQI[e], o["ds"][i:j].T @ h[i:j].detach())
         torch.testing.assert_close(found.db_EJR[e], dy_want[i:j].T @ o["s"][i:j])
 

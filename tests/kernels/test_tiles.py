@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megalora_kernels.tiles import max_tiles, tile_of
 
+from tests.kernels.oracle import expert_of_rows
+
 
 @triton.jit
 def _cover(
@@ -35,6 +37,7 @@ def cover(counts: list[int], rows_per_tile: int) -> tuple[torch.Tensor, torch.Te
     num_rows = sum(counts)
     # three more than are ever launched
     programs = max_tiles(num_rows, len(counts), rows_per_tile) + 3
+    # One row more than there are: a store beyond the last row lands there and is not lost.
     covered = torch.zeros(num_rows + 1, dtype=torch.int32)
     owner = torch.full((num_rows + 1,), -1, dtype=torch.int32)
     seen = torch.full((programs,), -1, dtype=torch.int32)
@@ -52,9 +55,10 @@ COUNTS = st.lists(st.integers(0, 19), min_size=1, max_size=9)
 def test_every_row_is_owned_once_by_its_own_expert(counts, rows_per_tile):
     covered, owner, seen = cover(counts, rows_per_tile)
     assert (covered == 1).all()
-    assert owner.tolist() == [e for e, count in enumerate(counts) for _ in range(count)]
-    needed = [-(-count // rows_per_tile) for count in counts]
-    expected = [e for e, number in enumerate(needed) for _ in range(number)]
+    assert owner.tolist() == expert_of_rows(counts)
+    needed = [triton.cdiv(count, rows_per_tile) for count in counts]
+    expected = expert_of_rows(needed)
+    # Programs beyond the last tile see expert E, which there is not, and return.
     assert seen.tolist() == expected + [len(counts)] * (len(seen) - len(expected))
     assert sum(needed) <= max_tiles(sum(counts), len(counts), rows_per_tile)
 
@@ -62,9 +66,8 @@ def test_every_row_is_owned_once_by_its_own_expert(counts, rows_per_tile):
 @pytest.mark.parametrize("counts", [[0], [0, 0, 0], [16], [0, 0, 5], [5, 0, 0], [1] * 8], ids=str)
 def test_at_the_edges(counts):
     covered, owner, _ = cover(counts, 4)
-    assert (covered == 1).all() and owner.tolist() == [
-        e for e, count in enumerate(counts) for _ in range(count)
-    ]
+    assert (covered == 1).all()
+    assert owner.tolist() == expert_of_rows(counts)
 
 
 def test_the_bound_is_reached_but_for_one_tile_an_expert():
@@ -72,6 +75,7 @@ def test_the_bound_is_reached_but_for_one_tile_an_expert():
     would lose rows."""
     counts = [1, 1, 1, 29]
     rows = 8
-    needed = sum(-(-count // rows) for count in counts)
+    # A tile each for the experts of one row, four for the one of 29.
+    needed = sum(triton.cdiv(count, rows) for count in counts)
     assert needed == 7 > triton.cdiv(sum(counts), rows) == 4
     assert needed <= max_tiles(sum(counts), len(counts), rows) == 8
