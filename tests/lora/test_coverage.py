@@ -30,7 +30,8 @@ def said_by(config: RunConfig, act: Callable[[Run], Any]) -> str:
 
 
 def with_one_less(run: Run) -> None:
-    check_coverage(run.model.adapted, [shard for shard in run.model.shards if shard.name != EXPERT])
+    without_one = [shard for shard in run.model.shards if shard.name != EXPERT]
+    check_coverage(run.model.adapted, without_one)
 
 
 def with_one_more(run: Run) -> None:
@@ -72,6 +73,7 @@ def with_dead(factor: str, pattern: str, b_has_moved: bool) -> Callable[[Run], N
     def act(run: Run) -> None:
         for shard in run.model.shards:
             shard.parameter.main_grad = torch.ones_like(shard.parameter, dtype=torch.float32)
+        # Of a stacked parameter, such as all experts of a rank, a shard has some rows.
         for shard in run.model.shards:
             if re.search(rf"{pattern}\.lora_{factor}", shard.name):
                 shard.parameter.main_grad[shard.index] = 0

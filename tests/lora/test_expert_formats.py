@@ -27,15 +27,26 @@ ROOM = {"gate_up": {1: 16, 2: 32}, "down": {1: 16, 2: 32}}
 
 def experts_of(chunks: list[Any]) -> dict[int, FusedExperts]:
     """Layer -> its experts, adapted or not."""
-    layers: list[Any] = [layer for chunk in chunks for layer in chunk.decoder.layers]
-    return {
-        layer.layer_number - 1: getattr(layer.mlp.experts, "base", layer.mlp.experts)
-        for layer in layers
-    }
+    found = {}
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            # An adapted layer's experts are wrapped; Megatron counts layers from 1.
+            experts = layer.mlp.experts
+            found[layer.layer_number - 1] = getattr(experts, "base", experts)
+    return found
+
+
+def weights_of(chunks: list[Any]) -> dict[tuple[int, str], Any]:
+    """(layer, name) -> each weight of experts."""
+    found = {}
+    for layer, of in experts_of(chunks).items():
+        for name in ROOM:
+            found[layer, name] = getattr(of, name)
+    return found
 
 
 def pointers(chunks: list[Any]) -> list[int]:
-    return [p.data_ptr() for of in experts_of(chunks).values() for p in (of.gate_up, of.down)]
+    return [weight.data_ptr() for weight in weights_of(chunks).values()]
 
 
 def trained(config: RunConfig, with_room: bool) -> dict[str, Any]:
@@ -54,22 +65,12 @@ def trained(config: RunConfig, with_room: bool) -> dict[str, Any]:
     adapted_model.inject = watched
     with assemble(config) as run:
         seen["losses"] = [run.step(number, lr=1e-2)[0] for number in range(2)]
-        own = experts_of(run.model.chunks)
-        seen["bytes"] = {
-            (layer, name): getattr(of, name).untyped_storage().nbytes()
-            for layer, of in own.items()
-            for name in ROOM
-        }
-        seen["sizes"] = {
-            (layer, name): tuple(getattr(of, name).shape)
-            for layer, of in own.items()
-            for name in ROOM
-        }
-        seen["weights"] = {
-            (layer, name): getattr(of, name).detach().clone()
-            for layer, of in own.items()
-            for name in ROOM
-        }
+        seen |= {"bytes": {}, "sizes": {}, "weights": {}}
+        for key, weight in weights_of(run.model.chunks).items():
+            # A weight is a view; the storage behind it includes the room.
+            seen["bytes"][key] = weight.untyped_storage().nbytes()
+            seen["sizes"][key] = tuple(weight.shape)
+            seen["weights"][key] = weight.detach().clone()
         values = {p: p.data for p in run.model.parameters}
         seen["adapter"] = gather_tensors(run.model.shards, values, run.groups)
     return seen
@@ -93,6 +94,7 @@ def test_weights_lie_in_their_buffers_from_the_start(
         for key, weight in without["weights"].items():
             assert torch.equal(given["weights"][key], weight)
         for (layer, name), (e, n, k) in given["sizes"].items():
+            # [E, N, K] within [E, N + room, K + room], four bytes each
             room = ROOM[name].get(layer, 0)
             assert given["bytes"][layer, name] == e * (n + room) * (k + room) * 4
             assert without["bytes"][layer, name] == e * n * k * 4

@@ -3,6 +3,7 @@ against stock PEFT."""
 
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,27 +73,32 @@ def refusal(shape: ModelShape = MOE_SHAPE, **options: Any) -> str:
     ids=["moe", "mixed", "shared", "dense"],
 )
 def test_names_and_sizes_of_everything(shape: ModelShape) -> None:
-    every = ["gate", *ATTENTION_NAMES, *MLP_NAMES, "lm_head"]
-    adapted = adapt(
-        shape, rank=7, target_modules=[n for n in every if n != "gate" or shape.moe_layers]
-    )
+    every = [*ATTENTION_NAMES, *MLP_NAMES, "lm_head"]
+    if shape.moe_layers:
+        # A target that matches nothing is an error.
+        every.append("gate")
+    adapted = adapt(shape, rank=7, target_modules=every)
     expected: dict[str, tuple[int, int]] = {}
     for layer in range(4):
         stem = f"model.layers.{layer}"
-        expected |= {f"{stem}.self_attn.{n}": SIZES[f"self_attn.{n}"] for n in ATTENTION_NAMES}
-        if layer in shape.moe_layers:
-            expected[f"{stem}.mlp.gate"] = SIZES["mlp.gate"]
-            expected |= {
-                f"{stem}.mlp.experts.{e}.{n}": SIZES[n] for n in MLP_NAMES for e in range(5)
-            }
-            if shape.shared_intermediate:
-                expected |= {
-                    f"{stem}.mlp.shared_expert.{n}": SIZES[f"shared_expert.{n}"] for n in MLP_NAMES
-                }
-        else:
-            expected |= {f"{stem}.mlp.{n}": SIZES[f"mlp.{n}"] for n in MLP_NAMES}
+        for n in ATTENTION_NAMES:
+            expected[f"{stem}.self_attn.{n}"] = SIZES[f"self_attn.{n}"]
+        if layer not in shape.moe_layers:
+            for n in MLP_NAMES:
+                expected[f"{stem}.mlp.{n}"] = SIZES[f"mlp.{n}"]
+            continue
+        expected[f"{stem}.mlp.gate"] = SIZES["mlp.gate"]
+        for n in MLP_NAMES:
+            for e in range(5):
+                expected[f"{stem}.mlp.experts.{e}.{n}"] = SIZES[n]
+        if shape.shared_intermediate:
+            for n in MLP_NAMES:
+                expected[f"{stem}.mlp.shared_expert.{n}"] = SIZES[f"shared_expert.{n}"]
     expected["lm_head"] = SIZES["lm_head"]
-    found = {module: (a.out_features, a.in_features) for a in adapted for module in a.hf_modules()}
+    found = {}
+    for a in adapted:
+        for module in a.hf_modules():
+            found[module] = (a.out_features, a.in_features)
     assert list(found) == list(expected), (
         "order is the model's: layers, then table order, then experts"
     )
@@ -105,9 +111,7 @@ def test_names_and_sizes_of_everything(shape: ModelShape) -> None:
     "shape", [MOE_SHAPE, MIXED_SHAPE, DENSE_SHAPE], ids=["moe", "mixed", "dense"]
 )
 def test_all_linear_leaves_out_router_and_output_layer(shape: ModelShape) -> None:
-    assert places(adapt(shape)) == [
-        (layer, n) for layer in range(4) for n in ATTENTION_NAMES + MLP_NAMES
-    ]
+    assert places(adapt(shape)) == list(product(range(4), ATTENTION_NAMES + MLP_NAMES))
 
 
 def test_tensor_names() -> None:
@@ -124,9 +128,8 @@ def test_tensor_names() -> None:
 
 @pytest.mark.parametrize(("alias", "names"), EXPANSIONS.items())
 def test_aliases(alias: str, names: list[str]) -> None:
-    assert places(adapt(MIXED_SHAPE, target_modules=[alias])) == [
-        (layer, n) for layer in range(4) for n in names
-    ]
+    assert places(adapt(MIXED_SHAPE, target_modules=[alias])) == list(product(range(4), names))
+    # In patterns and exclusions an alias means the same as among targets.
     ranks = {a.name: a.rank for a in adapt(MIXED_SHAPE, rank=3, rank_pattern={alias: 11})}
     assert ranks == {n: 11 if n in names else 3 for n in ATTENTION_NAMES + MLP_NAMES}
     left = {a.name for a in adapt(MIXED_SHAPE, exclude_modules=[alias])}
@@ -143,7 +146,7 @@ def test_aliases_are_all_tested() -> None:
         ({"target_modules": "o_proj"}, [(i, "o_proj") for i in range(4)]),
         (
             {"target_modules": "q_proj|v_proj"},
-            [(i, n) for i in range(4) for n in ("q_proj", "v_proj")],
+            list(product(range(4), ("q_proj", "v_proj"))),
         ),
         ({"target_modules": r"layers\.[13]\..*o_proj"}, [(1, "o_proj"), (3, "o_proj")]),
         ({"target_modules": ["gate"]}, [(0, "gate"), (2, "gate"), (3, "gate")]),
@@ -228,13 +231,15 @@ def test_the_first_pattern_that_matches_wins() -> None:
 
 def test_expert_rank_is_for_routed_experts_that_no_pattern_names() -> None:
     adapted = adapt(MIXED_SHAPE, rank=6, expert_rank=3, rank_pattern={"down_proj": 10})
-    ranks = {(a.layer in MIXED_SHAPE.moe_layers, a.name): a.rank for a in adapted}
-    assert ranks == {
-        **{(moe, n): 6 for moe in (True, False) for n in ATTENTION_NAMES},
-        **{(True, n): 3 for n in ("gate_proj", "up_proj")},
-        **{(False, n): 6 for n in ("gate_proj", "up_proj")},
-        **{(moe, "down_proj"): 10 for moe in (True, False)},
-    }
+    for a in adapted:
+        if a.name == "down_proj":
+            rank = 10
+        elif a.name in ("gate_proj", "up_proj") and a.layer in MIXED_SHAPE.moe_layers:
+            rank = 3
+        else:
+            # attention, and the MLP of layer 1, which has no experts
+            rank = 6
+        assert a.rank == rank, (a.layer, a.name)
     assert {a.rank for a in adapt(rank=6, expert_rank=3, target_modules=["gate"])} == {6}, (
         "the router is no expert"
     )
@@ -432,10 +437,8 @@ def assert_trains_what_stock_peft_trains(
             model,
             LoraConfig(r=options["rank"], target_modules=options["target_modules"], **patterns),
         )
-    total = sum(
-        a.num_parameters()
-        for a in resolve(LoRAConfig(**options, **patterns), model_shape(read_hf_config(base)))
-    )
+    adapted = resolve(LoRAConfig(**options, **patterns), model_shape(read_hf_config(base)))
+    total = sum(a.num_parameters() for a in adapted)
     assert total == stock.get_nb_trainable_parameters()[0]
 
 
@@ -448,6 +451,7 @@ def test_num_parameters_of_experts() -> None:
     )
     experts = s.num_experts * (2 + 3 + 7) * (s.hidden + s.expert_intermediate)
     dense = (2 + 3 + 7) * (s.hidden + s.intermediate)
+    # The router has the default rank of 16; three of the four layers have experts.
     router = 16 * (s.hidden + s.num_experts)
     assert sum(a.num_parameters() for a in adapted) == 3 * (experts + router) + dense
     assert sum(a.num_parameters() for a in adapted if a.layer == 1) == dense
@@ -474,15 +478,11 @@ def test_fused_weights_hold_their_projections_in_the_order_of_megatron() -> None
 
 
 def test_groups_of_the_table() -> None:
-    assert {kind for kind, layout in SHARDINGS.items() if layout.group == "etp"} == {
-        "expert_column",
-        "expert_row",
-    }
+    over_etp = {kind for kind, layout in SHARDINGS.items() if layout.group == "etp"}
+    assert over_etp == {"expert_column", "expert_row"}
     assert {p.kind for p in (*ATTENTION, *MOE, *SHARED_EXPERT, *DENSE_MLP, *HEAD)} == set(SHARDINGS)
-    assert all(
-        p.is_expert == (SHARDINGS[p.kind].group == "etp")
-        for p in (*ATTENTION, *MOE, *DENSE_MLP, *HEAD)
-    )
+    for p in (*ATTENTION, *MOE, *DENSE_MLP, *HEAD):
+        assert p.is_expert == (p.kind in over_etp), p.name
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -507,37 +507,35 @@ def test_shards_make_up_the_whole_adapter_and_its_gradients(
     rank = 3
     tokens = 8
     generator = torch.Generator().manual_seed(ranks)
-    a, b, x, dy = (
-        torch.randn(size, generator=generator, dtype=torch.float64)
-        for size in ((rank, into), (out, rank), (tokens, into), (tokens, out))
-    )
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    a = normal(rank, into)
+    b = normal(out, rank)
+    x = normal(tokens, into)
+    dy = normal(tokens, out)
     whole = gradients(a, b, x, dy)
-    by_token = projection.kind == "router"
-    xs = shards(x, 0 if by_token else 1 if layout.split_a == 1 else None, ranks)
-    dys = shards(dy, 0 if by_token else 1 if layout.split_b == 0 else None, ranks)
-    parts = [
-        gradients(*inputs)
-        for inputs in zip(
-            shards(a, layout.split("A"), ranks),
-            shards(b, layout.split("B"), ranks),
-            xs,
-            dys,
-            strict=True,
-        )
-    ]
-    output = [part[0] for part in parts]
-    joined = (
-        torch.cat(output, 0 if by_token else 1)
-        if by_token or layout.split_b == 0
-        else torch.stack(output).sum(0)
-    )
-    torch.testing.assert_close(joined, whole[0])
+    # The dimension of x [tokens, in] and of dy [tokens, out] in which ranks differ, if any.
+    x_dim = 1 if layout.split_a == 1 else None
+    y_dim = 1 if layout.split_b == 0 else None
+    if projection.kind == "router":
+        x_dim = 0
+        y_dim = 0
+    a_shards = shards(a, layout.split("A"), ranks)
+    b_shards = shards(b, layout.split("B"), ranks)
+    xs = shards(x, x_dim, ranks)
+    dys = shards(dy, y_dim, ranks)
+    parts = [gradients(*own) for own in zip(a_shards, b_shards, xs, dys, strict=True)]
+    torch.testing.assert_close(joined([part[0] for part in parts], y_dim), whole[0])
     for at, factor in ((1, "A"), (2, "B")):
         split = layout.split(factor)  # type: ignore[arg-type]
-        found = [part[at] for part in parts]
-        torch.testing.assert_close(
-            torch.cat(found, split) if split is not None else torch.stack(found).sum(0), whole[at]
-        )
+        torch.testing.assert_close(joined([part[at] for part in parts], split), whole[at])
+
+
+def joined(parts: list[Tensor], dim: int | None) -> Tensor:
+    """The whole of what ranks hold: shards side by side, or the sum of partial sums."""
+    return torch.stack(parts).sum(0) if dim is None else torch.cat(parts, dim)
 
 
 def shards(whole: Tensor, dim: int | None, ranks: int) -> list[Tensor]:

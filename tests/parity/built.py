@@ -67,7 +67,10 @@ def random_factors(
     factors = {}
     for a in adapted:
         for module in a.hf_modules():
-            a_factor, b_factor = (torch.randn(a.shape(f), generator=generator) for f in ("A", "B"))
+            a_factor = torch.randn(a.shape("A"), generator=generator)
+            b_factor = torch.randn(a.shape("B"), generator=generator)
+            # A x has a spread of 1 for an x of spread 1; dividing B by scale and root of the rank
+            # makes the delta independent of both.
             factors[tensor_name(module, "A")] = a_factor / a.in_features**0.5
             factors[tensor_name(module, "B")] = 0.2 * b_factor / (a.scale * a.rank**0.5)
     return adapted, factors

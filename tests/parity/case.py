@@ -118,8 +118,10 @@ def train_recording_gradients(config: RunConfig, start: Path) -> None:
 
     def recorded_step(optimizer: Any) -> Tensor:
         number = next(numbers)
+        # Before the step: clipping scales gradients in place.
         whole = reduced_gradients(models[0], optimizer) or {}
-        kept.update({f"{number}.{name}": gradient for name, gradient in whole.items()})
+        for name, gradient in whole.items():
+            kept[f"{number}.{name}"] = gradient
         return take_step(optimizer)
 
     assemble.build_adapted = build
@@ -135,9 +137,10 @@ def start_factors(
 ) -> tuple[list[Adapted], dict[str, Tensor]]:
     """What is adapted, and random float32 factors that ``dtype`` holds exactly."""
     adapted, factors = random_factors(lora, base)
-    return adapted, {
-        name: factor.to(getattr(torch, dtype)).float() for name, factor in factors.items()
-    }
+    for name, factor in factors.items():
+        # Both sides start from the same numbers, so rounding at the start is no deviation.
+        factors[name] = factor.to(getattr(torch, dtype)).float()
+    return adapted, factors
 
 
 def expected(
@@ -152,18 +155,19 @@ def expected(
     )
     train_split, eval_split = split_off_eval(split, EVAL, seed)
     adapted, factors = start_factors(config.lora, base, dtype)
-    roots = 0.5 if config.lora.use_rslora else 1.0
-    scales = {module: a.alpha / a.rank**roots for a in adapted for module in a.hf_modules()}
+    # alpha / r, or alpha / sqrt(r) with rslora: written out here, so that ours is not trusted.
+    exponent = 0.5 if config.lora.use_rslora else 1.0
+    scales = {}
+    for a in adapted:
+        for module in a.hf_modules():
+            scales[module] = a.alpha / a.rank**exponent
     oracle = Oracle(base, factors, scales, arithmetic)
     with torch.no_grad():
         eval_loss = oracle.loss(eval_split.samples).item()
-    batches = [
-        [
-            train_split.samples[i]
-            for i in global_batch_indices(step, case.batch, len(train_split.samples), seed)
-        ]
-        for step in range(steps)
-    ]
+    batches = []
+    for step in range(steps):
+        indices = global_batch_indices(step, case.batch, len(train_split.samples), seed)
+        batches.append([train_split.samples[i] for i in indices])
     return Expected(eval_loss, oracle.train(batches, LR, clip=1.0, eps=EPS), seed, oracle.margin)
 
 
@@ -211,11 +215,15 @@ def read_run(run: Path) -> Expected:
     gradients = load_file(run / "gradients.safetensors")
     losses = records(run, "loss")
     state = load_file(run / f"step_{len(losses):06d}/training_state/optimizer.safetensors")
-    adapter, *moments = (
-        _starting_with(f"{key}.", state) for key in ("param", "exp_avg", "exp_avg_sq")
-    )
     by_step = [_starting_with(f"{step}.", gradients) for step in range(len(losses))]
-    trained = Trained(losses, records(run, "grad_norm"), by_step, adapter, *moments)
+    trained = Trained(
+        losses,
+        records(run, "grad_norm"),
+        by_step,
+        _starting_with("param.", state),
+        _starting_with("exp_avg.", state),
+        _starting_with("exp_avg_sq.", state),
+    )
     return Expected(records(run, "eval_loss")[0], trained)
 
 
@@ -226,27 +234,28 @@ def deviations(found: Expected, of: Expected) -> dict[str, float]:
     assert ours.adapter.keys() == theirs.adapter.keys(), (
         "other tensors were trained than the oracle's"
     )
+    steps = zip(ours.gradients, theirs.gradients, strict=True)
+    gradients = [of_largest(our_step, their_step) for our_step, their_step in steps]
+    adapters = [distance(ours.adapter[name], value) for name, value in theirs.adapter.items()]
     return {
         "eval loss": _relative([found.eval_loss], [of.eval_loss]),
         "loss": _relative(ours.losses, theirs.losses),
         "grad norm": _relative(ours.norms, theirs.norms),
-        "gradient": max(
-            of_largest(*both) for both in zip(ours.gradients, theirs.gradients, strict=True)
-        ),
-        "adapters": max(
-            distance(ours.adapter[name], value) for name, value in theirs.adapter.items()
-        ),
+        "gradient": max(gradients),
+        "adapters": max(adapters),
         "exp_avg": of_largest(ours.exp_avg, theirs.exp_avg),
         "exp_avg_sq": of_largest(ours.exp_avg_sq, theirs.exp_avg_sq),
     }
 
 
 def exceeded(row: Mapping[str, Any], limits: Mapping[str, float] = LIMITS) -> list[str]:
-    return [
-        f"{name} {row[name]:.1e} > {limit:.1e}"
-        for name, limit in limits.items()
-        if not row[name] <= limit
-    ]
+    """Which deviations are beyond their limits, as text; NaN is beyond any."""
+    found = []
+    for name, limit in limits.items():
+        # ``row[name] > limit`` would let NaN pass.
+        if not row[name] <= limit:
+            found.append(f"{name} {row[name]:.1e} > {limit:.1e}")
+    return found
 
 
 def save_expected(path: Path, value: Expected) -> None:
@@ -258,7 +267,12 @@ def load_expected(path: Path) -> Expected:
 
 
 def _starting_with(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    """The tensors of which names begin with a prefix, by the rest of the name."""
+    found = {}
+    for name, t in tensors.items():
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = t
+    return found
 
 
 def _relative(ours: list[float], theirs: list[float]) -> float:

@@ -1,5 +1,6 @@
 """How far apart two sets of adapter tensors are."""
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -14,7 +15,8 @@ def projection(name: str) -> str:
 def distance(ours: Tensor, theirs: Tensor) -> float:
     """Largest absolute difference; infinite where one is not a number."""
     difference = (ours.double() - theirs.double()).abs().max().item()
-    return difference if difference == difference else float("inf")
+    # Comparisons with NaN are false, so ``max`` over tensors could lose it.
+    return float("inf") if math.isnan(difference) else difference
 
 
 def of_largest(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
@@ -30,7 +32,9 @@ def of_largest(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> floa
     for name, value in theirs.items():
         difference = distance(ours[name], value)
         scale = largest[projection(name)]
-        worst = max(
-            worst, difference / scale if scale else (0.0 if difference == 0 else float("inf"))
-        )
+        if scale:
+            worst = max(worst, difference / scale)
+        elif difference:
+            # Nothing of it should be there at all.
+            worst = float("inf")
     return worst

@@ -47,5 +47,7 @@ def first_batch(base: Path, chats: Path, size: int = 8) -> list[Any]:
     split = load_split(
         str(chats), AutoTokenizer.from_pretrained(base), format="auto", max_length=256
     )
+    # 21 samples held out, as ``make_config`` has it: another number would shift the order.
     train, _ = split_off_eval(split, 21, seed=0)
-    return [train.samples[i] for i in global_batch_indices(0, size, len(train.samples), 0)]
+    indices = global_batch_indices(0, size, len(train.samples), 0)
+    return [train.samples[i] for i in indices]

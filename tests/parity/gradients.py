@@ -18,14 +18,17 @@ def reduced_gradients(model: AdaptedModel, optimizer: Any) -> dict[str, Tensor] 
     After the reduction a data-parallel rank holds valid sums only in the slice of the buffer that
     its optimizer owns; the slices are read through the optimizer and put together by adding zeros.
     """
-    gradients = {
-        p: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in model.parameters
-    }
+    gradients = {}
+    for p in model.parameters:
+        gradients[p] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
     for part in optimizer.chained_optimizers:
         for parameter in getattr(part, "model_param_group_index_map", ()):
+            # The range of the flattened parameter that this rank's optimizer steps.
             owned = part._get_model_param_range_map(parameter)["param"]
             mine = slice(owned.start, owned.end)
             gradients[parameter].view(-1)[mine] = parameter.main_grad.reshape(-1)[mine]
+    # Megatron marks experts' parameters with ``allreduce = False``: their replicas are over edp.
     for group, allreduce in ((model.groups.dp, True), (model.groups.edp, False)):
-        sum_bucket([g for p, g in gradients.items() if p.allreduce is allreduce], group)  # type: ignore
+        of_group = [g for p, g in gradients.items() if p.allreduce is allreduce]  # type: ignore
+        sum_bucket(of_group, group)
     return gather_tensors(model.shards, gradients, model.groups)

@@ -57,6 +57,7 @@ class Case:
 
     @property
     def layout(self) -> str:
+        # A size of 1 splits nothing and goes without saying.
         parts = [f"{name}{size}" for name, size in self.parallel.items() if size > 1]
         return f"{self.world}:{'-'.join(parts) or 'dp'}"
 
@@ -87,21 +88,21 @@ def accepted(case: Case) -> bool:
 @cache
 def layouts() -> tuple[Case, ...]:
     """Every layout of the grid's sizes that some model may have, smallest first."""
-    cases = (Case(*sizes) for sizes in product(WORLDS, TP, PP, VPP, EP, ETP))
-    return tuple(case for case in cases if accepted(case))
+    cases = [Case(*sizes) for sizes in product(WORLDS, TP, PP, VPP, EP, ETP)]
+    return tuple([case for case in cases if accepted(case)])
 
 
 def variants(layout: Case) -> list[Case]:
     """The layout with everything else that the config accepts with it."""
-    possible = [
-        case
-        for model in MODELS
-        for micro in MICRO
-        if accepted(case := replace(layout, model=model, micro=micro))
-    ]
-    return [
-        replace(c, adapter=a, recompute=r) for c, a, r in product(possible, ADAPTERS, RECOMPUTE)
-    ]
+    found = []
+    for model, micro in product(MODELS, MICRO):
+        # Only the model's sizes and the microbatch can be at odds with a layout.
+        case = replace(layout, model=model, micro=micro)
+        if not accepted(case):
+            continue
+        for adapter, recompute in product(ADAPTERS, RECOMPUTE):
+            found.append(replace(case, adapter=adapter, recompute=recompute))
+    return found
 
 
 @cache
@@ -111,7 +112,10 @@ def full_grid() -> tuple[Case, ...]:
     Greedy: of the cases with the most new pairs, the one whose values were used least.
     """
     of_layout = {layout: variants(layout) for layout in layouts()}
-    pairs = {case: case.pairs() for cases in of_layout.values() for case in cases}
+    pairs = {}
+    for cases in of_layout.values():
+        for case in cases:
+            pairs[case] = case.pairs()
     missing = set[Any]().union(*pairs.values())
     used = Counter[Any]()
     chosen = []
@@ -122,6 +126,7 @@ def full_grid() -> tuple[Case, ...]:
 
     def take(candidates: Iterable[Case]) -> None:
         best: tuple[Any, ...] = ()
+        # Largest bound first: once a bound is below the best number, no later case can beat it.
         for case in sorted(candidates, key=lambda case: -bound[case]):
             if best and bound[case] < best[0]:
                 break
@@ -133,6 +138,7 @@ def full_grid() -> tuple[Case, ...]:
         missing.difference_update(pairs[case])
         used.update(asdict(case).items())
 
+    # First every layout once, then whatever brings in the pairs that are left.
     for cases in of_layout.values():
         take(cases)
     while missing:
@@ -169,13 +175,13 @@ QUICK = (
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and
 every registered family."""
 
+LAYOUTS_OF_FAMILIES = (
+    Case(1, adapter="all", micro=3),
+    Case(2, pp=2, adapter="router", recompute="full", micro=3),
+    Case(4, tp=4, ep=2, etp=2, adapter="ranks", micro=3),
+)
 MORE_OF_FAMILIES = tuple(
     replace(layout, model=model)
-    for model in ("glm4_moe", "olmoe")
-    for layout in (
-        Case(1, adapter="all", micro=3),
-        Case(2, pp=2, adapter="router", recompute="full", micro=3),
-        Case(4, tp=4, ep=2, etp=2, adapter="ranks", micro=3),
-    )
+    for model, layout in product(("glm4_moe", "olmoe"), LAYOUTS_OF_FAMILIES)
 )
 """More layouts for families that have layer parts of their own."""

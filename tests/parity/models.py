@@ -32,11 +32,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"arch": "qwen3"},
 }
 """Qwen's families under names of their own, and variants of them."""
-MODELS: dict[str, dict[str, Any]] = VARIANTS | {
-    family: {"arch": family}
-    for family in FAMILIES
-    if family not in {arch_of(options) for options in VARIANTS.values()}
-}
+MODELS: dict[str, dict[str, Any]] = dict(VARIANTS)
+NAMED_OTHERWISE = {arch_of(options) for options in VARIANTS.values()}
+MODELS |= {family: {"arch": family} for family in FAMILIES if family not in NAMED_OTHERWISE}
 """Every registered family is among them."""
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS: dict[str, LoRAConfig] = {
@@ -71,9 +69,9 @@ def adapter(name: str, shape: ModelShape) -> LoRAConfig:
     lora = ADAPTERS[name]
     if shape.moe_layers or "gate" not in lora.target_modules:
         return lora
-    return replace(
-        lora, target_modules=[target for target in lora.target_modules if target != "gate"]
-    )
+    # A target that matches nothing is an error, so it cannot stay.
+    without_router = [target for target in lora.target_modules if target != "gate"]
+    return replace(lora, target_modules=without_router)
 
 
 def silence_experts(folder: Path, first: int) -> None:
@@ -84,7 +82,9 @@ def silence_experts(folder: Path, first: int) -> None:
     """
     for shard in folder.glob("*.safetensors"):
         tensors = load_file(shard)
-        for name in [n for n in tensors if n.endswith("mlp.gate.weight")]:
-            tensors[name][1::2] = -tensors[name][::2]
-            tensors[name][first:] = 0
+        for name, router in tensors.items():
+            if name.endswith("mlp.gate.weight"):
+                # [E, H]: odd rows become the negatives of the even ones before them.
+                router[1::2] = -router[::2]
+                router[first:] = 0
         save_file(tensors, shard, metadata={"format": "pt"})

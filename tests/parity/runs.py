@@ -52,5 +52,10 @@ def make_config(
 
 def records(run: Path, key: str) -> list[float]:
     """Every value of ``key`` in ``metrics.jsonl``, in order."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row[key] for row in rows if key in row]
+    found = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        # Evaluations and steps have rows of their own.
+        if key in row:
+            found.append(row[key])
+    return found

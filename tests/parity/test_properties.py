@@ -45,16 +45,15 @@ def answer(
     """(adapter, loss, gradients) by plain transformers."""
     path = tmp_path_factory.mktemp("properties") / "adapter.safetensors"
     adapted, factors = random_adapter(path, LORA, everything)
-    oracle = Oracle(
-        everything, factors, {module: a.scale for a in adapted for module in a.hf_modules()}
-    )
+    scales = {}
+    for a in adapted:
+        for module in a.hf_modules():
+            scales[module] = a.scale
+    oracle = Oracle(everything, factors, scales)
     loss = oracle.loss(first_batch(everything, chats, BATCH))
     loss.backward()
-    return (
-        path,
-        loss.item(),
-        {name: f.grad for name, f in oracle.factors.items() if f.grad is not None},
-    )
+    gradients = {name: f.grad for name, f in oracle.factors.items() if f.grad is not None}
+    return path, loss.item(), gradients
 
 
 def accepted(base: Path) -> list[Drawn]:
@@ -89,6 +88,7 @@ def test_any_accepted_layout_has_the_gradients_of_transformers(
 ) -> None:
     adapter, expected_loss, expected = answer
     layouts = accepted(everything)
+    # Were one of the checks too strict, a world size would silently not be drawn.
     assert {world for world, *_ in layouts} == set(RANKS)
 
     @given(st.sampled_from(layouts))
@@ -138,13 +138,11 @@ def test_a_refusal_is_short_and_names_the_option(world: int, **sizes: int) -> No
         assert len(rest) <= 1 and len(first) < 300
     else:
         assert sizes["cp"] == 1 and (sizes["vpp"] == 1 or sizes["pp"] > 1)
-        assert (
-            SHAPE.num_layers % (sizes["pp"] * sizes["vpp"]) == 0
-            and SHAPE.num_heads % sizes["tp"] == 0
-        )
-        assert (
-            SHAPE.num_experts % sizes["ep"] == 0 and SHAPE.expert_intermediate % sizes["etp"] == 0
-        )
+        # What is accepted can be split: nothing slips through the checks.
+        assert SHAPE.num_layers % (sizes["pp"] * sizes["vpp"]) == 0
+        assert SHAPE.num_heads % sizes["tp"] == 0
+        assert SHAPE.num_experts % sizes["ep"] == 0
+        assert SHAPE.expert_intermediate % sizes["etp"] == 0
     assert not dist.is_initialized()
 
 
@@ -153,10 +151,10 @@ def test_a_refusal_is_short_and_names_the_option(world: int, **sizes: int) -> No
 def test_megatron_lays_out_what_the_config_accepts(data: st.DataObject) -> None:
     """Up to 96 ranks on a fake back end, seen by one of them: every group has the size that the
     config says."""
-    sizes = {
-        name: data.draw(st.sampled_from([1, 2, 3, 4, 6, 8]), name)
-        for name in ("tp", "pp", "vpp", "ep", "etp")
-    }
+    sizes = {}
+    for name in ("tp", "pp", "vpp", "ep", "etp"):
+        sizes[name] = data.draw(st.sampled_from([1, 2, 3, 4, 6, 8]), name)
+    # The smallest world that both grids divide, the dense one and the experts'.
     unit = math.lcm(sizes["tp"] * sizes["pp"], sizes["etp"] * sizes["ep"] * sizes["pp"])
     assume(unit <= 96)
     world = unit * data.draw(st.integers(1, 96 // unit), "replicas")

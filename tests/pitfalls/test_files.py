@@ -49,9 +49,13 @@ def tagged(adapted: list[Adapted], factors: dict[str, Tensor]) -> dict[str, Tens
     tags = {}
     for name, tensor in factors.items():
         module = name.split(".lora_")[0]
-        rows, columns = (torch.arange(float(n)) for n in tensor.shape)
+        rows = torch.arange(float(tensor.shape[0]))
+        columns = torch.arange(float(tensor.shape[1]))
+        # Sums of powers of two, which float32 holds exactly: any swap of two places shows.
         place = rows[:, None] / 8 + columns / 1024 + 1000 * number.get(module.rsplit(".", 1)[-1], 0)
-        expert = int(module.split(".experts.")[1].split(".")[0]) + 1 if ".experts." in module else 0
+        expert = 0
+        if ".experts." in module:
+            expert = int(module.split(".experts.")[1].split(".")[0]) + 1
         sign = -1 if module.endswith("up_proj") else 1
         tags[name] = sign * (10000 * expert + place)
     return tags
@@ -64,19 +68,23 @@ def test_05_gate_up_and_q_k_v_keep_their_order_through_any_layout(
     the same bits."""
     lora = replace(LORA, target_modules=MODULES)
     _, adapted = plan(lora, ParallelConfig(), everything)
-    folder = export(
-        tmp_path / "0", everything, lora, tagged(adapted, random_factors(lora, everything)[1])
-    )
+    _, factors = random_factors(lora, everything)
+    folder = export(tmp_path / "0", everything, lora, tagged(adapted, factors))
     original = load_file(folder / WEIGHTS)
-    for i, (world, parallel) in enumerate(
-        [(1, {}), (2, {"tp": 2, "etp": 2}), (4, {"tp": 4, "ep": 4})], 1
-    ):
+    layouts: list[tuple[int, dict[str, int]]] = [
+        (1, {}),
+        (2, {"tp": 2, "etp": 2}),
+        (4, {"tp": 4, "ep": 4}),
+    ]
+    # Each layout reads what the one before it wrote.
+    for i, (world, parallel) in enumerate(layouts, 1):
         config = config_of(everything, chats, tmp_path / "unused", parallel, lora)
         run_ranks(load_and_export, world, config, folder, tmp_path / str(i))
         folder = tmp_path / str(i)
         again = load_file(folder / WEIGHTS)
         assert again.keys() == original.keys()
-        assert all(torch.equal(again[name], original[name]) for name in original), parallel
+        for name, tensor in original.items():
+            assert torch.equal(again[name], tensor), (parallel, name)
         assert (folder / CONFIG).read_text() == (tmp_path / "0" / CONFIG).read_text()
 
 
@@ -116,6 +124,7 @@ def test_06_stock_peft_has_every_expert_s_own_delta(expert_size, use_rslora, tmp
 def moe_output(model: Any, tokens: Tensor) -> Tensor:
     """What the experts of layer 0 add, ``[S, H]``."""
     found: list[Tensor] = []
+    # PEFT puts a prefix before the module's name.
     layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp"))
     hook = layer.register_forward_hook(lambda _m, _i, out: found.append(out))
     with torch.no_grad():
@@ -129,10 +138,11 @@ def test_09_an_adapter_on_one_expert_changes_the_tokens_of_that_expert_alone(
 ) -> None:
     lora = LoRAConfig(rank=3, alpha=12.0, target_modules=MODULES[4:], layers=[0])
     _, factors = random_factors(lora, tiny)
-    of_five = {
-        n: t if ".experts.5." in n or ".lora_A." in n else torch.zeros_like(t)
-        for n, t in factors.items()
-    }
+    of_five = {}
+    for name, t in factors.items():
+        # B of zeros everywhere else: the adapters of the other experts add nothing.
+        acts = ".experts.5." in name or ".lora_A." in name
+        of_five[name] = t if acts else torch.zeros_like(t)
     tokens = torch.arange(7, 67)[None]
     base = load(tiny)
     adapted = load(tiny, export(tmp_path / "adapter", tiny, lora, of_five))
@@ -143,7 +153,9 @@ def test_09_an_adapter_on_one_expert_changes_the_tokens_of_that_expert_alone(
     before = moe_output(base, tokens)
     hook.remove()
     logits = hidden[0].flatten(0, -2) @ base.model.layers[0].mlp.gate.weight.T
+    # top_k of the tiny model is 3
     to_five = (logits.topk(3).indices == 5).any(-1)
+    # Otherwise the comparison below would hold for an adapter that acts everywhere or nowhere.
     assert 0 < to_five.sum() < len(to_five)
     changed = (moe_output(adapted, tokens) - before).abs().amax(-1) > 1e-6
     assert torch.equal(changed, to_five)
@@ -154,9 +166,8 @@ def test_09_an_adapter_that_does_nothing_is_not_verified(tiny, tmp_path) -> None
     _, factors = random_factors(lora, tiny)
     acts = export(tmp_path / "acts", tiny, lora, factors)
     assert verify_peft(acts, str(tiny), atol=1e-4).ok
-    zeros = export(
-        tmp_path / "zeros", tiny, lora, {n: t * (".lora_A." in n) for n, t in factors.items()}
-    )
+    without_b = {n: t * (".lora_A." in n) for n, t in factors.items()}
+    zeros = export(tmp_path / "zeros", tiny, lora, without_b)
     report = verify_peft(zeros, str(tiny), atol=1e-4)
     assert not report.ok and "the adapter does nothing" in report.text()
     save_file({}, acts / WEIGHTS)

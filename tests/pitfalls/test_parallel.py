@@ -19,38 +19,46 @@ from tests.parity.everything import LORA, NAMES, config_of, first_batch
 
 
 def scales(adapted: list[Adapted]) -> dict[str, float]:
-    return {module: 12.0 / 3 for a in adapted for module in a.hf_modules()}
+    """alpha / rank of ``LORA`` for every module, written out so that ours is not trusted."""
+    found = {}
+    for a in adapted:
+        found |= dict.fromkeys(a.hf_modules(), 12.0 / 3)
+    return found
 
 
 def assert_gradients_equal(found: dict[str, Tensor], oracle: Oracle) -> None:
     """To 1e-5 of the largest entry in the same projection, all experts together; float32 sums of
     some hundred terms."""
-    gradients = {
-        name: factor.grad for name, factor in oracle.factors.items() if factor.grad is not None
-    }
-    assert gradients.keys() == oracle.factors.keys()
+    gradients = {}
+    trained = set()
+    for name, factor in oracle.factors.items():
+        assert factor.grad is not None, name
+        gradients[name] = factor.grad
+        if factor.grad.any():
+            trained.add(projection(name))
     assert of_largest(found, gradients) <= 1e-5
-    trained = {projection(name) for name, gradient in gradients.items() if gradient.any()}
+    # Zeros equal zeros: every projection must have a gradient for the comparison to mean something.
     assert trained == {projection(name) for name in gradients}
 
 
 def test_01_initial_values_depend_on_seed_and_name_alone(everything, chats, tmp_path) -> None:
     layouts = [(1, {}), (2, {"ep": 2}), (4, {"ep": 4}), (4, {"tp": 4, "ep": 2, "etp": 2})]
-    first, *others = [
-        run_ranks(adapter_of, world, config_of(everything, chats, tmp_path, parallel))[0]
-        for world, parallel in layouts
-    ]
+    adapters = []
+    for world, parallel in layouts:
+        config = config_of(everything, chats, tmp_path, parallel)
+        adapters.append(run_ranks(adapter_of, world, config)[0])
+    first, *others = adapters
     for other in others:
         assert other.keys() == first.keys()
-        assert all(torch.equal(other[name], first[name]) for name in first)
+        for name, tensor in first.items():
+            assert torch.equal(other[name], tensor), name
     of_a = {name: a for name, a in first.items() if ".lora_A." in name}
     for name, a in of_a.items():
         # Kaiming-uniform over this matrix's own fan-in, never over the stacked experts
         bound = a.shape[1] ** -0.5
         assert 0.9 * bound < a.abs().max() <= bound, name
-    assert len({tuple(a.flatten()[:8].tolist()) for a in of_a.values()}) == len(of_a), (
-        "no two share their values"
-    )
+    beginnings = {tuple(a.flatten()[:8].tolist()) for a in of_a.values()}
+    assert len(beginnings) == len(of_a), "no two share their values"
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
@@ -64,8 +72,9 @@ def test_02_gradient_is_the_sum_over_all_ranks_and_an_idle_rank_adds_nothing(
 ) -> None:
     """Every data-parallel rank has its own microbatches; at EP 4 the last rank's experts get no
     token at all."""
-    # which would wake the experts up
-    lora = replace(LORA, target_modules=[name for name in NAMES if name != "gate"])
+    # An adapter of the router would wake the idle experts up.
+    without_router = [name for name in NAMES if name != "gate"]
+    lora = replace(LORA, target_modules=without_router)
     adapted, factors = random_adapter(tmp_path / "adapter.safetensors", lora, idle)
     config = config_of(
         idle, chats, tmp_path / "run", parallel, lora, micro_batch_size=micro_batch_size
@@ -76,8 +85,11 @@ def test_02_gradient_is_the_sum_over_all_ranks_and_an_idle_rank_adds_nothing(
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     assert_gradients_equal(gradients, oracle)
-    unused = [g for name, g in gradients.items() if ".experts.6." in name or ".experts.7." in name]
-    assert len(unused) == 12 and all(g.count_nonzero() == 0 for g in unused)
+    unused = [name for name in gradients if ".experts.6." in name or ".experts.7." in name]
+    # Two experts of one layer, A and B of gate, up and down.
+    assert len(unused) == 12
+    for name in unused:
+        assert gradients[name].count_nonzero() == 0, name
 
 
 def first_draw(config: RunConfig) -> list[float]:
@@ -101,6 +113,7 @@ def effects(config: RunConfig, weights: Path, projections: list[str]) -> list[fl
         saved = {p: p.data.clone() for p in run.model.parameters}
         for projection in [*projections, "none"]:
             for shard in run.model.shards:
+                # From the saved values each time: what was switched off must come back.
                 on = _projection(shard.name) == projection
                 shard.of({shard.parameter: shard.parameter.data}).copy_(shard.of(saved) * on)
             losses.append(run.stepper.evaluate(batches)[0])
@@ -110,7 +123,12 @@ def effects(config: RunConfig, weights: Path, projections: list[str]) -> list[fl
 def _projection(name: str) -> str:
     """``layers.0.mlp.experts.gate_proj`` of a tensor name."""
     module = name.removeprefix("base_model.model.").removeprefix("model.").split(".lora_")[0]
-    return ".".join(part for i, part in enumerate(module.split(".")) if i < 2 or not part.isdigit())
+    parts = []
+    for i, part in enumerate(module.split(".")):
+        # ``layers.0`` stays; a number further back is an expert's.
+        if i < 2 or not part.isdigit():
+            parts.append(part)
+    return ".".join(parts)
 
 
 @pytest.mark.parametrize(
@@ -146,12 +164,13 @@ def replicated_gradients(config: RunConfig, weights: Path) -> dict[str, Tensor]:
         grads: dict[Any, Tensor] = {p: p.main_grad for p in run.model.parameters}  # type: ignore
         # Over more than one replica in data parallelism a rank's gradient is whole in its own slice
         # only.
-        sizes = {"tp": run.model.groups.dp.size(), "etp": run.model.groups.edp.size()}
-        return {
-            p.name: p.of(grads).clone()
-            for p in run.model.shards
-            if p.num_shards == sizes[p.group] == 1
-        }
+        replicas = {"tp": run.model.groups.dp.size(), "etp": run.model.groups.edp.size()}
+        found = {}
+        for shard in run.model.shards:
+            # One shard: the factor is replicated over its tensor-parallel group.
+            if shard.num_shards == replicas[shard.group] == 1:
+                found[shard.name] = shard.of(grads).clone()
+        return found
 
 
 @pytest.mark.parametrize("etp", [1, 2])
@@ -169,6 +188,7 @@ def test_04_replicated_factors_are_summed_over_tensor_parallel_ranks(
     first, second = gradients(2, {"tp": 2, "etp": etp})
     (alone,) = gradients(1, {})
     assert first.keys() == second.keys() < alone.keys()
+    # ``...q_proj.lora_A.weight`` becomes ``q_proj_A``
     kinds = {name.split(".")[-3] + name.split(".")[-2][-2:] for name in first}
     assert {"q_proj_A", "o_proj_B", "gate_A", "gate_B", "lm_head_A"} <= kinds
     assert any(".experts." in name for name in first) == (etp == 2)
