@@ -55,6 +55,11 @@ def work(name: str, args: tuple[Any, ...], found: Any) -> int:
         second = [t for t in given if t.is_floating_point()][-1]  # offsets of groups are integers
         return 2 * found.numel() * second.shape[-2]
     if "attention" in name:
+        # Forward is given q, k, v; backward the gradient before them. All are [B, heads, S, d].
         *_, query, key = [t for t in given if t.ndim == 4][:3] if "backward" in name else given[:2]
         return 2 * query.numel() * key.shape[-2]
-    return sum(t.numel() for t in [*given, *tree_leaves(found)] if isinstance(t, torch.Tensor))
+    elements = 0
+    for leaf in [*given, *tree_leaves(found)]:
+        if isinstance(leaf, torch.Tensor):
+            elements += leaf.numel()
+    return elements

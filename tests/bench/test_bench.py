@@ -71,9 +71,10 @@ def plain_and_timed(config: RunConfig, options: BenchOptions) -> dict[str, Any]:
             wall = clock.now - before - clock.tick
             gradients.append(reduced_gradients(run.model, run.optimizer))
             found = {"parts": parts, "wall": wall, "stage": run.model.groups.pp.rank()}
-    same = gradients[0] is None or {
-        k: torch.equal(gradients[0][k], gradients[1][k]) for k in gradients[0]
-    }
+    # Rank 0 alone has the whole gradients.
+    same = {}
+    for name, gradient in (gradients[0] or {}).items():
+        same[name] = torch.equal(gradient, gradients[1][name])
     return {"losses": losses, "same": same, **found}
 
 
@@ -188,12 +189,13 @@ def test_a_part_that_was_not_entered_last_cannot_end() -> None:
     [(24, 8, 3, 4, 2), (7, 12, 5, 3, 3), (5, 6, 6, 1, 1)],
 )
 def test_even_experts(tokens, experts, top_k, ep, sources) -> None:
-    found = torch.cat(
-        [even_experts(tokens, experts, top_k, ep, source) for source in range(sources)]
-    )
-    assert all(len(set(row)) == top_k for row in found.tolist())
+    by_source = [even_experts(tokens, experts, top_k, ep, source) for source in range(sources)]
+    found = torch.cat(by_source)
+    for row in found.tolist():
+        assert len(set(row)) == top_k, "an expert is chosen twice"
     per_expert = Counter(found.flatten().tolist())
-    per_rank = Counter(e // (experts // ep) for e in found.flatten().tolist())
+    per_rank = Counter((found // (experts // ep)).flatten().tolist())
+    # All sources together: each alone may favour some experts, if the next makes up for it.
     assert len(per_expert) == experts and max(per_expert.values()) - min(per_expert.values()) <= 1
     assert len(per_rank) == ep and max(per_rank.values()) - min(per_rank.values()) <= 1
 
@@ -216,9 +218,8 @@ def test_balanced_routing_is_even_and_natural_is_not(
     config = replace(config, data=replace(config.data, max_length=42))
     for found in run_ranks(imbalances, 2, config):
         (mean, worst), tokens = found["balanced"]
-        rows = (
-            2 * 42 * model_shape(read_hf_config(everything)).top_k / 2
-        )  # of a rank, of a microbatch from each source, at least
+        # Rows of a rank at least: two samples of 42 tokens, top-k rows each, over two ranks.
+        rows = 2 * 42 * model_shape(read_hf_config(everything)).top_k / 2
         assert 1 <= mean <= worst <= 1 + 1 / rows and tokens == "random"
         (mean, worst), tokens = found["natural"]
         assert worst >= mean > 1.02 and tokens == str(chats)
@@ -239,6 +240,7 @@ def test_what_is_measured(tiny, chats, tmp_path) -> None:
     assert m.step_seconds_min <= m.step_seconds <= m.step_seconds_max
     assert m.tokens_per_second_per_gpu == pytest.approx(8 * 101 / m.step_seconds / 2)
     assert sum(m.parts.values()) <= m.marked_step_seconds + 1e-9
+    # Random weights know nothing: a loss of about log(vocabulary).
     assert abs(m.loss - math.log(model_shape(read_hf_config(tiny)).vocab)) < 2
     shape = model_shape(read_hf_config(tiny))
     flops = flops_per_token(shape, resolve(config.lora, shape), 100, "selective")
@@ -281,10 +283,11 @@ def test_flops_by_hand(everything) -> None:
         return sum(r * (n + k) for n, k in linears)
 
     scores = 2 * 2 * 64 * q
-    flops = {
-        level: flops_per_token(s, resolve(LORA, s), 64, level)
-        for level in ("off", "selective", "full")
-    }  # type: ignore
+    flops = {}
+    for level in ("off", "selective", "full"):
+        flops[level] = flops_per_token(s, resolve(LORA, s), 64, level)
+    # Frozen weights have a forward and an input gradient, adapters a weight gradient besides; a
+    # multiplication and an addition each. Scores have two products forward and four backward.
     expected = 4 * multiplied(layers + head) + 6 * adapters(layers + head) + 3 * scores
     # Norms, q and k and v's biases and the shared expert's gate are parameters too, a thousandth
     # here.
@@ -467,6 +470,7 @@ def bench(config: RunConfig, tmp_path: Path, micros: list[int], **how: Any) -> l
 def test_a_run_that_fails_costs_its_row_alone(stand_in, tiny, chats, tmp_path) -> None:
     config = make_config(tiny, chats, tmp_path, {}, global_batch_size=16)
     out = tmp_path / "out"
+    # The stand-in raises at 2, is killed at 4, succeeds at 1; 16 is refused before it starts.
     rows = bench(config, tmp_path, [2, 4, 1, 16])
     assert [row.status for row in rows] == [
         "failed: KeyError: 'a seeded mistake'",
@@ -479,20 +483,15 @@ def test_a_run_that_fails_costs_its_row_alone(stand_in, tiny, chats, tmp_path) -
         ),
     ]
     assert rows[2].measured == Measured(**MEASURED) and rows[2].predicted == predicted(config, 2)  # type: ignore[arg-type]
-    assert (
-        "a seeded mistake" in (out / rows[0].log).read_text()
-        and not rows[3].log
-        and rows[3].predicted is None
-    )
+    assert "a seeded mistake" in (out / rows[0].log).read_text()
+    assert not rows[3].log and rows[3].predicted is None
     assert load_rows(out / "results.json") == rows
     count = Counter(path.name.split("-")[1] for path in out.glob("started-*"))
     assert count == {"2": 2, "4": 2, "1": 2}
     said: list[str] = []
     again = bench(config, tmp_path, [1, 2], say=said.append)
-    assert [row.status for row in again] == [
-        "ok",
-        "failed: KeyError: 'a seeded mistake'",
-    ] and "measured before" in said[0]
+    assert [row.status for row in again] == ["ok", "failed: KeyError: 'a seeded mistake'"]
+    assert "measured before" in said[0]
     count = Counter(path.name.split("-")[1] for path in out.glob("started-*"))
     assert count == {"2": 4, "4": 2, "1": 2}, "what is ok is not run again, what failed is"
     assert {row.status for row in load_rows(out / "results.json")} == {row.status for row in rows}
@@ -526,6 +525,7 @@ def time_is_up_when(monkeypatch: pytest.MonkeyPatch, happened: Callable[[], bool
 def test_a_run_that_hangs_is_ended_with_all_its_ranks(
     stand_in, tiny, chats, tmp_path, monkeypatch
 ) -> None:
+    # A token that the test knows, to look for processes by.
     monkeypatch.setattr(
         launch.uuid, "uuid4", lambda: type("Fixed", (), {"hex": f"token-{tmp_path.name}"})
     )
@@ -569,12 +569,10 @@ def test_several_nodes(monkeypatch) -> None:
     monkeypatch.setenv("RDZV_ID", "job7")
     words, environment = command(Nodes(2, 1), 16, ["c.yaml", "--row=r"], "tp1")
     assert words == ["bash", str(launch.SCRIPT), "c.yaml", "--row=r"] and launch.SCRIPT.is_file()
-    asked = {name: environment[name] for name in ("MODULE", "RDZV_ID", "NPROC_PER_NODE")}
-    assert asked == {
-        "MODULE": "megalora.bench.measure",
-        "RDZV_ID": "job7-tp1",
-        "NPROC_PER_NODE": "8",
-    }
+    assert environment["MODULE"] == "megalora.bench.measure"
+    # A rendezvous of its own for each layout, so that late ranks of the last one find no peer.
+    assert environment["RDZV_ID"] == "job7-tp1"
+    assert environment["NPROC_PER_NODE"] == "8"
     with pytest.raises(ValueError, match="9 ranks cannot be shared out evenly over NNODES=2"):
         command(Nodes(2, 0), 9, [], "")
 
@@ -630,17 +628,15 @@ def test_report(tmp_path) -> None:
         replace(row, predicted=basis),
     ]
     text = table(rows)
+    # One line in the table of speeds, one in the table of parts.
     found = [line.split() for line in text.splitlines() if line.startswith("tp=1")]
     assert found[0][4:] == ["ok", "808", "1.50", "500.0", "400.0", "-20.0", "3.00", "2.00", "-33.3"]
     assert found[1][4:] == ["60.0"] * len(PARTS) + ["500.0", "540.0", "1.250", "1.500"]
     assert text.index("tp=1 ep=2") < text.index("tp=2 ep=1") < text.index("tp=2 ep=2"), (
         "the fastest first"
     )
-    assert (
-        "4 P + 6 A + 6 S h d L" in text
-        and "predicted from a guess" in text
-        and "out of memory" in text
-    )
+    for said in ("4 P + 6 A + 6 S h d L", "predicted from a guess", "out of memory"):
+        assert said in text
     paths = write_results(rows, tmp_path / "report")
     assert load_rows(paths["json"]) == rows
     again = replace(rows[1], status="timed out")

@@ -141,7 +141,10 @@ def test_one_rank_measures_every_size(whole: dict[str, Any]) -> None:
     assert whole["collectives"] == {} and (whole["world_size"], whole["ranks_per_node"]) == (1, 1)
     assert whole["memory_bytes"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert [point["bytes"] for point in whole["memory"]] == [n // 12 * 12 for n in CPU.memory_bytes]
-    expected = {(m, *features) for m in CPU.gemm_rows for features in CPU.gemm_features}
+    expected = set()
+    for rows in CPU.gemm_rows:
+        for features in CPU.gemm_features:
+            expected.add((rows, *features))
     measured = [(p["rows"], p["outputs"], p["inputs"]) for p in whole["gemm"]]
     assert set(measured) == expected and len(measured) == len(expected)
     assert {p["rows"] // p["experts"] for p in whole["grouped_gemm"]} == set(CPU.rows_per_expert)
@@ -174,6 +177,7 @@ def test_more_work_takes_longer(whole: dict[str, Any]) -> None:
     assert gemm[-1]["seconds"] > 100 * gemm[0]["seconds"]  # 65,536 times the arithmetic
     # 1,024 times the traffic
     assert whole["memory"][-1]["seconds"] > 10 * whole["memory"][0]["seconds"]
+    # Scores of every pair of tokens: the sequence counts twice.
     by_work = sorted(
         whole["attention"],
         key=lambda p: p["sequences"] * p["sequence"] ** 2 * p["heads"] * p["head_dim"],
@@ -191,10 +195,11 @@ def test_gemm_seconds_are_those_of_one_product(whole: dict[str, Any]) -> None:
 def test_two_points_of_everything_however_little_time(pair: Run, four: Run) -> None:
     for (record, _), groups in ((pair, 1), (four, 3)):
         _check_record(record)
-        assert {kind: len(points) for kind, points in _points(record).items()} == {
-            **dict.fromkeys(SIZES, 2),
-            **dict.fromkeys(COLLECTIVES, 2 * groups),
-        }
+        points = _points(record)
+        assert points.keys() == {*SIZES, *COLLECTIVES}
+        for kind, of_kind in points.items():
+            # The smallest and the largest size, collectives in each kind of group.
+            assert len(of_kind) == (2 if kind in SIZES else 2 * groups), kind
         ends = {CPU.collective_bytes[0], CPU.collective_bytes[-1]}
         for name in COLLECTIVES:
             assert {point["bytes"] for point in record["collectives"][name]} == ends
@@ -209,6 +214,7 @@ def test_what_it_says_of_the_world(pair: Run, four: Run) -> None:
             dtype,
         )
         assert record["memory_bytes"] == machine // 2
+    # (ranks, nodes): four ranks on two nodes also meet in pairs, within a node and across.
     for record, expected in ((pair[0], {(2, 1)}), (four[0], {(2, 1), (4, 2), (2, 2)})):
         for name in COLLECTIVES:
             assert {(p["ranks"], p["nodes"]) for p in record["collectives"][name]} == expected, name
@@ -243,7 +249,9 @@ def _as_on_a_gpu(out: Path, grid: Grid) -> tuple[dict[str, Any], int, set[int]]:
     """
     host.device = lambda: torch.device("cuda")
     clock.FLUSH_BYTES = calibration.FLUSH_BYTES = 2**16
-    calibration.GPU, rings, spins = grid, set(), []
+    calibration.GPU = grid
+    rings: set[int] = set()
+    spins: list[Any] = []
     seconds = Clock.seconds
     Clock.seconds = lambda self, calls, **how: rings.add(len(calls)) or seconds(self, calls, **how)  # type: ignore
     host.keep_busy = spins.append
@@ -257,9 +265,8 @@ def test_the_gpu_s_way_ends(tmp_path: Path) -> None:
     assert ranks[0] == ranks[1]
     measured, num_samples, rings = ranks[0]
     assert measured == _points(json.loads((tmp_path / "x.json").read_text()))
-    assert num_samples == 4 * (
-        2 * (3 + 2) + 2 * 5
-    )  # of two sizes: four computations, one of them twice, five collectives
+    # Of two sizes each: four computations, of which attention counts twice, and five collectives.
+    assert num_samples == 4 * (2 * (3 + 2) + 2 * 5)
     assert {1, clock.MOST_COPIES} <= rings
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import chain, product
 from typing import Any
 
 import pytest
@@ -44,9 +45,11 @@ def test_calls_go_round_cold_copies() -> None:
     watch.flush = torch.ones(5)
     watch._sample([lambda: order.append("a"), lambda: order.append("b")], 5, collective=False)
     assert order == [*"ababa"] and watch.flush.eq(0).all()
-    assert [
-        clock.copies(n, True) for n in (1, clock.FLUSH_BYTES // 3, clock.FLUSH_BYTES, 10**10)
-    ] == [8, 4, 1, 1]
+    # As many copies as push each other out of the cache, at most eight.
+    assert clock.copies(1, True) == 8
+    assert clock.copies(clock.FLUSH_BYTES // 3, True) == 4
+    assert clock.copies(clock.FLUSH_BYTES, True) == 1
+    assert clock.copies(10**10, True) == 1
     assert clock.copies(1, False) == 1
 
 
@@ -62,7 +65,9 @@ def test_sizes_that_do_not_fit_are_left_out_on_every_rank() -> None:
     """Rank 1 has half of 20 MB free, of which each of two ranks takes a half, and of that four
     fifths: 4 MB."""
     first, second = run_ranks(_largest_that_fit, 2, 20_000_000)
-    assert first == second and all(0 < num_bytes <= 4_000_000 for num_bytes in first.values())
+    assert first == second
+    for kind, num_bytes in first.items():
+        assert 0 < num_bytes <= 4_000_000, kind
     assert first["memory"] == 2**20 // 12 * 12 and first["all_reduce"] == 2 * 2**20
 
 
@@ -84,7 +89,9 @@ def _bytes_seen() -> dict[str, tuple[int, list[int]]]:
     seen: list[int] = []
 
     def spy(*args: Any, **kwargs: Any) -> None:
-        seen.extend(t.numel() * t.element_size() for t in args if torch.is_tensor(t))
+        for t in args:
+            if torch.is_tensor(t):
+                seen.append(t.numel() * t.element_size())
 
     for name in (
         "all_gather_into_tensor",
@@ -93,7 +100,7 @@ def _bytes_seen() -> dict[str, tuple[int, list[int]]]:
         "all_to_all_single",
     ):
         setattr(dist, name, spy)
-    dist.batch_isend_irecv = lambda ops: spy(*(op.tensor for op in ops)) or []
+    dist.batch_isend_irecv = lambda ops: spy(*[op.tensor for op in ops]) or []
     (members,) = collectives.cuts(3, 3)
     found = {}
     for (case,) in collectives.collective_cases(members, [1000], torch.bfloat16):
@@ -117,9 +124,9 @@ def test_bytes_are_those_of_the_whole() -> None:
 
 def test_groups() -> None:
     def labels(world: int, per_node: int) -> list[tuple[int, int]]:
-        return [
-            (len(members.groups[0]), members.nodes) for members in collectives.cuts(world, per_node)
-        ]
+        """(ranks, nodes) of each kind of group."""
+        cuts = collectives.cuts(world, per_node)
+        return [(len(members.groups[0]), members.nodes) for members in cuts]
 
     assert labels(1, 1) == []
     assert labels(12, 12) == [(2, 1), (3, 1), (4, 1), (6, 1), (12, 1)]
@@ -131,8 +138,9 @@ def test_groups() -> None:
         (0, 2, 4, 6),
         (1, 3, 5, 7),
     )
+    # Groups of a kind work side by side, so each rank is in exactly one.
     for members in collectives.cuts(24, 4):
-        assert sorted(rank for group in members.groups for rank in group) == list(range(24))
+        assert sorted(chain.from_iterable(members.groups)) == list(range(24))
 
 
 def test_what_is_timed_computes_what_it_says() -> None:
@@ -147,31 +155,36 @@ def test_what_is_timed_computes_what_it_says() -> None:
     x, w = drawn((6, 16), (8, 16))
     torch.testing.assert_close(result(cases.gemm(6, 8, 16, torch.float32)), x @ w.t())
     x, w = drawn((6, 16), (3, 8, 16))
+    # six rows, two of each of three experts
     expected = torch.cat([x[2 * e : 2 * e + 2] @ w[e].t() for e in range(3)])
     torch.testing.assert_close(result(cases.grouped_gemm(3, 6, 8, 16, torch.float32)), expected)
     a, b = drawn((85,), (85,))
     torch.testing.assert_close(result(cases.memory_pass(1024, torch.float32)), a + b)
 
     case = cases.attention(2, 5, 4, 2, 8, torch.float32)
-    q, k, v = (t.requires_grad_() for t in drawn((5, 2, 4, 8), (5, 2, 2, 8), (5, 2, 2, 8)))
-    wide = [t.repeat_interleave(n, 2).permute(1, 2, 0, 3) for t, n in ((q, 1), (k, 2), (v, 2))]
-    scores = (wide[0] @ wide[1].transpose(2, 3) / math.sqrt(8)).masked_fill(
-        ~torch.ones(5, 5).tril().bool(), -math.inf
-    )
-    out = (F.softmax(scores, -1) @ wide[2]).permute(2, 0, 1, 3).flatten(2)
+    # [S, B, heads, d]: four query heads over two key/value heads
+    q, k, v = drawn((5, 2, 4, 8), (5, 2, 2, 8), (5, 2, 2, 8))
+    # [B, heads, S, d], each key/value head once for each of its two query heads
+    query = q.permute(1, 2, 0, 3)
+    key = k.repeat_interleave(2, 2).permute(1, 2, 0, 3)
+    value = v.repeat_interleave(2, 2).permute(1, 2, 0, 3)
+    future = ~torch.ones(5, 5).tril().bool()
+    scores = (query @ key.transpose(2, 3) / math.sqrt(8)).masked_fill(future, -math.inf)
+    out = (F.softmax(scores, -1) @ value).permute(2, 0, 1, 3).flatten(2)
     torch.testing.assert_close(result(case, "forward_seconds"), out)
     torch.manual_seed(0)
     calls = case.prepare()
     gradients = calls["backward_seconds"]()
-    assert all(
-        torch.equal(g, h) for g, h in zip(gradients, calls["backward_seconds"](), strict=True)
-    ), "again and again"
+    # A clock calls it many times: backward must not free what it needs.
+    for gradient, again in zip(gradients, calls["backward_seconds"](), strict=True):
+        assert torch.equal(gradient, again)
     assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
 
 
 def test_a_coarse_grid_comes_first() -> None:
     points = coarse_first(range(9), "abc")
-    assert Counter(points) == Counter((i, c) for i in range(9) for c in "abc")
+    assert Counter(points) == Counter(product(range(9), "abc"))
+    # Corners first, then halves, then quarters: wherever time runs out, the grid is even.
     assert set(points[:4]) == {(0, "a"), (0, "c"), (8, "a"), (8, "c")}
     assert {i for i, _ in points[:9]} == {0, 4, 8}
     assert {i for i, _ in points[:15]} == {0, 2, 4, 6, 8}
@@ -188,9 +201,11 @@ def test_a_coarse_grid_comes_first() -> None:
 def test_the_gpus_grid_has_the_sizes_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases.host, "device", lambda: torch.device("cuda"))
     found = cases.compute_cases(GPU, torch.bfloat16)
-    dense, experts, attention, memory = (
-        {tuple(c.sizes.values()) for c in series} for series in found
-    )
+    dense, experts, attention, memory = [
+        {tuple(case.sizes.values()) for case in series} for series in found
+    ]
+    # Rows, outputs, inputs: q, k and v of Qwen3-30B-A3B, its o, and of Qwen3-235B-A22B the head
+    # over 8 ranks and q over 4.
     assert {
         (4096, 5120, 2048),
         (4096, 2048, 4096),
@@ -204,4 +219,5 @@ def test_the_gpus_grid_has_the_sizes_of_the_models(monkeypatch: pytest.MonkeyPat
     } <= experts
     assert {(1, 32768, 32, 4, 128), (8, 4096, 64, 4, 128), (1, 512, 4, 1, 128)} <= attention
     assert max(n for (n,) in memory) > 0.99 * 2**30
-    assert max(case.num_bytes for series in found for case in series) < 16 * 2**30
+    for case in chain.from_iterable(found):
+        assert case.num_bytes < 16 * 2**30

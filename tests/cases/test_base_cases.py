@@ -34,17 +34,13 @@ def refusals(
 ) -> list[str]:
     """What ``megalora train``, and ``plan`` where ``plan`` is set, say on one line; both must end
     with exit code 2."""
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{n} + 1?"},
-                {"role": "assistant", "content": str(n + 1)},
-            ]
-        }
-        for n in range(8)
-    ]
+    lines = []
+    for n in range(8):
+        question = {"role": "user", "content": f"{n} + 1?"}
+        answer = {"role": "assistant", "content": str(n + 1)}
+        lines.append(json.dumps({"messages": [question, answer]}) + "\n")
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data.write_text("".join(lines))
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(base=base, data=data, run=tmp_path / "run"))
     said = []
@@ -142,13 +138,14 @@ def packed(tensors: Tensors) -> Tensors:
     """As transformers 5 saves with save_original_format=False."""
     for layer in range(2):
         at = f"model.layers.{layer}.mlp.experts"
-        gate, up, down = (
-            [tensors.pop(f"{at}.{e}.{name}_proj.weight") for e in range(8)]
-            for name in ("gate", "up", "down")
-        )
-        tensors[f"{at}.gate_up_proj"] = torch.stack(
-            [torch.cat(pair) for pair in zip(gate, up, strict=True)]
-        )
+        gate_up = []
+        down = []
+        for e in range(8):
+            gate = tensors.pop(f"{at}.{e}.gate_proj.weight")
+            up = tensors.pop(f"{at}.{e}.up_proj.weight")
+            gate_up.append(torch.cat([gate, up]))
+            down.append(tensors.pop(f"{at}.{e}.down_proj.weight"))
+        tensors[f"{at}.gate_up_proj"] = torch.stack(gate_up)
         tensors[f"{at}.down_proj"] = torch.stack(down)
     return tensors
 

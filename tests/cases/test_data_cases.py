@@ -39,11 +39,11 @@ CALL = {
 
 
 def chat(*turns):
-    return {
-        "messages": [
-            {"role": role, "content": content, **dict(*more)} for role, content, *more in turns
-        ]
-    }
+    """A row of (role, content) or (role, content, further fields) for each message."""
+    messages = []
+    for role, content, *more in turns:
+        messages.append({"role": role, "content": content, **dict(*more)})
+    return {"messages": messages}
 
 
 @pytest.fixture

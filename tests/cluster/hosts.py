@@ -147,11 +147,9 @@ def received_bytes(host: Host) -> int:
 
 def start(folder: Path, port: int, config: Path, *overrides: str) -> list[Node]:
     """Call launch/torchrun_node.sh on both hosts, with two ranks on each."""
-    outside = {
-        k: v
-        for k, v in os.environ.items()
-        if not re.match(r"SLURM|PET_|NNODES|NODE_|MASTER|NPROC|RDZV|LOCAL_|TRITON", k)
-    }
+    # A job that this test itself runs in must not be taken for that of the two hosts.
+    of_a_job = re.compile(r"SLURM|PET_|NNODES|NODE_|MASTER|NPROC|RDZV|LOCAL_|TRITON")
+    outside = {name: value for name, value in os.environ.items() if not of_a_job.match(name)}
     nodes = []
     for host in HOSTS:
         log = folder / f"{host.name}.log"
@@ -189,9 +187,8 @@ def ended(nodes: list[Node], within_s: float) -> list[int]:
     if running:
         for node in nodes:
             kill_all(node.host)
-    assert not running, (
-        f"{[n.host.name for n in running]} still running after {within_s:.0f} s\n{logs(nodes)}"
-    )
+    names = [node.host.name for node in running]
+    assert not running, f"{names} still running after {within_s:.0f} s\n{logs(nodes)}"
     return [node.process.returncode for node in nodes]
 
 

@@ -60,11 +60,9 @@ def copy(tmp_path: Path, tiny: Path) -> Path:
 
 def environment(folder: Path, **extra: str) -> dict[str, str]:
     """No GPU, and no job this test may itself be running in."""
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if not re.match(r"SLURM|PET_|NNODES|NODE_RANK|MASTER|NPROC|RDZV|LOCAL_|OMP|RANK|WORLD", k)
-    }
+    of_a_job = re.compile(r"SLURM|PET_|NNODES|NODE_RANK|MASTER|NPROC|RDZV|LOCAL_|OMP|RANK|WORLD")
+    clean = {name: value for name, value in os.environ.items() if not of_a_job.match(name)}
+    # The stand-ins come before what they stand for.
     path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**clean, "PATH": path, "CUDA_VISIBLE_DEVICES": "", **extra}
 

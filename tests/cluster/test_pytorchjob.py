@@ -65,9 +65,9 @@ def test_pytorchjob_is_what_the_operator_takes(job: dict[str, Any]) -> None:
         assert container["name"] == "pytorch", (
             "the operator gives its environment to the container of this name"
         )
-        assert [
-            p["containerPort"] for p in container["ports"] if p["name"] == "pytorchjob-port"
-        ] == [29500]
+        # The operator makes a service for the port of this name; ranks meet there.
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert ports["pytorchjob-port"] == 29500
         assert container["resources"]["limits"]["nvidia.com/gpu"] == int(spec["nprocPerNode"])
         assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
         assert os.access(ROOT / container["command"][0], os.X_OK)
@@ -100,19 +100,19 @@ def test_a_pod_takes_its_place(
         "data.train": "runs/quickstart/arithmetic.jsonl",
         "checkpoint.dir": "run",
     }
-    keys = [argument.partition("=")[0] for argument in container["args"]]
-    arguments = [
-        f"{k}={here[k]}" if k in here else a for k, a in zip(keys, container["args"], strict=True)
-    ]
+    arguments = []
+    for argument in container["args"]:
+        key = argument.partition("=")[0]
+        arguments.append(f"{key}={here[key]}" if key in here else argument)
+    # the config file
     arguments[0] = str(ROOT / arguments[0])
     result = launch(copy, script, *arguments, **injected, **port, LOCAL_ADDR="10.0.0.7")
     assert result.returncode == 0, result.stderr
     said = result.stdout.splitlines()[1:]
     assert said[:4] == ["--nnodes", "4", "--nproc-per-node", "8"]
-    assert (
-        f"localhost:{listening}" in said
-        and f"is_host={int(rank == 0)},timeout=900,read_timeout=30" in said
-    )
+    assert f"localhost:{listening}" in said
+    # Node 0 holds the store; the others wait for it, which may take a pod's start.
+    assert f"is_host={int(rank == 0)},timeout=900,read_timeout=30" in said
     assert said[said.index("--local-addr") + 1 :] == [
         "10.0.0.7",
         "-m",

@@ -29,9 +29,8 @@ def run_ranks(
         mp.start_processes(
             _enter, (fn, world_size, folder, args, backend), nprocs=world_size, start_method="fork"
         )
-        return [
-            pickle.loads((Path(folder) / f"{rank}.pkl").read_bytes()) for rank in range(world_size)
-        ]
+        files = [Path(folder) / f"{rank}.pkl" for rank in range(world_size)]
+        return [pickle.loads(file.read_bytes()) for file in files]
 
 
 def _enter(

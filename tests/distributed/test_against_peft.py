@@ -78,7 +78,10 @@ def test_gradients_of_stock_peft_in_every_family(family: str, chats: Path, tmp_p
     among them."""
     base = make_tiny(tmp_path / "base", arch=family, num_hidden_layers=2, **SIZES)
     shape = model_shape(read_hf_config(base))
-    names = {p.name for layer in range(2) for p in layer_projections(shape, layer)}
+    names = set()
+    for layer in range(2):
+        names |= {p.name for p in layer_projections(shape, layer)}
+    # What stock PEFT would load and ignore has no gradient there to compare with.
     names -= FAMILIES[family].peft.not_honoured.keys()
     lora = replace(LORA, target_modules=[*sorted(names), "lm_head"])
     parallel = {"tp": 2, "ep": 2} if shape.moe_layers else {"tp": 2}
@@ -99,6 +102,6 @@ def check_gradients(
     loss, found = run_ranks(first_gradients, world, config, folder / WEIGHTS)[0]
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert of_largest(found, expected) <= 1e-5
-    assert {projection(n) for n, g in expected.items() if g.any()} == {
-        projection(n) for n in factors
-    }
+    # Zeros equal zeros: every projection must have a gradient for the comparison to mean something.
+    trained = {projection(name) for name, gradient in expected.items() if gradient.any()}
+    assert trained == {projection(name) for name in factors}

@@ -58,18 +58,19 @@ def test_four_ranks_compute_what_transformers_does(tmp_path: Path) -> None:
     ]
     expected = [transformers_logits(folder) for folder in folders]
     for world, sizes in ((4, {"tp": 4, "ep": 2, "etp": 2}), (2, {"tp": 2, "ep": 2})):
-        dense = {"tp": world}  # a model without experts has no expert grid
-        first = run_ranks(_logits_and_reads, world, folders[:1], dense)
+        # A model without experts has no expert grid.
+        first = run_ranks(_logits_and_reads, world, folders[:1], {"tp": world})
         others = run_ranks(_logits_and_reads, world, folders[1:], sizes)
+        # Logits of each rank by folder: the dense one, then the two with experts.
+        by_rank = [[*dense[0], *moe[0]] for dense, moe in zip(first, others, strict=True)]
         for number, wanted in enumerate(expected):
-            parts = [r[0][0] for r in first] if number == 0 else [r[0][number - 1] for r in others]
-            assert (torch.cat(parts, -1) - wanted).abs().max() <= 1e-5
-        experts = {
-            rank: {int(name.split(".")[5]) for name in reads}
-            for rank, (_, reads) in enumerate(others)
-        }
+            # Ranks hold parts of the vocabulary.
+            whole = torch.cat([logits[number] for logits in by_rank], -1)
+            assert (whole - wanted).abs().max() <= 1e-5
         # EP ranks lie ETP size apart; each holds four of the eight experts and reads no other.
         etp = sizes.get("etp", 1)
-        assert experts == {
-            rank: set(range(4 * (rank // etp), 4 * (rank // etp) + 4)) for rank in range(world)
-        }
+        for rank, (_, reads) in enumerate(others):
+            # model.layers.0.mlp.experts.3.…
+            experts = {int(name.split(".")[5]) for name in reads}
+            first_expert = 4 * (rank // etp)
+            assert experts == set(range(first_expert, first_expert + 4))

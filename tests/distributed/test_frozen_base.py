@@ -24,25 +24,33 @@ def _buffers(config: RunConfig) -> dict:
     with assemble(config) as run:
         run.step(0, lr=1e-3)
         chunks = run.stepper.chunks
-        parameters = [p for chunk in chunks for p in chunk.parameters()]
+        # Tensors are compared by identity: == would compare their values.
         adapters = {id(p) for p in run.model.parameters}
-        part_states = [
-            s for part in run.optimizer.chained_optimizers for s in part.optimizer.state.values()
-        ]
+        base_with_grad = []
+        base_with_buffer = []
+        grad_buffers = 0
+        for chunk in chunks:
+            for p in chunk.parameters():
+                if id(p) in adapters:
+                    continue
+                if p.requires_grad or p.grad is not None:
+                    base_with_grad.append(p)
+                if hasattr(p, "main_grad"):
+                    base_with_buffer.append(p)
+            # Megatron pads buffers so that data-parallel ranks can divide them.
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                grad_buffers += buffer.numel_unpadded
+        moments = 0
+        for part in run.optimizer.chained_optimizers:
+            for state in part.optimizer.state.values():
+                # The state has a step count beside the moments.
+                moments += sum(t.numel() for key, t in state.items() if key in STATE_KEYS)
         return {
-            "base_with_grad": [
-                p
-                for p in parameters
-                if id(p) not in adapters and (p.requires_grad or p.grad is not None)
-            ],
-            "base_with_buffer": [
-                p for p in parameters if id(p) not in adapters and hasattr(p, "main_grad")
-            ],
+            "base_with_grad": base_with_grad,
+            "base_with_buffer": base_with_buffer,
             "adapters": sum(p.numel() for p in run.model.parameters),
-            "grad_buffers": sum(
-                b.numel_unpadded for c in chunks for b in c.buffers + c.expert_parallel_buffers
-            ),
-            "moments": sum(t.numel() for s in part_states for k, t in s.items() if k in STATE_KEYS),
+            "grad_buffers": grad_buffers,
+            "moments": moments,
             "dp": run.groups.dp.size(),
         }
 

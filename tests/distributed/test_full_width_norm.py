@@ -36,7 +36,7 @@ def _on_ranks(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         num_attention_heads=12, num_query_groups=4, kv_channels=HEAD_DIM, params_dtype=dtype,
         tensor_model_parallel_size=world, _pg_collection=SimpleNamespace(tp=dist.group.WORLD),
     )  # fmt: skip
-    x, dy, weight = (t.to(dtype) for t in _problem(num_heads))
+    x, dy, weight = [t.to(dtype) for t in _problem(num_heads)]
     norm = kind(HEAD_DIM, config, eps=EPS)
     norm.weight.data.copy_(weight.chunk(world)[rank])
     mine = x.chunk(world, 2)[rank].clone().requires_grad_()
@@ -55,6 +55,7 @@ def test_values_and_gradients(name: str, world: int, dtype: torch.dtype, toleran
     """bfloat16: one rounding of inputs and one of outputs, 2^-8 each, of values up to 4."""
     x, dy, weight = _problem(NORMS[name][1])
     x.requires_grad_()
+    # The mean runs over all heads together, which no rank has: ranks must sum their squares.
     flat = x.flatten(2)
     normed = flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + EPS) * weight
     normed.backward(dy.flatten(2))

@@ -47,14 +47,16 @@ def test_a_rank_reads_its_own_experts_and_takes_its_slice(tiny):
     weights = {}
     for shard in tiny.glob("*.safetensors"):
         with safe_open(str(shard), framework="pt") as file:
-            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118  it is no dict
+                weights[name] = file.get_tensor(name)
     for ep, etp, read, gate_up, down in run_ranks(_load, 4, tiny):
         mine = range(4 * ep, 4 * ep + 4)
         assert read == set(mine)
         for at, expert in enumerate(mine):
-            gate, up, whole_down = (
-                weights[f"model.layers.2.mlp.experts.{expert}.{p}.weight"]
-                for p in ("gate_proj", "up_proj", "down_proj")
-            )
+            stem = f"model.layers.2.mlp.experts.{expert}"
+            gate = weights[f"{stem}.gate_proj.weight"]
+            up = weights[f"{stem}.up_proj.weight"]
+            whole_down = weights[f"{stem}.down_proj.weight"]
+            # A rank has its half of gate and its half of up, not half of the two stacked.
             assert torch.equal(gate_up[at], torch.cat([gate.chunk(2)[etp], up.chunk(2)[etp]]))
             assert torch.equal(down[at], whole_down.chunk(2, dim=1)[etp])

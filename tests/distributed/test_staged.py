@@ -149,12 +149,14 @@ def what_only_nccl_has() -> None:
     dist.all_gather(
         [on_device(part) for part in whole.split(sizes)], on_device(of(rank, sizes[rank], 3))
     )
-    assert torch.equal(whole, torch.cat([of(other, size, 3) for other, size in enumerate(sizes)]))
+    brought = [of(other, size, 3) for other, size in enumerate(sizes)]
+    assert torch.equal(whole, torch.cat(brought))
     for op, divide in ((dist.ReduceOp.SUM, 1), (dist.ReduceOp.AVG, n)):
         mine = torch.zeros(sizes[rank], 3)
         parts = of(rank, sum(sizes), 3).split(sizes)
         dist.reduce_scatter(on_device(mine), [on_device(part) for part in parts], op=op)
-        expected = torch.stack([of(other, sum(sizes), 3) for other in range(n)]).sum(0) / divide
+        brought = [of(other, sum(sizes), 3) for other in range(n)]
+        expected = torch.stack(brought).sum(0) / divide
         assert torch.equal(mine, expected.split(sizes)[rank]), op
     with pytest.raises(RuntimeError, match="can be summed or averaged"):
         dist.reduce_scatter(
@@ -200,17 +202,21 @@ def handles_and_views() -> None:
     with dist._coalescing_manager(dist.group.WORLD):
         for part, whole in zip(parts, wholes, strict=True):
             dist.all_gather_into_tensor(on_device(whole), on_device(part))
-    assert all(torch.equal(whole, torch.full_like(whole, n)) for whole in wholes)
+    for whole in wholes:
+        assert torch.equal(whole, torch.full_like(whole, n))
     # torch 2.11 gathers many at once without options.
     group: Any = dist.group.WORLD
     again = [torch.zeros_like(whole) for whole in wholes]
     given = [on_device(part) for part in parts]
     group.allgather_into_tensor_coalesced([on_device(whole) for whole in again], given).wait()
-    assert all(torch.equal(*both) for both in zip(again, wholes, strict=True))
+    for gathered, whole in zip(again, wholes, strict=True):
+        assert torch.equal(gathered, whole)
     with dist._coalescing_manager(dist.group.WORLD):
         for part in parts:
             dist.all_reduce(on_device(part))
-    assert all(torch.equal(part, torch.full_like(part, n * n)) for part in parts)
+    # n after the reduction above, once more summed over n ranks
+    for part in parts:
+        assert torch.equal(part, torch.full_like(part, n * n))
 
     # Blocking sends of more than sockets hold, first to last rank and back.
     big = torch.full((1_000_000,), -1.0)
@@ -322,13 +328,10 @@ def test_a_staged_training_has_the_bits_of_one_over_gloo(
             tiny, chats, out, parallel, recompute, steps=2, lora=LoRAConfig(rank=4, dropout=0.1)
         )
         run_ranks(function, 4, config, backend=backend)
-        files = ("adapter_model.safetensors", "training_state/optimizer.safetensors")
-        written.append(
-            {
-                **load_file(out / "step_000002" / files[0]),
-                **load_file(out / "step_000002" / files[1]),
-            }
-        )
+        adapter = load_file(out / "step_000002/adapter_model.safetensors")
+        optimizer = load_file(out / "step_000002/training_state/optimizer.safetensors")
+        written.append({**adapter, **optimizer})
     plain, through_copies = written
     assert plain.keys() == through_copies.keys() and len(plain) > 100
-    assert all(torch.equal(plain[name], through_copies[name]) for name in plain)
+    for name, t in plain.items():
+        assert torch.equal(t, through_copies[name]), name

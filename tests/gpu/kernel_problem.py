@@ -41,9 +41,9 @@ class Problem:
     def adapters(self) -> dict[str, ExpertFactors]:
         v = self.leaves
         found = {}
-        first = [name for name in ("gate", "up") if name in self.ranks]
-        if first:
-            scales = tuple(SCALES[name] for name in ("gate", "up"))
+        if self.rank1():
+            # A projection without adapter has None in place of its B; its scale is not read.
+            scales = (SCALES["gate"], SCALES["up"])
             found["gate_up"] = ExpertFactors(v["a1"], (v.get("gate"), v.get("up")), scales)
         if "down" in self.ranks:
             found["down"] = ExpertFactors(v["a2"], (v["down"],), (SCALES["down"],))
@@ -98,15 +98,15 @@ def problem(
     }
     if rank1 := ranks.get("gate", 0) + ranks.get("up", 0):
         leaves["a1"] = normal(E, rank1, H, size=H**-0.5)
-        leaves |= {
-            n: normal(E, inner, ranks[n], size=0.5 * ranks[n] ** -0.5)
-            for n in ("gate", "up")
-            if n in ranks
-        }
+        for name in ("gate", "up"):
+            if name in ranks:
+                # Half the spread of the base's output, whatever the rank.
+                leaves[name] = normal(E, inner, ranks[name], size=0.5 * ranks[name] ** -0.5)
     if "down" in ranks:
         leaves["a2"] = normal(E, ranks["down"], inner, size=inner**-0.5)
         leaves["down"] = normal(E, H, ranks["down"], size=0.5 * ranks["down"] ** -0.5)
-    leaves = {name: t.requires_grad_() for name, t in leaves.items()}
+    for t in leaves.values():
+        t.requires_grad_()
     w1 = normal(E, 2 * inner, H, size=H**-0.5)
     w2 = normal(E, H, inner, size=inner**-0.5)
     return Problem(routing, w1, w2, leaves, normal(num_tokens, H), ranks)
@@ -117,6 +117,7 @@ def top_k(
 ) -> Routing:
     """A router's choice that leaves some experts without a row."""
     scores = torch.rand(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed))
+    # Below every score: nobody chooses these.
     scores[:, list(idle)] = -1
     chosen_TE = torch.zeros(num_tokens, num_experts, dtype=torch.bool).scatter_(
         1, scores.topk(k).indices, True
@@ -159,6 +160,7 @@ def assert_close(got: Tensors, want: Tensors, dtype: torch.dtype) -> None:
         error = (got[name].double() - wanted.double()).abs()
         size = wanted.double().norm()
         assert got[name].shape == wanted.shape and bool(error.isfinite().all()), name
+        # A gradient may well be zero, as of factors without rows: then any error counts whole.
         relative = float(error.norm() / size) if size > 0 else float(error.norm())
         assert relative <= ALLOWED[dtype], (
             f"{name}: off by {relative:.2e} of its norm, allowed {ALLOWED[dtype]}"

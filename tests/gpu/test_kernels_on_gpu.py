@@ -82,12 +82,13 @@ def test_linear_agrees_with_float64(counts, rank, N, K, dtype):
     def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, generator=g, device=DEVICE).mul_(size).to(dtype)
 
-    leaves = {
+    without_x_lora = {
         "x": normal(M, K),
         "a": normal(E, rank, K, size=K**-0.5),
         "b": normal(E, N, rank, size=rank**-0.5),
     }
-    leaves["x_lora"] = normal(M, K)
+    # What A reads may differ from what the base reads, as under dropout.
+    leaves = {**without_x_lora, "x_lora": normal(M, K)}
     w = normal(E, N, K, size=K**-0.5)
     dy = normal(M, N)
     routing = sorted_rows(counts)
@@ -98,19 +99,15 @@ def test_linear_agrees_with_float64(counts, rank, N, K, dtype):
             v["x"], weight, routing.offsets_E, v["a"], v["b"], x_lora_MK=v.get("x_lora"),
             backend=backend
         )  # fmt: skip
-        return {
-            "out": y.detach(),
-            **dict(zip(v, torch.autograd.grad(y, list(v.values()), dout), strict=True)),
-        }
+        grads = torch.autograd.grad(y, list(v.values()), dout)
+        return {"out": y.detach(), **dict(zip(v, grads, strict=True))}
 
-    for operands in (leaves, {name: t for name, t in leaves.items() if name != "x_lora"}):
-        want = results(
-            "reference", w.double(), {n: t.double() for n, t in operands.items()}, dy.double()
-        )
+    for operands in (leaves, without_x_lora):
+        wide = {name: t.double() for name, t in operands.items()}
+        want = results("reference", w.double(), wide, dy.double())
         for way in WAYS:
-            weight, backend = (
-                (AugmentedWeight(w, rank), "grouped_mm") if way == "joined" else (w, way)
-            )
+            weight = AugmentedWeight(w, rank) if way == "joined" else w
+            backend = "grouped_mm" if way == "joined" else way
             found = results(backend, weight, operands, dy)
             assert_close(found, want, dtype)
             assert_idle_are_zero(found, routing)
@@ -138,19 +135,17 @@ def test_strides_that_are_not_dense(way):
     """x transposed, factors as slices of larger tensors, and the gradient of a sum, which has
     stride 0."""
     case = odd(torch.bfloat16)
-    wide = {
-        n: torch.cat([t, t], -1).detach()[..., : t.shape[-1]]
-        for n, t in case.leaves.items()
-        if n not in ("x", "p")
-    }
-    x = case.leaves["x"].detach().t().contiguous().t()
-    leaves = {**case.leaves, **wide, "x": x}
-    strided = replace(
-        case, leaves={name: leaves[name].detach().requires_grad_() for name in case.leaves}
-    )
-    strided = replace(
-        strided, dout=torch.ones(1, 1, device=DEVICE, dtype=torch.bfloat16).expand(case.dout.shape)
-    )
+    leaves = {}
+    for name, t in case.leaves.items():
+        t = t.detach()
+        if name == "x":
+            t = t.t().contiguous().t()
+        elif name != "p":
+            # The first half of each row of a tensor twice as wide.
+            t = torch.cat([t, t], -1)[..., : t.shape[-1]]
+        leaves[name] = t.detach().requires_grad_()
+    ones = torch.ones(1, 1, device=DEVICE, dtype=torch.bfloat16).expand(case.dout.shape)
+    strided = replace(case, leaves=leaves, dout=ones)
     assert not strided.leaves["x"].is_contiguous() and not strided.leaves["a1"].is_contiguous()
     assert_close(strided.in_way(way), strided.in_float64(), torch.bfloat16)
 
@@ -168,9 +163,11 @@ def test_a_rank_that_does_not_fit_triton():
 def test_the_same_bits_on_every_run(shape, way):
     case = PROBLEMS[shape](torch.bfloat16)
     one = case.in_way(way)
+    # Atomic additions would come in another order from run to run.
     for _ in range(3):
         other = case.in_way(way)
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        for name, t in one.items():
+            assert torch.equal(t, other[name]), name
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -178,12 +175,15 @@ def test_recomputed_gradients_are_the_kept_ones(way):
     case = odd(torch.bfloat16)
     kept = case.in_way(way)
     again = case.in_way(way, recompute=True)
-    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    for name, t in kept.items():
+        assert torch.equal(t, again[name]), name
+    # With dropout the masks, too, must be drawn again as they were.
     dropped = []
     for how in ({}, {"recompute": True}):
         torch.manual_seed(1)
         dropped.append(case.in_way(way, dropout=0.5, **how))
-    assert all(torch.equal(dropped[0][name], dropped[1][name]) for name in kept)
+    for name, t in dropped[0].items():
+        assert torch.equal(t, dropped[1][name]), name
     assert not torch.equal(dropped[0]["out"], kept["out"])
 
 
@@ -259,12 +259,13 @@ def test_nothing_waits_for_the_device(way):
 def test_what_is_kept_for_backward(way):
     """[gate | up], S of gate_up and of down: nothing as wide as H for each row."""
     case = even(torch.bfloat16)
-    w1, w2 = (
-        (AugmentedWeight(case.w1, 32), AugmentedWeight(case.w2, 16))
-        if way == "joined"
-        else (case.w1, case.w2)
-    )
-    backend = "grouped_mm" if way == "joined" else way
+    w1 = case.w1
+    w2 = case.w2
+    backend = way
+    if way == "joined":
+        w1 = AugmentedWeight(w1, 32)
+        w2 = AugmentedWeight(w2, 16)
+        backend = "grouped_mm"
 
     v = case.leaves
     kept = {}
@@ -278,6 +279,7 @@ def test_what_is_kept_for_backward(way):
     routed = (case.routing.offsets_E, case.routing.source_M, case.routing.slots_TK)
     for t in (*v.values(), case.w1, case.w2, *routed):
         kept.pop(t.untyped_storage().data_ptr(), None)
+    # Per row: [gate | up] of 2 x 128, S of gate and up of 32 ranks, S of down of 16.
     assert sum(kept.values()) == case.routing.num_rows * (2 * 128 + 32 + 16) * out.element_size()
 
 
@@ -299,21 +301,16 @@ def test_steps_that_stand_alone():
     assert_close(permuted(x, a, None), want, dtype)
     s = want["s"].to(dtype)
     rows = want["rows"].to(dtype)
-    exact = {
-        "out": lora_wgrad(s.double(), rows.double(), case.routing.offsets_E, backend="reference")
-    }
+    ends = case.routing.offsets_E
+    exact = {"out": lora_wgrad(s.double(), rows.double(), ends, backend="reference")}
     for backend in ("triton", "loop"):
-        assert_close(
-            {"out": lora_wgrad(s, rows, case.routing.offsets_E, backend=backend)}, exact, dtype
-        )
-    operands = (
-        x,
-        case.w1[0],
-        a[0],
-        torch.cat([case.leaves["gate"][0], case.leaves["up"][0]], 1).detach().repeat(2, 1),
-    )
-    outs = [dense_lora(*(t.to(kind) for t in operands)) for kind in (dtype, torch.float64)]
-    assert_close({"out": outs[0]}, {"out": outs[1]}, dtype)
+        assert_close({"out": lora_wgrad(s, rows, ends, backend=backend)}, exact, dtype)
+    # One expert as a dense linear: w1 [2 inner, H] and a B of as many rows, for 3 + 5 ranks.
+    w = case.w1[0]
+    b = torch.cat([case.leaves["gate"][0], case.leaves["up"][0]], 1).detach().repeat(2, 1)
+    out = dense_lora(x, w, a[0], b)
+    want_out = dense_lora(x.double(), w.double(), a[0].double(), b.double())
+    assert_close({"out": out}, {"out": want_out}, dtype)
 
 
 # ---- beyond 2^31 elements ------------------------------------------------------------------------
@@ -328,8 +325,10 @@ def need(gigabytes: float) -> None:
 
 def only(case: Problem, experts: slice, counts: list[int], rows: slice) -> Problem:
     """The same for some experts and the rows that go to them; rows are sorted."""
-    parts = {name: t[rows if name in ("x", "p") else experts] for name, t in case.leaves.items()}
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in parts.items()}
+    leaves = {}
+    for name, t in case.leaves.items():
+        part = t[rows] if name in ("x", "p") else t[experts]
+        leaves[name] = part.detach().clone().requires_grad_()
     w1 = case.w1[experts]
     w2 = case.w2[experts]
     return replace(
@@ -347,8 +346,10 @@ def test_weights_of_more_than_int32_elements(way):
     )
     assert case.w1.numel() > 2**31
     found = case.in_way(way)
+    # The last expert and its 73 rows alone: float64 of all would not fit.
     last = slice(63, 64)
-    found = {name: t[40:] if name in ("out", "x", "p") else t[last] for name, t in found.items()}
+    for name, t in found.items():
+        found[name] = t[40:] if name in ("out", "x", "p") else t[last]
     assert_close(found, only(case, last, [73], slice(40, None)).in_float64(), torch.bfloat16)
 
 
@@ -369,9 +370,8 @@ def test_rows_of_more_than_int32_elements(way):
     found = case.in_way(way)
     last = slice(-64, None)
     want = only(case, slice(0, 2), [0, 64], last).in_float64()
-    assert_close(
-        {n: found[n][last] for n in ("out", "x", "p")},
-        {n: want[n] for n in ("out", "x", "p")},
-        torch.bfloat16,
-    )
-    assert all(t.isfinite().all() for t in found.values())
+    # What belongs to rows; gradients of factors are sums over all rows.
+    for name in ("out", "x", "p"):
+        assert_close({name: found[name][last]}, {name: want[name]}, torch.bfloat16)
+    for name, t in found.items():
+        assert t.isfinite().all(), name

@@ -54,10 +54,11 @@ def test_float32_on_a_gpu_is_float32_on_the_cpu(tiny, chats, tmp_path, monkeypat
     assert values(gpu, "eval_loss") == pytest.approx(values(cpu, "eval_loss"), rel=1e-4)
     assert values(gpu, "loss") == pytest.approx(values(cpu, "loss"), rel=1e-4)
     assert values(gpu, "grad_norm") == pytest.approx(values(cpu, "grad_norm"), rel=1e-3)
-    one, other = (
-        load_file(tmp_path / d / "step_000004/adapter_model.safetensors") for d in ("gpu", "cpu")
-    )
-    assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-4) for name in other)
+    one = load_file(tmp_path / "gpu/step_000004/adapter_model.safetensors")
+    other = load_file(tmp_path / "cpu/step_000004/adapter_model.safetensors")
+    # Four steps of 1e-3 each: a tenth of one step may differ.
+    for name, t in other.items():
+        assert torch.allclose(one[name], t, rtol=0, atol=1e-4), name
 
 
 def test_bfloat16_with_recompute_and_dropout_trains_saves_and_resumes(tiny, chats, tmp_path):

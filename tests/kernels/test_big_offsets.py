@@ -38,12 +38,13 @@ COUNTS = [2, 0, 1]
 
 @pytest.mark.parametrize("name", ["x", "w", "a", "b", "g", "y"])
 def test_third_expert_or_row_lies_beyond_int32(vast, name, small_tiles):
-    x, w, offsets, a, b, dy = (t.detach() for t in make(COUNTS, 3, torch.float16))
+    x, w, offsets, a, b, dy = [t.detach() for t in make(COUNTS, 3, torch.float16)]
     routing = Routing(offsets, 3)
 
     def results(operand: torch.Tensor) -> list[torch.Tensor]:
         o = {"x": x, "w": w, "a": a, "b": b, "g": dy, "y": dy, name: operand}
         s = x.new_empty(3, 3)
+        # Every kernel that reads the operand: each computes its offsets for itself.
         if name in ("x", "a"):
             shrink.shrink_triton(o["x"], (o["a"],), routing, s)
             return [
@@ -76,7 +77,10 @@ def test_swiglu(vast, name):
     p = torch.rand(3, generator=g)
 
     def results(o: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        h, s2, dy = (torch.zeros(3, n, dtype=torch.float16) for n in (40, 7, 80))
+        # 3 rows; 40 features of h, 7 ranks of down, [gate | up] of 80
+        h = torch.zeros(3, 40, dtype=torch.float16)
+        s2 = torch.zeros(3, 7, dtype=torch.float16)
+        dy = torch.zeros(3, 80, dtype=torch.float16)
         swiglu.swiglu_triton(o["y"], p, o["a"], routing, h, s2)
         found = swiglu_backward("triton", o["dh"], o["y"], p, routing, dy, o["s"], o["ds"])
         return [h, s2, dy, found.dp_M, found.da_EQI, found.db_EJR]

@@ -19,12 +19,15 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_grouped_gemms_by_descriptor_reach_the_driver():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = dict(os.environ)
+    # The tests' own process interprets kernels; this one must compile them.
+    environment.pop("TRITON_INTERPRET", None)
     root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = f"{root}{os.pathsep}{root / 'kernels'}"
     command = [sys.executable, "-m", "tests.kernels.launch_path"]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    # What Triton prints comes before.
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     found = {row["what"]: (row["problem"], row["launches"], row["descriptors"]) for row in rows}
     assert found == {
@@ -40,8 +43,10 @@ def driver(tmp_path_factory) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
+# Of the driver's enumerations CUtensorMapDataType and CUtensorMapSwizzle.
 BFLOAT16 = 9
 SWIZZLE_128 = 3
+# A weight [1536, 2048] of two bytes, whose rows lie 4,096 bytes apart, in boxes of 64 x 256.
 GOOD = {"map": 4096, "base": 1 << 20, "sizes": (2048, 1536), "strides": (4096,), "box": (64, 256)}
 
 
@@ -49,12 +54,16 @@ GOOD = {"map": 4096, "base": 1 << 20, "sizes": (2048, 1536), "strides": (4096,),
     "other",
     [
         {"map": 4096 + 16},
+        # addresses and strides are multiples of 16 bytes
         {"base": (1 << 20) + 8},
         {"sizes": (2048, 0)},
         {"strides": (4088,)},
+        # rows that overlap
         {"strides": (2048,)},
+        # a box has at most 256 in a dimension, and with this swizzle rows of at most 128 bytes
         {"box": (64, 257)},
         {"box": (128, 64)},
+        # rows of a box are multiples of 16 bytes
         {"box": (12, 64)},
     ],
     ids=str,

@@ -23,11 +23,10 @@ TOKENS = torch.arange(2 * 40).view(2, 40) * 7 % 509
 
 
 def stored_tensors(folder: Path) -> Tensors:
-    return {
-        name: t
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, t in load_file(file).items()
-    }
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
 
 
 def make_base(out: Path, arch: str = "qwen3_moe", **overrides: Any) -> Path:
@@ -45,13 +44,12 @@ def rewrite(
     tensors = stored_tensors(folder)
     if change is not None:
         tensors = change(dict(tensors))
+    # An index of shards that are gone would be read first.
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
         file.unlink()
-    save_file(
-        {name: t.clone().contiguous() for name, t in tensors.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
+    # safetensors refuses tensors that share memory, as views of one do.
+    own_memory = {name: t.clone().contiguous() for name, t in tensors.items()}
+    save_file(own_memory, folder / "model.safetensors", {"format": "pt"})
     fields = json.loads((folder / "config.json").read_text()) | config
     kept = {name: value for name, value in fields.items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(kept, indent=1))

@@ -34,12 +34,10 @@ class MoELayer:
     def linear(self, name: str, x: Tensor) -> Tensor:
         y = x @ self.weights[f"{name}.weight"].T
         if f"{name}.lora_A.weight" in self.factors:
-            y = (
-                y
-                + self.scale
-                * (x @ self.factors[f"{name}.lora_A.weight"].T)
-                @ self.factors[f"{name}.lora_B.weight"].T
-            )
+            # y = W x + scale B A x, for rows of x
+            a = self.factors[f"{name}.lora_A.weight"]
+            b = self.factors[f"{name}.lora_B.weight"]
+            y = y + self.scale * (x @ a.T) @ b.T
         return y
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
@@ -55,17 +53,17 @@ class MoELayer:
             1, chosen_Tk, all_TE.gather(1, chosen_Tk)
         )
         if self.normalise:
+            # over the chosen ones: all others are zero
             probabilities_TE = probabilities_TE / probabilities_TE.sum(-1, keepdim=True)
         outputs = []
         for x_H, p_E, experts in zip(x_TH, probabilities_TE, chosen_Tk.tolist(), strict=True):
-            outputs.append(
-                torch.stack([p_E[e] * self.mlp(f"experts.{e}", x_H) for e in experts]).sum(0)
-            )
+            by_expert = [p_E[e] * self.mlp(f"experts.{e}", x_H) for e in experts]
+            outputs.append(torch.stack(by_expert).sum(0))
         y_TH = torch.stack(outputs)
         if "shared_expert_gate.weight" in self.weights:
-            y_TH = y_TH + self.linear("shared_expert_gate", x_TH).sigmoid() * self.mlp(
-                "shared_expert", x_TH
-            )
+            # Qwen2: every token goes to the shared expert, weighted by a gate [T, 1] of its own.
+            gate_T1 = self.linear("shared_expert_gate", x_TH).sigmoid()
+            y_TH = y_TH + gate_T1 * self.mlp("shared_expert", x_TH)
         return y_TH, probabilities_TE
 
 
@@ -73,14 +71,16 @@ def layer_of(base: Path, layer: int, factors: Mapping[str, Tensor], scale: float
     """The layer of a Hugging Face folder, with the factors of a PEFT file that belong to it."""
     config = json.loads((base / "config.json").read_text())
     prefix = f"model.layers.{layer}.mlp."
-    weights = {
-        name: t for shard in base.glob("*.safetensors") for name, t in load_file(shard).items()
-    }
-    adapter = {
-        name.removeprefix("base_model.model."): t.detach().clone() for name, t in factors.items()
-    }
-    of_layer = [
-        {name.removeprefix(prefix): t for name, t in ts.items() if name.startswith(prefix)}
-        for ts in (weights, adapter)
-    ]
-    return MoELayer(*of_layer, scale, config["num_experts_per_tok"], config["norm_topk_prob"])
+    weights = {}
+    for shard in base.glob("*.safetensors"):
+        for name, t in load_file(shard).items():
+            if name.startswith(prefix):
+                weights[name.removeprefix(prefix)] = t
+    adapter = {}
+    for name, t in factors.items():
+        # PEFT puts its own prefix before the module's name.
+        name = name.removeprefix("base_model.model.")
+        if name.startswith(prefix):
+            adapter[name.removeprefix(prefix)] = t.detach().clone()
+    top_k = config["num_experts_per_tok"]
+    return MoELayer(weights, adapter, scale, top_k, config["norm_topk_prob"])

@@ -44,6 +44,7 @@ class PeftOracle:
         for sample in samples:
             ids = torch.tensor(sample.input_ids).long()
             mask = torch.tensor(sample.loss_mask)
+            # Position i predicts token i + 1, and counts where that token is a target.
             logits = self.model(ids[None, :-1]).logits[0]
             total = total + (F.cross_entropy(logits, ids[1:], reduction="none") * mask[1:]).sum()
             count += int(mask[1:].sum())
@@ -54,9 +55,10 @@ class PeftOracle:
         loss = self.loss(samples)
         loss.backward()
         trained = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        return loss.item(), {
-            name: self._of_tensor(name, shape, trained) for name, shape in self.shapes.items()
-        }
+        found = {}
+        for name, shape in self.shapes.items():
+            found[name] = self._of_tensor(name, shape, trained)
+        return loss.item(), found
 
     def _of_tensor(self, name: str, shape: list[int], trained: dict[str, Tensor]) -> Tensor:
         # transformers renames Mixtral's modules on loading
@@ -81,10 +83,12 @@ def _of_expert(
 ) -> Tensor:
     """``fused``: A ``[experts * r, in]``, B ``[out, r * experts]`` with the expert running fastest;
     r is twice for gate_up."""
+    # Of gate_up the first r ranks are gate's, the next r up's.
     rank = shape[0] if factor == "A" else shape[1]
     both = 1 if projection == "down" else 2
     first = rank if projection == "up" else 0
     if factor == "A":
         return fused.unflatten(0, (-1, both * rank))[expert, first : first + rank]
     of_expert = fused.unflatten(1, (both * rank, -1))[:, first : first + rank, expert]
+    # Rows of gate_up's output are gate's, then up's.
     return of_expert[shape[0] :] if projection == "up" else of_expert[: shape[0]]

@@ -90,6 +90,7 @@ class Oracle:
             delta = scale * self.factors[name.replace("lora_A", "lora_B")] @ a
             # transformers renames Mixtral's modules on loading
             module = module.replace(".block_sparse_moe.", ".mlp.")
+            # transformers holds the experts of a layer in one tensor; all else has its own.
             if ".experts." not in module:
                 merged[f"{module}.weight"] = weights[f"{module}.weight"] + delta
                 continue
@@ -103,9 +104,9 @@ class Oracle:
             for projection, of_experts in deltas.items():
                 if projection.startswith(stem + "."):
                     name = projection.removeprefix(stem + ".")
-                    parts[name] = parts[name] + torch.stack(
-                        [of_experts[e] for e in range(len(of_experts))]
-                    )
+                    # Names of a file come in the order of text: expert 10 before expert 2.
+                    in_order = [of_experts[e] for e in range(len(of_experts))]
+                    parts[name] = parts[name] + torch.stack(in_order)
             merged[f"{stem}.gate_up_proj"] = torch.cat(
                 [parts["gate_proj"], parts["up_proj"]], dim=1
             )
@@ -120,11 +121,10 @@ class Oracle:
         for sample in samples:
             ids = torch.tensor(sample.input_ids).long()
             mask = torch.tensor(sample.loss_mask)
-            logits = (
-                functional_call(self.model, merged, (ids[None, :-1],), tie_weights=False)
-                .logits[0]
-                .double()
-            )
+            # Tied weights stay as they are: an adapter of the head leaves the embedding alone.
+            output = functional_call(self.model, merged, (ids[None, :-1],), tie_weights=False)
+            logits = output.logits[0].double()
+            # Position i predicts token i + 1, and counts where that token is a target.
             losses = F.cross_entropy(logits, ids[1:], reduction="none")
             total = total + (losses * mask[1:]).sum()
             count = count + int(mask[1:].sum())
@@ -140,19 +140,23 @@ class Oracle:
             optimizer.zero_grad()
             loss = self.loss(batch)
             loss.backward()
-            gradients.append(
-                {name: t.grad.clone() for name, t in self.factors.items() if t.grad is not None}
-            )
+            of_step = {}
+            for name, t in self.factors.items():
+                if t.grad is not None:
+                    # Clipping scales gradients in place.
+                    of_step[name] = t.grad.clone()
+            gradients.append(of_step)
             norms.append(torch.nn.utils.clip_grad_norm_(self.factors.values(), clip).item())
             optimizer.step()
             losses.append(loss.item())
-        moments = {
-            key: {name: optimizer.state[t][key] for name, t in self.factors.items()}
-            for key in ("exp_avg", "exp_avg_sq")
-        }
-        return Trained(
-            losses, norms, gradients, {n: t.detach() for n, t in self.factors.items()}, **moments
-        )
+        adapter = {}
+        exp_avg = {}
+        exp_avg_sq = {}
+        for name, t in self.factors.items():
+            adapter[name] = t.detach()
+            exp_avg[name] = optimizer.state[t]["exp_avg"]
+            exp_avg_sq[name] = optimizer.state[t]["exp_avg_sq"]
+        return Trained(losses, norms, gradients, adapter, exp_avg, exp_avg_sq)
 
 
 @dataclass(frozen=True)
