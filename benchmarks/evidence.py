@@ -4,7 +4,7 @@
     python -m benchmarks.evidence --check    exit code 1 where the page is not what would be written
 
 Text between tables is written by hand. A table stands between two comments, ``<!-- table: NAME
--->`` and ``<!-- end -->``; records of a dry run or of a CPU are no measurement of a GPU.
+-->`` and ``<!-- end -->``. Records of a dry run or of a CPU do not count as measurements.
 """
 
 import argparse
@@ -60,13 +60,16 @@ def origin(*records: dict[str, Any]) -> str:
             commit = (record.get("commit") or "unknown")[:7]
             versions = f"torch {record['versions']['torch']}, triton {record['versions']['triton']}"
             found.append(f"Measured on {record['device']} ({versions}, commit {commit}).")
+    # Each line once: two records of one run have the same origin.
     return "\n".join(dict.fromkeys(found)) or f"Measured: {NOT_MEASURED}."
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table; columns after the first are aligned right."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    text = []
+    for line in (header, ["---", *["--:"] * (len(header) - 1)], *rows):
+        text.append("| " + " | ".join(str(cell) for cell in line) + " |")
+    return "\n".join(text)
 
 
 def digits(value: float | None, form: str = ".4g") -> str:
@@ -87,12 +90,14 @@ def constants(results: Results) -> str:
         "HBM, H100": (H100.hbm_tb_per_s, measured.get("copy of 1 GiB")),
         "HBM, H200": (H200.hbm_tb_per_s, measured.get("copy of 1 GiB")),
         "L2": (H100.l2_tb_per_s, measured.get("L2 reads of 24 MiB")),
+        # No anchor tells these two from the rest of a tile.
         "shared memory of a multiprocessor": (H100.shared_bytes_per_cycle, None),
         "start and end of a tile": (H100.ends_cycles, None),
     }
     card = str(record.get("device", "")).lower()
     rows = []
     for name, (constant, value) in names.items():
+        # Both cards' HBM stand in the table, and one of them was measured.
         other_card = name.startswith("HBM") and name.lower().split()[-1] not in card
         found = digits(None if other_card else value)
         rows.append(
@@ -149,14 +154,17 @@ def tiles(results: Results) -> str:
     points = record.get("sweep", {}).get("points", {})
     rows = []
     for line in tile_model.lines("30b", TILE_RANK, H100):
+        cells: list[object] = [f"{line.name}, {line.experts} × {line.rows}"]
+        for us in (line.floor_us, line.before.us, line.now.us, line.best.us):
+            cells.append(f"{us:.0f}")
+        cells.append(line.now.bound)
         point = points.get(f"30b {line.name} {line.experts} x {line.rows}", {})
-        times = {variant: us for variant, (us, _spread) in point.get("second_us", {}).items()}
-        measured = [times.get(point.get(which)) for which in ("rule", "best")]
-        predicted = [
-            f"{us:.0f}" for us in (line.floor_us, line.before.us, line.now.us, line.best.us)
-        ]
-        cells = (*predicted, line.now.bound, *(digits(us, ".0f") for us in measured))
-        rows.append((f"{line.name}, {line.experts} × {line.rows}", *cells))
+        # Of the second sweep: the first times each variant briefly, to drop the slow ones.
+        times = point.get("second_us", {})
+        for which in ("rule", "best"):
+            us, _spread = times.get(point.get(which), (None, None))
+            cells.append(digits(us, ".0f"))
+        rows.append(cells)
     header = ("product, experts × rows", "floor", "last release", "rule", "best", "rule bound by",
               "rule measured",
               "best measured")  # fmt: skip
@@ -174,7 +182,8 @@ LAYER_ARMS = {
 
 def layers(results: Results) -> str:
     """The layer's cost over the same without adapters, by the roofline and by the benchmark."""
-    records = [results.on_gpu(name) for name in ("gpu_kernels.json", "gpu_kernels_tuned.json")]
+    by_rule = results.on_gpu("gpu_kernels.json")
+    tuned = results.on_gpu("gpu_kernels_tuned.json")
     rows = []
     for ep in (8, 1):
         place = "one of 8 expert-parallel ranks" if ep > 1 else "all 128 experts"
@@ -182,17 +191,16 @@ def layers(results: Results) -> str:
         for (backend, on_gate_up), arm in LAYER_ARMS.items():
             case = roofline.layer("30b", tokens=8192, ep=ep, rank=16, on_gate_up=on_gate_up)
             found = roofline.ratios(case, backend)
-            predicted = (
-                f"{found.forward:.2f}",
-                f"{found.both:.2f}",
-                f"{found.split_over_ours:.1f}",
-            )
-            measured = [_measured_layer(record, spec, arm, f"base {backend}") for record in records]
-            rows.append((f"`{backend}`, {place}", on_gate_up, *predicted, *measured))
+            cells: list[object] = [f"`{backend}`, {place}", on_gate_up]
+            cells += [f"{found.forward:.2f}", f"{found.both:.2f}", f"{found.split_over_ours:.1f}"]
+            for record in (by_rule, tuned):
+                # Over the base of the same back end: another one's base has another speed.
+                cells.append(_measured_layer(record, spec, arm, f"base {backend}"))
+            rows.append(cells)
     header = ("back end", "adapters on gate_up", "forward", "forward + backward",
               "split products / ours",
               "measured, by the rule", "measured, tuned")  # fmt: skip
-    return f"{origin(*records)}\n\n" + markdown(header, rows)
+    return f"{origin(by_rule, tuned)}\n\n" + markdown(header, rows)
 
 
 def _measured_layer(record: dict[str, Any], spec: str, arm: str | None, base: str) -> str:
@@ -200,18 +208,18 @@ def _measured_layer(record: dict[str, Any], spec: str, arm: str | None, base: st
     adapter on gate_up."""
     if arm is None:
         return "not timed"
-    rows = {
-        row["arm"]: row
-        for row in record.get("rows", [])
-        if row["case"] == spec and row.get("train")
-    }
+    rows = {}
+    for row in record.get("rows", []):
+        # An arm that failed or was not reached has a row without times.
+        if row["case"] == spec and row.get("train"):
+            rows[row["arm"]] = row
     if arm not in rows or base not in rows:
         return NOT_YET
     ours = rows[arm]
     plain = rows[base]
-    ratios = [
-        ours[phase]["median_ms"] / plain[phase]["median_ms"] for phase in ("forward", "train")
-    ]
+    ratios = []
+    for phase in ("forward", "train"):
+        ratios.append(ours[phase]["median_ms"] / plain[phase]["median_ms"])
     if "split eager" in rows:
         ratios.append(rows["split eager"]["train"]["median_ms"] / ours["train"]["median_ms"])
     return " / ".join(f"{ratio:.2f}" for ratio in ratios)
@@ -219,13 +227,18 @@ def _measured_layer(record: dict[str, Any], spec: str, arm: str | None, base: st
 
 def goal_table(results: Results) -> str:
     """Each goal, and in how many cases it was reached."""
+    # The tuned kernels are what a user gets; those by the rule stand in until there are any.
     record = results.on_gpu("gpu_kernels_tuned.json") or results.on_gpu("gpu_kernels.json")
     rows = []
     for goal in goals.EVERY:
         verdicts = [found for found in record.get("goals", []) if found["goal"] == goal.name]
-        values = [found["value"] for found in verdicts if found["value"] is not None]
+        reached = 0
+        values = []
+        for found in verdicts:
+            reached += found["verdict"] != "miss"
+            if found["value"] is not None:
+                values.append(found["value"])
         span = f"{min(values):.3g} to {max(values):.3g}" if values else NOT_YET
-        reached = sum(found["verdict"] != "miss" for found in verdicts)
         count = f"{reached} of {len(verdicts)}" if verdicts else NOT_YET
         rows.append((goal.name, "≥" if goal.at_least else "≤", goal.must, goal.good, span, count))
     header = ("goal", "", "must", "good", "measured", "cases that pass")
@@ -240,15 +253,11 @@ def peers(results: Results) -> str:
     rows = []
     for case in record["cases"]:
         for row in case["rows"]:
-            step = row.get("over_megalora", {}).get("step")
-            text = (
-                f"{step['median']:.2f} ({step['p10']:.2f} to {step['p90']:.2f})"
-                if step
-                else row["status"]
-            )
-            rows.append(
-                (case["shape"], row["arm"], text, "yes" if row.get("same_factors") else "no")
-            )
+            text = row["status"]
+            if step := row.get("over_megalora", {}).get("step"):
+                text = f"{step['median']:.2f} ({step['p10']:.2f} to {step['p90']:.2f})"
+            same = "yes" if row.get("same_factors") else "no"
+            rows.append((case["shape"], row["arm"], text, same))
     header = (
         "shape",
         "arm",
@@ -263,27 +272,21 @@ def peers(results: Results) -> str:
 def compiled(results: Results) -> str:
     """What each way to compute the grouped GEMM takes of a multiprocessor, over all products and
     ranks it was compiled for."""
-    found: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
-    for path in sorted(results.folder.glob("compiled_*.json")):
-        for row in json.loads(path.read_text()):
-            if "product" not in row or row["refused"] or "error" in row or row["capability"] != 90:
-                continue
-            operands = f"w {row['weight']}, x {row['rows']}"
-            if row["persistent"]:
-                operands += ", persistent"
-            way = (row["variant"], f"w{row['num_warps']} s{row['num_stages']}", operands)
-            found.setdefault(way, {}).setdefault(row["triton"], []).append(row)
+    found = compiled_ways(results)
     if not found:
         return "Not yet recorded (`python -m tests.kernels.compile_for_gpu --every` prints it)."
+    # Ways of one version alone are in the table too, with "-" for the others.
     versions = sorted({version for rows in found.values() for version in rows})
-    names = ("registers", "spilled", "shared", "per_sm", "loop")
     rows = []
     for way, by_version in found.items():
-        ranges = [
-            [_range(row[name] for row in by_version.get(version, [])) for name in names]
-            for version in versions
-        ]
-        rows.append((" ".join(way), *(" / ".join(cells) for cells in ranges)))
+        cells = [" ".join(way)]
+        for version in versions:
+            compilations = by_version.get(version, [])
+            ranges = []
+            for name in ("registers", "spilled", "shared", "per_sm", "loop"):
+                ranges.append(_range(row[name] for row in compilations))
+            cells.append(" / ".join(ranges))
+        rows.append(cells)
     header = ("variant", *(f"Triton {version}" for version in versions))
     return "Registers / spilled bytes / shared memory / programs per SM / loop.\n\n" + markdown(
         header, rows
@@ -298,19 +301,41 @@ def _range(values: Iterable[int]) -> str:
     return f"{known[0]}" if len(known) == 1 else f"{known[0]} to {known[-1]}"
 
 
+def compiled_ways(results: Results) -> dict[tuple[str, ...], dict[str, list[dict[str, Any]]]]:
+    """Compilations by way (variant, warps and stages, how operands are loaded) and by version of
+    Triton."""
+    found: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
+    for path in sorted(results.folder.glob("compiled_*.json")):
+        for row in json.loads(path.read_text()):
+            # Other kernels than the GEMM, what the compiler rejected, and other GPUs: sm_90 is the
+            # one that the page is about.
+            if "product" not in row or row["refused"] or "error" in row or row["capability"] != 90:
+                continue
+            operands = f"w {row['weight']}, x {row['rows']}"
+            if row["persistent"]:
+                operands += ", persistent"
+            way = (row["variant"], f"w{row['num_warps']} s{row['num_stages']}", operands)
+            found.setdefault(way, {}).setdefault(row["triton"], []).append(row)
+    return found
+
+
 def launches(results: Results) -> str:
     """Kernels and host operations of a layer: the ceilings that tests hold, and what a profiler
     found of a whole layer."""
     rows = []
+    # Keys are "LAYER, BACK END, RANKS base forward" and so on, four of one layer.
     for name in dict.fromkeys(key.rsplit(" ", 2)[0] for key in CEILINGS):
         limits = [CEILINGS[f"{name} {which}"] for which in COUNTED]
-        rows.append(
-            (name, *(kernels for kernels, _ in limits), sum(host for _, host in limits[2:]))
-        )
-    found = results.on_gpu("gpu_model.json").get("rows", [])
-    profiled = [row for row in found if "phases" in row.get("profile", {})]
-    for row in profiled:
+        # The last two are the adapters'; the base's host operations are not ours to lower.
+        host = limits[2][1] + limits[3][1]
+        rows.append((name, *(kernels for kernels, _ in limits), host))
+    profiled = False
+    for row in results.on_gpu("gpu_model.json").get("rows", []):
+        if "phases" not in row.get("profile", {}):
+            continue
+        profiled = True
         phases = row["profile"]["phases"]
+        # A profiler cannot tell the base's kernels from the adapters', so both stand together.
         measured = [phases[phase]["per_layer"] for phase in ("forward", "backward")]
         rows.append((f"measured: {row['arm']}, {row['layers']} layers", "", "", *measured, ""))
     if not profiled:

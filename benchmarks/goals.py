@@ -1,6 +1,7 @@
-"""The goals for the kernels, what was measured against them, and where torch's grouped GEMM
+"""Judge what was measured of the kernels by their goals, and find where torch's grouped GEMM
 overtakes Triton."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -51,11 +52,21 @@ class Verdict:
 
     @classmethod
     def of(cls, goal: Goal, case: str, value: float | None) -> "Verdict":
-        def reached(limit: float) -> bool:
-            return value is not None and (value >= limit if goal.at_least else value <= limit)
+        return cls(goal.name, case, value, goal.must, goal.good, verdict_of(goal, value))
 
-        verdict = "good" if reached(goal.good) else "pass" if reached(goal.must) else "miss"
-        return cls(goal.name, case, value, goal.must, goal.good, verdict)
+
+def verdict_of(goal: Goal, value: float | None) -> str:
+    """``good``, ``pass`` or ``miss``."""
+    # A goal without a value is missed: a crashed arm must not look like a success.
+    if value is None:
+        return "miss"
+    # Turned round where more is better, so that less is.
+    sign = -1 if goal.at_least else 1
+    if sign * value <= sign * goal.good:
+        return "good"
+    if sign * value <= sign * goal.must:
+        return "pass"
+    return "miss"
 
 
 def of_layer(spec: Spec, rows: Sequence[Row]) -> list[Verdict]:
@@ -69,6 +80,7 @@ def of_layer(spec: Spec, rows: Sequence[Row]) -> list[Verdict]:
         found.append(Verdict.of(FORWARD, label, row and row.ratio_forward))
         found.append(Verdict.of(TRAIN, label, row and row.ratio_train))
     found.append(Verdict.of(SPLIT, spec.label, faster(rows, OURS[0], "split eager")))
+    # The goal for the loop supposes this case: with fewer experts it launches fewer kernels.
     if (spec.tokens, spec.experts) == (8192, 128):
         found.append(Verdict.of(LOOP, spec.label, faster(rows, OURS[0], "ours loop")))
     found.append(Verdict.of(CHOICE, spec.label, _over_fastest(rows)))
@@ -77,40 +89,46 @@ def of_layer(spec: Spec, rows: Sequence[Row]) -> list[Verdict]:
 
 def of_quack(label: str, rows: Sequence[Row]) -> list[Verdict]:
     """The better of its tiles against torch's GEMM, everything around it being ours in both."""
-    ran = [row.arm for row in rows if row.arm.startswith("quack") and row.train is not None]
-    speeds = [
-        speed for arm in ran if (speed := faster(rows, arm, "ours grouped_mm joined")) is not None
-    ]
-    return [Verdict.of(QUACK, label, max(speeds))] if speeds else []
+    speeds = []
+    for row in rows:
+        if not row.arm.startswith("quack") or row.train is None:
+            continue
+        speed = faster(rows, row.arm, "ours grouped_mm joined")
+        if speed is not None:
+            speeds.append(speed)
+    # Where quack is not installed there is no arm: that is no miss of ours.
+    if not speeds:
+        return []
+    return [Verdict.of(QUACK, label, max(speeds))]
 
 
 def _over_fastest(rows: Sequence[Row]) -> float | None:
     """What the automatic choice costs beside the best of the back ends with the same adapters."""
-    speeds = [
-        faster(rows, name, OURS[0])
-        for name in ("ours triton", "ours grouped_mm joined", "ours grouped_mm")
-    ]
-    return max((speed for speed in speeds if speed is not None), default=None)
+    largest = None
+    for name in ("ours triton", "ours grouped_mm joined", "ours grouped_mm"):
+        speed = faster(rows, name, OURS[0])
+        if speed is not None:
+            largest = speed if largest is None else max(largest, speed)
+    return largest
 
 
 def of_linear(spec: LinearSpec, rows: Sequence[Row]) -> list[Verdict]:
     """For the single linear: LoRA's cost with nothing around it; the base's speed with few experts,
     as under EP 8."""
     row = find(rows, OURS[0])
-    found = (
-        []
-        if spec.rank != 16
-        else [
+    found = []
+    if spec.rank == 16:  # the rank that the goals suppose
+        found = [
             Verdict.of(FORWARD, spec.label, row and row.ratio_forward),
             Verdict.of(TRAIN, spec.label, row and row.ratio_train),
             Verdict.of(SPLIT, spec.label, faster(rows, OURS[0], "split eager")),
         ]
-    )
-    if spec.experts == 16:
-        rates = [
-            r.tflops_forward for r in rows if r.kind == "base" and r.tflops_forward is not None
-        ]
-        found.append(Verdict.of(BASE, spec.label, max(rates, default=None)))
+    if spec.experts == 16:  # 128 experts over 8 ranks
+        fastest = None
+        for base in rows:
+            if base.kind == "base" and base.tflops_forward is not None:
+                fastest = max(fastest or 0.0, base.tflops_forward)
+        found.append(Verdict.of(BASE, spec.label, fastest))
     return found + of_quack(spec.label, rows)
 
 
@@ -119,22 +137,27 @@ def of_peft_case(case: LinearCase, rows: Sequence[Row]) -> list[Verdict]:
     operands too."""
     row = find(rows, OURS[0])
     label = case.spec.label
-    tensors = (case.w, case.dout, *case.leaves.values())
-    operands = sum(t.numel() * t.element_size() for t in tensors)
-    peak = row.peak_bytes if row else None
-    gigabytes = (peak + row.room_bytes + operands) / 1e9 if row and peak is not None else None
+    milliseconds = None
+    if row and row.train:
+        milliseconds = row.train.median_ms
+    gigabytes = None
+    if row and row.peak_bytes is not None:
+        # The arm's peak is counted above the operands, which lay on the GPU before it began.
+        tensors = (case.w, case.dout, *case.leaves.values())
+        operands = sum(t.numel() * t.element_size() for t in tensors)
+        gigabytes = (row.peak_bytes + row.room_bytes + operands) / 1e9
     return [
-        Verdict.of(PEFT_TIME, label, row.train.median_ms if row and row.train else None),
+        Verdict.of(PEFT_TIME, label, milliseconds),
         Verdict.of(PEFT_MEMORY, label, gigabytes),
         Verdict.of(PEFT_SPEED, label, faster(rows, OURS[0], "peft merge")),
     ]
 
 
 def show_verdicts(verdicts: Iterable[Verdict]) -> str:
-    header = ("goal", "case", "measured", "must", "good", "verdict")
-    return table(
-        header, [(v.goal, v.case, number(v.value), v.must, v.good, v.verdict) for v in verdicts]
-    )
+    rows = []
+    for v in verdicts:
+        rows.append((v.goal, v.case, number(v.value), v.must, v.good, v.verdict))
+    return table(("goal", "case", "measured", "must", "good", "verdict"), rows)
 
 
 @dataclass(frozen=True)
@@ -148,8 +171,10 @@ class Crossing:
 
     @classmethod
     def of(cls, spec: Spec, rows: Sequence[Row]) -> "Crossing":
-        found = [find(rows, name) for name in ("ours triton", "ours grouped_mm joined")]
-        times = [row.train.median_ms if row and row.train else None for row in found]
+        times = []
+        for name in ("ours triton", "ours grouped_mm joined"):
+            row = find(rows, name)
+            times.append(row.train.median_ms if row and row.train else None)
         return cls(spec.experts, spec.num_rows // spec.experts, *times)
 
 
@@ -157,24 +182,26 @@ def vendor_rows(points: Iterable[Crossing]) -> int | None:
     """The fewest rows per expert from which on grouped_mm was never slower; None: there are
     none."""
     found = None
+    # From the most rows downwards, where grouped_mm is at its best, up to its first defeat.
     for point in sorted(points, key=lambda p: (-p.rows, p.experts)):
-        if (
-            point.triton_ms is None
-            or point.grouped_mm_ms is None
-            or point.grouped_mm_ms > point.triton_ms
-        ):
+        if point.triton_ms is None or point.grouped_mm_ms is None:
+            break
+        if point.grouped_mm_ms > point.triton_ms:
             break
         found = point.rows
     return found
 
 
 def show_crossing(points: Sequence[Crossing]) -> str:
+    lines = []
+    by_experts: defaultdict[int, list[Crossing]] = defaultdict(list)
+    for p in points:
+        lines.append((p.experts, p.rows, number(p.triton_ms), number(p.grouped_mm_ms)))
+        by_experts[p.experts].append(p)
+    named = []
+    for experts, mine in sorted(by_experts.items()):
+        named.append(f"{experts} experts: {vendor_rows(mine)}")
     header = ("experts", "rows per expert", "triton ms", "grouped_mm joined ms")
-    lines = [(p.experts, p.rows, number(p.triton_ms), number(p.grouped_mm_ms)) for p in points]
-    named = [
-        f"{e} experts: {vendor_rows(p for p in points if p.experts == e)}"
-        for e in sorted({p.experts for p in points})
-    ]
     return (
         table(header, lines)
         + f"\ngrouped_mm from these rows per expert on, by these times: {'; '.join(named)} (None:"

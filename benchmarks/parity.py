@@ -1,5 +1,5 @@
-"""The same adapter under every layout: train all cases of the grid and compare them with plain
-transformers in float64.
+"""Train the same adapter under every layout of the grid and compare each with plain transformers in
+float64.
 
     python -m benchmarks.parity [--only TEXT] [--out benchmarks/results/parity.json] [--show FILE]
 
@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,15 @@ from tests.parity.grid import STEPS, Case, full_grid
 from tests.parity.models import MODELS, make_model
 
 AT_ONCE = 2
+"""Cases at once; the largest has a process for each of its ranks already."""
 
 
 class Laboratory:
     """A folder with the models, the data, the oracle's answers and the runs."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.chats = folder, write_chats(folder / "chats.jsonl")
+        self.folder = folder
+        self.chats = write_chats(folder / "chats.jsonl")
 
     def base(self, model: str) -> Path:
         return self.folder / f"base {model}"
@@ -139,8 +141,11 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def float32(laboratory: Laboratory, cases: list[Case]) -> list[dict[str, Any]]:
     start = time.perf_counter()
-    for model in [m for m in MODELS if any(case.model == m for case in cases)]:
-        make_model(model, laboratory.base(model))
+    wanted = {case.model for case in cases}
+    for model in MODELS:
+        if model in wanted:
+            make_model(model, laboratory.base(model))
+    # Layouts of the same model, adapter and batch share one answer: the oracle has no layout.
     questions = list({case.question: case for case in cases}.values())
     for case, _, code in forked(((c, laboratory.ask_oracle, (c,)) for c in questions), AT_ONCE):
         assert code == 0, (
@@ -160,7 +165,11 @@ def float32(laboratory: Laboratory, cases: list[Case]) -> list[dict[str, Any]]:
         verdict = "FAILED" if row["failed"] else ", ".join(row["exceeded"]) or "ok"
         print(f"{done:3d}/{len(cases)} {case.name:62} {seconds:4.0f} s  {verdict}", flush=True)
     print(f"all: {time.perf_counter() - start:.0f} s")
-    return [json.loads(laboratory.row(case.name).read_text()) for case in cases]
+    # In the order of the grid: they ended in another one.
+    rows = []
+    for case in cases:
+        rows.append(json.loads(laboratory.row(case.name).read_text()))
+    return rows
 
 
 def bfloat16(laboratory: Laboratory) -> list[dict[str, Any]]:
@@ -180,29 +189,35 @@ def bfloat16(laboratory: Laboratory) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Every case, worst first: by the quantity that comes nearest to its limit."""
     good = [row for row in rows if not row["failed"]]
-    good.sort(
-        key=lambda row: max(row[name] / limit for name, limit in LIMITS.items()), reverse=True
-    )
-    lines = [
-        f"{'case: world:layout model, adapter, recompute, microbatch':64}"
-        + "".join(f"{n:>11}" for n in LIMITS)
-    ]
-    lines += [
-        f"{row['case']:64}" + "".join(f"{row[name]:11.1e}" for name in LIMITS) for row in good
-    ]
+    good.sort(key=nearest_to_limit, reverse=True)
+    head = f"{'case: world:layout model, adapter, recompute, microbatch':64}"
+    for name in LIMITS:
+        head += f"{name:>11}"
+    lines = [head]
+    for row in good:
+        lines.append(f"{row['case']:64}{numbers(row)}")
     if good:
-        lines += [
-            f"{'largest':64}"
-            + "".join(f"{max(row[name] for row in good):11.1e}" for name in LIMITS)
-        ]
-        lines += [f"{'allowed':64}" + "".join(f"{limit:11.0e}" for limit in LIMITS.values())]
-        lines += [
+        largest = {name: max(row[name] for row in good) for name in LIMITS}
+        lines.append(f"{'largest':64}{numbers(largest)}")
+        lines.append(f"{'allowed':64}{numbers(LIMITS, digits=0)}")
+        lines.append(
             "largest relative difference of a loss between two layouts of one training:"
             f" {spread(good):.1e}"
-        ]
-    return "\n".join(
-        [*lines, *(f"FAILED {row['case']}\n{row['failed']}" for row in rows if row["failed"])]
-    )
+        )
+    for row in rows:
+        if row["failed"]:
+            lines.append(f"FAILED {row['case']}\n{row['failed']}")
+    return "\n".join(lines)
+
+
+def nearest_to_limit(row: dict[str, Any]) -> float:
+    """The largest deviation of a case as a share of what that quantity is allowed."""
+    return max(row[name] / limit for name, limit in LIMITS.items())
+
+
+def numbers(values: Mapping[str, float], digits: int = 1) -> str:
+    """The columns of the table for one row: a value for each key of ``LIMITS``."""
+    return "".join(f"{values[name]:11.{digits}e}" for name in LIMITS)
 
 
 def spread(rows: Iterable[dict[str, Any]]) -> float:
@@ -211,7 +226,10 @@ def spread(rows: Iterable[dict[str, Any]]) -> float:
     for row in rows:
         for step, loss in enumerate(row["losses"]):
             losses[row["model"], row["adapter"], row["batch"], step].append(loss)
-    return max(max(of_step) / min(of_step) - 1 for of_step in losses.values())
+    largest = 0.0
+    for of_step in losses.values():
+        largest = max(largest, max(of_step) / min(of_step) - 1)
+    return largest
 
 
 if __name__ == "__main__":

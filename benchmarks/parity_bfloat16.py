@@ -1,5 +1,5 @@
-"""The bfloat16 arm of ``make parity``: does a layout stay as near to the exact training as plain
-transformers in bfloat16 does?
+"""Check for ``make parity`` that a layout in bfloat16 stays as near to the exact training as plain
+transformers in bfloat16 does.
 
 Base weights and the starting adapter are numbers that bfloat16 holds, so the training in float64 is
 exact for both. The tolerance is derived, not chosen: plain transformers runs the same trainings in
@@ -34,6 +34,7 @@ from tests.parity.models import make_model
 
 DTYPE = "bfloat16"
 ROUNDOFF = 2.0**-9
+"""Largest relative error of one rounding to bfloat16, which keeps 8 bits of a number."""
 
 
 def cases(gpus: int) -> list[Case]:
@@ -41,9 +42,9 @@ def cases(gpus: int) -> list[Case]:
     four ranks."""
     if gpus == 0:
         return [case for case in QUICK if case.world <= 4]
-    return [case for case in full_grid() if case.world == 1] + [
-        case for case in QUICK if 1 < case.world <= gpus
-    ]
+    # QUICK has cases of one rank too, but the full grid has all of those.
+    single = [case for case in full_grid() if case.world == 1]
+    return single + [case for case in QUICK if 1 < case.world <= gpus]
 
 
 def compare(
@@ -53,6 +54,7 @@ def compare(
     base = folder / f"base {case.model}, {DTYPE}"
     if not base.exists():
         in_bfloat16(make_model(case.model, base))
+    # Both start from the same checkpoint, so only the arithmetic between them differs.
     exact = expected(case, SHORT, base, chats, DTYPE)
     plain = deviations(expected(case, SHORT, base, chats, DTYPE, torch.bfloat16), exact)
     run = folder / f"run {DTYPE} {case.name}"
@@ -64,13 +66,13 @@ def compare(
 
 
 def allowed(rows: list[dict[str, Any]]) -> dict[str, float]:
-    return {
-        name: (
-            2 * max(row["plain"][name] for row in rows)
-            + ROUNDOFF * (LR if name == "adapters" else 1)
-        )
-        for name in LIMITS
-    }
+    """The limit of each quantity, derived from how far plain transformers is from the exact one."""
+    limits = {}
+    for name, distance in farthest_plain(rows).items():
+        # Adapters move by about LR a step, so one rounding of a step is that much smaller.
+        size = LR if name == "adapters" else 1
+        limits[name] = 2 * distance + ROUNDOFF * size
+    return limits
 
 
 def run_on_gpus(
@@ -78,6 +80,7 @@ def run_on_gpus(
 ) -> None:
     config, start = prepare_run(case, SHORT, base, chats, run, DTYPE, seed=0)
     save_config(config, run / "asked.yaml")
+    # In processes of its own: this one has hidden the GPUs from torch (tests/environment.py).
     torchrun = (
         f"-m torch.distributed.run --standalone --nproc-per-node={case.world} -m"
         " tests.parity.recorded".split()
@@ -88,10 +91,17 @@ def run_on_gpus(
         raise RuntimeError(f"{case.name}: {result.stderr[-3000:]}")
 
 
+def farthest_plain(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The largest deviation of plain transformers in bfloat16 over all cases, by quantity."""
+    return {name: max(row["plain"][name] for row in rows) for name in LIMITS}
+
+
 def in_bfloat16(folder: Path) -> None:
     """Round a checkpoint to bfloat16 where it lies."""
     for shard in folder.glob("*.safetensors"):
-        tensors = {name: t.to(torch.bfloat16) for name, t in load_file(shard).items()}
+        tensors = load_file(shard)
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(torch.bfloat16)
         save_file(tensors, shard, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": DTYPE}))
@@ -116,7 +126,10 @@ def run_all(
     """(rows, table) on the GPUs that ``environment`` shows, else on the CPU; a row with
     ``exceeded`` has failed."""
     gpus, device = gpus_of(environment)
-    rows = [compare(case, folder, chats, environment if gpus else None) for case in cases(gpus)]
+    rows = []
+    for case in cases(gpus):
+        rows.append(compare(case, folder, chats, environment if gpus else None))
+    # After all cases: the limits come from the farthest of them.
     limits = allowed(rows)
     for row in rows:
         row |= {"device": device, "failed": None, "exceeded": exceeded(row, limits)}
@@ -124,13 +137,17 @@ def run_all(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = f"bfloat16 on {rows[0]['device']}, {SHORT} steps"
-    plain = {name: max(row["plain"][name] for row in rows) for name in LIMITS}
-    lines = [f"{head:64}" + "".join(f"{name:>11}" for name in LIMITS)]
-    for name, values in [
-        *((r["case"], r) for r in rows),
-        ("plain transformers, the farthest", plain),
-        ("allowed", allowed(rows)),
-    ]:
-        lines.append(f"{name:64}" + "".join(f"{values[quantity]:11.1e}" for quantity in LIMITS))
+    """Every case, then what they are held against."""
+    line = f"bfloat16 on {rows[0]['device']}, {SHORT} steps".ljust(64)
+    for name in LIMITS:
+        line += f"{name:>11}"
+    lines = [line]
+    named = [(row["case"], row) for row in rows]
+    named.append(("plain transformers, the farthest", farthest_plain(rows)))
+    named.append(("allowed", allowed(rows)))
+    for name, values in named:
+        line = f"{name:64}"
+        for quantity in LIMITS:
+            line += f"{values[quantity]:11.1e}"
+        lines.append(line)
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""Read what torch's profiler recorded of training steps: kernels, gaps between them, and waits of
-the host.
+"""Summarise what torch's profiler recorded of training steps: kernels, gaps between them, and waits
+of the host.
 
 A trace is the JSON that ``torch.profiler`` exports (Chrome's trace format, times in microseconds).
-Of it only what was asked for inside the annotations ``STEP`` counts, so that neither warming up nor
+Only work that was launched inside the annotations ``STEP`` counts, so that neither the warm-up nor
 the measuring itself is seen.
 """
 
@@ -24,6 +24,8 @@ PHASES = ("forward", "backward", "after backward", "update")
 """``after backward``: on the thread that called it, before the update; this reduces gradients."""
 NOTABLE_GAP_US = 10.0
 TOP = 10
+Gap = tuple[float, str, str]
+"""Microseconds, and the names of what ran before and after the gap."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,20 @@ class Span:
 
 
 def read_trace(path: Path) -> list[Span]:
-    """Return all that has a duration. Raises ``ValueError`` where the file is no trace."""
+    """Return all events that have a duration.
+
+    Raises:
+        ValueError: the file is not a trace.
+    """
+    spans = []
     try:
-        events = json.loads(path.read_text())["traceEvents"]
-        return [_span(event) for event in events if event.get("ph") == "X"]
+        for event in json.loads(path.read_text())["traceEvents"]:
+            # "X" is a complete event; others mark instants, arrows and names of threads.
+            if event.get("ph") == "X":
+                spans.append(_span(event))
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a trace of torch's profiler ({error!r})") from None
+    return spans
 
 
 def _span(event: dict[str, Any]) -> Span:
@@ -72,30 +82,26 @@ class Call:
 def calls_of(spans: Sequence[Span], step: Span) -> list[Call]:
     """Return the calls of CUDA that were made during a step, on all threads, in their order."""
     by_thread: defaultdict[Any, list[Span]] = defaultdict(list)
+    made = []
     for span in spans:
         if span.category in ("cpu_op", "user_annotation"):
             by_thread[span.thread].append(span)
-    made = sorted(
-        (s for s in spans if s.category in CALLS and step.begin <= s.begin <= step.end),
-        key=lambda span: span.begin,
-    )
-    around = {}
-    for thread in {span.thread for span in made}:
-        mine = [span for span in made if span.thread == thread]
-        around |= dict(zip(map(id, mine), enclosing(by_thread[thread], mine), strict=True))
+        # Calls between two steps are the measurement's own: it synchronizes there.
+        elif span.category in CALLS and step.begin <= span.begin <= step.end:
+            made.append(span)
+    made.sort(key=lambda span: span.begin)
+    around = _spans_around(made, by_thread)
     found = []
     backward_seen = False
     for span in made:
-        names = [outer.name for outer in around[id(span)]]
-        if UPDATE in names:
-            phase = "update"
-        elif any(name.startswith(BACKWARD) for name in names):
-            phase = "backward"
-            backward_seen = True
-        else:
-            phase = "after backward" if backward_seen else "forward"
-        operations = [outer.name for outer in around[id(span)] if outer.category == "cpu_op"]
-        found.append(Call(span, phase, operations[-1] if operations else "none"))
+        phase = _phase_within(around[id(span)], backward_seen)
+        backward_seen = backward_seen or phase == "backward"
+        operation = "none"
+        for outer in around[id(span)]:
+            # Outermost first, so the last one is the innermost.
+            if outer.category == "cpu_op":
+                operation = outer.name
+        found.append(Call(span, phase, operation))
     return found
 
 
@@ -116,6 +122,36 @@ def enclosing(spans: Iterable[Span], inner: Sequence[Span]) -> Iterator[list[Spa
         yield list(stack)
 
 
+def _spans_around(made: Sequence[Span], by_thread: dict[Any, list[Span]]) -> dict[int, list[Span]]:
+    """Return what encloses each call, outermost first, by the ``id`` of its span."""
+    calls: defaultdict[Any, list[Span]] = defaultdict(list)
+    for call in made:
+        calls[call.thread].append(call)
+    around = {}
+    for thread, mine in calls.items():
+        outer = enclosing(by_thread.get(thread, []), mine)
+        for call, spans in zip(mine, outer, strict=True):
+            around[id(call)] = spans
+    return around
+
+
+def _phase_within(outer: Sequence[Span], backward_seen: bool) -> str:
+    """Return which of ``PHASES`` a call enclosed by these spans belongs to.
+
+    Args:
+        outer: spans around the call.
+        backward_seen: whether an earlier call of this step was made in backward.
+    """
+    phase = "after backward" if backward_seen else "forward"
+    for span in outer:
+        # What the update launches is the update's, however deep it is nested.
+        if span.name == UPDATE:
+            return "update"
+        if span.name.startswith(BACKWARD):
+            phase = "backward"
+    return phase
+
+
 def analyse(spans: Sequence[Span], layers: int) -> dict[str, Any]:
     """Return what the steps of a trace did, per step.
 
@@ -129,6 +165,7 @@ def analyse(spans: Sequence[Span], layers: int) -> dict[str, Any]:
     steps = [s for s in spans if s.category == "user_annotation" and s.name == STEP]
     if not steps:
         raise ValueError(f"no step is annotated as {STEP!r}")
+    # One call may cause several kernels, and a replayed graph many.
     device: defaultdict[int | None, list[Span]] = defaultdict(list)
     for span in spans:
         if span.category in ON_DEVICE:
@@ -136,32 +173,35 @@ def analyse(spans: Sequence[Span], layers: int) -> dict[str, Any]:
     work: list[tuple[str, Span]] = []
     waits: list[Call] = []
     busy = idle = 0.0
-    gaps: list[tuple[float, str, str]] = []
+    gaps: list[Gap] = []
     for step in steps:
         mine = []
         for call in calls_of(spans, step):
-            mine += [(call.phase, span) for span in device.get(call.span.correlation, [])]
+            for span in device.get(call.span.correlation, []):
+                mine.append((call.phase, span))
             if is_wait(call.span.name):
                 waits.append(call)
         work += mine
+        # Step by step: the time between two steps is not a gap of either.
         covered, between = busy_and_gaps([span for _, span in mine])
         busy += covered
-        idle += sum(us for us, *_ in between)
+        for us, _, _ in between:
+            idle += us
         gaps += between
     count = len(steps)
     return {
-        "steps": count, "layers": layers, "host_us": sum(step.us for step in steps) / count,
+        "steps": count,
+        "layers": layers,
+        "host_us": sum(step.us for step in steps) / count,
         "phases": {phase: _phase(work, phase, count, layers) for phase in PHASES},
-        "kernels": _kernels(work, count, layers), "copies": _copies(work, count),
-        "busy_us": busy / count, "idle_us": idle / count,
+        "kernels": _kernels(work, count, layers),
+        "copies": _copies(work, count),
+        "busy_us": busy / count,
+        "idle_us": idle / count,
         "idle_share": idle / (busy + idle) if busy + idle else None,
-        "notable_gaps": sum(us >= NOTABLE_GAP_US for us, *_ in gaps) / count,
-        "largest_gaps": [
-            {"us": us, "after": after, "before": before} for us, after,
-            before in sorted(gaps, reverse=True)[:TOP]
-        ],
+        **_notable(gaps, count),
         "waits": _waits(waits, count),
-    }  # fmt: skip
+    }
 
 
 def is_wait(name: str) -> bool:
@@ -169,18 +209,31 @@ def is_wait(name: str) -> bool:
     return name.endswith("Synchronize") or name in ("cudaMemcpy", "cudaMemset", "cuMemcpyDtoH_v2")
 
 
-def busy_and_gaps(spans: Sequence[Span]) -> tuple[float, list[tuple[float, str, str]]]:
-    """Return how long the device did anything, overlapping work counted once; and (us, after,
-    before) of each gap."""
+def _notable(gaps: list[Gap], steps: int) -> dict[str, Any]:
+    """Return how many gaps are worth a look, and the largest ones of all steps."""
+    notable = 0
+    for us, _, _ in gaps:
+        # Launching a kernel takes the host several microseconds: shorter gaps are ordinary.
+        notable += us >= NOTABLE_GAP_US
+    largest = []
+    for us, after, before in sorted(gaps, reverse=True)[:TOP]:
+        largest.append({"us": us, "after": after, "before": before})
+    return {"notable_gaps": notable / steps, "largest_gaps": largest}
+
+
+def busy_and_gaps(spans: Sequence[Span]) -> tuple[float, list[Gap]]:
+    """Return how long the device did anything, overlapping work counted once; and each gap."""
     if not spans:
         return 0.0, []
     ordered = sorted(spans, key=lambda span: span.begin)
+    # The span that ends last so far: not always the latest to begin, as streams overlap.
     last = ordered[0]
     busy = last.us
     gaps = []
     for span in ordered[1:]:
         if span.begin > last.end:
             gaps.append((span.begin - last.end, last.name, span.name))
+        # Only what lies beyond the end so far is new.
         busy += max(0.0, span.end - max(span.begin, last.end))
         if span.end > last.end:
             last = span
@@ -191,8 +244,14 @@ def _phase(
     work: Sequence[tuple[str, Span]], phase: str, steps: int, layers: int
 ) -> dict[str, float]:
     """Kernels of a phase: how many, how many of them in each layer, and their time."""
-    names = Counter(span.name for of, span in work if of == phase and span.category == "kernel")
-    us = sum(span.us for of, span in work if of == phase and span.category == "kernel")
+    names: Counter[str] = Counter()
+    us = 0.0
+    for of, span in work:
+        if of == phase and span.category == "kernel":
+            names[span.name] += 1
+            us += span.us
+    # By name, rounded down: a kernel outside the layers (embedding, loss) runs once or twice a
+    # step, which is less than once per layer.
     per_layer = sum(n // steps // layers for n in names.values())
     return {"count": names.total() / steps, "per_layer": per_layer, "us": us / steps}
 
@@ -204,14 +263,17 @@ def _kernels(work: Sequence[tuple[str, Span]], steps: int, layers: int) -> list[
         if span.category == "kernel":
             found[span.name, phase].append(span.us)
     whole = sum(map(sum, found.values()))
-    rows = [
-        {
-            "name": name, "phase": phase, "count": len(times) / steps,
+    rows = []
+    for (name, phase), times in found.items():
+        row = {
+            "name": name,
+            "phase": phase,
+            "count": len(times) / steps,
             "per_layer": len(times) // steps // layers,
-            "us": sum(times) / steps, "share": sum(times) / whole if whole else 0.0,
+            "us": sum(times) / steps,
+            "share": sum(times) / whole if whole else 0.0,
         }
-        for (name, phase), times in found.items()
-    ]  # fmt: skip
+        rows.append(row)
     return sorted(rows, key=lambda row: -row["us"])
 
 
@@ -221,15 +283,23 @@ def _copies(work: Sequence[tuple[str, Span]], steps: int) -> dict[str, dict[str,
     for _, span in work:
         if span.category != "kernel":
             found[span.name].append(span.us)
-    return {name: {"count": len(us) / steps, "us": sum(us) / steps} for name, us in found.items()}
+    copies = {}
+    for name, times in found.items():
+        copies[name] = {"count": len(times) / steps, "us": sum(times) / steps}
+    return copies
 
 
 def _waits(waits: Sequence[Call], steps: int) -> dict[str, dict[str, Any]]:
     """Waits by call, with the operations of torch that made them."""
+    by_name: defaultdict[str, list[Call]] = defaultdict(list)
+    for wait in waits:
+        by_name[wait.span.name].append(wait)
     found: dict[str, dict[str, Any]] = {}
-    for name in sorted({wait.span.name for wait in waits}):
-        mine = [wait for wait in waits if wait.span.name == name]
-        us = sum(wait.span.us for wait in mine) / steps
-        operations = dict(Counter(f"{wait.phase}: {wait.operation}" for wait in mine))
-        found[name] = {"count": len(mine) / steps, "us": us, "in": operations}
+    for name, mine in sorted(by_name.items()):
+        us = 0.0
+        operations: Counter[str] = Counter()
+        for wait in mine:
+            us += wait.span.us
+            operations[f"{wait.phase}: {wait.operation}"] += 1
+        found[name] = {"count": len(mine) / steps, "us": us / steps, "in": dict(operations)}
     return found

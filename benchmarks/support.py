@@ -54,16 +54,24 @@ IN_VLLM: dict[str, dict[str, Any]] = {"qwen2_moe": {"hidden_size": 192}}
 number of heads, as is right for every published model."""
 ATOL = 1e-4
 """Largest difference of a logit in float32, as in ``megalora verify``."""
+VLLM_ATOL = 1e-3
+"""Largest difference of a log-probability: vLLM's kernels add in an order of their own."""
 
 
 def model_of(family: str) -> str:
     """The grid's plain model of a family."""
-    return next(name for name, options in MODELS.items() if arch_of(options) == family)
+    for name, options in MODELS.items():
+        if arch_of(options) == family:
+            return name
+    raise LookupError(f"tests/parity/models.py has no model of the family {family!r}")
 
 
 def cases_of(family: str) -> list[Case]:
+    """A training for each layout that the family's model can be split into."""
     model = model_of(family)
-    layouts = LAYOUTS + (EXPERT_LAYOUTS if shape_of(model).moe_layers else ())
+    layouts = LAYOUTS
+    if shape_of(model).moe_layers:
+        layouts += EXPERT_LAYOUTS
     return [Case(**layout, model=model) for layout in layouts]
 
 
@@ -95,48 +103,80 @@ def claims_of(family: str, with_vllm: bool) -> dict[str, Callable[[], dict[str, 
     def vllm() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             sizes = IN_VLLM.get(family, {})
+            # vLLM reads one adapter for each expert, whatever the family's layout in PEFT.
             base, adapter = adapter_on_everything(family, Path(folder), "per_expert", **sizes)
-            report = verify_vllm(adapter, str(base), atol=1e-3)
+            report = verify_vllm(adapter, str(base), atol=VLLM_ATOL)
         difference = max(report.prompt, report.greedy)
         return {"ok": report.ok, "difference": difference, "effect": report.effect}
 
-    return {"peft": peft} | ({"vllm": vllm} if with_vllm else {})
+    claims = {"peft": peft}
+    if with_vllm:
+        claims["vllm"] = vllm
+    return claims
 
 
 def rows_of(family: str, laboratory: Laboratory, with_vllm: bool) -> list[dict[str, Any]]:
     """One row for each layout and for each claim about others' programs."""
     cases = cases_of(family)
     make_model(cases[0].model, laboratory.base(cases[0].model))
+    # Layouts that train alike share the oracle's answer, which has to be there before they run.
     questions = list({case.question: case for case in cases}.values())
     for _ in forked(((c, laboratory.ask_oracle, (c,)) for c in questions), AT_ONCE):
         pass
-    jobs: list[Any] = [(case.name, laboratory.run, (case.name, case)) for case in cases]
+    jobs: list[Any] = []
+    for case in cases:
+        jobs.append((case.name, laboratory.run, (case.name, case)))
     for claim, job in claims_of(family, with_vllm).items():
         name = f"{family} {claim}"
         jobs.append((name, laboratory.keep, (name, {"claim": claim}, job)))
     for name, seconds, _ in forked(jobs, AT_ONCE):
         print(f"{name:62} {seconds:4.0f} s", flush=True)
-    found = [json.loads(laboratory.row(name).read_text()) for name, *_ in jobs]
-    return [row if "claim" in row else _of_layout(row) for row in found]
+    # Jobs end in any order; the record keeps the order of the table.
+    rows = []
+    for name, *_ in jobs:
+        row = json.loads(laboratory.row(name).read_text())
+        rows.append(row if "claim" in row else _of_layout(row))
+    return rows
 
 
 def _of_layout(row: dict[str, Any]) -> dict[str, Any]:
     """What the table needs of a case, with its deviations."""
-    sizes = ("world", "tp", "pp", "vpp", "ep", "etp", "recompute")
-    ok = not (row["failed"] or row.get("exceeded"))
-    measured = {name: row[name] for name in LIMITS if name in row}
-    layout = {name: row[name] for name in sizes}
-    return {"claim": "layout", **layout, "ok": ok, "failed": row["failed"], **measured}
+    found: dict[str, Any] = {"claim": "layout"}
+    for name in ("world", "tp", "pp", "vpp", "ep", "etp", "recompute"):
+        found[name] = row[name]
+    found["ok"] = not (row["failed"] or row.get("exceeded"))
+    found["failed"] = row["failed"]
+    # A training that failed has none of them.
+    for name in LIMITS:
+        if name in row:
+            found[name] = row[name]
+    return found
 
 
 def keep(record: dict[str, Any], out: Path) -> None:
     """Put a family's record in the place of its earlier one from the same kind of device."""
-    records = json.loads(out.read_text()) if out.exists() else []
-    same = ("family", "on_gpu")
-    others = [r for r in records if any(r[name] != record[name] for name in same)]
+    earlier = json.loads(out.read_text()) if out.exists() else []
+    records = [record]
+    for other in earlier:
+        # A CPU's record says nothing of a GPU's, so both stay.
+        if other["family"] != record["family"] or other["on_gpu"] != record["on_gpu"]:
+            records.append(other)
+    # Families in the order of the table, so that a rerun changes no line of another family.
     order = list(FAMILIES)
-    records = sorted([*others, record], key=lambda r: (order.index(r["family"]), r["on_gpu"]))
+    records.sort(key=lambda r: (order.index(r["family"]), r["on_gpu"]))
     out.write_text(json.dumps(records, indent=1) + "\n")
+
+
+def all_hold(family: str, rows: list[dict[str, Any]]) -> bool:
+    """Whether every claim holds; those that do not are printed with the reason."""
+    good = True
+    for row in rows:
+        # A job that crashed left no verdict.
+        row["ok"] = bool(row.get("ok"))
+        if not row["ok"]:
+            print(f"{family}: {row['claim']} does not hold\n{row['failed'] or row}")
+            good = False
+    return good
 
 
 def main() -> None:
@@ -147,17 +187,15 @@ def main() -> None:
     parser.add_argument("--vllm", action="store_true", help="serve the adapter with vLLM too")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if unknown := [name for name in args.families if name not in FAMILIES]:
-        parser.error(f"{unknown[0]!r} is not a family; families: {', '.join(FAMILIES)}")
+    for name in args.families:
+        if name not in FAMILIES:
+            parser.error(f"{name!r} is not a family; families: {', '.join(FAMILIES)}")
     good = True
     for family in args.families or FAMILIES:
+        # A folder for each family: models and runs of several would fill a small disk.
         with tempfile.TemporaryDirectory() as folder:
             rows = rows_of(family, Laboratory(Path(folder)), args.vllm)
-        for row in rows:
-            row["ok"] = bool(row.get("ok"))
-            if not row["ok"]:
-                print(f"{family}: {row['claim']} does not hold\n{row['failed'] or row}")
-        good = good and all(row["ok"] for row in rows)
+        good = all_hold(family, rows) and good
         record = {
             "family": family,
             "device": host.device_name(),
@@ -166,6 +204,7 @@ def main() -> None:
             "versions": {package: version(package) for package in PACKAGES},
             "rows": rows,
         }
+        # At once, so that a later family's crash loses nothing.
         keep(record, args.out)
     sys.exit(not good)
 
