@@ -1,5 +1,5 @@
-"""A training step of a Qwen3-30B-A3B-shaped model with random weights on one GPU: megalora, stock
-PEFT, Unsloth.
+"""Time a training step of a Qwen3-30B-A3B-shaped model with random weights on one GPU: megalora,
+stock PEFT, Unsloth.
 
     python -m benchmarks.bench_train_gpu --layers 8 --budget-seconds 150
 
@@ -71,6 +71,7 @@ def measure_steps(training: Training, device: torch.device, steps: int) -> dict[
     passes_ms = []
     losses = []
     for i in range(WARMUP + steps):
+        # Compiling and tuning kernels may take memory that no later step needs.
         if i == WARMUP and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = _now(device)
@@ -81,19 +82,22 @@ def measure_steps(training: Training, device: torch.device, steps: int) -> dict[
         if i >= WARMUP:
             step_ms.append(1e3 * (end - start))
             passes_ms.append(1e3 * (middle - start))
+    # The same sequence in each step: a step that trains lowers its loss. A speed is worth nothing
+    # where gradients reach no adapter.
     first = float(losses[0])
     last = float(losses[-1])
-    status = (
-        "ok"
-        if math.isfinite(last) and last < first
-        else f"wrong: the loss went from {first:.3f} to {last:.3f}"
-    )
+    status = "ok"
+    if not (math.isfinite(last) and last < first):
+        status = f"wrong: the loss went from {first:.3f} to {last:.3f}"
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return {
-        "status": status, "loss": [first, last],
-        "step_ms": statistics.median(step_ms), "step_ms_range": [min(step_ms), max(step_ms)],
-        "forward_backward_ms": statistics.median(passes_ms), "peak_bytes": peak,
-    }  # fmt: skip
+        "status": status,
+        "loss": [first, last],
+        "step_ms": statistics.median(step_ms),
+        "step_ms_range": [min(step_ms), max(step_ms)],
+        "forward_backward_ms": statistics.median(passes_ms),
+        "peak_bytes": peak,
+    }
 
 
 def _now(device: torch.device) -> float:
@@ -127,13 +131,24 @@ def train(name: str, setup: Setup, steps: int) -> dict[str, Any]:
         traceback.print_exc()
         return row | {"status": f"cannot run: {first_line(error)}"}
     if row["status"] != "ok":  # no speed of a step that does not train
-        return {k: v for k, v in row.items() if not k.endswith("_ms") and k != "step_ms_range"}
+        return without_times(row)
     flops = flops_per_token(setup.config, setup.rank, setup.num_tokens, fused)
     seconds = row["step_ms"] / 1e3
     row |= {"tokens_per_s": setup.num_tokens / seconds, "flops_per_token": flops}
     row |= {"tflops": flops * setup.num_tokens / seconds / 1e12}
     row |= {"whole_adapter_parameters": adapter_parameters(setup.config, setup.rank, fused)}
-    return row | (beside_the_planner(row, setup) if name in PLANNED else {})
+    if name in PLANNED:
+        row |= beside_the_planner(row, setup)
+    return row
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without any field that tells how long something took."""
+    kept = {}
+    for name, value in row.items():
+        if not name.endswith("_ms") and name != "step_ms_range":
+            kept[name] = value
+    return kept
 
 
 def beside_the_planner(row: dict[str, Any], setup: Setup) -> dict[str, Any]:
@@ -149,27 +164,14 @@ def child(name: str, layers: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train one arm in a process of its own and return its row."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.bench_train_gpu",
-            "--arm",
-            name,
-            "--layers",
-            str(layers),
-        ]
-        command += [
-            "--tokens",
-            str(args.tokens),
-            "--rank",
-            str(args.rank),
-            "--steps",
-            str(args.steps),
-            "--row",
-            str(out),
-            *(["--dry"] if args.dry else []),
-        ]
-        limit = None if args.budget.left() == math.inf else max(1.0, args.budget.left())
+        command = [sys.executable, "-m", "benchmarks.bench_train_gpu"]
+        command += ["--arm", name, "--layers", str(layers), "--tokens", str(args.tokens)]
+        command += ["--rank", str(args.rank), "--steps", str(args.steps), "--row", str(out)]
+        if args.dry:
+            command.append("--dry")
+        # Without a budget there is no limit: ``subprocess`` takes no infinity.
+        left = args.budget.left()
+        limit = None if left == math.inf else max(1.0, left)
         row = {"arm": name, "layers": layers, "tokens": args.tokens, "rank": args.rank}
         try:
             code = subprocess.run(command, cwd=Path(__file__).parents[1], timeout=limit).returncode
@@ -212,16 +214,18 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
         else:
             rows.append(child(name, layers, args))
         print(f"{name}: {rows[-1]['status']}", flush=True)
+        # After each arm: the script may be ended at any time.
         left = [row["arm"] for row in rows if row["status"].startswith(CUT_OFF)]
         config = TINY_MODEL if args.dry else QWEN3_30B_A3B
-        save(
-            args.out, "train_gpu", device, settings=settings, flops_per_token=FORMULA,
-            config=config, rows=rows,
-            not_reached=left,
-        )  # fmt: skip
+        content = {"flops_per_token": FORMULA, "config": config, "rows": rows, "not_reached": left}
+        save(args.out, "train_gpu", device, settings=settings, **content)
     print(f"\n{show(rows)}\nwrote {args.out}")
+    # A peer that fails is a row of the table; only an arm of ours is a failure.
     harmless = ("ok", "not installed", "out of memory", *CUT_OFF)
-    return int(any(row["arm"] in OURS and not row["status"].startswith(harmless) for row in rows))
+    for row in rows:
+        if row["arm"] in OURS and not row["status"].startswith(harmless):
+            return 1
+    return 0
 
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
@@ -238,41 +242,45 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
         "loss",
         "over peft",
     )
-    peft = {
-        row["layers"]: row["step_ms"]
-        for row in rows
-        if row["arm"] == "peft" and row["status"] == "ok"
-    }
+    # PEFT's milliseconds by number of layers: only a model of the same depth compares.
+    peft = {}
+    for row in rows:
+        if row["arm"] == "peft" and row["status"] == "ok":
+            peft[row["layers"]] = row["step_ms"]
     lines = []
+    without = []
     for row in rows:
         if row["status"] == "ok":
-            speedup = (
-                peft[row["layers"]] / row["step_ms"]
-                if row["layers"] in peft
-                and row["arm"] in ("megalora", "kernels", "peft", "unsloth")
-                else None
-            )
-            peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
-            loss = "{:.2f} to {:.2f}".format(*row["loss"])
-            rates = [
-                number(row[name], digits) for name, digits in (("tokens_per_s", 0), ("tflops", 0))
-            ]
-            times = [number(row[name], 1) for name in ("step_ms", "forward_backward_ms")]
-            adapters = number(row["adapter_parameters"] / 1e6, 1)
-            lines.append(
-                (
-                    row["arm"],
-                    row["layers"],
-                    *rates,
-                    *times,
-                    number(peak, 1),
-                    adapters,
-                    loss,
-                    number(speedup, 2),
-                )
-            )
-    without = [f"  {row['arm']}: {row['status']}" for row in rows if row["status"] != "ok"]
+            lines.append(cells_of(row, peft.get(row["layers"])))
+        else:
+            without.append(f"  {row['arm']}: {row['status']}")
     return "\n".join([table(header, lines), *without])
+
+
+def cells_of(row: dict[str, Any], peft_ms: float | None) -> tuple[object, ...]:
+    """An arm's line of the table.
+
+    Args:
+        row: of an arm that trained.
+        peft_ms: PEFT's step with as many layers; None where there is none.
+    """
+    # The other arms train another model: a share of the experts, or all layers that fit.
+    speedup = None
+    if peft_ms is not None and row["arm"] in ("megalora", "kernels", "peft", "unsloth"):
+        speedup = peft_ms / row["step_ms"]
+    peak = row["peak_bytes"]
+    return (
+        row["arm"],
+        row["layers"],
+        number(row["tokens_per_s"], 0),
+        number(row["tflops"], 0),
+        number(row["step_ms"], 1),
+        number(row["forward_backward_ms"], 1),
+        number(None if peak is None else peak / 2**30, 1),
+        number(row["adapter_parameters"] / 1e6, 1),
+        "{:.2f} to {:.2f}".format(*row["loss"]),
+        number(speedup, 2),
+    )
 
 
 def main(given: list[str] | None = None) -> int:

@@ -1,5 +1,5 @@
-"""Arms of one case side by side: correct first, then ours the same bits and no waiting, then times
-and memory."""
+"""Compare the arms of one case: their results first, then for ours the same bits in every run and
+no waiting, then times and memory."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,11 +60,14 @@ def compare(
             arm = _examine(row, build, want, device, dtype)
             if arm is not None:
                 arms[name] = (row, arm)
+    # The references in float32 are twice as large as an arm's own results, and would leave it less
+    # memory.
     del want
     calls: dict[str, Callable[[], Any]] = {}
     for name, (row, arm) in arms.items():
         row.peak_bytes = peak_bytes(arm.train, device)
         calls |= {f"{name}/forward": arm.forward, f"{name}/train": arm.train}
+    # All arms in turns, not one after another: clocks fall as the GPU warms up.
     stats = measure(calls, device, repeats, warmup)
     for name, (row, _) in arms.items():
         row.forward = stats[f"{name}/forward"]
@@ -84,9 +87,9 @@ def _examine(
         found = arm.train()
         if arm.gives is not None:
             errors = relative_errors(arm.common(found), want[arm.gives])
-            row.errors = {
-                name: error if math.isfinite(error) else None for name, error in errors.items()
-            }
+            for name, error in errors.items():
+                # JSON has no NaN.
+                row.errors[name] = error if math.isfinite(error) else None
             if problem := wrong(errors, dtype):
                 row.status = f"wrong: {problem}"
                 row.failed = True
@@ -98,9 +101,8 @@ def _examine(
     except ModuleNotFoundError as error:
         row.status = f"not installed: {error.name}"
         row.failed = row.kind in ("ours", "base")
-    except (
-        Exception
-    ) as error:  # whatever a compiler or another library raises belongs into the table
+    except Exception as error:
+        # Whatever a compiler or another library raises belongs into the table.
         row.status = f"cannot run: {first_line(error)}"
         row.failed = row.kind in ("ours", "base")
     return None
@@ -109,7 +111,9 @@ def _examine(
 def _check_promises(row: Row, arm: Arm, found: Tensors, device: torch.device) -> None:
     """The same bits on every run, and no wait for the device."""
     again = arm.train()
-    if different := [name for name, t in found.items() if not torch.equal(t, again[name])]:
+    different = [name for name, t in found.items() if not torch.equal(t, again[name])]
+    # The first call may wait (it compiles and tunes), so the second one is watched.
+    if different:
         row.status = f"wrong: other bits in a second run of {', '.join(different)}"
         row.failed = True
     elif device.type == "cuda" and not arm.waits and (problem := waiting(arm.train)):
@@ -133,33 +137,40 @@ def waiting(call: Callable[[], object]) -> str | None:
 def derive(rows: Sequence[Row], base_flops: int) -> None:
     """Ratios and TFLOP/s from the medians; forward and backward hold twice the base's GEMMs of
     forward alone."""
-    timed = [row for row in rows if row.forward and row.train]
-    bases = [row for row in timed if row.kind == "base"]
-    for row in timed:
-        assert row.forward and row.train
+    # The fastest of our bases, separately for forward and for both: adapters are to cost little
+    # over the best that the same layer does without them. Infinite where no base was timed.
+    base_forward_ms = math.inf
+    base_train_ms = math.inf
+    for row in rows:
+        if row.kind == "base" and row.forward and row.train:
+            base_forward_ms = min(base_forward_ms, row.forward.median_ms)
+            base_train_ms = min(base_train_ms, row.train.median_ms)
+    for row in rows:
+        if row.forward is None or row.train is None:
+            continue
+        # FLOPs per millisecond are 1e-9 TFLOP/s.
         row.tflops_forward = base_flops / row.forward.median_ms / 1e9
         row.tflops_train = 2 * base_flops / row.train.median_ms / 1e9
-        if bases:
-            row.ratio_forward = row.forward.median_ms / min(
-                b.forward.median_ms for b in bases if b.forward
-            )
-            row.ratio_train = row.train.median_ms / min(b.train.median_ms for b in bases if b.train)
+        if base_train_ms < math.inf:
+            row.ratio_forward = row.forward.median_ms / base_forward_ms
+            row.ratio_train = row.train.median_ms / base_train_ms
 
 
 def find(rows: Iterable[Row], arm: str) -> Row | None:
     """The arm's row, if it was timed."""
-    return next((row for row in rows if row.arm == arm and row.train is not None), None)
+    for row in rows:
+        if row.arm == arm and row.train is not None:
+            return row
+    return None
 
 
 def faster(rows: Sequence[Row], arm: str, than: str) -> float | None:
     """How many times faster forward and backward of an arm are than another's."""
     one = find(rows, arm)
     other = find(rows, than)
-    return (
-        other.train.median_ms / one.train.median_ms
-        if one and other and one.train and other.train
-        else None
-    )
+    if one is None or other is None or one.train is None or other.train is None:
+        return None
+    return other.train.median_ms / one.train.median_ms
 
 
 def show(rows: Sequence[Row]) -> str:
@@ -168,32 +179,30 @@ def show(rows: Sequence[Row]) -> str:
               "ratio f+b",
               "TFLOP/s fwd", "f+b", "vs split", "peak GiB", "room GiB", "worst error")  # fmt: skip
     lines = []
+    without = []
     for row in rows:
-        if row.forward and row.train:
+        if row.train is None:
+            without.append(f"  {row.arm}: {row.status}")
+        elif row.forward:
             split = faster(rows, row.arm, "split eager")
-            worst = max((e for e in row.errors.values() if e is not None), default=None)
-            memory = [
-                number(b / GIB if b is not None else None, 2)
-                for b in (row.peak_bytes, row.room_bytes)
-            ]
-            rates = [number(value, 0) for value in (row.tflops_forward, row.tflops_train)]
-            error = "-" if worst is None else f"{worst:.1e}"
-            ratios = [number(row.ratio_forward), number(row.ratio_train)]
-            host = number(row.train.host_ms)
-            lines.append(
-                (
-                    row.arm,
-                    row.forward,
-                    row.train,
-                    host,
-                    *ratios,
-                    *rates,
-                    number(split, 2),
-                    *memory,
-                    error,
-                )
+            errors = [error for error in row.errors.values() if error is not None]
+            peak = None if row.peak_bytes is None else row.peak_bytes / GIB
+            cells = (
+                row.arm,
+                row.forward,
+                row.train,
+                number(row.train.host_ms),
+                number(row.ratio_forward),
+                number(row.ratio_train),
+                number(row.tflops_forward, 0),
+                number(row.tflops_train, 0),
+                number(split, 2),
+                number(peak, 2),
+                number(row.room_bytes / GIB, 2),
+                # A bound computes something else, so it has no reference and no error.
+                f"{max(errors):.1e}" if errors else "-",
             )
-    without = [f"  {row.arm}: {row.status}" for row in rows if row.train is None]
+            lines.append(cells)
     return "\n".join([rows[0].case if rows else "", table(header, lines), *without])
 
 

@@ -159,7 +159,7 @@ def tiles(results: Results) -> str:
             cells.append(f"{us:.0f}")
         cells.append(line.now.bound)
         point = points.get(f"30b {line.name} {line.experts} x {line.rows}", {})
-        # Of the second sweep: the first times each variant briefly, to drop the slow ones.
+        # Of the second round: the first times every variant briefly, to drop the slow ones.
         times = point.get("second_us", {})
         for which in ("rule", "best"):
             us, _spread = times.get(point.get(which), (None, None))

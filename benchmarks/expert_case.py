@@ -1,4 +1,4 @@
-"""One layer's experts as a benchmark case: sizes, routing, operands, FLOPs, and what the layer
+"""Make one layer's experts a benchmark case: sizes, routing, operands, FLOPs, and what the layer
 should give in float32.
 
 Shape legend:
@@ -9,6 +9,7 @@ Shape legend:
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Literal
 
 import torch
@@ -30,7 +31,7 @@ expert of 16 is 6 % and more."""
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one MoE layer, whole."""
+    """Sizes of one whole MoE layer."""
 
     name: str
     hidden: int
@@ -50,8 +51,8 @@ class Spec:
     sizes: Sizes
     tokens: int
     experts: int
-    """Of this rank: all of them, or with expert parallelism a share; the number of rows is the
-    same."""
+    """Experts of this rank: all of them, or a share under expert parallelism. The number of rows is
+    the same, because the rank receives rows from the others of its group."""
     rank: int
     routing: RoutingKind
 
@@ -68,8 +69,8 @@ class Spec:
         )
 
     def base_flops(self) -> int:
-        """Of the frozen weights' GEMMs in one forward pass, 2 M N K each: gate_up (2I outputs, H
-        inputs) and down (H, I).
+        """FLOPs of the frozen weights' GEMMs in one forward pass, 2 M N K each: gate_up (2I
+        outputs, H inputs) and down (H, I).
 
         Backward makes the inputs' gradients alone, with as many again.
         """
@@ -109,11 +110,13 @@ def experts_of_tokens(spec: Spec, generator: torch.Generator) -> Tensor:
     a batch of text."""
     k = spec.sizes.top_k
     E = spec.experts
-    if spec.routing == "zipf":  # Gumbel's trick: k draws without replacement
-        noise = -torch.log(
-            -torch.log(torch.rand(spec.tokens, E, generator=generator, dtype=torch.float64))
-        )
+    if spec.routing == "zipf":
+        # Gumbel's trick: the k largest of log p + Gumbel noise are k draws without replacement.
+        uniform = torch.rand(spec.tokens, E, generator=generator, dtype=torch.float64)
+        noise = -torch.log(-torch.log(uniform))
         return (_zipf(E).log() + noise).topk(k, dim=1).indices
+    # Token number ``turn`` takes the k experts after those of the token before it, so that all
+    # experts get as many rows; the permutation scatters an expert's tokens.
     used = torch.tensor(_used(spec.routing, E))
     turn = torch.randperm(spec.tokens, generator=generator)
     return used[(turn[:, None] * k + torch.arange(k)) % len(used)]
@@ -131,10 +134,12 @@ def make_routing(spec: Spec, device: torch.device, seed: int = 0) -> Routing:
         return route(map_TE.to(device), spec.sizes.top_k)[0]
     num_ranks = spec.sizes.num_experts // spec.experts
     counts = rows_per_expert(spec.routing, spec.num_rows, spec.experts, generator)
-    counts_RE = [
-        [n // num_ranks + (rank < n % num_ranks) for n in counts] for rank in range(num_ranks)
-    ]
-    return regroup(torch.tensor(counts_RE, device=device), spec.num_rows)
+    # [ranks, E]: each rank sends as many rows to an expert as the others, the first ranks one more
+    # where that leaves a remainder.
+    counts_E = torch.tensor(counts)
+    ranks_R1 = torch.arange(num_ranks)[:, None]
+    counts_RE = counts_E // num_ranks + (ranks_R1 < counts_E % num_ranks)
+    return regroup(counts_RE.to(device), spec.num_rows)
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,8 @@ def make_case(spec: Spec, device: torch.device, dtype: torch.dtype, seed: int = 
     def normal(*shape: int, size: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=g, device=device, dtype=dtype).mul_(size)
 
+    # x A^T has entries of size 1, so a sum of R of them times B has size sqrt(R) |B|: times the
+    # scale that is 0.5, where the weight's own product has size 1.
     b_size = 0.5 / SCALE * R**-0.5
     leaves = {
         "x": normal(num_tokens, H),
@@ -196,7 +203,8 @@ def make_case(spec: Spec, device: torch.device, dtype: torch.dtype, seed: int = 
     }
     w1 = normal(E, 2 * inner, H, size=H**-0.5)
     w2 = normal(E, H, inner, size=inner**-0.5)
-    leaves = {name: t.requires_grad_() for name, t in leaves.items()}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
     return Case(spec, routing, w1, w2, leaves, normal(num_tokens, H))
 
 
@@ -206,23 +214,36 @@ def reference(case: Case, adapters: bool) -> Tensors:
     source = case.routing.source_M
     assert source is not None
     names = list(case.leaves) if adapters else ["x", "p"]
-    want = {name: torch.zeros_like(case.leaves[name], dtype=torch.float32) for name in names}
+    want = {}
+    for name in names:
+        want[name] = torch.zeros_like(case.leaves[name], dtype=torch.float32)
     want["out"] = torch.zeros_like(case.dout, dtype=torch.float32)
     for e, start, end in case.routing.spans():
         if start == end:
             continue
+        # Which token each of this expert's rows comes from.
         rows = source[start:end].long()
-        mine = {name: case.leaves[name][e] for name in names if name not in ("x", "p")}
-        mine |= {"x": case.leaves["x"][rows], "p": case.leaves["p"][start:end]}
-        mine = {name: t.detach().float().requires_grad_() for name, t in mine.items()}
+        mine = {}
+        for name in names:
+            leaf = case.leaves[name]
+            if name == "x":
+                part = leaf[rows]
+            elif name == "p":
+                part = leaf[start:end]
+            else:
+                part = leaf[e]
+            mine[name] = part.detach().float().requires_grad_()
         y = _expert(mine, case.w1[e].float(), case.w2[e].float())
         grads = torch.autograd.grad(y, list(mine.values()), case.dout[rows].float())
         want["out"].index_add_(0, rows, y.detach())
         for name, grad in zip(mine, grads, strict=True):
             if name == "x":
+                # A token has a row with each of its k experts: their gradients add up.
                 want["x"].index_add_(0, rows, grad)
+            elif name == "p":
+                want["p"][start:end] = grad
             else:
-                want[name][slice(start, end) if name == "p" else e] = grad
+                want[name][e] = grad
     return want
 
 
@@ -240,16 +261,21 @@ def _expert(mine: Tensors, w1: Tensor, w2: Tensor) -> Tensor:
 def relative_errors(got: Tensors, want: Tensors) -> dict[str, float]:
     """Per tensor of ``want``, the norm of the difference over the norm; NaN where there is no
     number."""
-    return {
-        name: float((got[name].float() - wanted.float()).norm() / wanted.float().norm())
-        for name, wanted in want.items()
-    }
+    errors = {}
+    for name, wanted in want.items():
+        difference = got[name].float() - wanted.float()
+        errors[name] = float(difference.norm() / wanted.float().norm())
+    return errors
 
 
 def wrong(errors: dict[str, float], dtype: torch.dtype) -> str | None:
     """Which tensors are not what they should be, or None; NaN is wrong."""
-    bad = {name: error for name, error in errors.items() if not error <= ALLOWED[dtype]}
-    return ", ".join(f"{name} is off by {error:.1e}" for name, error in bad.items()) or None
+    bad = []
+    for name, error in errors.items():
+        # Not ``error > ALLOWED``: every comparison with NaN is false.
+        if not error <= ALLOWED[dtype]:
+            bad.append(f"{name} is off by {error:.1e}")
+    return ", ".join(bad) or None
 
 
 def sweep(
@@ -261,21 +287,15 @@ def sweep(
 ) -> list[Spec]:
     """Every combination; those closest to 8k tokens, rank 16 and balanced first, since time may run
     out."""
-    specs = [
-        Spec(sizes, t, e, r, kind)
-        for t in tokens
-        for e in experts
-        for r in ranks
-        for kind in routings
-    ]
+    specs = []
+    for token_count, expert_count, rank, kind in product(tokens, experts, ranks, routings):
+        specs.append(Spec(sizes, token_count, expert_count, rank, kind))
     return sorted(specs, key=_unusual)
 
 
 def _unusual(spec: Spec) -> tuple[int, int]:
-    usual = Spec(spec.sizes, 8192, spec.experts, 16, "balanced")
-    differences = sum(
-        getattr(spec, name) != getattr(usual, name) for name in ("tokens", "rank", "routing")
-    )
+    """In how many ways a case differs from the usual one."""
+    differences = (spec.tokens != 8192) + (spec.rank != 16) + (spec.routing != "balanced")
     return differences, ROUTINGS.index(spec.routing)
 
 

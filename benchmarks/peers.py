@@ -1,5 +1,5 @@
-"""Training steps of megalora and of its peers on one model, in one run: the same weights, tokens
-and routing.
+"""Compare training steps of megalora and of its peers on one model, in one run: the same weights,
+tokens and routing.
 
     python -m benchmarks.peers --budget-seconds 180 --out benchmarks/results/peers_cpu.json
 
@@ -87,10 +87,11 @@ class Worker:
         Raises:
             ArmFailed: it cannot go on, has ended, or has not answered in time.
         """
+        # A pipe takes no infinite timeout; without a budget it is None, which waits for ever.
+        left = self.budget.left()
+        timeout_s = None if left == float("inf") else max(1.0, left)
         try:
-            if not self.connection.poll(
-                None if self.budget.left() == float("inf") else max(1.0, self.budget.left())
-            ):
+            if not self.connection.poll(timeout_s):
                 raise ArmFailed("stopped: out of time")
             kind, answer = self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -116,11 +117,11 @@ class Comparison:
 
     def missing(self) -> list[str]:
         """Arms without a final row."""
-        return [
-            name
-            for name in ARMS
-            if name not in self.rows or self.rows[name]["status"].startswith(CUT_OFF)
-        ]
+        names = []
+        for name in ARMS:
+            if name not in self.rows or self.rows[name]["status"].startswith(CUT_OFF):
+                names.append(name)
+        return names
 
     def run(self, workers: Sequence[Worker], budget: Budget) -> None:
         """Build these arms, compare their losses, and time them if all agree."""
@@ -136,9 +137,8 @@ class Comparison:
             for worker in ready.values():
                 self.rows[worker.name]["status"] = f"not reached: {REFERENCE} cannot run"
             return
-        self.wrong += check_losses(
-            self.rows, [w.name for w in ready.values()], REFERENCE, self._dtype()
-        )
+        self.wrong += check_losses(self.rows, list(ready), REFERENCE, self._dtype())
+        # A speed of something else than the same training would mislead.
         if self.wrong:
             return
         for worker in list(ready.values()):
@@ -174,7 +174,9 @@ class Comparison:
         for number in range(self.rounds + 1):
             begun = budget.left()
             took: dict[str, Sample] = {}
-            for name in list(ready)[:: 1 if number % 2 == 0 else -1]:
+            # Turned round every other round: whoever steps after a given arm finds its caches.
+            direction = 1 if number % 2 == 0 else -1
+            for name in list(ready)[::direction]:
                 try:
                     took[name] = ready[name].ask("turn")
                 except ArmFailed as failed:
@@ -186,6 +188,7 @@ class Comparison:
             # Three rounds at least: a median of fewer says nothing.
             if number >= 3 and budget.left() < 2 * (begun - budget.left()):
                 break
+        # An arm may have ended in the first round, which does not count.
         return {name: taken for name, taken in samples.items() if taken}
 
 
@@ -194,6 +197,7 @@ def groups(missing: list[str], on_gpu: bool) -> list[list[str]]:
     its memory."""
     others = [name for name in missing if name != REFERENCE]
     if not on_gpu:
+        # All at once: host memory holds every model of a CPU's shapes.
         return [[REFERENCE, *others]] if missing else []
     return [[REFERENCE, name] for name in others]
 
@@ -207,12 +211,14 @@ def compare(
     keep: Any,
 ) -> None:
     """Run what is missing of one shape; ``keep()`` is called whenever rows have been added."""
-    planned = groups(comparison.missing(), device.type == "cuda")
-    setup = shape.setup(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    on_gpu = device.type == "cuda"
+    planned = groups(comparison.missing(), on_gpu)
+    least_s = LEAST_SECONDS if on_gpu else 1
+    setup = shape.setup(device, torch.bfloat16 if on_gpu else torch.float32)
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for number, group in enumerate(planned):
-            if budget.left() < (LEAST_SECONDS if device.type == "cuda" else 1):
+            if budget.left() < least_s:
                 for name in group:
                     comparison.rows.setdefault(
                         name, {"arm": name, "status": "not reached: out of time"}
@@ -234,11 +240,17 @@ def compare(
 
 def plan(device: torch.device, args: argparse.Namespace) -> tuple[Sequence[Shape], dict[str, Any]]:
     """Shapes to compare at, and the settings that a record is continued under."""
-    shapes = DRY_SHAPES if args.dry else GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
+    shapes = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
+    rounds = ROUNDS[device.type]
+    times = "ratios of steps in one round"
+    if args.dry:
+        shapes = DRY_SHAPES
+        rounds = 3
+        times = "mean nothing: a dry run"
     settings = {
-        "times": "mean nothing: a dry run" if args.dry else "ratios of steps in one round",
+        "times": times,
         "threads": args.threads,
-        "rounds": 3 if args.dry else ROUNDS[device.type],
+        "rounds": rounds,
         "shapes": [shape.sizes() for shape in shapes],
     }
     return shapes, settings
@@ -254,17 +266,19 @@ def run(device: torch.device, args: argparse.Namespace, before: Sequence[Mapping
                 importlib.import_module(name)
     cases: list[dict[str, Any]] = []
     for at, shape in enumerate(shapes):
-        known = {row["arm"]: row for row in before[at]["rows"]} if at < len(before) else {}
+        known = {}
+        if at < len(before):  # an earlier call may have ended before this shape
+            known = {row["arm"]: row for row in before[at]["rows"]}
         comparison = Comparison(shape, known, settings["rounds"])
         case: dict[str, Any] = {**shape.sizes(), "rows_per_expert": shape.rows_per_expert}
         cases.append(case)
 
         def keep(comparison: Comparison = comparison, case: dict[str, Any] = case) -> None:
             rows = [comparison.rows[name] for name in ARMS if name in comparison.rows]
-            case |= {
-                "wrong": comparison.wrong,
-                "rows": without_times(rows) if comparison.wrong else rows,
-            }
+            if comparison.wrong:
+                # Of an earlier call there may be some.
+                rows = without_times(rows)
+            case |= {"wrong": comparison.wrong, "rows": rows}
             save(args.out, "peers", device, settings=settings, cases=cases)
 
         # What is left is divided among the shapes to come.
@@ -273,11 +287,11 @@ def run(device: torch.device, args: argparse.Namespace, before: Sequence[Mapping
         keep()
         print(show(case, dry=args.dry), flush=True)
     print(f"wrote {args.out}")
-    failed = any(
-        case["wrong"] or not case["rows"][0]["status"].startswith(("ok", *CUT_OFF))
-        for case in cases
-    )
-    return int(failed)
+    for case in cases:
+        # The first row is megalora's: a peer that cannot run is no failure.
+        if case["wrong"] or not case["rows"][0]["status"].startswith(("ok", *CUT_OFF)):
+            return 1
+    return 0
 
 
 def main(given: list[str] | None = None) -> int:
@@ -309,7 +323,10 @@ def main(given: list[str] | None = None) -> int:
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     cases = record["cases"] if record else []
-    return run(device, args, [] if any(case["wrong"] for case in cases) else cases)
+    if any(case["wrong"] for case in cases):
+        # Losses that did not agree may have been mended since: all of it again.
+        cases = []
+    return run(device, args, cases)
 
 
 if __name__ == "__main__":

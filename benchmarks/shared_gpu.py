@@ -1,4 +1,4 @@
-"""Every kind of layout on one GPU: trainings whose ranks share it, compared with plain transformers
+"""Train in every kind of layout with ranks that share one GPU, and compare with plain transformers
 in float64.
 
     python -m benchmarks.shared_gpu [--budget-seconds 150] [--at-once 4] [--out FILE] [--dry]
@@ -127,14 +127,9 @@ class Laboratory:
         config, start = self._prepare(case)
         save_config(config, out / "asked.yaml")
         ranks = ["--standalone", f"--nproc-per-node={case.world}", "-m", "tests.parity.recorded"]
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            *ranks,
-            str(out / "asked.yaml"),
-            str(start),
-        ]
+        command = [sys.executable, "-m", "torch.distributed.run", *ranks]
+        command += [str(out / "asked.yaml"), str(start)]
+        # torchrun kills ranks 30 s after it asked them to end; a budget has no room for that.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
         if torch.cuda.is_available() and case.world > 1:
             environment[SHARE_GPU] = "1"
@@ -155,9 +150,13 @@ class Laboratory:
 def what_ranks_said(log: str) -> str:
     """A log of torchrun without its own report, which is longer than any rank's error and names
     none."""
-    lines = log.splitlines()
-    reports = (number for number, line in enumerate(lines) if "] failed (exitcode:" in line)
-    return "\n".join(lines[: next(reports, len(lines))]).strip()
+    said = []
+    for line in log.splitlines():
+        # From here on torchrun speaks.
+        if "] failed (exitcode:" in line:
+            break
+        said.append(line)
+    return "\n".join(said).strip()
 
 
 class Found:
@@ -168,7 +167,9 @@ class Found:
     ) -> None:
         self.names = [case.name for case in cases]
         self.rows = {row["case"]: row for row in rows}
-        self.write, self.lock = write, threading.Lock()
+        self.write = write
+        # Cases end on threads of their own.
+        self.lock = threading.Lock()
 
     def put(self, row: dict[str, Any]) -> None:
         with self.lock:
@@ -177,9 +178,16 @@ class Found:
 
     def content(self) -> dict[str, Any]:
         """What is written: each row with what it exceeds, and the names of cases without a row."""
-        rows = [self.rows[name] for name in self.names if name in self.rows]
+        rows = []
+        not_reached = []
+        for name in self.names:
+            if name in self.rows:
+                rows.append(self.rows[name])
+            else:
+                not_reached.append(name)
+        # All of them anew: one rank alone, which the others are measured by, may end last.
         judge(rows)
-        return {"rows": rows, "not_reached": [name for name in self.names if name not in self.rows]}
+        return {"rows": rows, "not_reached": not_reached}
 
 
 def run_all(
@@ -193,36 +201,50 @@ def run_all(
             found.put(laboratory.run(case))
 
     if laboratory.fork:
+        # One after another: a process with threads must not fork.
         for case in cases:
             started_in_time(case)
         return
     with ThreadPoolExecutor(at_once) as pool:
+        # Read to the end, so that an exception in a thread is raised here.
         list(pool.map(started_in_time, cases))
 
 
 def judge(rows: list[dict[str, Any]]) -> None:
     """Add to each row what it exceeds: one rank alone, if it is there, is the measure of the
     others."""
-    alone = next((row for row in rows if row["case"] == ALONE.name and not row["failed"]), None)
-    wide = {name: TOLERANCE * limit for name, limit in LIMITS.items()}
+    alone = None
     for row in rows:
-        limits = wide
-        if alone is not None and row is not alone:
-            limits = {name: max(LIMITS[name], 2 * alone[name]) for name in LIMITS}
-        row["exceeded"] = [] if row["failed"] else exceeded(row, limits)
+        if row["case"] == ALONE.name and not row["failed"]:
+            alone = row
+    for row in rows:
+        if row["failed"]:
+            row["exceeded"] = []
+            continue
+        limits = {}
+        for name, on_cpu in LIMITS.items():
+            if alone is None or row is alone:
+                limits[name] = TOLERANCE * on_cpu
+            else:
+                # Sums over ranks round once more, so twice what one rank of this device needs.
+                limits[name] = max(on_cpu, 2 * alone[name])
+        row["exceeded"] = exceeded(row, limits)
 
 
 def show(found: dict[str, Any]) -> str:
-    head = ("case", *LIMITS, "seconds", "verdict")
+    """The table; below it what was not reached and why cases failed."""
     rows = []
+    below = [f"not reached: {name}" for name in found["not_reached"]]
     for row in found["rows"]:
         verdict = "FAILED" if row["failed"] else ", ".join(row["exceeded"]) or "ok"
-        values = ["-" if row["failed"] else f"{row[name]:.1e}" for name in LIMITS]
+        # A case that failed left no deviations.
+        values = ["-"] * len(LIMITS)
+        if row["failed"]:
+            below.append(f"{row['case']}: {row['failed']}")
+        else:
+            values = [f"{row[name]:.1e}" for name in LIMITS]
         rows.append((row["case"], *values, f"{row['seconds']:.0f}", verdict))
-    lines = [table(head, rows)]
-    lines += [f"not reached: {name}" for name in found["not_reached"]]
-    lines += [f"{row['case']}: {row['failed']}" for row in found["rows"] if row["failed"]]
-    return "\n".join(lines)
+    return "\n".join([table(("case", *LIMITS, "seconds", "verdict"), rows), *below])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -241,7 +263,11 @@ def main(arguments: list[str] | None = None) -> int:
     cases = (ALONE, *(DRY if args.dry else SHARED))
     settings = {"steps": SHORT, "dry": args.dry}
     record = earlier(args.out, "shared_gpu", device, settings) or {"rows": []}
-    passed = {row["case"] for row in record["rows"] if not (row["failed"] or row["exceeded"])}
+    passed = set()
+    for row in record["rows"]:
+        # A failed case is run again: it may have lacked memory or time.
+        if not (row["failed"] or row["exceeded"]):
+            passed.add(row["case"])
 
     def write(**content: Any) -> None:
         save(args.out, "shared_gpu", device, settings=settings, **content)
