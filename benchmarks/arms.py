@@ -1,5 +1,5 @@
-"""What is timed: one way each to compute an expert layer with adapters, all on the same tensors and
-the same routing.
+"""Build the arms that are timed: ways to compute an expert layer with adapters, all on the same
+tensors and the same routing.
 
 Ours, the bases that LoRA is compared with, and how others do it, written with the operations they
 use. Others get our gather and combine too, so that a difference is one of experts and adapters.
@@ -93,7 +93,10 @@ def ours_separate(case: Case, backend: str | None, weights: Weights) -> Arm:
     equal, so that the function is the same, and the two A's gradients add up to the one's."""
     v = case.leaves
     rank = case.spec.rank
-    gate, up = (half.detach().clone().requires_grad_() for half in v["b1"].chunk(2, dim=1))
+    # [E, 2I, R] holds gate's rows, then up's.
+    gate_b, up_b = v["b1"].chunk(2, dim=1)
+    gate = gate_b.detach().clone().requires_grad_()
+    up = up_b.detach().clone().requires_grad_()
     both = torch.cat([v["a1"], v["a1"]], 1).detach().requires_grad_()
     leaves = {
         "x": v["x"],
@@ -114,6 +117,7 @@ def ours_separate(case: Case, backend: str | None, weights: Weights) -> Arm:
 
     def common(found: Tensors) -> Tensors:
         b1 = torch.cat([found["gate"], found["up"]], 1)
+        # In float32, or the sum would round once more than the gradient it is compared with.
         a1 = found["a1"].float()
         return {**found, "a1": a1[:, :rank] + a1[:, rank:], "b1": b1}
 
@@ -123,10 +127,12 @@ def ours_separate(case: Case, backend: str | None, weights: Weights) -> Arm:
 
 
 def room_bytes(*weights: Tensor | AugmentedWeight) -> int:
-    rooms = [w.buffer.numel() - w.weight.numel() for w in weights if isinstance(w, AugmentedWeight)]
-    return sum(rooms) * (
-        weights[0].buffer.element_size() if isinstance(weights[0], AugmentedWeight) else 0
-    )
+    """What weights take beyond themselves; nothing where they have no room for adapters."""
+    total = 0
+    for w in weights:
+        if isinstance(w, AugmentedWeight):
+            total += (w.buffer.numel() - w.weight.numel()) * w.buffer.element_size()
+    return total
 
 
 def our_arms(case: Case) -> dict[str, Build]:
@@ -134,11 +140,10 @@ def our_arms(case: Case) -> dict[str, Build]:
     plain = (case.w1, case.w2)
     rank = case.spec.rank
     joined = cache(case.joined)
-    bases = {
-        f"base {backend}": partial(base, case, backend)
-        for backend in ("triton", "grouped_mm", "loop")
-    }
-    return bases | {
+    return {
+        "base triton": lambda: base(case, "triton"),
+        "base grouped_mm": lambda: base(case, "grouped_mm"),
+        "base loop": lambda: base(case, "loop"),
         "ours triton": lambda: ours(case, "triton", plain),
         "ours grouped_mm joined": lambda: ours(case, "grouped_mm", joined(rank)),
         "ours grouped_mm": lambda: ours(case, "grouped_mm", plain),
@@ -175,9 +180,9 @@ def merge_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) ->
 def loop_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """Megatron-Bridge's ``GroupedExpertLinearAdapter._forward_per_expert``: two small GEMMs per
     expert."""
-    deltas = [
-        F.linear(F.linear(rows, a[e]), b[e]) for e, rows in enumerate(x.split(_counts(offsets)))
-    ]
+    deltas = []
+    for e, rows in enumerate(x.split(_counts(offsets))):
+        deltas.append(F.linear(F.linear(rows, a[e]), b[e]))
     return grouped_mm(x, w.transpose(1, 2), offs=offsets) + torch.cat(deltas) * SCALE
 
 
@@ -186,36 +191,44 @@ def bridge_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -
     factors copied."""
     counts = _counts(offsets)
     busy = [e for e, count in enumerate(counts) if count]
-    rows = torch.cat([chunk for chunk in x.split(counts) if chunk.shape[0]])
-    ends = torch.tensor([counts[e] for e in busy], dtype=torch.int32, device=x.device).cumsum(
-        0, dtype=torch.int32
-    )
+    # The same rows in the same order, but copied, as Bridge does.
+    chunks = x.split(counts)
+    rows = torch.cat([chunks[e] for e in busy])
+    busy_counts = torch.tensor([counts[e] for e in busy], dtype=torch.int32, device=x.device)
+    ends = busy_counts.cumsum(0, dtype=torch.int32)
     hidden = grouped_mm(rows, a[busy].transpose(1, 2), offs=ends)
     delta = grouped_mm(hidden, b[busy].transpose(1, 2), offs=ends) * SCALE
     return grouped_mm(x, w.transpose(1, 2), offs=offsets) + delta
 
 
 def _counts(offsets: Tensor) -> list[int]:
-    ends = offsets.tolist()
-    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    """Rows of each expert. ``offsets`` are the ends of their rows, so this waits for the device."""
+    counts = []
+    start = 0
+    for end in offsets.tolist():
+        counts.append(end - start)
+        start = end
+    return counts
 
 
 def composed(case: Case, linear: Linear, *, compiled: bool = False, **how: Any) -> Arm:
     """An expert layer out of ``linear`` and torch's element-wise operations."""
-    leaves = {
-        n: case.leaves[n] for n in (("x", "p") if how.get("gives") == "base" else case.leaves)
-    }
     v = case.leaves
+    leaves = v
+    if how.get("gives") == "base":
+        # Autograd would raise for factors that the base does not use.
+        leaves = {"x": v["x"], "p": v["p"]}
     offsets = case.routing.offsets_E
 
     def experts(x_MH: Tensor) -> Tensor:
         gate, up = linear(x_MH, case.w1, v["a1"], v["b1"], offsets).chunk(2, dim=1)
         return linear(F.silu(gate) * up * v["p"][:, None], case.w2, v["a2"], v["b2"], offsets)
 
+    inner = experts
     if compiled:
-        # else the ninth case with other sizes would run eagerly, and nothing would say so
+        # Without this the ninth case with other sizes would run eagerly, and nothing would say so.
         torch.compiler.reset()
-    inner = torch.compile(experts, dynamic=False) if compiled else experts
+        inner = torch.compile(experts, dynamic=False)
 
     def forward() -> Tensor:
         return unpermute(inner(permute(v["x"], case.routing)), case.routing)
@@ -231,7 +244,9 @@ def dense_bound(case: Case) -> Arm:
     w1 = case.w1[0]
     w2 = case.w2[0]
     x = case.dout.new_empty(num_rows, s.hidden).normal_()
-    h, dy = (case.dout.new_empty(num_rows, width * s.inner).normal_() for width in (1, 2))
+    # Normal numbers: a GPU draws less power for zeros, and its clock would stay too high.
+    h = case.dout.new_empty(num_rows, s.inner).normal_()
+    dy = case.dout.new_empty(num_rows, 2 * s.inner).normal_()
 
     def forward() -> Tensor:
         torch.mm(x, w1.t())
@@ -256,9 +271,10 @@ def their_arms(case: Case, compiled: bool) -> dict[str, Build]:
         "peft stock": lambda: stock_peft(case),
         **quack_arms(lambda: ours(case, "grouped_mm", joined())),
     }
-    return arms | (
-        {"split compiled": lambda: composed(case, split_linear, compiled=True)} if compiled else {}
-    )
+    if compiled:
+        # Last and only when asked for: compiling takes a minute for each case.
+        arms["split compiled"] = lambda: composed(case, split_linear, compiled=True)
+    return arms
 
 
 def quack_arms(joined: Build) -> dict[str, Build]:

@@ -1,5 +1,5 @@
-"""Experts with LoRA on a GPU: ours, the base alone, and how others do it, on the same tensors in
-one process.
+"""Time experts with LoRA on a GPU: ours, the base alone, and how others do it, on the same tensors
+in one process.
 
     python -m benchmarks.bench_grouped_lora --quick --budget-seconds 200      a few minutes
     python -m benchmarks.bench_grouped_lora                                   the whole sweep
@@ -56,17 +56,28 @@ from benchmarks.linear_case import (
 )
 
 QUICK = {
-    "tokens": [8192], "experts": [128, 16], "ranks": [16], "routing": ["balanced", "zipf"],
+    "tokens": [8192],
+    # All of the model's experts on one GPU, and a share of them under EP 8.
+    "experts": [128, 16],
+    "ranks": [16],
+    "routing": ["balanced", "zipf"],
     "crossing": [256, 512, 1024, 2048, 4096],
-}  # fmt: skip
+}
 FULL = {
-    "tokens": [4096, 8192, 16384, 65536], "experts": [128, 16], "ranks": [8, 16, 32, 64],
+    "tokens": [4096, 8192, 16384, 65536],
+    "experts": [128, 16],
+    "ranks": [8, 16, 32, 64],
     "routing": [*ROUTINGS],
     "crossing": [64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096],
-}  # fmt: skip
+}
 DRY = {
-    "tokens": [8], "experts": [2], "ranks": [16], "routing": ["balanced"], "crossing": [],
-}  # fmt: skip
+    "tokens": [8],
+    "experts": [2],
+    # The rank that the goals suppose, so that a dry run judges them too.
+    "ranks": [16],
+    "routing": ["balanced"],
+    "crossing": [],
+}
 TINY = Sizes("tiny", hidden=32, inner=16, num_experts=2, top_k=1)
 TINY_PEFT_CASE = LinearSpec("tiny peft", 16, 2, 24, 32, 16)
 LEAST_SECONDS = 25
@@ -91,8 +102,11 @@ class Report:
         """What an earlier call wrote; all it did not reach is still to be reached."""
         rows = []
         for row in record["rows"]:
-            stats = {name: row[name] and Stats(**row[name]) for name in ("forward", "train")}
-            rows.append(Row(**(row | stats)))
+            fields = dict(row)
+            for name in ("forward", "train"):
+                if fields[name]:  # null where the arm was not timed
+                    fields[name] = Stats(**fields[name])
+            rows.append(Row(**fields))
         verdicts = [Verdict(**verdict) for verdict in record["goals"]]
         crossing = [Crossing(**point) for point in record["crossing"]]
         return cls(rows, verdicts, crossing, [], record["failures"], record["seconds"])
@@ -123,6 +137,7 @@ class Bench:
     def layer(self, spec: Spec) -> None:
         """One layer's experts, every arm."""
         case = make_case(spec, self.device, self.dtype)
+        # Once for each share of the experts: compiling takes longer than all other arms.
         usual = spec.rank == 16 and spec.routing == "balanced"
         compiled = self.compiled and usual and self.budget.left() > COMPILE_SECONDS
         rows = compare(
@@ -141,15 +156,18 @@ class Bench:
                      "base": linear_reference(case, False)},
             spec.base_flops(), self.device, self.dtype, self.repeats, self.warmup,
         )  # fmt: skip
-        self._found(
-            rows, of_peft_case(case, rows) if spec is self.peft_case else of_linear(spec, rows)
-        )
+        if spec is self.peft_case:
+            self._found(rows, of_peft_case(case, rows))
+        else:
+            self._found(rows, of_linear(spec, rows))
 
     def cross(self, spec: Spec) -> None:
         """One point of the comparison of the two back ends."""
         case = make_case(spec, self.device, self.dtype)
+        # The bases too: an arm's ratio to them shows whether the GEMM or the adapters decide.
+        every = our_arms(case)
         wanted = ("base triton", "base grouped_mm", "ours triton", "ours grouped_mm joined")
-        arms = {name: build for name, build in our_arms(case).items() if name in wanted}
+        arms = {name: every[name] for name in wanted}
         rows = compare(
             f"crossing: {spec.label}", arms, {},
             lambda: {"adapted": reference(case, True), "base": reference(case, False)},
@@ -161,9 +179,9 @@ class Bench:
     def _found(self, rows: list[Row], verdicts: list[Verdict]) -> None:
         self.report.rows += rows
         self.report.verdicts += verdicts
-        self.report.failures += [
-            f"{row.case}: {row.arm}: {row.status}" for row in rows if row.failed
-        ]
+        for row in rows:
+            if row.failed:
+                self.report.failures.append(f"{row.case}: {row.arm}: {row.status}")
         print(f"\n{show(rows)}", flush=True)
 
 
@@ -205,12 +223,12 @@ def run(bench: Bench, args: argparse.Namespace) -> int:
         started = time.monotonic()
         try:
             case()
-        except (
-            Exception
-        ) as error:  # the next case may well run; this one is a failure, said and recorded
+        except Exception as error:
+            # The next case may well run; this one is a failure, said and recorded.
             traceback.print_exc()
             report.failures.append(f"{label}: {first_line(error)}")
         if bench.device.type == "cuda":
+            # Cases have other sizes: blocks of the last one would leave the next in fragments.
             torch.cuda.empty_cache()
         report.seconds[label] = round(time.monotonic() - started, 1)
         save(args.out, "grouped_lora", bench.device, settings=_settings(args), **report.content())
@@ -228,10 +246,12 @@ def run(bench: Bench, args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on."""
-    tuned = os.environ.get("MEGALORA_TUNED", "")
-    return {
-        name: value for name, value in vars(args).items() if name not in ("budget_seconds", "out")
-    } | {"tuned": tuned}
+    settings = dict(vars(args))
+    # A second call may have another budget, and it is found by its file.
+    del settings["budget_seconds"]
+    del settings["out"]
+    settings["tuned"] = os.environ.get("MEGALORA_TUNED", "")
+    return settings
 
 
 def arguments(parser: argparse.ArgumentParser, given: list[str] | None) -> argparse.Namespace:
@@ -270,7 +290,12 @@ def arguments(parser: argparse.ArgumentParser, given: list[str] | None) -> argpa
         args.model = TINY.name
         args.repeats = 1
         args.no_compiled = True
-    for name, values in (DRY if args.dry else QUICK if args.quick else FULL).items():
+    defaults = FULL
+    if args.quick:
+        defaults = QUICK
+    if args.dry:
+        defaults = DRY
+    for name, values in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, values)
     return args

@@ -1,5 +1,5 @@
-"""Times on a GPU, and the record that goes with them. Needs torch alone, so it runs where Megatron
-is not installed.
+"""Time calls on a GPU, and write the record that goes with the times. Needs torch alone, so it runs
+where Megatron is not installed.
 
 A sample: empty the L2 cache, let the host run ahead of the device, then two events around the call.
 Calls are interleaved and their order turned round every other round, so that clocks and neighbours
@@ -56,11 +56,10 @@ class Stats:
 
     @classmethod
     def of(cls, samples_ms: Sequence[float], host_ms: Sequence[float]) -> "Stats":
-        tenths = (
-            statistics.quantiles(samples_ms, n=10, method="inclusive")
-            if len(samples_ms) > 1
-            else samples_ms
-        )
+        # Tenths, not the extremes: one interrupt of the host must not widen the range.
+        tenths = samples_ms
+        if len(samples_ms) > 1:  # a dry run takes one
+            tenths = statistics.quantiles(samples_ms, n=10, method="inclusive")
         return cls(statistics.median(samples_ms), tenths[0], tenths[-1], statistics.median(host_ms))
 
     def __str__(self) -> str:
@@ -79,10 +78,13 @@ class _CudaWatch:
         self.sleep: Callable[[int], None] | None = getattr(torch.cuda, "_sleep", None)
 
     def time(self, call: Callable[[], object]) -> tuple[float, float]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
+        # The device sleeps while the host issues the call, so that launching is not what is timed.
         if self.sleep is not None:
             self.sleep(HEAD_START_CYCLES)
+        # Written after the sleep, right before the call: its weights come from HBM, as in a step.
         self.flush.zero_()
         start.record()
         before = time.perf_counter()
@@ -90,6 +92,7 @@ class _CudaWatch:
         host_ms = 1e3 * (time.perf_counter() - before)
         end.record()
         torch.cuda.synchronize()
+        # Kept until here: to free memory may take the host as long as a launch.
         del result
         return start.elapsed_time(end), host_ms
 
@@ -112,7 +115,11 @@ def measure(
 ) -> dict[str, Stats]:
     """Every call ``repeats`` times, interleaved, after ``warmup`` rounds that do not count."""
     samples = sample(calls, device, repeats, warmup)
-    return {name: Stats.of(*zip(*pairs, strict=True)) for name, pairs in samples.items()}
+    stats = {}
+    for name, pairs in samples.items():
+        device_ms, host_ms = zip(*pairs, strict=True)
+        stats[name] = Stats.of(device_ms, host_ms)
+    return stats
 
 
 def sample(
@@ -122,7 +129,9 @@ def sample(
     watch: _Watch = _CudaWatch(device) if device.type == "cuda" else _HostWatch()
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for i in range(warmup + repeats):
-        for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
+        # Turned round every other round, so that no call always follows the same one.
+        direction = 1 if i % 2 == 0 else -1
+        for name in list(calls)[::direction]:
             taken = watch.time(calls[name])
             if i >= warmup:
                 samples[name].append(taken)
@@ -137,6 +146,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
+    # The result counts too: it lives when the peak may be reached.
     result = call()
     torch.cuda.synchronize()
     del result
@@ -151,6 +161,7 @@ class Budget:
     """
 
     def __init__(self, seconds: float | None) -> None:
+        # Where no start was noted it is infinitely late, and nothing is gone.
         gone = max(0.0, time.time() - float(os.environ.get(STARTED, "inf")))
         self.end = None if seconds is None else time.monotonic() + seconds - gone
 
@@ -207,6 +218,7 @@ def save(path: Path, benchmark: str, device: torch.device, **content: Any) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     when = datetime.now(UTC).isoformat(timespec="seconds")
     record = {"benchmark": benchmark, "when": when, **environment(device), **content}
+    # Renaming is atomic; a write that is cut off would leave half a record.
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1) + "\n")
     part.replace(path)
@@ -259,13 +271,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns padded to their widest cell; the first is aligned left, the others right."""
     cells = [list(map(str, row)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
+    lines = []
+    for first, *others in cells:
+        padded = [first.ljust(widths[0])]
+        for cell, width in zip(others, widths[1:], strict=True):
+            padded.append(cell.rjust(width))
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 def number(value: float | None, digits: int = 3) -> str:
