@@ -65,9 +65,8 @@ def run_step(machine: Machine, step: Step, record: Record, left_s: float) -> Out
     if left_s < needs_s:
         if before.calls:
             return before  # what earlier calls found of it still holds
-        return Outcome(
-            "not reached", f"{max(0.0, left_s):.0f} s were left of the {needs_s:g} that it needs"
-        )
+        why = f"{max(0.0, left_s):.0f} s were left of the {needs_s:g} that it needs"
+        return Outcome("not reached", why)
     if not before.calls:
         # Of another run, such as one whose results were committed.
         (machine.results / step.result).unlink(missing_ok=True)
@@ -99,10 +98,15 @@ def summarise(machine: Machine, steps: Sequence[Step], record: Record) -> bool:
     environment = machine.environment_of(STEPS[0])
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = [done.stdout + done.stderr.rstrip()]
-    outcomes = {step.name: record.outcomes[step.name] for step in steps}
-    lines += [f"FAILED {name}: {found.why}" for name, found in outcomes.items() if found.failed]
-    for kind in ("part", "not reached", "not run"):
-        names = [name for name, found in outcomes.items() if found.result == kind]
+    unfinished: dict[str, list[str]] = {"part": [], "not reached": [], "not run": []}
+    for step in steps:
+        found = record.outcomes[step.name]
+        if found.failed:
+            lines.append(f"FAILED {step.name}: {found.why}")
+        elif found.result in unfinished:
+            unfinished[found.result].append(step.name)
+    # Failures first, one a line with the reason; then by kind what a second call would go on with.
+    for kind, names in unfinished.items():
         if names:
             lines.append(f"{kind}: {', '.join(names)}")
     text = "\n".join(lines) + "\n"
@@ -162,6 +166,7 @@ def measure(args: argparse.Namespace) -> int:
     record = Record(results, args.dry)
     with tempfile.TemporaryDirectory() as folder:
         site = Path(folder)
+        # Without wheels some steps still run: the trouble is said, and makes the exit code 1.
         trouble = install_wheels(python, site)
         if trouble:
             print(f"FAILED wheels: {trouble}", file=sys.stderr, flush=True)
@@ -172,6 +177,7 @@ def measure(args: argparse.Namespace) -> int:
         todo = record.still_to_do(steps)
         if done := [step.name for step in steps if step not in todo]:
             print(f"done before: {', '.join(done)}", flush=True)
+        # Installing and probing have taken some of the time already.
         left_s = args.seconds - (time.monotonic() - begun) - RESERVE_S
         run_steps(machine, record, todo, left_s, args.archive)
         readable = summarise(machine, steps, record)

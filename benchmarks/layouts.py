@@ -61,7 +61,10 @@ def machine_beside(results: Path, dry: bool) -> Machine:
     if calibration.is_file():
         return read_machine(calibration)
     machine = machine_of(host.device_name())
-    return replace(machine, dtype="float32") if dry else machine
+    if dry:
+        # A CPU trains in float32, with twice the bytes.
+        machine = replace(machine, dtype="float32")
+    return machine
 
 
 def measure(plan: Plan, text: str, machine: Machine, logs: Path, limit_s: float) -> dict[str, Any]:
@@ -113,8 +116,10 @@ def main(given: list[str] | None = None) -> int:
     machine = machine_beside(args.out.parent, args.dry)
     for text in plan.layouts:
         if text not in done and (args.dry or budget.left() > LEAST_SECONDS):
+            # Without a budget an hour, so that a layout that hangs ends at some time.
             limit_s = max(1.0, min(budget.left(), 3600.0))
             rows.append(measure(plan, text, machine, args.out.parent / "layouts", limit_s))
+        # One that was cut off by its limit has a row, but is not done: a second call runs it again.
         reached = {row["asked"] for row in rows if row["status"].startswith(DONE)}
         left = [layout for layout in plan.layouts if layout not in reached]
         save(args.out, "layouts", device, settings=settings, rows=rows, not_reached=left)

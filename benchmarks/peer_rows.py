@@ -1,5 +1,5 @@
-"""Rows of the comparison: whether losses agree, ratios of steps taken in one round, and the
-table."""
+"""Make the rows of the comparison: whether losses agree, ratios of steps taken in one round, and
+the table."""
 
 import math
 import statistics
@@ -30,6 +30,7 @@ def check_losses(
     wrong = []
     want = rows[reference]["losses"]
     fall = want[0] - want[-1]
+    # Differences are measured by the fall, so without one nothing can be judged.
     if not math.isfinite(fall) or fall <= 0:
         return [f"{reference}: the loss does not fall: {want}"]
     for name in names:
@@ -51,7 +52,9 @@ def check_losses(
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, 10th and 90th percentile."""
-    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values
+    tenths = values
+    if len(values) > 1:
+        tenths = statistics.quantiles(values, n=10, method="inclusive")
     return {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1]}
 
 
@@ -77,7 +80,10 @@ def timed(taken: Sequence[Sample]) -> dict[str, Any]:
 
 def without_times(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of a comparison whose arms do not agree."""
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    kept = []
+    for row in rows:
+        kept.append({key: value for key, value in row.items() if key not in TIMES})
+    return kept
 
 
 def show(case: Mapping[str, Any], dry: bool) -> str:
@@ -89,9 +95,10 @@ def show(case: Mapping[str, Any], dry: bool) -> str:
         f" rows per expert), rank {case['rank']}"
     )
     if case["wrong"]:
-        return "\n".join(
-            [title, "No times, because losses differ:", *(f"  {line}" for line in case["wrong"])]
-        )
+        title += "\nNo times, because losses differ:"
+        for line in case["wrong"]:
+            title += f"\n  {line}"
+        return title
     header = (
         "arm", "step / megalora", "10-90 %", "processor time", "fwd+bwd", "peak MiB", "adapters",
         "loss", "same factors",
@@ -104,8 +111,11 @@ def show(case: Mapping[str, Any], dry: bool) -> str:
             remarks.append(f"  {row['arm']}: {row['note']}")
         else:
             remarks.append(f"  {row['arm']}: {row['status']}")
-    end = ["  times mean nothing: a dry run"] if dry else _goals(case["rows"])
-    return "\n".join([title, table(header, lines), *remarks, *end])
+    if dry:
+        remarks.append("  times mean nothing: a dry run")
+    else:
+        remarks += _goals(case["rows"])
+    return "\n".join([title, table(header, lines), *remarks])
 
 
 def _line(row: Mapping[str, Any]) -> tuple[object, ...]:

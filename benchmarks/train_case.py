@@ -1,4 +1,4 @@
-"""A model of Qwen3-30B-A3B's shape, and how many FLOPs a token of it takes to train with LoRA.
+"""Count the FLOPs that a token takes to train with LoRA in a model of Qwen3-30B-A3B's shape.
 
     FLOPs per token = 4 P + 6 A + 6 S h d L
 
@@ -46,15 +46,32 @@ def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
 def met(config: dict[str, Any], sizes: dict[str, int]) -> int:
     """Sum over one layer of what a token meets: each attention linear once, each expert linear in
     its top-k experts."""
-    return sum(
-        n * (1 if name in ATTENTION else config["num_experts_per_tok"]) for name, n in sizes.items()
-    )
+    return sum_of_layer(sizes, config["num_experts_per_tok"])
+
+
+def sum_of_layer(sizes: dict[str, int], num_experts: int) -> int:
+    """Sum of sizes over one layer's linears, with so many experts.
+
+    Args:
+        sizes: of each attention linear, and of each linear of one expert.
+        num_experts: how often an expert's linears count.
+    """
+    attention = 0
+    expert = 0
+    for name, size in sizes.items():
+        if name in ATTENTION:
+            attention += size
+        else:
+            expert += size
+    return attention + num_experts * expert
 
 
 def frozen_met(config: dict[str, Any]) -> int:
     """P; the embedding is looked up, not multiplied."""
     layer = met(config, {name: n * k for name, (n, k) in linears(config).items()})
+    # The router scores every expert.
     layer += config["num_experts"] * config["hidden_size"]
+    # The last term is the output layer.
     return config["num_hidden_layers"] * layer + config["vocab_size"] * config["hidden_size"]
 
 
@@ -65,6 +82,7 @@ def adapter_sizes(
     A for both."""
     sizes = {name: rank * (n + k) for name, (n, k) in linears(config).items()}
     if gate_up_is_one:
+        # Its A [rank, hidden] is gate's already.
         sizes["up_proj"] -= rank * config["hidden_size"]
     return sizes
 
@@ -72,10 +90,7 @@ def adapter_sizes(
 def adapter_parameters(config: dict[str, Any], rank: int, gate_up_is_one: bool = False) -> int:
     """All that are trained, of all experts."""
     sizes = adapter_sizes(config, rank, gate_up_is_one)
-    every = {
-        name: n * (1 if name in ATTENTION else config["num_experts"]) for name, n in sizes.items()
-    }
-    return config["num_hidden_layers"] * sum(every.values())
+    return config["num_hidden_layers"] * sum_of_layer(sizes, config["num_experts"])
 
 
 def flops_per_token(
@@ -100,12 +115,12 @@ def layers_that_fit(config: dict[str, Any], rank: int, num_tokens: int, free_byt
     h = config["hidden_size"]
     k = config["num_experts_per_tok"]
     inner = config["moe_intermediate_size"]
-    sizes = linears(config)
-    weights = sum(
-        n * m * (1 if name in ATTENTION else config["num_experts"])
-        for name, (n, m) in sizes.items()
-    )
+    sizes = {name: n * m for name, (n, m) in linears(config).items()}
+    weights = sum_of_layer(sizes, config["num_experts"])
+    # Elements. Each of a token's k rows keeps gate and up (2 I) and S of three projections (3 R).
     activations = num_tokens * (26 * h + k * (2 * inner + 3 * rank))
+    # Bytes: 2 of each weight and activation, 2 + 4 + 4 + 8 of each adapter parameter.
     layer = 2 * weights + 18 * adapter_parameters(one, rank) + 2 * activations
+    # Two matrices [V, H] in bfloat16, and three of [T, V] in float32.
     beside = 2 * 2 * config["vocab_size"] * h + 3 * 4 * num_tokens * config["vocab_size"]
     return max(0, min(config["num_hidden_layers"], int((0.9 * free_bytes - beside) // layer)))

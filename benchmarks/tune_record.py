@@ -1,5 +1,5 @@
-"""What a sweep knows so far: a table that kernels can read, and beside it what it rests on; written
-after every step.
+"""Keep what a sweep has found so far: a table that kernels can read, and beside it what it rests
+on; written after every step.
 
 The part ``sweep`` holds refused variants with their reason, all times, and what was not reached.
 What is running stands in a small file beside it: the next process finds the name of a variant there
@@ -26,6 +26,8 @@ from benchmarks.gpu_timing import environment, save
 from benchmarks.tune_points import Point
 
 MEANINGLESS = "a dry run on a CPU: times mean nothing"
+CONTINUED = ("refused", "points", "crossing", "failures", "seconds", "clocks")
+"""What a second call takes over from the first."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -53,6 +55,7 @@ class Record:
         self.running_since: float | None = None
         if path.is_file():
             self._continue(json.loads(path.read_text()))
+        # Left by a process that ended inside ``run``: its variant must not end the next one too.
         if self.running.is_file():
             self.refused[self.running.read_text()] = "the process ended, or hung, while it ran"
             self.running.unlink()
@@ -60,6 +63,7 @@ class Record:
     def _continue(self, found: dict[str, Any]) -> None:
         """Take over what an earlier call wrote; raises ``ValueError`` where it was made by
         something else."""
+        # Another torch or Triton compiles other kernels: their times do not belong in one table.
         versions = environment(self.device)["versions"]
         same = {
             "gpu": (found.get("gpu"), self.gpu),
@@ -74,23 +78,42 @@ class Record:
                     " --out, or remove it"
                 )
         sweep = found["sweep"]
-        for name in ("refused", "points", "crossing", "failures", "seconds", "clocks"):
+        # ``not_reached`` begins empty: this call may reach what the earlier one did not.
+        for name in CONTINUED:
             setattr(self, name, sweep[name])
 
     def save(self) -> None:
         """Write the whole file anew."""
-        points = self.points.values()
-        layers: dict[str, dict[str, Any]] = {}
-        for name in dict.fromkeys(point["layer"] for point in self.crossing.values()):
-            mine = [point for point in self.crossing.values() if point["layer"] == name]
-            layers[name] = {**mine[0]["key"], "vendor_from": vendor_from(mine)}
-        names = ("refused", "points", "crossing", "failures", "not_reached", "seconds", "clocks")
+        rows = []
+        rule_stands = []
+        for point in self.points.values():
+            if point["row"]:
+                rows.append(point["row"])
+            else:
+                # Said too, so that a neighbour's row is not taken where the rule was measured best.
+                rule_stands.append(point["key"])
+        # One choice of back end for each layer, from all its points.
+        by_layer: dict[str, list[dict[str, Any]]] = {}
+        for point in self.crossing.values():
+            by_layer.setdefault(point["layer"], []).append(point)
+        layers = []
+        for mine in by_layer.values():
+            layers.append({**mine[0]["key"], "vendor_from": vendor_from(mine)})
+        sweep = {}
+        for name in (*CONTINUED, "not_reached"):
+            sweep[name] = getattr(self, name)
         save(
-            self.path, "tune", self.device, dry=self.dry, gpu=self.gpu, measured=self._measured(),
-            rows=[point["row"] for point in points if point["row"]],
-            rule_stands=[point["key"] for point in points if not point["row"]],
-            layers=list(layers.values()), sweep={name: getattr(self, name) for name in names},
-        )  # fmt: skip
+            self.path,
+            "tune",
+            self.device,
+            dry=self.dry,
+            gpu=self.gpu,
+            measured=self._measured(),
+            rows=rows,
+            rule_stands=rule_stands,
+            layers=layers,
+            sweep=sweep,
+        )
 
     def _measured(self) -> dict[str, Any]:
         found = environment(self.device)
@@ -177,6 +200,7 @@ def vendor_from(points: list[dict[str, Any]]) -> int | None:
     """The fewest rows per expert from which on torch's grouped GEMM was always faster by more than
     noise; None: never."""
     found = None
+    # Downwards from the most rows, to the first point that Triton wins, ties included.
     for point in sorted(points, key=lambda point: (-point["rows_per_expert"], point["experts"])):
         triton = point["triton_us"]
         vendor = point["grouped_mm_us"]

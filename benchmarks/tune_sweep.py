@@ -1,5 +1,5 @@
-"""The sweep: compile, check, time, write. What it measures with is passed in, so that tests bring a
-clock of their own.
+"""Sweep over variants of the grouped GEMM: compile, check, time, write. What measures is passed in,
+so that tests bring a clock of their own.
 
 1. compile   every variant of a group of points in child processes; a point is begun when all of
              its variants were tried
@@ -96,7 +96,9 @@ class Sweep:
     """Measures groups of points into a record, until its time is over."""
 
     def __init__(self, record: Record, tools: Tools, seconds: float) -> None:
-        self.record, self.tools, self.end = record, tools, tools.now() + seconds
+        self.record = record
+        self.tools = tools
+        self.end = tools.now() + seconds
         self.compiled: set[Job] = set()
         """Compiled, or refused."""
         self.checked: set[str] = set()
@@ -110,13 +112,11 @@ class Sweep:
         """All that time allows, in order; what is on record already is not measured again."""
         record = self.record
         tried = {*record.points, *record.crossing, *record.failures}
-        remaining = [
-            Group(
-                tuple(point for point in group.points if point.label not in tried),
-                tuple(spec for spec in group.layers if spec.label not in tried),
-            )
-            for group in groups
-        ]
+        remaining = []
+        for group in groups:
+            points = tuple(point for point in group.points if point.label not in tried)
+            layers = tuple(spec for spec in group.layers if spec.label not in tried)
+            remaining.append(Group(points, layers))
         # All of it first: a process that is killed leaves a file that says what it did not reach.
         record.not_reached = []
         for group in remaining:
@@ -133,6 +133,7 @@ class Sweep:
         record.save()
 
     def _if_time(self, kind: str, label: str, call: Callable[[], None]) -> None:
+        # A fifth more than the slowest so far: one that is cut off has measured nothing.
         if self.left() < max(LEAST_SECONDS, 1.2 * self.longest.get(kind, 0.0)):
             return
         try:
@@ -175,6 +176,7 @@ class Sweep:
         wanted = self._uncompiled(points)
         if not wanted:
             return
+        # A kernel that was not begun in time has no entry; None says that it compiles.
         found = self.tools.compiler(wanted, COMPILE_SHARE * self.left())
         self.compiled |= found.keys()
         for job, why in found.items():
@@ -235,8 +237,11 @@ class Sweep:
             raise OutOfTime(f"{point.label}: {len(left)} kernels are not compiled yet")
         variants = self.variants(point)
         new = [v for v in variants if _name(gemm, v) not in self.checked]
+        # Once for each product and variant, for all points that share the product.
         uneven = make_operands(gemm, tools.uneven, tools.device, tools.dtype)
-        self.checked |= {_name(gemm, v) for v in self._passed(gemm, new, uneven)}
+        for variant in self._passed(gemm, new, uneven):
+            self.checked.add(_name(gemm, variant))
+        # Again at the very sizes: some mistakes, such as offsets past 2^31, need many rows.
         operands = make_operands(gemm, [point.rows] * point.experts, tools.device, tools.dtype)
         variants = [v for v in variants if _name(gemm, v) in self.checked]
         passed = self._passed(gemm, variants, operands)
@@ -262,7 +267,9 @@ class Sweep:
         found = {}
         for v in variants:
             us = samples[variant_label(v)]
-            tenths = statistics.quantiles(us, n=10, method="inclusive") if len(us) > 1 else us
+            tenths = us
+            if len(us) > 1:
+                tenths = statistics.quantiles(us, n=10, method="inclusive")
             median = statistics.median(us)
             found[v] = median, (tenths[-1] - tenths[0]) / 2 / median
         return found
@@ -274,6 +281,7 @@ class Sweep:
         """What is written of a point: its row, if one is worth it, and what it rests on."""
         best = min(second, key=lambda v: second[v][0])
         us, spread = second[best]
+        # The rule's own was refused where it has no time; then any other is better.
         rule_us, rule_spread = second.get(own, (None, 0.0))
         spread = max(spread, rule_spread)
         row = None
@@ -284,6 +292,12 @@ class Sweep:
                 "spread": round(spread, 4),
             }
             row = row_of(point, self.tools.dtype, best, times)
+        first_us = {}
+        for variant, (median, _) in first.items():
+            first_us[variant_label(variant)] = round(median, 2)
+        second_us = {}
+        for variant, (median, width) in second.items():
+            second_us[variant_label(variant)] = [round(median, 2), round(width, 4)]
         print(
             f"{point.label}: rule {_text(rule_us)} us, best {us:.1f} us ± {100 * spread:.1f} %"
             f" ({point.flops() / us / 1e6:.0f} TFLOP/s):"
@@ -297,10 +311,8 @@ class Sweep:
             "rule": variant_label(own),
             "best": variant_label(best),
             "tflops": round(point.flops() / us / 1e6, 1),
-            "first_us": {variant_label(v): round(median, 2) for v, (median, _) in first.items()},
-            "second_us": {
-                variant_label(v): [round(m, 2), round(s, 4)] for v, (m, s) in second.items()
-            },
+            "first_us": first_us,
+            "second_us": second_us,
         }
 
     # ---- a layer ---------------------------------------------------------------------------------
@@ -308,6 +320,7 @@ class Sweep:
     def _layer(self, spec: Spec) -> None:
         """Both back ends on one layer, Triton by the table as it is now."""
         os.environ[tuned.ENV_TABLE] = str(self.record.path)
+        # A table is read once in a process, and this one has grown since.
         tuned.forget()
         rows = spec.num_rows // spec.experts
         found = self.tools.layer(spec)

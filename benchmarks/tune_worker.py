@@ -15,9 +15,9 @@ from megalora_kernels import tuned
 from megalora_kernels.variants import Product, Variant, device_limits, rule
 
 from benchmarks.arms import ours_separate
-from benchmarks.compare import Row, compare
+from benchmarks.compare import compare
 from benchmarks.expert_case import Spec, make_case, reference
-from benchmarks.gpu_timing import sample, table
+from benchmarks.gpu_timing import Stats, sample, table
 from benchmarks.tune import DEAD_DEVICE, HUNG, MISTAKE
 from benchmarks.tune_compile import Job, compile_all
 from benchmarks.tune_points import UNEVEN, UNEVEN_DRY, dry_groups, groups
@@ -34,7 +34,10 @@ def timer_on(device: torch.device) -> Callable[..., dict[str, list[float]]]:
 
     def timer(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
         found = sample(calls, device, repeats, warmup=1)
-        return {name: [1e3 * ms for ms, _host_ms in pairs] for name, pairs in found.items()}
+        us = {}
+        for name, pairs in found.items():
+            us[name] = [1e3 * ms for ms, _host_ms in pairs]
+        return us
 
     return timer
 
@@ -43,13 +46,12 @@ def compiler_for(capability: tuple[int, int]) -> Callable[..., dict[Job, str | N
     """Compiles for the GPU that this process has, on all of its cores but two."""
 
     def compiler(jobs: Sequence[Job], seconds: float) -> dict[Job, str | None]:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.tune_compile",
-            str(10 * capability[0] + capability[1]),
-        ]
-        return compile_all(jobs, command, max(1, (os.cpu_count() or 1) - 2), seconds)
+        # 90 for compute capability 9.0.
+        sm = 10 * capability[0] + capability[1]
+        command = [sys.executable, "-m", "benchmarks.tune_compile", str(sm)]
+        # Two cores stay free: for this process and the driver.
+        num_workers = max(1, (os.cpu_count() or 1) - 2)
+        return compile_all(jobs, command, num_workers, seconds)
 
     return compiler
 
@@ -74,18 +76,23 @@ def time_layer(
         dtype,
         repeats,
     )
-    found: dict[str, Any] = {f"{row.arm}_us": _microseconds(row) for row in rows}
-    found["spread"] = max((_spread(row) for row in rows if row.train), default=0.0)
-    return found | {"problems": [f"{row.arm}: {row.status}" for row in rows if row.status != "ok"]}
+    found: dict[str, Any] = {}
+    spread = 0.0
+    problems = []
+    for row in rows:
+        found[f"{row.arm}_us"] = None
+        if row.train:
+            found[f"{row.arm}_us"] = round(1e3 * row.train.median_ms, 2)
+            # The noisier of the two decides how much faster one has to be.
+            spread = max(spread, _spread(row.train))
+        if row.status != "ok":
+            problems.append(f"{row.arm}: {row.status}")
+    return found | {"spread": spread, "problems": problems}
 
 
-def _microseconds(row: Row) -> float | None:
-    return round(1e3 * row.train.median_ms, 2) if row.train else None
-
-
-def _spread(row: Row) -> float:
-    assert row.train is not None
-    return round((row.train.p90_ms - row.train.p10_ms) / 2 / row.train.median_ms, 4)
+def _spread(stats: Stats) -> float:
+    """Half the distance from the 10th to the 90th percentile, relative to the median."""
+    return round((stats.p90_ms - stats.p10_ms) / 2 / stats.median_ms, 4)
 
 
 def gpu_tools() -> Tools:
@@ -162,10 +169,14 @@ def show(record: Record) -> str:
         rule_us = second.get(point["rule"], ["-"])[0]
         says = point["best"] if row else "the rule stands"
         lines.append((label, rule_us, best_us, spread, point["tflops"], says))
-    refused = [f"refused {name}: {why}" for name, why in record.refused.items()]
-    refused += [f"FAILED {label}: {why}" for label, why in record.failures.items()]
-    left = [f"not reached: {'; '.join(record.not_reached)}"] if record.not_reached else []
-    return "\n".join([table(header, lines), *refused, *left])
+    text = [table(header, lines)]
+    for name, why in record.refused.items():
+        text.append(f"refused {name}: {why}")
+    for label, why in record.failures.items():
+        text.append(f"FAILED {label}: {why}")
+    if record.not_reached:
+        text.append(f"not reached: {'; '.join(record.not_reached)}")
+    return "\n".join(text)
 
 
 def main() -> int:
@@ -186,21 +197,18 @@ def main() -> int:
         return MISTAKE
     watch(record)
     record.note_clocks("at the start")
+    sweep = Sweep(record, tools, args.end - time.monotonic())
     try:
-        Sweep(record, tools, args.end - time.monotonic()).measure(
-            dry_groups() if args.dry else groups()
-        )
+        sweep.measure(dry_groups() if args.dry else groups())
     except DeadDevice as error:
         print(f"the device answers no more after {error}", file=sys.stderr)
         return DEAD_DEVICE
     record.note_clocks("at the end")
     record.save()
     print(f"\n{show(record)}")
-    ships = (
-        MEANINGLESS
-        if args.dry
-        else f"to ship it: kernels/megalora_kernels/tuned/{tuned.file_name(record.gpu)}"
-    )
+    ships = f"to ship it: kernels/megalora_kernels/tuned/{tuned.file_name(record.gpu)}"
+    if args.dry:
+        ships = MEANINGLESS
     print(f"wrote {args.out} ({ships})")
     return 1 if record.failures else 0
 
