@@ -44,6 +44,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what passed in an earlier call."""
     passed = set(json.loads(os.environ[PASSED]))
+    # In place: pytest keeps the list that it handed over.
     done = [item for item in items if item.nodeid in passed]
     items[:] = [item for item in items if item.nodeid not in passed]
     config.hook.pytest_deselected(items=done)
@@ -62,6 +63,7 @@ class Results:
         self.not_reached: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # Of setup and teardown only what went wrong; skips are told at setup.
         if report.when != "call" and report.outcome == "passed":
             return
         why = ""
@@ -82,9 +84,10 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        failures = [
-            f"{row['test']}: {row['why']}" for row in self.rows if row["outcome"] == "failed"
-        ]
+        failures = []
+        for row in self.rows:
+            if row["outcome"] == "failed":
+                failures.append(f"{row['test']}: {row['why']}")
         save(
             self.out, "gpu_tests", self.device, settings=self.settings, rows=self.rows,
             not_reached=self.not_reached, failures=failures,
@@ -98,6 +101,7 @@ def words_for(dry: bool, everything: bool) -> list[str]:
         words += ["-n", str(PROCESSES)]
     if everything:
         return [*words, "tests/gpu"]
+    # The kernels' tests on a CPU are tests/kernels, which need no GPU.
     files = [STEP] if dry else [STEP, KERNELS]
     return [*words, "--noconftest", "-k", CHOICE, *files]
 
@@ -118,6 +122,7 @@ def main(given: list[str] | None = None) -> int:
     os.environ[PASSED] = json.dumps(results.passed)
     code = pytest.main(words_for(args.dry, args.all), plugins=[results])
     results.write()
+    # All passed in earlier calls: pytest calls it an error that it was left no test.
     nothing_left = code == pytest.ExitCode.NO_TESTS_COLLECTED and bool(results.passed)
     return 0 if nothing_left else int(code)
 

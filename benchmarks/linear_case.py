@@ -1,11 +1,11 @@
-"""One grouped linear with an adapter, rows sorted by expert: LoRA's cost with no gather, SwiGLU or
+"""Make one grouped linear with an adapter a benchmark case: LoRA's cost with no gather, SwiGLU or
 combine around it.
 
 Shape legend: M rows sorted by expert    E experts    N outputs    K inputs    R LoRA rank
 """
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,13 +96,21 @@ def make_linear(
 def linear_reference(case: LinearCase, adapters: bool) -> Tensors:
     """The output and every gradient in float32, one expert after the other, the chain rule written
     out."""
-    x, a, b = (case.leaves[name].detach() for name in ("x", "a", "b"))
-    want = {
-        name: torch.zeros_like(t, dtype=torch.float32)
-        for name, t in {**case.leaves, "out": case.dout}.items()
-    }
-    ends = case.offsets.tolist()
-    for e, (i, j) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+    x = case.leaves["x"].detach()
+    a = case.leaves["a"].detach()
+    b = case.leaves["b"].detach()
+    shapes = {"out": case.dout, "x": x}
+    if adapters:
+        shapes |= {"a": a, "b": b}
+    want = {}
+    for name, t in shapes.items():
+        # Zeros: an expert without rows leaves zero gradients.
+        want[name] = torch.zeros_like(t, dtype=torch.float32)
+    j = 0
+    for e, end in enumerate(case.offsets.tolist()):
+        # Rows i to j are this expert's.
+        i = j
+        j = end
         xe = x[i:j].float()
         dy = case.dout[i:j].float()
         we = case.w[e].float()
@@ -111,13 +119,14 @@ def linear_reference(case: LinearCase, adapters: bool) -> Tensors:
         want["out"][i:j] = xe @ we.T
         want["x"][i:j] = dy @ we
         if adapters:
+            # y = x W^T + c s B^T with s = x A^T, so ds = c dy B, dA = ds^T x and dB = c dy^T s.
             s = xe @ ae.T
             ds = SCALE * dy @ be
             want["out"][i:j] += SCALE * s @ be.T
             want["x"][i:j] += ds @ ae
             want["a"][e] = ds.T @ xe
             want["b"][e] = SCALE * dy.T @ s
-    return want if adapters else {name: want[name] for name in ("x", "out")}
+    return want
 
 
 def ours_linear(case: LinearCase, backend: str | None, weight: Tensor | AugmentedWeight) -> Arm:
@@ -147,9 +156,11 @@ def theirs_linear(case: LinearCase, linear: Linear, **how: Any) -> Arm:
     def forward() -> Tensor:
         return linear(v["x"], case.w, v["a"], v["b"], case.offsets)
 
-    return of_autograd(
-        "theirs", forward, {"x": v["x"]} if how.get("gives") == "base" else v, case.dout, **how
-    )
+    leaves = v
+    if how.get("gives") == "base":
+        # Autograd would raise for factors that the base does not use.
+        leaves = {"x": v["x"]}
+    return of_autograd("theirs", forward, leaves, case.dout, **how)
 
 
 def dense_linear(case: LinearCase) -> Arm:
@@ -163,11 +174,10 @@ def dense_linear(case: LinearCase) -> Arm:
 
 def our_linear_arms(case: LinearCase) -> dict[str, Build]:
     joined = cache(lambda: AugmentedWeight(case.w, case.spec.rank))
-    bases = {
-        f"base {backend}": partial(linear_base, case, backend)
-        for backend in ("triton", "grouped_mm", "loop")
-    }
-    return bases | {
+    return {
+        "base triton": lambda: linear_base(case, "triton"),
+        "base grouped_mm": lambda: linear_base(case, "grouped_mm"),
+        "base loop": lambda: linear_base(case, "loop"),
         "ours triton": lambda: ours_linear(case, "triton", case.w),
         "ours grouped_mm joined": lambda: ours_linear(case, "grouped_mm", joined()),
         "ours grouped_mm": lambda: ours_linear(case, "grouped_mm", case.w),

@@ -1,5 +1,5 @@
-"""Arms of the comparison on Megatron-Core: megalora, torch's grouped_mm composed, and
-Megatron-Bridge's LoRA.
+"""Build the arms of the comparison that run on Megatron-Core: megalora, torch's grouped_mm
+composed, and Megatron-Bridge's LoRA.
 
 All have one base (attention, norms, embeddings, output layer), one training step (Megatron's
 schedule, DDP, sharded AdamW) and one batch; they differ in experts and adapters. Where Transformer
@@ -37,30 +37,34 @@ READS: dict[str, Input] = {
 # ---- megalora ------------------------------------------------------------------------------------
 
 
-def _start_and_tie(pieces: list[Any], setup: Setup) -> Tied:
+def _start_and_tie(shards: list[Any], setup: Setup) -> Tied:
     """Fill the A's of megalora's adapters and tie those that read one input.
 
-    A piece is one tensor of an adapter file: one expert's A of one projection is a view into a
+    A shard is one tensor of an adapter file: one expert's A of one projection is a view into a
     parameter.
     """
     starts: dict[tuple[int, Input], Tensor] = {}
     # For each input: where its A's lie. All experts of a projection are one entry: the same ranks
     # of one parameter.
     places: dict[tuple[int, Input], dict[tuple[Any, str], Callable[[], Tensor]]] = defaultdict(dict)
-    for piece in pieces:
-        if not piece.name.endswith("lora_A.weight"):
+    for shard in shards:
+        # B starts as zero everywhere.
+        if not shard.name.endswith("lora_A.weight"):
             continue
-        layer = int(re.findall(r"layers\.(\d+)", piece.name)[0])
-        expert = re.findall(r"experts\.(\d+)", piece.name)
-        read = READS[piece.name.split(".")[-3]]
+        layer = int(re.findall(r"layers\.(\d+)", shard.name)[0])
+        expert = re.findall(r"experts\.(\d+)", shard.name)
+        # "... .gate_proj.lora_A.weight"
+        read = READS[shard.name.split(".")[-3]]
         if (layer, read) not in starts:
             starts[layer, read] = initial_a(setup, layer, read)
         start = starts[layer, read]
-        piece.of({piece.parameter: piece.parameter.data}).copy_(
-            start[int(expert[0])] if expert else start
-        )
-        ranks = (slice(None), *piece.index[1:]) if expert else piece.index
-        places[layer, read][piece.parameter, str(ranks)] = _main_gradient(piece.parameter, ranks)
+        ranks = shard.index
+        if expert:
+            # ``start`` is [E, R, H]; the index begins with the expert, of which all are one entry.
+            start = start[int(expert[0])]
+            ranks = (slice(None), *shard.index[1:])
+        shard.of({shard.parameter: shard.parameter.data}).copy_(start)
+        places[layer, read][shard.parameter, str(ranks)] = _main_gradient(shard.parameter, ranks)
     return Tied(list(found.values()) for found in places.values())
 
 

@@ -42,6 +42,7 @@ def gemm_us(case: Case, outputs: int, inputs: int, rank: int, backend: str) -> f
     product = Product("forward", torch.bfloat16, outputs, inputs, rank, False, case.M / case.E)
     if backend == "triton":
         return cost(rule(product), product, case.E).us
+    # Adapters are K columns more of the same GEMM: rank columns [s] times [B].
     flops = 2 * case.M * outputs * (inputs + rank)
     return max(flops / (CUTLASS_TFLOPS * 1e6), floor_us(product, case.E))
 
@@ -104,24 +105,27 @@ def split(case: Case) -> tuple[float, float]:
     H = case.H
     I = case.I
     r = case.r
-    total = [0.0, 0.0]
+    forward_us = 0.0
+    backward_us = 0.0
     for inputs, outputs, rank in ((H, 2 * I, case.on_gate_up * r), (I, H, r)):
-        total[0] += gemm_us(case, outputs, inputs, 0, "split") + gemm_us(
-            case, rank, inputs, 0, "split"
-        )
-        # scale; add
-        total[0] += gemm_us(case, outputs, rank, 0, "split") + traffic_us(case, 5 * outputs)
-        # dX, dS
-        total[1] += gemm_us(case, inputs, outputs, 0, "split") + gemm_us(
-            case, rank, outputs, 0, "split"
-        )
-        total[1] += gemm_us(case, inputs, rank, 0, "split") + traffic_us(
-            case, 3 * inputs + 2 * outputs
-        )  # dS A; add; scale
-        total[1] += traffic_us(case, inputs + outputs + 2 * rank)  # dA, dB
-    total[0] += traffic_us(case, 2 * H) + traffic_us(case, 2 * I + 6 * I) + traffic_us(case, 2 * H)
-    total[1] += traffic_us(case, 2 * H) + traffic_us(case, 12 * I) + traffic_us(case, 2 * H)
-    return total[0], total[1]
+        # x W^T; s = x A^T; s B^T
+        forward_us += gemm_us(case, outputs, inputs, 0, "split")
+        forward_us += gemm_us(case, rank, inputs, 0, "split")
+        forward_us += gemm_us(case, outputs, rank, 0, "split")
+        # The scale reads and writes the outputs, the add reads both and writes one: 2 + 3.
+        forward_us += traffic_us(case, 5 * outputs)
+        # dx = dy W; ds = dy B; ds A
+        backward_us += gemm_us(case, inputs, outputs, 0, "split")
+        backward_us += gemm_us(case, rank, outputs, 0, "split")
+        backward_us += gemm_us(case, inputs, rank, 0, "split")
+        # The add of both parts of dx, and the scale of dy.
+        backward_us += traffic_us(case, 3 * inputs + 2 * outputs)
+        # dA reads x and ds, dB reads dy and s.
+        backward_us += traffic_us(case, inputs + outputs + 2 * rank)
+    # Gather, SwiGLU (its operations one by one) and combine.
+    forward_us += traffic_us(case, 2 * H) + traffic_us(case, 8 * I) + traffic_us(case, 2 * H)
+    backward_us += traffic_us(case, 2 * H) + traffic_us(case, 12 * I) + traffic_us(case, 2 * H)
+    return forward_us, backward_us
 
 
 @dataclass(frozen=True)
@@ -145,11 +149,15 @@ def layer(model: str, tokens: int, ep: int, rank: int, on_gate_up: int = 2) -> C
 
 
 def ratios(case: Case, backend: str) -> Ratios:
-    base, ours = (
-        [sum(phase(case, backend, rank).values()) for phase in (forward, backward)]
-        for rank in (0, case.r)
+    base_forward = sum(forward(case, backend, 0).values())
+    base_both = base_forward + sum(backward(case, backend, 0).values())
+    ours_forward = sum(forward(case, backend, case.r).values())
+    ours_both = ours_forward + sum(backward(case, backend, case.r).values())
+    return Ratios(
+        forward=ours_forward / base_forward,
+        both=ours_both / base_both,
+        split_over_ours=sum(split(case)) / ours_both,
     )
-    return Ratios(ours[0] / base[0], sum(ours) / sum(base), sum(split(case)) / sum(ours))
 
 
 def main() -> None:

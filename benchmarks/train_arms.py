@@ -1,5 +1,5 @@
-"""Training steps to compare: one model of random weights with LoRA on attention and experts,
-trained in several ways.
+"""Build the training steps to compare: one model of random weights with LoRA on attention and
+experts, trained in several ways.
 
 Each arm is a context manager that gives a ``Training``. Packages are imported inside: a missing one
 is told in its row.
@@ -35,7 +35,7 @@ class Setup:
     config: dict[str, Any]
     rank: int
     num_tokens: int
-    """Of the one sequence of a step."""
+    """Tokens of a step's one sequence."""
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
@@ -47,9 +47,9 @@ class Setup:
     def batch(self) -> Tensor:
         """``[1, T]``: the same sequence in every step, so that the loss must fall."""
         g = torch.Generator().manual_seed(self.seed)
-        return torch.randint(self.config["vocab_size"], (1, self.num_tokens), generator=g).to(
-            self.device
-        )
+        # Drawn on the CPU: a GPU's generator gives other tokens for the same seed.
+        tokens = torch.randint(self.config["vocab_size"], (1, self.num_tokens), generator=g)
+        return tokens.to(self.device)
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,10 @@ def base_model(setup: Setup) -> nn.Module:
     through grouped_mm."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-    config = Qwen3MoeConfig(
-        **{name: value for name, value in setup.config.items() if name != "model_type"}
-    )
+    fields = dict(setup.config)
+    # The class says it, and takes no such argument.
+    del fields["model_type"]
+    config = Qwen3MoeConfig(**fields)
     with torch.device(setup.device):
         model = AutoModelForCausalLM.from_config(
             config,
@@ -101,6 +102,7 @@ def training(model: nn.Module, setup: Setup, note: str, gate_up_is_one: bool) ->
     """Steps as transformers' Trainer takes them with bf16: autocast, fused AdamW on what is
     trained."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    # 1e-3: large enough for the loss to fall in the few steps that are taken.
     optimizer = torch.optim.AdamW(
         parameters, lr=1e-3, weight_decay=0.0, fused=setup.device.type == "cuda"
     )
@@ -136,39 +138,40 @@ class KernelExperts(nn.Module):
         super().__init__()
         w1 = base.gate_up_proj.data
         w2 = base.down_proj.data
-        self.weights = (
-            (AugmentedWeight(w1, rank), AugmentedWeight(w2, rank)) if joined else (w1, w2)
-        )
+        self.weights: tuple[Tensor | AugmentedWeight, Tensor | AugmentedWeight] = (w1, w2)
+        if joined:
+            self.weights = (AugmentedWeight(w1, rank), AugmentedWeight(w2, rank))
         self.dtype = w1.dtype
+        # J = 2I rows: gate's, then up's.
         E, J, H = w1.shape
         inner = w2.shape[2]
+        # In float32, as PEFT makes adapters beside a base in bfloat16.
         new = {"device": w1.device, "dtype": torch.float32}
-        self.a1, self.b1 = (nn.Parameter(torch.empty(E, *s, **new)) for s in ((rank, H), (J, rank)))
-        self.a2, self.b2 = (
-            nn.Parameter(torch.empty(E, *s, **new)) for s in ((rank, inner), (H, rank))
-        )
+        self.a1 = nn.Parameter(torch.empty(E, rank, H, **new))
+        self.b1 = nn.Parameter(torch.zeros(E, J, rank, **new))
+        self.a2 = nn.Parameter(torch.empty(E, rank, inner, **new))
+        self.b2 = nn.Parameter(torch.zeros(E, H, rank, **new))
         for a in (self.a1, self.a2):
             nn.init.normal_(a, std=a.shape[-1] ** -0.5)
-        for b in (self.b1, self.b2):
-            nn.init.zeros_(b)
 
     def forward(self, x_TH: Tensor, experts_TK: Tensor, probs_TK: Tensor) -> Tensor:
-        E, top_k = (self.a1.shape[0], experts_TK.shape[1])
+        E = self.a1.shape[0]
+        top_k = experts_TK.shape[1]
         num_tokens = x_TH.shape[0]
-        map_TE = torch.zeros(num_tokens, E, dtype=torch.bool, device=x_TH.device).scatter_(
-            1, experts_TK, True
-        )
-        probs_TE = torch.zeros(num_tokens, E, dtype=probs_TK.dtype, device=x_TH.device).scatter(
-            1, experts_TK, probs_TK
-        )
+        map_TE = torch.zeros(num_tokens, E, dtype=torch.bool, device=x_TH.device)
+        map_TE.scatter_(1, experts_TK, True)
+        # Out of place: gradients of the router's probabilities go through it.
+        probs_TE = torch.zeros(num_tokens, E, dtype=probs_TK.dtype, device=x_TH.device)
+        probs_TE = probs_TE.scatter(1, experts_TK, probs_TK)
+        # A token's experts in ascending order, not in the router's.
         routing, ordered_TK = route(map_TE, top_k)
         return self.compute(x_TH, permute_values(probs_TE.gather(1, ordered_TK), routing), routing)
 
     def compute(self, x: Tensor, probs_M: Tensor, routing: Any) -> Tensor:
         x = x.to(self.dtype)  # autocast does so before each GEMM, and norms may return float32
-        a1, b1, a2, b2 = (t.to(x.dtype) for t in (self.a1, self.b1, self.a2, self.b2))
-        gate_up = ExpertFactors(a1, (b1,), (ALPHA_OVER_RANK,))
-        down = ExpertFactors(a2, (b2,), (ALPHA_OVER_RANK,))
+        scales = (ALPHA_OVER_RANK,)
+        gate_up = ExpertFactors(self.a1.to(x.dtype), (self.b1.to(x.dtype),), scales)
+        down = ExpertFactors(self.a2.to(x.dtype), (self.b2.to(x.dtype),), scales)
         return expert_mlp(
             x, *self.weights, probs_M.to(x.dtype), routing, gate_up=gate_up, down=down
         )
@@ -185,6 +188,7 @@ class ShareOfExperts(KernelExperts):
         num_tokens, H = x_TH.shape
         num_ranks = experts_TK.shape[1]
         E = self.a1.shape[0]
+        # Each rank sends a row of every token, so T rows spread over E experts.
         counts_E = torch.full((E,), num_tokens // E, device=x_TH.device)
         counts_E[: num_tokens % E] += 1
         routing = regroup(counts_E.expand(num_ranks, E), num_ranks * num_tokens)
@@ -213,6 +217,8 @@ def kernels(setup: Setup) -> Iterator[Training]:
 def share(setup: Setup) -> Iterator[Training]:
     """As one of 8 expert-parallel ranks; weights have room for adapters, as megalora makes it for
     few experts."""
+    # 128 / 8 = 16 experts. With as many ranks as a token has experts, this rank gets k rows for
+    # each of its own tokens: as many as one rank alone would have.
     E = setup.config["num_experts"] // setup.config["num_experts_per_tok"]
     fewer = Setup(
         {**setup.config, "num_experts": E}, setup.rank, setup.num_tokens, setup.device, setup.dtype
