@@ -248,8 +248,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on."""
     settings = dict(vars(args))
     # A second call may have another budget, and it is found by its file.
-    del settings["budget_seconds"]
-    del settings["out"]
+    settings.pop("budget_seconds", None)
+    settings.pop("out", None)
     settings["tuned"] = os.environ.get("MEGALORA_TUNED", "")
     return settings
 
