@@ -38,8 +38,10 @@ def _combine_kernel(
     """One program owns BLOCK columns of one token."""
     token = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # Slots ascend with the expert's number: the order of the sum is the same on every run.
     acc = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(SLOTS):
+        # int64 before the stride: M H exceeds 2^31 from 2^20 rows of 2,048 features on.
         row = tl.load(slots_ptr + token * SLOTS + j).to(tl.int64)
         acc += tl.load(y_ptr + row * stride_y + cols, mask=cols < H, other=0.0).to(tl.float32)
     tl.store(
@@ -51,11 +53,14 @@ def _combine_kernel(
 
 
 def combine_triton(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
-    num_tokens, num_slots, H = *slots_TK.shape, y_MH.shape[1]
-    y_MH = y_MH if y_MH.stride(1) == 1 else y_MH.contiguous()
+    num_tokens, num_slots = slots_TK.shape
+    H = y_MH.shape[1]
+    if y_MH.stride(1) != 1:
+        # The kernel steps along H by one element, as an expanded gradient does not.
+        y_MH = y_MH.contiguous()
     slots_TK = slots_TK.contiguous()
     out_TH = y_MH.new_empty(num_tokens, H)
-    if num_tokens == 0:
+    if num_tokens == 0:  # a grid of no programs cannot be launched
         return out_TH
     block = min(1024, triton.next_power_of_2(H))
     _combine_kernel[(num_tokens, triton.cdiv(H, block))](
@@ -67,8 +72,7 @@ def combine_triton(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
 def combine(y_MH: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
     """Sum of each token's rows: ``[M, H]``, int32 ``[T, k]`` -> ``[T, H]`` in y's dtype. Not
     differentiable by itself."""
-    return (
-        combine_triton(y_MH, slots_TK)
-        if y_MH.is_cuda and y_MH.dtype != torch.float64
-        else combine_ref(y_MH, slots_TK)
-    )
+    # The kernel sums in float32, too coarsely for float64.
+    if y_MH.is_cuda and y_MH.dtype != torch.float64:
+        return combine_triton(y_MH, slots_TK)
+    return combine_ref(y_MH, slots_TK)

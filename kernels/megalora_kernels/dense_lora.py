@@ -36,6 +36,7 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: torch.Tensor, h: torch.Tensor, b_NR: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(h, b_NR)
+        # detach() shares memory and version counter, and leaves base's own graph behind.
         out = base.detach()
         out.view(-1, out.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), b_NR.t())
         return out
@@ -61,6 +62,7 @@ class _DenseLoRA(torch.autograd.Function):
     ) -> torch.Tensor:
         h_MR = x_MK @ a_RK.t()
         need_da, need_db = ctx.needs_input_grad[2:4]
+        # dA = dhᵀ x needs x, dB = dyᵀ h needs h [M, R]; dx needs neither.
         ctx.save_for_backward(
             x_MK if need_da else None, h_MR if need_db else None, weight_NK, a_RK, b_NR
         )
@@ -72,12 +74,15 @@ class _DenseLoRA(torch.autograd.Function):
         x_MK, h_MR, weight_NK, a_RK, b_NR = ctx.saved_tensors
         need_dx, _, need_da, need_db = ctx.needs_input_grad
         dh_MR = dy_MN @ b_NR
-        return (
-            (dy_MN @ weight_NK).addmm_(dh_MR, a_RK) if need_dx else None,
-            None,
-            dh_MR.t() @ x_MK if need_da else None,
-            dy_MN.t() @ h_MR if need_db else None,
-        )
+        dx_MK = da_RK = db_NR = None
+        if need_dx:
+            # The base's product first, as wide as x; the adapter's is added in its memory.
+            dx_MK = (dy_MN @ weight_NK).addmm_(dh_MR, a_RK)
+        if need_da:
+            da_RK = dh_MR.t() @ x_MK
+        if need_db:
+            db_NR = dy_MN.t() @ h_MR
+        return dx_MK, None, da_RK, db_NR
 
 
 # ---- 3. public functions -------------------------------------------------------------------------

@@ -34,6 +34,7 @@ def stack_descriptor(
         w = w_EKN.transpose(1, 2)
         block = [block_n, block_k]
     num_experts, num_rows, num_columns = w.shape
+    # In rows, not elements: N where experts lie side by side, N + R with room for an adapter.
     pitch = w.stride(0) // w.stride(1)
     # Of the last expert only its own rows: what lies behind them in a wider buffer need not exist.
     shape = [(num_experts - 1) * pitch + num_rows, num_columns]
@@ -43,7 +44,11 @@ def stack_descriptor(
 @triton.jit
 def load_from_stack(desc, first_row, k0, n0, BY_COLUMNS: tl.constexpr):
     """A block (K, N) of the expert that begins at ``first_row``, from ``k0`` and ``n0`` on."""
-    return desc.load([first_row + n0, k0]).T if BY_COLUMNS else desc.load([first_row + k0, n0])
+    if BY_COLUMNS:
+        # Stored [N, K]: the block arrives as (N, K) and is read transposed, without a copy.
+        return desc.load([first_row + n0, k0]).T
+    else:
+        return desc.load([first_row + k0, n0])
 
 
 def by_columns(w_EKN: torch.Tensor) -> bool:
@@ -55,8 +60,10 @@ def why_not_described(name: str, t: torch.Tensor) -> str | None:
     """Return why TMA cannot read a matrix or a stack of them, or None."""
     if t.dim() == 3 and by_columns(t):
         t = t.transpose(1, 2)
+    # Bytes from one row to the next, and before it from one expert to the next.
     steps = [step * t.element_size() for step in t.stride()[:-1]]
-    if t.stride(-1) != 1 or any(step % ALIGN_BYTES for step in steps) or t.data_ptr() % ALIGN_BYTES:
+    misaligned = any(step % ALIGN_BYTES for step in steps) or t.data_ptr() % ALIGN_BYTES
+    if t.stride(-1) != 1 or misaligned:
         return (
             f"TMA needs rows that start at multiples of {ALIGN_BYTES} bytes: {name} has strides"
             f" {t.stride()} of {t.element_size()} bytes and starts {t.data_ptr() % ALIGN_BYTES}"

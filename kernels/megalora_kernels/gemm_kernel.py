@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .absent import pointer
 from .descriptors import (
     by_columns,
     load_from_stack,
@@ -48,7 +49,10 @@ share columns of w in L2."""
 @triton.jit
 def _load_k(ptrs, k_ok, EVEN_K: tl.constexpr):
     """Values, or zeros beyond K. No mask where no tile reaches there: it would cost wide copies."""
-    return tl.load(ptrs) if EVEN_K else tl.load(ptrs, mask=k_ok, other=0.0)
+    if EVEN_K:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=k_ok, other=0.0)
 
 
 @triton.jit
@@ -70,6 +74,7 @@ def _add_low_rank(
         stride_bn = tl.where(mine, blocks[i][1][2], stride_bn)
         first = tl.where(mine, RANKS[i][0], first)
         rank = tl.where(mine, RANKS[i][1], rank)
+    # Ranks up to BLOCK_R are padding: zeros on both sides, which add nothing.
     r = tl.arange(0, BLOCK_R)
     r_ok = r < rank
     s_ptrs = s_ptr + first + rows[:, None].to(tl.int64) * stride_s + r[None, :]
@@ -84,14 +89,13 @@ def _add_low_rank(
 @triton.jit
 def _gemm_tile(
     x_ptr, w_ptr, s_ptr, blocks, y_ptr, source_ptr, expert, row0, end, column_tile, block_columns,
-    K,
-    stride_x, w_strides, w_pitch, stride_s, stride_y,
+    K, stride_x, w_strides, w_pitch, stride_s, stride_y,
     RANKS: tl.constexpr, HAS_SOURCE: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr,
-    W_NK: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    W_NK: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Compute and store the tile of rows from ``row0`` on and of columns by their number."""
+    # Tiles of columns go through block 0, then block 1; the last of each may be ragged.
     tiles_of_block = tl.cdiv(block_columns, BLOCK_N)
     block = column_tile // tiles_of_block
     n0 = (column_tile % tiles_of_block) * BLOCK_N
@@ -121,6 +125,7 @@ def _gemm_tile(
             w = load_from_stack(w_ptr, expert * w_pitch, k0, first_col + n0, W_NK)
         else:
             w = _load_k(w_ptrs, k_ok[:, None], EVEN_K)
+        # ieee: products of float32 are not rounded to TF32. For 16 bits it changes nothing.
         acc = tl.dot(x, w, acc, input_precision="ieee")
         if not X_TMA:
             x_ptrs += BLOCK_K
@@ -175,6 +180,7 @@ def _gemm_kernel(
         tile = tl.program_id(0) // tiles_n
         column_tile = tl.program_id(0) % tiles_n
         expert, row0, end = find_tile(table, tile, num_experts, BLOCK_M)
+        # The grid is an upper bound of the tiles: programs beyond the last one have no expert.
         if expert < num_experts:
             _gemm_tile(
                 x_ptr, w_ptr, s_ptr, blocks, y_ptr, source_ptr, expert, row0, end, column_tile,
@@ -208,7 +214,7 @@ def grouped_gemm_triton(
     limits = device_limits(x.device)
     if variant is None:
         variant = choose_variant(product, x.device)
-        # of addresses and strides, which a choice by sizes cannot know
+        # Addresses and strides are not among the sizes that the choice was made by.
         if tma_problem(variant, x, w_EKN):
             variant = rule(product, *limits)
     elif why := problem(variant, product, *limits) or tma_problem(variant, x, w_EKN):
@@ -235,12 +241,13 @@ def _launch(
     if variant.weight == "tma":
         w_operand, w_pitch = stack_descriptor(w_EKN, variant.block_k, variant.block_n)
     tiles = max_tiles(routing.num_rows, num_experts, variant.block_m)
+    # Columns vary fastest over programs, so that neighbours read the same rows of x from L2.
     programs = tiles * len(blocks) * triton.cdiv(block_columns, variant.block_n)
     if variant.persistent:
         programs = min(programs, num_multiprocessors(x.device))
     _gemm_kernel[(programs,)](
-        x_operand, w_operand, x if s_MR is None else s_MR, blocks, y_MN,
-        routing.offsets_E, routing.offsets_E if source_M is None else source_M,
+        x_operand, w_operand, pointer(s_MR, x), blocks, y_MN,
+        routing.offsets_E, pointer(source_M, routing.offsets_E),
         num_experts, block_columns, K, x.stride(0), w_EKN.stride(), w_pitch, stride_s,
         y_MN.stride(0),
         RANKS=ranks, HAS_SOURCE=source_M is not None,
@@ -264,11 +271,12 @@ def _low_rank_operands(
     """
     if s_MR is None or b is None:
         return 0, ((anything, (0, 0, 0)),), ((0, 0),)
+    # A block without adapter has rank 0: its loads are masked off, whatever they point at.
     operands: list[Any] = [(s_MR, (0, 0, 0))] * len(b)
     ranks = [(0, 0)] * len(b)
-    width = num_columns // len(b)
+    block_columns = num_columns // len(b)
     for b_ErN, columns, columns_of_s in columns_and_ranks(b, num_columns):
-        i = columns.start // width
+        i = columns.start // block_columns
         operands[i] = (b_ErN, b_ErN.stride())
         ranks[i] = (columns_of_s.start, b_ErN.shape[1])
     return s_MR.stride(0), tuple(operands), tuple(ranks)
@@ -284,11 +292,15 @@ def product_of(
 ) -> Product:  # fmt: skip
     """Return what the choice of a variant depends on."""
     num_experts, K, N = w_EKN.shape
+    rank = 0
+    blocks = 1
+    if s_MR is not None and b is not None:
+        rank = s_MR.shape[1]
+        blocks = len(b)
     return Product(
-        op="forward" if by_columns(w_EKN) else "dgrad",
-        dtype=x.dtype, N=N, K=K, rank=0 if s_MR is None or b is None else s_MR.shape[1],
+        op="forward" if by_columns(w_EKN) else "dgrad", dtype=x.dtype, N=N, K=K, rank=rank,
         gathered=source_M is not None, rows_per_expert=routing.num_rows / num_experts,
-        blocks=1 if s_MR is None or b is None else len(b),
+        blocks=blocks,
     )  # fmt: skip
 
 
@@ -296,6 +308,7 @@ def product_of(
 def num_multiprocessors(device: torch.device) -> int:
     """Return how many programs of one per multiprocessor run at once; a few for the interpreter."""
     if device.type == "cpu":
+        # Fewer than tiles even in small tests, and odd, so that walks end at different places.
         return 5
     return torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -20,11 +20,12 @@ import triton
 import triton.language as tl
 
 from . import tiles
+from .absent import pointer
 from .backend import choose_pass
 from .each_expert import multiply_rows
 from .gemm_kernel import grouped_gemm_triton
 from .grouped_gemm import grouped_gemm_loop
-from .routing import Routing
+from .routing import Routing, gather
 from .shrink import shrink_loop, shrink_triton
 from .sums import TorchSums, TritonSums
 from .tiles import tile_of
@@ -36,7 +37,7 @@ def lora_wgrad_ref(
     g_MR: torch.Tensor, x: torch.Tensor, routing: Routing, source_M: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``[E, R, K]`` in x's dtype; differentiable."""
-    x_MK = x if source_M is None else x[source_M.long()]
+    x_MK = gather(x, source_M)
     return torch.stack([g_MR[i:j].T @ x_MK[i:j] for _, i, j in routing.spans()])
 
 
@@ -61,12 +62,17 @@ def _wgrad_kernel(
         for m0 in range(row0, tl.minimum(row0 + CHUNK, end), BLOCK_M):
             rows = m0 + tl.arange(0, BLOCK_M)
             row_ok = rows < end
-            from_rows = tl.load(source_ptr + rows, mask=row_ok, other=0) if HAS_SOURCE else rows
+            from_rows = rows
+            if HAS_SOURCE:
+                from_rows = tl.load(source_ptr + rows, mask=row_ok, other=0)
+            # g is read transposed, (R, rows). Rows of the next expert and ranks beyond R must be
+            # zeros: they are terms of the sum.
             g_ptrs = g_ptr + rows[None, :].to(tl.int64) * stride_g + r[:, None]
             g = tl.load(g_ptrs, mask=row_ok[None, :] & (r < R)[:, None], other=0.0)
             x_ptrs = x_ptr + from_rows[:, None].to(tl.int64) * stride_x + ks[None, :]
             x = tl.load(x_ptrs, mask=row_ok[:, None] & (ks < K)[None, :], other=0.0)
             acc = tl.dot(g, x, acc, input_precision="ieee")
+        # A chunk has a place of its own, so no atomics; ``sums.py`` adds an expert's chunks.
         out = (
             part_ptr
             + chunk.to(tl.int64) * stride_pc
@@ -91,9 +97,10 @@ def lora_wgrad_triton(
     num_experts = routing.num_experts
     rank = g_MR.shape[1]
     K = x.shape[1]
+    # The accumulator (ranks, block_k) lives in registers: 64 float32 of a thread at rank 64.
     block_k = 64 if rank > 64 else 128
     _wgrad_kernel[(part.shape[0], triton.cdiv(K, block_k))](
-        g_MR, x, part, routing.offsets_E, routing.offsets_E if source_M is None else source_M,
+        g_MR, x, part, routing.offsets_E, pointer(source_M, routing.offsets_E),
         num_experts, K, g_MR.stride(0), x.stride(0), *part.stride(), R=rank,
         HAS_SOURCE=source_M is not None,
         EXPERTS=triton.next_power_of_2(num_experts), CHUNK=tiles.CHUNK_ROWS,
@@ -110,8 +117,7 @@ def lora_wgrad_loop(
     source_M: torch.Tensor | None = None,
 ) -> None:
     """Fills ``out`` ``[E, R, K]``: one GEMM per expert; over no rows it gives exact zeros."""
-    x_MK = x if source_M is None else x.index_select(0, source_M)
-    multiply_rows(g_MR, x_MK, routing, out_ERK)
+    multiply_rows(g_MR, gather(x, source_M), routing, out_ERK)
 
 
 # ---- 4. autograd ---------------------------------------------------------------------------------
@@ -128,10 +134,14 @@ class _LoRAWgrad(torch.autograd.Function):
         ctx.save_for_backward(g_MR, x_MK, offsets_E)
         ctx.triton = triton_
         routing = Routing(offsets_E, x_MK.shape[0])
-        sums = (TritonSums if triton_ else TorchSums)(
-            routing, x_MK, [(g_MR.shape[1], x_MK.shape[1])]
-        )
-        (lora_wgrad_triton if triton_ else lora_wgrad_loop)(g_MR, x_MK, routing, sums.places[0])
+        shapes = [(g_MR.shape[1], x_MK.shape[1])]
+        # The kernel leaves one part per chunk of rows, the loop whole sums: ``finish`` adds parts.
+        if triton_:
+            sums = TritonSums(routing, x_MK, shapes)
+            lora_wgrad_triton(g_MR, x_MK, routing, sums.places[0])  # pyright: ignore[reportArgumentType]
+        else:
+            sums = TorchSums(routing, x_MK, shapes)
+            lora_wgrad_loop(g_MR, x_MK, routing, sums.places[0])  # pyright: ignore[reportArgumentType]
         _, (out_ERK,) = sums.finish()
         return out_ERK  # pyright: ignore[reportReturnType]
 
@@ -141,13 +151,14 @@ class _LoRAWgrad(torch.autograd.Function):
         g_MR, x_MK, offsets_E = ctx.saved_tensors
         routing = Routing(offsets_E, x_MK.shape[0])
         dg_MR = torch.empty_like(g_MR)
-        (shrink_triton if ctx.triton else shrink_loop)(x_MK, (dout_ERK,), routing, dg_MR)
-        return (
-            dg_MR,
-            (grouped_gemm_triton if ctx.triton else grouped_gemm_loop)(g_MR, dout_ERK, routing),
-            None,
-            None,
-        )
+        # dg[m] = dout[e] x[m] is a shrink by dout; dx[m] = dout[e]ᵀ g[m] a product with it.
+        if ctx.triton:
+            shrink_triton(x_MK, (dout_ERK,), routing, dg_MR)
+            dx_MK = grouped_gemm_triton(g_MR, dout_ERK, routing)
+        else:
+            shrink_loop(x_MK, (dout_ERK,), routing, dg_MR)
+            dx_MK = grouped_gemm_loop(g_MR, dout_ERK, routing)
+        return dg_MR, dx_MK, None, None
 
 
 # ---- 5. public function --------------------------------------------------------------------------

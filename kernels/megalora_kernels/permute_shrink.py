@@ -19,7 +19,7 @@ import torch
 from .backend import choose_pass
 from .checks import check_placement
 from .engine import make_engine
-from .routing import Routing
+from .routing import Routing, gather
 from .shrink import shrink_ref
 
 # ---- 1. reference --------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ def permute_shrink_ref(
     x_TK: torch.Tensor, a_ERK: torch.Tensor, routing: Routing
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification; differentiable."""
-    x_MK = x_TK if routing.source_M is None else x_TK[routing.source_M.long()]
+    x_MK = gather(x_TK, routing.source_M)
     return x_MK, shrink_ref(x_MK, a_ERK, routing)
 
 
@@ -59,6 +59,7 @@ class _PermuteShrink(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         x_TK, a_ERK, offsets_E, source_M, slots_TK = ctx.saved_tensors
         engine = make_engine(ctx.backend, Routing(offsets_E, source_M.shape[0], source_M, slots_TK))
+        # Both ways into a row at once, then each token sums its own k rows.
         dx_TK = engine.combine(engine.from_rank(ds_MR, a_ERK).add_(drows_MK))
         sums = engine.sums(x_TK, [a_ERK.shape[1:]])
         engine.wgrad(ds_MR, x_TK, sums.places[0], source_M)
@@ -104,5 +105,8 @@ def permute_shrink(
     name = choose_pass(backend, "permute_shrink", x_TK, a_ERK.shape[1])
     if name == "reference":
         return permute_shrink_ref(x_TK, a_ERK, routing)
-    whose = (t.contiguous() for t in (routing.offsets_E, routing.source_M, routing.slots_TK))
-    return _PermuteShrink.apply(x_TK, a_ERK, *whose, name)  # pyright: ignore[reportReturnType]
+    # Kernels read these three without strides.
+    offsets_E = routing.offsets_E.contiguous()
+    source_M = routing.source_M.contiguous()
+    slots_TK = routing.slots_TK.contiguous()
+    return _PermuteShrink.apply(x_TK, a_ERK, offsets_E, source_M, slots_TK, name)  # pyright: ignore[reportReturnType]

@@ -2,10 +2,9 @@
 by expert.
 
 Each rank sends its rows sorted by this rank's experts, so rows come in blocks, one for each rank
-and expert, whose lengths are
-known: a block's place in either order is the sum of the lengths before it. One launch; every place
-    is written by exactly one program, and nothing waits for the device. A value of each row (its
-    routing probability) is moved in the same launch.
+and expert, whose lengths are known: a block's place in either order is the sum of the lengths
+before it. One launch; every place is written by exactly one program, and nothing waits for the
+device. A value of each row (its routing probability) is moved in the same launch.
 
 Shape legend: M received rows   E experts of this rank   R ranks that send
 """
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .absent import pointer
 from .routing import Routing, as_outputs, assembled, check_rows
 
 SPLITS = 4
@@ -32,9 +32,11 @@ SPLITS = 4
 def regroup_ref(counts_RE: torch.Tensor, num_rows: int) -> Routing:
     """The specification."""
     counts_ER = counts_RE.t()
+    # Row-major over [R, E] is the order of arrival, over [E, R] the sorted one.
     start_RE = _exclusive(counts_RE)
     start_ER = _exclusive(counts_ER)  # of the same blocks once sorted by expert
     shift_ER = start_RE.t() - start_ER
+    # All rows of a block move by the same distance, in one direction and back.
     row_M = torch.arange(num_rows, device=counts_RE.device)
     source_M = row_M + shift_ER.reshape(-1).repeat_interleave(
         counts_ER.reshape(-1), output_size=num_rows
@@ -85,6 +87,7 @@ def _regroup_kernel(
         ends = tl.cumsum(tl.sum(counts, 0), 0)
         place = tl.arange(0, EXPERTS)
         tl.store(offsets_ptr + place, ends, mask=place < num_experts)
+    # SPLITS programs take turns at the block, BLOCK rows at a time.
     for i0 in range(split * BLOCK, count, SPLITS * BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         mine = i < count
@@ -110,10 +113,12 @@ def regroup_triton(
     offsets_E = torch.empty(num_experts, **new)
     source_M = torch.empty(num_rows, **new)
     slots_MK = torch.empty(num_rows, 1, **new)
-    moved_M = None if values_M is None else values_M.new_empty(num_rows)
-    values, moved = (offsets_E, offsets_E) if values_M is None else (values_M, moved_M)
+    moved_M = None
+    if values_M is not None:
+        moved_M = values_M.new_empty(num_rows)
     _regroup_kernel[(num_ranks * num_experts, SPLITS)](
-        counts_RE, values, offsets_E, source_M, slots_MK, moved, num_ranks, num_experts, num_rows,
+        counts_RE, pointer(values_M, offsets_E), offsets_E, source_M, slots_MK,
+        pointer(moved_M, offsets_E), num_ranks, num_experts, num_rows,
         *counts_RE.stride(),
         HAS_VALUES=values_M is not None, RANKS=triton.next_power_of_2(num_ranks),
         EXPERTS=triton.next_power_of_2(num_experts), SPLITS=SPLITS, BLOCK=512,
@@ -141,6 +146,7 @@ class _RegroupValues(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         if dsorted_M is None:
             return None, None
+        # slots is the inverse of source, by which forward gathered.
         (slots_MK,) = ctx.saved_tensors
         return dsorted_M.index_select(0, slots_MK.view(-1)), None
 
@@ -150,12 +156,14 @@ def _regroup(
 ) -> tuple[Routing, torch.Tensor | None]:
     check_rows(num_rows, f"{num_rows} received rows")
     if counts_RE.is_cuda:
-        return regroup_triton(
-            counts_RE, num_rows, None if values_M is None else values_M.contiguous()
-        )
+        if values_M is not None:
+            values_M = values_M.contiguous()
+        return regroup_triton(counts_RE, num_rows, values_M)
     routing = regroup_ref(counts_RE, num_rows)
     assert routing.source_M is not None
-    return routing, None if values_M is None else values_M.index_select(0, routing.source_M)
+    if values_M is None:
+        return routing, None
+    return routing, values_M.index_select(0, routing.source_M)
 
 
 # ---- 5. public functions -------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .absent import pointer
 from .routing import Routing, as_outputs, assembled, check_rows
 
 CHUNKS = 128
@@ -30,9 +31,11 @@ CHUNKS = 128
 def route_ref(routing_map_TE: torch.Tensor, top_k: int) -> tuple[Routing, torch.Tensor]:
     """The specification; about 15 operations of torch."""
     num_tokens, num_experts = routing_map_TE.shape
+    # On a GPU this would wait for the device: there a kernel asserts it.
     whole = (routing_map_TE.sum(1) == top_k).all()
     if routing_map_TE.device.type == "cpu" and not bool(whole):
         raise ValueError(f"routing: every token must have exactly top_k={top_k} experts")
+    # E, E - 1, ... for the chosen: the largest k are the k experts in ascending order.
     rank_TE = (
         torch.arange(num_experts, 0, -1, device=routing_map_TE.device, dtype=torch.int32)
         * routing_map_TE
@@ -108,6 +111,7 @@ def _place_kernel(
     ends = tl.cumsum(total, 0)
     if chunk == 0:
         tl.store(offsets_ptr + e, ends, mask=e < num_experts)
+    # Where each expert's rows of this chunk begin: behind other experts' rows and earlier chunks'.
     next_row = ends - total + before
     first = chunk * chunk_tokens
     for t0 in range(first, tl.minimum(first + chunk_tokens, num_tokens), BLOCK_T):
@@ -155,6 +159,7 @@ def _spread_kernel(
 def _tokens_at_once(num_experts: int) -> tuple[int, int]:
     """(experts, tokens) of the tile of the map that a program reads at once, powers of two."""
     experts = int(triton.next_power_of_2(num_experts))
+    # 4,096 elements of a tile spilled at 255 registers; 2,048 do not.
     return experts, max(1, min(64, 2048 // experts))
 
 
@@ -166,6 +171,7 @@ def route_triton(
     num_tokens, num_experts = routing_map_TE.shape
     num_rows = routing_map_TE.shape[0] * top_k
     experts, block_t = _tokens_at_once(num_experts)
+    # Whole tiles, as few as make at most CHUNKS chunks.
     chunk_tokens = block_t * int(triton.cdiv(num_tokens, block_t * CHUNKS))
     num_chunks = int(triton.cdiv(num_tokens, chunk_tokens))
     new = {"dtype": torch.int32, "device": routing_map_TE.device}
@@ -174,17 +180,21 @@ def route_triton(
     source_M = torch.empty(num_rows, **new)
     slots_TK = torch.empty(num_tokens, top_k, **new)
     expert_TK = torch.empty(num_tokens, top_k, **new)
-    moved_M = None if values_TE is None else values_TE.new_empty(num_rows)
-    values, moved = (offsets_E, offsets_E) if values_TE is None else (values_TE, moved_M)
+    moved_M = None
+    if values_TE is not None:
+        moved_M = values_TE.new_empty(num_rows)
+    stride_vt = stride_ve = 0
+    if values_TE is not None:
+        stride_vt, stride_ve = values_TE.stride()
     tile = {"TOP_K": top_k, "EXPERTS": experts, "BLOCK_T": block_t}
     sizes = (num_tokens, num_experts, chunk_tokens)
     _count_kernel[(num_chunks,)](
         routing_map_TE, counts, *sizes, *routing_map_TE.stride(), **tile, sanitize_overflow=False
     )
     _place_kernel[(num_chunks,)](
-        routing_map_TE, counts, values, offsets_E, source_M, slots_TK, expert_TK, moved,
-        *sizes, num_chunks, *routing_map_TE.stride(),
-        *((0, 0) if values_TE is None else values_TE.stride()),
+        routing_map_TE, counts, pointer(values_TE, offsets_E), offsets_E, source_M, slots_TK,
+        expert_TK, pointer(moved_M, offsets_E),
+        *sizes, num_chunks, *routing_map_TE.stride(), stride_vt, stride_ve,
         HAS_VALUES=values_TE is not None, BLOCK_C=block_t, **tile,
     )  # fmt: skip
     return Routing(offsets_E, num_rows, source_M, slots_TK), expert_TK, moved_M
@@ -232,15 +242,12 @@ class _RouteValues(torch.autograd.Function):
     def backward(
         ctx: Any, dvalues_M: torch.Tensor | None, *_: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        if dvalues_M is None:
+        if dvalues_M is None:  # nobody used the values
             return None, None, None
         slots_TK, expert_TK = ctx.saved_tensors
         if dvalues_M.is_cuda and slots_TK.shape[0]:
-            return (
-                spread_triton(dvalues_M.contiguous(), slots_TK, expert_TK, ctx.num_experts),
-                None,
-                None,
-            )
+            dvalues_TE = spread_triton(dvalues_M.contiguous(), slots_TK, expert_TK, ctx.num_experts)
+            return dvalues_TE, None, None
         dvalues_TE = dvalues_M.new_zeros(slots_TK.shape[0], ctx.num_experts)
         found_TK = dvalues_M.index_select(0, slots_TK.reshape(-1)).view(slots_TK.shape)
         return dvalues_TE.scatter_(1, expert_TK.long(), found_TK), None, None

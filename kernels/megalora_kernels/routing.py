@@ -43,7 +43,9 @@ class Routing:
             ValueError: the offsets decrease somewhere or do not end at M.
         """
         bounds = [0, *self.offsets_E.tolist()]
-        if bounds[-1] != self.num_rows or any(start > end for start, end in pairwise(bounds)):
+        # Expert e has the rows from bounds[e] up to bounds[e + 1].
+        decreases = any(start > end for start, end in pairwise(bounds))
+        if decreases or bounds[-1] != self.num_rows:
             raise ValueError(
                 f"routing: offsets must never decrease and end at M={self.num_rows}, the number of"
                 f" rows; got {bounds[1:]}"
@@ -62,6 +64,13 @@ class Routing:
     def counts(self) -> list[int]:
         """Rows of every expert; reads the offsets on the host."""
         return [j - i for _, i, j in self.spans()]
+
+
+def gather(x: torch.Tensor, source_M: torch.Tensor | None) -> torch.Tensor:
+    """Return ``x[source]`` ``[M, K]``; x itself where its rows are in order already."""
+    if source_M is None:
+        return x
+    return x.index_select(0, source_M)
 
 
 def check_rows(num_rows: int, what: str) -> None:
@@ -94,6 +103,7 @@ class _Permute(torch.autograd.Function):
     def forward(
         ctx: Any, x_TH: torch.Tensor, source_M: torch.Tensor, slots_TK: torch.Tensor
     ) -> torch.Tensor:
+        # Both directions' indexes: the gradient of a gather sums each token's k rows.
         ctx.save_for_backward(source_M, slots_TK)
         return x_TH.index_select(0, source_M)
 
@@ -132,6 +142,7 @@ class _PermuteValues(torch.autograd.Function):
     def forward(ctx: Any, p_TK: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
         slots = slots_TK.reshape(-1).long()
         ctx.save_for_backward(slots)
+        # M = T k: every row gets exactly one value, so nothing is left uninitialised.
         p_M = p_TK.new_empty(slots.shape[0])
         p_M[slots] = p_TK.reshape(-1)
         ctx.shape = p_TK.shape

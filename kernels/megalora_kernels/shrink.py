@@ -22,9 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .absent import pointer, row_stride, strides_of, width
 from .each_expert import multiply
 from .expert_factors import UNSCALED, Factors, RankScale
-from .routing import Routing
+from .routing import Routing, gather
 from .tiles import max_tiles, tile_of
 
 # ---- 1. reference --------------------------------------------------------------------------------
@@ -34,7 +35,7 @@ def shrink_ref(
     x: torch.Tensor, a_ERK: torch.Tensor, routing: Routing, source_M: torch.Tensor | None = None
 ) -> torch.Tensor:
     """S in x's dtype, unscaled and of one factor; differentiable."""
-    x_MK = x if source_M is None else x[source_M.long()]
+    x_MK = gather(x, source_M)
     return torch.cat([x_MK[i:j] @ a_ERK[e].T for e, i, j in routing.spans()])
 
 
@@ -49,6 +50,7 @@ def _add_factor(
 ):  # fmt: skip
     """Add x @ aᵀ to the columns of acc whose r is in [0, R)."""
     k = tl.arange(0, BLOCK_K)
+    # A projection without adapter has rank 0: its share of x is still copied, where rows are.
     if COPY or R > 0:
         for k0 in range(0, K, BLOCK_K):
             ks = k0 + k
@@ -57,6 +59,7 @@ def _add_factor(
             if COPY:
                 tl.store(rows_ptrs + ks[None, :], x, mask=ok)
             if R > 0:
+                # Columns of acc outside [0, R) are the other factor's: zeros leave them alone.
                 a_ok = ((r >= 0) & (r < R))[None, :] & (ks < K)[:, None]
                 a = tl.load(
                     a_ptr + r[None, :] * stride_ar + ks[:, None] * stride_ak, mask=a_ok, other=0.0
@@ -84,10 +87,13 @@ def _shrink_kernel(
     if expert < num_experts:
         rows = row0 + tl.arange(0, BLOCK_M)
         row_ok = rows < end
-        from_rows = tl.load(source_ptr + rows, mask=row_ok, other=0) if HAS_SOURCE else rows
+        from_rows = rows
+        if HAS_SOURCE:
+            from_rows = tl.load(source_ptr + rows, mask=row_ok, other=0)
         r = tl.arange(0, BLOCK_R)
         x_ptrs = x_ptr + from_rows[:, None].to(tl.int64) * stride_x
         rows_ptrs = rows_ptr + rows[:, None].to(tl.int64) * stride_rows
+        # int64: E R K exceeds 2^31 on large models.
         expert_64 = expert.to(tl.int64)
         acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         a_ptr += expert_64 * stride_ae
@@ -105,6 +111,7 @@ def _shrink_kernel(
                 BLOCK_K,
             )  # fmt: skip
         if R + R2 > 0:
+            # In float32, before S is rounded: no scaled copy of a factor is made.
             acc *= tl.where(r < SPLIT, scale, scale2)[None, :]
             s_ptrs = s_ptr + rows[:, None].to(tl.int64) * stride_s + r[None, :]
             tl.store(
@@ -124,27 +131,48 @@ def shrink_triton(
     be None."""
     num_experts = routing.num_experts
     K = x.shape[1] // len(factors)
-    ranks = [0 if a is None or s_MP is None else a.shape[1] for a in factors]
+    ranks = [0] * len(factors)
+    padded = 0
+    if s_MP is not None:
+        ranks = [width(a) for a in factors]
+        padded = s_MP.shape[1]
     rank = sum(ranks)
-    # What is not there is never read, but a pointer must be given.
-    s, a, a2 = (x if t is None else t for t in (s_MP, factors[0], factors[-1]))
-    strides = [(0, 0, 0) if t is None else t.stride() for t in (factors[0], factors[-1])]
-    wide = x.dtype != torch.float32
-    block_m = 64 if wide else 32
-    block_k = (128 if rank <= 64 else 64 if rank <= 128 else 32) // (1 if wide else 2)
-    _shrink_kernel[(max_tiles(routing.num_rows, num_experts, block_m),)](
-        x, a, a2, s, x if rows_MK is None else rows_MK,
-        routing.offsets_E, routing.offsets_E if source_M is None else source_M,
-        num_experts, K, x.stride(0), *strides[0], *strides[1], s.stride(0),
-        0 if rows_MK is None else rows_MK.stride(0),
+    if rank == 0:  # only the copy is made: nothing is written to S
+        padded = 0
+    s = pointer(s_MP, x)
+    tile = _tile(rank, x.dtype)
+    _shrink_kernel[(max_tiles(routing.num_rows, num_experts, tile["BLOCK_M"]),)](
+        x, pointer(factors[0], x), pointer(factors[-1], x), s, pointer(rows_MK, x),
+        routing.offsets_E, pointer(source_M, routing.offsets_E),
+        num_experts, K, x.stride(0), *strides_of(factors[0]), *strides_of(factors[-1]),
+        s.stride(0), row_stride(rows_MK),
         scale.first, scale.second,
         FACTORS=len(factors), R=ranks[0], R2=sum(ranks[1:]), SPLIT=scale.split,
-        PAD=s.shape[1] if rank else 0,
+        PAD=padded,
         HAS_SOURCE=source_M is not None, COPY=rows_MK is not None,
-        EXPERTS=triton.next_power_of_2(num_experts), BLOCK_M=block_m, BLOCK_K=block_k,
-        BLOCK_R=max(16, triton.next_power_of_2(s.shape[1] if rank else 1)),
-        num_warps=4 if rank <= 128 else 8, num_stages=3 if rank <= 128 else 2,
+        EXPERTS=triton.next_power_of_2(num_experts),
+        BLOCK_R=max(16, triton.next_power_of_2(max(1, padded))), **tile,
     )  # fmt: skip
+
+
+def _tile(rank: int, dtype: torch.dtype) -> dict[str, int]:
+    """Read what compiling showed: rows, features, warps and stages for ranks that fit registers.
+
+    A tile of ``BLOCK_M`` rows has all rank columns, and the pipeline holds ``num_stages`` blocks of
+    x and of A: the higher the rank, the fewer features at once.
+    """
+    if rank <= 64:
+        block_k = 128
+    elif rank <= 128:
+        block_k = 64
+    else:
+        block_k = 32
+    block_m = 64
+    if dtype == torch.float32:  # twice the bytes, so half of each
+        block_m = 32
+        block_k //= 2
+    warps, stages = (4, 3) if rank <= 128 else (8, 2)
+    return {"BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
 
 
 def shrink_loop(
@@ -153,11 +181,12 @@ def shrink_loop(
     scale: RankScale = UNSCALED,
 ) -> None:  # fmt: skip
     """The same, one GEMM per expert and factor."""
-    x_MK = x if source_M is None else x.index_select(0, source_M)
+    x_MK = gather(x, source_M)
     if rows_MK is not None:
         rows_MK.copy_(x_MK)
     if s_MP is None:
         return
+    # Factor i reads its share of x's columns and makes the next columns of S.
     column = 0
     for x_MC, a_ERC in zip(x_MK.chunk(len(factors), 1), factors, strict=True):
         if a_ERC is None:

@@ -15,13 +15,14 @@ D elements of all gradients of an expert
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import triton
 import triton.language as tl
 
 from . import tiles
+from .absent import pointer
 from .routing import Routing
 from .tiles import max_tiles, tile_table
 
@@ -37,11 +38,13 @@ class TorchSums:
     """The same interface where kernels leave whole sums: nothing is left to add."""
 
     def __init__(self, routing: Routing, like: torch.Tensor, shapes: Shapes) -> None:
-        self.places = [
-            None if shape is None else like.new_empty(routing.num_experts, *shape)
-            for shape in shapes
-        ]
+        self.places: list[torch.Tensor | None] = []
         """``[E, P, Q]`` of each gradient, to be filled."""
+        for shape in shapes:
+            place = None
+            if shape is not None:
+                place = like.new_empty(routing.num_experts, *shape)
+            self.places.append(place)
         self.dp_M: torch.Tensor | None = None
 
     def finish(self) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
@@ -55,6 +58,8 @@ class TorchSums:
 def _segment_of(d, end, start_1, start_2, start_3, start_4):
     """(first element, element behind the last) of the gradient that each element of a part belongs
     to."""
+    # Boundaries ascend: the last that is not beyond d is where its gradient starts, and the first
+    # beyond d, looked for from the back, where that ends.
     first = tl.zeros_like(d)
     stop = tl.zeros_like(d) + end
     first = tl.where(d >= start_1, start_1, first)
@@ -87,11 +92,14 @@ def _sum_parts_kernel(
         i, _start, _end, chunks, chunks_end = tile_table(offsets_ptr, num_experts, EXPERTS, ROWS)
         last = tl.sum(tl.where(i == expert, chunks_end, 0), 0)
         first = last - tl.sum(tl.where(i == expert, chunks, 0), 0)
+        # An expert's chunks are rows first to last of the buffer; none, and acc stays zero.
         part_ptrs = part_ptr + first.to(tl.int64) * D + d
         for _ in range(first, last):
             acc += tl.load(part_ptrs, mask=d < D, other=0.0)
             part_ptrs += D
         start, stop = _segment_of(d, D, start_1, start_2, start_3, start_4)
+        # Out, gradient after gradient: [E, start..stop) each, so an expert's is that many
+        # elements behind its neighbour's.
         place = (
             start.to(tl.int64) * num_experts + expert.to(tl.int64) * (stop - start) + (d - start)
         )
@@ -116,15 +124,21 @@ class TritonSums:
         self.routing = routing
         self.dtype = like.dtype
         self.shapes = shapes
-        sizes = [0 if shape is None else shape[0] * shape[1] for shape in shapes]
+        # Elements of each gradient of one expert; a gradient that nobody wants takes no room.
+        sizes = []
+        for shape in shapes:
+            num_rows, num_columns = shape or (0, 0)
+            sizes.append(num_rows * num_columns)
         self.starts = [0, *accumulate(sizes)]
         chunks = max_tiles(routing.num_rows, routing.num_experts, tiles.CHUNK_ROWS)
         self.part = torch.empty(chunks, self.starts[-1], dtype=torch.float32, device=like.device)
-        self.places = [
-            None if shape is None else self.part[:, start : start + size].view(chunks, *shape)
-            for shape, start, size in zip(shapes, self.starts, sizes, strict=False)
-        ]
+        self.places: list[torch.Tensor | None] = []
         """``[chunks, P, Q]`` of each gradient, float32, to be filled."""
+        for shape, (start, end) in zip(shapes, pairwise(self.starts), strict=True):
+            place = None
+            if shape is not None:
+                place = self.part[:, start:end].view(chunks, *shape)
+            self.places.append(place)
         self.dp_part: torch.Tensor | None = None
         """``[blocks, M]`` float32."""
         self.dp_dtype = torch.float32
@@ -137,34 +151,43 @@ class TritonSums:
         num_rows = self.routing.num_rows
         out = torch.empty(E * D, dtype=self.dtype, device=self.part.device)
         dp_part = self.dp_part
-        dp_M = (
-            None
-            if dp_part is None
-            else torch.empty(num_rows, dtype=self.dp_dtype, device=self.part.device)
-        )
-        block = max(
-            16, min(1024, int(triton.next_power_of_2(max(D, num_rows if dp_M is not None else 0))))
-        )
-        programs = E * int(triton.cdiv(D, block)) + (
-            0 if dp_M is None else int(triton.cdiv(num_rows, block))
-        )
+        dp_M = None
+        dp_rows = 0
+        num_dp_blocks = 0
+        if dp_part is not None:
+            dp_M = torch.empty(num_rows, dtype=self.dp_dtype, device=self.part.device)
+            dp_rows = num_rows
+            num_dp_blocks = dp_part.shape[0]
+        # 1,024 elements for a program, fewer only where no sum is that long.
+        block = max(16, min(1024, int(triton.next_power_of_2(max(D, dp_rows)))))
+        # Blocks of each expert's gradients come first in the grid, then those of dp's rows.
+        programs = E * int(triton.cdiv(D, block)) + int(triton.cdiv(dp_rows, block))
         # Where each gradient after the first starts; the end of the part for those that are not
         # there.
         starts = sorted({start for start in self.starts if 0 < start < D})
         starts += [D] * (MAX_GRADIENTS - 1 - len(starts))
         if programs:
             _sum_parts_kernel[(programs,)](
-                self.part, out, self.routing.offsets_E, self.part if dp_part is None else dp_part,
-                out if dp_M is None else dp_M, E, D, num_rows,
-                0 if dp_part is None else dp_part.shape[0], *starts,
+                self.part, out, self.routing.offsets_E, pointer(dp_part, self.part),
+                pointer(dp_M, out), E, D, num_rows, num_dp_blocks, *starts,
                 EXPERTS=triton.next_power_of_2(E), ROWS=tiles.CHUNK_ROWS, BLOCK=block,
             )  # fmt: skip
-        # parts are no longer needed
+        # The parts are no longer needed: their memory is free for what backward does next.
         self.part = out
         self.places = []
         self.dp_part = None
-        spans = zip(self.shapes, self.starts, self.starts[1:], strict=False)
-        return dp_M, [None if s is None else out[E * i : E * j].view(E, *s) for s, i, j in spans]
+        return dp_M, self._gradients(out)
+
+    def _gradients(self, out: torch.Tensor) -> list[torch.Tensor | None]:
+        """Views ``[E, P, Q]`` of the finished sums, which lie one gradient after the other."""
+        E = self.routing.num_experts
+        gradients: list[torch.Tensor | None] = []
+        for shape, (start, end) in zip(self.shapes, pairwise(self.starts), strict=True):
+            gradient = None
+            if shape is not None:
+                gradient = out[E * start : E * end].view(E, *shape)
+            gradients.append(gradient)
+        return gradients
 
 
 Sums = TorchSums | TritonSums

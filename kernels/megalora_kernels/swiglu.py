@@ -19,11 +19,12 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from .absent import pointer, strides_of
 from .each_expert import multiply
 from .routing import Routing
 from .tiles import max_tiles, tile_of
 
-# read once: kernels are decorated when this module is imported
+# Read once: kernels are decorated when this module is imported.
 COMPILED: bool = not knobs.runtime.interpret
 
 # ---- 1. reference --------------------------------------------------------------------------------
@@ -106,17 +107,15 @@ def _swiglu_kernel(
         p = tl.load(p_ptr + safe).to(tl.float32)[:, None]
         y_ptrs = y_ptr + safe[:, None].to(tl.int64) * stride_y + i[None, :]
         h_ptrs = h_ptr + safe[:, None].to(tl.int64) * stride_h + i[None, :]
-        a_ptrs = (
-            a_ptr
-            + expert.to(tl.int64) * stride_ae
-            + q[None, :] * stride_aq
-            + i[:, None] * stride_ai
-        )
+        a_expert = a_ptr + expert.to(tl.int64) * stride_ae
+        a_ptrs = a_expert + q[None, :] * stride_aq + i[:, None] * stride_ai
         acc = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
         for i0 in range(0, I, BLOCK_I):
             col_ok = i0 + i < I
+            # A row of y is [gate | up]: up lies I elements behind gate.
             gate = load_float32(y_ptrs + i0, col_ok[None, :], EVEN_I)
             up = load_float32(y_ptrs + I + i0, col_ok[None, :], EVEN_I)
+            # Rounded here already: S is the product of what down reads, bit for bit.
             h = (gate * sigmoid(gate, dtype == tl.float32) * up * p).to(dtype)
             h = computed_once(h, OPAQUE and Q > 0)
             if EVEN_I:
@@ -124,16 +123,15 @@ def _swiglu_kernel(
             else:
                 tl.store(h_ptrs + i0, h, mask=row_ok[:, None] & col_ok[None, :])
             if Q > 0:
-                a_ok = (q < Q)[None, :] if EVEN_I else (q < Q)[None, :] & col_ok[:, None]
+                a_ok = (q < Q)[None, :]
+                if not EVEN_I:
+                    a_ok = a_ok & col_ok[:, None]
                 a = tl.load(a_ptrs + i0 * stride_ai, mask=a_ok, other=0.0)
                 acc = tl.dot(h, a, acc, input_precision="ieee")
         if Q > 0:
             s_ptrs = s_ptr + rows[:, None].to(tl.int64) * stride_s + q[None, :]
-            tl.store(
-                s_ptrs,
-                (acc * scale).to(s_ptr.dtype.element_ty),
-                mask=row_ok[:, None] & (q < PAD)[None, :],
-            )
+            s_ok = row_ok[:, None] & (q < PAD)[None, :]
+            tl.store(s_ptrs, (acc * scale).to(s_ptr.dtype.element_ty), mask=s_ok)
 
 
 # ---- 3. launchers --------------------------------------------------------------------------------
@@ -144,16 +142,25 @@ def swiglu_triton(
     h_MI: torch.Tensor, s_MP: torch.Tensor | None, scale: float = 1.0,
 ) -> None:  # fmt: skip
     """Fills ``h_MI`` and, with an adapter, ``s_MP`` (P >= Q; the columns beyond Q with zeros)."""
-    rank, a, s = (0, y_MJ, y_MJ) if a_EQI is None or s_MP is None else (a_EQI.shape[1], a_EQI, s_MP)
+    rank = 0
+    padded = 0
+    if a_EQI is None or s_MP is None:
+        a_EQI = s_MP = None  # one is of no use without the other
+    else:
+        rank = a_EQI.shape[1]
+        padded = s_MP.shape[1]
+    s = pointer(s_MP, y_MJ)
     block_m = 32
+    # 128 columns of gate, up and A at once, as far as registers hold the sums beside them.
     block_i = 128 if y_MJ.dtype != torch.float32 and rank <= 64 else 64
     _swiglu_kernel[(max_tiles(routing.num_rows, routing.num_experts, block_m),)](
-        y_MJ, p_M, a, h_MI, s, routing.offsets_E, routing.num_experts, h_MI.shape[1],
-        y_MJ.stride(0), *(a.stride() if rank else (0, 0, 0)), h_MI.stride(0), s.stride(0), scale,
-        Q=rank, PAD=s.shape[1] if rank else 0, EXPERTS=triton.next_power_of_2(routing.num_experts),
+        y_MJ, p_M, pointer(a_EQI, y_MJ), h_MI, s, routing.offsets_E, routing.num_experts,
+        h_MI.shape[1],
+        y_MJ.stride(0), *strides_of(a_EQI), h_MI.stride(0), s.stride(0), scale,
+        Q=rank, PAD=padded, EXPERTS=triton.next_power_of_2(routing.num_experts),
         EVEN_I=h_MI.shape[1] % block_i == 0, OPAQUE=COMPILED,
         BLOCK_M=block_m, BLOCK_I=block_i,
-        BLOCK_Q=max(16, triton.next_power_of_2(s.shape[1] if rank else 1)),
+        BLOCK_Q=max(16, triton.next_power_of_2(max(1, padded))),
         num_warps=4, num_stages=2,
     )  # fmt: skip
 
@@ -170,6 +177,7 @@ def swiglu_loop(
         h_MI.copy_(swiglu_ref(y_MJ, p_M))
     if a_EQI is None or s_MP is None:
         return
+    # Columns that pad S are operands of down's GEMM as well: zeros, not memory as it was found.
     if s_MP.shape[1] > a_EQI.shape[1]:
         s_MP[:, a_EQI.shape[1] :].zero_()
     s_MQ = multiply(h_MI, a_EQI.transpose(1, 2), routing, out=s_MP[:, : a_EQI.shape[1]])

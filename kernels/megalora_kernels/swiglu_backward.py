@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
+from .absent import pointer, row_stride, width
 from .each_expert import multiply_rows
 from .lora_wgrad import lora_wgrad_loop
 from .routing import Routing
@@ -40,6 +41,7 @@ cost few calls then, and operands stay in a CPU's L2."""
 @triton.jit
 def _gradients(gate, up, dh, p, EXACT: tl.constexpr):
     """silu(gate) up, and the gradients of gate and of up."""
+    # silu(g) = g σ(g), so silu'(g) = σ(g) (1 + g (1 - σ(g))).
     share = sigmoid(gate, EXACT)
     silu = gate * share
     d_gate = dh * p * up * share * (1 + gate * (1 - share))
@@ -87,6 +89,7 @@ def _load_rows(
 @triton.jit
 def _store_dy(dy_ptrs, d_gate, d_up, row_ok, i_ok, I, EVEN_I: tl.constexpr):
     """Write a block of [dgate | dup]."""
+    # As in forward: a mask over columns only where some are beyond the edge.
     ok = row_ok[:, None]
     if not EVEN_I:
         ok = ok & i_ok[None, :]
@@ -149,6 +152,7 @@ def _swiglu_backward_kernel(
             )
             product, d_gate, d_up = _gradients(gate, up, dh, p, dtype == tl.float32)
             dp_ptrs = dp_ptr + block.to(tl.int64) * num_rows + rows
+            # dp sums over all columns, of which this program has a block: a part for ``sums.py``.
             tl.store(dp_ptrs, tl.sum(dh * product, 1), mask=row_ok)
             d_gate = computed_once(d_gate.to(dtype), OPAQUE and R > 0)
             d_up = computed_once(d_up.to(dtype), OPAQUE and R > 0)
@@ -200,17 +204,21 @@ def swiglu_backward_triton(
     M, I = dh_MI.shape
     E = routing.num_experts
     new = {"dtype": torch.float32, "device": dh_MI.device}
-    R, Q = (0 if t is None else t.shape[1] for t in (s_MR, ds_MQ))
-    s, ds = (y_MJ if t is None else t for t in (s_MR, ds_MQ))
-    block_r, block_q = (max(16, triton.next_power_of_2(rank)) for rank in (R, Q))
+    R = width(s_MR)
+    Q = width(ds_MQ)
+    s = pointer(s_MR, y_MJ)
+    ds = pointer(ds_MQ, y_MJ)
+    # A side of a product has at least 16 elements, also where a rank is smaller or 0.
+    block_r = max(16, triton.next_power_of_2(R))
+    block_q = max(16, triton.next_power_of_2(Q))
     tile = backward_blocks(dh_MI.dtype, max(block_r, block_q), device_limits(dh_MI.device)[1])
     chunks = max_tiles(M, E, tiles.CHUNK_ROWS)
     blocks = int(triton.cdiv(I, tile["BLOCK_I"]))
     dp = torch.empty(blocks, M, **new)
     db_gate, db_up, rank_gate, up_from = _db_places(db, I, R)
-    # What is not there is never written, but a pointer must be given.
-    places = [dp if t is None else t for t in (da, db_gate, db_up)]
-    stride_part = max(0 if t is None else t.stride(0) for t in (da, db_gate, db_up))
+    places = [pointer(t, dp) for t in (da, db_gate, db_up)]
+    # All gradients' parts lie in one row for each chunk: those that are there share this stride.
+    stride_part = max(row_stride(t) for t in (da, db_gate, db_up))
     _swiglu_backward_kernel[(blocks, chunks)](
         dh_MI, y_MJ, p_M, s, ds, dy_MJ, dp, *places,
         routing.offsets_E, M, E, I, dh_MI.stride(0), y_MJ.stride(0), s.stride(0), ds.stride(0),
@@ -231,10 +239,15 @@ def _db_places(
     if not db:
         return None, None, 0, 0
     if len(db) == 1:
+        # One B over gate's and up's rows: both halves take every column of S.
         whole = db[0]
-        return whole, None if whole is None else whole[:, I:], rank, 0
+        if whole is None:
+            return None, None, rank, 0
+        return whole, whole[:, I:], rank, 0
     gate, up = db
-    rank_gate = 0 if gate is None else gate.shape[2]
+    rank_gate = 0
+    if gate is not None:
+        rank_gate = gate.shape[2]
     return gate, up, rank_gate, rank_gate
 
 
@@ -270,6 +283,7 @@ def swiglu_backward_loop(
         dy = dy_MJ[first:end]
         silu = F.silu(gate)
         d_act = dh * p
+        # From here on d_act and silu are overwritten as soon as they were read: no third buffer.
         dy[:, I:] = d_act * silu
         dy[:, :I] = torch.ops.aten.silu_backward(d_act.mul_(up), gate)
         h = silu.mul_(up)
@@ -279,6 +293,7 @@ def swiglu_backward_loop(
             block = slice(experts[0][0], experts[-1][0] + 1)
             rows = Routing(routing.offsets_E[block] - first, end - first)
             multiply_rows(ds_MQ[first:end], h, rows, da[block])
+    # Each projection's B has its share of dy's columns and the next columns of S.
     column = 0
     for dy_MC, place in zip(dy_MJ.chunk(max(1, len(db)), 1), db, strict=False):
         if s_MR is not None and place is not None:
