@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks import gpu_all, gpu_machine, gpu_steps, gpu_tests
 from benchmarks.gpu_machine import Machine
 from benchmarks.gpu_outcomes import Outcome, Record
 from benchmarks.gpu_steps import BUDGET, OUT, STEPS, Step, limits, named
+from tests.waiting import PATIENCE_S, Clock, time_is_up_when, wait_until
 
 ROOT = Path(__file__).parents[1]
 WRITES = """
@@ -46,12 +48,13 @@ def machine(tmp_path) -> Machine:
 
 
 @pytest.fixture(autouse=True)
-def steps_of_a_second(monkeypatch):
-    monkeypatch.setattr(gpu_all, "LEAST_S", 0.2)
+def clock(monkeypatch) -> Clock:
+    """Of one call; it stands still, so that shares of its time are exact."""
+    return Clock(monkeypatch, gpu_all)
 
 
-def run(machine: Machine, steps: list[Step], seconds: float = 60.0) -> Record:
-    """One call."""
+def run(machine: Machine, steps: list[Step], seconds: float = 10 * PATIENCE_S) -> Record:
+    """One call. The steps' processes have real limits, so long that none is reached."""
     record = Record(machine.results, dry=False)
     gpu_all.run_steps(machine, record, record.still_to_do(steps), seconds, None)
     return record
@@ -80,12 +83,21 @@ def test_the_table_shares_out_the_time():
         named(["kernel"])
 
 
-def test_what_a_step_leaves_over_goes_to_the_next(machine):
-    """The second gets its half and nearly all of the first one's; its program the margin less."""
+def test_what_a_step_leaves_over_goes_to_the_next(machine, clock, monkeypatch):
+    """Both have half of 2000 s, and a margin in which no case is begun."""
+    run_program = Machine.run
+
+    def run_for_three_seconds(self: Machine, step: Step, limit_s: float) -> Outcome:
+        clock.now_s += 3
+        return run_program(self, step, limit_s)
+
+    monkeypatch.setattr(Machine, "run", run_for_three_seconds)
     steps = [step("quick"), step("next", margin_s=5)]
-    assert results_of(run(machine, steps, 100.0)) == {"quick": "ok", "next": "ok"}
-    assert written(machine, "quick")["budget"] == pytest.approx(50 - 8, abs=1)
-    assert 80 < written(machine, "next")["budget"] <= 95
+    assert results_of(run(machine, steps, 2000.0)) == {"quick": "ok", "next": "ok"}
+    # Half, less the usual margin of 8 s.
+    assert written(machine, "quick")["budget"] == 1000 - 8
+    # Its own half and what the first has left of its own.
+    assert written(machine, "next")["budget"] == 2000 - 3 - 5
 
 
 def test_failures_are_named_and_the_others_go_on(machine, capsys):
@@ -110,42 +122,65 @@ def test_failures_are_named_and_the_others_go_on(machine, capsys):
     assert "broken: failed, exit code 3" in capsys.readouterr().out
 
 
-def test_a_step_beyond_its_share_is_stopped_with_all_it_started(machine):
+SLEEPS = f"time.sleep({PATIENCE_S})"
+
+
+def is_running(pid: int) -> bool:
+    """A zombie has ended, though nobody has asked for its exit code yet."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def says(path: Path) -> Callable[[], str]:
+    """What a program has written into a file, nothing before it has."""
+    return lambda: path.read_text().strip() if path.is_file() else ""
+
+
+def test_a_step_beyond_its_share_is_stopped_with_all_it_started(machine, monkeypatch):
     pid = machine.results / "pid"
     code = (
-        f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({str(pid)!r},"
-        " 'w').write(str(p.pid)); p.wait()"
+        f"import subprocess; p = subprocess.Popen(['sleep', '{PATIENCE_S}']);"
+        f" open({str(pid)!r}, 'w').write(str(p.pid)); p.wait()"
     )
-    record = run(machine, [step("endless", code, share=10), step("good", share=20)], 6.0)
+    # The first of the two has a third of the time.
+    time_is_up_when(monkeypatch, says(pid), limit_s=2000.0)
+    record = run(machine, [step("endless", code, share=10), step("good", share=20)], 6000.0)
     assert results_of(record) == {"endless": "stopped", "good": "ok"}
-    assert record.outcomes["endless"].why.startswith("stopped after 2 s")
-    status = Path(f"/proc/{pid.read_text()}/status")
-    assert not status.exists() or "State:\tZ" in status.read_text(), "what it started still runs"
+    assert record.outcomes["endless"].why.startswith("stopped after 2000 s")
+    assert not is_running(int(pid.read_text())), "what it started still runs"
 
 
-def test_what_a_stopped_step_started_has_time_to_end(machine):
+def test_what_a_stopped_step_started_has_time_to_end(machine, monkeypatch):
     """As torchrun has to, which ends its ranks: the program itself is gone at once."""
+    monkeypatch.setattr(gpu_machine, "GRACE_S", PATIENCE_S)
+    ready = machine.results / "ready"
     ended = machine.results / "ended"
     child = machine.results / "child.py"
     child.write_text(
         "import pathlib, signal, sys, time\n"
+        # Half a second, so that the program that started it is gone first.
         f"end = lambda *_: (time.sleep(0.5), pathlib.Path({str(ended)!r}).touch(), sys.exit())\n"
         "signal.signal(signal.SIGTERM, end)\n"
-        "time.sleep(60)\n"
+        f"pathlib.Path({str(ready)!r}).write_text('yes')\n"
+        f"{SLEEPS}\n"
     )
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, {str(child)!r}]).wait()"
-    assert machine.run(step("parent", code), 3.0).result == "stopped"
+    time_is_up_when(monkeypatch, says(ready), limit_s=3000.0)
+    assert machine.run(step("parent", code), 3000.0).result == "stopped"
     assert ended.exists()
 
 
 def test_one_that_does_not_end_when_asked_is_killed(machine, monkeypatch):
     monkeypatch.setattr(gpu_machine, "GRACE_S", 0.3)
+    ready = machine.results / "ready"
     ended = machine.results / "ended"
     code = (
         "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        f" time.sleep(60); pathlib.Path({str(ended)!r}).touch()"
+        f" pathlib.Path({str(ready)!r}).write_text('yes');"
+        f" {SLEEPS}; pathlib.Path({str(ended)!r}).touch()"
     )
-    assert machine.run(step("deaf", code), 1.0).result == "stopped"
+    time_is_up_when(monkeypatch, says(ready), limit_s=3000.0)
+    assert machine.run(step("deaf", code), 3000.0).result == "stopped"
     assert not ended.exists(), "it was waited for"
 
 
@@ -177,17 +212,16 @@ def test_a_call_without_time_forgets_nothing(machine):
 
 
 def test_a_step_is_not_begun_with_less_than_it_needs(machine):
-    record = run(machine, [step("long", least_s=50), step("short", least_s=5)], 20.0)
+    record = run(machine, [step("long", least_s=5000), step("short", least_s=500)], 2000.0)
     assert results_of(record) == {"long": "not reached", "short": "ok"}
-    assert record.outcomes["long"].why == "10 s were left of the 50 that it needs"
+    assert record.outcomes["long"].why == "1000 s were left of the 5000 that it needs"
 
 
 def test_what_a_killed_call_left_is_continued(machine):
     """Whatever ends the script itself: a step that was running keeps what it has written."""
     kill = f"{WRITES}\nimport os, signal\nos.kill(os.getppid(), signal.SIGKILL)"
     code = (
-        "import pathlib, sys; from tests import test_gpu_all as t; from benchmarks import"
-        " gpu_all\ngpu_all.LEAST_S = 0.2; m = t.Machine(sys.executable,"
+        "import pathlib, sys; from tests import test_gpu_all as t; m = t.Machine(sys.executable,"
         f" pathlib.Path({str(machine.results)!r}), False, pathlib.Path('/'), {{}}); t.run(m,"
         f" [t.step('killed', {kill!r})])"
     )
@@ -295,7 +329,7 @@ def test_a_script_that_is_ended_ends_its_step(sign, code, tmp_path):
     python.write_text(
         text.replace(
             "  *bench_grouped_lora*",
-            f"  *benchmarks.gpu_tests*) echo $$ >{tmp_path}/pid; exec sleep 60 ;;\n "
+            f"  *benchmarks.gpu_tests*) echo $$ >{tmp_path}/pid; exec sleep 600 ;;\n "
             " *bench_grouped_lora*",
         )
     )
@@ -306,17 +340,15 @@ def test_a_script_that_is_ended_ends_its_step(sign, code, tmp_path):
         stderr=subprocess.PIPE, text=True
     )  # fmt: skip
     pid = tmp_path / "pid"
-    while not (pid.is_file() and pid.read_text().strip()):
-        assert process.poll() is None, "it ended before its step began"
-        time.sleep(0.1)
+    wait_until(lambda: says(pid)() or process.poll() is not None)
+    assert process.poll() is None, "it ended before its step began"
     process.send_signal(sign)
-    _, said = process.communicate(timeout=180)
+    _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == code
     assert said == (
         "gpu_all.sh: interrupted; the same call again goes on from here\n" if code == 130 else ""
     )
-    status = Path(f"/proc/{pid.read_text().strip()}/status")
-    assert not status.exists() or "State:\tZ" in status.read_text(), "the step still runs"
+    assert not is_running(int(pid.read_text())), "the step still runs"
 
 
 @pytest.mark.parametrize(
@@ -427,7 +459,7 @@ def test_the_tests_step_writes_every_test_and_leaves_out_what_passed(tmp_path, m
     assert [item.nodeid for item in items] == ["b", "e"] and [item.nodeid for item in left_out] == [
         "a"
     ]
-    for seconds, late in ((60, False), (-1, True)):
+    for seconds, late in ((PATIENCE_S, False), (-1, True)):
         monkeypatch.setenv(gpu_tests.DEADLINE, str(time.time() + seconds))
         with pytest.raises(pytest.skip.Exception) if late else nullcontext():
             gpu_tests.pytest_runtest_setup(items[0])

@@ -8,13 +8,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from megalora.config.file import load_config
 from tests.cluster.stand_ins import copy, environment, launch, listening
+from tests.waiting import PATIENCE_S, wait_until
 
 __all__ = ["copy", "listening"]  # fixtures
 
@@ -232,7 +232,7 @@ def test_a_torchrun_without_ranks_ends_when_node_zero_is_gone(copy: Path) -> Non
         )  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == -signal.SIGKILL
     assert "launch: node 1: node 0 (127.0.0.1) no longer answers and no rank is left here" in said
 
@@ -273,12 +273,10 @@ def test_a_signal_lets_the_ranks_save_then_requeues(
     with subprocess.Popen(
         command, cwd=copy, env=environment(copy, **SLURM, SLURM_SUBMIT_DIR=str(copy))
     ) as process:
-        deadline = time.monotonic() + 20
-        while not (copy / "srun.pid").exists() or not (copy / "srun.pid").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        pid = copy / "srun.pid"
+        wait_until(lambda: pid.exists() and pid.read_text())
         process.send_signal(number)
-        assert process.wait(timeout=20) == 1
+        assert process.wait(timeout=PATIENCE_S) == 1
     assert (copy / "log").read_text().splitlines()[1:] == [
         "scancel --signal TERM 2042",
         "saved",

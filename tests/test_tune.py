@@ -11,7 +11,6 @@ import selectors
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from benchmarks.tune_points import (
 )
 from benchmarks.tune_record import Record, beats, vendor_from
 from benchmarks.tune_sweep import DeadDevice, Sweep, Tools
+from tests.waiting import time_is_up_when
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -888,18 +888,10 @@ def test_a_sweep_that_a_variant_ends_is_started_again(script, code, calls, tmp_p
 
 
 def test_a_sweep_is_ended_when_its_budget_is_spent(tmp_path, monkeypatch):
-    class Popen(subprocess.Popen):
-        def wait(self, timeout: float | None = None) -> int:
-            if timeout is None:
-                return super().wait()
-            while not (tmp_path / "calls").is_file():  # it has started, however long that takes
-                time.sleep(0.02)
-            raise subprocess.TimeoutExpired(self.args, timeout)
-
     with monkeypatch.context() as patch:
-        patch.setattr(tune.subprocess, "Popen", Popen)
+        time_is_up_when(patch, (tmp_path / "calls").is_file)
         # and nothing was written; had it been left to sleep, it would have ended with 0
-        assert sweep_by("exec sleep 20", tmp_path, monkeypatch, seconds=1000) == (1, 1)
+        assert sweep_by("exec sleep 600", tmp_path, monkeypatch, seconds=1000) == (1, 1)
     # with so little left, not once more
     little = tune.LEAST_SECONDS - 1
     assert sweep_by("exit 75", tmp_path, monkeypatch, seconds=little)[1] == 2

@@ -1,8 +1,13 @@
 """Wait for what a thread or a process does, however long that takes."""
 
+import itertools
+import subprocess
 import time
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
+
+import pytest
 
 PATIENCE_S = 600.0
 """Only so that a test that would never end fails; no machine is this slow."""
@@ -14,3 +19,51 @@ def wait_until(happened: Callable[[], Any]) -> None:
     while not happened():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.01)
+
+
+def time_is_up_when(
+    monkeypatch: pytest.MonkeyPatch,
+    happened: Callable[[], Any],
+    limit_s: float | None = None,
+) -> None:
+    """Let a process that is waited for with a limit reach it as soon as something has happened.
+
+    Args:
+        happened: what must happen first, such as that the process has started its children.
+        limit_s: the limit to replace; waits with other limits stay as they are. None for all.
+    """
+
+    class Popen(subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None or limit_s not in (None, timeout):
+                return super().wait(timeout)
+            wait_until(lambda: happened() or self.poll() is not None)
+            assert self.poll() is None, "it ended before its time was up"
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+
+
+class Clock:
+    """A made-up clock in place of a module's ``time``: it stands still until a test advances it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+        self.now_s = 0.0
+        stand_in = SimpleNamespace(monotonic=lambda: self.now_s, sleep=time.sleep, time=time.time)
+        monkeypatch.setattr(module, "time", stand_in)
+
+
+def deadline_passes_when(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, happened: Callable[[], Any]
+) -> None:
+    """Let every deadline that a module takes from ``time.monotonic`` pass soon after ``happened()``
+    is true, and none before."""
+
+    leaps = itertools.count()
+
+    def monotonic() -> float:
+        # Each look leaps ahead, for a deadline may be set after it has happened.
+        return 1e9 * next(leaps) if happened() else 0.0
+
+    stand_in = SimpleNamespace(monotonic=monotonic, sleep=time.sleep, time=time.time)
+    monkeypatch.setattr(module, "time", stand_in)

@@ -4,11 +4,8 @@ survives what its runs do."""
 import csv
 import json
 import math
-import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +43,7 @@ from tests.distributed.ranks import run_ranks
 from tests.parity.everything import LORA
 from tests.parity.gradients import reduced_gradients
 from tests.parity.runs import make_config
+from tests.waiting import time_is_up_when
 
 # ---- inside ranks ----
 
@@ -501,25 +499,8 @@ def test_a_run_that_fails_costs_its_row_alone(stand_in, tiny, chats, tmp_path) -
     )
 
 
-LIMIT = 7777
-"""Seconds, in tests of what happens when time is up; how long it takes is up to
-``time_is_up_when``."""
-
-
-def time_is_up_when(monkeypatch: pytest.MonkeyPatch, happened: Callable[[], bool]) -> None:
-    """Processes that ``launch`` starts have reached their limit of ``LIMIT`` seconds as soon as
-    something has happened, however long that takes."""
-
-    class Popen(subprocess.Popen):
-        def wait(self, timeout: float | None = None) -> int:
-            if timeout != LIMIT:
-                return super().wait(timeout)
-            while not happened():
-                assert self.poll() is None, "ended before its time was up"
-                time.sleep(0.02)
-            raise subprocess.TimeoutExpired(self.args, timeout)
-
-    monkeypatch.setattr(launch.subprocess, "Popen", Popen)
+LIMIT_S = 7777
+"""Of a run in tests of what happens when time is up, which ``time_is_up_when`` decides."""
 
 
 def test_a_run_that_hangs_is_ended_with_all_its_ranks(
@@ -530,9 +511,12 @@ def test_a_run_that_hangs_is_ended_with_all_its_ranks(
         launch.uuid, "uuid4", lambda: type("Fixed", (), {"hex": f"token-{tmp_path.name}"})
     )
     started = partial((tmp_path / "out").glob, "started-8-*")
-    time_is_up_when(monkeypatch, lambda: len(list(started())) == 2)
+    time_is_up_when(monkeypatch, lambda: len(list(started())) == 2, LIMIT_S)
     [row] = bench(
-        make_config(tiny, chats, tmp_path, {}, global_batch_size=16), tmp_path, [8], timeout_s=LIMIT
+        make_config(tiny, chats, tmp_path, {}, global_batch_size=16),
+        tmp_path,
+        [8],
+        timeout_s=LIMIT_S,
     )
     assert row.status == "timed out" and row.measured is None
     assert processes_of(f"token-{tmp_path.name}") == []
@@ -548,9 +532,9 @@ def test_a_process_that_left_its_group_is_ended_too(tmp_path, monkeypatch) -> No
         " start_new_session=True).wait()"
     )
     log = tmp_path / "log"
-    time_is_up_when(monkeypatch, lambda: log.read_text() == "child\n")
+    time_is_up_when(monkeypatch, lambda: log.read_text() == "child\n", LIMIT_S)
     code = run_to_log(
-        [sys.executable, "-c", parent], {launch.TOKEN: "left-its-group"}, log, timeout_s=LIMIT
+        [sys.executable, "-c", parent], {launch.TOKEN: "left-its-group"}, log, timeout_s=LIMIT_S
     )
     assert code is None
     assert log.read_text() == "child\n" and processes_of("left-its-group") == []

@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from megalora.planner.models import load_shape
 from megalora.planner.search import search
 from megalora.planner.weights import PlannedModel
 from tests.planner.test_hardware import calibration
+from tests.waiting import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "bench" / "cpu.yaml"
@@ -144,12 +144,9 @@ def test_a_signal_to_the_driver_ends_its_ranks(tmp_path: Path) -> None:
         f" {{**os.environ, TOKEN: {str(tmp_path)!r}}}, Path({str(tmp_path)!r}) / 'log', 600)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 60
-    while not processes_of(str(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert processes_of(str(tmp_path))
+    wait_until(lambda: processes_of(str(tmp_path)))
     driver.send_signal(signal.SIGTERM)
-    assert driver.wait(60) == 128 + signal.SIGTERM and not processes_of(str(tmp_path))
+    assert driver.wait(PATIENCE_S) == 128 + signal.SIGTERM and not processes_of(str(tmp_path))
 
 
 def test_nodes_as_a_scheduler_names_them() -> None:

@@ -13,8 +13,9 @@ from megalora.cli import main as cli
 from tests.adapters.adapters import logits
 from tests.adapters.stock import check_equal, loaded_by_peft, new_adapter
 from tests.adapters.test_weights import SHARDS, in_pickle, in_shards
+from tests.peft_warnings import IGNORED
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
+pytestmark = IGNORED
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +21,9 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.test_guards import said_by
 from tests.parity.runs import make_config, records
 from tests.test_cli import outcome
+from tests.waiting import PATIENCE_S, wait_until
 
-PATIENCE_S = 120
-
-RANK = """
+RANK = f"""
 import signal, sys, time
 def stop(number, frame):
     # In one write: print may send the line's end apart, behind what the other rank says.
@@ -36,7 +34,7 @@ signal.signal(signal.SIGINT, stop)
 signal.signal(signal.SIGTERM, stop)
 sys.stdout.write("step 3\\n")
 sys.stdout.flush()
-time.sleep(60)
+time.sleep({PATIENCE_S})
 """
 
 
@@ -70,10 +68,7 @@ def test_ctrl_c_as_a_user_types_it(tiny: Path, chats: Path, tmp_path: Path) -> N
         [sys.executable, "-m", "megalora", "train", "config.yaml"], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
-        deadline = time.monotonic() + PATIENCE_S
-        while not (tmp_path / "run/step_000003").exists():
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.1)
+        wait_until((tmp_path / "run/step_000003").exists)
         process.send_signal(signal.SIGINT)
         said, errors = process.communicate(timeout=PATIENCE_S)
     (last,) = re.findall(r"stopped by a signal at step \d+; the adapter is run/(step_\d+)\n", said)
@@ -95,10 +90,7 @@ def test_two_runs_in_one_folder(tiny: Path, chats: Path, tmp_path: Path) -> None
         target=_train_into, args=(config, tmp_path / "first")
     )
     first.start()
-    deadline = time.monotonic() + PATIENCE_S
-    while not (tmp_path / "run/step_000001").exists():
-        assert time.monotonic() < deadline and first.is_alive()
-        time.sleep(0.02)
+    wait_until((tmp_path / "run/step_000001").exists)
     for resume in (False, True):
         second = replace(config, checkpoint=replace(config.checkpoint, resume=resume))
         (said,) = run_ranks(said_by, 1, second)

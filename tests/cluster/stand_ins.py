@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 ROOT = Path(__file__).parents[2]
 FAKES = {
     # Everything but torchrun is Python's to do.
@@ -77,7 +79,7 @@ def launch(
         env=environment(folder, **extra),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 

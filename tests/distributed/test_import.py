@@ -18,8 +18,9 @@ from megalora.tiny import make_tiny
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config, records
+from tests.peft_warnings import IGNORED
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
+pytestmark = IGNORED
 LAYOUTS = {1: {}, 2: {"tp": 2, "ep": 2}, 4: {"tp": 2, "pp": 2, "etp": 2}}
 
 

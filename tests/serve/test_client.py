@@ -43,7 +43,7 @@ def vllm(tiny: Path) -> Iterator[FakeVLLM]:
 
 @pytest.fixture
 def client(vllm: FakeVLLM) -> Iterator[Client]:
-    with Client(vllm.url, timeout=10) as client:
+    with Client(vllm.url, timeout=PATIENCE_S) as client:
         yield client
 
 
@@ -437,12 +437,13 @@ def test_nobody_answers(adapters: list[Path]) -> None:
 
 
 def test_an_answer_that_takes_too_long(vllm: FakeVLLM) -> None:
-    vllm.seconds_per_answer = 1.0
+    vllm.may_answer.clear()
     with (
         Client(vllm.url, timeout=0.2) as client,
         pytest.raises(ServerUnreachable, match="no answer .* in time"),
     ):
         client.complete(BASE, PROMPT)
+    vllm.may_answer.set()
 
 
 def test_a_connection_that_is_closed_under_a_request(

@@ -23,6 +23,7 @@ from megalora.serve.errors import (
 )
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client, versioned
+from tests.peft_warnings import IGNORED
 from tests.serve.adapters import (
     ATTENTION,
     EXPERTS,
@@ -35,9 +36,7 @@ from tests.serve.stock_peft import greedy, logprobs, stock_model
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.filterwarnings(
-        "ignore::UserWarning", "ignore::RuntimeWarning"
-    ),  # PEFT calls patterns unused that it does use
+    IGNORED,
 ]
 ATOL = 5e-5
 """Of a log-probability: float32 through 4 layers errs by some 2^-24 * 100 of the largest logit, 5,

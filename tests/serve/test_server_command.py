@@ -10,11 +10,11 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
+from megalora.serve import server as server_module
 from megalora.serve.check import Limits
 from megalora.serve.errors import (
     AdapterForOtherBase,
@@ -32,6 +32,7 @@ from megalora.serve.vllm import versioned
 from megalora.serve.vllm_log import last_errors
 from megalora.serve.vllm_python import vllm_python
 from tests.serve.adapters import make_adapter
+from tests.waiting import PATIENCE_S, deadline_passes_when, wait_until
 
 
 @pytest.fixture
@@ -234,21 +235,19 @@ def test_a_server_that_hangs_is_given_up(
     hangs = script(
         tmp_path / "hangs",
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nchild = os.fork()\nprint(os.getpid(),"
-        " flush=True)\ntime.sleep(60)",
+        f" flush=True)\ntime.sleep({PATIENCE_S})",
     )
     log = tmp_path / "vllm.log"
+    deadline_passes_when(monkeypatch, server_module, lambda: log.read_text().count("\n") == 2)
     with pytest.raises(ServerError, match="not ready after 4 s; see .*vllm.log"):
         Server(tiny, python=hangs, log=log, timeout_s=4).start()
     pids = [int(line) for line in log.read_text().split()]
     assert len(pids) == 2
-    assert gone(pids)
+    wait_until_gone(pids)
 
 
-def gone(pids: list[int]) -> bool:
-    deadline = time.monotonic() + 5
-    while any(running(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not any(running(pid) for pid in pids)
+def wait_until_gone(pids: list[int]) -> None:
+    wait_until(lambda: not any(running(pid) for pid in pids))
 
 
 def running(pid: int) -> bool:
@@ -288,13 +287,13 @@ def test_nothing_is_left_when_the_owner_is_killed(tiny: Path, tmp_path: Path) ->
         tmp_path / "healthy",
         f"{HEALTHY}\nos.fork()\nprint(f'pid={{os.getpid()}};', flush=True)\ntry:"
         " HTTPServer(('127.0.0.1', port), Handler).serve_forever()\nexcept OSError:"
-        " time.sleep(60)",
+        f" time.sleep({PATIENCE_S})",
     )
     log = tmp_path / "a.log"
     code = (
         "import sys, time; from pathlib import Path; from megalora.serve.server import"
         " Server\nServer(sys.argv[1], python=sys.argv[2], log=Path(sys.argv[3])).start();"
-        " print('up', flush=True); time.sleep(60)"
+        f" print('up', flush=True); time.sleep({PATIENCE_S})"
     )
     command = [sys.executable, "-c", code, str(tiny), str(healthy), str(log)]
     owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -304,7 +303,7 @@ def test_nothing_is_left_when_the_owner_is_killed(tiny: Path, tmp_path: Path) ->
     assert len(pids) == 2 and all(running(pid) for pid in pids)
     owner.kill()
     owner.wait()
-    assert gone(pids)
+    wait_until_gone(pids)
 
 
 def test_sigterm_ends_the_server_too(tiny: Path, tmp_path: Path) -> None:
@@ -314,9 +313,15 @@ def test_sigterm_ends_the_server_too(tiny: Path, tmp_path: Path) -> None:
     with Server(tiny, python=healthy, log=tmp_path / "a.log") as server:
         process = server._process
         assert process is not None
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Thread(target=sigterm_to_this_process).start()
         assert server.wait() == 0
         assert process.poll() is not None
+
+
+def sigterm_to_this_process() -> None:
+    """Once ``Server.wait`` handles it; before that it would end the tests."""
+    wait_until(lambda: signal.getsignal(signal.SIGTERM) is signal.default_int_handler)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_errors_are_found_in_the_log(tmp_path: Path) -> None:

@@ -26,12 +26,13 @@ from tests.distributed.ranks import run_ranks
 from tests.environment import OUTSIDE
 from tests.parity.built import built, random_adapter
 from tests.parity.runs import make_config
+from tests.peft_warnings import IGNORED
 from tests.serve.adapters import ATTENTION, EXPERTS, make_adapter, tokens_of
 from tests.serve.stock_peft import stock_model
 
 pytestmark = [
     pytest.mark.vllm,
-    *(pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")),
+    IGNORED,
 ]
 CASES: dict[str, dict[str, Any]] = {
     "attention only": {"target_modules": ATTENTION},

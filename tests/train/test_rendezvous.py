@@ -2,6 +2,7 @@
 if nothing had been."""
 
 import gc
+import itertools
 import os
 import signal
 import threading
@@ -21,6 +22,7 @@ from megalora.train import loop
 from megalora.train.loop import train
 from tests.distributed.test_checkpoint import same_files
 from tests.parity.runs import make_config, records
+from tests.waiting import PATIENCE_S, deadline_passes_when
 
 
 def meet(
@@ -32,7 +34,7 @@ def meet(
     def come(rank: int) -> None:
         time.sleep((late or {}).get(rank, 0))
         try:
-            answers[rank] = agree_on_attempt(store, rank, world, 1.5)
+            answers[rank] = agree_on_attempt(store, rank, world, PATIENCE_S)
         except RuntimeError as error:
             answers[rank] = str(error)
 
@@ -56,17 +58,21 @@ def test_every_attempt_has_a_name_of_its_own(late: dict[int, float]) -> None:
     assert len(set(names)) == 3 and all(name.startswith("attempt_") for name in names)
 
 
-def test_after_an_attempt_that_never_met() -> None:
+def test_after_an_attempt_that_never_met(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 2 died before it came; the others gave up; then all come."""
     store = dist.HashStore()
-    assert "ranks [2] have not come" in meet(store, [0, 1], 3)[0]
+    with monkeypatch.context() as patch:
+        deadline_passes_when(patch, rendezvous, lambda: store.check(["nonce/0", "nonce/1"]))
+        assert "ranks [2] have not come" in meet(store, [0, 1], 3)[0]
     answers = meet(store, [0, 1, 2], 3, {1: 0.2})
     assert len(set(answers.values())) == 1 and answers[0].startswith("attempt_")
 
 
-def test_a_dead_rank_is_not_met() -> None:
+def test_a_dead_rank_is_not_met(monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.HashStore()
     meet(store, [0, 1], 2)
+    polls = itertools.count()
+    deadline_passes_when(monkeypatch, rendezvous, lambda: next(polls) > 20)
     assert "some ranks belong to an attempt that has ended" in meet(store, [0], 2)[0]
 
 
@@ -81,7 +87,7 @@ def _rank(
     }  # fmt: skip
     torch.set_num_threads(1)
     before(rank, attempt)
-    with host.process_group(1.0) as job:
+    with host.process_group(PATIENCE_S / 60) as job:
         train(config, job)
 
 
