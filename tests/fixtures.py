@@ -1,6 +1,5 @@
 """Tiny bases and data that tests of every package share, made once per process."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 import tests.prepare  # noqa: F401  before anything from Megatron
 from megalora.data.arithmetic import write_arithmetic
 from megalora.tiny import make_tiny
+from tests.jsonl import read_jsonl, write_jsonl
 from tests.parity.everything import EVERYTHING
 from tests.parity.models import silence_experts
 
@@ -47,8 +47,9 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_chats(path: Path) -> Path:
     write_arithmetic(path, 96, seed=0)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = read_jsonl(path)
+    # Answers of seven lengths, so that no two microbatches are padded alike.
     for i, row in enumerate(rows):
         row["messages"][-1]["content"] += " indeed" * (i % 7)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
     return path

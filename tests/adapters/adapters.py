@@ -1,7 +1,7 @@
 """Adapters as training leaves them, on small models of every family, and transformers' own model
 with the deltas in its weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from megalora.lora.spec import Adapted, tensor_name
 from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
 from megalora.tiny import make_tiny
+from tests.adapters.folders import factors_of
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["gate_proj", "up_proj", "down_proj"]
@@ -124,11 +125,18 @@ BASES = {
     "tied": TIED_CASES,
     "shared": SHARED_CASES,
 }
-CASES = [
-    pytest.param(base, {"rank": 4, "alpha": 12.0, **options}, id=f"{base}: {name}")
-    for base, cases in BASES.items()
-    for name, options in cases.items()
-]
+
+
+def _cases() -> Iterator[Any]:
+    for base, cases in BASES.items():
+        for name, options in cases.items():
+            # alpha is not rank, so that a scale of 1 in place of alpha / rank is seen.
+            options = {"rank": 4, "alpha": 12.0, **options}
+            yield pytest.param(base, options, id=f"{base}: {name}")
+
+
+CASES = list(_cases())
+"""(base, section lora) of all above."""
 
 
 def make_bases(folder: Path, moe: Path, dense: Path) -> dict[str, Path]:
@@ -153,11 +161,14 @@ class Trained:
     def deltas(self) -> Iterator[tuple[Adapted, int | None, Tensor]]:
         """(adapted, expert, scale * B A) for every linear."""
         for a in self.adapted:
-            for expert in range(a.num_experts) if a.num_experts else [None]:
-                yield a, expert, a.scale * self.factor(a, expert, "B") @ self.factor(a, expert, "A")
+            for expert in experts_of(a):
+                a_factor, b_factor = factors_of(self.tensors, a.hf_module(expert))
+                yield a, expert, a.scale * b_factor @ a_factor
 
-    def factor(self, a: Adapted, expert: int | None, factor: Any) -> Tensor:
-        return self.tensors[tensor_name(a.hf_module(expert), factor)]
+
+def experts_of(a: Adapted) -> Iterable[int | None]:
+    """Every expert of an adapted linear, or None for one that is not an expert's."""
+    return range(a.num_experts) if a.num_experts else [None]
 
 
 def train(
@@ -173,7 +184,9 @@ def train(
     tensors: dict[str, Tensor] = {}
     for a in adapted:
         for module in a.hf_modules():
-            a_factor, b_factor = (torch.randn(a.shape(f), generator=generator) for f in ("A", "B"))
+            a_factor = torch.randn(a.shape("A"), generator=generator)
+            b_factor = torch.randn(a.shape("B"), generator=generator)
+            # A x is about 1 for each rank, and scale * B A x about 0.2 whatever rank and scale are.
             tensors[tensor_name(module, "A")] = (a_factor / a.in_features**0.5).to(dtype)
             tensors[tensor_name(module, "B")] = (0.2 * b_factor / (a.scale * a.rank**0.5)).to(dtype)
     folder.mkdir(exist_ok=True)
@@ -201,11 +214,10 @@ def merged_by_hand(trained: Trained, model: Any = None) -> Any:
         experts = model.get_submodule(f"model.layers.{a.layer}.mlp.experts")
         size = trained.shape.expert_intermediate
         rows = {"gate_proj": slice(0, size), "up_proj": slice(size, 2 * size)}
-        weight = (
-            experts.down_proj[expert]
-            if a.projection.role == "down_proj"
-            else experts.gate_up_proj[expert][rows[a.projection.role]]
-        )
+        if a.projection.role == "down_proj":
+            weight = experts.down_proj[expert]
+        else:
+            weight = experts.gate_up_proj[expert][rows[a.projection.role]]
         weight += delta
     return model
 

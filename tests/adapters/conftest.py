@@ -4,6 +4,7 @@ import pytest
 from peft.utils import transformers_weight_conversion
 
 from tests.adapters.adapters import make_bases
+from tests.adapters.merging import make_bases_to_merge_into
 
 
 @pytest.fixture(scope="session")
@@ -11,6 +12,14 @@ def bases(
     tiny: Path, tiny_dense: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     return make_bases(tmp_path_factory.mktemp("bases"), tiny, tiny_dense)
+
+
+@pytest.fixture(scope="session")
+def mergeable(
+    tiny: Path, tiny_dense: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Bases that adapters are merged into, by what is special about them."""
+    return make_bases_to_merge_into(tmp_path_factory.mktemp("merge"), tiny, tiny_dense)
 
 
 @pytest.fixture(autouse=True)

@@ -7,27 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megalora.adapters.files import CONFIG, WEIGHTS, read_config
+from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.adapters.read.adapter import read_adapter
-from megalora.hf.json_file import read_hf_config
-from megalora.model.fields import model_shape
-from megalora.model.shape import ModelShape
 from megalora.tiny import make_tiny
 from tests.adapters.adapters import (
     ATTENTION,
     EXPERTS,
     Trained,
-    load_base,
     logits,
-    merged_by_hand,
     train,
 )
+from tests.adapters.folders import assert_same_tensors, edit_tensors, refused
+from tests.adapters.stock import new_adapter, read_logits, shape_of
+from tests.peft_warnings import IGNORED
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
+pytestmark = IGNORED
 
 
 FUSED = {
@@ -63,44 +60,27 @@ BY_STOCK_PEFT: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def stock_adapter(base: Path, folder: Path, **options: Any) -> Any:
-    """Stock PEFT's model with random B, saved to ``folder``."""
-    stock = get_peft_model(
-        load_base(base),
-        LoraConfig(**{"r": 4, "lora_alpha": 12, "task_type": "CAUSAL_LM", **options}),
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in stock.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    stock.save_pretrained(folder, save_embedding_layers=False)
-    return stock.eval()
-
-
-def shape_of(base: Path) -> ModelShape:
-    return model_shape(read_hf_config(base))
-
-
-def merged(folder: Path, base: Path, order: Any = None) -> Tensor:
-    """Logits of what we read."""
-    read = read_adapter(folder, shape_of(base), order)
-    return logits(merged_by_hand(Trained(base, shape_of(base), read.adapted, read.tensors, folder)))
-
-
 @pytest.mark.parametrize(("base", "options"), BY_STOCK_PEFT)
 def test_an_adapter_made_by_stock_peft(
     bases: dict[str, Path], tmp_path: Path, base: str, options: dict[str, Any]
 ) -> None:
-    stock = stock_adapter(bases[base], tmp_path, **options)
-    torch.testing.assert_close(merged(tmp_path, bases[base]), logits(stock), rtol=0, atol=2e-5)
+    stock = new_adapter(bases[base], **options)
+    stock.save_pretrained(tmp_path, save_embedding_layers=False)
+    _, found = read_logits(tmp_path, bases[base])
+    torch.testing.assert_close(found, logits(stock), rtol=0, atol=2e-5)
+
+
+PARAMETERS = {"base_layer": "mlp.experts.gate_up_proj", "": "mlp.experts.down_proj"}
+"""Of each wrapper of PEFT's, the inner one first."""
 
 
 class Stacked:
     """Labelled factors of one layer's experts, and the ways in which they have been written."""
 
     def __init__(self, base: Path, rank: int = 3) -> None:
-        self.base, self.shape, self.rank = base, shape_of(base), rank
+        self.base = base
+        self.shape = shape_of(base)
+        self.rank = rank
         e = self.shape.num_experts
         h = self.shape.hidden
         i = self.shape.expert_intermediate
@@ -115,10 +95,11 @@ class Stacked:
         """HF module -> change of its weight at scale 2."""
         found = {}
         for part in parts:
-            for e, delta in enumerate(
-                2.0 * b @ a for a, b in zip(*self.factors[part], strict=True)
-            ):
-                names = ("gate_proj", "up_proj") if part else ("down_proj",)
+            names = ("gate_proj", "up_proj") if part else ("down_proj",)
+            a_Eri, b_Eor = self.factors[part]
+            # [experts, out, in]; the fused weight has gate's rows above up's.
+            delta_Eoi = 2.0 * b_Eor @ a_Eri
+            for e, delta in enumerate(delta_Eoi):
                 for name, rows in zip(names, delta.chunk(len(names)), strict=True):
                     found[f"model.layers.1.mlp.experts.{e}.{name}"] = rows
         return found
@@ -138,13 +119,14 @@ class Stacked:
             b = torch.empty(b_Eor.shape[1], e * r)
             for expert in range(e):
                 for rank in range(r):
+                    # Rows of A are grouped by expert, whatever the columns of B are.
                     a[expert * r + rank] = a_Eri[expert, rank]
-                    b[:, expert * r + rank if grouped else rank * e + expert] = b_Eor[
-                        expert, :, rank
-                    ]
-            where = "base_model.model.model.layers.1.mlp.experts" + (
-                f".{part}" if part and len(parts) > 1 else ""
-            )
+                    column = expert * r + rank if grouped else rank * e + expert
+                    b[:, column] = b_Eor[expert, :, rank]
+            where = "base_model.model.model.layers.1.mlp.experts"
+            # PEFT wraps a module once per parameter: the first wrapper is the second's base layer.
+            if part and len(parts) > 1:
+                where += f".{part}"
             tensors |= {f"{where}.lora_A.weight": a, f"{where}.lora_B.weight": b}
         folder.mkdir(exist_ok=True)
         save_file(tensors, folder / WEIGHTS)
@@ -153,9 +135,7 @@ class Stacked:
             "r": self.rank,
             "lora_alpha": 2 * self.rank,
             "target_modules": None,
-            "target_parameters": [
-                f"mlp.experts.{'gate_up' if part else 'down'}_proj" for part in parts
-            ],
+            "target_parameters": [PARAMETERS[part] for part in parts],
         }
         (folder / CONFIG).write_text(json.dumps(written | config))
         return folder
@@ -171,6 +151,10 @@ class Stacked:
                 delta, expected.pop(a.hf_module(expert)), rtol=1e-6, atol=1e-7
             )
         assert not expected
+
+
+def refusal(adapter: Path, base: Path) -> str:
+    return refused(lambda: read_adapter(adapter, shape_of(base)))
 
 
 @pytest.fixture(scope="module")
@@ -250,12 +234,12 @@ def test_names_of_other_stacks(bases: dict[str, Path], tmp_path: Path, rename: A
     trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj", *EXPERTS])
     before = read_adapter(trained.folder, trained.shape)
     tensors = load_file(trained.folder / WEIGHTS)
-    renamed = {rename(name): t for name, t in tensors.items()}
+    renamed = {rename(name): tensor for name, tensor in tensors.items()}
     assert renamed.keys() != tensors.keys()
     save_file(renamed, trained.folder / WEIGHTS)
     after = read_adapter(trained.folder, trained.shape)
-    assert after.adapted == before.adapted and after.tensors.keys() == before.tensors.keys()
-    assert all(torch.equal(after.tensors[name], t) for name, t in before.tensors.items())
+    assert after.adapted == before.adapted
+    assert_same_tensors(after.tensors, before.tensors)
 
 
 def test_a_lost_parameter_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -271,280 +255,5 @@ def test_two_stacked_tensors_of_one_name_are_refused(
 ) -> None:
     Stacked(bases["moe"]).write(tmp_path, old=False)
     again = "base_model.model.model.layers.1.mlp.experts.lora_A.other.weight"
-    change(tmp_path, **{again: load_file(tmp_path / WEIGHTS)[again.replace(".other", "")].clone()})
+    edit_tensors(tmp_path, lambda tensors: tensors | {again: tensors[again.replace(".other", "")]})
     assert "are lora_A of the same experts" in refusal(tmp_path, bases["moe"])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"layers_to_transform": [0, 1]},
-        {"exclude_modules": ["layers.2.self_attn.q_proj"]},
-        {"exclude_modules": r".*\.3\..*"},
-        {"target_modules": r".*\.[01]\..*q_proj"},
-    ],
-)
-def test_what_peft_would_leave_out_is_refused(
-    bases: dict[str, Path], tmp_path: Path, options: dict[str, Any]
-) -> None:
-    trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
-    config = trained.folder / CONFIG
-    config.write_text(json.dumps(json.loads(config.read_text()) | options))
-    assert "PEFT would ignore them" in refusal(trained.folder, trained.base)
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (
-            {"alpha_pattern": {"q_proj": None}},
-            "alpha_pattern must be names and numbers above 0, got {'q_proj': None}",
-        ),
-        ({"rank_pattern": [3]}, "rank_pattern must be names and ranks of at least 1, got [3]"),
-        ({"rank_pattern": {"*q": 2}}, "is neither a name nor a regular expression ("),
-        (
-            {"target_modules": "*q_proj"},
-            "'*q_proj' is neither a name nor a regular expression (nothing to repeat)",
-        ),
-        ({"target_modules": 5}, "target_modules must be a name, or a list of names, got 5"),
-        ({"auto_mapping": []}, "auto_mapping must be an object, got []"),
-        ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
-        ({"r": 0}, "r=0 and lora_alpha=32 must be a rank of at least 1 and a number above 0"),
-        ({"lora_alpha": float("nan")}, "lora_alpha=nan must be a rank of at least 1"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_config_values_refused(
-    bases: dict[str, Path], tmp_path: Path, option: dict[str, Any], message: str
-) -> None:
-    trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
-    config = trained.folder / CONFIG
-    config.write_text(json.dumps(json.loads(config.read_text()) | option))
-    assert (said := refusal(trained.folder, trained.base)).startswith(
-        str(config)
-    ) and message in said
-
-
-def test_experts_that_are_not_there_are_zeros_and_named(
-    bases: dict[str, Path], tmp_path: Path
-) -> None:
-    trained = train(
-        bases["moe"], tmp_path / "adapter", rank=2, target_modules=["down_proj"], layers=[1]
-    )
-    change(trained.folder, remove="experts.5.down_proj")
-    read = read_adapter(trained.folder, trained.shape)
-    assert read.absent == ["model.layers.1.mlp.experts.5.down_proj"]
-    missing = {name: t for name, t in read.tensors.items() if "experts.5.down_proj" in name}
-    assert len(missing) == 2 and not any(t.any() for t in missing.values())
-
-
-def refusal(adapter: Path, base: Path) -> str:
-    with pytest.raises(ValueError) as caught:
-        read_adapter(adapter, shape_of(base))
-    return str(caught.value)
-
-
-def change(adapter: Path, remove: str = "", **add: Tensor) -> None:
-    tensors = {
-        name: t
-        for name, t in load_file(adapter / WEIGHTS).items()
-        if not remove or remove not in name
-    }
-    save_file(tensors | add, adapter / WEIGHTS)
-
-
-def test_a_missing_tensor_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    trained = train(bases["moe"], tmp_path / "adapter", rank=2)
-    change(trained.folder, remove="experts.3.up_proj.lora_B")
-    assert (
-        refusal(trained.folder, trained.base)
-        == f"{trained.folder}/adapter_model.safetensors has lora_A of"
-        " model.layers.0.mlp.experts.3.up_proj and lacks its lora_B"
-    )
-
-
-def test_a_tensor_without_target_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
-    change(trained.folder, **{"base_model.model.lm_head.lora_A.weight": torch.ones(2, 96)})
-    assert (
-        refusal(trained.folder, trained.base)
-        == f"{trained.folder}/adapter_model.safetensors has, but its config does not target, 1"
-        " modules, such as lm_head: PEFT would ignore them. Add them to target_modules in"
-        f" {trained.folder}/adapter_config.json"
-    )
-
-
-def test_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    wider = make_tiny(tmp_path / "wider", hidden_size=100)
-    trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["k_proj"])
-    assert (
-        refusal(trained.folder, wider) == f"{trained.folder}/adapter_model.safetensors:"
-        " base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight is (2, 96), but this"
-        " base model and rank need (2, 100)"
-    )
-    router = train(bases["moe"], tmp_path / "router", rank=2, target_modules=["gate", "k_proj"])
-    assert (
-        refusal(router.folder, bases["dense"])
-        == f"{router.folder}/adapter_model.safetensors: model.layers.0.mlp.gate is not a linear"
-        " layer of this base model; the nearest is model.layers.0.mlp.gate_proj"
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "{folder} is not an adapter folder: it has no adapter_config.json"),
-        (
-            '{"peft_type": "LORA"',
-            "{folder}/adapter_config.json:1: not valid JSON (Expecting ',' delimiter, column 21)",
-        ),
-        ('{"r": 2}', "{folder}/adapter_config.json: peft_type is None; megalora reads LORA only"),
-        (
-            '{"peft_type": "LOHA"}',
-            "{folder}/adapter_config.json: peft_type is 'LOHA'; megalora reads LORA only",
-        ),
-        (
-            '{"peft_type": "LORA", "r": 2}',
-            "{folder}/adapter_config.json: lora_alpha must be a number, got None",
-        ),
-        (
-            '{"peft_type": "LORA", "r": "2", "lora_alpha": 4}',
-            "{folder}/adapter_config.json: r must be a number, got '2'",
-        ),
-    ],
-)
-def test_config_refused(tmp_path: Path, content: str | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / CONFIG).write_text(content)
-    with pytest.raises(ValueError) as caught:
-        read_config(tmp_path)
-    assert str(caught.value) == message.format(folder=tmp_path)
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"use_dora": True},
-        {"bias": "all"},
-        {"modules_to_save": ["lm_head"]},
-        {"layer_replication": [[0, 2]]},
-        {"fan_in_fan_out": True},
-        {"lora_bias": True},
-        {"use_qalora": True},
-        {"alora_invocation_tokens": [1]},
-        {"init_lora_weights": "pissa_niter_4"},
-        {"init_lora_weights": "olora"},
-        {"trainable_token_indices": [3]},
-    ],
-    ids=lambda option: next(iter(option)),
-)
-def test_what_is_not_plain_lora_is_refused(
-    bases: dict[str, Path], tmp_path: Path, option: dict[str, Any]
-) -> None:
-    trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
-    config = trained.folder / CONFIG
-    config.write_text(json.dumps(json.loads(config.read_text()) | option))
-    assert refusal(trained.folder, trained.base).startswith(f"{config}: {next(iter(option))}=")
-
-
-def test_a_rank_the_config_does_not_say_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    """As verl writes it: the scale would be wrong."""
-    trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
-    config = trained.folder / CONFIG
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 4}))
-    assert refusal(trained.folder, trained.base) == (
-        f"{trained.folder}/adapter_model.safetensors:"
-        " base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight has rank 2, but"
-        " adapter_config.json says 4 (scales follow from it)"
-    ).replace("k_proj", "q_proj")
-
-
-def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    trained = train(
-        bases["moe"], tmp_path / "adapter", rank=2, target_modules=["down_proj"], layers=[1]
-    )
-    config = trained.folder / CONFIG
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"rank_pattern": {r"experts\.3\.down_proj": 1}})
-    )
-    name = "base_model.model.model.layers.1.mlp.experts.3.down_proj.lora_{}.weight"
-    tensors = load_file(trained.folder / WEIGHTS)
-    narrow = {
-        name.format("A"): tensors[name.format("A")][:1],
-        name.format("B"): tensors[name.format("B")][:, :1],
-    }
-    change(trained.folder, **{n: t.contiguous() for n, t in narrow.items()})
-    assert "experts of layer 1 have different ranks or scales in down_proj ([1, 2];" in refusal(
-        trained.folder, trained.base
-    )
-
-
-@pytest.mark.parametrize(
-    ("add", "message"),
-    [
-        (
-            {"base_model.model.lm_head.lora_magnitude_vector": torch.ones(4, 4)},
-            "lora_magnitude_vector is no LoRA factor of a",
-        ),
-        (
-            {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 9)},
-            "lora_embedding_A is no LoRA factor of a",
-        ),
-        (
-            {"base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight": torch.ones(8, 2, 96)},
-            "w1.lora_A.weight has no partner",
-        ),
-        (
-            {
-                "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(
-                    2, 96, 1
-                )
-            },
-            "a factor is a matrix in F64",
-        ),
-        (
-            {
-                "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full(
-                    (2, 96), float("nan")
-                )
-            },
-            "has NaN or infinite",
-        ),
-        (
-            {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)},
-            "two tensors are lora_A of model.layers.0.self_attn.q_proj",
-        ),
-        (
-            {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)},
-            "model.layers.9.self_attn.q_proj is not a linear",
-        ),
-        (
-            {"base_model.model.model.layers.1.mlp.experts.lora_A.weight": torch.ones(16, 80)},
-            "has no partner (lora_A and lora_B)",
-        ),
-    ],
-)
-def test_tensors_refused(
-    bases: dict[str, Path], tmp_path: Path, add: dict[str, Tensor], message: str
-) -> None:
-    trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
-    change(trained.folder, **add)
-    assert message in refusal(trained.folder, trained.base)
-
-
-def test_an_empty_file_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
-    change(trained.folder, remove="lora")
-    assert (
-        refusal(trained.folder, trained.base)
-        == f"{trained.folder}/adapter_model.safetensors holds no tensors: nothing was adapted, or"
-        " saving went wrong"
-    )
-
-
-def test_a_target_without_tensors_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj", *EXPERTS])
-    change(trained.folder, remove="experts")
-    assert "has no tensors for down_proj, which its config targets: they were lost" in refusal(
-        trained.folder, trained.base
-    )

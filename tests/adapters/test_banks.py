@@ -17,10 +17,12 @@ from megalora.adapters.inspect import describe
 from megalora.adapters.read.adapter import read_adapter
 from megalora.config import LoRAConfig
 from megalora.lora.select import resolve
+from megalora.lora.spec import tensor_name
 from megalora.model.shape import ModelShape
 from megalora.serve.check import check_adapter
 from megalora.serve.errors import AdapterInvalid
 from tests.adapters.adapters import EXPERTS, Trained, train
+from tests.adapters.folders import assert_same_tensors
 from tests.adapters.stock import check_equal, loaded_by_peft, shape_of
 
 RANK = 3
@@ -40,6 +42,7 @@ class Factors:
         i = shape.expert_intermediate
         generator = torch.Generator().manual_seed(3)
         draw = lambda *sizes: 0.1 * torch.randn(*sizes, generator=generator)  # noqa: E731
+        # Shared is what touches the hidden state: A of gate and up, B of down.
         a, b = (1, e) if shared else (e, e)
         self.of: dict[str, tuple[Tensor, Tensor]] = {
             "gate_proj": (draw(a, RANK, h), draw(b, i, RANK)),
@@ -51,6 +54,7 @@ class Factors:
         """HF module -> change of its weight, one expert at a time."""
         for name, (a, b) in self.of.items():
             for expert in range(max(len(a), len(b))):
+                # A shared factor has length 1: every expert's index modulo 1 is 0.
                 delta = 2.0 * b[expert % len(b)] @ a[expert % len(a)]
                 yield f"model.layers.{LAYER}.mlp.experts.{expert}.{name}", delta
 
@@ -71,11 +75,22 @@ def write(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
 def check(folder: Path, base: Path, factors: Factors) -> None:
     read = read_adapter(folder, shape_of(base))
     expected = dict(factors.deltas())
-    for a, expert, delta in Trained(
-        base, shape_of(base), read.adapted, read.tensors, folder
-    ).deltas():
+    found = Trained(base, shape_of(base), read.adapted, read.tensors, folder)
+    for a, expert, delta in found.deltas():
         torch.testing.assert_close(delta, expected.pop(a.hf_module(expert)), rtol=1e-6, atol=1e-7)
     assert not expected
+
+
+def in_3d(pairs: dict[str, tuple[Tensor, Tensor]], transposed: bool) -> dict[str, Tensor]:
+    """A and B of all experts as two tensors for each projection; ``transposed``: each expert's
+    matrix is written as [in, out]."""
+    tensors = {}
+    for name, pair in pairs.items():
+        for factor, tensor in zip("AB", pair, strict=True):
+            if transposed:
+                tensor = tensor.transpose(1, 2)
+            tensors[f"{MLP}.experts.{name}.lora_{factor}.weight"] = tensor
+    return tensors
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["per expert", "shared outer"])
@@ -85,13 +100,9 @@ def test_3d_tensors(
     bases: dict[str, Path], tmp_path: Path, shared: bool, names: dict[str, str], transposed: bool
 ) -> None:
     factors = Factors(shape_of(bases["moe"]), shared)
-    tensors = {
-        f"{MLP}.experts.{names[name]}.lora_{factor}.weight": (
-            tensor.transpose(1, 2) if transposed else tensor
-        )
-        for name, pair in factors.of.items()
-        for factor, tensor in zip("AB", pair, strict=True)
-    }
+    pairs = {names[name]: pair for name, pair in factors.of.items()}
+    tensors = in_3d(pairs, transposed)
+    # However PEFT's config spells what is adapted.
     check(write(tmp_path / "a", tensors), bases["moe"], factors)
     check(write(tmp_path / "b", tensors, target_modules=[*names.values()]), bases["moe"], factors)
     check(write(tmp_path / "c", tensors, target_modules=["experts"]), bases["moe"], factors)
@@ -107,12 +118,11 @@ def test_what_export_writes_for_sglang_is_read_back(bases: dict[str, Path], tmp_
     )
     factors = load_file(trained.folder / WEIGHTS)
     for a in resolve(LoRAConfig(rank=RANK, alpha=6.0, target_modules=EXPERTS), shape):
+        # Every expert gets the first one's, for SGLang's layout stores one for all.
         one = "B" if a.name == "down_proj" else "A"
-        first = factors[f"base_model.model.{a.hf_module(0)}.lora_{one}.weight"]
-        factors |= {
-            f"base_model.model.{module}.lora_{one}.weight": first.clone()
-            for module in a.hf_modules()
-        }
+        first = factors[tensor_name(a.hf_module(0), one)]
+        for module in a.hf_modules():
+            factors[tensor_name(module, one)] = first.clone()
     save_file(factors, trained.folder / WEIGHTS)
     export(
         trained.folder,
@@ -121,13 +131,11 @@ def test_what_export_writes_for_sglang_is_read_back(bases: dict[str, Path], tmp_
         layout="shared_outer",
         base=str(bases["moe"]),
     )
-    assert any(
-        tensor.dim() == 3 and len(tensor) == 1
-        for tensor in load_file(tmp_path / "out" / WEIGHTS).values()
-    )
+    written = load_file(tmp_path / "out" / WEIGHTS)
+    shared = [tensor for tensor in written.values() if tensor.dim() == 3 and len(tensor) == 1]
+    assert shared
     again = read_adapter(tmp_path / "out", shape)
-    assert again.tensors.keys() == factors.keys()
-    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in factors.items())
+    assert_same_tensors(again.tensors, factors)
 
 
 def fused(factors: Factors) -> tuple[Tensor, Tensor]:
@@ -136,9 +144,12 @@ def fused(factors: Factors) -> tuple[Tensor, Tensor]:
     gate_a, gate_b = factors.of["gate_proj"]
     up_a, up_b = factors.of["up_proj"]
     zeros = torch.zeros_like(gate_b)
-    return torch.cat([gate_a, up_a], 1), torch.cat(
-        [torch.cat([gate_b, zeros], 2), torch.cat([zeros, up_b], 2)], 1
-    )
+    # [experts, 2 r, hidden]
+    a = torch.cat([gate_a, up_a], 1)
+    # [experts, 2 intermediate, 2 r]: gate's rows use the first r of A's, up's the others.
+    gate_rows = torch.cat([gate_b, zeros], 2)
+    up_rows = torch.cat([zeros, up_b], 2)
+    return a, torch.cat([gate_rows, up_rows], 1)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["out first", "in first"])
@@ -147,13 +158,8 @@ def test_a_3d_tensor_of_gate_and_up(
 ) -> None:
     factors = Factors(shape_of(bases["moe"]))
     pairs = {"gate_up_proj": fused(factors), "down_proj": factors.of["down_proj"]}
-    tensors = {
-        f"{MLP}.experts.{name}.lora_{factor}.weight": (
-            tensor.transpose(1, 2) if transposed else tensor
-        )
-        for name, pair in pairs.items()
-        for factor, tensor in zip("AB", pair, strict=True)
-    }
+    tensors = in_3d(pairs, transposed)
+    # The fused adapter has both ranks; twice alpha keeps its scale.
     patterns = {
         "rank_pattern": {"gate_up_proj": 2 * RANK},
         "alpha_pattern": {"gate_up_proj": 4 * RANK},
@@ -170,12 +176,12 @@ def test_gate_and_up_of_each_expert_in_one(bases: dict[str, Path], tmp_path: Pat
     factors = Factors(shape_of(bases["moe"]))
     factors.of["up_proj"] = (factors.of["gate_proj"][0], factors.of["up_proj"][1])
     tensors: dict[str, Tensor] = {}
-    for e in range(len(factors.of["gate_proj"][0])):
+    gate_a, gate_b = factors.of["gate_proj"]
+    _, up_b = factors.of["up_proj"]
+    for e in range(len(gate_a)):
         stem = f"{MLP}.experts.{e}"
-        tensors[f"{stem}.gate_up_proj.lora_A.weight"] = factors.of["gate_proj"][0][e]
-        tensors[f"{stem}.gate_up_proj.lora_B.weight"] = torch.cat(
-            [factors.of[half][1][e] for half in ("gate_proj", "up_proj")]
-        )
+        tensors[f"{stem}.gate_up_proj.lora_A.weight"] = gate_a[e]
+        tensors[f"{stem}.gate_up_proj.lora_B.weight"] = torch.cat([gate_b[e], up_b[e]])
         for factor, tensor in zip("AB", factors.of["down_proj"], strict=True):
             tensors[f"{stem}.down_proj.lora_{factor}.weight"] = tensor[e]
     check(
@@ -196,16 +202,10 @@ def test_gate_and_up_of_a_dense_mlp_in_one(bases: dict[str, Path], tmp_path: Pat
         target_modules=["gate_up_proj"],
     )
     read = read_adapter(folder, shape)
-    whole = torch.cat(
-        [
-            delta
-            for _, _, delta in Trained(
-                bases["dense"], shape, read.adapted, read.tensors, folder
-            ).deltas()
-        ]
-    )
     assert [adapted.name for adapted in read.adapted] == ["gate_proj", "up_proj"]
-    torch.testing.assert_close(whole, 2 * b @ a)
+    found = Trained(bases["dense"], shape, read.adapted, read.tensors, folder)
+    (_, _, gate), (_, _, up) = found.deltas()
+    torch.testing.assert_close(torch.cat([gate, up]), 2 * b @ a)
 
 
 def test_tinker_s_head(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -224,6 +224,7 @@ def test_tinker_s_head(bases: dict[str, Path], tmp_path: Path) -> None:
     check_equal(tmp_path, bases["moe"], loaded_by_peft(written.folder, bases["moe"]))
 
 
+# Experts, hidden and expert intermediate size of the tiny MoE.
 E = 8
 H = 96
 I = 80
@@ -286,10 +287,11 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_no_reading_fits_is_refused(bases: dict[str, Path], tmp_path: Path, case: str) -> None:
     sizes, message = REFUSED[case]
-    tensors = {
-        f"{MLP}.{name}.weight".replace("mlp.../", ""): torch.ones(size)
-        for name, size in sizes.items()
-    }
+    tensors = {}
+    for name, size in sizes.items():
+        # "../" leaves the MLP for the layer.
+        full_name = f"{MLP}.{name}.weight".replace("mlp.../", "")
+        tensors[full_name] = torch.ones(size)
     with pytest.raises(ValueError, match=message) as caught:
         read_adapter(write(tmp_path, tensors), shape_of(bases["moe"]))
     assert "\n" not in str(caught.value)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from megalora.adapters.export import export
@@ -27,26 +26,40 @@ from megalora.adapters.trained import trained_form
 from megalora.config import LoRAConfig
 from megalora.config.file import load_config
 from megalora.lora.select import resolve
-from megalora.lora.spec import tensor_name
+from megalora.lora.spec import Adapted, tensor_name
 from tests.adapters.adapters import (
     ATTENTION,
     CASES,
     EXPERTS,
-    Trained,
-    load_base,
-    logits,
-    merged_by_hand,
     train,
 )
+from tests.adapters.folders import assert_same_tensors, factors_of, remove_tensors
+from tests.adapters.stock import loaded_by_peft, read_logits
+from tests.peft_warnings import IGNORED
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
+pytestmark = IGNORED
 
 
 def same_bits(one: Path, other: Path) -> bool:
     a = load_file(one / WEIGHTS)
     b = load_file(other / WEIGHTS)
-    assert a.keys() == b.keys() and read_config(one) == read_config(other)
-    return all(torch.equal(a[name], b[name]) for name in a)
+    assert read_config(one) == read_config(other)
+    assert_same_tensors(a, b)
+    return True
+
+
+def ranks_of(adapted: list[Adapted]) -> list[tuple[Any, ...]]:
+    """What is adapted in every layer, and its rank."""
+    return [(a.projection, a.layer, a.rank) for a in adapted]
+
+
+def scales_of(adapted: list[Adapted]) -> dict[str, float]:
+    """HF module -> scale."""
+    scales = {}
+    for a in adapted:
+        for module in a.hf_modules():
+            scales[module] = a.scale
+    return scales
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "stacked"])
@@ -70,31 +83,27 @@ def test_an_imported_adapter_is_what_was_trained(
     section says the same."""
     trained = train(bases[base], tmp_path / "adapter", **options)
     imported = import_adapter(trained.folder, tmp_path / "imported", str(bases[base]))
-    section = imported.section
-    assert [
-        (a.projection, a.layer, a.rank) for a in resolve(LoRAConfig(**section), trained.shape)
-    ] == [(a.projection, a.layer, a.rank) for a in trained.adapted]
+    again = resolve(LoRAConfig(**imported.section), trained.shape)
+    assert ranks_of(again) == ranks_of(trained.adapted)
+
+    masters = {}
     state = load_file(tmp_path / "imported" / OPTIMIZER)
-    found = {
-        name.removeprefix("param."): t for name, t in state.items() if name.startswith("param.")
-    }
-    assert found.keys() == trained.tensors.keys() and len(state) == 3 * len(found)
-    scales = {
-        a.hf_module(e): a.scale
-        for a in trained.adapted
-        for e in (range(a.num_experts) if a.num_experts else [None])
-    }
-    again = {a.hf_module(e): a.scale for a in resolve(LoRAConfig(**section), trained.shape)
-             for e in (range(a.num_experts) if a.num_experts else [None])}  # fmt: skip
-    for module, scale in scales.items():
-        assert torch.equal(
-            found[tensor_name(module, "A")], trained.tensors[tensor_name(module, "A")]
-        )
-        b = found[tensor_name(module, "B")] * again[module]
-        torch.testing.assert_close(
-            b, trained.tensors[tensor_name(module, "B")] * scale, rtol=1e-6, atol=1e-8
-        )
-    assert not any(t.any() for name, t in state.items() if not name.startswith("param."))
+    for name, tensor in state.items():
+        if name.startswith("param."):
+            masters[name.removeprefix("param.")] = tensor
+        else:
+            assert not tensor.any(), f"{name} is a moment and must be zero"
+    # A master and two moments each.
+    assert masters.keys() == trained.tensors.keys()
+    assert len(state) == 3 * len(masters)
+
+    new_scales = scales_of(again)
+    for module, scale in scales_of(trained.adapted).items():
+        a, b = factors_of(masters, module)
+        trained_a, trained_b = factors_of(trained.tensors, module)
+        assert torch.equal(a, trained_a)
+        # The file may have folded a scale into B; the product with the section's scale counts.
+        torch.testing.assert_close(b * new_scales[module], trained_b * scale, rtol=1e-6, atol=1e-8)
 
 
 def test_an_expert_without_adapter_can_learn_after_import(
@@ -103,34 +112,19 @@ def test_an_expert_without_adapter_can_learn_after_import(
     trained = train(
         bases["moe"], tmp_path / "adapter", rank=2, target_modules=["down_proj"], layers=[1]
     )
-    tensors = {
-        n: t
-        for n, t in load_file(trained.folder / WEIGHTS).items()
-        if "experts.5.down_proj" not in n
-    }
-    save_file(tensors, trained.folder / WEIGHTS)
+    remove_tensors(trained.folder, "experts.5.down_proj")
     imported = import_adapter(trained.folder, tmp_path / "imported", str(bases["moe"]))
-    assert any(
-        "2 rows of A are zeros (1 of 8 linears whole); drawn anew, B zero" in note
-        for note in imported.notes
-    )
-    a, b = (
-        load_file(tmp_path / "imported" / OPTIMIZER)[
-            f"param.{tensor_name('model.layers.1.mlp.experts.5.down_proj', f)}"
-        ]
-        for f in ("A", "B")
-    )
-    assert a.any(1).all() and not b.any()
-    with torch.no_grad():
-        after = logits(
-            PeftModel.from_pretrained(load_base(bases["moe"]), str(tmp_path / "imported")).eval()
-        )
-    read = read_adapter(trained.folder, trained.shape)
-    before = logits(
-        merged_by_hand(
-            Trained(bases["moe"], trained.shape, read.adapted, read.tensors, trained.folder)
-        )
-    )
+    said = "2 rows of A are zeros (1 of 8 linears whole); drawn anew, B zero"
+    assert said in "\n".join(imported.notes)
+    masters = load_file(tmp_path / "imported" / OPTIMIZER)
+    module = "model.layers.1.mlp.experts.5.down_proj"
+    a = masters[f"param.{tensor_name(module, 'A')}"]
+    b = masters[f"param.{tensor_name(module, 'B')}"]
+    # Where both were zero, neither would ever get a gradient.
+    assert a.any(1).all()
+    assert not b.any()
+    after = loaded_by_peft(tmp_path / "imported", bases["moe"])
+    _, before = read_logits(trained.folder, bases["moe"])
     torch.testing.assert_close(after, before, rtol=0, atol=2e-5)
 
 
@@ -165,11 +159,9 @@ def test_nothing_trained_is_dropped_without_being_told(
                 export(trained.folder, out, engine=engine)
             assert not out.exists()
             written = export(trained.folder, out, engine=engine, drop=["gate"])
-            assert not [name for name in load_file(out / WEIGHTS) if "mlp.gate." in name]
-            assert (
-                "left out, as you asked: gate" in written.text()
-                and "left out of this file: `gate`" in (out / CARD).read_text()
-            )
+            assert "mlp.gate." not in " ".join(load_file(out / WEIGHTS))
+            assert "left out, as you asked: gate" in written.text()
+            assert "left out of this file: `gate`" in (out / CARD).read_text()
         else:
             export(trained.folder, out, engine=engine)
             assert "base_model.model.lm_head.lora_A.weight" in load_file(out / WEIGHTS)
@@ -195,20 +187,23 @@ def test_sglang_gets_one_rank_and_one_scale(bases: dict[str, Path], tmp_path: Pa
     export(trained.folder, tmp_path / "out", engine="sglang")
     config = read_config(tmp_path / "out")
     tensors = load_file(tmp_path / "out" / WEIGHTS)
-    assert (config["r"], config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == (
-        6,
-        {},
-        {},
-        False,
-    )
-    assert {t.shape[0] for n, t in tensors.items() if ".lora_A." in n} == {6}
-    # they go together
-    assert {n.split(".")[6] for n in tensors if "self_attn" in n} == {"q_proj", "k_proj", "v_proj"}
+    # The largest rank of all.
+    assert config["r"] == 6
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["use_rslora"] is False
+    attention = set()
+    for name, tensor in tensors.items():
+        if ".lora_A." in name:
+            assert tensor.shape[0] == 6, name
+        if "self_attn" in name:
+            attention.add(name.split(".")[6])
+    # SGLang computes q, k and v as one product, so that an adapter of one needs all three.
+    assert attention == {"q_proj", "k_proj", "v_proj"}
     # The file means the same: one scale, alpha / r, on every tensor.
     scale = config["lora_alpha"] / config["r"]
     for a, expert, delta in trained.deltas():
-        a_, b_ = (tensors[tensor_name(a.hf_module(expert), f)] for f in ("A", "B"))
-        torch.testing.assert_close(scale * b_ @ a_, delta, rtol=1e-5, atol=1e-7)
+        a_factor, b_factor = factors_of(tensors, a.hf_module(expert))
+        torch.testing.assert_close(scale * b_factor @ a_factor, delta, rtol=1e-5, atol=1e-7)
 
 
 def test_shared_outer_only_where_experts_share(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -217,15 +212,16 @@ def test_shared_outer_only_where_experts_share(bases: dict[str, Path], tmp_path:
         export(trained.folder, tmp_path / "no", engine="sglang", layout="shared_outer")
     tensors = load_file(trained.folder / WEIGHTS)
     for name in tensors:
+        # A of gate and up and B of down, which touch the hidden state: the first expert's for all.
         if ("down_proj" in name) == (".lora_B." in name):
-            tensors[name] = tensors[
-                name.replace(f"experts.{name.split('.')[7]}.", "experts.0.")
-            ].clone()
+            expert = name.split(".")[7]
+            first = name.replace(f"experts.{expert}.", "experts.0.")
+            tensors[name] = tensors[first].clone()
     save_file(tensors, trained.folder / WEIGHTS)
     export(trained.folder, tmp_path / "yes", engine="sglang", layout="shared_outer")
     written = load_file(tmp_path / "yes" / WEIGHTS)
     stem = "base_model.model.model.layers.2.mlp.experts.{}.lora_{}.weight"
-    sizes = {n: tuple(t.shape) for n, t in written.items() if "layers.2." in n}
+    sizes = {name: tuple(t.shape) for name, t in written.items() if "layers.2." in name}
     e = trained.shape.num_experts
     h = trained.shape.hidden
     i = trained.shape.expert_intermediate
@@ -238,13 +234,10 @@ def test_shared_outer_only_where_experts_share(bases: dict[str, Path], tmp_path:
         a = written[stem.format(name, "A")]
         b = written[stem.format(name, "B")]
         for expert in range(e):
-            own = [
-                tensors[tensor_name(f"model.layers.2.mlp.experts.{expert}.{name}", f)]
-                for f in ("A", "B")
-            ]
-            assert torch.equal(a[min(expert, len(a) - 1)], own[0]) and torch.equal(
-                b[min(expert, len(b) - 1)], own[1]
-            )
+            own_a, own_b = factors_of(tensors, f"model.layers.2.mlp.experts.{expert}.{name}")
+            # A shared factor has one entry for all experts.
+            assert torch.equal(a[min(expert, len(a) - 1)], own_a)
+            assert torch.equal(b[min(expert, len(b) - 1)], own_b)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +282,10 @@ def test_exports_refused(
 def test_an_adapter_that_does_nothing_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
     tensors = load_file(trained.folder / WEIGHTS)
-    save_file({n: t * (".lora_A." in n) for n, t in tensors.items()}, trained.folder / WEIGHTS)
+    for name, tensor in tensors.items():
+        if ".lora_B." in name:
+            tensor.zero_()
+    save_file(tensors, trained.folder / WEIGHTS)
     for call in (
         lambda: export(trained.folder, tmp_path / "o"),
         lambda: import_adapter(trained.folder, tmp_path / "i", str(bases["moe"])),
@@ -373,11 +369,6 @@ def test_logits_of_every_export_are_the_same(bases: dict[str, Path], tmp_path: P
         "uniform": {"engine": "sglang"},
     }.items():
         export(trained.folder, tmp_path / name, **call)
-        with torch.no_grad():
-            found.append(
-                logits(
-                    PeftModel.from_pretrained(load_base(trained.base), str(tmp_path / name)).eval()
-                )
-            )
+        found.append(loaded_by_peft(tmp_path / name, trained.base))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-5)
     torch.testing.assert_close(found[2], found[0], rtol=0, atol=2e-5)

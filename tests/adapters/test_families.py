@@ -19,8 +19,9 @@ from megalora.tiny import make_tiny
 from megalora.verify.peft import verify_peft
 from tests.adapters.adapters import Trained, load_base, logits, merged_by_hand, train
 from tests.adapters.stock import ATOL, shape_of
+from tests.peft_warnings import IGNORED
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
+pytestmark = IGNORED
 
 Layout = Literal["per_expert", "stacked"]
 
@@ -29,14 +30,15 @@ def options_of(base: Path) -> dict[str, Any]:
     """Every linear that stock PEFT can adapt, but the head; q and the gates of MLPs have ranks of
     their own."""
     shape = shape_of(base)
-    layers = range(shape.num_layers)
-    cannot = FAMILIES[shape.model_type].peft.not_honoured
-    names = {p.name for layer in layers for p in layer_projections(shape, layer)} - cannot.keys()
-    gates = {
-        p.name for layer in layers for p in layer_projections(shape, layer)
-        if p.role == "gate_proj"
-    }  # fmt: skip
-    ranks = {"q_proj": 3} | {name: 2 for name in gates}
+    names = set()
+    ranks = {"q_proj": 3}
+    for layer in range(shape.num_layers):
+        for projection in layer_projections(shape, layer):
+            names.add(projection.name)
+            # Families name their gates differently, w1 among them.
+            if projection.role == "gate_proj":
+                ranks[projection.name] = 2
+    names -= FAMILIES[shape.model_type].peft.not_honoured.keys()
     return {"rank": 4, "alpha": 12.0, "target_modules": sorted(names), "rank_pattern": ranks}
 
 

@@ -15,7 +15,6 @@ from megalora.adapters.files import CONFIG, WEIGHTS, read_config
 from megalora.adapters.read.adapter import read_adapter
 from megalora.adapters.write.engines import FileFormat
 from megalora.adapters.write.form import export_form
-from megalora.lora.spec import tensor_name
 from tests.adapters.adapters import (
     ATTENTION,
     CASES,
@@ -26,8 +25,10 @@ from tests.adapters.adapters import (
     merged_by_hand,
     train,
 )
+from tests.adapters.folders import factors_of
+from tests.peft_warnings import IGNORED
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
+pytestmark = IGNORED
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "stacked"])
@@ -65,13 +66,12 @@ def test_the_folder_reads_back_as_what_was_trained(
     found = {a.hf_module(expert): delta for a, expert, delta in read.deltas()}
     for a, expert, delta in trained.deltas():
         torch.testing.assert_close(found.pop(a.hf_module(expert)), delta, rtol=1e-6, atol=1e-7)
-    assert not any(delta.count_nonzero() for delta in found.values()), (
-        "what was added must do nothing"
-    )
-    assert (
-        2 * sum(len(a.hf_modules()) for a in again.adapted) == len(again.tensors)
-        and not again.absent
-    )
+    # What is left was added so that others can load the file.
+    for module, delta in found.items():
+        assert not delta.count_nonzero(), f"{module} must do nothing"
+    num_modules = sum(len(a.hf_modules()) for a in again.adapted)
+    assert len(again.tensors) == 2 * num_modules
+    assert not again.absent
 
 
 @pytest.mark.parametrize(("base", "options"), CASES)
@@ -81,23 +81,23 @@ def test_experts_are_written_as_vllm_and_peft_need_them(
     trained = train(bases[base], tmp_path / "adapter", **options)
     config = read_config(trained.folder)
     tensors = load_file(trained.folder / WEIGHTS)
-    assert (config["use_rslora"], config["lora_dropout"], config["modules_to_save"]) == (
-        False,
-        0.0,
-        None,
-    )
+    # Scales are written as alphas, and dropout is for training.
+    assert config["use_rslora"] is False
+    assert config["lora_dropout"] == 0.0
+    assert config["modules_to_save"] is None
     adapted_layers = {a.layer for a in trained.adapted if a.projection.is_expert}
     for layer in adapted_layers:
         for name in EXPERTS:
-            ranks = {
-                tensors[tensor_name(f"model.layers.{layer}.mlp.experts.{e}.{name}", "A")].shape[0]
-                for e in range(trained.shape.num_experts)
-            }
-            assert ranks == {config["r"]} or (name == "down_proj" and len(ranks) == 1)
-    others = {a.layer for a in trained.adapted} - adapted_layers
-    assert not [
-        name for name in tensors for layer in others if f"layers.{layer}.mlp.experts." in name
-    ]
+            ranks = set()
+            for expert in range(trained.shape.num_experts):
+                a, _ = factors_of(tensors, f"model.layers.{layer}.mlp.experts.{expert}.{name}")
+                ranks.add(a.shape[0])
+            # PEFT stacks all experts of a layer: one rank, for gate and up that of the config.
+            assert len(ranks) == 1
+            if name != "down_proj":
+                assert ranks == {config["r"]}
+    with_experts = {int(name.split(".")[4]) for name in tensors if ".mlp.experts." in name}
+    assert with_experts == adapted_layers
 
 
 def test_config_in_full(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -158,24 +158,23 @@ def test_tensors_of_a_half_adapted_expert(bases: dict[str, Path], tmp_path: Path
     tensors = load_file(trained.folder / WEIGHTS)
     size = trained.shape.expert_intermediate
     hidden = trained.shape.hidden
+    assert len(tensors) == 2 * 3 * trained.shape.num_experts
     for expert in range(trained.shape.num_experts):
         stem = f"model.layers.1.mlp.experts.{expert}"
-        gate, up, down = (
-            tuple(tensors.pop(tensor_name(f"{stem}.{name}", f)) for f in ("A", "B"))
-            for name in EXPERTS
-        )
-        own_gate, own_up = (
-            tuple(trained.tensors[tensor_name(f"{stem}.{name}", f)] for f in ("A", "B"))
-            for name in EXPERTS[:2]
-        )
-        assert torch.equal(gate[0], own_gate[0]) and torch.equal(gate[1], own_gate[1])
-        assert torch.equal(up[0], torch.cat([own_up[0], torch.zeros(2, hidden)]))
-        # its scale 12 / 3 = 4 is written as the file's 10 / 5 = 2
-        assert torch.equal(up[1], torch.cat([2 * own_up[1], torch.zeros(size, 2)], dim=1))
-        assert torch.equal(down[0], torch.zeros(5, size)) and torch.equal(
-            down[1], torch.zeros(hidden, 5)
-        )
-    assert not tensors
+        gate_a, gate_b = factors_of(tensors, f"{stem}.gate_proj")
+        own_a, own_b = factors_of(trained.tensors, f"{stem}.gate_proj")
+        assert torch.equal(gate_a, own_a)
+        assert torch.equal(gate_b, own_b)
+
+        # Rank 3 is padded to 5; the scale 12 / 3 = 4 is written as the file's 10 / 5 = 2.
+        up_a, up_b = factors_of(tensors, f"{stem}.up_proj")
+        own_a, own_b = factors_of(trained.tensors, f"{stem}.up_proj")
+        assert torch.equal(up_a, torch.cat([own_a, torch.zeros(2, hidden)]))
+        assert torch.equal(up_b, torch.cat([2 * own_b, torch.zeros(size, 2)], dim=1))
+
+        down_a, down_b = factors_of(tensors, f"{stem}.down_proj")
+        assert torch.equal(down_a, torch.zeros(5, size))
+        assert torch.equal(down_b, torch.zeros(hidden, 5))
 
 
 def test_dtype_is_kept(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -72,10 +72,9 @@ def test_several_ranks_are_all_shown(tmp_path: Path) -> None:
 
 
 def test_size_is_counted_in_the_dtype_of_the_file(tmp_path: Path) -> None:
-    tensors = {
-        name: t.bfloat16()
-        for name, t in factors("model.layers.0.self_attn.k_proj", 500, 900, 1100, 2, 1).items()
-    }
+    tensors = factors("model.layers.0.self_attn.k_proj", 500, 900, 1100, 2, 1)
+    # 500 * (900 + 1100) numbers of 2 bytes.
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     head, _, line = described(tmp_path, tensors)
     assert head.endswith("1,000,000 parameters, 2.0 MB")
     # bfloat16 rounds

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from megalora.adapters.merge import merge
 from megalora.adapters.merge_report import MergedModule, MergeReport, projection
@@ -17,33 +17,42 @@ from megalora.lora.select import resolve
 from megalora.lora.spec import tensor_name
 from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
+from tests.adapters.folders import factors_of
+from tests.adapters.merging import read, rewrite
 from tests.parity.built import random_factors
+from tests.tensor_changes import cast
 
 V_PROJ = "model.layers.{}.self_attn.v_proj"
+
+
+def with_ones_in_v_proj(file: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, tensor in file.items():
+        if "v_proj" in name:
+            tensor.fill_(1)
+    return file
 
 
 def test_deltas_whose_fate_is_known(tmp_path: Path) -> None:
     """Every weight is 1, whose neighbour above is 1 + 2^-7 in bfloat16; every element of a layer's
     delta is the same."""
     base = make_tiny(tmp_path / "base", arch="qwen3", dtype="bfloat16")
-    for shard in base.glob("*.safetensors"):
-        tensors = {
-            n: torch.ones_like(t) if "v_proj" in n else t for n, t in load_file(shard).items()
-        }
-        save_file(tensors, shard, metadata={"format": "pt"})
+    rewrite(base, with_ones_in_v_proj)
     shape = model_shape(read_hf_config(base))
     adapted = resolve(LoRAConfig(rank=2, alpha=8.0, target_modules=["v_proj"]), shape)
     # rounded to 1, exact, rounded to 1 + 2^-7, zero
     delta = [2**-9, 2**-7, 3 * 2**-9, 0.0]
     factors = {}
     for layer, value in enumerate(delta):
+        # B A sums over two ranks, and the scale is alpha / rank = 4.
         factors[tensor_name(V_PROJ.format(layer), "A")] = torch.ones(2, 96)
         factors[tensor_name(V_PROJ.format(layer), "B")] = torch.full((64, 2), value / 2 / 4)
     (tmp_path / "adapter").mkdir()
     write_adapter(tmp_path / "adapter", adapted, shape, factors, str(base))
     report = merge(tmp_path / "adapter", str(base), tmp_path / "out")
+    # (share of the delta that survives, relative error); 3/4 of a step becomes 1, so 4/3 of it.
     fate = [(0.0, 1.0), (1.0, 0.0), (4 / 3, 1 / 3), (None, None)]
     for layer, (module, (survived, error)) in enumerate(zip(report.modules, fate, strict=True)):
+        # Frobenius norm of [64, 96] equal elements.
         norm = delta[layer] * (64 * 96) ** 0.5
         expected = MergedModule(V_PROJ.format(layer), "bfloat16", norm, survived, error)
         assert module == MergedModule(
@@ -77,20 +86,17 @@ def test_every_row_is_what_the_files_say(tmp_path: Path, dtype: str, size: float
     adapted, factors = random_factors(
         LoRAConfig(rank=3, target_modules=["q_proj", "gate_proj", "gate"]), base
     )
-    factors = {name: size * t if ".lora_B." in name else t for name, t in factors.items()}
+    for name, factor in factors.items():
+        if ".lora_B." in name:
+            factors[name] = size * factor
     (tmp_path / "adapter").mkdir()
     write_adapter(
         tmp_path / "adapter", adapted, model_shape(read_hf_config(base)), factors, str(base)
     )
     report = merge(tmp_path / "adapter", str(base), tmp_path / "out")
-    before, after = (
-        {
-            n: t.double()
-            for shard in folder.glob("*.safetensors")
-            for n, t in load_file(shard).items()
-        }
-        for folder in (base, tmp_path / "out")
-    )
+    in_float64 = cast(torch.float64)
+    before = in_float64(read(base))
+    after = in_float64(read(tmp_path / "out"))
     rows = {m.module: m for m in report.modules}
     assert len(rows) == len(report.modules) == 1 + 1 + 3 * 8, (
         "PEFT and vLLM need all three projections of an expert"
@@ -99,25 +105,34 @@ def test_every_row_is_what_the_files_say(tmp_path: Path, dtype: str, size: float
         for module in a.hf_modules():
             row = rows.pop(module)
             kept = after[f"{module}.weight"] - before[f"{module}.weight"]
-            a_factor, b_factor = (factors[tensor_name(module, f)].double() for f in ("A", "B"))
-            delta = a.scale * b_factor @ a_factor
+            a_factor, b_factor = factors_of(factors, module)
+            delta = a.scale * b_factor.double() @ a_factor.double()
             assert row.dtype == dtype and row.delta == pytest.approx(delta.norm().item(), rel=1e-5)
-            assert row.survived == pytest.approx(
-                ((kept * delta).sum() / delta.square().sum()).item(), rel=1e-5
-            )
+            # The part of what was added that points along the delta.
+            survived = ((kept * delta).sum() / delta.square().sum()).item()
+            assert row.survived == pytest.approx(survived, rel=1e-5)
             # delta's own rounding is within 1e-6 of it; float32's step is 2^-24 of a weight that is
             # 5 or 500 times larger
             error = ((kept - delta).norm() / delta.norm()).item()
             assert row.error == pytest.approx(error, rel=0.05, abs=1e-6)
             if dtype == "float32":
-                assert row.survived == pytest.approx(1, abs=1e-5) and 0 < row.error < 1e-4
+                assert row.survived == pytest.approx(1, abs=1e-5)
+                assert 0 < row.error < 1e-4
+            elif size == 1:
+                assert row.error > 2e-3
             else:
-                assert row.error > 2e-3 if size == 1 else row.error > 0.3 and row.survived < 0.95
-    assert {(m.dtype, m.delta, m.survived, m.error) for m in rows.values()} == {
-        (dtype, 0.0, None, None)
-    }
+                # A delta of 0.002 of a weight is less than bfloat16's step of 2^-8.
+                assert row.error > 0.3
+                assert row.survived < 0.95
+    # What is left are the projections that nobody trained.
+    for module in rows.values():
+        assert (module.dtype, module.delta) == (dtype, 0.0)
+        assert (module.survived, module.error) == (None, None)
     assert {projection(m) for m in rows} == {"mlp.experts.*.up_proj", "mlp.experts.*.down_proj"}
-    lines = {line.split()[0]: line.split()[1:] for line in report.text().splitlines()}
+    lines = {}
+    for line in report.text().splitlines():
+        name, *columns = line.split()
+        lines[name] = columns
     assert lines["mlp.experts.*.up_proj"] == [dtype, "8", "8", "-", "-", "-", "-"]
     assert lines["mlp.gate"][:3] == [dtype, "1", "-"]
     assert "16 modules" in report.text()

@@ -8,10 +8,10 @@ import peft
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 
 from megalora.adapters.files import CONFIG, WEIGHTS, read_config
 from tests.adapters.adapters import ATTENTION, EXPERTS, logits
+from tests.adapters.folders import remove_tensors
 from tests.adapters.stock import (
     base_model,
     check_equal,
@@ -21,8 +21,9 @@ from tests.adapters.stock import (
     read_logits,
     untrained_adapter,
 )
+from tests.peft_warnings import IGNORED
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
+pytestmark = IGNORED
 
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 READ: dict[str, tuple[str, dict[str, Any]]] = {
@@ -338,12 +339,7 @@ def test_a_lost_layer_is_missed_where_layers_are_named(
         bases["moe"], target_modules=["q_proj", "o_proj"], layers_to_transform=[0, 3]
     )
     model.save_pretrained(tmp_path)
-    tensors = {
-        name: tensor
-        for name, tensor in load_file(tmp_path / WEIGHTS).items()
-        if "layers.3.self_attn.o" not in name
-    }
-    save_file(tensors, tmp_path / WEIGHTS)
+    remove_tensors(tmp_path, "layers.3.self_attn.o")
     with pytest.raises(
         ValueError,
         match="has no tensors for model.layers.3.self_attn.o_proj, which its config targets",

@@ -24,9 +24,11 @@ from megalora.lora.spec import tensor_name
 from megalora.model.fields import model_shape
 from megalora.train.loop import train as train_run
 from tests.adapters.adapters import CASES, Trained, train
-from tests.adapters.test_export import same_bits
+from tests.adapters.folders import factors_of
+from tests.adapters.test_export import ranks_of, same_bits
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config
+from tests.tensor_changes import cast
 
 PADDED: dict[str, Any] = {
     "rank": 4, "alpha": 12.0, "target_modules": ["gate_proj", "up_proj", "q_proj"],
@@ -43,7 +45,7 @@ def as_checkpoint(
     ``rows``: say what is adapted; checkpoints of earlier versions have the config alone.
     """
     dtype = next(iter(trained.tensors.values())).dtype
-    rounded = {name: master.to(dtype) for name, master in masters.items()}
+    rounded = cast(dtype)(masters)
     write_adapter(trained.folder, trained.adapted, trained.shape, rounded, str(trained.base))
     state: dict[str, Any] = {
         "step": 3, "num_samples": 9, "world_size": 1,
@@ -57,12 +59,13 @@ def as_checkpoint(
         state["adapted"] = settings(trained.adapted)
     (trained.folder / STATE_JSON).parent.mkdir(exist_ok=True)
     (trained.folder / STATE_JSON).write_text(json.dumps(state))
-    save_file({f"param.{n}": t for n, t in masters.items()}, trained.folder / OPTIMIZER)
+    params = {f"param.{name}": master for name, master in masters.items()}
+    save_file(params, trained.folder / OPTIMIZER)
     return trained.folder
 
 
 def unrounded(trained: Trained) -> dict[str, Tensor]:
-    """Masters that bfloat16 does not hold."""
+    """Masters that bfloat16 does not hold: its step is 2^-8 of a number."""
     return {name: t.float() * (1 + 2**-12) for name, t in trained.tensors.items()}
 
 
@@ -70,9 +73,7 @@ def trained_ranks(out: Path, trained: Trained) -> None:
     """An import of the export recognises the same ranks again."""
     imported = import_adapter(out, out.with_name("again"), str(trained.base))
     found = resolve(LoRAConfig(**imported.section), trained.shape)
-    assert [(a.projection, a.layer, a.rank) for a in found] == [
-        (a.projection, a.layer, a.rank) for a in trained.adapted
-    ]
+    assert ranks_of(found) == ranks_of(trained.adapted)
 
 
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "earlier version"])
@@ -96,9 +97,11 @@ def test_a_trained_rank_of_zeros_is_no_padding(bases: dict[str, Path], tmp_path:
     options["alpha_pattern"] = {}
     trained = train(bases["moe"], tmp_path / "checkpoint", torch.bfloat16, **options)
     masters = unrounded(trained)
-    for name, tensor in masters.items():
-        if "q_proj" in name:
-            (tensor[2:] if ".lora_A." in name else tensor[:, 2:]).zero_()
+    # The last two of q's four ranks, in rows of A and columns of B.
+    for layer in range(trained.shape.num_layers):
+        a, b = factors_of(masters, f"model.layers.{layer}.self_attn.q_proj")
+        a[2:].zero_()
+        b[:, 2:].zero_()
     folder = as_checkpoint(trained, options, masters)
     found = export(folder, tmp_path / "out")
     assert {(a.name, a.rank) for a in found.facts.adapted} == {("q_proj", 4), ("o_proj", 2)}
@@ -113,7 +116,7 @@ def test_stacked_exports_fold_scales_once(bases: dict[str, Path], tmp_path: Path
     export(folder, tmp_path / "out", layout="stacked")
     expected = tmp_path / "expected"
     expected.mkdir()
-    rounded = {name: t.bfloat16() for name, t in masters.items()}
+    rounded = cast(torch.bfloat16)(masters)
     write_adapter(
         expected, trained.adapted, trained.shape, rounded, str(trained.base), layout="stacked"
     )

@@ -20,6 +20,7 @@ from megalora.cli import main as cli
 from megalora.serve.check import check_adapter
 from megalora.serve.errors import AdapterInvalid, AdapterNotFound
 from tests.adapters.adapters import EXPERTS, Trained, train
+from tests.adapters.folders import assert_same_tensors
 from tests.adapters.stock import check_equal, loaded_by_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern:RuntimeWarning")
@@ -73,8 +74,7 @@ def test_the_same_adapter_in_another_file(trained: Trained, way: str) -> None:
     before = load_file(trained.folder / WEIGHTS)
     WAYS[way](trained.folder)
     read = check_equal(trained.folder, trained.base, expected)
-    assert read.tensors.keys() == before.keys()
-    assert all(torch.equal(read.tensors[name], tensor) for name, tensor in before.items())
+    assert_same_tensors(read.tensors, before)
 
 
 @pytest.mark.parametrize("way", ["pickle", "shards"])
@@ -93,7 +93,8 @@ def test_every_command_reads_it(
     assert "100 modules" in capfd.readouterr().out
     for folder in ("imported", "exported"):
         again = load_file(tmp_path / "out" / folder / WEIGHTS)
-        assert all(torch.equal(again[name], tensor) for name, tensor in trained.tensors.items())
+        for name, tensor in trained.tensors.items():
+            assert torch.equal(again[name], tensor), name
 
 
 def test_a_server_gets_what_was_checked(trained: Trained, tmp_path: Path) -> None:

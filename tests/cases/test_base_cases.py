@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from megalora.cli.main import main
 from megalora.model.account import open_folder
 from tests.oracles.base import (
-    Tensors,
     make_base,
     own_logits,
     rewrite,
     stored_tensors,
     transformers_logits,
 )
+from tests.tensor_changes import Tensors
 
 CONFIG = """
 model: {{path: {base}, dtype: float32}}

@@ -10,6 +10,7 @@ from megalora.cli import main as cli
 from megalora.data.probe_text import probe_tokens
 from megalora.data.splits import load_split
 from tests.data.chat_tokenizer import learned, make_tokenizer
+from tests.jsonl import write_jsonl
 
 PLAIN = """\
 {%- for m in messages -%}<|im_start|>{{ m.role }}
@@ -55,7 +56,7 @@ def load(tmp_path):
         tokenizer.chat_template = template
         path = tmp_path / name
         if rows is not None:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_jsonl(path, rows)
         split = load_split(str(path), tokenizer, format=format, max_length=4096, **how)
         return [learned(sample, tokenizer) for sample in split.samples], split
 

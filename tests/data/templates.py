@@ -325,6 +325,15 @@ def leaves_out(what: str, number: int | None, text: str) -> str:
     return rf"^the chat template leaves out the {what}{where} \('{text}'\)"
 
 
+def leaves_out_an_argument(value: object, text: str) -> Case:
+    """A template that prints strings alone loses a number, whatever else says the same."""
+    return Case(
+        "strings of arguments only",
+        [user("5"), said("", tool_calls=[call({"city": "n", "n": value})])],
+        refused=leaves_out("tool_calls", 2, text),
+    )
+
+
 CASES = (
     Case("chatml", TWO, LEARNED_TWO),
     Case(
@@ -471,14 +480,9 @@ CASES = (
         ["<call>weather<|im_end|>"],
     ),
     Case("strings of arguments only", TOOLS, ["<call>weather city=Paris<|im_end|>", "A<|im_end|>"]),
-    *(
-        Case(
-            "strings of arguments only",
-            [user("5"), said("", tool_calls=[call({"city": "n", "n": value})])],
-            refused=leaves_out("tool_calls", 2, text),
-        )
-        for value, text in ((5, "5"), (0.5, "0.5"), (True, "true"))
-    ),
+    leaves_out_an_argument(5, "5"),
+    leaves_out_an_argument(0.5, "0.5"),
+    leaves_out_an_argument(True, "true"),
     Case(
         "arguments one by one",
         [user(), said("", tool_calls=[call({"city": "Paris", "n": 5, "ok": False})])],

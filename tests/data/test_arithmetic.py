@@ -1,19 +1,16 @@
 """The generated sums are right, different from each other, and the same for the same seed."""
 
-import json
 import sys
 
 import pytest
 
 from megalora.data.arithmetic import main, write_arithmetic
+from tests.jsonl import read_jsonl
 
 
 def test_sums(tmp_path):
     write_arithmetic(tmp_path / "new" / "a.jsonl", 500, seed=3)
-    conversations = [
-        json.loads(line)["messages"]
-        for line in (tmp_path / "new" / "a.jsonl").read_text().splitlines()
-    ]
+    conversations = [row["messages"] for row in read_jsonl(tmp_path / "new" / "a.jsonl")]
     assert len(conversations) == 500
     assert len({user["content"] for user, _ in conversations}) == 500
     for user, assistant in conversations:

@@ -1,6 +1,6 @@
 """What a step trains on depends on the seed and the step, never on how ranks divide it."""
 
-import json
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -17,12 +17,13 @@ from megalora.data.loader import (
     order,
 )
 from megalora.data.splits import Split, load_split, split_off_eval
+from tests.jsonl import write_jsonl
 
 GSM8K = {"prompt": "question", "completion": "answer"}
 
 
 def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
     return str(path)
 
 
@@ -34,6 +35,10 @@ def sample(ids, mask):
     return Encoded(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
 
 
+def numbers_of(split):
+    return [int(sample.input_ids[0]) for sample in split.samples]
+
+
 def numbered(count):
     return Split("x.jsonl", 8, [sample([k, k], [False, True]) for k in range(count)], longest=2)
 
@@ -42,21 +47,18 @@ def test_load_split_maps_columns_and_counts(tmp_path, make_tokenizer):
     tokenizer = make_tokenizer("qwen3")
     source = write_rows(tmp_path / "train.jsonl", questions("42", "long " * 40, "43, I think"))
     split = load_split(source, tokenizer, format=GSM8K, max_length=80)
-    kept = [
-        encode(
-            [
-                {"role": "user", "content": "What is the sum?"},
-                {"role": "assistant", "content": answer},
-            ],
-            tokenizer,
-        )
-        for answer in ("42", "43, I think")
-    ]
-    assert [s.input_ids.tolist() for s in split.samples] == [s.input_ids.tolist() for s in kept]
-    decoded = [tokenizer.decode(s.input_ids[s.loss_mask].tolist()) for s in split.samples]
-    assert decoded == [
-        f"<think>\n\n</think>\n\n{answer}<|im_end|>" for answer in ("42", "43, I think")
-    ]
+    kept = []
+    # The answer in the middle is longer than 80 tokens.
+    for found, answer in zip(split.samples, ("42", "43, I think"), strict=True):
+        chat = [
+            {"role": "user", "content": "What is the sum?"},
+            {"role": "assistant", "content": answer},
+        ]
+        expected = encode(chat, tokenizer)
+        assert found.input_ids.tolist() == expected.input_ids.tolist()
+        learned = tokenizer.decode(found.input_ids[found.loss_mask].tolist())
+        assert learned == f"<think>\n\n</think>\n\n{answer}<|im_end|>"
+        kept.append(expected)
     assert (split.num_too_long, split.num_no_target) == (1, 0)
     assert split.longest > 160
     assert split.num_tokens == sum(len(s.input_ids) for s in kept)
@@ -179,30 +181,32 @@ def test_what_is_said_of_answers_without_end_or_mark():
         replace(one, stops=False, num_open=1),
     ]
     said = Split("train.jsonl", 512, samples).left_out()
-    assert [line.split(",")[0][:55] for line in said] == [
-        "1 have no end-of-turn token in the loss behind the last",
-        "1 have no end-of-turn token in the loss behind an answe",
-        "3 answers are not learned",
-    ]
+    behind_the_last, behind_another, not_learned = said
+    assert behind_the_last.startswith("1 have no end-of-turn token in the loss behind the last")
+    assert behind_another.startswith("1 have no end-of-turn token in the loss behind an answe")
+    assert not_learned.startswith("3 answers are not learned,")
 
 
 @pytest.mark.parametrize(("eval", "num_eval"), [(3, 3), (0.25, 5), (0.001, 1)])
 def test_split_off_eval(eval, num_eval):
     train, held_out = split_off_eval(numbered(20), eval, seed=7)
-    ids = [[int(s.input_ids[0]) for s in part.samples] for part in (train, held_out)]
-    assert len(ids[1]) == num_eval
-    assert sorted(ids[0] + ids[1]) == list(range(20))
-    assert ids == [sorted(part) for part in ids]
-    again = split_off_eval(numbered(20), eval, seed=7)[1]
-    assert [int(s.input_ids[0]) for s in again.samples] == ids[1]
+    trained = numbers_of(train)
+    evaluated = numbers_of(held_out)
+    assert len(evaluated) == num_eval
+    assert sorted(trained + evaluated) == list(range(20))
+    # Both keep the order of the file.
+    assert trained == sorted(trained)
+    assert evaluated == sorted(evaluated)
+    _, again = split_off_eval(numbered(20), eval, seed=7)
+    assert numbers_of(again) == evaluated
     assert (train.source, held_out.source) == ("x.jsonl", "x.jsonl (held out)")
 
 
 def test_split_off_eval_depends_on_the_seed():
-    chosen = {
-        tuple(int(s.input_ids[0]) for s in split_off_eval(numbered(20), 5, seed)[1].samples)
-        for seed in range(8)
-    }
+    chosen = set()
+    for seed in range(8):
+        _, held_out = split_off_eval(numbered(20), 5, seed)
+        chosen.add(tuple(numbers_of(held_out)))
     assert len(chosen) == 8
 
 
@@ -230,9 +234,12 @@ def test_split_off_too_much(eval, message):
 def test_order_is_a_fixed_permutation_per_epoch_and_seed():
     # a resumed run must see this order again
     assert order(6, epoch=0, seed=0).tolist() == [3, 2, 1, 0, 4, 5]
-    orders = [order(100, epoch, seed).tolist() for epoch in range(3) for seed in range(3)]
-    assert all(sorted(o) == list(range(100)) for o in orders)
-    assert len({tuple(o) for o in orders}) == 9
+    orders = set()
+    for epoch, seed in itertools.product(range(3), range(3)):
+        numbers = order(100, epoch, seed).tolist()
+        assert sorted(numbers) == list(range(100))
+        orders.add(tuple(numbers))
+    assert len(orders) == 9, "every epoch and every seed has an order of its own"
     with pytest.raises(ValueError, match=r"data.seed must not be negative, got -1"):
         order(6, epoch=0, seed=-1)
 
@@ -241,9 +248,9 @@ def test_order_is_a_fixed_permutation_per_epoch_and_seed():
 def test_global_batches_are_the_epochs_one_after_the_other(batch):
     num_samples = 10
     steps = 12
-    stream = np.concatenate(
-        [order(num_samples, epoch, 3) for epoch in range(batch * steps // num_samples + 1)]
-    )
+    # One epoch more than the steps use up in full.
+    num_epochs = batch * steps // num_samples + 1
+    stream = np.concatenate([order(num_samples, epoch, 3) for epoch in range(num_epochs)])
     for step in range(steps):  # 4, 7 and 25 straddle epochs; 25 holds two and a half
         expected = stream[step * batch : (step + 1) * batch].tolist()
         assert global_batch_indices(step, batch, num_samples, seed=3).tolist() == expected
@@ -253,14 +260,16 @@ def test_global_batches_are_the_epochs_one_after_the_other(batch):
 @pytest.mark.parametrize("micro", [1, 3])
 def test_ranks_divide_the_same_global_batch(dp, micro):
     indices = global_batch_indices(2, 24, 17, seed=5)
-    shares = [
-        micro_batches(indices, micro_batch_size=micro, dp_rank=rank, dp_size=dp)
-        for rank in range(dp)
-    ]
+    shares = []
+    for rank in range(dp):
+        shares.append(micro_batches(indices, micro_batch_size=micro, dp_rank=rank, dp_size=dp))
     for k, index in enumerate(indices):  # the rule, position by position
         assert shares[(k // micro) % dp][k // (micro * dp)][k % micro] == index
-    assert {len(share) for share in shares} == {24 // (micro * dp)}
-    assert sorted(np.concatenate([np.concatenate(s) for s in shares])) == sorted(indices)
+    divided = []
+    for share in shares:
+        assert len(share) == 24 // (micro * dp)
+        divided.extend(np.concatenate(share))
+    assert sorted(divided) == sorted(indices)
 
 
 @pytest.mark.parametrize(
@@ -296,11 +305,8 @@ def test_collate_shifts_and_pads():
     assert batch.tokens.tolist() == [[5, 6, 7, 2], [2, 2, 2, 2], [9, 2, 2, 2]]
     assert batch.labels.tolist() == [[6, 7, 8, 0], [0, 0, 0, 0], [3, 0, 0, 0]]
     assert batch.loss_mask.tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
-    assert [t.dtype for t in (batch.tokens, batch.labels, batch.loss_mask)] == [
-        torch.int64,
-        torch.int64,
-        torch.float32,
-    ]
+    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+    assert batch.loss_mask.dtype == torch.float32
     assert collate(samples, pad_id=2).tokens.tolist() == [[5, 6, 7], [2, 2, 2], [9, 2, 2]]
     assert collate([None], pad_id=2).tokens.tolist() == [[2]]
     assert collate([None, None], pad_id=2, multiple_of=2).loss_mask.tolist() == [[0, 0], [0, 0]]
@@ -312,9 +318,13 @@ def test_collate_shifts_and_pads():
 )
 def test_evaluation_sees_every_sample_once_in_lockstep(num_samples, micro, multiple, dp):
     shares = [eval_micro_batches(num_samples, micro, rank, dp, multiple) for rank in range(dp)]
-    seen = [k for share in shares for batch in share for k in batch]
-    assert sorted(k for k in seen if k is not None) == list(range(num_samples))
+    # All ranks take part in as many collectives, so all have as many batches.
     (num_batches,) = {len(share) for share in shares}
     assert num_batches % multiple == 0
-    assert {len(batch) for share in shares for batch in share} == {micro}
+    seen = []
+    for batch in itertools.chain.from_iterable(shares):
+        assert len(batch) == micro
+        # None fills up what is left of the last batches.
+        seen += [number for number in batch if number is not None]
+    assert sorted(seen) == list(range(num_samples))
     assert (num_batches - multiple) * micro * dp < num_samples  # no round of filler alone

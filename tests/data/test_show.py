@@ -1,6 +1,5 @@
 """``megalora data``: what it prints of good data, and its one line for what cannot be used."""
 
-import json
 from io import StringIO
 
 import pytest
@@ -10,17 +9,18 @@ from megalora.cli import main as cli
 from megalora.data.chat import encode
 from megalora.data.show import histogram, sample_text
 from tests.data.chat_tokenizer import make_tokenizer
+from tests.jsonl import write_jsonl
 
 CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A\x1b[31m"}]
 
 
 @pytest.fixture
 def config(tmp_path, tiny):
-    rows = [
-        {"messages": [CHAT[0], {"role": "assistant", "content": "A" * n}], "id": n}
-        for n in (1, 2, 40, 300)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = []
+    for length in (1, 2, 40, 300):
+        answer = {"role": "assistant", "content": "A" * length}
+        rows.append({"messages": [CHAT[0], answer], "id": length})
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     (tmp_path / "run.yaml").write_text(
         f"model: {{path: {tiny}}}\ndata: {{train: {tmp_path}/rows.jsonl}}\ntrain: {{steps: 1}}\n"
     )

@@ -1,6 +1,5 @@
 """The same training on CUDA devices: `make gpu`. Skipped, with this reason, where there is none."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.jsonl import read_jsonl
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +41,7 @@ def train(run: Path, base: Path, chats: Path, ranks: int, *overrides: str) -> li
         ],
         check=True,
     )
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_jsonl(run / "metrics.jsonl")
 
 
 def values(rows: list[dict], key: str) -> list[float]:

@@ -114,6 +114,14 @@ MIXTRAL: dict[str, Any] = {
     "transformers_version": "4.36.0.dev0", "use_cache": True, "vocab_size": 32000,
 }  # fmt: skip
 """mistralai/Mixtral-8x7B-v0.1"""
+
+
+def edited(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A config with other values; ``...`` removes a field."""
+    changed = config | changes
+    return {name: value for name, value in changed.items() if value is not ...}
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     config["model_type"]: config
     for config in (QWEN3_MOE, QWEN3, QWEN2_MOE, LLAMA, MISTRAL, GLM4_MOE, OLMOE, MIXTRAL)

@@ -1,6 +1,7 @@
 """The account of tensors: what a model needs against what a folder stores, both ways, before a
 weight is read."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.oracles.base import (
     stored_tensors,
     transformers_logits,
 )
+from tests.tensor_changes import cast, renamed, without
 
 AT = "model.layers.1"
 VARIANTS = [
@@ -49,9 +51,10 @@ def test_needed_is_what_transformers_saves(
     tmp_path: Path, arch: str, overrides: dict[str, Any]
 ) -> None:
     folder = make_tiny(tmp_path / "base", arch=arch, **overrides)
-    saved = {
-        t.name: t.shape for shard in weight_shards(folder) for t in read_header(folder / shard)[1]
-    }
+    saved = {}
+    for shard in weight_shards(folder):
+        _, tensors = read_header(folder / shard)
+        saved |= {tensor.name: tensor.shape for tensor in tensors}
     assert needed_tensors(model_shape(read_hf_config(folder))) == saved
     assert open_folder(folder).places.keys() == saved.keys()
 
@@ -110,7 +113,7 @@ def test_a_missing_tensor_is_named(
     bases: dict[str, Path], tmp_path: Path, arch: str, name: str
 ) -> None:
     folder = copy_of(bases[arch], tmp_path / "base")
-    rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n != name})
+    rewrite(folder, without(name))
     said = refusal(folder)
     assert said.startswith(
         f"{folder} does not hold the model that its config.json describes: 1 tensors are missing"
@@ -239,22 +242,23 @@ def test_quantised_weights_and_other_dtypes(
 def test_double_precision_is_not_called_quantised(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = rewrite(
         copy_of(bases["qwen3"], tmp_path / "b"),
-        lambda ts: {name: t.double() for name, t in ts.items()},
+        cast(torch.float64),
     )
     assert refusal(folder).endswith("megalora reads F32, BF16, F16: save the model in one of these")
 
 
 def test_half_precision_of_both_kinds_is_read(bases: dict[str, Path], tmp_path: Path) -> None:
     def change(tensors: Tensors) -> Tensors:
-        kinds = (torch.float16, torch.bfloat16, torch.float32)
-        return {name: t.to(kinds[i % 3]) for i, (name, t) in enumerate(sorted(tensors.items()))}
+        # Neighbours by name, such as the two norms of a layer, get different dtypes.
+        kinds = itertools.cycle((torch.float16, torch.bfloat16, torch.float32))
+        return {name: tensors[name].to(next(kinds)) for name in sorted(tensors)}
 
     folder = rewrite(copy_of(bases["qwen3"], tmp_path / "base"), change)
     assert (own_logits(folder) - transformers_logits(folder)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(
-    "renamed",
+    "name_of",
     [
         lambda n: n.removeprefix("model."),
         lambda n: f"model.{n}",
@@ -263,11 +267,11 @@ def test_half_precision_of_both_kinds_is_read(bases: dict[str, Path], tmp_path: 
     ids=["none", "twice, the head too", "twice"],
 )
 def test_prefixes_that_transformers_reads(
-    bases: dict[str, Path], tmp_path: Path, renamed: Any
+    bases: dict[str, Path], tmp_path: Path, name_of: Any
 ) -> None:
     folder = copy_of(bases["qwen2_moe"], tmp_path / "base")
     expected = own_logits(folder)
-    rewrite(folder, lambda tensors: {renamed(name): t for name, t in tensors.items()})
+    rewrite(folder, renamed(name_of))
     assert torch.equal(own_logits(folder), expected)
     assert (transformers_logits(folder) - expected).abs().max() <= 1e-5
 
@@ -277,12 +281,7 @@ def test_the_text_model_of_a_vision_language_checkpoint(
 ) -> None:
     folder = copy_of(bases["qwen3_moe"], tmp_path / "base")
     expected = own_logits(folder)
-    rewrite(
-        folder,
-        lambda tensors: {
-            n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()
-        },
-    )
+    rewrite(folder, renamed(lambda name: name.replace("model.", "model.language_model.", 1)))
     assert torch.equal(own_logits(folder), expected)
 
 
@@ -320,7 +319,7 @@ def test_what_to_do_about_names(
     text = refusal(
         rewrite(
             copy_of(bases["qwen3_moe"], tmp_path / "b"),
-            lambda ts: {change(n): t for n, t in ts.items()},
+            renamed(change),
         )
     )
     assert said in text.rsplit("; ", 1)[1]
@@ -360,9 +359,9 @@ def tied_variant(tensors: Tensors, kind: str) -> Tensors:
     if kind == "both equal":
         return tensors | {"lm_head.weight": embedding}
     if kind == "head alone":
-        return {n: t for n, t in tensors.items() if n != "model.embed_tokens.weight"}
+        return without("model.embed_tokens.weight")(tensors)
     if kind == "embedding alone":
-        return {n: t for n, t in tensors.items() if n != "lm_head.weight"}
+        return without("lm_head.weight")(tensors)
     return tensors
 
 

@@ -1,6 +1,7 @@
 """What the routed experts keep for backward: the hidden states as they were, gate_up and the
 rank-wide S; nothing permuted."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -20,9 +21,8 @@ def kept_by_experts(config: RunConfig) -> list[tuple[int, dict[str, int]]]:
     """For each call of a rank's first experts in a training step: rows of x, and bytes kept by
     kind."""
     with built(config) as run:
-        experts = next(
-            m for chunk in run.model.chunks for m in chunk.modules() if isinstance(m, ExpertsLoRA)
-        )
+        modules = itertools.chain.from_iterable(chunk.modules() for chunk in run.model.chunks)
+        experts = next(module for module in modules if isinstance(module, ExpertsLoRA))
         frozen = {p.untyped_storage().data_ptr() for p in experts.parameters()}
         seen: list[tuple[int, dict[str, int]]] = []
 
@@ -37,9 +37,11 @@ def kept_by_experts(config: RunConfig) -> list[tuple[int, dict[str, int]]]:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 out = ExpertsLoRA.forward(experts, x, routing, probs)
             given = x.untyped_storage().data_ptr()
-            floats = {
-                at: t.untyped_storage().nbytes() for at, t in kept.items() if t.is_floating_point()
-            }
+            # Storage -> bytes; indices of rows are integers and do not count.
+            floats = {}
+            for at, tensor in kept.items():
+                if tensor.is_floating_point():
+                    floats[at] = tensor.untyped_storage().nbytes()
             row = {"x": floats.pop(given, 0), "others": sum(floats.values())}
             row["per row"] = row["others"] // max(1, routing.num_rows)
             seen.append((x.shape[0], row))

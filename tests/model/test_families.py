@@ -71,8 +71,10 @@ def in_transformers(base: Path) -> Any:
 
 def names_of(shape: ModelShape) -> list[str]:
     """Every projection of the model's layers."""
-    layers = range(shape.num_layers)
-    return sorted({p.name for layer in layers for p in layer_projections(shape, layer)})
+    names = set()
+    for layer in range(shape.num_layers):
+        names |= {projection.name for projection in layer_projections(shape, layer)}
+    return sorted(names)
 
 
 def test_the_grid_and_the_published_configs_have_every_family() -> None:

@@ -16,6 +16,7 @@ from megalora.model.families import FAMILIES
 from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
 from megalora.tiny import make_tiny
+from tests.model.published import edited
 
 KNOWN = ", ".join(FAMILIES)
 QWEN3_30B_A3B: dict[str, Any] = {
@@ -74,9 +75,8 @@ def test_num_parameters_of_a_model(
     folder = make_tiny(tmp_path / "base", arch=arch, **overrides)
     shape = model_shape(read_hf_config(folder))
     assert shape.moe_layers == moe_layers
-    assert [shape.is_moe(i) for i in range(shape.num_layers)] == [
-        i in moe_layers for i in range(shape.num_layers)
-    ]
+    for layer in range(shape.num_layers):
+        assert shape.is_moe(layer) == (layer in moe_layers)
     assert shape.num_parameters() == num_parameters_in_transformers(folder)
 
 
@@ -111,15 +111,11 @@ def test_every_size_is_read() -> None:
 
 
 def test_other_spellings() -> None:
-    renamed = {k: v for k, v in QWEN3_30B_A3B.items() if k != "num_experts"} | {
-        "num_local_experts": 128
-    }
+    renamed = edited(QWEN3_30B_A3B, {"num_experts": ..., "num_local_experts": 128})
     assert model_shape(renamed) == model_shape(QWEN3_30B_A3B)
-    bare = {
-        k: v
-        for k, v in QWEN3_30B_A3B.items()
-        if k not in ("head_dim", "tie_word_embeddings", "mlp_only_layers")
-    }
+    bare = edited(
+        QWEN3_30B_A3B, {"head_dim": ..., "tie_word_embeddings": ..., "mlp_only_layers": ...}
+    )
     shape = model_shape(bare | {"num_key_value_heads": None, "decoder_sparse_step": None})
     assert (shape.num_kv_heads, shape.head_dim, shape.tied_embeddings) == (32, 64, False)
     assert shape.moe_layers == set(range(48))

@@ -1,7 +1,7 @@
 """Base folders changed by hand, and their logits: transformers' own beside megalora's."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from megalora.model.build import build_model
 from megalora.parallel import parallel_groups
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
-
-type Tensors = dict[str, Tensor]
+from tests.tensor_changes import Change, Tensors
 
 TOKENS = torch.arange(2 * 40).view(2, 40) * 7 % 509
 
@@ -36,9 +35,7 @@ def make_base(out: Path, arch: str = "qwen3_moe", **overrides: Any) -> Path:
     return out
 
 
-def rewrite(
-    folder: Path, change: Callable[[Tensors], Tensors] | None = None, **config: Any
-) -> Path:
+def rewrite(folder: Path, change: Change | None = None, **config: Any) -> Path:
     """Store the folder's tensors anew, as ``change`` returns them, and set fields of its config;
     ``...`` removes a field."""
     tensors = stored_tensors(folder)

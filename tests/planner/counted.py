@@ -17,7 +17,8 @@ What differs from a GPU is named here and nowhere else:
 """
 
 import gc
-from collections.abc import Iterator
+import itertools
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from weakref import WeakSet
 
 import torch
 from megalora_kernels import each_expert, swiglu
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalora.bench.live import LiveTensors
 from megalora.config import LoRAConfig, RunConfig
@@ -145,7 +146,8 @@ def compare(case: Case, folder: Path, chats: Path) -> list[dict[str, Any]]:
             wide = widened_norms(
                 model, layout, batch, chunks_of(model.shape, config.parallel, 0)[0]
             )
-            said |= {name: said[name] + wide for name in ("activations", "pass", "peak")}
+            for name in ("activations", "pass", "peak"):
+                said[name] += wide
         rows.append({"stage": stage, "found": fullest, "said": said})
     return rows
 
@@ -201,7 +203,7 @@ def count_step(config: RunConfig, top_k: int) -> dict[str, int]:
         clip_and_step(run.optimizer)
         there = tensors_of(run)
         found = {name: num_bytes(tensors) for name, tensors in there.items()}
-        already = [t for tensors in there.values() for t in tensors]
+        already = list(itertools.chain.from_iterable(there.values()))
         found |= peaks(run, batches, already)
         return found | {"activations": kept(run, batches, already)}
 
@@ -221,9 +223,9 @@ def route_evenly(run: Run, top_k: int) -> None:
 
         return even
 
-    for module in (
-        m for chunk in run.model.chunks for m in chunk.modules() if hasattr(m, "gating")
-    ):
+    for module in modules_of(run):
+        if not hasattr(module, "gating"):
+            continue
         if "gating" not in vars(module):
             module.gating = evenly(module.gating)
 
@@ -241,21 +243,20 @@ def make_batches(micro: int) -> list[Batch]:
 def tensors_of(run: Run) -> dict[str, list[Tensor]]:
     """What a rank always holds: frozen weights, parameter and gradient buffers, the optimizer's
     state."""
-    buffers = [
-        b for chunk in run.stepper.chunks for b in chunk.buffers + chunk.expert_parallel_buffers
-    ]
+    buffers = []
+    for chunk in run.stepper.chunks:
+        buffers += chunk.buffers + chunk.expert_parallel_buffers
     state: list[Any] = []
     for part in _parts(run.optimizer):
-        state += [
-            t
-            for s in part.optimizer.state.values()
-            for t in s.values()
-            if torch.is_tensor(t) and t.dim()
-        ]
-        state += [t for group in part.shard_fp32_from_float16_groups for t in group]
-    frozen: list[Tensor] = [
-        p for chunk in run.model.chunks for p in chunk.parameters() if not p.requires_grad
-    ]
+        for moments in part.optimizer.state.values():
+            # Moments are vectors; the number of the step, a scalar, is not worth counting.
+            state += [t for t in moments.values() if torch.is_tensor(t) and t.dim()]
+        # Masters of parameters in half precision.
+        for group in part.shard_fp32_from_float16_groups:
+            state += group
+    frozen: list[Tensor] = []
+    for chunk in run.model.chunks:
+        frozen += [p for p in chunk.parameters() if not p.requires_grad]
     return {
         "weights": frozen, "adapters": [b.param_data for b in buffers],
         "gradients": [b.grad_data for b in buffers],
@@ -263,11 +264,18 @@ def tensors_of(run: Run) -> dict[str, list[Tensor]]:
     }  # fmt: skip
 
 
+def modules_of(run: Run) -> Iterator[nn.Module]:
+    for chunk in run.model.chunks:
+        yield from chunk.modules()
+
+
 def num_bytes(tensors: list[Tensor]) -> int:
     """Of distinct storages."""
-    return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-    )
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def peaks(run: Run, batches: list[Batch], already: list[Tensor]) -> dict[str, int]:
@@ -309,6 +317,15 @@ class Saved:
         self.tensor = tensor
 
 
+def kept_beside(own: Container[int], saved: Iterable[Saved]) -> list[Tensor]:
+    """Saved tensors but those that lie in storages of ``own``, named by their addresses."""
+    tensors = []
+    for holder in saved:
+        if holder.tensor.untyped_storage().data_ptr() not in own:
+            tensors.append(holder.tensor)
+    return tensors
+
+
 def kept(run: Run, batches: list[Batch], already: list[Tensor]) -> int:
     """Most bytes that nodes keep for backward, looked at whenever a forward pass ended and a
     backward pass begins."""
@@ -326,11 +343,7 @@ def kept(run: Run, batches: list[Batch], already: list[Tensor]) -> int:
     def unpack(holder: Saved) -> Tensor:
         nonlocal forward, most
         if forward:
-            found = {
-                s.tensor.untyped_storage().data_ptr(): s.tensor.untyped_storage().nbytes()
-                for s in saved
-            }
-            most = max(most, sum(n for at, n in found.items() if at not in own))
+            most = max(most, num_bytes(kept_beside(own, saved)))
         forward = False
         return holder.tensor
 

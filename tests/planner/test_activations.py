@@ -1,6 +1,7 @@
 """What a training step really keeps for backward, and how many microbatches at once, against the
 planner's formulas."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -21,7 +22,7 @@ from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.everything import LORA, config_of
-from tests.planner.counted import widened_norms
+from tests.planner.counted import Saved, kept_beside, num_bytes, widened_norms
 
 DEFAULT = LoRAConfig(rank=3, alpha=6.0)
 SOME = LoRAConfig(rank=4, target_modules=["o_proj", "down_proj"], layers="2-")
@@ -29,20 +30,13 @@ ONE = LoRAConfig(rank=4, target_modules=["q_proj"], layers="0")
 EXPERTS = LoRAConfig(rank=4, target_modules=["gate_proj"], layers="1")
 
 
-class Saved:
-    """A tensor that a node keeps for backward; gone when the node is."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 def kept_by_a_microbatch(config: RunConfig) -> tuple[int, tuple[int, ...]]:
     """(bytes of the storages, parameters left out, that this rank keeps as the first backward
     begins; the batch's shape)."""
     with built(config) as run:
-        own = {
-            p.untyped_storage().data_ptr() for chunk in run.model.chunks for p in chunk.parameters()
-        }
+        own = set()
+        for chunk in run.model.chunks:
+            own |= {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
         saved: WeakSet[Saved] = WeakSet()
         counted: list[int] = []
 
@@ -52,11 +46,7 @@ def kept_by_a_microbatch(config: RunConfig) -> tuple[int, tuple[int, ...]]:
 
         def unpack(holder: Saved) -> Tensor:
             if not counted:
-                storages = {
-                    s.tensor.untyped_storage().data_ptr(): s.tensor.untyped_storage().nbytes()
-                    for s in saved
-                }
-                counted.append(sum(n for at, n in storages.items() if at not in own))
+                counted.append(num_bytes(kept_beside(own, saved)))
             return holder.tensor
 
         batches = run.batches.of_step(0)[:1]
@@ -139,7 +129,7 @@ def counted_and_planned(config: RunConfig, world: int, extra: Any = None) -> tup
     layout = ParallelLayout(
         parallel=config.parallel, num_ranks=world, micro_batch_size=2, recompute=train.recompute
     )
-    for rank, (num_bytes, (_, sequence)) in enumerate(
+    for rank, (kept_bytes, (_, sequence)) in enumerate(
         run_ranks(kept_by_a_microbatch, world, config)
     ):
         work = Workload(sequence_length=sequence, global_batch_size=8, dtype=config.model.dtype)
@@ -149,7 +139,7 @@ def counted_and_planned(config: RunConfig, world: int, extra: Any = None) -> tup
             )
             said += head_bytes(model, layout, work) if chunk.has_head else 0
             said += extra(model, layout, Microbatch.of(model, layout, work), chunk) if extra else 0
-        found += num_bytes
+        found += kept_bytes
     return found, said
 
 
@@ -179,6 +169,15 @@ def held_at_once(config: RunConfig) -> set[tuple[int, ...]]:
         return seen
 
 
+def is_exceeded(counts: tuple[int, ...], others: Iterable[tuple[int, ...]]) -> bool:
+    """Whether one of the others has at least as many of each kind, and more of one."""
+    for other in others:
+        pairs = zip(counts, other, strict=True)
+        if other != counts and all(mine <= theirs for mine, theirs in pairs):
+            return True
+    return False
+
+
 @pytest.mark.parametrize(
     ("world", "sizes", "batch"),
     [
@@ -202,11 +201,7 @@ def test_microbatches_in_flight(world, sizes, batch, tiny, chats, tmp_path) -> N
     )
     for rank, seen in enumerate(run_ranks(held_at_once, world, config)):
         said = in_flight(config.parallel, rank // (world // config.parallel.pp), batch)
-        largest = {
-            s
-            for s in seen
-            if not any(s != o and all(a <= b for a, b in zip(s, o, strict=True)) for o in seen)
-        }
+        largest = {counts for counts in seen if not is_exceeded(counts, seen)}
         assert set(said) == largest
 
 

@@ -30,6 +30,11 @@ PUBLISHED = {
 """Parameters (total_size of the published index, halved), billions a token uses, layers."""
 
 
+def num_lora_parameters(stock: nn.Module) -> int:
+    """Of stock PEFT's model; whatever else it trains does not count."""
+    return sum(p.numel() for name, p in stock.named_parameters() if "lora_" in name)
+
+
 def transformers_model(name: str) -> nn.Module:
     fields = read_architecture(MODELS / f"{name}.yaml")
     with torch.device("meta"):
@@ -65,8 +70,13 @@ def test_stages_add_up_to_the_model(pp: int, vpp: int) -> None:
     model = PlannedModel.of(
         shape, LoRAConfig(target_modules=["q_proj", "down_proj", "lm_head", "gate"])
     )
-    chunks = [chunk for stage in range(pp) for chunk in chunks_of(shape, p, stage)]
-    assert sorted(layer for chunk in chunks for layer in chunk.layers) == list(range(48))
+    chunks = []
+    layers = []
+    for stage in range(pp):
+        for chunk in chunks_of(shape, p, stage):
+            chunks.append(chunk)
+            layers += chunk.layers
+    assert sorted(layers) == list(range(48))
     assert sum(base_parameters(shape, p, chunk) for chunk in chunks) == shape.num_parameters()
     counts = [adapter_parameters(model, p, chunk) for chunk in chunks]
     assert sum(c.dense + c.expert for c in counts) == sum(a.num_parameters() for a in model.adapted)
@@ -90,12 +100,10 @@ class OneLayer(nn.Module):
             "q_proj": linear(q, h), "k_proj": linear(kv, h), "v_proj": linear(kv, h),
             "o_proj": linear(h, q),
         })  # fmt: skip
-        self.experts = nn.ModuleList(
-            nn.ModuleDict(
-                {"gate_proj": linear(i, h), "up_proj": linear(i, h), "down_proj": linear(h, i)}
-            )
-            for _ in range(s.num_experts)
-        )
+        self.experts = nn.ModuleList()
+        for _ in range(s.num_experts):
+            expert = {"gate_proj": linear(i, h), "up_proj": linear(i, h), "down_proj": linear(h, i)}
+            self.experts.append(nn.ModuleDict(expert))
 
 
 @pytest.mark.parametrize("rank", [8, 16])
@@ -109,7 +117,7 @@ def test_adapter_parameters_against_peft(name: str, rank: int) -> None:
     stock = get_peft_model(
         layer, LoraConfig(r=rank, target_modules=targets), low_cpu_mem_usage=True
     )  # pyright: ignore
-    theirs = sum(p.numel() for n, p in stock.named_parameters() if "lora_" in n)
+    theirs = num_lora_parameters(stock)
     adapted = resolve(LoRAConfig(rank=rank), shape)
     assert sum(a.num_parameters() for a in adapted) == layers * theirs
     model = PlannedModel(shape, tuple(adapted))
@@ -124,7 +132,7 @@ def test_attention_of_transformers_adapted_by_peft() -> None:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     config = LoraConfig(r=16, target_modules=targets)
     stock = get_peft_model(transformers_model(name), config, low_cpu_mem_usage=True)  # pyright: ignore
-    theirs = sum(p.numel() for n, p in stock.named_parameters() if "lora_" in n)
+    theirs = num_lora_parameters(stock)
     adapted = resolve(
         LoRAConfig(rank=16, target_modules=targets), load_shape(MODELS / f"{name}.yaml")
     )

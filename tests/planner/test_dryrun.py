@@ -115,7 +115,9 @@ def test_shared_experts_dense_layers_biases_and_float32(
 ) -> None:
     hf = read_hf_config(request.getfixturevalue(model))
     parallel = ParallelConfig(**sizes)
-    names = [n for n in NAMES if n != "gate"] if model == "tiny_dense" else NAMES
+    names = list(NAMES)
+    if model == "tiny_dense":
+        names.remove("gate")  # it has no router
     lora = LoRAConfig(rank=3, target_modules=names)
     for rank in range(world):
         with host.fake_world(rank, world):
@@ -132,7 +134,9 @@ def test_every_family(family: str, sizes: dict) -> None:
     if not shape.moe_layers:
         sizes = {name: size for name, size in sizes.items() if name not in ("ep", "etp")}
     parallel = ParallelConfig(**sizes)
-    names = {p.name for n in range(shape.num_layers) for p in layer_projections(shape, n)}
+    names = set()
+    for layer in range(shape.num_layers):
+        names |= {projection.name for projection in layer_projections(shape, layer)}
     lora = LoRAConfig(rank=3, target_modules=sorted(names | {"lm_head"}))
     for rank in range(4):
         with host.fake_world(rank, 4):

@@ -1,9 +1,11 @@
 """Rates between, at and beyond what was measured, groups of ranks on nodes, and calibration files
 with mistakes in them."""
 
+import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,14 +86,16 @@ def test_groups_over_nodes_are_scaled_from_those_with_as_many_ranks_in_each() ->
     sizes = (1e6, 64e6)
     groups = ((2, 1), (4, 1), (8, 1), (16, 2), (2, 2))
     kinds: tuple[Kind, ...] = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send")
-    points = {
-        kind: {g: [(size, links.seconds(kind, *g, size).value) for size in sizes] for g in groups}
-        for kind in kinds
-    }
+    # Kind -> (ranks, nodes) -> (bytes, seconds) of every size.
+    points: dict[Any, Any] = {}
+    for kind, group in itertools.product(kinds, groups):
+        measured = [(size, links.seconds(kind, *group, size).value) for size in sizes]
+        points.setdefault(kind, {})[group] = measured
     network = MeasuredNetwork(points, beyond=Links(1.0, 1.0))
     for kind in kinds:
         for ranks, nodes in ((8, 8), (32, 32), (64, 8), (4, 4), (8, 1)):
-            found, true = (n.seconds(kind, ranks, nodes, 64e6) for n in (network, links))
+            found = network.seconds(kind, ranks, nodes, 64e6)
+            true = links.seconds(kind, ranks, nodes, 64e6)
             assert found.value == pytest.approx(true.value, rel=0.01), (kind, ranks, nodes)
             assert found.basis == (
                 "measured" if (ranks, nodes) == (8, 1) or kind == "send" else "assumed"
@@ -150,7 +154,9 @@ def calibration(**changes: object) -> dict[str, object]:
 
 def written(tmp_path: Path, **changes: object) -> Path:
     path = tmp_path / "machine.json"
-    path.write_text(json.dumps({k: v for k, v in calibration(**changes).items() if v is not None}))
+    record = calibration(**changes)
+    # None leaves a field out.
+    path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}))
     return path
 
 

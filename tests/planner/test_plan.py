@@ -1,6 +1,7 @@
 """``megalora plan`` as a user meets it: the ranking, the reasons, the config that runs, the
 picture, mistakes, and how long it takes."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from megalora.planner.gpus import GPUS
 from megalora.planner.layouts import ParallelLayout, Workload, enumerate_layouts
 from megalora.planner.memory import fullest_stage
 from megalora.planner.models import find_architecture, load_shape
-from megalora.planner.search import CLOSE, FULL, Plan, search
+from megalora.planner.search import CLOSE, FULL, Plan, Planned, search
 from megalora.planner.weights import PlannedModel
 
 ROOT = Path(__file__).parents[2]
@@ -35,17 +36,21 @@ def plan() -> Plan:
 
 def test_every_legal_layout_is_ranked_or_rejected_once(plan: Plan) -> None:
     found = enumerate_layouts(SHAPE, 8, WORK)
-    assert len(plan.fitting) + sum(r.layout is not None for r in plan.rejected) == len(found.legal)
-    assert {p.layout for p in plan.fitting} | {r.layout for r in plan.rejected if r.layout} == set(
-        found.legal
-    )
-    assert all(r.reason for r in plan.rejected)
+    layouts = [planned.layout for planned in plan.fitting]
+    for rejected in plan.rejected:
+        assert rejected.reason
+        # None: not even a legal layout.
+        if rejected.layout is not None:
+            layouts.append(rejected.layout)
+    assert len(layouts) == len(found.legal)
+    assert set(layouts) == set(found.legal)
 
 
 def test_the_ranking_is_by_time_and_nothing_in_it_is_too_big(plan: Plan) -> None:
     seconds = [p.time.seconds for p in plan.fitting]
     assert seconds == sorted(seconds)
-    assert all(p.memory.peak_bytes <= GPUS["h100"].memory_bytes for p in plan.fitting)
+    largest = max(planned.memory.peak_bytes for planned in plan.fitting)
+    assert largest <= GPUS["h100"].memory_bytes
     model = PlannedModel.of(SHAPE, LoRAConfig())
     for found in (plan.fitting[0], plan.fitting[-1]):
         assert found.memory == fullest_stage(model, found.layout, WORK)
@@ -60,24 +65,28 @@ def test_what_does_not_fit_says_so_and_does_not(plan: Plan) -> None:
         assert fullest_stage(model, rejected.layout, WORK).peak_bytes > GPUS["h100"].memory_bytes
 
 
+def sizes_but_vpp(planned: Planned) -> tuple[int, ...]:
+    p = planned.layout.parallel
+    return p.tp, p.pp, p.ep, p.etp
+
+
 def test_one_line_for_each_way_to_split(plan: Plan) -> None:
     chosen = plan.layouts()
-    ways = [(p.tp, p.pp, p.ep, p.etp) for p in (c.layout.parallel for c in chosen)]
+    ways = [sizes_but_vpp(found) for found in chosen]
     assert len(ways) == len(set(ways))
     for found in chosen:
-        variants = [
-            v
-            for v in plan.fitting
-            if replace(v.layout.parallel, vpp=1) == replace(found.layout.parallel, vpp=1)
-        ]
+        variants = [v for v in plan.fitting if sizes_but_vpp(v) == sizes_but_vpp(found)]
+        # Nearly full layouts are the last resort.
         safe = [v for v in variants if plan.share(v) <= FULL] or variants
         assert found.time.seconds <= (1 + CLOSE) * safe[0].time.seconds
-        assert plan.share(found) <= FULL or all(plan.share(v) > FULL for v in variants)
+        if plan.share(found) > FULL:
+            assert min(plan.share(v) for v in variants) > FULL
     assert plan.share(plan.best()) <= FULL
 
 
 def test_a_bigger_machine_fits_more() -> None:
-    small, big = (search(SHAPE, LoRAConfig(), 2, WORK, GPUS[name]) for name in ("h100", "h200"))
+    small = search(SHAPE, LoRAConfig(), 2, WORK, GPUS["h100"])
+    big = search(SHAPE, LoRAConfig(), 2, WORK, GPUS["h200"])
     assert {p.layout for p in small.fitting} < {p.layout for p in big.fitting}
 
 
@@ -91,16 +100,15 @@ def test_ranks_to_try() -> None:
         lora_ranks=(8, 64),
         recompute=("full",),
     )
-    assert {p.lora_rank for p in tried.fitting} == {
-        16,
-        8,
-        64,
-    } and tried.best().lora_rank == 16  # quality is not the planner's to trade
-    by_rank = {rank: [p for p in tried.fitting if p.lora_rank == rank] for rank in (8, 64)}
-    one, other = (
-        next(p for p in found if p.layout.parallel == ParallelConfig(ep=8))
-        for found in by_rank.values()
-    )
+    assert {planned.lora_rank for planned in tried.fitting} == {8, 16, 64}
+    # Quality is not the planner's to trade: the best has the rank that was asked for.
+    assert tried.best().lora_rank == 16
+    with_ep_8 = {}
+    for planned in reversed(tried.fitting):
+        if planned.layout.parallel == ParallelConfig(ep=8):
+            with_ep_8[planned.lora_rank] = planned
+    one = with_ep_8[8]
+    other = with_ep_8[64]
     assert other.memory["adapters"] == 8 * one.memory["adapters"]
 
 
@@ -167,18 +175,17 @@ def test_the_command_writes_a_config_that_runs_and_a_picture(
     picture = imread(png)
     assert picture.shape[0] > 300 and picture.std() > 0.05
     for part in (*best.memory.parts, *best.time.parts):
-        assert any(
-            line.strip().startswith(part.name) and part.basis in line for line in said.splitlines()
-        ), part.name
+        line = rf"^ *{re.escape(part.name)}\b.*{re.escape(part.basis)}"
+        assert re.search(line, said, re.MULTILINE), part.name
     assert "layouts are rejected" in said and "does not fit: # GiB" in said
     assert "where the host waits" in said
 
 
 def test_the_host_s_waits_are_named_where_there_are_any(plan: Plan) -> None:
-    found = {
-        bool(planned.layout.parallel.ep * planned.layout.parallel.etp > 1): planned
-        for planned in plan.fitting
-    }
+    # Whether experts are divided -> a layout.
+    found = {}
+    for planned in plan.fitting:
+        found[planned.layout.parallel.ep * planned.layout.parallel.etp > 1] = planned
     text = report.waits(found[True])
     assert (
         text is not None
@@ -191,7 +198,8 @@ def test_the_host_s_waits_are_named_where_there_are_any(plan: Plan) -> None:
 def test_the_table_says_how_numbers_are_known_and_what_is_nearly_full(plan: Plan) -> None:
     rows = report.table(plan, 100).splitlines()
     assert len(rows) == 1 + len(plan.layouts()[:100])
-    assert all("?" in row for row in rows[1:])  # nobody measured an H100 here
+    for row in rows[1:]:
+        assert "?" in row, "nobody measured an H100 here"
     assert not rows[1].endswith("!") and report.warning(plan, plan.best()) is None
     # 57 GiB of weights, 14 of adapters, 3.5 of logits
     one = search(SHAPE, LoRAConfig(), 1, WORK, GPUS["h100"])

@@ -55,15 +55,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             self._send(200, None)
         elif self.path == "/v1/models":
+            now = int(time.time())
+            base_path = self.server.base_path
+            cards = [{"id": BASE, "root": base_path, "parent": None, "created": now}]
             with self.server.lock:
-                cards = [{"id": BASE, "root": self.server.base_path, "parent": None}]
-                cards += [
-                    {"id": n, "root": path, "parent": BASE}
-                    for n, (path, _) in self.server.adapters.items()
-                ]
-            self._send(
-                200, {"object": "list", "data": [c | {"created": int(time.time())} for c in cards]}
-            )
+                for name, (path, _) in self.server.adapters.items():
+                    cards.append({"id": name, "root": path, "parent": BASE, "created": now})
+            self._send(200, {"object": "list", "data": cards})
         else:
             self._send(404, {"detail": "Not Found"})
 
@@ -129,7 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
         prompt = body["prompt"]
         # as in vLLM, the adapter is bound to the request here, and unloading later changes nothing
         with self.server.lock:
-            tokens = [0] if name == BASE else self.server.adapters.get(name, (None, None))[1]
+            _, tokens = self.server.adapters.get(name, (None, None))
+        if name == BASE:
+            tokens = [0]
         if tokens is None:
             self._error(
                 404, f"The model `{name}` does not exist. Valid aliases: {BASE}.", "NotFoundError"
@@ -144,7 +144,10 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(self.server.seconds_per_answer)
         self.server.may_answer.wait()
         shift = 0.0 if name == BASE else 0.25
-        choices = [{"index": i} | _choice(p, tokens, shift, body) for i, p in enumerate(prompts)]
+        choices = []
+        for index, prompt in enumerate(prompts):
+            choices.append({"index": index} | _choice(prompt, tokens, shift, body))
+        # The order is vLLM's to choose; clients go by the index.
         self._send(200, {"model": name, "choices": choices[::-1]})
 
     def _error(self, status: int, message: str, kind: str) -> None:
@@ -164,13 +167,17 @@ def _choice(
     prompt: list[int], tokens: list[int], shift: float, body: dict[str, Any]
 ) -> dict[str, Any]:
     """The log-probability of token t is -t, and 0.25 less with an adapter."""
-    top = {
-        f"token_id:{token}": -float(token) - shift for token in body.get("logprob_token_ids", [])
-    }
+    top = {}
+    for token in body.get("logprob_token_ids", []):
+        top[f"token_id:{token}"] = -float(token) - shift
+    # The first token has no log-probability: nothing stands before it.
+    of_prompt: list[dict[str, Any] | None] = [None]
+    for token in prompt[1:]:
+        of_prompt.append({str(token): {"logprob": -float(token) - shift}})
     return {
         "text": "", "finish_reason": "length", "token_ids": tokens,
         "logprobs": {"token_logprobs": [-0.5] * len(tokens), "top_logprobs": [top]},
-        "prompt_logprobs": [None, *({str(t): {"logprob": -float(t) - shift}} for t in prompt[1:])],
+        "prompt_logprobs": of_prompt,
     }  # fmt: skip
 
 

@@ -27,7 +27,9 @@ from megalora.serve.errors import (
     AdapterTargetsUnserved,
 )
 from megalora.tiny import make_tiny
-from tests.serve.adapters import EVERYTHING, edit_config, edit_tensors, make_adapter
+from tests.adapters.folders import edit_config, edit_tensors
+from tests.serve.adapters import EVERYTHING, make_adapter
+from tests.tensor_changes import cast, renamed, without_parts
 
 Q = "base_model.model.model.layers.1.self_attn.q_proj"
 EXPERT = "base_model.model.model.layers.2.mlp.experts.5"
@@ -61,27 +63,21 @@ def test_a_sound_adapter_says_what_it_needs(adapter: Path, tiny: Path, tmp_path:
 @pytest.mark.parametrize("arch", ["qwen3", "qwen2_moe"])
 def test_other_families(tmp_path: Path, arch: str) -> None:
     base = make_tiny(tmp_path / "base", arch=arch, num_hidden_layers=2)
-    targets = [t for t in EVERYTHING if t != "gate" or arch == "qwen2_moe"]
-    needs = check_adapter(
-        make_adapter(tmp_path / "a", base, 0, target_modules=targets), Limits(base=base)
-    )
-    dense = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
-    assert needs.target_modules == (dense | {"experts", "gate"} if arch == "qwen2_moe" else dense)
+    targets = list(EVERYTHING)
+    # vLLM's names; qwen2_moe has dense parts beside its experts.
+    expected = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    if arch == "qwen2_moe":
+        expected |= {"experts", "gate"}
+    else:
+        targets.remove("gate")
+    adapter = make_adapter(tmp_path / "a", base, 0, target_modules=targets)
+    assert check_adapter(adapter, Limits(base=base)).target_modules == expected
 
 
 def test_names_without_the_usual_prefix(adapter: Path, tiny: Path) -> None:
     """vLLM takes them, so we do."""
-    edit_tensors(
-        adapter,
-        lambda tensors: {n.removeprefix("base_model.model."): t for n, t in tensors.items()},
-    )
+    edit_tensors(adapter, renamed(lambda name: name.removeprefix("base_model.model.")))
     assert check_adapter(adapter, Limits(base=tiny)).rank == 4
-
-
-def without(*parts: str) -> Callable[[dict], dict]:
-    return lambda tensors: {
-        name: t for name, t in tensors.items() if not any(part in name for part in parts)
-    }
 
 
 def with_(name: str, value: torch.Tensor) -> Callable[[dict], dict]:
@@ -90,11 +86,21 @@ def with_(name: str, value: torch.Tensor) -> Callable[[dict], dict]:
 
 def spoil(number: float, dtype: torch.dtype) -> Callable[[dict], dict]:
     def change(tensors: dict) -> dict:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        tensors = cast(dtype)(tensors)
         tensors[f"{Q}.lora_B.weight"][3, 1] = number
         return tensors
 
     return change
+
+
+def transposed(tensors: dict) -> dict:
+    return {name: tensor.T for name, tensor in tensors.items()}
+
+
+def one_expert_more(tensors: dict) -> dict:
+    """The base has eight, 0 to 7."""
+    copy = renamed(lambda name: name.replace("experts.7", "experts.8"))
+    return tensors | copy(tensors)
 
 
 BROKEN_TENSORS: dict[str, tuple[Callable[[dict], dict], type[AdapterError], str]] = {
@@ -116,18 +122,22 @@ BROKEN_TENSORS: dict[str, tuple[Callable[[dict], dict], type[AdapterError], str]
         "q_proj.lora_B.weight holds NaN",
     ),
     "B missing": (
-        without(f"{Q}.lora_B"),
+        without_parts(f"{Q}.lora_B"),
         AdapterInvalid,
         r"layers.1.self_attn.q_proj has A only; a factor is missing",
     ),
-    "A missing": (without(f"{Q}.lora_A"), AdapterInvalid, "has B only"),
+    "A missing": (without_parts(f"{Q}.lora_A"), AdapterInvalid, "has B only"),
     "one expert missing": (
-        without(f"{EXPERT}."),
+        without_parts(f"{EXPERT}."),
         AdapterInvalid,
         r"layers.2.mlp.experts.5 lacks down_proj, gate_proj, up_proj; .* \(zeros do\)",
     ),
-    "the last expert missing": (without("experts.7."), AdapterInvalid, "experts.7 lacks"),
-    "one projection missing": (without("up_proj"), AdapterInvalid, r"experts.0 lacks up_proj"),
+    "the last expert missing": (without_parts("experts.7."), AdapterInvalid, "experts.7 lacks"),
+    "one projection missing": (
+        without_parts("up_proj"),
+        AdapterInvalid,
+        r"experts.0 lacks up_proj",
+    ),
     "no LoRA factor": (
         with_("base_model.model.lm_head.weight", torch.zeros(2, 2)),
         AdapterInvalid,
@@ -167,7 +177,7 @@ BROKEN_TENSORS: dict[str, tuple[Callable[[dict], dict], type[AdapterError], str]
         r"has A \[5, 96\] and B \[192, 4\]",
     ),
     "transposed": (
-        lambda tensors: {n: t.T.contiguous() for n, t in tensors.items()},
+        transposed,
         AdapterInvalid,
         "A's rows",
     ),
@@ -182,14 +192,12 @@ BROKEN_TENSORS: dict[str, tuple[Callable[[dict], dict], type[AdapterError], str]
         "is 128 x 96",
     ),
     "a module of another model": (
-        lambda tensors: {n.replace("layers.3", "layers.9"): t for n, t in tensors.items()},
+        renamed(lambda name: name.replace("layers.3", "layers.9")),
         AdapterForOtherBase,
         r"\(qwen3_moe, 4 layers, 8 experts\) has no model.layers.9",
     ),
     "an expert too many": (
-        lambda tensors: (
-            tensors | {n.replace("experts.7", "experts.8"): t for n, t in tensors.items()}
-        ),
+        one_expert_more,
         AdapterForOtherBase,
         "has no model.layers.0.mlp.experts.8",
     ),
@@ -288,13 +296,14 @@ def test_files_that_are_missing_or_cut_short(adapter: Path) -> None:
 
 
 def test_a_hash_says_what_is_in_a_folder(tiny: Path, tmp_path: Path) -> None:
-    first, again, other = (
-        make_adapter(tmp_path / str(i), tiny, seed) for i, seed in enumerate((0, 0, 1))
-    )
+    first = make_adapter(tmp_path / "first", tiny, seed=0)
+    again = make_adapter(tmp_path / "again", tiny, seed=0)
+    other = make_adapter(tmp_path / "other", tiny, seed=1)
     assert content_hash(first) == content_hash(again) != content_hash(other)
     assert len(content_hash(first)) == 12 and int(content_hash(first), 16) >= 0
     edit_config(again, lora_alpha=16)
     assert content_hash(first) != content_hash(again), "the scale is in the config"
+    # A and B, in four layers, of four projections, the router and three projections of 8 experts.
     assert tensor_count(first) == len(read_adapter_files(first).tensors) == 4 * 2 * (4 + 1 + 8 * 3)
 
 
@@ -308,11 +317,9 @@ def test_finite_numbers_of_every_dtype(tmp_path: Path) -> None:
             [0.0, -0.0, limits.max, limits.min, limits.tiny], dtype=torch.float64
         )
         for bad in (None, math.nan, -math.nan, math.inf, -math.inf):
-            tensor = (
-                numbers.to(dtype)
-                if bad is None
-                else torch.cat([numbers, torch.tensor([bad])]).to(dtype)
-            )
+            tensor = numbers.to(dtype)
+            if bad is not None:
+                tensor = torch.cat([tensor, torch.tensor([bad], dtype=dtype)])
             save_file({"a": torch.zeros(1, dtype=dtype), "b": tensor.clone()}, path)
             found = AdapterWeights(tmp_path).not_finite()
             assert found == (None if torch.isfinite(tensor).all() else "b")

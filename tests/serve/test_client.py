@@ -28,7 +28,8 @@ from megalora.serve.errors import (
 )
 from megalora.serve.store import Store
 from megalora.serve.vllm import Client, versioned
-from tests.serve.adapters import edit_config, edit_tensors, make_adapter
+from tests.adapters.folders import edit_config, edit_tensors
+from tests.serve.adapters import make_adapter
 from tests.serve.fake_vllm import BASE, FakeVLLM, answer_of, fake_vllm
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -49,10 +50,12 @@ def client(vllm: FakeVLLM) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three, each with an answer of its own."""
     folder = tmp_path_factory.mktemp("adapters")
-    return [
-        make_adapter(folder / str(seed), tiny, seed, target_modules=["q_proj"]) for seed in range(3)
-    ]
+    made = []
+    for seed in range(3):
+        made.append(make_adapter(folder / str(seed), tiny, seed, target_modules=["q_proj"]))
+    return made
 
 
 def names(vllm: FakeVLLM) -> list[str]:
@@ -69,13 +72,8 @@ def test_a_version_is_named_after_its_contents(
         versioned("", adapters[1])[1:]
     )
     base, first, second = client.list()
-    assert (base.id, base.name, base.version, base.is_base, base.path) == (
-        BASE,
-        BASE,
-        None,
-        True,
-        str(tiny),
-    )
+    assert base.is_base
+    assert (base.id, base.name, base.version, base.path) == (BASE, BASE, None, str(tiny))
     assert (first.id, first.name, first.version) == (model, "math", model.removeprefix("math@"))
     assert (second.name, second.is_base, second.path) == ("math", False, str(adapters[1].resolve()))
 
@@ -86,11 +84,8 @@ def test_a_name_means_the_version_loaded_last(client: Client, adapters: list[Pat
     assert client.resolve(ids[0]) == ids[0] and client.resolve(BASE) == BASE
     assert client.complete("math", PROMPT).tokens == answer_of(adapters[2])
     pinned = client.complete(ids[0], PROMPT)
-    assert (pinned.model, pinned.version, pinned.tokens) == (
-        ids[0],
-        ids[0][5:],
-        answer_of(adapters[0]),
-    )
+    assert (pinned.model, pinned.version) == (ids[0], ids[0].removeprefix("math@"))
+    assert pinned.tokens == answer_of(adapters[0])
     assert client.complete(BASE, PROMPT).version is None
     with pytest.raises(AdapterNotFound, match=rf"serves no 'maths'; it serves {BASE}, math@"):
         client.resolve("maths")
@@ -103,6 +98,7 @@ def test_swapping_leaves_one_version(client: Client, vllm: FakeVLLM, adapters: l
         model = client.swap("math", adapter)
         assert names(vllm) == [versioned("other", adapters[0]), model]
         assert client.complete("math", PROMPT).tokens == answer_of(adapter)
+    # One of other and four of math, though math was swapped five times.
     loads = [name for action, name in vllm.calls if action == "load"]
     assert len(loads) == 5, "the same contents again need no loading"
 
@@ -194,11 +190,15 @@ def test_many_threads_and_two_clients(client: Client, vllm: FakeVLLM, adapters: 
     with ThreadPoolExecutor(9) as pool:
         swapper = pool.submit(swap)
         answers = []
-        while not swapper.done() and (len(answers) < 300 or len({a.model for a in answers}) < 3):
+        answered = set()
+        # Until every version has answered; a swapper that fails ends its future.
+        while not swapper.done() and (len(answers) < 300 or len(answered) < 3):
             answers += pool.map(lambda _: client.complete("math", PROMPT), range(60))
+            answered = {answer.model for answer in answers}
         done.set()
         swapper.result()
-    assert all(answer.tokens == expected[answer.model] for answer in answers)
+    for answer in answers:
+        assert answer.tokens == expected[answer.model]
 
 
 def test_two_clients_load_the_same_contents_at_once(vllm: FakeVLLM, adapters: list[Path]) -> None:
@@ -257,6 +257,7 @@ def test_logprobs_of_a_prompt_where_lm_head_is_wrapped(
     tokens."""
     client = Client(vllm.url, limits=Limits(target_modules=("qkv_proj", "lm_head")))
     model = client.load("math", adapters[0])
+    # 100 different tokens, of which the client asks for at most so many log-probabilities at once.
     tokens = [*range(100), 7, 7, *range(80)]
     asked = []
     ask = client._api.completion
@@ -266,37 +267,38 @@ def test_logprobs_of_a_prompt_where_lm_head_is_wrapped(
         answer = ask(model, fields)
         # which arrive in any order; each prompt says something else
         for choice in answer["choices"]:
-            top = choice["logprobs"]["top_logprobs"][0]
+            (top,) = choice["logprobs"]["top_logprobs"]
             length = len(fields["prompt"][choice["index"]])
-            choice["logprobs"]["top_logprobs"] = [
-                {token: number - length for token, number in top.items()}
-            ]
+            for token in top:
+                top[token] -= length
         return answer
 
     client._api.completion = listen  # type: ignore[method-assign]
     probe = client.probe("math", tokens)
-    assert (probe.model, probe.base) == (model, [-float(t) - i for i, t in enumerate(tokens)][1:])
-    assert probe.adapter == [-t - i - 0.25 for i, t in enumerate(tokens)][1:]
-    assert not any("prompt_logprobs" in fields for fields in asked)
-    assert (
-        max(len(fields["prompt"]) for fields in asked) <= 128
-        and client.prompt_logprobs(BASE, [7]) == []
-    )
+    assert probe.model == model
+    # Token t after i others: -t of the server, -i of its length here, 0.25 less with the adapter.
+    expected = [-float(t) - i for i, t in enumerate(tokens)][1:]
+    assert probe.base == expected
+    assert probe.adapter == [number - 0.25 for number in expected]
+    for fields in asked:
+        assert "prompt_logprobs" not in fields
+        assert len(fields["prompt"]) <= 128
+    assert client.prompt_logprobs(BASE, [7]) == []
 
 
 def test_with_a_store_folders_may_go(vllm: FakeVLLM, tiny: Path, tmp_path: Path) -> None:
     client = Client(vllm.url, store=tmp_path / "store")
-    folders = [
-        make_adapter(tmp_path / f"step_{i}", tiny, i, target_modules=["q_proj"]) for i in range(2)
-    ]
+    folders = []
+    for seed in range(2):
+        folder = tmp_path / f"step_{seed}"
+        folders.append(make_adapter(folder, tiny, seed, target_modules=["q_proj"]))
     answer = answer_of(folders[0])
     again = shutil.copytree(folders[0], tmp_path / "again")
     first = client.swap("math", folders[0], version="step-0")
     shutil.rmtree(folders[0])
     copy = tmp_path / "store" / first
-    assert vllm.adapters[first] == (str(copy), answer) and sorted(
-        p.name for p in copy.iterdir()
-    ) == [CONFIG, WEIGHTS]
+    assert vllm.adapters[first] == (str(copy), answer)
+    assert {path.name for path in copy.iterdir()} == {CONFIG, WEIGHTS}
 
     client.swap("math", folders[1])
     assert copy.is_dir(), "requests that began with it may need it still"
@@ -304,9 +306,8 @@ def test_with_a_store_folders_may_go(vllm: FakeVLLM, tiny: Path, tmp_path: Path)
     for place in (copy, tmp_path / "store" / names(vllm)[0]):
         os.utime(place, (0, 0))
     client.load("other", again)
-    assert {p.name for p in (tmp_path / "store").iterdir()} == set(names(vllm)) and len(
-        names(vllm)
-    ) == 2
+    assert len(names(vllm)) == 2
+    assert {path.name for path in (tmp_path / "store").iterdir()} == set(names(vllm))
 
 
 def test_a_store_copies_only_what_the_name_says(tiny: Path, tmp_path: Path) -> None:

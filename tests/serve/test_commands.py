@@ -2,10 +2,11 @@
 how they end."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -13,8 +14,10 @@ import pytest
 
 from megalora.adapters.files import PROBE
 from megalora.verify.vllm import Own, VllmReport, _compare, verify_vllm
+from tests.adapters.folders import edit_config
 from tests.environment import OUTSIDE
-from tests.serve.adapters import edit_config, make_adapter
+from tests.peft_warnings import IGNORED
+from tests.serve.adapters import make_adapter
 from tests.waiting import PATIENCE_S
 
 
@@ -40,17 +43,19 @@ def test_serve_until_told_to_stop(tiny: Path, tmp_path: Path) -> None:
     assert models[0] == str(tiny) and models[1] == lines[1].split(":")[0]
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 0
-    assert not [
-        line for line in _processes() if url.rsplit(":", 1)[1] in line and "api_server" in line
-    ]
+    port = url.rsplit(":", 1)[1]
+    for command in _processes():
+        assert not ("api_server" in command and port in command), command
 
 
-def _processes() -> list[str]:
-    return [
-        path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        for pid in os.listdir("/proc")
-        if pid.isdigit() and (path := Path(f"/proc/{pid}/cmdline")).exists()
-    ]
+def _processes() -> Iterator[str]:
+    """Command lines of all processes of this machine."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:  # it has ended since
+            continue
+        yield command.replace(b"\0", b" ").decode(errors="replace")
 
 
 @pytest.mark.vllm
@@ -110,7 +115,7 @@ def test_serve_without_vllm_says_how_to_get_it(tiny: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.vllm
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+@IGNORED
 def test_verify_with_vllm(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in OUTSIDE.items():
         monkeypatch.setenv(name, value)
@@ -120,18 +125,7 @@ def test_verify_with_vllm(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert report.effect > 0.1 and report.text().endswith("verified: vLLM computes the same model")
 
 
-def report(**changes) -> VllmReport:
-    return VllmReport(
-        **{
-            "adapter": Path("a"),
-            "atol": 1e-4,
-            "prompt": 1e-6,
-            "greedy": 1e-6,
-            "effect": 1.0,
-            "parted": None,
-            **changes,
-        }
-    )
+EQUAL = VllmReport(adapter=Path("a"), atol=1e-4, prompt=1e-6, greedy=1e-6, effect=1.0, parted=None)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +139,10 @@ def report(**changes) -> VllmReport:
     ],
 )
 def test_a_difference_is_not_verified(change) -> None:
-    assert report().ok and not report(**change).ok
-    assert report(**change).text().endswith("NOT the same model")
+    assert EQUAL.ok
+    different = replace(EQUAL, **change)
+    assert not different.ok
+    assert different.text().endswith("NOT the same model")
 
 
 class Says:

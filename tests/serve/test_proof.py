@@ -12,7 +12,8 @@ from megalora.data.probe_text import probe_tokens
 from megalora.serve.proof import Proof, prove, read_probe
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client
-from tests.serve.adapters import edit_config, edit_tensors, make_adapter
+from tests.adapters.folders import edit_config, edit_tensors, remove_tensors
+from tests.serve.adapters import make_adapter
 from tests.serve.fake_vllm import fake_vllm
 from tests.serve.stock_peft import logprobs, stock_model
 
@@ -26,6 +27,15 @@ def proof(
     return Proof("math@1", BASE, served, trained, dtype, 1e-4)
 
 
+def between(base: list[float], trained: list[float], scale: float) -> list[float]:
+    """The base for a scale of 0, the trained model for 1."""
+    return [b + scale * (t - b) for b, t in zip(base, trained, strict=True)]
+
+
+def moved(numbers: list[float], by: float) -> list[float]:
+    return [number + by for number in numbers]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_ignored_adapter_is_found(dtype: str) -> None:
     found = proof(BASE, dtype)
@@ -35,31 +45,28 @@ def test_an_ignored_adapter_is_found(dtype: str) -> None:
 @pytest.mark.parametrize(("scale", "relative"), [(math.sqrt(2), 0.414), (2.0, 1.0), (0.5, 0.5)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_scale_is_found(dtype: str, scale: float, relative: float) -> None:
-    served = [b + scale * (t - b) for b, t in zip(BASE, TRAINED, strict=True)]
-    found = proof(served, dtype)
+    found = proof(between(BASE, TRAINED, scale), dtype)
     assert not found.ok and found.relative == pytest.approx(relative, abs=1e-3)
 
 
 def test_rounding_is_allowed_and_no_more() -> None:
-    assert proof([t + 5e-5 for t in TRAINED]).ok and not proof([t + 2e-4 for t in TRAINED]).ok
-    # the first steps of a training
-    small = [b + 2e-4 * (t - b) for b, t in zip(BASE, TRAINED, strict=True)]
+    assert proof(moved(TRAINED, 5e-5)).ok
+    assert not proof(moved(TRAINED, 2e-4)).ok
+    # The first steps of a training: the whole effect is as small as what rounding may be.
+    small = between(BASE, TRAINED, 2e-4)
     assert proof(small, trained=small).ok
-    assert not proof([(b + s) / 2 for b, s in zip(BASE, small, strict=True)], trained=small).ok, (
-        "half its scale, within atol"
-    )
-    assert (
-        proof([t + 0.1 for t in TRAINED], "bfloat16").ok
-        and not proof([t + 0.2 for t in TRAINED], "bfloat16").ok
-    )
+    half = between(BASE, small, 0.5)
+    assert not proof(half, trained=small).ok, "half its scale, within atol"
+    assert proof(moved(TRAINED, 0.1), "bfloat16").ok
+    assert not proof(moved(TRAINED, 0.2), "bfloat16").ok
 
 
 def test_nan_is_never_ok() -> None:
     for dtype in ("float32", "bfloat16"):
         for place in range(3):
-            assert not proof(
-                [float("nan") if i == place else t for i, t in enumerate(TRAINED)], dtype
-            ).ok
+            served = list(TRAINED)
+            served[place] = math.nan
+            assert not proof(served, dtype).ok
 
 
 def test_without_a_training_side_it_must_act() -> None:
@@ -131,9 +138,7 @@ def test_what_vllm_serves_is_proved(
     spoiled = {
         "scale": lambda f: edit_config(f, lora_alpha=9),
         "gate and up swapped": lambda f: edit_tensors(f, _swap_gate_and_up),
-        "q_proj lost": lambda f: edit_tensors(
-            f, lambda ts: {n: t for n, t in ts.items() if "q_proj" not in n}
-        ),
+        "q_proj lost": lambda f: remove_tensors(f, "q_proj"),
     }
     for name, spoil in spoiled.items():
         folder = tmp_path / name.replace(" ", "-")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.serve.errors import (
@@ -23,21 +24,18 @@ from megalora.serve.errors import (
 )
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client, versioned
+from tests.adapters.folders import edit_config, edit_tensors
 from tests.peft_warnings import IGNORED
 from tests.serve.adapters import (
     ATTENTION,
     EXPERTS,
-    edit_config,
-    edit_tensors,
     make_adapter,
     tokens_of,
 )
 from tests.serve.stock_peft import greedy, logprobs, stock_model
+from tests.tensor_changes import Change, Tensors, only_parts, renamed
 
-pytestmark = [
-    pytest.mark.vllm,
-    IGNORED,
-]
+pytestmark = [pytest.mark.vllm, IGNORED]
 ATOL = 5e-5
 """Of a log-probability: float32 through 4 layers errs by some 2^-24 * 100 of the largest logit, 5,
 and vLLM sums in other orders."""
@@ -54,10 +52,11 @@ def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "router": ["gate"],
         "all": [*ATTENTION, *EXPERTS, "gate"],
     }
-    return {
-        name: make_adapter(folder / name, tiny, seed, target_modules=targets, rank=3 + seed)
-        for seed, (name, targets) in enumerate(kinds.items())
-    }
+    made = {}
+    for seed, (name, targets) in enumerate(kinds.items()):
+        # Every one has a rank of its own.
+        made[name] = make_adapter(folder / name, tiny, seed, target_modules=targets, rank=3 + seed)
+    return made
 
 
 def assert_close(found: list[float], expected: list[float]) -> None:
@@ -71,13 +70,11 @@ def test_base_and_adapters_in_the_same_batches(
     taken, many lengths, at once."""
     for name, folder in adapters.items():
         client.load(name, folder)
-    texts = {
-        name: [tokens_of(10 * i + j, 5 + 7 * j + i) for j in range(5)]
-        for i, name in enumerate([*adapters, str(tiny)])
-    }
-    jobs = [
-        (name, text) for j in range(5) for name, texts_of in texts.items() for text in [texts_of[j]]
-    ]
+    jobs = []
+    # Five texts for each, in turns, so that neighbours in a batch belong to different adapters.
+    for j in range(5):
+        for i, name in enumerate([*adapters, str(tiny)]):
+            jobs.append((name, tokens_of(seed=10 * i + j, length=5 + 7 * j + i)))
     with ThreadPoolExecutor(len(jobs)) as pool:
         found = list(pool.map(lambda job: client.prompt_logprobs(*job), jobs))
     for name, folder in [*adapters.items(), (str(tiny), None)]:
@@ -110,14 +107,24 @@ def test_what_is_generated(client: Client, tiny: Path, adapters: dict[str, Path]
         client.complete("all", [1] * 5000)
 
 
-def only(*parts: str) -> Callable[[dict], dict]:
-    return lambda tensors: {
-        name: t for name, t in tensors.items() if any(part in name for part in parts)
-    }
+def rename(old: str, new: str) -> Change:
+    return renamed(lambda name: name.replace(old, new))
 
 
-def rename(old: str, new: str) -> Callable[[dict], dict]:
-    return lambda tensors: {name.replace(old, new): t for name, t in tensors.items()}
+def change_q_proj_a(change: Callable[[Tensor], Tensor]) -> Change:
+    """Change A of q_proj in every layer."""
+
+    def changed(tensors: Tensors) -> Tensors:
+        for name, tensor in tensors.items():
+            if "q_proj.lora_A" in name:
+                tensors[name] = change(tensor)
+        return tensors
+
+    return changed
+
+
+def all_nan(tensors: Tensors) -> Tensors:
+    return {name: tensor * float("nan") for name, tensor in tensors.items()}
 
 
 REFUSED: dict[str, tuple[dict, Callable[[Path], object], type[Exception], str]] = {
@@ -153,22 +160,17 @@ REFUSED: dict[str, tuple[dict, Callable[[Path], object], type[Exception], str]] 
         AdapterInvalid,
         "does not yet support DoRA",
     ),
-    "no B": ({}, lambda f: edit_tensors(f, only("lora_A")), AdapterInvalid, "NoneType"),
+    "no B": ({}, lambda f: edit_tensors(f, only_parts("lora_A")), AdapterInvalid, "NoneType"),
     "no up_proj": (
         {},
-        lambda f: edit_tensors(f, only("gate_proj", "down_proj")),
+        lambda f: edit_tensors(f, only_parts("gate_proj", "down_proj")),
         AdapterInvalid,
         "no reason given",
     ),
     "no tensors": ({}, lambda f: edit_tensors(f, lambda _: {}), AdapterInvalid, "no reason given"),
     "too wide": (
         {},
-        lambda f: edit_tensors(
-            f,
-            lambda ts: {
-                n: torch.cat([t, t], 1) if "q_proj.lora_A" in n else t for n, t in ts.items()
-            },
-        ),
+        lambda f: edit_tensors(f, change_q_proj_a(lambda a: torch.cat([a, a], 1))),
         AdapterInvalid,
         "must match the size",
     ),
@@ -206,10 +208,8 @@ def test_what_vllm_refuses_has_a_type(
 
 
 TAKEN: dict[str, Callable[[Path], object]] = {
-    "NaN": lambda f: edit_tensors(f, lambda ts: {n: t * float("nan") for n, t in ts.items()}),
-    "a narrower base": lambda f: edit_tensors(
-        f, lambda ts: {n: t[:, :64] if "q_proj.lora_A" in n else t for n, t in ts.items()}
-    ),
+    "NaN": lambda f: edit_tensors(f, all_nan),
+    "a narrower base": lambda f: edit_tensors(f, change_q_proj_a(lambda a: a[:, :64])),
     "another rank than the config's": lambda f: edit_config(f, r=8),
 }
 

@@ -24,10 +24,7 @@ from tests.serve.adapters import make_adapter, tokens_of
 from tests.serve.stock_peft import greedy, stock_model
 from tests.waiting import PATIENCE_S, wait_until
 
-pytestmark = [
-    pytest.mark.vllm,
-    IGNORED,
-]
+pytestmark = [pytest.mark.vllm, IGNORED]
 ROOT = Path(__file__).parents[2]
 REQUESTS = 200
 THREADS = 6
@@ -46,10 +43,9 @@ def test_no_request_is_lost_or_answered_by_the_wrong_version(
     for folder in folders:
         model = stock_model(tiny, folder)
         expected[versioned("math", folder)] = [greedy(model, prompt, TOKENS) for prompt in PROMPTS]
-    for i in range(len(PROMPTS)):
-        assert len({tuple(said[i]) for said in expected.values()}) == VERSIONS, (
-            "each version says something else"
-        )
+    for answers_to_prompt in zip(*expected.values(), strict=True):
+        different = {tuple(tokens) for tokens in answers_to_prompt}
+        assert len(different) == VERSIONS, "each version says something else"
     client.load("math", folders[-1])
     client.complete("math", PROMPTS[0])  # vLLM's first answer takes seconds
     answers, swaps = ask_while_swapping(server, client, folders)
@@ -126,13 +122,16 @@ def ask_while_swapping(
 def in_service(swaps: list[dict], start: float, end: float, before: str) -> set[str]:
     """The versions that NAME may have meant at some time from ``start`` to ``end``: each from when
     its swap began until the next was done."""
-    spans = [(before, 0.0)] + [(swap["model"], swap["began"]) for swap in swaps]
-    ends = [swap["done"] for swap in swaps] + [float("inf")]
-    return {
-        model
-        for (model, began), done in zip(spans, ends, strict=True)
-        if began <= end and done >= start
-    }
+    found = set()
+    model = before
+    began = 0.0
+    for swap in [*swaps, {"model": "", "began": 0.0, "done": float("inf")}]:
+        # ``model`` was in service from ``began`` until this swap was done.
+        if began <= end and swap["done"] >= start:
+            found.add(model)
+        model = swap["model"]
+        began = swap["began"]
+    return found
 
 
 def test_an_adapter_that_cannot_be_loaded_leaves_the_old_one_in_service(

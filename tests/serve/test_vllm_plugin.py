@@ -27,6 +27,7 @@ def layer() -> dict[str, Tensor]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
+    # K different experts of 0 to 4 for each token; then 5 stands for 4, which gets none.
     choices = torch.stack([torch.randperm(E - 1, generator=generator)[:K] for _ in range(T)])
     return {
         "x": draw(T, H), "gate_up": draw(E, 2 * I, H), "down": draw(E, H, I),
@@ -93,9 +94,17 @@ def test_without_adapters(layer: dict[str, Tensor]) -> None:
     )
 
 
+def floats_as(dtype: torch.dtype, layer: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The layer with its numbers in another dtype; indices stay integers."""
+    cast = {}
+    for name, tensor in layer.items():
+        cast[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return cast
+
+
 def test_bfloat16(layer: dict[str, Tensor]) -> None:
-    w = {k: v.bfloat16() if v.is_floating_point() else v for k, v in layer.items()}
-    expected = plain({k: v.double() if v.is_floating_point() else v for k, v in w.items()})
+    w = floats_as(torch.bfloat16, layer)
+    expected = plain(floats_as(torch.float64, w))
     error = (run(w, two_slices(w)).double() - expected).abs().max() / expected.abs().max()
     assert error < 0.03, "some ten roundings of 2^-9"
 

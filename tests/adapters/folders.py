@@ -1,0 +1,59 @@
+"""Change the files of adapter folders, and compare their tensors."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megalora.adapters.files import CONFIG, WEIGHTS
+from megalora.lora.spec import tensor_name
+from tests.tensor_changes import Change, without_parts
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Set keys of ``adapter_config.json``; ``...`` removes one."""
+    config = json.loads((folder / CONFIG).read_text())
+    for key, value in changes.items():
+        if value is ...:
+            del config[key]
+        else:
+            config[key] = value
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, change: Change) -> None:
+    changed = change(load_file(folder / WEIGHTS))
+    # safetensors refuses two names of one tensor, and views.
+    copies = {name: tensor.clone().contiguous() for name, tensor in changed.items()}
+    save_file(copies, folder / WEIGHTS)
+
+
+def remove_tensors(folder: Path, part: str) -> None:
+    """Remove every tensor whose name contains ``part``."""
+    edit_tensors(folder, without_parts(part))
+
+
+def factors_of(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and B [out, rank] of one linear."""
+    return tensors[tensor_name(module, "A")], tensors[tensor_name(module, "B")]
+
+
+def assert_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same names, and the same numbers bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def refused(call: Callable[[], Any]) -> str:
+    """What ``call`` refuses with, which is one line."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

@@ -1,0 +1,60 @@
+"""Changes of what a safetensors file holds, for tests that spoil or rewrite one."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+type Tensors = dict[str, Tensor]
+type Change = Callable[[Tensors], Tensors]
+"""What a file shall hold instead of the tensors it holds, by name."""
+
+
+def without(*names: str) -> Change:
+    """Remove the tensors of these names."""
+
+    def change(tensors: Tensors) -> Tensors:
+        return {name: tensor for name, tensor in tensors.items() if name not in names}
+
+    return change
+
+
+def only_parts(*parts: str) -> Change:
+    """Keep the tensors whose names contain one of ``parts``."""
+
+    def change(tensors: Tensors) -> Tensors:
+        kept = {}
+        for name, tensor in tensors.items():
+            if any(part in name for part in parts):
+                kept[name] = tensor
+        return kept
+
+    return change
+
+
+def without_parts(*parts: str) -> Change:
+    """Remove the tensors whose names contain one of ``parts``."""
+
+    def change(tensors: Tensors) -> Tensors:
+        removed = only_parts(*parts)(tensors)
+        return {name: tensor for name, tensor in tensors.items() if name not in removed}
+
+    return change
+
+
+def renamed(name_of: Callable[[str], str]) -> Change:
+    """Give every tensor the name that ``name_of`` makes of its own."""
+
+    def change(tensors: Tensors) -> Tensors:
+        return {name_of(name): tensor for name, tensor in tensors.items()}
+
+    return change
+
+
+def cast(dtype: torch.dtype) -> Change:
+    """Give every tensor another dtype."""
+
+    def change(tensors: Tensors) -> Tensors:
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+    return change
