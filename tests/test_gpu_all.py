@@ -73,7 +73,8 @@ def test_the_table_shares_out_the_time():
     assert sum(step.share for step in usual) == gpu_steps.SECONDS == 540
     assert [step.name for step in usual][:4] == ["tests", "anchors", "tune", "kernels-tuned"]
     assert len({step.result for step in STEPS}) == len(STEPS)
-    assert all(step.result.startswith("gpu_") for step in STEPS), "what --archive takes"
+    for step in STEPS:
+        assert step.result.startswith("gpu_"), "what --archive takes"
     ends = limits(usual, 540)
     assert ends["tests"] == 60 and ends["calibration"] == 540
     assert limits(named(["tests", "anchors"]), 150) == {"tests": 120, "anchors": 150}
@@ -194,9 +195,9 @@ def test_a_second_call_continues(machine):
         step("part", WRITES, "far"),
     ]
     assert results_of(run(machine, first)) == {"failed": "failed", "done": "ok", "part": "part"}
-    mended = [step(name,
-                   "import sys\n" + note + WRITES.replace("*left", "name"). replace("left", "[]"),
-    name) for name in ("failed", "done", "part")]  # fmt: skip
+    # The same steps with a program that notes its name and leaves nothing.
+    code = "import sys\n" + note + WRITES.replace("*left", "name").replace("left", "[]")
+    mended = [step(name, code, name) for name in ("failed", "done", "part")]
     record = run(machine, mended)
     assert results_of(record) == {"failed": "ok", "done": "ok", "part": "ok"}
     assert order.read_text() == "part failed "
@@ -329,7 +330,7 @@ def test_a_script_that_is_ended_ends_its_step(sign, code, tmp_path):
     python.write_text(
         text.replace(
             "  *bench_grouped_lora*",
-            f"  *benchmarks.gpu_tests*) echo $$ >{tmp_path}/pid; exec sleep 600 ;;\n "
+            f"  *benchmarks.gpu_tests*) sleep 2; echo $$ >{tmp_path}/pid; exec sleep 600 ;;\n "
             " *bench_grouped_lora*",
         )
     )
@@ -340,6 +341,7 @@ def test_a_script_that_is_ended_ends_its_step(sign, code, tmp_path):
         stderr=subprocess.PIPE, text=True
     )  # fmt: skip
     pid = tmp_path / "pid"
+    # The step says so after two seconds: a signal while it is being started would leave it running.
     wait_until(lambda: says(pid)() or process.poll() is not None)
     assert process.poll() is None, "it ended before its step began"
     process.send_signal(sign)
@@ -446,9 +448,8 @@ def test_the_tests_step_writes_every_test_and_leaves_out_what_passed(tmp_path, m
     assert [(row["test"], row["outcome"]) for row in record["rows"]] == [
         ("a", "passed"), ("b", "failed"), ("c", "failed"), ("d", "skipped"),
     ]  # fmt: skip
-    assert record["failures"] == ["b: E  assert 1 == 2", "c: no fixture"] and record[
-        "not_reached"
-    ] == ["e"]
+    assert record["failures"] == ["b: E  assert 1 == 2", "c: no fixture"]
+    assert record["not_reached"] == ["e"]
     second = gpu_tests.Results(out, torch.device("cpu"), {})
     assert second.passed == ["a"]
     monkeypatch.setenv(gpu_tests.PASSED, json.dumps(second.passed))
@@ -456,9 +457,8 @@ def test_the_tests_step_writes_every_test_and_leaves_out_what_passed(tmp_path, m
     left_out: list[Any] = []
     hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
     gpu_tests.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)  # type: ignore[arg-type]
-    assert [item.nodeid for item in items] == ["b", "e"] and [item.nodeid for item in left_out] == [
-        "a"
-    ]
+    assert [item.nodeid for item in items] == ["b", "e"]
+    assert [item.nodeid for item in left_out] == ["a"]
     for seconds, late in ((PATIENCE_S, False), (-1, True)):
         monkeypatch.setenv(gpu_tests.DEADLINE, str(time.time() + seconds))
         with pytest.raises(pytest.skip.Exception) if late else nullcontext():

@@ -28,9 +28,12 @@ def refusal(adapter: Path, base: Path) -> str:
 @pytest.mark.parametrize(
     "options",
     [
+        # Each leaves out what the file has tensors of: layers 2 and 3 here.
         {"layers_to_transform": [0, 1]},
+        # One module of one layer.
         {"exclude_modules": ["layers.2.self_attn.q_proj"]},
         {"exclude_modules": r".*\.3\..*"},
+        # A string is an expression for the whole name.
         {"target_modules": r".*\.[01]\..*q_proj"},
     ],
 )
@@ -50,6 +53,7 @@ def test_what_peft_would_leave_out_is_refused(
             "alpha_pattern must be names and numbers above 0, got {'q_proj': None}",
         ),
         ({"rank_pattern": [3]}, "rank_pattern must be names and ranks of at least 1, got [3]"),
+        # A star repeats nothing here.
         ({"rank_pattern": {"*q": 2}}, "is neither a name nor a regular expression ("),
         (
             {"target_modules": "*q_proj"},
@@ -57,7 +61,9 @@ def test_what_peft_would_leave_out_is_refused(
         ),
         ({"target_modules": 5}, "target_modules must be a name, or a list of names, got 5"),
         ({"auto_mapping": []}, "auto_mapping must be an object, got []"),
+        # A text is true in Python, whatever it says.
         ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
+        # The scale is lora_alpha / r.
         ({"r": 0}, "r=0 and lora_alpha=32 must be a rank of at least 1 and a number above 0"),
         ({"lora_alpha": float("nan")}, "lora_alpha=nan must be a rank of at least 1"),
     ],
@@ -78,6 +84,7 @@ def test_experts_that_are_not_there_are_zeros_and_named(
     trained = train(
         bases["moe"], tmp_path / "adapter", rank=2, target_modules=["down_proj"], layers=[1]
     )
+    # As a tool writes it that keeps only the experts that tokens reached.
     remove_tensors(trained.folder, "experts.5.down_proj")
     read = read_adapter(trained.folder, trained.shape)
     assert read.absent == ["model.layers.1.mlp.experts.5.down_proj"]
@@ -108,6 +115,7 @@ def test_a_tensor_without_target_is_refused(bases: dict[str, Path], tmp_path: Pa
 
 
 def test_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    # The adapter's base has a hidden size of 96.
     wider = make_tiny(tmp_path / "wider", hidden_size=100)
     trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["k_proj"])
     assert (
@@ -115,11 +123,12 @@ def test_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None
         " base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight is (2, 96), but this"
         " base model and rank need (2, 100)"
     )
+    # A dense base has no router; the nearest name is another module's.
     router = train(bases["moe"], tmp_path / "router", rank=2, target_modules=["gate", "k_proj"])
     assert (
         refusal(router.folder, bases["dense"])
-        == f"{router.folder}/adapter_model.safetensors: model.layers.0.mlp.gate is no linear layer"
-        " of this base model; the nearest is model.layers.0.mlp.gate_proj"
+        == f"{router.folder}/adapter_model.safetensors: model.layers.0.mlp.gate is not a linear"
+        " layer of this base model; the nearest is model.layers.0.mlp.gate_proj"
     )
 
 
@@ -155,6 +164,7 @@ def test_config_refused(tmp_path: Path, content: str | None, message: str) -> No
 @pytest.mark.parametrize(
     "option",
     [
+        # Each changes what the model computes beside scale * B A.
         {"use_dora": True},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
@@ -164,6 +174,7 @@ def test_config_refused(tmp_path: Path, content: str | None, message: str) -> No
         {"use_qalora": True},
         {"alora_invocation_tokens": [1]},
         {"init_lora_weights": "pissa_niter_4"},
+        # Both have changed the base's own weights.
         {"init_lora_weights": "olora"},
         {"trainable_token_indices": [3]},
     ],
@@ -182,6 +193,7 @@ def test_what_is_not_plain_lora_is_refused(
 def test_a_rank_the_config_does_not_say_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     """As verl writes it: the scale would be wrong."""
     trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
+    # The file has factors of rank 2: which of the two scales is meant?
     edit_config(trained.folder, r=4)
     assert refusal(trained.folder, trained.base) == (
         f"{trained.folder}/adapter_model.safetensors:"
@@ -197,6 +209,7 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
     edit_config(trained.folder, rank_pattern={r"experts\.3\.down_proj": 1})
     module = "model.layers.1.mlp.experts.3.down_proj"
 
+    # Rank 1 of expert 3, in the file as in the pattern.
     def narrow(tensors: Tensors) -> Tensors:
         a, b = factors_of(tensors, module)
         return tensors | {tensor_name(module, "A"): a[:1], tensor_name(module, "B"): b[:, :1]}
@@ -211,6 +224,7 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
     ("add", "message"),
     [
         (
+            # DoRA's and an embedding's tensors.
             {"base_model.model.lm_head.lora_magnitude_vector": torch.ones(4, 4)},
             "lora_magnitude_vector is no LoRA factor of a",
         ),
@@ -219,6 +233,7 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
             "lora_embedding_A is no LoRA factor of a",
         ),
         (
+            # Tinker's spelling: all experts of a layer in one tensor; its B is missing.
             {"base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight": torch.ones(8, 2, 96)},
             "w1.lora_A.weight has no partner",
         ),
@@ -239,12 +254,14 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
             "has NaN or infinite",
         ),
         (
+            # The same name with and without PEFT's prefix.
             {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)},
             "two tensors are lora_A of model.layers.0.self_attn.q_proj",
         ),
         (
+            # The base has four layers.
             {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)},
-            "model.layers.9.self_attn.q_proj is no linear",
+            "model.layers.9.self_attn.q_proj is not a linear",
         ),
         (
             {"base_model.model.model.layers.1.mlp.experts.lora_A.weight": torch.ones(16, 80)},
@@ -262,6 +279,7 @@ def test_tensors_refused(
 
 def test_an_empty_file_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
+    # Every tensor of the file.
     remove_tensors(trained.folder, "lora")
     assert (
         refusal(trained.folder, trained.base)

@@ -56,6 +56,7 @@ def test_a_base_without_an_adapted_weight_is_refused(
 ) -> None:
     trained = train(mergeable["moe"], tmp_path / "adapter", LoRAConfig(rank=2))
 
+    # One expert of two layers.
     gone = [f"model.layers.{layer}.mlp.experts.5.up_proj.weight" for layer in (1, 3)]
     base = copied(mergeable["moe"], tmp_path / "base", without(*gone))
     assert (
@@ -80,6 +81,7 @@ def test_a_weight_that_is_there_twice_is_refused(
     trained = train(mergeable["moe"], tmp_path / "adapter", LoRAConfig(rank=2))
     name = "model.layers.1.mlp.experts.5.down_proj.weight"
     packed = "model.layers.1.mlp.experts.down_proj"
+    # [hidden, expert intermediate], as the published name has it.
     twice = {name: torch.zeros(96, 80)}
     base = copied(
         mergeable["moe packed"],
@@ -90,6 +92,7 @@ def test_a_weight_that_is_there_twice_is_refused(
         refusal(trained.folder, base, tmp_path / "out")
         == f"{base} has {name.removesuffix('.weight')} twice: as {name} and in {packed}"
     )
+    # In two shards of one folder.
     base = copied(mergeable["moe"], tmp_path / "both", lambda file: file | twice)
     first, second = weight_shards(base)[:2]
     assert (
@@ -150,6 +153,7 @@ def test_an_adapter_that_diverged_is_refused(
 def test_a_sum_beyond_the_dtype_is_refused(mergeable: dict[str, Path], tmp_path: Path) -> None:
     base = copied(mergeable["dense"], tmp_path / "base", cast(torch.float16))
     lora = LoRAConfig(rank=2, target_modules=["o_proj"], layers=[2])
+    # A delta beyond 65,504, the largest float16.
     trained = train(base, tmp_path / "adapter", lora, size=1e7)
     assert (
         refusal(trained.folder, base, tmp_path / "out")
@@ -173,9 +177,10 @@ def test_where_the_result_may_go(mergeable: dict[str, Path], tmp_path: Path) -> 
             refusal(trained.folder, base, out)
             == f"{out} exists and is not an empty folder; choose another"
         )
+    # As an earlier merge leaves it that was killed, or one that is running.
     (tmp_path / ".out.tmp").mkdir()
     assert refusal(trained.folder, base, tmp_path / "out").startswith(
-        f"{tmp_path}/.out.tmp exists: {tmp_path}/out is"
+        f"{tmp_path}/.out.tmp exists: another process is writing {tmp_path}/out"
     )
     (tmp_path / ".out.tmp").rmdir()
     assert refusal(trained.folder, base, trained.folder / WEIGHTS / "out").startswith(
@@ -193,6 +198,7 @@ def test_a_mount_point_is_refused(
     trained = train(mergeable["dense"], tmp_path / "adapter", LoRAConfig(rank=2))
     out = tmp_path / "out"
     out.mkdir()
+    # A folder is replaced by renaming, which cannot cross file systems.
     monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
     assert (
         refusal(trained.folder, mergeable["dense"], out)

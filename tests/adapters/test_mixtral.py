@@ -20,8 +20,8 @@ from megalora.serve.check import Limits, check_adapter
 from megalora.serve.errors import AdapterForOtherBase, AdapterInvalid
 from megalora.tiny import make_tiny
 from tests.adapters.adapters import ATTENTION, EXPERTS, load_base, logits, merged_by_hand, train
+from tests.adapters.folders import edit_config, edit_tensors
 from tests.adapters.stock import ATOL, check_equal, loaded_by_peft, new_adapter, shape_of
-from tests.serve.adapters import edit_config, edit_tensors
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
 

@@ -37,7 +37,7 @@ def test_serve_until_told_to_stop(tiny: Path, tmp_path: Path) -> None:
     assert lines[0].startswith(f"starting vLLM for {tiny} (float32); its log is "), (
         process.communicate()
     )
-    assert lines[1].startswith("sums@") and "no probe.json in its folder" in lines[1]
+    assert lines[1].startswith("sums@") and "its folder has no probe.json" in lines[1]
     url = lines[2].removeprefix("ready at ").split(". ")[0]
     models = [card["id"] for card in httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]]
     assert models[0] == str(tiny) and models[1] == lines[1].split(":")[0]
