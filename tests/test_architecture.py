@@ -2,6 +2,7 @@
 functions are."""
 
 import ast
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("megalora", "kernels/megalora_kernels")
-FILES = {
-    path.relative_to(ROOT).as_posix(): path
-    for folder in PRODUCT
-    for path in sorted((ROOT / folder).rglob("*.py"))
-}
+FILES: dict[str, Path] = {}
 """Every product file by its path from the root."""
+for _folder in PRODUCT:
+    for _path in sorted((ROOT / _folder).rglob("*.py")):
+        FILES[_path.relative_to(ROOT).as_posix()] = _path
 
 OURS = ("megalora_kernels", "megalora", "benchmarks", "docs", "launch", "tests")
 MAY_IMPORT = {
@@ -100,19 +100,29 @@ def imports(path: Path, *, at_start: bool = False) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            where = [p.name for p in path.relative_to(ROOT).parents][:-1][::-1]
-            package = (
-                [name for name in where[: len(where) + 1 - node.level] if name != "kernels"]
-                if node.level
-                else []
-            )
-            module = ".".join([*package, *filter(None, [node.module])])
+            module = _module_of(node, path)
             yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            for alias in node.names:
+                yield f"{module}.{alias.name}"
         late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         late |= isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         if not (at_start and late):
             body.extend(ast.iter_child_nodes(node))
+
+
+def _module_of(node: ast.ImportFrom, path: Path) -> str:
+    """The full name of what ``from MODULE import ...`` names in a file."""
+    if not node.level:
+        return node.module or ""
+    # One dot is the file's own package, every further one its parent.
+    folders = path.relative_to(ROOT).parent.parts
+    package = list(folders[: len(folders) + 1 - node.level])
+    # The folder of kernels is not a package; megalora_kernels in it is.
+    if package[:1] == ["kernels"]:
+        package.pop(0)
+    if node.module:
+        package.append(node.module)
+    return ".".join(package)
 
 
 def packages(path: Path, *, at_start: bool = False) -> set[str]:
@@ -122,17 +132,12 @@ def packages(path: Path, *, at_start: bool = False) -> set[str]:
 def names(path: Path) -> set[str]:
     """Every attribute chain and bare name, as in ``torch.cuda.synchronize``, with all its
     beginnings."""
-    chains = {
-        ast.unparse(n)
-        for n in ast.walk(ast.parse(path.read_text()))
-        if isinstance(n, ast.Attribute | ast.Name)
-    }
-    return {
-        ".".join(parts[: i + 1])
-        for chain in chains
-        for parts in [chain.split(".")]
-        for i in range(len(parts))
-    }
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute | ast.Name):
+            parts = ast.unparse(node).split(".")
+            found |= set(itertools.accumulate(parts, "{}.{}".format))
+    return found
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
@@ -180,7 +185,7 @@ def test_megatron_is_imported_only_at_the_seam() -> None:
 def test_only_parallel_reads_megatron_s_state() -> None:
     for name, path in FILES.items():
         if name != "megalora/parallel.py":
-            assert not [n for n in imports(path) if "parallel_state" in n], (
+            assert "parallel_state" not in " ".join(imports(path)), (
                 f"{name}: take the groups as an argument"
             )
 
@@ -201,9 +206,7 @@ def test_groups_are_passed_in() -> None:
                 f"{name} calls {found}; process groups are made in host.py and parallel.py"
             )
         if name.startswith(("megalora/data/", "megalora/planner/")):
-            assert not [n for n in imports(path) if n.startswith("torch.distributed")], (
-                f"{name} imports torch.distributed"
-            )
+            assert "torch.distributed" not in imports(path), f"{name} imports torch.distributed"
 
 
 def test_a_config_is_checked_without_importing_torch() -> None:
@@ -230,19 +233,19 @@ def floor_of(module: str) -> int:
     parts = module.split(".")
     if len(parts) == 1:
         return 0
-    floors = {part: number for number, floor in enumerate(FLOORS) for part in floor}
-    return floors[parts[1]]
+    for number, floor in enumerate(FLOORS):
+        if parts[1] in floor:
+            return number
+    raise KeyError(f"FLOORS has no {parts[1]}")
 
 
 def ours() -> dict[str, Path]:
     """Every product module by its full name."""
-    return {
-        name.removeprefix("kernels/")
-        .removesuffix(".py")
-        .removesuffix("/__init__")
-        .replace("/", "."): path
-        for name, path in FILES.items()
-    }
+    modules = {}
+    for name, path in FILES.items():
+        stem = name.removeprefix("kernels/").removesuffix(".py").removesuffix("/__init__")
+        modules[stem.replace("/", ".")] = path
+    return modules
 
 
 def test_imports_go_down() -> None:
@@ -259,11 +262,13 @@ def test_imports_go_down() -> None:
 def test_no_module_imports_itself_round_about() -> None:
     """Depth first over all imports, those inside functions too."""
     modules = ours()
-    # ``from . import tiles`` names the package, which is there by then.
-    edges = {
-        name: {n for n in imports(path) if n in modules and not name.startswith(f"{n}.")}
-        for name, path in modules.items()
-    }
+    edges: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        edges[name] = set()
+        for imported in modules.keys() & set(imports(path)):
+            # ``from . import tiles`` names the package, which is there by then.
+            if not name.startswith(f"{imported}."):
+                edges[name].add(imported)
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
@@ -283,22 +288,24 @@ def test_no_module_imports_itself_round_about() -> None:
 
 
 def test_no_file_is_too_long() -> None:
-    lengths = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
-    assert {name for name, n in lengths.items() if n > MAX_FILE_LINES} == LONG_FILES
+    long = set()
+    for name, path in FILES.items():
+        if len(path.read_text().splitlines()) > MAX_FILE_LINES:
+            long.add(name)
+    assert long == LONG_FILES
 
 
 def test_no_function_is_too_long() -> None:
-    long = {
-        f"{name}:{function}"
-        for name, path in FILES.items()
-        for function, n in functions(path)
-        if n > MAX_FUNCTION_LINES
-    }
+    long = set()
+    for name, path in FILES.items():
+        for function, num_lines in functions(path):
+            if num_lines > MAX_FUNCTION_LINES:
+                long.add(f"{name}:{function}")
     assert long == LONG_FUNCTIONS
 
 
 def test_every_file_is_named_after_what_is_in_it() -> None:
-    assert not [name for name in FILES if Path(name).name in NO_SUCH_NAMES]
+    assert not NO_SUCH_NAMES & {path.name for path in FILES.values()}
 
 
 def test_every_file_says_what_it_is_for() -> None:

@@ -81,10 +81,8 @@ def test_records_of_a_gpu_fill_the_columns(tmp_path):
         cells(page, "constants", "L2")[-1] == "5.1"
         and cells(page, "constants", "multiprocessors")[-1] == "132"
     )
-    assert [cells(page, "constants", f"HBM, {card}")[-1] for card in ("H100", "H200")] == [
-        "not yet",
-        "4.21",
-    ]
+    assert cells(page, "constants", "HBM, H100")[-1] == "not yet"
+    assert cells(page, "constants", "HBM, H200")[-1] == "4.21"
     assert cells(page, "tiles", "gate_up forward, 128 × 512")[-2:] == ["750", "701"]
     assert cells(page, "tiles", "down forward, 128 × 512")[-2:] == ["not yet", "not yet"]
     assert NOT_MEASURED in table(page, "layers"), "of that there is no record"
@@ -107,21 +105,17 @@ def test_ratios_are_to_the_base_of_the_same_back_end(tmp_path):
         row("split eager", 4.0, 12.0),
     ]
     rows += [row("ours triton", 2.2, 6.0), row("ours grouped_mm joined", 1.02, 2.2)]
-    goals = [
-        {"goal": "forward over the base", "value": value, "verdict": verdict}
-        for value, verdict in ((1.05, "good"), (1.25, "miss"), (None, "miss"))
-    ]
+    goals = []
+    for value, verdict in ((1.05, "good"), (1.25, "miss"), (None, "miss")):
+        goals.append({"goal": "forward over the base", "value": value, "verdict": verdict})
     page = filled(PAGE.read_text(), results(tmp_path, gpu_kernels={"rows": rows, "goals": goals}))
-    lines = [
-        line
-        for line in table(page, "layers").splitlines()
-        if "one of 8" in line and "| 1 |" in line
-    ]
-    assert [line.split("|")[-3].strip() for line in lines] == [
-        "1.02 / 1.10 / 5.45",
-        "1.10 / 1.20 / 2.00",
-    ]
-    assert [line.split("|")[-2].strip() for line in lines] == ["not yet", "not yet"], "not tuned"
+    found = []
+    for line in table(page, "layers").splitlines():
+        if "one of 8" in line and "| 1 |" in line:
+            *_, untuned, with_a_table, _ = line.split("|")
+            assert with_a_table.strip() == "not yet", "not tuned"
+            found.append(untuned.strip())
+    assert found == ["1.02 / 1.10 / 5.45", "1.10 / 1.20 / 2.00"]
     assert cells(page, "goals", "forward over the base")[-2:] == ["1.05 to 1.25", "1 of 3"]
 
 

@@ -109,6 +109,12 @@ def results(tmp_path) -> Path:
     return tmp_path
 
 
+def verdict_of(goal: str, lines: list[Any]) -> str:
+    """The verdict of the one line about a goal."""
+    (line,) = [line for line in lines if line.what.startswith(goal)]
+    return line.verdict
+
+
 def row(text: str, *words: str) -> str:
     """The one row of the table that has all of the words."""
     found = [line for line in text.splitlines() if all(word in line for word in words)]
@@ -168,9 +174,9 @@ def test_a_file_that_is_no_record_is_refused_by_name(results, name, capsys):
     fields = list(RECORDS[name])
     for gone in fields:
         if gone != "device":  # where it was measured is said if it is known
-            (results / name).write_text(
-                json.dumps({k: v for k, v in RECORDS[name].items() if k != gone})
-            )
+            record = dict(RECORDS[name])
+            del record[gone]
+            (results / name).write_text(json.dumps(record))
             assert gpu_summary.main([str(results)]) == 1, gone
 
 
@@ -198,13 +204,9 @@ def test_only_the_last_measurement_decides():
     worse = of_goals(
         {gpu_summary.KERNELS: kernels(1.1, 600.0), gpu_summary.TUNED: kernels(1.5, 600.0)}
     )
-    assert (
-        next(line.verdict for line in worse if line.what.startswith(TRAIN.name)) == "MISSED by 15 %"
-    )
+    assert verdict_of(TRAIN.name, worse) == "MISSED by 15 %"
     alone = of_goals({gpu_summary.KERNELS: kernels(1.1, 600.0)})
-    assert next(line.verdict for line in alone if line.what.startswith(TRAIN.name)).startswith(
-        "met, good"
-    )
+    assert verdict_of(TRAIN.name, alone).startswith("met, good")
 
 
 def test_a_long_reason_does_not_widen_the_table():

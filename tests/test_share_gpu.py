@@ -124,7 +124,8 @@ def test_a_training_rank_sees_torch_s_variables(monkeypatch, tiny, chats, tmp_pa
         replace(config, checkpoint=replace(config.checkpoint, dir="run")), Path("config.yaml")
     )
     train_main.main(["config.yaml"])
-    assert {name: seen[name] for name in TORCH_VARIABLES if name in seen} == {
+    set_for_torch = {name: seen[name] for name in TORCH_VARIABLES if name in seen}
+    assert set_for_torch == {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",

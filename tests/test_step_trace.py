@@ -105,10 +105,9 @@ def test_kernels_of_each_phase_and_layer(found):
         "after backward": {"count": 1, "per_layer": 0, "us": 20},
         "update": {"count": 1, "per_layer": 0, "us": 30},
     }
-    rows = [
-        (row["name"], row["phase"], row["count"], row["per_layer"], row["us"])
-        for row in found["kernels"]
-    ]
+    rows = []
+    for row in found["kernels"]:
+        rows.append((row["name"], row["phase"], row["count"], row["per_layer"], row["us"]))
     assert rows[:2] == [("gemm", "forward", 2, 1, 200), ("gemm", "backward", 2, 1, 200)]
     assert ("norm", "forward", 2, 1, 20) in rows and ("loss", "forward", 1, 0, 5) in rows
     assert sum(row["share"] for row in found["kernels"]) == pytest.approx(1)
@@ -162,8 +161,9 @@ def test_several_steps_are_averaged(tmp_path):
 def test_work_that_overlaps_is_counted_once():
     """A long kernel holds two short ones: there is no gap before its end."""
     spans = [
-        Span(n, a, b, "kernel", STREAM, None)
-        for n, a, b in (("x", 0, 100), ("y", 10, 20), ("z", 30, 110))
+        Span("x", 0, 100, "kernel", STREAM, None),
+        Span("y", 10, 20, "kernel", STREAM, None),
+        Span("z", 30, 110, "kernel", STREAM, None),
     ]
     spans.append(Span("last", 115, 120, "kernel", STREAM, None))
     assert busy_and_gaps(spans) == (115, [(5, "z", "last")])
@@ -221,9 +221,10 @@ def test_phases_of_a_real_profile(tmp_path, monkeypatch):
 
 
 def test_a_profiler_that_cannot_run_is_said_in_the_row():
-    broken = Training(
-        lambda: (_ for _ in ()).throw(RuntimeError("CUPTI\nis gone")), lambda: None, 1, ""
-    )
+    def step() -> None:
+        raise RuntimeError("CUPTI\nis gone")
+
+    broken = Training(step, lambda: None, 1, "")
     assert profile_steps(broken, CPU, 1) == {"problem": "RuntimeError: CUPTI"}
 
 

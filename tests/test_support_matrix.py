@@ -72,11 +72,14 @@ def test_cases_of_ranks_that_share_a_gpu() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cases_of_a_family_can_fill_its_columns(family: str) -> None:
     cases = cases_of(family)
-    assert all(accepted(case) for case in cases)
+    for case in cases:
+        assert accepted(case), case
     rows = [layout(**vars(case)) for case in cases]
     marks = {column: mark(column, [record(*rows)]) for column in COLUMNS}
     without = {"EP", "ETP"} if len(cases) == 4 else set()
-    assert {column for column, found in marks.items() if found == "-"} == {"PEFT", "vLLM"} | without
+    # PEFT and vLLM are proved by other runs than the grid of layouts.
+    unmarked = {column for column, found in marks.items() if found == "-"}
+    assert unmarked == {"PEFT", "vLLM"} | without
 
 
 def test_a_new_record_replaces_the_one_of_the_same_device(tmp_path: Path) -> None:
@@ -86,11 +89,13 @@ def test_a_new_record_replaces_the_one_of_the_same_device(tmp_path: Path) -> Non
     keep(record(layout(), family="qwen3"), out)
     keep(record(layout()), out)
     kept = json.loads(out.read_text())
-    assert [(r["family"], r["on_gpu"], r["rows"][0]["ok"]) for r in kept] == [
-        ("qwen3_moe", False, True),
-        ("qwen3_moe", True, True),
-        ("qwen3", False, True),
+    assert [(found["family"], found["on_gpu"]) for found in kept] == [
+        ("qwen3_moe", False),
+        ("qwen3_moe", True),
+        ("qwen3", False),
     ]
+    for found in kept:
+        assert found["rows"][0]["ok"] is True
 
 
 def test_what_is_claimed_of_the_families_was_measured() -> None:

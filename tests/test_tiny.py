@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalora.tiny import make_tiny
+from tests.named_tensors import assert_same_tensors
 
 LAYERS = 4
 HIDDEN = 96
@@ -58,12 +59,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor, taken from the shard that the index names."""
     weight_map = read_json(folder / "model.safetensors.index.json")["weight_map"]
-    shards = {name: load_file(folder / name) for name in set(weight_map.values())}
-    assert {file.name for file in folder.glob("*.safetensors")} == set(shards), (
-        "a shard the index does not name"
-    )
-    assert sum(len(shard) for shard in shards.values()) == len(weight_map)
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            assert weight_map[name] == file.name, "not where the index says"
+            tensors[name] = tensor
+    assert tensors.keys() == weight_map.keys()
+    return tensors
 
 
 def load(folder: Path) -> Any:
@@ -89,10 +91,8 @@ def expected_shapes(*, moe: bool) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{n}"
         attn = f"model.layers.{n}.self_attn"
         mlp = f"model.layers.{n}.mlp"
-        shapes |= {
-            f"{layer}.{norm}.weight": (HIDDEN,)
-            for norm in ("input_layernorm", "post_attention_layernorm")
-        }
+        shapes[f"{layer}.input_layernorm.weight"] = (HIDDEN,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (HIDDEN,)
         shapes |= {f"{attn}.q_norm.weight": (HEAD_DIM,), f"{attn}.k_norm.weight": (HEAD_DIM,)}
         shapes |= {
             f"{attn}.q_proj.weight": (Q_WIDTH, HIDDEN),
@@ -124,10 +124,8 @@ def test_no_two_sizes_are_equal(moe_dir: Path) -> None:
         "num_attention_heads",
     )
     sizes = [config[name] for name in names] + [config["vocab_size"], config["num_experts_per_tok"]]
-    sizes += [
-        config[heads] * config["head_dim"]
-        for heads in ("num_attention_heads", "num_key_value_heads")
-    ]
+    sizes.append(config["num_attention_heads"] * config["head_dim"])
+    sizes.append(config["num_key_value_heads"] * config["head_dim"])
     assert len(set(sizes)) == len(sizes), sizes
 
 
@@ -164,9 +162,8 @@ def test_config(moe_dir: Path) -> None:
 @pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3"])
 def test_tensors_and_shards(arch: str, moe_dir: Path, dense_dir: Path) -> None:
     tensors = read_tensors(moe_dir if arch == "qwen3_moe" else dense_dir)
-    assert {name: tuple(t.shape) for name, t in tensors.items()} == expected_shapes(
-        moe=arch == "qwen3_moe"
-    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == expected_shapes(moe=arch == "qwen3_moe")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     folder = moe_dir if arch == "qwen3_moe" else dense_dir
     assert len(set(read_json(folder / "model.safetensors.index.json")["weight_map"].values())) >= 2
@@ -177,9 +174,10 @@ def test_loaded_experts_are_the_saved_ones(moe_dir: Path) -> None:
     saved = read_tensors(moe_dir)
     experts = load(moe_dir).model.layers[2].mlp.experts
     for e in range(EXPERTS):
-        gate, up, down = (
-            saved[f"model.layers.2.mlp.experts.{e}.{p}_proj.weight"] for p in ("gate", "up", "down")
-        )
+        expert = f"model.layers.2.mlp.experts.{e}"
+        gate = saved[f"{expert}.gate_proj.weight"]
+        up = saved[f"{expert}.up_proj.weight"]
+        down = saved[f"{expert}.down_proj.weight"]
         assert torch.equal(experts.gate_up_proj[e], torch.cat([gate, up]))
         assert torch.equal(experts.down_proj[e], down)
 
@@ -242,7 +240,8 @@ def test_another_seed_changes_every_tensor_and_not_the_tokenizer(
     other = make_tiny(tmp_path / "other", seed=1)
     one = read_tensors(moe_dir)
     two = read_tensors(other)
-    assert not [name for name in one if torch.equal(one[name], two[name])]
+    for name in one:
+        assert not torch.equal(one[name], two[name]), name
     assert (other / "tokenizer.json").read_text() == (moe_dir / "tokenizer.json").read_text()
 
 
@@ -403,8 +402,7 @@ def test_overwrites_its_own_folder_and_keeps_what_is_not_the_models(tmp_path: Pa
     fresh = make_tiny(tmp_path / "fresh", arch="qwen3", seed=3, num_hidden_layers=1)
     overwritten = read_tensors(folder)
     wanted = read_tensors(fresh)
-    assert overwritten.keys() == wanted.keys()
-    assert all(torch.equal(overwritten[name], wanted[name]) for name in wanted)
+    assert_same_tensors(overwritten, wanted)
     assert {f.name for f in folder.iterdir()} == {f.name for f in fresh.iterdir()} | {"notes.txt"}
 
 

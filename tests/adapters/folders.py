@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megalora.adapters.files import CONFIG, WEIGHTS
 from megalora.lora.spec import tensor_name
-from tests.tensor_changes import Change, without_parts
+from tests.named_tensors import Change, without_parts
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -41,13 +40,6 @@ def remove_tensors(folder: Path, part: str) -> None:
 def factors_of(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
     """A [rank, in] and B [out, rank] of one linear."""
     return tensors[tensor_name(module, "A")], tensors[tensor_name(module, "B")]
-
-
-def assert_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """The same names, and the same numbers bit for bit."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
 
 
 def refused(call: Callable[[], Any]) -> str:

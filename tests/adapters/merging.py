@@ -135,6 +135,7 @@ def make_bases_to_merge_into(folder: Path, moe: Path, dense: Path) -> dict[str, 
         "tied": make_tiny(folder / "tied", tie_word_embeddings=True, num_hidden_layers=2),
         "one file": resaved(dense, folder / "one file"),
     }
+    # Two tied ones: sharded, with experts, and dense in one file.
     tied = make_tiny(
         folder / "tied dense", arch="qwen3", tie_word_embeddings=True, num_hidden_layers=2
     )

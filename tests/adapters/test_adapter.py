@@ -20,8 +20,9 @@ from tests.adapters.adapters import (
     logits,
     train,
 )
-from tests.adapters.folders import assert_same_tensors, edit_tensors, refused
+from tests.adapters.folders import edit_tensors, refused
 from tests.adapters.stock import new_adapter, read_logits, shape_of
+from tests.named_tensors import assert_same_tensors
 from tests.peft_warnings import IGNORED
 
 pytestmark = IGNORED
@@ -34,6 +35,7 @@ FUSED = {
 BY_STOCK_PEFT: list[tuple[str, dict[str, Any]]] = [
     (
         "moe",
+        # A name and an expression; PEFT matches both against the end of a module's name.
         {"target_modules": ATTENTION, "rank_pattern": {"q_proj": 3, r"layers\.2\..*v_proj": 7}},
     ),
     ("moe", {"target_modules": ["gate", "o_proj", "lm_head"], "alpha_pattern": {"o_proj": 5}}),
@@ -43,6 +45,7 @@ BY_STOCK_PEFT: list[tuple[str, dict[str, Any]]] = [
     # converted: rank and alpha of gate_up are twice r and lora_alpha
     ("moe", {"target_modules": [*EXPERTS, "q_proj"]}),
     ("moe", {"target_modules": "all-linear"}),
+    # Parameters instead of modules, in both orders and one alone: PEFT's wrappers nest by order.
     ("moe", FUSED),
     ("moe", FUSED | {"target_parameters": FUSED["target_parameters"][::-1]}),
     ("moe", FUSED | {"target_parameters": FUSED["target_parameters"][:1]}),
@@ -56,6 +59,7 @@ BY_STOCK_PEFT: list[tuple[str, dict[str, Any]]] = [
             "use_rslora": True,
         },
     ),
+    # Experts in some layers, a dense MLP of the same names in another.
     ("mixed", {"target_modules": EXPERTS}),
 ]
 
@@ -183,6 +187,7 @@ def test_a_square_parameter_is_read_as_its_sibling_or_its_version_says(
 ) -> None:
     stacked = Stacked(square[part])
     stacked.check(stacked.write(tmp_path / "both", old=old))
+    # PEFT 0.19.1 exchanged input and output; of one alone only its version tells.
     version = {"peft_version": "0.19.0" if old else "0.19.1"}
     stacked.check(
         stacked.write(tmp_path / "alone", old=old, parts=(part,), **version), parts=(part,)
@@ -207,12 +212,14 @@ def test_columns_grouped_by_expert(bases: dict[str, Path], tmp_path: Path) -> No
             tmp_path, old=False, lora_B_layout="rank_major", auto_mapping={"unsloth_fixed": True}
         )
     )
+    # Neither a layout nor a version that settles it: both readings have these shapes.
     stacked.write(tmp_path, old=False, grouped=True, auto_mapping={"unsloth_fixed": True})
     assert (
         "Say which, to megalora import: --lora-b-layout grouped_by_expert or rank_major"
         in refusal(tmp_path, bases["moe"])
     )
     stacked.check(tmp_path, order="grouped_by_expert")
+    # The other reading gives other numbers, so the right one was not chance.
     with pytest.raises(AssertionError):
         stacked.check(tmp_path, order="rank_major")
 
@@ -220,6 +227,7 @@ def test_columns_grouped_by_expert(bases: dict[str, Path], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "rename",
     [
+        # As wrappers leave their marks in the names of a state_dict.
         lambda name: name.removeprefix("base_model.model."),
         lambda name: "module." + name,
         lambda name: name.replace(".weight", ".default.weight"),
@@ -244,6 +252,7 @@ def test_names_of_other_stacks(bases: dict[str, Path], tmp_path: Path, rename: A
 
 def test_a_lost_parameter_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     stacked = Stacked(bases["moe"])
+    # The config names both parameters; the file has one.
     stacked.write(tmp_path, old=False, parts=("",), target_parameters=FUSED["target_parameters"])
     assert "has no tensors for mlp.experts.gate_up_proj, which its config targets" in refusal(
         tmp_path, bases["moe"]

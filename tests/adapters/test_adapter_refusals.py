@@ -18,7 +18,7 @@ from tests.adapters.adapters import (
 )
 from tests.adapters.folders import edit_config, edit_tensors, factors_of, refused, remove_tensors
 from tests.adapters.stock import shape_of
-from tests.tensor_changes import Tensors
+from tests.named_tensors import Tensors
 
 
 def refusal(adapter: Path, base: Path) -> str:

@@ -22,8 +22,8 @@ from megalora.model.shape import ModelShape
 from megalora.serve.check import check_adapter
 from megalora.serve.errors import AdapterInvalid
 from tests.adapters.adapters import EXPERTS, Trained, train
-from tests.adapters.folders import assert_same_tensors
 from tests.adapters.stock import check_equal, loaded_by_peft, shape_of
+from tests.named_tensors import assert_same_tensors
 
 RANK = 3
 LAYER = 1

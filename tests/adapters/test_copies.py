@@ -79,6 +79,7 @@ def test_a_copy_of_any_linear(bases: dict[str, Path], tmp_path: Path) -> None:
     assert check_equal(tmp_path, bases["moe"], logits(model)).notes == [
         f"passed over, as it equals the base's: {Q_COPY}"
     ]
+    # One column of 96 differs, by a ten-thousandth.
     edit(tmp_path, **{Q_COPY: weight + 1e-4 * (torch.arange(96) == 17)})
     assert refusal(tmp_path, bases["moe"]).startswith(
         f"{tmp_path / WEIGHTS}: {Q_COPY} differs from model.layers.1.self_attn.q_proj.weight of"
@@ -184,6 +185,7 @@ def test_a_copy_in_the_dtype_that_the_base_was_loaded_in(
     """A copy whatever it passed through; not one with a bit changed."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(300, 7, generator=generator).to(stored)
+    # Rounded twice, as the base was loaded and as the adapter was saved.
     copy = base.to(loaded).to(saved_as)
     save_file({"model.embed_tokens.weight": base}, tmp_path / "model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -201,6 +203,7 @@ def test_rounding_is_torch_s() -> None:
     bits = torch.randint(
         -(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0)
     ).to(torch.int32)
+    # Every bfloat16 and half a step: exactly between two numbers.
     ties = (torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16) + 0x8000
     values = torch.cat([bits, ties]).view(torch.float32)
     values = values[values.isfinite()]
@@ -215,6 +218,7 @@ def test_rounding_is_torch_s() -> None:
 def test_a_server_s_check(bases: dict[str, Path], saved: Path, tmp_path: Path) -> None:
     """vLLM passes over ``base_layer`` copies and takes its own base; it refuses bare weights."""
     edit(saved, **{EMBEDDING: None})
+    # A copy that equals the base's changes nothing that the server would compute.
     needs = check_adapter(saved, Limits(base=bases["moe"]))
     assert needs.target_modules == {"qkv_proj", "lm_head"} and needs == check_adapter(saved)
     copied = load_file(saved / WEIGHTS)[HEAD_COPY]

@@ -33,8 +33,9 @@ from tests.adapters.adapters import (
     EXPERTS,
     train,
 )
-from tests.adapters.folders import assert_same_tensors, factors_of, remove_tensors
+from tests.adapters.folders import factors_of, remove_tensors
 from tests.adapters.stock import loaded_by_peft, read_logits
+from tests.named_tensors import assert_same_tensors
 from tests.peft_warnings import IGNORED
 
 pytestmark = IGNORED
@@ -72,6 +73,7 @@ def test_export_import_export_is_bit_exact(
     import_adapter(tmp_path / "first", tmp_path / "imported", str(bases[base]))
     export(tmp_path / "imported", tmp_path / "second", layout=layout)
     assert same_bits(tmp_path / "first", tmp_path / "second")
+    # A checkpoint has the layout per_expert itself.
     assert layout != "per_expert" or same_bits(trained.folder, tmp_path / "first")
 
 
@@ -132,6 +134,7 @@ def test_what_an_import_writes(bases: dict[str, Path], tmp_path: Path) -> None:
     trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj", *EXPERTS])
     imported = import_adapter(trained.folder, tmp_path / "imported", str(bases["moe"]))
     state = json.loads((tmp_path / "imported" / STATE_JSON).read_text())
+    # Training goes on from step 0: an adapter has no optimizer state.
     assert state["step"] == 0 and state["imported_from"] == str(trained.folder)
     config = tmp_path / "run.yaml"
     config.write_text(
@@ -165,6 +168,7 @@ def test_nothing_trained_is_dropped_without_being_told(
         else:
             export(trained.folder, out, engine=engine)
             assert "base_model.model.lm_head.lora_A.weight" in load_file(out / WEIGHTS)
+    # For no engine in particular, which is a note and no refusal.
     everywhere = export(trained.folder, tmp_path / "any")
     assert ("note: vLLM 0.32 loads it and then ignores it (gate)" in everywhere.text()) == (
         projection == "gate"
@@ -174,6 +178,7 @@ def test_nothing_trained_is_dropped_without_being_told(
 def test_drop_must_name_what_was_trained(bases: dict[str, Path], tmp_path: Path) -> None:
     trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
     with pytest.raises(ValueError, match="--drop gate: this adapter has none; it adapts q_proj"):
+        # A misspelt name would drop nothing, unnoticed.
         export(trained.folder, tmp_path / "out", drop=["gate"])
     with pytest.raises(ValueError, match="--drop q_proj leaves nothing"):
         export(trained.folder, tmp_path / "out", drop=["q_proj"])
@@ -322,6 +327,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(
     (trained.folder / STATE_JSON).write_text(
         json.dumps({"step": 7, "num_samples": 1234, "config": config})
     )
+    # What proves a served adapter goes with it.
     (trained.folder / PROBE).write_text("{}")
     export(trained.folder, tmp_path / "mine", engine="vllm")
     text = (tmp_path / "mine" / CARD).read_text()
@@ -349,6 +355,7 @@ def test_padding_is_taken_off_and_nothing_else(bases: dict[str, Path], tmp_path:
         target_modules=["gate_proj"],
         rank_pattern={"gate_proj": 3},
     )
+    # In the file gate is padded to rank 4, and up and down are zeros.
     form = trained_form(read_adapter(trained.folder, trained.shape), trained.shape)
     assert {(a.name, a.rank) for a in form.adapter.adapted} == {("gate_proj", 3)}
     assert "layer 0 up_proj: zeros, not adapted" in form.notes

@@ -47,6 +47,7 @@ def options_of(base: Path) -> dict[str, Any]:
 def test_what_was_trained_is_what_others_compute(arch: str, layout: Layout, tmp_path: Path) -> None:
     base = make_tiny(tmp_path / "base", arch=arch)
     shape = shape_of(base)
+    # Nothing to stack in a dense model.
     if layout == "stacked" and not shape.moe_layers:
         return
     trained = train(base, tmp_path / "adapter", layout=layout, **options_of(base))
@@ -55,6 +56,7 @@ def test_what_was_trained_is_what_others_compute(arch: str, layout: Layout, tmp_
     assert moved > 0.5
 
     read = read_adapter(trained.folder, shape)
+    # Three ways back: our reader, stock PEFT, and merged weights in plain transformers.
     again = Trained(base, shape, read.adapted, read.tensors, trained.folder)
     torch.testing.assert_close(logits(merged_by_hand(again)), expected, rtol=0, atol=ATOL)
     if loads_in_peft(layout, trained.adapted, shape):
@@ -79,6 +81,7 @@ def test_what_an_engine_leaves_out_of_a_family_is_refused(
     engine: Literal["peft", "vllm"], tiny_dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = FAMILIES["qwen3"]
+    # A made-up restriction, so that the test does not hang on what an engine does today.
     said = replace(getattr(family, engine), not_honoured={"k_proj": "drops it"})
     monkeypatch.setitem(FAMILIES, "qwen3", replace(family, **{engine: said}))
     shape = shape_of(tiny_dense)

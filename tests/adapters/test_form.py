@@ -85,6 +85,7 @@ def test_experts_are_written_as_vllm_and_peft_need_them(
     assert config["use_rslora"] is False
     assert config["lora_dropout"] == 0.0
     assert config["modules_to_save"] is None
+    # PEFT needs all three projections of every expert of such a layer.
     adapted_layers = {a.layer for a in trained.adapted if a.projection.is_expert}
     for layer in adapted_layers:
         for name in EXPERTS:
@@ -151,6 +152,7 @@ def test_tensors_of_a_half_adapted_expert(bases: dict[str, Path], tmp_path: Path
         layers=[1],
         rank_pattern={"up_proj": 3}, alpha_pattern={"up_proj": 12.0},
     )  # fmt: skip
+    # What is written -> what of it was trained.
     written = {w.name: own for w, own in export_form(trained.adapted, trained.shape)}
     assert {name: own and own.name for name, own in written.items()} == {
         "gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": None,

@@ -20,7 +20,6 @@ from megalora.hf.folder import INDEX, weight_shards
 from megalora.hf.json_file import read_hf_config
 from megalora.tiny import make_tiny
 from tests.adapters.adapters import load_base, logits
-from tests.adapters.folders import assert_same_tensors
 from tests.adapters.merging import (
     CASES,
     DENSE_ALL,
@@ -33,8 +32,8 @@ from tests.adapters.merging import (
     weight_of,
 )
 from tests.adapters.stock import loaded_by_peft, new_adapter
+from tests.named_tensors import assert_same_tensors, cast, renamed
 from tests.peft_warnings import IGNORED
-from tests.tensor_changes import cast, renamed
 
 pytestmark = IGNORED
 
@@ -82,6 +81,7 @@ def test_in_bfloat16_logits_move_by_what_rounding_weights_once_explains(tmp_path
     trained = train(base, tmp_path / "adapter", DENSE_ALL)
     merge(trained.folder, str(base), tmp_path / "out")
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    # Merging keeps the base's dtype.
     assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
     expected = loaded_by_peft(trained.folder, base)
     difference = root_mean_square(logits(load_base(tmp_path / "out")) - expected)
@@ -204,6 +204,7 @@ def test_all_that_belongs_to_the_model_is_copied_and_nothing_else(
     (base / "original").mkdir()
     (base / "original" / "params.json").write_text("{}")
     trained = train(base, tmp_path / "adapter", LoRAConfig(rank=2, target_modules=["q_proj"]))
+    # The folder above it is made too.
     merge(trained.folder, str(base), tmp_path / "new" / "out")
     out = tmp_path / "new" / "out"
     shards = weight_shards(base)
@@ -218,6 +219,7 @@ def test_all_that_belongs_to_the_model_is_copied_and_nothing_else(
     assert sorted(p.name for p in out.iterdir()) == sorted([*kept, *shards, "merge_report.json"])
     for name in kept:
         assert (out / name).read_bytes() == (base / name).read_bytes(), name
+    # No temporary folder is left beside it.
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
@@ -256,6 +258,7 @@ def test_an_adapted_lm_head_leaves_a_tied_embedding_alone(
     after = read(tmp_path / "out")
     delta = after.pop("lm_head.weight") - before[embedding]
     before.pop("lm_head.weight", None)
+    # The head alone was adapted.
     ((_, _, expected, _),) = trained.linears()
     torch.testing.assert_close(delta.double(), expected, rtol=0, atol=1e-6)
     assert_same_tensors(after, before)

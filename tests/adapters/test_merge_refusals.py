@@ -23,7 +23,7 @@ from megalora.hf.folder import weight_shards
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.spec import tensor_name
 from tests.adapters.merging import copied, read, train
-from tests.tensor_changes import cast, renamed, without
+from tests.named_tensors import cast, renamed, without
 
 
 def test_a_tied_base_that_stores_its_head_alone(mergeable: dict[str, Path], tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from tests.adapters.folders import factors_of
 from tests.adapters.merging import read, rewrite
+from tests.named_tensors import cast
 from tests.parity.built import random_factors
-from tests.tensor_changes import cast
 
 V_PROJ = "model.layers.{}.self_attn.v_proj"
 

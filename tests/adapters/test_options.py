@@ -38,6 +38,7 @@ def test_every_option_of_the_installed_peft_is_in_the_table() -> None:
     assert options <= table, (
         f"megalora/adapters/read/options.py does not say what {sorted(options - table)} change"
     )
+    # Otherwise an older PEFT is installed, and nothing was shown of these.
     assert options >= ONLY_IN_021
 
 
@@ -81,6 +82,7 @@ def test_what_is_set_and_not_plain_is_refused_by_name_everywhere(
         f"{CONFIG}: {message} is not plain LoRA, so that import, merge and export refuse it"
         in describe(trained.folder)
     )
+    # None is what PEFT writes for an option that is not used.
     edit(trained.folder, **{option: None})
     assert read_adapter(trained.folder, trained.shape).adapted
 
@@ -92,6 +94,7 @@ def test_what_changes_nothing_is_read(trained: Trained, option: str) -> None:
 
 
 BAD_VALUES: dict[str, tuple[str, str]] = {
+    # JSON has no largest number; float64 ends at 1.8e308.
     "an alpha of 400 digits": (
         '"lora_alpha": 1' + "0" * 400,
         r"lora_alpha=1000\d+\.\.\.0+ must be",
@@ -111,6 +114,7 @@ BAD_VALUES: dict[str, tuple[str, str]] = {
     ),
     "negative": ('"lora_alpha": -8', "lora_alpha=-8 must be"),
     "a rank of 2^64": ('"r": 18446744073709551616', "r=18446744073709551616 and"),
+    # True is 1 in Python.
     "true for a rank": ('"r": true', "r must be a number, got True"),
     "a pattern that is a number": (
         '"rank_pattern": 1e308',
@@ -152,6 +156,7 @@ BAD_VALUES: dict[str, tuple[str, str]] = {
         '"rank_pattern": {"a)": 2}',
         r"rank_pattern: 'a\)' is neither a name nor a regular expression \(unbalanced parenth",
     ),
+    # A million characters once the repetitions are written out.
     "an expression of a million": (
         '"target_modules": "(q{1000}){1000}"',
         r"target_modules: .*its repetitions stand for 1e\+06",
@@ -160,6 +165,7 @@ BAD_VALUES: dict[str, tuple[str, str]] = {
         '"target_modules": "q{99999999999999999999}"',
         "the repetition number is too large",
     ),
+    # Nested repetitions that fail in exponentially many ways.
     "an expression that never ends": (
         r'"target_modules": "(?:(\\w|\\.)+|(\\w|\\.))+(X|Y)"',
         "takes too long to match names such as model.layers",
@@ -187,6 +193,7 @@ def test_values_that_mean_nothing(trained: Trained, case: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        # Python's parser recurses, converts digits in quadratic time, and reads a file whole.
         ('{"a": ' * 100_000, "not readable (nested too deeply)"),
         ("[" * 200_000, "not readable (nested too deeply)"),
         ('{"lora_alpha": 1' + "0" * 5000 + "}", "not readable (Exceeds the limit (4300 digits)"),

@@ -27,6 +27,7 @@ pytestmark = IGNORED
 
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 READ: dict[str, tuple[str, dict[str, Any]]] = {
+    # PEFT resolves all-linear when it wraps the model, and writes the result into the config.
     "all-linear without a list of modules": (
         "dense",
         {"target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.2.mlp.down_proj"]},
@@ -47,6 +48,7 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
         "moe",
         {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["layers.1.self_attn.k_proj"]},
     ),
+    # A string is an expression for the whole name, here and in exclude_modules.
     "an expression without an expression": (
         "dense",
         {"target_modules": r".*_proj", "exclude_modules": r".*layers\.[13]\..*"},
@@ -69,10 +71,12 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
         "dense",
         {"target_modules": EXPERTS, "layers_to_transform": 2, "layers_pattern": ["h", "layers"]},
     ),
+    # PEFT turns targets of stacked experts into parameters, to which layers do not apply.
     "layers do not hold for experts": (
         "moe",
         {"target_modules": [*EXPERTS, "q_proj"], "layers_to_transform": [1]},
     ),
+    # A full name is taken as it is.
     "layers do not hold for full names": (
         "moe",
         {
@@ -100,6 +104,7 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
             "rank_pattern": {"q_proj": 9},
         },
     ),
+    # exclude_modules is about modules alone.
     "parameters are not excluded": (
         "moe",
         {
@@ -139,6 +144,7 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
         "dense",
         {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
     ),
+    # Starts that leave the base as it is: what is trained is still scale * B A.
     "MiCA": ("dense", {"target_modules": ["v_proj"], "init_lora_weights": "mica"}),
     "VeLoRA": (
         "dense",
@@ -174,6 +180,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"bias": "all"},
         "bias='all' is not plain LoRA, .*: it trains biases of the base",
     ),
+    # modules_to_save trains whole weights beside the adapter.
     "a saved head": (
         "moe",
         {"modules_to_save": ["lm_head"]},
@@ -199,6 +206,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"alora_invocation_tokens": [5]},
         r"alora_invocation_tokens=\[5\] .* invocation text",
     ),
+    # Their base was changed when training began; PEFT can convert the adapter back.
     "PiSSA": (
         "dense",
         {"init_lora_weights": "pissa"},
@@ -223,6 +231,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"kasa_config": peft.tuners.lora.config.KasaConfig()},
         "kasa_config=.*: KaSA truncates the base",
     ),
+    # Its A is looked up, not multiplied with.
     "an embedding": (
         "moe",
         {"target_modules": ["q_proj", "embed_tokens"]},
@@ -274,6 +283,7 @@ def test_a_file_in_half_precision(
 ) -> None:
     model = new_adapter(bases["moe"], target_modules=[*EXPERTS, "q_proj"], use_rslora=True)
     for name, parameter in model.named_parameters():
+        # The base stays in float32.
         if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)
     model.save_pretrained(tmp_path)
@@ -324,6 +334,7 @@ def test_keys_that_peft_sorts_when_it_saves(bases: dict[str, Path], tmp_path: Pa
     )
     model.save_pretrained(tmp_path)
     expected = loaded_by_peft(tmp_path, bases["moe"])
+    # PEFT sorts the keys as it saves, and the first that matches decides.
     assert (expected - logits(model)).abs().max() > 0.05
     (note,) = check_equal(tmp_path, bases["moe"], expected).notes
     assert note.startswith(
@@ -353,6 +364,7 @@ def test_all_linear_that_was_never_written_out(bases: dict[str, Path], tmp_path:
     model.save_pretrained(tmp_path)
     text = (tmp_path / CONFIG).read_text()
     (tmp_path / CONFIG).write_text(
+        # The list that was resolved becomes the value of another option.
         text.replace('"target_modules": [', '"target_modules": "all-linear", "revision": [', 1)
     )
     assert read_config(tmp_path)["target_modules"] == "all-linear"

@@ -27,8 +27,8 @@ from tests.adapters.adapters import CASES, Trained, train
 from tests.adapters.folders import factors_of
 from tests.adapters.test_export import ranks_of, same_bits
 from tests.distributed.ranks import run_ranks
+from tests.named_tensors import cast
 from tests.parity.runs import make_config
-from tests.tensor_changes import cast
 
 PADDED: dict[str, Any] = {
     "rank": 4, "alpha": 12.0, "target_modules": ["gate_proj", "up_proj", "q_proj"],
@@ -83,8 +83,10 @@ def test_export_of_a_checkpoint_is_its_file(
 ) -> None:
     trained = train(bases[base], tmp_path / "checkpoint", torch.bfloat16, **options)
     folder = as_checkpoint(trained, options, unrounded(trained), rows=rows)
+    # From the masters, which are rounded as training rounded them.
     export(folder, tmp_path / "first")
     assert same_bits(folder, tmp_path / "first")
+    # And again from what was imported, where masters are the file's own numbers.
     import_adapter(tmp_path / "first", tmp_path / "imported", str(bases[base]))
     export(tmp_path / "imported", tmp_path / "second")
     assert same_bits(folder, tmp_path / "second")
@@ -113,6 +115,7 @@ def test_stacked_exports_fold_scales_once(bases: dict[str, Path], tmp_path: Path
     trained = train(bases["moe"], tmp_path / "checkpoint", torch.bfloat16, **PADDED)
     masters = unrounded(trained)
     folder = as_checkpoint(trained, PADDED, masters)
+    # Stacked files have one scale for all experts, folded into B.
     export(folder, tmp_path / "out", layout="stacked")
     expected = tmp_path / "expected"
     expected.mkdir()
@@ -185,12 +188,14 @@ def test_what_training_saved(tiny: Path, chats: Path, tmp_path: Path) -> None:
     run_ranks(train_run, 4, config)
     checkpoint = tmp_path / "run" / "step_000002"
     found = export(checkpoint, tmp_path / "out")
+    # Without the padding: gate was trained with rank 3, and down was not trained.
     ranks = {(a.name, a.rank) for a in found.facts.adapted}
     assert ranks == {("gate_proj", 3), ("up_proj", 4), ("q_proj", 4)}
     assert same_bits(checkpoint, tmp_path / "out")
     state = json.loads((checkpoint / STATE_JSON).read_text())
     adapted = resolve(config.lora, model_shape(read_hf_config(tiny)))
     assert state.pop("adapted") == settings(adapted)
+    # As versions wrote it that did not say what is adapted: the config alone must do.
     (checkpoint / STATE_JSON).write_text(json.dumps(state))
     export(checkpoint, tmp_path / "earlier")
     assert same_bits(checkpoint, tmp_path / "earlier")

@@ -20,8 +20,8 @@ from megalora.cli import main as cli
 from megalora.serve.check import check_adapter
 from megalora.serve.errors import AdapterInvalid, AdapterNotFound
 from tests.adapters.adapters import EXPERTS, Trained, train
-from tests.adapters.folders import assert_same_tensors
 from tests.adapters.stock import check_equal, loaded_by_peft
+from tests.named_tensors import assert_same_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern:RuntimeWarning")
 SHARDS = [f"adapter_model-0000{n}-of-00003" for n in (1, 2, 3)]
@@ -45,6 +45,7 @@ def in_shards(folder: Path, form: str = "safetensors", *, index: bool = True) ->
     tensors = load_file(folder / WEIGHTS)
     names = sorted(tensors)
     weight_map = {}
+    # Names are sorted: an A and its B are neighbours, and so in different shards.
     for at, shard in enumerate(SHARDS):
         part = {name: tensors[name] for name in names[at::3]}
         weight_map |= dict.fromkeys(part, f"{shard}.{form}")
@@ -56,6 +57,7 @@ def in_shards(folder: Path, form: str = "safetensors", *, index: bool = True) ->
     (folder / WEIGHTS).unlink()
 
 
+# Forms that PEFT and transformers have written over the years.
 WAYS: dict[str, Callable[[Path], None]] = {
     "pickle": in_pickle,
     "pickle of torch before 1.6": lambda folder: in_pickle(
@@ -86,6 +88,7 @@ def test_every_command_reads_it(
     base = str(trained.base)
     out = str(tmp_path / "out")
     cli.main(["inspect", adapter])
+    # Name, rank, out x in, layers.
     assert "q_proj           2        192 x 96       4" in capfd.readouterr().out
     cli.main(["import", adapter, f"{out}/imported", "--base", base])
     cli.main(["export", adapter, f"{out}/exported", "--base", base])
@@ -108,6 +111,7 @@ def test_a_server_gets_what_was_checked(trained: Trained, tmp_path: Path) -> Non
 
 
 def test_the_file_that_peft_prefers_is_read(trained: Trained) -> None:
+    # A pickle beside the safetensors file.
     torch.save({"x": torch.ones(2, 2)}, trained.folder / PICKLE)
     weights = AdapterWeights(trained.folder)
     assert "x" not in weights.info
@@ -139,6 +143,7 @@ def test_a_pickle_runs_no_code(
 ) -> None:
     (trained.folder / WEIGHTS).unlink()
     with (trained.folder / PICKLE).open("wb") as file:
+        # Whoever loads it with pickle makes a folder.
         pickle.dump({"a": Runs(tmp_path / "trace")}, file, protocol)
     with pytest.raises(ValueError, match=message) as caught:
         AdapterWeights(trained.folder)
@@ -161,7 +166,9 @@ BAD_PICKLES: dict[str, tuple[object, str]] = {
     "a training state": ({"epoch": 3, "state": {"a": torch.ones(2, 2)}},
                          "epoch is a int; an adapter's weights are"),
     "numbers for names": ({1: torch.ones(2, 2)}, "1 is a Tensor; an adapter's"),
+    # torch.load returns these as tensors; their bytes are no plain matrix.
     "sparse": ({"a": torch.ones(2, 2).to_sparse()}, "a is not a plain tensor"),
+    # 10^12 numbers that are one.
     "a view larger than its storage": ({"a": torch.ones(1).expand(10**9, 10**3)},
                                        "a is larger than its contents"),
     "nothing": ({}, f"{PICKLE} holds no tensors: nothing was adapted"),
@@ -211,6 +218,7 @@ BROKEN_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
         without(f"{SHARDS[1]}.safetensors"),
         rf"1 of 3 shards are missing \({SHARDS[1]}.safetensors\)",
     ),
+    # Which of two sets is the adapter?
     "one too many": (
         lambda f: (f / "adapter_model-00004-of-00003.safetensors").touch(),
         "00004-of-00003.* is not one of 3 shards",
@@ -227,6 +235,7 @@ BROKEN_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
         twice,
         rf"is both in {SHARDS[0]}.safetensors and in {SHARDS[1]}.safetensors",
     ),
+    # The index and the shards must say the same.
     "a tensor the index lacks": (
         edit_index(dict.popitem),
         "1 tensors are not where it says, .* in None by the index",
@@ -243,6 +252,7 @@ BROKEN_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: os.truncate(f / f"{SHARDS[2]}.safetensors", 1000),
         "is not a whole safetensors file",
     ),
+    # What a clone without git-lfs leaves.
     "a pointer of Git LFS": (
         lambda f: (f / f"{SHARDS[1]}.safetensors").write_text(
             "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
@@ -264,6 +274,7 @@ def test_broken_shards(trained: Trained, case: str) -> None:
 
 def test_pipes_and_folders_are_no_files(trained: Trained) -> None:
     """Opening a pipe waits for a writer; no signal ends that in a library."""
+    # A pipe that nobody writes to.
     pipe(WEIGHTS)(trained.folder)
     with pytest.raises(ValueError, match=rf"{WEIGHTS} is not a regular file but a pipe"):
         AdapterWeights(trained.folder)
@@ -288,6 +299,7 @@ def test_folders_around_adapters_name_them(trained: Trained, tmp_path: Path) -> 
         AdapterWeights(outer)
     with pytest.raises(AdapterNotFound, match=f"give {outer / 'math'}$"):
         check_adapter(outer)
+    # With several adapters in it, none is meant.
     for name in ("code", "poems"):
         (outer / name).mkdir()
         (outer / name / CONFIG).write_text("{}")
@@ -313,6 +325,7 @@ def test_rows_are_the_tensor(tmp_path: Path, form: str) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        # Rows are read in blocks of 4096: two for the matrix, one for the vector.
         tensors[f"{dtype}"] = torch.randn(5000, 3, generator=generator).to(dtype)
         tensors[f"{dtype} vector"] = torch.randn(7, generator=generator).to(dtype)
     (tmp_path / CONFIG).write_text("{}")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megalora.cli.main import main
 from megalora.model.account import open_folder
+from tests.named_tensors import Tensors
 from tests.oracles.base import (
     make_base,
     own_logits,
@@ -19,7 +20,6 @@ from tests.oracles.base import (
     stored_tensors,
     transformers_logits,
 )
-from tests.tensor_changes import Tensors
 
 CONFIG = """
 model: {{path: {base}, dtype: float32}}

@@ -335,6 +335,7 @@ def leaves_out_an_argument(value: object, text: str) -> Case:
 
 
 CASES = (
+    # Answers alone are learned, with what ends each of them.
     Case("chatml", TWO, LEARNED_TWO),
     Case(
         "chatml",
@@ -366,9 +367,11 @@ CASES = (
     ),
     Case("default system prompt", TWO, LEARNED_TWO),
     Case("default system prompt", [SYSTEM, *TWO], LEARNED_TWO),
+    # Nothing that a model could learn to stop with.
     Case("no end of turn", TWO, ["A1", "A2"], stops=False),
     Case("text end of turn", TWO, ["A1", "A2"], stops=False),
     Case("eos at the very end", TWO, LEARNED_TWO),
+    # Spaces around an answer belong to the template.
     Case("llama 2", TWO, [" A1 <|im_end|>", " A2 <|im_end|>"]),
     Case("strict alternation", TWO, LEARNED_TWO),
     Case(
@@ -378,6 +381,7 @@ CASES = (
     ),
     Case("no system role", [SYSTEM, *TWO], refused=r"refuses these messages \(no system\)"),
     Case("system folded into the user", [SYSTEM, *TWO], LEARNED_TWO),
+    # What does not reach the text is refused, never dropped in silence.
     Case("drops the system role", [SYSTEM, *TWO], refused=leaves_out("content", 1, "S")),
     Case("drops the system role", TWO, LEARNED_TWO),
     Case(
@@ -393,6 +397,7 @@ CASES = (
         [user(), said("A longer answer")],
         refused=leaves_out("content", 2, "A longer answer"),
     ),
+    # Qwen3 prints an empty block of thought before the last answer alone.
     Case("qwen3", TWO, ["A1<|im_end|>", "<think>\n\n</think>\n\nA2<|im_end|>"]),
     Case("qwen3", [user(), said(reasoning_content="R")], ["<think>\nR\n</think>\n\nA<|im_end|>"]),
     Case("qwen3", [user(), said(reasoning="R")], ["<think>\nR\n</think>\n\nA<|im_end|>"]),
@@ -427,6 +432,7 @@ CASES = (
         [user(), said(reasoning_content="R1"), user(), said("<think>R2</think>B")],
         ["<think>R1</think>A<|im_end|>", "<think>R2</think>B<|im_end|>"],
     ),
+    # The prompt opens the thought, and the template cuts it from earlier answers.
     Case("deepseek: think in the prompt", TWO, LEARNED_TWO),
     Case(
         "deepseek: think in the prompt",
@@ -467,6 +473,7 @@ CASES = (
         [user(), said("B", tool_calls=[call(PARIS)])],
         refused=leaves_out("content", 2, "B"),
     ),
+    # One call reaches the text, two do not.
     Case("first call only", TOOLS, [f"{JSON_CALL}<|im_end|>", "A<|im_end|>"]),
     Case(
         "first call only",
@@ -507,6 +514,7 @@ CASES = (
         TOOLS,
         ['<call>weather {"city": "Paris"}<|im_end|>', "A<|im_end|>"],
     ),
+    # Mistral wants ids of calls to have nine letters.
     Case("mistral: ids of nine", TOOLS, [f"[CALL]{JSON_CALL}abcdefghi<|im_end|>", "A<|im_end|>"]),
     Case("mistral: ids of nine", TOOLS[2:], refused=r"refuses these messages \(no call before\)"),
     Case(
@@ -533,6 +541,7 @@ CASES = (
         ],
     ),
     Case("gpt-oss", [user(), said(thinking="R"), *TWO], refused=leaves_out("reasoning", 2, "R")),
+    # The mark of the next speaker is what a model stops at.
     Case("glm: the next turn ends it", TWO, ["A1", "A2"], stops=False),
     Case(
         "glm: the next turn ends it",
@@ -543,6 +552,7 @@ CASES = (
     Case("seed: bos opens a turn", TWO, LEARNED_TWO),
     Case("seed: bos opens a turn", [user(), said(""), user(), said()], ["A<|im_end|>"]),
     Case("eos only at the end", TWO, ["A1", "A2<|im_end|>"]),
+    # The template itself says what is learned, in {% generation %} blocks.
     Case("marked", TOOLS, [f"<tool_call>{JSON_CALL}</tool_call><|im_end|>", "A<|im_end|>"]),
     Case("marked with end", TWO, ["A1<|im_end|>\n", "A2<|im_end|>\n"]),
     Case("marked in two blocks", [user(), said(reasoning="R")], ["<think>R</think>A<|im_end|>"]),
@@ -584,6 +594,7 @@ CASES = (
         more={"options": {"thinking": 1}},
     ),
     Case("enable_thinking", TWO, refused="must not hold 'tools'", more={"options": {"tools": [1]}}),
+    # The text of a message may stand in it twice.
     Case("repeats the question", TWO, LEARNED_TWO),
     Case(
         "joins answers",
@@ -617,5 +628,6 @@ CASES = (
     ),
     Case("names", [user(name="Ann"), said()], ["A<|im_end|>"]),
     Case("prefix", [user(), said("B", prefix=True), said()], ["B", "A<|im_end|>"]),
+    # Escaped text is still the message's.
     Case("html", [user("<b>"), said("a < b & c")], ["a &lt; b &amp; c<|im_end|>"]),
 )

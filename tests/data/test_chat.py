@@ -87,6 +87,7 @@ def test_texts_that_hold_the_sentinel(make_tokenizer):
 
 def test_an_empty_content_whose_line_the_template_leaves_out(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
+    # Not what ends a turn here.
     tokenizer.eos_token = "<|endoftext|>"
     body = (
         "{{ m.role + '\n' + m.content }}{% if m.content %}{{ '\n' }}{% endif %}{{ '<|im_end|>' }}"
@@ -104,6 +105,7 @@ def test_the_first_token_is_no_target():
 def test_tool_calls_are_learned(make_tokenizer, content):
     tokenizer = make_tokenizer("chatml")
     messages = [
+        # A call, its result and the answer: both of the assistant's are learned, the result is not.
         *assistant(content, tool_calls=[{"name": "sum"}]),
         {"role": "tool", "content": "42"},
         {"role": "assistant", "content": "42"},
@@ -115,6 +117,7 @@ def test_tool_calls_are_learned(make_tokenizer, content):
 @pytest.mark.parametrize("template", ["qwen3", "marked_open"])
 def test_context_is_not_learned(make_tokenizer, template):
     tokenizer = make_tokenizer(template)
+    # The first answer stands in the context.
     encoded = encode(TURNS, tokenizer, num_context=4)
     assert learned(encoded, tokenizer) == EXPECTED[template][1:]
     assert encoded.input_ids.tolist() == encode(TURNS, tokenizer).input_ids.tolist()
@@ -122,12 +125,14 @@ def test_context_is_not_learned(make_tokenizer, template):
 
 def test_keys_that_are_none_count_as_absent(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
+    # Arrow gives every row the columns of all.
     padded = [{**turn, "name": None, "tool_calls": None} for turn in TURNS]
     assert (
         encode(padded, tokenizer).input_ids.tolist() == encode(TURNS, tokenizer).input_ids.tolist()
     )
 
 
+# Where an answer ends is found by rendering the conversation up to it.
 REFUSES_CUTS = "{%- if messages | length in (3, 4) %}{{ raise_exception('cut') }}{%- endif %}"
 
 
@@ -156,6 +161,7 @@ def test_answers_that_the_template_does_not_mark(make_tokenizer, marked, num_unm
     tokenizer.chat_template = tokenizer.chat_template.replace("message.role == 'assistant'", marked)
     encoded = encode(TURNS, tokenizer)
     assert learned(encoded, tokenizer) == expected
+    # Marks are {% generation %} blocks; an answer without one is counted, not learned.
     assert encoded.num_unmarked == num_unmarked
     context = encode(TURNS, tokenizer, num_context=4)
     assert (learned(context, tokenizer), context.num_unmarked) == (EXPECTED["marked_open"][1:], 0)
@@ -174,6 +180,7 @@ USER = {"role": "user", "content": "you"}
         ([], r"there is no assistant message to learn \(roles: none\)"),
         ([USER, "hello"], "message 2 must be an object with role and content, got str 'hello'"),
         (
+            # ShareGPT's keys under the name messages.
             [USER, {"from": "gpt", "value": "x"}],
             r"message 2 has no 'role' \(its keys: from, value\)",
         ),
@@ -235,6 +242,7 @@ def test_slow_tokenizer(make_tokenizer):
         is_fast = False
 
     tokenizer = make_tokenizer()
+    # Only fast tokenizers map tokens to places in the text.
     tokenizer.__class__ = Slow
     with pytest.raises(ValueError, match=r"is a slow one.*\n  Save it with a tokenizer.json"):
         encode(TURNS, tokenizer)
@@ -243,6 +251,7 @@ def test_slow_tokenizer(make_tokenizer):
 def test_an_option_that_is_empty_need_not_be_read(make_tokenizer):
     template = ChatTemplate(make_tokenizer("chatml"))
     messages = assistant("42")
+    # A template that does not read an option would lose what it says; an empty one says nothing.
     for options in ({"custom_instructions": "", "xml_tools": []}, {}):
         encoded = encode_conversation(Conversation(messages=messages, options=options), template)
         assert learned(encoded, template.tokenizer) == ["42<|im_end|>"]
@@ -262,6 +271,7 @@ def test_a_call_without_arguments_has_none(make_tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "call.name +", "(call.function | tojson) +"
     )
+    # Absent, and three ways of saying none.
     for arguments in ({}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}):
         call = {"type": "function", "function": {"name": "sum", **arguments}}
         encoded = encode(assistant("", tool_calls=[call]), tokenizer)
@@ -272,6 +282,7 @@ def test_a_call_without_arguments_has_none(make_tokenizer):
 @pytest.mark.parametrize(
     ("text", "place", "other", "length"),
     [
+        # (a text and a place in it, another text, how far they agree)
         ("abcd", 0, "abxd", 2),
         ("abcd", 2, "cd", 2),
         ("abcd", 2, "cde", 2),

@@ -19,6 +19,7 @@ GSM8K = {"prompt": "question", "completion": "answer"}
         ("auto", ["completion", "prompt"], {"prompt": "prompt", "completion": "completion"}),
         ({"messages": "conversations"}, ["conversations"], {"messages": "conversations"}),
         (GSM8K, ["question", "answer"], GSM8K),
+        # Names that data sets use are found without a mapping.
         ("auto", ["conversations", "id"], {"messages": "conversations"}),
         ("auto", ["instruction", "output"], {"prompt": "instruction", "completion": "output"}),
         (
@@ -70,6 +71,7 @@ def test_format_that_does_not_fit(format, message):
     ("row", "expected"),
     [
         ({"p": "q", "c": "a"}, ([USER, ASSISTANT], 1)),
+        # Messages of the prompt are context: the loss begins behind them.
         ({"p": [USER, ASSISTANT, USER], "c": [ASSISTANT]}, ([USER, ASSISTANT, USER, ASSISTANT], 3)),
         ({"p": [USER], "c": "a", "tools": None}, ([USER, ASSISTANT], 1)),
         ({"p": "q", "c": "a", "system": "s"}, ([SYSTEM, USER, ASSISTANT], 2)),
@@ -92,18 +94,21 @@ def messages_of(row, **columns):
 
 def test_alpaca():
     columns = resolve_columns("auto", ["instruction", "input", "output", "text"])
+    # Alpaca joins instruction and input; text repeats both and is passed over.
     row = {"instruction": "Add.", "input": "17 25", "output": "42", "system": "Be brief."}
     assert to_conversation(row, columns).messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Add.\n17 25"},
         {"role": "assistant", "content": "42"},
     ]
+    # Most rows have no input.
     assert messages_of({**row, "input": ""}, **columns)[1]["content"] == "Add."
     assert messages_of({**row, "input": None}, **columns)[1]["content"] == "Add."
     assert used_columns(columns) >= {"instruction", "input", "output", "system"}
 
 
 def test_sharegpt():
+    # ShareGPT writes a call as JSON in the text.
     call = '{"name": "sum", "arguments": {"of": [17, 25]}}'
     turns = [
         {"from": "system", "value": "Be brief."},
@@ -142,8 +147,10 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "d"}}
     ("columns", "tools"),
     [
         ({"tools": [TOOL]}, [TOOL]),
+        # Parquet files often hold tools as text.
         ({"tools": json.dumps([TOOL])}, [TOOL]),
         ({"tools": [{**TOOL, "strict": None}]}, [TOOL]),  # as Arrow pads it
+        # OpenAI's older form.
         ({"functions": [TOOL["function"]]}, [TOOL]),
         ({"tools": []}, None),
         ({"tools": "[]"}, None),
@@ -162,6 +169,7 @@ def test_options_and_documents():
         "documents": [{"title": "t", "text": "x"}],
     }
     conversation = to_conversation(row, {"messages": "messages"})
+    # Arrow pads budget, which this row does not set.
     assert conversation.options == {"enable_thinking": False}
     assert conversation.documents == row["documents"]
 
@@ -186,6 +194,7 @@ def test_columns_of_the_conversation_are_used_or_refused():
 
 def test_a_system_prompt_in_two_places():
     row = {"messages": [SYSTEM, USER, ASSISTANT], "system": "s"}
+    # The same twice is no contradiction.
     assert messages_of(row, messages="messages") == [SYSTEM, USER, ASSISTANT]
     with pytest.raises(
         ValueError, match="column 'system' and the first message hold different system prompts"
@@ -242,5 +251,6 @@ def test_a_completion_that_repeats_the_prompt_is_refused():
             ValueError, match=r"'chosen' begins with the messages of 'prompt'.*{messages: chosen}"
         ):
             to_conversation({"prompt": prompt, "chosen": [USER, ASSISTANT]}, columns)
+    # An answer that merely looks like the prompt is an answer.
     for chosen in ("q", [ASSISTANT], [{**USER, "content": "r"}, ASSISTANT]):
         to_conversation({"prompt": "q", "chosen": chosen}, columns)

@@ -233,6 +233,7 @@ def test_split_off_too_much(eval, message):
 
 def test_order_is_a_fixed_permutation_per_epoch_and_seed():
     # a resumed run must see this order again
+    # Written down, so that a change of the generator is seen.
     assert order(6, epoch=0, seed=0).tolist() == [3, 2, 1, 0, 4, 5]
     orders = set()
     for epoch, seed in itertools.product(range(3), range(3)):
@@ -263,6 +264,7 @@ def test_ranks_divide_the_same_global_batch(dp, micro):
     shares = []
     for rank in range(dp):
         shares.append(micro_batches(indices, micro_batch_size=micro, dp_rank=rank, dp_size=dp))
+    # Position k of a global batch belongs to one row of one microbatch of one rank.
     for k, index in enumerate(indices):  # the rule, position by position
         assert shares[(k // micro) % dp][k // (micro * dp)][k % micro] == index
     divided = []

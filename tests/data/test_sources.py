@@ -63,6 +63,7 @@ def test_hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_rows("org/name") == ROWS
+    # org/name/config:split[slice]
     assert read_rows("org/na-me.2/main:test[1:3]") == ROWS[1:3]
     assert asked == [("org/name", None, "train"), ("org/na-me.2", "main", "test")]
 
@@ -92,10 +93,12 @@ def test_hub_failure_keeps_the_reason(monkeypatch):
         ("a.jsonl", "[1, 2]\n", r"a.jsonl:1: must be a JSON object, got list \[1, 2\]"),
         (
             "a.jsonl",
+            # Lines and bytes are counted as an editor shows them.
             b'{"a": 1}\n{"a": "\xff"}\n',
             r"a.jsonl:2: not UTF-8 \(invalid start byte, byte 8\)",
         ),
         ("a.jsonl", "\n", r"a.jsonl: there are no rows in it"),
+        # A slice beyond the end would train on nothing.
         ("a.jsonl[7:]", '{"a": 1}\n', r"a.jsonl\[7:\]: the slice is empty; \S*a.jsonl has 1 rows"),
         (
             "a.jsonl[:10%]",
@@ -114,6 +117,7 @@ def test_hub_failure_keeps_the_reason(monkeypatch):
         ("a.json", '{"a": 1}\n{"a": 2\n', r"a.json:2: not valid JSON \("),
         (
             "a.jsonl",
+            # Python keeps the last of two equal keys and says nothing.
             '{"a": [{"b": 1, "b": 2}]}\n',
             r"a.jsonl:1: a key occurs twice in an object: str 'b'; keep one$",
         ),
@@ -167,6 +171,7 @@ def test_damaged_parquet(tmp_path):
     )
     whole = path.read_bytes()
     refused = []
+    # Every seventh byte: all would take minutes.
     for place in range(0, len(whole), 7):
         for damaged in (
             whole[:place],
@@ -177,6 +182,7 @@ def test_damaged_parquet(tmp_path):
                 read_rows(str(path))
             except ValueError as error:
                 refused.append(str(error))
+    # One of the two at most places, at least: a cut file is never whole.
     assert len(refused) > len(whole) / 7
     for message in refused:
         assert message.startswith(str(path))

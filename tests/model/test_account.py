@@ -2,7 +2,6 @@
 weight is read."""
 
 import itertools
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megalora.hf import folder as bridge_folder
 from megalora.hf.folder import weight_shards
 from megalora.hf.json_file import read_hf_config
 from megalora.hf.safetensors import read_header
 from megalora.hf.tensor_names import published_name
 from megalora.model import hf_weights as bridge_base
-from megalora.model import stored_tensors as stored_module
 from megalora.model.account import needed_tensors, open_folder, unused_note
 from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
+from tests.named_tensors import cast, renamed, without
 from tests.oracles.base import (
     Tensors,
     failure_of,
@@ -31,7 +29,6 @@ from tests.oracles.base import (
     stored_tensors,
     transformers_logits,
 )
-from tests.tensor_changes import cast, renamed, without
 
 AT = "model.layers.1"
 VARIANTS = [
@@ -85,6 +82,7 @@ def refusal(folder: Path) -> str:
     return str(caught.value)
 
 
+# A tensor of every kind of layer, and of its first and last expert.
 MISSING = [
     ("qwen3_moe", "model.embed_tokens.weight"),
     ("qwen3_moe", "lm_head.weight"),
@@ -119,6 +117,7 @@ def test_a_missing_tensor_is_named(
         f"{folder} does not hold the model that its config.json describes: 1 tensors are missing"
         f" ({name})"
     )
+    # A missing head is most often a tied one whose flag was lost.
     assert ("tie_word_embeddings=true" in said) == (name == "lm_head.weight")
 
 
@@ -385,142 +384,6 @@ def test_an_untied_model_needs_both(bases: dict[str, Path], tmp_path: Path, kind
         copy_of(bases["qwen3"], tmp_path / "base"), lambda tensors: tied_variant(tensors, kind)
     )
     assert "1 tensors are missing" in refusal(folder)
-
-
-def edit_index(folder: Path, change: Any) -> Path:
-    index = folder / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"] = change(content["weight_map"])
-    index.write_text(json.dumps(content))
-    return index
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            lambda names: {n: f for n, f in names.items() if n != "model.norm.weight"},
-            "does not name 1 tensors that its files hold (model.norm.weight)",
-        ),
-        (
-            lambda names: names | {"model.foo.weight": names["model.norm.weight"]},
-            "names 1 tensors that its files do not hold (model.foo.weight)",
-        ),
-        (
-            lambda names: {
-                n: min(names.values()) if n == "model.norm.weight" else f for n, f in names.items()
-            },
-            "names 1 tensors that its files do not hold (model.norm.weight)",
-        ),
-        (lambda names: names | {"model.rotary_emb.inv_freq": names["model.norm.weight"]}, None),
-        (lambda names: {}, "has no weight_map from tensor names to files"),
-        (lambda names: [1], "has no weight_map from tensor names to files"),
-        (lambda names: {"a": 3}, "has no weight_map from tensor names to files"),
-    ],
-)
-def test_an_index_and_its_files_must_agree(tmp_path: Path, change: Any, said: str | None) -> None:
-    folder = make_tiny(tmp_path / "base", num_hidden_layers=2)
-    index = edit_index(folder, change)
-    if said is None:
-        open_folder(folder)
-    else:
-        assert f"{index} {said}" in refusal(folder)
-
-
-def test_one_file_comes_before_an_index_of_others(tmp_path: Path) -> None:
-    """As in transformers: the shards and the index of another model beside it are passed over."""
-    folder = make_base(tmp_path / "base")
-    expected = own_logits(folder)
-    other = make_tiny(tmp_path / "other", num_hidden_layers=2, seed=5)
-    for path in [*other.glob("*.safetensors"), *other.glob("*.index.json")]:
-        (folder / path.name).write_bytes(path.read_bytes())
-    assert torch.equal(own_logits(folder), expected)
-    assert (transformers_logits(folder) - expected).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda raw: raw[:4], "its header would have"),
-        (
-            lambda raw: (10**9).to_bytes(8, "little") + raw[8:],
-            "its header would have 1,000,000,000 bytes",
-        ),
-        (lambda raw: raw[:8] + b"x" + raw[9:], "Expecting value"),
-        (lambda raw: raw + b"more", "its tensors end at byte"),
-        (lambda raw: raw.replace(b'"F32"', b'"F16"', 1), "is described as {'dtype': 'F16'"),
-        (lambda raw: raw.replace(b'"data_offsets"', b'"data_offset_"', 1), "is described as"),
-        (
-            lambda raw: raw.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1),
-            "is described as",
-        ),
-    ],
-)
-def test_a_file_that_is_no_safetensors(tmp_path: Path, change: Any, said: str) -> None:
-    folder = make_base(tmp_path / "base", "qwen3")
-    shard = folder / "model.safetensors"
-    shard.write_bytes(change(shard.read_bytes()))
-    assert re.search(
-        rf"{re.escape(str(shard))} is not a whole safetensors file \(.*{re.escape(said)}",
-        refusal(folder),
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "advice"),
-    [
-        ("pytorch_model.bin", "pytorch_model.bin is not read: save the model as safetensors"),
-        (
-            "pytorch_model-00001-of-00002.bin",
-            "pytorch_model-00001-of-00002.bin is not read: save the model as safetensors",
-        ),
-        ("consolidated.00.pth", "consolidated.00.pth is not read: save the model as safetensors"),
-        ("Qwen3-8B-Q4_K_M.gguf", "Qwen3-8B-Q4_K_M.gguf is not read: save the model as safetensors"),
-        ("training_args.bin", "download the model again"),
-        ("config.old", "download the model again"),
-        (
-            "adapter_model.safetensors",
-            "adapter_model.safetensors is an adapter, which needs its base model here",
-        ),
-        (
-            "model-00001-of-00001.safetensors",
-            (
-                "model-00001-of-00001.safetensors is named by no model.safetensors.index.json: "
-                "save or download the model again with its index"
-            ),
-        ),
-    ],
-)
-def test_weights_in_another_form_are_named(
-    bases: dict[str, Path], tmp_path: Path, name: str, advice: str
-) -> None:
-    folder = copy_of(bases["qwen3"], tmp_path / "base")
-    (folder / "model.safetensors").rename(folder / name)
-    assert (
-        refusal(folder)
-        == f"{folder}: 1 of 1 weight shards are missing (model.safetensors); {advice}"
-    )
-
-
-def test_a_pointer_of_git_lfs_is_called_one(bases: dict[str, Path], tmp_path: Path) -> None:
-    folder = copy_of(bases["qwen3"], tmp_path / "base")
-    (folder / "model.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 9\n"
-    )
-    assert "it is a pointer of Git LFS, in place of the file: run git lfs pull" in refusal(folder)
-
-
-def test_every_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of ranks read the headers of hundreds of shards, often over a network."""
-    folder = make_tiny(tmp_path / "base")
-    opened: list[str] = []
-    read = stored_module.read_header
-    monkeypatch.setattr(
-        stored_module, "read_header", lambda path: (opened.append(path.name), read(path))[1]
-    )
-    monkeypatch.setattr(bridge_folder, "read_header", stored_module.read_header)
-    open_folder(folder)
-    assert sorted(opened) == weight_shards(folder)
 
 
 def test_a_parameter_that_loading_leaves_out_stops_the_run(

@@ -50,6 +50,7 @@ NOT_DEFAULT = {
 def test_what_transformers_5_writes_passes(tmp_path: Path, arch: str) -> None:
     """All fields of the class, defaults included, and the shorter file of save_pretrained."""
     config: Any = CONFIG_MAPPING[arch](**NOT_DEFAULT.get(arch, {}))
+    # Every field that the class knows, also those of features that are off.
     check_fields(config.to_dict())
     config.save_pretrained(tmp_path)
     written = read_hf_config(tmp_path)
@@ -158,6 +159,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"dual_chunk_attention_config": {"chunk_size": 8}},
         'dual_chunk_attention_config={"chunk_size": 8}, a field',
     ),
+    # Code of the folder's own computes something else.
     ("qwen3", {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "auto_map="),
     (
         "qwen3",
@@ -203,7 +205,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "num_hidden_layers=0; it must be a whole number of at least 1",
     ),
     ("qwen3", {"num_attention_heads": [16]}, "num_attention_heads=[16]; it must be"),
+    # True is 1 in Python.
     ("qwen3", {"num_hidden_layers": True}, "num_hidden_layers=true; it must be"),
+    # Rotary embedding turns pairs of features.
     ("qwen3", {"head_dim": 127}, "head_dim=127; it must be an even number of at least 2"),
     (
         "qwen3",
@@ -283,6 +287,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "qwen3",
+        # The older spelling and the newer one at odds.
         {"rope_scaling": {"rope_type": "yarn", "type": "linear", "factor": 2.0}},
         "must name one kind, as rope_type or as",
     ),
@@ -337,6 +342,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("qwen3", {"rope_theta": None}, "rope_theta=None; it must be a number above 1"),
     ("qwen3", {"rope_theta": 1}, "rope_theta=1; it must be a number above 1"),
+    # Beyond float64.
     ("qwen3", {"rope_theta": 10**400}, "0000; it must be a number above 1"),
     (
         "qwen3",
@@ -366,6 +372,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "qwen3",
+        # One rotary setting for each kind of layer.
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
         "rope_parameters has full_attention=",
     ),
@@ -521,6 +528,7 @@ def _unlike_the_default(name: str) -> Any:
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_harmless_fields_change_nothing_in_transformers(tmp_path: Path, arch: str) -> None:
     fields = read_hf_config(make_tiny(tmp_path / "base", arch=arch, num_hidden_layers=2))
+    # Fields that are said to do nothing are set to something, and logits must stay.
     harmless = HARMLESS - FAMILIES[arch].others.keys()
     logits = []
     for more in (

@@ -38,6 +38,7 @@ def test_corrected_sigmoids_choose_and_weigh_as_in_transformers(num_groups, grou
         logits_TE, bias_E, top_k, num_groups=num_groups, group_topk=group_topk, scale=2.5
     )
     assert torch.equal(map_TE, torch.zeros_like(map_TE).scatter(1, index_TK, True))
+    # Float64 on both sides, in the same order of operations.
     torch.testing.assert_close(probs_TE, expected_TE, rtol=1e-12, atol=0)
     target_TE = torch.randn_like(logits_TE)
     # d loss / d logits where the loss is the sum of probabilities weighted at random.

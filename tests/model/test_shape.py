@@ -49,6 +49,7 @@ SHAPE = ModelShape(
 def num_parameters_in_transformers(folder: Path) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    # A tied matrix is one parameter, and counts once.
     model.tie_weights()
     return sum(p.numel() for p in model.parameters())
 
@@ -58,6 +59,7 @@ def num_parameters_in_transformers(folder: Path) -> int:
     [
         ("qwen3_moe", {}, {0, 1, 2, 3}),
         ("qwen3_moe", {"mlp_only_layers": [1]}, {0, 2, 3}),
+        # Every second layer has experts, counted from 1.
         ("qwen3_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 5}, {1, 3}),
         ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [0, 3]}, {1}),
         ("qwen3_moe", {"tie_word_embeddings": True}, {0, 1, 2, 3}),
@@ -117,6 +119,7 @@ def test_other_spellings() -> None:
         QWEN3_30B_A3B, {"head_dim": ..., "tie_word_embeddings": ..., "mlp_only_layers": ...}
     )
     shape = model_shape(bare | {"num_key_value_heads": None, "decoder_sparse_step": None})
+    # transformers' defaults: no grouping of heads, hidden / heads, an own head.
     assert (shape.num_kv_heads, shape.head_dim, shape.tied_embeddings) == (32, 64, False)
     assert shape.moe_layers == set(range(48))
 
@@ -222,6 +225,7 @@ def test_layout_refused_for_another_model(
 
 
 def test_layout_accepted() -> None:
+    # The largest of each.
     SHAPE.check_layout(ParallelConfig(tp=8, pp=3, vpp=2, ep=15, etp=25))
     # no layer has that dense MLP
     replace(SHAPE, intermediate=142).check_layout(ParallelConfig(tp=4))

@@ -11,6 +11,7 @@ LAYER, COMPARE, LOADED, RECORDS, REFERENCE = (
     for name in ("layer", "compare_layer", "loaded", "records", "reference")
 )
 TEST = "tests/verify/test_layer.py"
+COSTS_TEST = "tests/verify/test_layer_costs.py"
 
 FORMATS = "tests/lora/test_expert_formats.py"
 
@@ -60,13 +61,13 @@ LAYER_BUGS: tuple[Bug, ...] = (
         "        logits = self.reference.model.get_output_embeddings()(hidden)[:, ",
     f"{TEST} does_around_its_layers"),
     bug(0, "a difference measured over all tokens", RECORDS, "theirs.abs().amax(1).clamp_min",
-        "theirs.abs().amax().clamp_min", f"{TEST} agreement"),
+        "theirs.abs().amax().clamp_min", f"{COSTS_TEST} agreement"),
     bug(0, "gates that are not driven", RECORDS, "2.0 ** (4 * torch", "2.0 ** (0 * torch",
-        f"{TEST} only_experts"),
+        f"{COSTS_TEST} only_experts"),
     bug(0, "tokens all of one size", RECORDS, "10.0 ** (-5 + 6 * (7", "10.0 ** (0 * (7",
         f"{TEST} named_with_its_module"),
     bug(0, "angles compared without their rounding", RECORDS, "2.0**-21 * angles_TD.abs())",
-        "0 * angles_TD.abs())", f"{TEST} rotary_table"),
+        "0 * angles_TD.abs())", f"{COSTS_TEST} rotary_table"),
     bug(0, "fused rows joined rank by rank", LOADED,
         "        for block in range(place.blocks):\n            for part in parts:\n",
         "        for part in parts:\n            for block in range(place.blocks):\n",
@@ -76,11 +77,12 @@ LAYER_BUGS: tuple[Bug, ...] = (
     bug(0, "jumps of positions taken for new documents", REFERENCE, "attention_mask=ones, ", "",
         f"{TEST} families"),
     bug(0, "all experts gathered for a few tokens", COMPARE, "needed.nonzero().flatten().tolist()",
-        "list(range(len(needed)))", f"{TEST} only_experts"),
+        "list(range(len(needed)))", f"{COSTS_TEST} only_experts"),
     bug(0, "one layer for all kinds", COMPARE,
         "return tuple(settings), shapes, self._attention(number)", "return 0",
         f"{TEST} every_layout"),
     bug(0, "the check draws from the run's generators", LAYER,
-        "return work()", "torch.rand(1)\n                return work()", f"{TEST} to_the_bit"),
+        "return work()", "torch.rand(1)\n                return work()",
+        f"{COSTS_TEST} to_the_bit"),
 )
 # fmt: on

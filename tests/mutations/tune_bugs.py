@@ -11,6 +11,8 @@ SWEEP, RECORD, POINTS, COMPILE = (
 )
 LOOK_UP = "tests/kernels/test_tuned.py"
 SWEPT = "tests/test_tune.py"
+REFUSED = "tests/test_tune_refusals.py"
+COMMAND = "tests/test_tune_command.py"
 ROOM = "tests/planner/test_memory.py test_room"
 
 TUNE_BUGS: tuple[Bug, ...] = (
@@ -325,7 +327,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         " continue\n",
         "            passed.append(variant)\n            if why is None:\n               "
         " continue\n",
-        f"{SWEPT} wrong_variant",
+        f"{REFUSED} wrong_variant",
     ),
     bug(
         0,
@@ -333,7 +335,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "passed = self._passed(gemm, variants, operands)",
         "passed = variants",
-        f"{SWEPT} many_rows_alone",
+        f"{REFUSED} many_rows_alone",
     ),
     bug(
         0,
@@ -341,7 +343,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         POINTS,
         "error_M = (y_MN.float() - want_MN).norm(dim=1) / want_MN.norm(dim=1)",
         "error_M = ((y_MN.float() - want_MN).norm() / want_MN.norm())[None]",
-        f"{SWEPT} one_wrong_row",
+        f"{REFUSED} one_wrong_row",
     ),
     bug(
         0,
@@ -349,7 +351,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         POINTS,
         "    torch.use_deterministic_algorithms(True)  # fills what is allocated\n",
         "",
-        f"{SWEPT} wrong_variant",
+        f"{REFUSED} wrong_variant",
     ),
     bug(
         0,
@@ -357,7 +359,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         POINTS,
         "nan_to_num(nan=torch.inf)",
         "nan_to_num(nan=0.0)",
-        f"{SWEPT} wrong_variant",
+        f"{REFUSED} wrong_variant",
     ),
     bug(
         0,
@@ -365,7 +367,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         POINTS,
         "if not torch.equal(y_MN, again_MN):",
         "if False:",
-        f"{SWEPT} wrong_variant",
+        f"{REFUSED} wrong_variant",
     ),
     bug(
         0,
@@ -373,7 +375,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "except Exception as error:\n                # Whatever a launch",
         "except ValueError as error:\n                # Whatever a launch",
-        f"{SWEPT} raises",
+        f"{REFUSED} raises",
     ),
     bug(
         0,
@@ -381,7 +383,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "        if not self.tools.alive():\n",
         "        if False:\n",
-        f"{SWEPT} dead_device",
+        f"{REFUSED} dead_device",
     ),
     bug(
         0,
@@ -389,7 +391,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "except Exception as error:\n            # Out of memory",
         "except MemoryError as error:\n            # Out of memory",
-        f"{SWEPT} point_that_fails",
+        f"{REFUSED} point_that_fails",
     ),
     bug(
         0,
@@ -397,7 +399,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "*record.crossing, *record.failures}",
         "*record.crossing}",
-        f"{SWEPT} same_point",
+        f"{REFUSED} same_point",
     ),
     bug(
         0,
@@ -405,7 +407,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         RECORD,
         "        if self.running.is_file():\n",
         "        if False:\n",
-        f"{SWEPT} took_the_process",
+        f"{REFUSED} took_the_process",
     ),
     bug(
         0,
@@ -413,7 +415,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "if left := self._uncompiled([point]):",
         "if left := ():",
-        f"{SWEPT} judged_by_all",
+        f"{REFUSED} judged_by_all",
     ),
     bug(
         0,
@@ -421,7 +423,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "        if left := self._uncompiled([point]):\n",
         "        left = {job.variant for job in self._uncompiled([point])}\n        if False:\n",
-        f"{SWEPT} judged_by_all",
+        f"{REFUSED} judged_by_all",
         (
             "        variants = self.variants(point)\n        new =",
             "        variants = [v for v in self.variants(point) if v not in left]\n        new =",
@@ -433,7 +435,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "            record.not_reached += [what.label for what in (*group.points, *group.layers)]",
         "            pass",
-        f"{SWEPT} is_killed",
+        f"{REFUSED} is_killed",
     ),
     bug(
         0,
@@ -441,7 +443,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         COMPILE,
         "if not cut_off:",
         "if True:",
-        f"{SWEPT} cuts_off",
+        f"{COMMAND} cuts_off",
     ),
     bug(
         0,
@@ -449,7 +451,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "        self.compiled |= found.keys()\n",
         "",
-        f"{SWEPT} nothing_twice",
+        f"{REFUSED} nothing_twice",
     ),
     bug(
         0,
@@ -457,7 +459,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "[len(self.tools.uneven), point.experts]",
         "[point.experts]",
-        f"{SWEPT} experts_they",
+        f"{REFUSED} experts_they",
     ),
     bug(
         0,
@@ -465,7 +467,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "max(LEAST_SECONDS, 1.2 * self.longest.get(kind, 0.0))",
         "LEAST_SECONDS",
-        f"{SWEPT} slow_point",
+        f"{REFUSED} slow_point",
     ),
     bug(
         0,
@@ -473,7 +475,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "tried = {*record.points, *record.crossing,",
         "tried = {*record.crossing,",
-        f"{SWEPT} second_call",
+        f"{REFUSED} second_call",
     ),
     bug(
         0,
@@ -481,7 +483,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         RECORD,
         "if then != now:",
         "if False:",
-        f"{SWEPT} another_machines",
+        f"{REFUSED} another_machines",
     ),
     bug(
         0,
@@ -505,7 +507,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         "benchmarks/tune.py",
         "if code in (0, 1, MISTAKE):",
         "if code in (0, 1, MISTAKE, DEAD_DEVICE):",
-        f"{SWEPT} started_again",
+        f"{COMMAND} started_again",
     ),
     bug(
         0,
@@ -513,7 +515,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         "benchmarks/tune.py",
         "            code = process.wait(max(0.0, end - time.monotonic()))",
         "            code = process.wait()",
-        f"{SWEPT} budget_is_spent",
+        f"{COMMAND} budget_is_spent",
     ),
     bug(
         0,
@@ -521,6 +523,6 @@ TUNE_BUGS: tuple[Bug, ...] = (
         COMPILE,
         "            if child.died:\n                child = None\n",
         "",
-        f"{SWEPT} abort",
+        f"{COMMAND} abort",
     ),
 )

@@ -16,7 +16,7 @@ from megalora.model.build import build_model
 from megalora.parallel import parallel_groups
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
-from tests.tensor_changes import Change, Tensors
+from tests.named_tensors import Change, Tensors
 
 TOKENS = torch.arange(2 * 40).view(2, 40) * 7 % 509
 

@@ -243,6 +243,7 @@ def make_batches(micro: int) -> list[Batch]:
 def tensors_of(run: Run) -> dict[str, list[Tensor]]:
     """What a rank always holds: frozen weights, parameter and gradient buffers, the optimizer's
     state."""
+    # Megatron keeps dense and routed adapters in buffers of their own.
     buffers = []
     for chunk in run.stepper.chunks:
         buffers += chunk.buffers + chunk.expert_parallel_buffers

@@ -100,11 +100,15 @@ def test_recomputation_does_forward_again() -> None:
     off = seconds(ATTENTION, ARITHMETIC)
     full = seconds(ATTENTION, ARITHMETIC, recompute="full")
     shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
+    # Weights that a token meets: q, k and v, o, router, three projections of eight experts.
     layer = 2048 * (4096 + 1024) + 4096 * 2048 + 128 * 2048 + 8 * 3 * 2048 * 768
+    # Adapters of rank 16: q, k and v as one product each with their A's and their B's, then o's.
     layer += 16 * ((3 * 2048 + 3 * (4096 + 1024)) + 4096 + 2048)
+    # Two FLOPs for each weight, and attention's scores and sums over 4096 tokens, half masked.
     forward = 8 * 4096 * shape.num_layers * (2 * layer + 2 * 4096 * 4096) / 1e12
     assert full - off == pytest.approx(forward, rel=1e-6)
     selective = seconds(ATTENTION, ARITHMETIC, recompute="selective")
+    # Gate and up of eight experts, and attention.
     again = 8 * 4096 * shape.num_layers * (2 * 8 * 2 * 2048 * 768 + 2 * 4096 * 4096) / 1e12
     assert selective - off == pytest.approx(again, rel=1e-6)
 
@@ -112,6 +116,7 @@ def test_recomputation_does_forward_again() -> None:
 def test_layouts_share_the_arithmetic_out() -> None:
     one = seconds(ATTENTION, ARITHMETIC)
     assert seconds(ATTENTION, ARITHMETIC, ranks=8, ep=8) == pytest.approx(one / 8)
+    # Eight times the work on eight ranks.
     assert seconds(ATTENTION, ARITHMETIC, ranks=8, batch=64, ep=8) == pytest.approx(one)
     assert seconds(ATTENTION, ARITHMETIC, ranks=4, tp=4, ep=4) == pytest.approx(one / 4, rel=0.02)
     assert seconds(ATTENTION, ARITHMETIC, ranks=4, tp=4, etp=4) == pytest.approx(one / 4, rel=0.02)
@@ -157,6 +162,7 @@ def test_bytes_of_an_all_to_all() -> None:
     counted = seconds(
         LoRAConfig(), replace(FREE, network=Count("all_to_all")), ranks=8, batch=8, ep=8
     )
+    # Forward again adds its two.
     assert counted == 4 * 48 * 4096 * 8 * 2048 * 2
     again = seconds(
         LoRAConfig(),
@@ -246,16 +252,19 @@ def test_bytes_of_the_reduction() -> None:
     lora = LoRAConfig(rank=16, target_modules=["o_proj", "down_proj"])
     scatter = seconds(lora, replace(FREE, network=Count("reduce_scatter")), ranks=8, batch=8, ep=8)
     gather = seconds(lora, replace(FREE, network=Count("all_gather")), ranks=8, batch=8, ep=8)
+    # A of o is [16, 4096] and its B [2048, 16], in each of 48 layers.
     assert scatter == 48 * 16 * (4096 + 2048) * 4 and gather == scatter / 2
 
 
 def test_the_host_counts_where_the_device_is_faster() -> None:
     over = Overhead(1.0, 2.0, 5.0, hidden=True, basis="assumed")
+    # Eight microbatches of 48 layers, 1 s forward and 2 s backward, and 5 s for the step.
     assert seconds(ATTENTION, replace(FREE, overhead=over)) == pytest.approx(8 * 48 * 3.0 + 5.0)
     slow = replace(
         ARITHMETIC, overhead=replace(over, layer_forward_s=1e-6, layer_backward_s=1e-6, step_s=0.0)
     )
     assert seconds(ATTENTION, slow) == pytest.approx(seconds(ATTENTION, ARITHMETIC))
+    # As on a CPU, where host and device are one.
     both = replace(slow, overhead=replace(slow.overhead, hidden=False))
     assert seconds(ATTENTION, both) == pytest.approx(seconds(ATTENTION, ARITHMETIC) + 8 * 48 * 2e-6)
 
@@ -288,6 +297,7 @@ def test_what_the_host_issues_behind_a_wait_is_not_hidden() -> None:
     assert host(ep=8, pp=1, tp=1, machine=replace(over, hidden=False)) == pytest.approx(
         48 * 5e-3
     )  # a CPU's takes turns
+    # 2 + 3 ms, and forward once more.
     assert host("full", machine=replace(over, hidden=False)) == pytest.approx(48 * 7e-3)
 
 

@@ -97,6 +97,7 @@ def test_layouts_of_256_ranks(shape: ModelShape) -> None:
     found = enumerate_layouts(shape, 256, WORK)
     assert len(found.legal) > 1000
     assert {o.recompute for o in found.legal} == set(LEVELS)
+    # Fifty of them, for each is checked against the config's own rules.
     for layout in found.legal[:: len(found.legal) // 50]:
         check(shape, layout, WORK)
 
@@ -154,6 +155,7 @@ def test_every_rejected_layout_has_its_reason(
     for legal in found.legal:
         # None stands for every size of a microbatch.
         assert not (legal.parallel == p and micro in (None, legal.micro_batch_size))
+    # A user who asks for it is told the same.
     layout = ParallelLayout(parallel=p, num_ranks=512, micro_batch_size=micro or 1)
     with pytest.raises(ValueError, match=r"tp=.*micro=") as error:
         check(shape, layout, WORK)

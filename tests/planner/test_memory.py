@@ -84,12 +84,15 @@ def test_weights_gradients_and_optimizer(
         assert live["weights"] == plan["weights"]
         assert live["adapters"] == plan["adapters"] + plan["buffer padding"]
         assert live["gradients"] == plan["gradients"]
+        # Megatron shares out a flat buffer, whose parts differ by its padding.
         assert 0.95 * plan["optimizer"] < live["optimizer"] <= plan["optimizer"]
         assert live["optimizer"] == plan["optimizer"] or layout.dp * layout.edp > 1
         live_total += live["optimizer"]
         for chunk in chunks_of(shape, config.parallel, stage):
             count = adapter_parameters(model, config.parallel, chunk)
+            # Each replica holds its part of the state; experts have replicas of their own.
             total += Fraction(count.dense, layout.dp) + Fraction(count.expert, layout.edp)
+    # Two moments in float32, and a master of a parameter in bfloat16: 12 bytes each, or 8.
     assert live_total == total * (12 if dtype == "bfloat16" else 8)
 
 
@@ -124,6 +127,8 @@ def test_the_peak_is_the_largest_of_loss_layer_and_step(model: PlannedModel) -> 
     one = plan_of(model, ep=8)
     full = plan_of(model, ep=8, recompute="full")
     for plan in (one, full):
+        # Loss, a layer's backward and the step come one after the other; what a pass keeps is
+        # there during the first two.
         always = sum(part.num_bytes for part in plan.parts if part.when == "always")
         in_pass = plan.sum_of("pass") + max(plan.sum_of("loss"), plan.sum_of("layer"))
         assert plan.peak_bytes == always + max(in_pass, plan.sum_of("step"))
@@ -140,6 +145,7 @@ def test_what_a_layout_changes(model: PlannedModel) -> None:
     # every layer's input, and angles
     assert full["activations"] == 48 * 4096 * 2048 * 2 + 4096 * 128 * 4
     assert full["recomputed"] > one["recomputed"] == 0 and full.peak_bytes < one.peak_bytes
+    # A layer that runs again needs what it needed before.
     assert full["workspace"] == one["workspace"]
     first = plan_of(model, stage=0, pp=4, ep=2)
     last = plan_of(model, stage=3, pp=4, ep=2)
@@ -147,7 +153,9 @@ def test_what_a_layout_changes(model: PlannedModel) -> None:
     assert first["loss"] == first["logits"] == 0 < last["loss"]
     # 16 experts here, 64 there
     assert one["room for adapters"] > 0 == plan_of(model, ep=2)["room for adapters"]
+    # Tokens times hidden size in bfloat16: the first stage receives nothing.
     assert first["pipeline"] == 0 and last["pipeline"] == 4096 * 2048 * 2
+    # Without expert parallelism no token leaves its rank.
     assert plan_of(model)["all-to-all"] == 0 < one["all-to-all"]
 
 
@@ -179,6 +187,7 @@ def test_room_is_planned_where_the_model_makes_it_and_a_layer_uses_it(
     assert has_room(model, layout, work) == expected
     assert (memory_of_model(model, layout, work)["room for adapters"] > 0) == expected
     cuda = torch.device("cuda", 0)
+    # Features of an expert on one rank.
     inner = 768 // layout.parallel.etp
     rows = model.shape.rows_per_expert(config)
     formats = expert_formats(
@@ -192,6 +201,7 @@ def test_room_is_planned_where_the_model_makes_it_and_a_layer_uses_it(
 
 
 def test_the_model_asks_the_table_for_its_own_layer(monkeypatch, tmp_path) -> None:
+    # A table that says 300 rows, of which a hundredth less is let pass.
     layer = {"dtype": "bfloat16", "hidden": 2048, "intermediate": 768, "R": 32, "vendor_from": 300}
     empty = {"measured": dict.fromkeys(MEASURED, "a test"), "rows": [], "rule_stands": []}
     (tmp_path / "NVIDIA_H100.json").write_text(
@@ -228,6 +238,7 @@ def test_room_follows_the_table_and_not_the_number_of_experts(model: PlannedMode
 def test_room_by_the_stacked_rank_of_gate_and_up(model: PlannedModel) -> None:
     """Rank 16 on gate and on up is 32; the table has another number for that."""
     layout = ParallelLayout(parallel=ParallelConfig(ep=2), num_ranks=8)
+    # (hidden, intermediate, stacked rank, rows from which torch is faster)
     crossings = Crossings(((2048, 768, 16, 9999), (2048, 768, 32, 100)))
     assert has_room(
         model, layout, Workload(sequence_length=4096, global_batch_size=8, crossings=crossings)
@@ -240,6 +251,7 @@ def test_imbalance_fills_experts_alone(model: PlannedModel) -> None:
     even = memory_of_model(model, layout, work)
     skewed = memory_of_model(model, layout, replace(work, imbalance=1.5))
     rows = 4096 * 8 // 2  # half as many again
+    # Kept of a row in bfloat16: x, gate and up, three ranks of 16, a probability; and two indexes.
     per_row = (2048 + 2 * 768 + 48 + 1) * 2 + 2 * 4
     assert skewed["activations"] - even["activations"] == 48 * rows * per_row
     assert skewed["weights"] == even["weights"]
@@ -260,6 +272,7 @@ def test_factors_that_ranks_share_are_summed_in_tables() -> None:
     layout = ParallelLayout(parallel=ParallelConfig(tp=8, ep=8), num_ranks=8)
     shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
     work = Workload(sequence_length=64, global_batch_size=8)
+    # Rank 2 times: A of q, k and v, B of o, B of k and v with 4 heads of 128.
     elements = 2 * (3 * 2048 + 2048 + 2 * 512)
     assert memory_of(shape, lora, layout, work)["optimizer step"] == 8 * elements
 
@@ -277,6 +290,7 @@ def test_an_adapter_on_o_keeps_what_selective_recomputation_would_free() -> None
         for selective in (False, True):
             kept.append(activations.kept(model, layout, batch, 0, True, selective=selective))
         freed.append(kept[0].attention - kept[1].attention)
+    # 64 tokens: 32 heads' log-sum-exp in float32, and 4096 features of the result in bfloat16.
     assert freed == [64 * 32 * 4, 64 * 32 * 4 + 64 * 4096 * 2]
 
 

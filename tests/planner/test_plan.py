@@ -47,6 +47,7 @@ def test_every_legal_layout_is_ranked_or_rejected_once(plan: Plan) -> None:
 
 
 def test_the_ranking_is_by_time_and_nothing_in_it_is_too_big(plan: Plan) -> None:
+    # Fastest first.
     seconds = [p.time.seconds for p in plan.fitting]
     assert seconds == sorted(seconds)
     largest = max(planned.memory.peak_bytes for planned in plan.fitting)
@@ -75,6 +76,7 @@ def test_one_line_for_each_way_to_split(plan: Plan) -> None:
     ways = [sizes_but_vpp(found) for found in chosen]
     assert len(ways) == len(set(ways))
     for found in chosen:
+        # The same split with other chunks, microbatches and recomputation.
         variants = [v for v in plan.fitting if sizes_but_vpp(v) == sizes_but_vpp(found)]
         # Nearly full layouts are the last resort.
         safe = [v for v in variants if plan.share(v) <= FULL] or variants
@@ -173,6 +175,7 @@ def test_the_command_writes_a_config_that_runs_and_a_picture(
     from matplotlib.image import imread
 
     picture = imread(png)
+    # Not one colour all over.
     assert picture.shape[0] > 300 and picture.std() > 0.05
     for part in (*best.memory.parts, *best.time.parts):
         line = rf"^ *{re.escape(part.name)}\b.*{re.escape(part.basis)}"

@@ -67,6 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        # The body is read first: closing earlier would be another error for the client.
         if self.server.hang_up:
             self.server.hang_up -= 1
             self.close_connection = True
@@ -90,6 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
                     f"The lora adapter '{name}' conflicts with a served base model.",
                     "InvalidUserInput",
                 )
+            # Checks in vLLM's order: which error comes first is part of what it does.
             elif name in self.server.adapters:
                 self._error(
                     400,

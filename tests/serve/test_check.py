@@ -28,8 +28,8 @@ from megalora.serve.errors import (
 )
 from megalora.tiny import make_tiny
 from tests.adapters.folders import edit_config, edit_tensors
+from tests.named_tensors import cast, renamed, without_parts
 from tests.serve.adapters import EVERYTHING, make_adapter
-from tests.tensor_changes import cast, renamed, without_parts
 
 Q = "base_model.model.model.layers.1.self_attn.q_proj"
 EXPERT = "base_model.model.model.layers.2.mlp.experts.5"
@@ -48,6 +48,7 @@ def test_a_sound_adapter_says_what_it_needs(adapter: Path, tiny: Path, tmp_path:
         == check_adapter(adapter, Limits(4, tuple(needs.target_modules), tiny))
         == needs
     )
+    # vLLM's fused names, or their parts.
     by_parts = Limits(4, ("q_proj", "k_proj", "v_proj", "o_proj", "experts", "gate"))
     assert check_adapter(adapter, by_parts) == needs, "vLLM takes parts of a fused module too"
     head = make_adapter(
@@ -87,6 +88,7 @@ def with_(name: str, value: torch.Tensor) -> Callable[[dict], dict]:
 def spoil(number: float, dtype: torch.dtype) -> Callable[[dict], dict]:
     def change(tensors: dict) -> dict:
         tensors = cast(dtype)(tensors)
+        # One number among thousands.
         tensors[f"{Q}.lora_B.weight"][3, 1] = number
         return tensors
 
@@ -127,6 +129,7 @@ BROKEN_TENSORS: dict[str, tuple[Callable[[dict], dict], type[AdapterError], str]
         r"layers.1.self_attn.q_proj has A only; a factor is missing",
     ),
     "A missing": (without_parts(f"{Q}.lora_A"), AdapterInvalid, "has B only"),
+    # vLLM stacks all experts of a layer.
     "one expert missing": (
         without_parts(f"{EXPERT}."),
         AdapterInvalid,
@@ -161,6 +164,7 @@ BROKEN_TENSORS: dict[str, tuple[Callable[[dict], dict], type[AdapterError], str]
         AdapterInvalid,
         "stacks all experts",
     ),
+    # As a quantized file has them.
     "integers": (
         with_(f"{Q}.lora_A.weight", torch.zeros(4, 96, dtype=torch.int8)),
         AdapterInvalid,
@@ -181,6 +185,7 @@ BROKEN_TENSORS: dict[str, tuple[Callable[[dict], dict], type[AdapterError], str]
         AdapterInvalid,
         "A's rows",
     ),
+    # A rank of 4 and an input of 64, where the base has 96.
     "another width": (
         with_(f"{Q}.lora_A.weight", torch.zeros(4, 64)),
         AdapterForOtherBase,
@@ -214,11 +219,13 @@ def test_broken_tensors(adapter: Path, tiny: Path, case: str) -> None:
 
 
 BROKEN_CONFIGS: dict[str, tuple[dict[str, Any], type[AdapterError], str]] = {
+    # What vLLM reads without a default.
     "no r": ({"r": ...}, AdapterInvalid, "r is missing; vLLM reads it"),
     "no alpha": ({"lora_alpha": ...}, AdapterInvalid, "lora_alpha is missing"),
     "no target_modules": ({"target_modules": ...}, AdapterInvalid, "target_modules is missing"),
     "r is 0": ({"r": 0}, AdapterInvalid, "r must be a positive whole number, got 0"),
     "r is text": ({"r": "8"}, AdapterInvalid, "got '8'"),
+    # alpha / r would be another scale.
     "another rank": ({"r": 8}, AdapterInvalid,
                      "has rank 4, but adapter_config.json says 8; its scale would be wrong"),
     "no rank_pattern": ({"rank_pattern": {}}, AdapterInvalid,
@@ -247,6 +254,7 @@ def test_experts_of_different_ranks(adapter: Path) -> None:
         return tensors | {a: tensors[a][:2].contiguous(), b: tensors[b][:, :2].contiguous()}
 
     edit_tensors(adapter, change)
+    # The config says so too: not a contradiction, but not what vLLM stacks.
     pattern = {"gate": 3, r"layers\.2\.mlp\.experts\.5\.up_proj": 2}
     edit_config(adapter, rank_pattern=pattern)
     with pytest.raises(
@@ -301,6 +309,7 @@ def test_a_hash_says_what_is_in_a_folder(tiny: Path, tmp_path: Path) -> None:
     other = make_adapter(tmp_path / "other", tiny, seed=1)
     assert content_hash(first) == content_hash(again) != content_hash(other)
     assert len(content_hash(first)) == 12 and int(content_hash(first), 16) >= 0
+    # The same tensors with another scale are another adapter.
     edit_config(again, lora_alpha=16)
     assert content_hash(first) != content_hash(again), "the scale is in the config"
     # A and B, in four layers, of four projections, the router and three projections of 8 experts.
@@ -339,6 +348,7 @@ def test_base_modules_are_the_model_s_linears(tmp_path: Path, arch: str) -> None
         if len(shape) == 2:
             sizes[name.removesuffix(".weight")] = tuple(shape)
     # stored as [vocabulary, hidden]
+    # An embedding maps tokens to hidden states.
     sizes["model.embed_tokens"] = sizes["model.embed_tokens"][::-1]
     shape = model_shape(read_hf_config(base))
     assert base_modules(shape) == sizes and layer_projections(shape, 0)

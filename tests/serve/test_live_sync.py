@@ -83,6 +83,7 @@ def test_nothing_is_lost_while_the_server_is_down(tiny: Path, tmp_path: Path) ->
     for step in (1, 2):
         checkpoint = run.save(step)
         run.pusher.push(checkpoint)
+        # A copy waits, so the checkpoint may go.
         shutil.rmtree(checkpoint)
     wait_until(lambda: run.said)
     assert (
@@ -102,6 +103,7 @@ def test_nothing_is_lost_while_the_server_is_down(tiny: Path, tmp_path: Path) ->
 def test_a_refused_checkpoint_is_said_and_the_next_is_served(tiny: Path, tmp_path: Path) -> None:
     with fake_vllm(str(tiny)) as vllm:
         run = Run(tmp_path / "run", tiny, vllm.url)
+        # Three of the run's four layers.
         run.pusher.push(run.save(1, num_layers="0-2"))
         run.pusher.push(run.save(2))
         run.pusher.close()
@@ -138,6 +140,7 @@ def test_a_server_that_stays_away_does_not_hold_up_the_end(tiny: Path, tmp_path:
     wait_until(run.pusher.unreachable.is_set)
     waits: list[float] = []
     join = run.pusher.thread.join
+    # How long the end of the run waits for the thread.
     run.pusher.thread.join = lambda seconds: waits.append(seconds) or join(seconds)  # type: ignore
     run.pusher.close()
     assert waits == [push.IDLE_CLOSE_S] * 2, "instead of a minute"
@@ -162,6 +165,7 @@ def test_only_the_newest_wait(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_disk_that_refuses_ends_no_training(tiny: Path, tmp_path: Path) -> None:
     with fake_vllm(str(tiny)) as vllm:
         (tmp_path / "run").mkdir()
+        # A file where the copies' folder should be.
         (tmp_path / "run" / "served").touch()
         run = Run(tmp_path / "run", tiny, vllm.url)
         run.pusher.push(run.save(1))

@@ -70,6 +70,7 @@ def test_nan_is_never_ok() -> None:
 
 
 def test_without_a_training_side_it_must_act() -> None:
+    # As for an adapter of another stack: there is no probe to compare with.
     acting = proof(TRAINED, trained=None)
     idle = proof(BASE, trained=None)
     assert acting.ok and "its folder has no probe.json" in acting.text()
@@ -125,6 +126,7 @@ def test_what_vllm_serves_is_proved(
     from transformers import AutoTokenizer
 
     trained = make_adapter(tmp_path / "step_000001", tiny, 1)
+    # The text that training records.
     tokens = probe_tokens(AutoTokenizer.from_pretrained(tiny))
     # what the training side writes; test_push.py has it written
     said = logprobs(stock_model(tiny, trained), tokens)
@@ -135,6 +137,7 @@ def test_what_vllm_serves_is_proved(
     client.load("right", tmp_path / "right")
     assert prove(client, "right", tmp_path / "right").ok
 
+    # Each leaves an adapter that loads and that acts.
     spoiled = {
         "scale": lambda f: edit_config(f, lora_alpha=9),
         "gate and up swapped": lambda f: edit_tensors(f, _swap_gate_and_up),

@@ -25,6 +25,7 @@ from megalora.serve.errors import (
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client, versioned
 from tests.adapters.folders import edit_config, edit_tensors
+from tests.named_tensors import Change, Tensors, only_parts, renamed
 from tests.peft_warnings import IGNORED
 from tests.serve.adapters import (
     ATTENTION,
@@ -33,7 +34,6 @@ from tests.serve.adapters import (
     tokens_of,
 )
 from tests.serve.stock_peft import greedy, logprobs, stock_model
-from tests.tensor_changes import Change, Tensors, only_parts, renamed
 
 pytestmark = [pytest.mark.vllm, IGNORED]
 ATOL = 5e-5

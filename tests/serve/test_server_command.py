@@ -94,6 +94,7 @@ def test_flags_follow_from_base_and_adapters(python: Path, tiny: Path, tmp_path:
     modules = flag(command, "lora-modules")
     for module, model in zip(modules, (versioned("a", small), versioned("b", large)), strict=True):
         assert json.loads(module) == {"name": model, "path": f"{server.store}/{model}"}
+    # Ranks 4 and 9 need 16, the next that vLLM knows; two adapters and one to swap in, 3.
     assert server.limits == Limits(16, ("experts", "gate", "qkv_proj"), tiny)
     assert server.url == f"http://127.0.0.1:{server.port}" and server.port > 1024
 
@@ -132,6 +133,7 @@ def test_relative_folders_become_absolute(
 
 
 def test_environment(python: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Our packages are not for vLLM's interpreter.
     monkeypatch.setenv("PYTHONPATH", "/ours")
     monkeypatch.setenv("DROPPED", "1")
     monkeypatch.setenv("KEPT", "1")
@@ -161,6 +163,7 @@ def test_what_is_wrong_is_said_before_vllm_starts(
         Server(tiny, [adapter, f"a={adapter}"])
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
+        # Whoever listens there would answer in the server's place.
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(
@@ -196,6 +199,7 @@ def test_where_vllm_is_looked_for(
         vllm_python("/nowhere")
     monkeypatch.delenv("MEGALORA_VLLM_PYTHON")
     monkeypatch.chdir(tmp_path)
+    # In a checkout, vLLM's environment stands beside ours.
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "repository" / ".venv"))
     with pytest.raises(
         ValueError,
@@ -266,7 +270,9 @@ def test_start_wait_and_stop(tiny: Path, tmp_path: Path) -> None:
         assert process is not None and process.poll() is None and server.client().health()
         assert store is not None and [p.name for p in store.iterdir()] == [versioned("a", adapter)]
     assert not store.exists()
+    # The guard passes on how vLLM ended.
     assert process.poll() == 128 + signal.SIGTERM and not server.client().health()
+    # And at exit, if nobody had stopped it.
     server.stop()  # again: nothing to do
 
     ends = script(

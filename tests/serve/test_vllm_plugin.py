@@ -72,6 +72,7 @@ def two_slices(w: dict[str, Tensor]) -> Factors:
 
 
 def test_tokens_of_two_adapters_and_of_none(layer: dict[str, Tensor]) -> None:
+    # An idle expert, an unused slot and tokens of the base must not go wrong.
     assert 4 not in layer["experts"] and set(layer["slots"].tolist()) == {-1, 0, 2}
     # Sums in float32 from float64 products: 2^-24 of outputs of up to some 100.
     torch.testing.assert_close(
@@ -82,6 +83,7 @@ def test_tokens_of_two_adapters_and_of_none(layer: dict[str, Tensor]) -> None:
 def test_gate_and_up_in_one_slice(layer: dict[str, Tensor]) -> None:
     """As vLLM keeps stacked files: one A for both."""
     w = layer | {"up_a": layer["gate_a"]}
+    # [slots, experts, 2 I, r].
     joint = torch.cat([w["gate_b"], w["up_b"]], dim=2)
     factors = Factors((w["gate_a"],), (joint,), (w["down_a"],), (w["down_b"],))
     torch.testing.assert_close(run(w, factors).double(), plain(w), rtol=1e-6, atol=1e-5)
@@ -120,6 +122,7 @@ def test_base_tokens_are_left_out() -> None:
     weights = torch.randn(S, R, H, generator=generator)
     before = torch.randn(5, R, generator=generator)
     careful = leaving_out_base_tokens(shrink)
+    # Some tokens of the base, none, and all.
     for slots in ([-1, 2, 0, -1, 2], [0, 1, 2, 1, 0], [-1] * 5):
         output = before.clone()
         careful(inputs, weights, output, torch.tensor(slots), scale=2.0)

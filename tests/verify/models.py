@@ -43,11 +43,10 @@ def packed_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     [E, H, I]``."""
     out = {name: t for name, t in tensors.items() if ".mlp.experts." not in name}
     for layer in {name.split(".experts.")[0] for name in tensors.keys() - out.keys()}:
-        numbers = {
-            int(name.split(".experts.")[1].split(".")[0])
-            for name in tensors
-            if name.startswith(f"{layer}.experts.")
-        }
+        numbers = set()
+        for name in tensors:
+            if name.startswith(f"{layer}.experts."):
+                numbers.add(int(name.removeprefix(f"{layer}.experts.").split(".")[0]))
 
         def matrix(expert: int, projection: str, layer: str = layer) -> Tensor:
             return tensors[f"{layer}.experts.{expert}.{projection}.weight"]
@@ -68,9 +67,9 @@ def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def biased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """With a bias on each of attention's projections."""
     generator = torch.Generator().manual_seed(3)
-    biases = {
-        name.replace(".weight", ".bias"): torch.randn(t.shape[0], generator=generator)
-        for name, t in tensors.items()
-        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"))
-    }
+    biases = {}
+    for name, weight in tensors.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
+            bias = torch.randn(weight.shape[0], generator=generator)
+            biases[name.replace(".weight", ".bias")] = bias
     return tensors | biases

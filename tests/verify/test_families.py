@@ -10,7 +10,7 @@ import torch
 from megalora.model.families import FAMILIES
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
-from tests.verify.test_layer import loaded, said
+from tests.verify.built import loaded, said
 
 
 def _said_in_layouts(base: Path) -> str:

@@ -5,61 +5,28 @@ The mistakes are put in behind the back of what refuses config fields and tensor
 as it is, then spoiled, or held against a folder whose config.json says something else.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file
 from transformers import Qwen3MoeForCausalLM, Qwen3MoeModel
 
-from megalora.config import LoRAConfig, ModelConfig, ParallelConfig, RunConfig
-from megalora.hf.json_file import read_hf_config
+from megalora.config import LoRAConfig, ModelConfig, ParallelConfig
 from megalora.lora.adapted_model import build_adapted
 from megalora.lora.select import plan
 from megalora.model.build import build_model
-from megalora.model.fields import model_shape
 from megalora.model.recompute import apply_recompute
 from megalora.parallel import parallel_groups
 from megalora.tiny import make_tiny
-from megalora.train.loop import train
-from megalora.verify import compare_layer, records
-from megalora.verify.layer import check_layers
-from megalora.verify.loaded import Loaded
-from megalora.verify.reference import Reference
+from megalora.verify import records
 from tests.distributed.ranks import run_ranks
+from tests.named_tensors import without
 from tests.parity.everything import NAMES
-from tests.parity.runs import make_config
-from tests.parity.runs import records as written
+from tests.verify.built import Chunks, dense_gate_and_up, layer_of, loaded, said, said_in
 from tests.verify.models import biased, packed_experts, with_config, with_tensors, without_prefix
-
-Chunks = list[Any]
-
-
-@contextlib.contextmanager
-def loaded(
-    base: Path, parallel: dict[str, int] | None = None, dtype: str = "float32"
-) -> Iterator[tuple[Chunks, Any]]:
-    """This rank's chunks of a base in a layout, and the groups."""
-    p = ParallelConfig(**(parallel or {}))
-    shape = model_shape(read_hf_config(base))
-    with parallel_groups(p) as groups:
-        yield build_model(ModelConfig(path=str(base), dtype=dtype), p, shape, base), groups  # type: ignore[arg-type]
-
-
-def said(chunks: Chunks, groups: Any, folder: Path, dtype: torch.dtype = torch.float32) -> str:
-    """The check's line, or the error's text."""
-    try:
-        return check_layers(chunks, groups, folder, dtype)
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-
-
-# ---- equal where it should be --------------------------------------------------------------------
 
 LAYOUTS: list[tuple[int, dict[str, int]]] = [
     (1, {}),
@@ -71,18 +38,13 @@ LAYOUTS: list[tuple[int, dict[str, int]]] = [
 ]
 
 
-def _said_in(base: Path, parallel: dict[str, int], dtype: str) -> str:
-    with loaded(base, parallel, dtype) as (chunks, groups):
-        return said(chunks, groups, base, getattr(torch, dtype))
-
-
 @pytest.mark.parametrize(
     ("world", "parallel"),
     LAYOUTS,
     ids=lambda v: "-".join(f"{k}{n}" for k, n in v.items()) if isinstance(v, dict) else "",
 )
 def test_a_model_with_everything_is_equal_in_every_layout(world, parallel, everything):
-    lines = run_ranks(_said_in, world, everything, parallel, "float32")
+    lines = run_ranks(said_in, world, everything, parallel, "float32")
     assert len({line.rsplit(" in ", 1)[0] for line in lines}) == 1, "the same on every rank"
     assert lines[0].startswith(
         "base: layers 0 (MoE), 1 (dense), embedding and head equal transformers' to "
@@ -92,7 +54,7 @@ def test_a_model_with_everything_is_equal_in_every_layout(world, parallel, every
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_interleaved_stages_are_equal(dtype, tiny):
-    line = run_ranks(_said_in, 2, tiny, {"pp": 2, "vpp": 2}, dtype)[1]
+    line = run_ranks(said_in, 2, tiny, {"pp": 2, "vpp": 2}, dtype)[1]
     assert line.startswith("base: layer 3 (MoE), embedding and head equal transformers' to "), line
 
 
@@ -152,9 +114,9 @@ HONOURED: dict[str, dict[str, Any]] = {
 
 
 def test_fields_that_are_honoured_are_equal(tiny, tmp_path):
-    folders = {
-        name: with_config(tiny, tmp_path / name, **fields) for name, fields in HONOURED.items()
-    }
+    folders = {}
+    for name, fields in HONOURED.items():
+        folders[name] = with_config(tiny, tmp_path / name, **fields)
     folders["attention bias"] = with_tensors(
         with_config(tiny, tmp_path / "bias", attention_bias=True), tmp_path / "biased", biased
     )
@@ -185,44 +147,27 @@ def test_adapters_that_have_moved_and_recomputation_are_left_out(recompute, ever
     )
 
 
-# ---- at odds where something is wrong ------------------------------------------------------------
-
-
-def _layer(chunks: Chunks, number: int) -> Any:
-    return next(
-        layer
-        for chunk in chunks
-        for layer in chunk.decoder.layers
-        if layer.layer_number - 1 == number
-    )
-
-
 def _gate_and_up(chunks: Chunks) -> None:
     for weight in (
-        _layer(chunks, 0).mlp.experts.gate_up,
-        _layer(chunks, 0).mlp.shared_experts.linear_fc1.weight,
+        layer_of(chunks, 0).mlp.experts.gate_up,
+        layer_of(chunks, 0).mlp.shared_experts.linear_fc1.weight,
     ):
         weight.data.copy_(torch.cat(weight.data.chunk(2, -2)[::-1], -2))
 
 
-def _dense_gate_and_up(chunks: Chunks) -> None:
-    weight = _layer(chunks, 1).mlp.linear_fc1.weight
-    weight.data.copy_(torch.cat(weight.data.chunk(2)[::-1]))
-
-
 def _norms_exchanged(chunks: Chunks) -> None:
-    layer = _layer(chunks, 0)
+    layer = layer_of(chunks, 0)
     layer.input_layernorm, layer.pre_mlp_layernorm = layer.pre_mlp_layernorm, layer.input_layernorm
 
 
 def _experts_exchanged(chunks: Chunks) -> None:
-    down = _layer(chunks, 0).mlp.experts.down.data
+    down = layer_of(chunks, 0).mlp.experts.down.data
     down[:2] = down[:2].flip(0)
 
 
 def _epsilon(name: str, value: float = 1e-5) -> Callable[[Chunks], None]:
     def spoil(chunks: Chunks) -> None:
-        _layer(chunks, 0).get_submodule(name).eps = value
+        layer_of(chunks, 0).get_submodule(name).eps = value
 
     return spoil
 
@@ -240,7 +185,7 @@ def _rope(factor: float) -> Callable[[Chunks], None]:
 
 
 def _scale(chunks: Chunks) -> None:
-    _layer(chunks, 1).self_attention.core_attention.scale *= 1.1
+    layer_of(chunks, 1).self_attention.core_attention.scale *= 1.1
 
 
 def _head_tied(chunks: Chunks) -> None:
@@ -248,16 +193,16 @@ def _head_tied(chunks: Chunks) -> None:
 
 
 def _no_bias(chunks: Chunks) -> None:
-    _layer(chunks, 1).self_attention.linear_qkv.bias.data.zero_()
+    layer_of(chunks, 1).self_attention.linear_qkv.bias.data.zero_()
 
 
 def _shared_gate(chunks: Chunks) -> None:
-    _layer(chunks, 0).mlp.shared_experts.use_shared_expert_gate = False
-    _layer(chunks, 0).mlp.shared_experts.gate_weight.data.zero_()
+    layer_of(chunks, 0).mlp.shared_experts.use_shared_expert_gate = False
+    layer_of(chunks, 0).mlp.shared_experts.gate_weight.data.zero_()
 
 
 def _router_rows(chunks: Chunks) -> None:
-    weight = _layer(chunks, 0).mlp.router.weight.data
+    weight = layer_of(chunks, 0).mlp.router.weight.data
     weight.copy_(weight.roll(1, 0))
 
 
@@ -268,7 +213,7 @@ def _one_embedding_row(chunks: Chunks) -> None:
 
 SPOILED: dict[str, tuple[Callable[[Chunks], None], str]] = {
     "gate and up of experts": (_gate_and_up, "layer 0 (MoE), experts"),
-    "gate and up of a dense MLP": (_dense_gate_and_up, "layer 1 (dense), MLP"),
+    "gate and up of a dense MLP": (dense_gate_and_up, "layer 1 (dense), MLP"),
     "norms of the layer exchanged": (_norms_exchanged, "layer 0 (MoE), input norm"),
     "two experts exchanged": (_experts_exchanged, "layer 0 (MoE), experts"),
     "epsilon of the first norm": (_epsilon("input_layernorm"), "layer 0 (MoE), input norm"),
@@ -356,12 +301,12 @@ MOE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.fixture(scope="module")
 def of_configs(tiny, tmp_path_factory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("configs")
-    folders = {
-        name: with_config(tiny, out / name, **fields) for name, (fields, _) in MOE_FIELDS.items()
-    }
+    folders = {}
+    for name, (fields, _) in MOE_FIELDS.items():
+        folders[name] = with_config(tiny, out / name, **fields)
     folders["head left out"] = with_tensors(
         with_config(tiny, out / "config", tie_word_embeddings=True), out / "head",
-        lambda tensors: {name: t for name, t in tensors.items() if not name.startswith("lm_head")},
+        without("lm_head.weight"),
     )  # fmt: skip
     folders["attention bias"] = with_tensors(
         with_config(tiny, out / "bias", attention_bias=True), out / "biased", biased
@@ -393,119 +338,12 @@ DENSE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def test_a_dense_model_s_fields_are_seen_in_the_kind_of_layer_they_change(tiny_dense, tmp_path):
-    folders = {
-        name: with_config(tiny_dense, tmp_path / name, **fields)
-        for name, (fields, _) in DENSE_FIELDS.items()
-    }
+    folders = {}
+    for name, (fields, _) in DENSE_FIELDS.items():
+        folders[name] = with_config(tiny_dense, tmp_path / name, **fields)
     for name, line in run_ranks(_configs, 1, tiny_dense, folders)[0].items():
         where = DENSE_FIELDS[name][1]
         assert line.startswith(f"ValueError: train.check_base: {where}: differs"), f"{name}: {line}"
-
-
-# ---- in a layout, a mistake of one rank is every rank's ------------------------------------------
-
-
-def _one_rank_wrong(base: Path, parallel: dict[str, int], spoil: Callable[[Chunks], None]) -> str:
-    with loaded(base, parallel) as (chunks, groups):
-        if dist.get_rank() == dist.get_world_size() - 1:
-            spoil(chunks)
-        return said(chunks, groups, base)
-
-
-def _last_kv_head(chunks: Chunks) -> None:
-    """What repeating heads in another order would give: this rank's query heads get another key
-    head."""
-    weight = _layer(chunks, 1).self_attention.linear_qkv.weight.data
-    head = chunks[0].config.kv_channels
-    weight[-2 * head : -head] = weight[-2 * head : -head].flip(0)
-
-
-def _every_expert(chunks: Chunks) -> None:
-    for chunk in chunks:
-        for layer in chunk.decoder.layers:
-            if hasattr(layer.mlp, "experts"):
-                layer.mlp.experts.down.data.copy_(layer.mlp.experts.down.data.roll(1, 0))
-
-
-def _final_norm(chunks: Chunks) -> None:
-    chunks[-1].decoder.final_layernorm.weight.data.fill_(1)
-
-
-@pytest.mark.parametrize(
-    ("world", "parallel", "spoil", "where"),
-    [
-        (4, {"tp": 4}, _last_kv_head, "layer 1 (dense), attention"),
-        (2, {"ep": 2}, _every_expert, "layer 0 (MoE), experts"),
-        (2, {"tp": 2, "etp": 2}, _every_expert, "layer 0 (MoE), experts"),
-        (2, {"tp": 2}, _dense_gate_and_up, "layer 1 (dense), MLP"),
-        (2, {"pp": 2}, _final_norm, "final norm"),
-    ],
-    ids=["kv heads", "ep", "etp", "tp", "pp"],
-)
-def test_one_rank_s_mistake_stops_all(world, parallel, spoil, where, everything):
-    lines = run_ranks(_one_rank_wrong, world, everything, parallel, spoil)
-    assert len(set(lines)) == 1
-    assert lines[0].startswith(f"ValueError: train.check_base: {where}: differs"), lines[0]
-
-
-def _failing(base: Path, error: type[Exception]) -> str:
-    """The reference cannot be made on the first rank."""
-
-    def broken(*_: Any) -> None:
-        raise error("the disk went away")
-
-    compare_layer.Reference = broken  # type: ignore[assignment]
-    with (
-        loaded(base, {"ep": 2}) as (chunks, groups),
-        pytest.raises(Exception, match="went away") as caught,
-    ):
-        check_layers(chunks, groups, base, torch.float32)
-    notes = getattr(caught.value, "__notes__", [])
-    return f"{caught.type.__name__}: {caught.value} {notes}"
-
-
-def test_a_failure_of_the_first_rank_does_not_leave_the_others_waiting(tiny):
-    first, second = run_ranks(_failing, 2, tiny, AssertionError)
-    assert (
-        first
-        == "AssertionError: the disk went away ['train.check_base=off trains without this check']"
-    )
-    assert second == "RuntimeError: AssertionError on the first rank: the disk went away []"
-
-
-def test_a_file_that_the_first_rank_cannot_read_is_a_line_on_all(tiny):
-    lines = run_ranks(_failing, 2, tiny, OSError)
-    assert (
-        lines
-        == ["ValueError: train.check_base: the base model cannot be read (the disk went away) []"]
-        * 2
-    )
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"pad_token_id": 512}, "AssertionError: Padding_idx must be within num_embeddings"),
-        (
-            {"initializer_range": "x"},
-            "StrictDataclassFieldValidationError: Validation error for field 'initializer_range'",
-        ),
-        ({"dtype": "auto"}, None),
-    ],
-)
-def test_a_config_that_transformers_does_not_take_is_a_line(tiny, tmp_path, fields, said):
-    folder = with_config(tiny, tmp_path / "base", **fields)
-    if said is None:
-        assert Reference(folder, torch.float32).config.num_hidden_layers == 4
-        return
-    with pytest.raises(ValueError) as caught:
-        Reference(folder, torch.float32)
-    text = str(caught.value)
-    assert text.startswith(
-        f"train.check_base: transformers makes no model from {folder}/config.json ({said}"
-    )
-    assert text.endswith("train.check_base=off trains all the same")
-    assert "\n" not in text
 
 
 def _with_other_ends(base: Path) -> dict[str, str]:
@@ -543,134 +381,3 @@ def test_what_a_model_does_around_its_layers_is_compared(tiny):
         assert line.startswith(
             f"ValueError: train.check_base: {name}: differs from transformers' by"
         ), line
-
-
-# ---- what it costs and leaves alone --------------------------------------------------------------
-
-
-def _needed(base: Path) -> tuple[int, int, float]:
-    """Experts gathered, experts that transformers got, largest gate of the second input."""
-    seen: dict[str, Any] = {}
-    gather = Loaded.layer
-    load = Reference.load_experts
-    drive = records.driven
-
-    def gathered(self: Any, number: int, experts: Any) -> Any:
-        seen["ours"] = len(experts)
-        return gather(self, number, experts)
-
-    def read(self: Any, number: int, chosen: Any) -> None:
-        load(self, number, chosen)
-        seen["theirs"] = self.experts.gate_up_proj.shape[0]
-        gates = torch.einsum(
-            "th,eih->tei", seen["driven"], self.experts.gate_up_proj.chunk(2, 1)[0]
-        )
-        seen["gate"] = gates.abs().max().item()
-
-    def driven(h_TH: torch.Tensor) -> torch.Tensor:
-        seen["driven"] = drive(h_TH)
-        return seen["driven"]
-
-    # type: ignore[assignment]
-    Loaded.layer = gathered
-    Reference.load_experts = read
-    records.driven = driven
-    with loaded(base) as (chunks, groups):
-        assert said(chunks, groups, base).startswith("base:")
-    return seen["ours"], seen["theirs"], seen["gate"]
-
-
-def test_experts_that_do_not_fit_the_host_are_refused(tiny, monkeypatch):
-    monkeypatch.setattr(compare_layer, "free_host_memory_bytes", lambda: 2**20)
-    for line in run_ranks(_said_in, 2, tiny, {"ep": 2}, "float32"):
-        assert (
-            line == f"ValueError: train.check_base: layer 3 (MoE) of {tiny}: the 7 experts that the"
-            " check's tokens need take 0.0 GiB of host memory on the first rank, which has 0.0"
-            " GiB free. Free some, or train without the check: train.check_base=off."
-        )
-
-
-def test_only_experts_that_the_tokens_need_are_gathered_and_read(tmp_path):
-    base = make_tiny(tmp_path / "m", num_experts=96, num_experts_per_tok=2, num_hidden_layers=1)
-    ours, theirs, largest_gate = run_ranks(_needed, 1, base)[0]
-    assert ours == theirs <= 64, "sixteen tokens twice, two experts each"
-    assert largest_gate > 20
-
-
-@pytest.mark.parametrize("model", ["tiny", "everything"])
-def test_float64_says_what_rounding_is(model, request):
-    """transformers in float32 against itself in float64: the tolerance is more than ten times
-    that."""
-    from benchmarks.layer_check import rounding
-
-    found = rounding(request.getfixturevalue(model), torch.float32)
-    assert {"attention", "MLP", "MLP (second input)", "residual sums"} <= found.keys()
-    assert max(found.values()) < records.TOLERANCE / 10
-
-
-def _measured(folder: Path) -> dict[str, Any]:
-    from benchmarks import layer_check
-
-    sizes = {
-        "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-        "moe_intermediate_size": 32,
-        "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 128, "intermediate_size": 96,
-    }  # fmt: skip
-    return layer_check.measure(
-        layer_check.write_base(folder, {**layer_check.BASE, **sizes}), runs=2
-    )
-
-
-def test_the_benchmark_measures_a_check_that_passes(tmp_path):
-    record = run_ranks(_measured, 1, tmp_path)[0]
-    assert record["line"].startswith(
-        "base: layer 0 (MoE), embedding and head equal transformers' to "
-    )
-    assert len(record["seconds"]) == len(record["cpu_seconds"]) == 2
-    assert max(record["rounding_of_transformers"].values()) < records.TOLERANCE
-
-
-def test_a_run_is_the_same_to_the_bit_with_and_without_the_check(everything, chats, tmp_path):
-    lora = LoRAConfig(rank=3, alpha=12.0, dropout=0.3, target_modules=NAMES)
-    runs = {}
-    for check in ("off", "loss"):  # loss makes both comparisons
-        config: RunConfig = make_config(
-            everything,
-            chats,
-            tmp_path / check,
-            {"tp": 2, "ep": 2},
-            lora=lora,
-            steps=2,
-            check_base=check,
-        )
-        run_ranks(train, 2, config)
-        runs[check] = load_file(tmp_path / check / "step_000002" / "adapter_model.safetensors")
-        assert written(tmp_path / check, "loss") == written(tmp_path / "off", "loss")
-    assert runs["loss"].keys() == runs["off"].keys()
-    for name, tensor in runs["off"].items():
-        assert torch.equal(runs["loss"][name].view(torch.int32), tensor.view(torch.int32)), name
-
-
-def test_a_rotary_table_may_differ_by_its_frequencies_rounding_alone():
-    positions = torch.tensor([1.0, 1000.0, 131071.0])
-    frequencies = 1e6 ** (-torch.arange(0, 64, 2, dtype=torch.float32) / 64)
-    angles = positions[:, None] * frequencies
-    theirs = positions[:, None] * torch.nextafter(frequencies, torch.tensor(1.0))
-    assert records.rotary_difference(angles, theirs.cos(), theirs.sin()) < 1
-    scaled = positions[:, None] * torch.where(frequencies < 1e-4, frequencies / 4, frequencies)
-    assert records.rotary_difference(angles, scaled.cos(), scaled.sin()) > 1000
-    assert records.rotary_difference(angles, 1.2 * angles.cos(), 1.2 * angles.sin()) < 1, (
-        "attention's factor"
-    )
-
-
-def test_a_number_that_is_none_is_no_agreement():
-    value = torch.ones(records.NUM_TOKENS, 3)
-    assert records.relative_difference(value, value) == 0
-    for wrong in (value * torch.nan, value * torch.inf, torch.ones(records.NUM_TOKENS, 4)):
-        assert records.first_difference([("head", wrong)], [("head", value)]) == ("head", torch.inf)
-    small = value.clone()
-    small[3] *= 1e-4
-    small_and_off = small.clone()
-    small_and_off[3, 0] *= 1.001  # 1e-7 of the largest number, 1e-3 of its own token
-    assert records.relative_difference(small_and_off, small) == pytest.approx(1e-3, rel=1e-2)

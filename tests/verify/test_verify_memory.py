@@ -32,7 +32,8 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[nn.Parameter]]:
 
     def build(*args, **kwargs):
         model = real(*args, **kwargs)
-        built.extend(weakref.ref(p) for chunk in model.chunks for p in chunk.parameters())
+        for chunk in model.chunks:
+            built.extend(map(weakref.ref, chunk.parameters()))
         return model
 
     monkeypatch.setattr(peft_verify, "build_adapted", build)

@@ -1,6 +1,7 @@
-"""Changes of what a safetensors file holds, for tests that spoil or rewrite one."""
+"""Tensors by name, as safetensors files hold them: changes that spoil or rewrite them, and a
+comparison bit for bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -58,3 +59,10 @@ def cast(dtype: torch.dtype) -> Change:
         return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
     return change
+
+
+def assert_same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same names, and the same numbers bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name

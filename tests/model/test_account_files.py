@@ -1,0 +1,182 @@
+"""Indices that contradict their files, files that are no safetensors, weights in other forms."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalora.hf import folder as bridge_folder
+from megalora.hf.folder import weight_shards
+from megalora.model import stored_tensors as stored_module
+from megalora.model.account import open_folder
+from megalora.tiny import make_tiny
+from tests.oracles.base import (
+    make_base,
+    own_logits,
+    transformers_logits,
+)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One base a family, a dense layer among MoE ones."""
+    folder = tmp_path_factory.mktemp("account")
+    return {
+        "qwen3_moe": make_base(folder / "qwen3_moe", mlp_only_layers=[0]),
+        "qwen3": make_base(folder / "qwen3", "qwen3", attention_bias=True),
+        "qwen2_moe": make_base(folder / "qwen2_moe", "qwen2_moe"),
+    }
+
+
+def copy_of(base: Path, out: Path) -> Path:
+    out.mkdir()
+    for path in base.iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    return out
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        open_folder(folder)
+    assert type(caught.value) is ValueError
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit_index(folder: Path, change: Any) -> Path:
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = change(content["weight_map"])
+    index.write_text(json.dumps(content))
+    return index
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda names: {n: f for n, f in names.items() if n != "model.norm.weight"},
+            "does not name 1 tensors that its files hold (model.norm.weight)",
+        ),
+        (
+            lambda names: names | {"model.foo.weight": names["model.norm.weight"]},
+            "names 1 tensors that its files do not hold (model.foo.weight)",
+        ),
+        (
+            lambda names: {
+                n: min(names.values()) if n == "model.norm.weight" else f for n, f in names.items()
+            },
+            "names 1 tensors that its files do not hold (model.norm.weight)",
+        ),
+        (lambda names: names | {"model.rotary_emb.inv_freq": names["model.norm.weight"]}, None),
+        (lambda names: {}, "has no weight_map from tensor names to files"),
+        (lambda names: [1], "has no weight_map from tensor names to files"),
+        (lambda names: {"a": 3}, "has no weight_map from tensor names to files"),
+    ],
+)
+def test_an_index_and_its_files_must_agree(tmp_path: Path, change: Any, said: str | None) -> None:
+    folder = make_tiny(tmp_path / "base", num_hidden_layers=2)
+    index = edit_index(folder, change)
+    if said is None:
+        open_folder(folder)
+    else:
+        assert f"{index} {said}" in refusal(folder)
+
+
+def test_one_file_comes_before_an_index_of_others(tmp_path: Path) -> None:
+    """As in transformers: the shards and the index of another model beside it are passed over."""
+    folder = make_base(tmp_path / "base")
+    expected = own_logits(folder)
+    other = make_tiny(tmp_path / "other", num_hidden_layers=2, seed=5)
+    for path in [*other.glob("*.safetensors"), *other.glob("*.index.json")]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert torch.equal(own_logits(folder), expected)
+    assert (transformers_logits(folder) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda raw: raw[:4], "its header would have"),
+        (
+            lambda raw: (10**9).to_bytes(8, "little") + raw[8:],
+            "its header would have 1,000,000,000 bytes",
+        ),
+        (lambda raw: raw[:8] + b"x" + raw[9:], "Expecting value"),
+        (lambda raw: raw + b"more", "its tensors end at byte"),
+        (lambda raw: raw.replace(b'"F32"', b'"F16"', 1), "is described as {'dtype': 'F16'"),
+        (lambda raw: raw.replace(b'"data_offsets"', b'"data_offset_"', 1), "is described as"),
+        (
+            lambda raw: raw.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1),
+            "is described as",
+        ),
+    ],
+)
+def test_a_file_that_is_no_safetensors(tmp_path: Path, change: Any, said: str) -> None:
+    folder = make_base(tmp_path / "base", "qwen3")
+    shard = folder / "model.safetensors"
+    shard.write_bytes(change(shard.read_bytes()))
+    assert re.search(
+        rf"{re.escape(str(shard))} is not a whole safetensors file \(.*{re.escape(said)}",
+        refusal(folder),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("pytorch_model.bin", "pytorch_model.bin is not read: save the model as safetensors"),
+        (
+            "pytorch_model-00001-of-00002.bin",
+            "pytorch_model-00001-of-00002.bin is not read: save the model as safetensors",
+        ),
+        ("consolidated.00.pth", "consolidated.00.pth is not read: save the model as safetensors"),
+        ("Qwen3-8B-Q4_K_M.gguf", "Qwen3-8B-Q4_K_M.gguf is not read: save the model as safetensors"),
+        ("training_args.bin", "download the model again"),
+        ("config.old", "download the model again"),
+        (
+            "adapter_model.safetensors",
+            "adapter_model.safetensors is an adapter, which needs its base model here",
+        ),
+        (
+            "model-00001-of-00001.safetensors",
+            (
+                "model-00001-of-00001.safetensors is named by no model.safetensors.index.json: "
+                "save or download the model again with its index"
+            ),
+        ),
+    ],
+)
+def test_weights_in_another_form_are_named(
+    bases: dict[str, Path], tmp_path: Path, name: str, advice: str
+) -> None:
+    folder = copy_of(bases["qwen3"], tmp_path / "base")
+    (folder / "model.safetensors").rename(folder / name)
+    assert (
+        refusal(folder)
+        == f"{folder}: 1 of 1 weight shards are missing (model.safetensors); {advice}"
+    )
+
+
+def test_a_pointer_of_git_lfs_is_called_one(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_of(bases["qwen3"], tmp_path / "base")
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 9\n"
+    )
+    assert "it is a pointer of Git LFS, in place of the file: run git lfs pull" in refusal(folder)
+
+
+def test_every_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of ranks read the headers of hundreds of shards, often over a network."""
+    folder = make_tiny(tmp_path / "base")
+    opened: list[str] = []
+    read = stored_module.read_header
+    monkeypatch.setattr(
+        stored_module, "read_header", lambda path: (opened.append(path.name), read(path))[1]
+    )
+    monkeypatch.setattr(bridge_folder, "read_header", stored_module.read_header)
+    open_folder(folder)
+    assert sorted(opened) == weight_shards(folder)
