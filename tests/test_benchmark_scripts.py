@@ -52,7 +52,6 @@ def without_triton(arms: dict) -> dict:
 def test_bench_writes_what_it_found_and_what_it_left_out(tmp_path, monkeypatch, capsys):
     tiny = LinearSpec("tiny peft", 64, 4, 40, 48, 8)
     monkeypatch.setitem(SIZES, "tiny", TINY)
-    monkeypatch.setattr(bench_grouped_lora, "PEFT_CASE", tiny)
     for name in ("our_arms", "our_linear_arms"):
         real = getattr(bench_grouped_lora, name)
         monkeypatch.setattr(
@@ -64,7 +63,7 @@ def test_bench_writes_what_it_found_and_what_it_left_out(tmp_path, monkeypatch, 
         dry=False, out=tmp_path / "r.json"
     )  # fmt: skip
     bench = bench_grouped_lora.Bench(
-        CPU, torch.float32, repeats=2, budget=Budget(None), compiled=False
+        CPU, torch.float32, repeats=2, budget=Budget(None), compiled=False, peft_case=tiny
     )
     assert bench_grouped_lora.run(bench, args) == 0
     record = json.loads(args.out.read_text())

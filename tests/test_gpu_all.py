@@ -338,7 +338,9 @@ def test_a_script_that_is_ended_ends_its_step(sign, code, tmp_path):
     script = ["bash", str(ROOT / "benchmarks/gpu_all.sh"), "--out", str(out), "tests"]
     process = subprocess.Popen(
         script, env={**os.environ, "PYTHON": str(python)}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True
+        stderr=subprocess.PIPE, text=True,
+        # A shell lets what it starts in the background ignore SIGINT, these tests among it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     pid = tmp_path / "pid"
     # The step says so after two seconds: a signal while it is being started would leave it running.

@@ -27,7 +27,7 @@ from unittest import mock
 from weakref import WeakSet
 
 import torch
-from megalora_kernels import each_expert, swiglu
+from megalora_kernels import each_expert, swiglu_backward
 from torch import Tensor, nn
 
 from megalora.bench.live import LiveTensors
@@ -190,7 +190,7 @@ def count_step(config: RunConfig, top_k: int) -> dict[str, int]:
     """The categories of one rank, after a step in which the optimizer made its state."""
     with (
         mock.patch.object(each_expert, "FEW_ROWS", 0),
-        mock.patch.object(swiglu, "LOOP_ELEMENTS", 0),
+        mock.patch.object(swiglu_backward, "LOOP_ELEMENTS", 0),
         built(config) as run,
     ):
         if top_k:
