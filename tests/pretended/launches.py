@@ -68,9 +68,9 @@ class Operations(TorchDispatchMode):
 
 def _touches_memory(func: Any, name: str, values: Any) -> bool:
     """Whether an operation reads or writes memory of the GPU: views and allocations do not."""
-    is_view = any(
-        r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
-    )
+    # A view's result aliases an argument that is not written.
+    aliases = [returned.alias_info for returned in func._schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in aliases)
     if is_view or "empty" in name or name in ("detach", "set_", "lift_fresh", "_unsafe_view"):
         return False
     return any(on_gpu(t) for t in torch.utils._pytree.tree_leaves(values))

@@ -90,15 +90,15 @@ def count_chunk(chunk: Any, sequence: int, recorder: Recorder) -> Counts:
             accumulate_grad=True,
         )  # fmt: skip
     recorder.on_launch = None
-    places = ["embedding", *map(str, range(len(chunk.decoder.layers))), "head"]
-    return {
-        place: {
+    found = {}
+    for place in ("embedding", *map(str, range(len(chunk.decoder.layers))), "head"):
+        # (place, whether in backward) -> FLOPs
+        found[place] = {
             "kept": kept[place],
             "forward": work.flops[place, False],
             "backward": work.flops[place, True],
         }
-        for place in places
-    }
+    return found
 
 
 def _say_where(chunk: Any, work: Work) -> None:

@@ -99,14 +99,13 @@ def test_adapters_are_counted(backend: str, counted: dict[str, Any]) -> None:
 def test_gradients_are_taken_by_autograd_as_they_are(counted: dict[str, Any]) -> None:
     """No copy for the layout or the scale of any: nothing of torch runs in the experts'
     backward."""
-    assert all(
-        name.startswith("_")
-        for name in counted["expert_mlp triton ep8 adapters backward"]["kernels"]
-    )
+    # Names of our kernels begin with an underscore, torch's operations do not.
+    for name in counted["expert_mlp triton ep8 adapters backward"]["kernels"]:
+        assert name.startswith("_"), name
 
 
 def test_an_expert_parallel_layer_routes_in_three_launches(counted: dict[str, Any]) -> None:
     kernels = counted["layer triton ep8 adapters forward"]["kernels"]
-    assert {
-        name: kernels[name] for name in ("_count_kernel", "_place_kernel", "_regroup_kernel")
-    } == dict(_count_kernel=1, _place_kernel=1, _regroup_kernel=1)
+    # The router's choice takes two launches, rows from other ranks one.
+    for name in ("_count_kernel", "_place_kernel", "_regroup_kernel"):
+        assert kernels[name] == 1, name

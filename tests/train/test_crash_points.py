@@ -50,6 +50,7 @@ class Crash:
             and isinstance(arguments[1], str)
             and bool(set(arguments[1]) & set("wax"))
         )
+        # A hook runs before what it is told of: the change has not happened yet.
         if self.k and (event in CHANGES or writes):
             self.change()
         if self.k and writes and os.path.exists(str(arguments[0])):
@@ -58,6 +59,7 @@ class Crash:
     def _half_open(self, path: str) -> None:
         """To open a file for writing empties it: a kill may come before anything is written."""
         if self.kill and self.count + 1 == self.k:
+            # With k at zero the hook lets this very truncation through.
             k = self.k
             self.k = 0
             os.truncate(path, 0)
@@ -128,8 +130,10 @@ def test_every_crash_point_of_a_save(
     before: list[int], latest: int | None, step: int, may_be: set, kill: bool, tmp_path: Path
 ) -> None:
     start = saved(tmp_path / "start", *before, latest=latest)
+    # Marks of the checkpoints found after a crash, over all k.
     seen = set()
     k = 1
+    # Until the save ends before its k-th change: then every one of them has been a crash point.
     while True:
         run = copied(start, tmp_path / "run")
         more = with_crash(again(run, step), k, kill)
@@ -145,6 +149,7 @@ def test_every_crash_point_of_a_save(
         if not more:
             break
         k += 1
+    # A hook that sees nothing would end the loop at once.
     assert k > 10
     assert seen <= may_be and NEW in seen
     assert mark_of(run / checkpoint_name(step)) == NEW

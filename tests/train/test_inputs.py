@@ -15,9 +15,9 @@ from tests.parity.runs import make_config
 
 def batch(rows: int, length: int, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    tokens, labels = (
-        torch.randint(0, 151_936, (rows, length), generator=generator) for _ in range(2)
-    )
+    # Qwen's vocabulary has 151,936 tokens: numbers that 16 bits do not hold.
+    tokens = torch.randint(0, 151_936, (rows, length), generator=generator)
+    labels = torch.randint(0, 151_936, (rows, length), generator=generator)
     labels[0, 0] = 0  # a label that is its own negative
     return Batch(tokens, labels, torch.randint(0, 2, (rows, length), generator=generator).float())
 
@@ -35,6 +35,7 @@ def test_what_arrives_is_what_was_sent(first: bool, last: bool) -> None:
             (last, found.labels, sent.labels),
             (last, found.loss_mask, sent.loss_mask),
         ):
+            # A stage between the ends needs neither tokens nor labels: nothing is sent for it.
             if not wanted:
                 assert tensor is None
                 continue
@@ -60,6 +61,7 @@ def test_stages_know_every_microbatch_s_own_length(tiny: Path, chats: Path, tmp_
     not the tensors'."""
     options = {"micro_batch_size": 1, "global_batch_size": 6}
     lengths, one = run_ranks(losses, 1, make_config(tiny, chats, tmp_path, {}, **options))[0]
+    # Were all of one length, stages that assume one could not be told from those that know.
     assert len(lengths) > 3
     for rank_lengths, two in run_ranks(
         losses, 2, make_config(tiny, chats, tmp_path, {"pp": 2}, **options)

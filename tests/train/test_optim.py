@@ -49,8 +49,7 @@ def test_a_step_has_the_bits_of_megatron_s(
         run_ranks(after_two_steps, 2, config, ours), theirs, strict=True
     ):
         assert norms == pytest.approx(their_norms, rel=1e-12)
+        # Above the smallest limit: the first case does clip.
         assert min(norms) > 0.1
-        assert all(
-            torch.equal(mine, their)
-            for mine, their in zip(parameters, their_parameters, strict=True)
-        )
+        for mine, their in zip(parameters, their_parameters, strict=True):
+            assert torch.equal(mine, their)
