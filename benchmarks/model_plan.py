@@ -91,12 +91,14 @@ def beside_measured() -> list[dict[str, Any]]:
             said = planned(setup, machine)
             case: dict[str, Any] = {"layers": row["layers"], "rates": rates}
             for name in ("step_ms", "peak_bytes"):
+                error = error_percent(said[name], row[name])
+                assert error is not None, f"{row['arm']} was not measured on a GPU: no {name}"
                 # Rounded, so that the record stays when the planner adds the same parts in another
                 # order.
                 case[name] = {
                     "measured": row[name],
                     "predicted": round(said[name], 3),
-                    "error_percent": round(100 * (said[name] / row[name] - 1), 4),
+                    "error_percent": round(error, 4),
                 }
             found.append(case)
     return found

@@ -6,11 +6,13 @@ it.
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from megalora_kernels import tuned
 from megalora_kernels.variants import Variant
 
 from benchmarks.expert_case import Sizes, Spec
@@ -51,6 +53,16 @@ def by_torch(o: Operands, variant: Variant) -> torch.Tensor:
     """What every right variant computes; allocated as the launcher does."""
     y_MN = o.x.new_empty(o.routing.num_rows, o.w_EKN.shape[2])
     return y_MN.copy_(reference(o))
+
+
+def place_for_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where a sweep may write; a fixture's body: afterwards no table of it is in use."""
+    monkeypatch.setenv(tuned.ENV_TABLE, "off")  # and put back what the sweep sets
+    tuned.forget()
+    # asking git at every save takes seconds in all
+    monkeypatch.setattr("benchmarks.gpu_timing.commit", lambda: "abc")
+    yield tmp_path / "tuned.json"
+    tuned.forget()
 
 
 class Bench:

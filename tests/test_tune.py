@@ -32,6 +32,7 @@ from tests.made_up_sweep import (
     VARIANTS,
     Bench,
     costs,
+    place_for_a_table,
     rows_of,
     sweep,
     variants_of,
@@ -41,13 +42,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def out(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv(tuned.ENV_TABLE, "off")  # and put back what the sweep sets
-    tuned.forget()
-    # asking git at every save takes seconds in all
-    monkeypatch.setattr("benchmarks.gpu_timing.commit", lambda: "abc")
-    yield tmp_path / "tuned.json"
-    tuned.forget()
+def out(tmp_path, monkeypatch):
+    yield from place_for_a_table(tmp_path, monkeypatch)
 
 
 def test_the_fastest_gets_the_row_of_every_point(out):

@@ -4,12 +4,10 @@ points beyond its budget."""
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megalora_kernels import tuned
 from megalora_kernels.variants import Variant
 
 from benchmarks.tune_points import (
@@ -34,6 +32,7 @@ from tests.made_up_sweep import (
     Bench,
     by_torch,
     costs,
+    place_for_a_table,
     rows_of,
     sweep,
     variants_of,
@@ -41,13 +40,8 @@ from tests.made_up_sweep import (
 
 
 @pytest.fixture
-def out(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv(tuned.ENV_TABLE, "off")  # and put back what the sweep sets
-    tuned.forget()
-    # asking git at every save takes seconds in all
-    monkeypatch.setattr("benchmarks.gpu_timing.commit", lambda: "abc")
-    yield tmp_path / "tuned.json"
-    tuned.forget()
+def out(tmp_path, monkeypatch):
+    yield from place_for_a_table(tmp_path, monkeypatch)
 
 
 def with_bug(which: Variant, bug: Callable[[Operands, torch.Tensor], torch.Tensor | None]) -> Any:

@@ -19,6 +19,7 @@ from megalora.model.account import needed_tensors, open_folder, unused_note
 from megalora.model.fields import model_shape
 from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
+from tests.model.accounts import copy_of, refusal
 from tests.named_tensors import cast, renamed, without
 from tests.oracles.base import (
     Tensors,
@@ -54,32 +55,6 @@ def test_needed_is_what_transformers_saves(
         saved |= {tensor.name: tensor.shape for tensor in tensors}
     assert needed_tensors(model_shape(read_hf_config(folder))) == saved
     assert open_folder(folder).places.keys() == saved.keys()
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One base a family, a dense layer among MoE ones."""
-    folder = tmp_path_factory.mktemp("account")
-    return {
-        "qwen3_moe": make_base(folder / "qwen3_moe", mlp_only_layers=[0]),
-        "qwen3": make_base(folder / "qwen3", "qwen3", attention_bias=True),
-        "qwen2_moe": make_base(folder / "qwen2_moe", "qwen2_moe"),
-    }
-
-
-def copy_of(base: Path, out: Path) -> Path:
-    out.mkdir()
-    for path in base.iterdir():
-        (out / path.name).write_bytes(path.read_bytes())
-    return out
-
-
-def refusal(folder: Path) -> str:
-    with pytest.raises(ValueError) as caught:
-        open_folder(folder)
-    assert type(caught.value) is ValueError
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # A tensor of every kind of layer, and of its first and last expert.

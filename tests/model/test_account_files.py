@@ -13,37 +13,12 @@ from megalora.hf.folder import weight_shards
 from megalora.model import stored_tensors as stored_module
 from megalora.model.account import open_folder
 from megalora.tiny import make_tiny
+from tests.model.accounts import copy_of, refusal
 from tests.oracles.base import (
     make_base,
     own_logits,
     transformers_logits,
 )
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One base a family, a dense layer among MoE ones."""
-    folder = tmp_path_factory.mktemp("account")
-    return {
-        "qwen3_moe": make_base(folder / "qwen3_moe", mlp_only_layers=[0]),
-        "qwen3": make_base(folder / "qwen3", "qwen3", attention_bias=True),
-        "qwen2_moe": make_base(folder / "qwen2_moe", "qwen2_moe"),
-    }
-
-
-def copy_of(base: Path, out: Path) -> Path:
-    out.mkdir()
-    for path in base.iterdir():
-        (out / path.name).write_bytes(path.read_bytes())
-    return out
-
-
-def refusal(folder: Path) -> str:
-    with pytest.raises(ValueError) as caught:
-        open_folder(folder)
-    assert type(caught.value) is ValueError
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def edit_index(folder: Path, change: Any) -> Path:

@@ -1,5 +1,5 @@
 """One vLLM server for every test marked ``vllm``: a tiny Qwen3-MoE in float32, adapters loaded as
-tests need them."""
+tests need them. For the client's tests a server that behaves like it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +9,8 @@ import pytest
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client
 from tests.environment import OUTSIDE
+from tests.serve.adapters import make_adapter
+from tests.serve.fake_vllm import FakeVLLM, fake_vllm
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +36,19 @@ def client(server: Server) -> Iterator[Client]:
         yield client
         for name in {served.name for served in client.list() if not served.is_base}:
             client.unload(name)
+
+
+@pytest.fixture
+def vllm(tiny: Path) -> Iterator[FakeVLLM]:
+    with fake_vllm(str(tiny)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three, each with an answer of its own."""
+    folder = tmp_path_factory.mktemp("adapters")
+    made = []
+    for seed in range(3):
+        made.append(make_adapter(folder / str(seed), tiny, seed, target_modules=["q_proj"]))
+    return made

@@ -188,6 +188,11 @@ def answer_of(folder: Path) -> list[int]:
     return list(hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).digest()[:8])
 
 
+def names(server: FakeVLLM) -> list[str]:
+    """Names under which it serves adapters, in the order in which they came."""
+    return list(server.adapters)
+
+
 @contextmanager
 def fake_vllm(base_path: str = "") -> Iterator[FakeVLLM]:
     server = FakeVLLM(base_path)

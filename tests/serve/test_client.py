@@ -21,36 +21,16 @@ from megalora.serve.store import Store
 from megalora.serve.vllm import Client, versioned
 from tests.adapters.folders import edit_config
 from tests.serve.adapters import make_adapter
-from tests.serve.fake_vllm import BASE, FakeVLLM, answer_of, fake_vllm
+from tests.serve.fake_vllm import BASE, FakeVLLM, answer_of, names
 from tests.waiting import PATIENCE_S, wait_until
 
 PROMPT = [5, 3, 2]
 
 
 @pytest.fixture
-def vllm(tiny: Path) -> Iterator[FakeVLLM]:
-    with fake_vllm(str(tiny)) as server:
-        yield server
-
-
-@pytest.fixture
 def client(vllm: FakeVLLM) -> Iterator[Client]:
     with Client(vllm.url, timeout=PATIENCE_S) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three, each with an answer of its own."""
-    folder = tmp_path_factory.mktemp("adapters")
-    made = []
-    for seed in range(3):
-        made.append(make_adapter(folder / str(seed), tiny, seed, target_modules=["q_proj"]))
-    return made
-
-
-def names(vllm: FakeVLLM) -> list[str]:
-    return list(vllm.adapters)
 
 
 def test_a_version_is_named_after_its_contents(
