@@ -1,10 +1,11 @@
-"""The in-place delta: right values and gradients, no second full-width tensor, and refused where it
-would be unsafe."""
+"""Add a low-rank delta in place: values and gradients are right, no second full-width tensor is
+made, and autograd refuses it where it would be unsafe."""
 
 import pytest
 import torch
 from megalora_kernels import add_low_rank
 
+# Sequence, microbatch, output features and rank, all different: a transposed dimension shows.
 S = 5
 B = 3
 OUT = 11
@@ -12,17 +13,27 @@ R = 2
 
 
 def tensors() -> tuple[torch.Tensor, ...]:
-    g = torch.Generator().manual_seed(0)
-    shapes = [(S, B, OUT), (S, B, R), (OUT, R), (S, B, OUT)]
-    return tuple(torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes)
+    """base [S, B, OUT], h = A x [S, B, R], b [OUT, R] and dy, the gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    # In float64 assert_close tolerates 1e-7: another order of summation passes, nothing else does.
+    for shape in [(S, B, OUT), (S, B, R), (OUT, R), (S, B, OUT)]:
+        drawn.append(torch.randn(*shape, generator=generator, dtype=torch.float64))
+    return tuple(drawn)
+
+
+def leaves_of(*values: torch.Tensor) -> list[torch.Tensor]:
+    """Copies that autograd gives gradients to."""
+    return [value.clone().requires_grad_() for value in values]
 
 
 def test_values_and_gradients():
     base, h, b, dy = tensors()
-    leaves = [t.clone().requires_grad_() for t in (base, h, b)]
+    leaves = leaves_of(base, h, b)
     expected = leaves[0] + leaves[1] @ leaves[2].T
     wanted = torch.autograd.grad(expected, leaves, dy)
-    copies = [t.clone().requires_grad_() for t in (base, h, b)]
+    copies = leaves_of(base, h, b)
+    # A leaf cannot be written over; the product with 1 stands for the base's own linear.
     out = add_low_rank(copies[0] * 1, copies[1], copies[2])
     torch.testing.assert_close(out, expected)
     for got, want in zip(torch.autograd.grad(out, copies, dy), wanted, strict=True):
@@ -30,6 +41,7 @@ def test_values_and_gradients():
 
 
 def test_the_result_lies_where_the_base_output_lay():
+    """A second tensor [S, B, OUT] per linear would be the largest activation of a LoRA layer."""
     base, h, b, _ = tensors()
     whole = base.clone().requires_grad_() * 1
     address = whole.data_ptr()

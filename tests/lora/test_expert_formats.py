@@ -1,4 +1,4 @@
-"""Experts' weights get room for their adapters before they are loaded, and stay there."""
+"""Reserve columns for adapters in experts' weights before they are loaded, and never move them."""
 
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,22 @@ from megalora.train.assemble import assemble
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config
 
+# gate and up are one fused weight, so their ranks add up; both projections have a larger rank in
+# layer 2, so that a format per model would not do.
 LORA = LoRAConfig(
     rank=4, target_modules=["gate_proj", "up_proj", "down_proj"], layers="1-2",
     rank_pattern={r"layers\.2\..*gate_proj": 19, r"layers\.2\..*down_proj": 17},
 )  # fmt: skip
 ROOM = {"gate_up": {1: 16, 2: 32}, "down": {1: 16, 2: 32}}
-"""Stacked ranks 8 and 23 of gate and up, 4 and 17 of down, padded to 16."""
+"""Weight -> layer -> reserved columns: stacked ranks 4 + 4 = 8 and 19 + 4 = 23 of gate and up, 4
+and 17 of down, each padded to a multiple of 16. Layers 0 and 3 are not adapted and have no
+room."""
 
 
 def experts_of(chunks: list[Any]) -> dict[int, FusedExperts]:
     """Layer -> its experts, adapted or not."""
     found = {}
+    # A chunk is what one virtual pipeline stage holds; there is one without interleaving.
     for chunk in chunks:
         for layer in chunk.decoder.layers:
             # An adapted layer's experts are wrapped; Megatron counts layers from 1.
@@ -60,10 +65,12 @@ def trained(config: RunConfig, with_room: bool) -> dict[str, Any]:
         seen["moved"] = pointers(chunks) != before
         return shards
 
+    # A rank is a fork of this process, so nothing of this is put back.
     if with_room:
         experts.gains_from_room = lambda *_: True
     adapted_model.inject = watched
     with assemble(config) as run:
+        # Two steps: the first has B = 0 and moves B alone, the second moves A too.
         seen["losses"] = [run.step(number, lr=1e-2)[0] for number in range(2)]
         seen |= {"bytes": {}, "sizes": {}, "weights": {}}
         for key, weight in weights_of(run.model.chunks).items():
@@ -89,7 +96,9 @@ def test_weights_lie_in_their_buffers_from_the_start(
     plain = run_ranks(trained, world, config, False)
     roomy = run_ranks(trained, world, config, True)
     for without, given in zip(plain, roomy, strict=True):
+        # A move would need the weights of a layer twice at once.
         assert not without["moved"] and not given["moved"]
+        # One product of [weight | B] in place of two: the order of summation in float32 differs.
         assert given["losses"] == pytest.approx(without["losses"], rel=1e-6)
         for key, weight in without["weights"].items():
             assert torch.equal(given["weights"][key], weight)
@@ -98,18 +107,25 @@ def test_weights_lie_in_their_buffers_from_the_start(
             room = ROOM[name].get(layer, 0)
             assert given["bytes"][layer, name] == e * (n + room) * (k + room) * 4
             assert without["bytes"][layer, name] == e * n * k * 4
+    # Adapters are gathered on rank 0 alone.
     first = roomy[0]["adapter"]
     assert first and first.keys() == plain[0]["adapter"].keys()
     for name, tensor in plain[0]["adapter"].items():
+        # Adam divides by the gradient's own size, so an element whose gradient is almost zero turns
+        # a relative error of 1e-6 into a visible part of lr = 1e-2.
         torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-5)
 
 
+# Ranks below, at and above a multiple of 16, to which room is padded.
 @pytest.mark.parametrize("how", [PLAIN, Augmented(5), Augmented(16), Augmented(17)])
 def test_a_format_knows_its_bytes(how: Any) -> None:
+    """The planner counts by ``num_bytes`` what ``allocate`` takes."""
+    # [experts, out, in]
     sizes = (3, 24, 40)
     stored = how.allocate(sizes, torch.bfloat16, torch.device("cpu"))
     matrix = how.matrix(stored)
     assert matrix.shape == sizes and matrix.dtype == torch.bfloat16
+    # bfloat16 has 2 bytes.
     assert matrix.untyped_storage().nbytes() == how.num_bytes(sizes, 2)
 
 
@@ -120,6 +136,7 @@ def test_an_adapter_larger_than_its_room_is_a_bug(tiny: Path, chats: Path, tmp_p
 
 
 def too_narrow(config: RunConfig) -> None:
+    # Layer 2 needs room for 23; a format chosen from anything but the same table would be wrong.
     narrow = ExpertFormats(Augmented(16), Augmented(16))
     adapted_model.expert_formats = lambda *_, **__: {1: narrow, 2: narrow}
     with assemble(config):

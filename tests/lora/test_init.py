@@ -1,4 +1,4 @@
-"""A's initial values: Kaiming-uniform as torch draws it, and a function of seed and name alone."""
+"""Draw A's initial values: Kaiming-uniform as torch does it, a function of seed and name alone."""
 
 import math
 from itertools import product
@@ -12,6 +12,8 @@ from megalora.lora.init import initial_a
 MODULE = "model.layers.3.mlp.experts.7.gate_proj"
 
 
+# The bound is 1/sqrt(in_features): close to square, wide and tall matrices, so that a fan-in taken
+# from the wrong dimension shows.
 @pytest.mark.parametrize(("rank", "in_features"), [(300, 400), (64, 1000), (2000, 48)])
 def test_distribution_is_that_of_peft(rank: int, in_features: int) -> None:
     a = initial_a(0, MODULE, rank, in_features)
@@ -32,13 +34,15 @@ def test_distribution_is_that_of_peft(rank: int, in_features: int) -> None:
 
 
 def largest_gap(one: Tensor, other: Tensor) -> float:
-    """Between the two empirical distribution functions, at every drawn value."""
+    """Largest distance of two empirical distribution functions, at every drawn value; both have as
+    many values."""
     one = one.flatten().sort().values
     other = other.flatten().sort().values
     at = torch.cat([one, other])
-    return (
-        torch.searchsorted(one, at, right=True) - torch.searchsorted(other, at, right=True)
-    ).abs().max() / len(one)
+    # How many values of each are at most ``at``: the distribution function times their number.
+    one_below = torch.searchsorted(one, at, right=True)
+    other_below = torch.searchsorted(other, at, right=True)
+    return (one_below - other_below).abs().max().item() / len(one)
 
 
 def test_rows_and_columns_are_independent() -> None:
@@ -59,8 +63,10 @@ def test_same_arguments_give_the_same_values() -> None:
     ("seed", "module"),
     [
         (1, MODULE),
+        # A generator that took the seed modulo 2^32, or without its sign, would repeat itself.
         (-5, MODULE),
         (5 + 2**32, MODULE),
+        # Neighbours in the model: projection, expert, layer, and a dense layer's.
         (5, "model.layers.3.mlp.experts.7.up_proj"),
         (5, "model.layers.3.mlp.experts.8.gate_proj"),
         (5, "model.layers.4.mlp.experts.7.gate_proj"),
@@ -71,6 +77,7 @@ def test_seeds_and_names_draw_different_values(seed: int, module: str) -> None:
     one = initial_a(5, MODULE, 30, 70).flatten()
     other = initial_a(seed, module, 30, 70).flatten()
     correlation = torch.corrcoef(torch.stack([one, other]))[0, 1]
+    # Of n independent pairs it is 0 with a standard deviation of 1/sqrt(n).
     assert correlation.abs() < 5 / math.sqrt(30 * 70)
 
 
@@ -90,6 +97,7 @@ def test_global_generators_are_neither_read_nor_moved() -> None:
     torch.manual_seed(11)
     before = torch.get_rng_state()
     one = initial_a(5, MODULE, 3, 7)
+    # Dropout draws from it: with an adapter more it would draw other numbers.
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(12)
     torch.testing.assert_close(initial_a(5, MODULE, 3, 7), one, rtol=0, atol=0)

@@ -76,10 +76,10 @@ ADAPTER_BUGS: tuple[Bug, ...] = (
         "0 < value and math.isfinite(value)", f"{OPTIONS_TEST} mean_nothing"),
     bug(0, "a name that ends in the middle of a word", PATTERNS,
         r'rf"(.*\.)?({expression or entry})$"', r'rf".*({expression or entry})$"',
-        "tests/lora/test_spec.py test_refused"),
+        "tests/lora/test_select.py test_refused"),
     bug(0, "an expression of the lora section that hangs", PATTERNS,
         "            self.spent_s = TOTAL_SECONDS\n", "            pass\n",
-        "tests/lora/test_spec.py test_refused"),
+        "tests/lora/test_select.py test_refused"),
     bug(0, "braces that match fuzzily", PATTERNS, '_LONE_BRACE.sub(r"\\\\{", expression)',
         'expression', "tests/lora/test_patterns.py as_python"),
 )
