@@ -1,4 +1,4 @@
-"""A byte-level BPE of 300 tokens, trained here, with a chat template of each kind."""
+"""Train a byte-level BPE of 300 tokens for tests, with a chat template of each kind."""
 
 from collections.abc import Iterable
 from itertools import groupby
@@ -6,7 +6,9 @@ from itertools import groupby
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+# Qwen's: the turn ends with <|im_end|>, which is the end-of-sequence token, too.
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+# As Qwen2, Yi and most fine-tuned models: every role has the same frame.
 CHATML = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\n' + message.content }}
@@ -15,8 +17,8 @@ CHATML = """\
 {{- '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-# As Qwen3: turns before the last question lose their reasoning, turns after it always get a think
-# block.
+# As Qwen3: turns before the last question lose their reasoning; turns after it always get a think
+# block, an empty one where the message has no reasoning.
 QWEN3 = """\
 {%- set ns = namespace(last_query=-1) %}
 {%- for message in messages %}
@@ -43,6 +45,8 @@ QWEN3 = """\
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+# {% generation %} is the template's own statement of what the assistant generates; transformers
+# makes its assistant mask of it.
 # The block ends before the end-of-turn token ...
 MARKED_OPEN = """\
 {%- for message in messages %}
@@ -74,6 +78,7 @@ TEMPLATES = {
     "marked_closed": MARKED_CLOSED,
     "llama2": LLAMA2,
 }
+# A few words of the tests, so that some tokens are whole words and others single bytes.
 _TEXT = (
     "user assistant What is the sum of two numbers? The answer is forty two, I think. Good morning"
     " to you."
@@ -84,17 +89,26 @@ def make_tokenizer(
     template: str | None = "chatml",
     trim_offsets: bool = False,
     specials: Iterable[str] = (),
-    **kwargs: str,
+    **kwargs: str | None,
 ) -> PreTrainedTokenizerFast:
-    """template: a key of TEMPLATES; trim_offsets: leave white space out of the offsets, as Llama 3
-    does."""
+    """A fast tokenizer.
+
+    Args:
+        template: a key of ``TEMPLATES``; None for a tokenizer without a chat template.
+        trim_offsets: leave white space out of the offsets of tokens, as Llama 3's tokenizer does.
+        specials: special tokens beside ``SPECIALS``.
+        kwargs: further arguments for ``PreTrainedTokenizerFast``, such as ``bos_token``.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    # All 256 bytes are tokens, so that any text can be tokenised and decoded again.
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    # A dict drops repeated names and keeps the order.
     all_specials = list(dict.fromkeys([*SPECIALS, *specials]))
     trainer = trainers.BpeTrainer(
+        # 256 bytes and 41 merges; 300 with the three of ``SPECIALS``.
         vocab_size=297 + len(all_specials),
         special_tokens=all_specials,
         initial_alphabet=alphabet,

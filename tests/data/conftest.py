@@ -1,4 +1,4 @@
-"""The tokenizer of these tests, as a fixture."""
+"""Give the tests of data their tokenizer as a fixture."""
 
 from collections.abc import Callable
 

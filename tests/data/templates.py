@@ -1,4 +1,4 @@
-"""Small chat templates, one for each way in which real ones behave, and what must come of them.
+"""List small chat templates, one for each way in which real ones behave, and what is learned.
 
 Each was written for its behaviour; the family that behaves so is named. ``TEMPLATES`` has the text,
 ``CASES`` the conversations: what is learned, or what the refusal says.
@@ -7,6 +7,7 @@ Each was written for its behaviour; the family that behaves so is named. ``TEMPL
 from dataclasses import dataclass, field
 from typing import Any
 
+# One turn of ChatML, for any role; and what it prints where the assistant is to answer.
 CHATML_TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 
@@ -17,23 +18,29 @@ def each(body: str, end: str = PROMPT) -> str:
 
 
 def by_role(assistant: str, others: str = CHATML_TURN, end: str = PROMPT) -> str:
+    """A loop over the messages that prints the assistant's otherwise than the others."""
     return each(
         "{%- if m.role == 'assistant' -%}" + assistant + "{%- else -%}" + others + "{%- endif -%}",
         end,
     )
 
 
+# Parts of an assistant's turn: its tool calls as Hermes and Qwen print them, its header, its end.
 CALLS = (
     "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function | tojson + '</tool_call>' }}{%"
     " endfor %}"
 )
 HEAD = "{{ '<|im_start|>assistant\n' }}"
 END = "{{ '<|im_end|>\n' }}"
+# Qwen3 looks for the last question, and does not take a tool's result for one, although it stands
+# in a turn of the user.
 LAST_USER = (
     "{%- set ns = namespace(last=-1) -%}{%- for m in messages -%}{%- if m.role == 'user' and not "
     "(m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) -%}"
     "{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}"
 )
+# Reasoning may come under its own key or inside the content; templates of models that reason take
+# the content apart, which is why marks must not hide </think>.
 SPLIT_THINK = (
     "{%- set content = m.content -%}{%- set reason = m.reasoning_content or '' -%}{%- if '</think>'"
     " in content -%}{%- set reason = content.split('</think>')[0].split('<think>')[-1].strip('\n')"
@@ -41,17 +48,23 @@ SPLIT_THINK = (
 )
 
 TEMPLATES = {
+    # Frames around turns that are all alike.
     "chatml": each(CHATML_TURN),
+    # Llama 3 and Gemma strip white space from every content.
     "trims": each(CHATML_TURN.replace("m.content", "(m.content | trim)")),
+    # Without a generation prompt, nothing tells where the answer begins but the answer itself.
     "no generation prompt": each(CHATML_TURN, ""),
+    # Qwen2.5 puts in a system prompt of its own, so that the first turn is no message's.
     "default system prompt": (
         "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nHelp.<|im_end|>\n' }}"
         "{% endif %}" + each(CHATML_TURN)
     ),
     "no end of turn": each("{{ '<|im_start|>' + m.role + '\n' + m.content }}"),
+    # Alpaca and Vicuna: turns are told apart by ordinary text, which ends in several tokens.
     "text end of turn": each(
         "{{ '### ' + m.role + '\n' + m.content + '\n\n' }}", "{{ '### assistant\n' }}"
     ),
+    # Phi-3 closes the conversation with a token that no single answer has.
     "eos at the very end": each(
         CHATML_TURN, "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}" + PROMPT
     ),
@@ -60,6 +73,8 @@ TEMPLATES = {
         "{{ '[INST] ' + m.content + ' [/INST]' }}",
         "",
     ),
+    # Mistral 7B and Gemma raise an error at two turns of the same speaker, and Gemma at a system
+    # message; others put its text in front of the first question.
     "strict alternation": each(
         "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate')"
         " }}{% endif %}" + CHATML_TURN
@@ -73,10 +88,13 @@ TEMPLATES = {
         + "{% for m in loop_messages %}{{ '<|im_start|>' + m.role + '\n' + (s if loop.first else"
         " '') + m.content + '<|im_end|>\n' }}{% endfor %}" + PROMPT
     ),
+    # Templates that lose something in silence, as older or hand-written ones do.
     "drops the system role": each("{% if m.role != 'system' %}" + CHATML_TURN + "{% endif %}"),
     "drops tool results": each("{% if m.role != 'tool' %}" + CHATML_TURN + "{% endif %}"),
     "last message only": "{% set m = messages[-1] %}" + CHATML_TURN + PROMPT,
     "cuts long contents": each(CHATML_TURN.replace("m.content", "m.content[:12]")),
+    # Ways to print reasoning: before the last answer alone, always, or never but with a prompt that
+    # asks for it (DeepSeek-R1).
     "qwen3": (
         LAST_USER
         + by_role(
@@ -93,10 +111,13 @@ TEMPLATES = {
         SPLIT_THINK + HEAD + "{{ content }}" + END,
         end=PROMPT + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}",
     ),
+    # Here the generation prompt has printed <think> already: what the model has to produce begins
+    # behind it.
     "prompt opens what the answer holds": by_role(
         HEAD + "{{ '<think>\n' + m.reasoning + '\n</think>\n' + m.content }}" + END,
         end=PROMPT + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}",
     ),
+    # Ways to print tool calls, and to lose them: all, the first, their names, their texts.
     "hermes": by_role(HEAD + "{{ m.content }}" + CALLS + END),
     "one of content and calls": by_role(
         HEAD + "{% if m.tool_calls %}" + CALLS + "{% else %}{{ m.content }}{% endif %}" + END
@@ -116,11 +137,13 @@ TEMPLATES = {
         " k, v in c.function.arguments.items() %}{{ ' ' + k + '=' }}{{ v if v is string }}{%"
         " endfor %}{% endfor %}" + END
     ),
+    # Qwen3-Coder and GLM-4.5 print each argument in a line of its own, not as one JSON object.
     "arguments one by one": by_role(
         HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name }}"
         "{% for k, v in c.function.arguments | items %}{{ '\n<arg=' + k + '>' }}"
         "{{ v if v is string else v | tojson }}{% endfor %}{{ '\n</call>' }}{% endfor %}" + END
     ),
+    # JSON may be written with its keys sorted or its letters escaped, and is still whole.
     "sorted arguments": by_role(
         HEAD + "{% for c in m.tool_calls or [] %}{{ c.function.name }}"
         "{{ c.function.arguments | tojson(sort_keys=true) }}{% endfor %}{{ m.content }}" + END
@@ -130,6 +153,8 @@ TEMPLATES = {
         + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c | tojson(ensure_ascii=true) }}{%"
         " endfor %}" + END
     ),
+    # DeepSeek-V3 joins arguments to other text and so needs JSON text; an object raises an error in
+    # the first template and is printed as Python's {'city': 'Paris'} by the second.
     "arguments as text": by_role(
         HEAD
         + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + ' ' "
@@ -139,6 +164,7 @@ TEMPLATES = {
         HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{"
         " c.function.arguments }}{% endfor %}" + END
     ),
+    # Mistral compares ids, so that no mark may stand in them, and wants a result to have a call.
     "mistral: ids of nine": (
         "{%- set ns = namespace(called=false) -%}"
         + each(
@@ -153,10 +179,12 @@ TEMPLATES = {
             "",
         )
     ),
+    # Kimi K2: a call has special tokens inside, of which none ends the turn.
     "special call tokens": by_role(
         HEAD + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<|call|>' + c.function.name +"
         " '<|args|>' + c.function.arguments | tojson + '<|end_call|>' }}{% endfor %}" + END
     ),
+    # GPT-OSS ends its last answer with another token than the answers before it.
     "gpt-oss": each(
         "{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}{{"
         " '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif"
@@ -165,6 +193,7 @@ TEMPLATES = {
         " m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}",
         "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
     ),
+    # GLM-4 has no end of turn: its models stop where they would open the user's turn.
     "glm: the next turn ends it": each(
         "{{ '<|' + m.role + '|>\n' + m.content }}",
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
@@ -178,6 +207,8 @@ TEMPLATES = {
         "{{ eos_token if not add_generation_prompt }}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
     ),
+    # {% generation %} blocks say what is learned: with or without the end of turn, in one block or
+    # two, around the wrong messages, and around less than the whole answer.
     "marked": by_role(
         HEAD + "{% generation %}{{ m.content }}" + CALLS + "{% endgeneration %}" + END
     ),
@@ -192,6 +223,7 @@ TEMPLATES = {
     "marked, without calls": by_role(
         HEAD + "{% generation %}{{ m.content }}{% endgeneration %}" + END
     ),
+    # What stands beside the messages: tools, documents, options.
     "prints tools": (
         "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
         "{{ '<|im_end|>\n' }}{% endif %}" + by_role(HEAD + "{{ m.content }}" + CALLS + END)
@@ -209,13 +241,16 @@ TEMPLATES = {
         + "{% if add_generation_prompt and enable_thinking is false %}{{ '<think></think>' }}{%"
         " endif %}",
     ),
+    # The text of a message may stand in it twice: as a topic above all, in a turn that is printed
+    # again, or, which nobody could learn from, inside an answer.
     "repeats the question": (
-        each(
-            CHATML_TURN.replace("+ m.content", "+ ('Again: ' if false else '') + m.content")
-        ).replace(PROMPT, "")
-        + "{{ '<|im_start|>user\n' + messages[0].content if false }}"
-        + PROMPT
+        "{{ 'Topic: ' + messages[0].content + '\n' }}"
+        + each("{% if m.role == 'user' %}" + CHATML_TURN + "{% endif %}" + CHATML_TURN)
     ),
+    "repeats the question in the answer": by_role(
+        HEAD + "{{ 'On ' + messages[loop.index0 - 1].content + ': ' + m.content }}" + END
+    ),
+    # Neighbouring messages in one turn: two answers, or a call with its result in the middle.
     "joins answers": by_role(
         "{% if loop.index0 == 0 or messages[loop.index0 - 1].role != 'assistant' %}"
         + HEAD
@@ -229,6 +264,8 @@ TEMPLATES = {
         + "{{ messages[loop.index0 + 1].content if not loop.last else 'soon' }}{{ ' so ' +"
         " m.content }}" + END + "{% else %}" + CHATML_TURN + "{% endif %}"
     ),
+    # Templates that decide by a content: a mark in it changes the text around it, so that the
+    # message has to be found without one.
     "looks at the answer": by_role(
         HEAD + "{{ 'Yes!' if m.content == 'yes' else m.content }}" + END
     ),
@@ -237,6 +274,8 @@ TEMPLATES = {
         + CHATML_TURN.replace("m.content", "(m.content if m.content != 'yes' else 'yes.')")
         + "{% endif %}"
     ),
+    # Llama 4 and vision models take contents as lists of parts; a plain template gets their texts
+    # joined.
     "content as parts": each(
         "{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is string %}{{ m.content }}{% else %}"
         "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
@@ -245,6 +284,8 @@ TEMPLATES = {
         "{{ '<|im_start|>' + m.role + (' ' + m.name if m.name else '') + '\n' + m.content +"
         " '<|im_end|>\n' }}"
     ),
+    # prefix=true, as in the APIs of DeepSeek and Mistral: the message is open, for the model to go
+    # on with.
     "prefix": each(
         "{{ '<|im_start|>' + m.role + '\n' + m.content }}{% if not m.prefix %}{{ '<|im_end|>\n'"
         " }}{% endif %}"
@@ -284,7 +325,7 @@ def user(content: str = "Q", **keys: Any) -> dict[str, Any]:
     return {"role": "user", "content": content, **keys}
 
 
-def said(content: str = "A", **keys: Any) -> dict[str, Any]:
+def said(content: Any = "A", **keys: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **keys}
 
 
@@ -321,6 +362,7 @@ TOOL = {
 
 
 def leaves_out(what: str, number: int | None, text: str) -> str:
+    """What a refusal says: the kind of value, its message (from 1), and the value itself."""
     where = f" of message {number}" if number else ""
     return rf"^the chat template leaves out the {what}{where} \('{text}'\)"
 
@@ -342,9 +384,13 @@ CASES = (
         [user(), said("  A\n\n"), user(), said("B ")],
         ["  A\n\n<|im_end|>", "B <|im_end|>"],
     ),
+    # An empty answer still teaches the model to stop; a question at the end teaches nothing.
     Case("chatml", [user(), said(""), user(), said("B")], ["<|im_end|>", "B<|im_end|>"]),
     Case("chatml", [user(), said(), user("R")], ["A<|im_end|>"]),
+    # The user writes what the assistant writes, and a special token: only the place tells them
+    # apart.
     Case("chatml", [user("A"), said("A"), user("A<|im_end|>"), said("A")], ["A<|im_end|>"] * 2),
+    # ChatML prints role and content alone. Reasoning inside the content is content to it.
     Case("chatml", [user(), said(reasoning_content="R")], refused=leaves_out("reasoning", 2, "R")),
     Case("chatml", [user(), said(thinking="R")], refused=leaves_out("reasoning", 2, "R")),
     Case("chatml", [user(), said("<think>R</think>A")], ["<think>R</think>A<|im_end|>"]),
@@ -352,6 +398,8 @@ CASES = (
     Case("chatml", [user(name="Ann"), said()], refused=leaves_out("name", 1, "Ann")),
     Case("chatml", [user(), said(refusal="No.")], refused=leaves_out("key 'refusal'", 2, "No.")),
     Case("chatml", [user(), said(prefix=True)], refused=leaves_out("key 'prefix'", 2, "true")),
+    # Ids and empty values say nothing that could be lost; OpenAI's API returns such keys with every
+    # answer.
     Case("chatml", [user(id="1"), said(refusal=None, annotations=[], audio=None)], ["A<|im_end|>"]),
     Case(
         "chatml",
@@ -383,6 +431,7 @@ CASES = (
     Case("system folded into the user", [SYSTEM, *TWO], LEARNED_TWO),
     # What does not reach the text is refused, never dropped in silence.
     Case("drops the system role", [SYSTEM, *TWO], refused=leaves_out("content", 1, "S")),
+    # The same template is good for conversations without what it drops.
     Case("drops the system role", TWO, LEARNED_TWO),
     Case(
         "drops tool results",
@@ -390,7 +439,9 @@ CASES = (
         refused=leaves_out("content", 3, "sunny"),
     ),
     Case("last message only", TWO, refused=leaves_out("content", 1, "Q1")),
+    # The question's text is in the text, as the answer: that does not count.
     Case("last message only", [user("A"), said("A")], refused=leaves_out("content", 1, "A")),
+    # "A longer answer" has 15 letters, of which 12 are printed.
     Case("cuts long contents", TWO, LEARNED_TWO),
     Case(
         "cuts long contents",
@@ -400,12 +451,15 @@ CASES = (
     # Qwen3 prints an empty block of thought before the last answer alone.
     Case("qwen3", TWO, ["A1<|im_end|>", "<think>\n\n</think>\n\nA2<|im_end|>"]),
     Case("qwen3", [user(), said(reasoning_content="R")], ["<think>\nR\n</think>\n\nA<|im_end|>"]),
+    # vLLM's name for it, under which the template does not look: it is renamed.
     Case("qwen3", [user(), said(reasoning="R")], ["<think>\nR\n</think>\n\nA<|im_end|>"]),
     Case(
         "qwen3",
         [user(), said("<think>\nR\n</think>\n\nA")],
         ["<think>\nR\n</think>\n\nA<|im_end|>"],
     ),
+    # Reasoning of an answer with a question behind it is not printed: neither from its key nor from
+    # the content. A tool's result is no question.
     Case(
         "qwen3",
         [user(), said(reasoning_content="R1"), *TWO],
@@ -449,7 +503,9 @@ CASES = (
         [user(), said(reasoning="R")],
         ["R\n</think>\nA<|im_end|>"],
     ),
+    # A turn that calls is learned with its calls, what the tool answers is not.
     Case("hermes", TOOLS, [f"<tool_call>{JSON_CALL}</tool_call><|im_end|>", "A<|im_end|>"]),
+    # Arguments as JSON text, as OpenAI's API returns them, are printed as an object.
     Case(
         "hermes",
         [user(), said("B", tool_calls=[call('{"city": "Paris"}')]), result(), said()],
@@ -487,6 +543,7 @@ CASES = (
         ["<call>weather<|im_end|>"],
     ),
     Case("strings of arguments only", TOOLS, ["<call>weather city=Paris<|im_end|>", "A<|im_end|>"]),
+    # Numbers and truth values cannot hold a mark; they are changed, and the text must change, too.
     leaves_out_an_argument(5, "5"),
     leaves_out_an_argument(0.5, "0.5"),
     leaves_out_an_argument(True, "true"),
@@ -514,7 +571,7 @@ CASES = (
         TOOLS,
         ['<call>weather {"city": "Paris"}<|im_end|>', "A<|im_end|>"],
     ),
-    # Mistral wants ids of calls to have nine letters.
+    # Ids of calls have nine letters; a result without its call is the template's own refusal.
     Case("mistral: ids of nine", TOOLS, [f"[CALL]{JSON_CALL}abcdefghi<|im_end|>", "A<|im_end|>"]),
     Case("mistral: ids of nine", TOOLS[2:], refused=r"refuses these messages \(no call before\)"),
     Case(
@@ -586,6 +643,7 @@ CASES = (
         refused=r"leaves out the documents \('x'\)",
         more={"documents": [{"title": "T", "text": "D", "url": "x"}]},
     ),
+    # An option that the template does not read, and one that would replace the row's tools.
     Case("enable_thinking", TWO, LEARNED_TWO, more={"options": {"enable_thinking": False}}),
     Case(
         "enable_thinking",
@@ -594,8 +652,13 @@ CASES = (
         more={"options": {"thinking": 1}},
     ),
     Case("enable_thinking", TWO, refused="must not hold 'tools'", more={"options": {"tools": [1]}}),
-    # The text of a message may stand in it twice.
+    # Questions that stand in the text twice are learned nowhere.
     Case("repeats the question", TWO, LEARNED_TWO),
+    Case(
+        "repeats the question in the answer",
+        TWO,
+        refused="prints message 1 inside message 2, so that it would be learned",
+    ),
     Case(
         "joins answers",
         [user(), said("B"), said(), user(), said("C")],
@@ -627,6 +690,7 @@ CASES = (
         ["A\nB<|im_end|>"],
     ),
     Case("names", [user(name="Ann"), said()], ["A<|im_end|>"]),
+    # The open message learns no end; the answer that continues it does.
     Case("prefix", [user(), said("B", prefix=True), said()], ["B", "A<|im_end|>"]),
     # Escaped text is still the message's.
     Case("html", [user("<b>"), said("a < b & c")], ["a &lt; b &amp; c<|im_end|>"]),

@@ -1,4 +1,4 @@
-"""The loss mask, decoded, is exactly what the assistant says in each kind of chat template."""
+"""Check that the loss mask, decoded, is what the assistant says, in each kind of chat template."""
 
 import time
 
@@ -11,6 +11,9 @@ from megalora.data.template import ChatTemplate
 from megalora.data.turns import _common_prefix
 from tests.data.chat_tokenizer import learned
 
+# Two answers, so that one has a turn behind it and the other ends the text; blank lines, a dash,
+# Chinese and white space at the end, because tokens of several bytes have to be cut from the text
+# at the right place.
 TURNS = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 17 + 25?"},
@@ -28,8 +31,11 @@ def assistant(content, **keys):
     ]
 
 
+# What is learned of TURNS: each answer with its end of turn. The line break behind that belongs to
+# the next turn, unless a template's own mark holds it.
 EXPECTED = {
     "chatml": ["17 + 25 = 42<|im_end|>", f"{LAST}<|im_end|>"],
+    # Qwen3 opens the last answer with an empty think block, which the served model must produce.
     "qwen3": ["17 + 25 = 42<|im_end|>", f"<think>\n\n</think>\n\n{LAST}<|im_end|>"],
     "marked_open": ["17 + 25 = 42<|im_end|>", f"{LAST}<|im_end|>"],
     "marked_closed": ["17 + 25 = 42<|im_end|>\n", f"{LAST}<|im_end|>\n"],
@@ -42,19 +48,26 @@ def test_loss_is_on_the_assistant_alone(make_tokenizer, template, trim_offsets):
     tokenizer = make_tokenizer(template, trim_offsets)
     encoded = encode(TURNS, tokenizer)
     assert learned(encoded, tokenizer) == EXPECTED[template]
+    # The ids are those of the whole text at once, as vLLM tokenises it: turns that are tokenised
+    # apart could be cut otherwise at their borders.
     text = tokenizer.apply_chat_template(TURNS, tokenize=False)
     assert encoded.input_ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    # No conversation here begins with the assistant, so every learned token has one before it.
     assert encoded.num_target_tokens == encoded.loss_mask.sum() > 0
     assert (encoded.input_ids.dtype, encoded.loss_mask.dtype) == (np.int32, np.bool_)
 
 
 def test_llama2_template_without_header(make_tokenizer):
     tokenizer = make_tokenizer("llama2")
+    # Without the system message, which this template refuses. The spaces around an answer are
+    # printed by the template and are the model's to produce.
     expected = [" 17 + 25 = 42 <|im_end|>", f" {LAST.strip()} <|im_end|>"]
     assert learned(encode(TURNS[1:], tokenizer), tokenizer) == expected
 
 
 def test_the_first_turn_is_learned_from_its_content_on(make_tokenizer):
+    # Nothing stands before the first message, so no generation prompt can be rendered there: the
+    # header of the turn is found by changing the message, and must not be learned.
     tokenizer = make_tokenizer("chatml")
     messages = [
         {"role": "assistant", "content": "Good morning to you."},
@@ -68,7 +81,8 @@ def test_the_first_turn_is_learned_from_its_content_on(make_tokenizer):
     [
         ("<think>\nforty two\n</think>\n\n42", "<think>\nforty two\n</think>\n\n42<|im_end|>"),
         ("", "<think>\n\n</think>\n\n<|im_end|>"),
-        ("Good morning", "<think>\n\n</think>\n\nGood morning<|im_end|>"),  # as the user said
+        # The same text as the user's: looking for the answer in the text would find the question.
+        ("Good morning", "<think>\n\n</think>\n\nGood morning<|im_end|>"),
     ],
 )
 def test_qwen3_contents(make_tokenizer, content, expected):
@@ -77,6 +91,7 @@ def test_qwen3_contents(make_tokenizer, content, expected):
 
 
 def test_texts_that_hold_the_sentinel(make_tokenizer):
+    # Marks are private-use characters from U+E000 on; data that holds some gets another alphabet.
     tokenizer = make_tokenizer("chatml")
     messages = [
         {"role": "user", "content": "a \ue000 b"},
@@ -87,7 +102,8 @@ def test_texts_that_hold_the_sentinel(make_tokenizer):
 
 def test_an_empty_content_whose_line_the_template_leaves_out(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    # Not what ends a turn here.
+    # Turns end with <|im_end|> all the same: the end of the answer has to be found without knowing
+    # the end-of-sequence token.
     tokenizer.eos_token = "<|endoftext|>"
     body = (
         "{{ m.role + '\n' + m.content }}{% if m.content %}{{ '\n' }}{% endif %}{{ '<|im_end|>' }}"
@@ -98,9 +114,11 @@ def test_an_empty_content_whose_line_the_template_leaves_out(make_tokenizer):
 
 
 def test_the_first_token_is_no_target():
+    # Two of the three tokens are in the mask; nothing predicts the first one.
     assert Encoded(np.array([5, 6, 7]), np.array([True, False, True])).num_target_tokens == 1
 
 
+# OpenAI's API writes null as the content of a message that only calls tools.
 @pytest.mark.parametrize("content", ["", None, "I look it up."])
 def test_tool_calls_are_learned(make_tokenizer, content):
     tokenizer = make_tokenizer("chatml")
@@ -117,22 +135,25 @@ def test_tool_calls_are_learned(make_tokenizer, content):
 @pytest.mark.parametrize("template", ["qwen3", "marked_open"])
 def test_context_is_not_learned(make_tokenizer, template):
     tokenizer = make_tokenizer(template)
-    # The first answer stands in the context.
+    # The first answer stands in the context of four messages.
     encoded = encode(TURNS, tokenizer, num_context=4)
     assert learned(encoded, tokenizer) == EXPECTED[template][1:]
+    # Context changes the mask alone.
     assert encoded.input_ids.tolist() == encode(TURNS, tokenizer).input_ids.tolist()
 
 
 def test_keys_that_are_none_count_as_absent(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    # Arrow gives every row the columns of all.
+    # Arrow gives every message the keys of all others, with None for what it does not have.
     padded = [{**turn, "name": None, "tool_calls": None} for turn in TURNS]
     assert (
         encode(padded, tokenizer).input_ids.tolist() == encode(TURNS, tokenizer).input_ids.tolist()
     )
 
 
-# Where an answer ends is found by rendering the conversation up to it.
+# Where an answer ends is found by rendering the conversation up to it, and where the next one
+# begins by rendering what stands before it: 3 messages of TURNS end with the first answer, 4 stand
+# before the last.
 REFUSES_CUTS = "{%- if messages | length in (3, 4) %}{{ raise_exception('cut') }}{%- endif %}"
 
 
@@ -170,6 +191,9 @@ def test_answers_that_the_template_does_not_mark(make_tokenizer, marked, num_unm
 USER = {"role": "user", "content": "you"}
 
 
+# Messages are numbered from 1, as a reader of the data file counts them.
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -189,10 +213,12 @@ USER = {"role": "user", "content": "you"}
             "message 2 has the unknown role 'bot'; use one of system, developer",
         ),
         ([{"role": "assistant"}], r"message 1 has no 'content' \(its keys: role\)"),
+        # Null is an answer only beside tool calls.
         (
             [{"role": "assistant", "content": None}],
             r"message 1 \(assistant\) has null as content; write a text",
         ),
+        # As data for vision models has it: an image cannot become tokens here.
         (
             [USER, {"role": "assistant", "content": [{"type": "image", "image": "x.png"}]}],
             "message 2: content must be a string or a list of text parts, got a list with dict",
@@ -209,11 +235,13 @@ def test_malformed_conversations(make_tokenizer, messages, message):
 
 
 def test_nothing_to_learn_after_the_context(make_tokenizer):
+    # The fourth message is a question, so all that is left behind the context is the user's.
     with pytest.raises(ValueError, match=r"no assistant message to learn \(roles: user\)"):
         encode(TURNS[:4], make_tokenizer("chatml"), num_context=3)
 
 
 def test_the_template_refuses(make_tokenizer):
+    # TURNS begins with a system message; the reason shown is the template's own.
     with pytest.raises(
         ValueError,
         match=r"the chat template refuses these messages \(only user and assistant are supp",
@@ -271,7 +299,8 @@ def test_a_call_without_arguments_has_none(make_tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "call.name +", "(call.function | tojson) +"
     )
-    # Absent, and three ways of saying none.
+    # Absent, and three ways of saying none: a template that prints the function as JSON must not
+    # teach four spellings of the same call.
     for arguments in ({}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}):
         call = {"type": "function", "function": {"name": "sum", **arguments}}
         encoded = encode(assistant("", tool_calls=[call]), tokenizer)
@@ -301,6 +330,7 @@ def test_a_long_run_of_backslashes_takes_no_quadratic_time(make_tokenizer):
     content = "\\" * 30_000 + escapes
     assert learned(encode(assistant(content), tokenizer), tokenizer) == [f"{content}<|im_end|>"]
     # About as long as for other letters; 300 times as long where each backslash is looked at anew.
+    # A bound of 30 lies between the two on any machine, because both are CPU times of this process.
     backslashes_s = cpu_seconds(lambda: encode(assistant(content), tokenizer))
     letters_s = cpu_seconds(lambda: encode(assistant("a" * 30_000 + escapes), tokenizer))
     assert backslashes_s < 30 * letters_s

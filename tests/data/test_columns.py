@@ -1,4 +1,4 @@
-"""Which column holds the conversation."""
+"""Check which columns of a row become the conversation, and which are refused by name."""
 
 import json
 
@@ -9,17 +9,19 @@ from megalora.data.columns import resolve_columns, to_conversation, used_columns
 SYSTEM = {"role": "system", "content": "s"}
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}
+# The columns of GSM8K, which ``auto`` does not know, so that a user has to map them.
 GSM8K = {"prompt": "question", "completion": "answer"}
 
 
 @pytest.mark.parametrize(
     ("format", "columns", "expected"),
     [
+        # TRL's data sets often keep the prompt that the messages were made of: messages win.
         ("auto", ["id", "messages", "prompt", "completion"], {"messages": "messages"}),
         ("auto", ["completion", "prompt"], {"prompt": "prompt", "completion": "completion"}),
         ({"messages": "conversations"}, ["conversations"], {"messages": "conversations"}),
         (GSM8K, ["question", "answer"], GSM8K),
-        # Names that data sets use are found without a mapping.
+        # ShareGPT's and Alpaca's names are found without a mapping.
         ("auto", ["conversations", "id"], {"messages": "conversations"}),
         ("auto", ["instruction", "output"], {"prompt": "instruction", "completion": "output"}),
         (
@@ -43,6 +45,7 @@ def test_resolve_columns(format, columns, expected):
                 r" .*data.format={prompt: COLUMN, comp"
             ),
         ),
+        # A name of a format, as other trainers take: ShareGPT's files are recognised by ``auto``.
         ("sharegpt", "data.format='sharegpt' is not known; use auto, data.format={prompt"),
         (
             {"prompt": "question"},
@@ -70,10 +73,12 @@ def test_format_that_does_not_fit(format, message):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
+        # The number is that of the messages in the context.
         ({"p": "q", "c": "a"}, ([USER, ASSISTANT], 1)),
         # Messages of the prompt are context: the loss begins behind them.
         ({"p": [USER, ASSISTANT, USER], "c": [ASSISTANT]}, ([USER, ASSISTANT, USER, ASSISTANT], 3)),
         ({"p": [USER], "c": "a", "tools": None}, ([USER, ASSISTANT], 1)),
+        # A system message in front of the prompt is context, too: 1 + 1.
         ({"p": "q", "c": "a", "system": "s"}, ([SYSTEM, USER, ASSISTANT], 2)),
     ],
 )
@@ -101,14 +106,14 @@ def test_alpaca():
         {"role": "user", "content": "Add.\n17 25"},
         {"role": "assistant", "content": "42"},
     ]
-    # Most rows have no input.
+    # Most of Alpaca's rows have no input; they must not end in an empty line.
     assert messages_of({**row, "input": ""}, **columns)[1]["content"] == "Add."
     assert messages_of({**row, "input": None}, **columns)[1]["content"] == "Add."
     assert used_columns(columns) >= {"instruction", "input", "output", "system"}
 
 
 def test_sharegpt():
-    # ShareGPT writes a call as JSON in the text.
+    # ShareGPT writes a call as JSON in the text; weight 0 says that a turn is not to be learned.
     call = '{"name": "sum", "arguments": {"of": [17, 25]}}'
     turns = [
         {"from": "system", "value": "Be brief."},
@@ -130,6 +135,7 @@ def test_sharegpt():
         {"role": "tool", "content": "42"},
         {"role": "assistant", "content": "It is 42."},
     ]
+    # An unknown speaker would otherwise be given some role, and be learned or not by chance.
     for turn, message in {
         "someone": r"message 1 is from 'someone'; known speakers are human, user",
         "function_call": (
@@ -149,9 +155,11 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "d"}}
         ({"tools": [TOOL]}, [TOOL]),
         # Parquet files often hold tools as text.
         ({"tools": json.dumps([TOOL])}, [TOOL]),
-        ({"tools": [{**TOOL, "strict": None}]}, [TOOL]),  # as Arrow pads it
+        # Arrow pads a tool with the keys that tools of other rows have.
+        ({"tools": [{**TOOL, "strict": None}]}, [TOOL]),
         # OpenAI's older form.
         ({"functions": [TOOL["function"]]}, [TOOL]),
+        # Llama 3.1's template prints a header for tools unless they are none: an empty list is.
         ({"tools": []}, None),
         ({"tools": "[]"}, None),
         ({"tools": ""}, None),
@@ -169,12 +177,13 @@ def test_options_and_documents():
         "documents": [{"title": "t", "text": "x"}],
     }
     conversation = to_conversation(row, {"messages": "messages"})
-    # Arrow pads budget, which this row does not set.
+    # Arrow pads budget, which this row does not set; the template would find it defined.
     assert conversation.options == {"enable_thinking": False}
     assert conversation.documents == row["documents"]
 
 
 def test_columns_of_the_conversation_are_used_or_refused():
+    # As in data sets for reading comprehension: without its context, nobody can answer.
     row = {"question": "q", "answer": "a", "context": "It rains."}
     mapping = {"prompt": "question", "completion": "answer"}
     message = (
@@ -183,6 +192,7 @@ def test_columns_of_the_conversation_are_used_or_refused():
     )
     with pytest.raises(ValueError, match=message):
         to_conversation(row, mapping)
+    # The two ways out that the message names: leave it out on purpose, or map it.
     assert to_conversation(row, mapping, ["context"]).messages == [USER, ASSISTANT]
     assert messages_of(row, **mapping, input="context")[0]["content"] == "q\nIt rains."
     for empty in (None, "", [], {}):

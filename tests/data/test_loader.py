@@ -1,4 +1,4 @@
-"""What a step trains on depends on the seed and the step, never on how ranks divide it."""
+"""Check that what a step trains on depends on seed and step, never on how ranks divide it."""
 
 import itertools
 from dataclasses import replace
@@ -32,22 +32,28 @@ def questions(*answers):
 
 
 def sample(ids, mask):
+    """A tokenised conversation of these token ids; ``mask`` says which are in the loss."""
     return Encoded(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
 
 
+def numbered(count):
+    """A split whose samples hold their own number as token, so that each can be told apart."""
+    samples = [sample([k, k], [False, True]) for k in range(count)]
+    return Split("x.jsonl", 8, samples, longest=2)
+
+
 def numbers_of(split):
+    """Numbers of the samples that a part of ``numbered`` holds, in its order."""
     return [int(sample.input_ids[0]) for sample in split.samples]
 
 
-def numbered(count):
-    return Split("x.jsonl", 8, [sample([k, k], [False, True]) for k in range(count)], longest=2)
-
-
 def test_load_split_maps_columns_and_counts(tmp_path, make_tokenizer):
+    # Qwen3's template, because it prints more than the row holds: the think block is learned.
     tokenizer = make_tokenizer("qwen3")
     source = write_rows(tmp_path / "train.jsonl", questions("42", "long " * 40, "43, I think"))
     split = load_split(source, tokenizer, format=GSM8K, max_length=80)
-    kept = []
+    num_tokens = 0
+    num_target_tokens = 0
     # The answer in the middle is longer than 80 tokens.
     for found, answer in zip(split.samples, ("42", "43, I think"), strict=True):
         chat = [
@@ -58,15 +64,17 @@ def test_load_split_maps_columns_and_counts(tmp_path, make_tokenizer):
         assert found.input_ids.tolist() == expected.input_ids.tolist()
         learned = tokenizer.decode(found.input_ids[found.loss_mask].tolist())
         assert learned == f"<think>\n\n</think>\n\n{answer}<|im_end|>"
-        kept.append(expected)
+        num_tokens += len(expected.input_ids)
+        num_target_tokens += int(expected.loss_mask.sum())
     assert (split.num_too_long, split.num_no_target) == (1, 0)
+    # Each of the four letters of 40 words is a token of its own: the tokenizer has learned no
+    # merge of two of them.
     assert split.longest > 160
-    assert split.num_tokens == sum(len(s.input_ids) for s in kept)
-    assert split.num_target_tokens == sum(int(s.loss_mask.sum()) for s in kept)
+    assert split.num_tokens == num_tokens
+    assert split.num_target_tokens == num_target_tokens
     assert (
         split.summary()
-        == f"{source}: 2 samples, {split.num_tokens} tokens ({split.num_target_tokens} in the"
-        " loss); "
+        == f"{source}: 2 samples, {num_tokens} tokens ({num_target_tokens} in the loss); "
         f"1 longer than data.max_length=80 were left out (longest {split.longest})"
     )
 
@@ -77,6 +85,7 @@ def test_max_length_is_the_longest_that_is_kept(tmp_path, make_tokenizer):
     def load(length):
         return load_split(source, make_tokenizer(), format=GSM8K, max_length=length)
 
+    # Two answers of different lengths: the limit is put at the longer one, then one below.
     longest = load(1000).longest
     assert (len(load(longest).samples), load(longest).num_too_long) == (2, 0)
     assert (len(load(longest - 1).samples), load(longest - 1).num_too_long) == (1, 1)
@@ -84,7 +93,7 @@ def test_max_length_is_the_longest_that_is_kept(tmp_path, make_tokenizer):
 
 def test_samples_without_a_target_are_left_out(tmp_path, make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    # an empty answer has no end of turn
+    # Nothing but contents: an empty answer has not even an end of turn to learn.
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     source = write_rows(tmp_path / "a.jsonl", questions("", "42"))
     split = load_split(source, tokenizer, format=GSM8K, max_length=99)
@@ -102,9 +111,9 @@ def test_samples_without_a_target_are_left_out(tmp_path, make_tokenizer):
 
 
 def test_summary_of_a_large_split():
-    many = Split(
-        "train.jsonl", 512, [sample([1] * 400, [False] * 150 + [True] * 250)] * 3000, 12, 0, 803
-    )
+    # 3,000 * 400 tokens are 1.2 M, and 3,000 * 250 of them are in the loss.
+    samples = [sample([1] * 400, [False] * 150 + [True] * 250)] * 3000
+    many = Split("train.jsonl", 512, samples, num_too_long=12, longest=803)
     assert (
         many.summary() == "train.jsonl: 3,000 samples, 1.2 M tokens (750,000 in the loss); "
         "12 longer than data.max_length=512 were left out (longest 803)"
@@ -114,6 +123,7 @@ def test_summary_of_a_large_split():
 def test_load_split_errors_name_file_and_row(tmp_path, make_tokenizer):
     tokenizer = make_tokenizer()
     good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    # What is wrong with the row that follows good ones; rows count from 1.
     cases = {
         r"a.jsonl: row 2: there is no assistant message": [
             good,
@@ -150,8 +160,10 @@ def test_load_split_errors_name_file_and_row(tmp_path, make_tokenizer):
 
 def test_every_refusal_is_named_where_that_is_asked_for(tmp_path, make_tokenizer):
     user = {"role": "user", "content": "q"}
+    # Row 1 is good; rows 2 to 8 fail for one reason with a different name each, row 9 for another.
     rows = [{"messages": [user, {"role": "assistant", "content": "a"}]}]
-    rows += [{"messages": [user, {"role": f"bot{k}", "content": "a"}]} for k in range(7)]
+    for k in range(7):
+        rows.append({"messages": [user, {"role": f"bot{k}", "content": "a"}]})
     rows.append({"messages": [user]})
     source = write_rows(tmp_path / "a.jsonl", rows)
     known = "use one of system, developer, user, assistant, tool"
@@ -164,6 +176,7 @@ def test_every_refusal_is_named_where_that_is_asked_for(tmp_path, make_tokenizer
             )
         return str(caught.value)
 
+    # Training stops at the first; ``megalora data`` shows all, of each kind the first five rows.
     assert refusal(False) == f"{source}: row 2: {bots}"
     assert (
         refusal(True)
@@ -174,10 +187,10 @@ def test_every_refusal_is_named_where_that_is_asked_for(tmp_path, make_tokenizer
 
 def test_what_is_said_of_answers_without_end_or_mark():
     one = sample([5, 6], [False, True])
-    last = sample([5, 6], [False, True])
     samples = [
         replace(one, num_open=2),
-        replace(last, num_unmarked=3),
+        replace(one, num_unmarked=3),
+        # Open in the middle and at the end: counted once, with the end, which is worse.
         replace(one, stops=False, num_open=1),
     ]
     said = Split("train.jsonl", 512, samples).left_out()
@@ -187,6 +200,7 @@ def test_what_is_said_of_answers_without_end_or_mark():
     assert not_learned.startswith("3 answers are not learned,")
 
 
+# Of 20 samples: a count, a quarter, and a fraction that rounds to none, of which one is taken.
 @pytest.mark.parametrize(("eval", "num_eval"), [(3, 3), (0.25, 5), (0.001, 1)])
 def test_split_off_eval(eval, num_eval):
     train, held_out = split_off_eval(numbered(20), eval, seed=7)
@@ -194,7 +208,7 @@ def test_split_off_eval(eval, num_eval):
     evaluated = numbers_of(held_out)
     assert len(evaluated) == num_eval
     assert sorted(trained + evaluated) == list(range(20))
-    # Both keep the order of the file.
+    # Both keep the order of the file, which only ``order`` shuffles.
     assert trained == sorted(trained)
     assert evaluated == sorted(evaluated)
     _, again = split_off_eval(numbered(20), eval, seed=7)
@@ -207,6 +221,7 @@ def test_split_off_eval_depends_on_the_seed():
     for seed in range(8):
         _, held_out = split_off_eval(numbered(20), 5, seed)
         chosen.add(tuple(numbers_of(held_out)))
+    # Of the 15,504 ways to choose 5 of 20; that two seeds agree by chance happens once in 550.
     assert len(chosen) == 8
 
 
@@ -214,6 +229,7 @@ def test_split_off_eval_depends_on_the_seed():
     ("eval", "message"),
     [
         (1.5, r"data.eval=1.5 is neither a count \(integer\) nor a fraction between 0 and 1"),
+        # YAML's ``eval: yes``; Python would take it for 1.
         (True, "data.eval=True is neither a count"),
         (
             0,
@@ -223,6 +239,7 @@ def test_split_off_eval_depends_on_the_seed():
             ),
         ),
         (20, "data.eval=20 would hold out 20 of the 20 samples"),
+        # 19.8 samples, rounded.
         (0.99, "data.eval=0.99 would hold out 20 of the 20 samples"),
     ],
 )
@@ -232,8 +249,8 @@ def test_split_off_too_much(eval, message):
 
 
 def test_order_is_a_fixed_permutation_per_epoch_and_seed():
-    # a resumed run must see this order again
-    # Written down, so that a change of the generator is seen.
+    # A resumed run must see this order again, with a later numpy, too. Written down, so that a
+    # change of the generator is seen.
     assert order(6, epoch=0, seed=0).tolist() == [3, 2, 1, 0, 4, 5]
     orders = set()
     for epoch, seed in itertools.product(range(3), range(3)):
@@ -245,6 +262,7 @@ def test_order_is_a_fixed_permutation_per_epoch_and_seed():
         order(6, epoch=0, seed=-1)
 
 
+# Of 10 samples: 4, 7 and 25 straddle epochs, 25 holds two and a half, 10 is an epoch.
 @pytest.mark.parametrize("batch", [4, 7, 10, 25])
 def test_global_batches_are_the_epochs_one_after_the_other(batch):
     num_samples = 10
@@ -252,7 +270,7 @@ def test_global_batches_are_the_epochs_one_after_the_other(batch):
     # One epoch more than the steps use up in full.
     num_epochs = batch * steps // num_samples + 1
     stream = np.concatenate([order(num_samples, epoch, 3) for epoch in range(num_epochs)])
-    for step in range(steps):  # 4, 7 and 25 straddle epochs; 25 holds two and a half
+    for step in range(steps):
         expected = stream[step * batch : (step + 1) * batch].tolist()
         assert global_batch_indices(step, batch, num_samples, seed=3).tolist() == expected
 
@@ -260,12 +278,14 @@ def test_global_batches_are_the_epochs_one_after_the_other(batch):
 @pytest.mark.parametrize("dp", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 3])
 def test_ranks_divide_the_same_global_batch(dp, micro):
+    # 24 rows are a multiple of every micro * dp here; with 17 samples they straddle epochs.
     indices = global_batch_indices(2, 24, 17, seed=5)
     shares = []
     for rank in range(dp):
         shares.append(micro_batches(indices, micro_batch_size=micro, dp_rank=rank, dp_size=dp))
-    # Position k of a global batch belongs to one row of one microbatch of one rank.
-    for k, index in enumerate(indices):  # the rule, position by position
+    # The rule, position by position: k counts rows of a microbatch first, then ranks, then
+    # microbatches of a rank.
+    for k, index in enumerate(indices):
         assert shares[(k // micro) % dp][k // (micro * dp)][k % micro] == index
     divided = []
     for share in shares:
@@ -303,6 +323,8 @@ def test_check_batch(sizes, message):
 
 def test_collate_shifts_and_pads():
     samples = [sample([5, 6, 7, 8], [False, False, True, True]), None, sample([9, 3], [True, True])]
+    # 4 tokens give 3 predictions, rounded up to 4 columns. The mask of the last sample begins with
+    # its second token: nothing predicts the first. None is a row of padding.
     batch = collate(samples, pad_id=2, multiple_of=4)
     assert batch.tokens.tolist() == [[5, 6, 7, 2], [2, 2, 2, 2], [9, 2, 2, 2]]
     assert batch.labels.tolist() == [[6, 7, 8, 0], [0, 0, 0, 0], [3, 0, 0, 0]]
@@ -310,23 +332,32 @@ def test_collate_shifts_and_pads():
     assert batch.tokens.dtype == batch.labels.dtype == torch.int64
     assert batch.loss_mask.dtype == torch.float32
     assert collate(samples, pad_id=2).tokens.tolist() == [[5, 6, 7], [2, 2, 2], [9, 2, 2]]
+    # Megatron needs at least one column, of fillers alone as well.
     assert collate([None], pad_id=2).tokens.tolist() == [[2]]
     assert collate([None, None], pad_id=2, multiple_of=2).loss_mask.tolist() == [[0, 0], [0, 0]]
 
 
+# A prime number of samples, which fits nowhere; rounds of three microbatches, as an interleaved
+# pipeline needs them; one that fits exactly with dp=1, 2 and 4; fewer samples than ranks.
 @pytest.mark.parametrize("dp", [1, 2, 4])
 @pytest.mark.parametrize(
     ("num_samples", "micro", "multiple"), [(13, 2, 1), (13, 2, 3), (16, 4, 1), (1, 1, 2)]
 )
 def test_evaluation_sees_every_sample_once_in_lockstep(num_samples, micro, multiple, dp):
-    shares = [eval_micro_batches(num_samples, micro, rank, dp, multiple) for rank in range(dp)]
+    shares = []
+    for rank in range(dp):
+        shares.append(eval_micro_batches(num_samples, micro, rank, dp, multiple))
     # All ranks take part in as many collectives, so all have as many batches.
     (num_batches,) = {len(share) for share in shares}
     assert num_batches % multiple == 0
     seen = []
     for batch in itertools.chain.from_iterable(shares):
         assert len(batch) == micro
-        # None fills up what is left of the last batches.
-        seen += [number for number in batch if number is not None]
+        for number in batch:
+            # None fills up what is left of the last batches.
+            if number is not None:
+                seen.append(number)
     assert sorted(seen) == list(range(num_samples))
-    assert (num_batches - multiple) * micro * dp < num_samples  # no round of filler alone
+    # Without its last round (``multiple`` microbatches on every rank) a sample would be missing:
+    # there is no round of filler alone.
+    assert (num_batches - multiple) * micro * dp < num_samples

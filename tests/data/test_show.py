@@ -1,4 +1,4 @@
-"""``megalora data``: what it prints of good data, and its one line for what cannot be used."""
+"""Check what ``megalora data`` prints of good data, and its one line for what cannot be used."""
 
 from io import StringIO
 
@@ -11,11 +11,14 @@ from megalora.data.show import histogram, sample_text
 from tests.data.chat_tokenizer import make_tokenizer
 from tests.jsonl import write_jsonl
 
+# An answer with an escape sequence that would turn the rest of the terminal red.
 CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A\x1b[31m"}]
 
 
 @pytest.fixture
 def config(tmp_path, tiny):
+    # Answers of so many letters. Only 300 of them are more than the 100 tokens that are allowed
+    # below; of the other three, one is held out.
     rows = []
     for length in (1, 2, 40, 300):
         answer = {"role": "assistant", "content": "A" * length}
@@ -40,6 +43,7 @@ def test_what_is_shown(config, capsys):
 
 
 def test_a_mistake_is_one_line(config, capsys, monkeypatch):
+    # Whoever debugs may have set it; it asks for a traceback where a line is expected here.
     monkeypatch.delenv("MEGALORA_TRACEBACK", raising=False)
     for overrides, message in (
         (
@@ -64,14 +68,21 @@ def test_the_loss_in_colour():
     tokenizer = make_tokenizer("chatml")
     sample = encode(CHAT, tokenizer)
     shown = sample_text(sample, tokenizer, colour=True)
-    green = [shown.plain[span.start : span.end] for span in shown.spans if span.style == "green"]
-    assert green == [r"A\x1b[31m<|im_end|>"]  # no escape sequence of the data reaches the terminal
+    green = []
+    for span in shown.spans:
+        if span.style == "green":
+            green.append(shown.plain[span.start : span.end])
+    # The escape sequence is written out, so that none of the data's reaches the terminal.
+    assert green == [r"A\x1b[31m<|im_end|>"]
+    # 32 is rich's own green; behind it stands the text of the answer.
     out = StringIO()
     Console(file=out, force_terminal=True, color_system="standard", width=200).print(shown)
     assert "\x1b[32mA\\x1b" in out.getvalue()
 
 
 def test_histogram():
+    # Bins of 4 tokens up to the limit of 20, where a bin ends so that none holds both kept samples
+    # and others. The fullest bin, with 3, has 40 signs; one sample has 40 / 3, rounded up.
     lines = list(histogram([1, 2, 2, 9, 25, 39], max_length=20))
     assert lines == [
         " 0 to  3  " + "#" * 40 + " 3",

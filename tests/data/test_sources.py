@@ -1,5 +1,4 @@
-"""Rows come out of every kind of source as they went in; what cannot be read is named with its
-place."""
+"""Check that every kind of source gives its rows back, and names the place that it cannot read."""
 
 import json
 
@@ -11,7 +10,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from megalora.data.sources import read_rows
 
-# U+2028 ends a line for str.splitlines
+# U+2028 ends a line for str.splitlines, but not in JSON Lines, where it may stand in a string.
 ROWS = [{"question": f"q{i}", "answer": f"a{i} é\u2028"} for i in range(5)]
 
 
@@ -26,6 +25,7 @@ def write(path, content):
 @pytest.fixture
 def jsonl(tmp_path):
     lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    # Empty lines between the rows and a blank one at the end, as editors and scripts leave them.
     return write(tmp_path / "train.jsonl", "\n\n".join(lines) + "\n  \n")
 
 
@@ -41,20 +41,23 @@ def test_jsonl_and_slices(jsonl):
         assert read_rows(jsonl + text) == part
 
 
-@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: {"version": 1, "data": rows}])
-def test_json(tmp_path, wrap):
-    assert (
-        read_rows(write(tmp_path / "a.json", "\ufeff" + json.dumps(wrap(ROWS), indent=1))) == ROWS
-    )
+# A list, and SQuAD's form: an object with a list in it.
+@pytest.mark.parametrize("tree", [ROWS, {"version": 1, "data": ROWS}])
+def test_json(tmp_path, tree):
+    # With a byte order mark, as Windows programs write it, and over many lines.
+    text = "\ufeff" + json.dumps(tree, indent=1)
+    assert read_rows(write(tmp_path / "a.json", text)) == ROWS
 
 
 def test_parquet(tmp_path):
+    # Nested values come out as Python's lists and dicts, as from JSON.
     rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows * 3), tmp_path / "a.parquet")
     assert read_rows(f"{tmp_path}/a.parquet[1:]") == rows * 2
 
 
 def test_hub(monkeypatch):
+    # Nothing is asked over the network here: what matters is what the hub would be asked for.
     asked = []
 
     def load_dataset(name, config, *, split):
@@ -105,6 +108,7 @@ def test_hub_failure_keeps_the_reason(monkeypatch):
             '{"a": 1}\n',
             r"a.jsonl\[:10%\]: the slice at the end is not understood; use \[:200\]",
         ),
+        # A whole file of JSON has lines, too: the parser's.
         ("a.json", '[{"a": 1},\n 2,]', r"a.json:2: not valid JSON \(.*, column \d+\)"),
         ("a.json", b'["\xff"]', r"a.json: not UTF-8 \(invalid start byte, byte 3\)"),
         ("a.json", '[{"a": 1}, 2]', r"a.json: item 2 must be a JSON object, got int 2"),
@@ -114,6 +118,7 @@ def test_hub_failure_keeps_the_reason(monkeypatch):
             r"must hold exactly one list, the rows \(lists found: a, b\)",
         ),
         ("a.json", '{"a": 1}', r"must hold exactly one list, the rows \(lists found: none\)"),
+        # JSON Lines under another name, with a mistake in its second line.
         ("a.json", '{"a": 1}\n{"a": 2\n', r"a.json:2: not valid JSON \("),
         (
             "a.jsonl",
@@ -123,6 +128,7 @@ def test_hub_failure_keeps_the_reason(monkeypatch):
         ),
         ("a.json", "3", r"a.json: must be a list of objects, got int"),
         ("a.parquet", "no", r"a.parquet: not readable as Parquet \("),
+        # CSV has no types: its reader would have to guess, and make a number of the answer 42.
         (
             "a.csv",
             "a,b\n",
@@ -137,15 +143,17 @@ def test_unreadable_files(tmp_path, name, content, message):
 
 
 def test_json_of_one_object_a_line(tmp_path):
-    """As ``Dataset.to_json`` writes, whatever the file is called."""
+    """``Dataset.to_json`` writes JSON Lines, whatever the file is called."""
     rows = [{"a": k, "b": [{"c": None}]} for k in range(3)]
     datasets.Dataset.from_list(rows).to_json(tmp_path / "a.json")
     assert read_rows(str(tmp_path / "a.json")) == rows
-    write(tmp_path / "b.json", '{"data": [{"a": 1}]}\n\n')  # one object that is the file
+    # A single object in a single line is the file, not its first row.
+    write(tmp_path / "b.json", '{"data": [{"a": 1}]}\n\n')
     assert read_rows(str(tmp_path / "b.json")) == [{"a": 1}]
 
 
 def test_names_of_nothing(tmp_path, monkeypatch):
+    # A file's suffix settles what was meant: a wrong path is not looked for on the hub.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         ValueError,
@@ -164,8 +172,9 @@ def test_names_of_nothing(tmp_path, monkeypatch):
 
 
 def test_damaged_parquet(tmp_path):
-    """Bytes of a small file changed, and cuts: rows or one line, whatever pyarrow raises."""
+    """A file with a changed byte, or cut off, gives rows or one line, whatever pyarrow raises."""
     path = tmp_path / "a.parquet"
+    # Uncompressed, so that a changed byte reaches the parser of values instead of the decompressor.
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist([{"a": "é", "b": [1]}]), path, compression="none"
     )
@@ -173,30 +182,33 @@ def test_damaged_parquet(tmp_path):
     refused = []
     # Every seventh byte: all would take minutes.
     for place in range(0, len(whole), 7):
-        for damaged in (
-            whole[:place],
-            whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :],
-        ):
+        flipped = bytes([whole[place] ^ 0xFF])
+        for damaged in (whole[:place], whole[:place] + flipped + whole[place + 1 :]):
             path.write_bytes(damaged)
             try:
                 read_rows(str(path))
             except ValueError as error:
                 refused.append(str(error))
-    # One of the two at most places, at least: a cut file is never whole.
+    # A cut file is never whole, because Parquet's footer stands at its end: at least one refusal
+    # for each place.
     assert len(refused) > len(whole) / 7
     for message in refused:
         assert message.startswith(str(path))
         assert "\n" not in message
 
 
+# Errors that pyarrow raises for some bytes, which the sample of bytes above need not meet.
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
+        # Its message has several lines; ours has one.
         (OSError("Couldn't deserialize thrift:\n no"), "Couldn't deserialize thrift: no"),
         (
             UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
             "'utf-8' codec can't decode byte 0xff",
         ),
+        # A damaged length may ask for any amount of memory. This error has no message, so its name
+        # is the reason.
         (MemoryError(), "MemoryError"),
     ],
 )
@@ -212,6 +224,8 @@ def test_what_pyarrow_raises(tmp_path, monkeypatch, error, reason):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        # Python's parser calls itself for each bracket, and it refuses integers of more than 4,300
+        # digits; neither is a JSONDecodeError.
         ("[" * 100_000, r"a.json: lists or objects are nested too deeply to be read$"),
         (
             '[{"a": ' + "1" * 5000 + "}]",
@@ -225,6 +239,8 @@ def test_json_that_python_chokes_on(tmp_path, content, message):
 
 
 def test_paths_that_cannot_be_looked_up():
+    # Longer than any file system allows, an unknown user behind ~, and a zero byte: pathlib raises
+    # OSError, RuntimeError and ValueError.
     for source in ("x" * 5000 + ".jsonl", "~nobody-of-this-name/a.jsonl", "a\0.jsonl"):
         with pytest.raises(
             ValueError, match=r"is not a path that can be looked up \(|no such file"

@@ -1,4 +1,4 @@
-"""What is learned, or refused, under each behaviour of chat templates."""
+"""Check what is learned, or refused, under each behaviour of chat templates."""
 
 import re
 
@@ -16,13 +16,14 @@ def tokenizers():
     """One tokenizer for each set of special tokens."""
     made = {}
     for specials in {(), *SPECIALS.values()}:
-        # Templates with one special token of their own begin a text with it.
+        # "seed: bos opens a turn" is the one template with a single special token of its own.
         bos_token = specials[0] if len(specials) == 1 else None
         made[specials] = make_tokenizer("chatml", specials=specials, bos_token=bos_token)
     return made
 
 
 def outcome(case: Case, tokenizers, allow=()):
+    """The tokenised conversation of a case, and the texts in its loss."""
     tokenizer = tokenizers[SPECIALS.get(case.template, ())]
     tokenizer.chat_template = TEMPLATES[case.template]
     conversation = Conversation(messages=case.messages, **case.more)
@@ -47,10 +48,14 @@ REASONING = [case for case in CASES if case.refused and "out the reasoning" in c
 @pytest.mark.parametrize("case", REASONING, ids=lambda case: case.template)
 def test_reasoning_may_be_left_out_where_that_is_said(case, tokenizers):
     sample, text = outcome(case, tokenizers, allow=["reasoning"])
+    # The run reports how many samples lost it.
     assert sample.left_out == ("reasoning",)
+    # All reasoning in the cases begins with R; it is neither printed nor learned, the answer is.
     assert text and not re.search(r"\bR", "".join(text))
 
 
 def test_there_are_templates_enough():
+    # A template without a case would be dead text; 40 is far below what there are, and guards
+    # against a table that is emptied by mistake.
     assert {case.template for case in CASES} == set(TEMPLATES)
     assert len(TEMPLATES) >= 40

@@ -1,4 +1,4 @@
-"""A tokenizer that cannot be read is a line, whatever transformers raises about it."""
+"""Check that a tokenizer that cannot be read is one line, whatever transformers raises about it."""
 
 from pathlib import Path
 
@@ -8,6 +8,8 @@ from megalora.data.tokenizer import load_tokenizer
 from megalora.tiny import make_tiny
 
 
+# A file without what it needs, one that is no JSON, and one with a list where an object belongs:
+# transformers lets three different errors through.
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -18,6 +20,7 @@ from megalora.tiny import make_tiny
 )
 def test_damaged_files(name: str, content: str, reason: str, tmp_path: Path) -> None:
     base = make_tiny(tmp_path / "base", arch="qwen3", seed=0, dtype="float32")
+    # It can be read before the damage.
     assert load_tokenizer(base)("1")["input_ids"]
     (base / name).write_text(content)
     with pytest.raises(ValueError) as caught:
