@@ -1,4 +1,4 @@
-"""Tiny bases and data that tests of every package share, made once per process."""
+"""Make tiny bases and data that tests of every package share, once per process."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def idle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with experts 6 and 7 never chosen."""
+    """The same with experts 6 and 7 never chosen: a rank of EP 4 then gets no rows at all."""
     folder = make_tiny(tmp_path_factory.mktemp("models") / "idle", **EVERYTHING)
     silence_experts(folder, first=6)
     return folder

@@ -1,5 +1,5 @@
-"""Jobs in forked processes of a parent that has imported everything, a few at once; each may fork
-ranks of its own."""
+"""Run jobs in forked processes of a parent that has imported everything, a few at once; each may
+fork ranks of its own."""
 
 import gc
 import multiprocessing
@@ -25,16 +25,21 @@ def forked[K](
             if more := job is not None:
                 key, function, arguments = job
                 process = context.Process(target=_on_one_thread, args=(function, arguments))
-                gc.collect()  # what a child must not meet; see run_ranks
+                # A child must not finalise what its parent has left behind; see run_ranks.
+                gc.collect()
                 process.start()
                 running.append((key, process, time.perf_counter()))
         time.sleep(0.1)
-        for entry in [e for e in running if not e[1].is_alive()]:
-            running.remove(entry)
+        # A copy, because entries are removed.
+        for entry in list(running):
             key, process, start = entry
+            if process.is_alive():
+                continue
+            running.remove(entry)
             yield key, time.perf_counter() - start, int(process.exitcode or 0)
 
 
 def _on_one_thread(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    # A forked process has none of its parent's threads, and would wait for them.
+    torch.set_num_threads(1)
     function(*arguments)

@@ -7,7 +7,8 @@ from typing import Any
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines))
 
 
 def read_jsonl(path: Path) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A sweep over variants of kernels on a machine whose clock, kernels and compiler are made up.
+"""Run a sweep over variants of kernels on a machine whose clock, kernels and compiler are made up.
 
 Sizes are small; what decides is the made-up time of each variant, in microseconds, and the noise on
 it.
@@ -30,7 +30,9 @@ from benchmarks.tune_sweep import Sweep, Tools
 
 CPU = torch.device("cpu")
 SIZES = Sizes("tiny", 32, 16, num_experts=4, top_k=2)
+# The products of one layer, forward and backward.
 GATE_UP, DOWN, DOWN_DGRAD, GATE_UP_DGRAD = gemms_of(SIZES, rank=4)
+# Block sizes of M, N and K, warps, stages. The first is what ``rule`` takes without a table.
 RULE = Variant(64, 128, 64, 4, 4)
 OTHERS = [
     Variant(64, 128, 64, 4, 3),
@@ -40,26 +42,34 @@ OTHERS = [
     Variant(128, 256, 64, 8, 4, weight="tma"),
 ]
 VARIANTS = [RULE, *OTHERS]
+# Two products at two sizes: experts, then rows of each.
 POINTS = (
     Point(GATE_UP, 2, 64),
     Point(DOWN, 2, 64),
     Point(GATE_UP, 2, 128),
     Point(DOWN, 2, 128),
 )
-LAYERS = tuple(Spec(SIZES, rows * 2, 4, 4, "balanced") for rows in (256, 128, 64))
+# Tokens, experts, rank: with the top 2 of 4 experts, 256, 128 and 64 rows each.
+LAYERS = (
+    Spec(SIZES, 512, 4, 4, "balanced"),
+    Spec(SIZES, 256, 4, 4, "balanced"),
+    Spec(SIZES, 128, 4, 4, "balanced"),
+)
 
 
 def by_torch(o: Operands, variant: Variant) -> torch.Tensor:
-    """What every right variant computes; allocated as the launcher does."""
+    """What every right variant computes. Its memory is not cleared, as the launcher's is not: a
+    variant that leaves rows unwritten must show."""
     y_MN = o.x.new_empty(o.routing.num_rows, o.w_EKN.shape[2])
     return y_MN.copy_(reference(o))
 
 
 def place_for_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where a sweep may write; a fixture's body: afterwards no table of it is in use."""
-    monkeypatch.setenv(tuned.ENV_TABLE, "off")  # and put back what the sweep sets
+    # A sweep sets this variable itself; monkeypatch puts it back after the test.
+    monkeypatch.setenv(tuned.ENV_TABLE, "off")
     tuned.forget()
-    # asking git at every save takes seconds in all
+    # Asking git at every save would take seconds in all.
     monkeypatch.setattr("benchmarks.gpu_timing.commit", lambda: "abc")
     yield tmp_path / "tuned.json"
     tuned.forget()
@@ -88,6 +98,7 @@ class Bench:
         self.layer_us: dict[int, tuple[float | None, float | None]] = {}
 
     def timer(self, calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+        # Calls come by label; the cost goes by variant.
         by_label = {variant_label(v): v for v in VARIANTS}
         found: dict[str, list[float]] = {}
         for label in calls:
@@ -104,8 +115,11 @@ class Bench:
         self.compiled += jobs
         self.seconds += 1
         # Job -> why it does not compile, or None; jobs that time did not reach are absent.
-        reached = [job for job in jobs[: self.reach] if job.variant not in self.too_slow]
-        return {job: self.no_compile.get(job.variant) for job in reached}
+        outcomes = {}
+        for job in jobs[: self.reach]:
+            if job.variant not in self.too_slow:
+                outcomes[job] = self.no_compile.get(job.variant)
+        return outcomes
 
     def layer(self, spec: Spec) -> dict[str, Any]:
         triton, vendor = self.layer_us[spec.num_rows // spec.experts]
@@ -129,9 +143,10 @@ def sweep(
     seconds: float = 1e6,
     layers: Any = (),
 ) -> dict[str, Any]:
-    Sweep(Record(out, CPU, dry=True), bench.tools(), seconds).measure(
-        [Group(tuple(points), tuple(layers))]
-    )
+    """Sweep over one group; returns the record that was written, which a second call continues."""
+    record = Record(out, CPU, dry=True)
+    group = Group(tuple(points), tuple(layers))
+    Sweep(record, bench.tools(), seconds).measure([group])
     return json.loads(out.read_text())
 
 
@@ -145,6 +160,11 @@ def variants_of(found: dict[str, Any]) -> list[Variant]:
     return [Variant(**row["variant"]) for row in found["rows"]]
 
 
-def costs(**by_stage: float) -> Callable[[Variant], float]:
-    """Microseconds by position in VARIANTS: v0 is the rule's own; the others 200."""
-    return lambda v: by_stage.get(f"v{VARIANTS.index(v)}", 200.0)
+def costs(**by_position: float) -> Callable[[Variant], float]:
+    """Microseconds of variants by their position in VARIANTS, such as ``v2=50``, where v0 is the
+    rule's own; 200 of those that are not given."""
+
+    def cost(variant: Variant) -> float:
+        return by_position.get(f"v{VARIANTS.index(variant)}", 200.0)
+
+    return cost

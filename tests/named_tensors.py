@@ -1,5 +1,5 @@
-"""Tensors by name, as safetensors files hold them: changes that spoil or rewrite them, and a
-comparison bit for bit."""
+"""Change tensors by name, as safetensors files hold them, to spoil or rewrite a file, and compare
+them bit for bit."""
 
 from collections.abc import Callable, Mapping
 
@@ -15,7 +15,11 @@ def without(*names: str) -> Change:
     """Remove the tensors of these names."""
 
     def change(tensors: Tensors) -> Tensors:
-        return {name: tensor for name, tensor in tensors.items() if name not in names}
+        # A copy: the caller's own tensors stay as they were for its comparison.
+        kept = dict(tensors)
+        for name in names:
+            kept.pop(name, None)
+        return kept
 
     return change
 
@@ -38,7 +42,7 @@ def without_parts(*parts: str) -> Change:
 
     def change(tensors: Tensors) -> Tensors:
         removed = only_parts(*parts)(tensors)
-        return {name: tensor for name, tensor in tensors.items() if name not in removed}
+        return without(*removed)(tensors)
 
     return change
 

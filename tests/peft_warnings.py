@@ -1,4 +1,4 @@
-"""The marks of tests that load adapters with stock PEFT."""
+"""Mark tests that load adapters with stock PEFT, which warns of what is no fault."""
 
 import pytest
 

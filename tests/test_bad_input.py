@@ -1,4 +1,4 @@
-"""A user's mistakes and what the command line answers: exit code 2 and one message, never a
+"""What the command line answers to a user's mistakes: exit code 2 and one message, never a
 traceback."""
 
 import json
@@ -35,14 +35,15 @@ def refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("MEGALORA_TRACEBACK", raising=False)
 
     def run(*arguments: object, action: Callable[[list[str]], None] = cli.main) -> str:
+        # What was written before this command is not its answer.
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit:
             cli.guarded(action, [str(a) for a in arguments])
         out, err = capfd.readouterr()
         assert (exit.value.code, out) == (2, "")
-        assert (
-            err.count("megalora: ") == 1 and err.startswith("megalora: ") and "Traceback" not in err
-        )
+        # One message, said once, and nothing before it.
+        assert err.startswith("megalora: ") and err.count("megalora: ") == 1
+        assert "Traceback" not in err
         return err.removeprefix("megalora: ").removesuffix("\n")
 
     return run
@@ -50,7 +51,7 @@ def refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def refused_rank(refused: Said, tmp_path: Path, tiny: Path) -> Said:
-    """What a training rank, in a world of one, answers; nothing may have been written to the run
+    """Returns what a training rank answers, in a world of one; it may not have made its run
     folder."""
     (tmp_path / "chats.jsonl").write_text(CHAT * 4)
     (tmp_path / "run.yaml").write_text(
@@ -73,9 +74,8 @@ def broken(tmp_path: Path, tiny: Path) -> Callable[..., Path]:
     def make(missing: str) -> Path:
         folder = tmp_path / "broken"
         shutil.copytree(tiny, folder)
-        gone = list(folder.glob(missing))
-        assert len(gone) == 1
-        gone[0].unlink()
+        (gone,) = folder.glob(missing)
+        gone.unlink()
         return folder
 
     return make
@@ -83,6 +83,7 @@ def broken(tmp_path: Path, tiny: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def adapter(tmp_path: Path, tiny: Path) -> Path:
+    """An adapter of the tiny model with one linear outside the experts and one in them."""
     shape = model_shape(read_hf_config(tiny))
     adapted = resolve(LoRAConfig(rank=3, target_modules=["q_proj", "down_proj"]), shape)
     folder = tmp_path / "adapter"
@@ -100,6 +101,7 @@ def adapter(tmp_path: Path, tiny: Path) -> Path:
     ("overrides", "message"),
     [
         (
+            # These ranks are alone, without torchrun, so that a world of one is all there is.
             ["parallel.tp=2"],
             (
                 "1 ranks cannot hold the attention grid: tp=2 * pp=1 = 2, and 1 is not a multiple"
@@ -150,6 +152,7 @@ def adapter(tmp_path: Path, tiny: Path) -> Path:
             ),
         ),
         (
+            # The chat template alone is longer than four tokens.
             ["data.max_length=4"],
             (
                 "{folder}/chats.jsonl: none of the 4 samples is left: 4 longer than"
@@ -159,7 +162,8 @@ def adapter(tmp_path: Path, tiny: Path) -> Path:
     ],
 )
 def test_config(refused_rank: Said, tmp_path: Path, overrides: list[str], message: str) -> None:
-    said = refused_rank(*(text.format(folder=tmp_path) for text in overrides))
+    said = refused_rank(*[text.format(folder=tmp_path) for text in overrides])
+    # How many tokens a chat has is the tokenizer's business.
     assert re.sub(r"longest \d+", "longest N", said) == message.format(folder=tmp_path)
 
 
@@ -186,11 +190,12 @@ def test_config(refused_rank: Said, tmp_path: Path, overrides: list[str], messag
 def test_layout_that_does_not_divide_the_model(
     refused: Said, refused_rank: Said, tmp_path: Path, layout: dict[str, int], message: str
 ) -> None:
-    (size,) = layout.values()
-    overrides = [f"parallel.{name}={value}" for name, value in layout.items()]
-    said = refused(
-        "train", tmp_path / "run.yaml", "--nproc", size, "train.global_batch_size=12", *overrides
-    )
+    # As many ranks as the layout needs, and 12 samples, which 3 and 4 ranks can share: nothing else
+    # is wrong. ``refused_rank`` has written run.yaml.
+    ((name, size),) = layout.items()
+    batch = "train.global_batch_size=12"
+    override = f"parallel.{name}={size}"
+    said = refused("train", tmp_path / "run.yaml", "--nproc", size, batch, override)
     assert said == message
 
 
@@ -202,6 +207,7 @@ def test_layout_that_does_not_divide_the_model(
     ],
 )
 def test_data_line_is_no_json(refused_rank: Said, tmp_path: Path, line: str, message: str) -> None:
+    # CHAT ends with a line break of its own, so an empty line follows it: the bad one is the third.
     path = tmp_path / "bad.jsonl"
     path.write_text(f"{CHAT}\n{line}\n{CHAT}")
     assert refused_rank(f"data.train={path}") == f"{path}:{message}"
@@ -222,6 +228,7 @@ def test_long_samples_are_left_out_and_counted(
 ) -> None:
     path = tmp_path / "chats.jsonl"
     long = json.loads(CHAT)
+    # At least a token for each of 50 fours: more than max_length=40.
     long["messages"][1]["content"] = "4 " * 50
     path.write_text(CHAT * 4 + (json.dumps(long) + "\n") * 3)
     (tmp_path / "run.yaml").write_text(
@@ -243,6 +250,7 @@ def test_base_with_a_missing_shard(
     refused_rank: Said, refused: Said, adapter: Path, broken: Callable[..., Path]
 ) -> None:
     folder = broken("model-00002-of-*.safetensors")
+    # Those that are left and the missing one.
     shards = len(list(folder.glob("*.safetensors"))) + 1
     message = (
         f"{folder}: 1 of {shards} weight shards are missing"
@@ -262,6 +270,7 @@ def test_base_without_config(
 
 
 def test_base_of_another_family(refused_rank: Said, tmp_path: Path) -> None:
+    # Found out by the config alone, before weights are looked for.
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     message = f"model_type 'gpt2' is not supported; megalora knows {', '.join(FAMILIES)}"
     assert refused_rank(f"model.path={tmp_path}") == message
@@ -271,6 +280,7 @@ def test_base_of_another_family(refused_rank: Said, tmp_path: Path) -> None:
     ("sizes", "message"),
     [
         (
+            # Names fit, sizes do not.
             {"hidden_size": 100},
             (
                 "/adapter_model.safetensors:"
@@ -279,6 +289,8 @@ def test_base_of_another_family(refused_rank: Said, tmp_path: Path) -> None:
             ),
         ),
         (
+            # Every tensor of the adapter fits, but the ninth expert of 4 layers has none: gate, up
+            # and down in each.
             {"num_experts": 9},
             (
                 " lacks 12 linears of experts beside others of their layers, such as"
@@ -287,6 +299,7 @@ def test_base_of_another_family(refused_rank: Said, tmp_path: Path) -> None:
             ),
         ),
         (
+            # The adapter is for one layer more than there is.
             {"num_hidden_layers": 3},
             (
                 "/adapter_model.safetensors: model.layers.3.mlp.experts.0.down_proj is not a linear"
@@ -315,6 +328,7 @@ def test_no_adapter(refused: Said, tiny: Path, tmp_path: Path) -> None:
         assert refused("inspect", folder) == message
         assert refused("verify", folder, "--base", tiny) == message
         assert refused("export", folder, tmp_path / "out") == message
+        # For the second round of the loop.
         (tmp_path / "empty").mkdir(exist_ok=True)
     assert not (tmp_path / "out").exists()
 
@@ -328,6 +342,8 @@ def test_adapter_of_another_method(refused: Said, adapter: Path) -> None:
     )
 
 
+# Nothing; less than the 8 bytes that give the header's length; a part of the header; all but the
+# last numbers.
 @pytest.mark.parametrize("keep", [0, 7, 1000, -16])
 def test_truncated_weights(refused: Said, adapter: Path, tiny: Path, keep: int) -> None:
     path = adapter / WEIGHTS
@@ -350,4 +366,5 @@ def test_export_over_something(refused: Said, adapter: Path, tmp_path: Path) -> 
         refused("export", adapter, taken)
         == f"{taken} exists and is not an empty folder; choose another"
     )
+    # Somebody's work is still there, and nothing of ours beside it.
     assert [path.name for path in taken.iterdir()] == ["thesis.tex"]

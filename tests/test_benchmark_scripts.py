@@ -1,10 +1,12 @@
-"""The GPU benchmarks as scripts, on a CPU: what they write and refuse, and that training arms train
-the same thing."""
+"""Run the GPU benchmarks as scripts on a CPU: what they write and refuse, and that training arms
+train the same thing."""
 
 import argparse
+import itertools
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,7 @@ from benchmarks.train_arms import (
     with_experts,
 )
 from benchmarks.train_case import TINY_MODEL, adapter_parameters
+from tests.arms_to_time import without_triton
 from tests.forked import forked
 from tests.named_tensors import only_parts
 from tests.parity.grid import Case
@@ -43,20 +46,17 @@ TINY = Sizes("tiny", hidden=48, inner=40, num_experts=8, top_k=3)
 SETUP = Setup(TINY_MODEL, rank=8, num_tokens=32, device=CPU, dtype=torch.float32)
 
 
-def without_triton(arms: dict) -> dict:
-    """Interpreting it takes too long here; tests/kernels has it."""
-    return {name: build for name, build in arms.items() if "triton" not in name}
-
-
 @pytest.mark.slow
 def test_bench_writes_what_it_found_and_what_it_left_out(tmp_path, monkeypatch, capsys):
     tiny = LinearSpec("tiny peft", 64, 4, 40, 48, 8)
     monkeypatch.setitem(SIZES, "tiny", TINY)
     for name in ("our_arms", "our_linear_arms"):
-        real = getattr(bench_grouped_lora, name)
-        monkeypatch.setattr(
-            bench_grouped_lora, name, lambda case, real=real: without_triton(real(case))
-        )
+        every_arm = getattr(bench_grouped_lora, name)
+
+        def some_arms(case, every_arm=every_arm):
+            return without_triton(every_arm(case))
+
+        monkeypatch.setattr(bench_grouped_lora, name, some_arms)
     args = argparse.Namespace(
         model="tiny", tokens=[32], experts=[8, 4], ranks=[8], routing=["balanced", "zipf"],
         crossing=[8],
@@ -67,14 +67,17 @@ def test_bench_writes_what_it_found_and_what_it_left_out(tmp_path, monkeypatch, 
     )
     assert bench_grouped_lora.run(bench, args) == 0
     record = json.loads(args.out.read_text())
+    # Four layers (two numbers of experts, two routings), two linears, PEFT's, two crossings.
     assert len(record["seconds"]) == 9 and record["failures"] == record["not_reached"] == []
     arms = {row["arm"] for row in record["rows"]}
     assert arms >= {"ours auto", "split eager", "peft stock", "base loop"}
-    assert (
-        record["versions"]["torch"] == torch.__version__ and record["versions"]["unsloth"] is None
-    )
+    assert record["versions"]["torch"] == torch.__version__
+    # What is not installed is named with no version, so that its absence is on record.
+    assert record["versions"]["unsloth"] is None
+    # Asked for 8 rows per expert. With top 3 whole tokens make 63 rows for 8 experts, 30 for 4.
     assert [(p["experts"], p["rows"]) for p in record["crossing"]] == [(8, 7), (4, 7)]
     assert record["settings"]["model"] == "tiny"
+    # A budget of nothing: every case is named as not reached, and that is no failure.
     late = bench_grouped_lora.Bench(CPU, torch.float32, repeats=2, budget=Budget(0), compiled=False)
     args.out = tmp_path / "late.json"
     assert bench_grouped_lora.run(late, args) == 0
@@ -84,6 +87,7 @@ def test_bench_writes_what_it_found_and_what_it_left_out(tmp_path, monkeypatch, 
 
 def test_a_budget_runs_from_the_start_of_the_script(monkeypatch):
     """Imports are over before a script can make a budget; gpu_all.sh tells when it was started."""
+    # PATIENCE_S is more than any machine takes between two of these lines.
     assert Budget(10_000).left() == pytest.approx(10_000, abs=PATIENCE_S)
     monkeypatch.setenv(STARTED, str(time.time() - 3000))
     assert Budget(10_000).left() == pytest.approx(7000, abs=PATIENCE_S)
@@ -98,35 +102,32 @@ def test_a_second_call_of_the_bench_goes_on_with_its_own_record(tmp_path, monkey
 
     def plan(bench, args):
         for label in ("first", "second"):
-            yield label, lambda label=label: ran.append(label)
+            yield label, partial(ran.append, label)
+
+    def a_bench():
+        return bench_grouped_lora.Bench(
+            CPU, torch.float32, repeats=1, budget=Budget(None), compiled=False
+        )
 
     monkeypatch.setattr(bench_grouped_lora, "plan", plan)
-    first = bench_grouped_lora.Bench(
-        CPU, torch.float32, repeats=1, budget=Budget(None), compiled=False
-    )
-    timed = Row(
-        "first",
-        "ours auto",
-        "ours",
-        forward=Stats(1.0, 1.0, 1.0, 1.0),
-        train=Stats(2.0, 1.0, 3.0, 1.0),
-    )
+    # One row of each kind that a record has, of the first case alone.
+    first = a_bench()
+    forward = Stats(1.0, 1.0, 1.0, 1.0)
+    train = Stats(2.0, 1.0, 3.0, 1.0)
+    timed = Row("first", "ours auto", "ours", forward=forward, train=train)
     first.report.rows = [timed]
     first.report.verdicts = [goals.Verdict.of(goals.TRAIN, "first", 1.2)]
     first.report.crossing = [goals.Crossing(8, 7, 1.0, None)]
     first.report.seconds = {"first": 1.0}
     settings = bench_grouped_lora._settings(args)
     save(args.out, "grouped_lora", CPU, settings=settings, **first.report.content())
-    second = bench_grouped_lora.Bench(
-        CPU, torch.float32, repeats=1, budget=Budget(None), compiled=False
-    )
+    second = a_bench()
     assert bench_grouped_lora.run(second, args) == 0 and ran == ["second"]
     assert second.report.rows == [timed] and second.report.crossing == first.report.crossing
     assert second.report.verdicts == first.report.verdicts
-    monkeypatch.setenv("MEGALORA_TUNED", "off")  # other kernels: nothing of it holds
-    third = bench_grouped_lora.Bench(
-        CPU, torch.float32, repeats=1, budget=Budget(None), compiled=False
-    )
+    # Without the tuned table other kernels run: nothing of the record holds for them.
+    monkeypatch.setenv("MEGALORA_TUNED", "off")
+    third = a_bench()
     assert bench_grouped_lora.run(third, args) == 0 and ran == ["second", "first", "second"]
 
 
@@ -136,10 +137,9 @@ def test_a_record_is_continued_only_where_it_was_measured_alike(tmp_path, capsys
     save(path, "x", CPU, settings={"sizes": (1, 2)}, rows=[1])
     found = earlier(path, "x", CPU, {"sizes": (1, 2)})
     assert found is not None and found["rows"] == [1]
-    assert (
-        earlier(path, "x", CPU, {"sizes": (1, 3)}) is None
-        and "another settings" in capsys.readouterr().out
-    )
+    assert earlier(path, "x", CPU, {"sizes": (1, 3)}) is None
+    assert "another settings" in capsys.readouterr().out
+    # Another GPU, other code, or so long ago that clocks and drivers may differ.
     for changed in ({"device": "another"}, {"commit": "0"}, {"when": "2026-01-01T00:00:00+00:00"}):
         path.write_text(json.dumps({**found, **changed}))
         assert earlier(path, "x", CPU, {"sizes": (1, 2)}) is None, changed
@@ -155,12 +155,9 @@ def test_without_a_gpu_scripts_say_so_in_one_line(script, capsys):
     with pytest.raises(SystemExit) as left:
         script.main(["--budget-seconds", "1"])
     said = capsys.readouterr()
-    assert (
-        left.value.code == 2
-        and said.err.count("\n") == 1
-        and "needs a CUDA device" in said.err
-        and not said.out
-    )
+    assert left.value.code == 2
+    assert said.err.count("\n") == 1 and "needs a CUDA device" in said.err
+    assert not said.out
 
 
 def test_our_experts_train_as_peft_s_do():
@@ -175,37 +172,48 @@ def test_our_experts_train_as_peft_s_do():
                 parameter.normal_(std=0.1)
         # Attention has the same names in both; experts are copied below.
         ours.load_state_dict(only_parts("self_attn")(theirs.state_dict()), strict=False)
+    # PEFT adapts both parameters of a fused module, with one wrapper around the other: the inner
+    # one's is gate_up, the outer one's down. It stacks 8 experts in A [8 r, in] and interleaves
+    # them in B [out, r 8], where expert is the fastest index; ours are A [8, r, in] and B [8, out,
+    # r].
     pairs = []
-    for block, kernel in zip(blocks(theirs), (b.experts for b in blocks(ours)), strict=True):
+    for their_block, our_block in zip(blocks(theirs), blocks(ours), strict=True):
+        kernel = our_block.experts
         for a, b, wrapper in (
-            (kernel.a1, kernel.b1, block.experts.base_layer),
-            (kernel.a2, kernel.b2, block.experts),
+            (kernel.a1, kernel.b1, their_block.experts.base_layer),
+            (kernel.a2, kernel.b2, their_block.experts),
         ):
-            a.data.copy_(wrapper.lora_A.default.weight.unflatten(0, (8, -1)))
-            b.data.copy_(wrapper.lora_B.default.weight.unflatten(1, (-1, 8)).permute(2, 0, 1))
-            pairs.append((a, wrapper.lora_A.default.weight, b, wrapper.lora_B.default.weight))
-    steps = [training(model, SETUP, "", True) for model in (theirs, ours)]
-    assert float(steps[0].forward_backward()) == pytest.approx(
-        float(steps[1].forward_backward()), rel=1e-5
-    )
+            their_a = wrapper.lora_A.default.weight
+            their_b = wrapper.lora_B.default.weight
+            a.data.copy_(their_a.unflatten(0, (8, -1)))
+            b.data.copy_(their_b.unflatten(1, (-1, 8)).permute(2, 0, 1))
+            pairs.append((a, their_a, b, their_b))
+    their_loss = float(training(theirs, SETUP, "", True).forward_backward())
+    our_loss = float(training(ours, SETUP, "", True).forward_backward())
+    # Rounding of float32 in sums of another order, as in the gradients below.
+    assert their_loss == pytest.approx(our_loss, rel=1e-5)
     for a, their_a, b, their_b in pairs:
         torch.testing.assert_close(a.grad.flatten(0, 1), their_a.grad, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(
             b.grad.permute(1, 2, 0).flatten(1), their_b.grad, rtol=1e-3, atol=1e-6
         )
-    in_attention = {n: p for n, p in theirs.named_parameters() if "q_proj.lora_A" in n}
-    for name, parameter in in_attention.items():
-        torch.testing.assert_close(
-            ours.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-6
-        )
+    # Attention lies before the experts: its gradients show what backward hands on.
+    num_compared = 0
+    for name, parameter in theirs.named_parameters():
+        if "q_proj.lora_A" in name:
+            our_grad = ours.get_parameter(name).grad
+            torch.testing.assert_close(our_grad, parameter.grad, rtol=1e-3, atol=1e-6)
+            num_compared += 1
+    assert num_compared == len(blocks(ours))
 
 
 def blocks(model: torch.nn.Module) -> list:
+    """MoE blocks of a model of transformers, in order, whatever wraps the model."""
     return [m for m in model.modules() if type(m).__name__ == "Qwen3MoeSparseMoeBlock"]
 
 
 def train_in_a_process(name: str, out: Path) -> None:
-    """In bfloat16, as on a GPU."""
+    """Train one arm in bfloat16, as on a GPU."""
     setup = replace(SETUP, dtype=torch.bfloat16)
     out.write_text(json.dumps(bench_train_gpu.train(name, setup, steps=2)))
 
@@ -215,7 +223,8 @@ def test_our_experts_take_float32_as_a_gemm_under_autocast_does():
     setup = replace(SETUP, dtype=torch.bfloat16)
     experts = blocks(with_experts(setup, KernelExperts, joined=False))[0].experts
     x_TH = torch.randn(setup.num_tokens, TINY_MODEL["hidden_size"])
-    experts_TK = torch.stack([torch.randperm(8)[:2] for _ in range(setup.num_tokens)])
+    # Each token goes to two different experts of eight.
+    experts_TK = torch.rand(setup.num_tokens, 8).argsort(dim=1)[:, :2]
     probs_TK = torch.rand(setup.num_tokens, 2)
     y_TH = experts(x_TH, experts_TK, probs_TK)
     assert y_TH.dtype == torch.bfloat16 and y_TH.any()
@@ -225,7 +234,7 @@ def test_our_experts_take_float32_as_a_gemm_under_autocast_does():
 def test_a_dry_run_tries_every_arm_that_a_gpu_will():
     args = argparse.Namespace(dry=True)
     tried = {bench_train_gpu.ARMS[name] for name, _ in bench_train_gpu.arms_to_run(CPU, args)}
-    # unsloth is not installed where dry runs are
+    # unsloth is installed on no machine that makes dry runs.
     assert tried == set(bench_train_gpu.ARMS.values()) - {bench_train_gpu.ARMS["unsloth"]}
 
 
@@ -233,6 +242,7 @@ def test_training_arms_train(tmp_path):
     files = {}
     for name in ("megalora", "one of 8 ranks", "kernels", "unsloth"):
         files[name] = tmp_path / f"{name}.json"
+    # In processes of their own, because arms change modules of transformers and Megatron for good.
     jobs = [(name, train_in_a_process, (name, file)) for name, file in files.items()]
     for name, _, code in forked(jobs, at_once=2):
         assert code == 0, name
@@ -240,19 +250,17 @@ def test_training_arms_train(tmp_path):
     assert rows["unsloth"]["status"] == "not installed: No module named 'unsloth'"
     for name in ("megalora", "one of 8 ranks", "kernels"):
         assert rows[name]["status"] == "ok" and rows[name]["loss"][1] < rows[name]["loss"][0]
+        # 32 tokens a step.
         assert rows[name]["tokens_per_s"] == pytest.approx(32 / rows[name]["step_ms"] * 1e3)
     assert rows["megalora"]["adapter_parameters"] == adapter_parameters(TINY_MODEL, 8)
-    table = bench_train_gpu.show(
-        [
-            *rows.values(),
-            {**rows["megalora"], "arm": "peft", "step_ms": 2 * rows["megalora"]["step_ms"]},
-        ]
-    )
+    # A row for PEFT that takes twice as long: the column of ratios must say 2.00.
+    peft = {**rows["megalora"], "arm": "peft", "step_ms": 2 * rows["megalora"]["step_ms"]}
+    table = bench_train_gpu.show([*rows.values(), peft])
     assert "2.00" in table and "unsloth: not installed" in table
 
 
 def test_a_step_that_does_not_train_has_no_speed(monkeypatch):
-    losses = iter(float(i) for i in range(9))
+    losses = itertools.count(0.0)
     rising = Training(lambda: torch.tensor(next(losses)), lambda: None, 1, "rises")
     found = bench_train_gpu.measure_steps(rising, CPU, steps=2)
     assert found["status"] == "wrong: the loss went from 0.000 to 3.000"
@@ -276,8 +284,10 @@ def test_layouts_on_one_gpu_are_held_against_float64(tmp_path, monkeypatch, caps
         config, start = prepare(self, case)
         if case == cases[1] and not spoilt:
             # A thousandth off: a tenth of a per cent is far more than rounding.
-            spoilt_start = {name: 1.001 * tensor for name, tensor in load_file(start).items()}
-            save_file(spoilt_start, start)
+            tensors = load_file(start)
+            for tensor in tensors.values():
+                tensor *= 1.001
+            save_file(tensors, start)
             spoilt.append(case)
         return config, start
 
@@ -290,15 +300,15 @@ def test_layouts_on_one_gpu_are_held_against_float64(tmp_path, monkeypatch, caps
     said = capsys.readouterr().out
     rows = json.loads(out.read_text())["rows"]
     assert [row["case"] for row in rows] == [case.name for case in (shared_gpu.ALONE, *cases)]
-    assert (
-        rows[0]["exceeded"] == rows[1]["exceeded"] == []
-        and rows[3]["failed"] == "exit code 1: no ranks"
-    )
+    # One rank alone and EP 2 agree, TP 2 was spoilt, the ranks of PP 2 did not start.
+    assert rows[0]["exceeded"] == rows[1]["exceeded"] == []
     assert "gradient" in " ".join(rows[2]["exceeded"])
     assert rows[2]["gradient"] > 1e-4
+    assert rows[3]["failed"] == "exit code 1: no ranks"
     assert "exit code 1: no ranks" in said
     shown = gpu_summary.of_shared({"rows": rows, "not_reached": []})
     assert [row[-1] for row in shown] == ["pass", "pass", "FAILED", "FAILED"]
+    # What exceeded its limit is run again, and what failed; what agreed is not.
     ran.clear()
     assert shared_gpu.main(["--dry", "--out", str(out)]) == 1 and ran == list(cases[1:])
     for row in json.loads(out.read_text())["rows"]:
@@ -311,6 +321,7 @@ def test_of_layouts_on_one_gpu_none_is_started_late(monkeypatch):
     row = {"failed": "x", "seconds": 1.0}
     monkeypatch.setattr(shared_gpu.Laboratory, "run", lambda self, case: {"case": case.name, **row})
     written = []
+    # Budgets a second below and above what a case may take. Rows are made up and take no time.
     for left, reached in ((-1, 0), (1, len(shared_gpu.SHARED))):
         found = shared_gpu.Found(shared_gpu.SHARED, [], lambda **content: written.append(content))
         laboratory = shared_gpu.Laboratory(Path("nowhere"), 1.0)
@@ -331,6 +342,7 @@ def test_a_layout_may_err_twice_as_much_as_one_rank_and_no_more():
     quantities = dict.fromkeys(shared_gpu.LIMITS, 0.0)
 
     def exceeded(alone: float, other: float) -> list[list[str]]:
+        """What each of two rows exceeds, by their errors of the gradient alone."""
         names = (shared_gpu.ALONE.name, "other")
         rows = []
         for name, value in zip(names, (alone, other), strict=True):
@@ -338,7 +350,8 @@ def test_a_layout_may_err_twice_as_much_as_one_rank_and_no_more():
         shared_gpu.judge(rows)
         return [row["exceeded"] for row in rows]
 
-    # a GPU's own rounding, up to ten times the CPU's limit of 1e-5
+    # One rank alone may err ten times as much as the CPU's limit of 1e-5: a GPU rounds otherwise. A
+    # layout may err twice as much as that rank, and up to the CPU's limit in any case.
     assert exceeded(5e-5, 9e-5) == [[], []]
     assert exceeded(5e-5, 1.1e-4) == [[], ["gradient 1.1e-04 > 1.0e-04"]]
     assert exceeded(1e-7, 9e-6) == [[], []] and exceeded(1e-7, 2e-5)[1]

@@ -26,7 +26,7 @@ def time_is_up_when(
     happened: Callable[[], Any],
     limit_s: float | None = None,
 ) -> None:
-    """Let a process that is waited for with a limit reach it as soon as something has happened.
+    """Let a wait with a limit for a process run out as soon as something has happened.
 
     Args:
         happened: what must happen first, such as that the process has started its children.

@@ -1,4 +1,4 @@
-"""A clock for tests of what measures time, so that no result depends on the machine."""
+"""Replace the clock in tests of what measures time, so that no result depends on the machine."""
 
 from typing import Any
 
@@ -43,6 +43,7 @@ class WorkTakesTime(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         found = func(*args, **(kwargs or {}))
+        # A view moves no data, so it takes no time.
         if not func.is_view:
             self.clock.pass_time(NANOSECOND * work(str(func), args, found))
         return found
@@ -50,16 +51,25 @@ class WorkTakesTime(TorchDispatchMode):
 
 def work(name: str, args: tuple[Any, ...], found: Any) -> int:
     """Multiplications and additions of a product, elements of anything else."""
-    given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    given = tensors_in(args)
     if "mm." in name:
-        second = [t for t in given if t.is_floating_point()][-1]  # offsets of groups are integers
-        return 2 * found.numel() * second.shape[-2]
+        # [M, K] times [K, N] or [groups, K, N]. The offsets of a grouped product come after its
+        # operands and are integers.
+        factors = [t for t in given if t.is_floating_point()]
+        inner_size = factors[-1].shape[-2]
+        return 2 * found.numel() * inner_size
     if "attention" in name:
         # Forward is given q, k, v; backward the gradient before them. All are [B, heads, S, d].
-        *_, query, key = [t for t in given if t.ndim == 4][:3] if "backward" in name else given[:2]
+        first = 1 if "backward" in name else 0
+        query = given[first]
+        key = given[first + 1]
         return 2 * query.numel() * key.shape[-2]
     elements = 0
-    for leaf in [*given, *tree_leaves(found)]:
-        if isinstance(leaf, torch.Tensor):
-            elements += leaf.numel()
+    for tensor in [*given, *tensors_in(found)]:
+        elements += tensor.numel()
     return elements
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """Tensors of nested tuples and lists, in order."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]

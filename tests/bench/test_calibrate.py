@@ -40,22 +40,31 @@ SIZES = {
 }  # fmt: skip
 COLLECTIVES = ["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"]
 HARDLY_ANY_S = 1e-6
+"""Budget that is spent at once, so that only the two sizes of each kind that always are measured
+are."""
 PLENTY_S = 600
+"""Budget that the made-up clock never reaches."""
 type Run = tuple[dict[str, Any], list[tuple[dict[str, Any], list[str]]]]
 
 
 def _calibrate(
     out: Path, dtype: str, budget_seconds: float, ranks_per_node: int, grid: Grid
 ) -> tuple[dict[str, Any], list[str]]:
-    """What this rank measured by a made-up clock, and what it said."""
+    """Run in each rank: what it measured by a made-up clock, and what it said."""
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
     calibration.CPU = grid
-    # a made-up clock always says the same: two calls in a row, two samples
+    # Two calls in a row and two samples are enough, because a made-up clock always says the same.
     clock.ON_CPU = clock.Effort(1e-3, 10e-3, most_in_a_row=2, min_samples=2, max_samples=2)
     found = {}
     said = []
     measure = calibration._measure
-    calibration._measure = lambda *args: found.update(measure(*args)) or found  # type: ignore
+
+    def kept(*args: Any) -> dict[str, Any]:
+        found.update(measure(*args))
+        return found
+
+    calibration._measure = kept
+    # A tick far below any work, so that no sample takes no time.
     made_up = MadeUpClock(tick=NANOSECOND / 1000)
     by_the_clock = Clock.seconds
 
@@ -79,6 +88,7 @@ def _run(
 ) -> Run:
     out = folder / "made" / "machine.json"
     ranks = run_ranks(_calibrate, world, out, dtype, budget_seconds, ranks_per_node, grid)
+    # No temporary file is left beside the record.
     assert [path.name for path in out.parent.iterdir()] == ["machine.json"]
     return json.loads(out.read_text()), ranks
 
@@ -116,16 +126,32 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def _points(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    return {kind: record[kind] for kind in SIZES} | record["collectives"]
+    """Measured points by kind, collectives among them."""
+    computed = {kind: record[kind] for kind in SIZES}
+    return computed | record["collectives"]
+
+
+def _triples(points: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
+    """(rows, outputs, inputs) of each product."""
+    return [(p["rows"], p["outputs"], p["inputs"]) for p in points]
+
+
+def _arithmetic(product: dict[str, Any]) -> int:
+    """Multiplications of a product [rows, inputs] x [inputs, outputs]."""
+    return product["rows"] * product["outputs"] * product["inputs"]
 
 
 def _check_record(record: dict[str, Any]) -> None:
+    """The record's form, whatever was measured."""
     assert list(record) == KEYS and record["format"] == 1 and record["name"] == "CPU"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["when"])
     assert {"torch", "triton", "megatron-core"} <= record["versions"].keys()
+    # An installed package has no commit.
     assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}", record["commit"])
     over = record["overhead"]
     assert over["layer_forward_s"] > 0 < over["layer_backward_s"] and over["step_s"] >= 0
+    # Real time, of a layer of width 32: seconds where it should be milliseconds are a mistake of
+    # units, not a slow machine.
     assert sum(over.values()) < 10
     for kind, points in _points(record).items():
         assert len(points) >= 2, kind
@@ -140,12 +166,13 @@ def test_one_rank_measures_every_size(whole: dict[str, Any]) -> None:
     _check_record(whole)
     assert whole["collectives"] == {} and (whole["world_size"], whole["ranks_per_node"]) == (1, 1)
     assert whole["memory_bytes"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Two tensors read and one written, 4 bytes an element: whole multiples of 12 bytes.
     assert [point["bytes"] for point in whole["memory"]] == [n // 12 * 12 for n in CPU.memory_bytes]
     expected = set()
     for rows in CPU.gemm_rows:
         for features in CPU.gemm_features:
             expected.add((rows, *features))
-    measured = [(p["rows"], p["outputs"], p["inputs"]) for p in whole["gemm"]]
+    measured = _triples(whole["gemm"])
     assert set(measured) == expected and len(measured) == len(expected)
     assert {p["rows"] // p["experts"] for p in whole["grouped_gemm"]} == set(CPU.rows_per_expert)
     assert {p["sequence"] for p in whole["attention"]} == set(CPU.sequence)
@@ -158,23 +185,23 @@ def test_the_planner_reads_what_is_written(pair: Run, tmp_path: Path) -> None:
     machine = read_machine(path)
     point = record["gemm"][0]
     rate = machine.gemm.at(point["rows"], point["outputs"], point["inputs"])
-    assert rate.basis == "measured" and rate.value == pytest.approx(
-        2 * point["rows"] * point["outputs"] * point["inputs"] / point["seconds"]
-    )
+    # A rate in FLOP/s: a multiplication and an addition each.
+    assert rate.basis == "measured"
+    assert rate.value == pytest.approx(2 * _arithmetic(point) / point["seconds"])
     sent = record["collectives"]["send"][0]
     assert machine.network.seconds("send", sent["ranks"], 1, sent["bytes"]) == (
         sent["seconds"],
         "measured",
     )
-    assert (
-        machine.overhead.layer_forward_s == record["overhead"]["layer_forward_s"]
-        and not machine.overhead.hidden
-    )
+    assert machine.overhead.layer_forward_s == record["overhead"]["layer_forward_s"]
+    # On a CPU the host computes itself: its time cannot hide behind a device's.
+    assert not machine.overhead.hidden
 
 
 def test_more_work_takes_longer(whole: dict[str, Any]) -> None:
-    gemm = sorted(whole["gemm"], key=lambda p: p["rows"] * p["outputs"] * p["inputs"])
-    assert gemm[-1]["seconds"] > 100 * gemm[0]["seconds"]  # 65,536 times the arithmetic
+    gemm = sorted(whole["gemm"], key=_arithmetic)
+    # 65,536 times the arithmetic: 2,048 * 1,024² against 32³.
+    assert gemm[-1]["seconds"] > 100 * gemm[0]["seconds"]
     # 1,024 times the traffic
     assert whole["memory"][-1]["seconds"] > 10 * whole["memory"][0]["seconds"]
     # Scores of every pair of tokens: the sequence counts twice.
@@ -187,12 +214,14 @@ def test_more_work_takes_longer(whole: dict[str, Any]) -> None:
 
 
 def test_gemm_seconds_are_those_of_one_product(whole: dict[str, Any]) -> None:
+    # The clock is told a nanosecond for each FLOP: calls in a row must be divided out again.
     for point in whole["gemm"]:
-        flops = 2 * point["rows"] * point["outputs"] * point["inputs"]
+        flops = 2 * _arithmetic(point)
         assert point["seconds"] == pytest.approx(flops * NANOSECOND)
 
 
 def test_two_points_of_everything_however_little_time(pair: Run, four: Run) -> None:
+    # Groups of collectives: two ranks make one; four on two nodes three (see below).
     for (record, _), groups in ((pair, 1), (four, 3)):
         _check_record(record)
         points = _points(record)
@@ -208,16 +237,15 @@ def test_two_points_of_everything_however_little_time(pair: Run, four: Run) -> N
 def test_what_it_says_of_the_world(pair: Run, four: Run) -> None:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for (record, _), world, dtype in ((pair, 2, "bfloat16"), (four, 4, "float32")):
-        assert (record["world_size"], record["ranks_per_node"], record["dtype"]) == (
-            world,
-            2,
-            dtype,
-        )
+        assert (record["world_size"], record["ranks_per_node"]) == (world, 2)
+        assert record["dtype"] == dtype
+        # What a rank may use: the two of a node share its memory.
         assert record["memory_bytes"] == machine // 2
     # (ranks, nodes): four ranks on two nodes also meet in pairs, within a node and across.
     for record, expected in ((pair[0], {(2, 1)}), (four[0], {(2, 1), (4, 2), (2, 2)})):
         for name in COLLECTIVES:
-            assert {(p["ranks"], p["nodes"]) for p in record["collectives"][name]} == expected, name
+            points = record["collectives"][name]
+            assert {(p["ranks"], p["nodes"]) for p in points} == expected, name
 
 
 def test_large_computations_take_longer_on_two_ranks(pair: Run) -> None:
@@ -227,6 +255,7 @@ def test_large_computations_take_longer_on_two_ranks(pair: Run) -> None:
 
 
 def test_large_collectives_take_longer(pair: Run) -> None:
+    # The only kind whose time is real here: gloo's work passes no operation of torch.
     small, large = pair[0]["collectives"]["all_reduce"]
     assert (small["bytes"], large["bytes"]) == (1024, 4 * 2**20)
     assert large["seconds"] > small["seconds"]
@@ -236,8 +265,10 @@ def test_ranks_agree_and_rank_0_speaks(pair: Run, four: Run) -> None:
     for record, ranks in (pair, four):
         for measured, _ in ranks:
             assert measured == _points(record)
-        assert [bool(said) for _, said in ranks] == [True] + [False] * (len(ranks) - 1)
-        assert any(line.startswith("measured ") for line in ranks[0][1])
+        (_, said_first), *others = ranks
+        assert any(line.startswith("measured ") for line in said_first)
+        for _, said in others:
+            assert said == []
 
 
 def _as_on_a_gpu(out: Path, grid: Grid) -> tuple[dict[str, Any], int, set[int]]:
@@ -251,12 +282,20 @@ def _as_on_a_gpu(out: Path, grid: Grid) -> tuple[dict[str, Any], int, set[int]]:
     clock.FLUSH_BYTES = calibration.FLUSH_BYTES = 2**16
     calibration.GPU = grid
     rings: set[int] = set()
-    spins: list[Any] = []
     seconds = Clock.seconds
-    Clock.seconds = lambda self, calls, **how: rings.add(len(calls)) or seconds(self, calls, **how)  # type: ignore
+
+    def noted(self: Clock, calls: Any, **how: Any) -> float:
+        rings.add(len(calls))
+        return seconds(self, calls, **how)
+
+    Clock.seconds = noted  # type: ignore[method-assign]
+    # The device is kept busy once in each sample.
+    spins: list[Any] = []
     host.keep_busy = spins.append
-    overhead.layer_overhead = lambda dtype: {}  # builds models, which would ask CUDA itself
-    return _calibrate(out, "bfloat16", HARDLY_ANY_S, 2, CPU)[0], len(spins), rings
+    # It would build models, which ask CUDA themselves.
+    overhead.layer_overhead = lambda dtype: {}
+    measured, _ = _calibrate(out, "bfloat16", HARDLY_ANY_S, 2, CPU)
+    return measured, len(spins), rings
 
 
 def test_the_gpu_s_way_ends(tmp_path: Path) -> None:
@@ -265,7 +304,9 @@ def test_the_gpu_s_way_ends(tmp_path: Path) -> None:
     assert ranks[0] == ranks[1]
     measured, num_samples, rings = ranks[0]
     assert measured == _points(json.loads((tmp_path / "x.json").read_text()))
-    # Of two sizes each: four computations, of which attention counts twice, and five collectives.
+    # Two sizes each of four computations, of which attention has two calls to time, and of five
+    # collectives. Each takes four samples: one to see how long a call takes, and the fewest that
+    # ``clock.ON_GPU`` asks for, three.
     assert num_samples == 4 * (2 * (3 + 2) + 2 * 5)
     assert {1, clock.MOST_COPIES} <= rings
 
@@ -281,6 +322,7 @@ def test_the_gpu_s_way_ends(tmp_path: Path) -> None:
             ["x.json", "--budget-seconds", "0"],
             "--budget-seconds: 0.0 leaves no time to measure; want more than 0",
         ),
+        # nan is not <= 0 either, so a check for that would let it through.
         (["x.json", "--budget-seconds", "nan"], "--budget-seconds: nan leaves no time"),
         (["x.json", "--budget-seconds", "long"], "invalid float value: 'long'"),
         (["."], ". is a folder; name the file to write"),
@@ -294,6 +336,7 @@ def test_mistakes_show_before_anything_is_measured(arguments: list[str], message
 
 
 def _with_other_numbers_of_ranks(out: Path) -> str:
+    # As on two nodes, of which one has a rank and the other two.
     os.environ["LOCAL_WORLD_SIZE"] = str(1 + dist.get_rank())
     with pytest.raises(
         ValueError, match="nodes have from 1 to 2 ranks; calibration needs the same number on each"
@@ -307,14 +350,8 @@ def test_nodes_with_other_numbers_of_ranks_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_says_a_mistake_in_one_line(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "megalora.bench.calibrate",
-        str(tmp_path / "x.json"),
-        "--dtype",
-        "int8",
-    ]
+    out = tmp_path / "x.json"
+    command = [sys.executable, "-m", "megalora.bench.calibrate", str(out), "--dtype", "int8"]
     shown = subprocess.run(command, capture_output=True, text=True)
     expected = "megalora: --dtype: 'int8' cannot be calibrated; want bfloat16 or float32\n"
     assert (shown.returncode, shown.stdout, shown.stderr) == (2, "", expected)

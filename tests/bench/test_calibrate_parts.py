@@ -1,4 +1,4 @@
-"""Calibration's parts: the clock, the computations, the groups and the order of sizes."""
+"""The parts of calibration: the clock, the computations, the groups and the order of sizes."""
 
 import math
 from collections import Counter
@@ -22,6 +22,8 @@ from tests.distributed.ranks import run_ranks
 
 
 def _calls_on_uneven_ranks() -> tuple[float, int]:
+    """Run in each rank: seconds of a call that is 40 times as slow on rank 1, and how often it was
+    called."""
     calls = []
     clock = MadeUpClock(tick=0.0)
     pause = 4e-3 if dist.get_rank() == 1 else 1e-4
@@ -40,20 +42,25 @@ def test_the_slowest_rank_counts_and_all_call_as_often() -> None:
 
 
 def test_calls_go_round_cold_copies() -> None:
+    # Not by __init__, which makes the buffer that empties the cache on GPUs only.
     watch = Clock.__new__(Clock)
     order = []
     watch.flush = torch.ones(5)
     watch._sample([lambda: order.append("a"), lambda: order.append("b")], 5, collective=False)
+    # Five calls over two copies, after the cache was emptied: the buffer was written.
     assert order == [*"ababa"] and watch.flush.eq(0).all()
-    # As many copies as push each other out of the cache, at most eight.
+    # As many copies as push each other out of the cache, at most eight. Three of a
+    # third, rounded down, are a byte too few, so it takes four.
     assert clock.copies(1, True) == 8
     assert clock.copies(clock.FLUSH_BYTES // 3, True) == 4
     assert clock.copies(clock.FLUSH_BYTES, True) == 1
     assert clock.copies(10**10, True) == 1
+    # A CPU is calibrated as it is used, warm caches included.
     assert clock.copies(1, False) == 1
 
 
 def _largest_that_fit(free_bytes: int) -> dict[str, int]:
+    """Run in each rank: the most bytes of a case of each kind."""
     host.free_memory_bytes = lambda: free_bytes // (1 + dist.get_rank())
     largest: Counter[str] = Counter()
     for case in calibration._in_order(torch.float32, dist.get_world_size(), 2):
@@ -68,24 +75,30 @@ def test_sizes_that_do_not_fit_are_left_out_on_every_rank() -> None:
     assert first == second
     for kind, num_bytes in first.items():
         assert 0 < num_bytes <= 4_000_000, kind
+    # Both grids go in steps of 4, and 1 MiB is the last that fits, of a collective twice: the count
+    # allows for a buffer of what is received.
     assert first["memory"] == 2**20 // 12 * 12 and first["all_reduce"] == 2 * 2**20
 
 
 def _exchanged() -> float:
+    """Run in each rank: the number that its neighbour sent, which is that one's rank."""
     sent = torch.tensor([float(dist.get_rank())])
     received = torch.tensor([-1.0])
     collectives._exchange(sent, received, dist.group.WORLD)()  # type: ignore
-    dist.barrier()  # gloo fails those still at it when one leaves
+    # gloo fails those that are still receiving when one leaves.
+    dist.barrier()
     return received.item()
 
 
+# With the rank half the group away. Of three ranks that is not mutual: they pass on in a ring.
 @pytest.mark.parametrize("world, expected", [(2, [1, 0]), (3, [2, 0, 1]), (4, [2, 3, 0, 1])])
 def test_neighbours_exchange(world: int, expected: list[int]) -> None:
     assert run_ranks(_exchanged, world) == expected
 
 
 def _bytes_seen() -> dict[str, tuple[int, list[int]]]:
-    """For each collective, the size it records, and those of the tensors it passes."""
+    """Run in each rank: for each collective, the size it records, and those of the tensors it
+    passes."""
     seen: list[int] = []
 
     def spy(*args: Any, **kwargs: Any) -> None:
@@ -100,7 +113,13 @@ def _bytes_seen() -> dict[str, tuple[int, list[int]]]:
         "all_to_all_single",
     ):
         setattr(dist, name, spy)
-    dist.batch_isend_irecv = lambda ops: spy(*[op.tensor for op in ops]) or []
+
+    def spy_on_sends(ops: list[dist.P2POp]) -> list[Any]:
+        spy(*[op.tensor for op in ops])
+        # no request to wait for
+        return []
+
+    dist.batch_isend_irecv = spy_on_sends
     (members,) = collectives.cuts(3, 3)
     found = {}
     for (case,) in collectives.collective_cases(members, [1000], torch.bfloat16):
@@ -112,6 +131,7 @@ def _bytes_seen() -> dict[str, tuple[int, list[int]]]:
 
 def test_bytes_are_those_of_the_whole() -> None:
     """1,000 bytes are 166 elements for each of three ranks: 332 and 996 bytes."""
+    # (size in the record, sizes of the arguments in their order: output before input)
     expected = {
         "all_gather": (996, [996, 332]),
         "reduce_scatter": (996, [332, 996]),
@@ -128,16 +148,18 @@ def test_groups() -> None:
         cuts = collectives.cuts(world, per_node)
         return [(len(members.groups[0]), members.nodes) for members in cuts]
 
+    # Nobody to communicate with.
     assert labels(1, 1) == []
     assert labels(12, 12) == [(2, 1), (3, 1), (4, 1), (6, 1), (12, 1)]
+    # On two nodes also pairs with a rank on each, as data parallelism between nodes has them.
     assert labels(16, 8) == [(2, 1), (4, 1), (8, 1), (16, 2), (2, 2)]
     assert labels(4, 1) == [(2, 2), (4, 4)]
+    # Pairs of three ranks a node: (2, 3) spans both, and so the kind counts as two nodes.
     assert labels(6, 3) == [(2, 2), (3, 1), (6, 2)]
     across = collectives.cuts(8, 2)[-2:]
-    assert across[0].groups == ((0, 2), (1, 3), (4, 6), (5, 7)) and across[1].groups == (
-        (0, 2, 4, 6),
-        (1, 3, 5, 7),
-    )
+    # Four nodes of two ranks: node by node 0 1, 2 3, 4 5, 6 7.
+    assert across[0].groups == ((0, 2), (1, 3), (4, 6), (5, 7))
+    assert across[1].groups == ((0, 2, 4, 6), (1, 3, 5, 7))
     # Groups of a kind work side by side, so each rank is in exactly one.
     for members in collectives.cuts(24, 4):
         assert sorted(chain.from_iterable(members.groups)) == list(range(24))
@@ -149,15 +171,18 @@ def test_what_is_timed_computes_what_it_says() -> None:
         return case.prepare()[key]()
 
     def drawn(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        """The operands that ``prepare`` draws after the same seed, in the same order."""
         torch.manual_seed(0)
         return [torch.randn(shape) for shape in shapes]
 
     x, w = drawn((6, 16), (8, 16))
     torch.testing.assert_close(result(cases.gemm(6, 8, 16, torch.float32)), x @ w.t())
     x, w = drawn((6, 16), (3, 8, 16))
-    # six rows, two of each of three experts
-    expected = torch.cat([x[2 * e : 2 * e + 2] @ w[e].t() for e in range(3)])
+    # Six rows, two of each of three experts.
+    of_experts = [x[:2] @ w[0].t(), x[2:4] @ w[1].t(), x[4:] @ w[2].t()]
+    expected = torch.cat(of_experts)
     torch.testing.assert_close(result(cases.grouped_gemm(3, 6, 8, 16, torch.float32)), expected)
+    # 1,024 bytes in three tensors of float32: 85 elements each.
     a, b = drawn((85,), (85,))
     torch.testing.assert_close(result(cases.memory_pass(1024, torch.float32)), a + b)
 
@@ -173,7 +198,7 @@ def test_what_is_timed_computes_what_it_says() -> None:
     out = (F.softmax(scores, -1) @ value).permute(2, 0, 1, 3).flatten(2)
     torch.testing.assert_close(result(case, "forward_seconds"), out)
     torch.manual_seed(0)
-    calls = case.prepare()
+    calls: dict[str, Any] = case.prepare()
     gradients = calls["backward_seconds"]()
     # A clock calls it many times: backward must not free what it needs.
     for gradient, again in zip(gradients, calls["backward_seconds"](), strict=True):
@@ -191,19 +216,24 @@ def test_a_coarse_grid_comes_first() -> None:
     assert points == coarse_first(range(9), "abc"), "the same on every rank"
     assert extremes_first([3, 1, 2, 5, 4], lambda n: n) == [1, 5, 3, 2, 4]
     assert extremes_first([7], lambda n: n) == [7]
-    merged = interleaved([[("a", i) for i in range(100)], [("b", i) for i in range(10)], []])
-    for n in range(11, 110):
-        share = Counter(kind for kind, _ in merged[:n])
-        assert abs(share["a"] / 100 - share["b"] / 10) <= 0.11
+
+
+def test_series_of_different_lengths_advance_together() -> None:
+    merged = interleaved(["a" * 100, "b" * 10, ""])
     assert len(merged) == 110
+    for n in range(11, 110):
+        done = Counter(merged[:n])
+        # A tenth is one step of the shorter series, a hundredth one of the longer.
+        assert abs(done["a"] / 100 - done["b"] / 10) <= 0.11
 
 
 def test_the_gpus_grid_has_the_sizes_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases.host, "device", lambda: torch.device("cuda"))
     found = cases.compute_cases(GPU, torch.bfloat16)
-    dense, experts, attention, memory = [
-        {tuple(case.sizes.values()) for case in series} for series in found
-    ]
+    sizes = []
+    for series in found:
+        sizes.append({tuple(case.sizes.values()) for case in series})
+    dense, experts, attention, memory = sizes
     # Rows, outputs, inputs: q, k and v of Qwen3-30B-A3B, its o, and of Qwen3-235B-A22B the head
     # over 8 ranks and q over 4.
     assert {
@@ -212,12 +242,17 @@ def test_the_gpus_grid_has_the_sizes_of_the_models(monkeypatch: pytest.MonkeyPat
         (256, 151936 // 8, 4096),
         (32768, 8192 // 4, 4096),
     } <= dense
+    # Experts on a rank, rows of all, outputs, inputs: gate_up of the 30B with all its 128 experts
+    # on one rank, its down with 16, and gate_up of the 235B over 8 ranks of ETP.
     assert {
         (128, 128 * 32, 1536, 2048),
         (16, 16 * 2048, 2048, 768),
         (4, 4 * 8192, 2 * 1536 // 8, 4096),
     } <= experts
+    # Sequences, their length, query heads, key/value heads, head dim.
     assert {(1, 32768, 32, 4, 128), (8, 4096, 64, 4, 128), (1, 512, 4, 1, 128)} <= attention
-    assert max(n for (n,) in memory) > 0.99 * 2**30
+    # 1 GiB, rounded down to three equal tensors.
+    assert max(memory) > (0.99 * 2**30,)
+    # A fifth of a GPU of 80 GB, so that no size is left out for its memory.
     for case in chain.from_iterable(found):
         assert case.num_bytes < 16 * 2**30

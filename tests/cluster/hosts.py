@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CARD = "eth0"  # its name on both hosts; each namespace has names of its own
+# The name of the network card on both hosts: each namespace has names of its own.
+CARD = "eth0"
 NAMES_OF = "127.0.0.1 localhost\n10.77.0.1 host-a\n10.77.0.2 host-b\n"
 
 
@@ -55,6 +56,7 @@ def missing() -> str:
     if os.geteuid() != 0:
         return "needs root, to make network namespaces"
     name = f"megalora-{os.getpid()}-try"
+    # Some containers let root make namespaces but no cable between them, so both are tried.
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if made.returncode == 0:
         cable = ["ip", "-n", name, "link", "add", "try0", "type", "veth", "peer", "name", "try1"]
@@ -81,20 +83,10 @@ def two_hosts() -> Iterator[None]:
             ip("-n", host.space, "link", "set", "lo", "up")
             _give_names(host)
         first, second = HOSTS
-        ip(
-            "link",
-            "add",
-            CARD,
-            "netns",
-            first.space,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            CARD,
-            "netns",
-            second.space,
-        )
+        # A veth pair: what goes into one end comes out of the other.
+        one_end = [CARD, "netns", first.space]
+        other_end = [CARD, "netns", second.space]
+        ip("link", "add", *one_end, "type", "veth", "peer", "name", *other_end)
         for host in HOSTS:
             ip("-n", host.space, "addr", "add", f"{host.address}/24", "dev", CARD)
             ip("-n", host.space, "link", "set", CARD, "up")
@@ -117,7 +109,8 @@ def remove(host: Host) -> None:
     kill_all(host)
     subprocess.run(["ip", "netns", "del", host.space], capture_output=True)
     shutil.rmtree(Path("/etc/netns") / host.space, ignore_errors=True)
-    with suppress(OSError):  # it holds other namespaces' files
+    # It stays where it holds other namespaces' files.
+    with suppress(OSError):
         Path("/etc/netns").rmdir()
 
 
@@ -125,7 +118,8 @@ def kill_all(host: Host) -> None:
     """End what still runs on a host: torchrun, and ranks that outlived it."""
     shown = subprocess.run(["ip", "netns", "pids", host.space], capture_output=True, text=True)
     for process in shown.stdout.split():
-        with suppress(ProcessLookupError):  # it may have ended by itself in between
+        # It may have ended by itself in between.
+        with suppress(ProcessLookupError):
             os.kill(int(process), signal.SIGKILL)
 
 
@@ -149,25 +143,23 @@ def start(folder: Path, port: int, config: Path, *overrides: str) -> list[Node]:
     """Call launch/torchrun_node.sh on both hosts, with two ranks on each."""
     # A job that this test itself runs in must not be taken for that of the two hosts.
     of_a_job = re.compile(r"SLURM|PET_|NNODES|NODE_|MASTER|NPROC|RDZV|LOCAL_|TRITON")
-    outside = {name: value for name, value in os.environ.items() if not of_a_job.match(name)}
+    outside = {}
+    for name, value in os.environ.items():
+        if not of_a_job.match(name):
+            outside[name] = value
     nodes = []
     for host in HOSTS:
         log = folder / f"{host.name}.log"
+        # Gloo talks over the cable alone. Without restarts a lost host ends the run, where it would
+        # otherwise be started anew.
         settings = {
             "NNODES": "2", "NODE_RANK": str(host.node_rank), "NPROC_PER_NODE": "2",
             "MASTER_ADDR": HOSTS[0].name, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": CARD,
             "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
             "MAX_RESTARTS": "0",
         }  # fmt: skip
-        command = [
-            "ip",
-            "netns",
-            "exec",
-            host.space,
-            ROOT / "launch" / "torchrun_node.sh",
-            config,
-            *overrides,
-        ]
+        script = ROOT / "launch" / "torchrun_node.sh"
+        command = ["ip", "netns", "exec", host.space, script, config, *overrides]
         with log.open("wb") as out:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=outside | settings, stdout=out, stderr=subprocess.STDOUT

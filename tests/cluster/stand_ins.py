@@ -1,5 +1,4 @@
-"""The launch scripts with stand-ins for what they start, so that it can be seen how they start
-it."""
+"""Run the launch scripts with stand-ins for what they start, which print how they were started."""
 
 import os
 import re
@@ -23,6 +22,7 @@ FAKES = {
         shift 2
         exec torchrun "$@\""""
     ),
+    # Its process id, what the scripts set for it, then its arguments, one a line.
     "torchrun": (
         'echo "pid=$$ OMP=$OMP_NUM_THREADS timeout=$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"; printf "%s\\n"'
         ' "$@"'
@@ -63,7 +63,10 @@ def copy(tmp_path: Path, tiny: Path) -> Path:
 def environment(folder: Path, **extra: str) -> dict[str, str]:
     """No GPU, and no job this test may itself be running in."""
     of_a_job = re.compile(r"SLURM|PET_|NNODES|NODE_RANK|MASTER|NPROC|RDZV|LOCAL_|OMP|RANK|WORLD")
-    clean = {name: value for name, value in os.environ.items() if not of_a_job.match(name)}
+    clean = {}
+    for name, value in os.environ.items():
+        if not of_a_job.match(name):
+            clean[name] = value
     # The stand-ins come before what they stand for.
     path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**clean, "PATH": path, "CUDA_VISIBLE_DEVICES": "", **extra}

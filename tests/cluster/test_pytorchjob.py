@@ -1,4 +1,4 @@
-"""launch/pytorchjob.yaml: what the training operator takes, and what a pod then starts."""
+"""launch/pytorchjob.yaml: the training operator accepts it, and a pod starts what it should."""
 
 import os
 from pathlib import Path
@@ -66,10 +66,12 @@ def test_pytorchjob_is_what_the_operator_takes(job: dict[str, Any]) -> None:
             "the operator gives its environment to the container of this name"
         )
         # The operator makes a service for the port of this name; ranks meet there.
-        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        assert ports["pytorchjob-port"] == 29500
+        assert {"name": "pytorchjob-port", "containerPort": 29500} in container["ports"]
+        # One rank for each GPU of a pod.
         assert container["resources"]["limits"]["nvidia.com/gpu"] == int(spec["nprocPerNode"])
-        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        # The command is a path in the image, which has the repository's launch/ at the same place.
         assert os.access(ROOT / container["command"][0], os.X_OK)
 
 
@@ -82,7 +84,9 @@ def test_a_pod_takes_its_place(
     """The pod's own command under what the operator sets (its setPodEnv), node 0's service name
     answering here."""
     spec = job["spec"]
-    num_nodes = sum(r["replicas"] for r in spec["pytorchReplicaSpecs"].values())
+    replicas = spec["pytorchReplicaSpecs"]
+    num_nodes = replicas["Master"]["replicas"] + replicas["Worker"]["replicas"]
+    # The pod of this parameter exists in the job as it is written.
     assert index < spec["pytorchReplicaSpecs"][replica]["replicas"]
     port = {"MASTER_PORT": str(listening), "PET_MASTER_PORT": str(listening)}
     injected = {
@@ -104,10 +108,11 @@ def test_a_pod_takes_its_place(
     for argument in container["args"]:
         key = argument.partition("=")[0]
         arguments.append(f"{key}={here[key]}" if key in here else argument)
-    # the config file
+    # The config file comes first; its path is relative to the repository.
     arguments[0] = str(ROOT / arguments[0])
     result = launch(copy, script, *arguments, **injected, **port, LOCAL_ADDR="10.0.0.7")
     assert result.returncode == 0, result.stderr
+    # After the line with its process id, what torchrun was started with.
     said = result.stdout.splitlines()[1:]
     assert said[:4] == ["--nnodes", "4", "--nproc-per-node", "8"]
     assert f"localhost:{listening}" in said

@@ -24,12 +24,13 @@ from tests.cluster.hosts import (
 )
 
 pytestmark = pytest.mark.cluster
-RUN_S = 900  # a whole run; 25 s on two idle cores
+RUN_S = 900
+"""Limit of a whole run, which takes 25 s on two idle cores."""
 STEPS = 24
-# of a rank for another: more than the ranks' start may drift apart on a busy machine
 TIMEOUT_MINUTES = 0.75
-# the same, then torchrun's own patience with its store (60 s), and the exits
+"""How long a rank waits for another: more than starts may drift apart on a busy machine."""
 ENDING_S = 60 * TIMEOUT_MINUTES + 120
+"""Limit from the cut to the end: that wait, torchrun's own with its store (60 s), and the exits."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,8 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
         "log": {"tensorboard": False},
     }
     path = folder / "two_hosts.yaml"
-    path.write_text(json.dumps(sections))  # JSON is YAML
+    # Every JSON file is a YAML file.
+    path.write_text(json.dumps(sections))
     return path
 
 
@@ -102,6 +104,7 @@ def whole(
 
 def test_two_hosts_train_one_adapter(whole: dict[int, tuple[float, float]]) -> None:
     assert list(whole) == list(range(1, STEPS + 1))
+    # Sums of two numbers are learned fast: the loss falls by more than 1 in 24 steps.
     assert whole[STEPS][0] < whole[1][0] - 1
 
 
@@ -112,13 +115,14 @@ def test_a_host_is_cut_off_then_the_run_resumes(
     nodes = start(
         tmp_path, 29512, config, f"checkpoint.dir={run}", f"train.timeout_minutes={TIMEOUT_MINUTES}"
     )
+    # Step 4 has been saved, so there is something to resume from.
     wait_for_step(run, 6, nodes)
     cut()
     codes = ended(nodes, within_s=ENDING_S)
     assert 0 not in codes, logs(nodes)
     saved = (run / "latest").read_text().strip()
     for node in nodes:
-        # LOCAL_ADDR of torchrun_node.sh
+        # A rank names its host by LOCAL_ADDR, which torchrun_node.sh sets: node 0's is its name.
         here = re.escape(node.host.address if node.host.node_rank else node.host.name)
         assert re.search(
             rf"megalora \(rank \d.*{here}\): lost contact with another rank", node.said()
@@ -130,4 +134,5 @@ def test_a_host_is_cut_off_then_the_run_resumes(
     nodes = start(tmp_path, 29512, config, f"checkpoint.dir={run}", "checkpoint.resume=true")
     assert ended(nodes, within_s=RUN_S) == [0, 0], logs(nodes)
     assert f"continuing from {run / saved}" in logs(nodes)
-    assert metrics(run) == whole  # bit for bit: the CPU repeats itself
+    # Bit for bit, because sums on a CPU are made in the same order each time.
+    assert metrics(run) == whole

@@ -83,7 +83,7 @@ PLANNER_BUGS: tuple[Bug, ...] = (
         ALONE),
     bug(0, "even routing that favours the first rank", "megalora/bench/routing.py",
         "(turn % ep) * per_rank", "(turn % ep // 2) * per_rank",
-    "tests/bench/test_bench.py balanced"),
+    "tests/bench/test_routing.py balanced"),
     bug(0, "live tensors never freed", "megalora/bench/live.py", "self.now_bytes -= ",
         "self.now_bytes -= 0 * ", "tests/bench/test_live.py"),
 )
