@@ -1,5 +1,5 @@
-"""Operands for the kernels on a GPU, what they should give in float64, and how close a result must
-be.
+"""Make operands for the kernels on a GPU, compute what they should give in float64, and judge how
+close a result is.
 
 Shape legend: T tokens    M routed rows    E experts    H hidden
 inner: an expert's intermediate size
@@ -22,6 +22,7 @@ a rounding error that grows with the value, which is itself up to four. A wrong 
 or more: 0.3 catches it in bfloat16."""
 WAYS = ("loop", "grouped_mm", "joined", "triton")
 """Back ends; ``joined`` is grouped_mm on weights with room for the adapters."""
+# Different, and not powers of two alone: a scale left out or taken twice shows.
 SCALES = {"gate": 0.75, "up": 1.5, "down": 1.25}
 Tensors = dict[str, torch.Tensor]
 
@@ -56,6 +57,7 @@ class Problem:
         """Output and every gradient, by one of ``WAYS``; None: the automatic choice."""
         w1 = self.w1
         w2 = self.w2
+        # Columns are reserved even where there is no adapter: unused ones must add nothing.
         if way == "joined":
             w1 = AugmentedWeight(w1, max(1, self.rank1()))
             w2 = AugmentedWeight(w2, self.ranks.get("down", 1))
@@ -92,11 +94,14 @@ def problem(
     def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, generator=g, device=DEVICE).mul_(size).to(dtype)
 
+    # Probabilities are float32 in every dtype, as Megatron's router gives them; from 0.5 on, since
+    # one near 0 would hide an error in all that it multiplies.
     leaves = {
         "x": normal(num_tokens, H),
         "p": torch.rand(routing.num_rows, generator=g, device=DEVICE) + 0.5,
     }
     if rank1 := ranks.get("gate", 0) + ranks.get("up", 0):
+        # A sum over H inputs, each of size H^-1/2, is of order 1.
         leaves["a1"] = normal(E, rank1, H, size=H**-0.5)
         for name in ("gate", "up"):
             if name in ranks:
@@ -115,7 +120,7 @@ def problem(
 def top_k(
     num_tokens: int, num_experts: int, k: int, idle: tuple[int, ...] = (), seed: int = 0
 ) -> Routing:
-    """A router's choice that leaves some experts without a row."""
+    """A router's choice of k experts per token, none of which is in ``idle``."""
     scores = torch.rand(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed))
     # Below every score: nobody chooses these.
     scores[:, list(idle)] = -1
@@ -139,6 +144,7 @@ def odd(dtype: torch.dtype) -> Problem:
 def even(dtype: torch.dtype) -> Problem:
     """Whole tiles; more than 384 rows for each expert: the large tiles, and several chunks of
     1,024."""
+    # 2,300 tokens with two of three experts each: some 1,533 rows for each expert.
     ranks = {"gate": 16, "up": 16, "down": 16}
     return problem(top_k(2300, 3, 2), 2300, dtype, H=256, inner=128, ranks=ranks)
 
@@ -146,6 +152,7 @@ def even(dtype: torch.dtype) -> Problem:
 def received(dtype: torch.dtype) -> Problem:
     """Rows from three ranks, one of which sends nothing to one expert; adapters on down and up
     alone."""
+    # [ranks, experts], 438 rows in all.
     counts = torch.tensor([[40, 0, 7, 100], [0, 0, 65, 33], [128, 1, 0, 64]], device=DEVICE)
     ranks = {"up": 5, "down": 8}
     return problem(regroup(counts, 438), 438, dtype, H=128, inner=72, ranks=ranks)
@@ -174,6 +181,7 @@ def assert_close(got: Tensors, want: Tensors, dtype: torch.dtype) -> None:
 
 
 def assert_idle_are_zero(found: Tensors, routing: Routing) -> None:
+    # torch.empty may hold zeros by chance, but not in every tensor of every test.
     for e, start, end in routing.spans():
         if start == end:
             for name in found.keys() & {"a1", "gate", "up", "a2", "down", "a", "b"}:

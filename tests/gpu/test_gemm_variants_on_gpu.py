@@ -1,8 +1,8 @@
-"""Every kind of variant of the Triton grouped GEMM on a CUDA device, against float64. Compiles some
-twenty kernels.
+"""Compare every kind of variant of the Triton grouped GEMM on a CUDA device with float64. Compiles
+some twenty kernels.
 
-PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider
-tests/gpu/test_gemm_variants_on_gpu.py
+    PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider \\
+        tests/gpu/test_gemm_variants_on_gpu.py
 """
 
 from dataclasses import dataclass
@@ -24,11 +24,14 @@ pytestmark = [
         reason="needs a CUDA device: run `make gpu` on a machine that has one",
     ),
 ]
+# Rows per expert: none (last, and twice in a row), one, a whole tile of 64 or 128 rows, a row more
+# than a tile, and several tiles.
 COUNTS = [300, 0, 129, 1, 64, 128, 0, 255, 77, 0, 0, 33, 2, 190, 127, 0]
 K = 256
 N = 512
 TOKENS = 400
 HALF_ULP = 2.0**-8
+"""Largest relative error of one rounding to bfloat16, which keeps 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,13 @@ def in_float64(o: dict[str, Any], absolute: bool = False) -> torch.Tensor:
     wider = dict(o)
     for name in ("x", "w_EKN", "s_MR"):
         wider[name] = wide(o[name])
-    wider["b"] = tuple([wide(block) for block in o["b"]])
+    wider["b"] = tuple(wide(block) for block in o["b"])
     return grouped_gemm_ref(**wider)
 
 
 def kinds(found: list[Variant]) -> list[Variant]:
-    """Of each kind the widest tile, and the smallest tile without persistence."""
+    """Of each kind the widest tile and the smallest; only the widest is offered as persistent."""
+    # The same pipeline depth, so that the way operands are read is all that differs.
     wide = []
     small = []
     for v in found:
@@ -93,6 +97,7 @@ def kinds(found: list[Variant]) -> list[Variant]:
     return wide + small
 
 
+# Gathered rows exclude reading rows by TMA; a transposed weight is another descriptor.
 @pytest.mark.parametrize(
     "form",
     [Form("forward", True, (16, 16)), Form("forward", False, (16,)), Form("dgrad", False, (32,))],
@@ -108,7 +113,9 @@ def test_every_kind_agrees_with_float64_and_with_the_others_to_the_bit(form: For
     chosen = kinds(candidates(product, *device_limits(o["x"].device)))
     assert chosen
     ys = []
-    torch.use_deterministic_algorithms(True)  # what torch allocates is NaN
+    # With this setting torch fills what it allocates with NaN: an element that no program wrote
+    # would show.
+    torch.use_deterministic_algorithms(True)
     try:
         for variant in chosen:
             ys.append(grouped_gemm_triton(**o, variant=variant))
@@ -119,6 +126,7 @@ def test_every_kind_agrees_with_float64_and_with_the_others_to_the_bit(form: For
         torch.use_deterministic_algorithms(False)
     differing = []
     for variant, y in zip(chosen, ys, strict=True):
+        # float32 sums of K + 32 terms err by 2^-24 each; 1.1 covers products of both errors.
         excess = (y.double() - want).abs() - 1.1 * (HALF_ULP + (K + 32) * 2.0**-24) * size
         assert y.isfinite().all() and excess.max() <= 0, (
             f"{variant} exceeds the bound by {excess.max():.3g}"

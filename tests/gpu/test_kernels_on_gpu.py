@@ -1,8 +1,8 @@
-"""The kernels on a CUDA device, against the same function in float64 there. Needs torch, triton and
-pytest alone:
+"""Compare the kernels on a CUDA device with the same function in float64 there. Needs only torch,
+triton and pytest:
 
-PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider
-tests/gpu/test_kernels_on_gpu.py
+    PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider \\
+        tests/gpu/test_kernels_on_gpu.py
 """
 
 from dataclasses import replace
@@ -12,6 +12,7 @@ import pytest
 import torch
 from megalora_kernels import (
     AugmentedWeight,
+    Routing,
     dense_lora,
     expert_mlp,
     grouped_lora,
@@ -26,7 +27,6 @@ from tests.gpu.kernel_problem import (
     DEVICE,
     PROBLEMS,
     WAYS,
-    Problem,
     Tensors,
     assert_close,
     assert_idle_are_zero,
@@ -44,7 +44,6 @@ pytestmark = [
         reason="needs a CUDA device: run `make gpu` on a machine that has one",
     ),
 ]
-GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +56,7 @@ def no_backend_from_the_environment(monkeypatch):
 def test_experts_agree_with_float64(shape, dtype):
     case = PROBLEMS[shape](dtype)
     want = case.in_float64()
+    # None: what a user gets who names no back end.
     for way in (*WAYS, None):
         found = case.in_way(way)
         assert_close(found, want, dtype)
@@ -64,12 +64,14 @@ def test_experts_agree_with_float64(shape, dtype):
 
 
 def test_the_base_alone_and_rows_that_come_sorted():
+    # Tiles have 64 or 128 rows: 65 and 130 need one more for one or two rows.
     case = problem(sorted_rows([130, 0, 63, 65]), 258, torch.bfloat16, H=136, inner=64, ranks={})
     want = case.in_float64()
     for way in WAYS:
         assert_close(case.in_way(way), want, torch.bfloat16)
 
 
+# Ragged everywhere, with idle experts and an odd rank; then whole tiles and many rows.
 @pytest.mark.parametrize("dtype", ALLOWED, ids=str)
 @pytest.mark.parametrize(
     ("counts", "rank", "N", "K"), [([65, 0, 129, 1, 0], 3, 200, 136), ([900, 1100], 16, 128, 256)]
@@ -115,6 +117,7 @@ def test_linear_agrees_with_float64(counts, rank, N, K, dtype):
 
 @pytest.mark.parametrize("way", [*WAYS, None])
 def test_no_rows_at_all(way):
+    # A rank to which nobody sends a token; CUDA refuses a grid of zero programs.
     case = problem(
         sorted_rows([0, 0, 0]),
         0,
@@ -151,6 +154,7 @@ def test_strides_that_are_not_dense(way):
 
 
 def test_a_rank_that_does_not_fit_triton():
+    # Gate and up stacked are 144, down is 136; the kernels take 128.
     ranks = {"gate": 72, "up": 72, "down": 136}
     case = problem(top_k(300, 4, 2), 300, torch.bfloat16, H=128, inner=64, ranks=ranks)
     with pytest.raises(ValueError, match="exceeds 128"):
@@ -165,28 +169,44 @@ def test_the_same_bits_on_every_run(shape, way):
     one = case.in_way(way)
     # Atomic additions would come in another order from run to run.
     for _ in range(3):
-        other = case.in_way(way)
-        for name, t in one.items():
-            assert torch.equal(t, other[name]), name
+        assert_equal(case.in_way(way), one)
+
+
+def on_the_host(routing: Routing, values_M: torch.Tensor, values: torch.Tensor) -> Tensors:
+    """Everything that a routing gives, values of rows and the gradient of the values routed."""
+    assert routing.source_M is not None and routing.slots_TK is not None
+    assert values.grad is not None
+    return {
+        "ends": routing.offsets_E.cpu(),
+        "source": routing.source_M.cpu(),
+        "slots": routing.slots_TK.cpu(),
+        "values": values_M.detach().cpu(),
+        "gradient": values.grad.cpu(),
+    }
+
+
+def assert_equal(found: Tensors, want: Tensors) -> None:
+    for name, wanted in want.items():
+        assert torch.equal(found[name], wanted), name
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_recomputed_gradients_are_the_kept_ones(way):
     case = odd(torch.bfloat16)
     kept = case.in_way(way)
-    again = case.in_way(way, recompute=True)
-    for name, t in kept.items():
-        assert torch.equal(t, again[name]), name
+    assert_equal(case.in_way(way, recompute=True), kept)
     # With dropout the masks, too, must be drawn again as they were.
     dropped = []
     for how in ({}, {"recompute": True}):
         torch.manual_seed(1)
         dropped.append(case.in_way(way, dropout=0.5, **how))
-    for name, t in dropped[0].items():
-        assert torch.equal(t, dropped[1][name]), name
+    assert_equal(*dropped)
+    # Else nothing was dropped, and the comparison above shows nothing.
     assert not torch.equal(dropped[0]["out"], kept["out"])
 
 
+# One token; Qwen3's 128 experts and top 8; tokens that fill no block of any size; more experts than
+# 256, and a k that is no power of two.
 @pytest.mark.parametrize(
     "tokens, experts, k", [(1, 3, 2), (8192, 128, 8), (50_001, 60, 4), (3000, 512, 10)]
 )
@@ -201,12 +221,13 @@ def test_routing_is_that_of_a_cpu(tokens, experts, k):
     for device in ("cpu", DEVICE):
         values = probs.to(device, copy=True).requires_grad_()
         routing, values_M = route_values(chosen.to(device), values, k)
+        # Another gradient for every row, so that none can take another's place.
         values_M.backward(torch.arange(tokens * k, device=device) / 7)
-        indexes = (routing.offsets_E, routing.source_M, routing.slots_TK)
-        found.append([t.cpu() for t in (*indexes, values_M.detach(), values.grad)])  # pyright: ignore
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        found.append(on_the_host(routing, values_M, values))
+    assert_equal(*found)
 
 
+# Qwen3's 128 experts on 8 ranks; odd numbers of both; one rank with all experts; many ranks.
 @pytest.mark.parametrize(
     "ranks, experts, most", [(8, 16, 900), (3, 5, 9000), (1, 128, 30), (64, 2, 5)]
 )
@@ -220,9 +241,8 @@ def test_routing_of_received_rows_is_that_of_a_cpu(ranks, experts, most):
         values = probs.to(device, copy=True).requires_grad_()
         routing, sorted_M = regroup_values(counts.to(device), values)
         sorted_M.backward(torch.arange(len(probs), device=device) / 7)
-        indexes = (routing.offsets_E, routing.source_M, routing.slots_TK)
-        found.append([t.cpu() for t in (*indexes, sorted_M.detach(), values.grad)])  # pyright: ignore
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        found.append(on_the_host(routing, sorted_M, values))
+    assert_equal(*found)
 
 
 @pytest.mark.parametrize("way", ["grouped_mm", "joined", "triton", None])
@@ -246,6 +266,7 @@ def test_nothing_waits_for_the_device(way):
         backend = "grouped_mm" if way == "joined" else way
         expert_mlp(x, w1, w2, p, arrived, **case.adapters(), backend=backend).backward(case.dout)
 
+    # The first call compiles kernels, which waits. From then on torch raises at any wait.
     everything()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -276,6 +297,7 @@ def test_what_is_kept_for_backward(way):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         out = expert_mlp(v["x"], w1, w2, v["p"], case.routing, **case.adapters(), backend=backend)
+    # Inputs and the routing are in memory anyway.
     routed = (case.routing.offsets_E, case.routing.source_M, case.routing.slots_TK)
     for t in (*v.values(), case.w1, case.w2, *routed):
         kept.pop(t.untyped_storage().data_ptr(), None)
@@ -299,6 +321,7 @@ def test_steps_that_stand_alone():
 
     want = permuted(x.double(), a.double(), "reference")
     assert_close(permuted(x, a, None), want, dtype)
+    # The next step gets exact operands, rounded once: errors of one step do not add to another's.
     s = want["s"].to(dtype)
     rows = want["rows"].to(dtype)
     ends = case.routing.offsets_E
@@ -311,67 +334,3 @@ def test_steps_that_stand_alone():
     out = dense_lora(x, w, a[0], b)
     want_out = dense_lora(x.double(), w.double(), a[0].double(), b.double())
     assert_close({"out": out}, {"out": want_out}, dtype)
-
-
-# ---- beyond 2^31 elements ------------------------------------------------------------------------
-
-
-def need(gigabytes: float) -> None:
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0]
-    if free < gigabytes * GIB:
-        pytest.skip(f"needs {gigabytes:.0f} GiB of free GPU memory, {free / GIB:.0f} are")
-
-
-def only(case: Problem, experts: slice, counts: list[int], rows: slice) -> Problem:
-    """The same for some experts and the rows that go to them; rows are sorted."""
-    leaves = {}
-    for name, t in case.leaves.items():
-        part = t[rows] if name in ("x", "p") else t[experts]
-        leaves[name] = part.detach().clone().requires_grad_()
-    w1 = case.w1[experts]
-    w2 = case.w2[experts]
-    return replace(
-        case, routing=sorted_rows(counts), w1=w1, w2=w2, leaves=leaves, dout=case.dout[rows]
-    )
-
-
-@pytest.mark.parametrize("way", ["grouped_mm", "joined", "triton"])
-def test_weights_of_more_than_int32_elements(way):
-    """64 x 8192 x 4224 = 2.2e9: experts from the 62nd on lie beyond 2^31."""
-    need(32)
-    ranks = {"gate": 4, "up": 4, "down": 8}
-    case = problem(
-        sorted_rows([40] + [0] * 62 + [73]), 113, torch.bfloat16, H=4224, inner=4096, ranks=ranks
-    )
-    assert case.w1.numel() > 2**31
-    found = case.in_way(way)
-    # The last expert and its 73 rows alone: float64 of all would not fit.
-    last = slice(63, 64)
-    for name, t in found.items():
-        found[name] = t[40:] if name in ("out", "x", "p") else t[last]
-    assert_close(found, only(case, last, [73], slice(40, None)).in_float64(), torch.bfloat16)
-
-
-@pytest.mark.parametrize("way", ["grouped_mm", "joined", "triton"])
-def test_rows_of_more_than_int32_elements(way):
-    """[gate | up] of 2^18 + 64 rows of 8,192: the last rows lie beyond 2^31."""
-    need(40)
-    num_rows = 2**18 + 64
-    ranks = {"gate": 8, "up": 8, "down": 8}
-    case = problem(
-        sorted_rows([1000, num_rows - 1000]),
-        num_rows,
-        torch.bfloat16,
-        H=64,
-        inner=4096,
-        ranks=ranks,
-    )
-    found = case.in_way(way)
-    last = slice(-64, None)
-    want = only(case, slice(0, 2), [0, 64], last).in_float64()
-    # What belongs to rows; gradients of factors are sums over all rows.
-    for name in ("out", "x", "p"):
-        assert_close({name: found[name][last]}, {name: want[name]}, torch.bfloat16)
-    for name, t in found.items():
-        assert t.isfinite().all(), name

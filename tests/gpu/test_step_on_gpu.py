@@ -1,10 +1,11 @@
-"""megalora's own training step: it trains, gives with kernels what it gives with a plain loop, and
+"""Check megalora's own training step: it trains, kernels give what a plain loop gives, and the host
 waits for nothing.
 
-On a GPU where there is one; else on a CPU, where kernels are interpreted. Needs nothing of
+Runs on a GPU where there is one; else on a CPU, where kernels are interpreted. Needs nothing of
 tests/prepare.py, so that benchmarks/gpu_tests.py can begin with it:
 
-PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider tests/gpu/test_step_on_gpu.py
+    PYTHONPATH=kernels:. python -m pytest --noconftest -p no:cacheprovider \\
+        tests/gpu/test_step_on_gpu.py
 """
 
 import json
@@ -35,6 +36,7 @@ def steps(
 
     device = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
     found: dict[str, list[float]] = {"loss": [], "norm": []}
+    # 8 is the adapters' rank; weights and tokens come from fixed seeds.
     with megalora(Setup(config, 8, num_tokens, device, dtype)) as training:
         for _ in range(count):
             loss = training.forward_backward()
@@ -58,7 +60,7 @@ def no_backend_from_the_environment(monkeypatch):
 def test_kernels_train_what_a_plain_loop_trains(tmp_path):
     """In float32, where an error is no rounding. On a CPU in forked processes: a world of one
     leaves threads behind."""
-    files = {backend: tmp_path / f"{backend}.json" for backend in ("loop", "triton")}
+    files = {"loop": tmp_path / "loop.json", "triton": tmp_path / "triton.json"}
     if ON_GPU:
         for backend, file in files.items():
             write_steps(file, backend)
@@ -68,10 +70,15 @@ def test_kernels_train_what_a_plain_loop_trains(tmp_path):
         host.install()
         import megalora.model.hf_weights  # noqa: F401  imports Megatron once, not in each process
 
-        jobs = [(backend, write_steps, (file, backend)) for backend, file in files.items()]
-        assert [code for *_, code in forked(jobs, at_once=2)] == [0, 0]
+        jobs = []
+        for backend, file in files.items():
+            jobs.append((backend, write_steps, (file, backend)))
+        for name, _, code in forked(jobs, at_once=2):
+            assert code == 0, name
     plain = json.loads(files["loop"].read_text())
     kernels = json.loads(files["triton"].read_text())
+    # Float32 sums in another order: 1e-6 each, more after a step of Adam, which divides by the size
+    # of gradients. The norm feels that more than the loss.
     assert kernels["loss"] == pytest.approx(plain["loss"], rel=1e-4)
     assert kernels["norm"] == pytest.approx(plain["norm"], rel=1e-3)
     assert kernels["loss"][-1] < kernels["loss"][0] and min(kernels["norm"]) > 0
@@ -102,10 +109,13 @@ def test_a_step_waits_for_nothing():
 
     device = torch.device("cuda", torch.cuda.current_device())
     with megalora(Setup(LARGER, 8, 512, device, torch.bfloat16)) as training:
-        for _ in range(3):  # compiles kernels; checks that every factor has a gradient
+        # Kernels are compiled at their first call, and the first two steps check that every factor
+        # has a gradient: both wait.
+        for _ in range(3):
             training.forward_backward()
             training.update()
         torch.cuda.synchronize()
+        # From here on torch raises where it would wait for the device.
         torch.cuda.set_sync_debug_mode("error")
         try:
             training.forward_backward()

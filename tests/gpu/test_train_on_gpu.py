@@ -1,4 +1,7 @@
-"""The same training on CUDA devices: `make gpu`. Skipped, with this reason, where there is none."""
+"""Train by the real command on CUDA devices; compare with a CPU, other layouts and resumed runs.
+
+`make gpu` runs these tests; without a device they are skipped.
+"""
 
 import subprocess
 import sys
@@ -45,11 +48,13 @@ def train(run: Path, base: Path, chats: Path, ranks: int, *overrides: str) -> li
 
 
 def values(rows: list[dict], key: str) -> list[float]:
+    # Evaluations and training steps write rows with different keys to one file.
     return [row[key] for row in rows if key in row]
 
 
 def test_float32_on_a_gpu_is_float32_on_the_cpu(tiny, chats, tmp_path, monkeypatch):
     gpu = train(tmp_path / "gpu", tiny, chats, 1, "parallel.ep=1")
+    # Without a visible device the same command trains on the CPU.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     cpu = train(tmp_path / "cpu", tiny, chats, 1, "parallel.ep=1")
     assert values(gpu, "eval_loss") == pytest.approx(values(cpu, "eval_loss"), rel=1e-4)
@@ -74,6 +79,7 @@ def test_bfloat16_with_recompute_and_dropout_trains_saves_and_resumes(tiny, chat
     rows = train(tmp_path / "run", tiny, chats, ranks, *options)
     losses = values(rows, "loss")
     assert losses[-1] < losses[0]
+    # Steps 3 and 4 once more, from the checkpoint behind step 2.
     again = train(
         tmp_path / "rest",
         tiny,
@@ -82,9 +88,11 @@ def test_bfloat16_with_recompute_and_dropout_trains_saves_and_resumes(tiny, chat
         *options,
         f"checkpoint.resume={tmp_path}/run/step_000002",
     )
+    # bfloat16 keeps 8 bits (4e-3), and sums on several GPUs need not come in the same order again.
     assert values(again, "loss") == pytest.approx(losses[2:], rel=1e-2)
 
 
+# One dimension of parallelism at a time: each has NCCL collectives of its own.
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(
     "layout",
@@ -115,6 +123,7 @@ def test_ranks_that_share_a_gpu_train_what_one_trains(
 ):
     """Collectives go through the host; a checkpoint of the shared run resumes on one rank."""
     one = train(tmp_path / "one", tiny, chats, 1, "parallel.ep=1")
+    # NCCL refuses two ranks on one device; with this setting collectives go over gloo instead.
     monkeypatch.setenv("MEGALORA_SHARE_GPU", "1")
     shared = train(tmp_path / "shared", tiny, chats, ranks, *layout.split(), "checkpoint.every=2")
     assert values(shared, "loss") == pytest.approx(values(one, "loss"), rel=1e-4)

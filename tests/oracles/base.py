@@ -1,4 +1,4 @@
-"""Base folders changed by hand, and their logits: transformers' own beside megalora's."""
+"""Change base folders by hand, and compute their logits with transformers and with megalora."""
 
 import json
 from collections.abc import Iterable
@@ -18,6 +18,8 @@ from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.named_tensors import Change, Tensors
 
+# Two sequences of 40. The factor 7 is coprime to 509, a prime below the vocabulary's 512: all 80
+# tokens differ.
 TOKENS = torch.arange(2 * 40).view(2, 40) * 7 % 509
 
 
@@ -29,7 +31,7 @@ def stored_tensors(folder: Path) -> Tensors:
 
 
 def make_base(out: Path, arch: str = "qwen3_moe", **overrides: Any) -> Path:
-    """Two layers in one file without an index."""
+    """A tiny base of two layers, in one file without an index."""
     make_tiny(out, arch=arch, **{"num_hidden_layers": 2, **overrides})
     rewrite(out)
     return out
@@ -48,8 +50,11 @@ def rewrite(folder: Path, change: Change | None = None, **config: Any) -> Path:
     own_memory = {name: t.clone().contiguous() for name, t in tensors.items()}
     save_file(own_memory, folder / "model.safetensors", {"format": "pt"})
     fields = json.loads((folder / "config.json").read_text()) | config
-    kept = {name: value for name, value in fields.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(kept, indent=1))
+    # None is a value of its own here (JSON's null), so absence is written as an ellipsis.
+    for name, value in config.items():
+        if value is ...:
+            del fields[name]
+    (folder / "config.json").write_text(json.dumps(fields, indent=1))
     return folder
 
 
@@ -59,6 +64,7 @@ def transformers_logits(folder: Path, tokens: Tensor = TOKENS) -> Tensor:
         folder, dtype=torch.float32, output_loading_info=True
     )
     model, report = loaded
+    # transformers only warns of a missing tensor, and draws it at random.
     assert not report["missing_keys"], report["missing_keys"]
     return model.eval()(tokens).logits
 
@@ -75,7 +81,9 @@ def logits_of_ranks(
         with parallel_groups(parallel):
             config = ModelConfig(path=str(folder), dtype="float32")
             chunk: Any = build_model(config, parallel, open_folder(folder).shape, folder)[0].eval()
+            # Megatron's rotary embedding counts positions itself; the argument must be there.
             positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+            # A copy: the result may share memory that goes with the groups.
             found.append(chunk(tokens, positions, None).clone())
     return found
 

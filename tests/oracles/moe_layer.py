@@ -1,4 +1,4 @@
-"""One Qwen mixture-of-experts layer with LoRA, as plainly as it can be said: loops, no fusion, no
+"""Compute one Qwen mixture-of-experts layer with LoRA in the plainest way: loops, no fusion, no
 parallelism, float64.
 
 Names are those of the checkpoint below ``mlp.``: ``gate.weight``, ``experts.3.up_proj.weight``,
@@ -16,6 +16,8 @@ from torch import Tensor
 
 
 class MoELayer:
+    """The layer with its frozen weights and with factors that want gradients."""
+
     def __init__(
         self,
         weights: Mapping[str, Tensor],
@@ -47,6 +49,7 @@ class MoELayer:
     def __call__(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens ``[T, H]`` to (output ``[T, H]``, probabilities ``[T, E]``, zero where an expert
         was not chosen)."""
+        # The softmax is over all experts, chosen or not; only then are the best k taken.
         all_TE = self.linear("gate", x_TH).softmax(-1)
         chosen_Tk = all_TE.topk(self.top_k).indices
         probabilities_TE = torch.zeros_like(all_TE).scatter(
@@ -57,8 +60,10 @@ class MoELayer:
             probabilities_TE = probabilities_TE / probabilities_TE.sum(-1, keepdim=True)
         outputs = []
         for x_H, p_E, experts in zip(x_TH, probabilities_TE, chosen_Tk.tolist(), strict=True):
-            by_expert = [p_E[e] * self.mlp(f"experts.{e}", x_H) for e in experts]
-            outputs.append(torch.stack(by_expert).sum(0))
+            y_H = torch.zeros_like(x_H)
+            for e in experts:
+                y_H = y_H + p_E[e] * self.mlp(f"experts.{e}", x_H)
+            outputs.append(y_H)
         y_TH = torch.stack(outputs)
         if "shared_expert_gate.weight" in self.weights:
             # Qwen2: every token goes to the shared expert, weighted by a gate [T, 1] of its own.

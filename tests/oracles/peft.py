@@ -1,5 +1,5 @@
-"""Loss and adapter gradients of stock transformers with stock PEFT, by the names and shapes of the
-adapter's own file.
+"""Compute loss and adapter gradients with stock transformers and stock PEFT, by the names and
+shapes of the adapter's own file.
 
 PEFT fuses what a file holds per expert: A of gate and up stacked per expert, B block-diagonal, all
 experts in one matrix. Its gradients are cut apart again here; the blocks off the diagonal are zeros
@@ -28,14 +28,19 @@ class PeftOracle:
     """A base model and an adapter folder; every sample runs alone and unpadded, in float64."""
 
     def __init__(self, base: Path, adapter: Path) -> None:
+        # "eager" computes expert after expert, without the limits that grouped products set to
+        # dtypes and alignment.
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float64, experts_implementation="eager"
         )
+        # PEFT makes factors in float32, whatever the base's dtype; eval() turns dropout off.
         self.model = (
             PeftModel.from_pretrained(model, str(adapter), is_trainable=True).double().eval()
         )
         with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-            self.shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            self.shapes = {}
+            for name in file.keys():  # noqa: SIM118
+                self.shapes[name] = file.get_slice(name).get_shape()
 
     def loss(self, samples: list) -> Tensor:
         """Mean over the target tokens of all samples."""
@@ -54,7 +59,11 @@ class PeftOracle:
         """(loss, gradient of every tensor in the adapter's file)."""
         loss = self.loss(samples)
         loss.backward()
-        trained = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        # Only adapters want gradients; the base was frozen by PEFT.
+        trained = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                trained[name] = parameter.grad
         found = {}
         for name, shape in self.shapes.items():
             found[name] = self._of_tensor(name, shape, trained)
@@ -87,8 +96,10 @@ def _of_expert(
     rank = shape[0] if factor == "A" else shape[1]
     both = 1 if projection == "down" else 2
     first = rank if projection == "up" else 0
+    # A is [E * both * r, in]: an expert's ranks are neighbours.
     if factor == "A":
         return fused.unflatten(0, (-1, both * rank))[expert, first : first + rank]
+    # B is [out, both * r * E]: neighbours are the same rank of two experts.
     of_expert = fused.unflatten(1, (both * rank, -1))[:, first : first + rank, expert]
     # Rows of gate_up's output are gate's, then up's.
     return of_expert[shape[0] :] if projection == "up" else of_expert[: shape[0]]

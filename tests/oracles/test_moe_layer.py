@@ -1,4 +1,4 @@
-"""The plain layer against transformers' own blocks, so that it can judge ours."""
+"""Compare the plain layer with transformers' own blocks, so that it can judge ours."""
 
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tests.parity.built import random_factors
 MLP = "base_model.model.model.layers.0.mlp."
 
 
+# Qwen3 divides the chosen probabilities by their sum, or does not; Qwen2 adds a shared expert.
 @pytest.mark.parametrize(
     "options",
     [{}, {"norm_topk_prob": False}, {"arch": "qwen2_moe"}],
@@ -29,7 +30,9 @@ def test_values_and_gradients_of_transformers_block(
         rank=3, alpha=12.0, target_modules=["gate", "gate_proj", "up_proj", "down_proj"]
     )
     _, factors = random_factors(lora, base)
+    # PEFT's scaling: alpha / rank = 12 / 3.
     oracle = Oracle(base, factors, scale=4.0)
+    # 11 tokens of the tiny model's hidden size, and the gradient of the output for each.
     x_TH, dy_TH = torch.randn(
         2, 11, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
@@ -37,7 +40,11 @@ def test_values_and_gradients_of_transformers_block(
     mine = x_TH.clone().requires_grad_()
 
     block = oracle.model.model.layers[0].mlp
-    merged = {name.removeprefix("model.layers.0.mlp."): t for name, t in oracle.merged().items()}
+    # W + scale B A under the names that the block itself has for its parameters.
+    merged = {}
+    for name, weight in oracle.merged().items():
+        merged[name.removeprefix("model.layers.0.mlp.")] = weight
+    # The block takes [batch, tokens, hidden].
     expected = functional_call(block, merged, (theirs[None],))[0]
     (expected * dy_TH).sum().backward()
 
@@ -49,7 +56,9 @@ def test_values_and_gradients_of_transformers_block(
     # probability, times a few.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-6)
+    # A factor that neither side has would not be compared at all.
     assert {MLP + name for name in layer.factors} == oracle.factors.keys()
     for name, factor in layer.factors.items():
+        # Sums over 11 tokens, times the scale of 4: ten times what one output may be off by.
         torch.testing.assert_close(factor.grad, oracle.factors[MLP + name].grad, rtol=0, atol=1e-5)
         assert factor.grad is not None and factor.grad.any(), name

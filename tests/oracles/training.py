@@ -1,5 +1,5 @@
-"""The same training in plain transformers and PyTorch, in float64: no line of megalora's layers,
-parallelism or optimizer.
+"""Train adapters with plain transformers and PyTorch in float64, without a line of megalora's
+layers, parallelism or optimizer.
 
 Adapters are merged into stock ``Qwen3MoeForCausalLM`` weights as ``W + scale * B A`` and
 differentiated by autograd.
@@ -36,9 +36,11 @@ def corrected_margin(router: Any, logits: Tensor) -> float:
     scores = logits.sigmoid() + router.e_score_correction_bias
     by_group = scores.unflatten(-1, (router.n_group, -1))
     rating = by_group.topk(2, dim=-1).values.sum(-1)
+    # A group is rated by the sum of its two best experts, as DeepSeek-V3 does.
     best = rating.topk(router.topk_group, dim=-1).indices
     allowed = torch.zeros_like(rating, dtype=torch.bool).scatter(-1, best, True)
     within = by_group.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
+    # A choice may turn at either stage: another group, or another expert of the same groups.
     return min(lead(rating, router.topk_group), lead(within, router.top_k))
 
 
@@ -61,16 +63,21 @@ class Oracle:
             .eval()
             .requires_grad_(False)
         )
-        self.factors = {name: t.clone().double().requires_grad_() for name, t in factors.items()}
+        # Copies: training changes them, and several oracles start from the same factors.
+        self.factors: dict[str, Tensor] = {}
+        for name, t in factors.items():
+            self.factors[name] = t.clone().double().requires_grad_()
         self.scale = scale
         self.margin = math.inf
         """The smallest lead, in router logits, of a chosen expert over the best that was not, of
         all tokens so far."""
+        # Routers of all families have these two attributes in transformers; nothing else has both.
         for module in self.model.modules():
             if hasattr(module, "top_k") and hasattr(module, "weight"):
                 module.register_forward_hook(self._measure_margin)
 
     def _measure_margin(self, router: Any, _: Any, output: Any) -> None:
+        # Most families' routers return a tuple that begins with the logits.
         logits = (output[0] if isinstance(output, tuple) else output).detach()
         if hasattr(router, "e_score_correction_bias"):
             margin = corrected_margin(router, logits)
@@ -79,6 +86,8 @@ class Oracle:
         self.margin = min(self.margin, margin)
 
     def merged(self) -> dict[str, Tensor]:
+        """Every adapted weight as ``W + scale * B A``, by transformers' parameter name."""
+        # Tied weights appear under both names: an adapter of the head asks for lm_head.weight.
         weights = dict(self.model.named_parameters(remove_duplicate=False))
         deltas: dict[str, dict[int, Tensor]] = {}
         merged: dict[str, Tensor] = {}
@@ -98,7 +107,10 @@ class Oracle:
             expert, projection = rest.split(".")
             projection = PARTS.get(projection, projection)
             deltas.setdefault(f"{stem}.experts.{projection}", {})[int(expert)] = delta
-        for stem in {key.rsplit(".", 1)[0] for key in deltas}:
+        # Gate and up are one tensor there: what belongs to a layer's experts is put together first.
+        stems = {key.rsplit(".", 1)[0] for key in deltas}
+        for stem in stems:
+            # gate_up_proj is [E, 2 I, H], gate's rows first; down_proj [E, H, I].
             gate, up = weights[f"{stem}.gate_up_proj"].chunk(2, dim=1)
             parts = {"gate_proj": gate, "up_proj": up, "down_proj": weights[f"{stem}.down_proj"]}
             for projection, of_experts in deltas.items():
@@ -111,6 +123,7 @@ class Oracle:
                 [parts["gate_proj"], parts["up_proj"]], dim=1
             )
             merged[f"{stem}.down_proj"] = parts["down_proj"]
+        # Rounded once, after the sum: the closest that this dtype has to the exact weight.
         return {name: weight.to(self.dtype) for name, weight in merged.items()}
 
     def loss(self, samples: list) -> Tensor:
@@ -136,6 +149,7 @@ class Oracle:
         losses = []
         norms = []
         gradients = []
+        # One batch is one step: a global batch has no microbatches here.
         for batch in batches:
             optimizer.zero_grad()
             loss = self.loss(batch)

@@ -12,13 +12,9 @@ process of its own.
 
 import contextlib
 import functools
-import importlib.util
 import inspect
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -31,27 +27,10 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
-NAME = "gpu"
-
-
-def _folder(package: str) -> str:
-    """The folder of a package, found without importing it: nothing may be imported before the
-    device is installed."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None, f"{package} is not installed"
-    return f"{Path(spec.origin).parent}/"
-
-
-OWNERS = {
-    _folder("megalora_kernels"): "megalora_kernels",
-    _folder("megalora"): "megalora",
-    _folder("megatron.core"): "megatron/core",
-}
-"""Whose code a wait is put down to: the innermost frame from a file in one of these folders, by the
-name it is listed under. Whole paths, because a virtual environment may itself lie in a folder
-called megalora."""
+from tests.pretended.recorder import NAME, Recorder, on_gpu, place
 
 aten = torch.ops.aten
+# The host needs the size to allocate the result, and only the device knows it.
 SIZE_DEPENDS_ON_VALUES = {
     aten.nonzero.default: "nonzero",
     aten.masked_select.default: "masked_select",
@@ -60,80 +39,14 @@ SIZE_DEPENDS_ON_VALUES = {
     aten.unique_consecutive.default: "unique",
     aten.bincount.default: "bincount",
 }
-
-
-def on_gpu(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type == NAME
-
-
-class Recorder:
-    """Counts waits of the host, copies to the device and kernels, by place, in one phase after the
-    other."""
-
-    def __init__(self) -> None:
-        self.waits: dict[str, Counter[str]] = {}
-        self.copies: dict[str, Counter[str]] = {}
-        self.kernels: dict[str, Counter[str]] = {}
-        self.now: str | None = None
-        self.answers: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {}
-        """What the device would hold where a function of this name reads it; elsewhere ones."""
-        self.pinned: set[int] = set()
-        """Storages of page-locked host memory."""
-        self.on_launch: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
-        """Called with every Triton kernel that is launched and its arguments."""
-
-    def forget(self) -> None:
-        self.waits = {}
-        self.copies = {}
-        self.kernels = {}
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside under ``name``; what happens outside of any phase is not
-        counted."""
-        for counters in (self.waits, self.copies, self.kernels):
-            counters.setdefault(name, Counter())
-        self.now = name
-        yield
-        self.now = None
-
-    def wait(self, kind: str) -> None:
-        """The host waits for the device here."""
-        if self.now is not None:
-            self.waits[self.now][f"{kind}: {place()}"] += 1
-
-    def copy_to_device(self, source: torch.Tensor, non_blocking: bool) -> None:
-        """A copy from page-locked memory that nobody waits for is free; any other stops the
-        host."""
-        if self.now is not None:
-            self.copies[self.now][place()] += 1
-        if source.untyped_storage()._cdata not in self.pinned:
-            self.wait("copy from pageable memory")
-        elif not non_blocking:
-            self.wait("blocking copy to the device")
-
-    def kernel(self, name: str) -> None:
-        if self.now is not None:
-            self.kernels[self.now][name] += 1
-
-
-def place() -> str:
-    """``file:function`` of the innermost frame of our code or Megatron's; "torch" where there is
-    none."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        path = frame.f_code.co_filename
-        for folder, owner in OWNERS.items():
-            if path.startswith(folder):
-                return f"{owner}/{path.removeprefix(folder)}:{frame.f_code.co_qualname}"
-        frame = frame.f_back
-    return "torch"
+"""Operations whose result has a size that depends on values, with their names in the record."""
 
 
 def _device(value: Any) -> Any:
     """Read a CUDA device, or a device's number, as the pretended one."""
     if value is None:
         return None
+    # torch takes a bare number, as in ``device=torch.cuda.current_device()``, for a CUDA device.
     if isinstance(value, int) or torch.device(value).type == "cuda":
         return torch.device(NAME, 0)
     return torch.device(value)
@@ -152,7 +65,11 @@ class CudaMeansGpu(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
-        FakeTensor.tolist = lambda t: self.values(t).tolist()  # pyright: ignore  torch's own asks for item after item
+        self.kept: list[torch.Tensor] = []
+        # torch's own tolist asks for item after item, which would count as so many waits.
+        FakeTensor.tolist = lambda t: self.values(t).tolist()  # pyright: ignore
+        # A fake tensor has no address. Launchers ask whether one is a multiple of 16, and the fused
+        # base weights whether two are the same: the storage's identity and the offset answer both.
         FakeTensor.data_ptr = lambda t: (
             t.untyped_storage()._cdata + t.storage_offset() * t.element_size()
         )  # pyright: ignore
@@ -162,9 +79,11 @@ class CudaMeansGpu(TorchFunctionMode):
             torch.from_numpy: self.from_numpy,
             torch.Tensor.cuda: lambda t, *args, **kwargs: t.to("cuda", **kwargs),
             torch.Tensor.numpy: lambda t, **kwargs: self.values(t),
+            # Megatron's optimizer finds parameters in half precision by "torch.cuda.HalfTensor".
             torch.Tensor.type: self.type_name,
             torch.Tensor.pin_memory: self.pin_memory,
             torch.Tensor.is_pinned: lambda t, *args: t.untyped_storage()._cdata in recorder.pinned,
+            # The allocator of a real GPU is told who still reads a tensor; here nothing is freed.
             torch.Tensor.record_stream: lambda t, stream: None,
             torch.Tensor.is_cuda.__get__: lambda t: t.device.type == NAME,  # pyright: ignore
         }
@@ -176,31 +95,45 @@ class CudaMeansGpu(TorchFunctionMode):
         if kwargs.get("device") is not None:
             kwargs["device"] = _device(kwargs["device"])
         if func is torch.Tensor.to:
-            args = tuple(_device(a) if isinstance(a, str | torch.device) else a for a in args)
+            args = self.with_device(args)
+        # ``pin_memory=True`` of torch.empty and the like asks the real CUDA driver for pages.
         if kwargs.pop("pin_memory", False):
             return self.pin_memory(func(*args, **kwargs))
         return func(*args, **kwargs)
 
+    @staticmethod
+    def with_device(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments of ``Tensor.to``, which takes a device at any place, a dtype or a tensor."""
+        found = []
+        for value in args:
+            is_device = isinstance(value, str | torch.device)
+            found.append(_device(value) if is_device else value)
+        return tuple(found)
+
     def tensor(self, data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
         """A tensor from numbers is made on the host and copied."""
-        made = (
-            data
-            if isinstance(data, torch.Tensor)
-            else torch.tensor(_numbers(data), *args, **kwargs)
-        )
+        made = data
+        if not isinstance(data, torch.Tensor):
+            made = torch.tensor(_numbers(data), *args, **kwargs)
         return made if device is None else made.to(_device(device))
 
     def from_numpy(self, array: np.ndarray) -> torch.Tensor:
+        # No element is needed to ask which dtype of torch numpy's corresponds to.
         return torch.empty(array.shape, dtype=torch.from_numpy(array[:0]).dtype)
 
     def values(self, t: torch.Tensor) -> np.ndarray:
         """Ones of the tensor's shape; a wait where it is on the device."""
         if on_gpu(t):
             self.recorder.wait("values to the host")
+        # "megalora/lora/coverage.py:check_coverage", or "...:Class.method": the bare name.
         where = place().rpartition(".")[2].rpartition(":")[2]
         if where in self.recorder.answers:
             return self.recorder.answers[where](tuple(t.shape))
-        kind = "f8" if t.dtype.is_floating_point else "?" if t.dtype == torch.bool else "i8"
+        kind = "i8"
+        if t.dtype.is_floating_point:
+            kind = "f8"
+        elif t.dtype == torch.bool:
+            kind = "?"
         return np.ones(tuple(t.shape), dtype=kind)
 
     def type_name(self, t: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -211,8 +144,8 @@ class CudaMeansGpu(TorchFunctionMode):
     def pin_memory(self, t: torch.Tensor, *args: Any) -> torch.Tensor:
         pinned = t.clone()
         self.recorder.pinned.add(pinned.untyped_storage()._cdata)
-        # so that no other storage gets its address
-        self.kept = [*getattr(self, "kept", []), pinned]
+        # Kept alive, so that no later storage in pageable memory gets its address.
+        self.kept.append(pinned)
         return pinned
 
 
@@ -225,6 +158,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # What item(), float(), int() and bool() of a tensor all come to.
         if func is aten._local_scalar_dense.default:
             return self.scalar(args[0])
         if func in SIZE_DEPENDS_ON_VALUES and on_gpu(args[0]):
@@ -245,6 +179,7 @@ class Watch(TorchDispatchMode):
         elif func is aten._to_copy.default:
             self.move(args[0], kwargs.get("device"), kwargs.get("non_blocking", False))
         elif func is aten.copy_.default:
+            # copy_(self, source, non_blocking=False): positional where C++ calls it.
             blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
             self.move(args[1], args[0].device, not blocking)
         elif func is aten._grouped_mm.default:
@@ -254,11 +189,15 @@ class Watch(TorchDispatchMode):
     def scalar(self, t: torch.Tensor) -> Any:
         if on_gpu(t):
             self.recorder.wait("item")
+            # Flags that the host reads from the device report trouble; here there is none.
             if t.dtype == torch.bool:
                 return False
         elif (constant := getattr(t, "constant", None)) is not None:
+            # A fake tensor on the host that was made from a number still knows it.
             return constant.item()
-        return 1.0 if t.dtype.is_floating_point else t.dtype == torch.bool or 1
+        if t.dtype.is_floating_point:
+            return 1.0
+        return True if t.dtype == torch.bool else 1
 
     def nothing(self, func: Any, t: torch.Tensor) -> Any:
         if func is aten.nonzero.default:
@@ -267,21 +206,29 @@ class Watch(TorchDispatchMode):
 
     def index(self, func: Any, args: Any) -> Any:
         """An index by a mask asks for the mask's places first; answered as if none were set."""
-        masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
-        filled = func is not aten.index.Tensor and args[2].numel() == 1  # becomes masked_fill
-        if not masks or not on_gpu(args[0]) or filled:
+        # x[mask] = number becomes masked_fill, which needs no places.
+        filled = func is not aten.index.Tensor and args[2].numel() == 1
+        if filled or not on_gpu(args[0]):
+            return args
+        indices: list[Any] = []
+        has_mask = False
+        for i in args[1]:
+            if i is not None and i.dtype in (torch.bool, torch.uint8):
+                has_mask = True
+                # A mask over n dimensions stands for n lists of places.
+                indices += [i.new_empty(0, dtype=torch.int64)] * i.dim()
+            else:
+                indices.append(i)
+        if not has_mask:
             return args
         self.recorder.wait("index by a mask")
-        indices: list[Any] = []
-        for i in args[1]:
-            is_mask = any(i is mask for mask in masks)
-            indices += [i.new_empty(0, dtype=torch.int64)] * i.dim() if is_mask else [i]
         return (args[0], indices, *args[2:])
 
     def move(self, source: torch.Tensor, to: Any, non_blocking: bool) -> None:
         to = source.device if to is None else torch.device(to)
         if source.device.type == "cpu" and to.type == NAME:
-            source.constant = None  # else torch would make the copy in earnest  # pyright: ignore
+            # FakeTensorMode would copy a known number in earnest, to a device that is not there.
+            source.constant = None  # pyright: ignore
             self.recorder.copy_to_device(source, non_blocking)
         elif source.device.type == NAME and to.type == "cpu" and not non_blocking:
             self.recorder.wait("copy to the host")
@@ -296,6 +243,7 @@ class Stream:
     def synchronize(self) -> None:
         self.recorder.wait("synchronize")
 
+    # wait_stream, record, query and the rest order work on the device and do not stop the host.
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: self
 
@@ -333,6 +281,7 @@ def _answer_for_cuda(recorder: Recorder) -> None:
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
+    # torch.cuda re-exports these from its submodule, and callers use either name.
     torch.cuda.random.get_rng_state = answers["get_rng_state"]
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda *args, **kwargs: None  # pyright: ignore
 
@@ -343,15 +292,18 @@ def _launch_nothing(recorder: Recorder) -> None:
 
     def launcher(kernel: Any, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
-            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-            away = [t.device for t in tensors if not on_gpu(t)]
-            assert not away, f"{kernel.fn.__name__} was given a tensor on {away[0]}"
+            for value in (*args, *kwargs.values()):
+                # Triton's own launcher refuses a tensor in host memory, too.
+                assert not isinstance(value, torch.Tensor) or on_gpu(value), (
+                    f"{kernel.fn.__name__} was given a tensor on {value.device}"
+                )
             recorder.kernel(kernel.fn.__name__)
             if recorder.on_launch is not None:
                 recorder.on_launch(kernel, args, kwargs)
 
         return launch
 
+    # ``kernel[grid](...)``; kernels are of the second class where TRITON_INTERPRET=1.
     JITFunction.__getitem__ = launcher  # pyright: ignore
     InterpretedFunction.__getitem__ = launcher  # pyright: ignore
 
@@ -362,12 +314,14 @@ def note_compiled(recorder: Recorder) -> None:
     for name, module in list(sys.modules.items()):
         if not name.startswith("megatron.core"):
             continue
-        owners = [
-            module,
-            *(c for c in vars(module).values() if isinstance(c, type) and c.__module__ == name),
-        ]
+        # Functions of the module and methods of its classes; imported classes come in their own.
+        owners: list[Any] = [module]
+        for value in vars(module).values():
+            if isinstance(value, type) and value.__module__ == name:
+                owners.append(value)
         for owner in owners:
             for attribute, value in list(vars(owner).items()):
+                # torch.compile leaves the function that it was given under this name.
                 if inspect.isfunction(value) and hasattr(value, "_torchdynamo_orig_callable"):
                     setattr(owner, attribute, _counted(recorder, value._torchdynamo_orig_callable))
 

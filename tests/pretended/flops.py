@@ -23,6 +23,7 @@ class FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        # 1 / rms of each row, from which backward needs no second pass over the row.
         rms = x.new_empty(x.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(x, weight, rms)
         return torch.empty_like(x)
@@ -56,6 +57,7 @@ def _grouped_mm(a: torch.Tensor, b: torch.Tensor) -> int:
 def _gemm(a: dict[str, Any]) -> int:
     """``x w + s b``: every block of b meets its own columns of s alone."""
     rows, columns = a["y_ptr"].shape
+    # RANKS has (first rank, number of ranks) of each block of b.
     ranks = sum(rank for _, rank in a["RANKS"])
     return 2 * rows * (columns * a["K"] + a["block_columns"] * ranks)
 
@@ -71,6 +73,7 @@ def _swiglu(a: dict[str, Any]) -> int:
 
 def _swiglu_backward(a: dict[str, Any]) -> int:
     """Gradients of A of down, and of B of gate and of up from their own columns of S."""
+    # S of gate and up stand side by side; where only one has an adapter, only its columns count.
     columns_of_s = a["R_GATE"] + a["R"] - a["UP_FROM"] if a["R"] else 0
     return 2 * a["dh_ptr"].shape[0] * a["I"] * (a["Q"] + columns_of_s)
 
@@ -85,6 +88,7 @@ KERNEL_FLOPS: dict[str, Any] = {
     "_swiglu_kernel": _swiglu,
     "_swiglu_backward_kernel": _swiglu_backward,
     "_wgrad_kernel": _wgrad,
+    # These move or add numbers: no matrix product, so no FLOPs of the planner's kind.
     **dict.fromkeys(
         ("_combine_kernel", "_regroup_kernel", "_count_kernel", "_place_kernel", "_spread_kernel",
          "_sum_parts_kernel"),
@@ -113,6 +117,7 @@ class Work(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        # Overloads of one operation (out=, scalars) do the same work.
         packet = IN_PLACE.get(func._overloadpacket, func._overloadpacket)
         if packet is aten._grouped_mm:
             self.add(_grouped_mm(args[0], args[1]))
@@ -121,5 +126,6 @@ class Work(TorchDispatchMode):
         return out
 
     def launched(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Launchers give pointers and sizes by position, compile-time constants by name.
         named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         self.add(KERNEL_FLOPS[kernel.fn.__name__](named))

@@ -13,6 +13,7 @@ apart.
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 from collections import Counter
@@ -25,15 +26,17 @@ import torch
 from torch.autograd import Variable
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.pretended.device import Recorder, install, on_gpu, pretended_gpu
+from tests.pretended.device import install, pretended_gpu
+from tests.pretended.recorder import Recorder, on_gpu
 from tests.pretended.run import all_there
 from tests.pretended.scenarios import MOE, Scenario
 
 BACKENDS = ("triton", "grouped_mm")
 RANKS = (1, 8)
 PASSES = ("forward", "backward")
-SUBJECTS = ("expert_mlp", "layer")
+# CUTLASS needs an array of each expert's pointers and sizes; torch fills it by a kernel of its own.
 KERNELS_OF = {"grouped_mm": 2}
+# Sizes differ from one another, and no count depends on them.
 EXPERTS = 16
 TOP_K = 2
 HIDDEN = 96
@@ -56,11 +59,13 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         namespace, _, name = func._schema.name.partition("::")
-        if namespace == "prim":  # questions about a tensor
+        # prim::device and the like ask about a tensor and do nothing.
+        if namespace == "prim":
             return out
         self.total += 1
         if namespace in ("c10d", "_c10d_functional"):
             self.collectives[name] += 1
+        # The pretended device notes the grouped GEMM itself, among its launches.
         elif name != "_grouped_mm" and _touches_memory(func, name, (args, kwargs, out)):
             self.kernels[name] += 1
         return out
@@ -69,9 +74,12 @@ class Operations(TorchDispatchMode):
 def _touches_memory(func: Any, name: str, values: Any) -> bool:
     """Whether an operation reads or writes memory of the GPU: views and allocations do not."""
     # A view's result aliases an argument that is not written.
-    aliases = [returned.alias_info for returned in func._schema.returns]
-    is_view = any(alias is not None and not alias.is_write for alias in aliases)
-    if is_view or "empty" in name or name in ("detach", "set_", "lift_fresh", "_unsafe_view"):
+    for returned in func._schema.returns:
+        alias = returned.alias_info
+        if alias is not None and not alias.is_write:
+            return False
+    # These touch no memory either, though their schemas name no alias.
+    if "empty" in name or name in ("detach", "set_", "lift_fresh", "_unsafe_view"):
         return False
     return any(on_gpu(t) for t in torch.utils._pytree.tree_leaves(values))
 
@@ -83,9 +91,12 @@ def counted(recorder: Recorder, cell: Cell) -> Iterator[None]:
     with recorder.phase("now"), Operations() as operations:
         yield
     launched = recorder.kernels["now"]
-    kernels = {name: count * KERNELS_OF.get(name, 1) for name, count in launched.items()}
-    cell["kernels"] = dict(sorted((Counter(kernels) + operations.kernels).items()))
+    kernels = Counter(operations.kernels)
+    for name, count in launched.items():
+        kernels[name] += count * KERNELS_OF.get(name, 1)
+    cell["kernels"] = dict(sorted(kernels.items()))
     cell["collectives"] = dict(sorted(operations.collectives.items()))
+    # A grouped GEMM passed the dispatcher as well, and is in the total already.
     cell["host_operations"] = operations.total + sum(launched.values()) - launched["grouped_mm"]
 
 
@@ -96,6 +107,7 @@ def both_passes(
     start from nothing."""
     cells: dict[str, Cell] = {}
     for _ in range(2):
+        # A gradient that is there already would be added to: one operation more.
         for leaf in leaves:
             leaf.grad = None
         cells = {name: {} for name in PASSES}
@@ -109,6 +121,7 @@ def both_passes(
 
 def _backward(out: torch.Tensor, gradient: torch.Tensor) -> None:
     """As Megatron calls it: torch's own function takes off the mode that answers for the device."""
+    # keep_graph and create_graph are False; no inputs: gradients of every leaf are accumulated.
     Variable._execution_engine.run_backward(  # pyright: ignore
         (out,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
@@ -124,6 +137,7 @@ def of_expert_mlp(recorder: Recorder, backend: str, ranks: int, adapted: bool) -
         leaves.append(torch.zeros(*shape, dtype=dtype, device="cuda", requires_grad=True))
         return leaves[-1]
 
+    # Of 8 ranks each holds 2 experts, and gets as many rows as one rank has by itself.
     experts = EXPERTS // ranks
     num_rows = TOKENS * TOP_K
     if ranks == 1:
@@ -136,17 +150,13 @@ def of_expert_mlp(recorder: Recorder, backend: str, ranks: int, adapted: bool) -
     w2: Any = leaf(experts, HIDDEN, INNER).detach()
     adapters: dict[str, ExpertFactors] = {}
     if adapted:
-        gate_up = (
-            leaf(experts, 2 * RANK, HIDDEN),
-            (
-                leaf(experts, INNER, RANK),
-                leaf(experts, INNER, RANK),
-            ),
-        )
-        adapters["gate_up"] = ExpertFactors(*gate_up, (2.0, 0.5))
+        a_gate_up = leaf(experts, 2 * RANK, HIDDEN)
+        b_gate_up = (leaf(experts, INNER, RANK), leaf(experts, INNER, RANK))
+        adapters["gate_up"] = ExpertFactors(a_gate_up, b_gate_up, (2.0, 0.5))
         adapters["down"] = ExpertFactors(
             leaf(experts, RANK, INNER), (leaf(experts, HIDDEN, RANK),), (2.0,)
         )
+        # Training reserves columns for the adapter beside the weight where this back end is used.
         if backend == "grouped_mm":
             w1 = AugmentedWeight(w1, 2 * RANK)
             w2 = AugmentedWeight(w2, RANK)
@@ -165,6 +175,7 @@ def of_layer(recorder: Recorder, backend: str, ranks: int, adapted: bool) -> dic
     hf = MOE | {"num_experts": EXPERTS, "moe_intermediate_size": INNER, "hidden_size": HIDDEN}
     scenario = Scenario("launches", hf, {"ep": ranks}, ranks)
     config = scenario.config()
+    # Something must have an adapter: q_proj, outside of the MoE layer, launches nothing in it.
     targets = ["gate_proj", "up_proj", "down_proj"] if adapted else ["q_proj"]
     config = replace(
         config, lora=replace(config.lora, target_modules=targets, rank=RANK, alpha=2.0 * RANK)
@@ -177,6 +188,7 @@ def of_layer(recorder: Recorder, backend: str, ranks: int, adapted: bool) -> dic
     ):
         chunks = wrap_chunks(build(config, hf, groups).chunks)
         layer = chunks[0].module.decoder.layers[0].mlp
+        # Megatron's order: [sequence, batch, hidden].
         shape = (TOKENS // 2, 2, HIDDEN)
         x = torch.zeros(*shape, dtype=torch.bfloat16, device=host.device(), requires_grad=True)
         return both_passes(recorder, lambda: layer(x)[0], [x])
@@ -192,14 +204,15 @@ def count_all() -> dict[str, Cell]:
     host.install()
     recorder.answers["check_coverage"] = all_there
     found: dict[str, Cell] = {}
-    for subject, of in zip(SUBJECTS, (of_expert_mlp, of_layer), strict=True):
-        for backend in BACKENDS:
-            for ranks in RANKS:
-                for adapted in (False, True):
-                    with pretended_gpu(recorder):
-                        cells = of(recorder, backend, ranks, adapted)
-                    name = f"{subject} {backend} ep{ranks} {'adapters' if adapted else 'base'}"
-                    found |= {f"{name} {which}": cell for which, cell in cells.items()}
+    functions = {"expert_mlp": of_expert_mlp, "layer": of_layer}
+    for subject, backend, ranks, adapted in itertools.product(
+        functions, BACKENDS, RANKS, (False, True)
+    ):
+        with pretended_gpu(recorder):
+            cells = functions[subject](recorder, backend, ranks, adapted)
+        name = f"{subject} {backend} ep{ranks} {'adapters' if adapted else 'base'}"
+        for which, cell in cells.items():
+            found[f"{name} {which}"] = cell
     return found
 
 
@@ -223,9 +236,8 @@ def main(arguments: list[str]) -> None:
         collectives = sum(cell["collectives"].values())
         print(f"{name:44}{num_kernels(cell):8}{cell['host_operations']:8}{collectives:12}")
         if options.names:
-            print(
-                "    " + ", ".join(f"{count} {kernel}" for kernel, count in cell["kernels"].items())
-            )
+            names = [f"{count} {kernel}" for kernel, count in cell["kernels"].items()]
+            print(f"    {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
 from megalora.model.families import FAMILIES, layer_projections
 from megalora.model.fields import model_shape
-from megalora.model.projections import HEAD
+from megalora.model.projections import HEAD, Projection
 from megalora.model.shape import ModelShape
 from megalora.tiny import _build_config
 
+# Small and different from every size of the model, so that no byte count fits by accident.
 RANK = 4
 MICRO_BATCH = 2
 LEVELS = ("off", "selective", "full")
@@ -22,6 +23,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "one rank": (1, {}),
     "tp2": (2, {"tp": 2}),
     "ep2": (2, {"ep": 2}),
+    # Expert tensor parallelism splits the inner size of experts, not their number.
     "tp2 ep2 etp2": (4, {"tp": 2, "ep": 2, "etp": 2}),
 }
 """Name -> (ranks, sizes)."""
@@ -57,6 +59,8 @@ class Case:
 
     @property
     def sequence(self) -> int:
+        # Above 1,024 rows per expert torch's grouped GEMM takes over from Triton's: 2 samples of
+        # 8,192 tokens are far above that, and 2 of 48 far below.
         return 8192 if self.many_rows else 48
 
     def adapted(self) -> list[Adapted]:
@@ -73,6 +77,8 @@ class Case:
 def config_of(family: str) -> dict[str, Any]:
     """A small config.json of a family, in which a layer of every kind lies behind the first."""
     sizes = FAMILIES[family].sizes
+    # The first layer counts less than one like it behind: nothing below it needs a gradient. So
+    # each kind must stand at index 1 or 2.
     overrides: dict[str, Any] = {"num_hidden_layers": 3}
     if "mlp_only_layers" in sizes:
         overrides["mlp_only_layers"] = [2]
@@ -83,19 +89,26 @@ def config_of(family: str) -> dict[str, Any]:
 
 def _config(family: str, overrides: dict[str, Any]) -> dict[str, Any]:
     hf = _build_config(family, overrides).to_dict()
+    # transformers 5 keeps the base under rope_parameters; checkpoints have it at the top.
     return hf | {"rope_theta": hf["rope_parameters"]["rope_theta"]}
 
 
+def projections(shape: ModelShape) -> list[Projection]:
+    """Projections of all layers, in order, and of the head."""
+    found: list[Projection] = []
+    for layer in range(shape.num_layers):
+        found += layer_projections(shape, layer)
+    return [*found, *HEAD]
+
+
 def targets(shape: ModelShape) -> list[str]:
-    """Names of all projections of a model."""
-    layers = [p.name for n in range(shape.num_layers) for p in layer_projections(shape, n)]
-    return list(dict.fromkeys(layers + [p.name for p in HEAD]))
+    """Names of all projections of a model, each once."""
+    return list(dict.fromkeys(p.name for p in projections(shape)))
 
 
 def modules(shape: ModelShape) -> list[str]:
-    """Megatron modules of a model that adapters can be put on."""
-    layers = [p.module for n in range(shape.num_layers) for p in layer_projections(shape, n)]
-    return list(dict.fromkeys(layers + [p.module for p in HEAD]))
+    """Megatron modules of a model that adapters can be put on, each once."""
+    return list(dict.fromkeys(p.module for p in projections(shape)))
 
 
 def kind_of(shape: ModelShape, layer: int) -> str:
@@ -108,8 +121,12 @@ def kind_of(shape: ModelShape, layer: int) -> str:
 def kinds_of(family: str) -> set[str]:
     """Kinds of layers that a family's small model has, as published and as it is counted here, and
     the head."""
-    shapes = [model_shape(hf) for hf in (_config(family, {}), config_of(family))]
-    return {kind_of(shape, n) for shape in shapes for n in range(shape.num_layers)} | {HEAD_KIND}
+    kinds = {HEAD_KIND}
+    for hf in (_config(family, {}), config_of(family)):
+        shape = model_shape(hf)
+        for layer in range(shape.num_layers):
+            kinds.add(kind_of(shape, layer))
+    return kinds
 
 
 def quick_cases_of(family: str) -> Iterator[Case]:
@@ -126,6 +143,7 @@ def cases_of(family: str) -> Iterator[Case]:
     for recompute in LEVELS:
         for adapters in (EVERYTHING, NOTHING):
             for layout in LAYOUTS:
+                # A dense model has no experts to divide.
                 if shape.moe_layers or "ep" not in layout:
                     yield Case(family, layout, adapters, recompute)
         for module in modules(shape):

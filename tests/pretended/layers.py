@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from tests.pretended.device import Recorder, install, pretended_gpu
+from tests.pretended.device import install, pretended_gpu
 from tests.pretended.flops import AsOnCuda, Work
 from tests.pretended.layer_cases import MICRO_BATCH, Case, cases_of, config_of
+from tests.pretended.recorder import Recorder
 from tests.pretended.run import all_there
 from tests.pretended.scenarios import Scenario
 
@@ -68,11 +69,14 @@ def count_chunk(chunk: Any, sequence: int, recorder: Recorder) -> Counts:
     work = Work()
     recorder.on_launch = work.launched
     _say_where(chunk, work)
+    # Parameters are in memory anyway; backward of a linear saves its weight all the same.
     own = {p.untyped_storage()._cdata for p in chunk.parameters()}
+    # Weak keys: a node that dies within forward, as under recomputation, takes its entry along.
     saved: WeakKeyDictionary[Saved, str] = WeakKeyDictionary()
 
     def pack(tensor: Tensor) -> Saved:
         holder = Saved(tensor)
+        # What recomputation saves during backward is freed layer by layer, and not kept.
         if not work.is_backward:
             saved[holder] = work.place
         return holder
@@ -84,7 +88,7 @@ def count_chunk(chunk: Any, sequence: int, recorder: Recorder) -> Counts:
         loss, *_ = loss_sum(losses, mask)
         kept = _bytes_by_place(saved, own)
         work.is_backward = True
-        # torch's own backward takes off the mode that answers for the device
+        # torch's own backward takes off the mode that answers for the device.
         Variable._execution_engine.run_backward(  # pyright: ignore
             (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True,
             accumulate_grad=True,
@@ -111,9 +115,12 @@ def _say_where(chunk: Any, work: Work) -> None:
         layer.register_forward_pre_hook(lambda *_, place=str(number): enter(place))
 
         def leave(module: Any, args: Any, output: Any, place: str = str(number)) -> None:
+            # Megatron's layers return (hidden states, context); wrapped ones the first alone.
             hidden = output[0] if isinstance(output, tuple) else output
+            # The gradient of a layer's output arrives when its backward is about to begin.
             if hidden.requires_grad:
                 hidden.register_hook(lambda gradient: enter(place))
+            # Recomputation in backward runs forward again, and stays under the layer's own name.
             if not work.is_backward:
                 enter("head" if place == str(len(chunk.decoder.layers) - 1) else "between layers")
 
@@ -140,8 +147,11 @@ def main(names: list[str]) -> None:
 
     host.install()
     recorder.answers["check_coverage"] = all_there
-    families = dict.fromkeys(name.split(",")[0] for name in names)
-    cases = {case.name: case for family in families for case in cases_of(family)}
+    # A name begins with its family; only those asked for are enumerated.
+    cases: dict[str, Case] = {}
+    for family in {name.split(",")[0] for name in names}:
+        for case in cases_of(family):
+            cases[case.name] = case
     found = {name: count(cases[name], recorder) for name in names}
     json.dump(found, sys.stdout, indent=1)
 

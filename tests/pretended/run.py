@@ -1,6 +1,9 @@
 """Run scenarios on the pretended GPU in this process and print what was seen, as JSON.
 
-python -m tests.pretended.run [NAME ...]
+    python -m tests.pretended.run [NAME ...]
+
+Without names all scenarios run. The mistakes of ``of_mistakes`` run always: they show that the
+device notices what it is for.
 """
 
 import json
@@ -13,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.pretended.device import Recorder, install, note_compiled, pretended_gpu
+from tests.pretended.device import install, note_compiled, pretended_gpu
+from tests.pretended.recorder import Recorder
 from tests.pretended.scenarios import SCENARIOS
 
 
 def all_there(shape: tuple[int, ...]) -> np.ndarray:
-    """A bit for each tensor, all set, and one for what should not exist."""
+    """What ``check_coverage`` reads from the device: a bit for each expected tensor, all set, and a
+    last one for tensors that should not exist."""
     found = np.ones(shape, dtype=np.uint8)
     found[-1] = 0
     return found
@@ -28,6 +33,7 @@ def of_scenarios(recorder: Recorder, wanted: list[str]) -> dict[str, Any]:
     """Name -> what was seen of it, with the traceback where it did not run to its end."""
     from tests.pretended.steps import run  # imports Megatron
 
+    # Behind the import: it looks through the modules of Megatron that are there by now.
     note_compiled(recorder)
     recorder.answers["check_coverage"] = all_there
     seen: dict[str, Any] = {}
@@ -37,6 +43,7 @@ def of_scenarios(recorder: Recorder, wanted: list[str]) -> dict[str, Any]:
         start = time.process_time()
         error = None
         recorder.forget()
+        # One scenario that fails must not hide what the others would have shown.
         try:
             run(scenario, recorder)
         except Exception:
@@ -53,6 +60,8 @@ def of_mistakes(recorder: Recorder) -> dict[str, list[str]]:
     """Name of a mistake -> what was seen of it alone."""
     from megatron.core.fusions import fused_bias_swiglu
 
+    # What a step may do: copy from page-locked memory, copy back without waiting, and use masks
+    # where no size depends on them.
     def nothing_wrong(x: torch.Tensor) -> None:
         pinned = torch.zeros(3).pin_memory().to("cuda", non_blocking=True)
         mask = x > 0
@@ -67,6 +76,7 @@ def of_mistakes(recorder: Recorder) -> dict[str, list[str]]:
         "tolist": lambda x: x.tolist(),
         "nonzero": lambda x: x.nonzero(),
         "mask": lambda x: x[x > 0],
+        # non_blocking alone is not enough: the memory must be page-locked as well.
         "pageable": lambda x: torch.zeros(3).to("cuda", non_blocking=True),
         "blocking": lambda x: torch.zeros(3).pin_memory().to("cuda"),
         "compiled": lambda x: fused_bias_swiglu.swiglu(x),
@@ -78,6 +88,7 @@ def of_mistakes(recorder: Recorder) -> dict[str, list[str]]:
         with pretended_gpu(recorder), recorder.phase(name):
             try:
                 make(torch.ones(4, 8, device="cuda"))
+            # "mixed devices" raises, as it would on a GPU; the message counts as what was seen.
             except RuntimeError as error:
                 recorder.wait(str(error))
         seen[name] = list(recorder.waits[name])

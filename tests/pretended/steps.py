@@ -29,28 +29,30 @@ from megalora.train.assemble import Inputs, Run, assemble, build_for_training
 from megalora.train.drift import DriftCheck
 from megalora.train.optim import optimizer_state
 from megalora.train.probe import Probe
-from tests.pretended.device import NAME, Recorder, on_gpu, pretended_gpu
+from tests.pretended.device import pretended_gpu
+from tests.pretended.recorder import NAME, Recorder, on_gpu
 from tests.pretended.scenarios import Scenario
 
 
 class Tokenizer:
+    """What batching asks of a tokenizer: the ids that fill and end a row."""
+
     pad_token_id = 0
     eos_token_id = 1
 
 
 def _samples(scenario: Scenario, count: int) -> Split:
     ids = np.ones(scenario.tokens, dtype=np.int32)
-    return Split(
-        "pretended",
-        4096,
-        [Encoded(ids, np.ones(scenario.tokens, dtype=bool)) for _ in range(count)],
-    )
+    # Every token is a target; all samples are alike, since no value is ever computed with.
+    sample = Encoded(ids, np.ones(scenario.tokens, dtype=bool))
+    return Split("pretended", 4096, [sample] * count)
 
 
 @contextlib.contextmanager
 def world(scenario: Scenario, recorder: Recorder) -> Iterator[None]:
     """A fake process group for both devices; what objects are exchanged, each rank would have sent
     as this one does."""
+    # torch's "fake" backend is registered for real devices; this one is new to it.
     for name in ("cpu", NAME):
         dist.Backend.default_device_backend_map[name] = "fake"
     dist.Backend.backend_capability["fake"] = ["cpu", NAME]
@@ -58,6 +60,7 @@ def world(scenario: Scenario, recorder: Recorder) -> Iterator[None]:
         f"cpu:fake,{NAME}:fake", store=FakeStore(), rank=scenario.rank, world_size=scenario.world
     )
 
+    # The fake backend writes nothing, so nothing could be unpickled from what it returns.
     def all_gather_object(out: list[Any], value: Any, group: Any = None) -> None:
         recorder.wait("exchange of objects")
         out[:] = [value] * len(out)
@@ -66,6 +69,7 @@ def world(scenario: Scenario, recorder: Recorder) -> Iterator[None]:
         with (
             mock.patch.object(dist, "all_gather_object", all_gather_object),
             mock.patch.object(param_and_grad_buffer, "_coalescing_manager", _one_by_one),
+            # Reaches into torch.cuda's generators, of which there are none.
             mock.patch.object(megatron_random, "_set_cuda_rng_state"),
             mock.patch.object(host, "device", return_value=torch.device(NAME, 0)),
         ):
@@ -88,12 +92,14 @@ def even_routing() -> Iterator[None]:
 
     def answered(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
         result = read(self, point, tokens_per_expert)
+        # [tokens, experts]: each token is sent to top-k experts.
         rows = self.routing_map.shape[0] * self.config.moe_router_topk
         for name, each in (
             ("input_splits", rows // self.ep_size),
             ("output_splits", rows // self.ep_size),
             ("output_splits_tp", rows),
         ):
+            # At the point where it becomes an array of numpy, the host has read it.
             if isinstance(getattr(self, name), np.ndarray):
                 setattr(self, name, np.full_like(getattr(self, name), each))
         return result
@@ -110,9 +116,10 @@ def _move(chunk: Any) -> None:
                 moved = torch.nn.Parameter(
                     parameter.data.to(host.device()), requires_grad=parameter.requires_grad
                 )
-                moved.__dict__.update(
-                    {k: v for k, v in vars(parameter).items() if k not in vars(moved)}
-                )
+                # Megatron keeps marks on parameters (allreduce, tensor_model_parallel, ...), which
+                # decide how their gradients are reduced.
+                for attribute, value in vars(parameter).items():
+                    vars(moved).setdefault(attribute, value)
                 module._parameters[name] = moved
 
 
@@ -148,6 +155,8 @@ def run(scenario: Scenario, recorder: Recorder) -> None:
         stack.enter_context(even_routing())
         with recorder.phase("build"):
             made = stack.enter_context(assemble(config, inputs, make_base=make_base))
+        # B is zero at first and A gets no gradient: two steps are checked, the third is like all
+        # others.
         names = ("first step", "second step", "step")
         if not scenario.whole_run:
             made.stepper.check = None  # it looks at the first steps alone
@@ -170,6 +179,7 @@ def _between_steps(scenario: Scenario, recorder: Recorder, made: Run) -> None:
         made.stepper.evaluate(made.batches.of_eval())
     with recorder.phase("probe"):
         probe.run(made.stepper)
+    # Both moments of Adam go the same way; one stands for them.
     with recorder.phase("save"):
         gather_tensors(model.shards, {p: p.data for p in model.parameters}, made.groups)
         optimizer_state(made.optimizer, "exp_avg", model.parameters, made.groups)

@@ -1,5 +1,5 @@
-"""Ceilings for what one MoE layer launches: the count of today for every cell; one kernel or host
-operation more is red.
+"""Compare what one MoE layer launches with a ceiling, the count of today, for every cell; one
+kernel or host operation more fails.
 
 ``python -m tests.pretended.launches --names`` prints the table with the kernels of each cell.
 """
@@ -18,26 +18,37 @@ from tests.pretended.launches import num_kernels
 ROOT = Path(__file__).parents[2]
 
 CEILINGS = {
+    # Forward without adapters: GEMM of gate and up, SwiGLU, GEMM of down, sum over a token's
+    # experts. Backward: the same, and a sum of what SwiGLU's programs left in parts (here dp).
     "expert_mlp triton ep1 base forward": (4, 10),
     "expert_mlp triton ep1 base backward": (5, 15),
+    # Forward with adapters: S = X A^T of gate and up is a launch of its own; that of down is part
+    # of SwiGLU, and B is multiplied within the GEMMs. Backward: dS of both (2 launches), dA of gate
+    # and up, dB of down (2); SwiGLU's pass leaves the other gradients in parts.
     "expert_mlp triton ep1 adapters forward": (5, 22),
     "expert_mlp triton ep1 adapters backward": (9, 52),
+    # Received rows cost the experts what gathered ones do.
     "expert_mlp triton ep8 base forward": (4, 10),
     "expert_mlp triton ep8 base backward": (5, 15),
     "expert_mlp triton ep8 adapters forward": (5, 22),
     "expert_mlp triton ep8 adapters backward": (9, 52),
+    # torch's grouped GEMM is two kernels, and takes rows only in order: a launch gathers them.
     "expert_mlp grouped_mm ep1 base forward": (7, 10),
     "expert_mlp grouped_mm ep1 base backward": (8, 15),
+    # Adapters are copied into the columns reserved beside weights and rows: five more kernels.
     "expert_mlp grouped_mm ep1 adapters forward": (12, 52),
     "expert_mlp grouped_mm ep1 adapters backward": (13, 67),
     "expert_mlp grouped_mm ep8 base forward": (7, 10),
     "expert_mlp grouped_mm ep8 base backward": (8, 15),
     "expert_mlp grouped_mm ep8 adapters forward": (12, 52),
     "expert_mlp grouped_mm ep8 adapters backward": (13, 67),
+    # A layer adds the router (one product, softmax, top-k and the sort of tokens by expert) ...
     "layer triton ep1 base forward": (17, 36),
     "layer triton ep1 base backward": (14, 31),
     "layer triton ep1 adapters forward": (18, 60),
+    # ... with adapters, five gradients added to Megatron's buffers (two A's, three B's) ...
     "layer triton ep1 adapters backward": (23, 82),
+    # ... and with 8 ranks, the counts that the all-to-all needs, and sorting rows after it.
     "layer triton ep8 base forward": (31, 69),
     "layer triton ep8 base backward": (17, 42),
     "layer triton ep8 adapters forward": (32, 93),
@@ -65,6 +76,7 @@ def counted() -> dict[str, Any]:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
+    # Each changes which back end or which kernel class is taken.
     for name in ("TRITON_INTERPRET", "MEGALORA_BACKEND", "MEGALORA_TUNED"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "tests.pretended.launches", "--json"]

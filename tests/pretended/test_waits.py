@@ -1,9 +1,9 @@
-"""Where the host may wait for a GPU while it trains: the whole list, by layout. Tensors on the
-wrong device end a scenario.
+"""Compare where the host waits for a GPU in training with the whole list of places where it may, by
+layout. A tensor on the wrong device ends a scenario.
 
-What is new here is red, and so is what is gone: the list stays true. Every wait is written as
-``kind: file:function`` with how often it comes; the scenarios are in ``scenarios.py``, what counts
-as a wait is in ``device.py``.
+A wait that is not listed fails a test, and so does one that is listed and gone: the list stays
+true. Every wait is written as ``kind: file:function`` with how often it comes; the scenarios are in
+``scenarios.py``, what counts as a wait is in ``device.py``.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.pretended.recorder import Recorder
 from tests.pretended.scenarios import SCENARIOS
 
 ROOT = Path(__file__).parents[2]
@@ -90,12 +91,19 @@ STEPS: dict[str, dict[str, int]] = {
     "many_rows": METRICS,
     "many_rows_dropout_selective": METRICS,
     "tp2_shared_dropout": METRICS,
+    # One MoE layer, one microbatch. Selective recomputation does not repeat the exchange ...
     "ep2_selective": METRICS | splits(1),
+    # ... full recomputation does: forward twice.
     "ep2_etp2_float32_dropout_full": METRICS | splits(2),
+    # One of the two layers is on this rank; two microbatches.
     "pp2_first_stage": METRICS | splits(2),
+    # Without expert parallelism nothing is exchanged.
     "pp2_last_stage": METRICS,
+    # Two of the four layers (etp exchanges as ep does), two microbatches.
     "pp2_vpp2_etp2": METRICS | splits(4),
 }
+# Six adapted modules each: qkv, proj, router, the experts' fc1 and fc2, head. With expert
+# parallelism Megatron keeps one buffer for dense parameters and one for the experts'.
 RUNS = {"one_gpu": whole_run(1, 6, 0, True), "tp2_ep2": whole_run(2, 6, 2, False)}
 
 
@@ -111,14 +119,13 @@ def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("TRITON_INTERPRET", None)  # kernels as a GPU would have them
-    asked = [
-        getattr(item, "callspec", None)
-        for item in request.session.items
-        if item.path == request.path
-    ]
-    names = {
-        found.params["name"] for found in asked if found is not None and "name" in found.params
-    }
+    # Only scenarios of tests that were selected: one seeded bug, or one -k, needs one of eleven.
+    names: set[str] = set()
+    for item in request.session.items:
+        callspec = getattr(item, "callspec", None)
+        if item.path == request.path and callspec is not None and "name" in callspec.params:
+            names.add(callspec.params["name"])
+    # No name would mean all; "none" is no scenario, and leaves the mistakes alone.
     command = [sys.executable, "-m", "tests.pretended.run", *(names or ["none"])]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -158,6 +165,8 @@ def test_back_end_is_the_one_for_the_number_of_rows(
 ) -> None:
     """Torch's grouped GEMM from 1,024 rows an expert on, and Triton's below; passes between GEMMs
     are Triton's in both."""
+    # one_gpu has 2 x 32 tokens with two experts each: 16 rows for each of 8 experts. The others
+    # have 8,192.
     kernels = seen[name]["kernels"]["step"]
     assert {"_gemm_kernel", "grouped_mm"} & kernels.keys() == {takes}
     assert {
@@ -176,3 +185,12 @@ def test_what_the_device_is_for(mistake: str, seen: dict[str, Any]) -> None:
     """The device itself: each mistake alone is seen, and what is free is not."""
     assert seen["mistakes"][mistake], f"{mistake} went unseen"
     assert not seen["mistakes"]["none"]
+
+
+def test_a_phase_ends_where_something_in_it_fails() -> None:
+    """Else the set-up of the next scenario would be counted under the failed one's last phase."""
+    recorder = Recorder()
+    with pytest.raises(ValueError), recorder.phase("step"):
+        raise ValueError("a scenario that does not run to its end")
+    recorder.wait("item")
+    assert recorder.waits == {"step": {}}
