@@ -2,6 +2,7 @@
 functions are."""
 
 import ast
+import functools
 import itertools
 import sys
 from collections.abc import Iterator
@@ -91,23 +92,26 @@ LONG_FUNCTIONS: set[str] = set()
 """path:function; what stands here and is short enough by now fails the test."""
 
 
-def imports(path: Path, *, at_start: bool = False) -> Iterator[str]:
+# Several tests ask the same of every file. Answers are kept; syntax trees would take a gigabyte.
+@functools.cache
+def imports(path: Path, *, at_start: bool = False) -> tuple[str, ...]:
     """Full names of the modules a file imports: all, or those that importing the file imports
     too."""
+    found: list[str] = []
     body: list[ast.AST] = [ast.parse(path.read_text())]
     while body:
         node = body.pop()
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = _module_of(node, path)
-            yield module
-            for alias in node.names:
-                yield f"{module}.{alias.name}"
+            found.append(module)
+            found.extend(f"{module}.{alias.name}" for alias in node.names)
         late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         late |= isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         if not (at_start and late):
             body.extend(ast.iter_child_nodes(node))
+    return tuple(found)
 
 
 def _module_of(node: ast.ImportFrom, path: Path) -> str:
@@ -129,6 +133,7 @@ def packages(path: Path, *, at_start: bool = False) -> set[str]:
     return {name.split(".")[0] for name in imports(path, at_start=at_start)}
 
 
+@functools.cache
 def names(path: Path) -> set[str]:
     """Every attribute chain and bare name, as in ``torch.cuda.synchronize``, with all its
     beginnings."""
