@@ -95,6 +95,7 @@ def test_a_part_is_counted_over_all_its_files(tmp_path: Path) -> None:
     assert row["lines over 100 columns, %"] == 0
 
 
+@pytest.mark.slow
 def test_goals_that_are_reached_stay_reached() -> None:
     counted = code_density.count_tree(ROOT)
     for part, name in REACHED:
@@ -105,6 +106,7 @@ def test_goals_that_are_reached_stay_reached() -> None:
     assert f"README: {counted['README']['words']:,} words" in shown
 
 
+@pytest.mark.slow
 def test_an_earlier_commit_is_counted_and_nothing_is_left() -> None:
     # The files of a commit, not of the working tree, which may be anything.
     assert code_density.count_revision("HEAD")["product"]["files"]["count"] > 100

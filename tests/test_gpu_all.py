@@ -302,6 +302,7 @@ def call(
     return subprocess.run(script, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_script_names_what_failed_and_can_be_called_again(tmp_path):
     archive = tmp_path / "all.tar.gz"
     done = call(tmp_path, "tests", "kernels", "anchors", "--archive", str(archive))

@@ -220,6 +220,7 @@ def test_gemm_seconds_are_those_of_one_product(whole: dict[str, Any]) -> None:
         assert point["seconds"] == pytest.approx(flops * NANOSECOND)
 
 
+@pytest.mark.slow
 def test_two_points_of_everything_however_little_time(pair: Run, four: Run) -> None:
     # Groups of collectives: two ranks make one; four on two nodes three (see below).
     for (record, _), groups in ((pair, 1), (four, 3)):
@@ -234,6 +235,7 @@ def test_two_points_of_everything_however_little_time(pair: Run, four: Run) -> N
             assert {point["bytes"] for point in record["collectives"][name]} == ends
 
 
+@pytest.mark.slow
 def test_what_it_says_of_the_world(pair: Run, four: Run) -> None:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for (record, _), world, dtype in ((pair, 2, "bfloat16"), (four, 4, "float32")):
@@ -261,6 +263,7 @@ def test_large_collectives_take_longer(pair: Run) -> None:
     assert large["seconds"] > small["seconds"]
 
 
+@pytest.mark.slow
 def test_ranks_agree_and_rank_0_speaks(pair: Run, four: Run) -> None:
     for record, ranks in (pair, four):
         for measured, _ in ranks:

@@ -4,6 +4,7 @@ logits, and each rank's own reads."""
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -39,6 +40,7 @@ def _logits_and_reads(folders: list[Path], sizes: dict[str, int]) -> tuple[list[
     return logits, [name for name in read if ".experts." in name]
 
 
+@pytest.mark.slow
 def test_four_ranks_compute_what_transformers_does(tmp_path: Path) -> None:
     """TP 4 with a key/value head on two ranks each, EP 2 x ETP 2; then the same at TP 2, EP 2."""
     rope: dict[str, Any] = {"rope_parameters": ...}

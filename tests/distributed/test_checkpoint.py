@@ -39,7 +39,7 @@ def same_files(one: Path, other: Path) -> None:
     ("world", "parallel", "dtype"),
     [
         (1, {}, "float32"),
-        (4, {"tp": 2, "ep": 2}, "float32"),
+        pytest.param(4, {"tp": 2, "ep": 2}, "float32", marks=pytest.mark.slow),
         pytest.param(4, {"pp": 2, "ep": 2, "etp": 1}, "bfloat16", marks=pytest.mark.slow),
     ],
     ids=["single", "tp2-ep2", "pp2-ep2-bf16"],
@@ -66,6 +66,7 @@ def test_resume_continues_bit_for_bit(world, parallel, dtype, tiny, chats, tmp_p
     same_files(tmp_path / "rest/step_000004", tmp_path / "whole/step_000004")
 
 
+@pytest.mark.slow
 def test_resume_true_takes_the_newest_and_keep_forgets_the_oldest(tiny, chats, tmp_path):
     config = make_config(tiny, chats, tmp_path, {}, steps=3)
     run_ranks(train, 1, with_checkpoints(config, every=1, keep=2))
@@ -201,6 +202,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tiny, chats, tmp_path):
         load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_folder_does_not_mix_into_a_used_one(tiny, chats, tmp_path):
     run_ranks(train, 1, make_config(tiny, chats, tmp_path / "one", {}, steps=1))
     other = make_config(tiny, chats, tmp_path / "two", {}, steps=1)

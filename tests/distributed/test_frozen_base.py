@@ -118,7 +118,7 @@ def test_backward_stops_below_the_first_adapted_layer(tiny, chats, tmp_path):
     assert 0.15 < (last_layer - head) / (all_layers - head) < 0.25
 
 
-@pytest.mark.parametrize("recompute", ["off", "full"])
+@pytest.mark.parametrize("recompute", ["off", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_stage_without_adapters_takes_part(recompute, tiny, chats, tmp_path):
     """pp=2 with adapters on the second stage only: the first has nothing to train and must neither
     hang nor fail."""

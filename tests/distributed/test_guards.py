@@ -69,10 +69,20 @@ def one_bit(name: str, rank: int) -> Callable[[Any, int], None]:
     [
         (2, {}, MODULE.format(1, "self_attn.k_proj.lora_B"), 1),
         (2, {"tp": 2}, MODULE.format(2, "self_attn.v_proj.lora_A"), 1),
-        (2, {"tp": 2}, MODULE.format(2, "self_attn.o_proj.lora_B"), 0),
+        pytest.param(
+            2, {"tp": 2}, MODULE.format(2, "self_attn.o_proj.lora_B"), 0, marks=pytest.mark.slow
+        ),
         (4, {"tp": 2, "ep": 2}, MODULE.format(0, "mlp.experts.6.down_proj.lora_A"), 3),
-        (4, {"ep": 2, "etp": 2}, MODULE.format(3, "mlp.experts.1.up_proj.lora_A"), 0),
-        (4, {"pp": 2}, MODULE.format(3, "self_attn.q_proj.lora_B"), 3),
+        pytest.param(
+            4,
+            {"ep": 2, "etp": 2},
+            MODULE.format(3, "mlp.experts.1.up_proj.lora_A"),
+            0,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            4, {"pp": 2}, MODULE.format(3, "self_attn.q_proj.lora_B"), 3, marks=pytest.mark.slow
+        ),
     ],
     ids=["dp", "tp A", "tp B", "edp", "etp", "pp"],
 )
@@ -90,6 +100,7 @@ def test_one_bit_in_one_replica_stops_the_run_before_it_is_saved(
     assert not list(tmp_path.glob("step_*"))
 
 
+@pytest.mark.slow
 def test_the_check_can_be_turned_off_and_comes_at_its_steps(tiny, chats, tmp_path):
     """A factor that tensor-parallel ranks share stays apart; over data parallelism the optimizer
     would mend it."""
@@ -170,9 +181,9 @@ def test_another_loss_than_that_of_transformers_is_refused(bug, tiny, chats, tmp
 @pytest.mark.parametrize(
     ("world", "parallel", "dtype"),
     [
-        (4, {"tp": 2, "ep": 2, "etp": 2}, "float32"),
+        pytest.param(4, {"tp": 2, "ep": 2, "etp": 2}, "float32", marks=pytest.mark.slow),
         (4, {"pp": 2, "vpp": 2, "ep": 2}, "float32"),
-        (4, {"tp": 2, "ep": 2}, "bfloat16"),
+        pytest.param(4, {"tp": 2, "ep": 2}, "bfloat16", marks=pytest.mark.slow),
     ],
     ids=["tp2-ep2-etp2", "pp2-vpp2-ep2", "tp2-ep2 bf16"],
 )

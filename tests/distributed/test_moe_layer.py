@@ -64,12 +64,23 @@ def watched_step(
         return seen, count, reduced_gradients(run.model, run.optimizer)
 
 
+ARMS = [(name, "all experts busy", "loop") for name in LAYOUTS]
+for _name in ("ep4", "tp2-ep2-etp2"):
+    ARMS.append((_name, "a rank's experts idle", "loop"))
+    ARMS.append((_name, "a rank's experts idle", "grouped_mm"))
+ARMS.append(("ep2", "all experts busy", "triton"))
+FAST = {
+    ("single", "all experts busy", "loop"),
+    ("ep2", "all experts busy", "loop"),
+    ("tp2-ep2-etp2", "a rank's experts idle", "loop"),
+    ("tp2-ep2-etp2", "a rank's experts idle", "grouped_mm"),
+}
+"""Every exchange between ranks, each back end but the interpreted one, and experts without rows."""
+
+
 @pytest.mark.parametrize(
     ("name", "tokens", "backend"),
-    [(name, "all experts busy", "loop") for name in LAYOUTS]
-    + [(name, "a rank's experts idle", "loop") for name in ("ep4", "tp2-ep2-etp2")]
-    + [pytest.param("ep2", "all experts busy", "triton", marks=pytest.mark.slow)]  # interpreted
-    + [(name, "a rank's experts idle", "grouped_mm") for name in ("ep4", "tp2-ep2-etp2")],
+    [pytest.param(*arm, marks=[] if arm in FAST else pytest.mark.slow) for arm in ARMS],
 )
 def test_layer_computes_what_the_plain_layer_computes(
     name, tokens, backend, everything, idle, chats, tmp_path, monkeypatch

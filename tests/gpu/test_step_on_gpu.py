@@ -57,6 +57,7 @@ def no_backend_from_the_environment(monkeypatch):
     monkeypatch.delenv("MEGALORA_BACKEND", raising=False)
 
 
+@pytest.mark.slow
 def test_kernels_train_what_a_plain_loop_trains(tmp_path):
     """In float32, where an error is no rounding. On a CPU in forked processes: a world of one
     leaves threads behind."""

@@ -3,7 +3,7 @@ planner's formulas."""
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from weakref import WeakSet
 
 import pytest
@@ -14,7 +14,7 @@ from megalora.config import LoRAConfig, RunConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
 from megalora.planner.activations import angles_bytes, chunk_bytes, head_bytes
-from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.layouts import ParallelLayout, Recompute, Workload
 from megalora.planner.microbatch import Microbatch
 from megalora.planner.schedule import in_flight
 from megalora.planner.weights import PlannedModel, chunks_of
@@ -55,6 +55,11 @@ def kept_by_a_microbatch(config: RunConfig) -> tuple[int, tuple[int, ...]]:
         return sum(counted), tuple(batches[0].tokens.shape)
 
 
+def kept_at_each_level(configs: list[RunConfig]) -> list[tuple[int, tuple[int, ...]]]:
+    """One config after the other in the same ranks: starting them takes as long as a step."""
+    return [kept_by_a_microbatch(config) for config in configs]
+
+
 CASES = [
     ("tiny", 1, {}, DEFAULT), ("tiny", 1, {}, SOME), ("tiny", 1, {}, EXPERTS),
     ("tiny", 2, {"ep": 2}, DEFAULT),
@@ -66,21 +71,18 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("recompute", ["off", "selective", "full"])
 @pytest.mark.parametrize(("name", "world", "sizes", "lora"), CASES)
 def test_bytes_kept(
-    name, world, sizes, lora, recompute, chats, tmp_path, request: pytest.FixtureRequest
+    name, world, sizes, lora, chats, tmp_path, request: pytest.FixtureRequest
 ) -> None:
     """Summed over ranks: how many rows each expert-parallel rank gets is the router's choice, their
     sum is not. Nothing is left out but a scalar, the loss's scale."""
     base: Path = request.getfixturevalue(name)
-    config = config_of(base, chats, tmp_path / "run", sizes, lora, recompute, micro_batch_size=2)
-    found, said = counted_and_planned(config, world)
-    print(
-        f"{name} {sizes} {recompute}: counted {found}, planned {said},"
-        f" {100 * (said / found - 1):+.3f} %"
-    )
-    assert abs(said / found - 1) < 0.005
+    configs = []
+    for recompute in get_args(Recompute):
+        folder = tmp_path / recompute
+        configs.append(config_of(base, chats, folder, sizes, lora, recompute, micro_batch_size=2))
+    compare(configs, world)
 
 
 @pytest.mark.parametrize(("arch", "normed"), [("qwen3_moe", False), ("qwen2_moe", True)])
@@ -89,11 +91,9 @@ def test_bytes_kept_by_the_other_router(arch: str, normed: bool, chats, tmp_path
     family."""
     base = make_tiny(tmp_path / "base", arch=arch, num_hidden_layers=2, norm_topk_prob=normed)
     config = config_of(base, chats, tmp_path / "run", {}, DEFAULT, micro_batch_size=2)
-    found, said = counted_and_planned(config, 1)
-    assert abs(said / found - 1) < 0.0005, (found, said)
+    compare([config], 1, allowed=0.0005)
 
 
-@pytest.mark.parametrize("recompute", ["off", "selective"])
 @pytest.mark.parametrize(
     ("name", "world", "sizes", "lora"),
     [
@@ -103,44 +103,70 @@ def test_bytes_kept_by_the_other_router(arch: str, normed: bool, chats, tmp_path
     ],
 )
 def test_bytes_kept_in_bfloat16(
-    name, world, sizes, lora, recompute, chats, tmp_path, request: pytest.FixtureRequest
+    name, world, sizes, lora, chats, tmp_path, request: pytest.FixtureRequest
 ) -> None:
     """On the CPU a norm is composed of float32 operations and keeps its input widened; a GPU has it
     as one kernel that does not."""
     base: Path = request.getfixturevalue(name)
-    config = config_of(
-        base, chats, tmp_path / "run", sizes, lora, recompute, micro_batch_size=2, dtype="bfloat16"
-    )
-    found, said = counted_and_planned(config, world, widened_norms)
-    print(
-        f"{name} {sizes} {recompute} bfloat16: counted {found}, planned {said},"
-        f" {100 * (said / found - 1):+.3f} %"
-    )
-    assert abs(said / found - 1) < 0.005
+    configs = []
+    for recompute in ("off", "selective"):
+        folder = tmp_path / recompute
+        config = config_of(
+            base, chats, folder, sizes, lora, recompute, micro_batch_size=2, dtype="bfloat16"
+        )
+        configs.append(config)
+    compare(configs, world, extra=widened_norms)
 
 
-def counted_and_planned(config: RunConfig, world: int, extra: Any = None) -> tuple[int, int]:
-    """Bytes over all ranks; ``extra``: what to plan for each chunk beside the product's
-    formulas."""
+def compare(
+    configs: list[RunConfig], world: int, *, extra: Any = None, allowed: float = 0.005
+) -> None:
+    """Bytes over all ranks, counted and planned, of configs that differ in recompute alone.
+
+    Args:
+        extra: what to plan for each chunk beside the product's formulas.
+        allowed: share by which the plan may be wrong.
+    """
+    kept = run_ranks(kept_at_each_level, world, configs)
+    for number, config in enumerate(configs):
+        found = sum(of_rank[number][0] for of_rank in kept)
+        # Every data-parallel rank pads its batch to its own longest sample.
+        sequences = [of_rank[number][1][1] for of_rank in kept]
+        said = planned(config, sequences, extra)
+        difference = said / found - 1
+        line = (
+            f"{config.train.recompute}, {config.model.dtype}: counted {found:,}, planned {said:,},"
+            f" {difference:+.3%}"
+        )
+        print(line)
+        assert abs(difference) < allowed, line
+
+
+def planned(config: RunConfig, sequences: list[int], extra: Any) -> int:
+    """What the planner says that all ranks together keep of a microbatch, in bytes.
+
+    Args:
+        sequences: tokens of a sample in each rank's batch.
+    """
+    world = len(sequences)
     model = PlannedModel.of(model_shape(read_hf_config(Path(config.model.path))), config.lora)
-    train = config.train
-    found = 0
-    said = 0
     layout = ParallelLayout(
-        parallel=config.parallel, num_ranks=world, micro_batch_size=2, recompute=train.recompute
+        parallel=config.parallel,
+        num_ranks=world,
+        micro_batch_size=2,
+        recompute=config.train.recompute,
     )
-    for rank, (kept_bytes, (_, sequence)) in enumerate(
-        run_ranks(kept_by_a_microbatch, world, config)
-    ):
+    said = 0
+    for rank, sequence in enumerate(sequences):
         work = Workload(sequence_length=sequence, global_batch_size=8, dtype=config.model.dtype)
         for chunk in chunks_of(model.shape, layout.parallel, rank // (world // layout.parallel.pp)):
-            said += chunk_bytes(model, layout, work, chunk) + angles_bytes(
-                model, layout, work, chunk
-            )
-            said += head_bytes(model, layout, work) if chunk.has_head else 0
-            said += extra(model, layout, Microbatch.of(model, layout, work), chunk) if extra else 0
-        found += kept_bytes
-    return found, said
+            said += chunk_bytes(model, layout, work, chunk)
+            said += angles_bytes(model, layout, work, chunk)
+            if chunk.has_head:
+                said += head_bytes(model, layout, work)
+            if extra is not None:
+                said += extra(model, layout, Microbatch.of(model, layout, work), chunk)
+    return said
 
 
 def held_at_once(config: RunConfig) -> set[tuple[int, ...]]:

@@ -20,8 +20,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Case(1, {}, recompute="full", model="vocab"),  # the loss is the peak
         Case(1, {}, recompute="selective", model="dense"),
         Case(2, {"ep": 2}, micro=2),
-        Case(4, {"tp": 2, "pp": 2, "vpp": 2}),
-        Case(2, {"ep": 2}, recompute="full"),  # nothing of a recomputed layer outlives its backward
+        pytest.param(Case(4, {"tp": 2, "pp": 2, "vpp": 2}), marks=pytest.mark.slow),
+        # Nothing of a recomputed layer outlives its backward.
+        pytest.param(Case(2, {"ep": 2}, recompute="full"), marks=pytest.mark.slow),
     ],
     ids=lambda case: case.name,
 )

@@ -102,6 +102,7 @@ def test_the_benchmark_measures_a_check_that_passes(tmp_path):
     assert max(record["rounding_of_transformers"].values()) < records.TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_to_the_bit_with_and_without_the_check(everything, chats, tmp_path):
     lora = LoRAConfig(rank=3, alpha=12.0, dropout=0.3, target_modules=NAMES)
     runs = {}
