@@ -25,12 +25,14 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 def stale() -> dict[Path, str]:
     """Files that are not what their script writes, each with its new text."""
-    wanted = {ROOT / name: make() for name, make in GENERATED.items()}
-    return {
-        path: text
-        for path, text in wanted.items()
-        if not path.is_file() or path.read_text() != text
-    }
+    found: dict[Path, str] = {}
+    for name, make in GENERATED.items():
+        path = ROOT / name
+        text = make()
+        # A file that is missing is stale too: a fresh page needs no empty file first.
+        if not path.is_file() or path.read_text() != text:
+            found[path] = text
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             path.write_text(text)
             print(f"wrote {name}")
+    # After writing, nothing is stale any more: only --check fails on what it found.
     return int(bool(found) and check)
 
 

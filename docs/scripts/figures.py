@@ -7,6 +7,7 @@ from xml.sax.saxutils import escape
 RECORD = Path(__file__).parents[2] / "benchmarks/results/quickstart.json"
 """What a run of the quickstart printed and wrote (docs/scripts/quickstart.py)."""
 
+# Colours of GitHub's light theme, where README is read.
 INK = "#1f2328"
 MUTED = "#59636e"
 LINE = "#8c959f"
@@ -55,10 +56,13 @@ def path_svg() -> str:
         parts.append(_text(x + width / 2, TOP + 36, title, size=16, weight="bold"))
         for row, line in enumerate(lines):
             parts.append(_text(x + width / 2, TOP + 62 + 19 * row, line, colour=MUTED))
+        # An arrow leaves 4 pixels behind a box and 6 before the next, so that its tip stays clear.
         if number + 1 < len(STEPS):
             parts.append(_arrow(x + width + 4, middle, STEPS[number + 1][0] - 6, middle))
+    # From the right edge of the last box, arrows fan out to the three places a checkpoint can go.
     right = STEPS[-1][0] + STEPS[-1][1]
     for number, (title, command) in enumerate(ENDS):
+        # Boxes of 52 pixels with 14 between them; the arrow points at the middle of a box.
         y = TOP - 12 + 66 * number
         parts.append(_arrow(right + 4, middle, 880, y + 26))
         parts.append(_box(886, y, 142, 52, "#f6f8fa"))
@@ -88,7 +92,9 @@ def loss_svg() -> str:
 
     def point(step: float, loss: float) -> tuple[float, float]:
         x = LEFT + (RIGHT - LEFT) * step / last
+        # In SVG, y grows downwards: a loss of 0 lies at LOWER.
         y = LOWER - (LOWER - UPPER) * loss / HIGHEST
+        # A tenth of a pixel: more digits only make the file longer.
         return round(x, 1), round(y, 1)
 
     parts = []
@@ -98,7 +104,11 @@ def loss_svg() -> str:
         parts.append(_text(LEFT - 10, y + 4, str(loss), size=12, colour=MUTED, anchor="end"))
     for step in range(0, last + 1, 10):
         parts.append(_text(point(step, 0)[0], LOWER + 18, str(step), size=12, colour=MUTED))
-    curve = " ".join(f"{x},{y}" for x, y in (point(*row) for row in record["train"]))
+    corners = []
+    for step, loss in record["train"]:
+        x, y = point(step, loss)
+        corners.append(f"{x},{y}")
+    curve = " ".join(corners)
     parts.append(f"<polyline points='{curve}' fill='none' stroke='{BLUE}' stroke-width='2'/>")
     for step, loss in record["eval"]:
         x, y = point(step, loss)
@@ -119,12 +129,14 @@ def _svg(width: int, height: int, title: str, parts: list[str]) -> str:
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}'"
         f" width='{width}' height='{height}' role='img'>"
     )
+    # The arrow head is defined once, as a triangle of 8 x 8, and named by every arrow.
     tip = "<path d='M0 0L8 4L0 8z' fill='" + LINE + "'/>"
     marker = (
         "<defs><marker id='tip' markerWidth='8' markerHeight='8' refX='7' refY='4'"
         f" orient='auto' markerUnits='userSpaceOnUse'>{tip}</marker></defs>"
     )
     ground = f"<rect width='{width}' height='{height}' rx='8' fill='#ffffff'/>"
+    # Screen readers read the title aloud in the place of the picture.
     lines = [head, f"<title>{escape(title)}</title>", marker, ground, *parts, "</svg>", ""]
     return "\n".join(lines)
 

@@ -17,9 +17,11 @@ def page() -> str:
 def plan() -> str:
     """A table of all packages and modules at the top of megalora, highest floor first."""
     lines = ["| floor | part | what it does |", "|--:|---|---|"]
+    # FLOORS begins with the ground floor; on the page, as in a house, it is at the bottom.
     for number, parts in reversed(list(enumerate(FLOORS, start=1))):
         for part in sorted(parts):
             path = _file(part)
+            # The link of a package shows the folder with all its files.
             place = path.parent if path.name == "__init__.py" else path
             link = f"[`{part}`](../{place.relative_to(ROOT).as_posix()})"
             lines.append(f"| {number} | {link} | {_purpose(path)} |")
@@ -37,4 +39,5 @@ def _purpose(path: Path) -> str:
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     paragraph = " ".join(text.split("\n\n")[0].split())
     sentence = paragraph.partition(". ")[0].rstrip(".")
+    # Docstrings mark code as reStructuredText does, pages as Markdown does.
     return sentence.replace("``", "`")

@@ -37,8 +37,11 @@ def field_docstrings(cls: type) -> dict[str, str]:
     Raises:
         ValueError: a field has no docstring.
     """
+    # Python keeps no docstring of an attribute: to it, the string below a field is an expression
+    # that nobody uses. So it is read from the source.
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # pyright: ignore[reportAttributeAccessIssue]
     found = {}
+    # Each statement with the one after it, which for a documented field is its docstring.
     for statement, following in zip(body, [*body[1:], None], strict=True):
         if not isinstance(statement, ast.AnnAssign):
             continue
@@ -46,12 +49,14 @@ def field_docstrings(cls: type) -> dict[str, str]:
         text = following.value if isinstance(following, ast.Expr) else None
         if not isinstance(text, ast.Constant) or not isinstance(text.value, str):
             raise ValueError(f"{cls.__name__}.{name} has no docstring; docs/options.md needs one")
+        # In one line, since it stands in a cell of a table.
         found[name] = " ".join(text.value.split())
     return found
 
 
 def _section(name: str, cls: type) -> str:
     """One section: its heading, the first line of its module, and a table of its keys."""
+    # Modules of megalora/config begin with "The NAME section: what it is about."
     about = inspect.getdoc(inspect.getmodule(cls)) or ""
     purpose = about.splitlines()[0].partition("section: ")[2]
     meanings = field_docstrings(cls)
@@ -60,6 +65,7 @@ def _section(name: str, cls: type) -> str:
     lines += ["| key | values | default | meaning |", "| --- | --- | --- | --- |"]
     for field in fields(cls):
         values = " or ".join(_values(hints[field.name]))
+        # From reStructuredText to Markdown; a bare | would end the cell.
         meaning = meanings[field.name].replace("``", "`").replace("|", "\\|")
         lines.append(f"| `{name}.{field.name}` | {values} | {_default(field)} | {meaning} |")
     return "\n".join([*lines, ""])
@@ -67,6 +73,7 @@ def _section(name: str, cls: type) -> str:
 
 def _values(hint: Any) -> Iterator[str]:
     """What a type hint allows, in words, one alternative after the other."""
+    # ``Optional[int]`` has the origin Union, ``int | None`` UnionType: both are alternatives.
     if get_origin(hint) in (Union, types.UnionType):
         for alternative in get_args(hint):
             yield from _values(alternative)
@@ -90,5 +97,7 @@ def _default(field: Field) -> str:
         return "required"
     if field.default is None:
         return "`null`"
-    shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
-    return f"`{shown}`"
+    # YAML writes true where Python writes True.
+    if isinstance(field.default, bool):
+        return f"`{str(field.default).lower()}`"
+    return f"`{field.default}`"

@@ -17,13 +17,26 @@ METRICS = Path("runs/quickstart/run/metrics.jsonl")
 
 def record(log: str, metrics: str) -> dict:
     """Printed lines, progress bars left out, and (step, loss) of training and evaluation."""
-    rows = [json.loads(line) for line in metrics.splitlines()]
+    lines = []
+    for line in log.splitlines():
+        # Progress bars are drawn with this character.
+        if line and "━" not in line:
+            lines.append(line)
+    train: list[list[float]] = []
+    evaluation: list[list[float]] = []
+    for line in metrics.splitlines():
+        row = json.loads(line)
+        # A step that also evaluates writes two rows, one with each kind of loss.
+        if "loss" in row:
+            train.append([row["step"], row["loss"]])
+        if "eval_loss" in row:
+            evaluation.append([row["step"], row["eval_loss"]])
     return {
         "benchmark": "quickstart",
         "device": "CPU (x86_64)",
-        "lines": [line for line in log.splitlines() if line and "━" not in line],
-        "train": [[row["step"], row["loss"]] for row in rows if "loss" in row],
-        "eval": [[row["step"], row["eval_loss"]] for row in rows if "eval_loss" in row],
+        "lines": lines,
+        "train": train,
+        "eval": evaluation,
     }
 
 

@@ -41,7 +41,7 @@ def page() -> str:
     return fill(PAGE.read_text(), SECTIONS)
 
 
-def _results(name: str) -> dict[str, Any]:
+def _results(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
@@ -52,20 +52,30 @@ def _parity() -> list[dict[str, Any]]:
 
 def _layouts(rows: list[dict[str, Any]]) -> int:
     """Number of different layouts among the cases."""
-    return len(
-        {tuple(row[key] for key in ("world", "tp", "pp", "vpp", "ep", "etp")) for row in rows}
-    )
+    # Cases differ in model and adapter as well; DP is what is left of the world by the others.
+    found = set()
+    for row in rows:
+        found.add((row["world"], row["tp"], row["pp"], row["vpp"], row["ep"], row["etp"]))
+    return len(found)
+
+
+def _counted_memory() -> list[dict[str, Any]]:
+    """Rows that compare the planner's memory with live tensors counted on CPU ranks."""
+    return [row for row in _results("planner_accuracy")["rows"] if row["table"] == "memory"]
 
 
 def _largest_error(key: str) -> float:
     """Largest relative error of the planner's memory, over all counted layouts."""
-    rows = [row for row in _results("planner_accuracy")["rows"] if row["table"] == "memory"]
-    return max(abs(row["said"][key] / row["found"][key] - 1) for row in rows)
+    return max(abs(row["said"][key] / row["found"][key] - 1) for row in _counted_memory())
 
 
 def _counted_layouts() -> int:
-    rows = _results("planner_accuracy")["rows"]
-    return len({row["layout"] for row in rows if row["table"] == "memory"})
+    layouts = {row["layout"] for row in _counted_memory()}
+    return len(layouts)
+
+
+def _largest(rows: list[dict[str, Any]], key: str) -> float:
+    return max(row[key] for row in rows)
 
 
 def _percent(fraction: float) -> str:
@@ -75,7 +85,8 @@ def _percent(fraction: float) -> str:
 def claims() -> str:
     """Four claims, a number each."""
     rows = _parity()
-    adapters = max(row["adapters"] for row in rows)
+    # Over the largest entry of the same projection: ``of_largest`` in tests/parity/compare.py.
+    adapters = _largest(rows, "adapters")
     peak = _percent(_largest_error("peak"))
     # Rounded down, so that README need not change with every bug that is added.
     bugs = len(EVERY_BUG) // 50 * 50
@@ -92,10 +103,11 @@ def claims() -> str:
         f"**Silent mistakes are caught.** More than {bugs} realistic bugs are seeded into the code,"
         " one at a time; a named test catches each.",
     )
-    return "\n".join(
-        textwrap.fill(claim, MAX_COLUMNS, initial_indent="- ", subsequent_indent="  ")
-        for claim in found
-    )
+    items = []
+    for claim in found:
+        item = textwrap.fill(claim, MAX_COLUMNS, initial_indent="- ", subsequent_indent="  ")
+        items.append(item)
+    return "\n".join(items)
 
 
 def quickstart() -> str:
@@ -111,8 +123,11 @@ def plan() -> str:
     with contextlib.redirect_stdout(printed), contextlib.chdir(ROOT):
         megalora([*PLAN])
     lines = printed.getvalue().splitlines()
-    head = next(number for number, line in enumerate(lines) if line.split()[:2] == ["tp", "pp"])
+    # Above the table the command says what it assumes; the table's head begins with "tp  pp".
+    starts = [line.split()[:2] for line in lines]
+    head = starts.index(["tp", "pp"])
     command = " ".join(["megalora", *PLAN])
+    # The head and the three rows that --top 3 asks for.
     table = [line.rstrip() for line in lines[head : head + 4]]
     return "\n".join(["```console", f"$ {command}", *table, "```"])
 
@@ -124,8 +139,10 @@ def support() -> str:
 
 def numbers() -> str:
     """Five measured numbers, each with its command and its record."""
-    gradient = max(row["gradient"] for row in _parity())
+    gradient = _largest(_parity(), "gradient")
+    # Processor time: wall time depends on what else the machine does.
     seconds = _results("layer_check")["cpu_seconds"]
+    low, high = _cost_of_lora()
     rows = (
         (
             "largest error of a gradient, all layouts",
@@ -141,7 +158,7 @@ def numbers() -> str:
         ),
         (
             "H100: experts, LoRA over none",
-            " to ".join(f"{ratio:.2f}" for ratio in _cost_of_lora()),
+            f"{low:.2f} to {high:.2f}",
             "python -m benchmarks.bench_grouped_lora",
             "gpu_kernels",
         ),
@@ -159,6 +176,8 @@ def numbers() -> str:
         ),
     )
     lines = ["| what, on a CPU or an H100 | measured | command |", "|---|--:|---|"]
+    # Links stand below the table, numbered: inside the cells they would make lines of more than
+    # 100 columns.
     links = []
     for number, (what, measured, command, name) in enumerate(rows, start=1):
         lines.append(f"| {what} | [{measured}][{number}] | `{command}` |")
@@ -168,7 +187,11 @@ def numbers() -> str:
 
 def _peft_step_over_ours() -> float:
     """Stock PEFT's step over megalora's, of the same layers on the same GPU."""
-    rows = {row["arm"]: row for row in _results("gpu_model")["rows"] if row["status"] == "ok"}
+    rows = {}
+    for row in _results("gpu_model")["rows"]:
+        # Arms that could not run, or had no time left, have no step time.
+        if row["status"] == "ok":
+            rows[row["arm"]] = row
     ours = rows["megalora"]
     theirs = rows["peft"]
     if ours["layers"] != theirs["layers"]:
@@ -180,18 +203,23 @@ def _cost_of_lora() -> tuple[float, float]:
     """The least and the most that forward and backward of all experts of a layer take with
     adapters, over the same without."""
     wanted = "forward + backward over the base"
-    ratios = [
-        row["value"]
-        for row in _results("gpu_kernels")["goals"]
-        if row["goal"] == wanted and not row["case"].startswith("linear")
-    ]
+    ratios = []
+    for row in _results("gpu_kernels")["goals"]:
+        # Cases called "linear ..." are one projection of the experts, not all of them.
+        if row["goal"] == wanted and not row["case"].startswith("linear"):
+            ratios.append(row["value"])
     return min(ratios), max(ratios)
 
 
 def _planner_error(key: str) -> float:
     """Largest error of the calibrated planner on a GPU, in percent."""
-    cases = [case for case in _results("gpu_planner") if case["rates"] == "calibrated"]
-    return max(abs(case[key]["error_percent"]) for case in cases)
+    errors = []
+    for case in _results("gpu_planner"):
+        # The record has each case twice: with the rates measured on that GPU, and with those that
+        # the planner assumes for its kind.
+        if case["rates"] == "calibrated":
+            errors.append(abs(case[key]["error_percent"]))
+    return max(errors)
 
 
 SECTIONS: dict[str, Callable[[], str]] = {

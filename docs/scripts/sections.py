@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 
+# A picture ends a section too: README's loss curve stands below the quickstart's output.
 SECTION = re.compile(r"(<!-- ([a-z]+) -->\n\n).*?(?=^## |^!\[)", re.DOTALL | re.MULTILINE)
 
 

@@ -29,8 +29,10 @@ def run_ranks(
         mp.start_processes(
             _enter, (fn, world_size, folder, args, backend), nprocs=world_size, start_method="fork"
         )
-        files = [Path(folder) / f"{rank}.pkl" for rank in range(world_size)]
-        return [pickle.loads(file.read_bytes()) for file in files]
+        results = []
+        for rank in range(world_size):
+            results.append(pickle.loads((Path(folder) / f"{rank}.pkl").read_bytes()))
+        return results
 
 
 def _enter(
@@ -41,8 +43,9 @@ def _enter(
     args: tuple[Any, ...],
     backend: str,
 ) -> None:
-    # what the tests' process holds, such as tensors of test modules, is not this rank's
+    # What the tests' process holds, such as tensors of test modules, is not this rank's.
     gc.freeze()
+    # A thread pool for each rank would fight over the two cores of a CI machine.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     dist.init_process_group(

@@ -13,6 +13,8 @@ from tests.cases.test_base_cases import packed
 from tests.distributed.ranks import run_ranks
 from tests.oracles.base import logits_of_ranks, make_base, rewrite, transformers_logits
 
+# Scalings whose every parameter differs from transformers' default, so that one that is not read
+# changes the logits.
 YARN = {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -33,6 +35,7 @@ def _logits_and_reads(folders: list[Path], sizes: dict[str, int]) -> tuple[list[
         read.append(name)
         return real(self, name)
 
+    # No need to put it back: the rank's process ends with the test.
     BaseWeights.__getitem__ = counting
     logits = logits_of_ranks(folders[:-1], sizes)
     read.clear()
@@ -43,6 +46,7 @@ def _logits_and_reads(folders: list[Path], sizes: dict[str, int]) -> tuple[list[
 @pytest.mark.slow
 def test_four_ranks_compute_what_transformers_does(tmp_path: Path) -> None:
     """TP 4 with a key/value head on two ranks each, EP 2 x ETP 2; then the same at TP 2, EP 2."""
+    # ``...`` removes the field: these configs have the older spelling, rope_scaling.
     rope: dict[str, Any] = {"rope_parameters": ...}
     folders = [
         rewrite(
@@ -64,15 +68,20 @@ def test_four_ranks_compute_what_transformers_does(tmp_path: Path) -> None:
         first = run_ranks(_logits_and_reads, world, folders[:1], {"tp": world})
         others = run_ranks(_logits_and_reads, world, folders[1:], sizes)
         # Logits of each rank by folder: the dense one, then the two with experts.
-        by_rank = [[*dense[0], *moe[0]] for dense, moe in zip(first, others, strict=True)]
+        by_rank = []
+        for (of_dense, _), (of_moe, _) in zip(first, others, strict=True):
+            by_rank.append([*of_dense, *of_moe])
         for number, wanted in enumerate(expected):
             # Ranks hold parts of the vocabulary.
             whole = torch.cat([logits[number] for logits in by_rank], -1)
+            # Logits of about 4 in float32, after some hundred rounded sums each.
             assert (whole - wanted).abs().max() <= 1e-5
         # EP ranks lie ETP size apart; each holds four of the eight experts and reads no other.
         etp = sizes.get("etp", 1)
         for rank, (_, reads) in enumerate(others):
-            # model.layers.0.mlp.experts.3.…
-            experts = {int(name.split(".")[5]) for name in reads}
+            experts = set()
+            for name in reads:
+                # model.layers.0.mlp.experts.3.…
+                experts.add(int(name.split(".")[5]))
             first_expert = 4 * (rank // etp)
             assert experts == set(range(first_expert, first_expert + 4))

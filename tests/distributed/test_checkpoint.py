@@ -26,7 +26,13 @@ def with_checkpoints(config: RunConfig, **options) -> RunConfig:
     return replace(config, checkpoint=CheckpointConfig(dir=config.checkpoint.dir, **options))
 
 
+def names_in(folder: Path, pattern: str = "*") -> list[str]:
+    """Names of what a folder holds, in order."""
+    return sorted(path.name for path in folder.glob(pattern))
+
+
 def same_files(one: Path, other: Path) -> None:
+    """The same tensors, bit for bit, in the adapter's file and in the optimizer's."""
     for file in ("adapter_model.safetensors", "training_state/optimizer.safetensors"):
         a = load_file(one / file)
         b = load_file(other / file)
@@ -40,6 +46,7 @@ def same_files(one: Path, other: Path) -> None:
     [
         (1, {}, "float32"),
         pytest.param(4, {"tp": 2, "ep": 2}, "float32", marks=pytest.mark.slow),
+        # In bfloat16 the masters are float32: a resume from the rounded weights would differ.
         pytest.param(4, {"pp": 2, "ep": 2, "etp": 1}, "bfloat16", marks=pytest.mark.slow),
     ],
     ids=["single", "tp2-ep2", "pp2-ep2-bf16"],
@@ -60,9 +67,10 @@ def test_resume_continues_bit_for_bit(world, parallel, dtype, tiny, chats, tmp_p
         ),
     )
     run_ranks(train, world, resumed)
-    assert records(tmp_path / "rest", "loss") == records(tmp_path / "whole", "loss")[2:]
-    assert records(tmp_path / "rest", "eval_loss") == records(tmp_path / "whole", "eval_loss")[1:]
-    assert records(tmp_path / "rest", "grad_norm") == records(tmp_path / "whole", "grad_norm")[2:]
+    # A run that resumes at step 2 has no losses of steps 1 and 2 and no evaluation before step 1.
+    for key, num_before in (("loss", 2), ("eval_loss", 1), ("grad_norm", 2)):
+        uninterrupted = records(tmp_path / "whole", key)
+        assert records(tmp_path / "rest", key) == uninterrupted[num_before:], key
     same_files(tmp_path / "rest/step_000004", tmp_path / "whole/step_000004")
 
 
@@ -70,13 +78,16 @@ def test_resume_continues_bit_for_bit(world, parallel, dtype, tiny, chats, tmp_p
 def test_resume_true_takes_the_newest_and_keep_forgets_the_oldest(tiny, chats, tmp_path):
     config = make_config(tiny, chats, tmp_path, {}, steps=3)
     run_ranks(train, 1, with_checkpoints(config, every=1, keep=2))
-    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000002", "step_000003"]
+    # Three were written; keep=2 deleted the first when the third was whole.
+    assert names_in(tmp_path, "step_*") == ["step_000002", "step_000003"]
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')  # a killed run may leave half a line
+        # A killed run may leave half a line.
+        file.write('{"step": 3, "lo')
     longer = with_checkpoints(replace(config, train=replace(config.train, steps=4)), resume=True)
     run_ranks(train, 1, longer)
     assert (tmp_path / "latest").read_text() == "step_000004\n"
-    assert len(records(tmp_path, "loss")) == 4  # metrics.jsonl goes on where it was
+    # metrics.jsonl goes on where it was.
+    assert len(records(tmp_path, "loss")) == 4
 
 
 def test_resume_in_another_layout_continues_the_same_run(tiny, chats, tmp_path):
@@ -90,6 +101,7 @@ def test_resume_in_another_layout_continues_the_same_run(tiny, chats, tmp_path):
         ),
     )
     run_ranks(train, 4, other)
+    # Sums in another order: the limit of the grid for a loss in float32.
     assert records(tmp_path / "rest", "loss") == pytest.approx(
         records(tmp_path / "whole", "loss")[2:], rel=1e-6
     )
@@ -131,11 +143,12 @@ def _train_until_sigterm(config: RunConfig) -> str:
 def test_sigterm_on_one_rank_saves_on_all(tiny, chats, tmp_path):
     config = make_config(tiny, chats, tmp_path / "run", {"ep": 2}, steps=50)
     saved = run_ranks(_train_until_sigterm, 2, config)
-    assert saved == [str(tmp_path / "run/step_000003")] * 2
-    assert (
-        json.loads((tmp_path / "run/step_000003/training_state/state.json").read_text())["step"]
-        == 3
-    )
+    # Both ranks name the same folder: ranks that stop at different steps would wait for each other
+    # in the collectives of the save.
+    folder = tmp_path / "run/step_000003"
+    assert saved == [str(folder)] * 2
+    state = json.loads((folder / "training_state/state.json").read_text())
+    assert state["step"] == 3
 
 
 def _train_on_a_full_disk(config: RunConfig) -> str:
@@ -146,6 +159,7 @@ def _train_on_a_full_disk(config: RunConfig) -> str:
 
     def save_adapter(*args):
         if next(count) == 1:
+            # Python ignores the signal SIGXFSZ, so the write fails with OSError instead.
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         return write_adapter(*args)
 
@@ -166,7 +180,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, chats, tmp_path)
         assert message.startswith("could not save step_000002; earlier checkpoints are whole (")
     # Nothing half-written stays beside it, under this or any temporary name.
     assert (tmp_path / "run/latest").read_text() == "step_000001\n"
-    assert sorted(p.name for p in (tmp_path / "run").glob("*step_*")) == ["step_000001"]
+    assert names_in(tmp_path / "run", "*step_*") == ["step_000001"]
     resumed = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), resume=True))
     run_ranks(train, 2, resumed)
     assert (tmp_path / "run/latest").read_text() == "step_000002\n"
@@ -177,7 +191,8 @@ def _never_comes_back() -> None:
     with signals.terminated():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
-        os._exit(7)  # it did not give up
+        # Reached only where the rank did not give up; the test below wants exit code 1.
+        os._exit(7)
 
 
 def test_a_rank_stuck_in_a_step_gives_up():
@@ -188,6 +203,7 @@ def test_a_rank_stuck_in_a_step_gives_up():
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny, chats, tmp_path):
+    # At this rate the first step overflows every adapter, and the next loss is not a number.
     config = with_checkpoints(
         make_config(tiny, chats, tmp_path, {}, steps=9, lr=1e30), every=1, keep=1
     )
@@ -196,10 +212,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tiny, chats, tmp_path):
     ):
         run_ranks(train, 1, config)
     # With keep=1 a checkpoint of NaN would have replaced the last good one.
-    kept = list(tmp_path.glob("step_*"))
+    kept = names_in(tmp_path, "step_*")
     assert len(kept) <= 1
-    for folder in kept:
-        load_file(folder / "adapter_model.safetensors")
+    for name in kept:
+        load_file(tmp_path / name / "adapter_model.safetensors")
 
 
 @pytest.mark.slow
@@ -220,6 +236,7 @@ def _killed_while_writing(target: Path) -> None:
 
 
 def test_a_killed_save_leaves_the_previous_one(tmp_path):
+    """SIGKILL gives a process no time to clean up: the next save must do without its help."""
     write_atomically(
         tmp_path / "step_000001", lambda folder: (folder / "file").write_text("one") and None
     )
@@ -232,4 +249,5 @@ def test_a_killed_save_leaves_the_previous_one(tmp_path):
     )
     assert (tmp_path / "latest").read_text() == "step_000002\n"
     assert (tmp_path / "step_000002/file").read_text() == "two"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000001", "step_000002"]
+    # What the killed save left under a temporary name was removed by the one that went through.
+    assert names_in(tmp_path) == ["latest", "step_000001", "step_000002"]

@@ -26,6 +26,7 @@ def _buffers(config: RunConfig) -> dict:
         chunks = run.stepper.chunks
         # Tensors are compared by identity: == would compare their values.
         adapters = {id(p) for p in run.model.parameters}
+        num_adapted = sum(p.numel() for p in run.model.parameters)
         base_with_grad = []
         base_with_buffer = []
         grad_buffers = 0
@@ -44,11 +45,13 @@ def _buffers(config: RunConfig) -> dict:
         for part in run.optimizer.chained_optimizers:
             for state in part.optimizer.state.values():
                 # The state has a step count beside the moments.
-                moments += sum(t.numel() for key, t in state.items() if key in STATE_KEYS)
+                for key, values in state.items():
+                    if key in STATE_KEYS:
+                        moments += values.numel()
         return {
             "base_with_grad": base_with_grad,
             "base_with_buffer": base_with_buffer,
-            "adapters": sum(p.numel() for p in run.model.parameters),
+            "adapters": num_adapted,
             "grad_buffers": grad_buffers,
             "moments": moments,
             "dp": run.groups.dp.size(),
@@ -71,8 +74,13 @@ def test_nothing_is_allocated_for_frozen_weights(world, parallel, tiny, chats, t
     # Two moments of every adapter element, once over the data-parallel replicas.
     shape = model_shape(read_hf_config(tiny))
     whole = sum(a.num_parameters() for a in resolve(LoRAConfig(rank=4), shape))
-    moments = sum(rank["moments"] for rank in ranks)
-    replicated = sum(rank["adapters"] for rank in ranks)
+    moments = 0
+    replicated = 0
+    for rank in ranks:
+        moments += rank["moments"]
+        replicated += rank["adapters"]
+    # Factors that tensor-parallel ranks share have moments on each of them, so over TP there are
+    # more than ``whole``; but never one set for each data-parallel replica.
     assert 2 * whole <= moments <= 2 * replicated
     if parallel == {}:
         assert moments == 2 * whole
@@ -90,7 +98,8 @@ def _flops(config: RunConfig) -> tuple[int, int]:
             loss = chunk(tokens, torch.arange(64).expand(2, -1), None, labels=tokens).sum()
         with FlopCounterMode(display=False) as backward:
             loss.backward()
-        assert all(p.grad is None for p in chunk.parameters() if not p.requires_grad)
+        for p in chunk.parameters():
+            assert p.requires_grad or p.grad is None
         return forward.get_total_flops(), backward.get_total_flops()
 
 
@@ -108,6 +117,7 @@ def test_backward_computes_no_weight_gradient_of_the_base(tiny, chats, tmp_path)
 
 
 def test_backward_stops_below_the_first_adapted_layer(tiny, chats, tmp_path):
+    # Rank 1: the adapters' own products are small beside the base's, which are what is counted.
     whole = make_config(tiny, chats, tmp_path, {}, lora=LoRAConfig(rank=1))
     upper = replace(whole, lora=LoRAConfig(rank=1, layers="3"))
     _, all_layers = run_ranks(_flops, 1, whole)[0]
@@ -125,9 +135,7 @@ def test_a_stage_without_adapters_takes_part(recompute, tiny, chats, tmp_path):
     for name, world, parallel in (("one", 1, {}), ("two", 2, {"pp": 2})):
         config = make_config(tiny, chats, tmp_path / name, parallel, recompute, steps=2)
         run_ranks(train, world, replace(config, lora=replace(config.lora, layers="2-3")))
-    assert records(tmp_path / "two", "loss") == pytest.approx(
-        records(tmp_path / "one", "loss"), rel=1e-6
-    )
-    assert records(tmp_path / "two", "grad_norm") == pytest.approx(
-        records(tmp_path / "one", "grad_norm"), rel=1e-5
-    )
+    # The stage without adapters must still send its activations: else the loss would differ.
+    for key, allowed in (("loss", 1e-6), ("grad_norm", 1e-5)):
+        alone = records(tmp_path / "one", key)
+        assert records(tmp_path / "two", key) == pytest.approx(alone, rel=allowed)

@@ -13,6 +13,7 @@ from megalora.model.fields import model_shape
 from megalora.model.full_width_norm import KeyNorm, QueryNorm
 from tests.distributed.ranks import run_ranks
 
+# 4 key heads: at TP 4 each rank has one. OLMoE has this norm, over all heads of q and of k.
 NORMS = {"queries": (QueryNorm, 12), "keys": (KeyNorm, 4)}
 HEAD_DIM = 10
 EPS = 1e-2  # large, so that a misplaced one shows
@@ -35,6 +36,7 @@ def _on_ranks(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     kind, num_heads = NORMS[name]
     rank = dist.get_rank()
     world = dist.get_world_size()
+    # As much of Megatron's TransformerConfig as the norms read.
     config = SimpleNamespace(
         num_attention_heads=12, num_query_groups=4, kv_channels=HEAD_DIM, params_dtype=dtype,
         tensor_model_parallel_size=world, _pg_collection=SimpleNamespace(tp=dist.group.WORLD),
@@ -77,6 +79,8 @@ def test_values_and_gradients(world: int) -> None:
 
 def test_more_ranks_than_key_heads_are_refused_by_name() -> None:
     shape = model_shape({**FAMILIES["olmoe"].tiny, "model_type": "olmoe"})
+    # Two key heads: TP 2 gives each rank one. Beyond that other families copy key heads to several
+    # ranks, but here a mean over all heads would count the copies.
     shape.check_layout(ParallelConfig(tp=2))
     with pytest.raises(ValueError, match=r"parallel.tp=6 is more than the model's 2 key/value"):
         shape.check_layout(ParallelConfig(tp=6))

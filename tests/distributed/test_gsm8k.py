@@ -41,9 +41,13 @@ def test_gsm8k_adapter_evaluates_the_same_in_stock_peft(tiny, tmp_path):
         format=data.format,
         max_length=data.max_length,
     ).samples
+    # None was left out for its length: both sides average over the same 40.
     assert len(samples) == 40
     before, after = eval_losses(str(tiny), tmp_path / "step_000005", samples)
+    # Losses of 5 to 7 in float32, summed in another order: 1e-4 is 2e-5 of them.
     assert ours == pytest.approx([before, after], abs=1e-4)
+    # Equal losses mean something only where training has changed them.
     assert after < before - 1
+    # Larger than a picture cut short.
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     assert any((tmp_path / "tensorboard").iterdir())

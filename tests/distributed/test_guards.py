@@ -24,6 +24,7 @@ def said_by(config: RunConfig, spoil: Callable[[Any, int], None] | None = None) 
     """Train, with ``spoil(model, step)`` called after each step (0: once built); the error's text,
     or what was printed."""
     lines = []
+    # One model; the step below has no other way to it.
     models = []
     build = assemble.build_adapted
     one_step = loop._train_step
@@ -58,12 +59,16 @@ def one_bit(name: str, rank: int) -> Callable[[Any, int], None]:
     def spoil(model: Any, step: int) -> None:
         if step == 2 and dist.get_rank() == rank:
             (shard,) = [p for p in model.shards if p.name == name]
+            # A view into the parameter, of which this tensor is a part.
             part = shard.of({shard.parameter: shard.parameter.data})
             part[1, 2] = torch.nextafter(part[1, 2], torch.tensor(torch.inf))
 
     return spoil
 
 
+# A case for each group over which a factor is replicated: data parallel; tensor parallel, which
+# replicates A of column-parallel and B of row-parallel linears; the data-parallel group of experts;
+# expert tensor parallel; and a replica on the last stage of a pipeline.
 @pytest.mark.parametrize(
     ("world", "parallel", "name", "rank"),
     [
@@ -91,6 +96,8 @@ def test_one_bit_in_one_replica_stops_the_run_before_it_is_saved(
 ):
     config = make_config(tiny, chats, tmp_path, parallel, steps=2, micro_batch_size=2)
     messages = run_ranks(said_by, world, config, one_bit(name, rank))
+    # Every rank says it, whichever holds the tensor. 224: A and B of 4 linears of attention and of
+    # gate, up and down of 8 experts, in 4 layers.
     for message in messages:
         assert message.startswith(
             "RuntimeError: step 2: 1 of 224 adapter tensors differ between ranks that hold the"
@@ -121,6 +128,7 @@ def test_a_hash_sees_any_bit_and_any_exchange(dtype):
     values = torch.randn(7, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
     hashes = {int(bit_hash(values)), int(bit_hash(torch.zeros_like(values)))}
     bits = values.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    # The first element, one in the middle, and the last of 77.
     for place in (0, 37, 76):
         for bit in range(bits.element_size() * 8 - 1):
             changed = bits.clone()
@@ -131,6 +139,7 @@ def test_a_hash_sees_any_bit_and_any_exchange(dtype):
     assert len(hashes) == 2 + 3 * (bits.element_size() * 8 - 1) + 2
     # Positive and below 2^62, so that ranks can compare by the largest and the smallest in int64.
     assert min(hashes) >= 0 and max(hashes) < 2**62
+    # A hash of values and places, not of memory: strides do not matter.
     assert int(bit_hash(values)) == int(bit_hash(values.clone().t().contiguous().t()))
 
 
@@ -167,7 +176,7 @@ def wrong_rope(model: Any, step: int) -> None:
     ids=lambda f: f.__name__,
 )
 def test_another_loss_than_that_of_transformers_is_refused(bug, tiny, chats, tmp_path, monkeypatch):
-    # it would be the first to see
+    # The check of layers comes before that of the loss and would be the first to see these bugs.
     monkeypatch.setattr(loop, "check_layers", lambda *_: "base: not looked at")
     config = make_config(tiny, chats, tmp_path, {"ep": 2}, steps=1, check_base="loss")
     for message in run_ranks(said_by, 2, config, bug):
@@ -202,6 +211,7 @@ def test_the_same_loss_is_reported(world, parallel, dtype, tiny, chats, tmp_path
     config = replace(
         config, model=ModelConfig(path=str(tiny), dtype=dtype), lora=LoRAConfig(rank=4, alpha=64.0)
     )
+    # One step at such a rate and alpha moves the loss by far more than two data orders differ.
     config = replace(config, train=replace(config.train, lr=3e-2))
     first = run_ranks(said_by, world, config)[0]
     assert "base: layer 3 (MoE), embedding and head equal transformers' to " in first
@@ -219,6 +229,7 @@ def test_the_same_loss_is_reported(world, parallel, dtype, tiny, chats, tmp_path
 
 
 def test_a_model_too_large_for_the_host_is_refused_not_skipped(tiny, chats, tmp_path, monkeypatch):
+    # 3 MiB; the tiny model in float32 is larger. Both are 0.0 GiB as printed.
     monkeypatch.setattr(first_loss, "free_host_memory_bytes", lambda: 3 * 2**20)
     config = make_config(tiny, chats, tmp_path, {"ep": 2}, steps=1, check_base="loss")
     for message in run_ranks(said_by, 2, config):

@@ -48,12 +48,13 @@ def test_training_goes_on_from_it_under_every_layout(
     stacked: Path, tiny: Path, chats: Path, tmp_path: Path
 ) -> None:
     imported = import_adapter(stacked, tmp_path / "imported", str(tiny))
+    # What ``megalora import`` prints for the config: the trained modules, ranks and alphas.
     lora = LoRAConfig(**imported.section)
     found = {}
     for world, parallel in LAYOUTS.items():
         run = tmp_path / f"on {world}"
         # check_base=loss compares the first loss with transformers and stock PEFT, and ends a run
-        # that starts elsewhere
+        # that starts elsewhere.
         config = make_config(
             tiny,
             chats,
@@ -80,6 +81,7 @@ def test_training_goes_on_from_it_under_every_layout(
             assert not torch.equal(state[name], t), f"{name} does not train"
     for others, theirs in found.values():
         assert others == pytest.approx(losses, rel=1e-6)
+        # A step moves a parameter by at most 1e-4, so 1e-5 over two steps is a twentieth of it.
         for name, t in state.items():
             if name.startswith("param."):
                 torch.testing.assert_close(theirs[name], t, rtol=0, atol=1e-5)
@@ -94,6 +96,7 @@ def check_probe(base: Path, checkpoint: Path) -> None:
     ).eval()
     tokens = torch.tensor(probe["tokens"])
     expected = model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+    # A few tokens would reach few experts, and in another dtype 1e-5 could not be asked for.
     assert len(tokens) > 32 and probe["dtype"] == "float32"
     torch.testing.assert_close(torch.tensor(probe["logprobs"]), expected, rtol=0, atol=1e-5)
 
@@ -102,6 +105,7 @@ def test_another_lora_section_is_refused(
     stacked: Path, tiny: Path, chats: Path, tmp_path: Path
 ) -> None:
     imported = import_adapter(stacked, tmp_path / "imported", str(tiny))
+    # Same ranks, so that every tensor would fit: only the scale is another.
     wrong = LoRAConfig(**{**imported.section, "alpha": 7.0})
     config = make_config(tiny, chats, tmp_path / "run", {}, lora=wrong, steps=1)
     config = replace(

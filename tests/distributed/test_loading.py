@@ -27,6 +27,8 @@ def _load(base: Path) -> tuple[int, int, set[int], torch.Tensor, torch.Tensor]:
             return weight
         return lambda expert, projection: read.add(expert) or weight(expert, projection)
 
+    # Bridge asks this method for every tensor; for experts it answers with a function that reads
+    # one when it is called.
     FamilyBridge.maybe_modify_loaded_hf_weight = counting
     parallel = ParallelConfig(ep=2, etp=2)
     with parallel_groups(parallel) as groups:
@@ -50,6 +52,7 @@ def test_a_rank_reads_its_own_experts_and_takes_its_slice(tiny):
             for name in file.keys():  # noqa: SIM118  it is no dict
                 weights[name] = file.get_tensor(name)
     for ep, etp, read, gate_up, down in run_ranks(_load, 4, tiny):
+        # 8 experts over EP 2.
         mine = range(4 * ep, 4 * ep + 4)
         assert read == set(mine)
         for at, expert in enumerate(mine):
@@ -59,4 +62,5 @@ def test_a_rank_reads_its_own_experts_and_takes_its_slice(tiny):
             whole_down = weights[f"{stem}.down_proj.weight"]
             # A rank has its half of gate and its half of up, not half of the two stacked.
             assert torch.equal(gate_up[at], torch.cat([gate.chunk(2)[etp], up.chunk(2)[etp]]))
+            # down's inputs are split, as its columns take the rank's half of gate * up.
             assert torch.equal(down[at], whole_down.chunk(2, dim=1)[etp])

@@ -23,6 +23,8 @@ from tests.parity.compare import of_largest
 from tests.parity.everything import LORA, NAMES, config_of
 from tests.parity.gradients import reduced_gradients
 
+# (world size, layout, recomputation). "selective" recomputes the MoE layer in backward, where hooks
+# on it must still see the gradients of the real pass.
 LAYOUTS = {
     "single": (1, {}, "off"),
     "tp2": (2, {"tp": 2}, "off"),
@@ -65,6 +67,7 @@ def watched_step(
 
 
 ARMS = [(name, "all experts busy", "loop") for name in LAYOUTS]
+# Ranks of which no expert has a token: products of no rows, and collectives all the same.
 for _name in ("ep4", "tp2-ep2-etp2"):
     ARMS.append((_name, "a rank's experts idle", "loop"))
     ARMS.append((_name, "a rank's experts idle", "grouped_mm"))
@@ -85,12 +88,14 @@ FAST = {
 def test_layer_computes_what_the_plain_layer_computes(
     name, tokens, backend, everything, idle, chats, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setenv("MEGALORA_BACKEND", backend)  # triton: through its interpreter
+    monkeypatch.setenv("MEGALORA_BACKEND", backend)
+    # On a GPU the grouped GEMM keeps the adapter's columns beside the weights, [W | B]; on a CPU
+    # that gains nothing, so without this its path would not be taken.
     monkeypatch.setattr(experts, "gains_from_room", lambda *_: backend == "grouped_mm")
     world, parallel, recompute = LAYOUTS[name]
     base = everything
     lora = LORA
-    # at EP 4 the last rank gets none; a router adapter would wake its experts up
+    # At EP 4 the last rank gets no token; a router adapter would wake its experts up.
     if tokens != "all experts busy":
         base = idle
         without_router = [name for name in NAMES if name != "gate"]
@@ -99,18 +104,22 @@ def test_layer_computes_what_the_plain_layer_computes(
     config = config_of(base, chats, tmp_path / "run", parallel, lora, recompute, micro_batch_size=1)
     ranks = run_ranks(watched_step, world, config, tmp_path / "adapter.safetensors")
 
+    # alpha 12 over rank 3.
     layer = layer_of(base, 0, factors, scale=4.0)
     used = torch.zeros(8)
     for microbatches, _, _ in ranks:
+        # A batch of 8 in microbatches of 1, divided over world / TP data-parallel ranks.
         assert len(microbatches) == 8 * config.parallel.tp // world
         for record in microbatches:
             x = record["x"].requires_grad_()
             y, probabilities = layer(x)
+            # The gradient of this sum with respect to y is dy.
             (y * record["dy"]).sum().backward()
             used += (probabilities > 0).sum(0)
             expected = {"y": y.detach(), "dx": x.grad, "probabilities": probabilities.detach()}
             for quantity, value in expected.items():
                 assert value is not None
+                # Float32 sums of some hundred terms over the largest entry of the quantity.
                 torch.testing.assert_close(
                     record[quantity], value, rtol=0, atol=2e-6 * value.abs().max().item(),
                     msg=lambda m, q=quantity: f"{q}: {m}",
@@ -120,7 +129,10 @@ def test_layer_computes_what_the_plain_layer_computes(
     _, count, gradients = ranks[0]
     prefix = "base_model.model.model.layers.0.mlp."
     assert gradients is not None
-    ours = {n: g for n, g in gradients.items() if n.startswith(prefix)}
+    ours = {}
+    for name, gradient in gradients.items():
+        if name.startswith(prefix):
+            ours[name] = gradient
     mine = {}
     for name, factor in layer.factors.items():
         # dy above is of the sum over target tokens, the step's gradient of their mean. An expert

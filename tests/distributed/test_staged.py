@@ -16,49 +16,9 @@ from torch import Tensor
 from megalora import host, staged
 from megalora.config import LoRAConfig, RunConfig
 from megalora.train.loop import train
+from tests.distributed.device_tensor import on_device, on_devices, on_host
 from tests.distributed.ranks import run_ranks
 from tests.parity.runs import make_config
-
-aten = torch.ops.aten
-
-
-class DeviceTensor(Tensor):
-    """A tensor whose values gloo cannot see: as of a GPU's, only copies to and from the host
-    work."""
-
-    held: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
-
-    @staticmethod
-    def __new__(cls, held: Tensor) -> "DeviceTensor":
-        settings = {
-            "strides": held.stride(),
-            "storage_offset": held.storage_offset(),
-            "dtype": held.dtype,
-        }
-        made = Tensor._make_wrapper_subclass(cls, held.shape, device="meta", **settings)  # pyright: ignore
-        made.held = held
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is aten.detach.default:
-            return cls(args[0].held)
-        if func is aten._to_copy.default:
-            assert kwargs["device"].type == "cpu"
-            return args[0].held.clone(memory_format=kwargs["memory_format"])
-        if func is aten.copy_.default:
-            args[0].held.copy_(args[1])
-            return args[0]
-        raise AssertionError(f"{func} on a tensor of the device")
-
-
-def on_device(held: Tensor) -> Tensor:
-    return DeviceTensor(held)
-
-
-def on_host(held: Tensor) -> Tensor:
-    return held
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,6 +32,7 @@ def even_collectives(place: Callable[[Tensor], Tensor], group: Any) -> dict[str,
     found: dict[str, Tensor] = {}
     n = dist.get_world_size()
     rank = dist.get_rank()
+    # Adapters and losses, weights and activations, counts of tokens.
     for dtype in (torch.float32, torch.bfloat16, torch.int64):
         name = str(dtype).removeprefix("torch.")
         for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX):
@@ -95,7 +56,7 @@ def even_collectives(place: Callable[[Tensor], Tensor], group: Any) -> dict[str,
         found[f"scatter {name}"] = out = torch.zeros(4, 3, dtype=dtype)
         parts = [place(drawn(4, 3, dtype=dtype) + other) for other in range(n)]
         dist.scatter(place(out), parts if rank == 1 else None, src=1, group=group)
-        # ones: on other ranks than the root nothing may be delivered
+        # Ones: on other ranks than the root nothing may be delivered, so they must stay.
         found[f"gather {name}"] = out = torch.ones(n, 4, 3, dtype=dtype)
         wanted = [place(part) for part in out] if rank == 1 else None
         dist.gather(place(drawn(4, 3, dtype=dtype)), wanted, dst=1, group=group)
@@ -103,7 +64,8 @@ def even_collectives(place: Callable[[Tensor], Tensor], group: Any) -> dict[str,
         before = x.clone()
         dist.reduce(place(x), dst=1, op=dist.ReduceOp.SUM, group=group)
         if rank != 1 and place is on_host:
-            x.copy_(before)  # plain gloo leaves a partial sum here; NCCL does not
+            # Plain gloo leaves a partial sum here; NCCL does not.
+            x.copy_(before)
         found[f"send {name}"] = out = torch.zeros(5, dtype=dtype)
         ring = [
             dist.P2POp(dist.isend, place(drawn(5, dtype=dtype)), (rank + 1) % n, group),
@@ -123,6 +85,7 @@ def over_gloo_and_staged() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_collective_delivers_what_gloo_delivers(world):
     for plain, through_copies in run_ranks(over_gloo_and_staged, world):
+        # 12 collectives, all_reduce with two operations among them, in three dtypes.
         assert plain.keys() == through_copies.keys() and len(plain) == 36
         for name in plain:
             assert torch.equal(plain[name], through_copies[name]), name
@@ -134,34 +97,38 @@ def what_only_nccl_has() -> None:
     n = dist.get_world_size()
     rank = dist.get_rank()
 
-    def of(other: int, *shape: int) -> Tensor:
-        return torch.randint(
-            -8, 9, shape, generator=torch.Generator().manual_seed(50 + other)
-        ).float()
+    def of_every_rank(*shape: int) -> list[Tensor]:
+        """Small integers, so that sums and their halves and quarters are exact in float32."""
+        drawn = []
+        for seed in range(50, 50 + n):
+            generator = torch.Generator().manual_seed(seed)
+            drawn.append(torch.randint(-8, 9, shape, generator=generator).float())
+        return drawn
 
-    x = of(rank, 6)
+    given = of_every_rank(6)
+    x = given[rank]
+    average = torch.stack(given).mean(0)
     dist.all_reduce(on_device(x), op=dist.ReduceOp.AVG)
-    assert torch.equal(x, sum(of(other, 6) for other in range(n)) / n)
+    assert torch.equal(x, average)
 
-    # Rank i brings, or keeps, 2 i + 1 rows.
+    # Rank i brings, or keeps, 2 i + 1 rows: uneven, as experts' tokens are. Gloo refuses that.
     sizes = [2 * other + 1 for other in range(n)]
     whole = torch.zeros(sum(sizes), 3)
-    dist.all_gather(
-        [on_device(part) for part in whole.split(sizes)], on_device(of(rank, sizes[rank], 3))
-    )
-    brought = [of(other, size, 3) for other, size in enumerate(sizes)]
+    brought = []
+    for given, size in zip(of_every_rank(sum(sizes), 3), sizes, strict=True):
+        brought.append(given[:size])
+    dist.all_gather(on_devices(whole.split(sizes)), on_device(brought[rank]))
     assert torch.equal(whole, torch.cat(brought))
+    given = of_every_rank(sum(sizes), 3)
+    parts = on_devices(given[rank].split(sizes))
+    mine = torch.zeros(sizes[rank], 3)
     for op, divide in ((dist.ReduceOp.SUM, 1), (dist.ReduceOp.AVG, n)):
-        mine = torch.zeros(sizes[rank], 3)
-        parts = of(rank, sum(sizes), 3).split(sizes)
-        dist.reduce_scatter(on_device(mine), [on_device(part) for part in parts], op=op)
-        brought = [of(other, sum(sizes), 3) for other in range(n)]
-        expected = torch.stack(brought).sum(0) / divide
+        mine.zero_()
+        dist.reduce_scatter(on_device(mine), parts, op=op)
+        expected = torch.stack(given).sum(0) / divide
         assert torch.equal(mine, expected.split(sizes)[rank]), op
     with pytest.raises(RuntimeError, match="can be summed or averaged"):
-        dist.reduce_scatter(
-            on_device(mine), [on_device(part) for part in parts], op=dist.ReduceOp.MAX
-        )
+        dist.reduce_scatter(on_device(mine), parts, op=dist.ReduceOp.MAX)
 
 
 def handles_and_views() -> None:
@@ -173,7 +140,8 @@ def handles_and_views() -> None:
     tensor = on_device(ones)
     work = dist.all_reduce(tensor, async_op=True)
     assert torch.equal(ones, torch.ones(3)), "a result before the caller waits for it"
-    # the collective has its copy: NCCL's callers may not do this, and nothing may depend on it
+    # The collective has its copy already. Callers of NCCL may not write here, so no training
+    # depends on it; here it shows when the copy is taken.
     ones.fill_(5)
     assert work.wait() and torch.equal(ones, torch.full((3,), float(n)))
     ones.fill_(7)
@@ -181,11 +149,14 @@ def handles_and_views() -> None:
 
     # Columns of a matrix: neither contiguous nor at the beginning of their memory. What lies
     # between stays as it is.
-    matrix = torch.arange(12.0).view(3, 4) + rank
+    numbers = torch.arange(12.0).view(3, 4)
+    matrix = numbers + rank
     dist.all_reduce(on_device(matrix[:, 1:3]))
-    expected = torch.arange(12.0).view(3, 4) + rank
-    expected[:, 1:3] = sum((torch.arange(12.0).view(3, 4) + other)[:, 1:3] for other in range(n))
+    expected = numbers + rank
+    # Over all ranks: n times the numbers, and 0 + 1 + ... + (n - 1).
+    expected[:, 1:3] = n * numbers[:, 1:3] + n * (n - 1) / 2
     assert torch.equal(matrix, expected)
+    # Every other row of a larger tensor is the output.
     received = torch.zeros(2 * n, 3)
     dist.all_gather_into_tensor(
         on_device(received.t()[:, ::2].t()), on_device(torch.full((1, 3), rank + 1.0))
@@ -202,23 +173,24 @@ def handles_and_views() -> None:
     with dist._coalescing_manager(dist.group.WORLD):
         for part, whole in zip(parts, wholes, strict=True):
             dist.all_gather_into_tensor(on_device(whole), on_device(part))
+    # Every rank gave ones, summed over n ranks, then gathered.
     for whole in wholes:
         assert torch.equal(whole, torch.full_like(whole, n))
     # torch 2.11 gathers many at once without options.
     group: Any = dist.group.WORLD
     again = [torch.zeros_like(whole) for whole in wholes]
-    given = [on_device(part) for part in parts]
-    group.allgather_into_tensor_coalesced([on_device(whole) for whole in again], given).wait()
+    group.allgather_into_tensor_coalesced(on_devices(again), on_devices(parts)).wait()
     for gathered, whole in zip(again, wholes, strict=True):
         assert torch.equal(gathered, whole)
     with dist._coalescing_manager(dist.group.WORLD):
         for part in parts:
             dist.all_reduce(on_device(part))
-    # n after the reduction above, once more summed over n ranks
+    # n after the reduction above, once more summed over n ranks.
     for part in parts:
         assert torch.equal(part, torch.full_like(part, n * n))
 
-    # Blocking sends of more than sockets hold, first to last rank and back.
+    # Blocking sends of 4 MB, more than sockets hold, first to last rank and back: a send that waits
+    # for the wrong thread never ends.
     big = torch.full((1_000_000,), -1.0)
     if rank == 0:
         dist.send(on_device(torch.arange(1e6)), n - 1)
@@ -247,6 +219,7 @@ def groups_and_objects() -> float:
         x = torch.ones(2)
         dist.all_reduce(on_device(x), group=evens)
         assert x[0] == len(range(0, n, 2))
+    # Torch places the tensors of barriers and object collectives on a device of this list.
     assert dist.group.WORLD._device_types == [torch.device("cpu")]  # pyright: ignore
     return host.timeout_minutes()
 
@@ -267,6 +240,7 @@ def gradients_pass() -> None:
     )
     x = torch.ones(2, 2, requires_grad=True)
     gather_seq(x, dist.group.WORLD).sum().backward()  # pyright: ignore
+    # The transpose of a gather is a sum: each of n ranks adds up the ones of all.
     assert torch.equal(x.grad, torch.full((2, 2), float(n)))  # pyright: ignore
 
 
@@ -276,7 +250,8 @@ def gradients_pass() -> None:
 def test_staged_groups_behave_as_nccl_s(check):
     staged.register()
     found = run_ranks(check, 4 if check is not gradients_pass else 2, backend=staged.BACKEND)
-    assert check is not groups_and_objects or found == [30.0] * 4  # torch's own for gloo
+    # 30 minutes: torch's own limit for gloo.
+    assert check is not groups_and_objects or found == [30.0] * 4
 
 
 COLLECTIVES = (
@@ -302,6 +277,7 @@ def train_as_on_a_gpu(config: RunConfig) -> Path | None:
             setattr(staged.StagedGroup, name, _refuse)
     import megatron.core.tensor_parallel.mappings as mappings
 
+    # What stands in their place keeps the originals as closures (megalora/megatron_patches.py).
     replaced = inspect.getclosurevars(mappings._gather_along_first_dim).nonlocals
     mappings._gather_along_first_dim = replaced["even_gather"]
     replaced = inspect.getclosurevars(mappings._reduce_scatter_along_first_dim).nonlocals
@@ -331,6 +307,7 @@ def test_a_staged_training_has_the_bits_of_one_over_gloo(
         adapter = load_file(out / "step_000002/adapter_model.safetensors")
         optimizer = load_file(out / "step_000002/training_state/optimizer.safetensors")
         written.append({**adapter, **optimizer})
+    # Copies move bits, and gloo does the sums in both: nothing may differ at all.
     plain, through_copies = written
     assert plain.keys() == through_copies.keys() and len(plain) > 100
     for name, t in plain.items():

@@ -27,11 +27,13 @@ def built(config: RunConfig, weights: Path | None = None) -> Iterator[Run]:
 
     def fill(model: AdaptedModel) -> None:
         if weights is not None:
+            values = {p: p.data for p in model.parameters}
             with torch.no_grad():
-                read_tensors(weights, model.shards, {p: p.data for p in model.parameters})
+                read_tensors(weights, model.shards, values)
 
     with assemble(config, prepare=fill) as run:
-        # What tests fill in may well have a gradient of zero.
+        # After step 1 a training demands a gradient of every adapter. Those that tests fill in may
+        # well have none: experts without tokens, factors of zeros.
         run.stepper.check = None
         yield run
 

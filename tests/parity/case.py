@@ -1,5 +1,5 @@
-"""Runs one case of the grid with the product's own ``train`` and compares all it computes with the
-oracle."""
+"""Run one case of the grid with the product's own ``train`` and compare all that it computes with
+the oracle."""
 
 import math
 import pickle
@@ -54,10 +54,11 @@ gradient into the same relative error of a whole step.
 """
 
 MARGIN = 5e-6
-SEEDS = range(10)
 """A router's choice that hangs on less than this, in logits, is not asked for: ten times what
 float32 errs in one. At a lead of 2.6e-7 one process in float32 chose another expert than float64
 and its gradients parted by 3e-2; so does every layout."""
+SEEDS = range(10)
+"""Orders of the data that are tried until no choice of the router is that close."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,15 @@ def train_recording_gradients(config: RunConfig, start: Path) -> None:
 
     def build(*args: Any, **options: Any) -> Any:
         model = build_adapted(*args, **options)
+        values = {p: p.data for p in model.parameters}
         with torch.no_grad():
-            read_tensors(start, model.shards, {p: p.data for p in model.parameters})
+            read_tensors(start, model.shards, values)
         models.append(model)
         return model
 
     def with_large_eps(*args: Any) -> Any:
         optimizer = build_optimizer(*args)
+        # No key of a config sets eps, which nobody tunes.
         for group in optimizer.param_groups:
             group["eps"] = EPS
         return optimizer
@@ -124,10 +127,12 @@ def train_recording_gradients(config: RunConfig, start: Path) -> None:
             kept[f"{number}.{name}"] = gradient
         return take_step(optimizer)
 
+    # The rank's process ends with the case, so nothing puts these back.
     assemble.build_adapted = build
     assemble.build_optimizer = with_large_eps
     assemble.clip_and_step = recorded_step
     loop.train(config)
+    # Rank 0 alone gets whole gradients.
     if kept:
         save_file(kept, Path(config.checkpoint.dir) / "gradients.safetensors")
 
@@ -162,6 +167,7 @@ def expected(
         for module in a.hf_modules():
             scales[module] = a.alpha / a.rank**exponent
     oracle = Oracle(base, factors, scales, arithmetic)
+    # A run evaluates before its first step, with the adapter it starts from.
     with torch.no_grad():
         eval_loss = oracle.loss(eval_split.samples).item()
     batches = []
@@ -214,8 +220,12 @@ def read_run(run: Path) -> Expected:
     """What a recorded run wrote down, in the oracle's form."""
     gradients = load_file(run / "gradients.safetensors")
     losses = records(run, "loss")
+    # Masters and moments of the last step; float32, also where the model is bfloat16.
     state = load_file(run / f"step_{len(losses):06d}/training_state/optimizer.safetensors")
-    by_step = [_starting_with(f"{step}.", gradients) for step in range(len(losses))]
+    by_step = []
+    for step in range(len(losses)):
+        # "0.NAME", as ``recorded_step`` writes them.
+        by_step.append(_starting_with(f"{step}.", gradients))
     trained = Trained(
         losses,
         records(run, "grad_norm"),
@@ -234,15 +244,18 @@ def deviations(found: Expected, of: Expected) -> dict[str, float]:
     assert ours.adapter.keys() == theirs.adapter.keys(), (
         "other tensors were trained than the oracle's"
     )
-    steps = zip(ours.gradients, theirs.gradients, strict=True)
-    gradients = [of_largest(our_step, their_step) for our_step, their_step in steps]
-    adapters = [distance(ours.adapter[name], value) for name, value in theirs.adapter.items()]
+    gradient = 0.0
+    for our_step, their_step in zip(ours.gradients, theirs.gradients, strict=True):
+        gradient = _worse(gradient, of_largest(our_step, their_step))
+    adapter = 0.0
+    for name, value in theirs.adapter.items():
+        adapter = _worse(adapter, distance(ours.adapter[name], value))
     return {
         "eval loss": _relative([found.eval_loss], [of.eval_loss]),
         "loss": _relative(ours.losses, theirs.losses),
         "grad norm": _relative(ours.norms, theirs.norms),
-        "gradient": max(gradients),
-        "adapters": max(adapters),
+        "gradient": gradient,
+        "adapters": adapter,
         "exp_avg": of_largest(ours.exp_avg, theirs.exp_avg),
         "exp_avg_sq": of_largest(ours.exp_avg_sq, theirs.exp_avg_sq),
     }
@@ -276,4 +289,14 @@ def _starting_with(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _relative(ours: list[float], theirs: list[float]) -> float:
-    return max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+    """Largest deviation of one list from another, relative to the latter."""
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        worst = _worse(worst, abs(a / b - 1))
+    return worst
+
+
+def _worse(one: float, other: float) -> float:
+    """The larger deviation, or NaN if one is: ``max`` keeps whichever of NaN and a number came
+    first."""
+    return one if one >= other or math.isnan(one) else other

@@ -23,6 +23,10 @@ NAMES = [
     "lm_head",
 ]
 LORA = LoRAConfig(rank=3, alpha=12.0, target_modules=NAMES)
+"""Rank 3, which no parallel size divides; a scale of 4, so that one applied twice or not at all
+shows."""
+# Layer 0 has routed experts and a shared one, layer 1 is dense; 12 query heads go over four ranks
+# while make_tiny's 2 KV heads do not, so at TP 4 two ranks share a KV head.
 EVERYTHING = {
     "arch": "qwen2_moe", "num_hidden_layers": 2, "mlp_only_layers": [1], "num_attention_heads": 12,
     "head_dim": 16,
@@ -49,5 +53,6 @@ def first_batch(base: Path, chats: Path, size: int = 8) -> list[Any]:
     )
     # 21 samples held out, as ``make_config`` has it: another number would shift the order.
     train, _ = split_off_eval(split, 21, seed=0)
+    # Which samples step 0 has is the product's own: tests/data checks that order by itself.
     indices = global_batch_indices(0, size, len(train.samples), 0)
     return [train.samples[i] for i in indices]

@@ -19,6 +19,7 @@ def reduced_gradients(model: AdaptedModel, optimizer: Any) -> dict[str, Tensor] 
     its optimizer owns; the slices are read through the optimizer and put together by adding zeros.
     """
     gradients = {}
+    # Zeros outside the slice, so that a sum over ranks puts the slices together.
     for p in model.parameters:
         gradients[p] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
     for part in optimizer.chained_optimizers:
@@ -29,6 +30,9 @@ def reduced_gradients(model: AdaptedModel, optimizer: Any) -> dict[str, Tensor] 
             gradients[parameter].view(-1)[mine] = parameter.main_grad.reshape(-1)[mine]
     # Megatron marks experts' parameters with ``allreduce = False``: their replicas are over edp.
     for group, allreduce in ((model.groups.dp, True), (model.groups.edp, False)):
-        of_group = [g for p, g in gradients.items() if p.allreduce is allreduce]  # type: ignore
+        of_group = []
+        for p, gradient in gradients.items():
+            if p.allreduce is allreduce:  # type: ignore
+                of_group.append(gradient)
         sum_bucket(of_group, group)
     return gather_tensors(model.shards, gradients, model.groups)

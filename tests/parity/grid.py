@@ -1,4 +1,4 @@
-"""Which cases the grid consists of: every layout the config accepts, crossed pairwise with
+"""Choose the cases of the grid: every layout that the config accepts, crossed pairwise with
 everything else."""
 
 from collections import Counter
@@ -11,6 +11,7 @@ from typing import Any
 from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from tests.parity.models import ADAPTERS, MODELS, VARIANTS, shape_of
 
+# Up to 8 ranks, which fork on a machine of two cores; sizes beyond these need more ranks.
 WORLDS = (1, 2, 4, 8)
 TP = (1, 2, 4)
 PP = (1, 2)
@@ -18,17 +19,22 @@ VPP = (1, 2)
 EP = (1, 2, 4)
 ETP = (1, 2)
 RECOMPUTE = ("off", "selective", "full")
+# 3: no batch size of a power of two would be mistaken for it.
 MICRO = (1, 3)
 
 
 STEPS = 5
+"""Optimizer steps of a case in ``make parity``."""
 SHORT = 2
+"""The same in the tests. One step would not use Adam's moments."""
 EVAL = 5
-"""Optimizer steps of the grid and of what ``make test`` takes from it; held-out samples."""
+"""Held-out samples."""
 
 
 @dataclass(frozen=True)
 class Case:
+    """One run: a layout, and what is trained in it."""
+
     world: int
     tp: int = 1
     pp: int = 1
@@ -89,6 +95,7 @@ def accepted(case: Case) -> bool:
 def layouts() -> tuple[Case, ...]:
     """Every layout of the grid's sizes that some model may have, smallest first."""
     cases = [Case(*sizes) for sizes in product(WORLDS, TP, PP, VPP, EP, ETP)]
+    # Of 288 combinations about a third are accepted.
     return tuple([case for case in cases if accepted(case)])
 
 
@@ -122,7 +129,9 @@ def full_grid() -> tuple[Case, ...]:
 
     # A case's number of new pairs only falls: what it was bounds what it is, and most need no look.
     bound = {case: len(own) for case, own in pairs.items()}
-    order = {case: place for place, case in enumerate(pairs)}
+    order: dict[Case, int] = {}
+    for place, case in enumerate(pairs):
+        order[case] = place
 
     def take(candidates: Iterable[Case]) -> None:
         best: tuple[Any, ...] = ()
@@ -132,13 +141,15 @@ def full_grid() -> tuple[Case, ...]:
                 break
             bound[case] = len(pairs[case] & missing)
             uses = sum(used[value] for value in asdict(case).items())
+            # Most new pairs; then the fewest ranks, which cost time; then the rarest values. The
+            # place in the list breaks ties, so that every machine chooses the same grid.
             best = max(best, (bound[case], -case.world, -uses, -order[case], case))
         case = best[-1]
         chosen.append(case)
         missing.difference_update(pairs[case])
         used.update(asdict(case).items())
 
-    # First every layout once, then whatever brings in the pairs that are left.
+    # Every layout once, then whatever brings in the pairs that are left.
     for cases in of_layout.values():
         take(cases)
     while missing:
@@ -156,6 +167,15 @@ FAST = (
 )
 """For ``make test``: each way of splitting a model once."""
 
+QUICK_OF_FAMILIES: list[Case] = []
+"""A case for every family that is not among ``VARIANTS``, with two tensor-parallel ranks and their
+gradients: losses are right even where a sum over the ranks is missing."""
+for _model in MODELS:
+    if _model not in VARIANTS:
+        # A dense model has no expert grid to divide.
+        _ep = 2 if shape_of(_model).moe_layers else 1
+        QUICK_OF_FAMILIES.append(Case(2, tp=2, ep=_ep, model=_model, adapter="router"))
+
 QUICK = (
     *FAST,
     Case(4, tp=2, ep=2, model="shared", adapter="router", micro=3, recompute="full"),
@@ -165,12 +185,7 @@ QUICK = (
     Case(4, pp=2, vpp=2, tp=2, model="dense", adapter="all", recompute="full", micro=3),
     Case(4, tp=4, ep=2, etp=2, model="shared", adapter="rslora", micro=3),
     Case(4, pp=2, etp=2, model="2 kv heads", adapter="some"),
-    # Gradients at two tensor-parallel ranks: losses are right where a sum is missing.
-    *(
-        Case(2, tp=2, ep=2 if shape_of(model).moe_layers else 1, model=model, adapter="router")
-        for model in MODELS
-        if model not in VARIANTS
-    ),
+    *QUICK_OF_FAMILIES,
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and
 every registered family."""

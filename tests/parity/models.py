@@ -24,21 +24,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "moe": {},
     "2 kv heads": {"num_key_value_heads": 2},
     "mixed": {"mlp_only_layers": [1]},
-    # of four; a pipeline stage without experts
+    # One of four layers has experts, so with two pipeline stages one stage has none.
     "one moe layer": {"decoder_sparse_step": 2, "mlp_only_layers": [1]},
     "tied": {"tie_word_embeddings": True, "norm_topk_prob": False},
+    # Qwen2-MoE has a shared expert beside the routed ones.
     "shared": {"arch": "qwen2_moe"},
+    # ``make_model`` rewrites its routers.
     "idle": {},
     "dense": {"arch": "qwen3"},
 }
 """Qwen's families under names of their own, and variants of them."""
-MODELS: dict[str, dict[str, Any]] = dict(VARIANTS)
 NAMED_OTHERWISE = {arch_of(options) for options in VARIANTS.values()}
-MODELS |= {family: {"arch": family} for family in FAMILIES if family not in NAMED_OTHERWISE}
-"""Every registered family is among them."""
+MODELS: dict[str, dict[str, Any]] = dict(VARIANTS)
+"""Options of ``make_tiny`` by name; every registered family is among them."""
+for _family in FAMILIES:
+    if _family not in NAMED_OTHERWISE:
+        MODELS[_family] = {"arch": _family}
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Scales of 3 in the place of PEFT's usual 1 or 2, so that a forgotten or doubled one shows.
 ADAPTERS: dict[str, LoRAConfig] = {
     "all": LoRAConfig(rank=4, alpha=12.0),
+    # A rank of its own for every projection that shares a stacked A: q from v, up from gate.
     "ranks": LoRAConfig(
         rank=4, alpha=12.0, rank_pattern={"q_proj": 3, "v_proj": 5, "up_proj": 2, "down_proj": 6},
         alpha_pattern={"k_proj": 3.0, "gate_proj": 20.0},
@@ -59,8 +65,10 @@ def make_model(name: str, folder: Path) -> Path:
 
 def shape_of(name: str) -> ModelShape:
     """The model's sizes, without making it; ``make_model``'s folders are compared with them."""
-    arch = arch_of(MODELS[name])
-    options = {field: value for field, value in MODELS[name].items() if field != "arch"}
+    options = dict(MODELS[name])
+    arch = arch_of(options)
+    # An option of make_tiny, not a field of a config.
+    options.pop("arch", None)
     return model_shape({**FAMILIES[arch].tiny, **SIZES, **options, "model_type": arch})
 
 

@@ -1,4 +1,4 @@
-"""The config of a short run on a small model, and what a run wrote down."""
+"""Make the config of a short run on a small model, and read what a run wrote down."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,8 @@ def make_config(
         "lr": 1e-3,
         "schedule": "constant",
     }
-    options["check_base"] = "off"  # tests/verify compares the base; every run would pay for it
+    # tests/verify compares the base; here every run would pay for it.
+    options["check_base"] = "off"
     return RunConfig(
         model=ModelConfig(path=str(base), dtype=dtype),  # type: ignore[arg-type]
         parallel=ParallelConfig(**parallel),

@@ -22,6 +22,10 @@ from tests.parity.models import MODELS, make_model, shape_of
 type Reference = Callable[[Case], tuple[Path, Expected]]
 
 
+# ``make test`` runs those of ``FAST``; the others belong to the long tail.
+MARKED = [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in QUICK]
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Reference:
     """(base folder, what the oracle makes of it) for a case; each question is answered once."""
@@ -39,18 +43,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory, chats: Path) -> Referenc
     return look_up
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in QUICK],
-    ids=lambda case: case.name,
-)
+@pytest.mark.parametrize("case", MARKED, ids=lambda case: case.name)
 def test_layout_trains_the_adapter_that_transformers_trains(
     case: Case, reference: Reference, chats, tmp_path
 ):
     base, oracle = reference(case)
     run_case(case, SHORT, base, chats, tmp_path, seed=oracle.seed)
     row = deviations(read_run(tmp_path), oracle)
-    print({k: f"{v:.1e}" for k, v in row.items()})
     assert not exceeded(row), row
 
 
@@ -62,4 +61,5 @@ def test_a_family_trains_alike_in_more_layouts(case: Case, reference: Reference,
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_grid_knows_the_models_sizes(model: str, tmp_path: Path):
+    # By ``shape_of`` the grid decides which layouts a model can have, without making the model.
     assert model_shape(read_hf_config(make_model(model, tmp_path / "base"))) == shape_of(model)

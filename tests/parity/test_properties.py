@@ -28,7 +28,9 @@ from tests.parity.compare import of_largest
 from tests.parity.everything import LORA, config_of, first_batch
 
 BATCH = 12
+"""Divided by 1, 2, 3 and 4 data-parallel ranks, and by as many microbatches."""
 RANKS = (1, 2, 3, 4)
+# Sizes that many numbers divide, so that among random layouts enough are accepted.
 SHAPE = ModelShape(
     model_type="qwen3_moe", num_layers=24, hidden=96, num_heads=24, num_kv_heads=6, head_dim=16,
     intermediate=144,
@@ -52,7 +54,11 @@ def answer(
     oracle = Oracle(everything, factors, scales)
     loss = oracle.loss(first_batch(everything, chats, BATCH))
     loss.backward()
-    gradients = {name: f.grad for name, f in oracle.factors.items() if f.grad is not None}
+    gradients = {}
+    for name, factor in oracle.factors.items():
+        # None: an expert that no token of the batch reached.
+        if factor.grad is not None:
+            gradients[name] = factor.grad
     return path, loss.item(), gradients
 
 
@@ -65,6 +71,7 @@ def accepted(base: Path) -> list[Drawn]:
         RANKS, RANKS, (1, 2), RANKS, RANKS, ("off", "selective", "full"), (1, 2, 3, 4)
     ):
         parallel = dict(zip(("tp", "pp", "ep", "etp"), sizes, strict=True))
+        # Checked on a config alone: no file of it is read.
         try:
             config = config_of(
                 base,
@@ -133,16 +140,19 @@ def refusal(world: int, sizes: dict[str, int]) -> str | None:
 )
 def test_a_refusal_is_short_and_names_the_option(world: int, **sizes: int) -> None:
     if message := refusal(world, sizes):
+        # One line that says what is wrong, and at most one that says what to change.
         first, *rest = message.splitlines()
         assert "parallel." in message or f"at least 1 rank, got {world}" in first
         assert len(rest) <= 1 and len(first) < 300
     else:
+        # Context parallelism is not there yet, and virtual stages need real ones.
         assert sizes["cp"] == 1 and (sizes["vpp"] == 1 or sizes["pp"] > 1)
         # What is accepted can be split: nothing slips through the checks.
         assert SHAPE.num_layers % (sizes["pp"] * sizes["vpp"]) == 0
         assert SHAPE.num_heads % sizes["tp"] == 0
         assert SHAPE.num_experts % sizes["ep"] == 0
         assert SHAPE.expert_intermediate % sizes["etp"] == 0
+    # A check that made process groups would hang in a process that torchrun has not started.
     assert not dist.is_initialized()
 
 
@@ -171,7 +181,9 @@ def test_megatron_lays_out_what_the_config_accepts(data: st.DataObject) -> None:
             "etp": parallel.etp,
             "edp": edp,
         }
-        assert {name: groups.named(name).size() for name in expected} == expected
+        for name, size in expected.items():
+            assert groups.named(name).size() == size, name
+        # Two grids over the same ranks: one for attention and dense layers, one for experts.
         assert (
             parallel.tp * parallel.pp * dp
             == parallel.etp * parallel.ep * parallel.pp * edp

@@ -24,6 +24,7 @@ from tests.parity.built import built, random_factors, whole_adapter
 from tests.parity.everything import LORA, config_of
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""Linears of attention and of MLPs; the last three are the experts' too."""
 
 
 def export(folder: Path, base: Path, lora: LoRAConfig, factors: dict[str, Tensor]) -> Path:
@@ -37,6 +38,7 @@ def load_and_export(config: RunConfig, adapter: Path, out: Path) -> None:
     """Read a PEFT folder into this layout's shards and write it again."""
     with built(config, adapter / WEIGHTS) as run:
         whole = whole_adapter(run)
+        # Rank 0 alone has the whole tensors, and writes.
         if whole is not None:
             out.mkdir()
             write_adapter(out, run.model.adapted, run.model.shape, whole, config.model.path)
@@ -53,6 +55,7 @@ def tagged(adapted: list[Adapted], factors: dict[str, Tensor]) -> dict[str, Tens
         columns = torch.arange(float(tensor.shape[1]))
         # Sums of powers of two, which float32 holds exactly: any swap of two places shows.
         place = rows[:, None] / 8 + columns / 1024 + 1000 * number.get(module.rsplit(".", 1)[-1], 0)
+        # Dense linears are expert 0, so that routed expert 0 is told from them.
         expert = 0
         if ".experts." in module:
             expert = int(module.split(".experts.")[1].split(".")[0]) + 1
@@ -71,6 +74,7 @@ def test_05_gate_up_and_q_k_v_keep_their_order_through_any_layout(
     _, factors = random_factors(lora, everything)
     folder = export(tmp_path / "0", everything, lora, tagged(adapted, factors))
     original = load_file(folder / WEIGHTS)
+    # The model has 12 query heads over 2 KV heads: at TP 4 a KV head lies on two ranks.
     layouts: list[tuple[int, dict[str, int]]] = [
         (1, {}),
         (2, {"tp": 2, "etp": 2}),
@@ -108,16 +112,20 @@ def test_06_stock_peft_has_every_expert_s_own_delta(expert_size, use_rslora, tmp
         .model.layers[0]
         .mlp.experts
     )
+    # transformers stacks gate above up, ``[E, 2 * inner, hidden]``; our files have them apart.
+    gate_up = merged.gate_up_proj - before.gate_up_proj
     deltas = {
-        "gate_proj": (merged.gate_up_proj - before.gate_up_proj)[:, :expert_size],
-        "up_proj": (merged.gate_up_proj - before.gate_up_proj)[:, expert_size:],
+        "gate_proj": gate_up[:, :expert_size],
+        "up_proj": gate_up[:, expert_size:],
         "down_proj": merged.down_proj - before.down_proj,
     }
     for projection, of_experts in deltas.items():
         for expert, delta in enumerate(of_experts):
             stem = f"base_model.model.model.layers.0.mlp.experts.{expert}.{projection}.lora"
+            # alpha / r, or alpha / sqrt(r) with rslora.
             scale = 12.0 / (3**0.5 if use_rslora else 3)
             expected = scale * factors[f"{stem}_B.weight"] @ factors[f"{stem}_A.weight"]
+            # A delta is the difference of two stored weights, each rounded at 6e-8 of its value.
             torch.testing.assert_close(delta, expected, rtol=0, atol=1e-6)
 
 
@@ -125,7 +133,8 @@ def moe_output(model: Any, tokens: Tensor) -> Tensor:
     """What the experts of layer 0 add, ``[S, H]``."""
     found: list[Tensor] = []
     # PEFT puts a prefix before the module's name.
-    layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp"))
+    [name] = [name for name, _ in model.named_modules() if name.endswith("layers.0.mlp")]
+    layer = model.get_submodule(name)
     hook = layer.register_forward_hook(lambda _m, _i, out: found.append(out))
     with torch.no_grad():
         model(tokens)
@@ -166,7 +175,10 @@ def test_09_an_adapter_that_does_nothing_is_not_verified(tiny, tmp_path) -> None
     _, factors = random_factors(lora, tiny)
     acts = export(tmp_path / "acts", tiny, lora, factors)
     assert verify_peft(acts, str(tiny), atol=1e-4).ok
-    without_b = {n: t * (".lora_A." in n) for n, t in factors.items()}
+    # As a checkpoint before the first step has it: the factors are there, and B A is zero.
+    without_b = {}
+    for name, factor in factors.items():
+        without_b[name] = factor if ".lora_A." in name else torch.zeros_like(factor)
     zeros = export(tmp_path / "zeros", tiny, lora, without_b)
     report = verify_peft(zeros, str(tiny), atol=1e-4)
     assert not report.ok and "the adapter does nothing" in report.text()
@@ -184,5 +196,6 @@ def test_10_merged_and_unmerged_differ_by_rounding_alone(tiny, tmp_path) -> None
     with torch.no_grad():
         unmerged = load(tiny, adapter)(tokens).logits
         merged = load(tiny, adapter).merge_and_unload()(tokens).logits
+        # Adapters that do nothing would be equal merged and unmerged.
         assert (unmerged - load(tiny)(tokens).logits).abs().max() > 0.1
     torch.testing.assert_close(merged, unmerged, rtol=0, atol=1e-4)

@@ -42,6 +42,7 @@ def assert_gradients_equal(found: dict[str, Tensor], oracle: Oracle) -> None:
 
 
 def test_01_initial_values_depend_on_seed_and_name_alone(everything, chats, tmp_path) -> None:
+    # One rank; experts alone over two and over four ranks; everything split at once.
     layouts = [(1, {}), (2, {"ep": 2}), (4, {"ep": 4}), (4, {"tp": 4, "ep": 2, "etp": 2})]
     adapters = []
     for world, parallel in layouts:
@@ -52,13 +53,17 @@ def test_01_initial_values_depend_on_seed_and_name_alone(everything, chats, tmp_
         assert other.keys() == first.keys()
         for name, tensor in first.items():
             assert torch.equal(other[name], tensor), name
-    of_a = {name: a for name, a in first.items() if ".lora_A." in name}
-    for name, a in of_a.items():
-        # Kaiming-uniform over this matrix's own fan-in, never over the stacked experts
+    beginnings = []
+    for name, a in first.items():
+        if ".lora_A." not in name:
+            continue
+        # Kaiming-uniform over this matrix's own fan-in, never over the stacked experts: the largest
+        # of 240 or more numbers lies near the bound.
         bound = a.shape[1] ** -0.5
         assert 0.9 * bound < a.abs().max() <= bound, name
-    beginnings = {tuple(a.flatten()[:8].tolist()) for a in of_a.values()}
-    assert len(beginnings) == len(of_a), "no two share their values"
+        beginnings.append(tuple(a.flatten()[:8].tolist()))
+    # A seed for each rank or layer instead of each name gives several tensors the same values.
+    assert len(set(beginnings)) == len(beginnings), "no two share their values"
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
@@ -76,6 +81,8 @@ def test_02_gradient_is_the_sum_over_all_ranks_and_an_idle_rank_adds_nothing(
     without_router = [name for name in NAMES if name != "gate"]
     lora = replace(LORA, target_modules=without_router)
     adapted, factors = random_adapter(tmp_path / "adapter.safetensors", lora, idle)
+    # 8 samples in a global batch: a rank has several microbatches of 1, fewer of 2. A mean per
+    # microbatch instead of a sum over all would differ between the two.
     config = config_of(
         idle, chats, tmp_path / "run", parallel, lora, micro_batch_size=micro_batch_size
     )
@@ -101,7 +108,9 @@ def test_02_every_rank_draws_its_own_dropout(everything, chats, tmp_path) -> Non
     """With one seed for all, data-parallel ranks would drop the same places of different
     samples."""
     draws = run_ranks(first_draw, 4, config_of(everything, chats, tmp_path, {"tp": 2, "ep": 2}))
-    assert len({tuple(draw) for draw in draws}) == 4
+    # Tensor-parallel ranks too: under sequence parallelism each has other tokens.
+    different = {tuple(draw) for draw in draws}
+    assert len(different) == 4
 
 
 def effects(config: RunConfig, weights: Path, projections: list[str]) -> list[float]:
@@ -144,15 +153,18 @@ def test_03_the_delta_is_whole_and_scaled_once(parallel, everything, chats, tmp_
     config = config_of(
         everything, chats, tmp_path / "run", parallel, global_batch_size=4, micro_batch_size=2
     )
-    *losses, without = run_ranks(effects, 2, config, tmp_path / "adapter.safetensors", projections)[
-        0
-    ]
+    by_rank = run_ranks(effects, 2, config, tmp_path / "adapter.safetensors", projections)
+    # The loss is reduced over all ranks, so rank 0's is everybody's.
+    *losses, without = by_rank[0]
     samples = first_batch(everything, chats, 4)
+    factors_of: dict[str, dict[str, Tensor]] = {}
+    for name, factor in factors.items():
+        factors_of.setdefault(_projection(name), {})[name] = factor
     with torch.no_grad():
         base = Oracle(everything, {}, {}).loss(samples).item()
         for projection, loss in zip(projections, losses, strict=True):
-            mine = {name: t for name, t in factors.items() if _projection(name) == projection}
-            effect = Oracle(everything, mine, scales(adapted)).loss(samples).item() - base
+            oracle = Oracle(everything, factors_of[projection], scales(adapted))
+            effect = oracle.loss(samples).item() - base
             assert abs(effect) > 1e-4, f"{projection} must do something"
             # Two losses of about 6, each right to 1e-7: the difference is right to 1e-6.
             assert loss - without == pytest.approx(effect, abs=2e-6), projection
@@ -162,8 +174,8 @@ def replicated_gradients(config: RunConfig, weights: Path) -> dict[str, Tensor]:
     with built(config, weights) as run:
         run.stepper.train(run.batches.of_step(0), run.optimizer)
         grads: dict[Any, Tensor] = {p: p.main_grad for p in run.model.parameters}  # type: ignore
-        # Over more than one replica in data parallelism a rank's gradient is whole in its own slice
-        # only.
+        # The distributed optimizer reduces into the slice that a rank steps: over more than one
+        # data-parallel replica a rank's gradient is whole in that slice only.
         replicas = {"tp": run.model.groups.dp.size(), "etp": run.model.groups.edp.size()}
         found = {}
         for shard in run.model.shards:
@@ -188,12 +200,19 @@ def test_04_replicated_factors_are_summed_over_tensor_parallel_ranks(
     first, second = gradients(2, {"tp": 2, "etp": etp})
     (alone,) = gradients(1, {})
     assert first.keys() == second.keys() < alone.keys()
-    # ``...q_proj.lora_A.weight`` becomes ``q_proj_A``
-    kinds = {name.split(".")[-3] + name.split(".")[-2][-2:] for name in first}
+    kinds = set()
+    has_experts = False
+    for name in first:
+        # ``...q_proj.lora_A.weight`` becomes ``q_proj_A``
+        module, factor, _ = name.split(".")[-3:]
+        kinds.add(module + factor.removeprefix("lora"))
+        has_experts |= ".experts." in name
+    # Column-parallel linears replicate A, row-parallel ones B; the router is replicated whole.
     assert {"q_proj_A", "o_proj_B", "gate_A", "gate_B", "lm_head_A"} <= kinds
-    assert any(".experts." in name for name in first) == (etp == 2)
+    # At ETP 1 an expert lies whole on one rank: nothing of it is replicated over the group.
+    assert has_experts == (etp == 2)
     for name, gradient in first.items():
         assert torch.equal(gradient, second[name]), name
-        torch.testing.assert_close(
-            gradient, alone[name], rtol=0, atol=1e-5 * max(alone[name].abs().max().item(), 0.1)
-        )
+        # Of the largest entry, but not below 1e-6: small gradients are sums of larger terms.
+        largest = max(alone[name].abs().max().item(), 0.1)
+        torch.testing.assert_close(gradient, alone[name], rtol=0, atol=1e-5 * largest)

@@ -48,19 +48,30 @@ def test_07_every_expert_is_adapted_and_trains(everything, chats, tmp_path) -> N
     routed = 80
     shared = 112
     dense = 144
+    # Two layers' q, k and v, o; then gate, up and down of every MLP.
     attention = 2 * 3 * ((hidden + q) + 2 * (hidden + kv) + (q + hidden))
     mlps = 3 * 3 * (8 * (hidden + routed) + (hidden + shared) + (hidden + dense))
-    assert sum(t.numel() for t in masters.values()) == attention + mlps
-    assert len([n for n in masters if ".mlp.experts." in n]) == 8 * 3 * 2
+    num_elements = 0
+    num_of_experts = 0
+    for name, master in masters.items():
+        num_elements += master.numel()
+        num_of_experts += ".mlp.experts." in name
+    assert num_elements == attention + mlps
+    # A and B of gate, up and down of 8 experts.
+    assert num_of_experts == 8 * 3 * 2
     for name, master in masters.items():
         module = name.removeprefix("base_model.model.").split(".lora_")[0]
         if ".lora_A." in name:
             start = initial_a(0, module, 3, master.shape[1])
         else:
             start = torch.zeros_like(master)
+        # Adam moves an entry by about the rate, 1e-3, at each step, however small its gradient
+        # is: a tenth of one step somewhere in the tensor is little to ask.
         assert (master - start).abs().max() > 1e-4, f"{name} has not moved in two steps of 1e-3"
 
 
+# A slip of the fingers, our own name of the fused tensor, a layer that the model lacks, and the
+# name that another family's files give to gate_proj.
 @pytest.mark.parametrize("typo", ["gate_porj", "experts.gate_up", "model.layers.7.q_proj", "w1"])
 def test_07_a_target_that_matches_nothing_is_an_error(everything, typo) -> None:
     with pytest.raises(ValueError, match=r"lora.target_modules: .* matches nothing in this model"):
@@ -95,6 +106,7 @@ def test_08_a_checkpoint_means_the_same_to_every_layout(everything, chats, tmp_p
     saved = trained(tmp_path / "whole")
     checkpoint = tmp_path / "whole/step_000002"
     adapter = load_file(checkpoint / "adapter_model.safetensors")
+    # Nothing split; attention and experts over four ranks each; stages and halves of experts.
     layouts: list[tuple[int, dict[str, int]]] = [
         (1, {}),
         (4, {"tp": 4, "ep": 4}),
@@ -113,6 +125,7 @@ def test_08_a_checkpoint_means_the_same_to_every_layout(everything, chats, tmp_p
         for name, t in adapter.items():
             assert torch.equal(loaded[f"adapter.{name}"], t), name
         run_ranks(train, world, rest)
+        # The limits of the grid in float32, with their derivation: ``LIMITS`` in tests/parity/case.
         for key, allowed in (("loss", 1e-6), ("grad_norm", 1e-5)):
             ours = records(tmp_path / f"rest{i}", key)
             assert ours == pytest.approx(records(tmp_path / "whole", key)[2:], rel=allowed)
@@ -129,7 +142,10 @@ def test_08_a_missing_or_cut_tensor_is_an_error(everything, chats, tmp_path) -> 
     run_ranks(train, 1, config)
     path = tmp_path / "run/step_000001/training_state/optimizer.safetensors"
     whole = load_file(path)
-    name = next(n for n in whole if n.startswith("exp_avg.") and ".experts.5.down_proj.lora_A" in n)
+    # A first moment of one expert: adapter_model.safetensors does not have it, so nothing but the
+    # optimizer's file could bring it back.
+    of_expert_5 = [name for name in whole if ".experts.5.down_proj.lora_A" in name]
+    [name] = [name for name in of_expert_5 if name.startswith("exp_avg.")]
     missing = dict(whole)
     del missing[name]
     # down_proj's A is [rank, 80]: half of its columns, as a lost shard would leave.
@@ -152,10 +168,10 @@ def losses_and_aux_settings(config: RunConfig) -> tuple[list[float], Any]:
             router.moe_z_loss_coeff,
         )
         batches = run.batches.of_step(0)
-        return [
-            run.stepper.train(batches, run.optimizer)[0],
-            run.stepper.evaluate(batches)[0],
-        ], settings
+        # ``train`` computes the loss before its step, so both see the same weights.
+        training, _ = run.stepper.train(batches, run.optimizer)
+        evaluation, *_ = run.stepper.evaluate(batches)
+        return [training, evaluation], settings
 
 
 def test_10_recomputation_routes_the_same_way_and_gives_the_same_bits(
