@@ -1,5 +1,5 @@
-"""Adapters as training leaves them, on small models of every family, and transformers' own model
-with the deltas in its weights."""
+"""Make adapters as training leaves them, on small models of several families, and add their deltas
+to the weights of transformers' own model."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +25,10 @@ from tests.adapters.folders import factors_of
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["gate_proj", "up_proj", "down_proj"]
 LAYER_2_EXPERTS = r"layers\.2\.mlp\.experts\.\d+"
+# Sections ``lora``, all of which megalora trains. Files are narrower: PEFT 0.21 makes one adapter
+# of an expert's gate and up, with one rank and one scale, and reads no pattern for them. So each
+# case that gives experts' projections different settings, or leaves one out, needs padding, zeros
+# or a scale that is folded into B.
 MOE_CASES: dict[str, dict[str, Any]] = {
     "all": {},
     "ranks": {
@@ -46,6 +50,7 @@ MOE_CASES: dict[str, dict[str, Any]] = {
     },
     "layers": {"layers": [0, 2]},
     "layers and ranks": {"layers": "1-2", "rank_pattern": {"gate_proj": 2, "down_proj": 5}},
+    # The other two are written as zeros, in adapted layers alone.
     "gate only": {"target_modules": ["gate_proj"]},
     "up only": {"target_modules": ["up_proj"], "layers": [3]},
     "down only": {"target_modules": ["down_proj"]},
@@ -56,6 +61,7 @@ MOE_CASES: dict[str, dict[str, Any]] = {
     },
     "attention": {"target_modules": ["qkv_proj", "o_proj"]},
     "lm_head": {"target_modules": ["lm_head", "down_proj"], "rank_pattern": {"lm_head": 3}},
+    # PEFT adapts the router's weight as a parameter, whose patterns it looks up under another name.
     "router": {"target_modules": ["gate"]},
     "router among others": {
         "target_modules": ["gate", *ATTENTION, *EXPERTS],
@@ -67,6 +73,7 @@ MOE_CASES: dict[str, dict[str, Any]] = {
         "rank_pattern": {r"layers\.1\.mlp\.gate": 3},
         "alpha_pattern": {r"layers\.3\.mlp\.gate": 5.0},
     },
+    # Settings of one layer: keys of patterns must be expressions that no other layer matches.
     "attention by layer": {
         "target_modules": ATTENTION,
         "rank_pattern": {r"layers\.2\.self_attn\.q_proj": 6},
@@ -93,6 +100,8 @@ DENSE_CASES: dict[str, dict[str, Any]] = {
     "by layer, with lm_head": {"target_modules": [*EXPERTS, "lm_head"], "layers": "1-",
                                "rank_pattern": {r"layers\.2\.mlp\.down_proj": 6}},
 }  # fmt: skip
+# Layer 1 is dense. PEFT turns the names of experts' projections into parameters for the whole
+# model, so that the dense layer's own must be named as parameters too.
 MIXED_CASES: dict[str, dict[str, Any]] = {
     "all": {},
     "expert rank": {"expert_rank": 3},
@@ -104,6 +113,7 @@ MIXED_CASES: dict[str, dict[str, Any]] = {
     "dense down and q": {"rank_pattern": {r"layers\.1\.mlp\.down_proj": 6, "q_proj": 5},
                          "alpha_pattern": {"down_proj": 5.0}},
 }  # fmt: skip
+# The same names three times: routed experts, a shared one in layers 0 and 2, a dense MLP in 1.
 SHARED_CASES: dict[str, dict[str, Any]] = {
     "all": {},
     "shared, routed and dense differ": {"expert_rank": 3,
@@ -114,6 +124,7 @@ SHARED_CASES: dict[str, dict[str, Any]] = {
                                             "layers": [0, 2]},
     "rslora and router": {"target_modules": ["gate", *ATTENTION, *EXPERTS], "use_rslora": True},
 }  # fmt: skip
+# An adapted head must leave the embedding alone, whose weight it shares.
 TIED_CASES: dict[str, dict[str, Any]] = {
     "all": {},
     "lm_head": {"target_modules": ["lm_head", "v_proj"]},
@@ -136,10 +147,11 @@ def _cases() -> Iterator[Any]:
 
 
 CASES = list(_cases())
-"""(base, section lora) of all above."""
+"""(base, section ``lora``) of all above."""
 
 
 def make_bases(folder: Path, moe: Path, dense: Path) -> dict[str, Path]:
+    """The bases of ``BASES``, of which the first two exist already."""
     mixed = make_tiny(folder / "mixed", mlp_only_layers=[1])
     tied = make_tiny(folder / "tied", tie_word_embeddings=True, num_hidden_layers=2)
     shared = make_tiny(
@@ -156,6 +168,8 @@ class Trained:
     shape: ModelShape
     adapted: list[Adapted]
     tensors: dict[str, Tensor]
+    """A [rank, in] and B [out, rank] of every linear as trained, by name: neither padded nor with a
+    scale folded in."""
     folder: Path
 
     def deltas(self) -> Iterator[tuple[Adapted, int | None, Tensor]]:
@@ -171,6 +185,11 @@ def experts_of(a: Adapted) -> Iterable[int | None]:
     return range(a.num_experts) if a.num_experts else [None]
 
 
+def ranks_of(adapted: list[Adapted]) -> list[tuple[Any, ...]]:
+    """What is adapted in every layer, and its rank."""
+    return [(a.projection, a.layer, a.rank) for a in adapted]
+
+
 def train(
     base: Path,
     folder: Path,
@@ -178,6 +197,8 @@ def train(
     layout: FileFormat = "per_expert",
     **options: Any,
 ) -> Trained:
+    """Draw an adapter of what ``options`` of the ``lora`` section select, and write it to
+    ``folder``."""
     shape = model_shape(read_hf_config(base))
     adapted = resolve(LoRAConfig(**options), shape)
     generator = torch.Generator().manual_seed(0)
@@ -204,14 +225,17 @@ def merged_by_hand(trained: Trained, model: Any = None) -> Any:
 
     ``model``: the base, which is changed; None to load it.
     """
+    # Neither PEFT nor merge has a part in this: it is what both are compared with.
     model = load_base(trained.base) if model is None else model
     for a, expert, delta in trained.deltas():
         if expert is None:
             linear = model.get_submodule(a.projection.loaded.format(layer=a.layer))
-            # a new one: a tied embedding stays as it is
+            # A new parameter: a tied embedding stays as it is.
             linear.weight = nn.Parameter(linear.weight + delta)
             continue
         experts = model.get_submodule(f"model.layers.{a.layer}.mlp.experts")
+        # transformers 5 has gate_up_proj [experts, 2 intermediate, hidden] and down_proj [experts,
+        # hidden, intermediate] for all experts of a layer.
         size = trained.shape.expert_intermediate
         rows = {"gate_proj": slice(0, size), "up_proj": slice(size, 2 * size)}
         if a.projection.role == "down_proj":
@@ -224,5 +248,7 @@ def merged_by_hand(trained: Trained, model: Any = None) -> Any:
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
+    """Logits [2, 23, vocabulary] of two fixed sequences of random tokens."""
+    # The tiny models know 512 tokens.
     tokens = torch.randint(512, (2, 23), generator=torch.Generator().manual_seed(7))
     return model(tokens).logits

@@ -1,9 +1,11 @@
+"""Bases for tests of adapters, made once a session."""
+
 from pathlib import Path
 
 import pytest
 from peft.utils import transformers_weight_conversion
 
-from tests.adapters.adapters import make_bases
+from tests.adapters.adapters import EXPERTS, Trained, make_bases, train
 from tests.adapters.merging import make_bases_to_merge_into
 
 
@@ -11,6 +13,7 @@ from tests.adapters.merging import make_bases_to_merge_into
 def bases(
     tiny: Path, tiny_dense: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
+    """Bases that adapters are trained on, by what is special about them."""
     return make_bases(tmp_path_factory.mktemp("bases"), tiny, tiny_dense)
 
 
@@ -20,6 +23,14 @@ def mergeable(
 ) -> dict[str, Path]:
     """Bases that adapters are merged into, by what is special about them."""
     return make_bases_to_merge_into(tmp_path_factory.mktemp("merge"), tiny, tiny_dense)
+
+
+@pytest.fixture
+def stored(bases: dict[str, Path], tmp_path: Path) -> Trained:
+    """An adapter of experts and q_proj, for tests that change its files."""
+    return train(
+        bases["moe"], tmp_path / "adapter", rank=2, alpha=6.0, target_modules=[*EXPERTS, "q_proj"]
+    )
 
 
 @pytest.fixture(autouse=True)

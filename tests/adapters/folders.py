@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megalora.adapters.files import CONFIG, WEIGHTS
+from megalora.adapters.files import CONFIG, WEIGHTS, read_config
 from megalora.lora.spec import tensor_name
-from tests.named_tensors import Change, without_parts
+from tests.named_tensors import Change, assert_same_tensors, without_parts
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -26,6 +26,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def edit_tensors(folder: Path, change: Change) -> None:
+    """Replace the tensors of the adapter file by ``change`` of them."""
     changed = change(load_file(folder / WEIGHTS))
     # safetensors refuses two names of one tensor, and views.
     copies = {name: tensor.clone().contiguous() for name, tensor in changed.items()}
@@ -35,6 +36,12 @@ def edit_tensors(folder: Path, change: Change) -> None:
 def remove_tensors(folder: Path, part: str) -> None:
     """Remove every tensor whose name contains ``part``."""
     edit_tensors(folder, without_parts(part))
+
+
+def assert_same_files(one: Path, other: Path) -> None:
+    """Two adapter folders with the same config, and the same tensors bit for bit."""
+    assert read_config(one) == read_config(other)
+    assert_same_tensors(load_file(one / WEIGHTS), load_file(other / WEIGHTS))
 
 
 def factors_of(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
@@ -47,5 +54,6 @@ def refused(call: Callable[[], Any]) -> str:
     with pytest.raises(ValueError) as caught:
         call()
     message = str(caught.value)
+    # Commands print it behind their own name; a name or a value from a file must not break it.
     assert "\n" not in message
     return message

@@ -1,5 +1,5 @@
-"""Bases as published and as transformers saves them, adapters to merge into them, and the weights
-of merged folders."""
+"""Make bases as published and as transformers saves them and adapters to merge into them, and read
+the weights of merged folders."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megalora.adapters.merge import merge
 from megalora.adapters.write.engines import FileFormat
 from megalora.adapters.write.form import write_adapter
 from megalora.config import LoRAConfig
@@ -25,6 +27,7 @@ from tests.adapters.folders import factors_of
 from tests.parity.built import random_factors
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Every linear with a rank or an alpha of its own, so that settings of one for another show.
 MOE_ALL = LoRAConfig(
     rank=4, alpha=12.0, target_modules=[*LINEAR, "gate", "lm_head"],
     rank_pattern={"q_proj": 3, "v_proj": 5, "up_proj": 2, "down_proj": 6, "gate": 7, "lm_head": 9},
@@ -36,6 +39,8 @@ DENSE_ALL = LoRAConfig(
     target_modules=[*LINEAR, "lm_head"],
     rank_pattern={"up_proj": 2, "lm_head": 9},
 )
+# How a base's experts are stored decides how merge finds a weight: as published, a tensor for each
+# expert, or "packed", as transformers 5 holds them in memory.
 CASES = {
     "everything": ("moe", MOE_ALL),
     "everything, packed": ("moe packed", MOE_ALL),
@@ -81,6 +86,7 @@ def rewrite(folder: Path, change: Any) -> None:
 
 
 def copied(base: Path, folder: Path, change: Any = None) -> Path:
+    """A copy of the base, whose shards' tensors went through ``change``."""
     shutil.copytree(base, folder)
     if change is not None:
         rewrite(folder, change)
@@ -115,6 +121,7 @@ def train(
 ) -> Trained:
     """Random factors; every delta has a spread of about 0.2 * size of its weight's."""
     adapted, factors = random_factors(lora, base)
+    # B alone, because a delta is B A.
     for name, factor in factors.items():
         if ".lora_B." in name:
             factors[name] = size * factor
@@ -141,12 +148,13 @@ def make_bases_to_merge_into(folder: Path, moe: Path, dense: Path) -> dict[str, 
     )
     made["tied in one file"] = resaved(tied, folder / "tied in one file")
     for name in ("moe", "mixed", "shared"):
-        # transformers stacks experts unless it is told to keep the published names.
+        # save_pretrained writes the published names unless it is told not to. Several shards: a
+        # layer's tensors may lie in two of them.
         packed = resaved(
             made[name], folder / f"{name} packed", save_original_format=False, max_shard_size="1MB"
         )
         names = " ".join(read(packed))
-        assert "mlp.experts.gate_up_proj" in names, "packed it is not"
+        assert "mlp.experts.gate_up_proj" in names
         made[f"{name} packed"] = packed
     return made
 
@@ -163,3 +171,12 @@ def weight_of(tensors: dict[str, Tensor], module: str, tied: bool = False) -> Te
         return tensors[f"{experts}.down_proj"][int(number)]
     gate, up = tensors[f"{experts}.gate_up_proj"][int(number)].chunk(2)
     return {"gate_proj": gate, "up_proj": up}[name]
+
+
+def refusal(adapter: Path, base: Path | str, out: Path) -> str:
+    """What merge says, having left no trace beside ``out``."""
+    before = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
+    with pytest.raises(ValueError) as caught:
+        merge(adapter, str(base), out)
+    assert before is None or sorted(out.parent.iterdir()) == before
+    return str(caught.value)

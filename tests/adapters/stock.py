@@ -1,5 +1,5 @@
-"""Adapters that stock PEFT makes, and logits of what megalora reads of them, on bases that are
-loaded once."""
+"""Make adapters with stock PEFT, and compare logits of what megalora reads of them with PEFT's own,
+on bases that are loaded once."""
 
 import copy
 from functools import cache
@@ -15,6 +15,7 @@ from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
 from tests.adapters.adapters import Trained, load_base, logits, merged_by_hand
+from tests.named_tensors import cast
 
 ATOL = 1e-5
 """Logits reach 3; their float32 rounding over four layers 5e-6. An adapter of these tests moves
@@ -38,6 +39,7 @@ def new_adapter(base: Path, seed: int = 1, **options: Any) -> Any:
 
 def untrained_adapter(base: Path, **options: Any) -> Any:
     """Stock PEFT's model as training starts with it."""
+    # alpha is not r, so that a scale of 1 in place of alpha / r is seen.
     config = LoraConfig(**{"r": 4, "lora_alpha": 12, "task_type": "CAUSAL_LM", **options})
     return get_peft_model(base_model(base), config).eval()
 
@@ -47,6 +49,7 @@ def randomized(model: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            # B A starts as zero, in most of PEFT's starts because B does, in MiCA because A does.
             if ".lora_B" in name or (".lora_A" in name and not parameter.any()):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
@@ -61,7 +64,8 @@ def read_logits(folder: Path, base: Path, order: Any = None) -> tuple[Adapter, T
     """What megalora reads of the folder, and logits of the base with its A, B and scales added to
     the weights."""
     read = read_adapter(folder, shape_of(base), order, base)
-    wide = {name: tensor.float() for name, tensor in read.tensors.items()}
+    # B A of factors in half precision is computed in float32, as PEFT does after loading them.
+    wide = cast(torch.float32)(read.tensors)
     trained = Trained(base, shape_of(base), read.adapted, wide, folder)
     return read, logits(merged_by_hand(trained, base_model(base)))
 
@@ -70,5 +74,6 @@ def check_equal(folder: Path, base: Path, expected: Tensor) -> Adapter:
     """The folder means to megalora what ``expected`` says, and that is not the base."""
     read, found = read_logits(folder, base)
     torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
+    # An adapter without effect would prove nothing.
     assert (expected - logits(_loaded(base))).abs().max() > 0.1
     return read

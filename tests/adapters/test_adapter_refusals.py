@@ -1,5 +1,5 @@
-"""Adapter folders that are refused: what contradicts itself, what PEFT would not honour, and what
-another base is needed for."""
+"""Refuse adapter folders that contradict themselves, that PEFT would not honour, or that belong to
+another base."""
 
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ def test_experts_that_are_not_there_are_zeros_and_named(
 
 def test_a_missing_tensor_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     trained = train(bases["moe"], tmp_path / "adapter", rank=2)
+    # An expert without both factors counts as zeros; with one of them, something was lost.
     remove_tensors(trained.folder, "experts.3.up_proj.lora_B")
     assert (
         refusal(trained.folder, trained.base)
@@ -104,6 +105,7 @@ def test_a_missing_tensor_is_refused(bases: dict[str, Path], tmp_path: Path) -> 
 
 def test_a_tensor_without_target_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
+    # PEFT computes without tensors that it has no module for, and does not say so.
     head = {tensor_name("lm_head", "A"): torch.ones(2, 96)}
     edit_tensors(trained.folder, lambda tensors: tensors | head)
     assert (
@@ -197,9 +199,9 @@ def test_a_rank_the_config_does_not_say_is_refused(bases: dict[str, Path], tmp_p
     edit_config(trained.folder, r=4)
     assert refusal(trained.folder, trained.base) == (
         f"{trained.folder}/adapter_model.safetensors:"
-        " base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight has rank 2, but"
+        " base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight has rank 2, but"
         " adapter_config.json says 4 (scales follow from it)"
-    ).replace("k_proj", "q_proj")
+    )
 
 
 def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
             "lora_embedding_A is no LoRA factor of a",
         ),
         (
-            # Tinker's spelling: all experts of a layer in one tensor; its B is missing.
+            # Tinker's spelling: all experts of a layer in one tensor of 3 dimensions.
             {"base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight": torch.ones(8, 2, 96)},
             "w1.lora_A.weight has no partner",
         ),
@@ -245,6 +247,7 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
             },
             "a factor is a matrix in F64",
         ),
+        # One such number would make every logit NaN.
         (
             {
                 "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full(
@@ -263,6 +266,7 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
             {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(2, 96)},
             "model.layers.9.self_attn.q_proj is not a linear",
         ),
+        # Stacked experts: 8 experts of rank 2 at an intermediate size of 80, A without B.
         (
             {"base_model.model.model.layers.1.mlp.experts.lora_A.weight": torch.ones(16, 80)},
             "has no partner (lora_A and lora_B)",
@@ -279,7 +283,7 @@ def test_tensors_refused(
 
 def test_an_empty_file_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     trained = train(bases["moe"], tmp_path / "adapter", rank=2, target_modules=["q_proj"])
-    # Every tensor of the file.
+    # Every tensor of the file. PEFT would warn of missing keys and compute the base.
     remove_tensors(trained.folder, "lora")
     assert (
         refusal(trained.folder, trained.base)

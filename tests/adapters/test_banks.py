@@ -1,5 +1,5 @@
-"""Experts as stacks other than PEFT write them: 3-D tensors and fused gates read to the very
-deltas, or named."""
+"""Read experts as stacks other than PEFT write them: 3-D tensors and fused gate and up give the
+very deltas, and what fits no reading is refused by name."""
 
 import json
 from collections.abc import Iterator
@@ -29,10 +29,11 @@ RANK = 3
 LAYER = 1
 MLP = f"base_model.model.model.layers.{LAYER}.mlp"
 W = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+"""Projection -> Tinker's and vLLM's name of it."""
 
 
 class Factors:
-    """Labelled factors of one layer's experts."""
+    """Known factors of one layer's experts."""
 
     def __init__(self, shape: ModelShape, shared: bool = False) -> None:
         """``shared``: experts share A of gate and up and B of down, as Tinker trains them and
@@ -41,27 +42,34 @@ class Factors:
         h = shape.hidden
         i = shape.expert_intermediate
         generator = torch.Generator().manual_seed(3)
-        draw = lambda *sizes: 0.1 * torch.randn(*sizes, generator=generator)  # noqa: E731
+
+        def draw(*sizes: int) -> Tensor:
+            return 0.1 * torch.randn(*sizes, generator=generator)
+
         # Shared is what touches the hidden state: A of gate and up, B of down.
-        a, b = (1, e) if shared else (e, e)
+        outer = 1 if shared else e
         self.of: dict[str, tuple[Tensor, Tensor]] = {
-            "gate_proj": (draw(a, RANK, h), draw(b, i, RANK)),
-            "up_proj": (draw(a, RANK, h), draw(b, i, RANK)),
-            "down_proj": (draw(b, RANK, i), draw(a, h, RANK)),
+            "gate_proj": (draw(outer, RANK, h), draw(e, i, RANK)),
+            "up_proj": (draw(outer, RANK, h), draw(e, i, RANK)),
+            "down_proj": (draw(e, RANK, i), draw(outer, h, RANK)),
         }
 
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
         """HF module -> change of its weight, one expert at a time."""
         for name, (a, b) in self.of.items():
             for expert in range(max(len(a), len(b))):
-                # A shared factor has length 1: every expert's index modulo 1 is 0.
+                # A shared factor has length 1: every expert's index modulo 1 is 0. The scale is
+                # alpha / r = 2 throughout.
                 delta = 2.0 * b[expert % len(b)] @ a[expert % len(a)]
                 yield f"model.layers.{LAYER}.mlp.experts.{expert}.{name}", delta
 
 
 def write(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    """Write an adapter folder of rank 3 and alpha 6, but for what ``config`` says otherwise."""
     folder.mkdir(exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    # safetensors refuses views, such as transposed tensors.
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / WEIGHTS)
     written = {
         "peft_type": "LORA",
         "r": RANK,
@@ -73,6 +81,7 @@ def write(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
 
 
 def check(folder: Path, base: Path, factors: Factors) -> None:
+    """What is read of the folder has the deltas of ``factors``, and no others."""
     read = read_adapter(folder, shape_of(base))
     expected = dict(factors.deltas())
     found = Trained(base, shape_of(base), read.adapted, read.tensors, folder)
@@ -94,13 +103,15 @@ def in_3d(pairs: dict[str, tuple[Tensor, Tensor]], transposed: bool) -> dict[str
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["per expert", "shared outer"])
-@pytest.mark.parametrize("names", [W, {name: name for name in W}], ids=["Tinker", "SGLang"])
+@pytest.mark.parametrize("names", [W, dict(zip(W, W, strict=True))], ids=["Tinker", "SGLang"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["out first", "in first"])
 def test_3d_tensors(
     bases: dict[str, Path], tmp_path: Path, shared: bool, names: dict[str, str], transposed: bool
 ) -> None:
     factors = Factors(shape_of(bases["moe"]), shared)
-    pairs = {names[name]: pair for name, pair in factors.of.items()}
+    pairs = {}
+    for name, pair in factors.of.items():
+        pairs[names[name]] = pair
     tensors = in_3d(pairs, transposed)
     # However PEFT's config spells what is adapted.
     check(write(tmp_path / "a", tensors), bases["moe"], factors)
@@ -131,9 +142,12 @@ def test_what_export_writes_for_sglang_is_read_back(bases: dict[str, Path], tmp_
         layout="shared_outer",
         base=str(bases["moe"]),
     )
-    written = load_file(tmp_path / "out" / WEIGHTS)
-    shared = [tensor for tensor in written.values() if tensor.dim() == 3 and len(tensor) == 1]
-    assert shared
+    # Three of a layer's six tensors are shared: A of gate and up, B of down.
+    num_shared = 0
+    for tensor in load_file(tmp_path / "out" / WEIGHTS).values():
+        assert tensor.dim() == 3
+        num_shared += len(tensor) == 1
+    assert num_shared == 3 * shape.num_layers
     again = read_adapter(tmp_path / "out", shape)
     assert_same_tensors(again.tensors, factors)
 
@@ -174,10 +188,10 @@ def test_a_3d_tensor_of_gate_and_up(
 def test_gate_and_up_of_each_expert_in_one(bases: dict[str, Path], tmp_path: Path) -> None:
     """They share an A; B's rows are gate's, then up's."""
     factors = Factors(shape_of(bases["moe"]))
-    factors.of["up_proj"] = (factors.of["gate_proj"][0], factors.of["up_proj"][1])
-    tensors: dict[str, Tensor] = {}
     gate_a, gate_b = factors.of["gate_proj"]
     _, up_b = factors.of["up_proj"]
+    factors.of["up_proj"] = (gate_a, up_b)
+    tensors: dict[str, Tensor] = {}
     for e in range(len(gate_a)):
         stem = f"{MLP}.experts.{e}"
         tensors[f"{stem}.gate_up_proj.lora_A.weight"] = gate_a[e]
@@ -194,6 +208,7 @@ def test_gate_and_up_of_each_expert_in_one(bases: dict[str, Path], tmp_path: Pat
 def test_gate_and_up_of_a_dense_mlp_in_one(bases: dict[str, Path], tmp_path: Path) -> None:
     shape = shape_of(bases["dense"])
     a = 0.1 * torch.randn(RANK, shape.hidden)
+    # gate's rows, then up's.
     b = 0.1 * torch.randn(2 * shape.intermediate, RANK)
     stem = "base_model.model.model.layers.2.mlp.gate_up_proj"
     folder = write(
@@ -217,10 +232,11 @@ def test_tinker_s_head(bases: dict[str, Path], tmp_path: Path) -> None:
     write(tmp_path, {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b})
     read = read_adapter(tmp_path, shape)
     assert [adapted.name for adapted in read.adapted] == ["lm_head"]
+    # The same factors under the names of PEFT, which computes what is expected.
     written = train(
         bases["moe"], tmp_path / "peft", rank=RANK, alpha=6.0, target_modules=["lm_head"]
     )
-    save_file({name: read.tensors[name] for name in written.tensors}, written.folder / WEIGHTS)
+    save_file(read.tensors, written.folder / WEIGHTS)
     check_equal(tmp_path, bases["moe"], loaded_by_peft(written.folder, bases["moe"]))
 
 
@@ -228,7 +244,9 @@ def test_tinker_s_head(bases: dict[str, Path], tmp_path: Path) -> None:
 E = 8
 H = 96
 I = 80
+# Shapes by name below ``model.layers.1.mlp``, and what the refusal says.
 REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
+    # Half of the experts: some ranks' files only, or another base.
     "another number of experts": (
         {"experts.w1.lora_A": (4, RANK, H), "experts.w1.lora_B": (4, I, RANK)},
         "for E = 8 experts or 1",
@@ -246,6 +264,7 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         {"experts.w1.lora_A": (E, 2, H), "experts.w1.lora_B": (E, I, 2)},
         "has rank 2, but adapter_",
     ),
+    # All experts' rows above each other, in an order that nothing says.
     "2-D under a 3-D name": (
         {"experts.w1.lora_A": (RANK, H), "experts.w1.lora_B": (I, RANK)},
         "of this name is 3-D .* Write an A and",
@@ -254,10 +273,12 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         {"experts.lora_A": (E, RANK, I), "experts.lora_B": (E, H, RANK)},
         "a factor is a matrix in",
     ),
+    # vLLM's fused parameter, which has no adapter of its own.
     "unknown to anyone": (
         {"experts.w13.lora_A": (E, RANK, H), "experts.w13.lora_B": (E, I, RANK)},
         "a factor is a matrix in",
     ),
+    # q, k and v one after the other, or interleaved by query group as in Megatron.
     "query, key and value in one": (
         {"../self_attn.qkv_proj.lora_A": (RANK, H), "../self_attn.qkv_proj.lora_B": (320, RANK)},
         "qkv_proj is another stack's name for q_proj, k_proj, v_proj, and the order of its rows",
@@ -266,6 +287,7 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         {"linear_fc1.lora_A": (RANK, H), "linear_fc1.lora_B": (160, RANK)},
         "linear_fc1 is another stack's name for gate_proj, up_proj",
     ),
+    # A fused A is gate's and up's A at once, and up has another.
     "fused and apart": (
         {
             "experts.0.gate_up_proj.lora_A": (RANK, H),
@@ -274,6 +296,7 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         },
         "two tensors are lora_A of model.layers.1.mlp.experts.0.up_proj",
     ),
+    # An odd number of rows has no two halves; gate would get one more than it has.
     "fused, of another size": (
         {
             "experts.0.gate_up_proj.lora_A": (RANK, H),
@@ -298,11 +321,11 @@ def test_what_no_reading_fits_is_refused(bases: dict[str, Path], tmp_path: Path,
 
 
 def test_a_server_takes_no_3d_tensors(tmp_path: Path) -> None:
-    sizes = {
-        f"{MLP}.experts.w1.lora_A.weight": (1, RANK, H),
-        f"{MLP}.experts.w1.lora_B.weight": (E, I, RANK),
+    tensors = {
+        f"{MLP}.experts.w1.lora_A.weight": torch.ones(1, RANK, H),
+        f"{MLP}.experts.w1.lora_B.weight": torch.ones(E, I, RANK),
     }
-    write(tmp_path, {name: torch.ones(size) for name, size in sizes.items()})
+    write(tmp_path, tensors)
     with pytest.raises(
         AdapterInvalid,
         match="one tensor for all experts; vLLM takes one A and B per expert .* megalora export",

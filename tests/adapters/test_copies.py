@@ -1,8 +1,9 @@
-"""What PEFT saves of the base: passed over where it is the base's, refused where it is not, named
-where nobody can tell."""
+"""Compare weights that PEFT saves beside an adapter with the base's: pass over copies, refuse what
+was trained, and name what cannot be compared."""
 
 import itertools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ Q_COPY = f"{PREFIX}model.layers.1.self_attn.q_proj.base_layer.weight"
 
 
 def edit(folder: Path, **tensors: Tensor | None) -> None:
+    """Set tensors of the adapter file; None removes one."""
     held = load_file(folder / WEIGHTS)
     for name, tensor in tensors.items():
         if tensor is None:
@@ -48,6 +50,7 @@ def edit(folder: Path, **tensors: Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("targets", "save", "copies"),
     [
+        # PEFT saves the layer below an adapter of the head by itself, under its wrapper's name.
         (["q_proj", "lm_head"], {}, [HEAD_COPY]),
         (["q_proj"], {"save_embedding_layers": True}, [HEAD, EMBEDDING]),
     ],
@@ -66,9 +69,9 @@ def test_copies_are_passed_over_and_named(
     assert set(copies_in(AdapterWeights(tmp_path), shape_of(bases[base]))) == set(copies)
     (note,) = check_equal(tmp_path, bases[base], logits(model)).notes
     head, _, named = note.partition(": ")
-    assert head == "passed over, as it equals the base's" and sorted(named.split(", ")) == sorted(
-        copies
-    )
+    assert head == "passed over, as it equals the base's"
+    # Names come in the file's order.
+    assert sorted(named.split(", ")) == sorted(copies)
 
 
 def test_a_copy_of_any_linear(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -97,24 +100,38 @@ def saved(bases: dict[str, Path], tmp_path: Path) -> Path:
     """An adapter of q_proj and lm_head with the embedding beside it."""
     folder = tmp_path / "adapter"
     new_adapter(bases["moe"], target_modules=["q_proj", "lm_head"]).save_pretrained(folder)
-    edit(folder, **{EMBEDDING: base_model(bases["moe"]).model.embed_tokens.weight.detach().clone()})
+    embedding = base_model(bases["moe"]).model.embed_tokens.weight.detach()
+    edit(folder, **{EMBEDDING: embedding.clone()})
     return folder
 
 
-CHANGES = {
-    "one number": lambda w: torch.where(torch.arange(w.numel()).view_as(w) == 777, w + 1e-3, w),
+def with_number(w: Tensor, place: int, number: float) -> Tensor:
+    """``w`` with one of its numbers, counted row by row, raised by ``number``."""
+    flat = w.flatten()
+    flat[place] += number
+    return flat.view_as(w)
+
+
+# Changes of the embedding [512, 96].
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    # In row 8, which a comparison of samples would miss.
+    "one number": lambda w: with_number(w, 777, 1e-3),
+    # As of a token that was added last.
     "the last row": lambda w: torch.cat([w[:-1], w[-1:] + 0.01]),
+    # The same numbers, so that sums and norms agree.
     "rows exchanged": lambda w: w.flip(0),
     "zeros": torch.zeros_like,
-    "NaN": lambda w: torch.where(torch.arange(w.numel()).view_as(w) == 5, torch.nan, w),
-}  # fmt: skip
+    # A difference that is NaN is larger than nothing.
+    "NaN": lambda w: with_number(w, 5, torch.nan),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_trained_embedding_is_refused_by_every_command(
     bases: dict[str, Path], tmp_path: Path, saved: Path, change: str
 ) -> None:
-    edit(saved, **{EMBEDDING: CHANGES[change](load_file(saved / WEIGHTS)[EMBEDDING])})
+    embedding = load_file(saved / WEIGHTS)[EMBEDDING]
+    edit(saved, **{EMBEDDING: CHANGES[change](embedding)})
     base = str(bases["moe"])
     out = tmp_path / "out"
     message = f"{EMBEDDING} differs from model.embed_tokens.weight of "
@@ -131,9 +148,9 @@ def test_a_trained_embedding_is_refused_by_every_command(
 def test_a_resized_vocabulary_is_refused_without_the_base_too(
     bases: dict[str, Path], saved: Path, tmp_path: Path
 ) -> None:
-    edit(
-        saved, **{EMBEDDING: torch.cat([load_file(saved / WEIGHTS)[EMBEDDING], torch.ones(8, 96)])}
-    )
+    embedding = load_file(saved / WEIGHTS)[EMBEDDING]
+    # Eight more tokens: config.json alone says that the base has 512.
+    edit(saved, **{EMBEDDING: torch.cat([embedding, torch.ones(8, 96)])})
     message = (
         r"embed_tokens.weight is \(520, 96\), and the base's weight \(512, 96\): the vocabulary was"
         r" resized, or the adapter"
@@ -143,6 +160,7 @@ def test_a_resized_vocabulary_is_refused_without_the_base_too(
 
 
 def without_weights(base: Path, tmp_path: Path) -> Path:
+    """The base's config alone, as on a machine that has not downloaded its weights."""
     folder = tmp_path / "config only"
     folder.mkdir()
     shutil.copy(base / "config.json", folder)
@@ -163,6 +181,7 @@ def test_what_cannot_be_compared_is_named(
     assert set(note.replace(";", ",").split(", ")) == set(expected.replace(";", ",").split(", "))
     text = export(saved, tmp_path / "b", base=str(base)).text()
     assert f"not at hand: {HEAD_COPY}" in text or f"not at hand: {EMBEDDING}" in text
+    # A merge needs the weights, and so compares.
     text = merge(saved, str(bases["moe"]), tmp_path / "c").text()
     assert "passed over, as it equals the base's: " in text
 
@@ -189,6 +208,7 @@ def test_a_copy_in_the_dtype_that_the_base_was_loaded_in(
     (tmp_path / "adapter_config.json").write_text("{}")
     _, (place,) = read_header(tmp_path / "model.safetensors")
     for change, equal in ((0, True), (1, False)):
+        # Adding 1 to a float's bits makes the next larger number.
         bits = copy.clone().view(torch.int32 if saved_as == torch.float32 else torch.int16)
         bits[123, 3] += change
         save_file({"x": bits.view(saved_as)}, tmp_path / WEIGHTS)
@@ -198,15 +218,16 @@ def test_a_copy_in_the_dtype_that_the_base_was_loaded_in(
 
 def test_rounding_is_torch_s() -> None:
     """Ties, the largest numbers and the smallest included."""
-    bits = torch.randint(
-        -(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0)
-    ).to(torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    # Random bits rather than random numbers: every exponent is as likely.
+    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator).to(torch.int32)
     # Every bfloat16 and half a step: exactly between two numbers.
     ties = (torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16) + 0x8000
     values = torch.cat([bits, ties]).view(torch.float32)
     values = values[values.isfinite()]
     for dtype, name in ((torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float32, "F32")):
         np.testing.assert_array_equal(ROUND[name](values.numpy()), values.to(dtype).float().numpy())
+    # NumPy has no bfloat16: it is read as the upper half of a float32.
     half = values.to(torch.bfloat16)
     np.testing.assert_array_equal(
         as_floats(half.view(torch.uint16).numpy(), "BF16"), half.float().numpy()
@@ -218,7 +239,10 @@ def test_a_server_s_check(bases: dict[str, Path], saved: Path, tmp_path: Path) -
     edit(saved, **{EMBEDDING: None})
     # A copy that equals the base's changes nothing that the server would compute.
     needs = check_adapter(saved, Limits(base=bases["moe"]))
-    assert needs.target_modules == {"qkv_proj", "lm_head"} and needs == check_adapter(saved)
+    # vLLM's name of the fused q, k and v.
+    assert needs.target_modules == {"qkv_proj", "lm_head"}
+    # Nor does it change what is found without a base to compare with.
+    assert needs == check_adapter(saved)
     copied = load_file(saved / WEIGHTS)[HEAD_COPY]
     edit(saved, **{HEAD_COPY: copied * 1.5})
     with pytest.raises(AdapterInvalid, match=f"{HEAD_COPY} differs from lm_head.weight"):
@@ -237,6 +261,7 @@ def test_a_head_is_compared_with_the_embedding_it_is_tied_to(tmp_path: Path) -> 
     model = new_adapter(base, target_modules=["lm_head"])
     model.save_pretrained(tmp_path / "adapter")
     check_equal(tmp_path / "adapter", base, logits(model))
+    # A copy that would pass if nothing were found to compare it with.
     edit(tmp_path / "adapter", **{HEAD_COPY: torch.ones(512, 96)})
     assert f"{HEAD_COPY} differs from model.embed_tokens.weight" in refusal(
         tmp_path / "adapter", base

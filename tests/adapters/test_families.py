@@ -1,4 +1,4 @@
-"""Adapters of every registered family: stock PEFT, the reader and merge compute what was
+"""Write adapters of every registered family: stock PEFT, our reader and merge compute what was
 trained."""
 
 from dataclasses import replace
@@ -35,7 +35,7 @@ def options_of(base: Path) -> dict[str, Any]:
     for layer in range(shape.num_layers):
         for projection in layer_projections(shape, layer):
             names.add(projection.name)
-            # Families name their gates differently, w1 among them.
+            # By role, because Mixtral calls it w1.
             if projection.role == "gate_proj":
                 ranks[projection.name] = 2
     names -= FAMILIES[shape.model_type].peft.not_honoured.keys()
@@ -52,6 +52,7 @@ def test_what_was_trained_is_what_others_compute(arch: str, layout: Layout, tmp_
         return
     trained = train(base, tmp_path / "adapter", layout=layout, **options_of(base))
     expected = logits(merged_by_hand(trained))
+    # ATOL, by which what is compared below may differ, is 1e-5.
     moved = (expected - logits(load_base(base))).abs().max()
     assert moved > 0.5
 
@@ -67,6 +68,7 @@ def test_what_was_trained_is_what_others_compute(arch: str, layout: Layout, tmp_
 
 
 def test_a_router_that_stock_peft_cannot_wrap_is_refused_by_name(tmp_path: Path) -> None:
+    # transformers reads the router's bias through the module, which PEFT's wrapper does not have.
     base = make_tiny(tmp_path / "base", arch="glm4_moe", num_hidden_layers=2)
     trained = train(base, tmp_path / "adapter", target_modules=["gate", "q_proj"])
     way_out = "adapter of gate.* fails at the first forward pass. Export with --drop gate"

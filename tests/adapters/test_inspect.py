@@ -1,4 +1,4 @@
-"""What ``megalora inspect`` says about adapters whose every number is known."""
+"""Describe adapters whose every number is known, as ``megalora inspect`` does."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalora.adapters.inspect import describe
+from tests.named_tensors import cast
 
 HEADER = "projection    rank        out x in  layers  experts    parameters  mean |A|  mean |B|"
 
@@ -19,6 +20,7 @@ def factors(
 ) -> dict[str, Tensor]:
     """A and B with all elements equal and the given Frobenius norms."""
     stem = f"base_model.model.{module}.lora_"
+    # n equal elements x have the norm x sqrt(n).
     return {
         f"{stem}A.weight": torch.full((rank, into), norm_a / (rank * into) ** 0.5),
         f"{stem}B.weight": torch.full((out, rank), norm_b / (out * rank) ** 0.5),
@@ -26,6 +28,7 @@ def factors(
 
 
 def described(folder: Path, tensors: dict[str, Tensor], **options: Any) -> list[str]:
+    """The lines about an adapter of these tensors, whose config ``options`` change."""
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "base_model_name_or_path": "Qwen/Tiny"}
     config |= options
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -35,20 +38,24 @@ def described(folder: Path, tensors: dict[str, Tensor], **options: Any) -> list[
 
 def test_table(tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = {}
+    # The mean of three norms is 3, and no norm is 3 itself. Layer 11 comes before 2 as text.
     for layer, norm in ((0, 1.0), (2, 2.0), (11, 6.0)):
         tensors |= factors(f"model.layers.{layer}.self_attn.q_proj", 4, 192, 96, norm, norm / 2)
         for expert in (0, 7):
             tensors |= factors(
                 f"model.layers.{layer}.mlp.experts.{expert}.down_proj", 3, 96, 80, 0.5, 0.25
             )
+    # A dense layer's down_proj has a row of its own, apart from that of experts.
     tensors |= factors("model.layers.5.mlp.down_proj", 8, 96, 1440, 7.0, 8.0)
     tensors |= factors("model.layers.5.mlp.gate", 2, 8, 96, 1.5, 2.5)
     tensors |= factors("lm_head", 4, 512, 96, 1.25, 3.0)
+    # rank * (out + in) of each, in three layers, and in three layers for two experts.
     q = 3 * 4 * (192 + 96)
-    experts = 6 * 3 * (96 + 80)
+    experts = 3 * 2 * 3 * (96 + 80)
     dense = 8 * (96 + 1440)
     total = q + experts + dense + 2 * (8 + 96) + 4 * (512 + 96)
     head, *lines = described(tmp_path, tensors)
+    # float32 has 4 bytes.
     assert (
         head == f"{tmp_path}: LoRA for Qwen/Tiny, r=4, alpha=12, {total:,} parameters,"
         f" {4 * total / 1e6:.1f} MB"
@@ -64,6 +71,7 @@ def test_table(tmp_path: Path) -> None:
 
 def test_several_ranks_are_all_shown(tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = {}
+    # (8 + 2 + 8 + 5) * (96 + 192) = 6,624 parameters.
     for layer, rank in enumerate((8, 2, 8, 5)):
         tensors |= factors(f"model.layers.{layer}.self_attn.o_proj", rank, 96, 192, 1.0, 1.0)
     assert described(tmp_path, tensors)[2:] == [
@@ -73,21 +81,23 @@ def test_several_ranks_are_all_shown(tmp_path: Path) -> None:
 
 def test_size_is_counted_in_the_dtype_of_the_file(tmp_path: Path) -> None:
     tensors = factors("model.layers.0.self_attn.k_proj", 500, 900, 1100, 2, 1)
+    head, _, line = described(tmp_path, cast(torch.bfloat16)(tensors))
     # 500 * (900 + 1100) numbers of 2 bytes.
-    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
-    head, _, line = described(tmp_path, tensors)
     assert head.endswith("1,000,000 parameters, 2.0 MB")
-    # bfloat16 rounds
-    assert [float(norm) for norm in line.split()[-2:]] == pytest.approx([2, 1], rel=2**-8)
+    # All elements are equal, and so are their rounding errors: up to 2^-8 of each.
+    norm_a, norm_b = map(float, line.split()[-2:])
+    assert norm_a == pytest.approx(2, rel=2**-8)
+    assert norm_b == pytest.approx(1, rel=2**-8)
 
 
 def test_zero_b(tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = {}
-    for layer in range(5):
-        tensors |= factors(
-            f"model.layers.{layer}.self_attn.v_proj", 4, 64, 96, 0 if layer == 1 else 1, layer // 3
-        )
+    # Norms of A and B in five layers. An A of zeros is no reason to warn: MiCA starts with it.
+    for layer, (norm_a, norm_b) in enumerate([(1, 0), (0, 0), (1, 0), (1, 1), (1, 1)]):
+        module = f"model.layers.{layer}.self_attn.v_proj"
+        tensors |= factors(module, 4, 64, 96, norm_a, norm_b)
     *_, line, warning = described(tmp_path, tensors)
+    # Means over the five layers.
     assert line.split()[-2:] == ["0.800", "0.400"]
     assert warning == "B is zero in 3 tensors: these adapters do nothing"
 
@@ -96,6 +106,7 @@ def test_nan_and_infinity(tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for layer in range(3):
         tensors |= factors(f"model.layers.{layer}.self_attn.v_proj", 4, 64, 96, 1.0, 1.0)
+    # One number of a tensor is enough: it reaches every logit.
     stem = "base_model.model.model.layers.{}.self_attn.v_proj.lora_{}.weight"
     tensors[stem.format(1, "A")][2, 3] = float("nan")
     tensors[stem.format(2, "B")][0, 0] = float("-inf")
@@ -111,7 +122,8 @@ def test_what_is_no_lora_factor(tmp_path: Path) -> None:
     }
     head, _, line, *warnings = described(tmp_path, tensors)
     assert line.startswith("v_proj")
-    assert head.endswith(f" {4 * (64 + 96)} parameters, 0.0 MB"), "what is no factor is not counted"
+    # v_proj alone is counted.
+    assert head.endswith(f" {4 * (64 + 96)} parameters, 0.0 MB")
     assert sorted(warnings) == [
         (
             "no LoRA factor but the magnitude of DoRA (use_dora), which import, merge and export"
@@ -129,6 +141,7 @@ def test_what_is_no_lora_factor(tmp_path: Path) -> None:
 
 
 def test_a_healthy_adapter_gets_no_warning(tmp_path: Path) -> None:
+    # The adapter, the table's header and its only row.
     assert len(described(tmp_path, factors("lm_head", 4, 512, 96, 1.0, 1.0))) == 3
 
 
@@ -147,6 +160,7 @@ def test_an_option_that_a_server_does_not_follow_is_named(tmp_path: Path) -> Non
 def test_unreadable_weights(tmp_path: Path) -> None:
     described(tmp_path, factors("lm_head", 4, 512, 96, 1.0, 1.0))
     weights = tmp_path / "adapter_model.safetensors"
+    # As a download that broke off: the header is whole, and its last tensor is not.
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(
         ValueError, match=f"^{weights} is not a whole safetensors file .*its tensors end at byte"

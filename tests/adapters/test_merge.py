@@ -1,4 +1,4 @@
-"""A merged folder against two others: transformers with PEFT's adapter beside the base, and float64
+"""Compare a merged folder with transformers and PEFT's adapter beside the base, and with float64
 arithmetic on the files."""
 
 import json
@@ -10,7 +10,6 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from megalora.adapters import merge as merge_module
 from megalora.adapters.files import WEIGHTS
@@ -32,7 +31,7 @@ from tests.adapters.merging import (
     weight_of,
 )
 from tests.adapters.stock import loaded_by_peft, new_adapter
-from tests.named_tensors import assert_same_tensors, cast, renamed
+from tests.named_tensors import assert_same_tensors, cast, only_parts, renamed
 from tests.peft_warnings import IGNORED
 
 pytestmark = IGNORED
@@ -47,9 +46,8 @@ def test_transformers_computes_what_peft_computes_unmerged(
     trained = train(base, tmp_path / "adapter", lora)
     merge(trained.folder, str(base), tmp_path / "out")
     expected = loaded_by_peft(trained.folder, base)
-    assert (expected - logits(load_base(base))).abs().max() > 0.1, (
-        "an adapter without effect proves nothing"
-    )
+    # An adapter without effect would prove nothing.
+    assert (expected - logits(load_base(base))).abs().max() > 0.1
     # float32 through 4 layers errs by some 2^-24 * 100 of the largest logit, which is about 5.
     torch.testing.assert_close(logits(load_base(tmp_path / "out")), expected, rtol=0, atol=2e-5)
 
@@ -64,9 +62,8 @@ def test_an_adapter_with_stacked_experts(
         LoRAConfig(rank=4, alpha=12.0),
         layout="stacked",
     )
-    assert any("experts.lora_A" in key for key in load_file(trained.folder / WEIGHTS)), (
-        "stacked it is not"
-    )
+    # One A for all experts of a layer.
+    assert only_parts("experts.lora_A")(load_file(trained.folder / WEIGHTS))
     merge(trained.folder, str(mergeable[name]), tmp_path / "out")
     expected = logits(
         PeftModel.from_pretrained(load_base(mergeable[name]), str(trained.folder)).eval()
@@ -80,9 +77,9 @@ def test_in_bfloat16_logits_move_by_what_rounding_weights_once_explains(tmp_path
     base = make_tiny(tmp_path / "base", arch="qwen3", dtype="bfloat16")
     trained = train(base, tmp_path / "adapter", DENSE_ALL)
     merge(trained.folder, str(base), tmp_path / "out")
-    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     # Merging keeps the base's dtype.
-    assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
+    for name, tensor in read(tmp_path / "out").items():
+        assert tensor.dtype == torch.bfloat16, name
     expected = loaded_by_peft(trained.folder, base)
     difference = root_mean_square(logits(load_base(tmp_path / "out")) - expected)
     effect = root_mean_square(logits(load_base(base)) - expected)
@@ -114,6 +111,8 @@ def test_an_rslora_adapter_of_stock_peft(
     )
 
 
+# Merge computes a weight in blocks of rows; with 1000 bytes each a weight has many of them, and the
+# last is smaller.
 @pytest.mark.parametrize("block_bytes", [None, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["mixed", "mixed packed", "shared packed", "tied"])
@@ -150,7 +149,8 @@ def test_every_weight_is_the_exact_sum_rounded_once(
         assert (low <= found).all() and (found <= high).all(), module
         equal += (found == (weight + delta).to(dtype)).sum().item()
         total += found.numel()
-    # the margin hides a boundary between two numbers of 8 or 11 bits this seldom
+    # float32's error is at most 2^-12 or 2^-9 of a step of bfloat16 or float16: so seldom is a sum
+    # close enough to the middle between two numbers to be rounded to the other one.
     if dtype != torch.float32:
         assert equal > 0.998 * total
 
@@ -171,6 +171,7 @@ def test_what_is_not_adapted_is_the_base_s_bytes(
         with safe_open(base / shard, "pt") as old, safe_open(tmp_path / "out" / shard, "pt") as new:
             assert new.metadata() == old.metadata() == {"format": "pt"}
             assert new.offset_keys() == old.offset_keys()
+            # Both ways: what is adapted has changed.
             for key in old.keys():  # noqa: SIM118
                 same = torch.equal(old.get_tensor(key), new.get_tensor(key))
                 assert same == (key not in changed), key
@@ -185,6 +186,7 @@ def test_all_that_belongs_to_the_model_is_copied_and_nothing_else(
     mergeable: dict[str, Path], tmp_path: Path
 ) -> None:
     base = copied(mergeable["moe"], tmp_path / "base")
+    # What transformers and vLLM read beside the weights, and what its licence asks to pass on.
     texts = [
         "chat_template.jinja",
         "vocab.json",
@@ -193,6 +195,7 @@ def test_all_that_belongs_to_the_model_is_copied_and_nothing_else(
         "modeling_own.py",
         "LICENSE",
     ]
+    # The unmerged weights in other forms, which a loader might prefer; another adapter; git's.
     strays = [
         "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "consolidated.00.pth",
         "model-q4.gguf",
@@ -216,7 +219,7 @@ def test_all_that_belongs_to_the_model_is_copied_and_nothing_else(
         "tokenizer_config.json",
         INDEX,
     ]
-    assert sorted(p.name for p in out.iterdir()) == sorted([*kept, *shards, "merge_report.json"])
+    assert {path.name for path in out.iterdir()} == {*kept, *shards, "merge_report.json"}
     for name in kept:
         assert (out / name).read_bytes() == (base / name).read_bytes(), name
     # No temporary folder is left beside it.
@@ -224,23 +227,28 @@ def test_all_that_belongs_to_the_model_is_copied_and_nothing_else(
 
 
 def test_a_hub_snapshot_is_links(mergeable: dict[str, Path], tmp_path: Path) -> None:
+    # The Hub's cache has files under their hashes, and a snapshot of links to them.
     base = tmp_path / "snapshot"
     base.mkdir()
     for path in mergeable["dense"].iterdir():
         (base / path.name).symlink_to(path)
     trained = train(base, tmp_path / "adapter", LoRAConfig(rank=2, target_modules=["q_proj"]))
     (tmp_path / "elsewhere").mkdir()
-    # an empty folder, on a larger disk perhaps
+    # An empty folder, on a larger disk perhaps.
     (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
     merge(trained.folder, str(base), tmp_path / "out")
-    assert not any(path.is_symlink() for path in (tmp_path / "elsewhere").iterdir())
+    # Links would break as soon as the folder is copied to another machine.
+    for path in (tmp_path / "elsewhere").iterdir():
+        assert not path.is_symlink(), path
     assert (logits(load_base(tmp_path / "out")) - logits(load_base(base))).abs().max() > 0.01
 
 
 def with_own_head(file: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The shard of the embedding with a copy of it as the head."""
+    """Put a copy of the embedding as the head into the shard that has it."""
     embedding = file.get("model.embed_tokens.weight")
-    return file if embedding is None else file | {"lm_head.weight": embedding.clone()}
+    if embedding is None:
+        return file
+    return file | {"lm_head.weight": embedding.clone()}
 
 
 @pytest.mark.parametrize("own_lm_head", [False, True])
@@ -250,7 +258,8 @@ def test_an_adapted_lm_head_leaves_a_tied_embedding_alone(
 ) -> None:
     base = copied(mergeable[name], tmp_path / "base")
     embedding = "model.embed_tokens.weight"
-    if own_lm_head:  # some published folders hold the shared matrix twice
+    # Some published folders hold the shared matrix twice.
+    if own_lm_head:
         rewrite(base, with_own_head)
     trained = train(base, tmp_path / "adapter", LoRAConfig(rank=3, target_modules=["lm_head"]))
     report = merge(trained.folder, str(base), tmp_path / "out")
@@ -262,6 +271,7 @@ def test_an_adapted_lm_head_leaves_a_tied_embedding_alone(
     ((_, _, expected, _),) = trained.linears()
     torch.testing.assert_close(delta.double(), expected, rtol=0, atol=1e-6)
     assert_same_tensors(after, before)
+    # Still tied, transformers would load the embedding for both and drop the head.
     config = read_hf_config(base)
     assert config["tie_word_embeddings"]
     assert read_hf_config(tmp_path / "out") == config | {"tie_word_embeddings": False}
@@ -278,7 +288,8 @@ def test_an_adapted_lm_head_leaves_a_tied_embedding_alone(
         # 4 bytes of float32 each.
         assert new["metadata"]["total_size"] - old["metadata"]["total_size"] == 4 * number
         assert new["metadata"]["total_parameters"] - old["metadata"]["total_parameters"] == number
-    num_parameters = delta.numel() + sum(t.numel() for t in after.values())
+    # The head was taken out of ``after`` above.
+    num_parameters = delta.numel() + sum(tensor.numel() for tensor in after.values())
     assert report.num_bytes == 4 * num_parameters
     model = load_base(tmp_path / "out")
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()

@@ -1,5 +1,5 @@
-"""How much of a delta survives the cast, against numbers by hand and against float64 arithmetic on
-the files."""
+"""Report how much of each delta survives the cast: compared with numbers by hand, and with float64
+arithmetic on the files."""
 
 import json
 from pathlib import Path
@@ -26,6 +26,7 @@ V_PROJ = "model.layers.{}.self_attn.v_proj"
 
 
 def with_ones_in_v_proj(file: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Set every weight of v_proj to 1."""
     for name, tensor in file.items():
         if "v_proj" in name:
             tensor.fill_(1)
@@ -54,10 +55,12 @@ def test_deltas_whose_fate_is_known(tmp_path: Path) -> None:
     for layer, (module, (survived, error)) in enumerate(zip(report.modules, fate, strict=True)):
         # Frobenius norm of [64, 96] equal elements.
         norm = delta[layer] * (64 * 96) ** 0.5
-        expected = MergedModule(V_PROJ.format(layer), "bfloat16", norm, survived, error)
-        assert module == MergedModule(
-            expected.module, "bfloat16", *map(pytest.approx, (norm, survived, error))
-        )
+        assert (module.module, module.dtype) == (V_PROJ.format(layer), "bfloat16")
+        assert module.delta == pytest.approx(norm)
+        # approx(None) is None: a delta of zero has no share that survives.
+        assert module.survived == pytest.approx(survived)
+        assert module.error == pytest.approx(error)
+    # Mean of what survives: (0 + 1 + 4/3) / 3; of the errors: (1 + 0 + 1/3) / 3.
     size = sum(shard.stat().st_size for shard in base.glob("*.safetensors")) / 1e9
     assert report.text().splitlines() == [
         f"{tmp_path}/adapter merged into {base}: 4 modules, {size:,.3f} GB in {tmp_path}/out",
@@ -83,6 +86,7 @@ def test_deltas_whose_fate_is_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [1.0, 0.01])
 def test_every_row_is_what_the_files_say(tmp_path: Path, dtype: str, size: float) -> None:
     base = make_tiny(tmp_path / "base", num_hidden_layers=1, dtype=dtype)
+    # gate_proj of an expert is written with zeros for up and down; q and the router alone.
     adapted, factors = random_factors(
         LoRAConfig(rank=3, target_modules=["q_proj", "gate_proj", "gate"]), base
     )
@@ -98,9 +102,8 @@ def test_every_row_is_what_the_files_say(tmp_path: Path, dtype: str, size: float
     before = in_float64(read(base))
     after = in_float64(read(tmp_path / "out"))
     rows = {m.module: m for m in report.modules}
-    assert len(rows) == len(report.modules) == 1 + 1 + 3 * 8, (
-        "PEFT and vLLM need all three projections of an expert"
-    )
+    # q, the router, and all three projections of 8 experts, which PEFT and vLLM need in the file.
+    assert len(rows) == len(report.modules) == 1 + 1 + 3 * 8
     for a in adapted:
         for module in a.hf_modules():
             row = rows.pop(module)
@@ -112,7 +115,7 @@ def test_every_row_is_what_the_files_say(tmp_path: Path, dtype: str, size: float
             survived = ((kept * delta).sum() / delta.square().sum()).item()
             assert row.survived == pytest.approx(survived, rel=1e-5)
             # delta's own rounding is within 1e-6 of it; float32's step is 2^-24 of a weight that is
-            # 5 or 500 times larger
+            # 5 or 500 times larger.
             error = ((kept - delta).norm() / delta.norm()).item()
             assert row.error == pytest.approx(error, rel=0.05, abs=1e-6)
             if dtype == "float32":
@@ -129,6 +132,7 @@ def test_every_row_is_what_the_files_say(tmp_path: Path, dtype: str, size: float
         assert (module.dtype, module.delta) == (dtype, 0.0)
         assert (module.survived, module.error) == (None, None)
     assert {projection(m) for m in rows} == {"mlp.experts.*.up_proj", "mlp.experts.*.down_proj"}
+    # Columns: dtype, modules, zero, survived (lowest, mean), error (largest, mean).
     lines = {}
     for line in report.text().splitlines():
         name, *columns = line.split()
@@ -140,18 +144,17 @@ def test_every_row_is_what_the_files_say(tmp_path: Path, dtype: str, size: float
 
 
 def test_dtypes_are_told_apart() -> None:
-    rows = (
+    """Bases keep some layers in float32, whose deltas survive whole whatever becomes of others."""
+    modules = (
         MergedModule("model.layers.0.mlp.experts.3.up_proj", "float32", 1.0, 1.0, 1e-7),
         MergedModule("model.layers.11.mlp.experts.40.up_proj", "bfloat16", 1.0, 0.98, 0.05),
         MergedModule("lm_head", "float32", 1.0, 1.0, 1e-7),
     )
-    lines = (
-        MergeReport(Path("adapter"), "org/base", Path("/out"), 61_000_000_000, rows)
-        .text()
-        .splitlines()
-    )
-    assert lines[0] == "adapter merged into org/base: 3 modules, 61.000 GB in /out"
-    assert [line.split()[:3] for line in lines[2:]] == [
+    report = MergeReport(Path("adapter"), "org/base", Path("/out"), 61_000_000_000, modules)
+    first, _, *rows = report.text().splitlines()
+    assert first == "adapter merged into org/base: 3 modules, 61.000 GB in /out"
+    # A row per projection and dtype.
+    assert [row.split()[:3] for row in rows] == [
         ["mlp.experts.*.up_proj", "float32", "1"], ["mlp.experts.*.up_proj", "bfloat16", "1"],
         ["lm_head", "float32", "1"],
     ]  # fmt: skip

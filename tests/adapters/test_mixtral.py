@@ -1,13 +1,15 @@
-"""Adapters of Mixtral, whose linears have one name in checkpoints and another in transformers'
-loaded model: each name that stock PEFT, older PEFT or vLLM takes means the same linear."""
+"""Read and write adapters of Mixtral, whose linears have one name in checkpoints and another in
+transformers' loaded model: each name that stock PEFT, older PEFT or vLLM takes means the same
+linear."""
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megalora.adapters.files import WEIGHTS, read_config
 from megalora.adapters.merge import merge
@@ -20,13 +22,15 @@ from megalora.serve.check import Limits, check_adapter
 from megalora.serve.errors import AdapterForOtherBase, AdapterInvalid
 from megalora.tiny import make_tiny
 from tests.adapters.adapters import ATTENTION, EXPERTS, load_base, logits, merged_by_hand, train
-from tests.adapters.folders import edit_config, edit_tensors
+from tests.adapters.folders import edit_config, edit_tensors, remove_tensors
 from tests.adapters.stock import ATOL, check_equal, loaded_by_peft, new_adapter, shape_of
+from tests.named_tensors import only_parts, renamed
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
 
 LAYER = "base_model.model.model.layers.1"
 ROLES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+"""Name in checkpoints -> name that other families have, in the order of the table."""
 
 
 @pytest.fixture(scope="module")
@@ -36,29 +40,25 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def in_memory_block(tensors: dict[str, Any]) -> dict[str, Any]:
-    """The names under which PEFT 0.21 looks for experts and router."""
-    return {name.replace(".block_sparse_moe.", ".mlp."): t for name, t in tensors.items()}
+def _role_in_name(name: str) -> str:
+    return re.sub(r"\.(w[123])\.", lambda match: f".{ROLES[match[1]]}.", name)
 
 
-def of_other_families(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Names of linears that vLLM reads as w1, w3 and w2."""
-
-    def renamed(name: str) -> str:
-        return re.sub(r"\.(w[123])\.", lambda match: f".{ROLES[match[1]]}.", name)
-
-    return {renamed(name): tensor for name, tensor in tensors.items()}
+in_memory_block = renamed(lambda name: name.replace(".block_sparse_moe.", ".mlp."))
+"""The names under which PEFT 0.21 looks for experts and router: transformers 5 calls the block
+``mlp`` as soon as it is loaded."""
+of_other_families = renamed(_role_in_name)
+"""Names of linears that vLLM reads as w1, w3 and w2."""
 
 
 def test_the_file_has_the_names_of_the_checkpoint(mixtral: Path, tmp_path: Path) -> None:
     train(mixtral, tmp_path, rank=4, target_modules=["gate", "w1", "w2", "w3"])
-    names = load_file(tmp_path / WEIGHTS).keys()
-    assert {name for name in names if ".experts.5." in name and name.startswith(LAYER)} == {
-        f"{LAYER}.block_sparse_moe.experts.5.{leaf}.lora_{factor}.weight"
-        for leaf in ROLES
-        for factor in "AB"
-    }
-    assert f"{LAYER}.block_sparse_moe.gate.lora_A.weight" in names
+    tensors = load_file(tmp_path / WEIGHTS)
+    expected = set()
+    for leaf, factor in product(ROLES, "AB"):
+        expected.add(f"{LAYER}.block_sparse_moe.experts.5.{leaf}.lora_{factor}.weight")
+    assert only_parts(f"{LAYER}.block_sparse_moe.experts.5.")(tensors).keys() == expected
+    assert f"{LAYER}.block_sparse_moe.gate.lora_A.weight" in tensors
     assert read_config(tmp_path)["target_modules"] == ["gate", "w1", "w2", "w3"]
 
 
@@ -68,9 +68,11 @@ def test_names_of_other_families_mean_the_same_linears(mixtral: Path) -> None:
     def resolved(**names: Any) -> Any:
         return resolve(LoRAConfig(rank=4, alpha=12.0, **names), shape)
 
+    # In targets and in patterns.
     own = {"target_modules": ["q_proj", "w1", "w3", "w2"], "rank_pattern": {"w2": 6}}
     other = {"target_modules": ["q_proj", *EXPERTS], "rank_pattern": {"down_proj": 6}}
     assert resolved(**own) == resolved(**other)
+    # vLLM's name of the fused weight is an alias of both.
     assert resolved(target_modules=["w1", "w3"]) == resolved(target_modules=["gate_up_proj"])
     assert {a.name for a in resolved(target_modules=["up_proj"])} == {"w3"}
     assert {a.name for a in resolved()} == {*ATTENTION, *ROLES}, "all-linear has no router"
@@ -104,6 +106,7 @@ STOCK: dict[str, dict[str, Any]] = {
     "router": {"target_modules": ["gate", "v_proj"], "rank_pattern": {"v_proj": 3}},
     "all-linear": {"target_modules": "all-linear"},
     "an expression": {"target_modules": r".*layers\.\d+\..*\.(w1|w2|w3|o_proj)"},
+    # By the names of the loaded model, which no checkpoint has.
     "parameters": {
         "target_modules": [],
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -118,24 +121,27 @@ def test_stock_peft_s_adapters_are_read(mixtral: Path, tmp_path: Path, case: str
     check_equal(tmp_path, mixtral, logits(model))
 
 
+# PEFT 0.17 knew the names of checkpoints, which the made adapter has already.
 @pytest.mark.parametrize(
-    "renamed", [None, in_memory_block, of_other_families], ids=["PEFT 0.17", "PEFT 0.21", "vLLM"]
+    "rename", [None, in_memory_block, of_other_families], ids=["PEFT 0.17", "PEFT 0.21", "vLLM"]
 )
 def test_an_adapter_with_a_matrix_for_each_expert_is_imported(
-    mixtral: Path, tmp_path: Path, renamed: Any
+    mixtral: Path, tmp_path: Path, rename: Any
 ) -> None:
     """As stock PEFT wrote them on transformers 4, where experts were modules of their own."""
     targets = [*ATTENTION, "gate", *ROLES]
     trained = train(mixtral, tmp_path / "made", rank=4, alpha=12.0, target_modules=targets)
     expected = logits(merged_by_hand(trained))
+    # Patterns that megalora writes have both names; those of PEFT 0.17 did not.
     edit_config(trained.folder, rank_pattern={}, alpha_pattern={})
-    if renamed is not None:
-        edit_tensors(trained.folder, renamed)
-    if renamed is of_other_families:
+    if rename is not None:
+        edit_tensors(trained.folder, rename)
+    if rename is of_other_families:
         edit_config(trained.folder, target_modules=[*ATTENTION, "gate", *EXPERTS])
     check_equal(trained.folder, mixtral, expected)
     import_adapter(trained.folder, tmp_path / "imported", base=str(mixtral))
     check_equal(tmp_path / "imported", mixtral, expected)
+    # What is written has the names of checkpoints again.
     names = load_file(tmp_path / "imported" / WEIGHTS).keys()
     assert f"{LAYER}.block_sparse_moe.experts.5.w3.lora_B.weight" in names
 
@@ -158,12 +164,14 @@ def test_merge_changes_the_very_weights(mixtral: Path, tmp_path: Path, packed: b
 def test_what_vllm_would_leave_out_is_refused(mixtral: Path, tmp_path: Path) -> None:
     """vLLM finds modules by the names of checkpoints alone."""
     train(mixtral, tmp_path, rank=4, target_modules=["q_proj", *ROLES])
+    # As written it passes, whether the base is at hand or not.
     assert check_adapter(tmp_path, Limits(base=mixtral)) == check_adapter(tmp_path)
     edit_tensors(tmp_path, in_memory_block)
     with pytest.raises(AdapterForOtherBase, match=r"has no model.layers.0.mlp.experts.0.w"):
         check_adapter(tmp_path, Limits(base=mixtral))
 
 
+# One expert's w3, and everybody's: a file without any w3 is as incomplete.
 @pytest.mark.parametrize(
     ("lost", "named"), [("layers.1.block_sparse_moe.experts.5.w3.", 5), (".w3.", 0)]
 )
@@ -171,7 +179,7 @@ def test_an_incomplete_expert_is_named(
     mixtral: Path, tmp_path: Path, lost: str, named: int
 ) -> None:
     train(mixtral, tmp_path, rank=4, target_modules=list(ROLES))
-    edit_tensors(tmp_path, lambda ts: {n: t for n, t in ts.items() if lost not in n})
+    remove_tensors(tmp_path, lost)
     for limits in (Limits(base=mixtral), Limits()):
         with pytest.raises(AdapterInvalid, match=rf"moe.experts.{named} lacks w3; vLLM wants"):
             check_adapter(tmp_path, limits)
@@ -180,9 +188,7 @@ def test_an_incomplete_expert_is_named(
 def test_names_of_another_family_s_block_are_no_experts(tiny: Path, tmp_path: Path) -> None:
     """Mixtral's names in an adapter for Qwen3-MoE are of another base."""
     train(tiny, tmp_path, rank=4, layout="stacked", target_modules=EXPERTS)
-    tensors = load_file(tmp_path / WEIGHTS)
-    renamed = {name.replace(".mlp.", ".block_sparse_moe."): t for name, t in tensors.items()}
-    save_file(renamed, tmp_path / WEIGHTS)
+    edit_tensors(tmp_path, renamed(lambda name: name.replace(".mlp.", ".block_sparse_moe.")))
     with pytest.raises(ValueError, match="block_sparse_moe.* is not a linear layer of this base"):
         read_adapter(tmp_path, shape_of(tiny))
 
@@ -192,4 +198,6 @@ def test_sglang_is_refused(mixtral: Path) -> None:
     adapted = resolve(LoRAConfig(rank=4), shape)
     with pytest.raises(ValueError, match="knows no adapters of linears called w1.*megalora merge"):
         check_engine("sglang", "per_expert", adapted, shape)
-    check_engine("sglang", "per_expert", [a for a in adapted if a.name in ATTENTION], shape)
+    # Without experts nothing stands in its way.
+    attention = [a for a in adapted if a.name in ATTENTION]
+    check_engine("sglang", "per_expert", attention, shape)

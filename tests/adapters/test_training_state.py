@@ -1,5 +1,5 @@
-"""A checkpoint's export is what was trained, as its training state has it: nothing is guessed from
-the zeros of its adapter file, and a file that was changed is refused."""
+"""Export checkpoints as their training state has them: nothing is guessed from the zeros of the
+adapter file, and files that contradict each other are refused."""
 
 import json
 from collections.abc import Callable
@@ -23,9 +23,8 @@ from megalora.lora.select import resolve
 from megalora.lora.spec import tensor_name
 from megalora.model.fields import model_shape
 from megalora.train.loop import train as train_run
-from tests.adapters.adapters import CASES, Trained, train
-from tests.adapters.folders import factors_of
-from tests.adapters.test_export import ranks_of, same_bits
+from tests.adapters.adapters import CASES, Trained, ranks_of, train
+from tests.adapters.folders import assert_same_files, factors_of
 from tests.distributed.ranks import run_ranks
 from tests.named_tensors import cast
 from tests.parity.runs import make_config
@@ -34,7 +33,8 @@ PADDED: dict[str, Any] = {
     "rank": 4, "alpha": 12.0, "target_modules": ["gate_proj", "up_proj", "q_proj"],
     "rank_pattern": {"gate_proj": 3}, "alpha_pattern": {"up_proj": 5.0},
 }  # fmt: skip
-"""Its file is wider than what trains: gate's rank is padded, down is zeros, up's scale folded."""
+"""What trains is narrower than its file, where gate's rank is padded, down is zeros and up's scale
+is folded into B."""
 
 
 def as_checkpoint(
@@ -44,6 +44,7 @@ def as_checkpoint(
 
     ``rows``: say what is adapted; checkpoints of earlier versions have the config alone.
     """
+    # All tensors have one.
     dtype = next(iter(trained.tensors.values())).dtype
     rounded = cast(dtype)(masters)
     write_adapter(trained.folder, trained.adapted, trained.shape, rounded, str(trained.base))
@@ -57,6 +58,7 @@ def as_checkpoint(
     }  # fmt: skip
     if rows:
         state["adapted"] = settings(trained.adapted)
+    # Adam's moments are left out: export needs the masters alone.
     (trained.folder / STATE_JSON).parent.mkdir(exist_ok=True)
     (trained.folder / STATE_JSON).write_text(json.dumps(state))
     params = {f"param.{name}": master for name, master in masters.items()}
@@ -65,11 +67,15 @@ def as_checkpoint(
 
 
 def unrounded(trained: Trained) -> dict[str, Tensor]:
-    """Masters that bfloat16 does not hold: its step is 2^-8 of a number."""
-    return {name: t.float() * (1 + 2**-12) for name, t in trained.tensors.items()}
+    """Masters that bfloat16 does not hold, whose step is 2^-8 of a number; rounded they are the
+    file's."""
+    masters = {}
+    for name, tensor in trained.tensors.items():
+        masters[name] = tensor.float() * (1 + 2**-12)
+    return masters
 
 
-def trained_ranks(out: Path, trained: Trained) -> None:
+def assert_same_ranks(out: Path, trained: Trained) -> None:
     """An import of the export recognises the same ranks again."""
     imported = import_adapter(out, out.with_name("again"), str(trained.base))
     found = resolve(LoRAConfig(**imported.section), trained.shape)
@@ -77,6 +83,7 @@ def trained_ranks(out: Path, trained: Trained) -> None:
 
 
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "earlier version"])
+# Eight of the cases of the MoE; test_import.py has all, and there masters are the file's numbers.
 @pytest.mark.parametrize(("base", "options"), CASES[:22:3])
 def test_export_of_a_checkpoint_is_its_file(
     bases: dict[str, Path], tmp_path: Path, base: str, options: dict[str, Any], rows: bool
@@ -85,16 +92,17 @@ def test_export_of_a_checkpoint_is_its_file(
     folder = as_checkpoint(trained, options, unrounded(trained), rows=rows)
     # From the masters, which are rounded as training rounded them.
     export(folder, tmp_path / "first")
-    assert same_bits(folder, tmp_path / "first")
+    assert_same_files(folder, tmp_path / "first")
     # And again from what was imported, where masters are the file's own numbers.
     import_adapter(tmp_path / "first", tmp_path / "imported", str(bases[base]))
     export(tmp_path / "imported", tmp_path / "second")
-    assert same_bits(folder, tmp_path / "second")
-    trained_ranks(tmp_path / "second", trained)
+    assert_same_files(folder, tmp_path / "second")
+    assert_same_ranks(tmp_path / "second", trained)
 
 
 def test_a_trained_rank_of_zeros_is_no_padding(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Only the training state can tell; SGLang's layout pads all ranks to the largest."""
+    """Only the training state can tell: a file that was padded to one rank, as SGLang needs it, has
+    the same zeros."""
     options = PADDED | {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {"o_proj": 2}}
     options["alpha_pattern"] = {}
     trained = train(bases["moe"], tmp_path / "checkpoint", torch.bfloat16, **options)
@@ -107,7 +115,7 @@ def test_a_trained_rank_of_zeros_is_no_padding(bases: dict[str, Path], tmp_path:
     folder = as_checkpoint(trained, options, masters)
     found = export(folder, tmp_path / "out")
     assert {(a.name, a.rank) for a in found.facts.adapted} == {("q_proj", 4), ("o_proj", 2)}
-    assert same_bits(folder, tmp_path / "out")
+    assert_same_files(folder, tmp_path / "out")
 
 
 def test_stacked_exports_fold_scales_once(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -123,10 +131,11 @@ def test_stacked_exports_fold_scales_once(bases: dict[str, Path], tmp_path: Path
     write_adapter(
         expected, trained.adapted, trained.shape, rounded, str(trained.base), layout="stacked"
     )
-    assert same_bits(expected, tmp_path / "out")
+    assert_same_files(expected, tmp_path / "out")
 
 
 def change_values(folder: Path) -> None:
+    """Edit one number of the adapter file."""
     tensors = load_file(folder / WEIGHTS)
     name = tensor_name("model.layers.1.mlp.experts.5.up_proj", "B")
     tensors[name][2, 1] += 0.5
@@ -140,12 +149,14 @@ def change_alpha(folder: Path) -> None:
 
 
 def lose_a_master(folder: Path) -> None:
+    """Drop a tensor of the training state."""
     masters = load_file(folder / OPTIMIZER)
     del masters["param." + tensor_name("model.layers.0.self_attn.q_proj", "A")]
     save_file(masters, folder / OPTIMIZER)
 
 
 def misshape_a_master(folder: Path) -> None:
+    """Keep one of a factor's four ranks."""
     masters = load_file(folder / OPTIMIZER)
     name = "param." + tensor_name("model.layers.0.self_attn.q_proj", "A")
     masters[name] = masters[name][:1].clone()
@@ -153,6 +164,7 @@ def misshape_a_master(folder: Path) -> None:
 
 
 def name_another_model(folder: Path) -> None:
+    """List a linear that Qwen3-MoE does not have, but Qwen3-Next does."""
     state = json.loads((folder / STATE_JSON).read_text())
     state["adapted"][0][0] = "model.layers.{layer}.linear_attn.q_proj"
     (folder / STATE_JSON).write_text(json.dumps(state))
@@ -181,6 +193,7 @@ def test_files_that_contradict_each_other_are_refused(
 
 def test_what_training_saved(tiny: Path, chats: Path, tmp_path: Path) -> None:
     """On four ranks, in bfloat16: the masters rounded are the file, as saved and without rows."""
+    # The second step moves A, and a learning rate of 1e-2 moves both beyond a step of bfloat16.
     config = make_config(
         tiny, chats, tmp_path / "run", {"tp": 2, "ep": 2}, lora=LoRAConfig(**PADDED),
         dtype="bfloat16", steps=2, lr=1e-2,
@@ -188,14 +201,14 @@ def test_what_training_saved(tiny: Path, chats: Path, tmp_path: Path) -> None:
     run_ranks(train_run, 4, config)
     checkpoint = tmp_path / "run" / "step_000002"
     found = export(checkpoint, tmp_path / "out")
-    # Without the padding: gate was trained with rank 3, and down was not trained.
+    # Without the padding: gate was trained with rank 3, and down was not trained. All layers agree.
     ranks = {(a.name, a.rank) for a in found.facts.adapted}
     assert ranks == {("gate_proj", 3), ("up_proj", 4), ("q_proj", 4)}
-    assert same_bits(checkpoint, tmp_path / "out")
+    assert_same_files(checkpoint, tmp_path / "out")
     state = json.loads((checkpoint / STATE_JSON).read_text())
     adapted = resolve(config.lora, model_shape(read_hf_config(tiny)))
     assert state.pop("adapted") == settings(adapted)
     # As versions wrote it that did not say what is adapted: the config alone must do.
     (checkpoint / STATE_JSON).write_text(json.dumps(state))
     export(checkpoint, tmp_path / "earlier")
-    assert same_bits(checkpoint, tmp_path / "earlier")
+    assert_same_files(checkpoint, tmp_path / "earlier")

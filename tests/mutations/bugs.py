@@ -395,7 +395,7 @@ BUGS = (
         TRAINED,
         "if fill and idle_Er[place].any():",
         "if False:",
-        "tests/adapters/test_export.py without_adapter",
+        "tests/adapters/test_import.py without_adapter",
     ),
     # 7: experts that never train
     bug(

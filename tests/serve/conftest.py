@@ -1,5 +1,5 @@
-"""One vLLM server for every test marked ``vllm``: a tiny Qwen3-MoE in float32, adapters loaded as
-tests need them. For the client's tests a server that behaves like it."""
+"""Start one vLLM server for all tests marked ``vllm``, of a tiny Qwen3-MoE in float32, and for
+tests of the client a server that behaves like it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,33 +22,44 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     .venv-vllm it raises: these tests run only when asked for, and then must not pass unseen.
     """
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    devices = {
-        "CUDA_VISIBLE_DEVICES": OUTSIDE.get("CUDA_VISIBLE_DEVICES")
-    }  # conftest.py hides GPUs from us, not from vLLM
+    # tests/environment.py hides GPUs from us, not from vLLM.
+    devices = {"CUDA_VISIBLE_DEVICES": OUTSIDE.get("CUDA_VISIBLE_DEVICES")}
     with Server(tiny, max_rank=64, max_loras=4, max_cpu_loras=16, log=log, env=devices) as server:
         yield server
 
 
 @pytest.fixture
 def client(server: Server) -> Iterator[Client]:
-    """Leaves no adapter behind."""
+    """A client that leaves no adapter behind."""
     with server.client() as client:
         yield client
-        for name in {served.name for served in client.list() if not served.is_base}:
+        names = set()
+        for served in client.list():
+            if not served.is_base:
+                names.add(served.name)
+        # A name stands for all of its versions.
+        for name in names:
             client.unload(name)
 
 
 @pytest.fixture
 def vllm(tiny: Path) -> Iterator[FakeVLLM]:
+    """A made-up server that says its base is ``tiny``."""
     with fake_vllm(str(tiny)) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three, each with an answer of its own."""
+    """Three adapters, each with an answer of its own."""
     folder = tmp_path_factory.mktemp("adapters")
     made = []
     for seed in range(3):
         made.append(make_adapter(folder / str(seed), tiny, seed, target_modules=["q_proj"]))
     return made
+
+
+@pytest.fixture
+def adapter(tiny: Path, tmp_path: Path) -> Path:
+    """An adapter of rank 4 on everything but the output layer; the router has rank 3."""
+    return make_adapter(tmp_path / "adapter", tiny, 0, rank_pattern={"gate": 3})

@@ -1,5 +1,5 @@
-"""An HTTP server that treats adapters as vLLM 0.32's handlers do, without vLLM: same routes,
-statuses, messages and order.
+"""Serve HTTP as vLLM 0.32's handlers do, without vLLM: the same routes, statuses, messages and
+order of checks for adapters.
 
 After vllm/entrypoints/openai/models/serving.py and vllm/entrypoints/serve/engine/serving.py. A
 completion "computes" on what the adapter's file held when it was loaded: its answer is the file's
@@ -18,19 +18,25 @@ from typing import Any
 
 BASE = "the-base"
 LONGEST = 200
-"""Tokens of one prompt."""
+"""Largest number of tokens of a prompt."""
 
 
 class FakeVLLM(ThreadingHTTPServer):
+    """The server, and what tests set and look at."""
+
+    # A request that hangs must not keep the tests from ending.
     daemon_threads = True
 
     def __init__(self, base_path: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.base_path = base_path
         self.adapters: dict[str, tuple[str, list[int]]] = {}
+        """Name -> (folder, answer), in the order of loading."""
         self.lock = threading.Lock()
         self.updates_allowed = True
+        """Whether it was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING."""
         self.loading_fails: str | None = None
+        """The engine's reason for refusing every adapter."""
         self.seconds_per_answer = 0.0
         self.may_answer = threading.Event()
         """Completions are answered while this is set."""
@@ -38,6 +44,7 @@ class FakeVLLM(ThreadingHTTPServer):
         self.hang_up = 0
         """Close so many connections instead of answering."""
         self.calls: list[tuple[str, str]] = []
+        """("load" or "unload", name) of every call, refused ones too."""
 
     @property
     def url(self) -> str:
@@ -46,6 +53,7 @@ class FakeVLLM(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: FakeVLLM
+    # Connections stay open, as vLLM's do: clients must notice when one is closed under them.
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -127,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _complete(self, body: dict[str, Any]) -> None:
         name = body["model"]
         prompt = body["prompt"]
-        # as in vLLM, the adapter is bound to the request here, and unloading later changes nothing
+        # As in vLLM, the adapter is bound to the request here, and unloading later changes nothing.
         with self.server.lock:
             _, tokens = self.server.adapters.get(name, (None, None))
         if name == BASE:
@@ -137,6 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
                 404, f"The model `{name}` does not exist. Valid aliases: {BASE}.", "NotFoundError"
             )
             return
+        # One prompt, or several in one request.
         prompts = prompt if isinstance(prompt[0], list) else [prompt]
         if max(map(len, prompts)) > LONGEST:
             self._error(
@@ -195,6 +204,7 @@ def names(server: FakeVLLM) -> list[str]:
 
 @contextmanager
 def fake_vllm(base_path: str = "") -> Iterator[FakeVLLM]:
+    """A server in a thread, which says that its base is the folder ``base_path``."""
     server = FakeVLLM(base_path)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -1,5 +1,5 @@
-"""The client against a server that behaves as vLLM's handlers do: names, versions, swaps, and every
-refusal by its type."""
+"""Run the client against a server that behaves as vLLM's handlers do: names, versions, swaps, and
+requests that a swap overtakes."""
 
 import os
 import shutil
@@ -24,6 +24,7 @@ from tests.serve.adapters import make_adapter
 from tests.serve.fake_vllm import BASE, FakeVLLM, answer_of, names
 from tests.waiting import PATIENCE_S, wait_until
 
+# The made-up server's log-probability of a token is minus its number.
 PROMPT = [5, 3, 2]
 
 
@@ -37,11 +38,13 @@ def test_a_version_is_named_after_its_contents(
     client: Client, adapters: list[Path], tiny: Path
 ) -> None:
     model = client.load("math", adapters[0])
-    assert model == versioned("math", adapters[0]) and len(model) == len("math@") + 12
+    assert model == versioned("math", adapters[0])
+    # A hash of 12 digits.
+    assert len(model) == len("math@") + 12
     labelled = client.load("math", adapters[1], version="step-50")
-    assert labelled.startswith("math@step-50.") and labelled.endswith(
-        versioned("", adapters[1])[1:]
-    )
+    assert labelled.startswith("math@step-50.")
+    # The hash is there too: a label may be used twice, contents may not.
+    assert labelled.endswith(versioned("", adapters[1])[1:])
     base, first, second = client.list()
     assert base.is_base
     assert (base.id, base.name, base.version, base.path) == (BASE, BASE, None, str(tiny))
@@ -52,7 +55,9 @@ def test_a_version_is_named_after_its_contents(
 def test_a_name_means_the_version_loaded_last(client: Client, adapters: list[Path]) -> None:
     ids = [client.load("math", adapter) for adapter in adapters]
     assert client.resolve("math") == ids[-1]
-    assert client.resolve(ids[0]) == ids[0] and client.resolve(BASE) == BASE
+    # Whole ids, and the base's name, mean themselves.
+    assert client.resolve(ids[0]) == ids[0]
+    assert client.resolve(BASE) == BASE
     assert client.complete("math", PROMPT).tokens == answer_of(adapters[2])
     pinned = client.complete(ids[0], PROMPT)
     assert (pinned.model, pinned.version) == (ids[0], ids[0].removeprefix("math@"))
@@ -65,14 +70,15 @@ def test_a_name_means_the_version_loaded_last(client: Client, adapters: list[Pat
 
 def test_swapping_leaves_one_version(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
     client.load("other", adapters[0])
-    # the last two: back to the first, and nothing to do
+    # The last two swaps go back to the first version, and have nothing to do.
     for adapter in (*adapters, adapters[0], adapters[0]):
         model = client.swap("math", adapter)
         assert names(vllm) == [versioned("other", adapters[0]), model]
         assert client.complete("math", PROMPT).tokens == answer_of(adapter)
-    # One of other and four of math, though math was swapped five times.
-    loads = [name for action, name in vllm.calls if action == "load"]
-    assert len(loads) == 5, "the same contents again need no loading"
+    # One of other and four of math, though math was swapped five times: the same contents again
+    # need no loading.
+    actions = [action for action, _ in vllm.calls]
+    assert actions.count("load") == 5
 
 
 def test_going_back_to_a_version_that_is_still_served_makes_it_the_newest(
@@ -98,13 +104,17 @@ def test_a_swap_waits_for_this_client_s_requests(
         asked = pool.submit(client.complete, "math", PROMPT)
         wait_until(lambda: client._flights[old])
         swapped = pool.submit(client.swap, "math", adapters[1], drain_s=PATIENCE_S)
-        wait_until(lambda: len(names(vllm)) == 2)  # the new one is loaded; the old one has to stay
+        # The new one is loaded; the old one has to stay.
+        wait_until(lambda: len(names(vllm)) == 2)
         # It would be unloaded by now if nobody waited.
-        assert not wait([swapped], timeout=0.2).done and ("unload", old) not in vllm.calls
+        assert not wait([swapped], timeout=0.2).done
+        assert ("unload", old) not in vllm.calls
         vllm.may_answer.set()
         assert asked.result().model == old
         new = swapped.result()
-    assert names(vllm) == [new] and not client._flights
+    assert names(vllm) == [new]
+    # Nothing is kept of versions that are gone.
+    assert not client._flights
 
 
 def test_a_swap_gives_up_waiting(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
@@ -113,13 +123,12 @@ def test_a_swap_gives_up_waiting(client: Client, vllm: FakeVLLM, adapters: list[
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(client.complete, "math", PROMPT)
         wait_until(lambda: client._flights[old])
-        # vLLM ends what it began with the old weights, so going on is safe.
         client.swap("math", adapters[1], drain_s=0.1)
-        assert client._flights[old], "the answer is still out"
+        # The answer is still out.
+        assert client._flights[old]
         vllm.may_answer.set()
-        assert asked.result().tokens == answer_of(adapters[0]), (
-            "vLLM ends what it began with the old weights"
-        )
+        # vLLM ends what it began with the old weights, so going on was safe.
+        assert asked.result().tokens == answer_of(adapters[0])
 
 
 def test_a_request_whose_version_went_is_asked_again(
@@ -149,11 +158,13 @@ def test_a_pinned_version_is_not_replaced_by_another(client: Client, adapters: l
 
 
 def test_many_threads_and_two_clients(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
-    expected = {versioned("math", adapter): answer_of(adapter) for adapter in adapters}
+    expected = {}
+    for adapter in adapters:
+        expected[versioned("math", adapter)] = answer_of(adapter)
     client.load("math", adapters[0])
+    # Long enough for a swap to come between a question and its answer.
     vllm.seconds_per_answer = 0.002
     done = threading.Event()
-
     swaps: list[str] = []
 
     def swap() -> None:
@@ -161,6 +172,7 @@ def test_many_threads_and_two_clients(client: Client, vllm: FakeVLLM, adapters: 
             while not done.is_set():
                 swaps.append(other.swap("math", adapters[len(swaps) % 3]))
 
+    # One thread swaps and eight ask.
     with ThreadPoolExecutor(9) as pool:
         swapper = pool.submit(swap)
         answers = []
@@ -171,6 +183,7 @@ def test_many_threads_and_two_clients(client: Client, vllm: FakeVLLM, adapters: 
             answered = {answer.model for answer in answers}
         done.set()
         swapper.result()
+    # Whichever version answered, it answered with its own weights.
     for answer in answers:
         assert answer.tokens == expected[answer.model]
 
@@ -179,7 +192,9 @@ def test_two_clients_load_the_same_contents_at_once(vllm: FakeVLLM, adapters: li
     clients = [Client(vllm.url) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         ids = list(pool.map(lambda c: c.swap("math", adapters[0]), clients))
-    assert names(vllm) == [ids[0]] and len(set(ids)) == 1
+    # The id follows from the contents, so that all four mean one adapter.
+    assert len(set(ids)) == 1
+    assert names(vllm) == [ids[0]]
 
 
 @pytest.mark.parametrize("how", ["load", "swap"])
@@ -199,13 +214,18 @@ def test_another_client_s_newer_version_stays(
     # Ours must not unload what came after it.
     monkeypatch.setattr(client._api, "load_adapter", load_and_be_overtaken)
     mine = client.swap("math", adapters[1])
-    assert names(vllm) == ([mine, newest] if how == "load" else [newest])
+    # A swap by the other client unloads ours, which is older; a load leaves it.
+    if how == "load":
+        assert names(vllm) == [mine, newest]
+    else:
+        assert names(vllm) == [newest]
     assert client.resolve("math") == newest
 
 
 def test_unloading(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
     first = client.load("math", adapters[0])
     second = client.load("math", adapters[1])
+    # One version by its id, then all by their name.
     client.unload(first)
     assert names(vllm) == [second]
     client.load("math", adapters[0])
@@ -219,10 +239,12 @@ def test_unloading(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None
 
 def test_logprobs_of_a_prompt(client: Client, adapters: list[Path]) -> None:
     model = client.load("math", adapters[0])
+    # Nothing stands before the first token. An adapter makes each 0.25 less.
     assert client.prompt_logprobs(BASE, PROMPT) == [-3.0, -2.0]
     probe = client.probe("math", PROMPT)
     assert (probe.model, probe.base, probe.adapter) == (model, [-3.0, -2.0], [-3.25, -2.25])
-    assert probe.largest_change == 0.25 and client.prompt_logprobs(BASE, [7]) == []
+    assert probe.largest_change == 0.25
+    assert client.prompt_logprobs(BASE, [7]) == []
 
 
 def test_logprobs_of_a_prompt_where_lm_head_is_wrapped(
@@ -232,7 +254,7 @@ def test_logprobs_of_a_prompt_where_lm_head_is_wrapped(
     tokens."""
     client = Client(vllm.url, limits=Limits(target_modules=("qkv_proj", "lm_head")))
     model = client.load("math", adapters[0])
-    # 100 different tokens, of which the client asks for at most so many log-probabilities at once.
+    # 182 tokens, 100 of them different: vLLM gives up to 128 log-probabilities for a request.
     tokens = [*range(100), 7, 7, *range(80)]
     asked = []
     ask = client._api.completion
@@ -240,7 +262,7 @@ def test_logprobs_of_a_prompt_where_lm_head_is_wrapped(
     def listen(model: str, fields: dict) -> dict:
         asked.append(fields)
         answer = ask(model, fields)
-        # which arrive in any order; each prompt says something else
+        # Choices arrive in any order, so each prompt must say something else: a longer one less.
         for choice in answer["choices"]:
             (top,) = choice["logprobs"]["top_logprobs"]
             length = len(fields["prompt"][choice["index"]])
@@ -252,7 +274,11 @@ def test_logprobs_of_a_prompt_where_lm_head_is_wrapped(
     probe = client.probe("math", tokens)
     assert probe.model == model
     # Token t after i others: -t of the server, -i of its length here, 0.25 less with the adapter.
-    expected = [-float(t) - i for i, t in enumerate(tokens)][1:]
+    expected = []
+    for i, token in enumerate(tokens):
+        expected.append(-float(token) - i)
+    # Nothing stands before the first.
+    expected.pop(0)
     assert probe.base == expected
     assert probe.adapter == [number - 0.25 for number in expected]
     for fields in asked:
@@ -277,12 +303,14 @@ def test_with_a_store_folders_may_go(vllm: FakeVLLM, tiny: Path, tmp_path: Path)
     assert {path.name for path in copy.iterdir()} == {CONFIG, WEIGHTS}
 
     client.swap("math", folders[1])
-    assert copy.is_dir(), "requests that began with it may need it still"
-    # unloaded an hour ago, and served for an hour
+    # Requests that began with it may need it still.
+    assert copy.is_dir()
+    # Much later: the first was unloaded long ago, and the second has been served all the time.
     for place in (copy, tmp_path / "store" / names(vllm)[0]):
         os.utime(place, (0, 0))
     client.load("other", again)
     assert len(names(vllm)) == 2
+    # What is served is never removed, however old.
     assert {path.name for path in (tmp_path / "store").iterdir()} == set(names(vllm))
 
 
@@ -290,6 +318,7 @@ def test_a_store_copies_only_what_the_name_says(tiny: Path, tmp_path: Path) -> N
     folder = make_adapter(tmp_path / "a", tiny, 0, target_modules=["q_proj"])
     store = Store(tmp_path / "store")
     model = versioned("math", folder)
+    # As a training that writes over its last checkpoint.
     edit_config(folder, lora_alpha=3)
     with pytest.raises(AdapterInvalid, match="changed while it was being copied"):
         store.keep(model, folder)

@@ -1,9 +1,11 @@
-"""What the client refuses by itself, and the type of everything that a server refuses."""
+"""Refuse adapters and names before the server hears of them, and give everything that a server
+refuses its type."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megalora.adapters.files import WEIGHTS
 from megalora.serve.check import Limits
@@ -23,6 +25,7 @@ from megalora.serve.errors import (
 )
 from megalora.serve.vllm import Client
 from tests.adapters.folders import edit_tensors
+from tests.named_tensors import cast
 from tests.serve.adapters import make_adapter
 from tests.serve.fake_vllm import BASE, FakeVLLM, names
 from tests.waiting import PATIENCE_S
@@ -40,24 +43,23 @@ def test_an_adapter_is_checked_before_the_server_hears_of_it(
     client: Client, vllm: FakeVLLM, adapters: list[Path], tmp_path: Path, tiny: Path
 ) -> None:
     good = client.load("math", adapters[0])
-    for broken, error in [
-        (tmp_path, AdapterNotFound),
-        (cut_short(tmp_path / "cut", tiny), AdapterInvalid),
-    ]:
-        with pytest.raises(error):
-            client.swap("math", broken)
-    # As a server says its limits, or as it was started.
+    with pytest.raises(AdapterNotFound):
+        client.swap("math", tmp_path)
+    with pytest.raises(AdapterInvalid):
+        client.swap("math", cut_short(tmp_path / "cut", tiny))
+    # Limits that the server was started with; the rank is looked at first.
     limited = Client(vllm.url, limits=Limits(max_rank=2, target_modules=("o_proj",)))
     with pytest.raises(AdapterRankTooLarge):
         limited.load("other", adapters[0])
     with pytest.raises(AdapterTargetsUnserved):
         Client(vllm.url, limits=Limits(target_modules=("o_proj",))).load("other", adapters[0])
-    assert names(vllm) == [good], "the old version stays"
-    # The good one alone was sent.
-    assert [action for action, _ in vllm.calls] == ["load"]
+    # The old version stays, and it alone was ever sent.
+    assert names(vllm) == [good]
+    assert vllm.calls == [("load", good)]
 
 
 def cut_short(folder: Path, base: Path) -> Path:
+    """An adapter whose weights did not arrive whole."""
     make_adapter(folder, base, 0, target_modules=["q_proj"])
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-64])
     return folder
@@ -66,12 +68,14 @@ def cut_short(folder: Path, base: Path) -> Path:
 def test_the_base_is_looked_up_on_the_server(
     client: Client, vllm: FakeVLLM, tiny_dense: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
+    """The server names its base's folder, which is looked at if it can be read from here."""
     vllm.base_path = str(tiny_dense)
-    client.load("attention", adapters[0])  # q_proj of both bases has one size
-    client.load(
-        "dense", make_adapter(tmp_path / "dense", tiny_dense, 0, target_modules=["down_proj"])
-    )
-    vllm.base_path = "Qwen/Qwen3-30B-A3B"  # out of reach: left to the server
+    # Trained on the MoE, but q_proj of both bases has one size.
+    client.load("attention", adapters[0])
+    dense = make_adapter(tmp_path / "dense", tiny_dense, 0, target_modules=["down_proj"])
+    client.load("dense", dense)
+    # Out of reach: left to the server.
+    vllm.base_path = "Qwen/Qwen3-30B-A3B"
     client.load("unknown", adapters[1])
 
 
@@ -93,7 +97,8 @@ def test_a_folder_that_changes_while_it_is_loaded(
 
     def load_and_change(model: str, path: str) -> None:
         load(model, path)
-        edit_tensors(folder, lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()})
+        # Other tensors: which of the two did vLLM read?
+        edit_tensors(folder, cast(torch.float16))
 
     monkeypatch.setattr(client._api, "load_adapter", load_and_change)
     with pytest.raises(AdapterInvalid, match="changed while it was being loaded"):
@@ -102,12 +107,14 @@ def test_a_folder_that_changes_while_it_is_loaded(
 
 
 def test_what_the_server_finds_itself(client: Client, vllm: FakeVLLM, adapters: list[Path]) -> None:
+    # Without limits of its own the client leaves ranks to vLLM, whose sentence tells the type.
     vllm.loading_fails = "LoRA rank 4 is greater than max_lora_rank 1."
     with pytest.raises(
         AdapterRankTooLarge,
         match=r"loading math@\w+: LoRA rank 4 is greater .*; start the server with a larger",
     ):
         client.load("math", adapters[0])
+    # A bare assertion inside vLLM has no message.
     vllm.loading_fails = ""
     with pytest.raises(
         AdapterInvalid, match="vLLM cannot read it: no reason given; see the server log"
@@ -115,6 +122,7 @@ def test_what_the_server_finds_itself(client: Client, vllm: FakeVLLM, adapters: 
         client.load("math", adapters[0])
 
 
+# @ stands before a version, and names become folders of a store and flags of vLLM.
 @pytest.mark.parametrize("name", ["", "a b", "math@3", "../x", "-x"])
 def test_names(client: Client, adapters: list[Path], name: str) -> None:
     with pytest.raises(AdapterInvalid, match="must be letters, digits"):
@@ -143,17 +151,16 @@ def test_a_prompt_that_is_refused(client: Client) -> None:
 
 
 def test_nobody_answers(adapters: list[Path]) -> None:
+    # Port 9, "discard", is nobody's on machines of today.
     client = Client("http://127.0.0.1:9", timeout=2)
     assert not client.health()
-    for call in (
-        client.list,
-        lambda: client.load("math", adapters[0]),
-        lambda: client.complete(BASE, PROMPT),
-    ):
-        with pytest.raises(
-            ServerUnreachable, match=r"http://127.0.0.1:9 does not answer .*; is the server running"
-        ):
-            call()
+    message = r"http://127.0.0.1:9 does not answer .*; is the server running"
+    with pytest.raises(ServerUnreachable, match=message):
+        client.list()
+    with pytest.raises(ServerUnreachable, match=message):
+        client.load("math", adapters[0])
+    with pytest.raises(ServerUnreachable, match=message):
+        client.complete(BASE, PROMPT)
 
 
 def test_an_answer_that_takes_too_long(vllm: FakeVLLM) -> None:
@@ -163,23 +170,29 @@ def test_an_answer_that_takes_too_long(vllm: FakeVLLM) -> None:
         pytest.raises(ServerUnreachable, match="no answer .* in time"),
     ):
         client.complete(BASE, PROMPT)
+    # So that the server's thread ends.
     vllm.may_answer.set()
 
 
 def test_a_connection_that_is_closed_under_a_request(
     client: Client, vllm: FakeVLLM, adapters: list[Path]
 ) -> None:
+    # A connection is open now, which the server may close at any time, as HTTP allows.
     assert client.health()
     vllm.hang_up = 1
-    assert client.complete(BASE, PROMPT).tokens == [0], "asked again"
+    # Asking again changes nothing; loading again would be refused if the first had arrived.
+    assert client.complete(BASE, PROMPT).tokens == [0]
     vllm.hang_up = 1
     with pytest.raises(ServerUnreachable, match="closed the connection"):
-        client.load("math", adapters[0])  # loading twice would be refused
+        client.load("math", adapters[0])
 
 
+# Answers of vLLM 0.32, of our plug-in in it, and of proxies in front of it. vLLM has one type for
+# nearly all of its errors, so that sentences must tell them apart.
 @pytest.mark.parametrize(
     ("status", "body", "loading", "expected"),
     [
+        # An error of a worker process, which vLLM wraps in two sentences and quotes.
         (
             500,
             (
@@ -205,6 +218,7 @@ def test_a_connection_that_is_closed_under_a_request(
             AdapterInvalid,
         ),
         (500, '{"error": {"message": "", "type": "x"}}', True, AdapterInvalid),
+        # The engine has died: no adapter's fault.
         (
             500,
             '{"error": {"message": "EngineCore encountered an issue.", "type": "x"}}',
@@ -214,6 +228,7 @@ def test_a_connection_that_is_closed_under_a_request(
         (500, '{"error": {"message": "boom", "type": "x"}}', False, ServerError),
         (503, "", True, ServerError),
         (502, "<html>Bad Gateway</html>", False, ServerError),
+        # Without VLLM_ALLOW_RUNTIME_LORA_UPDATING vLLM has no such route.
         (404, '{"detail":"Not Found"}', True, RuntimeUpdatesOff),
         (
             500,
@@ -246,9 +261,9 @@ def test_refusals_by_type(
     status: int, body: str, loading: bool, expected: type[ServeError]
 ) -> None:
     error = refusal("loading math@1", status, body, loading=loading)
+    # A ValueError is a line and no traceback on the command line.
     assert type(error) is expected and isinstance(error, ValueError)
-    assert (
-        str(error).startswith("loading math@1: ")
-        and "\n" not in str(error)
-        and "stack trace" not in str(error)
-    )
+    said = str(error)
+    assert said.startswith("loading math@1: ") and "\n" not in said
+    # vLLM's advice to look at the stack trace above means its own log.
+    assert "stack trace" not in said

@@ -1,5 +1,5 @@
-"""Checkpoints reach a server while training goes on; a server that is down or refuses costs nothing
-but a line."""
+"""Load checkpoints into a server while training goes on; a server that is down or refuses costs
+nothing but a line."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 
 from megalora.adapters.files import PROBE
 from megalora.config import CheckpointConfig, LoRAConfig
-from megalora.serve import live_sync as push
+from megalora.serve import live_sync
 from megalora.serve.live_sync import Pusher
 from megalora.serve.server import Server
 from megalora.serve.vllm import Client, versioned
@@ -28,17 +28,15 @@ class Run:
     def __init__(self, folder: Path, base: Path, url: str) -> None:
         self.folder = folder
         self.base = base
-        self.said = []
-        self.pusher = Pusher(url, folder, 2 * 4, self.said.append)  # q_proj of four layers
+        self.said: list[str] = []
+        # A and B of q_proj in four layers.
+        self.pusher = Pusher(url, folder, 2 * 4, self.said.append)
 
-    def save(self, step: int, num_layers: str = "0-3") -> Path:
-        checkpoint = make_adapter(
-            self.folder / f"step_{step:06d}",
-            self.base,
-            step,
-            target_modules=["q_proj"],
-            layers=num_layers,
-        )
+    def save(self, step: int, layers: str = "0-3") -> Path:
+        """Write a checkpoint that adapts q_proj in ``layers``; returns its folder."""
+        folder = self.folder / f"step_{step:06d}"
+        # The step is the seed, so that no two checkpoints are equal.
+        checkpoint = make_adapter(folder, self.base, step, target_modules=["q_proj"], layers=layers)
         # The fake server's log-probabilities are -token, and 0.25 less with an adapter.
         (checkpoint / PROBE).write_text(
             json.dumps({"tokens": [4, 1], "logprobs": [-1.25], "dtype": "float32"})
@@ -48,22 +46,30 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push, "FIRST_WAIT_S", 0.05)
-    monkeypatch.setattr(push, "IDLE_CLOSE_S", 0.5)
+    """Try again after 0.05 s instead of 1 s, and wait 0.5 s at the end instead of 5 s."""
+    monkeypatch.setattr(live_sync, "FIRST_WAIT_S", 0.05)
+    monkeypatch.setattr(live_sync, "IDLE_CLOSE_S", 0.5)
 
 
 def nobody() -> str:
-    """A URL at which a server was."""
+    """A URL at which a server was: its port is free, and nobody answers."""
     with fake_vllm() as vllm:
         return vllm.url
 
 
 def labels(vllm: FakeVLLM) -> list[str]:
-    return [name.split(".")[0] for kind, name in vllm.calls if kind == "load"]
+    """NAME@step of everything that the server was asked to load, in order."""
+    found = []
+    for kind, name in vllm.calls:
+        # Ids are NAME@step.HASH.
+        if kind == "load":
+            found.append(name.split(".")[0])
+    return found
 
 
 def test_every_checkpoint_is_served_in_order_and_the_last_stays(tiny: Path, tmp_path: Path) -> None:
     with fake_vllm(str(tiny)) as vllm:
+        # A space cannot stand in a model's name.
         run = Run(tmp_path / "my run", tiny, vllm.url)
         saved = [run.save(step) for step in (1, 2, 3)]
         for checkpoint in saved:
@@ -86,17 +92,17 @@ def test_nothing_is_lost_while_the_server_is_down(tiny: Path, tmp_path: Path) ->
         # A copy waits, so the checkpoint may go.
         shutil.rmtree(checkpoint)
     wait_until(lambda: run.said)
-    assert (
-        len(run.said) == 1
-        and "step_000001 waits (" in run.said[0]
-        and "training goes on" in run.said[0]
-    )
+    # Said once, however often it is tried.
+    (line,) = run.said
+    assert "step_000001 waits (" in line and "training goes on" in line
     with fake_vllm(str(tiny)) as vllm:
-        # the server is back, at a port that was free
+        # The server is back; in the test it has another port.
         run.pusher.client._api._http.base_url = vllm.url
         wait_until(lambda: len(run.said) == 3)
         run.pusher.close()
-        assert labels(vllm) == ["run@step_000001", "run@step_000002"] and len(run.said) == 3
+        assert labels(vllm) == ["run@step_000001", "run@step_000002"]
+        assert len(run.said) == 3
+    # Copies go as soon as they are served.
     assert not list((tmp_path / "run" / "served" / ".waiting").iterdir())
 
 
@@ -104,20 +110,19 @@ def test_a_refused_checkpoint_is_said_and_the_next_is_served(tiny: Path, tmp_pat
     with fake_vllm(str(tiny)) as vllm:
         run = Run(tmp_path / "run", tiny, vllm.url)
         # Three of the run's four layers.
-        run.pusher.push(run.save(1, num_layers="0-2"))
+        run.pusher.push(run.save(1, layers="0-2"))
         run.pusher.push(run.save(2))
         run.pusher.close()
         assert labels(vllm) == ["run@step_000002"]
-        assert (
-            "step_000001 is NOT served: " in run.said[0]
-            and "has 6 tensors, and this run adapts 8" in run.said[0]
-        )
+        assert "step_000001 is NOT served: " in run.said[0]
+        assert "has 6 tensors, and this run adapts 8" in run.said[0]
 
 
 def test_an_adapter_that_says_something_else_is_told(tiny: Path, tmp_path: Path) -> None:
     with fake_vllm(str(tiny)) as vllm:
         run = Run(tmp_path / "run", tiny, vllm.url)
         checkpoint = run.save(1)
+        # The training side had -1.5 where the server has -1.25.
         (checkpoint / PROBE).write_text(
             json.dumps({"tokens": [4, 1], "logprobs": [-1.5], "dtype": "float32"})
         )
@@ -130,6 +135,7 @@ def test_the_end_of_a_training_does_not_wait_forever(tiny: Path, tmp_path: Path)
     run = Run(tmp_path / "run", tiny, nobody())
     run.pusher.push(run.save(1))
     run.pusher.close(wait_s=0.5)
+    # The thread ends too, once the try that is under way has failed.
     wait_until(lambda: not run.pusher.thread.is_alive())
     assert "step_000001 was not served in" in "\n".join(run.said)
 
@@ -143,11 +149,12 @@ def test_a_server_that_stays_away_does_not_hold_up_the_end(tiny: Path, tmp_path:
     # How long the end of the run waits for the thread.
     run.pusher.thread.join = lambda seconds: waits.append(seconds) or join(seconds)  # type: ignore
     run.pusher.close()
-    assert waits == [push.IDLE_CLOSE_S] * 2, "instead of a minute"
+    # Twice the short wait, instead of a minute: for what was not served, and for the thread's end.
+    assert waits == [live_sync.IDLE_CLOSE_S] * 2
 
 
 def test_only_the_newest_wait(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push, "MAX_WAITING", 2)
+    monkeypatch.setattr(live_sync, "MAX_WAITING", 2)
     run = Run(tmp_path / "run", tiny, nobody())
     run.pusher.push(run.save(1))
     wait_until(run.pusher.unreachable.is_set)
@@ -170,16 +177,14 @@ def test_a_disk_that_refuses_ends_no_training(tiny: Path, tmp_path: Path) -> Non
         run = Run(tmp_path / "run", tiny, vllm.url)
         run.pusher.push(run.save(1))
         run.pusher.close()
-        assert (
-            len(run.said) == 1
-            and "step_000001 is NOT served: " in run.said[0]
-            and "training goes on" in run.said[0]
-        )
+        (line,) = run.said
+        assert "step_000001 is NOT served: " in line and "training goes on" in line
 
 
 def test_whatever_goes_wrong_is_said_and_the_next_is_served(tiny: Path, tmp_path: Path) -> None:
     with fake_vllm(str(tiny)) as vllm:
         run = Run(tmp_path / "run", tiny, vllm.url)
+        # A bug of ours, which nobody foresaw: a dictionary without the key.
         swap = run.pusher.client.swap
         run.pusher.client.swap = lambda *args: {}["bug"]  # type: ignore[method-assign]
         run.pusher.push(run.save(1))
@@ -187,18 +192,19 @@ def test_whatever_goes_wrong_is_said_and_the_next_is_served(tiny: Path, tmp_path
         run.pusher.client.swap = swap  # type: ignore[method-assign]
         run.pusher.push(run.save(2))
         run.pusher.close()
-        assert "step_000001 is NOT served: KeyError: 'bug'" in run.said[0] and labels(vllm) == [
-            "run@step_000002"
-        ]
+        assert "step_000001 is NOT served: KeyError: 'bug'" in run.said[0]
+        assert labels(vllm) == ["run@step_000002"]
 
 
 def test_another_server_at_this_address_is_said(tiny: Path, tmp_path: Path) -> None:
     with fake_vllm(str(tiny)) as vllm:
         vllm.base_path = None  # type: ignore[assignment]
+        # It answers 404 to everything, as a web server of something else would.
         run = Run(tmp_path / "run", tiny, f"{vllm.url}/elsewhere")
         run.pusher.push(run.save(1))
         run.pusher.close(wait_s=0.3)
-        assert "step_000001" in run.said[0] and "NOT served" in run.said[0]
+        assert "step_000001" in run.said[0]
+        assert "NOT served" in run.said[0]
 
 
 @pytest.mark.vllm
@@ -213,11 +219,13 @@ def test_a_training_serves_its_checkpoints(
         config, checkpoint=CheckpointConfig(dir=str(tmp_path / "run"), every=1, serve=server.url)
     )
     run_ranks(train, 2, config)
-    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("serve: ")]
-    assert len(lines) == 2
-    for line in lines:
-        assert "differs from the training side by up to" in line
-        assert "NOT" not in line
-    assert client.resolve("run") == versioned(
-        "run", tmp_path / "run" / "step_000002", "step_000002"
-    )
+    # Ranks are processes of their own, whose output is this one's.
+    count = 0
+    for line in capfd.readouterr().out.splitlines():
+        if line.startswith("serve: "):
+            count += 1
+            assert "differs from the training side by up to" in line
+            assert "NOT" not in line
+    assert count == 2
+    last = tmp_path / "run" / "step_000002"
+    assert client.resolve("run") == versioned("run", last, "step_000002")
