@@ -1,5 +1,5 @@
-"""The rules of the code base that a machine can check: who may import whom, and how long files and
-functions are."""
+"""Check the rules of the code base that a machine can check: who may import whom, and how long
+files and functions are."""
 
 import ast
 import functools
@@ -23,11 +23,11 @@ MAY_IMPORT = {
     "kernels": {"megalora_kernels"},
     "megalora": {"megalora_kernels", "megalora"},
     "launch": {"megalora"},
-    # what a benchmark computes is tested
+    # What a benchmark computes is tested.
     "tests": {"megalora_kernels", "megalora", "tests", "benchmarks", "docs"},
-    # it measures against the tests' oracle
+    # A benchmark measures only what agrees with the oracle of the tests.
     "benchmarks": {"megalora_kernels", "megalora", "benchmarks", "tests"},
-    # scripts that write pages show what the other folders say
+    # Scripts that write pages show what the other folders say.
     "docs": {"megalora", "benchmarks", "tests", "docs"},
 }
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -75,6 +75,9 @@ WITHOUT_TORCH = (
     "megalora/train/__init__.py", "megalora/train/__main__.py", "megalora/planner/",
 )  # fmt: skip
 """What checks a config answers in a fraction of a second: importing Megatron takes ten."""
+TAKE_SECONDS = {"torch", "transformers", "megatron", "peft", "datasets"}
+"""Packages that take from one to ten seconds to import."""
+# Layers that asked torch.distributed for groups themselves could not be tested with others.
 GROUPS_ARE_PASSED_IN = (
     "megalora/lora/",
     "megalora/model/",
@@ -83,6 +86,7 @@ GROUPS_ARE_PASSED_IN = (
     "megalora/comm.py",
 )
 MAKES_GROUPS = {"init_process_group", "new_group", "new_subgroups", "init_device_mesh"}
+# A file is named after the question that it answers; these answer none.
 NO_SUCH_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 MAX_FILE_LINES = 350
@@ -106,7 +110,10 @@ def imports(path: Path, *, at_start: bool = False) -> tuple[str, ...]:
         elif isinstance(node, ast.ImportFrom):
             module = _module_of(node, path)
             found.append(module)
-            found.extend(f"{module}.{alias.name}" for alias in node.names)
+            # ``from a import b``: b may be a module of its own, so both names count.
+            for alias in node.names:
+                found.append(f"{module}.{alias.name}")
+        # Neither runs when the file is imported.
         late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         late |= isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         if not (at_start and late):
@@ -130,6 +137,7 @@ def _module_of(node: ast.ImportFrom, path: Path) -> str:
 
 
 def packages(path: Path, *, at_start: bool = False) -> set[str]:
+    """First parts of the names of all that a file imports."""
     return {name.split(".")[0] for name in imports(path, at_start=at_start)}
 
 
@@ -140,6 +148,7 @@ def names(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute | ast.Name):
+            # torch, torch.cuda, torch.cuda.synchronize.
             parts = ast.unparse(node).split(".")
             found |= set(itertools.accumulate(parts, "{}.{}".format))
     return found
@@ -154,14 +163,14 @@ def functions(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def test_there_is_something_to_check() -> None:
-    assert {
-        "megalora/host.py",
-        "megalora/lora/spec.py",
-        "kernels/megalora_kernels/grouped_lora.py",
-    } <= FILES.keys()
-    assert {"megalora.config", "megalora.config.ParallelConfig"} <= set(
-        imports(FILES["megalora/parallel.py"])
-    )
+    """Each way of looking finds what is known to be there: one that found nothing would pass
+    everywhere."""
+    for name in ("megalora/host.py", "megalora/lora/spec.py"):
+        assert name in FILES
+    assert "kernels/megalora_kernels/grouped_lora.py" in FILES
+    found = set(imports(FILES["megalora/parallel.py"]))
+    assert {"megalora.config", "megalora.config.ParallelConfig"} <= found
+    # A relative import has its full name.
     assert "megalora_kernels.grouped_lora" in imports(FILES["kernels/megalora_kernels/__init__.py"])
     assert "torch.cuda" in names(FILES["megalora/host.py"])
 
@@ -217,14 +226,9 @@ def test_groups_are_passed_in() -> None:
 def test_a_config_is_checked_without_importing_torch() -> None:
     for name, path in FILES.items():
         if name.startswith(WITHOUT_TORCH):
-            heavy = packages(path, at_start=True) & {
-                "torch",
-                "transformers",
-                "megatron",
-                "peft",
-                "datasets",
-            }
+            heavy = packages(path, at_start=True) & TAKE_SECONDS
             assert not heavy, f"{name} imports {sorted(heavy)} as it is imported"
+            # And so on: what it imports of ours may import nothing of these either.
             for module in imports(path, at_start=True):
                 target = module.replace(".", "/") + ".py"
                 if target in FILES:
@@ -254,6 +258,7 @@ def ours() -> dict[str, Path]:
 
 
 def test_imports_go_down() -> None:
+    # The vLLM plug-in runs inside vLLM's process, below everything of ours.
     modules = ours()
     upward = []
     for module, path in modules.items():
@@ -277,6 +282,7 @@ def test_no_module_imports_itself_round_about() -> None:
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
+        """``trail``: the modules that led here, each imported by the one before."""
         circle = (*trail[trail.index(module) :], module) if module in trail else ()
         assert not circle, f"a circle: {' -> '.join(circle)}"
         if module not in done:
@@ -286,10 +292,11 @@ def test_no_module_imports_itself_round_about() -> None:
 
     for module in modules:
         visit(module, ())
+    # What two files import by hand: a walk over nothing would find no circle either.
     assert edges["megalora.model.families.rules"] == set()
     assert edges["megalora.model.families.family"] == {
         "megalora.model.families.rules", "megalora.model.projections", "megalora.model.shape",
-    }, "the walk finds what is there"  # fmt: skip
+    }  # fmt: skip
 
 
 def test_no_file_is_too_long() -> None:
@@ -297,6 +304,7 @@ def test_no_file_is_too_long() -> None:
     for name, path in FILES.items():
         if len(path.read_text().splitlines()) > MAX_FILE_LINES:
             long.add(name)
+    # Equal: a file that is short by now must leave the list of exceptions.
     assert long == LONG_FILES
 
 

@@ -29,6 +29,7 @@ from megalora.model.fields import model_shape
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of ``megalora ARGUMENTS``."""
+    # Nothing that was printed before counts.
     capsys.readouterr()
     code: Any = 0
     try:
@@ -40,6 +41,7 @@ def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 
 @pytest.fixture
 def run_yaml(tiny: Path, tmp_path: Path) -> Path:
+    """A config without mistakes, whose data are looked for but not read before ranks start."""
     path = tmp_path / "run.yaml"
     (tmp_path / "chats.jsonl").touch()
     path.write_text(
@@ -75,6 +77,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return calls
 
 
+# The first is megalora itself, without a command.
 @pytest.mark.parametrize("command", [[], ["tiny"], ["train"], ["export"], ["verify"], ["inspect"]])
 def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     code, out, err = outcome(capsys, *command, "--help")
@@ -98,6 +101,7 @@ def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
             ["train", "c.yaml", "--nproc", "two"],
             "megalora train: error: argument --nproc: invalid int value: 'two'",
         ),
+        # Not argparse's own words: it would name all commands' usage.
         (
             ["train", "c.yaml", "--lr=3"],
             "megalora: megalora train: unknown argument '--lr=3'; see megalora train --help",
@@ -131,11 +135,9 @@ def test_wrong_arguments(
 
 def test_tiny(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "base"
-    assert outcome(capsys, "tiny", out, "--arch", "qwen3", "--seed", 5, "--dtype", "bfloat16") == (
-        0,
-        f"wrote {out}\n",
-        "",
-    )
+    options = ["--arch", "qwen3", "--seed", 5, "--dtype", "bfloat16"]
+    assert outcome(capsys, "tiny", out, *options) == (0, f"wrote {out}\n", "")
+    # The options reach make_tiny, which writes them down beside the model.
     assert json.loads((out / "megalora_tiny.json").read_text()) == {
         "arch": "qwen3", "seed": 5, "dtype": "bfloat16", "overrides": {},
     }  # fmt: skip
@@ -149,9 +151,11 @@ def test_train_starts_torchrun(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # torchrun warns where it sets this to 1 itself.
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     arguments = ["train", run_yaml, "train.lr=0.5", "--nproc", 4, "parallel.ep=2", "train.lr=0.25"]
     assert outcome(capsys, *arguments) == (0, "", "")
+    # Overrides in their order, of which the last one wins, wherever options of ours stand between.
     assert started == [
         ["--standalone", "--nproc-per-node", "4", "--max-restarts", "0", "-m", "megalora.train",
          str(run_yaml),
@@ -216,23 +220,21 @@ def test_train_finds_mistakes_before_ranks_start(
 def test_train_leaves_a_model_on_the_hub_to_the_ranks(
     run_yaml: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert outcome(
-        capsys, "train", run_yaml, "model.path=Qwen/Qwen3-30B-A3B", "lora.target_modules=[q_porj]"
-    ) == (
-        0,
-        "",
-        "",
-    )
+    # Its config is not on this machine, so that the mistake in the second cannot be seen yet.
+    overrides = ["model.path=Qwen/Qwen3-30B-A3B", "lora.target_modules=[q_porj]"]
+    assert outcome(capsys, "train", run_yaml, *overrides) == (0, "", "")
     assert len(started) == 1
 
 
 def failure(exitcode: int) -> ChildFailedError:
+    """What torchrun raises when rank 1, process 77, ends so."""
     return ChildFailedError("megalora.train", {1: ProcessFailure(1, 77, exitcode, "<N/A>")})
 
 
 def test_a_mistake_of_the_ranks_is_not_reported_twice(
     run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # A rank that ends with 2 has said its mistake.
     def fail(_: list[str]) -> None:
         raise failure(exitcode=2)
 
@@ -243,6 +245,7 @@ def test_a_mistake_of_the_ranks_is_not_reported_twice(
 def test_a_crash_of_the_ranks_is_torchrun_s_to_report(
     run_yaml: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Killed: no rank can have said anything.
     def fail(_: list[str]) -> None:
         raise failure(exitcode=-9)
 
@@ -258,11 +261,8 @@ def test_ranks_report_one_mistake_once(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", start], cwd=tmp_path, capture_output=True, text=True
     )
-    assert (done.returncode, done.stdout, done.stderr) == (
-        2,
-        "",
-        "megalora: no.yaml: no such config file\n",
-    )
+    said = "megalora: no.yaml: no such config file\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 def mistaken(_: list[str]) -> None:
@@ -272,6 +272,8 @@ def mistaken(_: list[str]) -> None:
 def test_a_rank_that_is_mistaken_alone_speaks_after_all(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Rank 0 speaks for all at once. Another waits half a minute, in which rank 0 would have made
+    the same mistake and torchrun would have ended them all."""
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     for rank, patience, said in (("0", [], "megalora: "), ("3", [30], "megalora (rank 3): ")):
@@ -295,6 +297,7 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 
 def test_export(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A checkpoint has this folder beside the adapter; an export leaves it out.
     out = tmp_path / "exported"
     (adapter / "training_state").mkdir()
     code, said, error = outcome(capsys, "export", adapter, out)
@@ -304,9 +307,12 @@ def test_export(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         "adapts q_proj in layers 2-3; k_proj in layers 2-3; v_proj in layers 2-3; o_proj in layers"
         " 2-3; gate_proj in layers 2-3; up_proj in layers 2-3; down_proj in layers 2-3\n"
     )
-    written = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert written.pop("README.md").startswith(b"---\nbase_model: ")
-    assert written == {name: (adapter / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    assert sorted(path.name for path in out.iterdir()) == sorted(["README.md", CONFIG, WEIGHTS])
+    # The head of a model card, as the hub reads it.
+    assert (out / "README.md").read_text().startswith("---\nbase_model: ")
+    # The adapter fits stock PEFT as it is, so that its files are copied.
+    for name in (CONFIG, WEIGHTS):
+        assert (out / name).read_bytes() == (adapter / name).read_bytes()
 
 
 def test_inspect(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,7 +324,8 @@ def test_verify(adapter: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -
     code, out, _ = outcome(capsys, "verify", adapter, "--base", tiny)
     assert (code, out.splitlines()[-1]) == (0, "verified: stock PEFT computes the same model")
 
-    # a setting that PEFT passes over and megalora does not
+    # PEFT ignores an alpha for a name inside its fused experts; megalora applies it. Layer 2 is the
+    # first that the adapter has.
     config = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps(config | {"alpha_pattern": {"gate_proj": 40}}))
     code, out, _ = outcome(capsys, "verify", adapter, "--base", tiny)
@@ -327,6 +334,7 @@ def test_verify(adapter: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -
         "NOT the same model: they part from decoder layer 2 on",
     )
 
+    # An adapter whose B is zero would agree with anything: that is no proof, so it is refused.
     (adapter / CONFIG).write_text(json.dumps(config))
     tensors = load_file(adapter / WEIGHTS)
     for name, tensor in tensors.items():
@@ -343,24 +351,17 @@ def test_verify(adapter: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("module", ["megalora", "megalora.train"])
 def test_as_a_module(tmp_path: Path, module: str) -> None:
     arguments = ["train", "no.yaml"] if module == "megalora" else ["no.yaml"]
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (
-        2,
-        "",
-        "megalora: no.yaml: no such config file\n",
-    )
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    said = "megalora: no.yaml: no such config file\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 def test_train_without_a_config_says_how_it_is_called(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "megalora.train"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (
-        2,
-        (
-            "megalora: usage: torchrun --nproc-per-node N -m megalora.train CONFIG.yaml"
-            " [section.key=value ...]\n"
-        ),
+    command = [sys.executable, "-m", "megalora.train"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "megalora: usage: torchrun --nproc-per-node N -m megalora.train CONFIG.yaml"
+        " [section.key=value ...]\n"
     )

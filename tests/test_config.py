@@ -1,5 +1,4 @@
-"""What a config accepts, what it turns it into, and the exact words in which it refuses the
-rest."""
+"""What a config accepts and makes of it, and the exact words in which it refuses the rest."""
 
 import re
 from dataclasses import fields
@@ -18,28 +17,9 @@ from megalora.config import (
     TrainConfig,
 )
 from megalora.config.file import load_config, save_config
+from tests.minimal_config import MINIMAL, minimal, refusal
 
-MINIMAL = """\
-model: {path: models/tiny}
-data: {train: chats.jsonl}
-train: {steps: 3}
-"""
-
-
-@pytest.fixture
-def minimal(tmp_path: Path) -> Path:
-    path = tmp_path / "run.yaml"
-    path.write_text(MINIMAL)
-    return path
-
-
-def refusal(path: Path, *overrides: str) -> str:
-    with pytest.raises(ValueError) as caught:
-        load_config(path, overrides)
-    assert type(caught.value) is ValueError, (
-        "subclasses such as UnicodeDecodeError lose the file's name"
-    )
-    return str(caught.value)
+__all__ = ["minimal"]  # a fixture
 
 
 def test_defaults(minimal: Path) -> None:
@@ -66,10 +46,12 @@ def test_defaults(minimal: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "section", "key", "value"),
     [
+        # YAML reads 3e-4, without a dot, as text, and 1 as an integer: both become numbers here.
         ("train.lr=3e-4", "train", "lr", 3e-4),
         ("train.lr=1", "train", "lr", 1.0),
         ("train.clip_grad=0", "train", "clip_grad", 0.0),
         ("lora.alpha=8", "lora", "alpha", 8.0),
+        # Keys of several types: what is given must stay what it is.
         ("lora.target_modules=[q_proj,gate]", "lora", "target_modules", ["q_proj", "gate"]),
         ("lora.target_modules=o_proj", "lora", "target_modules", "o_proj"),
         ("lora.layers=[0,2]", "lora", "layers", [0, 2]),
@@ -82,10 +64,12 @@ def test_defaults(minimal: Path) -> None:
             "alpha_pattern",
             {"q_proj": 32.0, "o_proj": 0.5},
         ),
+        # A key of a mapping by its path.
         ("lora.alpha_pattern.k_proj=4", "lora", "alpha_pattern", {"k_proj": 4.0}),
         ("lora.expert_rank=4", "lora", "expert_rank", 4),
         ("data.train=gsm8k/train.jsonl[:200]", "data", "train", "gsm8k/train.jsonl[:200]"),
         ("data.train=org/name/main:test[1:3]", "data", "train", "org/name/main:test[1:3]"),
+        # A number of samples, a share of them, a file.
         ("data.eval=7", "data", "eval", 7),
         ("data.eval=0.125", "data", "eval", 0.125),
         ("data.eval=eval.jsonl", "data", "eval", "eval.jsonl"),
@@ -103,9 +87,11 @@ def test_defaults(minimal: Path) -> None:
 def test_override(minimal: Path, override: str, section: str, key: str, value: object) -> None:
     found = getattr(getattr(load_config(minimal, [override]), section), key)
     assert found == value
+    # 1 == 1.0 == True: types are compared by themselves.
     assert type(found) is type(value)
     if isinstance(value, dict):
-        assert [type(v) for v in found.values()] == [type(v) for v in value.values()]
+        for name, inner in value.items():
+            assert type(found[name]) is type(inner)
 
 
 def test_overrides_apply_in_order_and_leave_the_rest_of_a_section(minimal: Path) -> None:
@@ -119,6 +105,7 @@ def test_overrides_apply_in_order_and_leave_the_rest_of_a_section(minimal: Path)
 
 
 def test_round_trip(tmp_path: Path) -> None:
+    # Texts that YAML would read as numbers, booleans, null or mappings if they were written bare.
     config = RunConfig(
         model=ModelConfig(path="123", dtype="float32"),
         data=DataConfig(train="a: b.jsonl[:200]", eval=0.05, format={"messages": "yes"},
@@ -138,21 +125,17 @@ def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     save_config(config, path)
     assert load_config(path) == config
-    for section in fields(RunConfig):
-        assert getattr(config, section.name) != getattr(
-            load_config_minimal(tmp_path), section.name
-        ), "a default proves nothing"
-
-
-def load_config_minimal(folder: Path) -> RunConfig:
-    path = folder / "minimal.yaml"
+    # A section of defaults would come back even if it were not written.
     path.write_text(MINIMAL)
-    return load_config(path)
+    defaults = load_config(path)
+    for section in fields(RunConfig):
+        assert getattr(config, section.name) != getattr(defaults, section.name)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        # Keys that do not exist: with the nearest if one is near, else with all.
         ("modell.path=x", "unknown config key modell; did you mean model?"),
         ("train.warm_up=3", "unknown config key train.warm_up; did you mean train.warmup?"),
         (
@@ -162,11 +145,13 @@ def load_config_minimal(folder: Path) -> RunConfig:
                 " exclude_modules, layers, rank_pattern, alpha_pattern, expert_rank, use_rslora"
             ),
         ),
+        # Sections and keys in each other's place, and texts that are no override.
         ("train=3", "train is a section, got 3"),
         ("lora=null", "lora is a section, got None"),
         ("parallel.tp={x: 3}", "parallel.tp must be int, got {'x': 3}"),
         ("train.lr", "override 'train.lr' is not of the form section.key=value"),
         ("=3", "override '=3' is not of the form section.key=value"),
+        # Types: a bool is no int in a config, although it is in Python, and 2.0 is none either.
         ("model.path=123", "model.path must be str, got 123"),
         ("parallel.tp=2.0", "parallel.tp must be int, got 2.0"),
         ("parallel.tp=true", "parallel.tp must be int, got True"),
@@ -188,6 +173,7 @@ def load_config_minimal(folder: Path) -> RunConfig:
         ("data.eval=true", "data.eval must be str or int or float or nothing, got True"),
         ("data.format={messages: 3}", "data.format.messages must be str, got 3"),
         ("checkpoint.resume=1", "checkpoint.resume must be bool or str, got 1"),
+        # Values of the right type that mean nothing.
         ("model.dtype=float16", "model.dtype must be one of float32, bfloat16, got 'float16'"),
         ("model.backend=te", "model.backend must be one of torch, got 'te'"),
         (
@@ -228,6 +214,7 @@ def load_config_minimal(folder: Path) -> RunConfig:
         ),
         ("train.steps=0", "train.steps must be above 0, got 0"),
         ("train.lr=-0.1", "train.lr must be above 0, got -0.1"),
+        # Neither above nor below 0.
         ("train.lr=.nan", "train.lr must be above 0, got nan"),
         ("train.global_batch_size=0", "train.global_batch_size must be above 0, got 0"),
         ("train.micro_batch_size=-2", "train.micro_batch_size must be above 0, got -2"),
@@ -251,8 +238,10 @@ def test_refused_override(minimal: Path, override: str, message: str) -> None:
         (b"model: {}\ndata: {train: a}\ntrain: {steps: 1}\n", "config is missing model.path"),
         (b"model: {path: m}\n", "config is missing data, train"),
         (b"model: [1]\n", "model is a section, got [1]"),
+        # YAML, but no config.
         (b"- 1\n- 2\n", "{path}: expected sections (model, data, train, ...), not a list"),
         (b"3\n", "{path}: Invalid loaded object type: int"),
+        # Not YAML: the parser's first line, after the file's name.
         (b"train: {steps: 1\n", "{path}: while parsing a flow mapping"),
         (b"train: {lr: 1, lr: 2}\n", "{path}: while constructing a mapping"),
         (b"model:\n  path: ???\n", "{path}: Missing mandatory value: path, full_key: model.path"),
@@ -288,6 +277,7 @@ def test_no_such_file(tmp_path: Path, name: str) -> None:
     [
         (ParallelConfig(), 6, (6, 6)),
         (ParallelConfig(tp=2, pp=3), 12, (2, 4)),
+        # Attention: 16 / (tp 4 * pp 2) = 2. Experts: 16 / (etp 1 * ep 8 * pp 2) = 1.
         (ParallelConfig(tp=4, pp=2, ep=8, etp=1), 16, (2, 1)),
         (ParallelConfig(tp=2, pp=2, ep=3, etp=5), 60, (15, 2)),
     ],
@@ -298,6 +288,7 @@ def test_data_parallel_sizes(
     assert layout.data_parallel_sizes(world_size) == sizes
 
 
+# Attention and experts split the same ranks in two ways, so that each has its own data parallelism.
 def run_config(*, batch: int = 24, micro: int = 1, **parallel: int) -> RunConfig:
     return RunConfig(
         model=ModelConfig(path="m"), data=DataConfig(train="d"),
@@ -365,6 +356,8 @@ def test_world_size_refused(config: RunConfig, world_size: int, message: str) ->
 @pytest.mark.parametrize(
     ("config", "world_size"),
     [
+        # 24 samples over 2 data-parallel ranks; 8 over 2 are 4 microbatches, twice the stages;
+        # without interleaving 3 microbatches are as good.
         (run_config(ep=8, tp=4, pp=2), 16),
         (run_config(batch=8, pp=2, vpp=2), 4),
         (run_config(batch=6, pp=2), 4),
@@ -377,7 +370,8 @@ def test_world_size_accepted(config: RunConfig, world_size: int) -> None:
 def test_what_is_compared_with_transformers(minimal: Path) -> None:
     assert load_config(minimal).train.check_base == "layer"
     assert load_config(minimal, ["train.check_base=loss"]).train.check_base == "loss"
-    for off in ("train.check_base=off", "train.check_base='off'"):  # YAML reads the first as false
+    # YAML reads a bare off as false.
+    for off in ("train.check_base=off", "train.check_base='off'"):
         assert load_config(minimal, [off]).train.check_base == "off"
     assert load_config(minimal, ["train.recompute=off"]).train.recompute == "off"
     assert (
@@ -401,67 +395,3 @@ def test_the_old_name_of_the_check_says_the_new_one(value: str, minimal: Path) -
         == "unknown config key train.check_parity; it was renamed: write train.check_base=loss for"
         " what true meant, train.check_base=off for no check"
     )
-
-
-NESTED_ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
-for _level in range(1, 5):
-    # Each level repeats the one before eleven times: 9 * 11^4 values in some 300 bytes.
-    _items = ", ".join([f"*a{_level - 1}"] * 11)
-    NESTED_ALIASES += f"a{_level}: &a{_level} [{_items}]\n"
-"""9 x 11^4 values in a few hundred bytes; a few lines more would fill the memory."""
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("model: &a [*a]", "*a stands inside what it names"),
-        ("model: &a {path: {x: *a}}", "*a stands inside what it names"),
-        ("[" * 5000, "nested more than 50 deep"),
-        ("{a: " * 3000, "nested more than 50 deep"),
-        ("\n".join("  " * depth + "a:" for depth in range(400)), "nested more than 50 deep"),
-        (NESTED_ALIASES, "more than 100,000 values, aliases written out"),
-        ("model: {path: " + "1" * 5000 + "}", "Exceeds the limit (4300 digits)"),
-        ("model: {path: !!int a}", "invalid literal for int() with base 10: 'a'"),
-        ("model: {path: !!timestamp a}", "has no attribute 'groupdict'"),
-        ("model: {path: !!bool maybe}", "'maybe'"),
-        ("model: {path: '${model.path}'}", "Recursive interpolation detected"),
-        ("model: {<<: *b}", "found undefined alias 'b'"),
-        ("model: {path: !!python/object:os.system x}", "could not determine a constructor"),
-    ],
-    ids=lambda value: value[:20],
-)
-def test_a_hostile_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    said = refusal(path)
-    assert said.startswith(f"{path}: ") and message in said and "\n" not in said and len(said) < 400
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("[=", "is not of the form section.key=value"),
-        ("[=1", "is not of the form section.key=value"),
-        ("lora.target_modules[0]=x", "is not of the form section.key=value"),
-        ("=1", "is not of the form section.key=value"),
-        ("model.path=&a [*a]", "*a stands inside what it names"),
-        ("model.path=" + "[" * 5000, "nested more than 50 deep"),
-        ("model.path=[", "expected the node content"),
-        ("model.path=!!float a", "could not convert string to float: 'a'"),
-    ],
-)
-def test_a_hostile_override_is_one_line(minimal: Path, override: str, message: str) -> None:
-    said = refusal(minimal, override)
-    assert said.startswith("override ") and message in said and "\n" not in said and len(said) < 400
-
-
-def test_aliases_and_merged_sections_still_work(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        MINIMAL
-        + "lora: {target_modules: &names [q_proj, k_proj], exclude_modules: *names}\nlog: {<<:"
-        " {every: 7}}\n"
-    )
-    config = load_config(path)
-    assert config.lora.exclude_modules == config.lora.target_modules == ["q_proj", "k_proj"]
-    assert config.log.every == 7

@@ -1,4 +1,5 @@
-"""The documentation is true: generated pages are current, links resolve, commands parse."""
+"""Check that the documentation is true: generated pages are current, links resolve, commands
+parse."""
 
 import importlib.util
 import json
@@ -25,6 +26,7 @@ PAGES = [
     *sorted((docs.ROOT / "docs").glob("*.md")),
 ]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# [text](target), and [name]: target at the end of a page.
 LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", re.MULTILINE)
 
 
@@ -35,6 +37,7 @@ def relative(path: Path) -> str:
 def commands(page: str) -> Iterator[str]:
     """Commands in blocks of ``bash``, and after a prompt in blocks of ``console``."""
     for language, block in BLOCK.findall(page):
+        # A backslash at the end of a line joins the next one to it.
         for line in block.replace("\\\n", " ").splitlines():
             if language == "bash" and line.strip():
                 yield line
@@ -50,25 +53,40 @@ def problem(command: str) -> str | None:
     """
     words = shlex.split(command, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        words.pop(0)  # environment variables
+        # An environment variable set for the command.
+        words.pop(0)
     if not words or words[0] == "export":
         return None
-    program, arguments = Path(words[0]).name, words[1:]
+    program = Path(words[0]).name
+    arguments = words[1:]
     if program == "megalora":
         return parse_problem(arguments)
     if program == "make":
-        targets = re.findall(r"^([a-z0-9-]+):", (docs.ROOT / "Makefile").read_text(), re.MULTILINE)
-        unknown = [word for word in arguments if "=" not in word and word not in targets]
-        return f"make has no target {unknown[0]}" if unknown else None
+        return make_problem(arguments)
     if program.startswith("python") and arguments[:1] == ["-m"]:
-        return None if importlib.util.find_spec(arguments[1]) else f"no module {arguments[1]}"
-    scripts = [word for word in words if re.fullmatch(r"[\w./-]+\.sh|\.ci/run", word)]
-    missing = [word for word in scripts if not (docs.ROOT / word).is_file()]
-    return f"there is no {missing[0]}" if missing else None
+        if importlib.util.find_spec(arguments[1]) is None:
+            return f"no module {arguments[1]}"
+        return None
+    for word in words:
+        is_script = re.fullmatch(r"[\w./-]+\.sh|\.ci/run", word)
+        if is_script and not (docs.ROOT / word).is_file():
+            return f"there is no {word}"
+    return None
+
+
+def make_problem(arguments: list[str]) -> str | None:
+    """The first target that the Makefile lacks; ``NAME=value`` sets a variable."""
+    makefile = (docs.ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE)
+    for word in arguments:
+        if "=" not in word and word not in targets:
+            return f"make has no target {word}"
+    return None
 
 
 def parse_problem(arguments: list[str]) -> str | None:
-    """What the command line's parser says of these arguments."""
+    """What the command line's parser says of these arguments, and keys that no config has."""
+    # What follows goes to vLLM.
     if "--" in arguments:
         arguments = arguments[: arguments.index("--")]
     try:
@@ -76,28 +94,40 @@ def parse_problem(arguments: list[str]) -> str | None:
     except SystemExit as ended:
         # --help and --version end with 0.
         return "the parser refuses it" if ended.code else None
-    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
-    if unknown:
-        return f"megalora {parsed.command} knows no {unknown[0]}"
-    overrides = [word for word in [*getattr(parsed, "overrides", []), *rest] if "." in word]
+    # Overrides among options are left over too: they have a = and no dash.
+    for word in rest:
+        if word.startswith("-") or "=" not in word:
+            return f"megalora {parsed.command} knows no {word}"
+    # Keys in the first column of the options page, such as | `train.lr` |.
     known = set(re.findall(r"^\| `([a-z.]+_?[a-z_]*)` ", options.page(), re.MULTILINE))
-    wrong = [word for word in overrides if word.partition("=")[0] not in known]
-    return f"there is no key {wrong[0]}" if wrong else None
+    for word in [*getattr(parsed, "overrides", []), *rest]:
+        key = word.partition("=")[0]
+        if "." in word and key not in known:
+            return f"there is no key {word}"
+    return None
+
+
+def anchors(page: Path) -> list[str]:
+    """What GitHub calls the headings of a page: lower case, hyphens for blanks, no punctuation."""
+    found = []
+    for heading in re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE):
+        found.append(re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-"))
+    return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_links_resolve(page: Path) -> None:
     text = page.read_text()
+    # Not in blocks of code, where brackets are Python's.
     for match in LINK.finditer(BLOCK.sub("", text)):
         target, _, anchor = (match[1] or match[2]).partition("#")
         if target.startswith(("http://", "https://")):
             continue
+        # A bare #anchor is in the page itself.
         there = (page.parent / target).resolve() if target else page
         assert there.exists(), f"{relative(page)} links to {target}, which does not exist"
         if anchor:
-            headings = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
-            anchors = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
-            assert anchor in anchors, f"{relative(page)} links to {target}#{anchor}"
+            assert anchor in anchors(there), f"{relative(page)} links to {target}#{anchor}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
@@ -127,13 +157,14 @@ def test_a_wrong_command_is_found(command: str, said: str | None) -> None:
 def test_readme_fits_a_screen_or_two() -> None:
     lines = README.read_text().splitlines()
     assert len(lines) <= 120
-    assert not [line for line in lines if len(line) > 100]
+    assert max(map(len, lines)) <= 100
 
 
 def test_readme_s_engines_agree_as_far_as_measured() -> None:
     """The one number of README that no record holds: the table it comes from is in measurements."""
     page = (docs.ROOT / "docs/measurements.md").read_text()
     table = page.partition("## Three engines")[2].partition("| allowed |")[0]
+    # Its cells are differences such as 3.1e-06.
     largest = max(float(cell) for cell in re.findall(r"\d\.\de-0\d", table))
     assert f"differ by at most {largest:.1e}" in " ".join(README.read_text().split())
 
@@ -149,9 +180,10 @@ def test_the_tour_names_files_that_exist() -> None:
     """Every path in backticks, and each file that is named right after its folder's path."""
     text = (docs.ROOT / "docs/code.md").read_text()
     paths = re.findall(r"`((?:megalora|kernels|benchmarks|launch|tests|docs)/[\w./*-]*)`", text)
+    # Fewer would mean that the pattern has stopped matching.
     assert len(paths) > 40
-    missing = [path for path in paths if not any(docs.ROOT.glob(path))]
-    assert not missing, f"docs/code.md names {missing[0]}"
+    for path in paths:
+        assert any(docs.ROOT.glob(path)), f"docs/code.md names {path}"
 
 
 def test_numbers_are_of_the_records(tmp_path, monkeypatch) -> None:
@@ -168,6 +200,7 @@ def test_numbers_are_of_the_records(tmp_path, monkeypatch) -> None:
 
 
 def test_the_quickstart_s_record_keeps_lines_and_losses() -> None:
+    # What a terminal shows: steps, a progress bar, blank lines. Evaluations have rows of their own.
     log = "1/4  a tiny base\nLoading ━━━ 100%\n\neval loss 6.7 at step 0\n"
     metrics = '{"step": 0, "eval_loss": 6.7}\n{"step": 1, "loss": 6.5, "lr": 0.1}\n'
     found = record(log, metrics)

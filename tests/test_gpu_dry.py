@@ -1,5 +1,4 @@
-"""The path of ``gpu_all.sh`` at tiny sizes on a CPU: its programs, and the summary of what they
-wrote."""
+"""Run ``gpu_all.sh`` at tiny sizes on a CPU: its programs, and the summary of what they wrote."""
 
 import json
 import os
@@ -19,20 +18,15 @@ script's dry run takes them too."""
 
 
 def dry_run(out: Path, *words: str) -> subprocess.CompletedProcess:
-    """As from a shell, of this interpreter; ``--seconds`` is far more than it takes."""
+    """Run the script as from a shell, with this interpreter."""
+    # These tests interpret Triton in their own process; the script decides that itself.
     environment = {**os.environ, "PYTHON": sys.executable}
     for name in ("TRITON_INTERPRET", "MEGALORA_TEST_GPU"):
         environment.pop(name, None)
-    script = [
-        "bash",
-        str(ROOT / "benchmarks/gpu_all.sh"),
-        "--dry",
-        "--seconds",
-        "3600",
-        "--out",
-        str(out),
-    ]
-    return subprocess.run([*script, *words], env=environment, capture_output=True, text=True)
+    script = str(ROOT / "benchmarks/gpu_all.sh")
+    # An hour is far more than it takes.
+    command = ["bash", script, "--dry", "--seconds", "3600", "--out", str(out), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -40,6 +34,7 @@ def test_every_step_runs_and_a_second_call_has_nothing_to_do(tmp_path):
     done = dry_run(tmp_path, *STEPS)
     steps = named(STEPS)
     outcomes = json.loads((tmp_path / "gpu_all.json").read_text())["steps"]
+    # Of a step that failed, the end of its log is what one wants to read.
     logs = {}
     for step in steps:
         if outcomes[step.name]["result"] != "ok":
@@ -52,8 +47,15 @@ def test_every_step_runs_and_a_second_call_has_nothing_to_do(tmp_path):
     assert "a dry run: times, ratios and errors mean nothing" in done.stdout
     for step in steps:
         assert f"step: {step.name} " in done.stdout
-    times = {step.name: (tmp_path / step.result).stat().st_mtime_ns for step in steps}
+
+    def times() -> list[int]:
+        """When each step's result was written last."""
+        return [(tmp_path / step.result).stat().st_mtime_ns for step in steps]
+
+    before = times()
     again = dry_run(tmp_path, *STEPS)
-    assert again.returncode == 0 and f"done before: {', '.join(times)}\n" in again.stdout
+    names = ", ".join(step.name for step in steps)
+    assert again.returncode == 0 and f"done before: {names}\n" in again.stdout
+    # The head of every step that is begun.
     assert "==" not in again.stdout
-    assert times == {step.name: (tmp_path / step.result).stat().st_mtime_ns for step in steps}
+    assert times() == before

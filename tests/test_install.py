@@ -1,5 +1,5 @@
-"""What a user installs: two wheels and requirements.lock, complete and without tools for
-developers."""
+"""Check what a user installs: two wheels and requirements.lock, complete and without developers'
+tools."""
 
 import os
 import re
@@ -23,8 +23,9 @@ EXTRAS: dict[str, list[str]] = PROJECT["project"].get("optional-dependencies", {
 NAMED = {
     "megalora": PROJECT["project"]["dependencies"],
     "megalora-kernels": KERNELS["project"]["dependencies"],
-    **{f"megalora[{extra}]": named for extra, named in EXTRAS.items()},
 }
+for _extra, _requirements in EXTRAS.items():
+    NAMED[f"megalora[{_extra}]"] = _requirements
 """What each thing that can be installed asks for."""
 TOOLS = {Requirement(tool).name for tool in PROJECT["dependency-groups"]["dev"]}
 NOT_INDEXED = {"megalora-kernels"}
@@ -39,8 +40,12 @@ def canonical(name: str) -> str:
 
 def pins(lock: Path) -> dict[str, str]:
     """Name -> version of every line of a lock."""
-    lines = lock.read_text().splitlines()
-    return dict(line.split(" ;")[0].split("==") for line in lines)
+    found = {}
+    for line in lock.read_text().splitlines():
+        # After " ;" comes for which machines the line is.
+        name, version = line.split(" ;")[0].split("==")
+        found[name] = version
+    return found
 
 
 # ---- locks ----
@@ -50,6 +55,7 @@ def test_the_lock_has_what_is_asked_for() -> None:
     locked = pins(ROOT / "requirements.lock")
     for who in ("megalora", "megalora-kernels"):
         for text in NAMED[who]:
+            # What pyproject.toml asks for must allow what the lock pins.
             asked = Requirement(text)
             if asked.name not in NOT_INDEXED:
                 assert asked.specifier.contains(locked[canonical(asked.name)]), f"{who}: {text}"
@@ -58,6 +64,7 @@ def test_the_lock_has_what_is_asked_for() -> None:
 def test_users_get_no_tools_and_developers_get_users_versions() -> None:
     users = pins(ROOT / "requirements.lock")
     developers = pins(ROOT / "requirements-dev.lock")
+    # The same versions, so that what developers test is what users run.
     assert users.items() <= developers.items()
     assert developers.keys() >= TOOLS
     # pyright's extra brings node.js, which is larger than all other tools together.
@@ -91,6 +98,7 @@ def dropped() -> set[str]:
 
 @pytest.mark.parametrize("who", NAMED)
 def test_overrides_drop_nothing_that_is_asked_for(who: str) -> None:
+    # One that is dropped on purpose, so that an empty set would show.
     assert "nvidia-resiliency-ext" in dropped()
     assert not names_of(NAMED[who]) & dropped()
 
@@ -107,6 +115,7 @@ def test_everything_that_can_be_installed_resolves(who: str) -> None:
         [uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", *extras, *SELF],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
+    # What uv says where nothing answers; any other failure is one.
     if "error sending request" in done.stderr or "dns error" in done.stderr:
         pytest.skip("no package index can be reached")
     assert done.returncode == 0, done.stderr
@@ -125,9 +134,11 @@ def test_versions_and_commit_are_shown(capsys: pytest.CaptureFixture[str]) -> No
         main(["--version"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out.splitlines()
-    commit = subprocess.run(
+    head = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout[:7]
+    ).stdout
+    commit = head[:7]
+    # A + says that the working tree differs from its commit.
     assert re.fullmatch(rf"megalora [\d.]+ \(commit {commit}\+?\)", shown[0])
     names = [line.split()[0] for line in shown[1:]]
     assert names == ["python", *versions.SHOWN]
@@ -144,11 +155,14 @@ def test_somebody_else_s_commit_is_not_ours(
     monkeypatch.setattr(versions, "__file__", str(installed_to / "versions.py"))
     monkeypatch.setattr(versions, "COMMIT_FILE", tmp_path / ".venv" / "megalora" / "COMMIT")
     monkeypatch.delenv("MEGALORA_COMMIT", raising=False)
+    # git commits for nobody, and a machine that runs tests may have no user.
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run(
         ["git", *identity, "-C", tmp_path, "commit", "-q", "--allow-empty", "-m", "x"], check=True
     )
     assert versions.commit() is None
+    # A wheel brings the commit that it was built from; the variable, set by a container, goes
+    # first.
     versions.COMMIT_FILE.write_text("0123456789+\n")
     assert versions.commit() == "0123456789+"
     assert versions.versions()["commit"] == "0123456+"
@@ -168,6 +182,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
+    # The list ends with a zero byte, so its last part is empty.
     for name in filter(None, listed.stdout.split("\0")):
         source = ROOT / name
         if source.is_file():
@@ -209,7 +224,10 @@ def installed(wheels: list[Path], tmp_path_factory: pytest.TempPathFactory) -> P
 
 def run(command: list[str | Path], folder: Path) -> str:
     """Standard output of a command that must succeed, started in ``folder`` without a GPU."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment = dict(os.environ)
+    # With either of them the checkout could stand in for what was installed.
+    for name in ("PYTHONPATH", "VIRTUAL_ENV"):
+        environment.pop(name, None)
     environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -222,13 +240,17 @@ def test_wheels_hold_every_file_of_both_packages(checkout: Path, wheels: list[Pa
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             packed |= {name for name in archive.namelist() if ".dist-info/" not in name}
-    ours = {path.relative_to(checkout) for path in (checkout / "megalora").rglob("*")}
-    for path in (checkout / "kernels" / "megalora_kernels").rglob("*"):
-        ours.add(path.relative_to(checkout / "kernels"))
-    files = {str(path) for path in ours if path.suffix not in ("", ".pyc")}
-    assert packed == files | {"megalora/COMMIT"}
+    # The build writes one file that is in no repository.
+    expected = {"megalora/COMMIT"}
+    for root, package in ((checkout, "megalora"), (checkout / "kernels", "megalora_kernels")):
+        for path in (root / package).rglob("*"):
+            # Folders have no suffix, and what Python compiled belongs to this machine.
+            if path.suffix not in ("", ".pyc"):
+                expected.add(str(path.relative_to(root)))
+    assert packed == expected
 
 
+# A config whose model is named on the hub: the planner knows its sizes and reads no file.
 PLAN = """
 model: {path: Qwen/Qwen3-30B-A3B, dtype: bfloat16}
 lora: {rank: 16, target_modules: all-linear}
@@ -236,6 +258,7 @@ data: {train: chats.jsonl, max_length: 4096}
 train: {steps: 10, global_batch_size: 64, lr: 1.0e-4}
 checkpoint: {dir: runs/x}
 """
+# Run inside the environment: nothing may come from the checkout.
 FROM_FILES = """
 import megalora, megalora_kernels, sys
 from megalora.bench.launch import SCRIPT

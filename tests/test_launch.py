@@ -1,5 +1,5 @@
-"""The launch scripts up to the process they start, which is a stand-in here, and the configs they
-are called with."""
+"""Call the launch scripts, whose processes are stand-ins here, and load the configs that they are
+called with."""
 
 import math
 import os
@@ -36,30 +36,20 @@ def test_usage(script: str) -> None:
         shown = launch(ROOT, script, flag)
         assert (shown.returncode, shown.stderr) == (0, "")
         assert shown.stdout.startswith(f"usage: launch/{script} CONFIG.yaml")
+    # Without a config the same text is an error: on the other stream, with another code.
     without = launch(ROOT, script)
     assert (without.returncode, without.stderr, without.stdout) == (2, shown.stdout, "")
 
 
 def test_serve_passes_adapters_base_and_the_rest(copy: Path) -> None:
     shown = launch(ROOT, "serve.sh", "--help")
-    assert (shown.returncode, shown.stderr) == (0, "") and shown.stdout.startswith(
-        "usage: launch/serve.sh BASE ADAPTER"
-    )
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith("usage: launch/serve.sh BASE ADAPTER")
     assert launch(ROOT, "serve.sh", "base").returncode == 2
-    served = launch(
-        copy,
-        "serve.sh",
-        "base",
-        "a=my adapter",
-        "runs/b",
-        "--",
-        "--port",
-        "1",
-        "--",
-        "-tp",
-        "2",
-        MEGALORA_VLLM_PYTHON="python",
-    )
+    # An adapter whose name has a blank; after the first -- options of megalora serve, after the
+    # second those of vLLM.
+    given = ["base", "a=my adapter", "runs/b", "--", "--port", "1", "--", "-tp", "2"]
+    served = launch(copy, "serve.sh", *given, MEGALORA_VLLM_PYTHON="python")
     assert served.stdout.splitlines() == [
         "serve", "a=my adapter", "runs/b", "--base", "base", "--port", "1", "--", "-tp", "2",
     ]  # fmt: skip
@@ -79,6 +69,7 @@ TWO_NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}
             {"MAX_RESTARTS": "-1"},
             "MAX_RESTARTS=-1 is not a number of at least 0",
         ),
+        # What the checks before the ranks find is said by the script too.
         ("local.sh", [QUICKSTART, "2", "data.train=no.jsonl"], {}, "no.jsonl: no such file"),
         ("local.sh", [QUICKSTART, "2", "lora.target_modules=[q_porj]"], {}, "did you mean q_proj?"),
         (
@@ -126,6 +117,7 @@ TWO_NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}
         (
             "torchrun_node.sh",
             [QUICKSTART],
+            # A name that nobody can have, then a port where nobody answers.
             {**TWO_NODES, "MASTER_ADDR": "no host", "RDZV_TIMEOUT": "1"},
             "MASTER_ADDR=no host: no answer",
         ),
@@ -138,6 +130,7 @@ TWO_NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "1"}
         (
             "torchrun_node.sh",
             [QUICKSTART],
+            # torchrun's form for a number of nodes that may change.
             {"PET_NNODES": "1:4"},
             "NNODES=1:4 is not a number of at least 1; a run keeps",
         ),
@@ -158,18 +151,11 @@ def test_mistakes_are_one_line(
 def test_local_starts_one_rank_per_gpu_and_hands_overrides_on(copy: Path) -> None:
     overrides = ["train.micro_batch_size=2", "lora.layers=0-1,3"]
     result = launch(copy, "local.sh", QUICKSTART, *overrides, CUDA_VISIBLE_DEVICES="4,5,6,7")
+    # As the stand-in for torchrun prints them; see tests/cluster/stand_ins.py.
     first, *arguments = result.stdout.splitlines()
     assert first.endswith("OMP=1 timeout=600")
-    assert arguments[:7] == [
-        "--nnodes",
-        "1",
-        "--nproc-per-node",
-        "4",
-        "--max-restarts",
-        "3",
-        "--standalone",
-    ]
-    assert arguments[7:] == ["-m", "megalora.train", QUICKSTART, *overrides]
+    sizes = ["--nnodes", "1", "--nproc-per-node", "4", "--max-restarts", "3", "--standalone"]
+    assert arguments == [*sizes, "-m", "megalora.train", QUICKSTART, *overrides]
 
 
 @pytest.mark.parametrize(
@@ -190,20 +176,12 @@ def test_nodes_meet_at_node_zero(
     result = launch(copy, "torchrun_node.sh", QUICKSTART, *arguments, **settings, SLURM_NODEID=rank)
     said = result.stdout.splitlines()[1:]
     assert said[:6] == ["--nnodes", "2", "--nproc-per-node", "3", "--max-restarts", "1"]
-    assert said[6:12] == [
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        f"localhost:{listening}",
-        "--rdzv-id",
-        "me",
-    ]
-    assert said[12:16] == [
-        "--rdzv-conf",
-        f"is_host={is_host},timeout=900,read_timeout=30",
-        "--local-addr",
-        address,
-    ]
+    endpoint = f"localhost:{listening}"
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "me"]
+    assert said[6:12] == rendezvous
+    # Node 0 holds the store. Each node is known to the others by the address that reached it.
+    conf = f"is_host={is_host},timeout=900,read_timeout=30"
+    assert said[12:16] == ["--rdzv-conf", conf, "--local-addr", address]
     assert said[16:] == ["-m", "megalora.train", QUICKSTART, *arguments]
 
 
@@ -219,11 +197,12 @@ def test_signals_reach_torchrun(copy: Path) -> None:
 
 @pytest.mark.slow
 def test_a_torchrun_without_ranks_ends_when_node_zero_is_gone(copy: Path) -> None:
-    """torchrun hangs in its connection to node 0; here it is one that has a rank for 5 s and then
-    sleeps."""
+    """Without node 0, torchrun hangs in its connection. The stand-in has a rank for 5 s, in which
+    the script must wait, and then sleeps."""
     (copy / "bin" / "torchrun").write_text(
         "#!/usr/bin/env bash\necho started\nsleep 5 &\nwait\nexec sleep 300\n"
     )
+    # Node 0 answers until the end of this block.
     with socket.create_server(("127.0.0.1", 0)) as node_zero:
         settings = environment(copy, **TWO_NODES, MASTER_PORT=str(node_zero.getsockname()[1]))
         process = subprocess.Popen(
@@ -245,11 +224,13 @@ SLURM = {
 }
 
 
+# Slurm counts how often a job was requeued: its first run begins anew, every other resumes.
 @pytest.mark.parametrize(("restarts", "resume"), [("0", ""), ("3", " checkpoint.resume=true")])
 def test_a_requeued_job_resumes(copy: Path, restarts: str, resume: str) -> None:
     extra = {**SLURM, "SLURM_SUBMIT_DIR": str(copy), "SLURM_RESTART_COUNT": restarts}
     result = launch(copy, "slurm.sbatch", "my.yaml", "train.lr=1e-3", **extra)
     assert result.returncode == 0, result.stderr
+    # The rendezvous has a name of its own for each run of the job, so that late ranks find no peer.
     assert (copy / "log").read_text() == (
         "srun --kill-on-bad-exit=1 --cpus-per-task=9 launch/torchrun_node.sh my.yaml"
         f" train.lr=1e-3{resume} NNODES=2 MASTER=node-a:29542 RDZV_ID=megalora-2042-{restarts}\n"
@@ -260,7 +241,9 @@ def test_a_requeued_job_resumes(copy: Path, restarts: str, resume: str) -> None:
     ("state", "number", "requeued"),
     [
         ("RUNNING", signal.SIGTERM, True),
+        # What --signal may be set to send as well.
         ("RUNNING", signal.SIGUSR1, True),
+        # Somebody has cancelled it: it must not come back.
         ("COMPLETING", signal.SIGTERM, False),
     ],
 )
@@ -277,11 +260,11 @@ def test_a_signal_lets_the_ranks_save_then_requeues(
         wait_until(lambda: pid.exists() and pid.read_text())
         process.send_signal(number)
         assert process.wait(timeout=PATIENCE_S) == 1
-    assert (copy / "log").read_text().splitlines()[1:] == [
-        "scancel --signal TERM 2042",
-        "saved",
-        *(["scontrol requeue 2042"] if requeued else []),
-    ]
+    # The ranks have saved before the job is requeued, not after.
+    expected = ["scancel --signal TERM 2042", "saved"]
+    if requeued:
+        expected.append("scontrol requeue 2042")
+    assert (copy / "log").read_text().splitlines()[1:] == expected
 
 
 def test_a_step_of_srun_says_where_nodes_meet(copy: Path) -> None:
@@ -302,9 +285,9 @@ def test_shellcheck_finds_nothing() -> None:
 def test_sbatch_options_are_known() -> None:
     """Without Slurm here, the next best to ``sbatch --test-only``: names of options as sbatch(1)
     has them, each with a value."""
-    options = re.findall(
-        r"^#SBATCH +(\S+)", (ROOT / "launch" / "slurm.sbatch").read_text(), flags=re.MULTILINE
-    )
+    script = (ROOT / "launch" / "slurm.sbatch").read_text()
+    options = re.findall(r"^#SBATCH +(\S+)", script, flags=re.MULTILINE)
+    # None: an option without a value.
     known = {
         "job-name": r"\S+", "nodes": r"\d+(-\d+)?", "ntasks-per-node": "1",
         "gpus-per-node": r"(\w+:)?\d+",
@@ -317,7 +300,10 @@ def test_sbatch_options_are_known() -> None:
         name, equals, value = option.removeprefix("--").partition("=")
         assert name in known, f"{option}: sbatch has no such option, or it is not in this test"
         pattern = known[name]
-        assert re.fullmatch(pattern, value) if pattern else not equals, option
+        if pattern is None:
+            assert not equals, option
+        else:
+            assert re.fullmatch(pattern, value), option
     if shutil.which("sbatch") and os.environ.get("MEGALORA_TEST_SLURM") == "1":
         subprocess.run(
             ["sbatch", "--test-only", ROOT / "launch" / "slurm.sbatch", QUICKSTART], check=True
@@ -327,6 +313,10 @@ def test_sbatch_options_are_known() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_configs_load_and_fit_their_world(path: Path) -> None:
     config = load_config(path)
-    named = re.search(r"_(\d+)gpu", path.stem)
     p = config.parallel
-    config.check_world(int(named[1]) if named else math.lcm(p.tp * p.pp, p.etp * p.ep * p.pp))
+    # The fewest ranks that both grids fit, unless the file's name says how many there are.
+    num_ranks = math.lcm(p.tp * p.pp, p.etp * p.ep * p.pp)
+    named = re.search(r"_(\d+)gpu", path.stem)
+    if named:
+        num_ranks = int(named[1])
+    config.check_world(num_ranks)

@@ -1,5 +1,5 @@
-"""``~`` is the home folder wherever a path is taken, and what a config names is looked for before
-ranks start."""
+"""``~`` is the home folder wherever a path is taken, and files that a config names are looked for
+before ranks start."""
 
 import json
 import os
@@ -56,9 +56,11 @@ def test_every_path_of_a_config_is_expanded(home: Path) -> None:
     assert (c.data.train, c.data.eval) == (f"{home}/x.jsonl[:1]", f"{home}/x.jsonl")
     assert (c.checkpoint.dir, c.checkpoint.resume) == (f"{home}/new/run", f"{home}/run/step_000001")
     check_paths(c)
+    # What is written down is expanded too: whoever resumes may be somebody else.
     save_config(c, home / "written.yaml")
     assert load_config("~/written.yaml") == c
     assert load_config("~/written.yaml", ["checkpoint.dir=~/b"]).checkpoint.dir == f"{home}/b"
+    # What a program makes that takes ~ for a name.
     assert not (home / "elsewhere" / "~").exists()
 
 
@@ -71,6 +73,7 @@ def test_a_home_of_nobody_is_refused(home: Path, option: str) -> None:
 
 
 def test_names_without_a_tilde_stay() -> None:
+    # A name on the hub, a tilde inside a name, a file that is called so, a data set on the hub.
     for name in ("Qwen/Qwen3-30B-A3B", "a~b", "./~", "org/name:test[:2]"):
         assert expand(name, "x") == name
 
@@ -81,23 +84,26 @@ def test_paths_on_the_command_line(home: Path, capsys: pytest.CaptureFixture[str
     assert named_adapters(["one=~/run/step_000001"]) == {"one": home / "run/step_000001"}
     with pytest.raises(ValueError, match="--gpu .*none.json is neither"):
         find_machine("~/none.json")
+    # Arguments and options of commands, of which two stand for all.
     options = cli._parser().parse_args(["export", "~/a", "~/b"])
     assert (options.checkpoint, options.out) == (home / "a", home / "b")
-    options = cli._parser().parse_args(
-        ["plan", "~/a", "--gpus", "1", "--out", "~/b", "--figure", "~/c"]
-    )
+    plan = ["plan", "~/a", "--gpus", "1", "--out", "~/b", "--figure", "~/c"]
+    options = cli._parser().parse_args(plan)
     assert (options.config, options.out, options.figure) == (home / "a", home / "b", home / "c")
 
 
 WRONG = [
+    # Not on this machine, and no name of the hub either, which has one slash and no dots in front.
     ({"path": "~/none/at/all"}, "model.path=.*/none/at/all: no such folder"),
     ({"path": "../none"}, r"model.path=\.\./none: no such folder"),
     ({"path": "~/x.jsonl"}, "model.path=.*x.jsonl is a file; name the folder"),
     ({"path": "~/elsewhere"}, "model.path=.*elsewhere: there is no config.json in this folder"),
     ({"train": "~/none.jsonl"}, "none.jsonl: no such file"),
     ({"eval": "~/none.jsonl"}, "none.jsonl: no such file"),
+    # What is there is no file of conversations, or has a slice that is none.
     ({"train": "~/base"}, "base: this is a folder; name one"),
     ({"train": "~/x.jsonl[1]"}, "the slice at the end is not understood"),
+    # A run could not write where a file is in the way.
     ({"dir": "~/x.jsonl"}, "checkpoint.dir=.*x.jsonl is a file; choose a folder"),
     (
         {"dir": "~/x.jsonl/run"},
@@ -119,15 +125,21 @@ def test_what_is_not_there_is_said_before_ranks_start(
 
 
 def test_a_folder_that_cannot_be_written(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As root every folder can be: the system's answer is what is put in here."""
-    monkeypatch.setattr(
-        os, "access", lambda path, mode: not (str(path).endswith("home") and mode & os.W_OK)
-    )
+    """Root can write to every folder, so the system's answer is made up."""
+
+    def may_not_write_home(path: Any, mode: int) -> bool:
+        return not (str(path).endswith("home") and mode & os.W_OK)
+
+    def may_not_read_data(path: Any, mode: int) -> bool:
+        return not str(path).endswith("x.jsonl")
+
+    # The run's folder would be made in the first folder above it that exists, the home.
+    monkeypatch.setattr(os, "access", may_not_write_home)
     with pytest.raises(
         ValueError, match="checkpoint.dir=.* cannot be written: no permission in .*home"
     ):
         check_paths(config())
-    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("x.jsonl"))
+    monkeypatch.setattr(os, "access", may_not_read_data)
     with pytest.raises(ValueError, match=r"x.jsonl cannot be read: no permission"):
         check_paths(config())
 
@@ -139,6 +151,7 @@ def test_hub_names_are_left_to_the_ranks(home: Path) -> None:
 def test_train_looks_before_it_starts_ranks(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Through the command itself, as a user meets it.
     monkeypatch.setattr(cli, "torchrun", lambda *_: pytest.fail("ranks were started"))
     sections = {
         "model": {"path": "~/base"},

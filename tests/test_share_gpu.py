@@ -1,5 +1,5 @@
-"""What a rank's environment decides: a GPU of its own or a share of one, and the defaults that
-torch reads by itself."""
+"""Environment variables of a rank: a GPU of its own or a share of one, and defaults that torch
+reads by itself."""
 
 import os
 import subprocess
@@ -20,6 +20,7 @@ from megalora.user_error import LOST_PEER
 from tests.parity.runs import make_config
 
 GIB = 1 << 30
+# Every name of a variable, because torch reads old names as well as new ones.
 TORCH_VARIABLES = (
     *environment.ALLOCATOR,
     *environment.DUMP_FILE,
@@ -50,6 +51,7 @@ def one_gpu(monkeypatch):
 def a_rank(
     monkeypatch, local: int, world: int, here: int | None = None, share: str | None = "1"
 ) -> None:
+    """Set torchrun's variables; ``here`` is the number of ranks on this machine, all by default."""
     for name, value in (("RANK", local), ("LOCAL_RANK", local), ("WORLD_SIZE", world)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world if here is None else here))
@@ -68,14 +70,13 @@ def test_ranks_that_share_a_gpu_take_equal_parts_of_it(monkeypatch, one_gpu):
 
 
 def test_without_sharing_a_rank_has_a_gpu_of_its_own(monkeypatch, one_gpu):
+    # Not set, empty and 0 all mean no.
     for value in (None, "", "0"):
         a_rank(monkeypatch, local=0, world=1, share=value)
         one_gpu.clear()
-        assert (
-            host._choose_device() == "nccl"
-            and one_gpu == {"device": 0}
-            and host.memory_bytes() == 80 * GIB
-        )
+        assert host._choose_device() == "nccl"
+        assert one_gpu == {"device": 0}
+        assert host.memory_bytes() == 80 * GIB
     a_rank(monkeypatch, local=1, world=2, share=None)
     with pytest.raises(
         ValueError,
@@ -94,6 +95,7 @@ def test_what_cannot_share_a_gpu_is_refused_in_one_line(monkeypatch, one_gpu):
     refused("^MEGALORA_SHARE_GPU=yes: set it to 1 to run all ranks on one GPU, or to 0$")
     a_rank(monkeypatch, local=0, world=16, here=8)
     refused("MEGALORA_SHARE_GPU=1 is for one machine, but 8 of 16 ranks run here")
+    # Of 80 GiB each of 80 has one, which its process needs beside tensors: none is left.
     a_rank(monkeypatch, local=0, world=80)
     refused("80 ranks leave each less than the 1 GiB .* of a GPU of 80.0 GiB. Start fewer ranks")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -124,9 +126,13 @@ def test_a_training_rank_sees_torch_s_variables(monkeypatch, tiny, chats, tmp_pa
         replace(config, checkpoint=replace(config.checkpoint, dir="run")), Path("config.yaml")
     )
     train_main.main(["config.yaml"])
-    set_for_torch = {name: seen[name] for name in TORCH_VARIABLES if name in seen}
+    set_for_torch = {}
+    for name in TORCH_VARIABLES:
+        if name in seen:
+            set_for_torch[name] = seen[name]
     assert set_for_torch == {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        # Abort the communicator and let the process say what happened, instead of ending it.
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/run/nccl_rank_",  # torch adds the rank
@@ -134,6 +140,8 @@ def test_a_training_rank_sees_torch_s_variables(monkeypatch, tiny, chats, tmp_pa
 
 
 def test_what_the_user_has_set_stays():
+    # The first two and the last are older names: torch reads them, so the newer one must not be set
+    # beside them.
     theirs = {
         "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64",
         "NCCL_ASYNC_ERROR_HANDLING": "1",
@@ -163,7 +171,9 @@ def set_and_look(run):
 rank.set_defaults = set_and_look
 rank.main(["{tmp_path}/config.yaml"])
 """
-    clean = {name: value for name, value in os.environ.items() if name not in TORCH_VARIABLES}
+    clean = dict(os.environ)
+    for name in TORCH_VARIABLES:
+        clean.pop(name, None)
     done = subprocess.run([sys.executable, "-c", script], env=clean, capture_output=True, text=True)
     assert done.stdout.strip() == "expandable_segments:True", done.stderr
 
@@ -198,14 +208,13 @@ def test_a_peer_that_nccl_lost_ends_the_run_in_our_line(
     with lost_peer.explained(tmp_path):
         raise RuntimeError(message)
     said = capsys.readouterr().err
-    assert (
-        codes == [LOST_PEER]
-        and f"lost contact with another rank ({sign})" in said
-        and said.count("\n") == 1
-    )
+    assert codes == [LOST_PEER]
+    assert f"lost contact with another rank ({sign})" in said
+    assert said.count("\n") == 1
 
 
 def test_a_mistake_that_nccl_reports_is_no_lost_peer(tmp_path):
+    # An error of NCCL's all the same, but of this rank alone: it keeps its traceback.
     with pytest.raises(RuntimeError), lost_peer.explained(tmp_path):
         raise RuntimeError("NCCL error: invalid usage (run with NCCL_DEBUG=WARN for details)")
 

@@ -1,5 +1,4 @@
-"""What is read from a profiler's trace: a small one written by hand, and a real one of a step on
-the CPU."""
+"""Read traces of a profiler: a small one written by hand, and a real one of a step on the CPU."""
 
 import json
 from dataclasses import replace
@@ -27,6 +26,7 @@ from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.memory import CONTEXT, memory_of
 
 CPU = torch.device("cpu")
+# Threads of the host and a stream of the device, as a trace numbers them.
 MAIN = 11
 AUTOGRAD = 12
 STREAM = 7
@@ -35,24 +35,20 @@ STREAM = 7
 def event(
     cat: str, name: str, ts: float, dur: float, tid: int, correlation: int | None = None
 ) -> dict:
-    args = {} if correlation is None else {"correlation": correlation}
-    return {
-        "ph": "X",
-        "cat": cat,
-        "name": name,
-        "ts": ts,
-        "dur": dur,
-        "pid": 1,
-        "tid": tid,
-        "args": args,
-    }
+    """An event of a trace: microseconds from ``ts`` on; ``correlation`` ties a kernel to its
+    launch."""
+    args = {}
+    if correlation is not None:
+        args["correlation"] = correlation
+    where = {"pid": 1, "tid": tid}
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, **where, "args": args}
 
 
 def launch(number: int, at: float, thread: int, kernel: str, begin: float, us: float) -> list[dict]:
     """A kernel, and the call that launched it; half of them as Triton does it."""
-    how = (
-        ("cuda_driver", "cuLaunchKernelEx") if number % 2 else ("cuda_runtime", "cudaLaunchKernel")
-    )
+    how = ("cuda_runtime", "cudaLaunchKernel")
+    if number % 2:
+        how = ("cuda_driver", "cuLaunchKernelEx")
     return [event(*how, at, 2, thread, number), event("kernel", kernel, begin, us, STREAM, number)]
 
 
@@ -99,18 +95,21 @@ def found(tmp_path) -> dict:
 
 
 def test_kernels_of_each_phase_and_layer(found):
+    # Per layer: whole kernels of two layers, so that the loss and the reduction are of none.
     assert found["phases"] == {
         "forward": {"count": 5, "per_layer": 2, "us": 225},
         "backward": {"count": 2, "per_layer": 1, "us": 200},
         "after backward": {"count": 1, "per_layer": 0, "us": 20},
         "update": {"count": 1, "per_layer": 0, "us": 30},
     }
+    columns = ("name", "phase", "count", "per_layer", "us")
     rows = []
     for row in found["kernels"]:
-        rows.append((row["name"], row["phase"], row["count"], row["per_layer"], row["us"]))
+        rows.append(tuple(row[column] for column in columns))
     assert rows[:2] == [("gemm", "forward", 2, 1, 200), ("gemm", "backward", 2, 1, 200)]
     assert ("norm", "forward", 2, 1, 20) in rows and ("loss", "forward", 1, 0, 5) in rows
     assert sum(row["share"] for row in found["kernels"]) == pytest.approx(1)
+    # Of 225 + 200 + 20 + 30 us.
     assert found["kernels"][0]["share"] == pytest.approx(200 / 475)
 
 
@@ -120,41 +119,36 @@ def test_gaps_are_between_all_that_the_device_does(found):
     assert found["busy_us"] == 220 + 5 + 230 + 20 + 30
     assert found["idle_us"] == 5 + 100 + 30 + 180
     assert found["idle_share"] == pytest.approx(315 / 820)
+    # From the first kernel at 1020 to the last one's end at 1840. Five microseconds are no gap.
     assert found["notable_gaps"] == 3
     assert found["largest_gaps"][0] == {"us": 180, "after": "reduce", "before": "adam"}
-    assert found["largest_gaps"][2] == {
-        "us": 30,
-        "after": "Memcpy HtoD (Pinned -> Device)",
-        "before": "reduce",
-    }
-    assert found["copies"] == {"Memcpy HtoD (Pinned -> Device)": {"count": 1, "us": 80}}
+    copy = "Memcpy HtoD (Pinned -> Device)"
+    assert found["largest_gaps"][2] == {"us": 30, "after": copy, "before": "reduce"}
+    assert found["copies"] == {copy: {"count": 1, "us": 80}}
     assert found["host_us"] == 1000
 
 
 def test_waits_of_the_host_inside_the_step_alone(found):
-    assert found["waits"] == {
-        "cudaStreamSynchronize": {
-            "count": 1,
-            "us": 50,
-            "in": {"update: aten::_local_scalar_dense": 1},
-        }
-    }
+    # Named by the innermost operation around it; the wait after the step is the profiler's own.
+    wait = {"count": 1, "us": 50, "in": {"update: aten::_local_scalar_dense": 1}}
+    assert found["waits"] == {"cudaStreamSynchronize": wait}
 
 
 def test_several_steps_are_averaged(tmp_path):
     """A second step a second later, as long and with the same kernels."""
-    later = [{**e, "ts": e["ts"] + 1e6} for e in TRACE["traceEvents"][3:] if "ts" in e]
-    for e in later:
-        if "correlation" in e["args"]:
-            e["args"] = {"correlation": e["args"]["correlation"] + 100}
+    # All events but the process's name and the two of the warm-up, with launches of their own.
+    later = []
+    for first in TRACE["traceEvents"][3:]:
+        again = {**first, "ts": first["ts"] + 1e6}
+        if "correlation" in first["args"]:
+            again["args"] = {"correlation": first["args"]["correlation"] + 100}
+        later.append(again)
     path = tmp_path / "trace.json"
     path.write_text(json.dumps({"traceEvents": TRACE["traceEvents"] + later}))
     found = analyse(read_trace(path), layers=2)
-    assert found["steps"] == 2 and found["phases"]["forward"] == {
-        "count": 5,
-        "per_layer": 2,
-        "us": 225,
-    }
+    assert found["steps"] == 2
+    assert found["phases"]["forward"] == {"count": 5, "per_layer": 2, "us": 225}
+    # The second between the steps is no idle time of either.
     assert found["idle_us"] == 315 and found["waits"]["cudaStreamSynchronize"]["count"] == 1
 
 
@@ -164,8 +158,9 @@ def test_work_that_overlaps_is_counted_once():
         Span("x", 0, 100, "kernel", STREAM, None),
         Span("y", 10, 20, "kernel", STREAM, None),
         Span("z", 30, 110, "kernel", STREAM, None),
+        Span("last", 115, 120, "kernel", STREAM, None),
     ]
-    spans.append(Span("last", 115, 120, "kernel", STREAM, None))
+    # 110 and 5 us busy; 5 us between z, the last to end, and the next.
     assert busy_and_gaps(spans) == (115, [(5, "z", "last")])
     assert busy_and_gaps([]) == (0.0, [])
 
@@ -199,9 +194,12 @@ def small_training() -> Training:
 def test_phases_of_a_real_profile(tmp_path, monkeypatch):
     """On a CPU the profiler sees no launches: each product of the recorded step is given one."""
     kept = []
-    monkeypatch.setattr(
-        "benchmarks.profile_step.analyse", lambda spans, layers: kept.append(spans) or {}
-    )
+
+    def keep(spans, layers):
+        kept.append(spans)
+        return {}
+
+    monkeypatch.setattr("benchmarks.profile_step.analyse", keep)
     profile_steps(small_training(), CPU, layers=2)
     (spans,) = kept
     products = [span for span in spans if span.name == "aten::mm"]
@@ -210,18 +208,19 @@ def test_phases_of_a_real_profile(tmp_path, monkeypatch):
         call = replace(
             product, name="cudaLaunchKernel", category="cuda_runtime", correlation=number
         )
+        # Three microseconds each.
         made += [call, replace(call, name="gemm", category="kernel", end=call.begin + 3)]
     found = analyse([*spans, *made], layers=1)
     assert found["steps"] == 2, "the first step only warms up"
-    assert {name: phase["count"] for name, phase in found["phases"].items()} == {
-        "forward": 2, "backward": 3, "after backward": 0, "update": 0,
-    }  # fmt: skip
+    counts = {name: phase["count"] for name, phase in found["phases"].items()}
+    assert counts == {"forward": 2, "backward": 3, "after backward": 0, "update": 0}
     assert found["phases"]["backward"]["us"] == pytest.approx(9)
+    # Without a kernel there is nothing that could be idle.
     assert analyse(spans, layers=1)["idle_share"] is None
 
 
 def test_a_profiler_that_cannot_run_is_said_in_the_row():
-    def step() -> None:
+    def step() -> torch.Tensor:
         raise RuntimeError("CUPTI\nis gone")
 
     broken = Training(step, lambda: None, 1, "")
@@ -236,9 +235,8 @@ def test_the_planner_is_asked_for_the_very_configuration():
     work = Workload(sequence_length=4096, global_batch_size=1)
     plan = memory_of(model_shape(config), lora, layout, work)
     assert said["peak_bytes"] == plan.peak_bytes - plan[CONTEXT]
-    assert 12 * 2**30 < said["peak_bytes"] < 30 * 2**30, (
-        "8 layers of 1.25 GB of weights and what they train"
-    )
+    # 8 layers of 1.25 GB of weights each, embedding and head, and what is trained.
+    assert 12 * 2**30 < said["peak_bytes"] < 30 * 2**30
     assert said["step_ms"] == pytest.approx(sum(said["parts_ms"].values()))
     assert 20 < said["step_ms"] < 2000, "milliseconds"
     assert said["machine"].startswith("H200") and machine_of("CPU").name.startswith("H100")

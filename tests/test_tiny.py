@@ -1,21 +1,21 @@
-"""The tiny base model, read back through transformers, safetensors and plain JSON."""
+"""Read the tiny base model back through transformers, safetensors and plain JSON."""
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalora.tiny import make_tiny
 from tests.named_tensors import assert_same_tensors
+from tests.tiny_folder import VOCAB, load, read_json
 
+# Sizes of a tiny model of Qwen3-MoE and Qwen3: no two are equal, and 6 query heads of 32 are more
+# than the hidden size.
 LAYERS = 4
 HIDDEN = 96
 INTER = 144
@@ -24,17 +24,6 @@ EXPERTS = 8
 Q_WIDTH = 192
 KV_WIDTH = 64
 HEAD_DIM = 32
-VOCAB = 512
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "What is 2 + 3?"},
-    {"role": "assistant", "content": "5"},
-    {"role": "user", "content": "And 4 + 4?"},
-]
-CHAT_TEXT = (
-    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n"
-    "<|im_start|>assistant\n5<|im_end|>\n<|im_start|>user\nAnd 4 + 4?<|im_end|>\n"
-)
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +34,6 @@ def moe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny") / "dense", arch="qwen3")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(moe_dir: Path) -> Any:
-    return AutoTokenizer.from_pretrained(moe_dir)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -68,64 +48,59 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load(folder: Path) -> Any:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True
-    )
-    model, info = loaded
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    return model.eval()
-
-
 def random_tokens(batch: int, length: int) -> Tensor:
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 def expected_shapes(*, moe: bool) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the published names, [outputs, inputs], written out by hand."""
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (VOCAB, HIDDEN),
         "lm_head.weight": (VOCAB, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
     }
-    shapes["model.norm.weight"] = (HIDDEN,)
     for n in range(LAYERS):
         layer = f"model.layers.{n}"
         attn = f"model.layers.{n}.self_attn"
         mlp = f"model.layers.{n}.mlp"
         shapes[f"{layer}.input_layernorm.weight"] = (HIDDEN,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (HIDDEN,)
-        shapes |= {f"{attn}.q_norm.weight": (HEAD_DIM,), f"{attn}.k_norm.weight": (HEAD_DIM,)}
-        shapes |= {
-            f"{attn}.q_proj.weight": (Q_WIDTH, HIDDEN),
-            f"{attn}.o_proj.weight": (HIDDEN, Q_WIDTH),
-        }
-        shapes |= {
-            f"{attn}.k_proj.weight": (KV_WIDTH, HIDDEN),
-            f"{attn}.v_proj.weight": (KV_WIDTH, HIDDEN),
-        }
+        # One norm for the heads of q and one for those of k.
+        shapes[f"{attn}.q_norm.weight"] = (HEAD_DIM,)
+        shapes[f"{attn}.k_norm.weight"] = (HEAD_DIM,)
+        shapes[f"{attn}.q_proj.weight"] = (Q_WIDTH, HIDDEN)
+        shapes[f"{attn}.k_proj.weight"] = (KV_WIDTH, HIDDEN)
+        shapes[f"{attn}.v_proj.weight"] = (KV_WIDTH, HIDDEN)
+        shapes[f"{attn}.o_proj.weight"] = (HIDDEN, Q_WIDTH)
+        mlps = [mlp]
+        width = INTER
         if moe:
             shapes[f"{mlp}.gate.weight"] = (EXPERTS, HIDDEN)
-        width = MOE_INTER if moe else INTER
-        for prefix in [f"{mlp}.experts.{e}" for e in range(EXPERTS)] if moe else [mlp]:
-            shapes |= {
-                f"{prefix}.gate_proj.weight": (width, HIDDEN),
-                f"{prefix}.up_proj.weight": (width, HIDDEN),
-            }
+            mlps = [f"{mlp}.experts.{e}" for e in range(EXPERTS)]
+            width = MOE_INTER
+        for prefix in mlps:
+            shapes[f"{prefix}.gate_proj.weight"] = (width, HIDDEN)
+            shapes[f"{prefix}.up_proj.weight"] = (width, HIDDEN)
             shapes[f"{prefix}.down_proj.weight"] = (HIDDEN, width)
     return shapes
 
 
 def test_no_two_sizes_are_equal(moe_dir: Path) -> None:
+    """A transposed or mixed-up matrix must not fit."""
     config = read_json(moe_dir / "config.json")
-    names = (
+    q_width = config["num_attention_heads"] * config["head_dim"]
+    kv_width = config["num_key_value_heads"] * config["head_dim"]
+    sizes = [q_width, kv_width]
+    for name in (
         "hidden_size",
         "intermediate_size",
         "moe_intermediate_size",
         "num_experts",
         "num_attention_heads",
-    )
-    sizes = [config[name] for name in names] + [config["vocab_size"], config["num_experts_per_tok"]]
-    sizes.append(config["num_attention_heads"] * config["head_dim"])
-    sizes.append(config["num_key_value_heads"] * config["head_dim"])
+        "vocab_size",
+        "num_experts_per_tok",
+    ):
+        sizes.append(config[name])
     assert len(set(sizes)) == len(sizes), sizes
 
 
@@ -142,7 +117,8 @@ def test_config(moe_dir: Path) -> None:
         "intermediate_size": INTER,
         "moe_intermediate_size": MOE_INTER,
         "num_local_experts": EXPERTS,
-        "num_experts": EXPERTS,  # transformers 4 reads this name and rope_theta, and no others
+        # transformers 4 reads this name and rope_theta, and no others.
+        "num_experts": EXPERTS,
         "rope_theta": 1e6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         "num_experts_per_tok": 3,
@@ -161,12 +137,15 @@ def test_config(moe_dir: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "qwen3"])
 def test_tensors_and_shards(arch: str, moe_dir: Path, dense_dir: Path) -> None:
-    tensors = read_tensors(moe_dir if arch == "qwen3_moe" else dense_dir)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert shapes == expected_shapes(moe=arch == "qwen3_moe")
-    assert {t.dtype for t in tensors.values()} == {torch.float32}
     folder = moe_dir if arch == "qwen3_moe" else dense_dir
-    assert len(set(read_json(folder / "model.safetensors.index.json")["weight_map"].values())) >= 2
+    shapes = {}
+    for name, tensor in read_tensors(folder).items():
+        shapes[name] = tuple(tensor.shape)
+        assert tensor.dtype == torch.float32
+    assert shapes == expected_shapes(moe=arch == "qwen3_moe")
+    # Several files, so that whatever reads them needs the index.
+    weight_map = read_json(folder / "model.safetensors.index.json")["weight_map"]
+    assert len(set(weight_map.values())) >= 2
 
 
 def test_loaded_experts_are_the_saved_ones(moe_dir: Path) -> None:
@@ -184,13 +163,15 @@ def test_loaded_experts_are_the_saved_ones(moe_dir: Path) -> None:
 
 def test_spread_of_the_weights(moe_dir: Path) -> None:
     for name, weight in read_tensors(moe_dir).items():
+        # Norms are 1 + noise; embeddings have a spread of 1, other matrices 1 / sqrt(fan in).
+        mean = 0.0
+        std = weight.shape[-1] ** -0.5
         if weight.dim() == 1:
             mean = 1.0
             std = 0.1
-        else:
-            mean = 0.0
-            std = 1.0 if "embed_tokens" in name else weight.shape[1] ** -0.5
-        # of n normal numbers the mean errs by std/sqrt(n), the spread by std/sqrt(2n): five of
+        elif "embed_tokens" in name:
+            std = 1.0
+        # Of n normal numbers the mean errs by std/sqrt(n), the spread by std/sqrt(2n): five of
         # these over 400 tensors
         assert abs(weight.mean() - mean) < 5 * std / math.sqrt(weight.numel()), name
         assert abs(weight.std() - std) < 5 * std / math.sqrt(2 * weight.numel()), name
@@ -217,6 +198,7 @@ def test_routing_is_uneven_and_uses_every_expert(seed: int, tmp_path: Path) -> N
         layers = model(random_tokens(8, 256), output_router_logits=True).router_logits
     assert len(layers) == LAYERS
     for logits in layers:
+        # 2,048 tokens with top 3: even would be 768 for each of 8 experts.
         tokens_per_expert = torch.bincount(logits.topk(3).indices.flatten(), minlength=EXPERTS)
         assert tokens_per_expert.min() > 0
         assert tokens_per_expert.max() > 1.15 * tokens_per_expert.min(), tokens_per_expert
@@ -230,8 +212,10 @@ def test_same_seed_same_files_and_the_callers_random_state_is_untouched(
     again = make_tiny(tmp_path / "again")
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_default_dtype() == torch.float32
-    files = {file.name: file.read_bytes() for file in moe_dir.iterdir()}
-    assert {file.name: file.read_bytes() for file in again.iterdir()} == files
+    names = sorted(file.name for file in moe_dir.iterdir())
+    assert sorted(file.name for file in again.iterdir()) == names
+    for name in names:
+        assert (again / name).read_bytes() == (moe_dir / name).read_bytes(), name
 
 
 def test_another_seed_changes_every_tensor_and_not_the_tokenizer(
@@ -258,109 +242,23 @@ def test_bfloat16_is_the_float32_model_rounded(moe_dir: Path, tmp_path: Path) ->
 
 def test_overrides_reach_the_model_and_not_the_next_call(tmp_path: Path) -> None:
     rope: dict[str, Any] = {"rope_type": "default"}
+    # The caller's own dict, which transformers would fill in where it is handed on.
     make_tiny(tmp_path / "a", num_hidden_layers=1, rope_parameters=rope)
     assert rope == {"rope_type": "default"}
     changed = make_tiny(
         tmp_path / "b", num_hidden_layers=2, num_experts=5, rope_theta=5e5, tie_word_embeddings=True
     )
     model = load(changed)
-    assert (
-        model.config.rope_parameters["rope_theta"]
-        == read_json(changed / "config.json")["rope_theta"]
-        == 5e5
-    )
+    # Both spellings, for transformers 5 and for 4.
+    assert model.config.rope_parameters["rope_theta"] == 5e5
+    assert read_json(changed / "config.json")["rope_theta"] == 5e5
     assert model.model.layers[1].mlp.experts.down_proj.shape == (5, HIDDEN, MOE_INTER)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    # an output matrix now
+    # As an output matrix it has the spread of one; 2 % is more than 512 x 96 numbers err.
     assert model.lm_head.weight.std().item() == pytest.approx(HIDDEN**-0.5, rel=0.02)
     assert "lm_head.weight" not in read_tensors(changed)
     plain = read_json(make_tiny(tmp_path / "c", num_hidden_layers=1) / "config.json")
     assert plain["rope_theta"] == 1e6 and not plain["tie_word_embeddings"]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "What is 12 + 7? The sum is 19.\n\n\tdef add_3(x):\r\n    return x  ",
-        "žluťoučký kůň, straße, Ελληνικά, 日本語, العربية, हिन्दी",
-        "e\u0301 is not \u00e9; \u2126 is not \u03a9",  # a normaliser would merge them
-        "🐎👩‍👩‍👧 \u0000\u200b\ufeff",
-        "",
-    ],
-)
-def test_any_text_survives_a_round_trip(text: str, tokenizer: Any) -> None:
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-
-
-def test_tokenizer_has_exactly_the_models_vocabulary(moe_dir: Path, tokenizer: Any) -> None:
-    assert len(tokenizer) == VOCAB
-    assert sorted(tokenizer.get_vocab().values()) == list(range(VOCAB))
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    assert tokenizer.convert_tokens_to_ids(specials) == [509, 510, 511]
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (
-        509,
-        511,
-        None,
-    )
-    assert sorted(tokenizer.all_special_ids) == [509, 510, 511]
-    for name in ("config.json", "generation_config.json"):
-        ids = read_json(moe_dir / name)
-        assert (ids["pad_token_id"], ids["eos_token_id"], ids.get("bos_token_id")) == (
-            509,
-            511,
-            None,
-        )
-    # transformers 4 knows this class; TokenizersBackend, which transformers 5 writes, it does not
-    assert (
-        read_json(moe_dir / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
-    )
-
-
-def test_merges_were_learned_and_digits_stand_alone(tokenizer: Any) -> None:
-    assert tokenizer.tokenize("2024") == list("2024")
-    text = "The model says what the sum of the experts is."
-    assert len(tokenizer(text).input_ids) < len(text) / 2
-    assert tokenizer("hi<|im_end|>").input_ids[-1] == 511
-    assert (
-        tokenizer.decode(tokenizer("<|im_start|>hi<|im_end|>").input_ids, skip_special_tokens=True)
-        == "hi"
-    )
-
-
-def test_a_vocabulary_larger_than_the_text_yields_is_filled_up(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(
-        make_tiny(tmp_path / "m", num_hidden_layers=1, vocab_size=2000)
-    )
-    assert len(tokenizer) == 2000
-    assert sorted(tokenizer.get_vocab().values()) == list(range(2000))
-    assert tokenizer.convert_ids_to_tokens(1996).startswith("<|unused_")
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (1997, 1999)
-    assert tokenizer.decode(tokenizer("ein Prüftext").input_ids) == "ein Prüftext"
-
-
-def test_chat_template(tokenizer: Any) -> None:
-    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == CHAT_TEXT
-    prompt = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-    assert prompt == CHAT_TEXT + "<|im_start|>assistant\n"
-    assert "generation %" not in tokenizer.chat_template
-    with pytest.raises(
-        jinja2.TemplateError, match="unknown role tool; known: system, user, assistant"
-    ):
-        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
-
-
-def test_greedy_generation_equals_argmax_step_by_step(moe_dir: Path, tokenizer: Any) -> None:
-    model = load(moe_dir)
-    prompt = tokenizer.apply_chat_template(
-        CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    answer = model.generate(**prompt, max_new_tokens=6, do_sample=False)[0].tolist()
-    wanted = prompt["input_ids"][0].tolist()
-    while len(wanted) < len(answer):
-        with torch.no_grad():
-            wanted.append(model(torch.tensor([wanted])).logits[0, -1].argmax().item())
-    assert answer == wanted
-    assert len(answer) == prompt["input_ids"].shape[1] + 6
 
 
 @pytest.mark.parametrize(
@@ -374,6 +272,7 @@ def test_greedy_generation_equals_argmax_step_by_step(moe_dir: Path, tokenizer: 
         ),
         ({"hiden_size": 4, "arch": "qwen3"}, "did you mean hidden_size?"),
         ({"num_experts": 4, "arch": "qwen3"}, "'num_experts' is not a field of the qwen3 config"),
+        # transformers checks types; what it would take and no model could have comes after.
         ({"hidden_size": "96"}, "expected int, got str"),
         (
             {"num_key_value_heads": 4},
@@ -397,19 +296,21 @@ def test_mistakes_are_refused_before_anything_is_written(
 def test_overwrites_its_own_folder_and_keeps_what_is_not_the_models(tmp_path: Path) -> None:
     folder = make_tiny(tmp_path / "m")
     (folder / "notes.txt").write_text("mine")
+    # A shard of a larger model that stood here: a loader that globs would meet it.
     (folder / "model-00009-of-00009.safetensors").write_bytes(b"stale")
     make_tiny(folder, arch="qwen3", seed=3, num_hidden_layers=1)
     fresh = make_tiny(tmp_path / "fresh", arch="qwen3", seed=3, num_hidden_layers=1)
-    overwritten = read_tensors(folder)
-    wanted = read_tensors(fresh)
-    assert_same_tensors(overwritten, wanted)
-    assert {f.name for f in folder.iterdir()} == {f.name for f in fresh.iterdir()} | {"notes.txt"}
+    assert_same_tensors(read_tensors(folder), read_tensors(fresh))
+    names = {file.name for file in fresh.iterdir()}
+    assert {file.name for file in folder.iterdir()} == names | {"notes.txt"}
 
 
 def test_refuses_what_it_did_not_write(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    make_tiny(tmp_path / "empty", num_hidden_layers=1)  # an empty folder is welcome
-    for name in ("notes.txt", "config.json"):  # the second looks like somebody's real checkpoint
+    # An empty folder is welcome.
+    make_tiny(tmp_path / "empty", num_hidden_layers=1)
+    # The second looks like somebody's real checkpoint.
+    for name in ("notes.txt", "config.json"):
         other = tmp_path / f"with-{name}"
         other.mkdir()
         (other / name).write_text("{}")

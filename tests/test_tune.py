@@ -1,5 +1,5 @@
-"""The sweep that finds the fastest variants: which get a row of the table, and from where on
-torch's grouped GEMM is taken."""
+"""The sweep that finds the fastest variants: which of them get a row of the table, and from how
+many rows on torch's grouped GEMM is taken."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from megalora_kernels.variants import Variant
 
 from benchmarks.expert_case import Spec
 from benchmarks.tune_points import (
+    Operands,
     Point,
     groups,
     make_operands,
@@ -51,36 +52,48 @@ def test_the_fastest_gets_the_row_of_every_point(out):
     assert len(found["rows"]) == 4 and not found["rule_stands"]
     for row, point in zip(found["rows"], POINTS, strict=True):
         assert Variant(**row["variant"]) == VARIANTS[5]
-        assert (row["op"], row["N"], row["K"], row["R"]) == (
-            "forward",
-            point.gemm.N,
-            point.gemm.K,
-            16,
-        )
+        # Ranks of a row are those of a bucket: 4 and 8 of gate and up are both in that up to 16.
+        assert (row["op"], row["R"]) == ("forward", 16)
+        assert (row["N"], row["K"]) == (point.gemm.N, point.gemm.K)
         assert (row["rows_per_expert"], row["blocks"]) == (point.rows, len(point.gemm.ranks))
-        assert row["us"] == pytest.approx(70, rel=0.01) and row["rule_us"] == pytest.approx(
-            100, rel=0.01
-        )
+        # The made-up clock has a noise of 0.1 %.
+        assert row["us"] == pytest.approx(70, rel=0.01)
+        assert row["rule_us"] == pytest.approx(100, rel=0.01)
         assert 0 < row["spread"] < 0.01
+
+
+def call_float32_bfloat16(monkeypatch) -> None:
+    """The table has rows for half precision alone, and these sweeps compute in float32."""
+    names = {torch.float32: "bfloat16"}
+    monkeypatch.setattr("benchmarks.tune_record.DTYPE_NAMES", names)
+    monkeypatch.setattr("benchmarks.tune_sweep.DTYPE_NAMES", names)
 
 
 def test_the_written_file_drives_the_choice(out, monkeypatch):
     """Cost depends on the point here: where the rule is the best, it stands, beside rows of both
     neighbours."""
-    points = tuple(Point(GATE_UP, 2, rows) for rows in (64, 128, 256))
-    now: list[Point] = []
-    bench = Bench(
-        lambda v: {RULE: 100, VARIANTS[4]: 150 if now[-1].rows == 128 else 50}.get(v, 200.0)
-    )
+    points = [Point(GATE_UP, 2, rows) for rows in (64, 128, 256)]
+    now = points[0]
+
+    def cost(variant: Variant) -> float:
+        if variant == RULE:
+            return 100.0
+        if variant == VARIANTS[4]:
+            return 150.0 if now.rows == 128 else 50.0
+        return 200.0
+
+    bench = Bench(cost)
     timed = bench.timer
-    bench.timer = lambda calls, repeats: (
-        now.append(points[len(bench.timed) // 10]),
-        timed(calls, repeats),
-    )[1]
-    monkeypatch.setattr(
-        "benchmarks.tune_record.DTYPE_NAMES", {torch.float32: "bfloat16"}
-    )  # variants for half precision
-    monkeypatch.setattr("benchmarks.tune_sweep.DTYPE_NAMES", {torch.float32: "bfloat16"})
+
+    def timer(calls, repeats):
+        nonlocal now
+        # Ten times for each point: six variants in round one, and the best four in round two, of
+        # which the rule's is one here.
+        now = points[len(bench.timed) // 10]
+        return timed(calls, repeats)
+
+    bench.timer = timer
+    call_float32_bfloat16(monkeypatch)
     found = sweep(out, bench, points)
     assert rows_of(found) == [64, 256]
     assert rows_of(found, "rule_stands") == [128]
@@ -95,26 +108,26 @@ def test_the_written_file_drives_the_choice(out, monkeypatch):
 
 def test_a_row_that_can_run_is_chosen(out, monkeypatch):
     fast = VARIANTS[2]
-    monkeypatch.setattr("benchmarks.tune_record.DTYPE_NAMES", {torch.float32: "bfloat16"})
-    monkeypatch.setattr("benchmarks.tune_sweep.DTYPE_NAMES", {torch.float32: "bfloat16"})
+    call_float32_bfloat16(monkeypatch)
     sweep(out, Bench(costs(v0=100, v2=50)), [Point(GATE_UP, 2, 128)])
     monkeypatch.setenv(tuned.ENV_TABLE, str(out))
     tuned.forget()
     product = GATE_UP.product(torch.bfloat16, 128)
-    assert (
-        tuned.choose(product, CPU)
-        == fast
-        == tuned.choose(replace(product, rows_per_expert=256), CPU)
-    )
+    assert tuned.choose(product, CPU) == fast
+    # A row holds for its bucket and the next one, where nothing nearer was measured...
+    assert tuned.choose(replace(product, rows_per_expert=256), CPU) == fast
+    # ... not further, and for no other product.
     assert tuned.choose(replace(product, rows_per_expert=512), CPU) != fast
     assert tuned.choose(DOWN.product(torch.bfloat16, 128), CPU) != fast
 
 
 @pytest.mark.parametrize("noise", [0.001, 0.01, 0.05])
 def test_noise_writes_no_row(out, noise):
+    """All variants are alike: whichever is ahead at a point is so by chance."""
     points = []
     for rows in tuned.BUCKETS[:6]:
-        points += [Point(gemm, 2, rows) for gemm in (GATE_UP, DOWN, DOWN_DGRAD, GATE_UP_DGRAD)]
+        for gemm in (GATE_UP, DOWN, DOWN_DGRAD, GATE_UP_DGRAD):
+            points.append(Point(gemm, 2, rows))
     found = sweep(out, Bench(lambda v: 100.0, noise), points)
     assert not found["rows"] and len(found["rule_stands"]) == 24
 
@@ -124,6 +137,7 @@ def test_one_per_cent_is_no_row_and_three_are_where_it_is_quiet(out):
     out.unlink()
     assert len(sweep(out, Bench(costs(v0=100, v2=97)))["rows"]) == 4
     out.unlink()
+    # The same three beside noise of three per cent.
     assert not sweep(out, Bench(costs(v0=100, v2=97), noise=0.03))["rows"]
 
 
@@ -147,6 +161,7 @@ def test_the_noisier_of_the_two_counts(out):
 @pytest.mark.parametrize(
     ("us", "rule_us", "spread", "worth"),
     [
+        # A gain must exceed 2 %, and twice the spread.
         (90, 100, 0.01, True),
         (97, 100, 0.02, False),
         (97.9, 100, 0, True),
@@ -164,15 +179,16 @@ def test_round_two_has_the_best_four_and_the_rule(out):
     yardstick."""
     bench = Bench(costs(v0=300, v1=250, v2=40, v3=30, v4=50, v5=60))
     row = sweep(out, bench, POINTS[:1])["rows"][0]
-    assert Variant(**row["variant"]) == VARIANTS[3] and row["rule_us"] == pytest.approx(
-        300, rel=0.01
-    )
-    first = {label for label, repeats in bench.timed if repeats == 3}
-    second = {label for label, repeats in bench.timed if repeats == 20}
+    assert Variant(**row["variant"]) == VARIANTS[3]
+    assert row["rule_us"] == pytest.approx(300, rel=0.01)
+    # Round one takes 3 repeats of each, round two 20.
+    labels: dict[int, set[str]] = {3: set(), 20: set()}
+    for label, repeats in bench.timed:
+        labels[repeats].add(label)
     every = {variant_label(variant) for variant in VARIANTS}
-    assert first == every
+    assert labels[3] == every
     # The second slowest is the one that is left out.
-    assert second == every - {variant_label(VARIANTS[1])}
+    assert labels[20] == every - {variant_label(VARIANTS[1])}
 
 
 def test_a_lucky_time_of_round_one_gives_no_row(out):
@@ -198,17 +214,20 @@ def test_order_of_points_and_what_their_buckets_are():
     expected = []
     # 8192 tokens of top 8 on one rank, then on one of 8 ranks.
     for experts, rows in ((128, 512), (16, 4096)):
-        expected += [(f"30b {name}", experts, rows) for name in products]
+        for name in products:
+            expected.append((f"30b {name}", experts, rows))
     assert [(p.gemm.name, p.experts, p.rows) for p in first.points] == expected
     for points in ((*first.points, *rest.points), big.points):
         keys = [(point.gemm, tuned.bucket_of(point.rows)) for point in points]
         assert len(keys) == len(set(keys)) == 4 * len(tuned.BUCKETS)
-        assert {point.experts for point in points} == {128, 16}
-        assert {point.rows for point in points} <= set(tuned.BUCKETS)
+        for point in points:
+            assert point.experts in (128, 16) and point.rows in tuned.BUCKETS
     sizes = {}
     for point in rest.points:
         gemm = point.gemm
         sizes[gemm.name] = (gemm.op, gemm.N, gemm.K, gemm.ranks, gemm.gathered)
+    # op, N, K, ranks of the blocks of B, and whether rows of x are gathered. gate_up has two
+    # adapters, whose A's are one matrix in the gradient of its input.
     assert sizes == {
         "30b gate_up forward": ("forward", 1536, 2048, (16, 16), True),
         "30b down forward": ("forward", 2048, 768, (16,), False),
@@ -220,13 +239,16 @@ def test_order_of_points_and_what_their_buckets_are():
 
 
 @pytest.mark.parametrize(
+    # Rows per expert -> microseconds of a layer by Triton and by torch. Torch must be the faster
+    # from there on upwards, without a gap.
     ("us", "expected"),
     [
         ({256: (100, 80), 128: (100, 90), 64: (100, 120)}, 128),
         ({256: (100, 80), 128: (100, 90), 64: (100, 90)}, 64),
         ({256: (100, 120), 128: (100, 90), 64: (100, 90)}, None),
-        ({256: (100, 80), 128: (100, 99), 64: (100, 90)}, 256),  # one per cent is noise
-        ({256: (100, 80), 128: (100, None), 64: (100, 90)}, 256),  # could not run
+        # One per cent is noise; None: it could not run.
+        ({256: (100, 80), 128: (100, 99), 64: (100, 90)}, 256),
+        ({256: (100, 80), 128: (100, None), 64: (100, 90)}, 256),
         ({256: (None, 80), 128: (100, 90), 64: (100, 90)}, None),
     ],
 )
@@ -236,15 +258,17 @@ def test_from_where_on_torchs_grouped_gemm_is_taken(out, us, expected):
     found = sweep(out, bench, POINTS[:1], layers=LAYERS)
     key = {"dtype": "float32", "hidden": 32, "intermediate": 16, "R": 16}
     assert found["layers"] == [{**key, "vendor_from": expected}]
+    # Never is what a launch reads where none was found; ranks up to 16 are one bucket.
+    from_rows = float("inf") if expected is None else expected
     for rank in (4, 8, 16):
-        taken = tuned.choices_for("cpu").vendor_from(torch.float32, 32, 16, rank)
-        assert taken == (float("inf") if expected is None else expected)
+        assert tuned.choices_for("cpu").vendor_from(torch.float32, 32, 16, rank) == from_rows
 
 
 def test_layers_are_timed_with_the_rows_found_so_far(out):
     """What a launch asks for in the layer, though it was asked before the sweep, with no table."""
     assert not tuned.choices_for("cpu").table.variants
     bench = Bench(costs(v0=100, v1=50))
+    # Layers of all three sizes, whose times do not matter.
     bench.layer_us = dict.fromkeys((256, 128, 64), (100.0, 90.0))
     seen = []
     time_layer = bench.layer
@@ -269,16 +293,13 @@ def test_the_reference_and_the_launch_agree(gemm):
     """The product's own loop over experts, and the operands that training would give it."""
     from megalora_kernels.grouped_gemm import grouped_gemm_loop
 
+    def by_the_loop(o: Operands, variant: Variant) -> torch.Tensor:
+        return grouped_gemm_loop(o.x, o.w_EKN, o.routing, o.s_MR, o.b, o.source_M)
+
+    # Uneven experts, and one without rows.
     o = make_operands(gemm, (3, 0, 7, 1), CPU, torch.float32)
-    assert (
-        mistake(
-            o,
-            reference(o),
-            RULE,
-            lambda o, _: grouped_gemm_loop(o.x, o.w_EKN, o.routing, o.s_MR, o.b, o.source_M),
-        )
-        is None
-    )
-    assert (o.w_EKN.stride(1) == 1) == (gemm.op == "forward") and (
-        o.source_M is not None
-    ) == gemm.gathered
+    assert mistake(o, reference(o), RULE, by_the_loop) is None
+    # Forward reads the weight [N, K] as it is stored, transposed; its gradient reads it the other
+    # way.
+    assert (o.w_EKN.stride(1) == 1) == (gemm.op == "forward")
+    assert (o.source_M is not None) == gemm.gathered

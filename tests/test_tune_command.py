@@ -1,16 +1,18 @@
-"""The processes of the sweep: compilers that may abort, and the command that starts it again."""
+"""The processes of the sweep: compilers that may abort, and the command that starts the sweep
+again."""
 
 import json
+import os
 import selectors
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from megalora_kernels.tuned_table import MEASURED
 
 from benchmarks import tune, tune_compile
 from benchmarks.tune_compile import Job, compile_all
@@ -20,6 +22,7 @@ from tests.waiting import time_is_up_when
 ROOT = Path(__file__).parents[1]
 
 
+# A compiler that does what the name of a job says.
 CHILD = """
 import os, sys
 for line in sys.stdin:
@@ -58,6 +61,7 @@ def test_an_abort_loses_one_variant_and_not_the_sweep(monkeypatch):
 
     monkeypatch.setattr(tune_compile._Child, "ask", noted)
     monkeypatch.setattr(tune_compile.selectors, "DefaultSelector", Selector)
+    # More good jobs than processes, so that some come after each kind of trouble.
     good = [job("good", i) for i in range(5)]
     jobs = [good[0], job("abort"), good[1], job("wrong"), job("exit"), *good[2:], job("sleep")]
     found = compile_all(
@@ -66,11 +70,11 @@ def test_an_abort_loses_one_variant_and_not_the_sweep(monkeypatch):
     for done in good:
         assert found[done] is None
     assert found[job("wrong")] == "TypeError: no"
+    # The first line that the process wrote, not its stack; signals are negative exit codes.
     assert found[job("abort")] == "the compiler's process ended with -6: LLVM ERROR: nothing"
     assert found[job("exit")] == "the compiler's process ended with 1: no module named triton"
-    assert found[job("sleep")].startswith(
-        "not compiled after 3 s; the compiler's process ended with -9"
-    )
+    why = found[job("sleep")] or ""
+    assert why.startswith("not compiled after 3 s; the compiler's process ended with -9")
 
 
 def test_a_job_that_the_end_cuts_off_is_not_refused(monkeypatch):
@@ -79,9 +83,11 @@ def test_a_job_that_the_end_cuts_off_is_not_refused(monkeypatch):
     class Selector(selectors.DefaultSelector):
         def select(self, timeout: float | None = None) -> list[Any]:
             assert timeout is not None and timeout < tune_compile.JOB_SECONDS
-            return super().select(0)  # time is up at once
+            # Time is up at once.
+            return super().select(0)
 
     monkeypatch.setattr(tune_compile.selectors, "DefaultSelector", Selector)
+    # Absent from what was found: neither compiled nor refused, so that another call tries it again.
     slow = [job("sleep")]
     assert compile_all(slow, [sys.executable, "-c", CHILD], 1, seconds=30) == {}
 
@@ -96,14 +102,10 @@ def test_a_job_survives_the_pipe():
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
-    env = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-        "OMP_NUM_THREADS": "1",
-        **environment,
-    }
+    """Run ``python -m benchmarks.tune`` in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    env |= environment
+    # These tests interpret Triton in their own process; the command decides that itself.
     env.pop("TRITON_INTERPRET", None)
     call = [sys.executable, "-m", "benchmarks.tune", *map(str, arguments)]
     return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
@@ -116,45 +118,37 @@ def test_the_dry_run_goes_the_whole_way(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())
     sweep = found["sweep"]
-    assert len(sweep["points"]) == 3 and len(sweep["crossing"]) == 1 and not sweep["not_reached"]
+    # What ``tune_points.dry_groups`` has.
+    assert len(sweep["points"]) == 3 and len(sweep["crossing"]) == 1
+    assert not sweep["not_reached"]
     assert not sweep["refused"], sweep["refused"]
     for point in sweep["points"].values():
         assert len(point["first_us"]) == 3 and min(point["first_us"].values()) > 0
     assert not next(iter(sweep["crossing"].values()))["problems"]
-    assert (
-        "times mean nothing" in found["measured"]["clocks"] and "times mean nothing" in done.stdout
-    )
-    assert set(found["measured"]) == set(tuned_fields()) and found["measured"]["triton"]
+    assert "times mean nothing" in found["measured"]["clocks"]
+    assert "times mean nothing" in done.stdout
+    # The fields without which the kernels refuse a table.
+    assert set(found["measured"]) == set(MEASURED) and found["measured"]["triton"]
+    # A second call has nothing to do: every time is the same number.
     again = command("--budget-seconds", 60, "--out", out, "--dry")
-    assert (
-        again.returncode == 0 and json.loads(out.read_text())["sweep"]["points"] == sweep["points"]
-    )
-
-
-def tuned_fields() -> Sequence[str]:
-    from megalora_kernels.tuned_table import MEASURED
-
-    return MEASURED
+    assert again.returncode == 0
+    assert json.loads(out.read_text())["sweep"]["points"] == sweep["points"]
 
 
 def test_mistakes_on_the_command_line(tmp_path):
     (tmp_path / "other.json").write_text('{"benchmark": "parity"}')
     (tmp_path / "text.json").write_text("{")
-    for arguments, message in {
+    nothing = ["--budget-seconds", 0, "--out", tmp_path / "a.json"]
+    for arguments, message in (
+        (nothing, "--budget-seconds 0.0: want a positive number of seconds"),
+        (["--out", tmp_path], "is a folder; name a file"),
         (
-            "--budget-seconds",
-            0,
-            "--out",
-            tmp_path / "a.json",
-        ): "--budget-seconds 0.0: want a positive number of seconds",
-        ("--out", tmp_path): "is a folder; name a file",
-        (
-            "--out",
-            tmp_path / "other.json",
-        ): "is there and no result of this script; give another, or remove it",
-        ("--out", tmp_path / "text.json"): "is there and no JSON",
-        (): "the following arguments are required: --out",
-    }.items():
+            ["--out", tmp_path / "other.json"],
+            "is there and no result of this script; give another, or remove it",
+        ),
+        (["--out", tmp_path / "text.json"], "is there and no JSON"),
+        ([], "the following arguments are required: --out"),
+    ):
         done = command(*arguments)
         assert done.returncode == 2 and message in done.stderr, done.stderr
 
@@ -176,9 +170,11 @@ def sweep_by(
 @pytest.mark.parametrize(
     ("script", "code", "calls"),
     [
+        # Done, failed, and a mistake of the user: none is tried again.
         ("exit 0", 0, 1),
         ("exit 1", 1, 1),
         ("exit 2", 2, 1),
+        # A dead device, a hanging variant, an abort, and then the end.
         (
             '[ "$n" = 1 ] && exit 75; [ "$n" = 2 ] && exit 76; [ "$n" = 3 ] && kill -6 $$; exit 0',
             0,
@@ -193,8 +189,8 @@ def test_a_sweep_that_a_variant_ends_is_started_again(script, code, calls, tmp_p
 def test_a_sweep_is_ended_when_its_budget_is_spent(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         time_is_up_when(patch, (tmp_path / "calls").is_file)
-        # and nothing was written; had it been left to sleep, it would have ended with 0
+        # 1, for nothing was written; had it been left to sleep, it would have ended with 0.
         assert sweep_by("exec sleep 600", tmp_path, monkeypatch, seconds=1000) == (1, 1)
-    # with so little left, not once more
+    # With so little left it is not started again: this call has added one line to the first's.
     little = tune.LEAST_SECONDS - 1
     assert sweep_by("exit 75", tmp_path, monkeypatch, seconds=little)[1] == 2

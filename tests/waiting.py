@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,7 @@ def time_is_up_when(
         def wait(self, timeout: float | None = None) -> int:
             if timeout is None or limit_s not in (None, timeout):
                 return super().wait(timeout)
+            # A process that ends by itself meanwhile would be waited for in vain.
             wait_until(lambda: happened() or self.poll() is not None)
             assert self.poll() is None, "it ended before its time was up"
             raise subprocess.TimeoutExpired(self.args, timeout)
@@ -49,6 +51,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
         self.now_s = 0.0
+        # A namespace, not the real module: nobody else's clock may stand still.
         stand_in = SimpleNamespace(monotonic=lambda: self.now_s, sleep=time.sleep, time=time.time)
         monkeypatch.setattr(module, "time", stand_in)
 
@@ -62,8 +65,27 @@ def deadline_passes_when(
     leaps = itertools.count()
 
     def monotonic() -> float:
+        if not happened():
+            return 0.0
         # Each look leaps ahead, for a deadline may be set after it has happened.
-        return 1e9 * next(leaps) if happened() else 0.0
+        return 1e9 * next(leaps)
 
     stand_in = SimpleNamespace(monotonic=monotonic, sleep=time.sleep, time=time.time)
     monkeypatch.setattr(module, "time", stand_in)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; a zombie has ended, though nobody has asked for its exit code yet."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def said_by(path: Path) -> Callable[[], str]:
+    """A call that returns what a program has written into a file so far, nothing before it has."""
+
+    def said() -> str:
+        if not path.is_file():
+            return ""
+        return path.read_text().strip()
+
+    return said

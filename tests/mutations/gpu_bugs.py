@@ -22,6 +22,7 @@ TRACE = "benchmarks/step_trace.py"
 PLAN = "benchmarks/model_plan.py"
 TIMING = "benchmarks/gpu_timing.py"
 ALL_TEST = "tests/test_gpu_all.py"
+GPU_SCRIPT_TEST = "tests/test_gpu_script.py"
 TRACE_TEST = "tests/test_step_trace.py"
 SCRIPTS_TEST = "tests/test_benchmark_scripts.py"
 SUMMARY_TEST = "tests/test_gpu_summary.py"
@@ -320,7 +321,7 @@ GPU_BUGS: tuple[Bug, ...] = (
         "megalora/config/yaml_limits.py",
         "num_nodes += size",
         "num_nodes += 1",
-        "tests/test_config.py hostile_file",
+        "tests/test_hostile_config.py hostile_file",
     ),
     bug(
         0,
@@ -328,7 +329,7 @@ GPU_BUGS: tuple[Bug, ...] = (
         "megalora/config/yaml_limits.py",
         "if size == 0:",
         "if size < 0:",
-        "tests/test_config.py hostile",
+        "tests/test_hostile_config.py hostile",
     ),
     bug(
         0,
@@ -336,7 +337,7 @@ GPU_BUGS: tuple[Bug, ...] = (
         "megalora/config/file.py",
         "            check_yaml(value)\n",
         "",
-        "tests/test_config.py hostile_override",
+        "tests/test_hostile_config.py hostile_override",
     ),
     bug(
         0,
@@ -416,7 +417,7 @@ GPU_BUGS: tuple[Bug, ...] = (
         MACHINE,
         "        _end(process)\n        raise",
         "        raise",
-        f"{ALL_TEST} script_that_is_ended",
+        f"{GPU_SCRIPT_TEST} script_that_is_ended",
     ),
     bug(
         0,

@@ -12,6 +12,7 @@ SWEEP, RECORD, POINTS, COMPILE = (
 LOOK_UP = "tests/kernels/test_tuned.py"
 SWEPT = "tests/test_tune.py"
 REFUSED = "tests/test_tune_refusals.py"
+CUT_SHORT = "tests/test_tune_budget.py"
 COMMAND = "tests/test_tune_command.py"
 ROOM = "tests/planner/test_memory.py test_room"
 
@@ -415,7 +416,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "if left := self._uncompiled([point]):",
         "if left := ():",
-        f"{REFUSED} judged_by_all",
+        f"{CUT_SHORT} judged_by_all",
     ),
     bug(
         0,
@@ -423,7 +424,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "        if left := self._uncompiled([point]):\n",
         "        left = {job.variant for job in self._uncompiled([point])}\n        if False:\n",
-        f"{REFUSED} judged_by_all",
+        f"{CUT_SHORT} judged_by_all",
         (
             "        variants = self.variants(point)\n        new =",
             "        variants = [v for v in self.variants(point) if v not in left]\n        new =",
@@ -435,7 +436,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "            record.not_reached += [what.label for what in (*group.points, *group.layers)]",
         "            pass",
-        f"{REFUSED} is_killed",
+        f"{CUT_SHORT} is_killed",
     ),
     bug(
         0,
@@ -451,7 +452,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "        self.compiled |= found.keys()\n",
         "",
-        f"{REFUSED} nothing_twice",
+        f"{CUT_SHORT} nothing_twice",
     ),
     bug(
         0,
@@ -467,7 +468,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "max(LEAST_SECONDS, 1.2 * self.longest.get(kind, 0.0))",
         "LEAST_SECONDS",
-        f"{REFUSED} slow_point",
+        f"{CUT_SHORT} slow_point",
     ),
     bug(
         0,
@@ -475,7 +476,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         SWEEP,
         "tried = {*record.points, *record.crossing,",
         "tried = {*record.crossing,",
-        f"{REFUSED} second_call",
+        f"{CUT_SHORT} second_call",
     ),
     bug(
         0,
@@ -483,7 +484,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         RECORD,
         "if then != now:",
         "if False:",
-        f"{REFUSED} another_machines",
+        f"{CUT_SHORT} another_machines",
     ),
     bug(
         0,
