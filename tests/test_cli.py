@@ -36,7 +36,8 @@ def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
         cli.main([str(a) for a in arguments])
     except SystemExit as exit:
         code = exit.code
-    return code, *capsys.readouterr()
+    out, err = capsys.readouterr()
+    return code, out, err
 
 
 @pytest.fixture

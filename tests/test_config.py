@@ -3,6 +3,7 @@
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_defaults(minimal: Path) -> None:
     ],
 )
 def test_override(minimal: Path, override: str, section: str, key: str, value: object) -> None:
-    found = getattr(getattr(load_config(minimal, [override]), section), key)
+    found: Any = getattr(getattr(load_config(minimal, [override]), section), key)
     assert found == value
     # 1 == 1.0 == True: types are compared by themselves.
     assert type(found) is type(value)
