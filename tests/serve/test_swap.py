@@ -1,5 +1,5 @@
-"""Adapters change every second while six threads ask: of 200 requests and more none is lost, none
-answered by a version out of service.
+"""Change adapters every second while six threads ask: of 200 requests and more none is lost, and
+none is answered by a version that is out of service.
 
 What each version must say comes from stock PEFT, not from the server. The swaps come from another
 process.
@@ -38,38 +38,46 @@ PROMPTS = [tokens_of(seed, 4 + seed) for seed in range(4)]
 def test_no_request_is_lost_or_answered_by_the_wrong_version(
     server: Server, client: Client, tiny: Path, tmp_path: Path
 ) -> None:
-    folders = [make_adapter(tmp_path / f"step_{i}", tiny, 100 + i) for i in range(VERSIONS)]
-    expected = {}
-    for folder in folders:
+    folders = []
+    # Id -> the version's answers to all prompts.
+    expected: dict[str, list[list[int]]] = {}
+    for i in range(VERSIONS):
+        folder = make_adapter(tmp_path / f"step_{i}", tiny, 100 + i)
+        folders.append(folder)
         model = stock_model(tiny, folder)
-        expected[versioned("math", folder)] = [greedy(model, prompt, TOKENS) for prompt in PROMPTS]
+        answers_of_model = [greedy(model, prompt, TOKENS) for prompt in PROMPTS]
+        expected[versioned("math", folder)] = answers_of_model
+    # Every version says something else, or an answer would not tell who gave it.
     for answers_to_prompt in zip(*expected.values(), strict=True):
-        different = {tuple(tokens) for tokens in answers_to_prompt}
-        assert len(different) == VERSIONS, "each version says something else"
+        assert len(set(map(tuple, answers_to_prompt))) == VERSIONS
     client.load("math", folders[-1])
-    client.complete("math", PROMPTS[0])  # vLLM's first answer takes seconds
+    # vLLM's first answer takes seconds.
+    client.complete("math", PROMPTS[0])
     answers, swaps = ask_while_swapping(server, client, folders)
 
-    assert len(answers) >= REQUESTS and len(swaps) >= LEAST_SWAPS
+    assert len(answers) >= REQUESTS
+    assert len(swaps) >= LEAST_SWAPS
+    answered_by = set()
     for answer, number, asked, answered in answers:
-        assert answer.tokens == expected[answer.model][number % len(PROMPTS)], (
-            "the version that answered says this"
-        )
+        # The version that answered says this, and NAME meant it while the answer was out.
+        assert answer.tokens == expected[answer.model][number % len(PROMPTS)]
         assert answer.model in in_service(swaps, asked, answered, versioned("math", folders[-1]))
-    assert {answer.model for answer, *_ in answers} == expected.keys()
-    assert [s.id for s in client.list() if not s.is_base] == [swaps[-1]["model"]], (
-        "old versions are gone"
-    )
+        answered_by.add(answer.model)
+    assert answered_by == expected.keys()
+    # Old versions are gone.
+    base, last = client.list()
+    assert base.is_base
+    assert last.id == swaps[-1]["model"]
 
 
 type Answer = tuple[Completion, int, float, float]
-"""With the prompt's number, and the times it was asked and answered."""
+"""An answer, the question's number, and the times at which it was asked and answered."""
 
 
 def ask_while_swapping(
     server: Server, client: Client, folders: list[Path]
 ) -> tuple[list[Answer], list[dict]]:
-    """All answers, a lost one raises; and all swaps."""
+    """All answers, of which a lost one raises, and all swaps."""
     command = [
         sys.executable,
         "-m",
@@ -78,10 +86,12 @@ def ask_while_swapping(
         str(server.store),
         *map(str, folders),
     ]
+    # A process, so that it does not share this one's interpreter lock or its client.
     swapper = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert swapper.stdin and swapper.stdout
+    # Taking the next number is atomic, so that no two threads have the same.
     numbers = itertools.count()
     answers: list[Answer] = []
     swaps: list[dict] = []
@@ -105,17 +115,19 @@ def ask_while_swapping(
         # Requests begin with a version in service that a swap has loaded.
         wait_until(lambda: swaps or not reader.is_alive())
         with ThreadPoolExecutor(THREADS) as pool:
+            # Reading the results raises what a thread raised.
             list(pool.map(ask, range(THREADS)))
-        swapper.stdin.close()  # which tells it to stop
+        # Which tells it to stop.
+        swapper.stdin.close()
         swapper.wait(PATIENCE_S)
         reader.join()
     finally:
         swapper.kill()
         swapper.wait()
     assert swapper.returncode == 0
-    assert sorted(number for _, number, _, _ in answers)[:REQUESTS] == list(range(REQUESTS)), (
-        "none is lost"
-    )
+    # None is lost: every question from the first on has its answer.
+    answered = sorted(number for _, number, _, _ in answers)
+    assert answered[:REQUESTS] == list(range(REQUESTS))
     return answers, swaps
 
 
@@ -125,6 +137,7 @@ def in_service(swaps: list[dict], start: float, end: float, before: str) -> set[
     found = set()
     model = before
     began = 0.0
+    # The last version is in service for ever: a swap after it that is never done.
     for swap in [*swaps, {"model": "", "began": 0.0, "done": float("inf")}]:
         # ``model`` was in service from ``began`` until this swap was done.
         if began <= end and swap["done"] >= start:
@@ -140,9 +153,10 @@ def test_an_adapter_that_cannot_be_loaded_leaves_the_old_one_in_service(
     good = make_adapter(tmp_path / "good", tiny, 1)
     bad = make_adapter(tmp_path / "bad", tiny, 2, rank=65)
     model = client.swap("math", good)
+    # A client that knows no limits, so that the server refuses.
     with (
         Client(server.url) as other,
         pytest.raises(ValueError, match="rank 65 is greater than max_lora_rank 64"),
     ):
-        other.swap("math", bad)  # knows no limits, so that the server refuses
+        other.swap("math", bad)
     assert client.complete("math", PROMPTS[0], max_tokens=1).model == model

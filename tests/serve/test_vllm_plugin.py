@@ -1,5 +1,5 @@
-"""The plug-in's arithmetic against plain loops, here where no vLLM is. ``test_server.py`` runs it
-inside vLLM."""
+"""Compare the vLLM plug-in's arithmetic with plain loops, where no vLLM is needed;
+``test_server.py`` runs it inside vLLM."""
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from megalora.serve.vllm_cpu.vllm_cpu_moe_lora.base_tokens import leaving_out_ba
 from megalora.serve.vllm_cpu.vllm_cpu_moe_lora.coverage import unused_modules
 from megalora.serve.vllm_cpu.vllm_cpu_moe_lora.experts import Factors, apply_experts
 
+# Tokens, hidden, expert intermediate, experts, experts of a token, slots for adapters, rank: nearly
+# all different, so that tensors of exchanged dimensions would not fit.
 T = 11
 H = 7
 I = 5
@@ -17,11 +19,12 @@ E = 6
 K = 3
 S = 3
 R = 2
-"""All different. Expert 4 gets no token; slot 1 of three is nobody's."""
 
 
 @pytest.fixture
 def layer() -> dict[str, Tensor]:
+    """A layer's weights, tokens and adapters. Expert 4 gets no token; slot 1 of three is nobody's,
+    and -1 stands for no adapter."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -29,6 +32,7 @@ def layer() -> dict[str, Tensor]:
 
     # K different experts of 0 to 4 for each token; then 5 stands for 4, which gets none.
     choices = torch.stack([torch.randperm(E - 1, generator=generator)[:K] for _ in range(T)])
+    # gate's rows stand above up's, as in transformers; a slot's factors have the scale in B.
     return {
         "x": draw(T, H), "gate_up": draw(E, 2 * I, H), "down": draw(E, H, I),
         "probs": draw(T, K).abs(),
@@ -60,12 +64,14 @@ def plain(w: dict[str, Tensor]) -> Tensor:
 
 
 def run(w: dict[str, Tensor], factors: Factors) -> Tensor:
+    """What the plug-in computes, [T, H]."""
     return apply_experts(
         w["x"], w["gate_up"], w["down"], w["probs"], w["experts"], w["slots"], factors
     )
 
 
 def two_slices(w: dict[str, Tensor]) -> Factors:
+    """As vLLM keeps files with a matrix for each expert: gate and up apart."""
     return Factors(
         (w["gate_a"], w["up_a"]), (w["gate_b"], w["up_b"]), (w["down_a"],), (w["down_b"],)
     )
@@ -106,9 +112,11 @@ def floats_as(dtype: torch.dtype, layer: dict[str, Tensor]) -> dict[str, Tensor]
 
 def test_bfloat16(layer: dict[str, Tensor]) -> None:
     w = floats_as(torch.bfloat16, layer)
+    # In float64 from the rounded numbers, so that their own rounding is no error.
     expected = plain(floats_as(torch.float64, w))
     error = (run(w, two_slices(w)).double() - expected).abs().max() / expected.abs().max()
-    assert error < 0.03, "some ten roundings of 2^-9"
+    # Some ten roundings of 2^-9.
+    assert error < 0.03
 
 
 def shrink(inputs: Tensor, weights: Tensor, output: Tensor, slots: Tensor, scale: float) -> None:
@@ -127,12 +135,12 @@ def test_base_tokens_are_left_out() -> None:
         output = before.clone()
         careful(inputs, weights, output, torch.tensor(slots), scale=2.0)
         for n, slot in enumerate(slots):
-            torch.testing.assert_close(
-                output[n], 2.0 * weights[slot] @ inputs[n] if slot >= 0 else before[n]
-            )
+            # Rows of the base's tokens are not even written.
+            expected = 2.0 * weights[slot] @ inputs[n] if slot >= 0 else before[n]
+            torch.testing.assert_close(output[n], expected)
 
+    # One slot for all rows: they belong to one request, first the base's.
     output = before.clone()
-    # all rows belong to one request, the base's
     careful(inputs, weights, output, torch.tensor([-1]), 2.0)
     torch.testing.assert_close(output, before)
     careful(inputs, weights, output, torch.tensor([1]), 2.0)
@@ -144,6 +152,7 @@ def test_base_tokens_are_left_out() -> None:
 def test_only_the_version_it_was_written_for() -> None:
     check_version("0.32.0")
     check_version("0.32.1")
+    # Other minor versions, and what merely begins with the same characters.
     for version in ("0.33.0", "0.3.2", "0.320.0", "1.0", "dev"):
         with pytest.raises(
             RuntimeError, match=rf"patches the internals of vLLM 0.32.x, and this is vLLM {version}"
@@ -152,7 +161,10 @@ def test_only_the_version_it_was_written_for() -> None:
 
 
 def test_modules_that_nothing_uses() -> None:
+    """vLLM would load their adapters and compute without them."""
+    # By name, what vLLM has wrapped for adapters.
     wrapped = {"model.layers.0.self_attn.qkv_proj": 0, "model.layers.0.mlp.experts": 0}
+    # Stacked gate and up are experts' too, under a name that no module has.
     assert unused_modules([*wrapped, "model.layers.0.mlp.experts.base_layer"], wrapped) == []
     assert unused_modules([*wrapped, "lm_head", "model.layers.0.mlp.gate"], wrapped) == [
         "lm_head",
