@@ -63,9 +63,6 @@ def compared(case: Case, ours: dict, theirs: dict) -> list[Row]:
     )
 
 
-# ---- counting ------------------------------------------------------------------------------------
-
-
 def test_base_flops_by_hand():
     # 8,192 tokens go to 8 experts each: 65,536 rows. gate and up are 2 * 768 = 1,536 outputs.
     gate_up = 2 * 65536 * 1536 * 2048
@@ -145,9 +142,6 @@ def test_sweep_begins_with_the_usual():
     assert (first.tokens, first.experts, first.rank, first.routing) == (8192, 128, 16, "balanced")
     assert second == replace(first, experts=16)
     assert with_rows(specs[1], 512).num_rows == 512 * 16
-
-
-# ---- arms ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,13 +237,9 @@ def test_an_error_in_one_expert_is_not_overlooked():
     case = make_case(Spec(TINY, 64, 8, 8, "balanced"), CPU, torch.float32)
     want = reference(case, True)
     got = {name: t.clone() for name, t in want.items()}
-    # One of eight experts' gradients is gone: 1/sqrt(8) = 0.35 of the norm if all are alike. Over
-    # the whole tensor's largest number it would drown.
+    # One of eight experts' gradients is gone: 1/sqrt(8) = 0.35 of the norm if all are alike.
     got["a2"][3] = 0
     assert relative_errors(got, want)["a2"] > 0.2
-
-
-# ---- derived numbers -----------------------------------------------------------------------------
 
 
 def timed(arm: str, kind: str, forward_ms: float, train_ms: float) -> Row:

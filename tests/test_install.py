@@ -48,9 +48,6 @@ def pins(lock: Path) -> dict[str, str]:
     return found
 
 
-# ---- locks ----
-
-
 def test_the_lock_has_what_is_asked_for() -> None:
     locked = pins(ROOT / "requirements.lock")
     for who in ("megalora", "megalora-kernels"):
@@ -78,9 +75,6 @@ def test_a_lock_names_no_host(lock: str) -> None:
         assert re.fullmatch(r"[a-z0-9-]+==[\w.+]+( ; .*)?", line), line
 
 
-# ---- overrides ----
-
-
 def names_of(requirements: list[str]) -> set[str]:
     return {canonical(Requirement(text).name) for text in requirements}
 
@@ -104,13 +98,16 @@ def test_overrides_drop_nothing_that_is_asked_for(who: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", [name for name in NAMED if name != "megalora-kernels"])
+@pytest.mark.parametrize("who", ["megalora", *[f"megalora[{extra}]" for extra in EXTRAS]])
 def test_everything_that_can_be_installed_resolves(who: str) -> None:
     """With megalora's overrides, as ``make lock`` resolves; needs uv and a package index."""
     uv = shutil.which("uv") or shutil.which("uv", path=ROOT / ".tools" / "bin")
     if uv is None:
         pytest.skip("uv is neither on PATH nor in .tools/bin")
-    extras = [f"--extra={extra}" for extra in EXTRAS if f"[{extra}]" in who]
+    # "megalora[serve]" has one extra, "megalora" none.
+    extras = []
+    if "[" in who:
+        extras = [f"--extra={who.removeprefix('megalora[').removesuffix(']')}"]
     done = subprocess.run(
         [uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", *extras, *SELF],
         capture_output=True, text=True, cwd=ROOT,
@@ -122,9 +119,6 @@ def test_everything_that_can_be_installed_resolves(who: str) -> None:
     found = {line.partition("==")[0] for line in done.stdout.splitlines()}
     asked = names_of([*NAMED["megalora"], *NAMED[who]])
     assert asked - NOT_INDEXED <= found
-
-
-# ---- versions ----
 
 
 def test_versions_and_commit_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,9 +162,6 @@ def test_somebody_else_s_commit_is_not_ours(
     assert versions.versions()["commit"] == "0123456+"
     monkeypatch.setenv("MEGALORA_COMMIT", "89abcdef01")
     assert versions.versions(())["commit"] == "89abcde"
-
-
-# ---- wheels ----
 
 
 @pytest.fixture(scope="module")

@@ -243,7 +243,7 @@ def test_a_requeued_job_resumes(copy: Path, restarts: str, resume: str) -> None:
         ("RUNNING", signal.SIGTERM, True),
         # What --signal may be set to send as well.
         ("RUNNING", signal.SIGUSR1, True),
-        # Somebody has cancelled it: it must not come back.
+        # Cancelled, and must not come back; or preempted, and Slurm requeues it itself.
         ("COMPLETING", signal.SIGTERM, False),
     ],
 )

@@ -61,11 +61,15 @@ def compared(out: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> tuple[i
     return code, json.loads(out.read_text())["cases"][0]
 
 
+def by_arm(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["arm"]: row for row in case["rows"]}
+
+
 @pytest.mark.slow
 def test_all_installed_arms_train_the_same(tmp_path, monkeypatch, capsys):
     out = tmp_path / "peers.json"
     code, case = compared(out, monkeypatch)
-    rows = {row["arm"]: row for row in case["rows"]}
+    rows = by_arm(case)
     assert code == 0 and case["wrong"] == [] and list(rows) == list(ARMS)
     assert rows["unsloth"]["status"] == "not installed: No module named 'unsloth'"
     want = rows["megalora"]["losses"]
@@ -96,8 +100,7 @@ def test_all_installed_arms_train_the_same(tmp_path, monkeypatch, capsys):
     record = json.loads(out.read_text())
     record["cases"][0]["rows"][2] = {"arm": "peft", "status": "stopped: out of time"}
     out.write_text(json.dumps(record))
-    _, again = compared(out, monkeypatch)
-    again = {row["arm"]: row for row in again["rows"]}
+    again = by_arm(compared(out, monkeypatch)[1])
     assert again["peft"]["status"] == "ok" and again["peft"]["losses"] == rows["peft"]["losses"]
     # megalora is run again too: ratios need its turns beside PEFT's.
     for name in ARMS:
@@ -211,7 +214,7 @@ def load_bridge_lora(out: Path) -> None:
 @pytest.mark.skipif("transformer_engine" in sys.modules, reason="Transformer Engine is installed")
 def test_bridge_s_layers_are_its_own_and_transformer_engine_stays_missing(tmp_path):
     out = tmp_path / "found.json"
-    # In another process, which modules of others stay imported in.
+    # In another process: what Bridge imports and replaces would stay in this one.
     ((_, _, code),) = forked([("bridge", load_bridge_lora, (out,))], at_once=1)
     assert code == 0
     assert json.loads(out.read_text()) == {"real": True, "engine": [], "believes": False}

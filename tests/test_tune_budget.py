@@ -22,6 +22,11 @@ from tests.made_up_sweep import (
 )
 
 
+def labels(items) -> list[str]:
+    """What a record calls points and layers."""
+    return [item.label for item in items]
+
+
 @pytest.fixture
 def out(tmp_path, monkeypatch):
     yield from place_for_a_table(tmp_path, monkeypatch)
@@ -46,7 +51,7 @@ def test_a_point_is_judged_by_all_of_its_variants_or_not_reached(out):
     found = sweep(out, bench, POINTS[:2])
     # No verdict of any kind.
     assert not found["rows"] and not found["rule_stands"] and not found["sweep"]["failures"]
-    assert found["sweep"]["not_reached"] == [point.label for point in POINTS[:2]]
+    assert found["sweep"]["not_reached"] == labels(POINTS[:2])
     assert not bench.timed
     bench.too_slow.clear()
     found = sweep(out, bench, POINTS[:2])
@@ -68,8 +73,8 @@ def test_a_sweep_that_is_killed_has_written_what_it_did_not_reach(out):
     with pytest.raises(KeyboardInterrupt):
         sweep(out, bench, layers=LAYERS)
     found = json.loads(out.read_text())["sweep"]
-    labels = [what.label for what in (*POINTS, *LAYERS)]
-    assert list(found["points"]) == labels[:1] and found["not_reached"] == labels[1:]
+    first, *others = labels([*POINTS, *LAYERS])
+    assert list(found["points"]) == [first] and found["not_reached"] == others
 
 
 def test_a_second_group_compiles_nothing_twice(out):
@@ -93,12 +98,11 @@ def test_the_budget_is_kept_and_a_second_call_goes_on(out):
     assert bench.seconds <= 5.6
     done = list(first["sweep"]["points"])
     left = first["sweep"]["not_reached"]
-    labels = [point.label for point in POINTS]
-    assert done and left and [*done, *left] == labels
+    assert done and left and [*done, *left] == labels(POINTS)
     bench.timed.clear()
     compiled = len(bench.compiled)
     second = sweep(out, bench)
-    assert list(second["sweep"]["points"]) == labels
+    assert list(second["sweep"]["points"]) == labels(POINTS)
     assert not second["sweep"]["not_reached"]
     assert len(second["rows"]) == 4
     for label, point in first["sweep"]["points"].items():

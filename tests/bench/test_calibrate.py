@@ -6,14 +6,11 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megalora import host
 from megalora.bench import calibrate as calibration
@@ -89,7 +86,7 @@ def _run(
     out = folder / "made" / "machine.json"
     ranks = run_ranks(_calibrate, world, out, dtype, budget_seconds, ranks_per_node, grid)
     # No temporary file is left beside the record.
-    assert [path.name for path in out.parent.iterdir()] == ["machine.json"]
+    assert list(out.parent.iterdir()) == [out]
     return json.loads(out.read_text()), ranks
 
 
@@ -150,8 +147,6 @@ def _check_record(record: dict[str, Any]) -> None:
     assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}", record["commit"])
     over = record["overhead"]
     assert over["layer_forward_s"] > 0 < over["layer_backward_s"] and over["step_s"] >= 0
-    # Real time, of a layer of width 32: seconds where it should be milliseconds are a mistake of
-    # units, not a slow machine.
     assert sum(over.values()) < 10
     for kind, points in _points(record).items():
         assert len(points) >= 2, kind
@@ -167,7 +162,8 @@ def test_one_rank_measures_every_size(whole: dict[str, Any]) -> None:
     assert whole["collectives"] == {} and (whole["world_size"], whole["ranks_per_node"]) == (1, 1)
     assert whole["memory_bytes"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # Two tensors read and one written, 4 bytes an element: whole multiples of 12 bytes.
-    assert [point["bytes"] for point in whole["memory"]] == [n // 12 * 12 for n in CPU.memory_bytes]
+    for point, num_bytes in zip(whole["memory"], CPU.memory_bytes, strict=True):
+        assert point["bytes"] == num_bytes // 12 * 12
     expected = set()
     for rows in CPU.gemm_rows:
         for features in CPU.gemm_features:
@@ -257,7 +253,7 @@ def test_large_computations_take_longer_on_two_ranks(pair: Run) -> None:
 
 
 def test_large_collectives_take_longer(pair: Run) -> None:
-    # The only kind whose time is real here: gloo's work passes no operation of torch.
+    # By the made-up clock a nanosecond for each element that takes part.
     small, large = pair[0]["collectives"]["all_reduce"]
     assert (small["bytes"], large["bytes"]) == (1024, 4 * 2**20)
     assert large["seconds"] > small["seconds"]
@@ -312,50 +308,3 @@ def test_the_gpu_s_way_ends(tmp_path: Path) -> None:
     # ``clock.ON_GPU`` asks for, three.
     assert num_samples == 4 * (2 * (3 + 2) + 2 * 5)
     assert {1, clock.MOST_COPIES} <= rings
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (
-            ["x.json", "--dtype", "int8"],
-            "--dtype: 'int8' cannot be calibrated; want bfloat16 or float32",
-        ),
-        (
-            ["x.json", "--budget-seconds", "0"],
-            "--budget-seconds: 0.0 leaves no time to measure; want more than 0",
-        ),
-        # nan is not <= 0 either, so a check for that would let it through.
-        (["x.json", "--budget-seconds", "nan"], "--budget-seconds: nan leaves no time"),
-        (["x.json", "--budget-seconds", "long"], "invalid float value: 'long'"),
-        (["."], ". is a folder; name the file to write"),
-        ([__file__ + "/x.json"], "test_calibrate.py is a file"),
-        ([], "the following arguments are required: out"),
-    ],
-)
-def test_mistakes_show_before_anything_is_measured(arguments: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        calibration.main(arguments)
-
-
-def _with_other_numbers_of_ranks(out: Path) -> str:
-    # As on two nodes, of which one has a rank and the other two.
-    os.environ["LOCAL_WORLD_SIZE"] = str(1 + dist.get_rank())
-    with pytest.raises(
-        ValueError, match="nodes have from 1 to 2 ranks; calibration needs the same number on each"
-    ):
-        calibration.calibrate(out, dtype="float32")
-    return "said"
-
-
-def test_nodes_with_other_numbers_of_ranks_are_refused(tmp_path: Path) -> None:
-    assert run_ranks(_with_other_numbers_of_ranks, 2, tmp_path / "x.json") == ["said", "said"]
-
-
-def test_the_command_says_a_mistake_in_one_line(tmp_path: Path) -> None:
-    out = tmp_path / "x.json"
-    command = [sys.executable, "-m", "megalora.bench.calibrate", str(out), "--dtype", "int8"]
-    shown = subprocess.run(command, capture_output=True, text=True)
-    expected = "megalora: --dtype: 'int8' cannot be calibrated; want bfloat16 or float32\n"
-    assert (shown.returncode, shown.stdout, shown.stderr) == (2, "", expected)
-    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from megalora.bench.rows import PARTS, Measured, Row, load_rows
 from tests.bench.made_up_rows import MEASURED, predicted
 
 
-def test_report(tmp_path) -> None:
+@pytest.fixture
+def rows() -> list[Row]:
+    """A fast and a slow layout, and between them one that ran out of memory."""
     measured = Measured(**MEASURED)  # type: ignore[arg-type]
     prediction = predicted(None, 2)  # type: ignore[arg-type]
     # Half as fast, and without expert parallelism, so that it has no imbalance to show.
@@ -22,26 +25,22 @@ def test_report(tmp_path) -> None:
         imbalance=None,
         imbalance_worst=None,
     )
-    row = Row(
-        key="a",
-        layout="tp=1 ep=2 micro=1 recompute=off",
-        status="ok",
-        log="l",
-        seconds=9,
-        measured=measured,
-    )
-    rows = [
-        replace(row, key="b", layout="tp=2 ep=1 micro=1 recompute=off", measured=slower),
-        replace(
-            row,
-            key="c",
-            layout="tp=2 ep=2 micro=8 recompute=full",
-            status="out of memory",
-            measured=None,
-            predicted=prediction,
-        ),
-        replace(row, predicted=prediction),
+    fast = "tp=1 ep=2 micro=1 recompute=off"
+    slow = "tp=2 ep=1 micro=1 recompute=off"
+    too_large = "tp=2 ep=2 micro=8 recompute=full"
+    no_memory = "out of memory"
+    return [
+        row("b", slow, measured=slower),
+        row("c", too_large, status=no_memory, predicted=prediction),
+        row("a", fast, measured=measured, predicted=prediction),
     ]
+
+
+def row(key: str, layout: str, status: str = "ok", **found: Any) -> Row:
+    return Row(key=key, layout=layout, status=status, log="l", seconds=9, **found)
+
+
+def test_the_table(rows: list[Row]) -> None:
     text = table(rows)
     # One line in the table of speeds, one in the table of parts.
     found = []
@@ -58,6 +57,9 @@ def test_report(tmp_path) -> None:
     )
     for said in ("4 P + 6 A + 6 S h d L", "predicted from a guess", "out of memory"):
         assert said in text
+
+
+def test_the_files(rows: list[Row], tmp_path) -> None:
     paths = write_results(rows, tmp_path / "report")
     assert load_rows(paths["json"]) == rows
     again = replace(rows[1], status="timed out")
@@ -76,8 +78,14 @@ def test_report(tmp_path) -> None:
     assert lines[1]["step_seconds"] == "" and lines[1]["predicted_step_seconds"] == "0.4"
     # The fullest of two ranks.
     assert lines[0]["peak_bytes"] == str(3 * 2**30)
+    with pytest.raises(ValueError, match="no row to report"):
+        write_results([], tmp_path)
+
+
+def test_the_picture(rows: list[Row], tmp_path) -> None:
     from matplotlib.image import imread
 
+    paths = write_results(rows, tmp_path / "report")
     picture = imread(paths["png"])
     assert picture.shape[0] > 300 and picture.shape[1] > 1000
     # Two bars each in the colours of measured (blue) and predicted (grey), at least 20 pixels
@@ -85,8 +93,6 @@ def test_report(tmp_path) -> None:
     for colour in ((0, 0x72, 0xB2), (0xBB, 0xBB, 0xBB)):
         exact = (abs(picture[..., :3] * 255 - torch.tensor(colour).numpy()) < 1).all(-1)
         assert exact.any(1).sum() > 20 * 2 and exact.sum() > 5000
-    with pytest.raises(ValueError, match="no row to report"):
-        write_results([], tmp_path)
 
 
 def test_a_report_without_a_single_success(tmp_path) -> None:

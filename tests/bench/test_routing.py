@@ -23,7 +23,8 @@ from tests.parity.runs import make_config
     [
         # 2 * 24 * 3 = 144 rows: 18 for each of 8 experts, 36 for each of 4 ranks.
         (24, 8, 3, 4, 2),
-        # 3 * 7 * 5 = 105 rows: 8 or 9 for each of 12 experts, and no source starts at expert 0.
+        # 3 * 7 * 5 = 105 rows: 8 or 9 for each of 12 experts. The second and third source go
+        # on in the middle of a round over all experts.
         (7, 12, 5, 3, 3),
         # Every token takes every expert.
         (5, 6, 6, 1, 1),

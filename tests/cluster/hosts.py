@@ -174,7 +174,10 @@ def ended(nodes: list[Node], within_s: float) -> list[int]:
     began = time.monotonic()
     running = list(nodes)
     while running and time.monotonic() - began < within_s:
-        running = [node for node in running if node.process.poll() is None]
+        # A copy, because nodes are removed.
+        for node in list(running):
+            if node.process.poll() is not None:
+                running.remove(node)
         time.sleep(0.1)
     if running:
         for node in nodes:
