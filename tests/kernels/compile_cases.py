@@ -1,5 +1,5 @@
-"""What is compiled without a GPU: layers through their launchers, variants of the grouped GEMM,
-passes of SwiGLU.
+"""List what is compiled without a GPU: layers through their launchers, variants of the grouped
+GEMM, passes of SwiGLU.
 
 Tensors are on the CPU and mostly never touched; sizes are those of Qwen3-30B-A3B.
 
@@ -46,6 +46,8 @@ class Case(NamedTuple):
 def layer(dtype: torch.dtype, rank: int, tokens: int, whole: bool) -> None:
     """Forward and backward of two experts; values mean nothing. ``whole``: without adapters and
     with rows in order, too."""
+    # Both experts get every token, so ``tokens`` is the number of rows of each: what tiles are
+    # chosen by.
     new = {"dtype": dtype, "requires_grad": True}
     x = torch.zeros(tokens, H, **new)
     p = torch.zeros(tokens * 2, requires_grad=True)
@@ -77,6 +79,7 @@ def layer(dtype: torch.dtype, rank: int, tokens: int, whole: bool) -> None:
 
 def routing_of_128(dtype: torch.dtype) -> None:
     """Routing of 128 experts, top 8, and of what 8 ranks send for 16 of them."""
+    # Numbers of experts and top k are constants in the kernels; tokens are not.
     chosen_TE = torch.zeros(64, 128, dtype=torch.bool)
     p_TE = torch.zeros(64, 128, dtype=dtype)
     routing, expert_TK, moved_M = route_triton(chosen_TE, 8, p_TE)
@@ -107,13 +110,15 @@ occurs."""
 
 def gemm(of: Product, variant: Variant) -> None:
     """One launch of this variant for E experts, of which no number is ever read."""
+    # torch.empty reserves addresses alone: 128 experts' weights would be 800 MB.
     num_rows = int(E * of.rows_per_expert)
     w_EKN = torch.empty(E, of.K, of.N, dtype=of.dtype)
     if of.op == "forward":
         w_EKN = torch.empty(E, of.N, of.K, dtype=of.dtype).transpose(1, 2)
     x = torch.empty(num_rows, of.K, dtype=of.dtype)
     source_M = torch.empty(num_rows, dtype=torch.int32) if of.gathered else None
-    s_MR = b = None
+    s_MR = None
+    b = None
     if of.rank:
         s_MR = torch.empty(num_rows, of.rank, dtype=of.dtype)
         width = of.N // of.blocks
@@ -180,6 +185,7 @@ def every_candidate(capability: int) -> Iterator[Case]:
 
 def refused_for_memory(capability: int) -> Iterator[Case]:
     """Tiles that ``problem`` refuses for their shared memory or their sums, and nothing else."""
+    # With 4 warps a tile of 128 x 256 has 256 sums per thread, of 255 registers.
     tiles = [*choices.TILES, (128, 256, 4)]
     for (block_m, block_n, warps), stages in pairs(tiles, (2, 3, 4, 5)):
         variant = Variant(block_m, block_n, 64, warps, stages)
@@ -208,6 +214,7 @@ SWIGLU_RANKS = (
 
 def swiglu(dtype: torch.dtype, rank: int, rank_down: int) -> None:
     """Both passes over rows of all experts."""
+    # One row each: the number of rows is no constant of the kernels.
     y = torch.empty(E, 2 * I, dtype=dtype)
     h = torch.empty(E, I, dtype=dtype)
     p = torch.empty(E)

@@ -57,13 +57,17 @@ def result_of(case: Case, path: Path, code: int) -> list[dict[str, Any]]:
     }
     result = path.with_suffix(".json")
     if result.is_file():
-        return [{**known, **row} for row in json.loads(result.read_text())]
+        rows = json.loads(result.read_text())
+        return [{**known, **row} for row in rows]
     # No result: the last line that looks like an error, or else the last line, says why.
     said = path.with_suffix(".txt").read_text(errors="replace").strip().splitlines() or [""]
-    errors = [line for line in said if "Assertion" in line or "error" in line.lower()] or said
+    telling = said[-1]
+    for line in said:
+        if "Assertion" in line or "error" in line.lower():
+            telling = line
     # Python gives a process that a signal ended the signal's number, negative.
     ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return [{**known, "error": f"{ended}: {errors[-1][:300]}"}]
+    return [{**known, "error": f"{ended}: {telling[:300]}"}]
 
 
 def compile_case(case: Case, path: Path) -> None:
@@ -74,6 +78,7 @@ def compile_case(case: Case, path: Path) -> None:
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        # Triton's own name for compiling without a launch.
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         row: dict[str, Any] = {"kernel": self.__name__, "dtype": None}
         # The first tensor's dtype is that of the activations; indexes come later.
@@ -91,6 +96,7 @@ def compile_case(case: Case, path: Path) -> None:
     driver.set_active(NamedTarget(case.capability))  # pyright: ignore
     JITFunction.run = compile_only
     backend.INTERPRETED = True  # CPU tensors are all there is
+    # Each of these imported the function by name; they ask it how much shared memory there is.
     for module in (gemm_kernel, tuned, sys.modules["megalora_kernels.swiglu_backward"]):
         module.device_limits = lambda _device: compile_cases.limits_of(case.capability)
     case.call()
@@ -107,6 +113,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|--:|--:|--:|--:|--:|---|",
     ]
     for row in rows:
+        # Only variants that are offered; kernels of whole layers have no product to name.
         if row.get("refused") or "product" not in row or "error" in row:
             continue
         ways = {"pointers": "pointers", "tma": "TMA"}
@@ -135,6 +142,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def per_element(row: dict[str, Any], what: str = "activation_loop") -> float:
     """Return instructions of the loop over elements per element of a pass of SwiGLU."""
+    # A turn of the loop computes one tile; each thread has its share of it, 32 threads a warp.
     return row[what] / (row["BLOCK_M"] * row["BLOCK_I"] / (32 * row["warps"]))
 
 

@@ -1,5 +1,5 @@
-"""Triton's interpreter, made fit for tests: faster, exact in half precision, and its programs in
-the opposite order.
+"""Make Triton's interpreter fit for tests: faster, exact in half precision, and with its programs
+in the opposite order on demand.
 
 Everything is undone by the ``pytest.MonkeyPatch`` given; ``test_interpreter.py`` shows that it does
 what it says.
@@ -27,7 +27,7 @@ def improve(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(interpreter, "_patch_lang", _patch_lang_once)
     patch.setattr(interpreter, "_patch_builtin", _patch_builtin_from_a_list)
     patch.setattr(interpreter, "_get_np_dtype", _get_np_dtype_by_name)
-    # ``debug``: assertions on the device hold.
+    # ``debug``: without it tl.device_assert is left out, and the tests of assertions see none.
     options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False, debug=True)
     patch.setattr(interpreter.interpreter_builder, "options", options)
 
@@ -36,6 +36,7 @@ def reverse_programs(patch: pytest.MonkeyPatch) -> None:
     """Last program first, along every axis: a result that depends on who writes last comes out
     differently."""
 
+    # The interpreter runs one program after the other, (0, 0, 0) first.
     def backwards(self: Any, *place: int) -> None:
         last_first = [size - 1 - i for size, i in zip(self.grid_dim, place, strict=True)]
         self.grid_idx = tuple(last_first)
@@ -60,6 +61,7 @@ def _patch_lang_once(function: Any) -> Any:
 
 
 def _patch_builtin_from_a_list(package: Any, builder: Any, scope: Any) -> None:
+    # Modules live as long as the process, so their ids stay theirs.
     if id(package) not in _builtins:
         members = inspect.getmembers(package)
         _builtins[id(package)] = [name for name, x in members if tl.core.is_builtin(x)]
@@ -70,6 +72,7 @@ def _patch_builtin_from_a_list(package: Any, builder: Any, scope: Any) -> None:
 
 
 def _get_np_dtype_by_name(dtype: Any) -> np.dtype:
+    # Pointer types are subclasses, numbers for numpy: Triton's own function answers for them.
     if type(dtype) is not tl.dtype:
         return _get_np_dtype(dtype)
     if dtype.name not in _np_dtypes:
@@ -96,6 +99,7 @@ _cast = interpreter.InterpreterBuilder.cast_impl
 
 def _cast_with_rounding(self: Any, source: Any, to: Any) -> Any:
     if to.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
+        # torch rounds to nearest, ties to even, as a GPU does. numpy can hold the bits alone.
         rounded = (
             torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16).numpy()
         )

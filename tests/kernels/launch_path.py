@@ -55,6 +55,7 @@ def install_driver() -> None:
     class Hopper(CudaDriver):
         def __init__(self) -> None:
             super().__init__()
+            # Asked of libcuda and torch.cuda otherwise, at every launch.
             self.get_current_device = lambda: 0
             self.get_current_stream = lambda _device: 0
             self.get_device_capability = lambda *_: (9, 0)
@@ -75,6 +76,7 @@ def launches(every: bool) -> Iterator[tuple[str, Any]]:
     from benchmarks.expert_case import SIZES
     from benchmarks.tune_points import gemms_of, launch, make_operands, variant_label
 
+    # 16 experts with 64 rows each; operands are never filled, since nothing reads them.
     for gemm in gemms_of(SIZES["30b"]):
         product = gemm.product(torch.bfloat16, 512)
         operands = make_operands(gemm, [64] * 16, torch.device("cpu"), torch.bfloat16, filled=False)
@@ -89,6 +91,7 @@ def launches(every: bool) -> Iterator[tuple[str, Any]]:
             assert problem(variant, product) is None
             yield (
                 f"{gemm.name}: {variant_label(variant)}",
+                # Defaults hold this turn's values; a closure would see the loop's last.
                 lambda o=operands, v=variant: launch(o, v),
             )
 
@@ -108,14 +111,16 @@ def main() -> None:
 
         rows = []
         for name, call in launches(options.every):
-            before = stub.stub_launches(), stub.stub_descriptors()
+            # The driver counts from its start; a row has the difference.
+            launches_before = stub.stub_launches()
+            descriptors_before = stub.stub_descriptors()
             row: dict[str, Any] = {"what": name, "problem": None}
             try:
                 call()
             except Exception as error:  # one that cannot be launched is what this looks for
                 row["problem"] = f"{type(error).__name__}: {error}"[:300]
-            row["launches"] = stub.stub_launches() - before[0]
-            row["descriptors"] = stub.stub_descriptors() - before[1]
+            row["launches"] = stub.stub_launches() - launches_before
+            row["descriptors"] = stub.stub_descriptors() - descriptors_before
             rows.append(row)
         print(json.dumps({"triton": triton.__version__, "rows": rows}))
     sys.exit(any(row["problem"] for row in rows))

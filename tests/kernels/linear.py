@@ -1,13 +1,14 @@
-"""One grouped LoRA linear in float64, row by row, and the bound within which a back end must
-stay."""
+"""Compute one grouped LoRA linear in float64, row by row, and the bound that a back end must
+keep."""
 
 from typing import Any
 
 import torch
 from megalora_kernels import AugmentedWeight, grouped_lora
 
-from tests.kernels.oracle import ULP, expert_of_rows
+from tests.kernels.oracle import ULP, expert_of_rows, one_addition
 
+# No powers of two, but rows of whole 16 bytes in every dtype, as grouped_mm needs them.
 K = 24
 N = 40
 COUNTS = [0, 5, 0, 7, 1, 0]  # an expert without rows first, in the middle and last
@@ -108,7 +109,7 @@ def assert_within_rounding(
     expected = row_by_row(counts, x, w, a, b, dy)
     # Terms of either sign may cancel in a result, but their rounding errors do not.
     magnitude = row_by_row(counts, x.abs(), w.abs(), a.abs(), b.abs(), dy.abs())
-    accumulation = terms * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
+    accumulation = terms * one_addition(dtype)
     for name, got, want, size in zip(
         ("y", "dx", "da", "db"), actual, expected, magnitude, strict=True
     ):

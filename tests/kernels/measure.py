@@ -1,4 +1,4 @@
-"""What a call costs that a noisy machine cannot change: calls, bytes allocated, moved and kept."""
+"""Measure what a noisy machine cannot change of a call: calls, bytes allocated, moved and kept."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -72,6 +72,7 @@ class Recorder(TorchDispatchMode):
         self.given = _storages(given)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Inputs before outputs: an operation in place returns a storage that is not new.
         self.read |= _storages(_tensors((args, kwargs)))
         out = func(*args, **(kwargs or {}))
         for t in _tensors(out):
@@ -119,6 +120,7 @@ class _Sized(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
+        # repeat_interleave sums its counts on the host unless it is told the result's size.
         unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
         assert not unsized and name not in (
             "_local_scalar_dense",
@@ -140,6 +142,6 @@ def no_reads_on_the_host() -> Iterator[None]:
         for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__"):
             patch.setattr(torch.Tensor, name, refuse)
         patch.setattr(Routing, "spans", refuse)
-        # grouped_mm checks them where it is free: on CPU
+        # On CPU grouped_mm checks offsets, where reading them costs nothing; on a GPU it does not.
         patch.setattr(Routing, "bounds", property(lambda self: None))
         yield

@@ -1,16 +1,18 @@
-"""One layer's experts in float64: one row at a time, the chain rule written out, no autograd and no
-slicing by offsets.
+"""Compute one layer's experts in float64: one row at a time, the chain rule written out, without
+autograd and without slicing by offsets.
 
 Which expert and which token a row belongs to comes from a sorted list of Python pairs, so the
 routing under test is not trusted either.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from megalora_kernels import AugmentedWeight, ExpertFactors, Routing, expert_mlp, regroup, route
 
+# Scales and ranks all differ, so that one taken for another shows; odd ranks need padding.
 SCALES = {"gate": 0.75, "up": 1.5, "down": 1.25}
 RANKS = {"gate": 3, "up": 5, "down": 7}
 ARMS = ("reference", "loop", "grouped_mm", "joined", "triton")
@@ -23,6 +25,24 @@ ULP = {
 }
 """Half an ulp of 1: the largest relative error of one rounding."""
 Tensors = dict[str, torch.Tensor]
+IN_FLOAT32 = ("grouped_mm", "joined", "triton")
+"""Ways that accumulate in float32 whatever the dtype, and so take no float64."""
+
+
+def one_addition(dtype: torch.dtype) -> float:
+    """Largest relative error of one addition on the way to a result of this dtype."""
+    # Half precision is accumulated in float32 as well.
+    return ULP[torch.float64] if dtype == torch.float64 else ULP[torch.float32]
+
+
+def with_dtypes(ways: Iterable[str]) -> list[tuple[str, torch.dtype]]:
+    """Every way with every dtype that it computes in."""
+    found = []
+    for way in ways:
+        for dtype in ULP:
+            if dtype != torch.float64 or way not in IN_FLOAT32:
+                found.append((way, dtype))
+    return found
 
 
 @dataclass
@@ -44,6 +64,7 @@ class Experts:
 
     def a_rows(self, name: str) -> slice:
         """Rows of the stacked A that belong to gate or up."""
+        # Gate's rows come first, if it has an adapter.
         start = RANKS["gate"] if name == "up" and "gate" in self.adapted else 0
         return slice(start, start + RANKS[name])
 
@@ -102,11 +123,28 @@ def expert_of_arrivals(counts_RE: list[list[int]]) -> list[int]:
 
 def sorted_pairs(chosen: list[list[int]]) -> list[tuple[int, int]]:
     """(expert, token) of each row, where token t goes to ``chosen[t]``: by expert, then token."""
+    # Tuples sort by expert first, as rows must come for a grouped product.
     pairs = []
     for t, experts in enumerate(chosen):
         for e in experts:
             pairs.append((e, t))
     return sorted(pairs)
+
+
+def last_rows(experts: list[int], num_experts: int) -> list[int]:
+    """Ends of the experts' rows: how many rows go to expert e or to one before it."""
+    ends = []
+    for last in range(num_experts):
+        ends.append(sum(e <= last for e in experts))
+    return ends
+
+
+def as_map(chosen: list[list[int]], num_experts: int) -> torch.Tensor:
+    """Megatron's routing map ``[T, E]``: true where token t goes to expert e."""
+    found = torch.zeros(len(chosen), num_experts, dtype=torch.bool)
+    for t, experts in enumerate(chosen):
+        found[t, experts] = True
+    return found
 
 
 def sorted_rows(counts: list[int], **how: Any) -> Experts:
@@ -120,14 +158,14 @@ def sorted_rows(counts: list[int], **how: Any) -> Experts:
 def top_k(chosen: list[list[int]], num_experts: int, k: int, **how: Any) -> Experts:
     """Token t goes to the experts ``chosen[t]``; rows are gathered and each token's outputs
     summed."""
-    chosen_TE = torch.zeros(len(chosen), num_experts, dtype=torch.bool)
-    for t, experts in enumerate(chosen):
-        chosen_TE[t, experts] = True
-    return _experts(route(chosen_TE, k)[0], sorted_pairs(chosen), len(chosen), **how)
+    return _experts(
+        route(as_map(chosen, num_experts), k)[0], sorted_pairs(chosen), len(chosen), **how
+    )
 
 
 def received(counts_RE: list[list[int]], **how: Any) -> Experts:
     """Rows as they arrive from each rank, sorted by expert only within one."""
+    # After an all-to-all a row is a token of its own, with one expert.
     rows = sorted_pairs([[e] for e in expert_of_arrivals(counts_RE)])
     return _experts(regroup(torch.tensor(counts_RE), len(rows)), rows, len(rows), **how)
 
@@ -195,9 +233,10 @@ def row_by_row(case: Experts) -> Tensors:
 
 
 def _forward(case: Experts, v: Tensors, m: int, e: int, t: int) -> Tensors:
+    """Everything computed on the way from token t to row m, which goes to expert e, by name."""
     x = v["x"][t]
     kept = {}
-    inner = v["w2"].shape[2]
+    inner = v["w2"].shape[2]  # w2 is [E, H, I], w1 [E, 2 I, H]
     # Dropout hits what A reads alone; the frozen weight sees x itself.
     kept["x"] = x * case.masks["x"][m] if case.masks else x
     for name, w in (("gate", v["w1"][e, :inner]), ("up", v["w1"][e, inner:])):
@@ -226,8 +265,12 @@ def _backward(
     e: int,
     t: int,
 ) -> None:
-    mask_x = case.masks["x"][m] if case.masks else 1.0
-    mask_h = case.masks["h"][m] if case.masks else 1.0
+    """Add what row m contributes to every gradient."""
+    mask_x: torch.Tensor | float = 1.0
+    mask_h: torch.Tensor | float = 1.0
+    if case.masks:
+        mask_x = case.masks["x"][m]
+        mask_h = case.masks["h"][m]
     # y = W2 h + s B (A (mask h)): h gets a gradient from both terms.
     dh = dy @ v["w2"][e]
     if "down" in case.adapted:
@@ -267,7 +310,7 @@ def assert_close(actual: Tensors, expected: Tensors, dtype: torch.dtype) -> None
         wrong element of 500 is 1 / sqrt(500) = 4 %; float16 allows 0.9 %.
     """
     u = ULP[dtype]
-    allowed = 18 * u + 200 * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
+    allowed = 18 * u + 200 * one_addition(dtype)
     assert actual.keys() == expected.keys()
     for name, want in expected.items():
         got = actual[name].double()

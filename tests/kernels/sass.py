@@ -17,7 +17,7 @@ INSTRUCTION = re.compile(
 TENSOR_CORES = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
 """Kinds of tensor cores, and how PTX calls them: Hopper's, Blackwell's, those from Ampere on."""
 PRODUCTS = ("HGMMA", "HMMA", "UTCHMMA")
-"""The same in the machine's code."""
+"""Beginnings of the same instructions in the machine's code: Hopper's, Ampere's, Blackwell's."""
 
 
 class Chip(NamedTuple):
@@ -53,6 +53,7 @@ def describe(kernel: Any, capability: int) -> dict[str, Any]:
     ptx = kernel.asm["ptx"]
     found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", _cuobjdump(cubin, "-res-usage"))
     assert found, "cuobjdump says nothing about registers"
+    # What does not fit into registers goes to the stack or to local memory: both are spills.
     registers, stack, local = map(int, found.groups())
     warps = kernel.metadata.num_warps
     loops = loops_of(_cuobjdump(cubin, "-sass"))
@@ -60,7 +61,8 @@ def describe(kernel: Any, capability: int) -> dict[str, Any]:
     activation = shortest(loops, ("MUFU.EX2",))
     # LDGSTS.E.BYPASS.128 and the like: the part before the first point says what is done.
     heads = Counter(op.split(".")[0] for op in loop)
-    exponentials = [op for op in activation if op.startswith("MUFU.EX2")]
+    # exp(x) is 2^(x log2 e), and 2^ is one instruction.
+    exponentials = sum(op.startswith("MUFU.EX2") for op in activation)
     per_sm = programs_per_multiprocessor(
         CHIPS[capability], registers, kernel.metadata.shared, warps
     )
@@ -81,7 +83,7 @@ def describe(kernel: Any, capability: int) -> dict[str, Any]:
         "cp_async": heads["LDGSTS"],
         "loads": heads["LDG"],
         "activation_loop": len(activation),
-        "exponentials": len(exponentials),
+        "exponentials": exponentials,
     }
 
 
@@ -100,6 +102,7 @@ def loops_of(sass: str) -> list[list[str]]:
         instructions.append((int(address, 16), op, rest))
     loops = []
     for end, op, rest in instructions:
+        # "BRA 0x1f0": the only operand in hexadecimal is the address.
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
         if target is None:
             continue
@@ -114,8 +117,12 @@ def shortest(loops: list[list[str]], heads: tuple[str, ...]) -> list[str]:
     """Return the shortest loop with an instruction that begins with one of ``heads``; empty if
     there is none."""
     # The shortest is the innermost: an outer loop contains its instructions and more.
-    with_heads = [loop for loop in loops if any(op.startswith(heads) for op in loop)]
-    return min(with_heads, key=len, default=[])
+    found: list[str] = []
+    for loop in loops:
+        has_head = any(op.startswith(heads) for op in loop)
+        if has_head and (not found or len(loop) < len(found)):
+            found = loop
+    return found
 
 
 def _cuobjdump(cubin: bytes, *flags: str) -> str:

@@ -1,5 +1,5 @@
-"""The anchors' whole path at tiny sizes, what they say of a value, and that nothing wrong gets a
-time."""
+"""Run the anchors' whole path at tiny sizes; check what they say of a value, and that nothing wrong
+gets a time."""
 
 import json
 from dataclasses import replace
@@ -17,6 +17,7 @@ BY_NAME = {anchor.name: anchor for anchor in ANCHORS}
 
 def test_dry_run_and_a_second_call_that_goes_on(tmp_path, monkeypatch, capsys):
     out = tmp_path / "anchors.json"
+    # A budget of nothing: every anchor is left for a later call.
     assert anchors.main(["--dry", "--budget-seconds", "0", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     assert record["rows"] == [] and record["not_reached"] == list(BY_NAME)
@@ -54,6 +55,7 @@ def test_what_is_wrong_gets_no_time(kernel, named, tmp_path, monkeypatch, capsys
     real = getattr(anchor_cases, kernel)
 
     def spoilt(*args, **how):
+        # SwiGLU writes into the tensors that it is given, here into none; the GEMMs return theirs.
         result = None if kernel == "swiglu_triton" else real(*args, **how)
         return result if result is None else 2 * result
 
@@ -71,6 +73,7 @@ def test_what_is_wrong_gets_no_time(kernel, named, tmp_path, monkeypatch, capsys
 
 def test_a_value_is_judged_by_its_range():
     anchor = BY_NAME["L2 reads of 24 MiB"]
+    # 7 TB/s, a fifth less or more.
     expected = {"value": 7.0, "low": 5.6, "high": 8.4}
 
     def say(value: float, **other) -> str:
@@ -90,6 +93,8 @@ def test_a_value_is_judged_by_its_range():
 def test_expectations_by_hand():
     """By the tile model and by bytes over bandwidth; a range around each."""
     on_h100 = {name: anchor.expect(H100) for name, anchor in BY_NAME.items()}
+    # Rates in TB/s (3.0 is what an H100 copies, 7.0 what its L2 reads); times of GEMMs in us, from
+    # benchmarks/tile_model.py.
     # SwiGLU in us: 65,536 rows times the values read and written per row (y twice as wide as h,
     # and S), two bytes each, at 3 TB/s and 5 % beside.
     by_hand = {
@@ -128,6 +133,7 @@ def test_mistakes_of_a_caller(tmp_path, monkeypatch, capsys):
     assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
 
 
+# A fault makes the call fail; what this machine does not have does not.
 @pytest.mark.parametrize(
     ("error", "code", "verdict", "status"),
     [
@@ -157,6 +163,7 @@ def test_what_nvidia_smi_says():
         "power.draw": "612.32",
         "driver": "580.65.06",
     }
+    # No output, no reading, a field too few, no GPU.
     for said in ("", "[N/A], 612.32, 580.65.06\n", "1755, 612.32\n", "No devices were found\n"):
         with pytest.raises(NotAvailableError, match="does not tell the clock"):
             read_clock(said, fields)

@@ -1,4 +1,5 @@
-"""Which back end is taken, and what is said when one cannot be, or when an operand does not fit."""
+"""Check which back end is taken, and what is said when one cannot be, or when an operand does not
+fit."""
 
 import json
 import math
@@ -46,6 +47,9 @@ def test_cpu_takes_the_loop_and_an_argument_beats_the_environment(monkeypatch):
 
 
 MANY = 6 * 1024  # 1,024 rows for each of six experts
+# Torch's grouped GEMM is taken from 1,024 rows per expert on; a hundredth less counts too, since
+# the last token of a sample is cut off for prediction. It wants bfloat16, rows of whole 16 bytes,
+# and room for the adapter beside the weight.
 GPU: dict[str, tuple[dict[str, Any], str]] = {
     "few rows": (dict(rows=6 * 1013, room=True), "triton"),
     "many rows": (dict(rows=MANY, room=True), "grouped_mm"),
@@ -86,6 +90,8 @@ def test_the_table_of_the_card_says_from_how_many_rows_on(tmp_path, monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
     tuned.forget()
+    # (hidden, intermediate) -> rows per expert from which the vendor's GEMM is taken: as measured,
+    # never, and the rule for a layer that was not measured and for none.
     expected = {(40, 24): 100, (80, 24): math.inf, (40, 48): 1024, None: 1024}
     with torch._C.DisableTorchFunction(), FakeTensorMode():
         how = {"device": "cuda", "dtype": torch.bfloat16, "room": True}
@@ -114,6 +120,7 @@ def test_torchs_grouped_gemm_only_where_it_does_not_wait_for_the_device(
 
 
 def test_a_gpu_too_old_for_triton_takes_the_loop(monkeypatch):
+    # Turing, which has no bfloat16 either.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     with torch._C.DisableTorchFunction(), FakeTensorMode():
         assert chosen(device="cuda", dtype=torch.bfloat16) == "loop"
@@ -187,6 +194,7 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
 
 def test_other_reasons_why_grouped_mm_cannot_run(monkeypatch):
     x, w, offsets, a, b, _ = make()
+    # Every second of 2 K columns: elements of a row are two apart.
     sparse_columns = torch.zeros(6, N, 2 * K)[:, :, ::2]
     with pytest.raises(
         ValueError, match=re.escape("weight strides (1920, 48, 2) are not those of dense rows")
@@ -270,11 +278,16 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 def test_mistakes_are_named_with_their_values(changed, message):
     x, weight, offsets, a, b, _ = make()
     call = {**dict(x=x, weight=weight, offsets=offsets, a=a, b=b), **changed}
-    named = {name: call.pop(name) for name in ("backend", "x_lora_MK") if name in call}
+    named = {}
+    for name in ("backend", "x_lora_MK"):
+        if name in call:
+            named[name] = call.pop(name)
+    # What is left are the five operands in their order.
     with pytest.raises(ValueError, match=re.escape(message)):
         grouped_lora(*call.values(), **named)
 
 
+# One row too many, one too few, a decrease, a negative end.
 @pytest.mark.parametrize(
     "ends",
     [[0, 5, 5, 12, 13, 14], [0, 5, 5, 12, 12, 12], [0, 5, 4, 12, 13, 13], [-1, 5, 5, 12, 13, 13]],
@@ -294,5 +307,6 @@ def test_the_adapter_of_a_fused_weight_places_its_blocks():
     """B of gate and up: block diagonal, scaled or not, zero for a projection without adapter."""
     a = torch.zeros(2, 3, 5)
     up = torch.arange(24.0).view(2, 4, 3)
+    # The scale 9 belongs to gate, which has no adapter: it must not be read.
     whole = ExpertFactors(a, (None, up), (9.0, 0.5)).whole_b(8)
     assert torch.equal(whole[:, :4], torch.zeros(2, 4, 3)) and torch.equal(whole[:, 4:], up / 2)

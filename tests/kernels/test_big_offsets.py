@@ -1,5 +1,5 @@
-"""Offsets beyond 2^31 elements: E K N of a large model. Operands are few values far apart in memory
-hardly touched."""
+"""Check offsets beyond 2^31 elements, as E K N of a large model has them. Operands are few values,
+far apart in memory that is hardly touched."""
 
 import pytest
 import torch
@@ -38,6 +38,7 @@ COUNTS = [2, 0, 1]
 
 @pytest.mark.parametrize("name", ["x", "w", "a", "b", "g", "y"])
 def test_third_expert_or_row_lies_beyond_int32(vast, name, small_tiles):
+    # Three rows for three experts: the third of either lies beyond 2^31.
     x, w, offsets, a, b, dy = [t.detach() for t in make(COUNTS, 3, torch.float16)]
     routing = Routing(offsets, 3)
 
@@ -72,7 +73,10 @@ def test_swiglu(vast, name):
     """gate and up, A of down, the gradient of h, S of gate and up, dS of down."""
     g = torch.Generator().manual_seed(0)
     shapes = {"y": (3, 80), "a": (3, 7, 40), "dh": (3, 40), "s": (3, 5), "ds": (3, 7)}
-    o = {key: torch.randn(*shape, generator=g).half() for key, shape in shapes.items()}
+    o = {}
+    for key, shape in shapes.items():
+        o[key] = torch.randn(*shape, generator=g).half()
+    # One row for the first expert and two for the third.
     routing = Routing(torch.tensor([1, 1, 3], dtype=torch.int32), 3)
     p = torch.rand(3, generator=g)
 

@@ -1,11 +1,11 @@
-"""combine: each token's output is the sum of its rows."""
+"""Check that combine makes each token's output the sum of its rows."""
 
 import pytest
 import torch
 from megalora_kernels import combine
 
 from tests.kernels.conftest import combine as module
-from tests.kernels.oracle import ULP
+from tests.kernels.oracle import ULP, one_addition, with_dtypes
 
 WAYS = {"reference": module.combine_ref, "triton": module.combine_triton, "public": combine}
 
@@ -28,20 +28,14 @@ def slot_by_slot(y: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.usefixtures("uninitialised_is_nan")
 @pytest.mark.parametrize("width", [21, 1100])  # one block of columns, and two with a ragged one
-@pytest.mark.parametrize(
-    "way, dtype",
-    [(w, t) for w in WAYS for t in ULP if w != "triton" or t != torch.float64],
-    ids=str,
-)
+@pytest.mark.parametrize("way, dtype", with_dtypes(WAYS), ids=str)
 def test_sum_of_each_tokens_rows(way, dtype, width):
     y, slots = operands(dtype, width=width)
     out = WAYS[way](y, slots)
     want = slot_by_slot(y, slots)
     size = slot_by_slot(y.abs(), slots)
     # Three terms are added in float32 (float64) and rounded once.
-    allowed = (
-        ULP[dtype] * want.abs() + 3 * (2.0**-53 if dtype == torch.float64 else 2.0**-24) * size
-    )
+    allowed = ULP[dtype] * want.abs() + 3 * one_addition(dtype) * size
     assert out.dtype == dtype and ((out.double() - want).abs() <= allowed).all()
 
 
@@ -50,16 +44,17 @@ def test_slots_are_added_in_order_and_in_float32(way):
     """2048 + 1 + 1 is 2050 in float32 and 2048 in float16, whose neighbours are 2 apart."""
     y = torch.tensor([[1.0], [2048.0], [1.0]], dtype=torch.float16)
     assert WAYS[way](y, torch.tensor([[1, 0, 2]], dtype=torch.int32)).item() == 2050
+    # Floats above 2^24 are 2 apart: adding the 1 before the large terms cancel loses it.
     big = torch.tensor([[2.0**24], [1.0], [-(2.0**24)]])
-    assert (
-        WAYS[way](big, torch.tensor([[0, 1, 2]], dtype=torch.int32)).item() == 0
-    )  # (2^24 + 1) - 2^24 with ties to even
+    # (2^24 + 1) - 2^24 with ties to even
+    assert WAYS[way](big, torch.tensor([[0, 1, 2]], dtype=torch.int32)).item() == 0
     assert WAYS[way](big, torch.tensor([[0, 2, 1]], dtype=torch.int32)).item() == 1
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_one_slot_is_a_gather_and_a_row_may_serve_twice(way):
     y, _ = operands(torch.float32)
+    # k = 1: as after an all-to-all, where every row is a token of its own.
     rows = torch.tensor([4, 0, 4], dtype=torch.int32)
     assert torch.equal(WAYS[way](y, rows[:, None]), y[rows.long()])
 
@@ -67,6 +62,7 @@ def test_one_slot_is_a_gather_and_a_row_may_serve_twice(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_strides_and_nothing(way):
     y, slots = operands(torch.float32)
+    # The first columns of a wider tensor, and columns next to each other in memory.
     columns = torch.cat([y, y + 9], 1)[:, : y.shape[1]]
     transposed = y.T.contiguous().T
     want = WAYS[way](y, slots)

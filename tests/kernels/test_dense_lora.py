@@ -1,6 +1,7 @@
-"""dense_lora and add_low_rank against the formulas of their gradients, in float64."""
+"""Compare dense_lora and add_low_rank with the formulas of their gradients, in float64."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,13 +49,20 @@ def formulas(x: Any, w: Any, a: Any, b: Any, dy: Any) -> Tensors:
 
 
 def run(
-    x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dy: torch.Tensor
+    x: torch.Tensor,
+    w: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    dy: torch.Tensor,
+    function: Callable[..., torch.Tensor] = dense_lora,
 ) -> Tensors:
-    y = dense_lora(x, w, a, b)
+    """y and the gradients of x, a and b."""
+    y = function(x, w, a, b)
     return {"y": y.detach(), **dict(zip("xab", torch.autograd.grad(y, (x, a, b), dy), strict=True))}
 
 
 @pytest.mark.usefixtures("uninitialised_is_nan")
+# A batch of sequences, tokens alone, a single token without any dimension in front, and no token.
 @pytest.mark.parametrize("shape", [(B, S), (7,), (), (0,)], ids=str)
 @pytest.mark.parametrize("dtype", ULP, ids=str)
 def test_values_and_gradients(dtype, shape):
@@ -63,13 +71,9 @@ def test_values_and_gradients(dtype, shape):
 
 
 def test_the_reference_is_the_same_function():
-    x, w, a, b, dy = operands(torch.float64)
-    y = dense_lora_ref(x, w, a, b)
-    found = {
-        "y": y.detach(),
-        **dict(zip("xab", torch.autograd.grad(y, (x, a, b), dy), strict=True)),
-    }
-    assert_close(found, formulas(x, w, a, b, dy), torch.float64)
+    given = operands(torch.float64)
+    found = run(*given, function=dense_lora_ref)
+    assert_close(found, formulas(*given), torch.float64)
 
 
 def test_any_strides():
@@ -110,6 +114,7 @@ def test_no_temporary_as_wide_as_the_output():
     x, w, a, b, dy = operands()
     with Recorder(x, w, a, b) as forward:
         y = dense_lora(x, w, a, b)
+    # K < N: the output alone, four bytes an element, and in backward dx alone.
     assert forward.at_least(B * S * K) == [B * S * N * 4]
     with Recorder(x, w, a, b, dy) as backward:
         torch.autograd.grad(y, (x, a, b), dy)
@@ -153,12 +158,13 @@ def test_mistakes_are_named_with_their_values(changed, message):
 
 @pytest.mark.parametrize("dtype", ULP, ids=str)
 def test_add_low_rank(dtype):
-    x, w, a, b, dy = operands(dtype)
-    y = add_low_rank(F.linear(x, w), F.linear(x, a), b)
-    grads = torch.autograd.grad(y, (x, a, b), dy)
-    assert_close(
-        {"y": y.detach(), **dict(zip("xab", grads, strict=True))}, formulas(x, w, a, b, dy), dtype
-    )
+    def composed(
+        x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        return add_low_rank(F.linear(x, w), F.linear(x, a), b)
+
+    given = operands(dtype)
+    assert_close(run(*given, function=composed), formulas(*given), dtype)
 
 
 def test_add_low_rank_writes_into_the_base():
@@ -172,6 +178,7 @@ def test_add_low_rank_writes_into_the_base():
 
 def test_add_low_rank_gradcheck_twice():
     """Its backward is made of differentiable steps."""
+    # ``base * 1`` below: it writes into base, and a leaf may not be written to.
     _, _, _, b, dy = operands(torch.float64)
     h = torch.randn(B, S, R, dtype=torch.float64).requires_grad_()
     base = torch.randn_like(dy).requires_grad_()

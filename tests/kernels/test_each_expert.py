@@ -1,5 +1,5 @@
-"""Products expert by expert: torch's grouped GEMM in one call and the loop give the same, and wrong
-offsets are refused."""
+"""Check products expert by expert: torch's grouped GEMM in one call and the loop give the same, and
+wrong offsets are refused."""
 
 import pytest
 import torch
@@ -40,7 +40,8 @@ def near(got: torch.Tensor, want: torch.Tensor) -> bool:
 
 @pytest.fixture(params=["few rows", "many rows"])
 def how(request, monkeypatch) -> list[torch.dtype]:
-    """Either way, and the dtypes of the operands that came in one call."""
+    """The way taken, then the dtype of the operands of each product that came in one call."""
+    # With few rows per expert one call is faster than a loop; a limit of one row makes all many.
     if request.param == "many rows":
         monkeypatch.setattr(each_expert, "FEW_ROWS", 1)
     real = each_expert.grouped_mm
@@ -66,6 +67,7 @@ def test_products_equal_those_of_float64(dtype, how):
     want = row_products(x, w)
     y = multiply(x, w, where)
     assert near(y, want) and y.dtype == dtype
+    # An output within a wider buffer, whose other columns must keep their values.
     room = torch.full((25, N + 8), 7.0, dtype=dtype)
     assert multiply(x, w, where, out=room[:, :N]).data_ptr() == room.data_ptr()
     assert torch.equal(room[:, :N], y) and (room[:, N:] == 7).all()
@@ -87,6 +89,7 @@ def test_products_equal_those_of_float64(dtype, how):
 @pytest.mark.parametrize("how", ["few rows"], indirect=True)
 def test_operands_that_it_cannot_read_are_not_given_to_it(how):
     where = routing(COUNTS)
+    # Rows of 27 floats are 108 bytes, no multiple of 16; of 28 floats 112.
     w = random(6, K, N, dtype=torch.float32)
     wide = random(25, K + 3, dtype=torch.float32)
     # rows of whole 16 bytes that begin between them

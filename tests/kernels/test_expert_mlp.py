@@ -1,5 +1,5 @@
-"""megalora_kernels.expert_mlp: values and gradients of every back end against float64 arithmetic,
-row by row."""
+"""Compare values and gradients of expert_mlp, by every back end, with float64 arithmetic row by
+row."""
 
 from dataclasses import replace
 from functools import cache
@@ -24,10 +24,12 @@ ADAPTED = (("gate", "up", "down"), ("gate", "up"), ("gate",), ("up",), ("down",)
 FUSED = ("loop", "grouped_mm", "joined", "triton")
 
 
+# The answer takes as long as the call that is compared with it, and several arms need the same one.
 @cache
 def answer(
     way: str, adapted: tuple[str, ...] = ADAPTED[0], dtype: torch.dtype = torch.float32
 ) -> tuple[Experts, Tensors]:
+    # Routers give probabilities in float32 whatever the dtype of the activations.
     p_dtype = torch.float32 if dtype.itemsize == 2 else dtype
     case = IDLE[way](adapted=adapted, dtype=dtype, p_dtype=p_dtype)
     return case, row_by_row(case)
@@ -62,12 +64,16 @@ def test_float64(arm):
     assert_close(case.run(backend=arm), expected, torch.float64)
 
 
-@pytest.mark.parametrize(
-    "way, arm",
-    # the interpreter takes half a second for each of Triton's cases
-    [(way, arm) for way in IDLE for arm in FUSED if arm != "triton" or way == "gathered"],
-)
-def test_recomputing_gate_and_up_changes_no_bit(way, arm, small_tiles):  # fmt: skip
+RECOMPUTED = []
+for way in IDLE:
+    for arm in FUSED:
+        # The interpreter takes half a second for each of Triton's cases.
+        if arm != "triton" or way == "gathered":
+            RECOMPUTED.append((way, arm))
+
+
+@pytest.mark.parametrize("way, arm", RECOMPUTED)
+def test_recomputing_gate_and_up_changes_no_bit(way, arm, small_tiles):
     case, _ = answer(way)
     kept = case.run(backend=arm)
     recomputed = case.run(backend=arm, recompute=True)
@@ -86,6 +92,7 @@ def test_grouped_mm_between_triton_as_on_a_gpu(arm, adapted, dtype, grouped_mm_b
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_no_rows_at_all(arm):
+    # An expert-parallel rank may get nothing, and a microbatch may be padding alone.
     for case in (sorted_rows([0, 0, 0]), top_k([], 3, 2)):
         actual = case.run(backend=arm)
         expected = row_by_row(case)
@@ -114,7 +121,9 @@ def test_experts_of_several_tiles_and_chunks(arm, dtype, short_chunks):
 @pytest.mark.parametrize("arm", ["triton", "joined"])
 def test_gathered_experts_of_several_tiles_and_chunks(arm, short_chunks, grouped_mm_between_triton):
     # Two different experts of three: the token's number, and the one or two behind it.
-    chosen = [sorted([t % 3, (t + 1 + t % 2) % 3]) for t in range(49)]
+    chosen = []
+    for t in range(49):
+        chosen.append(sorted([t % 3, (t + 1 + t % 2) % 3]))
     case = top_k(chosen, 3, 2)
     # 98 rows over three experts, so that each has several tiles.
     assert min(case.routing.offsets_E.diff(prepend=torch.zeros(1))) > 24
@@ -170,6 +179,7 @@ def test_any_strides_as_on_a_gpu(arm, grouped_mm_between_triton):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_factors_in_a_flat_buffer_and_a_transposed_weight(arm, small_tiles):
+    # Megatron keeps all parameters of a rank in one buffer, one behind the other.
     case, expected = answer("sorted")
     leaves = {name: flat(t) for name, t in case.leaves.items()}
     w1 = case.w1.transpose(1, 2).contiguous().transpose(1, 2)
@@ -179,6 +189,8 @@ def test_factors_in_a_flat_buffer_and_a_transposed_weight(arm, small_tiles):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_sum_backward_whose_gradient_has_stride_zero(arm, small_tiles):
+    # ``out.sum().backward()`` gives one number expanded; a kernel that took it for dense would read
+    # beyond it.
     case, _ = answer("sorted")
     ones = replace(case, dout=torch.ones(()).expand(case.dout.shape))
     assert_close(ones.run(backend=arm), row_by_row(ones), torch.float32)
@@ -203,6 +215,7 @@ def test_routing_tensors_that_are_columns_of_a_table(arm, small_tiles):
 @pytest.mark.parametrize("way", IDLE)
 @pytest.mark.parametrize("backend", ["reference", "loop"])
 def test_gradcheck(backend, way, recompute):
+    # As small as can be: finite differences call forward again and again.
     case = IDLE[way](dtype=torch.float64, H=3, inner=2)
     names = list(case.leaves)
 

@@ -1,4 +1,4 @@
-"""expert_mlp with dropout: the A's read what is left, the base reads everything."""
+"""Check expert_mlp with dropout: the A's read what is left, the base reads everything."""
 
 from dataclasses import replace
 from itertools import product
@@ -14,6 +14,7 @@ RATE = 0.25
 
 def with_masks(way: str, monkeypatch: pytest.MonkeyPatch, **how) -> Experts:
     """Dropout replaced by two fixed masks, told apart by the width of what they are for."""
+    # The oracle must know what is dropped, for gradients too.
     case = IDLE[way](**how)
     g = torch.Generator().manual_seed(5)
     dtype = case.dout.dtype
@@ -82,10 +83,12 @@ def test_the_same_seed_drops_the_same(arm, recompute):
     """With torch's own dropout, also where forward is computed again in backward."""
     case = IDLE["gathered"]()
     results = []
+    # The seed fixes x's mask, then h's: every back end must draw in this order and shape.
     for backend, again in (("reference", False), (arm, recompute)):
         torch.manual_seed(7)
         results.append(case.run(backend=backend, dropout=RATE, recompute=again))
     assert_close(results[1], results[0], torch.float32)
+    # Another seed, another output: else nothing was dropped at all.
     torch.manual_seed(8)
     assert not torch.allclose(
         case.run(backend=arm, dropout=RATE)["out"], results[0]["out"], rtol=1e-2

@@ -1,4 +1,4 @@
-"""What expert_mlp and its steps say of operands that do not fit."""
+"""Check what expert_mlp and its steps say of operands that do not fit."""
 
 import re
 from typing import Any
@@ -18,11 +18,13 @@ def zeros(*shape: int, **how: Any) -> torch.Tensor:
     return torch.zeros(*shape, **how)
 
 
+# Five tokens with two rows each; the second of four experts has none.
 ENDS = torch.tensor([3, 3, 6, 10], dtype=torch.int32)
 SOURCE = torch.arange(M, dtype=torch.int32) % T
 SLOTS = torch.arange(M, dtype=torch.int32).view(T, 2)
 ROUTING = Routing(ENDS, M, SOURCE, SLOTS)
 GATE_UP = ExpertFactors(zeros(E, 8, H), (zeros(E, INNER, 3), zeros(E, INNER, 5)), (1.0, 1.0))
+# Stacked rank 20: more than the 16 columns that AugmentedWeight reserves for a rank of 4.
 WIDE = ExpertFactors(zeros(E, 20, H), (zeros(E, INNER, 3), zeros(E, INNER, 17)), (1.0, 1.0))
 DOWN = ExpertFactors(zeros(E, 7, INNER), (zeros(E, H, 7),), (1.0,))
 
@@ -31,6 +33,7 @@ def b_of(gate: Any, up: Any, rank: int = 8) -> ExpertFactors:
     return ExpertFactors(zeros(E, rank, H), (gate, up), (1.0, 1.0))
 
 
+# Each case changes one operand of a call that runs (the last test shows that it does).
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "x": (dict(x=zeros(T)),
           "expert_mlp: want x [M, K] and weight [E, N, K] with E >= 1; got x (5,)"),
@@ -91,13 +94,17 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("changed, message", MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes_are_named_with_their_values(changed, message):
-    operands = dict(
+    # In the order of the arguments.
+    operands: dict[str, Any] = dict(
         x=zeros(T, H), w1=zeros(E, 80, H), w2=zeros(E, H, INNER), p=zeros(M), routing=ROUTING
     )
-    named = dict(gate_up=GATE_UP, down=DOWN, backend=None)
-    call = {**operands, **named, **changed}
+    named: dict[str, Any] = dict(gate_up=GATE_UP, down=DOWN, backend=None)
+    for name, value in changed.items():
+        # A name that is in neither would change nothing and raise nothing.
+        assert name in operands or name in named
+        (operands if name in operands else named)[name] = value
     with pytest.raises(ValueError, match=re.escape(message)):
-        expert_mlp(*(call[name] for name in operands), **{name: call[name] for name in named})
+        expert_mlp(*operands.values(), **named)
 
 
 def test_without_the_mistakes_it_runs():

@@ -1,12 +1,12 @@
-"""expert_mlp where not everything is wanted, is kept, is left alone until backward, or may be read
-on the host."""
+"""Check expert_mlp where only some gradients are wanted: what it keeps, which changes it notices
+before backward, and that it reads nothing on the host."""
 
 from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
-from megalora_kernels import AugmentedWeight, ExpertFactors, expert_mlp
+from megalora_kernels import ExpertFactors, expert_mlp
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.measure import kept_bytes, no_reads_on_the_host
@@ -14,7 +14,10 @@ from tests.kernels.oracle import IDLE, RANKS, Experts, Tensors, assert_close, ro
 
 FUSED = ("loop", "grouped_mm", "joined", "triton")
 NAMES = ("x", "p", "a1", "gate", "up", "a2", "down")
-SUBSETS = [wanted for size in range(1, 8) for wanted in combinations(NAMES, size)]
+SUBSETS: list[tuple[str, ...]] = []
+"""Every choice of at least one of the seven: 127 of them."""
+for size in range(1, 8):
+    SUBSETS += combinations(NAMES, size)
 ALONE = [(name,) for name in NAMES]
 M = 14
 H = 24
@@ -108,9 +111,13 @@ def test_what_is_kept_for_backward(arm, wanted, recompute, kept, small_tiles):
     leaves = leaves_that_want(case, wanted)
     r = case.routing
     # Parameters and indexes live anyhow; x is the layer's input, which backward may need.
-    given = [t for name, t in leaves.items() if name != "x"]
-    given += [r.offsets_E, r.source_M, r.slots_TK]
-    given += [w for w in (case.w1, case.w2) if not isinstance(w, AugmentedWeight)]
+    given = [r.offsets_E, r.source_M, r.slots_TK]
+    for name, t in leaves.items():
+        if name != "x":
+            given.append(t)
+    if arm != "joined":
+        # An AugmentedWeight is no tensor, and autograd does not save its buffer.
+        given += [case.w1, case.w2]
     found = kept_bytes(lambda: case.call(leaves, backend=backend, recompute=recompute), given)
     assert found == kept * 4
 
@@ -152,6 +159,7 @@ def test_operands_overwritten_before_backward_are_noticed(backend, name):
     out = case.call(backend=backend)
     found = {**vars(case.routing), **case.leaves, "w1": case.w1}[name]
     # The values stay the same, but autograd counts versions.
+    # Without this, backward would compute with whatever the tensor holds by then.
     with torch.no_grad():
         found.mul_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -173,7 +181,7 @@ def test_two_forwards_through_one_joined_weight_before_either_goes_backward():
     joined = case.joined()
     others = {}
     for name, t in case.leaves.items():
-        # Another adapter on the same input.
+        # Another adapter on the same input: minus two shows a sign or a size that is mixed up.
         factor = 1 if name in ("x", "p") else -2
         others[name] = (t.detach() * factor).requires_grad_()
     # Both go forward first: the second writes its factors over the first one's in the weight.
@@ -184,6 +192,7 @@ def test_two_forwards_through_one_joined_weight_before_either_goes_backward():
         assert_close(actual, row_by_row(replace(case, leaves=leaves)), torch.float32)
 
 
+# Not "joined", which is no back end and has a test of its own above.
 @pytest.mark.parametrize("backend", FUSED[:2] + FUSED[3:])
 def test_gate_and_up_may_share_one_adapter(backend, small_tiles):
     """One A and one B over the rows of both, as fused checkpoints have it: the same as two that
@@ -191,6 +200,7 @@ def test_gate_and_up_may_share_one_adapter(backend, small_tiles):
     case = IDLE["sorted"](adapted=("gate",))
     a = case.leaves["a1"]
     b = torch.randn(6, 2 * INNER, 3, generator=torch.Generator().manual_seed(1))
+    # The same A twice, and B cut into the rows of gate and those of up.
     twice = ExpertFactors(torch.cat([a, a], 1), (b[:, :INNER], b[:, INNER:]), (0.75, 0.75))
     outs = []
     for gate_up in (ExpertFactors(a, (b,), (0.75,)), twice):

@@ -1,4 +1,4 @@
-"""What grouped_lora allocates, keeps for backward and reads on the host."""
+"""Check what grouped_lora allocates, keeps for backward and reads on the host."""
 
 from typing import Any
 
@@ -63,9 +63,11 @@ def test_backward_leaves_the_weight_alone_when_x_is_frozen(backend):
         y = grouped_lora(x.detach().requires_grad_(x_wants_grad), w, offsets, a, b, backend=backend)
         with Recorder() as recorder:
             y.backward(dy)
+        # dx = dy W is all that needs the weight.
         assert (w.untyped_storage().data_ptr() in recorder.read) == x_wants_grad
 
 
+# Elements: x of 13 rows for dA, S of rank 8 for dB; dx needs the weights alone.
 @pytest.mark.parametrize(
     "wanted, kept",
     [("xab", 13 * K + 13 * 8), ("x", 0), ("a", 13 * K), ("b", 13 * 8)],
@@ -83,15 +85,16 @@ def test_backward_keeps_x_and_the_rank_wide_s_and_no_more(arm, wanted, kept):
 def test_dropped_x_is_kept_in_place_of_x():
     x, w, offsets, a, b, _ = make()
     z = (2 * x).detach()
-    assert (
-        kept_bytes(lambda: call("loop", x, w, offsets, a, b, x_lora_MK=z), (w, a, b, offsets, z))
-        == 13 * 8 * 4
-    )
+    given = (w, a, b, offsets, z)
+    kept = kept_bytes(lambda: call("loop", x, w, offsets, a, b, x_lora_MK=z), given)
+    # z counts as given, so S is all there is: 13 rows of rank 8 in float32, and no x.
+    assert kept == 13 * 8 * 4
 
 
 @pytest.mark.parametrize("arm", ["grouped_mm", "joined", "triton"])
 def test_nothing_is_read_on_the_host(arm, grouped_mm_between_triton, small_tiles):
     x, w, offsets, a, b, dy = make(rank=3)
+    # Outside: making room copies the weight once, when a model is built.
     joined = AugmentedWeight(w, 3)
     with no_reads_on_the_host():
         actual = run(arm, x, joined.weight, offsets, a, b, dy)

@@ -1,5 +1,5 @@
-"""What the other tests trust: the improved interpreter computes as a GPU does, and its reversed
-order finds races."""
+"""Check what the other tests trust: the improved interpreter computes as a GPU does, and its
+reversed order finds races."""
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ def _product(a_ptr, b_ptr, wide_ptr, narrow_ptr, M: tl.constexpr, N: tl.constexp
 
 @triton.jit
 def _order(counter_ptr, out_ptr, Y: tl.constexpr, Z: tl.constexpr):
+    """Each program takes the next number and writes it at its own place."""
     me = (tl.program_id(0) * Y + tl.program_id(1)) * Z + tl.program_id(2)
     tl.store(out_ptr + me, tl.atomic_add(counter_ptr, 1))
 
@@ -62,10 +63,12 @@ def test_and_last_to_first_when_reversed(reversed_programs: None) -> None:
 
 
 def test_a_race_shows_in_the_reversed_order_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, first, second, backwards = torch.arange(6.0), *torch.empty(3, 3)
+    rows = torch.arange(6.0)
+    first, second, backwards = torch.empty(3, 3)
     _race[(6,)](rows, first)
     _race[(6,)](rows, second)
     assert torch.equal(first, second)  # so running it twice proves nothing
     interpreter.reverse_programs(monkeypatch)
     _race[(6,)](rows, backwards)
+    # Of programs 2 i and 2 i + 1 the one that runs last wins.
     assert first.tolist() == [1, 3, 5] and backwards.tolist() == [0, 2, 4]

@@ -1,4 +1,4 @@
-"""Arguments and descriptors of a launch, as Triton's own launcher and a driver's rules take them,
+"""Check arguments and descriptors of a launch by Triton's own launcher and a driver's rules,
 without a GPU."""
 
 import ctypes
@@ -29,7 +29,10 @@ def test_grouped_gemms_by_descriptor_reach_the_driver():
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     # What Triton prints comes before.
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
-    found = {row["what"]: (row["problem"], row["launches"], row["descriptors"]) for row in rows}
+    found = {}
+    for row in rows:
+        found[row["what"]] = (row["problem"], row["launches"], row["descriptors"])
+    # (problem, launches, descriptors): one for the weight, and one for rows that are not gathered.
     assert found == {
         "30b gate_up forward: 64x64x64 w4 s2 w:tma x:pointers": (None, 1, 1),
         "30b gate_up dgrad: 64x64x64 w4 s2 w:tma x:tma": (None, 1, 2),
@@ -74,6 +77,7 @@ def test_the_stub_refuses_what_a_driver_refuses(driver, other, capfd):
         arrays = ((ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*strides))
         sides = (ctypes.c_uint32 * rank)(*box)
         steps = (ctypes.c_uint32 * rank)(*[1] * rank)
+        # Without this type ctypes would pass addresses as 32-bit integers.
         at = ctypes.c_void_p
         return driver.cuTensorMapEncodeTiled(
             at(map), BFLOAT16, rank, at(base), *arrays, sides, steps, 0, SWIZZLE_128, 0, 0

@@ -1,5 +1,5 @@
-"""The same bits whenever and in whatever order programs run: nothing is written by two of them or
-added by atomics.
+"""Check that results have the same bits whenever and in whatever order programs run: nothing is
+written by two of them or added by atomics.
 
 The interpreter runs programs one after the other, so a race between two of them looks like the
 right answer; running them from the last to the first tells (``test_interpreter.py`` has a kernel
@@ -15,8 +15,9 @@ from megalora_kernels import lora_wgrad, permute_shrink
 from tests.kernels import interpreter
 from tests.kernels.conftest import combine
 from tests.kernels.linear import make, run
-from tests.kernels.oracle import IDLE, sorted_rows, top_k
+from tests.kernels.oracle import IDLE, Experts, sorted_rows, top_k
 
+# Chunks have 32 rows under ``short_chunks``: experts have three, one or two of them, or no row.
 COUNTS = [0, 70, 3, 0, 33]
 OFFSETS = torch.tensor(COUNTS).cumsum(0).int()
 Call = Callable[[], tuple[torch.Tensor, ...]]
@@ -34,12 +35,18 @@ def experts() -> tuple[torch.Tensor, ...]:
     return tuple(sorted_rows([0, 40, 3, 0, 33], H=72, inner=136).run(backend="triton").values())
 
 
+def one_expert_for_all() -> Experts:
+    """40 tokens: all go to expert 3, which has two chunks, and to one of the others in turn."""
+    chosen = [[t % 3, 3] for t in range(40)]
+    return top_k(chosen, 4, 2)
+
+
 def gathered() -> tuple[torch.Tensor, ...]:
-    return tuple(top_k([[t % 3, 3] for t in range(40)], 4, 2).run(backend="triton").values())
+    return tuple(one_expert_for_all().run(backend="triton").values())
 
 
 def between_grouped_mm() -> tuple[torch.Tensor, ...]:
-    return tuple(top_k([[t % 3, 3] for t in range(40)], 4, 2).run(backend="joined").values())
+    return tuple(one_expert_for_all().run(backend="joined").values())
 
 
 def wgrad() -> tuple[torch.Tensor, ...]:
@@ -73,6 +80,7 @@ def test_neither_another_run_nor_the_reversed_order_changes_a_bit(
     backwards = call()
     for a, b, c in zip(first, again, backwards, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+        # NaN is what nobody wrote; zeros would be equal in every order.
         assert a.isfinite().all() and torch.count_nonzero(a) > 0
 
 
@@ -89,6 +97,7 @@ def test_an_experts_gradient_does_not_depend_on_the_rows_of_others(short_chunks)
     """Chunks never cross experts: expert 1's dA has the same bits whoever comes before it."""
     g = normal(100, 7)
     x = normal(100, 40)
+    # The 70 rows from 30 on are three chunks in both calls, of which none begins before row 30.
     alone = lora_wgrad(g[30:], x[30:], torch.tensor([0, 70], dtype=torch.int32), backend="triton")
     behind = lora_wgrad(g, x, torch.tensor([30, 100], dtype=torch.int32), backend="triton")
     assert torch.equal(alone[1], behind[1])

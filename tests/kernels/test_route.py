@@ -1,5 +1,5 @@
-"""The Triton forms of route and regroup, and the values that move along, against sorted lists of
-Python pairs."""
+"""Compare the Triton forms of route and regroup, and the values that move along, with sorted lists
+of Python pairs."""
 
 import importlib
 import itertools
@@ -7,10 +7,16 @@ import re
 
 import pytest
 import torch
-from megalora_kernels import permute_values, regroup, regroup_values, route, route_values
+from megalora_kernels import (
+    Routing,
+    permute_values,
+    regroup,
+    regroup_values,
+    route,
+    route_values,
+)
 
-from tests.kernels import interpreter
-from tests.kernels.oracle import expert_of_arrivals, sorted_pairs
+from tests.kernels.oracle import as_map, expert_of_arrivals, last_rows, sorted_pairs
 
 # The package re-exports functions under their modules' names, so attribute access finds functions.
 route_module = importlib.import_module("megalora_kernels.route")
@@ -31,27 +37,8 @@ def chosen_experts(
     return chosen
 
 
-def last_rows(experts: list[int], num_experts: int) -> list[int]:
-    """Ends of the experts' rows: how many rows go to expert e or to one before it."""
-    ends = []
-    for last in range(num_experts):
-        ends.append(sum(e <= last for e in experts))
-    return ends
-
-
-def as_map(chosen: list[list[int]], num_experts: int) -> torch.Tensor:
-    found = torch.zeros(len(chosen), num_experts, dtype=torch.bool)
-    for t, experts in enumerate(chosen):
-        found[t, experts] = True
-    return found
-
-
-@pytest.fixture(params=["forwards", "backwards"])
-def any_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "backwards":
-        interpreter.reverse_programs(monkeypatch)
-
-
+# (experts of each token, E, k). Tiles have 4 tokens here: 13 are four chunks of a tile, the last of
+# them ragged, and 57 are five chunks of three tiles.
 ROUTES = {
     "one token": (chosen_experts(1, 5, 5), 5, 5),
     "one expert": (chosen_experts(9, 1, 1), 1, 1),
@@ -113,6 +100,7 @@ COUNTS = {
     "one rank": [[3, 0, 2]],
     "one expert": [[3], [0], [4]],
     "idle ranks and experts": [[0, 2, 1, 0, 3], [0, 0, 0, 0, 0], [0, 1, 5, 0, 0]],
+    # 512 at a time.
     "more rows than a program takes at once": [[2100, 3], [1, 600]],
 }
 
@@ -124,8 +112,10 @@ def test_regroup(name, strided):
     arriving = expert_of_arrivals(counts_RE)
     # Python's sort is stable: rows of one expert stay in the order in which they arrived.
     order = sorted(range(len(arriving)), key=arriving.__getitem__)
-    counts = torch.tensor(counts_RE, dtype=torch.int32 if strided else torch.int64)
-    counts = counts.t().contiguous().t() if strided else counts
+    counts = torch.tensor(counts_RE)
+    if strided:
+        # Column by column in memory, and of the other dtype that may come.
+        counts = counts.int().t().contiguous().t()
     values = torch.rand(len(arriving))
     routing, values_M = regroup_module.regroup_triton(counts, len(arriving), values)
     assert routing.source_M.tolist() == order
@@ -138,11 +128,20 @@ def test_regroup(name, strided):
 
 
 def test_counts_that_do_not_add_up_are_an_assertion_on_the_device():
+    # 5 rows by the counts, 6 by what arrived.
     with pytest.raises(Exception, match="counts do not add up to the number of rows"):
         regroup_module.regroup_triton(torch.tensor([[3, 0], [1, 1]]), 6)
 
 
 # ---- the public functions, on a CPU -------------------------------------------------------------
+
+
+def assert_same(routing: Routing, want: Routing) -> None:
+    """All indexes are equal, and no gradient is asked of them."""
+    for name in ("offsets_E", "source_M", "slots_TK"):
+        found = getattr(routing, name)
+        assert torch.equal(found, getattr(want, name)), name
+        assert not found.requires_grad, name
 
 
 def test_values_of_a_route_move_as_permute_values_moves_them():
@@ -151,11 +150,7 @@ def test_values_of_a_route_move_as_permute_values_moves_them():
     routing, values_M = route_values(routing_map, values, 2)
     want, expert_TK = route(routing_map, 2)
     assert torch.equal(values_M, permute_values(values.gather(1, expert_TK), want))
-    for name in ("offsets_E", "source_M", "slots_TK"):
-        assert (
-            torch.equal(getattr(routing, name), getattr(want, name))
-            and not getattr(routing, name).requires_grad
-        )
+    assert_same(routing, want)
     assert torch.autograd.gradcheck(lambda v: route_values(routing_map, v, 2)[1], (values,))
 
 
@@ -165,11 +160,7 @@ def test_values_of_received_rows_move_as_permute_values_moves_them():
     routing, values_M = regroup_values(counts, values)
     want = regroup(counts, 10)
     assert torch.equal(values_M, permute_values(values[:, None], want))
-    for name in ("offsets_E", "source_M", "slots_TK"):
-        assert (
-            torch.equal(getattr(routing, name), getattr(want, name))
-            and not getattr(routing, name).requires_grad
-        )
+    assert_same(routing, want)
     assert torch.autograd.gradcheck(lambda v: regroup_values(counts, v)[1], (values,))
 
 
@@ -183,6 +174,7 @@ def test_no_tokens_and_no_rows():
 
 
 def test_more_rows_than_int32_numbers_are_refused():
+    # 2^28 tokens with 8 experts each are 2^31 rows; meta tensors have shapes and no memory.
     tokens = 2**28
     message = "are 2147483648 rows, more than int32 numbers (2147483647)"
     with pytest.raises(

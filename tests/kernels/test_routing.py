@@ -1,4 +1,4 @@
-"""route and regroup against sorted lists of Python pairs; permute and unpermute as inverses of each
+"""Compare route and regroup with sorted lists of Python pairs, and permute and unpermute with each
 other."""
 
 import re
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megalora_kernels import Routing, permute, permute_values, regroup, route, unpermute
 
 from tests.kernels.measure import no_reads_on_the_host
-from tests.kernels.oracle import expert_of_arrivals, sorted_pairs
+from tests.kernels.oracle import ULP, as_map, expert_of_arrivals, last_rows, sorted_pairs
 
 
 @st.composite
@@ -24,21 +24,6 @@ def choices(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
         order = draw(st.permutations(range(num_experts)))
         chosen.append(sorted(order[:k]))
     return chosen, num_experts, k
-
-
-def last_rows(experts: list[int], num_experts: int) -> list[int]:
-    """Ends of the experts' rows: how many rows go to expert e or to one before it."""
-    ends = []
-    for last in range(num_experts):
-        ends.append(sum(e <= last for e in experts))
-    return ends
-
-
-def as_map(chosen: list[list[int]], num_experts: int) -> torch.Tensor:
-    found = torch.zeros(len(chosen), num_experts, dtype=torch.bool)
-    for t, experts in enumerate(chosen):
-        found[t, experts] = True
-    return found
 
 
 @given(case=choices())
@@ -98,6 +83,7 @@ def test_permute_unpermute_and_values(case):
         # the token's probability for the very expert whose row this is
         assert p_M[m] == p_TK[t, routing.slots_TK[t].tolist().index(m)]
     back = unpermute(rows * p_M[:, None], routing)
+    # Every row is its token's x times a probability, so their sum is x times the sum of those.
     # k <= 7 terms in float32: default tolerance
     torch.testing.assert_close(back, x * p_TK.sum(1, keepdim=True))
 
@@ -130,15 +116,15 @@ def test_gradients_once_and_twice(check):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_are_made_in_float32(dtype):
-    """1 + 2^-9 + 2^-9 in slot order: bfloat16 would lose both, float32 keeps them for one rounding
-    at the end."""
+    """1 + 2^-8 + 2^-8 in slot order: bfloat16, whose neighbours above 1 are 2^-7 apart, would lose
+    both; float32 keeps them for one rounding at the end."""
     routing, _ = route(torch.ones(1, 3, dtype=torch.bool), 3)
-    ulp = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-12
-    y = torch.tensor([[1.0], [2 * ulp], [2 * ulp]], dtype=dtype)
-    assert unpermute(y, routing).item() == 1 + 4 * ulp
+    half = ULP[dtype]
+    y = torch.tensor([[1.0], [half], [half]], dtype=dtype)
+    assert unpermute(y, routing).item() == 1 + 2 * half
     x = torch.zeros(1, 1, dtype=dtype, requires_grad=True)
     permute(x, routing).backward(y)
-    assert x.grad.item() == 1 + 4 * ulp and x.grad.dtype == dtype
+    assert x.grad.item() == 1 + 2 * half and x.grad.dtype == dtype
 
 
 def test_rows_that_are_sorted_already_pass_through():
@@ -154,16 +140,13 @@ def test_on_meta_tensors_there_is_nothing_to_read():
     routing, expert_TK = route(torch.empty(5, 6, dtype=torch.bool, device="meta"), 2)
     again = regroup(torch.empty(3, 6, dtype=torch.int64, device="meta"), 11)
     assert routing.source_M.shape == (10,) and routing.slots_TK.shape == expert_TK.shape == (5, 2)
-    assert (
-        again.source_M.shape == (11,)
-        and again.slots_TK.shape == (11, 1)
-        and again.offsets_E.shape == (6,)
-    )
+    # An arrived row is a token of its own, with a single slot.
+    assert again.source_M.shape == (11,) and again.slots_TK.shape == (11, 1)
+    assert again.offsets_E.shape == (6,)
     x = torch.empty(5, 3, device="meta", requires_grad=True)
     rows = permute(x, routing) * permute_values(torch.empty(5, 2, device="meta"), routing)[:, None]
-    assert rows.shape == (10, 3) and torch.autograd.grad(unpermute(rows, routing).sum(), x)[
-        0
-    ].shape == (5, 3)
+    (dx,) = torch.autograd.grad(unpermute(rows, routing).sum(), x)
+    assert rows.shape == (10, 3) and dx.shape == (5, 3)
 
 
 def test_and_on_others_nothing_is_read():
@@ -174,6 +157,7 @@ def test_and_on_others_nothing_is_read():
         regroup(counts_RE, 10)
         rows = permute(x, routing) * permute_values(torch.ones(5, 2), routing)[:, None]
         (dx,) = torch.autograd.grad(unpermute(rows, routing).sum(), x)
+    # Two rows for each token, each with probability 1.
     assert torch.equal(dx, torch.full((5, 3), 2.0))
 
 
@@ -186,6 +170,7 @@ def test_a_token_with_another_number_of_experts(chosen):
         route(as_map(chosen, 3), 2)
 
 
+# A decrease, a row too few, a row too many, a negative end.
 @pytest.mark.parametrize("ends", [[3, 2, 5], [1, 2, 4], [1, 2, 6], [-1, 2, 5]], ids=str)
 def test_offsets_that_do_not_cover_the_rows(ends):
     message = re.escape(

@@ -1,5 +1,5 @@
-"""Shrink alone: one factor or one for each projection, scales, padding and the copied rows, against
-float64 row by row."""
+"""Compare shrink alone with float64 row by row: one factor or one for each projection, scales,
+padding and the copied rows."""
 
 import itertools
 from typing import Any
@@ -11,7 +11,7 @@ from megalora_kernels.expert_factors import RankScale
 
 from tests.kernels import interpreter
 from tests.kernels.conftest import shrink
-from tests.kernels.oracle import ULP, expert_of_rows
+from tests.kernels.oracle import ULP, expert_of_rows, one_addition
 
 COUNTS = [0, 5, 0, 70, 1]
 TOKENS = 9
@@ -26,6 +26,7 @@ RANKS = {
     "copy alone": (None,),
 }
 SCALE = RankScale(0.75, 1.5, 3)
+"""The first three columns of S times 0.75, the others times 1.5."""
 
 
 def operands(dtype: torch.dtype, ranks: tuple[int | None, ...], gathered: bool):
@@ -34,9 +35,16 @@ def operands(dtype: torch.dtype, ranks: tuple[int | None, ...], gathered: bool):
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    source = torch.randint(0, TOKENS, (M,), generator=g).int() if gathered else None
-    x = normal(TOKENS if gathered else M, WIDTH * len(ranks))
-    return x, tuple(None if r is None else normal(E, r, WIDTH) for r in ranks), source
+    source = None
+    num_rows_of_x = M
+    if gathered:
+        source = torch.randint(0, TOKENS, (M,), generator=g).int()
+        num_rows_of_x = TOKENS
+    x = normal(num_rows_of_x, WIDTH * len(ranks))
+    factors: list[torch.Tensor | None] = []
+    for rank in ranks:
+        factors.append(None if rank is None else normal(E, rank, WIDTH))
+    return x, tuple(factors), source
 
 
 def expected(
@@ -47,15 +55,17 @@ def expected(
     rank: int,
 ):
     """S and the sum of its terms' sizes, in float64."""
-    s, size = torch.zeros(2, M, rank, dtype=torch.float64).unbind()
+    s = torch.zeros(M, rank, dtype=torch.float64)
+    size = torch.zeros_like(s)
     for m, e in enumerate(expert_of_rows(COUNTS)):
         row = x[m if source is None else source[m]].double()
         # Ranks of all factors lie one behind the other in S.
         column = 0
         for i, a in enumerate(factors):
-            for r in range(0 if a is None else a.shape[1]):
+            if a is None:
+                continue
+            for r in range(a.shape[1]):
                 factor = scale.first if column < scale.split else scale.second
-                assert a is not None
                 # Factor i reads its own WIDTH features of the row.
                 terms = a[e, r].double() * row[i * WIDTH : (i + 1) * WIDTH] * factor
                 s[m, column] = terms.sum()
@@ -67,6 +77,7 @@ def expected(
 @pytest.mark.usefixtures("uninitialised_is_nan")
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("name, copies", itertools.product(RANKS, [True, False]))
+# Half precision is rounded on the way out, float64 shows the arithmetic alone.
 @pytest.mark.parametrize(
     "way, dtype", [("loop", torch.float64), ("triton", torch.float32), ("triton", torch.float16)]
 )
@@ -74,8 +85,9 @@ def test_shrink(way, dtype, name, copies, backwards, monkeypatch):
     if backwards:
         interpreter.reverse_programs(monkeypatch)
     ranks = RANKS[name]
+    # Rows are copied where they are gathered: permute_shrink needs both.
     gathered = copies
-    rank = sum(r or 0 for r in ranks)
+    rank = sum(r for r in ranks if r is not None)
     x, factors, source = operands(dtype, ranks, gathered)
     # Two columns more than the rank: padding, which the kernel must fill with zeros.
     s = x.new_empty(M, rank + 2) if rank else None
@@ -88,10 +100,8 @@ def test_shrink(way, dtype, name, copies, backwards, monkeypatch):
     if s is not None:
         want, size = expected(x, factors, source, SCALE, rank)
         # Float32 accumulation over 2 WIDTH terms, and one rounding of S after scaling.
-        bound = (
-            ULP[dtype] * want.abs()
-            + 2 * WIDTH * (2.0**-53 if dtype == torch.float64 else 2.0**-24) * size
-        )
+        bound = ULP[dtype] * want.abs() + 2 * WIDTH * one_addition(dtype) * size
+        # 2^-25 is half the distance of float16's smallest numbers.
         assert ((s[:, :rank].double() - want).abs() <= 1.1 * bound + 2.0**-25).all()
         assert torch.count_nonzero(s[:, rank:]) == 0
 

@@ -1,5 +1,5 @@
-"""One launch for all parts of a backward pass: against a sum in float64, and each gradient in a
-tensor of its own."""
+"""Check the one launch that sums all parts of a backward pass: parts are added from first to last,
+and each gradient has a tensor of its own."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ import triton
 from megalora_kernels import Routing
 from megalora_kernels.sums import MAX_GRADIENTS, TorchSums, TritonSums
 
-from tests.kernels import interpreter
 from tests.kernels.conftest import tiles
 from tests.kernels.oracle import expert_of_rows
 
@@ -15,6 +14,8 @@ COUNTS = [0, 20, 0, 5, 16, 0]
 CHUNK = 16
 M = sum(COUNTS)
 E = len(COUNTS)
+# What experts leave in parts, at most: A of gate and up (stacked), A of down, B of gate, up and
+# down. None: not wanted.
 SHAPES = {
     "all": [(3, 24), (7, 40), (40, 3), (40, 5), (24, 7)],
     "some": [None, (7, 40), None, (40, 5), None],
@@ -23,15 +24,10 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=["forwards", "backwards"])
-def any_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "backwards":
-        interpreter.reverse_programs(monkeypatch)
-
-
 def chunks_of_experts() -> list[int]:
     """The expert of each chunk: a chunk has rows of one expert, so 20 rows are two chunks of 16."""
-    return expert_of_rows([triton.cdiv(count, CHUNK) for count in COUNTS])
+    num_chunks = [triton.cdiv(count, CHUNK) for count in COUNTS]
+    return expert_of_rows(num_chunks)
 
 
 @pytest.mark.usefixtures("uninitialised_is_nan", "any_order")
@@ -45,11 +41,15 @@ def test_sums(name, with_dp, monkeypatch):
     experts = chunks_of_experts()
     parts = []
     for shape in SHAPES[name]:
-        unwanted = shape is None
-        parts.append(None if unwanted else torch.randn(len(experts), *shape, generator=g))
+        part = None
+        if shape is not None:
+            part = torch.randn(len(experts), *shape, generator=g)
+        parts.append(part)
     for place, part in zip(sums.places, parts, strict=True):
         if place is not None:
-            place[: len(experts)] = part  # those beyond stay NaN: nobody may read them
+            # There is a place for every chunk that may occur; those beyond stay NaN, and nobody may
+            # read them.
+            place[: len(experts)] = part
     # Three parts of dp, as from three blocks of columns.
     dp_part = torch.randn(3, M, generator=g)
     if with_dp:

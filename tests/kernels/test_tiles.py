@@ -1,5 +1,5 @@
-"""Tiles cover every row exactly once, never cross an expert, and are fewer than the bound that the
-host knows."""
+"""Check that tiles cover every row exactly once, never cross an expert, and are no more than the
+bound that the host knows."""
 
 import pytest
 import torch
@@ -63,6 +63,7 @@ def test_every_row_is_owned_once_by_its_own_expert(counts, rows_per_tile):
     assert sum(needed) <= max_tiles(sum(counts), len(counts), rows_per_tile)
 
 
+# No rows; whole tiles; idle experts before and behind the only busy one; one row each.
 @pytest.mark.parametrize("counts", [[0], [0, 0, 0], [16], [0, 0, 5], [5, 0, 0], [1] * 8], ids=str)
 def test_at_the_edges(counts):
     covered, owner, _ = cover(counts, 4)
@@ -77,5 +78,6 @@ def test_the_bound_is_reached_but_for_one_tile_an_expert():
     rows = 8
     # A tile each for the experts of one row, four for the one of 29.
     needed = sum(triton.cdiv(count, rows) for count in counts)
+    # 32 rows / 8 = 4 tiles would do without experts; the bound is 4 + 4 experts.
     assert needed == 7 > triton.cdiv(sum(counts), rows) == 4
     assert needed <= max_tiles(sum(counts), len(counts), rows) == 8

@@ -10,6 +10,7 @@ SWEEP, RECORD, POINTS, COMPILE = (
     f"benchmarks/tune_{name}.py" for name in ("sweep", "record", "points", "compile")
 )
 LOOK_UP = "tests/kernels/test_tuned.py"
+TABLE_TEST = "tests/kernels/test_tuned_table.py"
 SWEPT = "tests/test_tune.py"
 REFUSED = "tests/test_tune_refusals.py"
 CUT_SHORT = "tests/test_tune_budget.py"
@@ -129,7 +130,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         TABLE,
         'if content["gpu"] != gpu:',
         "if False:",
-        f"{LOOK_UP} refused",
+        f"{TABLE_TEST} refused",
     ),
     bug(
         0,
@@ -137,7 +138,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         TABLE,
         "if name not in wanted and name not in optional]",
         "if False]",
-        f"{LOOK_UP} refused",
+        f"{TABLE_TEST} refused",
     ),
     bug(
         0,
@@ -145,7 +146,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         TABLE,
         "        if why and same_triton:\n",
         "        if False:\n",
-        f"{LOOK_UP} refused",
+        f"{TABLE_TEST} refused",
     ),
     bug(
         0,
@@ -153,7 +154,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         TABLE,
         "        if why and same_triton:\n",
         "        if why:\n",
-        f"{LOOK_UP} another_triton",
+        f"{TABLE_TEST} another_triton",
     ),
     bug(
         0,
@@ -161,7 +162,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         TABLE,
         "problem(variant, _product(key), *limits)",
         "problem(variant, _product(key))",
-        f"{LOOK_UP} this_card",
+        f"{TABLE_TEST} this_card",
     ),
     bug(
         0,
@@ -169,7 +170,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         TABLE,
         "    if key in found:\n",
         "    if False:\n",
-        f"{LOOK_UP} refused",
+        f"{TABLE_TEST} refused",
     ),
     bug(
         0,

@@ -180,8 +180,8 @@ class Watch(TorchDispatchMode):
             self.move(args[0], kwargs.get("device"), kwargs.get("non_blocking", False))
         elif func is aten.copy_.default:
             # copy_(self, source, non_blocking=False): positional where C++ calls it.
-            blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
-            self.move(args[1], args[0].device, not blocking)
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            self.move(args[1], args[0].device, non_blocking)
         elif func is aten._grouped_mm.default:
             self.recorder.kernel("grouped_mm")
         return func(*args, **kwargs)

@@ -210,7 +210,8 @@ def count_all() -> dict[str, Cell]:
     ):
         with pretended_gpu(recorder):
             cells = functions[subject](recorder, backend, ranks, adapted)
-        name = f"{subject} {backend} ep{ranks} {'adapters' if adapted else 'base'}"
+        which_model = "adapters" if adapted else "base"
+        name = f"{subject} {backend} ep{ranks} {which_model}"
         for which, cell in cells.items():
             found[f"{name} {which}"] = cell
     return found

@@ -122,7 +122,8 @@ def _say_where(chunk: Any, work: Work) -> None:
                 hidden.register_hook(lambda gradient: enter(place))
             # Recomputation in backward runs forward again, and stays under the layer's own name.
             if not work.is_backward:
-                enter("head" if place == str(len(chunk.decoder.layers) - 1) else "between layers")
+                is_last = place == str(len(chunk.decoder.layers) - 1)
+                enter("head" if is_last else "between layers")
 
         layer.register_forward_hook(leave)
 
