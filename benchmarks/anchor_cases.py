@@ -1,4 +1,5 @@
-"""Name the anchors: what the GPU does at best, our first products and passes, what is expected.
+"""Define the anchors: what the GPU does at best, then our first products and passes, each with the
+value that is expected of it.
 
 Expectations come from the tile model and from traffic with HBM, so that a wrong assumption of
 theirs is found by name. A result is checked before it is timed.
@@ -27,9 +28,10 @@ from benchmarks.anchor_machine import (
     launch_overhead,
 )
 from benchmarks.arms import grouped_mm
-from benchmarks.tile_model import SIZE, Gpu, cost, last_release
+from benchmarks.tile_gpus import Gpu
+from benchmarks.tile_model import SIZE, cost, last_release
 
-# Qwen3-30B-A3B
+# Qwen3-30B-A3B, with the rank that the other benchmarks have too.
 HIDDEN = 2048
 INNER = 768
 RANK = 16
@@ -39,9 +41,11 @@ RANK = 16
 
 
 def balanced(lab: Lab, experts: int, rows: int, gathered: bool) -> tuple[Routing, Tensor | None]:
-    """Give every expert as many rows; with ``gathered``, tokens in random order behind them."""
+    """Routing that gives every expert as many rows; with ``gathered`` also the token of each row,
+    in random order."""
     offsets = rows * torch.arange(1, experts + 1, device=lab.device, dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
+    # Each token stands behind eight rows, one for each of its experts.
     tokens = torch.randperm(experts * rows, generator=generator) // 8
     source = tokens.to(lab.device, torch.int32) if gathered else None
     return Routing(offsets, experts * rows), source
@@ -49,7 +53,7 @@ def balanced(lab: Lab, experts: int, rows: int, gathered: bool) -> tuple[Routing
 
 @dataclass(frozen=True)
 class Shape:
-    """gate_up forward, without adapter, with so many rows for every expert."""
+    """gate_up forward without an adapter: number of experts, and of rows for each."""
 
     experts: int
     rows: int
@@ -66,7 +70,8 @@ E128_64 = Shape(128, 64, True)
 
 
 def base_gemm(shape: Shape, choose: Callable[[Product], Variant]) -> Callable[[Lab], Found]:
-    """The Triton grouped GEMM by one variant; in a dry run by the same one with small tiles."""
+    """Measure the Triton grouped GEMM by one variant; in a dry run by the same one with small
+    tiles."""
 
     def run(lab: Lab) -> Found:
         experts = lab.size(shape.experts, 3)
@@ -85,6 +90,7 @@ def base_gemm(shape: Shape, choose: Callable[[Product], Variant]) -> Callable[[L
             return grouped_gemm_triton(x, w_EKN, routing, source_M=source, variant=variant)
 
         y = call()
+        # The first expert and the last: a wrong offset would show at the end.
         for e in (0, experts - 1):
             mine = slice(e * rows, (e + 1) * rows)
             taken = x[mine] if source is None else x[source[mine].long()]
@@ -100,10 +106,11 @@ def base_gemm(shape: Shape, choose: Callable[[Product], Variant]) -> Callable[[L
 
 
 def joined_grouped_mm(lab: Lab) -> Found:
-    """torch's grouped GEMM over ``[x | S]`` and ``[W | B]``, 16 experts x 4,096 rows."""
+    """Measure torch's grouped GEMM over ``[x | S]`` and ``[W | B]``, 16 experts x 4,096 rows."""
     experts = lab.size(16, 3)
     rows = lab.size(4096, 24)
     N = lab.size(2 * INNER, 96)
+    # Beside the hidden size the stacked ranks of gate and up.
     K = lab.size(HIDDEN, 64) + 2 * RANK
     routing, _ = balanced(lab, experts, rows, False)
     x = lab.normal(routing.num_rows, K)
@@ -117,6 +124,7 @@ def joined_grouped_mm(lab: Lab) -> Found:
         mine = slice(e * rows, (e + 1) * rows)
         lab.check(f"expert {e}'s product", y[mine], x[mine].float() @ w[e].float().t())
     us = lab.us(call)
+    # The base's FLOPs alone.
     return Found(us, {"tflops": 2 * routing.num_rows * N * (K - 2 * RANK) / us / 1e6})
 
 
@@ -154,6 +162,7 @@ class SwiGLUCase:
 def swiglu_forward(lab: Lab) -> Found:
     """h = silu(gate) up p, and S = h Aᵀ, for 65,536 rows."""
     case = SwiGLUCase.of(lab)
+    # NaN: an entry that the kernel leaves out fails the check.
     h = torch.full_like(case.dh, float("nan"))
     s = torch.full_like(case.ds, float("nan"))
 
@@ -175,6 +184,7 @@ def swiglu_backward(lab: Lab) -> Found:
     dy = torch.full_like(case.y, float("nan"))
 
     def call() -> tuple[Tensor | None, list[Tensor | None]]:
+        # Room for the parts of dA and of both dB, which programs write and ``finish`` adds up.
         sums = TritonSums(case.routing, case.y, [(RANK, inner), (inner, RANK), (inner, RANK)])
         da, *db = sums.places
         swiglu_backward_triton(
@@ -206,7 +216,8 @@ def around(value: float, share: float) -> Expected:
 
 
 def of_model(shape: Shape, choose: Callable[[Product], Variant]) -> Callable[[Gpu], Expected]:
-    """The tile model's time, 15 % either way."""
+    """Expect the tile model's time, 15 % either way: three times as much as the model may be off
+    the times that others published (``tile_model.TOLERANCE``)."""
     return lambda gpu: around(
         cost(choose(shape.product), shape.product, shape.experts, gpu).us, 0.15
     )
@@ -217,9 +228,12 @@ def traffic_us(gpu: Gpu, elements: float) -> float:
 
 
 def of_pass(elements_of_row: float, slack: float) -> Callable[[Gpu], Expected]:
-    """A pass over 65,536 rows: its traffic is the floor, ``slack`` times it the limit."""
+    """Expect of a pass over 65,536 rows (16 experts x 4,096) between its traffic and ``slack``
+    times that."""
 
     def expect(gpu: Gpu) -> Expected:
+        # 5 % below the floor for what HBM's measured rate may be off; less would mean that the
+        # pass moves less than was counted.
         floor = traffic_us(gpu, 65536 * elements_of_row)
         return Expected(1.05 * floor, 0.95 * floor, slack * floor)
 

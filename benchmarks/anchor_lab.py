@@ -1,4 +1,5 @@
-"""Where anchors are measured: sizes, times, checks, and what a value is compared with."""
+"""Give anchors what they are measured with: sizes, times, checks, and what a value is compared
+with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.expert_case import ALLOWED, relative_errors
 from benchmarks.gpu_timing import Stats, measure
-from benchmarks.tile_model import Gpu
+from benchmarks.tile_gpus import Gpu
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class Found:
 
 
 class NotAvailableError(Exception):
-    """The machine does not tell: a row without a value, and no failure of ours."""
+    """The machine does not tell this value: its row is empty, and that is no failure of ours."""
 
 
 class WrongResultError(Exception):
-    """A result is not what it should be: no time is given for it."""
+    """A result is wrong, so its time is not reported."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Lab:
     """Tiny sizes: times mean nothing."""
 
     def size(self, full: int, tiny: int) -> int:
+        """The size to measure at, or a tiny one in a dry run."""
         return tiny if self.dry else full
 
     def times(self, call: Callable[[], object]) -> Stats:
@@ -59,13 +61,18 @@ class Lab:
         return 1e3 * self.times(call).median_ms
 
     def normal(self, *shape: int, size: float = 1.0) -> Tensor:
+        """Random numbers N(0, size^2), never zeros: a GPU computes those with less power, so at a
+        higher clock."""
+        # Another seed for another shape, so that operands differ.
         generator = torch.Generator(self.device).manual_seed(len(shape) + shape[-1])
         return torch.randn(*shape, generator=generator, device=self.device, dtype=self.dtype).mul_(
             size
         )
 
     def check(self, what: str, got: Tensor, want: Tensor) -> None:
-        """Raise where the 2-norm of the difference is beyond what the dtype allows; NaN is."""
+        """Raise ``WrongResultError`` where the 2-norm of the difference, relative to that of
+        ``want``, is beyond what the dtype allows."""
+        # Written so that NaN, which is not less than anything, raises too.
         error = relative_errors({what: got}, {what: want})[what]
         if not error <= ALLOWED[self.dtype]:
             raise WrongResultError(
@@ -84,3 +91,4 @@ class Anchor:
     below: str
     """What to conclude from a value below the range."""
     above: str
+    """What to conclude from a value above it."""

@@ -26,12 +26,14 @@ def copy_bandwidth(lab: Lab) -> Found:
     target.copy_(source)
     if not torch.equal(source, target):
         raise WrongResultError("a copy differs from what was copied")
+    # A gigabyte is twenty times the L2, so nothing of it is found there.
     us = lab.us(lambda: target.copy_(source))
+    # Twice the bytes: each is read and written.
     return Found(2 * source.numel() * source.element_size() / us / 1e6, {"us": us})
 
 
 def dense_gemm(lab: Lab) -> Found:
-    """TFLOP/s of one square product; and the clock while many of them run."""
+    """TFLOP/s of one square product."""
     n = lab.size(8192, 64)
     x = lab.normal(n, n)
     w = lab.normal(n, n, size=n**-0.5)
@@ -43,9 +45,10 @@ def dense_gemm(lab: Lab) -> Found:
 
 @triton.jit
 def _read_kernel(x_ptr, out_ptr, num_blocks, passes, BLOCK: tl.constexpr):
-    """Every program reads one block of x a pass, another one in each.
+    """Read one block of x in each pass, another one every time.
 
-    ``.cg`` leaves L1 out: a block comes from L2, where a program has brought it before.
+    The cache modifier ``.cg`` leaves L1 out: a block comes from L2, into which a program has
+    brought it before.
     """
     block = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.int32)
@@ -58,7 +61,10 @@ def _read_kernel(x_ptr, out_ptr, num_blocks, passes, BLOCK: tl.constexpr):
 def l2_bandwidth(lab: Lab) -> Found:
     """Terabytes per second of reading 24 MiB again and again: half the L2 of an H100; and 12
     MiB."""
-    rate, half = (_reads_per_s(lab, mebibytes) for mebibytes in (24, 12))
+    # An H100 has 50 MiB of L2 in two halves; what lies in the farther half comes more slowly. 12
+    # MiB fit into either.
+    rate = _reads_per_s(lab, 24)
+    half = _reads_per_s(lab, 12)
     return Found(rate, {"tb_per_s_of_12_mib": half})
 
 
@@ -67,9 +73,9 @@ def _reads_per_s(lab: Lab, mebibytes: int) -> float:
     passes = lab.size(500, 5)
     num_blocks = lab.size(mebibytes * 2**20 // 4 // 4096, 16)
     # As many programs as run at once: four of 256 threads for each multiprocessor.
-    processors = (
-        1 if lab.dry else torch.cuda.get_device_properties(lab.device).multi_processor_count
-    )
+    processors = 1
+    if not lab.dry:
+        processors = torch.cuda.get_device_properties(lab.device).multi_processor_count
     programs = 4 * processors
     x = torch.arange(num_blocks * block, device=lab.device, dtype=torch.int32) % 1000
     out = torch.empty(programs, block, device=lab.device, dtype=torch.int32)
@@ -99,8 +105,10 @@ def launch_overhead(lab: Lab) -> Found:
     launches = lab.size(500, 5)
 
     def each(call: Callable[[], object]) -> float:
+        # Once before: the first call compiles.
         call()
         _wait(lab)
+        # The host does not wait for the device in between, so this is the host's time alone.
         before = time.perf_counter()
         for _ in range(launches):
             call()
@@ -123,7 +131,9 @@ def clock(lab: Lab) -> Found:
     n = 8192
     x = lab.normal(n, n)
     y = lab.normal(n, n)
-    for _ in range(600):  # 0.8 s, while nvidia-smi looks
+    # The host queues 0.8 s of work and goes on to ask, so the clock is read while the GPU computes:
+    # idle, it would be lower.
+    for _ in range(600):
         torch.mm(x, x, out=y)
     fields = (
         "clocks.sm",
@@ -138,6 +148,8 @@ def clock(lab: Lab) -> Found:
         f"--query-gpu={','.join(fields)},driver_version",
         "--format=csv,noheader,nounits",
     ]
+    # By its UUID: nvidia-smi counts all cards of the host, torch those that CUDA_VISIBLE_DEVICES
+    # leaves.
     uuid = str(torch.cuda.get_device_properties(lab.device).uuid).removeprefix("GPU-")
     query.append(f"--id=GPU-{uuid}")
     done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
@@ -147,6 +159,7 @@ def clock(lab: Lab) -> Found:
 
 def read_clock(said: str, fields: Sequence[str]) -> Found:
     """The first of the values that nvidia-smi prints, in GHz, and all of them by name."""
+    # In a container it may print "[N/A]" or an error in the place of numbers.
     values = [text.strip() for text in said.strip().split(",")]
     if len(values) != len(fields) or not values[0].isdigit():
         raise NotAvailableError(f"nvidia-smi does not tell the clock: {said.strip()[:80]!r}")

@@ -1,14 +1,14 @@
-"""Measure what the predictions for the kernels rest on, and say which of them is wrong.
+"""Measure the assumptions behind the predictions for the kernels, and say which of them is wrong.
 
     python -m benchmarks.anchors --budget-seconds 60 --out benchmarks/results/gpu_anchors.json
     TRITON_INTERPRET=1 python -m benchmarks.anchors --dry --out /tmp/anchors.json
 
-The second is tiny and runs on a CPU: its times mean nothing.
+The second command runs tiny cases on a CPU: its times mean nothing.
 
-Bandwidths, the dense rate, clocks and launches; then the first products and passes of ours. A
+Measured are bandwidths, the dense rate, clocks and launches, then our first products and passes. A
 result is checked before it is timed. A value outside its range is no failure: the table says which
-assumption it puts in doubt. Exit code 1: a result was wrong, or something of ours could not run. A
-second call with the same ``--out`` goes on where the first one stopped.
+assumption it puts in doubt. The exit code is 1 where a result was wrong, or where something of ours
+could not run. A second call with the same ``--out`` continues where the first one stopped.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from megalora_kernels import backend
 from benchmarks.anchor_cases import ANCHORS
 from benchmarks.anchor_lab import Anchor, Lab, NotAvailableError
 from benchmarks.gpu_timing import Budget, earlier, first_line, number, save, table, the_gpu
-from benchmarks.tile_model import GPUS, Gpu
+from benchmarks.tile_gpus import GPUS, Gpu
 
 NOT_AVAILABLE = "not available"
 LEAST_SECONDS = 2
-"""No anchor is begun with less time than this."""
+"""Seconds without which no anchor is begun."""
 
 
 def known_gpu(device: torch.device) -> Gpu | None:
@@ -57,7 +57,8 @@ def examine(anchor: Anchor, lab: Lab, gpu: Gpu | None) -> dict[str, Any]:
         row |= {"value": found.value, "more": found.more}
     except NotAvailableError as error:
         row["status"] = f"{NOT_AVAILABLE}: {error}"
-    except Exception as error:  # whatever a driver or a compiler raises belongs into the table
+    except Exception as error:
+        # Whatever a driver or a compiler raises belongs in the table, and the next anchor goes on.
         row["status"] = first_line(error)
     row["seconds"] = round(time.monotonic() - started, 2)
     row["expected"] = None if gpu is None else asdict(anchor.expect(gpu))
@@ -66,7 +67,7 @@ def examine(anchor: Anchor, lab: Lab, gpu: Gpu | None) -> dict[str, Any]:
 
 
 def verdict(anchor: Anchor, row: dict[str, Any], dry: bool) -> str:
-    """What a value says of its expectation."""
+    """What a value says about the assumptions behind its expectation."""
     if row["status"].startswith(NOT_AVAILABLE):
         return NOT_AVAILABLE
     if row["status"] != "ok":
@@ -94,6 +95,7 @@ def run(lab: Lab, budget: Budget, out: Path) -> int:
     gpu = known_gpu(lab.device)
     not_reached: list[str] = []
 
+    # After each anchor, so that a call that is killed leaves what it has found.
     def write() -> None:
         content = {"dry": lab.dry, "rows": rows, "not_reached": not_reached}
         save(out, "anchors", lab.device, settings=settings, **content)
@@ -116,6 +118,7 @@ def run(lab: Lab, budget: Budget, out: Path) -> int:
 
 
 def show(rows: list[dict[str, Any]]) -> str:
+    """The table: each value beside the range in which it was expected."""
     header = ("anchor", "measured", "unit", "expected", "range", "verdict")
     lines = []
     for row in rows:
@@ -152,7 +155,8 @@ def main(given: list[str] | None = None) -> int:
     if args.dry and not backend.INTERPRETED:
         parser.error("--dry runs kernels on a CPU: set TRITON_INTERPRET=1")
     device = the_gpu(parser, args.dry)
-    torch.set_float32_matmul_precision("highest")  # the references are float32
+    # References are float32; TF32 would round their inputs to 10 bits.
+    torch.set_float32_matmul_precision("highest")
     dtype = torch.float32 if args.dry else torch.bfloat16
     lab = Lab(device, dtype, 1 if args.dry else args.repeats, args.dry)
     try:

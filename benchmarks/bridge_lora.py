@@ -1,8 +1,8 @@
-"""Megatron-Bridge's own LoRA, also on machines without Transformer Engine.
+"""Load Megatron-Bridge's own LoRA, also on machines without Transformer Engine.
 
-Bridge's layer file imports Transformer Engine without a guard, for one class (a fusion) of four.
-megalora never needs that file and puts stand-ins in its place (``megalora/model/hf_weights.py``);
-here the file itself is loaded.
+Bridge's layer file has four classes, of which one (a fusion) needs Transformer Engine; it imports
+that library unconditionally. megalora never needs the file and puts stand-ins in its place
+(``megalora/model/hf_weights.py``); here the file itself is loaded.
 """
 
 import importlib
@@ -27,8 +27,8 @@ def bridge_lora() -> Any:
     lora = importlib.import_module("megatron.bridge.peft.lora")
     if importlib.util.find_spec("transformer_engine") is None:
         _load_layers()
-        # Bridge takes the names that Megatron-Core defines without Transformer Engine for the
-        # library itself.
+        # Without Transformer Engine, Megatron-Core defines placeholders under its names, and Bridge
+        # takes these for the library itself.
         importlib.import_module("megatron.bridge.peft.utils").HAVE_TE = False  # pyright: ignore
         # This module took its names from the stand-ins when it was imported.
         lora = importlib.reload(lora)
@@ -51,10 +51,13 @@ def _load_layers() -> None:
     )
     assert spec is not None and spec.loader is not None
     layers = importlib.util.module_from_spec(spec)
+    # All that the file names of it while it is imported: the class that the fusion derives from.
     engine = types.ModuleType("transformer_engine")
     pytorch = types.ModuleType("transformer_engine.pytorch")
     engine.pytorch = pytorch  # pyright: ignore[reportAttributeAccessIssue]
     pytorch.ops = types.SimpleNamespace(Sequential=object)  # pyright: ignore[reportAttributeAccessIssue]
+    # For this import alone: other libraries ask whether Transformer Engine can be imported, and
+    # would take the stand-in for it.
     with patch.dict(sys.modules, {engine.__name__: engine, pytorch.__name__: pytorch}):
         spec.loader.exec_module(layers)
     sys.modules[LAYERS] = layers

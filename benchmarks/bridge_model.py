@@ -1,5 +1,5 @@
-"""The frozen model that Megatron-Bridge's LoRA adapts: Bridge's own with Transformer Engine;
-without it ours, in which Megatron's MoE layer and experts stand in the place of megalora's.
+"""Build the frozen model that Megatron-Bridge's LoRA adapts: Bridge's own with Transformer Engine;
+without it ours, with Megatron's MoE layer and experts in the place of megalora's.
 
 Shape legend: M routed rows   E experts   K inputs   N outputs   H hidden   I expert intermediate
 """
@@ -27,8 +27,8 @@ from megalora.model.hf_weights import AutoMapping, load_named, open_architecture
 
 
 def bridge_base(setup: Setup, grouped: bool) -> tuple[nn.Module, str]:
-    """The model, frozen, with the shared weights, and what its experts are."""
-    # hf_weights has made Bridge importable by now
+    """The frozen model with the shared weights, and a note on what its experts are."""
+    # Late: importing hf_weights above has made Bridge importable.
     from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge
 
     shape = model_shape(setup.config)
@@ -36,6 +36,7 @@ def bridge_base(setup: Setup, grouped: bool) -> tuple[nn.Module, str]:
     engine = importlib.util.find_spec("transformer_engine") is not None
     with quiet():
         provider: Any = bridge.provider()
+        # ``configure`` puts megalora's layers in; a user of Bridge has Bridge's.
         its_own = provider.transformer_layer_spec
         configure(provider, model_config(setup), ParallelConfig(), shape)
         provider.moe_grouped_gemm = grouped
@@ -52,16 +53,17 @@ def bridge_base(setup: Setup, grouped: bool) -> tuple[nn.Module, str]:
 
 
 class _Backend(TorchBackend):
-    """megalora's parts, with Megatron's experts."""
+    """megalora's parts of a layer, with Megatron's experts."""
 
     def __init__(self, grouped: bool) -> None:
         super().__init__()
         self.grouped = grouped
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
-        return (
-            GroupedExperts if self.grouped else super(TorchBackend, self).grouped_mlp_modules(False)
-        )
+        if self.grouped:
+            return GroupedExperts
+        # Past ``TorchBackend``, whose experts are megalora's, to Megatron's own SequentialMLP.
+        return super(TorchBackend, self).grouped_mlp_modules(False)
 
 
 def _block(
@@ -82,26 +84,28 @@ class _Grouped(nn.Module):
     grouped linears."""
 
     def build(self, config: Any, num_experts: int, inputs: int, outputs: int, groups: Any) -> Any:
-        # none of the ranks and buffers of the parallel linears, whose types Bridge asks for
+        # Bridge asks for the types of the parallel linears; their own constructors would allocate
+        # weights and buffers for one matrix, so they are not called.
         nn.Module.__init__(self)
         self.config = config
         self.num_gemms = num_experts
         self.input_size = inputs
         self.output_size = outputs
         self.tp_group = groups.expt_tp
-        device = (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
         self.w_ENK = torch.empty(
             num_experts, outputs, inputs, dtype=config.params_dtype, device=device
         )
+        # Bridge loads experts one by one, as weight0, weight1, ...: views, so that loading fills
+        # the tensor that the grouped GEMM reads.
         for e in range(num_experts):
-            setattr(self, f"weight{e}", nn.Parameter(self.w_ENK[e], requires_grad=False))  # a view
+            setattr(self, f"weight{e}", nn.Parameter(self.w_ENK[e], requires_grad=False))
         return self
 
     def forward(self, x_MK: Tensor, counts: list[int]) -> tuple[Tensor, None]:
+        # The row behind each expert's last: how torch's grouped GEMM wants groups.
         ends = torch.tensor(counts, dtype=torch.int32, device=x_MK.device).cumsum(
             0, dtype=torch.int32
         )
@@ -116,6 +120,7 @@ class GroupedRow(_Grouped, RowParallelLinear):
     """down of all experts."""
 
 
+# Bridge decides by the name of a class how a weight is split over tensor-parallel ranks.
 AutoMapping.register_module_type("GroupedColumn", "column")
 AutoMapping.register_module_type("GroupedRow", "row")
 
@@ -141,6 +146,8 @@ class GroupedExperts(MegatronModule):
     def forward(
         self, x_MH: Tensor, tokens_per_expert: Tensor, probs_M: Tensor
     ) -> tuple[Tensor, None]:
+        # Transformer Engine's grouped linears take the counts on the host; reading them waits for
+        # the device, as in Megatron.
         counts = tokens_per_expert.tolist()
         gate, up = self.linear_fc1(x_MH, counts)[0].chunk(2, dim=1)
         h_MI = F.silu(gate) * up * probs_M[:, None].to(gate.dtype)

@@ -66,10 +66,13 @@ def is_tuple_assignment(node: ast.AST) -> bool:
 def constructs(text: str) -> Counter[str]:
     """How often each construct of ``RANGES`` occurs in a file, not yet divided by its lines."""
     found: Counter[str] = Counter()
+    # A generator expression and a comprehension are one construct to a reader, so they are counted
+    # together; a bool counts as 0 or 1.
     for node in ast.walk(ast.parse(text)):
         found["tuple assignments"] += is_tuple_assignment(node)
         found["ternaries"] += isinstance(node, ast.IfExp)
         found["comprehensions"] += isinstance(node, COMPREHENSIONS)
+    # Comments are not in the syntax tree, and "#" in a string is none: tokens tell them apart.
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         comment = token.type == tokenize.COMMENT and not token.string.startswith(DIRECTIVES)
         found["commented lines"] += comment
@@ -121,17 +124,19 @@ def count_part(root: Path, folders: tuple[str, ...]) -> dict[str, Any]:
     }
     for name in RANGES:
         row[name] = round(1000 * total[name] / lines, 1)
+    # In percent of the lines; the loop above has put 0 here, as no construct has this name.
     row["lines over 100 columns, %"] = round(100 * total["long lines"] / lines, 2)
     return row
 
 
 def count_tree(root: Path) -> dict[str, Any]:
     """Numbers of every part, and the length of the README."""
+    counted: dict[str, Any] = {}
+    for part, folders in PARTS.items():
+        counted[part] = count_part(root, folders)
     readme = (root / "README.md").read_text()
-    return {
-        **{part: count_part(root, folders) for part, folders in PARTS.items()},
-        "README": {"words": len(readme.split()), "lines": len(readme.splitlines())},
-    }
+    counted["README"] = {"words": len(readme.split()), "lines": len(readme.splitlines())}
+    return counted
 
 
 def count_revision(revision: str) -> dict[str, Any]:
@@ -140,6 +145,7 @@ def count_revision(revision: str) -> dict[str, Any]:
     Raises:
         ValueError: git knows no such revision.
     """
+    # An archive, not a checkout: the working tree and the index stay as they are.
     packed = subprocess.run(
         ["git", "archive", "--format=tar", revision], capture_output=True, cwd=ROOT
     )
@@ -171,7 +177,12 @@ def table(counted: dict[str, Any]) -> str:
             mark = "" if within(name, value) else " !"
             row.append(f"{value:g}{mark}")
         rows.append([*row, f"{low:g} to {high:g}"])
-    lines = [f"{row[0]:<28}" + "".join(f"{cell:>14}" for cell in row[1:]).rstrip() for row in rows]
+    lines = []
+    for name, *cells in rows:
+        line = f"{name:<28}"
+        for cell in cells:
+            line += f"{cell:>14}"
+        lines.append(line.rstrip())
     readme = counted["README"]
     lines.append(f"README: {readme['words']:,} words in {readme['lines']} lines")
     return "\n".join(lines)

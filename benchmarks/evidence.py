@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import goals, roofline, tile_model
 from benchmarks.anchor_cases import ANCHORS
-from benchmarks.tile_model import H100, H200
+from benchmarks.tile_gpus import H100, H200
 from benchmarks.tune_points import variant_label
 from tests.pretended.test_launches import CEILINGS
 

@@ -1,5 +1,7 @@
-"""Start the programs of ``gpu_all.sh`` on this machine, each in its own process. Standard library
-only."""
+"""Start the programs of ``gpu_all.sh`` on this machine, each in its own process.
+
+Standard library only, as the interpreter that runs this may have nothing else.
+"""
 
 import glob
 import json
@@ -17,9 +19,10 @@ from benchmarks.gpu_steps import RESULTS, STEPS, Step, command_of
 
 ROOT = Path(__file__).parents[1]
 STARTED = "MEGALORA_BENCHMARK_STARTED"
-"""Tells a program since when its budget runs (``gpu_timing.Budget``)."""
+"""Variable that tells a program since when its budget runs (``gpu_timing.Budget``): importing torch
+takes seconds of it."""
 GRACE_S = 8
-"""Between asking a step that outran its limit to end and killing it."""
+"""Seconds between asking a step that outran its limit to end and killing it."""
 PROBE = """
 import importlib.metadata, importlib.util, json, sys
 def there(name):
@@ -29,7 +32,8 @@ def there(name):
         return False
 found = {name: there(name) for name in sys.argv[1:]}
 try:
-    triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
+    triton = importlib.metadata.version("triton")
+    numpy = importlib.metadata.version("numpy")
     number = lambda version: tuple(map(int, version.split(".")[:2]))
     found["interpreter"] = not (number(triton) < (3, 7) and number(numpy) >= (2, 4))
 except importlib.metadata.PackageNotFoundError:
@@ -39,10 +43,10 @@ if found.get("torch"):
     found["gpu"] = torch.cuda.is_available()
 print(json.dumps(found))
 """
-"""Which modules there are, whether torch finds a GPU, and whether Triton can interpret loops
-(before
-3.7 it turns arrays of one number into integers, which NumPy refuses from 2.4 on): in a process of
-its own, for this one needs no torch."""
+"""Program that prints which modules there are, whether torch finds a GPU, and whether Triton can
+interpret loops: before 3.7 it turns arrays of one number into integers, which NumPy refuses from
+2.4 on. It runs in a process of its own, because importing torch would take seconds and memory of
+this one."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,22 @@ class Machine:
     results: Path
     dry: bool
     site: Path
-    """Where wheels were installed for this call."""
+    """Folder into which wheels were installed for this call."""
     modules: dict[str, bool]
+    """Whether each module that a step may need is installed; the answer of ``probe``."""
 
     def environment_of(self, step: Step) -> dict[str, str]:
         """Return the variables of a step's program."""
         found = dict(os.environ)
+        # Left over in the user's shell they would change what is measured.
         for name in ("MEGALORA_BACKEND", "MEGALORA_TUNED", "TRITON_INTERPRET"):
             found.pop(name, None)
-        path = [str(ROOT / "kernels"), str(ROOT), str(self.site), os.environ.get("PYTHONPATH", "")]
-        found |= {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1"}
+        # Ours first: an installed megalora must not be measured in the place of this checkout.
+        path = [str(ROOT / "kernels"), str(ROOT), str(self.site)]
+        if os.environ.get("PYTHONPATH"):
+            path.append(os.environ["PYTHONPATH"])
+        # Unbuffered, so that the log of a program that is killed has its last words.
+        found |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
         found |= {"HF_HUB_OFFLINE": "1", "MEGALORA_TEST_GPU": "1"}
         if self.dry:
             found |= {
@@ -70,10 +80,11 @@ class Machine:
                 "MEGALORA_TEST_GPU": "0",
                 "CUDA_VISIBLE_DEVICES": "",
             }
+            # Several ranks of a dry run share the cores.
             found.setdefault("OMP_NUM_THREADS", "1")
         for name, value in step.environment.items():
             value = value.replace(RESULTS, str(self.results))
-            # Without a table that was to be written before, the rule of the kernels holds.
+            # Without the table of an earlier step, the kernels fall back on their rule.
             if RESULTS not in step.environment[name] or Path(value).is_file():
                 found[name] = value
         return found
@@ -87,17 +98,16 @@ class Machine:
         if step.after and not (self.results / step.after).is_file():
             return f"{step.after} is not there"
         absent = [name for name in step.modules if not self.modules.get(name)]
-        return (
-            f"no module {', '.join(absent)}: benchmarks/README.md says what to bring"
-            if absent
-            else ""
-        )
+        if absent:
+            return f"no module {', '.join(absent)}: benchmarks/README.md says what to bring"
+        return ""
 
     def run(self, step: Step, limit_s: float) -> Outcome:
         """Run a step's program for at most ``limit_s`` and say what became of it."""
         begun = time.monotonic()
         cpu_begun = cpu_of_children()
         log = self.log_of(step)
+        # The program ends by itself before its limit, with its JSON written.
         budget_s = max(1.0, limit_s - step.margin_s)
         command = [self.python, *command_of(step, self.results, budget_s, self.dry)]
         environment = self.environment_of(step) | {STARTED: str(time.time())}
@@ -113,11 +123,12 @@ class Machine:
         return Outcome(*self._judge(step, code, limit_s, log), seconds=seconds, cpu_s=cpu_s)
 
     def _judge(self, step: Step, code: int | None, limit_s: float, log: Path) -> tuple[str, str]:
-        """(result, why)."""
+        """Result and reason of an ``Outcome``."""
         if code is None:
             return "stopped", f"stopped after {limit_s:.0f} s; see {log.name}"
         if code:
             return "failed", f"exit code {code}; see {log.name}"
+        # Exit code 0 is not enough: a program may have had no time for some of its cases.
         path = self.results / step.result
         if not path.is_file():
             return "failed", f"exit code 0, but no {step.result}; see {log.name}"
@@ -139,17 +150,16 @@ def _wait(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
     """Return the exit code; None where the limit came first, and then end the program with all it
     started.
 
-    Ranks of torchrun are no members of its group of processes: it must have the time to end them
-    itself.
+    torchrun starts its ranks in groups of processes of their own: a signal to the program's group
+    does not reach them, so torchrun must have the time to end them itself.
     """
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
         _end(process)
         return None
-    except (
-        BaseException
-    ):  # ended itself, as by Ctrl-C, which does not reach the program's own session
+    except BaseException:
+        # This process is being ended, as by Ctrl-C, which does not reach the program's own session.
         _end(process)
         raise
 
@@ -169,8 +179,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _lives(process: subprocess.Popen[bytes]) -> bool:
     """Whether anything of the program's group of processes is left."""
-    process.poll()  # else it would be left itself, as one that nobody has waited for
+    # A process that has ended stays in its group until somebody asks for its exit code.
+    process.poll()
     try:
+        # Signal 0 is not sent; the call only fails where there is nobody to send it to.
         os.killpg(process.pid, 0)
     except ProcessLookupError:
         return False
@@ -178,7 +190,11 @@ def _lives(process: subprocess.Popen[bytes]) -> bool:
 
 
 def install_wheels(python: str, site: Path) -> str:
-    """Install ``.whl/*.whl`` into ``site``; returns what went wrong."""
+    """Install ``.whl/*.whl`` into ``site``; returns what went wrong.
+
+    A machine with a GPU may have no network: wheels travel with the checkout, and pip looks nowhere
+    else.
+    """
     wheels = sorted(glob.glob(str(ROOT / ".whl/*.whl")))
     if not wheels:
         return ""
@@ -191,7 +207,10 @@ def install_wheels(python: str, site: Path) -> str:
 def probe(python: str, site: Path) -> dict[str, bool]:
     """Return which modules there are, and whether there is a GPU. Raises ``ValueError`` where that
     cannot be found out."""
-    names = ["torch", "triton", *sorted({name for step in STEPS for name in step.modules})]
+    wanted: set[str] = set()
+    for step in STEPS:
+        wanted.update(step.modules)
+    names = ["torch", "triton", *sorted(wanted)]
     path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [python, "-c", PROBE, *names],
@@ -202,21 +221,22 @@ def probe(python: str, site: Path) -> dict[str, bool]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ValueError(f"{python} cannot be asked for its modules: {last}")
+    # The last line: importing a module may print.
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def check_machine(modules: dict[str, bool], python: str, dry: bool) -> None:
     """Raise ``ValueError`` where nothing could be measured."""
     if not modules.get("torch"):
-        raise ValueError(f"{python} has no torch; PYTHON names another interpreter")
+        raise ValueError(f"{python} has no torch; set PYTHON to an interpreter that has it")
     if not modules.get("gpu") and not dry:
         raise ValueError(
             f"torch of {python} finds no CUDA device; --dry tries the same path on a CPU"
         )
     if dry and not modules.get("interpreter", True):
         print(
-            "gpu_all.sh: Triton before 3.7 cannot interpret kernels beside NumPy 2.4 and later:"
-            " steps with kernels will fail in this dry run (on a GPU they do not interpret any)",
+            "gpu_all.sh: Triton before 3.7 cannot interpret kernels with NumPy 2.4 and later:"
+            " steps with kernels will fail in this dry run (on a GPU nothing is interpreted)",
             file=sys.stderr,
             flush=True,
         )

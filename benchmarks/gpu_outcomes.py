@@ -12,7 +12,8 @@ from benchmarks.gpu_steps import Step
 
 STATE = "gpu_all.json"
 FRESH = timedelta(hours=3)
-"""A record that is older was measured by other code, as one that was committed with its results."""
+"""Age up to which a record is continued. An older one, such as the one that is committed with the
+results, may have been measured by other code."""
 
 
 @dataclass
@@ -20,13 +21,15 @@ class Outcome:
     """What became of a step, in all calls so far."""
 
     result: str = "not reached"
-    """ok; part: some cases had no time; failed; stopped: at its limit; not run; not reached."""
+    """``ok``, ``part`` (there was no time for some cases), ``failed``, ``stopped`` (at its limit),
+    ``not run`` or ``not reached``."""
     why: str = ""
     seconds: float = 0.0
-    """Of the last call that ran it."""
+    """Duration in the last call that ran it."""
     cpu_s: float = 0.0
-    """Processor time of that call."""
+    """Processor time in that call."""
     calls: int = 0
+    """Number of calls that ran it."""
 
     @property
     def failed(self) -> bool:
@@ -36,7 +39,9 @@ class Outcome:
 def unfinished(record: dict[str, Any]) -> list[str]:
     """Return the names of what a program's JSON says it had no time for."""
     left = list(record.get("not_reached") or [])
+    # tune keeps them in its part "sweep", because the rest of its file is what the kernels read.
     left += (record.get("sweep") or {}).get("not_reached") or []
+    # peers has a row for every arm, whose status says it.
     for case in record.get("cases") or []:
         for row in case["rows"]:
             if row["status"].startswith(("not reached", "stopped")):
@@ -63,7 +68,9 @@ class Record:
             steps = content["steps"]
             begun = datetime.fromisoformat(content["begun"])
             age = self.begun - begun
-            found = {name: Outcome(**outcome) for name, outcome in steps.items()}
+            found = {}
+            for name, outcome in steps.items():
+                found[name] = Outcome(**outcome)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self.path} is not a record of earlier calls ({error!r}); move it away"
@@ -71,6 +78,7 @@ class Record:
         if age > FRESH:
             print(f"{self.path} was begun on {begun:%Y-%m-%d}: beginning anew", flush=True)
             return
+        # Mixed, tiny sizes on a CPU would stand among a GPU's times.
         if was_dry != self.dry:
             kind = "a dry run" if was_dry else "a run on a GPU"
             raise ValueError(
@@ -83,6 +91,7 @@ class Record:
         """Note an outcome and write the record, whole or not at all."""
         self.outcomes[name] = outcome
         steps = {step: asdict(found) for step, found in self.outcomes.items()}
+        # Renaming replaces the old record at once: a call that is killed while it writes leaves it.
         part = self.path.with_suffix(".part")
         content = {"dry": self.dry, "begun": self.begun.isoformat(), "steps": steps}
         part.write_text(json.dumps(content, indent=1) + "\n")
@@ -92,4 +101,6 @@ class Record:
         """Return what is not done: the unfinished in the table's order, then what failed by
         itself."""
         left = [step for step in steps if self.outcomes[step.name].result != "ok"]
+        # What failed comes last: it may well fail again, and must not take the time of the others.
+        # Sorting is stable, so both parts keep the table's order.
         return sorted(left, key=lambda step: self.outcomes[step.name].result == "failed")

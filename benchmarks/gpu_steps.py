@@ -1,5 +1,5 @@
-"""Name the steps of ``gpu_all.sh``, in the order of what they tell, with the share of its time that
-each may take. Shares are what an H100 with 16 cores needed.
+"""List the steps of ``gpu_all.sh``, the most telling first, with the share of its time that each
+may take. Shares are what an H100 with 16 cores needed.
 
 Standard library only: the driver that reads this table runs before anything is known to be
 installed.
@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MEGATRON = ("megatron.core", "megatron.bridge", "omegaconf")
-"""What wheels bring; torch, triton, transformers and peft are taken to be there, and rows say so
-where they are not."""
+"""Modules that wheels bring; torch, triton, transformers and peft are taken to be installed, and
+rows say so where they are not."""
 TESTS = (*MEGATRON, "pytest", "hypothesis", "matplotlib")
-"""What programs need that import tests/prepare.py."""
+"""Modules that a program needs which imports tests/prepare.py."""
 RESULTS = "{results}"
 OUT = "{out}"
 BUDGET = "{budget}"
-"""Stand in a command for the folder of all results, the step's own JSON, and the seconds that its
-program may take."""
+"""Placeholders in a command: the folder of all results, the step's own JSON, and the seconds that
+its program may take."""
 
 
 @dataclass(frozen=True)
@@ -27,27 +27,27 @@ class Step:
 
     name: str
     share: int
-    """Seconds of ``SECONDS``; of another total in proportion. What a step leaves over goes to the
-    next."""
+    """Seconds that it may take of ``SECONDS``, in proportion for another total. What a step leaves
+    over goes to the next."""
     shows: str
-    """What it is for, as ``--list`` and the summary say it."""
+    """Purpose, as ``--list`` and the summary say it."""
     result: str
-    """Its JSON in the results' folder."""
+    """Name of its JSON in the results' folder."""
     command: tuple[str, ...]
-    """Behind the interpreter, in a run on a GPU."""
+    """Arguments of the interpreter in a run on a GPU."""
     dry: tuple[str, ...] | None = None
     """The same at tiny sizes on a CPU; None: the command with ``--dry``."""
     environment: Mapping[str, str] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
-    """Without one of these it is not run."""
+    """Modules without which the step is not run."""
     after: str = ""
-    """A JSON of an earlier step without which it is not run."""
+    """JSON of an earlier step without which this one is not run."""
     interpreted: bool = True
-    """Whether its kernels are interpreted in a dry run; else the plain loop computes."""
+    """Whether Triton's interpreter runs its kernels in a dry run; else the plain loop computes."""
     margin_s: int = 8
-    """Of its limit, what its program does not get, to write and to end."""
+    """Seconds of its limit that its program does not get, to write and to end."""
     least_s: int = 0
-    """It is not started with less time than this on a GPU."""
+    """Seconds on a GPU without which it is not started."""
     usual: bool = True
     """Whether it is run where no step is named."""
 
@@ -58,10 +58,11 @@ def program(module: str, *options: str) -> tuple[str, ...]:
 
 
 SECONDS = 540
+"""Time of all usual steps together; ``--seconds`` gives another."""
 UNTUNED = {"MEGALORA_TUNED": "off"}
 TUNED = {"MEGALORA_TUNED": f"{RESULTS}/gpu_tuned.json"}
-"""The table just written. Steps after ``tune`` take it where it is there
-(``gpu_all.environment_of``)."""
+"""The table that ``tune`` writes. Later steps use it where it exists
+(``gpu_machine.Machine.environment_of``)."""
 
 STEPS = (
     Step(
@@ -72,7 +73,7 @@ STEPS = (
         "anchors", 15, "what this GPU does at best: memory, L2, dense GEMM",
         "gpu_anchors.json", program("anchors"), margin_s=2,
     ),
-    # a point takes 7 s, and compiling its variants about as much
+    # A point takes 7 s, and compiling its variants about as much.
     Step(
         "tune", 95, "which variant of the grouped GEMM is fastest for which product",
         "gpu_tuned.json", program("tune"),
@@ -82,18 +83,18 @@ STEPS = (
         "gpu_kernels_tuned.json", program("bench_grouped_lora", "--quick"), environment=TUNED,
         after="gpu_tuned.json",
     ),
-    # the first pair takes 70 s, of which imports and weights are most
+    # The first pair takes 70 s, mostly for imports and for drawing weights.
     Step(
         "peers", 100, "Megatron-Bridge's LoRA, PEFT, Unsloth, grouped_mm beside ours",
         "gpu_peers.json", program("peers"), environment=TUNED,
     ),
-    # all cases at once: 50 s on 16 cores, and 15 s for the oracle
+    # All cases at once take 50 s on 16 cores, and the oracle 15 s.
     Step(
         "shared", 75, "layouts whose ranks share the GPU against float64",
         "gpu_shared.json", program("shared_gpu", "--at-once", "8"), modules=TESTS,
         interpreted=False,
     ),
-    # a layout takes a minute
+    # A layout takes a minute.
     Step(
         "layouts", 80, "megalora bench: recomputation and microbatches beside the planner",
         "gpu_layouts.json", program("layouts"), environment=TUNED, modules=MEGATRON,
@@ -133,13 +134,15 @@ def named(names: Sequence[str]) -> list[Step]:
     Raises:
         ValueError: there is no such step.
     """
-    known = {step.name: step for step in STEPS}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"no step is called {unknown[0]!r}; there are {', '.join(known)}")
-    if not names:
-        return [step for step in STEPS if step.usual]
-    return [step for step in STEPS if step.name in names]
+    known = [step.name for step in STEPS]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no step is called {name!r}; there are {', '.join(known)}")
+    chosen = []
+    for step in STEPS:
+        if step.name in names or (step.usual and not names):
+            chosen.append(step)
+    return chosen
 
 
 def command_of(step: Step, results: Path, budget_s: float, dry: bool) -> list[str]:
@@ -157,6 +160,7 @@ def limits(steps: Sequence[Step], seconds: float) -> dict[str, float]:
     Shares are scaled so that together they take ``seconds``. A step that ends early leaves its rest
     to the next, since the moments stay where they are.
     """
+    # Only the steps of this call: a few named ones share all of the time.
     whole = sum(step.share for step in steps)
     ends: dict[str, float] = {}
     passed = 0

@@ -1,12 +1,12 @@
 """Measure the check before step 1 (``train.check_base: layer``) at the sizes of Qwen3-30B-A3B, on
 one rank of this host.
 
-    python -m benchmarks.layer_check [--threads 1] [--runs 3] [--out
-    benchmarks/results/layer_check.json]
+    python -m benchmarks.layer_check --threads 1 --runs 3 --out layer_check.json
 
 Writes a model of one layer with random bfloat16 weights to a temporary folder (2.5 GB), loads it as
-a run does, and takes the time of the check, the largest difference it finds, and transformers' own
-rounding: the same layer by the same classes in float32 and in float64, on the same inputs.
+a run does, and measures the time of the check, the largest difference it finds, and the rounding of
+transformers itself: the same layer by the same classes in float32 and in float64, on the same
+inputs.
 """
 
 import argparse
@@ -65,6 +65,7 @@ def measure(folder: Path, runs: int) -> dict[str, Any]:
     parallel = ParallelConfig()
     dtype = torch.bfloat16
     seconds = []
+    # Beside wall time, which depends on what else the machine does.
     cpu_seconds = []
     line = ""
     with parallel_groups(parallel) as groups:
@@ -99,20 +100,23 @@ def rounding(folder: Path, dtype: torch.dtype) -> dict[str, float]:
 
     single, chosen = reference_records(folder, dtype, torch.float32)
     double, again = reference_records(folder, dtype, torch.float64)
-    same_T = torch.stack(
-        [(a == b).all(1) for a, b in zip(chosen, again, strict=True)] or [torch.ones(16).bool()]
-    ).all(0)
-    return {
-        name: relative_difference(value[same_T].double(), other[same_T])
-        for (name, value), (_, other) in zip(single, double, strict=True)
-    }
+    # Tokens with the same experts in float32 and float64, for either input of the MLP. A dense
+    # layer chooses none, so all tokens count.
+    num_tokens = single[0][1].shape[0]
+    same_T = torch.ones(num_tokens, dtype=torch.bool)
+    for experts_TK, other_TK in zip(chosen, again, strict=True):
+        same_T &= (experts_TK == other_TK).all(1)
+    found = {}
+    for (name, value), (_, other) in zip(single, double, strict=True):
+        found[name] = relative_difference(value[same_T].double(), other[same_T])
+    return found
 
 
 def reference_records(
     folder: Path, dtype: torch.dtype, compute: torch.dtype
 ) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
-    """What the check notes of transformers' last layer, computed in a dtype, and each token's
-    experts for either input."""
+    """Outputs of the modules of transformers' last layer, computed in ``compute``, as the check
+    records them; and each token's experts for either input of its MLP."""
     from megalora.model.families.family import DECODER_MODULES
     from megalora.verify import records as r
     from megalora.verify.reference import Reference
@@ -122,6 +126,7 @@ def reference_records(
     number = len(reference.layers) - 1
     inputs = r.Inputs.make(config.vocab_size, config.hidden_size, config.max_position_embeddings)
     x_TH = inputs.x_TH.to(compute)
+    # transformers computes the rotary tables in float32 whatever the model's dtype.
     cos, sin = reference.base.rotary_emb(inputs.x_TH[None], inputs.positions_T[None])
     tables = (cos.to(compute), sin.to(compute))
     reference.load(reference.base.norm)
@@ -129,6 +134,8 @@ def reference_records(
     chosen: list[Tensor] = []
     if reference.experts_path(number):
         reference.load_experts(number, range(config.num_experts))
+        # The experts' second argument is [T, k]; sorted, since the order of a token's experts
+        # does not matter.
         reference.experts.register_forward_pre_hook(
             lambda module, args: chosen.append(args[1].sort(1).values)
         )
@@ -136,17 +143,19 @@ def reference_records(
     found: r.Records = []
     with r.noted(layer, r.THEIRS, DECODER_MODULES, found):
         reference.run(number, x_TH, inputs.positions_T, tables)
+    # The check gives the MLP a second input, whose gates go far beyond those of the first.
     with r.noted(layer, r.THEIRS, DECODER_MODULES, found, " (second input)"):
         layer.mlp(r.driven(dict(found)["post-attention norm"])[None])
     return found, chosen
 
 
 def write_base(folder: Path, config: dict[str, Any]) -> Path:
-    """A Hugging Face folder with random weights N(0, 0.02), norms N(1, 0.1), one file for each
-    layer and one for the rest."""
+    """Write a Hugging Face folder with random weights N(0, 0.02), norms N(1, 0.1), one file for
+    each layer and one for the rest."""
     torch.manual_seed(0)
     files = {"ends": dict(_ends(config))}
-    files |= {f"layer{n}": dict(_layer(config, n)) for n in range(config["num_hidden_layers"])}
+    for number in range(config["num_hidden_layers"]):
+        files[f"layer{number}"] = dict(_layer(config, number))
     where = {}
     for file, tensors in files.items():
         save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
@@ -159,12 +168,14 @@ def write_base(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def _ends(c: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors before the first layer and after the last."""
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         yield name, _random(c["vocab_size"], c["hidden_size"])
     yield "model.norm.weight", _norm(c["hidden_size"])
 
 
 def _layer(c: dict[str, Any], number: int) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of one layer by their published names, each expert's apart."""
     prefix = f"model.layers.{number}"
     hidden = c["hidden_size"]
     head = c["head_dim"]

@@ -1,13 +1,14 @@
-"""One model, one batch and one set of starting factors for every library that ``peers`` compares.
+"""Define one model, one batch and one set of starting factors for every library that ``peers``
+compares.
 
 Weights are a function of (seed, published name), so that each process draws its own and all hold
 the same values (``random_weights.py``); so are the A's. B starts at zero everywhere.
 
 A's are drawn for four inputs of a layer: attention's (q, k, v), o_proj's, the experts' (gate, up)
 and down_proj's. Libraries differ in how many A's read one input: megalora has one per projection,
-PEFT one for gate and up, Bridge one for q, k and v too. For a proof of equality those that have
-several start them equal and add up their gradients; then all of them train the same function with
-the same optimizer (``Tied``).
+PEFT one for gate and up, Bridge one for q, k and v too. To prove that they compute the same, those
+with several start them equal and add up their gradients; then all of them train the same function
+with the same optimizer (``Tied``).
 
 Shape legend: E experts   R rank   H hidden   I expert intermediate
 """
@@ -24,7 +25,7 @@ from benchmarks.train_arms import Setup, Training
 from benchmarks.train_case import QWEN3_30B_A3B
 
 Input = Literal["qkv", "o", "gate_up", "down"]
-"""What one A reads: see above."""
+"""Input that an A reads, as the module's docstring has them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Shape:
         return Setup(dict(self.config), self.rank, self.num_tokens, device, dtype)
 
     def sizes(self) -> dict[str, Any]:
-        """What the record says of it."""
+        """Sizes that the record states."""
         names = (
             "num_hidden_layers", "hidden_size", "moe_intermediate_size", "num_experts",
             "num_experts_per_tok",
@@ -74,7 +75,7 @@ CPU_SHAPES = (
         vocab_size=2048,
     ),
 )  # fmt: skip
-"""The tokens are those of one sample of GSM8K, a usual microbatch where there are two cores."""
+"""128 tokens are one sample of GSM8K, a usual microbatch on a machine with two cores."""
 GPU_SHAPES = (_shape("8 layers of Qwen3-30B-A3B", 4096, 16, num_hidden_layers=8),)
 DRY_SHAPES = (
     _shape(
@@ -96,7 +97,9 @@ def initial_a(setup: Setup, layer: int, read: Input) -> Tensor:
         "down": c["moe_intermediate_size"],
     }[read]
     lead = (c["num_experts"],) if read in ("gate_up", "down") else ()
+    # On the CPU: a GPU's generator draws other numbers from the same seed.
     g = generator(torch.device("cpu"), setup.seed, "A", layer, read)
+    # Kaiming-uniform with a = sqrt(5) has the bound 1 / sqrt(inputs).
     return torch.empty(*lead, setup.rank, features).uniform_(-1, 1, generator=g) * features**-0.5
 
 
@@ -110,6 +113,10 @@ class Tied:
 
     @torch.no_grad()
     def add_up(self) -> None:
+        """Give every A of a group the sum of the group's gradients.
+
+        One A that all of them shared would have that sum as its gradient.
+        """
         for group in self.groups:
             gradients = [gradient() for gradient in group]
             total = torch.stack(gradients).sum(0)
@@ -124,6 +131,6 @@ class PeerArm:
     training: Training
     tied: Tied
     same_factors: bool
-    """Whether, tied, it trains the function that megalora trains: then the losses of all steps must
-    agree."""
+    """Whether, with its A's tied, it trains the function that megalora trains: then the losses of
+    all steps must agree."""
     model: nn.Module

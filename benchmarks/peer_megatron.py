@@ -44,8 +44,8 @@ def _start_and_tie(shards: list[Any], setup: Setup) -> Tied:
     parameter.
     """
     starts: dict[tuple[int, Input], Tensor] = {}
-    # For each input: where its A's lie. All experts of a projection are one entry: the same ranks
-    # of one parameter.
+    # For each input, the places of its A's. All experts of a projection are one entry, as they are
+    # the same ranks of one parameter: gate's A is rows 0 to r of the stacked one, up's the rest.
     places: dict[tuple[int, Input], dict[tuple[Any, str], Callable[[], Tensor]]] = defaultdict(dict)
     for shard in shards:
         # B starts as zero everywhere.
@@ -69,12 +69,13 @@ def _start_and_tie(shards: list[Any], setup: Setup) -> Tied:
 
 
 def _main_gradient(parameter: Any, index: tuple[Any, ...]) -> Callable[[], Tensor]:
+    # Megatron's DDP adds gradients up in ``main_grad`` and leaves ``grad`` empty.
     return lambda: parameter.main_grad[index]
 
 
 @contextmanager
 def megalora(setup: Setup) -> Iterator[PeerArm]:
-    """megalora as it trains: an adapter on each of q, k, v, o, gate, up and down."""
+    """megalora with its usual adapters, on each of q, k, v, o, gate, up and down."""
     with on_megatron(setup) as groups:
         model = adapted_base(setup, groups)
         [chunk] = model.chunks
@@ -89,8 +90,8 @@ def megalora(setup: Setup) -> Iterator[PeerArm]:
 
 
 class ComposedExperts(nn.Module):
-    """megalora's experts with LoRA out of torch's operations: three grouped GEMMs, a scale and an
-    add per linear."""
+    """Experts with LoRA composed of torch's operations: for each linear three grouped GEMMs, a
+    scale and an add."""
 
     def __init__(self, base: Any, layer: int, setup: Setup) -> None:
         super().__init__()
@@ -102,12 +103,14 @@ class ComposedExperts(nn.Module):
         self.a2 = nn.Parameter(initial_a(setup, layer, "down").to(**new))
         self.b1 = nn.Parameter(torch.zeros(E, J, setup.rank, **new))
         self.b2 = nn.Parameter(torch.zeros(E, H, setup.rank, **new))
+        # down reads the activation, whose width the base's weight says.
         assert self.a2.shape == (E, setup.rank, inner)
 
     def forward(self, x_TH: Tensor, routing: Routing, probs_M: Tensor) -> tuple[Tensor, None]:
         x_MH = permute(x_TH, routing)
         ends = routing.offsets_E
         gate, up = split_linear(x_MH, self.base.gate_up, self.a1, self.b1, ends).chunk(2, dim=1)
+        # The router's weight before down, which is linear: as megalora and Megatron have it.
         h_MI = F.silu(gate) * up * probs_M[:, None].to(gate.dtype)
         return unpermute(split_linear(h_MI, self.base.down, self.a2, self.b2, ends), routing), None
 
@@ -117,12 +120,13 @@ class ComposedExperts(nn.Module):
 
 @contextmanager
 def composed(setup: Setup) -> Iterator[PeerArm]:
-    """megalora's model and attention; experts as they are written first, without a kernel of their
-    own."""
+    """megalora's model and attention; experts as one would write them first, without kernels of
+    their own."""
     with on_megatron(setup) as groups:
         model = adapted_base(setup, groups, target_modules=list(ATTENTION))
         chunk: Any = model.chunks[0]
         tied = _start_and_tie(model.shards, setup)
+        # Megatron numbers layers from 1.
         for layer in chunk.decoder.layers:
             layer.mlp.experts = ComposedExperts(layer.mlp.experts, layer.layer_number - 1, setup)
         note = "megalora's attention; experts of grouped_mm, one adapter on gate and up"
@@ -155,6 +159,7 @@ def _bridge(setup: Setup, shared: bool, grouped: bool) -> Iterator[PeerArm]:
 def _start_bridge(chunk: nn.Module, setup: Setup, shared: bool) -> None:
     """Fill the A's of Bridge's adapters; B is zero from the start. An adapter for all experts
     starts as expert 0's."""
+    # By Megatron's names of linears; fc1 is gate and up stacked, fc2 is down.
     reads: dict[str, Input] = {
         "self_attention.linear_qkv": "qkv", "self_attention.linear_proj": "o",
         "linear_fc1": "gate_up",
@@ -166,21 +171,25 @@ def _start_bridge(chunk: nn.Module, setup: Setup, shared: bool) -> None:
             continue
         layer = int(re.findall(r"layers\.(\d+)", name)[0])
         expert = re.findall(r"local_experts\.(\d+)", name)
-        start = initial_a(
-            setup, layer, next(read for end, read in reads.items() if f"{end}.adapter" in name)
-        )
-        if expert or (shared and ".experts." in name):
-            start = start[int(expert[0]) if expert else 0]
+        [linear] = [linear for linear in reads if f"{linear}.adapter" in name]
+        start = initial_a(setup, layer, reads[linear])
+        # SequentialMLP has a module for each expert, grouped experts one tensor [E, R, in] for all.
+        if expert:
+            start = start[int(expert[0])]
+        elif shared and ".experts." in name:
+            start = start[0]
         module.linear_in.weight.copy_(start)  # pyright: ignore
         num_started += 1
+    # qkv, proj, fc1 and fc2 of every layer at least: a name that was not matched would leave an
+    # adapter as Bridge has drawn it.
     assert num_started >= 4 * setup.config["num_hidden_layers"], (
         f"Bridge adapted {num_started} linears"
     )
 
 
 def bridge_default(setup: Setup) -> Any:
-    """Bridge's default: one adapter that all experts of a rank share. Its grouped experts alone can
-    have that."""
+    """Bridge's default: one adapter that all experts of a rank share, which only its grouped
+    experts can have."""
     return _bridge(setup, shared=True, grouped=True)
 
 

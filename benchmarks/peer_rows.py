@@ -1,5 +1,5 @@
-"""Make the rows of the comparison: whether losses agree, ratios of steps taken in one round, and
-the table."""
+"""Make the rows of the comparison: check that losses agree, compute ratios of steps taken in one
+round, and show the table."""
 
 import math
 import statistics
@@ -13,20 +13,22 @@ from benchmarks.gpu_timing import number, table
 from benchmarks.peer_worker import Sample
 
 BASE_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
-"""Difference of the first loss, the base's, over that loss. Rounding gives 1e-7 in float32."""
+"""Largest relative difference of the first loss, which is the base's. Rounding gives 1e-7 in
+float32."""
 STEP_LIMIT = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
-"""Difference of a later loss over what the loss has fallen by in all: 1e-5 in float32; an alpha of
-half or twice the size gives 0.3 and more."""
+"""Largest difference of a later loss, as a share of what the loss has fallen by in all. Rounding
+gives 1e-5 in float32; an alpha of half or twice the size gives 0.3 and more."""
 GOALS = {"bridge per expert": 1.5, "peft": 3.0}
 """How many times as long as megalora's a step should take on a CPU."""
 TIMES = ("over_megalora", "step_ms", "passes_ms", "rounds", "peak_bytes")
+"""Fields of a row that mean something only where the arms compute the same."""
 
 
 def check_losses(
     rows: Mapping[str, Mapping[str, Any]], names: Iterable[str], reference: str, dtype: torch.dtype
 ) -> list[str]:
-    """What is wrong with the losses of the arms ``names``, in words; nothing where they agree with
-    the reference's."""
+    """What is wrong with the losses of the arms ``names``, a sentence each; empty where they agree
+    with the reference's."""
     wrong = []
     want = rows[reference]["losses"]
     fall = want[0] - want[-1]
@@ -42,17 +44,23 @@ def check_losses(
                 f" {want[0]}"
             )
         elif row["same_factors"]:
-            limit = STEP_LIMIT[dtype] * fall
-            if not all(abs(a - b) <= limit for a, b in zip(row["losses"], want, strict=True)):
+            if differ(row["losses"], want, STEP_LIMIT[dtype] * fall):
                 wrong.append(f"{name}: losses {row['losses']} differ from {reference}'s {want}")
+        # Other factors train another way; that they train is all that can be asked.
         elif not row["losses"][-1] < row["losses"][0]:
             wrong.append(f"{name}: the loss does not fall: {row['losses']}")
     return wrong
 
 
+def differ(ours: Sequence[float], theirs: Sequence[float], limit: float) -> bool:
+    """Whether a loss differs from the other side's by more than ``limit``; NaN does."""
+    return any(not abs(a - b) <= limit for a, b in zip(ours, theirs, strict=True))
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, 10th and 90th percentile."""
     tenths = values
+    # Quantiles need two values.
     if len(values) > 1:
         tenths = statistics.quantiles(values, n=10, method="inclusive")
     return {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1]}
@@ -63,10 +71,12 @@ def ratios(taken: Sequence[Sample], reference: Sequence[Sample]) -> dict[str, An
     measures."""
     over = {}
     for field in fields(Sample):
-        pairs = zip(taken, reference, strict=False)  # an arm that failed on the way has fewer
-        over[field.name] = spread(
-            [getattr(a, field.name) / getattr(b, field.name) for a, b in pairs]
-        )
+        # Within a round: what slows the machine down for a while slows both steps of it.
+        of_rounds = []
+        # An arm that failed on the way has fewer rounds.
+        for ours, theirs in zip(taken, reference, strict=False):
+            of_rounds.append(getattr(ours, field.name) / getattr(theirs, field.name))
+        over[field.name] = spread(of_rounds)
     return {"rounds": len(taken), "over_megalora": over}
 
 
@@ -82,7 +92,10 @@ def without_times(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of a comparison whose arms do not agree."""
     kept = []
     for row in rows:
-        kept.append({key: value for key, value in row.items() if key not in TIMES})
+        without = dict(row)
+        for name in TIMES:
+            without.pop(name, None)
+        kept.append(without)
     return kept
 
 
@@ -135,6 +148,7 @@ def _line(row: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _goals(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Whether each peer takes as many times as long as the goal says."""
     lines = []
     for row in rows:
         if row["arm"] in GOALS and "over_megalora" in row:

@@ -1,4 +1,5 @@
-"""Arms of the comparison on transformers: stock PEFT, and Unsloth where it is installed."""
+"""Build the arms of the comparison that run on transformers: stock PEFT, and Unsloth where it is
+installed."""
 
 import re
 from collections import defaultdict
@@ -13,6 +14,8 @@ from benchmarks import train_arms
 from benchmarks.peer_case import Input, PeerArm, Tied, initial_a
 from benchmarks.train_arms import Setup
 
+# transformers keeps a layer's experts in two tensors, which PEFT adapts by their names: it has no
+# module for each expert.
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 READS: dict[str, Input] = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_up_proj": "gate_up",
@@ -31,6 +34,7 @@ def _start_and_tie(model: nn.Module, setup: Setup) -> Tied:
         layer = int(re.findall(r"layers\.(\d+)", name)[0])
         # A wrapper of a parameter says which one; of a linear its own name does.
         read = READS[getattr(module, "parameter_name", name.rsplit(".", 1)[-1])]
+        # Of experts [E R, in]: ours, [E, R, in], has the same order in memory.
         a: Any = module.lora_A.default.weight  # pyright: ignore
         a.copy_(initial_a(setup, layer, read).view(a.shape))
         gradients[layer, read].append(_gradient(a))
@@ -38,6 +42,7 @@ def _start_and_tie(model: nn.Module, setup: Setup) -> Tied:
 
 
 def _gradient(parameter: nn.Parameter) -> Callable[[], Tensor]:
+    # Looked up at each call: the optimizer's ``zero_grad`` drops the tensor.
     def gradient() -> Tensor:
         assert parameter.grad is not None
         return parameter.grad
@@ -57,8 +62,8 @@ def peft(setup: Setup) -> Iterator[PeerArm]:
 
 @contextmanager
 def unsloth(setup: Setup) -> Iterator[PeerArm]:
-    """Unsloth as its notebooks use it; where its adapters lie is its own affair, so only the base
-    is compared."""
+    """Unsloth as its notebooks use it. Which linears share an adapter is its own choice, so only
+    the base's loss is compared."""
     with train_arms.unsloth_model(setup) as model:
         training = train_arms.training(
             model, setup, "FastModel, its own adapters", gate_up_is_one=True

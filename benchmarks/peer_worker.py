@@ -1,8 +1,8 @@
-"""One arm of the comparison in a process of its own, which takes its turn when it is told to.
+"""Run one arm of the comparison in a process of its own, which takes its turn when it is told to.
 
-Processes, because libraries change each other: Unsloth changes transformers, and Bridge's layer
-file and megalora's stand-ins for it cannot both be imported. A worker that waits for its turn takes
-no processor time.
+Each arm needs a process because libraries change each other: Unsloth changes transformers, and
+Bridge's layer file and megalora's stand-ins for it cannot both be imported. A worker that waits for
+its turn takes no processor time.
 """
 
 import importlib
@@ -30,7 +30,7 @@ ARMS = {
     "grouped_mm composed": "benchmarks.peer_megatron:composed",
     "unsloth": "benchmarks.peer_transformers:unsloth",
 }
-"""In the order in which they are wanted."""
+"""Arm to the function that builds it, the most wanted first: time may run out."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Sample:
     passes: float
     step: float
     passes_cpu: float
-    """The same in processor time of this process."""
+    """Processor time of this process in ``passes``."""
     step_cpu: float
+    """The same in ``step``."""
 
 
 class ArmFailed(Exception):
@@ -59,27 +60,33 @@ def status_of(error: BaseException) -> str:
 
 def work(connection: Connection, name: str, setup: Setup, threads: int) -> None:
     """Import, build when told to, then answer commands until the connection ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # progress bars
+    # Libraries write progress bars to stdout, among the lines of the comparison.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(threads)
     module, function = ARMS[name].split(":")
     try:
         build = getattr(importlib.import_module(module), function)
+        # Imported, which takes the time; weights are drawn when memory is there for them.
         connection.recv()
         with build(setup) as arm:
             connection.send(("ok", _described(arm)))
             _serve(connection, arm, setup)
     except (EOFError, BrokenPipeError):
+        # The comparison has ended.
         return
-    except Exception as error:  # another library's failure is its row's content
+    except Exception as error:
+        # Another library's failure is what its row says. What a row says whole needs no traceback.
         if not isinstance(error, ModuleNotFoundError | torch.OutOfMemoryError):
             traceback.print_exc()
         connection.send(("failed", status_of(error)))
 
 
 def _described(arm: PeerArm) -> dict[str, Any]:
-    weights = sum(
-        p.numel() * p.element_size() for p in arm.model.parameters() if not p.requires_grad
-    )
+    """What the row of an arm says before anything is timed."""
+    weights = 0
+    for parameter in arm.model.parameters():
+        if not parameter.requires_grad:
+            weights += parameter.numel() * parameter.element_size()
     return {
         "note": arm.training.note,
         "same_factors": arm.same_factors,
@@ -89,6 +96,7 @@ def _described(arm: PeerArm) -> dict[str, Any]:
 
 
 def _serve(connection: Connection, arm: PeerArm, setup: Setup) -> None:
+    """Answer commands until the other side closes the connection, which ``recv`` raises."""
     commands: dict[str, Callable[..., Any]] = {
         "prove": lambda steps: prove(arm, steps),
         "turn": lambda _: turn(arm),
@@ -106,6 +114,7 @@ def prove(arm: PeerArm, steps: int) -> list[float]:
         losses.append(arm.training.forward_backward())
         arm.tied.add_up()
         arm.training.update()
+    # Read at the end: each would wait for the device.
     return [float(loss) for loss in losses]
 
 
@@ -113,6 +122,7 @@ def turn(arm: PeerArm) -> Sample:
     """One training step as the library takes it, timed."""
     from megalora.host import Stopwatch, seconds_between, synchronize
 
+    # What another arm has left on the device's queue is not this step's.
     synchronize()
     begun = Stopwatch.mark()
     cpu_begun = time.process_time()

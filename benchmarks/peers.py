@@ -6,11 +6,11 @@ tokens and routing.
 Arms: megalora; Megatron-Bridge's LoRA, with an adapter per expert and as its default (one for all
     experts); stock PEFT on transformers; torch's grouped_mm composed; Unsloth where it is
     installed. An arm whose packages are missing is a row that says so. Each has a process; they
-    step in turns, many short rounds, and a ratio is between two steps of one round.
+    step in turns in many short rounds, and a ratio is between two steps of one round.
 
-Before anything is timed, losses must agree: the first of all arms, which is the base's, and every
-one of those that train the same factors. If one does not, there are no times and the exit code is
-1.
+Before anything is timed, losses must agree: the first loss of all arms, which is the base's, and
+all losses of those that train the same factors. If one differs, no times are given and the exit
+code is 1.
 """
 
 import argparse
@@ -32,24 +32,25 @@ from benchmarks.peer_worker import ARMS, ArmFailed, Sample, work
 
 REFERENCE = "megalora"
 CUT_OFF = ("stopped", "not reached")
-"""How the status of an arm begins that a second call runs."""
+"""Beginnings of the status of an arm that a second call runs again."""
 PROOF_STEPS = 5
+"""Steps whose losses are compared."""
 LEAST_SECONDS = 15.0
-"""A pair on a GPU is not begun with less time than this."""
+"""Seconds without which a pair on a GPU is not begun."""
 ROUNDS = {"cpu": 60, "cuda": 12}
-"""At most; a processor's times vary by far more than a GPU's."""
+"""Largest number of rounds; a processor's times vary by far more than a GPU's."""
 PRELOADED = (
     "megalora.model.hf_weights",
     "benchmarks.bridge_model",
     "benchmarks.peer_megatron",
     "peft",
 )
-"""What the workers of a CPU run inherit instead of importing it one by one; the first makes Bridge
-importable."""
+"""Modules that the workers of a CPU run inherit by forking instead of importing them one by one;
+the first makes Bridge importable."""
 
 
 class Worker:
-    """An arm's process and the way to it; ended when the block ends."""
+    """The process of an arm and the connection to it; ended when the block ends."""
 
     def __init__(self, name: str, setup: Any, threads: int, budget: Budget) -> None:
         self.name = name
@@ -77,12 +78,12 @@ class Worker:
             self.process.join()
 
     def tell(self, command: str, argument: Any = None) -> None:
-        # One that has ended has left its last words to be heard.
+        # A worker that has ended has left its last words in the pipe, which ``hear`` reads.
         with suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send((command, argument))
 
     def hear(self) -> Any:
-        """What it answers.
+        """The worker's answer.
 
         Raises:
             ArmFailed: it cannot go on, has ended, or has not answered in time.

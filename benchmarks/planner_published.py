@@ -1,12 +1,13 @@
-"""Published figures of LoRA on Qwen3-30B-A3B beside what the planner predicts for the same set-up,
-as far as it is stated.
+"""Compare published figures of LoRA on Qwen3-30B-A3B with what the planner predicts for the same
+set-up, as far as it is stated.
 
-None of them is megalora: other adapters' code, other kernels, other optimizers. A prediction below
-a published memory or above a published speed is no proof of an error. Above it: Unsloth's 63 GB
-leave 2 GB beside 61 GB of bfloat16 weights, which all-linear r16 with float32 gradients and Adam
-(843 million parameters, 18 bytes each) does not fit; that run trained less or kept less. What a
-source leaves open is filled in here and said to be so. Left out: full pre-training and full
-training (another optimizer, another backward), gpt-oss (no architecture here).
+None of them was measured with megalora: adapters, kernels and optimizers are others. So a
+prediction below a published memory, or above a published speed, proves no error. Above a published
+memory is Unsloth's: its 63 GB leave 2 GB beside 61 GB of bfloat16 weights, which is too little for
+all-linear r16 with float32 gradients and Adam (843 million parameters, 18 bytes each); that run
+trained less or kept less. What a source leaves open is filled in here, and marked so. Left out are
+pre-training and full training (another optimizer, another backward) and gpt-oss (no architecture
+here).
 """
 
 from dataclasses import dataclass
@@ -41,9 +42,10 @@ class Published:
     recompute: Recompute = "off"
     gib: float | None = None
     tokens_per_second: float | None = None
-    """Per GPU."""
+    """Rate of one GPU."""
 
     def plan(self) -> tuple[PlannedModel, ParallelLayout, Workload]:
+        """The planner's question for this set-up; raises ``ValueError`` where it is not legal."""
         model = PlannedModel.of(load_shape(MODEL), LoRAConfig(**self.lora))
         work = Workload(
             sequence_length=self.sequence_length, global_batch_size=self.global_batch_size
@@ -62,6 +64,8 @@ _SWIFT = {
     "parallel": {"ep": 2}, "lora": {"rank": 8},
     "sequence_length": 2048, "global_batch_size": 16, "gib": 62.0, "tokens_per_second": 3200.0,
 }  # fmt: skip
+# ms-swift stands here twice, with two usual settings: its source states neither the microbatch nor
+# whether activations were recomputed.
 PUBLISHED = [
     Published(
         who="Megatron-Bridge",
@@ -115,13 +119,14 @@ PUBLISHED = [
 
 
 def predicted_tokens_per_second(published: Published, machine: str = "h100") -> float:
-    """Per GPU, by ``step_time``."""
+    """Predicted rate of one GPU, by ``step_time``."""
     model, layout, work = published.plan()
     seconds = step_time(model, layout, work, GPUS[machine]).seconds
     return work.global_batch_size * work.sequence_length / seconds / layout.num_ranks
 
 
 def rows() -> list[dict[str, Any]]:
+    """Published and predicted figures of every source."""
     found = []
     for published in PUBLISHED:
         model, layout, work = published.plan()
@@ -137,7 +142,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """A table in Markdown, with a note on what it can show."""
     lines = [
         (
             "| who | stated | assumed by us | GiB published | predicted | tokens/s/GPU published |"

@@ -1,8 +1,8 @@
-"""Compute torch's grouped GEMM with quack-kernels instead, behind the same function of ours.
+"""Compute the grouped GEMM with quack-kernels instead of torch, behind the same function of ours.
 
-quack-kernels (Apache-2.0, CuTe DSL) compiles for the GPU at first use, without nvcc: 4 to 7 s a
-kernel. AugmentedWeight operands, the passes between and autograd stay ours, so an arm differs from
-``ours grouped_mm joined`` in the GEMM alone.
+quack-kernels (Apache-2.0, CuTe DSL) compiles for the GPU at first use, without nvcc, in 4 to 7 s a
+kernel. Operands (``AugmentedWeight``), the passes between and autograd stay ours, so that an arm
+differs from ``ours grouped_mm joined`` in the GEMM alone.
 
 Shape legend: M routed rows   E experts   K inputs   N outputs
 """
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 Tile = dict[str, Any]
 OWN_CHOICE: Tile = {}
-"""quack's default: 128 x 192 tiles, each warp group one of its own."""
+"""quack's default: tiles of 128 x 192, one for each warp group."""
 WIDE: Tile = {
     "tile_m": 128, "tile_n": 256, "pingpong": False, "cluster_m": 2, "cluster_n": 1,
     "is_dynamic_persistent": False,
 }  # fmt: skip
-"""The tile that reads the least per FLOP; both warp groups work on one."""
+"""The tile that reads the fewest bytes per FLOP; both warp groups work on one."""
 
 
 class QuackGemm:
@@ -44,9 +44,8 @@ class QuackGemm:
         _find_cutlass()
         interface = importlib.import_module("quack.gemm_interface")
         config = importlib.import_module("quack.gemm_config").GemmConfig
-        self.gemm: Callable[..., object] = (
-            interface.gemm_tuned.fn
-        )  # the function behind the tuner: one config, no sweep
+        # The function behind the tuner: one config, no sweep.
+        self.gemm: Callable[..., object] = interface.gemm_tuned.fn
         self.config = config(**tile) if tile else None
         self.calls = 0
         self.ends: Tensor | None = None
@@ -54,7 +53,9 @@ class QuackGemm:
 
     def __call__(self, x_MK: Tensor, w_EKN: Tensor, *, offs: Tensor) -> Tensor:
         """Return ``x[m] @ w[e]`` for the rows m of every expert e, which ends at ``offs[e]``."""
-        if offs is not self.ends:  # once for each routing, as a layer would keep it
+        # quack wants the boundaries with a leading 0. Made once for each routing, as a layer would
+        # keep them: made at each call, the padding would be timed too.
+        if offs is not self.ends:
             self.ends = offs
             self.bounds = F.pad(offs, (1, 0))
         self.calls += 1
@@ -76,11 +77,11 @@ def _find_cutlass() -> None:
 @contextmanager
 def _instead_of_torch(gemm: QuackGemm) -> Iterator[None]:
     """Have ``grouped_gemm_vendor`` call quack, in autograd's threads too."""
-    # The package re-exports functions under their modules' names, so plain attribute access finds a
-    # function.
+    # Not ``megalora_kernels.grouped_gemm``: the package exports a function under the module's name.
     module: Any = importlib.import_module("megalora_kernels.grouped_gemm")
     torch_s = module._grouped_mm
     before = gemm.calls
+    # A module's global, not a context variable: backward runs in threads of autograd.
     module._grouped_mm = gemm
     try:
         yield

@@ -1,5 +1,5 @@
-"""Base weights that every training arm shares: each process draws its own, all hold the same
-values."""
+"""Draw the base weights that every training arm shares: each process draws its own, and all hold
+the same values."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -12,14 +12,15 @@ EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def generator(device: torch.device, *key: object) -> torch.Generator:
-    """Random numbers as a function of ``key``."""
+    """A generator whose numbers are a function of ``key``."""
+    # Python's own hash of a string differs from process to process. 63 bits: seeds are int64.
     digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class RandomWeights(Mapping[str, Tensor]):
-    """Published name -> tensor, drawn when it is asked for: norms 1, the embedding N(0, 1), others
-    N(0, 1 / inputs).
+    """Published name to tensor, drawn when it is asked for: norms are 1, the embedding is N(0, 1),
+    others are N(0, 1 / inputs), so that activations keep their size through the layers.
 
     Experts have the names of published files, one matrix each. ``stacked`` gives those of a layer
     in one tensor.
@@ -33,9 +34,11 @@ class RandomWeights(Mapping[str, Tensor]):
         self.device = device
         self.seed = seed
         self.shapes = dict(self._shapes())
+        # A layer's experts are asked for one by one; each time all 128 would be drawn.
         self._last: tuple[str, Tensor] | None = None
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes as transformers has them, experts stacked."""
         c = self.config
         H = c["hidden_size"]
         E = c["num_experts"]
@@ -59,7 +62,7 @@ class RandomWeights(Mapping[str, Tensor]):
                 yield f"model.layers.{i}.{name}", shape
 
     def stacked(self, name: str) -> Tensor:
-        """A tensor as transformers holds it, a layer's experts together; the last one is kept."""
+        """A tensor as transformers holds it, with a layer's experts in one; the last is kept."""
         if self._last is None or self._last[0] != name:
             shape = self.shapes[name]
             if "norm" in name:
@@ -75,10 +78,12 @@ class RandomWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if ".mlp.experts." not in name:
             return self.stacked(name)
+        # "model.layers.0.mlp" and "5.gate_proj.weight"
         layer, _, rest = name.partition(".experts.")
         expert, projection, _ = rest.split(".")
         if projection == "down_proj":
             return self.stacked(f"{layer}.experts.down_proj")[int(expert)]
+        # [2 I, H]: gate's rows, then up's.
         halves = self.stacked(f"{layer}.experts.gate_up_proj")[int(expert)].chunk(2)
         return halves[projection == "up_proj"]
 
@@ -86,18 +91,18 @@ class RandomWeights(Mapping[str, Tensor]):
         for name in self.shapes:
             if ".experts." not in name:
                 yield name
+            # Once for each layer: its other stacked tensor, down_proj, is named here too.
             elif name.endswith("gate_up_proj"):
                 layer = name.removesuffix("gate_up_proj")
                 for e in range(self.config["num_experts"]):
-                    yield from (
-                        f"{layer}{e}.{projection}.weight" for projection in EXPERT_PROJECTIONS
-                    )
+                    for projection in EXPERT_PROJECTIONS:
+                        yield f"{layer}{e}.{projection}.weight"
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     @torch.no_grad()
     def fill(self, model: nn.Module) -> None:
-        """Write them into a model of transformers."""
+        """Write the weights into a model of transformers."""
         for name, parameter in model.named_parameters():
             parameter.copy_(self.stacked(name))

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from megalora_kernels.variants import Product, rule
 
-from benchmarks.tile_model import H100, HIDDEN_INNER, SIZE, cost, floor_us
+from benchmarks.tile_gpus import H100
+from benchmarks.tile_model import HIDDEN_INNER, SIZE, cost, floor_us
 
 CUTLASS_TFLOPS = 640.0
 TOP_K = 8  # experts per token

@@ -4,11 +4,12 @@
     python -m benchmarks.tile_model --gpu h200 --rank 32
     python -m benchmarks.tile_model --l2-tb-per-s 10    with the L2 bandwidth from anchors.py
 
-A tile takes the longest of three, which overlap: the tensor cores multiply, their operands are read
-from shared memory, and copies from L2 fill it. Before and after it stand a prologue and an epilogue
-that nothing hides. The whole product takes no less than its traffic with HBM. The model knows
-nothing of how an operand is loaded (pointers or TMA) beyond the registers it takes, and balanced
-experts are assumed. Predictions: to be set beside what tune.py and bench_grouped_lora.py measure.
+Three things overlap while a tile is computed: the tensor cores multiply, their operands are read
+from shared memory, and copies from L2 fill it. The tile takes as long as the slowest of them, and
+before and after it a prologue and an epilogue that nothing hides. The whole product takes no less
+than its traffic with HBM. The model does not know how an operand is loaded (by pointers or TMA)
+beyond the registers that this takes, and assumes balanced experts. Its predictions are to be set
+beside what tune.py and bench_grouped_lora.py measure.
 
 Shape legend: M routed rows   E experts   K inputs   N outputs   R rank
 """
@@ -22,77 +23,12 @@ import torch
 from megalora_kernels.variants import Product, Variant, candidates, rule, shared_bytes, tile_rank
 
 from benchmarks.gpu_timing import table
+from benchmarks.tile_gpus import GPUS, H100, Constant, Gpu
 from benchmarks.tune_points import variant_label
 
-Basis = Literal["read", "measured", "assumed"]
-"""``read``: published by the vendor; ``measured``: on such a GPU, before this project had one;
-``assumed``: a guess, which anchors.py puts to the test."""
 Bound = Literal["tensor cores", "shared memory", "L2", "HBM"]
-SIZE = 2  # bytes of bfloat16
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A figure with its origin."""
-
-    value: float
-    unit: str
-    basis: Basis
-    source: str
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The rates that bind a GEMM; those of one multiprocessor (SM) are per clock cycle."""
-
-    name: str
-    processors: Constant
-    clock_ghz: Constant
-    dense_tflops: Constant
-    """The best that a dense GEMM reaches: clocks fall under load."""
-    hbm_tb_per_s: Constant
-    l2_tb_per_s: Constant
-    shared_bytes_per_cycle: Constant
-    """What one SM reads from and writes to shared memory: wgmma takes both operands from it, and
-    copies land in it."""
-    ends_cycles: Constant
-    """Prologue and epilogue of a tile."""
-
-    @property
-    def flops_per_cycle(self) -> float:
-        """What one SM sustains."""
-        return self.dense_tflops.value * 1e3 / self.processors.value / self.clock_ghz.value
-
-    @property
-    def l2_bytes_per_cycle(self) -> float:
-        """One SM's share."""
-        return self.l2_tb_per_s.value * 1e3 / self.processors.value / self.clock_ghz.value
-
-
-H100 = Gpu(
-    name="h100",
-    processors=Constant(132, "SMs", "read", "NVIDIA H100 SXM data sheet"),
-    clock_ghz=Constant(1.755, "GHz", "assumed", "clock under load; the highest is 1.98"),
-    dense_tflops=Constant(
-        790, "TFLOP/s", "assumed", "others' H100: dense bfloat16, 8192 x 8192 x 8192"
-    ),
-    hbm_tb_per_s=Constant(
-        3.0, "TB/s", "assumed", "others' H100: copy of a large buffer, reads and writes"
-    ),
-    l2_tb_per_s=Constant(7.0, "TB/s", "assumed", "30 bytes per SM and cycle"),
-    shared_bytes_per_cycle=Constant(
-        128, "bytes/cycle", "read", "CUDA C programming guide: 32 banks of 4 bytes"
-    ),
-    ends_cycles=Constant(1800, "cycles", "assumed", "four stages filled once, 64 KB stored once"),
-)
-H200 = replace(
-    H100,
-    name="h200",
-    hbm_tb_per_s=Constant(
-        4.3, "TB/s", "assumed", "others' H200: copy of a large buffer, reads and writes"
-    ),
-)
-GPUS = {gpu.name: gpu for gpu in (H100, H200)}
+SIZE = 2
+"""Bytes of bfloat16."""
 
 # Shares of a tile's ends that stay visible, assumed: other programs of the same SM work meanwhile,
 # or, in a persistent program, the copies for the next tile begin before this one's epilogue.
@@ -103,6 +39,7 @@ SHARED_OF_SM = 233472
 SHARED_RESERVED = 1024
 REGISTERS_OF_SM = 65536
 REGISTERS_OF_THREAD = 255
+# One wgmma instruction multiplies 64 rows by up to 256 columns over 16 terms in bfloat16 (PTX ISA).
 WGMMA_ROWS = 64
 WGMMA_DEPTH = 16
 
@@ -114,9 +51,12 @@ def programs_per_sm(variant: Variant, product: Product) -> int:
     """How many programs fit one SM; 0: none. Registers beside the accumulator are an estimate from
     compiled variants."""
     threads = 32 * variant.num_warps
+    # The tile's sums stay in registers, a float32 each, divided over the program's threads: 128 x
+    # 256 over 8 warps are 128 for each thread.
     accumulator = variant.block_m * variant.block_n // threads
     addresses = 40 if variant.rows == "tma" else 60
     registers = accumulator + addresses + (45 if variant.persistent else 0)
+    # The compiler would spill to memory, which costs more than any tile gains.
     if registers > REGISTERS_OF_THREAD:
         return 0
     by_registers = REGISTERS_OF_SM // (registers * threads)
@@ -135,7 +75,9 @@ def tile_cycles(variant: Variant, depth: float, gpu: Gpu) -> dict[Bound, float]:
     blocks_of_rows = max(1, m // WGMMA_ROWS)
     columns = n if blocks_of_rows >= groups else n * blocks_of_rows // groups
     instructions = depth / WGMMA_DEPTH * (m / WGMMA_ROWS) * (n / columns)
+    # Every instruction reads its rows and its columns from shared memory; nothing is kept.
     read = instructions * SIZE * WGMMA_DEPTH * (WGMMA_ROWS + columns)
+    # The tile's part of x, [m, depth], and of the weight, [n, depth], each arrive once.
     copied = SIZE * depth * (m + n)
     return {
         "tensor cores": flops / gpu.flops_per_cycle,
@@ -160,8 +102,10 @@ class Cost:
 def floor_us(product: Product, experts: int, gpu: Gpu = H100) -> float:
     """The traffic with HBM: weights once, rows in, rows out, and the adapter's S and B."""
     rows = experts * product.rows_per_expert
+    # [x | S] times [W | B]: the adapter adds its rank to the terms of every sum.
     depth = product.K + product.rank
     moved = SIZE * (rows * (depth + product.N) + experts * depth * product.N)
+    # Bytes over TB/s, in microseconds.
     return moved / gpu.hbm_tb_per_s.value / 1e6
 
 
@@ -177,6 +121,7 @@ def cost(variant: Variant, product: Product, experts: int, gpu: Gpu = H100) -> C
             f"{variant_label(variant)} needs more registers or shared memory than an SM has; take a"
             " smaller tile"
         )
+    # An expert's last tile is computed whole, however few of its rows there are.
     blocks_of_rows = math.ceil(product.rows_per_expert / variant.block_m)
     blocks_of_columns = math.ceil(product.N / variant.block_n)
     tiles = experts * blocks_of_rows * blocks_of_columns
@@ -188,13 +133,18 @@ def cost(variant: Variant, product: Product, experts: int, gpu: Gpu = H100) -> C
     waves: float = tiles / gpu.processors.value
     if per_sm == 1:
         waves = math.ceil(waves)
-    visible = VISIBLE_SHARED_SM if per_sm > 1 else VISIBLE_PERSISTENT if variant.persistent else 1.0
+    visible = 1.0
+    if per_sm > 1:
+        visible = VISIBLE_SHARED_SM
+    elif variant.persistent:
+        visible = VISIBLE_PERSISTENT
     us = waves * (cycles[bound] + visible * gpu.ends_cycles.value) / gpu.clock_ghz.value / 1e3
 
     floor = floor_us(product, experts, gpu)
     if floor > us:
         us = floor
         bound = "HBM"
+    # The base's alone: adapters are a cost, so their FLOPs do not raise the rate.
     flops = 2 * experts * product.rows_per_expert * product.N * product.K
     return Cost(us, bound, flops / us / 1e6)
 
@@ -211,8 +161,9 @@ POINTS = (
     (16, 4096),
     (16, 8192),
 )
-"""Experts of a rank and rows for each."""
+"""Experts of a rank and rows for each: all 128 on one GPU, or the 16 of one of 8 ranks."""
 HIDDEN_INNER = {"30b": (2048, 768), "235b": (4096, 1536)}
+"""Hidden size and expert intermediate size of Qwen3-30B-A3B and Qwen3-235B-A22B."""
 
 
 def products(model: str, experts: int, rows: float, rank: int) -> dict[str, Product]:
@@ -233,6 +184,8 @@ def products(model: str, experts: int, rows: float, rank: int) -> dict[str, Prod
     ) -> Product:
         return Product(op, torch.bfloat16, N, K, R, gathers, rows, blocks)
 
+    # Gate and up are one product with two blocks of outputs; in the gradient of their input they
+    # are one sum over 2 I terms.
     return {
         "gate_up forward": product("forward", 2 * inner, H, 2 * rank, gathered, 2),
         "down forward": product("forward", H, inner, rank, False),
@@ -252,6 +205,7 @@ def best(product: Product, experts: int, gpu: Gpu = H100) -> Variant:
     """The fastest of the candidates by this model; the first of equals, so the rule's where nothing
     beats it."""
     fitting = [variant for variant in candidates(product) if programs_per_sm(variant, product)]
+    # Rounded to a picosecond, so that equal times are equal whatever order their terms had.
     return min(fitting, key=lambda variant: round(cost(variant, product, experts, gpu).us, 6))
 
 
@@ -312,12 +266,18 @@ def lines(model: str, rank: int, gpu: Gpu) -> list[Line]:
         for name, product in products(model, experts, rows, rank).items():
             chosen = rule(product)
             fastest = best(product, experts, gpu)
-            before, now, least = (
-                cost(variant, product, experts, gpu)
-                for variant in (last_release(product), chosen, fastest)
+            line = Line(
+                experts,
+                rows,
+                name,
+                floor_us=floor_us(product, experts, gpu),
+                before=cost(last_release(product), product, experts, gpu),
+                now=cost(chosen, product, experts, gpu),
+                best=cost(fastest, product, experts, gpu),
+                rule=chosen,
+                best_variant=fastest,
             )
-            floor = floor_us(product, experts, gpu)
-            found.append(Line(experts, rows, name, floor, before, now, least, chosen, fastest))
+            found.append(line)
     return found
 
 
@@ -335,14 +295,25 @@ HEADER = (
 
 
 def show(found: list[Line]) -> str:
-    cells = []
+    """The table of predictions, one row for each product."""
+    rows = []
     for line in found:
-        times = [f"{us:.0f}" for us in (line.floor_us, line.before.us, line.now.us, line.best.us)]
-        rate = f"{line.best.tflops:.0f}"
-        bounds = (line.before.bound, line.best.bound)
-        same = "the rule's" if line.best_variant == line.rule else variant_label(line.best_variant)
-        cells.append((f"E{line.experts} x {line.rows} {line.name}", *times, rate, *bounds, same))
-    return table(HEADER, cells)
+        best_variant = variant_label(line.best_variant)
+        if line.best_variant == line.rule:
+            best_variant = "the rule's"
+        cells = (
+            f"E{line.experts} x {line.rows} {line.name}",
+            f"{line.floor_us:.0f}",
+            f"{line.before.us:.0f}",
+            f"{line.now.us:.0f}",
+            f"{line.best.us:.0f}",
+            f"{line.best.tflops:.0f}",
+            line.before.bound,
+            line.best.bound,
+            best_variant,
+        )
+        rows.append(cells)
+    return table(HEADER, rows)
 
 
 def main() -> None:
@@ -352,16 +323,16 @@ def main() -> None:
     parser.add_argument("--gpu", choices=GPUS, default="h100")
     parser.add_argument("--model", choices=HIDDEN_INNER, default="30b")
     parser.add_argument(
-        "--rank", type=int, default=0, help="of an adapter on each projection; 0: the base alone"
+        "--rank", type=int, default=0, help="rank of each projection's adapter; 0: the base alone"
     )
     parser.add_argument("--l2-tb-per-s", type=float, help="L2 bandwidth instead of the assumed one")
     args = parser.parse_args()
     if args.rank < 0:
-        parser.error(f"--rank {args.rank}: ranks are 0 (no adapter) and up")
+        parser.error(f"--rank {args.rank}: a rank is 0 (no adapter) or more")
     gpu = GPUS[args.gpu]
     if args.l2_tb_per_s is not None:
         if args.l2_tb_per_s <= 0:
-            parser.error(f"--l2-tb-per-s {args.l2_tb_per_s}: a bandwidth is more than 0")
+            parser.error(f"--l2-tb-per-s {args.l2_tb_per_s}: a bandwidth must be more than 0")
         gpu = replace(
             gpu, l2_tb_per_s=Constant(args.l2_tb_per_s, "TB/s", "measured", "the command line")
         )

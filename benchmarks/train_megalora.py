@@ -1,5 +1,5 @@
-"""Training arms on Megatron-Core: megalora's own step, and what it shares with arms of others on
-the same model."""
+"""Build training arms on Megatron-Core: megalora's own step, and what it shares with other
+libraries' arms on the same model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,8 @@ def on_megatron(setup: Setup) -> Iterator[Any]:
     """Megatron's process groups of one rank, for as long as the block runs."""
     from megalora import host
 
-    host.install()  # before anything from megatron
+    # Before anything from megatron is imported: on a CPU it answers Megatron's calls of torch.cuda.
+    host.install()
     from megalora.config import ParallelConfig
     from megalora.parallel import parallel_groups
 
@@ -26,8 +27,8 @@ def on_megatron(setup: Setup) -> Iterator[Any]:
 
 
 def frozen_base(setup: Setup, **how: Any) -> nn.Module:
-    """What ``megalora.model.build.build_model`` makes, with the weights that all arms share in
-    place of a folder's; ``how`` as for ``make_chunks``."""
+    """The model that ``megalora.model.build.build_model`` makes, with the weights that all arms
+    share instead of a folder's; ``how`` as for ``make_chunks``."""
     from megalora.config import ParallelConfig
     from megalora.model.build import make_chunks
     from megalora.model.fields import model_shape
@@ -43,8 +44,10 @@ def frozen_base(setup: Setup, **how: Any) -> nn.Module:
 
 
 def model_config(setup: Setup) -> Any:
+    """The ``model:`` section of such a run; its path stands for the weights in messages alone."""
     from megalora.config import ModelConfig
 
+    # A config has "bfloat16" where torch prints "torch.bfloat16".
     dtype: Any = str(setup.dtype).removeprefix("torch.")
     return ModelConfig(path="shared weights", dtype=dtype)
 
@@ -59,6 +62,7 @@ def adapted_base(setup: Setup, groups: Any, **lora: Any) -> Any:
 
     section = LoRAConfig(rank=setup.rank, alpha=ALPHA_OVER_RANK * setup.rank, **lora)
     shape = model_shape(setup.config)
+    # ``adapt_base`` chooses how experts are stored by the back end, then asks for a model of that.
     return adapt_base(
         lambda *_, formats: [frozen_base(setup, formats=formats)],
         shape, resolve(section, shape), groups,
@@ -68,8 +72,8 @@ def adapted_base(setup: Setup, groups: Any, **lora: Any) -> Any:
 
 
 def training_on_megatron(chunk: nn.Module, setup: Setup, groups: Any, note: str) -> Training:
-    """megalora's training step for what is trainable in ``chunk``: Megatron's schedule, DDP and
-    sharded AdamW."""
+    """megalora's training step for the trainable parameters of ``chunk``: Megatron's schedule, DDP
+    and sharded AdamW."""
     from megalora.config import TrainConfig
     from megalora.data.loader import Batch
     from megalora.train.assemble import make_stepper
@@ -77,7 +81,7 @@ def training_on_megatron(chunk: nn.Module, setup: Setup, groups: Any, note: str)
 
     parameters = [p for p in chunk.parameters() if p.requires_grad]
     for parameter in parameters:
-        # another library's: nothing to sum over the tensor-parallel group
+        # Another library's parameter: nothing is summed over the tensor-parallel group.
         if not hasattr(parameter, "sum_group"):
             parameter.sum_group = None  # pyright: ignore[reportAttributeAccessIssue]
     # No clipping: the arms on transformers have none.
@@ -85,6 +89,7 @@ def training_on_megatron(chunk: nn.Module, setup: Setup, groups: Any, note: str)
     stepper, optimizer = make_stepper(settings, setup.dtype, [chunk], groups)
     tokens = setup.batch().cpu()
     mask = torch.ones(tokens.shape)
+    # Each token's label is the next; the last has none, and rolling gives it the first.
     mask[:, -1] = 0
     batch = Batch(tokens, tokens.roll(-1, 1), mask)
 
@@ -98,7 +103,7 @@ def training_on_megatron(chunk: nn.Module, setup: Setup, groups: Any, note: str)
 
 @contextmanager
 def megalora(setup: Setup) -> Iterator[Training]:
-    """One rank, all experts."""
+    """megalora's own training, on one rank with all experts."""
     with on_megatron(setup) as groups:
         [chunk] = adapted_base(setup, groups).chunks
         yield training_on_megatron(chunk, setup, groups, "megalora on Megatron-Core")

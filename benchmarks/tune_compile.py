@@ -28,13 +28,16 @@ from benchmarks.gpu_timing import first_line
 from benchmarks.tune_points import Gemm, launch, make_operands
 
 JOB_SECONDS = 60
-"""A compiler that needs longer hangs: others take about one."""
+"""Seconds after which a compiler is taken to hang: others take about one."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel to compile. Its strides and integers are those of ``experts`` experts of the
-    GEMM."""
+    """A kernel to compile, with the strides and integers of ``experts`` experts of the GEMM.
+
+    Triton compiles a kernel anew where an integer argument is 1 or a multiple of 16, so what is
+    compiled here must have the arguments of what is launched later.
+    """
 
     gemm: Gemm
     experts: int
@@ -47,6 +50,7 @@ class Job:
     @classmethod
     def read(cls, line: str) -> "Job":
         found = json.loads(line)
+        # JSON has lists alone, and a Gemm with a list in it could not be a key.
         gemm = {**found["gemm"], "ranks": tuple(found["gemm"]["ranks"])}
         return cls(Gemm(**gemm), found["experts"], Variant(**found["variant"]), found["dtype"])
 
@@ -61,14 +65,15 @@ def compile_all(
     """Compile in parallel.
 
     Args:
-        jobs: the first are begun first.
+        jobs: what to compile, the most important first.
         command: starts a process that answers each job's line with ``ok`` or a reason.
-        num_processes: at once.
-        seconds: after which no job is begun.
+        num_processes: number of such processes at once.
+        seconds: time after which no job is begun.
+        job_seconds: time after which a job is taken to hang.
 
     Returns:
-        None for each job that compiled, why not for each that did not; a job that was not reached,
-            or that the end cut off, is not there.
+        None for each job that compiled, the reason for each that did not. A job that was not
+            reached, or that the end cut off, has no entry.
     """
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
@@ -76,6 +81,7 @@ def compile_all(
     found: dict[Job, str | None] = {}
     end = time.monotonic() + seconds
 
+    # A thread for each child: it does nothing but wait for answers, so Python's lock is free.
     def work() -> None:
         child: _Child | None = None
         while time.monotonic() < end:
@@ -91,6 +97,7 @@ def compile_all(
             cut_off = child.timed_out and allowed_s < job_seconds
             if not cut_off:
                 found[job] = None if answer == "ok" else answer
+            # The next job of this thread starts another.
             if child.died:
                 child = None
         if child is not None:
@@ -109,7 +116,9 @@ class _Child:
 
     def __init__(self, command: Sequence[str]) -> None:
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in _end)
+        # Without the GPU: a context of CUDA takes hundreds of MB of its memory for each process.
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        # Interpreted kernels are not compiled; a dry run compiles one in earnest.
         env.pop("TRITON_INTERPRET", None)
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -132,6 +141,7 @@ class _Child:
                 self.process.kill()
                 self.timed_out = True
                 return self._end(f"not compiled after {seconds:.0f} s; ")
+        # An empty line is the end of the pipe: the process has died over this job.
         return self.process.stdout.readline().strip() or self._end("")
 
     def stop(self) -> None:
@@ -146,21 +156,23 @@ class _Child:
         self.said.seek(0)
         lines = [line.strip() for line in self.said if line.strip()]
         self.said.close()
-        # An abort in MLIR prints its assertion and then pages of stack.
-        telling = [
-            line for line in lines if "ssertion" in line or "error" in line.lower()
-        ] or lines[-1:]
-        return (
-            f"{why}the compiler's process ended with {code}:"
-            f" {telling[0][:200] if telling else 'it said nothing'}"
-        )
+        return f"{why}the compiler's process ended with {code}: {telling_line(lines)[:200]}"
+
+
+def telling_line(lines: Sequence[str]) -> str:
+    """The line of a process's last words that says why it ended."""
+    # An abort in MLIR prints its assertion and then pages of stack.
+    for line in lines:
+        if "ssertion" in line or "error" in line.lower():
+            return line
+    return lines[-1] if lines else "it said nothing"
 
 
 # ---- in the process ------------------------------------------------------------------------------
 
 
 class NamedTarget:
-    """As much of a driver as the compiler asks for."""
+    """As much of a driver as Triton asks for when it compiles for a GPU that is not there."""
 
     def __init__(self, capability: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -184,6 +196,8 @@ def compile_only(capability: int) -> None:
 
     run = JITFunction.run
 
+    # ``warmup`` is Triton's own: compile for these arguments, put the kernel into the cache, and do
+    # not launch it.
     def without_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
@@ -199,12 +213,14 @@ def compile_one(job: Job) -> str:
     )
     try:
         launch(operands, job.variant)
-    except Exception as error:  # whatever a compiler raises: the variant is refused by the sweep
+    except Exception as error:
+        # Whatever a compiler raises: the sweep refuses the variant and says this.
         return first_line(error)
     return "ok"
 
 
 def main() -> None:
+    # 90 for compute capability 9.0.
     compile_only(int(sys.argv[1]))
     for line in sys.stdin:
         print(compile_one(Job.read(line)), flush=True)

@@ -1,4 +1,4 @@
-"""What the sweep measures: grouped GEMMs of real layers, their operands, and what each should give.
+"""Say what the sweep measures: grouped GEMMs of real layers, their operands and right results.
 
 Shape legend: M routed rows   T tokens   E experts   K inputs   N outputs   R rank of all blocks
 """
@@ -16,11 +16,13 @@ from torch import Tensor
 from benchmarks.expert_case import ALLOWED, SIZES, Sizes, Spec
 
 RANK = 16
-"""Of the adapters on gate, up and down; gate_up has those of two stacked."""
+"""Rank of the adapters on gate, up and down; gate_up has those of two stacked."""
 TOP_K = 8
+"""Experts of a token, in both models."""
 UNEVEN = (0, 1, 63, 64, 127, 129, 300, 257, 0, 31, 128, 255, 2, 0, 65, 16)
-"""Rows of each expert where variants are checked first. 16 experts, as in what is timed: Triton
-compiles a kernel anew for integers that 16 does not divide."""
+"""Rows of each expert where variants are checked first: none, one, and one less and more than a
+tile of 64, 128 or 256. 16 experts, as in what is timed: Triton compiles a kernel anew for integers
+that 16 does not divide."""
 UNEVEN_DRY = (0, 1, 17, 0)
 
 
@@ -33,7 +35,8 @@ class Gemm:
     N: int
     K: int
     ranks: tuple[int, ...]
-    """Of each block of N; gate and up are two blocks forward and one in the input's gradient."""
+    """Rank of each block of N; gate and up are two blocks forward and one in the gradient of their
+    input."""
     gathered: bool
 
     def product(self, dtype: torch.dtype, rows_per_expert: float) -> Product:
@@ -71,13 +74,16 @@ class Group:
 
     points: tuple[Point, ...]
     layers: tuple[Spec, ...] = ()
-    """Whole layers, by Triton and by torch's grouped GEMM: from many rows per expert to few."""
+    """Whole layers, to be timed by Triton and by torch's grouped GEMM, from many rows per expert to
+    few."""
 
 
 def gemms_of(sizes: Sizes, rank: int = RANK) -> tuple[Gemm, ...]:
     """The four GEMMs of a layer's experts, forward and for the gradients of their inputs."""
     hidden = sizes.hidden
     inner = sizes.inner
+    # Rows are gathered where tokens are read, and where the gradient of their output is: the GEMM
+    # sorts them by expert as it loads them.
     return (
         Gemm(f"{sizes.name} gate_up forward", "forward", 2 * inner, hidden, (rank, rank), True),
         Gemm(f"{sizes.name} down forward", "forward", hidden, inner, (rank,), False),
@@ -92,7 +98,8 @@ ranks."""
 REST = ((128, 256), (16, 2048), (128, 1024), (16, 8192), (128, 128), (128, 64))
 MANY_ROWS = ((16, 4096), (16, 2048), (16, 1024))
 FEWER_ROWS = ((128, 512), (128, 256), (128, 128))
-"""The same of whole layers: a crossing is looked for from many rows down."""
+"""The same for whole layers: torch's GEMM wins at many rows if at all, so the crossing is looked
+for from many rows down."""
 
 
 def groups() -> list[Group]:
@@ -109,11 +116,15 @@ def groups() -> list[Group]:
 def _group(
     sizes: Sizes, gemms_at: Sequence[tuple[int, int]], layers_at: Sequence[tuple[int, int]]
 ) -> Group:
-    points = [Point(gemm, *at) for at in gemms_at for gemm in gemms_of(sizes)]
-    specs = [
-        Spec(sizes, rows * experts // TOP_K, experts, RANK, "balanced")
-        for experts, rows in layers_at
-    ]
+    points = []
+    for experts, rows in gemms_at:
+        for gemm in gemms_of(sizes):
+            points.append(Point(gemm, experts, rows))
+    specs = []
+    for experts, rows in layers_at:
+        # A token has a row in each of its experts.
+        num_tokens = rows * experts // TOP_K
+        specs.append(Spec(sizes, num_tokens, experts, RANK, "balanced"))
     return Group(tuple(points), tuple(specs))
 
 
@@ -127,15 +138,17 @@ def dry_groups() -> list[Group]:
 
 @dataclass(frozen=True)
 class Operands:
-    """Of one grouped GEMM; the weight as it is stored, so that strides are those of training."""
+    """Operands of one grouped GEMM; the weight as it is stored, so that strides are those of
+    training."""
 
     x: Tensor
     w_EKN: Tensor
     routing: Routing
     s_MR: Tensor
     b: tuple[Tensor, ...]
-    """``[E, R_i, N / n]`` each."""
+    """The adapter's second factor for each of n blocks, ``[E, R_i, N / n]``."""
     source_M: Tensor | None
+    """Token of each row; None: rows are read as they lie."""
 
 
 Launch = Callable[[Operands, Variant], Tensor]
@@ -167,12 +180,15 @@ def make_operands(
     N = gemm.N
     K = gemm.K
     R = sum(gemm.ranks)
+    # As many tokens as have so many rows: what is read again and again comes from L2.
     T = max(1, M // TOP_K) if gemm.gathered else M
 
     def normal(*shape: int, size: float = 1.0) -> Tensor:
         t = torch.empty(*shape, device=device, dtype=dtype)
         return t.normal_(std=size, generator=g) if filled else t
 
+    # Weights are stored ``[E, outputs, inputs]``. Forward multiplies by the transpose; the gradient
+    # of the input, whose N are the layer's inputs, by the weight as it lies.
     forward = gemm.op == "forward"
     w = normal(E, N, K, size=K**-0.5) if forward else normal(E, K, N, size=K**-0.5)
     blocks = []
@@ -182,11 +198,9 @@ def make_operands(
         factor = normal(E, width, rank).transpose(1, 2) if forward else normal(E, rank, width)
         blocks.append(factor)
     ends = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
-    source = (
-        torch.randint(T, (M,), device=device, generator=g, dtype=torch.int32)
-        if gemm.gathered
-        else None
-    )
+    source = None
+    if gemm.gathered:
+        source = torch.randint(T, (M,), device=device, generator=g, dtype=torch.int32)
     return Operands(
         x=normal(T, K), w_EKN=w.transpose(1, 2) if forward else w, routing=Routing(ends, M),
         s_MR=normal(M, R, size=R**-0.5), b=tuple(blocks), source_M=source,
@@ -194,11 +208,12 @@ def make_operands(
 
 
 def reference(o: Operands) -> Tensor:
-    """The same in float32, expert after expert, by plain products."""
+    """The product in float32, expert after expert, by plain products."""
     y_MN = torch.empty(o.routing.num_rows, o.w_EKN.shape[2], device=o.x.device)
     x_MK = o.x if o.source_M is None else o.x[o.source_M.long()]
     for e, i, j in o.routing.spans():
         y_MN[i:j] = x_MK[i:j].float() @ o.w_EKN[e].float()
+        # Each block of outputs has its own ranks of S: gate's and up's stand side by side.
         first_rank = 0
         first_column = 0
         for b_ErN in o.b:

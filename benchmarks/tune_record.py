@@ -1,9 +1,9 @@
-"""Keep what a sweep has found so far: a table that kernels can read, and beside it what it rests
-on; written after every step.
+"""Keep what a sweep has found so far: a table that kernels can read, and beside it all that the
+table rests on. The file is written after every step.
 
-The part ``sweep`` holds refused variants with their reason, all times, and what was not reached.
-What is running stands in a small file beside it: the next process finds the name of a variant there
-that took the last one down, and refuses it.
+Its part ``sweep`` holds refused variants with their reason, all times, and what was not reached.
+The name of what is running stands in a small file beside it: where a variant crashed the process,
+the next one finds its name there and refuses it.
 """
 
 import json
@@ -27,7 +27,7 @@ from benchmarks.tune_points import Point
 
 MEANINGLESS = "a dry run on a CPU: times mean nothing"
 CONTINUED = ("refused", "points", "crossing", "failures", "seconds", "clocks")
-"""What a second call takes over from the first."""
+"""Attributes that a second call takes over from the first."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -40,13 +40,14 @@ class Record:
         self.dry = dry
         self.gpu = tuned.gpu_name(device)
         self.refused: dict[str, str] = {}
-        """``GEMM: variant`` -> why."""
+        """``GEMM: variant`` to the reason."""
         self.points: dict[str, dict[str, Any]] = {}
-        """By ``Point.label``: the row, or that the rule stands, and all times."""
+        """``Point.label`` to its row, or that the rule stands, and all times."""
         self.crossing: dict[str, dict[str, Any]] = {}
-        """By the layer's label: times of both back ends."""
+        """Label of a layer to the times of both back ends."""
         self.failures: dict[str, str] = {}
-        """Points and layers that could not be measured, and why; they are not tried again."""
+        """Points and layers that could not be measured, with the reason; they are not tried
+        again."""
         self.not_reached: list[str] = []
         self.seconds: dict[str, float] = {}
         self.clocks: list[str] = []
@@ -61,8 +62,11 @@ class Record:
             self.running.unlink()
 
     def _continue(self, found: dict[str, Any]) -> None:
-        """Take over what an earlier call wrote; raises ``ValueError`` where it was made by
-        something else."""
+        """Take over what an earlier call wrote.
+
+        Raises:
+            ValueError: it was measured on another GPU or with other versions.
+        """
         # Another torch or Triton compiles other kernels: their times do not belong in one table.
         versions = environment(self.device)["versions"]
         same = {
@@ -90,7 +94,8 @@ class Record:
             if point["row"]:
                 rows.append(point["row"])
             else:
-                # Said too, so that a neighbour's row is not taken where the rule was measured best.
+                # Written too: a look-up takes the row of the nearest number of rows per expert, and
+                # must not take one where the rule was measured to be best.
                 rule_stands.append(point["key"])
         # One choice of back end for each layer, from all its points.
         by_layer: dict[str, list[dict[str, Any]]] = {}
@@ -128,7 +133,7 @@ class Record:
         }
 
     def note_clocks(self, when: str) -> None:
-        """Clocks and temperature of the card now."""
+        """Note clocks and temperature of the card: a table of a throttled card is worth less."""
         found, names = smi(
             "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw"
         )
@@ -147,8 +152,7 @@ class Record:
 
 
 def smi(*fields: str) -> tuple[str | None, str]:
-    """(what nvidia-smi says of the first card, the names of it); None where there is no such
-    program."""
+    """What nvidia-smi says of the first card, None where it cannot; and the names of the fields."""
     names = ", ".join(fields)
     if shutil.which("nvidia-smi") is None:
         return None, names
@@ -158,7 +162,7 @@ def smi(*fields: str) -> tuple[str | None, str]:
 
 
 def key_of(product: Product, rows: int) -> dict[str, Any]:
-    """The fields that a row is found by."""
+    """The fields by which kernels look a row up."""
     p = product
     bucket = tuned.bucket_of(rows)
     key = Key(p.op, DTYPE_NAMES[p.dtype], p.N, p.K, tile_rank(p.rank), p.blocks, p.gathered, bucket)
@@ -177,7 +181,9 @@ def row_of(
 
 
 def layer_key(sizes: Sizes, dtype: torch.dtype, stacked_rank: int) -> dict[str, Any]:
-    """The fields that a layer's back end is found by."""
+    """The fields by which kernels look up a layer's back end."""
+    # Kernels pad the rank to what a tensor core multiplies, so one row holds for all ranks of a
+    # padded size.
     rank = tile_rank(stacked_rank)
     return {
         "dtype": DTYPE_NAMES[dtype],
@@ -188,7 +194,7 @@ def layer_key(sizes: Sizes, dtype: torch.dtype, stacked_rank: int) -> dict[str, 
 
 
 GAIN = 0.02
-"""Less than this is worth no row: tables stay short."""
+"""Share of the time that a variant must save to be worth a row: tables stay short."""
 
 
 def beats(us: float, other_us: float, spread: float) -> bool:
@@ -204,6 +210,7 @@ def vendor_from(points: list[dict[str, Any]]) -> int | None:
     for point in sorted(points, key=lambda point: (-point["rows_per_expert"], point["experts"])):
         triton = point["triton_us"]
         vendor = point["grouped_mm_us"]
+        # None: it could not run there, out of memory perhaps, and nothing can be said.
         if triton is None or vendor is None or not beats(vendor, triton, point["spread"]):
             break
         found = point["rows_per_expert"]

@@ -1,10 +1,10 @@
-"""Sweep over variants of the grouped GEMM: compile, check, time, write. What measures is passed in,
-so that tests bring a clock of their own.
+"""Sweep over variants of the grouped GEMM: compile, check, time, write. The tools that measure are
+passed in, so that tests bring a clock of their own.
 
 1. compile   every variant of a group of points in child processes; a point is begun when all of
              its variants were tried
-2. check     each variant on uneven experts, then at the very point: each row against float32, with
-             NaN in what it allocates; the same bits twice
+2. check     each variant on uneven experts, then at the sizes of the point: each row against
+             float32, with NaN in the memory that it allocates; the same bits twice
 3. round 1   all that passed, three times each, interleaved
 4. round 2   the best four and the rule's own, 20 times, interleaved: median and spread
 5. write     a row where the best beats the rule's by 2 % and by twice the spread, else that the
@@ -50,21 +50,22 @@ LayerTimer = Callable[[Spec], dict[str, Any]]
 ``spread``."""
 
 FINALISTS = 4
-"""So many of the first round go into the second, and the rule's own."""
+"""Number of variants that go from the first round into the second, beside the rule's own."""
 COMPILE_SHARE = 0.4
-"""Of the time that is left, for compiling a group."""
+"""Share of the time left that compiling a group may take."""
 LEAST_SECONDS = 3.0
-"""No point is begun with less."""
+"""Seconds without which no point is begun."""
 
 
 def worth_measuring(product: Product, device: torch.device) -> list[Variant]:
     """The rule's own variant first, then every other that can run."""
     limits = device_limits(device)
+    # Through a dict, which keeps the order and drops the second of equals.
     return list(dict.fromkeys([rule(product, *limits), *candidates(product, *limits)]))
 
 
 class DeadDevice(Exception):
-    """The device answers nothing any more in this process: an address out of bounds, say."""
+    """The device answers no more in this process, as after an access out of bounds."""
 
 
 class OutOfTime(Exception):
@@ -87,9 +88,9 @@ class Tools:
     """Whether the device still answers after an error."""
     now: Callable[[], float] = time.monotonic
     variants: Callable[[Product, torch.device], list[Variant]] = worth_measuring
-    """The rule's own first."""
+    """Variants to try for a product, the rule's own first."""
     repeats: tuple[int, int] = (3, 20)
-    """Of the two rounds."""
+    """Number of times that a variant runs in each of the two rounds."""
 
 
 class Sweep:
@@ -100,8 +101,9 @@ class Sweep:
         self.tools = tools
         self.end = tools.now() + seconds
         self.compiled: set[Job] = set()
-        """Compiled, or refused."""
+        """Kernels that were tried, whether they compiled or were refused."""
         self.checked: set[str] = set()
+        """``GEMM: variant`` of all that passed on uneven experts."""
         self.longest: dict[str, float] = {}
         """Seconds of the slowest point and the slowest layer so far."""
 
@@ -109,14 +111,14 @@ class Sweep:
         return self.end - self.tools.now()
 
     def measure(self, groups: Sequence[Group]) -> None:
-        """All that time allows, in order; what is on record already is not measured again."""
+        """Measure all that time allows, in order, but for what is on record already."""
         record = self.record
         tried = {*record.points, *record.crossing, *record.failures}
         remaining = []
         for group in groups:
-            points = tuple(point for point in group.points if point.label not in tried)
-            layers = tuple(spec for spec in group.layers if spec.label not in tried)
-            remaining.append(Group(points, layers))
+            points = [point for point in group.points if point.label not in tried]
+            layers = [spec for spec in group.layers if spec.label not in tried]
+            remaining.append(Group(tuple(points), tuple(layers)))
         # All of it first: a process that is killed leaves a file that says what it did not reach.
         record.not_reached = []
         for group in remaining:
@@ -140,12 +142,13 @@ class Sweep:
             seconds = self._timed(label, call)
             self.longest[kind] = max(self.longest.get(kind, 0.0), seconds)
         except DeadDevice:
+            # Not a failure of this point: the process must end, and another go on.
             raise
         except OutOfTime as error:
             print(f"not reached: {error}", flush=True)
             return
         except Exception as error:
-            # Out of memory, say: the next may well fit; this one is said and recorded.
+            # Out of memory, say: the next may well fit; this one is reported and recorded.
             self.record.failures[label] = first_line(error)
             print(f"FAILED {label}: {first_line(error)}", flush=True)
             self._check_alive(label)
@@ -167,7 +170,7 @@ class Sweep:
     # ---- variants that can run -------------------------------------------------------------------
 
     def variants(self, point: Point) -> list[Variant]:
-        """The rule's own first."""
+        """Variants to try at a point, the rule's own first."""
         return self.tools.variants(
             point.gemm.product(self.tools.dtype, point.rows), self.tools.device
         )
@@ -198,11 +201,12 @@ class Sweep:
         return [job for job in jobs if job not in self.compiled]
 
     def _experts(self, point: Point) -> list[int]:
-        """How many experts it runs with: those of the check on uneven experts, and its own."""
+        """Numbers of experts that it runs with: that of the check on uneven experts, and its
+        own."""
         return list(dict.fromkeys([len(self.tools.uneven), point.experts]))
 
     def _passed(self, gemm: Gemm, variants: Sequence[Variant], operands: Operands) -> list[Variant]:
-        """Those that give the right rows; the others are refused."""
+        """The variants that give the right rows; the others are refused."""
         want_MN = reference(operands)
         passed = []
         for variant in variants:
@@ -230,10 +234,10 @@ class Sweep:
     def _point(self, point: Point) -> None:
         tools = self.tools
         gemm = point.gemm
-        # What the group's share of time did not reach.
+        # The group's share of the time may not have sufficed for all of this point's kernels.
         self._compile([point])
         if left := self._uncompiled([point]):
-            # Of some variants alone there is no fastest: neither a row nor that the rule stands.
+            # The fastest of some is not the fastest: neither a row nor that the rule stands.
             raise OutOfTime(f"{point.label}: {len(left)} kernels are not compiled yet")
         variants = self.variants(point)
         new = [v for v in variants if _name(gemm, v) not in self.checked]
@@ -241,7 +245,7 @@ class Sweep:
         uneven = make_operands(gemm, tools.uneven, tools.device, tools.dtype)
         for variant in self._passed(gemm, new, uneven):
             self.checked.add(_name(gemm, variant))
-        # Again at the very sizes: some mistakes, such as offsets past 2^31, need many rows.
+        # Again at the sizes of the point: some mistakes, such as offsets past 2^31, need many rows.
         operands = make_operands(gemm, [point.rows] * point.experts, tools.device, tools.dtype)
         variants = [v for v in variants if _name(gemm, v) in self.checked]
         passed = self._passed(gemm, variants, operands)
@@ -260,13 +264,14 @@ class Sweep:
     def _time(
         self, o: Operands, variants: Sequence[Variant], repeats: int
     ) -> dict[Variant, tuple[float, float]]:
-        """(median µs, spread) of each: half the distance from the 10th to the 90th percentile,
+        """Median in µs and spread of each: half the distance from the 10th to the 90th percentile,
         relative to the median."""
         calls = {variant_label(v): lambda v=v: self.tools.run(o, v) for v in variants}
         samples = self.tools.timer(calls, repeats)
         found = {}
         for v in variants:
             us = samples[variant_label(v)]
+            # Quantiles need two samples; a dry run has one.
             tenths = us
             if len(us) > 1:
                 tenths = statistics.quantiles(us, n=10, method="inclusive")
@@ -278,7 +283,7 @@ class Sweep:
         self, point: Point, own: Variant, first: dict[Variant, tuple[float, float]],
         second: dict[Variant, tuple[float, float]],
     ) -> dict[str, Any]:  # fmt: skip
-        """What is written of a point: its row, if one is worth it, and what it rests on."""
+        """What the record keeps of a point: its row, if one is worth it, and all times."""
         best = min(second, key=lambda v: second[v][0])
         us, spread = second[best]
         # The rule's own was refused where it has no time; then any other is better.
@@ -318,7 +323,7 @@ class Sweep:
     # ---- a layer ---------------------------------------------------------------------------------
 
     def _layer(self, spec: Spec) -> None:
-        """Both back ends on one layer, Triton by the table as it is now."""
+        """Time both back ends on one layer, Triton by the table as it is now."""
         os.environ[tuned.ENV_TABLE] = str(self.record.path)
         # A table is read once in a process, and this one has grown since.
         tuned.forget()

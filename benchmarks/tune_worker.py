@@ -1,5 +1,5 @@
-"""Run the sweep in this process, on its GPU or dry on its CPU; ``tune.py`` starts it, again where a
-variant ended it."""
+"""Run the sweep in this process, on its GPU or dry on its CPU; ``tune.py`` starts it, and starts it
+again where a variant ended it."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ from benchmarks.tune_record import MEANINGLESS, Record
 from benchmarks.tune_sweep import DeadDevice, Sweep, Tools
 
 HANG_SECONDS = 30
-"""A variant that runs longer in its check waits for something that never comes."""
+"""Seconds after which a variant in its check is taken to wait for something that never comes."""
 LAYER_REPEATS = 10
 
 
@@ -36,6 +36,7 @@ def timer_on(device: torch.device) -> Callable[..., dict[str, list[float]]]:
         found = sample(calls, device, repeats, warmup=1)
         us = {}
         for name, pairs in found.items():
+            # The device's time alone: here the host launches one kernel, whichever variant it is.
             us[name] = [1e3 * ms for ms, _host_ms in pairs]
         return us
 
@@ -59,9 +60,11 @@ def compiler_for(capability: tuple[int, int]) -> Callable[..., dict[Job, str | N
 def time_layer(
     spec: Spec, device: torch.device, dtype: torch.dtype, repeats: int
 ) -> dict[str, Any]:
-    """Forward and backward of a layer with an adapter on each projection, by both back ends,
-    checked first."""
+    """Time forward and backward of a layer with an adapter on each projection, by both back ends,
+    after a check of their results."""
     case = make_case(spec, device, dtype)
+    # Triton reads adapters beside the weights; torch's GEMM needs them in one tensor, [W | B], with
+    # room for the two stacked ranks of gate_up.
     builds = {
         "triton": lambda: ours_separate(case, "triton", (case.w1, case.w2)),
         "grouped_mm": lambda: ours_separate(case, "grouped_mm", case.joined(2 * spec.rank)),
@@ -96,13 +99,14 @@ def _spread(stats: Stats) -> float:
 
 
 def gpu_tools() -> Tools:
-    """For the GPU of this process, in bfloat16."""
+    """Tools for the GPU of this process, in bfloat16."""
     device = torch.device("cuda", torch.cuda.current_device())
 
     def alive() -> bool:
         try:
             torch.cuda.synchronize()
-        except RuntimeError:  # every call fails from then on
+        except RuntimeError:
+            # After an access out of bounds every call of this process fails.
             return False
         return True
 
@@ -114,8 +118,8 @@ def gpu_tools() -> Tools:
 
 
 def dry_tools() -> Tools:
-    """The same through the interpreter, which the tests make faster; one kernel is compiled in
-    earnest, for an H100."""
+    """Tools for a CPU: kernels run through Triton's interpreter, with the speed-ups of the tests;
+    one kernel is compiled in earnest, for an H100."""
     import pytest
 
     from tests.kernels import interpreter
@@ -140,8 +144,8 @@ def dry_tools() -> Tools:
 
 
 def watch(record: Record) -> None:
-    """End the process where a variant hangs: a kernel that waits forever cannot be stopped
-    otherwise."""
+    """End the process where a variant hangs: CUDA has no way to stop a kernel that waits for
+    ever."""
 
     def look() -> None:
         while True:
@@ -159,7 +163,7 @@ def watch(record: Record) -> None:
 
 
 def show(record: Record) -> str:
-    """The table found, and what is missing from it."""
+    """The table that was found, and what is missing from it."""
     header = ("point", "rule us", "best us", "spread", "TFLOP/s", "variant")
     lines = []
     for label, point in record.points.items():
@@ -187,8 +191,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
-    os.environ.pop("MEGALORA_BACKEND", None)  # it would overrule what the arms ask for
-    torch.set_float32_matmul_precision("highest")  # the references are float32
+    # It would overrule the back end that an arm asks for.
+    os.environ.pop("MEGALORA_BACKEND", None)
+    # References are float32; TF32 would round their inputs to 10 bits.
+    torch.set_float32_matmul_precision("highest")
     tools = dry_tools() if args.dry else gpu_tools()
     try:
         record = Record(args.out, tools.device, args.dry)

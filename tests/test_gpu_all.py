@@ -290,7 +290,7 @@ def test_a_dry_run_says_where_kernels_cannot_be_interpreted(capsys):
     gpu_machine.check_machine({**found, "interpreter": True}, "python", dry=True)
     assert capsys.readouterr().err == ""
     gpu_machine.check_machine({**found, "interpreter": False}, "python", dry=True)
-    assert "Triton before 3.7 cannot interpret kernels beside NumPy 2.4" in capsys.readouterr().err
+    assert "Triton before 3.7 cannot interpret kernels with NumPy 2.4" in capsys.readouterr().err
 
 
 def report(test: str, outcome: str, when: str = "call", why: str = "") -> Any:

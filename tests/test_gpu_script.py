@@ -101,7 +101,7 @@ def test_a_script_that_is_ended_ends_its_step(sign, code, tmp_path):
         (["--again", "tuna"], {}, "gpu_all.sh: no step is called 'tuna'; there are"),
         # A machine without a GPU, and one without torch.
         ([], {"gpu": "false"}, "finds no CUDA device; --dry tries the same path on a CPU"),
-        ([], {"torch": "false"}, "has no torch; PYTHON names another interpreter"),
+        ([], {"torch": "false"}, "has no torch; set PYTHON to an interpreter that has it"),
         (
             ["--seconds", "9"],
             {},

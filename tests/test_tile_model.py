@@ -9,7 +9,8 @@ import torch
 from megalora_kernels.variants import Product, Variant, rule
 
 from benchmarks import roofline, tile_model
-from benchmarks.tile_model import H100, H200, PUBLISHED, TOLERANCE, cost, floor_us
+from benchmarks.tile_gpus import H100, H200
+from benchmarks.tile_model import PUBLISHED, TOLERANCE, cost, floor_us
 
 # Qwen3-30B-A3B's gate and up on one of 8 expert-parallel ranks: 16 experts with 4,096 rows each.
 GATE_UP = Product(

@@ -144,9 +144,9 @@ def test_mistakes_on_the_command_line(tmp_path):
         (["--out", tmp_path], "is a folder; name a file"),
         (
             ["--out", tmp_path / "other.json"],
-            "is there and no result of this script; give another, or remove it",
+            "exists and is not a result of this script; give another, or remove it",
         ),
-        (["--out", tmp_path / "text.json"], "is there and no JSON"),
+        (["--out", tmp_path / "text.json"], "exists and is not JSON"),
         ([], "the following arguments are required: --out"),
     ):
         done = command(*arguments)

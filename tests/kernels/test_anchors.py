@@ -10,7 +10,7 @@ from benchmarks import anchor_cases, anchors
 from benchmarks.anchor_cases import ANCHORS
 from benchmarks.anchor_lab import Found, NotAvailableError
 from benchmarks.anchor_machine import read_clock
-from benchmarks.tile_model import H100, H200
+from benchmarks.tile_gpus import H100, H200
 
 BY_NAME = {anchor.name: anchor for anchor in ANCHORS}
 
