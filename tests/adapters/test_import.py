@@ -40,7 +40,7 @@ def scales_of(adapted: list[Adapted]) -> dict[str, float]:
 def test_export_import_export_is_bit_exact(
     bases: dict[str, Path], tmp_path: Path, base: str, options: dict[str, Any], layout: str
 ) -> None:
-    # bfloat16: a scale that were folded twice, or masters rounded twice, would change bits.
+    # In bfloat16 a scale folded twice, or masters rounded twice, would change bits.
     trained = train(bases[base], tmp_path / "checkpoint", torch.bfloat16, **options)
     export(trained.folder, tmp_path / "first", layout=layout)
     import_adapter(tmp_path / "first", tmp_path / "imported", str(bases[base]))

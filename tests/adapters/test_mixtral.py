@@ -25,8 +25,9 @@ from tests.adapters.adapters import ATTENTION, EXPERTS, load_base, logits, merge
 from tests.adapters.folders import edit_config, edit_tensors, remove_tensors
 from tests.adapters.stock import ATOL, check_equal, loaded_by_peft, new_adapter, shape_of
 from tests.named_tensors import only_parts, renamed
+from tests.peft_warnings import IGNORED
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("User", "Runtime")]
+pytestmark = IGNORED
 
 LAYER = "base_model.model.model.layers.1"
 ROLES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}

@@ -34,13 +34,13 @@ CASES: dict[str, dict[str, Any]] = {
     "attention only": {"target_modules": ATTENTION},
     "experts only": {"target_modules": EXPERTS},
     "attention and experts": {},
-    # Padding, zeros and folded scales in the exported file: gate and up share a rank there.
+    # Padding and folded scales in the exported file, where gate and up have one rank and scale.
     "a rank for each projection": {
         "rank_pattern": {"q_proj": 3, "o_proj": 5, "up_proj": 2, "down_proj": 9},
         "alpha_pattern": {"k_proj": 3.0, "gate_proj": 20.0},
     },
     "rslora": {"use_rslora": True, "expert_rank": 2},
-    # Layers of zeros for experts, and none at all for attention.
+    # gate and down are zeros in the file's layers 1 and 2; layers 0 and 3 have no adapter.
     "some layers": {"layers": "1-2", "target_modules": ["v_proj", "up_proj"]},
     # Which stock vLLM ignores; the plug-in applies it.
     "router among others": {"target_modules": [*ATTENTION, *EXPERTS, "gate"]},
