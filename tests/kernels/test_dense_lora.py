@@ -54,6 +54,7 @@ def run(
     a: torch.Tensor,
     b: torch.Tensor,
     dy: torch.Tensor,
+    *,
     function: Callable[..., torch.Tensor] = dense_lora,
 ) -> Tensors:
     """y and the gradients of x, a and b."""
