@@ -1,4 +1,4 @@
-"""Bases of several families for the tests of the account of tensors."""
+"""Make bases of several families for the tests of the account of tensors."""
 
 from pathlib import Path
 
@@ -7,7 +7,8 @@ import pytest
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One base a family, a dense layer among MoE ones."""
+    """Bases by family, together with every kind of tensor: biases, norms, a dense MLP among MoE
+    layers, a shared expert with its gate."""
     # A conftest is imported before the host is prepared, which Megatron must come after.
     from tests.oracles.base import make_base
 

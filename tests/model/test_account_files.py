@@ -1,4 +1,4 @@
-"""Indices that contradict their files, files that are no safetensors, weights in other forms."""
+"""Check what is refused of a base's files: indices that contradict them, damage, other formats."""
 
 import json
 import re
@@ -20,8 +20,21 @@ from tests.oracles.base import (
     transformers_logits,
 )
 
+NORM = "model.norm.weight"
+"""The tensor that the changed indices below are wrong about."""
+
+
+def without_norm(names: dict[str, str]) -> dict[str, str]:
+    return {name: file for name, file in names.items() if name != NORM}
+
+
+def norm_in_another_file(names: dict[str, str]) -> dict[str, str]:
+    # The norm is in the last shard.
+    return names | {NORM: min(names.values())}
+
 
 def edit_index(folder: Path, change: Any) -> Path:
+    """Replace the index's map from names to files by what ``change`` makes of it."""
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"] = change(content["weight_map"])
@@ -32,21 +45,17 @@ def edit_index(folder: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (without_norm, "does not name 1 tensors that its files hold (model.norm.weight)"),
         (
-            lambda names: {n: f for n, f in names.items() if n != "model.norm.weight"},
-            "does not name 1 tensors that its files hold (model.norm.weight)",
-        ),
-        (
-            lambda names: names | {"model.foo.weight": names["model.norm.weight"]},
+            lambda names: names | {"model.foo.weight": names[NORM]},
             "names 1 tensors that its files do not hold (model.foo.weight)",
         ),
         (
-            lambda names: {
-                n: min(names.values()) if n == "model.norm.weight" else f for n, f in names.items()
-            },
+            norm_in_another_file,
             "names 1 tensors that its files do not hold (model.norm.weight)",
         ),
-        (lambda names: names | {"model.rotary_emb.inv_freq": names["model.norm.weight"]}, None),
+        # Published indices still name inverse frequencies that their files no longer hold.
+        (lambda names: names | {"model.rotary_emb.inv_freq": names[NORM]}, None),
         (lambda names: {}, "has no weight_map from tensor names to files"),
         (lambda names: [1], "has no weight_map from tensor names to files"),
         (lambda names: {"a": 3}, "has no weight_map from tensor names to files"),
@@ -65,6 +74,7 @@ def test_one_file_comes_before_an_index_of_others(tmp_path: Path) -> None:
     """As in transformers: the shards and the index of another model beside it are passed over."""
     folder = make_base(tmp_path / "base")
     expected = own_logits(folder)
+    # The same sizes, so that the wrong weights would load without an error.
     other = make_tiny(tmp_path / "other", num_hidden_layers=2, seed=5)
     for path in [*other.glob("*.safetensors"), *other.glob("*.index.json")]:
         (folder / path.name).write_bytes(path.read_bytes())
@@ -72,16 +82,21 @@ def test_one_file_comes_before_an_index_of_others(tmp_path: Path) -> None:
     assert (transformers_logits(folder) - expected).abs().max() <= 1e-5
 
 
+# A safetensors file is 8 bytes with the length of its header, the header as JSON (for each tensor
+# its dtype, shape and place), and the tensors.
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        # A download that broke off, and a length beyond the file.
         (lambda raw: raw[:4], "its header would have"),
         (
             lambda raw: (10**9).to_bytes(8, "little") + raw[8:],
             "its header would have 1,000,000,000 bytes",
         ),
         (lambda raw: raw[:8] + b"x" + raw[9:], "Expecting value"),
+        # Bytes that no tensor owns.
         (lambda raw: raw + b"more", "its tensors end at byte"),
+        # Half as many bytes as the shape needs, no place at all, a place that begins too late.
         (lambda raw: raw.replace(b'"F32"', b'"F16"', 1), "is described as {'dtype': 'F16'"),
         (lambda raw: raw.replace(b'"data_offsets"', b'"data_offset_"', 1), "is described as"),
         (
@@ -94,15 +109,14 @@ def test_a_file_that_is_no_safetensors(tmp_path: Path, change: Any, said: str) -
     folder = make_base(tmp_path / "base", "qwen3")
     shard = folder / "model.safetensors"
     shard.write_bytes(change(shard.read_bytes()))
-    assert re.search(
-        rf"{re.escape(str(shard))} is not a whole safetensors file \(.*{re.escape(said)}",
-        refusal(folder),
-    )
+    message = rf"{re.escape(str(shard))} is not a whole safetensors file \(.*{re.escape(said)}"
+    assert re.search(message, refusal(folder))
 
 
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
+        # torch's pickles, Meta's and Mistral's own files, llama.cpp's format.
         ("pytorch_model.bin", "pytorch_model.bin is not read: save the model as safetensors"),
         (
             "pytorch_model-00001-of-00002.bin",
@@ -110,6 +124,7 @@ def test_a_file_that_is_no_safetensors(tmp_path: Path, change: Any, said: str) -
         ),
         ("consolidated.00.pth", "consolidated.00.pth is not read: save the model as safetensors"),
         ("Qwen3-8B-Q4_K_M.gguf", "Qwen3-8B-Q4_K_M.gguf is not read: save the model as safetensors"),
+        # Other files with such suffixes are no weights; neither is any other file.
         ("training_args.bin", "download the model again"),
         ("config.old", "download the model again"),
         (
@@ -138,6 +153,7 @@ def test_weights_in_another_form_are_named(
 
 def test_a_pointer_of_git_lfs_is_called_one(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = copy_of(bases["qwen3"], tmp_path / "base")
+    # What git clone leaves in place of a large file where git-lfs is not installed.
     (folder / "model.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 9\n"
     )
@@ -149,9 +165,13 @@ def test_every_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = make_tiny(tmp_path / "base")
     opened: list[str] = []
     read = stored_module.read_header
-    monkeypatch.setattr(
-        stored_module, "read_header", lambda path: (opened.append(path.name), read(path))[1]
-    )
-    monkeypatch.setattr(bridge_folder, "read_header", stored_module.read_header)
+
+    def counted(path: Path) -> Any:
+        opened.append(path.name)
+        return read(path)
+
+    # Both modules have imported the function under its name.
+    monkeypatch.setattr(stored_module, "read_header", counted)
+    monkeypatch.setattr(bridge_folder, "read_header", counted)
     open_folder(folder)
     assert sorted(opened) == weight_shards(folder)

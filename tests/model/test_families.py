@@ -1,4 +1,4 @@
-"""What every registered family must hold, checked for each of them against transformers and PEFT.
+"""Check every registered family against transformers and PEFT: sizes, names, rotary scaling.
 
 A family that stands in ``FAMILIES`` is tested here by itself; layouts are in ``tests/parity``, the
 planner's ranks in ``tests/planner/test_dryrun.py``.
@@ -32,10 +32,11 @@ from tests.distributed.ranks import run_ranks
 from tests.model.published import PUBLISHED
 from tests.parity.models import MODELS, arch_of
 
+# Settings of each kind of rotary scaling, short enough for a tiny model's 4,096 positions.
 ROPE: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": 4.0},
-    # none of them a default of Megatron's
+    # Megatron's own defaults are 1 and 4: where they are used instead, the test notices.
     "llama3": {
         "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 5.0,
         "original_max_position_embeddings": 512,
@@ -62,7 +63,7 @@ def shape(base: Path) -> ModelShape:
 
 
 def in_transformers(base: Path) -> Any:
-    """The model without weights."""
+    """The model without weights: names and sizes are all that is asked of it."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     model.tie_weights()
@@ -73,8 +74,18 @@ def names_of(shape: ModelShape) -> list[str]:
     """Every projection of the model's layers."""
     names = set()
     for layer in range(shape.num_layers):
-        names |= {projection.name for projection in layer_projections(shape, layer)}
+        for projection in layer_projections(shape, layer):
+            names.add(projection.name)
     return sorted(names)
+
+
+def num_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def num_adapted(config: LoRAConfig, shape: ModelShape) -> int:
+    """Parameters of the adapter that a config asks for."""
+    return sum(adapted.num_parameters() for adapted in resolve(config, shape))
 
 
 def test_the_grid_and_the_published_configs_have_every_family() -> None:
@@ -89,32 +100,40 @@ def test_transformers_knows_the_class(family: Family) -> None:
 def test_no_two_sizes_of_the_tiny_model_are_equal(family: Family, shape: ModelShape) -> None:
     """A transposed matrix, or one in the place of another, does not fit then."""
     sizes = [shape.hidden, shape.vocab, shape.num_layers, shape.num_heads, shape.num_kv_heads]
-    sizes += [shape.num_kv_heads * shape.head_dim]
-    # a norm of all queries is as wide as the hidden states
-    sizes += [] if shape.full_width_norms else [shape.num_heads * shape.head_dim]
+    sizes.append(shape.num_kv_heads * shape.head_dim)
+    # OLMoE's norm of all queries is as wide as the hidden states, as published.
+    if not shape.full_width_norms:
+        sizes.append(shape.num_heads * shape.head_dim)
     if shape.moe_layers:
         sizes += [shape.num_experts, shape.top_k, shape.expert_intermediate]
-        sizes += [shape.shared_intermediate] if shape.shared_intermediate else []
+    if shape.shared_intermediate:
+        sizes.append(shape.shared_intermediate)
     if len(shape.moe_layers) < shape.num_layers:
         sizes.append(shape.intermediate)
     assert len(set(sizes)) == len(sizes), sizes
+    # The smallest head that vLLM's attention on CPUs takes.
     assert family.tiny.get("head_dim", 32) == 32
 
 
 def test_every_parameter_of_transformers_is_accounted_for(base: Path, shape: ModelShape) -> None:
     """The folder that transformers saved holds the needed tensors and no other."""
-    needed = {name: math.prod(size) for name, size in needed_tensors(shape).items()}
+    needed = needed_tensors(shape)
     assert open_folder(base).places.keys() == needed.keys()
-    parameters = sum(p.numel() for p in in_transformers(base).parameters())
-    biases = len(shape.moe_layers) * shape.num_experts * shape.correction_bias  # buffers
-    assert sum(needed.values()) - biases == shape.num_parameters() == parameters
+    num_needed = 0
+    for size in needed.values():
+        num_needed += math.prod(size)
+    # GLM's correction biases are stored, but are buffers: no parameters.
+    num_buffers = len(shape.moe_layers) * shape.num_experts * shape.correction_bias
+    expected = num_parameters(in_transformers(base))
+    assert num_needed - num_buffers == expected
+    assert shape.num_parameters() == expected
 
 
 def test_the_planner_counts_each_layer_s_parameters(base: Path, shape: ModelShape) -> None:
     model = in_transformers(base)
     for number, layer in enumerate(model.model.layers):
         counted = layer_parameters(shape, ParallelConfig(), shape.is_moe(number))
-        assert counted == sum(p.numel() for p in layer.parameters())
+        assert counted == num_parameters(layer)
 
 
 def test_an_unknown_field_is_refused_by_name(base: Path) -> None:
@@ -123,22 +142,28 @@ def test_an_unknown_field_is_refused_by_name(base: Path) -> None:
 
 
 def test_attention_s_adapter_has_the_size_of_stock_peft_s(base: Path, shape: ModelShape) -> None:
-    targets = [p.name for p in layer_projections(shape, 0) if ".self_attn." in p.hf]
+    targets = []
+    for projection in layer_projections(shape, 0):
+        if ".self_attn." in projection.hf:
+            targets.append(projection.name)
     stock = get_peft_model(in_transformers(base), LoraConfig(r=5, target_modules=targets))
-    adapted = resolve(LoRAConfig(rank=5, target_modules=targets), shape)
-    assert sum(a.num_parameters() for a in adapted) == stock.get_nb_trainable_parameters()[0]
+    # A has r * in, B out * r numbers; a projection that is missed or too wide changes the sum.
+    config = LoRAConfig(rank=5, target_modules=targets)
+    assert num_adapted(config, shape) == stock.get_nb_trainable_parameters()[0]
 
 
 def test_all_linear_is_stock_peft_s_in_a_dense_model(base: Path, shape: ModelShape) -> None:
-    if shape.moe_layers:  # there PEFT's leaves out experts
+    # PEFT looks for nn.Linear, and transformers 5 holds experts as packed parameters: there its
+    # all-linear leaves them out.
+    if shape.moe_layers:
         return
     stock = get_peft_model(in_transformers(base), LoraConfig(r=5, target_modules="all-linear"))
-    adapted = resolve(LoRAConfig(rank=5), shape)
-    assert sum(a.num_parameters() for a in adapted) == stock.get_nb_trainable_parameters()[0]
+    assert num_adapted(LoRAConfig(rank=5), shape) == stock.get_nb_trainable_parameters()[0]
 
 
 def _check_bases(bases: dict[str, Path]) -> dict[str, str]:
     """In a world that exists: what the check before step 1 says of each."""
+    # One forked rank for all: starting one takes longer than a check.
     lines = {}
     for name, folder in bases.items():
         with parallel_groups(ParallelConfig()) as groups:
@@ -155,6 +180,7 @@ def _check_bases(bases: dict[str, Path]) -> dict[str, str]:
 def test_every_kind_of_rotary_scaling_is_transformers(family: Family, tmp_path: Path) -> None:
     """The check before step 1 compares tables, attention and all other modules of a layer."""
     bases = {}
+    # Not 1e6, the tiny model's own theta: a forgotten one shows too.
     for kind in family.rope_kinds:
         rope = {"rope_type": kind, "rope_theta": 1e5, **ROPE[kind]}
         bases[kind] = make_tiny(
@@ -167,6 +193,7 @@ def test_every_kind_of_rotary_scaling_is_transformers(family: Family, tmp_path: 
 def test_a_kind_of_rotary_scaling_that_was_not_tried_is_refused(
     family: Family, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A family whose list is shorter, as a new one's would be.
     alone = replace(family, rope_kinds=("default",))
     monkeypatch.setitem(FAMILIES, family.model_type, alone)
     rope = {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}

@@ -1,5 +1,5 @@
-"""Recomputation runs the same function again: the same gradients, also with dropout, also for a
-block whose input needs none."""
+"""Check that recomputation runs the same function again: the same gradients, also with dropout,
+also for a block whose input needs none."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from tests.parity.runs import make_config, records
 
 
 class Layer(nn.Module):
-    """Called by keyword, as Megatron calls its layers."""
+    """A layer with dropout, called by keyword as Megatron calls its layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,10 +27,13 @@ class Layer(nn.Module):
 
 
 def test_gradients_with_dropout_and_an_input_that_needs_none():
+    # The output of a frozen embedding: it has no gradient, and with it torch's reentrant
+    # checkpoint, which Megatron uses, gives none to the weight either.
     x = torch.randn(3, 7)
     gradients = []
     layer = Layer()
     for module in (layer, Recomputed(layer)):
+        # The same mask in both, which recomputation has to draw once more.
         torch.manual_seed(1)
         layer.weight.grad = None
         module(x=x, scale=3.0)[0].square().sum().backward()
@@ -45,12 +48,16 @@ def test_tensors_passed_by_keyword_reach_checkpoint_by_position(monkeypatch):
     dropout's mask depends on it."""
     seen = []
     real = recompute.checkpoint
-    monkeypatch.setattr(
-        recompute, "checkpoint", lambda f, *args, **kw: seen.extend(args) or real(f, *args, **kw)
-    )
+
+    def noted(function, *args, **options):
+        seen.extend(args)
+        return real(function, *args, **options)
+
+    monkeypatch.setattr(recompute, "checkpoint", noted)
     x = torch.randn(3, 7)
     Recomputed(Layer())(x=x)
-    assert any(t is x for t in seen)
+    # The very tensor; "in" would compare values.
+    assert any(tensor is x for tensor in seen)
 
 
 @pytest.mark.slow
@@ -61,6 +68,8 @@ def test_training_with_dropout_is_the_same_with_and_without(tiny, chats, tmp_pat
         )
         run_ranks(train, 4, replace(config, lora=replace(config.lora, dropout=0.2)))
     for other in ("full", "selective"):
+        # Losses are those of forward, where nothing is recomputed; gradients' sums may be taken in
+        # another order.
         assert records(tmp_path / other, "loss") == records(tmp_path / "off", "loss")
         assert records(tmp_path / other, "grad_norm") == pytest.approx(
             records(tmp_path / "off", "grad_norm"), rel=1e-6

@@ -1,4 +1,4 @@
-"""Rotary frequencies and angles against transformers' own rotary modules, for every kind and
+"""Compare rotary frequencies and angles with transformers' own modules, for every kind and
 spelling."""
 
 import json
@@ -21,7 +21,10 @@ from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.model.published import edited
 
+# A base that nobody has as its default.
 THETA = {"rope_theta": 50_000.0}
+# Llama 3.1's factors; the original lengths are shortened with the tiny model's 2,048 positions, so
+# that the corrections fall inside its 16 frequencies.
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -29,13 +32,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 512,
 }
 YARN = {"factor": 4.0, "original_max_position_embeddings": 256}
+# Fields that are set in a config with THETA; "..." removes one.
 CASES: dict[str, dict[str, Any]] = {
     "default": {"rope_parameters": {"rope_type": "default"}},
     "nothing": {},
+    # 10,000, transformers' default, and a base in the newer place alone.
     "no theta": {"rope_theta": ..., "rope_parameters": {"rope_type": "linear", "factor": 3}},
     "theta inside": {"rope_theta": ..., "rope_parameters": {"rope_theta": 123.0}},
     "linear": {"rope_scaling": {"type": "linear", "factor": 2.5}},
     "llama3": {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    # Megatron applies Llama 3.1's own factors, whatever the config says; these are others.
     "llama3, other numbers": {
         "rope_parameters": {
             "rope_type": "llama3",
@@ -44,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
             "high_freq_factor": 3.0,
         }
     },
+    # Then max_position_embeddings, 2,048, is the original length.
     "llama3 without a length": {
         "rope_scaling": {
             "rope_type": "llama3",
@@ -53,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
         }
     },
     "yarn": {"rope_scaling": {"rope_type": "yarn", **YARN}},
+    # The kind under its older key, under both, in the newer dictionary, beside a plain one.
     "yarn, type": {"rope_scaling": {"type": "yarn", **YARN}},
     "yarn, both": {"rope_scaling": {"type": "yarn", "rope_type": "yarn", **YARN}},
     "yarn, parameters": {"rope_parameters": {"rope_type": "yarn", **YARN}},
@@ -61,6 +69,9 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "yarn", **YARN},
     },
     "yarn without a length": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    # Optional settings: the border of the corrected frequencies (32 and 1 by default), the factor
+    # of cos and sin (0.1 ln 4 + 1 = 1.139 by default), DeepSeek's way to set it, whose ratio counts
+    # only if both are given, and a border that is not rounded to whole frequencies (GPT-OSS).
     "yarn, betas": {
         "rope_scaling": {"rope_type": "yarn", **YARN, "beta_fast": 16.0, "beta_slow": 2.0}
     },
@@ -95,7 +106,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rotary_of_transformers(hf: dict[str, Any]) -> Any:
-    config: Any = AutoConfig.for_model(**json.loads(json.dumps(hf)))  # it would write into hf
+    # A copy, because transformers moves rope_scaling into rope_parameters in place.
+    config: Any = AutoConfig.for_model(**json.loads(json.dumps(hf)))
     return Qwen3MoeRotaryEmbedding(config)
 
 
@@ -104,6 +116,8 @@ def test_frequencies_and_factor(small: Path, name: str) -> None:
     hf = config_with(small, CASES[name])
     theirs = rotary_of_transformers(hf)
     inv_freq, factor = frequencies(read_rope(hf), hf["head_dim"], hf["max_position_embeddings"])
+    # The same bits: frequencies are taken from transformers' functions, only their inputs can be
+    # wrong.
     assert torch.equal(inv_freq, theirs.inv_freq)
     assert factor == theirs.attention_scaling
 
@@ -114,9 +128,10 @@ def test_the_kinds_differ(small: Path) -> None:
     for fields in CASES.values():
         inv_freq, factor = frequencies(read_rope(config_with(small, fields)), 32, 2048)
         found.add((tuple(inv_freq.tolist()), factor))
-    # plain twice, yarn in five spellings and once with nulls, and one mscale alone does nothing
-    same = 1 + 4 + 1
-    assert len(found) == len(CASES) - same - 1
+    # The same as another case: "nothing" (as "default"), four more spellings of yarn, its nulls,
+    # and one mscale alone, which does nothing.
+    num_same = 1 + 4 + 1 + 1
+    assert len(found) == len(CASES) - num_same
 
 
 def _angles_and_scale(hf: dict[str, Any]) -> tuple[torch.Tensor, float]:
@@ -135,6 +150,7 @@ def test_the_built_model_turns_as_transformers_does(small: Path, name: str) -> N
     the scores."""
     hf = config_with(small, CASES[name])
     theirs = rotary_of_transformers(hf)
+    # Built in bfloat16, in which angles of 2,000 radians would be off by up to 4.
     angles, scale = run_ranks(_angles_and_scale, 1, hf)[0]
     cos, sin = theirs(torch.zeros(1), torch.arange(2048)[None])
     factor = theirs.attention_scaling
@@ -142,5 +158,6 @@ def test_the_built_model_turns_as_transformers_does(small: Path, name: str) -> N
     # same product.
     torch.testing.assert_close(factor * angles.cos(), cos[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(factor * angles.sin(), sin[0], rtol=0, atol=1e-6)
+    # transformers multiplies q and k by the factor, so that scores have its square; heads of 32.
     assert scale == pytest.approx(factor**2 / 32**0.5, rel=1e-12)
     assert scale == softmax_scale(factor, 32)

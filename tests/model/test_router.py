@@ -1,4 +1,5 @@
-"""Routers compute what transformers' own do, in values and gradients; nothing moves them."""
+"""Compare routers with transformers' own, in values and gradients; training must not move their
+biases."""
 
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tests.parity.built import built
 from tests.parity.runs import make_config
 
 
+# 12 experts: in one group, as GLM-4.5 is published; four groups of three, of which two or three may
+# be chosen from; all six of one group; a single expert.
 @pytest.mark.parametrize(
     ("num_groups", "group_topk", "top_k"), [(1, 1, 4), (4, 2, 3), (4, 3, 5), (2, 1, 6), (3, 2, 1)]
 )
@@ -29,9 +32,11 @@ def test_corrected_sigmoids_choose_and_weigh_as_in_transformers(num_groups, grou
         "moe_intermediate_size": 4,
     }  # fmt: skip
     theirs: Any = Glm4MoeMoE(Glm4MoeConfig(**options)).double()
+    # As large as differences of sigmoids, so that it changes choices; it must not change weights.
     bias_E = 0.3 * torch.randn(12, dtype=torch.float64)
     theirs.gate.e_score_correction_bias.copy_(bias_E)
     logits_TE = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
+    # transformers gives the chosen experts, Megatron wants a column for each expert.
     index_TK, weights_TK = theirs.route_tokens_to_experts(logits_TE)
     expected_TE = torch.zeros_like(logits_TE).scatter(1, index_TK, weights_TK)
     probs_TE, map_TE = route_by_sigmoid(
@@ -41,7 +46,8 @@ def test_corrected_sigmoids_choose_and_weigh_as_in_transformers(num_groups, grou
     # Float64 on both sides, in the same order of operations.
     torch.testing.assert_close(probs_TE, expected_TE, rtol=1e-12, atol=0)
     target_TE = torch.randn_like(logits_TE)
-    # d loss / d logits where the loss is the sum of probabilities weighted at random.
+    # d loss / d logits where the loss is the sum of probabilities weighted at random. A plain sum
+    # would have no gradient: weights are normalised to 2.5 for each token.
     (ours,) = torch.autograd.grad((probs_TE * target_TE).sum(), logits_TE)
     (reference,) = torch.autograd.grad((expected_TE * target_TE).sum(), logits_TE)
     torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-12)
@@ -68,9 +74,12 @@ def _biases_before_and_after(config: Any) -> list[tuple[torch.dtype, float, floa
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_correction_biases_stay_as_stored(dtype: str, chats: Path, tmp_path: Path) -> None:
     """In float32 whatever the model's dtype, and the same bits after training steps."""
+    # Megatron would move the bias by every expert's load, and cast it to bfloat16 with the model.
     base = make_tiny(tmp_path / "glm", arch="glm4_moe", num_hidden_layers=2)
+    # With the router adapted, so that its gradients exist.
     lora = LoRAConfig(rank=4, target_modules=["gate", "q_proj", "down_proj"])
     config = make_config(base, chats, tmp_path / "run", {"tp": 2}, lora=lora, dtype=dtype)
     stored = stored_tensors(base)["model.layers.1.mlp.gate.e_score_correction_bias"]
     for found in run_ranks(_biases_before_and_after, 2, config):
+        # Layer 1 alone has a router.
         assert found == [(torch.float32, stored.abs().max().item(), 0.0)]

@@ -1,5 +1,5 @@
-"""Sizes read from config.json, against the parameters that transformers builds from the same
-file."""
+"""Compare sizes read from config.json with the parameters that transformers builds from the same
+file, and check which layouts can split them."""
 
 import json
 from dataclasses import replace
@@ -19,6 +19,7 @@ from megalora.tiny import make_tiny
 from tests.model.published import edited
 
 KNOWN = ", ".join(FAMILIES)
+# Sizes of published models, without fields that have nothing to do with them.
 QWEN3_30B_A3B: dict[str, Any] = {
     "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048,
     "num_attention_heads": 32,
@@ -38,6 +39,7 @@ QWEN3_4B: dict[str, Any] = {
     "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 9728, "vocab_size": 151936,
     "tie_word_embeddings": True,
 }  # fmt: skip
+# A made-up model whose numbers have different divisors, so that each limit shows by itself.
 SHAPE = ModelShape(
     model_type="qwen3_moe", num_layers=12, hidden=96, num_heads=24, num_kv_heads=8, head_dim=32,
     intermediate=144,
@@ -61,11 +63,13 @@ def num_parameters_in_transformers(folder: Path) -> int:
         ("qwen3_moe", {"mlp_only_layers": [1]}, {0, 2, 3}),
         # Every second layer has experts, counted from 1.
         ("qwen3_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 5}, {1, 3}),
+        # Layers 1 and 3 by the step, of which 3 is excepted.
         ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [0, 3]}, {1}),
         ("qwen3_moe", {"tie_word_embeddings": True}, {0, 1, 2, 3}),
         ("qwen2_moe", {}, {0, 1, 2, 3}),
         ("qwen2_moe", {"qkv_bias": False, "mlp_only_layers": [1]}, {0, 2, 3}),
         ("qwen3", {}, set()),
+        # 6 heads of 18 are 108 features, not the 96 hidden ones.
         ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 3, "head_dim": 18}, set()),
         ("qwen3", {"attention_bias": True}, set()),
         ("qwen3_moe", {"attention_bias": True, "num_key_value_heads": 1}, {0, 1, 2, 3}),
@@ -82,6 +86,7 @@ def test_num_parameters_of_a_model(
     assert shape.num_parameters() == num_parameters_in_transformers(folder)
 
 
+# Model cards round these to 30.5 B, 235 B and 4.0 B.
 @pytest.mark.parametrize(
     ("hf", "num_parameters"),
     [
@@ -99,6 +104,7 @@ def test_num_parameters_of_published_models(
 
 
 def test_every_size_is_read() -> None:
+    # Written out a second time, because two sizes may be mixed up without changing the count.
     assert model_shape(QWEN3_30B_A3B) == ModelShape(
         model_type="qwen3_moe", num_layers=48, hidden=2048, num_heads=32, num_kv_heads=4,
         head_dim=128,
@@ -119,7 +125,7 @@ def test_other_spellings() -> None:
         QWEN3_30B_A3B, {"head_dim": ..., "tie_word_embeddings": ..., "mlp_only_layers": ...}
     )
     shape = model_shape(bare | {"num_key_value_heads": None, "decoder_sparse_step": None})
-    # transformers' defaults: no grouping of heads, hidden / heads, an own head.
+    # transformers' defaults: no grouping of heads, 2048 / 32 features each, an own head.
     assert (shape.num_kv_heads, shape.head_dim, shape.tied_embeddings) == (32, 64, False)
     assert shape.moe_layers == set(range(48))
 
@@ -127,6 +133,8 @@ def test_other_spellings() -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
+        # 3 divides the 24 heads but not the 8 key/value heads; 24 divides the heads and is a
+        # multiple of 8, whose heads are then replicated on three ranks each; 16 is neither.
         (
             {"tp": 3},
             (
@@ -148,6 +156,7 @@ def test_other_spellings() -> None:
                 " 3, 4, 6, 12"
             ),
         ),
+        # 4 stages in 2 parts each: 12 layers cannot be cut into 8.
         (
             {"pp": 4, "vpp": 2},
             (
@@ -180,6 +189,7 @@ def test_layout_refused(layout: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize(
     ("sizes", "layout", "message"),
     [
+        # A prime number, as an unpadded vocabulary may be.
         (
             {"vocab": 509},
             {"tp": 2},
@@ -196,6 +206,7 @@ def test_layout_refused(layout: dict[str, int], message: str) -> None:
                 " it can be one of 1, 2"
             ),
         ),
+        # The width of a dense MLP matters only if some layer has one.
         (
             {"moe_layers": frozenset({0, 2}), "intermediate": 142},
             {"tp": 4},
@@ -225,9 +236,9 @@ def test_layout_refused_for_another_model(
 
 
 def test_layout_accepted() -> None:
-    # The largest of each.
+    # Larger than 1 everywhere: 24 heads / 8, 12 layers / 6, 30 experts / 15, 50 features / 25.
     SHAPE.check_layout(ParallelConfig(tp=8, pp=3, vpp=2, ep=15, etp=25))
-    # no layer has that dense MLP
+    # 142 / 4 is no whole number, but every layer has experts in place of that MLP.
     replace(SHAPE, intermediate=142).check_layout(ParallelConfig(tp=4))
 
 
@@ -251,6 +262,7 @@ def test_layout_accepted() -> None:
                 " vocab_size, head_dim"
             ),
         ),
+        # A dense model's sizes under an MoE family's name.
         (
             QWEN3_4B | {"model_type": "qwen3_moe"},
             (
