@@ -1,4 +1,4 @@
-"""What a training step really keeps for backward, and how many microbatches at once, against the
+"""Compare what a training step keeps for backward, and of how many microbatches at once, with the
 planner's formulas."""
 
 from collections.abc import Iterable
@@ -22,8 +22,11 @@ from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.everything import LORA, config_of
-from tests.planner.counted import Saved, kept_beside, num_bytes, widened_norms
+from tests.planner.count_step import Saved, kept_beside, num_bytes
+from tests.planner.counted import widened_norms
 
+# Adapters on everything; in the upper layers alone, above a part that needs no backward; on one
+# projection of the first layer, through which all layers above must be gone; on experts alone.
 DEFAULT = LoRAConfig(rank=3, alpha=6.0)
 SOME = LoRAConfig(rank=4, target_modules=["o_proj", "down_proj"], layers="2-")
 ONE = LoRAConfig(rank=4, target_modules=["q_proj"], layers="0")
@@ -34,9 +37,11 @@ def kept_by_a_microbatch(config: RunConfig) -> tuple[int, tuple[int, ...]]:
     """(bytes of the storages, parameters left out, that this rank keeps as the first backward
     begins; the batch's shape)."""
     with built(config) as run:
+        # Autograd keeps weights, too, which are there in any case.
         own = set()
         for chunk in run.model.chunks:
-            own |= {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+            for parameter in chunk.parameters():
+                own.add(parameter.untyped_storage().data_ptr())
         saved: WeakSet[Saved] = WeakSet()
         counted: list[int] = []
 
@@ -45,6 +50,7 @@ def kept_by_a_microbatch(config: RunConfig) -> tuple[int, tuple[int, ...]]:
             return holder
 
         def unpack(holder: Saved) -> Tensor:
+            # The first time backward asks for a tensor, all of forward's are still there.
             if not counted:
                 counted.append(num_bytes(kept_beside(own, saved)))
             return holder.tensor
@@ -60,15 +66,24 @@ def kept_at_each_level(configs: list[RunConfig]) -> list[tuple[int, tuple[int, .
     return [kept_by_a_microbatch(config) for config in configs]
 
 
+# (model, ranks, sizes, adapter). "everything" has a shared expert, a dense layer and biases, and
+# its adapter covers router and head.
 CASES = [
-    ("tiny", 1, {}, DEFAULT), ("tiny", 1, {}, SOME), ("tiny", 1, {}, EXPERTS),
+    ("tiny", 1, {}, DEFAULT),
+    ("tiny", 1, {}, SOME),
+    ("tiny", 1, {}, EXPERTS),
+    # Each way of splitting a layer, which changes what is kept whole and what in parts.
     ("tiny", 2, {"ep": 2}, DEFAULT),
-    ("tiny", 2, {"tp": 2, "ep": 2}, DEFAULT), ("tiny", 2, {"tp": 2, "etp": 2}, DEFAULT),
+    ("tiny", 2, {"tp": 2, "ep": 2}, DEFAULT),
+    ("tiny", 2, {"tp": 2, "etp": 2}, DEFAULT),
+    # The second stage receives hidden states that need a gradient only if the first has adapters.
     ("tiny", 2, {"pp": 2}, DEFAULT),
-    ("tiny", 2, {"pp": 2}, ONE), ("everything", 1, {}, LORA),
+    ("tiny", 2, {"pp": 2}, ONE),
+    ("everything", 1, {}, LORA),
     ("everything", 2, {"tp": 2, "ep": 2}, LORA),
-    ("everything", 2, {"pp": 2}, LORA), ("tiny_dense", 2, {"tp": 2}, DEFAULT),
-]  # fmt: skip
+    ("everything", 2, {"pp": 2}, LORA),
+    ("tiny_dense", 2, {"tp": 2}, DEFAULT),
+]
 
 
 @pytest.mark.parametrize(("name", "world", "sizes", "lora"), CASES)
@@ -85,13 +100,15 @@ def test_bytes_kept(
     compare(configs, world)
 
 
+# Each family with the value that the other one has by default.
 @pytest.mark.parametrize(("arch", "normed"), [("qwen3_moe", False), ("qwen2_moe", True)])
 def test_bytes_kept_by_the_other_router(arch: str, normed: bool, chats, tmp_path) -> None:
     """A softmax over all experts, or over the chosen ones: ``norm_topk_prob`` decides, not the
     family."""
     base = make_tiny(tmp_path / "base", arch=arch, num_hidden_layers=2, norm_topk_prob=normed)
     config = config_of(base, chats, tmp_path / "run", {}, DEFAULT, micro_batch_size=2)
-    compare([config], 1, allowed=0.0005)
+    # A softmax over all experts keeps a [T, E], one over the chosen ones a [T, k].
+    compare([config], 1)
 
 
 @pytest.mark.parametrize(
@@ -118,14 +135,11 @@ def test_bytes_kept_in_bfloat16(
     compare(configs, world, extra=widened_norms)
 
 
-def compare(
-    configs: list[RunConfig], world: int, *, extra: Any = None, allowed: float = 0.005
-) -> None:
+def compare(configs: list[RunConfig], world: int, *, extra: Any = None) -> None:
     """Bytes over all ranks, counted and planned, of configs that differ in recompute alone.
 
     Args:
         extra: what to plan for each chunk beside the product's formulas.
-        allowed: share by which the plan may be wrong.
     """
     kept = run_ranks(kept_at_each_level, world, configs)
     for number, config in enumerate(configs):
@@ -139,7 +153,8 @@ def compare(
             f" {difference:+.3%}"
         )
         print(line)
-        assert abs(difference) < allowed, line
+        # Found: 0.002 % at most. A forgotten [tokens, hidden] is a hundred times the tolerance.
+        assert abs(difference) < 0.0005, line
 
 
 def planned(config: RunConfig, sequences: list[int], extra: Any) -> int:
@@ -156,10 +171,12 @@ def planned(config: RunConfig, sequences: list[int], extra: Any) -> int:
         micro_batch_size=2,
         recompute=config.train.recompute,
     )
+    # Ranks are numbered with the pipeline stage outermost.
+    ranks_per_stage = world // layout.parallel.pp
     said = 0
     for rank, sequence in enumerate(sequences):
         work = Workload(sequence_length=sequence, global_batch_size=8, dtype=config.model.dtype)
-        for chunk in chunks_of(model.shape, layout.parallel, rank // (world // layout.parallel.pp)):
+        for chunk in chunks_of(model.shape, layout.parallel, rank // ranks_per_stage):
             said += chunk_bytes(model, layout, work, chunk)
             said += angles_bytes(model, layout, work, chunk)
             if chunk.has_head:
@@ -184,6 +201,7 @@ def held_at_once(config: RunConfig) -> set[tuple[int, ...]]:
                 def backward(gradient: Tensor) -> None:
                     held[number] -= 1
 
+                # Runs when the gradient of the chunk's output is there: backward begins.
                 output.register_hook(backward)
 
             return forward
@@ -191,6 +209,7 @@ def held_at_once(config: RunConfig) -> set[tuple[int, ...]]:
         for number, chunk in enumerate(run.model.chunks):
             chunk.register_forward_hook(count(number))
         run.stepper.train(run.batches.of_step(0), run.optimizer)
+        # Every microbatch that went forward has come back.
         assert not any(held)
         return seen
 
@@ -204,6 +223,8 @@ def is_exceeded(counts: tuple[int, ...], others: Iterable[tuple[int, ...]]) -> b
     return False
 
 
+# With as many microbatches as fill the pipeline, and with fewer than it has stages; interleaved, in
+# whole rounds of pp microbatches, as Megatron demands.
 @pytest.mark.parametrize(
     ("world", "sizes", "batch"),
     [
@@ -227,6 +248,8 @@ def test_microbatches_in_flight(world, sizes, batch, tiny, chats, tmp_path) -> N
     )
     for rank, seen in enumerate(run_ranks(held_at_once, world, config)):
         said = in_flight(config.parallel, rank // (world // config.parallel.pp), batch)
+        # What is exceeded in every chunk cannot be the peak; of the rest any may be, depending on
+        # how much each chunk keeps.
         largest = {counts for counts in seen if not is_exceeded(counts, seen)}
         assert set(said) == largest
 

@@ -1,5 +1,5 @@
-"""Configs that stand ready run as they are, and what their comments predict is what the planner
-says today."""
+"""Check that the ready-made configs can run, and that their comments predict what the planner says
+today."""
 
 import re
 from pathlib import Path
@@ -16,6 +16,7 @@ from megalora.planner.report import config_text
 from megalora.planner.search import FULL, Plan, evaluate
 from megalora.planner.weights import PlannedModel
 
+# Files are named MODEL_RANKSxGPU_LENGTHk.yaml.
 FOLDER = Path(__file__).parents[2] / "configs" / "sft"
 READY = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "template.yaml")
 
@@ -44,5 +45,7 @@ def test_a_config_is_what_the_planner_writes(path: Path) -> None:
     check(shape, layout, work)
     planned = evaluate(PlannedModel.of(shape, config.lora), config.lora.rank, layout, work, machine)
     plan = Plan(work, machine, config.lora.rank, [planned], [])
+    # The comments hold the predicted memory and seconds: a change of the planner shows here.
     assert path.read_text() == config_text(config, plan, planned), "make configs writes them anew"
+    # A layout that fills the memory is a last resort, and none to recommend.
     assert plan.share(planned) <= FULL

@@ -1,4 +1,4 @@
-"""Hold the planner's formulas against layers of every registered family, counted on the pretended
+"""Compare the planner's formulas with layers of every registered family, counted on the pretended
 GPU: bytes kept for backward and FLOPs of matrix products, layer by layer."""
 
 import itertools
@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -45,6 +45,8 @@ NOT_PLANNED = 64
 
 
 class NoTime:
+    """A network that costs nothing."""
+
     def seconds(self, kind: Kind, ranks: int, nodes: int, num_bytes: float) -> Estimate:
         return Estimate(0.0, "measured")
 
@@ -76,19 +78,23 @@ def planned(case: Case) -> dict[str, dict[str, int]]:
     )  # fmt: skip
     costs = StageCosts(model, layout, work, ONE_FLOP_A_SECOND)
     (chunk,) = chunks_of(shape, layout.parallel, 0)
+    # A frozen table of rows: nothing is multiplied, and nothing kept.
     found: dict[str, dict[str, int]] = {"embedding": {"kept": 0, "forward": 0, "backward": 0}}
-    angles = angles_bytes(model, layout, work, chunk)
     for layer in chunk.layers:
-        live = layer > model.first_adapted
+        # Below the first adapter nothing runs backward. In its own layer, the input needs no
+        # gradient, so backward is a part that the planner does not count apart.
+        first = model.first_adapted
         kept = 0
-        if layer >= model.first_adapted:
-            kept = layer_bytes(model, layout, work, layer, live, layout.recompute)
-            kept += angles if layer == model.first_adapted else 0
+        if layer >= first:
+            kept = layer_bytes(model, layout, work, layer, layer > first, layout.recompute)
+        if layer == first:
+            # One table of rotary angles serves all layers, and counts where it is first kept.
+            kept += angles_bytes(model, layout, work, chunk)
         forward = flops(costs.layer(layer, below=True))
         found[str(layer)] = {"kept": kept, "forward": forward}
-        if live:
+        if layer > first:
             found[str(layer)]["backward"] = flops(costs.layer(layer, below=False)) - forward
-        elif layer < model.first_adapted:
+        elif layer < first:
             found[str(layer)]["backward"] = 0
     forward, backward = map(flops, costs.head())
     found["head"] = {
@@ -98,6 +104,7 @@ def planned(case: Case) -> dict[str, dict[str, int]]:
 
 
 def flops(ledger: Ledger) -> int:
+    """All products, those that the planner hides behind others included."""
     return round(ledger.total + ledger.hidden_flops)
 
 
@@ -106,6 +113,7 @@ def count(cases: Iterable[Case]) -> dict[str, Any]:
     before its first pass."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    # What a user or another test may have set, and would change which kernels run.
     for name in ("TRITON_INTERPRET", "MEGALORA_BACKEND", "MEGALORA_TUNED"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "tests.pretended.layers", *(case.name for case in cases)]
@@ -127,17 +135,29 @@ ALONE = (
 """Where a formula that holds for adapters on everything was wrong for one module."""
 
 
+def cases_asked_for(item: pytest.Item) -> Iterator[Case]:
+    """The cases whose counts one test needs: its case, those of its family, or all."""
+    parameters = {}
+    if hasattr(item, "callspec"):
+        parameters = item.callspec.params  # pyright: ignore
+    if "case" in parameters:
+        yield parameters["case"]
+        return
+    families = FAMILIES
+    if "family" in parameters:
+        families = [parameters["family"]]
+    for family in families:
+        yield from quick_cases_of(family)
+
+
 @pytest.fixture(scope="module")
 def quick(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Counts that the chosen tests ask for."""
+    """Counts that the chosen tests ask for, from one process: starting one takes 10 s."""
+    # A dict drops repeated cases and keeps the order.
     wanted: dict[Case, None] = {}
     for item in request.session.items:
         if item.path == request.path and "quick" in getattr(item, "fixturenames", ()):
-            parameters = item.callspec.params if hasattr(item, "callspec") else {}  # pyright: ignore
-            alone = [parameters["case"]] if "case" in parameters else []
-            families = [parameters["family"]] if "family" in parameters else FAMILIES
-            every = itertools.chain.from_iterable(map(quick_cases_of, families))
-            wanted |= dict.fromkeys(alone or every)
+            wanted |= dict.fromkeys(cases_asked_for(item))
     return count(wanted)
 
 
@@ -149,7 +169,10 @@ def compare(cases: Iterable[Case], counted: dict[str, Any]) -> None:
         for place, numbers in planned(case).items():
             for name, said in numbers.items():
                 found = counted[case.name][place][name]
-                allowed = NOT_PLANNED if name == "kept" else 0
+                allowed = 0
+                if name == "kept":
+                    allowed = NOT_PLANNED
+                # All of them at once: one wrong formula shows in several places.
                 if not found - allowed <= said <= found:
                     wrong.append(f"{case.name}, {place}: {name} counted {found}, planned {said}")
     assert not wrong, "\n".join(wrong)
@@ -180,20 +203,25 @@ def test_every_family_kind_and_level_is_counted(quick: dict[str, Any]) -> None:
         shape = model_shape(config_of(family))
         for case in quick_cases_of(family):
             for place, numbers in quick[case.name].items():
-                if numbers["kept"] and numbers["backward"] and place != "0":
-                    kind = HEAD_KIND if place == "head" else kind_of(shape, int(place))
-                    rows.add((family, kind, case.recompute, case.adapters))
+                # Layer 0 has the first adapter: its input needs no gradient.
+                if not (numbers["kept"] and numbers["backward"]) or place == "0":
+                    continue
+                kind = HEAD_KIND
+                if place != "head":
+                    kind = kind_of(shape, int(place))
+                rows.add((family, kind, case.recompute, case.adapters))
     wanted = set()
     for family in FAMILIES:
-        of_family = itertools.product(
-            [family], kinds_of(family), get_args(Recompute), (EVERYTHING, NOTHING)
+        kinds = kinds_of(family)
+        wanted |= set(
+            itertools.product([family], kinds, get_args(Recompute), (EVERYTHING, NOTHING))
         )
-        wanted |= set(of_family)
     assert rows == wanted
 
 
 def test_a_planned_padding_is_the_kernels_own() -> None:
     """The planner repeats one number of the kernels, whose package needs torch."""
+    # Room comes in steps of 16 columns: below, at and above one.
     for rank in (1, 8, 16, 17, 40):
         weight = AugmentedWeight(torch.zeros(2, 24, 48), rank)
         assert Augmented(rank).room == weight.room

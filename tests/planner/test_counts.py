@@ -1,6 +1,7 @@
-"""Parameter counts against what is published, transformers' models on the meta device, and stock
-PEFT."""
+"""Compare parameter counts with what is published, with transformers' models on the meta device and
+with stock PEFT."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalora.config import LoRAConfig, ParallelConfig
 from megalora.lora.select import resolve
+from megalora.lora.spec import Adapted
 from megalora.model.shape import ModelShape
 from megalora.planner.models import active_parameters, load_shape, read_architecture
 from megalora.planner.weights import (
@@ -30,12 +32,26 @@ PUBLISHED = {
 """Parameters (total_size of the published index, halved), billions a token uses, layers."""
 
 
+def num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def num_lora_parameters(stock: nn.Module) -> int:
     """Of stock PEFT's model; whatever else it trains does not count."""
-    return sum(p.numel() for name, p in stock.named_parameters() if "lora_" in name)
+    count = 0
+    for name, parameter in stock.named_parameters():
+        if "lora_" in name:
+            count += parameter.numel()
+    return count
+
+
+def num_adapted(adapted: Iterable[Adapted]) -> int:
+    """Parameters of our adapter, from the table in ``lora/spec.py``."""
+    return sum(one.num_parameters() for one in adapted)
 
 
 def transformers_model(name: str) -> nn.Module:
+    """The model at its full size, without memory for its weights."""
     fields = read_architecture(MODELS / f"{name}.yaml")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
@@ -46,10 +62,12 @@ def test_base_parameters(name: str) -> None:
     shape = load_shape(MODELS / f"{name}.yaml")
     total, active, layers = PUBLISHED[name]
     model = transformers_model(name)
-    assert sum(p.numel() for p in model.parameters()) == shape.num_parameters() == total
+    assert num_parameters(model) == total
+    assert shape.num_parameters() == total
+    # Model cards give one decimal.
     assert abs(active_parameters(shape) / 1e9 - active) < 0.06
     for layer in (0, layers - 1):
-        theirs = sum(p.numel() for p in model.model.layers[layer].parameters())  # pyright: ignore
+        theirs = num_parameters(model.model.layers[layer])  # pyright: ignore
         assert theirs == layer_parameters(shape, ParallelConfig(), shape.is_moe(layer))
 
 
@@ -58,8 +76,11 @@ def test_active_parameters_are_what_a_token_meets(name: str) -> None:
     """Counted in transformers' model: the fused experts' part for k of E, everything else whole."""
     shape = load_shape(MODELS / f"{name}.yaml")
     found = 0
-    for full_name, p in transformers_model(name).named_parameters():
-        found += p[: shape.top_k].numel() if ".mlp.experts." in full_name else p.numel()
+    for full_name, parameter in transformers_model(name).named_parameters():
+        # [E, ...]: transformers 5 holds all experts of a layer in one tensor.
+        if ".mlp.experts." in full_name:
+            parameter = parameter[: shape.top_k]
+        found += parameter.numel()
     assert active_parameters(shape) == found
 
 
@@ -77,9 +98,15 @@ def test_stages_add_up_to_the_model(pp: int, vpp: int) -> None:
             chunks.append(chunk)
             layers += chunk.layers
     assert sorted(layers) == list(range(48))
-    assert sum(base_parameters(shape, p, chunk) for chunk in chunks) == shape.num_parameters()
-    counts = [adapter_parameters(model, p, chunk) for chunk in chunks]
-    assert sum(c.dense + c.expert for c in counts) == sum(a.num_parameters() for a in model.adapted)
+    num_base = 0
+    num_trained = 0
+    for chunk in chunks:
+        num_base += base_parameters(shape, p, chunk)
+        count = adapter_parameters(model, p, chunk)
+        num_trained += count.dense + count.expert
+    # Without TP and EP nothing is on two ranks, so the stages hold the model once.
+    assert num_base == shape.num_parameters()
+    assert num_trained == num_adapted(model.adapted)
 
 
 class OneLayer(nn.Module):
@@ -111,6 +138,7 @@ class OneLayer(nn.Module):
 def test_adapter_parameters_against_peft(name: str, rank: int) -> None:
     shape = load_shape(MODELS / f"{name}.yaml")
     layers = PUBLISHED[name][2]
+    # One layer stands for all, which are alike: PEFT takes minutes for 48 layers of 128 experts.
     with torch.device("meta"):
         layer = OneLayer(shape)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -119,11 +147,11 @@ def test_adapter_parameters_against_peft(name: str, rank: int) -> None:
     )  # pyright: ignore
     theirs = num_lora_parameters(stock)
     adapted = resolve(LoRAConfig(rank=rank), shape)
-    assert sum(a.num_parameters() for a in adapted) == layers * theirs
+    assert num_adapted(adapted) == layers * theirs
     model = PlannedModel(shape, tuple(adapted))
     p = ParallelConfig()
     count = adapter_parameters(model, p, chunks_of(shape, p, 0)[0])
-    # one buffer where EP = 1 and ETP = TP
+    # Megatron puts experts into the dense buffer where EP = 1 and ETP = TP.
     assert (count.dense + count.expert, count.expert) == (layers * theirs, 0)
 
 
@@ -136,7 +164,7 @@ def test_attention_of_transformers_adapted_by_peft() -> None:
     adapted = resolve(
         LoRAConfig(rank=16, target_modules=targets), load_shape(MODELS / f"{name}.yaml")
     )
-    assert sum(a.num_parameters() for a in adapted) == theirs
+    assert num_adapted(adapted) == theirs
 
 
 @pytest.mark.parametrize(

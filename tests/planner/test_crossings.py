@@ -1,4 +1,4 @@
-"""The planner's reading of a card's table, against that of the kernels, which need torch."""
+"""Compare the planner's reading of a GPU's table with that of the kernels, which need torch."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,9 @@ from megalora.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from megalora.planner import command, crossings
 from megalora.planner.crossings import Crossings, crossings_of
 
+# Made-up tables: rows per expert from which torch's grouped GEMM is faster, for an expert of
+# Qwen3-30B-A3B at two stacked ranks, one of half the width for which it never is, and a dtype that
+# is not planned.
 LAYER = {"dtype": "bfloat16", "hidden": 2048, "intermediate": 768, "R": 32, "vendor_from": 300}
 LAYERS = [
     LAYER, {**LAYER, "R": 128, "vendor_from": 200},
@@ -53,26 +56,31 @@ def test_answers_as_the_kernels_do(folder: Path, monkeypatch: pytest.MonkeyPatch
     cuda = torch.device("cuda", 0)
     assert len(found.layers) == 3
     answers = set()
+    # Ranks at, between and beyond those of the table, a layer that is not in it, and rows at both
+    # sides of 0.99 times 200, 300 and the default 1,024.
     for rank in (0, 4, 16, 20, 32, 40, 64, 65, 128, 200):
         for layer in ((2048, 768), (2048, 384), (768, 2048)):
             for rows in (64, 197, 198, 296, 297, 1013, 1014, 10**6):
                 expected = backend.prefers_grouped_mm(torch.bfloat16, cuda, rows, rank, layer)
                 assert found.prefers_grouped_mm(rows, *layer, rank) == expected
                 answers.add((layer, rows, expected))
-    assert len(answers) == 3 * 8 + 2  # at 197 to 297 rows the rank decides
-    assert Crossings().prefers_grouped_mm(1024, 1, 1, 1) and not Crossings().prefers_grouped_mm(
-        1000, 1, 1, 1
-    )
-    assert tuned.RULE_VENDOR_FROM == crossings.DEFAULT_ROWS and backend.NEARLY == crossings.NEARLY
+    # One answer for each layer and number of rows, but two where the rank decides: for the first
+    # layer at 198 and 296 rows.
+    assert len(answers) == 3 * 8 + 2
+    assert Crossings().prefers_grouped_mm(1024, 1, 1, 1)
+    assert not Crossings().prefers_grouped_mm(1000, 1, 1, 1)
+    assert tuned.RULE_VENDOR_FROM == crossings.DEFAULT_ROWS
+    assert backend.NEARLY == crossings.NEARLY
 
 
 def test_the_file_is_that_of_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # as the planner's own table of GPUs names it
+    # As the planner's own table of GPUs names them, and as the driver does.
     assert len(crossings_of("H100 SXM 80 GB").layers) == 3
-    assert (
-        len(crossings_of("H200 SXM 141 GB").layers) == 1 == len(crossings_of("NVIDIA H200").layers)
-    )
-    assert crossings_of("A100 SXM 80 GB") == crossings_of("CPU") == Crossings()
+    assert len(crossings_of("H200 SXM 141 GB").layers) == 1
+    assert len(crossings_of("NVIDIA H200").layers) == 1
+    assert crossings_of("A100 SXM 80 GB") == Crossings()
+    assert crossings_of("CPU") == Crossings()
+    # The user's own table comes before those that ship, for any GPU.
     monkeypatch.setenv(tuned.ENV_TABLE, "off")
     assert crossings_of("NVIDIA H200") == Crossings()
     monkeypatch.setenv(tuned.ENV_TABLE, str(folder / "NVIDIA_H200.json"))
@@ -101,9 +109,12 @@ def test_a_file_that_is_no_table(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_plan_asks_for_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(
-        command, "search", lambda shape, lora, gpus, work, machine, **_: given.append(work)
-    )
+
+    def search(shape: Any, lora: Any, gpus: Any, work: Any, machine: Any, **_: Any) -> None:
+        given.append(work)
+
+    # The search itself takes seconds; what it is asked is enough.
+    monkeypatch.setattr(command, "search", search)
     config = RunConfig(
         model=ModelConfig(path="Qwen/Qwen3-30B-A3B"), data=DataConfig(train="x"),
         train=TrainConfig(steps=1, global_batch_size=8),
@@ -111,4 +122,5 @@ def test_a_plan_asks_for_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch
     command.make_plan(
         config, command.PlanOptions(gpus=8, gpu="h100", top=1, imbalance=1.0, lora_ranks=())
     )
-    assert given[0].crossings == crossings_of("H100") != Crossings()
+    assert given[0].crossings == crossings_of("H100")
+    assert given[0].crossings != Crossings()

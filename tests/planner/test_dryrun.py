@@ -1,5 +1,5 @@
-"""Ranks built on the meta device hold exactly the bytes that ``memory.py`` says, whatever the
-layout."""
+"""Check that ranks built on the meta device hold exactly the bytes that ``memory.py`` says,
+whatever the layout."""
 
 from pathlib import Path
 
@@ -18,18 +18,9 @@ from megalora.planner.models import read_architecture
 from tests.parity.models import SIZES
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
-WORK = Workload(sequence_length=4096, global_batch_size=4096)
-NAMES = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "gate",
-    "lm_head",
-]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+NAMES = [*ATTENTION, "gate_proj", "up_proj", "down_proj", "gate", "lm_head"]
+# The default; ranks that differ between modules and are multiples of nothing; layers with gaps.
 ALL = LoRAConfig()
 ODD = LoRAConfig(rank=5, expert_rank=3, target_modules=NAMES, rank_pattern={"k_proj": 7})
 SOME = LoRAConfig(
@@ -38,10 +29,13 @@ SOME = LoRAConfig(
     exclude_modules=[r".*layers\.7\..*"],
 )
 
+# (model, ranks of the world, which of them are built, sizes, adapter). Building a rank takes a
+# second or two, so of each world one or two stand for the others: first, middle or last stage.
 CASES = [
     ("qwen3_30b_a3b", 1, (0,), {}, ALL),
     ("qwen3_30b_a3b", 8, (0, 5), {"ep": 8}, ALL),
-    ("qwen3_30b_a3b", 8, (7,), {"tp": 8, "ep": 8}, ODD),  # two ranks share a key/value head
+    # Two ranks share a key/value head.
+    ("qwen3_30b_a3b", 8, (7,), {"tp": 8, "ep": 8}, ODD),
     ("qwen3_30b_a3b", 16, (0, 9), {"tp": 2, "pp": 2, "ep": 4}, ODD),
     ("qwen3_30b_a3b", 16, (3, 15), {"pp": 4, "vpp": 3, "ep": 2, "etp": 2}, SOME),
     ("qwen3_30b_a3b", 64, (17,), {"tp": 4, "pp": 2, "vpp": 2, "ep": 8, "etp": 4}, ODD),
@@ -49,9 +43,10 @@ CASES = [
     ("qwen3_30b_a3b", 128, (127,), {"ep": 128}, ALL),
     ("qwen3_235b_a22b", 8, (6,), {"ep": 8}, ALL),
     ("qwen3_235b_a22b", 64, (0, 63), {"tp": 4, "pp": 2, "ep": 32}, ODD),
-    # 16 ranks share a key/value head
+    # 16 ranks share a key/value head.
     ("qwen3_235b_a22b", 64, (33,), {"tp": 64, "etp": 8, "ep": 8}, ODD),
     ("qwen3_235b_a22b", 188, (100,), {"pp": 47, "tp": 4, "vpp": 2, "ep": 2, "etp": 2}, SOME),
+    # A single layer in every chunk and half an expert on every rank; thousands of ranks.
     ("qwen3_235b_a22b", 512, (511,), {"pp": 2, "vpp": 47, "ep": 128, "etp": 2}, ALL),
     ("qwen3_235b_a22b", 4096, (777,), {"tp": 8, "pp": 2, "ep": 32}, ALL),
 ]
@@ -66,27 +61,38 @@ def assert_agrees(
     rank: int,
     **work,
 ):
-    """Ranks are numbered with the pipeline stage outermost."""
+    """Compare what one rank was found to hold with the plan of its stage.
+
+    Ranks are numbered with the pipeline stage outermost.
+    """
     shape = model_shape(hf)
     layout = ParallelLayout(parallel=parallel, num_ranks=world)
     stage = rank // (world // parallel.pp)
-    said = memory_of(
-        shape, lora, layout, Workload(sequence_length=64, global_batch_size=4096, **work), stage
-    )
-    assert (found.base_bytes, found.adapter_bytes) == (said["weights"], said["adapters"])
-    layers = shape.num_layers // (parallel.pp * parallel.vpp)
-    pieces = {v * parallel.pp + stage for v in range(parallel.vpp)}
-    # a correction bias and Megatron's count of tokens, float32 for each expert
-    routers = sum(layer // layers in pieces for layer in shape.moe_layers)
-    assert found.buffer_bytes == routers * 8 * shape.num_experts * shape.correction_bias
+    # Any length and batch will do: weights do not depend on them.
+    workload = Workload(sequence_length=64, global_batch_size=4096, **work)
+    said = memory_of(shape, lora, layout, workload, stage)
+    assert found.base_bytes == said["weights"]
+    assert found.adapter_bytes == said["adapters"]
+    # The model is cut into pp * vpp pieces, which the stages take in turn.
+    num_pieces = parallel.pp * parallel.vpp
+    layers_per_piece = shape.num_layers // num_pieces
+    pieces = range(stage, num_pieces, parallel.pp)
+
+    def is_here(layer: int) -> bool:
+        return layer // layers_per_piece in pieces
+
+    num_routers = 0
+    for layer in shape.moe_layers:
+        num_routers += is_here(layer)
+    # A correction bias and Megatron's count of tokens, 4 bytes each for every expert.
+    assert found.buffer_bytes == num_routers * 8 * shape.num_experts * shape.correction_bias
     held = 0
-    for a in resolve(lora, shape):
-        here = (
-            parallel.pp * parallel.vpp - 1 in pieces
-            if a.layer is None
-            else a.layer // layers in pieces
-        )
-        held += here * 2 * max(1, a.num_experts // parallel.ep)
+    for adapted in resolve(lora, shape):
+        # The head, which belongs to no layer, is in the last piece.
+        here = num_pieces - 1 in pieces if adapted.layer is None else is_here(adapted.layer)
+        if here:
+            # A and B, for each of the experts of this rank.
+            held += 2 * max(1, adapted.num_experts // parallel.ep)
     assert found.num_tensors == held
 
 
@@ -102,11 +108,14 @@ def test_bytes_of_a_rank(
         assert_agrees(found, hf, lora, parallel, world, rank)
 
 
+# Small models with what the two large ones do not have; all ranks of each are built.
 SMALL = [
-    ("everything", 1, {}), ("everything", 4, {"tp": 4, "ep": 2, "etp": 2}),
+    ("everything", 1, {}),
+    ("everything", 4, {"tp": 4, "ep": 2, "etp": 2}),
     ("everything", 4, {"tp": 2, "pp": 2, "ep": 2}),
-    ("tiny", 4, {"pp": 2, "vpp": 2, "etp": 2}), ("tiny_dense", 4, {"tp": 2, "pp": 2}),
-]  # fmt: skip
+    ("tiny", 4, {"pp": 2, "vpp": 2, "etp": 2}),
+    ("tiny_dense", 4, {"tp": 2, "pp": 2}),
+]
 
 
 @pytest.mark.parametrize(("model", "world", "sizes"), SMALL)
@@ -116,8 +125,9 @@ def test_shared_experts_dense_layers_biases_and_float32(
     hf = read_hf_config(request.getfixturevalue(model))
     parallel = ParallelConfig(**sizes)
     names = list(NAMES)
+    # A dense model has no router, and a name that matches nothing is a mistake.
     if model == "tiny_dense":
-        names.remove("gate")  # it has no router
+        names.remove("gate")
     lora = LoRAConfig(rank=3, target_modules=names)
     for rank in range(world):
         with host.fake_world(rank, world):
@@ -131,13 +141,15 @@ def test_every_family(family: str, sizes: dict) -> None:
     """With attention, MLPs, experts, routers and head adapted."""
     hf = {**FAMILIES[family].tiny, **SIZES, "model_type": family}
     shape = model_shape(hf)
+    # Dense families have no experts to divide.
     if not shape.moe_layers:
         sizes = {name: size for name, size in sizes.items() if name not in ("ep", "etp")}
     parallel = ParallelConfig(**sizes)
-    names = set()
+    names = {"lm_head"}
     for layer in range(shape.num_layers):
-        names |= {projection.name for projection in layer_projections(shape, layer)}
-    lora = LoRAConfig(rank=3, target_modules=sorted(names | {"lm_head"}))
+        for projection in layer_projections(shape, layer):
+            names.add(projection.name)
+    lora = LoRAConfig(rank=3, target_modules=sorted(names))
     for rank in range(4):
         with host.fake_world(rank, 4):
             found = dry_run(hf, lora, parallel, ModelConfig(path="planned"))

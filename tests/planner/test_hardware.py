@@ -1,5 +1,5 @@
-"""Rates between, at and beyond what was measured, groups of ranks on nodes, and calibration files
-with mistakes in them."""
+"""Check rates at, between and beyond what was measured, groups of ranks on nodes, and calibration
+files with mistakes in them."""
 
 import itertools
 import json
@@ -14,18 +14,23 @@ from megalora.planner.hardware import Kind, Links, MeasuredNetwork, Roofline, Ta
 
 
 def test_a_table_is_exact_where_it_was_measured_and_says_how_it_knows_the_rest() -> None:
+    # (rows, columns) and the FLOP/s that were measured there.
     table = Table((((64, 256), 1e9), ((256, 256), 2e9), ((1024, 256), 4e9), ((1024, 1024), 8e9)))
     assert table.at(256, 256) == (2e9, "measured")
     between = table.at(512, 256)
     assert 2e9 < between.value < 5e9 and between.basis == "interpolated"
     beyond = table.at(100_000, 256)
+    # Never faster than the best measurement, however large the product.
     assert 2e9 < beyond.value < 8e9 and beyond.basis == "assumed"
-    assert table.at(512, 256) is between  # remembered
+    # Remembered: a plan asks thousands of times for the same sizes.
+    assert table.at(512, 256) is between
 
 
 def test_a_roofline_is_arithmetic_or_traffic() -> None:
     roof = Roofline(flops_per_s=1e12, bytes_per_s=1e9)
+    # A million rows: all arithmetic.
     assert roof.at(2**20, 4096, 4096).value == pytest.approx(1e12, rel=1e-6)
+    # One row: all traffic, of inputs, outputs and the weight in bfloat16.
     rows = 1
     outputs = 1024
     inputs = 512
@@ -33,7 +38,7 @@ def test_a_roofline_is_arithmetic_or_traffic() -> None:
     assert roof.at(rows, outputs, inputs).value == pytest.approx(
         2 * rows * outputs * inputs / seconds
     )
-    # eight experts' weights are read
+    # 64 rows over eight experts: all eight weights are read.
     grouped = 2 * (64 * (outputs + inputs) + 8 * outputs * inputs) / 1e9
     assert roof.at(8, 64, outputs, inputs).value == pytest.approx(
         2 * 64 * outputs * inputs / grouped
@@ -48,6 +53,7 @@ def test_weakest() -> None:
 def test_links_move_what_each_collective_moves() -> None:
     links = Links(100e9, 10e9, inside_latency_s=0, outside_latency_s=0)
     size = 8e9
+    # Of n parts, a ring passes n - 1 on; an all-reduce does so twice.
     assert links.seconds("all_gather", 8, 1, size).value == pytest.approx(7 / 8 * size / 100e9)
     assert links.seconds("all_reduce", 8, 1, size).value == pytest.approx(14 / 8 * size / 100e9)
     # 16 ranks on 2 nodes: half of an all-to-all leaves the node, each rank through its own adapter;
@@ -64,16 +70,20 @@ def test_measured_collectives_are_lines_between_sizes_and_scale_between_groups()
     }
     network = MeasuredNetwork(points, beyond=GPUS["h100"].network)
     assert network.seconds("all_gather", 2, 1, 1e6) == (1.1e-3, "measured")
+    # Halfway between two sizes, halfway between their seconds.
     middle = network.seconds("all_gather", 2, 1, (1e3 + 1e6) / 2)
     assert middle.value == pytest.approx(6e-4) and middle.basis == "interpolated"
+    # The line goes on: 1e-3 s for each 999e3 bytes.
     above = network.seconds("all_gather", 2, 1, 2e6)
     assert above.value == pytest.approx(1.1e-3 + 1e-3 * 1e6 / 999e3) and above.basis == "assumed"
-    # never below the latency
+    # Never below the latency that the smallest size shows.
     assert network.seconds("all_gather", 2, 1, 10).value == pytest.approx(1e-4)
+    # Four ranks, from two: each moves 3/4 of the bytes in place of 1/2.
     four = network.seconds("all_gather", 4, 1, 1e6)
     assert four.value == pytest.approx(1.1e-3 * (3 / 4) / (1 / 2)) and four.basis == "interpolated"
     assert network.seconds("all_gather", 16, 1, 1e6).basis == "assumed"
-    other = network.seconds("all_to_all", 2, 1, 1e6)  # not measured at all
+    # A collective that was not measured at all is taken from the machine's table, if it has one.
+    other = network.seconds("all_to_all", 2, 1, 1e6)
     assert other == GPUS["h100"].network.seconds("all_to_all", 2, 1, 1e6)
     with pytest.raises(ValueError, match="no all_to_all like that of 2 ranks over 1 node"):
         MeasuredNetwork(points, beyond=None).seconds("all_to_all", 2, 1, 1e6)
@@ -97,13 +107,17 @@ def test_groups_over_nodes_are_scaled_from_those_with_as_many_ranks_in_each() ->
             found = network.seconds(kind, ranks, nodes, 64e6)
             true = links.seconds(kind, ranks, nodes, 64e6)
             assert found.value == pytest.approx(true.value, rel=0.01), (kind, ranks, nodes)
-            assert found.basis == (
-                "measured" if (ranks, nodes) == (8, 1) or kind == "send" else "assumed"
-            )
-    # four in a node were never measured: beyond
+            # A send is between two ranks, whatever the group; of the others only (8, 1) is in the
+            # measurements.
+            is_measured = (ranks, nodes) == (8, 1) or kind == "send"
+            assert found.basis == ("measured" if is_measured else "assumed")
+    # Groups with four ranks in each of several nodes were never measured: from ``beyond``, whose
+    # links move one byte a second.
     assert network.seconds("all_gather", 8, 2, 64e6).value > 1e6
 
 
+# A group's ranks stand ``stride`` apart: 8 neighbours fill a node, every eighth rank is alone in
+# its own; with 6 per node four neighbours may fit.
 @pytest.mark.parametrize(
     ("ranks", "stride", "per_node", "nodes"),
     [
@@ -124,20 +138,20 @@ def test_nodes_of_a_group(ranks: int, stride: int, per_node: int, nodes: int) ->
 @pytest.mark.parametrize("name", GPUS)
 def test_every_gpu_of_the_table(name: str) -> None:
     gpu = find_machine(name.upper())
-    assert gpu.name.lower().startswith(name) and 70 < gpu.memory_bytes / 2**30 < 200
+    assert gpu.name.lower().startswith(name)
+    # 80 to 192 GB, of which each has a little less in GiB.
+    assert 70 < gpu.memory_bytes / 2**30 < 200
     assert gpu.gemm.at(4096, 4096, 4096).basis == "assumed"
-    assert (
-        gpu.attention_backward.at(1, 4096, 32, 4, 128).value
-        < gpu.attention.at(1, 4096, 32, 4, 128).value
-    )
-    assert (
-        1e14
-        < gpu.grouped_gemm.at(16, 65536, 1536, 2048).value
-        < gpu.gemm.at(65536, 1536, 2048).value
-    )
+    # Attention reaches a smaller part of the peak backward than forward, and a grouped GEMM than a
+    # plain one.
+    attention = (1, 4096, 32, 4, 128)
+    assert gpu.attention_backward.at(*attention).value < gpu.attention.at(*attention).value
+    grouped = gpu.grouped_gemm.at(16, 65536, 1536, 2048).value
+    assert 1e14 < grouped < gpu.gemm.at(65536, 1536, 2048).value
 
 
 def calibration(**changes: object) -> dict[str, object]:
+    """A calibration as ``megalora bench`` writes it, with one row of each kind."""
     content: dict[str, object] = {
         "format": 1, "name": "CPU", "memory_bytes": 2**33, "ranks_per_node": 2, "world_size": 2,
         "dtype": "float32",
@@ -153,25 +167,31 @@ def calibration(**changes: object) -> dict[str, object]:
 
 
 def written(tmp_path: Path, **changes: object) -> Path:
+    """A calibration file with other fields; None leaves a field out."""
     path = tmp_path / "machine.json"
-    record = calibration(**changes)
-    # None leaves a field out.
-    path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}))
+    record = {}
+    for name, value in calibration(**changes).items():
+        if value is not None:
+            record[name] = value
+    path.write_text(json.dumps(record))
     return path
 
 
 def test_a_calibration_file(tmp_path: Path) -> None:
     machine = find_machine(str(written(tmp_path)))
     assert machine.gemm.at(64, 32, 16) == (2 * 64 * 32 * 16 / 1e-6, "measured")
+    # Scores and sums, 2 FLOPs each, over half of 64 x 64 for causal attention, in 4 heads of 16
+    # features of 2 sequences; backward counts as many for its rate.
     flops = 2 * 2 * 64**2 * 4 * 16
     assert machine.attention.at(2, 64, 4, 2, 16).value == pytest.approx(flops / 1e-5)
     assert machine.attention_backward.at(2, 64, 4, 2, 16).value == pytest.approx(flops / 3e-5)
-    assert (
-        machine.memory.at(3000).value == 3e9
-        and machine.network.seconds("all_gather", 2, 1, 1000).value == 1e-4
-    )
+    # 3,000 bytes in a microsecond.
+    assert machine.memory.at(3000).value == 3e9
+    assert machine.network.seconds("all_gather", 2, 1, 1000).value == 1e-4
+    # Host and device are one on a CPU.
     assert machine.overhead.step_s == 5e-3 and not machine.overhead.hidden
-    assert "measured 2026-11-24" in machine.note and math.isclose(machine.memory_bytes, 2**33)
+    assert "measured 2026-11-24" in machine.note
+    assert math.isclose(machine.memory_bytes, 2**33)
 
 
 def test_a_gpu_measured_alone_takes_the_rest_from_its_table(tmp_path: Path) -> None:
@@ -179,10 +199,8 @@ def test_a_gpu_measured_alone_takes_the_rest_from_its_table(tmp_path: Path) -> N
         written(tmp_path, name="NVIDIA H100 80GB HBM3", collectives={}, overhead=None)
     )
     assert machine.network.seconds("send", 2, 1, 1e6).basis == "assumed"
-    assert (
-        machine.overhead == GPUS["h100"].overhead
-        and machine.gemm.at(64, 32, 16).basis == "measured"
-    )
+    assert machine.overhead == GPUS["h100"].overhead
+    assert machine.gemm.at(64, 32, 16).basis == "measured"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Gradient and optimizer bytes against the live tensors of a training step, and what a plan says of
-itself."""
+"""Compare planned bytes of gradients and optimizer with the live tensors of a training step, and
+check what a plan says of itself."""
 
 import json
 from dataclasses import replace
@@ -38,7 +38,7 @@ from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.everything import LORA
 from tests.parity.runs import make_config
-from tests.planner.counted import num_bytes, tensors_of
+from tests.planner.count_step import num_bytes, tensors_of
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 
@@ -52,12 +52,18 @@ def live_bytes(config: RunConfig) -> dict[str, int]:
         return {name: num_bytes(tensors) for name, tensors in tensors_of(run).items()}
 
 
+# (model, ranks, sizes, adapter): alone; with the optimizer's state shared out over data parallel;
+# with experts in a buffer of their own; over TP, in chunks; a model with every kind of layer.
 CASES = [
-    ("tiny", 1, {}, None), ("tiny", 2, {}, None), ("tiny", 2, {"ep": 2}, None),
+    ("tiny", 1, {}, None),
+    ("tiny", 2, {}, None),
+    ("tiny", 2, {"ep": 2}, None),
     ("tiny", 4, {"tp": 2, "ep": 2}, None),
-    ("tiny", 4, {"pp": 2, "vpp": 2}, None), ("everything", 4, {"tp": 2, "pp": 2}, LORA),
-    ("everything", 4, {"tp": 4, "etp": 2}, LORA), ("tiny_dense", 2, {}, None),
-]  # fmt: skip
+    ("tiny", 4, {"pp": 2, "vpp": 2}, None),
+    ("everything", 4, {"tp": 2, "pp": 2}, LORA),
+    ("everything", 4, {"tp": 4, "etp": 2}, LORA),
+    ("tiny_dense", 2, {}, None),
+]
 
 
 # bfloat16 steps take four times as long on a CPU.
@@ -120,7 +126,8 @@ def test_an_expert_layer_keeps_what_the_kernels_readme_says(model: PlannedModel)
     batch = Microbatch.of(model, layout, work)
     mlp = PlannedMLP(model, layout, batch, model.modules_of(0), live=True, selective=False)
     found = experts_bytes(mlp, live=True) / batch.tokens
-    # a probability and two indexes each
+    # For each of a token's 8 rows in bfloat16: x, gate and up, S of three ranks of 16: 58,112
+    # bytes. And a probability (2) and two indexes (4 each): 80 more.
     assert abs(found - 8 * (2048 + 2 * 768 + 48) * 2 - 8 * (2 + 8)) < 1
 
 
@@ -130,29 +137,32 @@ def test_the_peak_is_the_largest_of_loss_layer_and_step(model: PlannedModel) -> 
     for plan in (one, full):
         # Loss, a layer's backward and the step come one after the other; what a pass keeps is
         # there during the first two.
-        always = sum(part.num_bytes for part in plan.parts if part.when == "always")
+        always = plan.sum_of("always")
         in_pass = plan.sum_of("pass") + max(plan.sum_of("loss"), plan.sum_of("layer"))
         assert plan.peak_bytes == always + max(in_pass, plan.sum_of("step"))
         assert {part.basis for part in plan.parts} == {"measured", "assumed"}
         assert {part.when for part in plan.parts} == {"always", "pass", "loss", "layer", "step"}
         assert plan.table().splitlines()[-1].startswith("peak")
-    # 152,000 words: 6 bytes for each and every token
+    # 152,000 logits of a token, 6 bytes each, against one layer.
     assert full.sum_of("loss") > full.sum_of("layer")
 
 
 def test_what_a_layout_changes(model: PlannedModel) -> None:
     one = plan_of(model, ep=8)
     full = plan_of(model, ep=8, recompute="full")
-    # every layer's input, and angles
+    # Every layer's input in bfloat16, and rotary angles in float32.
     assert full["activations"] == 48 * 4096 * 2048 * 2 + 4096 * 128 * 4
-    assert full["recomputed"] > one["recomputed"] == 0 and full.peak_bytes < one.peak_bytes
+    assert full["recomputed"] > one["recomputed"] == 0
+    assert full.peak_bytes < one.peak_bytes
     # A layer that runs again needs what it needed before.
     assert full["workspace"] == one["workspace"]
     first = plan_of(model, stage=0, pp=4, ep=2)
     last = plan_of(model, stage=3, pp=4, ep=2)
-    assert first["activations"] > 3 * last["activations"]  # four microbatches in flight against one
+    # 1F1B: the first of four stages holds four microbatches, the last one.
+    assert first["activations"] > 3 * last["activations"]
     assert first["loss"] == first["logits"] == 0 < last["loss"]
-    # 16 experts here, 64 there
+    # 4,096 tokens of each of ep ranks, 8 experts each, over 128 experts: 2,048 rows for an expert
+    # with EP 8, 512 with EP 2. Room pays from 1,024 on.
     assert one["room for adapters"] > 0 == plan_of(model, ep=2)["room for adapters"]
     # Tokens times hidden size in bfloat16: the first stage receives nothing.
     assert first["pipeline"] == 0 and last["pipeline"] == 4096 * 2048 * 2
@@ -160,14 +170,22 @@ def test_what_a_layout_changes(model: PlannedModel) -> None:
     assert plan_of(model)["all-to-all"] == 0 < one["all-to-all"]
 
 
+# (sizes, samples of a microbatch, tokens of a sample, whether there is room). Rows per expert are
+# micro * tokens * 8 * ep * etp / (128 * tp).
 ROOM = [
-    ({"ep": 8}, 1, 2048, True), ({"ep": 8}, 1, 2047, True), ({"ep": 8}, 1, 2000, False),
-    ({"ep": 8}, 2, 1024, True), ({"ep": 8}, 1, 4096, True),
-    ({"ep": 4}, 1, 4096, True), ({"ep": 2}, 1, 4096, False), ({}, 4, 4096, True),
+    ({"ep": 8}, 1, 2048, True),
+    ({"ep": 8}, 1, 2047, True),
+    ({"ep": 8}, 1, 2000, False),
+    ({"ep": 8}, 2, 1024, True),
+    ({"ep": 8}, 1, 4096, True),
+    ({"ep": 4}, 1, 4096, True),
+    ({"ep": 2}, 1, 4096, False),
+    ({}, 4, 4096, True),
     ({}, 2, 4096, False),
-    ({"tp": 2, "ep": 8}, 1, 2048, False), ({"tp": 2, "ep": 8}, 1, 4096, True),
+    ({"tp": 2, "ep": 8}, 1, 2048, False),
+    ({"tp": 2, "ep": 8}, 1, 4096, True),
     ({"ep": 4, "etp": 2}, 1, 2048, True),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("parallel", "micro", "length", "expected"), ROOM, ids=str)
@@ -195,7 +213,9 @@ def test_room_is_planned_where_the_model_makes_it_and_a_layer_uses_it(
         resolve(LoRAConfig(rank=16), model.shape), model.shape, etp=layout.parallel.etp,
         dtype=torch.bfloat16, device=cuda, rows_per_expert=rows,
     )  # fmt: skip
-    assert (formats.keys() == set(range(model.shape.num_layers))) == bool(formats) == expected
+    # In every layer or in none.
+    assert (formats.keys() == set(range(model.shape.num_layers))) == expected
+    assert bool(formats) == expected
     assert prefers_grouped_mm(torch.bfloat16, cuda, rows, 32, (2048, inner)) == expected
     # The rows of a rank, as the planner counts them, over its experts.
     assert rows == Microbatch.of(model, layout, work).rows / (128 // layout.parallel.ep)
@@ -221,15 +241,19 @@ def test_the_model_asks_the_table_for_its_own_layer(monkeypatch, tmp_path) -> No
         where = {"dtype": torch.bfloat16, "device": cuda}
         return bool(expert_formats(adapted, shape, etp=etp, rows_per_expert=rows, **where))
 
+    # The layer of the table; adapters of rank 16 on gate and up are 32 together.
     assert (shape.hidden, shape.expert_intermediate) == (2048, 768)
-    assert [has_room(rows) for rows in (296, 297)] == [False, True]
-    assert not has_room(300, etp=2)  # the layer of a rank with half the features is not in it
+    assert not has_room(296)
+    assert has_room(297)
+    # With half the features a rank has another layer, for which the table has nothing.
+    assert not has_room(300, etp=2)
     tuned.forget()
 
 
 def test_room_follows_the_table_and_not_the_number_of_experts(model: PlannedModel) -> None:
     layout = ParallelLayout(parallel=ParallelConfig(ep=2), num_ranks=8)
-    for least, expected in ((512, True), (520, False)):  # 64 experts and 512 rows each
+    # 64 experts on a rank, with 512 rows each: in the table's range, or a hundredth and more below.
+    for least, expected in ((512, True), (520, False)):
         crossings = Crossings(((2048, 768, 32, least),))
         work = Workload(sequence_length=4096, global_batch_size=8, crossings=crossings)
         assert has_room(model, layout, work) == expected
@@ -251,7 +275,8 @@ def test_imbalance_fills_experts_alone(model: PlannedModel) -> None:
     work = Workload(sequence_length=4096, global_batch_size=8, imbalance=1.0)
     even = memory_of_model(model, layout, work)
     skewed = memory_of_model(model, layout, replace(work, imbalance=1.5))
-    rows = 4096 * 8 // 2  # half as many again
+    # 4,096 tokens with 8 rows each, and half as many again.
+    rows = 4096 * 8 // 2
     # Kept of a row in bfloat16: x, gate and up, three ranks of 16, a probability; and two indexes.
     per_row = (2048 + 2 * 768 + 48 + 1) * 2 + 2 * 4
     assert skewed["activations"] - even["activations"] == 48 * rows * per_row
@@ -261,6 +286,7 @@ def test_imbalance_fills_experts_alone(model: PlannedModel) -> None:
 def test_the_fullest_stage_decides(model: PlannedModel) -> None:
     work = Workload(sequence_length=4096, global_batch_size=64)
     layout = ParallelLayout(parallel=ParallelConfig(pp=4, ep=2), num_ranks=8)
+    # The first holds most microbatches, the last has the loss: either may be it.
     peaks = [memory_of_model(model, layout, work, stage).peak_bytes for stage in range(4)]
     found = fullest_stage(model, layout, work)
     assert (found.peak_bytes, found.stage) == (max(peaks), peaks.index(max(peaks)))
@@ -275,6 +301,7 @@ def test_factors_that_ranks_share_are_summed_in_tables() -> None:
     work = Workload(sequence_length=64, global_batch_size=8)
     # Rank 2 times: A of q, k and v, B of o, B of k and v with 4 heads of 128.
     elements = 2 * (3 * 2048 + 2048 + 2 * 512)
+    # A table and its bucket in float32: 8 bytes an element.
     assert memory_of(shape, lora, layout, work)["optimizer step"] == 8 * elements
 
 
@@ -301,6 +328,7 @@ def test_the_optimizer_takes_dense_factors_and_experts_in_turn(model: PlannedMod
     p = ParallelConfig(ep=8)
     count = adapter_parameters(model, p, chunks_of(model.shape, p, 0)[0])
     assert count.expert > count.dense / 8
+    # Adam's square roots of second moments, 4 bytes each.
     assert plan_of(model, ep=8)["optimizer step"] == 4 * count.expert
 
 

@@ -1,5 +1,7 @@
-"""The peak of a training step, and what it is made of, against every live tensor of CPU ranks; the
-whole list of layouts is in ``benchmarks/planner_accuracy.py``."""
+"""Compare the planned peak of a training step, and its parts, with every live tensor of CPU ranks.
+
+The whole list of layouts is in ``benchmarks/planner_accuracy.py``.
+"""
 
 from pathlib import Path
 
@@ -17,11 +19,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "case",
     [
         Case(1, {}, recompute="selective"),
-        Case(1, {}, recompute="full", model="vocab"),  # the loss is the peak
+        # The loss is the peak: a vocabulary 51 times as wide as the hidden states.
+        Case(1, {}, recompute="full", model="vocab"),
         Case(1, {}, recompute="selective", model="dense"),
         Case(2, {"ep": 2}, micro=2),
+        # All that a pipeline adds: several microbatches in flight, of two chunks.
         pytest.param(Case(4, {"tp": 2, "pp": 2, "vpp": 2}), marks=pytest.mark.slow),
-        # Nothing of a recomputed layer outlives its backward.
+        # Nothing of a recomputed layer may outlive its backward.
         pytest.param(Case(2, {"ep": 2}, recompute="full"), marks=pytest.mark.slow),
     ],
     ids=lambda case: case.name,
