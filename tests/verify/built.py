@@ -1,4 +1,4 @@
-"""A base's chunks on this rank, and what the layer check says of them."""
+"""Build a base on this rank, and return what the layer check says of it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -37,6 +37,7 @@ def said(chunks: Chunks, groups: Any, folder: Path, dtype: torch.dtype = torch.f
 
 
 def said_in(base: Path, parallel: dict[str, int], dtype: str) -> str:
+    """What the check says of a base as it is loaded in a layout."""
     with loaded(base, parallel, dtype) as (chunks, groups):
         return said(chunks, groups, base, getattr(torch, dtype))
 
@@ -52,5 +53,6 @@ def layer_of(chunks: Chunks, number: int) -> Any:
 
 
 def dense_gate_and_up(chunks: Chunks) -> None:
+    """Exchange gate and up of layer 1: both are [I, H], so that no shape gives it away."""
     weight = layer_of(chunks, 1).mlp.linear_fc1.weight
     weight.data.copy_(torch.cat(weight.data.chunk(2)[::-1]))

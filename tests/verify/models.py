@@ -1,5 +1,4 @@
-"""Base models for the layer check: tiny folders, and copies of them whose config.json or files say
-something else."""
+"""Copy base folders with another config.json or other tensors, for tests of the layer check."""
 
 import json
 import shutil
@@ -41,27 +40,32 @@ def with_tensors(
 def packed_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Experts as transformers 5 holds them in memory: ``gate_up_proj [E, 2I, H]`` and ``down_proj
     [E, H, I]``."""
-    out = {name: t for name, t in tensors.items() if ".mlp.experts." not in name}
-    for layer in {name.split(".experts.")[0] for name in tensors.keys() - out.keys()}:
-        numbers = set()
-        for name in tensors:
-            if name.startswith(f"{layer}.experts."):
-                numbers.add(int(name.removeprefix(f"{layer}.experts.").split(".")[0]))
-
-        def matrix(expert: int, projection: str, layer: str = layer) -> Tensor:
-            return tensors[f"{layer}.experts.{expert}.{projection}.weight"]
-
-        pairs = [torch.cat([matrix(e, "gate_proj"), matrix(e, "up_proj")]) for e in sorted(numbers)]
-        out[f"{layer}.experts.gate_up_proj"] = torch.stack(pairs)
-        out[f"{layer}.experts.down_proj"] = torch.stack(
-            [matrix(e, "down_proj") for e in sorted(numbers)]
-        )
+    out = {}
+    # Layer's MLP -> number of an expert -> its matrices by projection.
+    experts: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        if ".mlp.experts." not in name:
+            out[name] = tensor
+            continue
+        # model.layers.N.mlp.experts.E.PROJECTION.weight
+        mlp, _, rest = name.partition(".experts.")
+        number, projection, _ = rest.split(".")
+        experts.setdefault(mlp, {}).setdefault(int(number), {})[projection] = tensor
+    for mlp, by_number in experts.items():
+        gate_up = []
+        down = []
+        # By number, which the names' order is not: 10 stands before 2.
+        for _, matrices in sorted(by_number.items()):
+            gate_up.append(torch.cat([matrices["gate_proj"], matrices["up_proj"]]))
+            down.append(matrices["down_proj"])
+        out[f"{mlp}.experts.gate_up_proj"] = torch.stack(gate_up)
+        out[f"{mlp}.experts.down_proj"] = torch.stack(down)
     return out
 
 
 def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names as the model without a head saves them."""
-    return {name.removeprefix("model."): t for name, t in tensors.items()}
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def biased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -70,6 +74,7 @@ def biased(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     biases = {}
     for name, weight in tensors.items():
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
+            # As large as the projections' own outputs.
             bias = torch.randn(weight.shape[0], generator=generator)
             biases[name.replace(".weight", ".bias")] = bias
     return tensors | biases

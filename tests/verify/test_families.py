@@ -1,4 +1,4 @@
-"""The layer check for every registered family: equal as loaded, at odds with a router of another
+"""Run the layer check on every registered family: equal as loaded, at odds with a router of another
 kind."""
 
 from pathlib import Path
@@ -15,7 +15,10 @@ from tests.verify.built import loaded, said
 
 def _said_in_layouts(base: Path) -> str:
     """On two ranks that share attention and the dense MLPs, experts shared out between them."""
-    parallel = {"tp": 2, "ep": 2} if FAMILIES[base.name].num_experts_names else {"tp": 2}
+    parallel = {"tp": 2}
+    # A dense family has no name for a number of experts, and no experts to share out.
+    if FAMILIES[base.name].num_experts_names:
+        parallel["ep"] = 2
     with loaded(base, parallel, "bfloat16") as (chunks, groups):
         return said(chunks, groups, base, torch.bfloat16)
 
@@ -33,12 +36,15 @@ def _with_settings(base: Path, changes: list[dict[str, Any]]) -> list[str]:
         config = chunks[0].config
         for change in changes:
             before = {name: getattr(config, name) for name in change}
+            # Past the checks of Megatron's config, which is a dataclass.
             vars(config).update(change)
             lines.append(said(chunks, groups, base, torch.bfloat16))
             vars(config).update(before)
     return lines
 
 
+# What Bridge or a family's settings could get wrong: the dtype that logits are computed in, whether
+# softmax is taken before or after the choice, how GLM scores, groups and scales.
 SPOILED: dict[str, list[dict[str, Any]]] = {
     "olmoe": [
         {"moe_router_dtype": "fp32"},
@@ -63,4 +69,5 @@ def test_another_router_is_noticed(arch: str, tmp_path: Path) -> None:
     base = make_tiny(tmp_path / arch, arch=arch)
     lines = run_ranks(_with_settings, 1, base, SPOILED[arch])[0]
     for change, line in zip(SPOILED[arch], lines, strict=True):
+        # Found in the router itself, not only in what experts make of it.
         assert "(MoE), router" in line, f"{change}: {line}"

@@ -1,5 +1,5 @@
-"""The layer check: equal where it should be equal, in every layout, and at odds with every mistake
-put into a model.
+"""Check that the layer check finds a right model equal in every layout, and every mistake that is
+put into one.
 
 The mistakes are put in behind the back of what refuses config fields and tensors: a model is built
 as it is, then spoiled, or held against a folder whose config.json says something else.
@@ -32,28 +32,36 @@ LAYOUTS: list[tuple[int, dict[str, int]]] = [
     (1, {}),
     (2, {"ep": 2}),
     (2, {"tp": 2, "etp": 2}),
-    (4, {"tp": 4}),  # on two key/value heads: they repeat
+    # Four ranks on two key/value heads: each head is on two of them.
+    (4, {"tp": 4}),
     (4, {"tp": 2, "ep": 2}),
     (4, {"pp": 2, "ep": 2}),
 ]
 
 
-@pytest.mark.parametrize(
-    ("world", "parallel"),
-    LAYOUTS,
-    ids=lambda v: "-".join(f"{k}{n}" for k, n in v.items()) if isinstance(v, dict) else "",
-)
+def layout_id(value: Any) -> str:
+    """tp2-ep2; empty for the number of ranks."""
+    if not isinstance(value, dict):
+        return ""
+    return "-".join(f"{name}{size}" for name, size in value.items())
+
+
+@pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=layout_id)
 def test_a_model_with_everything_is_equal_in_every_layout(world, parallel, everything):
     lines = run_ranks(said_in, world, everything, parallel, "float32")
+    # The line ends in how long it took, which each rank measures itself.
     assert len({line.rsplit(" in ", 1)[0] for line in lines}) == 1, "the same on every rank"
     assert lines[0].startswith(
         "base: layers 0 (MoE), 1 (dense), embedding and head equal transformers' to "
     )
+    # "... equal transformers' to 2e-7 ...": far from the tolerance, so that it can be trusted to
+    # tell rounding from mistakes.
     assert float(lines[0].split(" to ")[1].split()[0]) < records.TOLERANCE / 10
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_interleaved_stages_are_equal(dtype, tiny):
+    # The second stage has layers 1 and 3, the head and the line of the log.
     line = run_ranks(said_in, 2, tiny, {"pp": 2, "vpp": 2}, dtype)[1]
     assert line.startswith("base: layer 3 (MoE), embedding and head equal transformers' to "), line
 
@@ -87,6 +95,7 @@ def test_families_dtypes_and_files_are_equal(tiny, tiny_dense, everything, tmp_p
         assert line.startswith("base: layer"), f"{name}: {line}"
 
 
+# The tiny model has 4,096 positions, four times 1,024.
 ROPE = {"rope_theta": 1e6, "original_max_position_embeddings": 1024, "factor": 4.0}
 HONOURED: dict[str, dict[str, Any]] = {
     "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}},
@@ -121,11 +130,13 @@ def test_fields_that_are_honoured_are_equal(tiny, tmp_path):
         with_config(tiny, tmp_path / "bias", attention_bias=True), tmp_path / "biased", biased
     )
     cases = {name: (folder, folder, "float32") for name, folder in folders.items()}
+    # All layers are alike, and the last one is compared.
     for name, line in run_ranks(_several, 1, cases)[0].items():
         assert line.startswith("base: layer 3 (MoE)"), f"{name}: {line}"
 
 
 def _with_adapters(base: Path, recompute: str) -> str:
+    """What the check says of a base under adapters that change every output."""
     lora = LoRAConfig(rank=3, alpha=12.0, target_modules=NAMES)
     shape, adapted = plan(lora, ParallelConfig(), base)
     with parallel_groups(ParallelConfig()) as groups:
@@ -134,6 +145,7 @@ def _with_adapters(base: Path, recompute: str) -> str:
             model=ModelConfig(path=str(base), dtype="float32"), parallel=ParallelConfig(),
             lora=lora, seed=0,
         )  # fmt: skip
+        # B is zero at first, so that an adapter that counts would not show.
         for parameter in model.parameters:
             parameter.data.normal_()
         apply_recompute(model.chunks, recompute)
@@ -147,6 +159,9 @@ def test_adapters_that_have_moved_and_recomputation_are_left_out(recompute, ever
     )
 
 
+# Mistakes of loading and building, each made in one place of a right model. None changes a shape.
+
+
 def _gate_and_up(chunks: Chunks) -> None:
     for weight in (
         layer_of(chunks, 0).mlp.experts.gate_up,
@@ -157,7 +172,9 @@ def _gate_and_up(chunks: Chunks) -> None:
 
 def _norms_exchanged(chunks: Chunks) -> None:
     layer = layer_of(chunks, 0)
-    layer.input_layernorm, layer.pre_mlp_layernorm = layer.pre_mlp_layernorm, layer.input_layernorm
+    input_norm = layer.input_layernorm
+    layer.input_layernorm = layer.pre_mlp_layernorm
+    layer.pre_mlp_layernorm = input_norm
 
 
 def _experts_exchanged(chunks: Chunks) -> None:
@@ -166,6 +183,7 @@ def _experts_exchanged(chunks: Chunks) -> None:
 
 
 def _epsilon(name: str, value: float = 1e-5) -> Callable[[Chunks], None]:
+    # The tiny model has 1e-6; Megatron's own default is this.
     def spoil(chunks: Chunks) -> None:
         layer_of(chunks, 0).get_submodule(name).eps = value
 
@@ -197,6 +215,7 @@ def _no_bias(chunks: Chunks) -> None:
 
 
 def _shared_gate(chunks: Chunks) -> None:
+    # The shared expert's output then counts whole.
     layer_of(chunks, 0).mlp.shared_experts.use_shared_expert_gate = False
     layer_of(chunks, 0).mlp.shared_experts.gate_weight.data.zero_()
 
@@ -207,10 +226,12 @@ def _router_rows(chunks: Chunks) -> None:
 
 
 def _one_embedding_row(chunks: Chunks) -> None:
+    # The last of 512 tokens: only a comparison of the whole table finds it.
     rows = chunks[0].embedding.word_embeddings.weight.data
     rows[-1] = rows[-2]
 
 
+# The mistake, and the module that must be named: the first that is off, not one that follows it.
 SPOILED: dict[str, tuple[Callable[[Chunks], None], str]] = {
     "gate and up of experts": (_gate_and_up, "layer 0 (MoE), experts"),
     "gate and up of a dense MLP": (dense_gate_and_up, "layer 1 (dense), MLP"),
@@ -231,6 +252,7 @@ SPOILED: dict[str, tuple[Callable[[Chunks], None], str]] = {
 
 
 def _spoiled(base: Path) -> dict[str, str]:
+    """What the check says of each mistake, on one forked rank for all of them."""
     lines = {}
     for name, (spoil, _) in SPOILED.items():
         with loaded(base) as (chunks, groups):
@@ -250,7 +272,9 @@ def test_a_mistake_in_a_model_is_named_with_its_module(name, of_spoiled):
     assert of_spoiled[name].startswith(
         f"ValueError: train.check_base: {where}: differs from transformers' by "
     ), of_spoiled[name]
-    assert "train.check_base=off" in of_spoiled[name] and "\n" not in of_spoiled[name]
+    # One line, with the way to train all the same.
+    assert "train.check_base=off" in of_spoiled[name]
+    assert "\n" not in of_spoiled[name]
 
 
 def _configs(base: Path, folders: dict[str, Path]) -> dict[str, str]:
@@ -259,8 +283,11 @@ def _configs(base: Path, folders: dict[str, Path]) -> dict[str, str]:
         return {name: said(chunks, groups, folder) for name, folder in folders.items()}
 
 
+# Fields that are changed in the folder and not in the built model, as if building had ignored them,
+# and the module that must be named.
 MOE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "gelu"}, "layer 3 (MoE), experts"),
+    # Equal to ReLU up to 6: an input that drives gates beyond that is needed to tell them apart.
     "activation of clamped gates": ({"hidden_act": "relu6"}, "layer 3 (MoE), experts"),
     "epsilon": ({"rms_norm_eps": 1e-5}, "final norm"),
     "router normalisation": ({"norm_topk_prob": False}, "layer 3 (MoE), router"),
@@ -282,6 +309,7 @@ MOE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
                              "original_max_position_embeddings": 1024, "rope_theta": 1e6}},
         "layer 3 (MoE), rotary embedding",
     ),
+    # With a factor of 1 the frequencies stay as they are; only the scale of the scores differs.
     "yarn's attention factor": (
         {"rope_parameters": {
             "rope_type": "yarn", "factor": 1.0, "attention_factor": 1.2,
@@ -293,7 +321,7 @@ MOE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
                                   "rope_parameters": None}, "layer 3 (MoE), rotary embedding"),
     "sliding window": ({"use_sliding_window": True, "sliding_window": 4},
                        "layer 3 (MoE), attention"),
-    # the file has both, and transformers then leaves them apart
+    # The file has both matrices, and transformers then leaves them apart: equal.
     "tied head": ({"tie_word_embeddings": True}, ""),
 }  # fmt: skip
 
@@ -316,12 +344,17 @@ def of_configs(tiny, tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", [*MOE_FIELDS, "head left out", "attention bias"])
 def test_a_field_of_config_json_that_is_not_honoured_is_seen(name, of_configs):
-    others = {"head left out": "head", "attention bias": "layer 3 (MoE), query norm"}
-    where = MOE_FIELDS[name][1] if name in MOE_FIELDS else others[name]
-    start = f"ValueError: train.check_base: {where}: differs" if where else "base: layer 3 (MoE)"
+    # A bias of q shows first behind the norm that follows it.
+    expected = {"head left out": "head", "attention bias": "layer 3 (MoE), query norm"}
+    for field, (_, where) in MOE_FIELDS.items():
+        expected[field] = where
+    start = "base: layer 3 (MoE)"
+    if expected[name]:
+        start = f"ValueError: train.check_base: {expected[name]}: differs"
     assert of_configs[name].startswith(start), of_configs[name]
 
 
+# Layers of two kinds: one of each is compared, so that a window on some layers is seen.
 DENSE_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "gelu_pytorch_tanh"}, "layer 3 (dense), MLP"),
     "one layer in two slides": (
@@ -352,15 +385,13 @@ def _with_other_ends(base: Path) -> dict[str, str]:
     model = Qwen3MoeModel.forward
     head = Qwen3MoeForCausalLM.forward
 
+    # As Gemma scales its embeddings.
     def scaled(self: Any, input_ids: Any = None, inputs_embeds: Any = None, **others: Any) -> Any:
-        return model(
-            self,
-            inputs_embeds=(
-                self.embed_tokens(input_ids) * 9 if inputs_embeds is None else inputs_embeds
-            ),
-            **others,
-        )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids) * 9
+        return model(self, inputs_embeds=inputs_embeds, **others)
 
+    # As Gemma 2 caps its logits.
     def capped(self: Any, *args: Any, **others: Any) -> Any:
         output: Any = head(self, *args, **others)
         output.logits = output.logits.tanh()

@@ -1,4 +1,4 @@
-"""In a layout, a mistake or a failure of one rank is every rank's."""
+"""Check that a mistake or a failure of one rank becomes every rank's."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +17,7 @@ from tests.verify.models import with_config
 
 
 def _one_rank_wrong(base: Path, parallel: dict[str, int], spoil: Callable[[Chunks], None]) -> str:
+    """What this rank is told when ``spoil`` has changed the model of the last one."""
     with loaded(base, parallel) as (chunks, groups):
         if dist.get_rank() == dist.get_world_size() - 1:
             spoil(chunks)
@@ -26,6 +27,7 @@ def _one_rank_wrong(base: Path, parallel: dict[str, int], spoil: Callable[[Chunk
 def _last_kv_head(chunks: Chunks) -> None:
     """What repeating heads in another order would give: this rank's query heads get another key
     head."""
+    # The rows are q's, then one head of k and one of v.
     weight = layer_of(chunks, 1).self_attention.linear_qkv.weight.data
     head = chunks[0].config.kv_channels
     weight[-2 * head : -head] = weight[-2 * head : -head].flip(0)
@@ -42,6 +44,8 @@ def _final_norm(chunks: Chunks) -> None:
     chunks[-1].decoder.final_layernorm.weight.data.fill_(1)
 
 
+# Something that only the last rank holds, for each way to split a model: the first rank, which
+# makes the comparison, has to get it from there.
 @pytest.mark.parametrize(
     ("world", "parallel", "spoil", "where"),
     [
@@ -65,6 +69,7 @@ def _failing(base: Path, error: type[Exception]) -> str:
     def broken(*_: Any) -> None:
         raise error("the disk went away")
 
+    # In a forked rank, for good.
     compare_layer.Reference = broken  # type: ignore[assignment]
     with (
         loaded(base, {"ep": 2}) as (chunks, groups),
@@ -77,6 +82,7 @@ def _failing(base: Path, error: type[Exception]) -> str:
 
 def test_a_failure_of_the_first_rank_does_not_leave_the_others_waiting(tiny):
     first, second = run_ranks(_failing, 2, tiny, AssertionError)
+    # A bug keeps its traceback on the rank where it happened; a note says how to go on.
     assert (
         first
         == "AssertionError: the disk went away ['train.check_base=off trains without this check']"
@@ -85,22 +91,22 @@ def test_a_failure_of_the_first_rank_does_not_leave_the_others_waiting(tiny):
 
 
 def test_a_file_that_the_first_rank_cannot_read_is_a_line_on_all(tiny):
-    lines = run_ranks(_failing, 2, tiny, OSError)
-    assert (
-        lines
-        == ["ValueError: train.check_base: the base model cannot be read (the disk went away) []"]
-        * 2
-    )
+    # Not a bug of ours, but a user's folder: a ValueError, which is printed as one line.
+    line = "ValueError: train.check_base: the base model cannot be read (the disk went away) []"
+    assert run_ranks(_failing, 2, tiny, OSError) == [line, line]
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
+        # The vocabulary has 512 entries, from 0.
         ({"pad_token_id": 512}, "AssertionError: Padding_idx must be within num_embeddings"),
+        # A field that megalora need not look at, and transformers checks.
         (
             {"initializer_range": "x"},
             "StrictDataclassFieldValidationError: Validation error for field 'initializer_range'",
         ),
+        # No dtype of torch, but a word that transformers takes.
         ({"dtype": "auto"}, None),
     ],
 )
