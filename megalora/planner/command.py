@@ -18,6 +18,7 @@ from megalora.planner.layouts import ParallelLayout, Workload, check
 from megalora.planner.memory import memory_of
 from megalora.planner.models import find_architecture
 from megalora.planner.search import CLOSE, Plan, Planned, search
+from megalora.planner.weights import chunks_of, router_buffer_bytes
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,9 @@ def dry_run_command(
     # Pipeline stages are consecutive blocks of ranks.
     stage = rank // (gpus // p.pp)
     planned = memory_of(shape, config.lora, layout, work, stage)
+    buffer_bytes = 0
+    for chunk in chunks_of(shape, p, stage):
+        buffer_bytes += router_buffer_bytes(shape, chunk)
     # Late: a mistake above is answered without the ten seconds that importing Megatron takes.
     from megalora import host
     from megalora.planner.dryrun import dry_run
@@ -161,7 +165,7 @@ def dry_run_command(
     rows = (
         ("base weights", built.base_bytes, planned["weights"]),
         ("adapters", built.adapter_bytes, planned["adapters"]),
-        ("buffers", built.buffer_bytes, 0),
+        ("buffers", built.buffer_bytes, buffer_bytes),
     )
     agrees = True
     for name, found, expected in rows:

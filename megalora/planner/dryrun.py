@@ -24,7 +24,7 @@ class RankCount:
     adapter_bytes: int
     """Parameters that are trained."""
     buffer_bytes: int
-    """Registered buffers; none today."""
+    """Registered buffers: those of routers with a correction bias (GLM)."""
     num_tensors: int
     """HF adapter tensors of which this rank holds a part."""
     shapes: dict[str, tuple[int, ...]]

@@ -134,6 +134,15 @@ def base_parameters(shape: ModelShape, p: ParallelConfig, chunk: Chunk) -> int:
     return total
 
 
+def router_buffer_bytes(shape: ModelShape, chunk: Chunk) -> int:
+    """Bytes of a chunk's router buffers: GLM's correction bias and Megatron's count of tokens
+    beside it, each float32 for every expert. Other routers have none."""
+    if not shape.correction_bias:
+        return 0
+    num_routers = sum(map(shape.is_moe, chunk.layers))
+    return num_routers * shape.num_experts * 2 * 4
+
+
 def layer_parameters(shape: ModelShape, p: ParallelConfig, is_moe: bool) -> int:
     """Frozen parameters of one decoder layer on one rank.
 

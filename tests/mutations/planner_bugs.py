@@ -28,6 +28,8 @@ PLANNER_BUGS: tuple[Bug, ...] = (
     '(("pass", "loss", "layer"), ("step",))', PEAK),
     bug(0, "experts' adapters reduced with the dense ones", WEIGHTS, "own = is_expert and separate",
         "own = is_expert and not separate", "tests/planner/test_memory.py"),
+    bug(0, "a dry run that forgets the buffers of routers", WEIGHTS,
+        "return num_routers * shape.num_experts * 2 * 4", "return 0", f"{PLAN} have_buffers"),
     bug(0, "a shared factor's table without its shards", WEIGHTS, "sum(lead * size for shards",
         "sum(lead * size // shards for shards", "tests/planner/test_memory.py tables"),
     bug(0, "a bubble that chunks do not shorten", COST, " - longest.total) / p.vpp",

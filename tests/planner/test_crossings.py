@@ -1,6 +1,7 @@
 """Compare the planner's reading of a GPU's table with that of the kernels, which need torch."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ LAYERS = [
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The tables that ship, of an H100 and an H200."""
     monkeypatch.delenv(tuned.ENV_TABLE, raising=False)
     for gpu, layers in (("NVIDIA H100 80GB HBM3", LAYERS), ("NVIDIA H200", LAYERS[2:])):

@@ -22,6 +22,7 @@ from megalora.planner.memory import fullest_stage
 from megalora.planner.models import find_architecture, load_shape
 from megalora.planner.search import CLOSE, FULL, Plan, Planned, search
 from megalora.planner.weights import PlannedModel
+from megalora.tiny import make_tiny
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "qwen3_30b_a3b_8gpu.yaml"
@@ -289,6 +290,20 @@ def test_a_dry_run_agrees(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.startswith("rank 13 of 16, stage 1:")
     # Weights, adapters and buffers.
     assert said.count("the same") == 3 and "DIFFERENT" not in said
+
+
+def test_a_dry_run_agrees_where_routers_have_buffers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GLM's correction biases are no parameters; the command once said DIFFERENT of them."""
+    base = make_tiny(tmp_path / "glm", arch="glm4_moe")
+    layout = [f"model.path={base}", "train.global_batch_size=8", "parallel.ep=2", "parallel.pp=2"]
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(CONFIG), "--gpus", "4", "--dry-run", "2", *layout])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0, said
+    # Layers 2 and 3 of four, with 8 experts each, a bias and a count of 4 bytes for each.
+    assert re.search(r"buffers +built +128 bytes +planned +128 +the same", said), said
 
 
 @pytest.mark.parametrize(
