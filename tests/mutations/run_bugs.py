@@ -14,9 +14,9 @@ DATA = "megalora/data/digest.py"
 MEETING, PATHS, ERRORS, LAUNCHING = (
     f"megalora/{name}.py" for name in ("rendezvous", "paths", "user_error", "launching")
 )
-CRASH, FIND, FOLDER, SAMENESS, RESTART = (
+CRASH, FIND, FOLDER, DIGESTING, SAMENESS, RESTART = (
     f"tests/train/test_{name}.py"
-    for name in ("crash_points", "where", "run_folder", "identity", "rendezvous")
+    for name in ("crash_points", "where", "run_folder", "digests", "identity", "rendezvous")
 )
 
 RUN_BUGS: tuple[Bug, ...] = (
@@ -143,7 +143,7 @@ RUN_BUGS: tuple[Bug, ...] = (
         DATA,
         "digests.of(found.file, 'bytes', sha256_of_file)",
         "found.file.stat().st_size",
-        f"{SAMENESS} test_a_source_is",
+        f"{DIGESTING} test_a_source_is",
     ),
     bug(
         0,
@@ -151,7 +151,7 @@ RUN_BUGS: tuple[Bug, ...] = (
         DATA,
         "sha256_of_file)}{found.slice_text}",
         "sha256_of_file)}",
-        f"{SAMENESS} test_a_source_is",
+        f"{DIGESTING} test_a_source_is",
     ),
     bug(
         0,
@@ -159,7 +159,7 @@ RUN_BUGS: tuple[Bug, ...] = (
         DATA,
         "        digest.update(sample.loss_mask.tobytes())\n",
         "",
-        f"{SAMENESS} test_samples_are",
+        f"{DIGESTING} test_samples_are",
     ),
     bug(
         0,
@@ -167,7 +167,7 @@ RUN_BUGS: tuple[Bug, ...] = (
         BASE,
         "    for place in (0, between, last):\n",
         "    for place in ():\n",
-        f"{SAMENESS} test_other_weights",
+        f"{DIGESTING} test_other_weights",
     ),
     bug(
         0,
@@ -175,7 +175,7 @@ RUN_BUGS: tuple[Bug, ...] = (
         BASE,
         "    for place in (0, between, last):\n",
         "    for place in (0,):\n",
-        f"{SAMENESS} test_other_weights",
+        f"{DIGESTING} test_other_weights",
     ),
     bug(
         0,
@@ -183,7 +183,7 @@ RUN_BUGS: tuple[Bug, ...] = (
         BASE,
         'about = f"{tensor.name} {tensor.dtype}',
         'about = f"{tensor.dtype}',
-        f"{SAMENESS} test_other_weights",
+        f"{DIGESTING} test_other_weights",
     ),
     bug(
         0,
@@ -191,7 +191,7 @@ RUN_BUGS: tuple[Bug, ...] = (
         DIGESTS,
         "{stat.st_mtime_ns} {stat.st_ctime_ns}",
         "{stat.st_mtime_ns}",
-        f"{SAMENESS} test_an_unchanged_file",
+        f"{DIGESTING} test_an_unchanged_file",
     ),
     bug(
         0,
@@ -199,7 +199,7 @@ RUN_BUGS: tuple[Bug, ...] = (
         DIGESTS,
         "< SETTLED_NS",
         "< 0",
-        f"{SAMENESS} test_a_file_that_has_just",
+        f"{DIGESTING} test_a_file_that_has_just",
     ),
     bug(
         0,

@@ -1,5 +1,5 @@
-"""Checkpoint folders with next to nothing in them, whole in all that is looked at before they are
-loaded."""
+"""Make checkpoint folders with next to nothing in them, whole in all that is looked at before they
+are loaded."""
 
 import json
 import shutil
@@ -15,6 +15,8 @@ from megalora.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megalora.train.checkpoint.where import Found, _find
 
 TENSORS = (WEIGHTS, OPTIMIZER, RNG)
+"""The files of a checkpoint that hold tensors."""
+# Only that the sections are there is checked before two runs are compared.
 SECTIONS = {"model": {}, "data": {}, "train": {}, "lora": {}}
 
 
@@ -22,11 +24,16 @@ def filled(step: int, mark: float | None = None) -> Callable[[Path], None]:
     """Writes a checkpoint of ``step`` whose tensors all hold ``mark``, which tells two saves of one
     step apart."""
 
+    value = float(step)
+    if mark is not None:
+        value = mark
+
     def write(folder: Path) -> None:
         (folder / CONFIG).write_text("{}")
         (folder / "training_state").mkdir()
         for name in TENSORS:
-            save_file({"a": torch.full((100,), step if mark is None else mark)}, folder / name)
+            # 400 bytes: enough that a cut file loses some of them.
+            save_file({"a": torch.full((100,), value)}, folder / name)
         state = {
             "step": step,
             "num_samples": 7,
@@ -42,7 +49,10 @@ def filled(step: int, mark: float | None = None) -> Callable[[Path], None]:
 def mark_of(folder: Path) -> float:
     """What all tensors of a checkpoint hold; an assertion fails where they differ, or a file cannot
     be read."""
-    values = {float(value) for name in TENSORS for value in load_file(folder / name)["a"]}
+    values = set()
+    for name in TENSORS:
+        values.update(load_file(folder / name)["a"].tolist())
+    # Files of two saves in one folder would be a checkpoint that never was.
     assert len(values) == 1, values
     return values.pop()
 

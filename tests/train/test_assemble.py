@@ -1,4 +1,5 @@
-"""``assemble``: what is filled in is what trains, gradients are checked, nothing is read twice."""
+"""Check ``assemble``: what is filled in is what trains, gradients are checked, nothing is read
+twice."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,11 +34,15 @@ def test_the_optimizer_starts_from_what_was_filled_in(tiny: Path, chats: Path, t
     """In bfloat16 it has copies of its own, made once; Adam's first step moves by at most lr."""
     config = make_config(tiny, chats, tmp_path, {}, dtype="bfloat16")
     [(smallest, largest)] = run_ranks(_moved_after_a_step, 1, config)
+    # bfloat16 has 8 significant bits. A master that was made before the fill would start from A's
+    # random values, or from zero.
     rounding = FILLED * 2**-8
     assert FILLED - LR - rounding <= smallest <= largest <= FILLED + LR + rounding
 
 
 def _error_of_a_dead_projection(config: RunConfig) -> str:
+    """What the first step says when one A is zero, as a mistake of loading would leave it."""
+
     def kill(model: AdaptedModel) -> None:
         for shard in model.shards:
             if ".layers.2.self_attn.o_proj.lora_A" in shard.name:
@@ -52,12 +57,13 @@ def _error_of_a_dead_projection(config: RunConfig) -> str:
 
 
 def test_a_projection_that_cannot_learn_ends_the_run(tiny: Path, chats: Path, tmp_path: Path):
-    """With A at zero B's gradient is exactly zero."""
+    """B's gradient is that of its output times A x, so with A at zero it is exactly zero."""
     [said] = run_ranks(_error_of_a_dead_projection, 1, make_config(tiny, chats, tmp_path, {}))
     assert "the gradient of B is exactly zero for 1 of" in said and "layer 2 o_proj" in said
 
 
 def _loss_of_inputs(config: RunConfig) -> float:
+    """The first loss of a run whose data is gone once it has been read."""
     inputs = Inputs.read(config)
     unreadable = replace(config, data=replace(config.data, train="no such file"))
     with assemble(unreadable, inputs) as run:

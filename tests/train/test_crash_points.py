@@ -1,5 +1,5 @@
-"""A save that is killed, or fails, before any one of its changes of the file system: a whole, right
-checkpoint is found after it."""
+"""Kill a save, or let it fail, before each of its changes of the file system: a whole, right
+checkpoint must be found after it."""
 
 import errno
 import os
@@ -21,6 +21,7 @@ from megalora.train.checkpoint.writer import (
 )
 from tests.train.folders import copied, filled, found, mark_of
 
+# Names of Python's audit events; opening a file for writing is one more.
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"}
 NEW = 0.5
 """Mark of the save under test; the others are marked by their step."""
@@ -76,7 +77,8 @@ class Crash:
     @contextmanager
     def before(self, k: int, kill: bool) -> Iterator[None]:
         fsync = os.fsync
-        # nothing here outlives the machine: forcing to disk would only take time
+        # Nothing here outlives the machine: forcing to disk would only take time. It counts as a
+        # change, because a save may fail there.
         os.fsync = lambda _: self.change()
         self.k = k
         self.count = 0
@@ -101,6 +103,7 @@ def with_crash(action: Callable[[], object], k: int, kill: bool = True) -> bool:
 
 
 def saved(run: Path, *steps: int, latest: int | None = None) -> Path:
+    """A run folder with checkpoints of these steps."""
     run.mkdir()
     for step in steps:
         write_atomically(run / checkpoint_name(step), filled(step))
@@ -110,9 +113,12 @@ def saved(run: Path, *steps: int, latest: int | None = None) -> Path:
 
 
 def again(run: Path, step: int) -> Callable[[], None]:
+    """The save under test, whose checkpoint is told from an earlier one of its step by ``NEW``."""
     return lambda: write_atomically(run / checkpoint_name(step), filled(step, NEW))
 
 
+# Steps that are there, the one that latest names (None: the last), the step that is saved, and the
+# marks that a run may go on from after a crash: what it would have gone on from before, or the new.
 @pytest.mark.parametrize("kill", [True, False], ids=["killed", "full disk"])
 @pytest.mark.parametrize(
     ("before", "latest", "step", "may_be"),
@@ -120,7 +126,9 @@ def again(run: Path, step: int) -> Callable[[], None]:
         ([], None, 1, {None, NEW}),
         ([1], None, 2, {1, NEW}),
         ([1, 2], 1, 2, {1, NEW}),
-        ([1, 2], 2, 2, {2, 1, NEW}),  # as after a roll-back: latest names what is replaced
+        # As after a roll-back: latest names what is replaced. Between the two renames of the
+        # replacement, step 1 is the newest.
+        ([1, 2], 2, 2, {2, 1, NEW}),
         ([1], None, 1, {1, NEW}),
         ([1, 2, 4], 4, 2, {4, NEW}),
     ],
@@ -137,15 +145,19 @@ def test_every_crash_point_of_a_save(
     while True:
         run = copied(start, tmp_path / "run")
         more = with_crash(again(run, step), k, kill)
+        # At no moment does latest name nothing, or half a checkpoint, unless it names the only one
+        # there is, which is being replaced.
         if read_latest(run) and before != [step]:
-            mark_of(read_latest(run))  # at no moment does it name nothing, or half a checkpoint
+            mark_of(read_latest(run))
         recover(run)
         state = found(run).state
-        seen.add(mark_of(state.folder) if state else None)
-        assert state or not checkpoints(run), "never a fresh start beside checkpoints"
-        assert not [path for path in run.iterdir() if path.name.startswith(".")], (
-            "nothing is left behind"
-        )
+        if state is None:
+            assert not checkpoints(run), "never a fresh start beside checkpoints"
+            seen.add(None)
+        else:
+            seen.add(mark_of(state.folder))
+        left_behind = [path for path in run.iterdir() if path.name.startswith(".")]
+        assert not left_behind
         if not more:
             break
         k += 1
@@ -158,9 +170,10 @@ def test_every_crash_point_of_a_save(
 def test_every_crash_point_of_forgetting_and_of_recovering(tmp_path: Path) -> None:
     start = saved(tmp_path / "start", 1, 2)
     write_atomically(start / "step_000003", filled(3))
+    # A save that never ended, and a replacement that was killed just before the new checkpoint took
+    # the old one's place.
     (start / ".step_000004.tmp").mkdir()
     filled(4)(start / ".step_000004.tmp")
-    # killed just before the new one took its place
     (start / "step_000003").rename(start / ".step_000003.old")
 
     def forget_and_recover(run: Path) -> None:
@@ -174,7 +187,9 @@ def test_every_crash_point_of_forgetting_and_of_recovering(tmp_path: Path) -> No
         more = with_crash(lambda run=run: forget_and_recover(run), k)
         recover(run)
         state = found(run).state
-        assert state is not None and state.step == 3 and mark_of(state.folder) == 3
+        assert state is not None and state.step == 3
+        assert mark_of(state.folder) == 3
+        # What is half forgotten is no checkpoint any more.
         for folder in checkpoints(run):
             mark_of(folder)
         k += 1

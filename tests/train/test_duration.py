@@ -1,4 +1,5 @@
-"""How long a run is, against arithmetic by hand, and what is said where whole steps do not fit."""
+"""Compare the length of a run with arithmetic by hand, and check what is said where whole steps do
+not fit."""
 
 import pytest
 
@@ -7,6 +8,7 @@ from megalora.train.duration import num_steps, rounding
 from megalora.train.optim import learning_rate
 
 
+# Steps are rounded to the nearest whole one, and at least one: 1.25 to 1, 0.01 to 1, 1.75 to 2.
 @pytest.mark.parametrize(
     ("epochs", "samples", "batch", "steps", "line"),
     [
@@ -44,6 +46,7 @@ from megalora.train.optim import learning_rate
             156,
             "is 156.25 steps of 16: a run of 156 trains on 2,496 samples, 4 are left out",
         ),
+        # Whole steps: nothing to say.
         (2.0, 32, 16, 4, None),
         (0.5, 64, 16, 2, None),
     ],
@@ -52,7 +55,10 @@ def test_epochs(epochs: float, samples: int, batch: int, steps: int, line: str |
     options = TrainConfig(epochs=epochs, global_batch_size=batch)
     assert num_steps(options, samples) == steps
     said = rounding(options, samples)
-    assert said is None if line is None else line in str(said)
+    if line is None:
+        assert said is None
+    else:
+        assert line in str(said)
 
 
 def test_steps_are_steps() -> None:
@@ -60,6 +66,7 @@ def test_steps_are_steps() -> None:
     assert (num_steps(options, 20), rounding(options, 20)) == (7, None)
 
 
+# The rate grows by 1 / warmup a step, so it ends at steps / warmup of what was asked for.
 @pytest.mark.parametrize(
     ("steps", "warmup", "share"), [(10, 50, "20%"), (3, 50, "6%"), (10, 11, "91%")]
 )
@@ -70,12 +77,14 @@ def test_a_warmup_that_never_ends_is_refused(steps: int, warmup: int, share: str
     )
     with pytest.raises(ValueError, match=message):
         TrainConfig(steps=steps, warmup=warmup)
-    with pytest.raises(
-        ValueError, match=f"is longer than the {steps} steps of train.epochs=1: .* at {share} of"
-    ):
-        num_steps(TrainConfig(epochs=1.0, warmup=warmup, global_batch_size=1), steps)
+    # The steps of an epoch are known only when the samples are counted.
+    by_epochs = TrainConfig(epochs=1.0, warmup=warmup, global_batch_size=1)
+    message = f"is longer than the {steps} steps of train.epochs=1: .* at {share} of"
+    with pytest.raises(ValueError, match=message):
+        num_steps(by_epochs, steps)
 
 
 def test_a_warmup_as_long_as_the_run_reaches_the_rate() -> None:
+    # The last of ten steps, counted from 0.
     options = TrainConfig(steps=10, warmup=10, lr=1e-3)
     assert learning_rate(options, 9, 10) == 1e-3

@@ -1,5 +1,8 @@
-"""Training and ``megalora bench`` say how many rows per expert they expect: on that depends what
-the weights get room for."""
+"""Check that training and ``megalora bench`` say how many rows per expert they expect.
+
+On that depends whether the experts' weights get room for adapters: a benchmark that says nothing
+would measure another model than the one that trains.
+"""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -37,7 +40,10 @@ def expected_by(start: Callable[[], None]) -> float:
 
 
 def expected_by_training(config: RunConfig) -> float:
-    return expected_by(lambda: loop.train(config) and None)
+    def start() -> None:
+        loop.train(config)
+
+    return expected_by(start)
 
 
 def expected_by_bench(config: RunConfig, weights: Literal["real", "random"]) -> float:
@@ -54,6 +60,7 @@ def config(tiny: Path, chats: Path, tmp_path: Path) -> RunConfig:
 
 
 def wanted(config: RunConfig) -> float:
+    """4 samples of at most 256 tokens, of which each goes to top-k of the experts."""
     shape = model_shape(read_hf_config(Path(config.model.path)))
     return 4 * 256 * shape.top_k / shape.num_experts
 

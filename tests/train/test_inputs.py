@@ -1,4 +1,4 @@
-"""Batches on their way to the device, and lengths that pipeline stages know without asking."""
+"""Check batches on their way to the device, and lengths that stages know without asking."""
 
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from tests.parity.runs import make_config
 
 
 def batch(rows: int, length: int, seed: int) -> Batch:
+    """A microbatch of random tokens, labels and mask."""
     generator = torch.Generator().manual_seed(seed)
     # Qwen's vocabulary has 151,936 tokens: numbers that 16 bits do not hold.
     tokens = torch.randint(0, 151_936, (rows, length), generator=generator)
     labels = torch.randint(0, 151_936, (rows, length), generator=generator)
-    labels[0, 0] = 0  # a label that is its own negative
+    # Labels outside the loss travel as negative numbers; with a plain minus, 0 would lose its mask.
+    labels[0, 0] = 0
     return Batch(tokens, labels, torch.randint(0, 2, (rows, length), generator=generator).float())
 
 
@@ -49,11 +51,10 @@ def losses(config: RunConfig) -> tuple[set[int], list[float]]:
     evaluation."""
     with built(config) as run:
         batches = run.batches.of_step(0)
-        lengths = {b.tokens.shape[1] for b in batches}
-        return lengths, [
-            run.stepper.train(batches, run.optimizer)[0],
-            run.stepper.evaluate(batches)[0],
-        ]
+        lengths = {batch.tokens.shape[1] for batch in batches}
+        training = run.stepper.train(batches, run.optimizer)[0]
+        evaluation = run.stepper.evaluate(batches)[0]
+        return lengths, [training, evaluation]
 
 
 def test_stages_know_every_microbatch_s_own_length(tiny: Path, chats: Path, tmp_path: Path) -> None:
@@ -63,8 +64,8 @@ def test_stages_know_every_microbatch_s_own_length(tiny: Path, chats: Path, tmp_
     lengths, one = run_ranks(losses, 1, make_config(tiny, chats, tmp_path, {}, **options))[0]
     # Were all of one length, stages that assume one could not be told from those that know.
     assert len(lengths) > 3
-    for rank_lengths, two in run_ranks(
-        losses, 2, make_config(tiny, chats, tmp_path, {"pp": 2}, **options)
-    ):
+    two_stages = make_config(tiny, chats, tmp_path, {"pp": 2}, **options)
+    for rank_lengths, two in run_ranks(losses, 2, two_stages):
         assert rank_lengths == lengths
+        # The same sums in float32, by two processes.
         assert two == pytest.approx(one, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Clipping and stepping without the host, against Megatron's own step."""
+"""Compare clipping and stepping without a wait of the host with Megatron's own step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +27,7 @@ def after_two_steps(
 
 
 def megatrons(optimizer: Any) -> float:
+    # (whether it succeeded, the norm, ...)
     return float(optimizer.step()[1])
 
 
@@ -34,6 +35,7 @@ def ours(optimizer: Any) -> float:
     return clip_and_step(optimizer).item()
 
 
+# A limit below the norms of this run, one above them, and none, which Megatron writes as 0.
 @pytest.mark.parametrize(
     ("clip", "dtype"),
     [(0.1, "bfloat16"), (100.0, "float32"), (0.0, "float32")],
@@ -44,10 +46,13 @@ def test_a_step_has_the_bits_of_megatron_s(
 ) -> None:
     """Dense and expert parameters have optimizers of their own here, one norm and one factor."""
     config = make_config(tiny, chats, tmp_path, {"ep": 2}, dtype=dtype, clip_grad=clip)
-    theirs = run_ranks(after_two_steps, 2, config, megatrons)
-    for (norms, parameters), (their_norms, their_parameters) in zip(
-        run_ranks(after_two_steps, 2, config, ours), theirs, strict=True
-    ):
+    # Two steps, so that moments and masters are those that the first one left.
+    by_megatron = run_ranks(after_two_steps, 2, config, megatrons)
+    by_us = run_ranks(after_two_steps, 2, config, ours)
+    for found, expected in zip(by_us, by_megatron, strict=True):
+        norms, parameters = found
+        their_norms, their_parameters = expected
+        # Roots of the same sum in float64, by Python's ** and by torch's sqrt.
         assert norms == pytest.approx(their_norms, rel=1e-12)
         # Above the smallest limit: the first case does clip.
         assert min(norms) > 0.1

@@ -1,5 +1,5 @@
-"""Ranks of one attempt find each other and nobody of an attempt before; a restarted job goes on as
-if nothing had been."""
+"""Check that ranks of one attempt find each other and nobody of an attempt before, and that a
+restarted job goes on as if nothing had happened."""
 
 import gc
 import itertools
@@ -29,6 +29,7 @@ def meet(
     store: dist.Store, ranks: list[int], world: int, late: dict[int, float] | None = None
 ) -> dict[int, str]:
     """Each rank's answer, or its error; ``late``: seconds by which a rank comes later."""
+    # Threads stand for ranks: what they share is the store alone.
     answers: dict[int, str] = {}
 
     def come(rank: int) -> None:
@@ -46,6 +47,7 @@ def meet(
     return answers
 
 
+# All at once; the first rank, which makes the name, late; another one late; two of them.
 @pytest.mark.parametrize("late", [{}, {0: 0.3}, {1: 0.3}, {0: 0.1, 2: 0.3}])
 def test_every_attempt_has_a_name_of_its_own(late: dict[int, float]) -> None:
     """Whoever comes first, and whatever the last attempt has left in the store."""
@@ -55,13 +57,16 @@ def test_every_attempt_has_a_name_of_its_own(late: dict[int, float]) -> None:
         answers = meet(store, [0, 1, 2], 3, late)
         assert len(set(answers.values())) == 1, answers
         names.append(answers[0])
-    assert len(set(names)) == 3 and all(name.startswith("attempt_") for name in names)
+    assert len(set(names)) == 3
+    for name in names:
+        assert name.startswith("attempt_")
 
 
 def test_after_an_attempt_that_never_met(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 2 died before it came; the others gave up; then all come."""
     store = dist.HashStore()
     with monkeypatch.context() as patch:
+        # The clock is made up: it runs out as soon as both have said that they are there.
         deadline_passes_when(patch, rendezvous, lambda: store.check(["nonce/0", "nonce/1"]))
         assert "ranks [2] have not come" in meet(store, [0, 1], 3)[0]
     answers = meet(store, [0, 1, 2], 3, {1: 0.2})
@@ -71,6 +76,8 @@ def test_after_an_attempt_that_never_met(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_dead_rank_is_not_met(monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.HashStore()
     meet(store, [0, 1], 2)
+    # Rank 0 comes again and looks twenty times; what rank 1 has left in the store is of the attempt
+    # before.
     polls = itertools.count()
     deadline_passes_when(monkeypatch, rendezvous, lambda: next(polls) > 20)
     assert "some ranks belong to an attempt that has ended" in meet(store, [0], 2)[0]
@@ -95,6 +102,7 @@ def attempt_of(
     config: RunConfig, port: int, attempt: int, before: Callable[[int, int], None]
 ) -> list[int]:
     """Both ranks' exit codes; as under torchrun, the failure of one ends the other."""
+    # Gloo's threads do not survive a fork: no group of this process may be left over.
     gc.collect()
     pids = []
     for rank in range(2):
@@ -105,6 +113,7 @@ def attempt_of(
                 _rank(config, rank, port, attempt, before)
                 code = 0
             finally:
+                # Past pytest's own clean-up, which is the parent's.
                 os._exit(code)
         pids.append(pid)
     codes: dict[int, int] = {}
@@ -122,6 +131,7 @@ def die_in_step_three(rank: int, attempt: int) -> None:
     its dead address."""
     rate = loop.learning_rate
 
+    # Asked for once a step, when the two steps before it have been saved.
     def rate_or_death(options, step, num_steps):
         if attempt == 0 and rank == 1 and step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -141,6 +151,7 @@ def test_a_restarted_job_ends_with_the_same_adapter(
     lora = LoRAConfig(rank=4, alpha=12.0, dropout=0.1)
     config = make_config(tiny, chats, tmp_path / "killed", {"ep": 2}, steps=4, lora=lora)
     config = replace(config, checkpoint=CheckpointConfig(dir=str(tmp_path / "killed"), every=1))
+    # torchrun's agent holds the store, which outlives the attempts of a job.
     agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     codes = attempt_of(config, agent.port, 0, die_in_step_three)
     assert codes[1] == -signal.SIGKILL and codes[0] != 0

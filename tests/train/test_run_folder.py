@@ -1,5 +1,5 @@
-"""One run at a time in a run folder: the second is told who is there, a dead one is in nobody's
-way."""
+"""Check that one run at a time uses a run folder: the second is told who is there, and a dead one
+is in nobody's way."""
 
 import errno
 import fcntl
@@ -25,6 +25,7 @@ def holder(tmp_path: Path) -> Iterator[Callable[..., int]]:
     started: list[int] = []
 
     def start(job: str | None = None) -> int:
+        # The pipe says when the lock is taken.
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -44,6 +45,7 @@ def holder(tmp_path: Path) -> Iterator[Callable[..., int]]:
 
 
 def end(pid: int) -> None:
+    """Kill a holder, unless that has been done before."""
     try:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -52,12 +54,14 @@ def end(pid: int) -> None:
 
 
 def no_locks(*_: object) -> None:
+    """What ``flock`` does on NFS without its lock service."""
     raise OSError(errno.ENOLCK, "No locks available")
 
 
 def test_a_second_run_is_told_who_is_there(holder: Callable[..., int], tmp_path: Path) -> None:
     pid = holder()
-    for _ in range(2):  # being refused changes nothing
+    # Twice, because being refused must change nothing.
+    for _ in range(2):
         with pytest.raises(ValueError, match="another run is writing to") as caught:
             take_lock(tmp_path, None)
         who = (
@@ -80,7 +84,8 @@ def test_a_job_s_next_attempt_knows_the_folder(holder: Callable[..., int], tmp_p
     descriptor, answer = take_lock(tmp_path, "this job")
     assert answer.same_job
     os.close(descriptor)
-    descriptor, answer = take_lock(tmp_path, None)  # the same folder, started by hand
+    # The same folder, but started by hand: no job, so no attempt before this one.
+    descriptor, answer = take_lock(tmp_path, None)
     assert not answer.same_job
     os.close(descriptor)
 
@@ -91,6 +96,7 @@ def test_a_job_s_next_attempt_waits_for_the_last_one(
     pid = holder("this job")
     waits: list[float] = []
 
+    # Nobody sleeps: the process of the last attempt ends while the next one waits the third time.
     def sleep(seconds: float) -> None:
         waits.append(seconds)
         if len(waits) == 3:
@@ -105,11 +111,13 @@ def test_a_job_s_next_attempt_waits_for_the_last_one(
     with pytest.raises(ValueError, match="another run is writing"):
         take_lock(tmp_path, "another job")
     assert len(waits) == so_far, "another job is refused at once"
+    # A process that does not end within the time is another run after all.
     monkeypatch.setattr(run_folder, "SUCCESSION_S", 0.0)
     with pytest.raises(ValueError, match="another run is writing"):
         take_lock(tmp_path, "this job")
 
 
+# Empty after a crash between opening and writing, cut, of an older version, or not ours at all.
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[1]", b'{"pid": 1}', b"\xff" * 9, b'{"host": 1, "pid": "x"}']
 )
@@ -134,8 +142,8 @@ def test_without_locks_a_run_of_this_host_is_still_noticed(
     (note,) = answer.notes
     assert "is on a file system without locks (" in note and "No locks available" in note
     os.close(descriptor)
+    # A process on another host cannot be looked up from here; it is only named.
     token = json.loads((tmp_path / LOCK).read_text())
-    # cannot be looked up from here
     (tmp_path / LOCK).write_text(json.dumps({**token, "host": "node-b"}))
     descriptor, answer = take_lock(tmp_path, None)
     assert f"the last to write there was process {os.getpid()} on node-b since" in answer.notes[0]
@@ -145,6 +153,7 @@ def test_without_locks_a_run_of_this_host_is_still_noticed(
 def test_another_error_of_the_lock_is_not_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Not one of the errors that say that a file system has no locks.
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -160,6 +169,7 @@ def test_a_file_is_not_a_run_folder(tmp_path: Path) -> None:
 
 
 def _open_twice(run: Path) -> list[str]:
+    """On every rank: what is said when a folder is opened inside its own block, and afterwards."""
     said = []
     with opened(run):
         try:
@@ -173,6 +183,7 @@ def _open_twice(run: Path) -> list[str]:
 
 
 def test_every_rank_is_refused_and_left_overs_go(tmp_path: Path) -> None:
+    # What a save that was killed has left; opening the folder removes it.
     (tmp_path / ".step_000007.tmp").mkdir()
     for said in run_ranks(_open_twice, 2, tmp_path):
         assert said[0].startswith(f"another run is writing to {tmp_path}; it is process ")

@@ -1,5 +1,5 @@
-"""Which checkpoint a run goes on from, with ``latest`` missing, damaged or behind, and state.json
-as a fuzzer leaves it."""
+"""Check which checkpoint a run goes on from, with ``latest`` missing, damaged or behind, and with
+state.json as a fuzzer leaves it."""
 
 import json
 import os
@@ -32,6 +32,7 @@ def test_latest_decides(run: Path) -> None:
     assert found(run).state.step == 4
 
 
+# latest is a file with the name of a folder beside it; nothing else may be followed.
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -54,6 +55,7 @@ def test_a_broken_latest_gives_the_newest_whole_checkpoint_and_a_line(
     (run / "latest").unlink()
     if content is not None:
         (run / "latest").write_bytes(content)
+    # Going on is right, because all checkpoints are the run's own; saying nothing would not be.
     answer = found(run)
     assert answer.state.step == 6
     (note,) = answer.notes
@@ -86,15 +88,19 @@ def test_going_back_moves_latest(run: Path) -> None:
 
 
 def test_a_job_s_own_restart_goes_on_whatever_resume_says(run: Path, tmp_path: Path) -> None:
+    # By hand, a folder that holds checkpoints is not written over.
     with pytest.raises(ValueError, match="already holds step_000006. Set checkpoint.resume=true"):
         found(run, resume=False)
+    # torchrun repeats the command as it was given, but the folder has got checkpoints since.
     elsewhere = tmp_path / "elsewhere"
     write_atomically(elsewhere / "step_000001", filled(1))
     for resume in (False, str(elsewhere / "step_000001")):
         assert found(run, resume=resume, restarted=True).state.step == 6
+    # A job that died before its first save begins anew.
     assert found(tmp_path / "new", resume=False, restarted=True).state is None
 
 
+# As a full disk, an interrupted copy or a careless clean-up leave it.
 DAMAGES = {
     "state.json gone": lambda folder: (folder / STATE_JSON).unlink(),
     "optimizer gone": lambda folder: (folder / OPTIMIZER).unlink(),
@@ -111,6 +117,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(run: Path, damage: str)
     answer = found(run)
     assert answer.state.step == 4
     assert "step_000006, which is not a " in answer.notes[0]
+    # A checkpoint that was asked for by name is not replaced by another.
     with pytest.raises(
         ValueError, match=r"checkpoint.resume=.*step_000006 is not a (whole )?checkpoint"
     ):
@@ -125,6 +132,7 @@ def test_never_a_fresh_start_beside_checkpoints(run: Path) -> None:
         match="none of its 3 checkpoints is whole .*step_000002 is not a whole checkpoint",
     ):
         found(run)
+    # Without any checkpoint a run begins anew, unless latest says that there was one.
     empty = run.parent / "empty"
     empty.mkdir()
     assert found(empty).state is None
@@ -133,6 +141,7 @@ def test_never_a_fresh_start_beside_checkpoints(run: Path) -> None:
         found(empty)
 
 
+# The state of a run, and that of an adapter that was imported for training to go on from.
 STATE = {"step": 3, "num_samples": 7, "world_size": 2, "saved_at": 1e9, "config": {
     "model": {"path": "b"}, "data": {}, "train": {}, "lora": {}}}  # fmt: skip
 IMPORT = {
@@ -141,6 +150,8 @@ IMPORT = {
     "base": "b",
     "adapted": [["q_proj", 0, 4, 2.0], ["lm_head", None, 4, 2]],
 }
+# Each key with a value of another type or range: True is an int for Python, 2**60 is no step that
+# anybody has reached, JSON as Python writes it has NaN.
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({}, "step must be a count, got None"),
     ({**STATE, "step": None}, "step must be a count, got None"),
@@ -204,9 +215,8 @@ def test_what_is_not_json_is_a_line(content: bytes, message: str, tmp_path: Path
 def test_no_other_error_leaves_the_reader(key: str, value: Any, tmp_path: Path) -> None:
     """Every key with every kind of value: read, or a ValueError."""
     for whole in (STATE, IMPORT):
-        folder = state_file(
-            tmp_path / whole.get("base", "run"), json.dumps({**whole, key: value}).encode()
-        )
+        content = json.dumps({**whole, key: value}).encode()
+        folder = state_file(tmp_path / whole.get("base", "run"), content)
         with suppress(ValueError):
             assert type(read_state(folder).step) is int
 
@@ -221,4 +231,5 @@ def test_a_right_state_is_read(tmp_path: Path) -> None:
 
 
 def test_the_tensors_of_the_helper_are_what_it_says(run: Path) -> None:
+    # A checkpoint is marked by its step, on which the tests of crashes rely.
     assert float(load_file(run / "step_000004" / OPTIMIZER)["a"][0]) == 4
