@@ -1,4 +1,4 @@
-"""Bases of every family, made once, for the cases about adapters."""
+"""Give the cases about adapters bases of every family, made once."""
 
 from tests.adapters.conftest import bases, peft_knows_qwen2_moe
 

@@ -1,5 +1,5 @@
-"""Base folders as users bring them: read as transformers reads them, or refused in one line before
-a weight is read."""
+"""Read base folders as users bring them: as transformers does, or refused in one line before a
+weight is read."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megalora.cli.main import main
 from megalora.model.account import open_folder
-from tests.named_tensors import Tensors
+from tests.named_tensors import Tensors, without
 from tests.oracles.base import (
     make_base,
     own_logits,
@@ -34,6 +34,7 @@ def refusals(
 ) -> list[str]:
     """What ``megalora train``, and ``plan`` where ``plan`` is set, say on one line; both must end
     with exit code 2."""
+    # Two steps of four samples.
     lines = []
     for n in range(8):
         question = {"role": "user", "content": f"{n} + 1?"}
@@ -55,6 +56,7 @@ def refusals(
         assert "Traceback" not in text
         assert len(text.splitlines()) == 1, text
         said.append(text)
+    # A run that did not begin leaves no folder.
     assert not (tmp_path / "run").exists()
     return said
 
@@ -66,11 +68,13 @@ def assert_reads(base: Path) -> None:
 
 
 def with_biases(tensors: Tensors) -> Tensors:
-    g = torch.Generator().manual_seed(1)
+    """With biases of q, k, v and o in both layers, as large as the projections' outputs."""
+    generator = torch.Generator().manual_seed(1)
     for layer in range(2):
         for name in "qkvo":
             at = f"model.layers.{layer}.self_attn.{name}_proj"
-            tensors[f"{at}.bias"] = torch.randn(tensors[f"{at}.weight"].shape[0], generator=g)
+            num_outputs = tensors[f"{at}.weight"].shape[0]
+            tensors[f"{at}.bias"] = torch.randn(num_outputs, generator=generator)
     return tensors
 
 
@@ -89,12 +93,16 @@ def test_biases_without_the_field_are_left_over(tmp_path: Path) -> None:
 
 
 def to_fp8(tensors: Tensors) -> Tensors:
-    for name in [n for n in tensors if n.endswith("_proj.weight")]:
-        tensors[f"{name}_scale_inv"] = torch.tensor([[0.01]])
-        tensors[name] = (tensors[name] / 0.01).to(torch.float8_e4m3fn)
-    return tensors
+    """Linears of the layers in FP8 with a scale each, as Qwen publishes them."""
+    quantised = {}
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            quantised[f"{name}_scale_inv"] = torch.tensor([[0.01]])
+            quantised[name] = (tensor / 0.01).to(torch.float8_e4m3fn)
+    return tensors | quantised
 
 
+# What config.json says of Qwen's FP8 models.
 FP8: dict[str, Any] = {
     "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
     "weight_block_size": [128, 128],
@@ -106,6 +114,7 @@ def test_fp8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for said in refusals(tmp_path, base, capsys, plan=True):
         assert "config.json has quantization_config (quant_method 'fp8')" in said
         assert "float32, bfloat16 or float16 weights only" in said
+        # The folder's name is all that tells.
         assert said.endswith(
             "use the model they were quantised from, Qwen3-30B-A3B by this one's name"
         )
@@ -114,22 +123,22 @@ def test_fp8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_fp8_without_the_config_s_word_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # The tensors alone: ``plan`` does not look at them.
     base = rewrite(make_base(tmp_path / "base"), to_fp8)
     (said,) = refusals(tmp_path, base, capsys, plan=False)
-    # 2 layers x 28 matrices, and a scale for each
+    # 4 matrices of attention and 3 of each of 8 experts, in 2 layers, and a scale for each.
     assert "112 tensors are of quantised weights" in said
     assert "is F8_E4M3" in said
 
 
+# transformers would draw each of them at random and go on with a warning.
 @pytest.mark.parametrize(
     "name", ["lm_head.weight", "model.layers.1.mlp.gate.weight", "model.norm.weight"]
 )
 def test_a_missing_weight_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    base = rewrite(
-        make_base(tmp_path / "base"), lambda t: {n: w for n, w in t.items() if n != name}
-    )
+    base = rewrite(make_base(tmp_path / "base"), without(name))
     (said,) = refusals(tmp_path, base, capsys, plan=False)
     assert f"1 tensors are missing ({name})" in said
 
@@ -140,11 +149,12 @@ def packed(tensors: Tensors) -> Tensors:
         at = f"model.layers.{layer}.mlp.experts"
         gate_up = []
         down = []
-        for e in range(8):
-            gate = tensors.pop(f"{at}.{e}.gate_proj.weight")
-            up = tensors.pop(f"{at}.{e}.up_proj.weight")
+        for expert in range(8):
+            gate = tensors.pop(f"{at}.{expert}.gate_proj.weight")
+            up = tensors.pop(f"{at}.{expert}.up_proj.weight")
             gate_up.append(torch.cat([gate, up]))
-            down.append(tensors.pop(f"{at}.{e}.down_proj.weight"))
+            down.append(tensors.pop(f"{at}.{expert}.down_proj.weight"))
+        # [E, 2I, H], gate's rows first, and [E, H, I].
         tensors[f"{at}.gate_up_proj"] = torch.stack(gate_up)
         tensors[f"{at}.down_proj"] = torch.stack(down)
     return tensors
@@ -154,6 +164,7 @@ def test_packed_experts_are_read(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     plain = own_logits(base)
     assert_reads(rewrite(base, packed))
+    # The same numbers in the same places: the same bits.
     assert torch.equal(own_logits(base), plain)
 
 
@@ -165,12 +176,14 @@ def test_names_of_transformers_are_read(tmp_path: Path) -> None:
     renamed = tmp_path / "renamed"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.save_pretrained(renamed, save_original_format=False)
-    names = stored_tensors(renamed).keys()
-    assert not any(".block_sparse_moe." in name for name in names)
+    # No name of the published form is left.
+    for name in stored_tensors(renamed):
+        assert ".block_sparse_moe." not in name
     shutil.copyfile(base / "config.json", renamed / "config.json")
     assert torch.equal(own_logits(renamed), plain)
 
 
+# Within the 40 tokens of the comparison, frequencies of an original length of 32 are corrected.
 @pytest.mark.parametrize(
     "scaling",
     [
@@ -203,11 +216,13 @@ def test_scaling_by_length_is_refused(
 
 
 def test_partial_rotary_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # transformers ignores it for this family, or fails on it.
     base = rewrite(make_base(tmp_path / "base"), partial_rotary_factor=0.5)
     for said in refusals(tmp_path, base, capsys, plan=True):
         assert "config.json has partial_rotary_factor=0.5" in said
 
 
+# Qwen's way to longer contexts, in the three spellings that files have.
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 
 

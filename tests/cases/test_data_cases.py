@@ -1,4 +1,4 @@
-"""Data files as users bring them: what is learned of each, or the line that refuses it."""
+"""Read data files as users bring them: what is learned of each, or the line that refuses it."""
 
 import json
 
@@ -12,12 +12,14 @@ from megalora.data.splits import load_split
 from tests.data.chat_tokenizer import learned, make_tokenizer
 from tests.jsonl import write_jsonl
 
+# ChatML without tools: what it does not name, it leaves out.
 PLAIN = """\
 {%- for m in messages -%}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant
 {% endif -%}"""
+# Mistral's rule that a tool's result needs a call before it, and calls with their arguments.
 CALLS = """\
 {%- set state = namespace(called=false) -%}
 {%- for m in messages -%}
@@ -64,19 +66,21 @@ def load(tmp_path):
 
 
 def text_of(split, tokenizer):
+    """The first sample as text: what the model is given, learned or not."""
     return tokenizer.decode(split.samples[0].input_ids.tolist())
 
 
 def test_columns_left_out(load):
+    # Alpaca's columns. The input was once left out: a question that nobody could answer.
     row = {"instruction": "Add the two numbers.", "input": "17 25", "output": "42"}
     learned_text, split = load([row])
     assert learned_text == [["42<|im_end|>"]]
     assert "user\nAdd the two numbers.\n17 25<|im_end|>" in text_of(split, make_tokenizer())
+    # A mapping that does not name the input still uses it.
     mapped = {"prompt": "instruction", "completion": "output"}
-    assert (
-        load([row], format=mapped)[1].samples[0].input_ids.tolist()
-        == split.samples[0].input_ids.tolist()
-    )
+    by_mapping = load([row], format=mapped)[1]
+    assert by_mapping.samples[0].input_ids.tolist() == split.samples[0].input_ids.tolist()
+    # A system prompt in a column of its own; an id is no part of a conversation.
     row = {"system": "Answer in French.", "prompt": "Good day?", "completion": "Bonjour.", "id": 7}
     learned_text, split = load([row])
     assert learned_text == [["Bonjour.<|im_end|>"]]
@@ -84,6 +88,7 @@ def test_columns_left_out(load):
         "<|im_start|>system\nAnswer in French.<|im_end|>"
     )
     assert split.summary().endswith("; columns not used: id")
+    # Columns that a template would have to print, and this one does not.
     messages = chat(("user", "q"), ("assistant", "a"))
     with pytest.raises(
         ValueError,
@@ -102,6 +107,8 @@ def test_columns_left_out(load):
 
 
 def test_empty_answer_loss_on_next_turn(load):
+    # The template prints nothing for an empty answer, not even its end: the loss must not move on
+    # to the next turn, which is the user's.
     rows = [chat(("user", "Q1"), ("assistant", ""), ("user", "Q2"), ("assistant", "A two."))]
     template = PLAIN.replace(
         "{{ m.content }}<|im_end|>\n", "{% if m.content %}{{ m.content }}<|im_end|>\n{% endif %}"
@@ -121,6 +128,7 @@ def test_two_answers_in_a_row_without_an_end_of_turn(load):
     ]
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
     template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    # No end of turn: what follows an answer is the next header, which the model must not learn.
     learned_text, split = load(rows, template)
     assert learned_text == [["A one", "A two", "B"]]
     assert (
@@ -138,6 +146,8 @@ def test_empty_tool_calls_list(load):
 {% endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant
 {% endif -%}"""
+    # Templates ask whether tool_calls is defined, and then print calls in place of the content;
+    # OpenAI's exports write the empty values in every message.
     for empty in (
         {"tool_calls": []},
         {"tool_calls": None},
@@ -148,6 +158,8 @@ def test_empty_tool_calls_list(load):
         assert load(rows, template)[0] == [["The whole answer.<|im_end|>"]]
 
 
+# The second line of a file. JSON may escape half of a surrogate pair, which cutting a text inside
+# an emoji leaves and no tokenizer takes; Python's parser, jinja and tokenizers have limits, too.
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -191,6 +203,8 @@ def test_lone_surrogate_and_what_is_like_it(load, tmp_path, line, message):
         load(None)
 
 
+# OpenAI's name for the flag that keeps a message out of the loss, and those of other trainers; with
+# answers found in the text, and with the template's own marks.
 @pytest.mark.parametrize("key", ["weight", "train", "trainable", "loss", "loss_mask"])
 @pytest.mark.parametrize("template", ["span", "marked"])
 def test_message_flags(load, key, template):
@@ -201,7 +215,13 @@ def test_message_flags(load, key, template):
             " else %}"
         )
         text = PLAIN.replace("{{ m.content }}", marked + "{{ m.content }}{% endif %}")
-    no, yes = (0, 1) if key == "weight" else (False, True)
+    no: object = False
+    yes: object = True
+    # OpenAI writes numbers.
+    if key == "weight":
+        no = 0
+        yes = 1
+    # The answer that is not learned first, last, and a flag that says nothing new.
     rows = [
         chat(
             ("user", "Q1"),
@@ -244,6 +264,7 @@ def test_flags_that_cannot_be_honoured(load, turn, message):
 
 
 def tool_row(name, arguments, answer):
+    """A question, a call, its result and the answer."""
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return chat(
         ("user", name),
@@ -260,16 +281,14 @@ def test_null_padded_tool_arguments(load, tmp_path, kind):
         tool_row("calc", {"expr": "1+1", "when": {"hour": 3}}, "2"),
     ]
     table = pyarrow.Table.from_pylist(rows)
-    assert (
-        table.to_pylist()[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["expr"]
-        is None
-    )
+    # Arrow has one type for all arguments of a column: every call gets the other one's keys, null.
+    # Many JSONL files were written from such tables.
+    first_call = table.to_pylist()[0]["messages"][1]["tool_calls"][0]
+    assert first_call["function"]["arguments"]["expr"] is None
     if kind == "parquet":
         pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     else:
-        (tmp_path / "rows.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in table.to_pylist())
-        )
+        write_jsonl(tmp_path / "rows.jsonl", table.to_pylist())
     assert load(None, CALLS, name=f"rows.{kind}")[0] == [
         [
             '<call>weather {"city": "Paris", "when": {"day": "Monday"}}</call><|im_end|>',
@@ -280,6 +299,9 @@ def test_null_padded_tool_arguments(load, tmp_path, kind):
     ]
 
 
+# The probe is a fixed question by which adapters in two engines are compared; it has to exist for
+# every template: with a system message where one is demanded, without an answer where two messages
+# are too many, as plain text where nothing is accepted.
 @pytest.mark.parametrize(
     ("refusal", "form"),
     [
@@ -310,6 +332,7 @@ def test_reasoning_left_out(load):
         match=r"row 1: the chat template leaves out the reasoning of message 2 \('two and",
     ):
         load([row])
+    # Allowed on purpose, it is counted.
     learned_text, split = load([row, row], allow_left_out=["reasoning"])
     assert learned_text == [["4<|im_end|>"]] * 2
     assert split.summary().endswith(
@@ -322,7 +345,9 @@ def test_tool_calls_left_out(load):
         r"row 1: the chat template leaves out the tool_calls of message 2 \('weather'\).\n  Use a"
         r" chat template"
     )
+    # OpenAI's form before tools, with arguments as text.
     old = {"function_call": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    # A template that prints the call only where there is no content.
     one_of_both = PLAIN.replace(
         "{{ m.content }}", "{{ m.content or m.tool_calls[0].function.name }}"
     )
@@ -332,11 +357,11 @@ def test_tool_calls_left_out(load):
                 load([chat(("user", "Weather in Paris?"), ("assistant", content, said))])
         with pytest.raises(ValueError, match=message):
             load([chat(("user", "Weather?"), ("assistant", "I look it up.", said))], one_of_both)
+    # A template's own marks of what is learned do not excuse it.
     marked = PLAIN.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
+    row = chat(("user", "Weather in Paris?"), ("assistant", "", {"tool_calls": [CALL]}))
     with pytest.raises(ValueError, match=message):
-        load(
-            [chat(("user", "Weather in Paris?"), ("assistant", "", {"tool_calls": [CALL]}))], marked
-        )
+        load([row], marked)
 
 
 def test_tool_conversations(load):
@@ -344,6 +369,7 @@ def test_tool_conversations(load):
         chat(
             ("user", "Weather in Paris?"),
             ("assistant", "", {"tool_calls": [CALL]}),
+            # The name repeats that of the call, so that leaving it out loses nothing.
             ("tool", "sunny", {"tool_call_id": "abcdefghi", "name": "weather"}),
             ("assistant", "It is sunny."),
         )

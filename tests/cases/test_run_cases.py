@@ -1,4 +1,4 @@
-"""What users did with runs and met trouble: Ctrl-C, two runs in one folder, ``~`` and a warm-up
+"""Do with runs what users did and met trouble: Ctrl-C, two runs in one folder, ``~`` and a warm-up
 longer than the run."""
 
 import gc
@@ -23,6 +23,7 @@ from tests.parity.runs import make_config, records
 from tests.test_cli import outcome
 from tests.waiting import PATIENCE_S, wait_until
 
+# A program that answers a signal as our ranks do, without the ten seconds that they take to start.
 RANK = f"""
 import signal, sys, time
 def stop(number, frame):
@@ -38,6 +39,7 @@ time.sleep({PATIENCE_S})
 """
 
 
+# Exit codes as shells give them: 128 and the signal's number.
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_ends_torchrun_without_a_traceback(number: int, code: int, tmp_path: Path) -> None:
     """Two ranks that do as ours do when they are told to stop, under a real torchrun."""
@@ -48,15 +50,18 @@ def test_ctrl_c_ends_torchrun_without_a_traceback(number: int, code: int, tmp_pa
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         assert process.stdout is not None
+        # Both ranks have set their handlers: a signal before that would just kill them.
         assert [process.stdout.readline() for _ in range(2)] == ["step 3\n"] * 2
         process.send_signal(number)
         said, errors = process.communicate(timeout=PATIENCE_S)
     assert said == "stopped by a signal at step 3; the adapter is run/step_000003\n" * 2
+    # No traceback of torchrun's, and no restart, though three were allowed.
     assert (errors, process.returncode) == ("", code)
 
 
 @pytest.mark.slow
 def test_ctrl_c_as_a_user_types_it(tiny: Path, chats: Path, tmp_path: Path) -> None:
+    # Far more steps than anybody waits for: only the signal ends it.
     sections = {
         "model": {"path": str(tiny), "dtype": "float32"},
         "data": {"train": str(chats), "max_length": 128},
@@ -71,12 +76,14 @@ def test_ctrl_c_as_a_user_types_it(tiny: Path, chats: Path, tmp_path: Path) -> N
         wait_until((tmp_path / "run/step_000003").exists)
         process.send_signal(signal.SIGINT)
         said, errors = process.communicate(timeout=PATIENCE_S)
+    # The last step is saved before the end, and said once.
     (last,) = re.findall(r"stopped by a signal at step \d+; the adapter is run/(step_\d+)\n", said)
     assert (tmp_path / "run/latest").read_text() == f"{last}\n"
     assert (errors, process.returncode) == ("", 130)
 
 
 def _train_into(config: RunConfig, answer: Path) -> None:
+    """A run in a process of its own, whose last words are left in a file."""
     (said,) = run_ranks(said_by, 1, config)
     answer.write_text(said)
 
@@ -85,12 +92,14 @@ def test_two_runs_in_one_folder(tiny: Path, chats: Path, tmp_path: Path) -> None
     """The second is refused at its start and has changed nothing; the first goes on to its end."""
     config = make_config(tiny, chats, tmp_path / "run", {}, steps=12, eval=2)
     config = replace(config, checkpoint=replace(config.checkpoint, every=1))
+    # Gloo's threads do not survive a fork: no group of this process may be left over.
     gc.collect()
     first = multiprocessing.get_context("fork").Process(
         target=_train_into, args=(config, tmp_path / "first")
     )
     first.start()
     wait_until((tmp_path / "run/step_000001").exists)
+    # Neither a fresh start nor going on from a checkpoint is possible while somebody writes.
     for resume in (False, True):
         second = replace(config, checkpoint=replace(config.checkpoint, resume=resume))
         (said,) = run_ranks(said_by, 1, second)
@@ -127,10 +136,12 @@ def home(tiny: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_tilde_and_a_warmup(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Checks come before ranks start; what would be started is noted.
     started: list[list[str]] = []
     monkeypatch.setattr(cli, "torchrun", started.append)
     code, _, said = outcome(capsys, "train", "~/config.yaml")
     assert code == 2 and not started
+    # 10 of 50 steps.
     assert (
         said
         == "megalora: train.warmup=50 is longer than train.steps=10: the learning rate would end at"
@@ -138,6 +149,7 @@ def test_a_tilde_and_a_warmup(
     )
     assert outcome(capsys, "train", "~/config.yaml", "train.warmup=5")[0] == 0
     assert len(started) == 1
+    # No shell expands ~ inside a YAML file or behind "=".
     for override, message in (
         ("data.train=~/none.jsonl", f"{home}/none.jsonl: no such file"),
         ("model.path=~/none", f"model.path={home}/none: no such folder"),
@@ -165,6 +177,7 @@ def _train_epochs(config: RunConfig) -> list[str]:
 
 
 def test_what_an_epoch_leaves_out_is_said(tiny: Path, chats: Path, tmp_path: Path) -> None:
+    # Of the 96 chats, 76 are held out.
     config = make_config(tiny, chats, tmp_path, {}, eval=76, global_batch_size=16)
     ((one, little, warmup),) = run_ranks(_train_epochs, 1, config)
     assert (
