@@ -53,6 +53,7 @@ def test_adapter_for_another_base(
 
 
 def test_no_adapter(refused: Said, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
     for name, says in (
         (
             "nowhere",
@@ -65,8 +66,6 @@ def test_no_adapter(refused: Said, tiny: Path, tmp_path: Path) -> None:
         assert refused("inspect", folder) == message
         assert refused("verify", folder, "--base", tiny) == message
         assert refused("export", folder, tmp_path / "out") == message
-        # For the second round of the loop.
-        (tmp_path / "empty").mkdir(exist_ok=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -88,7 +88,7 @@ def test_two_warp_groups_on_the_same_rows_read_them_twice():
         # Five stages do not fit into shared memory, and four warps have too few registers.
         (Variant(128, 256, 64, 8, 5), 0),
         (Variant(128, 256, 64, 4, 3), 0),
-        # A persistent program stays on its SM.
+        # A persistent program has its SM to itself.
         (Variant(128, 128, 64, 8, 3, "tma", "tma", persistent=True), 1),
     ],
 )
