@@ -2,67 +2,12 @@
 
 import json
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from megalora.cli import main as cli
 from megalora.data.probe_text import probe_tokens
-from megalora.data.splits import load_split
-from tests.data.chat_tokenizer import learned, make_tokenizer
-from tests.jsonl import write_jsonl
-
-# ChatML without tools: what it does not name, it leaves out.
-PLAIN = """\
-{%- for m in messages -%}<|im_start|>{{ m.role }}
-{{ m.content }}<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}<|im_start|>assistant
-{% endif -%}"""
-# Mistral's rule that a tool's result needs a call before it, and calls with their arguments.
-CALLS = """\
-{%- set state = namespace(called=false) -%}
-{%- for m in messages -%}
-{%- if m.role == 'tool' and not state.called -%}\
-{{ raise_exception('a tool result without a call') }}{%- endif -%}
-{%- set state.called = (m.tool_calls | default([])) | length > 0 \
-or (m.role == 'tool' and state.called) -%}
-<|im_start|>{{ m.role }}
-{{ m.content }}{%- for c in m.tool_calls | default([]) -%}\
-<call>{{ c.function.name }} {{ c.function.arguments | tojson
-}}</call>{%- endfor -%}<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}<|im_start|>assistant
-{% endif -%}"""
-CALL = {
-    "id": "abcdefghi",
-    "type": "function",
-    "function": {"name": "weather", "arguments": {"city": "Paris"}},
-}
-
-
-def chat(*turns):
-    """A row of (role, content) or (role, content, further fields) for each message."""
-    messages = []
-    for role, content, *more in turns:
-        messages.append({"role": role, "content": content, **dict(*more)})
-    return {"messages": messages}
-
-
-@pytest.fixture
-def load(tmp_path):
-    """Loads rows under a template: (what is learned of each row, summary)."""
-
-    def run(rows, template=PLAIN, format="auto", name="rows.jsonl", **how):
-        tokenizer = make_tokenizer("chatml")
-        tokenizer.chat_template = template
-        path = tmp_path / name
-        if rows is not None:
-            write_jsonl(path, rows)
-        split = load_split(str(path), tokenizer, format=format, max_length=4096, **how)
-        return [learned(sample, tokenizer) for sample in split.samples], split
-
-    return run
+from tests.cases.rows import PLAIN, chat
+from tests.data.chat_tokenizer import make_tokenizer
 
 
 def text_of(split, tokenizer):
@@ -135,27 +80,6 @@ def test_two_answers_in_a_row_without_an_end_of_turn(load):
         "1 have no end-of-turn token in the loss behind the last answer: the model will not learn"
         in split.summary()
     )
-
-
-def test_empty_tool_calls_list(load):
-    template = """\
-{%- for m in messages -%}<|im_start|>{{ m.role }}
-{%- if m.tool_calls is defined %}
-{% for c in m.tool_calls -%}<call>{{ c.function.name }}</call>{%- endfor -%}{%- else %}
-{{ m.content }}{%- endif -%}<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}<|im_start|>assistant
-{% endif -%}"""
-    # Templates ask whether tool_calls is defined, and then print calls in place of the content;
-    # OpenAI's exports write the empty values in every message.
-    for empty in (
-        {"tool_calls": []},
-        {"tool_calls": None},
-        {"function_call": {}},
-        {"reasoning_content": ""},
-    ):
-        rows = [chat(("user", "Q"), ("assistant", "The whole answer.", empty))]
-        assert load(rows, template)[0] == [["The whole answer.<|im_end|>"]]
 
 
 # The second line of a file. JSON may escape half of a surrogate pair, which cutting a text inside
@@ -263,42 +187,6 @@ def test_flags_that_cannot_be_honoured(load, turn, message):
         load([chat(("user", "Q"), turn, ("assistant", "B"))])
 
 
-def tool_row(name, arguments, answer):
-    """A question, a call, its result and the answer."""
-    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return chat(
-        ("user", name),
-        ("assistant", "", {"tool_calls": [call]}),
-        ("tool", answer),
-        ("assistant", answer),
-    )
-
-
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_null_padded_tool_arguments(load, tmp_path, kind):
-    rows = [
-        tool_row("weather", {"city": "Paris", "when": {"day": "Monday"}}, "sunny"),
-        tool_row("calc", {"expr": "1+1", "when": {"hour": 3}}, "2"),
-    ]
-    table = pyarrow.Table.from_pylist(rows)
-    # Arrow has one type for all arguments of a column: every call gets the other one's keys, null.
-    # Many JSONL files were written from such tables.
-    first_call = table.to_pylist()[0]["messages"][1]["tool_calls"][0]
-    assert first_call["function"]["arguments"]["expr"] is None
-    if kind == "parquet":
-        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    else:
-        write_jsonl(tmp_path / "rows.jsonl", table.to_pylist())
-    assert load(None, CALLS, name=f"rows.{kind}")[0] == [
-        [
-            '<call>weather {"city": "Paris", "when": {"day": "Monday"}}</call><|im_end|>',
-            "sunny<|im_end|>",
-        ],
-        # Arrow keeps the order in which keys were seen first.
-        ['<call>calc {"when": {"hour": 3}, "expr": "1+1"}</call><|im_end|>', "2<|im_end|>"],
-    ]
-
-
 # The probe is a fixed question by which adapters in two engines are compared; it has to exist for
 # every template: with a system message where one is demanded, without an answer where two messages
 # are too many, as plain text where nothing is accepted.
@@ -338,45 +226,6 @@ def test_reasoning_left_out(load):
     assert split.summary().endswith(
         "; 2 lost their reasoning to the chat template (data.allow_left_out)"
     )
-
-
-def test_tool_calls_left_out(load):
-    message = (
-        r"row 1: the chat template leaves out the tool_calls of message 2 \('weather'\).\n  Use a"
-        r" chat template"
-    )
-    # OpenAI's form before tools, with arguments as text.
-    old = {"function_call": {"name": "weather", "arguments": '{"city": "Paris"}'}}
-    # A template that prints the call only where there is no content.
-    one_of_both = PLAIN.replace(
-        "{{ m.content }}", "{{ m.content or m.tool_calls[0].function.name }}"
-    )
-    for said in ({"tool_calls": [CALL]}, old):
-        for content in ("", None, "I look it up."):
-            with pytest.raises(ValueError, match=message):
-                load([chat(("user", "Weather in Paris?"), ("assistant", content, said))])
-        with pytest.raises(ValueError, match=message):
-            load([chat(("user", "Weather?"), ("assistant", "I look it up.", said))], one_of_both)
-    # A template's own marks of what is learned do not excuse it.
-    marked = PLAIN.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
-    row = chat(("user", "Weather in Paris?"), ("assistant", "", {"tool_calls": [CALL]}))
-    with pytest.raises(ValueError, match=message):
-        load([row], marked)
-
-
-def test_tool_conversations(load):
-    rows = [
-        chat(
-            ("user", "Weather in Paris?"),
-            ("assistant", "", {"tool_calls": [CALL]}),
-            # The name repeats that of the call, so that leaving it out loses nothing.
-            ("tool", "sunny", {"tool_call_id": "abcdefghi", "name": "weather"}),
-            ("assistant", "It is sunny."),
-        )
-    ]
-    assert load(rows, CALLS)[0] == [
-        ['<call>weather {"city": "Paris"}</call><|im_end|>', "It is sunny.<|im_end|>"],
-    ]
 
 
 def test_the_command_line_names_file_and_row(tmp_path, tiny, capfd, monkeypatch):

@@ -8,7 +8,8 @@ from megalora.data.chat import encode_conversation
 from megalora.data.conversation import Conversation
 from megalora.data.template import ChatTemplate
 from tests.data.chat_tokenizer import learned, make_tokenizer
-from tests.data.templates import CASES, SPECIALS, TEMPLATES, Case
+from tests.data.template_cases import CASES, Case
+from tests.data.templates import SPECIALS, TEMPLATES
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ MESSAGES, MARKS, REACH, SPANS, TURNS, CHAT, COLUMNS = (
 SOURCES = "megalora/data/sources.py"
 PROBE = "megalora/data/probe_text.py"
 CASES = "tests/cases/test_data_cases.py"
+TOOL_CASES = "tests/cases/test_tool_cases.py"
 TEMPLATES = "tests/data/test_templates.py"
 CHAT_TEST = "tests/data/test_chat.py"
 
@@ -100,7 +101,7 @@ DATA_BUGS: tuple[Bug, ...] = (
         MESSAGES,
         "present[key] = without_nulls(item, depth + 1)",
         "present[key] = item",
-        f"{CASES} test_null_padded_tool_arguments",
+        f"{TOOL_CASES} test_null_padded_tool_arguments",
     ),
     bug(
         0,
@@ -108,7 +109,7 @@ DATA_BUGS: tuple[Bug, ...] = (
         MESSAGES,
         'and value in ("", [], {}):',
         'and value in ("",):',
-        f"{CASES} test_empty_tool_calls_list",
+        f"{TOOL_CASES} test_empty_tool_calls_list",
     ),
     bug(
         0,
@@ -236,7 +237,7 @@ DATA_BUGS: tuple[Bug, ...] = (
         "megalora/data/splits.py",
         "if refused and not every_refusal:",
         "if refused:",
-        "tests/data/test_loader.py test_every_refusal_is_named_where_that_is_asked_for",
+        "tests/data/test_splits.py test_every_refusal_is_named_where_that_is_asked_for",
     ),
     bug(
         0,

@@ -15,7 +15,7 @@ SWEPT = "tests/test_tune.py"
 REFUSED = "tests/test_tune_refusals.py"
 CUT_SHORT = "tests/test_tune_budget.py"
 COMMAND = "tests/test_tune_command.py"
-ROOM = "tests/planner/test_memory.py test_room"
+ROOM = "tests/planner/test_room.py test_room"
 
 TUNE_BUGS: tuple[Bug, ...] = (
     # Looking up
@@ -203,7 +203,7 @@ TUNE_BUGS: tuple[Bug, ...] = (
         "megalora/lora/experts.py",
         "(shape.hidden, features), dtype",
         "(features, shape.hidden), dtype",
-        "tests/planner/test_memory.py own_layer",
+        "tests/planner/test_room.py own_layer",
     ),
     bug(
         0,
