@@ -14,7 +14,7 @@ from megalora.adapters.files import WEIGHTS
 from megalora.cli import main as cli
 from tests.adapters.adapters import logits
 from tests.adapters.stock import check_equal, loaded_by_peft, new_adapter
-from tests.adapters.test_weights import SHARDS, in_pickle, in_shards
+from tests.adapters.weight_files import SHARDS, in_pickle, in_shards
 from tests.named_tensors import without_parts
 from tests.peft_warnings import IGNORED
 
