@@ -26,7 +26,7 @@ from tests.planner.count_step import Saved, kept_beside, num_bytes
 from tests.planner.counted import widened_norms
 
 # Adapters on everything; in the upper layers alone, above a part that needs no backward; on one
-# projection of the first layer, through which all layers above must be gone; on experts alone.
+# projection of the first layer, which backward reaches through all others; on experts alone.
 DEFAULT = LoRAConfig(rank=3, alpha=6.0)
 SOME = LoRAConfig(rank=4, target_modules=["o_proj", "down_proj"], layers="2-")
 ONE = LoRAConfig(rank=4, target_modules=["q_proj"], layers="0")
@@ -143,9 +143,13 @@ def compare(configs: list[RunConfig], world: int, *, extra: Any = None) -> None:
     """
     kept = run_ranks(kept_at_each_level, world, configs)
     for number, config in enumerate(configs):
-        found = sum(of_rank[number][0] for of_rank in kept)
-        # Every data-parallel rank pads its batch to its own longest sample.
-        sequences = [of_rank[number][1][1] for of_rank in kept]
+        found = 0
+        sequences = []
+        for of_rank in kept:
+            kept_bytes, (_, sequence) = of_rank[number]
+            found += kept_bytes
+            # Every data-parallel rank pads its batch to its own longest sample.
+            sequences.append(sequence)
         said = planned(config, sequences, extra)
         difference = said / found - 1
         line = (
@@ -246,6 +250,7 @@ def test_microbatches_in_flight(world, sizes, batch, tiny, chats, tmp_path) -> N
         micro_batch_size=1,
         global_batch_size=batch,
     )
+    # One rank of a stage holds as many as another.
     for rank, seen in enumerate(run_ranks(held_at_once, world, config)):
         said = in_flight(config.parallel, rank // (world // config.parallel.pp), batch)
         # What is exceeded in every chunk cannot be the peak; of the rest any may be, depending on

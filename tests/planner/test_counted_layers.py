@@ -188,6 +188,7 @@ def test_an_adapter_alone(case: Case, quick: dict[str, Any]) -> None:
     compare([case], quick)
 
 
+# 30 to 60 cases a family: every Megatron module alone, TP, EP and ETP, many rows, float32.
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_on_every_module_and_every_layout(family: str) -> None:

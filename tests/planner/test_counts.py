@@ -75,6 +75,7 @@ def test_base_parameters(name: str) -> None:
 def test_active_parameters_are_what_a_token_meets(name: str) -> None:
     """Counted in transformers' model: the fused experts' part for k of E, everything else whole."""
     shape = load_shape(MODELS / f"{name}.yaml")
+    # Qwen3-30B-A3B: 8 of 128 experts, which makes 3.3 of 30.5 billion.
     found = 0
     for full_name, parameter in transformers_model(name).named_parameters():
         # [E, ...]: transformers 5 holds all experts of a layer in one tensor.
@@ -84,6 +85,7 @@ def test_active_parameters_are_what_a_token_meets(name: str) -> None:
     assert active_parameters(shape) == found
 
 
+# One stage; embedding and head on different stages; chunks that the stages take in turn.
 @pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (2, 3), (6, 2)])
 def test_stages_add_up_to_the_model(pp: int, vpp: int) -> None:
     shape = load_shape(MODELS / "qwen3_30b_a3b.yaml")
@@ -111,7 +113,10 @@ def test_stages_add_up_to_the_model(pp: int, vpp: int) -> None:
 
 class OneLayer(nn.Module):
     """A decoder layer's linears under their HF names, experts apart, as PEFT's adapter files name
-    them."""
+    them.
+
+    transformers 5 holds experts as packed parameters, of which PEFT would adapt no single one.
+    """
 
     def __init__(self, s: ModelShape) -> None:
         super().__init__()

@@ -44,6 +44,8 @@ def _error_of_a_dead_projection(config: RunConfig) -> str:
     """What the first step says when one A is zero, as a mistake of loading would leave it."""
 
     def kill(model: AdaptedModel) -> None:
+        # The A's of q, k and v are stacked in one parameter; o has its own, and a shard says where
+        # in it.
         for shard in model.shards:
             if ".layers.2.self_attn.o_proj.lora_A" in shard.name:
                 shard.parameter.data[shard.index] = 0
@@ -65,6 +67,7 @@ def test_a_projection_that_cannot_learn_ends_the_run(tiny: Path, chats: Path, tm
 def _loss_of_inputs(config: RunConfig) -> float:
     """The first loss of a run whose data is gone once it has been read."""
     inputs = Inputs.read(config)
+    # Reading again would raise.
     unreadable = replace(config, data=replace(config.data, train="no such file"))
     with assemble(unreadable, inputs) as run:
         return run.step(0, LR)[0]

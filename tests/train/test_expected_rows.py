@@ -30,6 +30,7 @@ def expected_by(start: Callable[[], None]) -> float:
     """What the model is built for, in a run that ``start`` begins."""
     rows: list[float] = []
 
+    # In place of what builds the model, which says for how many rows per expert it is built.
     def build(*args: Any, rows_per_expert: float = 0.0, **how: Any) -> None:
         rows.append(rows_per_expert)
         raise Seen
@@ -66,9 +67,11 @@ def wanted(config: RunConfig) -> float:
 
 
 def test_training_expects_the_rows_of_its_config(config: RunConfig) -> None:
+    # Not zero, which is what an argument that is left out means.
     assert run_ranks(expected_by_training, 1, config) == [wanted(config)] != [0]
 
 
+# A benchmark needs no weights: with random ones it builds the model from config.json alone.
 @pytest.mark.parametrize("weights", ["real", "random"])
 def test_bench_expects_the_rows_of_its_config(weights: str, config: RunConfig) -> None:
     assert run_ranks(expected_by_bench, 1, config, weights) == [wanted(config)]

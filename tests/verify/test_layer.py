@@ -60,7 +60,7 @@ def test_a_model_with_everything_is_equal_in_every_layout(world, parallel, every
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_interleaved_stages_are_equal(dtype, tiny):
-    # The second stage has layers 1 and 3, the head and the line of the log.
+    # The second stage has layers 1 and 3, and the head.
     line = run_ranks(said_in, 2, tiny, {"pp": 2, "vpp": 2}, dtype)[1]
     assert line.startswith("base: layer 3 (MoE), embedding and head equal transformers' to "), line
 
