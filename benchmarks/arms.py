@@ -39,11 +39,11 @@ class Arm:
     """Which reference it must agree with; None for a bound, which computes something else of the
     same size."""
     common: Callable[[Tensors], Tensors] = lambda found: found
-    """From what ``train`` returns to the names and shapes of ``Case.leaves``; not timed."""
+    """Converts what ``train`` returns to the names and shapes of ``Case.leaves``; not timed."""
     waits: bool = False
     """Whether it reads counts on the host."""
     room_bytes: int = 0
-    """Of weights with room for adapters, beyond the weights themselves."""
+    """Bytes that weights with room for adapters take beyond the weights themselves."""
 
 
 def of_autograd(
@@ -53,6 +53,7 @@ def of_autograd(
 
     def train() -> Tensors:
         out = forward()
+        # Not ``backward()``: that would add to the gradients of the run before.
         grads = torch.autograd.grad(out, list(leaves.values()), dout)
         return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
@@ -63,7 +64,7 @@ def of_autograd(
 
 
 def base(case: Case, backend: str) -> Arm:
-    """Ours without adapters."""
+    """Our kernels without adapters."""
     leaves = {name: case.leaves[name] for name in ("x", "p")}
 
     def forward() -> Tensor:
@@ -73,7 +74,7 @@ def base(case: Case, backend: str) -> Arm:
 
 
 def ours(case: Case, backend: str | None, weights: Weights) -> Arm:
-    """Ours with one adapter on gate_up and one on down."""
+    """Our kernels with one adapter on gate_up, as PEFT and Bridge have it, and one on down."""
     v = case.leaves
 
     def forward() -> Tensor:
@@ -127,7 +128,7 @@ def ours_separate(case: Case, backend: str | None, weights: Weights) -> Arm:
 
 
 def room_bytes(*weights: Tensor | AugmentedWeight) -> int:
-    """What weights take beyond themselves; nothing where they have no room for adapters."""
+    """Bytes that weights take beyond themselves; none where they have no room for adapters."""
     total = 0
     for w in weights:
         if isinstance(w, AugmentedWeight):
@@ -136,9 +137,10 @@ def room_bytes(*weights: Tensor | AugmentedWeight) -> int:
 
 
 def our_arms(case: Case) -> dict[str, Build]:
-    """Ours by name, and the bases. AugmentedWeight weights are made once for all that want them."""
+    """Our arms by name, and the bases."""
     plain = (case.w1, case.w2)
     rank = case.spec.rank
+    # A second copy of the weights with room for adapters, made once for each rank of gate_up.
     joined = cache(case.joined)
     return {
         "base triton": lambda: base(case, "triton"),
@@ -163,8 +165,9 @@ def base_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> 
 
 
 def split_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """Two more grouped GEMMs, a scale and an add: what is written first, and what Unsloth's grouped
+    """Two more grouped GEMMs, a scale and an add: what one writes first, and what Unsloth's grouped
     path does."""
+    # x A^T [M, R], then times B^T [M, N].
     delta = grouped_mm(
         grouped_mm(x, a.transpose(1, 2), offs=offsets), b.transpose(1, 2), offs=offsets
     )
@@ -174,6 +177,7 @@ def split_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) ->
 def merge_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """PEFT's ``target_parameters``: the adapters are added to a copy of all weights, in every
     forward pass."""
+    # W + c B A for every expert, [E, N, K].
     return grouped_mm(x, torch.baddbmm(w, b, a, alpha=SCALE).transpose(1, 2), offs=offsets)
 
 
@@ -230,6 +234,7 @@ def composed(case: Case, linear: Linear, *, compiled: bool = False, **how: Any) 
         torch.compiler.reset()
         inner = torch.compile(experts, dynamic=False)
 
+    # Gather and combine are ours for all, and outside what is compiled.
     def forward() -> Tensor:
         return unpermute(inner(permute(v["x"], case.routing)), case.routing)
 
@@ -237,8 +242,8 @@ def composed(case: Case, linear: Linear, *, compiled: bool = False, **how: Any) 
 
 
 def dense_bound(case: Case) -> Arm:
-    """The same FLOPs as two dense GEMMs forward and two backward: what the GEMMs cost where there
-    is one expert."""
+    """Two dense GEMMs forward and two backward with the same FLOPs: what the GEMMs would cost with
+    one expert."""
     s = case.spec.sizes
     num_rows = case.spec.num_rows
     w1 = case.w1[0]
@@ -259,7 +264,7 @@ def dense_bound(case: Case) -> Arm:
 
 
 def their_arms(case: Case, compiled: bool) -> dict[str, Build]:
-    """What we are compared with, by name."""
+    """The arms that ours are compared with, by name."""
     joined = cache(lambda: case.joined(case.spec.rank))
     arms: dict[str, Build] = {
         "dense bound": lambda: dense_bound(case),

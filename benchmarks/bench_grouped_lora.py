@@ -1,15 +1,15 @@
-"""Time experts with LoRA on a GPU: ours, the base alone, and how others do it, on the same tensors
-in one process.
+"""Time experts with LoRA on a GPU: our kernels, the base alone, and how others do it, on the same
+tensors in one process.
 
     python -m benchmarks.bench_grouped_lora --quick --budget-seconds 200      a few minutes
     python -m benchmarks.bench_grouped_lora                                   the whole sweep
     python -m benchmarks.bench_grouped_lora --model 235b --tokens 8192
 
-Every number is of an arm that agreed with float32 (``benchmarks/expert_case.py``); ours also gave
-the same bits twice and did not wait for the device. Exit code 1 where one did not. What
-``--budget-seconds`` left out is named, and recorded; a second call with the same ``--out`` goes on
-with it. ``--dry`` is the whole path at tiny sizes on a CPU, with interpreted kernels: its times
-mean nothing.
+Only arms that agreed with float32 (``benchmarks/expert_case.py``) have times; ours also gave the
+same bits twice and did not wait for the device. The exit code is 1 where one did not. Cases for
+which ``--budget-seconds`` left no time are named and recorded; a second call with the same
+``--out`` runs them. ``--dry`` tries the whole path at tiny sizes on a CPU, with interpreted
+kernels: its times mean nothing.
 """
 
 import argparse
@@ -81,14 +81,15 @@ DRY = {
 TINY = Sizes("tiny", hidden=32, inner=16, num_experts=2, top_k=1)
 TINY_PEFT_CASE = LinearSpec("tiny peft", 16, 2, 24, 32, 16)
 LEAST_SECONDS = 25
-"""No case is begun with less time than this."""
+"""Seconds without which no case is begun."""
 COMPILE_SECONDS = 110
-"""Nor torch.compile of the split arm: about a minute for each shape."""
+"""Seconds without which the split arm is not compiled: torch.compile takes about a minute for each
+shape."""
 
 
 @dataclass
 class Report:
-    """What was found so far; written after every case."""
+    """All that was found so far; written after every case."""
 
     rows: list[Row] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
@@ -99,7 +100,7 @@ class Report:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Report":
-        """What an earlier call wrote; all it did not reach is still to be reached."""
+        """The report that an earlier call wrote; what it did not reach is still to be reached."""
         rows = []
         for row in record["rows"]:
             fields = dict(row)
@@ -112,9 +113,15 @@ class Report:
         return cls(rows, verdicts, crossing, [], record["failures"], record["seconds"])
 
     def content(self) -> dict[str, Any]:
-        found = {"rows": as_json(self.rows), "goals": [asdict(v) for v in self.verdicts]}
-        found |= {"crossing": [asdict(p) for p in self.crossing], "not_reached": self.not_reached}
-        return found | {"failures": self.failures, "seconds": self.seconds}
+        """The report as JSON has it; ``of`` reads it back."""
+        return {
+            "rows": as_json(self.rows),
+            "goals": [asdict(verdict) for verdict in self.verdicts],
+            "crossing": [asdict(point) for point in self.crossing],
+            "not_reached": self.not_reached,
+            "failures": self.failures,
+            "seconds": self.seconds,
+        }
 
 
 class Bench:
@@ -135,7 +142,7 @@ class Bench:
         self.report = Report()
 
     def layer(self, spec: Spec) -> None:
-        """One layer's experts, every arm."""
+        """Time every arm on one layer's experts."""
         case = make_case(spec, self.device, self.dtype)
         # Once for each share of the experts: compiling takes longer than all other arms.
         usual = spec.rank == 16 and spec.routing == "balanced"
@@ -148,7 +155,7 @@ class Bench:
         self._found(rows, of_layer(spec, rows))
 
     def linear(self, spec: LinearSpec) -> None:
-        """One grouped linear, every arm."""
+        """Time every arm on one grouped linear."""
         case = make_linear(spec, self.device, self.dtype)
         rows = compare(
             spec.label, our_linear_arms(case), their_linear_arms(case),
@@ -156,18 +163,20 @@ class Bench:
                      "base": linear_reference(case, False)},
             spec.base_flops(), self.device, self.dtype, self.repeats, self.warmup,
         )  # fmt: skip
+        # PEFT's case has goals of its own: the numbers that PEFT published.
         if spec is self.peft_case:
             self._found(rows, of_peft_case(case, rows))
         else:
             self._found(rows, of_linear(spec, rows))
 
     def cross(self, spec: Spec) -> None:
-        """One point of the comparison of the two back ends."""
+        """Time both back ends at one point, to find from how many rows on torch's is faster."""
         case = make_case(spec, self.device, self.dtype)
         # The bases too: an arm's ratio to them shows whether the GEMM or the adapters decide.
         wanted = ("base triton", "base grouped_mm", "ours triton", "ours grouped_mm joined")
-        # Triton has no arm where it cannot run.
-        arms = {name: build for name, build in our_arms(case).items() if name in wanted}
+        ours = our_arms(case)
+        arms = {name: ours[name] for name in wanted}
+        # Half as many samples: there are ten of these points for each share of the experts.
         rows = compare(
             f"crossing: {spec.label}", arms, {},
             lambda: {"adapted": reference(case, True), "base": reference(case, False)},
@@ -186,10 +195,11 @@ class Bench:
 
 
 def plan(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Cases in the order of what they tell: the usual ones, the single linear, PEFT's, the
-    crossing, then the rest."""
+    """All cases, the most telling first: the usual ones, the single linear, PEFT's, the crossing,
+    then the rest."""
     sizes = SIZES[args.model]
     specs = sweep(sizes, args.tokens, args.experts, args.ranks, args.routing)
+    # ``sweep`` puts the usual case of each number of experts first.
     usual = specs[: len(args.experts)]
     rest = specs[len(args.experts) :]
     for spec in usual:
@@ -210,7 +220,7 @@ def plan(bench: Bench, args: argparse.Namespace) -> Iterator[tuple[str, Callable
 
 
 def run(bench: Bench, args: argparse.Namespace) -> int:
-    """Every planned case that time allows and no earlier call has done; the exit code."""
+    """Run every planned case that time allows and no earlier call has done; the exit code."""
     if record := earlier(args.out, "grouped_lora", bench.device, _settings(args)):
         bench.report = Report.of(record)
     report = bench.report
@@ -224,7 +234,7 @@ def run(bench: Bench, args: argparse.Namespace) -> int:
         try:
             case()
         except Exception as error:
-            # The next case may well run; this one is a failure, said and recorded.
+            # The next case may well run; this one is reported and recorded as a failure.
             traceback.print_exc()
             report.failures.append(f"{label}: {first_line(error)}")
         if bench.device.type == "cuda":
@@ -245,7 +255,7 @@ def run(bench: Bench, args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Settings that the numbers depend on; a record with others is not continued."""
     settings = dict(vars(args))
     # A second call may have another budget, and it is found by its file.
     settings.pop("budget_seconds", None)
@@ -255,7 +265,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def arguments(parser: argparse.ArgumentParser, given: list[str] | None) -> argparse.Namespace:
-    """What the command line says; ``--quick`` fills in what it leaves open."""
+    """The command line; ``--quick`` and ``--dry`` fill in what it leaves open."""
     parser.add_argument(
         "--quick", action="store_true", help="8k tokens, rank 16, balanced and Zipf only"
     )
@@ -267,13 +277,13 @@ def arguments(parser: argparse.ArgumentParser, given: list[str] | None) -> argpa
     )
     parser.add_argument("--model", choices=SIZES, default="30b")
     parser.add_argument(
-        "--tokens", type=int, nargs="+", help="of this rank; each goes to 8 experts"
+        "--tokens", type=int, nargs="+", help="tokens of this rank; each goes to 8 experts"
     )
     parser.add_argument(
         "--experts",
         type=int,
         nargs="+",
-        help="of this rank: 128, or 16 as with 8 expert-parallel ranks",
+        help="experts of this rank: 128, or 16 as with 8 expert-parallel ranks",
     )
     parser.add_argument("--ranks", type=int, nargs="+", help="LoRA ranks")
     parser.add_argument("--routing", choices=ROUTINGS, nargs="+")
@@ -307,8 +317,10 @@ def main(given: list[str] | None = None) -> int:
     )
     args = arguments(parser, given)
     device = the_gpu(parser, args.dry)
-    os.environ.pop("MEGALORA_BACKEND", None)  # it would overrule what the arms ask for
-    torch.set_float32_matmul_precision("highest")  # the references are float32
+    # It would overrule the back end that an arm asks for.
+    os.environ.pop("MEGALORA_BACKEND", None)
+    # References are float32; TF32 would round their inputs to 10 bits.
+    torch.set_float32_matmul_precision("highest")
     budget = Budget(args.budget_seconds)
     if args.dry:
         SIZES[TINY.name] = TINY

@@ -3,14 +3,15 @@ stock PEFT, Unsloth.
 
     python -m benchmarks.bench_train_gpu --layers 8 --budget-seconds 150
 
-Ours also under torch's profiler: kernels of each layer, gaps between them, waits of the host
-(``step_trace.py``); and megalora's own beside what the planner predicts of the very configuration.
+Our arms also run under torch's profiler, which counts kernels of each layer, gaps between them and
+waits of the host (``step_trace.py``); and megalora's own step is set beside what the planner
+predicts for the same configuration.
 
 Every arm runs in a process of its own (Unsloth changes transformers as it is imported), on the same
 sequence, with LoRA on attention and experts. TFLOP/s count 4 P + 6 A + 6 S h d L per token
-(``benchmarks/train_case.py``). An arm whose packages are missing is a row that says so; one of ours
-that fails makes exit code 1. A second call with the same ``--out`` runs the arms for which there
-was no time. ``--dry``: a tiny model on a CPU; its times mean nothing.
+(``benchmarks/train_case.py``). An arm whose packages are missing is a row that says so; where one
+of ours fails, the exit code is 1. A second call with the same ``--out`` runs the arms for which
+there was no time. ``--dry`` trains a tiny model on a CPU; its times mean nothing.
 """
 
 import argparse
@@ -51,17 +52,18 @@ ARMS = {
     FITS: "benchmarks.train_megalora:megalora",
     "unsloth": "benchmarks.train_arms:unsloth",
 }
-"""In the order of what they tell in a second: time may run out. PEFT's is the yardstick and has no
-profile; a model that fills the memory takes a minute."""
+"""Arm to the function that builds it. Those that tell most in a second come first, as time may run
+out: PEFT's is the yardstick and has no profile; a model that fills the memory takes a minute."""
 OURS = ("megalora", "kernels", "one of 8 ranks", FITS)
 PLANNED = ("megalora", FITS)
-"""What the planner knows: megalora's own step."""
+"""Arms that the planner knows: megalora's own step."""
 CUT_OFF = ("not reached", "stopped")
-"""How the status of an arm begins that a second call runs."""
+"""Beginnings of the status of an arm that a second call runs again."""
 LEAST_SECONDS = 20
-"""No arm is begun with less time than this."""
+"""Seconds without which no arm is begun."""
 FORMULA = "4 P + 6 A + 6 S h d L: see benchmarks/train_case.py"
 WARMUP = 2
+"""Steps that are not measured: they compile kernels and fill the allocator's cache."""
 
 
 def measure_steps(training: Training, device: torch.device, steps: int) -> dict[str, Any]:
@@ -101,13 +103,14 @@ def measure_steps(training: Training, device: torch.device, steps: int) -> dict[
 
 
 def _now(device: torch.device) -> float:
+    """Seconds of the clock at which the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def train(name: str, setup: Setup, steps: int) -> dict[str, Any]:
-    """One arm's row."""
+    """Train one arm and return its row."""
     module, function = ARMS[name].split(":")
     layers = setup.config["num_hidden_layers"]
     row: dict[str, Any] = {"arm": name, "layers": layers, "tokens": setup.num_tokens}
@@ -127,10 +130,12 @@ def train(name: str, setup: Setup, steps: int) -> dict[str, Any]:
         return row | {"status": f"not installed: {error}"}
     except torch.OutOfMemoryError:
         return row | {"status": "out of memory"}
-    except Exception as error:  # another library's failure is its row's content
+    except Exception as error:
+        # Another library's failure is what its row says.
         traceback.print_exc()
         return row | {"status": f"cannot run: {first_line(error)}"}
-    if row["status"] != "ok":  # no speed of a step that does not train
+    # The speed of a step that does not train means nothing.
+    if row["status"] != "ok":
         return without_times(row)
     flops = flops_per_token(setup.config, setup.rank, setup.num_tokens, fused)
     seconds = row["step_ms"] / 1e3
@@ -152,11 +157,15 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def beside_the_planner(row: dict[str, Any], setup: Setup) -> dict[str, Any]:
-    """What the planner predicts of the row's configuration, and its errors in percent of what was
+    """The planner's prediction for the row's configuration, and its errors in percent of what was
     measured."""
-    on_gpu = setup.device.type == "cuda"
-    said = planned(setup, machine_of(torch.cuda.get_device_name(setup.device) if on_gpu else ""))
-    errors = {name: error_percent(said[name], row[name]) for name in ("step_ms", "peak_bytes")}
+    name = ""
+    if setup.device.type == "cuda":
+        name = torch.cuda.get_device_name(setup.device)
+    said = planned(setup, machine_of(name))
+    errors = {}
+    for quantity in ("step_ms", "peak_bytes"):
+        errors[quantity] = error_percent(said[quantity], row[quantity])
     return {"planned": said, "error_percent": errors}
 
 
@@ -183,7 +192,8 @@ def child(name: str, layers: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def arms_to_run(device: torch.device, args: argparse.Namespace) -> list[tuple[str, int]]:
-    """(arm, layers) in the order of what they tell. A dry run tries ours and PEFT's."""
+    """Each arm to run with the number of its layers, the most telling first. A dry run tries our
+    arms and PEFT's."""
     if args.dry:
         tried = [name for name in ARMS if name in OURS or name == "peft"]
         # At one size two arms that train megalora's own step are one.
@@ -192,10 +202,12 @@ def arms_to_run(device: torch.device, args: argparse.Namespace) -> list[tuple[st
     free = torch.cuda.get_device_properties(device).total_memory
     most = layers_that_fit(QWEN3_30B_A3B, args.rank, args.tokens, free)
     layers = {"one of 8 ranks": args.share_layers, FITS: most}
+    # All others have the same depth, so that they can be compared.
     return [(name, layers.get(name, args.layers)) for name in ARMS]
 
 
 def run(device: torch.device, args: argparse.Namespace) -> int:
+    """Train every arm that time allows and no earlier call has done; the exit code."""
     settings = {
         "tokens": args.tokens,
         "rank": args.rank,
@@ -261,8 +273,8 @@ def cells_of(row: dict[str, Any], peft_ms: float | None) -> tuple[object, ...]:
     """An arm's line of the table.
 
     Args:
-        row: of an arm that trained.
-        peft_ms: PEFT's step with as many layers; None where there is none.
+        row: the row of an arm that trained.
+        peft_ms: time of PEFT's step with as many layers; None where there is none.
     """
     # The other arms train another model: a share of the experts, or all layers that fit.
     speedup = None
@@ -291,15 +303,20 @@ def main(given: list[str] | None = None) -> int:
         "--layers",
         type=int,
         default=8,
-        help="of the model's 48; 8 leave room for PEFT's merged weights",
+        help="layers out of the model's 48; 8 leave room for PEFT's merged weights",
     )
     parser.add_argument(
-        "--share-layers", type=int, default=48, help="of the model that holds 16 of 128 experts"
+        "--share-layers",
+        type=int,
+        default=48,
+        help="layers of the model that holds 16 of 128 experts",
     )
-    parser.add_argument("--tokens", type=int, default=4096, help="of the one sequence in a step")
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="tokens of a step, which has one sequence"
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument(
-        "--steps", type=int, default=6, help=f"measured, after {WARMUP} that are not"
+        "--steps", type=int, default=6, help=f"steps to measure, after {WARMUP} that are not"
     )
     parser.add_argument(
         "--budget-seconds", type=float, help="begin no arm with less than 20 s left of these"

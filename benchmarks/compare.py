@@ -1,5 +1,5 @@
-"""Compare the arms of one case: their results first, then for ours the same bits in every run and
-no waiting, then times and memory."""
+"""Compare the arms of one case: check their results, check that ours give the same bits in every
+run and do not wait, then take times and memory."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,30 +17,29 @@ GIB = 2**30
 
 @dataclass
 class Row:
-    """What was found about one arm of one case. No times unless ``status`` is ``ok``."""
+    """Findings about one arm of one case. It has times only where ``status`` is ``ok``."""
 
     case: str
     arm: str
     kind: str
     status: str = "ok"
     failed: bool = False
-    """Whether the exit code must say so: a wrong result of anyone, or ours not doing what it
-    promises."""
+    """Whether the exit code must be 1: a result of any arm was wrong, or ours breaks a promise."""
     errors: dict[str, float | None] = field(default_factory=dict)
-    """Relative to float32; null where there was no number."""
+    """Deviation of each tensor from float32, relative; null where it was no number."""
     forward: Stats | None = None
     train: Stats | None = None
-    """Forward and backward."""
+    """Times of forward and backward."""
     peak_bytes: int | None = None
-    """Of forward and backward, on top of the operands."""
+    """Memory of forward and backward at its highest, on top of the operands."""
     room_bytes: int = 0
-    """Of weights with room for adapters, beyond the weights themselves."""
+    """Bytes that weights with room for adapters take beyond the weights themselves."""
     ratio_forward: float | None = None
     ratio_train: float | None = None
-    """To the fastest of our bases in this case."""
+    """Time over that of the fastest of our bases in this case."""
     tflops_forward: float | None = None
     tflops_train: float | None = None
-    """Of the base's GEMMs alone."""
+    """Rate that counts the base's GEMMs alone."""
 
 
 def compare(
@@ -48,7 +47,7 @@ def compare(
     references: Callable[[], dict[str, Tensors]],
     base_flops: int, device: torch.device, dtype: torch.dtype, repeats: int = 20, warmup: int = 3,
 ) -> list[Row]:  # fmt: skip
-    """One row per arm. ``references`` computes ``adapted`` and ``base``; they are let go before
+    """One row per arm. ``references`` computes ``adapted`` and ``base``, which are freed before
     anything is timed."""
     want = references()
     rows = []
@@ -79,7 +78,7 @@ def compare(
 def _examine(
     row: Row, build: Build, want: dict[str, Tensors], device: torch.device, dtype: torch.dtype
 ) -> Arm | None:
-    """The arm, if what it gives is right. One that cannot run is a row that says why."""
+    """The arm if its results are right, else None; its row says why."""
     try:
         arm = build()
         row.kind = arm.kind
@@ -102,14 +101,15 @@ def _examine(
         row.status = f"not installed: {error.name}"
         row.failed = row.kind in ("ours", "base")
     except Exception as error:
-        # Whatever a compiler or another library raises belongs into the table.
+        # Whatever a compiler or another library raises belongs in the table.
         row.status = f"cannot run: {first_line(error)}"
         row.failed = row.kind in ("ours", "base")
     return None
 
 
 def _check_promises(row: Row, arm: Arm, found: Tensors, device: torch.device) -> None:
-    """The same bits on every run, and no wait for the device."""
+    """Note in the row where an arm of ours gives other bits in a second run, or waits for the
+    device."""
     again = arm.train()
     different = [name for name, t in found.items() if not torch.equal(t, again[name])]
     # The first call may wait (it compiles and tunes), so the second one is watched.
@@ -124,6 +124,7 @@ def _check_promises(row: Row, arm: Arm, found: Tensors, device: torch.device) ->
 def waiting(call: Callable[[], object]) -> str | None:
     """How a call that was run before waits for the device, or None."""
     torch.cuda.synchronize()
+    # In this mode torch raises where it would make the host wait.
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -135,8 +136,8 @@ def waiting(call: Callable[[], object]) -> str | None:
 
 
 def derive(rows: Sequence[Row], base_flops: int) -> None:
-    """Ratios and TFLOP/s from the medians; forward and backward hold twice the base's GEMMs of
-    forward alone."""
+    """Fill in ratios and TFLOP/s from the medians. Forward and backward together have twice the
+    base's GEMMs of forward alone, since frozen weights get no gradient."""
     # The fastest of our bases, separately for forward and for both: adapters are to cost little
     # over the best that the same layer does without them. Infinite where no base was timed.
     base_forward_ms = math.inf

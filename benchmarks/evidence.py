@@ -1,22 +1,23 @@
 """Write the tables of docs/evidence.md: what is predicted of the kernels beside what was measured.
 
     python -m benchmarks.evidence            write the tables anew, from the models and the results
-    python -m benchmarks.evidence --check    exit code 1 where the page is not what would be written
+    python -m benchmarks.evidence --check    exit code 1 where the page is stale
 
-Text between tables is written by hand. A table stands between two comments, ``<!-- table: NAME
+Text between the tables is written by hand. A table stands between two comments, ``<!-- table: NAME
 -->`` and ``<!-- end -->``. Records of a dry run or of a CPU do not count as measurements.
 """
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import goals, roofline, tile_model
 from benchmarks.anchor_cases import ANCHORS
+from benchmarks.evidence_compiled import compiled
+from benchmarks.evidence_records import NOT_YET, Results, digits, markdown, origin
 from benchmarks.tile_gpus import H100, H200
 from benchmarks.tune_points import variant_label
 from tests.pretended.test_launches import CEILINGS
@@ -25,64 +26,17 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/evidence.md"
 RESULTS = ROOT / "benchmarks/results"
 MARKED = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-NOT_MEASURED = "not yet measured on a GPU"
-NOT_YET = "not yet"
-"""In a cell of a column that is headed ``measured``."""
-
-
-# ---- records -------------------------------------------------------------------------------------
-
-
-class Results:
-    """The JSON files of a results folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def of(self, name: str) -> dict[str, Any]:
-        """The record of this name; an empty one where there is none."""
-        path = self.folder / name
-        return json.loads(path.read_text()) if path.is_file() else {}
-
-    def on_gpu(self, name: str) -> dict[str, Any]:
-        """The same where it was measured on a GPU at full size, else an empty one."""
-        found = self.of(name)
-        dry = found.get("dry") or found.get("settings", {}).get("dry")
-        on_cpu = str(found.get("device", "CPU")).startswith("CPU")
-        return {} if dry or on_cpu else found
-
-
-def origin(*records: dict[str, Any]) -> str:
-    """Where numbers come from, as a line above a table."""
-    found = []
-    for record in records:
-        if record:
-            commit = (record.get("commit") or "unknown")[:7]
-            versions = f"torch {record['versions']['torch']}, triton {record['versions']['triton']}"
-            found.append(f"Measured on {record['device']} ({versions}, commit {commit}).")
-    # Each line once: two records of one run have the same origin.
-    return "\n".join(dict.fromkeys(found)) or f"Measured: {NOT_MEASURED}."
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; columns after the first are aligned right."""
-    text = []
-    for line in (header, ["---", *["--:"] * (len(header) - 1)], *rows):
-        text.append("| " + " | ".join(str(cell) for cell in line) + " |")
-    return "\n".join(text)
-
-
-def digits(value: float | None, form: str = ".4g") -> str:
-    return NOT_YET if value is None else format(value, form)
 
 
 # ---- tables --------------------------------------------------------------------------------------
 
 
 def constants(results: Results) -> str:
-    """What the tile model rests on, each beside the anchor that measures it."""
+    """The tile model's constants, each beside the anchor that measures it."""
     record = results.on_gpu("gpu_anchors.json")
     measured = {row["anchor"]: row["value"] for row in record.get("rows", [])}
+    # The number of processors is torch's answer, which stands in every record; no anchor needs to
+    # measure it.
     names = {
         "multiprocessors": (H100.processors, record.get("processors")),
         "clock": (H100.clock_ghz, measured.get("clock under load")),
@@ -109,10 +63,11 @@ def constants(results: Results) -> str:
 
 
 def anchors(results: Results) -> str:
-    """What a first run should give; the verdict where it was run."""
+    """Values that a first run should give, and the verdict where it was run."""
     record = results.on_gpu("gpu_anchors.json")
     found = {row["anchor"]: row for row in record.get("rows", [])}
     rows = []
+    # All of today's anchors: a record may be older than some.
     for anchor in ANCHORS:
         h100 = anchor.expect(H100)
         h200 = anchor.expect(H200)
@@ -134,7 +89,7 @@ def anchors(results: Results) -> str:
 
 
 def published(_results: Results) -> str:
-    """The model against times of others."""
+    """The tile model beside times that others published."""
     rows = []
     for case in tile_model.PUBLISHED:
         model_us = tile_model.cost(case.variant, case.product, case.experts).us
@@ -146,6 +101,7 @@ def published(_results: Results) -> str:
 
 
 TILE_RANK = 16
+"""Rank of the adapters in the sweep of ``tune.py``."""
 
 
 def tiles(results: Results) -> str:
@@ -159,7 +115,7 @@ def tiles(results: Results) -> str:
             cells.append(f"{us:.0f}")
         cells.append(line.now.bound)
         point = points.get(f"30b {line.name} {line.experts} x {line.rows}", {})
-        # Of the second round: the first times every variant briefly, to drop the slow ones.
+        # Times of the second round: the first one only drops the slow variants.
         times = point.get("second_us", {})
         for which in ("rule", "best"):
             us, _spread = times.get(point.get(which), (None, None))
@@ -181,12 +137,13 @@ LAYER_ARMS = {
 
 
 def layers(results: Results) -> str:
-    """The layer's cost over the same without adapters, by the roofline and by the benchmark."""
+    """Time of a layer over that without adapters, by the roofline and by the benchmark."""
     by_rule = results.on_gpu("gpu_kernels.json")
     tuned = results.on_gpu("gpu_kernels_tuned.json")
     rows = []
     for ep in (8, 1):
         place = "one of 8 expert-parallel ranks" if ep > 1 else "all 128 experts"
+        # The label that ``expert_case.Spec`` gives to this case.
         spec = f"30b tokens=8192 experts={128 // ep}/128 r=16 balanced"
         for (backend, on_gate_up), arm in LAYER_ARMS.items():
             case = roofline.layer("30b", tokens=8192, ep=ep, rank=16, on_gate_up=on_gate_up)
@@ -194,7 +151,7 @@ def layers(results: Results) -> str:
             cells: list[object] = [f"`{backend}`, {place}", on_gate_up]
             cells += [f"{found.forward:.2f}", f"{found.both:.2f}", f"{found.split_over_ours:.1f}"]
             for record in (by_rule, tuned):
-                # Over the base of the same back end: another one's base has another speed.
+                # Over the base of the same back end, as the roofline's ratio is.
                 cells.append(_measured_layer(record, spec, arm, f"base {backend}"))
             rows.append(cells)
     header = ("back end", "adapters on gate_up", "forward", "forward + backward",
@@ -204,8 +161,8 @@ def layers(results: Results) -> str:
 
 
 def _measured_layer(record: dict[str, Any], spec: str, arm: str | None, base: str) -> str:
-    """``forward / forward + backward / split over ours`` of one benchmark. Its split arm has one
-    adapter on gate_up."""
+    """The measured ratios of forward, of forward and backward, and of the split arm over ours, as
+    one cell. The split arm has one adapter on gate_up."""
     if arm is None:
         return "not timed"
     rows = {}
@@ -220,33 +177,38 @@ def _measured_layer(record: dict[str, Any], spec: str, arm: str | None, base: st
     ratios = []
     for phase in ("forward", "train"):
         ratios.append(ours[phase]["median_ms"] / plain[phase]["median_ms"])
+    # An early record may lack it: it is among the last arms of a case.
     if "split eager" in rows:
         ratios.append(rows["split eager"]["train"]["median_ms"] / ours["train"]["median_ms"])
     return " / ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
 def goal_table(results: Results) -> str:
-    """Each goal, and in how many cases it was reached."""
+    """Each goal, with the number of cases in which it was reached."""
     # The tuned kernels are what a user gets; those by the rule stand in until there are any.
     record = results.on_gpu("gpu_kernels_tuned.json") or results.on_gpu("gpu_kernels.json")
     rows = []
     for goal in goals.EVERY:
-        verdicts = [found for found in record.get("goals", []) if found["goal"] == goal.name]
+        num_cases = 0
         reached = 0
         values = []
-        for found in verdicts:
+        for found in record.get("goals", []):
+            if found["goal"] != goal.name:
+                continue
+            num_cases += 1
             reached += found["verdict"] != "miss"
+            # A case whose arm failed counts as missed, but has no value for the span.
             if found["value"] is not None:
                 values.append(found["value"])
         span = f"{min(values):.3g} to {max(values):.3g}" if values else NOT_YET
-        count = f"{reached} of {len(verdicts)}" if verdicts else NOT_YET
+        count = f"{reached} of {num_cases}" if num_cases else NOT_YET
         rows.append((goal.name, "≥" if goal.at_least else "≤", goal.must, goal.good, span, count))
     header = ("goal", "", "must", "good", "measured", "cases that pass")
     return f"{origin(record)}\n\n" + markdown(header, rows)
 
 
 def peers(results: Results) -> str:
-    """Steps of peers over ours on a CPU: ratios, since its times mean nothing."""
+    """Steps of peers over ours on a CPU, as ratios: times of that CPU mean nothing elsewhere."""
     record = results.of("peers_cpu.json")
     if not record:
         return "Not yet measured."
@@ -269,66 +231,22 @@ def peers(results: Results) -> str:
     )
 
 
-def compiled(results: Results) -> str:
-    """What each way to compute the grouped GEMM takes of a multiprocessor, over all products and
-    ranks it was compiled for."""
-    found = compiled_ways(results)
-    if not found:
-        return "Not yet recorded (`python -m tests.kernels.compile_for_gpu --every` prints it)."
-    # Ways of one version alone are in the table too, with "-" for the others.
-    versions = sorted({version for rows in found.values() for version in rows})
-    rows = []
-    for way, by_version in found.items():
-        cells = [" ".join(way)]
-        for version in versions:
-            compilations = by_version.get(version, [])
-            ranges = []
-            for name in ("registers", "spilled", "shared", "per_sm", "loop"):
-                ranges.append(_range(row[name] for row in compilations))
-            cells.append(" / ".join(ranges))
-        rows.append(cells)
-    header = ("variant", *(f"Triton {version}" for version in versions))
-    return "Registers / spilled bytes / shared memory / programs per SM / loop.\n\n" + markdown(
-        header, rows
-    )
-
-
-def _range(values: Iterable[int]) -> str:
-    """The least and the most, or the one value."""
-    known = sorted(set(values))
-    if not known:
-        return "-"
-    return f"{known[0]}" if len(known) == 1 else f"{known[0]} to {known[-1]}"
-
-
-def compiled_ways(results: Results) -> dict[tuple[str, ...], dict[str, list[dict[str, Any]]]]:
-    """Compilations by way (variant, warps and stages, how operands are loaded) and by version of
-    Triton."""
-    found: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
-    for path in sorted(results.folder.glob("compiled_*.json")):
-        for row in json.loads(path.read_text()):
-            # Other kernels than the GEMM, what the compiler rejected, and other GPUs: sm_90 is the
-            # one that the page is about.
-            if "product" not in row or row["refused"] or "error" in row or row["capability"] != 90:
-                continue
-            operands = f"w {row['weight']}, x {row['rows']}"
-            if row["persistent"]:
-                operands += ", persistent"
-            way = (row["variant"], f"w{row['num_warps']} s{row['num_stages']}", operands)
-            found.setdefault(way, {}).setdefault(row["triton"], []).append(row)
-    return found
-
-
 def launches(results: Results) -> str:
-    """Kernels and host operations of a layer: the ceilings that tests hold, and what a profiler
-    found of a whole layer."""
+    """Kernels and host operations of a layer: the ceilings that tests enforce, and the numbers that
+    a profiler counted in a whole layer."""
     rows = []
-    # Keys are "LAYER, BACK END, RANKS base forward" and so on, four of one layer.
-    for name in dict.fromkeys(key.rsplit(" ", 2)[0] for key in CEILINGS):
+    # Keys are "LAYER BACK_END RANKS base forward" and so on, four for each layer.
+    names: list[str] = []
+    for key in CEILINGS:
+        name = key.rsplit(" ", 2)[0]
+        if name not in names:
+            names.append(name)
+    for name in names:
         limits = [CEILINGS[f"{name} {which}"] for which in COUNTED]
         # The last two are the adapters'; the base's host operations are not ours to lower.
         host = limits[2][1] + limits[3][1]
-        rows.append((name, *(kernels for kernels, _ in limits), host))
+        num_kernels = [kernels for kernels, _ in limits]
+        rows.append((name, *num_kernels, host))
     profiled = False
     for row in results.on_gpu("gpu_model.json").get("rows", []):
         if "phases" not in row.get("profile", {}):
@@ -368,6 +286,7 @@ def filled(page: str, results: Results) -> str:
     Raises:
         ValueError: a table that nothing writes, or one that has no place on the page.
     """
+    # Twice the same name, or a table without a place, would leave something stale for ever.
     named = [match[2] for match in MARKED.finditer(page)]
     if sorted(named) != sorted(TABLES):
         raise ValueError(

@@ -1,5 +1,5 @@
-"""Make one layer's experts a benchmark case: sizes, routing, operands, FLOPs, and what the layer
-should give in float32.
+"""Make one layer's experts a benchmark case: sizes, routing, operands, FLOPs, and the right result
+in float32.
 
 Shape legend:
     T  tokens of this rank    M  routed rows = 8 T    E  experts of this rank
@@ -80,7 +80,7 @@ class Spec:
 def rows_per_expert(
     kind: RoutingKind, num_rows: int, num_experts: int, generator: torch.Generator
 ) -> list[int]:
-    """How many of the rows each expert gets."""
+    """Number of rows of each expert."""
     if kind == "zipf":
         drawn = torch.multinomial(
             _zipf(num_experts), num_rows, replacement=True, generator=generator
@@ -95,6 +95,8 @@ def rows_per_expert(
 
 
 def _zipf(num_experts: int) -> Tensor:
+    """Weights 1, 1/2, 1/3, ...: a few experts get most of the tokens, as in badly balanced
+    models."""
     return 1 / torch.arange(1, num_experts + 1, dtype=torch.float64)
 
 
@@ -132,6 +134,7 @@ def make_routing(spec: Spec, device: torch.device, seed: int = 0) -> Routing:
             1, chosen_TK, True
         )
         return route(map_TE.to(device), spec.sizes.top_k)[0]
+    # Expert parallelism: as many ranks as there are shares, this one included.
     num_ranks = spec.sizes.num_experts // spec.experts
     counts = rows_per_expert(spec.routing, spec.num_rows, spec.experts, generator)
     # [ranks, E]: each rank sends as many rows to an expert as the others, the first ranks one more
@@ -144,8 +147,8 @@ def make_routing(spec: Spec, device: torch.device, seed: int = 0) -> Routing:
 
 @dataclass(frozen=True)
 class Case:
-    """Operands of one layer's experts. x has T rows where routing gathers tokens, M where it sorts
-    received rows."""
+    """Operands of one layer's experts. x has T rows where routing gathers tokens, M rows where it
+    sorts those that other ranks sent."""
 
     spec: Spec
     routing: Routing
@@ -177,8 +180,8 @@ class Case:
 
 
 def make_case(spec: Spec, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Case:
-    """Random operands. Each adapter adds half of what its weight gives, so that forgetting one is
-    not overlooked."""
+    """Draw random operands. Each adapter adds half of what its weight gives, so that a forgotten
+    one shows."""
     routing = make_routing(spec, device, seed)
     g = torch.Generator(device).manual_seed(seed)
     E = spec.experts
@@ -195,6 +198,7 @@ def make_case(spec: Spec, device: torch.device, dtype: torch.dtype, seed: int = 
     b_size = 0.5 / SCALE * R**-0.5
     leaves = {
         "x": normal(num_tokens, H),
+        # Between 0.5 and 1: near 0 a row's error would not count.
         "p": torch.rand(spec.num_rows, generator=g, device=device, dtype=dtype).mul_(0.5).add_(0.5),
         "a1": normal(E, R, H, size=H**-0.5),
         "b1": normal(E, 2 * inner, R, size=b_size),
@@ -259,8 +263,8 @@ def _expert(mine: Tensors, w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def relative_errors(got: Tensors, want: Tensors) -> dict[str, float]:
-    """Per tensor of ``want``, the norm of the difference over the norm; NaN where there is no
-    number."""
+    """For each tensor of ``want``, the norm of the difference over its own norm; NaN where an entry
+    is NaN."""
     errors = {}
     for name, wanted in want.items():
         difference = got[name].float() - wanted.float()
@@ -269,7 +273,7 @@ def relative_errors(got: Tensors, want: Tensors) -> dict[str, float]:
 
 
 def wrong(errors: dict[str, float], dtype: torch.dtype) -> str | None:
-    """Which tensors are not what they should be, or None; NaN is wrong."""
+    """Names of the tensors that are wrong, with their errors, or None; NaN is wrong."""
     bad = []
     for name, error in errors.items():
         # Not ``error > ALLOWED``: every comparison with NaN is false.
@@ -300,5 +304,6 @@ def _unusual(spec: Spec) -> tuple[int, int]:
 
 
 def with_rows(spec: Spec, rows: int) -> Spec:
-    """The same with this many rows for each expert."""
+    """The same case with this many rows for each expert."""
+    # A token has a row in each of its top-k experts.
     return replace(spec, tokens=rows * spec.experts // spec.sizes.top_k)

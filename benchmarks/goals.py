@@ -1,5 +1,5 @@
-"""Judge what was measured of the kernels by their goals, and find where torch's grouped GEMM
-overtakes Triton."""
+"""Judge the measurements of the kernels by their goals, and find from how many rows on torch's
+grouped GEMM is faster than Triton."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,6 +17,8 @@ megalora trains."""
 
 @dataclass(frozen=True)
 class Goal:
+    """A limit that must be kept, and a better one that would be good."""
+
     name: str
     must: float
     good: float
@@ -31,8 +33,8 @@ LOOP = Goal("times faster than a loop over experts", 5.0, 7.0, at_least=True)
 BASE = Goal("TFLOP/s of the base's GEMM", 550, 550, at_least=True)
 CHOICE = Goal("auto over the fastest back end", 1.10, 1.03)
 QUACK = Goal("times faster than torch's grouped_mm: quack", 1.10, 1.10, at_least=True)
-"""From here on it is worth being the base behind the same function. No verdict where it is not
-installed."""
+"""Speed from which on quack is worth being the base behind the same function. There is no verdict
+where it is not installed."""
 PEFT_TIME = Goal("ms in PEFT's case (2.56 on its H100)", PEFT_MS, PEFT_MS)
 PEFT_MEMORY = Goal("GB in PEFT's case", PEFT_GB, PEFT_GB)
 PEFT_SPEED = Goal("times faster than PEFT's merge", 1.0, 2.0, at_least=True)
@@ -41,7 +43,7 @@ EVERY = (FORWARD, TRAIN, SPLIT, LOOP, BASE, CHOICE, QUACK, PEFT_TIME, PEFT_MEMOR
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal beside what was measured; ``miss`` also where nothing was."""
+    """A goal with the value that was measured; ``miss`` also where none was."""
 
     goal: str
     case: str
@@ -70,7 +72,7 @@ def verdict_of(goal: Goal, value: float | None) -> str:
 
 
 def of_layer(spec: Spec, rows: Sequence[Row]) -> list[Verdict]:
-    """For a layer's case; the goals are for rank 16."""
+    """Verdicts on a layer's case; the goals are for rank 16."""
     if spec.rank != 16:
         return []
     found = []
@@ -103,7 +105,7 @@ def of_quack(label: str, rows: Sequence[Row]) -> list[Verdict]:
 
 
 def _over_fastest(rows: Sequence[Row]) -> float | None:
-    """What the automatic choice costs beside the best of the back ends with the same adapters."""
+    """Time of the automatic choice over that of the best back end with the same adapters."""
     largest = None
     for name in ("ours triton", "ours grouped_mm joined", "ours grouped_mm"):
         speed = faster(rows, name, OURS[0])
@@ -113,17 +115,19 @@ def _over_fastest(rows: Sequence[Row]) -> float | None:
 
 
 def of_linear(spec: LinearSpec, rows: Sequence[Row]) -> list[Verdict]:
-    """For the single linear: LoRA's cost with nothing around it; the base's speed with few experts,
-    as under EP 8."""
+    """Verdicts on the single linear: LoRA's cost with nothing around it, and the base's speed with
+    few experts, as under EP 8."""
     row = find(rows, OURS[0])
     found = []
-    if spec.rank == 16:  # the rank that the goals suppose
+    # The rank that the goals suppose.
+    if spec.rank == 16:
         found = [
             Verdict.of(FORWARD, spec.label, row and row.ratio_forward),
             Verdict.of(TRAIN, spec.label, row and row.ratio_train),
             Verdict.of(SPLIT, spec.label, faster(rows, OURS[0], "split eager")),
         ]
-    if spec.experts == 16:  # 128 experts over 8 ranks
+    # 128 experts over 8 ranks.
+    if spec.experts == 16:
         fastest = None
         for base in rows:
             if base.kind == "base" and base.tflops_forward is not None:
@@ -133,8 +137,8 @@ def of_linear(spec: LinearSpec, rows: Sequence[Row]) -> list[Verdict]:
 
 
 def of_peft_case(case: LinearCase, rows: Sequence[Row]) -> list[Verdict]:
-    """Against the numbers that PEFT published, and against its way in this run. Memory counts the
-    operands too."""
+    """Verdicts against the numbers that PEFT published, and against its method in this run. Memory
+    counts the operands too."""
     row = find(rows, OURS[0])
     label = case.spec.label
     milliseconds = None
@@ -154,6 +158,7 @@ def of_peft_case(case: LinearCase, rows: Sequence[Row]) -> list[Verdict]:
 
 
 def show_verdicts(verdicts: Iterable[Verdict]) -> str:
+    """A table of the goals, each with its limits and the verdict."""
     rows = []
     for v in verdicts:
         rows.append((v.goal, v.case, number(v.value), v.must, v.good, v.verdict))
@@ -162,7 +167,8 @@ def show_verdicts(verdicts: Iterable[Verdict]) -> str:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Forward and backward of one layer by both back ends, with so many rows for each expert."""
+    """Times of forward and backward of one layer by both back ends, at a number of rows for each
+    expert."""
 
     experts: int
     rows: int
@@ -179,8 +185,8 @@ class Crossing:
 
 
 def vendor_rows(points: Iterable[Crossing]) -> int | None:
-    """The fewest rows per expert from which on grouped_mm was never slower; None: there are
-    none."""
+    """The fewest rows per expert from which on grouped_mm was never slower; None where Triton won
+    even at the most."""
     found = None
     # From the most rows downwards, where grouped_mm is at its best, up to its first defeat.
     for point in sorted(points, key=lambda p: (-p.rows, p.experts)):
@@ -193,6 +199,7 @@ def vendor_rows(points: Iterable[Crossing]) -> int | None:
 
 
 def show_crossing(points: Sequence[Crossing]) -> str:
+    """A table of the points; below it the crossing for each number of experts."""
     lines = []
     by_experts: defaultdict[int, list[Crossing]] = defaultdict(list)
     for p in points:

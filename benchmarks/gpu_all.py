@@ -1,21 +1,21 @@
 """Run the steps of ``gpu_steps.py`` on one GPU, one after the other, within a given time.
 
-    bash benchmarks/gpu_all.sh                     every usual step, in the order of what it tells
+    bash benchmarks/gpu_all.sh                     every usual step, the most telling first
     bash benchmarks/gpu_all.sh tests kernels       these alone
-    bash benchmarks/gpu_all.sh --seconds 200       a second call: goes on where the first stopped
+    bash benchmarks/gpu_all.sh --seconds 200       a second call: continues where the first stopped
     bash benchmarks/gpu_all.sh --again tune        one step anew, then what is missing
     bash benchmarks/gpu_all.sh --dry               the same path at tiny sizes on a CPU
 
 Each step has its share of the time and is stopped at its end; what it leaves over goes to the next.
 It writes its JSON into the results' folder case by case, and a log beside it. A step that fails is
 named at the end, the others go on, and the exit code is 1. A second call leaves out the steps that
-are done, goes on with those that were cut off or had no time for all their cases, and then tries
-those that failed; what was measured before a fix is measured again with --again alone.
+are done, continues those that were cut off or had no time for all their cases, and then tries those
+that failed. After a fix, --again measures a step anew that had succeeded before.
 
 A call ends within --seconds and some ten more, its start included. To split 15 minutes of a
 machine: 540 seconds first, then 200 while it is still there, or 120 on a fresh one, whose start
-takes a minute or two. A fresh one needs the results' folder, or what --archive packed of it,
-unpacked there.
+takes a minute or two. A fresh one needs the results' folder, or the content of --archive unpacked
+there.
 """
 
 import argparse
@@ -34,9 +34,9 @@ from benchmarks.gpu_outcomes import Outcome, Record
 from benchmarks.gpu_steps import SECONDS, STEPS, Step, limits, named
 
 RESERVE_S = 8
-"""Kept for the summary."""
+"""Seconds that are kept for the summary."""
 LEAST_S = 15
-"""No step is started with less: importing torch alone takes a third of it."""
+"""Seconds without which no step is started: importing torch alone takes a third of them."""
 
 
 def run_steps(
@@ -63,12 +63,13 @@ def run_step(machine: Machine, step: Step, record: Record, left_s: float) -> Out
         return Outcome("not run", why, calls=before.calls)
     needs_s = LEAST_S if machine.dry else max(LEAST_S, step.least_s)
     if left_s < needs_s:
+        # What earlier calls found still holds.
         if before.calls:
-            return before  # what earlier calls found of it still holds
+            return before
         why = f"{max(0.0, left_s):.0f} s were left of the {needs_s:g} that it needs"
         return Outcome("not reached", why)
     if not before.calls:
-        # Of another run, such as one whose results were committed.
+        # A file of another run, such as one whose results were committed.
         (machine.results / step.result).unlink(missing_ok=True)
         machine.log_of(step).unlink(missing_ok=True)
     print(f"== {step.name} (at most {left_s:.0f} s): {step.shows}", flush=True)
@@ -83,6 +84,7 @@ def run_step(machine: Machine, step: Step, record: Record, left_s: float) -> Out
 
 def pack(results: Path, archive: Path) -> None:
     """Write all results and logs as one file, whole or not at all."""
+    # Renamed when it is complete: the machine may be taken away at any time.
     part = archive.with_name(f"{archive.name}.part")
     with tarfile.open(part, "w:gz") as tar:
         for path in sorted(results.glob("gpu_*")):
@@ -116,7 +118,8 @@ def summarise(machine: Machine, steps: Sequence[Step], record: Record) -> bool:
 
 
 def results_folder(asked: Path | None, dry: bool) -> Path:
-    """Return the folder of the results, made where it was not there."""
+    """Return the folder of the results, which is created if it does not exist."""
+    # Results of a dry run must not lie among those of a GPU.
     if asked is None and dry:
         return Path(tempfile.mkdtemp(prefix="gpu_all_dry_"))
     folder = ROOT / "benchmarks/results" if asked is None else asked.absolute()
@@ -139,14 +142,18 @@ def make_writable(folder: Path, what: str) -> None:
 
 
 def forget(record: Record, steps: Sequence[Step], results: Path) -> None:
-    """Have steps begin anew."""
+    """Forget the results of steps, so that they begin anew."""
     for step in steps:
         (results / step.result).unlink(missing_ok=True)
         record.put(step.name, Outcome())
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Do what the command line asks for; the exit code. Raises ``ValueError`` for mistakes."""
+    """Run the steps that the command line asks for; returns the exit code.
+
+    Raises:
+        ValueError: the user's mistake.
+    """
     begun = time.monotonic()
     python = os.environ.get("PYTHON") or sys.executable
     if not args.seconds >= LEAST_S + RESERVE_S:
@@ -166,7 +173,7 @@ def measure(args: argparse.Namespace) -> int:
     record = Record(results, args.dry)
     with tempfile.TemporaryDirectory() as folder:
         site = Path(folder)
-        # Without wheels some steps still run: the trouble is said, and makes the exit code 1.
+        # Without wheels some steps still run: the failure is reported, and the exit code is 1.
         trouble = install_wheels(python, site)
         if trouble:
             print(f"FAILED wheels: {trouble}", file=sys.stderr, flush=True)
@@ -189,6 +196,7 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; where it leaves something open, variables of the environment hold."""
     parser = argparse.ArgumentParser(
         prog="gpu_all.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -214,7 +222,8 @@ def main(given: Sequence[str] | None = None) -> int:
             only = "" if step.usual else " (only when named)"
             print(f"{step.name:<14} {step.share:>4} s  {step.shows}{only}")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the step too
+    # By default SIGTERM ends Python at once; as an exception it ends the running step first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return measure(args)
     except KeyboardInterrupt:

@@ -1,12 +1,12 @@
-"""Run the tests that need a GPU, the most telling first, within a budget, and write what became of
+"""Run the tests that need a GPU within a budget, the most telling first, and record the outcome of
 each.
 
     python -m benchmarks.gpu_tests --budget-seconds 50 --out benchmarks/results/gpu_tests.json
 
-The choice: megalora's own training step, values of all kernels in bfloat16, and that nothing waits
-for the device; ``--all`` takes every file in tests/gpu. Written anew after every test. A second
-call leaves out what passed before. ``--dry`` runs the training step's tests on a CPU, where kernels
-are interpreted.
+Chosen are tests of megalora's own training step, of the values of all kernels in bfloat16, and that
+nothing waits for the device; ``--all`` takes every file in tests/gpu. The record is written after
+every test. A second call leaves out what passed before. ``--dry`` runs the training step's tests on
+a CPU, where kernels are interpreted.
 """
 
 import argparse
@@ -28,11 +28,12 @@ KERNELS = "tests/gpu/test_kernels_on_gpu.py"
 CHOICE = f"{Path(STEP).stem} or nothing_waits or (agree and float64 and bfloat16)"
 DEADLINE = "MEGALORA_TESTS_DEADLINE"
 PASSED = "MEGALORA_TESTS_PASSED"
-"""Seconds of the clock after which no test is begun, and names of tests that an earlier call saw
-pass: in the environment, for the processes of pytest-xdist too."""
+"""Variables of the environment, which reach the processes of pytest-xdist too: the time after which
+no test is begun, in seconds of the clock, and the names of tests that passed in an earlier call."""
 OUT_OF_TIME = "out of time"
 PROCESSES = 4
-"""Where pytest-xdist is: compiling kernels is most of what these tests do."""
+"""Number of processes where pytest-xdist is installed: these tests mostly compile kernels, which
+takes a core each."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -44,14 +45,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what passed in an earlier call."""
     passed = set(json.loads(os.environ[PASSED]))
-    # In place: pytest keeps the list that it handed over.
     done = [item for item in items if item.nodeid in passed]
+    # In place: pytest keeps the list that it handed over.
     items[:] = [item for item in items if item.nodeid not in passed]
     config.hook.pytest_deselected(items=done)
 
 
 class Results:
-    """A plug-in that writes what became of every test as soon as it is known."""
+    """A plug-in of pytest that records the outcome of every test as soon as it is known."""
 
     def __init__(self, out: Path, device: Any, settings: dict[str, Any]) -> None:
         self.out = out
@@ -63,7 +64,8 @@ class Results:
         self.not_reached: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # Of setup and teardown only what went wrong; skips are told at setup.
+        # pytest reports setup, call and teardown of a test. A skip comes at setup; of setups and
+        # teardowns that passed there is nothing to record.
         if report.when != "call" and report.outcome == "passed":
             return
         why = ""
@@ -84,6 +86,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
+        """Write the record anew, with all outcomes so far."""
         failures = []
         for row in self.rows:
             if row["outcome"] == "failed":
@@ -103,6 +106,7 @@ def words_for(dry: bool, everything: bool) -> list[str]:
         return [*words, "tests/gpu"]
     # The kernels' tests on a CPU are tests/kernels, which need no GPU.
     files = [STEP] if dry else [STEP, KERNELS]
+    # Without the conftest, which imports what all other tests need.
     return [*words, "--noconftest", "-k", CHOICE, *files]
 
 

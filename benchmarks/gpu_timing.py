@@ -1,9 +1,9 @@
-"""Time calls on a GPU, and write the record that goes with the times. Needs torch alone, so it runs
-where Megatron is not installed.
+"""Time calls on a GPU, and write the record that goes with the times. This needs torch alone, so it
+runs where Megatron is not installed.
 
-A sample: empty the L2 cache, let the host run ahead of the device, then two events around the call.
-Calls are interleaved and their order turned round every other round, so that clocks and neighbours
-hit all of them alike.
+To take a sample, the L2 cache is emptied, the host runs ahead of the device, and two events stand
+around the call. Calls are interleaved, and their order is reversed every other round, so that the
+clocks and other users of the machine affect all of them alike.
 """
 
 import argparse
@@ -35,12 +35,12 @@ PACKAGES = (
 FLUSH_BYTES = 256 * 2**20
 """Five times the L2 of an H100 (50 MB), four times that of an H200 (60 MB)."""
 HEAD_START_CYCLES = 2_000_000
-"""About a millisecond. In a training step the host is layers ahead of the device; so it is here, if
-no call waits."""
+"""Clock cycles for which the device sleeps before a call, about a millisecond. In a training step
+the host is layers ahead of the device; so it is here, if no call waits."""
 STARTED = "MEGALORA_BENCHMARK_STARTED"
-"""When gpu_all.sh started this script, in seconds of the clock."""
+"""Variable with the time at which gpu_all.sh started this script, in seconds of the clock."""
 FRESH = timedelta(hours=12)
-"""Records that are older are not continued."""
+"""Age up to which a record is continued."""
 NEEDS_GPU = "needs a CUDA device; what it computes is tested on a CPU by tests/test_benchmarks.py"
 
 
@@ -52,7 +52,7 @@ class Stats:
     p10_ms: float
     p90_ms: float
     host_ms: float
-    """Median of what the host needed to issue the call, and to wait where the call waits."""
+    """Median of the host's time to issue the call, with its wait where the call waits."""
 
     @classmethod
     def of(cls, samples_ms: Sequence[float], host_ms: Sequence[float]) -> "Stats":
@@ -73,6 +73,8 @@ class _Watch(Protocol):
 
 
 class _CudaWatch:
+    """Times calls by events on the device's stream."""
+
     def __init__(self, device: torch.device) -> None:
         self.flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
         self.sleep: Callable[[int], None] | None = getattr(torch.cuda, "_sleep", None)
@@ -98,7 +100,7 @@ class _CudaWatch:
 
 
 class _HostWatch:
-    """For tests of the scripts on a CPU."""
+    """Times calls by the host's clock: for tests of the scripts on a CPU."""
 
     def time(self, call: Callable[[], object]) -> tuple[float, float]:
         before = time.perf_counter()
@@ -113,7 +115,7 @@ def measure(
     repeats: int = 20,
     warmup: int = 3,
 ) -> dict[str, Stats]:
-    """Every call ``repeats`` times, interleaved, after ``warmup`` rounds that do not count."""
+    """Time every call ``repeats`` times, interleaved, after ``warmup`` rounds that do not count."""
     samples = sample(calls, device, repeats, warmup)
     stats = {}
     for name, pairs in samples.items():
@@ -129,7 +131,7 @@ def sample(
     watch: _Watch = _CudaWatch(device) if device.type == "cuda" else _HostWatch()
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for i in range(warmup + repeats):
-        # Turned round every other round, so that no call always follows the same one.
+        # Reversed every other round, so that no call always follows the same one.
         direction = 1 if i % 2 == 0 else -1
         for name in list(calls)[::direction]:
             taken = watch.time(calls[name])
@@ -154,14 +156,14 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 class Budget:
-    """Seconds that a script may take, from its start: from the moment that gpu_all.sh noted, else
-    from now.
+    """Seconds that a script may take from its start, which gpu_all.sh has noted; else from now.
 
-    Importing what a script needs takes up to 15 seconds, and is over before it can make a budget.
+    Importing torch and Megatron takes up to 15 seconds, which pass before a script can make a
+    budget.
     """
 
     def __init__(self, seconds: float | None) -> None:
-        # Where no start was noted it is infinitely late, and nothing is gone.
+        # Without a noted start it is taken to be infinitely late, so that no time is gone.
         gone = max(0.0, time.time() - float(os.environ.get(STARTED, "inf")))
         self.end = None if seconds is None else time.monotonic() + seconds - gone
 
@@ -188,12 +190,12 @@ def the_gpu(parser: argparse.ArgumentParser, dry: bool = False) -> torch.device:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Where a number was measured. Null: not installed, or not known here."""
+    versions = {package: installed(package) for package in PACKAGES}
+    # With the build, such as +cu128, which the package's metadata may leave out.
+    versions["torch"] = torch.__version__
     found: dict[str, Any] = {
         "device": f"CPU ({platform.machine()})",
-        "versions": {
-            **{package: installed(package) for package in PACKAGES},
-            "torch": torch.__version__,
-        },
+        "versions": versions,
         "cuda": torch.version.cuda,
         "commit": commit(),
         "python": platform.python_version(),
@@ -259,7 +261,8 @@ def earlier(
         raise ValueError(
             f"{path} does not say when it was measured ({error!r}); move it away"
         ) from None
-    if age > FRESH:  # another day's code, where no commit tells
+    # A checkout without git has no commit to tell its code from another day's.
+    if age > FRESH:
         other.append(f"day ({record['when']})")
     if other:
         print(f"{path} was measured with another {', '.join(other)}: beginning anew", flush=True)
@@ -270,6 +273,7 @@ def earlier(
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns padded to their widest cell; the first is aligned left, the others right."""
     cells = [list(map(str, row)) for row in (header, *rows)]
+    # Turned round, rows become columns.
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for first, *others in cells:
@@ -281,10 +285,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
+    """A cell of a table: the number rounded, or a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def first_line(error: BaseException) -> str:
-    """What a table says of an exception."""
+    """An exception as a cell of a table: its type and the first line of its message."""
     text = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {text}"[:200]

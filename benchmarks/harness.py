@@ -1,4 +1,5 @@
-"""Shared by every benchmark: a number without its machine and version is not a result."""
+"""Write the record of a benchmark that needs Megatron: rows with device, versions and commit, since
+a number without its machine and version is not a result."""
 
 import json
 import platform
@@ -9,7 +10,8 @@ from typing import Any
 from megalora import host
 from megalora.bench.versions import commit
 
-host.install()  # before anything from megatron
+# Before anything from megatron is imported: on a CPU it answers Megatron's calls of torch.cuda.
+host.install()
 
 PACKAGES = ("torch", "megatron-core", "megatron-bridge", "transformers", "peft")
 

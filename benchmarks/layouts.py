@@ -1,12 +1,12 @@
-"""Measure recomputation and microbatches of a whole Qwen3-30B-A3B on one GPU, beside what the
-planner says of them.
+"""Measure recomputation and microbatches of a whole Qwen3-30B-A3B on one GPU, and compare with the
+planner.
 
     python -m benchmarks.layouts --budget-seconds 300 [--out FILE] [--dry]
 
-``megalora bench`` with random weights, one layout after the other, each in a process of its own;
-predictions rest on ``gpu_calibration.json`` beside the results, if it is there, else on the table
-of the GPU. A layout that does not fit is a row and no failure. A second call runs those that had no
-time. ``--dry``: a small model on a CPU.
+This runs ``megalora bench`` with random weights, one layout after the other, each in a process of
+its own. Predictions rest on ``gpu_calibration.json`` in the folder of the results, if it exists,
+else on the table of the GPU. A layout that does not fit is a row, not a failure. A second call runs
+those for which there was no time. ``--dry`` takes a small model on a CPU.
 """
 
 import argparse
@@ -27,14 +27,15 @@ from megalora.planner.hardware import Machine
 
 ROOT = Path(__file__).parents[1]
 LEAST_SECONDS = 60
-"""Imports, random weights of a whole model, kernels to compile and a few steps: no layout is
-started with less."""
+"""Seconds without which no layout is started: imports, random weights of a whole model, kernels to
+compile and a few steps."""
 DONE = ("ok", "out of memory", "refused", "failed")
+"""Beginnings of the status of a layout that a second call does not run again."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """Layouts to measure, and the config they change."""
 
     config: Path
     overrides: tuple[str, ...]
@@ -44,7 +45,8 @@ class Plan:
 
 GPU = Plan(
     ROOT / "configs/sft/qwen3_30b_a3b_1xh100_4k.yaml", ("train.global_batch_size=4",),
-    ("recompute=full", "recompute=selective,micro=2"),  # the second does not fit 80 GB
+    # The second does not fit 80 GB: the planner must say so, too.
+    ("recompute=full", "recompute=selective,micro=2"),
     BenchOptions(steps=3, warmup=2, weights="random"),
 )  # fmt: skip
 DRY = Plan(
@@ -56,7 +58,7 @@ DRY = Plan(
 
 
 def machine_beside(results: Path, dry: bool) -> Machine:
-    """Return the machine that was calibrated into this folder, or the table of the GPU."""
+    """Return the machine whose calibration is in this folder, or the table of the GPU."""
     calibration = results / "gpu_calibration.json"
     if calibration.is_file():
         return read_machine(calibration)
@@ -68,7 +70,8 @@ def machine_beside(results: Path, dry: bool) -> Machine:
 
 
 def measure(plan: Plan, text: str, machine: Machine, logs: Path, limit_s: float) -> dict[str, Any]:
-    """Return the row of one layout, with the planner's errors in percent of what was measured."""
+    """Measure one layout and return its row, with the planner's errors in percent of what was
+    measured."""
     config = load_config(plan.config, plan.overrides)
     (found,) = run_layouts(
         plan.config, plan.overrides, [parse_layout(text, 1, config)], num_ranks=1, out=logs,
@@ -85,6 +88,7 @@ def errors_of(row: Row) -> dict[str, float | None]:
         return {"step_seconds": None, "peak_bytes": None}
     return {
         "step_seconds": error_percent(row.predicted.step_seconds, row.measured.step_seconds),
+        # The rank that needs most decides whether a layout fits.
         "peak_bytes": error_percent(row.predicted.peak_bytes, max(row.measured.peak_bytes)),
     }
 
@@ -120,8 +124,10 @@ def main(given: list[str] | None = None) -> int:
             limit_s = max(1.0, min(budget.left(), 3600.0))
             rows.append(measure(plan, text, machine, args.out.parent / "layouts", limit_s))
         # One that was cut off by its limit has a row, but is not done: a second call runs it again.
-        reached = {row["asked"] for row in rows if row["status"].startswith(DONE)}
-        left = [layout for layout in plan.layouts if layout not in reached]
+        left = list(plan.layouts)
+        for row in rows:
+            if row["status"].startswith(DONE):
+                left.remove(row["asked"])
         save(args.out, "layouts", device, settings=settings, rows=rows, not_reached=left)
     lines = [(row["asked"], row["status"], row["error_percent"]) for row in rows]
     print(table(("layout", "status", "planner's error, %"), lines))

@@ -1,5 +1,5 @@
-"""Make one grouped linear with an adapter a benchmark case: LoRA's cost with no gather, SwiGLU or
-combine around it.
+"""Make one grouped linear with an adapter a benchmark case, which shows LoRA's cost without gather,
+SwiGLU and combine around it.
 
 Shape legend: M rows sorted by expert    E experts    N outputs    K inputs    R LoRA rank
 """
@@ -30,6 +30,8 @@ from benchmarks.expert_case import SCALE, RoutingKind, Tensors, rows_per_expert
 
 @dataclass(frozen=True)
 class LinearSpec:
+    """Sizes that distinguish one case from another."""
+
     label: str
     num_rows: int
     experts: int
@@ -39,24 +41,26 @@ class LinearSpec:
     routing: RoutingKind = "balanced"
 
     def base_flops(self) -> int:
-        """2 M N K: the frozen weights' GEMM forward; backward makes dX alone, with as many
-        again."""
+        """FLOPs of the frozen weights' GEMM in forward, 2 M N K; backward computes dX alone, with
+        as many again."""
         return 2 * self.num_rows * self.outputs * self.inputs
 
 
 PEFT_CASE = LinearSpec("peft #3577: 128 x 768 x 2048, 4096 rows, r=16", 4096, 128, 768, 2048, 16)
-"""What huggingface/peft#3577 measured on one H100 in bfloat16, forward + backward: 2.56 ms and 1.30
-GB. Its memory (weights, a merged copy and that copy's gradient: 1.2 GB) says that it is one
-parameter, and 4,096 rows."""
+"""The case of huggingface/peft#3577, where forward and backward took 2.56 ms and 1.30 GB on one
+H100 in bfloat16. From its memory (weights, a merged copy and that copy's gradient are 1.2 GB)
+follows that it was one parameter, and 4,096 rows."""
 PEFT_MS = 2.56
 PEFT_GB = 1.30
 
 
 @dataclass(frozen=True)
 class LinearCase:
+    """Operands of one grouped linear."""
+
     spec: LinearSpec
     offsets: Tensor
-    """int32 ``[E]``."""
+    """End of each expert's rows, int32 ``[E]``."""
     w: Tensor
     """``[E, N, K]``, frozen."""
     leaves: Tensors
@@ -68,13 +72,13 @@ class LinearCase:
 def make_linear(
     spec: LinearSpec, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> LinearCase:
+    """Draw random operands; the adapter adds half of what the weight gives, as in
+    ``expert_case.make_case``."""
     g = torch.Generator(device).manual_seed(seed)
-    counts = torch.Generator().manual_seed(seed)
-    ends = (
-        torch.tensor(rows_per_expert(spec.routing, spec.num_rows, spec.experts, counts))
-        .cumsum(0)
-        .int()
-    )
+    # Counts are drawn on the CPU, so that they are the same on every device.
+    on_cpu = torch.Generator().manual_seed(seed)
+    counts = rows_per_expert(spec.routing, spec.num_rows, spec.experts, on_cpu)
+    ends = torch.tensor(counts).cumsum(0).int()
     M = spec.num_rows
     E = spec.experts
     N = spec.outputs
@@ -89,13 +93,14 @@ def make_linear(
         "a": normal(E, R, K, size=K**-0.5),
         "b": normal(E, N, R, size=0.5 / SCALE * R**-0.5),
     }
-    leaves = {name: t.requires_grad_() for name, t in leaves.items()}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
     return LinearCase(spec, ends.to(device), normal(E, N, K, size=K**-0.5), leaves, normal(M, N))
 
 
 def linear_reference(case: LinearCase, adapters: bool) -> Tensors:
-    """The output and every gradient in float32, one expert after the other, the chain rule written
-    out."""
+    """The output and every gradient in float32, one expert after the other, with the chain rule
+    written out."""
     x = case.leaves["x"].detach()
     a = case.leaves["a"].detach()
     b = case.leaves["b"].detach()
@@ -130,8 +135,10 @@ def linear_reference(case: LinearCase, adapters: bool) -> Tensors:
 
 
 def ours_linear(case: LinearCase, backend: str | None, weight: Tensor | AugmentedWeight) -> Arm:
+    """Our kernels with an adapter."""
     v = case.leaves
 
+    # ``grouped_lora`` takes no scale, so it goes into B.
     def forward() -> Tensor:
         return grouped_lora(v["x"], weight, case.offsets, v["a"], v["b"] * SCALE, backend=backend)
 
@@ -141,7 +148,7 @@ def ours_linear(case: LinearCase, backend: str | None, weight: Tensor | Augmente
 
 
 def linear_base(case: LinearCase, backend: str) -> Arm:
-    """Ours without an adapter."""
+    """Our kernels without an adapter."""
     leaves = {"x": case.leaves["x"]}
 
     def forward() -> Tensor:
@@ -151,6 +158,7 @@ def linear_base(case: LinearCase, backend: str) -> Arm:
 
 
 def theirs_linear(case: LinearCase, linear: Linear, **how: Any) -> Arm:
+    """Another way to compute the linear, one of ``benchmarks/arms.py``."""
     v = case.leaves
 
     def forward() -> Tensor:
@@ -164,7 +172,7 @@ def theirs_linear(case: LinearCase, linear: Linear, **how: Any) -> Arm:
 
 
 def dense_linear(case: LinearCase) -> Arm:
-    """The same FLOPs as one dense GEMM each way."""
+    """One dense GEMM with the same FLOPs in each direction."""
     w = case.w[0]
     x = case.leaves["x"].detach()
     return Arm(

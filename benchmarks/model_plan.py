@@ -1,10 +1,9 @@
-"""Say what the planner predicts of the model that ``bench_train_gpu`` trains, and how far that is
-from the measurement.
+"""Predict with the planner the steps that ``bench_train_gpu`` measures, and show how far off it is.
 
-    python -m benchmarks.model_plan            megalora's measured steps beside the planner, as its
-                                               table of the GPU has it and calibrated; writes
-                                               benchmarks/results/gpu_planner.json
-    python -m benchmarks.model_plan --check    exit code 1 where that record is stale
+python -m benchmarks.model_plan            compare megalora's measured steps with the planner,
+                                           by the table of its GPU and by its calibration;
+                                           writes benchmarks/results/gpu_planner.json
+python -m benchmarks.model_plan --check    exit code 1 where that record is stale
 """
 
 import argparse
@@ -30,12 +29,16 @@ from megalora.planner.weights import PlannedModel
 def machine_of(device_name: str) -> Machine:
     """Return the table of the GPU that the device's name contains; that of an H100 for any
     other."""
+    # Such as "NVIDIA H100 80GB HBM3".
     lower = device_name.lower()
-    return next((machine for name, machine in GPUS.items() if name in lower), GPUS["h100"])
+    for name, machine in GPUS.items():
+        if name in lower:
+            return machine
+    return GPUS["h100"]
 
 
 def planned(setup: Setup, machine: Machine) -> dict[str, Any]:
-    """Return the planner's word on one rank that trains this model with one sequence a step.
+    """Return the planner's prediction for one rank that trains this model with one sequence a step.
 
     ``peak_bytes`` leaves the CUDA context out, which no allocator sees. Rates are those of
     bfloat16.
@@ -45,18 +48,21 @@ def planned(setup: Setup, machine: Machine) -> dict[str, Any]:
     layout = ParallelLayout(parallel=ParallelConfig(), num_ranks=1)
     work = Workload(sequence_length=setup.num_tokens, global_batch_size=1)
     found = evaluate(model, setup.rank, layout, work, machine)
+    # Parts of one name are added up, as forward and backward of the same work.
     parts: dict[str, float] = {}
     for part in found.time.parts:
         parts[part.name] = parts.get(part.name, 0.0) + 1e3 * part.seconds
+    memory_parts: dict[str, float] = {}
+    for part in found.memory.parts:
+        if part.name != CONTEXT:
+            memory_parts[part.name] = part.num_bytes
     return {
         "machine": machine.name,
         "basis": machine.note,
         "step_ms": 1e3 * found.time.seconds,
         "parts_ms": parts,
         "peak_bytes": found.memory.peak_bytes - found.memory[CONTEXT],
-        "memory_parts": {
-            part.name: part.num_bytes for part in found.memory.parts if part.name != CONTEXT
-        },
+        "memory_parts": memory_parts,
     }
 
 
@@ -82,7 +88,7 @@ def beside_measured() -> list[dict[str, Any]]:
     }
     found = []
     for row in measured["rows"]:
-        # Only megalora's own step is what the planner knows.
+        # The planner knows megalora's own step alone.
         if row["status"] != "ok" or not row["arm"].startswith("megalora"):
             continue
         config = {**measured["config"], "num_hidden_layers": row["layers"]}
@@ -105,6 +111,7 @@ def beside_measured() -> list[dict[str, Any]]:
 
 
 def show(cases: list[dict[str, Any]]) -> str:
+    """A table of the cases with the planner's errors."""
     rows = []
     for case in cases:
         step = case["step_ms"]

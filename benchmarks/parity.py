@@ -43,7 +43,7 @@ from tests.parity.grid import STEPS, Case, full_grid
 from tests.parity.models import MODELS, make_model
 
 AT_ONCE = 2
-"""Cases at once; the largest has a process for each of its ranks already."""
+"""Number of cases that run at once; a large one has up to 8 processes already."""
 
 
 class Laboratory:
@@ -63,6 +63,7 @@ class Laboratory:
         return self.folder / f"{name}.json"
 
     def ask_oracle(self, case: Case) -> None:
+        """Train as plain transformers does, and leave the answer as a file."""
         quietly(self.folder / "oracle.log")
         answer = expected_of_clear_routing(case, STEPS, self.base(case.model), self.chats)
         save_expected(self.answer(case), answer)
@@ -139,15 +140,26 @@ def show(rows: list[dict[str, Any]]) -> None:
     print(parity_bfloat16.table([row for row in rows if "plain" in row]))
 
 
+def one_of_each_question(cases: Iterable[Case]) -> list[Case]:
+    """A case for each question to the oracle: layouts of the same model, adapter and batch share
+    one answer, since the oracle has no layout."""
+    found: dict[Any, Case] = {}
+    for case in cases:
+        found.setdefault(case.question, case)
+    return list(found.values())
+
+
 def float32(laboratory: Laboratory, cases: list[Case]) -> list[dict[str, Any]]:
+    """Run all cases and return their rows."""
     start = time.perf_counter()
     wanted = {case.model for case in cases}
     for model in MODELS:
         if model in wanted:
             make_model(model, laboratory.base(model))
-    # Layouts of the same model, adapter and batch share one answer: the oracle has no layout.
-    questions = list({case.question: case for case in cases}.values())
-    for case, _, code in forked(((c, laboratory.ask_oracle, (c,)) for c in questions), AT_ONCE):
+    questions = one_of_each_question(cases)
+    # In processes of their own: each leaves its memory to the next, and they run two at a time.
+    jobs = [(case, laboratory.ask_oracle, (case,)) for case in questions]
+    for case, _, code in forked(jobs, AT_ONCE):
         assert code == 0, (
             f"the oracle failed at {case.question}:"
             f" {(laboratory.folder / 'oracle.log').read_text()[-2000:]}"
@@ -173,12 +185,14 @@ def float32(laboratory: Laboratory, cases: list[Case]) -> list[dict[str, Any]]:
 
 
 def bfloat16(laboratory: Laboratory) -> list[dict[str, Any]]:
-    """Print the table; in a process of its own, so that the runs' words stay away from it."""
+    """Run the cases in bfloat16 and print their table. They run in a process of their own, so that
+    what they print stays out of it."""
 
     def job() -> dict[str, Any]:
         rows, text = parity_bfloat16.run_all(laboratory.chats, laboratory.folder, OUTSIDE)
         return {"rows": rows, "table": text, "exceeded": []}
 
+    # ``forked`` is an iterator: it runs its jobs as it is read.
     for _ in forked([("bfloat16", laboratory.keep, ("bfloat16", {"case": "bfloat16"}, job))], 1):
         pass
     found = json.loads(laboratory.row("bfloat16").read_text())
@@ -221,7 +235,8 @@ def numbers(values: Mapping[str, float], digits: int = 1) -> str:
 
 
 def spread(rows: Iterable[dict[str, Any]]) -> float:
-    """Between any two cases with the same model, adapter and batch, over all steps."""
+    """The largest relative difference of a loss between any two cases with the same model, adapter
+    and batch, over all steps."""
     losses = defaultdict(list)
     for row in rows:
         for step, loss in enumerate(row["losses"]):

@@ -38,7 +38,7 @@ ROUNDOFF = 2.0**-9
 
 
 def cases(gpus: int) -> list[Case]:
-    """What the GPUs have room for, one rank each, and everything that runs on one; on the CPU up to
+    """Cases with at most one rank on each GPU, and all cases of one rank; on the CPU cases of up to
     four ranks."""
     if gpus == 0:
         return [case for case in QUICK if case.world <= 4]
@@ -50,7 +50,7 @@ def cases(gpus: int) -> list[Case]:
 def compare(
     case: Case, folder: Path, chats: Path, environment: dict[str, str] | None
 ) -> dict[str, Any]:
-    """The row of a case; with an ``environment``, trained on GPUs by torchrun in it."""
+    """Run a case and return its row. With an ``environment``, torchrun trains on GPUs in it."""
     base = folder / f"base {case.model}, {DTYPE}"
     if not base.exists():
         in_bfloat16(make_model(case.model, base))
@@ -80,12 +80,10 @@ def run_on_gpus(
 ) -> None:
     config, start = prepare_run(case, SHORT, base, chats, run, DTYPE, seed=0)
     save_config(config, run / "asked.yaml")
-    # In processes of its own: this one has hidden the GPUs from torch (tests/environment.py).
-    torchrun = (
-        f"-m torch.distributed.run --standalone --nproc-per-node={case.world} -m"
-        " tests.parity.recorded".split()
-    )
-    command = [sys.executable, *torchrun, str(run / "asked.yaml"), str(start)]
+    # In processes of their own: this one has hidden the GPUs from torch (tests/environment.py).
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.world}"]
+    program = ["-m", "tests.parity.recorded", str(run / "asked.yaml"), str(start)]
+    command = [sys.executable, *torchrun, *program]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{case.name}: {result.stderr[-3000:]}")
@@ -103,12 +101,13 @@ def in_bfloat16(folder: Path) -> None:
         for name, tensor in tensors.items():
             tensors[name] = tensor.to(torch.bfloat16)
         save_file(tensors, shard, metadata={"format": "pt"})
+    # transformers reads the dtype from the config, not from the tensors.
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": DTYPE}))
 
 
 def gpus_of(environment: dict[str, str]) -> tuple[int, str]:
-    """(number, name) of the CUDA devices that a process with this environment sees."""
+    """Number and name of the CUDA devices that a process with this environment sees."""
     code = (
         "import torch; n = torch.cuda.device_count(); print(n, torch.cuda.get_device_name(0) if n"
         " else 'CPU')"
@@ -123,8 +122,8 @@ def gpus_of(environment: dict[str, str]) -> tuple[int, str]:
 def run_all(
     chats: Path, folder: Path, environment: dict[str, str]
 ) -> tuple[list[dict[str, Any]], str]:
-    """(rows, table) on the GPUs that ``environment`` shows, else on the CPU; a row with
-    ``exceeded`` has failed."""
+    """Run all cases on the GPUs that ``environment`` shows, else on the CPU; returns rows and their
+    table. A row with ``exceeded`` has failed."""
     gpus, device = gpus_of(environment)
     rows = []
     for case in cases(gpus):
@@ -137,7 +136,7 @@ def run_all(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Every case, then what they are held against."""
+    """Every case, then the values that they are compared with."""
     line = f"bfloat16 on {rows[0]['device']}, {SHORT} steps".ljust(64)
     for name in LIMITS:
         line += f"{name:>11}"

@@ -128,7 +128,8 @@ class Comparison:
         """Build these arms, compare their losses, and time them if all agree."""
         ready: dict[str, Worker] = {}
         for worker in workers:
-            if worker.built:  # the reference, for an earlier pair
+            # The reference, which was built for an earlier pair.
+            if worker.built:
                 ready[worker.name] = worker
                 continue
             worker.built = True
@@ -139,14 +140,15 @@ class Comparison:
                 self.rows[worker.name]["status"] = f"not reached: {REFERENCE} cannot run"
             return
         self.wrong += check_losses(self.rows, list(ready), REFERENCE, self._dtype())
-        # A speed of something else than the same training would mislead.
+        # The speed of another computation would mislead.
         if self.wrong:
             return
         for worker in list(ready.values()):
             if "peak_bytes" not in self.rows[worker.name]:
                 self._row(worker, ready, lambda w: {"peak_bytes": w.ask("peak")})
         samples = self._take_turns(ready, budget)
-        if REFERENCE not in samples:  # its row says why
+        # Without the reference there is nothing to divide by; its row says why it is missing.
+        if REFERENCE not in samples:
             for name in samples:
                 self.rows[name]["status"] = f"not reached: {REFERENCE} did not take its turns"
             return
@@ -170,12 +172,13 @@ class Comparison:
         return torch.bfloat16 if self.shape in GPU_SHAPES else torch.float32
 
     def _take_turns(self, ready: dict[str, Worker], budget: Budget) -> dict[str, list[Sample]]:
-        """Rounds of one step each, in an order that turns round; the first does not count."""
+        """Take rounds of one step each, in an order that is reversed every other round; the first
+        does not count."""
         samples: dict[str, list[Sample]] = {name: [] for name in ready}
         for number in range(self.rounds + 1):
             begun = budget.left()
             took: dict[str, Sample] = {}
-            # Turned round every other round: whoever steps after a given arm finds its caches.
+            # Reversed every other round: an arm finds the caches as the one before it left them.
             direction = 1 if number % 2 == 0 else -1
             for name in list(ready)[::direction]:
                 try:
@@ -194,8 +197,8 @@ class Comparison:
 
 
 def groups(missing: list[str], on_gpu: bool) -> list[list[str]]:
-    """Which arms take turns with each other, the reference among them: on a GPU two at a time, for
-    its memory."""
+    """Groups of arms that take turns with each other, each with the reference: on a GPU pairs,
+    because of its memory."""
     others = [name for name in missing if name != REFERENCE]
     if not on_gpu:
         # All at once: host memory holds every model of a CPU's shapes.
@@ -234,7 +237,8 @@ def compare(
             comparison.run([workers[name] for name in group], budget)
             keep()
             for name in group[1:]:
-                workers[name].__exit__()  # its memory is the next one's
+                # Its memory is the next one's.
+                workers[name].__exit__()
             if comparison.wrong:
                 break
 
@@ -263,12 +267,14 @@ def run(device: torch.device, args: argparse.Namespace, before: Sequence[Mapping
     shapes, settings = plan(device, args)
     if device.type == "cpu":
         for name in PRELOADED:
-            with suppress(ModuleNotFoundError):  # the rows of its arms will say so
+            # Where one is missing, the rows of its arms say so.
+            with suppress(ModuleNotFoundError):
                 importlib.import_module(name)
     cases: list[dict[str, Any]] = []
     for at, shape in enumerate(shapes):
         known = {}
-        if at < len(before):  # an earlier call may have ended before this shape
+        # An earlier call may have ended before this shape.
+        if at < len(before):
             known = {row["arm"]: row for row in before[at]["rows"]}
         comparison = Comparison(shape, known, settings["rounds"])
         case: dict[str, Any] = {**shape.sizes(), "rows_per_expert": shape.rows_per_expert}
@@ -277,12 +283,12 @@ def run(device: torch.device, args: argparse.Namespace, before: Sequence[Mapping
         def keep(comparison: Comparison = comparison, case: dict[str, Any] = case) -> None:
             rows = [comparison.rows[name] for name in ARMS if name in comparison.rows]
             if comparison.wrong:
-                # Of an earlier call there may be some.
+                # Rows of an earlier call may have times.
                 rows = without_times(rows)
             case |= {"wrong": comparison.wrong, "rows": rows}
             save(args.out, "peers", device, settings=settings, cases=cases)
 
-        # What is left is divided among the shapes to come.
+        # The time left is divided among the shapes to come.
         share = total.part(1 / (len(shapes) - at))
         compare(shape, comparison, device, args.threads, share, keep)
         keep()
@@ -314,7 +320,8 @@ def main(given: list[str] | None = None) -> int:
     if args.dry and args.device == "cuda":
         parser.error("--dry runs on the CPU; leave --device out")
     if args.dry or args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here has asked for the GPU yet
+        # CUDA reads this at its first use, which is below.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     found = torch.cuda.is_available()
     if args.device == "cuda" and not found:
         parser.exit(2, f"{parser.prog}: --device cuda {NEEDS_GPU}\n")

@@ -1,9 +1,10 @@
-"""The evaluation loss of an adapter in stock transformers + PEFT, in one process, beside the base
-model's.
+"""Compute the evaluation loss of a checkpoint and of its base in stock transformers + PEFT, and
+print them beside megalora's.
 
     python -m benchmarks.peft_eval_loss CONFIG.yaml CHECKPOINT [section.key=value ...]
 
-Every sample runs alone and unpadded; the loss is the mean over all target tokens, as in training.
+Every sample runs alone and unpadded, in one process; the loss is the mean over all target tokens,
+as in training.
 """
 
 import argparse
@@ -22,20 +23,23 @@ from megalora.data.splits import load_split
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, samples: list) -> float:
+    """Mean cross entropy over the target tokens of all samples."""
     total = 0.0
     count = 0
     for sample in samples:
         ids = torch.as_tensor(sample.input_ids).long()
+        # The mask marks tokens; logits at a place predict the next one.
         mask = torch.as_tensor(sample.loss_mask)[1:]
         losses = F.cross_entropy(model(ids[None, :-1]).logits[0].float(), ids[1:], reduction="none")
-        total = total + losses[mask].double().sum().item()
-        count = count + int(mask.sum())
+        # In float64: a sum over thousands of tokens would round more than the losses themselves.
+        total += losses[mask].double().sum().item()
+        count += int(mask.sum())
     return total / count
 
 
 def eval_losses(base: str, adapter: Path, samples: list) -> tuple[float, float]:
-    """(base model's loss, loss with the adapter), float32."""
-    # patterns PEFT adds itself when it fuses gate and up
+    """Losses of the base model and with the adapter, in float32."""
+    # PEFT itself adds patterns when it fuses gate and up, and then warns that they match nothing.
     warnings.filterwarnings("ignore", message=".*gate_up_proj.*")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     before = mean_loss(model, samples)
@@ -66,11 +70,13 @@ def main() -> None:
         allow_left_out=data.allow_left_out,
     )
     before, after = eval_losses(config.model.path, args.checkpoint, split.samples)
-    rows = [
-        json.loads(line)
-        for line in (args.checkpoint.parent / "metrics.jsonl").read_text().splitlines()
-    ]
-    ours = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    # The first evaluation of a run is before its first step, with the base alone; the last one is
+    # at its end.
+    ours = []
+    for line in (args.checkpoint.parent / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "eval_loss" in row:
+            ours.append(row["eval_loss"])
     print(
         f"eval loss over {len(split.samples)} samples     megalora  transformers + PEFT  difference"
     )

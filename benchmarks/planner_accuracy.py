@@ -1,7 +1,6 @@
 """Compare the planner's figures with what was counted, published or measured.
 
-    python -m benchmarks.planner_accuracy [--only TEXT] [--out
-    benchmarks/results/planner_accuracy.json] [--show FILE]
+    python -m benchmarks.planner_accuracy [--only TEXT] [--out FILE.json] [--show FILE.json]
 
 (a) Memory: real training steps of small models on CPU ranks, every live tensor counted, against
     the plan (``tests/planner/counted.py`` says what differs from a GPU). The exit code is 1 where a
@@ -29,6 +28,7 @@ from tests.forked import forked
 from tests.planner.counted import CATEGORIES, MODELS, Case, compare, make_model
 
 ALLOWED = 0.05
+"""Largest relative error of a category of memory, or of the peak."""
 AT_ONCE = 2
 """Layouts trained at once: more would share the cores, and a layout has up to 8 ranks already."""
 LAYOUTS = [
@@ -72,8 +72,8 @@ def main() -> None:
     cases = [case for case in LAYOUTS if args.only in case.name]
     if not cases:
         parser.error(f"no layout's name contains {args.only!r}; one is {LAYOUTS[-1].name!r}")
-    counted = [{"table": "memory", **row} for row in memory(cases)]
-    published = [{"table": "published", **row} for row in planner_published.rows()]
+    counted = of_table("memory", memory(cases))
+    published = of_table("published", planner_published.rows())
     rows = counted + published
     show(rows, args.out.parent)
     save("planner_accuracy", rows, args.out)
@@ -81,9 +81,14 @@ def main() -> None:
     sys.exit(any(row["failed"] or worst(row) > ALLOWED for row in counted))
 
 
+def of_table(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows marked with their table, since the record holds the rows of all tables in one list."""
+    return [{"table": name, **row} for row in rows]
+
+
 def memory(cases: list[Case]) -> list[dict[str, Any]]:
-    """A row for each pipeline stage of each layout; the layouts in processes of their own, largest
-    worlds first."""
+    """A row for each pipeline stage of each layout. Layouts run in processes of their own, the
+    largest worlds first."""
     start = time.perf_counter()
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -91,8 +96,9 @@ def memory(cases: list[Case]) -> list[dict[str, Any]]:
         for model in MODELS:
             make_model(model, folder)
         chats = write_chats(folder / "chats.jsonl")
+        # The longest first, so that none is left alone at the end.
         order = sorted(cases, key=lambda case: -case.world)
-        jobs = ((case, count, (case, folder, chats)) for case in order)
+        jobs = [(case, count, (case, folder, chats)) for case in order]
         for case, seconds, _ in forked(jobs, AT_ONCE):
             found[case.name] = json.loads((folder / f"{case.name}.json").read_text())
             print(
@@ -109,14 +115,17 @@ def memory(cases: list[Case]) -> list[dict[str, Any]]:
 
 
 def count(case: Case, folder: Path, chats: Path) -> None:
-    """Leave the rows of one layout, or its traceback, as a file."""
+    """Train one layout, and leave its rows, or its traceback, as a file."""
+    # At the level of file descriptors: C++ libraries and the ranks print past sys.stdout.
     with (folder / f"{case.name}.log").open("w") as log:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(log.fileno(), stream.fileno())
     head = {"layout": case.name, "world": case.world, "failed": None}
+    rows = []
     try:
-        rows = [head | row for row in compare(case, folder, chats)]
+        for row in compare(case, folder, chats):
+            rows.append(head | row)
     except Exception:
         rows = [head | {"failed": traceback.format_exc()}]
     (folder / f"{case.name}.json").write_text(json.dumps(rows))
@@ -134,7 +143,7 @@ def verdict_of(stages: list[dict[str, Any]]) -> str:
 
 
 def error(row: dict[str, Any], category: str) -> float:
-    """Predicted over counted, less 1; 0 where there is neither."""
+    """Relative error of a category: predicted over counted, less 1; 0 where both are nothing."""
     said = row["said"][category]
     found = row["found"][category]
     if found:
@@ -170,6 +179,7 @@ def layouts_table(rows: list[dict[str, Any]]) -> str:
         if row["failed"]:
             failed.append(f"FAILED {row['layout']}\n{row['failed']}")
             continue
+        # In the order of the head.
         errors = percents([error(row, category) for category in CATEGORIES])
         lines.append(f"| {row['layout']} | {row['stage']} | {row['found']['peak']:,} | {errors} |")
     return "\n".join(lines + failed)
@@ -201,8 +211,8 @@ def summary_table(rows: list[dict[str, Any]]) -> str:
 
 
 def measured_table(results: Path) -> str:
-    """Every row that ``megalora bench`` measured and predicted, from its ``results.json`` copied
-    here as bench_*.json."""
+    """Every row that ``megalora bench`` measured and predicted, read from its ``results.json``,
+    which are kept in this folder as bench_*.json."""
     lines = []
     on_gpus = False
     for path in sorted(results.glob("bench_*.json")):

@@ -1,4 +1,4 @@
-"""Train a few steps under torch's profiler and say what they did (``step_trace.py``)."""
+"""Train a few steps under torch's profiler and summarise what they did (``step_trace.py``)."""
 
 import tempfile
 from pathlib import Path
@@ -12,6 +12,7 @@ from benchmarks.step_trace import STEP, UPDATE, analyse, read_trace
 from benchmarks.train_arms import Training
 
 STEPS = 2
+"""Steps that are recorded; all numbers are per step."""
 
 
 def profile_steps(training: Training, device: torch.device, layers: int) -> dict[str, Any]:
@@ -26,8 +27,10 @@ def profile_steps(training: Training, device: torch.device, layers: int) -> dict
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             with profile(activities=activities) as profiler:
-                _step(training, device)  # the first one under the profiler loads what it needs
+                # The first step under the profiler loads its library, which takes seconds.
+                _step(training, device)
                 for _ in range(STEPS):
+                    # No wait inside the annotation: it would be counted among the step's own.
                     with record_function(STEP):
                         _step(training, device, wait=False)
                     if on_gpu:

@@ -3,10 +3,11 @@ pass.
 
     python -m benchmarks.roofline [--ep 8] [--tokens 8192] [--rank 16] [--model 30b]
 
-A prediction, to be set beside what ``bench_grouped_lora.py`` measures. Our Triton GEMM takes what
-``tile_model.py`` says of the variant that ``variants.rule`` chooses. CUTLASS's takes the longer of
-its traffic and its arithmetic at 640 TFLOP/s, which Transformer Engine's reaches at these shapes on
-an H100 (published). Every other pass is its traffic at 3.0 TB/s.
+This is a prediction, to be compared with what ``bench_grouped_lora.py`` measures. Our Triton GEMM
+takes the time that ``tile_model.py`` gives for the variant that ``variants.rule`` chooses.
+CUTLASS's takes the longer of its traffic and its arithmetic at 640 TFLOP/s, which Transformer
+Engine's reaches at these shapes on an H100 (published). Every other pass takes the time of its
+traffic at 3.0 TB/s.
 """
 
 import argparse
@@ -19,13 +20,14 @@ from benchmarks.tile_gpus import H100
 from benchmarks.tile_model import HIDDEN_INNER, SIZE, cost, floor_us
 
 CUTLASS_TFLOPS = 640.0
-TOP_K = 8  # experts per token
+TOP_K = 8
+"""Experts of a token."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """H hidden, I intermediate, M routed rows, T rows of x, E experts of this rank, r rank of each
-    adapter."""
+    """Sizes of a layer on one rank: H hidden, I intermediate, M routed rows, T rows of x, E experts
+    of this rank, r rank of each adapter."""
 
     H: int
     I: int
@@ -49,7 +51,7 @@ def gemm_us(case: Case, outputs: int, inputs: int, rank: int, backend: str) -> f
 
 
 def traffic_us(case: Case, per_row: float, per_expert: float = 0.0) -> float:
-    """A pass that moves so many elements per row and per expert."""
+    """Microseconds of a pass that moves so many elements for each row and for each expert."""
     return SIZE * (case.M * per_row + case.E * per_expert) / (H100.hbm_tb_per_s.value * 1e6)
 
 
@@ -58,19 +60,22 @@ def forward(case: Case, backend: str, rank: int) -> dict[str, float]:
     H = case.H
     I = case.I
     R = case.on_gate_up * rank
-    # elements of a token counted per row: a gather reads it from cache after the first time
+    # Share of a token that each of its rows reads from HBM: after the first it comes from cache.
     token = case.T / case.M
-    # Triton gathers as it reads; torch's GEMM wants rows in order
+    # Triton gathers as it reads; torch's GEMM wants rows in order.
     copies = H if backend == "grouped_mm" else 0
+    # With neither a copy nor an adapter there is no such pass.
+    permute_us = 0.0
+    if copies or rank:
+        permute_us = traffic_us(case, token * H + copies + R, R * H)
     passes = {
-        "permute + shrink": (
-            traffic_us(case, token * H + copies + R, R * H) if copies or rank else 0.0
-        ),
+        "permute + shrink": permute_us,
         "gate_up": gemm_us(case, 2 * I, H, R, backend),
         "SwiGLU + shrink": traffic_us(case, 3 * I + rank, rank * I),
         "down": gemm_us(case, H, I, rank, backend),
         "combine": traffic_us(case, H + token * H),
     }
+    # Every step B is written beside the weights, [W | B]: read once and written once.
     if rank and backend == "grouped_mm":
         passes["B into the weights"] = traffic_us(case, 0, 2 * (2 * I * R + H * rank))
     return passes
@@ -83,12 +88,15 @@ def backward(case: Case, backend: str, rank: int) -> dict[str, float]:
     R = case.on_gate_up * rank
     token = case.T / case.M
     copies = H if backend == "grouped_mm" else 0
+    unpermute_us = 0.0
+    if copies or rank:
+        unpermute_us = traffic_us(case, token * H + copies + rank, rank * H)
+    # SwiGLU's backward reads dh and y and writes dy (1 + 2 + 2 widths), and with adapters S and dS.
+    with_adapters = R + rank if rank else 0
     passes = {
-        "unpermute + shrink": (
-            traffic_us(case, token * H + copies + rank, rank * H) if copies or rank else 0.0
-        ),
+        "unpermute + shrink": unpermute_us,
         "down dgrad": gemm_us(case, I, H, rank, backend),
-        "SwiGLU backward": traffic_us(case, 5 * I + (R + rank if rank else 0)),
+        "SwiGLU backward": traffic_us(case, 5 * I + with_adapters),
         "gate_up dgrad": gemm_us(case, H, 2 * I, R, backend),
         "combine": traffic_us(case, H + token * H),
     }
@@ -102,7 +110,8 @@ def backward(case: Case, backend: str, rank: int) -> dict[str, float]:
 
 
 def split(case: Case) -> tuple[float, float]:
-    """(forward, backward) of separate grouped GEMMs and element-wise operations, by autograd."""
+    """Microseconds of forward and of backward with separate grouped GEMMs and element-wise
+    operations, by autograd."""
     H = case.H
     I = case.I
     r = case.r
@@ -131,18 +140,18 @@ def split(case: Case) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Ratios:
-    """Of our node with adapters to the same node without, by one back end."""
+    """Times of our node with adapters over those of the same node without, by one back end."""
 
     forward: float
     both: float
-    """Forward and backward."""
+    """Ratio of forward and backward together."""
     split_over_ours: float
-    """How many times as long separate grouped GEMMs take, forward and backward."""
+    """How many times as long forward and backward take with separate grouped GEMMs."""
 
 
 def layer(model: str, tokens: int, ep: int, rank: int, on_gate_up: int = 2) -> Case:
-    """The case of one rank. Under expert parallelism x is the rows as they were received, else
-    tokens gathered k times."""
+    """The case of one rank. Under expert parallelism x has a row for each that was received, else
+    one for each token, which is gathered k times."""
     rows = tokens * TOP_K
     return Case(
         *HIDDEN_INNER[model], rows, tokens if ep == 1 else rows, 128 // ep, rank, on_gate_up
@@ -150,6 +159,7 @@ def layer(model: str, tokens: int, ep: int, rank: int, on_gate_up: int = 2) -> C
 
 
 def ratios(case: Case, backend: str) -> Ratios:
+    """What adapters cost by one back end."""
     base_forward = sum(forward(case, backend, 0).values())
     base_both = base_forward + sum(backward(case, backend, 0).values())
     ours_forward = sum(forward(case, backend, case.r).values())

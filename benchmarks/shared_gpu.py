@@ -3,15 +3,15 @@ in float64.
 
     python -m benchmarks.shared_gpu [--budget-seconds 150] [--at-once 4] [--out FILE] [--dry]
 
-The ranks of a case run the product's own training with the real kernels; their collectives go
-through the host (MEGALORA_SHARE_GPU=1), so that of what several GPUs do only NCCL is missing.
-Without a GPU the same trainings run on CPU ranks over gloo: that is how this script is tested.
+The ranks of a case run the product's own training with the real kernels. Their collectives go
+through the host (MEGALORA_SHARE_GPU=1), so that NCCL alone is missing of what several GPUs would
+do. Without a GPU the same trainings run on CPU ranks over gloo, which is how this script is tested.
 
-A case passes when it is as near to float64 as float32 has to be on a CPU (tests/parity/case.py) or,
-since a GPU adds in another order, at most twice as far as one rank alone on the same device, whose
-own limit is TOLERANCE times the CPU's. Exit code 1 when a case fails; what there was no time for is
-named and does not fail, and a second call with the same --out runs it. --dry: two cases, whose
-ranks are forked from this process on a CPU.
+A case passes where it is as near to float64 as float32 has to be on a CPU (tests/parity/case.py).
+Since a GPU adds in another order, it also passes at twice the distance of one rank alone on the
+same device, whose own limit is TOLERANCE times the CPU's. The exit code is 1 where a case fails.
+Cases for which there was no time are named and do not fail; a second call with the same --out runs
+them. --dry takes two cases, whose ranks are forked from this process on a CPU.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-# Importing the tests hides GPUs from this process and from those it starts, unless it is told not
-# to.
+# Importing the tests hides GPUs from this process and from those it starts, unless this variable
+# tells them not to.
 os.environ.setdefault("MEGALORA_TEST_GPU", str(int(torch.cuda.is_available())))
 import tests.prepare  # noqa: F401  sets up the host before anything from Megatron is imported
 from benchmarks.gpu_timing import Budget, earlier, save, table
@@ -63,14 +63,15 @@ SHARED = (
     Case(2, etp=2),
     Case(4, pp=2, vpp=2, ep=2),
 )
-"""The likeliest to fail first: a budget may end before the last."""
+"""Cases, the likeliest to fail first: a budget may end before the last."""
 TOLERANCE = 10.0
-"""A GPU's reductions are trees and its exponentials are other polynomials: a few times a CPU's
-rounding. A wrong sum is 1e3."""
+"""Factor between a CPU's limits and those of one rank on a GPU, whose reductions are trees and
+whose exponentials are other polynomials: they deviate a few times as much. A wrong sum deviates
+1,000 times as much."""
 DRY = (Case(2, ep=2),)
 SECONDS_OF_A_CASE = 40
-"""Imports and CUDA's start on every rank, kernels to compile, two steps: no case is started with
-less time left."""
+"""Seconds without which no case is started: imports and CUDA's start on every rank, kernels to
+compile, two steps."""
 
 
 @dataclass
@@ -79,10 +80,10 @@ class Laboratory:
 
     folder: Path
     limit_s: float
-    """For one case."""
+    """Seconds that one case may take."""
     fork: bool = False
-    """Ranks are forked from this process instead of started by torchrun: on a CPU alone, and one
-    case at a time."""
+    """Whether ranks are forked from this process instead of started by torchrun: on a CPU alone,
+    and one case at a time."""
 
     def __post_init__(self) -> None:
         self.chats = write_chats(self.folder / "chats.jsonl")
@@ -90,15 +91,15 @@ class Laboratory:
         self.answers: dict[int, Expected] = {}
 
     def ask(self, cases: Sequence[Case]) -> None:
-        """Have the oracle answer what the cases will be compared with: once for each size of the
-        batch."""
+        """Have the oracle compute what the cases will be compared with, once for each batch
+        size."""
         for case in cases:
             if case.batch not in self.answers:
                 answer = expected_of_clear_routing(case, SHORT, self.base, self.chats)
                 self.answers[case.batch] = answer
 
     def run(self, case: Case) -> dict[str, Any]:
-        """A row: the deviations of a case from the oracle, or why there are none."""
+        """Run a case and return its row: its deviations from the oracle, or why there are none."""
         begun = time.perf_counter()
         row: dict[str, Any] = {"case": case.name, "failed": None}
         failed = self._fork(case) if self.fork else self._train(case)
@@ -113,16 +114,18 @@ class Laboratory:
         return prepare_run(case, SHORT, self.base, self.chats, out, "float32", seed)
 
     def _fork(self, case: Case) -> str | None:
-        """Fork the ranks of a case; what they raised."""
+        """Fork the ranks of a case; returns what they raised."""
         config, start = self._prepare(case)
         try:
             run_ranks(train_recording_gradients, case.world, config, start)
-        except Exception as error:  # a failed case is a row
+        except Exception as error:
+            # A failed case is a row. The end of the message has the ranks' own error.
             return str(error)[-2000:]
         return None
 
     def _train(self, case: Case) -> str | None:
-        """Start the ranks of a case; the end of what they said where they failed."""
+        """Start the ranks of a case with torchrun; returns the end of their log where they
+        failed."""
         out = self.folder / case.name
         config, start = self._prepare(case)
         save_config(config, out / "asked.yaml")
@@ -140,7 +143,8 @@ class Laboratory:
             try:
                 code = process.wait(self.limit_s)
             except subprocess.TimeoutExpired:
-                process.terminate()  # torchrun ends its ranks
+                # Asked, not killed, torchrun ends its ranks.
+                process.terminate()
                 process.wait()
                 return f"no end after {self.limit_s:.0f} s"
         said = (out / "log.txt").read_text()
@@ -148,8 +152,8 @@ class Laboratory:
 
 
 def what_ranks_said(log: str) -> str:
-    """A log of torchrun without its own report, which is longer than any rank's error and names
-    none."""
+    """A log of torchrun without torchrun's own report, which is longer than any rank's error and
+    does not quote it."""
     said = []
     for line in log.splitlines():
         # From here on torchrun speaks.
@@ -185,7 +189,7 @@ class Found:
                 rows.append(self.rows[name])
             else:
                 not_reached.append(name)
-        # All of them anew: one rank alone, which the others are measured by, may end last.
+        # All of them anew: the case of one rank, which sets the others' limits, may end last.
         judge(rows)
         return {"rows": rows, "not_reached": not_reached}
 
@@ -211,7 +215,7 @@ def run_all(
 
 
 def judge(rows: list[dict[str, Any]]) -> None:
-    """Add to each row what it exceeds: one rank alone, if it is there, is the measure of the
+    """Add to each row what it exceeds. The case of one rank, if it has run, sets the limits of the
     others."""
     alone = None
     for row in rows:
@@ -273,6 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         save(args.out, "shared_gpu", device, settings=settings, **content)
 
     found = Found(cases, record["rows"], write)
+    # What an earlier call saw pass stays.
     missing = [case for case in cases if case.name not in passed]
     with tempfile.TemporaryDirectory() as folder:
         limit_s = max(1.0, min(150.0, budget.left()))

@@ -1,9 +1,9 @@
-"""Summarise what torch's profiler recorded of training steps: kernels, gaps between them, and waits
-of the host.
+"""Summarise training steps that torch's profiler has recorded: kernels, gaps between them, and
+waits of the host.
 
 A trace is the JSON that ``torch.profiler`` exports (Chrome's trace format, times in microseconds).
-Only work that was launched inside the annotations ``STEP`` counts, so that neither the warm-up nor
-the measuring itself is seen.
+Only work that was launched inside the annotations ``STEP`` counts, which leaves out the warm-up and
+the measuring itself.
 """
 
 import json
@@ -15,13 +15,15 @@ from typing import Any
 
 STEP = "benchmark: step"
 UPDATE = "benchmark: update"
-"""``record_function`` around a whole step, and inside it around the optimizer's part."""
+"""Names that ``record_function`` gives to a whole step, and inside it to the optimizer's part."""
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 CALLS = ("cuda_runtime", "cuda_driver")
 BACKWARD = "autograd::engine::evaluate_function"
-"""How autograd's engine names its work on a node of the graph, on whichever thread."""
+"""Beginning of the name that autograd's engine gives to its work on a node of the graph, on
+whichever thread."""
 PHASES = ("forward", "backward", "after backward", "update")
-"""``after backward``: on the thread that called it, before the update; this reduces gradients."""
+"""``after backward`` is work of the thread that called backward, before the update: it reduces
+gradients."""
 NOTABLE_GAP_US = 10.0
 TOP = 10
 Gap = tuple[float, str, str]
@@ -30,7 +32,7 @@ Gap = tuple[float, str, str]
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took time, on a thread of the host or on the device."""
+    """An event of the trace that took time, on a thread of the host or on the device."""
 
     name: str
     begin: float
@@ -38,7 +40,7 @@ class Span:
     category: str
     thread: Any
     correlation: int | None
-    """The same for a call of the host and for what the device did because of it."""
+    """Number that a call of the host shares with the work of the device that it caused."""
 
     @property
     def us(self) -> float:
@@ -71,7 +73,7 @@ def _span(event: dict[str, Any]) -> Span:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of CUDA inside a step: where it was made."""
+    """A call of CUDA inside a step, and where it was made."""
 
     span: Span
     phase: str
@@ -108,10 +110,13 @@ def calls_of(spans: Sequence[Span], step: Span) -> list[Call]:
 def enclosing(spans: Iterable[Span], inner: Sequence[Span]) -> Iterator[list[Span]]:
     """Yield for each of ``inner``, sorted by beginning, the spans of the same thread around it,
     outermost first."""
+    # Of two that begin together the longer one is the outer.
     ordered = sorted(spans, key=lambda span: (span.begin, -span.end))
+    # Spans that are open at the present moment: on a thread they nest like calls of functions.
     stack: list[Span] = []
     i = 0
     for call in inner:
+        # Open all that begin before this call, and close on the way what has ended.
         while i < len(ordered) and ordered[i].begin <= call.begin:
             while stack and stack[-1].end <= ordered[i].begin:
                 stack.pop()
@@ -156,8 +161,8 @@ def analyse(spans: Sequence[Span], layers: int) -> dict[str, Any]:
     """Return what the steps of a trace did, per step.
 
     Args:
-        layers: of the model; a kernel that runs n times a step runs ``n // layers`` times in each,
-        the rest outside.
+        layers: number of layers of the model; a kernel that runs n times a step runs
+            ``n // layers`` times in each of them, and the rest outside.
 
     Raises:
         ValueError: there is no annotated step.
@@ -205,12 +210,14 @@ def analyse(spans: Sequence[Span], layers: int) -> dict[str, Any]:
 
 
 def is_wait(name: str) -> bool:
-    """Whether the host stands still in this call until the device has got somewhere."""
+    """Whether the host waits for the device in this call."""
+    # cudaStreamSynchronize, cudaDeviceSynchronize, cudaEventSynchronize; and copies that are not
+    # asynchronous.
     return name.endswith("Synchronize") or name in ("cudaMemcpy", "cudaMemset", "cuMemcpyDtoH_v2")
 
 
 def _notable(gaps: list[Gap], steps: int) -> dict[str, Any]:
-    """Return how many gaps are worth a look, and the largest ones of all steps."""
+    """Return the number of gaps that are worth a look, and the largest ones of all steps."""
     notable = 0
     for us, _, _ in gaps:
         # Launching a kernel takes the host several microseconds: shorter gaps are ordinary.
@@ -222,7 +229,7 @@ def _notable(gaps: list[Gap], steps: int) -> dict[str, Any]:
 
 
 def busy_and_gaps(spans: Sequence[Span]) -> tuple[float, list[Gap]]:
-    """Return how long the device did anything, overlapping work counted once; and each gap."""
+    """Return how long the device was busy, with overlapping work counted once, and each gap."""
     if not spans:
         return 0.0, []
     ordered = sorted(spans, key=lambda span: span.begin)
@@ -243,7 +250,7 @@ def busy_and_gaps(spans: Sequence[Span]) -> tuple[float, list[Gap]]:
 def _phase(
     work: Sequence[tuple[str, Span]], phase: str, steps: int, layers: int
 ) -> dict[str, float]:
-    """Kernels of a phase: how many, how many of them in each layer, and their time."""
+    """Kernels of a phase: their number, their number in each layer, and their time."""
     names: Counter[str] = Counter()
     us = 0.0
     for of, span in work:
@@ -278,7 +285,7 @@ def _kernels(work: Sequence[tuple[str, Span]], steps: int, layers: int) -> list[
 
 
 def _copies(work: Sequence[tuple[str, Span]], steps: int) -> dict[str, dict[str, float]]:
-    """Copies and fills by kind."""
+    """Copies and fills by their names, with number and time."""
     found: defaultdict[str, list[float]] = defaultdict(list)
     for _, span in work:
         if span.category != "kernel":

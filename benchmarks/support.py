@@ -2,11 +2,11 @@
 
     python -m benchmarks.support [FAMILY ...] [--vllm] [--out benchmarks/results/support.json]
 
-For each family: trainings in layouts that use every kind of parallelism and recomputation once,
-held against plain transformers in float64 (tests/parity/case.py has the limits); then an adapter on
-all linears, loaded by stock PEFT and, with --vllm, served by vLLM, held against megalora's own
-model. A family's record replaces its earlier one from the same kind of device, all others stay.
-``benchmarks/support_matrix.py`` makes the table. Exit code 1 when a claim does not hold.
+For each family, trainings in layouts that use every kind of parallelism and recomputation once are
+compared with plain transformers in float64 (tests/parity/case.py has the limits). Then an adapter
+on all linears, loaded by stock PEFT and, with --vllm, served by vLLM, is compared with megalora's
+own model. A family's record replaces its earlier one from the same kind of device; all others stay.
+``benchmarks/support_matrix.py`` makes the table. The exit code is 1 where a claim does not hold.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 import tests.conftest  # noqa: F401  sets up the host before anything from Megatron is imported
 from benchmarks.harness import PACKAGES
-from benchmarks.parity import AT_ONCE, Laboratory
+from benchmarks.parity import AT_ONCE, Laboratory, one_of_each_question
 from megalora import host
 from megalora.adapters.write.engines import FileFormat
 from megalora.adapters.write.form import write_adapter
@@ -50,8 +50,8 @@ EXPERT_LAYOUTS: tuple[dict[str, Any], ...] = (
     {"world": 4, "tp": 2, "ep": 2, "etp": 2, "recompute": "full"},
 )
 IN_VLLM: dict[str, dict[str, Any]] = {"qwen2_moe": {"hidden_size": 192}}
-"""Sizes that vLLM 0.32 needs: of Qwen2-MoE it reads no head_dim, but divides hidden_size by the
-number of heads, as is right for every published model."""
+"""Sizes that vLLM 0.32 needs by family: for Qwen2-MoE it does not read head_dim but divides
+hidden_size by the number of heads, which is right for every published model."""
 ATOL = 1e-4
 """Largest difference of a logit in float32, as in ``megalora verify``."""
 VLLM_ATOL = 1e-3
@@ -78,7 +78,7 @@ def cases_of(family: str) -> list[Case]:
 def adapter_on_everything(
     family: str, folder: Path, layout: FileFormat, **sizes: Any
 ) -> tuple[Path, Path]:
-    """(base, adapter folder); the adapter's factors are random."""
+    """Make a base and an adapter on all its linears, with random factors; returns their folders."""
     base = make_tiny(folder / "base", arch=family, **sizes)
     shape = model_shape(read_hf_config(base))
     adapted, factors = random_factors(LoRAConfig(rank=8, alpha=16.0), base)
@@ -89,7 +89,8 @@ def adapter_on_everything(
 
 
 def claims_of(family: str, with_vllm: bool) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Claim -> what proves it, for claims about others' programs, each with the layout it reads."""
+    """Each claim about another program to the function that proves it, in the format that the
+    program reads."""
     has_experts = bool(shape_of(model_of(family)).moe_layers)
     stacked = has_experts and not FAMILIES[family].peft.per_expert
 
@@ -119,9 +120,9 @@ def rows_of(family: str, laboratory: Laboratory, with_vllm: bool) -> list[dict[s
     """One row for each layout and for each claim about others' programs."""
     cases = cases_of(family)
     make_model(cases[0].model, laboratory.base(cases[0].model))
-    # Layouts that train alike share the oracle's answer, which has to be there before they run.
-    questions = list({case.question: case for case in cases}.values())
-    for _ in forked(((c, laboratory.ask_oracle, (c,)) for c in questions), AT_ONCE):
+    # The oracle's answers have to be there before the layouts run.
+    questions = [(c, laboratory.ask_oracle, (c,)) for c in one_of_each_question(cases)]
+    for _ in forked(questions, AT_ONCE):
         pass
     jobs: list[Any] = []
     for case in cases:
@@ -140,7 +141,7 @@ def rows_of(family: str, laboratory: Laboratory, with_vllm: bool) -> list[dict[s
 
 
 def _of_layout(row: dict[str, Any]) -> dict[str, Any]:
-    """What the table needs of a case, with its deviations."""
+    """The fields of a case that the table needs, with its deviations."""
     found: dict[str, Any] = {"claim": "layout"}
     for name in ("world", "tp", "pp", "vpp", "ep", "etp", "recompute"):
         found[name] = row[name]

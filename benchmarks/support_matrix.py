@@ -2,10 +2,10 @@
 
     python -m benchmarks.support_matrix
 
-Rows are the registered families, marks come from benchmarks/results: support.json, which
-``benchmarks/support.py`` writes, and gpu_shared.json, which ``benchmarks/shared_gpu.py`` does.
-Nothing here says what is supported. A family that has no result, or of which a case failed, is
-marked as not proved.
+Rows are the registered families. Marks come from benchmarks/results: from support.json, which
+``benchmarks/support.py`` writes, and from gpu_shared.json, which ``benchmarks/shared_gpu.py``
+writes. No list here says what is supported: a family that has no result, or of which a case failed,
+is marked as not proved.
 """
 
 import json
@@ -37,7 +37,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "PEFT": lambda row: row["claim"] == "peft",
     "vLLM": lambda row: row["claim"] == "vllm",
 }
-"""Column -> whether a row of the results is about it."""
+"""Column to the test whether a row of the results is about it."""
 
 
 def mark(column: str, records: Iterable[dict[str, Any]]) -> str:
@@ -65,6 +65,7 @@ def table(records: list[dict[str, Any]]) -> str:
         f"|---|{':-:|' * len(COLUMNS)}",
     ]
     for name, family in FAMILIES.items():
+        # A record from CPU ranks, and for one family another from a GPU.
         own = [record for record in records if record["family"] == name]
         marks = {column: mark(column, own) for column in COLUMNS}
         # Without experts there is nothing for these two to divide.
@@ -95,6 +96,7 @@ def of_shared(shared: dict[str, Any]) -> dict[str, Any]:
         layout, _, recompute, _ = row["case"].split(", ")
         held = not (row["failed"] or row["exceeded"])
         found = {"claim": "layout", "ok": held, "recompute": recompute}
+        # "tp2" and "ep2" out of "4:tp2-ep2 moe".
         for axis, size in re.findall(r"([a-z]+)(\d+)", layout):
             found[axis] = int(size)
         rows.append(found)

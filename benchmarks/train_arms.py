@@ -1,8 +1,8 @@
 """Build the training steps to compare: one model of random weights with LoRA on attention and
 experts, trained in several ways.
 
-Each arm is a context manager that gives a ``Training``. Packages are imported inside: a missing one
-is told in its row.
+Each arm is a context manager that gives a ``Training``. Packages are imported inside it, so that a
+missing one costs its own row alone.
 
 Shape legend: T tokens    k experts per token    E experts of this rank    H hidden    M routed rows
 """
@@ -32,16 +32,18 @@ ALPHA_OVER_RANK = 2.0
 
 @dataclass(frozen=True)
 class Setup:
+    """The model, the batch and the device that all arms have."""
+
     config: dict[str, Any]
     rank: int
     num_tokens: int
-    """Tokens of a step's one sequence."""
+    """Tokens of a step, which has one sequence."""
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
 
     def weights(self) -> RandomWeights:
-        """Of the frozen base: the same values in every arm and process."""
+        """Weights of the frozen base, the same in every arm and process."""
         return RandomWeights(self.config, self.dtype, self.device, self.seed)
 
     def batch(self) -> Tensor:
@@ -54,13 +56,17 @@ class Setup:
 
 @dataclass(frozen=True)
 class Training:
+    """A training step in its two parts, which are timed apart."""
+
     forward_backward: Callable[[], Tensor]
-    """Leaves gradients; returns the loss."""
+    """Computes gradients and returns the loss."""
     update: Callable[[], object]
-    """The optimizer's step."""
+    """Takes the optimizer's step."""
     num_adapter_parameters: int
     note: str
+    """Text for the table that says what is trained."""
     gate_up_is_one: bool = False
+    """Whether gate and up share one A, which counts in the FLOPs."""
 
 
 # ---- transformers, with PEFT or with our experts -------------------------------------------------
@@ -72,7 +78,7 @@ def base_model(setup: Setup) -> nn.Module:
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     fields = dict(setup.config)
-    # The class says it, and takes no such argument.
+    # The class stands for it and takes no such argument.
     del fields["model_type"]
     config = Qwen3MoeConfig(**fields)
     with torch.device(setup.device):
@@ -82,6 +88,7 @@ def base_model(setup: Setup) -> nn.Module:
             attn_implementation="sdpa",
             experts_implementation="grouped_mm",
         )
+    # ``from_config`` has drawn weights of its own; those are overwritten.
     setup.weights().fill(model)
     return model
 
@@ -99,8 +106,8 @@ def adapted(model: nn.Module, setup: Setup, parameters: tuple[str, ...] = ()) ->
 
 
 def training(model: nn.Module, setup: Setup, note: str, gate_up_is_one: bool) -> Training:
-    """Steps as transformers' Trainer takes them with bf16: autocast, fused AdamW on what is
-    trained."""
+    """Steps as transformers' Trainer takes them with bf16: autocast, and fused AdamW on the
+    trainable parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     # 1e-3: large enough for the loss to fall in the few steps that are taken.
     optimizer = torch.optim.AdamW(
@@ -111,6 +118,7 @@ def training(model: nn.Module, setup: Setup, note: str, gate_up_is_one: bool) ->
 
     def forward_backward() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
+        # A float32 model on a CPU has nothing to cast.
         with torch.autocast(
             setup.device.type, torch.bfloat16, enabled=setup.dtype == torch.bfloat16
         ):
@@ -136,6 +144,7 @@ class KernelExperts(nn.Module):
 
     def __init__(self, base: Any, rank: int, joined: bool) -> None:
         super().__init__()
+        # transformers has the experts of a layer in two tensors, [E, 2I, H] and [E, H, I].
         w1 = base.gate_up_proj.data
         w2 = base.down_proj.data
         self.weights: tuple[Tensor | AugmentedWeight, Tensor | AugmentedWeight] = (w1, w2)
@@ -151,6 +160,7 @@ class KernelExperts(nn.Module):
         self.b1 = nn.Parameter(torch.zeros(E, J, rank, **new))
         self.a2 = nn.Parameter(torch.empty(E, rank, inner, **new))
         self.b2 = nn.Parameter(torch.zeros(E, H, rank, **new))
+        # B is zero, as LoRA starts, so A decides its gradient alone.
         for a in (self.a1, self.a2):
             nn.init.normal_(a, std=a.shape[-1] ** -0.5)
 
@@ -168,7 +178,8 @@ class KernelExperts(nn.Module):
         return self.compute(x_TH, permute_values(probs_TE.gather(1, ordered_TK), routing), routing)
 
     def compute(self, x: Tensor, probs_M: Tensor, routing: Any) -> Tensor:
-        x = x.to(self.dtype)  # autocast does so before each GEMM, and norms may return float32
+        # Autocast does so before each GEMM, and norms may return float32.
+        x = x.to(self.dtype)
         scales = (ALPHA_OVER_RANK,)
         gate_up = ExpertFactors(self.a1.to(x.dtype), (self.b1.to(x.dtype),), scales)
         down = ExpertFactors(self.a2.to(x.dtype), (self.b2.to(x.dtype),), scales)
@@ -178,10 +189,11 @@ class KernelExperts(nn.Module):
 
 
 class ShareOfExperts(KernelExperts):
-    """One expert-parallel rank's experts: k ranks send it one row per token each, k T in all,
-    evenly for each expert.
+    """Experts of one expert-parallel rank, to which k ranks send one row for each of their tokens,
+    k T in all and evenly for each expert.
 
-    What the all-to-all would bring is copied from this rank's own tokens; nothing is communicated.
+    Copies of this rank's own tokens stand for what the all-to-all would bring; nothing is
+    communicated.
     """
 
     def forward(self, x_TH: Tensor, experts_TK: Tensor, probs_TK: Tensor) -> Tensor:
@@ -200,6 +212,7 @@ class ShareOfExperts(KernelExperts):
 def with_experts(setup: Setup, kind: type[KernelExperts], joined: bool) -> nn.Module:
     """PEFT on attention, ``kind`` in place of every layer's experts."""
     model = adapted(base_model(setup), setup)
+    # A list first: the loop replaces modules of the tree that it walks.
     for module in list(model.modules()):
         if type(module).__name__ == "Qwen3MoeSparseMoeBlock":
             module.experts = kind(module.experts, setup.rank, joined)
@@ -208,15 +221,15 @@ def with_experts(setup: Setup, kind: type[KernelExperts], joined: bool) -> nn.Mo
 
 @contextmanager
 def kernels(setup: Setup) -> Iterator[Training]:
-    """The same model as ``peft``; only the experts differ."""
+    """The model of ``peft`` with our experts in place of its own."""
     model = with_experts(setup, KernelExperts, joined=False)
     yield training(model, setup, "transformers + our experts", gate_up_is_one=True)
 
 
 @contextmanager
 def share(setup: Setup) -> Iterator[Training]:
-    """As one of 8 expert-parallel ranks; weights have room for adapters, as megalora makes it for
-    few experts."""
+    """One of 8 expert-parallel ranks. Weights have room for adapters, which megalora makes where a
+    rank has few experts."""
     # 128 / 8 = 16 experts. With as many ranks as a token has experts, this rank gets k rows for
     # each of its own tokens: as many as one rank alone would have.
     E = setup.config["num_experts"] // setup.config["num_experts_per_tok"]
@@ -246,7 +259,8 @@ def unsloth(setup: Setup) -> Iterator[Training]:
 def unsloth_model(setup: Setup) -> Iterator[nn.Module]:
     """Unsloth's model with its adapters. It loads folders only, so the shared weights go through
     one."""
-    from unsloth import FastModel  # before transformers, which it changes
+    # Before transformers, which it changes.
+    from unsloth import FastModel
 
     with tempfile.TemporaryDirectory() as folder:
         model = base_model(setup)
@@ -268,6 +282,7 @@ def unsloth_model(setup: Setup) -> Iterator[nn.Module]:
 
 
 def _tokenizer() -> Any:
+    """The least that Unsloth loads from a folder: it insists on a tokenizer, which nothing uses."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

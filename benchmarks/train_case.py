@@ -2,11 +2,12 @@
 
     FLOPs per token = 4 P + 6 A + 6 S h d L
 
-P: frozen parameters a token meets (attention, router, its 8 experts, output layer), 2 FLOPs each
-    forward and 2 backward for the gradient of the input; their weights get none. A: adapter
-    parameters it meets, 2 more for their own gradient. S h d L: causal attention over S tokens, h
-    heads of width d, L layers: 2 S h d forward (half of the square, two products) and twice that
-    backward. Nothing is counted twice where activations are recomputed.
+P: frozen parameters that a token meets (attention, router, its 8 experts, output layer), with 2
+    FLOPs each in forward and 2 in backward for the gradient of the input; the weights get no
+    gradient. A: adapter parameters that it meets, with 2 more for their own gradient. S h d L:
+    causal attention over S tokens with h heads of width d in L layers, 2 S h d in forward (half of
+    the square, two products) and twice that in backward. Nothing is counted twice where activations
+    are recomputed.
 """
 
 from typing import Any
@@ -28,12 +29,13 @@ TINY_MODEL: dict[str, Any] = {
     "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2,
     "vocab_size": 128,
 }  # fmt: skip
-"""For tests and dry runs."""
+"""The same architecture at sizes for tests and dry runs."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of each adapted linear of one layer; of gate, up and down of one expert."""
+    """Outputs and inputs of each adapted linear of one layer, with gate, up and down of one
+    expert."""
     h = config["hidden_size"]
     width = config["head_dim"]
     q = config["num_attention_heads"] * width
@@ -44,8 +46,8 @@ def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def met(config: dict[str, Any], sizes: dict[str, int]) -> int:
-    """Sum over one layer of what a token meets: each attention linear once, each expert linear in
-    its top-k experts."""
+    """Sum of sizes over the linears of one layer that a token meets: each of attention once, each
+    of an expert in its top-k experts."""
     return sum_of_layer(sizes, config["num_experts_per_tok"])
 
 
@@ -53,8 +55,8 @@ def sum_of_layer(sizes: dict[str, int], num_experts: int) -> int:
     """Sum of sizes over one layer's linears, with so many experts.
 
     Args:
-        sizes: of each attention linear, and of each linear of one expert.
-        num_experts: how often an expert's linears count.
+        sizes: size of each attention linear, and of each linear of one expert.
+        num_experts: number of times that an expert's linears count.
     """
     attention = 0
     expert = 0
@@ -66,9 +68,17 @@ def sum_of_layer(sizes: dict[str, int], num_experts: int) -> int:
     return attention + num_experts * expert
 
 
+def weight_sizes(config: dict[str, Any]) -> dict[str, int]:
+    """Weights of each linear of ``linears``."""
+    sizes = {}
+    for name, (outputs, inputs) in linears(config).items():
+        sizes[name] = outputs * inputs
+    return sizes
+
+
 def frozen_met(config: dict[str, Any]) -> int:
-    """P; the embedding is looked up, not multiplied."""
-    layer = met(config, {name: n * k for name, (n, k) in linears(config).items()})
+    """P of the formula; the embedding is looked up, not multiplied."""
+    layer = met(config, weight_sizes(config))
     # The router scores every expert.
     layer += config["num_experts"] * config["hidden_size"]
     # The last term is the output layer.
@@ -78,9 +88,12 @@ def frozen_met(config: dict[str, Any]) -> int:
 def adapter_sizes(
     config: dict[str, Any], rank: int, gate_up_is_one: bool = False
 ) -> dict[str, int]:
-    """Adapter parameters of each linear. ``gate_up_is_one``: PEFT adapts the fused weight, with one
-    A for both."""
-    sizes = {name: rank * (n + k) for name, (n, k) in linears(config).items()}
+    """Adapter parameters of each linear. With ``gate_up_is_one``, gate and up share one A, as where
+    PEFT adapts the fused weight."""
+    sizes = {}
+    for name, (outputs, inputs) in linears(config).items():
+        # B is [outputs, rank], A is [rank, inputs].
+        sizes[name] = rank * (outputs + inputs)
     if gate_up_is_one:
         # Its A [rank, hidden] is gate's already.
         sizes["up_proj"] -= rank * config["hidden_size"]
@@ -88,7 +101,7 @@ def adapter_sizes(
 
 
 def adapter_parameters(config: dict[str, Any], rank: int, gate_up_is_one: bool = False) -> int:
-    """All that are trained, of all experts."""
+    """Number of trained parameters, those of all experts among them."""
     sizes = adapter_sizes(config, rank, gate_up_is_one)
     return config["num_hidden_layers"] * sum_of_layer(sizes, config["num_experts"])
 
@@ -104,8 +117,8 @@ def flops_per_token(
 
 
 def layers_that_fit(config: dict[str, Any], rank: int, num_tokens: int, free_bytes: int) -> int:
-    """How many layers train in so much memory with our kernels, by a rough count; at most the
-    model's own.
+    """Number of layers that train in so much memory with our kernels, by a rough count, but not
+    more than the model has.
 
     Per layer: bfloat16 weights; adapters in bfloat16 with float32 gradient, master and two moments
     (18 bytes); activations, with 26 hidden widths for what attention, norms and residuals keep.
@@ -115,8 +128,7 @@ def layers_that_fit(config: dict[str, Any], rank: int, num_tokens: int, free_byt
     h = config["hidden_size"]
     k = config["num_experts_per_tok"]
     inner = config["moe_intermediate_size"]
-    sizes = {name: n * m for name, (n, m) in linears(config).items()}
-    weights = sum_of_layer(sizes, config["num_experts"])
+    weights = sum_of_layer(weight_sizes(config), config["num_experts"])
     # Elements. Each of a token's k rows keeps gate and up (2 I) and S of three projections (3 R).
     activations = num_tokens * (26 * h + k * (2 * inner + 3 * rank))
     # Bytes: 2 of each weight and activation, 2 + 4 + 4 + 8 of each adapter parameter.

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import evidence, tile_model
-from benchmarks.evidence import NOT_MEASURED, PAGE, Results, filled
+from benchmarks.evidence import PAGE, filled
+from benchmarks.evidence_records import NOT_MEASURED, Results
 from tests.pretended.test_launches import CEILINGS
 
 # What every record says of the machine.

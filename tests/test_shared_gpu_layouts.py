@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from benchmarks import gpu_summary, shared_gpu
+from benchmarks import gpu_lines, shared_gpu
 from benchmarks.gpu_timing import Budget
 from tests.parity.grid import Case
 
@@ -53,7 +53,7 @@ def test_layouts_on_one_gpu_are_held_against_float64(tmp_path, monkeypatch, caps
     assert rows[2]["gradient"] > 1e-4
     assert rows[3]["failed"] == "exit code 1: no ranks"
     assert "exit code 1: no ranks" in said
-    shown = gpu_summary.of_shared({"rows": rows, "not_reached": []})
+    shown = gpu_lines.of_shared({"rows": rows, "not_reached": []})
     assert [row[-1] for row in shown] == ["pass", "pass", "FAILED", "FAILED"]
     # What exceeded its limit is run again, and what failed; what agreed is not.
     ran.clear()
@@ -80,7 +80,7 @@ def test_of_layouts_on_one_gpu_none_is_started_late(monkeypatch):
     for num_cases, content in enumerate(written, start=1):
         assert len(content["rows"]) == num_cases
     names = [case.name for case in shared_gpu.SHARED]
-    shown = gpu_summary.of_shared({"rows": [], "not_reached": names})
+    shown = gpu_lines.of_shared({"rows": [], "not_reached": names})
     assert len(shown) == len(names)
     for line in shown:
         assert line.verdict == "not reached"

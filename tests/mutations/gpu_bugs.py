@@ -59,7 +59,7 @@ GPU_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a dry run taken for a measurement",
-        EVIDENCE,
+        "benchmarks/evidence_records.py",
         "{} if dry or on_cpu else found",
         "{} if on_cpu else found",
         f"{EVIDENCE_TEST} dry",
