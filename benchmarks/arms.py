@@ -194,12 +194,18 @@ def bridge_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -
     """Megatron-Bridge 0.6's path for bfloat16 on GPUs: counts on the host, busy experts' rows and
     factors copied."""
     counts = _counts(offsets)
-    busy = [e for e, count in enumerate(counts) if count]
+    busy = []
+    busy_counts = []
+    chunks = []
+    for e, (count, rows) in enumerate(zip(counts, x.split(counts), strict=True)):
+        if count:
+            busy.append(e)
+            busy_counts.append(count)
+            chunks.append(rows)
     # The same rows in the same order, but copied, as Bridge does.
-    chunks = x.split(counts)
-    rows = torch.cat([chunks[e] for e in busy])
-    busy_counts = torch.tensor([counts[e] for e in busy], dtype=torch.int32, device=x.device)
-    ends = busy_counts.cumsum(0, dtype=torch.int32)
+    rows = torch.cat(chunks)
+    ends = torch.tensor(busy_counts, dtype=torch.int32, device=x.device)
+    ends = ends.cumsum(0, dtype=torch.int32)
     hidden = grouped_mm(rows, a[busy].transpose(1, 2), offs=ends)
     delta = grouped_mm(hidden, b[busy].transpose(1, 2), offs=ends) * SCALE
     return grouped_mm(x, w.transpose(1, 2), offs=offsets) + delta

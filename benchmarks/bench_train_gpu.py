@@ -198,7 +198,8 @@ def arms_to_run(device: torch.device, args: argparse.Namespace) -> list[tuple[st
         tried = [name for name in ARMS if name in OURS or name == "peft"]
         # At one size two arms that train megalora's own step are one.
         tried.remove("megalora")
-        return [(name, TINY_MODEL["num_hidden_layers"]) for name in tried]
+        layers = TINY_MODEL["num_hidden_layers"]
+        return [(name, layers) for name in tried]
     free = torch.cuda.get_device_properties(device).total_memory
     most = layers_that_fit(QWEN3_30B_A3B, args.rank, args.tokens, free)
     layers = {"one of 8 ranks": args.share_layers, FITS: most}

@@ -254,8 +254,10 @@ def launches(results: Results) -> str:
         profiled = True
         phases = row["profile"]["phases"]
         # A profiler cannot tell the base's kernels from the adapters', so both stand together.
-        measured = [phases[phase]["per_layer"] for phase in ("forward", "backward")]
-        rows.append((f"measured: {row['arm']}, {row['layers']} layers", "", "", *measured, ""))
+        forward = phases["forward"]["per_layer"]
+        backward = phases["backward"]["per_layer"]
+        what = f"measured: {row['arm']}, {row['layers']} layers"
+        rows.append((what, "", "", forward, backward, ""))
     if not profiled:
         rows.append(("measured", *[NOT_YET] * 5))
     header = ("layer, back end, expert-parallel ranks", *(f"kernels, {which}" for which in COUNTED),

@@ -136,8 +136,17 @@ def main() -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print(table([row for row in rows if "plain" not in row]))
-    print(parity_bfloat16.table([row for row in rows if "plain" in row]))
+    """Print the tables of a record."""
+    in_float32 = []
+    in_bfloat16 = []
+    for row in rows:
+        # Cases in bfloat16 have plain transformers' deviations beside their own.
+        if "plain" in row:
+            in_bfloat16.append(row)
+        else:
+            in_float32.append(row)
+    print(table(in_float32))
+    print(parity_bfloat16.table(in_bfloat16))
 
 
 def one_of_each_question(cases: Iterable[Case]) -> list[Case]:
@@ -171,7 +180,9 @@ def float32(laboratory: Laboratory, cases: list[Case]) -> list[dict[str, Any]]:
     )
     # The longest first, so that no large world is left alone at the end.
     order = sorted(cases, key=lambda case: (-case.world, -case.tp))
-    jobs = ((case, laboratory.run, (case.name, case)) for case in order)
+    jobs: list[Any] = []
+    for case in order:
+        jobs.append((case, laboratory.run, (case.name, case)))
     for done, (case, seconds, _) in enumerate(forked(jobs, AT_ONCE), 1):
         row = json.loads(laboratory.row(case.name).read_text())
         verdict = "FAILED" if row["failed"] else ", ".join(row["exceeded"]) or "ok"
@@ -211,8 +222,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in good:
         lines.append(f"{row['case']:64}{numbers(row)}")
     if good:
-        largest = {name: max(row[name] for row in good) for name in LIMITS}
-        lines.append(f"{'largest':64}{numbers(largest)}")
+        lines.append(f"{'largest':64}{numbers(largest_of(good))}")
         lines.append(f"{'allowed':64}{numbers(LIMITS, digits=0)}")
         lines.append(
             "largest relative difference of a loss between two layouts of one training:"
@@ -224,6 +234,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def largest_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The largest deviation of each quantity over all rows."""
+    found = dict.fromkeys(LIMITS, 0.0)
+    for row in rows:
+        for name in LIMITS:
+            found[name] = max(found[name], row[name])
+    return found
+
+
 def nearest_to_limit(row: dict[str, Any]) -> float:
     """The largest deviation of a case as a share of what that quantity is allowed."""
     return max(row[name] / limit for name, limit in LIMITS.items())
@@ -231,7 +250,10 @@ def nearest_to_limit(row: dict[str, Any]) -> float:
 
 def numbers(values: Mapping[str, float], digits: int = 1) -> str:
     """The columns of the table for one row: a value for each key of ``LIMITS``."""
-    return "".join(f"{values[name]:11.{digits}e}" for name in LIMITS)
+    line = ""
+    for name in LIMITS:
+        line += f"{values[name]:11.{digits}e}"
+    return line
 
 
 def spread(rows: Iterable[dict[str, Any]]) -> float:

@@ -275,7 +275,8 @@ def run(device: torch.device, args: argparse.Namespace, before: Sequence[Mapping
         known = {}
         # An earlier call may have ended before this shape.
         if at < len(before):
-            known = {row["arm"]: row for row in before[at]["rows"]}
+            for row in before[at]["rows"]:
+                known[row["arm"]] = row
         comparison = Comparison(shape, known, settings["rounds"])
         case: dict[str, Any] = {**shape.sizes(), "rows_per_expert": shape.rows_per_expert}
         cases.append(case)

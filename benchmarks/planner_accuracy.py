@@ -159,11 +159,16 @@ def worst(row: dict[str, Any]) -> float:
 
 def show(rows: list[dict[str, Any]], results: Path) -> None:
     """Print the three tables."""
-    counted = [row for row in rows if row["table"] == "memory"]
+    counted = []
+    published = []
+    for row in rows:
+        if row["table"] == "memory":
+            counted.append(row)
+        else:
+            published.append(row)
     layouts = {row["layout"] for row in counted}
     print(f"\n(a) memory counted on CPU ranks, {len(layouts)} layouts\n\n{layouts_table(counted)}")
     print(f"\nLargest error of each category by number of ranks\n\n{summary_table(counted)}")
-    published = [row for row in rows if row["table"] == "published"]
     print(f"\n(b) published\n\n{planner_published.table(published)}")
     print(f"\n(c) measured by megalora bench\n\n{measured_table(results)}\n")
 
@@ -187,7 +192,11 @@ def layouts_table(rows: list[dict[str, Any]]) -> str:
 
 def percents(errors: list[float]) -> str:
     """Errors as the cells of a table's row, without the bars at its ends."""
-    return " | ".join(f"{100 * error:+.2f} %" for error in errors)
+    cells = []
+    for error in errors:
+        # With its sign: too much is safe, too little runs out of memory.
+        cells.append(f"{100 * error:+.2f} %")
+    return " | ".join(cells)
 
 
 def summary_table(rows: list[dict[str, Any]]) -> str:

@@ -241,12 +241,12 @@ def show(found: dict[str, Any]) -> str:
     below = [f"not reached: {name}" for name in found["not_reached"]]
     for row in found["rows"]:
         verdict = "FAILED" if row["failed"] else ", ".join(row["exceeded"]) or "ok"
-        # A case that failed left no deviations.
-        values = ["-"] * len(LIMITS)
+        values = []
+        for name in LIMITS:
+            # A case that failed left no deviations.
+            values.append("-" if row["failed"] else f"{row[name]:.1e}")
         if row["failed"]:
             below.append(f"{row['case']}: {row['failed']}")
-        else:
-            values = [f"{row[name]:.1e}" for name in LIMITS]
         rows.append((row["case"], *values, f"{row['seconds']:.0f}", verdict))
     return "\n".join([table(("case", *LIMITS, "seconds", "verdict"), rows), *below])
 

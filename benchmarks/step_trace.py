@@ -259,7 +259,9 @@ def _phase(
             us += span.us
     # By name, rounded down: a kernel outside the layers (embedding, loss) runs once or twice a
     # step, which is less than once per layer.
-    per_layer = sum(n // steps // layers for n in names.values())
+    per_layer = 0
+    for num_launches in names.values():
+        per_layer += num_launches // steps // layers
     return {"count": names.total() / steps, "per_layer": per_layer, "us": us / steps}
 
 

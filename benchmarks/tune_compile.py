@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -103,12 +103,17 @@ def compile_all(
         if child is not None:
             child.stop()
 
-    threads = [threading.Thread(target=work) for _ in range(min(num_processes, len(jobs)))]
+    _in_threads(work, min(num_processes, len(jobs)))
+    return dict(found)
+
+
+def _in_threads(work: Callable[[], None], count: int) -> None:
+    """Run ``work`` in so many threads at once, and wait for all of them."""
+    threads = [threading.Thread(target=work) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return dict(found)
 
 
 class _Child:

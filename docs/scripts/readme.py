@@ -47,7 +47,8 @@ def _results(name: str) -> Any:
 
 def _parity() -> list[dict[str, Any]]:
     """Cases in float32; those in bfloat16 have a column for plain transformers beside them."""
-    return [row for row in _results("parity")["rows"] if "plain" not in row]
+    rows = _results("parity")["rows"]
+    return [row for row in rows if "plain" not in row]
 
 
 def _layouts(rows: list[dict[str, Any]]) -> int:
@@ -66,10 +67,16 @@ def _counted_memory() -> list[dict[str, Any]]:
 
 def _largest_error(key: str) -> float:
     """Largest relative error of the planner's memory, over all counted layouts."""
-    return max(abs(row["said"][key] / row["found"][key] - 1) for row in _counted_memory())
+    largest = 0.0
+    for row in _counted_memory():
+        error = row["said"][key] / row["found"][key] - 1
+        # Too much and too little count alike.
+        largest = max(largest, abs(error))
+    return largest
 
 
 def _counted_layouts() -> int:
+    # A layout has a row for each of its pipeline stages.
     layouts = {row["layout"] for row in _counted_memory()}
     return len(layouts)
 
@@ -124,12 +131,15 @@ def plan() -> str:
         megalora([*PLAN])
     lines = printed.getvalue().splitlines()
     # Above the table the command says what it assumes; the table's head begins with "tp  pp".
-    starts = [line.split()[:2] for line in lines]
-    head = starts.index(["tp", "pp"])
+    head = 0
+    while lines[head].split()[:2] != ["tp", "pp"]:
+        head += 1
     command = " ".join(["megalora", *PLAN])
+    shown = ["```console", f"$ {command}"]
     # The head and the three rows that --top 3 asks for.
-    table = [line.rstrip() for line in lines[head : head + 4]]
-    return "\n".join(["```console", f"$ {command}", *table, "```"])
+    for line in lines[head : head + 4]:
+        shown.append(line.rstrip())
+    return "\n".join([*shown, "```"])
 
 
 def support() -> str:

@@ -20,7 +20,7 @@ from tests.distributed.ranks import run_ranks
 from tests.oracles.moe_layer import layer_of
 from tests.parity.built import built, random_adapter
 from tests.parity.compare import of_largest
-from tests.parity.everything import LORA, NAMES, config_of
+from tests.parity.everything import LORA, WITHOUT_ROUTER, config_of
 from tests.parity.gradients import reduced_gradients
 
 # (world size, layout, recomputation). "selective" recomputes the MoE layer in backward, where hooks
@@ -81,6 +81,24 @@ FAST = {
 """Every exchange between ranks, each back end but the interpreted one, and experts without rows."""
 
 
+def compare_microbatch(layer: Any, record: dict[str, Tensor]) -> Tensor:
+    """Put a microbatch's own input and output gradient through the plain layer, whose factors keep
+    their gradients; the number of tokens of each expert."""
+    x = record["x"].requires_grad_()
+    y, probabilities = layer(x)
+    # The gradient of this sum with respect to y is dy.
+    (y * record["dy"]).sum().backward()
+    expected = {"y": y.detach(), "dx": x.grad, "probabilities": probabilities.detach()}
+    for quantity, value in expected.items():
+        assert value is not None
+        # Float32 sums of some hundred terms over the largest entry of the quantity.
+        torch.testing.assert_close(
+            record[quantity], value, rtol=0, atol=2e-6 * value.abs().max().item(),
+            msg=lambda m, q=quantity: f"{q}: {m}",
+        )  # fmt: skip
+    return (probabilities > 0).sum(0)
+
+
 @pytest.mark.parametrize(
     ("name", "tokens", "backend"),
     [pytest.param(*arm, marks=[] if arm in FAST else pytest.mark.slow) for arm in ARMS],
@@ -98,8 +116,7 @@ def test_layer_computes_what_the_plain_layer_computes(
     # At EP 4 the last rank gets no token; a router adapter would wake its experts up.
     if tokens != "all experts busy":
         base = idle
-        without_router = [name for name in NAMES if name != "gate"]
-        lora = replace(LORA, target_modules=without_router)
+        lora = replace(LORA, target_modules=WITHOUT_ROUTER)
     _, factors = random_adapter(tmp_path / "adapter.safetensors", lora, base)
     config = config_of(base, chats, tmp_path / "run", parallel, lora, recompute, micro_batch_size=1)
     ranks = run_ranks(watched_step, world, config, tmp_path / "adapter.safetensors")
@@ -111,19 +128,8 @@ def test_layer_computes_what_the_plain_layer_computes(
         # A batch of 8 in microbatches of 1, divided over world / TP data-parallel ranks.
         assert len(microbatches) == 8 * config.parallel.tp // world
         for record in microbatches:
-            x = record["x"].requires_grad_()
-            y, probabilities = layer(x)
-            # The gradient of this sum with respect to y is dy.
-            (y * record["dy"]).sum().backward()
-            used += (probabilities > 0).sum(0)
-            expected = {"y": y.detach(), "dx": x.grad, "probabilities": probabilities.detach()}
-            for quantity, value in expected.items():
-                assert value is not None
-                # Float32 sums of some hundred terms over the largest entry of the quantity.
-                torch.testing.assert_close(
-                    record[quantity], value, rtol=0, atol=2e-6 * value.abs().max().item(),
-                    msg=lambda m, q=quantity: f"{q}: {m}",
-                )  # fmt: skip
+            used += compare_microbatch(layer, record)
+    # The router of ``idle`` never chooses the last two of eight.
     assert (used > 0).sum() == (8 if tokens == "all experts busy" else 6)
 
     _, count, gradients = ranks[0]
@@ -135,8 +141,8 @@ def test_layer_computes_what_the_plain_layer_computes(
             ours[name] = gradient
     mine = {}
     for name, factor in layer.factors.items():
-        # dy above is of the sum over target tokens, the step's gradient of their mean. An expert
-        # without tokens has no gradient here and zeros there.
+        # dy is of the sum over target tokens, the step's gradient of their mean. An expert without
+        # tokens has no gradient here and zeros there.
         summed = torch.zeros_like(factor) if factor.grad is None else factor.grad
         mine[prefix + name] = summed / count
     assert of_largest(ours, mine) <= 1e-5

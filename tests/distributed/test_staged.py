@@ -47,7 +47,7 @@ def even_collectives(place: Callable[[Tensor], Tensor], group: Any) -> dict[str,
         found[f"all_to_all_single {name}"] = out = torch.zeros(2 * n, 3, dtype=dtype)
         dist.all_to_all_single(place(out), place(drawn(2 * n, 3, dtype=dtype)), group=group)
         # Rank i sends i + j rows to rank j: nothing from the first to itself.
-        sizes = [rank + other for other in range(n)]
+        sizes = list(range(rank, rank + n))
         found[f"uneven all_to_all_single {name}"] = out = torch.zeros(sum(sizes), 3, dtype=dtype)
         sent = drawn(sum(sizes), 3, dtype=dtype)
         dist.all_to_all_single(place(out), place(sent), sizes, sizes, group=group)
@@ -112,7 +112,7 @@ def what_only_nccl_has() -> None:
     assert torch.equal(x, average)
 
     # Rank i brings, or keeps, 2 i + 1 rows: uneven, as experts' tokens are. Gloo refuses that.
-    sizes = [2 * other + 1 for other in range(n)]
+    sizes = list(range(1, 2 * n, 2))
     whole = torch.zeros(sum(sizes), 3)
     brought = []
     for given, size in zip(of_every_rank(sum(sizes), 3), sizes, strict=True):
@@ -136,6 +136,13 @@ def handles_and_views() -> None:
     in turn."""
     n = dist.get_world_size()
     rank = dist.get_rank()
+    delivered_when_waited_for(n)
+    parts_of_tensors(n, rank)
+    many_at_once(n)
+    large_messages_in_turn(n, rank)
+
+
+def delivered_when_waited_for(n: int) -> None:
     ones = torch.ones(3)
     tensor = on_device(ones)
     work = dist.all_reduce(tensor, async_op=True)
@@ -147,6 +154,8 @@ def handles_and_views() -> None:
     ones.fill_(7)
     assert work.wait() and torch.equal(ones, torch.full((3,), 7.0)), "a handle delivers once"
 
+
+def parts_of_tensors(n: int, rank: int) -> None:
     # Columns of a matrix: neither contiguous nor at the beginning of their memory. What lies
     # between stays as it is.
     numbers = torch.arange(12.0).view(3, 4)
@@ -163,7 +172,9 @@ def handles_and_views() -> None:
     )
     assert torch.equal(received[::2, 0], torch.arange(1.0, n + 1)) and not received[1::2].any()
 
-    # As Megatron's gradient buckets and parameter gathers do it.
+
+def many_at_once(n: int) -> None:
+    """As Megatron's gradient buckets and parameter gathers do it."""
     parts = [torch.zeros(2), torch.zeros(3)]
     wholes = [torch.zeros(2 * n), torch.zeros(3 * n)]
     with dist._coalescing_manager(dist.group.WORLD, async_ops=True) as manager:
@@ -189,8 +200,10 @@ def handles_and_views() -> None:
     for part in parts:
         assert torch.equal(part, torch.full_like(part, n * n))
 
-    # Blocking sends of 4 MB, more than sockets hold, first to last rank and back: a send that waits
-    # for the wrong thread never ends.
+
+def large_messages_in_turn(n: int, rank: int) -> None:
+    """Blocking sends of 4 MB, more than sockets hold, first to last rank and back: a send that
+    waits for the wrong thread never ends."""
     big = torch.full((1_000_000,), -1.0)
     if rank == 0:
         dist.send(on_device(torch.arange(1e6)), n - 1)

@@ -42,9 +42,10 @@ DOCS_BUGS: tuple[Bug, ...] = (
         0,
         "README's error of the planner is that of the best layout",
         README,
-        "return max(abs(row",
-        "return min(abs(row",
+        "max(largest, abs(error))",
+        "min(largest, abs(error))",
         f"{TESTS} test_generated_files_are_current",
+        ("largest = 0.0", "largest = 9.9"),
     ),
     bug(
         0,

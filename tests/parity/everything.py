@@ -22,6 +22,7 @@ NAMES = [
     "gate",
     "lm_head",
 ]
+WITHOUT_ROUTER = [name for name in NAMES if name != "gate"]
 LORA = LoRAConfig(rank=3, alpha=12.0, target_modules=NAMES)
 """Rank 3, which no parallel size divides; a scale of 4, so that one applied twice or not at all
 shows."""

@@ -94,9 +94,13 @@ def accepted(case: Case) -> bool:
 @cache
 def layouts() -> tuple[Case, ...]:
     """Every layout of the grid's sizes that some model may have, smallest first."""
-    cases = [Case(*sizes) for sizes in product(WORLDS, TP, PP, VPP, EP, ETP)]
+    found = []
     # Of 288 combinations about a third are accepted.
-    return tuple([case for case in cases if accepted(case)])
+    for sizes in product(WORLDS, TP, PP, VPP, EP, ETP):
+        case = Case(*sizes)
+        if accepted(case):
+            found.append(case)
+    return tuple(found)
 
 
 def variants(layout: Case) -> list[Case]:
@@ -120,15 +124,16 @@ def full_grid() -> tuple[Case, ...]:
     """
     of_layout = {layout: variants(layout) for layout in layouts()}
     pairs = {}
+    # A case's number of new pairs only falls: what it was bounds what it is, and most need no look.
+    bound = {}
     for cases in of_layout.values():
         for case in cases:
             pairs[case] = case.pairs()
+            bound[case] = len(pairs[case])
     missing = set[Any]().union(*pairs.values())
     used = Counter[Any]()
     chosen = []
 
-    # A case's number of new pairs only falls: what it was bounds what it is, and most need no look.
-    bound = {case: len(own) for case, own in pairs.items()}
     order: dict[Case, int] = {}
     for place, case in enumerate(pairs):
         order[case] = place
@@ -195,8 +200,8 @@ LAYOUTS_OF_FAMILIES = (
     Case(2, pp=2, adapter="router", recompute="full", micro=3),
     Case(4, tp=4, ep=2, etp=2, adapter="ranks", micro=3),
 )
-MORE_OF_FAMILIES = tuple(
-    replace(layout, model=model)
-    for model, layout in product(("glm4_moe", "olmoe"), LAYOUTS_OF_FAMILIES)
-)
+MORE_OF_FAMILIES: list[Case] = []
 """More layouts for families that have layer parts of their own."""
+for _model in ("glm4_moe", "olmoe"):
+    for _layout in LAYOUTS_OF_FAMILIES:
+        MORE_OF_FAMILIES.append(replace(_layout, model=_model))
