@@ -244,6 +244,7 @@ def deviations(found: Expected, of: Expected) -> dict[str, float]:
     assert ours.adapter.keys() == theirs.adapter.keys(), (
         "other tensors were trained than the oracle's"
     )
+    assert theirs.losses and theirs.adapter, "nothing that could deviate"
     gradient = 0.0
     for our_step, their_step in zip(ours.gradients, theirs.gradients, strict=True):
         gradient = _worse(gradient, of_largest(our_step, their_step))
