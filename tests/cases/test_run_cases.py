@@ -17,10 +17,10 @@ import pytest
 
 from megalora.cli import main as cli
 from megalora.config import RunConfig
+from tests.command_outcome import outcome
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_guards import said_by
 from tests.parity.runs import make_config, records
-from tests.test_cli import outcome
 from tests.waiting import PATIENCE_S, wait_until
 
 # A program that answers a signal as our ranks do, without the ten seconds that they take to start.

@@ -115,8 +115,8 @@ def what_only_nccl_has() -> None:
     sizes = list(range(1, 2 * n, 2))
     whole = torch.zeros(sum(sizes), 3)
     brought = []
-    for given, size in zip(of_every_rank(sum(sizes), 3), sizes, strict=True):
-        brought.append(given[:size])
+    for rows, size in zip(of_every_rank(sum(sizes), 3), sizes, strict=True):
+        brought.append(rows[:size])
     dist.all_gather(on_devices(whole.split(sizes)), on_device(brought[rank]))
     assert torch.equal(whole, torch.cat(brought))
     given = of_every_rank(sum(sizes), 3)
