@@ -176,7 +176,7 @@ class Bench:
         wanted = ("base triton", "base grouped_mm", "ours triton", "ours grouped_mm joined")
         ours = our_arms(case)
         arms = {name: ours[name] for name in wanted}
-        # Half as many samples: there are ten of these points for each share of the experts.
+        # Half as many samples: there are up to ten of these points for each share of the experts.
         rows = compare(
             f"crossing: {spec.label}", arms, {},
             lambda: {"adapted": reference(case, True), "base": reference(case, False)},

@@ -2,12 +2,12 @@
 set-up, as far as it is stated.
 
 None of them was measured with megalora: adapters, kernels and optimizers are others. So a
-prediction below a published memory, or above a published speed, proves no error. Above a published
-memory is Unsloth's: its 63 GB leave 2 GB beside 61 GB of bfloat16 weights, which is too little for
-all-linear r16 with float32 gradients and Adam (843 million parameters, 18 bytes each); that run
-trained less or kept less. What a source leaves open is filled in here, and marked so. Left out are
-pre-training and full training (another optimizer, another backward) and gpt-oss (no architecture
-here).
+prediction below a published memory, or above a published speed, proves no error. For Unsloth the
+prediction is above the published 63 GB: these leave 2 GB beside 61 GB of bfloat16 weights, which is
+too little for all-linear r16 with float32 gradients and Adam (843 million parameters, 18 bytes
+each); that run trained less or kept less. What a source leaves open is filled in here, and marked
+so. Left out are pre-training and full training (another optimizer, another backward) and gpt-oss
+(no architecture here).
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,7 @@ import pytest
 from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 
 
+# Attention and experts split the same ranks in two ways, so that each has its own data parallelism.
 @pytest.mark.parametrize(
     ("layout", "world_size", "sizes"),
     [
@@ -21,7 +22,6 @@ def test_data_parallel_sizes(
     assert layout.data_parallel_sizes(world_size) == sizes
 
 
-# Attention and experts split the same ranks in two ways, so that each has its own data parallelism.
 def run_config(*, batch: int = 24, micro: int = 1, **parallel: int) -> RunConfig:
     return RunConfig(
         model=ModelConfig(path="m"), data=DataConfig(train="d"),

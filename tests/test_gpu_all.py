@@ -191,7 +191,7 @@ def test_a_second_call_continues(machine):
     # The same steps with a program that notes its name and leaves nothing.
     code = "import sys\n" + note + WRITES.replace("*left", "name").replace("left", "[]")
     mended = [step(name, code, name) for name in ("failed", "done", "part")]
-    # "part" goes first, because it is nearly done; "done" is not called at all.
+    # "part" goes before what failed; "done" is not called at all.
     record = run(machine, mended)
     assert results_of(record) == {"failed": "ok", "done": "ok", "part": "ok"}
     assert order.read_text() == "part failed "

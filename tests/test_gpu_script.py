@@ -84,7 +84,7 @@ def test_a_script_that_is_ended_ends_its_step(sign, code, tmp_path):
     process.send_signal(sign)
     _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == code
-    # Only who has pressed Ctrl-C is there to read it.
+    # Only after Ctrl-C is somebody there to read it.
     goes_on = "gpu_all.sh: interrupted; the same call again goes on from here\n"
     assert said == (goes_on if code == 130 else "")
     assert not is_running(int(pid.read_text())), "the step still runs"

@@ -52,7 +52,7 @@ def test_the_fastest_gets_the_row_of_every_point(out):
     assert len(found["rows"]) == 4 and not found["rule_stands"]
     for row, point in zip(found["rows"], POINTS, strict=True):
         assert Variant(**row["variant"]) == VARIANTS[5]
-        # Ranks of a row are those of a bucket: 4 and 8 of gate and up are both in that up to 16.
+        # Rows are for a padded rank: down's 4 and gate and up's 8 together are both padded to 16.
         assert (row["op"], row["R"]) == ("forward", 16)
         assert (row["N"], row["K"]) == (point.gemm.N, point.gemm.K)
         assert (row["rows_per_expert"], row["blocks"]) == (point.rows, len(point.gemm.ranks))

@@ -16,7 +16,7 @@ def text_of(split, tokenizer):
 
 
 def test_columns_left_out(load):
-    # Alpaca's columns. The input was once left out: a question that nobody could answer.
+    # Alpaca's columns. Without the input, nobody could answer the question.
     row = {"instruction": "Add the two numbers.", "input": "17 25", "output": "42"}
     learned_text, split = load([row])
     assert learned_text == [["42<|im_end|>"]]

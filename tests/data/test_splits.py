@@ -108,7 +108,7 @@ def test_summary_of_a_large_split():
 def test_load_split_errors_name_file_and_row(tmp_path, make_tokenizer):
     tokenizer = make_tokenizer()
     good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-    # What is wrong with the row that follows good ones; rows count from 1.
+    # The refusal of the last of several rows; rows count from 1.
     cases = {
         r"a.jsonl: row 2: there is no assistant message": [
             good,

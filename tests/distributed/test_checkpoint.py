@@ -203,7 +203,8 @@ def test_a_rank_stuck_in_a_step_gives_up():
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny, chats, tmp_path):
-    # At this rate the first step overflows every adapter, and the next loss is not a number.
+    # At this rate the first step makes factors of 1e30, whose product is beyond float32: the next
+    # loss is not a number.
     config = with_checkpoints(
         make_config(tiny, chats, tmp_path, {}, steps=9, lr=1e30), every=1, keep=1
     )

@@ -80,8 +80,9 @@ def test_nothing_is_allocated_for_frozen_weights(world, parallel, tiny, chats, t
         moments += rank["moments"]
         replicated += rank["adapters"]
     # Factors that tensor-parallel ranks share have moments on each of them, so over TP there are
-    # more than ``whole``; but never one set for each data-parallel replica.
+    # more than ``whole``, but at most two for every element that some rank holds.
     assert 2 * whole <= moments <= 2 * replicated
+    # Data-parallel replicas have one set between them.
     if parallel == {}:
         assert moments == 2 * whole
 

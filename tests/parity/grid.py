@@ -19,7 +19,7 @@ VPP = (1, 2)
 EP = (1, 2, 4)
 ETP = (1, 2)
 RECOMPUTE = ("off", "selective", "full")
-# 3: no batch size of a power of two would be mistaken for it.
+# 3, which no other size of the grid is.
 MICRO = (1, 3)
 
 

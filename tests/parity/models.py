@@ -41,10 +41,12 @@ for _family in FAMILIES:
     if _family not in NAMED_OTHERWISE:
         MODELS[_family] = {"arch": _family}
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Scales of 3 in the place of PEFT's usual 1 or 2, so that a forgotten or doubled one shows.
+# Scales of 3 where patterns do not change them, not PEFT's usual 1 or 2: a forgotten or doubled one
+# shows.
 ADAPTERS: dict[str, LoRAConfig] = {
     "all": LoRAConfig(rank=4, alpha=12.0),
-    # A rank of its own for every projection that shares a stacked A: q from v, up from gate.
+    # Projections whose A's are stacked have different ranks: q, k and v 3, 4 and 5, gate and up 4
+    # and 2.
     "ranks": LoRAConfig(
         rank=4, alpha=12.0, rank_pattern={"q_proj": 3, "v_proj": 5, "up_proj": 2, "down_proj": 6},
         alpha_pattern={"k_proj": 3.0, "gate_proj": 20.0},

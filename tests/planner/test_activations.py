@@ -157,7 +157,7 @@ def compare(configs: list[RunConfig], world: int, *, extra: Any = None) -> None:
             f" {difference:+.3%}"
         )
         print(line)
-        # Found: 0.002 % at most. A forgotten [tokens, hidden] is a hundred times the tolerance.
+        # Found: 0.002 % at most. A forgotten [tokens, hidden] is 1 % and more.
         assert abs(difference) < 0.0005, line
 
 

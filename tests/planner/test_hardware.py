@@ -139,7 +139,7 @@ def test_nodes_of_a_group(ranks: int, stride: int, per_node: int, nodes: int) ->
 def test_every_gpu_of_the_table(name: str) -> None:
     gpu = find_machine(name.upper())
     assert gpu.name.lower().startswith(name)
-    # 80 to 192 GB, of which each has a little less in GiB.
+    # 80 to 180 GB by their names, which is less in GiB.
     assert 70 < gpu.memory_bytes / 2**30 < 200
     assert gpu.gemm.at(4096, 4096, 4096).basis == "assumed"
     # Attention reaches a smaller part of the peak backward than forward, and a grouped GEMM than a

@@ -132,7 +132,7 @@ def test_ranks_to_try() -> None:
 
 
 def test_nothing_fits() -> None:
-    # 8 GiB hold no part of 57 GiB of weights that one GPU has to take.
+    # One GPU has to hold all 57 GiB of weights, which do not fit into 8.
     tiny = replace(GPUS["h100"], memory_bytes=2**33)
     with pytest.raises(
         ValueError,
@@ -295,7 +295,7 @@ def test_a_dry_run_agrees(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_dry_run_agrees_where_routers_have_buffers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """GLM's correction biases are no parameters; the command once said DIFFERENT of them."""
+    """GLM's correction biases are buffers, not parameters, and must be counted on both sides."""
     base = make_tiny(tmp_path / "glm", arch="glm4_moe")
     layout = [f"model.path={base}", "train.global_batch_size=8", "parallel.ep=2", "parallel.pp=2"]
     with pytest.raises(SystemExit) as ended:
