@@ -15,6 +15,7 @@ from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import model_shape
 from megalora.model.shape import ModelShape
 from tests.adapters.adapters import Trained, load_base, logits, merged_by_hand
+from tests.adapters.folders import refused
 from tests.named_tensors import cast
 
 ATOL = 1e-5
@@ -68,6 +69,11 @@ def read_logits(folder: Path, base: Path, order: Any = None) -> tuple[Adapter, T
     wide = cast(torch.float32)(read.tensors)
     trained = Trained(base, shape_of(base), read.adapted, wide, folder)
     return read, logits(merged_by_hand(trained, base_model(base)))
+
+
+def refusal(folder: Path, base: Path) -> str:
+    """What reading the folder for the base is refused with."""
+    return refused(lambda: read_adapter(folder, shape_of(base)))
 
 
 def check_equal(folder: Path, base: Path, expected: Tensor) -> Adapter:

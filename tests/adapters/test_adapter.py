@@ -20,8 +20,8 @@ from tests.adapters.adapters import (
     logits,
     train,
 )
-from tests.adapters.folders import edit_tensors, refused
-from tests.adapters.stock import new_adapter, read_logits, shape_of
+from tests.adapters.folders import edit_tensors
+from tests.adapters.stock import new_adapter, read_logits, refusal, shape_of
 from tests.named_tensors import assert_same_tensors, renamed
 from tests.peft_warnings import IGNORED
 
@@ -164,10 +164,6 @@ class Stacked:
                 delta, expected.pop(a.hf_module(expert)), rtol=1e-6, atol=1e-7
             )
         assert not expected
-
-
-def refusal(adapter: Path, base: Path) -> str:
-    return refused(lambda: read_adapter(adapter, shape_of(base)))
 
 
 @pytest.fixture(scope="module")

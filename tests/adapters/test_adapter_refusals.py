@@ -17,12 +17,8 @@ from tests.adapters.adapters import (
     train,
 )
 from tests.adapters.folders import edit_config, edit_tensors, factors_of, refused, remove_tensors
-from tests.adapters.stock import shape_of
+from tests.adapters.stock import refusal
 from tests.named_tensors import Tensors
-
-
-def refusal(adapter: Path, base: Path) -> str:
-    return refused(lambda: read_adapter(adapter, shape_of(base)))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +231,7 @@ def test_experts_of_different_rank_are_refused(bases: dict[str, Path], tmp_path:
             "lora_embedding_A is no LoRA factor of a",
         ),
         (
-            # Tinker's spelling: all experts of a layer in one tensor of 3 dimensions.
+            # Tinker's spelling: all experts of a layer in one tensor; its B is missing.
             {"base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight": torch.ones(8, 2, 96)},
             "w1.lora_A.weight has no partner",
         ),
