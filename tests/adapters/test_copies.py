@@ -107,7 +107,8 @@ def saved(bases: dict[str, Path], tmp_path: Path) -> Path:
 
 def with_number(w: Tensor, place: int, number: float) -> Tensor:
     """``w`` with one of its numbers, counted row by row, raised by ``number``."""
-    flat = w.flatten()
+    # flatten() alone may be a view, and would change ``w``.
+    flat = w.flatten().clone()
     flat[place] += number
     return flat.view_as(w)
 
@@ -121,7 +122,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     # The same numbers, so that sums and norms agree.
     "rows exchanged": lambda w: w.flip(0),
     "zeros": torch.zeros_like,
-    # A difference that is NaN is larger than nothing.
+    # No comparison with NaN holds: a check for ``difference > 0`` would pass it over.
     "NaN": lambda w: with_number(w, 5, torch.nan),
 }
 

@@ -197,5 +197,7 @@ def test_tensors_of_a_half_adapted_expert(bases: dict[str, Path], tmp_path: Path
 def test_dtype_is_kept(bases: dict[str, Path], tmp_path: Path) -> None:
     trained = train(bases["moe"], tmp_path / "adapter", torch.bfloat16, target_modules=["up_proj"])
     # The zeros that fill up gate and down among them.
-    for name, tensor in load_file(trained.folder / WEIGHTS).items():
+    tensors = load_file(trained.folder / WEIGHTS)
+    assert only_parts("gate_proj")(tensors) and only_parts("down_proj")(tensors)
+    for name, tensor in tensors.items():
         assert tensor.dtype == torch.bfloat16, name

@@ -145,6 +145,7 @@ def test_layers_refused(layers: list[int] | str, message: str) -> None:
 def test_the_first_pattern_that_matches_wins() -> None:
     """As in PEFT: the order of keys decides, not how much a key says."""
     targets = ["k_proj", "o_proj"]
+    assert len(adapt(target_modules=targets)) == 2 * 4
     specific = r"layers\.2\.self_attn\.k_proj"
     general = "k_proj"
     # Patterns, and what they give k_proj in each layer; o_proj is in none and keeps rank and alpha.
