@@ -264,7 +264,7 @@ REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
         {"experts.w1.lora_A": (E, 2, H), "experts.w1.lora_B": (E, I, 2)},
         "has rank 2, but adapter_",
     ),
-    # All experts' rows above each other, in an order that nothing says.
+    # One matrix: of which expert it is, or that all of them share it, nothing says.
     "2-D under a 3-D name": (
         {"experts.w1.lora_A": (RANK, H), "experts.w1.lora_B": (I, RANK)},
         "of this name is 3-D .* Write an A and",

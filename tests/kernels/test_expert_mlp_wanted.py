@@ -158,8 +158,8 @@ def test_operands_overwritten_before_backward_are_noticed(backend, name):
     case = IDLE["gathered"]()
     out = case.call(backend=backend)
     found = {**vars(case.routing), **case.leaves, "w1": case.w1}[name]
-    # The values stay the same, but autograd counts versions.
-    # Without this, backward would compute with whatever the tensor holds by then.
+    # Backward would compute with whatever the tensor holds by then. Here the values stay the same,
+    # but autograd counts how often a tensor was written to.
     with torch.no_grad():
         found.mul_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -192,7 +192,7 @@ def test_two_forwards_through_one_joined_weight_before_either_goes_backward():
         assert_close(actual, row_by_row(replace(case, leaves=leaves)), torch.float32)
 
 
-# Not "joined", which is no back end and has a test of its own above.
+# Not "joined", which is a kind of weight and no back end.
 @pytest.mark.parametrize("backend", FUSED[:2] + FUSED[3:])
 def test_gate_and_up_may_share_one_adapter(backend, small_tiles):
     """One A and one B over the rows of both, as fused checkpoints have it: the same as two that

@@ -46,7 +46,7 @@ def test_as_python_s_re(expression: str) -> None:
     try:
         re.compile(anchored)
     except re.error:
-        # Flags that must come first do not any more: PEFT would fail on them too.
+        # Flags must come first, and here a group stands before them: PEFT would fail on them too.
         with pytest.raises(ValueError, match="is neither a name nor a regular expression"):
             Pattern("x: o", anchored)
     else:

@@ -271,7 +271,7 @@ def gradients(a: Tensor, b: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tens
 
 
 def test_scale_of_rslora_is_over_the_square_root() -> None:
-    # Mostly no squares, whose roots float64 rounds; 1 cannot tell the two rules apart.
+    # 2 and 5 are no squares, and float64 rounds their roots; 1 cannot tell the two rules apart.
     for rank in (1, 2, 5, 16):
         (adapted,) = adapt(rank=rank, alpha=3.0, use_rslora=True, target_modules=["lm_head"])
         assert adapted.scale == pytest.approx(3.0 / math.sqrt(rank), rel=1e-15)

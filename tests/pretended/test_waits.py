@@ -102,7 +102,7 @@ STEPS: dict[str, dict[str, int]] = {
     # Two of the four layers (etp exchanges as ep does), two microbatches.
     "pp2_vpp2_etp2": METRICS | splits(4),
 }
-# Six adapted modules each: qkv, proj, router, the experts' fc1 and fc2, head. With expert
+# Six adapted modules each: qkv, proj, router, the experts' gate_up and down, head. With expert
 # parallelism Megatron keeps one buffer for dense parameters and one for the experts'.
 RUNS = {"one_gpu": whole_run(1, 6, 0, True), "tp2_ep2": whole_run(2, 6, 2, False)}
 

@@ -250,11 +250,11 @@ def test_logprobs_of_a_prompt(client: Client, adapters: list[Path]) -> None:
 def test_logprobs_of_a_prompt_where_lm_head_is_wrapped(
     vllm: FakeVLLM, adapters: list[Path]
 ) -> None:
-    """Prefix by prefix, never with ``prompt_logprobs``; more than one request's worth of different
-    tokens."""
+    """Prefix by prefix, never with ``prompt_logprobs``, and in more than one request."""
     client = Client(vllm.url, limits=Limits(target_modules=("qkv_proj", "lm_head")))
     model = client.load("math", adapters[0])
-    # 182 tokens, 100 of them different: vLLM gives up to 128 log-probabilities for a request.
+    # 181 prefixes. The client asks for 128 at once, since vLLM gives the log-probabilities of up to
+    # 128 different tokens for a request.
     tokens = [*range(100), 7, 7, *range(80)]
     asked = []
     ask = client._api.completion
