@@ -229,7 +229,7 @@ def test_a_config_is_checked_without_importing_torch() -> None:
         if name.startswith(WITHOUT_TORCH):
             heavy = packages(path, at_start=True) & TAKE_SECONDS
             assert not heavy, f"{name} imports {sorted(heavy)} as it is imported"
-            # And so on: what it imports of ours may import nothing of these either.
+            # What it imports of ours may import none of these either.
             for module in imports(path, at_start=True):
                 target = module.replace(".", "/") + ".py"
                 if target in FILES:

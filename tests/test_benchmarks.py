@@ -93,7 +93,7 @@ def test_training_flops_by_hand():
     scores = 4096 * 32 * 128 * 48
     expected = 4 * 3_041_656_832 + 6 * 48 * (on_attention + 8 * on_expert) + 6 * scores
     assert flops_per_token(QWEN3_30B_A3B, 16, 4096) == expected
-    # What Qwen3-30B-A3B has: the config is its own.
+    # The count of the published Qwen3-30B-A3B: the config is its own.
     assert model_shape(QWEN3_30B_A3B).num_parameters() == 30_532_122_624
 
 

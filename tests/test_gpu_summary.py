@@ -180,7 +180,7 @@ def test_a_file_that_is_no_record_is_refused_by_name(results, name, capsys):
         assert said.err.count("REFUSED") == 1
         assert "tests" in said.out
     for gone in RECORDS[name]:
-        # Where it was measured is said if it is known.
+        # The device is named only where it is known.
         if gone == "device":
             continue
         record = dict(RECORDS[name])

@@ -241,7 +241,7 @@ def test_a_requeued_job_resumes(copy: Path, restarts: str, resume: str) -> None:
     ("state", "number", "requeued"),
     [
         ("RUNNING", signal.SIGTERM, True),
-        # What --signal may be set to send as well.
+        # Another signal that --signal may be set to send.
         ("RUNNING", signal.SIGUSR1, True),
         # Cancelled, and must not come back; or preempted, and Slurm requeues it itself.
         ("COMPLETING", signal.SIGTERM, False),

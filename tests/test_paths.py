@@ -60,7 +60,7 @@ def test_every_path_of_a_config_is_expanded(home: Path) -> None:
     save_config(c, home / "written.yaml")
     assert load_config("~/written.yaml") == c
     assert load_config("~/written.yaml", ["checkpoint.dir=~/b"]).checkpoint.dir == f"{home}/b"
-    # What a program makes that takes ~ for a name.
+    # A program that takes ~ for a name would have made this folder.
     assert not (home / "elsewhere" / "~").exists()
 
 

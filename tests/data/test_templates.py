@@ -56,7 +56,7 @@ def test_reasoning_may_be_left_out_where_that_is_said(case, tokenizers):
 
 
 def test_there_are_templates_enough():
-    # A template without a case would be dead text. There were 54 in November 2026; the bound guards
+    # A template without a case would be dead text. The bound, well below their number, guards
     # against a table that loses many of them by mistake.
     assert {case.template for case in CASES} == set(TEMPLATES)
     assert len(TEMPLATES) >= 40

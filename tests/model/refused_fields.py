@@ -131,7 +131,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"quantization": {"group_size": 64, "bits": 4}},
         "quantization: these weights are quantised",
     ),
-    # No number a model can have.
+    # Values that no model can have.
     ("qwen3", {"rms_norm_eps": float("inf")}, "rms_norm_eps=Infinity; it must be a number above 0"),
     ("qwen3", {"rope_theta": float("nan")}, "rope_theta=nan; it must be a number above 1"),
     ("qwen3", {"vocab_size": None}, "vocab_size=null; it must be a whole number of at least 1"),

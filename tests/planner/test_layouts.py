@@ -90,7 +90,7 @@ def test_legal_is_what_divides(num_ranks: int, batch: int, shape: ModelShape) ->
     work = Workload(sequence_length=128, global_batch_size=batch)
     found = enumerate_layouts(shape, num_ranks, work, micro_batch_sizes=(1, 2), recompute=("off",))
     ours = [sizes_of(layout) for layout in found.legal]
-    # None twice.
+    # No layout twice.
     assert len(ours) == len(set(ours))
     assert set(ours) == by_force(shape, num_ranks, work, (1, 2))
 

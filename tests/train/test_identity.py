@@ -194,7 +194,7 @@ def test_generators_of_the_cpu_are_left_on_a_gpu(monkeypatch: pytest.MonkeyPatch
     def refuse(*_: object) -> None:
         pytest.fail("5,056 bytes for a generator of 16")
 
-    # A machine that has got a GPU since.
+    # As on a machine that has got a GPU since the save.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_rng_state", refuse)
     assert host.set_rng_state(state) is False
