@@ -1,5 +1,5 @@
-"""Give anchors what they are measured with: sizes, times, checks, and what a value is compared
-with."""
+"""Measure and check one anchor: sizes, times, results, and the range that a value is expected
+in."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

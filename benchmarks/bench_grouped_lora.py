@@ -100,7 +100,8 @@ class Report:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Report":
-        """The report that an earlier call wrote; what it did not reach is still to be reached."""
+        """The report that an earlier call wrote, without its list of cases not reached: this call
+        makes its own."""
         rows = []
         for row in record["rows"]:
             fields = dict(row)

@@ -42,8 +42,7 @@ LEAST_S = 15
 def run_steps(
     machine: Machine, record: Record, steps: Sequence[Step], seconds: float, archive: Path | None
 ) -> None:
-    """Run steps within ``seconds``; note each outcome, and pack the archive, as soon as it is
-    there."""
+    """Run steps within ``seconds``; after each, record its outcome and pack the archive anew."""
     start = time.monotonic()
     ends = limits(steps, max(0.0, seconds))
     for step in steps:

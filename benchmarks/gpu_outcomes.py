@@ -37,7 +37,7 @@ class Outcome:
 
 
 def unfinished(record: dict[str, Any]) -> list[str]:
-    """Return the names of what a program's JSON says it had no time for."""
+    """Return the names of the cases for which a program had no time, by its JSON."""
     left = list(record.get("not_reached") or [])
     # tune keeps them in its part "sweep", because the rest of its file is what the kernels read.
     left += (record.get("sweep") or {}).get("not_reached") or []

@@ -29,7 +29,7 @@ Records = dict[str, dict[str, Any]]
 
 
 def by_how_much(goal: Goal, value: float) -> str:
-    """Return how far a value is on either side of what the goal asks for, in percent of that."""
+    """Return by how many percent of its limit a value meets or misses a goal."""
     # Positive where the goal is met, whichever side is the good one.
     better = value / goal.must - 1 if goal.at_least else 1 - value / goal.must
     if goal is QUACK:

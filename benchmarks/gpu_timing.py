@@ -141,8 +141,8 @@ def sample(
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Device memory that a call allocates at its highest, on top of what is there before it; None
-    on a CPU."""
+    """Largest device memory that a call has at once, beyond what was allocated before it; None on a
+    CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -171,7 +171,7 @@ class Budget:
         return float("inf") if self.end is None else self.end - time.monotonic()
 
     def part(self, share: float) -> "Budget":
-        """Return a budget that ends when so much of what is left now is gone."""
+        """Return a budget that ends when this share of the time left now has passed."""
         part = Budget(None)
         if self.end is not None:
             part.end = time.monotonic() + share * self.left()

@@ -16,8 +16,8 @@ BASE_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 """Largest relative difference of the first loss, which is the base's. Rounding gives 1e-7 in
 float32."""
 STEP_LIMIT = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
-"""Largest difference of a later loss, as a share of what the loss has fallen by in all. Rounding
-gives 1e-5 in float32; an alpha of half or twice the size gives 0.3 and more."""
+"""Largest difference of a later loss, as a share of the whole fall of the loss. Rounding gives 1e-5
+in float32; an alpha of half or twice the size gives 0.3 and more."""
 GOALS = {"bridge per expert": 1.5, "peft": 3.0}
 """How many times as long as megalora's a step should take on a CPU."""
 TIMES = ("over_megalora", "step_ms", "passes_ms", "rounds", "peak_bytes")

@@ -4,8 +4,8 @@ in float64.
     python -m benchmarks.shared_gpu [--budget-seconds 150] [--at-once 4] [--out FILE] [--dry]
 
 The ranks of a case run the product's own training with the real kernels. Their collectives go
-through the host (MEGALORA_SHARE_GPU=1), so that NCCL alone is missing of what several GPUs would
-do. Without a GPU the same trainings run on CPU ranks over gloo, which is how this script is tested.
+through the host (MEGALORA_SHARE_GPU=1), so that only NCCL is missing from a run on several GPUs.
+Without a GPU the same trainings run on CPU ranks over gloo, which is how this script is tested.
 
 A case passes where it is as near to float64 as float32 has to be on a CPU (tests/parity/case.py).
 Since a GPU adds in another order, it also passes at twice the distance of one rank alone on the
@@ -181,7 +181,8 @@ class Found:
             self.write(**self.content())
 
     def content(self) -> dict[str, Any]:
-        """What is written: each row with what it exceeds, and the names of cases without a row."""
+        """The content of the record: each row with the limits it exceeds, and the names of cases
+        without a row."""
         rows = []
         not_reached = []
         for name in self.names:

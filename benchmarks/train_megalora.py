@@ -1,5 +1,5 @@
-"""Build training arms on Megatron-Core: megalora's own step, and what it shares with other
-libraries' arms on the same model."""
+"""Build training arms on Megatron-Core: megalora's own step, and the base, batch and optimizer that
+other libraries' arms share with it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -58,7 +58,7 @@ def sweep(budget_seconds: float, out: Path, dry: bool) -> int:
             process.kill()
             process.wait()
             print(
-                f"out of time: the sweep was ended; what it found until then is in {out}",
+                f"out of time: the sweep was ended; its results until then are in {out}",
                 file=sys.stderr,
             )
             return 0 if out.is_file() else 1

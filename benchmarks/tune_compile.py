@@ -35,8 +35,8 @@ JOB_SECONDS = 60
 class Job:
     """A kernel to compile, with the strides and integers of ``experts`` experts of the GEMM.
 
-    Triton compiles a kernel anew where an integer argument is 1 or a multiple of 16, so what is
-    compiled here must have the arguments of what is launched later.
+    Triton compiles a kernel anew where an integer argument is 1 or a multiple of 16, so a kernel
+    must be compiled here with the arguments of its launch.
     """
 
     gemm: Gemm

@@ -103,7 +103,7 @@ for from many rows down."""
 
 
 def groups() -> list[Group]:
-    """In the order of what they are worth: time may run out."""
+    """All groups, the most valuable first: time may run out."""
     thirty = SIZES["30b"]
     big = SIZES["235b"]
     return [
@@ -229,8 +229,8 @@ def mistake(o: Operands, want_MN: Tensor, variant: Variant, run: Launch = launch
     """Why a variant may not be timed, or None: rows that differ from float32, or other bits in a
     second run.
 
-    Memory that it allocates holds NaN before, so that what it does not write is found out. Rows are
-    compared one by one: a single wrong row in a hundred thousand is no error of the whole.
+    Memory that it allocates is filled with NaN, so that an entry that it does not write shows. Rows
+    are compared one by one: in the norm of the whole, one wrong row in a hundred thousand is lost.
     """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # fills what is allocated
