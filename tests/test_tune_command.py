@@ -190,7 +190,7 @@ def test_a_sweep_is_ended_when_its_budget_is_spent(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         time_is_up_when(patch, (tmp_path / "calls").is_file)
         # 1, for nothing was written; had it been left to sleep, it would have ended with 0.
-        assert sweep_by("exec sleep 600", tmp_path, monkeypatch, seconds=1000) == (1, 1)
+        assert sweep_by("exec sleep 120", tmp_path, monkeypatch, seconds=1000) == (1, 1)
     # With so little left it is not started again: this call has added one line to the first's.
     little = tune.LEAST_SECONDS - 1
     assert sweep_by("exit 75", tmp_path, monkeypatch, seconds=little)[1] == 2
