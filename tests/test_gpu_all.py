@@ -215,6 +215,7 @@ def test_a_step_is_not_begun_with_less_than_it_needs(machine):
     assert record.outcomes["long"].why == "1000 s were left of the 5000 that it needs"
 
 
+@pytest.mark.slow
 def test_what_a_killed_call_left_is_continued(machine):
     """Whatever ends the script itself: a step that was running keeps what it has written."""
     # The step writes and then kills the process that runs the steps, here one of its own.

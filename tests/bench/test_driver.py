@@ -94,6 +94,7 @@ def ranks_started(out: Path) -> Counter[str]:
     return count
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_costs_its_row_alone(stand_in, tiny, chats, tmp_path) -> None:
     config = make_config(tiny, chats, tmp_path, {}, global_batch_size=16)
     out = tmp_path / "out"

@@ -90,6 +90,7 @@ def test_resume_true_takes_the_newest_and_keep_forgets_the_oldest(tiny, chats, t
     assert len(records(tmp_path, "loss")) == 4
 
 
+@pytest.mark.slow
 def test_resume_in_another_layout_continues_the_same_run(tiny, chats, tmp_path):
     config = make_config(tiny, chats, tmp_path / "whole", {}, steps=4)
     run_ranks(train, 1, with_checkpoints(config, every=2))

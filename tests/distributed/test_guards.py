@@ -191,10 +191,11 @@ def test_another_loss_than_that_of_transformers_is_refused(bug, tiny, chats, tmp
     ("world", "parallel", "dtype"),
     [
         pytest.param(4, {"tp": 2, "ep": 2, "etp": 2}, "float32", marks=pytest.mark.slow),
-        (4, {"pp": 2, "vpp": 2, "ep": 2}, "float32"),
+        (2, {"ep": 2}, "float32"),
+        pytest.param(4, {"pp": 2, "vpp": 2, "ep": 2}, "float32", marks=pytest.mark.slow),
         pytest.param(4, {"tp": 2, "ep": 2}, "bfloat16", marks=pytest.mark.slow),
     ],
-    ids=["tp2-ep2-etp2", "pp2-vpp2-ep2", "tp2-ep2 bf16"],
+    ids=["tp2-ep2-etp2", "ep2", "pp2-vpp2-ep2", "tp2-ep2 bf16"],
 )
 def test_the_same_loss_is_reported(world, parallel, dtype, tiny, chats, tmp_path):
     """Also when a run goes on: then PEFT puts the saved adapter on."""

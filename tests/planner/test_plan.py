@@ -150,6 +150,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_config_that_runs_and_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
