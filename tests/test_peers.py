@@ -108,7 +108,7 @@ def test_all_installed_arms_train_the_same(tmp_path, monkeypatch, capsys):
             assert again[name] == rows[name]
 
 
-@pytest.mark.parametrize("difference", ["alpha", "routing"])
+@pytest.mark.parametrize("difference", [pytest.param("alpha", marks=pytest.mark.slow), "routing"])
 def test_an_arm_that_differs_leaves_no_times(difference, tmp_path, monkeypatch, capsys):
     """Workers are forked, so Bridge's arm gets what is changed here; megalora's does not use it."""
     if difference == "alpha":

@@ -176,6 +176,7 @@ def _train_epochs(config: RunConfig) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_what_an_epoch_leaves_out_is_said(tiny: Path, chats: Path, tmp_path: Path) -> None:
     # Of the 96 chats, 76 are held out.
     config = make_config(tiny, chats, tmp_path, {}, eval=76, global_batch_size=16)

@@ -172,6 +172,7 @@ def _train_on_a_full_disk(config: RunConfig) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tiny, chats, tmp_path):
     config = with_checkpoints(
         make_config(tiny, chats, tmp_path / "run", {"ep": 2}, steps=2), every=1

@@ -144,7 +144,9 @@ def _projection(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "parallel", [{"tp": 2, "ep": 2}, {"tp": 2, "ep": 1, "etp": 2}], ids=["tp2-ep2", "tp2-etp2"]
+    "parallel",
+    [{"tp": 2, "ep": 2}, pytest.param({"tp": 2, "ep": 1, "etp": 2}, marks=pytest.mark.slow)],
+    ids=["tp2-ep2", "tp2-etp2"],
 )
 def test_03_the_delta_is_whole_and_scaled_once(parallel, everything, chats, tmp_path) -> None:
     """Each projection's own effect on the loss, over that effect in plain transformers with merged

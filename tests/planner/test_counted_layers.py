@@ -178,7 +178,14 @@ def compare(cases: Iterable[Case], counted: dict[str, Any]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Counting a family takes seconds: make test counts one with experts and one without.
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if family in ("qwen3_moe", "llama") else pytest.mark.slow)
+        for family in FAMILIES
+    ],
+)
 def test_layers_of_every_family(family: str, quick: dict[str, Any]) -> None:
     compare(quick_cases_of(family), quick)
 
@@ -196,6 +203,7 @@ def test_adapters_on_every_module_and_every_layout(family: str) -> None:
     compare(cases, count(cases))
 
 
+@pytest.mark.slow
 def test_every_family_kind_and_level_is_counted(quick: dict[str, Any]) -> None:
     """A row of counts for each kind of layer that a registered family has, at each level of
     recomputation, with and without adapters, of layers through which backward goes."""

@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # The loss is the peak: a vocabulary 51 times as wide as the hidden states.
         Case(1, {}, recompute="full", model="vocab"),
         Case(1, {}, recompute="selective", model="dense"),
-        Case(2, {"ep": 2}, micro=2),
+        pytest.param(Case(2, {"ep": 2}, micro=2), marks=pytest.mark.slow),
         # All that a pipeline adds: several microbatches in flight, of two chunks.
         pytest.param(Case(4, {"tp": 2, "pp": 2, "vpp": 2}), marks=pytest.mark.slow),
         # Nothing of a recomputed layer may outlive its backward.
