@@ -157,6 +157,7 @@ def _check_record(record: dict[str, Any]) -> None:
                 assert isinstance(value, float if "seconds" in key else int), (kind, key)
 
 
+@pytest.mark.slow
 def test_one_rank_measures_every_size(whole: dict[str, Any]) -> None:
     _check_record(whole)
     assert whole["collectives"] == {} and (whole["world_size"], whole["ranks_per_node"]) == (1, 1)
@@ -174,6 +175,7 @@ def test_one_rank_measures_every_size(whole: dict[str, Any]) -> None:
     assert {p["sequence"] for p in whole["attention"]} == set(CPU.sequence)
 
 
+@pytest.mark.slow
 def test_the_planner_reads_what_is_written(pair: Run, tmp_path: Path) -> None:
     record = pair[0]
     path = tmp_path / "machine.json"
@@ -194,6 +196,7 @@ def test_the_planner_reads_what_is_written(pair: Run, tmp_path: Path) -> None:
     assert not machine.overhead.hidden
 
 
+@pytest.mark.slow
 def test_more_work_takes_longer(whole: dict[str, Any]) -> None:
     gemm = sorted(whole["gemm"], key=_arithmetic)
     # 65,536 times the arithmetic: 2,048 * 1,024² against 32³.
@@ -209,6 +212,7 @@ def test_more_work_takes_longer(whole: dict[str, Any]) -> None:
         assert by_work[-1][seconds] > 5 * by_work[0][seconds]
 
 
+@pytest.mark.slow
 def test_gemm_seconds_are_those_of_one_product(whole: dict[str, Any]) -> None:
     # The clock is told a nanosecond for each FLOP: calls in a row must be divided out again.
     for point in whole["gemm"]:
@@ -246,12 +250,14 @@ def test_what_it_says_of_the_world(pair: Run, four: Run) -> None:
             assert {(p["ranks"], p["nodes"]) for p in points} == expected, name
 
 
+@pytest.mark.slow
 def test_large_computations_take_longer_on_two_ranks(pair: Run) -> None:
     for kind in ("gemm", "grouped_gemm", "memory"):
         small, large = pair[0][kind]
         assert large["seconds"] > small["seconds"], kind
 
 
+@pytest.mark.slow
 def test_large_collectives_take_longer(pair: Run) -> None:
     # By the made-up clock a nanosecond for each element that takes part.
     small, large = pair[0]["collectives"]["all_reduce"]

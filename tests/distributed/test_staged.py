@@ -302,7 +302,7 @@ def train_as_on_a_gpu(config: RunConfig) -> Path | None:
     ("parallel", "recompute"),
     [
         pytest.param({"tp": 2, "ep": 2, "etp": 2}, "selective", marks=pytest.mark.slow),
-        ({"pp": 2, "vpp": 2, "ep": 2}, "full"),
+        pytest.param({"pp": 2, "vpp": 2, "ep": 2}, "full", marks=pytest.mark.slow),
     ],
     ids=["tp2-ep2-etp2", "pp2-vpp2-ep2"],
 )
