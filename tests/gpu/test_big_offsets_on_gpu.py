@@ -11,14 +11,9 @@ import pytest
 import torch
 
 from tests.gpu.kernel_problem import Problem, assert_close, problem, sorted_rows
+from tests.gpu.marks import NEEDS_CUDA
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(),
-        reason="needs a CUDA device: run `make gpu` on a machine that has one",
-    ),
-]
+pytestmark = NEEDS_CUDA
 GIB = 2**30
 
 

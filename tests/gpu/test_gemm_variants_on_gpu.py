@@ -16,14 +16,9 @@ from megalora_kernels.grouped_gemm import grouped_gemm_ref
 from megalora_kernels.variants import Variant, candidates, device_limits
 
 from tests.gpu.kernel_problem import DEVICE
+from tests.gpu.marks import NEEDS_CUDA
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(),
-        reason="needs a CUDA device: run `make gpu` on a machine that has one",
-    ),
-]
+pytestmark = NEEDS_CUDA
 # Rows per expert: none (last, and twice in a row), one, a whole tile of 64 or 128 rows, a row more
 # than a tile, and several tiles.
 COUNTS = [300, 0, 129, 1, 64, 128, 0, 255, 77, 0, 0, 33, 2, 190, 127, 0]

@@ -36,14 +36,9 @@ from tests.gpu.kernel_problem import (
     sorted_rows,
     top_k,
 )
+from tests.gpu.marks import NEEDS_CUDA
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(),
-        reason="needs a CUDA device: run `make gpu` on a machine that has one",
-    ),
-]
+pytestmark = NEEDS_CUDA
 
 
 @pytest.fixture(autouse=True)

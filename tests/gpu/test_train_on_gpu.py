@@ -11,15 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.gpu.marks import NEEDS_CUDA
 from tests.jsonl import read_jsonl
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(),
-        reason="needs a CUDA device: run `make gpu` on a machine that has one",
-    ),
-]
+pytestmark = NEEDS_CUDA
 CONFIG = Path(__file__).parents[2] / "configs/quickstart.yaml"
 
 
