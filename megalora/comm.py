@@ -5,6 +5,7 @@ Forward and backward are each other's transpose:
     function      forward                    backward
     gather_seq    all-gather on dim 0        reduce-scatter on dim 0
     scatter_seq   reduce-scatter on dim 0    all-gather on dim 0
+    sum_over      all-reduce                 all-reduce
 
 A group of one changes nothing. Tensors are ``[S, ...]``: sequence first, as everywhere in Megatron.
 """
@@ -25,6 +26,12 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=group)
     return out
 
 
@@ -52,6 +59,7 @@ def _collective(forward_op: Callable[..., Tensor], backward_op: Callable[..., Te
 
 gather_seq = _collective(_all_gather, _reduce_scatter)
 scatter_seq = _collective(_reduce_scatter, _all_gather)
+sum_over = _collective(_all_reduce, _all_reduce)
 
 
 def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup, num_shards: int) -> Tensor:

@@ -32,11 +32,15 @@ class _DenseLoRA(nn.Module):
         """``A x`` of this rank's part of x, as the rows of ``out`` need it."""
         raise NotImplementedError
 
+    def low_rank(self, x: Tensor) -> Tensor:
+        """``A dropout(x)``, as the rows of ``out`` need it."""
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.factors.lora_A)
+        return self.across_tp(h)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         # Megatron's linears return their bias instead of adding it, for their caller to fuse.
         out, bias = self.base(x, *args, **kwargs)
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.factors.lora_A)
-        return add_low_rank(out, self.across_tp(h), self.factors.stacked_b()), bias
+        return add_low_rank(out, self.low_rank(x), self.factors.stacked_b()), bias
 
 
 class ColumnLoRA(_DenseLoRA):

@@ -8,6 +8,7 @@ from tests.mutations.data_bugs import DATA_BUGS
 from tests.mutations.docs_bugs import DOCS_BUGS
 from tests.mutations.family_bugs import FAMILY_BUGS
 from tests.mutations.gpu_bugs import GPU_BUGS
+from tests.mutations.head_bugs import HEAD_BUGS
 from tests.mutations.install_bugs import INSTALL_BUGS
 from tests.mutations.kernel_bugs import KERNEL_BUGS
 from tests.mutations.layer_bugs import LAYER_BUGS
@@ -32,4 +33,5 @@ EVERY_BUG = (
     + COMPILED_BUGS
     + DOCS_BUGS
     + INSTALL_BUGS
+    + HEAD_BUGS
 )

@@ -1,0 +1,150 @@
+"""The model's end: from the last hidden states to log-probabilities of given tokens, without ever
+holding the logits of more than one chunk of tokens.
+
+``project`` goes into ``GPTModel.forward(output_processor=...)``. Megatron calls it on the last
+pipeline stage in place of its output layer and loss, and returns what it returns.
+
+A chunk has as many tokens as fit into ``chunk_bytes``:
+
+    C = chunk_bytes / (V/t * bytes per logit)
+    bytes per logit: 4 + e for the fast path (logits in float32, and rounded to the model's dtype
+    of e bytes before and after); 16 + e for readers, whose own temporaries are counted as three
+    more tensors in float32
+
+Beside it the call keeps x of its N tokens (N * H * e, where tokens were gathered or selected) and,
+for a frozen layer, as much again for the gradient that forward makes. Qwen3's 151,936 entries in
+bfloat16: chunks of 512 tokens, and 0.8 GiB instead of 28 GiB for 32k tokens on one rank.
+
+Legend: S sequence, B microbatch, N tokens of the call, C tokens of a chunk, H hidden, V vocabulary,
+R rank of the adapter, /t divided over the tensor-parallel group.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megalora.comm import gather_seq
+from megalora.model.chunked_readers import read_chunks
+from megalora.model.token_logprobs import token_logprobs, wide
+from megalora.model.vocab_logits import Reader, logprob, logsumexp, mean_logit
+
+CHUNK_BYTES = 512 << 20
+"""Room for the logits of a chunk. At 512 tokens and more, products with the output weight are bound
+by arithmetic on an H100, so that a larger chunk is no faster."""
+FUSED = (logprob, logsumexp, mean_logit)
+"""Readers that the fast path has, in the order of its results."""
+Outputs = dict[str, Any]
+"""Name of a reader -> its result for all tokens: a tensor ``[N, ...]``, or a tuple of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The frozen output layer on this rank, with or without an adapter.
+
+    tensor   shape on one rank   across TP           gradient across TP
+    weight   [V/t, H]            dim 0, in order     none
+    b        [V/t, R]            dim 0               whole
+    x        [N, H]              replicated          partial: each rank saw V/t entries
+    h        [N, R]              replicated          partial
+    result   [N, ...]            replicated          whole on each rank
+
+    The vocabulary is never padded: the config refuses a tp that does not divide it.
+    """
+
+    weight: Tensor
+    group: ProcessGroup
+    b: Tensor | None = None
+    """B of the adapter, scale folded in."""
+    chunk_bytes: int = CHUNK_BYTES
+
+    def chunk_size(self, bytes_per_logit: int) -> int:
+        """Tokens of a chunk: at least one, and multiples of 128, in which GPUs compute, from 128
+        on."""
+        size = max(1, self.chunk_bytes // (len(self.weight) * bytes_per_logit))
+        return size if size < 128 else size // 128 * 128
+
+    def __call__(
+        self,
+        x_NH: Tensor,
+        targets_N: Tensor | None,
+        want: Mapping[str, Reader],
+        h_NR: Tensor | None = None,
+    ) -> Outputs:
+        """What each of ``want`` reads from the logits of all N tokens, on every rank of the group.
+
+        ``logprob``, ``logsumexp`` and ``mean_logit`` alone take the fast path. Any other reader
+        beside them is called chunk by chunk, and once more in backward; the gradient reaches x, h
+        and B through it, and no other tensor that it may hold.
+
+        Args:
+            targets_N: int64, for readers that look at the tokens that came.
+            h_NR: A x of the adapter; given exactly if the head has a B.
+        """
+        assert (h_NR is None) == (self.b is None), "h and B of an adapter belong together"
+        dtype_bytes = x_NH.element_size()
+        wide_bytes = wide(x_NH.dtype).itemsize
+        if all(reader in FUSED for reader in want.values()):
+            assert targets_N is not None, "log-probabilities of which tokens?"
+            results = token_logprobs(
+                x_NH, self.weight, targets_N, self.group,
+                self.chunk_size(wide_bytes + dtype_bytes),
+                with_mean=mean_logit in want.values(), h_NR=h_NR, b_VR=self.b,
+            )  # fmt: skip
+            return {name: results[FUSED.index(reader)] for name, reader in want.items()}
+        size = self.chunk_size(4 * wide_bytes + dtype_bytes)
+        return read_chunks(
+            x_NH, self.weight, targets_N, self.group, size, want, h_NR=h_NR, b_VR=self.b
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What a caller of the model wants of its head: the ``context`` of ``project``."""
+
+    targets: Tensor
+    """[N] int64: the tokens that came, on the device."""
+    positions: Tensor | None = None
+    """[N] int64 places of these tokens among all B * S of the microbatch, sample by sample, each at
+    most once; None for all. The host knows N, so nothing waits for the device."""
+    want: Mapping[str, Reader] = field(default_factory=lambda: {"logprob": logprob})
+    chunk_bytes: int = CHUNK_BYTES
+
+
+def project(
+    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: Wanted,
+    config: Any, **_: Any,
+) -> Outputs:  # fmt: skip
+    """What ``context`` wants of hidden states ``[S/t, B, H]``.
+
+    Args:
+        output_layer: Megatron's, or the ``ColumnLoRA`` around it.
+        output_weight: of tied embeddings; None where the layer has its own.
+    """
+    assert not getattr(config, "use_mup", False), "the head does not scale logits"
+    adapter = output_layer if hasattr(output_layer, "factors") else None
+    base = output_layer if adapter is None else adapter.base
+    group = base.tp_group
+    assert config.sequence_parallel == (group.size() > 1), "hidden states are split over TP"
+    weight = base.weight if output_weight is None else output_weight
+    # Backward of the gather sums the ranks' parts of dx and hands each its own tokens.
+    x_NH = _select(gather_seq(hidden_states, group), context.positions)
+    h_NR = None
+    b_VR = None
+    if adapter is not None:
+        # A x of the rank's own tokens, dropout included, as the layer itself computes it.
+        h_NR = _select(adapter.low_rank(hidden_states), context.positions)
+        b_VR = adapter.factors.stacked_b()
+    head = Head(weight.detach(), group, b_VR, context.chunk_bytes)
+    return head(x_NH, context.targets, context.want, h_NR)
+
+
+def _select(x_SBF: Tensor, positions_N: Tensor | None) -> Tensor:
+    """[S, B, F] -> [N, F]: the tokens at ``positions``, counted sample by sample."""
+    x_NF = x_SBF.transpose(0, 1).reshape(-1, x_SBF.shape[-1])
+    if positions_N is None:
+        return x_NF
+    return torch.index_select(x_NF, 0, positions_N)

@@ -1,0 +1,208 @@
+"""Log-probabilities of given tokens from hidden states, chunk by chunk: the fast path of
+``head.py`` for a frozen output layer, and for one with an adapter.
+
+    l = x W^T (+ h B^T)     logprob = l_y - lse     lse = log sum_v exp l_v     mean = sum_v l_v / V
+
+The vocabulary is divided over the tensor-parallel group, so every gradient with respect to x and h
+is this rank's part of a sum over it; that of B is whole.
+
+W is frozen. Without an adapter only x has a gradient, linear in what comes in for each token:
+
+    dx = (g_lse - g_logprob) d + g_lse W_y + g_mean sum_v W_v / V        d = (p - onehot_y) W
+
+Forward makes d while the logits are there, backward scales its rows: two matrix products, as many
+as a loss over whole logits takes. d is made with the one-hot in it: p W - W_y would lose all digits
+of a token that the model is sure of once p W is rounded to bfloat16.
+
+With an adapter, dB sums over tokens weighted with g, which only backward knows: it computes each
+chunk's logits again, three products in all.
+
+Legend: N tokens of the call, C tokens of a chunk, H hidden, V entries of this rank's vocabulary,
+R rank of the adapter.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megalora.comm import gather_seq
+from megalora.model.vocab_logits import columns_of
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of sums over the vocabulary: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def chunks(num_tokens: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size`` tokens; an empty one where there are none."""
+    for begin in range(0, max(1, num_tokens), size):
+        yield slice(begin, min(begin + size, num_tokens))
+
+
+def logits_of(
+    x_CH: Tensor, weight_VH: Tensor, h_CR: Tensor | None = None, b_VR: Tensor | None = None
+) -> Tensor:
+    """[C, V] in float32 or wider. They are rounded to x's dtype first, as those of the layer
+    itself are."""
+    logits = F.linear(x_CH, weight_VH)
+    if h_CR is not None and b_VR is not None:
+        logits = torch.addmm(logits, h_CR, b_VR.t())
+    return logits.to(wide(x_CH.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """What one chunk's logits come to."""
+
+    results: Tensor
+    """[3, C]: logprob, lse, mean; zeros for a mean that nobody asked for."""
+    probabilities: Tensor
+    """[C, V], in the memory of the logits."""
+
+
+def _read(logits_CV: Tensor, targets_C: Tensor, group: ProcessGroup, with_mean: bool) -> _Chunk:
+    """Consumes the logits."""
+    width = logits_CV.shape[1]
+    columns, here = columns_of(targets_C, group.rank() * width, width)
+    target = logits_CV.gather(1, columns[:, None])[:, 0].masked_fill_(~here, 0.0)
+    total = logits_CV.sum(1) if with_mean else torch.zeros_like(target)
+    largest = logits_CV.amax(1)
+    # In place: no second tensor as large as the logits.
+    exponentials = logits_CV.sub_(largest[:, None]).exp_()
+    own = torch.stack([largest, exponentials.sum(1), target, total])
+    # One message instead of a maximum and three sums. [t * 4, C], for gloo wants dim 0 to grow.
+    parts = gather_seq(own, group).view(group.size(), *own.shape)
+    largest_of_all = parts[:, 0].amax(0)
+    sum_of_all = (parts[:, 1] * (parts[:, 0] - largest_of_all).exp()).sum(0)
+    log_sum = sum_of_all.log()
+    # l_y - max first: lse itself is rounded at the size of the logits, which may be large.
+    logprob = parts[:, 2].sum(0) - largest_of_all - log_sum
+    mean = parts[:, 3].sum(0) / (width * group.size())
+    results = torch.stack([logprob, largest_of_all + log_sum, mean])
+    share = (largest - largest_of_all).exp() / sum_of_all
+    return _Chunk(results, exponentials.mul_(share[:, None]))
+
+
+def _add_to_targets(values_CV: Tensor, targets_C: Tensor, group: ProcessGroup, add: Any) -> None:
+    """Add ``add``, ``[C]`` or one number, to the column of each token that lies on this rank, in
+    place."""
+    width = values_CV.shape[1]
+    columns, here = columns_of(targets_C, group.rank() * width, width)
+    values_CV.scatter_add_(1, columns[:, None], (here * add).to(values_CV.dtype)[:, None])
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, group: ProcessGroup,
+        size: int, with_mean: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        results = x_NH.new_empty(3, len(x_NH), dtype=wide(x_NH.dtype))
+        unit_NH = torch.empty_like(x_NH) if ctx.needs_input_grad[0] else None
+        for part in chunks(len(x_NH), size):
+            logits = logits_of(x_NH[part], weight_VH)
+            chunk = _read(logits, targets_N[part], group, with_mean)
+            results[:, part] = chunk.results
+            if unit_NH is not None:
+                _add_to_targets(chunk.probabilities, targets_N[part], group, -1)
+                torch.mm(chunk.probabilities.to(x_NH.dtype), weight_VH, out=unit_NH[part])
+        ctx.save_for_backward(unit_NH, weight_VH, targets_N)
+        ctx.group = group
+        ctx.size = size
+        # A result that the loss does not read has no gradient, and costs nothing.
+        ctx.set_materialize_grads(False)
+        return results[0], results[1], results[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        unit_NH, weight_VH, targets_N = ctx.saved_tensors
+        g_logprob, g_lse, g_mean = grads
+        width = len(weight_VH)
+        sums = wide(weight_VH.dtype)
+        mean_H = weight_VH.sum(0, dtype=sums) / (width * ctx.group.size())
+        dx_NH = torch.empty_like(unit_NH)
+        for part in chunks(len(unit_NH), ctx.size):
+            unit = unit_NH[part].to(sums)
+            dx = torch.zeros_like(unit)
+            if g_logprob is not None:
+                dx -= g_logprob[part, None] * unit
+            if g_lse is not None:
+                # p W is d + W_y; each rank adds its own rows of W, as each has its own part of d.
+                columns, here = columns_of(targets_N[part], ctx.group.rank() * width, width)
+                own_rows = weight_VH[columns] * here[:, None]
+                dx += g_lse[part, None] * (unit + own_rows)
+            if g_mean is not None:
+                dx += g_mean[part, None] * mean_H
+            dx_NH[part] = dx
+        return dx_NH, None, None, None, None, None
+
+
+class _Adapted(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, group: ProcessGroup,
+        size: int, with_mean: bool, h_NR: Tensor, b_VR: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        results = x_NH.new_empty(3, len(x_NH), dtype=wide(x_NH.dtype))
+        for part in chunks(len(x_NH), size):
+            logits = logits_of(x_NH[part], weight_VH, h_NR[part], b_VR)
+            results[:, part] = _read(logits, targets_N[part], group, with_mean).results
+        ctx.save_for_backward(x_NH, weight_VH, targets_N, h_NR, b_VR, results[1])
+        ctx.group = group
+        ctx.size = size
+        ctx.set_materialize_grads(False)
+        return results[0], results[1], results[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_NH, weight_VH, targets_N, h_NR, b_VR, lse_N = ctx.saved_tensors
+        nothing_N = torch.zeros_like(lse_N)
+        g_logprob, g_lse, g_mean = [nothing_N if g is None else g for g in grads]
+        dx_NH = torch.empty_like(x_NH)
+        dh_NR = torch.empty_like(h_NR)
+        db_VR = torch.zeros_like(b_VR, dtype=lse_N.dtype)
+        vocab = len(weight_VH) * ctx.group.size()
+        for part in chunks(len(x_NH), ctx.size):
+            logits = logits_of(x_NH[part], weight_VH, h_NR[part], b_VR)
+            # The sum over all ranks is known from forward: nothing to send.
+            probabilities = logits.sub_(lse_N[part, None]).exp_()
+            d_CV = probabilities.mul_((g_lse - g_logprob)[part, None])
+            _add_to_targets(d_CV, targets_N[part], ctx.group, g_logprob[part])
+            d_CV += (g_mean[part] / vocab)[:, None]
+            rounded_CV = d_CV.to(x_NH.dtype)
+            torch.mm(rounded_CV, weight_VH, out=dx_NH[part])
+            torch.mm(rounded_CV, b_VR, out=dh_NR[part])
+            db_VR += rounded_CV.t() @ h_NR[part]
+        return dx_NH, None, None, None, None, None, dh_NR, db_VR.to(b_VR.dtype)
+
+
+def token_logprobs(
+    x_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, group: ProcessGroup, size: int,
+    *, with_mean: bool = False, h_NR: Tensor | None = None, b_VR: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(log-probability of each token, logsumexp, mean logit), each ``[N]`` in float32 or wider, on
+    every rank of ``group``.
+
+    Args:
+        x_NH: all N tokens on every rank.
+        weight_VH: this rank's rows of the frozen output weight; ranks hold them in order.
+        targets_N: int64 token ids of the whole vocabulary.
+        size: tokens of a chunk.
+        with_mean: whether the mean logit is wanted; it is zeros otherwise.
+        h_NR, b_VR: A x of the output layer's adapter on all tokens, and this rank's rows of its B,
+            scale folded in.
+    """
+    if h_NR is None or b_VR is None:
+        results: Any = _Frozen.apply(x_NH, weight_VH, targets_N, group, size, with_mean)
+    else:
+        results = _Adapted.apply(x_NH, weight_VH, targets_N, group, size, with_mean, h_NR, b_VR)
+    return results

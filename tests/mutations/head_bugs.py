@@ -1,0 +1,42 @@
+"""Bugs in the model's head: log-probabilities chunk by chunk with the vocabulary divided. The same
+form as ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+HEAD, FUSED, READERS, LOGITS = (
+    f"megalora/model/{name}.py"
+    for name in ("head", "token_logprobs", "chunked_readers", "vocab_logits")
+)
+TEST = "tests/model/test_head.py"
+IN_MODEL = "tests/distributed/test_head_in_model.py"
+
+# fmt: off
+HEAD_BUGS: tuple[Bug, ...] = (
+    bug(0, "a chunk without its last token", FUSED, "min(begin + size, num_tokens)",
+        "min(begin + size, num_tokens) - 1", f"{TEST} whole_logits"),
+    bug(0, "a sum of exponentials over this rank's vocabulary alone", FUSED,
+        "(parts[:, 0] - largest_of_all).exp()).sum(0)",
+        "(parts[:, 0] - largest_of_all).exp())[group.rank()]", f"{TEST} whole_logits"),
+    bug(0, "exponentials of ranks joined without their maxima", FUSED,
+        "share = (largest - largest_of_all).exp() / sum_of_all", "share = 1 / sum_of_all",
+        f"{TEST} whole_logits"),
+    bug(0, "a mean over this rank's part of the vocabulary", FUSED,
+        "mean = parts[:, 3].sum(0) / (width * group.size())", "mean = parts[:, 3].sum(0) / width",
+        f"{TEST} whole_logits"),
+    bug(0, "the one-hot taken off after rounding", FUSED,
+        "                _add_to_targets(chunk.probabilities, targets_N[part], group, -1)\n", "",
+        f"{TEST} bfloat16"),
+    bug(0, "tokens of other ranks' vocabularies taken for one's own", LOGITS,
+        "columns = ids - first", "columns = ids % width", f"{TEST} whole_logits"),
+    bug(0, "a reader's gradient counted once per rank", READERS,
+        "gradient[part] / ctx.call.group.size()", "gradient[part]", f"{TEST} whole_logits"),
+    bug(0, "ids of a rank's part of the vocabulary", LOGITS, "columns + chunk.first", "columns",
+        f"{TEST} whole_logits"),
+    bug(0, "the gradient of hidden states not summed over the vocabulary", HEAD,
+        "gather_seq(hidden_states, group), context.positions",
+        "__import__('megatron.core.tensor_parallel', fromlist=['_'])"
+        ".gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False,"
+        " group=group), context.positions", f"{IN_MODEL} megatron_s_own"),
+    bug(0, "tokens of a microbatch counted position by position", HEAD,
+        "x_SBF.transpose(0, 1).reshape(", "x_SBF.reshape(", f"{IN_MODEL} megatron_s_own"),
+)
