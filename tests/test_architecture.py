@@ -43,6 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model", "tiny"),
     ("lora",),
     ("adapters",),
+    ("objectives",),
     ("serve",),
     ("verify",),
     ("train", "preflight"),

@@ -27,10 +27,12 @@ class LiveTensors(TorchDispatchMode):
     appearance as an argument, and only ``unknown_bytes`` has them.
     """
 
-    def __init__(self, already: Iterable[Tensor] = ()) -> None:
+    def __init__(self, already: Iterable[Tensor] = (), *, without_data: bool = False) -> None:
         """``already``: tensors there before, such as parameters and gradient buffers; views of one
-        storage count once."""
+        storage count once. ``without_data``: count fake tensors, with the bytes that real ones
+        would have."""
         super().__init__()
+        self.without_data = without_data
         self.now_bytes = self.peak_bytes = 0
         """Bytes of all counted storages now, and their peak since the start or ``reset_peak``."""
         self.unknown_bytes = 0
@@ -66,8 +68,7 @@ class LiveTensors(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = id(storage)
         num_bytes = storage.nbytes()
-        # A meta tensor has a size but no memory.
-        if key in self._unknown or storage.device.type == "meta":
+        if key in self._unknown or not self._takes_memory(storage):
             return
         if key in self._counted:
             reference, counted = self._counted[key]
@@ -79,12 +80,17 @@ class LiveTensors(TorchDispatchMode):
         self.now_bytes += num_bytes - counted
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
 
+    def _takes_memory(self, storage: UntypedStorage) -> bool:
+        """A meta tensor has a size but no memory; the storage of a fake one is as a meta
+        tensor's."""
+        return self.without_data or storage.device.type != "meta"
+
     def _gone(self, key: int) -> None:
         self.now_bytes -= self._counted.pop(key)[1]
 
     def _note_unknown(self, storage: UntypedStorage) -> None:
         key = id(storage)
-        if key not in self._unknown and storage.device.type != "meta":
+        if key not in self._unknown and self._takes_memory(storage):
             reference = weakref.ref(storage, lambda _: self._forget(key))
             self._unknown[key] = (reference, storage.nbytes())
             self.unknown_bytes += storage.nbytes()

@@ -13,7 +13,8 @@ A chunk has as many tokens as fit into ``chunk_bytes``:
 
 Beside it the call keeps x of its N tokens (N * H * e, where tokens were gathered or selected) and,
 for a frozen layer, as much again for the gradient that forward makes. Qwen3's 151,936 entries in
-bfloat16: chunks of 512 tokens, and 0.8 GiB instead of 28 GiB for 32k tokens on one rank.
+bfloat16: chunks of 512 tokens, and 0.6 GiB instead of 28 GiB for 32k tokens on one rank, counted by
+``benchmarks/lean_loss.py``.
 
 Legend: S sequence, B microbatch, N tokens of the call, C tokens of a chunk, H hidden, V vocabulary,
 R rank of the adapter, /t divided over the tensor-parallel group.

@@ -107,12 +107,13 @@ class _Frozen(torch.autograd.Function):
         results = x_NH.new_empty(3, len(x_NH), dtype=wide(x_NH.dtype))
         unit_NH = torch.empty_like(x_NH) if ctx.needs_input_grad[0] else None
         for part in chunks(len(x_NH), size):
-            logits = logits_of(x_NH[part], weight_VH)
-            chunk = _read(logits, targets_N[part], group, with_mean)
+            chunk = _read(logits_of(x_NH[part], weight_VH), targets_N[part], group, with_mean)
             results[:, part] = chunk.results
             if unit_NH is not None:
                 _add_to_targets(chunk.probabilities, targets_N[part], group, -1)
                 torch.mm(chunk.probabilities.to(x_NH.dtype), weight_VH, out=unit_NH[part])
+            # Or the next chunk's logits would lie beside these.
+            del chunk
         ctx.save_for_backward(unit_NH, weight_VH, targets_N)
         ctx.group = group
         ctx.size = size
@@ -153,8 +154,12 @@ class _Adapted(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         results = x_NH.new_empty(3, len(x_NH), dtype=wide(x_NH.dtype))
         for part in chunks(len(x_NH), size):
-            logits = logits_of(x_NH[part], weight_VH, h_NR[part], b_VR)
-            results[:, part] = _read(logits, targets_N[part], group, with_mean).results
+            chunk = _read(
+                logits_of(x_NH[part], weight_VH, h_NR[part], b_VR),
+                targets_N[part], group, with_mean,
+            )  # fmt: skip
+            results[:, part] = chunk.results
+            del chunk
         ctx.save_for_backward(x_NH, weight_VH, targets_N, h_NR, b_VR, results[1])
         ctx.group = group
         ctx.size = size
@@ -182,6 +187,7 @@ class _Adapted(torch.autograd.Function):
             torch.mm(rounded_CV, weight_VH, out=dx_NH[part])
             torch.mm(rounded_CV, b_VR, out=dh_NR[part])
             db_VR += rounded_CV.t() @ h_NR[part]
+            del logits, probabilities, d_CV, rounded_CV
         return dx_NH, None, None, None, None, None, dh_NR, db_VR.to(b_VR.dtype)
 
 

@@ -8,6 +8,8 @@ HEAD, FUSED, READERS, LOGITS = (
     for name in ("head", "token_logprobs", "chunked_readers", "vocab_logits")
 )
 TEST = "tests/model/test_head.py"
+SFT = "megalora/objectives/sft.py"
+SFT_TEST = "tests/objectives/test_sft.py"
 IN_MODEL = "tests/distributed/test_head_in_model.py"
 
 # fmt: off
@@ -26,6 +28,9 @@ HEAD_BUGS: tuple[Bug, ...] = (
     bug(0, "the one-hot taken off after rounding", FUSED,
         "                _add_to_targets(chunk.probabilities, targets_N[part], group, -1)\n", "",
         f"{TEST} bfloat16"),
+    bug(0, "a chunk's logits kept beside the next one's", FUSED,
+        "            # Or the next chunk's logits would lie beside these.\n            del chunk\n",
+        "", "tests/model/test_head_memory.py twentieth"),
     bug(0, "tokens of other ranks' vocabularies taken for one's own", LOGITS,
         "columns = ids - first", "columns = ids % width", f"{TEST} whole_logits"),
     bug(0, "a reader's gradient counted once per rank", READERS,
@@ -39,4 +44,17 @@ HEAD_BUGS: tuple[Bug, ...] = (
         " group=group), context.positions", f"{IN_MODEL} megatron_s_own"),
     bug(0, "tokens of a microbatch counted position by position", HEAD,
         "x_SBF.transpose(0, 1).reshape(", "x_SBF.reshape(", f"{IN_MODEL} megatron_s_own"),
+    # the loss
+    bug(0, "label smoothing towards zero logits", SFT,
+        'outputs["logsumexp"] - outputs["mean_logit"]', 'outputs["logsumexp"]',
+        f"{SFT_TEST} torch_s"),
+    bug(0, "label smoothing on top of the whole target", SFT, "(smooth_N - cross_entropy_N)",
+        "smooth_N", f"{SFT_TEST} torch_s"),
+    bug(0, "a z-loss on tokens outside of the loss", SFT, "total = (terms_N * mask_N).sum()",
+        "total = (cross_entropy_N * mask_N).sum() + (terms_N - cross_entropy_N).sum()",
+        f"{SFT_TEST} torch_s"),
+    bug(0, "divided by a microbatch's own target tokens", SFT, 'total / divisors["tokens"]',
+        "total / count", f"{SFT_TEST} torch_s"),
+    bug(0, "a divisor that counts every token", SFT, '(c["loss_mask"] > 0).sum()',
+        'c["loss_mask"].numel()', f"{SFT_TEST} torch_s"),
 )

@@ -1,0 +1,68 @@
+"""Supervised fine-tuning: cross entropy over target tokens, with z-loss and label smoothing.
+
+    loss = (1 - s) * (lse - l_y) + s * (lse - mean_v l_v) + z * lse^2        per target token
+
+with l the logits of a place, y the token that came and lse = log sum_v exp l_v. The second term is
+the mean over the vocabulary of -log p, as in torch's ``cross_entropy(label_smoothing=s)`` (Szegedy
+et al. 2016, section 7). The third is PaLM's z-loss (Chowdhery et al. 2022, section 5), which keeps
+the normaliser near 1. The sum is divided by the number of target tokens of the global batch.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megalora.model.vocab_logits import Reader, logprob, logsumexp, mean_logit
+from megalora.objectives.objective import Columns, Loss
+
+
+@dataclass(frozen=True)
+class SFT:
+    """The two options are factors of their terms; at 0 a term costs nothing."""
+
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+
+    columns = ("loss_mask",)
+    evaluated = "cross_entropy"
+    """Evaluations are compared with each other and with other stacks, so no option changes them."""
+
+    @property
+    def want(self) -> dict[str, Reader]:
+        """As the protocol says."""
+        readers: dict[str, Reader] = {"logprob": logprob}
+        if self.z_loss or self.label_smoothing:
+            readers["logsumexp"] = logsumexp
+        if self.label_smoothing:
+            readers["mean_logit"] = mean_logit
+        return readers
+
+    def divisors(self, microbatches: Iterable[Columns]) -> dict[str, int]:
+        """Target tokens."""
+        return {"tokens": sum(int((c["loss_mask"] > 0).sum()) for c in microbatches)}
+
+    def loss(
+        self, outputs: Mapping[str, Any], columns: Columns, divisors: Mapping[str, Tensor]
+    ) -> Loss:
+        """As the protocol says; tokens outside of the loss may be among the N."""
+        # Sums in float32: a bfloat16 sum of thousands of losses would round at every addition.
+        mask_N = (columns["loss_mask"] > 0).to(outputs["logprob"].dtype)
+        count = mask_N.sum()
+        cross_entropy_N = -outputs["logprob"]
+        terms_N = cross_entropy_N
+        sums = {"cross_entropy": (cross_entropy_N * mask_N).sum()}
+        if self.label_smoothing:
+            smooth_N = outputs["logsumexp"] - outputs["mean_logit"]
+            terms_N = terms_N + self.label_smoothing * (smooth_N - cross_entropy_N)
+        if self.z_loss:
+            z_N = self.z_loss * outputs["logsumexp"].square()
+            terms_N = terms_N + z_N
+            sums["z_loss"] = (z_N * mask_N).sum()
+        total = (terms_N * mask_N).sum()
+        sums["loss"] = total
+        metrics: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, value in sums.items():
+            metrics[name] = (value.detach(), count)
+        return Loss(total / divisors["tokens"], metrics)
