@@ -3,8 +3,12 @@
 ``tests/conftest.py`` imports this first: pytest loads the conftest of a folder named on its command
 line before any hook runs, and ``tests/kernels/conftest.py`` imports Triton."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 _BEFORE = "MEGALORA_TESTS_ENVIRONMENT"
 # pytest-xdist's workers inherit what its first process sets below: that one keeps the original.
@@ -18,3 +22,17 @@ if os.environ.get("MEGALORA_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Triton decides when kernels are imported; on the CPU they are tested by interpreting them.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _remove_cache(folder: str, owner: int) -> None:
+    # Forked ranks inherit this, and must leave the folder to others.
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# Tokenised samples of tests, for one session; in memory where that is possible, since every small
+# data set is written through to the disk.
+if "MEGALORA_CACHE" not in os.environ:
+    _memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    os.environ["MEGALORA_CACHE"] = tempfile.mkdtemp(prefix="megalora-tests-", dir=_memory)
+    atexit.register(_remove_cache, os.environ["MEGALORA_CACHE"], os.getpid())

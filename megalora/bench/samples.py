@@ -1,6 +1,7 @@
 """Make a benchmark's samples: exactly ``data.max_length`` tokens each."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,7 +59,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def _filled(samples: list[Encoded], count: int, length: int) -> list[Encoded]:
+def _filled(samples: Sequence[Encoded], count: int, length: int) -> list[Encoded]:
     """``count`` samples of ``length`` tokens: all there are, one behind the other, from the
     beginning again where they end."""
     ids = np.concatenate([s.input_ids for s in samples])

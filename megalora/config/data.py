@@ -35,6 +35,14 @@ class DataConfig:
     reported; any other part that would be lost is an error."""
     max_length: int = 4096
     """Maximum length of a sample in tokens. Longer samples are left out, counted and reported."""
+    cache: str | None = None
+    """Folder for tokenised samples. They are kept there by content of data, tokenizer, chat
+    template and the options above, and used by every later run. Default: ``$MEGALORA_CACHE``, else
+    ``megalora/tokens`` in ``$HF_HOME``, else in ``$XDG_CACHE_HOME`` or ``~/.cache``. Any folder in
+    it may be removed at any time."""
+    workers: int | None = None
+    """Processes that tokenise data for which there are no samples in the cache. Default: as many as
+    there are cores, and rows for."""
     seed: int = 0
     """Seed for the order of samples and for the choice of held-out samples."""
 
@@ -43,6 +51,12 @@ class DataConfig:
         object.__setattr__(self, "train", expand(self.train, "data.train"))
         if isinstance(self.eval, str):
             object.__setattr__(self, "eval", expand(self.eval, "data.eval"))
+        if self.cache is not None:
+            object.__setattr__(self, "cache", expand(self.cache, "data.cache"))
+        require(
+            self.workers is None or self.workers >= 1,
+            f"data.workers must be at least 1, got {self.workers}",
+        )
         # n tokens give n - 1 predictions.
         require(
             self.max_length >= 2,

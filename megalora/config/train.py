@@ -53,7 +53,7 @@ class TrainConfig:
     """Seed for adapter initialisation and dropout."""
     timeout_minutes: float = 30
     """Minutes that a rank waits for another one before it considers it lost and ends the run. Must
-    be longer than loading and saving take."""
+    be longer than loading, saving and tokenising new data take."""
     check_base: Literal["layer", "loss", "off"] = "layer"
     """What is compared with transformers before the first step, in the first rank's host memory.
     ``layer``: one loaded layer of each kind, the embedding and the head, on a few tokens. ``loss``:

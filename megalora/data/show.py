@@ -45,9 +45,9 @@ def _show_split(name: str, split: Split, tokenizer: Any, console: Console) -> No
         console.print(Text(f"read: {read}"), soft_wrap=True)
     for line in split.left_out():
         console.print(Text(f"note: {line}", "yellow"), soft_wrap=True)
-    if split.lengths:
+    if len(split.lengths):
         console.print(Text("\ntokens per sample, those that are left out included"))
-        for line in histogram(split.lengths, split.max_length):
+        for line in histogram(split.lengths.tolist(), split.max_length):
             console.print(Text(line), soft_wrap=True)
     if name == "train":
         _show_samples(split, tokenizer, console)

@@ -1,57 +1,68 @@
 """Read, check and tokenise a source, and count the samples that cannot be used."""
 
-import re
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megalora.config import DataConfig
-from megalora.data.chat import Encoded, encode_conversation
-from megalora.data.columns import resolve_columns, to_conversation, used_columns
-from megalora.data.sources import Row, read_rows
-from megalora.data.template import ChatTemplate
-from megalora.wording import first_few
+from megalora.data.build_tokens import Recipe
+from megalora.data.chat import Encoded
+from megalora.data.samples import (
+    StoredSamples,
+    lengths_of,
+    select,
+    targets_of,
+    template_counts,
+)
+from megalora.data.token_cache import cache_folder, stored_tokens
+from megalora.data.tokens import TokenStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PARTICULARS = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\d+""")
-"""Quoted texts and numbers in a reason, by which reasons of one kind differ."""
-_NUM_NAMED = 5
-"""Rows that are named of those refused for the same reason."""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """The samples of one source that can be trained on, and how many cannot."""
 
     source: str
     max_length: int
     """Limit in tokens; longer samples are left out, never cut."""
-    samples: list[Encoded]
+    samples: Sequence[Encoded]
+    """Read from disk one by one, when they are asked for; a list where a test makes them."""
     num_too_long: int = 0
     """Number of samples that were left out because they are longer."""
     num_no_target: int = 0
     """Number of samples that were left out because they have no token in the loss."""
     longest: int = 0
     """Tokens in the longest sample of the source, whether or not it was left out."""
-    lengths: tuple[int, ...] = ()
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Tokens in each sample of the source, those left out included."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column that each part of the conversation is read from."""
     unused_columns: tuple[str, ...] = ()
     """Columns of the source that nothing is read from."""
 
+    @cached_property
+    def sample_lengths(self) -> np.ndarray:
+        """[samples] int64: tokens in each of ``samples``."""
+        return lengths_of(self.samples)
+
+    @cached_property
+    def sample_targets(self) -> np.ndarray:
+        """[samples] int64: tokens of each of ``samples`` that are in the loss."""
+        return targets_of(self.samples)
+
     @property
     def num_tokens(self) -> int:
-        return sum(len(sample.input_ids) for sample in self.samples)
+        return int(self.sample_lengths.sum())
 
     @property
     def num_target_tokens(self) -> int:
-        return sum(sample.num_target_tokens for sample in self.samples)
+        return int(self.sample_targets.sum())
 
     def summary(self) -> str:
         """One line for the log: how much data there is, and what was left out."""
@@ -76,37 +87,26 @@ class Split:
         return reasons
 
 
-def _template_notes(samples: list[Encoded]) -> list[str]:
+def _template_notes(samples: Sequence[Encoded]) -> list[str]:
     """What the chat template leaves out of samples, or does not let the model learn."""
-    kinds: Counter[str] = Counter()
-    num_endless = 0
-    num_open = 0
-    num_unmarked = 0
-    for sample in samples:
-        kinds.update(sample.left_out)
-        num_unmarked += sample.num_unmarked
-        if not sample.stops:
-            num_endless += 1
-        # A sample is counted once, with the graver of the two.
-        elif sample.num_open:
-            num_open += 1
+    found = template_counts(samples)
     notes = []
-    for kind, count in kinds.items():
+    for kind, count in found.left_out.items():
         notes.append(f"{count:,} lost their {kind} to the chat template (data.allow_left_out)")
-    if num_endless:
+    if found.num_endless:
         notes.append(
-            f"{num_endless:,} have no end-of-turn token in the loss behind the last answer: "
+            f"{found.num_endless:,} have no end-of-turn token in the loss behind the last answer: "
             "the model will not learn to stop there"
         )
-    if num_open:
+    if found.num_open:
         notes.append(
-            f"{num_open:,} have no end-of-turn token in the loss behind an answer before the"
+            f"{found.num_open:,} have no end-of-turn token in the loss behind an answer before the"
             " last: the model will not learn to stop there"
         )
-    if num_unmarked:
+    if found.num_unmarked:
         notes.append(
-            f"{num_unmarked:,} answers are not learned, or not whole, because the chat template"
-            " does not mark them as generated ({% generation %})"
+            f"{found.num_unmarked:,} answers are not learned, or not whole, because the chat"
+            " template does not mark them as generated ({% generation %})"
         )
     return notes
 
@@ -131,6 +131,8 @@ def load_data(
             format=data.format,
             max_length=data.max_length,
             allow_left_out=data.allow_left_out,
+            cache=data.cache,
+            workers=data.workers,
             every_refusal=every_refusal,
         )
 
@@ -150,74 +152,51 @@ def load_split(
     format: str | Mapping[str, str],
     max_length: int,
     allow_left_out: Collection[str] = (),
+    cache: str | None = None,
+    workers: int | None = None,
     every_refusal: bool = False,
 ) -> Split:
-    """Read and tokenise a source.
+    """The samples of a source, tokenised once and kept (``token_cache.py``).
 
     Args:
-        source: see ``read_rows``.
+        source: see ``locate``.
         tokenizer: a fast tokenizer with a chat template.
         format: see ``resolve_columns``; its columns are looked up in the first row.
         max_length: in tokens, of the whole conversation.
         allow_left_out: see ``DataConfig``.
+        cache: folder for token stores; see ``cache_folder``.
+        workers: processes that tokenise where there is no store yet; None for what pays.
         every_refusal: try all rows and name all that are refused, instead of the first alone.
     Raises:
         ValueError: a row that cannot be read or tokenised, or of which something would be left out
             (with its number), or no sample is left.
     """
-    rows = read_rows(source)
-    try:
-        # The first row decides for all, so that no row is read otherwise than the one before.
-        columns = resolve_columns(format, rows[0].keys())
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    encoded = _encode_rows(source, rows, columns, tokenizer, allow_left_out, every_refusal)
-    split = replace(
-        _fitting(source, encoded, max_length),
-        columns=columns,
-        unused_columns=_unused_columns(rows, used_columns(columns)),
-    )
+    recipe = Recipe(source, tokenizer, format, allow_left_out, workers, every_refusal)
+    store = stored_tokens(recipe, cache_folder(cache))
+    split = _fitting(source, store, max_length)
     if not split.samples:
-        raise ValueError(_nothing_is_left(split, len(rows)))
+        raise ValueError(_nothing_is_left(split, store.num_samples))
     return split
 
 
-def _fitting(source: str, encoded: list[Encoded], max_length: int) -> Split:
+def _fitting(source: str, store: TokenStore, max_length: int) -> Split:
     """The samples that can be trained on, and counts of the others."""
-    lengths: list[int] = []
-    samples: list[Encoded] = []
-    num_too_long = 0
-    num_no_target = 0
-    for sample in encoded:
-        length = len(sample.input_ids)
-        lengths.append(length)
-        if length > max_length:
-            num_too_long += 1
-        # All its messages are context, or flagged out of the loss.
-        elif not sample.num_target_tokens:
-            num_no_target += 1
-        else:
-            samples.append(sample)
+    lengths = store.lengths
+    too_long = lengths > max_length
+    # All its messages are context, or flagged out of the loss.
+    no_target = ~too_long & (store.records["targets"] == 0)
+    kept = np.flatnonzero(~too_long & ~no_target)
     return Split(
         source,
         max_length,
-        samples,
-        num_too_long=num_too_long,
-        num_no_target=num_no_target,
-        longest=max(lengths),
-        lengths=tuple(lengths),
+        select(StoredSamples.whole(store), kept),
+        num_too_long=int(too_long.sum()),
+        num_no_target=int(no_target.sum()),
+        longest=int(lengths.max()),
+        lengths=lengths,
+        columns=store.header.columns,
+        unused_columns=tuple(store.header.unused_columns),
     )
-
-
-def _unused_columns(rows: list[Row], used: set[str]) -> tuple[str, ...]:
-    """Columns of any row that are not used, in the order in which they first occur."""
-    # Rows of a JSONL file may have different columns. A dict keeps the order, as a set would not.
-    unused: dict[str, None] = {}
-    for row in rows:
-        for column in row:
-            if column not in used:
-                unused[column] = None
-    return tuple(unused)
 
 
 def _nothing_is_left(split: Split, num_rows: int) -> str:
@@ -226,56 +205,6 @@ def _nothing_is_left(split: Split, num_rows: int) -> str:
         fix = "Raise data.max_length."
     reasons = "; ".join(split.left_out())
     return f"{split.source}: none of the {num_rows:,} samples is left: {reasons}.\n  {fix}"
-
-
-def _encode_rows(
-    source: str,
-    rows: list[Row],
-    columns: Mapping[str, str],
-    tokenizer: "PreTrainedTokenizerBase",
-    allow_left_out: Collection[str],
-    every_refusal: bool,
-) -> list[Encoded]:
-    """Tokenise every row; raises ``ValueError`` with the numbers of the rows that are refused."""
-    encoded: list[Encoded] = []
-    refused: dict[int, str] = {}
-    try:
-        template = ChatTemplate(tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    for number, row in enumerate(rows, 1):
-        try:
-            conversation = to_conversation(row, columns, allow_left_out)
-            encoded.append(encode_conversation(conversation, template, allow_left_out))
-        except ValueError as error:
-            refused[number] = str(error)
-        except RecursionError:
-            refused[number] = "nested too deeply to be read"
-        if refused and not every_refusal:
-            break
-    if refused:
-        raise ValueError(f"{source}: {_refusals(refused, len(rows))}")
-    return encoded
-
-
-def _refusals(refused: Mapping[int, str], num_rows: int) -> str:
-    """Why rows are refused: the reason of a single row, or each kind of reason with its first rows.
-
-    Reasons are of one kind if they differ only in quoted texts and numbers.
-    """
-    if len(refused) == 1:
-        ((number, reason),) = refused.items()
-        return f"row {number}: {reason}"
-    kinds: dict[str, list[int]] = {}
-    for number, reason in refused.items():
-        kinds.setdefault(_PARTICULARS.sub("#", reason), []).append(number)
-    lines = [f"{len(refused):,} of {num_rows:,} rows are refused"]
-    # The most frequent kind first; its first row gives the reason word for word.
-    for numbers in sorted(kinds.values(), key=len, reverse=True):
-        first = first_few(numbers, _NUM_NAMED)
-        reason = refused[numbers[0]].replace("\n", "\n  ")
-        lines.append(f"  {len(numbers):,} (rows {first}): {reason}")
-    return "\n".join(lines)
 
 
 def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
@@ -304,14 +233,11 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
             f" {split.source}.\n  Choose between 1 and {num_samples - 1}, or name another file."
         )
     # The third word keeps this choice apart from the order of any epoch.
-    held_out = set(permutation(num_samples, seed, 0, 1)[:num_eval].tolist())
-    kept: list[Encoded] = []
-    eval_samples: list[Encoded] = []
-    for index, sample in enumerate(split.samples):
-        if index in held_out:
-            eval_samples.append(sample)
-        else:
-            kept.append(sample)
+    chosen = permutation(num_samples, seed, 0, 1)[:num_eval]
+    held_out = np.zeros(num_samples, bool)
+    held_out[chosen] = True
+    kept = select(split.samples, np.flatnonzero(~held_out))
+    eval_samples = select(split.samples, np.flatnonzero(held_out))
     name = f"{split.source} (held out)"
     held = Split(name, split.max_length, eval_samples, longest=split.longest)
     return replace(split, samples=kept), held

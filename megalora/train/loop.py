@@ -81,7 +81,7 @@ def train(config: RunConfig, job: str | None = None) -> Path | None:
         # Raises where the warm-up is longer than the run.
         duration.num_steps(config.train, samples.count)
         if found.state:
-            check_same_samples(found.state, config, samples)
+            check_same_samples(found.state, config, samples, splits[0].samples)
         probe = Probe(probe_tokens(tokenizer), config.model.dtype, config.parallel)
         with assemble(config, Inputs(shape, adapted, tokenizer, *splits)) as run:
             return _fit(run, probe, Start(identity, samples, found.state, notes))

@@ -8,10 +8,21 @@ import pyarrow.parquet
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 
-from megalora.data.sources import read_rows
+from megalora.data.rows import open_rows
 
 # U+2028 ends a line for str.splitlines, but not in JSON Lines, where it may stand in a string.
 ROWS = [{"question": f"q{i}", "answer": f"a{i} é\u2028"} for i in range(5)]
+
+
+def read_rows(source):
+    """All rows of a source, and a check that their chunks count them right."""
+    rows = open_rows(source)
+    read = []
+    for chunk in rows.chunks():
+        assert chunk.first == len(read) + 1
+        read += chunk.rows()
+    assert len(read) == len(rows)
+    return read
 
 
 def write(path, content):
@@ -213,10 +224,10 @@ def test_damaged_parquet(tmp_path):
     ],
 )
 def test_what_pyarrow_raises(tmp_path, monkeypatch, error, reason):
-    def fail(_):
+    def fail(*_, **how):
         raise error
 
-    monkeypatch.setattr(pyarrow.parquet, "read_table", fail)
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", fail)
     with pytest.raises(ValueError, match=rf"a.parquet: not readable as Parquet \({reason}"):
         read_rows(write(tmp_path / "a.parquet", "x"))
 

@@ -6,7 +6,7 @@ MESSAGES, MARKS, REACH, SPANS, TURNS, CHAT, COLUMNS = (
     f"megalora/data/{name}.py"
     for name in ("messages", "marks", "reach", "spans", "turns", "chat", "columns")
 )
-SOURCES = "megalora/data/sources.py"
+JSON_ROWS = "megalora/data/json_rows.py"
 PROBE = "megalora/data/probe_text.py"
 CASES = "tests/cases/test_data_cases.py"
 TOOL_CASES = "tests/cases/test_tool_cases.py"
@@ -218,7 +218,7 @@ DATA_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "of a key that occurs twice the last value counts",
-        SOURCES,
+        JSON_ROWS,
         "json.loads(text, object_pairs_hook=unique_keys)",
         "json.loads(text)",
         "tests/data/test_sources.py test_unreadable_files",
@@ -234,8 +234,8 @@ DATA_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "only the first refusal is named",
-        "megalora/data/splits.py",
-        "if refused and not every_refusal:",
+        "megalora/data/encode_rows.py",
+        "if refused and not self.every_refusal:",
         "if refused:",
         "tests/data/test_splits.py test_every_refusal_is_named_where_that_is_asked_for",
     ),
@@ -282,7 +282,7 @@ DATA_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a number of too many digits without its line",
-        SOURCES,
+        JSON_ROWS,
         '        raise ValueError(f"{where}: holds a number of too many digits ({error})") from'
         " error\n",
         "        raise\n",
@@ -291,7 +291,7 @@ DATA_BUGS: tuple[Bug, ...] = (
     bug(
         0,
         "a damaged page passes as a traceback",
-        SOURCES,
+        "megalora/data/arrow_rows.py",
         "pyarrow.ArrowException, OSError, ValueError,",
         "pyarrow.ArrowException,",
         "tests/data/test_sources.py test_what_pyarrow_raises",

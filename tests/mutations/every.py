@@ -14,6 +14,7 @@ from tests.mutations.kernel_bugs import KERNEL_BUGS
 from tests.mutations.layer_bugs import LAYER_BUGS
 from tests.mutations.planner_bugs import PLANNER_BUGS
 from tests.mutations.run_bugs import RUN_BUGS
+from tests.mutations.tokens_bugs import TOKENS_BUGS
 from tests.mutations.tune_bugs import TUNE_BUGS
 from tests.mutations.wait_bugs import WAIT_BUGS
 
@@ -25,6 +26,7 @@ EVERY_BUG = (
     + FAMILY_BUGS
     + LAYER_BUGS
     + DATA_BUGS
+    + TOKENS_BUGS
     + ADAPTER_BUGS
     + RUN_BUGS
     + GPU_BUGS

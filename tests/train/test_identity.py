@@ -17,6 +17,9 @@ from safetensors.torch import load_file, save_file
 from megalora import host
 from megalora.adapters.files import OPTIMIZER, RNG, STATE_JSON
 from megalora.config import CheckpointConfig, LoRAConfig, RunConfig
+from megalora.data.digest import samples_digest
+from megalora.data.splits import load_data
+from megalora.data.tokenizer import load_tokenizer
 from megalora.train.checkpoint.identity import KEPT, identify
 from megalora.train.loop import train
 from tests.distributed.ranks import run_ranks
@@ -159,6 +162,32 @@ def test_a_checkpoint_without_digests_loads_with_a_line_and_by_name(
         Exception, match="was trained with data.train=.*chats.jsonl, this run has .*other.jsonl"
     ):
         run_ranks(train, 1, config)
+
+
+def _digest_as_before(folder: Path) -> str:
+    """The digest of the training samples that an earlier version wrote into a checkpoint."""
+    config = run_config(folder)
+    train_split, _ = load_data(config.data, load_tokenizer(folder / "base"))
+    return samples_digest(list(train_split.samples))
+
+
+def test_a_checkpoint_with_an_earlier_digest_of_its_samples_resumes(
+    done: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(done, folder)
+    path = folder / "run/step_000001" / STATE_JSON
+    state = json.loads(path.read_text())
+    assert state["identity"]["samples"].startswith("samples:")
+    state["identity"]["samples"] = _digest_as_before(folder)
+    path.write_text(json.dumps(state))
+    (said,) = run_ranks(said_by, 1, run_config(folder, resume=True, steps=2))
+    assert "finished at step 2" in said, said
+    # Other tokens are found by that digest, too.
+    (folder / "run/latest").write_text("step_000001\n")
+    edit_template(folder)
+    (said,) = run_ranks(said_by, 1, run_config(folder, resume=True, steps=2))
+    assert "was trained on other tokens" in said, said
 
 
 def test_generators_of_another_kind_of_device_are_left_with_a_line(

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 
 from megalora.config import RunConfig
 from megalora.data.chat import Encoded
-from megalora.data.digest import samples_digest, source_digest
+from megalora.data.digest import source_digest
+from megalora.data.samples import digest_of_samples
 from megalora.digests import Digests
 from megalora.hf.base_identity import base_config, weights_digest
 from megalora.hf.folder import check_base_folder
@@ -34,7 +35,7 @@ class Samples:
     @classmethod
     def of(cls, samples: Sequence[Encoded]) -> "Samples":
         """Count and digest encoded samples, in their order."""
-        return cls(len(samples), samples_digest(samples))
+        return cls(len(samples), digest_of_samples(samples))
 
 
 @dataclass(frozen=True)

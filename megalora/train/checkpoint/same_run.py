@@ -1,5 +1,6 @@
 """Check that a checkpoint belongs to the run that a config describes."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from megalora.adapters.files import LORA_SECTION
 from megalora.adapters.training_state import SavedState
 from megalora.config import RunConfig
+from megalora.data.chat import Encoded
+from megalora.data.digest import samples_digest
 from megalora.lora.section import differing, settings
 from megalora.lora.spec import Adapted
 from megalora.train.checkpoint.identity import Identity, Samples
@@ -45,8 +48,15 @@ def check_same_run(
     return []
 
 
-def check_same_samples(state: SavedState, config: RunConfig, samples: Samples) -> None:
-    """Raise ``ValueError`` unless the data makes the samples that the run has been trained on."""
+def check_same_samples(
+    state: SavedState, config: RunConfig, samples: Samples, encoded: Sequence[Encoded]
+) -> None:
+    """Raise ``ValueError`` unless the data makes the samples that the run has been trained on.
+
+    Args:
+        samples: number and digest of this run's samples.
+        encoded: the samples themselves, for checkpoints of earlier versions.
+    """
     if state.imported_from is not None:
         return
     # The commoner mistake first, with numbers; a digest only says that something differs.
@@ -56,7 +66,14 @@ def check_same_samples(state: SavedState, config: RunConfig, samples: Samples) -
             f" which now has {samples.count:,}: samples would be repeated or skipped. Restore the"
             " data, or start a new run in another checkpoint.dir."
         )
-    if state.identity is not None and state.identity["samples"] != samples.digest:
+    if state.identity is None:
+        return
+    saved = state.identity["samples"]
+    digest = samples.digest
+    # Earlier versions digested tokens, not digests of samples, and wrote no kind before it.
+    if saved and ":" not in saved:
+        digest = samples_digest(encoded)
+    if saved != digest:
         raise ValueError(
             f"{state.folder} was trained on other tokens: the data's files are the same, but the"
             " tokenizer, the chat template or megalora itself now makes other samples of them."

@@ -1,0 +1,135 @@
+"""Tokenise a chunk of rows into arrays: what each process that builds a token store does.
+
+A token is one 32-bit number: its id, and in the highest bit whether it is in the loss. So ids and
+loss mask can neither get apart nor need a second file, and any part of a sample is one slice.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megalora.data.chat import Encoded, encode_conversation
+from megalora.data.chunk import Chunk
+from megalora.data.columns import to_conversation
+from megalora.data.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKEN = np.dtype("<u4")
+IN_LOSS = np.uint32(1 << 31)
+DIGEST_BYTES = 16
+SAMPLE = np.dtype(
+    [
+        ("length", "<i4"),
+        ("targets", "<i4"),
+        ("left_out", "<u2"),
+        ("stops", "?"),
+        ("open", "<i4"),
+        ("unmarked", "<i4"),
+        ("digest", f"V{DIGEST_BYTES}"),
+    ]
+)
+"""What is kept of a sample beside its tokens. ``left_out`` is an index into a list of the different
+values of ``Encoded.left_out``; ``digest`` is that of the tokens' bytes."""
+
+
+def pack(sample: Encoded) -> np.ndarray:
+    """[n] tokens of a sample, with the loss mask in the highest bits."""
+    packed = sample.input_ids.astype(TOKEN)
+    packed[sample.loss_mask] |= IN_LOSS
+    return packed
+
+
+def unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[n] int32 ids and [n] bool loss mask; both are new arrays."""
+    return (packed & ~IN_LOSS).astype(np.int32), packed >= IN_LOSS
+
+
+def digest_of(packed: np.ndarray) -> bytes:
+    """Digest of a sample's tokens and of which are in the loss, the same on every machine."""
+    return blake2b(packed.tobytes(), digest_size=DIGEST_BYTES).digest()
+
+
+@dataclass
+class EncodedChunk:
+    """The samples of a chunk, one behind the other."""
+
+    tokens: np.ndarray
+    """[sum of lengths] TOKEN."""
+    samples: np.ndarray
+    """[samples] SAMPLE; ``left_out`` is an index into this chunk's list."""
+    left_out: list[tuple[str, ...]]
+    num_rows: int
+    columns: dict[str, None] = field(default_factory=dict)
+    """Columns of any row, in the order in which they first occur. Rows of a JSONL file may have
+    different ones."""
+    refused: dict[int, str] = field(default_factory=dict)
+    """Why rows are refused, by their numbers."""
+
+
+class RowEncoder:
+    """Tokenises rows with one tokenizer and one mapping of columns."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        columns: Mapping[str, str],
+        allow_left_out: Collection[str],
+        every_refusal: bool,
+    ) -> None:
+        """Raises ``ValueError`` for a tokenizer that cannot be used; see ``ChatTemplate``."""
+        self.template = ChatTemplate(tokenizer)
+        self.columns = columns
+        self.allow_left_out = allow_left_out
+        self.every_refusal = every_refusal
+
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        """Tokenise a chunk, up to its first refused row unless every refusal is asked for.
+
+        Raises:
+            ValueError: a row cannot be read at all.
+        """
+        encoded: list[Encoded] = []
+        columns: dict[str, None] = {}
+        refused: dict[int, str] = {}
+        number = chunk.first - 1
+        for number, row in enumerate(chunk.rows(), chunk.first):
+            columns |= dict.fromkeys(row)
+            try:
+                conversation = to_conversation(row, self.columns, self.allow_left_out)
+                sample = encode_conversation(conversation, self.template, self.allow_left_out)
+                encoded.append(sample)
+            except ValueError as error:
+                refused[number] = str(error)
+            except RecursionError:
+                refused[number] = "nested too deeply to be read"
+            if refused and not self.every_refusal:
+                break
+        num_rows = number + 1 - chunk.first
+        return _joined(encoded, num_rows, columns, refused)
+
+
+def _joined(
+    encoded: list[Encoded], num_rows: int, columns: dict[str, None], refused: dict[int, str]
+) -> EncodedChunk:
+    samples = np.zeros(len(encoded), SAMPLE)
+    # The different values of left_out, with their indices.
+    kinds: dict[tuple[str, ...], int] = {}
+    packed = [np.zeros(0, TOKEN)]
+    for at, sample in enumerate(encoded):
+        tokens = pack(sample)
+        packed.append(tokens)
+        samples[at] = (
+            len(tokens),
+            sample.num_target_tokens,
+            kinds.setdefault(sample.left_out, len(kinds)),
+            sample.stops,
+            sample.num_open,
+            sample.num_unmarked,
+            digest_of(tokens),
+        )
+    return EncodedChunk(np.concatenate(packed), samples, list(kinds), num_rows, columns, refused)

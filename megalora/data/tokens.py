@@ -1,0 +1,129 @@
+"""Read a token store: a folder with the tokenised samples of one source.
+
+    header.json   what the store was made of, its sizes and digests
+    tokens.bin    the tokens of all samples, one behind the other (``encode_rows.py``)
+    samples.bin   one record of every sample: length, target tokens, what the notes need, digest
+
+Records are memory-mapped, so that all ranks of a node share them. Tokens are read sample by sample
+with ``pread``: pages of a mapping that a rank has touched count as its memory until the kernel
+takes them back, which in a container may look like a leak of the size of the data. Nothing is
+trusted unseen: records are checked by their digest when a store is opened, and the tokens of a
+sample by its own whenever it is read.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from megalora.data.chat import Encoded
+from megalora.data.encode_rows import SAMPLE, TOKEN, digest_of, unpack
+
+HEADER = "header.json"
+TOKENS = "tokens.bin"
+SAMPLES = "samples.bin"
+
+
+class DamagedStore(ValueError):
+    """A store is not what was written."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """Content of header.json, beside its own digest."""
+
+    made_of: dict[str, Any]
+    """What the samples depend on; the folder is named after its digest."""
+    num_samples: int
+    num_tokens: int
+    columns: dict[str, str]
+    """Column that each part of the conversation is read from."""
+    unused_columns: list[str]
+    """Columns of the source that nothing is read from."""
+    left_out: list[list[str]]
+    """The different values of ``Encoded.left_out``."""
+    samples_sha256: str
+    """Digest of samples.bin. Each of its records has the digest of a sample's tokens."""
+
+    def write(self, folder: Path) -> None:
+        content = asdict(self)
+        text = json.dumps({**content, "sha256": _digest(content)}, indent=1)
+        (folder / HEADER).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Raises ``DamagedStore`` for a header that is not whole."""
+        try:
+            content = json.loads((folder / HEADER).read_bytes())
+            expected = content.pop("sha256")
+            is_whole = expected == _digest(content)
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedStore(f"{folder / HEADER} cannot be read ({error})") from None
+        if not is_whole:
+            raise DamagedStore(f"{folder / HEADER} was changed after it was written")
+        return cls(**content)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class TokenStore:
+    """The samples of a source, in the order of its rows."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open and check a store; raises ``DamagedStore``."""
+        self.folder = folder
+        self.header = Header.read(folder)
+        # The first token of each sample is where the one before it ends.
+        self.num_samples = self.header.num_samples
+        path = folder / SAMPLES
+        _require_size(path, self.num_samples * SAMPLE.itemsize)
+        self.records: np.ndarray = np.memmap(path, SAMPLE, mode="r", shape=(self.num_samples,))
+        if hashlib.sha256(self.records.data).hexdigest() != self.header.samples_sha256:
+            raise DamagedStore(f"{path} was changed after it was written")
+        self.lengths: np.ndarray = self.records["length"].astype(np.int64)
+        """[num_samples] tokens in each sample."""
+        self.starts: np.ndarray = np.cumsum(self.lengths) - self.lengths
+        """[num_samples] place of each sample's first token in the file."""
+        _require_size(folder / TOKENS, self.header.num_tokens * TOKEN.itemsize)
+        self._file = (folder / TOKENS).open("rb", buffering=0)
+
+    def packed(self, index: int) -> np.ndarray:
+        """[n] tokens of a sample with the loss mask in the highest bits, read-only."""
+        size = int(self.lengths[index]) * TOKEN.itemsize
+        content = os.pread(self._file.fileno(), size, int(self.starts[index]) * TOKEN.itemsize)
+        packed = np.frombuffer(content, TOKEN) if len(content) == size else None
+        if packed is None or digest_of(packed) != self.records["digest"][index].tobytes():
+            raise DamagedStore(
+                f"{self.folder / TOKENS}: the tokens of sample {index + 1} are not those that were"
+                " written. Remove the folder; the next start tokenises the data again"
+            )
+        return packed
+
+    def sample(self, index: int) -> Encoded:
+        """A sample as it was tokenised."""
+        ids, mask = unpack(self.packed(index))
+        record = self.records[index]
+        return Encoded(
+            ids,
+            mask,
+            tuple(self.header.left_out[record["left_out"]]),
+            stops=bool(record["stops"]),
+            num_open=int(record["open"]),
+            num_unmarked=int(record["unmarked"]),
+        )
+
+
+def _require_size(path: Path, size: int) -> None:
+    """Raise ``DamagedStore`` unless a file has so many bytes."""
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DamagedStore(f"{path} cannot be read ({error.strerror or error})") from None
+    if found != size:
+        raise DamagedStore(f"{path} has {found:,} bytes instead of {size:,}")

@@ -1,0 +1,71 @@
+"""Bugs in how data is tokenised once and kept. The same form as ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+CACHE, TOKENS, BUILD, SAMPLES = (
+    f"megalora/data/{name}.py" for name in ("token_cache", "tokens", "build_tokens", "samples")
+)
+CACHE_TEST = "tests/data/test_token_cache.py"
+SAME = "megalora/train/checkpoint/same_run.py"
+
+TOKENS_BUGS: tuple[Bug, ...] = (
+    bug(
+        0,
+        "samples of another chat template are taken from the cache",
+        CACHE,
+        '        "template": tokenizer.chat_template,\n',
+        "",
+        f"{CACHE_TEST} test_what_a_store_is_made_of",
+    ),
+    bug(
+        0,
+        "every rank that waited for a store builds it again",
+        CACHE,
+        '    with locked(cache / f"{folder.name}.lock", _FIX) as waited:\n'
+        "        # Somebody else may have built it while this process waited, or met a row that is"
+        " refused.\n"
+        "        store, damage = _opened(folder, made_of)\n",
+        '    with locked(cache / f"{folder.name}.lock", _FIX) as waited:\n',
+        f"{CACHE_TEST} test_processes_that_ask_at_once_build_once",
+    ),
+    bug(
+        0,
+        "damaged records are read",
+        TOKENS,
+        "if hashlib.sha256(self.records.data).hexdigest() != self.header.samples_sha256:",
+        "if False:",
+        f"{CACHE_TEST} test_a_damaged_store_is_built_again_with_a_line",
+    ),
+    bug(
+        0,
+        "damaged tokens are trained on",
+        TOKENS,
+        'if packed is None or digest_of(packed) != self.records["digest"][index].tobytes():',
+        "if packed is None:",
+        f"{CACHE_TEST} test_a_damaged_token_is_found_when_it_is_read",
+    ),
+    bug(
+        0,
+        "kinds of what is left out are numbered chunk by chunk",
+        BUILD,
+        'chunk.samples["left_out"] = np.array(own, np.uint16)[chunk.samples["left_out"]]',
+        "pass",
+        f"{CACHE_TEST} test_kinds_left_out_are_those_of_their_rows",
+    ),
+    bug(
+        0,
+        "data that changes while it is read is kept under its old name",
+        CACHE,
+        "if what_it_is_made_of(recipe, cache) != made_of:",
+        "if False:",
+        f"{CACHE_TEST} test_data_that_changes_while_it_is_read_is_refused",
+    ),
+    bug(
+        0,
+        "digests of earlier versions are compared with today's",
+        SAME,
+        'if saved and ":" not in saved:',
+        "if False:",
+        "tests/train/test_identity.py test_a_checkpoint_with_an_earlier_digest",
+    ),
+)
