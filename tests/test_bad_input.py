@@ -112,7 +112,8 @@ def broken(tmp_path: Path, tiny: Path) -> Callable[..., Path]:
             ["data.max_length=4"],
             (
                 "{folder}/chats.jsonl: none of the 4 samples is left: 4 longer than"
-                " data.max_length=4 were left out (longest N).\n  Raise data.max_length."
+                " data.max_length=4 were left out (longest N).\n  Raise data.max_length, or set"
+                " data.too_long to cut or split them."
             ),
         ),
     ],

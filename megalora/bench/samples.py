@@ -51,7 +51,7 @@ def full_samples(config: RunConfig, vocab: int, *, natural: bool) -> tuple[Any, 
         ids = np.random.Generator(np.random.PCG64(config.data.seed))
         tokens = ids.integers(0, vocab, (count, length), dtype=np.int32)
         samples = [Encoded(row, np.ones(length, dtype=bool)) for row in tokens]
-    return tokenizer, Split(source, length, samples, longest=length)
+    return tokenizer, Split(source, length, samples)
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -62,8 +62,16 @@ def _has_tokenizer(folder: Path) -> bool:
 def _filled(samples: Sequence[Encoded], count: int, length: int) -> list[Encoded]:
     """``count`` samples of ``length`` tokens: all there are, one behind the other, from the
     beginning again where they end."""
-    ids = np.concatenate([s.input_ids for s in samples])
-    mask = np.concatenate([s.loss_mask for s in samples])
+    found: list[Encoded] = []
+    num_tokens = 0
+    for sample in samples:
+        found.append(sample)
+        num_tokens += len(sample.input_ids)
+        # The rest of the data is not needed, and may be far larger than memory.
+        if num_tokens >= count * length:
+            break
+    ids = np.concatenate([s.input_ids for s in found])
+    mask = np.concatenate([s.loss_mask for s in found])
     # Which token of the row stands at each place of the new samples.
     places = np.arange(count * length) % len(ids)
     return [Encoded(ids[p], mask[p]) for p in places.reshape(count, length)]

@@ -6,7 +6,7 @@ writes YAML.
 """
 
 from megalora.config.checkpoint import CheckpointConfig
-from megalora.config.data import DataConfig, LeftOut, LeftOutOfText
+from megalora.config.data import DataConfig, LeftOut, LeftOutOfText, TooLong
 from megalora.config.log import LogConfig
 from megalora.config.lora import LoRAConfig
 from megalora.config.model import ModelConfig
@@ -24,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "ParallelConfig",
     "RunConfig",
+    "TooLong",
     "TrainConfig",
     "check_warmup",
 ]

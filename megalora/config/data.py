@@ -15,6 +15,9 @@ LeftOut = Literal[
 ]  # fmt: skip
 """Values of ``data.allow_left_out``: parts of a conversation, and columns that belong to one."""
 
+TooLong = Literal["left_out", "truncate_right", "truncate_left", "split"]
+"""Values of ``data.too_long``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -34,7 +37,12 @@ class DataConfig:
     (reasoning, name, tools, documents) or columns by name (input, ...). They are counted and
     reported; any other part that would be lost is an error."""
     max_length: int = 4096
-    """Maximum length of a sample in tokens. Longer samples are left out, counted and reported."""
+    """Maximum length of a sample in tokens, see ``data.too_long``."""
+    too_long: TooLong = "left_out"
+    """What becomes of samples of more than ``data.max_length`` tokens, which are counted and
+    reported in any case. ``left_out``: they are not trained on; ``truncate_right`` and
+    ``truncate_left``: their end or their beginning is cut off; ``split``: they become several
+    samples, without a token in the loss being lost. A part without any is left out."""
     cache: str | None = None
     """Folder for tokenised samples. They are kept there by content of data, tokenizer, chat
     template and the options above, and used by every later run. Default: ``$MEGALORA_CACHE``, else

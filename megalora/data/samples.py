@@ -79,7 +79,8 @@ def _cut(sample: Encoded, begin: int, end: int) -> Encoded:
     # Nothing stands before the first token of a piece to predict it.
     if begin:
         mask[0] = False
-    stops = sample.stops and end == len(sample.input_ids)
+    # Whether the end of the last turn is still there.
+    stops = sample.stops and not sample.loss_mask[end:].any()
     return replace(sample, input_ids=sample.input_ids[begin:end], loss_mask=mask, stops=stops)
 
 
@@ -160,12 +161,16 @@ def template_counts(samples: Sequence[Encoded]) -> TemplateCounts:
 
 def _counted(samples: StoredSamples) -> TemplateCounts:
     pieces = samples.pieces
-    # Pieces of one sample stand side by side, in any selection that keeps the order of the source.
-    is_first = np.ones(len(pieces), bool)
-    same_store = pieces["store"][1:] == pieces["store"][:-1]
-    is_first[1:] = ~(same_store & (pieces["sample"][1:] == pieces["sample"][:-1]))
-    once = StoredSamples(samples.stores, pieces[is_first])
-    stops = once.record_of("stops")
+    numbers = sample_numbers(samples)
+    # The last piece of each sample, and the tokens in the loss of all its pieces.
+    is_last = np.append(np.diff(numbers) > 0, True)[: len(pieces)]
+    once = StoredSamples(samples.stores, pieces[is_last])
+    targets = np.bincount(numbers, weights=pieces["targets"], minlength=len(once))
+    # Where the end was cut off, so was the end of the last turn, unless all targets are there: the
+    # end of a sample may be a line break.
+    ends = once.pieces["begin"] + once.pieces["length"]
+    has_end = (ends == once.record_of("length")) | (targets == once.record_of("targets"))
+    stops = once.record_of("stops") & has_end
     kinds: Counter[str] = Counter()
     for values, count in _left_out(once):
         for kind in values:
@@ -176,6 +181,20 @@ def _counted(samples: StoredSamples) -> TemplateCounts:
         num_open=int((stops & (once.record_of("open") > 0)).sum()),
         num_unmarked=int(once.record_of("unmarked").sum()),
     )
+
+
+def sample_numbers(samples: Sequence[Encoded]) -> np.ndarray:
+    """[samples] int64: 0 for the first, the same for pieces of one sample, else one more.
+
+    Pieces of one sample stand side by side in any selection that keeps the order of the source.
+    """
+    if not isinstance(samples, StoredSamples):
+        return np.arange(len(samples))
+    pieces = samples.pieces
+    is_next = np.zeros(len(pieces), bool)
+    for name in ("store", "sample"):
+        is_next[1:] |= pieces[name][1:] != pieces[name][:-1]
+    return np.cumsum(is_next)
 
 
 def _left_out(samples: StoredSamples) -> Iterator[tuple[list[str], int]]:

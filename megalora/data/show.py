@@ -47,7 +47,7 @@ def _show_split(name: str, split: Split, tokenizer: Any, console: Console) -> No
         console.print(Text(f"note: {line}", "yellow"), soft_wrap=True)
     if len(split.lengths):
         console.print(Text("\ntokens per sample, those that are left out included"))
-        for line in histogram(split.lengths.tolist(), split.max_length):
+        for line in histogram(split.lengths.tolist(), split.max_length, split.fit.fate):
             console.print(Text(line), soft_wrap=True)
     if name == "train":
         _show_samples(split, tokenizer, console)
@@ -64,8 +64,8 @@ def _show_samples(split: Split, tokenizer: Any, console: Console) -> None:
         console.print(sample_text(sample, tokenizer, colour=colour), soft_wrap=True)
 
 
-def histogram(lengths: Sequence[int], max_length: int) -> Iterator[str]:
-    """A bar per range of lengths; ranges above ``max_length`` say that they are left out."""
+def histogram(lengths: Sequence[int], max_length: int, fate: str) -> Iterator[str]:
+    """A bar per range of lengths; those above ``max_length`` say what becomes of them: ``fate``."""
     longest = max(lengths)
     # Ranges from 0 to the longest, which must be in one: rounded up.
     width = -(-(longest + 1) // _NUM_BARS)
@@ -83,7 +83,7 @@ def histogram(lengths: Sequence[int], max_length: int) -> Iterator[str]:
     for (low, high), count in zip(pairwise(edges), counts, strict=True):
         # The highest bar has the full width; rounded up, so that one sample shows.
         bar = "#" * -(-count * _BAR_WIDTH // max(counts))
-        note = f"  longer than data.max_length={max_length}: left out" if low > max_length else ""
+        note = f"  longer than data.max_length={max_length}: {fate}" if low > max_length else ""
         yield f"{low:>{digits},} to {high - 1:>{digits},}  {bar:<{_BAR_WIDTH}} {count:,}{note}"
 
 

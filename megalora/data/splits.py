@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megalora.config import DataConfig
+from megalora.config import DataConfig, TooLong
 from megalora.data.build_tokens import Recipe
 from megalora.data.chat import Encoded
 from megalora.data.samples import (
-    StoredSamples,
     lengths_of,
+    sample_numbers,
     select,
     targets_of,
     template_counts,
 )
 from megalora.data.token_cache import cache_folder, stored_tokens
-from megalora.data.tokens import TokenStore
+from megalora.data.too_long import NOTHING_LEFT_OUT, Fit, fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,15 +30,11 @@ class Split:
 
     source: str
     max_length: int
-    """Limit in tokens; longer samples are left out, never cut."""
+    """Limit in tokens."""
     samples: Sequence[Encoded]
     """Read from disk one by one, when they are asked for; a list where a test makes them."""
-    num_too_long: int = 0
-    """Number of samples that were left out because they are longer."""
-    num_no_target: int = 0
-    """Number of samples that were left out because they have no token in the loss."""
-    longest: int = 0
-    """Tokens in the longest sample of the source, whether or not it was left out."""
+    fit: Fit = NOTHING_LEFT_OUT
+    """What became of samples that are too long or have nothing to learn."""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Tokens in each sample of the source, those left out included."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -72,15 +68,7 @@ class Split:
 
     def left_out(self) -> list[str]:
         """What was left out and why, and what the user should know of the rest."""
-        reasons = []
-        if self.num_too_long:
-            limit = f"data.max_length={self.max_length}"
-            reasons.append(
-                f"{self.num_too_long:,} longer than {limit} were left out (longest"
-                f" {self.longest:,})"
-            )
-        if self.num_no_target:
-            reasons.append(f"{self.num_no_target:,} without a token in the loss were left out")
+        reasons = self.fit.notes()
         reasons += _template_notes(self.samples)
         if self.unused_columns:
             reasons.append(f"columns not used: {', '.join(self.unused_columns)}")
@@ -130,6 +118,7 @@ def load_data(
             tokenizer,
             format=data.format,
             max_length=data.max_length,
+            too_long=data.too_long,
             allow_left_out=data.allow_left_out,
             cache=data.cache,
             workers=data.workers,
@@ -151,6 +140,7 @@ def load_split(
     *,
     format: str | Mapping[str, str],
     max_length: int,
+    too_long: TooLong = "left_out",
     allow_left_out: Collection[str] = (),
     cache: str | None = None,
     workers: int | None = None,
@@ -163,6 +153,7 @@ def load_split(
         tokenizer: a fast tokenizer with a chat template.
         format: see ``resolve_columns``; its columns are looked up in the first row.
         max_length: in tokens, of the whole conversation.
+        too_long: what becomes of longer samples.
         allow_left_out: see ``DataConfig``.
         cache: folder for token stores; see ``cache_folder``.
         workers: processes that tokenise where there is no store yet; None for what pays.
@@ -173,36 +164,25 @@ def load_split(
     """
     recipe = Recipe(source, tokenizer, format, allow_left_out, workers, every_refusal)
     store = stored_tokens(recipe, cache_folder(cache))
-    split = _fitting(source, store, max_length)
+    samples, found = fit(store, max_length, too_long)
+    split = Split(
+        source,
+        max_length,
+        samples,
+        fit=found,
+        lengths=store.lengths,
+        columns=store.header.columns,
+        unused_columns=tuple(store.header.unused_columns),
+    )
     if not split.samples:
         raise ValueError(_nothing_is_left(split, store.num_samples))
     return split
 
 
-def _fitting(source: str, store: TokenStore, max_length: int) -> Split:
-    """The samples that can be trained on, and counts of the others."""
-    lengths = store.lengths
-    too_long = lengths > max_length
-    # All its messages are context, or flagged out of the loss.
-    no_target = ~too_long & (store.records["targets"] == 0)
-    kept = np.flatnonzero(~too_long & ~no_target)
-    return Split(
-        source,
-        max_length,
-        select(StoredSamples.whole(store), kept),
-        num_too_long=int(too_long.sum()),
-        num_no_target=int(no_target.sum()),
-        longest=int(lengths.max()),
-        lengths=lengths,
-        columns=store.header.columns,
-        unused_columns=tuple(store.header.unused_columns),
-    )
-
-
 def _nothing_is_left(split: Split, num_rows: int) -> str:
     fix = "Look at the rows and at the model's chat template."
-    if split.num_too_long:
-        fix = "Raise data.max_length."
+    if split.fit.num_too_long:
+        fix = "Raise data.max_length, or set data.too_long to cut or split them."
     reasons = "; ".join(split.left_out())
     return f"{split.source}: none of the {num_rows:,} samples is left: {reasons}.\n  {fix}"
 
@@ -218,7 +198,9 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
     Raises:
         ValueError: one of the two would have no sample.
     """
-    num_samples = len(split.samples)
+    # Pieces of one sample are held out together: they share their text.
+    numbers = sample_numbers(split.samples)
+    num_samples = int(numbers[-1]) + 1
     # True is an int for isinstance.
     if isinstance(eval, bool) or (isinstance(eval, float) and not 0 < eval < 1):
         raise ValueError(
@@ -234,12 +216,13 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
         )
     # The third word keeps this choice apart from the order of any epoch.
     chosen = permutation(num_samples, seed, 0, 1)[:num_eval]
-    held_out = np.zeros(num_samples, bool)
-    held_out[chosen] = True
+    is_chosen = np.zeros(num_samples, bool)
+    is_chosen[chosen] = True
+    held_out = is_chosen[numbers]
     kept = select(split.samples, np.flatnonzero(~held_out))
     eval_samples = select(split.samples, np.flatnonzero(held_out))
     name = f"{split.source} (held out)"
-    held = Split(name, split.max_length, eval_samples, longest=split.longest)
+    held = Split(name, split.max_length, eval_samples)
     return replace(split, samples=kept), held
 
 

@@ -42,6 +42,17 @@ def test_what_is_shown(config, capsys):
     assert f"data.eval  {source} (held out): 1 samples" in out
 
 
+def test_what_becomes_of_long_samples_is_shown(config, capsys):
+    for how, fate, line in (
+        ("split", "split", "1 longer than data.max_length=100 were split into"),
+        ("truncate_left", "cut", "1 longer than data.max_length=100 were cut at the beginning"),
+    ):
+        cli.main(["data", str(config), "data.max_length=100", f"data.too_long={how}"])
+        out = capsys.readouterr().out
+        assert f"note: {line}" in out
+        assert f"longer than data.max_length=100: {fate}\n" in out
+
+
 def test_a_mistake_is_one_line(config, capsys, monkeypatch):
     # Whoever debugs may have set it; it asks for a traceback where a line is expected here.
     monkeypatch.delenv("MEGALORA_TRACEBACK", raising=False)
@@ -83,7 +94,7 @@ def test_the_loss_in_colour():
 def test_histogram():
     # Bins of 4 tokens up to the limit of 20, where a bin ends so that none holds both kept samples
     # and others. The fullest bin, with 3, has 40 signs; one sample has 40 / 3, rounded up.
-    lines = list(histogram([1, 2, 2, 9, 25, 39], max_length=20))
+    lines = list(histogram([1, 2, 2, 9, 25, 39], max_length=20, fate="left out"))
     assert lines == [
         " 0 to  3  " + "#" * 40 + " 3",
         " 4 to  7  " + " " * 40 + " 0",

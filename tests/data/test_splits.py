@@ -6,6 +6,7 @@ import pytest
 
 from megalora.data.chat import encode
 from megalora.data.splits import Split, load_split, split_off_eval
+from megalora.data.too_long import Fit
 from tests.data.samples import sample
 from tests.jsonl import write_jsonl
 
@@ -24,7 +25,7 @@ def questions(*answers):
 def numbered(count):
     """A split whose samples hold their own number as token, so that each can be told apart."""
     samples = [sample([k, k], [False, True]) for k in range(count)]
-    return Split("x.jsonl", 8, samples, longest=2)
+    return Split("x.jsonl", 8, samples)
 
 
 def numbers_of(split):
@@ -51,16 +52,16 @@ def test_load_split_maps_columns_and_counts(tmp_path, make_tokenizer):
         assert learned == f"<think>\n\n</think>\n\n{answer}<|im_end|>"
         num_tokens += len(expected.input_ids)
         num_target_tokens += int(expected.loss_mask.sum())
-    assert (split.num_too_long, split.num_no_target) == (1, 0)
+    assert (split.fit.num_too_long, split.fit.num_no_target) == (1, 0)
     # Each of the four letters of 40 words is a token of its own: the tokenizer has learned no
     # merge of two of them.
-    assert split.longest > 160
+    assert split.fit.longest > 160
     assert split.num_tokens == num_tokens
     assert split.num_target_tokens == num_target_tokens
     assert (
         split.summary()
         == f"{source}: 2 samples, {num_tokens} tokens ({num_target_tokens} in the loss); "
-        f"1 longer than data.max_length=80 were left out (longest {split.longest})"
+        f"1 longer than data.max_length=80 were left out (longest {split.fit.longest})"
     )
 
 
@@ -71,9 +72,9 @@ def test_max_length_is_the_longest_that_is_kept(tmp_path, make_tokenizer):
         return load_split(source, make_tokenizer(), format=GSM8K, max_length=length)
 
     # Two answers of different lengths: the limit is put at the longer one, then one below.
-    longest = load(1000).longest
-    assert (len(load(longest).samples), load(longest).num_too_long) == (2, 0)
-    assert (len(load(longest - 1).samples), load(longest - 1).num_too_long) == (1, 1)
+    longest = load(1000).fit.longest
+    assert (len(load(longest).samples), load(longest).fit.num_too_long) == (2, 0)
+    assert (len(load(longest - 1).samples), load(longest - 1).fit.num_too_long) == (1, 1)
 
 
 def test_samples_without_a_target_are_left_out(tmp_path, make_tokenizer):
@@ -82,7 +83,7 @@ def test_samples_without_a_target_are_left_out(tmp_path, make_tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     source = write_rows(tmp_path / "a.jsonl", questions("", "42"))
     split = load_split(source, tokenizer, format=GSM8K, max_length=99)
-    assert (len(split.samples), split.num_no_target) == (1, 1)
+    assert (len(split.samples), split.fit.num_no_target) == (1, 1)
     assert (
         "in the loss); 1 without a token in the loss were left out; 1 have no end-of-turn"
         in split.summary()
@@ -98,7 +99,9 @@ def test_samples_without_a_target_are_left_out(tmp_path, make_tokenizer):
 def test_summary_of_a_large_split():
     # 3,000 * 400 tokens are 1.2 M, and 3,000 * 250 of them are in the loss.
     samples = [sample([1] * 400, [False] * 150 + [True] * 250)] * 3000
-    many = Split("train.jsonl", 512, samples, num_too_long=12, longest=803)
+    many = Split(
+        "train.jsonl", 512, samples, fit=Fit("left_out", 512, longest=803, num_too_long=12)
+    )
     assert (
         many.summary() == "train.jsonl: 3,000 samples, 1.2 M tokens (750,000 in the loss); "
         "12 longer than data.max_length=512 were left out (longest 803)"

@@ -6,6 +6,8 @@ CACHE, TOKENS, BUILD, SAMPLES = (
     f"megalora/data/{name}.py" for name in ("token_cache", "tokens", "build_tokens", "samples")
 )
 CACHE_TEST = "tests/data/test_token_cache.py"
+LONG = "megalora/data/too_long.py"
+LONG_TEST = "tests/data/test_too_long.py"
 SAME = "megalora/train/checkpoint/same_run.py"
 
 TOKENS_BUGS: tuple[Bug, ...] = (
@@ -67,5 +69,37 @@ TOKENS_BUGS: tuple[Bug, ...] = (
         'if saved and ":" not in saved:',
         "if False:",
         "tests/train/test_identity.py test_a_checkpoint_with_an_earlier_digest",
+    ),
+    bug(
+        0,
+        "a token between two pieces of a sample is predicted by none",
+        LONG,
+        "begins = np.arange(0, length - 1, max_length - 1)",
+        "begins = np.arange(0, length - 1, max_length)",
+        f"{LONG_TEST} test_split_loses_no_target",
+    ),
+    bug(
+        0,
+        "the first token of a piece counts as predicted",
+        SAMPLES,
+        "    if begin:\n        mask[0] = False\n",
+        "",
+        f"{LONG_TEST} test_split_loses_no_target",
+    ),
+    bug(
+        0,
+        "truncation does not say how many targets it cut",
+        LONG,
+        'counts["num_targets_cut"] = int(targets - learned["targets"].sum())',
+        'counts["num_targets_cut"] = 0',
+        f"{LONG_TEST} test_truncation_counts_what_it_cuts",
+    ),
+    bug(
+        0,
+        "a part of a sample is trained on and evaluated, too",
+        SAMPLES,
+        '    for name in ("store", "sample"):\n        is_next',
+        '    for name in ("store", "sample", "begin"):\n        is_next',
+        f"{LONG_TEST} test_pieces_of_a_sample_are_held_out_together",
     ),
 )

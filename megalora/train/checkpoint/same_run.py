@@ -22,6 +22,8 @@ SAME_RUN = (
 )  # fmt: skip
 """Options that decide the order of samples, and which parameters are trained on them: they must not
 change in the middle of a run."""
+ADDED = {"data.too_long": "left_out"}
+"""Such options that checkpoints of earlier versions lack, and what they did then."""
 BY_CONTENT = ("model.path", "data.train", "data.eval")
 """Options that are compared by content; by name where a checkpoint has no digests."""
 _MISSING = object()
@@ -89,7 +91,7 @@ def _value(config: dict[str, Any], option: str) -> Any:
 
 def _check_options(state: SavedState, config: RunConfig) -> None:
     now = asdict(config)
-    options: list[str] = [*SAME_RUN]
+    options: list[str] = [*SAME_RUN, *ADDED]
     # data.eval is a source, which is compared by content, or a number of samples to hold out.
     was_source = isinstance(_value(state.config, "data.eval"), str)
     is_source = isinstance(config.data.eval, str)
@@ -97,6 +99,8 @@ def _check_options(state: SavedState, config: RunConfig) -> None:
         options.append("data.eval")
     for option in options:
         before = _value(state.config, option)
+        if before is _MISSING:
+            before = ADDED.get(option, _MISSING)
         if before is _MISSING:
             raise ValueError(f"the state of {state.folder} is damaged: it has no config.{option}")
         if before != _value(now, option):
