@@ -75,7 +75,7 @@ def training_on_megatron(chunk: nn.Module, setup: Setup, groups: Any, note: str)
     """megalora's training step for the trainable parameters of ``chunk``: Megatron's schedule, DDP
     and sharded AdamW."""
     from megalora.config import TrainConfig
-    from megalora.data.loader import Batch
+    from megalora.data.batch import Batch
     from megalora.train.assemble import make_stepper
     from megalora.train.optim import clip_and_step
 
@@ -91,7 +91,7 @@ def training_on_megatron(chunk: nn.Module, setup: Setup, groups: Any, note: str)
     mask = torch.ones(tokens.shape)
     # Each token's label is the next; the last has none, and rolling gives it the first.
     mask[:, -1] = 0
-    batch = Batch(tokens, tokens.roll(-1, 1), mask)
+    batch = Batch.of_equal(tokens, tokens.roll(-1, 1), mask)
 
     def forward_backward() -> Tensor:
         total, count = stepper.forward_backward([batch], optimizer)

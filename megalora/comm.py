@@ -17,7 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Parts of all ranks one after another on dim 0; not differentiable."""
+    if group.size() == 1:
+        return x
     out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
     dist.all_gather_into_tensor(out, x.contiguous(), group=group)
     return out
@@ -57,8 +60,8 @@ def _collective(forward_op: Callable[..., Tensor], backward_op: Callable[..., Te
     return apply
 
 
-gather_seq = _collective(_all_gather, _reduce_scatter)
-scatter_seq = _collective(_reduce_scatter, _all_gather)
+gather_seq = _collective(all_gather, _reduce_scatter)
+scatter_seq = _collective(_reduce_scatter, all_gather)
 sum_over = _collective(_all_reduce, _all_reduce)
 
 
@@ -71,7 +74,7 @@ def gather_dim(x: Tensor, dim: int, group: dist.ProcessGroup, num_shards: int) -
     if group.size() == 1:
         return x
     # [ranks, *x.shape], of which every so many-th is another shard.
-    parts = _all_gather(x.unsqueeze(0), group)[:: group.size() // num_shards]
+    parts = all_gather(x.unsqueeze(0), group)[:: group.size() // num_shards]
     return torch.cat(parts.unbind(0), dim=dim)
 
 

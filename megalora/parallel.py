@@ -7,7 +7,6 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megalora import host
@@ -20,7 +19,9 @@ class Groups:
 
     tp   tensor parallel of attention and dense layers (also sequence parallel)
     pp   pipeline stages
-    dp   replicas of attention and dense parameters, each with its own samples
+    cp   ranks that share out the tokens of a row
+    dp   replicas of attention and dense parameters that have samples of their own
+    dp_cp  all replicas of attention and dense parameters, over which gradients are summed
     ep   ranks that share out the experts
     etp  ranks that share one expert
     edp  replicas of expert parameters
@@ -28,7 +29,9 @@ class Groups:
 
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
     ep: dist.ProcessGroup
     etp: dist.ProcessGroup
     edp: dist.ProcessGroup
@@ -54,6 +57,7 @@ def init_groups(config: ParallelConfig, seed: int = 0) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tp,
         pipeline_model_parallel_size=config.pp,
+        context_parallel_size=config.cp,
         # Megatron takes any number as a wish for the interleaved schedule.
         virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
         expert_model_parallel_size=config.ep,
@@ -66,7 +70,9 @@ def init_groups(config: ParallelConfig, seed: int = 0) -> Groups:
     return Groups(
         tp=state.get_tensor_model_parallel_group(),
         pp=state.get_pipeline_model_parallel_group(),
+        cp=state.get_context_parallel_group(),
         dp=state.get_data_parallel_group(),
+        dp_cp=state.get_data_parallel_group(with_context_parallel=True),
         ep=state.get_expert_model_parallel_group(),
         etp=state.get_expert_tensor_parallel_group(),
         edp=state.get_expert_data_parallel_group(),
@@ -99,9 +105,6 @@ def destroy_groups() -> None:
     for name, value in list(vars(parallel_state).items()):
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)
-    # Megatron caches rotary angles on the class; each entry keeps its module, and with it a group
-    # and device memory.
-    RotaryEmbedding.forward.cache_clear()
 
 
 @contextmanager

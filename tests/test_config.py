@@ -26,7 +26,7 @@ __all__ = ["minimal"]  # a fixture
 def test_defaults(minimal: Path) -> None:
     config = load_config(minimal)
     assert config == RunConfig(
-        model=ModelConfig(path="models/tiny", backend="torch", dtype="bfloat16", attention="sdpa"),
+        model=ModelConfig(path="models/tiny", backend="torch", dtype="bfloat16", attention="auto"),
         data=DataConfig(train="chats.jsonl", eval=None, format="auto", max_length=4096, seed=0),
         train=TrainConfig(
             steps=3, epochs=None, global_batch_size=16, micro_batch_size=1, lr=1e-4,
@@ -183,12 +183,20 @@ def test_round_trip(tmp_path: Path) -> None:
         ),
         ("train.recompute=true", "train.recompute must be one of off, selective, full, got True"),
         ("parallel.ep=0", "parallel.ep must be at least 1, got 0"),
+        ("parallel.cp=0", "parallel.cp must be at least 1, got 0"),
+        ("train.micro_batch_tokens=0", "train.micro_batch_tokens must be above 0, got 0"),
         (
-            "parallel.cp=2",
+            "train={steps: 3, micro_batch_tokens: 8192, micro_batch_size: 2}",
             (
-                "parallel.cp=2: context parallelism needs Transformer Engine's attention, which the"
-                " torch back end does not have. Set parallel.cp=1; use parallel.tp to split long"
-                " sequences."
+                "train.micro_batch_tokens=8192 decides how many samples share a row, and so does"
+                " train.micro_batch_size=2: give one of them"
+            ),
+        ),
+        (
+            "train.micro_batch_tokens=2048",
+            (
+                "train.micro_batch_tokens=2048 has no room for a sample of data.max_length=4096"
+                " tokens. Lower data.max_length, or set train.micro_batch_tokens to at least 4095."
             ),
         ),
         (

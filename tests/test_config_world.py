@@ -46,8 +46,9 @@ def run_config(*, batch: int = 24, micro: int = 1, **parallel: int) -> RunConfig
             run_config(tp=2, pp=3, vpp=2),
             4,
             (
-                "4 ranks cannot hold the attention grid: tp=2 * pp=3 = 6, and 4 is not a multiple"
-                " of 6.\n  Change parallel.tp or parallel.pp, or launch a multiple of 6 ranks."
+                "4 ranks cannot hold the attention grid: tp=2 * cp=1 * pp=3 = 6, and 4 is not a"
+                " multiple of 6.\n  Change parallel.tp or parallel.cp or parallel.pp, or launch a"
+                " multiple of 6 ranks."
             ),
         ),
         (

@@ -18,7 +18,7 @@ from megalora_kernels.engine import Rows, Weight, make_engine
 from megalora import host
 from megalora.bench.calibrate_grid import Grid, coarse_first
 from megalora.bench.clock import Call
-from megalora.model.attention import SDPACoreAttention
+from megalora.model.attention import DocumentAttention
 
 COMPUTATIONS = ("gemm", "grouped_gemm", "attention", "memory")
 
@@ -99,7 +99,7 @@ def attention(
         q_SBhd = _random(*shape, heads, head_dim, dtype=dtype, requires_grad=True)
         k_SBgd = _random(*shape, kv_heads, head_dim, dtype=dtype, requires_grad=True)
         v_SBgd = _random(*shape, kv_heads, head_dim, dtype=dtype, requires_grad=True)
-        attend = SDPACoreAttention(SimpleNamespace(kv_channels=head_dim))
+        attend = DocumentAttention(SimpleNamespace(kv_channels=head_dim))
         out = attend(q_SBhd, k_SBgd, v_SBgd)
         dout = torch.randn_like(out)
 

@@ -16,8 +16,11 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of weights, adapters and activations. With bfloat16 the optimizer keeps float32 master
     copies of the adapters."""
-    attention: Literal["sdpa"] = "sdpa"
-    """Implementation of attention: ``torch.nn.functional.scaled_dot_product_attention``."""
+    attention: Literal["auto", "sdpa", "flash3", "flash4"] = "auto"
+    """Implementation of attention. ``sdpa``: one scaled dot-product attention of torch for each
+    document. ``auto``: on GPUs in bfloat16 torch's variable-length flash attention, one call for
+    all documents of a row, otherwise as ``sdpa``. ``flash3`` and ``flash4`` have torch use Flash
+    Attention 3 or 4 in its place, where they are installed."""
 
     def __post_init__(self) -> None:
         # Frozen, so not by assignment.

@@ -9,7 +9,8 @@ from megalora.config.checks import require
 class ParallelConfig:
     """How ranks are laid out. Attention and experts use two grids over the same world.
 
-    attention grid: world = tp * pp * dp          experts grid: world = etp * ep * pp * edp
+    attention grid: world = tp * cp * pp * dp
+    experts grid:   world = etp * ep * pp * edp
     """
 
     tp: int = 1
@@ -24,7 +25,8 @@ class ParallelConfig:
     """Expert-tensor-parallel size: the number of ranks that divide each expert. Megatron's default
     is tp, megalora's is 1."""
     cp: int = 1
-    """Context-parallel size. Only 1 is supported today."""
+    """Context-parallel size: the number of ranks that divide the tokens of a row. Keys and values
+    are gathered in every layer."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -33,23 +35,26 @@ class ParallelConfig:
                 f"parallel.{f.name} must be at least 1, got {getattr(self, f.name)}",
             )
         require(
-            self.cp == 1,
-            f"parallel.cp={self.cp}: context parallelism needs Transformer Engine's attention,"
-            " which the torch back end does not have. Set parallel.cp=1; use parallel.tp to split"
-            " long sequences.",
-        )
-        require(
             self.vpp == 1 or self.pp > 1,
             f"parallel.vpp={self.vpp} interleaves the chunks of several pipeline stages, but"
             " parallel.pp=1. Set parallel.vpp=1 or parallel.pp to 2 or more.",
         )
+
+    @property
+    def row_multiple(self) -> int:
+        """What the number of tokens of a row must be a multiple of.
+
+        Context parallelism cuts a row into 2 cp chunks, sequence parallelism each rank's part into
+        tp.
+        """
+        return self.tp * (2 * self.cp if self.cp > 1 else 1)
 
     def data_parallel_sizes(self, world_size: int) -> tuple[int, int]:
         """(dp, edp): how often attention and expert parameters are replicated on ``world_size``
         ranks."""
         require(world_size >= 1, f"a run needs at least 1 rank, got {world_size}")
         # Both grids lie over the same ranks, and each must fill them.
-        dp = self._replicas(world_size, "attention", ("tp", "pp"))
+        dp = self._replicas(world_size, "attention", ("tp", "cp", "pp"))
         edp = self._replicas(world_size, "expert", ("etp", "ep", "pp"))
         return dp, edp
 

@@ -22,10 +22,25 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def __post_init__(self) -> None:
+        capacity = self.train.micro_batch_tokens
+        # The last token of a sample is only a label.
+        needed = self.data.max_length - 1
+        require(
+            capacity is None or capacity >= needed,
+            f"train.micro_batch_tokens={capacity} has no room for a sample of"
+            f" data.max_length={self.data.max_length} tokens. Lower data.max_length, or set"
+            f" train.micro_batch_tokens to at least {needed}.",
+        )
+
     def check_world(self, world_size: int) -> None:
         """Check all that depends on the number of ranks; raises ``ValueError``."""
         # Experts have replicas of their own, but samples are divided over those of attention.
         dp, _ = self.parallel.data_parallel_sizes(world_size)
+        # Rows of a given size: the samples of a step need not divide, and the number of rows is
+        # made to fit.
+        if self.train.micro_batch_tokens is not None:
+            return
         batch = self.train.global_batch_size
         micro = self.train.micro_batch_size
         p = self.parallel

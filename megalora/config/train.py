@@ -27,9 +27,14 @@ class TrainConfig:
     """Number of passes over the training data; may be a fraction."""
     global_batch_size: int = 16
     """Samples per optimizer step, over all ranks. Must be a multiple of
-    ``train.micro_batch_size`` times the data-parallel size."""
+    ``train.micro_batch_size`` times the data-parallel size, unless ``train.micro_batch_tokens`` is
+    given."""
     micro_batch_size: int = 1
-    """Samples per forward pass on one rank."""
+    """Samples per forward pass on one rank. They share a row of tokens without padding."""
+    micro_batch_tokens: int | None = None
+    """Tokens per forward pass on one rank, at most. The samples of a step are then packed into rows
+    of that size, which changes neither loss nor gradient; ``train.micro_batch_size`` must be left
+    at 1."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -74,16 +79,22 @@ class TrainConfig:
             "lr",
             "global_batch_size",
             "micro_batch_size",
+            "micro_batch_tokens",
             "timeout_minutes",
         ):
             value = getattr(self, name)
-            # Steps or epochs may be unset.
+            # Steps or epochs may be unset, and so may tokens of a row.
             require(value is None or value > 0, f"train.{name} must be above 0, got {value}")
         for name in ("warmup", "weight_decay", "clip_grad", "eval_every", "check_replicas_every"):
             require(
                 getattr(self, name) >= 0,
                 f"train.{name} must not be negative, got {getattr(self, name)}",
             )
+        require(
+            self.micro_batch_tokens is None or self.micro_batch_size == 1,
+            f"train.micro_batch_tokens={self.micro_batch_tokens} decides how many samples share a"
+            f" row, and so does train.micro_batch_size={self.micro_batch_size}: give one of them",
+        )
         # With epochs, the number of steps is known only when the data has been read.
         if self.steps is not None:
             check_warmup(self.warmup, self.steps, f"train.steps={self.steps}")

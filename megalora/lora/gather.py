@@ -33,7 +33,7 @@ def gather_tensors(
             whole = gather_dim(whole, shard.split_dim, group, shard.num_shards)
         # Every rank of the group has the whole now, and so has every data-parallel replica of it:
         # the first of them sends it.
-        replicas = groups.edp if shard.group == "etp" else groups.dp
+        replicas = groups.edp if shard.group == "etp" else groups.dp_cp
         if group.rank() == 0 and replicas.rank() == 0:
             mine[shard.name] = whole
     return _send_to_first(mine)

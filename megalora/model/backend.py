@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor, nn
 
 from megalora import host
-from megalora.model.attention import SDPACoreAttention
+from megalora.model.attention import DocumentAttention
 from megalora.model.dispatcher import RoutedMoELayer
 from megalora.model.experts import FusedExperts
 from megalora.model.families.family import LayerParts
@@ -70,13 +70,17 @@ class BiasedRowParallelLinear(RowParallelLinear):
 class TorchBackend(LocalSpecProvider):
     """Megatron's local back end with our norm, attention and experts."""
 
+    def __init__(self, attention: str = "auto") -> None:
+        """attention: ``model.attention`` of the config."""
+        self.attention = attention
+
     def layer_norm(
         self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
     ) -> Any:
         return RMSNorm
 
-    def core_attention(self) -> type:
-        return SDPACoreAttention
+    def core_attention(self) -> Any:
+        return partial(DocumentAttention, implementation=self.attention)
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
         return FusedExperts
@@ -89,6 +93,7 @@ def layer_spec(
     o_bias: bool = False,
     parts: LayerParts = NO_PARTS,
     formats: ExpertFormats = BOTH_PLAIN,
+    attention: str = "auto",
 ) -> ModuleSpec:
     """One decoder layer.
 
@@ -98,9 +103,10 @@ def layer_spec(
         o_bias: whether attention's output projection has a bias.
         parts: modules that the family has in place of ours.
         formats: how the experts' weights lie in memory.
+        attention: ``model.attention`` of the config.
     """
     # Families without norms on q and k get modules that pass them through.
-    backend = TorchBackend()
+    backend = TorchBackend(attention)
     norm = backend.layer_norm(rms_norm=True)
     q_norm: Any = IdentityOp
     k_norm: Any = IdentityOp
@@ -155,6 +161,7 @@ def block_spec(
     o_bias: bool = False,
     parts: LayerParts = NO_PARTS,
     formats: LayerFormats = ALL_PLAIN,
+    attention: str = "auto",
 ) -> TransformerBlockSubmodules:
     """The decoder layers of this pipeline stage and chunk. ``config.moe_layer_freq`` says which are
     MoE, ``formats`` in which layers the experts' weights are not plain."""
@@ -166,5 +173,9 @@ def block_spec(
     for layer in range(first, first + count):
         num_experts = config.num_moe_experts if is_moe[layer] else None
         of_layer = formats.get(layer, BOTH_PLAIN)
-        specs.append(layer_spec(config, num_experts, o_bias=o_bias, parts=parts, formats=of_layer))
+        spec = layer_spec(
+            config, num_experts,
+            o_bias=o_bias, parts=parts, formats=of_layer, attention=attention,
+        )  # fmt: skip
+        specs.append(spec)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)

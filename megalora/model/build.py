@@ -17,7 +17,7 @@ from megalora.model.families import FAMILIES
 from megalora.model.formats import ALL_PLAIN, LayerFormats
 from megalora.model.hf_weights import load_weights, open_architecture, quiet
 from megalora.model.rope_fields import read_rope
-from megalora.model.rotary import frequencies, set_frequencies, softmax_scale
+from megalora.model.rotary import frequencies, install_rotary, softmax_scale
 from megalora.model.shape import ModelShape
 from megalora.parallel import megatron_groups
 from megalora.wording import first_few
@@ -166,7 +166,7 @@ def make_chunks(
         chunks = [provider.provide(vp_stage=stage) for stage in stages]
     inv_freq = inv_freq.to(host.device())
     for chunk in chunks:
-        set_frequencies(chunk, inv_freq)
+        install_rotary(chunk, inv_freq)
         chunk.requires_grad_(False)
     return chunks
 
@@ -183,13 +183,15 @@ def configure(
     dtype = getattr(torch, config.dtype)
     settings = dict(
         tensor_model_parallel_size=p.tp, pipeline_model_parallel_size=p.pp,
+        context_parallel_size=p.cp,
         expert_model_parallel_size=p.ep,
         expert_tensor_parallel_size=p.etp,
         virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
         sequence_parallel=p.tp > 1, params_dtype=dtype, pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         transformer_layer_spec=partial(
-            block_spec, o_bias=shape.o_bias, parts=parts, formats=formats
+            block_spec, o_bias=shape.o_bias, parts=parts, formats=formats,
+            attention=config.attention,
         ),
         add_qkv_bias=shape.qkv_bias,
         position_embedding_type="rope", rope_scaling=False, perform_initialization=False,
@@ -197,7 +199,7 @@ def configure(
         # With more ranks than key/value heads every rank gets a copy of the head that its query
         # heads use: Megatron would cut a group in two and gather q, k and v on every rank.
         num_query_groups=max(shape.num_kv_heads, p.tp),
-        # Microbatches are padded to their own longest sample; stages know the shapes
+        # Every row has its own length; stages know the shapes
         # (``train/step.py``) and do not ask. The interleaved schedule gets one length per step, and
         # its messages are not batched: with two stages, both neighbours are the same rank. No
         # waiting for the device behind messages, which worked around a bug of old versions of NCCL.

@@ -1,4 +1,4 @@
-"""Compute rotary frequencies as transformers does, and put them into Megatron's rotary embedding.
+"""Compute rotary frequencies as transformers does, and the angles of each token's position.
 
 Megatron's own are not used: it has no linear scaling, llama3 with three of its four numbers fixed,
 and yarn that rounds differently. Frequencies come from the functions that transformers' models
@@ -54,12 +54,44 @@ def softmax_scale(factor: float, head_dim: int) -> float:
     return factor**2 / math.sqrt(head_dim)
 
 
-def set_frequencies(chunk: nn.Module, inv_freq: Tensor) -> None:
-    """Let a GPTModel, built with position embeddings of type "rope" and not yet called, turn by
-    these frequencies."""
-    rotary: Any = chunk.rotary_pos_emb
-    assert rotary.inv_freq.shape == inv_freq.shape, (
-        f"rotary embedding of {tuple(rotary.inv_freq.shape)} frequencies"
+class DocumentRotary(nn.Module):
+    """Rotary angles by the place of each token in its document, in place of Megatron's
+    ``rotary_pos_emb``.
+
+    Megatron's own counts along the row. Attention sees only differences of positions, so the loss
+    would be the same; but at position 131,072 a float32 angle errs by 0.01.
+    """
+
+    def __init__(self, inv_freq: Tensor) -> None:
+        """inv_freq: ``[features / 2]`` float32, on the device."""
+        super().__init__()
+        # Not a buffer: ``.to(bfloat16)`` of the model would round it.
+        self.inv_freq = inv_freq
+
+    def get_rotary_seq_len(
+        self, inference_context: Any, block: Any, x: Any, config: Any, packed_seq_params: Any
+    ) -> Tensor:
+        """[T / c] positions of this rank's tokens; Megatron hands the result to ``forward``."""
+        if packed_seq_params is not None:
+            return packed_seq_params.positions
+        # Whole sequences [S, B, H], which a later pipeline stage has as the block's input; split
+        # over tensor parallelism under sequence parallelism.
+        hidden = block.input_tensor if x is None else x
+        num_tokens = len(hidden)
+        if config.sequence_parallel:
+            num_tokens *= config.tensor_model_parallel_size
+        return torch.arange(num_tokens, device=hidden.device)
+
+    def forward(self, positions: Tensor, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
+        """Angles ``[T, 1, 1, features]`` float32 of positions ``[T]``, each frequency twice."""
+        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
+        return torch.cat([angles, angles], -1)[:, None, None]
+
+
+def install_rotary(chunk: nn.Module, inv_freq: Tensor) -> None:
+    """Let a GPTModel, built with position embeddings of type "rope", turn by these frequencies."""
+    made: Any = chunk.rotary_pos_emb
+    assert made.inv_freq.shape == inv_freq.shape, (
+        f"rotary embedding of {tuple(made.inv_freq.shape)} frequencies"
     )
-    # Not yet called, because it caches the angles of the first call.
-    rotary.inv_freq = inv_freq
+    chunk.rotary_pos_emb = DocumentRotary(inv_freq)

@@ -1,26 +1,22 @@
-"""Make the microbatches of tensors that one data-parallel rank trains and evaluates on."""
+"""Make the rows of tokens that one data-parallel rank trains and evaluates on."""
 
-from typing import Any
+from functools import lru_cache
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megalora.config import RunConfig
-from megalora.data.chat import Encoded
-from megalora.data.loader import (
-    Batch,
-    collate,
-    eval_micro_batches,
-    global_batch_indices,
-    micro_batches,
-)
+from megalora.data.batch import Batch, flat_row
+from megalora.data.order import global_batch_indices
+from megalora.data.pack import Fill, Rows, measure_fill, rows_by_count, rows_by_tokens
 from megalora.data.splits import Split
 from megalora.parallel import Groups
 from megalora.train.duration import num_steps
 
 
 class Batches:
-    """This rank's microbatches of any step, and of an evaluation. All ranks that share a
-    data-parallel rank get the same: those of its pipeline and of its tensor-parallel groups."""
+    """This rank's rows of any step, and of an evaluation. All ranks that share a data-parallel rank
+    get the same rows: those of its pipeline, and of its tensor- and context-parallel groups."""
 
     def __init__(
         self,
@@ -35,74 +31,110 @@ class Batches:
         self.eval = eval
         self.dp_rank = groups.dp.rank()
         self.dp_size = groups.dp.size()
-        self.tp_size = groups.tp.size()
         pad = tokenizer.pad_token_id
         if pad is None:
             pad = tokenizer.eos_token_id
-        # Padding follows a sample's end, where causal attention hides it, and is outside of the
-        # loss: any token will do.
+        # Filler is a document of its own, outside of the loss: any token will do.
         self.pad_id = pad if isinstance(pad, int) else 0
+        # Several questions are asked of each step, and packing 1,000 samples takes 10 ms.
+        self._rows_of_step = lru_cache(maxsize=2)(self._plan_step)
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return num_steps(self.config.train, len(self.train.samples))
 
-    def _indices(self, step: int) -> Any:
+    def _indices(self, step: int) -> np.ndarray:
         """Numbers of the samples in the step's global batch."""
         options = self.config.train
         seed = self.config.data.seed
         return global_batch_indices(step, options.global_batch_size, len(self.train.samples), seed)
 
     def of_step(self, step: int) -> list[Batch]:
-        """This rank's share of the step's global batch; steps count from 0."""
+        """This rank's rows of the step's global batch; steps count from 0."""
         return self._of_rank(step, self.dp_rank)
 
     def first(self, step: int) -> Batch:
-        """The step's first microbatch, the same on every rank: that of the first data-parallel
-        rank."""
+        """The step's first row, the same on every rank: that of the first data-parallel rank."""
         return self._of_rank(step, 0)[0]
 
-    def _of_rank(self, step: int, dp_rank: int) -> list[Batch]:
-        size = self.config.train.micro_batch_size
-        # Numbers of samples, one list per microbatch.
-        mine = micro_batches(
-            self._indices(step), micro_batch_size=size, dp_rank=dp_rank, dp_size=self.dp_size
-        )
-        samples = self.train.samples
-        microbatches: list[list[Encoded | None]] = []
-        for indices in mine:
-            microbatches.append([samples[i] for i in indices])
-        return self._collate(microbatches)
-
     def of_eval(self) -> list[Batch]:
-        """Every evaluation sample once over all ranks, empty fillers where the count does not
+        """Every evaluation sample once over all ranks; rows of filler where samples do not
         divide."""
         assert self.eval is not None
-        samples = self.eval.samples
-        size = self.config.train.micro_batch_size
-        p = self.config.parallel
-        # The interleaved schedule takes microbatches in rounds of one per stage.
-        multiple = p.pp if p.vpp > 1 else 1
-        mine = eval_micro_batches(len(samples), size, self.dp_rank, self.dp_size, multiple=multiple)
-        microbatches: list[list[Encoded | None]] = []
-        for indices in mine:
-            microbatches.append([None if i is None else samples[i] for i in indices])
-        return self._collate(microbatches)
+        numbers = np.arange(len(self.eval.samples))
+        rows = self._rows(self.eval, numbers)
+        return self._flat(self.eval, numbers, rows[self.dp_rank])
 
     def num_tokens(self, step: int) -> int:
-        """Tokens of the step's whole global batch, padding left out."""
-        return sum(len(self.train.samples[i].input_ids) for i in self._indices(step))
+        """Tokens of the step's whole global batch, filler left out."""
+        return int(self.train.sample_lengths[self._indices(step)].sum())
 
-    def _collate(self, microbatches: list[list[Encoded | None]]) -> list[Batch]:
-        """Pad each microbatch to its longest sample; for the interleaved schedule, which has one
-        length, all of them to the longest of all. None stands for an empty filler."""
-        # Sequence parallelism cuts sequences into as many parts as there are ranks.
-        batches = self._padded(microbatches, multiple_of=self.tp_size)
+    def use_of_slots(self, step: int) -> dict[str, float]:
+        """How well the step uses its slots, ranks x longest row of each round, over all ranks.
+
+        Returns:
+            ``slots_used``, the share of slots that hold a token; ``slots_in_loss``, of those whose
+            label is in the loss; ``useful_time``, the time of all samples over that of the rows,
+            where ranks wait for the slowest of a round.
+        """
+        fill = self._fill(step)
+        targets = int(self.train.sample_targets[self._indices(step)].sum())
+        return {
+            "slots_used": fill.tokens / fill.slots,
+            "slots_in_loss": targets / fill.slots,
+            "useful_time": fill.useful_time,
+        }
+
+    def _fill(self, step: int) -> Fill:
+        indices, rows = self._rows_of_step(step)
+        return measure_fill(
+            rows,
+            _row_lengths(self.train, indices),
+            one_length=self.config.parallel.pp > 1,
+            multiple_of=self.config.parallel.row_multiple,
+        )
+
+    def _of_rank(self, step: int, dp_rank: int) -> list[Batch]:
+        indices, rows = self._rows_of_step(step)
+        return self._flat(self.train, indices, rows[dp_rank])
+
+    def _plan_step(self, step: int) -> tuple[np.ndarray, Rows]:
+        """The samples of a step, and how they share rows."""
+        indices = self._indices(step)
+        return indices, self._rows(self.train, indices)
+
+    def _rows(self, split: Split, numbers: np.ndarray) -> Rows:
+        """How the samples of these numbers share rows; rows hold places in ``numbers``."""
+        options = self.config.train
+        p = self.config.parallel
+        # The interleaved schedule takes rows in rounds of one per stage.
+        multiple = p.pp if p.vpp > 1 else 1
+        capacity = options.micro_batch_tokens
+        if capacity is None:
+            return rows_by_count(len(numbers), options.micro_batch_size, self.dp_size, multiple)
+        return rows_by_tokens(_row_lengths(split, numbers), capacity, self.dp_size, multiple)
+
+    def _flat(self, split: Split, numbers: np.ndarray, rows: list[list[int]]) -> list[Batch]:
+        """Rows of tokens; for the interleaved schedule, which has one length, all of them as long
+        as the longest."""
+        multiple = self.config.parallel.row_multiple
+        batches = self._of_multiple(split, numbers, rows, multiple)
         if self.config.parallel.vpp == 1:
             return batches
-        longest = max(batch.tokens.shape[1] for batch in batches)
-        return self._padded(microbatches, multiple_of=longest)
+        longest = max(len(batch.tokens) for batch in batches)
+        return self._of_multiple(split, numbers, rows, longest)
 
-    def _padded(self, microbatches: list[list[Encoded | None]], *, multiple_of: int) -> list[Batch]:
-        return [collate(m, pad_id=self.pad_id, multiple_of=multiple_of) for m in microbatches]
+    def _of_multiple(
+        self, split: Split, numbers: np.ndarray, rows: list[list[int]], multiple: int
+    ) -> list[Batch]:
+        batches = []
+        for row in rows:
+            samples = [split.samples[numbers[place]] for place in row]
+            batches.append(flat_row(samples, pad_id=self.pad_id, multiple_of=multiple))
+        return batches
+
+
+def _row_lengths(split: Split, numbers: np.ndarray) -> list[int]:
+    """Tokens that each sample takes in a row: its last one is only a label."""
+    return (split.sample_lengths[numbers] - 1).tolist()

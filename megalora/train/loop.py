@@ -186,7 +186,12 @@ def _train_to_the_end(
         lr = learning_rate(config.train, now.step, num_steps)
         values = _train_step(run, now.step, lr=lr, saved=now.saved)
         now.step += 1
-        metrics.train_step(now.step, **values, num_tokens=run.batches.num_tokens(now.step - 1))
+        metrics.train_step(
+            now.step,
+            **values,
+            num_tokens=run.batches.num_tokens(now.step - 1),
+            use_of_slots=run.batches.use_of_slots(now.step - 1),
+        )
 
 
 def _open(run: Run, metrics: Metrics, now: Progress) -> None:

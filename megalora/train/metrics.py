@@ -3,6 +3,7 @@ curve as PNG."""
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,21 @@ class Metrics:
         self.console.print(message, highlight=False, markup=False)
 
     def train_step(
-        self, step: int, *, loss: float, lr: float, grad_norm: float, num_tokens: int
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        num_tokens: int,
+        use_of_slots: Mapping[str, float],
     ) -> None:
-        """Report a finished step; ``num_tokens`` counts all tokens that it processed, padding left
-        out."""
+        """Report a finished step.
+
+        Args:
+            num_tokens: all tokens that it processed, filler left out.
+            use_of_slots: see ``Batches.use_of_slots``; written to the files alone.
+        """
         now = time.perf_counter()
         speed = num_tokens / (now - self.last)
         self.last = now
@@ -65,6 +77,7 @@ class Metrics:
         self.progress.update(self.task, completed=step, shown=shown)
         if step % self.config.every == 0:
             values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
+            values.update(use_of_slots)
             self._write(step, values)
             if not self.bar:
                 self.say(f"step {step}: {shown}")

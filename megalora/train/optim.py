@@ -134,7 +134,7 @@ def optimizer_state(
             value = part._get_main_param_and_optimizer_states(parameter)[key]
             state[parameter].view(-1)[owned.start : owned.end] = value.detach()
     # Dense parameters are split over data-parallel ranks, experts over their own.
-    for group, allreduce in ((groups.dp, True), (groups.edp, False)):
+    for group, allreduce in ((groups.dp_cp, True), (groups.edp, False)):
         sum_bucket([t for p, t in state.items() if p.allreduce is allreduce], group)  # type: ignore
     return state
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from megalora.config import ParallelConfig
+from megalora.data.batch import flat_row
 from megalora.data.chat import Encoded
-from megalora.data.loader import collate
 from megalora.train.step import Stepper
 
 
@@ -20,14 +20,15 @@ class Probe:
         sample = Encoded(np.array(tokens, dtype=np.int32), np.ones(len(tokens), dtype=bool))
         # The interleaved schedule takes microbatches in rounds of one per stage.
         repeats = parallel.pp if parallel.vpp > 1 else 1
-        self.batches = [collate([sample], pad_id=tokens[0], multiple_of=parallel.tp)] * repeats
+        row = flat_row([sample], pad_id=tokens[0], multiple_of=parallel.row_multiple)
+        self.batches = [row] * repeats
 
     def run(self, stepper: Stepper) -> dict[str, Any]:
         """What ``probe.json`` holds: log-probability of tokens[1:], each given those before it;
         collective over the world."""
         # The cross entropy of token i against token i + 1 is minus its log-probability; the last
         # token has no next one.
-        losses = stepper.token_losses(self.batches)[0, : len(self.tokens) - 1]
+        losses = stepper.token_losses(self.batches)[: len(self.tokens) - 1]
         return {
             "tokens": self.tokens,
             "logprobs": [-loss for loss in losses.tolist()],

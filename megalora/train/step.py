@@ -13,11 +13,13 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor, nn
 
 from megalora import host
-from megalora.data.loader import Batch
+from megalora.comm import all_gather
+from megalora.data.batch import Batch
 from megalora.lora.coverage import GradientCheck
 from megalora.lora.shards import sum_partial_gradients
+from megalora.model.documents import unzigzag
 from megalora.parallel import Groups, megatron_groups
-from megalora.train.inputs import DeviceBatch, to_device
+from megalora.train.inputs import DeviceBatch, Part, to_device
 from megalora.train.loss import loss_sum, token_losses
 
 
@@ -69,27 +71,26 @@ class Stepper:
 
     @torch.no_grad()
     def token_losses(self, batches: list[Batch]) -> Tensor:
-        """Cross entropy of every token of the first of ``batches``, ``[B, S]`` float32, on every
-        rank.
+        """Cross entropy of every token of the first of ``batches``, ``[T]`` float32, on every rank.
 
         All ranks pass the same batches: more than one only because the schedule wants them.
         """
         for chunk in self.chunks:
             chunk.eval()
+        cp = self.groups.cp
         reports = self._schedule(batches, forward_only=True, loss=token_losses)
-        losses = torch.zeros(batches[0].tokens.shape, device=host.device())
+        losses = torch.zeros(len(batches[0].tokens) // cp.size(), device=host.device())
         # Only the last stage has any; the sum over stages hands them to all.
         if reports:
             losses += reports[0]["token_losses"]
         dist.all_reduce(losses, group=self.groups.pp)
-        return losses
+        return unzigzag(all_gather(losses, cp), cp.size())
 
     def _sum(self, sum_and_count: Tensor, own: bool = False) -> Tensor:
-        """Sum in place over the pipeline, whose last stage has the numbers, and unless ``own`` over
-        data-parallel ranks."""
+        """Sum in place over the pipeline, whose last stage has the numbers, over the parts of a
+        row, and unless ``own`` over data-parallel ranks."""
         dist.all_reduce(sum_and_count, group=self.groups.pp)
-        if not own:
-            dist.all_reduce(sum_and_count, group=self.groups.dp)
+        dist.all_reduce(sum_and_count, group=self.groups.cp if own else self.groups.dp_cp)
         return sum_and_count
 
     def _run(self, batches: list[Batch], forward_only: bool) -> Tensor:
@@ -103,22 +104,21 @@ class Stepper:
         self, batches: list[Batch], forward_only: bool, loss: Callable[..., Any]
     ) -> list[dict[str, Tensor]]:
         """What ``loss`` reports of each microbatch, on the last pipeline stage."""
-        stage = self.groups.pp.rank()
-        num_stages = self.groups.pp.size()
-        inputs = to_device(batches, first=stage == 0, last=stage == num_stages - 1)
+        inputs = to_device(batches, Part.of(self.groups))
         # Every chunk reads each microbatch once. Megatron wants lists for several chunks alone.
         iterators = [iter(inputs) for _ in self.chunks]
         several = len(self.chunks) > 1
         communication: dict[str, Any] = {}
-        if num_stages > 1 and not several:
+        if self.groups.pp.size() > 1 and not several:
             communication = self._stages(batches)
         return get_forward_backward_func()(
             forward_step_func=partial(_forward_step, loss=loss),
             data_iterator=iterators if several else iterators[0],
             model=self.chunks if several else self.chunks[0],
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
-            micro_batch_size=batches[0].tokens.shape[0],
+            # Of a whole row: Megatron divides it by the context-parallel size.
+            seq_length=len(batches[0].tokens),
+            micro_batch_size=1,
             forward_only=forward_only,
             **communication,
         )
@@ -127,12 +127,13 @@ class Stepper:
         """Arguments of the plain schedule for stages that exchange microbatches of any length,
         which every stage knows by itself."""
         config = self.chunks[0].config
-        # Hidden states [S/t, B, H] under sequence parallelism
-        shards = self.groups.tp.size() if self.groups.sequence_parallel else 1
+        # Hidden states [T/(c t), 1, H] under sequence parallelism
+        parts = self.groups.cp.size()
+        if self.groups.sequence_parallel:
+            parts *= self.groups.tp.size()
         shapes: list[tuple[int, ...]] = []
         for batch in batches:
-            batch_size, length = batch.tokens.shape
-            shapes.append((length // shards, batch_size, config.hidden_size))
+            shapes.append((len(batch.tokens) // parts, 1, config.hidden_size))
         return {
             "p2p_communicator": KnownShapes(self.groups.pp, config, shapes),
             "pg_collection": megatron_groups(),
@@ -196,6 +197,15 @@ def _forward_step(
     """One microbatch: (losses of its tokens, what makes a report of them), as Megatron's schedules
     take them; only the last stage calls the second."""
     batch = next(inputs)
-    # Without position ids and attention mask: rotary positions and causality are built in.
-    losses = model(batch.tokens, None, None, labels=batch.labels)
-    return losses, partial(loss, loss_mask_BS=batch.loss_mask)
+    # Megatron takes [B, T]. Without position ids and attention mask: rotary positions and causality
+    # come from the documents.
+    losses = model(
+        _with_batch(batch.tokens), None, None, labels=_with_batch(batch.labels),
+        packed_seq_params=batch.documents,
+    )  # fmt: skip
+    return losses, partial(loss, loss_mask_T=batch.loss_mask)
+
+
+def _with_batch(row: Tensor | None) -> Tensor | None:
+    """A row as a batch of one; None where this stage has none."""
+    return None if row is None else row[None]

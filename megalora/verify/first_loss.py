@@ -16,6 +16,7 @@ The tolerance, relative to the loss, is what rounding explains with room to spar
 """
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from megalora.data.loader import Batch
+from megalora.data.batch import Batch
 from megalora.first_rank import on_first_rank
 from megalora.model.shape import ModelShape
 from megalora.progress_bar import no_progress_bar
@@ -102,8 +103,15 @@ def reference_loss(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    # Labels are shifted already: position s of the batch predicts labels[s].
-    logits = model(batch.tokens).logits.float()
-    losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
-    mask = batch.loss_mask.flatten()
-    return ((losses * mask).sum() / mask.sum()).item()
+    # Each document by itself, so that nothing of ours decides what a token sees.
+    total = torch.zeros((), dtype=torch.float64)
+    for start, end in pairwise(batch.ends):
+        mask = batch.loss_mask[start:end]
+        # Filler, and a document that is context alone.
+        if not mask.any():
+            continue
+        # Labels are shifted already: position s of the row predicts labels[s].
+        logits = model(batch.tokens[None, start:end]).logits[0].float()
+        losses = F.cross_entropy(logits, batch.labels[start:end], reduction="none")
+        total += (losses * mask).sum()
+    return (total / batch.loss_mask.sum()).item()

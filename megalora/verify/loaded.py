@@ -216,7 +216,7 @@ class Loaded:
         mine = None
         if self.rank == owner:
             rotary = self.rotary[number]
-            mine = torch.cat([rotary.get_emb(1, offset=p) for p in positions]).contiguous()
+            mine = rotary(torch.tensor(positions, device=rotary.inv_freq.device))
         # Only the owner knows how many features are turned.
         shape: list[Any] = [None if mine is None else tuple(mine.shape)]
         dist.broadcast_object_list(shape, src=owner)

@@ -13,7 +13,7 @@ from megalora.bench.rows import PARTS, BenchOptions
 from megalora.bench.steps import timed_parts, training
 from megalora.bench.timers import Timeline, attach
 from megalora.config import LoRAConfig, RunConfig
-from megalora.model.attention import SDPACoreAttention
+from megalora.model.attention import DocumentAttention
 from megalora.model.dispatcher import LocalDispatcher
 from megalora.model.experts import FusedExperts
 from tests.bench.made_up_clock import MadeUpClock
@@ -142,7 +142,7 @@ def parts_when_slow(config: RunConfig, owner: Any, method: str) -> dict[str, flo
         ("experts", FusedExperts, "compute", 1),
         ("dispatch", LocalDispatcher, "dispatch_preprocess", 1),
         ("mlp", SharedExpertMLP, "forward", 1),
-        ("attention", SDPACoreAttention, "forward", 2),
+        ("attention", DocumentAttention, "forward", 2),
     ],
 )
 def test_time_goes_to_the_part_that_takes_it(

@@ -140,7 +140,7 @@ def _angles_and_scale(hf: dict[str, Any]) -> tuple[torch.Tensor, float]:
         config = ModelConfig(path="none", dtype="bfloat16")
         (chunk,) = make_chunks(hf, config, ParallelConfig(), model_shape(hf))
         module: Any = chunk
-        angles = module.rotary_pos_emb(2048)[:, 0, 0]
+        angles = module.rotary_pos_emb(torch.arange(2048))[:, 0, 0]
         return angles, module.decoder.layers[0].self_attention.core_attention.scale
 
 

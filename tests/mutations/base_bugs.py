@@ -54,7 +54,7 @@ BASE_BUGS: tuple[Bug, ...] = (
         0,
         "rotary scaling passed over",
         BUILD,
-        "        set_frequencies(chunk, inv_freq)\n",
+        "        install_rotary(chunk, inv_freq)\n",
         "",
         f"{CASES} rope_scaling_is_computed",
     ),

@@ -158,8 +158,8 @@ BUGS = (
         2,
         "padding counted as target tokens",
         "megalora/train/loss.py",
-        "count = loss_mask_BS.sum().to(torch.int)",
-        "count = torch.ones_like(loss_mask_BS).sum().to(torch.int)",
+        "count = loss_mask_T.sum().to(torch.int)",
+        "count = torch.ones_like(loss_mask_T).sum().to(torch.int)",
         f"{PARALLEL} test_02",
     ),
     bug(
@@ -250,8 +250,8 @@ BUGS = (
         4,
         "gathered activations' gradient not summed",
         "megalora/comm.py",
-        "gather_seq = _collective(_all_gather, _reduce_scatter)",
-        "gather_seq = _collective(_all_gather, lambda x, g:"
+        "gather_seq = _collective(all_gather, _reduce_scatter)",
+        "gather_seq = _collective(all_gather, lambda x, g:"
         " x.chunk(g.size())[g.rank()].contiguous())",
         f"{PARALLEL} test_04",
     ),
@@ -435,7 +435,7 @@ BUGS = (
         8,
         "only one data-parallel rank's slice of the state",
         OPTIM,
-        "for group, allreduce in ((groups.dp, True), (groups.edp, False)):",
+        "for group, allreduce in ((groups.dp_cp, True), (groups.edp, False)):",
         "for group, allreduce in ((groups.edp, False),):",
         f"{TRAINING} test_08",
     ),
@@ -468,8 +468,8 @@ BUGS = (
         8,
         "an expert's replicas taken for attention's",
         PEFT,
-        'groups.edp if shard.group == "etp" else groups.dp',
-        "groups.dp",
+        'groups.edp if shard.group == "etp" else groups.dp_cp',
+        "groups.dp_cp",
         f"{TRAINING} test_08",
     ),
     # 9: a server that accepts and ignores

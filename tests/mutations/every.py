@@ -13,6 +13,7 @@ from tests.mutations.install_bugs import INSTALL_BUGS
 from tests.mutations.kernel_bugs import KERNEL_BUGS
 from tests.mutations.layer_bugs import LAYER_BUGS
 from tests.mutations.planner_bugs import PLANNER_BUGS
+from tests.mutations.row_bugs import ROW_BUGS
 from tests.mutations.run_bugs import RUN_BUGS
 from tests.mutations.tokens_bugs import TOKENS_BUGS
 from tests.mutations.tune_bugs import TUNE_BUGS
@@ -36,4 +37,5 @@ EVERY_BUG = (
     + DOCS_BUGS
     + INSTALL_BUGS
     + HEAD_BUGS
+    + ROW_BUGS
 )

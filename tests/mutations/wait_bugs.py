@@ -163,8 +163,8 @@ WAIT_BUGS: tuple[Bug, ...] = (
         0,
         "a copy for every microbatch's tensors",
         INPUTS,
-        "    flat = host.to_device(torch.cat(rows).int())\n",
-        "    flat = torch.cat([host.to_device(row.int()) for row in rows])\n",
+        "    flat = host.to_device(torch.cat(pieces).int())\n",
+        "    flat = torch.cat([host.to_device(piece.int()) for piece in pieces])\n",
         ONE_GPU,
     ),
     # The back end

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megalora.config import LoRAConfig, RunConfig
-from megalora.data.loader import global_batch_indices
+from megalora.data.order import global_batch_indices
 from megalora.data.splits import load_split, split_off_eval
 from megalora.hf.json_file import read_hf_config
 from megalora.lora.gather import read_tensors
@@ -86,7 +86,7 @@ def run_config(
         base, chats, out, case.parallel, case.recompute, dtype=dtype, eval=EVAL, data_seed=seed,
         lr=LR, steps=steps,
         lora=adapter(case.adapter, model_shape(read_hf_config(base))),
-        global_batch_size=case.batch, micro_batch_size=case.micro,
+        global_batch_size=case.batch, **case.rows,
     )  # fmt: skip
 
 

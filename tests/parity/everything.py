@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from megalora.config import LoRAConfig, RunConfig
-from megalora.data.loader import global_batch_indices
+from megalora.data.order import global_batch_indices
 from megalora.data.splits import load_split, split_off_eval
 from tests.parity.runs import make_config
 

@@ -29,7 +29,7 @@ def reduced_gradients(model: AdaptedModel, optimizer: Any) -> dict[str, Tensor] 
             mine = slice(owned.start, owned.end)
             gradients[parameter].view(-1)[mine] = parameter.main_grad.reshape(-1)[mine]
     # Megatron marks experts' parameters with ``allreduce = False``: their replicas are over edp.
-    for group, allreduce in ((model.groups.dp, True), (model.groups.edp, False)):
+    for group, allreduce in ((model.groups.dp_cp, True), (model.groups.edp, False)):
         of_group = []
         for p, gradient in gradients.items():
             if p.allreduce is allreduce:  # type: ignore

@@ -18,9 +18,14 @@ PP = (1, 2)
 VPP = (1, 2)
 EP = (1, 2, 4)
 ETP = (1, 2)
+CP = (1, 2, 4)
 RECOMPUTE = ("off", "selective", "full")
-# 3, which no other size of the grid is.
-MICRO = (1, 3)
+PACKED = 0
+"""As the microbatch: rows of at most ``ROW_TOKENS`` tokens, however many samples that is."""
+ROW_TOKENS = 255
+"""A sample of ``data.max_length`` = 256 tokens just fits; several of most samples do."""
+# One sample a row; 3, which no other size of the grid is.
+MICRO = (1, 3, PACKED)
 
 
 STEPS = 5
@@ -41,6 +46,7 @@ class Case:
     vpp: int = 1
     ep: int = 1
     etp: int = 1
+    cp: int = 1
     model: str = "moe"
     adapter: str = "all"
     recompute: str = "off"
@@ -48,13 +54,22 @@ class Case:
 
     @property
     def parallel(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("tp", "pp", "vpp", "ep", "etp")}
+        return {name: getattr(self, name) for name in ("tp", "pp", "vpp", "ep", "etp", "cp")}
 
     @property
     def batch(self) -> int:
         """Samples in a global batch: few, but every data-parallel rank has a microbatch, and
         interleaved stages have two."""
-        return (8 if self.world // (self.tp * self.pp) > 2 else 4) * self.micro
+        num_rows = 8 if self.world // (self.tp * self.cp * self.pp) > 2 else 4
+        # Packed rows get as many samples as rows of three: the oracle answers for both.
+        return num_rows * (self.micro or max(MICRO))
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """How samples share rows, in the words of the config's ``train`` section."""
+        if self.micro == PACKED:
+            return {"micro_batch_tokens": ROW_TOKENS, "micro_batch_size": 1}
+        return {"micro_batch_size": self.micro}
 
     @property
     def question(self) -> tuple[str, str, int]:
@@ -69,7 +84,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.layout} {self.model}, {self.adapter}, {self.recompute}, {self.micro}"
+        micro = "packed" if self.micro == PACKED else self.micro
+        return f"{self.layout} {self.model}, {self.adapter}, {self.recompute}, {micro}"
 
     def pairs(self) -> frozenset[Any]:
         """Every pair of (factor, value) in this case."""
@@ -80,9 +96,9 @@ def accepted(case: Case) -> bool:
     """Whether megalora takes this case: its own checks, nothing else."""
     try:
         config = RunConfig(
-            model=ModelConfig(path="-"), data=DataConfig(train="-"),
+            model=ModelConfig(path="-"), data=DataConfig(train="-", max_length=ROW_TOKENS + 1),
             parallel=ParallelConfig(**case.parallel),
-            train=TrainConfig(steps=1, global_batch_size=case.batch, micro_batch_size=case.micro),
+            train=TrainConfig(steps=1, global_batch_size=case.batch, **case.rows),
         )  # fmt: skip
         config.check_world(case.world)
         shape_of(case.model).check_layout(config.parallel)
@@ -95,8 +111,8 @@ def accepted(case: Case) -> bool:
 def layouts() -> tuple[Case, ...]:
     """Every layout of the grid's sizes that some model may have, smallest first."""
     found = []
-    # Of 288 combinations about a third are accepted.
-    for sizes in product(WORLDS, TP, PP, VPP, EP, ETP):
+    # Of 864 combinations about a quarter are accepted.
+    for sizes in product(WORLDS, TP, PP, VPP, EP, ETP, CP):
         case = Case(*sizes)
         if accepted(case):
             found.append(case)
@@ -168,6 +184,7 @@ FAST = (
     Case(2, pp=2, model="mixed", recompute="selective", micro=3),
     Case(2, ep=2, model="idle", adapter="rslora"),
     Case(4, tp=2, ep=2, etp=2, adapter="ranks", micro=3),
+    Case(2, cp=2, ep=2, micro=PACKED),
 )
 """For ``make test``: each way of splitting a model once."""
 
@@ -191,6 +208,11 @@ QUICK = (
     Case(4, pp=2, vpp=2, tp=2, model="dense", adapter="all", recompute="full", micro=3),
     Case(4, tp=4, ep=2, etp=2, model="shared", adapter="rslora", micro=3),
     Case(4, pp=2, etp=2, model="2 kv heads", adapter="some"),
+    # Context parallelism with every other one, packed and not.
+    Case(8, tp=2, cp=2, pp=2, ep=2, model="shared", micro=PACKED),
+    Case(4, cp=4, ep=2, model="idle", adapter="router", micro=3, recompute="selective"),
+    Case(4, cp=2, pp=2, vpp=2, adapter="rslora", micro=PACKED, recompute="full"),
+    Case(4, tp=2, cp=2, etp=2, model="tied", adapter="router"),
     *QUICK_OF_FAMILIES,
 )
 """For ``make test-all``: the layouts README names, every value of every factor at least once, and

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from itertools import combinations, product
 
 from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from tests.parity.grid import QUICK, Case, full_grid, layouts, variants
+from tests.parity.grid import PACKED, QUICK, Case, full_grid, layouts, variants
 from tests.parity.models import ADAPTERS, MODELS, shape_of
 
 SIZES = {
@@ -14,6 +14,7 @@ SIZES = {
     "vpp": (1, 2),
     "ep": (1, 2, 4),
     "etp": (1, 2),
+    "cp": (1, 2, 4),
 }
 
 
@@ -41,7 +42,7 @@ def test_no_accepted_layout_is_left_out() -> None:
             possible.add(values)
     tested = set()
     for case in full_grid():
-        tested.add((case.world, case.tp, case.pp, case.vpp, case.ep, case.etp))
+        tested.add((case.world, case.tp, case.pp, case.vpp, case.ep, case.etp, case.cp))
     assert tested == possible
     # Were the config to refuse everything, nothing possible would be left out either.
     assert len(possible) == len(layouts()) > 80
@@ -65,7 +66,7 @@ def test_every_possible_pair_of_values_is_tested() -> None:
 def test_a_quick_case_for_every_value() -> None:
     values_of = {
         **SIZES, "model": tuple(MODELS), "adapter": tuple(ADAPTERS),
-        "recompute": ("off", "selective", "full"), "micro": (1, 3)
+        "recompute": ("off", "selective", "full"), "micro": (1, 3, PACKED)
     }  # fmt: skip
     for factor, values in values_of.items():
         for cases in (QUICK, full_grid()):

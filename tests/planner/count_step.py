@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megalora.bench.live import LiveTensors
 from megalora.config import RunConfig
-from megalora.data.loader import Batch
+from megalora.data.batch import Batch
 from megalora.train.assemble import Run
 from megalora.train.optim import _parts, clip_and_step
 from tests.parity.built import built
@@ -81,12 +81,13 @@ def route_evenly(run: Run, top_k: int) -> None:
 
 
 def make_batches(micro: int) -> list[Batch]:
-    """Samples of one length: what is padded would not be in the plan's tokens."""
+    """Samples of one length, as the plan has them."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for _ in range(MICROBATCHES):
         tokens = torch.randint(0, 256, (micro, SEQUENCE), generator=generator)
-        found.append(Batch(tokens, tokens.roll(-1, 1), torch.ones(micro, SEQUENCE)))
+        mask = torch.ones(micro, SEQUENCE)
+        found.append(Batch.of_equal(tokens, tokens.roll(-1, 1), mask))
     return found
 
 

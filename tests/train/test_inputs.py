@@ -1,35 +1,38 @@
 """Check batches on their way to the device, and lengths that stages know without asking."""
 
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 
 from megalora.config import RunConfig
-from megalora.data.loader import Batch
-from megalora.train.inputs import to_device
+from megalora.data.batch import Batch
+from megalora.train.inputs import Part, to_device
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.runs import make_config
 
 
-def batch(rows: int, length: int, seed: int) -> Batch:
-    """A microbatch of random tokens, labels and mask."""
+def batch(lengths: tuple[int, ...], seed: int) -> Batch:
+    """A row of documents of random tokens, labels and mask."""
     generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
     # Qwen's vocabulary has 151,936 tokens: numbers that 16 bits do not hold.
-    tokens = torch.randint(0, 151_936, (rows, length), generator=generator)
-    labels = torch.randint(0, 151_936, (rows, length), generator=generator)
+    tokens = torch.randint(0, 151_936, (total,), generator=generator)
+    labels = torch.randint(0, 151_936, (total,), generator=generator)
     # Labels outside the loss travel as negative numbers; with a plain minus, 0 would lose its mask.
-    labels[0, 0] = 0
-    return Batch(tokens, labels, torch.randint(0, 2, (rows, length), generator=generator).float())
+    labels[0] = 0
+    mask = torch.randint(0, 2, (total,), generator=generator).float()
+    return Batch(tokens, labels, mask, (0, *accumulate(lengths)))
 
 
 @pytest.mark.parametrize(
     ("first", "last"), [(True, True), (True, False), (False, True), (False, False)]
 )
 def test_what_arrives_is_what_was_sent(first: bool, last: bool) -> None:
-    batches = [batch(2, 7, 0), batch(3, 5, 1), batch(2, 9, 2)]
-    arrived = to_device(batches, first=first, last=last)
+    batches = [batch((7, 3), 0), batch((5,), 1), batch((2, 1, 9), 2)]
+    arrived = to_device(batches, Part(first, last))
     assert len(arrived) == len(batches)
     for sent, found in zip(batches, arrived, strict=True):
         for wanted, tensor, expected in (
@@ -44,6 +47,23 @@ def test_what_arrives_is_what_was_sent(first: bool, last: bool) -> None:
             assert tensor is not None
             assert tensor.dtype == expected.dtype
             assert torch.equal(tensor, expected)
+        # Attention in every stage needs documents.
+        assert len(found.documents.positions) == len(sent.tokens)
+        ((query_ends, key_ends),) = found.documents.bounds
+        assert query_ends.tolist() == key_ends.tolist() == list(sent.ends)
+        assert query_ends.dtype == torch.int32
+
+
+def test_ranks_of_context_parallelism_get_the_parts_of_a_row() -> None:
+    # 16 tokens in 8 chunks of 2; rank 1 of 4 has chunks 1 and 6.
+    row = batch((7, 9), 3)
+    (found,) = to_device([row], Part(True, True, cp_rank=1, cp_size=4))
+    places = [2, 3, 12, 13]
+    assert found.tokens is not None and found.labels is not None
+    assert found.tokens.tolist() == row.tokens[places].tolist()
+    assert found.labels.tolist() == row.labels[places].tolist()
+    # Places 12 and 13 are tokens 5 and 6 of the second document, which begins at 7.
+    assert found.documents.positions.tolist() == [2, 3, 5, 6]
 
 
 def losses(config: RunConfig) -> tuple[set[int], list[float]]:
@@ -51,7 +71,7 @@ def losses(config: RunConfig) -> tuple[set[int], list[float]]:
     evaluation."""
     with built(config) as run:
         batches = run.batches.of_step(0)
-        lengths = {batch.tokens.shape[1] for batch in batches}
+        lengths = {len(batch.tokens) for batch in batches}
         training = run.stepper.train(batches, run.optimizer)[0]
         evaluation = run.stepper.evaluate(batches)[0]
         return lengths, [training, evaluation]

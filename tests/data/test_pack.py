@@ -1,0 +1,108 @@
+"""Check how the samples of a step are divided over ranks and rows."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalora.data.pack import Rows, measure_fill, rows_by_count, rows_by_tokens, token_cost
+
+
+def samples_of(rows: Rows) -> list[int]:
+    """Samples of all ranks and rounds, sorted."""
+    found = []
+    for rank_rows in rows:
+        found.extend(itertools.chain.from_iterable(rank_rows))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 3])
+def test_rows_by_count_deal_samples_out_in_their_order(dp: int, micro: int) -> None:
+    # 24 samples are a multiple of every micro * dp here.
+    rows = rows_by_count(24, micro, dp)
+    # The rule, sample by sample: k counts samples of a row first, then ranks, then rounds.
+    for k in range(24):
+        assert rows[(k // micro) % dp][k // (micro * dp)][k % micro] == k
+    assert {len(rank_rows) for rank_rows in rows} == {24 // (micro * dp)}
+
+
+# A prime number of samples, which fits nowhere; rounds of three rows, as an interleaved pipeline
+# needs them; one that fits exactly with dp=1, 2 and 4; fewer samples than ranks.
+@pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("num_samples", "micro", "multiple"), [(13, 2, 1), (13, 2, 3), (16, 4, 1), (1, 1, 2)]
+)
+def test_rows_by_count_hold_every_sample_once_in_lockstep(
+    num_samples: int, micro: int, multiple: int, dp: int
+) -> None:
+    rows = rows_by_count(num_samples, micro, dp, multiple)
+    # All ranks take part in as many collectives, so all have as many rounds.
+    (num_rounds,) = {len(rank_rows) for rank_rows in rows}
+    assert num_rounds % multiple == 0
+    assert max(len(row) for rank_rows in rows for row in rank_rows) <= micro
+    assert samples_of(rows) == list(range(num_samples))
+    # Without its last ``multiple`` rounds a sample would be missing: none is filler alone.
+    assert (num_rounds - multiple) * micro * dp < num_samples
+
+
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=60),
+    num_ranks=st.sampled_from([1, 2, 3, 8]),
+    multiple=st.sampled_from([1, 2, 4]),
+    room=st.integers(0, 300),
+)
+def test_rows_by_tokens_hold_every_sample_once_and_none_overflows(
+    lengths: list[int], num_ranks: int, multiple: int, room: int
+) -> None:
+    capacity = max(lengths) + room
+    rows = rows_by_tokens(lengths, capacity, num_ranks, multiple)
+    (num_rounds,) = {len(rank_rows) for rank_rows in rows}
+    assert len(rows) == num_ranks
+    assert num_rounds % multiple == 0
+    assert samples_of(rows) == list(range(len(lengths)))
+    for row in itertools.chain.from_iterable(rows):
+        assert sum(lengths[i] for i in row) <= capacity
+        # In the order of the step, so that a row does not depend on how the search went.
+        assert row == sorted(row)
+    # Never worse than one sample a row.
+    enough = math.ceil(math.ceil(len(lengths) / num_ranks) / multiple) * multiple
+    assert num_rounds <= enough
+    # Deterministic: every rank divides the step by itself.
+    assert rows == rows_by_tokens(lengths, capacity, num_ranks, multiple)
+
+
+def test_rows_of_a_round_are_alike() -> None:
+    # Eight long samples and many short ones on two ranks: both get as much of each in a round.
+    lengths = [90] * 8 + [10] * 72
+    rows = rows_by_tokens(lengths, 100, 2)
+    fill = measure_fill(rows, lengths)
+    # 1,440 tokens fit 14.4 rows of 100: at least eight rounds of two.
+    assert len(rows[0]) == 8
+    assert fill.tokens == sum(lengths)
+    # Sorted by cost, rows of a round differ by a short sample at most.
+    for mine, other in zip(*rows, strict=True):
+        costs = [sum(token_cost(lengths[i]) for i in row) for row in (mine, other)]
+        assert abs(costs[0] - costs[1]) <= token_cost(10) + 1e-9
+
+
+def test_a_sample_longer_than_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="a sample of 101 tokens does not fit a row of 100"):
+        rows_by_tokens([5, 101], 100, 2)
+
+
+def test_slots_are_counted_as_ranks_times_the_longest_row() -> None:
+    lengths = [5, 3, 4, 4, 6]
+    # [rank][round]: rank 0 has rows of 5 and 7 tokens, rank 1 of 4 and 6.
+    rows = [[[0], [1, 2]], [[3], [4]]]
+    fill = measure_fill(rows, lengths)
+    assert fill.tokens == 22
+    assert fill.slots == 2 * (5 + 7)
+    # Every row of a step that passes through a pipeline takes the time of its longest.
+    assert measure_fill(rows, lengths, one_length=True).slots == 2 * (7 + 7)
+    # Rows of 5 and 7 are rounded up to 8 each.
+    assert measure_fill(rows, lengths, multiple_of=4).slots == 2 * (8 + 8)
+    # Time by a cost that is the length itself: 22 of 24.
+    assert measure_fill(rows, lengths, cost=float).useful_time == pytest.approx(22 / 24)

@@ -1,0 +1,61 @@
+"""Bugs in rows of documents: packing, attention, and the parts that context parallelism cuts. The
+same form as ``bugs.py``."""
+
+from tests.mutations.bugs import Bug, bug
+
+DOCUMENTS = "megalora/model/documents.py"
+ATTENTION = "megalora/model/attention.py"
+PACK = "megalora/data/pack.py"
+BATCH = "megalora/data/batch.py"
+INPUTS = "megalora/train/inputs.py"
+OF_DOCUMENTS = "tests/model/test_documents.py"
+OF_PACKING = "tests/data/test_pack.py"
+OF_INPUTS = "tests/train/test_inputs.py"
+GRID = "tests/parity/test_grid.py"
+
+# fmt: off
+ROW_BUGS: tuple[Bug, ...] = (
+    bug(0, "documents of a chunk see each other", DOCUMENTS,
+        "inside = [end for end in ends if start < end < stop]", "inside = []",
+        f"{OF_DOCUMENTS} masked_row"),
+    bug(0, "a chunk sees the document before its own", DOCUMENTS,
+        "first_key = max(end for end in ends if end <= start)", "first_key = 0",
+        f"{OF_DOCUMENTS} masked_row"),
+    bug(0, "positions counted along the row", DOCUMENTS,
+        "np.arange(ends[-1]) - starts", "np.arange(ends[-1]) - 0 * starts",
+        f"{OF_DOCUMENTS} start_anew"),
+    bug(0, "keys in the order of ranks", DOCUMENTS,
+        "parts[:, 1].flip(0)", "parts[:, 1]", f"{OF_DOCUMENTS} parts_of_a_row"),
+    bug(0, "a late chunk causal from its first key", ATTENTION,
+        "mask = causal_lower_right(num_queries, num_keys)", "pass",
+        f"{OF_DOCUMENTS} masked_row"),
+    bug(0, "flash attention told the queries' longest piece", DOCUMENTS,
+        "for start, end in pairwise(self.key_ends)", "for start, end in pairwise(self.query_ends)",
+        f"{OF_DOCUMENTS} longest_pieces"),
+    bug(0, "keys and values of this rank alone", ATTENTION,
+        "return unzigzag(gather_seq(local, self.cp), self.cp.size())",
+        "return unzigzag(local.repeat(self.cp.size(), 1, 1), self.cp.size())",
+        f"{GRID} layout_trains"),
+    bug(0, "losses summed without the parts of a row", "megalora/parallel.py",
+        "get_data_parallel_group(with_context_parallel=True)", "get_data_parallel_group()",
+        f"{GRID} layout_trains"),
+    bug(0, "labels not cut as tokens are", INPUTS,
+        "pieces = [zigzag(row, part.cp_rank, part.cp_size) for row in rows]",
+        "pieces = [zigzag(row, part.cp_rank, part.cp_size) for row in rows[:-1]]\n"
+        "    pieces.append(rows[-1][: len(pieces[0])])", f"{OF_INPUTS} parts_of_a_row"),
+    bug(0, "a loss over filler", BATCH,
+        "loss_mask = torch.zeros(length, dtype=torch.float32)",
+        "loss_mask = torch.ones(length, dtype=torch.float32)", "tests/data/test_batch.py shifted"),
+    bug(0, "filler in the last document", BATCH,
+        "        ends.append(length)\n", "        ends[-1] = length\n",
+        "tests/data/test_batch.py shifted"),
+    bug(0, "rows one token too long", PACK,
+        "+ lengths[sample] > capacity", "+ lengths[sample] > capacity + 1",
+        f"{OF_PACKING} overflows"),
+    bug(0, "ranks with rounds of their own", PACK,
+        "rounds += -rounds % multiple", "rounds += 0", f"{OF_PACKING} overflows"),
+    bug(0, "rows not sorted by cost", PACK,
+        "    rows.sort(key=lambda row: (-row.cost, row.samples[:1]))\n", "",
+        f"{OF_PACKING} of_a_round_are_alike"),
+)
+# fmt: on
