@@ -28,8 +28,9 @@ def check_run(path: str | Path, overrides: Sequence[str], num_ranks: int) -> Run
     check_paths(config)
     base = Path(config.model.path)
     if base.is_dir():
-        # Raises for targets that match nothing, and for layouts that do not fit the model.
-        plan(config.lora, config.parallel, base)
+        # Raises for targets that match nothing, and for layouts that do not fit the
+        # model.
+        plan(config.lora, config.parallel, base, config.train.recompute)
     return config
 
 

@@ -14,6 +14,7 @@ from megalora.config import (
     LoRAConfig,
     ModelConfig,
     ParallelConfig,
+    RecomputeLayers,
     RunConfig,
     TrainConfig,
 )
@@ -181,7 +182,30 @@ def test_round_trip(tmp_path: Path) -> None:
             "train.schedule=step",
             "train.schedule must be one of cosine, linear, constant, got 'step'",
         ),
-        ("train.recompute=true", "train.recompute must be one of off, selective, full, got True"),
+        (
+            "train.recompute=true",
+            (
+                "train.recompute must be one of off, selective, full or a mapping of layers, rest,"
+                " got True"
+            ),
+        ),
+        (
+            "train.recompute={layers: 0}",
+            (
+                "train.recompute.layers must be at least 1, got 0; write train.recompute=off to"
+                " recompute no layer fully"
+            ),
+        ),
+        ("train.recompute={rest: off}", "config is missing train.recompute.layers"),
+        ("train.recompute={layers: {a: 1}}", "train.recompute.layers must be int, got {'a': 1}"),
+        (
+            "train.recompute={layers: 2, rest: full}",
+            "train.recompute.rest must be one of off, selective, got 'full'",
+        ),
+        (
+            "train.recompute={layer: 2}",
+            "unknown config key train.recompute.layer; did you mean train.recompute.layers?",
+        ),
         ("parallel.ep=0", "parallel.ep must be at least 1, got 0"),
         ("parallel.cp=0", "parallel.cp must be at least 1, got 0"),
         ("train.micro_batch_tokens=0", "train.micro_batch_tokens must be above 0, got 0"),
@@ -288,6 +312,21 @@ def test_what_is_compared_with_transformers(minimal: Path) -> None:
     for off in ("train.check_base=off", "train.check_base='off'"):
         assert load_config(minimal, [off]).train.check_base == "off"
     assert load_config(minimal, ["train.recompute=off"]).train.recompute == "off"
+
+
+def test_the_first_layers_to_recompute(minimal: Path, tmp_path: Path) -> None:
+    """Given whole or key by key, over a level, and written as it is read."""
+    for overrides in (
+        ["train.recompute={layers: 3, rest: selective}"],
+        ["train.recompute=full", "train.recompute.layers=3", "train.recompute.rest=selective"],
+    ):
+        config = load_config(minimal, overrides)
+        assert config.train.recompute == RecomputeLayers(layers=3, rest="selective")
+    config = load_config(minimal, ["train.recompute.layers=3", "train.recompute.rest=off"])
+    assert config.train.recompute == RecomputeLayers(layers=3)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert load_config(tmp_path / "saved.yaml", ["train.recompute=full"]).train.recompute == "full"
     assert (
         refusal(minimal, "train.check_base=all")
         == "train.check_base must be one of layer, loss, off, got 'all'"

@@ -238,7 +238,10 @@ def test_a_key_without_a_docstring_is_refused() -> None:
 
 def test_the_options_page_shows_values_and_defaults() -> None:
     page = options.page()
-    row = "| `train.recompute` | `off`, `selective`, `full` | `off` | "
+    row = (
+        "| `train.recompute` | `off`, `selective`, `full` or a mapping of `layers` (integer),"
+        " `rest` (`off`, `selective`) | `off` | "
+    )
     assert row in page
     assert "| `model.path` | text | required | " in page
     assert "| `data.eval` | text or integer or number or null | `null` | " in page

@@ -9,7 +9,7 @@ import inspect
 import textwrap
 import types
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megalora.config import RunConfig
@@ -79,6 +79,11 @@ def _values(hint: Any) -> Iterator[str]:
             yield from _values(alternative)
     elif get_origin(hint) is Literal:
         yield ", ".join(f"`{value}`" for value in get_args(hint))
+    elif is_dataclass(hint):
+        parts = []
+        for name, inner in get_type_hints(hint).items():
+            parts.append(f"`{name}` ({' or '.join(_values(inner))})")
+        yield f"a mapping of {', '.join(parts)}"
     elif get_origin(hint) is list:
         yield f"a list of: {' or '.join(_values(get_args(hint)[0]))}"
     elif get_origin(hint) is dict:

@@ -11,10 +11,11 @@ P: frozen parameters a token is multiplied with (the embedding is looked up), 2 
 
 from dataclasses import dataclass
 
+from megalora.config import Level, ParallelConfig, Recompute
 from megalora.lora.spec import Adapted
 from megalora.model.shape import ModelShape
-from megalora.planner.layouts import Recompute
-from megalora.planner.models import active_parameters
+from megalora.planner.models import active_layer_parameters, active_parameters
+from megalora.planner.weights import chunks_of
 
 FORMULA = (
     "4 P + 6 A + 6 S h d L FLOPs per token (P frozen, A adapter parameters it meets; S h d L causal"
@@ -31,14 +32,20 @@ class TokenFlops:
 
 
 def flops_per_token(
-    shape: ModelShape, adapted: list[Adapted], sequence_length: int, recompute: Recompute = "off"
+    shape: ModelShape,
+    adapted: list[Adapted],
+    sequence_length: int,
+    recompute: Recompute = "off",
+    parallel: ParallelConfig | None = None,
 ) -> TokenFlops:
-    """FLOPs per token of the whole model, whatever the layout.
+    """FLOPs per token of the whole model.
 
     Args:
         sequence_length: S, positions per sample; every sample is that long.
-        recompute: full computes every layer's forward again (not the head's); selective computes
+        recompute: a layer that is recomputed fully runs its whole forward again; selective computes
             core attention, gate_up of routed experts, and whole dense and shared MLPs again.
+        parallel: which layers are a rank's first, where some are recomputed fully; None for one
+            rank.
     """
     frozen = active_parameters(shape)
     if not shape.tied_embeddings:
@@ -46,20 +53,34 @@ def flops_per_token(
         frozen -= shape.vocab * shape.hidden
     # A token is multiplied with both factors: A [rank, in], B [out, rank].
     adapters = sum(_met(a, shape) for a in adapted)
-    attention = 2 * sequence_length * shape.num_heads * shape.head_dim * shape.num_layers
+    attention = 2 * sequence_length * shape.num_heads * shape.head_dim
     # The gradient of attention's inputs costs twice its forward.
-    model = 4 * frozen + 6 * adapters + 3 * attention
-    if recompute == "off":
-        return TokenFlops(model, model)
-    if recompute == "full":
-        weights = frozen - shape.vocab * shape.hidden
-        again = [a for a in adapted if a.layer is not None]
-    else:
-        weights = _selective(shape)
-        again = [a for a in adapted if _again(a)]
-    # A forward is 2 FLOPs for each parameter.
-    parameters = weights + sum(_met(a, shape) for a in again)
-    return TokenFlops(model, model + 2 * parameters + attention)
+    model = 4 * frozen + 6 * adapters + 3 * attention * shape.num_layers
+    levels = _levels(shape, recompute, parallel or ParallelConfig())
+    again = 0
+    for layer, level in enumerate(levels):
+        # A forward is 2 FLOPs for each parameter.
+        if level == "full":
+            again += 2 * active_layer_parameters(shape, layer) + attention
+        elif level == "selective":
+            again += 2 * _selective(shape, layer) + attention
+    for a in adapted:
+        # The head, which is in no layer, is never computed again.
+        level = "off" if a.layer is None else levels[a.layer]
+        if level == "full" or (level == "selective" and _again(a)):
+            again += 2 * _met(a, shape)
+    return TokenFlops(model, model + again)
+
+
+def _levels(shape: ModelShape, recompute: Recompute, p: ParallelConfig) -> list[Level]:
+    """What each layer of the model recomputes."""
+    found: dict[int, Level] = {}
+    for stage in range(p.pp):
+        for chunk in chunks_of(shape, p, stage):
+            num_full, rest = chunk.levels(recompute)
+            for i, layer in enumerate(chunk.layers):
+                found[layer] = "full" if i < num_full else rest
+    return [found[layer] for layer in range(shape.num_layers)]
 
 
 def _met(a: Adapted, shape: ModelShape) -> int:
@@ -68,15 +89,14 @@ def _met(a: Adapted, shape: ModelShape) -> int:
     return copies * a.rank * (a.in_features + a.out_features)
 
 
-def _selective(shape: ModelShape) -> int:
-    """Frozen parameters that ``selective`` multiplies a token with once more."""
-    num_moe = len(shape.moe_layers)
-    num_dense = shape.num_layers - num_moe
+def _selective(shape: ModelShape, layer: int) -> int:
+    """Frozen parameters of a layer that ``selective`` multiplies a token with once more."""
     # Widths that meet the hidden size: gate and up of each chosen expert; gate, up and down of
     # shared experts and dense MLPs.
-    moe = 2 * shape.top_k * shape.expert_intermediate + 3 * shape.shared_intermediate
-    dense = 3 * shape.intermediate
-    return shape.hidden * (num_moe * moe + num_dense * dense)
+    width = 3 * shape.intermediate
+    if shape.is_moe(layer):
+        width = 2 * shape.top_k * shape.expert_intermediate + 3 * shape.shared_intermediate
+    return shape.hidden * width
 
 
 def _again(a: Adapted) -> bool:

@@ -26,11 +26,12 @@ from megalora.bench.rows import (
     save_rows,
 )
 from megalora.bench.versions import versions
-from megalora.config import ParallelConfig, RunConfig
+from megalora.config import ParallelConfig, RecomputeLayers, RunConfig
 from megalora.config.checks import require
 from megalora.config.file import load_config
+from megalora.config.recompute import recompute_from
 from megalora.model.fields import model_shape
-from megalora.planner.layouts import LEVELS, ParallelLayout
+from megalora.planner.layouts import ParallelLayout
 from megalora.planner.models import find_architecture
 
 __all__ = ["BenchOptions", "Predicted", "Row", "layout_overrides", "parse_layout", "run_layouts"]
@@ -51,15 +52,11 @@ def parse_layout(text: str, num_ranks: int, config: RunConfig) -> ParallelLayout
     for name in SIZES:
         sizes[name] = getattr(config.parallel, name)
     sizes["micro"] = config.train.micro_batch_size
-    recompute: str = config.train.recompute
+    recompute = config.train.recompute
     try:
         named = _named_values(text)
         if "recompute" in named:
-            recompute = named.pop("recompute")
-            require(
-                recompute in LEVELS,
-                f"recompute must be one of {', '.join(LEVELS)}, got {recompute!r}",
-            )
+            recompute = recompute_from(named.pop("recompute"))
         for key, value in named.items():
             require(
                 value.isdigit() and int(value) > 0,
@@ -71,7 +68,7 @@ def parse_layout(text: str, num_ranks: int, config: RunConfig) -> ParallelLayout
             parallel=ParallelConfig(**sizes),
             num_ranks=num_ranks,
             micro_batch_size=micro,
-            recompute=recompute,  # pyright: ignore[reportArgumentType]
+            recompute=recompute,
         )
     except ValueError as error:
         raise ValueError(f"layout {text!r}: {error}") from None
@@ -103,8 +100,12 @@ def layout_overrides(layout: ParallelLayout) -> list[str]:
     for field in fields(layout.parallel):
         overrides.append(f"parallel.{field.name}={getattr(layout.parallel, field.name)}")
     overrides.append(f"train.micro_batch_size={layout.micro_batch_size}")
+    recompute = layout.recompute
     # In quotes, because YAML reads a bare ``off`` as false.
-    overrides.append(f"train.recompute='{layout.recompute}'")
+    written = f"'{recompute}'"
+    if isinstance(recompute, RecomputeLayers):
+        written = f"{{layers: {recompute.layers}, rest: '{recompute.rest}'}}"
+    overrides.append(f"train.recompute={written}")
     return overrides
 
 
@@ -126,7 +127,7 @@ class _Case:
         """Name of its files: readable, and unique by the beginning of the key."""
         p = self.layout.parallel
         words = [f"{name}{getattr(p, name)}" for name in SIZES]
-        words += [f"micro{self.layout.micro_batch_size}", self.layout.recompute, self.key[:8]]
+        words += [f"micro{self.layout.micro_batch_size}", str(self.layout.recompute), self.key[:8]]
         return "-".join(words)
 
 
@@ -277,7 +278,8 @@ def _refusal(config: RunConfig, num_ranks: int) -> str | None:
     """The first error of the checks that need no ranks, on one line; None if there is none."""
     try:
         config.check_world(num_ranks)
-        model_shape(find_architecture(config.model.path)).check_layout(config.parallel)
+        shape = model_shape(find_architecture(config.model.path))
+        shape.check_layout(config.parallel, config.train.recompute)
     except ValueError as error:
         # Messages may have several lines; a status is one.
         return " ".join(str(error).split())

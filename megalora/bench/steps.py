@@ -45,7 +45,7 @@ def training(config: RunConfig, options: BenchOptions) -> Iterator[Run]:
     weights are read or drawn."""
     hf = find_architecture(config.model.path)
     shape = model_shape(hf)
-    shape.check_layout(config.parallel)
+    shape.check_layout(config.parallel, config.train.recompute)
     adapted = resolve(config.lora, shape)
     tokenizer, split = full_samples(config, shape.vocab, natural=options.routing == "natural")
 
@@ -214,7 +214,9 @@ def _measured(
     median = statistics.median(steps)
     # n tokens give n - 1 predictions.
     positions = config.data.max_length - 1
-    flops = flops_per_token(run.model.shape, run.model.adapted, positions, config.train.recompute)
+    flops = flops_per_token(
+        run.model.shape, run.model.adapted, positions, config.train.recompute, config.parallel
+    )
     # Samples per second and GPU.
     samples = config.train.global_batch_size / median / world
     parts = [rank["parts"] for rank in ranks]

@@ -11,18 +11,23 @@ from megalora.config.log import LogConfig
 from megalora.config.lora import LoRAConfig
 from megalora.config.model import ModelConfig
 from megalora.config.parallel import ParallelConfig
+from megalora.config.recompute import LEVELS, Level, Recompute, RecomputeLayers
 from megalora.config.run import RunConfig
 from megalora.config.train import TrainConfig, check_warmup
 
 __all__ = [
+    "LEVELS",
     "CheckpointConfig",
     "DataConfig",
     "LeftOut",
     "LeftOutOfText",
+    "Level",
     "LoRAConfig",
     "LogConfig",
     "ModelConfig",
     "ParallelConfig",
+    "Recompute",
+    "RecomputeLayers",
     "RunConfig",
     "TooLong",
     "TrainConfig",

@@ -130,20 +130,20 @@ def _unknown_key(name: str, key: str, known: list[str], where: str) -> str:
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """``value`` as the annotated type; a ``ValueError`` names the type that was expected."""
-    if get_origin(hint) is Literal:
-        # YAML reads off without quotes as false.
-        if value is False and "off" in get_args(hint):
-            return "off"
-        require(
-            value in get_args(hint),
-            f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}",
-        )
-        return value
     is_union = get_origin(hint) in (Union, types.UnionType)
     options = get_args(hint) if is_union else (hint,)
     for option in options:
+        if get_origin(option) is Literal:
+            # YAML reads off without quotes as false.
+            if value is False and "off" in get_args(option):
+                return "off"
+            if value in get_args(option):
+                return value
+        elif is_dataclass(option):
+            if isinstance(value, dict):
+                return _build(option, value, where=f"{name}.")  # pyright: ignore[reportArgumentType]
         # Exact types, because isinstance(True, int) holds. list[str] has the origin list.
-        if type(value) is (get_origin(option) or option):
+        elif type(value) is (get_origin(option) or option):
             return _convert_items(value, get_args(option), name)
     # YAML reads 1 as an integer, where 1.0 is meant as well.
     if type(value) is int and float in options:
@@ -175,5 +175,9 @@ def _type_name(option: Any) -> str:
     """A type for a message."""
     if option is types.NoneType:
         return "nothing"
+    if get_origin(option) is Literal:
+        return f"one of {', '.join(get_args(option))}"
+    if is_dataclass(option):
+        return f"a mapping of {', '.join(f.name for f in fields(option))}"
     # Not a type: list[str], which prints well as it is.
     return option.__name__ if isinstance(option, type) else str(option)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megalora.config.checks import require
+from megalora.config.recompute import Recompute
 
 
 def check_warmup(warmup: int, steps: int, what: str) -> None:
@@ -47,10 +48,13 @@ class TrainConfig:
     clip_grad: float = 1.0
     """Maximum L2 norm of the gradient over all adapters; larger gradients are scaled down to it.
     0 turns clipping off."""
-    recompute: Literal["off", "selective", "full"] = "off"
+    recompute: Recompute = "off"
     """Activations that the backward pass computes again instead of keeping them. ``selective``:
     core attention, gate_up of experts and dense MLPs; ``full``: whole layers. An adapter on o_proj
-    keeps the result of core attention in any case, so that ``selective`` saves little there."""
+    keeps the result of core attention in any case, so that ``selective`` saves little there.
+    ``{layers: 12, rest: selective}``: the first 12 layers of every rank fully, its others
+    selectively or, without ``rest``, not at all. A rank counts its layers through all its model
+    chunks; the first chunk has most microbatches in flight. ``megalora plan`` finds the number."""
     eval_every: int = 0
     """Number of steps between evaluations. 0 evaluates only before the first and after the last
     step."""

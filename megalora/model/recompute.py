@@ -9,6 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from megalora.config import Recompute
+from megalora.config.recompute import level_of
+
 
 class Recomputed(nn.Module):
     """Runs ``module`` again in backward instead of keeping its activations."""
@@ -37,12 +40,19 @@ class Recomputed(nn.Module):
             )
 
 
-def apply_recompute(chunks: list[nn.Module], level: str) -> None:
+def apply_recompute(chunks: list[nn.Module], recompute: Recompute) -> None:
     """Wrap whole layers (``full``), or core attention and dense MLPs while experts drop gate_up
-    (``selective``); in place. ``none`` changes nothing."""
+    (``selective``); in place. ``off`` changes nothing.
+
+    Args:
+        chunks: all chunks of this rank, in their order: layers are counted through them.
+    """
+    position = 0
     for chunk in chunks:
         layers: Any = chunk.decoder.layers  # pyright: ignore
         for i, layer in enumerate(layers):
+            level = level_of(recompute, position)
+            position += 1
             if level == "full":
                 layers[i] = Recomputed(layer)
             elif level == "selective":

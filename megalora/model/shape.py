@@ -3,7 +3,7 @@ checks need no weights; ``fields.model_shape`` reads the sizes from a ``config.j
 
 from dataclasses import dataclass
 
-from megalora.config import ParallelConfig, RunConfig
+from megalora.config import ParallelConfig, Recompute, RecomputeLayers, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +89,9 @@ class ModelShape:
             config.parallel, config.train.micro_batch_size * config.data.max_length
         )
 
-    def check_layout(self, p: ParallelConfig) -> None:
-        """Raise ``ValueError`` when this model cannot be split as ``p`` says."""
+    def check_layout(self, p: ParallelConfig, recompute: Recompute = "off") -> None:
+        """Raise ``ValueError`` when this model cannot be split as ``p`` says, or a rank has fewer
+        layers than it is to recompute."""
         # (option, its value, what it divides, how many of these there are)
         sizes = [
             ("tp", p.tp, "vocabulary entries", self.vocab),
@@ -130,6 +131,12 @@ class ModelShape:
                     f"parallel.{name}={size} does not divide the model's {total} {what}; it can be"
                     f" one of {', '.join(map(str, divisors))}"
                 )
+        of_rank = self.num_layers // p.pp
+        if isinstance(recompute, RecomputeLayers) and recompute.layers > of_rank:
+            raise ValueError(
+                f"train.recompute.layers={recompute.layers}: a rank has {of_rank} of the model's"
+                f" {self.num_layers} layers; train.recompute=full recomputes all of them"
+            )
 
     def _possible_tp(self) -> list[int]:
         """Sizes of tensor parallelism that leave whole heads on each rank."""

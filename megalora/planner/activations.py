@@ -13,7 +13,8 @@ float32 on the CPU. Dropout is not counted; ``PlannedModel`` refuses it.
 
 from dataclasses import dataclass
 
-from megalora.planner.layouts import ParallelLayout, Recompute, Workload
+from megalora.config import Level
+from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.microbatch import STATISTIC, Microbatch
 from megalora.planner.mlp_activations import INDEX, PlannedMLP, low_rank, mlp_bytes
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths
@@ -39,29 +40,38 @@ class Kept:
 
 
 def chunk_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
-    """Kept by the decoder layers of a chunk for one microbatch, head and loss left out:
-    ``layer_bytes`` of each."""
-    total = 0
-    # A plan asks for the same layout once per stage: layers of one kind are counted once.
-    known = model.memo.setdefault(("kept", layout, work), {})
-    for layer in chunk.layers:
+    """Kept by the decoder layers of a chunk for one microbatch, head and loss left out."""
+    return sum(bytes_by_layer(model, layout, work, chunk))
+
+
+def bytes_by_layer(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk
+) -> list[int]:
+    """``layer_bytes`` of each layer of a chunk, at its own level of recomputation."""
+    found = []
+    # Layers of one kind and level are counted once for all stages and numbers of them.
+    known = model.memo.setdefault(("kept", layout.parallel, layout.micro_batch_size, work), {})
+    num_full, rest = chunk.levels(layout.recompute)
+    for i, layer in enumerate(chunk.layers):
         live = _input_needs_gradient(model, chunk, layer)
         if not live and layer < model.first_adapted:
-            continue  # no node of it takes part in backward
-        key = (model.kinds[layer], live)
+            found.append(0)  # no node of it takes part in backward
+            continue
+        level = "full" if i < num_full else rest
+        key = (model.kinds[layer], live, level)
         if key not in known:
-            known[key] = layer_bytes(model, layout, work, layer, live, layout.recompute)
-        total += known[key]
-    return total
+            known[key] = layer_bytes(model, layout, work, layer, live, level)
+        found.append(known[key])
+    return found
 
 
 def angles_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
     """Recomputed layers keep the angles of rotary embeddings, S d 4, of the features of a head that
     are turned: one tensor for all layers of a chunk and all microbatches."""
-    if layout.recompute != "full":
-        return 0
+    num_full, _ = chunk.levels(layout.recompute)
     # Nothing between the embedding and the first adapter takes part in backward.
-    if chunk.has_embedding and chunk.layers.stop <= model.first_adapted:
+    below = max(model.first_adapted - chunk.layers.start, 0) if chunk.has_embedding else 0
+    if num_full <= below:
         return 0
     return Microbatch.of(model, layout, work).sequence * model.shape.turned_features * STATISTIC
 
@@ -72,7 +82,7 @@ def layer_bytes(
     work: Workload,
     layer: int,
     live: bool,
-    level: Recompute,
+    level: Level,
 ) -> int:
     """Kept by one decoder layer for one microbatch, at a level of recomputation.
 

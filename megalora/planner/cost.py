@@ -8,7 +8,7 @@ Work is counted from sizes (``layer_cost.py``); how fast it is done is the machi
 
 from collections import Counter
 
-from megalora.config import ParallelConfig
+from megalora.config import Level, ParallelConfig
 from megalora.planner.hardware import Basis, Machine, weakest
 from megalora.planner.layer_cost import LayerCosts
 from megalora.planner.layouts import ParallelLayout, Workload
@@ -74,6 +74,10 @@ def step_time(
     return StepTime(stage, step.parts())
 
 
+LayerKind = tuple[int, bool, Level]
+"""The first layer with such parts, whether no backward reaches it, what it recomputes."""
+
+
 class StageCosts(LayerCosts):
     """Counts the seconds of a pipeline stage and of what follows its passes; layers of one kind are
     counted once."""
@@ -82,17 +86,17 @@ class StageCosts(LayerCosts):
         self, model: PlannedModel, layout: ParallelLayout, work: Workload, machine: Machine
     ) -> None:
         super().__init__(model, layout, work, machine)
-        self.known: dict[tuple[int, bool], Ledger] = {}
-        """(kind of layer, whether no backward reaches it) -> its seconds."""
+        self.known: dict[LayerKind, Ledger] = {}
+        """Seconds of a layer of each kind."""
 
     def microbatch(self, chunks: list[Chunk]) -> Ledger:
         """Forward and backward of one microbatch through a stage's chunks."""
         found = Ledger()
         for chunk in chunks:
-            for (layer, below), times in self._alike(chunk).items():
-                if (layer, below) not in self.known:
-                    self.known[layer, below] = self.layer(layer, below)
-                found.take(self.known[layer, below], times)
+            for kind, times in self._alike(chunk).items():
+                if kind not in self.known:
+                    self.known[kind] = self.layer(*kind)
+                found.take(self.known[kind], times)
             hidden = self.batch.own_tokens * self.shape.hidden * self.e
             if chunk.has_embedding:
                 # Rows are read from the table and written, T H e each. Every rank has part of the
@@ -111,18 +115,20 @@ class StageCosts(LayerCosts):
                 self.collective(found, "pipeline transfers", "send", "pp", hidden, times=borders)
         return found
 
-    def _alike(self, chunk: Chunk) -> dict[tuple[int, bool], int]:
-        """(kind of layer, whether no backward reaches it) -> how many layers of the chunk."""
-        found: dict[tuple[int, bool], int] = {}
-        for layer in chunk.layers:
+    def _alike(self, chunk: Chunk) -> dict[LayerKind, int]:
+        """Layers of the chunk by kind."""
+        found: dict[LayerKind, int] = {}
+        num_full, rest = chunk.levels(self.layout.recompute)
+        for i, layer in enumerate(chunk.layers):
             below = chunk.has_embedding and layer < self.model.first_adapted
-            key = (self.model.kinds[layer], below)
+            level = "full" if i < num_full else rest
+            key = (self.model.kinds[layer], below, level)
             found[key] = found.get(key, 0) + 1
         return found
 
-    def layer(self, layer: int, below: bool) -> Ledger:
-        """One layer, forward, backward and what is computed again; no backward below the first
-        adapter."""
+    def layer(self, layer: int, below: bool, level: Level) -> Ledger:
+        """One layer, forward, backward and what is computed again at a level of recomputation; no
+        backward below the first adapter."""
         modules = self.model.modules_of(layer)
         is_moe = self.shape.is_moe(layer)
         forward = Ledger()
@@ -136,9 +142,9 @@ class StageCosts(LayerCosts):
         hidden = self.batch.own_tokens * self.shape.hidden * self.e
         for ledger in (forward, backward):
             self.traffic(ledger, "other", NORMS_AND_RESIDUALS * hidden)
-        if self.layout.recompute == "full":
+        if level == "full":
             again.take(forward, before="recompute ")
-        elif self.layout.recompute == "selective":
+        elif level == "selective":
             again.take(self.selective(modules, is_moe), before="recompute ")
 
         over = self.machine.overhead
@@ -152,14 +158,14 @@ class StageCosts(LayerCosts):
         whole.take(again)
         host = over.layer_backward_s
         device = backward.total
-        if self.layout.recompute == "full" and waits:
+        if level == "full" and waits:
             # The layer's forward, run again in full, waits as the first one did, and splits the
             # host's work in two.
             self.host(whole, over.layer_forward_s, again.total, waits)
         else:
             device += again.total
             # Selective recomputation is priced by its time on the device alone.
-            if self.layout.recompute == "full":
+            if level == "full":
                 host += over.layer_forward_s
         self.host(whole, host, device, waits=False)
         return whole

@@ -10,13 +10,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megalora.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megalora.config import (
+    LEVELS,
+    DataConfig,
+    Level,
+    ModelConfig,
+    ParallelConfig,
+    Recompute,
+    RunConfig,
+    TrainConfig,
+)
 from megalora.config.checks import require
 from megalora.model.shape import ModelShape
 from megalora.planner.crossings import NO_TABLE, Crossings
 
-Recompute = Literal["off", "selective", "full"]
-LEVELS: tuple[Recompute, ...] = ("off", "selective", "full")
 MAX_RANKS = 2**20
 """Beyond any machine; with more, the rates that a plan rests on mean nothing."""
 
@@ -130,7 +137,7 @@ class Enumeration:
 
 def enumerate_layouts(
     shape: ModelShape, num_ranks: int, work: Workload,
-    *, micro_batch_sizes: Sequence[int] = (1, 2, 4, 8), recompute: Sequence[Recompute] = LEVELS,
+    *, micro_batch_sizes: Sequence[int] = (1, 2, 4, 8), recompute: Sequence[Level] = LEVELS,
 ) -> Enumeration:  # fmt: skip
     """Every legal layout of ``num_ranks`` ranks, and the reason for each that is not.
 
@@ -165,7 +172,7 @@ def enumerate_layouts(
 
 
 def _check_choices(
-    num_ranks: int, micro_batch_sizes: Sequence[int], recompute: Sequence[Recompute]
+    num_ranks: int, micro_batch_sizes: Sequence[int], recompute: Sequence[Level]
 ) -> None:
     """Raise ``ValueError`` for choices that no layout could satisfy."""
     require(num_ranks >= 1, f"a run needs at least 1 rank, got {num_ranks}")
@@ -227,7 +234,7 @@ def _chunks(shape: ModelShape, pp: int) -> list[int]:
 
 def check(shape: ModelShape, layout: ParallelLayout, work: Workload) -> None:
     """Raise ``ValueError`` when the model or the workload cannot run as ``layout`` says."""
-    reason = _why_not_model(shape, layout.parallel)
+    reason = _why_not_model(shape, layout.parallel, layout.recompute)
     reason = reason or _why_not_batch(
         work, layout.parallel, layout.num_ranks, layout.micro_batch_size
     )
@@ -243,10 +250,12 @@ def divisors(n: int) -> list[int]:
     return small + large
 
 
-def _why_not_model(shape: ModelShape, p: ParallelConfig) -> str | None:
+def _why_not_model(
+    shape: ModelShape, p: ParallelConfig, recompute: Recompute = "off"
+) -> str | None:
     """The reason why these sizes cannot split the model, on one line; None where they can."""
     try:
-        shape.check_layout(p)
+        shape.check_layout(p, recompute)
     except ValueError as error:
         return _one_line(error)
     return None

@@ -8,9 +8,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from megalora.config import ParallelConfig
 from megalora.hf.json_file import read_hf_config
 from megalora.model.fields import check_fields, model_shape
 from megalora.model.shape import ModelShape
+from megalora.planner.weights import layer_parameters
 
 
 def read_architecture(path: Path) -> dict[str, Any]:
@@ -89,3 +91,14 @@ def active_parameters(shape: ModelShape) -> int:
     # An expert is gate, up and down: 3 H I.
     unused = (shape.num_experts - shape.top_k) * 3 * shape.hidden * shape.expert_intermediate
     return shape.num_parameters() - len(shape.moe_layers) * unused
+
+
+def active_layer_parameters(shape: ModelShape, layer: int) -> int:
+    """The same of one decoder layer."""
+    is_moe = shape.is_moe(layer)
+    # On one rank: whole.
+    total = layer_parameters(shape, ParallelConfig(), is_moe)
+    if is_moe:
+        unused = shape.num_experts - shape.top_k
+        total -= unused * 3 * shape.hidden * shape.expert_intermediate
+    return total

@@ -3,12 +3,49 @@
 Symbols as in ``activations.py``.
 """
 
+import math
+from dataclasses import dataclass
+
+from megalora.config import Level, ParallelConfig
 from megalora.planner import activations
 from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.microbatch import Microbatch
-from megalora.planner.schedule import in_flight
+from megalora.planner.schedule import Counts, held_in_backward, in_flight
 from megalora.planner.state_bytes import has_room
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths, stacked_rank
+
+
+@dataclass(frozen=True)
+class ChunkBytes:
+    """What a model chunk adds to a rank's memory while it runs."""
+
+    kept: int
+    """Kept for backward by its layers for one microbatch."""
+    angles: int
+    """Rotary angles that its recomputed layers share."""
+    backward: tuple[int, int, int]
+    """(workspace, what recomputation brings back, all-to-all) of the layer whose backward needs
+    most."""
+
+
+def of_chunks(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
+) -> list[ChunkBytes]:
+    """Bytes of every chunk of a stage."""
+    # A search asks for many numbers of recomputed layers, which change few chunks each.
+    known = model.memo.setdefault(("chunk", layout.parallel, layout.micro_batch_size, work), {})
+    found = []
+    for chunk in chunks:
+        key = (chunk.layers.start, chunk.levels(layout.recompute))
+        if key not in known:
+            kept = activations.bytes_by_layer(model, layout, work, chunk)
+            known[key] = ChunkBytes(
+                sum(kept),
+                activations.angles_bytes(model, layout, work, chunk),
+                _chunk_backward(model, layout, work, chunk, kept),
+            )
+        found.append(known[key])
+    return found
 
 
 def activation_bytes(
@@ -16,19 +53,29 @@ def activation_bytes(
 ) -> int:
     """What the decoder layers keep for one microbatch, times the microbatches in flight, chunk by
     chunk."""
-    kept = []
-    angles = 0
-    for chunk in chunks:
-        kept.append(activations.chunk_bytes(model, layout, work, chunk))
-        angles += activations.angles_bytes(model, layout, work, chunk)
+    found = of_chunks(model, layout, work, chunks)
+    held = in_flight(*_place(layout, work, chunks))
+    angles = [chunk.angles for chunk in found]
+    return _most(found, held) + sum(angles)
+
+
+def _place(
+    layout: ParallelLayout, work: Workload, chunks: list[Chunk]
+) -> tuple[ParallelConfig, int, int]:
+    """(sizes, stage, microbatches), by which a schedule is known."""
     # Chunk 0 of stage s is the s-th piece of the layers, and all pieces are of one size.
     stage = chunks[0].layers.start // len(chunks[0].layers)
-    held = in_flight(layout.parallel, stage, layout.num_microbatches(work.global_batch_size))
-    # Chunks of a stage may keep different amounts: of the candidates the largest in bytes counts.
+    return layout.parallel, stage, layout.num_microbatches(work.global_batch_size)
+
+
+def _most(found: list[ChunkBytes], held: tuple[Counts, ...]) -> int:
+    """Bytes kept for the microbatches that are held. Chunks of a stage may keep different amounts:
+    of the candidates the largest in bytes counts."""
+    kept = [chunk.kept for chunk in found]
     most = 0
     for counts in held:
-        most = max(most, sum(n * k for n, k in zip(counts, kept, strict=True)))
-    return angles + most
+        most = max(most, int(math.sumprod(counts, kept)))
+    return most
 
 
 def pipeline_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, stage: int) -> int:
@@ -53,7 +100,7 @@ def logits_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, ch
     s = model.shape
     elements = batch.own_tokens * s.hidden
     # pp = 1: the embedding's output is still referenced when the loss is computed.
-    if chunk.has_embedding and layout.recompute != "full":
+    if chunk.has_embedding and not chunk.levels(layout.recompute)[0]:
         elements += batch.own_tokens * s.hidden
     if work.dtype != "float32":
         elements += batch.tokens * (s.vocab // layout.parallel.tp)
@@ -64,21 +111,68 @@ def backward_bytes(
     model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
 ) -> tuple[int, int, int]:  # fmt: skip
     """(workspace, what recomputation brings back, all-to-all) of the layer whose backward needs
-    most beside all that is kept."""
-    of_kind: dict[int, tuple[int, int, int]] = {}
-    for chunk in chunks:
-        for layer in chunk.layers:
-            # On the stage of the embedding, backward ends at the first layer with an adapter.
-            if chunk.has_embedding and layer < model.first_adapted:
-                continue
-            kind = model.kinds[layer]
-            if kind not in of_kind:
-                of_kind[kind] = _layer_backward(model, layout, work, layer)
-    return max(of_kind.values(), key=sum, default=(0, 0, 0))
+    most beside all that is kept at most."""
+    found = of_chunks(model, layout, work, chunks)
+    if len(found) == 1:
+        return found[0].backward
+    # While one chunk runs backward, fewer microbatches of the others may be held than at the peak.
+    place = _place(layout, work, chunks)
+    at_peak = _most(found, in_flight(*place))
+    most = (0, 0, 0)
+    # The last chunk first: many need the same, and it runs backward while most is held.
+    for chunk, held in zip(reversed(found), reversed(held_in_backward(*place)), strict=True):
+        if sum(chunk.backward) > sum(most):
+            most = max(most, _less(chunk.backward, at_peak - _most(found, held)), key=sum)
+    return most
+
+
+def _chunk_backward(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk, kept: list[int]
+) -> tuple[int, int, int]:
+    """The same of one chunk, whose layers kept so many bytes for the microbatch.
+
+    Backward goes from a chunk's last layer to its first: what the layers above kept is gone by a
+    layer's turn, and makes room for what it needs. The gradient received from the next stage stays.
+    """
+    batch = Microbatch.of(model, layout, work)
+    received = 0 if chunk.has_head else batch.own_tokens * model.shape.hidden * batch.element_bytes
+    known = model.memo.setdefault(("backward", layout.parallel, layout.micro_batch_size, work), {})
+    num_full, rest = chunk.levels(layout.recompute)
+    most = (0, 0, 0)
+    seen: set[tuple[int, Level]] = set()
+    freed = 0
+    for i in reversed(range(len(kept))):
+        layer = chunk.layers[i]
+        # On the stage of the embedding, backward ends at the first layer with an adapter.
+        if chunk.has_embedding and layer < model.first_adapted:
+            break
+        level = "full" if i < num_full else rest
+        key = (model.kinds[layer], level)
+        # Of layers alike the last one is first in backward, when least is freed.
+        if key not in seen:
+            seen.add(key)
+            if key not in known:
+                known[key] = _layer_backward(model, layout, work, layer, level)
+            workspace, again, moved = known[key]
+            # The last layer counts it as the gradient of its output.
+            if freed:
+                workspace += received
+            most = max(most, _less((workspace, again, moved), freed), key=sum)
+        freed += kept[i]
+    return most
+
+
+def _less(needs: tuple[int, int, int], freed: int) -> tuple[int, int, int]:
+    """What is needed beyond bytes that have become free, which serve recomputation first."""
+    workspace, again, moved = needs
+    of_again = min(again, freed)
+    of_workspace = min(workspace, freed - of_again)
+    of_moved = min(moved, freed - of_again - of_workspace)
+    return workspace - of_workspace, again - of_again, moved - of_moved
 
 
 def _layer_backward(
-    model: PlannedModel, layout: ParallelLayout, work: Workload, layer: int
+    model: PlannedModel, layout: ParallelLayout, work: Workload, layer: int, level: Level
 ) -> tuple[int, int, int]:
     """The MLP's backward with all of the layer kept, or attention's, when what the MLP kept is
     gone.
@@ -95,7 +189,7 @@ def _layer_backward(
     # What backward finds of the layer, and what of it was kept since forward.
     whole = activations.kept(model, layout, batch, layer, True, selective=False)
     held = whole
-    if layout.recompute == "selective":
+    if level == "selective":
         held = activations.kept(model, layout, batch, layer, True, selective=True)
     if s.is_moe(layer):
         mlp, again, moved = _experts_backward(model, layout, work, layer)
@@ -103,11 +197,11 @@ def _layer_backward(
         mlp = _dense_backward(model, layout, batch, layer)
         again = whole.mlp - held.mlp
         moved = 0
-    if layout.recompute == "full":
+    if level == "full":
         again = whole.total - own * s.hidden * e  # its input was kept
         # By attention's turn the MLP has let go of what was recomputed for it.
         return max((mlp, again, moved), (attention, again - whole.mlp, 0), key=sum)
-    back = again if layout.recompute == "selective" else 0
+    back = again if level == "selective" else 0
     # What the MLP kept counts as activations, and is free again when attention's turn comes.
     in_mlp = (mlp, back, moved)
     in_attention = (attention - held.mlp, whole.attention - held.attention, 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megalora.config import RunConfig
+from megalora.config import RecomputeLayers, RunConfig
 from megalora.planner.layouts import Rejected
 from megalora.planner.memory import GIB, gib_by_name
 from megalora.planner.prices import BEHIND_WAITS
@@ -24,12 +24,17 @@ LEGEND = (
 def table(plan: Plan, top: int) -> str:
     """One line for each of the ``top`` fastest layouts."""
     rows: list[tuple[str, ...]] = []
+    several_ranks = len({found.lora_rank for found in plan.fitting}) > 1
     for i, found in enumerate(plan.layouts()[:top], 1):
         layout = found.layout
         p = layout.parallel
         mark = MARK[found.time.basis]
         share = plan.share(found)
         warned = " !" if share > FULL else ""
+        # A column in which all rows are alike says nothing.
+        of_rank: dict[str, object] = {}
+        if several_ranks:
+            of_rank["lora r"] = found.lora_rank
         row: dict[str, object] = {
             "": i,
             "tp": p.tp,
@@ -38,10 +43,9 @@ def table(plan: Plan, top: int) -> str:
             "dp": layout.dp,
             "ep": p.ep,
             "etp": p.etp,
-            "edp": layout.edp,
             "micro": layout.micro_batch_size,
             "recompute": layout.recompute,
-            "lora r": found.lora_rank,
+            **of_rank,
             "step s": f"{found.time.seconds:.3g}{mark}",
             "tokens/s/GPU": f"{found.tokens_per_second(plan.work):,.0f}{mark}",
             "GiB": f"{found.memory.peak_bytes / GIB:.1f}",
@@ -78,7 +82,9 @@ def waits(found: Planned) -> str | None:
     seconds = found.time[BEHIND_WAITS]
     if not seconds:
         return None
-    again = "and again where it is recomputed " if found.layout.recompute == "full" else ""
+    again = ""
+    if isinstance(found.layout.recompute, RecomputeLayers) or found.layout.recompute == "full":
+        again = "and again where it is recomputed "
     return (
         "with experts split over ranks, the host waits for the device before the all-to-all in"
         f" every MoE layer's forward {again}(sizes come from the routing). The host's work behind"

@@ -6,21 +6,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from megalora.config import LoRAConfig, ParallelConfig
+from megalora.config import LEVELS, Level, LoRAConfig, ParallelConfig
 from megalora.config.checks import require
 from megalora.model.shape import ModelShape
 from megalora.planner.cost import step_time
 from megalora.planner.hardware import Machine
-from megalora.planner.layouts import (
-    LEVELS,
-    ParallelLayout,
-    Recompute,
-    Rejected,
-    Workload,
-    enumerate_layouts,
-)
+from megalora.planner.layouts import ParallelLayout, Rejected, Workload, enumerate_layouts
 from megalora.planner.ledger import StepTime
 from megalora.planner.memory import GIB, MemoryPlan, fullest_stage
+from megalora.planner.recompute_layers import between_levels
 from megalora.planner.weights import PlannedModel
 
 FULL = 0.9
@@ -121,7 +115,7 @@ class Plan:
 def search(
     shape: ModelShape, lora: LoRAConfig, num_ranks: int, work: Workload, machine: Machine,
     *, lora_ranks: Sequence[int] = (), micro_batch_sizes: Sequence[int] = (1, 2, 4, 8),
-    recompute: Sequence[Recompute] = LEVELS,
+    recompute: Sequence[Level] = LEVELS,
 ) -> Plan:  # fmt: skip
     """Plan every legal layout of ``num_ranks`` ranks.
 
@@ -169,10 +163,13 @@ def check_dtype(work: Workload, machine: Machine) -> None:
 def _fill(
     plan: Plan, model: PlannedModel, lora_rank: int, layouts: Iterable[ParallelLayout]
 ) -> None:
-    """Add each layout to ``plan.fitting`` or ``plan.rejected``. Only what fits is timed."""
+    """Add each layout to ``plan.fitting`` or ``plan.rejected``, and to the former those between the
+    levels of recomputation. Only what fits is timed."""
     limit = plan.machine.memory_bytes
     # Sizes whose weights alone are too much: too much with every microbatch and recomputation.
     hopeless: dict[ParallelConfig, Rejected] = {}
+    fitting: list[tuple[ParallelLayout, MemoryPlan]] = []
+    peaks: dict[ParallelLayout, int] = {}
     for layout in layouts:
         p = layout.parallel
         micro = layout.micro_batch_size
@@ -180,9 +177,9 @@ def _fill(
             plan.rejected.append(replace(hopeless[p], layout=layout, micro_batch_size=micro))
             continue
         memory = fullest_stage(model, layout, plan.work)
+        peaks[layout] = memory.peak_bytes
         if memory.peak_bytes <= limit:
-            time = step_time(model, layout, plan.work, plan.machine)
-            plan.fitting.append(Planned(layout, lora_rank, memory, time))
+            fitting.append((layout, memory))
             continue
         # What is there whatever the microbatch: if that is too much, recomputation cannot help.
         always = memory.sum_of("always")
@@ -200,6 +197,9 @@ def _fill(
         plan.rejected.append(rejected)
         if always > limit:
             hopeless[p] = rejected
+    for layout, memory in (*fitting, *between_levels(model, plan.work, peaks, FULL * limit)):
+        time = step_time(model, layout, plan.work, plan.machine)
+        plan.fitting.append(Planned(layout, lora_rank, memory, time))
 
 
 def _leanest(variants: list[Planned]) -> Planned:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megalora.config import LoRAConfig, ParallelConfig
+from megalora.config import Level, LoRAConfig, ParallelConfig, Recompute, RecomputeLayers
 from megalora.config.checks import require
 from megalora.lora.select import resolve
 from megalora.lora.spec import Adapted
@@ -94,6 +94,17 @@ class Chunk:
     layers: range
     has_embedding: bool
     has_head: bool
+    layers_before: int = 0
+    """Layers of the stage's chunks before this one."""
+
+    def levels(self, recompute: Recompute) -> tuple[int, Level]:
+        """(how many of its layers, from the first on, are recomputed fully, what the others
+        recompute)."""
+        num_layers = len(self.layers)
+        if isinstance(recompute, RecomputeLayers):
+            num_full = min(max(recompute.layers - self.layers_before, 0), num_layers)
+            return num_full, recompute.rest
+        return (num_layers if recompute == "full" else 0), recompute
 
 
 def chunks_of(shape: ModelShape, p: ParallelConfig, stage: int) -> list[Chunk]:
@@ -105,7 +116,7 @@ def chunks_of(shape: ModelShape, p: ParallelConfig, stage: int) -> list[Chunk]:
     for v in range(p.vpp):
         piece = v * p.pp + stage
         layers = range(piece * size, (piece + 1) * size)
-        found.append(Chunk(layers, piece == 0, piece == p.pp * p.vpp - 1))
+        found.append(Chunk(layers, piece == 0, piece == p.pp * p.vpp - 1, v * size))
     return found
 
 

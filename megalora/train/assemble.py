@@ -48,7 +48,7 @@ class Inputs:
         """Read the base's headers, its tokenizer and the data; raises ``ValueError`` where the user
         can mend one of them."""
         folder = local_folder(config.model.path)
-        shape, adapted = plan(config.lora, config.parallel, folder)
+        shape, adapted = plan(config.lora, config.parallel, folder, config.train.recompute)
         tokenizer = load_tokenizer(folder)
         return cls(shape, adapted, tokenizer, *load_data(config.data, tokenizer))
 

@@ -23,7 +23,12 @@ def test_parse_layout(tiny, chats, tmp_path) -> None:
     assert (kept.parallel.ep, kept.micro_batch_size, kept.recompute) == (2, 2, "selective")
     # A run gets its layout as overrides of the config file: they must say all that the layout does.
     save_config(config, tmp_path / "c.yaml")
-    for text in ("tp=2,pp=2,vpp=2,recompute=off", "etp=2,micro=1,recompute=full"):
+    for text in (
+        "tp=2,pp=2,vpp=2,recompute=off",
+        "etp=2,micro=1,recompute=full",
+        "pp=2,recompute=full1+selective",
+        "pp=2,recompute=full1+off",
+    ):
         layout = parse_layout(text, 8, config)
         read = load_config(tmp_path / "c.yaml", layout_overrides(layout))
         assert read.parallel == layout.parallel
@@ -39,7 +44,11 @@ def test_parse_layout(tiny, chats, tmp_path) -> None:
         ("tp", "'tp' is not of the form key=value"),
         ("tp=2,tp=4", "tp is given twice"),
         ("ep=two", "ep must be a number of at least 1, got 'two'"),
-        ("recompute=on", "recompute must be one of off, selective, full, got 'on'"),
+        (
+            "recompute=on",
+            "recompute must be one of off, selective, full, or the first layers fully and the rest"
+            " less as in full12+selective, got 'on'",
+        ),
         # A text of the right form that no config accepts, and one that these ranks cannot hold.
         ("vpp=2", "layout 'vpp=2': parallel.vpp=2 interleaves"),
         ("ep=16", "layout 'ep=16': 8 ranks cannot hold the expert grid"),

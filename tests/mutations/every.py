@@ -12,6 +12,7 @@ from tests.mutations.head_bugs import HEAD_BUGS
 from tests.mutations.install_bugs import INSTALL_BUGS
 from tests.mutations.kernel_bugs import KERNEL_BUGS
 from tests.mutations.layer_bugs import LAYER_BUGS
+from tests.mutations.plan_bugs import PLAN_BUGS
 from tests.mutations.planner_bugs import PLANNER_BUGS
 from tests.mutations.row_bugs import ROW_BUGS
 from tests.mutations.run_bugs import RUN_BUGS
@@ -23,6 +24,7 @@ EVERY_BUG = (
     MODEL_BUGS
     + KERNEL_BUGS
     + PLANNER_BUGS
+    + PLAN_BUGS
     + BASE_BUGS
     + FAMILY_BUGS
     + LAYER_BUGS

@@ -21,8 +21,8 @@ ALONE = f"{COUNTED} an_adapter_alone"
 
 # fmt: off
 PLANNER_BUGS: tuple[Bug, ...] = (
-    bug(0, "one microbatch in flight on every stage", PASS_BYTES, "max(most, sum(n * k for n, k",
-        "max(most, sum(min(n, 1) * k for n, k", PEAK),
+    bug(0, "one microbatch in flight on every stage", PASS_BYTES, "math.sumprod(counts, kept)",
+        "math.sumprod([min(n, 1) for n in counts], kept)", PEAK),
     bug(0, "loss and a layer's backward at the same time", MEMORY,
         '(("pass", "loss"), ("pass", "layer"), ("step",))',
     '(("pass", "loss", "layer"), ("step",))', PEAK),
@@ -47,7 +47,7 @@ PLANNER_BUGS: tuple[Bug, ...] = (
     bug(0, "a wait before the all-to-all that hides the host", PRICES, "elif waits:",
         "elif waits and not over.hidden:", f"{COST_TEST} hidden"),
     bug(0, "no wait in the forward that is run again", COST,
-        'if self.layout.recompute == "full" and waits:', "if False:", f"{COST_TEST} wait"),
+        'if level == "full" and waits:', "if False:", f"{COST_TEST} wait"),
     bug(0, "a wait for experts cut by ETP alone forgotten", COST, "return p.ep * p.etp > 1",
         "return p.ep > 1", f"{COST_TEST} hidden"),
     bug(0, "what lies beyond a table called interpolated", HARDWARE,

@@ -19,7 +19,8 @@ VPP = (1, 2)
 EP = (1, 2, 4)
 ETP = (1, 2)
 CP = (1, 2, 4)
-RECOMPUTE = ("off", "selective", "full")
+# The last one: the first layer of each rank fully, the others selectively.
+RECOMPUTE = ("off", "selective", "full", "full1+selective")
 PACKED = 0
 """As the microbatch: rows of at most ``ROW_TOKENS`` tokens, however many samples that is."""
 ROW_TOKENS = 255
@@ -205,7 +206,7 @@ QUICK = (
     Case(4, ep=4, model="idle", micro=3, recompute="selective"),
     Case(4, tp=4, model="2 kv heads", adapter="some", micro=3),
     Case(2, pp=2, vpp=2, etp=1, model="one moe layer", adapter="router", micro=3),
-    Case(4, pp=2, vpp=2, tp=2, model="dense", adapter="all", recompute="full", micro=3),
+    Case(4, pp=2, vpp=2, tp=2, model="dense", adapter="all", recompute="full1+selective", micro=3),
     Case(4, tp=4, ep=2, etp=2, model="shared", adapter="rslora", micro=3),
     Case(4, pp=2, etp=2, model="2 kv heads", adapter="some"),
     # Context parallelism with every other one, packed and not.

@@ -14,6 +14,7 @@ from megalora.config import (
     RunConfig,
     TrainConfig,
 )
+from megalora.config.recompute import recompute_from
 
 
 def make_config(
@@ -30,7 +31,7 @@ def make_config(
     **train: Any,
 ) -> RunConfig:
     """Five steps at a constant rate unless ``train`` says otherwise; no logs but
-    ``metrics.jsonl``."""
+    ``metrics.jsonl``. ``recompute``: a level, or text such as ``full3+off``."""
     options = {
         "steps": 5,
         "global_batch_size": 8,
@@ -45,7 +46,7 @@ def make_config(
         parallel=ParallelConfig(**parallel),
         lora=lora or LoRAConfig(rank=4, alpha=12.0),
         data=DataConfig(train=str(chats), eval=eval, max_length=256, seed=data_seed),
-        train=TrainConfig(**{**options, "recompute": recompute, **train}),
+        train=TrainConfig(**{**options, "recompute": recompute_from(recompute), **train}),
         checkpoint=CheckpointConfig(dir=str(out)),
         log=LogConfig(tensorboard=False, progress=False),
     )

@@ -66,7 +66,7 @@ def test_every_possible_pair_of_values_is_tested() -> None:
 def test_a_quick_case_for_every_value() -> None:
     values_of = {
         **SIZES, "model": tuple(MODELS), "adapter": tuple(ADAPTERS),
-        "recompute": ("off", "selective", "full"), "micro": (1, 3, PACKED)
+        "recompute": ("off", "selective", "full", "full1+selective"), "micro": (1, 3, PACKED)
     }  # fmt: skip
     for factor, values in values_of.items():
         for cases in (QUICK, full_grid()):

@@ -8,20 +8,20 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from megalora_kernels import AugmentedWeight
 
-from megalora.config import ParallelConfig
+from megalora.config import LEVELS, Level, ParallelConfig
 from megalora.model.families import FAMILIES
 from megalora.model.fields import model_shape
 from megalora.model.formats.augmented import Augmented
 from megalora.planner.activations import angles_bytes, head_bytes, layer_bytes
 from megalora.planner.cost import StageCosts
 from megalora.planner.hardware import Constant, Estimate, Kind, Machine, Overhead
-from megalora.planner.layouts import ParallelLayout, Recompute, Workload
+from megalora.planner.layouts import ParallelLayout, Workload
 from megalora.planner.ledger import Ledger
 from megalora.planner.weights import PlannedModel, chunks_of
 from tests.pretended.layer_cases import (
@@ -69,9 +69,10 @@ def planned(case: Case) -> dict[str, dict[str, int]]:
     world, sizes = case.layout_sizes
     shape = model_shape(config_of(case.family))
     model = PlannedModel(shape, tuple(case.adapted()))
+    level: Level = case.recompute  # pyright: ignore[reportAssignmentType]
     layout = ParallelLayout(
         parallel=ParallelConfig(**sizes), num_ranks=world, micro_batch_size=MICRO_BATCH,
-        recompute=case.recompute,  # pyright: ignore[reportArgumentType]
+        recompute=level,
     )  # fmt: skip
     work = Workload(
         sequence_length=case.sequence, global_batch_size=MICRO_BATCH * layout.dp, dtype=case.dtype  # pyright: ignore[reportArgumentType]
@@ -86,14 +87,14 @@ def planned(case: Case) -> dict[str, dict[str, int]]:
         first = model.first_adapted
         kept = 0
         if layer >= first:
-            kept = layer_bytes(model, layout, work, layer, layer > first, layout.recompute)
+            kept = layer_bytes(model, layout, work, layer, layer > first, level)
         if layer == first:
             # One table of rotary angles serves all layers, and counts where it is first kept.
             kept += angles_bytes(model, layout, work, chunk)
-        forward = flops(costs.layer(layer, below=True))
+        forward = flops(costs.layer(layer, True, level))
         found[str(layer)] = {"kept": kept, "forward": forward}
         if layer > first:
-            found[str(layer)]["backward"] = flops(costs.layer(layer, below=False)) - forward
+            found[str(layer)]["backward"] = flops(costs.layer(layer, False, level)) - forward
         elif layer < first:
             found[str(layer)]["backward"] = 0
     forward, backward = map(flops, costs.head())
@@ -222,9 +223,7 @@ def test_every_family_kind_and_level_is_counted(quick: dict[str, Any]) -> None:
     wanted = set()
     for family in FAMILIES:
         kinds = kinds_of(family)
-        wanted |= set(
-            itertools.product([family], kinds, get_args(Recompute), (EVERYTHING, NOTHING))
-        )
+        wanted |= set(itertools.product([family], kinds, LEVELS, (EVERYTHING, NOTHING)))
     assert rows == wanted
 
 

@@ -1,0 +1,58 @@
+"""Find how many layers of a rank must be recomputed fully for a layout to fit."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Literal
+
+from megalora.config import RecomputeLayers
+from megalora.planner.layouts import ParallelLayout, Workload
+from megalora.planner.memory import MemoryPlan, fullest_stage
+from megalora.planner.weights import PlannedModel
+
+
+def between_levels(
+    model: PlannedModel, work: Workload, peaks: Mapping[ParallelLayout, int], limit_bytes: float
+) -> Iterator[tuple[ParallelLayout, MemoryPlan]]:
+    """Layouts that recompute the first layers of a rank fully, as few as fit: one for each that
+    fits at ``full`` and each lower level at which it does not.
+
+    Args:
+        peaks: the fullest rank's bytes in the layouts that were tried, each at some levels.
+        limit_bytes: what a rank may need.
+    """
+    for layout, peak_bytes in peaks.items():
+        if layout.recompute != "full" or peak_bytes > limit_bytes:
+            continue
+        for rest in ("off", "selective"):
+            # A level that was not to be tried is none to mix with.
+            if peaks.get(replace(layout, recompute=rest), 0) > limit_bytes:
+                found = _fewest(model, work, layout, rest, limit_bytes)
+                if found is not None:
+                    yield found
+
+
+def _fewest(
+    model: PlannedModel,
+    work: Workload,
+    layout: ParallelLayout,
+    rest: Literal["off", "selective"],
+    limit_bytes: float,
+) -> tuple[ParallelLayout, MemoryPlan] | None:
+    """The layout with the fewest layers that fit; None where only all layers of a rank do, which is
+    ``full``.
+
+    A layer more never needs more memory, so the number is found by halving.
+    """
+    found = None
+    too_few = 0
+    enough = model.shape.num_layers // layout.parallel.pp
+    while enough - too_few > 1:
+        layers = (too_few + enough) // 2
+        tried = replace(layout, recompute=RecomputeLayers(layers=layers, rest=rest))
+        memory = fullest_stage(model, tried, work)
+        if memory.peak_bytes <= limit_bytes:
+            enough = layers
+            found = (tried, memory)
+        else:
+            too_few = layers
+    return found
