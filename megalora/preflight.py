@@ -41,7 +41,8 @@ def check_paths(config: RunConfig) -> None:
     Names on the hub are left to the ranks, which look in its cache and download.
     """
     _check_model(Path(config.model.path))
-    for source in (config.data.train, config.data.eval):
+    train = [source.path for source in config.data.sources]
+    for source in (*train, config.data.eval):
         # data.eval may also be a number of samples to hold out.
         if isinstance(source, str):
             file = locate(source).file

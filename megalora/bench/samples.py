@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from megalora.config import RunConfig
 from megalora.data.chat import Encoded
-from megalora.data.splits import Split, load_split
+from megalora.data.splits import Split, load_data
 from megalora.data.tokenizer import load_tokenizer
 
 WHOLE = 2**31
@@ -30,22 +31,17 @@ def full_samples(config: RunConfig, vocab: int, *, natural: bool) -> tuple[Any, 
     length = config.data.max_length
     count = config.train.global_batch_size
     folder = Path(config.model.path)
-    # data.train may end with a slice, as in train.jsonl[:100].
-    file = Path(re.sub(r"\[[^]]*\]$", "", config.data.train))
+    sources = [source.path for source in config.data.sources]
+    # A source may end with a slice, as in train.jsonl[:100].
+    files = [Path(re.sub(r"\[[^]]*\]$", "", source)) for source in sources]
     # Samples are padded to a multiple of the tensor-parallel size only, and any token does there.
     tokenizer: Any = SimpleNamespace(pad_token_id=0)
-    if natural and file.is_file() and _has_tokenizer(folder):
+    if natural and all(file.is_file() for file in files) and _has_tokenizer(folder):
         tokenizer = load_tokenizer(folder)
-        source = str(file)
-        data = config.data
-        found = load_split(
-            data.train,
-            tokenizer,
-            format=data.format,
-            max_length=WHOLE,
-            allow_left_out=data.allow_left_out,
-        ).samples
-        samples = _filled(found, count, length)
+        source = ", ".join(map(str, files))
+        # Of whole samples: they are cut here, and none is to be held out.
+        data = replace(config.data, max_length=WHOLE, too_long="left_out", eval=None)
+        samples = _filled(load_data(data, tokenizer)[0].samples, count, length)
     else:
         source = "random"
         ids = np.random.Generator(np.random.PCG64(config.data.seed))

@@ -6,7 +6,7 @@ writes YAML.
 """
 
 from megalora.config.checkpoint import CheckpointConfig
-from megalora.config.data import DataConfig, LeftOut, LeftOutOfText, TooLong
+from megalora.config.data import DataConfig, LeftOut, LeftOutOfText, Source, TooLong
 from megalora.config.log import LogConfig
 from megalora.config.lora import LoRAConfig
 from megalora.config.model import ModelConfig
@@ -29,6 +29,7 @@ __all__ = [
     "Recompute",
     "RecomputeLayers",
     "RunConfig",
+    "Source",
     "TooLong",
     "TrainConfig",
     "check_warmup",

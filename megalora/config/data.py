@@ -1,5 +1,6 @@
 """The ``data`` section: the samples that a run trains on."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,10 +21,30 @@ TooLong = Literal["left_out", "truncate_right", "truncate_left", "split"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """One of several sources of training data."""
+
+    path: str
+    """A file or a hub data set, as ``data.train`` names one."""
+    weight: float | None = None
+    """Share of the samples that are trained on, in relation to the weights of the other sources."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", expand(self.path, "data.train"))
+        is_weight = self.weight is None or (0 < self.weight < math.inf)
+        require(
+            is_weight, f"the weight of {self.path} in data.train must be above 0, got {self.weight}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str
+    train: str | list[Source]
     """Training data: a JSONL, JSON or Parquet file, or a hub data set NAME[:SPLIT]. May end in a
-    slice such as ``[:200]``."""
+    slice such as ``[:200]``. Or a list of ``{path: SOURCE, weight: NUMBER}``: samples are taken
+    from the sources in the ratio of their weights, all through the run, and each source is shuffled
+    and repeated by itself; needs ``train.steps``. Without weights, the sources are trained on as if
+    they were one file."""
     eval: str | int | float | None = None
     """Evaluation data: another source, or the part of ``data.train`` to hold out, as a number of
     samples (int) or a fraction (float)."""
@@ -56,7 +77,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         # Frozen, so not by assignment.
-        object.__setattr__(self, "train", expand(self.train, "data.train"))
+        if isinstance(self.train, str):
+            object.__setattr__(self, "train", expand(self.train, "data.train"))
+        weights = [source.weight for source in self.sources]
+        require(bool(weights), "data.train is an empty list; name a source")
+        require(
+            None not in weights or not any(weights),
+            "data.train: some sources have a weight and some have none; give each one, or none",
+        )
         if isinstance(self.eval, str):
             object.__setattr__(self, "eval", expand(self.eval, "data.eval"))
         if self.cache is not None:
@@ -70,3 +98,15 @@ class DataConfig:
             self.max_length >= 2,
             f"data.max_length must be at least 2 tokens, got {self.max_length}",
         )
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources of training data: one where ``train`` is a text."""
+        if isinstance(self.train, str):
+            return [Source(path=self.train)]
+        return self.train
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each source; empty where they have none."""
+        return tuple(source.weight for source in self.sources if source.weight is not None)

@@ -32,6 +32,12 @@ class RunConfig:
             f" data.max_length={self.data.max_length} tokens. Lower data.max_length, or set"
             f" train.micro_batch_tokens to at least {needed}.",
         )
+        require(
+            not (self.data.weights and self.train.epochs is not None),
+            "train.epochs has no meaning where data.train has weights: each source is repeated at a"
+            " rate of its own. Set train.steps, or leave the weights out to train on every sample"
+            " once an epoch.",
+        )
 
     def check_world(self, world_size: int) -> None:
         """Check all that depends on the number of ranks; raises ``ValueError``."""

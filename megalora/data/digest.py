@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 
+from megalora.config import Source
 from megalora.data.chat import Encoded
 from megalora.data.sources import locate, read_hub
 from megalora.digests import Digests, sha256_of_file
@@ -20,6 +21,16 @@ def source_digest(source: str, digests: Digests) -> str:
     # (name, config, split); the config may be None.
     where = ":".join(map(str, found.hub))
     return f"hub:{where}@{fingerprint}{found.slice_text}"
+
+
+def mixture_digest(sources: Sequence[Source], digests: Digests) -> str:
+    """Digest of the sources of training data with their weights, in their order; that of a single
+    source is ``source_digest``."""
+    found = []
+    for source in sources:
+        digest = source_digest(source.path, digests)
+        found.append(digest if source.weight is None else f"{source.weight!r}*{digest}")
+    return " + ".join(found)
 
 
 def samples_digest(samples: Sequence[Encoded]) -> str:

@@ -91,6 +91,23 @@ def select(samples: Sequence[Encoded], indices: np.ndarray) -> Sequence[Encoded]
     return [samples[i] for i in indices]
 
 
+def concatenate(parts: Sequence[Sequence[Encoded]]) -> Sequence[Encoded]:
+    """The samples of several sequences, one sequence behind the other."""
+    stores: list[TokenStore] = []
+    pieces: list[np.ndarray] = []
+    listed: list[Encoded] = []
+    for part in parts:
+        if not isinstance(part, StoredSamples):
+            listed += part
+            continue
+        moved = part.pieces.copy()
+        moved["store"] += len(stores)
+        pieces.append(moved)
+        stores += part.stores
+    assert not (pieces and listed), "samples of stores and samples in memory are not mixed"
+    return StoredSamples(stores, np.concatenate(pieces)) if pieces else listed
+
+
 def lengths_of(samples: Sequence[Encoded]) -> np.ndarray:
     """[samples] int64: tokens in each sample."""
     if isinstance(samples, StoredSamples):

@@ -34,8 +34,11 @@ def show_data(config: RunConfig, console: Console) -> None:
     tokenizer = load_tokenizer(local_folder(config.model.path, weights=False))
     train, held_out = load_data(config.data, tokenizer, every_refusal=True)
     for name, split in (("train", train), ("eval", held_out)):
-        if split is not None:
-            _show_split(name, split, tokenizer, console)
+        if split is None:
+            continue
+        # Of several sources, each by itself.
+        for part in split.parts or (split,):
+            _show_split(name, part, tokenizer, console)
 
 
 def _show_split(name: str, split: Split, tokenizer: Any, console: Console) -> None:

@@ -11,6 +11,7 @@ from megalora.config import DataConfig, TooLong
 from megalora.data.build_tokens import Recipe
 from megalora.data.chat import Encoded
 from megalora.data.samples import (
+    concatenate,
     lengths_of,
     sample_numbers,
     select,
@@ -41,6 +42,9 @@ class Split:
     """Column that each part of the conversation is read from."""
     unused_columns: tuple[str, ...] = ()
     """Columns of the source that nothing is read from."""
+    parts: tuple["Split", ...] = ()
+    """Where ``data.train`` is a list: the samples of each source, which stand one source behind the
+    other in ``samples``."""
 
     @cached_property
     def sample_lengths(self) -> np.ndarray:
@@ -64,6 +68,8 @@ class Split:
         """One line for the log: how much data there is, and what was left out."""
         line = f"{self.source}: {len(self.samples):,} samples, "
         line += f"{_short(self.num_tokens)} tokens ({_short(self.num_target_tokens)} in the loss)"
+        if self.parts:
+            return "\n  ".join([line, *(part.summary() for part in self.parts)])
         return "; ".join([line, *self.left_out()])
 
     def left_out(self) -> list[str]:
@@ -125,13 +131,26 @@ def load_data(
             every_refusal=every_refusal,
         )
 
-    train = load(data.train)
+    parts = [load(source.path) for source in data.sources]
+    # A list of one source is a list, too: its weights are asked for by place.
+    train = parts[0] if isinstance(data.train, str) else combined(parts)
     if data.eval is None:
         return train, None
     if isinstance(data.eval, str):
         return train, load(data.eval)
     # A number or fraction of the training samples, held out.
     return split_off_eval(train, data.eval, data.seed)
+
+
+def combined(parts: Sequence[Split]) -> Split:
+    """The samples of several sources, one source behind the other."""
+    return Split(
+        f"{len(parts)} sources",
+        parts[0].max_length,
+        concatenate([part.samples for part in parts]),
+        lengths=np.concatenate([part.lengths for part in parts]),
+        parts=tuple(parts),
+    )
 
 
 def load_split(
@@ -219,11 +238,32 @@ def split_off_eval(split: Split, eval: float, seed: int) -> tuple[Split, Split]:
     is_chosen = np.zeros(num_samples, bool)
     is_chosen[chosen] = True
     held_out = is_chosen[numbers]
-    kept = select(split.samples, np.flatnonzero(~held_out))
     eval_samples = select(split.samples, np.flatnonzero(held_out))
     name = f"{split.source} (held out)"
     held = Split(name, split.max_length, eval_samples)
-    return replace(split, samples=kept), held
+    return _without(split, held_out), held
+
+
+def _without(split: Split, held_out: np.ndarray) -> Split:
+    """The split without the samples that are held out, and each of its parts without its own.
+
+    Args:
+        held_out: [samples] bool.
+    """
+    if not split.parts:
+        return replace(split, samples=select(split.samples, np.flatnonzero(~held_out)))
+    parts = []
+    start = 0
+    for part in split.parts:
+        end = start + len(part.samples)
+        parts.append(_without(part, held_out[start:end]))
+        start = end
+        if not parts[-1].samples:
+            raise ValueError(
+                f"data.eval holds out all samples of {part.source}; hold out fewer, or name another"
+                " file"
+            )
+    return combined(parts)
 
 
 def permutation(num_samples: int, seed: int, *stream: int) -> np.ndarray:

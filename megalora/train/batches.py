@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megalora.config import RunConfig
 from megalora.data.batch import Batch, flat_row
+from megalora.data.mixture import mixture_indices
 from megalora.data.order import global_batch_indices
 from megalora.data.pack import Fill, Rows, measure_fill, rows_by_count, rows_by_tokens
 from megalora.data.splits import Split
@@ -48,6 +49,9 @@ class Batches:
         """Numbers of the samples in the step's global batch."""
         options = self.config.train
         seed = self.config.data.seed
+        if weights := self.config.data.weights:
+            sizes = [len(part.samples) for part in self.train.parts]
+            return mixture_indices(step, options.global_batch_size, sizes, weights, seed)
         return global_batch_indices(step, options.global_batch_size, len(self.train.samples), seed)
 
     def of_step(self, step: int) -> list[Batch]:

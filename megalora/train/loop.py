@@ -12,6 +12,7 @@ from megalora import host
 from megalora.adapters.training_state import SavedState
 from megalora.config import RunConfig
 from megalora.config.file import save_config
+from megalora.data.mixture import turns_by
 from megalora.data.probe_text import probe_tokens
 from megalora.data.splits import load_data
 from megalora.data.tokenizer import load_tokenizer
@@ -283,6 +284,11 @@ def _opening(
         trainable_summary(model.adapted, model.shape),
         f"train: {batches.train.summary()}",
     ]
+    if weights := config.data.weights:
+        num_samples = batches.num_steps * config.train.global_batch_size
+        for part, turns in zip(batches.train.parts, turns_by(num_samples, weights), strict=True):
+            passes = turns / len(part.samples)
+            lines.append(f"  {turns:,} samples of {part.source}, {passes:.2f} passes")
     if batches.eval:
         lines.append(f"eval: {batches.eval.summary()}")
     if rounded := duration.rounding(config.train, len(batches.train.samples)):

@@ -6,6 +6,8 @@ CACHE, TOKENS, BUILD, SAMPLES = (
     f"megalora/data/{name}.py" for name in ("token_cache", "tokens", "build_tokens", "samples")
 )
 CACHE_TEST = "tests/data/test_token_cache.py"
+MIXTURE = "megalora/data/mixture.py"
+MIXTURE_TEST = "tests/data/test_mixture.py"
 LONG = "megalora/data/too_long.py"
 LONG_TEST = "tests/data/test_too_long.py"
 SAME = "megalora/train/checkpoint/same_run.py"
@@ -101,5 +103,37 @@ TOKENS_BUGS: tuple[Bug, ...] = (
         '    for name in ("store", "sample"):\n        is_next',
         '    for name in ("store", "sample", "begin"):\n        is_next',
         f"{LONG_TEST} test_pieces_of_a_sample_are_held_out_together",
+    ),
+    bug(
+        0,
+        "shares of sources drift from their weights",
+        MIXTURE,
+        "queue.append(((2 * turn + 1) * (scale // share), source))",
+        "queue.append(((2 * turn + 2) * (scale // share), source))",
+        f"{MIXTURE_TEST} test_any_place_has_the_source",
+    ),
+    bug(
+        0,
+        "all sources of one size are shuffled alike",
+        MIXTURE,
+        "permutation(self.size, self.seed, epoch, 2, self.source)",
+        "permutation(self.size, self.seed, epoch)",
+        f"{MIXTURE_TEST} test_a_mixture_of_three_sources",
+    ),
+    bug(
+        0,
+        "a source is repeated by the epochs of all",
+        MIXTURE,
+        "            indices[now] = offset + shuffled[turns[now] % size]",
+        "            indices[now] = offset + shuffled[np.flatnonzero(now) % size]",
+        f"{MIXTURE_TEST} test_a_mixture_of_three_sources",
+    ),
+    bug(
+        0,
+        "weights of sources are not asked for",
+        "megalora/train/batches.py",
+        "if weights := self.config.data.weights:",
+        "if weights := ():",
+        f"{MIXTURE_TEST} test_a_step_trains_on_the_mixture",
     ),
 )

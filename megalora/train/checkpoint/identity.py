@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from megalora.config import RunConfig
 from megalora.data.chat import Encoded
-from megalora.data.digest import source_digest
+from megalora.data.digest import mixture_digest, source_digest
 from megalora.data.samples import digest_of_samples
 from megalora.digests import Digests
 from megalora.hf.base_identity import base_config, weights_digest
@@ -126,7 +126,7 @@ def _of_this_node(config: RunConfig, base: Path, digests: Digests) -> Identity |
     try:
         check_base_folder(base)
         return Identity(
-            train=source_digest(data.train, digests),
+            train=mixture_digest(data.sources, digests),
             eval=source_digest(data.eval, digests) if isinstance(data.eval, str) else None,
             config=base_config(base),
             weights=weights_digest(base, digests),

@@ -63,8 +63,9 @@ def check_same_samples(
         return
     # The commoner mistake first, with numbers; a digest only says that something differs.
     if state.num_samples != samples.count:
+        named = ", ".join(source.path for source in config.data.sources)
         raise ValueError(
-            f"{state.folder} was trained on {state.num_samples:,} samples of {config.data.train},"
+            f"{state.folder} was trained on {state.num_samples:,} samples of {named},"
             f" which now has {samples.count:,}: samples would be repeated or skipped. Restore the"
             " data, or start a new run in another checkpoint.dir."
         )
