@@ -60,8 +60,9 @@ def broken(tmp_path: Path, tiny: Path) -> Callable[..., Path]:
             # These ranks are alone, without torchrun, so that a world of one is all there is.
             ["parallel.tp=2"],
             (
-                "1 ranks cannot hold the attention grid: tp=2 * cp=1 * pp=1 = 2, and 1 is not a multiple"
-                " of 2.\n  Change parallel.tp or parallel.cp or parallel.pp, or launch a multiple of 2 ranks."
+                "1 ranks cannot hold the attention grid: tp=2 * cp=1 * pp=1 = 2, and 1 is not a"
+                " multiple of 2.\n  Change parallel.tp or parallel.cp or parallel.pp, or launch a"
+                " multiple of 2 ranks."
             ),
         ),
         (
