@@ -9,7 +9,8 @@ Every rank has the same number of rounds, because ranks meet in every MoE layer:
 spans data parallelism.
 """
 
-import heapq
+import bisect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,10 @@ EVEN_TOKENS = 8800
 backward: 4 * 3.0e9 FLOPs a token against 7 * heads * head_dim * n * layers, for Qwen3-30B-A3B with
 4,096 features of heads and 48 layers. Other models differ by a factor of two, which changes the
 balance of rows little."""
+
+BISECTIONS = 10
+"""Steps in which the most expensive row is lowered towards the mean: to a thousandth of their
+difference."""
 
 
 def token_cost(length: int) -> float:
@@ -41,7 +46,7 @@ def rows_by_count(
             schedule).
     """
     per_round = micro_batch_size * num_ranks * multiple
-    num_rounds = max(1, -(-num_samples // per_round)) * multiple
+    num_rounds = max(1, math.ceil(num_samples / per_round)) * multiple
     rows: Rows = [[] for _ in range(num_ranks)]
     for number in range(num_rounds):
         for rank in range(num_ranks):
@@ -55,30 +60,48 @@ def rows_by_tokens(
     lengths: Sequence[int], capacity: int, num_ranks: int, multiple: int = 1,
     cost: Callable[[int], float] = token_cost,
 ) -> Rows:  # fmt: skip
-    """Rows of at most ``capacity`` tokens, in the fewest rounds that a greedy search finds.
+    """Rows of at most ``capacity`` tokens, in the fewest rounds that best fit decreasing finds.
 
-    What counts is the sum over rounds of the round's most expensive row. Rows are filled longest
-    sample first, each into the cheapest row with room; then they are sorted by cost, so that those
-    of one round are alike.
+    What counts is the sum over rounds of the round's most expensive row. Of that many rows the most
+    expensive one is then made as cheap as bisection finds (MULTIFIT: Coffman, Garey and Johnson,
+    1978), and rows are sorted by cost, so that those of one round are alike. 1,024 samples take
+    50 to 90 ms.
 
     Args:
         lengths: tokens of each sample.
         num_ranks, multiple: as in ``rows_by_count``.
-        cost: of a sample, by its length.
+        cost: of a sample, by its length; grows with it.
     Raises:
         ValueError: a sample is longer than a row.
     """
     longest = max(lengths, default=0)
     if longest > capacity:
         raise ValueError(f"a sample of {longest:,} tokens does not fit a row of {capacity:,}")
-    # At least as many as if samples could be cut.
-    rounds = max(1, -(-sum(lengths) // (capacity * num_ranks)))
-    filled = None
-    while filled is None:
-        rounds += -rounds % multiple
-        filled = _fill(lengths, rounds * num_ranks, capacity, cost)
+    samples = _Samples.of(lengths, cost)
+    # At least as many rounds as if samples could be cut.
+    rounds = max(1, math.ceil(sum(lengths) / (capacity * num_ranks)))
+    best = None
+    while best is None:
+        rounds = math.ceil(rounds / multiple) * multiple
+        # No row of ``capacity`` tokens costs more than one document of that length.
+        best = _best_fit(samples, rounds * num_ranks, capacity, cost(capacity))
         rounds += 1
-    return _dealt(filled, num_ranks)
+    return _dealt(_evened(best, samples, capacity), num_ranks)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The samples of a step, longest first."""
+
+    order: list[int]
+    lengths: Sequence[int]
+    costs: list[float]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], cost: Callable[[int], float]) -> "_Samples":
+        # Ties go by the place in the step: the same on every rank.
+        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        return cls(order, lengths, [cost(length) for length in lengths])
 
 
 @dataclass
@@ -90,29 +113,47 @@ class _Row:
     cost: float
 
 
-def _fill(
-    lengths: Sequence[int], num_rows: int, capacity: int, cost: Callable[[int], float]
-) -> list[_Row] | None:
-    """Put every sample into a row; None where one finds no room."""
+def _best_fit(samples: _Samples, num_rows: int, capacity: int, limit: float) -> list[_Row] | None:
+    """Put every sample into the row in which least room is left; None where one finds no room.
+
+    Args:
+        limit: most that a row may cost.
+    """
     rows = [_Row([], 0, 0.0) for _ in range(num_rows)]
-    # (cost so far, number of the row): ties go to the first row, the same on every rank.
-    cheapest = [(0.0, number) for number in range(num_rows)]
-    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        passed = []
-        while cheapest and rows[cheapest[0][1]].tokens + lengths[sample] > capacity:
-            passed.append(heapq.heappop(cheapest))
-        if not cheapest:
+    # (cost of which the row still has room, number of the row), ascending
+    rooms = [(limit, number) for number in range(num_rows)]
+    for sample in samples.order:
+        cost = samples.costs[sample]
+        length = samples.lengths[sample]
+        place = bisect.bisect_left(rooms, (cost, -1))
+        # Short samples are cheap: a row may have room for their cost, but not for their tokens.
+        while place < num_rows and rows[rooms[place][1]].tokens + length > capacity:
+            place += 1
+        if place == num_rows:
             return None
-        _, number = heapq.heappop(cheapest)
+        room, number = rooms.pop(place)
         row = rows[number]
         row.samples.append(sample)
-        row.tokens += lengths[sample]
-        row.cost += cost(lengths[sample])
-        heapq.heappush(cheapest, (row.cost, number))
-        # A row without room for this sample may have some for a shorter one.
-        for entry in passed:
-            heapq.heappush(cheapest, entry)
+        row.tokens += length
+        row.cost += cost
+        bisect.insort(rooms, (room - cost, number))
     return rows
+
+
+def _evened(rows: list[_Row], samples: _Samples, capacity: int) -> list[_Row]:
+    """As many rows of the same samples, of which the most expensive one is cheaper if possible."""
+    most = max(row.cost for row in rows)
+    least = sum(samples.costs) / len(rows)
+    best = rows
+    for _ in range(BISECTIONS):
+        limit = (least + most) / 2
+        found = _best_fit(samples, len(rows), capacity, limit)
+        if found is None:
+            least = limit
+        else:
+            best = found
+            most = max(row.cost for row in found)
+    return best
 
 
 def _dealt(rows: list[_Row], num_ranks: int) -> Rows:
@@ -166,7 +207,7 @@ def measure_fill(
         spent += sum(row_costs)
         # A row without samples is one of filler.
         longest = max(1, *row_tokens)
-        longest_of_round.append(-(-longest // multiple_of) * multiple_of)
+        longest_of_round.append(math.ceil(longest / multiple_of) * multiple_of)
         slowest_of_round.append(max(row_costs))
     if one_length:
         longest_of_round = [max(longest_of_round)] * len(longest_of_round)

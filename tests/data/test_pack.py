@@ -78,14 +78,23 @@ def test_rows_of_a_round_are_alike() -> None:
     # Eight long samples and many short ones on two ranks: both get as much of each in a round.
     lengths = [90] * 8 + [10] * 72
     rows = rows_by_tokens(lengths, 100, 2)
-    fill = measure_fill(rows, lengths)
     # 1,440 tokens fit 14.4 rows of 100: at least eight rounds of two.
     assert len(rows[0]) == 8
-    assert fill.tokens == sum(lengths)
     # Sorted by cost, rows of a round differ by a short sample at most.
     for mine, other in zip(*rows, strict=True):
         costs = [sum(token_cost(lengths[i]) for i in row) for row in (mine, other)]
         assert abs(costs[0] - costs[1]) <= token_cost(10) + 1e-9
+
+
+def test_the_most_expensive_row_is_near_the_mean() -> None:
+    # 300 samples of 1 to 300 tokens in rows of 1,000: 45,150 tokens, 48 rows on 8 ranks, which have
+    # 941 on average. Best fit alone would fill the first rows to 1,000.
+    lengths = list(range(1, 301))
+    rows = rows_by_tokens(lengths, 1000, 8)
+    assert len(rows[0]) == 6
+    fill = measure_fill(rows, lengths, one_length=True)
+    assert fill.tokens == sum(lengths)
+    assert fill.useful_time > 0.98
 
 
 def test_a_sample_longer_than_a_row_is_refused() -> None:
