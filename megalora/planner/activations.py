@@ -66,14 +66,15 @@ def bytes_by_layer(
 
 
 def angles_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
-    """Recomputed layers keep the angles of rotary embeddings, S d 4, of the features of a head that
-    are turned: one tensor for all layers of a chunk and all microbatches."""
+    """Recomputed layers keep the angles of rotary embeddings, T d 4, of the features of a head that
+    are turned: one tensor for all layers of a chunk, for each microbatch, whose documents begin at
+    other places."""
     num_full, _ = chunk.levels(layout.recompute)
     # Nothing between the embedding and the first adapter takes part in backward.
     below = max(model.first_adapted - chunk.layers.start, 0) if chunk.has_embedding else 0
     if num_full <= below:
         return 0
-    return Microbatch.of(model, layout, work).sequence * model.shape.turned_features * STATISTIC
+    return Microbatch.of(model, layout, work).tokens * model.shape.turned_features * STATISTIC
 
 
 def layer_bytes(
@@ -144,7 +145,7 @@ def _core_attention(
 ) -> int:
     """From the output of qkv to the input of o: T (q + 2 g) d e of qkv itself (v, and what the
     norms of q and k read; q once more where several key/value heads make it a copy), their rms T (q
-    + g) 4, four tables of S d e for rotary embeddings, and attention's q, k and result T (2 q + g)
+    + g) 4, four tables of T d e for rotary embeddings, and attention's q, k and result T (2 q + g)
     d e with its log-sum-exp T q 4."""
     s = model.shape
     e = batch.element_bytes
@@ -154,7 +155,7 @@ def _core_attention(
     groups = kv // s.head_dim
     of_qkv = tokens * (width + 2 * kv) * e
     # Cosines and sines, of q and of k.
-    rotary = 4 * batch.sequence * s.turned_features * e
+    rotary = 4 * batch.tokens * s.turned_features * e
     q_and_k = tokens * (width + kv) * e
     total = of_qkv + rotary + q_and_k
     if s.qk_norm:

@@ -20,9 +20,8 @@ class ChunkBytes:
     """What a model chunk adds to a rank's memory while it runs."""
 
     kept: int
-    """Kept for backward by its layers for one microbatch."""
-    angles: int
-    """Rotary angles that its recomputed layers share."""
+    """Kept for backward for one microbatch: by its layers, and the rotary angles that recomputed
+    layers share."""
     backward: tuple[int, int, int]
     """(workspace, what recomputation brings back, all-to-all) of the layer whose backward needs
     most."""
@@ -39,9 +38,9 @@ def of_chunks(
         key = (chunk.layers.start, chunk.levels(layout.recompute))
         if key not in known:
             kept = activations.bytes_by_layer(model, layout, work, chunk)
+            angles = activations.angles_bytes(model, layout, work, chunk)
             known[key] = ChunkBytes(
-                sum(kept),
-                activations.angles_bytes(model, layout, work, chunk),
+                sum(kept) + angles,
                 _chunk_backward(model, layout, work, chunk, kept),
             )
         found.append(known[key])
@@ -54,9 +53,7 @@ def activation_bytes(
     """What the decoder layers keep for one microbatch, times the microbatches in flight, chunk by
     chunk."""
     found = of_chunks(model, layout, work, chunks)
-    held = in_flight(*_place(layout, work, chunks))
-    angles = [chunk.angles for chunk in found]
-    return _most(found, held) + sum(angles)
+    return _most(found, in_flight(*_place(layout, work, chunks)))
 
 
 def _place(

@@ -22,7 +22,7 @@ from megalora.tiny import make_tiny
 from tests.distributed.ranks import run_ranks
 from tests.parity.built import built
 from tests.parity.everything import LORA, config_of
-from tests.planner.count_step import Saved, kept_beside, num_bytes
+from tests.planner.count_step import SEQUENCE, Saved, kept_beside, make_batches, num_bytes
 from tests.planner.counted import widened_norms
 
 # Adapters on everything; in the upper layers alone, above a part that needs no backward; on one
@@ -33,9 +33,9 @@ ONE = LoRAConfig(rank=4, target_modules=["q_proj"], layers="0")
 EXPERTS = LoRAConfig(rank=4, target_modules=["gate_proj"], layers="1")
 
 
-def kept_by_a_microbatch(config: RunConfig) -> tuple[int, tuple[int, ...]]:
-    """(bytes of the storages, parameters left out, that this rank keeps as the first backward
-    begins; the batch's shape)."""
+def kept_by_a_microbatch(config: RunConfig) -> int:
+    """Bytes of the storages, parameters left out, that this rank keeps as the first backward
+    begins."""
     with built(config) as run:
         # Autograd keeps weights, too, which are there in any case.
         own = set()
@@ -55,13 +55,15 @@ def kept_by_a_microbatch(config: RunConfig) -> tuple[int, tuple[int, ...]]:
                 counted.append(num_bytes(kept_beside(own, saved)))
             return holder.tensor
 
-        batches = run.batches.of_step(0)[:1]
+        # Documents of one length are one call of attention. Of others, each has a result of its own
+        # on the CPU, which the row of them all is copied from.
+        batches = make_batches(2)[:1]
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             run.stepper.train(batches, run.optimizer)
-        return sum(counted), tuple(batches[0].tokens.shape)
+        return sum(counted)
 
 
-def kept_at_each_level(configs: list[RunConfig]) -> list[tuple[int, tuple[int, ...]]]:
+def kept_at_each_level(configs: list[RunConfig]) -> list[int]:
     """One config after the other in the same ranks: starting them takes as long as a step."""
     return [kept_by_a_microbatch(config) for config in configs]
 
@@ -143,14 +145,8 @@ def compare(configs: list[RunConfig], world: int, *, extra: Any = None) -> None:
     """
     kept = run_ranks(kept_at_each_level, world, configs)
     for number, config in enumerate(configs):
-        found = 0
-        sequences = []
-        for of_rank in kept:
-            kept_bytes, (_, sequence) = of_rank[number]
-            found += kept_bytes
-            # Every data-parallel rank pads its batch to its own longest sample.
-            sequences.append(sequence)
-        said = planned(config, sequences, extra)
+        found = sum(of_rank[number] for of_rank in kept)
+        said = planned(config, world, extra)
         difference = said / found - 1
         line = (
             f"{config.train.recompute}, {config.model.dtype}: counted {found:,}, planned {said:,},"
@@ -161,13 +157,8 @@ def compare(configs: list[RunConfig], world: int, *, extra: Any = None) -> None:
         assert abs(difference) < 0.0005, line
 
 
-def planned(config: RunConfig, sequences: list[int], extra: Any) -> int:
-    """What the planner says that all ranks together keep of a microbatch, in bytes.
-
-    Args:
-        sequences: tokens of a sample in each rank's batch.
-    """
-    world = len(sequences)
+def planned(config: RunConfig, world: int, extra: Any) -> int:
+    """What the planner says that all ranks together keep of a microbatch, in bytes."""
     model = PlannedModel.of(model_shape(read_hf_config(Path(config.model.path))), config.lora)
     layout = ParallelLayout(
         parallel=config.parallel,
@@ -178,8 +169,8 @@ def planned(config: RunConfig, sequences: list[int], extra: Any) -> int:
     # Ranks are numbered with the pipeline stage outermost.
     ranks_per_stage = world // layout.parallel.pp
     said = 0
-    for rank, sequence in enumerate(sequences):
-        work = Workload(sequence_length=sequence, global_batch_size=8, dtype=config.model.dtype)
+    work = Workload(sequence_length=SEQUENCE, global_batch_size=8, dtype=config.model.dtype)
+    for rank in range(world):
         for chunk in chunks_of(model.shape, layout.parallel, rank // ranks_per_stage):
             said += chunk_bytes(model, layout, work, chunk)
             said += angles_bytes(model, layout, work, chunk)

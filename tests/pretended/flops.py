@@ -98,6 +98,28 @@ KERNEL_FLOPS: dict[str, Any] = {
 """FLOPs of a launch from its arguments by name. A kernel that is not here raises ``KeyError``."""
 
 
+def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_k: int, products: int) -> int:
+    """Variable-length flash attention, [T, heads, d], as torch's registry counts any: whole squares
+    of queries and keys, causal or not. Documents are of one length here."""
+    num_tokens, heads, head_dim = q.shape
+    assert num_tokens % max_k == 0, "documents of several lengths"
+    return products * 2 * num_tokens * max_k * heads * head_dim
+
+
+def _varlen_forward(*args: Any) -> int:
+    # q k, and the weights with v
+    q, k, v, _, _, _, max_k, *_ = args
+    return _varlen(q, k, v, max_k, 2)
+
+
+def _varlen_backward(*args: Any) -> int:
+    # q k anew, the gradients of the weights, and of q, k and v
+    _, q, k, v, _, _, _, _, _, max_k, *_ = args
+    return _varlen(q, k, v, max_k, 5)
+
+
+VARLEN = {"_varlen_attn": _varlen_forward, "_varlen_attn_backward": _varlen_backward}
+"""Attention by document, whose operations torch's registry does not have."""
 IN_PLACE: dict[Any, Any] = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
 """What torch's registry has only under the other name."""
 
@@ -121,6 +143,8 @@ class Work(TorchDispatchMode):
         packet = IN_PLACE.get(func._overloadpacket, func._overloadpacket)
         if packet is aten._grouped_mm:
             self.add(_grouped_mm(args[0], args[1]))
+        elif func.namespace == "torch_attn":
+            self.add(VARLEN[packet.__name__](*args))
         elif packet in flop_registry:
             self.add(flop_registry[packet](*args, **kwargs, out_val=out))
         return out

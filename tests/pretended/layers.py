@@ -63,7 +63,8 @@ def count(case: Case, recorder: Recorder) -> Counts:
 
 def count_chunk(chunk: Any, sequence: int, recorder: Recorder) -> Counts:
     """The same for a whole model on one rank."""
-    from megalora import host
+    from megalora.data.batch import Batch
+    from megalora.train.inputs import Part, to_device
     from megalora.train.loss import loss_sum
 
     work = Work()
@@ -81,11 +82,20 @@ def count_chunk(chunk: Any, sequence: int, recorder: Recorder) -> Counts:
             saved[holder] = work.place
         return holder
 
-    tokens = torch.zeros(MICRO_BATCH, sequence, dtype=torch.int64, device=host.device())
-    mask = torch.ones(MICRO_BATCH, sequence, device=host.device())
+    tokens = torch.zeros(MICRO_BATCH, sequence, dtype=torch.int64)
+    row = Batch.of_equal(tokens, tokens, torch.ones(MICRO_BATCH, sequence))
+    (batch,) = to_device([row], Part(first=True, last=True))
+    assert batch.tokens is not None
+    assert batch.labels is not None
+    assert batch.loss_mask is not None
+    # All inputs of a step came in one tensor, which is there for the whole step.
+    own.add(batch.documents.bounds[0][0].untyped_storage()._cdata)
     with work, torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
-        losses = chunk(tokens, None, None, labels=tokens.clone())
-        loss, *_ = loss_sum(losses, mask)
+        losses = chunk(
+            batch.tokens[None], None, None, labels=batch.labels[None],
+            packed_seq_params=batch.documents,
+        )  # fmt: skip
+        loss, *_ = loss_sum(losses, batch.loss_mask)
         kept = _bytes_by_place(saved, own)
         work.is_backward = True
         # torch's own backward takes off the mode that answers for the device.
