@@ -132,7 +132,7 @@ def plan() -> str:
     lines = printed.getvalue().splitlines()
     # Above the table the command says what it assumes; the table's head begins with "tp  pp".
     head = 0
-    while lines[head].split()[:2] != ["tp", "pp"]:
+    while lines[head].split()[:2] != ["tp", "cp"]:
         head += 1
     command = " ".join(["megalora", *PLAN])
     shown = ["```console", f"$ {command}"]

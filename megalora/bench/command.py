@@ -123,7 +123,9 @@ def predicted(
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for part in found.time.parts:
         # A timer counts a part's recomputation and communication as the part itself.
-        name = part.name.removeprefix("recompute ").removeprefix("tensor parallel ")
+        name = part.name
+        for prefix in ("recompute ", "tensor parallel ", "context parallel "):
+            name = name.removeprefix(prefix)
         parts[MEASURED_AS.get(name, name)] += part.seconds
     return Predicted(
         step_seconds=found.time.seconds,

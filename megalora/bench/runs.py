@@ -35,7 +35,7 @@ from megalora.planner.layouts import ParallelLayout
 from megalora.planner.models import find_architecture
 
 __all__ = ["BenchOptions", "Predicted", "Row", "layout_overrides", "parse_layout", "run_layouts"]
-SIZES = ("tp", "pp", "vpp", "ep", "etp")
+SIZES = ("tp", "cp", "pp", "vpp", "ep", "etp")
 KEYS = (*SIZES, "micro", "recompute")
 RESULTS = "results.json"
 

@@ -30,7 +30,7 @@ def add_bench_command(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="tp=2,ep=4",
-        help="layouts to measure; keys: tp pp vpp ep etp micro recompute",
+        help="layouts to measure; keys: tp cp pp vpp ep etp micro recompute",
     )
     bench.add_argument("--top", type=int, metavar="K", help="the K layouts that plan ranks first")
     bench.add_argument(

@@ -76,18 +76,20 @@ class ModelShape:
         """Mean rows of an expert, for a microbatch of ``tokens`` on every data-parallel rank; 0
         without experts.
 
-        Each of the ``tp`` ranks that attention is split over has a part of the tokens; ``ep * etp``
-        ranks send theirs to an expert.
+        Each of the ``tp * cp`` ranks that share out a microbatch has a part of the tokens; ``ep *
+        etp`` ranks send theirs to an expert.
         """
         if not self.moe_layers:
             return 0.0
-        return tokens / p.tp * self.top_k * p.etp * p.ep / self.num_experts
+        return tokens / (p.tp * p.cp) * self.top_k * p.etp * p.ep / self.num_experts
 
     def rows_per_expert(self, config: RunConfig) -> float:
-        """``expected_rows`` of a run's microbatches if every sample has the maximal length."""
-        return self.expected_rows(
-            config.parallel, config.train.micro_batch_size * config.data.max_length
-        )
+        """``expected_rows`` of a run's microbatches if every sample has the maximal length, or
+        every row of ``train.micro_batch_tokens`` is full."""
+        tokens = config.train.micro_batch_tokens
+        if tokens is None:
+            tokens = config.train.micro_batch_size * config.data.max_length
+        return self.expected_rows(config.parallel, tokens)
 
     def check_layout(self, p: ParallelConfig, recompute: Recompute = "off") -> None:
         """Raise ``ValueError`` when this model cannot be split as ``p`` says, or a rank has fewer

@@ -67,8 +67,7 @@ def bytes_by_layer(
 
 def angles_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, chunk: Chunk) -> int:
     """Recomputed layers keep the angles of rotary embeddings, T d 4, of the features of a head that
-    are turned: one tensor for all layers of a chunk, for each microbatch, whose documents begin at
-    other places."""
+    are turned: one tensor for all layers of a chunk, of each microbatch."""
     num_full, _ = chunk.levels(layout.recompute)
     # Nothing between the embedding and the first adapter takes part in backward.
     below = max(model.first_adapted - chunk.layers.start, 0) if chunk.has_embedding else 0
@@ -146,7 +145,12 @@ def _core_attention(
     """From the output of qkv to the input of o: T (q + 2 g) d e of qkv itself (v, and what the
     norms of q and k read; q once more where several key/value heads make it a copy), their rms T (q
     + g) 4, four tables of T d e for rotary embeddings, and attention's q, k and result T (2 q + g)
-    d e with its log-sum-exp T q 4."""
+    d e with its log-sum-exp T q 4.
+
+    Context parallelism: attention keeps k and v of the whole row, c T 2 g d e, in place of this
+    rank's own; its result is in two chunks, which o's input is a copy of. Recomputing it gathers
+    them anew.
+    """
     s = model.shape
     e = batch.element_bytes
     tokens = batch.tokens
@@ -155,9 +159,17 @@ def _core_attention(
     groups = kv // s.head_dim
     of_qkv = tokens * (width + 2 * kv) * e
     # Cosines and sines, of q and of k.
-    rotary = 4 * batch.tokens * s.turned_features * e
+    rotary = 4 * tokens * s.turned_features * e
     q_and_k = tokens * (width + kv) * e
-    total = of_qkv + rotary + q_and_k
+    total = rotary + q_and_k
+    gathers = layout.parallel.cp > 1 and not selective
+    if gathers:
+        total += (2 * batch.row_tokens - tokens) * kv * e
+        if result_is_read:
+            total += tokens * width * e
+    # Of qkv's output gathered attention keeps nothing: it is there for the norms alone.
+    if s.qk_norm or not gathers:
+        total += of_qkv
     if s.qk_norm:
         # One rms for each head, or one for all heads of q and one for those of k.
         norms = 2 if s.full_width_norms else heads + groups

@@ -179,7 +179,7 @@ class StageCosts(LayerCosts):
             alike[count, shared_elements(self.model, self.p, chunk)] += 1
         for (count, shared), times in alike.items():
             # Buffers of dense and of expert adapters, each sharded over its data-parallel group.
-            for elements, group in zip(buffers(count, self.layout), ("dp", "edp"), strict=True):
+            for elements, group in zip(buffers(count, self.layout), ("dp_cp", "edp"), strict=True):
                 gradients = GRADIENT * elements
                 self.collective(to, "reduction", "reduce_scatter", group, gradients, times)
                 self.collective(to, "reduction", "all_gather", group, elements * self.e, times)

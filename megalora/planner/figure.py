@@ -72,6 +72,7 @@ def _name(found: Planned) -> str:
     layout = found.layout
     sizes = {
         "tp": p.tp,
+        "cp": p.cp,
         "pp": p.pp,
         "vpp": p.vpp,
         "dp": layout.dp,

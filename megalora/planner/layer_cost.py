@@ -99,12 +99,22 @@ class LayerCosts(Prices):
         self._core_attention(backward, "attention", backward=True)
 
     def _core_attention(self, to: Ledger, part: str, backward: bool = False) -> None:
+        """Attention over all keys of the row, which the ranks that share it out gather, and the
+        gradients of which they scatter. Early and late chunks together are as much work for each.
+        """
         width, kv = attention_widths(self.shape, self.p)
         b = self.batch
+        if self.p.cp > 1:
+            keys_and_values = 2 * b.row_tokens * kv * self.e
+            kind: Kind = "reduce_scatter" if backward else "all_gather"
+            self.collective(to, f"context parallel {part}", kind, "cp", keys_and_values)
+            # Read and written once more to bring chunks into the order of the row.
+            self.traffic(to, part, 2 * keys_and_values)
         rate = self.machine.attention_backward if backward else self.machine.attention
         d = self.shape.head_dim
         found = rate.at(b.samples, b.sequence, width // d, kv // d, d)
-        to.add(part, attention_flops(b.samples, b.sequence, width) / found.value, found.basis)
+        flops = attention_flops(b.samples, b.sequence, width) / self.p.cp
+        to.add(part, flops / found.value, found.basis)
 
     def dense(self, forward: Ledger, backward: Ledger, modules: dict[str, list[Adapted]]) -> None:
         self._gated_mlp(forward, backward, modules, "mlp", self.shape.intermediate)

@@ -1,13 +1,15 @@
 """Enumerate every way to lay N ranks out for a model, and say why the others are not possible.
 
-Candidates fill both grids, ``world = tp * pp * dp`` and ``world = etp * ep * pp * edp``. What is
-legal is decided by the checks a run itself makes: ``ParallelConfig``, ``ModelShape.check_layout``
-and ``RunConfig.check_world``.
+Candidates fill both grids, ``world = tp * cp * pp * dp`` and ``world = etp * ep * pp * edp``. What
+is legal is decided by the checks a run itself makes: ``ParallelConfig``,
+``ModelShape.check_layout`` and ``RunConfig.check_world``. Context parallelism is tried where it
+leaves a rank ``LEAST_CP_TOKENS`` of a sample.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 
 from megalora.config import (
@@ -26,6 +28,11 @@ from megalora.planner.crossings import NO_TABLE, Crossings
 
 MAX_RANKS = 2**20
 """Beyond any machine; with more, the rates that a plan rests on mean nothing."""
+
+
+LEAST_CP_TOKENS = 4096
+"""A rank's tokens of a sample from which on context parallelism is worth trying: a part is two
+chunks, and what is shorter gives attention too few queries for the keys that it gathers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,7 @@ class ParallelLayout:
     micro_batch_size: int = 1
     recompute: Recompute = "off"
     dp: int = field(init=False)
-    """Data-parallel ranks, which the other sizes leave."""
+    """Data-parallel ranks with samples of their own, which the other sizes leave."""
     edp: int = field(init=False)
     """Data-parallel ranks of experts."""
 
@@ -102,6 +109,11 @@ class ParallelLayout:
             recompute=config.train.recompute,
         )
 
+    @property
+    def dp_cp(self) -> int:
+        """Ranks that share out the optimizer of attention's adapters: all replicas of them."""
+        return self.dp * self.parallel.cp
+
     def num_microbatches(self, global_batch_size: int) -> int:
         """Per optimizer step and data-parallel rank."""
         return global_batch_size // (self.micro_batch_size * self.dp)
@@ -109,8 +121,9 @@ class ParallelLayout:
     def __str__(self) -> str:
         p = self.parallel
         # Everything that training needs to know, in the config's own words.
-        grids = f"tp={p.tp} pp={p.pp} vpp={p.vpp} dp={self.dp} ep={p.ep} etp={p.etp} edp={self.edp}"
-        return f"{grids} micro={self.micro_batch_size} recompute={self.recompute}"
+        grids = f"tp={p.tp} cp={p.cp} pp={p.pp} vpp={p.vpp} dp={self.dp}"
+        experts = f"ep={p.ep} etp={p.etp} edp={self.edp}"
+        return f"{grids} {experts} micro={self.micro_batch_size} recompute={self.recompute}"
 
 
 @dataclass(frozen=True)
@@ -150,14 +163,15 @@ def enumerate_layouts(
     """
     _check_choices(num_ranks, micro_batch_sizes, recompute)
     found = Enumeration([], [])
-    # The batch's checks look at tp, pp, vpp and the microbatch alone: asked once for all ep, etp.
-    why_not_batch: dict[tuple[int, int, int, int], str | None] = {}
-    for p in candidates(shape, num_ranks):
-        if reason := _why_not_model(shape, p):
+    # The batch's checks look at tp, cp, pp, vpp and the microbatch alone: asked once for all ep,
+    # etp.
+    why_not_batch: dict[tuple[int, int, int, int, int], str | None] = {}
+    for p in candidates(shape, num_ranks, work.sequence_length):
+        if reason := _why_not_cp(work, p) or _why_not_model(shape, p):
             found.rejected.append(Rejected(p, None, reason))
             continue
         for micro in micro_batch_sizes:
-            key = (p.tp, p.pp, p.vpp, micro)
+            key = (p.tp, p.cp, p.pp, p.vpp, micro)
             if key not in why_not_batch:
                 why_not_batch[key] = _why_not_batch(work, p, num_ranks, micro)
             if reason := why_not_batch[key]:
@@ -189,14 +203,20 @@ def _check_choices(
     )
 
 
-def candidates(shape: ModelShape, num_ranks: int) -> Iterator[ParallelConfig]:
-    """Every (tp, pp, vpp, ep, etp) whose two grids fill ``num_ranks``; experts' sizes are 1 where
-    there are none.
+def candidates(shape: ModelShape, num_ranks: int, sequence_length: int) -> Iterator[ParallelConfig]:
+    """Every (tp, cp, pp, vpp, ep, etp) whose two grids fill ``num_ranks``; experts' sizes are 1
+    where there are none.
 
-    A size that the model cannot be split by, whatever the others are, comes once, with all others
-    at 1: otherwise a number of ranks with many divisors has billions of candidates.
+    A size that the model or a sample cannot be split by, whatever the others are, comes once, with
+    all others at 1: otherwise a number of ranks with many divisors has billions of candidates.
     """
     sizes = divisors(num_ranks)
+    cps = []
+    for size in sizes:
+        if size == 1 or sequence_length >= size * LEAST_CP_TOKENS:
+            cps.append(size)
+        else:
+            yield ParallelConfig(cp=size)
     # Sizes that can split the model, each tried alone.
     possible = {"tp": [1], "ep": [1], "etp": [1]}
     for name in possible if shape.moe_layers else ("tp",):
@@ -213,12 +233,12 @@ def candidates(shape: ModelShape, num_ranks: int) -> Iterator[ParallelConfig]:
             if _why_not_model(shape, stages):
                 yield stages
                 continue
-            # The two grids are filled independently: tp * dp and etp * ep * edp ranks of a stage.
-            for tp in possible["tp"]:
-                for ep in possible["ep"]:
-                    for etp in possible["etp"]:
-                        if per_stage % tp == 0 and per_stage % (ep * etp) == 0:
-                            yield ParallelConfig(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
+            # The two grids are filled independently: tp * cp * dp and etp * ep * edp ranks of a
+            # stage.
+            for tp, cp in product(possible["tp"], cps):
+                for ep, etp in product(possible["ep"], possible["etp"]):
+                    if per_stage % (tp * cp) == 0 and per_stage % (ep * etp) == 0:
+                        yield ParallelConfig(tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp)
 
 
 def _chunks(shape: ModelShape, pp: int) -> list[int]:
@@ -235,6 +255,7 @@ def _chunks(shape: ModelShape, pp: int) -> list[int]:
 def check(shape: ModelShape, layout: ParallelLayout, work: Workload) -> None:
     """Raise ``ValueError`` when the model or the workload cannot run as ``layout`` says."""
     reason = _why_not_model(shape, layout.parallel, layout.recompute)
+    reason = reason or _why_not_row(work, layout.parallel)
     reason = reason or _why_not_batch(
         work, layout.parallel, layout.num_ranks, layout.micro_batch_size
     )
@@ -259,6 +280,27 @@ def _why_not_model(
     except ValueError as error:
         return _one_line(error)
     return None
+
+
+def _why_not_cp(work: Workload, p: ParallelConfig) -> str | None:
+    """The reason why context parallelism is not tried, on one line; None where it is."""
+    part = work.sequence_length // p.cp
+    if p.cp == 1 or part >= LEAST_CP_TOKENS:
+        return None
+    return (
+        f"parallel.cp={p.cp} leaves a rank {part:,} tokens of a sample of"
+        f" {work.sequence_length:,}; it is tried from {LEAST_CP_TOKENS:,} on"
+    )
+
+
+def _why_not_row(work: Workload, p: ParallelConfig) -> str | None:
+    """The reason why a row cannot be cut so, on one line; None where it can."""
+    if p.cp == 1 or work.sequence_length >= p.row_multiple:
+        return None
+    return (
+        f"parallel.tp={p.tp} and parallel.cp={p.cp} cut a row into {p.row_multiple:,} parts, and a"
+        f" sample has {work.sequence_length:,} tokens"
+    )
 
 
 def _why_not_batch(work: Workload, p: ParallelConfig, num_ranks: int, micro: int) -> str | None:

@@ -25,6 +25,7 @@ from megalora.planner.pass_bytes import (
     backward_bytes,
     logits_bytes,
     pipeline_bytes,
+    row_bytes,
 )
 from megalora.planner.state_bytes import (
     GRADIENT,
@@ -145,6 +146,7 @@ def memory_of_model(
     parts = (
         *always,
         Part("activations", kept, "measured", "pass"),
+        Part("rows", row_bytes(model, layout, work, chunks), "measured", "pass"),
         Part("pipeline", transfers, "measured", "pass"),
         Part("loss", loss, "measured", "loss"),
         Part("logits", logits, "measured", "loss"),

@@ -17,11 +17,14 @@ class Microbatch:
     """Sizes of one microbatch on one rank, in elements."""
 
     samples: int
-    """B."""
+    """B: documents of the row."""
     sequence: int
-    """S, padded to a multiple of TP."""
+    """S: tokens of each."""
+    row_tokens: int
+    """c T: the row, filled up to a multiple of what cuts it. Attention gathers its keys and
+    values."""
     tokens: int
-    """T = S B."""
+    """T: this rank's part of the row."""
     own_tokens: int
     """T / t: between attention and experts each rank holds its part of the sequence."""
     rows: int
@@ -32,8 +35,10 @@ class Microbatch:
     @classmethod
     def of(cls, model: PlannedModel, layout: ParallelLayout, work: Workload) -> "Microbatch":
         p = layout.parallel
-        sequence = p.tp * math.ceil(work.sequence_length / p.tp)
-        tokens = layout.micro_batch_size * sequence
+        samples = layout.micro_batch_size
+        row = samples * work.sequence_length
+        row += -row % p.row_multiple
+        tokens = row // p.cp
         own = tokens // p.tp
         # Each token goes to k experts. ETP ranks hold slices of the same experts, so each of them
         # needs the rows of all: n times as many.
@@ -41,4 +46,4 @@ class Microbatch:
         # A rank that holds every expert gets the same number of rows, however uneven the routing.
         if p.ep > 1:
             rows = math.ceil(rows * work.imbalance)
-        return cls(layout.micro_batch_size, sequence, tokens, own, rows, work.element_bytes)
+        return cls(samples, work.sequence_length, row, tokens, own, rows, work.element_bytes)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from megalora.config import Level, ParallelConfig
 from megalora.planner import activations
 from megalora.planner.layouts import ParallelLayout, Workload
-from megalora.planner.microbatch import Microbatch
+from megalora.planner.microbatch import INT, STATISTIC, Microbatch
+from megalora.planner.mlp_activations import INDEX
 from megalora.planner.schedule import Counts, held_in_backward, in_flight
 from megalora.planner.state_bytes import has_room
 from megalora.planner.weights import Chunk, PlannedModel, attention_widths, stacked_rank
@@ -20,8 +21,8 @@ class ChunkBytes:
     """What a model chunk adds to a rank's memory while it runs."""
 
     kept: int
-    """Kept for backward for one microbatch: by its layers, and the rotary angles that recomputed
-    layers share."""
+    """Kept for backward for one microbatch: by its layers, and rotary angles that its recomputed
+    ones share."""
     backward: tuple[int, int, int]
     """(workspace, what recomputation brings back, all-to-all) of the layer whose backward needs
     most."""
@@ -38,9 +39,8 @@ def of_chunks(
         key = (chunk.layers.start, chunk.levels(layout.recompute))
         if key not in known:
             kept = activations.bytes_by_layer(model, layout, work, chunk)
-            angles = activations.angles_bytes(model, layout, work, chunk)
             known[key] = ChunkBytes(
-                sum(kept) + angles,
+                sum(kept) + activations.angles_bytes(model, layout, work, chunk),
                 _chunk_backward(model, layout, work, chunk, kept),
             )
         found.append(known[key])
@@ -53,7 +53,8 @@ def activation_bytes(
     """What the decoder layers keep for one microbatch, times the microbatches in flight, chunk by
     chunk."""
     found = of_chunks(model, layout, work, chunks)
-    return _most(found, in_flight(*_place(layout, work, chunks)))
+    held = in_flight(*_place(layout, work, chunks))
+    return _most(found, held)
 
 
 def _place(
@@ -73,6 +74,18 @@ def _most(found: list[ChunkBytes], held: tuple[Counts, ...]) -> int:
     for counts in held:
         most = max(most, int(math.sumprod(counts, kept)))
     return most
+
+
+def row_bytes(
+    model: PlannedModel, layout: ParallelLayout, work: Workload, chunks: list[Chunk]
+) -> int:
+    """Rows of all microbatches of a step, which are brought to the device at once: of each of this
+    rank's tokens its position, on the first stage its id, on the last one its label; all of them as
+    int32 in the copy that travels and as int64. Beside a label a float32 mask."""
+    batch = Microbatch.of(model, layout, work)
+    columns = 1 + chunks[0].has_embedding + chunks[-1].has_head
+    token = columns * (INT + INDEX) + chunks[-1].has_head * STATISTIC
+    return layout.num_microbatches(work.global_batch_size) * batch.tokens * token
 
 
 def pipeline_bytes(model: PlannedModel, layout: ParallelLayout, work: Workload, stage: int) -> int:

@@ -29,11 +29,12 @@ class Prices:
         self.e = work.element_bytes
         self.has_room = has_room(model, layout, work)
         p = layout.parallel
-        # Ranks are numbered tp fastest, then dp, then pp; in experts etp fastest, then ep, then
-        # edp. Stages exchange with their neighbour: a group of two.
+        # Ranks are numbered tp fastest, then cp, dp, pp; in experts etp fastest, then ep, then edp.
+        # Stages exchange with their neighbour: a group of two.
         self.strides = {
             "tp": (p.tp, 1),
-            "dp": (layout.dp, p.tp),
+            "cp": (p.cp, p.tp),
+            "dp_cp": (layout.dp_cp, p.tp),
             "etp": (p.etp, 1),
             "ep": (p.ep, p.etp),
             "edp": (layout.edp, p.etp * p.ep),

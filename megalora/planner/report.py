@@ -38,6 +38,7 @@ def table(plan: Plan, top: int) -> str:
         row: dict[str, object] = {
             "": i,
             "tp": p.tp,
+            "cp": p.cp,
             "pp": p.pp,
             "vpp": p.vpp,
             "dp": layout.dp,
@@ -116,7 +117,9 @@ def rejected_line(rejected: Rejected) -> str:
     """One rejected layout and its reason, with a tab between them."""
     p = rejected.parallel
     micro = rejected.micro_batch_size
-    layout = f"tp={p.tp} pp={p.pp} vpp={p.vpp} ep={p.ep} etp={p.etp} micro={micro or 'any'}"
+    layout = (
+        f"tp={p.tp} cp={p.cp} pp={p.pp} vpp={p.vpp} ep={p.ep} etp={p.etp} micro={micro or 'any'}"
+    )
     # Recomputation decides about memory alone: layouts that are not possible name none.
     if rejected.layout:
         layout += f" recompute={rejected.layout.recompute}"
@@ -169,7 +172,7 @@ def _largest(parts: dict[str, float], unit: str) -> str:
 
 
 ALWAYS_WRITTEN: dict[str, tuple[str, ...]] = {
-    "parallel": ("tp", "pp", "vpp", "ep", "etp"),
+    "parallel": ("tp", "cp", "pp", "vpp", "ep", "etp"),
     "train": ("micro_batch_size", "global_batch_size", "recompute"),
     "lora": ("rank", "alpha", "target_modules"),
     "data": ("max_length",),

@@ -55,7 +55,7 @@ class Plan:
     """Layouts that are not possible or do not fit, in the order of enumeration."""
 
     def layouts(self) -> list[Planned]:
-        """One layout for each way to split the model (tp, pp, ep, etp, LoRA rank), fastest first.
+        """One layout for each way to split the model (tp, cp, pp, ep, etp, rank), fastest first.
 
         Of the variants in chunks, microbatch and recomputation that stay below ``FULL``, or of all
         where none does, those within ``CLOSE`` of the fastest count as equally fast; of these it is
@@ -64,7 +64,7 @@ class Plan:
         groups: dict[tuple[int, ...], list[Planned]] = {}
         for found in self.fitting:
             p = found.layout.parallel
-            groups.setdefault((p.tp, p.pp, p.ep, p.etp, found.lora_rank), []).append(found)
+            groups.setdefault((p.tp, p.cp, p.pp, p.ep, p.etp, found.lora_rank), []).append(found)
         chosen = []
         # self.fitting is sorted by time, and so is every group.
         for variants in groups.values():

@@ -30,7 +30,7 @@ def buffers(count: AdapterCount, layout: ParallelLayout) -> tuple[int, int]:
     """Elements of a chunk's two gradient buffers, dense and expert: tensors at multiples of 64, the
     end at a multiple of lcm(data-parallel size, 128)."""
     dense = count.dense_padded
-    dense += -dense % math.lcm(layout.dp, BUFFER_END)
+    dense += -dense % math.lcm(layout.dp_cp, BUFFER_END)
     expert = count.expert_padded
     expert += -expert % math.lcm(layout.edp, BUFFER_END)
     return dense, expert
@@ -48,7 +48,7 @@ def optimizer_bytes(count: AdapterCount, layout: ParallelLayout, work: Workload)
 def owned_elements(count: AdapterCount, layout: ParallelLayout) -> tuple[int, int]:
     """Elements of the dense and of the expert buffer that this rank's optimizer updates."""
     dense, expert = buffers(count, layout)
-    return min(count.dense, dense // layout.dp), min(count.expert, expert // layout.edp)
+    return min(count.dense, dense // layout.dp_cp), min(count.expert, expert // layout.edp)
 
 
 def step_bytes(

@@ -27,7 +27,7 @@ def test_parse_layout(tiny, chats, tmp_path) -> None:
         "tp=2,pp=2,vpp=2,recompute=off",
         "etp=2,micro=1,recompute=full",
         "pp=2,recompute=full1+selective",
-        "pp=2,recompute=full1+off",
+        "pp=2,cp=2,recompute=full1+off",
     ):
         layout = parse_layout(text, 8, config)
         read = load_config(tmp_path / "c.yaml", layout_overrides(layout))
@@ -40,7 +40,7 @@ def test_parse_layout(tiny, chats, tmp_path) -> None:
     ("text", "message"),
     [
         ("tp=2,mirco=2", "layout 'tp=2,mirco=2': unknown key 'mirco'; did you mean micro?"),
-        ("dp=2", "unknown key 'dp'; known keys: tp, pp, vpp, ep, etp, micro, recompute"),
+        ("dp=2", "unknown key 'dp'; known keys: tp, cp, pp, vpp, ep, etp, micro, recompute"),
         ("tp", "'tp' is not of the form key=value"),
         ("tp=2,tp=4", "tp is given twice"),
         ("ep=two", "ep must be a number of at least 1, got 'two'"),

@@ -3,6 +3,8 @@ form as ``bugs.py``."""
 
 from tests.mutations.bugs import Bug, bug
 
+COST_TEST = "tests/planner/test_cost.py"
+KEPT_TEST = "tests/planner/test_activations.py"
 LAYERS_TEST = "tests/planner/test_recompute_layers.py"
 
 # fmt: off
@@ -18,5 +20,16 @@ PLAN_BUGS: tuple[Bug, ...] = (
     bug(0, "one recomputed layer more than needed", "megalora/planner/recompute_layers.py",
         "    while enough - too_few > 1:\n", "    while enough - too_few > 2:\n",
         f"{LAYERS_TEST} fewest_layers"),
+    bug(0, "keys and values of a rank's own tokens alone kept", "megalora/planner/activations.py",
+        "(2 * batch.row_tokens - tokens)", "tokens", f"{KEPT_TEST} test_bytes_kept"),
+    bug(0, "optimizer planned as shared over dp without cp", "megalora/planner/state_bytes.py",
+        "min(count.dense, dense // layout.dp_cp)", "min(count.dense, dense // layout.dp)",
+        "tests/planner/test_memory.py gradients_and_optimizer"),
+    bug(0, "attention whole on every context-parallel rank", "megalora/planner/layer_cost.py",
+        "attention_flops(b.samples, b.sequence, width) / self.p.cp",
+        "attention_flops(b.samples, b.sequence, width)", f"{COST_TEST} share"),
+    bug(0, "gradients of gathered keys and values sent to nobody",
+        "megalora/planner/layer_cost.py", '"reduce_scatter" if backward else "all_gather"',
+        '"all_gather"', f"{COST_TEST} gathered_keys"),
 )
 # fmt: on

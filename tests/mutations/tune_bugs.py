@@ -217,8 +217,8 @@ TUNE_BUGS: tuple[Bug, ...] = (
         0,
         "rows expected of one sample",
         "megalora/model/shape.py",
-        "config.train.micro_batch_size * config.data.max_length)",
-        "config.data.max_length)",
+        "config.train.micro_batch_size * config.data.max_length",
+        "config.data.max_length",
         ROOM,
     ),
     bug(

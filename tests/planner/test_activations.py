@@ -57,10 +57,16 @@ def kept_by_a_microbatch(config: RunConfig) -> int:
 
         # Documents of one length are one call of attention. Of others, each has a result of its own
         # on the CPU, which the row of them all is copied from.
-        batches = make_batches(2)[:1]
+        batches = make_batches(num_documents(config))[:1]
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             run.stepper.train(batches, run.optimizer)
         return sum(counted)
+
+
+def num_documents(config: RunConfig) -> int:
+    """As many as context parallelism cuts a row into. A piece from inside a document has a mask on
+    the CPU, which GPUs' kernels do without."""
+    return 2 * config.parallel.cp
 
 
 def kept_at_each_level(configs: list[RunConfig]) -> list[int]:
@@ -85,6 +91,10 @@ CASES = [
     ("everything", 2, {"tp": 2, "ep": 2}, LORA),
     ("everything", 2, {"pp": 2}, LORA),
     ("tiny_dense", 2, {"tp": 2}, DEFAULT),
+    # Keys and values of the whole row, on heads with a norm and without.
+    ("tiny", 2, {"cp": 2, "ep": 2}, DEFAULT),
+    pytest.param("tiny", 2, {"cp": 2}, EXPERTS, marks=pytest.mark.slow),
+    pytest.param("everything", 4, {"cp": 2, "tp": 2}, LORA, marks=pytest.mark.slow),
 ]
 
 
@@ -163,7 +173,7 @@ def planned(config: RunConfig, world: int, extra: Any) -> int:
     layout = ParallelLayout(
         parallel=config.parallel,
         num_ranks=world,
-        micro_batch_size=2,
+        micro_batch_size=num_documents(config),
         recompute=config.train.recompute,
     )
     # Ranks are numbered with the pipeline stage outermost.

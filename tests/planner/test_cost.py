@@ -124,6 +124,9 @@ def test_layouts_share_the_arithmetic_out() -> None:
     # sequence parallelism divides them.
     assert seconds(ATTENTION, ARITHMETIC, ranks=4, tp=4, ep=4) == pytest.approx(one / 4)
     assert seconds(ATTENTION, ARITHMETIC, ranks=4, tp=4, etp=4) == pytest.approx(one / 4)
+    # One sample on all ranks: the zigzag gives each the same part of attention.
+    assert seconds(ATTENTION, ARITHMETIC, ranks=4, cp=4) == pytest.approx(one / 4)
+    assert seconds(ATTENTION, ARITHMETIC, ranks=8, cp=4, tp=2, ep=2) == pytest.approx(one / 8)
 
 
 def test_the_bubble() -> None:
@@ -183,6 +186,25 @@ def test_bytes_of_an_all_to_all() -> None:
     assert again == 6 * 48 * 4096 * 8 * 2048 * 2
 
 
+def test_bytes_of_gathered_keys_and_values() -> None:
+    """Of a row of 4,096 tokens over two ranks: keys and values of 4 heads of 128 in each of 48
+    layers, gathered forward and again where attention is recomputed; their gradients scattered
+    once."""
+    row = 48 * 4096 * 2 * 4 * 128 * 2
+    gathers = replace(FREE, network=Count("all_gather"))
+    lora = LoRAConfig(rank=16, target_modules=["q_proj"], layers="0-")
+    # Updated parameters are gathered too, over the ranks of cp alone.
+    others = 48 * 16 * (2048 + 4096) * 2
+    assert seconds(lora, gathers, ranks=2, batch=1, cp=2) == row + others
+    for level in ("selective", "full"):
+        found = seconds(lora, gathers, ranks=2, batch=1, cp=2, recompute=level)
+        assert found == 2 * row + others
+    scatters = replace(FREE, network=Count("reduce_scatter"))
+    # Gradients are float32.
+    assert seconds(lora, scatters, ranks=2, batch=1, cp=2) == row + 2 * others
+    assert seconds(lora, gathers, ranks=2, batch=2) == others
+
+
 def test_bytes_of_pipeline_transfers() -> None:
     """A middle stage has two borders, one at an end one; an exchange for each microbatch and chunk,
     and once through all stages."""
@@ -225,6 +247,12 @@ def test_groups_and_the_nodes_they_span() -> None:
         ("all_gather", 4, 2), ("reduce_scatter", 4, 2),  # dp: ranks 0, 2, 4, 6
         ("all_to_all", 4, 1), ("send", 2, 2),  # ep: 0 to 3; pp: 0, 8. And edp: 0, 4
         ("all_gather", 2, 2), ("reduce_scatter", 2, 2),
+    }  # fmt: skip
+    assert seen(tp=2, cp=4, ep=16) == {
+        ("all_gather", 2, 1), ("reduce_scatter", 2, 1), ("all_reduce", 2, 1),  # tp
+        ("all_gather", 4, 2), ("reduce_scatter", 4, 2),  # cp: ranks 0, 2, 4, 6
+        ("all_gather", 8, 4), ("reduce_scatter", 8, 4),  # dp with cp: all even ranks
+        ("all_to_all", 16, 4),  # ep: all
     }  # fmt: skip
     assert seen(tp=4, ep=4, etp=2) == {
         ("all_gather", 4, 1), ("reduce_scatter", 4, 1), ("all_reduce", 4, 1),  # tp

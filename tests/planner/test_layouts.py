@@ -36,9 +36,9 @@ def test_planning_does_not_import_torch() -> None:
 
 
 def sizes_of(layout: ParallelLayout) -> tuple[int, ...]:
-    """tp, pp, vpp, ep, etp and the size of a microbatch."""
+    """tp, cp, pp, vpp, ep, etp and the size of a microbatch."""
     p = layout.parallel
-    return p.tp, p.pp, p.vpp, p.ep, p.etp, layout.micro_batch_size
+    return p.tp, p.cp, p.pp, p.vpp, p.ep, p.etp, layout.micro_batch_size
 
 
 def tp_divides(shape: ModelShape, tp: int) -> bool:
@@ -64,13 +64,16 @@ def by_force(
     divides and batches do."""
     sizes = range(1, num_ranks + 1)
     found = set()
-    for tp, pp, ep, etp in itertools.product(sizes, repeat=4):
+    for tp, cp, pp, ep, etp in itertools.product(sizes, repeat=5):
         # Attention's grid and the experts' grid must both fill the ranks.
-        if num_ranks % (tp * pp) or num_ranks % (ep * etp * pp):
+        if num_ranks % (tp * cp * pp) or num_ranks % (ep * etp * pp):
+            continue
+        # At least 4,096 tokens of a sample on each rank.
+        if cp > 1 and work.sequence_length / cp < 4096:
             continue
         if not (tp_divides(shape, tp) and experts_divide(shape, ep, etp)):
             continue
-        dp = num_ranks // (tp * pp)
+        dp = num_ranks // (tp * cp * pp)
         for vpp, micro in itertools.product(range(1, shape.num_layers + 1), micros):
             # One stage has nothing to interleave.
             if shape.num_layers % (pp * vpp) or (vpp > 1 and pp == 1):
@@ -79,7 +82,7 @@ def by_force(
                 continue
             # Megatron's interleaved schedule takes microbatches in rounds of pp.
             if vpp == 1 or work.global_batch_size // (micro * dp) % pp == 0:
-                found.add((tp, pp, vpp, ep, etp, micro))
+                found.add((tp, cp, pp, vpp, ep, etp, micro))
     return found
 
 
@@ -93,6 +96,16 @@ def test_legal_is_what_divides(num_ranks: int, batch: int, shape: ModelShape) ->
     # No layout twice.
     assert len(ours) == len(set(ours))
     assert set(ours) == by_force(shape, num_ranks, work, (1, 2))
+
+
+def test_legal_where_rows_are_cut(shape: ModelShape) -> None:
+    """Three ranks of four parts would have too few tokens of 16,000: two are tried, four not."""
+    work = Workload(sequence_length=16000, global_batch_size=8)
+    found = enumerate_layouts(shape, 8, work, micro_batch_sizes=(1,), recompute=("off",))
+    ours = [sizes_of(layout) for layout in found.legal]
+    assert len(ours) == len(set(ours))
+    assert set(ours) == by_force(shape, 8, work, (1,))
+    assert {layout.parallel.cp for layout in found.legal} == {1, 2}
 
 
 def test_legal_of_a_model_with_everything(everything: Path) -> None:
@@ -135,6 +148,7 @@ def test_absurd_numbers_of_ranks_are_answered_at_once(num_ranks: int, shape: Mod
         ({"pp": 32}, None, "parallel.pp * vpp=32 does not divide the model's 48 layers"),
         ({"pp": 16, "vpp": 2}, None, "parallel.pp * vpp=32 does not divide the model's 48 layers"),
         ({"ep": 256}, None, "parallel.ep=256 does not divide the model's 128 experts"),
+        ({"cp": 4}, None, "parallel.cp=4 leaves a rank 1,024 tokens of a sample of 4,096"),
         (
             {"ep": 1, "etp": 512},
             None,
@@ -167,11 +181,21 @@ def test_every_rejected_layout_has_its_reason(
     for legal in found.legal:
         # None stands for every size of a microbatch.
         assert not (legal.parallel == p and micro in (None, legal.micro_batch_size))
-    # A user who asks for it is told the same.
+    # A user who asks for it is told the same; short parts are not tried, but legal.
+    if p.cp > 1:
+        return
     layout = ParallelLayout(parallel=p, num_ranks=512, micro_batch_size=micro or 1)
     with pytest.raises(ValueError, match=r"tp=.*micro=") as error:
         check(shape, layout, WORK)
     assert reasons[0] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_sample_shorter_than_the_parts_of_a_row(shape: ModelShape) -> None:
+    work = Workload(sequence_length=15, global_batch_size=8)
+    layout = ParallelLayout(parallel=ParallelConfig(tp=2, cp=4), num_ranks=8)
+    with pytest.raises(ValueError, match=r"tp=2 and parallel\.cp=4 cut a row into 16 parts"):
+        check(shape, layout, work)
+    check(shape, layout, Workload(sequence_length=16, global_batch_size=8))
 
 
 def test_experts_of_a_dense_model_are_not_divided(tiny_dense: Path) -> None:

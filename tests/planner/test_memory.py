@@ -49,6 +49,7 @@ CASES = [
     ("tiny", 2, {"ep": 2}, None),
     ("tiny", 4, {"tp": 2, "ep": 2}, None),
     ("tiny", 4, {"pp": 2, "vpp": 2}, None),
+    ("tiny", 4, {"cp": 2, "ep": 2}, None),
     ("everything", 4, {"tp": 2, "pp": 2}, LORA),
     ("everything", 4, {"tp": 4, "etp": 2}, LORA),
     ("tiny_dense", 2, {}, None),
@@ -82,12 +83,12 @@ def test_weights_gradients_and_optimizer(
         assert live["gradients"] == plan["gradients"]
         # Megatron shares out a flat buffer, whose parts differ by its padding.
         assert 0.95 * plan["optimizer"] < live["optimizer"] <= plan["optimizer"]
-        assert live["optimizer"] == plan["optimizer"] or layout.dp * layout.edp > 1
+        assert live["optimizer"] == plan["optimizer"] or layout.dp_cp * layout.edp > 1
         live_total += live["optimizer"]
         for chunk in chunks_of(shape, config.parallel, stage):
             count = adapter_parameters(model, config.parallel, chunk)
             # Each replica holds its part of the state; experts have replicas of their own.
-            total += Fraction(count.dense, layout.dp) + Fraction(count.expert, layout.edp)
+            total += Fraction(count.dense, layout.dp_cp) + Fraction(count.expert, layout.edp)
     # Two moments in float32, and a master of a parameter in bfloat16: 12 bytes each, or 8.
     assert live_total == total * (12 if dtype == "bfloat16" else 8)
 

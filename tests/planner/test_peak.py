@@ -23,6 +23,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Case(1, {}, recompute="full", model="vocab"),
         Case(1, {}, recompute="selective", model="dense"),
         pytest.param(Case(2, {"ep": 2}, micro=2), marks=pytest.mark.slow),
+        # Documents of the size of a rank's chunks, for a piece from inside one has a mask on the
+        # CPU, which GPUs' kernels do without.
+        pytest.param(Case(2, {"cp": 2}, micro=4), marks=pytest.mark.slow),
+        pytest.param(
+            Case(4, {"cp": 2, "tp": 2}, micro=4, recompute="selective", model="shared"),
+            marks=pytest.mark.slow,
+        ),
         # All that a pipeline adds: several microbatches in flight, of two chunks.
         pytest.param(Case(4, {"tp": 2, "pp": 2, "vpp": 2}), marks=pytest.mark.slow),
         # Nothing of a recomputed layer may outlive its backward.

@@ -82,7 +82,7 @@ def test_what_does_not_fit_says_so_and_does_not(plan: Plan) -> None:
 
 def sizes_but_vpp(planned: Planned) -> tuple[int, ...]:
     p = planned.layout.parallel
-    return p.tp, p.pp, p.ep, p.etp
+    return p.tp, p.cp, p.pp, p.ep, p.etp
 
 
 def test_one_line_for_each_way_to_split(plan: Plan) -> None:
@@ -344,4 +344,4 @@ print("calls", calls, {{"torch", "megatron", "transformers"}} & set(sys.modules)
 
 def test_layouts_are_written_as_they_are_read() -> None:
     layout = ParallelLayout(parallel=ParallelConfig(tp=2, ep=4), num_ranks=8, recompute="full")
-    assert str(layout).startswith("tp=2 pp=1 vpp=1 dp=4 ep=4")
+    assert str(layout).startswith("tp=2 cp=1 pp=1 vpp=1 dp=4 ep=4")
