@@ -23,6 +23,7 @@ from megalora.lora.adapted_model import AdaptedModel, build_adapted
 from megalora.lora.coverage import GradientCheck
 from megalora.lora.select import plan
 from megalora.lora.spec import Adapted
+from megalora.model.attention import activate
 from megalora.model.build import MakeBase, build_model
 from megalora.model.recompute import apply_recompute
 from megalora.model.shape import ModelShape
@@ -129,7 +130,14 @@ def build_for_training(
     groups: Groups,
     make_base: MakeBase | None = None,
 ) -> AdaptedModel:
-    """The base with adapters and recomputation on this rank, without an optimizer; collective."""
+    """The base with adapters and recomputation on this rank, without an optimizer; collective.
+
+    Raises:
+        ValueError: ``model.attention`` names what this machine does not have, or as ``build_model``
+            says.
+    """
+    # First of all: reading the base may take minutes.
+    activate(config.model.attention)
     if make_base is None:
         make_base = partial(build_model, folder=local_folder(config.model.path))
     model = build_adapted(

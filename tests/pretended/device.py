@@ -27,7 +27,7 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
-from tests.pretended.recorder import NAME, Recorder, on_gpu, place
+from tests.pretended.recorder import KERNELS_OF_TORCH, NAME, Recorder, on_gpu, place
 
 aten = torch.ops.aten
 # The host needs the size to allocate the result, and only the device knows it.
@@ -161,6 +161,8 @@ class Watch(TorchDispatchMode):
         # What item(), float(), int() and bool() of a tensor all come to.
         if func is aten._local_scalar_dense.default:
             return self.scalar(args[0])
+        if func in KERNELS_OF_TORCH:
+            self.recorder.kernel(KERNELS_OF_TORCH[func])
         if func in SIZE_DEPENDS_ON_VALUES and on_gpu(args[0]):
             self.recorder.wait(SIZE_DEPENDS_ON_VALUES[func])
             return self.nothing(func, args[0])
@@ -182,8 +184,6 @@ class Watch(TorchDispatchMode):
             # copy_(self, source, non_blocking=False): positional where C++ calls it.
             non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
             self.move(args[1], args[0].device, non_blocking)
-        elif func is aten._grouped_mm.default:
-            self.recorder.kernel("grouped_mm")
         return func(*args, **kwargs)
 
     def scalar(self, t: torch.Tensor) -> Any:

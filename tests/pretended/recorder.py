@@ -12,8 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.attention.varlen  # registers the operations that ``KERNELS_OF_TORCH`` names
 
 NAME = "gpu"
+KERNELS_OF_TORCH = {
+    torch.ops.aten._grouped_mm.default: "grouped_mm",
+    torch.ops.torch_attn._varlen_attn.default: "flash attention",
+    torch.ops.torch_attn._varlen_attn_backward.default: "flash attention, backward",
+}
+"""Operations of torch that are counted among the kernels, with their names in the record."""
 
 
 def _folder(package: str) -> str:

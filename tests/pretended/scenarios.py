@@ -23,6 +23,8 @@ TARGETS = [
     "gate",
     "lm_head",
 ]
+MAX_LENGTH = 32768
+"""Tokens that a sample may have."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Scenario:
     dropout: float = 0.0
     tokens: int = 33
     """Length of every sample."""
+    row_tokens: int | None = None
+    """Rows are packed up to this many tokens, and samples have several lengths; None for rows of
+    two samples."""
     whole_run: bool = False
     """Not a step alone, but what comes before and between steps as well."""
 
@@ -52,11 +57,16 @@ class Scenario:
             "micro_batch_size": 2,
             "recompute": self.recompute,
         }
+        if self.row_tokens is not None:
+            train |= {"micro_batch_tokens": self.row_tokens, "micro_batch_size": 1}
         return RunConfig(
             model=ModelConfig(path="pretended", dtype=self.dtype),  # type: ignore[arg-type]
             parallel=parallel,
             lora=LoRAConfig(rank=4, alpha=8.0, dropout=self.dropout, target_modules=TARGETS),
-            data=DataConfig(train="pretended", eval=8),
+            # A sample must fit into a packed row; no other scenario has one as long as this.
+            data=DataConfig(
+                train="pretended", eval=8, max_length=(self.row_tokens or MAX_LENGTH - 1) + 1
+            ),
             train=TrainConfig(steps=3, **train),
         )
 
@@ -100,4 +110,27 @@ SCENARIOS = (
     Scenario("pp2_first_stage", TWO_LAYERS, {"pp": 2, "ep": 2}, 4, 0),
     Scenario("pp2_last_stage", TWO_LAYERS, {"pp": 2, "tp": 2}, 4, 3, recompute="full"),
     Scenario("pp2_vpp2_etp2", FOUR_LAYERS, {"pp": 2, "vpp": 2, "etp": 2}, 4, 0),
+    # Packed rows, and rows that are cut: every rank attends to documents by flash attention.
+    Scenario("packed", MOE, row_tokens=90),
+    Scenario("cp2_packed", MOE, {"cp": 2}, 2, 1, row_tokens=90),
+    Scenario(
+        "tp2_cp2_ep2_packed_full",
+        MOE,
+        {"tp": 2, "cp": 2, "ep": 2},
+        4,
+        3,
+        recompute="full",
+        row_tokens=90,
+    ),
+    Scenario(
+        "pp2_cp2_packed_selective",
+        TWO_LAYERS,
+        {"pp": 2, "cp": 2},
+        4,
+        3,
+        recompute="selective",
+        row_tokens=90,
+    ),
+    # The interleaved schedule has rows of one length: filler is a document there.
+    Scenario("pp2_vpp2_cp2_packed", FOUR_LAYERS, {"pp": 2, "vpp": 2, "cp": 2}, 4, 0, row_tokens=90),
 )

@@ -42,10 +42,15 @@ class Tokenizer:
 
 
 def _samples(scenario: Scenario, count: int) -> Split:
-    ids = np.ones(scenario.tokens, dtype=np.int32)
-    # Every token is a target; all samples are alike, since no value is ever computed with.
-    sample = Encoded(ids, np.ones(scenario.tokens, dtype=bool))
-    return Split("pretended", 4096, [sample] * count)
+    samples = []
+    for number in range(count):
+        length = scenario.tokens
+        if scenario.row_tokens is not None:
+            # Of four lengths, so that documents end inside of chunks and rows need filler.
+            length -= 5 * (number % 4)
+        # Every token is a target, and all are alike: no value is ever computed with.
+        samples.append(Encoded(np.ones(length, dtype=np.int32), np.ones(length, dtype=bool)))
+    return Split("pretended", 4096, samples)
 
 
 @contextlib.contextmanager

@@ -101,6 +101,12 @@ STEPS: dict[str, dict[str, int]] = {
     "pp2_last_stage": METRICS,
     # Two of the four layers (etp exchanges as ep does), two microbatches.
     "pp2_vpp2_etp2": METRICS | splits(4),
+    # Context parallelism exchanges keys and values of sizes that the host knows.
+    "packed": METRICS,
+    "cp2_packed": METRICS,
+    "tp2_cp2_ep2_packed_full": METRICS | splits(2),
+    "pp2_cp2_packed_selective": METRICS,
+    "pp2_vpp2_cp2_packed": METRICS,
 }
 # Six adapted modules each: qkv, proj, router, the experts' gate_up and down, head. With expert
 # parallelism Megatron keeps one buffer for dense parameters and one for the experts'.
@@ -119,7 +125,7 @@ def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("TRITON_INTERPRET", None)  # kernels as a GPU would have them
-    # Only scenarios of tests that were selected: one seeded bug, or one -k, needs one of eleven.
+    # Only scenarios of tests that were selected: one seeded bug, or one -k, needs one of them.
     names: set[str] = set()
     for item in request.session.items:
         callspec = getattr(item, "callspec", None)
@@ -175,6 +181,26 @@ def test_back_end_is_the_one_for_the_number_of_rows(
         "_swiglu_backward_kernel",
         "_wgrad_kernel",
     } <= kernels.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"),
+    [
+        ("float32_full", 0, 0),
+        # Calls: one for a whole row, two for the two chunks that context parallelism leaves a rank.
+        ("packed", 1, 1),
+        ("cp2_packed", 2, 2),
+        # Attention is recomputed, with the keys gathered anew.
+        ("tp2_cp2_ep2_packed_full", 4, 2),
+    ],
+)
+def test_documents_are_attended_to_by_flash_attention(
+    name: str, forward: int, backward: int, seen: dict[str, Any]
+) -> None:
+    """In 16 bits, one call for all documents of a chunk; one layer and one row each."""
+    kernels = seen[name]["kernels"]["step"]
+    assert kernels.get("flash attention", 0) == forward
+    assert kernels.get("flash attention, backward", 0) == backward
 
 
 @pytest.mark.parametrize(

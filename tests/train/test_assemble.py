@@ -3,7 +3,9 @@ twice."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from megalora.config import RunConfig
@@ -38,6 +40,30 @@ def test_the_optimizer_starts_from_what_was_filled_in(tiny: Path, chats: Path, t
     # random values, or from zero.
     rounding = FILLED * 2**-8
     assert FILLED - LR - rounding <= smallest <= largest <= FILLED + LR + rounding
+
+
+def _refusal(config: RunConfig) -> str:
+    def never(*args: object, **options: object) -> list[Any]:
+        raise AssertionError("the base was built first")
+
+    try:
+        with assemble(config, make_base=never):
+            return "nothing was refused"
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("name", "torch_says"), [("flash3", "FA3"), ("flash4", "FA4")])
+def test_flash_attention_that_is_not_installed_is_refused(
+    name: str, torch_says: str, tiny: Path, chats: Path, tmp_path: Path
+):
+    """In one line, and before a base is read; ``auto`` needs nothing."""
+    config = make_config(tiny, chats, tmp_path, {})
+    model = replace(config.model, attention=name)  # type: ignore[arg-type]
+    [said] = run_ranks(_refusal, 1, replace(config, model=model))
+    assert said.startswith(f"model.attention={name}: torch cannot use {torch_says} here (No module")
+    assert said.endswith("set model.attention=auto")
+    assert "\n" not in said
 
 
 def _error_of_a_dead_projection(config: RunConfig) -> str:
